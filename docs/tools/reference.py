@@ -121,7 +121,7 @@ def settings_page() -> str:
     from bessemer.pipeline.recipe import RecipeHead
     from bessemer.pipeline.stages import STAGES
     from bessemer.serving.config import ServingConfig
-    from bessemer.tasks.config import KINDS
+    from bessemer.tasks.kinds import KINDS
 
     page = _SettingsPage()
     parts = [
@@ -145,7 +145,7 @@ def settings_page() -> str:
         ("The engine", "engine", EngineConfig),
         ("A request", "request", SamplingParams),
         ("The server", "server", ServingConfig),
-        *((f"A task file: {kind}", f"task-{kind}", config) for kind, config in KINDS.items()),
+        *((f"A task file: {name}", f"task-{name}", kind.config) for name, kind in KINDS.items()),
     ):
         parts.append(f"\n## {title} {{ #{anchor} }}\n\n{_prose(_docstring(config))}\n")
         parts.append(page.table(config))

@@ -1,7 +1,7 @@
 """Tasks on an engine: scores are the engine's, and an evaluation that is stopped goes on."""
 
 import json
-from math import sqrt
+from math import exp, sqrt
 from statistics import stdev
 
 import pytest
@@ -10,7 +10,9 @@ from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.core.progress import Silent
 from bessemer.evaluation.comparison import compare
 from bessemer.evaluation.evaluation_folder import ITEMS_FILE, RESULTS_FILE, Score, read_evaluation
+from bessemer.evaluation.judges import engine_judge
 from bessemer.evaluation.model_identity import model_identity
+from bessemer.evaluation.reliability import reliability
 from bessemer.evaluation.task_prompts import PromptEncoder
 from bessemer.evaluation.task_results import task_results
 from bessemer.evaluation.tasks import evaluate_tasks
@@ -257,3 +259,75 @@ def test_a_model_is_known_by_what_its_files_hold(tmp_path):
     assert model_identity(tmp_path / "b", "a") == first
     (tmp_path / "b" / "model.safetensors").write_bytes(b"weighty")
     assert model_identity(tmp_path / "b", "a")["weights"] != first["weights"]
+
+
+# -- what tasks of other kinds need
+
+
+def made_task(folder, name, options=None, **settings):
+    path = folder / f"{name}.yaml"
+    path.write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in settings.items()))
+    return read_task(path, options)
+
+
+def test_accuracy_is_also_given_by_length_and_a_length_that_does_not_fit_is_said(engine, tmp_path):
+    said = Said()
+    task = made_task(tmp_path, "needle", kind="needle", lengths=[115, 145, 4096], items=3, max_tokens=8)
+    results, lines = evaluated(engine, [task], tmp_path / "out", said)
+    found = results["needle"]
+    assert found["by_level"]["level"] == "length" and found["cut"] == 0
+    assert [(each["level"], each["n"]) for each in found["by_level"]["levels"]] == [(115, 3), (145, 3)]
+    sentence = f"length 4,096 is above what the model's context of {engine.context_length} tokens leaves, and is left out"
+    assert found["left_out"] == [sentence] and f"  needle: {sentence}" in said.lines
+    for line in lines:
+        assert line["level"] - 40 < len(engine.tokenizer.encode(line["prompt"])) <= line["level"]
+    with pytest.raises(ConfigError, match="no length fits"):
+        evaluated(engine, [made_task(tmp_path, "long", kind="needle", lengths=[4096])], tmp_path / "long")
+
+
+def test_instructions_are_counted_and_not_prompts(engine, tmp_path, monkeypatch):
+    rows = [
+        {"prompt": "a", "constraints": [{"kind": "no_commas"}]},
+        {"prompt": "b", "constraints": [{"kind": "upper_case"}, {"kind": "quoted"}, {"kind": "title"}]},
+    ]
+    task = task_of(tmp_path, rows, kind="constraints", max_tokens=4)
+    monkeypatch.setattr(type(task), "judge_all", lambda self, answered: [self.judge(one, ["fine"]) for one, _ in answered])
+    results, _ = evaluated(engine, [task], tmp_path / "out")
+    scores = results["task"]["scores"]
+    assert (scores["prompt_level_strict_acc"]["mean"], scores["inst_level_strict_acc"]["mean"]) == (0.5, 0.25)
+    # residuals 3/4 and −3/4 of the two prompts: √(2/1 · (9/16 + 9/16)) / 4
+    assert scores["inst_level_strict_acc"]["standard_error"] == pytest.approx(sqrt(2 * 18 / 16) / 4)
+
+
+def test_what_a_judge_did_not_say_is_left_out_of_the_mean_and_said(engine, tmp_path):
+    task = task_of(
+        tmp_path, [{"prompt": str(number)} for number in range(4)], kind="judged", judge={"model": "?"}, max_tokens=2
+    )
+    task.connect(lambda prompts: [f"Rating: {4 + number}" if number < 2 else "?" for number in range(len(prompts))])
+    said = Said()
+    results, lines = evaluated(engine, [task], tmp_path / "out", said)
+    assert results["task"]["accuracy"] == 0.875 and [line["score"] for line in lines] == [0.75, 1, None, None]
+    assert "  task: judgements that could not be read: 2" in said.lines
+    assert len(read_evaluation(tmp_path / "out").tasks["task"]) == 2
+    task.connect(lambda prompts: [""] * len(prompts))
+    assert evaluated(engine, [task], tmp_path / "none")[0]["task"]["accuracy"] is None
+
+
+def test_an_engine_may_judge(engine, tmp_path):
+    ask = engine_judge(engine, max_tokens=3)
+    answers = ask(["good?", "x" * 2000])
+    prompt = engine.tokenizer.apply_chat_template([{"role": "user", "content": "good?"}], add_generation_prompt=True)
+    (alone,) = engine.generate([prompt], SamplingParams(max_tokens=3, temperature=0))
+    assert answers == [alone.text, ""]
+
+
+def test_choices_have_a_calibration(engine, tmp_path):
+    task = task_of(tmp_path, ANIMALS, kind="choice", joiner="\nA: ", score="characters")
+    results, lines = evaluated(engine, [task], tmp_path / "out")
+    confidences = [
+        1 / sum(exp(value - max(values)) for value in values) for (values,) in (line["log_likelihoods"] for line in lines)
+    ]
+    expected = reliability(confidences, [line["scores"]["raw"] for line in lines])
+    calibration = results["task"]["calibration"]
+    assert calibration["expected_calibration_error"] == pytest.approx(expected.expected_calibration_error)
+    assert sum(each["n"] for each in calibration["bins"]) == 3

@@ -7,7 +7,7 @@ from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.tasks.core_tasks import centred, core_score
 from bessemer.tasks.options import TaskOptions
 from bessemer.tasks.questions import LikelihoodTask
-from bessemer.tasks.registry import _SHIPPED, TASKS, find_tasks
+from bessemer.tasks.registry import _OVER_DATA, _WITH_DATA, TASKS, find_tasks
 from tests.plugin_package import install
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "eval"
@@ -39,7 +39,7 @@ PLUGIN = Plugin("count", "Counting", Count)
 
 
 @needs_data
-@pytest.mark.parametrize("name", _SHIPPED)
+@pytest.mark.parametrize("name", _OVER_DATA)
 def test_a_shipped_task_asks_every_row_of_its_data(name):
     (task,) = find_tasks([name], TaskOptions(data=DATA))
     rows = (DATA / task._config.data).read_text(encoding="utf-8").splitlines()
@@ -52,7 +52,14 @@ def test_a_shipped_task_asks_every_row_of_its_data(name):
 
 def test_every_task_file_of_the_package_is_registered():
     files = Path(sys.modules[find_tasks.__module__].__file__).parent / "files"
-    assert sorted(path.stem for path in files.glob("*.yaml")) == sorted(_SHIPPED) == sorted(TASKS)
+    assert sorted(path.stem for path in files.glob("*.yaml")) == sorted(_OVER_DATA | _WITH_DATA) == sorted(TASKS)
+
+
+@pytest.mark.parametrize("name", _WITH_DATA)
+def test_a_task_with_data_of_its_own_needs_nothing_else(name):
+    (task,) = find_tasks([name], TaskOptions(limit=9))
+    questions = task.questions()
+    assert len({question.id for question in questions}) == len({question.context for question in questions}) == 9
 
 
 def test_a_task_of_another_package_is_found_by_its_entry_point(tmp_path, monkeypatch):

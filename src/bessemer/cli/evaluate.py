@@ -39,6 +39,7 @@ def evaluate(
     found = find_tasks(named, TaskOptions.parse(given, option_of("evaluate")))
     place = find_model(model, runs)
 
+    from bessemer.evaluation.judges import connected_judges
     from bessemer.evaluation.model_identity import model_identity
     from bessemer.evaluation.tasks import evaluate_tasks
     from bessemer.inference.engine import Engine, EngineConfig
@@ -49,7 +50,7 @@ def evaluate(
     identity = model_identity(place, name, max_model_len)
     key = hash_value([identity, [[task.name, dict(task.settings)] for task in found]], bits=32)
     folder = out or Path("evaluations") / f"{name}-{key}"
-    with Engine(place, device=device, config=config) as engine:
+    with connected_judges(found, device), Engine(place, device=device, config=config) as engine:
         results = evaluate_tasks(engine, found, folder, model=identity, progress=progress_for_terminal())
     Console(highlight=False).print(show_task_results(results))
     print(folder)

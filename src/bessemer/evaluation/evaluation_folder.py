@@ -1,7 +1,8 @@
 """Reader of an evaluation's folder: the score of every item, and the texts of chosen ones.
 
-`items.jsonl` has an object a line: `task`, `id` (the same item in every evaluation), `score` from 0 to 1, and perhaps `cluster`
-(what an item shares with others: a passage), `prompt` and `answer`. `results.json` is written when all items are there.
+`items.jsonl` has an object a line: `task`, `id` (the same item in every evaluation), `score` from 0 to 1, or null where it
+could not be found out, and perhaps `cluster` (what an item shares with others: a passage), `prompt` and `answer`.
+`results.json` is written when all items are there.
 """
 
 from __future__ import annotations
@@ -61,6 +62,9 @@ def read_evaluation(folder: Path, name: str | None = None) -> Evaluation:
         task, item, score, cluster = (record.get(key) for key in ("task", "id", "score", "cluster"))
         if not isinstance(task, str) or not isinstance(item, str):
             raise ArtefactError(f"{place}: an item has a 'task' and an 'id', both texts")
+        if "score" in record and score is None:
+            # what could not be judged has no score
+            continue
         if not isinstance(score, int | float) or not 0 <= score <= 1:
             raise ArtefactError(f"{place}: the 'score' of an item is a number from 0 to 1, not {score!r}")
         if cluster is not None and not isinstance(cluster, str):

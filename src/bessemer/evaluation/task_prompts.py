@@ -50,9 +50,13 @@ class PromptEncoder:
         context, cut = self._cut(context, self._context_length + 1 - max(map(len, continuations)))
         return EncodedPart(context, continuations, cut)
 
+    def count(self, context: Context) -> int:
+        """How many tokens a context has, all of it."""
+        return len(self._encoded(context))
+
     def prompt(self, context: Context, max_tokens: int) -> EncodedPart:
         """A context for a completion, which gets `max_tokens`, or half of a model's context where that is less."""
-        ids = self._begun(self._tokenizer.encode(context)) if isinstance(context, str) else self._conversation(context)
+        ids = self._encoded(context)
         kept, cut = self._cut(
             ids or [self._tokenizer.bos_id], self._context_length - min(max_tokens, self._context_length // 2)
         )
@@ -64,6 +68,9 @@ class PromptEncoder:
         begins = bool(ids) and self._tokenizer.is_special(ids[0])
         doubled = len(ids) > 1 and ids[0] == ids[1] and begins
         return shown + (" (the begin token twice)" if doubled else "" if begins else " (no begin token)")
+
+    def _encoded(self, context: Context) -> list[int]:
+        return self._begun(self._tokenizer.encode(context)) if isinstance(context, str) else self._conversation(context)
 
     def _conversation(self, messages: Sequence[Message]) -> list[int]:
         return self._tokenizer.apply_chat_template(messages, add_generation_prompt=True)

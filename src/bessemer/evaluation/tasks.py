@@ -41,20 +41,26 @@ def evaluate_tasks(
     """Evaluate a model on tasks and write `items.jsonl` and `results.json` below `out`; what is there already is kept.
 
     model: what identifies the model, as plain values. Returns what `results.json` holds: by task, accuracy and standard error
-    (`task_results`), and CORE-n where its tasks are among them. Raises ConfigError where `out` holds an evaluation of another
-    model or with other settings.
+    (`task_results`) and what was left out for this model (`left_out`), and CORE-n where its tasks are among them. Raises
+    ConfigError where `out` holds an evaluation of another model or with other settings.
     """
+    encoders = {task.name: PromptEncoder(engine.tokenizer, engine.context_length, task.begin_token) for task in tasks}
+    left_out = {task.name: task.fit_to_model(encoders[task.name].count, engine.context_length) for task in tasks}
+    for name, sentences in left_out.items():
+        for sentence in sentences:
+            progress.say(f"  {name}: {sentence}")
     questions: dict[str, Sequence[Question]] = {task.name: list(task.questions()) for task in tasks}
     identities = {task.name: task_identity(task, questions[task.name]) for task in tasks}
     folder = TaskFolder(out, model, identities)
     by_task: dict[str, Any] = {}
     for task in tasks:
         asked = questions[task.name]
-        encoder = PromptEncoder(engine.tokenizer, engine.context_length, task.begin_token)
-        _answer(engine, encoder, task, asked, folder, progress)
+        _answer(engine, encoders[task.name], task, asked, folder, progress)
         names = _names(task, asked)
         lines = [folder.done[names[question.form], _id(question)] for question in asked]
         by_task[task.name] = task_results(task, lines)
+        if left_out[task.name]:
+            by_task[task.name]["left_out"] = list(left_out[task.name])
         _warn(task, by_task[task.name], progress)
     results = {"format": RESULTS_FORMAT, "model": dict(model), "tasks": by_task}
     of_core = [(task, by_task[task.name]["accuracy"]) for task in tasks if task.group == CORE]
@@ -139,8 +145,11 @@ def _line(task: Task, names: Mapping[str, str], question: Question, outcome: Out
         "id": _id(question),
         "form": question.form,
         "cluster": question.cluster,
-        "score": outcome.scores[task.headline(question.form)],
+        "score": outcome.scores.get(task.headline(question.form)),
         "scores": dict(outcome.scores),
+        **({"weights": dict(outcome.weights)} if outcome.weights else {}),
+        **({"counts": dict(outcome.counts)} if outcome.counts else {}),
+        **({"level": question.level} if isinstance(question, GenerationQuestion) and question.level is not None else {}),
         "prompt": _prompt(question),
         "answer": outcome.answer,
         "chosen": outcome.chosen,
@@ -230,18 +239,19 @@ class _Generator:
         how = self._task.generation
         prompts = [self._encoder.prompt(question.context, how.max_tokens) for question in questions]
         completions = self._engine.generate([prompt.context for prompt in prompts], [self._params(each) for each in questions])
-        answers = []
-        for question, prompt, completion in zip(questions, prompts, completions, strict=True):
-            samples: list[Completion] = [completion, *completion.others]
-            texts = [sample.text for sample in samples]
-            computed = {
-                "texts": texts,
+        sampled: list[list[Completion]] = [[completion, *completion.others] for completion in completions]
+        texts = [[sample.text for sample in samples] for samples in sampled]
+        outcomes = self._task.judge_all(list(zip(questions, texts, strict=True)))
+        computed: list[Line] = [
+            {
+                "texts": of_item,
                 "finish_reasons": [sample.finish_reason for sample in samples],
-                "cached_tokens": completion.cached_tokens,
+                "cached_tokens": samples[0].cached_tokens,
                 "cut": prompt.cut,
             }
-            answers.append((self._task.judge(question, texts), computed))
-        return answers
+            for of_item, samples, prompt in zip(texts, sampled, prompts, strict=True)
+        ]
+        return list(zip(outcomes, computed, strict=True))
 
     def _params(self, question: GenerationQuestion) -> SamplingParams:
         """Of an item's own random numbers, whatever is asked beside it."""
@@ -264,3 +274,6 @@ def _warn(task: Task, results: Mapping[str, Any], progress: Progress) -> None:
     if results.get("empty"):
         total = results["n"] * results["samples"]
         progress.say(f"  {task.name}: {results['empty']:,} of {total:,} answers are empty, and count as wrong")
+    for what, count in results.get("counts", {}).items():
+        if count:
+            progress.say(f"  {task.name}: {what}: {count:,}")

@@ -14,10 +14,27 @@ from bessemer.tasks.verifiers import Exact, Verifier
 ChoiceScore = Literal["raw", "tokens", "characters", "bytes", "unconditional", "distinct_tokens"]
 
 
-class TaskConfig(Config):
-    """What every kind of task has: its data, and how a question is written."""
+class PromptConfig(Config):
+    """What every kind of task has: how a question is written."""
 
     name: str = setting("", "name of the task; empty: the file's", affects_output=False)
+    description: Template = setting("", "text before all examples and the question")
+    seed: int = setting(1234, "of the choice of examples, of items that are made, and of samples")
+    limit: int | None = setting(None, "the first items only; none: all", unit="items", ge=1)
+    begin_token: bool = setting(False, "begin a text with the begin token even where the tokenizer writes none")
+    chat: bool = setting(False, "ask by the model's chat template, each example as a turn")
+    system: str | None = setting(None, "system message, with `chat`; the description follows it")
+
+    @model_validator(mode="after")
+    def _system_needs_chat(self) -> Self:
+        if self.system is not None and not self.chat:
+            raise ValueError("system needs chat: true; plain text has no system message, `description` goes before all of it")
+        return self
+
+
+class TaskConfig(PromptConfig):
+    """What every kind of task over a file has."""
+
     data: str = setting(
         description="JSONL, CSV or Parquet file with a row for each item, in the folder of the data or beside the task file",
         affects_output=False,
@@ -31,26 +48,39 @@ class TaskConfig(Config):
         affects_output=False,
     )
     joiner: str = setting(" ", "text between a question and its answer")
-    description: Template = setting("", "text before all examples and the question")
     example_delimiter: str = setting("\n\n", "text between description, examples and question")
     shots: int = setting(0, "answered examples before each question", unit="examples", ge=0)
     examples: str | None = setting(None, "file of the examples; none: the task's own items, never the one that is asked")
     example_choice: Literal["fixed", "by_item"] = setting(
         "fixed", "the same examples for all items, which a model reads once; or others for each"
     )
-    seed: int = setting(1234, "of the choice of examples and of samples")
     shuffle_seed: int | None = setting(None, "shuffle the items by this seed; none: in the order of the file")
-    limit: int | None = setting(None, "the first items only; none: all", unit="items", ge=1)
-    begin_token: bool = setting(False, "begin a text with the begin token even where the tokenizer writes none")
-    chat: bool = setting(False, "ask by the model's chat template, each example as a turn")
-    system: str | None = setting(None, "system message, with `chat`; the description follows it")
     chance: float | None = setting(None, "score of guessing; none: one over the number of choices", ge=0, le=1)
 
+
+class SampledConfig(PromptConfig):
+    """How the answers of a task that generates are sampled."""
+
+    max_tokens: int = setting(64, "longest answer", unit="tokens", ge=1)
+    stop: list[Annotated[str, Field(min_length=1)]] = setting(
+        default_factory=list, description="texts before which an answer ends; with `chat` a turn's end does"
+    )
+    samples: int = setting(1, "answers to each item", ge=1)
+    temperature: float | None = setting(None, "0 is greedy; none: greedy for one sample, 0.8 for several", ge=0)
+    top_p: float = setting(1.0, "sample from the likeliest tokens that together reach this probability", gt=0, le=1)
+
     @model_validator(mode="after")
-    def _system_needs_chat(self) -> Self:
-        if self.system is not None and not self.chat:
-            raise ValueError("system needs chat: true; plain text has no system message, `description` goes before all of it")
+    def _samples_differ(self) -> Self:
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError(f"{self.samples} samples at temperature 0 are equal; raise temperature or take one sample")
         return self
+
+    @property
+    def generation(self) -> GenerationSettings:
+        """How its answers are generated."""
+        temperature = self.temperature if self.temperature is not None else 0.8 if self.samples > 1 else 0.0
+        stop = () if self.chat else tuple(self.stop)
+        return GenerationSettings(self.max_tokens, temperature, self.top_p, stop, self.samples, self.seed)
 
 
 class ChoiceConfig(TaskConfig):
@@ -96,7 +126,7 @@ class ClozeConfig(TaskConfig):
     continuation: Template = setting("{continuation}", "what is scored, with fields in braces")
 
 
-class GenerateConfig(TaskConfig):
+class GenerateConfig(SampledConfig, TaskConfig):
     """An answer that is generated and verified."""
 
     kind: Literal["generate"] = setting("generate", "generate an answer and verify it")
@@ -108,32 +138,3 @@ class GenerateConfig(TaskConfig):
     )
     target: Template | None = setting(None, "the answer of an example, with fields in braces; none: its first right one")
     verifier: Verifier = setting(default_factory=Exact, description="what is right: exact, contains, numeric or regex")
-    max_tokens: int = setting(64, "longest answer", unit="tokens", ge=1)
-    stop: list[Annotated[str, Field(min_length=1)]] = setting(
-        default_factory=list, description="texts before which an answer ends; with `chat` a turn's end does"
-    )
-    samples: int = setting(1, "answers to each item", ge=1)
-    temperature: float | None = setting(None, "0 is greedy; none: greedy for one sample, 0.8 for several", ge=0)
-    top_p: float = setting(1.0, "sample from the likeliest tokens that together reach this probability", gt=0, le=1)
-
-    @model_validator(mode="after")
-    def _samples_differ(self) -> Self:
-        if self.samples > 1 and self.temperature == 0:
-            raise ValueError(f"{self.samples} samples at temperature 0 are equal; raise temperature or take one sample")
-        return self
-
-    @property
-    def generation(self) -> GenerationSettings:
-        """How its answers are generated."""
-        temperature = self.temperature if self.temperature is not None else 0.8 if self.samples > 1 else 0.0
-        stop = () if self.chat else tuple(self.stop)
-        return GenerationSettings(self.max_tokens, temperature, self.top_p, stop, self.samples, self.seed)
-
-
-FileTaskConfig = ChoiceConfig | SchemaConfig | ClozeConfig | GenerateConfig
-KINDS: dict[str, type[FileTaskConfig]] = {
-    "choice": ChoiceConfig,
-    "schema": SchemaConfig,
-    "cloze": ClozeConfig,
-    "generate": GenerateConfig,
-}

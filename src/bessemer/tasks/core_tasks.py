@@ -12,9 +12,9 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from bessemer.core.errors import ArtefactError, ConfigError
-from bessemer.tasks.config import KINDS
-from bessemer.tasks.file import make_task, with_options
+from bessemer.tasks.file import with_options
 from bessemer.tasks.file_task import find_data
+from bessemer.tasks.kinds import KINDS
 from bessemer.tasks.options import TaskOptions
 from bessemer.tasks.questions import Task
 
@@ -90,8 +90,8 @@ def core_tasks(options: TaskOptions) -> list[Task]:
             "shuffle_seed": _SHUFFLE_SEED,
             **({"score": "distinct_tokens"} if one.kind == "choice" else {}),
         }
-        config = with_options(KINDS[one.kind].parse(values, one.name), options)
-        task = make_task(config, folders)
+        kind = KINDS[one.kind]
+        task = kind.make(with_options(kind.config.parse(values, one.name), options), folders)
         task.group, task.baseline = CORE, one.baseline / 100
         tasks.append(task)
     if not tasks:

@@ -32,7 +32,7 @@ class FileTask(Generic[C]):
         self.begin_token = config.begin_token
         self.chance = config.chance
         self._config = config
-        rows = read_records(find_data(config.data, folders))
+        rows = self._read_rows(folders)
         if config.shuffle_seed is not None:
             random.Random(config.shuffle_seed).shuffle(rows)
         others = None if config.examples is None else read_records(find_data(config.examples, folders))
@@ -46,6 +46,9 @@ class FileTask(Generic[C]):
             seen.add(id)
         self._clusters = [None if config.cluster is None else row.text(config.cluster) for row in self._items]
         self._prompter = Prompter(config, Examples(config, rows, others))
+
+    def _read_rows(self, folders: list[Path]) -> list[Record]:
+        return read_records(find_data(self._config.data, folders))
 
     def _guessing(self, options: Sequence[Sequence[str]]) -> float:
         """The score of guessing: the settings', or the mean of one over each item's number of options."""

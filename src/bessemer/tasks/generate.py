@@ -10,8 +10,9 @@ from bessemer.tasks.file_task import FileTask
 from bessemer.tasks.prompting import Example
 from bessemer.tasks.questions import Context, GenerationQuestion, GenerationTask, Outcome
 from bessemer.tasks.records import Record
-from bessemer.tasks.samples import majority, pass_at_k
+from bessemer.tasks.samples import majority, pass_at_powers
 from bessemer.tasks.template import fill
+from bessemer.tasks.verifiers import Verifier
 
 
 class GenerateTask(FileTask[GenerateConfig], GenerationTask):
@@ -29,19 +30,7 @@ class GenerateTask(FileTask[GenerateConfig], GenerationTask):
         ]
 
     def judge(self, question: GenerationQuestion, texts: Sequence[str]) -> Outcome:
-        """`accuracy` is the share of right samples; of several also `pass@k` for powers of two and all, and `maj@k`."""
-        verifier, references = self._config.verifier, self._references[question.item]
-        answers = [verifier.answer(text) for text in texts]
-        right = [answer is not None and verifier.accepts(answer, references) for answer in answers]
-        count, samples = sum(right), len(texts)
-        scores = {"accuracy": count / samples}
-        if samples > 1:
-            sizes = [size for power in range(1, samples.bit_length()) if (size := 1 << power) < samples]
-            scores |= {f"pass@{k}": pass_at_k(samples, count, k) for k in [*sizes, samples]}
-            commonest = majority(answers)
-            scores[f"maj@{samples}"] = float(commonest is not None and right[commonest])
-        chosen = [None if answer is None else str(answer) for answer in answers]
-        return Outcome(scores, "\n\n".join(texts), chosen, references)
+        return verified_samples(self._config.verifier, texts, self._references[question.item])
 
     def _context(self, item: int, record: Record) -> Context:
         context = self._prompter.context(item, record, fill(self._config.prompt, record), self._example)
@@ -69,3 +58,15 @@ class GenerateTask(FileTask[GenerateConfig], GenerationTask):
         target = self._config.target
         answer = self._references_of(record)[0] if target is None else fill(target, record)
         return Example(fill(self._config.prompt, record), answer)
+
+
+def verified_samples(verifier: Verifier, texts: Sequence[str], references: Sequence[str]) -> Outcome:
+    """`accuracy` is the share of right samples; of several also `pass@k` for powers of two and all, and `maj@k`."""
+    answers = [verifier.answer(text) for text in texts]
+    right = [answer is not None and verifier.accepts(answer, references) for answer in answers]
+    scores = {"accuracy": sum(right) / len(texts), **pass_at_powers(len(texts), sum(right))}
+    if len(texts) > 1:
+        commonest = majority(answers)
+        scores[f"maj@{len(texts)}"] = float(commonest is not None and right[commonest])
+    chosen = [None if answer is None else str(answer) for answer in answers]
+    return Outcome(scores, "\n\n".join(texts), chosen, list(references))

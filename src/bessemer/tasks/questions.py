@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 #: What comes before an answer: a text, or a conversation for the model's chat template.
@@ -56,23 +56,34 @@ class LikelihoodQuestion:
 
 @dataclass(frozen=True)
 class GenerationQuestion:
-    """An item whose answer is generated; the fields are those of `LikelihoodQuestion`."""
+    """An item whose answer is generated; the fields are those of `LikelihoodQuestion`.
+
+    level: the difficulty or length by which scores are also given; None where a task has none.
+    """
 
     item: int
     context: Context
     form: str = "generate"
     id: str = ""
     cluster: str | None = None
+    level: int | None = None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an answer is worth: scores from 0 to 1 by name. answer: its text. chosen, gold: plain values, for a reader."""
+    """What an answer is worth: scores from 0 to 1 by name. answer: its text. chosen, gold: plain values, for a reader.
+
+    A score that is missing was not found out, and the item is left out of its mean. weights: how many things of one kind a
+    score is the share of (the instructions of a prompt), where the mean is over these and not over items. counts: of what
+    happened that a mean does not show (programs stopped, verdicts that could not be read), summed over items.
+    """
 
     scores: Mapping[str, float]
     answer: str = ""
     chosen: Any = None
     gold: Any = None
+    weights: Mapping[str, int] = field(default_factory=dict)
+    counts: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -87,12 +98,17 @@ class GenerationSettings:
     seed: int = 0
 
 
+#: How many tokens a model reads of a context, its begin token and its chat template included.
+CountTokens = Callable[[Context], int]
+
+
 class _Task(ABC):
     """What both kinds of task have.
 
     name: unique in an evaluation. settings: plain JSON values, of which a change makes another task. chance: the headline score
     of guessing. shots: examples before each question. begin_token: whether a text begins with the begin token even where the
-    tokenizer writes none. group, baseline: of a task that counts in a mean of centred scores.
+    tokenizer writes none. group, baseline: of a task that counts in a mean of centred scores. level_name: what the levels of
+    its questions are.
     """
 
     name: str = ""
@@ -102,6 +118,14 @@ class _Task(ABC):
     begin_token: bool = False
     group: str | None = None
     baseline: float = 0.0
+    level_name: str = ""
+
+    def fit_to_model(self, count_tokens: CountTokens, context_length: int) -> Sequence[str]:
+        """Choose the questions for a model, before they are asked: of tasks whose items have a length in tokens.
+
+        Returns what is left out, a sentence each. Raises ConfigError where nothing fits the context.
+        """
+        return ()
 
     @abstractmethod
     def headline(self, form: str) -> str:
@@ -132,6 +156,10 @@ class GenerationTask(_Task):
     @abstractmethod
     def judge(self, question: GenerationQuestion, texts: Sequence[str]) -> Outcome:
         """What the generated answers to a question are worth, all of its samples together."""
+
+    def judge_all(self, answered: Sequence[tuple[GenerationQuestion, Sequence[str]]]) -> list[Outcome]:
+        """What the answers to several questions are worth; one after the other, unless a task does it faster."""
+        return [self.judge(question, texts) for question, texts in answered]
 
     def headline(self, form: str) -> str:
         return "accuracy"

@@ -17,6 +17,14 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
     return 1.0 - comb(samples - right, k) / comb(samples, k)
 
 
+def pass_at_powers(samples: int, right: int) -> dict[str, float]:
+    """`pass@k` for k of 2, 4, 8 … and all samples; empty for a single sample, whose pass@1 is its score."""
+    if samples == 1:
+        return {}
+    sizes = [size for power in range(1, samples.bit_length()) if (size := 1 << power) < samples]
+    return {f"pass@{k}": pass_at_k(samples, right, k) for k in [*sizes, samples]}
+
+
 def majority(answers: Sequence[Hashable | None]) -> int | None:
     """Where the commonest answer stands first; of equally common ones the first, None where there is no answer at all.
 

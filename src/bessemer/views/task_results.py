@@ -18,9 +18,17 @@ def show_task_results(results: Mapping[str, Any]) -> RenderableType:
         headline = [task["score"], _share(task["accuracy"]), _share(task["standard_error"]), _share(task["chance"])]
         table.add_row(*map(literal, [name, *asked, *headline]))
         for score, figures in task["scores"].items():
-            if score.startswith(("pass@", "maj@")):
+            # of choices the other normalisations are in results.json
+            if score != task["score"] and "calibration" not in task:
                 cells = [*[""] * 4, score, _share(figures["mean"]), _share(figures["standard_error"]), ""]
                 table.add_row(*map(literal, cells))
+        if "by_level" in task:
+            for each in task["by_level"]["levels"]:
+                named = [f"  {task['by_level']['level']} {each['level']:,}", f"{each['n']:,}", "", "", ""]
+                table.add_row(*map(literal, [*named, _share(each["mean"]), _share(each["standard_error"]), ""]))
+        if "calibration" in task:
+            error = task["calibration"]["expected_calibration_error"]
+            table.add_row(*map(literal, [*[""] * 4, "calibration error", _share(error), "", ""]))
     lines: list[RenderableType] = [table, literal("± is the standard error of the mean over items.", "dim")]
     if "core" in results:
         core = results["core"]

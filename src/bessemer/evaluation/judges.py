@@ -1,0 +1,50 @@
+"""Judging models of this machine, opened for the tasks that name one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from bessemer.inference.engine import Engine, SamplingParams
+from bessemer.tasks.judge import Ask
+from bessemer.tasks.judged import JudgedTask
+from bessemer.tasks.questions import Task
+
+
+@contextmanager
+def connected_judges(tasks: Sequence[Task], device: str = "auto") -> Iterator[None]:
+    """While entered, the tasks' judges that have no URL are open; a model that judges several tasks is opened once.
+
+    Raises ArtefactError for a folder without a model.
+    """
+    with ExitStack() as stack:
+        opened: dict[str, Engine] = {}
+        for task in tasks:
+            if isinstance(task, JudgedTask) and task.needs_judge:
+                judge = task.judge_config
+                if judge.model not in opened:
+                    opened[judge.model] = stack.enter_context(Engine(Path(judge.model), device=device))
+                task.connect(engine_judge(opened[judge.model], judge.max_tokens))
+        yield
+
+
+def engine_judge(engine: Engine, max_tokens: int = 512) -> Ask:
+    """A judge of an engine: each prompt is what the user says, the answer is greedy.
+
+    A prompt that the context does not hold is answered by nothing, from which no verdict can be read.
+    """
+    params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
+
+    def ask(prompts: Sequence[str]) -> list[str]:
+        encoded = [
+            engine.tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)
+            for prompt in prompts
+        ]
+        fitting = [index for index, ids in enumerate(encoded) if len(ids) < engine.longest]
+        answers = [""] * len(prompts)
+        for index, completion in zip(fitting, engine.generate([encoded[index] for index in fitting], params), strict=True):
+            answers[index] = completion.text
+        return answers
+
+    return ask

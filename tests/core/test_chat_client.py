@@ -1,0 +1,120 @@
+"""The client against a server of this process."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from bessemer.core.chat_client import ApiError, ChatClient
+
+
+class Server:
+    """Answers each request by `respond(body, number)`: (status, headers, bytes)."""
+
+    def __init__(self, respond):
+        self.requests, lock = [], threading.Lock()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with lock:
+                    outer.requests.append((self.path, dict(self.headers), body))
+                    number = len(outer.requests)
+                status, headers, content = respond(body, number)
+                self.send_response(status)
+                for name, value in {**headers, "Content-Length": str(len(content))}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *_): ...
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+
+    def close(self):
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    servers = []
+
+    def started(respond):
+        servers.append(Server(respond))
+        return servers[-1]
+
+    yield started
+    for server in servers:
+        server.close()
+
+
+def completion(text):
+    return 200, {}, json.dumps({"choices": [{"message": {"content": text}}]}).encode()
+
+
+def failure(status, message="no", **headers):
+    return status, headers, json.dumps({"error": {"message": message}}).encode()
+
+
+def echo(body, _):
+    return completion(body["messages"][0]["content"].upper())
+
+
+def test_prompts_are_answered_in_their_order_with_the_key_of_the_environment(serve, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "sesame")
+    server = serve(echo)
+    client = ChatClient(server.url + "/", "judge", key_variable="JUDGE_KEY", max_tokens=7)
+    assert client.ask([f"prompt {number}" for number in range(20)]) == [f"PROMPT {number}" for number in range(20)]
+    path, headers, body = server.requests[0]
+    assert path == "/v1/chat/completions" and headers["Authorization"] == "Bearer sesame"
+    assert {key: body[key] for key in ("model", "max_tokens", "temperature")} == {
+        "model": "judge",
+        "max_tokens": 7,
+        "temperature": 0.0,
+    }
+
+
+def test_what_may_pass_is_tried_again(serve):
+    statuses = {1: failure(503), 2: failure(429, **{"Retry-After": "0"})}
+    server = serve(lambda body, number: statuses.get(number) or echo(body, number))
+    assert ChatClient(server.url, "m", first_wait=0.001).ask(["a"]) == ["A"]
+    assert len(server.requests) == 3
+
+
+def test_what_does_not_pass_ends_in_one_error_after_all_tries(serve):
+    server = serve(lambda *_: failure(503, "overloaded,\nsorry"))
+    with pytest.raises(ApiError) as error:
+        ChatClient(server.url, "m", first_wait=0.001, attempts=3, workers=1).ask(["a", "b", "c"])
+    assert str(error.value) == f"{server.url}: answered 503 Service Unavailable (overloaded, sorry), 3 times"
+    assert len(server.requests) == 3, "the others are not sent"
+
+
+@pytest.mark.parametrize(
+    ("response", "message"),
+    [
+        (failure(401, "wrong key"), r"answered 401 Unauthorized \(wrong key\)$"),
+        ((302, {"Location": "http://127.0.0.1:9/"}, b""), "answered 302"),
+        ((200, {}, b"<html>"), "answered something else than a chat completion: '<html>'"),
+        ((200, {}, b'{"choices": []}'), "something else than a chat completion"),
+    ],
+)
+def test_a_refusal_is_not_tried_again_and_the_key_goes_nowhere_else(serve, monkeypatch, response, message):
+    monkeypatch.setenv("JUDGE_KEY", "sesame")
+    server = serve(lambda *_: response)
+    with pytest.raises(ApiError, match=message) as error:
+        ChatClient(server.url, "m", key_variable="JUDGE_KEY").ask(["a"])
+    assert len(server.requests) == 1 and "sesame" not in str(error.value)
+
+
+def test_a_server_that_is_not_there_is_said(serve):
+    server = serve(echo)
+    server.close()
+    with pytest.raises(ApiError, match=r"cannot be reached \(.*refused.*\), 2 times"):
+        ChatClient(server.url, "m", attempts=2, first_wait=0.001).ask(["a"])
