@@ -17,10 +17,15 @@ QUESTIONS = [
 @dataclass
 class Completion:
     text: str
+    finish_reason: str = "stop"
+    cached_tokens: int = 0
+    others: tuple = ()
 
 
 class Tokens:
-    """Encodes a prompt as itself, with a mark before a chat's."""
+    """A token a word, with a mark before a chat's."""
+
+    bos_id, begin_ids = 0, ()
 
     def apply_chat_template(self, messages, add_generation_prompt):
         assert add_generation_prompt
@@ -36,10 +41,11 @@ class KnowingEngine:
     context_length = 100
 
     def __init__(self, form):
-        self.form, self.tokenizer, self.params = form, Tokens(), []
+        self.form, self.tokenizer, self.params, self.prompts = form, Tokens(), [], []
 
     def generate(self, prompts, params):
-        self.params.append(params)
+        self.params += params
+        self.prompts += prompts
         names = [next(word for word in prompt if word[0] == "f" and word[1:].isdigit()) for prompt in prompts]
         return [
             Completion(f" It returns {name[1:]}.\n" if prompt[0] == self.form else "no idea")
@@ -64,14 +70,20 @@ def test_answers_are_greedy_and_plain_ones_end_at_an_empty_line():
     answered(engine)
     assert {params.temperature for params in engine.params} == {0.0}
     assert {params.max_tokens for params in engine.params} == {9}
-    assert [params.stop[:1] for params in engine.params] == [[], ["\n\n"], ["\n\n"]]
+    assert [bool(params.stop) for params in engine.params] == [prompt[0] == "plain" for prompt in engine.prompts]
 
 
-def test_a_question_that_fills_the_context_gets_an_empty_answer():
+def test_what_was_asked_to_choose_the_form_is_not_asked_again():
+    engine = KnowingEngine("plain")
+    answered(engine)
+    assert [prompt[0] for prompt in engine.prompts] == ["chat"] * 3 + ["plain"] * 6
+
+
+def test_a_question_that_fills_the_context_is_cut_from_the_left():
     engine = KnowingEngine("chat")
-    engine.context_length = 5
+    engine.context_length = 8
     _, answers = answered(engine)
-    assert {answer.text for answer in answers} == {""}
+    assert max(map(len, engine.prompts)) == 4 and len(answers) == 6
 
 
 def test_a_plain_prompt_ends_where_the_answer_begins():

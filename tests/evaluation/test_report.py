@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from bessemer.core.report import Cell, StageReport
-from bessemer.evaluation.report import bits_per_byte_table, comparisons_table, key_figures, report, sentences
+from bessemer.evaluation.report import bits_per_byte_table, breakdown_tables, comparisons_table, key_figures, report, sentences
 
 
 def stage(**metrics) -> StageReport:
@@ -33,3 +33,11 @@ def test_held_in_figures_are_called_memorised():
     assert "90% of the questions it was tuned on answered exactly (memorised)" in sentences(found)[0]
     assert key_figures(found)[0].note == "memorised"
     assert "held in (memorised)" in repr(report(found))
+
+
+def test_bits_per_byte_are_shown_by_source_where_there_are_several():
+    rows = [{"name": name, "bytes": 4000, "bits_per_byte": {"sft": value}} for name, value in (("books", 1.5), ("code", 1.0))]
+    positions = [{"first": first, "bytes": 10, "bits_per_byte": {"sft": 2.0}} for first in (0, 16, 64)]
+    by_source, by_position = breakdown_tables({"source": rows, "domain": rows[:1], "position": positions})
+    assert [row[0] for row in by_source.rows] == ["books", "code"] and by_source.rows[1][2] == Cell("1.000", share=1 / 1.5)
+    assert [row[0] for row in by_position.rows] == ["0 – 15", "16 – 63", "64 and more"]

@@ -7,7 +7,7 @@ from typing import Literal
 from bessemer.core.config import Config, setting
 
 #: Raised whenever the stage's output changes (golden outputs in the tests).
-EVALUATE_VERSION = 2
+EVALUATE_VERSION = 3
 
 Baseline = Literal["witten_bell_5gram", "witten_bell_6gram", "xz"]
 
@@ -24,6 +24,13 @@ class EvaluateConfig(Config):
         description="baselines of the bits per byte: n-gram models of the same training bytes, a file compressor",
     )
     context_length: int = setting(256, "window of the bits per byte; the context length of training", unit="tokens", ge=1)
+    stride: int | None = setting(
+        None,
+        "tokens from a window of the bits per byte to the next: shorter than the window, each token is predicted from at least "
+        "the difference, for more work; none: windows do not overlap",
+        unit="tokens",
+        ge=1,
+    )
     max_tokens: int | None = setting(
         250_000,
         "score the first held-out documents, in the order of ids, up to this many tokens in all, baselines too; null: all",

@@ -11,23 +11,25 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from bessemer.core.errors import ArtefactError
 from bessemer.core.progress import Progress
 from bessemer.core.seeds import derive_seed
+from bessemer.evaluation.tasks import answers
 from bessemer.evaluation.text import exact_match, rouge_l
 from bessemer.inference.engine import Engine
-from bessemer.inference.sampling.params import SamplingParams
+from bessemer.tasks.questions import GenerationQuestion, GenerationSettings, GenerationTask, Outcome
 
+DOCS_QUESTIONS = "docs_questions"
+EXACT_MATCH, ROUGE_L = "exact_match", "rouge_l"
 HELD_IN, HELD_OUT = "held_in", "held_out"
 CHAT, PLAIN = "chat", "plain"
 
 _TRIAL_QUESTIONS = 32
-_AT_ONCE = 64
-_PLAIN_STOPS = ["\n\n", "\nQuestion:"]
+_PLAIN_STOPS = ("\n\n", "\nQuestion:")
 
 
 @dataclass(frozen=True)
@@ -72,44 +74,65 @@ def _read_conversations(path: Path) -> list[list[dict[str, str]]]:
     return [messages for messages in conversations if len(messages) > 1 and messages[-1]["role"] == "assistant"]
 
 
+class DocsQuestions(GenerationTask):
+    """Questions in one form. Scores: `rouge_l`, and `exact_match`."""
+
+    name = DOCS_QUESTIONS
+
+    def __init__(self, questions: Sequence[Question], form: str, max_new_tokens: int) -> None:
+        """form: `chat`, or `plain`."""
+        self._questions = questions
+        self._form = form
+        self.generation = GenerationSettings(max_new_tokens, stop=() if form == CHAT else _PLAIN_STOPS)
+
+    def questions(self) -> list[GenerationQuestion]:
+        return [
+            GenerationQuestion(
+                item, tuple(question.messages) if self._form == CHAT else plain_prompt(question.messages), self._form
+            )
+            for item, question in enumerate(self._questions)
+        ]
+
+    def headline(self, form: str) -> str:
+        return ROUGE_L
+
+    def judge(self, question: GenerationQuestion, texts: Sequence[str]) -> Outcome:
+        reference = self._questions[question.item].reference
+        text = texts[0].strip()
+        scores = {ROUGE_L: rouge_l(text, reference), EXACT_MATCH: float(exact_match(text, reference))}
+        return Outcome(scores, text, gold=reference)
+
+
 def answer_questions(
     engine: Engine, questions: Sequence[Question], *, max_new_tokens: int, progress: Progress, name: str
 ) -> tuple[str, list[Answer]]:
     """The better prompt form of the model, and its answers in the order of the questions.
 
-    An answer ends at `max_new_tokens` or at the end of the context; a question that fills the context gets an empty answer.
+    A question that leaves no room for an answer of `max_new_tokens` in the model's context is cut from the left.
     """
-    trial = [question for question in questions if question.held == HELD_IN][:_TRIAL_QUESTIONS]
-    with progress.task(f"answer questions: {name}", total=2 * len(trial) + len(questions), unit="answers") as task:
-        scores = {}
+    trial = [index for index, question in enumerate(questions) if question.held == HELD_IN][:_TRIAL_QUESTIONS]
+    tried: dict[str, dict[int, Answer]] = {}
+    with progress.task(f"answer questions: {name}", total=len(trial) + len(questions), unit="answers") as bar:
         for form in (CHAT, PLAIN):
-            scores[form] = sum(answer.rouge_l for answer in _answer(engine, trial, form, max_new_tokens))
-            task.advance(len(trial))
-        form = CHAT if scores[CHAT] >= scores[PLAIN] else PLAIN
-        answers = []
-        for start in range(0, len(questions), _AT_ONCE):
-            answers += _answer(engine, questions[start : start + _AT_ONCE], form, max_new_tokens)
-            task.reach(2 * len(trial) + len(answers))
-    return form, answers
+            of_form = list(_answered(engine, [questions[index] for index in trial], form, max_new_tokens, bar.advance))
+            tried[form] = dict(zip(trial, of_form, strict=True))
+        chosen = max((CHAT, PLAIN), key=lambda form: sum(answer.rouge_l for answer in tried[form].values()))
+        left = [index for index in range(len(questions)) if index not in tried[chosen]]
+        answered = _answered(engine, [questions[index] for index in left], chosen, max_new_tokens, bar.advance)
+        found = tried[chosen] | dict(zip(left, answered, strict=True))
+    return chosen, [found[index] for index in range(len(questions))]
 
 
-def _answer(engine: Engine, questions: Sequence[Question], form: str, max_new_tokens: int) -> list[Answer]:
-    prompts = [
-        engine.tokenizer.apply_chat_template(question.messages, add_generation_prompt=True)
-        if form == CHAT
-        else engine.tokenizer.encode(plain_prompt(question.messages))
-        for question in questions
-    ]
-    stops = [] if form == CHAT else _PLAIN_STOPS
-    params = SamplingParams(max_tokens=max_new_tokens, temperature=0.0, stop=stops)
-    fitting = [index for index, prompt in enumerate(prompts) if len(prompt) < engine.context_length]
-    texts = [""] * len(prompts)
-    for index, completion in zip(fitting, engine.generate([prompts[index] for index in fitting], params), strict=True):
-        texts[index] = completion.text.strip()
-    return [
-        Answer(question, text, exact_match(text, question.reference), rouge_l(text, question.reference))
-        for question, text in zip(questions, texts, strict=True)
-    ]
+def _answered(
+    engine: Engine, questions: Sequence[Question], form: str, max_new_tokens: int, advance: Callable[[float], None]
+) -> Iterator[Answer]:
+    task = DocsQuestions(questions, form, max_new_tokens)
+    left = iter(questions)
+    for outcomes in answers(engine, task, task.questions()):
+        for outcome in outcomes:
+            scores = outcome.scores
+            yield Answer(next(left), outcome.answer, bool(scores[EXACT_MATCH]), scores[ROUGE_L])
+        advance(len(outcomes))
 
 
 def plain_prompt(messages: Sequence[Mapping[str, str]]) -> str:

@@ -22,7 +22,7 @@ def report(stage: StageReport) -> Section | None:
     results = stage.metrics
     parts: list[Part] = []
     if bits := bits_per_byte_table(results):
-        parts.append(bits)
+        parts += [bits, *breakdown_tables(results.get("bits_per_byte_by", {}))]
     if results.get("bits_per_byte") and is_lossy(stage.run.last_metrics("tokenize")):
         parts.append(Text(LOSSY_NOTE))
     for task, by_model in results.get("tasks", {}).items():
@@ -96,6 +96,29 @@ def bits_per_byte_table(results: Metrics) -> Table | None:
         for name, (value, is_model) in ordered
     ]
     return Table([Column("Held-out text"), Column("Bits per byte, lower is better", True)], rows)
+
+
+def breakdown_tables(by: Mapping[str, Sequence[Metrics]]) -> list[Table]:
+    """Bits per byte by source and domain, where there are several, and by position in a document; a column a model."""
+    tables = []
+    for kind, heading in (("source", "Source"), ("domain", "Domain"), ("position", "Tokens of the document before it")):
+        rows = by.get(kind, ())
+        if len(rows) < 2:
+            continue
+        worst = max(value for row in rows for value in row["bits_per_byte"].values())
+        ends = [f"{row['first'] - 1:,}" for row in rows[1:]] if kind == "position" else []
+        names = [row["name"] or "none" if "name" in row else f"{row['first']:,}" for row in rows]
+        names = [f"{name} – {end}" for name, end in zip(names, ends, strict=False)] + names[len(ends) :]
+        if ends:
+            names[-1] = f"{names[-1]} and more"
+        models = list(rows[0]["bits_per_byte"])
+        columns = [Column(heading), Column("Text", True), *(Column(f"{model}, bits per byte", True) for model in models)]
+        cells: list[list[str | Cell]] = [
+            [name, size(row["bytes"]), *(Cell(f"{of:.3f}", share=of / worst) for of in row["bits_per_byte"].values())]
+            for name, row in zip(names, rows, strict=True)
+        ]
+        tables.append(Table(columns, cells))
+    return tables
 
 
 def task_table(by_model: Mapping[str, Metrics]) -> Table:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice, pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
 
 from bessemer.core.progress import Progress
@@ -16,14 +18,16 @@ from bessemer.core.seeds import derive_seed
 from bessemer.core.store import write_json
 from bessemer.data.corpus.reader import iterate_documents
 from bessemer.evaluation.bootstrap import paired_bootstrap
+from bessemer.evaluation.breakdown import ScoredDocuments, breakdown, scored_documents
 from bessemer.evaluation.compression import xz_bits_per_byte
 from bessemer.evaluation.config import EvaluateConfig
 from bessemer.evaluation.ngram import witten_bell_bits_per_byte
-from bessemer.evaluation.questions import HELD_IN, HELD_OUT, Answer, Question, answer_questions, read_questions
+from bessemer.evaluation.questions import DOCS_QUESTIONS, HELD_IN, HELD_OUT, Answer, Question, answer_questions, read_questions
+from bessemer.evaluation.sliding_window import token_nats
 from bessemer.inference.engine import Engine
 from bessemer.model.device import has_fast_bfloat16
 from bessemer.tokenization.shards import TokenShards
-from bessemer.training.validation import bits_per_byte, whole_documents
+from bessemer.training.validation import whole_documents
 
 #: Format number of `results.json`.
 RESULTS_FORMAT = 1
@@ -53,7 +57,9 @@ def evaluate(
     shards = TokenShards(tokens / "validation")
     scored = whole_documents(shards, config.max_tokens)
     questions = read_questions(conversations, config.questions, seed) if conversations and config.tasks else []
-    scores, answers, forms, dtypes = {}, {}, {}, {}
+    answers, forms, dtypes = {}, {}, {}
+    nats: dict[str, np.ndarray] = {}
+    parts: ScoredDocuments | None = None
     for name, folder in models.items():
         engine = Engine(folder, device=device)
         shards.check_tokenizer(engine.tokenizer.hash, name)
@@ -61,26 +67,30 @@ def evaluate(
         model_device = engine.model.head_weight.device
         dtypes[name] = _matmul_dtype(config, model_device)
         with torch.autocast(model_device.type, torch.bfloat16, enabled=dtypes[name] == "bfloat16"):
-            scores[name] = bits_per_byte(
+            nats[name] = token_nats(
                 engine.model,
                 shards,
+                scored,
                 context_length=min(config.context_length, engine.context_length),
                 batch_size=config.batch_size,
-                max_tokens=config.max_tokens,
+                stride=config.stride,
                 device=model_device,
                 progress=progress,
-            ).bits_per_byte
+            )
+        if parts is None:
+            parts = scored_documents(shards, documents, scored.documents, engine.tokenizer)
         if questions:
             forms[name], answers[name] = answer_questions(
                 engine, questions, max_new_tokens=config.max_new_tokens, progress=progress, name=name
             )
     results = {
         "format": RESULTS_FORMAT,
-        "bits_per_byte": scores,
+        "bits_per_byte": {name: float(of.sum(dtype=np.float64)) / math.log(2) / scored.bytes for name, of in nats.items()},
+        "bits_per_byte_by": {} if parts is None else breakdown(parts, nats),
         "scored": {"documents": scored.documents, "bytes": scored.bytes},
         "dtypes": dtypes,
         "baselines": _baselines(config, documents, scored.documents, progress),
-        "tasks": {"docs_questions": {name: _summary(answers[name], forms[name]) for name in answers}} if answers else {},
+        "tasks": {DOCS_QUESTIONS: {name: _summary(answers[name], forms[name]) for name in answers}} if answers else {},
         "comparisons": _comparisons(answers, seed),
     }
     write_json(out / "results.json", results)
@@ -170,7 +180,7 @@ def _write_answers(path: Path, questions: list[Question], answers: Mapping[str, 
         for index, question in enumerate(questions):
             given = {name: of_model[index] for name, of_model in answers.items()}
             record = {
-                "task": "docs_questions",
+                "task": DOCS_QUESTIONS,
                 "set": question.held,
                 "messages": question.messages,
                 "reference": question.reference,

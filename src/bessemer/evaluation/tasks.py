@@ -128,6 +128,13 @@ def _answer(
             bar.advance(len(batch))
 
 
+def answers(engine: Engine, task: Task, questions: Sequence[Question]) -> Iterator[list[Outcome]]:
+    """What a model's answers to questions of a task are worth, in their order, a call of the engine at a time."""
+    asker = _asker(engine, PromptEncoder(engine.tokenizer, engine.context_length, task.begin_token), task)
+    for batch in _batches(questions, asker.at_once):
+        yield [outcome for outcome, _ in asker.answer(batch)]
+
+
 def _names(task: Task, questions: Sequence[Question]) -> dict[str, str]:
     """What a task is called in `items.jsonl` by form: its name, with the form where there are several."""
     forms = dict.fromkeys(question.form for question in questions)
