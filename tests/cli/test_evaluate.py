@@ -44,6 +44,7 @@ def test_evaluate_writes_a_table_and_a_folder_of_its_own_settings(model, tmp_pat
         "0.3333",
     ]
     assert any("maj@2" in line for line in table)
+    assert "animals: error 0." in (tmp_path / folder / "reliability.svg").read_text()
     assert bessemer(capsys, *arguments)[1] == out
     _, other, _ = bessemer(capsys, *arguments, "--shots", "0", "--limit", "2")
     assert other.splitlines()[-1] != folder

@@ -7,7 +7,15 @@ import pytest
 from bessemer.core.errors import ConfigError
 from bessemer.tasks.judge import Answered, Criterion, Pair, PairVerdict, PairwiseJudge, RubricJudge
 from bessemer.tasks.options import TaskOptions
+from tests.chat_server import completion, serving
 from tests.tasks.written import task_of
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    with serving(monkeypatch) as started:
+        yield started
+
 
 PAIRS = [Pair("Which?", "long and right", "short"), Pair("Which?", "a", "much longer"), Pair("Which?", "one", "two")]
 
@@ -125,6 +133,17 @@ def test_what_cannot_be_read_is_counted_and_has_no_score(tmp_path):
     first, second = task.judge_all([(question, ["x"]) for question in task.questions()])
     assert (first.scores, list(first.counts.values())) == ({"rubric": 1}, [0])
     assert (second.scores, list(second.counts.values())) == ({}, [1])
+
+
+def test_the_judge_of_a_task_file_may_be_at_a_url(tmp_path, serve, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "sesame")
+    server = serve(lambda body, _: completion("Rating: 4" if "Say 1." in body["messages"][0]["content"] else "No idea."))
+    task = task_of(
+        tmp_path, ROWS, kind="judged", judge={"url": server.url, "model": "judge", "key_variable": "JUDGE_KEY"}, max_tokens=3
+    )
+    outcomes = task.judge_all([(question, ["x"]) for question in task.questions()])
+    assert [outcome.scores for outcome in outcomes] == [{"rubric": 0.75}, {}]
+    assert server.requests[0][1]["Authorization"] == "Bearer sesame" and "sesame" not in repr(task.settings)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -31,6 +32,7 @@ def evaluate(
     from bessemer.cli.named import find_model, option_of
     from bessemer.core.hashing import hash_value
     from bessemer.core.progress import progress_for_terminal
+    from bessemer.core.store import write_text
     from bessemer.tasks.options import TaskOptions
     from bessemer.tasks.registry import find_tasks
 
@@ -53,4 +55,9 @@ def evaluate(
     with connected_judges(found, device), Engine(place, device=device, config=config) as engine:
         results = evaluate_tasks(engine, found, folder, model=identity, progress=progress_for_terminal())
     Console(highlight=False).print(show_task_results(results))
+    calibrated = {name: task for name, task in results["tasks"].items() if "calibration" in task}
+    if calibrated and find_spec("matplotlib") is not None:
+        from bessemer.views.reliability_chart import reliability_chart
+
+        write_text(folder / "reliability.svg", reliability_chart(calibrated))
     print(folder)

@@ -16,8 +16,8 @@ from bessemer.core.figures import short_count
 from bessemer.scaling.laws.fit import Fit
 from bessemer.scaling.laws.isoflop import Parabola
 
-_INK, _SOFT, _GRID = "#22262e", "#6b7280", "#dfe3e8"
-_LINES = ("#d9622b", "#2f6f9f", "#4d8b4f", "#8a5aa8", "#b58900", "#5b6770")
+_INK, SOFT, _GRID = "#22262e", "#6b7280", "#dfe3e8"
+LINES = ("#d9622b", "#2f6f9f", "#4d8b4f", "#8a5aa8", "#b58900", "#5b6770")
 _STYLE: Any = {
     "svg.hashsalt": "bessemer",
     "svg.fonttype": "none",
@@ -32,14 +32,14 @@ def fit_chart(fits: Sequence[Fit]) -> str:
 
     def draw(axes: Axes) -> None:
         ends = []
-        for fit, colour in zip(fits, _LINES, strict=False):
+        for fit, colour in zip(fits, LINES, strict=False):
             predicted = fit.law.predict(fit.points.parameters, fit.points.tokens)
             axes.plot(fit.points.loss, predicted, "o", color=colour, markersize=4, label=fit.method, alpha=0.8)
             ends += [float(fit.points.loss.min()), float(fit.points.loss.max())]
-        axes.plot([min(ends), max(ends)], [min(ends), max(ends)], color=_SOFT, linewidth=0.8)
+        axes.plot([min(ends), max(ends)], [min(ends), max(ends)], color=SOFT, linewidth=0.8)
         axes.legend(frameon=False)
 
-    return _svg(draw, "Loss: predicted against measured", f"measured {fits[0].metric}", f"predicted {fits[0].metric}")
+    return svg_chart(draw, "Loss: predicted against measured", f"measured {fits[0].metric}", f"predicted {fits[0].metric}")
 
 
 def isoflop_chart(parabolas: Sequence[Parabola], metric: str) -> str:
@@ -48,7 +48,7 @@ def isoflop_chart(parabolas: Sequence[Parabola], metric: str) -> str:
     def draw(axes: Axes) -> None:
         _logarithmic(axes, short_count)
         for index, parabola in enumerate(parabolas):
-            colour = _LINES[index % len(_LINES)]
+            colour = LINES[index % len(LINES)]
             sizes = parabola.points.parameters
             axes.plot(sizes, parabola.points.loss, "o", color=colour, markersize=4, label=f"{parabola.flops:.2g} FLOPs")
             curve = np.geomspace(sizes.min(), sizes.max(), 60)
@@ -57,7 +57,7 @@ def isoflop_chart(parabolas: Sequence[Parabola], metric: str) -> str:
         # beside the curves: there may be many budgets
         axes.figure.legend(frameon=False, loc="outside right upper", fontsize=7)
 
-    return _svg(draw, "IsoFLOP curves", "parameters", metric)
+    return svg_chart(draw, "IsoFLOP curves", "parameters", metric)
 
 
 def sweep_chart(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_label: str, metric: str) -> str:
@@ -68,12 +68,12 @@ def sweep_chart(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], x
         if min(values) > 0 and max(values) / min(values) > 5:
             _logarithmic(axes, lambda value: f"{value:g}")
         for index, (label, (x, y)) in enumerate(curves.items()):
-            colour = _LINES[index % len(_LINES)]
+            colour = LINES[index % len(LINES)]
             axes.plot(x, y, "o-", color=colour, markersize=4, linewidth=1.2, label=label or None)
         if any(curves):
             axes.legend(frameon=False)
 
-    return _svg(draw, f"{metric} over {x_label}", x_label, metric)
+    return svg_chart(draw, f"{metric} over {x_label}", x_label, metric)
 
 
 def _logarithmic(axes: Axes, words: Callable[[float], str]) -> None:
@@ -83,18 +83,19 @@ def _logarithmic(axes: Axes, words: Callable[[float], str]) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _svg(draw: Callable[[Axes], None], title: str, x_label: str, y_label: str) -> str:
+def svg_chart(draw: Callable[[Axes], None], title: str, x_label: str, y_label: str) -> str:
+    """An SVG file of one plot. draw: puts the data on its axes."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(6.4, 4.2), layout="constrained")
         axes = figure.add_subplot()
         axes.set_title(title, color=_INK, loc="left", fontsize=10)
-        axes.set_xlabel(x_label, color=_SOFT)
-        axes.set_ylabel(y_label, color=_SOFT)
+        axes.set_xlabel(x_label, color=SOFT)
+        axes.set_ylabel(y_label, color=SOFT)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
         axes.grid(color=_GRID, linewidth=0.6)
         axes.set_axisbelow(True)
-        axes.tick_params(colors=_SOFT)
+        axes.tick_params(colors=SOFT)
         draw(axes)
         stream = io.StringIO()
         figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
