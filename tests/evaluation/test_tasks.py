@@ -277,7 +277,7 @@ def test_accuracy_is_also_given_by_length_and_a_length_that_does_not_fit_is_said
     found = results["needle"]
     assert found["by_level"]["level"] == "length" and found["cut"] == 0
     assert [(each["level"], each["n"]) for each in found["by_level"]["levels"]] == [(115, 3), (145, 3)]
-    sentence = f"length 4,096 is above what the model's context of {engine.context_length} tokens leaves, and is left out"
+    sentence = f"left out, since the model's context is {engine.context_length} tokens: length 4,096"
     assert found["left_out"] == [sentence] and f"  needle: {sentence}" in said.lines
     for line in lines:
         assert line["level"] - 40 < len(engine.tokenizer.encode(line["prompt"])) <= line["level"]

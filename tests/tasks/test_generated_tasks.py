@@ -58,7 +58,7 @@ def test_a_length_that_the_context_does_not_hold_is_left_out_and_said(tmp_path):
     assert [question.level for question in questions] == [100, 300, 100, 300]
     # the numbers of items, and so their samples, do not depend on what fits
     assert [question.item for question in questions] == [0, 1, 3, 4]
-    assert left_out == ["length 1,000 is above what the model's context of 330 tokens leaves, and is left out"]
+    assert left_out == ["left out, since the model's context is 330 tokens: length 1,000"]
     with pytest.raises(ConfigError, match="task task: no length fits: the shortest is 100 tokens"):
         task.fit_to_model(count_tokens, 120)
 

@@ -156,11 +156,8 @@ class LengthTask(GeneratedTask[L]):
         self._measure = lambda text: count_tokens(text) - empty
         # what stands around the prompt: begin token, description, chat template
         self._around = count_tokens(self._context("x")) - self._measure("x")
-        return [
-            f"length {length:,} is above what the model's context of {context_length:,} tokens leaves, and is left out"
-            for length in self._all_levels
-            if length > most
-        ]
+        too_long = ", ".join(f"{length:,}" for length in self._all_levels if length > most)
+        return [f"left out, since the model's context is {context_length:,} tokens: length {too_long}"] if too_long else []
 
 
 class NeedleTask(LengthTask[NeedleConfig]):
