@@ -3,14 +3,23 @@
 import math
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
-from bessemer.evaluation.breakdown import POSITIONS, ScoredDocuments, breakdown
+from bessemer.core.progress import Silent
+from bessemer.data.corpus.reader import SCHEMA
+from bessemer.data.corpus.writer import write_documents
+from bessemer.evaluation.breakdown import POSITIONS, ScoredDocuments, breakdown, scored_documents
 from bessemer.evaluation.sliding_window import token_losses, token_nats
+from bessemer.tokenization.config import TokenizeConfig
 from bessemer.tokenization.shards import EncodedDocuments, ShardWriter, TokenShards
+from bessemer.tokenization.stage import tokenize
+from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.validation import bits_per_byte, whole_documents
 from tests.inference.models import small_decoder
+from tests.tokenization.conftest import synthetic_corpus, write_corpus
 
 CONTEXT = 24
 
@@ -93,3 +102,19 @@ def test_what_nothing_is_known_of_is_left_out():
     documents = scored(["a"] * 3, [""] * 3)
     found = breakdown(ScoredDocuments(documents.ends_D, documents.bytes_D, documents.sources, documents.domains, None), {})
     assert list(found) == ["source"] and POSITIONS[0] == 0
+
+
+def test_each_document_has_its_own_domain_and_its_tokens_their_bytes(tmp_path):
+    write_corpus(tmp_path / "plain", synthetic_corpus(20))
+    parts = [pq.read_table(path) for path in sorted((tmp_path / "plain").glob("part-*.parquet"))]
+    table = pa.concat_tables(parts)
+    urls = pa.array([f"https://x{id}.org:80/page" for id in table["id"].to_pylist()])
+    table = table.set_column(table.schema.get_field_index("url"), "url", urls).cast(SCHEMA)
+    write_documents(tmp_path / "documents", [table])
+    tokenize(TokenizeConfig(vocab_size=300), tmp_path / "documents", tmp_path, seed=3, progress=Silent())
+    shards, tokenizer = TokenShards(tmp_path / "tokens" / "validation"), load_tokenizer(tmp_path / "tokenizer")
+    found = scored_documents(shards, tmp_path / "documents", 3, tokenizer)
+    index = shards.documents().slice(0, 3)
+    assert found.domains == [f"x{id}.org" for id in index["id"].to_pylist()] and len(found.domains) == 3
+    assert found.bytes_N.sum() == found.bytes_D.sum() == sum(index["bytes"].to_pylist())
+    assert not found.bytes_N[found.ends_D - 1].any(), "what ends a document stands for no text"

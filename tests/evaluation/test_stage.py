@@ -86,6 +86,10 @@ def test_results_hold_every_models_score_the_baselines_and_the_comparison(line, 
         "rouge_l_held_in",
         "rouge_l_held_out",
     }
+    for rows in results["bits_per_byte_by"].values():
+        parts = sum(row["bits_per_byte"]["sft"] * row["bytes"] for row in rows)
+        assert parts / results["scored"]["bytes"] == pytest.approx(results["bits_per_byte"]["sft"])
+    assert list(results["bits_per_byte_by"]) == ["source", "position"]
     (comparison,) = results["comparisons"]
     assert (comparison["a"], comparison["b"], comparison["n"]) == ("sft", "pretrain", 3)
     low, high = comparison["interval"]

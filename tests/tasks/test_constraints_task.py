@@ -1,3 +1,5 @@
+import random
+
 import pytest
 
 from bessemer.core.errors import ArtefactError, ConfigError
@@ -41,7 +43,7 @@ def test_samples_are_averaged(tmp_path):
 def test_made_items_keep_the_rules_of_their_making():
     items = instruction_items(300, seed=3)
     assert items[:20] == instruction_items(20, seed=3) != instruction_items(20, seed=4)
-    groups = [{maker(__import__("random").Random(0))["kind"] for maker in group} for group in _GROUPS]
+    groups = [{maker(random.Random(0))["kind"] for maker in group} for group in _GROUPS]
     for item in items:
         kinds = [one.kind for one in Constraints.parse(item["constraints"]).constraints]
         assert 1 <= len(kinds) <= 3 and all(sum(kind in group for kind in kinds) <= 1 for group in groups)
