@@ -9,6 +9,7 @@ import pytest
 from bessemer.model.config import ModelConfig
 from bessemer.model.folder import save_model
 from tests.cli.test_main import bessemer, one_error
+from tests.evaluation.test_contamination import write_corpus
 from tests.model.randomised import random_decoder
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer
 from tests.tasks.written import ANIMALS, write_task
@@ -48,6 +49,26 @@ def test_evaluate_writes_a_table_and_a_folder_of_its_own_settings(model, tmp_pat
     assert bessemer(capsys, *arguments)[1] == out
     _, other, _ = bessemer(capsys, *arguments, "--shots", "0", "--limit", "2")
     assert other.splitlines()[-1] != folder
+
+
+def test_how_much_of_a_task_stands_in_the_training_corpus_is_told_beside_its_score(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    question = "Which gas do the leaves of green plants take in from the air when the sun shines on them?"
+    other = "Which metal is made by blowing air through molten pig iron in a large converter of that name?"
+    rows = [{"query": one, "choices": ["a", "b"], "gold": 0} for one in (question, other, "Which one?")]
+    write_task(tmp_path, rows, name="quiz", kind="choice", score="raw")
+    write_corpus(tmp_path / "corpus", [(f"Homework. {question} Good luck!", "train"), (other, "validation")])
+    arguments = ["evaluate", model, "--tasks", "quiz.yaml", "--out", "found", "--corpus", "corpus"]
+    code, out, err = bessemer(capsys, *arguments)
+    assert code == 0, err
+    found = json.loads((tmp_path / "found" / "results.json").read_text())["contamination"]["quiz"]
+    assert (found["dirty"], found["clean"], found["unknown"]) == (1, 1, 1)
+    items = [json.loads(line) for line in (tmp_path / "found" / "items.jsonl").read_text().splitlines()]
+    assert found["dirty_accuracy"] == items[0]["score"] and found["clean_accuracy"] == items[1]["score"]
+    assert any(line.split()[:4] == ["quiz", "1", "of", "3"] for line in out.splitlines())
+    # what is computed is kept, and looking in another corpus asks the model nothing
+    code, _, err = bessemer(capsys, *arguments[:-1], "nowhere")
+    assert code == 2 and "no documents to look for contamination in" in one_error(err)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,9 @@ def evaluate(
     max_model_len: Annotated[
         int | None, typer.Option(help="At most this many tokens of a prompt; the model's context.")
     ] = None,
+    corpus: Annotated[
+        Path | None, typer.Option(help="Run or folder of the training documents, to look for the items in; of a run its own.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
 ) -> None:
@@ -39,7 +42,7 @@ def evaluate(
     given = {"data": data, "limit": limit, "shots": shots, "samples": samples, "seed": seed, "chat": chat, "system": system}
     named = [name for each in tasks.split(",") if (name := each.strip())]
     found = find_tasks(named, TaskOptions.parse(given, option_of("evaluate")))
-    place = find_model(model, runs)
+    place, documents = find_model(model, runs), _documents(corpus, model, runs)
 
     from bessemer.evaluation.judges import connected_judges
     from bessemer.evaluation.model_identity import model_identity
@@ -53,7 +56,7 @@ def evaluate(
     key = hash_value([identity, [[task.name, dict(task.settings)] for task in found]], bits=32)
     folder = out or Path("evaluations") / f"{name}-{key}"
     with connected_judges(found, device), Engine(place, device=device, config=config) as engine:
-        results = evaluate_tasks(engine, found, folder, model=identity, progress=progress_for_terminal())
+        results = evaluate_tasks(engine, found, folder, model=identity, progress=progress_for_terminal(), corpus=documents)
     Console(highlight=False).print(show_task_results(results))
     calibrated = {name: task for name, task in results["tasks"].items() if "calibration" in task}
     if calibrated and find_spec("matplotlib") is not None:
@@ -61,3 +64,19 @@ def evaluate(
 
         write_text(folder / "reliability.svg", reliability_chart(calibrated))
     print(folder)
+
+
+def _documents(corpus: Path | None, model: str, runs: Path) -> Path | None:
+    """The training documents: those of the folder, or of the run that the model is named by; None where there are none."""
+    from bessemer.core.errors import ArtefactError
+    from bessemer.evaluation.contamination import find_corpus
+
+    if corpus is not None:
+        return find_corpus(corpus if corpus.exists() else runs / corpus)
+    for run in (Path(model), runs / model):
+        if (run / "run.json").exists():
+            try:
+                return find_corpus(run)
+            except ArtefactError:
+                return None
+    return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -163,6 +164,33 @@ def _score(overlaps: Sequence[ItemOverlap], scores: Mapping[str, Score]) -> Esti
         return None
     clusters = [(name,) if scores[name].cluster is None else scores[name].cluster for name in scored]
     return mean_estimate([scores[name].score for name in scored], clusters)
+
+
+def task_contamination(
+    texts: Mapping[str, Mapping[str, Sequence[str]]],
+    documents: Path,
+    scores: Mapping[str, Mapping[str, Score]],
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """The contamination of tasks in a folder of documents, as plain values by task, for `results.json`.
+
+    texts: of each task its items' texts (`Task.item_texts`); a task without any is left out. scores: by task and item.
+    """
+    items = [TaskItem(task, id, of_item) for task, of_task in texts.items() for id, of_item in of_task.items()]
+    if not items:
+        return {}
+    found = by_task(contamination(items, corpus_texts(documents, progress)), scores)
+    return {
+        one.task: {
+            "clean": one.clean,
+            "dirty": one.dirty,
+            "unknown": one.unknown,
+            "mean_share": one.mean_share,
+            "clean_accuracy": None if one.clean_score is None else one.clean_score.mean,
+            "dirty_accuracy": None if one.dirty_score is None else one.dirty_score.mean,
+        }
+        for one in found
+    }
 
 
 def contamination_table(tasks: Sequence[TaskContamination]) -> Table:

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 from bessemer.core.hashing import hash_value
 from bessemer.core.progress import Progress
 from bessemer.core.seeds import derive_seed
+from bessemer.evaluation.contamination import task_contamination
+from bessemer.evaluation.evaluation_folder import Score
 from bessemer.evaluation.task_folder import TaskFolder
 from bessemer.evaluation.task_prompts import PromptEncoder
 from bessemer.evaluation.task_results import task_results
@@ -36,13 +38,20 @@ Line = dict[str, Any]
 
 
 def evaluate_tasks(
-    engine: Engine, tasks: Sequence[Task], out: Path, *, model: Mapping[str, Any], progress: Progress
+    engine: Engine,
+    tasks: Sequence[Task],
+    out: Path,
+    *,
+    model: Mapping[str, Any],
+    progress: Progress,
+    corpus: Path | None = None,
 ) -> dict[str, Any]:
     """Evaluate a model on tasks and write `items.jsonl` and `results.json` below `out`; what is there already is kept.
 
-    model: what identifies the model, as plain values. Returns what `results.json` holds: by task, accuracy and standard error
-    (`task_results`) and what was left out for this model (`left_out`), and CORE-n where its tasks are among them. Raises
-    ConfigError where `out` holds an evaluation of another model or with other settings.
+    model: what identifies the model, as plain values. corpus: a folder of the documents that it was trained on. Returns what
+    `results.json` holds: by task, accuracy and standard error (`task_results`) and what was left out for this model
+    (`left_out`), CORE-n where its tasks are among them, and with a corpus how much of each task stands in it
+    (`contamination`). Raises ConfigError where `out` holds an evaluation of another model or with other settings.
     """
     encoders = {task.name: PromptEncoder(engine.tokenizer, engine.context_length, task.begin_token) for task in tasks}
     left_out = {task.name: task.fit_to_model(encoders[task.name].count, engine.context_length) for task in tasks}
@@ -66,6 +75,15 @@ def evaluate_tasks(
     of_core = [(task, by_task[task.name]["accuracy"]) for task in tasks if task.group == CORE]
     if of_core:
         results["core"] = core_score(of_core)
+    if corpus is not None:
+        texts = {
+            name: task.item_texts() for task in tasks for name in dict.fromkeys(_names(task, questions[task.name]).values())
+        }
+        scores: dict[str, dict[str, Score]] = {}
+        for (name, id), line in folder.done.items():
+            if line["score"] is not None:
+                scores.setdefault(name, {})[id] = Score(line["score"], line["cluster"])
+        results["contamination"] = task_contamination(texts, corpus, scores, progress)
     folder.write_results(results)
     return results
 

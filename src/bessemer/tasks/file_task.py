@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from string import ascii_uppercase
@@ -47,12 +47,27 @@ class FileTask(Generic[C]):
         self._clusters = [None if config.cluster is None else row.text(config.cluster) for row in self._items]
         self._prompter = Prompter(config, Examples(config, rows, others))
 
+    def item_texts(self) -> dict[str, list[str]]:
+        """Every text of an item's row, whichever fields the templates name."""
+        return {id: list(_texts(row.values)) for id, row in zip(self._ids, self._items, strict=True)}
+
     def _read_rows(self, folders: list[Path]) -> list[Record]:
         return read_records(find_data(self._config.data, folders))
 
     def _guessing(self, options: Sequence[Sequence[str]]) -> float:
         """The score of guessing: the settings', or the mean of one over each item's number of options."""
         return self._config.chance if self._config.chance is not None else fmean(1 / len(each) for each in options)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            yield from _texts(each)
+    elif isinstance(value, list):
+        for each in value:
+            yield from _texts(each)
 
 
 def find_data(name: str, folders: list[Path]) -> Path:

@@ -127,6 +127,11 @@ class _Task(ABC):
         """
         return ()
 
+    def item_texts(self) -> Mapping[str, Sequence[str]]:
+        """By item, what may stand in a training corpus: its own texts (question, passage, choices), without examples and
+        templates. Empty for a task whose items are made anew."""
+        return {}
+
     @abstractmethod
     def headline(self, form: str) -> str:
         """Which of the scores of a form is its accuracy."""

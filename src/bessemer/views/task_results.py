@@ -33,7 +33,19 @@ def show_task_results(results: Mapping[str, Any]) -> RenderableType:
     if "core" in results:
         core = results["core"]
         lines.append(literal(f"{core['name']}: {core['value']:.4f}. It compares with the same {core['n']} tasks only."))
+    if results.get("contamination"):
+        lines += ["", _contamination(results["contamination"])]
     return Group(*lines)
+
+
+def _contamination(tasks: Mapping[str, Any]) -> RenderableType:
+    """Of each task, the items that share a run of 13 words with the training corpus, and the scores with and without them."""
+    table = listing("Task", "In the corpus", "Too short to tell", "Clean items", "Score of clean", "of those in the corpus")
+    for name, task in tasks.items():
+        items = task["clean"] + task["dirty"] + task["unknown"]
+        counts = [f"{task['dirty']:,} of {items:,}", f"{task['unknown']:,}", f"{task['clean']:,}"]
+        table.add_row(*map(literal, [name, *counts, _share(task["clean_accuracy"]), _share(task["dirty_accuracy"])]))
+    return table
 
 
 def _share(value: float | None) -> str:
