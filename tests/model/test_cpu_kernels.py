@@ -1,30 +1,22 @@
 import ctypes
-from dataclasses import dataclass
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bessemer.model.cpu_kernels import build as builds
 from bessemer.model.cpu_kernels import packed
 from bessemer.model.cpu_kernels.packed import MatrixFields, PackedMatrix
-from bessemer.model.quantised_linear import unpack
+from bessemer.model.quantisation.packing import unpack
+from bessemer.model.quantisation.schemes.base import KernelWeight
 
 # Shapes: N outputs, K inputs, M rows, G groups.
 
 
-@dataclass
-class Layer:
-    """What the kernels read of a quantised linear layer."""
+class Layer(KernelWeight):
+    """A weight for the kernels, and what it stands for."""
 
-    codes: Tensor
-    scales: Tensor
-    zeros: Tensor | None
-    bias: Tensor | None
-    group_size: int
-    offsets: Tensor | None = None
-
-    def dequantised(self) -> Tensor:
+    def dequantised(self):
         wide = self.codes if self.codes.dtype == torch.int8 else unpack(self.codes).int()
         zeros = self.zeros if self.zeros is not None else torch.full_like(self.scales, 8 * (self.codes.dtype == torch.uint8))
         grouped = wide.double().unflatten(-1, (-1, self.group_size)) - zeros[..., None].double()
@@ -37,7 +29,7 @@ def random_layer(bits, outputs, inputs, group, *, zeros=False, bias=False, seed=
     codes = torch.randint(low, high, (outputs, width), generator=draw).to(torch.int8 if bits == 8 else torch.uint8)
     scales = torch.rand(outputs, inputs // group, generator=draw).half().float()
     points = torch.randint(0, 16, scales.shape, generator=draw).to(torch.uint8) if zeros else None
-    return Layer(codes, scales, points, torch.randn(outputs, generator=draw) if bias else None, group)
+    return Layer(codes, scales, group, points, bias=torch.randn(outputs, generator=draw) if bias else None)
 
 
 def random_linear(dtype, outputs, inputs, *, bias=False, seed=0):
