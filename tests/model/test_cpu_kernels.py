@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 from bessemer.model.cpu_kernels import build as builds
-from bessemer.model.cpu_kernels import packed
 from bessemer.model.cpu_kernels.packed import MatrixFields, PackedMatrix
 from bessemer.model.quantisation.packing import unpack
 from bessemer.model.quantisation.schemes.base import KernelWeight
@@ -109,18 +108,18 @@ def test_a_product_does_not_depend_on_the_number_of_threads(layer):
 
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 40])
-def test_another_arithmetic_gives_the_same_bits(name, count, other_arithmetic, monkeypatch):
+def test_another_arithmetic_gives_the_same_bits(name, count, compute_elsewhere):
     matrix, x_MK = PackedMatrix.of(LAYERS[name](bias=True)), rows(count, 192)
     here = matrix.multiply(x_MK)
-    monkeypatch.setattr(packed, "library", lambda: other_arithmetic)
+    compute_elsewhere()
     assert torch.equal(matrix.multiply(x_MK), here)
 
 
 @pytest.mark.parametrize("bits, low, high", [(8, -128, 127), (4, 0, 255)])
-def test_the_largest_codes_and_activations_do_not_overflow(bits, low, high, other_arithmetic, monkeypatch):
+def test_the_largest_codes_and_activations_do_not_overflow(bits, low, high, compute_elsewhere):
     layer, x_MK = random_layer(bits, 32, 192, 32), torch.tensor([1.0, -1.0])[:, None].expand(2, 192)
     layer.codes[:16], layer.codes[16:] = low, high
-    monkeypatch.setattr(packed, "library", lambda: other_arithmetic)
+    compute_elsewhere()
     close(PackedMatrix.of(layer).multiply(x_MK), quantised_activations(x_MK) @ layer.dequantised().T, 1e-6)
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bessemer.model.cpu_kernels.build import library, raise_failure
+from bessemer.model.cpu_kernels.build import library
+from bessemer.model.cpu_kernels.operators import packed_linear
 from bessemer.model.quantisation.packing import pack
 from bessemer.model.quantisation.rounding import MIDDLE
 from bessemer.model.quantisation.schemes.base import Codes, KernelWeight
@@ -70,6 +71,7 @@ class PackedMatrix:
         self.kind = kind
         self.shape = shape
         self.group = group
+        assert library() is not None, "ask library() before a matrix is packed"
         self._tensors = (codes, scales, zeros, bias)
         self.fields = MatrixFields(
             *shape, kind, group, *(None if tensor is None else tensor.data_ptr() for tensor in self._tensors)
@@ -142,27 +144,18 @@ class PackedMatrix:
         in groups of 32. A row's result does not depend on the rows beside it, nor on the number of threads. Raises ValueError
         for rows of another width or on another device.
         """
-        kernels = library()
-        assert kernels is not None, "ask library() before a matrix is packed"
         outputs, inputs = self.shape
         if x.shape[-1] != inputs or x.device.type != "cpu":
             raise ValueError(f"rows {tuple(x.shape)} on {x.device} do not fit a matrix {self.shape} on the processor")
-        values_MK = x.detach().reshape(-1, inputs).float().contiguous()
-        rows = values_MK.shape[0]
-        out_MN = torch.empty(rows, outputs)
-        memory = torch.empty(kernels.bessemer_rows_bytes(self.kind, rows, inputs), dtype=torch.uint8)
-        failed = kernels.bessemer_multiply(
-            ctypes.byref(self.fields),
-            values_MK.data_ptr(),
-            rows,
-            inputs,
-            out_MN.data_ptr(),
+        return packed_linear(
+            x.detach() if x.requires_grad else x,
+            *self._tensors,
+            self.kind,
             outputs,
-            memory.data_ptr(),
+            inputs,
+            self.group,
             threads or torch.get_num_threads(),
         )
-        raise_failure(failed)
-        return out_MN.to(x.dtype).view(*x.shape[:-1], outputs)
 
     def unpacked(self, outputs_N: Tensor) -> dict[str, Tensor]:
         """The codes, scales and zeros that were packed, of some outputs (…,)."""
