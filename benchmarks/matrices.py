@@ -29,7 +29,10 @@ from torch.nn import functional  # noqa: E402
 
 from bessemer.model.cpu_kernels.build import library, unavailable  # noqa: E402
 from bessemer.model.cpu_kernels.packed import PackedMatrix  # noqa: E402
-from bessemer.model.quantised_linear import QuantisedLinear, Scheme  # noqa: E402
+from bessemer.model.quantisation.schemes.int4 import Int4  # noqa: E402
+from bessemer.model.quantisation.schemes.int8 import Int8  # noqa: E402
+from bessemer.model.quantisation.schemes.integers import IntegerScheme  # noqa: E402
+from bessemer.model.quantised_linear import QuantisedLinear  # noqa: E402
 
 # Shapes: M rows, N outputs, K inputs.
 
@@ -41,7 +44,7 @@ ROWS = (1, 4, 8, 32, 512)
 Product = Callable[[Tensor], Tensor]
 
 
-def ours(scheme: Scheme | None) -> tuple[list[Product], int]:
+def ours(scheme: IntegerScheme | None) -> tuple[list[Product], int]:
     """A product for every matrix, and the bytes of all."""
     matrices = []
     for outputs, inputs in SHAPES * LAYERS:
@@ -116,8 +119,8 @@ def main() -> None:
     figures: dict[str, Any] = {"threads": chosen.threads, "arithmetic": arithmetic, "weights": WEIGHTS}
     table = []
     for key, kind, scheme, peer in (
-        ("int4", "4 bits, groups of 32", Scheme(bits=4, group_size=32), torch_int4),
-        ("int8", "8 bits, by output", Scheme(bits=8), torch_int8),
+        ("int4", "4 bits, groups of 32", Int4(32), torch_int4),
+        ("int8", "8 bits, by output", Int8(), torch_int8),
         ("bfloat16", "bfloat16", None, torch_bfloat16),
     ):
         (products, size), theirs = ours(scheme), peer()

@@ -12,8 +12,10 @@ from bessemer.evaluation.quantisation import _of_targets
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
 from bessemer.model.quantisation.gptq import gptq
+from bessemer.model.quantisation.schemes.base import Codes
+from bessemer.model.quantisation.schemes.int4 import Int4
+from bessemer.model.quantisation.schemes.w8a8 import W8A8, int8_product, integer_product
 from bessemer.model.quantisation.statistics import Statistics
-from bessemer.model.quantised_linear import Codes, Scheme, _integer_product, int8_product
 from bessemer.training.config import PretrainConfig
 from bessemer.training.data.batches import Batch
 from bessemer.training.model_setup import prepare_model
@@ -108,12 +110,12 @@ def test_router_losses_and_biases_are_those_of_the_cpu():
 
 
 def test_gptq_gives_the_codes_of_the_cpu():
-    inputs, weight, scheme = random(200, 64) @ random(64, 64, seed=2), random(24, 64, seed=1), Scheme(4, 32)
+    inputs, weight, scheme = random(200, 64) @ random(64, 64, seed=2), random(24, 64, seed=1), Int4(32)
 
     def codes(device):
         statistics = Statistics(64, torch.device(device))
         statistics.add(inputs.to(device))
-        return gptq(weight.to(device), statistics, scheme, damping=0.01, activation_order=True).codes
+        return gptq(weight.to(device), statistics, scheme, damping=0.01, activation_order=True).tensors["codes"]
 
     expected = codes("cpu")
     with pretended_mps():
@@ -127,16 +129,16 @@ def test_sums_of_products_of_int8_are_exact(inputs):
     # of one sign, so that they leave the 24 bits of float32
     left, right = (torch.randint(100, 128, (8, inputs), generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
     with pretended_mps():
-        found = _integer_product(left.to(torch.int8).to(MPS), right.to(torch.int8).to(MPS))
+        found = integer_product(left.to(torch.int8).to(MPS), right.to(torch.int8).to(MPS))
         assert found.cpu().tolist() == (left @ right.T).tolist()
 
 
 def test_layers_with_int8_activations_give_what_they_give_on_the_cpu():
     codes = torch.randint(-127, 128, (3, 64), generator=torch.Generator().manual_seed(0)).to(torch.int8)
-    weight, hidden = Codes(Scheme(8, activation_bits=8), codes, torch.full((3, 1), 0.5)), random(4, 64)
+    weight, hidden = Codes(W8A8(), {"codes": codes, "scales": torch.full((3, 1), 0.5)}), random(4, 64)
     expected = int8_product(hidden, weight, None)
     with pretended_mps():
-        there = Codes(weight.scheme, weight.codes.to(MPS), weight.scales.to(MPS))
+        there = Codes(weight.scheme, {name: tensor.to(MPS) for name, tensor in weight.tensors.items()})
         assert torch.equal(int8_product(hidden.to(MPS), there, None).cpu(), expected)
 
 

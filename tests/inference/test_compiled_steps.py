@@ -16,7 +16,6 @@ from bessemer.model.config import ModelConfig
 from bessemer.model.cpu_kernels import build as builds
 from bessemer.model.cpu_kernels import plain_decoder
 from bessemer.model.cpu_kernels.arithmetic import kernels_arithmetic
-from bessemer.model.formats.gguf_codes import parts_of
 from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
 from bessemer.model.quantised_linear import QuantisedLinear, quantised_parts
@@ -269,7 +268,7 @@ def test_a_model_that_releases_its_codes_has_them_in_the_kernels_alone(scheme, t
     parts = quantised_parts(decoder)
     assert parts and all(part.is_released and part.codes is None for part in parts.values())
     for name, part in quantised_parts(whole).items():
-        assert all(map(same, parts_of(parts[name].stored).items(), parts_of(part.stored).items())), name
+        assert all(map(same, parts[name].stored.tensors.items(), part.stored.tensors.items())), name
         assert torch.equal(parts[name].weight, part.weight)
     assert decoder.device.type == "cpu" and torch.equal(decoder.embed_tokens(rows), whole.embed_tokens(rows))
     steps.runner.weights_changed()

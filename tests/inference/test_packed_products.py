@@ -11,11 +11,13 @@ import torch
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
 from bessemer.model.cpu_kernels.build import library, unavailable
 from bessemer.model.cpu_kernels.packed_products import packed_product, packed_products
-from bessemer.model.formats.gguf_codes import parts_of
 from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
+from bessemer.model.quantisation.rounding import MIDDLE
+from bessemer.model.quantisation.schemes.base import Codes
+from bessemer.model.quantisation.schemes.int4 import Int4
 from bessemer.model.quantised_experts import QuantisedStack
-from bessemer.model.quantised_linear import MIDDLE, Codes, QuantisedLinear, Scheme, quantised_parts, using_packed_matmuls
+from bessemer.model.quantised_linear import QuantisedLinear, quantised_parts, using_packed_matmuls
 from tests.cases import slow_but
 from tests.inference.models import ARCHITECTURES, BASE, LINEAR, small_tokenizer
 from tests.inference.steps import Steps, by_modules, short_texts
@@ -94,7 +96,7 @@ def test_a_model_that_releases_its_codes_has_them_in_the_products_alone(name):
         released = quantised_parts(decoder)[place]
         # a weight that is used as it is keeps its codes
         assert released.is_released is (part not in kept_weights), place
-        assert all(map(same, parts_of(released.stored).items(), parts_of(part.stored).items())), place
+        assert all(map(same, released.stored.tensors.items(), part.stored.tensors.items())), place
     steps.runner.weights_changed()
     assert torch.equal(steps((0, rows[0], 0, 9))[0], expected)
 
@@ -129,11 +131,11 @@ def test_what_was_lent_is_taken_back():
 
 def with_offsets(outputs=40, inputs=96):
     generator = torch.Generator().manual_seed(3)
-    scheme = Scheme(4, 32, "offset")
+    scheme = Int4(32, "offset")
     codes = torch.randint(0, 256, (outputs, inputs // 2), generator=generator, dtype=torch.uint8)
     scales = torch.rand(outputs, inputs // 32, generator=generator).half().float()
     offsets = torch.randn(outputs, inputs // 32, generator=generator)
-    return QuantisedLinear(inputs, outputs, scheme).take(Codes(scheme, codes, scales, offsets=offsets))
+    return QuantisedLinear(inputs, outputs, scheme).take(Codes(scheme, {"codes": codes, "scales": scales, "offsets": offsets}))
 
 
 def test_a_group_with_an_offset_of_its_own_is_the_middle_and_a_product_with_the_sums_of_groups():
@@ -143,7 +145,7 @@ def test_a_group_with_an_offset_of_its_own_is_the_middle_and_a_product_with_the_
     grouped = rows.unflatten(-1, (-1, 32))
     steps = grouped.abs().amax(-1, keepdim=True) / 127
     of_8_bits = ((grouped / steps).round() * steps).flatten(-2)
-    centred = of_8_bits.double() @ Codes(Scheme(4, 32), layer.codes, layer.scales).dequantised().double().T
+    centred = of_8_bits.double() @ Int4(32).dequantise({"codes": layer.codes, "scales": layer.scales}).double().T
     expected = centred + grouped.sum(-1).double() @ (layer.offsets + MIDDLE * layer.scales).double().T
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
     torch.testing.assert_close(found, layer(rows), rtol=0, atol=0.02 * expected.abs().max().item())

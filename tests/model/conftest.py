@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bessemer.model.cpu_kernels import build as builds
+from bessemer.model.cpu_kernels import operators
 from tests.cases import slow
 
 
@@ -33,3 +34,10 @@ def other_arithmetic(request):
         kernels = builds.build(arithmetic=name)
     assert kernels.bessemer_arithmetic().decode() == name
     return kernels
+
+
+@pytest.fixture
+def compute_elsewhere(other_arithmetic):
+    """Has these kernels compute the operators until the test ends."""
+    yield lambda: operators.compute_by(other_arithmetic)
+    operators.compute_by(builds.library())

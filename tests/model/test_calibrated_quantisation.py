@@ -12,8 +12,10 @@ from bessemer.model.quantisation.folding import apply, folds_of
 from bessemer.model.quantisation.gptq import gptq
 from bessemer.model.quantisation.quantise import quantise
 from bessemer.model.quantisation.rounding import round_to_nearest
+from bessemer.model.quantisation.schemes.int4 import Int4
+from bessemer.model.quantisation.schemes.int8 import Int8
 from bessemer.model.quantisation.statistics import Statistics, fed_blocks, gather, steps_of
-from bessemer.model.quantised_linear import Scheme, quantised_parts
+from bessemer.model.quantised_linear import quantised_parts
 from tests.cases import slow_but
 from tests.model.family_models import CASES, ONE_OF_EACH, make
 from tests.model.randomised import SHAPES, random_decoder, random_tokens
@@ -45,7 +47,7 @@ def output_error(codes, weight, inputs):
     return float((inputs @ (codes.dequantised() - weight).T).square().mean())
 
 
-@pytest.mark.parametrize("scheme", [Scheme(4, 32), Scheme(4, 32, "code"), Scheme(8)], ids=["int4", "int4 with zeros", "int8"])
+@pytest.mark.parametrize("scheme", [Int4(32), Int4(32, "code"), Int8()], ids=["int4", "int4 with zeros", "int8"])
 @pytest.mark.parametrize("ordered", [True, False])
 def test_gptq_leaves_half_of_the_output_error_of_rounding(scheme, ordered):
     inputs, weight = correlated_inputs(2000, 64), torch.randn(24, 64, generator=torch.Generator().manual_seed(1))
@@ -58,21 +60,21 @@ def test_gptq_of_inputs_that_have_nothing_in_common_is_rounding():
     weight = torch.randn(24, 64, generator=torch.Generator().manual_seed(1))
     statistics = Statistics(64, torch.device("cpu"))
     statistics.squares_KK, statistics.count = torch.eye(64), 1
-    scheme = Scheme(4, 32)
+    scheme = Int4(32)
     codes = gptq(weight, statistics, scheme, damping=0.01, activation_order=False)
-    assert torch.equal(codes.codes, round_to_nearest(weight, scheme, search_clip=True).codes)
+    assert torch.equal(codes.tensors["codes"], round_to_nearest(weight, scheme, search_clip=True).tensors["codes"])
 
 
 def test_gptq_keeps_weights_whose_input_is_never_there():
     inputs, weight = correlated_inputs(500, 64), torch.randn(24, 64, generator=torch.Generator().manual_seed(1))
     inputs[:, 5] = 0
-    codes = gptq(weight, statistics_of(inputs), Scheme(8), damping=0.01, activation_order=True)
-    assert (codes.dequantised()[:, 5] - weight[:, 5]).abs().max() <= codes.scales.max()
+    codes = gptq(weight, statistics_of(inputs), Int8(), damping=0.01, activation_order=True)
+    assert (codes.dequantised()[:, 5] - weight[:, 5]).abs().max() <= codes.tensors["scales"].max()
 
 
 def test_the_clips_of_awq_leave_a_smaller_output_error_than_plain_rounding():
     inputs, weight = correlated_inputs(2000, 64), torch.randn(24, 64, generator=torch.Generator().manual_seed(1)) ** 3
-    scheme = Scheme(4, 32)
+    scheme = Int4(32)
     codes = round_with_clips(weight, statistics_of(inputs), scheme)
     assert output_error(codes, weight, inputs) < 0.8 * output_error(round_to_nearest(weight, scheme), weight, inputs)
 

@@ -1,30 +1,21 @@
 import ctypes
-from dataclasses import dataclass
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bessemer.model.cpu_kernels import build as builds
-from bessemer.model.cpu_kernels import packed
 from bessemer.model.cpu_kernels.packed import MatrixFields, PackedMatrix
-from bessemer.model.quantised_linear import unpack
+from bessemer.model.quantisation.packing import unpack
+from bessemer.model.quantisation.schemes.base import KernelWeight
 
 # Shapes: N outputs, K inputs, M rows, G groups.
 
 
-@dataclass
-class Layer:
-    """What the kernels read of a quantised linear layer."""
+class Layer(KernelWeight):
+    """A weight for the kernels, and what it stands for."""
 
-    codes: Tensor
-    scales: Tensor
-    zeros: Tensor | None
-    bias: Tensor | None
-    group_size: int
-    offsets: Tensor | None = None
-
-    def dequantised(self) -> Tensor:
+    def dequantised(self):
         wide = self.codes if self.codes.dtype == torch.int8 else unpack(self.codes).int()
         zeros = self.zeros if self.zeros is not None else torch.full_like(self.scales, 8 * (self.codes.dtype == torch.uint8))
         grouped = wide.double().unflatten(-1, (-1, self.group_size)) - zeros[..., None].double()
@@ -37,7 +28,7 @@ def random_layer(bits, outputs, inputs, group, *, zeros=False, bias=False, seed=
     codes = torch.randint(low, high, (outputs, width), generator=draw).to(torch.int8 if bits == 8 else torch.uint8)
     scales = torch.rand(outputs, inputs // group, generator=draw).half().float()
     points = torch.randint(0, 16, scales.shape, generator=draw).to(torch.uint8) if zeros else None
-    return Layer(codes, scales, points, torch.randn(outputs, generator=draw) if bias else None, group)
+    return Layer(codes, scales, group, points, bias=torch.randn(outputs, generator=draw) if bias else None)
 
 
 def random_linear(dtype, outputs, inputs, *, bias=False, seed=0):
@@ -117,18 +108,18 @@ def test_a_product_does_not_depend_on_the_number_of_threads(layer):
 
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 40])
-def test_another_arithmetic_gives_the_same_bits(name, count, other_arithmetic, monkeypatch):
+def test_another_arithmetic_gives_the_same_bits(name, count, compute_elsewhere):
     matrix, x_MK = PackedMatrix.of(LAYERS[name](bias=True)), rows(count, 192)
     here = matrix.multiply(x_MK)
-    monkeypatch.setattr(packed, "library", lambda: other_arithmetic)
+    compute_elsewhere()
     assert torch.equal(matrix.multiply(x_MK), here)
 
 
 @pytest.mark.parametrize("bits, low, high", [(8, -128, 127), (4, 0, 255)])
-def test_the_largest_codes_and_activations_do_not_overflow(bits, low, high, other_arithmetic, monkeypatch):
+def test_the_largest_codes_and_activations_do_not_overflow(bits, low, high, compute_elsewhere):
     layer, x_MK = random_layer(bits, 32, 192, 32), torch.tensor([1.0, -1.0])[:, None].expand(2, 192)
     layer.codes[:16], layer.codes[16:] = low, high
-    monkeypatch.setattr(packed, "library", lambda: other_arithmetic)
+    compute_elsewhere()
     close(PackedMatrix.of(layer).multiply(x_MK), quantised_activations(x_MK) @ layer.dequantised().T, 1e-6)
 
 

@@ -11,9 +11,8 @@ from torch import Tensor
 from bessemer.inference.execution.batch import padded_tables
 from bessemer.model.attention_backends import Scores, explicit
 from bessemer.model.attention_mask import attention_mask
-from bessemer.model.cpu_kernels import attention as kernels_attention
 from bessemer.model.cpu_kernels import build as builds
-from bessemer.model.cpu_kernels.attention import PAGE_TYPES, PagedSequences, paged_attention, pages_fields, write_pages
+from bessemer.model.cpu_kernels.attention import PAGE_TYPES, PagedSequences, PageTensors, paged_attention, write_pages
 
 # Shapes: N new tokens, P blocks, K key-value heads, M positions of a block, H query heads, C channels of a key, V of a value.
 
@@ -58,7 +57,7 @@ class Case:
         if self.dtype == torch.int8:
             self.key_scales = torch.zeros(shape)
             self.value_scales = self.key_scales if self.shared else torch.zeros(shape)
-        self.pages = pages_fields(self.keys, self.values, self.key_scales, self.value_scales)
+        self.pages = PageTensors(self.keys, self.values, self.key_scales, self.value_scales)
         self.all_keys, self.all_values, self.queries = [], [], []
         for length, table, new in zip(self.lengths, self.tables, self.new, strict=True):
             key_TKC = torch.randn(length, self.kv_heads, self.key_width, generator=draw)
@@ -66,7 +65,7 @@ class Case:
             self.all_keys.append(key_TKC)
             self.all_values.append(key_TKC[..., : self.value_width] if self.shared else value_TKV)
             self.queries.append(2 * torch.randn(new, self.heads, self.key_width, generator=draw))
-            whole = PagedSequences([0, length], range(length), *padded_tables([table]))
+            whole = PagedSequences.of([0, length], range(length), *padded_tables([table]))
             write_pages(self.pages, whole, key_TKC, None if self.shared else value_TKV)
 
     def attended(self, *parts, threads=1) -> list[Tensor]:
@@ -85,7 +84,7 @@ class Case:
                 table[: lowest // self.block_size] = [-1] * (lowest // self.block_size)
             tables.append(table)
         queries_NHC = torch.cat([self.queries[sequence][first:last] for sequence, first, last in parts])
-        batch = PagedSequences(starts, positions, *padded_tables(tables))
+        batch = PagedSequences.of(starts, positions, *padded_tables(tables))
         found_NHV = paged_attention(queries_NHC, self.pages, batch, self.scores, self.window, threads)
         return list(found_NHV.split([last - first for _, first, last in parts]))
 
@@ -183,9 +182,9 @@ def test_a_row_has_the_same_bits_with_any_number_of_threads(new):
 
 
 @pytest.mark.parametrize("dtype", PAGE_TYPES, ids=str)
-def test_another_arithmetic_gives_the_same_bits(dtype, other_arithmetic, monkeypatch):
+def test_another_arithmetic_gives_the_same_bits(dtype, compute_elsewhere):
     here = Case(dtype=dtype, scores=Scores(0.125, softcap=9.0)).attended()
-    monkeypatch.setattr(kernels_attention, "library", lambda: other_arithmetic)
+    compute_elsewhere()
     there = Case(dtype=dtype, scores=Scores(0.125, softcap=9.0)).attended()
     assert all(torch.equal(one, two) for one, two in zip(here, there, strict=True))
 
@@ -206,7 +205,7 @@ def test_a_position_or_a_page_that_is_not_there_is_an_error():
         (range(20, 40), [0, 1], "position 32 of row 12 is beyond the 2 pages of its table"),
         (range(20), [0, len(case.keys)], "is none of the"),
     ):
-        batch = PagedSequences([0, 20], positions, *padded_tables([table]))
+        batch = PagedSequences.of([0, 20], positions, *padded_tables([table]))
         with pytest.raises(ValueError, match=message):
             write_pages(case.pages, batch, key, value)
         with pytest.raises(ValueError, match=message):

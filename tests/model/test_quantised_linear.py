@@ -4,14 +4,18 @@ import pytest
 import torch
 from torch.nn import functional
 
+from bessemer.model.quantisation.packing import pack, unpack
 from bessemer.model.quantisation.rounding import find_grid, in_groups, round_to_nearest, search_grid
-from bessemer.model.quantised_linear import QuantisedEmbedding, QuantisedLinear, Scheme, int8_product, pack, unpack
+from bessemer.model.quantisation.schemes.int4 import Int4
+from bessemer.model.quantisation.schemes.int8 import Int8
+from bessemer.model.quantisation.schemes.w8a8 import W8A8, int8_product
+from bessemer.model.quantised_linear import QuantisedEmbedding, QuantisedLinear
 
 SCHEMES = {
-    "int8 by output": Scheme(8),
-    "int8 in groups": Scheme(8, 32),
-    "int4": Scheme(4, 32),
-    "int4 with zeros": Scheme(4, 64, "code"),
+    "int8 by output": Int8(),
+    "int8 in groups": Int8(32),
+    "int4": Int4(32),
+    "int4 with zeros": Int4(64, "code"),
 }
 
 
@@ -38,7 +42,7 @@ def test_a_weight_is_its_scale_times_its_code_less_the_zero(scheme):
         else:
             byte = int(layer.codes[output, place // 2])
             code = byte >> 4 if place % 2 else byte & 15
-            zero = 8 if layer.zeros is None else int(layer.zeros[output, group])
+            zero = int(layer.zeros[output, group]) if scheme.zero == "code" else 8
         assert float(layer.weight[output, place]) == pytest.approx(float(layer.scales[output, group]) * (code - zero), rel=1e-6)
 
 
@@ -46,7 +50,7 @@ def test_a_weight_is_its_scale_times_its_code_less_the_zero(scheme):
 def test_a_rounded_weight_is_half_a_step_from_its_own(scheme):
     weight = random_weight(7, 128)
     layer = quantised(weight, scheme)
-    steps = layer.scales.repeat_interleave(layer.group_size, dim=1)
+    steps = layer.scales.repeat_interleave(scheme.group_of(128), dim=1)
     # at 4 bits the largest magnitude is cut by half a step; scales are rounded to float16
     assert ((layer.weight - weight).abs() <= steps * 0.51).all()
 
@@ -74,7 +78,7 @@ def test_the_layer_is_a_linear_layer_with_the_dequantised_weight(scheme, dtype):
 
 
 def test_int8_activations_meet_int8_weights_in_exact_integers():
-    layer = quantised(random_weight(9, 64), Scheme(8, activation_bits=8))
+    layer = quantised(random_weight(9, 64), W8A8())
     hidden = random_weight(2, 5, 64, seed=1)
     scales = hidden.abs().amax(-1, keepdim=True) / 127.5
     codes = (hidden / scales).round().clamp(-128, 127)
@@ -85,7 +89,7 @@ def test_int8_activations_meet_int8_weights_in_exact_integers():
 
 
 def test_a_row_of_zeros_stays_zero_under_int8_activations():
-    layer = quantised(random_weight(9, 64), Scheme(8, activation_bits=8))
+    layer = quantised(random_weight(9, 64), W8A8())
     assert not int8_product(torch.zeros(2, 64), layer.stored, None).any()
 
 
@@ -99,7 +103,7 @@ def test_an_embedding_reads_the_rows_that_the_head_multiplies_by(scheme):
 
 
 def test_another_number_type_leaves_codes_and_scales_as_they_are():
-    layer = quantised(random_weight(4, 64), Scheme(4, 32, "code"), random_weight(4))
+    layer = quantised(random_weight(4, 64), Int4(32, "code"), random_weight(4))
     before = {name: tensor.clone() for name, tensor in layer.named_buffers()}
     layer.to(torch.bfloat16)
     assert all(torch.equal(tensor, before[name]) for name, tensor in layer.named_buffers())
@@ -107,7 +111,7 @@ def test_another_number_type_leaves_codes_and_scales_as_they_are():
     assert layer.weight.dtype == layer.bias.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("scheme", [Scheme(4, 32), Scheme(4, 32, "code")])
+@pytest.mark.parametrize("scheme", [Int4(32), Int4(32, "code")])
 def test_the_clip_search_never_has_a_larger_squared_error_than_plain_rounding(scheme):
     groups = in_groups(torch.cat((random_weight(20, 64), random_weight(20, 64, seed=1) ** 3)), scheme)
     plain, searched = find_grid(groups, scheme), search_grid(groups, scheme)

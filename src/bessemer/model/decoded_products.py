@@ -61,7 +61,7 @@ def _decoded(model: Decoder) -> list[QuantisedWeight]:
     return [
         part
         for part in quantised_parts(model).values()
-        if part.scheme.activation_bits != 8 and (part is model.head or not isinstance(part, QuantisedEmbedding))
+        if part.scheme.is_weight_only and (part is model.head or not isinstance(part, QuantisedEmbedding))
     ]
 
 

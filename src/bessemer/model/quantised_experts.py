@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from bessemer.model.experts import Experts
-from bessemer.model.quantised_linear import Codes, Keeper, Product, QuantisedLinear, QuantisedWeight, Scheme
+from bessemer.model.quantisation.schemes.base import Codes, Scheme
+from bessemer.model.quantised_linear import Keeper, Product, QuantisedLinear, QuantisedWeight
 
 # Shapes: V visits, D hidden, E experts, I width inside an expert, N outputs, K inputs.
 
@@ -43,15 +44,7 @@ class QuantisedStack(QuantisedWeight):
 
         def stacked(experts: Tensor | None) -> Codes:
             chosen = range(len(keepers)) if experts is None else experts.tolist()
-            each = [keepers[expert](None) for expert in chosen]
-            zeros = [one.zeros for one in each if one.zeros is not None]
-            return Codes(
-                self.scheme,
-                torch.stack([one.codes for one in each]),
-                torch.stack([one.scales for one in each]),
-                torch.stack(zeros) if zeros else None,
-                self.offsets,
-            )
+            return Codes.stack([keepers[expert](None) for expert in chosen])
 
         for layer, keeper in zip(self.matrices, keepers, strict=True):
             layer.release(keeper)

@@ -22,7 +22,15 @@ from bessemer.model.checkpoints import WEIGHTS, WEIGHTS_INDEX
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 #: Of codes, and of what goes with them.
-CODE_DTYPES = {torch.int8: "I8", torch.uint8: "U8", torch.int32: "I32", torch.int64: "I64"}
+CODE_DTYPES = {
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}
 #: Bytes of a file that stay in memory after they have been read for good.
 _MAPPED = 1 << 28
 _SHARDS = "model-*-of-*.safetensors"

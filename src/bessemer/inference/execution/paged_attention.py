@@ -16,7 +16,7 @@ from bessemer.model.attention_backends import AttentionBackend, Scores
 from bessemer.model.attention_mask import AttentionMask, attention_mask
 from bessemer.model.cache import Rectangle
 from bessemer.model.cpu_kernels.arithmetic import kernels_arithmetic
-from bessemer.model.cpu_kernels.attention import PagedSequences, PagesFields, paged_attention, pages_fields, write_pages
+from bessemer.model.cpu_kernels.attention import PagedSequences, PageTensors, paged_attention, write_pages
 from bessemer.model.cpu_kernels.build import library
 from bessemer.model.decoder import Decoder
 
@@ -239,7 +239,7 @@ class CompiledAttention:
     def __init__(self, memory: PagedMemory, threads: int) -> None:
         """threads: of the kernels."""
         self._memory, self._threads = memory, threads
-        self._pages = {layer: pages_fields(*pages) for layer, pages in memory.layers.items()}
+        self._pages = {layer: PageTensors(*pages) for layer, pages in memory.layers.items()}
 
     @staticmethod
     def supports(model: Decoder) -> bool:
@@ -258,10 +258,10 @@ class CompiledAttention:
 class CompiledBatch(PagedBatch):
     """A batch whose pages the compiled CPU kernels read."""
 
-    def __init__(self, memory: PagedMemory, batch: Batch, pages: Mapping[int, PagesFields], threads: int) -> None:
+    def __init__(self, memory: PagedMemory, batch: Batch, pages: Mapping[int, PageTensors], threads: int) -> None:
         super().__init__(memory, batch)
         self._pages, self._threads = pages, threads
-        self._sequences = [PagedSequences(batch.starts, batch.positions, *padded_tables(tables)) for tables in batch.tables]
+        self._sequences = [PagedSequences.of(batch.starts, batch.positions, *padded_tables(tables)) for tables in batch.tables]
 
     def attend(
         self,

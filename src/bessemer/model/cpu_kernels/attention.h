@@ -13,7 +13,7 @@ namespace bessemer {
 
 enum PageType : int32_t { PAGE_F32 = 0, PAGE_F16 = 1, PAGE_BF16 = 2, PAGE_I8 = 3 };
 
-// One layer's keys and values, each [blocks][kv_heads][block_size][width]; mirrored by PagesFields in kernels/attention.py.
+// One layer's keys and values, each [blocks][kv_heads][block_size][width]; mirrored by PagesFields in attention.py.
 struct Pages {
     void* keys;
     void* values;  // latent attention: the keys again, whose first value_width channels are the value

@@ -5,12 +5,14 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from bessemer.model.attention_backends import Scores
-from bessemer.model.cpu_kernels.build import library, raise_failure
+from bessemer.model.cpu_kernels import operators
+from bessemer.model.cpu_kernels.build import library
 
 # Shapes: N new tokens, S sequences, P blocks, K key-value heads, M positions of a block, H query heads, C channels of a key,
 # V of a value.
@@ -48,18 +50,6 @@ class ScoresFields(ctypes.Structure):
     )
 
 
-class RaggedFields(ctypes.Structure):
-    """`struct Ragged` of attention.h."""
-
-    _fields_ = (
-        ("sequences", ctypes.c_int64),
-        ("starts", ctypes.c_void_p),
-        ("positions", ctypes.c_void_p),
-        ("tables", ctypes.c_void_p),
-        ("table_width", ctypes.c_int64),
-    )
-
-
 def pages_fields(
     keys_PKMC: Tensor, values_PKMV: Tensor, key_scales_PKM: Tensor | None, value_scales_PKM: Tensor | None
 ) -> PagesFields:
@@ -88,25 +78,39 @@ def scores_fields(scores: Scores, window: int | None) -> ScoresFields:
     return ScoresFields(scores.scale, scores.softcap or 0.0, window or 0, sinks)
 
 
-class PagedSequences:
+class PageTensors(NamedTuple):
+    """A layer's pages. values may be a slice of the keys' channels; scales are there for pages in int8."""
+
+    keys_PKMC: Tensor
+    values_PKMV: Tensor
+    key_scales_PKM: Tensor | None = None
+    value_scales_PKM: Tensor | None = None
+
+
+class PagedSequences(NamedTuple):
     """New tokens of several sequences over pages: what attention, and the writing of keys, need to know of a batch.
 
-    starts: sequence s has the rows starts[s] : starts[s + 1]. positions: of each row. tables: int32, for every sequence
-    `table_width` numbers, the block of each `block_size` positions, -1 where no row may see it.
+    starts: int64, sequence s has the rows starts[s] : starts[s + 1]. positions: int32, of each row. tables: int32, (S, blocks),
+    the block of each `block_size` positions, -1 where no row may see it.
     """
 
-    def __init__(self, starts: Sequence[int], positions: Sequence[int], tables: array, table_width: int) -> None:
-        self._starts = array("q", starts)
-        self._positions = array("i", positions)
-        self._tables = tables
-        self.rows = len(positions)
-        addresses = (numbers.buffer_info()[0] for numbers in (self._starts, self._positions, self._tables))
-        self.fields = RaggedFields(len(starts) - 1, *addresses, table_width)
+    starts: Tensor
+    positions: Tensor
+    tables: Tensor
+
+    @classmethod
+    def of(cls, starts: Sequence[int], positions: Sequence[int], tables: array[int], table_width: int) -> PagedSequences:
+        """tables: for every sequence `table_width` numbers."""
+        return cls(
+            torch.tensor(starts, dtype=torch.int64),
+            torch.tensor(positions, dtype=torch.int32),
+            torch.frombuffer(tables, dtype=torch.int32).view(-1, table_width),
+        )
 
 
 def paged_attention(
     query_NHC: Tensor,
-    pages: PagesFields,
+    pages: PageTensors,
     batch: PagedSequences,
     scores: Scores,
     window: int | None = None,
@@ -118,42 +122,24 @@ def paged_attention(
     rows there are, in whatever blocks its keys lie, and with any number of threads (PyTorch's where None). Scores and sums are
     float32. Raises ValueError for a shape that does not fit the pages, and for a position or a page that is not there.
     """
-    kernels = library()
-    assert kernels is not None, "ask library() first"
-    query_NHC = query_NHC.float().contiguous()
-    rows, heads, width = query_NHC.shape
-    if rows != batch.rows or width != pages.key_width or heads % pages.kv_heads:
-        raise ValueError(
-            f"queries {tuple(query_NHC.shape)} do not fit {batch.rows} rows over pages of {pages.kv_heads} heads, "
-            f"{pages.key_width} wide"
-        )
-    if scores.sinks_H is not None:
-        scores = scores._replace(sinks_H=scores.sinks_H.detach().float().contiguous())
-    attended_NHV = torch.empty(rows, heads, pages.value_width)
-    failed = kernels.bessemer_paged_attention(
-        ctypes.byref(pages),
-        ctypes.byref(scores_fields(scores, window)),
-        ctypes.byref(batch.fields),
-        heads,
-        query_NHC.data_ptr(),
-        attended_NHV.data_ptr(),
+    assert library() is not None, "ask library() first"
+    sinks_H = scores.sinks_H
+    return operators.paged_attention(
+        query_NHC,
+        *pages,
+        *batch,
+        None if sinks_H is None else sinks_H.detach().float().contiguous(),
+        scores.scale,
+        scores.softcap or 0.0,
+        window or 0,
         threads or torch.get_num_threads(),
     )
-    raise_failure(failed)
-    return attended_NHV
 
 
-def write_pages(pages: PagesFields, batch: PagedSequences, key_NKC: Tensor, value_NKV: Tensor | None) -> None:
+def write_pages(pages: PageTensors, batch: PagedSequences, key_NKC: Tensor, value_NKV: Tensor | None) -> None:
     """Put keys and values of new tokens into their pages; value_NKV is None where values are channels of the keys. Raises
     ValueError for a position or a page that is not there."""
-    kernels = library()
-    assert kernels is not None, "ask library() first"
-    key_NKC = key_NKC.float().contiguous()
-    value_NKV = None if value_NKV is None else value_NKV.float().contiguous()
-    failed = kernels.bessemer_write_pages(
-        ctypes.byref(pages),
-        ctypes.byref(batch.fields),
-        key_NKC.data_ptr(),
-        None if value_NKV is None else value_NKV.data_ptr(),
-    )
-    raise_failure(failed)
+    assert library() is not None, "ask library() first"
+    # where values are channels of the keys, writing those writes both
+    values = (None, None) if value_NKV is None else (pages.values_PKMV, pages.value_scales_PKM)
+    operators.write_pages(pages.keys_PKMC, values[0], pages.key_scales_PKM, values[1], *batch, key_NKC, value_NKV)

@@ -23,6 +23,7 @@ from filelock import FileLock
 
 from bessemer.core.hashing import hash_value
 from bessemer.core.progress import PlainLines, Progress
+from bessemer.model.cpu_kernels import operators
 
 _FOLDER = Path(__file__).parent
 #: -ffp-contract=off: a product and a sum become one rounding where the source says so, and nowhere else. No -ffast-math: the
@@ -75,7 +76,9 @@ def _outcome() -> tuple[ctypes.CDLL | None, str | None]:
     if asked == "none":
         return None, f"{ARITHMETIC_VARIABLE} asks for none"
     try:
-        return build(arithmetic=asked, progress=PlainLines()), None
+        kernels = build(arithmetic=asked, progress=PlainLines())
+        operators.compute_by(kernels)
+        return kernels, None
     except KernelsError as error:
         return None, str(error)
 
@@ -176,17 +179,11 @@ def _declare(kernels: ctypes.CDLL) -> ctypes.CDLL:
     """The types of what Python calls."""
     pointer, size, count, failure = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_char_p
     kernels.bessemer_arithmetic.restype = ctypes.c_char_p
+    kernels.bessemer_operators.argtypes, kernels.bessemer_operators.restype = [count], None
     kernels.bessemer_matrix_size.restype = size
-    kernels.bessemer_rows_bytes.argtypes, kernels.bessemer_rows_bytes.restype = [count, size, size], size
-    kernels.bessemer_multiply.argtypes = [pointer, pointer, size, size, pointer, size, pointer, count]
-    kernels.bessemer_multiply.restype = failure
     kernels.bessemer_encode_blocks.argtypes = [count, pointer, size, pointer, pointer, count]
     kernels.bessemer_encode_blocks.restype = count
     kernels.bessemer_read_row.argtypes, kernels.bessemer_read_row.restype = [pointer, size, pointer], None
-    kernels.bessemer_paged_attention.argtypes = [pointer, pointer, pointer, size, pointer, pointer, count]
-    kernels.bessemer_paged_attention.restype = failure
-    kernels.bessemer_write_pages.argtypes, kernels.bessemer_write_pages.restype = [pointer] * 4, failure
-    kernels.bessemer_cross_entropy.argtypes, kernels.bessemer_cross_entropy.restype = [pointer, count], failure
     kernels.bessemer_step_sizes.argtypes, kernels.bessemer_step_sizes.restype = [pointer], None
     kernels.bessemer_step_new.argtypes, kernels.bessemer_step_new.restype = [pointer, count], pointer
     kernels.bessemer_step_free.argtypes, kernels.bessemer_step_free.restype = [pointer], None

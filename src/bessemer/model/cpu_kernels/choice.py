@@ -13,7 +13,8 @@ from torch import Tensor
 from bessemer.model.cpu_kernels.build import arithmetic
 from bessemer.model.cpu_kernels.packed import PackedMatrix
 from bessemer.model.decoded_products import product
-from bessemer.model.quantised_linear import QuantisedLinear, Scheme
+from bessemer.model.quantisation.schemes.int8 import Int8
+from bessemer.model.quantised_linear import QuantisedLinear
 
 #: Outputs and inputs of the matrix that is tried, too large for a cache.
 _SIZE = 4096
@@ -36,7 +37,7 @@ def faster_dtype() -> torch.dtype | None:
     best = min(_DTYPES, key=lambda dtype: seconds[dtype])
     if kind == "modules":
         return best
-    matrix = PackedMatrix.of(QuantisedLinear(_SIZE, _SIZE, Scheme(8, 32)))
+    matrix = PackedMatrix.of(QuantisedLinear(_SIZE, _SIZE, Int8(32)))
     return best if seconds[best] < _seconds(partial(matrix.multiply, row_1K)) else None
 
 

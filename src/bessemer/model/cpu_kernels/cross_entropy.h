@@ -4,7 +4,6 @@
 
 namespace bessemer {
 
-// Mirrored by cross_entropy.py.
 struct CrossEntropy {
     uint16_t* logits;        // bfloat16, [rows][vocabulary]; overwritten by the gradient where it is wanted
     const int64_t* targets;  // of each row

@@ -116,8 +116,6 @@ const char* bessemer_arithmetic() {
 #endif
 }
 
-int64_t bessemer_rows_bytes(int32_t kind, int64_t m, int64_t k) { return rows_bytes(Kind(kind), m, k); }
-
 void bessemer_read_row(const Matrix* matrix, int64_t output, float* out) { read_row(*matrix, output, out); }
 
 const char* bessemer_multiply(const Matrix* matrix, const float* values, int64_t m, int64_t values_stride, float* out,

@@ -1,8 +1,8 @@
 // Packed matrices of linear layers, and their product with a few or many rows. See docs/kernels.md.
 //
-// The caller splits outputs (and rows) between its threads; nothing here starts one, but for `bessemer_multiply`, which Python
-// calls. The order in which an output is summed depends on k and the matrix alone: never on how many rows there are, which of
-// them are computed together, or how the outputs are split.
+// The caller splits outputs (and rows) between its threads; nothing here starts one, but for `bessemer_multiply`, which
+// operators.cpp calls. The order in which an output is summed depends on k and the matrix alone: never on how many rows there
+// are, which of them are computed together, or how the outputs are split.
 #pragma once
 #include <cstdint>
 
@@ -68,8 +68,7 @@ extern "C" {
 int64_t bessemer_matrix_size();
 // "avx512", "avx2" or "portable".
 const char* bessemer_arithmetic();
-int64_t bessemer_rows_bytes(int32_t kind, int64_t m, int64_t k);
-// Prepares and multiplies m rows with `threads` threads. `memory`: bessemer_rows_bytes, aligned to 64 bytes. Returns a failure as
+// Prepares and multiplies m rows with `threads` threads. `memory`: rows_bytes of it, aligned to 64 bytes. Returns a failure as
 // guards.h says.
 const char* bessemer_multiply(const bessemer::Matrix* matrix, const float* values, int64_t m, int64_t values_stride, float* out,
                               int64_t out_stride, void* memory, int32_t threads);

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import ctypes
 from enum import IntEnum
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bessemer.model.cpu_kernels.build import library, raise_failure
-from bessemer.model.quantised_linear import MIDDLE, Codes, Keeper, QuantisedWeight, Scheme, pack
+from bessemer.model.cpu_kernels.build import library
+from bessemer.model.cpu_kernels.operators import packed_linear
+from bessemer.model.quantisation.packing import pack
+from bessemer.model.quantisation.rounding import MIDDLE
+from bessemer.model.quantisation.schemes.base import Codes, KernelWeight
+from bessemer.model.quantised_linear import PACKED_TENSORS, Keeper, QuantisedLinear
 
 # Shapes: N outputs, K inputs, M rows, G groups along the inputs.
 
@@ -30,25 +33,8 @@ class Kind(IntEnum):
     Q4 = 3
 
 
-class Quantised(Protocol):
-    """What is read of a quantised linear layer: weight = scales · (codes - zeros) per group of neighbours along K."""
-
-    # int8 (N, K), or uint8 (N, K / 2) with two codes of 4 bits each, the even one low
-    codes: Tensor
-    # float32 (N, G), each a float16's value
-    scales: Tensor
-    # uint8 (N, G); None: 8 for 4 bits, 0 for 8
-    zeros: Tensor | None
-    # zeros that are no codes, which the kernels do not know
-    offsets: Tensor | None
-
-    @property
-    def bias(self) -> Tensor | None:
-        """(N,), or None."""
-
-    @property
-    def group_size(self) -> int:
-        """Neighbours along K that share a scale."""
+#: What can be packed.
+Layer = nn.Linear | QuantisedLinear | KernelWeight
 
 
 class MatrixFields(ctypes.Structure):
@@ -85,6 +71,7 @@ class PackedMatrix:
         self.kind = kind
         self.shape = shape
         self.group = group
+        assert library() is not None, "ask library() before a matrix is packed"
         self._tensors = (codes, scales, zeros, bias)
         self.fields = MatrixFields(
             *shape, kind, group, *(None if tensor is None else tensor.data_ptr() for tensor in self._tensors)
@@ -96,47 +83,49 @@ class PackedMatrix:
         return sum(tensor.nbytes for tensor in self._tensors if tensor is not None)
 
     @classmethod
-    def of(cls, *layers: nn.Linear | Quantised) -> PackedMatrix:
+    def of(cls, *layers: Layer) -> PackedMatrix:
         """Pack a layer; several (query, key and value, say) are packed as one whose outputs follow each other.
 
-        Raises ValueError for layers that differ in kind, inputs or groups, and for a group the kernels do not know: they know
-        32, 64, 128 and the whole row.
+        Raises ValueError for layers that differ in kind, inputs or groups, and for a scheme or a group that the kernels do not
+        know: they know groups of 32, 64, 128 and the whole row.
         """
         for reason in filter(None, map(refusal, layers)):
             raise ValueError(f"a layer cannot be packed: {reason}")
-        kinds = {_kind(layer) for layer in layers}
+        weights = [kernel_weight(layer) for layer in layers if not isinstance(layer, nn.Linear)]
+        plain = [layer for layer in layers if isinstance(layer, nn.Linear)]
+        kinds = {_FLOATS[layer.weight.dtype] for layer in plain} | {_kind(weight) for weight in weights if weight}
         if len(kinds) != 1:
             raise ValueError(f"layers of one kind can be packed together, not {', '.join(sorted(k.name for k in kinds))}")
         kind = kinds.pop()
-        bias = _bias(layers)
         if kind in (Kind.F32, Kind.BF16):
-            weights = [layer.weight.detach() for layer in layers]  # type: ignore[union-attr]
-            weight_NK = torch.cat(weights)
+            weight_NK = torch.cat([layer.weight.detach() for layer in plain])
             size, inputs = weight_NK.shape
+            bias = _bias([(layer.bias, layer.weight.shape[0]) for layer in plain])
             pack = _pack_float32 if kind is Kind.F32 else _pack_bfloat16
             return cls(kind, (size, inputs), GROUP, pack(weight_NK), None, None, bias)
-        return cls._quantised(kind, layers, bias)  # type: ignore[arg-type]
+        return cls._quantised(kind, [weight for weight in weights if weight])
 
     @classmethod
-    def _quantised(cls, kind: Kind, layers: tuple[Quantised, ...], bias: Tensor | None) -> PackedMatrix:
-        codes_NP = layers[0].codes if len(layers) == 1 else torch.cat([layer.codes for layer in layers])
+    def _quantised(cls, kind: Kind, weights: list[KernelWeight]) -> PackedMatrix:
+        codes_NP = weights[0].codes if len(weights) == 1 else torch.cat([weight.codes for weight in weights])
         size, inputs = codes_NP.shape[0], codes_NP.shape[1] * (1 if kind is Kind.Q8 else 2)
         padded = -(-inputs // GROUP) * GROUP
-        groups = {padded if layer.group_size == inputs else layer.group_size for layer in layers}
+        groups = {padded if weight.group_size == inputs else weight.group_size for weight in weights}
         if len(groups) != 1:
             raise ValueError(f"layers with one size of groups can be packed together, not {sorted(groups)}")
         group = groups.pop()
         if padded % group:
             raise ValueError(f"groups of {group} do not divide {padded} inputs")
-        scales_NG = torch.cat([layer.scales for layer in layers]).half()
+        scales_NG = torch.cat([weight.scales for weight in weights]).half()
         zeros_NG = None
-        if any(layer.zeros is not None for layer in layers):
+        if any(weight.zeros is not None for weight in weights):
             assert kind is Kind.Q4, "codes of 8 bits are symmetric"
             zeros_NG = torch.cat(
-                [torch.full_like(layer.scales, MIDDLE) if layer.zeros is None else layer.zeros for layer in layers]
+                [torch.full_like(weight.scales, MIDDLE) if weight.zeros is None else weight.zeros for weight in weights]
             )
             zeros_NG = zeros_NG.to(torch.uint8)
         zeros = None if zeros_NG is None else _pack_groups(zeros_NG)
+        bias = _bias([(weight.bias, len(weight.codes)) for weight in weights])
         return cls(kind, (size, inputs), group, _pack_codes(codes_NP, kind), _pack_groups(scales_NG), zeros, bias)
 
     def part(self, first: int, last: int) -> PackedMatrix:
@@ -155,31 +144,21 @@ class PackedMatrix:
         in groups of 32. A row's result does not depend on the rows beside it, nor on the number of threads. Raises ValueError
         for rows of another width or on another device.
         """
-        kernels = library()
-        assert kernels is not None, "ask library() before a matrix is packed"
         outputs, inputs = self.shape
         if x.shape[-1] != inputs or x.device.type != "cpu":
             raise ValueError(f"rows {tuple(x.shape)} on {x.device} do not fit a matrix {self.shape} on the processor")
-        values_MK = x.detach().reshape(-1, inputs).float().contiguous()
-        rows = values_MK.shape[0]
-        out_MN = torch.empty(rows, outputs)
-        memory = torch.empty(kernels.bessemer_rows_bytes(self.kind, rows, inputs), dtype=torch.uint8)
-        failed = kernels.bessemer_multiply(
-            ctypes.byref(self.fields),
-            values_MK.data_ptr(),
-            rows,
-            inputs,
-            out_MN.data_ptr(),
+        return packed_linear(
+            x.detach() if x.requires_grad else x,
+            *self._tensors,
+            self.kind,
             outputs,
-            memory.data_ptr(),
+            inputs,
+            self.group,
             threads or torch.get_num_threads(),
         )
-        raise_failure(failed)
-        return out_MN.to(x.dtype).view(*x.shape[:-1], outputs)
 
-    def stored(self, outputs_N: Tensor, scheme: Scheme, offsets_NG: Tensor | None = None) -> Codes:
-        """The codes, scales and zeros that were packed, of some outputs (…,), as a scheme has them; beside them offsets, which
-        the kernels do not know."""
+    def unpacked(self, outputs_N: Tensor) -> dict[str, Tensor]:
+        """The codes, scales and zeros that were packed, of some outputs (…,)."""
         codes, scales, zeros, _ = self._tensors
         assert scales is not None, "a matrix of codes"
         block, lane = outputs_N // WIDTH, outputs_N % WIDTH
@@ -190,18 +169,19 @@ class PackedMatrix:
             whole = (lanes ^ 128).view(torch.int8).flatten(-2)[..., :inputs].contiguous()
         else:
             whole = pack(torch.stack((lanes & 15, lanes >> 4), dim=-2).flatten(-3)[..., :inputs])
-        zeros_NG = None if zeros is None else zeros[block, :, lane]
-        return Codes(scheme, whole, scales[block, :, lane].float(), zeros_NG, offsets_NG)
+        found = {"codes": whole, "scales": scales[block, :, lane].float()}
+        return found if zeros is None else found | {"zeros": zeros[block, :, lane]}
 
-    def keeper(self, layer: QuantisedWeight, first: int = 0) -> Keeper:
+    def keeper(self, layer: QuantisedLinear, first: int = 0) -> Keeper:
         """Gives back the codes of a layer that was packed here, its first output at the place `first`."""
-        scheme, offsets_NG, count = layer.scheme, layer.offsets, layer.shape[0]
+        scheme, count = layer.scheme, layer.out_features
+        names = scheme.tensors(*layer.shape).keys()
+        others = {name: tensor for name, tensor in layer.tensors.items() if name not in PACKED_TENSORS}
 
         def stored(rows: Tensor | None) -> Codes:
-            outputs_N = torch.arange(count) if rows is None else rows
-            return self.stored(
-                first + outputs_N, scheme, offsets_NG if offsets_NG is None or rows is None else offsets_NG[rows]
-            )
+            packed = self.unpacked(first + (torch.arange(count) if rows is None else rows))
+            found = {name: packed[name] for name in names if name in packed}
+            return Codes(scheme, found | {name: tensor if rows is None else tensor[rows] for name, tensor in others.items()})
 
         return stored
 
@@ -216,36 +196,42 @@ class PackedMatrix:
         return out_K
 
 
-def refusal(layer: nn.Linear | Quantised) -> str | None:
+def kernel_weight(layer: QuantisedLinear | KernelWeight) -> KernelWeight | None:
+    """A layer as the kernels multiply it, with its bias; None where they do not know its scheme."""
+    if isinstance(layer, KernelWeight):
+        return layer
+    weight = layer.scheme.kernel_weight(layer.stored.tensors)
+    return None if weight is None else weight._replace(bias=layer.bias)
+
+
+def refusal(layer: Layer) -> str | None:
     """Why the kernels do not know a layer, as the end of "because …"; None when they do."""
     if isinstance(layer, nn.Linear):
         kind = layer.weight.dtype
         return None if kind in _FLOATS else f"its weights are {str(kind).removeprefix('torch.')}"
-    if layer.offsets is not None:
+    weight = kernel_weight(layer)
+    if weight is None:
+        return "the kernels do not know its scheme"
+    if weight.offsets is not None:
         return "its groups of weights have an offset that is no code"
-    inputs = layer.codes.shape[-1] * (1 if layer.codes.dtype == torch.int8 else 2)
-    if layer.group_size not in (32, 64, 128, inputs):
-        return f"its groups have {layer.group_size} weights, and the kernels know 32, 64, 128 and the whole row"
+    inputs = weight.codes.shape[-1] * (1 if weight.codes.dtype == torch.int8 else 2)
+    if weight.group_size not in (32, 64, 128, inputs):
+        return f"its groups have {weight.group_size} weights, and the kernels know 32, 64, 128 and the whole row"
     return None
 
 
 _FLOATS = {torch.float32: Kind.F32, torch.bfloat16: Kind.BF16}
 
 
-def _kind(layer: nn.Linear | Quantised) -> Kind:
-    if isinstance(layer, nn.Linear):
-        return _FLOATS[layer.weight.dtype]
-    return Kind.Q8 if layer.codes.dtype == torch.int8 else Kind.Q4
+def _kind(weight: KernelWeight) -> Kind:
+    return Kind.Q8 if weight.codes.dtype == torch.int8 else Kind.Q4
 
 
-def _bias(layers: tuple[nn.Linear | Quantised, ...]) -> Tensor | None:
-    if all(layer.bias is None for layer in layers):
+def _bias(parts: list[tuple[Tensor | None, int]]) -> Tensor | None:
+    """The biases of layers with so many outputs, one after the other."""
+    if all(bias is None for bias, _ in parts):
         return None
-    sizes = [layer.weight.shape[0] if isinstance(layer, nn.Linear) else layer.codes.shape[0] for layer in layers]
-    parts = [
-        torch.zeros(n) if layer.bias is None else layer.bias.detach().float() for layer, n in zip(layers, sizes, strict=True)
-    ]
-    return torch.cat(parts)
+    return torch.cat([torch.zeros(count) if bias is None else bias.detach().float() for bias, count in parts])
 
 
 def _blocks(values_NK: Tensor, multiple: int) -> Tensor:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from bessemer.model.cpu_kernels.packed import PackedMatrix, refusal
+from bessemer.model.cpu_kernels.packed import PackedMatrix, kernel_weight, refusal
 from bessemer.model.decoder import Decoder
 from bessemer.model.latent_attention import LatentAttention
+from bessemer.model.quantisation.rounding import MIDDLE
 from bessemer.model.quantised_experts import QuantisedStack
-from bessemer.model.quantised_linear import MIDDLE, PackedMatmuls, Product, QuantisedEmbedding, QuantisedLinear, restore_codes
+from bessemer.model.quantised_linear import PackedMatmuls, Product, QuantisedEmbedding, QuantisedLinear, restore_codes
 
 # Shapes: N outputs, K inputs, G groups along the inputs.
 
@@ -31,17 +31,18 @@ def packed_products(model: Decoder, threads: int, *, release: bool = False) -> P
         if isinstance(part, LatentAttention) and isinstance(part.kv_b_proj, QuantisedLinear):
             weights[part.kv_b_proj] = part.kv_b_proj.weight
         if isinstance(part, QuantisedLinear) and part not in weights and not _is_table(part, model):
-            packed = _packed(part)
+            packed = _packed(part, threads)
             if packed is not None:
-                products[part] = _product(part, packed, threads)
+                matrix, products[part] = packed
                 if release:
-                    part.release(packed.keeper(part))
+                    part.release(matrix.keeper(part))
         if isinstance(part, QuantisedStack):
-            of_each = [(layer, packed) for layer in part.matrices if (packed := _packed(layer)) is not None]
+            of_each = [packed for layer in part.matrices if (packed := _packed(layer, threads)) is not None]
             if len(of_each) == len(part.matrices):
-                stacks[part] = [_product(layer, packed, threads) for layer, packed in of_each]
+                stacks[part] = [product for _, product in of_each]
                 if release:
-                    part.release_matrices([packed.keeper(layer) for layer, packed in of_each])
+                    keepers = [matrix.keeper(layer) for (matrix, _), layer in zip(of_each, part.matrices, strict=True)]
+                    part.release_matrices(keepers)
     return PackedMatmuls(products, stacks, weights)
 
 
@@ -52,32 +53,20 @@ def _is_table(layer: QuantisedLinear, model: Decoder) -> bool:
 
 def packed_product(layer: QuantisedLinear, threads: int) -> Product | None:
     """The product of one layer by packed codes, with activations of 8 bits; None where the kernels do not know its groups."""
-    packed = _packed(layer)
-    return None if packed is None else _product(layer, packed, threads)
+    found = _packed(layer, threads)
+    return None if found is None else found[1]
 
 
-def _packed(layer: QuantisedLinear) -> PackedMatrix | None:
-    centred = layer if layer.offsets is None else _Centred(layer.codes, layer.scales, layer.group_size, layer.bias)
-    return PackedMatrix.of(centred) if refusal(centred) is None else None
-
-
-def _product(layer: QuantisedLinear, packed: PackedMatrix, threads: int) -> Product:
+def _packed(layer: QuantisedLinear, threads: int) -> tuple[PackedMatrix, Product] | None:
+    """The packed codes of a layer and its product; None where the kernels do not know them."""
+    weight = kernel_weight(layer)
+    if weight is None or refusal(centred := weight._replace(offsets=None)) is not None:
+        return None
+    packed = PackedMatrix.of(centred)
     product = partial(packed.multiply, threads=threads)
-    if layer.offsets is None:
-        return product
-    return _with_offsets(product, layer.offsets + MIDDLE * layer.scales, threads)
-
-
-@dataclass
-class _Centred:
-    """Codes of 4 bits as if their zero were the middle."""
-
-    codes: Tensor
-    scales: Tensor
-    group_size: int
-    bias: Tensor | None
-    zeros: Tensor | None = None
-    offsets: Tensor | None = None
+    if weight.offsets is None:
+        return packed, product
+    return packed, _with_offsets(product, weight.offsets + MIDDLE * weight.scales, threads)
 
 
 def _with_offsets(product: Product, offsets_NG: Tensor, threads: int) -> Product:

@@ -1,14 +1,15 @@
 """Conversion between GGUF's quantised blocks and our codes.
 
-Q4_0, Q4_1 and Q8_0 are groups of 32 neighbours with a scale each, and Q4_1 has an offset beside it: no number changes. A block
-of 4 bits holds its first 16 codes in the low halves of its bytes and the others in the high ones; we hold neighbours in a byte.
-The other quantised types (the K types, Q5, MXFP4) are encoded again in codes of 8 bits, as Q8_0 has them.
+Q4_0, Q4_1 and Q8_0 are groups of 32 neighbours with a scale each, and Q4_1 has an offset beside it: schemes hold their codes
+as they are, and no number changes. The other quantised types (the K types, Q5, MXFP4) are encoded again in codes of 8 bits, as
+Q8_0 has them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import numpy as np
 import torch
@@ -19,28 +20,26 @@ from bessemer.core.environment import usable_cores
 from bessemer.model.cpu_kernels.build import library
 from bessemer.model.families.layout import Stored
 from bessemer.model.formats.gguf_blocks import BLOCK_TYPES, BlockType, Floats, dequantise
-from bessemer.model.quantised_linear import LARGEST_INT8, Codes, Scheme, pack, unpack
+from bessemer.model.quantisation.registry import first_scheme
+from bessemer.model.quantisation.rounding import LARGEST_INT8
+from bessemer.model.quantisation.schemes.base import Codes, Scheme
+from bessemer.model.quantisation.schemes.int8 import Int8
+from bessemer.model.quantisation.schemes.integers import BLOCK
 
 # Shapes: N outputs, K inputs, G blocks of a row.
 
-BLOCK = 32
-#: The scheme of a weight that is opened from blocks of a type.
-SCHEMES = {"Q4_0": Scheme(4, BLOCK), "Q4_1": Scheme(4, BLOCK, "offset"), "Q8_0": Scheme(8, BLOCK)}
-#: The scheme of a weight whose blocks are of another quantised type, or of several.
-ENCODED = SCHEMES["Q8_0"]
+#: The scheme of a weight whose blocks are of a quantised type that none has, or of several.
+ENCODED = Int8(BLOCK)
 _BY_NAME = {kind.name: kind for kind in BLOCK_TYPES.values()}
 _NUMBERS = {kind.name: number for number, kind in BLOCK_TYPES.items()}
 #: Values that one thread decodes at once where there are no kernels: they stay in its cache.
 _NEAR_VALUES = 1 << 16
 
 
-def block_type(scheme: Scheme, inputs: int) -> str | None:
-    """The type whose blocks hold codes of a scheme; None where a row is no whole number of blocks."""
-    if inputs % BLOCK or scheme.group_of(inputs) % BLOCK:
-        return None
-    if scheme.bits == 8:
-        return "Q8_0"
-    return "Q4_0" if scheme.zero == "fixed" else "Q4_1"
+@cache
+def scheme_of(kind: str) -> Scheme | None:
+    """The scheme whose codes blocks of a type hold as they are; None where there is none."""
+    return first_scheme(lambda scheme: scheme.of_gguf(kind))
 
 
 def keeps_rows(view: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> bool:
@@ -53,31 +52,11 @@ def keeps_rows(view: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> bool
         return False
 
 
-def empty_codes(scheme: Scheme, shape: tuple[int, ...]) -> Codes:
-    """Room for the codes of a matrix, or a stack of them, of this shape; no zeros that are codes."""
-    assert scheme.zero != "code", scheme
-    kind = torch.uint8 if scheme.bits == 4 else torch.int8
-    scales, offsets = (torch.empty(scheme.scale_shape(*shape)) for _ in range(2))
-    return Codes(
-        scheme,
-        torch.empty(scheme.code_shape(*shape), dtype=kind),
-        scales,
-        offsets=offsets if scheme.zero == "offset" else None,
-    )
-
-
-def read_codes(raw: bytes, kind: str) -> Codes:
-    """The codes that whole blocks of a type in `SCHEMES` hold, one after the other, (K,)."""
-    blocks = np.frombuffer(raw, _block(kind).layout)
-
-    def column(field: str) -> Tensor:
-        return torch.from_numpy(blocks[field].astype(np.float32))
-
-    if SCHEMES[kind].bits == 8:
-        return Codes(SCHEMES[kind], torch.from_numpy(blocks["q"].reshape(-1)), column("d"))
-    halves = torch.from_numpy(blocks["q"].copy())
-    codes = pack(torch.cat((halves & 15, halves >> 4), dim=-1)).view(-1)
-    return Codes(SCHEMES[kind], codes, column("d"), offsets=column("m") if kind == "Q4_1" else None)
+def read_codes(raw: bytes, kind: str) -> dict[str, Tensor]:
+    """The tensors of the type's scheme that whole blocks hold, one after the other, flat."""
+    scheme = scheme_of(kind)
+    assert scheme is not None, kind
+    return scheme.read_blocks(np.frombuffer(raw, _block(kind).layout))
 
 
 def is_quantised_type(kind: str) -> bool:
@@ -126,44 +105,25 @@ def encode_values(values: Floats) -> tuple[NDArray[np.int8], Floats]:
         return steps.reshape(-1).astype(np.int8), scales.astype(np.float16).astype(np.float32)
 
 
-def write_codes(codes: Codes, kind: str) -> np.ndarray:
-    """Codes (…, K) as blocks, (rows, bytes of a row); the blocks of a larger group share its scale."""
-    layout = _block(kind).layout
-    inputs = codes.codes.shape[-1] * (2 if codes.scheme.bits == 4 else 1)
-    repeats = codes.scheme.group_of(inputs) // BLOCK
-
-    def column(values: Tensor) -> np.ndarray:
-        return np.asarray(values.to(torch.float16).repeat_interleave(repeats, dim=-1).reshape(-1).numpy())
-
-    whole = (codes.codes if codes.scheme.bits == 8 else unpack(codes.codes)).reshape(-1, BLOCK)
-    blocks = np.zeros(len(whole), layout)
-    blocks["d"] = column(codes.scales)
-    if codes.scheme.bits == 8:
-        blocks["q"] = whole.numpy()
-    else:
-        blocks["q"] = (whole[:, :16] | (whole[:, 16:] << 4)).numpy()
-    if kind == "Q4_1":
-        assert codes.added is not None
-        blocks["m"] = column(codes.added)
-    return blocks.view(np.uint8).reshape(-1, inputs // BLOCK * layout.itemsize)
+def write_codes(codes: Codes, kind: str, inputs: int) -> np.ndarray:
+    """Codes of rows of K inputs as blocks, (rows, bytes of a row); the blocks of a larger group share its scale."""
+    block = _block(kind)
+    rows = codes.tensors["codes"].numel() // codes.tensors["codes"].shape[-1]
+    blocks = np.zeros(rows * inputs // block.values, block.layout)
+    codes.scheme.write_blocks(codes.tensors, blocks)
+    return blocks.view(np.uint8).reshape(rows, inputs // block.values * block.bytes)
 
 
 def _block(kind: str) -> BlockType:
     return _BY_NAME[kind]
 
 
-def parts_of(codes: Codes) -> dict[str, Tensor]:
-    """The tensors that a scheme has, by name."""
-    parts = {"codes": codes.codes, "scales": codes.scales, "zeros": codes.zeros, "offsets": codes.offsets}
-    return {name: tensor for name, tensor in parts.items() if tensor is not None}
-
-
 def packed_codes(stored: Stored, ours: Mapping[str, Codes]) -> Codes:
     """The rows of our weights that a tensor of a file is made of, as codes."""
     first = ours[stored.places[0].name]
     found = {}
-    for part in parts_of(first):
-        tensors = {place.name: parts_of(ours[place.name])[part] for place in stored.places}
+    for part in first.tensors:
+        tensors = {place.name: ours[place.name].tensors[part] for place in stored.places}
         plain = Stored(stored.name, stored.places, stored.dim).pack(tensors)
         found[part] = plain.reshape(-1, plain.shape[-1])
-    return Codes(first.scheme, **found)
+    return Codes(first.scheme, found)

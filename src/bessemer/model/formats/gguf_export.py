@@ -19,13 +19,14 @@ from bessemer.model.families import family_of
 from bessemer.model.families.layout import Stored
 from bessemer.model.folder import load_model
 from bessemer.model.folder_config import read_model_config
-from bessemer.model.formats.gguf_codes import block_type, keeps_rows, packed_codes, write_codes
+from bessemer.model.formats.gguf_codes import keeps_rows, packed_codes, write_codes
 from bessemer.model.formats.gguf_families import BY_MODEL_TYPE, GgufFamily, Plus
 from bessemer.model.formats.gguf_head import GgufHead, shortest
 from bessemer.model.formats.gguf_rope import ROPE_FACTORS, context_before, rope_factors
 from bessemer.model.initialisation import tensor_shapes
 from bessemer.model.quantisation.quantised_modules import dequantised_tensors, weight_name
-from bessemer.model.quantised_linear import Codes, quantised_parts
+from bessemer.model.quantisation.schemes.base import Codes
+from bessemer.model.quantised_linear import quantised_parts
 from bessemer.model.rope_scaling import rotary_frequencies
 from bessemer.tokenization.folder import TOKENIZER_FILE
 from bessemer.tokenization.formats.gguf_import import TokenType
@@ -85,7 +86,7 @@ def export_gguf(folder: Path, path: Path, dtype: str | None = None) -> list[str]
     ours = {name: tensor.detach() for name, tensor in dequantised_tensors(model).items()}
     kind = GGUF_DTYPES[dtype or _OF_TORCH[model.dtype]]
     if codes and dtype is None:
-        counts = Counter(block_type(one.scheme, ours[name].shape[-1]) for name, one in codes.items())
+        counts = Counter(one.scheme.gguf_type(ours[name].shape[-1]) for name, one in codes.items())
         most = counts.most_common(1)[0][0]
         kind = kind._replace(file_type=GGUF_DTYPES[most.lower()].file_type) if most else kind
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -220,7 +221,8 @@ def _write(
             writer.write_tensor_data(factors.numpy())
         for one in stored:
             if one.name in kept:
-                writer.write_tensor_data(write_codes(packed_codes(one, codes), kept[one.name]))
+                inputs = shapes[one.places[0].name][-1]
+                writer.write_tensor_data(write_codes(packed_codes(one, codes), kept[one.name], inputs))
             else:
                 writer.write_tensor_data(_encoded(one.pack(ours), asked[one.name][0], f"{folder}: tensor {one.name!r}"))
     finally:
@@ -235,7 +237,7 @@ def _kept(one: Stored, shapes: Mapping[str, tuple[int, ...]], codes: Mapping[str
         return None
     schemes = {codes[name].scheme for name in names}
     rows = one.dim == 0 and all(keeps_rows(place.view, shapes[place.name]) for place in one.places)
-    return block_type(schemes.pop(), shapes[names[0]][-1]) if len(schemes) == 1 and rows else None
+    return schemes.pop().gguf_type(shapes[names[0]][-1]) if len(schemes) == 1 and rows else None
 
 
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:

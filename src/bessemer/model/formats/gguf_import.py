@@ -20,12 +20,12 @@ from bessemer.model.families import family_of
 from bessemer.model.families.layout import Stored
 from bessemer.model.folder_config import GENERATION_CONFIG, write_model_config
 from bessemer.model.formats.gguf_blocks import BLOCK_TYPES, OTHER_TYPES, dequantise
-from bessemer.model.formats.gguf_codes import SCHEMES, empty_codes, encode_blocks, parts_of, read_codes
+from bessemer.model.formats.gguf_codes import encode_blocks, read_codes, scheme_of
 from bessemer.model.formats.gguf_families import GGUF_FAMILIES, GgufFamily, Plus
 from bessemer.model.formats.gguf_head import GgufHead
 from bessemer.model.formats.gguf_rope import ROPE_FACTORS
 from bessemer.model.initialisation import tensor_shapes
-from bessemer.model.quantised_linear import Codes, Scheme
+from bessemer.model.quantisation.schemes.base import Codes, Scheme
 from bessemer.model.weights_file import Entry, write_weights
 from bessemer.tokenization.formats.gguf_import import import_gguf as import_gguf_tokenizer
 from bessemer.tokenization.formats.gguf_metadata import TensorInfo, read_head
@@ -185,9 +185,9 @@ class GgufFile:
         """A tensor of a quantised type as codes of a scheme, run by run: those of the file where they are of it, else made of
         its values, of 8 bits."""
         info, kind = self.infos[name], self.kind(name)
-        block, as_it_is = BLOCK_TYPES[info.type], SCHEMES.get(kind) == scheme
-        made = empty_codes(scheme, info.shape)
-        whole = {part: tensor.view(-1) for part, tensor in parts_of(made).items()}
+        block, as_it_is = BLOCK_TYPES[info.type], scheme_of(kind) == scheme
+        made = {part: torch.empty(spec.shape, dtype=spec.dtype) for part, spec in scheme.tensors(*info.shape).items()}
+        whole = {part: tensor.view(-1) for part, tensor in made.items()}
         filled, values = 0, prod(info.shape)
         for raw in self._runs(info):
             first, filled = filled, filled + len(raw) // block.bytes * block.values
@@ -195,11 +195,11 @@ class GgufFile:
                 part: tensor[first * len(tensor) // values : filled * len(tensor) // values] for part, tensor in whole.items()
             }
             if as_it_is:
-                for part, tensor in parts_of(read_codes(raw, kind)).items():
+                for part, tensor in read_codes(raw, kind).items():
                     run[part].copy_(tensor)
             else:
                 encode_blocks(np.frombuffer(raw, np.uint8), kind, run["codes"].numpy(), run["scales"].numpy())
-        return made
+        return Codes(scheme, made)
 
     def read(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """A tensor's values, decoded run by run."""

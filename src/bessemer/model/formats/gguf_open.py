@@ -16,13 +16,14 @@ from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
 from bessemer.model.families.layout import Stored
 from bessemer.model.folder_config import read_end_tokens
-from bessemer.model.formats.gguf_codes import BLOCK, ENCODED, SCHEMES, is_quantised_type, keeps_rows, parts_of
+from bessemer.model.formats.gguf_codes import ENCODED, is_quantised_type, keeps_rows, scheme_of
 from bessemer.model.formats.gguf_families import Plus
 from bessemer.model.formats.gguf_import import GgufFile, Wanted, in_a_family, write_tokenizer
 from bessemer.model.initialisation import empty_decoder, fill
 from bessemer.model.quantisation.layout import quantisable_weights
 from bessemer.model.quantisation.quantised_modules import replace_with_quantised_modules, set_dtype
-from bessemer.model.quantised_linear import Scheme
+from bessemer.model.quantisation.schemes.base import Scheme
+from bessemer.model.quantisation.schemes.integers import BLOCK
 from bessemer.tokenization.folder import TOKENIZER_FILE
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 
@@ -90,7 +91,7 @@ class _Tensors:
         kinds = {self._file.kind(one.name) for one in stored}
         if not all(map(is_quantised_type, kinds)) or not all(map(self._in_rows, stored)) or self._shapes[module][-1] % BLOCK:
             return None
-        return SCHEMES.get(kinds.pop(), ENCODED) if len(kinds) == 1 else ENCODED
+        return (scheme_of(kinds.pop()) if len(kinds) == 1 else None) or ENCODED
 
     def _in_rows(self, stored: Stored) -> bool:
         """Whether a tensor of the file is rows of weights of ours, so that its codes can be put in their place row by row."""
@@ -113,8 +114,7 @@ class _Tensors:
         scheme = self.schemes.get(self._modules.get(name, ""))
         if scheme is None:
             return prod(shape) * self._dtype.itemsize
-        numbers = 1 if scheme.zero == "fixed" else 2
-        return prod(shape) * scheme.bits // 8 + prod(scheme.scale_shape(*shape)) * 4 * numbers
+        return scheme.nbytes(*shape)
 
     def encoded(self) -> str | None:
         """A note on weights that are encoded again."""
@@ -122,7 +122,7 @@ class _Tensors:
         for name, module in self._modules.items():
             for one in self._wanted.of(name) if module in self.schemes else []:
                 kind = self._file.kind(one.name)
-                if SCHEMES.get(kind) != self.schemes[module]:
+                if scheme_of(kind) != self.schemes[module]:
                     kinds[kind] = kinds.get(kind, 0) + 1
         if not kinds:
             return None
@@ -155,14 +155,14 @@ class _Tensors:
         """Put the codes of a tensor of the file where they belong."""
         modules = {place.name: self._modules[place.name] for place in stored.places}
         scheme = self.schemes[next(iter(modules.values()))]
-        for part, tensor in parts_of(self._file.read_codes(stored.name, scheme)).items():
+        for part, tensor in self._file.read_codes(stored.name, scheme).tensors.items():
             if stored.is_whole:
                 weights[f"{modules[stored.places[0].name]}.{part}"] = tensor
                 continue
             for module in modules.values():
                 if f"{module}.{part}" not in weights:
-                    shape = scheme.code_shape if part == "codes" else scheme.scale_shape
-                    weights[f"{module}.{part}"] = torch.empty(shape(*self._shapes[module]), dtype=tensor.dtype)
+                    shape = scheme.tensors(*self._shapes[module])[part].shape
+                    weights[f"{module}.{part}"] = torch.empty(shape, dtype=tensor.dtype)
             Stored(stored.name, stored.places).unpack(
                 tensor, {name: weights[f"{module}.{part}"] for name, module in modules.items()}
             )

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from bessemer.model.quantisation.folding import Fold, apply, folds_of, weight_in
 from bessemer.model.quantisation.rounding import Grid, as_codes, best_grid, find_grid, in_groups
+from bessemer.model.quantisation.schemes.base import Codes
+from bessemer.model.quantisation.schemes.integers import IntegerScheme
 from bessemer.model.quantisation.statistics import Fed, Statistics
-from bessemer.model.quantised_linear import Codes, Scheme
 
 # Shapes: N outputs, K inputs, P channels of what makes them, G groups of a row, S weights of a group.
 
@@ -32,7 +33,7 @@ _MANY_CLIPS = tuple(sign * (1.06 - step / 100) for step in range(51) for sign in
 
 
 def scale_activations(
-    fed: Fed, schemes: Mapping[str, Scheme], statistics: Mapping[str, list[Statistics]]
+    fed: Fed, schemes: Mapping[str, IntegerScheme], statistics: Mapping[str, list[Statistics]]
 ) -> dict[str, list[Statistics]]:
     """Scale a block's activations wherever that makes the error of the block's outputs smaller, in place.
 
@@ -57,7 +58,7 @@ class _Reader(NamedTuple):
     """A matrix that reads activations, or every expert's, (E, N, K), with the statistics of what each reads."""
 
     weight: nn.Parameter
-    scheme: Scheme
+    scheme: IntegerScheme
     statistics: list[Statistics]
 
     @property
@@ -99,13 +100,13 @@ def _best_scales(fold: Fold, readers: Sequence[_Reader], fed: Fed, wanted: Seque
     return best_P
 
 
-def round_with_clips(weight_NK: Tensor, statistics: Statistics, scheme: Scheme) -> Codes:
+def round_with_clips(weight_NK: Tensor, statistics: Statistics, scheme: IntegerScheme) -> Codes:
     """Round to nearest; for each group of weights, within the range that leaves the smallest error of the outputs."""
     grid = _clipped(weight_NK, statistics, scheme, _MANY_CLIPS, sweeps=2)
     return as_codes(grid.codes(in_groups(weight_NK, scheme), scheme), grid, scheme)
 
 
-def _clipped(weight_NK: Tensor, statistics: Statistics, scheme: Scheme, clips: Sequence[float], sweeps: int = 0) -> Grid:
+def _clipped(weight_NK: Tensor, statistics: Statistics, scheme: IntegerScheme, clips: Sequence[float], sweeps: int = 0) -> Grid:
     """The grid (N, G, 1) whose groups have the range with the smallest error of the outputs.
 
     First each group alone: its error δ_g gives the outputs δ_g H_gg δ_gᵀ. In every sweep, one group after the other beside the
@@ -133,7 +134,7 @@ def _clipped(weight_NK: Tensor, statistics: Statistics, scheme: Scheme, clips: S
     return Grid(torch.stack([part.scales for part in parts], 1), torch.stack(zeros, 1) if zeros else None)
 
 
-def _error_beside(weight_NS: Tensor, squares_SS: Tensor, beside_NS: Tensor, scheme: Scheme, grid: Grid) -> Tensor:
+def _error_beside(weight_NS: Tensor, squares_SS: Tensor, beside_NS: Tensor, scheme: IntegerScheme, grid: Grid) -> Tensor:
     """What a group's rounding adds to the error of the outputs, (N, 1), where the other groups' errors come to `beside_NS`."""
     difference_NS = grid.rounded(weight_NS, scheme) - weight_NS
     return ((difference_NS @ squares_SS + 2 * beside_NS) * difference_NS).sum(-1, keepdim=True)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal, Self
 
-from pydantic import model_validator
+from pydantic import ValidationInfo, field_validator, model_validator
 
 from bessemer.core.config import Config, setting
+from bessemer.core.errors import ConfigError
+from bessemer.model.quantisation.registry import GROUP, scheme_plugin
 
 #: Raised when the same settings and inputs give other codes than before (golden outputs in the tests), or their quality is
 #: measured otherwise.
@@ -21,10 +23,11 @@ class QuantizeConfig(Config):
 
     shorthand: ClassVar[str | None] = "scheme"
 
-    scheme: Literal["int8", "int4", "w8a8"] = setting(
+    scheme: str = setting(
         "int8",
         "int8: weights of 8 bits, a scale for each output; int4: of 4 bits, a scale for each group of inputs; w8a8: as int8, "
-        "and activations become int8 row by row.",
+        "and activations become int8 row by row; or one of an installed package.",
+        plugins=GROUP,
     )
     method: Literal["rtn", "gptq", "awq"] = setting(
         "rtn",
@@ -42,8 +45,10 @@ class QuantizeConfig(Config):
     search_clip: bool = setting(
         False, "rtn: choose for each scale the range with the smallest squared error, instead of the whole one."
     )
-    head: Literal["int8", "int4", "none"] = setting(
-        "int8", "Type of the embedding and the head; none: as they are. gptq and awq leave it to rounding."
+    head: str = setting(
+        "int8",
+        "Scheme of the embedding and the head, int8 or int4; none: as they are. gptq and awq leave it to rounding.",
+        plugins=GROUP,
     )
     calibration_tokens: int = setting(65_536, "gptq, awq: tokens of calibration text.", unit="tokens", ge=256)
     calibration_length: int = setting(
@@ -65,12 +70,30 @@ class QuantizeConfig(Config):
         gt=0,
     )
 
+    @field_validator("scheme", "head")
+    @classmethod
+    def _known_scheme(cls, name: str, info: ValidationInfo) -> str:
+        if info.field_name == "head" and name == "none":
+            return name
+        try:
+            plugin = scheme_plugin(name)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        if info.field_name == "head" and not plugin.for_ends:
+            raise ValueError(f"{name} is not for the embedding and the head")
+        return name
+
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.scheme == "w8a8" and self.group_size is not None:
-            raise ValueError("group_size: w8a8 has one scale for an output; leave it out")
-        if not self.symmetric and self.scheme != "int4":
+        scheme = scheme_plugin(self.scheme)
+        if self.group_size is not None and "group_size" not in scheme.settings_read:
+            raise ValueError(f"group_size: {self.scheme} has one scale for an output; leave it out")
+        if not self.symmetric and "symmetric" not in scheme.settings_read:
             raise ValueError("symmetric: false is for int4")
+        if self.search_clip and "search_clip" not in scheme.settings_read:
+            raise ValueError(f"search_clip: {self.scheme} has one range; leave it out")
+        if self.is_calibrated and not scheme.is_calibrated:
+            raise ValueError(f"method: {self.scheme} is rounded to nearest; choose rtn")
         if self.search_clip and self.method != "rtn":
             raise ValueError(f"search_clip is for method: rtn; {self.method} searches by itself")
         return self

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from bessemer.model.device import in_float64
 from bessemer.model.quantisation.rounding import Grid, as_codes, in_groups, search_grid
+from bessemer.model.quantisation.schemes.base import Codes
+from bessemer.model.quantisation.schemes.integers import IntegerScheme
 from bessemer.model.quantisation.statistics import Statistics
-from bessemer.model.quantised_linear import Codes, Scheme
 
 # Shapes: N outputs, K inputs, B inputs of a block, G groups of a row, S weights of a group.
 
@@ -22,7 +23,7 @@ from bessemer.model.quantised_linear import Codes, Scheme
 _BLOCK = 128
 
 
-def gptq(weight_NK: Tensor, statistics: Statistics, scheme: Scheme, *, damping: float, activation_order: bool) -> Codes:
+def gptq(weight_NK: Tensor, statistics: Statistics, scheme: IntegerScheme, *, damping: float, activation_order: bool) -> Codes:
     """Codes of a matrix whose inputs have these statistics.
 
     Scales are fixed before any weight is rounded, by a search over ranges in which an error e of input i counts e² / U_ii², as
@@ -52,7 +53,7 @@ def _columns(grid: Grid, group_K: Tensor) -> Grid:
     return Grid(grid.scales[..., 0][:, group_K], zeros)
 
 
-def _round_in_order(weight_NK: Tensor, factor_KK: Tensor, grid: Grid, scheme: Scheme) -> Tensor:
+def _round_in_order(weight_NK: Tensor, factor_KK: Tensor, grid: Grid, scheme: IntegerScheme) -> Tensor:
     """The code of every weight, the columns taken from left to right."""
     # a column of weights is then one piece of memory
     left_KN = weight_NK.T.contiguous()

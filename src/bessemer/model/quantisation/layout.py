@@ -15,9 +15,10 @@ from bessemer.model.families.base import Family
 from bessemer.model.families.layout import Stored
 from bessemer.model.initialisation import empty_decoder
 from bessemer.model.quantisation.quantised_modules import EMBEDDING, HEAD, quantisable, weight_name
+from bessemer.model.quantisation.schemes.base import Scheme
 from bessemer.model.quantisation.settings import OWN_FORM, compressed_settings, own_settings, read_schemes
 from bessemer.model.quantisation.stored import StoredPart, compressed_parts, fits_compressed_tensors, own_parts
-from bessemer.model.quantised_linear import Scheme, quantised_parts
+from bessemer.model.quantised_linear import quantised_parts
 
 
 class Layout(NamedTuple):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import NamedTuple
 
 from bessemer.core.errors import ConfigError
 from bessemer.model.decoder import Decoder
-from bessemer.model.quantisation.config import GROUP_SIZES, QuantizeConfig
+from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantised_modules import EMBEDDING, HEAD, quantisable
-from bessemer.model.quantised_linear import Scheme, is_quantised
-
-_BYTE_WISE = Scheme(8)
+from bessemer.model.quantisation.registry import SCHEMES
+from bessemer.model.quantisation.schemes.base import Scheme
+from bessemer.model.quantised_linear import is_quantised
 
 
 class Plan(NamedTuple):
@@ -25,36 +26,14 @@ def plan(model: Decoder, config: QuantizeConfig) -> Plan:
     if is_quantised(model):
         raise ConfigError("this model is quantised already; quantise the one that it was made from")
     schemes: dict[str, Scheme] = {}
-    other: dict[int, list[str]] = {}
-    shapes = dict(quantisable(model))
-    for name, shape in shapes.items():
-        schemes[name] = _scheme(config.scheme, shape[-1], config)
-        if schemes[name].group_size != _asked(config):
-            other.setdefault(shape[-1], []).append(name)
+    deviations: Counter[tuple[int, str]] = Counter()
+    chosen = SCHEMES.find(config.scheme).load()
+    for name, shape in quantisable(model):
+        schemes[name], deviation = chosen.choose(shape[-1], config)
+        if deviation is not None:
+            deviations[shape[-1], deviation] += 1
     if config.head != "none":
-        for name in (EMBEDDING, HEAD):
-            if hasattr(model, name):
-                schemes[name] = _scheme(config.head, model.config.hidden_size, config, head=True)
-    notes = []
-    for inputs, names in other.items():
-        scheme = schemes[names[0]]
-        given = f"groups of {scheme.group_size}" if scheme.group_size else "8 bits, a scale for each output"
-        notes.append(f"{len(names)} matrices with {inputs:,} inputs, which {_asked(config)} does not divide: {given}")
+        of_ends, _ = SCHEMES.find(config.head).load().choose(model.config.hidden_size, config, is_end=True)
+        schemes |= {name: of_ends for name in (EMBEDDING, HEAD) if hasattr(model, name)}
+    notes = [f"{count} matrices with {inputs:,} inputs, {how}" for (inputs, how), count in deviations.items()]
     return Plan(schemes, notes)
-
-
-def _asked(config: QuantizeConfig) -> int | None:
-    return config.group_size or (GROUP_SIZES[0] if config.scheme == "int4" else None)
-
-
-def _scheme(kind: str, inputs: int, config: QuantizeConfig, *, head: bool = False) -> Scheme:
-    """The scheme of a matrix with `inputs` inputs: with the largest group of those allowed that divides them."""
-    if kind == "w8a8":
-        return Scheme(8, activation_bits=8)
-    asked = GROUP_SIZES[0] if kind == "int4" and config.scheme != "int4" else _asked(config)
-    if kind == "int8":
-        asked = None if head else asked
-        sizes = [size for size in GROUP_SIZES if asked is not None and size <= asked and inputs % size == 0]
-        return Scheme(8, sizes[0] if sizes else None)
-    sizes = [size for size in GROUP_SIZES if asked is not None and size <= asked and inputs % size == 0]
-    return Scheme(4, sizes[0], "fixed" if config.symmetric else "code") if sizes else _BYTE_WISE

@@ -15,9 +15,10 @@ from bessemer.model.quantisation.folding import weight_in
 from bessemer.model.quantisation.gptq import gptq
 from bessemer.model.quantisation.plan import plan
 from bessemer.model.quantisation.quantised_modules import EMBEDDING, HEAD, replace_with_quantised_modules, weight_name
-from bessemer.model.quantisation.rounding import round_to_nearest
+from bessemer.model.quantisation.schemes.base import Codes, Scheme
+from bessemer.model.quantisation.schemes.integers import IntegerScheme
 from bessemer.model.quantisation.statistics import Fed, Statistics, fed_blocks, gather, steps_of
-from bessemer.model.quantised_linear import Codes, QuantisedWeight, Scheme
+from bessemer.model.quantised_linear import QuantisedWeight
 
 # Shapes: R rows of calibration text, T time, N outputs, K inputs, E experts.
 
@@ -43,7 +44,7 @@ def quantise(
         weights = model.state_dict()
         rest = [name for name in schemes if name not in codes]
         for name in rest:
-            codes[name] = round_to_nearest(weight_of(weights, name), schemes[name], search_clip=config.search_clip)
+            codes[name] = schemes[name].quantise(weight_of(weights, name), search_clip=config.search_clip)
             task.advance()
         of_mtp = sum(name not in (EMBEDDING, HEAD) for name in rest)
         if config.is_calibrated and of_mtp:
@@ -59,16 +60,17 @@ def _calibrated(
     calibrated behind quantised ones."""
     codes: dict[str, Codes] = {}
     seldom = 0
+    integers = {name: scheme for name, scheme in schemes.items() if isinstance(scheme, IntegerScheme)}
     for fed in fed_blocks(model, rows_RT):
-        names = [name for name in schemes if name.startswith(f"{fed.name}.")]
+        names = [name for name in integers if name.startswith(f"{fed.name}.")]
         steps = steps_of(fed, names)
         # a block's inputs are scaled before any of its matrices is rounded
         if config.method == "awq":
-            scaled = scale_activations(fed, schemes, gather(fed, names))
+            scaled = scale_activations(fed, integers, gather(fed, names))
         for step in steps:
             statistics = gather(fed, step) if config.method == "gptq" else {name: scaled[name] for name in step}
             for name in step:
-                codes[name], unvisited = _round(fed, name, schemes[name], statistics[name], config)
+                codes[name], unvisited = _round(fed, name, integers[name], statistics[name], config)
                 seldom += unvisited
                 task.advance(note=name)
     if seldom:
@@ -76,7 +78,9 @@ def _calibrated(
     return codes
 
 
-def _round(fed: Fed, name: str, scheme: Scheme, statistics: list[Statistics], config: QuantizeConfig) -> tuple[Codes, int]:
+def _round(
+    fed: Fed, name: str, scheme: IntegerScheme, statistics: list[Statistics], config: QuantizeConfig
+) -> tuple[Codes, int]:
     """The codes of a matrix or of a stack of experts', which take the weight's place; and how many were hardly visited."""
     weight = weight_in(fed.block, name.removeprefix(f"{fed.name}."))
     stack = weight.data if weight.ndim == 3 else weight.data[None]
@@ -84,24 +88,14 @@ def _round(fed: Fed, name: str, scheme: Scheme, statistics: list[Statistics], co
     for matrix_NK, statistic in zip(stack, statistics, strict=True):
         if weight.ndim == 3 and statistic.count < _LEAST_VISITS * matrix_NK.shape[1]:
             seldom += 1
-            found.append(round_to_nearest(matrix_NK, scheme))
+            found.append(scheme.quantise(matrix_NK))
         elif config.method == "gptq":
             found.append(gptq(matrix_NK, statistic, scheme, damping=config.damping, activation_order=config.activation_order))
         else:
             found.append(round_with_clips(matrix_NK.to(torch.float32), statistic, scheme))
-    whole = _stacked(found) if weight.ndim == 3 else found[0]
+    whole = Codes.stack(found) if weight.ndim == 3 else found[0]
     weight.data = whole.dequantised().to(weight.dtype)
     return whole, seldom
-
-
-def _stacked(parts: list[Codes]) -> Codes:
-    zeros = [part.zeros for part in parts if part.zeros is not None]
-    return Codes(
-        parts[0].scheme,
-        torch.stack([part.codes for part in parts]),
-        torch.stack([part.scales for part in parts]),
-        torch.stack(zeros) if zeros else None,
-    )
 
 
 def weight_of(weights: Mapping[str, Tensor], module: str) -> Tensor:

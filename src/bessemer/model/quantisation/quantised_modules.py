@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from bessemer.model.decoder import Decoder
 from bessemer.model.experts import Experts
 from bessemer.model.initialisation import empty_decoder, fill
+from bessemer.model.quantisation.schemes.base import Scheme
 from bessemer.model.quantised_experts import QuantisedExperts
-from bessemer.model.quantised_linear import QuantisedEmbedding, QuantisedLinear, Scheme, is_quantised, quantised_parts
+from bessemer.model.quantised_linear import QuantisedEmbedding, QuantisedLinear, is_quantised, quantised_parts
 
 EMBEDDING, HEAD = "embed_tokens", "lm_head"
 _KEPT = ("shared_expert_gate", "in_proj_ba")

@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bessemer.core.errors import ArtefactError
+from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.model.families.layout import Stored
 from bessemer.model.quantisation.quantised_modules import EMBEDDING, HEAD
-from bessemer.model.quantisation.stored import form_of
-from bessemer.model.quantised_linear import Scheme, described
+from bessemer.model.quantisation.registry import SCHEMES, first_scheme
+from bessemer.model.quantisation.schemes.base import CompressedForm, Scheme
+from bessemer.model.quantisation.stored import compressed_form
 
 #: Key of `config.json`.
 QUANTIZATION = "quantization_config"
@@ -26,7 +27,7 @@ def own_settings(schemes: Mapping[str, Scheme], model_type: str) -> dict[str, An
     `transformers` opens a model whose `quant_method` it does not know, with random weights. So such a folder is not of the
     family `model_type`, which is kept here, but of our own, which `transformers` refuses.
     """
-    modules = {name: described(scheme) for name, scheme in schemes.items()}
+    modules = {name: scheme.described() for name, scheme in schemes.items()}
     return {"quant_method": OWN_FORM, "model_type": model_type, "modules": modules}
 
 
@@ -41,14 +42,17 @@ def compressed_settings(
     `ignore` lists.
     """
     places: dict[tuple[str, Scheme, str], list[str]] = {}
+    forms: dict[tuple[str, Scheme, str], CompressedForm] = {}
     ignored = []
     for one in stored:
         name, base = one.places[0].name, one.name.removesuffix(".weight")
         if name in modules:
-            scheme = schemes[modules[name]]
-            kind = "Linear" if name in linear else "Embedding"
-            names = places.setdefault((form_of(modules[name], scheme), scheme, kind), [])
-            names += [base, HEAD] if tied and modules[name] == EMBEDDING else [base]
+            module = modules[name]
+            form = compressed_form(module, schemes[module])
+            assert form is not None, schemes[module]
+            key = (form.format, schemes[module], "Linear" if name in linear else "Embedding")
+            forms[key] = form
+            places.setdefault(key, []).extend([base, HEAD] if tied and module == EMBEDDING else [base])
         elif name in linear:
             ignored.append(base)
     if tied and EMBEDDING not in schemes:
@@ -57,39 +61,23 @@ def compressed_settings(
     counts = Counter({key: len(names) for key, names in places.items() if key[2] == "Linear"})
     common = counts.most_common(1)[0][0]
     for index, (key, names) in enumerate(sorted(places.items(), key=lambda item: item[0] == common)):
-        form, scheme, _ = key
         groups[f"group_{index}"] = {
             "targets": ["Linear"] if key == common else [f"re:^{re.escape(name)}$" for name in names],
-            "format": form,
-            "weights": _weights(scheme),
-            "input_activations": _activations() if scheme.activation_bits == 8 else None,
+            "format": forms[key].format,
+            "weights": forms[key].weights,
+            "input_activations": forms[key].input_activations,
             "output_activations": None,
         }
-    forms = {form for form, _, _ in places}
+    formats = {form.format for form in forms.values()}
     return {
         "quant_method": COMPRESSED_TENSORS,
-        "format": forms.pop() if len(forms) == 1 else "mixed-precision",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": ignored,
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
-
-
-def _weights(scheme: Scheme) -> dict[str, Any]:
-    return {
-        "num_bits": scheme.bits,
-        "type": "int",
-        "symmetric": scheme.zero == "fixed",
-        "strategy": "channel" if scheme.group_size is None else "group",
-        "group_size": scheme.group_size,
-        "dynamic": False,
-    }
-
-
-def _activations() -> dict[str, Any]:
-    return {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "group_size": None, "dynamic": True}
 
 
 def read_settings(values: Mapping[str, Any], path: Path) -> Mapping[str, Any] | None:
@@ -120,8 +108,8 @@ def read_schemes(
     found: dict[str, Scheme] = {}
     if settings["quant_method"] == OWN_FORM:
         try:
-            return {name: Scheme(**values) for name, values in settings["modules"].items()}
-        except (TypeError, AssertionError, KeyError):
+            return {name: _described(values, path) for name, values in settings["modules"].items()}
+        except (TypeError, AssertionError, KeyError, AttributeError):
             raise ArtefactError(f"{path}: {QUANTIZATION} is damaged") from None
     groups = [group for group in settings.get("config_groups", {}).values() if isinstance(group, Mapping)]
     ignored = settings.get("ignore") or []
@@ -141,6 +129,19 @@ def read_schemes(
     return found
 
 
+def _described(values: Mapping[str, Any], path: Path) -> Scheme:
+    """The scheme of `Scheme.described`. Raises ArtefactError for one that is not installed."""
+    assert isinstance(values, Mapping), values
+    try:
+        if "scheme" in values:
+            SCHEMES.find(values["scheme"])
+    except ConfigError as error:
+        raise ArtefactError(f"{path}: {QUANTIZATION}: {error}") from None
+    found = first_scheme(lambda scheme: scheme.of_described(values))
+    assert found is not None, values
+    return found
+
+
 def _matches(target: str, name: str, kind: str) -> bool:
     if target.startswith("re:"):
         return re.match(target[3:], name) is not None
@@ -149,23 +150,10 @@ def _matches(target: str, name: str, kind: str) -> bool:
 
 def _scheme(group: Mapping[str, Any], name: str, path: Path) -> Scheme:
     weights, activations = group.get("weights") or {}, group.get("input_activations")
-    bits, strategy, symmetric = weights.get("num_bits"), weights.get("strategy"), weights.get("symmetric", True)
-    supported = (
-        weights.get("type", "int") == "int"
-        and bits in (4, 8)
-        and strategy in ("channel", "group")
-        and (symmetric or bits == 4)
-        and weights.get("actorder") not in ("group", True)
-        and group.get("output_activations") is None
-    )
-    dynamic = activations is not None and activations.get("dynamic") is True and activations.get("num_bits") == 8
-    if activations is not None and not (dynamic and bits == 8 and strategy == "channel"):
-        supported = False
-    if not supported:
+    found = first_scheme(lambda scheme: scheme.of_compressed(weights, activations))
+    if found is None or group.get("output_activations") is not None:
         raise ArtefactError(
             f"{path}: {name} is quantised in a way that is not supported; supported: int8 by channel or group, int4 by group, "
             "and int8 with int8 activations by token"
         )
-    size = weights.get("group_size") if strategy == "group" else None
-    assert isinstance(bits, int)
-    return Scheme(bits, size, "fixed" if symmetric else "code", 8 if activations is not None else 16)
+    return found

@@ -5,8 +5,8 @@ A matrix `NAME.weight` is there as `NAME.weight_packed` (int32, several codes ea
 group) and, where zeros are codes of their own, `NAME.weight_zero_point` (int32, packed along the outputs).
 
 What that form has no place for is kept under our own names, and the folder's `quant_method` is then `bessemer`, which other
-readers refuse: GPT-2's and gpt-oss's matrices, which lie there input by output; offsets that are no code; an embedding of 4
-bits.
+readers refuse: GPT-2's and gpt-oss's matrices, which lie there input by output; and schemes that it does not know
+(`Scheme.compressed`).
 """
 
 from __future__ import annotations
@@ -16,15 +16,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from bessemer.model.families.layout import Stored, whole
 from bessemer.model.quantisation.quantised_modules import EMBEDDING, HEAD
-from bessemer.model.quantised_linear import Scheme
-
-# Shapes: N outputs, K inputs, G groups of a row, P bytes of a row.
-
-PACKED, INTEGERS, NAIVE = "pack-quantized", "int-quantized", "naive-quantized"
+from bessemer.model.quantisation.schemes.base import CompressedForm, Scheme
 
 
 @dataclass(frozen=True)
@@ -49,94 +44,33 @@ class StoredPart:
         return self.pack(self.view(ours[self.ours]))
 
 
-def form_of(module: str, scheme: Scheme) -> str:
-    """The name of the form in which compressed-tensors keeps a weight."""
-    if scheme.activation_bits == 8:
-        return INTEGERS
-    # a tied head shares the tensor `weight` with the embedding, and no other
-    return NAIVE if module in (EMBEDDING, HEAD) and scheme.bits == 8 else PACKED
+def compressed_form(module: str, scheme: Scheme) -> CompressedForm | None:
+    """The form in which compressed-tensors keeps a module's weight; None where it has none."""
+    return scheme.compressed("embedding" if module == EMBEDDING else "head" if module == HEAD else "block")
 
 
 def fits_compressed_tensors(stored: Sequence[Stored], schemes: Mapping[str, Scheme], weights: Collection[str]) -> bool:
     """Whether compressed-tensors has a form for every weight. weights: names of the tensors that are quantised."""
-    if any(scheme.zero == "offset" for scheme in schemes.values()) or schemes.get(EMBEDDING, Scheme()).bits == 4:
+    if any(compressed_form(module, scheme) is None for module, scheme in schemes.items()):
         return False
     return all(one.is_rows for one in stored if any(place.name in weights for place in one.places))
 
 
 def compressed_parts(one: Stored, module: str, scheme: Scheme, shape: tuple[int, ...], tied: bool) -> Iterator[StoredPart]:
     """The tensors that take the place of `one`, a weight of ours with this shape or rows of it."""
-    base, view = one.name.removesuffix(".weight"), one.places[0].view
-    matrix = view(torch.empty(shape, device="meta"))
-    outputs, inputs = matrix.shape
-    groups = scheme.scale_shape(outputs, inputs)[-1]
-    kind = form_of(module, scheme)
-    codes = (f"{module}.codes", scheme.code_shape(*shape))
-    scales, zeros = ((f"{module}.{part}", scheme.scale_shape(*shape)) for part in ("scales", "zeros"))
-    if kind != PACKED:
-        yield StoredPart(f"{base}.weight", *codes, (outputs, inputs), torch.int8, view, whole, whole)
-    else:
-        width = -(-inputs * scheme.bits // 32)
-        packing = (_pack_8, lambda words: _unpack_8(words, inputs)) if scheme.bits == 8 else (_words, _bytes)
-        yield StoredPart(f"{base}.weight_packed", *codes, (outputs, width), torch.int32, view, *packing)
-        yield StoredPart(
-            f"{base}.weight_shape", *codes, (2,), torch.int64, view, lambda _: torch.tensor([outputs, inputs]), None
-        )
-    half, wide = (lambda tensor: tensor.to(torch.float16)), (lambda tensor: tensor.to(torch.float32))
-    yield StoredPart(f"{base}.weight_scale", *scales, (outputs, groups), torch.float16, view, half, wide)
-    # a reader that ties the codes gives the head scales of its own
-    if module == EMBEDDING and tied:
-        yield StoredPart(f"{HEAD}.weight_scale", *scales, (outputs, groups), torch.float16, view, half, None)
-    if scheme.zero == "code":
-        width = -(-outputs // 8)
-        yield StoredPart(
-            f"{base}.weight_zero_point",
-            *zeros,
-            (width, groups),
-            torch.int32,
-            view,
-            _pack_zeros,
-            lambda words: _unpack_zeros(words, outputs),
-        )
+    form, ours, view = compressed_form(module, scheme), scheme.tensors(*shape), one.places[0].view
+    assert form is not None, scheme
+    outputs, inputs = view(torch.empty(shape, device="meta")).shape
+    base = one.name.removesuffix(".weight")
+    for suffix, name, spec, pack, unpack in form.tensors(outputs, inputs):
+        made_of = (f"{module}.{name}", ours[name].shape)
+        yield StoredPart(f"{base}.{suffix}", *made_of, *spec, view, pack, unpack)
+        # a reader that ties the codes gives the head scales of its own
+        if name == "scales" and module == EMBEDDING and tied:
+            yield StoredPart(f"{HEAD}.{suffix}", *made_of, *spec, view, pack, None)
 
 
 def own_parts(module: str, scheme: Scheme, shape: tuple[int, ...]) -> Iterator[StoredPart]:
-    """A weight's codes, scales and what else it has, under our own names and as they are."""
-    kind = torch.uint8 if scheme.bits == 4 else torch.int8
-    code_shape, scale_shape = scheme.code_shape(*shape), scheme.scale_shape(*shape)
-    yield StoredPart(f"{module}.codes", f"{module}.codes", code_shape, code_shape, kind, whole, whole, whole)
-    parts = {"scales": torch.float32}
-    parts |= {"code": {"zeros": torch.uint8}, "offset": {"offsets": torch.float32}}.get(scheme.zero, {})
-    for name, dtype in parts.items():
-        yield StoredPart(f"{module}.{name}", f"{module}.{name}", scale_shape, scale_shape, dtype, whole, whole, whole)
-
-
-def _words(packed_NP: Tensor) -> Tensor:
-    """Bytes of two codes as int32; the first code is in the lowest bits of both."""
-    # by way of one dimension: a dimension of one element may have any stride, and a view as int32 asks for some
-    return packed_NP.reshape(-1).view(torch.int32).view(packed_NP.shape[0], -1)
-
-
-def _bytes(words: Tensor) -> Tensor:
-    return words.reshape(-1).view(torch.uint8).view(words.shape[0], -1)
-
-
-def _pack_8(codes_NK: Tensor) -> Tensor:
-    """int8 as int32, four each, counted from −128 and filled with zeros."""
-    shifted = codes_NK.contiguous().view(torch.uint8) ^ 128
-    return _words(functional.pad(shifted, (0, -shifted.shape[-1] % 4)))
-
-
-def _unpack_8(words: Tensor, inputs: int) -> Tensor:
-    return (_bytes(words)[:, :inputs] ^ 128).contiguous().view(torch.int8)
-
-
-def _pack_zeros(zeros_NG: Tensor) -> Tensor:
-    """Zeros 0 … 15 as int32, eight rows each."""
-    rows_GN = functional.pad(zeros_NG.T, (0, -zeros_NG.shape[0] % 8))
-    return _words(rows_GN[:, 0::2] | (rows_GN[:, 1::2] << 4)).T.contiguous()
-
-
-def _unpack_zeros(words: Tensor, outputs: int) -> Tensor:
-    packed_GP = _bytes(words.T)
-    return torch.stack((packed_GP & 15, packed_GP >> 4), dim=-1).flatten(-2)[:, :outputs].T.contiguous()
+    """The scheme's tensors, under our own names and as they are."""
+    for name, spec in scheme.tensors(*shape).items():
+        yield StoredPart(f"{module}.{name}", f"{module}.{name}", spec.shape, *spec, whole, whole, whole)

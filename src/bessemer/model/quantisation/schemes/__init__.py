@@ -1,0 +1,1 @@
+"""Quantisation schemes, a file each; `registry` lists them."""
