@@ -75,9 +75,9 @@ def test_stream_is_events_that_end_in_done(start):
 
 
 def test_who_speaks_in_a_chat_is_told_with_a_choices_first_token():
-    reply = Reply("tiny", ByteTokenizer(), PROMPT_TOKENS, is_chat=True, choices=2)
+    reply = Reply("tiny", ByteTokenizer(), PROMPT_TOKENS, is_chat=True, n=2)
     # half a character shows no text yet, and is a token all the same
-    told = [list(reply.events([piece], [])) for piece in ((1, Chunk("", [7])), (1, Chunk("é", [8])), (0, Chunk("a", [9])))]
+    told = [list(reply.events([piece], [[]])) for piece in ((1, Chunk("", [7])), (1, Chunk("é", [8])), (0, Chunk("a", [9])))]
     deltas = [[(event["choices"][0]["index"], event["choices"][0]["delta"]) for event in events] for events in told]
     begin = {"role": "assistant", "content": ""}
     assert deltas == [[(1, begin)], [(1, {"content": "é"})], [(0, begin), (0, {"content": "a"})]]

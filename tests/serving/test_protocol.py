@@ -230,16 +230,26 @@ def test_stream_options_without_a_stream_are_refused():
         chat(stream_options={"include_usage": True})
 
 
-@pytest.mark.parametrize(("given", "taken"), [("a", "a"), (["a"], "a"), ([1, 2], [1, 2]), ([[1, 2]], [1, 2])])
-def test_prompt_is_a_text_or_token_ids_or_a_list_of_one(given, taken):
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [("a", ["a"]), (["a", "b"], ["a", "b"]), ([1, 2], [[1, 2]]), ([[1, 2], [3]], [[1, 2], [3]])],
+)
+def test_prompts_are_texts_or_token_ids_one_or_several(given, taken):
     assert complete(prompt=given).prompt == taken
 
 
-@pytest.mark.parametrize("given", [["a", "b"], [[1], [2]], [1, "a"], {"a": 1}, [1.5]])
+@pytest.mark.parametrize("given", [[], [[]], [[1], []], ["a", [1]], [1, "a"], {"a": 1}, [1.5], [[True]], ["a"] * 3000])
 def test_other_prompts_are_refused(given):
     with pytest.raises(ApiError) as caught:
         complete(prompt=given)
-    assert caught.value.parameter.startswith("prompt")
+    assert (caught.value.status, caught.value.parameter) == (400, "prompt")
+
+
+def test_a_completion_of_no_token_is_asked_for_with_its_echo():
+    assert complete(max_tokens=0, echo=True).token_limit == 0
+    for refused in ({}, {"echo": True, "best_of": 2}):
+        with pytest.raises(ApiError, match="max_tokens: 0"):
+            complete(max_tokens=0, **refused)
 
 
 def test_plain_completion_is_16_tokens_unless_told():

@@ -198,6 +198,62 @@ def test_lm_evals_request_finds_every_token_of_the_prompt_and_one_more(engine, c
     assert answer.usage.completion_tokens == 1
 
 
+@pytest.mark.parametrize("as_ids", [True, False])
+def test_several_prompts_get_what_each_gets_alone_whole_and_streamed(engine, client, as_ids):
+    texts = ["the thin", "in the end the thing", "in the end"]
+    prompts = [engine.tokenizer.encode(text) for text in texts] if as_ids else texts
+    asked = {**MODEL, "max_tokens": 6, "seed": 3, "n": 2, "echo": True, "logprobs": 2}
+    alone = [client.completions.create(**asked, prompt=prompt) for prompt in prompts]
+    whole = client.completions.create(**asked, prompt=prompts)
+    expected = [
+        choice.model_copy(update={"index": 2 * place + choice.index})
+        for place, one in enumerate(alone)
+        for choice in one.choices
+    ]
+    assert whole.choices == expected
+    for count in ("prompt_tokens", "completion_tokens", "total_tokens"):
+        assert getattr(whole.usage, count) == sum(getattr(one.usage, count) for one in alone)
+    streamed, tokens = [""] * 6, [[] for _ in range(6)]
+    chunks = list(client.completions.create(**asked, prompt=prompts, stream=True, stream_options={"include_usage": True}))
+    for chunk in chunks[:-1]:
+        (choice,) = chunk.choices
+        streamed[choice.index] += choice.text
+        tokens[choice.index] += choice.logprobs.token_logprobs if choice.logprobs else []
+    assert streamed == [choice.text for choice in whole.choices]
+    assert tokens == [choice.logprobs.token_logprobs for choice in whole.choices]
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+
+
+def test_log_probabilities_of_an_echo_are_the_scores_of_the_same_tokens(engine, client):
+    prompts = [engine.tokenizer.encode(text) for text in ("the thin thing", "in the end")]
+    made = client.completions.create(**MODEL, prompt=prompts, echo=True, logprobs=1, max_tokens=0, n=2)
+    for choice, prompt in zip(made.choices, [each for each in prompts for _ in range(2)], strict=True):
+        (score,) = engine.score(prompt[:1], [prompt[1:]])
+        assert choice.logprobs.token_logprobs == [None, *score.log_probs]
+        likeliest = [max(top.values()) for top in choice.logprobs.top_logprobs[1:]]
+        assert [own == top for own, top in zip(score.log_probs, likeliest, strict=True)] == score.greedy
+        # nothing is made behind the prompt
+        assert (choice.text, choice.finish_reason) == (engine.tokenizer.decode(prompt), "length")
+    assert (made.usage.completion_tokens, made.usage.prompt_tokens) == (0, sum(map(len, prompts)))
+    streamed = list(client.completions.create(**MODEL, prompt=prompts[0], echo=True, logprobs=1, max_tokens=0, stream=True))
+    assert [choice.logprobs for chunk in streamed for choice in chunk.choices if choice.logprobs] == [made.choices[0].logprobs]
+
+
+def test_a_prompt_that_fills_the_context_can_be_read_and_not_gone_on_with(engine, client):
+    prompt = [5] * engine.context_length
+    read = client.completions.create(**MODEL, prompt=prompt, echo=True, logprobs=0, max_tokens=0)
+    assert len(read.choices[0].logprobs.tokens) == engine.context_length
+    with pytest.raises(openai.BadRequestError, match="context"):
+        client.completions.create(**MODEL, prompt=prompt, max_tokens=1)
+
+
+def test_the_prompt_that_is_wrong_among_several_is_named(engine, client):
+    for wrong in ([engine.tokenizer.vocab_size], [5] * engine.context_length):
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.completions.create(**MODEL, prompt=[[5], wrong], max_tokens=1)
+        assert caught.value.param == "prompt[1]"
+
+
 def test_echo_shows_the_prompt_and_offsets_point_into_the_text(client):
     asked = {**MODEL, "prompt": "the thin", "echo": True, "max_tokens": 5, "seed": 3, "n": 2}
     whole = client.completions.create(**asked, logprobs=0)

@@ -29,7 +29,7 @@ def babble(_: str):
 
 async def text_of(worker: Worker, engine: FakeEngine, prompt: str, params: SamplingParams = PARAMS) -> str:
     answer = engine.prepare(list(prompt.encode()), params)
-    return "".join([piece.chunk.text async for pieces in worker.stream(answer, nullcontext()) for piece in pieces])
+    return "".join([piece.chunk.text async for pieces in worker.stream([answer], nullcontext()) for piece in pieces])
 
 
 def test_no_step_is_taken_without_an_answer():
@@ -129,10 +129,10 @@ def test_an_error_while_one_answer_is_handed_over_reaches_it_alone(monkeypatch):
 
     async def both() -> list[object]:
         each = [SamplingParams(max_tokens=limit) for limit in (1, 1, 9)]
-        asked = [worker.complete(engine.prepare(prompt, params), params) for params in each]
+        asked = [worker.complete([engine.prepare(prompt, params)], params) for params in each]
         return await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), timeout=10)
 
-    first, second, third = asyncio.run(both())
+    first, second, (third,) = asyncio.run(both())
     worker.close()
     assert isinstance(first, RuntimeError) and isinstance(second, RuntimeError)
     assert third.text == "abc"

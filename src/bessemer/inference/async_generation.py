@@ -102,7 +102,7 @@ class AsyncGeneration(ABC):
 
     async def _chunks(self, prepare: Callable[[], Request]) -> AsyncGenerator[Chunk, None]:
         request = await asyncio.to_thread(prepare)
-        async with aclosing(self._driver.chunks(request)) as news:
+        async with aclosing(self._driver.chunks([request])) as news:
             async for chunks in news:
                 for _, chunk in chunks:
                     yield chunk

@@ -258,7 +258,8 @@ class Engine(AsyncGeneration, Reading, WeightUpdates):
         Raises RequestError for whatever is known to be wrong before anything is computed.
         """
         loaded = None if adapter is None else self._adapters.find(adapter)
-        request = self._builder.request(self._builder.prompt_ids(prompt), params, priority, loaded, cache_salt, capture)
+        ids = self._builder.prompt_ids(prompt, least=min(1, params.max_tokens))
+        request = self._builder.request(ids, params, priority, loaded, cache_salt, capture)
         self.core.scheduler.check(request.sequence.limit)
         return request
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -101,7 +101,7 @@ class ScheduledRequest:
     """
 
     #: Whether tokens are sampled, from the last `num_logits` rows of each chunk.
-    samples: ClassVar[bool] = False
+    samples = False
 
     def __init__(self, sequence: TokenSequence, adapter: Adapter | None = None, recorder: Recorder | None = None) -> None:
         """recorder: of what is captured of its tokens."""
@@ -165,9 +165,11 @@ class LogitsRequest(ScheduledRequest):
 
 
 class Request(ScheduledRequest):
-    """Asks for a completion: its sequence, how its tokens are sampled, and the chunks that its reader has not taken yet."""
+    """Asks for a completion: its sequence, how its tokens are sampled, and the chunks that its reader has not taken yet.
 
-    samples = True
+    With `max_tokens` 0 its prompt is read and nothing is sampled; it ends with one chunk, which is empty.
+    """
+
     siblings: Sequence[Request]
 
     def __init__(
@@ -182,6 +184,7 @@ class Request(ScheduledRequest):
         """end_tokens: at which it ends, the request's own stop tokens among them. recorder: of what is captured."""
         super().__init__(sequence, adapter, recorder)
         self.sampling = sampling
+        self.samples = self.params.max_tokens > 0
         self.chunks: deque[Chunk] = deque()
         self.finish_reason: str | None = None
         self.prompt_log_probs: list[Sampled] = []
@@ -207,7 +210,7 @@ class Request(ScheduledRequest):
     @property
     def token_ids(self) -> list[int]:
         """Tokens made so far."""
-        return self.sequence.tokens[self.sequence.prompt_length :]
+        return self.sequence.tokens[self.sequence.prompt_length :] if self.samples else []
 
     @property
     def captured(self) -> Captured | None:
@@ -223,7 +226,7 @@ class Request(ScheduledRequest):
         # log-probabilities of the prompt need the logits of all its tokens
         if self._reads_prompt and max(chunk.start, len(self.prompt_log_probs)) < self.sequence.prompt_length - 1:
             return range(chunk.count)
-        return range(chunk.count - chunk.num_logits, chunk.count)
+        return super().wanted_rows(chunk) if self.samples else range(0)
 
     def take_logits(self, chunk: ScheduledChunk, logits_RV: Tensor) -> None:
         """Add log-probabilities of the prompt's tokens; those computed again after a preemption only once."""
@@ -240,6 +243,10 @@ class Request(ScheduledRequest):
         weight_version: of the weights that they were sampled with. The request is done after its last chunk is there: another
         thread may be looking.
         """
+        if not self.samples:
+            self.chunks.append(Chunk("", [], "length", [] if self.params.logprobs is not None else None))
+            self.finish_reason = "length"
+            return super().take(sampled)
         finish_reason = None
         made = len(self.sequence.tokens) - self.sequence.prompt_length
         text, taken = "", []

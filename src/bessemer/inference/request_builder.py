@@ -47,13 +47,14 @@ class RequestBuilder:
         self._names = count()
         self._grammars = GrammarCompiler(tokenizer, config.vocab_size, end_tokens)
 
-    def prompt_ids(self, prompt: Prompt) -> list[int]:
-        """The tokens of a prompt. Raises RequestError where it has none, one that the model has not, or too many."""
+    def prompt_ids(self, prompt: Prompt, least: int = 1) -> list[int]:
+        """The tokens of a prompt. least: tokens that must fit behind it. Raises RequestError where it has none, one that the
+        model has not, or too many."""
         ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if not ids:
             raise RequestError("the prompt has no tokens; give at least one")
         self._check_ids(ids, "the prompt")
-        if len(ids) >= self._context_length:
+        if len(ids) + least > self._context_length:
             raise RequestError(
                 f"the prompt has {len(ids):,} tokens and {self._context_name} is {self._context_length:,}, answer included; "
                 "shorten the prompt"
@@ -172,8 +173,8 @@ class RequestBuilder:
         return CaptureRequest(sequence, Recorder(capture, len(ids)), loaded and loaded.adapter)
 
     def _limit(self, ids: list[int], params: SamplingParams) -> int:
-        """The most tokens of prompt and completion together."""
-        return min(len(ids) + params.max_tokens, self._context_length)
+        """The most tokens of prompt and completion together, or of a prompt alone and a placeholder that is never read."""
+        return min(len(ids) + params.max_tokens, self._context_length) if params.max_tokens else len(ids) + 1
 
     def _sequence(
         self,

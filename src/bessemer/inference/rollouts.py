@@ -61,6 +61,8 @@ def params_of_prompts(
     for own in each:
         if own.beam_width or own.best_of is not None:
             raise RequestError("rollouts are samples, none of them left out: leave out best_of and beam_width")
+        if not own.max_tokens:
+            raise RequestError("rollouts are samples of at least a token: raise max_tokens above 0")
     return [own.with_changes(n=n, logprobs=0, logprobs_mode=mode, prompt_logprobs=None) for own in each]
 
 

@@ -38,7 +38,7 @@ class SteppedEngine(Protocol):
 
 
 class ChoiceChunk(NamedTuple):
-    """A chunk of one of the completions of a prompt: `choice` 0 is the request, the others are its siblings."""
+    """A chunk of one of several completions: `choice` counts requests, each followed by its siblings, from 0."""
 
     choice: int
     chunk: Chunk
@@ -95,13 +95,13 @@ class StepDriver:
         # the thread's own
         self._in_flight: dict[_Reader, None] = {}
 
-    async def chunks(self, request: Request) -> AsyncGenerator[list[ChoiceChunk], None]:
-        """Begin a prepared request; its chunks and its siblings' as they come, of several steps at once for a slow reader.
+    async def chunks(self, requests: Sequence[Request]) -> AsyncGenerator[list[ChoiceChunk], None]:
+        """Begin prepared requests; their chunks and their siblings' as they come, of several steps at once for a slow reader.
 
-        To close or cancel it stops the request before the next step. Raises the request's error, what a step raised, or
-        `failure`.
+        To close or cancel it stops the requests before the next step, and so does an error of one. Raises that error, what a
+        step raised, or `failure`.
         """
-        reader = _Reader([request], wants_chunks=True)
+        reader = _Reader(requests, wants_chunks=True)
         unfinished = len(reader.completions)
         with self._serving(reader):
             while unfinished:

@@ -6,7 +6,7 @@ import asyncio
 import hmac
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import ExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from importlib import resources
@@ -80,9 +80,9 @@ def create_app(engine: TextEngine, model_name: str, config: ServingConfig | None
 
 @dataclass(frozen=True)
 class _Prepared:
-    """An engine request that has not begun, and the response to it."""
+    """Engine requests that have not begun, one for each prompt, and the response to them."""
 
-    request: EngineRequest
+    requests: Sequence[EngineRequest]
     params: SamplingParams
     reply: Reply
 
@@ -147,75 +147,89 @@ class _Service:
         self._check_model(asked.model)
         with ExitStack() as held:
             # 503 before any work
-            held.enter_context(self.worker.admit(asked.answers))
+            prompts = len(asked.prompt) if isinstance(asked, CompletionRequest) else 1
+            held.enter_context(self.worker.admit(prompts * asked.answers))
             prepared = await asyncio.to_thread(self._prepare, asked)
             if not asked.stream:
                 return await _until_client_leaves(request, self._whole(prepared))
-            chunks = self.worker.stream(prepared.request, held.pop_all())
+            chunks = self.worker.stream(prepared.requests, held.pop_all())
             # from here on, the generator holds the admission
             await anext(chunks)
             with_usage = asked.stream_options is not None and asked.stream_options.include_usage
             return StreamingResponse(_events(prepared, chunks, with_usage), media_type="text/event-stream")
 
     async def _whole(self, prepared: _Prepared) -> Response:
-        completion = await self.worker.complete(prepared.request, prepared.params)
-        return JSONResponse(prepared.reply.whole(completion))
+        completions = await self.worker.complete(prepared.requests, prepared.params)
+        return JSONResponse(prepared.reply.whole(completions))
 
     def _prepare(self, asked: GenerationRequest) -> _Prepared:
-        """Read the prompt and check all that can be checked, off the event loop."""
-        tokenizer, context = self.engine.tokenizer, self.engine.context_length
-        echo = None
+        """Read the prompts and check all that can be checked, off the event loop."""
+        tokenizer = self.engine.tokenizer
+        echoes: list[Echo | None] = [None]
         if isinstance(asked, ChatRequest):
-            parameter = "messages"
             messages = [message.as_template_input() for message in asked.messages]
-            prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+            prompts = {"messages": tokenizer.apply_chat_template(messages, add_generation_prompt=True)}
         else:
             assert isinstance(asked, CompletionRequest)
-            parameter, prompt = "prompt", self._prompt(asked.prompt)
-            if asked.echo:
-                echo = Echo(asked.prompt if isinstance(asked.prompt, str) else tokenizer.decode(prompt), prompt)
-        left, wanted = context - len(prompt), asked.token_limit
-        if left < (wanted or 1):
-            raise ApiError(
-                f"this model's context is {context} tokens, and the request has {len(prompt)} in its {parameter}"
-                + (f" and asks for {wanted} more" if wanted and left >= 1 else ""),
-                parameter=parameter,
-                code="context_length_exceeded",
-            )
-        # an answer without a limit is as long as the memory allows
-        params = asked.sampling(wanted or max(1, self.engine.longest - len(prompt)))
+            names = ["prompt"] if len(asked.prompt) == 1 else [f"prompt[{place}]" for place in range(len(asked.prompt))]
+            prompts = {name: self._tokens(name, given) for name, given in zip(names, asked.prompt, strict=True)}
+            echoes = [
+                Echo(given if isinstance(given, str) else tokenizer.decode(tokens), tokens) if asked.echo else None
+                for given, tokens in zip(asked.prompt, prompts.values(), strict=True)
+            ]
+        for name, tokens in prompts.items():
+            self._check_length(name, tokens, asked.token_limit)
+        limit = asked.token_limit
+        if limit is None:
+            # an answer without a limit is as long as the memory allows
+            limit = max(1, self.engine.longest - max(map(len, prompts.values())))
+        params = asked.sampling(limit)
         adapter = None if asked.model == self.model_name else asked.model
         try:
-            request = self.engine.prepare(prompt, params, adapter=adapter, cache_salt=asked.cache_salt)
+            requests = [
+                self.engine.prepare(tokens, params, adapter=adapter, cache_salt=asked.cache_salt) for tokens in prompts.values()
+            ]
         except RequestError as error:
             raise ApiError(str(error), parameter=asked.parameter_in(str(error)), code="invalid_value") from None
         reply = Reply(
             asked.model,
             tokenizer,
-            len(prompt),
+            sum(map(len, prompts.values())),
             is_chat=isinstance(asked, ChatRequest),
             log_probs=asked.wants_log_probs,
-            echo=echo,
-            choices=asked.n,
+            echoes=echoes,
+            n=asked.n,
         )
-        return _Prepared(request, params, reply)
+        return _Prepared(requests, params, reply)
 
-    def _prompt(self, given: str | list[int]) -> list[int]:
+    def _tokens(self, name: str, given: str | list[int]) -> list[int]:
+        """The tokens of a plain completion's prompt, which the parameter `name` gives."""
         tokenizer = self.engine.tokenizer
-        if isinstance(given, str):
-            return tokenizer.encode(given)
-        if given and all(0 <= token < tokenizer.vocab_size for token in given):
-            return given
+        tokens = tokenizer.encode(given) if isinstance(given, str) else given
+        if tokens and all(0 <= token < tokenizer.vocab_size for token in tokens):
+            return tokens
         raise ApiError(
-            f"invalid 'prompt': token ids must lie in 0 … {tokenizer.vocab_size - 1}, and be at least one",
-            parameter="prompt",
+            f"invalid '{name}': its tokens must be at least one, with ids in 0 … {tokenizer.vocab_size - 1}",
+            parameter=name,
             code="invalid_value",
         )
+
+    def _check_length(self, name: str, tokens: list[int], wanted: int | None) -> None:
+        """Raises ApiError where a prompt and what is wanted behind it, by default a token, are more than the context."""
+        context = self.engine.context_length
+        left = context - len(tokens)
+        if left < (1 if wanted is None else wanted):
+            raise ApiError(
+                f"this model's context is {context} tokens, and the request has {len(tokens)} in its {name}"
+                + (f" and asks for {wanted} more" if wanted and left >= 1 else ""),
+                parameter=name,
+                code="context_length_exceeded",
+            )
 
 
 async def _events(prepared: _Prepared, news: AsyncGenerator[list[ChoiceChunk], None], with_usage: bool) -> AsyncIterator[str]:
     """The server-sent events of a stream. With usage every event has the key, and one more before the end fills it."""
-    request, reply = prepared.request, prepared.reply
+    requests, reply = prepared.requests, prepared.reply
 
     def event(body: dict[str, Any]) -> str:
         return f"data: {json.dumps({'usage': None, **body} if with_usage else body, ensure_ascii=False)}\n\n"
@@ -223,15 +237,16 @@ async def _events(prepared: _Prepared, news: AsyncGenerator[list[ChoiceChunk], N
     async with aclosing(news):
         try:
             async for chunks in news:
-                # by its first chunk, all log-probabilities of the prompt are there
-                if text := "".join(event(body) for body in reply.events(chunks, request.prompt_log_probs)):
+                # by its first chunk, all log-probabilities of a prompt are there
+                of_prompts = [request.prompt_log_probs for request in requests]
+                if text := "".join(event(body) for body in reply.events(chunks, of_prompts)):
                     yield text
         except (BessemerError, ApiError) as error:
             # the status is long sent, so it is an event, as OpenAI's clients expect
             yield event(_as_api_error(error).body())
             return
     if with_usage:
-        yield event(reply.usage_event(request.cached_tokens))
+        yield event(reply.usage_event(sum(request.cached_tokens for request in requests)))
     yield "data: [DONE]\n\n"
 
 

@@ -13,6 +13,8 @@ from bessemer.serving.structured import Grammar, ResponseFormat, StructuredOutpu
 
 #: The most answers to one prompt, as OpenAI documents it.
 _MOST_CHOICES = 128
+#: The most answers to all prompts of a request together.
+_MOST_ANSWERS = 2048
 #: The most likeliest tokens that are told beside each token's own log-probability.
 _MOST_LIKELIEST = 20
 
@@ -33,13 +35,18 @@ def _text(content: Any) -> Any:
     return "".join(texts)
 
 
-def _single_prompt(prompt: Any) -> Any:
-    """The one prompt of a list of prompts; a list of token ids is a prompt itself."""
-    if isinstance(prompt, list) and prompt and isinstance(prompt[0], (str, list)):
-        if len(prompt) > 1:
-            raise ValueError("one prompt a request is served; send one request for each")
-        return prompt[0]
-    return prompt
+def _prompts(prompt: Any) -> Any:
+    """The prompts of a request: a text, token ids, or a list of texts or of lists of token ids."""
+    given = prompt if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list) else [prompt]
+    if not all(isinstance(each, str) for each in given) and not all(map(_is_token_ids, given)):
+        raise ValueError("give a text, a list of texts, a list of token ids, or a list of such lists")
+    if empty := [place for place, each in enumerate(given) if each == []]:
+        raise ValueError(f"it needs at least one token id (prompt {empty[0]} has none)")
+    return given
+
+
+def _is_token_ids(prompt: Any) -> bool:
+    return isinstance(prompt, list) and all(type(token) is int for token in prompt)
 
 
 def _stop_list(stop: Any) -> Any:
@@ -137,7 +144,7 @@ class GenerationRequest(Body):
 
     @property
     def answers(self) -> int:
-        """How many answers are made."""
+        """How many answers are made to a prompt."""
         return self.n
 
     @property
@@ -207,7 +214,8 @@ class ChatRequest(GenerationRequest):
 class CompletionRequest(GenerationRequest):
     """The body of `/v1/completions`."""
 
-    prompt: Annotated[str | list[int], BeforeValidator(_single_prompt)]
+    prompt: Annotated[list[str] | list[list[int]], BeforeValidator(_prompts)]
+    max_tokens: int | None = Field(None, ge=0)
     best_of: int | None = Field(None, ge=1, le=_MOST_CHOICES)
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=_MOST_LIKELIEST)
@@ -218,11 +226,17 @@ class CompletionRequest(GenerationRequest):
             raise misfit("best_of", f"best_of ({self.best_of}) is below n ({self.n}); raise it or leave it out")
         if self.stream and self.answers > self.n:
             raise misfit("best_of", "the best of several answers is known at their end; leave out best_of, or stream")
+        if self.max_tokens == 0 and not self.echo:
+            raise misfit("max_tokens", "max_tokens: 0 makes nothing; send echo: true to be told of the prompt, or at least 1")
+        if self.max_tokens == 0 and self.best_of is not None:
+            raise misfit("best_of", "best_of ranks answers, and max_tokens: 0 makes none; leave one of them out")
+        if (answers := len(self.prompt) * self.answers) > _MOST_ANSWERS:
+            raise misfit("prompt", f"prompt asks for {answers:,} answers, at most {_MOST_ANSWERS:,} are made to one request")
         return self
 
     @property
     def token_limit(self) -> int | None:
-        return self.max_tokens or _COMPLETION_TOKENS
+        return _COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
 
     @property
     def answers(self) -> int:

@@ -23,7 +23,10 @@ class Echo:
 
 
 class Reply:
-    """The response to an API request: one choice for each completion, and the tokens they took."""
+    """The response to an API request: one choice for each completion, and the tokens they took.
+
+    Completion i of prompt p is choice p · n + i.
+    """
 
     def __init__(
         self,
@@ -33,38 +36,42 @@ class Reply:
         *,
         is_chat: bool,
         log_probs: bool = False,
-        echo: Echo | None = None,
-        choices: int = 1,
+        echoes: Sequence[Echo | None] = (None,),
+        n: int = 1,
     ) -> None:
-        """log_probs: whether the client asked for them. choices: how many completions it gets."""
+        """prompt_tokens: of all prompts. log_probs: whether the client asked for them. echoes: of each prompt. n: completions
+        of each."""
         self._model = model
         self._tokenizer = tokenizer
         self._is_chat = is_chat
         self._log_probs = log_probs
-        self._echo = echo
+        self._echoes = echoes
+        self._n = n
         self._created = int(time.time())
         self._identity = uuid.uuid4().hex
         self._prompt_tokens = prompt_tokens
         self._completion_tokens = 0
-        self._forms = [CompletionLogProbs(tokenizer) for _ in range(choices)]
+        self._forms = [CompletionLogProbs(tokenizer) for _ in range(len(echoes) * n)]
         self._begun: set[int] = set()
 
-    def whole(self, completion: Completion) -> dict[str, Any]:
-        """The response of a request that does not stream."""
-        made = [completion, *completion.others]
-        self._completion_tokens = sum(one.completion_tokens for one in made)
+    def whole(self, completions: Sequence[Completion]) -> dict[str, Any]:
+        """The response of a request that does not stream. completions: the first of each prompt, with its `others`."""
         choices = []
-        for index, one in enumerate(made):
-            text, log_probs = self._part(index, one.text, one.log_probs or [], completion.prompt_log_probs or [])
-            content = {"message": {"role": "assistant", "content": text}} if self._is_chat else {"text": text}
-            choices.append({"index": index, **content, "logprobs": log_probs, "finish_reason": one.finish_reason})
-        return {**self._head(streamed=False), "choices": choices, "usage": self._usage(completion.cached_tokens)}
+        for completion in completions:
+            for one in (completion, *completion.others):
+                index = len(choices)
+                self._completion_tokens += one.completion_tokens
+                text, log_probs = self._part(index, one.text, one.log_probs or [], completion.prompt_log_probs or [])
+                content = {"message": {"role": "assistant", "content": text}} if self._is_chat else {"text": text}
+                choices.append({"index": index, **content, "logprobs": log_probs, "finish_reason": one.finish_reason})
+        cached_tokens = sum(completion.cached_tokens for completion in completions)
+        return {**self._head(streamed=False), "choices": choices, "usage": self._usage(cached_tokens)}
 
-    def events(self, arrived: Iterable[tuple[int, Chunk]], prompt: Sequence[Sampled]) -> Iterator[dict[str, Any]]:
+    def events(self, arrived: Iterable[tuple[int, Chunk]], prompts: Sequence[Sequence[Sampled]]) -> Iterator[dict[str, Any]]:
         """Events for the chunks of one or more steps: some text of a choice, and the reason it ended.
 
         A chat choice's role comes with its first token, as in vLLM: clients take the first event for it.
-        prompt: log-probabilities of its tokens but the first, where they were asked for.
+        prompts: of each, the log-probabilities of its tokens but the first, where they were asked for.
         """
         of_choice: dict[int, list[Chunk]] = {}
         for index, chunk in arrived:
@@ -74,7 +81,7 @@ class Reply:
             if self._is_chat and index not in self._begun:
                 yield self._event(index, {"delta": {"role": "assistant", "content": ""}})
             sampled = [one for chunk in chunks for one in chunk.log_probs or []]
-            text, log_probs = self._part(index, "".join(chunk.text for chunk in chunks), sampled, prompt)
+            text, log_probs = self._part(index, "".join(chunk.text for chunk in chunks), sampled, prompts[index // self._n])
             if text or log_probs:
                 yield self._event(index, {"delta": {"content": text}} if self._is_chat else {"text": text}, log_probs)
             if (finish_reason := chunks[-1].finish_reason) is not None:
@@ -90,7 +97,7 @@ class Reply:
         return {"id": f"{prefix}-{self._identity}", "object": name, "created": self._created, "model": self._model}
 
     def _usage(self, cached_tokens: int) -> dict[str, Any]:
-        """Tokens as the model sees them, end tokens included; of the prompt once, however many choices."""
+        """Tokens as the model sees them, end tokens included; of a prompt once, however many choices."""
         return {
             "prompt_tokens": self._prompt_tokens,
             "completion_tokens": self._completion_tokens,
@@ -108,7 +115,7 @@ class Reply:
         self, index: int, text: str, sampled: Sequence[Sampled], prompt: Sequence[Sampled]
     ) -> tuple[str, dict[str, Any] | None]:
         """Text and log-probabilities of a choice's next part; its first has the echo of the prompt before it."""
-        echo = self._echo if index not in self._begun else None
+        echo = self._echoes[index // self._n] if index not in self._begun else None
         self._begun.add(index)
         if echo is not None:
             text = echo.text + text

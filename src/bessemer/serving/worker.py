@@ -7,7 +7,7 @@ it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Generator, Sequence
 from typing import Protocol
 
 from bessemer.core.errors import BessemerError
@@ -100,24 +100,25 @@ class Worker:
             self.completions -= completions
 
     async def stream(
-        self, request: Request, place: contextlib.AbstractContextManager
+        self, requests: Sequence[Request], place: contextlib.AbstractContextManager
     ) -> AsyncGenerator[list[ChoiceChunk], None]:
-        """Chunks of a prepared request and its siblings, as they come; of several steps at once where the client is slow.
+        """Chunks of prepared requests and their siblings, as they come; of several steps at once where the client is slow.
 
         The first item is an empty list, given at once: until it is taken nothing is begun; afterwards closing or cancelling
-        this generator ends the request and its admission. Raises the request's own BessemerError, or ApiError.
+        this generator ends the requests and their admission. Raises a request's own BessemerError, or ApiError.
         """
         with place, self._api_errors():
             yield []
-            async with contextlib.aclosing(self._driver.chunks(request)) as news:
+            async with contextlib.aclosing(self._driver.chunks(requests)) as news:
                 async for chunks in news:
                     yield chunks
 
-    async def complete(self, request: Request, params: SamplingParams) -> Completion:
-        """The completion of a prepared request and its siblings. Cancelling it ends the request. Raises as `stream`."""
+    async def complete(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
+        """The completions of prepared requests and their siblings, one with its `others` for each request. Cancelling it ends
+        them. Raises as `stream`."""
         with self._api_errors():
-            await self._driver.finish([request])
-        return self._engine.completion(request, params)
+            await self._driver.finish(requests)
+        return [self._engine.completion(request, params) for request in requests]
 
     def close(self) -> None:
         """End all in-flight requests, and the thread after the step it is in."""

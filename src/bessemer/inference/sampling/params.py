@@ -23,7 +23,9 @@ _HISTORY = ("repetition_penalty", "presence_penalty", "frequency_penalty", "logi
 class SamplingParams(Config):
     """How one request's tokens are chosen and when they end."""
 
-    max_tokens: int = setting(256, "most new tokens; fewer where the context ends", unit="tokens", ge=1)
+    max_tokens: int = setting(
+        256, "most new tokens; fewer where the context ends; 0: the prompt is read, and nothing is made", unit="tokens", ge=0
+    )
     min_tokens: int = setting(0, "new tokens before which no end token and no stop token may come", unit="tokens", ge=0)
     temperature: float = setting(
         1.0, "divides the logits; below 0.00001 the likeliest token is taken every time", ge=0, allow_inf_nan=False
@@ -99,6 +101,8 @@ class SamplingParams(Config):
             raise ValueError(f"min_tokens ({self.min_tokens}) is above max_tokens ({self.max_tokens}); lower it")
         if self.best_of is not None and self.best_of < self.n:
             raise ValueError(f"best_of ({self.best_of}) is below n ({self.n}); raise it or leave it out")
+        if self.best_of is not None and not self.max_tokens:
+            raise ValueError("best_of ranks answers, and max_tokens is 0; leave out best_of, or ask for a token")
         if self.allowed_tokens is not None and set(self.allowed_tokens) <= set(self.banned_tokens):
             raise ValueError("banned_tokens holds every one of allowed_tokens, so no token is left; allow another")
         grammars = [name for name in GRAMMARS if getattr(self, name) is not None]
@@ -109,6 +113,8 @@ class SamplingParams(Config):
         return self
 
     def _fit_beams(self) -> None:
+        if not self.max_tokens:
+            raise ValueError("beam search makes tokens, and max_tokens is 0; leave out beam_width, or ask for a token")
         if self.n > self.beam_width:
             raise ValueError(f"n ({self.n}) is above beam_width ({self.beam_width}); raise beam_width")
         if self.temperature not in (0, 1):
