@@ -40,6 +40,8 @@ BENCH = [
     Benchmark("quickstart"),
     Benchmark("inference"),
     Benchmark("capture"),
+    Benchmark("evaluation"),
+    Benchmark("evaluation_agreement"),
     Benchmark("servers"),
     Benchmark("matrices"),
     Benchmark("packed_products"),

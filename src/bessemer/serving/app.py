@@ -171,11 +171,12 @@ class _Service:
             prompts = {"messages": tokenizer.apply_chat_template(messages, add_generation_prompt=True)}
         else:
             assert isinstance(asked, CompletionRequest)
-            names = ["prompt"] if len(asked.prompt) == 1 else [f"prompt[{place}]" for place in range(len(asked.prompt))]
-            prompts = {name: self._tokens(name, given) for name, given in zip(names, asked.prompt, strict=True)}
+            texts_or_ids: Sequence[str | list[int]] = asked.prompt
+            names = ["prompt"] if len(texts_or_ids) == 1 else [f"prompt[{place}]" for place in range(len(texts_or_ids))]
+            prompts = {name: self._tokens(name, given) for name, given in zip(names, texts_or_ids, strict=True)}
             echoes = [
                 Echo(given if isinstance(given, str) else tokenizer.decode(tokens), tokens) if asked.echo else None
-                for given, tokens in zip(asked.prompt, prompts.values(), strict=True)
+                for given, tokens in zip(texts_or_ids, prompts.values(), strict=True)
             ]
         for name, tokens in prompts.items():
             self._check_length(name, tokens, asked.token_limit)

@@ -56,7 +56,7 @@ class Reply:
 
     def whole(self, completions: Sequence[Completion]) -> dict[str, Any]:
         """The response of a request that does not stream. completions: the first of each prompt, with its `others`."""
-        choices = []
+        choices: list[dict[str, Any]] = []
         for completion in completions:
             for one in (completion, *completion.others):
                 index = len(choices)
