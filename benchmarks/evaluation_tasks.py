@@ -25,8 +25,10 @@ from bessemer.core.progress import Silent
 from bessemer.evaluation.tasks import evaluate_tasks
 from bessemer.inference.engine import Engine
 from bessemer.tasks.choice import ChoiceTask
-from bessemer.tasks.config import ChoiceConfig, FileTaskConfig, GenerateConfig
-from bessemer.tasks.file import make_task, read_task_config
+from bessemer.tasks.config import ChoiceConfig, GenerateConfig, SchemaConfig
+from bessemer.tasks.file import read_task_config
+from bessemer.tasks.kinds import KINDS
+from bessemer.tasks.questions import Task
 from bessemer.tasks.records import Record, read_records
 from bessemer.tasks.template import fill
 
@@ -56,7 +58,7 @@ class Run:
 class Subject:
     """A task of this package over some rows, the examples before each of its questions among them."""
 
-    config: FileTaskConfig
+    config: ChoiceConfig | SchemaConfig | GenerateConfig
     folder: Path
     rows: list[Record]
     examples: list[Record]
@@ -67,7 +69,8 @@ class Subject:
     ) -> Subject:
         """The package's task `name` over the first rows of its file, behind those that are its examples: `shots`, the same
         for all items, or as many drawn for each from a larger `pool`."""
-        config = read_task_config(Path(tasks.__path__[0]) / "files" / f"{name}.yaml")
+        _, config = read_task_config(Path(tasks.__path__[0]) / "files" / f"{name}.yaml")
+        assert isinstance(config, ChoiceConfig | SchemaConfig | GenerateConfig), "both sides can ask it"
         rows = read_records(data / config.data)
         size = max(shots, pool)
         examples, rows = rows[:size], rows[size : size + items]
@@ -79,7 +82,7 @@ class Subject:
         """The same items, whose questions begin with examples of their own: so both sides have the same."""
         self._write()
         assert isinstance(self.config, ChoiceConfig) and self.config.prompt == "{query}"
-        task = make_task(self.config.with_changes(example_choice="by_item"), [self.folder])
+        task = self._task(self.config.with_changes(example_choice="by_item"))
         assert isinstance(task, ChoiceTask)
         contexts = [str(question.parts[0].context).removesuffix(self.config.joiner) for question in task.questions()]
         rows = [replace(row, values={**row.values, "query": context}) for row, context in zip(self.rows, contexts, strict=True)]
@@ -93,7 +96,7 @@ class Subject:
         """By `evaluate_tasks`: all that `bessemer evaluate` does with a model that is open, into a folder that is not there."""
         self._write()
         start = time.perf_counter()
-        results = evaluate_tasks(engine, [make_task(self.config, [self.folder])], out, model={}, progress=Silent())
+        results = evaluate_tasks(engine, [self._task(self.config)], out, model={}, progress=Silent())
         seconds = time.perf_counter() - start
         lines = [json.loads(line) for line in (out / "items.jsonl").read_text().splitlines()]
         if isinstance(self.config, GenerateConfig):
@@ -103,6 +106,9 @@ class Subject:
         # of a choice all stand behind one context, of a schema each behind its own
         values = [[value for part in line["log_likelihoods"][: self._parts] for value in part] for line in lines]
         return Run(accuracy, values, [], seconds)
+
+    def _task(self, config: ChoiceConfig | SchemaConfig | GenerateConfig) -> Task:
+        return KINDS[config.kind].make(config, [self.folder])
 
     def _write(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -164,7 +170,7 @@ class Subject:
         return Run(results["results"][self.config.name]["acc,none"], values, [], sum(seconds))
 
 
-def _asked(config: FileTaskConfig) -> dict[str, Any]:
+def _asked(config: ChoiceConfig | SchemaConfig | GenerateConfig) -> dict[str, Any]:
     """How the harness asks an item, in its own settings."""
 
     def row(doc: Mapping[str, Any]) -> Record:
