@@ -1,0 +1,148 @@
+"""Advantages: how much better an answer was than expected, from the rewards of the answers to the same prompt.
+
+Answers lie group by group: R = P·G rewards are those of P prompts with G answers each. A reward that could not be given is NaN;
+its answer is left out of every mean, and its advantage is zero.
+
+Shapes: R answers, P prompts, G answers to a prompt, K rewards, B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bessemer.core.registry import Plugin, Registry
+
+#: Added to a standard deviation (TRL's and DeepSeekMath's implementations).
+_EPSILON = 1e-4
+
+#: Advantages of rewards: (R,) and the number of answers to a prompt, to (R,).
+Advantage = Callable[[Tensor, int], Tensor]
+
+
+def grpo(rewards_R: Tensor, group: int) -> Tensor:
+    """(r − mean) / (standard deviation + 1e-4) in the group, with Bessel's correction (Shao et al. 2024, section 4.1.2)."""
+    centred_PG = _centred(rewards_R.view(-1, group))
+    return _known(centred_PG / (_deviation(centred_PG) + _EPSILON))
+
+
+def group_mean(rewards_R: Tensor, group: int) -> Tensor:
+    """r − mean of the group (Dr. GRPO; Liu et al. 2025, eq. 3)."""
+    return _known(_centred(rewards_R.view(-1, group)))
+
+
+def batch_deviation(rewards_R: Tensor, group: int) -> Tensor:
+    """(r − mean of the group) / standard deviation over the batch (Lite PPO, Liu et al. 2025; ScaleRL, Khatri et al. 2025)."""
+    centred_PG = _centred(rewards_R.view(-1, group))
+    return _known(centred_PG / (_deviation(centred_PG.view(1, -1)) + _EPSILON))
+
+
+def leave_one_out(rewards_R: Tensor, group: int) -> Tensor:
+    """r − mean of the group's other answers (RLOO; Kool et al. 2019, Ahmadian et al. 2024). Zero without another answer."""
+    rewards_PG = rewards_R.view(-1, group)
+    count_P1 = _count(rewards_PG)
+    others_P1 = (count_P1 - 1).clamp(min=1)
+    return _known(_centred(rewards_PG) * count_P1 / others_P1 * (count_P1 > 1))
+
+
+def batch_whitened(rewards_R: Tensor, group: int) -> Tensor:
+    """(r − mean) / standard deviation over the batch, whatever the group (REINFORCE++; Hu et al. 2025)."""
+    return _whitened(rewards_R)
+
+
+def baseline_whitened(rewards_R: Tensor, group: int) -> Tensor:
+    """The group's mean is subtracted, then whitened over the batch (REINFORCE++-baseline; Hu et al. 2025)."""
+    return _whitened(_centred(rewards_R.view(-1, group)).reshape(-1))
+
+
+ADVANTAGES: Registry[Advantage] = Registry(
+    "advantage",
+    "bessemer.advantages",
+    [
+        Plugin("grpo", "the reward's z-score in its group", grpo),
+        Plugin("group_mean", "the reward minus its group's mean, as in Dr. GRPO", group_mean),
+        Plugin("batch_deviation", "the group's mean, the batch's deviation", batch_deviation),
+        Plugin("rloo", "the reward minus the mean of the others in its group", leave_one_out),
+        Plugin("reinforce_pp", "the reward's z-score in the batch", batch_whitened),
+        Plugin("reinforce_pp_baseline", "the group's mean, then the batch's z-score", baseline_whitened),
+    ],
+)
+
+
+def decoupled(rewards_RK: Tensor, weights_K: Tensor, group: int) -> Tensor:
+    """GDPO (arXiv 2601.05242): each reward's z-score in its group, their weighted sum, and its z-score over the batch."""
+    scores_RK = torch.stack([grpo(rewards_R, group) for rewards_R in rewards_RK.unbind(1)], 1)
+    missing_R = rewards_RK.isnan().all(1)
+    total_R = (scores_RK * weights_K).sum(1).masked_fill(missing_R, torch.nan)
+    return _whitened(total_R)
+
+
+def is_informative(rewards_R: Tensor, group: int) -> Tensor:
+    """Whether the known rewards of a prompt's answers differ, (P,): an equal group teaches nothing (DAPO; Yu et al. 2025)."""
+    rewards_PG = rewards_R.view(-1, group)
+    highest_P = rewards_PG.nan_to_num(nan=-torch.inf).amax(1)
+    return highest_P > rewards_PG.nan_to_num(nan=torch.inf).amin(1)
+
+
+@dataclass(frozen=True)
+class Returns:
+    """advantages_BT and the returns that a value head learns, returns_BT; zero outside the mask."""
+
+    advantages_BT: Tensor
+    returns_BT: Tensor
+
+
+def generalised_advantages(
+    rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, *, discount: float = 1.0, decay: float = 0.95
+) -> Returns:
+    """Generalised advantage estimation (Schulman et al. 2016, eq. 16): Σ (γλ)^l δ_{t+l}, δ_t = r_t + γ V_{t+1} − V_t.
+
+    mask_BT: True for the tokens that the policy chose. Others, such as a tool's answer between two of its own, are passed over:
+    the next token of the policy's own follows the last. Beyond an answer's last token the value is zero: it has ended.
+    """
+    advantages_BT = torch.zeros_like(values_BT)
+    next_value_B, next_advantage_B = torch.zeros_like(values_BT[:, 0]), torch.zeros_like(values_BT[:, 0])
+    for t in reversed(range(values_BT.shape[1])):
+        error_B = rewards_BT[:, t] + discount * next_value_B - values_BT[:, t]
+        advantage_B = error_B + discount * decay * next_advantage_B
+        next_value_B = torch.where(mask_BT[:, t], values_BT[:, t], next_value_B)
+        next_advantage_B = torch.where(mask_BT[:, t], advantage_B, next_advantage_B)
+        advantages_BT[:, t] = torch.where(mask_BT[:, t], advantage_B, 0.0)
+    return Returns(advantages_BT, (advantages_BT + values_BT) * mask_BT)
+
+
+def whitened_tokens(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """(value − mean) / √(variance + 1e-8) over the tokens of the mask, with Bessel's correction; zero elsewhere."""
+    chosen_N = values_BT[mask_BT]
+    if len(chosen_N) < 2:
+        return torch.zeros_like(values_BT)
+    whitened_BT = (values_BT - chosen_N.mean()) * torch.rsqrt(chosen_N.var() + 1e-8)
+    return whitened_BT * mask_BT
+
+
+def _count(rewards_PG: Tensor) -> Tensor:
+    return (~rewards_PG.isnan()).sum(1, keepdim=True).to(rewards_PG.dtype)
+
+
+def _centred(rewards_PG: Tensor) -> Tensor:
+    """Each reward minus the mean of the known ones in its row; NaN stays NaN."""
+    return rewards_PG - rewards_PG.nanmean(1, keepdim=True)
+
+
+def _deviation(centred_PG: Tensor) -> Tensor:
+    """The standard deviation of the known values of each row with Bessel's correction, (P, 1); 0 of fewer than two."""
+    squares_P1 = centred_PG.square().nansum(1, keepdim=True)
+    return (squares_P1 / (_count(centred_PG) - 1).clamp(min=1)).sqrt()
+
+
+def _whitened(values_R: Tensor) -> Tensor:
+    centred_1R = _centred(values_R[None])
+    return _known(centred_1R * torch.rsqrt(_deviation(centred_1R).square() + 1e-8))
+
+
+def _known(advantages: Tensor) -> Tensor:
+    """As (R,), zero where the reward is not known."""
+    return advantages.reshape(-1).nan_to_num(nan=0.0)
