@@ -1,0 +1,66 @@
+"""Encoding of examples for every method: the token ids of a prompt and an answer, and which of them are learnt.
+
+Learnt is what the assistant says, its calls of tools and the control token that ends its turn; of an answer to a prompt, only
+what it says in the answer. Of texts without roles it is the answer and the end token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bessemer.core.errors import RequestError
+from bessemer.posttraining.formats import Message, Turns
+from bessemer.tokenization.tokenizer import Tokenizer
+from bessemer.training.data.batches import IGNORE_INDEX
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """ids: int64 (N,). is_learnt: bool (N,), of each token."""
+
+    ids: np.ndarray
+    is_learnt: np.ndarray
+
+    def example(self, longest: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """(inputs, targets) of at most `longest` tokens, the end cut off; -100 is no target. None when no target is left."""
+        ids, is_learnt = self.ids[: longest + 1], self.is_learnt[: longest + 1]
+        if not is_learnt[1:].any():
+            return None
+        return ids[:-1], np.where(is_learnt, ids, IGNORE_INDEX)[1:]
+
+
+def encode_answer(prompt: Turns, answer: Turns, tokenizer: Tokenizer, tools: Sequence[Message] = ()) -> Encoded:
+    """A prompt and an answer, both messages or both texts.
+
+    Raises RequestError where the template cannot be trained on, and where nothing is learnt.
+    """
+    if isinstance(prompt, str) or isinstance(answer, str):
+        if not (isinstance(prompt, str) and isinstance(answer, str)):
+            raise TypeError("prompt and answer must both be texts or both messages")
+        before, after = tokenizer.encode(prompt), [*tokenizer.encode(answer, add_bos=False), tokenizer.eos_ids[0]]
+        return Encoded(np.array(before + after, np.int64), np.arange(len(before) + len(after)) >= len(before))
+    ids, said = tokenizer.encode_chat([*prompt, *answer], tools=tools or None)
+    is_learnt = np.array(said, bool)
+    turns = np.flatnonzero(np.diff(is_learnt, prepend=False) & is_learnt)
+    spoken = sum(_speaks(message) for message in prompt)
+    if len(turns) <= spoken:
+        raise RequestError(
+            "nothing in this conversation would be learnt: the chat template marks no word of the assistant's in the answer"
+        )
+    is_learnt[: turns[spoken]] = False
+    return Encoded(np.array(ids, np.int64), is_learnt)
+
+
+def _speaks(message: Any) -> bool:
+    return bool(message["role"] == "assistant")
+
+
+def encode_prompt(prompt: Turns, tokenizer: Tokenizer, tools: Sequence[Message] = ()) -> list[int]:
+    """The ids of a prompt, up to where the answer begins."""
+    if isinstance(prompt, str):
+        return tokenizer.encode(prompt)
+    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tools=tools or None)

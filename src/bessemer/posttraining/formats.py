@@ -1,0 +1,252 @@
+"""Rows of data sets as examples: the formats that TRL documents, ShareGPT's, Alpaca's, and transcripts as of hh-rlhf.
+
+| keys | becomes |
+|---|---|
+| `messages` (and `tools`) | a conversation |
+| `conversations` of `from` and `value` (ShareGPT) | a conversation |
+| `instruction`, `input`, `output`, `system` (Alpaca) | a conversation |
+| `prompt` and `completion`, messages or texts | a conversation or a text, of which the completion is learnt |
+| `prompt`, `chosen`, `rejected`; without `prompt` what the two begin with alike | a pair of answers |
+| `prompt`, `completion`, `label` | an answer that is good or bad |
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bessemer.tokenization.chat import checked_messages, checked_tools
+
+Message = dict[str, Any]
+#: Messages of a conversation, or a text without roles.
+Turns = tuple[Message, ...] | str
+
+#: ShareGPT's names of those who speak.
+_SPEAKERS = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+}
+#: A turn of a transcript: `\n\nHuman: …\n\nAssistant: …`.
+_TURN = re.compile(r"\n\n(Human|Assistant): ?")
+#: Keys of a message that are kept besides role and content, for chat templates that write them.
+_KEPT = ("tool_calls", "tool_call_id", "name", "reasoning_content")
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A prompt and an answer to it, both messages or both texts. Of a prompt without messages the whole is the answer, and
+    every turn of the assistant in it is learnt."""
+
+    prompt: Turns
+    answer: Turns
+    tools: tuple[Message, ...] = ()
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to a prompt, of which the first is preferred. margin: how much better it is, where that is known."""
+
+    prompt: Turns
+    chosen: Turns
+    rejected: Turns
+    tools: tuple[Message, ...] = ()
+    margin: float = 0.0
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """An answer that is good or bad by itself."""
+
+    answered: Answered
+    is_desirable: bool
+
+
+def as_answered(row: Mapping[str, Any]) -> Answered:
+    """A row for supervised tuning. Raises ValueError or RequestError, in one line, for one in none of the formats."""
+    tools = _tools(row)
+    if "messages" in row:
+        return Answered((), _spoken(row["messages"], "messages"), tools)
+    if "conversations" in row:
+        return Answered((), _spoken(_sharegpt(row["conversations"]), "conversations"), tools)
+    if "completion" in row:
+        prompt, (completion,) = _prompt_and_answers(row, ("completion",))
+        return Answered(prompt, completion, tools)
+    if "instruction" in row:
+        prompt, answer = _alpaca_prompt(row), _text(row, "output" if "output" in row else "response")
+        return Answered(prompt, _spoken([_said("assistant", answer)], "output"), tools)
+    raise ValueError(
+        f"is in no known format: it has {_named(row)}; wanted are messages, conversations, prompt and completion, or "
+        "instruction and output"
+    )
+
+
+def as_pair(row: Mapping[str, Any]) -> Pair:
+    """A row of a chosen and a rejected answer. Raises ValueError or RequestError, in one line."""
+    if "chosen" not in row or "rejected" not in row:
+        raise ValueError(f"needs the keys 'chosen' and 'rejected'; it has {_named(row)}")
+    prompt, (chosen, rejected) = _prompt_and_answers(row, ("chosen", "rejected"))
+    if chosen == rejected:
+        raise ValueError("chosen and rejected are the same, so that neither is preferred")
+    margin = row.get("margin", 0.0)
+    if isinstance(margin, bool) or not isinstance(margin, (int, float)):
+        raise ValueError(f"margin must be a number, it is {margin!r}")
+    return Pair(prompt, chosen, rejected, _tools(row), float(margin))
+
+
+def as_labelled(row: Mapping[str, Any]) -> Labelled:
+    """A row of an answer and whether it is good. Raises ValueError or RequestError, in one line."""
+    label = row.get("label")
+    if not isinstance(label, bool):
+        raise ValueError(f"label must be true or false, it is {label!r}")
+    return Labelled(as_answered(row), label)
+
+
+def _prompt_and_answers(row: Mapping[str, Any], keys: Sequence[str]) -> tuple[Turns, list[Turns]]:
+    """The prompt and the answers under the keys, all messages or all texts."""
+    given = [row[key] for key in keys]
+    if "prompt" in row:
+        prompt = row["prompt"]
+    elif "instruction" in row:
+        prompt = list(_alpaca_prompt(row))
+    else:
+        return _shared_prompt(given, keys)
+    if not isinstance(prompt, str):
+        messages = _messages(prompt, "prompt")
+        return messages, [_answer(value, key) for value, key in zip(given, keys, strict=True)]
+    if all(isinstance(value, str) for value in given):
+        return prompt, [_filled(value, key) for value, key in zip(given, keys, strict=True)]
+    messages = _messages([_said("user", prompt)], "prompt")
+    return messages, [_answer(value, key) for value, key in zip(given, keys, strict=True)]
+
+
+def _shared_prompt(given: Sequence[Any], keys: Sequence[str]) -> tuple[Turns, list[Turns]]:
+    """What conversations, transcripts or texts begin with alike, and the rest of each."""
+    if all(isinstance(value, str) and _TURN.match(value) for value in given):
+        given = [_transcript(value) for value in given]
+    if any(isinstance(value, str) for value in given):
+        if not all(isinstance(value, str) for value in given):
+            raise ValueError(f"{' and '.join(keys)} must both be texts or both messages")
+        shared = _alike(given)
+        # the space before the first different word belongs to it
+        if shared and given[0][shared - 1] == " ":
+            shared -= 1
+        return given[0][:shared], [_filled(value[shared:], key) for value, key in zip(given, keys, strict=True)]
+    conversations = [_messages(value, key) for value, key in zip(given, keys, strict=True)]
+    shared = _alike(conversations)
+    while shared and any(len(one) <= shared or one[shared]["role"] != "assistant" for one in conversations):
+        shared -= 1
+    if not shared:
+        raise ValueError(f"{' and '.join(keys)} begin with no message alike; give the prompt under the key 'prompt'")
+    return conversations[0][:shared], [_spoken(one[shared:], key) for one, key in zip(conversations, keys, strict=True)]
+
+
+def _alike(values: Sequence[Sequence[Any]]) -> int:
+    """The number of first elements that are equal in all."""
+    number = 0
+    for elements in zip(*values, strict=False):
+        if any(element != elements[0] for element in elements):
+            break
+        number += 1
+    return number
+
+
+def _answer(value: Any, key: str) -> tuple[Message, ...]:
+    """An answer in messages; a text is one message of the assistant's."""
+    if isinstance(value, str):
+        value = [_said("assistant", _filled(value, key))]
+    answer = _spoken(value, key)
+    if answer[0]["role"] != "assistant":
+        raise ValueError(f"{key}: the answer must begin with the assistant, not with {answer[0]['role']!r}")
+    return answer
+
+
+def _spoken(value: Any, key: str) -> tuple[Message, ...]:
+    """Messages in which the assistant says something."""
+    messages = _messages(value, key)
+    if not any(one["role"] == "assistant" and (one.get("content") or "tool_calls" in one) for one in messages):
+        raise ValueError(f"{key}: the assistant says nothing in it, so there is nothing to learn")
+    return messages
+
+
+def _messages(value: Any, key: str) -> tuple[Message, ...]:
+    """Checked messages with the keys that are kept, in an order of roles that a conversation can have."""
+    if not isinstance(value, (list, tuple)) or not value:
+        raise ValueError(f"{key}: must be a list of at least one message")
+    messages = checked_messages(value, first=1)
+    for number, (before, message) in enumerate(zip([None, *messages], messages, strict=False), start=1):
+        role = message["role"]
+        if role == "system" and before is not None:
+            raise ValueError(f"{key}: message {number}: a system message stands at the beginning")
+        if role == "tool" and (before is None or before["role"] not in ("assistant", "tool")):
+            raise ValueError(f"{key}: message {number}: a tool answers the assistant, and here it answers nobody")
+    return tuple({name: message[name] for name in ("role", "content", *_KEPT) if name in message} for message in messages)
+
+
+def _sharegpt(value: Any) -> list[Message]:
+    if not isinstance(value, list):
+        raise ValueError("conversations: must be a list of turns with 'from' and 'value'")
+    messages = []
+    for number, turn in enumerate(value, start=1):
+        if isinstance(turn, Mapping) and "role" in turn:
+            messages.append(dict(turn))
+            continue
+        if not isinstance(turn, Mapping) or not isinstance(turn.get("value"), str):
+            raise ValueError(f"conversations: turn {number} has no 'from' and 'value'")
+        role = _SPEAKERS.get(str(turn.get("from")))
+        if role is None:
+            raise ValueError(
+                f"conversations: turn {number}: 'from' must be one of {', '.join(_SPEAKERS)}, got {turn.get('from')!r}"
+            )
+        messages.append(_said(role, turn["value"]))
+    return messages
+
+
+def _alpaca_prompt(row: Mapping[str, Any]) -> tuple[Message, ...]:
+    instruction, more, system = _text(row, "instruction"), row.get("input"), row.get("system")
+    asked = f"{instruction}\n\n{more}" if isinstance(more, str) and more.strip() else instruction
+    before = [_said("system", system)] if isinstance(system, str) and system else []
+    return _messages([*before, _said("user", asked)], "instruction")
+
+
+def _transcript(text: str) -> list[Message]:
+    """The turns of a transcript, each behind an empty line."""
+    parts = _TURN.split(text)[1:]
+    roles = ("user" if speaker == "Human" else "assistant" for speaker in parts[::2])
+    return [_said(role, said.strip()) for role, said in zip(roles, parts[1::2], strict=True)]
+
+
+def _said(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+def _text(row: Mapping[str, Any], key: str) -> str:
+    value = row.get(key)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"needs a text under {key!r}; it has {value!r}"[:200])
+    return value
+
+
+def _filled(value: str, key: str) -> str:
+    if not value.strip():
+        raise ValueError(f"{key}: the answer is empty")
+    return value
+
+
+def _tools(row: Mapping[str, Any]) -> tuple[Message, ...]:
+    """The tools of a row; some data sets hold them as a JSON string."""
+    tools = row.get("tools")
+    return tuple(checked_tools(json.loads(tools) if isinstance(tools, str) else tools) or ())
+
+
+def _named(row: Mapping[str, Any]) -> str:
+    return ", ".join(map(repr, row)) or "no keys"

@@ -1,0 +1,97 @@
+"""The objective of preference optimisation: a loss of pairs, of a policy beside a reference.
+
+Shapes: B rows, T tokens of a row, S sequences of a row, P = S / 2 pairs of a row.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bessemer.model.decoder import Decoder
+from bessemer.posttraining.preference.losses import PairLoss, PairLossSettings
+from bessemer.training.data.batches import IGNORE_INDEX, Batch
+from bessemer.training.head import token_log_probs
+from bessemer.training.objectives import Count, LossContext, Metric, Objective, Terms
+from bessemer.training.trainee import REFERENCE, Trainee
+
+#: The reference's log-probabilities, by token.
+REFERENCE_LOG_PROBS = "reference_log_probs"
+
+
+class PreferenceObjective(Objective):
+    """Mean of a loss over pairs, and perhaps the cross-entropy of the chosen answers beside it.
+
+    Logged: `accuracy`, the share of pairs whose chosen answer has the higher implicit reward; `margin`, the mean difference of
+    implicit rewards; `reward_chosen`, `reward_rejected`, β times the log-ratios; and the log-probabilities a token of both.
+    """
+
+    def __init__(self, loss: PairLoss, settings: PairLossSettings, next_token: float = 0.0) -> None:
+        """next_token: weight of the mean cross-entropy of the chosen answers, added to that of the method."""
+        self._loss = loss
+        self._settings = settings
+        self._next_token = next_token + loss.next_token
+
+    def denominators(self, batch: Batch) -> dict[str, Count]:
+        """The number of pairs; of the cross-entropy, that of the chosen answers' tokens."""
+        found = {"preference": Count(float(batch.per_sequence["is_pair"].sum()) / 2, "sequence")}
+        if self._next_token:
+            found["next_token"] = Count(float(_chosen_tokens(batch).sum()))
+        return found
+
+    def annotate(self, trainee: Trainee, batch: Batch) -> Batch:
+        """With the reference's log-probabilities, unless the batch brings them."""
+        if not self._loss.needs_reference or REFERENCE_LOG_PROBS in batch.per_token:
+            return batch
+        return batch.with_values(per_token={REFERENCE_LOG_PROBS: trainee.log_probs(batch, REFERENCE)})
+
+    def __call__(self, model: Decoder, batch: Batch, context: LossContext) -> Terms:
+        """Sums over the micro-batch's pairs."""
+        log_probs_BT = _log_probs(model, batch)
+        ratios_BT = log_probs_BT
+        if self._loss.needs_reference:
+            ratios_BT = log_probs_BT - batch.per_token[REFERENCE_LOG_PROBS].to(log_probs_BT.dtype)
+        sums_BS, policy_BS, tokens_BS = context.sum_over_context(
+            torch.stack([batch.sequence_sums(values) for values in (ratios_BT, log_probs_BT, _is_target(batch, log_probs_BT))])
+        ).unbind(0)
+        tokens_BS = tokens_BS.detach().clamp(min=1)
+        ratios_BS = sums_BS / tokens_BS if self._loss.per_token else sums_BS
+        chosen_BP, rejected_BP = ratios_BS[:, 0::2], ratios_BS[:, 1::2]
+        is_pair_BP = batch.per_sequence["is_pair"][:, 0::2].to(ratios_BS.dtype)
+        losses_BP = self._loss.function(chosen_BP.flatten(), rejected_BP.flatten(), self._settings).view_as(chosen_BP)
+        sums = {"preference": context.once((losses_BP * is_pair_BP).sum())}
+        if self._next_token:
+            sums["next_token"] = -self._next_token * (log_probs_BT * _chosen_tokens(batch)).sum()
+        with torch.no_grad():
+            rewards_BP = [self._settings.beta * side_BP for side_BP in (chosen_BP, rejected_BP)]
+            mean_BS = policy_BS / tokens_BS
+            figures_BP = {
+                "accuracy": (rewards_BP[0] > rewards_BP[1]).to(ratios_BS.dtype),
+                "margin": rewards_BP[0] - rewards_BP[1],
+                "reward_chosen": rewards_BP[0],
+                "reward_rejected": rewards_BP[1],
+                "log_prob_chosen": mean_BS[:, 0::2],
+                "log_prob_rejected": mean_BS[:, 1::2],
+            }
+            pairs = context.once(is_pair_BP.sum())
+            metrics = {name: Metric(context.once((one * is_pair_BP).sum()), pairs) for name, one in figures_BP.items()}
+        return Terms(sums, metrics)
+
+
+def _log_probs(model: Decoder, batch: Batch) -> Tensor:
+    """log p of each target, (B, T); 0 where there is none."""
+    hidden_BTD = model.hidden(batch.tokens_BT, positions_BT=batch.positions_BT, document_ids_BT=batch.document_ids_BT)
+    log_probs_N, _ = token_log_probs(
+        hidden_BTD.flatten(0, 1), model.head_weight, batch.targets_BT.flatten(), softcap=model.logit_softcap
+    )
+    return log_probs_N.view_as(batch.targets_BT)
+
+
+def _is_target(batch: Batch, like: Tensor) -> Tensor:
+    return (batch.targets_BT != IGNORE_INDEX).to(like.dtype)
+
+
+def _chosen_tokens(batch: Batch) -> Tensor:
+    """1 for the targets of chosen answers, (B, T)."""
+    is_chosen_BT = batch.sequence_of_token_BT % 2 == 0
+    return (is_chosen_BT & (batch.targets_BT != IGNORE_INDEX)).float()

@@ -1,0 +1,120 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from bessemer.core.errors import RequestError
+from bessemer.posttraining.formats import Answered, as_answered, as_labelled, as_pair
+
+PREFERENCES = Path(__file__).parents[2].parent / "shared" / "data" / "preference"
+
+
+def said(role, content):
+    return {"role": role, "content": content}
+
+
+ASKED, WELL, BADLY = said("user", "What is 2 + 2?"), said("assistant", "4"), said("assistant", "5")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [ASKED], "completion": [WELL]},
+        {"prompt": [ASKED], "completion": "4"},
+        {"prompt": "What is 2 + 2?", "completion": [WELL]},
+        {"instruction": "What is 2 + 2?", "input": "", "output": "4"},
+    ],
+)
+def test_a_prompt_and_its_answer_are_told_apart(row):
+    assert as_answered(row) == Answered((ASKED,), (WELL,))
+
+
+def test_conversations_of_other_formats_become_messages():
+    turns = [
+        {"from": "system", "value": "Be brief."},
+        {"from": "human", "value": "What is 2 + 2?"},
+        {"from": "gpt", "value": "4"},
+    ]
+    expected = Answered((), (said("system", "Be brief."), ASKED, WELL))
+    assert as_answered({"conversations": turns}) == expected
+    assert as_answered({"messages": list(expected.answer)}) == expected
+    alpaca = as_answered({"instruction": "Add.", "input": "2 + 2", "output": "4", "system": "Be brief."})
+    assert alpaca.prompt == (said("system", "Be brief."), said("user", "Add.\n\n2 + 2"))
+
+
+def test_texts_stay_texts():
+    assert as_answered({"prompt": "The sky is", "completion": " blue."}) == Answered("The sky is", " blue.")
+    pair = as_pair({"prompt": "The sky is", "chosen": " blue.", "rejected": " green."})
+    assert (pair.prompt, pair.chosen, pair.rejected) == ("The sky is", " blue.", " green.")
+    assert as_pair({"chosen": "The sky is blue.", "rejected": "The sky is green."}) == pair
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [ASKED], "chosen": [WELL], "rejected": [BADLY]},
+        {"prompt": [ASKED], "chosen": "4", "rejected": "5"},
+        {"chosen": [ASKED, WELL], "rejected": [ASKED, BADLY]},
+        {"chosen": "\n\nHuman: What is 2 + 2?\n\nAssistant: 4", "rejected": "\n\nHuman: What is 2 + 2?\n\nAssistant: 5"},
+        {"instruction": "What is 2 + 2?", "input": "", "output": "4", "chosen": "4", "rejected": "5"},
+    ],
+)
+def test_a_pair_has_the_prompt_that_both_answer(row):
+    pair = as_pair(row)
+    assert (pair.prompt, pair.chosen, pair.rejected) == ((ASKED,), (WELL,), (BADLY,))
+
+
+def test_pairs_part_at_the_turn_in_which_they_differ():
+    longer = [ASKED, WELL, said("user", "Sure?"), said("assistant", "Yes.")]
+    pair = as_pair({"chosen": longer, "rejected": [ASKED, WELL, said("user", "Sure?"), said("assistant", "No.")]})
+    assert len(pair.prompt) == 3
+    # where the users' words differ, the answers part before them
+    pair = as_pair({"chosen": longer, "rejected": [ASKED, WELL, said("user", "Really?"), said("assistant", "No.")]})
+    assert pair.prompt == (ASKED,) and len(pair.chosen) == 3
+
+
+@pytest.mark.parametrize(
+    ("parse", "row", "words"),
+    [
+        (as_answered, {"question": "?", "answer": "!"}, "is in no known format: it has 'question', 'answer'"),
+        (as_answered, {"messages": [ASKED]}, "the assistant says nothing in it"),
+        (as_answered, {"messages": []}, "at least one message"),
+        (
+            as_answered,
+            {"messages": [ASKED, said("system", "Late."), WELL]},
+            "message 2: a system message stands at the beginning",
+        ),
+        (as_answered, {"messages": [said("tool", "4"), WELL]}, "message 1: a tool answers the assistant"),
+        (as_answered, {"messages": [said("robot", "4")]}, "the role must be one of"),
+        (as_answered, {"conversations": [{"from": "bot", "value": "4"}]}, "turn 1: 'from' must be one of"),
+        (as_answered, {"instruction": "Add.", "output": " "}, "needs a text under 'output'"),
+        (as_answered, {"prompt": [ASKED], "completion": ""}, "completion: the answer is empty"),
+        (as_answered, {"prompt": [ASKED], "completion": [ASKED, WELL]}, "must begin with the assistant"),
+        (as_pair, {"prompt": [ASKED], "chosen": "4"}, "needs the keys 'chosen' and 'rejected'"),
+        (as_pair, {"prompt": [ASKED], "chosen": "4", "rejected": "4"}, "are the same"),
+        (as_pair, {"chosen": [WELL], "rejected": [BADLY]}, "begin with no message alike"),
+        (as_pair, {"prompt": [ASKED], "chosen": "4", "rejected": "5", "margin": "much"}, "margin must be a number"),
+        (as_labelled, {"prompt": [ASKED], "completion": "4", "label": 1}, "label must be true or false"),
+    ],
+)
+def test_a_malformed_row_is_told_in_one_line(parse, row, words):
+    with pytest.raises((ValueError, RequestError), match=r"^[^\n]*$") as found:
+        parse(row)
+    assert words in str(found.value)
+
+
+@pytest.mark.skipif(not PREFERENCES.is_dir(), reason="the data that the project is tried on is not here")
+def test_public_preference_data_is_read_as_it_is():
+    polite = json.loads((PREFERENCES / "instructions_polite_1100.json").read_text())
+    same = [row for row in polite if row["chosen"] == row["rejected"]]
+    pairs = [as_pair(row) for row in polite if row not in same]
+    assert len(pairs) + len(same) == 1100 and len(same) < 20
+    harmless = [json.loads(line) for line in (PREFERENCES / "hh_harmless_1800.jsonl").read_text().splitlines()]
+    parsed, refused = [], []
+    for row in harmless:
+        try:
+            parsed.append(as_pair(row))
+        except (ValueError, RequestError) as error:
+            refused.append(str(error))
+    assert len(parsed) > 0.97 * len(harmless), refused[:5]
+    assert all(pair.prompt[-1]["role"] == "user" for pair in parsed)

@@ -1,0 +1,94 @@
+import pytest
+import torch
+from torch.nn.functional import logsigmoid
+
+from bessemer.model.folder import load_model
+from bessemer.posttraining.encoding import encode_answer
+from bessemer.posttraining.formats import Pair
+from bessemer.posttraining.preference.losses import PAIR_LOSSES, PairLossSettings
+from bessemer.posttraining.preference.objective import REFERENCE_LOG_PROBS, PreferenceObjective
+from bessemer.posttraining.preference.packing import pack_pairs
+from bessemer.training.objectives import LossContext
+from tests.posttraining.test_formats import said
+
+
+@pytest.fixture
+def pairs():
+    return [
+        Pair(
+            (said("user", "Why? " * (n % 3 + 1)),),
+            (said("assistant", f"So {n}. " * (n % 2 + 1)),),
+            (said("assistant", f"No {n}"),),
+        )
+        for n in range(7)
+    ]
+
+
+def log_probs_alone(model, pair, answer, tokenizer):
+    """log p of each token of an answer, with the model run on it alone."""
+    encoded = encode_answer(pair.prompt, answer, tokenizer)
+    ids = torch.from_numpy(encoded.ids)
+    log_probs = model(ids[None, :-1])[0].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+    return log_probs[torch.from_numpy(encoded.is_learnt[1:])]
+
+
+@pytest.mark.parametrize(("name", "next_token"), [("sigmoid", 0.0), ("ipo", 0.3), ("orpo", 0.0)])
+def test_the_packed_loss_and_gradient_are_those_of_each_pair_alone(name, next_token, pairs, tokenizer, model_folder):
+    model, settings = load_model(model_folder), PairLossSettings(beta=0.5)
+    loss = PAIR_LOSSES[name].load()
+    packed = pack_pairs(pairs, tokenizer, 128)
+    assert packed.pairs == 7 and packed.rows < 7, "several pairs must share a row"
+    reference_BT = torch.randn(packed.batch.tokens_BT.shape, generator=torch.Generator().manual_seed(2))
+    batch = packed.batch.with_values(per_token={REFERENCE_LOG_PROBS: reference_BT * (packed.batch.targets_BT >= 0)})
+    objective = PreferenceObjective(loss, settings, next_token)
+    # two micro-batches over the step's denominators
+    counts = objective.denominators(batch)
+    halves = [objective(model, batch.rows(rows), LossContext()) for rows in (slice(0, 1), slice(1, None))]
+    total = sum(half.sums[term] / counts[term].value for half in halves for term in half.sums)
+    gradient = torch.autograd.grad(total, list(model.parameters()))
+
+    references = {}
+    for row, (documents_T, values_T) in enumerate(
+        zip(batch.document_ids_BT, batch.per_token[REFERENCE_LOG_PROBS], strict=True)
+    ):
+        for document in range(1, int(documents_T.max()) + 1):
+            here = (documents_T == document) & (batch.targets_BT[row] >= 0)
+            key = tuple(batch.targets_BT[row][here].tolist()), int((documents_T == document).sum())
+            references.setdefault(key, []).append(values_T[here])
+    losses, cross_entropies, right = [], [], 0
+    for pair in pairs:
+        sides = []
+        for answer in (pair.chosen, pair.rejected):
+            encoded = encode_answer(pair.prompt, answer, tokenizer)
+            found = references[tuple(encoded.ids[encoded.is_learnt].tolist()), len(encoded.ids) - 1].pop(0)
+            log_probs = log_probs_alone(model, pair, answer, tokenizer)
+            ratios = log_probs - found if loss.needs_reference else log_probs
+            sides.append(ratios.mean() if loss.per_token else ratios.sum())
+            if answer is pair.chosen:
+                cross_entropies += log_probs.neg().unbind()
+        right += bool(sides[0] > sides[1])
+        losses.append(loss.function(*(side[None] for side in sides), settings)[0])
+    expected = torch.stack(losses).mean() + (next_token + loss.next_token) * torch.stack(cross_entropies).mean()
+    torch.testing.assert_close(total, expected)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, list(model.parameters())), rtol=1e-3, atol=1e-6)
+    figures = [half.metrics["accuracy"] for half in halves]
+    assert sum(float(one.sum) for one in figures) == right and sum(float(one.count) for one in figures) == 7
+
+
+def test_of_a_policy_that_is_the_reference_the_loss_is_log_two(pairs, tokenizer, model_folder):
+    model = load_model(model_folder).eval()
+    batch = pack_pairs(pairs, tokenizer, 128).batch
+    objective = PreferenceObjective(PAIR_LOSSES["sigmoid"].load(), PairLossSettings())
+    with torch.no_grad():
+        hidden = model.hidden(batch.tokens_BT, positions_BT=batch.positions_BT, document_ids_BT=batch.document_ids_BT)
+        logits = model.logits(hidden).log_softmax(-1)
+        own = logits.gather(2, batch.targets_BT.clamp(min=0)[..., None])[..., 0] * (batch.targets_BT >= 0)
+    terms = objective(model, batch.with_values(per_token={REFERENCE_LOG_PROBS: own}), LossContext())
+    assert terms.sums["preference"].item() / 7 == pytest.approx(-logsigmoid(torch.zeros(())).item(), abs=1e-5)
+
+
+def test_an_answer_beyond_half_a_row_leaves_the_pair_out(tokenizer):
+    long = Pair((said("user", "word " * 100),), (said("assistant", "So."),), (said("assistant", "No."),))
+    short = Pair((said("user", "Why?"),), (said("assistant", "So."),), (said("assistant", "No."),))
+    packed = pack_pairs([long, short], tokenizer, 96)
+    assert (packed.pairs, packed.skipped, packed.rows) == (1, 1, 1)
