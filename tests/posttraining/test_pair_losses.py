@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from bessemer.posttraining.preference.losses import PAIR_LOSSES, PairLossSettings, kto, orpo
+from bessemer.posttraining.preference.losses import PairLossSettings, kto, orpo
+from bessemer.posttraining.preference.registry import PAIR_LOSSES
 
 SETTINGS = PairLossSettings(beta=0.3, label_smoothing=0.1, margin=0.7)
 

@@ -5,9 +5,10 @@ from torch.nn.functional import logsigmoid
 from bessemer.model.folder import load_model
 from bessemer.posttraining.encoding import encode_answer
 from bessemer.posttraining.formats import Pair
-from bessemer.posttraining.preference.losses import PAIR_LOSSES, PairLossSettings
+from bessemer.posttraining.preference.losses import PairLossSettings
 from bessemer.posttraining.preference.objective import REFERENCE_LOG_PROBS, PreferenceObjective
 from bessemer.posttraining.preference.packing import pack_pairs
+from bessemer.posttraining.preference.registry import PAIR_LOSSES
 from bessemer.training.objectives import LossContext
 from tests.posttraining.test_formats import said
 

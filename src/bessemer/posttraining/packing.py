@@ -82,7 +82,8 @@ class PackedBatches(StatelessBatches):
 
 
 class HeldOutBatches(StatelessBatches):
-    """Batches that read every packed row once, in order; the last one is filled with rows without targets."""
+    """Batches that read every packed row once, in order; the last one is filled with rows without targets, whose sequences have
+    zeros for values."""
 
     def __init__(self, packed: Batch, batch_size: int) -> None:
         self.batch_size = batch_size
@@ -95,9 +96,13 @@ class HeldOutBatches(StatelessBatches):
         places, count = np.arange(step * self.batch_size, (step + 1) * self.batch_size)[rows], self._packed.tokens_BT.shape[0]
         batch = self._packed.rows(np.minimum(places, count - 1))
         beyond_B1 = torch.from_numpy(places >= count)[:, None]
-        return replace(batch, targets_BT=batch.targets_BT.masked_fill(beyond_B1, IGNORE_INDEX))
+        return replace(
+            batch,
+            targets_BT=batch.targets_BT.masked_fill(beyond_B1, IGNORE_INDEX),
+            per_sequence={name: values_BS.masked_fill(beyond_B1, 0) for name, values_BS in batch.per_sequence.items()},
+        )
 
 
 def _content(packed: Batch) -> str:
-    arrays = (packed.tokens_BT, packed.targets_BT, packed.document_ids_BT)
+    arrays = (packed.tokens_BT, packed.targets_BT, packed.document_ids_BT, *packed.per_sequence.values())
     return hash_bytes(*(array.numpy().tobytes() for array in arrays if array is not None))

@@ -1,4 +1,4 @@
-"""The stage `sft`."""
+"""The stage `sft`, and those of the packages below this one."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from bessemer.data.sources.config import (
 )
 from bessemer.posttraining import report
 from bessemer.posttraining.config import DOCS_QUESTIONS, SFT_VERSION, SFTConfig
+from bessemer.posttraining.preference.specs import STAGES as PREFERENCE_STAGES
 from bessemer.training.specs import check_loop, loop_packages, rows_too_long, rows_too_long_for_existing
 
 _OTHER_DATA = "name a file of conversations in sft.data, or leave the stage out with sft: null"
@@ -109,4 +110,5 @@ STAGES = (
         packages=loop_packages,
         check=check_loop,
     ),
+    *PREFERENCE_STAGES,
 )

@@ -16,8 +16,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
-from bessemer.core.registry import Plugin, Registry
-
 #: `torch.log1p(-exp(x))` of a log-probability nearer to zero than this has no finite value in float32.
 _LARGEST_LOG_PROB = -1e-6
 
@@ -114,28 +112,16 @@ def _log1m_exp(log_probs: Tensor) -> Tensor:
     return torch.where(near_zero, small, large)
 
 
-PAIR_LOSSES: Registry[PairLoss] = Registry(
-    "preference loss",
-    "bessemer.preference_losses",
-    [
-        Plugin("sigmoid", "DPO; with label_smoothing conservative DPO", PairLoss(sigmoid)),
-        Plugin("sigmoid_norm", "DPO on mean log-probabilities", PairLoss(sigmoid, per_token=True)),
-        Plugin("hinge", "a margin of 1, as of SLiC", PairLoss(hinge)),
-        Plugin("ipo", "a squared distance from a fixed margin", PairLoss(ipo, per_token=True)),
-        Plugin("robust", "DPO where a known share of labels is swapped", PairLoss(robust)),
-        Plugin("apo_zero", "chosen answers up, rejected down", PairLoss(apo_zero)),
-        Plugin("apo_down", "both down, rejected more", PairLoss(apo_down)),
-        Plugin("sppo_hard", "each answer to a fixed log-ratio", PairLoss(sppo_hard)),
-        Plugin(
-            "simpo", "mean log-probabilities and a margin, no reference", PairLoss(simpo, per_token=True, needs_reference=False)
-        ),
-        Plugin(
-            "orpo",
-            "odds ratio and cross-entropy in one, no reference",
-            PairLoss(orpo, per_token=True, needs_reference=False, next_token=1.0),
-        ),
-    ],
-)
+SIGMOID = PairLoss(sigmoid)
+SIGMOID_NORM = PairLoss(sigmoid, per_token=True)
+HINGE = PairLoss(hinge)
+IPO = PairLoss(ipo, per_token=True)
+ROBUST = PairLoss(robust)
+APO_ZERO = PairLoss(apo_zero)
+APO_DOWN = PairLoss(apo_down)
+SPPO_HARD = PairLoss(sppo_hard)
+SIMPO = PairLoss(simpo, per_token=True, needs_reference=False)
+ORPO = PairLoss(orpo, per_token=True, needs_reference=False, next_token=1.0)
 
 
 def kto(log_ratios_S: Tensor, desirable_S: Tensor, kl: Tensor, beta: float) -> Tensor:

@@ -1,0 +1,71 @@
+"""Settings of the stage `preference`."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import field_validator
+
+from bessemer.core.config import setting
+from bessemer.core.errors import ConfigError
+from bessemer.posttraining.preference.registry import PAIR_LOSSES
+from bessemer.training.config import LoopConfig
+
+#: Raised when the same settings and inputs give other weights than before.
+PREFERENCE_VERSION = 1
+
+
+class PreferenceConfig(LoopConfig):
+    """The stage `preference`: DPO and its kin, on pairs of a chosen and a rejected answer. The defaults suit a real model."""
+
+    shorthand: ClassVar[str | None] = "data"
+
+    data: list[str] = setting(
+        description="Files of pairs, as JSON lines, JSON, CSV or Parquet: {prompt, chosen, rejected}, in messages or texts.",
+        min_length=1,
+    )
+    loss: str = setting(
+        "sigmoid",
+        "sigmoid (DPO), sigmoid_norm, hinge, ipo, robust, apo_zero, apo_down, sppo_hard; without a reference simpo and orpo; "
+        "or one that an installed package adds (entry points bessemer.preference_losses).",
+    )
+    beta: float = setting(
+        0.1, "How strongly the policy is held to the reference; of simpo and orpo a factor of the loss.", gt=0
+    )
+    label_smoothing: float = setting(
+        0.0, "Share of pairs whose labels are taken to be swapped: of sigmoid, robust and simpo.", ge=0, lt=0.5
+    )
+    margin: float = setting(0.5, "simpo: the margin γ by which β times the mean log-probabilities shall differ.", ge=0)
+    next_token_weight: float = setting(
+        0.0, "Weight of the chosen answers' mean cross-entropy beside the loss (RPO); orpo has its own.", ge=0
+    )
+    validation_share: float = setting(
+        0.05, "Fraction of the prompts whose pairs are held out; a prompt is on one side with all its pairs.", ge=0, lt=1
+    )
+    epochs: float = setting(1.0, "Passes over the pairs; without effect when steps is given.", gt=0)
+
+    optimizer: str = setting("adamw", "As in pretrain.", code=True)
+    learning_rate: float = setting(1e-6, "Peak learning rate.", gt=0)
+    context_length: int = setting(
+        1024, "Tokens of a row, which holds whole pairs: an answer with its prompt at most half.", gt=1
+    )
+    warmup_fraction: float | None = setting(
+        0.1, "Fraction of the steps in which the learning rate rises from zero.", ge=0, le=1
+    )
+    decay_fraction: float | None = setting(
+        0.9, "wsd: fraction of the steps, at the end, in which the learning rate falls to zero.", ge=0, le=1
+    )
+
+    @property
+    def packed(self) -> bool:
+        """Whether rows hold several conversations that do not attend to each other."""
+        return True
+
+    @field_validator("loss")
+    @classmethod
+    def _known_loss(cls, name: str) -> str:
+        try:
+            PAIR_LOSSES.find(name)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        return name

@@ -1,0 +1,47 @@
+"""Log-probabilities of a reference, computed once for a whole data set and kept beside the run.
+
+The model that a run starts from is its reference. While its weights are those, before the first step, it says its
+log-probabilities of all answers; then no second model is held in memory and no step runs it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from bessemer.core.progress import Progress
+from bessemer.model.folder import load_model
+from bessemer.posttraining.preference.objective import REFERENCE_LOG_PROBS
+from bessemer.training.data.batches import Batch
+from bessemer.training.model_setup import PreparedModel
+from bessemer.training.objectives import POLICY
+from bessemer.training.runtime import Runtime
+from bessemer.training.trainee import Trainee
+
+
+def with_reference(
+    batch: Batch, model: Path, path: Path, runtime: Runtime, *, rows_at_once: int, description: str, progress: Progress
+) -> Batch:
+    """A packed data set with the log-probabilities of the model of a folder, (B, T), read from `path` where an earlier start of
+    the run has left them."""
+    if path.exists():
+        return batch.with_values(per_token=load_file(path))
+    rows = batch.tokens_BT.shape[0]
+    with runtime.running():
+        decoder = load_model(model, device=runtime.device, dtype=torch.float32)
+        trainee = Trainee({POLICY: PreparedModel(decoder, None)}, runtime)
+        parts = []
+        with progress.task(description, total=rows, unit="rows") as bar, torch.no_grad():
+            for start in range(0, rows, rows_at_once):
+                part = batch.rows(slice(start, start + rows_at_once))
+                parts.append(trainee.log_probs(part, POLICY))
+                bar.advance(len(parts[-1]))
+    found = {REFERENCE_LOG_PROBS: torch.cat(parts).contiguous()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    save_file(found, temporary)
+    temporary.replace(path)
+    return replace(batch, per_token={**batch.per_token, **found})
