@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 from bessemer.core.errors import RequestError, SourceError
 from bessemer.core.hashing import hash_file, hash_value
+from bessemer.core.records import read_records
 from bessemer.core.seeds import derive_seed
-from bessemer.tasks.records import read_records
 
 Example = TypeVar("Example")
 

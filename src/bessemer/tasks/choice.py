@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from string import ascii_uppercase
 
+from bessemer.core.records import Record
 from bessemer.tasks.choice_scores import choice_scores, greatest
 from bessemer.tasks.config import ChoiceConfig
 from bessemer.tasks.file_task import FileTask, gold_of, options_of
 from bessemer.tasks.prompting import Example
 from bessemer.tasks.questions import ContinuationScore, LikelihoodQuestion, LikelihoodTask, Outcome, Part
-from bessemer.tasks.records import Record
 from bessemer.tasks.template import fill
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import exp
 
+from bessemer.core.records import Record
 from bessemer.tasks.config import ClozeConfig
 from bessemer.tasks.file_task import FileTask
 from bessemer.tasks.prompting import Example
 from bessemer.tasks.questions import ContinuationScore, LikelihoodQuestion, LikelihoodTask, Outcome, Part
-from bessemer.tasks.records import Record
 from bessemer.tasks.template import fill
 
 

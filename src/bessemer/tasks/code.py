@@ -10,13 +10,13 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from bessemer.core.config import setting
+from bessemer.core.records import Record
 from bessemer.core.sandbox import Limits, Sandbox
 from bessemer.tasks.config import SampledConfig, TaskConfig
 from bessemer.tasks.file_task import FileTask
 from bessemer.tasks.program import Verdict, read_problem, tested_program, verdict, whole_code
 from bessemer.tasks.prompting import Example
 from bessemer.tasks.questions import GenerationQuestion, GenerationTask, Outcome
-from bessemer.tasks.records import Record
 from bessemer.tasks.samples import pass_at_powers
 
 #: Where the function is over, in Chen et al. (2021), section 2.1, and what follows one in a file of tests or of text.

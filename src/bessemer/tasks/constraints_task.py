@@ -9,13 +9,13 @@ from typing import Literal
 
 from bessemer.core.config import setting
 from bessemer.core.errors import ConfigError
+from bessemer.core.records import Record
 from bessemer.tasks.config import SampledConfig, TaskConfig
 from bessemer.tasks.constraints import Constraints
 from bessemer.tasks.file_task import FileTask
 from bessemer.tasks.generated.instructions import instruction_items
 from bessemer.tasks.prompting import Example
 from bessemer.tasks.questions import GenerationQuestion, GenerationTask, Outcome
-from bessemer.tasks.records import Record
 from bessemer.tasks.template import Template, fill
 
 #: Names of the four accuracies, as in lm-evaluation-harness; the first is the headline.

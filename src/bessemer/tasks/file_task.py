@@ -10,9 +10,9 @@ from string import ascii_uppercase
 from typing import Any, Generic, TypeVar
 
 from bessemer.core.errors import ArtefactError
+from bessemer.core.records import Record, read_records
 from bessemer.tasks.config import TaskConfig
 from bessemer.tasks.prompting import Examples, Prompter
-from bessemer.tasks.records import Record, read_records
 
 C = TypeVar("C", bound=TaskConfig)
 

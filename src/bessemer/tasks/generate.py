@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from bessemer.core.records import Record
 from bessemer.tasks.config import GenerateConfig
 from bessemer.tasks.file_task import FileTask
 from bessemer.tasks.prompting import Example
 from bessemer.tasks.questions import Context, GenerationQuestion, GenerationTask, Outcome
-from bessemer.tasks.records import Record
 from bessemer.tasks.samples import majority, pass_at_powers
 from bessemer.tasks.template import fill
 from bessemer.tasks.verifiers import Verifier

@@ -9,8 +9,8 @@ import re
 import secrets
 from typing import Literal, NamedTuple
 
+from bessemer.core.records import Record
 from bessemer.core.sandbox import Program, Result
-from bessemer.tasks.records import Record
 
 #: How a program ended. `refused`: the sandbox stopped it, or held something back that it asked for; `empty`: no code at all.
 Verdict = Literal["passed", "failed", "timed_out", "refused", "empty"]

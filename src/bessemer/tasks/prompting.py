@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from bessemer.core.errors import ArtefactError
+from bessemer.core.records import Record
 from bessemer.tasks.config import TaskConfig
 from bessemer.tasks.questions import Context
-from bessemer.tasks.records import Record
 from bessemer.tasks.template import fill
 
 

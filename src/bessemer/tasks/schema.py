@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from bessemer.core.records import Record
 from bessemer.tasks.choice_scores import greatest
 from bessemer.tasks.config import SchemaConfig
 from bessemer.tasks.file_task import FileTask, gold_of, options_of
 from bessemer.tasks.prompting import Example
 from bessemer.tasks.questions import ContinuationScore, LikelihoodQuestion, LikelihoodTask, Outcome, Part
-from bessemer.tasks.records import Record
 from bessemer.tasks.template import fill
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator
 
-from bessemer.tasks.records import Record
+from bessemer.core.records import Record
 
 
 def _parts(text: str) -> list[tuple[str, str | None]]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from bessemer.core.errors import ConfigError
+from bessemer.core.records import Record
 from bessemer.tasks.generate import verified_samples
 from bessemer.tasks.generated.arithmetic import arithmetic_items
 from bessemer.tasks.generated.config import (
@@ -21,7 +22,6 @@ from bessemer.tasks.generated.item import GeneratedItem
 from bessemer.tasks.generated.needle import needle_items
 from bessemer.tasks.generated.variable_tracking import variable_tracking_items
 from bessemer.tasks.questions import Context, CountTokens, GenerationQuestion, GenerationTask, Outcome
-from bessemer.tasks.records import Record
 from bessemer.tasks.template import fill
 from bessemer.tasks.verifiers import Numeric
 

@@ -3,7 +3,7 @@ import pyarrow.parquet
 import pytest
 
 from bessemer.core.errors import ArtefactError
-from bessemer.tasks.records import read_records
+from bessemer.core.records import read_records
 
 
 def test_jsonl_csv_and_parquet_hold_the_same_rows(tmp_path):
@@ -28,12 +28,15 @@ def test_jsonl_csv_and_parquet_hold_the_same_rows(tmp_path):
     [
         ("a.jsonl", b'{"a": 1}\n{"a": \n', "a.jsonl:2: is not JSON"),
         ("a.jsonl", b"[1]\n", "a.jsonl:1: must be an object, it is a list"),
-        ("a.jsonl", b"\n\n", "a.jsonl: holds no items"),
-        ("a.csv", b"a,b\n", "a.csv: holds no items"),
+        ("a.jsonl", b"\n\n", "a.jsonl: holds no rows"),
+        ("a.json", b"{}", "must be a list of objects, it is a dict"),
+        ("a.json", b"[1]", "a.json, row 0: must be an object"),
+        ("a.json", b'[{"a": 1},\n{', "a.json:2: is not JSON"),
+        ("a.csv", b"a,b\n", "a.csv: holds no rows"),
         ("a.csv", b"a,b\n1,2,3\n", "a.csv:2: has more cells than the header"),
         ("a.jsonl", b'{"a": "\xff"}\n', "is not UTF-8 text"),
         ("a.parquet", b"PAR", "a.parquet: is not Parquet"),
-        ("a.txt", b"a", r"a task's data is .jsonl, .csv, .parquet, not .txt"),
+        ("a.txt", b"a", r"a table is .jsonl, .json, .csv, .parquet, not .txt"),
     ],
 )
 def test_data_that_cannot_be_read_is_named_with_its_line(tmp_path, name, content, message):

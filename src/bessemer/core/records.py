@@ -1,4 +1,4 @@
-"""The rows of a task's data, each with its place for messages."""
+"""The rows of a table in a file, each with its place for messages."""
 
 from __future__ import annotations
 
@@ -50,18 +50,21 @@ class Record:
 
 
 def read_records(path: Path) -> list[Record]:
-    """The rows of a JSONL, CSV or Parquet file. Raises ArtefactError when it is missing, damaged, empty or of another kind."""
+    """The rows of a JSONL, JSON (a list of objects), CSV or Parquet file.
+
+    Raises ArtefactError when it is missing, damaged, empty or of another kind.
+    """
     reader = _READERS.get(path.suffix)
     if reader is None:
-        raise ArtefactError(f"{path}: a task's data is {', '.join(_READERS)}, not {path.suffix or 'a file without a suffix'}")
+        raise ArtefactError(f"{path}: a table is {', '.join(_READERS)}, not {path.suffix or 'a file without a suffix'}")
     try:
         records = list(reader(path))
     except FileNotFoundError:
-        raise ArtefactError(f"{path}: no such file of a task's items") from None
+        raise ArtefactError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
         raise ArtefactError(f"{path}: is not UTF-8 text (byte {error.start})") from None
     if not records:
-        raise ArtefactError(f"{path}: holds no items")
+        raise ArtefactError(f"{path}: holds no rows")
     return records
 
 
@@ -77,6 +80,19 @@ def _read_jsonl(path: Path) -> Iterator[Record]:
             if not isinstance(values, dict):
                 raise ArtefactError(f"{path}:{number}: must be an object, it is a {type(values).__name__}")
             yield Record(values, number, f"{path}:{number}")
+
+
+def _read_json(path: Path) -> Iterator[Record]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ArtefactError(f"{path}:{error.lineno}: is not JSON ({error.msg})") from None
+    if not isinstance(rows, list):
+        raise ArtefactError(f"{path}: must be a list of objects, it is a {type(rows).__name__}; one object a line is .jsonl")
+    for number, values in enumerate(rows):
+        if not isinstance(values, dict):
+            raise ArtefactError(f"{path}, row {number}: must be an object, it is a {type(values).__name__}")
+        yield Record(values, number, f"{path}, row {number}")
 
 
 def _read_csv(path: Path) -> Iterator[Record]:
@@ -108,6 +124,7 @@ def _read_parquet(path: Path) -> Iterator[Record]:
 
 _READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
     ".jsonl": _read_jsonl,
+    ".json": _read_json,
     ".csv": _read_csv,
     ".parquet": _read_parquet,
 }
