@@ -10,12 +10,11 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
-from bessemer.inference.build import new_memory
+from bessemer.inference.build import worker_runners
 from bessemer.inference.engine import Engine, EngineConfig
 from bessemer.inference.execution import kv_memory
-from bessemer.inference.execution.build import shared_backend
-from bessemer.inference.execution.runner import Runner
-from bessemer.inference.execution.tensor_parallel.commands import run_worker
+from bessemer.inference.execution.tensor_parallel.adapters import AdapterNumbers
+from bessemer.inference.execution.tensor_parallel.commands import encode, run_worker
 from bessemer.inference.execution.tensor_parallel.sharded_model import ShardedModel, mesh_of, shard_model
 from tests.inference.models import ARCHITECTURES, BASE
 from tests.model.randomised import random_decoder
@@ -27,8 +26,11 @@ class Broadcast:
 
     failure = None
 
+    def __init__(self):
+        self.numbers = AdapterNumbers()
+
     def tell(self, command):
-        dist.broadcast_object_list([command], src=0)
+        dist.broadcast_object_list([command and encode(command, self.numbers)], src=0)
 
     def together(self):
         return nullcontext()
@@ -60,10 +62,9 @@ def shared(use, name, parallel, *, changes=None, settings=None, free=None, **arg
             stack.enter_context(patch.object(kv_memory, "free_bytes", lambda device: free[mesh.rank]))
         shard_model(model, mesh, torch.device("cpu"))
         if mesh.rank:
-            memory, _ = new_memory(model, config, mesh)
-            runner = Runner(model, memory, shared_backend(model, memory), batch_invariant=config.batch_invariant)
-            run_worker(runner, _commands())
-            return [tuple(pages.keys.shape) for pages in memory.layers.values()]
+            runner, draft = worker_runners(model, config, mesh)
+            run_worker(runner, _commands(), draft)
+            return [tuple(pages.keys.shape) for pages in runner.memory.layers.values()]
         write_small_tokenizer(folder)
         workers = Broadcast()
         stack.enter_context(patch.object(ShardedModel, "open", lambda *_: ShardedModel(model, mesh, workers, ExitStack())))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch.distributed import ProcessGroup
 
 from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.inference.config import EngineConfig
 from bessemer.inference.engine_core import EngineCore
-from bessemer.inference.execution.build import new_runner, page_layout
+from bessemer.inference.execution.build import new_runner, page_layout, shared_backend
 from bessemer.inference.execution.kv_cache import HeadShare, PagedMemory, layer_groups, state_bytes
 from bessemer.inference.execution.kv_memory import (
     check_model_length,
@@ -19,11 +20,13 @@ from bessemer.inference.execution.kv_memory import (
     plan_blocks,
     plan_snapshots,
 )
+from bessemer.inference.execution.runner import Runner
 from bessemer.inference.execution.tensor_parallel.sharded_model import ShardedModel
 from bessemer.inference.scheduling.block_pool import BlockPool
 from bessemer.inference.scheduling.scheduler import BlockGroup, Scheduler
 from bessemer.inference.speculation.build import mtp_layers_of, new_proposer
 from bessemer.inference.speculation.decoder import SpeculativeDecoder
+from bessemer.inference.speculation.draft_runner import shared_draft_runner
 from bessemer.model.decoder import Decoder
 from bessemer.tokenization.tokenizer import Tokenizer
 
@@ -47,7 +50,7 @@ def assemble(
     else:
         with sharded.workers.together():
             memory, blocks = new_memory(model, config, sharded.mesh)
-        runner = new_runner(model, memory, config, opened, workers=sharded.workers)
+        runner = new_runner(model, memory, config, opened, workers=sharded.workers, group=sharded.group)
     groups = [
         BlockGroup(BlockPool(count, config.block_size), group.window)
         for count, group in zip(blocks, layer_groups(model.config), strict=True)
@@ -66,12 +69,24 @@ def assemble(
         share_generated=not config.batch_invariant,
         share_prefixes=config.prefix_cache,
     )
-    proposer = new_proposer(config, tokenizer, runner)
+    proposer = new_proposer(config, tokenizer, runner, sharded)
     core = EngineCore(scheduler, runner, None if proposer is None else SpeculativeDecoder(proposer))
     ranks = memory.share.ranks
     described = describe_pages(model.config, blocks, config, memory.dtype, mtp_layers, ranks=ranks)
     described += describe_states(model.config, memory.snapshot_count, model.dtype, ranks=ranks)
     return core, described
+
+
+def worker_runners(
+    model: Decoder, config: EngineConfig, mesh: Mesh, group: ProcessGroup | None = None
+) -> tuple[Runner, Runner | None]:
+    """A worker's runner of its shard of a model, and that of its shard of the draft model, where the processes share one.
+
+    group: as of `Runner`. Made by the same collectives as `assemble` on rank 0.
+    """
+    memory, _ = new_memory(model, config, mesh)
+    runner = Runner(model, memory, shared_backend(model, memory), batch_invariant=config.batch_invariant, group=group)
+    return runner, shared_draft_runner(config, model.device, mesh)
 
 
 def new_memory(model: Decoder, config: EngineConfig, mesh: Mesh = ALONE) -> tuple[PagedMemory, list[int]]:

@@ -61,8 +61,7 @@ class WeightUpdates:
         In-flight requests keep the adapter that they began with. Raises ArtefactError for a folder that holds none, or
         one that was made for another model; RequestError for one in memory that does not fit the model.
         """
-        self._check_whole()
-        loaded = copied_adapter(adapter, self.model) if isinstance(adapter, Adapter) else read_adapter(adapter, self.model)
+        loaded = self._own_adapter(adapter)
         with self._lock:
             self._adapters.load(name, loaded)
 
@@ -73,10 +72,10 @@ class WeightUpdates:
         adapters stay in the prefix cache. version: the `weight_version` from now on; None: one more. Raises RequestError for a
         name that is not loaded and an adapter that does not fit the model, and changes nothing then.
         """
-        self._check_whole()
-        copied = copied_adapter(adapter, self.model)
+        self._adapters.find(name)
+        own = self._own_adapter(adapter)
         with self._lock:
-            self.core.change_adapter(*self._adapters.update(name, copied))
+            self.core.change_adapter(*self._adapters.update(name, own))
             self._count_version(version)
 
     def unload_adapter(self, name: str) -> None:
@@ -97,9 +96,20 @@ class WeightUpdates:
         if request.adapter is not None and (updated := self._adapters.updated(request.adapter)) is not None:
             self.core.use_adapter(request, updated)
 
-    def _check_whole(self) -> None:
-        if self._sharded is not None:
-            raise ConfigError("parallel: adapters are not cut; serve them with a model that is in one process")
+    def _own_adapter(self, adapter: Path | str | Adapter) -> Adapter:
+        """The adapter in a folder, or a copy of one in memory, as this process computes it: of a sharded model its shard."""
+        runner, samples = self.core.runner, None
+        if isinstance(adapter, Adapter):
+            whole = copied_adapter(adapter, self.model)
+        else:
+            if self._sharded is not None:
+                with self._lock:
+                    samples = runner.weight_samples()
+            whole = read_adapter(adapter, self.model, samples)
+        if self._sharded is None:
+            return whole
+        with self._lock:
+            return runner.share_adapter(whole)
 
     def _replace_shards(self, weights: Mapping[str, Tensor] | None) -> None:
         if weights is None:

@@ -58,6 +58,13 @@ _TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)\.weight")
 # Shapes: N outputs, K inputs, R rank.
 
 
+class WeightSample(NamedTuple):
+    """Some numbers of a tensor: the whole one's shape, and (up to `_SAMPLE`) numbers in bfloat16, spread over it."""
+
+    shape: tuple[int, ...]
+    numbers: Tensor
+
+
 class _Target(NamedTuple):
     """A linear layer of a family's files: our modules that it is made of, side by side, and the outputs of each."""
 
@@ -67,8 +74,10 @@ class _Target(NamedTuple):
     is_transposed: bool
 
 
-def read_adapter(folder: Path | str, model: Decoder) -> Adapter:
+def read_adapter(folder: Path | str, model: Decoder, samples: Mapping[str, WeightSample] | None = None) -> Adapter:
     """The adapter in a folder, for `model`: where its weights lie and in their type.
+
+    samples: of the whole model, where `model` holds shards of it; the adapter is the whole one.
 
     Raises ArtefactError, one line, for a folder that is damaged, an adapter that is more than low-rank updates of linear
     layers, and one that was made for another model.
@@ -77,7 +86,7 @@ def read_adapter(folder: Path | str, model: Decoder) -> Adapter:
     if not folder.is_dir():
         raise ArtefactError(f"{folder}: no such adapter folder")
     config = _read_config(folder / ADAPTER_CONFIG)
-    _check_base(folder / ADAPTER_CONFIG, config.get("bessemer"), model)
+    _check_base(folder / ADAPTER_CONFIG, config.get("bessemer"), model, samples)
     path = folder / ADAPTER_WEIGHTS
     if not path.exists():
         pickle = path.with_suffix(".bin")
@@ -152,17 +161,29 @@ def write_adapter(adapter: Adapter, model: Decoder, folder: Path) -> None:
     write_json(folder / ADAPTER_CONFIG, config)
 
 
-def fingerprints(model: Decoder) -> dict[str, str]:
+def fingerprints(model: Decoder, samples: Mapping[str, WeightSample] | None = None) -> dict[str, str]:
     """Hashes by which an adapter knows its base: of the norms, and of all weights where none is quantised.
 
     Quantisation leaves norms as they are (where it folds scales into them, the adapter would not fit either). Each tensor
     gives some thousand numbers, spread over it and rounded to bfloat16: so it is quick, and the type does not matter.
+    samples: of the whole model, where `model` holds shards of it.
     """
-    tensors = {name: tensor for name, tensor in sorted(model.state_dict().items()) if not name.startswith("mtp.")}
-    found = {"norms": _sampled_hash(tensor for name, tensor in tensors.items() if "norm" in name)}
+    if samples is None:
+        samples = {name: _sample(tensor) for name, tensor in fingerprinted_tensors(model).items()}
+    found = {"norms": _hash_of(sample for name, sample in samples.items() if "norm" in name)}
     if not is_quantised(model):
-        found["weights"] = _sampled_hash(tensors.values())
+        found["weights"] = _hash_of(samples.values())
     return found
+
+
+def fingerprinted_tensors(model: Decoder) -> dict[str, Tensor]:
+    """The tensors of a model that `fingerprints` samples, in their order."""
+    return {name: tensor for name, tensor in sorted(model.state_dict().items()) if not name.startswith("mtp.")}
+
+
+def sampled_places(numel: int) -> range:
+    """Which numbers of a tensor, row after row, are sampled."""
+    return range(0, numel, max(1, numel // _SAMPLE))[:_SAMPLE]
 
 
 def adaptable_layers(model: Decoder) -> dict[str, tuple[int, int]]:
@@ -177,23 +198,27 @@ def adaptable_layers(model: Decoder) -> dict[str, tuple[int, int]]:
 # -- inside
 
 
-def _sampled_hash(tensors: Iterable[Tensor]) -> str:
+def _sample(tensor: Tensor) -> WeightSample:
+    places = sampled_places(tensor.numel())
+    numbers = tensor.detach().flatten()[places.start : places.stop : places.step]
+    return WeightSample(tuple(tensor.shape), numbers.cpu().to(torch.bfloat16))
+
+
+def _hash_of(samples: Iterable[WeightSample]) -> str:
     parts = []
-    for tensor in tensors:
-        flat = tensor.detach().flatten()
-        sample = flat[:: max(1, len(flat) // _SAMPLE)][:_SAMPLE]
-        parts += [str(tuple(tensor.shape)).encode(), sample.cpu().to(torch.bfloat16).view(torch.int16).numpy().tobytes()]
+    for shape, numbers in samples:
+        parts += [str(shape).encode(), numbers.view(torch.int16).numpy().tobytes()]
     return hash_bytes(*parts)
 
 
-def _check_base(path: Path, ours: Any, model: Decoder) -> None:
+def _check_base(path: Path, ours: Any, model: Decoder, samples: Mapping[str, WeightSample] | None) -> None:
     """Refuse an adapter that was written here for other weights."""
     if ours is None:
         return
     if not isinstance(ours, Mapping):
         raise ArtefactError(f"{path}: this adapter config is damaged ('bessemer' is not a mapping)")
     check_format(ours.get("format"), ADAPTER_FORMAT, path, "adapter")
-    base, own = ours.get("base"), fingerprints(model)
+    base, own = ours.get("base"), fingerprints(model, samples)
     if not isinstance(base, Mapping) or any(base.get(name) != own[name] for name in own):
         raise ArtefactError(f"{path}: this adapter was trained on a model with other weights; use it with that one")
 

@@ -61,7 +61,8 @@ def adapted(model: nn.Module, adapted_rows: Sequence[AdaptedRows]) -> Iterator[N
     """Within it, what `model` computes has the adapters' updates, each in its rows.
 
     It is done by forward hooks, which are there only as long: the model's parameters, their names, and what is packed of them
-    are never touched.
+    are never touched. They come before other hooks: where a layer's inputs are sharded, its output is a summand then, and the
+    adapter's part is summed over the ranks with it.
     """
     names = dict.fromkeys(name for adapter, _ in adapted_rows for name in adapter.updates)
     handles = []
@@ -69,7 +70,7 @@ def adapted(model: nn.Module, adapted_rows: Sequence[AdaptedRows]) -> Iterator[N
         for name in names:
             updates = [(adapter.updates[name], rows_M) for adapter, rows_M in adapted_rows if name in adapter.updates]
             for module, hook in _hooks(model, name, updates):
-                handles.append(module.register_forward_hook(hook))
+                handles.append(module.register_forward_hook(hook, prepend=True))
         yield
     finally:
         for handle in handles:

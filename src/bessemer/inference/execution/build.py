@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch.distributed import ProcessGroup
 
 from bessemer.core.environment import free_memory_bytes
 from bessemer.core.errors import ConfigError
@@ -70,18 +71,19 @@ def new_runner(
     *,
     modules_only: bool = False,
     workers: Workers | None = None,
+    group: ProcessGroup | None = None,
 ) -> Runner:
     """The runner of a model over its KV cache, by the backend that `choose_backend` chooses.
 
     opened: whether this one was opened to be served. modules_only: states inside the model are needed, which steps in one call
-    do not give. workers: the processes that share the model. Raises ConfigError where kernels are asked for and cannot be
-    built.
+    do not give. workers and group: the processes that share the model, as of `Runner`. Raises ConfigError where kernels are
+    asked for and cannot be built.
     """
     if workers is not None:
         backend = shared_backend(model, memory)
     else:
         backend = choose_backend(model, memory, config, opened, modules_only)
-    return Runner(model, memory, backend, batch_invariant=config.batch_invariant, workers=workers)
+    return Runner(model, memory, backend, batch_invariant=config.batch_invariant, workers=workers, group=group)
 
 
 def shared_backend(model: Decoder, memory: PagedMemory) -> Backend:

@@ -9,13 +9,21 @@ from typing import Concatenate, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from bessemer.inference.execution.backend import Backend
 from bessemer.inference.execution.batch import Batch
 from bessemer.inference.execution.kv_cache import PagedMemory
 from bessemer.inference.execution.observation import Observed, ReadPages, StatesKeeper, routings_kept
+from bessemer.inference.execution.tensor_parallel.adapters import (
+    UpdateShape,
+    exchange_adapter,
+    gather_weight_samples,
+    shapes_of,
+)
 from bessemer.inference.execution.tensor_parallel.commands import Command, Workers, together
 from bessemer.inference.execution.tensor_parallel.weights import Piece, exchange_piece, pieces_of
+from bessemer.model.adapter_folder import WeightSample
 from bessemer.model.adapters import Adapter, adapted
 from bessemer.model.decoder import Decoder
 from bessemer.model.mtp import MtpModule
@@ -51,7 +59,7 @@ class Runner:
 
     batch_invariant: each sequence goes through the modules alone and in fixed chunks, so that its numbers are the same bits
     whatever else is in the batch. It costs what batching saves. workers: the other processes that share the model, each with a
-    runner of its shard: what this one does over its pages, all do over theirs.
+    runner of its shard: what this one does over its pages, all do over theirs. group: those processes; None: all of the job.
     """
 
     def __init__(
@@ -62,6 +70,7 @@ class Runner:
         *,
         batch_invariant: bool = False,
         workers: Workers | None = None,
+        group: ProcessGroup | None = None,
     ) -> None:
         self.model = model
         self.memory = memory
@@ -79,6 +88,9 @@ class Runner:
         self._batch_invariant = batch_invariant
         #: The other processes that share the model.
         self.workers = workers
+        self._group = group
+        #: Of a worker: its shards of adapters, by the numbers by which rank 0 names them.
+        self.adapters: dict[int, Adapter] = {}
 
     @property
     def arithmetic(self) -> str:
@@ -155,6 +167,29 @@ class Runner:
     def receive_piece(self, piece: Piece) -> None:
         """A worker's part of `replace_weights`."""
         exchange_piece(self.model, piece)
+
+    def share_adapter(self, whole: Adapter) -> Adapter:
+        """Rank 0's shard of an adapter of the unsharded model, which lies where that does and in its type.
+
+        Every worker keeps its own until rank 0's is gone.
+        """
+        assert self.workers is not None, "a model in one process takes it whole"
+        with together(self.workers):
+            shapes = shapes_of(whole)
+            number = self.workers.numbers.next()
+            self.workers.tell(Command("receive_adapter", (number, shapes)))
+            shard = exchange_adapter(self.model, shapes, whole, group=self._group)
+            self.workers.numbers.assign(number, shard)
+            return shard
+
+    def receive_adapter(self, number: int, shapes: Sequence[UpdateShape]) -> None:
+        """A worker's part of `share_adapter`."""
+        self.adapters[number] = exchange_adapter(self.model, shapes, group=self._group)
+
+    @on_every_rank
+    def weight_samples(self) -> dict[str, WeightSample]:
+        """Samples of the unsharded model's weights, by which an adapter knows its base (`fingerprints`)."""
+        return gather_weight_samples(self.model, self._group)
 
     @torch.inference_mode()
     def mtp_hidden(self, index: int, batch: Batch, hidden_ND: Tensor) -> Tensor:

@@ -36,8 +36,8 @@ from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 _FEW = 4
 
 
-def open_draft_model(folder: str, model: Decoder, tokenizer: Tokenizer) -> Decoder:
-    """The draft model of another, on its device.
+def open_draft_model(folder: str, model: Decoder, tokenizer: Tokenizer, device: torch.device) -> Decoder:
+    """The draft model of another, on a device.
 
     Raises ConfigError where the two have not the same tokenizer, or the draft model keeps states, ArtefactError where the
     folder is damaged.
@@ -47,7 +47,7 @@ def open_draft_model(folder: str, model: Decoder, tokenizer: Tokenizer) -> Decod
             f"speculation.model: {folder} has another tokenizer than the model that it drafts for; name a model that was "
             "trained with the same one"
         )
-    draft = load_model(Path(folder), model.device)
+    draft = load_model(Path(folder), device)
     if draft.config.vocab_size != model.config.vocab_size:
         raise ConfigError(
             f"speculation.model: {folder} scores {draft.config.vocab_size:,} tokens, and the model that it drafts for "

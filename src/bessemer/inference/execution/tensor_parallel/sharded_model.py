@@ -7,6 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from bessemer.core.environment import usable_cores
@@ -29,11 +30,14 @@ from bessemer.model.quantisation.settings import read_settings
 class ShardedModel:
     """Rank 0's shard of a model, and the worker processes that hold the others."""
 
-    def __init__(self, model: Decoder, mesh: Mesh, workers: Workers, held: ExitStack) -> None:
-        """held: contexts that are left at the end."""
+    def __init__(
+        self, model: Decoder, mesh: Mesh, workers: Workers, held: ExitStack, group: ProcessGroup | None = None
+    ) -> None:
+        """held: contexts that are left at the end. group: the processes, where they are not all of the job."""
         self.model = model
         self.mesh = mesh
         self.workers = workers
+        self.group = group
         self._held = held
 
     @classmethod
@@ -86,7 +90,7 @@ def check_sharding(folder: Path, device: str, config: EngineConfig) -> None:
     model = read_model_config(folder)
     if read_settings(read_json(folder / CONFIG), folder / CONFIG):
         raise ConfigError(f"parallel: {folder} is quantised, and codes are not cut; share the model that it was made from")
-    Layout.of(_axes(config.parallel), config.processes).check(model, None)
+    layout_of(config.parallel).check(model, None)
     for rank in range(config.processes):
         device_of(device, rank, config.processes)
 
@@ -106,6 +110,11 @@ def device_of(name: str, rank: int, processes: int) -> torch.device:
     if processes > torch.cuda.device_count():
         raise ConfigError(f"parallel: {processes} processes, but this machine has {torch.cuda.device_count()} GPUs; take fewer")
     return torch.device("cuda", rank)
+
+
+def layout_of(config: ParallelInferenceConfig) -> Layout:
+    """The layout of the settings."""
+    return Layout.of(_axes(config), config.processes)
 
 
 def mesh_of(config: ParallelInferenceConfig, device: torch.device) -> Mesh:

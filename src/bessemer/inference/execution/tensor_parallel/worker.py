@@ -28,10 +28,8 @@ GRACE_SECONDS = 5
 def main(settings: dict[str, Any], commands: IO[bytes], replies: IO[bytes]) -> int:
     """Serve until the commands end; the exit code."""
     from bessemer.distributed.mesh import Seat, joined
-    from bessemer.inference.build import new_memory
+    from bessemer.inference.build import worker_runners
     from bessemer.inference.config import EngineConfig
-    from bessemer.inference.execution.build import shared_backend
-    from bessemer.inference.execution.runner import Runner
     from bessemer.inference.execution.tensor_parallel.commands import run_worker
     from bessemer.inference.execution.tensor_parallel.sharded_model import device_of, mesh_of, shard_model
     from bessemer.model.folder import load_model
@@ -51,9 +49,8 @@ def main(settings: dict[str, Any], commands: IO[bytes], replies: IO[bytes]) -> i
         with joined(device, config.parallel.timeout, seat):
             mesh = mesh_of(config.parallel, device)
             shard_model(model, mesh, device)
-            memory, _ = new_memory(model, config, mesh)
-            runner = Runner(model, memory, shared_backend(model, memory), batch_invariant=config.batch_invariant)
-            run_worker(runner, coming)
+            runner, draft = worker_runners(model, config, mesh)
+            run_worker(runner, coming, draft)
     except Exception as error:
         # rank 0 may be what is gone
         with suppress(OSError):
@@ -62,8 +59,8 @@ def main(settings: dict[str, Any], commands: IO[bytes], replies: IO[bytes]) -> i
     return 0
 
 
-def read_commands(commands: IO[bytes]) -> Iterator[Any]:
-    """Commands as they come, read on a thread of its own.
+def read_commands(commands: IO[bytes]) -> Iterator[bytes]:
+    """Commands as they come, encoded, read on a thread of its own.
 
     The thread sees that rank 0 is gone also where a step, or the start of the process group, waits for it, and then ends this
     process.

@@ -18,7 +18,8 @@ from contextlib import contextmanager, suppress
 from typing import IO, Any
 
 from bessemer.core.errors import BessemerError, LostProcessError, ending_of_process
-from bessemer.inference.execution.tensor_parallel.commands import Command
+from bessemer.inference.execution.tensor_parallel.adapters import AdapterNumbers
+from bessemer.inference.execution.tensor_parallel.commands import Command, encode
 
 #: What each process runs; its last argument is JSON.
 PROGRAM = (sys.executable, "-m", "bessemer.inference.execution.tensor_parallel.worker")
@@ -35,6 +36,7 @@ class WorkerProcesses:
         self, ranks: int, settings: Mapping[str, Any], threads: int | None, interrupt: Callable[[], None] | None = None
     ) -> None:
         """threads: of PyTorch in each; its own choice when None. interrupt: called, on another thread, when one was lost."""
+        self.numbers = AdapterNumbers()
         self._interrupt = interrupt
         environment = dict(os.environ)
         if threads is not None:
@@ -78,7 +80,7 @@ class WorkerProcesses:
 
     def tell(self, command: Command) -> None:
         """Send a command to all workers."""
-        message = pickle.dumps(tuple(command), pickle.HIGHEST_PROTOCOL)
+        message = pickle.dumps(encode(command, self.numbers))
         for process in self._processes:
             _stream(process.stdin).write(message)
             _stream(process.stdin).flush()
