@@ -25,6 +25,7 @@ from tests.distributed.pool import pool_of
 from tests.inference.models import small_tokenizer
 from tests.inference.sharded import decoder, shared
 from tests.inference.test_identity import BLOCK, GIB, PARAMS, PROMPTS, assert_same_but_for_ties
+from tests.model.random_adapters import random_adapter
 from tests.model.tokenizers import write_small_tokenizer
 
 SHARED_EXPERT = {"shared_expert_intermediate_size": 16, "shared_expert_gate": True, "router_correction_bias": True}
@@ -231,9 +232,17 @@ def test_an_engine_starts_the_others_and_answers(opened, folder):
     assert opened.generate(PROMPTS, FEW) == alone.generate(PROMPTS, FEW)
 
 
-def test_what_one_process_alone_can_do_is_refused(opened, tmp_path):
-    with pytest.raises(ConfigError, match="adapters are not cut"):
-        opened.load_adapter("a", tmp_path)
+def test_the_others_take_adapters_that_come_and_go(opened, folder):
+    alone = Engine(folder, device="cpu", config=EngineConfig(cpu_kernels="off"))
+    for engine in (opened, alone):
+        engine.load_adapter("a", random_adapter(alone.model))
+    expected = alone.generate(PROMPTS, FEW, adapter="a")
+    assert opened.generate(PROMPTS, FEW, adapter="a") == expected != alone.generate(PROMPTS, FEW)
+    opened.unload_adapter("a")
+    assert opened.generate(PROMPTS, FEW) == alone.generate(PROMPTS, FEW)
+
+
+def test_what_one_process_alone_can_do_is_refused(opened):
     with pytest.raises(ConfigError, match="give update_weights the whole tensors"):
         opened.update_weights()
 

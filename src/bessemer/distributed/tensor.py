@@ -321,7 +321,7 @@ def _logits_on_rank_0(model: Decoder, mesh: Mesh, hidden: Tensor) -> Tensor:
         return hidden.new_empty(*hidden.shape[:-1], model.config.vocab_size)
     own = functional.linear(hidden, cast(DTensor, model.head_weight).to_local())
     shards = None if rank else [torch.empty_like(own) for _ in range(ranks)]
-    dist.gather(own, shards, dst=0, group=mesh.tensor.get_group())
+    dist.gather(own, shards, group=mesh.tensor.get_group(), group_dst=0)
     return (
         own[..., :0] if shards is None else capped(torch.cat(shards, -1)[..., : model.config.vocab_size], model.logit_softcap)
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 
 from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.inference.config import EngineConfig
@@ -50,7 +50,7 @@ def assemble(
     else:
         with sharded.workers.together():
             memory, blocks = new_memory(model, config, sharded.mesh)
-        runner = new_runner(model, memory, config, opened, workers=sharded.workers, group=sharded.group)
+        runner = new_runner(model, memory, config, opened, workers=sharded.workers, axis=sharded.axis)
     groups = [
         BlockGroup(BlockPool(count, config.block_size), group.window)
         for count, group in zip(blocks, layer_groups(model.config), strict=True)
@@ -78,14 +78,14 @@ def assemble(
 
 
 def worker_runners(
-    model: Decoder, config: EngineConfig, mesh: Mesh, group: ProcessGroup | None = None
+    model: Decoder, config: EngineConfig, mesh: Mesh, axis: DeviceMesh | None = None
 ) -> tuple[Runner, Runner | None]:
     """A worker's runner of its shard of a model, and that of its shard of the draft model, where the processes share one.
 
-    group: as of `Runner`. Made by the same collectives as `assemble` on rank 0.
+    axis: as of `Runner`. Made by the same collectives as `assemble` on rank 0.
     """
     memory, _ = new_memory(model, config, mesh)
-    runner = Runner(model, memory, shared_backend(model, memory), batch_invariant=config.batch_invariant, group=group)
+    runner = Runner(model, memory, shared_backend(model, memory), batch_invariant=config.batch_invariant, axis=axis)
     return runner, shared_draft_runner(config, model.device, mesh)
 
 

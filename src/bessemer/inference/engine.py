@@ -18,6 +18,7 @@ from bessemer.inference.build import assemble
 from bessemer.inference.capture import Capture
 from bessemer.inference.config import EngineConfig
 from bessemer.inference.execution.kv_memory import model_length
+from bessemer.inference.execution.tensor_parallel.sharded_model import ShardedModel
 from bessemer.inference.execution.weights import WeightsStamp
 from bessemer.inference.loading import open_model
 from bessemer.inference.reading import Reading
@@ -57,13 +58,14 @@ class Engine(AsyncGeneration, Reading, WeightUpdates):
 
     def __init__(
         self,
-        model: Path | str | Decoder,
+        model: Path | str | Decoder | ShardedModel,
         tokenizer: Tokenizer | None = None,
         device: str = "auto",
         config: EngineConfig | None = None,
     ) -> None:
         """Open a model folder or a GGUF file, or use a model in memory, where it lies, with its tokenizer.
 
+        A `ShardedModel` is one that processes of a job share (`CollectiveEngine`).
         A model in memory may be trained on between calls: keys computed with other weights are not used again.
         Raises ArtefactError when the folder is damaged, ConfigError when the device is not on this machine or the memory
         holds no KV blocks.

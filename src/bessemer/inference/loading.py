@@ -30,12 +30,17 @@ class OpenedModel(NamedTuple):
     sharded: ShardedModel | None = None
 
 
-def open_model(model: Path | str | Decoder, tokenizer: Tokenizer | None, device: str, config: EngineConfig) -> OpenedModel:
-    """Open a folder or a GGUF file on a device; a model in memory stays where it lies, and needs its tokenizer.
+def open_model(
+    model: Path | str | Decoder | ShardedModel, tokenizer: Tokenizer | None, device: str, config: EngineConfig
+) -> OpenedModel:
+    """Open a folder or a GGUF file on a device; a model in memory, or a shard, stays where it lies, and needs its tokenizer.
 
     Raises ArtefactError when the folder or the file is damaged, ConfigError for a device that is not here, or a model that
     cannot be shared by as many processes as the settings say.
     """
+    if isinstance(model, ShardedModel):
+        assert tokenizer is not None, "shards in memory need their tokenizer"
+        return OpenedModel(model.model, tokenizer, frozenset(tokenizer.eos_ids), is_served=False, sharded=model)
     if isinstance(model, Decoder):
         if config.processes > 1:
             raise ConfigError("parallel: every process reads the model for itself; save it, and open its folder")

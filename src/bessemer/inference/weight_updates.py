@@ -44,7 +44,7 @@ class WeightUpdates:
         model is given none.
         """
         with self._lock:
-            if self._sharded is not None:
+            if self._sharded is not None and self._sharded.axis is None:
                 self._replace_shards(weights)
             elif weights is not None:
                 replace_weights(self.model, weights)

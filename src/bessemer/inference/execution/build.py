@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 
 from bessemer.core.environment import free_memory_bytes
 from bessemer.core.errors import ConfigError
@@ -71,19 +71,19 @@ def new_runner(
     *,
     modules_only: bool = False,
     workers: Workers | None = None,
-    group: ProcessGroup | None = None,
+    axis: DeviceMesh | None = None,
 ) -> Runner:
     """The runner of a model over its KV cache, by the backend that `choose_backend` chooses.
 
     opened: whether this one was opened to be served. modules_only: states inside the model are needed, which steps in one call
-    do not give. workers and group: the processes that share the model, as of `Runner`. Raises ConfigError where kernels are
+    do not give. workers and axis: the processes that share the model, as of `Runner`. Raises ConfigError where kernels are
     asked for and cannot be built.
     """
     if workers is not None:
         backend = shared_backend(model, memory)
     else:
         backend = choose_backend(model, memory, config, opened, modules_only)
-    return Runner(model, memory, backend, batch_invariant=config.batch_invariant, workers=workers, group=group)
+    return Runner(model, memory, backend, batch_invariant=config.batch_invariant, workers=workers, axis=axis)
 
 
 def shared_backend(model: Decoder, memory: PagedMemory) -> Backend:

@@ -9,7 +9,7 @@ from typing import Concatenate, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 
 from bessemer.inference.execution.backend import Backend
 from bessemer.inference.execution.batch import Batch
@@ -59,7 +59,7 @@ class Runner:
 
     batch_invariant: each sequence goes through the modules alone and in fixed chunks, so that its numbers are the same bits
     whatever else is in the batch. It costs what batching saves. workers: the other processes that share the model, each with a
-    runner of its shard: what this one does over its pages, all do over theirs. group: those processes; None: all of the job.
+    runner of its shard: what this one does over its pages, all do over theirs. axis: those processes; None: all of the job.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Runner:
         *,
         batch_invariant: bool = False,
         workers: Workers | None = None,
-        group: ProcessGroup | None = None,
+        axis: DeviceMesh | None = None,
     ) -> None:
         self.model = model
         self.memory = memory
@@ -88,7 +88,7 @@ class Runner:
         self._batch_invariant = batch_invariant
         #: The other processes that share the model.
         self.workers = workers
-        self._group = group
+        self._axis = axis
         #: Of a worker: its shards of adapters, by the numbers by which rank 0 names them.
         self.adapters: dict[int, Adapter] = {}
 
@@ -178,18 +178,18 @@ class Runner:
             shapes = shapes_of(whole)
             number = self.workers.numbers.next()
             self.workers.tell(Command("receive_adapter", (number, shapes)))
-            shard = exchange_adapter(self.model, shapes, whole, group=self._group)
+            shard = exchange_adapter(self.model, shapes, whole, axis=self._axis)
             self.workers.numbers.assign(number, shard)
             return shard
 
     def receive_adapter(self, number: int, shapes: Sequence[UpdateShape]) -> None:
         """A worker's part of `share_adapter`."""
-        self.adapters[number] = exchange_adapter(self.model, shapes, group=self._group)
+        self.adapters[number] = exchange_adapter(self.model, shapes, axis=self._axis)
 
     @on_every_rank
     def weight_samples(self) -> dict[str, WeightSample]:
         """Samples of the unsharded model's weights, by which an adapter knows its base (`fingerprints`)."""
-        return gather_weight_samples(self.model, self._group)
+        return gather_weight_samples(self.model, self._axis)
 
     @torch.inference_mode()
     def mtp_hidden(self, index: int, batch: Batch, hidden_ND: Tensor) -> Tensor:

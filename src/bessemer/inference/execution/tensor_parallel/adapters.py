@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from bessemer.distributed.gradients import local
@@ -52,11 +52,11 @@ def shapes_of(adapter: Adapter) -> list[UpdateShape]:
 
 @torch.no_grad()
 def exchange_adapter(
-    model: Decoder, shapes: Sequence[UpdateShape], whole: Adapter | None = None, *, group: ProcessGroup | None = None
+    model: Decoder, shapes: Sequence[UpdateShape], whole: Adapter | None = None, *, axis: DeviceMesh | None = None
 ) -> Adapter:
-    """This rank's shard of an adapter. All ranks of the group call it with the same shapes.
+    """This rank's shard of an adapter. All ranks of the axis call it with the same shapes.
 
-    whole: on the group's rank 0, the adapter where the model lies and in its type.
+    whole: on the first rank, the adapter where the model lies and in its type. axis: None: all processes of the job.
     """
     updates = {}
     for name, rank, outputs, inputs, scale in shapes:
@@ -68,7 +68,7 @@ def exchange_adapter(
             down_RK, up_NR = down_RK.contiguous(), up_NR.contiguous()
         for matrix in (down_RK, up_NR):
             # as bytes: of any type
-            dist.broadcast(matrix.view(torch.uint8), group=group, group_src=0)
+            dist.broadcast(matrix.view(torch.uint8), group=axis and axis.get_group(), group_src=0)
         updates[name] = _shard_of(model, name, Update(down_RK, up_NR, scale))
     return Adapter(updates)
 
@@ -114,15 +114,15 @@ class AdapterNumbers:
 
 
 @torch.no_grad()
-def gather_weight_samples(model: Decoder, group: ProcessGroup | None = None) -> dict[str, WeightSample]:
-    """The samples by which an adapter knows its base, of the unsharded model. All ranks of the group call it.
+def gather_weight_samples(model: Decoder, axis: DeviceMesh | None = None) -> dict[str, WeightSample]:
+    """The samples by which an adapter knows its base, of the unsharded model. All ranks of the axis call it.
 
     One all-reduce.
     """
     own = fingerprinted_tensors(model)
     shapes = {name: torch.Size(shape) for name, shape in tensor_shapes(model.config).items()}
     samples = torch.cat([_own_sample(tensor, shapes[name]) for name, tensor in own.items()])
-    dist.all_reduce(samples, dist.ReduceOp.MAX, group=group)
+    dist.all_reduce(samples, dist.ReduceOp.MAX, group=axis and axis.get_group())
     numbers = samples.cpu().to(torch.int16).view(torch.bfloat16)
     lengths = [len(sampled_places(shapes[name].numel())) for name in own]
     return {name: WeightSample(tuple(shapes[name]), part) for name, part in zip(own, numbers.split(lengths), strict=True)}

@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from bessemer.core.environment import usable_cores
@@ -30,14 +30,13 @@ from bessemer.model.quantisation.settings import read_settings
 class ShardedModel:
     """Rank 0's shard of a model, and the worker processes that hold the others."""
 
-    def __init__(
-        self, model: Decoder, mesh: Mesh, workers: Workers, held: ExitStack, group: ProcessGroup | None = None
-    ) -> None:
-        """held: contexts that are left at the end. group: the processes, where they are not all of the job."""
+    def __init__(self, model: Decoder, mesh: Mesh, workers: Workers, held: ExitStack, axis: DeviceMesh | None = None) -> None:
+        """held: contexts that are left at the end. axis: the processes, where they are not all of the job; every one of them
+        then changes the weights of its own shard."""
         self.model = model
         self.mesh = mesh
         self.workers = workers
-        self.group = group
+        self.axis = axis
         self._held = held
 
     @classmethod

@@ -36,7 +36,7 @@ def check_whole_weights(config: ModelConfig, weights: Mapping[str, Tensor]) -> N
 def pieces_of(model: Decoder, weights: Mapping[str, Tensor]) -> Iterator[tuple[Piece, Tensor]]:
     """Whole tensors in pieces of at most `PIECE_BYTES`, where the model's weights lie and in their types."""
     for name, whole in weights.items():
-        dtype = _held(model, name).dtype
+        dtype = held_weight(model, name).dtype
         rows = max(1, PIECE_BYTES // max(1, whole[0].numel() * dtype.itemsize))
         for start, part in zip(range(0, len(whole), rows), whole.split(rows), strict=True):
             yield Piece(name, start, tuple(part.shape)), part.detach().to(model.device, dtype).contiguous()
@@ -45,7 +45,7 @@ def pieces_of(model: Decoder, weights: Mapping[str, Tensor]) -> Iterator[tuple[P
 @torch.no_grad()
 def exchange_piece(model: Decoder, piece: Piece, values: Tensor | None = None) -> None:
     """Copy a piece into this rank's shard. All ranks call it with the same piece; values: on rank 0, what it holds."""
-    own = _held(model, piece.name)
+    own = held_weight(model, piece.name)
     shard = local(own)
     if values is None:
         values = torch.empty(piece.shape, dtype=shard.dtype, device=shard.device)
@@ -66,7 +66,7 @@ def exchange_piece(model: Decoder, piece: Piece, values: Tensor | None = None) -
     shard[start:stop] = values
 
 
-def _held(model: Decoder, name: str) -> Tensor:
+def held_weight(model: Decoder, name: str) -> Tensor:
     """A weight as this rank holds it, by its name in `state_dict`."""
     module_name, _, leaf = name.rpartition(".")
     module = model.get_submodule(module_name)
