@@ -66,31 +66,40 @@ def tokenizer_of_264():
         return load_tokenizer(Path(folder))
 
 
+def batch_of(rollouts):
+    """Rows whose targets are the sampled tokens."""
+    tokens_BT, mask_BT = padded(rollouts.tokens), padded(rollouts.mask)
+    return Batch(tokens_BT, tokens_BT.masked_fill(~mask_BT, IGNORE_INDEX).roll(-1, 1))
+
+
+def padded(values_RT):
+    return torch.nn.functional.pad(values_RT, (0, SETTINGS["context_length"] - values_RT.shape[1]))
+
+
 def largest_difference(trainee, rollouts):
     """Between the sampler's log-probabilities and those of the model in training, over all rows of this rank."""
-    width = 64
-    tokens_BT = torch.nn.functional.pad(rollouts.tokens, (0, width - rollouts.tokens.shape[1]))
-    targets_BT = tokens_BT.roll(-1, 1)
-    wanted_BT = torch.nn.functional.pad(rollouts.mask, (0, width - rollouts.mask.shape[1])).roll(-1, 1)
-    batch = Batch(tokens_BT, targets_BT.masked_fill(~wanted_BT, IGNORE_INDEX))
-    own_BT = trainee.log_probs(batch, POLICY, temperature=PARAMS.temperature)
-    sampled_BT = torch.nn.functional.pad(rollouts.log_probs, (0, width - rollouts.tokens.shape[1])).roll(-1, 1)
-    return float((own_BT - sampled_BT)[wanted_BT].abs().max())
+    trained_BT = trainee.log_probs(batch_of(rollouts), POLICY, temperature=PARAMS.temperature)
+    sampled_BT = padded(rollouts.log_probs).roll(-1, 1)
+    return float((trained_BT - sampled_BT)[padded(rollouts.mask).roll(-1, 1)].abs().max())
+
+
+def train(trainee, rollouts):
+    """One step of an optimizer."""
+    model, batch = trainee.policy.model, trainee.cut(batch_of(rollouts))
+    hidden_BTD = model.hidden(batch.tokens_BT, positions_BT=batch.positions_BT, document_ids_BT=batch.document_ids_BT)
+    hidden_BTD[..., ::3].sum().backward()
+    torch.optim.AdamW(model.parameters(), lr=0.01, foreach=False).step()
 
 
 def trained_and_sampled(name, changes, parallel, settings):
     """Rollouts of each rank's prompts before and after a step of training, beside the model in training."""
     trainee = trainee_of(name, changes, parallel)
-    rank = trainee.mesh.layout.data_rank(trainee.mesh.rank) * trainee.mesh.layout.context + trainee.mesh.place.context
+    rank = trainee.mesh.layout.data_rank(trainee.mesh.rank)
     prompts, params = PROMPTS[rank:][:2], PARAMS.with_changes(seed=rank)
     with engine_of(trainee, settings) as engine:
         before = engine.rollouts(prompts, 2, params)
         found = [largest_difference(trainee, before)]
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            # the same on all ranks that have a shard, as a step of an optimizer is
-            for parameter in trainee.policy.model.parameters():
-                parameter.mul_(1 + 0.5 * float(torch.rand((), generator=generator)))
+        train(trainee, before)
         found.append(largest_difference(trainee, before))
         engine.update_weights(version=3)
         after = engine.rollouts(prompts, 2, params)

@@ -63,7 +63,7 @@ class CollectiveEngine:
         if config.parallel is not None:
             raise ConfigError("parallel: the mesh of the job says which processes share the model; leave it out")
         if mesh.layout.tensor > 1:
-            config = EngineConfig.parse(config.model_dump(exclude_unset=True) | {"parallel": {"tensor": mesh.layout.tensor}})
+            config = config.with_changes(parallel={"tensor": mesh.layout.tensor})
         self._trained = model
         self._group = JobGroup(mesh)
         shard = serving_copy(model, self._group.mesh, dtype)

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
@@ -58,7 +59,7 @@ def exchange_adapter(
 
     whole: on the first rank, the adapter where the model lies and in its type. axis: None: all processes of the job.
     """
-    updates = {}
+    updates, group = {}, _group_of(axis)
     for name, rank, outputs, inputs, scale in shapes:
         if whole is None:
             down_RK = torch.empty(rank, inputs, dtype=model.dtype, device=model.device)
@@ -68,9 +69,13 @@ def exchange_adapter(
             down_RK, up_NR = down_RK.contiguous(), up_NR.contiguous()
         for matrix in (down_RK, up_NR):
             # as bytes: of any type
-            dist.broadcast(matrix.view(torch.uint8), group=axis and axis.get_group(), group_src=0)
+            dist.broadcast(matrix.view(torch.uint8), group=group, group_src=0)
         updates[name] = _shard_of(model, name, Update(down_RK, up_NR, scale))
     return Adapter(updates)
+
+
+def _group_of(axis: DeviceMesh | None) -> ProcessGroup | None:
+    return None if axis is None else axis.get_group()
 
 
 def _shard_of(model: Decoder, name: str, update: Update) -> Update:
@@ -122,7 +127,7 @@ def gather_weight_samples(model: Decoder, axis: DeviceMesh | None = None) -> dic
     own = fingerprinted_tensors(model)
     shapes = {name: torch.Size(shape) for name, shape in tensor_shapes(model.config).items()}
     samples = torch.cat([_own_sample(tensor, shapes[name]) for name, tensor in own.items()])
-    dist.all_reduce(samples, dist.ReduceOp.MAX, group=axis and axis.get_group())
+    dist.all_reduce(samples, dist.ReduceOp.MAX, group=_group_of(axis))
     numbers = samples.cpu().to(torch.int16).view(torch.bfloat16)
     lengths = [len(sampled_places(shapes[name].numel())) for name in own]
     return {name: WeightSample(tuple(shapes[name]), part) for name, part in zip(own, numbers.split(lengths), strict=True)}
