@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from bessemer.tasks.records import Record, read_records
 
 from bessemer import tasks
 from bessemer.core.progress import Silent
@@ -29,7 +30,6 @@ from bessemer.tasks.config import ChoiceConfig, GenerateConfig, SchemaConfig
 from bessemer.tasks.file import read_task_config
 from bessemer.tasks.kinds import KINDS
 from bessemer.tasks.questions import Task
-from bessemer.tasks.records import Record, read_records
 from bessemer.tasks.template import fill
 
 #: Where the data of tasks lies, beside the repository.
