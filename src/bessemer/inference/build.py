@@ -6,6 +6,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from bessemer.distributed.mesh import ALONE, Mesh
+from bessemer.inference.async_core import AsyncEngineCore
 from bessemer.inference.config import EngineConfig
 from bessemer.inference.engine_core import EngineCore
 from bessemer.inference.execution.build import new_runner, page_layout, shared_backend
@@ -70,7 +71,8 @@ def assemble(
         share_prefixes=config.prefix_cache,
     )
     proposer = new_proposer(config, tokenizer, runner, sharded)
-    core = EngineCore(scheduler, runner, None if proposer is None else SpeculativeDecoder(proposer))
+    kind = AsyncEngineCore if runner.backend.samples else EngineCore
+    core = kind(scheduler, runner, None if proposer is None else SpeculativeDecoder(proposer))
     ranks = memory.share.ranks
     described = describe_pages(model.config, blocks, config, memory.dtype, mtp_layers, ranks=ranks)
     described += describe_states(model.config, memory.snapshot_count, model.dtype, ranks=ranks)

@@ -96,6 +96,11 @@ class EngineConfig(Config):
         "been timed on a GPU",
     )
     cuda_graphs: bool = setting(True, "on a GPU, with `paged_attention: flex`: launch a step of one token each at once")
+    async_scheduling: Literal["auto", "on", "off"] = setting(
+        "auto",
+        "sample on the device, and schedule the next step while it computes the current one; auto: on a GPU, without "
+        "`batch_invariant`; never with speculation, `parallel` or linear attention",
+    )
     threads: int | None = setting(
         None,
         "threads of the compiled CPU kernels, none: measured at the start; with `parallel` of each process, none: its share",

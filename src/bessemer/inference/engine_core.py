@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 
 from torch import Tensor
@@ -15,7 +15,7 @@ from bessemer.inference.execution.batch import Batch
 from bessemer.inference.execution.runner import Runner
 from bessemer.inference.request import Request, ScheduledRequest
 from bessemer.inference.sampling.sampler import Sampled, sample_rows
-from bessemer.inference.scheduling.schedule import ScheduledChunk
+from bessemer.inference.scheduling.schedule import ScheduledChunk, SchedulerOutput
 from bessemer.inference.scheduling.scheduler import Scheduler
 from bessemer.inference.speculation.decoder import SpeculativeDecoder
 from bessemer.inference.statistics import STEP_BOUNDS, EngineStatistics, StatisticsRecorder
@@ -55,14 +55,19 @@ class EngineCore:
         self._requests[request.sequence.identity] = request
         self._recorder.request_began(request)
 
+    def finish_step(self) -> None:
+        """Hand over the tokens of a step that is being computed: what runs is about to change. Here none is between steps."""
+
     def change_adapter(self, before: Adapter, after: LoadedAdapter) -> None:
         """Let the in-flight requests of one adapter go on with another."""
+        self.finish_step()
         for request in self._requests.values():
             if request.adapter is before:
                 self.use_adapter(request, after)
 
     def use_adapter(self, request: ScheduledRequest, loaded: LoadedAdapter) -> None:
         """Let a request and its siblings go on with another adapter, in any state; their keys are computed again."""
+        self.finish_step()
         for each in (request, *request.siblings):
             if not each.done and each.adapter is not loaded.adapter:
                 each.adapter = loaded.adapter
@@ -87,10 +92,7 @@ class EngineCore:
         if not output.chunks:
             assert not self.busy or output.preempted, "requests wait and nothing is scheduled"
             return
-        if output.copies:
-            self.runner.copy_blocks(output.copies)
-        if output.restored:
-            self.runner.restore_states(output.restored)
+        self._prepare_blocks(output)
         requests = [self._requests[chunk.sequence.identity] for chunk in output.chunks]
         batch, rows = self._batch(output.chunks, requests)
         try:
@@ -98,12 +100,7 @@ class EngineCore:
             if batch.states or batch.routings:
                 self._record(output.chunks, requests)
         except Exception as error:
-            # the step fails as a whole: every request in it is told, and none of it stays scheduled
-            told = error if isinstance(error, BessemerError) else RequestError(f"the step failed: {error}")
-            for request in requests:
-                self._end(request, told)
-            if told is not error:
-                raise
+            self._fail_step(requests, error)
             return
         sampled = self._sample(output.chunks, requests, rows, logits_RV)
         if self.speculation is not None:
@@ -113,8 +110,25 @@ class EngineCore:
         if self.speculation is not None:
             # all that drafts make longer: blocks for them, more rows, more to sample, more text
             self.speculation.computed(output.chunks, requests, len(batch.tokens), time.perf_counter() - begun)
-        seconds = time.perf_counter() - started
-        self._recorder.computed_tokens += len(batch.tokens)
+        self._count_step(len(batch.tokens), time.perf_counter() - started)
+
+    def _prepare_blocks(self, output: SchedulerOutput) -> None:
+        """Copy the blocks and states that a step goes on from."""
+        if output.copies:
+            self.runner.copy_blocks(output.copies)
+        if output.restored:
+            self.runner.restore_states(output.restored)
+
+    def _fail_step(self, requests: Sequence[ScheduledRequest], error: Exception) -> None:
+        """A step fails as a whole: every request in it is told, and none of it stays scheduled. Raises what is no user's."""
+        told = error if isinstance(error, BessemerError) else RequestError(f"the step failed: {error}")
+        for request in requests:
+            self._end(request, told)
+        if told is not error:
+            raise error
+
+    def _count_step(self, tokens: int, seconds: float) -> None:
+        self._recorder.computed_tokens += tokens
         self._recorder.step_counts[bisect_left(STEP_BOUNDS, seconds)] += 1
         self._recorder.step_seconds += seconds
 
@@ -128,8 +142,13 @@ class EngineCore:
             and len(request.sequence.tokens) - request.sequence.computed == 1
         ]
 
-    def _batch(self, chunks: Sequence[ScheduledChunk], requests: Sequence[ScheduledRequest]) -> tuple[Batch, list[slice]]:
-        """The runner's input, and which of its wanted rows belong to each chunk."""
+    def _batch(
+        self, chunks: Sequence[ScheduledChunk], requests: Sequence[ScheduledRequest], pending: Mapping[int, int] | None = None
+    ) -> tuple[Batch, list[slice]]:
+        """The runner's input, and which of its wanted rows belong to each chunk.
+
+        pending: by the identity of a sequence whose last token is a placeholder, the token's place among those sampled.
+        """
         batch = Batch.empty(len(self.scheduler.groups))
         rows = []
         for chunk, request in zip(chunks, requests, strict=True):
@@ -148,6 +167,7 @@ class EngineCore:
                     adapter=request.adapter,
                     slot=sequence.state_slot,
                     snapshots=sequence.snapshots,
+                    pending=None if pending is None else pending.get(sequence.identity),
                 )
             )
             if request.recorder is not None:
@@ -189,7 +209,7 @@ class EngineCore:
             if sampling:
                 logits_WV = logits_RV if is_whole else logits_RV[wanted]
                 of_chunks = self._sample_rows(
-                    [chunks[index] for index in sampling], [_generating(requests[index]) for index in sampling], logits_WV
+                    [chunks[index] for index in sampling], [generating(requests[index]) for index in sampling], logits_WV
                 )
                 for index, tokens in zip(sampling, of_chunks, strict=True):
                     sampled[index] = tokens
@@ -234,7 +254,7 @@ class EngineCore:
             # a token that the tokenizer does not have, where the model has more
             self._end(request, error)
             return
-        self.scheduler.commit(chunk, made)
+        self._record_tokens(chunk, made)
         if request.samples:
             self._recorder.generated_tokens += len(made)
             if begins:
@@ -245,6 +265,9 @@ class EngineCore:
             if request.recorder is not None:
                 request.recorder.complete(request.sequence, self.runner, request.adapter)
             self._end(request, None)
+
+    def _record_tokens(self, chunk: ScheduledChunk, tokens: Sequence[int]) -> None:
+        self.scheduler.commit(chunk, tokens)
 
     def _fork(self, request: ScheduledRequest) -> None:
         """Start the siblings of a request whose prompt has been read, on the same blocks."""
@@ -276,7 +299,8 @@ class EngineCore:
             self.speculation.forget(request)
 
 
-def _generating(request: ScheduledRequest) -> Request:
+def generating(request: ScheduledRequest) -> Request:
+    """A request that tokens are sampled for."""
     assert isinstance(request, Request), "tokens are sampled for completions only"
     return request
 

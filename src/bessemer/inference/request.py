@@ -194,7 +194,8 @@ class Request(ScheduledRequest):
         self.proposed = 0
         #: Those of them that were accepted.
         self.accepted = 0
-        self._reads_prompt = self.params.prompt_logprobs is not None
+        #: Whether log-probabilities of its prompt are wanted.
+        self.reads_prompt = self.params.prompt_logprobs is not None
         self._end_tokens = end_tokens
         self._text = CompletionText(tokenizer, self.params.stop, self.params.include_stop)
 
@@ -224,7 +225,7 @@ class Request(ScheduledRequest):
 
     def wanted_rows(self, chunk: ScheduledChunk) -> range:
         # log-probabilities of the prompt need the logits of all its tokens
-        if self._reads_prompt and max(chunk.start, len(self.prompt_log_probs)) < self.sequence.prompt_length - 1:
+        if self.reads_prompt and max(chunk.start, len(self.prompt_log_probs)) < self.sequence.prompt_length - 1:
             return range(chunk.count)
         return super().wanted_rows(chunk) if self.samples else range(0)
 

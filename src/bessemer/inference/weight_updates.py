@@ -126,6 +126,7 @@ class WeightUpdates:
         self._count_version(version)
 
     def _forget_keys(self) -> None:
+        self.core.finish_step()
         self.core.scheduler.preempt_all()
         self.core.scheduler.forget()
 

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from bessemer.inference.execution.batch import Batch
+from bessemer.inference.execution.step_inputs import StepInputs
+from bessemer.inference.sampling.device_sampler import SampledRows
 from bessemer.model.cache import Cache
 from bessemer.model.quantised_linear import PackedMatmuls
 
 # Shapes: R wanted rows, V vocabulary.
+
+
+class StepBeside(NamedTuple):
+    """What a step has beside its batch: where its numbers are put; the tokens of the step before, of which the batch may have
+    some pending; and the rows that are sampled from, whose numbers are copied with the step's where those are copied."""
+
+    inputs: StepInputs
+    sampled_R: Tensor
+    rows: SampledRows | None = None
 
 
 class Linear(Protocol):
@@ -45,8 +56,9 @@ class Attention(Protocol):
     def arithmetic(self) -> Sequence[str]:
         """How it computes, in words, where that is not by PyTorch."""
 
-    def cache(self, batch: Batch) -> Cache:
-        """The decoder's cache for one forward pass over a batch."""
+    def cache(self, batch: Batch, inputs: StepInputs) -> Cache:
+        """The decoder's cache for one forward pass over a batch. It puts its numbers into `inputs`, which are copied before
+        the pass."""
 
 
 class WholeSteps(Protocol):
@@ -66,7 +78,7 @@ class WholeSteps(Protocol):
     def takes(self, batch: Batch) -> Sequence[int]:
         """The sequences of a batch that it computes: all, some or none."""
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch, beside: StepBeside) -> Tensor:
         """As `Runner.forward`, for a batch of such sequences."""
 
     def weights_changed(self) -> None:
@@ -75,8 +87,13 @@ class WholeSteps(Protocol):
 
 @dataclass(frozen=True)
 class Backend:
-    """What computes the steps of one model on its device. whole: None where every step goes through the model's modules."""
+    """What computes the steps of one model on its device.
+
+    whole: None where every step goes through the model's modules. samples: whether tokens are sampled where the logits lie
+    (`Runner.sample`), so that the next step is scheduled beside the current one.
+    """
 
     linear: Linear
     attention: Attention
     whole: WholeSteps | None = None
+    samples: bool = False

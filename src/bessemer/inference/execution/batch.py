@@ -22,7 +22,8 @@ class Batch:
     positions its states are saved and under which numbers.
 
     states: rows whose hidden states are kept, in rising order, by layer: before layer 0, 1, …, and after the last. routings:
-    rows whose choices of experts are kept, by layer.
+    rows whose choices of experts are kept, by layer. pending: rows whose token was sampled in the step before and is not on the
+    host yet, which `tokens` holds a placeholder for; by row, the token's place among those sampled.
     """
 
     tokens: list[int]
@@ -37,6 +38,7 @@ class Batch:
     snapshots: list[dict[int, int]] = field(default_factory=list)
     states: dict[int, list[int]] = field(default_factory=dict)
     routings: dict[int, list[int]] = field(default_factory=dict)
+    pending: dict[int, int] = field(default_factory=dict)
 
     @classmethod
     def empty(cls, num_groups: int) -> Batch:
@@ -55,11 +57,12 @@ class Batch:
         adapter: Adapter | None = None,
         slot: int | None = None,
         snapshots: dict[int, int] | None = None,
+        pending: int | None = None,
     ) -> slice:
         """Add a sequence's new tokens, the first at `position`. Returns the places of its wanted rows among all of them.
 
         tables: the sequence's block table in each group. wanted: which of these tokens' logits, counted from 0. slot and
-        snapshots: in models that have states.
+        snapshots: in models that have states. pending: of the last token, its place among those sampled in the step before.
         """
         begin = len(self.tokens)
         before = len(self.wanted)
@@ -76,6 +79,8 @@ class Batch:
         if slot is not None:
             self.slots.append(slot)
             self.snapshots.append({} if snapshots is None else snapshots)
+        if pending is not None:
+            self.pending[end - 1] = pending
         return slice(before, len(self.wanted))
 
     @property
@@ -145,6 +150,7 @@ class Batch:
             slot=self.slots[sequence] if self.slots else None,
             snapshots=self.snapshots[sequence] if self.snapshots else None,
         )
+        other.pending |= {row - start + begin: place for row, place in self.pending.items() if start <= row < end}
         for kept, of_other in ((self.states, other.states), (self.routings, other.routings)):
             for layer, rows in kept.items():
                 of_other.setdefault(layer, []).extend(row - start + begin for row in rows if start <= row < end)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -83,7 +84,18 @@ def new_runner(
         backend = shared_backend(model, memory)
     else:
         backend = choose_backend(model, memory, config, opened, modules_only)
+        backend = replace(backend, samples=samples_on_device(memory, config))
     return Runner(model, memory, backend, batch_invariant=config.batch_invariant, workers=workers, axis=axis)
+
+
+def samples_on_device(memory: PagedMemory, config: EngineConfig) -> bool:
+    """Whether tokens are sampled where the logits lie. A processor that computes has no time to schedule beside it.
+
+    Not where draft tokens are verified on the host, nor for linear attention, whose states are hashed before they are computed.
+    """
+    if config.async_scheduling == "off" or config.speculation is not None or memory.state_slots:
+        return False
+    return config.async_scheduling == "on" or (memory.device.type == "cuda" and not config.batch_invariant)
 
 
 def shared_backend(model: Decoder, memory: PagedMemory) -> Backend:

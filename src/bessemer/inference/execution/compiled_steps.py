@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bessemer.core.environment import usable_cores
+from bessemer.inference.execution.backend import StepBeside
 from bessemer.inference.execution.batch import Batch, padded_tables
 from bessemer.inference.execution.kv_cache import PagedMemory
 from bessemer.model.cpu_kernels.arithmetic import kernels_arithmetic
@@ -120,11 +121,16 @@ class CompiledSteps:
         return [sequence for sequence, adapter in enumerate(batch.adapters) if adapter is None]
 
     @torch.inference_mode()
-    def forward(self, batch: Batch) -> Tensor:
-        """As `Runner.forward`. Raises ValueError for a token, a position or a page that is not there, before anything is
+    def forward(self, batch: Batch, beside: StepBeside | None = None) -> Tensor:
+        """As `Runner.forward`. Nothing is copied: the host's memory is the device's. beside: of a batch that has tokens of the
+        step before pending. Raises ValueError for a token, a position or a page that is not there, before anything is
         computed."""
         logits_RV = torch.empty(len(batch.wanted), self.model.config.vocab_size)
         tokens, positions_N = array("i", batch.tokens), array("i", batch.positions)
+        if batch.pending:
+            assert beside is not None
+            for row, place in batch.pending.items():
+                tokens[row] = max(0, int(beside.sampled_R[place]))
         starts, wanted = array("q", batch.starts), array("q", batch.wanted)
         tables = [padded_tables(group) for group in batch.tables]
         table_addresses = array("Q", [numbers.buffer_info()[0] for numbers, _ in tables])

@@ -2,21 +2,23 @@
 
 A step of a small model is hundreds of short kernels, which take longer to launch than to run. A CUDA graph launches all at
 once, but repeats exactly what was captured: the same kernels, over the same memory, for as many sequences. So a step's
-numbers are written into static tensors, and the batch is padded to one of a few sizes with rows of no sequence: they write
-into a spare page, and their logits are not read.
+numbers always lie in the same place of its inputs, and the batch is padded to one of a few sizes with rows of no sequence:
+they write into a spare page, and their logits are not read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from bessemer.inference.execution.backend import StepBeside
 from bessemer.inference.execution.batch import Batch
 from bessemer.inference.execution.flex_attention import FlexPages, PageAttention, PageGroup, Tiles, page_mask
 from bessemer.inference.execution.kv_cache import PagedMemory
+from bessemer.inference.execution.step_inputs import StepInputs, fill_pending
 from bessemer.model.attention_backends import AttentionBackend, Scores
 from bessemer.model.attention_mask import AttentionMask
 from bessemer.model.cache import Rectangle
@@ -91,6 +93,14 @@ def uncaptured(compute: Callable[[], Tensor]) -> Step:
     return compute
 
 
+class _StaticNumbers(NamedTuple):
+    """What a step of B rows reads, int32: the token and the position of each, and its block tables."""
+
+    tokens_B: Tensor
+    positions_B: Tensor
+    tables_GBW: Tensor
+
+
 class StaticSteps:
     """Steps of one new token a sequence, for up to `rows` sequences. All sizes are captured at the first step."""
 
@@ -111,17 +121,10 @@ class StaticSteps:
         #: As of `WholeSteps`: never any.
         self.states: dict[int, Tensor] = {}
         self._captured_at: list[int] = []
+        self._tokens_at = 0
         #: Tables of positions that captured steps read: the model may make longer ones, and these must stay.
         self._tables: list[Tensor] = []
-        groups, device = len(memory.groups), memory.device
-        shapes = {"tokens": (rows,), "positions": (rows,), "tables": (groups, rows, memory.table_width)}
-        # on the host what is to be copied, in memory that the device can copy from by itself
-        self._host = {
-            name: torch.zeros(shape, dtype=torch.int32, pin_memory=device.type == "cuda") for name, shape in shapes.items()
-        }
-        self._numbers = {name: tensor.numpy() for name, tensor in self._host.items()}
-        self._device = {name: tensor.to(device) for name, tensor in self._host.items()}
-        self._spare = [memory.pages_of(index) - 1 for index in range(groups)]
+        self._spare = [memory.pages_of(index) - 1 for index in range(len(memory.groups))]
 
     def takes(self, batch: Batch) -> Sequence[int]:
         """All sequences of such a step: one token each, all of them wanted, and the weights as they are; else none."""
@@ -136,12 +139,20 @@ class StaticSteps:
         )
         return range(rows if fits else 0)
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch, beside: StepBeside) -> Tensor:
         """Logits of every sequence, (B, V) float32."""
+        inputs = beside.inputs
         if not self._steps:
-            self._capture_all()
+            self._capture_all(inputs)
+        inputs.begin()
         size = next(size for size in self.sizes if size >= batch.sequences)
-        self._fill(size, batch.tokens, batch.positions, batch.tables)
+        numbers = self._put(inputs, size, batch.tokens, batch.positions, batch.tables)
+        assert numbers.tokens_B.data_ptr() == self._tokens_at, "a captured step reads where its numbers were"
+        pending_2P = inputs.put([[*batch.pending], [*batch.pending.values()]]) if batch.pending else None
+        if beside.rows is not None:
+            beside.rows.place(inputs.put)
+        inputs.copy()
+        fill_pending(numbers.tokens_B, pending_2P, beside.sampled_R)
         # a copy, because the next step of this size writes into the same tensor
         return self._steps[size]()[: batch.sequences].to(torch.float32, copy=True)
 
@@ -153,32 +164,40 @@ class StaticSteps:
     def _addresses(self) -> list[int]:
         return [tensor.data_ptr() for tensor in self.model.state_dict().values()]
 
-    def _capture_all(self) -> None:
+    def _capture_all(self, inputs: StepInputs) -> None:
         """The largest first: what the others need fits into its memory."""
         self.model.reserve_positions(self.memory.longest)
         self._tables = [table for name, table in self.model.named_buffers() if name.startswith("rotary")]
         for size in reversed(self.sizes):
-            self._fill(size, [], [], [[] for _ in self.memory.groups])
-            self._steps[size] = self._capture(self._computation(size))
+            inputs.begin()
+            numbers = self._put(inputs, size, [], [], [[] for _ in self.memory.groups])
+            inputs.copy()
+            self._steps[size] = self._capture(self._computation(numbers))
+            self._tokens_at = numbers.tokens_B.data_ptr()
         self._captured_at = self._addresses()
 
-    def _fill(self, size: int, tokens: list[int], positions: list[int], tables: Sequence[Sequence[Sequence[int]]]) -> None:
-        """Write a step's numbers where the computation of a size reads them; rows beyond are padding."""
-        rows, numbers = len(tokens), self._numbers
-        numbers["tokens"][:rows], numbers["positions"][:rows] = tokens, positions
-        numbers["tokens"][rows:size] = numbers["positions"][rows:size] = 0
-        for own, spare, given in zip(numbers["tables"], self._spare, tables, strict=True):
-            own[rows:size, 0] = spare
+    def _put(
+        self,
+        inputs: StepInputs,
+        size: int,
+        tokens: list[int],
+        positions: list[int],
+        tables: Sequence[Sequence[Sequence[int]]],
+    ) -> _StaticNumbers:
+        """Put a step's numbers where the computation of a size reads them; rows beyond are padding."""
+        rows, groups, width = len(tokens), len(tables), self.memory.table_width
+        host, numbers = inputs.reserve(((2 + groups * width) * size,), torch.int32)
+        host[: 2 * size] = 0
+        host[:rows], host[size : size + rows] = tokens, positions
+        for own, spare, given in zip(host[2 * size :].reshape(groups, size, width), self._spare, tables, strict=True):
+            own[rows:, 0] = spare
             for row, table in zip(own, given, strict=False):
-                # what lies beyond a table's end was another row's, and is beyond its position too
+                # what lies beyond a table's end is of an earlier step, and is beyond its position too
                 row[: len(table)] = table[: len(row)]
-        for name, tensor in self._host.items():
-            part = (slice(None), slice(size)) if name == "tables" else slice(size)
-            self._device[name][part].copy_(tensor[part], non_blocking=True)
+        return _StaticNumbers(numbers[:size], numbers[size : 2 * size], numbers[2 * size :].view(groups, size, width))
 
-    def _computation(self, size: int) -> Callable[[], Tensor]:
-        tokens_B, positions_B = self._device["tokens"][:size], self._device["positions"][:size]
-        tables_GBW = self._device["tables"][:, :size]
+    def _computation(self, numbers: _StaticNumbers) -> Callable[[], Tensor]:
+        tokens_B, positions_B, tables_GBW = numbers
 
         def compute() -> Tensor:
             cache = _StaticCache(self.memory, positions_B, tables_GBW, self._spare, self._attention)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -20,6 +19,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, FlexKernelO
 from bessemer.inference.execution.batch import Batch
 from bessemer.inference.execution.kv_cache import PagedMemory
 from bessemer.inference.execution.paged_attention import PagedBatch
+from bessemer.inference.execution.step_inputs import StepInputs
 from bessemer.model.attention_backends import AttentionBackend, Scores, capped
 from bessemer.model.attention_mask import AttentionMask
 
@@ -209,16 +209,42 @@ class FlexPagesAttention:
     def __init__(self, memory: PagedMemory, attention: PageAttention) -> None:
         self._memory, self._attention = memory, attention
 
-    def cache(self, batch: Batch) -> FlexBatch:
-        return FlexBatch(self._memory, batch, self._attention)
+    def cache(self, batch: Batch, inputs: StepInputs) -> FlexBatch:
+        return FlexBatch(self._memory, batch, inputs, self._attention)
+
+
+class _TileNumbers(NamedTuple):
+    """What the host knows of `Tiles`: block tables and positions in place of their mask."""
+
+    rows_BT: Tensor
+    real_R: Tensor
+    places_R: Tensor
+    tables_BW: Tensor
+    positions_BT: Tensor
+
+
+class _GroupNumbers(NamedTuple):
+    """What the host knows of a `PageGroup`."""
+
+    blocks_N: Tensor
+    places_N: Tensor
+    begun: Tensor
+    tiles: list[_TileNumbers]
 
 
 class FlexBatch(PagedBatch):
     """A batch of any kind: its sequences in tiles of `TILES`, as many of each as the next power of two."""
 
-    def __init__(self, memory: PagedMemory, batch: Batch, attention: PageAttention) -> None:
-        super().__init__(memory, batch)
-        self._pages = FlexPages(memory, [_group(memory, batch, index) for index in range(len(memory.groups))], attention)
+    def __init__(self, memory: PagedMemory, batch: Batch, inputs: StepInputs, attention: PageAttention) -> None:
+        super().__init__(memory, batch, inputs)
+        self._attention = attention
+        self._numbers = [_numbers(memory, batch, inputs, index) for index in range(len(memory.groups))]
+        self._pages = FlexPages(memory, [], attention)
+
+    def extend(self, count: int, real: Sequence[int] | None = None) -> Tensor:
+        groups = [_group(self.memory, numbers, index) for index, numbers in enumerate(self._numbers)]
+        self._pages = FlexPages(self.memory, groups, self._attention)
+        return super().extend(count, real)
 
     def attend(
         self,
@@ -233,22 +259,30 @@ class FlexBatch(PagedBatch):
         return self._pages.attend(layer, query_BHTC, key_BKTC, value_BKTV, scores)
 
 
-def _group(memory: PagedMemory, batch: Batch, index: int) -> PageGroup:
-    device = memory.device
+def _group(memory: PagedMemory, numbers: _GroupNumbers, index: int) -> PageGroup:
+    """What the device makes of a group's numbers, once they are there."""
+    window, size, pages = memory.groups[index].window, memory.block_size, memory.pages_of(index)
+    tiles = [
+        Tiles(rows_BT, real_R, places_R, page_mask(tables_BW, positions_BT, window, size, pages))
+        for rows_BT, real_R, places_R, tables_BW, positions_BT in numbers.tiles
+    ]
+    return PageGroup(numbers.blocks_N, numbers.places_N, numbers.begun, tiles)
+
+
+def _numbers(memory: PagedMemory, batch: Batch, inputs: StepInputs, index: int) -> _GroupNumbers:
     blocks, places = batch.written(index, memory.block_size)
     begun = [block for block, place in zip(blocks, places, strict=True) if place == 0]
     members: dict[int, list[int]] = {}
     for sequence in range(batch.sequences):
         count = batch.starts[sequence + 1] - batch.starts[sequence]
         members.setdefault(next((tile for tile in TILES if count <= tile), TILES[-1]), []).append(sequence)
-    tiles = [_tiles(memory, batch, index, tile, sequences) for tile, sequences in members.items()]
-    blocks_N, places_N, begun_R = (
-        torch.tensor(numbers, dtype=torch.long, device=device) for numbers in (blocks, places, begun)
-    )
-    return PageGroup(blocks_N, places_N, begun_R, tiles)
+    tiles = [_tiles(memory, batch, inputs, index, tile, sequences) for tile, sequences in members.items()]
+    return _GroupNumbers(inputs.put(blocks), inputs.put(places), inputs.put(begun), tiles)
 
 
-def _tiles(memory: PagedMemory, batch: Batch, index: int, tile: int, sequences: Sequence[int]) -> Tiles:
+def _tiles(
+    memory: PagedMemory, batch: Batch, inputs: StepInputs, index: int, tile: int, sequences: Sequence[int]
+) -> _TileNumbers:
     """Sequences cut into tiles of one size; padding repeats a tile's last token, and tiles of padding attend to nothing."""
     pieces = [
         (sequence, start, min(start + tile, batch.starts[sequence + 1]))
@@ -256,25 +290,18 @@ def _tiles(memory: PagedMemory, batch: Batch, index: int, tile: int, sequences: 
         for start in range(batch.starts[sequence], batch.starts[sequence + 1], tile)
     ]
     count = 1 << (len(pieces) - 1).bit_length()
-    tables_BW = np.zeros((count, memory.table_width), np.int32)
-    rows_BT, positions_BT = np.zeros((count, tile), np.int64), np.full((count, tile), -1, np.int32)
+    host_tables_BW, tables_BW = inputs.reserve((count, memory.table_width), torch.int32)
+    host_rows_BT, rows_BT = inputs.reserve((count, tile), torch.int64)
+    host_positions_BT, positions_BT = inputs.reserve((count, tile), torch.int32)
+    host_tables_BW[...], host_rows_BT[...], host_positions_BT[...] = 0, 0, -1
     real: list[int] = []
     places: list[int] = []
     for place, (sequence, start, end) in enumerate(pieces):
         table = batch.tables[index][sequence][: memory.table_width]
-        tables_BW[place, : len(table)] = table
-        rows_BT[place], positions_BT[place] = end - 1, batch.positions[end - 1]
-        rows_BT[place, : end - start], positions_BT[place, : end - start] = range(start, end), batch.positions[start:end]
+        host_tables_BW[place, : len(table)] = table
+        host_rows_BT[place], host_positions_BT[place] = end - 1, batch.positions[end - 1]
+        host_rows_BT[place, : end - start] = range(start, end)
+        host_positions_BT[place, : end - start] = batch.positions[start:end]
         real += range(start, end)
         places += range(place * tile, place * tile + end - start)
-    device = memory.device
-    mask = page_mask(
-        torch.from_numpy(tables_BW).to(device),
-        torch.from_numpy(positions_BT).to(device),
-        memory.groups[index].window,
-        memory.block_size,
-        memory.pages_of(index),
-    )
-    return Tiles(
-        torch.from_numpy(rows_BT).to(device), torch.tensor(real, device=device), torch.tensor(places, device=device), mask
-    )
+    return _TileNumbers(rows_BT, inputs.put(real), inputs.put(places), tables_BW, positions_BT)

@@ -294,11 +294,11 @@ class PagedMemory:
             for stored, part in zip(self.states[layer], saved, strict=True):
                 stored[slots, 0] = part[snapshots]
 
-    def begin_states(self, slots: Sequence[int]) -> None:
+    def begin_states(self, slots_B: Tensor) -> None:
         """Forget what these slots held: new sequences begin there."""
         for stored in self.states.values():
             for part in stored:
-                part[list(slots)] = 0
+                part.index_fill_(0, slots_B, 0)
 
     def remember_states(self, slot: int, step: int) -> None:
         """Copy a sequence's present state to where that after `step` more tokens is kept."""

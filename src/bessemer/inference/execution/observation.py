@@ -78,27 +78,28 @@ class Observed:
 class StatesKeeper:
     """Keeps rows of the hidden states that a forward pass of one row of N tokens comes to (`Decoder.pre_norm_hidden`)."""
 
-    def __init__(self, rows: Mapping[int, Sequence[int]], kept: dict[int, Tensor]) -> None:
-        """rows: by layer. kept: receives their states, (M, D) float32."""
+    def __init__(self, rows: Mapping[int, Tensor], kept: dict[int, Tensor]) -> None:
+        """rows: (M,) by layer. kept: receives their states, (M, D) float32."""
         self._rows, self._kept = rows, kept
 
     def __call__(self, layer: int, hidden_1ND: Tensor) -> None:
-        if rows := self._rows.get(layer):
-            self._kept[layer] = hidden_1ND[0, rows].float()
+        rows_M = self._rows.get(layer)
+        if rows_M is not None:
+            self._kept[layer] = hidden_1ND[0, rows_M].float()
 
 
 @contextmanager
-def routings_kept(model: Decoder, rows: Mapping[int, Sequence[int]], kept: dict[int, Routing]) -> Iterator[None]:
+def routings_kept(model: Decoder, rows: Mapping[int, Tensor], kept: dict[int, Routing]) -> Iterator[None]:
     """Within it, the choices of experts of some rows of each forward pass are put into `kept`, by layer."""
     with ExitStack() as hooks:
-        for layer, of_layer in rows.items():
+        for layer, of_layer_M in rows.items():
             feed_forward = model.blocks[layer].mlp
             assert isinstance(feed_forward, SparseFeedForward)
 
             def keep(
-                module: nn.Module, inputs: object, routing: Routing, layer: int = layer, of: Sequence[int] = of_layer
+                module: nn.Module, inputs: object, routing: Routing, layer: int = layer, of_M: Tensor = of_layer_M
             ) -> None:
-                kept[layer] = Routing(routing.experts_Nk[of], routing.weights_Nk[of].float())
+                kept[layer] = Routing(routing.experts_Nk[of_M], routing.weights_Nk[of_M].float())
 
             hooks.callback(feed_forward.router.register_forward_hook(keep).remove)
         yield

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bessemer.inference.execution.batch import Batch, padded_tables
 from bessemer.inference.execution.kv_cache import PagedMemory, new_slots
+from bessemer.inference.execution.step_inputs import StepInputs
 from bessemer.model.attention_backends import AttentionBackend, Scores
 from bessemer.model.attention_mask import AttentionMask, attention_mask
 from bessemer.model.cache import Rectangle
@@ -41,16 +42,22 @@ class PagedBatch(ABC):
 
     masked, aligned, real_BT = False, False, None
 
-    def __init__(self, memory: PagedMemory, batch: Batch) -> None:
+    def __init__(self, memory: PagedMemory, batch: Batch, inputs: StepInputs) -> None:
+        """inputs: copied before the pass, and so before `extend`, which begins it."""
         self.memory = memory
         self.batch = batch
         self.live = max(batch.positions) + 1
-        self._rectangles: list[Rectangle] | None = None
-        memory.begin_states(new_slots(batch))
+        self._inputs = inputs
+        self._positions_1N = inputs.put([batch.positions])
+        slots = new_slots(batch)
+        self._new_slots_B = inputs.put(slots) if slots else None
+        self._rectangles = self._alike() if batch.slots else None
 
     def extend(self, count: int, real: Sequence[int] | None = None) -> Tensor:
         assert count == len(self.batch.tokens) and real is None
-        return torch.tensor([self.batch.positions], device=self.memory.device)
+        if self._new_slots_B is not None:
+            self.memory.begin_states(self._new_slots_B)
+        return self._positions_1N
 
     @abstractmethod
     def attend(
@@ -66,8 +73,6 @@ class PagedBatch(ABC):
         """As of `Cache`."""
 
     def rectangles(self) -> list[Rectangle] | None:
-        if self._rectangles is None:
-            self._rectangles = self._alike()
         return self._rectangles
 
     def _alike(self) -> list[Rectangle]:
@@ -87,15 +92,14 @@ class PagedBatch(ABC):
         return [self._rectangle(count, drafted, alike) for (_, count, drafted), alike in sorted(segments.items())]
 
     def _rectangle(self, count: int, drafted: bool, segments: Sequence[_Segment]) -> Rectangle:
-        device = self.memory.device
-        rows_B1 = torch.tensor([segment.first for segment in segments], device=device)[:, None]
-        slots_B = torch.tensor([segment.slot for segment in segments], device=device)
+        rows_BT = self._inputs.put([range(segment.first, segment.first + count) for segment in segments])
+        slots_B = self._inputs.put([segment.slot for segment in segments])
         saved: dict[int, list[tuple[int, int]]] = {}
         for place, segment in enumerate(segments):
             for after, number in segment.saved.items():
                 saved.setdefault(after, []).append((place, number))
-        snapshots = {after: torch.tensor(pairs, device=device).T for after, pairs in saved.items()}
-        return Rectangle(rows_B1 + torch.arange(count, device=device), slots_B, drafted, snapshots)
+        snapshots = {after: self._inputs.put(pairs).T for after, pairs in saved.items()}
+        return Rectangle(rows_BT, slots_B, drafted, snapshots)
 
     def state(self, layer: int, rectangle: Rectangle | None = None) -> tuple[Tensor, ...] | None:
         assert rectangle is not None
@@ -119,39 +123,60 @@ class GatheredAttention:
         """dtype: the model's."""
         self._memory, self._dtype = memory, dtype
 
-    def cache(self, batch: Batch) -> GatheredBatch:
-        return GatheredBatch(self._memory, batch, self._dtype)
+    def cache(self, batch: Batch, inputs: StepInputs) -> GatheredBatch:
+        return GatheredBatch(self._memory, batch, inputs, self._dtype)
+
+
+class _Members(NamedTuple):
+    """Sequences that attend together, as far as the host knows them: the rows of their tokens, (B, T), their blocks, the places
+    of their queries among the positions that are gathered, and how many of these are each sequence's own, None where all are.
+
+    aligned: as of `attention_mask`.
+    """
+
+    rows_BT: Tensor
+    blocks_BP: Tensor
+    slots_BT: Tensor
+    positions: int
+    lengths_B1: Tensor | None
+    aligned: bool
 
 
 class _Span(NamedTuple):
-    """Sequences that attend together: the rows of their tokens, (B, T), their blocks, and their mask.
+    """Sequences that attend together, and their mask.
 
     padding_BS: positions that are not a sequence's own; None where there are none. What lies there is another sequence's, and
     may be anything: a number that is not finite would show through a weight of 0.
     """
 
-    rows_BT: Tensor
-    blocks_BP: Tensor
-    positions: int
+    members: _Members
     mask: AttentionMask
     padding_BS: Tensor | None
 
 
 class _Group(NamedTuple):
-    """Where the new tokens of one group of layers go, and what they attend to."""
+    """Where the new tokens of one group of layers go, and who attend together."""
 
     blocks_N: Tensor
     places_N: Tensor
-    spans: list[_Span]
+    members: list[_Members]
 
 
 class GatheredBatch(PagedBatch):
     """A batch whose pages are gathered layer by layer."""
 
-    def __init__(self, memory: PagedMemory, batch: Batch, dtype: torch.dtype) -> None:
-        super().__init__(memory, batch)
+    def __init__(self, memory: PagedMemory, batch: Batch, inputs: StepInputs, dtype: torch.dtype) -> None:
+        super().__init__(memory, batch, inputs)
         self._dtype = dtype
         self._groups = [self._group(index) for index in range(len(memory.groups))]
+        self._spans: list[list[_Span]] = []
+
+    def extend(self, count: int, real: Sequence[int] | None = None) -> Tensor:
+        self._spans = [
+            [self._span(members, where.window) for members in group.members]
+            for group, where in zip(self._groups, self.memory.groups, strict=True)
+        ]
+        return super().extend(count, real)
 
     def attend(
         self,
@@ -163,26 +188,27 @@ class GatheredBatch(PagedBatch):
         scores: Scores,
         backend: AttentionBackend,
     ) -> Tensor:
-        group = self._groups[self.memory.group_of[layer]]
+        index = self.memory.group_of[layer]
+        group = self._groups[index]
         self.memory.write(layer, group.blocks_N, group.places_N, key_BKTC[0].transpose(0, 1), value_BKTV[0].transpose(0, 1))
         query_NHC = query_BHTC[0].transpose(0, 1)
         attended_NHV = query_NHC.new_empty((*query_NHC.shape[:2], value_BKTV.shape[-1]))
-        for span in group.spans:
-            keys_BKSC, values_BKSV = self.memory.read(layer, span.blocks_BP, query_NHC.dtype)
-            keys_BKSC, values_BKSV = keys_BKSC[:, :, : span.positions], values_BKSV[:, :, : span.positions]
+        for span in self._spans[index]:
+            rows_BT, positions = span.members.rows_BT, span.members.positions
+            keys_BKSC, values_BKSV = self.memory.read(layer, span.members.blocks_BP, query_NHC.dtype)
+            keys_BKSC, values_BKSV = keys_BKSC[:, :, :positions], values_BKSV[:, :, :positions]
             if span.padding_BS is not None:
                 padding_BKSC = span.padding_BS[:, None, :, None]
                 keys_BKSC, values_BKSV = keys_BKSC.masked_fill(padding_BKSC, 0), values_BKSV.masked_fill(padding_BKSC, 0)
-            queries_BHTC = query_NHC[span.rows_BT].transpose(1, 2)
+            queries_BHTC = query_NHC[rows_BT].transpose(1, 2)
             attended_BHTV = backend(queries_BHTC, keys_BKSC, values_BKSV, span.mask, scores)
-            attended_NHV[span.rows_BT] = attended_BHTV.transpose(1, 2).to(attended_NHV.dtype)
+            attended_NHV[rows_BT] = attended_BHTV.transpose(1, 2).to(attended_NHV.dtype)
         return attended_NHV.transpose(0, 1)[None]
 
     def _group(self, index: int) -> _Group:
-        batch, device, window = self.batch, self.memory.device, self.memory.groups[index].window
-        blocks, places = batch.written(index, self.memory.block_size)
-        spans = [self._span(index, members, window) for members in self._together()]
-        return _Group(torch.tensor(blocks, device=device), torch.tensor(places, device=device), spans)
+        blocks, places = self.batch.written(index, self.memory.block_size)
+        members = [self._members(index, sequences) for sequences in self._together()]
+        return _Group(self._inputs.put(blocks), self._inputs.put(places), members)
 
     def _together(self) -> list[list[int]]:
         """Sequences that attend together: those with one new token and of similar length; the others each alone."""
@@ -204,33 +230,40 @@ class GatheredBatch(PagedBatch):
             together[-1].append(sequence)
         return together
 
-    def _span(self, index: int, members: list[int], window: int | None) -> _Span:
-        batch, size, device = self.batch, self.memory.block_size, self.memory.device
-        rows, blocks, slots, longest = [], [], [], 0
-        for sequence in members:
+    def _members(self, index: int, sequences: list[int]) -> _Members:
+        batch, size, window, inputs = self.batch, self.memory.block_size, self.memory.groups[index].window, self._inputs
+        rows, blocks, slots = [], [], []
+        for sequence in sequences:
             start, end = batch.starts[sequence : sequence + 2]
             first = 0 if window is None else max(0, batch.positions[start] - window + 1) // size
             last = batch.positions[end - 1] // size
-            rows.append(list(range(start, end)))
+            rows.append(range(start, end))
             blocks.append(batch.tables[index][sequence][first : last + 1])
             slots.append([position - first * size for position in batch.positions[start:end]])
-            longest = max(longest, slots[-1][-1] + 1)
         width = max(len(row) for row in blocks)
         padded = [row + [0] * (width - len(row)) for row in blocks]
+        lengths = [row[-1] + 1 for row in slots]
+        alike = len(set(lengths)) == 1
+        lengths_B1 = None if alike else inputs.put([[length] for length in lengths])
+        return _Members(inputs.put(rows), inputs.put(padded), inputs.put(slots), max(lengths), lengths_B1, alike)
+
+    def _span(self, members: _Members, window: int | None) -> _Span:
+        """What the device makes of its numbers, once they are there."""
+        device = self.memory.device
         mask = attention_mask(
-            len(slots[0]),
-            longest,
+            members.slots_BT.shape[1],
+            members.positions,
             self._dtype,
             device,
-            slots_BT=torch.tensor(slots, device=device),
+            slots_BT=members.slots_BT,
             window=window,
             slopes_H=self.memory.slopes_H,
-            aligned=len({row[-1] for row in slots}) == 1,
+            aligned=members.aligned,
         )
-        lengths_B1 = torch.tensor([[row[-1] + 1] for row in slots], device=device)
-        alike = int(lengths_B1.min()) == longest
-        padding_BS = None if alike else torch.arange(longest, device=device) >= lengths_B1
-        return _Span(torch.tensor(rows, device=device), torch.tensor(padded, device=device), longest, mask, padding_BS)
+        padding_BS = None
+        if members.lengths_B1 is not None:
+            padding_BS = torch.arange(members.positions, device=device) >= members.lengths_B1
+        return _Span(members, mask, padding_BS)
 
 
 class CompiledAttention:
@@ -251,15 +284,17 @@ class CompiledAttention:
     def arithmetic(self) -> Sequence[str]:
         return [f"attention by compiled kernels ({kernels_arithmetic()})"]
 
-    def cache(self, batch: Batch) -> CompiledBatch:
-        return CompiledBatch(self._memory, batch, self._pages, self._threads)
+    def cache(self, batch: Batch, inputs: StepInputs) -> CompiledBatch:
+        return CompiledBatch(self._memory, batch, inputs, self._pages, self._threads)
 
 
 class CompiledBatch(PagedBatch):
     """A batch whose pages the compiled CPU kernels read."""
 
-    def __init__(self, memory: PagedMemory, batch: Batch, pages: Mapping[int, PageTensors], threads: int) -> None:
-        super().__init__(memory, batch)
+    def __init__(
+        self, memory: PagedMemory, batch: Batch, inputs: StepInputs, pages: Mapping[int, PageTensors], threads: int
+    ) -> None:
+        super().__init__(memory, batch, inputs)
         self._pages, self._threads = pages, threads
         self._sequences = [PagedSequences.of(batch.starts, batch.positions, *padded_tables(tables)) for tables in batch.tables]
 

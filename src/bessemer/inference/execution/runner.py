@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from bessemer.inference.execution.backend import Backend
+from bessemer.inference.execution.backend import Backend, StepBeside
 from bessemer.inference.execution.batch import Batch
 from bessemer.inference.execution.kv_cache import PagedMemory
 from bessemer.inference.execution.observation import Observed, ReadPages, StatesKeeper, routings_kept
+from bessemer.inference.execution.step_inputs import StepInputs, TokensToHost, fill_pending
 from bessemer.inference.execution.tensor_parallel.adapters import (
     UpdateShape,
     exchange_adapter,
@@ -24,6 +25,7 @@ from bessemer.inference.execution.tensor_parallel.adapters import (
 from bessemer.inference.execution.tensor_parallel.commands import Command, Workers, together
 from bessemer.inference.execution.tensor_parallel.weights import Piece, exchange_piece, pieces_of
 from bessemer.model.adapter_folder import WeightSample
+from bessemer.inference.sampling.device_sampler import SampledRows
 from bessemer.model.adapters import Adapter, adapted
 from bessemer.model.decoder import Decoder
 from bessemer.model.mtp import MtpModule
@@ -85,6 +87,9 @@ class Runner:
         self.keeps_pre_norm = False
         #: States of every token of the last batch before the last norm.
         self.pre_norm_ND = torch.empty(0)
+        #: Tokens of the last `sample`, on the device.
+        self.sampled_R = torch.empty(0, dtype=torch.int64)
+        self._inputs = StepInputs(memory.device)
         self._batch_invariant = batch_invariant
         #: The other processes that share the model.
         self.workers = workers
@@ -109,23 +114,50 @@ class Runner:
     @on_every_rank
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
-        """Logits of the wanted rows in their order, (R, V) float32, where sampling happens. Writes keys and values."""
+        """Logits of the wanted rows in their order, (R, V) float32. Writes keys and values."""
+        return self._forward(batch, StepBeside(self._inputs, self.sampled_R))
+
+    @torch.inference_mode()
+    def sample(self, batch: Batch, rows: SampledRows) -> TokensToHost:
+        """Compute a batch and sample a token of each wanted row on the device. The host waits for none of it.
+
+        The tokens stay on the device: those that the next batch has `pending` are read there.
+        """
+        assert self.workers is None, "tokens are sampled in one process"
+        return self._draw(self._forward(batch, StepBeside(self._inputs, self.sampled_R, rows)), rows)
+
+    @torch.inference_mode()
+    def sample_logits(self, logits_RV: Tensor, rows: SampledRows) -> TokensToHost:
+        """Sample a token from each row of the logits of a step. None of the tokens can be `pending` in the next batch."""
+        return self._draw(logits_RV, rows)
+
+    def _draw(self, logits_RV: Tensor, rows: SampledRows) -> TokensToHost:
+        if not rows.placed:
+            self._inputs.begin()
+            rows.place(self._inputs.put)
+            self._inputs.copy()
+        self.sampled_R = rows.draw(logits_RV, self.sampled_R)
+        return TokensToHost(self.sampled_R)
+
+    def _forward(self, batch: Batch, beside: StepBeside) -> Tensor:
         whole = self.backend.whole
         taken = [] if whole is None or self.keeps_pre_norm else whole.takes(batch)
         if whole is None or not taken:
-            return self._by_modules(batch)
+            return self._by_modules(batch, beside)
         if len(taken) == batch.sequences:
-            logits_RV = whole.forward(batch)
+            logits_RV = whole.forward(batch, beside)
             if batch.states:
                 self.observed = Observed(whole.states)
             return logits_RV
         logits_RV = torch.empty(len(batch.wanted), self.model.config.vocab_size, device=self.model.device)
         own = set(taken)
+        # the numbers of either part are forgotten with the other's
+        beside = beside._replace(rows=None)
         part, places = batch.part(taken)
-        logits_RV[places] = whole.forward(part)
+        logits_RV[places] = whole.forward(part, beside)
         observed = Observed(whole.states)
         part, places = batch.part([sequence for sequence in range(batch.sequences) if sequence not in own])
-        logits_RV[places] = self._by_modules(part)
+        logits_RV[places] = self._by_modules(part, beside)
         taken_rows = {row for sequence in taken for row in range(*batch.starts[sequence : sequence + 2])}
         self.observed = observed.interleaved(self.observed, batch.states, taken_rows)
         return logits_RV
@@ -194,8 +226,10 @@ class Runner:
     @torch.inference_mode()
     def mtp_hidden(self, index: int, batch: Batch, hidden_ND: Tensor) -> Tensor:
         """States of an MTP module, (N, D), from those of the one before it (`Decoder.mtp_hidden`)."""
-        tokens_1N = torch.tensor([batch.tokens], device=self.model.device)
-        cache = self.backend.attention.cache(batch)
+        self._inputs.begin()
+        tokens_1N = self._inputs.put([batch.tokens])
+        cache = self.backend.attention.cache(batch, self._inputs)
+        self._inputs.copy()
         with using_packed_matmuls(self.backend.linear.matmuls):
             return self.model.mtp_hidden(index, tokens_1N, hidden_ND[None], cache)[0]
 
@@ -228,17 +262,19 @@ class Runner:
 
     # -- by the model's modules
 
-    def _by_modules(self, batch: Batch) -> Tensor:
+    def _by_modules(self, batch: Batch, beside: StepBeside) -> Tensor:
         few = self.backend.linear.is_soon_done(len(batch.tokens), invariant=self._batch_invariant)
         with one_thread() if few else nullcontext():
-            return self._alone(batch) if self._batch_invariant else self._logits(self._hidden(batch))
+            if self._batch_invariant:
+                return self._alone(batch, beside._replace(rows=None))
+            return self._logits(self._hidden(batch, beside))
 
-    def _alone(self, batch: Batch) -> Tensor:
+    def _alone(self, batch: Batch, beside: StepBeside) -> Tensor:
         """Each sequence by itself, in chunks that do not depend on the rest of the batch."""
         rows, pre_norm_hidden, observed, last, step = [], [], [], -1, 0
         for sequence, chunk in batch.alone(self.memory.block_size):
             # the head too sees one row at a time
-            rows += [self._logits(hidden_D[None]) for hidden_D in self._hidden(chunk)]
+            rows += [self._logits(hidden_D[None]) for hidden_D in self._hidden(chunk, beside)]
             pre_norm_hidden.append(self.pre_norm_ND)
             observed.append(self.observed)
             step = step + 1 if sequence == last else 0
@@ -250,21 +286,27 @@ class Runner:
             self.pre_norm_ND = torch.cat(pre_norm_hidden)
         return torch.cat(rows) if rows else torch.empty(0, self.model.config.vocab_size)
 
-    def _hidden(self, batch: Batch) -> Tensor:
+    def _hidden(self, batch: Batch, beside: StepBeside) -> Tensor:
         """States of the wanted rows, (R, D)."""
-        device = self.model.device
-        tokens_1N = torch.tensor([batch.tokens], device=device)
-        cache = self.backend.attention.cache(batch)
-        wanted_R = torch.tensor(batch.wanted, dtype=torch.long, device=device)
-        rows_of_adapters = [
-            (adapter, None if rows is None else torch.tensor(rows, device=device)) for adapter, rows in batch.rows_of_adapters()
-        ]
+        inputs = beside.inputs
+        inputs.begin()
+        tokens_1N = inputs.put([batch.tokens])
+        cache = self.backend.attention.cache(batch, inputs)
+        wanted_R = inputs.put(batch.wanted)
+        rows_of_adapters = [(adapter, None if own is None else inputs.put(own)) for adapter, own in batch.rows_of_adapters()]
+        kept_states = {layer: inputs.put(own) for layer, own in batch.states.items() if own}
+        kept_routings = {layer: inputs.put(own) for layer, own in batch.routings.items()}
+        pending_2P = inputs.put([[*batch.pending], [*batch.pending.values()]]) if batch.pending else None
+        if beside.rows is not None:
+            beside.rows.place(inputs.put)
+        inputs.copy()
+        fill_pending(tokens_1N[0], pending_2P, beside.sampled_R)
         self.observed = Observed()
-        keep = StatesKeeper(batch.states, self.observed.states) if batch.states else None
+        keep = StatesKeeper(kept_states, self.observed.states) if kept_states else None
         with (
             adapted(self.model, rows_of_adapters),
             using_packed_matmuls(self.backend.linear.matmuls),
-            routings_kept(self.model, batch.routings, self.observed.routings),
+            routings_kept(self.model, kept_routings, self.observed.routings),
         ):
             pre_norm_ND = self.model.pre_norm_hidden(tokens_1N, cache=cache, keep=keep)[0]
         if self.keeps_pre_norm:

@@ -25,7 +25,7 @@ def draw(weights_BN: Tensor, uniforms_B: Tensor) -> Tensor:
     sum_B1 = _first_above(cumulative_BU, target_B1)
     below_B1 = torch.where(sum_B1 > 0, cumulative_BU.gather(-1, (sum_B1 - 1).clamp(min=0)), 0.0)
 
-    places_BN = sum_B1 * _SUMMED + torch.arange(min(_SUMMED, size))
+    places_BN = sum_B1 * _SUMMED + torch.arange(min(_SUMMED, size), device=weights_BN.device)
     inside_BN = weights_BN.gather(-1, places_BN.clamp(max=size - 1)) * (places_BN < size)
     place_B1 = sum_B1 * _SUMMED + _first_above(inside_BN.double().cumsum(-1), target_B1 - below_B1)
     return torch.where(usable_B, place_B1[:, 0], -1)

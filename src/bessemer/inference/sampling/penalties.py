@@ -26,6 +26,8 @@ class TokenCounts:
 
     def __init__(self, prompt: Sequence[int]) -> None:
         prompt_tokens = np.unique(np.asarray(prompt, np.int64))
+        #: The different tokens of the prompt, int64 (N,).
+        self.in_prompt = prompt_tokens
         self._in_prompt = frozenset(prompt_tokens.tolist())
         self._present = prompt_tokens
         self._present_count = len(prompt_tokens)

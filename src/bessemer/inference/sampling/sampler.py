@@ -27,6 +27,7 @@ __all__ = ["Sampled", "SamplingParams", "SamplingState", "generator_for", "sampl
 #: Rows that are drawn from at once.
 _ROWS = 16
 
+NO_TOKEN_LEFT = "no token may come next: grammar, allowed_tokens and banned_tokens together leave none"
 NOT_FINITE = "the model's logits are not finite: its weights are damaged or its training diverged"
 
 
@@ -90,6 +91,7 @@ class SamplingState:
         if params.grammar is not None and grammar is None:
             raise RequestError(f"{params.grammar[0]} is not served here: no grammar was compiled for it; leave it out")
         self.params = params
+        self.vocab_size = vocab_size
         self.grammar = grammar
         self.greedy = params.greedy
         self.wants_sampler_log_probs = params.wants_sampler_log_probs
@@ -97,17 +99,17 @@ class SamplingState:
         self.answer: list[int] = []
         self._prompt = prompt
         self._end_set = frozenset(end_tokens) | frozenset(params.stop_token_ids)
-        self._ends = np.array(sorted(self._end_set), np.int64)
-        self._bias = (np.array([*params.logit_bias], np.int64), np.array([*params.logit_bias.values()], np.float32))
-        self._banned = np.array(params.banned_tokens, np.int64)
-        self._allowed = None if params.allowed_tokens is None else np.array(params.allowed_tokens, np.int64)
+        self.ends_array = np.array(sorted(self._end_set), np.int64)
+        self.bias = (np.array([*params.logit_bias], np.int64), np.array([*params.logit_bias.values()], np.float32))
+        self.banned = np.array(params.banned_tokens, np.int64)
+        self.allowed = None if params.allowed_tokens is None else np.array(params.allowed_tokens, np.int64)
         processor = params.logits_processor
         self._processor: Callable[..., Any] | None = (
             load_user_function(processor, folder or Path()) if isinstance(processor, str) else processor
         )
-        self._penalises = params.repetition_penalty != 1 or bool(params.presence_penalty or params.frequency_penalty)
-        self._counts = TokenCounts(prompt if params.repetition_penalty != 1 else ())
-        self._changes = self._penalises or bool(params.logit_bias or params.banned_tokens) or self._allowed is not None
+        self.penalises = params.repetition_penalty != 1 or bool(params.presence_penalty or params.frequency_penalty)
+        self.counts = TokenCounts(prompt if params.repetition_penalty != 1 else ())
+        self._changes = self.penalises or bool(params.logit_bias or params.banned_tokens) or self.allowed is not None
         self._changes = self._changes or self._processor is not None or grammar is not None
         self.truncation = Truncation.of(params)
 
@@ -119,13 +121,23 @@ class SamplingState:
     @property
     def adjusts(self) -> bool:
         """Whether the next token's logits are changed at all."""
-        return self._changes or len(self.answer) < self.params.min_tokens
+        return self.adjusts_after(len(self.answer))
+
+    def adjusts_after(self, length: int) -> bool:
+        """Whether the logits are changed of the token that comes after `length` tokens of the answer."""
+        return self._changes or length < self.params.min_tokens
+
+    @property
+    def on_device(self) -> bool:
+        """Whether `SampledRows` can choose the next token: nothing of it needs the host."""
+        params = self.params
+        return self._processor is None and self.grammar is None and params.logprobs is None and params.typical_p == 1
 
     @property
     def depends_on_answer(self) -> bool:
         """Whether a token changes how the ones after it are chosen."""
         return (
-            self._penalises
+            self.penalises
             or self._processor is not None
             or self.grammar is not None
             or len(self.answer) < self.params.min_tokens
@@ -151,8 +163,8 @@ class SamplingState:
         Raises RequestError when the user's processor fails or the grammar cannot go on.
         """
         self._add_bias(logits_V)
-        if self._penalises:
-            penalise(logits_V, self.params, self._counts)
+        if self.penalises:
+            penalise(logits_V, self.params, self.counts)
         if self._processor is not None:
             process(self._processor, self._prompt, self.answer, logits_V)
         self._forbid(logits_V, len(self.answer))
@@ -163,30 +175,30 @@ class SamplingState:
         self._forbid(logits_V, length)
 
     def _add_bias(self, logits_V: np.ndarray) -> None:
-        ids, values = self._bias
+        ids, values = self.bias
         logits_V[ids] += values
 
     def _forbid(self, logits_V: np.ndarray, length: int) -> None:
-        logits_V[self._banned] = -np.inf
-        if self._allowed is not None:
-            kept = logits_V[self._allowed]
+        logits_V[self.banned] = -np.inf
+        if self.allowed is not None:
+            kept = logits_V[self.allowed]
             logits_V[:] = -np.inf
-            logits_V[self._allowed] = kept
+            logits_V[self.allowed] = kept
         early = length < self.params.min_tokens
         if self.grammar is not None:
             allowed_V = self.grammar.allowed()
             logits_V[~allowed_V] = -np.inf
             # where a grammar has come to its end, nothing else is left and the end may come early
-            allowed_V[self._ends] = False
+            allowed_V[self.ends_array] = False
             early = early and bool(allowed_V.any())
         if early:
-            logits_V[self._ends] = -np.inf
+            logits_V[self.ends_array] = -np.inf
 
     def advance(self, token: int) -> None:
         """Add a token to the answer."""
         self.answer.append(token)
-        if self._penalises:
-            self._counts.add(token)
+        if self.penalises:
+            self.counts.add(token)
         if self.grammar is not None:
             self.grammar.consume(token)
 
@@ -312,7 +324,7 @@ def _drawn(
 def no_token(logits_V: Tensor) -> RequestError:
     """Why a row gives no token."""
     if (logits_V == -torch.inf).all():
-        return RequestError("no token may come next: grammar, allowed_tokens and banned_tokens together leave none")
+        return RequestError(NO_TOKEN_LEFT)
     return RequestError(NOT_FINITE)
 
 

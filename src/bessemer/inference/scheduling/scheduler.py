@@ -22,6 +22,9 @@ from bessemer.inference.scheduling.recurrent_states import States
 from bessemer.inference.scheduling.schedule import Copies, ScheduledChunk, SchedulerOutput
 from bessemer.inference.scheduling.sequence import TokenSequence
 
+#: Stands for a token that is being computed.
+PLACEHOLDER = 0
+
 __all__ = ["BlockGroup", "ScheduledChunk", "Scheduler", "SchedulerOutput"]
 
 
@@ -38,7 +41,8 @@ class Scheduler(SequenceQueues):
     False to cache only what was computed as part of a prompt, in whole multiples of `align`. share_prefixes: False for no
     prefix cache.
 
-    Every chunk of a step is committed, or its sequence aborted, before the next step.
+    Every chunk of a step is committed, or its sequence aborted, before the next step; or committed ahead (`commit_ahead`), and
+    its token before the one after.
     Raises ConfigError where a step could be too small for what runs.
     """
 
@@ -120,6 +124,8 @@ class Scheduler(SequenceQueues):
         while index < len(running):
             sequence = running[index]
             index += 1
+            if sequence.ahead and len(sequence.tokens) == sequence.limit:
+                continue
             start = sequence.computed
             if len(sequence.tokens) - start == 1:
                 if start < sequence.reserved or self._secure(sequence, 1, copies, preempted):
@@ -152,6 +158,7 @@ class Scheduler(SequenceQueues):
         if sequence.status == "finished":
             return
         made = list(tokens)
+        assert not sequence.ahead, "its placeholder is taken back first"
         assert bool(made) == bool(chunk.num_logits), "a chunk gives tokens exactly where logits are wanted"
         assert len(made) <= 1 + chunk.drafts and len(sequence.tokens) + len(made) <= sequence.limit
         computed = chunk.start + chunk.count - chunk.drafts
@@ -166,6 +173,30 @@ class Scheduler(SequenceQueues):
         self._tables.advance(sequence)
         if sequence.snapshots:
             self.states.advance(sequence)
+
+    # -- the next step, scheduled before the tokens of the one under way are known
+
+    def commit_ahead(self, chunk: ScheduledChunk) -> None:
+        """Record a chunk that is being computed, with a placeholder for the token that it gives.
+
+        The next step may then be scheduled: what becomes of its blocks happens on the device after this step. Not for drafts,
+        nor for a sequence that shares states, whose next hash would hold the placeholder.
+        """
+        assert not chunk.drafts and not self._shares_states
+        sequence = chunk.sequence
+        self.commit(chunk, [PLACEHOLDER] if chunk.num_logits else [])
+        sequence.ahead = sequence.status != "finished" and chunk.num_logits > 0
+
+    def take_back(self, sequence: TokenSequence) -> None:
+        """Take the placeholder back: `commit_token` follows, or the sequence ends."""
+        if sequence.ahead:
+            sequence.tokens.pop()
+            sequence.ahead = False
+
+    def commit_token(self, sequence: TokenSequence, token: int) -> None:
+        """Record the token of a chunk that was committed ahead. The sequence may have been preempted since."""
+        assert not sequence.ahead and len(sequence.tokens) < sequence.limit
+        sequence.tokens.append(token)
 
     # -- admission
 

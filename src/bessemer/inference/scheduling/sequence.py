@@ -52,6 +52,8 @@ class TokenSequence:
     admitted: bool = field(default=False, init=False)
     #: where states of linear attention are saved while the next chunk is computed: by position, the number of the snapshot
     snapshots: dict[int, int] = field(default_factory=dict, init=False)
+    #: whether the last token is a placeholder: it is being computed, and the next step is scheduled already
+    ahead: bool = field(default=False, init=False)
     #: the hash of the text up to the snapshot that moves on with the sequence
     following: bytes | None = field(default=None, init=False)
     #: positions where other texts with the same prefix part from this one, as far as they are known
