@@ -29,13 +29,14 @@ PLAIN = [
     ([3] * 9, SamplingParams(seed=6, max_tokens=12, logit_bias={7: 4.0}, allowed_tokens=list(range(40)), banned_tokens=[9])),
     *[(prompt, SamplingParams(seed=seed, max_tokens=3 + seed % 9)) for seed, prompt in enumerate(COMPANY[:4])],
 ]
-#: With some for which the steps wait: samples of one prompt, log-probabilities, typical_p.
+#: With some for which the steps wait: samples of one prompt, log-probabilities, typical_p, a prompt that is only read.
 MIXED = [
     *PLAIN[:6],
     (LONG, SamplingParams(seed=7, max_tokens=12, n=3)),
     ([4, 5], SamplingParams(seed=8, max_tokens=6, logprobs=2)),
     ([4, 6], SamplingParams(seed=8, max_tokens=5, typical_p=0.6)),
     ([4, 7], SamplingParams(seed=9, max_tokens=5, prompt_logprobs=1)),
+    ([4, 8], SamplingParams(max_tokens=0)),
 ]
 
 

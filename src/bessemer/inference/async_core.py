@@ -171,7 +171,7 @@ def _taken(state: SamplingState, token: int) -> list[Sampled] | RequestError:
 
 def _is_plain(request: ScheduledRequest) -> bool:
     """Whether all that a step does for a request is to compute its tokens and to sample the next one on the device."""
-    if not isinstance(request, Request) or request.recorder is not None or request.reads_prompt:
+    if not isinstance(request, Request) or not request.samples or request.recorder is not None or request.reads_prompt:
         return False
     begins = len(request.sequence.tokens) == request.sequence.prompt_length
     return request.sampling.on_device and not (begins and request.siblings)
