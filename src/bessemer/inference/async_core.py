@@ -42,8 +42,8 @@ class AsyncEngineCore(EngineCore):
     """In-flight requests, of whose steps one is under way when `step` returns, while all of them can be computed so.
 
     A request cannot whose tokens are chosen on the host (a grammar, a processor, log-probabilities, `typical_p`), that captures
-    or wants logits, or whose siblings begin when its prompt has been read. While one runs or waits, steps are computed one after
-    the other; on the device are then sampled the tokens of those requests that allow it.
+    or wants logits, or whose siblings begin when its prompt has been read. While one runs or waits, steps are computed one
+    after the other; on the device are then sampled the tokens of those requests that allow it.
     """
 
     _launched: _LaunchedStep | None = None

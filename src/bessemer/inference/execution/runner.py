@@ -24,8 +24,8 @@ from bessemer.inference.execution.tensor_parallel.adapters import (
 )
 from bessemer.inference.execution.tensor_parallel.commands import Command, Workers, together
 from bessemer.inference.execution.tensor_parallel.weights import Piece, exchange_piece, pieces_of
-from bessemer.model.adapter_folder import WeightSample
 from bessemer.inference.sampling.device_sampler import SampledRows
+from bessemer.model.adapter_folder import WeightSample
 from bessemer.model.adapters import Adapter, adapted
 from bessemer.model.decoder import Decoder
 from bessemer.model.mtp import MtpModule
