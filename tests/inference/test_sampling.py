@@ -133,7 +133,7 @@ def test_logits_that_are_not_finite_are_reported():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"max_tokens": 0}, "max_tokens: input should be greater than or equal to 1, got 0"),
+        ({"max_tokens": -1}, "max_tokens: input should be greater than or equal to 0, got -1"),
         ({"temperature": -0.1}, "temperature: input should be greater than or equal to 0"),
         ({"temperature": math.inf}, "temperature: input should be a finite number"),
         ({"top_k": -1}, "top_k: input should be greater than or equal to 0"),
