@@ -7,7 +7,7 @@ import torch
 
 from bessemer.core.errors import CheckpointError, ConfigError
 from bessemer.training.checkpoint.manager import CHECKPOINTS, checkpoint_weights, newest_checkpoint
-from tests.cases import slow
+from tests.cases import in_turn, slow
 
 from .methods import METHODS, gathered, run
 from .pool import Pool
@@ -62,15 +62,13 @@ def test_micro_batches_are_one_batch(whole, tmp_path, method):
     assert_same(method, run(tmp_path, method), tmp_path, whole(method))
 
 
-@pytest.mark.parametrize("parallel", TWO, ids=str)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "parallel"), in_turn(METHODS, TWO))
 def test_two_ranks_are_one(two, whole, tmp_path, method, parallel):
     records = two.run(run, out=tmp_path, method=method, parallel=parallel)[0]
     assert_same(method, records, tmp_path, whole(method))
 
 
-@pytest.mark.parametrize("parallel", FOUR, ids=str)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "parallel"), in_turn(METHODS, FOUR))
 def test_four_ranks_are_one(four, whole, tmp_path, method, parallel):
     records = four.run(run, out=tmp_path, method=method, parallel=parallel)[0]
     assert_same(method, records, tmp_path, whole(method))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from bessemer.inference.execution.kv_cache import block_bytes, layer_groups
 from bessemer.inference.execution.observation import Observed
 from bessemer.model.attention_backends import attention_weights
 from bessemer.model.cpu_kernels.build import library
+from tests.cases import slow_but
 from tests.inference.models import ARCHITECTURES, small_decoder, small_tokenizer
 from tests.model.randomised import random_tokens
 
@@ -92,8 +95,11 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", ARCHITECTURES)
+#: Every architecture once, every way at least once.
+USUAL = {(name, list(WAYS)[number % len(WAYS)]) for number, name in enumerate(ARCHITECTURES)}
+
+
+@pytest.mark.parametrize(("name", "way"), slow_but(USUAL, product(ARCHITECTURES, WAYS)))
 def test_what_is_captured_equals_hooks_on_the_modules(name, way, tokenizer, monkeypatch):
     if way == "kernels" and library() is None:
         pytest.skip("no compiler")

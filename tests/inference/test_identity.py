@@ -120,10 +120,12 @@ COMPILED = [name for name in ARCHITECTURES if name not in ("experts", "latent", 
 
 
 USUAL = {*TELLING.items(), *product(["dense"], WAYS)}
+#: Where the same ways are gone again with other arithmetic.
+AGAIN = {("dense", "in company"), ("windows", "preempted for want of pages"), ("linear", "preempted by the urgent")}
 
 
-def every_way(names):
-    return pytest.mark.parametrize(("name", "way"), slow_but(USUAL, product(names, WAYS)))
+def every_way(names, usual=USUAL):
+    return pytest.mark.parametrize(("name", "way"), slow_but(usual, product(names, WAYS)))
 
 
 @every_way(ARCHITECTURES)
@@ -142,7 +144,7 @@ def test_an_invariant_engine_gives_the_same_numbers_on_several_threads(tokenizer
         torch.set_num_threads(before)
 
 
-@every_way(ARCHITECTURES)
+@every_way(ARCHITECTURES, AGAIN)
 def test_tokens_are_the_same_every_way_but_for_ties(tokenizer, answers_alone, name, way):
     found = WAYS[way](small_decoder(name), tokenizer)
     for one, other in zip(found, answers_alone(name, batch_invariant=True), strict=True):
@@ -163,7 +165,7 @@ def test_the_compiled_step_gives_the_same_numbers_every_way(kernels, tokenizer, 
     assert found == answers_alone(name, cpu_kernels="on", threads=1)
 
 
-@every_way(ARCHITECTURES)
+@every_way(ARCHITECTURES, AGAIN)
 def test_compiled_attention_gives_the_same_tokens_every_way_but_for_ties(kernels, tokenizer, answers_alone, name, way):
     found = WAYS[way](small_decoder(name), tokenizer, cpu_kernels="on")
     for one, other in zip(found, answers_alone(name, batch_invariant=True), strict=True):
