@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from bessemer.tasks.records import Record, read_records
 
 from bessemer import tasks
 from bessemer.core.progress import Silent
+from bessemer.core.records import Record, read_records
 from bessemer.evaluation.tasks import evaluate_tasks
 from bessemer.inference.engine import Engine
 from bessemer.tasks.choice import ChoiceTask

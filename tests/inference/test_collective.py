@@ -206,10 +206,10 @@ def failing(parallel, at):
     assert len(engine.generate(PROMPTS, PARAMS)) == 4
     forward = Runner._hidden
 
-    def fail(runner, batch):
+    def fail(runner, batch, *rest):
         if trainee.mesh.rank == at:
             raise ValueError("no memory")
-        return forward(runner, batch)
+        return forward(runner, batch, *rest)
 
     with patch.object(Runner, "_hidden", fail):
         ask(PROMPTS)
