@@ -7,7 +7,7 @@ memory and filled: the processes of a host need the memory of one model between 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,19 +20,30 @@ from bessemer.model.families.parts import Part
 from bessemer.model.stored_tensors import StoredTensors, read_parts
 
 
-def load_shards(parts: Sequence[Decoder], stored: StoredTensors, device: torch.device | str) -> None:
+def load_shards(
+    parts: Sequence[Decoder],
+    stored: StoredTensors,
+    device: torch.device | str,
+    added: Mapping[str, Tensor] | None = None,
+) -> None:
     """Give what this process holds of a model its memory on `device` and its weights, in place.
 
     parts: made from `empty_decoder(stored.config)` and parallelised: the model, or this rank's stages of a pipeline. They keep
-    their dtype, and have the values that `load_model` gives them. Raises ArtefactError as `read_parts`.
+    their dtype, and have the values that `load_model` gives them. added: whole tensors that the folder does not hold, such as
+    a new head. Raises ArtefactError as `read_parts`.
     """
     for part in parts:
         # FSDP takes over the new memory when it is given this way
         part._apply(lambda tensor: _on_device(tensor, device))
+    added = added or {}
     shards: dict[str, list[Part]] = defaultdict(list)
     for part in parts:
         for name, tensor in _weights(part, stored):
-            shards[name].append(_shard(tensor))
+            shard = _shard(tensor)
+            if name in added:
+                shard.tensor.copy_(added[name][shard.box])
+            else:
+                shards[name].append(shard)
     read_parts(stored, shards)
 
 

@@ -17,7 +17,7 @@ from bessemer.model.cache import Cache
 from bessemer.model.decoder import Decoder
 
 #: Members of a decoder that only the first or the last stage has, and those without weights that every stage has.
-_OF_THE_FIRST, _OF_THE_LAST = ("embed_tokens", "embed_positions"), ("norm", "lm_head", "mtp")
+_OF_THE_FIRST, _OF_THE_LAST = ("embed_tokens", "embed_positions"), ("norm", "lm_head", "score", "mtp")
 _OF_ALL = ("rotary", "rotary_local")
 
 
@@ -139,4 +139,5 @@ def split_into_stages(model: Decoder, layout: Layout, rank: int, *, in_a_v: bool
 
 def needs_embedding(model: Decoder) -> bool:
     """Whether the last stage needs the embedding too: for a tied head or multi-token prediction."""
-    return model.config.tie_word_embeddings or model.config.num_nextn_predict_layers > 0
+    is_head = model.config.tie_word_embeddings and not model.config.num_scores
+    return is_head or model.config.num_nextn_predict_layers > 0

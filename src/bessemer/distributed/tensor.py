@@ -93,9 +93,13 @@ def apply_tensor_parallel(model: Decoder, mesh: Mesh, *, whole: bool = False) ->
                 part.register_forward_pre_hook(partial(_own_positions, axis))
         elif name == "lm_head":
             shard_parameter(part, axis, "weight", 0)
+        elif name == "score":
+            replicate_parameters(part, axis)
+            model.scores = partial(_all_scores, model, axis)  # type: ignore[method-assign]
         elif name == "norm":
             _replicate_last_norm(part, activations)
-    model.logits = partial(_all_logits, model, axis)  # type: ignore[method-assign]
+    if not model.config.num_scores:
+        model.logits = partial(_all_logits, model, axis)  # type: ignore[method-assign]
     for module in list(model.modules()):
         if isinstance(module, MtpModule):
             for part in (module.embedding_norm, module.hidden_norm, module.proj):
@@ -294,6 +298,15 @@ def _all_logits(model: Decoder, axis: DeviceMesh, hidden: Tensor) -> Tensor:
     weight_VD = cast(DTensor, model.head_weight).to_local()
     own = functional.linear(copy_to_ranks(hidden, axis), weight_VD)
     return capped(all_gather(own, axis, -1, gradient="whole"), model.logit_softcap)
+
+
+def _all_scores(model: Decoder, axis: DeviceMesh, hidden_BTD: Tensor) -> Tensor:
+    """`Decoder.scores` on every rank, each of which computes those of its tokens: so the head's gradient is a sum over ranks,
+    as that of every replicated parameter."""
+    weight = cast(Tensor, local_shard(model.score, "weight"))
+    with torch.autocast(hidden_BTD.device.type, enabled=False):
+        own_BTD = hidden_BTD.chunk(axis.size(), _TOKENS)[axis.get_local_rank()].to(weight.dtype)
+        return all_gather(functional.linear(own_BTD, weight), axis, _TOKENS, gradient="whole")
 
 
 def pad_vocabulary(model: Decoder, ranks: int) -> None:

@@ -49,11 +49,14 @@ def layer_parts(config: DecoderShape, layer: int) -> list[Part]:
 def outer_parts(config: DecoderShape) -> list[Part]:
     """The parts outside the blocks. The embedding is a look-up: nothing is multiplied with it unless it is the head."""
     vocabulary, hidden = (config.vocab_size, config.hidden_size), config.hidden_size
-    parts = [Part("embedding", (vocabulary,), 1.0 if config.tie_word_embeddings else 0.0)]
+    is_head = config.tie_word_embeddings and not config.num_scores
+    parts = [Part("embedding", (vocabulary,), 1.0 if is_head else 0.0)]
     if config.position_type == "learned":
         parts.append(Part("positions", ((config.max_position_embeddings, hidden),), 0.0))
     parts.append(Part("final norm", ((hidden,),) * (2 if config.norm_type == "layer" else 1)))
-    if not config.tie_word_embeddings:
+    if config.num_scores:
+        parts.append(Part("head", ((config.num_scores, hidden),)))
+    elif not config.tie_word_embeddings:
         parts.append(Part("head", (vocabulary,)))
     return parts
 
@@ -151,8 +154,8 @@ def parameters(config: DecoderShape) -> int:
 
 
 def embedding_parameters(config: DecoderShape) -> int:
-    """Weights of the embedding table, and of the head when it has its own."""
-    return config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+    """Weights of the embedding table, and of the language head when it has its own."""
+    return config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings or config.num_scores else 2)
 
 
 def active_parameters(config: DecoderShape) -> int:

@@ -85,7 +85,9 @@ class Decoder(nn.Module):
             self.embed_positions = SinusoidalPositions(config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = make_norm(config)
-        if not config.tie_word_embeddings:
+        if config.num_scores:
+            self.score = nn.Linear(config.hidden_size, config.num_scores, bias=False)
+        elif not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.position_type == "rotary":
             self.rotary = self._rotary(config.rope_theta, scaled=True)
@@ -115,15 +117,17 @@ class Decoder(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """Matrix from hidden states to logits, (V, D); the embedding table itself when they are tied.
+        """Matrix from hidden states to logits, (V, D), the embedding table itself when they are tied; or to scores.
 
         A quantised head dequantises on every access: `logits` does without.
         """
-        return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+        return cast(Tensor, self.head.weight)
 
     @property
     def head(self) -> nn.Module:
         """The module that holds `head_weight`: a linear layer, or the embedding that it is tied to; quantised or not."""
+        if self.config.num_scores:
+            return self.score
         return self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
 
     @property
@@ -143,7 +147,7 @@ class Decoder(nn.Module):
     @property
     def logit_softcap(self) -> float | None:
         """The c of logits held within ±c by c·tanh(logits / c); None where they are not."""
-        return self.config.final_logit_softcapping
+        return None if self.config.num_scores else self.config.final_logit_softcapping
 
     def set_attention_backend(self, backend: str) -> None:
         """Compute attention with another of `BACKENDS`: sdpa (the default), explicit, blocked, tiled, flex."""
@@ -161,15 +165,24 @@ class Decoder(nn.Module):
         document_ids_BT: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        """Logits of the token after each, (B, T, V). Arguments as for `hidden`."""
+        """Logits of the token after each, (B, T, V), or scores. Arguments as for `hidden`."""
         return self.logits(self.hidden(tokens_BT, positions_BT=positions_BT, document_ids_BT=document_ids_BT, cache=cache))
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
-        """What `hidden` gives as logits, (…, V)."""
+        """What `hidden` gives as logits, (…, V), or as scores, (…, num_scores)."""
+        if self.config.num_scores:
+            return self.scores(hidden_BTD)
         head = self.head
         if isinstance(head, QuantisedLinear):
             return capped(head.product(hidden_BTD), self.logit_softcap)
         return capped(functional.linear(hidden_BTD, self.head_weight), self.logit_softcap)
+
+    def scores(self, hidden_BTD: Tensor) -> Tensor:
+        """What `hidden` gives as scores of a model with `num_scores`, (B, T, num_scores), in the type of its head: autocast
+        would round rewards, whose differences count, to three digits."""
+        weight = self.score.weight
+        with torch.autocast(hidden_BTD.device.type, enabled=False):
+            return functional.linear(hidden_BTD.to(weight.dtype), weight)
 
     def hidden(
         self,

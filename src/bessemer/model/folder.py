@@ -18,7 +18,7 @@ from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
 from bessemer.model.families import family_of
 from bessemer.model.families.layout import Stored, whole
-from bessemer.model.folder_config import CONFIG, read_model_config, write_model_config
+from bessemer.model.folder_config import CONFIG, read_model_config, refuse_scorer, write_model_config
 from bessemer.model.formats.hub import import_advice
 from bessemer.model.initialisation import empty_decoder, fill, initial_weight, tensor_shapes
 from bessemer.model.quantisation.layout import layout_of, read_layout, schemes_of
@@ -73,13 +73,16 @@ def save_initial_model(config: ModelConfig, seed: int, folder: Path, *, tokenize
     write_model_config(config, torch.float32, folder, tokenizer=tokenizer)
 
 
-def load_model(folder: Path | str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Decoder:
+def load_model(
+    folder: Path | str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, *, scores: bool = False
+) -> Decoder:
     """The decoder of a model folder, or of a GGUF file, in evaluation mode; in the stored type when `dtype` is None.
 
     What a file holds as we do is mapped into memory and not copied; what is converted, or lies otherwise in the file, is so
     tensor by tensor. Memory is that of the model and of one tensor (docs/model-formats.md has measurements).
+    scores: whether a model may have scores in place of logits.
     Raises ArtefactError naming the file and what is wrong: a missing or unexpected tensor, a shape that disagrees with
-    config.json, a damaged file, an unknown architecture.
+    config.json, a damaged file, an unknown architecture, a reward model where a language model is asked for.
     """
     folder = Path(folder)
     if folder.suffix == ".gguf" and folder.is_file():
@@ -89,6 +92,8 @@ def load_model(folder: Path | str, device: str | torch.device = "cpu", dtype: to
     if not folder.is_dir():
         raise ArtefactError(f"{folder}: no such model folder{import_advice(str(folder))}")
     config = read_model_config(folder)
+    if not scores:
+        refuse_scorer(config, folder)
     settings = read_settings(read_json(folder / CONFIG), folder / CONFIG)
     layout, schemes = read_layout(config, settings, folder / CONFIG) if settings else (None, {})
     found = find_tensors(folder, config, layout)

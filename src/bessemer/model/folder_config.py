@@ -57,7 +57,6 @@ def huggingface_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """`config.json` as `transformers` reads it, with everything explicit: its defaults are another model's."""
     family = family_of(config)
     return {
-        "architectures": [family.architecture],
         "model_type": family.model_type,
         **write_config(family, config),
         "use_cache": True,
@@ -102,6 +101,14 @@ def refuse_quantised(folder: Path) -> None:
         raise ArtefactError(
             f"{folder}: this model is quantised, and only whole weights can be trained or changed; take the model that it was "
             "made from"
+        )
+
+
+def refuse_scorer(config: ModelConfig, folder: Path) -> None:
+    """Raise ArtefactError for a model with scores, where a language model is asked for."""
+    if config.num_scores:
+        raise ArtefactError(
+            f"{folder}: this is a reward model, which gives scores and no text; take the language model that it was made from"
         )
 
 

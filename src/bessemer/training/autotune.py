@@ -23,9 +23,11 @@ from bessemer.core.store import read_json, write_json
 from bessemer.core.usercode import load_user_function
 from bessemer.distributed.mesh import ALONE, Mesh, agree
 from bessemer.model.config import ModelConfig
+from bessemer.model.decoder import Decoder
 from bessemer.model.device import choose_device, has_fast_bfloat16
 from bessemer.model.folder import load_model
 from bessemer.model.folder_config import read_model_config, refuse_quantised
+from bessemer.model.score_head import load_scorer
 from bessemer.training.config import VALIDATIONS, LoopConfig, PretrainConfig, check_compiler
 from bessemer.training.data.batches import Batch, StatelessBatches
 from bessemer.training.model_setup import prepare_model
@@ -312,7 +314,8 @@ def _measure(config: LoopConfig, model_folder: Path, device: torch.device, folde
     """
     runtime = Runtime.of(config, device, processes=mesh.processes_here)
     with runtime.running():
-        model = load_model(model_folder, device=device, dtype=torch.float32)
+        dtype = torch.float32
+        model = load_scorer(model_folder, device, dtype, seed=0) if config.scores else load_model(model_folder, device, dtype)
         freeze_parameters(model, config)
         batches = _RandomBatches(config, model.config.vocab_size)
         model, pipeline = prepare_model(model, config, runtime, mesh)
@@ -351,7 +354,12 @@ def _objective(config: LoopConfig, folder: Path, model: ModelConfig) -> Objectiv
     if isinstance(config, PretrainConfig) and config.loss is not None:
         loss: LossFunction = load_user_function(config.loss, folder)
         return loss
-    return build_objective(config, model)
+    return _mean_square_of_scores if model.num_scores else build_objective(config, model)
+
+
+def _mean_square_of_scores(model: Decoder, batch: Batch) -> Tensor:
+    """Of a model with scores, which cannot predict tokens: it takes as long as any loss of scores."""
+    return model(batch.tokens_BT, positions_BT=batch.positions_BT, document_ids_BT=batch.document_ids_BT).square().mean()
 
 
 class _RandomBatches(StatelessBatches):

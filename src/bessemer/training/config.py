@@ -436,6 +436,11 @@ class LoopConfig(Config):
         return False
 
     @property
+    def scores(self) -> bool:
+        """Whether the model that is trained has a scalar head, `score`, in place of its language head."""
+        return False
+
+    @property
     def resolved(self) -> bool:
         """Whether no setting is left to autotune before training."""
         return self.dtype != "auto" and self.compile != "auto"

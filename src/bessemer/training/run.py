@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from bessemer.core.progress import Progress
+from bessemer.core.seeds import derive_seed
 from bessemer.core.stage import OpenTasks
 from bessemer.distributed.loading import load_shards
 from bessemer.distributed.mesh import Mesh
@@ -16,6 +17,7 @@ from bessemer.model.decoder import Decoder
 from bessemer.model.folder import load_model
 from bessemer.model.folder_config import read_model_config
 from bessemer.model.initialisation import empty_decoder
+from bessemer.model.score_head import SCORE, load_scorer, new_head, scorer_config
 from bessemer.model.stored_tensors import find_tensors
 from bessemer.training.autotune import prepare_run
 from bessemer.training.checkpoint.export import save_trained
@@ -64,7 +66,8 @@ def run_training(
         scorer.check(model, read_model_config(model).max_position_embeddings)
     config, runtime, mesh = prepare_run(config, model, out, device=device, progress=progress, folder=folder)
     source = batches(config, mesh)
-    decoder, load = _decoder(model, runtime, mesh, lambda decoder: initialise(config, decoder, mesh))
+    head_seed = derive_seed(seed, "score head") if config.scores else None
+    decoder, load = _decoder(model, runtime, mesh, lambda decoder: initialise(config, decoder, mesh), head_seed)
     on_step_end = prepare(config, decoder, mesh)
     if scorer is not None:
         check_processes(mesh.layout.world_size)
@@ -92,21 +95,26 @@ def run_training(
 
 
 def _decoder(
-    folder: Path, runtime: Runtime, mesh: Mesh, initialise: Callable[[Decoder], object]
+    folder: Path, runtime: Runtime, mesh: Mesh, initialise: Callable[[Decoder], object], head_seed: int | None
 ) -> tuple[Decoder, Callable[[PreparedModel], None] | None]:
     """The model of a folder, initialised; of several processes without weights yet, and what loads and initialises each one's
-    shards when the model is sharded."""
+    shards when the model is sharded. head_seed: of a scalar head that the model has in place of its language head."""
     if mesh.alone:
-        decoder = load_model(folder, device=runtime.device, dtype=torch.float32)
+        device, dtype = runtime.device, torch.float32
+        decoder = load_model(folder, device, dtype) if head_seed is None else load_scorer(folder, device, dtype, seed=head_seed)
         initialise(decoder)
         return decoder, None
     stored = find_tensors(folder, read_model_config(folder))
+    config, added = stored.config, {}
+    if head_seed is not None and not config.num_scores:
+        config = scorer_config(config)
+        added[SCORE] = new_head(config, head_seed)
 
     def load(prepared: PreparedModel) -> None:
-        load_shards(prepared.parts, stored, runtime.device)
+        load_shards(prepared.parts, stored, runtime.device, added)
         initialise(prepared.model)
 
-    return empty_decoder(stored.config), load
+    return empty_decoder(config), load
 
 
 def validated_steps(config: LoopConfig) -> frozenset[int]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from bessemer.core.errors import ConfigError
 from bessemer.model.config import ModelConfig
-from bessemer.model.families.base import Family, Values, read_shared, stored_alike, write_shared
+from bessemer.model.families.base import SCORING, Family, Values, read_shared, stored_alike, write_shared
 from bessemer.model.families.dense import GEMMA3, LLAMA, MISTRAL, OLMO2, OLMO3, QWEN2, QWEN3, SMOLLM3
 from bessemer.model.families.gpt2 import GPT2
 from bessemer.model.families.sparse import DEEPSEEK_V3, GPT_OSS, MIXTRAL, QWEN3_MOE, QWEN3_NEXT
@@ -50,7 +50,13 @@ _TRAINING = ("router_aux_loss_coef", "router_z_loss_coef", "router_bias_update_r
 def read_config(family: Family, values: Values) -> ModelConfig:
     """The config that a family's `config.json` describes. Raises ConfigError for one that the decoder cannot be."""
     training = {name: values[name] for name in _TRAINING if values.get(name) is not None}
-    settings: dict[str, Any] = {**read_shared(values), **training, **family.read(values), "model_type": family.model_type}
+    settings: dict[str, Any] = {
+        **read_shared(values),
+        **training,
+        **family.read(values),
+        "model_type": family.model_type,
+        "num_scores": read_num_scores(values),
+    }
     known = {name: value for name, value in settings.items() if name in ModelConfig.model_fields}
     return ModelConfig.parse(known)
 
@@ -58,7 +64,22 @@ def read_config(family: Family, values: Values) -> ModelConfig:
 def write_config(family: Family, config: ModelConfig) -> dict[str, Any]:
     """A family's `config.json`, but for what is the same in all files."""
     training = {name: getattr(config, name) for name in _TRAINING if getattr(config, name)}
-    return write_shared(config) | training | family.write(config)
+    return write_shared(config) | training | family.write(config) | write_scores(family, config)
+
+
+def read_num_scores(values: Values) -> int:
+    """The scores that a model gives in place of logits, as its architecture and its labels tell; 0 of a language model."""
+    if not any(str(name).endswith(SCORING) for name in values.get("architectures") or ()):
+        return 0
+    # 2 where nothing is said, as in transformers
+    return len(values["id2label"]) if values.get("id2label") else int(values.get("num_labels") or 2)
+
+
+def write_scores(family: Family, config: ModelConfig) -> dict[str, Any]:
+    """The name of a model's architecture, and labels of its scores where it has any: `transformers` counts them."""
+    labels = {f"LABEL_{index}": index for index in range(config.num_scores)}
+    named = {"id2label": {str(index): label for label, index in labels.items()}, "label2id": labels} if labels else {}
+    return {"architectures": [family.architecture_of(config.num_scores)], **named}
 
 
 def holds(family: Family, config: ModelConfig) -> bool:

@@ -12,6 +12,9 @@ from bessemer.model.families.layout import Place, Stored, rows
 Values = Mapping[str, Any]
 
 
+#: Ends of the names of architectures.
+LANGUAGE_MODEL, SCORING = "ForCausalLM", "ForSequenceClassification"
+
 SIZES = (
     "vocab_size",
     "hidden_size",
@@ -40,8 +43,17 @@ class Family:
     stored: Callable[[ModelConfig, Sequence[str]], Iterator[Stored]]
     #: Whole numbers that config.json must give, because their defaults are another model's.
     required: tuple[str, ...] = SIZES
+    #: Name of the architecture with scores in place of logits; none: it follows from `architecture`.
+    scoring: str | None = None
     #: Tensors that old files of the family hold and that mean nothing, as regular expressions.
     ignored: tuple[str, ...] = ()
+
+
+    def architecture_of(self, num_scores: int) -> str:
+        """The name of the architecture that a model has with so many scores; with none it is the language model."""
+        if not num_scores:
+            return self.architecture
+        return self.scoring or self.architecture.replace(LANGUAGE_MODEL, SCORING)
 
 
 #: Settings that have the same name and meaning in every family.
@@ -159,9 +171,13 @@ def write_windows(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+#: Heads, whose names are the same in all families.
+HEADS = ("lm_head.weight", "score.weight")
+
+
 def prefixed(name: str) -> str:
     """Hugging Face's name of a tensor that is called alike: everything but the head lies in `model`."""
-    return name if name == "lm_head.weight" else f"model.{name}"
+    return name if name in HEADS else f"model.{name}"
 
 
 def stored_alike(config: ModelConfig, names: Sequence[str]) -> Iterator[Stored]:

@@ -236,4 +236,12 @@ def _write_gemma3(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-GEMMA3 = Family("gemma3_text", "Gemma3ForCausalLM", _read_gemma3, _write_gemma3, _stored_renamed(_GEMMA_NORMS), SIZES_AND_HEAD)
+GEMMA3 = Family(
+    "gemma3_text",
+    "Gemma3ForCausalLM",
+    _read_gemma3,
+    _write_gemma3,
+    _stored_renamed(_GEMMA_NORMS),
+    SIZES_AND_HEAD,
+    scoring="Gemma3TextForSequenceClassification",
+)

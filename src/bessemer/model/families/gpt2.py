@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from bessemer.model.config import ModelConfig
-from bessemer.model.families.base import Family, Values
+from bessemer.model.families.base import HEADS, Family, Values
 from bessemer.model.families.layout import Place, Stored, transposed, whole
 
 _OURS_TO_THEIRS = {
@@ -60,7 +60,7 @@ _PARTS = {
 
 def _stored(config: ModelConfig, names: Sequence[str]) -> Iterator[Stored]:
     for name in names:
-        if name == "lm_head.weight":
+        if name in HEADS:
             yield Stored(name, (Place(name),))
         elif name in _OUTER:
             yield Stored(f"transformer.{_OUTER[name]}", (Place(name),))
@@ -85,5 +85,6 @@ GPT2 = Family(
     _write,
     _stored,
     required=("vocab_size", "n_embd", "n_layer", "n_head", "n_positions"),
+    scoring="GPT2ForSequenceClassification",
     ignored=(r".*\.attn\.bias", r".*\.attn\.masked_bias"),
 )

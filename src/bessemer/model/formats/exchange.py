@@ -125,7 +125,7 @@ def _import_folder(path: Path, out: Path, dtype: torch.dtype | None) -> list[str
     from bessemer.tokenization.formats.exchange import find_source, import_tokenizer
     from bessemer.tokenization.tokenizer import load_tokenizer
 
-    model = load_model(path, dtype=dtype)
+    model = load_model(path, dtype=dtype, scores=True)
     with new_folder(out) as folder:
         notes, tokenizer = [], folder / ".tokenizer"
         try:
@@ -179,7 +179,7 @@ def _write_safetensors(folder: Path, out: Path, options: ExportOptions) -> list[
     from bessemer.model.folder import load_model, save_model
     from bessemer.model.quantisation.quantised_modules import dequantised
 
-    model = load_model(folder, dtype=_torch_dtype(options.dtype))
+    model = load_model(folder, dtype=_torch_dtype(options.dtype), scores=True)
     if options.dtype is not None:
         model = dequantised(model)
     with new_folder(out) as partial:

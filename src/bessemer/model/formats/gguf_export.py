@@ -18,7 +18,7 @@ from bessemer.model.config import ModelConfig
 from bessemer.model.families import family_of
 from bessemer.model.families.layout import Stored
 from bessemer.model.folder import load_model
-from bessemer.model.folder_config import read_model_config
+from bessemer.model.folder_config import read_model_config, refuse_scorer
 from bessemer.model.formats.gguf_codes import keeps_rows, packed_codes, write_codes
 from bessemer.model.formats.gguf_families import BY_MODEL_TYPE, GgufFamily, Plus
 from bessemer.model.formats.gguf_head import GgufHead, shortest
@@ -77,7 +77,9 @@ def export_gguf(folder: Path, path: Path, dtype: str | None = None) -> list[str]
     if dtype is not None and dtype not in GGUF_DTYPES:
         raise ConfigError(f"--dtype: there is no {dtype!r}{nearest(dtype, list(GGUF_DTYPES))}")
     # refuses before anything is loaded
-    as_llama_cpp(read_model_config(folder), folder)
+    config = read_model_config(folder)
+    refuse_scorer(config, folder)
+    as_llama_cpp(config, folder)
     model = load_model(folder)
     config, family, notes = as_llama_cpp(model.config, folder)
     tokenizer = _tokenizer(folder, config)

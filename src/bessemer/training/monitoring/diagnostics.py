@@ -37,7 +37,13 @@ _ROLES = (
     ("mlp", "feed_forward"),
 )
 #: Names of the parameters outside the blocks.
-_OUTER = {"embed_tokens": "embedding", "embed_positions": "positions", "norm": "final_norm", "lm_head": "head"}
+_OUTER = {
+    "embed_tokens": "embedding",
+    "embed_positions": "positions",
+    "norm": "final_norm",
+    "lm_head": "head",
+    "score": "head",
+}
 
 
 def place_of(name: str) -> str:

@@ -23,7 +23,7 @@ from bessemer.inference.execution.tensor_parallel.worker_processes import Worker
 from bessemer.model.decoder import Decoder
 from bessemer.model.device import choose_device
 from bessemer.model.folder import load_model
-from bessemer.model.folder_config import CONFIG, read_model_config
+from bessemer.model.folder_config import CONFIG, read_model_config, refuse_scorer
 from bessemer.model.quantisation.settings import read_settings
 
 
@@ -87,6 +87,7 @@ def check_sharding(folder: Path, device: str, config: EngineConfig) -> None:
         # it says what is wrong
         load_model(folder)
     model = read_model_config(folder)
+    refuse_scorer(model, folder)
     if read_settings(read_json(folder / CONFIG), folder / CONFIG):
         raise ConfigError(f"parallel: {folder} is quantised, and codes are not cut; share the model that it was made from")
     layout_of(config.parallel).check(model, None)
