@@ -8,11 +8,11 @@ import pytest
 
 from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.core.progress import Silent
+from bessemer.core.reliability import reliability
 from bessemer.evaluation.comparison import compare
 from bessemer.evaluation.evaluation_folder import ITEMS_FILE, RESULTS_FILE, Score, read_evaluation
 from bessemer.evaluation.judges import engine_judge
 from bessemer.evaluation.model_identity import model_identity
-from bessemer.evaluation.reliability import reliability
 from bessemer.evaluation.task_prompts import PromptEncoder
 from bessemer.evaluation.task_results import task_results
 from bessemer.evaluation.tasks import evaluate_tasks

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from bessemer.core.errors import ArtefactError
+from bessemer.core.statistics import Estimate, holm, mean_estimate, mean_of_estimates, paired_difference
 from bessemer.evaluation.evaluation_folder import Evaluation, read_texts
-from bessemer.evaluation.statistics import Estimate, holm, mean_estimate, mean_of_estimates, paired_difference
 
 #: A difference counts when its p value, corrected for the number of tests, is at most this.
 LEVEL = 0.05

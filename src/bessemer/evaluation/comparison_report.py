@@ -6,10 +6,9 @@ import math
 from collections.abc import Sequence
 
 from bessemer.core.report import Cell, Column, Heading, Part, Table, Text
+from bessemer.core.statistics import Estimate, score
 from bessemer.evaluation.comparison import LEVEL, UNDECIDED, Comparison, Flip, Leaderboard, verdict
-from bessemer.evaluation.statistics import Estimate
 
-_SCORES = (0.0, 1.0)
 _DIFFERENCES = (-1.0, 1.0)
 #: Of a prompt, whose examples come first: the question stands at its end.
 _PROMPT_CHARACTERS = 1_000
@@ -101,12 +100,6 @@ def _flip(flip: Flip, names: tuple[str, str]) -> Table:
     for name, answer, right in zip(names, flip.answers, (not flip.gained, flip.gained), strict=True):
         rows.append([name, Cell(answer.strip(), strong=right, remark="right" if right else "wrong")])
     return Table([Column("item"), Column(flip.item)], rows)
-
-
-def score(estimate: Estimate) -> str:
-    """A mean score with its 95 % interval: `0.523 [0.498, 0.548]`."""
-    low, high = estimate.interval(bounds=_SCORES)
-    return f"{estimate.mean:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def difference(estimate: Estimate) -> str:

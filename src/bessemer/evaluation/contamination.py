@@ -16,13 +16,12 @@ import pyarrow as pa
 from bessemer.core.errors import ArtefactError
 from bessemer.core.progress import Progress, Silent, Speed
 from bessemer.core.report import Cell, Column, Table
+from bessemer.core.statistics import Estimate, mean_estimate, score
 from bessemer.core.store import follow
 from bessemer.data.corpus.reader import TRAIN, count_documents, holds_documents, iterate_documents
 from bessemer.data.deduplication.ngram_overlap import NgramOverlap
 from bessemer.data.text.texts import Texts
-from bessemer.evaluation.comparison_report import score
 from bessemer.evaluation.evaluation_folder import Score
-from bessemer.evaluation.statistics import Estimate, mean_estimate
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bessemer.evaluation.reliability import choice_probability, reliability
-from bessemer.evaluation.statistics import mean_estimate
+from bessemer.core.reliability import choice_probability, reliability
+from bessemer.core.statistics import mean_estimate
 from bessemer.tasks.questions import Task
 
 

@@ -199,7 +199,9 @@ class DecoderShape(Architecture):
     bos_token_id: int | None = setting(None, "token that begins every text", ge=0)
     eos_token_id: int | None = setting(None, "token that ends a text", ge=0)
     num_scores: int = setting(
-        0, "scores that the model gives at every token in place of logits, as a reward model does; 0: it is a language model", ge=0
+        0,
+        "scores that the model gives at every token in place of logits, as a reward model does; 0: it is a language model",
+        ge=0,
     )
 
     @model_validator(mode="after")

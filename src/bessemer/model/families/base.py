@@ -48,7 +48,6 @@ class Family:
     #: Tensors that old files of the family hold and that mean nothing, as regular expressions.
     ignored: tuple[str, ...] = ()
 
-
     def architecture_of(self, num_scores: int) -> str:
         """The name of the architecture that a model has with so many scores; with none it is the language model."""
         if not num_scores:

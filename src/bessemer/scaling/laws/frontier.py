@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bessemer.evaluation.student_t import two_sided_quantile
+from bessemer.core.student_t import two_sided_quantile
 from bessemer.scaling.laws.grid import HIGHEST, LOWEST, non_negative_least_squares
 from bessemer.scaling.laws.points import DegenerateError, Points, Vector
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from bessemer.evaluation.student_t import two_sided_p, two_sided_quantile
+from bessemer.core.student_t import two_sided_p, two_sided_quantile
 
 # Shapes: N items, C clusters, M tests.
 
@@ -149,6 +149,12 @@ def mean_of_estimates(estimates: Sequence[Estimate]) -> Estimate:
         sum(estimate.items for estimate in estimates),
         sum(estimate.clusters for estimate in estimates),
     )
+
+
+def score(estimate: Estimate) -> str:
+    """A mean score, of 0 to 1, with its 95 % interval: `0.523 [0.498, 0.548]`."""
+    low, high = estimate.interval(bounds=(0.0, 1.0))
+    return f"{estimate.mean:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def holm(p_values_M: ArrayLike) -> np.ndarray:

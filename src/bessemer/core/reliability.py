@@ -9,8 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from bessemer.core.report import Cell, Column, Curves, Series, Table
-from bessemer.evaluation.comparison_report import score
-from bessemer.evaluation.statistics import Clusters, Estimate, mean_estimate
+from bessemer.core.statistics import Clusters, Estimate, mean_estimate, score
 
 # Shapes: N items.
 
