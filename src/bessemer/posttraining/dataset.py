@@ -10,6 +10,7 @@ from bessemer.core.errors import RequestError, SourceError
 from bessemer.core.hashing import hash_file, hash_value
 from bessemer.core.records import read_records
 from bessemer.core.seeds import derive_seed
+from bessemer.posttraining.formats import Pair
 
 Example = TypeVar("Example")
 
@@ -23,6 +24,11 @@ def read_examples(path: Path, parse: Callable[[Mapping[str, Any]], Example]) -> 
         except (ValueError, RecursionError, RequestError) as error:
             raise SourceError(f"{record.place}: {error}") from None
     return examples
+
+
+def prompt_key(example: Pair) -> Any:
+    """What tells the prompts of pairs apart."""
+    return example.prompt if isinstance(example.prompt, str) else [dict(message) for message in example.prompt]
 
 
 def split_examples(

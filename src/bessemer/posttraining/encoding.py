@@ -32,6 +32,22 @@ class Encoded:
             return None
         return ids[:-1], np.where(is_learnt, ids, IGNORE_INDEX)[1:]
 
+    def through_end(self) -> np.ndarray:
+        """The ids up to the answer's last learnt token, which is its end token: a template may write more behind it."""
+        return self.ids[: int(np.flatnonzero(self.is_learnt)[-1]) + 1]
+
+    def scored(self, longest: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """(inputs, targets) for a score of the answer: all tokens up to its end token, which is its own target, the only one.
+
+        None where that is not within `longest` tokens: a score in the midst of an answer would be that of another one.
+        """
+        ids = self.through_end()
+        if len(ids) > longest:
+            return None
+        targets = np.full(len(ids), IGNORE_INDEX, np.int64)
+        targets[-1] = ids[-1]
+        return ids, targets
+
 
 def encode_answer(prompt: Turns, answer: Turns, tokenizer: Tokenizer, tools: Sequence[Message] = ()) -> Encoded:
     """A prompt and an answer, both messages or both texts.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from bessemer.posttraining.encoding import encode_answer
+from bessemer.posttraining.encoding import Encoded, encode_answer
 from bessemer.posttraining.formats import Pair
 from bessemer.tokenization.tokenizer import Tokenizer
 from bessemer.training.data.batches import Batch
@@ -19,7 +19,7 @@ _Example = tuple[np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class PackedPairs:
-    """Pairs in rows, and how many were left out because an answer has no token within half a row.
+    """Pairs in rows, and how many were left out because half a row is too short for one of the answers.
 
     Sequences 2k and 2k + 1 of a row, counted from 0, are the chosen and the rejected answer of its k-th pair. `margin` in
     `per_sequence` is the pair's; `is_pair` is 1 for the sequences that are there.
@@ -35,12 +35,20 @@ class PackedPairs:
         return self.batch.tokens_BT.shape[0]
 
 
-def pack_pairs(pairs: Sequence[Pair], tokenizer: Tokenizer, context_length: int) -> PackedPairs:
-    """Pairs in few rows. An answer and its prompt take at most half a row, the end cut off."""
+def pack_pairs(
+    pairs: Sequence[Pair],
+    tokenizer: Tokenizer,
+    context_length: int,
+    example: Callable[[Encoded, int], _Example | None] = Encoded.example,
+) -> PackedPairs:
+    """Pairs in few rows. An answer and its prompt take at most half a row.
+
+    example: the inputs and targets of an answer in so many tokens, the end cut off, or None where that leaves nothing to learn.
+    """
     packed: list[tuple[_Example, _Example, float]] = []
     for pair in pairs:
         sides = [encode_answer(pair.prompt, answer, tokenizer, pair.tools) for answer in (pair.chosen, pair.rejected)]
-        chosen, rejected = (side.example(context_length // 2) for side in sides)
+        chosen, rejected = (example(side, context_length // 2) for side in sides)
         if chosen is not None and rejected is not None:
             packed.append((chosen, rejected, pair.margin))
     lengths = [len(chosen[0]) + len(rejected[0]) for chosen, rejected, _ in packed]

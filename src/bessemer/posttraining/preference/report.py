@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from bessemer.core.report import Curves, Facts, Metrics, Part, Section, Series, StageReport, Text
+from bessemer.core.report import Facts, Metrics, Part, Section, StageReport, Text
+from bessemer.posttraining.curves import metric_curves
 from bessemer.training.report import diagnostics, task_accuracies, training_curves
 
 #: Title of a chart → the metrics that are its curves, with the factor of their values.
@@ -22,25 +23,13 @@ def report(stage: StageReport) -> Section:
             "what is learnt is their difference.",
             lead=True,
         ),
-        *(Curves(_series(stage, keys, factor), title) for title, (keys, factor) in _CHARTS.items()),
+        *metric_curves(stage.records, _CHARTS),
         *training_curves(stage.records),
         *task_accuracies(stage.records),
         *diagnostics(stage.records),
         Facts(stage.metrics),
     ]
     return Section(stage.titled("Preferences"), parts)
-
-
-def _series(stage: StageReport, keys: tuple[str, ...], factor: float) -> list[Series]:
-    """Each metric as it was on the batches and on the pairs held out."""
-    series = []
-    for key in keys:
-        for name, of in ((key, "training"), (f"validation_{key}", "held out")):
-            points = [(record["step"], factor * record[name]) for record in stage.records if name in record]
-            if points:
-                label = of if len(keys) == 1 else f"{key.rpartition('_')[2]}, {of}"
-                series.append(Series(label, *zip(*points, strict=True)))
-    return series
 
 
 def summary_line(metrics: Metrics) -> str:

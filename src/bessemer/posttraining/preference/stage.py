@@ -16,8 +16,8 @@ from bessemer.core.stage import OpenTasks
 from bessemer.distributed.mesh import Mesh
 from bessemer.model.decoder import Decoder
 from bessemer.model.folder import load_model
-from bessemer.posttraining.dataset import read_examples, split_examples
-from bessemer.posttraining.formats import Pair, as_pair
+from bessemer.posttraining.dataset import prompt_key, read_examples, split_examples
+from bessemer.posttraining.formats import as_pair
 from bessemer.posttraining.packing import HeldOutBatches, PackedBatches
 from bessemer.posttraining.preference.config import PreferenceConfig
 from bessemer.posttraining.preference.losses import PairLossSettings
@@ -55,7 +55,7 @@ def preference(
     tokenizer = load_tokenizer(model)
     loss = PAIR_LOSSES.find(config.loss).load()
     pairs = [pair for name in config.data for pair in read_examples(folder / name, as_pair)]
-    training, held_out = split_examples(pairs, _prompt, config.validation_share, seed)
+    training, held_out = split_examples(pairs, prompt_key, config.validation_share, seed)
     packed = pack_pairs(training, tokenizer, config.context_length)
     validation = pack_pairs(held_out, tokenizer, config.context_length)
     if packed.skipped:
@@ -124,7 +124,3 @@ def preference(
         "rows": packed.rows,
         **{name: value for name, value in summary.items() if name != "parameters"},
     }
-
-
-def _prompt(pair: Pair) -> Any:
-    return pair.prompt if isinstance(pair.prompt, str) else [dict(message) for message in pair.prompt]

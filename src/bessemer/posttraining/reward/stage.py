@@ -1,0 +1,133 @@
+"""The stage `reward`: a reward model learns from pairs which answer is better."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bessemer.core.errors import SourceError
+from bessemer.core.hashing import hash_value
+from bessemer.core.progress import Progress, Silent
+from bessemer.core.seeds import derive_seed
+from bessemer.distributed.mesh import Mesh
+from bessemer.model.decoder import Decoder
+from bessemer.posttraining.dataset import prompt_key, read_examples, split_examples
+from bessemer.posttraining.encoding import Encoded, encode_answer
+from bessemer.posttraining.formats import Pair, as_pair
+from bessemer.posttraining.packing import HeldOutBatches, PackedBatches
+from bessemer.posttraining.preference.packing import pack_pairs
+from bessemer.posttraining.reward.assessment import ScoredPair, assess, write_scored_pairs
+from bessemer.posttraining.reward.config import RewardConfig
+from bessemer.posttraining.reward.objective import RewardObjective
+from bessemer.posttraining.reward.report import HELD_OUT
+from bessemer.posttraining.reward.reward_model import RewardModel
+from bessemer.tokenization.tokenizer import load_tokenizer
+from bessemer.training.autotune import prepare_run
+from bessemer.training.data.batches import BatchSource
+from bessemer.training.run import OnStepEnd, run_training, validated_steps, validation_metrics
+
+#: Pairs that are scored between two looks at the progress.
+_PAIRS_AT_ONCE = 64
+
+
+def reward(
+    config: RewardConfig,
+    model: Path,
+    out: Path,
+    *,
+    seed: int,
+    device: str = "auto",
+    progress: Progress | None = None,
+    folder: Path = Path(),
+    card_flops: Callable[[str], float | None] = lambda name: None,
+) -> dict[str, Any]:
+    """Train a reward model on pairs of answers, from the model of folder `model` with a new scalar head, or from a reward model;
+    resumes from `out`.
+
+    Writes below `out`: `model/`, `metrics.jsonl`, `autotune.json`, `checkpoints/`, and `held_out.jsonl`, the rewards of the
+    pairs held out. Files named in the settings are relative to `folder`. Returns the headline metrics. Raises SourceError for
+    pairs that are missing or malformed, and what `run_training` raises.
+    """
+    progress = progress or Silent()
+    tokenizer = load_tokenizer(model)
+    pairs = [pair for name in config.data for pair in read_examples(folder / name, as_pair)]
+    training, held_out = split_examples(pairs, prompt_key, config.validation_share, seed)
+    packed = pack_pairs(training, tokenizer, config.context_length, Encoded.scored)
+    validation = pack_pairs(held_out, tokenizer, config.context_length, Encoded.scored)
+    if packed.skipped:
+        progress.say(
+            f"  {packed.skipped:,} of {len(training):,} pairs are left out: an answer does not end within "
+            f"{config.context_length // 2:,} tokens, half a row"
+        )
+    if not packed.rows:
+        raise SourceError(
+            f"none of the {len(training):,} pairs to train on ends within {config.context_length // 2:,} tokens; raise "
+            "context_length"
+        )
+    if config.steps is None:
+        config = config.with_changes(steps=config.batch_sizes.steps_for(math.ceil(config.epochs * packed.rows)))
+    config, _, mesh = prepare_run(config, model, out, device=device, progress=progress, folder=folder)
+
+    def batches(config: RewardConfig, mesh: Mesh) -> BatchSource:
+        return PackedBatches(packed.batch, batch_size=config.batch_size, seed=derive_seed(seed, "batches"))
+
+    def prepare(config: RewardConfig, decoder: Decoder, mesh: Mesh) -> OnStepEnd:
+        if not validation.rows:
+            return lambda finished, trainer: {}
+        source = HeldOutBatches(validation.batch, config.batch_size)
+        validated = validated_steps(config)
+        return lambda finished, trainer: validation_metrics(trainer, source, source.steps) if finished in validated else {}
+
+    summary = run_training(
+        config,
+        model,
+        out,
+        batches,
+        seed=seed,
+        device=device,
+        progress=progress,
+        description="reward model",
+        folder=folder,
+        card_flops=card_flops,
+        prepare=prepare,
+        objective=RewardObjective(config.centering),
+    )
+    assessed: dict[str, Any] = {}
+    if mesh.leads and validation.pairs:
+        scored = score_pairs(
+            RewardModel.open(out / "model", device=device), held_out, config.context_length // 2, progress=progress
+        )
+        write_scored_pairs(out / HELD_OUT, scored)
+        assessed = assess(scored)
+    return {
+        "pairs": packed.pairs,
+        "held_out": validation.pairs,
+        "skipped": packed.skipped + validation.skipped,
+        "rows": packed.rows,
+        **assessed,
+        **{name: value for name, value in summary.items() if name != "parameters"},
+    }
+
+
+def score_pairs(
+    model: RewardModel, pairs: Sequence[Pair], longest: int, *, progress: Progress | None = None
+) -> list[ScoredPair]:
+    """Pairs with the rewards of both answers; those with an answer that does not end within `longest` tokens are left out."""
+    scored: list[ScoredPair] = []
+    with (progress or Silent()).task("score held-out pairs", total=len(pairs), unit="pairs") as bar:
+        for start in range(0, len(pairs), _PAIRS_AT_ONCE):
+            some = pairs[start : start + _PAIRS_AT_ONCE]
+            sides = [
+                [encode_answer(pair.prompt, answer, model.tokenizer, pair.tools) for answer in (pair.chosen, pair.rejected)]
+                for pair in some
+            ]
+            fitting = [number for number, both in enumerate(sides) if all(one.scored(longest) is not None for one in both)]
+            rewards = iter(model.score_tokens([one.through_end() for number in fitting for one in sides[number]]))
+            for number in fitting:
+                chosen, rejected = next(rewards), next(rewards)
+                lengths = (int(one.is_learnt.sum()) for one in sides[number])
+                scored.append(ScoredPair(hash_value(prompt_key(some[number])), chosen, rejected, *lengths))
+            bar.advance(len(some))
+    return scored

@@ -1,0 +1,177 @@
+"""Reward models: the loss on packed pairs, the stage, and scores of answers."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+from torch.nn.functional import logsigmoid
+
+from bessemer.core.errors import ArtefactError, ConfigError, RequestError
+from bessemer.core.metrics import read_metrics
+from bessemer.core.report import Curves, StageReport, Table
+from bessemer.model.score_head import load_scorer
+from bessemer.posttraining.encoding import Encoded, encode_answer
+from bessemer.posttraining.formats import Pair
+from bessemer.posttraining.preference.packing import pack_pairs
+from bessemer.posttraining.reward.config import RewardConfig
+from bessemer.posttraining.reward.objective import RewardObjective, rewards
+from bessemer.posttraining.reward.report import report, summary_line
+from bessemer.posttraining.reward.reward_model import RewardModel, score_answers
+from bessemer.posttraining.reward.stage import reward
+from bessemer.training.objectives import LossContext
+from tests.posttraining.test_formats import said
+from tests.posttraining.test_preference import SETTINGS, data  # noqa: F401
+
+
+@pytest.fixture
+def pairs():
+    return [
+        Pair(
+            (said("user", "Why? " * (n % 3 + 1)),),
+            (said("assistant", f"So {n}. " * (n % 2 + 1)),),
+            (said("assistant", f"No {n}"),),
+            margin=n / 4,
+        )
+        for n in range(7)
+    ]
+
+
+@pytest.fixture
+def scorer(model_folder):
+    return load_scorer(model_folder, seed=5)
+
+
+def reward_alone(model, prompt, answer, tokenizer):
+    """The score at the end token, with the model run on this one answer and nothing behind it."""
+    encoded = encode_answer(prompt, answer, tokenizer)
+    ids = encoded.ids[: encoded.is_learnt.nonzero()[0][-1] + 1]
+    assert ids[-1] == tokenizer.control_id("<|im_end|>") and encoded.ids[-1] != ids[-1], "the template writes a newline behind it"
+    return model(torch.from_numpy(ids)[None])[0, -1, 0]
+
+
+def test_the_packed_loss_and_gradient_are_those_of_each_pair_alone(pairs, scorer, tokenizer):
+    batch = pack_pairs(pairs, tokenizer, 128, Encoded.scored).batch
+    assert 1 < batch.tokens_BT.shape[0] < 7, "several pairs must share a row, and there must be several rows"
+    objective = RewardObjective(centering=0.3)
+    counts = objective.denominators(batch)
+    halves = [objective(scorer, batch.rows(rows), LossContext()) for rows in (slice(0, 1), slice(1, None))]
+    total = sum(half.sums[term] / counts[term].value for half in halves for term in half.sums)
+    gradient = torch.autograd.grad(total, list(scorer.parameters()))
+
+    losses, right = [], 0
+    for pair in pairs:
+        chosen, rejected = (reward_alone(scorer, pair.prompt, side, tokenizer) for side in (pair.chosen, pair.rejected))
+        losses.append(-logsigmoid(chosen - rejected - pair.margin) + 0.3 * (chosen + rejected) ** 2)
+        right += bool(chosen > rejected)
+    expected = torch.stack(losses).mean()
+    torch.testing.assert_close(total, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, list(scorer.parameters())), rtol=1e-3, atol=1e-6)
+    assert sum(float(half.metrics["accuracy"].sum) for half in halves) == right
+
+
+def test_no_reward_is_read_at_padding(pairs, scorer, tokenizer):
+    """Peers have put rewards at a pad token, or, where padding is the end token, before the end of the answer."""
+    batch = pack_pairs(pairs, tokenizer, 128, Encoded.scored).batch
+    is_padding_BT = batch.document_ids_BT == 0
+    assert is_padding_BT.any(1).all()
+    other = replace(batch, tokens_BT=batch.tokens_BT.masked_fill(is_padding_BT, 17))
+    with torch.no_grad():
+        assert torch.equal(rewards(scorer, batch), rewards(scorer, other))
+    # one end token for each answer, each in a sequence of its own
+    ends_BT = batch.targets_BT >= 0
+    assert torch.equal(batch.targets_BT[ends_BT], batch.tokens_BT[ends_BT]) and int(ends_BT.sum()) == 14
+    assert (batch.sequence_sums(ends_BT.float())[batch.per_sequence["is_pair"] > 0] == 1).all()
+
+
+def test_an_answer_that_does_not_end_within_half_a_row_is_not_scored(tokenizer):
+    long = Pair((said("user", "Why?"),), (said("assistant", "word " * 100),), (said("assistant", "No."),))
+    packed = pack_pairs([long], tokenizer, 96, Encoded.scored)
+    assert (packed.pairs, packed.skipped) == (0, 1)
+
+
+def run(model_folder, data, out, **changes):  # noqa: F811
+    out.mkdir(exist_ok=True)
+    config = RewardConfig.parse({"data": [str(data)], **SETTINGS, **changes}, "reward")
+    return reward(config, model_folder, out, seed=3, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def trained(model_folder, data, tmp_path_factory):  # noqa: F811
+    out = tmp_path_factory.mktemp("reward")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    summary = run(model_folder, data, out, steps=16, centering=0.01)
+    torch.set_num_threads(before)
+    return out, summary
+
+
+def test_a_model_learns_to_score_what_is_preferred_higher(trained):
+    out, summary = trained
+    lines = read_metrics(out / "metrics.jsonl")
+    assert lines[0]["loss_ranking"] == pytest.approx(0.69, abs=0.1)
+    assert summary["held_out_accuracy"] > 0.9 and summary["validation_accuracy"] == pytest.approx(summary["held_out_accuracy"])
+    assert summary["held_out_accuracy_low"] < summary["held_out_accuracy"] <= summary["held_out_accuracy_high"] == 1
+    assert summary["pairs"] + summary["held_out"] == 48
+    scored = [json.loads(line) for line in (out / "held_out.jsonl").read_text().splitlines()]
+    assert len(scored) == summary["held_out"]
+    margin = sum(one["chosen"] - one["rejected"] for one in scored) / len(scored)
+    assert margin == pytest.approx(summary["validation_margin"], rel=1e-3)
+
+
+def test_the_report_says_how_right_it_is_and_what_it_makes_of_length(trained):
+    out, summary = trained
+    stage = StageReport(
+        name="reward", kind="reward", metrics=summary, folder=out, records=read_metrics(out / "metrics.jsonl")
+    )
+    parts = report(stage).parts
+    table = next(part for part in parts if isinstance(part, Table))
+    assert table.rows[0][:2] == ["all", str(summary["held_out"])]
+    assert any(isinstance(part, Curves) and "higher reward" in part.title for part in parts)
+    assert "held out told apart" in summary_line(summary)
+
+
+@torch.no_grad()
+def test_the_folder_is_a_reward_model_for_transformers_too(trained, tokenizer):
+    out, _ = trained
+    prompt, answer = "Say stone river.", "STONE RIVER"
+    (ours,) = score_answers(out / "model", [(said("user", prompt),)], [answer], device="cpu")
+    ids = tokenizer.apply_chat_template([said("user", prompt)], add_generation_prompt=True)
+    ids += [*tokenizer.encode(answer, add_bos=False), tokenizer.control_id("<|im_end|>")]
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(out / "model").eval()
+    assert theirs(torch.tensor([ids])).logits.item() == pytest.approx(ours, abs=1e-5)
+
+
+def test_a_batch_gives_every_answer_the_score_that_it_has_alone(scorer, tokenizer):
+    scorer.score.weight.data.mul_(20)
+    model = RewardModel(scorer, tokenizer, tokens_at_once=150)
+    prompts = [(said("user", "Why? " * (n % 5)),) for n in range(12)]
+    answers = [f"Because {n} " * (n * 5 % 7 + 1) for n in range(12)]
+    together = model.score(prompts, answers)
+    alone = [model.score([prompt], [answer])[0] for prompt, answer in zip(prompts, answers, strict=True)]
+    assert together == pytest.approx(alone, abs=1e-5) and len(set(together)) == 12
+    with torch.no_grad():
+        expected = reward_alone(scorer, prompts[3], (said("assistant", answers[3]),), tokenizer)
+    assert together[3] == pytest.approx(expected.item(), abs=1e-5)
+    # texts without roles end in the end token
+    (plain,) = model.score(["Once upon"], [" a time"])
+    ids = [*tokenizer.encode("Once upon"), *tokenizer.encode(" a time", add_bos=False), tokenizer.eos_ids[0]]
+    assert plain == pytest.approx(model.score_tokens([ids])[0], abs=1e-6)
+    assert model.score([], []) == []
+
+
+def test_what_cannot_be_scored_is_told_in_one_line(scorer, model_folder, tokenizer):
+    with pytest.raises(RequestError, match=r"answer 2 has 303 tokens with its prompt; the model reads 1 to 128"):
+        RewardModel(scorer, tokenizer).score(["a", "b"], ["c", "d e f " * 60])
+    with pytest.raises(ArtefactError, match="a language model, which gives no scores"):
+        RewardModel.open(model_folder)
+    with pytest.raises(ConfigError, match="a reward model writes no text, so it can answer no tasks"):
+        RewardConfig.parse({"data": ["pairs.jsonl"], "tasks": ["arc_easy"]}, "reward")
+
+
+def test_a_reward_model_is_trained_further_with_the_head_that_it_has(trained, data, tmp_path):  # noqa: F811
+    out, summary = trained
+    further = run(out / "model", data, tmp_path, steps=1, learning_rate=1e-12)
+    assert further["held_out_accuracy"] == summary["held_out_accuracy"]
+    assert further["validation_margin"] == pytest.approx(summary["validation_margin"], rel=1e-3)
