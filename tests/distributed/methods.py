@@ -2,6 +2,7 @@
 
 import signal
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch.nn.functional import logsigmoid
@@ -11,8 +12,10 @@ from bessemer.distributed.config import ParallelConfig
 from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
+from bessemer.posttraining.preference.kto import KTOObjective
+from bessemer.posttraining.reward.objective import RewardObjective
 from bessemer.training.config import PretrainConfig
-from bessemer.training.data.batches import IGNORE_INDEX
+from bessemer.training.data.batches import IGNORE_INDEX, Batch
 from bessemer.training.head import token_log_probs
 from bessemer.training.loop import METRICS, train
 from bessemer.training.model_setup import prepare_model
@@ -159,6 +162,41 @@ class SelfMadeBatches(RandomBatches):
         return (hidden_BTD @ patterns_VD.T).argmax(-1)
 
 
+class RewardPairs(RandomBatches):
+    """Packed pairs of answers, each with one target, its end; the last tokens of a row are padding."""
+
+    def batch(self, step, rows=slice(None), mesh=ALONE):
+        packed = super().batch(step)
+        columns_T = torch.arange(packed.tokens_BT.shape[1])
+        lengths_B1 = 2 + torch.arange(packed.tokens_BT.shape[0])[:, None] % 3
+        documents_BT = columns_T // lengths_B1 + 1
+        documents_BT = documents_BT.masked_fill(documents_BT > 4, 0)
+        is_end_BT = (columns_T % lengths_B1 == lengths_B1 - 1) & (documents_BT > 0)
+        targets_BT = torch.where(is_end_BT, packed.tokens_BT, IGNORE_INDEX)
+        whole = Batch(packed.tokens_BT, targets_BT, columns_T % lengths_B1, documents_BT, sequences=4)
+        is_pair_BS, margin_BS = torch.ones(len(targets_BT), 4), torch.arange(4.0).expand(len(targets_BT), 4) / 8
+        is_pair_BS[1, 2:] = 0
+        return whole.with_values(per_sequence={"is_pair": is_pair_BS, "margin": margin_BS}).rows(rows)
+
+
+class JudgedAnswers(PackedBatches):
+    """Packed answers that are good or bad, with their mismatched twins beside them."""
+
+    def batch(self, step, rows=slice(None), mesh=ALONE):
+        own, twins = (super(JudgedAnswers, self).batch(number) for number in (step, step + 100))
+        values = {
+            f"mismatched_{name}": getattr(twins, name)
+            for name in ("tokens_BT", "targets_BT", "positions_BT", "document_ids_BT")
+        }
+        is_answer_BS = torch.zeros(own.tokens_BT.shape[0], 6)
+        for row, documents_T in enumerate(own.document_ids_BT):
+            is_answer_BS[row, : int(documents_T.max())] = 1
+        is_desirable_BS = is_answer_BS * (torch.arange(6) % 2)
+        return replace(own, per_token=values, per_sequence={"is_answer": is_answer_BS, "is_desirable": is_desirable_BS}).rows(
+            rows
+        )
+
+
 #: By name: the objective, the batches, and the roles of the models beside the policy that are trained, and frozen.
 METHODS = {
     "pairs": (Pairs, PairBatches, (), ()),
@@ -166,6 +204,11 @@ METHODS = {
     "teacher": (Teacher, RandomBatches, (), ("teacher",)),
     "critic": (ActorAndCritic, RandomBatches, ("critic",), ()),
     "self-made": (None, SelfMadeBatches, (), ()),
+}
+#: Of post-training, as it is.
+PREFERENCES = {
+    "reward": (partial(RewardObjective, centering=0.1), RewardPairs, (), ()),
+    "kto": (partial(KTOObjective, undesirable_weight=0.5), JudgedAnswers, (), ("reference",)),
 }
 
 
@@ -188,10 +231,13 @@ def run(out, method, parallel=None, stop_after=None, **changes):
     settings = {"steps": 3, "micro_batch_size": 2, "checkpoint_minutes": 1e9, "diagnostics_every": 0}
     config = PretrainConfig(**(SETTINGS | settings | changes | {"parallel": parallel or {}}))
     mesh = ALONE if parallel is None else Mesh.here(ParallelConfig(**parallel), "cpu")
-    objective, source, beside, frozen = METHODS[method]
-    seeds = {POLICY: 3, "critic": 4, "teacher": 5}
-    decoders = {role: initial_decoder(ModelConfig(**MODEL), seed=seed).double() for role, seed in seeds.items()}
-    batches = source(config.batch_size, config.context_length, MODEL["vocab_size"], packed=source is PackedBatches)
+    objective, source, beside, frozen = (METHODS | PREFERENCES)[method]
+    seeds = {POLICY: 3, "critic": 4, "teacher": 5, "reference": 6}
+    shape = MODEL | {"num_scores": 1 if method == "reward" else 0}
+    decoders = {role: initial_decoder(ModelConfig(**shape), seed=seed).double() for role, seed in seeds.items()}
+    batches = source(
+        config.batch_size, config.context_length, MODEL["vocab_size"], packed=issubclass(source, (PackedBatches, RewardPairs))
+    )
 
     def stop(number, frame):
         raise StoppedError

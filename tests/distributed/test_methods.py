@@ -7,9 +7,9 @@ import torch
 
 from bessemer.core.errors import CheckpointError, ConfigError
 from bessemer.training.checkpoint.manager import CHECKPOINTS, checkpoint_weights, newest_checkpoint
-from tests.cases import in_turn, slow
+from tests.cases import in_turn, slow, slow_but
 
-from .methods import METHODS, gathered, run
+from .methods import METHODS, PREFERENCES, gathered, run
 from .pool import Pool
 
 EXACT = 1e-9
@@ -49,7 +49,7 @@ def assert_same(method, records, folder, expected):
         assert record.keys() == wanted.keys()
         assert record == pytest.approx(wanted, rel=EXACT, abs=1e-12)
     last = [newest_checkpoint(place / CHECKPOINTS) for place in (folder, expected_folder)]
-    _, _, beside, _ = METHODS[method]
+    _, _, beside, _ = (METHODS | PREFERENCES)[method]
     for section in ("model", *(f"others.{role}.model" for role in beside)):
         found, wanted = (checkpoint_weights(checkpoint, section) for checkpoint in last)
         assert found.keys() == wanted.keys() and wanted
@@ -65,6 +65,27 @@ def test_micro_batches_are_one_batch(whole, tmp_path, method):
 @pytest.mark.parametrize(("method", "parallel"), in_turn(METHODS, TWO))
 def test_two_ranks_are_one(two, whole, tmp_path, method, parallel):
     records = two.run(run, out=tmp_path, method=method, parallel=parallel)[0]
+    assert_same(method, records, tmp_path, whole(method))
+
+
+@pytest.mark.parametrize(
+    ("method", "parallel"),
+    slow_but(
+        [("reward", {"tensor": 2}), ("kto", {"data_shard": 2})],
+        [(method, parallel) for method in PREFERENCES for parallel in TWO],
+    ),
+    ids=str,
+)
+def test_preferences_of_two_ranks_are_those_of_one(two, whole, tmp_path, method, parallel):
+    records = two.run(run, out=tmp_path, method=method, parallel=parallel)[0]
+    assert_same(method, records, tmp_path, whole(method))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", [{"data_shard": 2, "context": 2}, {"pipeline": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize("method", PREFERENCES)
+def test_preferences_of_four_ranks_are_those_of_one(four, whole, tmp_path, method, parallel):
+    records = four.run(run, out=tmp_path, method=method, parallel=parallel)[0]
     assert_same(method, records, tmp_path, whole(method))
 
 

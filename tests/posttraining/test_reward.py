@@ -47,7 +47,9 @@ def reward_alone(model, prompt, answer, tokenizer):
     """The score at the end token, with the model run on this one answer and nothing behind it."""
     encoded = encode_answer(prompt, answer, tokenizer)
     ids = encoded.ids[: encoded.is_learnt.nonzero()[0][-1] + 1]
-    assert ids[-1] == tokenizer.control_id("<|im_end|>") and encoded.ids[-1] != ids[-1], "the template writes a newline behind it"
+    assert ids[-1] == tokenizer.control_id("<|im_end|>") and encoded.ids[-1] != ids[-1], (
+        "the template writes a newline behind it"
+    )
     return model(torch.from_numpy(ids)[None])[0, -1, 0]
 
 
@@ -122,9 +124,7 @@ def test_a_model_learns_to_score_what_is_preferred_higher(trained):
 
 def test_the_report_says_how_right_it_is_and_what_it_makes_of_length(trained):
     out, summary = trained
-    stage = StageReport(
-        name="reward", kind="reward", metrics=summary, folder=out, records=read_metrics(out / "metrics.jsonl")
-    )
+    stage = StageReport(name="reward", kind="reward", metrics=summary, folder=out, records=read_metrics(out / "metrics.jsonl"))
     parts = report(stage).parts
     table = next(part for part in parts if isinstance(part, Table))
     assert table.rows[0][:2] == ["all", str(summary["held_out"])]

@@ -10,7 +10,7 @@ from bessemer.core.errors import RequestError, SourceError
 from bessemer.core.hashing import hash_file, hash_value
 from bessemer.core.records import read_records
 from bessemer.core.seeds import derive_seed
-from bessemer.posttraining.formats import Pair
+from bessemer.posttraining.formats import Turns
 
 Example = TypeVar("Example")
 
@@ -26,9 +26,9 @@ def read_examples(path: Path, parse: Callable[[Mapping[str, Any]], Example]) -> 
     return examples
 
 
-def prompt_key(example: Pair) -> Any:
-    """What tells the prompts of pairs apart."""
-    return example.prompt if isinstance(example.prompt, str) else [dict(message) for message in example.prompt]
+def prompt_key(prompt: Turns) -> str:
+    """Hash of a prompt, by which examples of one prompt are kept together."""
+    return hash_value(prompt if isinstance(prompt, str) else [dict(message) for message in prompt])
 
 
 def split_examples(

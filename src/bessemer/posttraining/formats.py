@@ -104,11 +104,29 @@ def as_pair(row: Mapping[str, Any]) -> Pair:
 
 
 def as_labelled(row: Mapping[str, Any]) -> Labelled:
-    """A row of an answer and whether it is good. Raises ValueError or RequestError, in one line."""
+    """A row of an answer and whether it is good; of a conversation without a prompt, its last turn is judged.
+
+    Raises ValueError or RequestError, in one line.
+    """
     label = row.get("label")
     if not isinstance(label, bool):
         raise ValueError(f"label must be true or false, it is {label!r}")
-    return Labelled(as_answered(row), label)
+    answered = as_answered(row)
+    if not answered.prompt and not isinstance(answered.answer, str):
+        *before, last = answered.answer
+        if last["role"] != "assistant":
+            raise ValueError(f"the last turn is judged, which must be the assistant's, not of {last['role']!r}")
+        answered = Answered(tuple(before), (last,), answered.tools)
+    return Labelled(answered, label)
+
+
+def as_labelled_answers(row: Mapping[str, Any]) -> list[Labelled]:
+    """A labelled answer, or a pair as one that is good and one that is bad. Raises ValueError or RequestError, in one line."""
+    if "chosen" not in row:
+        return [as_labelled(row)]
+    pair = as_pair(row)
+    sides = ((pair.chosen, True), (pair.rejected, False))
+    return [Labelled(Answered(pair.prompt, answer, pair.tools), label) for answer, label in sides]
 
 
 def _prompt_and_answers(row: Mapping[str, Any], keys: Sequence[str]) -> tuple[Turns, list[Turns]]:

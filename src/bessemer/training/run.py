@@ -15,7 +15,7 @@ from bessemer.distributed.loading import load_shards
 from bessemer.distributed.mesh import Mesh
 from bessemer.model.decoder import Decoder
 from bessemer.model.folder import load_model
-from bessemer.model.folder_config import read_model_config
+from bessemer.model.folder_config import read_model_config, refuse_scorer
 from bessemer.model.initialisation import empty_decoder
 from bessemer.model.score_head import SCORE, load_scorer, new_head, scorer_config
 from bessemer.model.stored_tensors import find_tensors
@@ -106,7 +106,9 @@ def _decoder(
         return decoder, None
     stored = find_tensors(folder, read_model_config(folder))
     config, added = stored.config, {}
-    if head_seed is not None and not config.num_scores:
+    if head_seed is None:
+        refuse_scorer(config, folder)
+    elif not config.num_scores:
         config = scorer_config(config)
         added[SCORE] = new_head(config, head_seed)
 

@@ -8,7 +8,7 @@ from pydantic import field_validator
 
 from bessemer.core.config import setting
 from bessemer.core.errors import ConfigError
-from bessemer.posttraining.preference.registry import PAIR_LOSSES
+from bessemer.posttraining.preference.registry import KTO, PAIR_LOSSES
 from bessemer.training.config import LoopConfig
 
 #: Raised when the same settings and inputs give other weights than before.
@@ -21,13 +21,15 @@ class PreferenceConfig(LoopConfig):
     shorthand: ClassVar[str | None] = "data"
 
     data: list[str] = setting(
-        description="Files of pairs, as JSON lines, JSON, CSV or Parquet: {prompt, chosen, rejected}, in messages or texts.",
+        description="Files of pairs, as JSON lines, JSON, CSV or Parquet: {prompt, chosen, rejected}, in messages or texts; "
+        "with kto also of single answers, {prompt, completion, label}.",
         min_length=1,
     )
     loss: str = setting(
         "sigmoid",
         "sigmoid (DPO), sigmoid_norm, hinge, ipo, robust, apo_zero, apo_down, sppo_hard; without a reference simpo and orpo; "
-        "or one that an installed package adds (entry points bessemer.preference_losses).",
+        "kto, of single answers that are good or bad; or one that an installed package adds (entry points "
+        "bessemer.preference_losses).",
     )
     beta: float = setting(
         0.1, "How strongly the policy is held to the reference; of simpo and orpo a factor of the loss.", gt=0
@@ -39,6 +41,8 @@ class PreferenceConfig(LoopConfig):
     next_token_weight: float = setting(
         0.0, "Weight of the chosen answers' mean cross-entropy beside the loss (RPO); orpo has its own.", ge=0
     )
+    desirable_weight: float = setting(1.0, "kto: weight of good answers' losses, to balance them with the bad ones.", gt=0)
+    undesirable_weight: float = setting(1.0, "kto: weight of bad answers' losses.", gt=0)
     validation_share: float = setting(
         0.05, "Fraction of the prompts whose pairs are held out; a prompt is on one side with all its pairs.", ge=0, lt=1
     )
@@ -64,6 +68,8 @@ class PreferenceConfig(LoopConfig):
     @field_validator("loss")
     @classmethod
     def _known_loss(cls, name: str) -> str:
+        if name == KTO:
+            return name
         try:
             PAIR_LOSSES.find(name)
         except ConfigError as error:

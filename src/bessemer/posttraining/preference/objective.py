@@ -47,7 +47,7 @@ class PreferenceObjective(Objective):
 
     def __call__(self, model: Decoder, batch: Batch, context: LossContext) -> Terms:
         """Sums over the micro-batch's pairs."""
-        log_probs_BT = _log_probs(model, batch)
+        log_probs_BT = target_log_probs(model, batch)
         ratios_BT = log_probs_BT
         if self._loss.needs_reference:
             ratios_BT = log_probs_BT - batch.per_token[REFERENCE_LOG_PROBS].to(log_probs_BT.dtype)
@@ -78,7 +78,7 @@ class PreferenceObjective(Objective):
         return Terms(sums, metrics)
 
 
-def _log_probs(model: Decoder, batch: Batch) -> Tensor:
+def target_log_probs(model: Decoder, batch: Batch) -> Tensor:
     """log p of each target, (B, T); 0 where there is none."""
     hidden_BTD = model.hidden(batch.tokens_BT, positions_BT=batch.positions_BT, document_ids_BT=batch.document_ids_BT)
     log_probs_N, _ = token_log_probs(

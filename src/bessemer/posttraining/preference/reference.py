@@ -14,12 +14,37 @@ from safetensors.torch import load_file, save_file
 
 from bessemer.core.progress import Progress
 from bessemer.model.folder import load_model
+from bessemer.posttraining.preference.kto import MISMATCHED_REFERENCE
+from bessemer.posttraining.preference.labelled import has_mismatched, mismatched
 from bessemer.posttraining.preference.objective import REFERENCE_LOG_PROBS
 from bessemer.training.data.batches import Batch
 from bessemer.training.model_setup import PreparedModel
 from bessemer.training.objectives import POLICY
 from bessemer.training.runtime import Runtime
 from bessemer.training.trainee import Trainee
+
+
+def cached(
+    batch: Batch, name: str, model: Path, out: Path, runtime: Runtime, *, rows_at_once: int, progress: Progress
+) -> Batch:
+    """A packed data set, training or validation, with what its objective asks of the reference, from files in `out`."""
+
+    def of(rows: Batch, kind: str) -> Batch:
+        return with_reference(
+            rows,
+            model,
+            out / f"reference-{name}{kind}.safetensors",
+            runtime,
+            rows_at_once=rows_at_once,
+            description=f"reference ({name}{kind})",
+            progress=progress,
+        )
+
+    found = of(batch, "")
+    if not has_mismatched(batch):
+        return found
+    twins = of(mismatched(batch), "-mismatched")
+    return found.with_values(per_token={MISMATCHED_REFERENCE: twins.per_token[REFERENCE_LOG_PROBS]})
 
 
 def with_reference(

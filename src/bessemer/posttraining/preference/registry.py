@@ -9,6 +9,9 @@ from bessemer.core.registry import Plugin, Registry
 if TYPE_CHECKING:
     from bessemer.posttraining.preference.losses import PairLoss
 
+#: The loss of single answers, which is no loss of pairs.
+KTO = "kto"
+
 _LOSSES = "bessemer.posttraining.preference.losses"
 
 PAIR_LOSSES: Registry[PairLoss] = Registry(

@@ -8,8 +8,12 @@ from bessemer.training.report import diagnostics, task_accuracies, training_curv
 
 #: Title of a chart → the metrics that are its curves, with the factor of their values.
 _CHARTS = {
-    "Pairs whose chosen answer has the higher implicit reward, %": (("accuracy",), 100.0),
-    "Implicit reward, β times the log-ratio to the reference, in nats": (("reward_chosen", "reward_rejected"), 1.0),
+    "Told apart by implicit reward, %": (("accuracy",), 100.0),
+    "Implicit reward, β times the log-ratio to the reference, in nats": (
+        ("reward_chosen", "reward_rejected", "reward_desirable", "reward_undesirable"),
+        1.0,
+    ),
+    "How far the policy has moved, z of KTO, in nats per answer": (("kl",), 1.0),
     "Log-probability of the answers, nats per token": (("log_prob_chosen", "log_prob_rejected"), 1.0),
 }
 
@@ -33,9 +37,10 @@ def report(stage: StageReport) -> Section:
 
 
 def summary_line(metrics: Metrics) -> str:
-    """Pairs, and the share of held-out ones that the model tells apart."""
-    if "pairs" not in metrics:
+    """Pairs or answers, and the share of held-out ones that the model tells apart."""
+    name = next((name for name in ("pairs", "answers") if name in metrics), None)
+    if name is None:
         return ""
     accuracy = metrics.get("validation_accuracy")
     held_out = "" if accuracy is None else f", {accuracy:.0%} of {metrics['held_out']:,} held out told apart"
-    return f"{metrics['pairs']:,} pairs{held_out}"
+    return f"{metrics[name]:,} {name}{held_out}"

@@ -15,8 +15,8 @@ from bessemer.training.objectives import Count, LossContext, Metric, Objective, 
 
 
 def ranking_loss(chosen_P: Tensor, rejected_P: Tensor, margin_P: Tensor) -> Tensor:
-    """−log σ(r_w − r_l − m), the negative log-likelihood of Bradley and Terry's model (1952), with the margins of Touvron et al.
-    (2023, Llama 2, eq. 2)."""
+    """−log σ(r_w − r_l − m): the negative log-likelihood of Bradley and Terry's model (1952), with the margins of Touvron et
+    al. (2023, Llama 2, eq. 2)."""
     return -logsigmoid(chosen_P - rejected_P - margin_P)
 
 
@@ -26,7 +26,8 @@ def centering_loss(chosen_P: Tensor, rejected_P: Tensor) -> Tensor:
 
 
 def rewards(model: Decoder, batch: Batch) -> Tensor:
-    """The score at the end token of each sequence whose tokens are here, (B, S); the end token is the sequence's only target."""
+    """The score at the end token of each sequence, (B, S), 0 where its end is on another rank. The end token is the sequence's
+    only target."""
     hidden_BTD = model.hidden(batch.tokens_BT, positions_BT=batch.positions_BT, document_ids_BT=batch.document_ids_BT)
     scores_BT = model.scores(hidden_BTD)[..., 0]
     # not by a product: what stands at padding may be anything

@@ -42,7 +42,9 @@ class RewardModel:
         """The reward model of a folder. Raises ArtefactError where there is none."""
         model = load_model(folder, choose_device(device), dtype, scores=True)
         if not model.config.num_scores:
-            raise ArtefactError(f"{folder}: a language model, which gives no scores; train a reward model with the stage reward")
+            raise ArtefactError(
+                f"{folder}: a language model, which gives no scores; train a reward model with the stage reward"
+            )
         return cls(model, load_tokenizer(Path(folder)))
 
     def score(self, prompts: Sequence[Turns], answers: Sequence[Turns], tools: Sequence[Message] = ()) -> list[float]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from bessemer.core.errors import SourceError
-from bessemer.core.hashing import hash_value
 from bessemer.core.progress import Progress, Silent
 from bessemer.core.seeds import derive_seed
 from bessemer.distributed.mesh import Mesh
@@ -43,8 +42,8 @@ def reward(
     folder: Path = Path(),
     card_flops: Callable[[str], float | None] = lambda name: None,
 ) -> dict[str, Any]:
-    """Train a reward model on pairs of answers, from the model of folder `model` with a new scalar head, or from a reward model;
-    resumes from `out`.
+    """Train a reward model on pairs of answers, from the model of folder `model` with a new scalar head, or from a reward
+    model; resumes from `out`.
 
     Writes below `out`: `model/`, `metrics.jsonl`, `autotune.json`, `checkpoints/`, and `held_out.jsonl`, the rewards of the
     pairs held out. Files named in the settings are relative to `folder`. Returns the headline metrics. Raises SourceError for
@@ -53,7 +52,7 @@ def reward(
     progress = progress or Silent()
     tokenizer = load_tokenizer(model)
     pairs = [pair for name in config.data for pair in read_examples(folder / name, as_pair)]
-    training, held_out = split_examples(pairs, prompt_key, config.validation_share, seed)
+    training, held_out = split_examples(pairs, lambda pair: prompt_key(pair.prompt), config.validation_share, seed)
     packed = pack_pairs(training, tokenizer, config.context_length, Encoded.scored)
     validation = pack_pairs(held_out, tokenizer, config.context_length, Encoded.scored)
     if packed.skipped:
@@ -128,6 +127,6 @@ def score_pairs(
             for number in fitting:
                 chosen, rejected = next(rewards), next(rewards)
                 lengths = (int(one.is_learnt.sum()) for one in sides[number])
-                scored.append(ScoredPair(hash_value(prompt_key(some[number])), chosen, rejected, *lengths))
+                scored.append(ScoredPair(prompt_key(some[number].prompt), chosen, rejected, *lengths))
             bar.advance(len(some))
     return scored

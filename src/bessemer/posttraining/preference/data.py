@@ -1,0 +1,87 @@
+"""What the stage `preference` learns from: pairs, or single answers, packed and split by prompt, and the objective."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from bessemer.posttraining.dataset import prompt_key, read_examples, split_examples
+from bessemer.posttraining.formats import as_labelled_answers, as_pair
+from bessemer.posttraining.preference.config import PreferenceConfig
+from bessemer.posttraining.preference.kto import KTOObjective
+from bessemer.posttraining.preference.labelled import pack_answers
+from bessemer.posttraining.preference.losses import PairLossSettings
+from bessemer.posttraining.preference.objective import PreferenceObjective
+from bessemer.posttraining.preference.packing import pack_pairs
+from bessemer.posttraining.preference.registry import PAIR_LOSSES
+from bessemer.tokenization.tokenizer import Tokenizer
+from bessemer.training.data.batches import Batch
+from bessemer.training.objectives import Objective
+
+
+@dataclass(frozen=True)
+class PreferenceData:
+    """Packed examples of a run, and the objective that learns from them.
+
+    name: of an example, in the plural. room: tokens within which an answer must begin. skipped: of both sets.
+    """
+
+    name: str
+    objective: Objective
+    needs_reference: bool
+    room: int
+    training: Batch
+    training_examples: int
+    training_skipped: int
+    validation: Batch
+    validation_examples: int
+    skipped: int
+
+    @property
+    def rows(self) -> int:
+        """Rows to train on."""
+        return self.training.tokens_BT.shape[0]
+
+
+def paired_data(config: PreferenceConfig, tokenizer: Tokenizer, folder: Path, seed: int) -> PreferenceData:
+    """The pairs that the settings name, packed, with the objective of their loss. Raises SourceError."""
+    loss = PAIR_LOSSES.find(config.loss).load()
+    pairs = [pair for name in config.data for pair in read_examples(folder / name, as_pair)]
+    training, held_out = split_examples(pairs, lambda pair: prompt_key(pair.prompt), config.validation_share, seed)
+    packed, validation = (pack_pairs(some, tokenizer, config.context_length) for some in (training, held_out))
+    settings = PairLossSettings(config.beta, config.label_smoothing, config.margin)
+    return PreferenceData(
+        name="pairs",
+        objective=PreferenceObjective(loss, settings, config.next_token_weight),
+        needs_reference=loss.needs_reference,
+        room=config.context_length // 2,
+        training=packed.batch,
+        training_examples=packed.pairs,
+        training_skipped=packed.skipped,
+        validation=validation.batch,
+        validation_examples=validation.pairs,
+        skipped=packed.skipped + validation.skipped,
+    )
+
+
+def labelled_data(config: PreferenceConfig, tokenizer: Tokenizer, folder: Path, seed: int) -> PreferenceData:
+    """The single answers that the settings name, those of pairs among them, packed for KTO. Raises SourceError."""
+    rows = [row for name in config.data for row in read_examples(folder / name, as_labelled_answers)]
+    answers = [answer for row in rows for answer in row]
+    training, held_out = split_examples(answers, lambda one: prompt_key(one.answered.prompt), config.validation_share, seed)
+    if len({prompt_key(one.answered.prompt) for one in held_out}) == 1:
+        # with a single prompt there is nothing to compare its answers with
+        training, held_out = answers, []
+    packed, validation = (pack_answers(some, tokenizer, config.context_length) for some in (training, held_out))
+    return PreferenceData(
+        name="answers",
+        objective=KTOObjective(config.beta, config.desirable_weight, config.undesirable_weight),
+        needs_reference=True,
+        room=config.context_length,
+        training=packed.batch,
+        training_examples=packed.answers,
+        training_skipped=packed.skipped,
+        validation=validation.batch,
+        validation_examples=validation.answers,
+        skipped=packed.skipped + validation.skipped,
+    )
