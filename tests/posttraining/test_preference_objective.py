@@ -25,12 +25,12 @@ def pairs():
     ]
 
 
-def log_probs_alone(model, pair, answer, tokenizer):
-    """log p of each token of an answer, with the model run on it alone."""
+def log_probs_alone(model, pair, answer, tokenizer, whole=False):
+    """log p of each token of an answer, or of the whole conversation up to its end token, with the model run on it alone."""
     encoded = encode_answer(pair.prompt, answer, tokenizer)
     ids = torch.from_numpy(encoded.ids)
     log_probs = model(ids[None, :-1])[0].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
-    return log_probs[torch.from_numpy(encoded.is_learnt[1:])]
+    return log_probs[: len(encoded.through_end()) - 1] if whole else log_probs[torch.from_numpy(encoded.is_learnt[1:])]
 
 
 @pytest.mark.parametrize(("name", "next_token"), [("sigmoid", 0.0), ("ipo", 0.3), ("orpo", 0.0)])
@@ -42,6 +42,8 @@ def test_the_packed_loss_and_gradient_are_those_of_each_pair_alone(name, next_to
     reference_BT = torch.randn(packed.batch.tokens_BT.shape, generator=torch.Generator().manual_seed(2))
     batch = packed.batch.with_values(per_token={REFERENCE_LOG_PROBS: reference_BT * (packed.batch.targets_BT >= 0)})
     objective = PreferenceObjective(loss, settings, next_token)
+    # whole conversations are learnt where the method says so; the reference is given
+    batch = objective.annotate(None, batch)
     # two micro-batches over the step's denominators
     counts = objective.denominators(batch)
     halves = [objective(model, batch.rows(rows), LossContext()) for rows in (slice(0, 1), slice(1, None))]
@@ -66,7 +68,8 @@ def test_the_packed_loss_and_gradient_are_those_of_each_pair_alone(name, next_to
             ratios = log_probs - found if loss.needs_reference else log_probs
             sides.append(ratios.mean() if loss.per_token else ratios.sum())
             if answer is pair.chosen:
-                cross_entropies += log_probs.neg().unbind()
+                learnt = log_probs_alone(model, pair, answer, tokenizer, whole=True) if loss.next_token else log_probs
+                cross_entropies += learnt.neg().unbind()
         right += bool(sides[0] > sides[1])
         losses.append(loss.function(*(side[None] for side in sides), settings)[0])
     expected = torch.stack(losses).mean() + (next_token + loss.next_token) * torch.stack(cross_entropies).mean()
