@@ -1,6 +1,7 @@
 """Reward models: the loss on packed pairs, the stage, and scores of answers."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -15,6 +16,7 @@ from bessemer.model.score_head import load_scorer
 from bessemer.posttraining.encoding import Encoded, encode_answer
 from bessemer.posttraining.formats import Pair
 from bessemer.posttraining.preference.packing import pack_pairs
+from bessemer.posttraining.reward.assessment import ScoredPair, assess, assessment_parts, rank_correlation
 from bessemer.posttraining.reward.config import RewardConfig
 from bessemer.posttraining.reward.objective import RewardObjective, rewards
 from bessemer.posttraining.reward.report import report, summary_line
@@ -175,3 +177,29 @@ def test_a_reward_model_is_trained_further_with_the_head_that_it_has(trained, da
     further = run(out / "model", data, tmp_path, steps=1, learning_rate=1e-12)
     assert further["held_out_accuracy"] == summary["held_out_accuracy"]
     assert further["validation_margin"] == pytest.approx(summary["validation_margin"], rel=1e-3)
+
+
+def test_length_and_calibration_are_told_of_pairs():
+    """Rewards that are lengths: right exactly where the chosen answer is the longer one, and sure in both cases."""
+    lengths = [(9, 3), (8, 2), (7, 4), (2, 6), (5, 5)] * 12
+    pairs = [ScoredPair(str(n), chosen, rejected, chosen, rejected) for n, (chosen, rejected) in enumerate(lengths)]
+    found = assess(pairs)
+    assert found["held_out_accuracy"] == 0.6 and found["longer_is_chosen"] == 0.7 and found["length_correlation"] == 1
+    low, high = found["held_out_accuracy_low"], found["held_out_accuracy_high"]
+    assert low == pytest.approx(0.6 - 2.001 * (0.24 / 59) ** 0.5, abs=2e-3) and low + high == pytest.approx(1.2, abs=1e-3)
+    # of each kind of pair the gap between σ(|Δ|) and how often it is right
+    sure = [1 / (1 + math.exp(-difference)) for difference in (6, 6, 3, 4, 0)]
+    gaps = [1 - sure[0], 1 - sure[1], 1 - sure[2], sure[3], sure[4]]
+    assert found["calibration_error"] == pytest.approx(sum(gaps) / 5, abs=1e-4)
+    table, *_ = [part for part in assessment_parts(pairs) if isinstance(part, Table)]
+    by_name = {row[0]: row[1:] for row in table.rows}
+    assert by_name["chosen is longer"][1].startswith("1.000") and by_name["chosen is shorter"][1].startswith("0.000")
+    curves = [part for part in assessment_parts(pairs) if isinstance(part, Curves)]
+    assert [curve.title for curve in curves] == [
+        "Accuracy by how much longer the chosen answer is",
+        "Reward by length",
+        "accuracy",
+    ]
+    # equal values share a rank: of 1, 2, 2, 3 those are 1, 2.5, 2.5, 4
+    assert rank_correlation([1, 2, 2, 3], [10, 30, 20, 40]) == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
+    assert math.isnan(rank_correlation([1, 1], [1, 2])) and assess([]) == {}

@@ -90,8 +90,15 @@ def has_mismatched(batch: Batch) -> bool:
 
 def mismatched(batch: Batch) -> Batch:
     """The twins of a batch of packed answers, row by row."""
-    twins = {name.removeprefix(_TWIN): rows for name, rows in batch.per_token.items() if name.startswith(_TWIN)}
-    return Batch(**twins, per_sequence={"is_answer": batch.per_sequence["is_answer"]}, sequences=batch.sequences)
+    of = batch.per_token
+    return Batch(
+        of[f"{_TWIN}tokens_BT"],
+        of[f"{_TWIN}targets_BT"],
+        of[f"{_TWIN}positions_BT"],
+        of[f"{_TWIN}document_ids_BT"],
+        per_sequence={"is_answer": batch.per_sequence["is_answer"]},
+        sequences=batch.sequences,
+    )
 
 
 def others_before(keys: Sequence[str]) -> list[int]:
