@@ -67,14 +67,16 @@ def next_steps(stage: StageReport) -> list[str]:
     return [*serve, f'bessemer generate {model} "Return the"']
 
 
-def training_curves(records: Records, baselines: Mapping[str, float] | None = None) -> list[Curves]:
+def training_curves(
+    records: Records, baselines: Mapping[str, float] | None = None, *, loss: str = "Loss, nats per token"
+) -> list[Curves]:
     """The curves of a `metrics.jsonl`: bits per byte with the baselines, losses, learning rate, speed.
 
-    records: its lines. Every key that ends in `loss` or `bits_per_byte` is a curve.
+    records: its lines. Every key that ends in `loss` or `bits_per_byte` is a curve. loss: title of the losses' chart.
     """
     return [
         Curves(_series_by_key(records, "bits_per_byte"), "Bits per byte of held-out text", baselines=baselines or {}),
-        Curves(_series_by_key(records, "loss"), "Loss, nats per token", averaged=True),
+        Curves(_series_by_key(records, "loss"), loss, averaged=True),
         Curves(_series_by_key(records, "learning_rate"), "Learning rate", wide=False, from_zero=True),
         Curves(_series_by_key(records, "tokens_per_second"), "Tokens per second", wide=False, from_zero=True, averaged=True),
     ]

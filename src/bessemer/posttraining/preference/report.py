@@ -28,7 +28,7 @@ def report(stage: StageReport) -> Section:
             lead=True,
         ),
         *metric_curves(stage.records, _CHARTS),
-        *training_curves(stage.records),
+        *training_curves(stage.records, loss="Loss of a pair, or an answer"),
         *task_accuracies(stage.records),
         *diagnostics(stage.records),
         Facts(stage.metrics),

@@ -15,13 +15,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from bessemer.core.reliability import Reliability, reliability, reliability_curves, reliability_table
+from bessemer.core.reliability import BINS, Reliability, reliability, reliability_curves, reliability_table
 from bessemer.core.report import Cell, Column, Curves, Heading, Part, Series, Table, Text
 from bessemer.core.statistics import Estimate, mean_estimate, score
 from bessemer.core.store import write_text
 
 #: Groups of equally many pairs, or answers, in the plots of length.
 _GROUPS = 8
+#: Pairs of a bin of the reliability plot, at least.
+_PAIRS_OF_A_BIN = 10
 #: Pairs below which a plot would be of single pairs.
 _FEW_PAIRS = 40
 
@@ -63,6 +65,7 @@ def calibration(pairs: Sequence[ScoredPair]) -> Reliability:
     return reliability(
         [max(pair.probability, 1 - pair.probability) for pair in pairs],
         [pair.is_right for pair in pairs],
+        bins=min(BINS, max(1, len(pairs) // _PAIRS_OF_A_BIN)),
         clusters_N=[pair.prompt for pair in pairs],
     )
 

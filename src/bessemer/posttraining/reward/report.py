@@ -28,7 +28,7 @@ def report(stage: StageReport) -> Section:
         ),
         *metric_curves(stage.records, _CHARTS),
         *assessment_parts(read_scored_pairs(stage.folder / HELD_OUT)),
-        *training_curves(stage.records),
+        *training_curves(stage.records, loss="Loss of a pair"),
         *diagnostics(stage.records),
         Facts(stage.metrics),
     ]
