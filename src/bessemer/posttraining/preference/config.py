@@ -12,7 +12,7 @@ from bessemer.posttraining.preference.registry import KTO, PAIR_LOSSES
 from bessemer.training.config import LoopConfig
 
 #: Raised when the same settings and inputs give other weights than before.
-PREFERENCE_VERSION = 1
+PREFERENCE_VERSION = 2
 
 
 class PreferenceConfig(LoopConfig):
