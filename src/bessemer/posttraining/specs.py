@@ -20,6 +20,7 @@ from bessemer.data.sources.config import (
 from bessemer.posttraining import report
 from bessemer.posttraining.config import DOCS_QUESTIONS, SFT_VERSION, SFTConfig
 from bessemer.posttraining.preference.specs import STAGES as PREFERENCE_STAGES
+from bessemer.posttraining.rl.specs import STAGES as RL_STAGES
 from bessemer.training.specs import check_loop, loop_packages, rows_too_long, rows_too_long_for_existing
 
 _OTHER_DATA = "name a file of conversations in sft.data, or leave the stage out with sft: null"
@@ -111,4 +112,5 @@ STAGES = (
         check=check_loop,
     ),
     *PREFERENCE_STAGES,
+    *RL_STAGES,
 )
