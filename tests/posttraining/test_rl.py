@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from bessemer.core.errors import ConfigError, SourceError
 from bessemer.core.metrics import read_metrics
 from bessemer.core.progress import Silent
 from bessemer.core.report import StageReport
+from bessemer.pipeline.recipe import load_recipe
 from bessemer.posttraining.rewards.judge import Judge, RewardError
 from bessemer.posttraining.rewards.registry import RewardContext
 from bessemer.posttraining.rl import report
@@ -267,6 +269,15 @@ def test_prompts_are_rows_or_questions_and_sums_stay_on_one_side(tmp_path):
 def test_settings_that_cannot_be_are_refused_in_one_line(settings, message):
     with pytest.raises(ConfigError, match=message):
         RLConfig.parse({"data": ["prompts.jsonl"], **SETTINGS, **settings}, "rl")
+
+
+def test_names_of_the_registries_are_checked_before_anything_runs():
+    path = Path(__file__).parents[2] / "examples" / "arithmetic" / "recipe.yaml"
+    stage = load_recipe(str(path), allow_code=True).stage("rl")
+    stage.spec.check(stage.config)
+    for setting, word in (("advantage", "advantage"), ("aggregation", "aggregation"), ("correction", "off-policy correction")):
+        with pytest.raises(ConfigError, match=f"there is no {word} 'grop'"):
+            stage.spec.check(stage.config.with_changes(**{setting: "grop"}))
 
 
 def test_a_preset_gives_way_to_what_is_given():

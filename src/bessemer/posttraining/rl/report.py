@@ -49,7 +49,7 @@ def report(stage: StageReport) -> Section:
     parts: list[Part] = [
         Text(
             "The model completes prompts, its completions are judged, and those better than others to the same prompt "
-            "become likelier. The reward of held-out prompts is of greedy completions, and says what it learnt; that of sampled "
+            "become likelier. The reward of held-out prompts is of greedy completions and says what it learnt; that of sampled "
             "ones is what it learnt from.",
             lead=True,
         ),
