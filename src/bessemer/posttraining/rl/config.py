@@ -94,7 +94,9 @@ class RLConfig(LoopConfig):
         gt=0,
     )
     cpu_kernels: Literal["auto", "on", "off"] = setting(
-        "auto", "Compiled kernels of the engine that samples; auto: where the rollouts are long enough to pay for packing."
+        "auto",
+        "Compiled kernels of the engine that samples. on: weights are packed at each rollout, which long ones pay for; "
+        "auto, off: by the model's own modules.",
     )
 
     epochs: float = setting(1.0, "Passes over the prompts; without effect when steps is given.", gt=0)
