@@ -76,6 +76,28 @@ def test_a_recipe_has_a_filter_of_its_own(tmp_path, monkeypatch):
     assert [text[:11] for text in kept(folder / "runs" / "own-filter")] == ["The furnace"]
 
 
+@pytest.mark.slow
+def test_a_model_is_rewarded_for_right_sums(tmp_path, monkeypatch):
+    folder = tmp_path / "arithmetic"
+    shutil.copytree(EXAMPLES / "arithmetic", folder)
+    task = folder / "sums.yaml"
+    task.write_text(task.read_text(encoding="utf-8").replace("items: 9000", "items: 300"), encoding="utf-8")
+    monkeypatch.chdir(folder)
+    few = [
+        "pretrain.steps=2",
+        "rl.steps=2",
+        "rl.batch_size=8",
+        "rl.group_size=4",
+        "rl.validation_limit=8",
+        "rl.evaluate_every=2",
+    ]
+    with pytest.raises(SystemExit) as stop:
+        main(["run", "recipe.yaml", "--allow-code", "--name", "arithmetic", *few])
+    assert not stop.value.code
+    report = (folder / "runs" / "arithmetic" / "report.html").read_text(encoding="utf-8")
+    assert "Reinforcement learning" in report and "Completions along the way" in report
+
+
 def test_an_installed_package_adds_a_filter(tmp_path):
     folder, site = tmp_path / "plugin", tmp_path / "site"
     shutil.copytree(EXAMPLES / "plugin", folder)

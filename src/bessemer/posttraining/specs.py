@@ -21,6 +21,7 @@ from bessemer.posttraining import report
 from bessemer.posttraining.config import DOCS_QUESTIONS, SFT_VERSION, SFTConfig
 from bessemer.posttraining.preference.specs import STAGES as PREFERENCE_STAGES
 from bessemer.posttraining.reward.specs import STAGES as REWARD_STAGES
+from bessemer.posttraining.rl.specs import STAGES as RL_STAGES
 from bessemer.training.specs import check_loop, loop_packages, rows_too_long, rows_too_long_for_existing
 
 _OTHER_DATA = "name a file of conversations in sft.data, or leave the stage out with sft: null"
@@ -113,4 +114,5 @@ STAGES = (
     ),
     *PREFERENCE_STAGES,
     *REWARD_STAGES,
+    *RL_STAGES,
 )

@@ -31,6 +31,9 @@ class ArithmeticConfig(GeneratedConfig):
         description="difficulties, from sums of single digits (1) to five terms with products and parentheses (8)",
         min_length=1,
     )
+    operators: str | None = setting(
+        None, "only these of `+-*`, whatever the difficulty; none: those of each difficulty", pattern=r"^[-+*]+$"
+    )
     shots: int = setting(0, "answered examples of the same difficulty before each question", unit="examples", ge=0)
     example_delimiter: str = setting("\n", "text between description, examples and question")
 

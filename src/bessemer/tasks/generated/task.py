@@ -9,7 +9,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from bessemer.core.errors import ConfigError
 from bessemer.core.records import Record
 from bessemer.tasks.generate import verified_samples
-from bessemer.tasks.generated.arithmetic import arithmetic_items
+from bessemer.tasks.generated.arithmetic import LEVELS, arithmetic_items
 from bessemer.tasks.generated.config import (
     ArithmeticConfig,
     GeneratedConfig,
@@ -123,7 +123,10 @@ class ArithmeticTask(GeneratedTask[ArithmeticConfig]):
     def _items(self, level: int, count: int) -> list[GeneratedItem]:
         # always as many, so that a limit changes no example
         total = self._config.items + self.shots
-        self._made[level] = arithmetic_items(total, seed=self._config.seed, difficulty=level)
+        difficulty = LEVELS[level - 1]
+        if self._config.operators is not None:
+            difficulty = difficulty._replace(operators=self._config.operators)
+        self._made[level] = arithmetic_items(total, seed=self._config.seed, difficulty=difficulty)
         return self._made[level][:count]
 
     def _examples(self, level: int) -> Sequence[GeneratedItem]:

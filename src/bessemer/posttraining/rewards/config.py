@@ -1,0 +1,166 @@
+"""Settings of the rewards. Checking a recipe loads no reward."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
+
+from pydantic import Field, field_validator, model_validator
+
+from bessemer.core.config import ChosenSettings, Config, setting
+from bessemer.core.errors import ConfigError
+from bessemer.core.usercode import is_user_function
+from bessemer.tasks.verifiers import Numeric, Verifier
+
+#: The entry points by which other packages add rewards.
+GROUP = "bessemer.rewards"
+
+
+class RewardSettings(Config):
+    """What every reward has."""
+
+    shorthand: ClassVar[str | None] = "reward"
+
+    reward: str = setting(..., "kind of reward, or your own file.py:function with the signature of TRL's", code=True)
+    weight: float = setting(1.0, "factor in the sum of the rewards", allow_inf_nan=False)
+    seconds: float = setting(10.0, "time for one call; a completion whose reward takes longer is dropped", unit="seconds", gt=0)
+
+    def plugins(self) -> list[tuple[str, str]]:
+        own = [] if is_user_function(self.reward) else [(GROUP, self.reward)]
+        return sorted({*super().plugins(), *own})
+
+
+class TaskReward(RewardSettings):
+    """What the task that a prompt is of says of the answer: its headline score, from 0 to 1."""
+
+    reward: Literal["task"] = setting("task", "kind of reward")
+    seconds: float = setting(600.0, "time for one call, programs that the task runs included", unit="seconds", gt=0)
+
+
+class PatternReward(RewardSettings):
+    """1 where a regular expression finds something, else 0."""
+
+    reward: Literal["regex"] = setting("regex", "kind of reward")
+    pattern: str = setting(description="regular expression of Python; a dot matches newlines too")
+    whole: bool = setting(False, "it must match the whole completion")
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, pattern: str) -> str:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"is not a regular expression: {error}") from None
+        return pattern
+
+
+class AnswerReward(RewardSettings):
+    """1 where the completion gives the answer that stands in a column of the data, else 0."""
+
+    reward: Literal["answer"] = setting("answer", "kind of reward")
+    column: str = setting("answer", "column of the right answer, a text or a list of them; a text may end in GSM8K's `#### 7`")
+    verifier: Verifier = setting(default_factory=Numeric, description="what is right: exact, contains, numeric or regex")
+
+
+class JSONSchemaReward(RewardSettings):
+    """1 where the completion is JSON that fits a schema, else 0."""
+
+    reward: Literal["json_schema"] = setting("json_schema", "kind of reward")
+    json_schema: dict[str, Any] | None = setting(None, "the schema; none: that of the column `json_schema`, or any JSON at all")
+    fenced: bool = setting(True, "the JSON may stand in a fenced block, with text around it")
+
+
+class FormatReward(RewardSettings):
+    """1 where the completion is made of the named parts, each once, in order, in tags of their names, else 0."""
+
+    reward: Literal["format"] = setting("format", "kind of reward")
+    tags: list[str] = setting(
+        default_factory=lambda: ["think", "answer"],
+        description="names of the parts: <think>…</think><answer>…</answer>",
+        min_length=1,
+    )
+
+
+class LengthReward(RewardSettings):
+    """1 for a completion of a wanted length, falling to 0 over a number of tokens beyond."""
+
+    reward: Literal["length"] = setting("length", "kind of reward")
+    at_least: int = setting(0, "fewest tokens", unit="tokens", ge=0)
+    at_most: int | None = setting(None, "most tokens; none: any number", unit="tokens", ge=1)
+    falloff: int = setting(16, "tokens beyond at which the reward is 0", unit="tokens", ge=1)
+
+    @model_validator(mode="after")
+    def _has_a_range(self) -> Self:
+        if self.at_most is None and not self.at_least:
+            raise ValueError("length: say at_least, at_most or both")
+        if self.at_most is not None and self.at_most < self.at_least:
+            raise ValueError(f"length: at_most ({self.at_most}) is below at_least ({self.at_least})")
+        return self
+
+
+class OverlongReward(RewardSettings):
+    """DAPO's soft punishment of long completions: 0 up to longest − band tokens, then falling to −1 at longest and above."""
+
+    reward: Literal["overlong"] = setting("overlong", "kind of reward")
+    longest: int = setting(description="tokens at which, and above which, it is −1", unit="tokens", ge=1)
+    band: int = setting(description="tokens over which it falls from 0", unit="tokens", ge=1)
+
+    @model_validator(mode="after")
+    def _band_fits(self) -> Self:
+        if self.band > self.longest:
+            raise ValueError(f"overlong: band ({self.band}) exceeds longest ({self.longest})")
+        return self
+
+
+class RepetitionReward(RewardSettings):
+    """Minus the share of a completion's runs of tokens that are there already (Yeo et al. 2025)."""
+
+    reward: Literal["repetition"] = setting("repetition", "kind of reward")
+    run: int = setting(3, "tokens of a run", unit="tokens", ge=1)
+
+
+class ProgramReward(RewardSettings):
+    """1 where the code of the completion passes the tests of its row, in the sandbox, else 0."""
+
+    reward: Literal["program"] = setting("program", "kind of reward")
+    sandbox: Literal["namespaces", "landlock", "seccomp", "rlimits"] = setting(
+        "landlock", "weakest tier of the sandbox in which code is run; below it the reward is refused", affects_output=False
+    )
+    program_seconds: float = setting(10.0, "time for one program, its tests included", unit="seconds", gt=0)
+    memory: int = setting(1 << 30, "most memory of one program", unit="bytes", ge=1 << 26)
+    seconds: float = setting(600.0, "time for all programs of one call", unit="seconds", gt=0)
+
+
+class UserReward(RewardSettings):
+    """A function of the user's own, with the signature of TRL's reward functions."""
+
+
+def _settings_of(name: str) -> tuple[str, type[RewardSettings]]:
+    """The tag and the settings of a reward's name."""
+    if is_user_function(name) or name == _USER:
+        return _USER, UserReward
+    from bessemer.posttraining.rewards.registry import REWARDS
+
+    settings = REWARDS.find(name).settings
+    if settings is None or not issubclass(settings, RewardSettings):
+        raise ConfigError(f"the settings of the reward {name!r} are not RewardSettings")
+    return name, settings
+
+
+_USER = "user"
+
+#: The settings of one reward: the class that its plugin names.
+Reward: TypeAlias = Annotated[RewardSettings, ChosenSettings("reward", _settings_of)]
+
+
+def named(value: Any) -> Any:
+    """Settings of rewards, of which a bare word is one without settings: `rewards: [task, brief.py:brief]`."""
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, (list, tuple)):
+        return value
+    return [{"reward": each} if isinstance(each, str) else each for each in value]
+
+
+#: Rewards of a stage, at least one.
+Rewards: TypeAlias = Annotated[list[Reward], Field(min_length=1)]

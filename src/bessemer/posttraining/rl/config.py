@@ -1,0 +1,171 @@
+"""Settings of the stage `rl`. Imports no PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+from pydantic import field_validator, model_validator
+
+from bessemer.core.config import nearest, setting
+from bessemer.posttraining.rewards.config import Rewards, named
+from bessemer.posttraining.rl.presets import PRESETS
+from bessemer.training.config import LoopConfig
+
+#: Raised when the same settings and inputs give other weights than before.
+RL_VERSION = 1
+
+
+class RLConfig(LoopConfig):
+    """The stage `rl`: a policy samples completions of prompts, and those that are rewarded become likelier."""
+
+    data: list[str] = setting(
+        description="Prompts: files of rows (JSON lines, JSON, CSV, Parquet), or tasks whose answers are generated, by name or "
+        "YAML file, as in arithmetic. Columns beside the prompt are passed to the rewards.",
+        min_length=1,
+    )
+    prompt_column: str = setting("prompt", "Column of a file's prompts: messages, or a text.")
+    chat: bool = setting(False, "Ask texts, and tasks, by the model's chat template, as a message of the user's.")
+    system: str | None = setting(None, "System message before the prompts that are asked so.")
+    tasks_folder: str | None = setting(None, "Folder of the data of tasks; absent: beside the task file.", affects_output=False)
+    validation_share: float = setting(
+        0.05, "Fraction of the prompts held out; prompts of the same words, in whichever order, are on one side.", ge=0, lt=1
+    )
+    validation_limit: int = setting(500, "Most held-out prompts that are answered at each validation.", unit="prompts", ge=1)
+    rewards: Rewards = setting(
+        description="What completions are worth: task, answer, program, regex, json_schema, format, length, overlong, "
+        "repetition, one that an installed package adds (entry points bessemer.rewards), or your own file.py:function with the "
+        "signature of TRL's reward functions; each with its settings and a weight.",
+        default_factory=lambda: named("task"),
+    )
+    reward_scale: Literal["sum", "decoupled"] = setting(
+        "sum",
+        "How several rewards become one advantage: of their weighted sum, or the weighted sum of each one's z-score in its "
+        "group, whitened (decoupled, GDPO); then `advantage` is not used.",
+    )
+
+    algorithm: str = setting("grpo", f"A method, whose settings can each be given otherwise: {', '.join(PRESETS)}.")
+    advantage: str = setting(
+        "grpo", "Advantages: grpo, group_mean, batch_deviation, rloo, reinforce_pp, reinforce_pp_baseline."
+    )
+    loss: str = setting("clip", "Loss of a token: clip, gspo, cispo, sapo, importance, reinforce.")
+    level: Literal["token", "sequence_sum", "sequence_mean"] | None = setting(
+        None, "What the ratio of policies stands for; absent: what the loss says."
+    )
+    aggregation: str = setting("sequence_mean", "From tokens to one loss: token_mean, sequence_mean, constant, prompt_mean.")
+    clip_low: float = setting(0.2, "The ratio is held above 1 − clip_low.", ge=0)
+    clip_high: float = setting(0.2, "The ratio is held below 1 + clip_high.", ge=0)
+    dual_clip: float | None = setting(None, "Largest factor of a negative advantage; absent: none (verl: 3).", gt=1)
+    kl: Literal["loss", "reward"] = setting(
+        "loss", "Where the KL divergence from the model as it was stands, with beta above 0."
+    )
+    beta: float = setting(0.0, "Weight of the KL divergence; 0: none, and no reference is held in memory.", ge=0)
+    divergence: str = setting("k3", "Estimator of the divergence in the loss: k1, k2, k3, abs. In the reward it is k1.")
+    entropy_weight: float = setting(0.0, "Weight of the mean entropy of a token, which the loss makes larger.", ge=0)
+    correction: str = setting(
+        "truncate", "Weight of tokens that the sampler finds otherwise likely: none, truncate, mask_sequence, icepop, reject."
+    )
+    correction_low: float = setting(0.5, "Smallest importance weight that is kept, of icepop and reject.", gt=0)
+    correction_high: float = setting(2.0, "Largest importance weight.", gt=0)
+
+    group_size: int = setting(8, "Completions of a prompt, which are compared with each other.", unit="completions", ge=1)
+    batch_size: int = setting(64, "Completions of one update: a multiple of group_size.", unit="completions", gt=0)
+    mini_batches: int = setting(1, "Updates in which the completions of one rollout are used up.", ge=1)
+    rollout_epochs: int = setting(1, "How often each completion of a rollout is trained on.", ge=1)
+    temperature: float = setting(1.0, "Of the samples, and of the log-probabilities that are trained.", gt=0)
+    top_p: float = setting(1.0, "Must be 1: what truncation leaves out has no ratio of policies.", gt=0, le=1)
+    top_k: int = setting(0, "Must be 0, as top_p 1.", ge=0)
+    max_tokens: int = setting(256, "Longest completion.", unit="tokens", ge=1)
+    stop: list[str] | None = setting(None, "Texts at which a completion ends; absent: those of its task.")
+    truncated: Literal["judge", "zero", "drop"] = setting(
+        "judge",
+        "A completion cut at max_tokens: judged as it is; 0 whatever the rewards say, since it has not ended; or left out.",
+    )
+    dynamic_sampling: bool = setting(False, "Sample other prompts for groups whose rewards are all equal (DAPO).")
+    most_refills: int = setting(3, "How often at most, in one rollout; then equal groups fill the batch.", ge=1)
+    min_entropy: float | None = setting(
+        None, "Stop the run when a sampled token's mean entropy, in nats, falls below.", affects_output=False, gt=0
+    )
+    max_entropy: float | None = setting(None, "Stop the run when it rises above.", affects_output=False, gt=0)
+    max_kl: float | None = setting(
+        None,
+        "Stop the run when a token's mean log-ratio to the model as it was exceeds it; needs beta.",
+        affects_output=False,
+        gt=0,
+    )
+    cpu_kernels: Literal["auto", "on", "off"] = setting(
+        "auto",
+        "Compiled kernels of the engine that samples. on: weights are packed at each rollout, which long ones pay for; "
+        "auto, off: by the model's own modules.",
+    )
+
+    epochs: float = setting(1.0, "Passes over the prompts; without effect when steps is given.", gt=0)
+    optimizer: str = setting("adamw", "As in pretrain.", code=True)
+    learning_rate: float = setting(1e-6, "Peak learning rate.", gt=0)
+    weight_decay: float = setting(0.0, "As in pretrain.", ge=0)
+    context_length: int = setting(1024, "Most tokens of a prompt and its completion; longer prompts are left out.", gt=1)
+    warmup_fraction: float | None = setting(
+        0.0, "Fraction of the steps in which the learning rate rises from zero.", ge=0, le=1
+    )
+    decay_fraction: float | None = setting(
+        0.0, "wsd: fraction of the steps, at the end, in which the learning rate falls to zero.", ge=0, le=1
+    )
+    skip_loss_spikes: Literal["always"] | bool = setting(False, "As in pretrain; gradient norms of rewards vary more.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "float32", "Dtype of matmuls; in another than float32 the sampler's log-probabilities differ from the trainer's."
+    )
+    compile: Literal["auto"] | bool = setting(False, "Compile the blocks; rows have a new length at each rollout.")
+
+    @property
+    def packed(self) -> bool:
+        """Whether rows hold several completions that do not attend to each other."""
+        return True
+
+    @property
+    def groups(self) -> int:
+        """Prompts of one rollout."""
+        return self.batch_size * self.mini_batches // self.group_size
+
+    @property
+    def updates(self) -> int:
+        """Steps that use one rollout."""
+        return self.mini_batches * self.rollout_epochs
+
+    @field_validator("rewards", mode="before")
+    @classmethod
+    def _named_rewards(cls, value: Any) -> Any:
+        return named(value)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: Any) -> Any:
+        """The method's settings, where they are not given."""
+        if not isinstance(values, Mapping):
+            return values
+        name = values.get("algorithm", "grpo")
+        if isinstance(name, str) and name not in PRESETS:
+            raise ValueError(f"there is no algorithm {name!r}{nearest(name, list(PRESETS))}")
+        return {**PRESETS.get(name, {}), **values}
+
+    @model_validator(mode="after")
+    def _check_sampling(self) -> Self:
+        if self.top_p != 1 or self.top_k:
+            raise ValueError(
+                "top_p and top_k: rl samples from the whole distribution, since the ratio of policies is not known for tokens "
+                "that truncation leaves out; lower temperature instead"
+            )
+        if self.batch_size % self.group_size:
+            raise ValueError(f"batch_size {self.batch_size} is no multiple of group_size {self.group_size}")
+        if self.max_tokens >= self.context_length:
+            raise ValueError(
+                f"max_tokens {self.max_tokens:,} leaves no room for a prompt in context_length {self.context_length:,}"
+            )
+        if self.batch_size_warmup is not None:
+            raise ValueError("batch_size_warmup: the rows of rl are of one number; leave it out")
+        if self.early_stopping_patience is not None or self.save == "best":
+            raise ValueError("early_stopping_patience and save: best go by a validation loss, which rl has not; leave them out")
+        if self.max_kl is not None and not self.beta:
+            raise ValueError("max_kl needs a reference to measure against: set beta above 0")
+        if self.group_size < 2 and self.advantage != "reinforce_pp":
+            raise ValueError(f"advantage {self.advantage} compares the completions of a prompt: group_size must be 2 or more")
+        return self

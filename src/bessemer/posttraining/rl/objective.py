@@ -1,0 +1,157 @@
+"""The objective of reinforcement learning: policy loss, correction, aggregation and divergence, put together from registries.
+
+Shapes: B rows, T tokens of a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from bessemer.model.decoder import Decoder
+from bessemer.posttraining.rl.aggregation import AGGREGATIONS, Aggregation
+from bessemer.posttraining.rl.config import RLConfig
+from bessemer.posttraining.rl.corrections import CORRECTIONS, Correction, CorrectionSettings, importance_weights
+from bessemer.posttraining.rl.divergence import DIVERGENCES, k1
+from bessemer.posttraining.rl.policy_losses import (
+    POLICY_LOSSES,
+    PolicyLoss,
+    PolicyLossSettings,
+    clipped_tokens,
+    policy_loss,
+)
+from bessemer.posttraining.rl.sequences import Level, Sequences
+from bessemer.training.data.batches import IGNORE_INDEX, Batch
+from bessemer.training.head import token_log_probs
+from bessemer.training.objectives import Count, LossContext, Metric, Objective, Terms
+
+#: Values of tokens in a batch: log-probabilities of the sampler, of the policy before the first update on the rollout, and of
+#: the reference; advantages.
+SAMPLER, OLD, REFERENCE_LOG_PROBS, ADVANTAGES = "sampler_log_probs", "old_log_probs", "reference_log_probs", "advantages"
+
+
+@dataclass(frozen=True)
+class PolicySettings:
+    """Numbers of the objective.
+
+    temperature: of the samples. beta: weight of the divergence in the loss. answers, longest: of a whole step, for the
+    aggregation that divides by a constant.
+    """
+
+    temperature: float
+    answers: int
+    longest: int
+    beta: float = 0.0
+    entropy_weight: float = 0.0
+    level: Level | None = None
+    policy: PolicyLossSettings = field(default_factory=PolicyLossSettings)
+    correction: CorrectionSettings = field(default_factory=CorrectionSettings)
+
+
+class PolicyObjective(Objective):
+    """The loss of the policy's tokens, and perhaps the divergence from a reference and the entropy beside it.
+
+    A batch has targets where the policy chose the token; `advantages` and `sampler_log_probs` by token; `old_log_probs` where
+    more than one update is made of a rollout, otherwise the policy itself is the old one; `reference_log_probs` with beta.
+
+    Logged, by token: `entropy`; `kl`, the divergence from the reference; `clip_share`; `log_ratio`, the distance of the
+    policy's log-probabilities, as old, from the sampler's, with its maximum, before any truncation; `log_ratio_over_cap`, the
+    share of tokens whose importance weight lies outside the bounds.
+    """
+
+    guards_loss = False
+
+    def __init__(
+        self,
+        loss: PolicyLoss,
+        aggregation: Aggregation,
+        correction: Correction,
+        settings: PolicySettings,
+        divergence: str = "k3",
+    ) -> None:
+        self._loss = loss
+        self._aggregation = aggregation
+        self._correction = correction
+        self._settings = settings
+        self._divergence = DIVERGENCES.find(divergence).load()
+
+    @classmethod
+    def of(cls, config: RLConfig) -> PolicyObjective:
+        """The objective of a stage's settings. Raises ConfigError for a name that is none."""
+        settings = PolicySettings(
+            temperature=config.temperature,
+            answers=config.batch_size,
+            longest=config.max_tokens,
+            beta=config.beta if config.kl == "loss" else 0.0,
+            entropy_weight=config.entropy_weight,
+            level=config.level,
+            policy=PolicyLossSettings(config.clip_low, config.clip_high, config.dual_clip),
+            correction=CorrectionSettings(config.correction_low, config.correction_high),
+        )
+        loss, aggregation = POLICY_LOSSES.find(config.loss).load(), AGGREGATIONS.find(config.aggregation).load()
+        return cls(loss, aggregation, CORRECTIONS.find(config.correction).load(), settings, config.divergence)
+
+    def denominators(self, batch: Batch) -> dict[str, Count]:
+        """That of the aggregation, for every term."""
+        sequences = Sequences(batch, _mask(batch))
+        count = self._aggregation.denominator(sequences, self._settings.longest, self._settings.answers)
+        return dict.fromkeys(self._terms, count)
+
+    @property
+    def _terms(self) -> list[str]:
+        divergence = ["kl"] if self._settings.beta else []
+        return ["policy", *divergence, *(["entropy"] if self._settings.entropy_weight else [])]
+
+    def __call__(self, model: Decoder, batch: Batch, context: LossContext) -> Terms:
+        """Sums over the micro-batch's tokens."""
+        settings = self._settings
+        hidden_BTD = model.hidden(batch.tokens_BT, positions_BT=batch.positions_BT, document_ids_BT=batch.document_ids_BT)
+        log_probs_BT, entropy_BT = (
+            values_N.view_as(batch.targets_BT)
+            for values_N in token_log_probs(
+                hidden_BTD.flatten(0, 1),
+                model.head_weight,
+                batch.targets_BT.flatten(),
+                temperature=settings.temperature,
+                softcap=model.logit_softcap,
+            )
+        )
+        values = {name: value_BT.to(log_probs_BT.dtype) for name, value_BT in batch.per_token.items()}
+        mask_BT = _mask(batch).to(log_probs_BT.dtype)
+        sequences = Sequences(batch, mask_BT, context)
+        old_BT = values.get(OLD, log_probs_BT.detach())
+        advantages_BT = values[ADVANTAGES]
+        losses_BT, ratios_BT = policy_loss(
+            self._loss, log_probs_BT, old_BT, advantages_BT, sequences, settings.policy, settings.level
+        )
+        importance_BT = importance_weights(self._correction, old_BT, values[SAMPLER], sequences, settings.correction)
+        weights_BT = self._aggregation.weights(sequences)
+        sums = {"policy": (losses_BT * importance_BT * weights_BT).sum()}
+        if settings.beta:
+            # the divergence is of the policy's own, and no importance weight belongs to it
+            log_ratios_BT = log_probs_BT - values[REFERENCE_LOG_PROBS]
+            sums["kl"] = settings.beta * (self._divergence(log_ratios_BT) * weights_BT).sum()
+        if settings.entropy_weight:
+            sums["entropy"] = -settings.entropy_weight * (entropy_BT * weights_BT).sum()
+        with torch.no_grad():
+            mismatch_BT = (old_BT - values[SAMPLER]) * mask_BT
+            tokens = mask_BT.sum()
+            importance_raw_BT = mismatch_BT.exp()
+            bounds = settings.correction
+            beyond_BT = (importance_raw_BT > bounds.high) | (importance_raw_BT < bounds.low)
+            figures_BT = {
+                "entropy": entropy_BT,
+                "clip_share": clipped_tokens(ratios_BT, advantages_BT, settings.policy).to(mask_BT.dtype),
+                "log_ratio_over_cap": beyond_BT.to(mask_BT.dtype),
+            }
+            if REFERENCE_LOG_PROBS in values:
+                figures_BT["kl"] = k1(log_probs_BT - values[REFERENCE_LOG_PROBS])
+            metrics = {name: Metric((one_BT * mask_BT).sum(), tokens) for name, one_BT in figures_BT.items()}
+            metrics["log_ratio"] = Metric(mismatch_BT.abs().sum(), tokens, mismatch_BT.abs().max())
+        return Terms(sums, metrics)
+
+
+def _mask(batch: Batch) -> Tensor:
+    return (batch.targets_BT != IGNORE_INDEX).float()

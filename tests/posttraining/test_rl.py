@@ -1,0 +1,286 @@
+"""The stage `rl` on small models: it learns what is rewarded, resumes bit for bit, and stops when it cannot go on."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bessemer.core.errors import ConfigError, SourceError
+from bessemer.core.metrics import read_metrics
+from bessemer.core.progress import Silent
+from bessemer.core.report import StageReport
+from bessemer.pipeline.recipe import load_recipe
+from bessemer.posttraining.rewards.judge import Judge, RewardError
+from bessemer.posttraining.rewards.registry import RewardContext
+from bessemer.posttraining.rl import report
+from bessemer.posttraining.rl.config import RLConfig
+from bessemer.posttraining.rl.objective import PolicyObjective
+from bessemer.posttraining.rl.prompts import Prompt, gather_prompts
+from bessemer.posttraining.rl.rollouts import CollapseError, RolloutBatches
+from bessemer.posttraining.rl.stage import rl
+from bessemer.training.data.batches import IGNORE_INDEX
+from bessemer.training.model_setup import PreparedModel
+from bessemer.training.objectives import POLICY, LossContext
+from bessemer.training.runtime import Runtime
+from bessemer.training.trainee import Trainee
+from tests.inference.models import small_decoder, small_tokenizer
+from tests.training.conftest import RecordedProgress
+
+SETTINGS = {
+    "steps": 4,
+    "batch_size": 16,
+    "group_size": 4,
+    "max_tokens": 8,
+    "context_length": 64,
+    "learning_rate": 1e-2,
+    "diagnostics_every": 0,
+    "validation_share": 0.2,
+    "threads": 1,
+    "evaluate_every": 100,
+}
+#: The share of a completion's characters that are the letter e: what a random model has some of and can learn to write.
+REWARDS = """
+def letters(completions, **kwargs):
+    return [text.count("e") / 8 for text in completions]
+
+def refuses(completions, **kwargs):
+    return [None for _ in completions]
+
+def breaks(completions, number, **kwargs):
+    return [float("nan") if n % 4 == 1 else float(len(text)) for text, n in zip(completions, number)]
+
+def equal(completions, number, **kwargs):
+    # all completions of every other prompt are worth the same
+    return [1.0 if n % 2 else 1.0 + len(set(text)) for text, n in zip(completions, number)]
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prompts")
+    (folder / "rewards.py").write_text(REWARDS)
+    rows = [
+        {"prompt": f"Return the {word} of", "number": number}
+        for number, word in enumerate(["table", "graph", "node", "edge"] * 5)
+    ]
+    (folder / "prompts.jsonl").write_text(
+        "".join(json.dumps(row | {"prompt": row["prompt"] + " x" * (row["number"] // 4)}) + "\n" for row in rows)
+    )
+    return folder
+
+
+def run(model_folder, data, out, progress=None, **changes):
+    out.mkdir(exist_ok=True)
+    config = RLConfig.parse({"data": ["prompts.jsonl"], "rewards": ["rewards.py:letters"], **SETTINGS, **changes}, "rl")
+    return rl(config, model_folder, out, seed=3, device="cpu", folder=data, progress=progress)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_model_learns_to_write_what_is_rewarded_and_every_completion_is_logged(model_folder, data, tmp_path):
+    summary = run(model_folder, data, tmp_path, steps=16, batch_size=32, learning_rate=2e-2)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert lines[-1]["reward"] > lines[0]["reward"] + 0.2
+    assert summary["validation_reward"] > summary["validation_reward_before"] + 0.2
+    assert max(line["log_ratio_max"] for line in lines) < 1e-4
+    completions = read_metrics(tmp_path / "completions.jsonl")
+    assert [sum(one["step"] == step for one in completions) for step in (1, 16)] == [32, 32]
+    assert all(one["reward"] == pytest.approx(one["completion"].count("e") / 8) for one in completions)
+    of_first = [one["reward"] for one in completions if one["step"] == 1]
+    assert lines[0]["reward"] == pytest.approx(sum(of_first) / 32)
+    section = report.report(StageReport(name="rl", kind="rl", metrics=summary, folder=tmp_path, records=lines))
+    shown = repr(section.parts)
+    assert "Reward" in shown and "Completions along the way" in shown and "held out, greedy" in shown
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("stop", [2, 3], ids=["between rollouts", "within a rollout"])
+def test_a_run_goes_on_bit_for_bit_where_it_stopped(model_folder, data, tmp_path, stop):
+    changes = {
+        "mini_batches": 2,
+        "batch_size": 8,
+        "checkpoint_every": stop,
+        "beta": 0.1,
+        "kl": "reward",
+        "dynamic_sampling": True,
+    }
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run(model_folder, data, whole, **changes)
+    run(model_folder, data, cut, **changes)
+    for path in (cut / "checkpoints").glob("*4*"):
+        shutil.rmtree(path)
+    run(model_folder, data, cut, **changes)
+    first, second = (load_file(place / "model" / "model.safetensors") for place in (whole, cut))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert (whole / "completions.jsonl").read_text() == (cut / "completions.jsonl").read_text()
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_completions_without_a_reward_are_left_out_and_counted(model_folder, data, tmp_path):
+    progress = RecordedProgress()
+    run(model_folder, data, tmp_path, progress, steps=2, rewards=["rewards.py:breaks"], validation_share=0)
+    assert any("completions are dropped, the reward breaks: gave a value that is not finite" in line for line in progress.lines)
+    completions = read_metrics(tmp_path / "completions.jsonl")
+    dropped = [one for one in completions if one["reward"] is None]
+    assert dropped and all(one["advantage"] == 0 for one in dropped)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert sum(line["dropped"] for line in lines) == len(dropped)
+    with pytest.raises(RewardError, match=r"step 1: none of the 16 completions has a reward: no reward judges them"):
+        run(model_folder, data, tmp_path / "none", rewards=["rewards.py:refuses"], validation_share=0)
+
+
+def source_of(model, tokenizer, tmp_path, prompts, progress=None, folder=None, **changes):
+    config = RLConfig.parse({"data": ["p.jsonl"], "rewards": ["rewards.py:letters"], **SETTINGS, **changes}, "rl")
+    judge = Judge(config.rewards, RewardContext(folder or tmp_path))
+    source = RolloutBatches(prompts, judge, tokenizer, config, tmp_path, seed=1, progress=progress or Silent())
+    runtime = Runtime.of(config, torch.device("cpu"))
+    source.bind(Trainee({POLICY: PreparedModel(model, None)}, runtime))
+    return source, config
+
+
+@pytest.fixture(scope="module")
+def bytes_tokenizer(tmp_path_factory):
+    return small_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("architecture", ["dense", "experts", "latent", "linear"])
+def test_sampler_and_trainer_agree_on_every_token_at_another_temperature(architecture, bytes_tokenizer, data, tmp_path):
+    model = small_decoder(architecture).train()
+    prompts = [Prompt(f"{'ab ' * number}c", {"number": number}) for number in range(1, 5)]
+    source, config = source_of(model, bytes_tokenizer, tmp_path, prompts, folder=data, temperature=0.7, max_tokens=24)
+    batch = source.batch(0, slice(None))
+    terms = PolicyObjective.of(config)(model, batch, LossContext())
+    source.close()
+    assert batch.targets > 16 and model.training
+    assert float(terms.metrics["log_ratio"].max) < 1e-4
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_equal_groups_are_sampled_again_within_a_bound(bytes_tokenizer, data, tmp_path):
+    model = small_decoder("dense")
+    prompts = [Prompt(f"prompt {number}", {"number": number}) for number in range(24)]
+    source, _ = source_of(
+        model,
+        bytes_tokenizer,
+        tmp_path,
+        prompts,
+        folder=data,
+        rewards=["rewards.py:equal"],
+        dynamic_sampling=True,
+        most_refills=2,
+    )
+    source.batch(0, slice(None))
+    figures = source.take_metrics()
+    source.close()
+    rewards = {}
+    for one in read_metrics(tmp_path / "completions.jsonl"):
+        rewards.setdefault(one["group"], set()).add(one["reward"])
+    assert len(rewards) == 4 and 1 <= figures["refills"] <= 2 and figures["equal_groups"] > 0
+    # those that differ come first, and equal ones fill up what the bound leaves
+    differ = [len(values) > 1 for values in rewards.values()]
+    assert differ == sorted(differ, reverse=True) and any(differ)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_completion_cut_at_the_most_tokens_has_no_end_reward_where_so_asked(bytes_tokenizer, data, tmp_path):
+    model = small_decoder("dense")
+    prompts = [Prompt(f"prompt {number}", {"number": 2}) for number in range(4)]
+    found = {}
+    for truncated in ("judge", "zero", "drop"):
+        out = tmp_path / truncated
+        out.mkdir()
+        # a token that ends a third of the completions, by its text
+        source, _ = source_of(
+            model,
+            bytes_tokenizer,
+            out,
+            prompts,
+            folder=data,
+            rewards=["rewards.py:equal"],
+            truncated=truncated,
+            stop=["a", "b", "c", "d"],
+        )
+        batch = source.batch(0, slice(None))
+        source.close()
+        found[truncated] = (batch, read_metrics(out / "completions.jsonl"))
+    cut = [one["cut"] for one in found["judge"][1]]
+    assert any(cut) and not all(cut)
+    assert all(one["reward"] > 0 for one in found["judge"][1])
+    assert [one["reward"] == 0 for one in found["zero"][1]] == cut
+    assert [one["reward"] is None for one in found["drop"][1]] == cut
+    # what ended with a stop text has the token that holds it among its targets
+    tokens = sum(one["tokens"] for one, is_cut in zip(found["drop"][1], cut, strict=True) if not is_cut)
+    assert int((found["drop"][0].targets_BT != IGNORE_INDEX).sum()) == tokens
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_policy_that_collapses_stops_the_run_and_says_so(model_folder, data, tmp_path):
+    with pytest.raises(
+        CollapseError, match=r"step \d+: the policy has collapsed: a token's entropy is 3\.\d+ nats, below min_entropy 4.0"
+    ):
+        run(model_folder, data, tmp_path / "entropy", steps=30, learning_rate=3e-2, min_entropy=4.0, validation_share=0)
+    with pytest.raises(CollapseError, match=r"a token's KL divergence is \d+\.\d+ nats, above max_kl 0.05"):
+        run(model_folder, data, tmp_path / "kl", steps=30, beta=1e-6, max_kl=0.05, learning_rate=3e-2, validation_share=0)
+
+
+def test_prompts_are_rows_or_questions_and_sums_stay_on_one_side(tmp_path):
+    (tmp_path / "sums.yaml").write_text('kind: arithmetic\nlevels: [1]\noperators: "+"\nitems: 100\nmax_tokens: 4\n')
+    config = RLConfig.parse({"data": ["sums.yaml"], "validation_share": 0.3, "max_tokens": 4}, "rl")
+    found = gather_prompts(config, tmp_path, 0)
+    assert len(found.training) + len(found.held_out) == 100 and found.held_out
+    assert found.training[0].stop == ("\n",) and found.training[0].columns["task"] == "sums"
+    sides = [
+        {frozenset(prompt.turns.rstrip(" =").split(" + ")) for prompt in side} for side in (found.training, found.held_out)
+    ]
+    assert not sides[0] & sides[1]
+    (tmp_path / "rows.csv").write_text("question,answer\nWho?,Me\n")
+    asked = gather_prompts(
+        config.with_changes(data=["rows.csv"], prompt_column="question", chat=True, system="Be brief."), tmp_path, 0
+    )
+    (prompt,) = [*asked.training, *asked.held_out]
+    assert [message["role"] for message in prompt.turns] == ["system", "user"] and prompt.columns == {"answer": "Me"}
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt": [{"role": "assistant", "content": "b"}]}\n')
+    with pytest.raises(SourceError, match=r"bad.jsonl:2: prompt: the prompt ends with the assistant"):
+        gather_prompts(config.with_changes(data=["bad.jsonl"]), tmp_path, 0)
+    with pytest.raises(ConfigError, match=r"data: 'sums' is neither a file of .* nor a task; there are"):
+        gather_prompts(config.with_changes(data=["sums"]), tmp_path, 0)
+    with pytest.raises(ConfigError, match=r"the task piqa is asked by likelihood"):
+        (tmp_path / "physical_interaction_qa.jsonl").write_text("")
+        (tmp_path / "piqa.yaml").write_text("kind: cloze\ndata: a.jsonl\nname: piqa\n")
+        (tmp_path / "a.jsonl").write_text('{"context": "a", "continuation": "b"}\n')
+        gather_prompts(config.with_changes(data=["piqa.yaml"]), tmp_path, 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"algorithm": "grop"}, r"there is no algorithm 'grop'; did you mean 'grpo'"),
+        ({"top_p": 0.9}, r"rl samples from the whole distribution"),
+        ({"batch_size": 10, "group_size": 4}, r"batch_size 10 is no multiple of group_size 4"),
+        ({"group_size": 1, "batch_size": 4}, r"group_size must be 2 or more"),
+        ({"max_tokens": 64}, r"leaves no room for a prompt"),
+        ({"max_kl": 1.0}, r"max_kl needs a reference"),
+        ({"save": "best"}, r"which rl has not"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_in_one_line(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        RLConfig.parse({"data": ["prompts.jsonl"], **SETTINGS, **settings}, "rl")
+
+
+def test_names_of_the_registries_are_checked_before_anything_runs():
+    path = Path(__file__).parents[2] / "examples" / "arithmetic" / "recipe.yaml"
+    stage = load_recipe(str(path), allow_code=True).stage("rl")
+    stage.spec.check(stage.config)
+    for setting, word in (("advantage", "advantage"), ("aggregation", "aggregation"), ("correction", "off-policy correction")):
+        with pytest.raises(ConfigError, match=f"there is no {word} 'grop'"):
+            stage.spec.check(stage.config.with_changes(**{setting: "grop"}))
+
+
+def test_a_preset_gives_way_to_what_is_given():
+    config = RLConfig.parse({"data": ["p.jsonl"], "algorithm": "dapo", "clip_high": 0.5}, "rl")
+    assert (config.clip_low, config.clip_high, config.aggregation, config.dynamic_sampling) == (0.2, 0.5, "token_mean", True)
+    assert config.with_changes(steps=3).clip_high == 0.5
