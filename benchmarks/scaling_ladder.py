@@ -36,6 +36,8 @@ RECIPE, NAME = "ladder", "scaling_ladder"
 #: Hidden width → tokens, in thousands. A model of width 32 n has n layers of n heads.
 LADDER = {64: (800, 1_600, 3_200, 6_400, 9_600), 96: (800, 1_600, 3_200, 6_400), 128: (800, 1_600, 3_200)}
 TARGET = (192, 9_400)
+#: Learning rates of the matrices that are tried at the smallest size, on thousands of tokens: the optimum must not move.
+RATES, RATE_TOKENS = ("2.5e-3", "5e-3", "1e-2"), (1_000, 4_000)
 #: The member that is trained with two seeds more.
 REPEATED = (64, 1_600)
 SEEDS = (7, 8, 9)
@@ -73,6 +75,15 @@ def train_ladder(runs: Path) -> list[TrainedRun]:
     given = overrides(sizes)
     keys = [text.partition("=")[0] for text in given]
     return trained(members(RECIPE, given, zipped=[keys], name="ladder"), runs)
+
+
+def tried_rates(runs: Path) -> list[list[float]]:
+    """(learning rate, tokens, bits per byte) of the smallest size."""
+    rates = f"pretrain.matrix_learning_rate={','.join(RATES)}"
+    tokens = f"pretrain.tokens={','.join(f'{1_000 * thousands:_}' for thousands in RATE_TOKENS)}"
+    found = trained(members(RECIPE, [rates, tokens], name="lr64"), runs)
+    given = [(float(rate), thousands) for rate in RATES for thousands in RATE_TOKENS]
+    return [[rate, 1_000 * thousands, one.losses["bits_per_byte"]] for (rate, thousands), one in zip(given, found, strict=True)]
 
 
 def predicted(ladder: Sequence[TrainedRun]) -> dict[str, Prediction]:
@@ -119,7 +130,12 @@ def save(figures: dict[str, Any], ladder: Sequence[TrainedRun]) -> None:
         ("measured", ".4f"),
         ("difference", "+.2%"),
     ]
-    tables = {"ladder": ladder_table(ladder), "prediction": recording.table(columns, rows)}
+    rate_columns = [("learning rate of the matrices", "g"), ("tokens", ",.0f"), ("bits per byte", ".4f")]
+    tables = {
+        "ladder": ladder_table(ladder),
+        "prediction": recording.table(columns, rows),
+        "rates": recording.table(rate_columns, figures["rates"]),
+    }
     print(recording.save(NAME, figures, tables=tables))
 
 
@@ -146,7 +162,8 @@ def main() -> None:
             for method, one in found.items()
         }
         target = {"width": TARGET[0], "parameters": found["grid"].parameters, "tokens": found["grid"].tokens}
-        save({"predictions": values, "target": target, "epochs": epochs(runs, ladder[0].name)}, ladder)
+        figures = {"predictions": values, "target": target, "epochs": epochs(runs, ladder[0].name), "rates": tried_rates(runs)}
+        save(figures, ladder)
         return
     figures = recording.load(NAME)["figures"]
     repeated = trained(members(RECIPE, [*overrides([REPEATED]), f"seed={','.join(map(str, SEEDS))}"], name="seeds"), runs)
