@@ -3,7 +3,7 @@
     python benchmarks/scaling_ladder.py predict [--out FOLDER]   # trains the ladder, fits the law, writes the prediction
     python benchmarks/scaling_ladder.py target [--out FOLDER]    # then trains the model that was predicted, and seeds
 
-The recipe `ladder` on the quickstart's text: twelve models of three sizes of one shape, by `bessemer sweep`; `bessemer scaling
+The recipe `ladder` on the quickstart's text: nine models of three widths of one depth, by `bessemer sweep`; `bessemer scaling
 fit` and `predict`, by grid and by Huber. The prediction is to be committed before the second command, which takes it from the
 result and changes nothing of it. No token is read more than twice. Three seeds of one member say how much a run's loss is luck.
 
@@ -33,21 +33,21 @@ from bessemer.scaling.suggest import fitted_law
 from bessemer.tokenization.shards import TokenShards
 
 RECIPE, NAME = "ladder", "scaling_ladder"
-#: Hidden width → tokens, in thousands. A model of width 32 n has n layers of n heads.
-LADDER = {64: (800, 1_600, 3_200, 6_400, 9_600), 96: (800, 1_600, 3_200, 6_400), 128: (800, 1_600, 3_200)}
-TARGET = (192, 9_400)
+#: Hidden width → tokens, in thousands. A model of width 32 n has four layers of n heads.
+LADDER = {64: (1_600, 2_400, 4_800, 7_200), 96: (1_600, 2_400, 3_600), 128: (1_600, 2_400)}
+TARGET = (192, 9_600)
 #: Learning rates of the matrices that are tried at the smallest size, on thousands of tokens: the optimum must not move.
-RATES, RATE_TOKENS = ("2.5e-3", "5e-3", "1e-2"), (1_000, 4_000)
+RATES, RATE_TOKENS = ("1.75e-3", "3.5e-3", "7e-3"), (1_600, 4_800)
 #: The member that is trained with two seeds more.
-REPEATED = (64, 1_600)
+REPEATED = (64, 2_400)
 SEEDS = (7, 8, 9)
 CONFIDENCE = 0.9
-_WIDTH_KEYS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+_WIDTH_KEYS = ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 
 
 def settings(width: int) -> dict[str, int]:
     """A model's settings by its width."""
-    return dict(zip(_WIDTH_KEYS, (width, width // 32, width // 32, width // 32, 3 * width), strict=True))
+    return dict(zip(_WIDTH_KEYS, (width, width // 32, width // 32, 3 * width), strict=True))
 
 
 def overrides(runs: Sequence[tuple[int, int]]) -> list[str]:
@@ -74,14 +74,14 @@ def train_ladder(runs: Path) -> list[TrainedRun]:
     sizes = [(width, thousands) for width, lengths in LADDER.items() for thousands in lengths]
     given = overrides(sizes)
     keys = [text.partition("=")[0] for text in given]
-    return trained(members(RECIPE, given, zipped=[keys], name="ladder"), runs)
+    return trained(members(RECIPE, given, zipped=[keys], name="widths"), runs)
 
 
 def tried_rates(runs: Path) -> list[list[float]]:
     """(learning rate, tokens, bits per byte) of the smallest size."""
     rates = f"pretrain.matrix_learning_rate={','.join(RATES)}"
     tokens = f"pretrain.tokens={','.join(f'{1_000 * thousands:_}' for thousands in RATE_TOKENS)}"
-    found = trained(members(RECIPE, [rates, tokens], name="lr64"), runs)
+    found = trained(members(RECIPE, [rates, tokens], name="rates"), runs)
     given = [(float(rate), thousands) for rate in RATES for thousands in RATE_TOKENS]
     return [[rate, 1_000 * thousands, one.losses["bits_per_byte"]] for (rate, thousands), one in zip(given, found, strict=True)]
 
