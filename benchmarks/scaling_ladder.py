@@ -134,7 +134,7 @@ def save(figures: dict[str, Any], ladder: Sequence[TrainedRun]) -> None:
     tables = {
         "ladder": ladder_table(ladder),
         "prediction": recording.table(columns, rows),
-        "rates": recording.table(rate_columns, figures["rates"]),
+        "rates": recording.table(rate_columns, figures.get("rates", [])),
     }
     print(recording.save(NAME, figures, tables=tables))
 
@@ -162,14 +162,14 @@ def main() -> None:
             for method, one in found.items()
         }
         target = {"width": TARGET[0], "parameters": found["grid"].parameters, "tokens": found["grid"].tokens}
-        figures = {"predictions": values, "target": target, "epochs": epochs(runs, ladder[0].name), "rates": tried_rates(runs)}
-        save(figures, ladder)
+        save({"predictions": values, "target": target, "epochs": epochs(runs, ladder[0].name)}, ladder)
         return
     figures = recording.load(NAME)["figures"]
     repeated = trained(members(RECIPE, [*overrides([REPEATED]), f"seed={','.join(map(str, SEEDS))}"], name="seeds"), runs)
     losses = [one.losses["bits_per_byte"] for one in repeated]
     figures["seeds"] = {"losses": losses, "mean": fmean(losses), "deviation": stdev(losses)}
     (target_run,) = trained(members(RECIPE, overrides([TARGET]), name="target"), runs)
+    figures["rates"] = tried_rates(runs)
     figures["target"] |= {"bits_per_byte": target_run.losses["bits_per_byte"], "flops": target_run.flops}
     for one in figures["predictions"].values():
         one["difference"] = one["loss"] / target_run.losses["bits_per_byte"] - 1
