@@ -71,6 +71,8 @@ STUDIES = [
     Benchmark("refined"),
     Benchmark("long_context"),
     Benchmark("width_transfer"),
+    Benchmark("scaling_ladder", ("predict",)),
+    Benchmark("scaling_ladder", ("target",)),
     Benchmark("deduplication", ("scaling",)),
     Benchmark("refinery_memory"),
     Benchmark("shard_loading"),

@@ -5,6 +5,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
+from bessemer.model.config import preset_config
 from bessemer.pipeline.recipe import load_recipe
 from bessemer.scaling.laws.parametric import BESIROGLU
 from tests.cli.test_main import bessemer, one_error
@@ -47,6 +48,21 @@ def test_a_csv_s_law_is_printed_with_its_intervals_kept_and_drawn(tmp_path, caps
     assert load_recipe(str(tmp_path / "next.yaml")).name == "next"
 
 
+def test_a_run_is_predicted_before_it_is_trained(tmp_path, capsys):
+    source = write_points(tmp_path / "points.csv", planted(noise=0.005))
+    law = tmp_path / "law.json"
+    code, _, err = bessemer(capsys, "scaling", "fit", source, "--method", "grid", "--resamples", 40, "--out", law)
+    assert code == 0, err
+    arguments = ("scaling", "predict", "qwen3-0.6b", "pretrain.tokens=100_000_000_000", "--law", law)
+    code, out, err = bessemer(capsys, *arguments)
+    assert code == 0, err
+    assert "grid fit to 30 points" in out and "of runs between" in out and "times the compute of the largest point" in out
+    found = json.loads(bessemer(capsys, *arguments, "--json")[1])
+    model = preset_config("qwen3-0.6b", 151_936)
+    truth = BESIROGLU.predict(model.active_parameters(), found["tokens"])
+    assert 1e11 <= found["tokens"] < 1.001e11 and found["interval"][0] < truth < found["interval"][1]
+
+
 def test_isoflop_parabolas_come_with_their_bias(tmp_path, capsys):
     source = write_points(tmp_path / "points.csv", isoflop_points(BESIROGLU))
     arguments = ("scaling", "fit", source, "--isoflop", "--resamples", 20, "--method", "grid", "--plots", tmp_path)
@@ -73,6 +89,7 @@ def test_nanochat_s_points_are_refused_as_a_law_and_said_to_be_few_as_a_frontier
         (("fit", "nothing.csv"), "nothing.csv: cannot be read"),
         (("fit", "nothing"), "there is no run 'nothing'"),
         (("fit", "a.csv", "b.csv"), "give one CSV, or runs"),
+        (("predict", "quickstart"), "give pretrain.tokens=… instead of minutes"),
         (("suggest",), "give a budget"),
         (("suggest", "--flops", "1e20", "--days", "2"), "give a budget"),
         (("suggest", "--days", "2"), "--days needs the number of cards"),

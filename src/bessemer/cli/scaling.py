@@ -1,4 +1,4 @@
-"""`bessemer scaling fit` and `bessemer scaling suggest`."""
+"""`bessemer scaling fit`, `bessemer scaling predict` and `bessemer scaling suggest`."""
 
 from __future__ import annotations
 
@@ -181,6 +181,32 @@ def _frontier(points: Points, confidence: float, counting: str, as_json: bool) -
         )
         return
     Console(highlight=False, soft_wrap=True).print(show_frontier(found, len(points), confidence, counting))
+
+
+@scaling.command()
+def predict(
+    recipe: Annotated[str, typer.Argument(help="Recipe or preset of the run.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings, as in model.hidden_size=192.")] = None,
+    law: Annotated[Path | None, typer.Option(help="A law that `scaling fit --out` wrote; else a published one.")] = None,
+    confidence: Annotated[float, typer.Option(help="Share that the interval holds.", min=0.5, max=0.999)] = 0.9,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Predict the loss of a recipe's pretraining before it is run, with the interval of one run."""
+    from rich.console import Console
+
+    from bessemer.core.errors import ConfigError
+    from bessemer.pipeline.planning import planned
+    from bessemer.scaling.predict import predict_loss
+    from bessemer.views.scaling import prediction_values, show_prediction
+
+    base = planned(recipe, overrides or [])
+    if base.tokens is None:
+        raise ConfigError(f"{recipe}: a prediction needs the number of tokens; give pretrain.tokens=… instead of minutes")
+    found = predict_loss(_law(law), base.model, base.tokens, base.settings.context_length, confidence)
+    if as_json:
+        print(json.dumps(prediction_values(found, confidence), indent=2))
+    else:
+        Console(highlight=False, soft_wrap=True).print(show_prediction(found, confidence))
 
 
 @scaling.command()

@@ -105,8 +105,6 @@ def split_values(text: str) -> list[str]:
     values = [value.strip() for value in values]
     if not all(values):
         raise ConfigError(f"{text!r}: a value of the list is empty")
-    if len(set(values)) < len(values):
-        raise ConfigError(f"{text!r}: a value is given twice")
     return values
 
 
@@ -124,6 +122,11 @@ def _combinations(axes: Mapping[str, list[str]], zipped: Sequence[Sequence[str]]
         rows = zip(*(axes[key] for key in group), strict=True)
         groups.append([dict(zip(group, row, strict=True)) for row in rows])
     groups += [[{key: value} for value in values] for key, values in axes.items() if key not in together]
+    for values in groups:
+        for number, value in enumerate(values):
+            if value in values[:number]:
+                twice = " ".join(f"{key}={each}" for key, each in value.items())
+                raise ConfigError(f"{twice}: is given twice")
     for combination in product(*groups):
         chosen = {key: value for part in combination for key, value in part.items()}
         yield {key: chosen[key] for key in axes}

@@ -15,6 +15,7 @@ from bessemer.scaling.laws.frontier import Frontier, PowerLaw
 from bessemer.scaling.laws.isoflop import IsoFlop, IsoFlopBias
 from bessemer.scaling.laws.parametric import ParametricLaw
 from bessemer.scaling.planner import describe
+from bessemer.scaling.predict import Prediction
 from bessemer.scaling.suggest import Suggestion
 from bessemer.views.parts_terminal import listing, literal, section
 
@@ -119,6 +120,35 @@ def show_suggestion(found: Suggestion, confidence: float) -> RenderableType:
             f"({days:,.2f} days), {describe(plan)}, MFU {percent(plan.model_flops_utilisation)}; predicted, not measured"
         )
     return Group(*map(literal, lines))
+
+
+def show_prediction(found: Prediction, confidence: float) -> RenderableType:
+    """The predicted loss of one run."""
+    unit = "" if found.law.metric == "loss" else f" ({found.law.metric})"
+    lines = [
+        f"law: {found.law.said}",
+        f"N {found.parameters:,} ({'all' if found.law.count == 'all' else 'without embeddings'}), D {found.tokens:,} tokens, "
+        f"{found.flops:.3g} FLOPs: {found.relative_flops:.3g} times the compute of the largest point of the law",
+        f"predicted loss{unit}: {found.loss:.4f}, {_share(confidence)} of "
+        f"{'runs' if found.law.fit is not None else 'the law’s resamples'} between {found.interval.low:.4f} and "
+        f"{found.interval.high:.4f}",
+    ]
+    return Group(*map(literal, lines))
+
+
+def prediction_values(found: Prediction, confidence: float) -> dict[str, Any]:
+    """A prediction as plain values."""
+    return {
+        "law": found.law.said,
+        "metric": found.law.metric,
+        "parameters": found.parameters,
+        "tokens": found.tokens,
+        "flops": found.flops,
+        "relative_flops": found.relative_flops,
+        "loss": found.loss,
+        "confidence": confidence,
+        "interval": [found.interval.low, found.interval.high],
+    }
 
 
 def show_sweep(rows: Sequence[Mapping[str, Any]], varied: Sequence[str]) -> RenderableType:

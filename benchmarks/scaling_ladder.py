@@ -1,0 +1,180 @@
+"""Whether a scaling law predicts a model of eight times the compute before it is trained.
+
+    python benchmarks/scaling_ladder.py predict [--out FOLDER]   # trains the ladder, fits the law, writes the prediction
+    python benchmarks/scaling_ladder.py target [--out FOLDER]    # then trains the model that was predicted, and seeds
+
+The recipe `ladder` on the quickstart's text: nine models of three widths of one depth, by `bessemer sweep`; `bessemer scaling
+fit` and `predict`, by grid and by Huber. The prediction is to be committed before the second command, which takes it from the
+result and changes nothing of it. No token is read more than twice. Three seeds of one member say how much a run's loss is luck.
+
+About half an hour each on two quiet cores; what is finished in the folder is not done again. Result: `scaling_ladder.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import recording
+from bessemer.core.progress import progress_for_terminal
+from bessemer.pipeline.planning import planned
+from bessemer.pipeline.run_folder import RunFolder
+from bessemer.pipeline.run_points import TrainedRun
+from bessemer.pipeline.sweep import Member, members, sweep
+from bessemer.scaling.laws.fit import fit_law
+from bessemer.scaling.laws.points import Point, Points
+from bessemer.scaling.predict import Prediction, predict_loss
+from bessemer.scaling.suggest import fitted_law
+from bessemer.tokenization.shards import TokenShards
+
+RECIPE, NAME = "ladder", "scaling_ladder"
+#: Hidden width → tokens, in thousands. A model of width 32 n has four layers of n heads.
+LADDER = {64: (1_600, 2_400, 4_800, 7_200), 96: (1_600, 2_400, 3_600), 128: (1_600, 2_400)}
+TARGET = (192, 9_600)
+#: Learning rates of the matrices that are tried at the smallest size, on thousands of tokens: the optimum must not move.
+RATES, RATE_TOKENS = ("1.75e-3", "3.5e-3", "7e-3"), (1_600, 4_800)
+#: The member that is trained with two seeds more.
+REPEATED = (64, 2_400)
+SEEDS = (7, 8, 9)
+CONFIDENCE = 0.9
+_WIDTH_KEYS = ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+
+
+def settings(width: int) -> dict[str, int]:
+    """A model's settings by its width."""
+    return dict(zip(_WIDTH_KEYS, (width, width // 32, width // 32, 3 * width), strict=True))
+
+
+def overrides(runs: Sequence[tuple[int, int]]) -> list[str]:
+    """Overrides of a sweep over (width, thousands of tokens), whose values go together."""
+    columns = {f"model.{key}": [settings(width)[key] for width, _ in runs] for key in _WIDTH_KEYS}
+    columns["pretrain.tokens"] = [1_000 * thousands for _, thousands in runs]
+    return [
+        f"{key}={','.join(f'{value:_}' if key == 'pretrain.tokens' else str(value) for value in values)}"
+        for key, values in columns.items()
+    ]
+
+
+def trained(chosen: Sequence[Member], runs: Path) -> list[TrainedRun]:
+    """The members' pretraining, run where they have not been. Ends the benchmark when one failed."""
+    outcomes = sweep(RECIPE, chosen, runs=runs, until="pretrain", progress=progress_for_terminal())
+    for outcome in outcomes:
+        if outcome.run is None:
+            raise SystemExit(f"{outcome.member.name}: {outcome.problem}")
+    return [outcome.run for outcome in outcomes if outcome.run is not None]
+
+
+def train_ladder(runs: Path) -> list[TrainedRun]:
+    """All members of the ladder."""
+    sizes = [(width, thousands) for width, lengths in LADDER.items() for thousands in lengths]
+    given = overrides(sizes)
+    keys = [text.partition("=")[0] for text in given]
+    return trained(members(RECIPE, given, zipped=[keys], name="widths"), runs)
+
+
+def tried_rates(runs: Path) -> list[list[float]]:
+    """(learning rate, tokens, bits per byte) of the smallest size."""
+    rates = f"pretrain.matrix_learning_rate={','.join(RATES)}"
+    tokens = f"pretrain.tokens={','.join(f'{1_000 * thousands:_}' for thousands in RATE_TOKENS)}"
+    found = trained(members(RECIPE, [rates, tokens], name="rates"), runs)
+    given = [(float(rate), thousands) for rate in RATES for thousands in RATE_TOKENS]
+    return [[rate, 1_000 * thousands, one.losses["bits_per_byte"]] for (rate, thousands), one in zip(given, found, strict=True)]
+
+
+def predicted(ladder: Sequence[TrainedRun]) -> dict[str, Prediction]:
+    """The target's loss by method."""
+    points = Points(tuple(Point(one.parameters, one.tokens, one.losses["bits_per_byte"], one.flops) for one in ladder))
+    base = planned(RECIPE, overrides([TARGET]))
+    assert base.tokens is not None
+    return {
+        method: predict_loss(
+            fitted_law(fit_law(points, method, metric="bits_per_byte"), "the ladder"),
+            base.model,
+            base.tokens,
+            base.settings.context_length,
+            CONFIDENCE,
+        )
+        for method in ("grid", "huber")
+    }
+
+
+def epochs(runs: Path, name: str) -> float:
+    """How often the longest run reads a token of the training split."""
+    tokens = RunFolder(runs, name).stages()["tokenize"] / "tokens" / "train"
+    return 1_000 * max(TARGET[1], *(max(lengths) for lengths in LADDER.values())) / TokenShards(tokens).tokens
+
+
+def ladder_table(ladder: Sequence[TrainedRun]) -> dict[str, Any]:
+    return recording.table(
+        [("parameters", ",.0f"), ("tokens", ",.0f"), ("FLOPs", ".2e"), ("bits per byte", ".4f")],
+        [[one.parameters, one.tokens, one.flops, one.losses["bits_per_byte"]] for one in ladder],
+    )
+
+
+def save(figures: dict[str, Any], ladder: Sequence[TrainedRun]) -> None:
+    """Write the result with its tables."""
+    measured = figures.get("target", {}).get("bits_per_byte")
+    rows = [
+        [method, one["loss"], one["interval"], measured, None if measured is None else one["loss"] / measured - 1]
+        for method, one in figures["predictions"].items()
+    ]
+    columns = [
+        ("fit", "s"),
+        ("predicted", ".4f"),
+        (f"{CONFIDENCE:.0%} of runs", ".4f"),
+        ("measured", ".4f"),
+        ("difference", "+.2%"),
+    ]
+    rate_columns = [("learning rate of the matrices", "g"), ("tokens", ",.0f"), ("bits per byte", ".4f")]
+    tables = {
+        "ladder": ladder_table(ladder),
+        "prediction": recording.table(columns, rows),
+        "rates": recording.table(rate_columns, figures.get("rates", [])),
+    }
+    print(recording.save(NAME, figures, tables=tables))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("predict", "target"))
+    parser.add_argument(
+        "--out", type=Path, default=Path(tempfile.gettempdir()) / "bessemer-ladder", help="folder whose runs are used"
+    )
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    os.chdir(options.out)
+    runs = Path("runs")
+    ladder = train_ladder(runs)
+    if options.part == "predict":
+        found = predicted(ladder)
+        values = {
+            method: {
+                "loss": one.loss,
+                "interval": [one.interval.low, one.interval.high],
+                "law": dict(vars(one.law.law)),
+                "relative_flops": one.relative_flops,
+            }
+            for method, one in found.items()
+        }
+        target = {"width": TARGET[0], "parameters": found["grid"].parameters, "tokens": found["grid"].tokens}
+        save({"predictions": values, "target": target, "epochs": epochs(runs, ladder[0].name)}, ladder)
+        return
+    figures = recording.load(NAME)["figures"]
+    repeated = trained(members(RECIPE, [*overrides([REPEATED]), f"seed={','.join(map(str, SEEDS))}"], name="seeds"), runs)
+    losses = [one.losses["bits_per_byte"] for one in repeated]
+    figures["seeds"] = {"losses": losses, "mean": fmean(losses), "deviation": stdev(losses)}
+    (target_run,) = trained(members(RECIPE, overrides([TARGET]), name="target"), runs)
+    figures["rates"] = tried_rates(runs)
+    figures["target"] |= {"bits_per_byte": target_run.losses["bits_per_byte"], "flops": target_run.flops}
+    for one in figures["predictions"].values():
+        one["difference"] = one["loss"] / target_run.losses["bits_per_byte"] - 1
+    save(figures, ladder)
+
+
+if __name__ == "__main__":
+    main()
