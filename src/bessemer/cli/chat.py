@@ -32,6 +32,7 @@ def chat(
     speculate: Annotated[
         str | None, typer.Option(help="Speculative decoding: ngram, mtp, or the folder of a draft model.")
     ] = None,
+    adapter: Annotated[str | None, typer.Option(help="Folder of a low-rank adapter of the model.")] = None,
     max_model_len: Annotated[
         int | None, typer.Option(help="At most this many tokens of prompt and answer together; the model's context.")
     ] = None,
@@ -49,8 +50,10 @@ def chat(
     params = SamplingParams.parse(
         {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}, "chat"
     )
+    if adapter is not None:
+        engine.load_adapter(adapter, adapter)
     start = [{"role": "system", "content": system}] if system else []
-    converse(engine, params, start, example_questions(folder), speed=speed)
+    converse(engine, params, start, example_questions(folder), speed=speed, adapter=adapter)
 
 
 def converse(
@@ -61,11 +64,12 @@ def converse(
     *,
     speed: bool = False,
     opening: str | None = None,
+    adapter: str | None = None,
 ) -> None:
     """Read questions from standard input, print answers as they come, forget the oldest turn when the context is full.
 
     start: what every conversation begins with. speed: say after each answer how fast it came. opening: a first question,
-    asked of the user at the terminal.
+    asked of the user at the terminal. adapter: one that the engine has, by its name.
     """
     interactive = sys.stdin.isatty()
     if interactive:
@@ -87,7 +91,7 @@ def converse(
             continue
         messages.append({"role": "user", "content": question})
         try:
-            answer = _answer(engine, params, messages, start, speed)
+            answer = _answer(engine, params, messages, start, speed, adapter)
         except RequestError as error:
             if not interactive:
                 raise
@@ -113,12 +117,17 @@ def _questions(interactive: bool, opening: str | None) -> Iterator[str]:
 
 
 def _answer(
-    engine: Engine, params: SamplingParams, messages: list[dict[str, str]], start: list[dict[str, str]], speed: bool
+    engine: Engine,
+    params: SamplingParams,
+    messages: list[dict[str, str]],
+    start: list[dict[str, str]],
+    speed: bool,
+    adapter: str | None,
 ) -> str:
     while True:
         try:
             asked = time.perf_counter()
-            stream = engine.stream_chat(messages, params)
+            stream = engine.stream_chat(messages, params, adapter=adapter)
             parts: list[str] = []
             times: list[float] = []
             try:

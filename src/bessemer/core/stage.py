@@ -102,7 +102,8 @@ class StageSpec:
     kind: the key in a recipe, or the `kind` of a stage with a name of its own. summary: one line for the reference.
     needs: role → kind of artefact; a kind that ends in "?" may be missing. The first role is the one that `from: STAGE`
     chooses; `from: {ROLE: STAGE}` chooses any.
-    makes: kind of artefact → where it lies in the stage's folder.
+    makes: kind of artefact → where it lies in the stage's folder. lacks: kinds of these that it does not make under its
+    settings → why not.
     links: link at the top of a run's folder → where it leads in the stage's folder.
     example: a line to add to a recipe that lacks what this stage makes.
     remedy: what to do with what this stage made of a document that is removed from the corpus.
@@ -144,6 +145,7 @@ class StageSpec:
     resolve: Callable[[StageContext], tuple[Config, dict[str, Any]]] | None = None
     fingerprint: Callable[[Any, Outside], Any] = lambda config, outside: None
     models_named: Callable[[Any], list[str]] | None = None
+    lacks: Callable[[Any], Mapping[str, str]] = lambda config: {}
     conflict: Callable[[Any, Mapping[str, Any]], str | None] = lambda config, above: None
     conflict_of_files: Callable[[Any, Mapping[str, Any], Path], str | None] = lambda config, above, folder: None
     unusable: Callable[[Any, Mapping[str, Path], Path], str | None] = lambda config, inputs, cache: None

@@ -95,9 +95,14 @@ def read_model_config(folder: Path) -> ModelConfig:
         raise ArtefactError(f"{path}: {error.args[0]!r} is missing") from None
 
 
+def holds_codes(folder: Path) -> bool:
+    """Whether a folder's model is quantised."""
+    return read_settings(read_json(folder / CONFIG, "model config"), folder / CONFIG) is not None
+
+
 def refuse_quantised(folder: Path) -> None:
     """Raise ArtefactError for a model whose weights are codes: training needs them as numbers."""
-    if read_settings(read_json(folder / CONFIG, "model config"), folder / CONFIG):
+    if holds_codes(folder):
         raise ArtefactError(
             f"{folder}: this model is quantised, and only whole weights can be trained or changed; take the model that it was "
             "made from"

@@ -140,7 +140,30 @@ class QuantisedLinear(QuantisedWeight):
         """The product with the weight's transpose, and the bias."""
         if self.packed_matmul is not None:
             return self.packed_matmul(hidden)
+        if hidden.requires_grad and torch.is_grad_enabled():
+            stored = self.stored
+            return _FrozenProduct.apply(hidden, self.bias, stored.scheme, tuple(stored.tensors), *stored.tensors.values())
         return self.scheme.product(hidden, self.stored, self.bias)
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """A product with codes that no gradient is taken of. What they stand for is computed in both passes, and kept in neither:
+    kept for the backward pass it would be the model in floating point (Dettmers et al. 2023, section 3)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, bias: Tensor | None, scheme: Scheme, names: tuple[str, ...], *tensors: Tensor
+    ) -> Tensor:
+        ctx.scheme, ctx.names, ctx.dtype = scheme, names, hidden.dtype
+        ctx.save_for_backward(*tensors)
+        return scheme.product(hidden, Codes(scheme, dict(zip(names, tensors, strict=True))), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        weight_NK = Codes(ctx.scheme, dict(zip(ctx.names, ctx.saved_tensors, strict=True))).dequantised()
+        nothing = (None,) * (3 + len(ctx.names))
+        return (gradient @ weight_NK.to(gradient.dtype)).to(ctx.dtype), *nothing
 
 
 class TakesPackedMatmul(Protocol):

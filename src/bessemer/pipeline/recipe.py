@@ -295,6 +295,11 @@ def _check_stage(
         user_file(function, folder)
     specs = {stage.name: stage.spec for stage in above}
     inputs = spec.wire(config, specs, sources, lambda: placed.where((name,)), example_of)
+    made_above = {stage.name: stage for stage in above}
+    for source in inputs.values():
+        lacking = made_above[source.stage].spec.lacks(made_above[source.stage].config)
+        if source.kind in lacking:
+            raise ConfigError(f"{placed.where((name,))}: needs {source.kind} of {source.stage}: {lacking[source.kind]}")
     checked = Stage(name, spec, config, inputs, functions)
     conflict = spec.conflict(config, {stage.name: stage.config for stage in feeding(above, checked)})
     if conflict is not None:

@@ -90,7 +90,8 @@ class RunFolder:
         """Lead `stages/STAGE`, and the links at the top that this stage serves, to its artefact."""
         link(self.folder / "stages" / one.stage.name, one.artefact.folder)
         for name, place in one.stage.spec.links.items():
-            link(self.folder / name, one.artefact.folder / place)
+            if (one.artefact.folder / place).exists():
+                link(self.folder / name, one.artefact.folder / place)
 
     def stages(self) -> dict[str, Path]:
         """The artefact folders of the run's stages, in the order of its recipe."""

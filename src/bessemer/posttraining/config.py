@@ -7,7 +7,7 @@ from typing import ClassVar
 from pydantic import field_validator
 
 from bessemer.core.config import nearest, setting
-from bessemer.training.config import LoopConfig
+from bessemer.training.adapter_config import TuningConfig
 
 #: Raised when the same settings and inputs give other weights or conversations than before (golden outputs in the tests).
 SFT_VERSION = 5
@@ -16,7 +16,7 @@ SFT_VERSION = 5
 DOCS_QUESTIONS = "made/docs_questions"
 
 
-class SFTConfig(LoopConfig):
+class SFTConfig(TuningConfig):
     """The stage `sft`: supervised fine-tuning on conversations, with the loss on the assistant's messages."""
 
     shorthand: ClassVar[str | None] = "data"

@@ -22,7 +22,7 @@ from bessemer.posttraining.config import DOCS_QUESTIONS, SFT_VERSION, SFTConfig
 from bessemer.posttraining.preference.specs import STAGES as PREFERENCE_STAGES
 from bessemer.posttraining.reward.specs import STAGES as REWARD_STAGES
 from bessemer.posttraining.rl.specs import STAGES as RL_STAGES
-from bessemer.training.specs import check_loop, loop_packages, rows_too_long, rows_too_long_for_existing
+from bessemer.training.specs import check_loop, loop_packages, model_not_merged, rows_too_long, rows_too_long_for_existing
 
 _OTHER_DATA = "name a file of conversations in sft.data, or leave the stage out with sft: null"
 
@@ -94,7 +94,8 @@ STAGES = (
         version=SFT_VERSION,
         needs={"model": "model", "documents": "documents?"},
         makes={"model": "model", "conversations": "conversations"},
-        links={"model": "model"},
+        links={"model": "model", "adapter": "adapter"},
+        lacks=model_not_merged,
         example="sft: {data: [conversations.jsonl]}",
         remedy="retrain",
         budget_seconds=35,

@@ -25,9 +25,7 @@ from bessemer.distributed.mesh import ALONE, Mesh, agree
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
 from bessemer.model.device import choose_device, has_fast_bfloat16
-from bessemer.model.folder import load_model
-from bessemer.model.folder_config import read_model_config, refuse_quantised
-from bessemer.model.score_head import load_scorer
+from bessemer.model.folder_config import read_model_config
 from bessemer.training.config import VALIDATIONS, LoopConfig, PretrainConfig, check_compiler
 from bessemer.training.data.batches import Batch, StatelessBatches
 from bessemer.training.model_setup import prepare_model
@@ -35,6 +33,7 @@ from bessemer.training.objectives import LossFunction, Objective, build_objectiv
 from bessemer.training.optim.build import build_optimizers, freeze_parameters
 from bessemer.training.optim.weight_averaging import MovingAverage
 from bessemer.training.runtime import Runtime
+from bessemer.training.starting_model import check_start, starting_model
 from bessemer.training.trainer import Trainer
 
 AUTOTUNE = "autotune.json"
@@ -95,7 +94,9 @@ def resolve(
     functions lie below `folder`. mesh: of the job; None: a new one. Raises ConfigError when the model cannot read rows of
     `context_length`, or the settings do not fit the number of processes.
     """
-    refuse_quantised(model)
+    chosen_device = choose_device(device)
+    mesh = mesh or Mesh.here(config.parallel, chosen_device.type)
+    check_start(config, model, mesh)
     model_config = read_model_config(model)
     check_fits(config, model_config)
     if isinstance(config, PretrainConfig) and config.tokens is not None:
@@ -103,8 +104,6 @@ def resolve(
         config = config.with_changes(steps=config.batch_sizes.steps_for(rows), tokens=None)
     if config.resolved:
         return config, {}
-    chosen_device = choose_device(device)
-    mesh = mesh or Mesh.here(config.parallel, chosen_device.type)
     progress = progress if progress is not None and mesh.leads else Silent()
     started = time.perf_counter()
     with progress.task("measure this machine") as task:
@@ -224,7 +223,7 @@ def prepare_run(
     """
     mesh = Mesh.here(config.parallel, choose_device(device).type)
     # on every process, so that none waits for one that a mistake has stopped
-    refuse_quantised(model)
+    check_start(config, model, mesh)
     check_fits(config, read_model_config(model))
     if not _agreed((out / AUTOTUNE).exists(), mesh):
         resolved, measured = resolve(config, model, device=device, progress=progress, folder=folder, mesh=mesh)
@@ -314,8 +313,7 @@ def _measure(config: LoopConfig, model_folder: Path, device: torch.device, folde
     """
     runtime = Runtime.of(config, device, processes=mesh.processes_here)
     with runtime.running():
-        dtype = torch.float32
-        model = load_scorer(model_folder, device, dtype, seed=0) if config.scores else load_model(model_folder, device, dtype)
+        model = starting_model(model_folder, config, device, seed=0)
         freeze_parameters(model, config)
         batches = _RandomBatches(config, model.config.vocab_size)
         model, pipeline = prepare_model(model, config, runtime, mesh)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import field_validator, model_validator
 
@@ -14,6 +14,9 @@ from bessemer.core.usercode import is_user_function
 from bessemer.distributed.config import ParallelConfig
 from bessemer.training.batch_sizes import BatchSizes, growing_sizes, stages_by_rows, stages_by_steps
 from bessemer.training.optim.registry import GROUP, OPTIMIZERS
+
+if TYPE_CHECKING:
+    from bessemer.training.adapter_config import AdapterConfig
 
 #: Raised when the same settings and inputs give other weights than before (golden outputs in the tests).
 PRETRAIN_VERSION = 5
@@ -439,6 +442,11 @@ class LoopConfig(Config):
     def scores(self) -> bool:
         """Whether the model that is trained has a scalar head, `score`, in place of its language head."""
         return False
+
+    @property
+    def low_rank(self) -> AdapterConfig | None:
+        """The adapter that is trained in place of the weights; None: these are."""
+        return None
 
     @property
     def resolved(self) -> bool:

@@ -78,13 +78,15 @@ def visits_by_layer(model: Decoder) -> Tensor:
 
 @torch.no_grad()
 def balance_experts(model: Decoder, visits_LE: Tensor) -> None:
-    """Move the routers' correction biases towards an even load after an optimizer step, where the model's settings ask for it.
+    """Move the correction biases of routers that are trained towards an even load after an optimizer step, where the model's
+    settings ask for it.
 
     visits_LE: tokens routed in the whole step, over all its micro-batches and processes.
     """
     rate = model.config.router_bias_update_rate
     for layer, router in routers(model).items() if rate else ():
-        update_correction_bias(router, visits_LE[layer], rate)
+        if any(parameter.requires_grad for parameter in router.parameters()):
+            update_correction_bias(router, visits_LE[layer], rate)
 
 
 def routing_metrics(visits_LE: Tensor) -> dict[str, float]:

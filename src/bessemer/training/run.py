@@ -6,21 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-
 from bessemer.core.progress import Progress
-from bessemer.core.seeds import derive_seed
 from bessemer.core.stage import OpenTasks
 from bessemer.distributed.loading import load_shards
 from bessemer.distributed.mesh import Mesh
 from bessemer.model.decoder import Decoder
-from bessemer.model.folder import load_model
 from bessemer.model.folder_config import read_model_config, refuse_scorer
 from bessemer.model.initialisation import empty_decoder
-from bessemer.model.score_head import SCORE, load_scorer, new_head, scorer_config
+from bessemer.model.score_head import SCORE, new_head, scorer_config
 from bessemer.model.stored_tensors import find_tensors
+from bessemer.model.trained_adapters import adapters_of, without_adapters
 from bessemer.training.autotune import prepare_run
-from bessemer.training.checkpoint.export import save_trained
+from bessemer.training.checkpoint.export import save_trained, save_trained_adapter
 from bessemer.training.config import VALIDATIONS, LoopConfig
 from bessemer.training.data.batches import BatchSource
 from bessemer.training.loop import train
@@ -28,6 +25,7 @@ from bessemer.training.model_setup import PreparedModel
 from bessemer.training.monitoring.peak_flops import device_peak
 from bessemer.training.optim.lr_schedule import evenly_spaced, multiples
 from bessemer.training.runtime import Runtime
+from bessemer.training.starting_model import head_seed, new_adapter, starting_model
 from bessemer.training.task_scores import PeriodicTasks, check_processes, open_tasks
 from bessemer.training.trainer import Trainer
 
@@ -54,7 +52,8 @@ def run_training(
     tasks: OpenTasks | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Train the model of folder `model` and write `out/model`, resuming from `out`; the headline metrics.
+    """Train the model of folder `model` and write `out/model`, with an adapter `out/adapter`, resuming from `out`; the headline
+    metrics.
 
     batches: the source of a run with these settings, whose steps, dtype and compilation are decided by then. prepare: returns
     what validates the model, which has its weights only when training begins. initialise: changes the loaded weights, of the
@@ -66,8 +65,9 @@ def run_training(
         scorer.check(model, read_model_config(model).max_position_embeddings)
     config, runtime, mesh = prepare_run(config, model, out, device=device, progress=progress, folder=folder)
     source = batches(config, mesh)
-    head_seed = derive_seed(seed, "score head") if config.scores else None
-    decoder, load = _decoder(model, runtime, mesh, lambda decoder: initialise(config, decoder, mesh), head_seed)
+    decoder, load = _decoder(model, config, runtime, mesh, seed, lambda decoder: initialise(config, decoder, mesh))
+    if config.low_rank is not None:
+        options.setdefault("without_adapters", without_adapters)
     on_step_end = prepare(config, decoder, mesh)
     if scorer is not None:
         check_processes(mesh.layout.world_size)
@@ -90,33 +90,40 @@ def run_training(
         peak_flops=device_peak(out, runtime, card_flops) if mesh.leads else None,
         **options,
     )
-    save_trained(decoder, out, tokenizer=model, mesh=mesh, config=config, best=summary.get("best_step"))
-    return {"parameters": decoder.config.parameters(), **summary}
+    best = summary.get("best_step")
+    counts = {"parameters": decoder.config.parameters()}
+    if config.low_rank is None:
+        save_trained(decoder, out, tokenizer=model, mesh=mesh, config=config, best=best)
+    else:
+        save_trained_adapter(decoder, config.low_rank, out, start=model, mesh=mesh, config=config, best=best)
+        counts["adapter_parameters"] = sum(update.down.numel() + update.up.numel() for update in adapters_of(decoder).values())
+    return {**counts, **summary}
 
 
 def _decoder(
-    folder: Path, runtime: Runtime, mesh: Mesh, initialise: Callable[[Decoder], object], head_seed: int | None
+    folder: Path, config: LoopConfig, runtime: Runtime, mesh: Mesh, seed: int, initialise: Callable[[Decoder], object]
 ) -> tuple[Decoder, Callable[[PreparedModel], None] | None]:
-    """The model of a folder, initialised; of several processes without weights yet, and what loads and initialises each one's
-    shards when the model is sharded. head_seed: of a scalar head that the model has in place of its language head."""
+    """The model of a folder, with its adapter, initialised; of several processes without weights yet, and what loads and
+    initialises each one's shards when the model is sharded."""
     if mesh.alone:
-        device, dtype = runtime.device, torch.float32
-        decoder = load_model(folder, device, dtype) if head_seed is None else load_scorer(folder, device, dtype, seed=head_seed)
+        decoder = starting_model(folder, config, runtime.device, seed)
         initialise(decoder)
         return decoder, None
     stored = find_tensors(folder, read_model_config(folder))
-    config, added = stored.config, {}
-    if head_seed is None:
-        refuse_scorer(config, folder)
-    elif not config.num_scores:
-        config = scorer_config(config)
-        added[SCORE] = new_head(config, head_seed)
+    shape, added = stored.config, {}
+    if not config.scores:
+        refuse_scorer(shape, folder)
+    elif not shape.num_scores:
+        shape = scorer_config(shape)
+        added[SCORE] = new_head(shape, head_seed(seed))
+    decoder = empty_decoder(shape)
+    added |= new_adapter(decoder, config, seed)
 
     def load(prepared: PreparedModel) -> None:
         load_shards(prepared.parts, stored, runtime.device, added)
         initialise(prepared.model)
 
-    return empty_decoder(config), load
+    return decoder, load
 
 
 def validated_steps(config: LoopConfig) -> frozenset[int]:

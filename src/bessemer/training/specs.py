@@ -57,6 +57,13 @@ def check_loop(config: LoopConfig) -> None:
         check_compiler()
 
 
+def model_not_merged(config: LoopConfig) -> dict[str, str]:
+    """Why a stage that trains an adapter alone makes no model."""
+    if config.low_rank is None or config.low_rank.merge:
+        return {}
+    return {"model": "it writes an adapter alone; set adapter.merge: true there"}
+
+
 def loop_packages(config: LoopConfig) -> list[str]:
     """What a stage that trains imports under its settings."""
     return [*MODEL_PACKAGES, *(["torchao"] if config.float8 or config.optimizer_bits == 8 else [])]

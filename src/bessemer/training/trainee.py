@@ -17,7 +17,9 @@ from bessemer.core.errors import ConfigError
 from bessemer.distributed.context import whole_rows
 from bessemer.distributed.gradients import whole_tensors
 from bessemer.distributed.mesh import ALONE, Mesh
+from bessemer.model.adapters import Adapter
 from bessemer.model.decoder import Decoder
+from bessemer.model.trained_adapters import adapter_of, adapters_of, is_of_adapter
 from bessemer.training.data.batches import Batch
 from bessemer.training.head import token_log_probs
 from bessemer.training.model_setup import PreparedModel
@@ -164,11 +166,20 @@ class Trainee:
 
         return self.per_token(role, batch, of_targets)
 
+    def adapter(self, role: str = POLICY) -> Adapter:
+        """The whole adapter of a trained model, on every process: what `Engine.update_adapter` takes, so that a quantised base
+        is never merged with it. Every process calls this. Tensors are shared with the model where nothing is sharded."""
+        model = self.trained[role].model
+        own = {name: parameter for name, parameter in model.named_parameters() if is_of_adapter(name)}
+        return adapter_of(model, whole_tensors(own, self.mesh))
+
     def full_weights(self, role: str = POLICY) -> dict[str, Tensor]:
         """The whole weights of a trained model by name, on every process: for an engine that samples from it.
 
-        Every process calls this. Tensors are shared with the model where nothing is sharded.
+        Every process calls this. Tensors are shared with the model where nothing is sharded. A model that is trained by an
+        adapter has that beside its weights: see `adapter`.
         """
+        assert not adapters_of(self.trained[role].model), "the weights without their adapter are the model before training"
         return whole_tensors(dict(self.trained[role].model.named_parameters()), self.mesh)
 
 

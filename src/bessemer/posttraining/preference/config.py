@@ -9,13 +9,13 @@ from pydantic import field_validator
 from bessemer.core.config import setting
 from bessemer.core.errors import ConfigError
 from bessemer.posttraining.preference.registry import KTO, PAIR_LOSSES
-from bessemer.training.config import LoopConfig
+from bessemer.training.adapter_config import TuningConfig
 
 #: Raised when the same settings and inputs give other weights than before.
 PREFERENCE_VERSION = 2
 
 
-class PreferenceConfig(LoopConfig):
+class PreferenceConfig(TuningConfig):
     """The stage `preference`: DPO and its kin, on pairs of a chosen and a rejected answer. The defaults suit a real model."""
 
     shorthand: ClassVar[str | None] = "data"

@@ -6,6 +6,7 @@ log-probabilities of all answers; then no second model is held in memory and no 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bessemer.core.progress import Progress
-from bessemer.model.folder import load_model
+from bessemer.model.decoder import Decoder
 from bessemer.posttraining.preference.kto import MISMATCHED_REFERENCE
 from bessemer.posttraining.preference.labelled import has_mismatched, mismatched
 from bessemer.posttraining.preference.objective import REFERENCE_LOG_PROBS
@@ -25,14 +26,22 @@ from bessemer.training.trainee import Trainee
 
 
 def cached(
-    batch: Batch, name: str, model: Path, out: Path, runtime: Runtime, *, rows_at_once: int, progress: Progress
+    batch: Batch,
+    name: str,
+    load: Callable[[], Decoder],
+    out: Path,
+    runtime: Runtime,
+    *,
+    rows_at_once: int,
+    progress: Progress,
 ) -> Batch:
-    """A packed data set, training or validation, with what its objective asks of the reference, from files in `out`."""
+    """A packed data set, training or validation, with what its objective asks of the reference, which `load` gives, from files
+    in `out`."""
 
     def of(rows: Batch, kind: str) -> Batch:
         return with_reference(
             rows,
-            model,
+            load,
             out / f"reference-{name}{kind}.safetensors",
             runtime,
             rows_at_once=rows_at_once,
@@ -48,16 +57,22 @@ def cached(
 
 
 def with_reference(
-    batch: Batch, model: Path, path: Path, runtime: Runtime, *, rows_at_once: int, description: str, progress: Progress
+    batch: Batch,
+    load: Callable[[], Decoder],
+    path: Path,
+    runtime: Runtime,
+    *,
+    rows_at_once: int,
+    description: str,
+    progress: Progress,
 ) -> Batch:
-    """A packed data set with the log-probabilities of the model of a folder, (B, T), read from `path` where an earlier start of
-    the run has left them."""
+    """A packed data set with the log-probabilities of the model that `load` gives, (B, T), read from `path` where an earlier
+    start of the run has left them."""
     if path.exists():
         return batch.with_values(per_token=load_file(path))
     rows = batch.tokens_BT.shape[0]
     with runtime.running():
-        decoder = load_model(model, device=runtime.device, dtype=torch.float32)
-        trainee = Trainee({POLICY: PreparedModel(decoder, None)}, runtime)
+        trainee = Trainee({POLICY: PreparedModel(load(), None)}, runtime)
         parts = []
         with progress.task(description, total=rows, unit="rows") as bar, torch.no_grad():
             for start in range(0, rows, rows_at_once):

@@ -7,7 +7,7 @@ from typing import Any
 from bessemer.core.stage import Outside, StageContext, StageSpec
 from bessemer.posttraining.preference import report
 from bessemer.posttraining.preference.config import PREFERENCE_VERSION, PreferenceConfig
-from bessemer.training.specs import check_loop, loop_packages, rows_too_long, rows_too_long_for_existing
+from bessemer.training.specs import check_loop, loop_packages, model_not_merged, rows_too_long, rows_too_long_for_existing
 
 
 def _preference(context: StageContext) -> dict[str, Any]:
@@ -40,7 +40,8 @@ STAGES = (
         version=PREFERENCE_VERSION,
         needs={"model": "model"},
         makes={"model": "model"},
-        links={"model": "model"},
+        links={"model": "model", "adapter": "adapter"},
+        lacks=model_not_merged,
         example="preference: {data: [pairs.jsonl]}",
         remedy="retrain",
         budget_seconds=18,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.autotune import prepare_run
 from bessemer.training.data.batches import BatchSource
 from bessemer.training.run import OnStepEnd, run_training, validated_steps, validation_metrics
+from bessemer.training.starting_model import starting_model
 from bessemer.training.trainee import REFERENCE
 
 
@@ -43,9 +45,9 @@ def preference(
     """Train the model of folder `model` on pairs of answers, with `kto` on single ones; resumes from `out`.
 
     Writes below `out`: `model/`, `metrics.jsonl`, `autotune.json`, `checkpoints/`, and the reference's log-probabilities. The
-    reference is the model as it was; on several processes it is held beside the policy. Files named in the settings are
-    relative to `folder`. Returns the headline metrics. Raises SourceError for pairs that are missing or malformed, and what
-    `run_training` raises.
+    reference is the model as it was: on several processes it is held beside the policy, or is the policy without its adapter.
+    Files named in the settings are relative to `folder`. Returns the headline metrics. Raises SourceError for pairs that are
+    missing or malformed, and what `run_training` raises.
     """
     progress = progress or Silent()
     data = (labelled_data if config.loss == KTO else paired_data)(config, load_tokenizer(model), folder, seed)
@@ -68,8 +70,9 @@ def preference(
         rows_at_once = config.micro_batch_size or config.batch_size
         for name, batch in sets.items():
             if batch.tokens_BT.shape[0]:
-                sets[name] = cached(batch, name, model, out, runtime, rows_at_once=rows_at_once, progress=progress)
-    elif data.needs_reference:
+                load = partial(starting_model, model, config, runtime.device, seed)
+                sets[name] = cached(batch, name, load, out, runtime, rows_at_once=rows_at_once, progress=progress)
+    elif data.needs_reference and config.adapter is None:
         options["frozen"] = {REFERENCE: load_model(model, device=runtime.device, dtype=torch.float32)}
 
     def batches(config: PreferenceConfig, mesh: Mesh) -> BatchSource:

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from bessemer.distributed.gradients import whole_tensors
 from bessemer.distributed.mesh import Mesh
+from bessemer.model.adapter_folder import write_adapter
 from bessemer.model.decoder import Decoder
-from bessemer.model.folder import save_model
+from bessemer.model.folder import load_model, save_model
 from bessemer.model.initialisation import empty_decoder, fill
+from bessemer.model.trained_adapters import adapter_of, is_of_adapter, merged
+from bessemer.training.adapter_config import AdapterConfig
 from bessemer.training.checkpoint.manager import CHECKPOINTS, checkpoint_of_step, checkpoint_weights, newest_checkpoint
 from bessemer.training.checkpoint.state import AVERAGE
 from bessemer.training.config import LoopConfig
@@ -44,3 +50,46 @@ def save_trained(
             model = fill(empty_decoder(model.config), chosen)
         save_model(model, out / "model", tokenizer=tokenizer)
     mesh.wait()
+
+
+def save_trained_adapter(
+    model: Decoder,
+    settings: AdapterConfig,
+    out: Path,
+    *,
+    start: Path,
+    mesh: Mesh,
+    config: LoopConfig,
+    best: int | None = None,
+) -> None:
+    """Write `out/adapter`, a folder of PEFT's, and with `merge` the model with the adapter merged, `out/model`; which numbers
+    and what else, as `save_trained` does of weights.
+
+    start: the folder of the model that the run started from, whose weights the adapter is for. Of several processes rank 0
+    writes, and reads that model again to merge.
+    """
+    own = {name: parameter for name, parameter in model.named_parameters() if is_of_adapter(name)}
+    trained = whole_tensors(own, mesh)
+    if mesh.leads:
+        for ending, tensors in _chosen(trained, out, config, best).items():
+            adapter = adapter_of(model, tensors)
+            # mapped into memory, and as it was before its weights were quantised for this run
+            write_adapter(adapter, load_model(start), out / f"adapter{ending}")
+            if settings.merge:
+                base = model if mesh.alone else load_model(start, dtype=torch.float32)
+                save_model(merged(base, adapter), out / f"model{ending}", tokenizer=start)
+    mesh.wait()
+
+
+def _chosen(trained: dict[str, Tensor], out: Path, config: LoopConfig, best: int | None) -> dict[str, dict[str, Tensor]]:
+    """An adapter's tensors by the ending of the folder that is for them."""
+    if config.save == "best" and best is not None:
+        chosen = checkpoint_weights(checkpoint_of_step(out / CHECKPOINTS, best))
+    else:
+        chosen = trained
+    if config.ema is None:
+        return {"": chosen}
+    newest = newest_checkpoint(out / CHECKPOINTS)
+    assert newest is not None
+    average = checkpoint_weights(newest, f"others.{AVERAGE}.weights")
+    return {"": average, "-weights": chosen} if config.save == "ema" else {"": chosen, "-ema": average}

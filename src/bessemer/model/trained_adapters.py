@@ -1,0 +1,152 @@
+"""Low-rank adapters that are trained: parts of the model beside its frozen linear layers, with parameters of their own.
+
+    y = W x + s · B (A x)          A: (R, K), drawn uniformly in ±1/√K;   B: (N, R), zeros (Hu et al. 2021)
+
+So an adapter changes nothing before its first step. W may be kept in codes of 8 or 4 bits (Dettmers et al. 2023, QLoRA): no
+gradient is taken of it, and the gradient of its inputs goes through what the codes stand for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from bessemer.core.config import nearest
+from bessemer.core.errors import ConfigError
+from bessemer.core.seeds import derive_seed
+from bessemer.model.adapter_folder import adaptable_layers
+from bessemer.model.adapters import Adapter, Update
+from bessemer.model.decoder import Decoder
+from bessemer.model.initialisation import empty_decoder, fill
+from bessemer.model.quantisation.quantised_modules import dequantised_tensors
+
+# Shapes: N outputs, K inputs, R rank.
+
+#: The name of a linear layer's update among its children.
+_CHILD = "adapter"
+
+
+class LowRankUpdate(nn.Module):
+    """s · B (A x), added to what a linear layer gives for x."""
+
+    def __init__(self, outputs: int, inputs: int, rank: int, scale: float, dropout: float, device: torch.device) -> None:
+        super().__init__()
+        self.down = nn.Parameter(torch.empty(rank, inputs, device=device))
+        self.up = nn.Parameter(torch.zeros(outputs, rank, device=device))
+        self.scale = scale
+        self.dropout = dropout
+        self.is_on = True
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(…, K) to (…, N)."""
+        seen = functional.dropout(hidden, self.dropout, self.training) if self.dropout else hidden
+        return functional.linear(functional.linear(seen, self.down), self.up) * self.scale
+
+    def extra_repr(self) -> str:
+        """What torch prints of it."""
+        return f"rank={self.down.shape[0]}, scale={self.scale:g}"
+
+
+def add_adapters(
+    model: Decoder, *, rank: int, scale: float, dropout: float = 0.0, patterns: Sequence[str] = ()
+) -> dict[str, LowRankUpdate]:
+    """Freeze a model and give its linear layers updates to train, in place; returns them by the layers' names.
+
+    They lie where their layers do and in float32, and are to be initialised. patterns: of the layers' names or of their last
+    part; none: all that an adapter can change. Raises ConfigError for a pattern that no layer matches.
+    """
+    layers = adaptable_layers(model)
+    for pattern in patterns:
+        if not any(_matches(name, pattern) for name in layers):
+            known = list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
+            raise ConfigError(f"adapter.modules: no linear layer is called {pattern!r}{nearest(pattern, known)}")
+    model.requires_grad_(False)
+    for name, (outputs, inputs) in layers.items():
+        if patterns and not any(_matches(name, pattern) for pattern in patterns):
+            continue
+        layer = model.get_submodule(name)
+        device = next(iter((*layer.parameters(), *layer.buffers()))).device
+        layer.add_module(_CHILD, LowRankUpdate(outputs, inputs, rank, scale, dropout, device).train(layer.training))
+        layer.register_forward_hook(_add_update)
+    return adapters_of(model)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(name.rpartition(".")[2], pattern)
+
+
+def _add_update(layer: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
+    update = layer.get_submodule(_CHILD)
+    assert isinstance(update, LowRankUpdate)
+    return out + update(inputs[0]).to(out.dtype) if update.is_on else out
+
+
+def adapters_of(model: nn.Module) -> dict[str, LowRankUpdate]:
+    """The updates in training, by the names of their layers; empty for a model without an adapter."""
+    ending = f".{_CHILD}"
+    return {name.removesuffix(ending): part for name, part in model.named_modules() if isinstance(part, LowRankUpdate)}
+
+
+def initial_update(name: str, inputs: int, rank: int, seed: int) -> Tensor:
+    """A of the layer of a name, (R, K) float32: each draws from a generator of its own, so that all layouts begin alike."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, "adapter", name))
+    return torch.empty(rank, inputs).uniform_(-(inputs**-0.5), inputs**-0.5, generator=generator)
+
+
+def initial_tensors(layer: str, update: LowRankUpdate, seed: int) -> dict[str, Tensor]:
+    """A new update's tensors by their names in the model."""
+    rank, inputs = update.down.shape
+    return {
+        f"{layer}.{_CHILD}.down": initial_update(layer, inputs, rank, seed),
+        f"{layer}.{_CHILD}.up": torch.zeros(update.up.shape),
+    }
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """While entered, the model is what it was before its adapter."""
+    updates = adapters_of(model).values()
+    for update in updates:
+        update.is_on = False
+    try:
+        yield
+    finally:
+        for update in updates:
+            update.is_on = True
+
+
+def is_of_adapter(name: str) -> bool:
+    """Whether a tensor of a model is an adapter's, by its name."""
+    return f".{_CHILD}." in name
+
+
+def adapter_of(model: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> Adapter:
+    """The adapter in training, as the engine takes it and a folder holds it; its tensors are the model's own.
+
+    tensors: others by the parameters' names, such as those of a checkpoint.
+    """
+    found = {name: tensor.detach() for name, tensor in model.named_parameters()} if tensors is None else tensors
+    return Adapter(
+        {
+            name: Update(found[f"{name}.{_CHILD}.down"], found[f"{name}.{_CHILD}.up"], update.scale)
+            for name, update in adapters_of(model).items()
+        }
+    )
+
+
+@torch.no_grad()
+def merged(model: Decoder, adapter: Adapter) -> Decoder:
+    """A decoder of its own with W + s · B A for every weight that an adapter changes, in the weights' type, and else with the
+    model's tensors; codes are dequantised. An adapter in training is left out: pass `adapter_of(model)`."""
+    weights = {name: tensor for name, tensor in dequantised_tensors(model).items() if not is_of_adapter(name)}
+    for layer, (down_RK, up_NR, scale) in adapter.updates.items():
+        weight_NK = weights[f"{layer}.weight"]
+        wide = torch.promote_types(weight_NK.dtype, torch.float32)
+        change_NK = scale * up_NR.to(weight_NK.device, wide) @ down_RK.to(weight_NK.device, wide)
+        weights[f"{layer}.weight"] = (weight_NK.to(wide) + change_NK).to(weight_NK.dtype)
+    return fill(empty_decoder(model.config), weights).to(model.device)

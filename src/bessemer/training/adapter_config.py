@@ -1,0 +1,85 @@
+"""Settings of low-rank adapters in training, and of the stages that may train one. Imports no PyTorch."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import model_validator
+
+from bessemer.core.config import Config, setting
+from bessemer.training.config import LoopConfig
+
+#: Peak learning rate of an adapter: about ten times that of full tuning, whatever the rank (Schulman et al. 2025, "LoRA
+#: without regret").
+ADAPTER_LEARNING_RATE = 2e-4
+
+
+class AdapterConfig(Config):
+    """A low-rank adapter that is trained in place of the weights (LoRA; Hu et al. 2021)."""
+
+    shorthand: ClassVar[str | None] = "rank"
+
+    rank: int = setting(16, "Rank r of every update B A.", gt=0)
+    alpha: float = setting(32.0, "Updates are scaled by alpha / rank.", gt=0)
+    rslora: bool = setting(False, "Scale by alpha / √rank instead (Kalajdzievski 2023).")
+    dropout: float = setting(
+        0.0, "Share of a layer's inputs that its update does not see in a step; in one process.", ge=0, lt=1
+    )
+    modules: list[str] = setting(
+        description="Linear layers that are changed, by patterns of their names or of the last part, as in q_proj or "
+        "layers.[0-3].*; empty: all of attention, feed-forward and shared experts.",
+        default_factory=list,
+    )
+    quantize: Literal["int8", "int4"] | None = setting(
+        None,
+        "Hold the frozen weights of the blocks in 8 or 4 bits (QLoRA; Dettmers et al. 2023); absent: as the model's folder has "
+        "them, which may be quantised itself.",
+    )
+    merge: bool = setting(
+        True,
+        "Also write model/, the weights with the adapter merged into them, which a later stage can read; false: the adapter "
+        "alone.",
+    )
+
+    @property
+    def scale(self) -> float:
+        """The factor of B A."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+
+class TuningConfig(LoopConfig):
+    """Settings of the stages that tune a trained model: whole, or by an adapter."""
+
+    adapter: AdapterConfig | None = setting(
+        None,
+        "Train a low-rank adapter and leave the weights as they are (docs/adapters.md), with AdamW at 2e-4 where nothing else "
+        "is said. Absent: all weights.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _suit_adapter(cls, values: Any) -> Any:
+        """Optimizer and learning rate of an adapter, where they are not given."""
+        if not isinstance(values, dict) or values.get("adapter") is None:
+            return values
+        values = {"optimizer": "adamw", "learning_rate": ADAPTER_LEARNING_RATE, **values}
+        if not isinstance(values["adapter"], (dict, AdapterConfig)):
+            values["adapter"] = {AdapterConfig.shorthand: values["adapter"]}
+        return values
+
+    @model_validator(mode="after")
+    def _check_adapter(self) -> Self:
+        if self.adapter is None:
+            return self
+        if self.float8:
+            raise ValueError("float8: of weights that are trained, and an adapter leaves them as they are")
+        parallel = self.parallel
+        split = next((axis for axis in ("context", "tensor", "pipeline", "expert") if getattr(parallel, axis) > 1), None)
+        if split is not None:
+            raise ValueError(f"parallel.{split}: an adapter is trained under data_replicate and data_shard alone")
+        return self
+
+    @property
+    def low_rank(self) -> AdapterConfig | None:
+        """The adapter that is trained."""
+        return self.adapter

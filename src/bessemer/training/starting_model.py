@@ -1,0 +1,82 @@
+"""The model that a run starts from, with the adapter that the settings ask for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bessemer.core.errors import ConfigError
+from bessemer.core.seeds import derive_seed
+from bessemer.distributed.mesh import Mesh
+from bessemer.model.decoder import Decoder
+from bessemer.model.folder import load_model
+from bessemer.model.folder_config import holds_codes, refuse_quantised
+from bessemer.model.quantisation.config import QuantizeConfig
+from bessemer.model.quantisation.quantise import quantise
+from bessemer.model.quantised_linear import quantised_parts
+from bessemer.model.score_head import load_scorer
+from bessemer.model.trained_adapters import add_adapters, initial_tensors
+from bessemer.training.config import LoopConfig
+
+#: Weights that share a scale in a frozen base of 4 bits.
+_GROUP = 32
+
+
+def check_start(config: LoopConfig, folder: Path, mesh: Mesh) -> None:
+    """Raise ArtefactError or ConfigError for a model of codes where weights are trained, or where processes share them."""
+    if config.low_rank is None:
+        refuse_quantised(folder)
+    elif not mesh.alone:
+        if config.low_rank.quantize is not None or holds_codes(folder):
+            raise ConfigError(
+                f"adapter: a quantised model is trained beside in one process, and this job has {mesh.layout.world_size}; "
+                "leave adapter.quantize out and take a model that is not quantised"
+            )
+        if config.low_rank.dropout:
+            raise ConfigError("adapter.dropout: in one process; leave it out under a mesh")
+
+
+def starting_model(folder: Path, config: LoopConfig, device: torch.device | str, seed: int) -> Decoder:
+    """The model of a folder, in float32, with a new adapter where the settings ask for one; whole on this process. With a
+    scalar head where the settings train scores.
+
+    Raises ConfigError for a base whose activations are quantised, and a pattern of layers that there are not.
+    """
+    if config.scores:
+        return load_scorer(folder, device, torch.float32, seed=head_seed(seed))
+    model = load_model(folder, device=device, dtype=torch.float32)
+    settings = config.low_rank
+    if settings is None:
+        return model
+    if settings.quantize is not None and not quantised_parts(model):
+        group = _GROUP if settings.quantize == "int4" else None
+        quantise(model, QuantizeConfig(scheme=settings.quantize, group_size=group, head="none"))
+    coarse = next((part for part in quantised_parts(model).values() if not part.scheme.is_weight_only), None)
+    if coarse is not None:
+        raise ConfigError(
+            f"{folder}: its activations are quantised too ({coarse.scheme.name}), through which no gradient flows; take int8 or "
+            "int4"
+        )
+    model.load_state_dict(new_adapter(model, config, seed), strict=False)
+    return model
+
+
+def head_seed(seed: int) -> int:
+    """Of the new scalar head of a run with this seed."""
+    return derive_seed(seed, "score head")
+
+
+def new_adapter(model: Decoder, config: LoopConfig, seed: int) -> dict[str, Tensor]:
+    """Freeze a model, in place, and put the adapter that the settings ask for beside it; returns its first numbers by their
+    names. Nothing is done, and nothing returned, where they ask for none."""
+    settings = config.low_rank
+    if settings is None:
+        return {}
+    updates = add_adapters(
+        model, rank=settings.rank, scale=settings.scale, dropout=settings.dropout, patterns=tuple(settings.modules)
+    )
+    return {
+        name: numbers for layer, update in updates.items() for name, numbers in initial_tensors(layer, update, seed).items()
+    }

@@ -1,0 +1,152 @@
+"""The stages `sft` and `preference` by an adapter: what they write, resume, and leave as it was."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bessemer.core.errors import ConfigError
+from bessemer.core.hashing import hash_file
+from bessemer.core.metrics import read_metrics
+from bessemer.model.adapter_folder import read_adapter
+from bessemer.model.adapters import adapted
+from bessemer.model.folder import load_model, save_model
+from bessemer.model.quantisation.config import QuantizeConfig
+from bessemer.model.quantisation.quantise import quantise
+from bessemer.posttraining.config import SFTConfig
+from bessemer.posttraining.preference.config import PreferenceConfig
+from bessemer.posttraining.preference.stage import preference
+from bessemer.posttraining.sft import sft
+from bessemer.training.checkpoint.manager import CHECKPOINTS, checkpoint_of_step, checkpoint_weights, newest_checkpoint
+from tests.posttraining.test_formats import said
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TOKENS = torch.randint(0, 320, (2, 24), generator=torch.Generator().manual_seed(0))
+SETTINGS = {
+    "steps": 6,
+    "batch_size": 4,
+    "context_length": 96,
+    "dtype": "float32",
+    "compile": False,
+    "validation_share": 0.2,
+    "diagnostics_every": 0,
+    "learning_rate": 5e-3,
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("chat") / "chat.jsonl"
+    rows = [{"messages": [said("user", f"Say {n}."), said("assistant", f"{n} it is.")]} for n in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def int4_folder(model_folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("int4") / "model"
+    model = load_model(model_folder)
+    quantise(model, QuantizeConfig(scheme="int4", group_size=32))
+    save_model(model, out, tokenizer=model_folder)
+    return out
+
+
+def run(folder, data, out, adapter=4, **changes):
+    out.mkdir(exist_ok=True)
+    config = SFTConfig.parse({"data": [str(data)], "adapter": adapter, **SETTINGS, **changes}, "sft")
+    return sft(config, folder, None, out, seed=3, device="cpu")
+
+
+def contents(folder):
+    return {path.name: hash_file(path) for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("quantised", [False, True], ids=["float", "int4"])
+def test_an_adapter_is_trained_written_and_merged_and_its_base_stays(request, model_folder, data, tmp_path, quantised):
+    start = request.getfixturevalue("int4_folder") if quantised else model_folder
+    before = contents(start)
+    summary = run(start, data, tmp_path)
+    assert contents(start) == before
+    lines = [line["validation_loss"] for line in read_metrics(tmp_path / "metrics.jsonl") if "validation_loss" in line]
+    assert lines[-1] < lines[0] - 0.05
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert summary["adapter_parameters"] == sum(tensor.numel() for tensor in weights.values())
+    base = load_model(start).requires_grad_(False)
+    with adapted(base, [(read_adapter(tmp_path / "adapter", base), None)]):
+        served = base(TOKENS)
+    torch.testing.assert_close(load_model(tmp_path / "model")(TOKENS), served, rtol=1e-5, atol=1e-5)
+    assert (served - base(TOKENS)).abs().max() > 0.01
+    held = checkpoint_weights(newest_checkpoint(tmp_path / CHECKPOINTS))
+    assert held and all(".adapter." in name for name in held)
+
+
+def test_a_killed_run_goes_on_bit_for_bit(model_folder, data, tmp_path):
+    adapter = {"rank": 4, "dropout": 0.1, "quantize": "int8", "merge": False}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for place in (whole, cut):
+        run(model_folder, data, place, adapter, checkpoint_every=3)
+    # what an interruption after step 3 leaves
+    for path in (cut / CHECKPOINTS).glob("*6*"):
+        shutil.rmtree(path)
+    shutil.rmtree(cut / "adapter")
+    run(model_folder, data, cut, adapter, checkpoint_every=3)
+    assert contents(whole / "adapter") == contents(cut / "adapter")
+    assert not (whole / "model").exists()
+
+
+@pytest.mark.slow
+def test_an_adapter_of_weights_that_were_quantised_for_training_fits_the_folder_that_it_began_with(
+    model_folder, int4_folder, data, tmp_path
+):
+    run(model_folder, data, tmp_path, {"rank": 4, "quantize": "int4"})
+    for folder in (model_folder, int4_folder):
+        assert read_adapter(tmp_path / "adapter", load_model(folder)).updates
+
+
+@pytest.mark.slow
+def test_averages_and_the_best_weights_are_of_the_adapter(model_folder, data, tmp_path):
+    run(model_folder, data, tmp_path, ema=0.5, save="ema", evaluate_every=3)
+    average, last = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "adapter-weights"))
+    assert any(not torch.equal(average[name], last[name]) for name in last)
+    assert (tmp_path / "model-weights").is_dir()
+    best = tmp_path / "best"
+    run(model_folder, data, best, save="best", evaluate_every=3, learning_rate=0.5)
+    step = min(
+        (line["validation_loss"], line["step"]) for line in read_metrics(best / "metrics.jsonl") if "validation_loss" in line
+    )[1]
+    held = checkpoint_weights(checkpoint_of_step(best / CHECKPOINTS, step))
+    written = load_file(best / "adapter" / "adapter_model.safetensors")
+    name = "layers.0.mlp.down_proj"
+    assert torch.equal(written[f"base_model.model.model.{name}.lora_B.weight"], held[f"{name}.adapter.up"])
+
+
+def test_the_defaults_are_those_of_an_adapter_where_nothing_else_is_said():
+    config = SFTConfig.parse({"data": ["a.jsonl"], "adapter": {"rank": 8}})
+    assert (config.learning_rate, config.optimizer, config.adapter.scale) == (2e-4, "adamw", 4.0)
+    given = SFTConfig.parse({"data": ["a.jsonl"], "adapter": 8, "learning_rate": 1e-3, "optimizer": "lion"})
+    assert (given.learning_rate, given.optimizer, given.with_changes(steps=3).learning_rate) == (1e-3, "lion", 1e-3)
+    assert SFTConfig.parse({"data": ["a.jsonl"], "adapter": {"rank": 16, "rslora": True}}).adapter.scale == 8.0
+
+
+def test_what_an_adapter_cannot_be_trained_with_is_told_in_one_line(int4_folder, model_folder, data, tmp_path):
+    with pytest.raises(ConfigError, match=r"parallel.tensor: an adapter is trained under data_replicate and data_shard alone"):
+        SFTConfig.parse({"data": ["a.jsonl"], "adapter": 8, "parallel": {"tensor": 2}})
+    model = load_model(model_folder)
+    quantise(model, QuantizeConfig(scheme="w8a8"))
+    save_model(model, tmp_path / "w8a8", tokenizer=model_folder)
+    with pytest.raises(ConfigError, match=r"its activations are quantised too \(w8a8\)"):
+        run(tmp_path / "w8a8", data, tmp_path / "out")
+
+
+def test_a_preference_run_begins_at_its_reference(model_folder, tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": [said("user", f"Say {n}.")], "chosen": f"YES {n}", "rejected": f"no {n}"} for n in range(24)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = SETTINGS | {"data": [str(path)], "adapter": {"rank": 4, "quantize": "int8"}, "learning_rate": 2e-2, "steps": 12}
+    summary = preference(PreferenceConfig.parse(settings), model_folder, tmp_path, seed=3, device="cpu")
+    first = read_metrics(tmp_path / "metrics.jsonl")[0]
+    assert first["loss"] == pytest.approx(0.6931, abs=1e-4) and first["margin"] == pytest.approx(0, abs=1e-5)
+    assert summary["validation_accuracy"] == 1.0
