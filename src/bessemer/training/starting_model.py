@@ -20,8 +20,11 @@ from bessemer.model.score_head import load_scorer
 from bessemer.model.trained_adapters import add_adapters, initial_tensors
 from bessemer.training.config import LoopConfig
 
-#: Weights that share a scale in a frozen base of 4 bits.
-_GROUP = 32
+#: How the weights of the blocks are held while an adapter is trained beside them.
+_FROZEN = {
+    "int8": QuantizeConfig(scheme="int8", head="none"),
+    "int4": QuantizeConfig(scheme="int4", group_size=32, head="none"),
+}
 
 
 def check_start(config: LoopConfig, folder: Path, mesh: Mesh) -> None:
@@ -51,13 +54,12 @@ def starting_model(folder: Path, config: LoopConfig, device: torch.device | str,
     if settings is None:
         return model
     if settings.quantize is not None and not quantised_parts(model):
-        group = _GROUP if settings.quantize == "int4" else None
-        quantise(model, QuantizeConfig(scheme=settings.quantize, group_size=group, head="none"))
+        quantise(model, _FROZEN[settings.quantize])
     coarse = next((part for part in quantised_parts(model).values() if not part.scheme.is_weight_only), None)
     if coarse is not None:
         raise ConfigError(
-            f"{folder}: its activations are quantised too ({coarse.scheme.name}), through which no gradient flows; take int8 or "
-            "int4"
+            f"{folder}: its activations are quantised too ({coarse.scheme.name}), through which no gradient flows; take int8 "
+            "or int4"
         )
     model.load_state_dict(new_adapter(model, config, seed), strict=False)
     return model

@@ -1,0 +1,74 @@
+"""An adapter that is trained on two processes is that of one, and its base is the reference there too."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bessemer.core.errors import ConfigError
+from bessemer.core.metrics import read_metrics
+from bessemer.core.progress import Silent
+from bessemer.model.config import ModelConfig
+from bessemer.model.folder import save_model
+from bessemer.model.initialisation import initial_decoder
+from bessemer.training.adapter_config import TuningConfig
+from bessemer.training.checkpoint.manager import CHECKPOINTS, checkpoint_weights, newest_checkpoint
+from bessemer.training.run import run_training
+from tests.cases import slow
+
+from .parity import DENSE, SETTINGS, RandomBatches
+
+
+def trained(folder, out, parallel, **adapter):
+    """Train an adapter of the folder's model, and log what its base says of each batch."""
+    given = {"rank": 4, "alpha": 16, **adapter}
+    config = TuningConfig.parse(SETTINGS | {"steps": 3, "learning_rate": 1e-2, "parallel": parallel, "adapter": given})
+    source = RandomBatches(config.batch_size, config.context_length, DENSE["vocab_size"])
+
+    def prepare(config, decoder, mesh):
+        def of_reference(finished, trainer):
+            log_probs_BT = trainer.trainee.log_probs(trainer.read(source, 0))
+            return {"reference": float(mesh.sum(log_probs_BT.sum(), mesh.layout.tensor))}
+
+        return of_reference
+
+    options = {"seed": 1, "device": "cpu", "progress": Silent(), "description": "train"}
+    run_training(config, folder, out, lambda config, mesh: source, prepare=prepare, **options)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("start") / "model"
+    save_model(initial_decoder(ModelConfig(**DENSE), seed=3), folder, tokenizer=None)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(start, tmp_path_factory):
+    out = tmp_path_factory.mktemp("alone")
+    trained(start, out, {})
+    return out
+
+
+@pytest.mark.parametrize("parallel", [{"data_shard": 2}, slow({"data_replicate": 2})], ids=str)
+def test_two_ranks_train_the_adapter_of_one(two, start, alone, tmp_path, parallel):
+    two.run(trained, folder=start, out=tmp_path, parallel=parallel)
+    for name in ("adapter/adapter_model.safetensors", "model/model.safetensors"):
+        found, wanted = load_file(tmp_path / name), load_file(alone / name)
+        for key, tensor in wanted.items():
+            torch.testing.assert_close(found[key], tensor, rtol=1e-4, atol=1e-5, msg=key)
+    for found, wanted in zip(read_metrics(tmp_path / "metrics.jsonl"), read_metrics(alone / "metrics.jsonl"), strict=True):
+        assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
+        assert found["reference"] == pytest.approx(wanted["reference"], rel=1e-5)
+    held = checkpoint_weights(newest_checkpoint(tmp_path / CHECKPOINTS))
+    assert held and all(".adapter." in name for name in held)
+
+
+def test_a_quantised_base_is_refused_on_several_processes(two, start, tmp_path):
+    answers = two.run(refusal, folder=start, out=tmp_path)
+    assert all("a quantised model is trained beside in one process, and this job has 2" in answer for answer in answers)
+
+
+def refusal(folder, out):
+    with pytest.raises(ConfigError) as raised:
+        trained(folder, out, {"data_shard": 2}, quantize="int8")
+    return str(raised.value)
