@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from bessemer.core.errors import SourceError
+from bessemer.core.errors import ArtefactError, BessemerError
 from bessemer.core.hashing import hash_value
 from bessemer.posttraining.conversations import Conversation, read_conversations, write_conversations
 
@@ -13,8 +13,8 @@ GOOD = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "co
     "line, problem",
     [
         ("{", "Expecting property name"),
-        ("[]", "'messages'"),
-        ('{"messages": []}', "'messages'"),
+        ("[]", "must be an object"),
+        ('{"messages": []}', "messages: must be a list of at least one message"),
         ('{"messages": ["a"]}', "message 1: must be an object"),
         ('{"messages": [{"role": "user", "content": 3}]}', "message 1: the content must be text"),
         ('{"messages": [{"role": "human", "content": "a"}]}', "message 1: the role must be .* got 'human'"),
@@ -23,13 +23,14 @@ GOOD = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "co
         ('{"messages": [{"role": "assistant", "tool_calls": [{"name": "f"}]}]}', "message 1: tool_calls must be"),
         ('{"messages": [{"role": "assistant", "content": "a"}], "tools": [{}]}', "tool 0: must be"),
         ('{"messages": [{"role": "assistant", "content": "a"}], "tools": "["}', "Expecting value"),
-        ("[" * 100_000, ""),
+        ("[" * 100_000, "is nested too deeply"),
+        ('{"text": "a"}', "is in no known format: it has 'text'"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line, problem):
     path = tmp_path / "chat.jsonl"
     path.write_text(json.dumps(GOOD) + "\n\n" + line + "\n")
-    with pytest.raises(SourceError, match=f"chat.jsonl:3: .*{problem}") as error:
+    with pytest.raises(BessemerError, match=f"chat.jsonl:3: .*{problem}") as error:
         read_conversations(path)
     assert "\n" not in str(error.value)
 
@@ -37,21 +38,21 @@ def test_a_bad_line_is_named(tmp_path, line, problem):
 def test_bytes_that_are_no_utf8_are_named_by_their_line(tmp_path):
     path = tmp_path / "chat.jsonl"
     path.write_bytes(b'{"messages": "\xff"}\n')
-    with pytest.raises(SourceError, match=r"chat\.jsonl:1: "):
+    with pytest.raises(ArtefactError, match=r"chat\.jsonl:1: is not UTF-8 text"):
         read_conversations(path)
 
 
 def test_a_missing_and_an_empty_file_are_refused(tmp_path):
-    with pytest.raises(SourceError, match="cannot be read"):
+    with pytest.raises(ArtefactError, match="no such file"):
         read_conversations(tmp_path / "none.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(SourceError, match="holds no conversation"):
+    with pytest.raises(ArtefactError, match="holds no rows"):
         read_conversations(tmp_path / "empty.jsonl")
 
 
 def test_what_is_written_is_read_back(tmp_path):
     messages = ({"role": "user", "content": "ä\u2028\nb"}, {"role": "assistant", "content": "<|im_end|>"})
-    write_conversations(tmp_path / "c.jsonl", [Conversation(messages, "here")])
+    write_conversations(tmp_path / "c.jsonl", [Conversation.of(messages, "here")])
     assert [conversation.messages for conversation in read_conversations(tmp_path / "c.jsonl")] == [messages]
 
 
@@ -63,11 +64,60 @@ def test_calls_of_tools_and_the_tools_are_read_and_written_back(tmp_path):
         {"role": "tool", "content": "2", "name": "add"},
     )
     tools = ({"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}},)
-    write_conversations(tmp_path / "c.jsonl", [Conversation(messages, "here", tools)])
+    write_conversations(tmp_path / "c.jsonl", [Conversation.of(messages, "here", tools)])
     [read] = read_conversations(tmp_path / "c.jsonl")
     assert (read.messages, read.tools) == (messages, tools)
-    assert read.id != Conversation(messages, "here").id
+    assert read.id != Conversation.of(messages, "here").id
 
 
 def test_a_conversation_without_tools_keeps_the_id_that_splits_it():
-    assert Conversation(tuple(GOOD["messages"]), "here").id == hash_value(GOOD["messages"])
+    assert Conversation.of(GOOD["messages"], "here").id == hash_value(GOOD["messages"])
+
+
+CSV = "prompt,completion,label\nHello?,Hello.,greeting\n"
+ROWS = {
+    "share.jsonl": '{"conversations": [{"from": "human", "value": "Hello?"}, {"from": "gpt", "value": "Hello."}]}\n',
+    "alpaca.json": '[{"instruction": "Hello?", "input": "", "output": "Hello."}]',
+    "chat.jsonl": '{"prompt": [{"role": "user", "content": "Hello?"}], "completion": "Hello."}\n',
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_of_other_formats_are_conversations(tmp_path, name):
+    (tmp_path / name).write_text(ROWS[name])
+    [read] = read_conversations(tmp_path / name)
+    assert [(one["role"], one["content"]) for one in read.messages] == [("user", "Hello?"), ("assistant", "Hello.")]
+    write_conversations(tmp_path / "again.jsonl", [read])
+    [again] = read_conversations(tmp_path / "again.jsonl")
+    assert (again.answered, again.id) == (read.answered, read.id)
+
+
+def test_a_table_is_texts_without_roles_or_a_conversation_by_the_names_of_its_columns(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text(CSV)
+    [texts] = read_conversations(path)
+    assert (texts.answered.prompt, texts.answered.answer, texts.messages) == ("Hello?", "Hello.", ())
+    [named] = read_conversations(path, ("prompt", "label"))
+    assert [one["content"] for one in named.messages] == ["Hello?", "greeting"]
+    write_conversations(tmp_path / "again.jsonl", [texts, named])
+    assert [one.answered for one in read_conversations(tmp_path / "again.jsonl")] == [texts.answered, named.answered]
+
+
+@pytest.mark.parametrize(
+    ("table", "problem"),
+    [
+        (CSV.replace(",", ";"), r"t.csv:1: its columns are separated by semicolons, and a .csv's by commas"),
+        (CSV.replace(",", "\t"), r"t.csv:1: its columns are separated by tabs"),
+        (CSV.encode("utf-16"), r"t.csv:1: is not UTF-8 text; save the file as UTF-8"),
+        ("a,b\nx,y\n", r"t.csv:2: has no column 'prompt'; known: a, b"),
+        ("prompt,anwser\nx,y\n", r"t.csv:2: has no column 'answer'; did you mean 'anwser'"),
+        ("prompt,answer\nHello?,Hello.\nHello?,\n", r"t.csv:3: needs a text under 'answer', which is empty"),
+        ("prompt,answer\nHello?,  \n", r"t.csv:2: needs a text under 'answer', which holds '  '"),
+    ],
+)
+def test_a_table_that_cannot_be_learnt_from_is_told_in_one_line(tmp_path, table, problem):
+    path = tmp_path / "t.csv"
+    path.write_bytes(table if isinstance(table, bytes) else table.encode())
+    with pytest.raises(BessemerError, match=problem) as error:
+        read_conversations(path, ("prompt", "answer"))
+    assert "\n" not in str(error.value)

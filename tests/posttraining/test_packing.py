@@ -14,7 +14,7 @@ def conversation(question, *answers):
     messages = []
     for answer in answers:
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return Conversation(tuple(messages), "test")
+    return Conversation.of(messages, "test")
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_calls_of_tools_are_targets_and_their_results_are_not(tokenizer):
         {"role": "tool", "content": "2"},
         {"role": "assistant", "content": "Two."},
     )
-    example = encode_conversation(Conversation(messages, "test", ({"name": "add", "description": "Adds."},)), tokenizer, 800)
+    example = encode_conversation(Conversation.of(messages, "test", [{"name": "add", "description": "Adds."}]), tokenizer, 800)
     targets = tokenizer.decode(example.targets[example.targets != IGNORE_INDEX].tolist(), skip_special=False)
     assert targets == '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>Two.<|im_end|>'
     assert "Adds." in tokenizer.decode(example.tokens.tolist())

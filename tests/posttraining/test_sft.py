@@ -102,7 +102,7 @@ def test_a_file_is_split_by_the_hash_of_each_conversation(tmp_path):
 
 def test_the_fingerprint_follows_the_files_content(tmp_path):
     config = SFTConfig(data=["chat.jsonl"])
-    with pytest.raises(SourceError, match="no such file of conversations"):
+    with pytest.raises(SourceError, match="there is no such file"):
         data_fingerprint(config, tmp_path)
     prints = []
     for answer in ("a", "b"):

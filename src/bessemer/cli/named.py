@@ -51,7 +51,9 @@ def example_questions(model: Path, count: int = 3) -> list[str]:
     from itertools import islice
 
     with path.open(encoding="utf-8") as lines:
-        return [json.loads(line)["messages"][0]["content"] for line in islice(lines, count)]
+        records = [json.loads(line) for line in islice(lines, count)]
+    turns = [record.get("messages", record.get("prompt")) for record in records]
+    return [turn if isinstance(turn, str) else turn[0]["content"] for turn in turns]
 
 
 def speculation(named: str | None) -> dict[str, Any]:

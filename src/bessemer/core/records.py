@@ -61,11 +61,22 @@ def read_records(path: Path) -> list[Record]:
         records = list(reader(path))
     except FileNotFoundError:
         raise ArtefactError(f"{path}: no such file") from None
-    except UnicodeDecodeError as error:
-        raise ArtefactError(f"{path}: is not UTF-8 text (byte {error.start})") from None
+    except UnicodeDecodeError:
+        raise ArtefactError(f"{path}:{_undecodable_line(path)}: is not UTF-8 text; save the file as UTF-8") from None
     if not records:
         raise ArtefactError(f"{path}: holds no rows")
     return records
+
+
+def _undecodable_line(path: Path) -> int:
+    """The first line that is not UTF-8."""
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError:
+                return number
+    raise AssertionError(path)
 
 
 def _read_jsonl(path: Path) -> Iterator[Record]:
@@ -77,6 +88,8 @@ def _read_jsonl(path: Path) -> Iterator[Record]:
                 values = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ArtefactError(f"{path}:{number}: is not JSON ({error.msg})") from None
+            except RecursionError:
+                raise ArtefactError(f"{path}:{number}: is nested too deeply") from None
             if not isinstance(values, dict):
                 raise ArtefactError(f"{path}:{number}: must be an object, it is a {type(values).__name__}")
             yield Record(values, number, f"{path}:{number}")
@@ -98,6 +111,10 @@ def _read_json(path: Path) -> Iterator[Record]:
 def _read_csv(path: Path) -> Iterator[Record]:
     with path.open(encoding="utf-8-sig", newline="") as stream:
         rows = csv.DictReader(stream, strict=True)
+        header = rows.fieldnames or ()
+        other = next((name for sign, name in _OTHER_SEPARATORS.items() if len(header) == 1 and sign in header[0]), None)
+        if other is not None:
+            raise ArtefactError(f"{path}:1: its columns are separated by {other}, and a .csv's by commas; save it with commas")
         # a row ends at `line_num`, and may span several lines
         start = 2
         try:
@@ -122,9 +139,15 @@ def _read_parquet(path: Path) -> Iterator[Record]:
         yield Record(row, number, f"{path}, row {number}")
 
 
+#: What separates the columns of tables that are not CSV.
+_OTHER_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
+
 _READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,
     ".parquet": _read_parquet,
 }
+
+#: Endings of the files that `read_records` reads.
+TABLES = tuple(_READERS)

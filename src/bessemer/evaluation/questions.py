@@ -14,6 +14,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bessemer.core.errors import ArtefactError
 from bessemer.core.progress import Progress
@@ -64,9 +65,18 @@ def read_questions(conversations: Path, count: int, seed: int) -> list[Question]
     return questions
 
 
+def _messages(record: dict[str, Any]) -> list[dict[str, str]] | None:
+    """The messages of a conversation; None of a text without roles."""
+    if "messages" in record:
+        return list(record["messages"])
+    prompt, completion = record["prompt"], record["completion"]
+    return None if isinstance(prompt, str) else [*prompt, *completion]
+
+
 def _read_conversations(path: Path) -> list[list[dict[str, str]]]:
     try:
-        conversations = [json.loads(line)["messages"] for line in path.read_text(encoding="utf-8").splitlines() if line]
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+        conversations = [messages for record in records if (messages := _messages(record)) is not None]
     except FileNotFoundError:
         raise ArtefactError(f"{path}: no such file of conversations") from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal, Self
 
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
 from bessemer.core.config import nearest, setting
+from bessemer.core.records import TABLES
 from bessemer.training.adapter_config import TuningConfig
 
 #: Raised when the same settings and inputs give other weights or conversations than before (golden outputs in the tests).
@@ -22,14 +23,36 @@ class SFTConfig(TuningConfig):
     shorthand: ClassVar[str | None] = "data"
 
     data: list[str] = setting(
-        description=f"Conversations: {DOCS_QUESTIONS}, or files of JSON lines like {{messages: [{{role, content}}, …]}}.",
+        description=f"Conversations: {DOCS_QUESTIONS}, or files of rows, as JSON lines, JSON, CSV or Parquet: {{messages}}, "
+        "{prompt, completion}, ShareGPT's {conversations}, Alpaca's {instruction, input, output} (docs/post-training-data.md).",
         default_factory=lambda: [DOCS_QUESTIONS],
         min_length=1,
     )
+    prompt_column: str | None = setting(None, "Column of the questions, for tables of other names; with answer_column.")
+    answer_column: str | None = setting(None, "Column of the answers.")
     train_questions: int = setting(600, f"Questions of {DOCS_QUESTIONS} to train on.", gt=0)
     validation_questions: int = setting(200, f"Questions of {DOCS_QUESTIONS} about documents held out, never trained on.", ge=0)
     validation_share: float = setting(0.05, "Fraction of a file's conversations that is held out.", ge=0, lt=1)
     epochs: float = setting(15.0, "Passes over the conversations; without effect when steps is given.", gt=0)
+
+    pretraining_share: float = setting(
+        0.0,
+        "Share of the rows that are plain text of the run's token shards, learnt whole, so that the model does not forget what "
+        "it was pretrained on; the steps of an epoch are as many more.",
+        ge=0,
+        lt=1,
+    )
+    loss: Literal["cross_entropy", "dft"] = setting(
+        "cross_entropy",
+        "dft: each token's cross-entropy times its probability, so that what the model finds unlikely pulls less (Wu et al. "
+        "2025, arXiv 2508.05629).",
+    )
+    neftune_alpha: float | None = setting(
+        None,
+        "Noise on the embeddings in training, uniform within ± alpha / √(tokens × channels of a row) (Jain et al. 2023, "
+        "NEFTune: 5); in one process. Absent: none.",
+        gt=0,
+    )
 
     learning_rate: float = setting(2e-3, "Peak learning rate.", gt=0)
     warmup_fraction: float | None = setting(
@@ -48,6 +71,26 @@ class SFTConfig(TuningConfig):
     @classmethod
     def _known_data(cls, names: list[str]) -> list[str]:
         for name in names:
-            if name != DOCS_QUESTIONS and not name.endswith(".jsonl"):
-                raise ValueError(f"{name!r} is neither a .jsonl file nor made data{nearest(name, [DOCS_QUESTIONS])}")
+            if name != DOCS_QUESTIONS and not name.endswith(TABLES):
+                known = nearest(name, [DOCS_QUESTIONS])
+                raise ValueError(f"{name!r} is neither a file of rows ({', '.join(TABLES)}) nor made data{known}")
         return names
+
+    @model_validator(mode="after")
+    def _check_columns(self) -> Self:
+        if (self.prompt_column is None) != (self.answer_column is None):
+            raise ValueError("prompt_column and answer_column go together")
+        return self
+
+    @model_validator(mode="after")
+    def _check_loss(self) -> Self:
+        if self.loss == "dft" and self.z_loss:
+            raise ValueError("z_loss: beside cross_entropy, not beside dft")
+        return self
+
+    @property
+    def columns(self) -> tuple[str, str] | None:
+        """The columns of questions and of answers, where they are named."""
+        if self.prompt_column is None or self.answer_column is None:
+            return None
+        return self.prompt_column, self.answer_column

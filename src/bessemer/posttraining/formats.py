@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bessemer.core.config import nearest
 from bessemer.tokenization.chat import checked_messages, checked_tools
 
 Message = dict[str, Any]
@@ -88,6 +89,22 @@ def as_answered(row: Mapping[str, Any]) -> Answered:
         f"is in no known format: it has {_named(row)}; wanted are messages, conversations, prompt and completion, or "
         "instruction and output"
     )
+
+
+def answer_in_columns(row: Mapping[str, Any], columns: tuple[str, str]) -> Answered:
+    """A row whose question and answer stand in two columns, as a conversation. Raises ValueError or RequestError, in one
+    line."""
+    for name in columns:
+        if name not in row:
+            raise ValueError(f"has no column {name!r}{nearest(name, list(row))}")
+    question, answer = (_cell(row, name) for name in columns)
+    return Answered(_messages([_said("user", question)], columns[0]), _spoken([_said("assistant", answer)], columns[1]))
+
+
+def _cell(row: Mapping[str, Any], name: str) -> str:
+    """A cell that holds text or a number."""
+    value = row[name]
+    return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else _text(row, name)
 
 
 def as_pair(row: Mapping[str, Any]) -> Pair:
@@ -250,7 +267,8 @@ def _said(role: str, content: str) -> Message:
 def _text(row: Mapping[str, Any], key: str) -> str:
     value = row.get(key)
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"needs a text under {key!r}; it has {value!r}"[:200])
+        said = "is empty" if value is None or value == "" else f"holds {value!r}"
+        raise ValueError(f"needs a text under {key!r}, which {said}"[:200])
     return value
 
 

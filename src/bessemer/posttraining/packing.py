@@ -12,6 +12,7 @@ import torch
 from bessemer.core.hashing import hash_bytes, hash_value
 from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.posttraining.conversations import Conversation
+from bessemer.posttraining.encoding import encode_answer
 from bessemer.tokenization.tokenizer import Tokenizer
 from bessemer.training.data.batches import IGNORE_INDEX, Batch, StatelessBatches, rows_of_step
 from bessemer.training.data.packing import best_fit, pack_rows
@@ -26,12 +27,13 @@ class Example:
 
 
 def encode_conversation(conversation: Conversation, tokenizer: Tokenizer, context_length: int) -> Example | None:
-    """A conversation as inputs and targets, truncated at `context_length`; None when no token of the assistant is left."""
-    ids, assistant_mask = tokenizer.encode_chat(conversation.messages, tools=conversation.tools or None)
-    tokens = np.array(ids[: context_length + 1], np.int64)
-    is_assistant = np.array(assistant_mask[: context_length + 1], bool)
-    targets = np.where(is_assistant, tokens, IGNORE_INDEX)[1:]
-    return Example(tokens[:-1], targets) if is_assistant[1:].any() else None
+    """A conversation as inputs and targets, truncated at `context_length`; None when no token that is learnt is left.
+
+    Raises RequestError as `encode_answer`.
+    """
+    answered = conversation.answered
+    encoded = encode_answer(answered.prompt, answered.answer, tokenizer, answered.tools).example(context_length)
+    return None if encoded is None else Example(*encoded)
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def make_questions(documents: Path, split: str, count: int, seed: int) -> list[C
     candidates = ((draw, pair) for draw, text, metadata in draws if (pair := _question(draw, text, metadata)))
     drawn = heapq.nsmallest(count, candidates)
     return [
-        Conversation(({"role": "user", "content": question}, {"role": "assistant", "content": answer}), DOCS_QUESTIONS)
+        Conversation.of(({"role": "user", "content": question}, {"role": "assistant", "content": answer}), DOCS_QUESTIONS)
         for _, (question, answer) in drawn
     ]
 

@@ -7,19 +7,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bessemer.core.errors import SourceError
+from bessemer.core.errors import ConfigError, SourceError
 from bessemer.core.progress import Progress, Silent
 from bessemer.core.seeds import derive_seed
 from bessemer.core.stage import OpenTasks
 from bessemer.data.corpus.reader import TRAIN, VALIDATION
 from bessemer.distributed.mesh import Mesh
 from bessemer.model.decoder import Decoder
+from bessemer.model.folder_config import read_model_config
 from bessemer.posttraining.config import DOCS_QUESTIONS, SFTConfig
 from bessemer.posttraining.conversations import Conversation, read_conversations, write_conversations
+from bessemer.posttraining.mixed_text import MixedBatches
 from bessemer.posttraining.packing import HeldOutBatches, PackedBatches, pack_conversations
 from bessemer.posttraining.questions import make_questions
+from bessemer.posttraining.supervised import add_embedding_noise, dynamic_fine_tuning
+from bessemer.tokenization.shards import TokenShards
 from bessemer.tokenization.tokenizer import load_tokenizer
-from bessemer.training.data.batches import BatchSource
+from bessemer.training.data.batches import BatchSource, TokenBatches
+from bessemer.training.objectives import NextTokenObjective
 from bessemer.training.run import OnStepEnd, run_training, validated_steps, validation_metrics
 
 
@@ -29,6 +34,7 @@ def sft(
     documents: Path | None,
     out: Path,
     *,
+    tokens: Path | None = None,
     seed: int,
     device: str = "auto",
     progress: Progress | None = None,
@@ -39,9 +45,9 @@ def sft(
     """Fine-tune the model of folder `model` on conversations; resumes from `out`.
 
     Writes below `out`: `model/`, `metrics.jsonl`, `autotune.json`, `checkpoints/`, and the training and held-out
-    conversations, `conversations/{train,validation}.jsonl`. Files named in the settings are relative to `folder`. tasks: opens
-    the tasks that the settings name. Returns the headline metrics. Raises SourceError for conversations that are missing or
-    malformed, and what `run_training` raises.
+    conversations, `conversations/{train,validation}.jsonl`. tokens: the run's token shards, for rows of plain text. Files named
+    in the settings are relative to `folder`. tasks: opens the tasks that the settings name. Returns the headline metrics.
+    Raises SourceError for conversations that are missing or malformed, and what `run_training` raises.
     """
     progress = progress or Silent()
     tokenizer = load_tokenizer(model)
@@ -59,21 +65,40 @@ def sft(
             "tokens; raise context_length"
         )
     if config.steps is None:
-        config = config.with_changes(steps=config.batch_sizes.steps_for(math.ceil(config.epochs * packed.rows)))
+        rows = math.ceil(config.epochs * packed.rows / (1 - config.pretraining_share))
+        config = config.with_changes(steps=config.batch_sizes.steps_for(rows))
+    shards = None
+    if config.pretraining_share:
+        if tokens is None:
+            raise SourceError("pretraining_share: no stage of this recipe makes tokens, whose text would be mixed in")
+        shards = TokenShards(tokens / TRAIN)
+        shards.check_tokenizer(tokenizer.hash, "the model")
 
     def batches(config: SFTConfig, mesh: Mesh) -> BatchSource:
         if mesh.leads:
             write_conversations(out / "conversations" / "train.jsonl", training)
             write_conversations(out / "conversations" / "validation.jsonl", held_out)
-        return PackedBatches(packed.batch, batch_size=config.batch_size, seed=derive_seed(seed, "batches"))
+        order = derive_seed(seed, "batches")
+        if shards is None:
+            return PackedBatches(packed.batch, batch_size=config.batch_size, seed=order)
+        text = TokenBatches(shards, batch_size=1, context_length=config.context_length, seed=derive_seed(seed, "text"))
+        conversations = PackedBatches(packed.batch, batch_size=1, seed=order)
+        return MixedBatches(conversations, text, config.pretraining_share, config.batch_size)
 
     def prepare(config: SFTConfig, decoder: Decoder, mesh: Mesh) -> OnStepEnd:
+        if config.neftune_alpha is not None:
+            if not mesh.alone:
+                raise ConfigError("neftune_alpha: in one process; leave it out under a mesh")
+            add_embedding_noise(decoder, config.neftune_alpha)
         if validation is None or not validation.rows:
             return lambda finished, trainer: {}
         source = HeldOutBatches(validation.batch, config.batch_size)
         validated = validated_steps(config)
         return lambda finished, trainer: validation_metrics(trainer, source, source.steps) if finished in validated else {}
 
+    objective = None
+    if config.loss == "dft":
+        objective = NextTokenObjective(read_model_config(model), training_loss=dynamic_fine_tuning)
     summary = run_training(
         config,
         model,
@@ -87,6 +112,7 @@ def sft(
         card_flops=card_flops,
         prepare=prepare,
         tasks=tasks,
+        objective=objective,
     )
     return {
         "conversations": len(training),
@@ -117,7 +143,7 @@ def gather_conversations(
             training += made
             held_out += make_questions(documents, VALIDATION, config.validation_questions, seed)
             continue
-        for conversation in read_conversations(folder / name):
+        for conversation in read_conversations(folder / name, config.columns):
             chance = derive_seed(seed, "validation", conversation.id) / 2**63
             (held_out if chance < config.validation_share else training).append(conversation)
     return training, held_out

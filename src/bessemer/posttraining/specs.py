@@ -22,9 +22,16 @@ from bessemer.posttraining.config import DOCS_QUESTIONS, SFT_VERSION, SFTConfig
 from bessemer.posttraining.preference.specs import STAGES as PREFERENCE_STAGES
 from bessemer.posttraining.reward.specs import STAGES as REWARD_STAGES
 from bessemer.posttraining.rl.specs import STAGES as RL_STAGES
+from bessemer.tokenization.config import TokenizeConfig
 from bessemer.training.specs import check_loop, loop_packages, model_not_merged, rows_too_long, rows_too_long_for_existing
 
 _OTHER_DATA = "name a file of conversations in sft.data, or leave the stage out with sft: null"
+
+
+def _sft_conflict(config: SFTConfig, above: Mapping[str, Any]) -> str | None:
+    if config.pretraining_share and last_of(above, TokenizeConfig) is None:
+        return "pretraining_share mixes in text of the run's tokens, and no stage above makes any; add tokenize"
+    return rows_too_long(config, above)
 
 
 def _sft_conflict_of_files(config: SFTConfig, above: Mapping[str, Any], folder: Path) -> str | None:
@@ -71,6 +78,7 @@ def _sft(context: StageContext) -> dict[str, Any]:
         context.inputs["model"],
         documents_of(context),
         context.out,
+        tokens=context.inputs.get("tokens"),
         seed=context.seed,
         device=context.device,
         progress=context.progress,
@@ -92,7 +100,7 @@ STAGES = (
         summary="Fine-tune the model on conversations (supervised fine-tuning).",
         config=SFTConfig,
         version=SFT_VERSION,
-        needs={"model": "model", "documents": "documents?"},
+        needs={"model": "model", "documents": "documents?", "tokens": "tokens?"},
         makes={"model": "model", "conversations": "conversations"},
         links={"model": "model", "adapter": "adapter"},
         lacks=model_not_merged,
@@ -107,7 +115,7 @@ STAGES = (
         resumes=True,
         trains=True,
         fingerprint=_sft_fingerprint,
-        conflict=rows_too_long,
+        conflict=_sft_conflict,
         conflict_of_files=_sft_conflict_of_files,
         unusable=_documents_without_questions,
         packages=loop_packages,

@@ -35,6 +35,9 @@ POLICY = "policy"
 #: A loss of the user's own: of a model and a batch, the mean over the batch's targets.
 LossFunction = Callable[[Decoder, Batch], Tensor]
 
+#: From a model, hidden states (B, T, D), targets (B, T) and the weight of the z-loss to a sum over the targets.
+SummedLoss = Callable[[Decoder, Tensor, Tensor, float], Tensor]
+
 
 class Count(NamedTuple):
     """This data rank's part of a term's denominator. A constant is the same on every rank; the others add up over ranks."""
@@ -120,9 +123,10 @@ class NextTokenObjective(Objective):
     """Cross-entropy of the targets, and what the model's settings add in training: `mtp`, the loss of multi-token prediction,
     and `router`, the router losses. In evaluation mode the cross-entropy alone."""
 
-    def __init__(self, model: ModelConfig, z_loss: float = 0.0) -> None:
-        """z_loss: as in `linear_cross_entropy`."""
+    def __init__(self, model: ModelConfig, z_loss: float = 0.0, training_loss: SummedLoss | None = None) -> None:
+        """z_loss: as in `linear_cross_entropy`. training_loss: what is minimised in place of the cross-entropy."""
         self._z_loss = z_loss
+        self._training_loss = training_loss or _cross_entropy
         self._names = ["next_token"]
         if model.num_nextn_predict_layers:
             self._names.append("mtp")
@@ -135,8 +139,9 @@ class NextTokenObjective(Objective):
 
     def __call__(self, model: Decoder, batch: Batch, context: LossContext) -> Terms:
         """Sums over the micro-batch's targets."""
-        sums = _next_token_sums(model, batch, self._z_loss) if model.training else _next_token_sums(model, batch, plain=True)
-        return Terms(sums)
+        if not model.training:
+            return Terms(_next_token_sums(model, batch, plain=True))
+        return Terms(_next_token_sums(model, batch, self._z_loss, loss=self._training_loss))
 
     def token_losses(self, model: Decoder, batch: Batch) -> Tensor:
         """−log p of each target."""
@@ -178,18 +183,21 @@ def next_token_loss(model: Decoder, batch: Batch, *, z_loss: float = 0.0) -> Ten
     return total / _target_count(batch).clamp(min=1)
 
 
-def _next_token_sums(model: Decoder, batch: Batch, z_loss: float = 0.0, *, plain: bool = False) -> dict[str, Tensor]:
-    """The terms by name. plain: the cross-entropy alone."""
+def _next_token_sums(
+    model: Decoder, batch: Batch, z_loss: float = 0.0, *, plain: bool = False, loss: SummedLoss | None = None
+) -> dict[str, Tensor]:
+    """The terms by name. plain: the cross-entropy alone. loss: in place of the cross-entropy."""
+    loss = loss or _cross_entropy
     tokens_BT, positions_BT, documents_BT = batch.tokens_BT, batch.positions_BT, batch.document_ids_BT
     if plain or not model.config.num_nextn_predict_layers:
         hidden_BTD = model.hidden(tokens_BT, positions_BT=positions_BT, document_ids_BT=documents_BT)
-        sums = {"next_token": _cross_entropy(model, hidden_BTD, batch.targets_BT, z_loss)}
+        sums = {"next_token": loss(model, hidden_BTD, batch.targets_BT, z_loss)}
     else:
         hidden_BTD, mtp_hidden = model.hidden_and_mtp(tokens_BT, positions_BT=positions_BT, document_ids_BT=documents_BT)
-        sums = {"next_token": _cross_entropy(model, hidden_BTD, batch.targets_BT, z_loss)}
+        sums = {"next_token": loss(model, hidden_BTD, batch.targets_BT, z_loss)}
         # over the number of next-token targets (DeepSeek-V3, eq. 24)
         further = [
-            _cross_entropy(model, mtp_hidden_BTD, mtp_targets(batch.targets_BT, documents_BT, step), z_loss)
+            loss(model, mtp_hidden_BTD, mtp_targets(batch.targets_BT, documents_BT, step), z_loss)
             for step, mtp_hidden_BTD in enumerate(mtp_hidden, start=1)
         ]
         sums["mtp"] = torch.stack(further).sum() * (MTP_LOSS_WEIGHT / len(further))

@@ -217,8 +217,12 @@ def rows_of_step(step: int, batch_size: int, rows: int, seed: int) -> np.ndarray
 
     Returns int64 of shape (batch_size,).
     """
-    positions = np.arange(step * batch_size, (step + 1) * batch_size)
-    epochs = epochs_of_step(step, batch_size, rows)
+    return rows_at(np.arange(step * batch_size, (step + 1) * batch_size), rows, seed)
+
+
+def rows_at(positions: np.ndarray, rows: int, seed: int) -> np.ndarray:
+    """Indices of the rows, of `rows`, that are read at these positions of all epochs, counted from 0: int64 of their shape."""
+    epochs = positions // rows
     indices = np.empty_like(positions)
     for epoch in np.unique(epochs):
         inside = epochs == epoch
