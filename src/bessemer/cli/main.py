@@ -20,6 +20,7 @@ from bessemer.cli.evaluate import evaluate
 from bessemer.cli.explain import explain
 from bessemer.cli.export import export
 from bessemer.cli.extend import extend
+from bessemer.cli.finetune import finetune
 from bessemer.cli.forget import forget
 from bessemer.cli.generate import generate
 from bessemer.cli.import_ import import_
@@ -54,7 +55,7 @@ def _bessemer(
 
 _COMMANDS = (
     *(run, sweep, plan, recipes, init, doctor, show, explain, forget, inspect, evaluate),
-    *(compare, clean, demo, chat, generate, serve, export, quantize, extend, average, train_classifier, train_words),
+    *(finetune, compare, clean, demo, chat, generate, serve, export, quantize, extend, average, train_classifier, train_words),
 )
 for _command in _COMMANDS:
     app.command()(_command)

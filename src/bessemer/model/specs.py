@@ -26,7 +26,7 @@ def _model(context: StageContext) -> dict[str, Any]:
 
     return build_model(
         context.config,
-        context.inputs["tokenizer"],
+        context.inputs.get("tokenizer"),
         context.out,
         seed=context.seed,
         folder=context.folder,
@@ -40,6 +40,13 @@ def _model_fingerprint(config: ModelStageConfig, outside: Outside) -> Any:
     from bessemer.model.existing import existing_fingerprint
 
     return existing_fingerprint(config, outside.folder)
+
+
+def _no_tokenizer(config: ModelStageConfig, above: Mapping[str, Any]) -> str | None:
+    """A new model needs a tokenizer; an existing one brings its own."""
+    if config.init_from is not None or above:
+        return None
+    return "needs tokenizer, and no stage above makes it; add tokenize: {vocab_size: 4096}, or start from a model: init_from"
 
 
 def _another_tokenizer(config: ModelStageConfig, above: Mapping[str, Any], folder: Path) -> str | None:
@@ -60,7 +67,7 @@ STAGES = (
         summary="Make the model folder that is trained: random weights, or those of an existing model.",
         config=ModelStageConfig,
         version=MODEL_VERSION,
-        needs={"tokenizer": "tokenizer"},
+        needs={"tokenizer": "tokenizer?"},
         makes={"model": "model"},
         links={"model": "model"},
         example="model: {preset: qwen3-1m}",
@@ -74,6 +81,7 @@ STAGES = (
         run=_model,
         uses_seed=True,
         fingerprint=_model_fingerprint,
+        conflict=_no_tokenizer,
         conflict_of_files=_another_tokenizer,
         packages=model_packages,
     ),

@@ -8,7 +8,7 @@ from typing import Any
 from bessemer.core.progress import Progress, Silent
 from bessemer.core.store import write_json
 from bessemer.model.config import ModelStageConfig
-from bessemer.model.existing import existing_decoder
+from bessemer.model.existing import existing_decoder, existing_model
 from bessemer.model.folder import save_initial_model, save_model
 from bessemer.model.folder_config import GENERATION_CONFIG
 from bessemer.model.summary import model_metrics
@@ -17,7 +17,7 @@ from bessemer.tokenization.tokenizer import load_tokenizer
 
 def build_model(
     config: ModelStageConfig,
-    tokenizer: Path,
+    tokenizer: Path | None,
     out: Path,
     *,
     seed: int,
@@ -26,9 +26,12 @@ def build_model(
 ) -> dict[str, Any]:
     """Write `model/` below `out`: config, weights, and the tokenizer's files. Returns the model's figures.
 
-    Weights are drawn from the seed, or taken from `init_from`, a path that starts from `folder`. Raises ConfigError when
-    that model does not go with the tokenizer or with a setting.
+    Weights are drawn from the seed, or taken from `init_from`, a path that starts from `folder`; the tokenizer too where none
+    is given. Raises ConfigError when that model does not go with the tokenizer or with a setting.
     """
+    if tokenizer is None:
+        assert config.init_from is not None
+        tokenizer = existing_model(config.init_from, folder)
     vocabulary, say = load_tokenizer(tokenizer), (progress or Silent()).say
     made = out / "model"
     if config.init_from is None:

@@ -150,3 +150,9 @@ def merged(model: Decoder, adapter: Adapter) -> Decoder:
         change_NK = scale * up_NR.to(weight_NK.device, wide) @ down_RK.to(weight_NK.device, wide)
         weights[f"{layer}.weight"] = (weight_NK.to(wide) + change_NK).to(weight_NK.dtype)
     return fill(empty_decoder(model.config), weights).to(model.device)
+
+
+def without_parts_beside(model: Decoder) -> Decoder:
+    """A model in training for an engine, whose kernels read weights and no parts beside them: itself, or with its adapter
+    merged."""
+    return merged(model, adapter_of(model)) if adapters_of(model) else model

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bessemer.core.errors import ConfigError, SourceError
 from bessemer.core.progress import Progress, Silent
 from bessemer.core.seeds import derive_seed
@@ -15,6 +17,7 @@ from bessemer.data.corpus.reader import TRAIN, VALIDATION
 from bessemer.distributed.mesh import Mesh
 from bessemer.model.decoder import Decoder
 from bessemer.model.folder_config import read_model_config
+from bessemer.model.trained_adapters import without_parts_beside
 from bessemer.posttraining.config import DOCS_QUESTIONS, SFTConfig
 from bessemer.posttraining.conversations import Conversation, read_conversations, write_conversations
 from bessemer.posttraining.mixed_text import MixedBatches
@@ -26,6 +29,7 @@ from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.data.batches import BatchSource, TokenBatches
 from bessemer.training.objectives import NextTokenObjective
 from bessemer.training.run import OnStepEnd, run_training, validated_steps, validation_metrics
+from bessemer.training.trainer import Trainer
 
 
 def sft(
@@ -41,13 +45,15 @@ def sft(
     folder: Path = Path(),
     card_flops: Callable[[str], float | None] = lambda name: None,
     tasks: OpenTasks | None = None,
+    on_validation: Callable[[int, Decoder], None] | None = None,
 ) -> dict[str, Any]:
     """Fine-tune the model of folder `model` on conversations; resumes from `out`.
 
     Writes below `out`: `model/`, `metrics.jsonl`, `autotune.json`, `checkpoints/`, and the training and held-out
     conversations, `conversations/{train,validation}.jsonl`. tokens: the run's token shards, for rows of plain text. Files named
-    in the settings are relative to `folder`. tasks: opens the tasks that the settings name. Returns the headline metrics.
-    Raises SourceError for conversations that are missing or malformed, and what `run_training` raises.
+    in the settings are relative to `folder`. tasks: opens the tasks that the settings name. on_validation: receives the
+    finished steps and the model of the moment, in one process. Returns the headline metrics. Raises SourceError for
+    conversations that are missing or malformed, and what `run_training` raises.
     """
     progress = progress or Silent()
     tokenizer = load_tokenizer(model)
@@ -94,7 +100,17 @@ def sft(
             return lambda finished, trainer: {}
         source = HeldOutBatches(validation.batch, config.batch_size)
         validated = validated_steps(config)
-        return lambda finished, trainer: validation_metrics(trainer, source, source.steps) if finished in validated else {}
+
+        def validate(finished: int, trainer: Trainer) -> dict[str, float]:
+            if finished not in validated:
+                return {}
+            if on_validation is not None and mesh.alone:
+                whole = without_parts_beside(decoder)
+                with trainer.runtime.evaluating(whole), torch.random.fork_rng():
+                    on_validation(finished, whole)
+            return validation_metrics(trainer, source, source.steps)
+
+        return validate
 
     objective = None
     if config.loss == "dft":

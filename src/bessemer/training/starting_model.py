@@ -49,12 +49,17 @@ def starting_model(folder: Path, config: LoopConfig, device: torch.device | str,
     """
     if config.scores:
         return load_scorer(folder, device, torch.float32, seed=head_seed(seed))
-    model = load_model(folder, device=device, dtype=torch.float32)
     settings = config.low_rank
+    if settings is None or settings.quantize is None:
+        model = load_model(folder, device=device, dtype=torch.float32)
+    else:
+        # as it is stored: in float32 the whole might not fit in memory
+        model = load_model(folder, device=device)
+        if not quantised_parts(model):
+            quantise(model, _FROZEN[settings.quantize])
+        model.to(torch.float32)
     if settings is None:
         return model
-    if settings.quantize is not None and not quantised_parts(model):
-        quantise(model, _FROZEN[settings.quantize])
     coarse = next((part for part in quantised_parts(model).values() if not part.scheme.is_weight_only), None)
     if coarse is not None:
         raise ConfigError(

@@ -53,12 +53,9 @@ class PeriodicTasks:
         """Accuracies by `task/NAME` after `finished` steps; empty at most steps."""
         if finished not in self._steps:
             return {}
-        from bessemer.model.trained_adapters import adapter_of, adapters_of, merged
+        from bessemer.model.trained_adapters import without_parts_beside
 
-        decoder = self._decoder
-        if adapters_of(decoder):
-            # the engine's kernels read weights, and know no part beside them
-            decoder = merged(decoder, adapter_of(decoder))
+        decoder = without_parts_beside(self._decoder)
         with trainer.runtime.evaluating(decoder):
             accuracies = self._scorer.accuracies(decoder, self._tokenizer)
         return {f"{TASK}{name}": accuracy for name, accuracy in accuracies.items()}

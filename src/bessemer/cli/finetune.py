@@ -1,0 +1,125 @@
+"""`bessemer finetune`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from bessemer.model.formats.exchange import ModelSource
+    from bessemer.posttraining.finetuning.run import Finetuned
+
+
+def finetune(
+    model: Annotated[str, typer.Argument(help="A model's folder, a run's name, a GGUF file, a hub id (ORG/NAME), or smollm2.")],
+    data: Annotated[Path, typer.Argument(help="Questions and answers: CSV, JSON lines, JSON or Parquet.")],
+    out: Annotated[Path, typer.Argument(help="The folder to make. The same command goes on where it was stopped.")],
+    prompt_column: Annotated[str | None, typer.Option(help="Column of the questions; found by its name.")] = None,
+    answer_column: Annotated[str | None, typer.Option(help="Column of the answers; found by its name.")] = None,
+    method: Annotated[str, typer.Option(help="full, lora, qlora; auto: the first of these that memory holds.")] = "auto",
+    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 2.0,
+    learning_rate: Annotated[float | None, typer.Option(help="1e-5 for full, 2e-4 for an adapter.")] = None,
+    rank: Annotated[int, typer.Option(help="Rank of an adapter.", min=1)] = 16,
+    context_length: Annotated[
+        int | None, typer.Option(help="Tokens of a row; those of the longest conversation, at most 2,048.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows of a batch; as many as hold eight conversations.")] = None,
+    held_out: Annotated[float, typer.Option(help="Share of the data that is held out.")] = 0.1,
+    merge: Annotated[bool, typer.Option("--merge", help="Also write the model with the adapter merged into it.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the order, of what is held out, and of a new adapter.")] = 7,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
+) -> None:
+    """Fine-tune a model on your questions and answers, and say whether it got better."""
+    from bessemer.cli.named import option_of
+    from bessemer.core.progress import progress_for_terminal
+    from bessemer.posttraining.finetuning.config import FinetuneConfig
+
+    config = FinetuneConfig.parse(
+        {
+            "method": method,
+            "prompt_column": prompt_column,
+            "answer_column": answer_column,
+            "epochs": epochs,
+            "learning_rate": learning_rate,
+            "rank": rank,
+            "context_length": context_length,
+            "batch_size": batch_size,
+            "held_out": held_out,
+            "merge": merge,
+        },
+        option_of("finetune"),
+    )
+    from bessemer.posttraining.finetuning.run import RECORD
+    from bessemer.posttraining.finetuning.run import finetune as tune
+
+    found = tune(config, _source(model, runs), data, out, seed=seed, device=device, progress=progress_for_terminal())
+    result, verdict = _verdict(found)
+    _add_to_record(out / RECORD, result)
+    print(verdict)
+    print(_serving(model, found, data))
+
+
+def _source(model: str, runs: Path) -> ModelSource:
+    """What MODEL means: a folder or a run first, then what can be imported."""
+    from bessemer.cli.named import find_model
+    from bessemer.core.errors import ArtefactError
+    from bessemer.model.formats.exchange import ModelSource
+    from bessemer.model.formats.exchange import find_model as find_other
+
+    try:
+        found = find_model(model, runs)
+    except ArtefactError:
+        other = find_other(model)
+        if other is None:
+            raise
+        return other
+    return ModelSource("gguf" if found.is_file() else "folder", str(found))
+
+
+def _verdict(found: Finetuned) -> tuple[dict[str, Any], str]:
+    """The figures, and the end in words: better or not, by how much, how sure."""
+    from bessemer.evaluation.statistics import paired_difference
+
+    estimate = paired_difference(found.before_N, found.after_N)
+    low, high = estimate.interval()
+    before, after = float(found.before_N.mean()), float(found.after_N.mean())
+    if low > 0:
+        answer = "yes"
+    elif high < 0:
+        answer = "no, worse"
+    else:
+        answer = "not to be told"
+    result = {
+        "method": found.method,
+        "loss_before": before,
+        "loss_after": after,
+        "difference": estimate.mean,
+        "interval": [low, high],
+        "conversations": estimate.items,
+        "better": low > 0,
+        "metrics": found.metrics,
+    }
+    words = (
+        f"better than before on what was held out: {answer}. Loss {before:.3f} → {after:.3f} nats a token, "
+        f"{abs(estimate.mean):.3f} {'lower' if estimate.mean > 0 else 'higher'} (95 % interval of the fall: {low:.3f} to "
+        f"{high:.3f}; {estimate.items:,} conversations)"
+    )
+    return result, words
+
+
+def _serving(model: str, found: Finetuned, data: Path) -> str:
+    """The command that serves what was made."""
+    if found.model is not None:
+        return f"serve it: bessemer serve {found.model}"
+    # a name that a user gave goes on meaning the model, unless it had to be made ready
+    base = found.base if not Path(model).exists() or found.base.name == "base" else model
+    return f"serve it: bessemer serve {base} --adapter {data.stem}={found.adapter}"
+
+
+def _add_to_record(path: Path, result: dict[str, Any]) -> None:
+    from bessemer.core.store import read_json, write_json
+
+    write_json(path, {**read_json(path, "record of a fine-tuning"), "result": result})

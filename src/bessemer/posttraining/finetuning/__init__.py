@@ -1,0 +1,1 @@
+"""`bessemer finetune`: somebody's model, somebody's table of questions and answers, one command."""

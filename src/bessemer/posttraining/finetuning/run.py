@@ -1,0 +1,213 @@
+"""A fine-tuning from a model and a file to an adapter or a model, with the losses that tell whether it was worth it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bessemer.core.errors import ArtefactError, ConfigError, SourceError
+from bessemer.core.hashing import hash_file
+from bessemer.core.progress import Progress
+from bessemer.core.store import read_json, write_json
+from bessemer.inference.engine import Engine
+from bessemer.inference.sampling.params import SamplingParams
+from bessemer.model.adapter_folder import read_adapter
+from bessemer.model.adapters import adapted
+from bessemer.model.decoder import Decoder
+from bessemer.model.device import choose_device, has_fast_bfloat16
+from bessemer.model.folder import load_model
+from bessemer.model.folder_config import holds_codes, read_model_config
+from bessemer.model.formats.exchange import ModelSource
+from bessemer.posttraining.config import SFTConfig
+from bessemer.posttraining.conversations import Conversation
+from bessemer.posttraining.finetuning.base import prepare_base
+from bessemer.posttraining.finetuning.columns import find_columns
+from bessemer.posttraining.finetuning.config import FULL_LEARNING_RATE, FinetuneConfig, Method
+from bessemer.posttraining.finetuning.held_out import conversation_losses
+from bessemer.posttraining.finetuning.method import choose_method, free_bytes
+from bessemer.posttraining.packing import Example, encode_conversation, pack_conversations
+from bessemer.posttraining.sft import gather_conversations, sft
+from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
+from bessemer.training.starting_model import starting_model
+
+#: What the command writes down of itself in the folder that it makes.
+RECORD = "finetune.json"
+#: Bounds of a row's length where the data decide, and what it is a multiple of.
+_SHORTEST, _LONGEST, _STEP = 64, 2048, 32
+#: Conversations of a batch, and validations of a run, where nothing is said.
+_CONVERSATIONS, _VALIDATIONS = 8, 4
+#: Fewest conversations held out that tell anything of a difference.
+_FEWEST = 2
+#: Held-out questions that the model answers while it learns, and the tokens of an answer.
+_SAMPLES, _SAMPLE_TOKENS = 2, 48
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """What came out. before_N, after_N: mean loss of each conversation held out, in nats a token. base: the folder that an
+    adapter is for. adapter, model: what was written of the two."""
+
+    method: Method
+    base: Path
+    adapter: Path | None
+    model: Path | None
+    before_N: np.ndarray
+    after_N: np.ndarray
+    metrics: dict[str, Any]
+
+
+def finetune(
+    config: FinetuneConfig, source: ModelSource, data: Path, out: Path, *, seed: int, device: str, progress: Progress
+) -> Finetuned:
+    """Fine-tune a model on a file of questions and answers; the same call goes on where it was stopped.
+
+    Writes below `out`: `adapter/` or `model/`, what `sft` writes, `base/` where the model had to be made ready, and
+    `finetune.json`. Raises SourceError or ArtefactError for data and models that cannot be used, ConfigError for settings,
+    a model that memory does not hold, and a folder of another fine-tuning.
+    """
+    columns = find_columns(data, config.prompt_column, config.answer_column)
+    settings: dict[str, Any] = {"data": [str(data.resolve())], "validation_share": config.held_out}
+    if columns is not None:
+        settings |= dict(zip(("prompt_column", "answer_column"), columns, strict=True))
+    training, held_out = gather_conversations(SFTConfig.parse(settings), None, Path(), seed)
+    if len(held_out) < _FEWEST or not training:
+        raise SourceError(
+            f"{data}: of {len(training) + len(held_out):,} rows {len(held_out):,} would be held out, too few to tell whether "
+            "the model got better; give more rows, or a larger --held-out"
+        )
+    _claim(out, {"settings": config.output_settings(), "model": source.name, "data": hash_file(data), "seed": seed})
+    if columns is not None:
+        progress.say(f"{data}: questions in {columns[0]!r}, answers in {columns[1]!r}")
+    base = prepare_base(source, out / "base", progress)
+    tokenizer, chosen_device = load_tokenizer(base), choose_device(device)
+    encoded = [encode_conversation(one, tokenizer, _LONGEST) for one in (*training, *held_out)]
+    longest = max((len(example.tokens) for example in encoded if example is not None), default=_SHORTEST)
+    context = config.context_length or _row_length(longest, read_model_config(base).max_position_embeddings)
+    rows = max(1, pack_conversations(training, tokenizer, context).rows)
+    batch_size = config.batch_size or max(1, round(_CONVERSATIONS * rows / len(training)))
+    method, reason = _method(config, base, batch_size * context, chosen_device)
+    progress.say(f"  {method}: {reason}")
+    progress.say(
+        f"  {len(training):,} conversations to learn from, {len(held_out):,} held out; {batch_size} rows of {context:,} tokens "
+        "a step"
+    )
+    tuning = SFTConfig.parse(
+        settings | _training_settings(config, method, context, batch_size, rows, chosen_device), lambda path: f"--{path[0]}"
+    )
+    measure = partial(
+        conversation_losses,
+        examples=_within(held_out, tokenizer, context),
+        context_length=context,
+        padding_id=tokenizer.bos_id,
+        progress=progress,
+    )
+    before_N = measure(starting_model(base, tuning, chosen_device, seed).eval(), description="loss before")
+    samples = _Samples(held_out, tokenizer, progress)
+    metrics = sft(tuning, base, None, out, seed=seed, device=device, progress=progress, on_validation=samples.show)
+    if method == "full":
+        after_N = measure(load_model(out / "model", device=chosen_device), description="loss after")
+        return Finetuned(method, base, None, out / "model", before_N, after_N, metrics)
+    tuned = starting_model(base, tuning, chosen_device, seed).eval()
+    adapter = read_adapter(out / "adapter", load_model(base)).to(chosen_device, torch.float32)
+    with torch.no_grad(), adapted(tuned, [(adapter, None)]):
+        after_N = measure(tuned, description="loss after")
+    return Finetuned(method, base, out / "adapter", out / "model" if config.merge else None, before_N, after_N, metrics)
+
+
+def _claim(out: Path, asked: dict[str, Any]) -> None:
+    """Write down what is asked in a new folder, or find the same in one that is there. Raises ArtefactError for another."""
+    record = out / RECORD
+    if record.exists():
+        if read_json(record, "record of a fine-tuning").get("asked") != asked:
+            raise ArtefactError(
+                f"{out}: holds another fine-tuning, of other data, another model or settings; name another folder"
+            )
+        return
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ArtefactError(f"{out}: exists already and is not empty; name another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(record, {"asked": asked})
+
+
+def _row_length(longest: int, most: int) -> int:
+    """The length of rows that hold the longest conversation, a round number within the model's context."""
+    return min(max(_SHORTEST, -(-longest // _STEP) * _STEP), _LONGEST, most)
+
+
+def _method(config: FinetuneConfig, base: Path, tokens: int, device: torch.device) -> tuple[Method, str]:
+    model = read_model_config(base)
+    quantised = None
+    if holds_codes(base):
+        if config.method in ("full", "lora"):
+            raise ConfigError(f"--method: {config.method} is of whole weights, and {base} is quantised; take qlora")
+        quantised = float(sum(path.stat().st_size for path in base.glob("*.safetensors")))
+    if config.method != "auto":
+        return config.method, "as asked"
+    return choose_method(model, config.rank, tokens, free_bytes(device), quantised)
+
+
+def _training_settings(
+    config: FinetuneConfig, method: Method, context: int, batch_size: int, rows: int, device: torch.device
+) -> dict[str, Any]:
+    """The settings of `sft` that suit a real model."""
+    steps = max(1, -(-round(config.epochs * rows) // batch_size))
+    found: dict[str, Any] = {
+        "steps": steps,
+        "batch_size": batch_size,
+        "context_length": context,
+        "evaluate_every": max(1, -(-steps // _VALIDATIONS)),
+        "optimizer": "adamw",
+        "beta2": 0.999,
+        "weight_decay": 0.0,
+        "schedule": "cosine",
+        "warmup_fraction": 0.1,
+        "diagnostics_every": 0,
+        "dtype": "bfloat16" if has_fast_bfloat16(device) else "float32",
+        "compile": False,
+    }
+    if method == "full":
+        return found | {"learning_rate": config.learning_rate or FULL_LEARNING_RATE}
+    quantize = "int4" if method == "qlora" else None
+    found["adapter"] = {"rank": config.rank, "alpha": 2.0 * config.rank, "quantize": quantize, "merge": config.merge}
+    return found | ({} if config.learning_rate is None else {"learning_rate": config.learning_rate})
+
+
+def _within(conversations: Sequence[Conversation], tokenizer: Tokenizer, context: int) -> list[Example]:
+    """The conversations that have something to learn within a row."""
+    encoded = (encode_conversation(one, tokenizer, context) for one in conversations)
+    examples = [example for example in encoded if example is not None]
+    if len(examples) < _FEWEST:
+        raise SourceError(
+            f"{len(examples):,} conversations held out have an answer within {context:,} tokens; raise --context-length"
+        )
+    return examples
+
+
+class _Samples:
+    """Answers to some questions held out, said at each validation."""
+
+    def __init__(self, held_out: Sequence[Conversation], tokenizer: Tokenizer, progress: Progress) -> None:
+        asked = [one.messages for one in held_out if one.messages and one.messages[-1]["role"] == "assistant"]
+        self._questions = [list(messages[:-1]) for messages in asked if len(messages) > 1][:_SAMPLES]
+        self._tokenizer = tokenizer
+        self._progress = progress
+
+    def show(self, finished: int, model: Decoder) -> None:
+        """Say what the model of the moment answers."""
+        engine = Engine(model, self._tokenizer)
+        params = SamplingParams(max_tokens=_SAMPLE_TOKENS, temperature=0.0)
+        for question in self._questions:
+            answer = engine.chat(question, params).text
+            self._progress.say(f"  step {finished:,}: {_line(question[-1]['content'])} → {_line(answer)}")
+
+
+def _line(text: str) -> str:
+    """The beginning of a text, on one line."""
+    words = " ".join(text.split())
+    return words if len(words) <= 70 else f"{words[:69]}…"

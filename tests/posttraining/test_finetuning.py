@@ -1,0 +1,153 @@
+"""`bessemer finetune`: from a model and a table to an adapter that serves, and an honest end."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from bessemer.cli.finetune import _verdict
+from bessemer.core.errors import ConfigError, SourceError
+from bessemer.core.metrics import read_metrics
+from bessemer.core.progress import Silent
+from bessemer.core.store import read_json, write_json
+from bessemer.inference.engine import Engine, SamplingParams
+from bessemer.model.config import ModelConfig
+from bessemer.model.formats.exchange import ModelSource
+from bessemer.posttraining.finetuning.base import prepare_base
+from bessemer.posttraining.finetuning.columns import find_columns
+from bessemer.posttraining.finetuning.method import choose_method
+from bessemer.posttraining.finetuning.run import Finetuned
+from bessemer.tokenization.tokenizer import load_tokenizer
+from tests.cli.test_main import bessemer, one_error
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ROWS = [(f"Where is order {n}?", f"Order {n} is on its way.") for n in range(60)]
+
+
+def write_table(path, rows=ROWS, header=("ticket", "answer")):
+    with path.open("w", newline="") as stream:
+        csv.writer(stream).writerows([header, *rows])
+    return path
+
+
+def test_a_table_becomes_an_adapter_that_serves_and_the_end_is_honest(model_folder, tmp_path, capsys):
+    table, out = write_table(tmp_path / "tickets.csv"), tmp_path / "out"
+    asked = [
+        "finetune",
+        model_folder,
+        table,
+        out,
+        "--method",
+        "lora",
+        "--learning-rate",
+        0.01,
+        "--epochs",
+        4,
+        "--device",
+        "cpu",
+    ]
+    code, printed, _ = bessemer(capsys, *asked)
+    assert code == 0
+    verdict, command = printed.splitlines()[-2:]
+    assert verdict.startswith("better than before on what was held out: yes. Loss ")
+    assert command == f"serve it: bessemer serve {model_folder} --adapter tickets={out / 'adapter'}"
+    record = read_json(out / "finetune.json")["result"]
+    low, high = record["interval"]
+    assert 0 < low < record["difference"] < high and record["conversations"] > 2
+    # what the training itself saw held out, as a mean over tokens instead of conversations
+    losses = [line["validation_loss"] for line in read_metrics(out / "metrics.jsonl") if "validation_loss" in line]
+    assert losses[-1] == pytest.approx(record["loss_after"], abs=0.1) and losses[0] < record["loss_before"]
+    engine = Engine(model_folder)
+    engine.load_adapter("tickets", out / "adapter")
+    messages = [{"role": "user", "content": "Where is order 7?"}]
+    plain, tuned = (engine.chat(messages, SamplingParams(max_tokens=12), adapter=name).text for name in (None, "tickets"))
+    assert tuned != plain
+
+    again, printed, _ = bessemer(capsys, *asked)
+    assert (again, printed.splitlines()[-2]) == (0, verdict)
+    _, _, err = bessemer(capsys, *asked, "--rank", 4)
+    assert "holds another fine-tuning, of other data, another model or settings" in one_error(err)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["full", "qlora"])
+def test_whole_and_quantised_models_are_tuned_too(model_folder, tmp_path, capsys, method):
+    out = tmp_path / "out"
+    table = write_table(tmp_path / "tickets.csv")
+    asked = ["finetune", model_folder, table, out, "--method", method, "--learning-rate", 0.01, "--merge", "--device", "cpu"]
+    code, printed, _ = bessemer(capsys, *asked)
+    assert code == 0 and "held out: yes" in printed
+    assert printed.splitlines()[-1] == f"serve it: bessemer serve {out / 'model'}"
+    assert (out / "adapter").exists() == (method == "qlora")
+
+
+@pytest.mark.parametrize(
+    ("rows", "header", "options", "message"),
+    [
+        (ROWS, ("one", "two"), (), "none of 'one', 'two' tells by its name; name the column with --prompt-column"),
+        (ROWS, ("question", "input"), (), "'question' and 'input' could both be meant"),
+        (ROWS, ("question", "text"), ("--answer-column", "texts"), "there is no column 'texts'; did you mean 'text'"),
+        ([*ROWS, ("Hello?", "")], ("ticket", "answer"), (), "tickets.csv:62: needs a text under 'answer', which is empty"),
+        (ROWS[:3], ("ticket", "answer"), (), "too few to tell whether the model got better"),
+        (ROWS, ("ticket", "answer"), ("--method", "laura"), "--method"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(model_folder, tmp_path, capsys, rows, header, options, message):
+    table = write_table(tmp_path / "tickets.csv", rows, header)
+    code, _, err = bessemer(capsys, "finetune", model_folder, table, tmp_path / "out", *options)
+    assert code == 2 and message in one_error(err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_holds_something_else_stays(model_folder, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "letter.txt").write_text("Dear Ada")
+    code, _, err = bessemer(capsys, "finetune", model_folder, write_table(tmp_path / "t.csv"), tmp_path / "out")
+    assert code == 2 and "exists already and is not empty" in one_error(err)
+
+
+def test_columns_are_found_by_their_names_and_conversations_stay_what_they_are(tmp_path):
+    assert find_columns(write_table(tmp_path / "a.csv", header=("Ticket ", "ANSWER")), None, None) == ("Ticket ", "ANSWER")
+    assert find_columns(write_table(tmp_path / "b.csv", header=("text", "answer")), "text", None) == ("text", "answer")
+    for row in ({"messages": []}, {"instruction": "a", "input": "", "output": "b"}, {"conversations": []}):
+        path = tmp_path / "rows.jsonl"
+        path.write_text(json.dumps(row) + "\n")
+        assert find_columns(path, None, None) is None
+    with pytest.raises(SourceError, match="cannot be question and answer both"):
+        find_columns(tmp_path / "b.csv", "answer", None)
+
+
+def test_memory_chooses_the_method():
+    model = ModelConfig(vocab_size=32_000, hidden_size=2048, num_hidden_layers=16, intermediate_size=8192)
+    weights = model.parameters()
+    chosen = {free: choose_method(model, 16, 512, free, None)[0] for free in (20.0 * weights, 8.0 * weights, 4.0 * weights)}
+    assert list(chosen.values()) == ["full", "lora", "qlora"]
+    assert choose_method(model, 16, 512, 4.0 * weights, 1.0 * weights) == ("qlora", "the model is quantised")
+    with pytest.raises(ConfigError, match=r"--method: even qlora takes about"):
+        choose_method(model, 16, 512, 0.5 * weights, None)
+
+
+def test_a_model_without_a_chat_template_gets_one_whose_tokens_it_knows(model_folder, tmp_path):
+    plain = tmp_path / "plain"
+    shutil.copytree(model_folder, plain)
+    settings = read_json(plain / "tokenizer_config.json")
+    write_json(plain / "tokenizer_config.json", {name: value for name, value in settings.items() if name != "chat_template"})
+    before = {path.name: path.read_bytes() for path in plain.iterdir()}
+    base = prepare_base(ModelSource("folder", str(plain)), tmp_path / "base", Silent())
+    assert base == tmp_path / "base" and load_tokenizer(base).chat_template == load_tokenizer(model_folder).chat_template
+    assert {path.name: path.read_bytes() for path in plain.iterdir()} == before
+    assert prepare_base(ModelSource("folder", str(model_folder)), tmp_path / "other", Silent()) == model_folder
+
+
+@pytest.mark.parametrize(
+    ("after", "said"),
+    [([1.0, 1.1, 0.9, 1.2], "yes"), ([3.0, 3.1, 2.9, 3.2], "no, worse"), ([2.5, 1.5, 2.4, 1.7], "not to be told")],
+)
+def test_the_verdict_needs_an_interval_on_one_side_of_zero(tmp_path, after, said):
+    before = np.array([2.0, 2.2, 1.8, 2.1])
+    result, words = _verdict(Finetuned("lora", tmp_path, tmp_path, None, before, np.array(after), {}))
+    assert f"held out: {said}. Loss 2.025 →" in words
+    assert result["better"] == (said == "yes")
