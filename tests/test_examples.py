@@ -10,6 +10,8 @@ import pytest
 
 import bessemer
 from bessemer.cli.main import main
+from bessemer.posttraining.conversations import read_conversations
+from bessemer.posttraining.finetuning.columns import find_columns
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SOURCE = str(Path(bessemer.__file__).parents[1])
@@ -105,6 +107,12 @@ def test_an_installed_package_adds_a_filter(tmp_path):
     run(folder, *pip, "--target", str(site), ".")
     run(folder, "-m", "bessemer", "run", "recipe.yaml", path=site)
     assert kept(folder / "runs" / "shouting") == ["The furnace is hot. Stand back."]
+
+
+def test_the_tickets_are_200_questions_with_answers():
+    columns = find_columns(EXAMPLES / "tickets.csv", None, None)
+    assert columns == ("ticket", "answer")
+    assert len(read_conversations(EXAMPLES / "tickets.csv", columns)) == 200
 
 
 def test_every_example_is_in_the_list_and_runs_here():

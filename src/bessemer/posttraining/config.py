@@ -24,7 +24,7 @@ class SFTConfig(TuningConfig):
 
     data: list[str] = setting(
         description=f"Conversations: {DOCS_QUESTIONS}, or files of rows, as JSON lines, JSON, CSV or Parquet: {{messages}}, "
-        "{prompt, completion}, ShareGPT's {conversations}, Alpaca's {instruction, input, output} (docs/post-training-data.md).",
+        "{prompt, completion}, ShareGPT's {conversations}, Alpaca's {instruction, input, output} (docs/sft.md).",
         default_factory=lambda: [DOCS_QUESTIONS],
         min_length=1,
     )
