@@ -41,7 +41,7 @@ def test_a_recipe_begins_at_an_existing_model(folder, monkeypatch):
 def test_a_stage_behind_one_that_merges_nothing_is_refused_before_anything_runs(folder):
     first = f"sft: {{data: [chat.jsonl], adapter: {{rank: 2, merge: false}}, {LOOP}}}"
     second = f"again: {{kind: sft, data: [chat.jsonl], {LOOP}}}"
-    with pytest.raises(ConfigError, match="again: needs model of sft: it writes an adapter alone; set adapter.merge: true there"):
+    with pytest.raises(ConfigError, match=r"again: needs model of sft: it writes an adapter alone; set adapter.merge"):
         load_recipe(write_recipe(folder, f"{first}\n{second}"))
 
 

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from bessemer.cli.finetune import _verdict
+from bessemer.cli.finetune import _result
 from bessemer.core.errors import ConfigError, SourceError
 from bessemer.core.metrics import read_metrics
 from bessemer.core.progress import Silent
@@ -66,6 +66,7 @@ def test_a_table_becomes_an_adapter_that_serves_and_the_end_is_honest(model_fold
     plain, tuned = (engine.chat(messages, SamplingParams(max_tokens=12), adapter=name).text for name in (None, "tickets"))
     assert tuned != plain
 
+    assert not (out / "checkpoints").exists()
     again, printed, _ = bessemer(capsys, *asked)
     assert (again, printed.splitlines()[-2]) == (0, verdict)
     _, _, err = bessemer(capsys, *asked, "--rank", 4)
@@ -148,6 +149,6 @@ def test_a_model_without_a_chat_template_gets_one_whose_tokens_it_knows(model_fo
 )
 def test_the_verdict_needs_an_interval_on_one_side_of_zero(tmp_path, after, said):
     before = np.array([2.0, 2.2, 1.8, 2.1])
-    result, words = _verdict(Finetuned("lora", tmp_path, tmp_path, None, before, np.array(after), {}))
-    assert f"held out: {said}. Loss 2.025 →" in words
+    result = _result(Finetuned("lora", tmp_path, tmp_path, None, before, np.array(after), {}))
+    assert f"held out: {said}. Loss 2.025 →" in result["verdict"]
     assert result["better"] == (said == "yes")

@@ -52,14 +52,17 @@ def finetune(
         },
         option_of("finetune"),
     )
-    from bessemer.posttraining.finetuning.run import RECORD
+    from bessemer.posttraining.finetuning.run import asked_of, finish, finished
     from bessemer.posttraining.finetuning.run import finetune as tune
 
-    found = tune(config, _source(model, runs), data, out, seed=seed, device=device, progress=progress_for_terminal())
-    result, verdict = _verdict(found)
-    _add_to_record(out / RECORD, result)
-    print(verdict)
-    print(_serving(model, found, data))
+    source = _source(model, runs)
+    result = finished(out, lambda: asked_of(config, source, data, seed))
+    if result is None:
+        found = tune(config, source, data, out, seed=seed, device=device, progress=progress_for_terminal())
+        result = _result(found) | {"serve": _serving(model, found, data)}
+        finish(out, result)
+    print(result["verdict"])
+    print(result["serve"])
 
 
 def _source(model: str, runs: Path) -> ModelSource:
@@ -79,7 +82,7 @@ def _source(model: str, runs: Path) -> ModelSource:
     return ModelSource("gguf" if found.is_file() else "folder", str(found))
 
 
-def _verdict(found: Finetuned) -> tuple[dict[str, Any], str]:
+def _result(found: Finetuned) -> dict[str, Any]:
     """The figures, and the end in words: better or not, by how much, how sure."""
     from bessemer.evaluation.statistics import paired_difference
 
@@ -92,7 +95,13 @@ def _verdict(found: Finetuned) -> tuple[dict[str, Any], str]:
         answer = "no, worse"
     else:
         answer = "not to be told"
-    result = {
+    words = (
+        f"better than before on what was held out: {answer}. Loss {before:.3f} → {after:.3f} nats a token, "
+        f"{abs(estimate.mean):.3f} {'lower' if estimate.mean > 0 else 'higher'} (95 % interval of the fall: {low:.3f} to "
+        f"{high:.3f}; {estimate.items:,} conversations)"
+    )
+    return {
+        "verdict": words,
         "method": found.method,
         "loss_before": before,
         "loss_after": after,
@@ -102,12 +111,6 @@ def _verdict(found: Finetuned) -> tuple[dict[str, Any], str]:
         "better": low > 0,
         "metrics": found.metrics,
     }
-    words = (
-        f"better than before on what was held out: {answer}. Loss {before:.3f} → {after:.3f} nats a token, "
-        f"{abs(estimate.mean):.3f} {'lower' if estimate.mean > 0 else 'higher'} (95 % interval of the fall: {low:.3f} to "
-        f"{high:.3f}; {estimate.items:,} conversations)"
-    )
-    return result, words
 
 
 def _serving(model: str, found: Finetuned, data: Path) -> str:
@@ -117,9 +120,3 @@ def _serving(model: str, found: Finetuned, data: Path) -> str:
     # a name that a user gave goes on meaning the model, unless it had to be made ready
     base = found.base if not Path(model).exists() or found.base.name == "base" else model
     return f"serve it: bessemer serve {base} --adapter {data.stem}={found.adapter}"
-
-
-def _add_to_record(path: Path, result: dict[str, Any]) -> None:
-    from bessemer.core.store import read_json, write_json
-
-    write_json(path, {**read_json(path, "record of a fine-tuning"), "result": result})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,7 @@ from bessemer.posttraining.finetuning.method import choose_method, free_bytes
 from bessemer.posttraining.packing import Example, encode_conversation, pack_conversations
 from bessemer.posttraining.sft import gather_conversations, sft
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
+from bessemer.training.checkpoint.manager import CHECKPOINTS
 from bessemer.training.starting_model import starting_model
 
 #: What the command writes down of itself in the folder that it makes.
@@ -69,7 +71,7 @@ def finetune(
 
     Writes below `out`: `adapter/` or `model/`, what `sft` writes, `base/` where the model had to be made ready, and
     `finetune.json`. Raises SourceError or ArtefactError for data and models that cannot be used, ConfigError for settings,
-    a model that memory does not hold, and a folder of another fine-tuning.
+    and a model that memory does not hold. `finished` is asked before.
     """
     columns = find_columns(data, config.prompt_column, config.answer_column)
     settings: dict[str, Any] = {"data": [str(data.resolve())], "validation_share": config.held_out}
@@ -81,7 +83,9 @@ def finetune(
             f"{data}: of {len(training) + len(held_out):,} rows {len(held_out):,} would be held out, too few to tell whether "
             "the model got better; give more rows, or a larger --held-out"
         )
-    _claim(out, {"settings": config.output_settings(), "model": source.name, "data": hash_file(data), "seed": seed})
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / RECORD).exists():
+        write_json(out / RECORD, {"asked": asked_of(config, source, data, seed)})
     if columns is not None:
         progress.say(f"{data}: questions in {columns[0]!r}, answers in {columns[1]!r}")
     base = prepare_base(source, out / "base", progress)
@@ -91,8 +95,14 @@ def finetune(
     context = config.context_length or _row_length(longest, read_model_config(base).max_position_embeddings)
     rows = max(1, pack_conversations(training, tokenizer, context).rows)
     batch_size = config.batch_size or max(1, round(_CONVERSATIONS * rows / len(training)))
-    method, reason = _method(config, base, batch_size * context, chosen_device)
-    progress.say(f"  {method}: {reason}")
+    record = read_json(out / RECORD, "record of a fine-tuning")
+    if "method" not in record:
+        # once: another time memory may hold more, or less
+        chosen = _method(config, base, batch_size * context, chosen_device)
+        record |= dict(zip(("method", "reason"), chosen, strict=True))
+        write_json(out / RECORD, record)
+    method: Method = record["method"]
+    progress.say(f"  {method}: {record['reason']}")
     progress.say(
         f"  {len(training):,} conversations to learn from, {len(held_out):,} held out; {batch_size} rows of {context:,} tokens "
         "a step"
@@ -120,19 +130,34 @@ def finetune(
     return Finetuned(method, base, out / "adapter", out / "model" if config.merge else None, before_N, after_N, metrics)
 
 
-def _claim(out: Path, asked: dict[str, Any]) -> None:
-    """Write down what is asked in a new folder, or find the same in one that is there. Raises ArtefactError for another."""
+def asked_of(config: FinetuneConfig, source: ModelSource, data: Path, seed: int) -> dict[str, Any]:
+    """What tells one fine-tuning from another."""
+    return {"settings": config.output_settings(), "model": source.name, "data": hash_file(data), "seed": seed}
+
+
+def finished(out: Path, asked: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+    """The result of a fine-tuning that has ended in a folder; None where it is still to be made.
+
+    Raises ArtefactError where the folder holds another fine-tuning, or something else.
+    """
     record = out / RECORD
     if record.exists():
-        if read_json(record, "record of a fine-tuning").get("asked") != asked:
+        found = read_json(record, "record of a fine-tuning")
+        if found.get("asked") != asked():
             raise ArtefactError(
                 f"{out}: holds another fine-tuning, of other data, another model or settings; name another folder"
             )
-        return
+        result: dict[str, Any] | None = found.get("result")
+        return result
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ArtefactError(f"{out}: exists already and is not empty; name another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(record, {"asked": asked})
+    return None
+
+
+def finish(out: Path, result: dict[str, Any]) -> None:
+    """Write the result down, and remove the checkpoints, which nothing needs any more."""
+    write_json(out / RECORD, {**read_json(out / RECORD, "record of a fine-tuning"), "result": result})
+    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
 
 
 def _row_length(longest: int, most: int) -> int:
