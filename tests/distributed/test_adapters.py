@@ -49,7 +49,7 @@ def alone(start, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("parallel", [{"data_shard": 2}, slow({"data_replicate": 2})], ids=str)
+@pytest.mark.parametrize("parallel", [slow({"data_shard": 2}), slow({"data_replicate": 2})], ids=str)
 def test_two_ranks_train_the_adapter_of_one(two, start, alone, tmp_path, parallel):
     two.run(trained, folder=start, out=tmp_path, parallel=parallel)
     for name in ("adapter/adapter_model.safetensors", "model/model.safetensors"):

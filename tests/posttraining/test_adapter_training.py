@@ -20,6 +20,7 @@ from bessemer.posttraining.preference.config import PreferenceConfig
 from bessemer.posttraining.preference.stage import preference
 from bessemer.posttraining.sft import sft
 from bessemer.training.checkpoint.manager import CHECKPOINTS, checkpoint_of_step, checkpoint_weights, newest_checkpoint
+from tests.cases import slow
 from tests.posttraining.test_formats import said
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -64,7 +65,7 @@ def contents(folder):
     return {path.name: hash_file(path) for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("quantised", [False, True], ids=["float", "int4"])
+@pytest.mark.parametrize("quantised", [False, slow(True)], ids=["float", "int4"])
 def test_an_adapter_is_trained_written_and_merged_and_its_base_stays(request, model_folder, data, tmp_path, quantised):
     start = request.getfixturevalue("int4_folder") if quantised else model_folder
     before = contents(start)
@@ -141,6 +142,7 @@ def test_what_an_adapter_cannot_be_trained_with_is_told_in_one_line(int4_folder,
         run(tmp_path / "w8a8", data, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_preference_run_begins_at_its_reference(model_folder, tmp_path):
     path = tmp_path / "pairs.jsonl"
     rows = [{"prompt": [said("user", f"Say {n}.")], "chosen": f"YES {n}", "rejected": f"no {n}"} for n in range(24)]

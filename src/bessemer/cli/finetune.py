@@ -84,7 +84,7 @@ def _source(model: str, runs: Path) -> ModelSource:
 
 def _result(found: Finetuned) -> dict[str, Any]:
     """The figures, and the end in words: better or not, by how much, how sure."""
-    from bessemer.evaluation.statistics import paired_difference
+    from bessemer.core.statistics import paired_difference
 
     estimate = paired_difference(found.before_N, found.after_N)
     low, high = estimate.interval()
