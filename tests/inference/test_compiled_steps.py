@@ -338,7 +338,15 @@ def test_a_setting_that_the_step_does_not_know_is_refused_by_its_name():
 
 def test_every_setting_of_a_model_is_computed_or_refused():
     """A new setting is put where it belongs in `plain_decoder.py`, and computed there or not."""
-    refused_by_value = {"num_experts", "kv_lora_rank", "layer_types", "attention_output_gate", "position_type", "rope_scaling"}
+    refused_by_value = {
+        "num_experts",
+        "kv_lora_rank",
+        "layer_types",
+        "num_scores",
+        "attention_output_gate",
+        "position_type",
+        "rope_scaling",
+    }
     assert plain_decoder._COMPUTED | plain_decoder._WITHOUT_EFFECT | refused_by_value == ModelConfig.model_fields.keys()
 
 

@@ -210,6 +210,7 @@ def _unsupported_setting(config: ModelConfig) -> str | None:
             "it has linear attention",
             not set(config.types) <= {"full_attention", "sliding_attention"},
         ),
+        "num_scores": ("it has a scalar head in place of the language head", bool(config.num_scores)),
         "attention_output_gate": ("its attention has an output gate", config.attention_output_gate),
         "position_type": (
             f"its positions are {config.position_type}",
