@@ -26,6 +26,7 @@ from bessemer.training.model_setup import PreparedModel
 from bessemer.training.objectives import POLICY, LossContext
 from bessemer.training.runtime import Runtime
 from bessemer.training.trainee import Trainee
+from tests.cases import slow
 from tests.inference.models import small_decoder, small_tokenizer
 from tests.training.conftest import RecordedProgress
 
@@ -96,7 +97,7 @@ def test_a_model_learns_to_write_what_is_rewarded_and_every_completion_is_logged
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("stop", [2, 3], ids=["between rollouts", "within a rollout"])
+@pytest.mark.parametrize("stop", [slow(2, id="between rollouts"), pytest.param(3, id="within a rollout")])
 def test_a_run_goes_on_bit_for_bit_where_it_stopped(model_folder, data, tmp_path, stop):
     changes = {
         "mini_batches": 2,

@@ -13,6 +13,7 @@ from bessemer.scaling.laws.isoflop import budgets, isoflop_bias
 from bessemer.scaling.laws.parametric import BESIROGLU, HOFFMANN, ParametricLaw
 from bessemer.scaling.laws.points import DegenerateError, Point, Points, check_determined, read_points
 from bessemer.scaling.laws.task_law import TaskLaw, fit_task_law
+from tests.cases import slow
 
 SIZES, RATIOS = np.geomspace(1e7, 1e9, 6), np.geomspace(4, 120, 5)
 #: nanochat's models, each the best of its compute: FLOPs, parameters (transformer and head), tokens, bits per byte.
@@ -67,7 +68,7 @@ def covered(method: str, repetitions: int) -> dict[str, int]:
     return hits
 
 
-@pytest.mark.parametrize("method", ["huber", "grid"])
+@pytest.mark.parametrize("method", [slow("huber"), "grid"])
 def test_noisy_points_give_the_planted_law_within_the_intervals(method):
     assert min(covered(method, 4).values()) >= 2
 
