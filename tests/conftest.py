@@ -39,6 +39,7 @@ def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
     return argname if isinstance(val, bytes) else None
 
 
+_HERE = Path(__file__).parent
 #: The module by which a peer is known to be there.
 _PEERS = {
     "datatrove": "datatrove",
@@ -65,7 +66,11 @@ def _has_cuda() -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a card or a peer that is not here. Where there is a card, the other tests do not see it."""
+    """Skip what needs a card or a peer that is not here. Where there is a card, the other tests do not see it.
+
+    The files beside this one come first: each takes long, and a worker alone with the last of them would keep the others waiting.
+    """
+    items.sort(key=lambda item: item.path.parent != _HERE)
     for item in items:
         if item.get_closest_marker("gpu"):
             if not _has_cuda():
