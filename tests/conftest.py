@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -68,7 +69,7 @@ def _has_cuda() -> bool:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs a card or a peer that is not here. Where there is a card, the other tests do not see it.
 
-    The files beside this one come first: each takes long, and a worker alone with the last of them would keep the others waiting.
+    The files beside this one come first: each takes long, and a worker alone with the last of them would end late.
     """
     items.sort(key=lambda item: item.path.parent != _HERE)
     for item in items:
