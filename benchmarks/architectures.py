@@ -41,12 +41,12 @@ from bessemer.model.config import ModelConfig
 from bessemer.model.device import has_fast_bfloat16
 from bessemer.model.initialisation import initial_decoder
 from bessemer.tokenization.shards import TokenShards
-from bessemer.training.config import PretrainConfig
 from bessemer.training.data.batches import IGNORE_INDEX, Batch, TokenBatches
 from bessemer.training.loop import train
 from bessemer.training.objectives import linear_cross_entropy, next_token_loss
 from bessemer.training.optim.build import build_optimizers, scale_learning_rates, step_optimizers
 from bessemer.training.optim.lr_schedule import evenly_spaced, learning_rate_factor
+from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.runtime import Runtime
 from bessemer.training.trainer import Trainer
 from bessemer.training.validation import bits_per_byte

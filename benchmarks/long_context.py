@@ -26,8 +26,8 @@ from bessemer.model.existing import existing_decoder
 from bessemer.model.folder import load_model, save_model
 from bessemer.tokenization.shards import TokenShards
 from bessemer.tokenization.tokenizer import load_tokenizer
-from bessemer.training.config import PretrainConfig
 from bessemer.training.pretrain import pretrain
+from bessemer.training.pretrain_config import PretrainConfig
 
 # Shapes: B batch, T time.
 

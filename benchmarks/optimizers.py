@@ -38,10 +38,10 @@ from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
 from bessemer.model.initialisation import initial_decoder
 from bessemer.tokenization.shards import TokenShards
-from bessemer.training.config import PretrainConfig
 from bessemer.training.data.batches import TokenBatches
 from bessemer.training.loop import DivergenceError, train
 from bessemer.training.optim.weight_averaging import MovingAverage, mean_weights
+from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.runtime import Runtime
 from bessemer.training.trainer import Trainer
 from bessemer.training.validation import bits_per_byte

@@ -85,7 +85,7 @@ def warm(size: dict[str, Any], weights: Path) -> dict[str, float]:
 
     from bessemer.model.config import ModelConfig
     from bessemer.model.initialisation import initial_decoder
-    from bessemer.training.config import PretrainConfig
+    from bessemer.training.pretrain_config import PretrainConfig
 
     config = PretrainConfig(steps=WARM_STEPS, learning_rate=3e-3, optimizer="adamw", dtype="float32", compile=False)
     trainer = _trainer(initial_decoder(ModelConfig(**size["model"]), seed=1), config, config.optimizer)
@@ -103,7 +103,7 @@ def bessemer(size: dict[str, Any], weights: Path, attention: str, threads: int, 
 
     from bessemer.model.config import ModelConfig
     from bessemer.model.initialisation import initial_decoder
-    from bessemer.training.config import PretrainConfig
+    from bessemer.training.pretrain_config import PretrainConfig
 
     rows, length = size["batch"]
     exact = what == "exact"

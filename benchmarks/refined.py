@@ -30,8 +30,8 @@ from bessemer.model.config import ModelConfig
 from bessemer.model.folder import load_model, save_model
 from bessemer.model.initialisation import initial_decoder
 from bessemer.tokenization.shards import TokenShards
-from bessemer.training.config import PretrainConfig
 from bessemer.training.pretrain import pretrain
+from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.validation import bits_per_byte
 
 CONTEXT, BATCH_SIZE, SCORED_TOKENS = 256, 8, 131_072

@@ -72,8 +72,8 @@ def load(rank: int, rendezvous: str, folder: str, parallel: dict[str, Any], by_s
     from bessemer.model.folder_config import read_model_config
     from bessemer.model.initialisation import empty_decoder
     from bessemer.model.stored_tensors import find_tensors
-    from bessemer.training.config import PretrainConfig
     from bessemer.training.model_setup import prepare_model
+    from bessemer.training.pretrain_config import PretrainConfig
     from bessemer.training.runtime import Runtime
 
     torch.set_num_threads(1)

@@ -28,11 +28,11 @@ from bessemer.model.config import ModelConfig
 from bessemer.model.device import has_fast_bfloat16
 from bessemer.model.initialisation import initial_decoder
 from bessemer.tokenization.shards import TokenShards
-from bessemer.training.config import PretrainConfig
 from bessemer.training.data.batches import TokenBatches
 from bessemer.training.loop import DivergenceError, train
 from bessemer.training.monitoring.coordinate_check import coordinate_check, growth, widened
 from bessemer.training.optim.mup import scale_initial_weights, width_ratio
+from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.runtime import Runtime
 from bessemer.training.validation import bits_per_byte
 from optimizers import GRID, score, tokens

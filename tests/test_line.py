@@ -224,8 +224,8 @@ def test_compare_shows_the_setting_that_differs(line, capsys, monkeypatch):
 
 def test_shards_of_another_tokenizer_are_refused(line, monkeypatch):
     from bessemer.core.errors import ArtefactError
-    from bessemer.training.config import PretrainConfig
     from bessemer.training.pretrain import pretrain
+    from bessemer.training.pretrain_config import PretrainConfig
 
     monkeypatch.chdir(line)
     bessemer.run("recipe.yaml", {"tokenize.vocab_size": 400}, until="model", name="other")

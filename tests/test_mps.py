@@ -16,13 +16,13 @@ from bessemer.model.quantisation.schemes.base import Codes
 from bessemer.model.quantisation.schemes.int4 import Int4
 from bessemer.model.quantisation.schemes.w8a8 import W8A8, int8_product, integer_product
 from bessemer.model.quantisation.statistics import Statistics
-from bessemer.training.config import PretrainConfig
 from bessemer.training.data.batches import Batch
 from bessemer.training.model_setup import prepare_model
 from bessemer.training.moe_losses import balance_experts, router_losses, routing_metrics, visits_by_layer
 from bessemer.training.monitoring.diagnostics import Diagnostics
 from bessemer.training.objectives import next_token_loss
 from bessemer.training.optim.build import build_optimizers
+from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.runtime import Runtime
 from bessemer.training.trainer import Trainer
 

@@ -14,12 +14,12 @@ from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
 from bessemer.posttraining.preference.kto import KTOObjective
 from bessemer.posttraining.reward.objective import RewardObjective
-from bessemer.training.config import PretrainConfig
 from bessemer.training.data.batches import IGNORE_INDEX, Batch
 from bessemer.training.head import token_log_probs
 from bessemer.training.loop import METRICS, train
 from bessemer.training.model_setup import prepare_model
 from bessemer.training.objectives import POLICY, Count, Metric, NextTokenObjective, Objective, Terms
+from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.runtime import Runtime
 from bessemer.training.trainee import Trainee
 

@@ -11,11 +11,11 @@ from bessemer.distributed.layout import Layout
 from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
-from bessemer.training.config import PretrainConfig
 from bessemer.training.data.batches import IGNORE_INDEX, Batch, StatelessBatches
 from bessemer.training.model_setup import prepare_model
 from bessemer.training.objectives import build_objective
 from bessemer.training.optim.build import build_optimizers
+from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.runtime import Runtime
 from bessemer.training.trainer import Trainer
 

@@ -11,7 +11,7 @@ from bessemer.model.folder import save_model
 from bessemer.model.initialisation import initial_decoder
 from bessemer.training import autotune
 from bessemer.training.autotune import AUTOTUNE, StepTiming, prepare_run
-from bessemer.training.config import PretrainConfig
+from bessemer.training.pretrain_config import PretrainConfig
 
 from .parity import DENSE, SETTINGS
 

@@ -16,9 +16,9 @@ from bessemer.model.attention_backends import Scores, explicit
 from bessemer.model.attention_mask import attention_mask
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
-from bessemer.training.config import PretrainConfig
 from bessemer.training.model_setup import prepare_model
 from bessemer.training.objectives import next_token_loss
+from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.runtime import Runtime
 from bessemer.training.trainer import Trainer
 from tests.cases import slow, slow_but

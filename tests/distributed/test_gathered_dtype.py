@@ -11,9 +11,9 @@ from bessemer.distributed.sharding import apply_fsdp
 from bessemer.model.config import ModelConfig
 from bessemer.model.experts import Experts
 from bessemer.model.initialisation import initial_decoder
-from bessemer.training.config import PretrainConfig
 from bessemer.training.loop import METRICS, train
 from bessemer.training.objectives import POLICY
+from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.runtime import Runtime
 from tests.cases import slow
 

@@ -16,11 +16,11 @@ from bessemer.model.folder_config import read_model_config
 from bessemer.model.initialisation import empty_decoder, initial_decoder
 from bessemer.model.stored_tensors import find_tensors
 from bessemer.training.checkpoint.export import save_trained
-from bessemer.training.config import PretrainConfig
 from bessemer.training.loop import train
 from bessemer.training.model_setup import prepare_model
 from bessemer.training.optim.build import freeze_parameters
 from bessemer.training.optim.mup import scale_initial_weights, width_ratio
+from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.run import run_training
 from bessemer.training.runtime import Runtime
 

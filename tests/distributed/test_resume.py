@@ -16,10 +16,10 @@ from bessemer.model.initialisation import initial_decoder
 from bessemer.training.checkpoint.export import save_trained
 from bessemer.training.checkpoint.manager import CHECKPOINTS, CheckpointManager, checkpoint_weights, newest_checkpoint
 from bessemer.training.checkpoint.state import TrainingState
-from bessemer.training.config import PretrainConfig
 from bessemer.training.loop import METRICS, train
 from bessemer.training.model_setup import prepare_model
 from bessemer.training.optim.build import build_optimizers
+from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.runtime import Runtime
 
 from .parity import DENSE, SETTINGS, RandomBatches

@@ -9,7 +9,7 @@ from bessemer.distributed.layout import Layout
 from bessemer.distributed.stages import split_into_stages
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
-from bessemer.training.config import PretrainConfig
+from bessemer.training.pretrain_config import PretrainConfig
 
 from .parity import DENSE, SETTINGS, RandomBatches
 

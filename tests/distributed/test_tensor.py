@@ -12,10 +12,10 @@ from bessemer.distributed.mesh import Mesh
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
 from bessemer.training.checkpoint.manager import CHECKPOINTS, checkpoint_weights, newest_checkpoint
-from bessemer.training.config import PretrainConfig
 from bessemer.training.head import head_divergence, linear_cross_entropy, token_log_probs
 from bessemer.training.model_setup import prepare_model
 from bessemer.training.optim.build import build_optimizers
+from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.runtime import Runtime
 from bessemer.training.trainer import Trainer
 from tests.cases import slow, slow_but

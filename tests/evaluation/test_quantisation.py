@@ -21,8 +21,8 @@ from bessemer.model.folder import load_model, save_model
 from bessemer.model.quantisation.config import QUANTIZE_VERSION, QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
 from bessemer.tokenization.tokenizer import load_tokenizer
-from bessemer.training.config import PretrainConfig
 from bessemer.training.pretrain import pretrain
+from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.validation import bits_per_byte
 from tests.golden import exact_weights
 from tests.model.randomised import SHAPES, random_decoder

@@ -17,7 +17,7 @@ import torch
 from bessemer.core.hashing import hash_bytes
 from bessemer.distributed.mesh import ALONE
 from bessemer.model.initialisation import initial_decoder
-from bessemer.training.config import PretrainConfig
+from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.model_setup import prepare_model
 from bessemer.training.objectives import build_objective
 from bessemer.training.optim.build import build_optimizers

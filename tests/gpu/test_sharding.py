@@ -10,9 +10,9 @@ from bessemer.distributed.gradients import local
 from bessemer.distributed.layout import Layout
 from bessemer.distributed.mesh import Mesh, Seat, joined
 from bessemer.distributed.sharding import apply_fsdp
-from bessemer.training.config import PretrainConfig
 from bessemer.training.objectives import next_token_loss
 from bessemer.training.optim.build import build_optimizers, step_optimizers
+from bessemer.training.pretrain_config import PretrainConfig
 from tests.distributed.parity import SETTINGS, RandomBatches
 from tests.gpu.comparison import relative_difference
 from tests.inference.models import small_decoder

@@ -22,10 +22,10 @@ from bessemer.inference.execution.tensor_parallel.trained_shards import copy_tra
 from bessemer.tokenization.bpe import byte_level_bpe
 from bessemer.tokenization.folder import write_folder
 from bessemer.tokenization.tokenizer import load_tokenizer
-from bessemer.training.config import PretrainConfig
 from bessemer.training.data.batches import IGNORE_INDEX, Batch
 from bessemer.training.model_setup import prepare_model
 from bessemer.training.objectives import POLICY
+from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.runtime import Runtime
 from bessemer.training.trainee import Trainee
 from tests.cases import slow

@@ -16,9 +16,9 @@ from bessemer.posttraining.preference.config import PreferenceConfig
 from bessemer.posttraining.preference.kto import KTOObjective
 from bessemer.posttraining.preference.labelled import others_before, pack_answers
 from bessemer.posttraining.preference.stage import preference
-from bessemer.training.config import PretrainConfig
 from bessemer.training.model_setup import PreparedModel
 from bessemer.training.objectives import POLICY, LossContext
+from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.runtime import Runtime
 from bessemer.training.trainee import REFERENCE, Trainee
 from tests.posttraining.test_formats import said

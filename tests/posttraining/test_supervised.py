@@ -16,10 +16,10 @@ from bessemer.posttraining.packing import PackedBatches, encode_conversation, pa
 from bessemer.posttraining.sft import sft
 from bessemer.posttraining.supervised import add_embedding_noise, dynamic_fine_tuning
 from bessemer.tokenization.shards import TokenShards
-from bessemer.training.config import PretrainConfig
 from bessemer.training.data.batches import IGNORE_INDEX, TokenBatches
 from bessemer.training.objectives import token_losses
 from bessemer.training.pretrain import pretrain
+from bessemer.training.pretrain_config import PretrainConfig
 from tests.posttraining.test_formats import said
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -18,9 +18,9 @@ from bessemer.posttraining.preference.objective import PreferenceObjective
 from bessemer.posttraining.preference.packing import pack_pairs
 from bessemer.posttraining.preference.registry import PAIR_LOSSES
 from bessemer.posttraining.reward.objective import RewardObjective
-from bessemer.training.config import PretrainConfig
 from bessemer.training.model_setup import PreparedModel
 from bessemer.training.objectives import POLICY, LossContext
+from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.runtime import Runtime
 from bessemer.training.trainee import REFERENCE, Trainee
 from tests.posttraining.test_formats import said

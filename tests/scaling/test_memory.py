@@ -16,12 +16,12 @@ from bessemer.scaling.job import Candidate, TrainingJob
 from bessemer.scaling.memory import memory
 from bessemer.training import logit_chunks
 from bessemer.training.activation_checkpointing import recompute_activations
-from bessemer.training.config import PretrainConfig
 from bessemer.training.head import linear_cross_entropy
 from bessemer.training.logit_chunks import ChunkSize
 from bessemer.training.objectives import next_token_loss
 from bessemer.training.optim.build import build_optimizers
 from bessemer.training.optim.weight_averaging import MovingAverage
+from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.runtime import Runtime
 from bessemer.training.trainer import Trainer
 from tests.cases import slow, slow_but

@@ -13,8 +13,8 @@ from bessemer.model.initialisation import empty_decoder
 from bessemer.scaling.job import Candidate
 from bessemer.scaling.memory import micro_batches_in_flight
 from bessemer.scaling.timing import bubble_share
-from bessemer.training.config import PretrainConfig
 from bessemer.training.model_setup import prepare_model
+from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.runtime import Runtime
 from tests.distributed.parity import DENSE, SETTINGS
 

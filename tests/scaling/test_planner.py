@@ -7,7 +7,7 @@ from bessemer.model.presets import PRESET_VOCABULARIES
 from bessemer.scaling.hardware import CARDS, find_card
 from bessemer.scaling.job import Candidate, TrainingJob
 from bessemer.scaling.planner import DoesNotFitError, candidates, evaluate, layouts, plans, suggest_settings
-from bessemer.training.config import PretrainConfig
+from bessemer.training.pretrain_config import PretrainConfig
 
 
 def job(preset, card="h100", **settings):

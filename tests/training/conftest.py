@@ -13,7 +13,7 @@ from bessemer.model.initialisation import initial_decoder
 from bessemer.model.stage import build_model
 from bessemer.tokenization.config import TokenizeConfig
 from bessemer.tokenization.stage import tokenize
-from bessemer.training.config import PretrainConfig
+from bessemer.training.pretrain_config import PretrainConfig
 
 TINY = {
     "preset": None,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import bessemer.training.checkpoint.manager as checkpoint
 import bessemer.training.trainer as trainer
-from bessemer.training.config import PretrainConfig
 from bessemer.training.pretrain import pretrain
+from bessemer.training.pretrain_config import PretrainConfig
 
 #: By place: what is called there, the number of the call, and whether the process dies before it.
 PLACES = {

@@ -7,7 +7,8 @@ from bessemer.core.usercode import load_user_function
 from bessemer.model.config import ModelConfig
 from bessemer.training import autotune
 from bessemer.training.autotune import StepTiming, check_fits, choose, prepare_run, resolve
-from bessemer.training.config import LoopConfig, PretrainConfig
+from bessemer.training.config import LoopConfig
+from bessemer.training.pretrain_config import PretrainConfig
 
 from .conftest import RecordedProgress
 

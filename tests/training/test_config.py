@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from bessemer.core.errors import ConfigError
-from bessemer.training.config import PretrainConfig
+from bessemer.training.pretrain_config import PretrainConfig
 
 
 @pytest.mark.parametrize("given", [{}, {"steps": 1, "minutes": 1}, {"tokens": 1, "steps": 1}])

@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bessemer.core.errors import ConfigError
-from bessemer.training.config import PretrainConfig
 from bessemer.training.optim.lr_schedule import (
     evenly_spaced,
     inverse_sqrt,
@@ -14,6 +13,7 @@ from bessemer.training.optim.lr_schedule import (
     log_spaced,
     warmup_stable_decay,
 )
+from bessemer.training.pretrain_config import PretrainConfig
 
 SCHEDULES = [
     {"schedule": "wsd"},

@@ -7,7 +7,6 @@ from torch.nn.functional import cross_entropy
 from bessemer.core.errors import ConfigError
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
-from bessemer.training.config import PretrainConfig
 from bessemer.training.data.batches import IGNORE_INDEX, Batch
 from bessemer.training.objectives import (
     LossContext,
@@ -17,6 +16,7 @@ from bessemer.training.objectives import (
     sums_by_source,
     token_losses,
 )
+from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.validation import summed_loss
 
 

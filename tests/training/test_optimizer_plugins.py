@@ -9,10 +9,10 @@ from bessemer.core.errors import ConfigError
 from bessemer.core.metrics import read_metrics
 from bessemer.core.registry import plugin_versions
 from bessemer.model.folder import load_model
-from bessemer.training.config import PretrainConfig
 from bessemer.training.optim.build import build_optimizers
 from bessemer.training.optim.registry import GROUP
 from bessemer.training.pretrain import pretrain
+from bessemer.training.pretrain_config import PretrainConfig
 from tests.plugin_package import install
 
 CODE = """

@@ -7,11 +7,11 @@ from bessemer.distributed.mesh import ALONE
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
 from bessemer.training.checkpoint.state import TrainingState, copied
-from bessemer.training.config import PretrainConfig
 from bessemer.training.optim.adafactor import Adafactor
 from bessemer.training.optim.build import build_optimizers, parameter_groups, scale_learning_rates, step_optimizers
 from bessemer.training.optim.lion import Lion
 from bessemer.training.optim.registry import OPTIMIZERS
+from bessemer.training.pretrain_config import PretrainConfig
 
 EVERY_PART = {
     "hidden_size": 16,

@@ -12,8 +12,8 @@ from bessemer.model.folder import load_model, save_model
 from bessemer.tokenization.config import TokenizeConfig
 from bessemer.tokenization.stage import tokenize
 from bessemer.tokenization.tokenizer import load_tokenizer
-from bessemer.training.config import PRETRAIN_VERSION
 from bessemer.training.pretrain import pretrain
+from bessemer.training.pretrain_config import PRETRAIN_VERSION
 from tests.golden import checksum, exact_weights
 
 

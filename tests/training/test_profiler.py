@@ -10,8 +10,8 @@ from pydantic import ValidationError
 from bessemer.core.config import ConfigError
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
-from bessemer.training.config import PretrainConfig
 from bessemer.training.loop import train
+from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.runtime import Runtime
 
 from ..distributed.parity import RandomBatches

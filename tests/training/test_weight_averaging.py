@@ -11,9 +11,9 @@ from bessemer.model.folder import load_model
 from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.checkpoint.load import averaged_model, find_checkpoint
 from bessemer.training.checkpoint.manager import CHECKPOINTS, checkpoint_weights, newest_checkpoint
-from bessemer.training.config import PretrainConfig
 from bessemer.training.optim.weight_averaging import MovingAverage, mean_weights
 from bessemer.training.pretrain import pretrain
+from bessemer.training.pretrain_config import PretrainConfig
 from tests.cli.test_main import bessemer, one_error
 
 

@@ -14,7 +14,8 @@ from bessemer.model.config import ModelConfig, ModelStageConfig, preset_config
 from bessemer.model.presets import PRESET_VOCABULARIES, PRESETS
 from bessemer.pipeline.recipe import Recipe, Stage, feeding, load_recipe, shipped_recipes
 from bessemer.tokenization.config import TokenizeConfig
-from bessemer.training.config import LoopConfig, PretrainConfig
+from bessemer.training.config import LoopConfig
+from bessemer.training.pretrain_config import PretrainConfig
 
 #: Tokens for each parameter where nothing says how many: a compute-optimal run (Hoffmann et al. 2022, table 3).
 TOKENS_PER_PARAMETER = 20

@@ -14,8 +14,10 @@ from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.posttraining.conversations import Conversation
 from bessemer.posttraining.encoding import encode_answer
 from bessemer.tokenization.tokenizer import Tokenizer
+from bessemer.training.config import LoopConfig
 from bessemer.training.data.batches import IGNORE_INDEX, Batch, StatelessBatches, rows_of_step
 from bessemer.training.data.packing import best_fit, pack_rows
+from bessemer.training.run import OnStepEnd, validated_steps, validation_metrics
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,14 @@ class HeldOutBatches(StatelessBatches):
             targets_BT=batch.targets_BT.masked_fill(beyond_B1, IGNORE_INDEX),
             per_sequence={name: values_BS.masked_fill(beyond_B1, 0) for name, values_BS in batch.per_sequence.items()},
         )
+
+
+def validation_on(packed: Batch, config: LoopConfig) -> OnStepEnd:
+    """What validates on packed rows at the steps that the settings name; nothing where there are no rows."""
+    if not packed.tokens_BT.shape[0]:
+        return lambda finished, trainer: {}
+    source, validated = HeldOutBatches(packed, config.batch_size), validated_steps(config)
+    return lambda finished, trainer: validation_metrics(trainer, source, source.steps) if finished in validated else {}
 
 
 def _content(packed: Batch) -> str:

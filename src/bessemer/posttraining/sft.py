@@ -21,14 +21,14 @@ from bessemer.model.trained_adapters import without_parts_beside
 from bessemer.posttraining.config import DOCS_QUESTIONS, SFTConfig
 from bessemer.posttraining.conversations import Conversation, read_conversations, write_conversations
 from bessemer.posttraining.mixed_text import MixedBatches
-from bessemer.posttraining.packing import HeldOutBatches, PackedBatches, pack_conversations
+from bessemer.posttraining.packing import PackedBatches, pack_conversations, validation_on
 from bessemer.posttraining.questions import make_questions
 from bessemer.posttraining.supervised import add_embedding_noise, dynamic_fine_tuning
 from bessemer.tokenization.shards import TokenShards
 from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.data.batches import BatchSource, TokenBatches
 from bessemer.training.objectives import NextTokenObjective
-from bessemer.training.run import OnStepEnd, run_training, validated_steps, validation_metrics
+from bessemer.training.run import OnStepEnd, run_training
 from bessemer.training.trainer import Trainer
 
 
@@ -96,21 +96,19 @@ def sft(
             if not mesh.alone:
                 raise ConfigError("neftune_alpha: in one process; leave it out under a mesh")
             add_embedding_noise(decoder, config.neftune_alpha)
-        if validation is None or not validation.rows:
+        if validation is None:
             return lambda finished, trainer: {}
-        source = HeldOutBatches(validation.batch, config.batch_size)
-        validated = validated_steps(config)
+        validate = validation_on(validation.batch, config)
 
-        def validate(finished: int, trainer: Trainer) -> dict[str, float]:
-            if finished not in validated:
-                return {}
-            if on_validation is not None and mesh.alone:
+        def validate_and_show(finished: int, trainer: Trainer) -> dict[str, float]:
+            metrics = validate(finished, trainer)
+            if metrics and on_validation is not None and mesh.alone:
                 whole = without_parts_beside(decoder)
                 with trainer.runtime.evaluating(whole), torch.random.fork_rng():
                     on_validation(finished, whole)
-            return validation_metrics(trainer, source, source.steps)
+            return metrics
 
-        return validate
+        return validate_and_show
 
     objective = None
     if config.loss == "dft":

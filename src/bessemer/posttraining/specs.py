@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bessemer.core.stage import Outside, StageContext, StageSpec, last_of
+from bessemer.core.stage import Outside, StageContext, last_of
 from bessemer.data.config import CollectConfig, Source
 from bessemer.data.corpus.at_hand import documents_at, documents_of
 from bessemer.data.sources.config import (
@@ -23,7 +23,13 @@ from bessemer.posttraining.preference.specs import STAGES as PREFERENCE_STAGES
 from bessemer.posttraining.reward.specs import STAGES as REWARD_STAGES
 from bessemer.posttraining.rl.specs import STAGES as RL_STAGES
 from bessemer.tokenization.config import TokenizeConfig
-from bessemer.training.specs import check_loop, loop_packages, model_not_merged, rows_too_long, rows_too_long_for_existing
+from bessemer.training.specs import (
+    model_not_merged,
+    rows_too_long,
+    rows_too_long_for_existing,
+    training_arguments,
+    training_stage,
+)
 
 _OTHER_DATA = "name a file of conversations in sft.data, or leave the stage out with sft: null"
 
@@ -79,12 +85,8 @@ def _sft(context: StageContext) -> dict[str, Any]:
         documents_of(context),
         context.out,
         tokens=context.inputs.get("tokens"),
-        seed=context.seed,
-        device=context.device,
-        progress=context.progress,
-        folder=context.folder,
-        card_flops=context.services.card_flops,
         tasks=context.services.tasks,
+        **training_arguments(context),
     )
 
 
@@ -95,7 +97,7 @@ def _sft_fingerprint(config: SFTConfig, outside: Outside) -> Any:
 
 
 STAGES = (
-    StageSpec(
+    training_stage(
         kind="sft",
         summary="Fine-tune the model on conversations (supervised fine-tuning).",
         config=SFTConfig,
@@ -105,21 +107,15 @@ STAGES = (
         links={"model": "model", "adapter": "adapter"},
         lacks=model_not_merged,
         example="sft: {data: [conversations.jsonl]}",
-        remedy="retrain",
         budget_seconds=35,
         report=report.report,
         summary_line=report.summary_line,
         next_steps=report.next_steps,
         run=_sft,
-        uses_seed=True,
-        resumes=True,
-        trains=True,
         fingerprint=_sft_fingerprint,
         conflict=_sft_conflict,
         conflict_of_files=_sft_conflict_of_files,
         unusable=_documents_without_questions,
-        packages=loop_packages,
-        check=check_loop,
     ),
     *PREFERENCE_STAGES,
     *REWARD_STAGES,

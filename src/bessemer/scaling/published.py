@@ -15,7 +15,7 @@ from bessemer.model.config import ModelConfig, preset_config
 from bessemer.scaling.hardware import CARDS, Card
 from bessemer.scaling.job import Candidate, TrainingJob
 from bessemer.scaling.planner import Plan, evaluate
-from bessemer.training.config import PretrainConfig
+from bessemer.training.pretrain_config import PretrainConfig
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from bessemer.scaling.laws.fit import Count, Fit
 from bessemer.scaling.laws.parametric import BESIROGLU, ParametricLaw
 from bessemer.scaling.laws.points import FLOPS_PER_PARAMETER_TOKEN
 from bessemer.scaling.planner import Plan, plans
-from bessemer.training.config import LoopConfig, PretrainConfig
+from bessemer.training.config import LoopConfig
+from bessemer.training.pretrain_config import PretrainConfig
 
 _SECONDS_PER_DAY = 86_400
 #: Rounds in which FLOPs and the speed of the model that they ask for are matched.

@@ -26,12 +26,13 @@ from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
 from bessemer.model.device import choose_device, has_fast_bfloat16
 from bessemer.model.folder_config import read_model_config
-from bessemer.training.config import VALIDATIONS, LoopConfig, PretrainConfig, check_compiler
+from bessemer.training.config import VALIDATIONS, LoopConfig, check_compiler
 from bessemer.training.data.batches import Batch, StatelessBatches
 from bessemer.training.model_setup import prepare_model
 from bessemer.training.objectives import LossFunction, Objective, build_objective
 from bessemer.training.optim.build import build_optimizers, freeze_parameters
 from bessemer.training.optim.weight_averaging import MovingAverage
+from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.runtime import Runtime
 from bessemer.training.starting_model import check_start, starting_model
 from bessemer.training.trainer import Trainer

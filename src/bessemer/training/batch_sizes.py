@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Self
+
+from pydantic import model_validator
+
+from bessemer.core.config import Config, setting
 
 
 class Stage(NamedTuple):
@@ -97,3 +101,35 @@ def stages_by_rows(sizes: list[int], rows: float) -> tuple[Stage, ...]:
 
 def _listed(sizes: list[int]) -> str:
     return ", ".join(map(str, sizes))
+
+
+class BatchSizeWarmup(Config):
+    """Batches that grow at the beginning of a run, in stages, up to `batch_size`."""
+
+    start: int = setting(description="Rows of the first batches.", unit="sequences", gt=0)
+    steps: int | None = setting(
+        None, "Steps before batches have batch_size rows, shared evenly by the sizes.", unit="steps", gt=0
+    )
+    tokens: int | None = setting(
+        None, "Tokens instead of steps; each size reads as many of them, rounded up to whole steps.", unit="tokens", gt=0
+    )
+    increment: int | None = setting(
+        None, "Rows that a size has more than the one before; absent: each is twice the one before.", unit="sequences", gt=0
+    )
+    scale_learning_rate: bool = setting(
+        False, "Multiply the learning rate by the root of a batch's rows over batch_size, as suits Adam (Malladi et al. 2022)."
+    )
+
+    @model_validator(mode="after")
+    def _check_length(self) -> Self:
+        if (self.steps is None) == (self.tokens is None):
+            raise ValueError("give steps or tokens, one of them")
+        return self
+
+    def batch_sizes(self, batch_size: int, context_length: int) -> BatchSizes:
+        """The sizes by step of a run with these settings. Raises ValueError when they do not lead to `batch_size`."""
+        sizes = growing_sizes(self.start, batch_size, self.increment)
+        if self.steps is not None:
+            return BatchSizes(batch_size, stages_by_steps(sizes, self.steps))
+        assert self.tokens is not None
+        return BatchSizes(batch_size, stages_by_rows(sizes, self.tokens / context_length))

@@ -13,7 +13,8 @@ from bessemer.model.config import ModelStageConfig
 from bessemer.model.specs import MODEL_PACKAGES
 from bessemer.tokenization.config import TokenizeConfig
 from bessemer.training import report
-from bessemer.training.config import PRETRAIN_VERSION, LoopConfig, PretrainConfig, check_compiler
+from bessemer.training.config import LoopConfig, check_compiler
+from bessemer.training.pretrain_config import PRETRAIN_VERSION, PretrainConfig
 
 
 def rows_too_long(config: LoopConfig, above: Mapping[str, Any]) -> str | None:
@@ -69,6 +70,35 @@ def loop_packages(config: LoopConfig) -> list[str]:
     return [*MODEL_PACKAGES, *(["torchao"] if config.float8 or config.optimizer_bits == 8 else [])]
 
 
+def training_arguments(context: StageContext) -> dict[str, Any]:
+    """What the function of every stage that trains is given of a run."""
+    return {
+        "seed": context.seed,
+        "device": context.device,
+        "progress": context.progress,
+        "folder": context.folder,
+        "card_flops": context.services.card_flops,
+    }
+
+
+def training_stage(**described: Any) -> StageSpec:
+    """A stage that trains a model; `described`: as of `StageSpec`, in place of what such stages have alike."""
+    alike: dict[str, Any] = {
+        "needs": {"model": "model"},
+        "makes": {"model": "model"},
+        "links": {"model": "model"},
+        "remedy": "retrain",
+        "uses_seed": True,
+        "resumes": True,
+        "trains": True,
+        "conflict": rows_too_long,
+        "conflict_of_files": rows_too_long_for_existing,
+        "packages": loop_packages,
+        "check": check_loop,
+    }
+    return StageSpec(**alike | described)
+
+
 def _pretrain_conflict(config: PretrainConfig, above: Mapping[str, Any]) -> str | None:
     tokenize = last_of(above, TokenizeConfig)
     collect = last_of(above, CollectConfig)
@@ -104,14 +134,10 @@ def _pretrain(context: StageContext) -> dict[str, Any]:
         context.inputs["model"],
         context.inputs["tokens"],
         context.out,
-        seed=context.seed,
-        device=context.device,
-        progress=context.progress,
         sample=context.services.continuations,
-        folder=context.folder,
-        card_flops=context.services.card_flops,
-        tasks=context.services.tasks,
         measured_tokens_per_second=(context.measured or {}).get("tokens_per_second"),
+        tasks=context.services.tasks,
+        **training_arguments(context),
     )
 
 
@@ -124,29 +150,20 @@ def _pretrain_fingerprint(config: PretrainConfig, outside: Outside) -> Any:
 
 
 STAGES = (
-    StageSpec(
+    training_stage(
         kind="pretrain",
         summary="Pretrain the model on token shards, or go on with a trained one (mid-training).",
         config=PretrainConfig,
         version=PRETRAIN_VERSION,
         needs={"model": "model", "tokens": "tokens"},
-        makes={"model": "model"},
-        links={"model": "model"},
         example="pretrain: {minutes: 4}",
-        remedy="retrain",
         budget_seconds=230,
         report=report.report,
         summary_line=report.summary_line,
         next_steps=report.next_steps,
         run=_pretrain,
-        uses_seed=True,
-        resumes=True,
-        trains=True,
         resolve=_resolve_pretrain,
         fingerprint=_pretrain_fingerprint,
         conflict=_pretrain_conflict,
-        conflict_of_files=rows_too_long_for_existing,
-        packages=loop_packages,
-        check=check_loop,
     ),
 )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from bessemer.core.stage import Outside, StageContext, StageSpec
+from bessemer.core.stage import Outside, StageContext
 from bessemer.posttraining.preference import report
 from bessemer.posttraining.preference.config import PREFERENCE_VERSION, PreferenceConfig
-from bessemer.training.specs import check_loop, loop_packages, model_not_merged, rows_too_long, rows_too_long_for_existing
+from bessemer.training.specs import model_not_merged, training_arguments, training_stage
 
 
 def _preference(context: StageContext) -> dict[str, Any]:
@@ -17,12 +17,8 @@ def _preference(context: StageContext) -> dict[str, Any]:
         context.config,
         context.inputs["model"],
         context.out,
-        seed=context.seed,
-        device=context.device,
-        progress=context.progress,
-        folder=context.folder,
-        card_flops=context.services.card_flops,
         tasks=context.services.tasks,
+        **training_arguments(context),
     )
 
 
@@ -33,28 +29,18 @@ def _fingerprint(config: PreferenceConfig, outside: Outside) -> Any:
 
 
 STAGES = (
-    StageSpec(
+    training_stage(
         kind="preference",
         summary="Train the model on pairs of a preferred and a rejected answer (DPO and its kin).",
         config=PreferenceConfig,
         version=PREFERENCE_VERSION,
-        needs={"model": "model"},
-        makes={"model": "model"},
         links={"model": "model", "adapter": "adapter"},
         lacks=model_not_merged,
         example="preference: {data: [pairs.jsonl]}",
-        remedy="retrain",
         budget_seconds=18,
         report=report.report,
         summary_line=report.summary_line,
         run=_preference,
-        uses_seed=True,
-        resumes=True,
-        trains=True,
         fingerprint=_fingerprint,
-        conflict=rows_too_long,
-        conflict_of_files=rows_too_long_for_existing,
-        packages=loop_packages,
-        check=check_loop,
     ),
 )

@@ -17,7 +17,7 @@ from bessemer.core.stage import OpenTasks
 from bessemer.distributed.mesh import Mesh
 from bessemer.model.decoder import Decoder
 from bessemer.model.folder import load_model
-from bessemer.posttraining.packing import HeldOutBatches, PackedBatches
+from bessemer.posttraining.packing import PackedBatches, validation_on
 from bessemer.posttraining.preference.config import PreferenceConfig
 from bessemer.posttraining.preference.data import labelled_data, paired_data
 from bessemer.posttraining.preference.reference import cached
@@ -25,7 +25,7 @@ from bessemer.posttraining.preference.registry import KTO
 from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.autotune import prepare_run
 from bessemer.training.data.batches import BatchSource
-from bessemer.training.run import OnStepEnd, run_training, validated_steps, validation_metrics
+from bessemer.training.run import OnStepEnd, run_training
 from bessemer.training.starting_model import starting_model
 from bessemer.training.trainee import REFERENCE
 
@@ -79,11 +79,7 @@ def preference(
         return PackedBatches(sets["training"], batch_size=config.batch_size, seed=derive_seed(seed, "batches"))
 
     def prepare(config: PreferenceConfig, decoder: Decoder, mesh: Mesh) -> OnStepEnd:
-        if not data.validation.tokens_BT.shape[0]:
-            return lambda finished, trainer: {}
-        source = HeldOutBatches(sets["validation"], config.batch_size)
-        validated = validated_steps(config)
-        return lambda finished, trainer: validation_metrics(trainer, source, source.steps) if finished in validated else {}
+        return validation_on(sets["validation"], config)
 
     summary = run_training(
         config,

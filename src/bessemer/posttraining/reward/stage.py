@@ -15,7 +15,7 @@ from bessemer.model.decoder import Decoder
 from bessemer.posttraining.dataset import prompt_key, read_examples, split_examples
 from bessemer.posttraining.encoding import Encoded, encode_answer
 from bessemer.posttraining.formats import Pair, as_pair
-from bessemer.posttraining.packing import HeldOutBatches, PackedBatches
+from bessemer.posttraining.packing import PackedBatches, validation_on
 from bessemer.posttraining.preference.packing import pack_pairs
 from bessemer.posttraining.reward.assessment import ScoredPair, assess, write_scored_pairs
 from bessemer.posttraining.reward.config import RewardConfig
@@ -25,7 +25,7 @@ from bessemer.posttraining.reward.reward_model import RewardModel
 from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.autotune import prepare_run
 from bessemer.training.data.batches import BatchSource
-from bessemer.training.run import OnStepEnd, run_training, validated_steps, validation_metrics
+from bessemer.training.run import OnStepEnd, run_training
 
 #: Pairs that are scored between two looks at the progress.
 _PAIRS_AT_ONCE = 64
@@ -73,11 +73,7 @@ def reward(
         return PackedBatches(packed.batch, batch_size=config.batch_size, seed=derive_seed(seed, "batches"))
 
     def prepare(config: RewardConfig, decoder: Decoder, mesh: Mesh) -> OnStepEnd:
-        if not validation.rows:
-            return lambda finished, trainer: {}
-        source = HeldOutBatches(validation.batch, config.batch_size)
-        validated = validated_steps(config)
-        return lambda finished, trainer: validation_metrics(trainer, source, source.steps) if finished in validated else {}
+        return validation_on(validation.batch, config)
 
     summary = run_training(
         config,

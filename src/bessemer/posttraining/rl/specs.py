@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from bessemer.core.stage import Outside, StageContext, StageSpec
+from bessemer.core.stage import Outside, StageContext
 from bessemer.posttraining.rl import report
 from bessemer.posttraining.rl.config import RL_VERSION, RLConfig
-from bessemer.training.specs import check_loop, loop_packages, rows_too_long, rows_too_long_for_existing
+from bessemer.training.specs import check_loop, loop_packages, training_arguments, training_stage
 
 
 def _rl(context: StageContext) -> dict[str, Any]:
@@ -17,12 +17,8 @@ def _rl(context: StageContext) -> dict[str, Any]:
         context.config,
         context.inputs["model"],
         context.out,
-        seed=context.seed,
-        device=context.device,
-        progress=context.progress,
-        folder=context.folder,
-        card_flops=context.services.card_flops,
         tasks=context.services.tasks,
+        **training_arguments(context),
     )
 
 
@@ -49,26 +45,18 @@ def _packages(config: RLConfig) -> list[str]:
 
 
 STAGES = (
-    StageSpec(
+    training_stage(
         kind="rl",
         summary="Train the model by rewards of what it writes (GRPO and its kin).",
         config=RLConfig,
         version=RL_VERSION,
-        needs={"model": "model"},
         makes={"model": "model", "completions": "completions.jsonl"},
-        links={"model": "model"},
         example="rl: {data: [prompts.jsonl], rewards: [answer]}",
-        remedy="retrain",
         budget_seconds=55,
         report=report.report,
         summary_line=report.summary_line,
         run=_rl,
-        uses_seed=True,
-        resumes=True,
-        trains=True,
         fingerprint=_fingerprint,
-        conflict=rows_too_long,
-        conflict_of_files=rows_too_long_for_existing,
         packages=_packages,
         check=_check,
     ),

@@ -12,12 +12,12 @@ from bessemer.data.corpus.reader import TRAIN
 from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.tokenization.shards import ANNEAL, TokenShards
 from bessemer.tokenization.tokenizer import Tokenizer
-from bessemer.training.config import PretrainConfig
 from bessemer.training.data.batches import Batch, StatelessBatches, TokenBatches, concatenated
 from bessemer.training.data.document_batches import DocumentBatches
 from bessemer.training.data.document_sources import DocumentSources
 from bessemer.training.data.fim import FillInTheMiddle, fim_tokens
 from bessemer.training.data.warmed_up import read_rows
+from bessemer.training.pretrain_config import PretrainConfig
 
 #: Folder of memory-mapped arrays computed once from the shards: row plans, sources of documents.
 SCRATCH = ".checkpoints"

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from bessemer.core.figures import duration, size
 from bessemer.core.store import write_text
 from bessemer.distributed.mesh import Mesh
-from bessemer.training.config import ProfileConfig
+from bessemer.training.monitoring.profile_config import ProfileConfig
 
 #: Folder below the stage's, and the number of operators in a table.
 PROFILE = "profile"
