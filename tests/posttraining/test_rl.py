@@ -16,10 +16,11 @@ from bessemer.pipeline.recipe import load_recipe
 from bessemer.posttraining.rewards.judge import Judge, RewardError
 from bessemer.posttraining.rewards.registry import RewardContext
 from bessemer.posttraining.rl import report
+from bessemer.posttraining.rl.collapse import CollapseError
 from bessemer.posttraining.rl.config import RLConfig
 from bessemer.posttraining.rl.objective import PolicyObjective
 from bessemer.posttraining.rl.prompts import Prompt, gather_prompts
-from bessemer.posttraining.rl.rollouts import CollapseError, RolloutBatches
+from bessemer.posttraining.rl.rollouts import RolloutBatches
 from bessemer.posttraining.rl.stage import rl
 from bessemer.training.data.batches import IGNORE_INDEX
 from bessemer.training.model_setup import PreparedModel

@@ -57,11 +57,11 @@ class BatchSizes:
         return read + step * self.final
 
     def steps_for(self, rows: int) -> int:
-        """The fewest steps that read at least so many rows."""
+        """The fewest steps that read at least this number of rows."""
         return math.ceil(self.steps_to(rows)) if self.stages else -(-rows // self.final)
 
     def steps_to(self, rows: float) -> float:
-        """Steps, the last one in part, after which so many rows are read."""
+        """Steps, the last one in part, after which this number of rows is read."""
         finished = 0
         for size, steps in self.stages:
             if rows < size * steps:

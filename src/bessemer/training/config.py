@@ -337,7 +337,7 @@ class LoopConfig(Config):
         return self.batch_size_warmup.batch_sizes(self.batch_size, self.context_length)
 
     def tokens_before(self, step: int) -> int:
-        """Tokens of all steps before `step`, counted from 0: of a run of so many steps."""
+        """Tokens of all steps before `step`, counted from 0."""
         return self.batch_sizes.rows_before(step) * self.context_length
 
     def rows_conflict(self, data_ranks: int, micro_batch_size: int | None) -> str | None:

@@ -228,7 +228,7 @@ def _kind(weight: KernelWeight) -> Kind:
 
 
 def _bias(parts: list[tuple[Tensor | None, int]]) -> Tensor | None:
-    """The biases of layers with so many outputs, one after the other."""
+    """The biases of layers, by their numbers of outputs, one after the other."""
     if all(bias is None for bias, _ in parts):
         return None
     return torch.cat([torch.zeros(count) if bias is None else bias.detach().float() for bias, count in parts])

@@ -49,7 +49,7 @@ class Family:
     ignored: tuple[str, ...] = ()
 
     def architecture_of(self, num_scores: int) -> str:
-        """The name of the architecture that a model has with so many scores; with none it is the language model."""
+        """The name of the architecture with this number of scores; with none it is the language model."""
         if not num_scores:
             return self.architecture
         return self.scoring or self.architecture.replace(LANGUAGE_MODEL, SCORING)

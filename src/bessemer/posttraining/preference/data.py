@@ -23,13 +23,13 @@ from bessemer.training.objectives import Objective
 class PreferenceData:
     """Packed examples of a run, and the objective that learns from them.
 
-    name: of an example, in the plural. room: tokens within which an answer must begin. skipped: of both sets.
+    name: of an example, in the plural. longest: tokens within which an answer must begin. skipped: of both sets.
     """
 
     name: str
     objective: Objective
     needs_reference: bool
-    room: int
+    longest: int
     training: Batch
     training_examples: int
     training_skipped: int
@@ -54,7 +54,7 @@ def paired_data(config: PreferenceConfig, tokenizer: Tokenizer, folder: Path, se
         name="pairs",
         objective=PreferenceObjective(loss, settings, config.next_token_weight),
         needs_reference=loss.needs_reference,
-        room=config.context_length // 2,
+        longest=config.context_length // 2,
         training=packed.batch,
         training_examples=packed.pairs,
         training_skipped=packed.skipped,
@@ -77,7 +77,7 @@ def labelled_data(config: PreferenceConfig, tokenizer: Tokenizer, folder: Path, 
         name="answers",
         objective=KTOObjective(config.beta, config.desirable_weight, config.undesirable_weight),
         needs_reference=True,
-        room=config.context_length,
+        longest=config.context_length,
         training=packed.batch,
         training_examples=packed.answers,
         training_skipped=packed.skipped,

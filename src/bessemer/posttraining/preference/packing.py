@@ -43,7 +43,8 @@ def pack_pairs(
 ) -> PackedPairs:
     """Pairs in few rows. An answer and its prompt take at most half a row.
 
-    example: the inputs and targets of an answer in so many tokens, the end cut off, or None where that leaves nothing to learn.
+    example: the inputs and targets of an answer in at most this number of tokens, the end cut off; None where nothing is left to
+    learn.
     """
     packed: list[tuple[_Example, _Example, float]] = []
     for pair in pairs:

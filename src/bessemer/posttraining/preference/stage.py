@@ -54,11 +54,11 @@ def preference(
     if data.training_skipped:
         progress.say(
             f"  {data.training_skipped:,} of {data.training_examples + data.training_skipped:,} {data.name} are left out: an "
-            f"answer does not begin within {data.room:,} tokens"
+            f"answer does not begin within {data.longest:,} tokens"
         )
     if not data.rows:
         raise SourceError(
-            f"none of the {data.training_skipped:,} {data.name} to train on begins its answers within {data.room:,} tokens; "
+            f"none of the {data.training_skipped:,} {data.name} to train on begins its answers within {data.longest:,} tokens; "
             "raise context_length"
         )
     if config.steps is None:

@@ -8,62 +8,31 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bessemer.core.errors import BessemerError
 from bessemer.core.hashing import hash_value
-from bessemer.core.metrics import MetricsLog
 from bessemer.core.progress import Progress
-from bessemer.core.seeds import derive_seed
 from bessemer.distributed.mesh import ALONE, Mesh
-from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
-from bessemer.posttraining.rewards.judge import Completed, Judge, Judgement, RewardError
+from bessemer.inference.engine import Engine
+from bessemer.posttraining.rewards.judge import Judge, RewardError
 from bessemer.posttraining.rl.advantages import ADVANTAGES, decoupled, is_informative
+from bessemer.posttraining.rl.collapse import check_collapse
 from bessemer.posttraining.rl.config import RLConfig
 from bessemer.posttraining.rl.objective import ADVANTAGES as ADVANTAGE_VALUES
 from bessemer.posttraining.rl.objective import OLD, REFERENCE_LOG_PROBS
 from bessemer.posttraining.rl.prompts import Prompt
+from bessemer.posttraining.rl.record import CompletionsLog, Tally, rollout_figures
+from bessemer.posttraining.rl.sampler import EncodedPrompt, Group, PolicySampler
 from bessemer.posttraining.rl.samples import Packed, Sample, pack_samples
 from bessemer.tokenization.tokenizer import Tokenizer
 from bessemer.training.data.batches import IGNORE_INDEX, Batch, rows_of_step
 from bessemer.training.objectives import POLICY
 from bessemer.training.trainee import REFERENCE, Trainee
-
-#: Completions and rewards of every rollout, a line each.
-COMPLETIONS = "completions.jsonl"
-#: Completions that the engine computes at once.
-_MOST_SEQUENCES = 256
-
-
-class CollapseError(BessemerError):
-    """The policy has collapsed: its entropy, or its distance from the reference, is beyond the limit."""
-
-
-@dataclass(frozen=True)
-class _Group:
-    """The samples of a prompt and what they are worth: rewards_GK, NaN where none is given, and their totals_G."""
-
-    samples: Sequence[Sample]
-    rewards_GK: Tensor
-    totals_G: Tensor
-    extra: Sequence[Mapping[str, Any]]
-
-
-@dataclass
-class _Tally:
-    """Counts of one rollout."""
-
-    groups: int = 0
-    equal: int = 0
-    refills: int = 0
-    failures: dict[str, int] = field(default_factory=dict)
 
 
 class RolloutBatches:
@@ -91,16 +60,14 @@ class RolloutBatches:
         """Raises ConfigError for an advantage that there is not."""
         self._prompts = [(prompt, prompt.encoded(tokenizer)) for prompt in prompts]
         self._held_out = [(prompt, prompt.encoded(tokenizer)) for prompt in held_out[: config.validation_limit]]
+        self._sampler = PolicySampler(judge, tokenizer, config, seed)
         self._judge = judge
-        self._tokenizer = tokenizer
+        self._padding_id = tokenizer.bos_id
         self._config = config
         self._advantage = ADVANTAGES.find(config.advantage).load()
-        self._path = out / COMPLETIONS
+        self._log = CompletionsLog(out, judge.names)
         self._seed = seed
         self._progress = progress
-        self._trainee: Trainee | None = None
-        self._engine: Engine | None = None
-        self._log: MetricsLog | None = None
         #: The step of the first of the batches under way, and these.
         self._first = 0
         self._batches: list[Batch] = []
@@ -115,7 +82,7 @@ class RolloutBatches:
 
     def bind(self, trainee: Trainee) -> None:
         """The policy that samples, and the reference."""
-        self._trainee = trainee
+        self._sampler.bind(trainee)
 
     def batch_size_at(self, step: int) -> int:
         """Rows of the batch of `step`: its completions packed. Samples, where the rollout before it is used up."""
@@ -160,9 +127,9 @@ class RolloutBatches:
         """`validation_reward` and `validation_NAME` of each reward: means over greedy completions of the held-out prompts."""
         if not self._held_out:
             return {}
-        with self._sampling() as engine:
-            samples = self._completions(engine, self._held_out, 1, greedy=True)
-            judgement = self._judged(samples, 0)
+        with self._sampler.sampling() as engine:
+            samples = self._sampler.completions(engine, self._held_out, 1, greedy=True)
+            judgement = self._sampler.judged(samples, 0)
         means = {"validation_reward": _mean(judgement.totals)}
         if len(self._judge.names) > 1:
             named = zip(self._judge.names, judgement.values, strict=True)
@@ -171,8 +138,7 @@ class RolloutBatches:
 
     def close(self) -> None:
         """Close the log of completions."""
-        if self._log is not None:
-            self._log.close()
+        self._log.close()
 
     # -- one rollout
 
@@ -186,11 +152,11 @@ class RolloutBatches:
         return self._batches[0]
 
     def _roll_out(self, step: int) -> None:
-        config, tally = self._config, _Tally()
+        config, tally = self._config, Tally()
         if step == 0:
             self._metrics |= {f"{name}_before": value for name, value in self.validate().items()}
         start = time.perf_counter()
-        with self._sampling() as engine:
+        with self._sampler.sampling() as engine:
             groups = self._sampled_groups(engine, step, tally)
         sampled = time.perf_counter()
         totals_R = torch.cat([group.totals_G for group in groups])
@@ -211,133 +177,41 @@ class RolloutBatches:
             advantages_R = self._advantage(rewards_R, config.group_size)
         batches = self._batches_of(packed, totals_R, advantages_R)
         self._first, self._batches = step, batches * config.rollout_epochs
-        self._metrics |= self._figures(samples, groups, totals_R, tally)
+        self._metrics |= rollout_figures(samples, groups, totals_R, tally, self._judge.names)
+        for failure, count in tally.failures.items():
+            self._progress.say(f"  {count:,} completions are dropped, the reward {failure}")
         self._metrics["rollout_seconds"] = round(sampled - start, 3)
-        self._write(step, groups, advantages_R)
-        self._check_collapse(step, samples, kl_R)
+        self._log.write(step, groups, advantages_R)
+        check_collapse(config, step, samples, kl_R)
 
-    @contextmanager
-    def _sampling(self) -> Iterator[Engine]:
-        """The engine with the policy's weights of now. The random state is left as it is."""
-        trainee = self._bound
-        with trainee.prepared(POLICY) as prepared, torch.random.fork_rng():
-            if self._engine is None:
-                config = self._config
-                settings = EngineConfig(
-                    max_model_len=min(config.context_length, prepared.model.config.max_position_embeddings),
-                    max_num_seqs=min(max(config.batch_size * config.mini_batches, 1), _MOST_SEQUENCES),
-                    cpu_kernels=config.cpu_kernels,
-                    threads=trainee.runtime.threads,
-                )
-                self._engine = Engine(prepared.model, self._tokenizer, config=settings)
-            self._engine.update_weights(version=trainee.version)
-            yield self._engine
-
-    @property
-    def _bound(self) -> Trainee:
-        assert self._trainee is not None, "the training loop binds its models before the first batch"
-        return self._trainee
-
-    def _sampled_groups(self, engine: Engine, step: int, tally: _Tally) -> list[_Group]:
+    def _sampled_groups(self, engine: Engine, step: int, tally: Tally) -> list[Group]:
         """The rollout's groups; with dynamic sampling those whose rewards differ, as far as refills give them."""
         config = self._config
-        kept: list[_Group] = []
-        equal: list[_Group] = []
+        kept: list[Group] = []
+        equal: list[Group] = []
         for refill in range(1 + (config.most_refills if config.dynamic_sampling else 0)):
             asked = self._next_prompts(config.groups - len(kept))
-            samples = self._completions(engine, asked, config.group_size, seeds=("rollout", step, refill))
-            judgement = self._judged(samples, step)
+            samples = self._sampler.completions(engine, asked, config.group_size, seeds=("rollout", step, refill))
+            judgement = self._sampler.judged(samples, step)
             for failure, count in judgement.failures.items():
                 tally.failures[": ".join(failure)] = tally.failures.get(": ".join(failure), 0) + count
-            groups = self._groups_of(samples, judgement)
+            groups = self._sampler.groups_of(samples, judgement)
             informative = [bool(is_informative(group.totals_G, config.group_size)) for group in groups]
             tally.groups += len(groups)
             tally.equal += len(groups) - sum(informative)
-            tally.refills = refill
+            tally.refills = refill if config.dynamic_sampling else None
             for group, differs in zip(groups, informative, strict=True):
                 (kept if differs or not config.dynamic_sampling else equal).append(group)
             if len(kept) >= config.groups:
                 break
         return kept + equal[: config.groups - len(kept)]
 
-    def _next_prompts(self, count: int) -> list[tuple[Prompt, list[int]]]:
+    def _next_prompts(self, count: int) -> list[EncodedPrompt]:
         """The next prompts, in a new order every epoch."""
         positions = range(self._cursor, self._cursor + count)
         self._cursor += count
         order = (int(rows_of_step(position, 1, len(self._prompts), self._seed)[0]) for position in positions)
         return [self._prompts[place] for place in order]
-
-    def _completions(
-        self,
-        engine: Engine,
-        asked: Sequence[tuple[Prompt, list[int]]],
-        number: int,
-        *,
-        seeds: tuple[str | int, ...] = (),
-        greedy: bool = False,
-    ) -> list[Sample]:
-        """`number` completions of each prompt, those of a prompt one after the other."""
-        config = self._config
-        params = [
-            SamplingParams(
-                temperature=0.0 if greedy else config.temperature,
-                max_tokens=config.max_tokens,
-                stop=list(prompt.stop if config.stop is None else config.stop),
-                seed=derive_seed(self._seed, *seeds, place),
-            )
-            for place, (prompt, _) in enumerate(asked)
-        ]
-        found = engine.rollouts([ids for _, ids in asked], number, params)
-        samples = []
-        for row in range(len(asked) * number):
-            first, end = int(found.prompt_lengths[row]), int(found.lengths[row])
-            samples.append(
-                Sample(
-                    asked[row // number][0],
-                    found.tokens[row, :end].tolist(),
-                    first,
-                    found.log_probs[row, first:end].tolist(),
-                    found.texts[row],
-                    found.finish_reasons[row] == "length",
-                )
-            )
-        return samples
-
-    def _judged(self, samples: Sequence[Sample], step: int) -> Judgement:
-        names = dict.fromkeys(name for sample in samples for name in sample.prompt.columns)
-        completed = Completed(
-            prompts=[
-                sample.prompt.turns if isinstance(sample.prompt.turns, str) else list(sample.prompt.turns) for sample in samples
-            ],
-            completions=[
-                sample.text if isinstance(sample.prompt.turns, str) else [{"role": "assistant", "content": sample.text}]
-                for sample in samples
-            ],
-            completion_ids=[list(sample.completion_ids) for sample in samples],
-            columns={name: [sample.prompt.columns.get(name) for sample in samples] for name in names},
-        )
-        judgement = self._judge.judge(completed, step=step, steps=self._config.steps or 0)
-        if self._config.truncated != "zero":
-            return judgement
-        totals = [
-            0.0 if sample.is_cut and not math.isnan(total) else total
-            for sample, total in zip(samples, judgement.totals, strict=True)
-        ]
-        return Judgement(judgement.values, totals, judgement.failures, judgement.extra)
-
-    def _groups_of(self, samples: Sequence[Sample], judgement: Judgement) -> list[_Group]:
-        size = self._config.group_size
-        totals_R = torch.tensor(judgement.totals, dtype=torch.float64)
-        rewards_RK = torch.tensor(
-            [[math.nan if value is None else value for value in values] for values in judgement.values], dtype=torch.float64
-        ).T.clone()
-        if self._config.truncated == "drop":
-            totals_R[torch.tensor([sample.is_cut for sample in samples])] = math.nan
-        # a failure of one reward leaves the whole sample out
-        rewards_RK[totals_R.isnan()] = math.nan
-        extra = [{name: _readable(values[place]) for name, values in judgement.extra.items()} for place in range(len(samples))]
-        places = [slice(start, start + size) for start in range(0, len(samples), size)]
-        return [_Group(samples[place], rewards_RK[place], totals_R[place], extra[place]) for place in places]
 
     # -- from samples to batches
 
@@ -345,13 +219,13 @@ class RolloutBatches:
         """The mini-batches of the rollout. Samples without a reward have no targets."""
         size, kept = self._config.batch_size, (~totals_R.isnan()).tolist()
         places = [slice(start, start + size) for start in range(0, len(samples), size)]
-        return [pack_samples(samples[place], kept[place], self._tokenizer.bos_id) for place in places]
+        return [pack_samples(samples[place], kept[place], self._padding_id) for place in places]
 
     def _with_log_probs(self, packed: list[Packed]) -> Tensor:
         """Adds the log-probabilities that do not change while the rollout is trained on: of the policy as old, where more than
         one update follows or the divergence is in the reward; of the reference. Returns each sample's divergence from the
         reference, Σ log π − log π_ref, (R,); zeros without a reference."""
-        config, trainee = self._config, self._bound
+        config, trainee = self._config, self._sampler.trainee
         parts: list[Tensor] = []
         with torch.no_grad():
             for place, one in enumerate(packed):
@@ -388,79 +262,10 @@ class RolloutBatches:
             batches.append(batch.with_values(per_token={ADVANTAGE_VALUES: advantages_BT}, per_sequence=per_sequence))
         return batches
 
-    # -- what is told
-
-    def _figures(
-        self, samples: Sequence[Sample], groups: Sequence[_Group], totals_R: Tensor, tally: _Tally
-    ) -> dict[str, float]:
-        known = totals_R[~totals_R.isnan()]
-        lengths = [len(sample.completion_ids) for sample in samples]
-        figures = {
-            "reward": float(known.mean()),
-            "reward_std": float(known.std()) if len(known) > 1 else 0.0,
-            "completion_tokens": statistics.fmean(lengths),
-            "completion_tokens_max": float(max(lengths)),
-            "cut_share": statistics.fmean(sample.is_cut for sample in samples),
-            "equal_groups": tally.equal / tally.groups,
-            "dropped": float(totals_R.isnan().sum()),
-        }
-        if self._config.dynamic_sampling:
-            figures["refills"] = float(tally.refills)
-        if len(self._judge.names) > 1:
-            rewards_RK = torch.cat([group.rewards_GK for group in groups])
-            figures |= {f"reward_{name}": float(rewards_RK[:, k].nanmean()) for k, name in enumerate(self._judge.names)}
-        for failure, count in tally.failures.items():
-            self._progress.say(f"  {count:,} completions are dropped, the reward {failure}")
-        return figures
-
-    def _write(self, step: int, groups: Sequence[_Group], advantages_R: Tensor) -> None:
-        if self._log is None:
-            self._log = MetricsLog(self._path, step or None)
-        advantages = iter(advantages_R.tolist())
-        for number, group in enumerate(groups):
-            for place, sample in enumerate(group.samples):
-                rewards = zip(self._judge.names, group.rewards_GK[place].tolist(), strict=True)
-                total = float(group.totals_G[place])
-                self._log.write(
-                    step + 1,
-                    group=number,
-                    prompt=sample.prompt.text,
-                    completion=sample.text,
-                    tokens=len(sample.completion_ids),
-                    cut=sample.is_cut,
-                    rewards={name: None if math.isnan(value) else value for name, value in rewards},
-                    reward=None if math.isnan(total) else total,
-                    advantage=next(advantages),
-                    **group.extra[place],
-                )
-
-    def _check_collapse(self, step: int, samples: Sequence[Sample], kl_R: Tensor) -> None:
-        config = self._config
-        log_probs = [value for sample in samples for value in sample.log_probs]
-        entropy, kl = -statistics.fmean(log_probs), float(kl_R.sum()) / len(log_probs)
-        limits = {
-            f"a token's entropy is {entropy:.4f} nats, below min_entropy {config.min_entropy}": config.min_entropy is not None
-            and entropy < config.min_entropy,
-            f"a token's entropy is {entropy:.4f} nats, above max_entropy {config.max_entropy}": config.max_entropy is not None
-            and entropy > config.max_entropy,
-            f"a token's KL divergence is {kl:.4f} nats, above max_kl {config.max_kl}": config.max_kl is not None
-            and kl > config.max_kl,
-        }
-        for reason, is_beyond in limits.items():
-            if is_beyond:
-                raise CollapseError(
-                    f"step {step + 1:,}: the policy has collapsed: {reason}. Its checkpoints are kept; lower "
-                    "learning_rate, or raise beta or entropy_weight"
-                )
-
 
 def _mean(values: Sequence[float]) -> float:
     known = [value for value in values if not math.isnan(value)]
     return statistics.fmean(known) if known else math.nan
-
-
-def _readable(value: Any) -> Any:
-    return value if value is None or isinstance(value, (str, int, float, bool)) else str(value)
 
 
 def _attended(batch: Batch) -> Tensor:

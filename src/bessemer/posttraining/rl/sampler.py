@@ -1,0 +1,158 @@
+"""Samples of the policy: prompts completed by the engine with the weights of now, and judged.
+
+Shapes: R samples, G samples of a prompt, K rewards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bessemer.core.seeds import derive_seed
+from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
+from bessemer.posttraining.rewards.judge import Completed, Judge, Judgement
+from bessemer.posttraining.rl.config import RLConfig
+from bessemer.posttraining.rl.prompts import Prompt
+from bessemer.posttraining.rl.samples import Sample
+from bessemer.tokenization.tokenizer import Tokenizer
+from bessemer.training.objectives import POLICY
+from bessemer.training.trainee import Trainee
+
+#: Completions that the engine computes at once.
+_MOST_SEQUENCES = 256
+
+#: A prompt and its tokens.
+EncodedPrompt = tuple[Prompt, list[int]]
+
+
+@dataclass(frozen=True)
+class Group:
+    """The samples of a prompt and what they are worth: rewards_GK, NaN where none is given, and their totals_G."""
+
+    samples: Sequence[Sample]
+    rewards_GK: Tensor
+    totals_G: Tensor
+    extra: Sequence[Mapping[str, Any]]
+
+
+class PolicySampler:
+    """Completes prompts with the policy's weights of now, and judges what it completed."""
+
+    def __init__(self, judge: Judge, tokenizer: Tokenizer, config: RLConfig, seed: int) -> None:
+        self.judge = judge
+        self._tokenizer = tokenizer
+        self._config = config
+        self._seed = seed
+        self._trainee: Trainee | None = None
+        self._engine: Engine | None = None
+
+    def bind(self, trainee: Trainee) -> None:
+        """The models of the run."""
+        self._trainee = trainee
+
+    @property
+    def trainee(self) -> Trainee:
+        """The models of the run."""
+        assert self._trainee is not None, "the training loop binds its models before the first batch"
+        return self._trainee
+
+    @contextmanager
+    def sampling(self) -> Iterator[Engine]:
+        """The engine with the policy's weights of now. The random state is left as it is."""
+        trainee = self.trainee
+        with trainee.prepared(POLICY) as prepared, torch.random.fork_rng():
+            if self._engine is None:
+                config = self._config
+                settings = EngineConfig(
+                    max_model_len=min(config.context_length, prepared.model.config.max_position_embeddings),
+                    max_num_seqs=min(max(config.batch_size * config.mini_batches, 1), _MOST_SEQUENCES),
+                    cpu_kernels=config.cpu_kernels,
+                    threads=trainee.runtime.threads,
+                )
+                self._engine = Engine(prepared.model, self._tokenizer, config=settings)
+            self._engine.update_weights(version=trainee.version)
+            yield self._engine
+
+    def completions(
+        self,
+        engine: Engine,
+        asked: Sequence[EncodedPrompt],
+        number: int,
+        *,
+        seeds: tuple[str | int, ...] = (),
+        greedy: bool = False,
+    ) -> list[Sample]:
+        """`number` completions of each prompt, those of a prompt one after the other."""
+        config = self._config
+        params = [
+            SamplingParams(
+                temperature=0.0 if greedy else config.temperature,
+                max_tokens=config.max_tokens,
+                stop=list(prompt.stop if config.stop is None else config.stop),
+                seed=derive_seed(self._seed, *seeds, place),
+            )
+            for place, (prompt, _) in enumerate(asked)
+        ]
+        found = engine.rollouts([ids for _, ids in asked], number, params)
+        samples = []
+        for row in range(len(asked) * number):
+            first, end = int(found.prompt_lengths[row]), int(found.lengths[row])
+            samples.append(
+                Sample(
+                    asked[row // number][0],
+                    found.tokens[row, :end].tolist(),
+                    first,
+                    found.log_probs[row, first:end].tolist(),
+                    found.texts[row],
+                    found.finish_reasons[row] == "length",
+                )
+            )
+        return samples
+
+    def judged(self, samples: Sequence[Sample], step: int) -> Judgement:
+        """What the rewards say of samples; a completion that was cut is worth nothing where the settings say so."""
+        names = dict.fromkeys(name for sample in samples for name in sample.prompt.columns)
+        completed = Completed(
+            prompts=[
+                sample.prompt.turns if isinstance(sample.prompt.turns, str) else list(sample.prompt.turns) for sample in samples
+            ],
+            completions=[
+                sample.text if isinstance(sample.prompt.turns, str) else [{"role": "assistant", "content": sample.text}]
+                for sample in samples
+            ],
+            completion_ids=[list(sample.completion_ids) for sample in samples],
+            columns={name: [sample.prompt.columns.get(name) for sample in samples] for name in names},
+        )
+        judgement = self.judge.judge(completed, step=step, steps=self._config.steps or 0)
+        if self._config.truncated != "zero":
+            return judgement
+        totals = [
+            0.0 if sample.is_cut and not math.isnan(total) else total
+            for sample, total in zip(samples, judgement.totals, strict=True)
+        ]
+        return Judgement(judgement.values, totals, judgement.failures, judgement.extra)
+
+    def groups_of(self, samples: Sequence[Sample], judgement: Judgement) -> list[Group]:
+        """Judged samples by prompt, NaN where a sample is left out."""
+        size = self._config.group_size
+        totals_R = torch.tensor(judgement.totals, dtype=torch.float64)
+        rewards_RK = torch.tensor(
+            [[math.nan if value is None else value for value in values] for values in judgement.values], dtype=torch.float64
+        ).T.clone()
+        if self._config.truncated == "drop":
+            totals_R[torch.tensor([sample.is_cut for sample in samples])] = math.nan
+        # a failure of one reward leaves the whole sample out
+        rewards_RK[totals_R.isnan()] = math.nan
+        extra = [{name: _readable(values[place]) for name, values in judgement.extra.items()} for place in range(len(samples))]
+        places = [slice(start, start + size) for start in range(0, len(samples), size)]
+        return [Group(samples[place], rewards_RK[place], totals_R[place], extra[place]) for place in places]
+
+
+def _readable(value: Any) -> Any:
+    return value if value is None or isinstance(value, (str, int, float, bool)) else str(value)
