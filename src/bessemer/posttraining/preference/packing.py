@@ -43,8 +43,7 @@ def pack_pairs(
 ) -> PackedPairs:
     """Pairs in few rows. An answer and its prompt take at most half a row.
 
-    example: the inputs and targets of an answer in at most this number of tokens, the end cut off; None where nothing is left to
-    learn.
+    example: inputs and targets of an answer of at most this number of tokens, the end cut off; None where no target is left.
     """
     packed: list[tuple[_Example, _Example, float]] = []
     for pair in pairs:
