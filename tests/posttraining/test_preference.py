@@ -11,6 +11,7 @@ from bessemer.core.errors import ConfigError, SourceError
 from bessemer.core.metrics import read_metrics
 from bessemer.posttraining.preference.config import PreferenceConfig
 from bessemer.posttraining.preference.stage import preference
+from bessemer.posttraining.rl.config import RLConfig
 from tests.posttraining.test_formats import said
 
 SETTINGS = {
@@ -69,6 +70,13 @@ def test_a_run_goes_on_where_it_stopped_with_the_reference_that_it_began_with(mo
     run(model_folder, data, cut, checkpoint_every=6)
     first, second = (load_file(place / "model" / "model.safetensors") for place in (whole, cut))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_plugins_that_settings_name_are_told_for_the_key():
+    config = PreferenceConfig.parse({"data": ["pairs.jsonl"], "loss": "ipo"}, "preference")
+    assert ("bessemer.preference_losses", "ipo") in config.plugins()
+    named = dict(RLConfig.parse({"data": ["arithmetic"], "algorithm": "cispo"}, "rl").plugins())
+    assert named["bessemer.policy_losses"] == "cispo" and "bessemer.corrections" in named
 
 
 def test_bad_pairs_and_settings_are_told_in_one_line(model_folder, tmp_path):

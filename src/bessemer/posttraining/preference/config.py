@@ -30,6 +30,7 @@ class PreferenceConfig(TuningConfig):
         "sigmoid (DPO), sigmoid_norm, hinge, ipo, robust, apo_zero, apo_down, sppo_hard; without a reference simpo and orpo; "
         "kto, of single answers that are good or bad; or one that an installed package adds (entry points "
         "bessemer.preference_losses).",
+        plugins="bessemer.preference_losses",
     )
     beta: float = setting(
         0.1, "How strongly the policy is held to the reference; of simpo and orpo a factor of the loss.", gt=0

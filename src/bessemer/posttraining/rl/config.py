@@ -46,13 +46,21 @@ class RLConfig(LoopConfig):
 
     algorithm: str = setting("grpo", f"A method, whose settings can each be given otherwise: {', '.join(PRESETS)}.")
     advantage: str = setting(
-        "grpo", "Advantages: grpo, group_mean, batch_deviation, rloo, reinforce_pp, reinforce_pp_baseline."
+        "grpo",
+        "Advantages: grpo, group_mean, batch_deviation, rloo, reinforce_pp, reinforce_pp_baseline.",
+        plugins="bessemer.advantages",
     )
-    loss: str = setting("clip", "Loss of a token: clip, gspo, cispo, sapo, importance, reinforce.")
+    loss: str = setting(
+        "clip", "Loss of a token: clip, gspo, cispo, sapo, importance, reinforce.", plugins="bessemer.policy_losses"
+    )
     level: Literal["token", "sequence_sum", "sequence_mean"] | None = setting(
         None, "What the ratio of policies stands for; absent: what the loss says."
     )
-    aggregation: str = setting("sequence_mean", "From tokens to one loss: token_mean, sequence_mean, constant, prompt_mean.")
+    aggregation: str = setting(
+        "sequence_mean",
+        "From tokens to one loss: token_mean, sequence_mean, constant, prompt_mean.",
+        plugins="bessemer.aggregations",
+    )
     clip_low: float = setting(0.2, "The ratio is held above 1 − clip_low.", ge=0)
     clip_high: float = setting(0.2, "The ratio is held below 1 + clip_high.", ge=0)
     dual_clip: float | None = setting(None, "Largest factor of a negative advantage; absent: none (verl: 3).", gt=1)
@@ -60,10 +68,16 @@ class RLConfig(LoopConfig):
         "loss", "Where the KL divergence from the model as it was stands, with beta above 0."
     )
     beta: float = setting(0.0, "Weight of the KL divergence; 0: none, and no reference is held in memory.", ge=0)
-    divergence: str = setting("k3", "Estimator of the divergence in the loss: k1, k2, k3, abs. In the reward it is k1.")
+    divergence: str = setting(
+        "k3",
+        "Estimator of the divergence in the loss: k1, k2, k3, abs. In the reward it is k1.",
+        plugins="bessemer.divergences",
+    )
     entropy_weight: float = setting(0.0, "Weight of the mean entropy of a token, which the loss makes larger.", ge=0)
     correction: str = setting(
-        "truncate", "Weight of tokens that the sampler finds otherwise likely: none, truncate, mask_sequence, icepop, reject."
+        "truncate",
+        "Weight of tokens that the sampler finds otherwise likely: none, truncate, mask_sequence, icepop, reject.",
+        plugins="bessemer.corrections",
     )
     correction_low: float = setting(0.5, "Smallest importance weight that is kept, of icepop and reject.", gt=0)
     correction_high: float = setting(2.0, "Largest importance weight.", gt=0)
