@@ -20,7 +20,7 @@ from bessemer.posttraining.reward.assessment import ScoredPair, assess, assessme
 from bessemer.posttraining.reward.config import RewardConfig
 from bessemer.posttraining.reward.objective import RewardObjective, rewards
 from bessemer.posttraining.reward.report import report, summary_line
-from bessemer.posttraining.reward.reward_model import RewardModel, score_answers
+from bessemer.posttraining.reward.reward_model import RewardModel
 from bessemer.posttraining.reward.stage import reward
 from bessemer.training.objectives import LossContext
 from tests.posttraining.test_formats import said
@@ -138,7 +138,7 @@ def test_the_report_says_how_right_it_is_and_what_it_makes_of_length(trained):
 def test_the_folder_is_a_reward_model_for_transformers_too(trained, tokenizer):
     out, _ = trained
     prompt, answer = "Say stone river.", "STONE RIVER"
-    (ours,) = score_answers(out / "model", [(said("user", prompt),)], [answer], device="cpu")
+    (ours,) = RewardModel.open(out / "model", device="cpu").score([(said("user", prompt),)], [answer])
     ids = tokenizer.apply_chat_template([said("user", prompt)], add_generation_prompt=True)
     ids += [*tokenizer.encode(answer, add_bos=False), tokenizer.control_id("<|im_end|>")]
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(out / "model").eval()

@@ -42,7 +42,7 @@ def test_counts_agree_with_the_sizes_one_by_one():
     each = [sizes.of_step(step) for step in range(12)]
     assert each == [2, 2, 4, 4, 4, 8, 8, 16, 16, 16, 16, 16]
     assert [sizes.rows_before(step) for step in range(13)] == [0, *np.cumsum(each)]
-    assert (sizes.warmup_steps, sizes.warmup_rows) == (7, 32)
+    assert (sizes.warmup_steps, sizes.rows_before(7)) == (7, 32)
     for rows in range(1, 112):
         assert sizes.steps_for(rows) == next(step for step in range(13) if sizes.rows_before(step) >= rows)
     assert sizes.steps_to(10) == 3.5 and sizes.steps_to(40) == 7.5

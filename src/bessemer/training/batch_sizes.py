@@ -34,11 +34,6 @@ class BatchSizes:
         """Steps before the first batch of `final` rows."""
         return sum(stage.steps for stage in self.stages)
 
-    @property
-    def warmup_rows(self) -> int:
-        """Rows of these steps."""
-        return sum(stage.rows * stage.steps for stage in self.stages)
-
     def of_step(self, step: int) -> int:
         """Rows of the batch of a step."""
         for rows, steps in self.stages:

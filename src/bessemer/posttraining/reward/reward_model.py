@@ -90,13 +90,6 @@ class RewardModel:
         return batches
 
 
-def score_answers(
-    folder: Path | str, prompts: Sequence[Turns], answers: Sequence[Turns], *, device: str = "auto"
-) -> list[float]:
-    """The rewards that the reward model of a folder gives answers to prompts; as `RewardModel.score`, for a single use."""
-    return RewardModel.open(folder, device=device).score(prompts, answers)
-
-
 def _turns(answer: Turns, prompt: Turns) -> Turns:
     if isinstance(answer, str) and not isinstance(prompt, str):
         return ({"role": "assistant", "content": answer},)
