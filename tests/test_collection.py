@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -21,6 +23,8 @@ def collected(hash_seed: str) -> list[str]:
     return [line for line in found.stdout.splitlines() if "::" in line]
 
 
+# the workers of a run, each with a hash order of its own, compare what they collect at every run
+@pytest.mark.slow
 def test_two_collections_in_other_seconds_and_hash_orders_give_the_same_ids():
     # one after the other: each takes seconds, so that a clock in an id would show
     first, second = collected("1"), collected("2")

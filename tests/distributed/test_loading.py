@@ -23,6 +23,7 @@ from bessemer.training.optim.mup import scale_initial_weights, width_ratio
 from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.run import run_training
 from bessemer.training.runtime import Runtime
+from tests.cases import slow
 
 from ..model.randomised import random_decoder
 from .parity import DENSE, SETTINGS, RandomBatches, full
@@ -159,8 +160,12 @@ def trained(folder, out, parallel, model, whole):
 
 @pytest.mark.parametrize(
     ("parallel", "model"),
-    [({"data_shard": 2}, DENSE), ({"tensor": 2}, LINEAR), ({"pipeline": 2}, TIED), ({"expert": 2}, SPARSE)],
-    ids=["data_shard", "tensor", "pipeline", "expert"],
+    [
+        pytest.param({"data_shard": 2}, DENSE, id="data_shard"),
+        slow({"tensor": 2}, LINEAR, id="tensor"),
+        pytest.param({"pipeline": 2}, TIED, id="pipeline"),
+        slow({"expert": 2}, SPARSE, id="expert"),
+    ],
 )
 def test_training_from_shards_is_training_from_the_whole(two, tmp_path, parallel, model):
     folder = tmp_path / "start"

@@ -95,9 +95,9 @@ def tokenizer(tmp_path_factory):
 CASES = [
     ("dense", {"tensor": 2}, {}, {}),
     ("experts", {"expert": 2}, SHARED_EXPERT, {}),
-    ("experts", {"tensor": 2}, SHARED_EXPERT, {}),
 ]
 MORE_CASES = [
+    ("experts", {"tensor": 2}, SHARED_EXPERT, {}),
     ("dense", {"tensor": 2}, {}, {"batch_invariant": True}),
     ("dense", {"tensor": 2}, {"qk_norm": "full", "tie_word_embeddings": False}, {"speculation": {"method": "ngram"}}),
     ("windows", {"tensor": 2}, {"final_logit_softcapping": 4.0}, {}),

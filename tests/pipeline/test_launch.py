@@ -183,6 +183,7 @@ def test_inside_a_torchrun_the_same_command_makes_the_same(folder, bessemer):
     assert weights(both[0]) == weights(both[1])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no kill -9")
 def test_when_a_process_dies_all_start_again_and_end_with_the_weights_of_stages_launched_by_hand(two, folder, bessemer):
     (folder / "mine.py").write_text(STRUCK.format(signal="SIGKILL"))

@@ -41,6 +41,15 @@ class _Verifier(Config):
         return answer is not None and self.accepts(answer, references)
 
 
+def checked_pattern(pattern: str) -> str:
+    """The pattern itself. Raises ValueError when it is no regular expression of Python."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"is not a regular expression: {error}") from None
+    return pattern
+
+
 class _Normalising(_Verifier):
     ignore_case: bool = setting(True, "A and a are equal")
     ignore_punctuation: bool = setting(True, "leave out ASCII punctuation and typographic quotes")
@@ -108,11 +117,7 @@ class Pattern(_Normalising):
     @field_validator("pattern")
     @classmethod
     def _compiles(cls, pattern: str) -> str:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"is not a regular expression: {error}") from None
-        return pattern
+        return checked_pattern(pattern)
 
     def answer(self, text: str) -> str | None:
         found = list(re.finditer(self.pattern, text))

@@ -18,7 +18,7 @@ _CHARTS = {
 
 
 def report(stage: StageReport) -> Section:
-    """What the model makes of pairs held out, and how it came to it."""
+    """Figures of the pairs held out, and curves of the training."""
     parts: list[Part] = [
         Text(
             "The model learns to give the better of two answers the higher reward, so that answers can be chosen, or another "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
 
 from pydantic import Field, field_validator, model_validator
@@ -10,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from bessemer.core.config import ChosenSettings, Config, setting
 from bessemer.core.errors import ConfigError
 from bessemer.core.usercode import is_user_function
-from bessemer.tasks.verifiers import Numeric, Verifier
+from bessemer.tasks.verifiers import Numeric, Verifier, checked_pattern
 
 #: The entry points by which other packages add rewards.
 GROUP = "bessemer.rewards"
@@ -47,11 +46,7 @@ class PatternReward(RewardSettings):
     @field_validator("pattern")
     @classmethod
     def _compiles(cls, pattern: str) -> str:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"is not a regular expression: {error}") from None
-        return pattern
+        return checked_pattern(pattern)
 
 
 class AnswerReward(RewardSettings):
