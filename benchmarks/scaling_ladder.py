@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -147,6 +148,8 @@ def main() -> None:
     )
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
+    # the record names the command by where this file lies
+    sys.argv[0] = str(Path(sys.argv[0]).resolve())
     os.chdir(options.out)
     runs = Path("runs")
     ladder = train_ladder(runs)
