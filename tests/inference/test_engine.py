@@ -50,6 +50,7 @@ def scripted(engine, monkeypatch):
         tokens = list(script.encode()) if isinstance(script, str) else script
         ids = iter([*tokens, engine.tokenizer.eos_ids[0]])
         monkeypatch.setattr(engine_core, "sample_rows", lambda logits_RV, states: [Sampled(next(ids))])
+        monkeypatch.setattr(engine_core, "reserve_tokens", lambda scheduler, requests: False)
 
     return say
 

@@ -28,9 +28,9 @@ def made(count, width, vocab_size, dtype=torch.float64, seed=0, ignored=0.3):
     return hidden, weight, targets
 
 
-def chunks_of(max_logits, max_block_logits=None):
-    """Chunks and blocks of so many logits on a CPU."""
-    size = ChunkSize(1 << 20, max_logits, max_block_logits or max_logits)
+def chunks_of(max_logits, max_block_logits=None, kept=0):
+    """Chunks and blocks of so many logits on a CPU, and so many probabilities that are kept."""
+    size = ChunkSize(1 << 20, max_logits, max_block_logits or max_logits, kept)
     return patch.dict(logit_chunks._CHUNK_SIZES, {"cpu": size})
 
 
@@ -343,6 +343,20 @@ def test_log_probs_and_entropies_never_need_the_logits_of_a_whole_batch():
     with chunks_of(4096, 2048), Largest() as largest:
         weighed(token_log_probs(hidden, weight, targets)).backward()
     assert largest.elements == 4096 < 512 * 128
+
+
+@pytest.mark.parametrize("used", [(0,), (0, 1)])
+def test_probabilities_that_are_kept_save_the_second_matmul(used):
+    hidden, weight, targets = made(64, 8, 32, ignored=0)
+    expected = torch.autograd.grad(
+        weighed([full_token_scores(hidden, weight, targets, 0.7, None)[output] for output in used]), (hidden, weight)
+    )
+    with chunks_of(512, kept=64 * 32), Seen() as seen:
+        ours = token_log_probs(hidden, weight, targets, temperature=0.7)
+        gradients = torch.autograd.grad(weighed([ours[output] for output in used]), (hidden, weight))
+    torch.testing.assert_close(gradients, expected)
+    # of four chunks: logits and two gradients, and the logits again for the gradient of the entropy
+    assert seen.matmuls == 4 * (3 if used == (0,) else 4)
 
 
 def test_a_temperature_of_zero_is_refused():

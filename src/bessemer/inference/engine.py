@@ -162,7 +162,7 @@ class Engine(AsyncGeneration, Reading, WeightUpdates):
                 for prompt, one, name in zip(prompts, each, adapters, strict=True)
             ]
         requests = [
-            self.prepare(prompt, one, priority=priority, adapter=name, cache_salt=cache_salt, capture=capture)
+            self.prepare(prompt, one, priority=priority, adapter=name, cache_salt=cache_salt, capture=capture, streams=False)
             for prompt, one, name in zip(prompts, each, adapters, strict=True)
         ]
         self._serve(requests)
@@ -186,7 +186,7 @@ class Engine(AsyncGeneration, Reading, WeightUpdates):
         """
         each = params_of_prompts(params, len(prompts), n, logprobs_mode)
         requests = [
-            self.prepare(prompt, one, priority=priority, adapter=adapter, cache_salt=cache_salt)
+            self.prepare(prompt, one, priority=priority, adapter=adapter, cache_salt=cache_salt, streams=False)
             for prompt, one in zip(prompts, each, strict=True)
         ]
         self._serve(requests)
@@ -254,14 +254,16 @@ class Engine(AsyncGeneration, Reading, WeightUpdates):
         adapter: str | None = None,
         cache_salt: str | None = None,
         capture: Capture | None = None,
+        streams: bool = True,
     ) -> Request:
         """A request that has not begun, with the others of the same prompt as its `siblings`. Any thread may ask for it.
 
+        streams: False where nobody drains it before it is done; it then has one chunk.
         Raises RequestError for whatever is known to be wrong before anything is computed.
         """
         loaded = None if adapter is None else self._adapters.find(adapter)
         ids = self._builder.prompt_ids(prompt, least=min(1, params.max_tokens))
-        request = self._builder.request(ids, params, priority, loaded, cache_salt, capture)
+        request = self._builder.request(ids, params, priority, loaded, cache_salt, capture, streams=streams)
         self.core.scheduler.check(request.sequence.limit)
         return request
 

@@ -6,6 +6,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from bessemer.core.errors import BessemerError, RequestError
 from bessemer.inference.adapters import LoadedAdapter
 from bessemer.inference.execution.batch import Batch
 from bessemer.inference.execution.runner import Runner
+from bessemer.inference.multi_step import draws_of, reserve_tokens, taken
 from bessemer.inference.request import Request, ScheduledRequest
 from bessemer.inference.sampling.sampler import Sampled, sample_rows
 from bessemer.inference.scheduling.schedule import ScheduledChunk, SchedulerOutput
@@ -85,15 +87,24 @@ class EngineCore:
     def step(self) -> None:
         """Compute one step of all in-flight requests."""
         started = begun = time.perf_counter()
+        several = False
         if self.speculation is not None:
             self.speculation.propose(self._decoding(), crowded=self.scheduler.waiting > 0)
             begun = time.perf_counter()
+        elif self.runner.generates and not any(request.streams for request in self._requests.values()):
+            several = reserve_tokens(self.scheduler, self._requests.values())
         output = self.scheduler.schedule()
+        if several:
+            for sequence in output.preempted:
+                sequence.draft = []
         if not output.chunks:
             assert not self.busy or output.preempted, "requests wait and nothing is scheduled"
             return
         self._prepare_blocks(output)
         requests = [self._requests[chunk.sequence.identity] for chunk in output.chunks]
+        if several:
+            self._generate(output, requests, started)
+            return
         batch, rows = self._batch(output.chunks, requests)
         try:
             logits_RV = self.runner.forward(batch)
@@ -111,6 +122,23 @@ class EngineCore:
             # all that drafts make longer: blocks for them, more rows, more to sample, more text
             self.speculation.computed(output.chunks, requests, len(batch.tokens), time.perf_counter() - begun)
         self._count_step(len(batch.tokens), time.perf_counter() - started)
+
+    def _generate(self, output: SchedulerOutput, requests: Sequence[ScheduledRequest], started: float) -> None:
+        """Compute several tokens of each request in one call, as many as all have blocks for."""
+        count = 1 + min(chunk.drafts for chunk in output.chunks)
+        states = [generating(request).sampling for request in requests]
+        firsts = [replace(chunk, count=1, drafts=0, num_logits=1) for chunk in output.chunks]
+        batch, _ = self._batch(firsts, requests)
+        try:
+            tokens_RS, log_probs_RS = self.runner.generate(batch, *draws_of(states, count))
+        except Exception as error:
+            self._fail_step(requests, error)
+            return
+        for chunk, request, sampled in zip(output.chunks, requests, taken(states, tokens_RS, log_probs_RS), strict=True):
+            if not isinstance(sampled, RequestError):
+                chunk.sequence.draft = [one.token for one in sampled]
+            self._commit(chunk, request, sampled)
+        self._count_step(count * len(requests), time.perf_counter() - started)
 
     def _prepare_blocks(self, output: SchedulerOutput) -> None:
         """Copy the blocks and states that a step goes on from."""

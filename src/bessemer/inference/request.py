@@ -93,6 +93,23 @@ class CompletionText:
         return text if self._stops is None else self._stops.feed(text) + self._stops.flush()
 
 
+class WholeText(CompletionText):
+    """The same, all of it by `flush`: one decoding costs less than one for each token. Without stop strings."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), include_stop: bool = False) -> None:
+        assert not stops, "a stop string must be seen when it comes"
+        super().__init__(tokenizer)
+        self._tokens: list[int] = []
+
+    def feed(self, token: int) -> str:
+        self._tokens.append(token)
+        return ""
+
+    def flush(self) -> str:
+        tokens, self._tokens = self._tokens, []
+        return self._decoder.feed(tokens) + super().flush()
+
+
 class ScheduledRequest:
     """What the engine core needs of every request: its sequence, its adapter, the logits that it wants, and how it ended.
 
@@ -102,6 +119,8 @@ class ScheduledRequest:
 
     #: Whether tokens are sampled, from the last `num_logits` rows of each chunk.
     samples = False
+    #: Whether its reader takes what each step gives, and does not wait for the end.
+    streams = True
 
     def __init__(self, sequence: TokenSequence, adapter: Adapter | None = None, recorder: Recorder | None = None) -> None:
         """recorder: of what is captured of its tokens."""
@@ -180,8 +199,11 @@ class Request(ScheduledRequest):
         end_tokens: frozenset[int],
         adapter: Adapter | None = None,
         recorder: Recorder | None = None,
+        *,
+        streams: bool = True,
     ) -> None:
-        """end_tokens: at which it ends, the request's own stop tokens among them. recorder: of what is captured."""
+        """end_tokens: at which it ends, the request's own stop tokens among them. recorder: of what is captured. streams: False
+        where its reader waits for the end: then one chunk holds all, and its text is decoded at once."""
         super().__init__(sequence, adapter, recorder)
         self.sampling = sampling
         self.samples = self.params.max_tokens > 0
@@ -197,7 +219,12 @@ class Request(ScheduledRequest):
         #: Whether log-probabilities of its prompt are wanted.
         self.reads_prompt = self.params.prompt_logprobs is not None
         self._end_tokens = end_tokens
-        self._text = CompletionText(tokenizer, self.params.stop, self.params.include_stop)
+        self.streams = streams
+        kind = CompletionText if streams or self.params.stop else WholeText
+        self._text = kind(tokenizer, self.params.stop, self.params.include_stop)
+        #: Of the next chunk: its text and its tokens.
+        self._next_text = ""
+        self._next_tokens: list[Sampled] = []
 
     @property
     def params(self) -> SamplingParams:
@@ -264,8 +291,13 @@ class Request(ScheduledRequest):
                 break
         ids = [one.token for one in taken]
         self.weight_versions += [weight_version] * len(ids)
-        log_probs = taken if self.params.logprobs is not None else None
-        self.chunks.append(Chunk(text, ids, finish_reason, log_probs))
+        self._next_text += text
+        self._next_tokens += taken
+        if self.streams or finish_reason is not None:
+            tokens = self._next_tokens
+            log_probs = tokens if self.params.logprobs is not None else None
+            self.chunks.append(Chunk(self._next_text, [one.token for one in tokens], finish_reason, log_probs))
+            self._next_text, self._next_tokens = "", []
         self.finish_reason = finish_reason
         return ids
 

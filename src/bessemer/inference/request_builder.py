@@ -69,10 +69,12 @@ class RequestBuilder:
         loaded: LoadedAdapter | None,
         cache_salt: str | None,
         capture: Capture | None = None,
+        *,
+        streams: bool = True,
     ) -> Request:
         """A request for a completion of `prompt_ids`, with the other completions of the same prompt as its `siblings`.
 
-        Raises RequestError for parameters that cannot be served.
+        streams: as of `Request`. Raises RequestError for parameters that cannot be served.
         """
         limit = self._limit(ids, params)
         salt = _salt(loaded, cache_salt)
@@ -96,6 +98,7 @@ class RequestBuilder:
                 end_tokens,
                 loaded and loaded.adapter,
                 None if capture is None else Recorder(capture, len(ids)),
+                streams=streams,
             )
             for index in range(params.best_of or params.n)
         ]

@@ -62,6 +62,11 @@ class Head:
         return plain and self.device == "cpu" and self.dtype == torch.bfloat16 and library() is not None
 
     @property
+    def is_plain(self) -> bool:
+        """Whether it is whole on this rank, multiplies in the dtype of the softmax, and has no softcap."""
+        return self.group is None and self.softcap is None and self.dtype == self.float_dtype
+
+    @property
     def float_dtype(self) -> torch.dtype:
         """The dtype of everything but the matmuls: float32, or float64 for float64 weights."""
         return torch.promote_types(self.dtype, torch.float32)
@@ -157,7 +162,11 @@ class Workspace:
 
     def logits(self, hidden_CD: Tensor) -> Tensor:
         """(C, V), valid until the next call."""
-        return torch.mm(hidden_CD, self._weight_VD.T, out=self._logits_CV[: len(hidden_CD)])
+        return torch.mm(hidden_CD, self._weight_VD.T, out=self.memory(len(hidden_CD)))
+
+    def memory(self, count: int) -> Tensor:
+        """(count, V), of a chunk's logits, which are overwritten by what is put there."""
+        return self._logits_CV[:count]
 
     def blocks(self, chunk: slice, logits_CV: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """The tokens of each block of a chunk, its logits, and the same in float32: a copy that the next block overwrites, or

@@ -25,6 +25,7 @@ from torch.nn.functional import logsigmoid
 from bessemer.model.cpu_kernels.cross_entropy import cross_entropy_
 from bessemer.training.chunked_head import Head, HeadGradients, Workspace, spread, through_softcap_, without_masked
 from bessemer.training.data.batches import IGNORE_INDEX
+from bessemer.training.logit_chunks import chunk_size
 
 #: KL(teacher ‖ student), KL(student ‖ teacher), and the generalised Jensen–Shannon divergence between the two.
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
@@ -59,7 +60,8 @@ def token_log_probs(
 
     targets_N: ids, or -100 for a token without a target, whose log p, entropy and gradients are zero. softcap: logits are held
     within ±c by c·tanh(logits / c) before they are divided by the temperature, as in generation. Kept for the backward pass:
-    the arguments and three numbers a token; the logits are computed again (Chen et al. 2016, arXiv 1604.06174, section 3).
+    the arguments and three numbers a token; the logits are computed again (Chen et al. 2016, arXiv 1604.06174, section 3). On a
+    CPU also the probabilities, where they are few: to read them takes less time.
 
     weight_VD: may be sharded by rows over one axis of a mesh, where every rank passes the same hidden states and targets and
     continues with the same computation; its gradient is sharded alike. Raises ValueError unless the temperature is positive.
@@ -67,7 +69,10 @@ def token_log_probs(
     has_target_N = targets_N != IGNORE_INDEX
     _, targets_M, hidden_MD = without_masked(has_target_N, targets_N, hidden_ND)
     head, hidden_MD, weight_VD = Head.of(hidden_MD, weight_VD, softcap, temperature)
-    log_probs_M, entropy_M = _TokenLogProbs.apply(hidden_MD, weight_VD, targets_M, head)
+    # within the function it is not known whether gradients are on
+    few = len(hidden_MD) * len(weight_VD) <= chunk_size(head.device).max_kept_logits
+    keeps = few and head.is_plain and torch.is_grad_enabled()
+    log_probs_M, entropy_M = _TokenLogProbs.apply(hidden_MD, weight_VD, targets_M, head, keeps)
     return spread(log_probs_M, has_target_N), spread(entropy_M, has_target_N)
 
 
@@ -189,14 +194,18 @@ class _TokenLogProbs(torch.autograd.Function):
     """H = −Σ p log p. By a logit, the derivative of log p[target] is 1 at the target, minus p; that of H is −p (log p + H)."""
 
     @staticmethod
-    def forward(context: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+    def forward(
+        context: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, head: Head, keeps: bool
+    ) -> tuple[Tensor, Tensor]:
         hidden, weight = hidden_ND.to(head.dtype), weight_VD.to(head.dtype)
         workspace = Workspace(head, weight, len(hidden))
         ids_N1, is_local_N1 = head.local_ids(targets_N[:, None], len(weight))
         log_sum_N1, log_odds_N1, others_N1 = head.zeros(3, hidden)
+        # those of the targets are 0 there
+        kept_NV = hidden.new_empty(len(hidden), len(weight)) if keeps else None
         for chunk in workspace.chunks():
             for tokens, _, values_BV in workspace.blocks(chunk, workspace.logits(hidden[chunk])):
-                probs_BV = workspace.buffer("probabilities", values_BV)
+                probs_BV = workspace.buffer("probabilities", values_BV) if kept_NV is None else kept_NV[tokens]
                 head.transform_(values_BV)
                 log_sum_N1[tokens], log_odds_N1[tokens] = head.softmax_of_others(
                     values_BV, ids_N1[tokens], is_local_N1[tokens], probs_BV
@@ -204,7 +213,8 @@ class _TokenLogProbs(torch.autograd.Function):
                 others_N1[tokens] = values_BV.sub_(log_sum_N1[tokens]).mul_(probs_BV).sum(-1, keepdim=True)
         log_probs_N1 = logsigmoid(log_odds_N1)
         entropy_N1 = -log_probs_N1.exp() * log_probs_N1 - head.all_reduce(others_N1)
-        context.save_for_backward(hidden_ND, weight_VD, ids_N1, is_local_N1, log_sum_N1, log_probs_N1, entropy_N1)
+        inputs = hidden_ND, weight_VD, ids_N1, is_local_N1
+        context.save_for_backward(*inputs, log_sum_N1, log_probs_N1, entropy_N1, kept_NV)
         context.head = head
         context.set_materialize_grads(False)
         return log_probs_N1.flatten(), entropy_N1.flatten()
@@ -212,7 +222,8 @@ class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(context: Any, of_log_probs_N: Tensor | None, of_entropy_N: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden_ND, weight_VD, ids_N1, is_local_N1, log_sum_N1, log_probs_N1, entropy_N1 = context.saved_tensors
+        *inputs, log_sum_N1, log_probs_N1, entropy_N1, kept_NV = context.saved_tensors
+        hidden_ND, weight_VD, ids_N1, is_local_N1 = inputs
         head: Head = context.head
         hidden, weight = hidden_ND.to(head.dtype), weight_VD.to(head.dtype)
         workspace = Workspace(head, weight, len(hidden))
@@ -227,6 +238,12 @@ class _TokenLogProbs(torch.autograd.Function):
         of_target_N1 -= of_entropy_N1 * log_probs_N1.exp() * (log_probs_N1 + entropy_N1)
         constant_N1 = -of_log_probs_N1 - of_entropy_N1 * entropy_N1
         for chunk in workspace.chunks():
+            if kept_NV is not None and of_entropy_N is None:
+                probs_CV = kept_NV[chunk]
+                grad_CV = torch.mul(probs_CV, constant_N1[chunk], out=workspace.memory(len(probs_CV)))
+                head.put_(grad_CV, ids_N1[chunk], of_target_N1[chunk], is_local_N1[chunk])
+                gradients.add(chunk, grad_CV)
+                continue
             logits_CV = workspace.logits(hidden[chunk])
             for tokens, logits_BV, values_BV in workspace.blocks(chunk, logits_CV):
                 tanh_BV = workspace.tanh(values_BV)
@@ -241,7 +258,7 @@ class _TokenLogProbs(torch.autograd.Function):
                 through_softcap_(values_BV, tanh_BV)
                 logits_BV.copy_(values_BV)
             gradients.add(chunk, logits_CV)
-        return *gradients.as_dtypes(hidden_ND.dtype, weight_VD.dtype), None, None
+        return *gradients.as_dtypes(hidden_ND.dtype, weight_VD.dtype), None, None, None
 
 
 class _HeadDivergence(torch.autograd.Function):

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ChunkSize:
-    """Limits of a chunk of tokens, whose logits are computed by one matmul, and of a block of it, worked on in float32."""
+    """Limits of a chunk of tokens, whose logits are computed by one matmul, and of a block of it, worked on in float32; and the
+    most probabilities of all tokens that are kept from a forward pass for its backward pass."""
 
     max_tokens: int
     max_logits: int
     max_block_logits: int
+    max_kept_logits: int = 0
 
     def tokens(self, vocab_size: int) -> int:
         """Tokens of a chunk, at least one. vocab_size: of the rank's shard."""
@@ -24,10 +26,10 @@ class ChunkSize:
 
 
 #: On a CPU 1M logits, 256 tokens at a vocabulary of 4,096, stay in its cache; fewer leave the matmuls too thin, and smaller
-#: blocks are slower. A GPU needs thousands of tokens to be busy: 2,048 at a vocabulary of 128k are 1 GiB in float32, of which
-#: blocks save most.
+#: blocks are slower. To keep 64 MiB of probabilities costs less than the matmul that gives them anew. A GPU needs thousands of
+#: tokens to be busy: 2,048 at a vocabulary of 128k are 1 GiB in float32, of which blocks save most.
 _CHUNK_SIZES = {
-    "cpu": ChunkSize(max_tokens=1 << 20, max_logits=1 << 20, max_block_logits=1 << 20),
+    "cpu": ChunkSize(max_tokens=1 << 20, max_logits=1 << 20, max_block_logits=1 << 20, max_kept_logits=1 << 24),
     "cuda": ChunkSize(max_tokens=8192, max_logits=1 << 28, max_block_logits=1 << 25),
 }
 

@@ -14,7 +14,7 @@ from bessemer.inference.sampling.device_sampler import SampledRows
 from bessemer.model.cache import Cache
 from bessemer.model.quantised_linear import PackedMatmuls
 
-# Shapes: R wanted rows, V vocabulary.
+# Shapes: R wanted rows, V vocabulary, S tokens of a row.
 
 
 class StepBeside(NamedTuple):
@@ -85,15 +85,24 @@ class WholeSteps(Protocol):
         """As of `Linear`."""
 
 
+class TokenGenerator(Protocol):
+    """Several tokens of each sequence in one call."""
+
+    def generate(self, batch: Batch, uniforms_RS: Tensor, temperatures_R: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Runner.generate`."""
+
+
 @dataclass(frozen=True)
 class Backend:
     """What computes the steps of one model on its device.
 
     whole: None where every step goes through the model's modules. samples: whether tokens are sampled where the logits lie
-    (`Runner.sample`), so that the next step is scheduled beside the current one.
+    (`Runner.sample`), so that the next step is scheduled beside the current one. generator: None where each token is a step of
+    its own.
     """
 
     linear: Linear
     attention: Attention
     whole: WholeSteps | None = None
     samples: bool = False
+    generator: TokenGenerator | None = None

@@ -125,7 +125,7 @@ def choose_backend(
     packs = wanted and decoded is None
     if packs and not modules_only and CompiledSteps.supports(model) is None:
         steps = CompiledSteps(model, memory, config.threads, release=opened)
-        return Backend(StepsCodes(steps), CompiledAttention(memory, torch.get_num_threads()), steps)
+        return Backend(StepsCodes(steps), CompiledAttention(memory, torch.get_num_threads()), steps, generator=steps)
     if config.cpu_kernels == "on" and library() is None:
         raise ConfigError(f"cpu_kernels: on: {unavailable()}")
     threads = config.threads or torch.get_num_threads()

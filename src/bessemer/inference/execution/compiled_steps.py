@@ -52,6 +52,40 @@ class BatchFields(ctypes.Structure):
     )
 
 
+class GenerationFields(ctypes.Structure):
+    """`struct Generation` of step.h."""
+
+    _fields_ = (
+        ("steps", ctypes.c_int64),
+        ("temperatures", ctypes.c_void_p),
+        ("uniforms", ctypes.c_void_p),
+        ("tokens", ctypes.c_void_p),
+        ("log_probs", ctypes.c_void_p),
+    )
+
+
+class _Given(NamedTuple):
+    """A batch as the kernels read it; what the fields point to is kept here."""
+
+    fields: BatchFields
+    memory: tuple[object, ...]
+
+    @classmethod
+    def of(cls, batch: Batch, beside: StepBeside | None = None) -> _Given:
+        """Its tokens and where their keys lie; nothing is wanted of it yet. beside: of a batch with pending tokens."""
+        tokens, positions_N, starts = array("i", batch.tokens), array("i", batch.positions), array("q", batch.starts)
+        if batch.pending:
+            assert beside is not None
+            for row, place in batch.pending.items():
+                tokens[row] = max(0, int(beside.sampled_R[place]))
+        tables = [padded_tables(group) for group in batch.tables]
+        table_addresses = array("Q", [numbers.buffer_info()[0] for numbers, _ in tables])
+        widths = array("q", [width for _, width in tables])
+        inputs = (tokens, positions_N, starts, table_addresses, widths)
+        fields = BatchFields(len(tokens), batch.sequences, *[numbers.buffer_info()[0] for numbers in inputs])
+        return cls(fields, (*inputs, tables))
+
+
 class _Kept(NamedTuple):
     """States that a batch keeps, (K, D), in order of layer and row; where those of each layer begin; and how many there are of
     each layer that has any, in order."""
@@ -126,30 +160,30 @@ class CompiledSteps:
         step before pending. Raises ValueError for a token, a position or a page that is not there, before anything is
         computed."""
         logits_RV = torch.empty(len(batch.wanted), self.model.config.vocab_size)
-        tokens, positions_N = array("i", batch.tokens), array("i", batch.positions)
-        if batch.pending:
-            assert beside is not None
-            for row, place in batch.pending.items():
-                tokens[row] = max(0, int(beside.sampled_R[place]))
-        starts, wanted = array("q", batch.starts), array("q", batch.wanted)
-        tables = [padded_tables(group) for group in batch.tables]
-        table_addresses = array("Q", [numbers.buffer_info()[0] for numbers, _ in tables])
-        widths = array("q", [width for _, width in tables])
-        inputs = (tokens, positions_N, starts, table_addresses, widths)
-        fields = BatchFields(
-            len(tokens),
-            batch.sequences,
-            *[numbers.buffer_info()[0] for numbers in inputs],
-            len(wanted),
-            wanted.buffer_info()[0],
-            logits_RV.data_ptr(),
-        )
+        given = _Given.of(batch, beside)
+        wanted = array("q", batch.wanted)
+        fields = given.fields
+        fields.wanted, fields.wanted_rows, fields.logits = len(wanted), wanted.buffer_info()[0], logits_RV.data_ptr()
         kept = self._keep(batch, fields) if batch.states else None
         failure = self._kernels.bessemer_step_run(self._step, ctypes.byref(fields))
         if failure is not None:
             raise_failure(failure)
         self.states = {} if kept is None else kept.by_layer()
         return logits_RV
+
+    @torch.inference_mode()
+    def generate(self, batch: Batch, uniforms_RS: Tensor, temperatures_R: Tensor) -> tuple[Tensor, Tensor]:
+        """S tokens of each row, drawn one after the other as `draw_tokens` draws them, int32 (R, S), and their
+        log-probabilities, (R, S). Behind a -1 they mean nothing.
+
+        batch: one token of each sequence, with pages for S. uniforms_RS: float64; temperatures_R: float32. Raises as `forward`.
+        """
+        given = _Given.of(batch)
+        tokens_RS, log_probs_RS = torch.empty(uniforms_RS.shape, dtype=torch.int32), torch.empty(uniforms_RS.shape)
+        addresses = (tensor.data_ptr() for tensor in (temperatures_R, uniforms_RS, tokens_RS, log_probs_RS))
+        generation = GenerationFields(uniforms_RS.shape[1], *addresses)
+        raise_failure(self._kernels.bessemer_step_generate(self._step, ctypes.byref(given.fields), ctypes.byref(generation)))
+        return tokens_RS, log_probs_RS
 
     def _keep(self, batch: Batch, fields: BatchFields) -> _Kept:
         """Tell the kernels which states to copy where."""
@@ -219,9 +253,10 @@ class CompiledSteps:
     def _check_mirrors(self) -> None:
         kernels = library()
         assert kernels is not None
-        sizes = (ctypes.c_int64 * 3)()
+        sizes = (ctypes.c_int64 * 4)()
         kernels.bessemer_step_sizes(ctypes.byref(sizes))
-        assert list(sizes) == [ctypes.sizeof(mirror) for mirror in (ModelFields, LayerFields, BatchFields)], list(sizes)
+        mirrors = (ModelFields, LayerFields, BatchFields, GenerationFields)
+        assert list(sizes) == [ctypes.sizeof(mirror) for mirror in mirrors], list(sizes)
 
 
 class StepsCodes:

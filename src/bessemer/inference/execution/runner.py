@@ -117,6 +117,22 @@ class Runner:
         """Logits of the wanted rows in their order, (R, V) float32. Writes keys and values."""
         return self._forward(batch, StepBeside(self._inputs, self.sampled_R))
 
+    @property
+    def generates(self) -> bool:
+        """Whether `generate` can compute its batches."""
+        return self.backend.generator is not None and not self.keeps_pre_norm
+
+    def generate(self, batch: Batch, uniforms_RS: Tensor, temperatures_R: Tensor) -> tuple[Tensor, Tensor]:
+        """S tokens of each sequence, of which the batch has one new token each, int32 (R, S), and their log-probabilities at
+        the temperatures, (R, S): those that `sample_rows` draws by the same numbers, one after the other. -1 where the logits
+        are not finite; what follows it means nothing.
+
+        The sequences have no adapters, and pages for S tokens. uniforms_RS: float64; temperatures_R: float32, 0 for the
+        largest.
+        """
+        assert self.backend.generator is not None and self.workers is None
+        return self.backend.generator.generate(batch, uniforms_RS, temperatures_R)
+
     @torch.inference_mode()
     def sample(self, batch: Batch, rows: SampledRows) -> TokensToHost:
         """Compute a batch and sample a token of each wanted row on the device. The host waits for none of it.

@@ -18,7 +18,9 @@ from bessemer.inference.sampling.inverse_cdf import uniform
 from bessemer.inference.sampling.logprobs import LogProbs, certain, log_probs, sampler_log_probs
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.inference.sampling.penalties import TokenCounts, check_tokens, penalise, process
-from bessemer.inference.sampling.truncation import Truncation, candidates, truncated_logits
+from bessemer.inference.sampling.truncation import NO_TRUNCATION, Truncation, candidates, truncated_logits
+from bessemer.model.cpu_kernels.build import library
+from bessemer.model.cpu_kernels.draw import draw_tokens
 
 __all__ = ["Sampled", "SamplingParams", "SamplingState", "generator_for", "sample_rows", "truncated_logits"]
 
@@ -132,6 +134,15 @@ class SamplingState:
         """Whether `SampledRows` can choose the next token: nothing of it needs the host."""
         params = self.params
         return self._processor is None and self.grammar is None and params.logprobs is None and params.typical_p == 1
+
+    @property
+    def draws_from_softmax(self) -> bool:
+        """Whether the next tokens are drawn from the softmax of the model's logits at the temperature, or are the largest, and
+        of log-probabilities the sampler's of these tokens are all that is wanted."""
+        params = self.params
+        is_whole = self.greedy or self.truncation == NO_TRUNCATION
+        enough = params.logprobs is None or (self.wants_sampler_log_probs and not params.logprobs)
+        return is_whole and enough and not self.adjusts
 
     @property
     def depends_on_answer(self) -> bool:
@@ -300,6 +311,8 @@ def _drawn(
     logits_BV: Tensor, states: Sequence[SamplingState], numbers: Sequence[float], truncation: Truncation
 ) -> tuple[list[int], dict[int, LogProbs]]:
     """A token of each row, and the log-probabilities of those that want them of what they were drawn from."""
+    if truncation == NO_TRUNCATION and library() is not None:
+        return _drawn_by_kernels(logits_BV, states, numbers)
     temperatures_B = torch.tensor([state.params.temperature for state in states])
     uniforms_B = torch.tensor(numbers, dtype=torch.float64)
     params = [state.params for state in states]
@@ -318,6 +331,26 @@ def _drawn(
                 part_BV = some_BV if len(rows) == len(some_BV) else some_BV[places]
                 of_part = sampler_log_probs(part_BV, temperatures_B[rows], found, drawn, [params[row] for row in rows])
                 log_probs_of |= {rows[place]: one for place, one in of_part.items()}
+    return tokens, log_probs_of
+
+
+def _drawn_by_kernels(
+    logits_BV: Tensor, states: Sequence[SamplingState], numbers: Sequence[float]
+) -> tuple[list[int], dict[int, LogProbs]]:
+    """As `_drawn`, where every token may be drawn."""
+    logits_BV = logits_BV.cpu()
+    temperatures = [state.params.temperature for state in states]
+    tokens, own = draw_tokens(logits_BV, temperatures, numbers)
+    wanted = [row for row, state in enumerate(states) if state.wants_sampler_log_probs and tokens[row] >= 0]
+    log_probs_of = {row: LogProbs(own[row]) for row in wanted if not states[row].params.logprobs}
+    ranked = [row for row in wanted if row not in log_probs_of]
+    for start in range(0, len(ranked), _ROWS):
+        rows = ranked[start : start + _ROWS]
+        part_RV, temperatures_R = logits_BV[rows], torch.tensor([temperatures[row] for row in rows])
+        ((_, found),) = candidates(part_RV, temperatures_R, NO_TRUNCATION)
+        params = [states[row].params for row in rows]
+        of_part = sampler_log_probs(part_RV, temperatures_R, found, [tokens[row] for row in rows], params)
+        log_probs_of |= {rows[place]: one for place, one in of_part.items()}
     return tokens, log_probs_of
 
 

@@ -27,7 +27,7 @@ class StopStrings:
             self.found = True
             self._held = ""
             return held[: min(matches)[0 if self._include else 1]]
-        keep = max(_overlap(held, stop) for stop in self._stops)
+        keep = max(overlap(held, stop) for stop in self._stops)
         shown, self._held = held[: len(held) - keep], held[len(held) - keep :]
         return shown
 
@@ -37,6 +37,6 @@ class StopStrings:
         return rest
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that begins `stop`."""
     return next((length for length in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:length])), 0)

@@ -36,6 +36,10 @@ class Truncation(NamedTuple):
         return cls(params.top_k, params.top_p, params.min_p, params.typical_p)
 
 
+#: Every token may be drawn.
+NO_TRUNCATION = Truncation(0, 1.0, 0.0, 1.0)
+
+
 class Candidates(NamedTuple):
     """The distribution to draw from: weights of candidate tokens (not normalised), float32 (B, N).
 

@@ -188,4 +188,7 @@ def _declare(kernels: ctypes.CDLL) -> ctypes.CDLL:
     kernels.bessemer_step_new.argtypes, kernels.bessemer_step_new.restype = [pointer, count], pointer
     kernels.bessemer_step_free.argtypes, kernels.bessemer_step_free.restype = [pointer], None
     kernels.bessemer_step_run.argtypes, kernels.bessemer_step_run.restype = [pointer, pointer], failure
+    kernels.bessemer_step_generate.argtypes = [pointer, pointer, pointer]
+    kernels.bessemer_step_generate.restype = failure
+    kernels.bessemer_draw.argtypes, kernels.bessemer_draw.restype = [pointer, count], failure
     return kernels

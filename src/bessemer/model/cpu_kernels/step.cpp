@@ -1,7 +1,9 @@
 #include "step.h"
 
 #include <algorithm>
+#include <numeric>
 
+#include "draw.h"
 #include "guards.h"
 #include "parts.h"
 #include "row_operations.h"
@@ -120,6 +122,39 @@ void Step::run(const Batch& batch) {
     if (batch.rows >= SOME_ROWS * threads_) by_rows();
     else by_outputs();
     if (batch.wanted) head();
+}
+
+const char* Step::generate(Batch batch, const Generation& generation) {
+    if (batch.rows != batch.sequences)
+        return failure("%lld rows are not one of each of %lld sequences", (long long)batch.rows, (long long)batch.sequences);
+    const int64_t rows = batch.rows, vocabulary = model_.vocabulary, parts = std::min<int64_t>(rows, 4 * threads_);
+    std::vector<int32_t> tokens(batch.tokens, batch.tokens + rows), positions(batch.positions, batch.positions + rows);
+    std::vector<int64_t> wanted(rows);
+    std::iota(wanted.begin(), wanted.end(), 0);
+    float* logits = logits_.room<float>(rows * vocabulary);
+    batch.tokens = tokens.data();
+    batch.positions = positions.data();
+    batch.wanted = rows;
+    batch.wanted_rows = wanted.data();
+    batch.logits = logits;
+    batch.kept_begins = nullptr;
+    for (int64_t step = 0; step < generation.steps; ++step) {
+        if (const char* wrong = refusal(batch)) return wrong;
+        run(batch);
+        run_parts(threads_, parts, [&](int64_t part) {
+            thread_local Scratch scratch;
+            for (int64_t row = rows * part / parts; row < rows * (part + 1) / parts; ++row) {
+                const int64_t place = row * generation.steps + step;
+                const Drawn drawn = draw_row(logits + row * vocabulary, vocabulary, generation.temperatures[row],
+                                             generation.uniforms[place], scratch);
+                generation.tokens[place] = drawn.token;
+                generation.log_probs[place] = drawn.log_prob;
+                tokens[row] = std::max(0, drawn.token);
+                ++positions[row];
+            }
+        });
+    }
+    return nullptr;
 }
 
 void Step::embed(int64_t first, int64_t last) {
@@ -371,8 +406,13 @@ const char* bessemer_step_run(Step* step, const Batch* batch) {
     });
 }
 
+const char* bessemer_step_generate(Step* step, const Batch* batch, const Generation* generation) {
+    return guarded([&]() -> const char* { return step->generate(*batch, *generation); });
+}
+
 void bessemer_step_sizes(int64_t* sizes) {
     sizes[0] = sizeof(Model);
     sizes[1] = sizeof(Layer);
     sizes[2] = sizeof(Batch);
+    sizes[3] = sizeof(Generation);
 }

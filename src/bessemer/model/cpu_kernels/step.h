@@ -82,6 +82,15 @@ struct Batch {
     float* kept_states;  // [kept][hidden]
 };
 
+// Several tokens of every row of a batch, each drawn from the logits after the one before. See draw.h.
+struct Generation {
+    int64_t steps;
+    const float* temperatures;  // [rows]
+    const double* uniforms;     // [rows][steps]
+    int32_t* tokens;            // [rows][steps]; behind a -1 they mean nothing
+    float* log_probs;           // [rows][steps]
+};
+
 // Rows of one input, in every form that the matrices which read it need.
 class Inputs {
 public:
@@ -107,6 +116,8 @@ public:
     void run(const Batch& batch);
     // Why a batch cannot be computed, null when it can: a token, a position or a page that is not there.
     const char* refusal(const Batch& batch) const;
+    // A batch of one token of each sequence, as far as its pages reach; what it wants is not looked at. As refusal where it cannot.
+    const char* generate(Batch batch, const Generation& generation);
 
 private:
     // Memory for some rows between the matrices.
@@ -147,7 +158,7 @@ private:
     Batch batch_;
     std::vector<int32_t> sequence_of_;  // each row's
     std::vector<std::vector<Tile>> tiles_;  // of each group of layers
-    Scratch hidden_, queries_;
+    Scratch hidden_, queries_, logits_;
     Room room_;
     Attention attention_;
 };
@@ -159,6 +170,7 @@ bessemer::Step* bessemer_step_new(const bessemer::Model* model, int32_t threads)
 void bessemer_step_free(bessemer::Step* step);
 // Returns a failure as guards.h says.
 const char* bessemer_step_run(bessemer::Step* step, const bessemer::Batch* batch);
-// Sizes of Model, Layer and Batch, to check that Python's mirrors are the same.
+const char* bessemer_step_generate(bessemer::Step* step, const bessemer::Batch* batch, const bessemer::Generation* generation);
+// Sizes of Model, Layer, Batch and Generation, to check that Python's mirrors are the same.
 void bessemer_step_sizes(int64_t* sizes);
 }

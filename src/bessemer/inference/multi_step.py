@@ -1,0 +1,78 @@
+"""Several tokens of every request in one call of the runner, where nobody waits for each of them.
+
+A token of a small model takes less time to compute than Python takes to schedule it, sample it and hand it over. Requests whose
+reader waits for the end, and whose tokens are drawn from the plain softmax, need none of that in between: the runner draws a
+token of each, computes the next step with it, and so on. Tokens behind the end of a request are thrown away. Each token is the
+one that steps of one token give, to the last bit of its log-probability.
+
+To the scheduler the further tokens are drafts, of which all are accepted: their blocks are taken before the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from bessemer.core.errors import RequestError
+from bessemer.inference.request import Request, ScheduledRequest
+from bessemer.inference.sampling.logprobs import LogProbs
+from bessemer.inference.sampling.sampler import NOT_FINITE, Sampled, SamplingState
+from bessemer.inference.scheduling.scheduler import PLACEHOLDER, Scheduler
+
+# Shapes: R requests, S tokens of each.
+
+#: Most tokens of a request in a call: other requests begin, and others end, between two calls.
+MOST_TOKENS = 8
+
+
+def reserve_tokens(scheduler: Scheduler, requests: Iterable[ScheduledRequest]) -> bool:
+    """Ask for several tokens of each of the in-flight requests, none of which streams, where all allow it and no other could
+    begin; whether it did."""
+    if scheduler.may_admit:
+        return False
+    sequences = [request.sequence for request in requests if _allows_several(request)]
+    if not sequences or len(sequences) < scheduler.running:
+        return False
+    most = min(MOST_TOKENS, scheduler.max_num_batched_tokens // len(sequences))
+    for sequence in sequences:
+        sequence.draft = [PLACEHOLDER] * (most - 1)
+    return most > 1
+
+
+def _allows_several(request: ScheduledRequest) -> bool:
+    if not isinstance(request, Request) or not request.samples:
+        return False
+    if request.adapter is not None or request.recorder is not None or request.sequence.status != "running":
+        return False
+    return len(request.sequence.tokens) - request.sequence.computed == 1 and request.sampling.draws_from_softmax
+
+
+def draws_of(states: Sequence[SamplingState], count: int) -> tuple[Tensor, Tensor]:
+    """The next `count` numbers of each request's generator, float64 (R, S), and the temperatures, float32 (R,), 0 where the
+    likeliest token is taken, for which no number is used."""
+    uniforms = [
+        torch.zeros(count, dtype=torch.float64)
+        if state.greedy
+        else torch.rand(count, dtype=torch.float64, generator=state.generator)
+        for state in states
+    ]
+    return torch.stack(uniforms), torch.tensor([0.0 if state.greedy else state.params.temperature for state in states])
+
+
+def taken(states: Sequence[SamplingState], tokens_RS: Tensor, log_probs_RS: Tensor) -> list[list[Sampled] | RequestError]:
+    """The tokens of each request up to the first end token, added to its answer; an error where there is none."""
+    found: list[list[Sampled] | RequestError] = []
+    for state, tokens, log_probs in zip(states, tokens_RS.tolist(), log_probs_RS.tolist(), strict=True):
+        sampled = []
+        is_wanted = state.params.logprobs is not None
+        for token, log_prob in zip(tokens, log_probs, strict=True):
+            if token < 0:
+                break
+            state.advance(token)
+            sampled.append(Sampled(token, LogProbs(log_prob) if is_wanted else None))
+            if state.ends(token):
+                break
+        found.append(sampled or RequestError(NOT_FINITE))
+    return found
