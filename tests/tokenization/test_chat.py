@@ -183,6 +183,16 @@ def test_the_prompt_for_an_answer_begins_the_conversation_with_it(trained, templ
     assert ids[: len(prompt)] == prompt and mask[len(prompt) :][0] and not mask[len(prompt) - 1]
 
 
+@pytest.mark.parametrize("template", CHAT_TEMPLATES)
+def test_a_conversation_is_continued_in_tokens_as_it_would_be_rendered(trained, template):
+    ours, _ = trained("bpe", template)
+    prompt = ours.apply_chat_template(MESSAGES[:1], add_generation_prompt=True)
+    whole = ours.apply_chat_template(MESSAGES[:3], add_generation_prompt=True)
+    end, following = ours.continue_chat(MESSAGES[:3], 1)
+    assert whole[: len(prompt)] == prompt and whole[-len(following) - 1 :] == [end, *following]
+    assert ours.decode(whole[len(prompt) : -len(following) - 1]).strip() == "It returns x."
+
+
 def test_chatml_writes_tools_calls_and_results(trained):
     text = "".join(segment.text for segment in trained("bpe", "chatml")[0].render_chat(TOOL_MESSAGES, tools=TOOLS))
     assert text == (
@@ -398,6 +408,26 @@ def test_a_template_that_rewrites_earlier_turns_cannot_be_trained_on_but_prompts
     assert foreign(THINKING).segments(thought)
     with pytest.raises(RequestError, match=r"a-model: .* cannot be trained on .* up to message 1 otherwise"):
         foreign(THINKING).training_segments(thought)
+
+
+def test_what_follows_an_answer_is_known_where_the_answer_itself_would_be_written_otherwise():
+    thought = [*MESSAGES[:1], {"role": "assistant", "content": "<think>\nhm\n</think>\n\nIt returns x."}, *MESSAGES[2:3]]
+    segments = foreign(THINKING).following(thought, 1, {"<|im_end|>"})
+    assert "".join(segment.text for segment in segments) == (
+        "<|im_end|>\n<|im_start|>user\nAnd then?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    with pytest.raises(RequestError, match="a-model: the chat template ends what the assistant says by no end token"):
+        foreign("{% for m in messages %}{{ m.content }}\n{% endfor %}").following(thought, 1, {"<|im_end|>"})
+
+
+def test_what_follows_calls_is_known_of_a_template_that_refuses_results_without_them():
+    text = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% if m.role == 'tool' and not messages[loop.index0 - 1].tool_calls %}{{ raise_exception('no call') }}{% endif %}"
+        "{{ m.content }}{{ m.tool_calls or '' }}<|im_end|>{% endfor %}"
+    )
+    segments = foreign(text).following(TOOL_MESSAGES[1:4], 1, {"<|im_end|>"})
+    assert "".join(segment.text for segment in segments) == "<|im_end|><|im_start|>tool\n2<|im_end|>"
 
 
 @pytest.mark.parametrize(

@@ -14,16 +14,24 @@ import typer
 from bessemer.core.errors import RequestError
 
 if TYPE_CHECKING:
+    from bessemer.assistant.assistant import Assistant
+    from bessemer.assistant.config import AssistantConfig
+    from bessemer.assistant.conversation import Conversation
     from bessemer.inference.engine import Engine
     from bessemer.inference.sampling.sampler import SamplingParams
 
 _HELP = "/new starts over, /quit or Ctrl-D leaves, Ctrl-C stops an answer"
+#: A terminal's codes around what the model thinks.
+_DIM, _PLAIN = "\033[2m", "\033[0m"
 
 
 def chat(
     model: Annotated[str, typer.Argument(help="A model's folder or a run's name.")],
     system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
     max_tokens: Annotated[int, typer.Option(help="At most this many tokens an answer.", min=1)] = 256,
+    thinking_budget: Annotated[
+        int | None, typer.Option(help="Tokens after which thinking is closed and the answer begins.", min=0)
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.0,
     top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.", min=0)] = 0,
     top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability.")] = 1.0,
@@ -40,6 +48,7 @@ def chat(
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
 ) -> None:
     """Talk with a model in the terminal."""
+    from bessemer.assistant.config import AssistantConfig
     from bessemer.cli.named import example_questions, find_model, option_of, speculation
     from bessemer.inference.engine import Engine, EngineConfig
     from bessemer.inference.sampling.sampler import SamplingParams
@@ -52,25 +61,38 @@ def chat(
     )
     if adapter is not None:
         engine.load_adapter(adapter, adapter)
-    start = [{"role": "system", "content": system}] if system else []
-    converse(engine, params, start, example_questions(folder), speed=speed, adapter=adapter)
+    converse(
+        engine,
+        params,
+        example_questions(folder),
+        system=system,
+        config=AssistantConfig(thinking_budget=thinking_budget),
+        speed=speed,
+        adapter=adapter,
+    )
 
 
 def converse(
     engine: Engine,
     params: SamplingParams,
-    start: list[dict[str, str]],
     examples: list[str],
     *,
+    system: str | None = None,
+    config: AssistantConfig | None = None,
     speed: bool = False,
     opening: str | None = None,
     adapter: str | None = None,
 ) -> None:
     """Read questions from standard input, print answers as they come, forget the oldest turn when the context is full.
 
-    start: what every conversation begins with. speed: say after each answer how fast it came. opening: a first question,
+    system: what every conversation begins with. speed: say after each answer how fast it came. opening: a first question,
     asked of the user at the terminal. adapter: one that the engine has, by its name.
     """
+    from bessemer.assistant.assistant import Assistant
+    from bessemer.assistant.conversation import Conversation
+    from bessemer.assistant.messages import Message
+    from bessemer.assistant.models import EngineModel
+
     interactive = sys.stdin.isatty()
     if interactive:
         # Windows has none
@@ -80,25 +102,25 @@ def converse(
         print(_HELP)
         for question in examples:
             print(f"  e.g. {question}")
-    messages = list(start)
+    assistant = Assistant(EngineModel(engine, adapter=adapter), params, config=config)
+    start = [Message.system(system)] if system else []
+    conversation = Conversation(start)
     for question in _questions(interactive, opening):
         if not question:
             continue
         if question in ("/quit", "/exit"):
             return
         if question == "/new":
-            messages = list(start)
+            conversation = Conversation(start)
             continue
-        messages.append({"role": "user", "content": question})
+        conversation.add(Message.user(question))
         try:
-            answer = _answer(engine, params, messages, start, speed, adapter)
+            _answer(assistant, conversation, len(start), speed)
         except RequestError as error:
             if not interactive:
                 raise
             print(f"error: {error}", file=sys.stderr)
-            messages.pop()
-            continue
-        messages.append({"role": "assistant", "content": answer})
+            conversation.take_back()
 
 
 def _questions(interactive: bool, opening: str | None) -> Iterator[str]:
@@ -116,41 +138,53 @@ def _questions(interactive: bool, opening: str | None) -> Iterator[str]:
         yield question
 
 
-def _answer(
-    engine: Engine,
-    params: SamplingParams,
-    messages: list[dict[str, str]],
-    start: list[dict[str, str]],
-    speed: bool,
-    adapter: str | None,
-) -> str:
+def _answer(assistant: Assistant, conversation: Conversation, start: int, speed: bool) -> None:
+    """Print the answer to the last message. start: messages that are never forgotten."""
     while True:
         try:
-            asked = time.perf_counter()
-            stream = engine.stream_chat(messages, params, adapter=adapter)
-            parts: list[str] = []
-            times: list[float] = []
-            try:
-                for chunk in stream:
-                    times += [time.perf_counter()] * len(chunk.token_ids)
-                    parts.append(chunk.text)
-                    sys.stdout.write(chunk.text)
-                    sys.stdout.flush()
-            except KeyboardInterrupt:
-                stream.close()
-            print()
-            if speed and times:
-                print(_speed(asked, times), file=sys.stderr)
-            return "".join(parts)
+            _print_turn(assistant, conversation, speed)
         except RequestError:
             # the question alone is too long
-            if len(messages) <= len(start) + 1:
+            if len(conversation.messages) <= start + 1:
                 raise
-            del messages[len(start) : len(start) + 2]
+            conversation.forget(start, start + 2)
             print("(the context is full: the oldest question and answer are forgotten)", file=sys.stderr)
+        else:
+            return
 
 
-def _speed(asked: float, times: list[float]) -> str:
-    """How fast an answer came, from when it was asked for and when each token was there, in seconds."""
-    rest = f", the others {(len(times) - 1) / (times[-1] - times[0]):.1f} a second" if len(times) > 1 else ""
-    return f"({len(times)} tokens: the first after {times[0] - asked:.2f} s{rest})"
+def _print_turn(assistant: Assistant, conversation: Conversation, speed: bool) -> None:
+    """Print an answer as it comes; what the model thinks too, dimmed, at a terminal. Ctrl-C ends it."""
+    from bessemer.assistant.events import TextDelta, ThinkingDelta
+
+    shows_thinking = sys.stdout.isatty()
+    thought = False
+    asked = time.perf_counter()
+    times: list[float] = []
+    before = conversation.transcript.own_tokens
+    events = assistant.turn(conversation)
+    try:
+        for event in events:
+            times.append(time.perf_counter())
+            match event:
+                case ThinkingDelta(text) if shows_thinking:
+                    sys.stdout.write(f"{_DIM}{text}{_PLAIN}")
+                    thought = True
+                case TextDelta(text):
+                    sys.stdout.write(f"\n\n{text}" if thought else text)
+                    thought = False
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        events.close()
+        if conversation.messages[-1].role != "assistant":
+            conversation.take_back()
+    print()
+    tokens = conversation.transcript.own_tokens - before
+    if speed and times:
+        print(_speed(asked, times, tokens), file=sys.stderr)
+
+
+def _speed(asked: float, times: list[float], tokens: int) -> str:
+    """How fast an answer came, from when it was asked for and when each part of it was there, in seconds."""
+    rest = f", the others {(tokens - 1) / (times[-1] - times[0]):.1f} a second" if tokens > 1 and times[-1] > times[0] else ""
+    return f"({tokens} tokens: the first after {times[0] - asked:.2f} s{rest})"

@@ -49,7 +49,7 @@ def demo(
     params = SamplingParams.parse({"max_tokens": max_tokens, "temperature": temperature, "seed": seed}, "demo")
     if sys.stdin.isatty():
         print(f"SmolLM2-135M-Instruct in {str(dtype).removeprefix('torch.')} on {place}")
-    converse(engine, params, [], _EXAMPLES, speed=True, opening=_OPENING)
+    converse(engine, params, _EXAMPLES, speed=True, opening=_OPENING)
 
 
 def smollm2_folder(cache: Path, dtype: torch.dtype) -> Path:

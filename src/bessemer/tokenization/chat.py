@@ -6,7 +6,8 @@ description, is text (see `provenance.py` for how the two are told apart).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import secrets
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -96,6 +97,39 @@ class ChatTemplate:
         if not self._template.marks_generation:
             rendered = conversation.with_marks(rendered)
         return conversation.segments(rendered)
+
+    def following(
+        self,
+        messages: Sequence[Message],
+        answered: int,
+        end_tokens: Collection[str],
+        tools: Sequence[Tool] | None = None,
+    ) -> list[Segment]:
+        """What is written from the end of the assistant's message number `answered` on, to where the assistant speaks next: its
+        end token, one of `end_tokens`, and what follows.
+
+        The message itself is not rendered: a template may write it otherwise once another follows. Raises RequestError as
+        `segments`, and for a template that ends the assistant's turn by no end token.
+        """
+        refused: RequestError | None = None
+        # some templates leave out what is said beside calls, others refuse results without calls
+        for keys in ((), ("tool_calls",)):
+            word = f"turn{secrets.token_hex(8)}"
+            calls = {key: messages[answered][key] for key in keys if key in messages[answered]}
+            said = {"role": "assistant", "content": word, **calls}
+            try:
+                segments = self.segments([*messages[:answered], said, *messages[answered + 1 :]], True, tools)
+            except RequestError as error:
+                refused = refused or error
+                continue
+            places = [place for place, segment in enumerate(segments) if word in segment.text]
+            for place in range(places[0] if places else len(segments), len(segments)):
+                if segments[place].is_control and segments[place].text in end_tokens:
+                    return segments[place:]
+        raise refused or RequestError(
+            f"{self._where}: the chat template ends what the assistant says by no end token, so a conversation cannot be "
+            "continued in tokens"
+        )
 
     def _refused(self, fault: TemplateError) -> RequestError:
         line = f", line {fault.line}" if fault.line else ""

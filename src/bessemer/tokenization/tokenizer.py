@@ -240,6 +240,20 @@ class Tokenizer:
         """
         return self._chat_encoder.encode(self._chat.training_segments(messages, add_generation_prompt, tools))
 
+    def continue_chat(
+        self, messages: Sequence[Message], answered: int, tools: Sequence[Tool] | None = None
+    ) -> tuple[int, list[int]]:
+        """The end token of the assistant's message number `answered`, and the ids behind it up to where the assistant speaks
+        next: for a conversation that is kept in tokens as they were sampled, which are never encoded again.
+
+        Raises RequestError as `render_chat`, and for a template that ends the assistant's turn by no end token.
+        """
+        end_tokens = {token for token, id in self._control_ids.items() if id in self.eos_ids}
+        segments = self._chat.following(messages, answered, end_tokens, tools)
+        end, *ids = self._chat_encoder.encode(segments)[0]
+        assert end == self._control_ids[segments[0].text], "a control token is one id"
+        return end, ids
+
 
 def load_tokenizer(folder: Path | str) -> Tokenizer:
     """Read a tokenizer from its folder, or from a model's: `tokenizer.json`, and what is beside it of

@@ -1,0 +1,22 @@
+"""Settings of a turn."""
+
+from __future__ import annotations
+
+from bessemer.core.config import Config, setting
+
+
+class AssistantConfig(Config):
+    """How far a turn goes, and how the model writes."""
+
+    max_rounds: int = setting(8, "messages of the assistant in a turn; after all but the last the tools it calls are run", ge=1)
+    max_retries: int = setting(2, "times that one message is generated again because a hook sent it back", ge=0)
+    refusal: str = setting("I can't help with that.", "answer where every attempt was sent back", min_length=1)
+    thinking_budget: int | None = setting(
+        None,
+        "tokens of a message after which its thinking is closed and the answer begins; none: no limit",
+        unit="tokens",
+        ge=0,
+    )
+    tool_format: str | None = setting(
+        None, "how the model writes calls of tools; none: as its chat template says", plugins="bessemer.tool_formats"
+    )

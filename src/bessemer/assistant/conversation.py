@@ -1,0 +1,119 @@
+"""A conversation: its messages, and as much of them as a model has read in tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bessemer.assistant.messages import Message, Part
+from bessemer.assistant.transcript import Transcript
+from bessemer.core.errors import RequestError
+from bessemer.tokenization.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Where a conversation is taken back to."""
+
+    messages: tuple[Message, ...]
+    encoded: int
+    tokens: int
+
+
+class Conversation:
+    """Messages, and the transcript of those that were encoded.
+
+    Encoded messages cannot change; `forget` leaves some out and begins a new transcript, as do other tools.
+    """
+
+    def __init__(self, messages: Iterable[Message] = ()) -> None:
+        self._messages = list(messages)
+        self._encoded = 0
+        self._tools: list[Mapping[str, Any]] = []
+        self.transcript = Transcript()
+
+    @property
+    def messages(self) -> Sequence[Message]:
+        """All messages in order."""
+        return tuple(self._messages)
+
+    @property
+    def is_tainted(self) -> bool:
+        """Whether the assistant reads anything that neither the user nor the system wrote."""
+        return any(message.is_tainted for message in self._messages)
+
+    def add(self, *messages: Message) -> None:
+        """Add messages at the end."""
+        self._messages += messages
+
+    def add_part(self, part: Part) -> None:
+        """Add a part, a document for example, to the last message, which the assistant has not read yet."""
+        assert self._encoded < len(self._messages), "the last message is encoded already"
+        self._messages[-1] = self._messages[-1].with_part(part)
+
+    def take_back(self) -> None:
+        """Leave out the last message, which the assistant has not read yet."""
+        assert self._encoded < len(self._messages), "the last message is encoded already"
+        del self._messages[-1]
+
+    def forget(self, first: int, end: int) -> None:
+        """Leave out the messages `first` to `end` − 1. The others are encoded anew."""
+        del self._messages[first:end]
+        self._begin_again()
+
+    def offer(self, tools: Sequence[Mapping[str, Any]]) -> None:
+        """Describe these tools to the assistant, in the form of chat completions. Other ones than before begin a new
+        transcript: they are described at its beginning."""
+        if list(tools) != self._tools:
+            self._tools = list(tools)
+            self._begin_again()
+
+    @property
+    def offered(self) -> Sequence[Mapping[str, Any]]:
+        """The tools that are described to the assistant."""
+        return self._tools
+
+    def template_inputs(self) -> list[dict[str, Any]]:
+        """The messages for a chat template or an API. Raises RequestError where it is not the assistant's turn."""
+        if not self._messages or self._messages[-1].role == "assistant":
+            raise RequestError("the conversation has nothing that the assistant could answer; add what the user says")
+        return [message.as_template_input() for message in self._messages]
+
+    def encode(self, tokenizer: Tokenizer) -> None:
+        """Extend the transcript by what the assistant has not read yet, up to where it speaks next.
+
+        Raises RequestError where the chat template refuses it, has no place for the tools, or cannot be continued in tokens.
+        """
+        given, transcript = self.template_inputs(), self.transcript
+        tools = self._tools or None
+        if tools and "tools" not in (tokenizer.chat_template or ""):
+            raise RequestError(f"{tokenizer.folder}: the chat template has no place for tools; offer none to this model")
+        if not transcript.ids:
+            transcript.append(tokenizer.apply_chat_template(given, add_generation_prompt=True, tools=tools))
+        else:
+            answered = self._encoded - 1
+            assert self._messages[answered].role == "assistant", "a transcript ends with what the assistant said"
+            end, ids = tokenizer.continue_chat(given, answered, tools)
+            # cut at max_tokens or by a stop string, or not sampled at all
+            transcript.append(ids if transcript.ids[-1] in tokenizer.eos_ids else [end, *ids])
+        self._encoded = len(self._messages)
+
+    def add_answer(self, message: Message) -> None:
+        """Add what the assistant said, whose tokens are in the transcript."""
+        self._messages.append(message)
+        self._encoded = len(self._messages)
+
+    def snapshot(self) -> Snapshot:
+        """Where the conversation is now."""
+        return Snapshot(tuple(self._messages), self._encoded, len(self.transcript))
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Take the conversation back to where it was."""
+        self._messages = list(snapshot.messages)
+        self._encoded = snapshot.encoded
+        self.transcript.roll_back(snapshot.tokens)
+
+    def _begin_again(self) -> None:
+        self.transcript = Transcript()
+        self._encoded = 0

@@ -1,0 +1,105 @@
+"""The assistant's message as it is generated: tokens to text, text to thinking, answer and calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+
+from bessemer.assistant.events import BadCall, Called, DraftEvent, TextDelta, ThinkingDelta
+from bessemer.assistant.generation import Delta
+from bessemer.assistant.messages import Message, Part, ToolCall
+from bessemer.assistant.parser import OutputParser, ParsedEvent
+from bessemer.assistant.tool_formats import ParsedCall
+from bessemer.inference.sampling.params import SamplingParams
+from bessemer.inference.sampling.stop_strings import StopStrings
+from bessemer.tokenization.streaming import StreamingDecoder
+from bessemer.tokenization.tokenizer import Tokenizer
+
+
+class MessageText:
+    """Token ids of one message to its text, across requests. Control tokens are left out but for `tags`, which are shown; an
+    end token ends it."""
+
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams, tags: Collection[str]) -> None:
+        self._decoder = StreamingDecoder(tokenizer)
+        self._stops = StopStrings(params.stop, params.include_stop)
+        self._ends = {*tokenizer.eos_ids, *params.stop_token_ids}
+        self._tags = {id: tag for tag in tags if (id := tokenizer.control_id(tag)) is not None}
+
+    def feed(self, ids: Sequence[int], finish_reason: str | None) -> str:
+        """The text that these tokens complete."""
+        if finish_reason == "stop" and ids and ids[-1] in self._ends:
+            ids = ids[:-1]
+        text = ""
+        for id in ids:
+            tag = self._tags.get(id)
+            text += self._decoder.feed([id]) if tag is None else self._decoder.flush() + tag
+        return self._stops.feed(text)
+
+    def flush(self) -> str:
+        """The text held back, when no more tokens come."""
+        return self._stops.feed(self._decoder.flush()) + self._stops.flush()
+
+
+class Draft:
+    """The message so far: `thinking`, `text`, and `calls` in their order. generated: tokens sampled for it."""
+
+    def __init__(self, parser: OutputParser, text: MessageText | None, next_call_id: Callable[[], str]) -> None:
+        """text: of a model that gives tokens."""
+        self.thinking = ""
+        self.text = ""
+        self.calls: list[ToolCall | BadCall] = []
+        self.generated = 0
+        self.parser = parser
+        self._text = text
+        self._next_call_id = next_call_id
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing has come yet."""
+        return not (self.generated or self.thinking or self.text or self.calls)
+
+    def take(self, delta: Delta) -> list[DraftEvent]:
+        """What a delta adds."""
+        self.generated += len(delta.token_ids)
+        thinking: list[ParsedEvent] = [ThinkingDelta(delta.thinking)] if delta.thinking else []
+        text = delta.text if self._text is None else self._text.feed(delta.token_ids, delta.finish_reason)
+        return self._add([*thinking, *self.parser.feed(text), *delta.calls])
+
+    def close_thinking(self) -> list[DraftEvent]:
+        """End the thinking."""
+        events = [] if self._text is None else self.parser.feed(self._text.flush())
+        return self._add([*events, *(self.parser.close_thinking() if self.parser.in_thinking else ())])
+
+    def finish(self) -> list[DraftEvent]:
+        """What is left when no more comes."""
+        events = [] if self._text is None else self.parser.feed(self._text.flush())
+        return self._add([*events, *self.parser.finish()])
+
+    def message(self, *, is_derived: bool) -> Message:
+        """The message. is_derived: whether it was written after something tainted was read.
+
+        What should be a call and is none stays in its text.
+        """
+        text = self.text + "".join(call.text for call in self.calls if isinstance(call, BadCall))
+        parts = (Part(text, "assistant", is_derived=is_derived),) if text else ()
+        calls = tuple(call for call in self.calls if isinstance(call, ToolCall))
+        return Message("assistant", parts, self.thinking, calls)
+
+    def _add(self, parsed: Sequence[ParsedEvent]) -> list[DraftEvent]:
+        events: list[DraftEvent] = []
+        for one in parsed:
+            match one:
+                case ThinkingDelta(text):
+                    self.thinking += text
+                    events.append(one)
+                case TextDelta(text):
+                    self.text += text
+                    events.append(one)
+                case BadCall():
+                    self.calls.append(one)
+                    events.append(one)
+                case ParsedCall(name, arguments):
+                    call = ToolCall(self._next_call_id(), name, arguments)
+                    self.calls.append(call)
+                    events.append(Called(call))
+        return events

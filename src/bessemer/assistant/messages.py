@@ -1,0 +1,141 @@
+"""Messages in parts that carry their origin, and what a chat template gets of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
+
+from bessemer.tokenization.chat import checked_messages
+
+Origin = Literal["system", "user", "assistant", "document", "tool", "memory"]
+Role = Literal["system", "user", "assistant", "tool"]
+
+#: Written by neither the user nor the makers of the system prompt: it may hold the instructions of others.
+_UNTRUSTED: tuple[Origin, ...] = ("document", "tool", "memory")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a message. source: a document's id, a tool's name. is_derived: the assistant wrote it after it had read
+    something tainted."""
+
+    text: str
+    origin: Origin
+    source: str = ""
+    is_derived: bool = False
+
+    @property
+    def is_tainted(self) -> bool:
+        """Whether somebody else than the user and the system may have had a say in it."""
+        return self.is_derived or self.origin in _UNTRUSTED
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call of a tool. id: nine letters and digits, which every chat template takes."""
+
+    id: str
+    name: str
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Message:
+    """A message of a conversation.
+
+    thinking, calls: of the assistant's. call_id, name: of a tool's result: the call that it answers, and the tool.
+    """
+
+    role: Role
+    parts: tuple[Part, ...] = ()
+    thinking: str = ""
+    calls: tuple[ToolCall, ...] = ()
+    call_id: str = ""
+    name: str = ""
+
+    @classmethod
+    def system(cls, text: str) -> Self:
+        """A system prompt."""
+        return cls("system", (Part(text, "system"),))
+
+    @classmethod
+    def user(cls, text: str) -> Self:
+        """What the user says."""
+        return cls("user", (Part(text, "user"),))
+
+    @classmethod
+    def assistant(cls, text: str) -> Self:
+        """What the assistant said."""
+        return cls("assistant", (Part(text, "assistant"),))
+
+    @classmethod
+    def tool(cls, call_id: str, name: str, text: str) -> Self:
+        """The result of a call."""
+        return cls("tool", (Part(text, "tool", name),), call_id=call_id, name=name)
+
+    @property
+    def text(self) -> str:
+        """The texts of all parts, joined."""
+        return "".join(part.text for part in self.parts)
+
+    @property
+    def is_tainted(self) -> bool:
+        """Whether any part is."""
+        return any(part.is_tainted for part in self.parts)
+
+    def with_part(self, part: Part) -> Self:
+        """The message with one more part at its end."""
+        return replace(self, parts=(*self.parts, part))
+
+    def as_template_input(self) -> dict[str, Any]:
+        """The message for a chat template, or for an API of chat completions."""
+        given: dict[str, Any] = {"role": self.role, "content": self.text}
+        if self.thinking:
+            given["reasoning_content"] = self.thinking
+        if self.calls:
+            given["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": dict(call.arguments)}}
+                for call in self.calls
+            ]
+        if self.call_id:
+            given["tool_call_id"] = self.call_id
+        if self.name:
+            given["name"] = self.name
+        return given
+
+
+def as_messages(given: Sequence[Mapping[str, Any]]) -> list[Message]:
+    """Messages in the form of chat completions: `role`, `content`, `reasoning_content`, `tool_calls`, `tool_call_id`.
+
+    Each is one part, of the origin that its role says. Raises RequestError for one that is malformed.
+    """
+    return [_as_message(message) for message in checked_messages(given)]
+
+
+def _as_message(given: Mapping[str, Any]) -> Message:
+    role: Role = given["role"]
+    name = str(given.get("name", ""))
+    text = given.get("content", "")
+    calls = [_as_call(call) for call in given.get("tool_calls", ())]
+    return Message(
+        role,
+        (Part(text, role, name if role == "tool" else ""),) if text else (),
+        str(given.get("reasoning_content", "")),
+        tuple(calls),
+        str(given.get("tool_call_id", "")),
+        name,
+    )
+
+
+def _as_call(call: Mapping[str, Any]) -> ToolCall:
+    """A call whose form is checked. Arguments that are a text of something else than an object are kept as `raw`."""
+    function = call.get("function", call)
+    arguments = function["arguments"]
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except (ValueError, RecursionError):
+            arguments = {"raw": arguments}
+    return ToolCall(str(call.get("id", "")), function["name"], arguments if isinstance(arguments, dict) else {"raw": arguments})

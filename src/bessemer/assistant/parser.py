@@ -1,0 +1,210 @@
+"""The one parser of what a model writes: deltas of text in, thinking, text and calls out, never half a tag."""
+
+from __future__ import annotations
+
+import re
+from enum import Enum, auto
+from typing import NamedTuple
+
+from bessemer.assistant.events import BadCall, TextDelta, ThinkingDelta
+from bessemer.assistant.tool_formats import ParsedCall, ToolFormat
+from bessemer.inference.sampling.stop_strings import overlap
+
+ParsedEvent = ThinkingDelta | TextDelta | ParsedCall | BadCall
+
+#: A quotation mark of JSON that no backslash escapes.
+_QUOTE = re.compile(r'\\.|(")', re.DOTALL)
+
+
+class ThinkingTags(NamedTuple):
+    """What stands around a message's thinking."""
+
+    opening: str = "<think>"
+    closing: str = "</think>"
+
+
+class _State(Enum):
+    BEGINNING = auto()  # thinking may open
+    ANSWER = auto()  # a call without tags may stand here
+    THINKING = auto()
+    TEXT = auto()
+    CALL = auto()
+    BARE_CALL = auto()
+
+
+class OutputParser:
+    """Parses one message as it comes.
+
+    Thinking stands at the message's beginning. White space around thinking and calls belongs to neither and is left out;
+    that of a plain text is kept. However the text is cut into deltas, the events joined are the same.
+    """
+
+    def __init__(
+        self, tool_format: ToolFormat | None, thinking: ThinkingTags | None = None, *, in_thinking: bool = False
+    ) -> None:
+        """tool_format: None where no tools are offered: what looks like a call is text then. thinking: the tags, `<think>` by
+        default. in_thinking: the prompt has opened the thinking already."""
+        self._format = tool_format
+        self._tags = thinking or ThinkingTags()
+        self._state = _State.THINKING if in_thinking else _State.BEGINNING
+        #: Whether white space that comes next is left out.
+        self._skips_space = in_thinking
+        self._buffer = ""
+        #: Where to look for the closing tag of a call from.
+        self._searched = 0
+
+    @property
+    def in_thinking(self) -> bool:
+        """Whether thinking is open."""
+        return self._state is _State.THINKING
+
+    @property
+    def is_undecided(self) -> bool:
+        """Whether thinking may still open."""
+        return self._state is _State.BEGINNING
+
+    def feed(self, text: str) -> list[ParsedEvent]:
+        """What is certain after this text."""
+        self._buffer += text
+        return self._events(final=False)
+
+    def finish(self) -> list[ParsedEvent]:
+        """The rest, when no more text comes. A call without its closing tag is taken where it can be read."""
+        events = self._events(final=True)
+        self._buffer = ""
+        return events
+
+    def close_thinking(self) -> list[ParsedEvent]:
+        """End the thinking as if its closing tag had come; half of one is dropped."""
+        assert self.in_thinking
+        thought = self._buffer[: len(self._buffer) - overlap(self._buffer, self._tags.closing)].rstrip()
+        self._go_on("", _State.ANSWER, skips_space=True)
+        return [ThinkingDelta(thought)] if thought else []
+
+    def _events(self, final: bool) -> list[ParsedEvent]:
+        events: list[ParsedEvent] = []
+        while self._step(events, final):
+            pass
+        return events
+
+    def _step(self, events: list[ParsedEvent], final: bool) -> bool:
+        """Go from one state to the next. False where more text is needed, or none is left."""
+        if self._skips_space:
+            self._buffer = self._buffer.lstrip()
+            self._skips_space = not self._buffer
+        if not self._buffer:
+            return False
+        match self._state:
+            case _State.BEGINNING:
+                return self._begin(final)
+            case _State.THINKING:
+                return self._think(events, final)
+            case _State.ANSWER:
+                return self._answer(final)
+            case _State.TEXT:
+                return self._say(events, final)
+            case _State.CALL:
+                return self._call(events, final)
+            case _State.BARE_CALL:
+                return final and self._bare_call(events)
+
+    def _begin(self, final: bool) -> bool:
+        text, opening = self._buffer.lstrip(), self._tags.opening
+        if text.startswith(opening):
+            self._go_on(text[len(opening) :], _State.THINKING, skips_space=True)
+        elif not final and opening.startswith(text):
+            return False
+        else:
+            self._state = _State.ANSWER
+        return True
+
+    def _think(self, events: list[ParsedEvent], final: bool) -> bool:
+        thought, closing, rest = self._buffer.partition(self._tags.closing)
+        if closing:
+            self._emit(events, ThinkingDelta, thought.rstrip())
+            self._go_on(rest, _State.ANSWER, skips_space=True)
+            return True
+        self._emit_certain(events, ThinkingDelta, self._tags.closing, final)
+        return False
+
+    def _answer(self, final: bool) -> bool:
+        if self._format is not None and self._format.is_bare:
+            text = self._buffer.lstrip()
+            if not text and not final:
+                return False
+            if text.startswith("{"):
+                self._state = _State.BARE_CALL
+                return True
+        self._state = _State.TEXT
+        return True
+
+    def _say(self, events: list[ParsedEvent], final: bool) -> bool:
+        if self._format is None:
+            self._emit(events, TextDelta, self._buffer)
+            self._buffer = ""
+            return False
+        said, opening, rest = self._buffer.partition(self._format.opening)
+        if opening:
+            self._emit(events, TextDelta, said.rstrip())
+            self._go_on(rest, _State.CALL)
+            self._searched = 0
+            return True
+        self._emit_certain(events, TextDelta, self._format.opening, final)
+        return False
+
+    def _call(self, events: list[ParsedEvent], final: bool) -> bool:
+        assert self._format is not None
+        closing = self._format.closing
+        end = -1 if closing is None else self._closing_place(closing)
+        if end < 0 and not final:
+            return False
+        if end >= 0 and closing is not None:
+            body, rest, written = self._buffer[:end], self._buffer[end + len(closing) :], closing
+        else:
+            body, rest, written = self._buffer, "", ""
+            if closing is not None:
+                body = body[: len(body) - overlap(body, closing)]
+        try:
+            events += self._format.read(body)
+        except ValueError as error:
+            events.append(BadCall(self._format.opening + body + written, str(error)))
+        self._go_on(rest, _State.TEXT, skips_space=True)
+        return True
+
+    def _closing_place(self, closing: str) -> int:
+        """Where a call's closing tag stands; a tag inside a text of the JSON is none. -1 where it has not come yet."""
+        start = max(0, self._searched - len(closing))
+        while (place := self._buffer.find(closing, start)) >= 0:
+            quotes = sum(found[1] is not None for found in _QUOTE.finditer(self._buffer, 0, place))
+            if quotes % 2 == 0:
+                return place
+            start = place + len(closing)
+        self._searched = len(self._buffer)
+        return -1
+
+    def _bare_call(self, events: list[ParsedEvent]) -> bool:
+        """At the end of a message that begins with `{`: calls, or JSON that is the answer."""
+        assert self._format is not None
+        try:
+            events += self._format.read(self._buffer)
+        except ValueError:
+            self._emit(events, TextDelta, self._buffer)
+        self._buffer = ""
+        return False
+
+    def _emit_certain(
+        self, events: list[ParsedEvent], kind: type[ThinkingDelta] | type[TextDelta], tag: str, final: bool
+    ) -> None:
+        """Give out what belongs to neither a tag nor the white space before one."""
+        shown = self._buffer
+        if not final:
+            shown = shown[: len(shown) - overlap(shown, tag)].rstrip()
+        self._emit(events, kind, shown)
+        self._buffer = self._buffer[len(shown) :]
+
+    def _emit(self, events: list[ParsedEvent], kind: type[ThinkingDelta] | type[TextDelta], text: str) -> None:
+        if text:
+            events.append(kind(text))
+
+    def _go_on(self, buffer: str, state: _State, *, skips_space: bool = False) -> None:
+        self._buffer, self._state, self._skips_space = buffer, state, skips_space

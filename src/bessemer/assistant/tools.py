@@ -1,0 +1,90 @@
+"""Tools: functions that the assistant may call, and what becomes of a call that goes wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from bessemer.core.errors import ConfigError
+from bessemer.core.json_schema import SchemaCheck, schema_check
+from bessemer.core.time_limit import call_within
+
+_ANYTHING: Mapping[str, Any] = {"type": "object", "properties": {}}
+
+
+@dataclass(frozen=True)
+class ToolResult:
+    """What the assistant is told of a call. is_error: it could not be carried out."""
+
+    text: str
+    is_error: bool = False
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A function with its description.
+
+    parameters: JSON schema of an object, whose properties are the function's arguments. function: None for one that the caller
+    of the turn runs: the turn ends with the call. time_limit: in seconds; in a thread other than the main one a call that takes
+    longer is left behind. groups: of which a principal must be in one; None: everybody may call it. most_characters: of a
+    result.
+
+    Raises ConfigError for a schema that is none, and without the package `jsonschema`.
+    """
+
+    name: str
+    description: str
+    parameters: Mapping[str, Any] = field(default_factory=lambda: _ANYTHING)
+    function: Callable[..., Any] | None = None
+    time_limit: float = 30.0
+    groups: frozenset[str] | None = None
+    most_characters: int = 20_000
+    _check: SchemaCheck = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise ConfigError("a tool needs a name")
+        object.__setattr__(self, "_check", schema_check(self.parameters, f"the tool {self.name}"))
+
+    @property
+    def description_in_chat(self) -> dict[str, Any]:
+        """The tool as chat completions describe it."""
+        function = {"name": self.name, "description": self.description, "parameters": dict(self.parameters)}
+        return {"type": "function", "function": function}
+
+    def call(self, arguments: Mapping[str, Any]) -> ToolResult:
+        """What the function returns: a text as it is, anything else in JSON.
+
+        Whatever goes wrong is a result too: arguments that do not fit the schema, an exception, the time limit.
+        """
+        assert self.function is not None, "the caller of the turn runs this tool"
+        function = self.function
+
+        def carry_out() -> ToolResult:
+            # a pattern of the schema may take long as well
+            problem = self._check(dict(arguments))
+            if problem is not None:
+                return failed(f"the arguments do not fit: {problem}")
+            return ToolResult(self._shown(function(**arguments)))
+
+        try:
+            return call_within(self.time_limit, carry_out)
+        except TimeoutError as error:
+            return failed(str(error) or "it timed out")
+        except (Exception, SystemExit) as error:  # the assistant is told, and may try otherwise
+            return failed(f"{type(error).__name__}: {error}")
+
+    def _shown(self, value: Any) -> str:
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+        # a lone surrogate has no UTF-8
+        text = text.encode("utf-8", "replace").decode()
+        left_out = len(text) - self.most_characters
+        return text if left_out <= 0 else f"{text[: self.most_characters]}… ({left_out:,} more characters)"
+
+
+def failed(reason: str) -> ToolResult:
+    """The result of a call that was not carried out; the reason on one line."""
+    reason = " ".join(reason.encode("utf-8", "replace").decode().split())
+    return ToolResult(f"error: {reason[:500]}", is_error=True)

@@ -1,0 +1,149 @@
+"""The parser, however the text is cut."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bessemer.assistant.events import BadCall, TextDelta, ThinkingDelta
+from bessemer.assistant.parser import OutputParser
+from bessemer.assistant.tool_formats import TOOL_FORMATS, ParsedCall, format_of_template
+from bessemer.tokenization.chat_templates import CHAT_TEMPLATES
+from tests.assistant.scripted import joined
+
+HERMES, LLAMA3, MISTRAL = (TOOL_FORMATS[name].load() for name in ("hermes", "llama3", "mistral"))
+ADD = ParsedCall("add", {"a": 1, "b": "</tool_call> ü"})
+CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": "</tool_call> ü"}}\n</tool_call>'
+
+
+def parsed(tool_format, pieces, **options):
+    parser = OutputParser(tool_format, **options)
+    events = [event for piece in pieces for event in parser.feed(piece)]
+    return joined([*events, *parser.finish()])
+
+
+CASES = {
+    "an answer": (HERMES, " It is < 3 </think> and\n\n", [TextDelta(" It is < 3 </think> and\n\n")]),
+    "thinking": (
+        HERMES,
+        "\n<think>\nhm <tool_call>\n</think>\n\nYes. \n",
+        [ThinkingDelta("hm <tool_call>"), TextDelta("Yes. \n")],
+    ),
+    "no thinking": (HERMES, "<think>\n\n</think>\n\nYes", [TextDelta("Yes")]),
+    "thinking is cut": (HERMES, "<think>hm </thi", [ThinkingDelta("hm </thi")]),
+    "later tags are text": (HERMES, "a <think> b</think>", [TextDelta("a <think> b</think>")]),
+    "calls": (HERMES, f"Let me see.\n{CALL}\n{CALL}\n", [TextDelta("Let me see."), ADD, ADD]),
+    "thinking and a call": (HERMES, f"<think>hm</think>\n{CALL}", [ThinkingDelta("hm"), ADD]),
+    "text behind a call": (HERMES, f"{CALL}\nSo.", [ADD, TextDelta("So.")]),
+    "a call without its end": (HERMES, CALL.removesuffix("call>"), [ADD]),
+    "a call that is none": (
+        HERMES,
+        '<tool_call>{"name": add}</tool_call> so',
+        [
+            BadCall('<tool_call>{"name": add}</tool_call>', "not JSON (Expecting value at character 9)"),
+            TextDelta("so"),
+        ],
+    ),
+    "half an opening tag": (HERMES, "a <tool_cal", [TextDelta("a <tool_cal")]),
+    "no tools are offered": (None, f"<think>hm</think> {CALL} \n", [ThinkingDelta("hm"), TextDelta(f"{CALL} \n")]),
+    "llama3": (
+        LLAMA3,
+        'Well. <|python_tag|>{"name": "add", "parameters": {"a": 1}}; {"name": "now", "parameters": {}}',
+        [TextDelta("Well."), ParsedCall("add", {"a": 1}), ParsedCall("now", {})],
+    ),
+    "llama3 without a tag": (LLAMA3, ' {"name": "add", "parameters": {"a": 1}}', [ParsedCall("add", {"a": 1})]),
+    "llama3 answers in JSON": (LLAMA3, ' {"sum": 2}\n', [TextDelta(' {"sum": 2}\n')]),
+    "mistral": (
+        MISTRAL,
+        '[TOOL_CALLS][{"name": "add", "arguments": {"a": 1}}, {"name": "now", "arguments": "{}"}]',
+        [ParsedCall("add", {"a": 1}), ParsedCall("now", {})],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_text_gives_the_same_however_it_is_cut(name):
+    tool_format, text, expected = CASES[name]
+    assert parsed(tool_format, [text]) == expected
+    assert parsed(tool_format, text) == expected, "a character at a time"
+    for place in range(1, len(text)):
+        assert parsed(tool_format, [text[:place], text[place:]]) == expected
+
+
+def said(events, kind):
+    return "".join(event.text for event in events if isinstance(event, kind))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_nothing_is_given_out_that_is_taken_back(name):
+    tool_format, text, expected = CASES[name]
+    parser, events = OutputParser(tool_format), []
+    for character in text:
+        events += parser.feed(character)
+        for kind in (ThinkingDelta, TextDelta):
+            assert said(expected, kind).startswith(said(events, kind))
+
+
+@given(
+    st.sampled_from([HERMES, LLAMA3, MISTRAL, None]),
+    st.lists(
+        st.sampled_from(
+            [
+                *("<think>", "</think>", "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>"),
+                *('{"name": "f"}', '"', "\\", "{", "<", " ", "\n", "a"),
+            ]
+        ),
+        max_size=9,
+    ),
+    st.booleans(),
+    st.data(),
+)
+def test_any_text_gives_the_same_however_it_is_cut(tool_format, words, in_thinking, data):
+    text = "".join(words)
+    places = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=4)))
+    pieces = [text[start:end] for start, end in zip([0, *places], [*places, len(text)], strict=True)]
+    assert parsed(tool_format, pieces, in_thinking=in_thinking) == parsed(tool_format, [text], in_thinking=in_thinking)
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+values = st.recursive(
+    texts | st.integers() | st.booleans() | st.none() | st.sampled_from(["</tool_call>", '"</tool_call>', "\\"]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(texts, inner, max_size=2),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=40)
+@given(st.lists(st.tuples(texts.filter(bool), st.dictionaries(texts, values, max_size=3)), min_size=1, max_size=3))
+def test_calls_in_our_own_template_are_read_as_they_were_written(tokenizer, calls):
+    given_calls = [{"function": {"name": name, "arguments": arguments}} for name, arguments in calls]
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "Hm.", "tool_calls": given_calls}]
+    segments = tokenizer.render_chat(messages, tools=tools)
+    text = "".join(segment.text for segment in segments if segment.is_assistant and not segment.is_control)
+    assert parsed(HERMES, [text]) == [TextDelta("Hm."), *(ParsedCall(*call) for call in calls)]
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("", "empty"),
+        ("[]", "empty"),
+        ("3", "must be an object"),
+        ('{"arguments": {}}', "has no name"),
+        ('{"name": "f", "arguments": [1]}', "the arguments must be an object"),
+        ('{"name": "f", "arguments": {"a": NaN}}', "NaN is no value of JSON"),
+        ("[" * 100_000, "nested too deep|not JSON"),
+        ('{"name": "f"} and', "not JSON"),
+    ],
+)
+def test_a_malformed_call_says_what_is_wrong(body, reason):
+    (bad,) = parsed(HERMES, [f"<tool_call>{body}</tool_call>"])
+    assert isinstance(bad, BadCall) and bad.text == f"<tool_call>{body}</tool_call>"
+    with pytest.raises(ValueError, match=reason):
+        HERMES.read(body)
+
+
+def test_the_format_is_that_of_the_chat_template():
+    assert [format_of_template(CHAT_TEMPLATES[name]) for name in ("chatml", "llama3", "plain")] == [HERMES] * 3
+    assert format_of_template("{{ '<|python_tag|>' }}") is LLAMA3 and format_of_template("[TOOL_CALLS]") is MISTRAL
+    assert format_of_template(None) is HERMES
