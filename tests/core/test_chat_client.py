@@ -73,3 +73,33 @@ def test_a_server_that_is_not_there_is_said(serve):
     server.close()
     with pytest.raises(ApiError, match=r"cannot be reached \(.*refused.*\), 2 times"):
         ChatClient(server.url, "m", attempts=2, first_wait=0.001).ask(["a"])
+
+
+def test_conversations_are_sent_as_they_are_with_a_seed_of_each(serve):
+    server = serve(echo)
+    said = [{"role": "system", "content": "brief"}, {"role": "user", "content": "why"}]
+    assert ChatClient(server.url, "m", workers=1).ask([said, "so"], seeds=[5, 2**40 + 3]) == ["BRIEF", "SO"]
+    bodies = [body for _, _, body in server.requests]
+    assert [body["seed"] for body in bodies] == [5, 3]
+    assert bodies[0]["messages"] == said and bodies[1]["messages"] == [{"role": "user", "content": "so"}]
+
+
+@pytest.mark.parametrize(
+    ("text", "top", "expected"),
+    [
+        # e^-1 and e^-2 of A and B, in two spellings, beside something else
+        ("A", {"A": -1.5, " A": -1.9327521295671886, "B": -2.0, "The": -0.5}, [0.7310585786300049, 0.2689414213699951]),
+        ("The", {"The": -0.1, "So": -3.0}, None),
+        ("(B).", None, [0.0, 1.0]),
+        ("Neither", None, None),
+    ],
+)
+def test_an_option_is_as_probable_as_the_first_token_says(serve, text, top, expected):
+    entries = None if top is None else [{"token": token, "logprob": value} for token, value in top.items()]
+    logprobs = None if entries is None else {"content": [{"token": text, "logprob": -0.1, "top_logprobs": entries}]}
+    choice = {"message": {"content": text}, "logprobs": logprobs}
+    server = serve(lambda *_: (200, {}, json.dumps({"choices": [choice]}).encode()))
+    (found,) = ChatClient(server.url, "m", max_tokens=90).choose(["A or B?"], ("A", "B"))
+    assert found == (None if expected is None else pytest.approx(expected))
+    (_, _, body) = server.requests[0]
+    assert (body["max_tokens"], body["logprobs"], body["top_logprobs"]) == (1, True, 20)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from email.message import Message
-from typing import IO, Any
+from typing import IO, Any, Protocol, TypeAlias, TypeVar
 from urllib.parse import urlsplit
 
 from bessemer.core.errors import BessemerError, ConfigError
@@ -20,6 +21,27 @@ from bessemer.core.errors import BessemerError, ConfigError
 _PASSING = (408, 409, 429, 500, 502, 503, 504)
 _LONGEST_WAIT = 60.0
 _MOST_BYTES = 16 << 20
+#: Likeliest first tokens that are asked for where an option is chosen: the most that common servers give.
+_LIKELIEST = 20
+#: Signs around a letter that is the whole answer: `(A)`, `A.`, `**A**`.
+_MARKUP = " \t\n*_`().:\"'"
+
+#: What a model is asked: what the user says, or a conversation.
+ChatPrompt: TypeAlias = str | Sequence[Mapping[str, Any]]
+Read = TypeVar("Read")
+
+
+class ChatModel(Protocol):
+    """A model that answers conversations: at a URL (`ChatClient`), or on this machine (`inference.chat.EngineChat`)."""
+
+    def ask(self, prompts: Sequence[ChatPrompt], seeds: Sequence[int] | None = None) -> list[str]:
+        """The answer to each prompt, each a conversation of its own. seeds: of sampled answers, one for each."""
+
+    def choose(self, prompts: Sequence[ChatPrompt], options: Sequence[str]) -> list[list[float] | None]:
+        """How probable each option is as the beginning of the answer to a prompt, beside the others: they add up to 1.
+
+        options: short, such as letters. None where the model gives no option a probability.
+        """
 
 
 class ApiError(BessemerError):
@@ -85,34 +107,54 @@ class ChatClient:
         self._workers = workers
         self._opener = urllib.request.build_opener(_NoRedirects)
 
-    def ask(self, prompts: Sequence[str]) -> list[str]:
-        """The answer to each prompt, each a conversation of its own.
+    def ask(self, prompts: Sequence[ChatPrompt], seeds: Sequence[int] | None = None) -> list[str]:
+        """The answer to each prompt, each a conversation of its own; "" where there is none in words.
 
-        Raises ApiError, in one line, for a request that fails for good; those that wait are then not sent.
+        seeds: of sampled answers, one for each, of which servers take 31 bits. Raises ApiError, in one line, for a request
+        that fails for good; those that wait are then not sent.
         """
+        of_prompts = [{}] * len(prompts) if seeds is None else [{"seed": seed % 2**31} for seed in seeds]
+        bodies = [
+            {**self._request, **seed, "messages": messages_of(prompt)} for prompt, seed in zip(prompts, of_prompts, strict=True)
+        ]
+        return self._all(bodies, self._text)
+
+    def choose(self, prompts: Sequence[ChatPrompt], options: Sequence[str]) -> list[list[float] | None]:
+        """As of `ChatModel`, by the log-probabilities of the first token. A server that tells none is taken at its word: the
+        option that it answers has probability 1. Raises as `ask`."""
+        asked = {**self._request, "max_tokens": 1, "temperature": 0.0, "logprobs": True, "top_logprobs": _LIKELIEST}
+        bodies = [{**asked, "messages": messages_of(prompt)} for prompt in prompts]
+        return self._all(bodies, lambda content: self._probabilities(content, options))
+
+    def _all(self, bodies: Sequence[Mapping[str, Any]], read: Callable[[bytes], Read]) -> list[Read]:
+        """What is read of the response to each request, some under way at once."""
         stop = threading.Event()
         failures: list[BaseException] = []
 
-        def answer(prompt: str) -> str:
+        def answer(body: Mapping[str, Any]) -> list[Read]:
             try:
-                return "" if stop.is_set() else self._answer(prompt, stop)
+                return [] if stop.is_set() else [read(self._response(json.dumps(body).encode(), stop))]
             except BaseException as error:
                 failures.append(error)
                 stop.set()
-                return ""
+                return []
 
         with ThreadPoolExecutor(self._workers) as pool:
             try:
-                answers = list(pool.map(answer, prompts))
+                answers = list(pool.map(answer, bodies))
             finally:
                 # after an interruption nothing more is sent, and nobody waits to try again
                 stop.set()
         if failures:
             raise failures[0]
-        return answers
+        return [one for (one,) in answers]
 
-    def _answer(self, prompt: str, stop: threading.Event) -> str:
-        body = json.dumps({**self._request, "messages": [{"role": "user", "content": prompt}]}).encode()
+    def answer(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+        """The answer to a conversation as the API gives it: `message`, an object, and `finish_reason`. Raises ApiError."""
+        asked = {**self._request, "messages": list(messages), **({"tools": list(tools)} if tools else {})}
+        return self._choice(self._response(json.dumps(asked).encode(), threading.Event()))
+
+    def _response(self, body: bytes, stop: threading.Event) -> bytes:
         for attempt in range(1, self._attempts + 1):
             try:
                 return self._sent(body)
@@ -124,11 +166,12 @@ class ChatClient:
                 raise failure
         raise AssertionError("unreachable")
 
-    def _sent(self, body: bytes) -> str:
+    def _sent(self, body: bytes) -> bytes:
         request = urllib.request.Request(f"{self._place}/chat/completions", body, self._headers)
         try:
             with self._opener.open(request, timeout=self._timeout) as response:
-                content = response.read(_MOST_BYTES)
+                content: bytes = response.read(_MOST_BYTES)
+                return content
         except urllib.error.HTTPError as error:
             reason = f"answered {error.code} {error.reason}{_said(error)}"
             if error.code in _PASSING:
@@ -138,14 +181,37 @@ class ChatClient:
             raise _PassingError(f"cannot be reached ({error.reason})") from None
         except (OSError, ValueError) as error:
             raise _PassingError(f"broke off ({error or type(error).__name__})") from None
-        return self._text(content)
 
     def _text(self, content: bytes) -> str:
-        try:
-            text = json.loads(content)["choices"][0]["message"]["content"]
-        except (ValueError, LookupError, TypeError):
-            raise ApiError(f"{self._place}: answered something else than a chat completion: {_start(content)}") from None
+        text = self._choice(content)["message"].get("content")
         return text if isinstance(text, str) else ""
+
+    def _choice(self, content: bytes) -> dict[str, Any]:
+        try:
+            choice = json.loads(content)["choices"][0]
+            if isinstance(choice["message"], dict):
+                return dict(choice)
+        except (ValueError, LookupError, TypeError):
+            pass
+        raise ApiError(f"{self._place}: answered something else than a chat completion: {_start(content)}")
+
+    def _probabilities(self, content: bytes, options: Sequence[str]) -> list[float] | None:
+        said = self._text(content).strip(_MARKUP)
+        totals = [0.0] * len(options)
+        try:
+            for likely in json.loads(content)["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
+                token = likely["token"].strip()
+                if token in options:
+                    totals[options.index(token)] += math.exp(likely["logprob"])
+        except (LookupError, TypeError):
+            totals = [float(option == said) for option in options]
+        whole = sum(totals)
+        return [total / whole for total in totals] if whole else None
+
+
+def messages_of(prompt: ChatPrompt) -> list[dict[str, Any]]:
+    """A prompt as messages: a text is what the user says."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(message) for message in prompt]
 
 
 def _said(error: urllib.error.HTTPError) -> str:

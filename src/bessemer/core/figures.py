@@ -98,7 +98,7 @@ def shown(name: str, value: Any) -> str:
         return size(value)
     if _is_duration(name):
         return duration(value)
-    if name.endswith(("_share", "mfu")) or name.startswith(("exact_match", "share_")):
+    if name.endswith(("_share", "mfu")) or name.startswith(("exact_match", "accuracy", "share_")):
         return percent(value)
     if name.startswith("flops"):
         return short_count(value)

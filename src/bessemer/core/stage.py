@@ -6,7 +6,7 @@ an entry point of the group `bessemer.stages`, whose object is a `Plugin` with a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -102,6 +102,7 @@ class StageSpec:
     kind: the key in a recipe, or the `kind` of a stage with a name of its own. summary: one line for the reference.
     needs: role → kind of artefact; a kind that ends in "?" may be missing. The first role is the one that `from: STAGE`
     chooses; `from: {ROLE: STAGE}` chooses any.
+    unread: the roles of these that the stage does not read under its settings.
     makes: kind of artefact → where it lies in the stage's folder. lacks: kinds of these that it does not make under its
     settings → why not.
     links: link at the top of a run's folder → where it leads in the stage's folder.
@@ -145,6 +146,7 @@ class StageSpec:
     resolve: Callable[[StageContext], tuple[Config, dict[str, Any]]] | None = None
     fingerprint: Callable[[Any, Outside], Any] = lambda config, outside: None
     models_named: Callable[[Any], list[str]] | None = None
+    unread: Callable[[Any], Collection[str]] = lambda config: ()
     lacks: Callable[[Any], Mapping[str, str]] = lambda config: {}
     conflict: Callable[[Any, Mapping[str, Any]], str | None] = lambda config, above: None
     conflict_of_files: Callable[[Any, Mapping[str, Any], Path], str | None] = lambda config, above, folder: None
@@ -168,7 +170,12 @@ class StageSpec:
         """
         chosen = self._chosen(sources, where)
         inputs: dict[str, Input] = {}
+        unread = self.unread(config)
         for role, wanted in self.needs.items():
+            if role in unread:
+                if role in chosen:
+                    raise ConfigError(f"{where()}: from: {role} is not read under these settings; leave it out, or change them")
+                continue
             kind = wanted.removesuffix("?")
             if role in chosen:
                 inputs[role] = _named(chosen[role], kind, above, where)

@@ -1,0 +1,50 @@
+"""A model on this machine that answers conversations, as one at a URL does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from bessemer.core.chat_client import ChatPrompt, messages_of
+from bessemer.inference.engine import Engine
+from bessemer.inference.sampling.params import SamplingParams
+
+
+class EngineChat:
+    """Conversations with an engine's model: a `ChatModel`. A prompt that its context does not hold is answered by nothing."""
+
+    def __init__(self, engine: Engine, *, max_tokens: int = 512, temperature: float = 0.0) -> None:
+        self._engine = engine
+        self._params = SamplingParams(max_tokens=max_tokens, temperature=temperature)
+
+    def ask(self, prompts: Sequence[ChatPrompt], seeds: Sequence[int] | None = None) -> list[str]:
+        """The answer to each prompt; "" to one that leaves no room. Raises RequestError for messages that are malformed."""
+        encoded = self._encoded(prompts)
+        fitting = [index for index, ids in enumerate(encoded) if len(ids) < self._engine.longest]
+        params = [
+            self._params if seeds is None else self._params.model_copy(update={"seed": seeds[index]}) for index in fitting
+        ]
+        answers = [""] * len(prompts)
+        completions = self._engine.generate([encoded[index] for index in fitting], params)
+        for index, completion in zip(fitting, completions, strict=True):
+            answers[index] = completion.text
+        return answers
+
+    def choose(self, prompts: Sequence[ChatPrompt], options: Sequence[str]) -> list[list[float] | None]:
+        """As of `ChatModel`, by the log-probabilities of the whole options; None for a prompt that leaves no room for them."""
+        tokenizer = self._engine.tokenizer
+        continuations = [tokenizer.encode(option, add_bos=False) for option in options]
+        room = self._engine.longest - max(map(len, continuations))
+        encoded = self._encoded(prompts)
+        fitting = [index for index, ids in enumerate(encoded) if len(ids) <= room]
+        chosen: list[list[float] | None] = [None] * len(prompts)
+        scored = self._engine.score_items([(encoded[index], continuations) for index in fitting])
+        for index, scores in zip(fitting, scored, strict=True):
+            highest = max(score.total for score in scores)
+            weights = [math.exp(score.total - highest) for score in scores]
+            chosen[index] = [weight / sum(weights) for weight in weights]
+        return chosen
+
+    def _encoded(self, prompts: Sequence[ChatPrompt]) -> list[list[int]]:
+        tokenizer = self._engine.tokenizer
+        return [tokenizer.apply_chat_template(messages_of(prompt), add_generation_prompt=True) for prompt in prompts]

@@ -1,0 +1,131 @@
+"""The stage `ai_preferences`: pairs of answers with a model's preference, and how sure it is, to be learnt from."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from bessemer.core.errors import SourceError
+from bessemer.core.policy import Policy, read_policy
+from bessemer.core.progress import Progress, Silent
+from bessemer.posttraining.constitution.answering import Speakers, answered, work_identity
+from bessemer.posttraining.constitution.comparison import Comparison, SoftLabel, mean_label, soft_labels
+from bessemer.posttraining.constitution.config import AIPreferencesConfig
+from bessemer.posttraining.constitution.drawing import drawn_principles
+from bessemer.posttraining.constitution.prompts import Asked, read_asked
+from bessemer.posttraining.finished_rows import FinishedRows, write_rows
+from bessemer.posttraining.formats import conversation_text
+
+#: The file of pairs that `preference` and `reward` read, and where rows wait for the end of the stage.
+PREFERENCES_FILE = "preferences.jsonl"
+_WORK = Path(".checkpoints") / PREFERENCES_FILE
+#: What is of no use to those who learn from a pair.
+_INTERNAL = ("dropped", "place_bias", "consistent")
+#: Distance from the least confidence that is rounding.
+_ROUNDING = 1e-6
+
+
+def ai_preferences(
+    config: AIPreferencesConfig,
+    model: Path,
+    out: Path,
+    *,
+    seed: int,
+    device: str = "auto",
+    progress: Progress | None = None,
+    folder: Path = Path(),
+) -> dict[str, Any]:
+    """Write pairs of answers of the model of a folder, or of the data, with a critic's preference; goes on behind the rows in
+    `out`.
+
+    Writes `preferences.jsonl` below `out`: {prompt, chosen, rejected, confidence}, the confidence being the probability that
+    the critic gives the chosen answer, and beside it the principles and the critic. Files that the settings name are relative
+    to `folder`. Returns the headline metrics, the critic's bias to a place among them. Raises SourceError for prompts that are
+    malformed and where no pair is left, ConfigError for the policy and the critic, ApiError where a critic at a URL fails for
+    good.
+    """
+    progress = progress or Silent()
+    policy = read_policy(None if config.policy is None else folder / config.policy)
+    policy.chosen_principles(config.principles)
+    asked = read_asked(config, folder)
+    finished = FinishedRows(out / _WORK, work_identity(config, model, asked, policy, folder, seed))
+    speakers = Speakers(config, model, folder, device)
+    with progress.task("compare", total=len(asked), unit="prompts", completed=len(finished)) as bar:
+        for start in range(len(finished), len(asked), config.batch_size):
+            rows = range(start, min(start + config.batch_size, len(asked)))
+            finished.append(_compared_rows(config, speakers, policy, asked, rows, seed))
+            bar.advance(len(rows))
+    kept = [row for row in finished.rows if not row["dropped"]]
+    dropped = Counter(row["dropped"] for row in finished.rows if row["dropped"])
+    reasons = ", ".join(f"{reason} ({count:,})" for reason, count in dropped.items())
+    if not kept:
+        raise SourceError(f"none of the {len(asked):,} pairs has a preference: {reasons}")
+    if dropped:
+        progress.say(f"  {dropped.total():,} of {len(asked):,} pairs are left out: {reasons}")
+    write_rows(out / PREFERENCES_FILE, [{name: value for name, value in row.items() if name not in _INTERNAL} for row in kept])
+    judged = [row for row in finished.rows if row["place_bias"] is not None]
+    return {
+        "prompts": len(asked),
+        "pairs": len(kept),
+        "dropped": dropped.total(),
+        "mean_confidence": fmean(row["confidence"] for row in kept),
+        "place_bias": fmean(row["place_bias"] for row in judged),
+        "consistent_share": fmean(row["consistent"] for row in judged),
+    }
+
+
+def _compared_rows(
+    config: AIPreferencesConfig, speakers: Speakers, policy: Policy, asked: Sequence[Asked], rows: Sequence[int], seed: int
+) -> list[dict[str, Any]]:
+    chosen = [asked[row] for row in rows]
+    answers = answered(speakers, chosen, rows, 2, seed)
+    principles = policy.chosen_principles(config.principles)
+    drawn = [drawn_principles(principles, seed, row, config.principles_per_pair) for row in rows]
+    places = [place for place, (first, second) in enumerate(answers) if first.strip() and second.strip() and first != second]
+    labels = soft_labels(
+        speakers.critic,
+        [
+            Comparison(
+                conversation_text(chosen[place].prompt), answers[place][0], answers[place][1], principles[name].comparison
+            )
+            for place in places
+            for name in drawn[place]
+        ],
+    )
+    each = config.principles_per_pair
+    of_place = {place: mean_label(labels[number * each : (number + 1) * each]) for number, place in enumerate(places)}
+    critic = None if config.critic is None else config.critic.model
+    return [
+        {
+            **_pair(chosen[place], answers[place], of_place.get(place), config.least_confidence),
+            "principles": drawn[place],
+            "critic": critic,
+        }
+        for place in range(len(chosen))
+    ]
+
+
+def _pair(asked: Asked, answers: Sequence[str], label: SoftLabel | None, least: float) -> Mapping[str, Any]:
+    first, second = answers
+    readable = label is not None and label.readable
+    probability = label.probability if label is not None and readable else 0.5
+    confidence = max(probability, 1 - probability)
+    dropped = ""
+    if label is None:
+        dropped = "the answers are the same" if first == second else "an answer is empty"
+    elif not readable:
+        dropped = "the critic gave no letter"
+    elif confidence <= least + _ROUNDING:
+        dropped = "the critic is not sure enough"
+    return {
+        "prompt": list(asked.prompt),
+        "chosen": first if probability >= 0.5 else second,
+        "rejected": second if probability >= 0.5 else first,
+        "confidence": confidence,
+        "place_bias": label.place_bias if label is not None and readable else None,
+        "consistent": label.consistent if label is not None and readable else None,
+        "dropped": dropped,
+    }

@@ -1,0 +1,196 @@
+"""The stage `synthesize`: conversations that a model writes, filtered and without copies, each with its provenance."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from bessemer.core.chat_client import ChatModel
+from bessemer.core.errors import ConfigError, SourceError
+from bessemer.core.hashing import hash_value
+from bessemer.core.progress import Progress, Silent
+from bessemer.core.seeds import derive_seed
+from bessemer.data.thresholds.apply import rule_of
+from bessemer.inference.chat import EngineChat
+from bessemer.inference.engine import Engine
+from bessemer.posttraining.chat_models.files import chat_models_fingerprint, place_fingerprint
+from bessemer.posttraining.chat_models.opening import open_chat_model, provenance
+from bessemer.posttraining.dataset import read_examples
+from bessemer.posttraining.finished_rows import FinishedRows, write_rows
+from bessemer.posttraining.formats import Message, as_prompt, conversation_text
+from bessemer.posttraining.synthetic.config import SynthesizeConfig
+from bessemer.posttraining.synthetic.prompts import prompt_request, without_fence
+from bessemer.posttraining.synthetic.refining import refined
+
+#: What `sft` reads, and what was left out, with the reason.
+SYNTHETIC_FILE, REJECTED_FILE = "synthetic.jsonl", "rejected.jsonl"
+_WORK = Path(".checkpoints")
+_NO_TEXT = "the model wrote nothing"
+
+
+@dataclass
+class Draft:
+    """A conversation under way. seeds: numbers of those that its prompt was written after, or of the one that it is. request:
+    what the writer was asked for the prompt; None of a seed. reason: why it is left out; empty while it is not."""
+
+    prompt: Sequence[Message]
+    seeds: Sequence[int]
+    request: str | None = None
+    completion: str = ""
+    reason: str = ""
+
+
+def synthesize(
+    config: SynthesizeConfig,
+    model: Path | None,
+    out: Path,
+    *,
+    seed: int,
+    device: str = "auto",
+    progress: Progress | None = None,
+    folder: Path = Path(),
+) -> dict[str, Any]:
+    """Write conversations of a writer, or of the model of a folder; goes on behind the texts in `out`.
+
+    Writes below `out`: `synthetic.jsonl`, {prompt, completion, provenance}, and `rejected.jsonl`, the same with a `reason`.
+    Files that the settings name are relative to `folder`. Returns the headline metrics. Raises SourceError for seeds that are
+    malformed and where nothing is left, ConfigError without a model and for the settings of the refinery, ApiError where a
+    writer at a URL fails for good.
+    """
+    progress = progress or Silent()
+    parse = partial(as_prompt, column=config.prompt_column)
+    seeds = [prompt for name in config.data for prompt in read_examples(folder / name, parse)]
+    work = _Work(config, model, out, seeds, seed, folder, progress)
+    writer = _writer(config, model, folder, device)
+    drafts = [Draft(prompt, [place]) for place, prompt in enumerate(seeds)]
+    if config.prompts is not None:
+        drafts = work.written_prompts(writer, config.prompts)
+    _drop_copies(config, seeds, _left(drafts), folder)
+    work.answer(writer, _left(drafts))
+    answered = _left(drafts)
+    _filter(config, answered, folder)
+    kept = _left(drafts)
+    reasons = Counter(rule_of(draft.reason) for draft in drafts if draft.reason)
+    listed = ", ".join(f"{reason} ({count:,})" for reason, count in reasons.most_common())
+    if not kept:
+        raise SourceError(f"none of {len(drafts):,} conversations is left: {listed}")
+    if reasons:
+        progress.say(f"  {reasons.total():,} of {len(drafts):,} conversations are left out: {listed}")
+    write_rows(out / SYNTHETIC_FILE, [work.record(draft) for draft in kept])
+    left_out = [draft for draft in drafts if draft.reason]
+    write_rows(out / REJECTED_FILE, [work.record(draft) | {"reason": draft.reason} for draft in left_out])
+    return {
+        "seeds": len(seeds),
+        "prompts": len(drafts),
+        "answers": len(answered),
+        "conversations": len(kept),
+        "kept_share": len(kept) / len(drafts),
+        "reasons": dict(reasons),
+    }
+
+
+class _Work:
+    """The texts of a writer, which are written down as they are finished."""
+
+    def __init__(
+        self,
+        config: SynthesizeConfig,
+        model: Path | None,
+        out: Path,
+        seeds: Sequence[Sequence[Message]],
+        seed: int,
+        folder: Path,
+        progress: Progress,
+    ) -> None:
+        self._config = config
+        self._folder = out / _WORK
+        self._seeds = seeds
+        self._seed = seed
+        self._progress = progress
+        files = chat_models_fingerprint([config.writer], folder)
+        if config.writer is None and model is not None:
+            files = [place_fingerprint(model)]
+        own = {"model": None, "temperature": config.temperature, "max_tokens": config.max_tokens}
+        wrote = own if config.writer is None else provenance(config.writer)
+        #: Who writes, and how; `files` is a hash of those of a model on this machine.
+        self._origin = wrote | ({"files": hash_value(files)} if files else {}) | {"seed": seed}
+
+    def written_prompts(self, writer: Callable[[], ChatModel], count: int) -> list[Draft]:
+        """Prompts that the writer makes after the example of seeds."""
+        shown = [conversation_text(prompt) for prompt in self._seeds]
+        requests = [prompt_request(shown, self._config.examples, self._seed, number) for number in range(count)]
+        written = self._texts("prompts", writer, [[_user(one.text)] for one in requests])
+        texts = [without_fence(text) for text in written]
+        return [
+            Draft([_user(text)], one.seeds, one.text, reason="" if text else _NO_TEXT)
+            for one, text in zip(requests, texts, strict=True)
+        ]
+
+    def answer(self, writer: Callable[[], ChatModel], drafts: Sequence[Draft]) -> None:
+        """Complete the drafts."""
+        texts = self._texts("answers", writer, [draft.prompt for draft in drafts])
+        for draft, text in zip(drafts, texts, strict=True):
+            draft.completion = text
+            draft.reason = "" if text else _NO_TEXT
+
+    def record(self, draft: Draft) -> dict[str, Any]:
+        """A draft as it is written: who wrote it, how, after which seeds, and what was asked for its prompt."""
+        origin = {**self._origin, "seeds": list(draft.seeds), "request": draft.request}
+        return {"prompt": list(draft.prompt), "completion": draft.completion, "provenance": origin}
+
+    def _texts(self, name: str, writer: Callable[[], ChatModel], prompts: Sequence[Sequence[Message]]) -> list[str]:
+        """What the writer says to each prompt, stripped. Filters have no part in it: other limits make no text again."""
+        identity = [self._origin, hash_value([list(prompt) for prompt in prompts])]
+        finished = FinishedRows(self._folder / f"{name}.jsonl", identity)
+        with self._progress.task(f"write {name}", total=len(prompts), unit=name, completed=len(finished)) as bar:
+            for start in range(len(finished), len(prompts), self._config.batch_size):
+                numbers = range(start, min(start + self._config.batch_size, len(prompts)))
+                seeds = [derive_seed(self._seed, name, number) for number in numbers]
+                texts = writer().ask([prompts[number] for number in numbers], seeds)
+                finished.append([{"text": text.strip()} for text in texts])
+                bar.advance(len(numbers))
+        return [row["text"] for row in finished.rows]
+
+
+def _writer(config: SynthesizeConfig, model: Path | None, folder: Path, device: str) -> Callable[[], ChatModel]:
+    """Opens the model that writes, when it is first asked. Raises ConfigError where there is none."""
+    if config.writer is not None:
+        return cache(partial(open_chat_model, config.writer, folder, device))
+    if model is None:
+        raise ConfigError("there is no model to write with: name a writer, or put the stage below one that makes a model")
+
+    def opened() -> ChatModel:
+        return EngineChat(Engine(model, device=device), max_tokens=config.max_tokens, temperature=config.temperature)
+
+    return cache(opened)
+
+
+def _left(drafts: Sequence[Draft]) -> list[Draft]:
+    return [draft for draft in drafts if not draft.reason]
+
+
+def _drop_copies(config: SynthesizeConfig, seeds: Sequence[Sequence[Message]], drafts: Sequence[Draft], folder: Path) -> None:
+    """Leave out drafts whose prompts are copies of earlier ones; before prompts that were written come the seeds."""
+    if config.deduplicate is None:
+        return
+    before = [] if config.prompts is None else [conversation_text(prompt) for prompt in seeds]
+    texts = [*before, *(conversation_text(draft.prompt) for draft in drafts)]
+    found = refined(texts, {"deduplicate": config.deduplicate}, folder)
+    for number, draft in enumerate(drafts, start=len(before)):
+        draft.reason = found.reasons.get(number, "")
+
+
+def _filter(config: SynthesizeConfig, drafts: Sequence[Draft], folder: Path) -> None:
+    """Edit the answers, and leave out those whose scores are beyond the limits."""
+    found = refined([draft.completion for draft in drafts], {"clean": config.clean, "select": config.select}, folder)
+    for number, draft in enumerate(drafts):
+        draft.reason = found.reasons.get(number, "")
+        draft.completion = found.kept.get(number, draft.completion)
+
+
+def _user(text: str) -> Message:
+    return {"role": "user", "content": text}

@@ -1,0 +1,136 @@
+"""Synthetic data by a scripted writer at a URL: prompts after the example of seeds, filters, copies, provenance."""
+
+import json
+import math
+
+import pytest
+
+from bessemer.core.chat_client import ApiError
+from bessemer.core.errors import ConfigError, SourceError
+from bessemer.core.report import StageReport
+from bessemer.posttraining.conversations import read_conversations
+from bessemer.posttraining.synthetic.config import SynthesizeConfig
+from bessemer.posttraining.synthetic.prompts import prompt_request, without_fence
+from bessemer.posttraining.synthetic.report import report
+from bessemer.posttraining.synthetic.synthesize import synthesize
+from tests.chat_server import completion, serving
+
+SEEDS = ["How do bees find their way home to the hive?", "Why is the sky blue in the day and red at night?"]
+PROMPTS = [
+    "What makes bread rise when it is in the oven?",
+    "How do BEES find their way home to the hive?",
+    "Which river of the world carries the most water?",
+    "Which river of the world carries the most water?",
+    "Who was the first to measure the speed of light?",
+    "",
+]
+ANSWERS = {
+    "What makes bread rise": "Yeast eats sugar and gives off gas, which the dough holds.",
+    "Which river": "You are a stupid idiot and a worthless moron, you disgusting piece of trash.",
+    "Who was the first": "Ole Rømer, from the moons of Jupiter. ",
+}
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    with serving(monkeypatch) as started:
+        yield started
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "seeds.jsonl").write_text("".join(json.dumps({"prompt": seed}) + "\n" for seed in SEEDS))
+    return tmp_path
+
+
+class Script:
+    """Writes the prompts in order, and answers them; breaks off after a number of requests."""
+
+    def __init__(self, until=math.inf):
+        self.until, self.prompts, self.requests = until, iter(PROMPTS), []
+
+    def __call__(self, body, _):
+        if len(self.requests) >= self.until:
+            return 400, {}, b"{}"
+        asked = body["messages"][-1]["content"]
+        self.requests.append(asked)
+        if asked.startswith("Below is what people asked"):
+            return completion(next(self.prompts))
+        return completion(next((answer for start, answer in ANSWERS.items() if asked.startswith(start)), "Yes."))
+
+
+def run(folder, out, server, **changes):
+    writer = {"model": "writer", "url": server.url, "workers": 1, "attempts": 1}
+    given = {"data": ["seeds.jsonl"], "prompts": 6, "examples": 2, "writer": writer, "batch_size": 2}
+    config = SynthesizeConfig.parse(given | changes, "synthesize")
+    return synthesize(config, None, out, seed=5, device="cpu", folder=folder)
+
+
+def test_prompts_are_written_answered_filtered_and_say_where_they_come_from(serve, folder):
+    script = Script(until=7)
+    server = serve(script)
+    out = folder / "out"
+    with pytest.raises(ApiError):
+        run(folder, out, server)
+    # six prompts; the first of three answers came in a batch that was not finished
+    script.until = math.inf
+    script.requests.clear()
+    metrics = run(folder, out, server)
+    assert len(script.requests) == 3, "no prompt is asked for again"
+    rows = [json.loads(line) for line in (out / "synthetic.jsonl").open()]
+    assert [row["completion"] for row in rows] == [ANSWERS["What makes bread rise"], ANSWERS["Who was the first"].strip()]
+    request = prompt_request(SEEDS, 2, 5, 0)
+    assert rows[0]["provenance"] == {
+        "model": "writer",
+        "url": server.url,
+        "temperature": 1.0,
+        "max_tokens": 512,
+        "seed": 5,
+        "seeds": list(request.seeds),
+        "request": request.text,
+    }
+    assert all(seed in request.text for seed in SEEDS)
+    reasons = {row["prompt"][0]["content"]: row["reason"] for row in map(json.loads, (out / "rejected.jsonl").open())}
+    assert reasons.pop(PROMPTS[2]).startswith(("near duplicate of", "duplicate of", "toxicity: score"))
+    assert reasons.pop(PROMPTS[1]).startswith("near duplicate of 0000") and reasons == {"": "the model wrote nothing"}
+    assert (metrics["prompts"], metrics["answers"], metrics["conversations"]) == (6, 3, 2)
+    assert metrics["reasons"] == {"the model wrote nothing": 1, "near duplicate": 1, "duplicate": 1, "toxicity: score": 1}
+    conversation = read_conversations(out / "synthetic.jsonl")[0]
+    assert [one["content"] for one in conversation.messages] == [PROMPTS[0], ANSWERS["What makes bread rise"]]
+    section = report(StageReport(name="s", kind="synthesize", metrics=metrics, folder=out))
+    assert ["near duplicate", "1"] in section.parts[2].rows
+
+
+def test_the_seeds_themselves_are_answered(serve, folder):
+    script = Script()
+    plain = {"deduplicate": None, "clean": {"score": []}, "select": {"keep": [], "languages": []}}
+    metrics = run(folder, folder / "out", serve(script), prompts=None, **plain)
+    assert script.requests == SEEDS and metrics["conversations"] == 2
+    rows = [json.loads(line) for line in (folder / "out" / "synthetic.jsonl").open()]
+    assert [row["provenance"]["seeds"] for row in rows] == [[0], [1]] and rows[0]["provenance"]["request"] is None
+
+
+def test_what_cannot_work_is_said(serve, folder):
+    with pytest.raises(ConfigError, match=r"select needs the score gopher_quality; add it to clean.score"):
+        SynthesizeConfig.parse({"data": ["a.jsonl"], "select": {"keep": ["gopher_quality"], "languages": []}}, "synthesize")
+    with pytest.raises(ConfigError, match="there is no model to write with: name a writer"):
+        synthesize(SynthesizeConfig(data=["seeds.jsonl"]), None, folder, seed=1, folder=folder)
+    silent = serve(lambda *_: completion(" "))
+    with pytest.raises(SourceError, match=r"none of 6 conversations is left: the model wrote nothing \(6\)"):
+        run(folder, folder / "none", silent)
+
+
+def test_a_model_of_this_machine_writes_and_is_named_by_its_files(model_folder, folder):
+    (folder / "seeds.jsonl").write_text('{"prompt": "Why?"}\n{"prompt": "How?"}\n')
+    plain = {"deduplicate": None, "clean": {"score": []}, "select": {"keep": [], "languages": []}}
+    config = SynthesizeConfig.parse({"data": ["seeds.jsonl"], "max_tokens": 6, **plain}, "synthesize")
+    for out in ("one", "other"):
+        synthesize(config, model_folder, folder / out, seed=5, device="cpu", folder=folder)
+    (first, *_) = map(json.loads, (folder / "one" / "synthetic.jsonl").open())
+    assert first["provenance"]["model"] is None and len(first["provenance"]["files"]) == 32
+    assert (folder / "one" / "synthetic.jsonl").read_bytes() == (folder / "other" / "synthetic.jsonl").read_bytes()
+
+
+def test_a_fence_around_a_written_prompt_is_no_part_of_it():
+    assert without_fence("=====\nWhat is\n= this?\n =====\n\n") == "What is\n= this?"
+    assert without_fence("=====\n") == ""
