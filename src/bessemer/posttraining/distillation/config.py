@@ -1,0 +1,154 @@
+"""Settings of the stage `distillation`. Imports no PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import field_validator, model_validator
+
+from bessemer.core.config import setting
+from bessemer.core.errors import ConfigError
+from bessemer.posttraining.distillation.registry import CROSS_ENTROPY, DISTILLATION_LOSSES, POLICY_GRADIENT
+from bessemer.training.adapter_config import TuningConfig
+
+#: Raised when the same settings and inputs give other weights than before.
+DISTILLATION_VERSION = 1
+
+
+class DistillationConfig(TuningConfig):
+    """The stage `distillation`: a model learns from another one. The defaults suit a real model."""
+
+    shorthand: ClassVar[str | None] = "data"
+
+    teacher: str | None = setting(
+        None, "Folder of the model that is learnt from; absent: that of the stage that `from: {teacher: STAGE}` names."
+    )
+    data: list[str] = setting(
+        description="Files of rows, as JSON lines, JSON, CSV or Parquet: conversations and prompts with answers as in sft; "
+        "where the answers are sampled, prompts alone will do. Empty: the text of the run's token shards, learnt whole.",
+        default_factory=list,
+    )
+    answers: Literal["data", "teacher", "student"] = setting(
+        "data",
+        "What is learnt from. data: the answers of the data; teacher: answers that it samples, before training; student: its "
+        "own answers, sampled at each step (on-policy).",
+    )
+    loss: str = setting(
+        "forward_kl",
+        "Of a token: forward_kl, reverse_kl, jsd, top_k, divergences from the teacher's distribution; cross_entropy, of the "
+        "teacher's answers, which may have another tokenizer; policy_gradient, of the student's, with minus the log-ratio as "
+        "advantage; or one that an installed package adds (entry points bessemer.distillation_losses).",
+        plugins="bessemer.distillation_losses",
+    )
+    temperature: float = setting(1.0, "Of both distributions in a divergence; it is not scaled by its square.", gt=0)
+    beta: float = setting(0.5, "jsd: 0 is the forward, 1 the reverse KL divergence, as in GKD.", ge=0, le=1)
+    top_k: int = setting(
+        64, "top_k: the teacher's likeliest tokens that are told apart; all others are one.", unit="tokens", ge=1
+    )
+    next_token_weight: float = setting(0.0, "Weight of the targets' mean cross-entropy beside the divergence.", ge=0)
+    baseline: Literal["mean", "none"] = setting(
+        "mean",
+        "policy_gradient: what is taken off advantages, the batch's mean or nothing; the expected gradient is the same, and "
+        "noisier without.",
+    )
+
+    samples_per_prompt: int = setting(1, "Answers that are sampled to a prompt.", unit="answers", ge=1)
+    max_tokens: int = setting(256, "Longest answer that is sampled.", unit="tokens", ge=1)
+    sampling_temperature: float = setting(
+        1.0, "Of sampled answers; of the student's also that of the log-probabilities of policy_gradient.", gt=0
+    )
+    cpu_kernels: Literal["auto", "on", "off"] = setting("auto", "Of the engine that samples, as in rl.")
+    batch_size: int = setting(8, "Rows of a batch; where the student samples, its answers of one update.", gt=0)
+    validation_share: float = setting(
+        0.05, "Fraction of the prompts that are held out; a prompt is on one side with all its answers.", ge=0, lt=1
+    )
+    validation_limit: int = setting(
+        100, "Most held-out prompts that the student answers at each validation, for `validation_reverse_kl`.", ge=0
+    )
+    evaluate_tokens: int = setting(
+        32_768, "Tokens of the validation split that are read each time, without data.", unit="tokens", gt=0
+    )
+    epochs: float = setting(1.0, "Passes over the rows, or the prompts; without effect when steps is given.", gt=0)
+
+    optimizer: str = setting("adamw", "As in pretrain.", code=True)
+    learning_rate: float = setting(2e-5, "Peak learning rate.", gt=0)
+    context_length: int = setting(
+        1024, "Tokens of a row; of a prompt and a sampled answer at most as many.", unit="tokens", gt=1
+    )
+    warmup_fraction: float | None = setting(
+        0.05, "Fraction of the steps in which the learning rate rises from zero.", ge=0, le=1
+    )
+    decay_fraction: float | None = setting(
+        0.5, "wsd: fraction of the steps, at the end, in which the learning rate falls to zero.", ge=0, le=1
+    )
+
+    @property
+    def packed(self) -> bool:
+        """Whether rows hold several answers that do not attend to each other."""
+        return bool(self.data)
+
+    @property
+    def groups(self) -> int:
+        """Prompts that the student answers at a step."""
+        return self.batch_size // self.samples_per_prompt
+
+    @field_validator("loss")
+    @classmethod
+    def _known_loss(cls, name: str) -> str:
+        if name in (CROSS_ENTROPY, POLICY_GRADIENT):
+            return name
+        try:
+            DISTILLATION_LOSSES.find(name)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        return name
+
+    @model_validator(mode="before")
+    @classmethod
+    def _suit_sampling(cls, values: Any) -> Any:
+        """Rows of the student's answers have a new length at each step, and float32 is what the engine computes in."""
+        if isinstance(values, Mapping) and values.get("answers") == "student":
+            return {"dtype": "float32", "compile": False, **values}
+        return values
+
+    @model_validator(mode="after")
+    def _check_answers(self) -> Self:
+        if self.answers != "data" and not self.data:
+            raise ValueError(f"answers: {self.answers} needs prompts; name files of them in data")
+        if self.loss == CROSS_ENTROPY and self.answers != "teacher":
+            raise ValueError("loss: cross_entropy is of the teacher's answers: set answers: teacher; of other data it is sft")
+        if self.loss == POLICY_GRADIENT and self.answers != "student":
+            raise ValueError("loss: policy_gradient is of the student's own answers: set answers: student")
+        if self.loss in (CROSS_ENTROPY, POLICY_GRADIENT) and self.next_token_weight:
+            raise ValueError(f"next_token_weight: beside a divergence, not beside {self.loss}")
+        if self.z_loss and self.loss != CROSS_ENTROPY:
+            raise ValueError(f"z_loss: beside cross_entropy, not beside {self.loss}")
+        if self.answers != "data" and self.max_tokens >= self.context_length:
+            raise ValueError(
+                f"max_tokens {self.max_tokens:,} leaves no room for a prompt in context_length {self.context_length:,}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_student(self) -> Self:
+        if self.answers != "student":
+            return self
+        if self.next_token_weight:
+            raise ValueError("next_token_weight: the student's own answers are no targets to imitate; leave it out")
+        if self.batch_size % self.samples_per_prompt:
+            raise ValueError(f"batch_size {self.batch_size} is no multiple of samples_per_prompt {self.samples_per_prompt}")
+        if self.adapter is not None:
+            raise ValueError("adapter: not with answers: student, which are sampled with the weights that are trained")
+        if self.batch_size_warmup is not None:
+            raise ValueError("batch_size_warmup: the student answers as many prompts at each step; leave it out")
+        if self.early_stopping_patience is not None or self.save == "best":
+            raise ValueError("early_stopping_patience and save: best go by a validation loss, which answers: student has not")
+        return self
+
+    @model_validator(mode="after")
+    def _check_layout(self) -> Self:
+        split = next((axis for axis in ("context", "tensor", "pipeline", "expert") if getattr(self.parallel, axis) > 1), None)
+        if split is not None:
+            raise ValueError(f"parallel.{split}: distillation runs under data_replicate and data_shard alone")
+        return self

@@ -1,0 +1,140 @@
+"""The teacher's answers to prompts: sampled before training, kept in a file, and encoded for a student of any tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bessemer.core.errors import ConfigError, SourceError
+from bessemer.core.metrics import read_metrics
+from bessemer.core.progress import Progress
+from bessemer.core.seeds import derive_seed
+from bessemer.core.store import write_text
+from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
+from bessemer.posttraining.conversations import Conversation
+from bessemer.posttraining.distillation.config import DistillationConfig
+from bessemer.posttraining.distillation.prompts import Asked
+from bessemer.posttraining.encoding import Encoded, encode_answer
+from bessemer.posttraining.packing import Example
+from bessemer.tokenization.tokenizer import Tokenizer
+
+#: Every answer, a line a prompt.
+ANSWERS = "teacher_answers.jsonl"
+#: Prompts that are answered at a time, between two looks at the progress. An interrupted run goes on after the last whole lot.
+_PROMPTS_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class TeacherAnswer:
+    """is_cut: it came to the most tokens, and has not ended."""
+
+    asked: Asked
+    text: str
+    is_cut: bool
+
+    @property
+    def conversation(self) -> Conversation:
+        """As a row that `sft` reads."""
+        return Conversation(self.asked.answered(self.text), "teacher")
+
+    def example(self, tokenizer: Tokenizer, context_length: int) -> Example | None:
+        """Inputs and targets in the student's tokens; of an answer that was cut, the end token is no target. None where no
+        target is left."""
+        answered = self.asked.answered(self.text)
+        encoded = encode_answer(answered.prompt, answered.answer, tokenizer, answered.tools)
+        if self.is_cut:
+            end = len(encoded.through_end()) - 1
+            encoded = Encoded(encoded.ids[:end], encoded.is_learnt[:end])
+        found = encoded.example(context_length)
+        return None if found is None else Example(*found)
+
+
+def sample_answers(
+    config: DistillationConfig,
+    teacher: Path,
+    asked: Sequence[Asked],
+    out: Path,
+    *,
+    seed: int,
+    device: str,
+    progress: Progress,
+) -> list[TeacherAnswer]:
+    """`samples_per_prompt` answers of the teacher to each prompt, those without a word left out; goes on with what an earlier
+    start has left in `out`.
+
+    Prompts are written with the teacher's own tokenizer and chat template. Raises SourceError when no answer has a word, and
+    ConfigError when no prompt leaves the teacher room for an answer.
+    """
+    path = out / ANSWERS
+    rows = _whole_lots(path, len(asked))
+    if len(rows) < len(asked):
+        engine_config = EngineConfig(cpu_kernels=config.cpu_kernels, threads=config.threads)
+        with (
+            Engine(teacher, device=device, config=engine_config) as engine,
+            path.open("a", encoding="utf-8") as stream,
+            progress.task("teacher's answers", total=len(asked), unit="prompts", completed=len(rows)) as bar,
+        ):
+            for start in range(len(rows), len(asked), _PROMPTS_AT_ONCE):
+                lot = asked[start : start + _PROMPTS_AT_ONCE]
+                seeds = [derive_seed(seed, "teacher", start + place) for place in range(len(lot))]
+                new = list(_answers_of(engine, lot, config, seeds))
+                stream.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in new))
+                stream.flush()
+                rows += new
+                bar.advance(len(lot))
+    too_long = sum(not row["answers"] for row in rows)
+    if too_long == len(rows):
+        raise ConfigError(
+            f"none of the {len(asked):,} prompts leaves the teacher room for {config.max_tokens:,} tokens; lower max_tokens"
+        )
+    found = [
+        TeacherAnswer(one, answer["text"], answer["cut"])
+        for one, row in zip(asked, rows, strict=True)
+        for answer in row["answers"]
+    ]
+    kept = [answer for answer in found if answer.text.strip()]
+    if too_long or len(kept) < len(found):
+        progress.say(
+            f"  {too_long:,} of {len(asked):,} prompts are too long for the teacher, and {len(found) - len(kept):,} of its "
+            f"{len(found):,} answers are empty; they are left out"
+        )
+    if not kept:
+        raise SourceError(f"{teacher}: the teacher answers none of the {len(asked):,} prompts with a word")
+    return kept
+
+
+def _whole_lots(path: Path, count: int) -> list[dict[str, Any]]:
+    """What was sampled before; a lot that is not whole is removed."""
+    rows = read_metrics(path)
+    if len(rows) < count:
+        rows = rows[: len(rows) - len(rows) % _PROMPTS_AT_ONCE]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return rows
+
+
+def _answers_of(
+    engine: Engine, lot: Sequence[Asked], config: DistillationConfig, seeds: Sequence[int]
+) -> Iterator[dict[str, Any]]:
+    """A record of each prompt, in order; without answers where it is too long."""
+    encoded = [one.encoded(engine.tokenizer) for one in lot]
+    fitting = [place for place, ids in enumerate(encoded) if len(ids) + config.max_tokens <= engine.longest]
+    params = [
+        SamplingParams(
+            temperature=config.sampling_temperature,
+            max_tokens=config.max_tokens,
+            seed=seeds[place],
+            n=config.samples_per_prompt,
+        )
+        for place in fitting
+    ]
+    completions = dict(zip(fitting, engine.generate([encoded[place] for place in fitting], params), strict=True))
+    for place, one in enumerate(lot):
+        given = [completions[place], *completions[place].others] if place in completions else []
+        yield {
+            "prompt": one.prompt if isinstance(one.prompt, str) else list(one.prompt),
+            "answers": [{"text": each.text, "cut": each.finish_reason == "length"} for each in given],
+        }

@@ -1,0 +1,36 @@
+"""The stage `distillation` on two processes, each with a shard of student and teacher: the student of one process."""
+
+import pytest
+import torch
+
+from bessemer.model.folder import load_model
+from bessemer.posttraining.distillation.config import DistillationConfig
+from bessemer.posttraining.distillation.stage import distill
+
+from ..posttraining.test_distillation import SETTINGS, data, teacher_folder  # noqa: F401
+from ..training.conftest import documents, model_folder, tokenized  # noqa: F401
+
+pytestmark = pytest.mark.slow
+
+
+def taught(student, teacher, tokens, data, out, parallel, rows):  # noqa: F811
+    out.mkdir(exist_ok=True)
+    settings = {**SETTINGS, "steps": 3, "data": rows, "parallel": parallel, "next_token_weight": 0.2, "loss": "top_k"}
+    config = DistillationConfig.parse(settings, "distillation")
+    return distill(config, student, teacher, out, tokens=tokens, seed=3, device="cpu", folder=data)
+
+
+@pytest.mark.parametrize("rows", [["chats.jsonl"], []], ids=["conversations", "text"])
+def test_two_make_the_student_of_one(two, rows, model_folder, teacher_folder, tokenized, data, tmp_path):  # noqa: F811
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    arguments = {"student": model_folder, "teacher": teacher_folder, "tokens": tokenized / "tokens", "data": data, "rows": rows}
+    expected = taught(**arguments, out=tmp_path / "one", parallel={})
+    torch.set_num_threads(threads)
+    found = two.run(taught, **arguments, out=tmp_path / "two", parallel={"data_shard": 2})[0]
+    names = ("validation_loss",) if rows else ("bits_per_byte", "teacher_bits_per_byte")
+    for name in ("loss_distillation", *names):
+        assert found[name] == pytest.approx(expected[name], rel=1e-4), name
+    first, second = (load_model(tmp_path / place / "model").state_dict() for place in ("one", "two"))
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=1e-2, atol=1e-4, msg=name)
