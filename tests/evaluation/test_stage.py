@@ -128,6 +128,20 @@ def test_the_same_evaluation_gives_the_same_files(line, tmp_path):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
+def test_a_task_by_name_is_asked_of_every_model_and_compared(line, tmp_path):
+    root, _ = line
+    results = run(root, tmp_path, CONFIG.with_changes(tasks=["sums_held_out"], questions=40), conversations=False)
+    (by_model,) = results["tasks"].values()
+    assert [set(of) for of in by_model.values()] == [{"asked_as", "n", "accuracy"}] * 2
+    assert [one["metric"] for one in results["comparisons"]] == ["sums_held_out"]
+    lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert len(lines) == 40 and lines[0]["reference"] == str(eval(lines[0]["messages"][-1]["content"].removesuffix(" =")))
+    right = [line["answers"]["sft"]["exact_match"] for line in lines]
+    assert by_model["sft"]["accuracy"] == sum(right) / 40
+    with pytest.raises(ConfigError, match=r"there is no task 'sum_held_out'; did you mean 'sums_held_out'"):
+        run(root, tmp_path, CONFIG.with_changes(tasks=["sum_held_out"]))
+
+
 def test_without_questions_the_task_is_left_out(line, tmp_path):
     root, _ = line
     results = run(root, tmp_path / "out", CONFIG.with_changes(baselines=["xz"]), conversations=False, models=["pretrain"])
@@ -187,7 +201,7 @@ def test_golden_output(line, tmp_path):
     for name, model in models.items():
         save_model(model, tmp_path / name, tokenizer=root / "tokenizer")
     results = run(tmp_path, tmp_path / "out", CONFIG.with_changes(dtype="float32"))
-    assert (EVALUATE_VERSION, results["scored"]) == (3, {"documents": 4, "bytes": 1917})
+    assert (EVALUATE_VERSION, results["scored"]) == (4, {"documents": 4, "bytes": 1917})
     assert results["bits_per_byte"] == pytest.approx({"pretrain": 3.410863, "sft": 3.434553}, rel=1e-5)
     xz = results["baselines"].pop("xz")
     assert results["baselines"] == pytest.approx({"witten_bell_5gram": 1.379647458, "witten_bell_6gram": 1.461811714})

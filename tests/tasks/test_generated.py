@@ -2,10 +2,11 @@ import re
 
 import pytest
 
-from bessemer.tasks.generated.arithmetic import LEVELS, Difficulty, arithmetic_items
+from bessemer.tasks.generated.arithmetic import LEVELS, Difficulty, arithmetic_items, is_held_out
 from bessemer.tasks.generated.haystack import count_words
 from bessemer.tasks.generated.needle import needle_items
 from bessemer.tasks.generated.variable_tracking import variable_tracking_items
+from bessemer.tasks.registry import find_tasks
 
 GENERATORS = {
     "needle": lambda count, seed: needle_items(count, seed=seed, length=200, needles=3),
@@ -74,6 +75,22 @@ def test_answers_are_what_python_calculates(level):
         numbers = re.findall(r"\d+", expression)
         assert len(numbers) == difficulty.terms and max(map(len, numbers)) <= difficulty.digits
     assert any("(" in item.prompt for item in items) == difficulty.parentheses
+
+
+def test_what_is_held_out_is_never_trained_on_in_any_order_or_seed():
+    tasks = {name: find_tasks([name])[0] for name in ("sums", "sums_held_out")}
+    asked = {name: task.questions() for name, task in tasks.items()}
+    sides = {
+        name: {frozenset(question.context.removesuffix(" =").split(" + ")) for question in questions}
+        for name, questions in asked.items()
+    }
+    assert not sides["sums"] & sides["sums_held_out"]
+    assert (len(asked["sums"]), len(asked["sums_held_out"])) == (7_000, 500)
+    two_digits = Difficulty(2, 2, "+")
+    anew = [arithmetic_items(400, seed=9, difficulty=two_digits, part=part) for part in ("train", "held_out")]
+    assert all(is_held_out(item.prompt.removesuffix(" =")) == held for held, items in enumerate(anew) for item in items)
+    first = asked["sums"][0]
+    assert tasks["sums"].reference(first) == str(eval(first.context.removesuffix(" =")))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Literal
 from bessemer.core.config import Config, setting
 
 #: Raised whenever the stage's output changes (golden outputs in the tests).
-EVALUATE_VERSION = 3
+EVALUATE_VERSION = 4
 
 Baseline = Literal["witten_bell_5gram", "witten_bell_6gram", "xz"]
 
@@ -16,8 +16,10 @@ class EvaluateConfig(Config):
     """Models, tasks and baselines of an evaluation."""
 
     models: list[str] = setting(default_factory=list, description="stages whose models are evaluated; empty: all in the recipe")
-    tasks: list[Literal["docs_questions"]] = setting(
-        default_factory=lambda: ["docs_questions"], description="tasks that the models answer by generation"
+    tasks: list[str] = setting(
+        default_factory=lambda: ["docs_questions"],
+        description="tasks that the models answer by generation: docs_questions, of SFT's conversations, and tasks by name "
+        "that need no data, as sums_held_out",
     )
     baselines: list[Baseline] = setting(
         default_factory=lambda: ["witten_bell_5gram", "witten_bell_6gram", "xz"],
@@ -43,7 +45,7 @@ class EvaluateConfig(Config):
         "float32",
     )
     batch_size: int = setting(32, "windows computed at once", unit="windows", affects_output=False, ge=1)
-    questions: int = setting(200, "questions per set, held-in and held-out, at most", unit="questions", ge=1)
+    questions: int = setting(200, "questions at most: per set, held-in and held-out, and per task", unit="questions", ge=1)
     max_new_tokens: int = setting(64, "longest answer", unit="tokens", ge=1)
     baseline_bytes: int = setting(
         100_000_000, "most text that n-gram models are trained on, in the order of ids", unit="bytes of UTF-8", ge=1

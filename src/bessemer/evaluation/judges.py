@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from bessemer.inference.engine import Engine, SamplingParams
+from bessemer.inference.chat import EngineChat
+from bessemer.inference.engine import Engine
 from bessemer.tasks.judge import Ask
 from bessemer.tasks.judged import JudgedTask
 from bessemer.tasks.questions import Task
@@ -34,17 +35,4 @@ def engine_judge(engine: Engine, max_tokens: int = 512) -> Ask:
 
     A prompt that the context does not hold is answered by nothing, from which no verdict can be read.
     """
-    params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
-
-    def ask(prompts: Sequence[str]) -> list[str]:
-        encoded = [
-            engine.tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)
-            for prompt in prompts
-        ]
-        fitting = [index for index, ids in enumerate(encoded) if len(ids) < engine.longest]
-        answers = [""] * len(prompts)
-        for index, completion in zip(fitting, engine.generate([encoded[index] for index in fitting], params), strict=True):
-            answers[index] = completion.text
-        return answers
-
-    return ask
+    return EngineChat(engine, max_tokens=max_tokens).ask

@@ -30,6 +30,8 @@ HELD_IN, HELD_OUT = "held_in", "held_out"
 CHAT, PLAIN = "chat", "plain"
 
 _TRIAL_QUESTIONS = 32
+#: How the source of a conversation begins that a task gave, which is asked as that task.
+_OF_TASKS = "task/"
 _PLAIN_STOPS = ("\n\n", "\nQuestion:")
 
 
@@ -76,7 +78,11 @@ def _messages(record: dict[str, Any]) -> list[dict[str, str]] | None:
 def _read_conversations(path: Path) -> list[list[dict[str, str]]]:
     try:
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-        conversations = [messages for record in records if (messages := _messages(record)) is not None]
+        conversations = [
+            messages
+            for record in records
+            if not record.get("source", "").startswith(_OF_TASKS) and (messages := _messages(record)) is not None
+        ]
     except FileNotFoundError:
         raise ArtefactError(f"{path}: no such file of conversations") from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:

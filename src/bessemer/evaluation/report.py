@@ -56,7 +56,7 @@ def sentences(stage: StageReport) -> list[str]:
 
 def _task_sentence(task: str, by_model: Mapping[str, Metrics]) -> str:
     name, scores = list(by_model.items())[-1]
-    parts = []
+    parts = [f"{scores['accuracy']:.0%} of {scores['n']:,} right"] if "accuracy" in scores else []
     if "exact_match_held_in" in scores:
         parts.append(f"{scores['exact_match_held_in']:.0%} of the questions it was tuned on answered exactly (memorised)")
     if "exact_match_held_out" in scores:
@@ -72,11 +72,14 @@ def key_figures(stage: StageReport) -> list[KeyFigure]:
         five = baselines.get("witten_bell_5gram")
         note = f"byte 5-gram {five:.3f}" if five else ""
         figures.append(KeyFigure(value=f"{min(scores.values()):.3f}", label="bits per byte, held out", note=note))
-    for by_model in stage.metrics.get("tasks", {}).values():
+    for task, by_model in stage.metrics.get("tasks", {}).items():
         last = list(by_model.values())[-1] if by_model else {}
         if "exact_match_held_in" in last:
             share = f"{last['exact_match_held_in']:.0%}"
             figures.append(KeyFigure(value=share, label="of its own questions", note="memorised"))
+        if "accuracy" in last:
+            first = next(iter(by_model.values()))["accuracy"]
+            figures.append(KeyFigure(value=f"{last['accuracy']:.0%}", label=f"of {label(task)}", note=f"at first {first:.0%}"))
     return figures
 
 

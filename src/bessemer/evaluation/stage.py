@@ -22,8 +22,18 @@ from bessemer.evaluation.breakdown import ScoredDocuments, breakdown, scored_doc
 from bessemer.evaluation.compression import xz_bits_per_byte
 from bessemer.evaluation.config import EvaluateConfig
 from bessemer.evaluation.ngram import witten_bell_bits_per_byte
-from bessemer.evaluation.questions import DOCS_QUESTIONS, HELD_IN, HELD_OUT, Answer, Question, answer_questions, read_questions
+from bessemer.evaluation.questions import (
+    CHAT,
+    DOCS_QUESTIONS,
+    HELD_IN,
+    HELD_OUT,
+    Answer,
+    Question,
+    answer_questions,
+    read_questions,
+)
 from bessemer.evaluation.sliding_window import token_nats
+from bessemer.evaluation.stage_tasks import AskedTask, TaskAnswers, asked_task, task_answers
 from bessemer.inference.engine import Engine
 from bessemer.model.device import has_fast_bfloat16
 from bessemer.tokenization.shards import TokenShards
@@ -56,7 +66,11 @@ def evaluate(
     """
     shards = TokenShards(tokens / "validation")
     scored = whole_documents(shards, config.max_tokens)
-    questions = read_questions(conversations, config.questions, seed) if conversations and config.tasks else []
+    questions: list[Question] = []
+    if conversations is not None and DOCS_QUESTIONS in config.tasks:
+        questions = read_questions(conversations, config.questions, seed)
+    asked = [asked_task(name, config.questions) for name in config.tasks if name != DOCS_QUESTIONS]
+    of_tasks: dict[str, dict[str, TaskAnswers]] = {task.name: {} for task in asked}
     answers, forms, dtypes = {}, {}, {}
     nats: dict[str, np.ndarray] = {}
     parts: ScoredDocuments | None = None
@@ -83,6 +97,11 @@ def evaluate(
             forms[name], answers[name] = answer_questions(
                 engine, questions, max_new_tokens=config.max_new_tokens, progress=progress, name=name
             )
+        for task in asked:
+            of_tasks[task.name][name] = task_answers(engine, task, progress, name)
+    tasks = {DOCS_QUESTIONS: {name: _summary(answers[name], forms[name]) for name in answers}} if answers else {}
+    for task_name, by_model in of_tasks.items():
+        tasks[task_name] = {name: of_model.summary for name, of_model in by_model.items()}
     results = {
         "format": RESULTS_FORMAT,
         "bits_per_byte": {name: float(of.sum(dtype=np.float64)) / math.log(2) / scored.bytes for name, of in nats.items()},
@@ -90,11 +109,11 @@ def evaluate(
         "scored": {"documents": scored.documents, "bytes": scored.bytes},
         "dtypes": dtypes,
         "baselines": _baselines(config, documents, scored.documents, progress),
-        "tasks": {DOCS_QUESTIONS: {name: _summary(answers[name], forms[name]) for name in answers}} if answers else {},
-        "comparisons": _comparisons(answers, seed),
+        "tasks": tasks,
+        "comparisons": _comparisons(answers, of_tasks, seed),
     }
     write_json(out / "results.json", results)
-    _write_answers(out / "answers.jsonl", questions, answers)
+    _write_answers(out / "answers.jsonl", questions, answers, asked, of_tasks)
     return results
 
 
@@ -153,28 +172,44 @@ def _summary(answers: list[Answer], form: str) -> dict[str, Any]:
     return summary
 
 
-def _comparisons(answers: Mapping[str, list[Answer]], seed: int) -> list[dict[str, Any]]:
-    """Held-out ROUGE-L of each model against the previous one, from which it was trained."""
-    scores = {name: [answer.rouge_l for answer in given if answer.question.held == HELD_OUT] for name, given in answers.items()}
+def _comparisons(
+    answers: Mapping[str, list[Answer]], of_tasks: Mapping[str, Mapping[str, TaskAnswers]], seed: int
+) -> list[dict[str, Any]]:
+    """Held-out ROUGE-L, and the score of each task, of each model against the one that was trained before it."""
+    by_metric = {
+        "rouge_l_held_out": {
+            name: [answer.rouge_l for answer in given if answer.question.held == HELD_OUT] for name, given in answers.items()
+        }
+    }
+    by_metric |= {task: {name: of.scores for name, of in by_model.items()} for task, by_model in of_tasks.items()}
     comparisons = []
-    for earlier, later in pairwise(scores):
-        if scores[later]:
-            difference = paired_bootstrap(scores[later], scores[earlier], seed=derive_seed(seed, "bootstrap", later, earlier))
-            comparisons.append(
-                {
-                    "metric": "rouge_l_held_out",
-                    "a": later,
-                    "b": earlier,
-                    "difference": difference.mean,
-                    "interval": [difference.low, difference.high],
-                    "confidence": 0.95,
-                    "n": len(scores[later]),
-                }
-            )
+    for metric, scores in by_metric.items():
+        for earlier, later in pairwise(scores):
+            if scores[later]:
+                difference = paired_bootstrap(
+                    scores[later], scores[earlier], seed=derive_seed(seed, "bootstrap", later, earlier)
+                )
+                comparisons.append(
+                    {
+                        "metric": metric,
+                        "a": later,
+                        "b": earlier,
+                        "difference": difference.mean,
+                        "interval": [difference.low, difference.high],
+                        "confidence": 0.95,
+                        "n": len(scores[later]),
+                    }
+                )
     return comparisons
 
 
-def _write_answers(path: Path, questions: list[Question], answers: Mapping[str, list[Answer]]) -> None:
+def _write_answers(
+    path: Path,
+    questions: list[Question],
+    answers: Mapping[str, list[Answer]],
+    asked: list[AskedTask],
+    of_tasks: Mapping[str, Mapping[str, TaskAnswers]],
+) -> None:
     """Write one line per question: its messages, the reference, and each model's answer with its scores."""
     with path.open("w", encoding="utf-8") as stream:
         for index, question in enumerate(questions):
@@ -190,3 +225,17 @@ def _write_answers(path: Path, questions: list[Question], answers: Mapping[str, 
                 },
             }
             stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+        for task in asked:
+            for index, asked_question in enumerate(task.questions[CHAT]):
+                outcomes = {name: of.outcomes[index] for name, of in of_tasks[task.name].items()}
+                record = {
+                    "task": task.name,
+                    "set": HELD_OUT,
+                    "messages": asked_question.context,
+                    "reference": task.forms[CHAT].reference(asked_question) or "",
+                    "answers": {
+                        name: {"text": one.answer, "exact_match": bool(of_tasks[task.name][name].scores[index])}
+                        for name, one in outcomes.items()
+                    },
+                }
+                stream.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -86,7 +86,7 @@ class JudgedTask(FileTask[JudgedConfig], GenerationTask):
         if config.method == "pairwise":
             for record in self._items:
                 record.text(config.other)
-        self._ask = _client(config.judge).ask if ask is None and config.judge.url is not None else ask
+        self._ask = chat_client(config.judge).ask if ask is None and config.judge.url is not None else ask
 
     @property
     def needs_judge(self) -> bool:
@@ -168,13 +168,15 @@ def _pair_scores(verdict: PairVerdict) -> dict[str, float]:
     return {WIN_RATE: verdict.score, "consistent": float(verdict.consistent), "first_place": verdict.first_place}
 
 
-def _client(config: JudgeConfig) -> ChatClient:
+def chat_client(config: JudgeConfig, temperature: float = 0.0) -> ChatClient:
+    """The client of a judge at a URL. Raises ConfigError where the URL is none, or its key is not set."""
     assert config.url is not None
     return ChatClient(
         config.url,
         config.model,
         key_variable=config.key_variable,
         max_tokens=config.max_tokens,
+        temperature=temperature,
         timeout=config.timeout,
         attempts=config.attempts,
         workers=config.workers,

@@ -158,6 +158,10 @@ class GenerationTask(_Task):
     def questions(self) -> Sequence[GenerationQuestion]:
         """All questions."""
 
+    def reference(self, question: GenerationQuestion) -> str | None:
+        """A right answer to a question, to learn from; None where a task tells right from wrong without knowing one."""
+        return None
+
     @abstractmethod
     def judge(self, question: GenerationQuestion, texts: Sequence[str]) -> Outcome:
         """What the generated answers to a question are worth, all of its samples together."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import random
-from typing import NamedTuple
+import re
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
+from bessemer.core.hashing import hash_bytes
 from bessemer.core.seeds import derive_seed
 from bessemer.tasks.generated.item import GeneratedItem
 
@@ -34,12 +37,26 @@ LEVELS = (
 )
 
 
+#: Items to train on, the others, or both.
+Part = Literal["all", "train", "held_out"]
+
+#: One in so many expressions is held out.
+_HELD_OUT = 8
+
+
 class _Factor(NamedTuple):
     text: str
     value: int
 
 
-def arithmetic_items(count: int, *, seed: int, difficulty: Difficulty | int) -> list[GeneratedItem]:
+def is_held_out(expression: str) -> bool:
+    """Whether an expression is one of those that no training sees, whatever the seed. Expressions of the same numbers and
+    operators are on one side, so that 3 + 4 says nothing about 4 + 3."""
+    words = sorted(re.findall(r"\d+|[-+*]", expression))
+    return int(hash_bytes(" ".join(words).encode())[:8], 16) % _HELD_OUT == 0
+
+
+def arithmetic_items(count: int, *, seed: int, difficulty: Difficulty | int, part: Part = "all") -> list[GeneratedItem]:
     """Different items `EXPRESSION =` and their values; products come before sums. More of them begin with the same ones.
 
     difficulty: a level from 1 to 8, or what makes one. Raises ValueError for another level, digits below 1, fewer than 2 terms,
@@ -52,15 +69,28 @@ def arithmetic_items(count: int, *, seed: int, difficulty: Difficulty | int) -> 
     if difficulty.digits < 1 or difficulty.terms < 2 or not difficulty.operators or set(difficulty.operators) - set("+-*"):
         raise ValueError(f"an item has numbers of at least 1 digit, at least 2 terms, and operators of +-*, not {difficulty}")
     generator = random.Random(derive_seed(seed, "arithmetic", *difficulty))
-    items: dict[str, GeneratedItem] = {}
-    repeats = 0
-    while len(items) < count:
+    wanted = _WANTED[part]
+    made: dict[str, GeneratedItem | None] = {}
+    left, repeats = count, 0
+    while left:
         expression = _expression(generator, difficulty)
-        repeats = repeats + 1 if expression.text in items else 0
-        if repeats == _MOST_REPEATS:
-            raise ValueError(f"{difficulty} has fewer than {count:,} different items")
-        items[expression.text] = GeneratedItem(f"{expression.text} =", str(expression.value))
-    return list(items.values())
+        if expression.text in made:
+            repeats += 1
+            if repeats == _MOST_REPEATS:
+                raise ValueError(f"{difficulty} has fewer than {count:,} different items")
+            continue
+        repeats = 0
+        is_wanted = wanted(expression.text)
+        made[expression.text] = GeneratedItem(f"{expression.text} =", str(expression.value)) if is_wanted else None
+        left -= is_wanted
+    return [item for item in made.values() if item is not None]
+
+
+_WANTED: dict[Part, Callable[[str], bool]] = {
+    "all": lambda text: True,
+    "train": lambda text: not is_held_out(text),
+    "held_out": is_held_out,
+}
 
 
 def _expression(generator: random.Random, difficulty: Difficulty) -> _Factor:

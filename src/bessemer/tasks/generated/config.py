@@ -8,7 +8,7 @@ from pydantic import Field
 
 from bessemer.core.config import setting
 from bessemer.tasks.config import SampledConfig
-from bessemer.tasks.generated.arithmetic import LEVELS
+from bessemer.tasks.generated.arithmetic import LEVELS, Part
 from bessemer.tasks.generated.needle import MOST_NEEDLES
 
 
@@ -33,6 +33,10 @@ class ArithmeticConfig(GeneratedConfig):
     )
     operators: str | None = setting(
         None, "only these of `+-*`, whatever the difficulty; none: those of each difficulty", pattern=r"^[-+*]+$"
+    )
+    part: Part = setting(
+        "all",
+        "train: without one in eight expressions, by their numbers and operators, whatever the seed; held_out: these alone",
     )
     shots: int = setting(0, "answered examples of the same difficulty before each question", unit="examples", ge=0)
     example_delimiter: str = setting("\n", "text between description, examples and question")

@@ -68,6 +68,9 @@ class GeneratedTask(GenerationTask, Generic[C]):
     def judge(self, question: GenerationQuestion, texts: Sequence[str]) -> Outcome:
         return verified_samples(Numeric(), texts, [self._asked[question.item].made.answer])
 
+    def reference(self, question: GenerationQuestion) -> str:
+        return self._asked[question.item].made.answer
+
     @abstractmethod
     def _items(self, level: int, count: int) -> list[GeneratedItem]:
         """The first items of a level. Raises ValueError for what cannot be made."""
@@ -126,7 +129,7 @@ class ArithmeticTask(GeneratedTask[ArithmeticConfig]):
         difficulty = LEVELS[level - 1]
         if self._config.operators is not None:
             difficulty = difficulty._replace(operators=self._config.operators)
-        self._made[level] = arithmetic_items(total, seed=self._config.seed, difficulty=difficulty)
+        self._made[level] = arithmetic_items(total, seed=self._config.seed, difficulty=difficulty, part=self._config.part)
         return self._made[level][:count]
 
     def _examples(self, level: int) -> Sequence[GeneratedItem]:
