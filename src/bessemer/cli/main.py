@@ -26,6 +26,7 @@ from bessemer.cli.generate import generate
 from bessemer.cli.import_ import import_
 from bessemer.cli.init import init
 from bessemer.cli.inspect import inspect
+from bessemer.cli.label import label
 from bessemer.cli.plan import plan
 from bessemer.cli.quantize import quantize
 from bessemer.cli.recipes import recipes
@@ -55,7 +56,22 @@ def _bessemer(
 
 _COMMANDS = (
     *(run, sweep, plan, recipes, init, doctor, show, explain, forget, inspect, evaluate),
-    *(finetune, compare, clean, demo, chat, generate, serve, export, quantize, extend, average, train_classifier, train_words),
+    *(
+        finetune,
+        label,
+        compare,
+        clean,
+        demo,
+        chat,
+        generate,
+        serve,
+        export,
+        quantize,
+        extend,
+        average,
+        train_classifier,
+        train_words,
+    ),
 )
 for _command in _COMMANDS:
     app.command()(_command)

@@ -1,0 +1,1 @@
+"""Rankings of answers by people, as pairs to learn from."""

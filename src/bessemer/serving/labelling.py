@@ -1,0 +1,114 @@
+"""The page on which answers are ranked."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import webbrowser
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from urllib.parse import parse_qs
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import HTMLResponse, RedirectResponse, Response
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from bessemer.posttraining.labelling.rankings import PAIRS, Labels, ranked_pairs
+from bessemer.serving.server import address_of, listen
+
+_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'self'; "
+    "frame-ancestors 'none'"
+)
+#: Most bytes of a ranking's form.
+_LONGEST_FORM = 10_000
+
+
+def create_label_app(labels: Labels, folder: Path) -> FastAPI:
+    """An application with one page: the next prompt that nobody has judged, its answers, and a form for their ranks."""
+    app = FastAPI(title="Bessemer", docs_url=None, redoc_url=None, openapi_url=None)
+    page = _Page(labels, folder)
+    app.add_api_route("/", page.show, methods=["GET"])
+    app.add_api_route("/", page.judge, methods=["POST"])
+    return app
+
+
+class _Page:
+    """token: of this process, without which no form is read: another site's page does not know it."""
+
+    def __init__(self, labels: Labels, folder: Path) -> None:
+        self._labels = labels
+        self._folder = folder
+        self._token = secrets.token_urlsafe(16)
+        self._again: str | None = None
+        files = resources.files("bessemer.serving")
+        environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+        self._template = environment.from_string(files.joinpath("label.html.jinja").read_text(encoding="utf-8"))
+        self._style = Markup(resources.files("bessemer.views").joinpath("style.css").read_text(encoding="utf-8"))
+
+    async def show(self) -> HTMLResponse:
+        return self._page()
+
+    async def judge(self, request: Request) -> Response:
+        body = await request.body()
+        form = {name: values[-1] for name, values in parse_qs(body[:_LONGEST_FORM].decode("utf-8", "replace")).items()}
+        if not secrets.compare_digest(form.get("token", ""), self._token):
+            return self._page("This form is of another page; judge the answers again.", status=403)
+        id = form.get("id", "")
+        if id not in self._labels.answers:
+            return self._page("There is no such prompt.", status=400)
+        if form.get("do") == "back":
+            self._again = next(reversed(self._labels.rankings), None)
+            return RedirectResponse("/", status_code=303)
+        ranks: list[int] = []
+        if form.get("do") != "skip":
+            given = [form.get(f"rank{place}", "") for place in range(len(self._labels.answers[id].answers))]
+            if not all(rank.isdecimal() for rank in given):
+                return self._page("Give every answer a rank, or skip the prompt.", status=400)
+            ranks = [int(rank) for rank in given]
+        try:
+            self._labels.rank(id, ranks)
+        except ValueError as error:
+            return self._page(str(error), status=400)
+        self._again = None
+        return RedirectResponse("/", status_code=303)
+
+    def _page(self, wrong: str = "", *, status: int = 200) -> HTMLResponse:
+        labels, left = self._labels, self._labels.left
+        asked = labels.answers[self._again] if self._again is not None else next(iter(left), None)
+        pairs = sum(
+            len(ranked_pairs(labels.answers[id], ranking.ranks))
+            for id, ranking in labels.rankings.items()
+            if ranking.ranks and id in labels.answers
+        )
+        text = self._template.render(
+            style=self._style,
+            token=self._token,
+            asked=asked,
+            wrong=wrong,
+            done=len(labels.answers) - len(left),
+            total=len(labels.answers),
+            pairs=pairs,
+            before=bool(labels.rankings) and self._again is None,
+            path=str(self._folder / PAIRS),
+        )
+        headers = {"Content-Security-Policy": _POLICY, "Referrer-Policy": "no-referrer", "Cache-Control": "no-store"}
+        return HTMLResponse(text, status_code=status, headers=headers)
+
+
+def serve_labels(
+    labels: Labels, folder: Path, *, host: str, port: int, browser: bool = True, say: Callable[[str], None] = print
+) -> None:
+    """Serve the page until interrupted. `say` is given the address. Raises as `listen`."""
+    with listen(host, port) as listener:
+        config = uvicorn.Config(create_label_app(labels, folder), log_level="warning", access_log=False, lifespan="off")
+        url = address_of(listener)
+        say(f"rank the answers at {url} · {len(labels.left):,} of {len(labels.answers):,} prompts are left · Ctrl-C stops")
+        if browser:
+            webbrowser.open(url)
+        with contextlib.suppress(KeyboardInterrupt):
+            uvicorn.Server(config).run(sockets=[listener])
+        say(f"{len(labels.rankings):,} prompts are judged; the pairs are in {folder / PAIRS}")
