@@ -79,25 +79,30 @@ def test_a_recipe_has_a_filter_of_its_own(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_model_is_rewarded_for_right_sums(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("recipe", "shown"), [("recipe.yaml", "equal groups"), ("ppo.yaml", "Reward that the critic expects")])
+def test_a_model_is_rewarded_for_right_sums(tmp_path, monkeypatch, recipe, shown):
     folder = tmp_path / "arithmetic"
     shutil.copytree(EXAMPLES / "arithmetic", folder)
-    task = folder / "sums.yaml"
-    task.write_text(task.read_text(encoding="utf-8").replace("items: 9000", "items: 300"), encoding="utf-8")
     monkeypatch.chdir(folder)
-    few = [
-        "pretrain.steps=2",
-        "rl.steps=2",
-        "rl.batch_size=8",
-        "rl.group_size=4",
-        "rl.validation_limit=8",
-        "rl.evaluate_every=2",
-    ]
+    few = ["pretrain.steps=2", "rl.steps=2", "rl.batch_size=8", "rl.group_size=4", "rl.tasks_limit=8", "rl.tasks_every=2"]
     with pytest.raises(SystemExit) as stop:
-        main(["run", "recipe.yaml", "--allow-code", "--name", "arithmetic", *few])
+        main(["run", recipe, "--allow-code", "--name", "arithmetic", *few])
     assert not stop.value.code
     report = (folder / "runs" / "arithmetic" / "report.html").read_text(encoding="utf-8")
-    assert "Reinforcement learning" in report and "Completions along the way" in report
+    assert "Reinforcement learning" in report and "Completions along the way" in report and shown in report
+
+
+@pytest.mark.slow
+def test_a_small_model_learns_from_a_larger_one(tmp_path, monkeypatch):
+    folder = tmp_path / "distillation"
+    shutil.copytree(EXAMPLES / "distillation", folder)
+    monkeypatch.chdir(folder)
+    few = [f"{stage}.steps=2" for stage in ("teacher", "student", "distillation", "on_policy")]
+    with pytest.raises(SystemExit) as stop:
+        main(["run", "recipe.yaml", "--name", "distillation", *few, "on_policy.batch_size=4", "on_policy.evaluate_every=2"])
+    assert not stop.value.code
+    report = (folder / "runs" / "distillation" / "report.html").read_text(encoding="utf-8")
+    assert "Distillation" in report and "Bits per byte of held-out text" in report
 
 
 def test_an_installed_package_adds_a_filter(tmp_path):

@@ -1,16 +1,12 @@
-"""Documents to pretrain on: sums with their results, without those that reinforcement learning holds out."""
+"""Documents to pretrain on: the sums of the task `sums` with their results, without those of `sums_held_out`."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
-from bessemer.posttraining.rl.config import RLConfig
-from bessemer.posttraining.rl.prompts import gather_prompts
+from bessemer.tasks.registry import find_tasks
 
 
-def sums(validation_share: float, seed: int) -> Iterator[dict[str, str]]:
-    """`12 + 7 = 19`, a line each. validation_share, seed: those of the recipe."""
-    config = RLConfig(data=["sums.yaml"], validation_share=validation_share)
-    for prompt in gather_prompts(config, Path(__file__).parent, seed).training:
-        asked = str(prompt.turns)
-        first, second = asked.removesuffix(" =").split(" + ")
-        yield {"id": asked, "text": f"{asked} {int(first) + int(second)}\n"}
+def sums() -> Iterator[dict[str, str]]:
+    """`12 + 7 = 19`, a line each."""
+    (task,) = find_tasks(["sums"])
+    for question in task.questions():
+        yield {"id": question.context, "text": f"{question.context} {task.reference(question)}\n"}

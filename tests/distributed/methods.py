@@ -174,9 +174,9 @@ class RewardPairs(RandomBatches):
         is_end_BT = (columns_T % lengths_B1 == lengths_B1 - 1) & (documents_BT > 0)
         targets_BT = torch.where(is_end_BT, packed.tokens_BT, IGNORE_INDEX)
         whole = Batch(packed.tokens_BT, targets_BT, columns_T % lengths_B1, documents_BT, sequences=4)
-        is_pair_BS, margin_BS = torch.ones(len(targets_BT), 4), torch.arange(4.0).expand(len(targets_BT), 4) / 8
-        is_pair_BS[1, 2:] = 0
-        return whole.with_values(per_sequence={"is_pair": is_pair_BS, "margin": margin_BS}).rows(rows)
+        weight_BS, margin_BS = torch.ones(len(targets_BT), 4), torch.arange(4.0).expand(len(targets_BT), 4) / 8
+        weight_BS[1, 2:] = 0
+        return whole.with_values(per_sequence={"pair_weight": weight_BS, "margin": margin_BS}).rows(rows)
 
 
 class JudgedAnswers(PackedBatches):

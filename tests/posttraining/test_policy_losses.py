@@ -6,11 +6,11 @@ from statistics import fmean, stdev
 import pytest
 import torch
 
-from bessemer.posttraining.rl.advantages import ADVANTAGES, decoupled, generalised_advantages, is_informative, whitened_tokens
-from bessemer.posttraining.rl.aggregation import AGGREGATIONS
-from bessemer.posttraining.rl.corrections import CORRECTIONS, CorrectionSettings, importance_weights
-from bessemer.posttraining.rl.divergence import DIVERGENCES
-from bessemer.posttraining.rl.policy_losses import POLICY_LOSSES, PolicyLossSettings, clipped_tokens, policy_loss, value_loss
+from bessemer.posttraining.rl import advantages
+from bessemer.posttraining.rl.advantages import decoupled, generalised_advantages, is_informative
+from bessemer.posttraining.rl.corrections import CorrectionSettings, importance_weights
+from bessemer.posttraining.rl.policy_losses import PolicyLossSettings, clipped_tokens, policy_loss, value_loss
+from bessemer.posttraining.rl.registries import ADVANTAGES, AGGREGATIONS, CORRECTIONS, DIVERGENCES, POLICY_LOSSES
 from bessemer.posttraining.rl.sequences import Sequences
 from bessemer.training.data.batches import Batch
 
@@ -95,15 +95,20 @@ def test_generalised_advantages_pass_over_the_tokens_of_others():
         values = [values_BT[row, t].item() for t in places] + [0.0]
         rewards = [rewards_BT[row, t].item() for t in places]
         errors = [rewards[i] + 0.9 * values[i + 1] - values[i] for i in range(len(places))]
-        advantages = [sum((0.9 * 0.8) ** (j - i) * errors[j] for j in range(i, len(places))) for i in range(len(places))]
-        assert found.advantages_BT[row, places].tolist() == pytest.approx(advantages)
+        expected = [sum((0.9 * 0.8) ** (j - i) * errors[j] for j in range(i, len(places))) for i in range(len(places))]
+        assert found.advantages_BT[row, places].tolist() == pytest.approx(expected)
         assert found.returns_BT[row, places].tolist() == pytest.approx(
-            [advantage + value for advantage, value in zip(advantages, values, strict=False)]
+            [advantage + value for advantage, value in zip(expected, values, strict=False)]
         )
     assert not found.advantages_BT[~mask_BT].any() and not found.returns_BT[~mask_BT].any()
-    white_BT = whitened_tokens(found.advantages_BT, mask_BT)
-    assert white_BT[mask_BT].mean().item() == pytest.approx(0, abs=1e-9)
-    assert white_BT[mask_BT].std().item() == pytest.approx(1, abs=1e-6) and not white_BT[~mask_BT].any()
+    # two sequences in one row are what they are in rows of their own
+    packed = [torch.cat([values_BT[0], values_BT[1]])[None] for values_BT in (rewards_BT, values_BT, mask_BT)]
+    documents_BT = torch.tensor([[1] * 6 + [2] * 6])
+    joined = generalised_advantages(*packed, document_ids_BT=documents_BT, discount=0.9, decay=0.8)
+    assert torch.equal(joined.advantages_BT.view(2, 6), found.advantages_BT)
+    assert torch.equal(joined.returns_BT.view(2, 6), found.returns_BT)
+    chosen_N = found.advantages_BT[mask_BT]
+    assert advantages.whitened(chosen_N).tolist() == pytest.approx(whitened(chosen_N.tolist()))
 
 
 def packed() -> tuple[Batch, torch.Tensor]:

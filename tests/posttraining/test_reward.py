@@ -86,7 +86,7 @@ def test_no_reward_is_read_at_padding(pairs, scorer, tokenizer):
     # one end token for each answer, each in a sequence of its own
     ends_BT = batch.targets_BT >= 0
     assert torch.equal(batch.targets_BT[ends_BT], batch.tokens_BT[ends_BT]) and int(ends_BT.sum()) == 14
-    assert (batch.sequence_sums(ends_BT.float())[batch.per_sequence["is_pair"] > 0] == 1).all()
+    assert (batch.sequence_sums(ends_BT.float())[batch.per_sequence["pair_weight"] > 0] == 1).all()
 
 
 def test_an_answer_that_does_not_end_within_half_a_row_is_not_scored(tokenizer):

@@ -20,7 +20,7 @@ from bessemer.posttraining.rl.collapse import CollapseError
 from bessemer.posttraining.rl.config import RLConfig
 from bessemer.posttraining.rl.objective import PolicyObjective
 from bessemer.posttraining.rl.prompts import Prompt, gather_prompts
-from bessemer.posttraining.rl.rollouts import RolloutBatches
+from bessemer.posttraining.rl.rollouts import RolloutSource
 from bessemer.posttraining.rl.stage import rl
 from bessemer.training.data.batches import IGNORE_INDEX
 from bessemer.training.model_setup import PreparedModel
@@ -136,7 +136,7 @@ def test_completions_without_a_reward_are_left_out_and_counted(model_folder, dat
 def source_of(model, tokenizer, tmp_path, prompts, progress=None, folder=None, **changes):
     config = RLConfig.parse({"data": ["p.jsonl"], "rewards": ["rewards.py:letters"], **SETTINGS, **changes}, "rl")
     judge = Judge(config.rewards, RewardContext(folder or tmp_path))
-    source = RolloutBatches(prompts, judge, tokenizer, config, tmp_path, seed=1, progress=progress or Silent())
+    source = RolloutSource(prompts, judge, tokenizer, config, tmp_path, seed=1, progress=progress or Silent())
     runtime = Runtime.of(config, torch.device("cpu"))
     source.bind(Trainee({POLICY: PreparedModel(model, None)}, runtime))
     return source, config
@@ -247,8 +247,8 @@ def test_prompts_are_rows_or_questions_and_sums_stay_on_one_side(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt": [{"role": "assistant", "content": "b"}]}\n')
     with pytest.raises(SourceError, match=r"bad.jsonl:2: prompt: the prompt ends with the assistant"):
         gather_prompts(config.with_changes(data=["bad.jsonl"]), tmp_path, 0)
-    with pytest.raises(ConfigError, match=r"data: 'sums' is neither a file of .* nor a task; there are"):
-        gather_prompts(config.with_changes(data=["sums"]), tmp_path, 0)
+    with pytest.raises(ConfigError, match=r"data: 'additions' is neither a file of .* nor a task; there are"):
+        gather_prompts(config.with_changes(data=["additions"]), tmp_path, 0)
     with pytest.raises(ConfigError, match=r"the task piqa is asked by likelihood"):
         (tmp_path / "physical_interaction_qa.jsonl").write_text("")
         (tmp_path / "piqa.yaml").write_text("kind: cloze\ndata: a.jsonl\nname: piqa\n")
@@ -262,7 +262,12 @@ def test_prompts_are_rows_or_questions_and_sums_stay_on_one_side(tmp_path):
         ({"algorithm": "grop"}, r"there is no algorithm 'grop'; did you mean 'grpo'"),
         ({"top_p": 0.9}, r"rl samples from the whole distribution"),
         ({"batch_size": 10, "group_size": 4}, r"batch_size 10 is no multiple of group_size 4"),
-        ({"group_size": 1, "batch_size": 4}, r"group_size must be 2 or more"),
+        ({"group_size": 1, "batch_size": 4}, r"advantage grpo compares .*: group_size must be 2 or more"),
+        (
+            {"algorithm": "ppo", "group_size": 1, "dynamic_sampling": True},
+            r"dynamic_sampling compares .*: group_size must be 2 or more",
+        ),
+        ({"algorithm": "ppo", "reward_scale": "decoupled"}, r"a critic makes those of tokens"),
         ({"max_tokens": 64}, r"leaves no room for a prompt"),
         ({"max_kl": 1.0}, r"max_kl needs a reference"),
         ({"save": "best"}, r"which rl has not"),

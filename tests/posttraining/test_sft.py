@@ -116,6 +116,15 @@ def test_questions_need_documents_that_give_some(tmp_path):
         gather_conversations(SFTConfig(), None, tmp_path, seed=1)
 
 
+def test_a_tasks_items_are_learnt_with_their_right_answers(tmp_path):
+    training, held_out = gather_conversations(SFTConfig(data=["task/sums"], task_items=50), None, tmp_path, seed=1)
+    assert len(training) == 50 and not held_out
+    asked, answered = (message["content"] for message in training[0].messages)
+    assert answered == str(eval(asked.removesuffix(" =")))
+    with pytest.raises(ConfigError, match=r"the task constraints knows no right answers"):
+        gather_conversations(SFTConfig(data=["task/constraints"]), None, tmp_path, seed=1)
+
+
 def test_data_that_is_unknown_is_refused():
     with pytest.raises(ConfigError, match="did you mean 'made/docs_questions'"):
         SFTConfig.parse({"data": ["made/doc_questions"]}, "sft")

@@ -118,6 +118,14 @@ class Layout:
         first = self.data_rank(rank) * each
         return slice(first, first + each)
 
+    def row_count(self, rows: int) -> int:
+        """The smallest number of rows, at least so many, that all ranks share equally."""
+        return -(-rows // self.data_ranks) * self.data_ranks
+
+    def row_length(self, tokens: int) -> int:
+        """The smallest length of a row, at least so many tokens, that the context axis shares equally."""
+        return tokens if self.context == 1 else -(-tokens // (2 * self.context)) * 2 * self.context
+
     def data_rank(self, rank: int) -> int:
         """The index of a rank among those that read rows of their own; ranks of the other axes share it."""
         place = self.place(rank)

@@ -84,7 +84,9 @@ class CollectiveEngine:
         """As `Engine.weight_version`."""
         return self._version
 
-    def rollouts(self, prompts: Sequence[Prompt], n: int, params: SamplingParams, **options: Any) -> Rollouts:
+    def rollouts(
+        self, prompts: Sequence[Prompt], n: int, params: SamplingParams | Sequence[SamplingParams], **options: Any
+    ) -> Rollouts:
         """`Engine.rollouts` of this group's prompts."""
         return self._together(lambda engine: engine.rollouts(prompts, n, params, **options))
 

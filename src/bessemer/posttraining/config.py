@@ -8,6 +8,7 @@ from pydantic import field_validator, model_validator
 
 from bessemer.core.config import nearest, setting
 from bessemer.core.records import TABLES
+from bessemer.posttraining.made import REVISIONS, SYNTHETIC
 from bessemer.training.adapter_config import TuningConfig
 
 #: Raised when the same settings and inputs give other weights or conversations than before (golden outputs in the tests).
@@ -15,6 +16,11 @@ SFT_VERSION = 5
 
 #: Data made from the run's own documents: its name in `data`.
 DOCS_QUESTIONS = "made/docs_questions"
+#: All data that a recipe makes and `sft` reads.
+MADE_DATA = (DOCS_QUESTIONS, REVISIONS, SYNTHETIC)
+
+#: Before the name of a task whose items are data.
+TASK = "task/"
 
 
 class SFTConfig(TuningConfig):
@@ -23,8 +29,9 @@ class SFTConfig(TuningConfig):
     shorthand: ClassVar[str | None] = "data"
 
     data: list[str] = setting(
-        description=f"Conversations: {DOCS_QUESTIONS}, or files of rows, as JSON lines, JSON, CSV or Parquet: {{messages}}, "
-        "{prompt, completion}, ShareGPT's {conversations}, Alpaca's {instruction, input, output} (docs/sft.md).",
+        description=f"Conversations: {DOCS_QUESTIONS}; {REVISIONS} and {SYNTHETIC} of stages above; a task whose right answers "
+        f"are known, as in {TASK}sums; or files of rows, as JSON lines, JSON, CSV or Parquet: {{messages}}, {{prompt, "
+        "completion}, ShareGPT's {conversations}, Alpaca's {instruction, input, output} (docs/sft.md).",
         default_factory=lambda: [DOCS_QUESTIONS],
         min_length=1,
     )
@@ -32,6 +39,7 @@ class SFTConfig(TuningConfig):
     answer_column: str | None = setting(None, "Column of the answers.")
     train_questions: int = setting(600, f"Questions of {DOCS_QUESTIONS} to train on.", gt=0)
     validation_questions: int = setting(200, f"Questions of {DOCS_QUESTIONS} about documents held out, never trained on.", ge=0)
+    task_items: int = setting(600, "Items of a task to train on, the first ones; none of them is held out.", gt=0)
     validation_share: float = setting(0.05, "Fraction of a file's conversations that is held out.", ge=0, lt=1)
     epochs: float = setting(15.0, "Passes over the conversations; without effect when steps is given.", gt=0)
 
@@ -71,8 +79,8 @@ class SFTConfig(TuningConfig):
     @classmethod
     def _known_data(cls, names: list[str]) -> list[str]:
         for name in names:
-            if name != DOCS_QUESTIONS and not name.endswith(TABLES):
-                known = nearest(name, [DOCS_QUESTIONS])
+            if name not in MADE_DATA and not name.startswith(TASK) and not name.endswith(TABLES):
+                known = nearest(name, list(MADE_DATA))
                 raise ValueError(f"{name!r} is neither a file of rows ({', '.join(TABLES)}) nor made data{known}")
         return names
 

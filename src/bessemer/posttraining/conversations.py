@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from bessemer.core.hashing import hash_value
+from bessemer.core.records import TABLES
 from bessemer.core.store import write_text
-from bessemer.posttraining.config import DOCS_QUESTIONS, SFTConfig
+from bessemer.posttraining.config import SFTConfig
 from bessemer.posttraining.dataset import files_fingerprint, read_examples
 from bessemer.posttraining.formats import Answered, Message, Turns, answer_in_columns, as_answered
 
@@ -83,4 +84,4 @@ def write_conversations(path: Path, conversations: Iterable[Conversation]) -> No
 
 def data_fingerprint(config: SFTConfig, folder: Path) -> dict[str, str]:
     """Hashes of the files of conversations, for the stage's key. Raises SourceError for a missing one."""
-    return files_fingerprint([name for name in config.data if name != DOCS_QUESTIONS], folder)
+    return files_fingerprint([name for name in config.data if name.endswith(TABLES)], folder)

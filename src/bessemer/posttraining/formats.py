@@ -6,13 +6,14 @@
 | `conversations` of `from` and `value` (ShareGPT) | a conversation |
 | `instruction`, `input`, `output`, `system` (Alpaca) | a conversation |
 | `prompt` and `completion`, messages or texts | a conversation or a text, of which the completion is learnt |
-| `prompt`, `chosen`, `rejected`; without `prompt` what the two begin with alike | a pair of answers |
+| `prompt`, `chosen`, `rejected` (`margin`, `confidence`); without `prompt` what the two begin with alike | a pair of answers |
 | `prompt`, `completion`, `label` | an answer that is good or bad |
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -55,13 +56,19 @@ class Answered:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two answers to a prompt, of which the first is preferred. margin: how much better it is, where that is known."""
+    """Two answers to a prompt, of which the first is preferred.
+
+    margin: how much better it is, where that is known. confidence: how probably it is better, from one half to 1. weight: in
+    the mean over pairs, as where a prompt has several.
+    """
 
     prompt: Turns
     chosen: Turns
     rejected: Turns
     tools: tuple[Message, ...] = ()
     margin: float = 0.0
+    confidence: float = 1.0
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -107,6 +114,17 @@ def _cell(row: Mapping[str, Any], name: str) -> str:
     return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else _text(row, name)
 
 
+def as_prompt(row: Mapping[str, Any], column: str = "prompt") -> tuple[Message, ...]:
+    """A row's prompt as messages; a text is what the user says. Raises ValueError or RequestError, in one line."""
+    if column not in row:
+        raise ValueError(f"has no column {column!r}{nearest(column, list(row))}")
+    given = row[column]
+    messages = _messages([_said("user", _text(row, column))] if isinstance(given, str) else given, column)
+    if messages[-1]["role"] == "assistant":
+        raise ValueError(f"{column}: the assistant speaks last, so that nothing is asked")
+    return messages
+
+
 def as_pair(row: Mapping[str, Any]) -> Pair:
     """A row of a chosen and a rejected answer. Raises ValueError or RequestError, in one line."""
     if "chosen" not in row or "rejected" not in row:
@@ -114,10 +132,21 @@ def as_pair(row: Mapping[str, Any]) -> Pair:
     prompt, (chosen, rejected) = _prompt_and_answers(row, ("chosen", "rejected"))
     if chosen == rejected:
         raise ValueError("chosen and rejected are the same, so that neither is preferred")
-    margin = row.get("margin", 0.0)
-    if isinstance(margin, bool) or not isinstance(margin, (int, float)):
-        raise ValueError(f"margin must be a number, it is {margin!r}")
-    return Pair(prompt, chosen, rejected, _tools(row), float(margin))
+    confidence, weight = _number(row, "confidence", 1.0), _number(row, "weight", 1.0)
+    if not 0.5 <= confidence <= 1:
+        raise ValueError(f"confidence is how probably chosen is better, from 0.5 to 1; it is {confidence:g}")
+    if weight <= 0:
+        raise ValueError(f"weight must be above 0, it is {weight:g}")
+    return Pair(prompt, chosen, rejected, _tools(row), _number(row, "margin", 0.0), confidence, weight)
+
+
+def _number(row: Mapping[str, Any], name: str, absent: float) -> float:
+    value = row.get(name)
+    if value is None:
+        return absent
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a number, it is {value!r}")
+    return float(value)
 
 
 def as_labelled(row: Mapping[str, Any]) -> Labelled:
@@ -142,8 +171,17 @@ def as_labelled_answers(row: Mapping[str, Any]) -> list[Labelled]:
     if "chosen" not in row:
         return [as_labelled(row)]
     pair = as_pair(row)
+    if pair.confidence < 1:
+        raise ValueError("confidence is of a pair, and its answers are taken one by one; leave it out, or take a loss of pairs")
     sides = ((pair.chosen, True), (pair.rejected, False))
     return [Labelled(Answered(pair.prompt, answer, pair.tools), label) for answer, label in sides]
+
+
+def conversation_text(messages: Sequence[Message]) -> str:
+    """Messages for a reader: the user's words where that is all, else who says what."""
+    if len(messages) == 1:
+        return str(messages[0].get("content") or "")
+    return "\n\n".join(f"{message['role']}: {message.get('content') or ''}" for message in messages)
 
 
 def _prompt_and_answers(row: Mapping[str, Any], keys: Sequence[str]) -> tuple[Turns, list[Turns]]:

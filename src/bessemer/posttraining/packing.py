@@ -60,6 +60,12 @@ class PackedConversations:
 def pack_conversations(conversations: Sequence[Conversation], tokenizer: Tokenizer, context_length: int) -> PackedConversations:
     """Conversations in as few rows as best-fit decreasing finds; truncated at a row's length."""
     encoded = [encode_conversation(conversation, tokenizer, context_length) for conversation in conversations]
+    return pack_examples(encoded, tokenizer, context_length)
+
+
+def pack_examples(encoded: Sequence[Example | None], tokenizer: Tokenizer, context_length: int) -> PackedConversations:
+    """Examples of at most `context_length` tokens, in as few rows as best-fit decreasing finds; None is one that is left
+    out."""
     examples = [example for example in encoded if example is not None]
     lengths = [len(example.tokens) for example in examples]
     row_of = best_fit(lengths, context_length)

@@ -26,13 +26,13 @@ _ABBREVIATION = re.compile(r"\b(e\.g|i\.e|etc|vs|cf|al)\.$")
 
 def make_questions(documents: Path, split: str, count: int, seed: int) -> list[Conversation]:
     """At most `count` questions on the documents of a split, sampled by the seed; in sampling order."""
-    names = Counter(_name(metadata) for _, _, metadata in _documented(documents, split))
+    names = Counter(qualified_name(metadata) for _, _, metadata in documented_functions(documents, split))
     draws = (
         (hash_bytes(str(seed).encode(), identifier.encode()), text, metadata)
-        for identifier, text, metadata in _documented(documents, split)
-        if names[_name(metadata)] == 1
+        for identifier, text, metadata in documented_functions(documents, split)
+        if names[qualified_name(metadata)] == 1
     )
-    candidates = ((draw, pair) for draw, text, metadata in draws if (pair := _question(draw, text, metadata)))
+    candidates = ((draw, pair) for draw, text, metadata in draws if (pair := question_of(draw, text, metadata)))
     drawn = heapq.nsmallest(count, candidates)
     return [
         Conversation.of(({"role": "user", "content": question}, {"role": "assistant", "content": answer}), DOCS_QUESTIONS)
@@ -42,11 +42,11 @@ def make_questions(documents: Path, split: str, count: int, seed: int) -> list[C
 
 def has_question(documents: Path, split: str) -> bool:
     """Whether any document of a split gives a question."""
-    return any(_question("0" * 8, text, metadata) for _, text, metadata in _documented(documents, split))
+    return any(question_of("0" * 8, text, metadata) for _, text, metadata in documented_functions(documents, split))
 
 
-def _documented(documents: Path, split: str) -> Iterator[tuple[str, str, dict[str, str]]]:
-    """(id, text, metadata) of the public functions, methods and classes among the documents."""
+def documented_functions(documents: Path, split: str | None) -> Iterator[tuple[str, str, dict[str, str]]]:
+    """(id, text, metadata) of the public functions, methods and classes among the documents of a split, or of all."""
     for batch in iterate_documents(documents, ["id", "text", "metadata"], split):
         for row in batch.to_pylist():
             metadata = dict(row["metadata"] or ())
@@ -55,13 +55,14 @@ def _documented(documents: Path, split: str) -> Iterator[tuple[str, str, dict[st
                 yield row["id"], row["text"], metadata
 
 
-def _name(metadata: dict[str, str]) -> tuple[str, str]:
+def qualified_name(metadata: dict[str, str]) -> tuple[str, str]:
+    """Package and name in it, by which a function is asked for."""
     return metadata["package"], metadata["qualname"]
 
 
-def _question(draw: str, text: str, metadata: dict[str, str]) -> tuple[str, str] | None:
+def question_of(draw: str, text: str, metadata: dict[str, str]) -> tuple[str, str] | None:
     """One of the question–answer pairs of a document, chosen by its draw; None when it has none."""
-    package, qualname = _name(metadata)
+    package, qualname = qualified_name(metadata)
     pairs = []
     if summary := first_sentence(text):
         pairs.append((f"What does `{qualname}` of {package} do?", summary))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,14 @@ from bessemer.distributed.mesh import Mesh
 from bessemer.model.decoder import Decoder
 from bessemer.model.folder_config import read_model_config
 from bessemer.model.trained_adapters import without_parts_beside
-from bessemer.posttraining.config import DOCS_QUESTIONS, SFTConfig
+from bessemer.posttraining.config import DOCS_QUESTIONS, MADE_DATA, TASK, SFTConfig
 from bessemer.posttraining.conversations import Conversation, read_conversations, write_conversations
+from bessemer.posttraining.made import data_path
 from bessemer.posttraining.mixed_text import MixedBatches
 from bessemer.posttraining.packing import PackedBatches, pack_conversations, validation_on
 from bessemer.posttraining.questions import make_questions
 from bessemer.posttraining.supervised import add_embedding_noise, dynamic_fine_tuning
+from bessemer.posttraining.task_conversations import task_conversations
 from bessemer.tokenization.shards import TokenShards
 from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.data.batches import BatchSource, TokenBatches
@@ -39,6 +41,7 @@ def sft(
     out: Path,
     *,
     tokens: Path | None = None,
+    made: Mapping[str, Path] | None = None,
     seed: int,
     device: str = "auto",
     progress: Progress | None = None,
@@ -51,13 +54,13 @@ def sft(
 
     Writes below `out`: `model/`, `metrics.jsonl`, `autotune.json`, `checkpoints/`, and the training and held-out
     conversations, `conversations/{train,validation}.jsonl`. tokens: the run's token shards, for rows of plain text. Files named
-    in the settings are relative to `folder`. tasks: opens the tasks that the settings name. on_validation: receives the
-    finished steps and the model of the moment, in one process. Returns the headline metrics. Raises SourceError for
-    conversations that are missing or malformed, and what `run_training` raises.
+    in the settings are relative to `folder`. made: files of stages above, by their names in `data`. tasks: opens the tasks
+    that the settings name. on_validation: receives the finished steps and the model of the moment, in one process. Returns the
+    headline metrics. Raises SourceError for conversations that are missing or malformed, and what `run_training` raises.
     """
     progress = progress or Silent()
     tokenizer = load_tokenizer(model)
-    training, held_out = gather_conversations(config, documents, folder, seed)
+    training, held_out = gather_conversations(config, documents, folder, seed, made)
     packed = pack_conversations(training, tokenizer, config.context_length)
     validation = pack_conversations(held_out, tokenizer, config.context_length) if held_out else None
     if packed.skipped:
@@ -139,25 +142,30 @@ def sft(
 
 
 def gather_conversations(
-    config: SFTConfig, documents: Path | None, folder: Path, seed: int
+    config: SFTConfig, documents: Path | None, folder: Path, seed: int, made: Mapping[str, Path] | None = None
 ) -> tuple[list[Conversation], list[Conversation]]:
-    """(training, held-out) conversations of all data that the settings name. Raises SourceError."""
+    """(training, held-out) conversations of all data that the settings name. Raises SourceError, and ConfigError for a task
+    that there is not or whose answers are not known."""
     training: list[Conversation] = []
     held_out: list[Conversation] = []
     for name in config.data:
         if name == DOCS_QUESTIONS:
             if documents is None:
                 raise SourceError(f"{DOCS_QUESTIONS} is made from documents, and no stage of this recipe makes any")
-            made = make_questions(documents, TRAIN, config.train_questions, seed)
-            if not made:
+            questions = make_questions(documents, TRAIN, config.train_questions, seed)
+            if not questions:
                 raise SourceError(
                     f"{documents}: no question can be made from it; {DOCS_QUESTIONS} needs documentation of functions and "
                     "classes, as the sources wheels and python_docs give it"
                 )
-            training += made
+            training += questions
             held_out += make_questions(documents, VALIDATION, config.validation_questions, seed)
             continue
-        for conversation in read_conversations(folder / name, config.columns):
+        if name.startswith(TASK):
+            training += task_conversations(name.removeprefix(TASK), config.task_items)
+            continue
+        columns = None if name in MADE_DATA else config.columns
+        for conversation in read_conversations(data_path(name, folder, made or {}), columns):
             chance = derive_seed(seed, "validation", conversation.id) / 2**63
             (held_out if chance < config.validation_share else training).append(conversation)
     return training, held_out

@@ -19,9 +19,14 @@ from bessemer.data.sources.config import (
 )
 from bessemer.posttraining import report
 from bessemer.posttraining.config import DOCS_QUESTIONS, SFT_VERSION, SFTConfig
+from bessemer.posttraining.constitution.specs import STAGES as CONSTITUTION_STAGES
+from bessemer.posttraining.distillation.specs import STAGES as DISTILLATION_STAGES
+from bessemer.posttraining.honesty.specs import STAGES as HONESTY_STAGES
+from bessemer.posttraining.made import REVISIONS, SYNTHETIC, made_paths, roles, unread
 from bessemer.posttraining.preference.specs import STAGES as PREFERENCE_STAGES
 from bessemer.posttraining.reward.specs import STAGES as REWARD_STAGES
 from bessemer.posttraining.rl.specs import STAGES as RL_STAGES
+from bessemer.posttraining.synthetic.specs import STAGES as SYNTHETIC_STAGES
 from bessemer.tokenization.config import TokenizeConfig
 from bessemer.training.specs import (
     model_not_merged,
@@ -31,6 +36,8 @@ from bessemer.training.specs import (
     training_stage,
 )
 
+#: What stages above may make for it.
+_MADE = (REVISIONS, SYNTHETIC)
 _OTHER_DATA = "name a file of conversations in sft.data, or leave the stage out with sft: null"
 
 
@@ -85,6 +92,7 @@ def _sft(context: StageContext) -> dict[str, Any]:
         documents_of(context),
         context.out,
         tokens=context.inputs.get("tokens"),
+        made=made_paths(context.inputs),
         tasks=context.services.tasks,
         **training_arguments(context),
     )
@@ -102,7 +110,8 @@ STAGES = (
         summary="Fine-tune the model on conversations (supervised fine-tuning).",
         config=SFTConfig,
         version=SFT_VERSION,
-        needs={"model": "model", "documents": "documents?", "tokens": "tokens?"},
+        needs={"model": "model", "documents": "documents?", "tokens": "tokens?", **roles(_MADE)},
+        unread=unread(_MADE),
         makes={"model": "model", "conversations": "conversations"},
         links={"model": "model", "adapter": "adapter"},
         lacks=model_not_merged,
@@ -117,7 +126,11 @@ STAGES = (
         conflict_of_files=_sft_conflict_of_files,
         unusable=_documents_without_questions,
     ),
+    *HONESTY_STAGES,
+    *CONSTITUTION_STAGES,
+    *SYNTHETIC_STAGES,
     *PREFERENCE_STAGES,
     *REWARD_STAGES,
     *RL_STAGES,
+    *DISTILLATION_STAGES,
 )

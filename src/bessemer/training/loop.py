@@ -66,6 +66,7 @@ def train(
     seed: int,
     objective: Objective | LossFunction | None = None,
     beside: Mapping[str, Decoder] | None = None,
+    settings_beside: Mapping[str, LoopConfig] | None = None,
     frozen: Mapping[str, Decoder] | None = None,
     without_adapters: Callable[[Decoder], AbstractContextManager[None]] | None = None,
     on_step_end: Callable[[int, Trainer], dict[str, float]] = lambda finished, trainer: {},
@@ -83,9 +84,10 @@ def train(
     Writes `metrics.jsonl` and `checkpoints/` below `out`. Under a mesh every process calls this, on a shared disk, and the last
     checkpoint holds the whole weights. Returns the headline metrics.
 
-    objective: instead of next-token prediction. beside: models by role that are trained with it, as a critic. frozen: models by
-    role that are not, as a reference or a teacher. without_adapters: as of `Trainee`. load: gives the model its weights once it
-    is prepared, where it has none before. on_step_end: called after each step with the number of finished steps and the
+    objective: instead of next-token prediction. beside: models by role that are trained with it, as a critic.
+    settings_beside: by role, settings of their optimizers other than `config`. frozen: models by role that are not trained, as
+    a reference or a teacher. without_adapters: as of `Trainee`. load: gives the model its weights once it is prepared, where it
+    has none before. on_step_end: called after each step with the number of finished steps and the
     `Trainer`; the metrics that it returns (validation) go into that step's line. checkpoint_source: a checkpoint of another
     run, whose weights, optimizer states and step this run starts from. folder: where a user's own functions lie. peak_flops: of
     one process's device, FLOP/s (`device_peak`). throughput_check: receives the seconds of each step with a full batch; an
@@ -120,7 +122,9 @@ def train(
         trained |= {role: prepare_model(each, config, runtime, mesh) for role, each in (beside or {}).items()}
         fixed = {role: prepare_model(each, config, runtime, mesh) for role, each in (frozen or {}).items()}
         optimizers_of = {
-            role: build_optimizers(each.model, config, folder, width=width_ratio(config, each.model.config))
+            role: build_optimizers(
+                each.model, (settings_beside or {}).get(role, config), folder, width=width_ratio(config, each.model.config)
+            )
             for role, each in trained.items()
         }
         optimizers = [optimizer for each in optimizers_of.values() for optimizer in each]

@@ -132,7 +132,8 @@ class Trainee:
         """Values of the tokens of this rank's whole rows, (B, T), on the batch's device, the same on all ranks that have these
         rows. In float32, or in float64 for a model in float64.
 
-        compute: of a model and a micro-batch, (b, t). In evaluation mode and without gradients.
+        compute: of a model and a micro-batch, (b, t), or under data axes alone (b, t, …). In evaluation mode and without
+        gradients.
         """
         with self.prepared(role) as prepared:
             parts = self.for_each_micro_batch(prepared, self.cut(batch), compute)

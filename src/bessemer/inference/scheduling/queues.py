@@ -57,6 +57,11 @@ class SequenceQueues:
         """Sequences that could run beside those that do."""
         return self.max_num_seqs - len(self._running)
 
+    @property
+    def may_admit(self) -> bool:
+        """Whether a sequence that waits could begin in the next step: in an empty place, or in that of a less urgent one."""
+        return bool(self._waiting) and (self._has_place() or self._waiting[0].priority < self._running[-1].priority)
+
     def longest(self, most: int) -> int:
         """The most tokens of one sequence that the memory holds, at most `most`. Depends on nothing that changes."""
         return bisect_right(range(1, most + 1), False, key=lambda length: not self._holds(length))

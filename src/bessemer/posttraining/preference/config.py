@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
 from bessemer.core.config import setting
 from bessemer.core.errors import ConfigError
+from bessemer.posttraining.made import MISMATCHED, checked_pairs
 from bessemer.posttraining.preference.registry import KTO, PAIR_LOSSES
 from bessemer.training.adapter_config import TuningConfig
 
@@ -21,8 +22,10 @@ class PreferenceConfig(TuningConfig):
     shorthand: ClassVar[str | None] = "data"
 
     data: list[str] = setting(
-        description="Files of pairs, as JSON lines, JSON, CSV or Parquet: {prompt, chosen, rejected}, in messages or texts; "
-        "with kto also of single answers, {prompt, completion, label}.",
+        description="Pairs: files of rows, as JSON lines, JSON, CSV or Parquet: {prompt, chosen, rejected}, in messages or "
+        "texts; made/mismatched, of the conversations of sft; made/preferences and made/honesty, of stages above. With "
+        "kto also "
+        "files of single answers, {prompt, completion, label}.",
         min_length=1,
     )
     loss: str = setting(
@@ -65,6 +68,17 @@ class PreferenceConfig(TuningConfig):
     def packed(self) -> bool:
         """Whether rows hold several conversations that do not attend to each other."""
         return True
+
+    @field_validator("data")
+    @classmethod
+    def _known_data(cls, names: list[str]) -> list[str]:
+        return checked_pairs(names)
+
+    @model_validator(mode="after")
+    def _check_made_pairs(self) -> Self:
+        if self.loss == KTO and MISMATCHED in self.data:
+            raise ValueError(f"data: kto learns from single answers, and {MISMATCHED} is of pairs; name files")
+        return self
 
     @field_validator("loss")
     @classmethod

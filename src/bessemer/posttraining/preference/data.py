@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from bessemer.core.errors import SourceError
 from bessemer.posttraining.dataset import prompt_key, read_examples, split_examples
-from bessemer.posttraining.formats import as_labelled_answers, as_pair
+from bessemer.posttraining.formats import as_labelled_answers
+from bessemer.posttraining.made import data_path
+from bessemer.posttraining.pairs import gather_pairs
 from bessemer.posttraining.preference.config import PreferenceConfig
 from bessemer.posttraining.preference.kto import KTOObjective
 from bessemer.posttraining.preference.labelled import pack_answers
@@ -43,11 +47,17 @@ class PreferenceData:
         return self.training.tokens_BT.shape[0]
 
 
-def paired_data(config: PreferenceConfig, tokenizer: Tokenizer, folder: Path, seed: int) -> PreferenceData:
+def paired_data(
+    config: PreferenceConfig, tokenizer: Tokenizer, folder: Path, made: Mapping[str, Path], seed: int
+) -> PreferenceData:
     """The pairs that the settings name, packed, with the objective of their loss. Raises SourceError."""
     loss = PAIR_LOSSES.find(config.loss).load()
-    pairs = [pair for name in config.data for pair in read_examples(folder / name, as_pair)]
-    training, held_out = split_examples(pairs, lambda pair: prompt_key(pair.prompt), config.validation_share, seed)
+    training, held_out = gather_pairs(config.data, folder, made, config.validation_share, seed)
+    if not loss.soft_labels and any(pair.confidence < 1 for pair in (*training, *held_out)):
+        raise SourceError(
+            f"the pairs have a confidence, which the loss {config.loss} cannot use; take sigmoid, sigmoid_norm or simpo, or "
+            "leave the column out"
+        )
     packed, validation = (pack_pairs(some, tokenizer, config.context_length) for some in (training, held_out))
     settings = PairLossSettings(config.beta, config.label_smoothing, config.margin)
     return PreferenceData(
@@ -64,9 +74,11 @@ def paired_data(config: PreferenceConfig, tokenizer: Tokenizer, folder: Path, se
     )
 
 
-def labelled_data(config: PreferenceConfig, tokenizer: Tokenizer, folder: Path, seed: int) -> PreferenceData:
+def labelled_data(
+    config: PreferenceConfig, tokenizer: Tokenizer, folder: Path, made: Mapping[str, Path], seed: int
+) -> PreferenceData:
     """The single answers that the settings name, those of pairs among them, packed for KTO. Raises SourceError."""
-    rows = [row for name in config.data for row in read_examples(folder / name, as_labelled_answers)]
+    rows = [row for name in config.data for row in read_examples(data_path(name, folder, made), as_labelled_answers)]
     answers = [answer for row in rows for answer in row]
     training, held_out = split_examples(answers, lambda one: prompt_key(one.answered.prompt), config.validation_share, seed)
     if len({prompt_key(one.answered.prompt) for one in held_out}) == 1:

@@ -23,10 +23,11 @@ _LARGEST_LOG_PROB = -1e-6
 @dataclass(frozen=True)
 class PairLossSettings:
     """beta: how strongly the policy is held to the reference, or the scale of the margin. label_smoothing: share of pairs whose
-    labels are taken to be swapped, below one half. margin: γ of SimPO, the margin of mean log-probabilities times β."""
+    labels are taken to be swapped, below one half; or how probably each is, (P,), at most one half. margin: γ of SimPO, the
+    margin of mean log-probabilities times β."""
 
     beta: float = 0.1
-    label_smoothing: float = 0.0
+    label_smoothing: float | Tensor = 0.0
     margin: float = 0.5
 
 
@@ -36,13 +37,15 @@ class PairLoss:
 
     function: of the log-ratios of the chosen and of the rejected answers, (P,), the loss of each pair, (P,). per_token: the
     log-ratios are means over the answer's tokens, and not sums. needs_reference: they are against a reference. next_token:
-    weight of the mean cross-entropy of the chosen conversation, prompt included, that belongs to the method.
+    weight of the mean cross-entropy of the chosen conversation, prompt included, that belongs to the method. soft_labels: it
+    takes a smoothing for each pair, and so pairs whose label is only probable.
     """
 
     function: Callable[[Tensor, Tensor, PairLossSettings], Tensor]
     per_token: bool = False
     needs_reference: bool = True
     next_token: float = 0.0
+    soft_labels: bool = False
 
 
 def sigmoid(chosen_P: Tensor, rejected_P: Tensor, settings: PairLossSettings) -> Tensor:
@@ -112,15 +115,15 @@ def _log1m_exp(log_probs: Tensor) -> Tensor:
     return torch.where(near_zero, small, large)
 
 
-SIGMOID = PairLoss(sigmoid)
-SIGMOID_NORM = PairLoss(sigmoid, per_token=True)
+SIGMOID = PairLoss(sigmoid, soft_labels=True)
+SIGMOID_NORM = PairLoss(sigmoid, per_token=True, soft_labels=True)
 HINGE = PairLoss(hinge)
 IPO = PairLoss(ipo, per_token=True)
 ROBUST = PairLoss(robust)
 APO_ZERO = PairLoss(apo_zero)
 APO_DOWN = PairLoss(apo_down)
 SPPO_HARD = PairLoss(sppo_hard)
-SIMPO = PairLoss(simpo, per_token=True, needs_reference=False)
+SIMPO = PairLoss(simpo, per_token=True, needs_reference=False, soft_labels=True)
 ORPO = PairLoss(orpo, per_token=True, needs_reference=False, next_token=1.0)
 
 

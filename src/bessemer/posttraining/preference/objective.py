@@ -5,6 +5,8 @@ Shapes: B rows, T tokens of a row, S sequences of a row, P = S / 2 pairs of a ro
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -36,8 +38,8 @@ class PreferenceObjective(Objective):
         self._next_token = next_token + loss.next_token
 
     def denominators(self, batch: Batch) -> dict[str, Count]:
-        """The number of pairs; of the cross-entropy, that of its tokens."""
-        found = {"preference": Count(float(batch.per_sequence["is_pair"].sum()) / 2, "sequence")}
+        """The sum of the weights of pairs; of the cross-entropy, the number of its tokens."""
+        found = {"preference": Count(float(batch.per_sequence["pair_weight"].sum()) / 2, "sequence")}
         if self._next_token:
             found["next_token"] = Count(float(_chosen_tokens(batch).sum()))
         return found
@@ -69,9 +71,10 @@ class PreferenceObjective(Objective):
         tokens_BS = tokens_BS.detach().clamp(min=1)
         ratios_BS = sums_BS / tokens_BS if self._loss.per_token else sums_BS
         chosen_BP, rejected_BP = ratios_BS[:, 0::2], ratios_BS[:, 1::2]
-        is_pair_BP = batch.per_sequence["is_pair"][:, 0::2].to(ratios_BS.dtype)
-        losses_BP = self._loss.function(chosen_BP.flatten(), rejected_BP.flatten(), self._settings).view_as(chosen_BP)
-        sums = {"preference": context.once((losses_BP * is_pair_BP).sum())}
+        weight_BP = batch.per_sequence["pair_weight"][:, 0::2].to(ratios_BS.dtype)
+        settings = self._of_pairs(batch, ratios_BS.dtype)
+        losses_BP = self._loss.function(chosen_BP.flatten(), rejected_BP.flatten(), settings).view_as(chosen_BP)
+        sums = {"preference": context.once((losses_BP * weight_BP).sum())}
         if self._next_token:
             sums["next_token"] = -self._next_token * (every_BT * _chosen_tokens(batch)).sum()
         with torch.no_grad():
@@ -85,9 +88,20 @@ class PreferenceObjective(Objective):
                 "log_prob_chosen": mean_BS[:, 0::2],
                 "log_prob_rejected": mean_BS[:, 1::2],
             }
-            pairs = context.once(is_pair_BP.sum())
-            metrics = {name: Metric(context.once((one * is_pair_BP).sum()), pairs) for name, one in figures_BP.items()}
+            pairs = context.once(weight_BP.sum())
+            metrics = {name: Metric(context.once((one * weight_BP).sum()), pairs) for name, one in figures_BP.items()}
         return Terms(sums, metrics)
+
+    def _of_pairs(self, batch: Batch, dtype: torch.dtype) -> PairLossSettings:
+        """The loss's settings, smoothed for each pair where the labels have a confidence c: a label is right where it was given
+        rightly and not swapped, or the other way round, with the probability c(1 − ε) + (1 − c)ε."""
+        if "confidence" not in batch.per_sequence:
+            return self._settings
+        assert self._loss.soft_labels, "asked before"
+        confidence_P = batch.per_sequence["confidence"][:, 0::2].to(dtype).flatten()
+        swapped = self._settings.label_smoothing
+        right_P = confidence_P * (1 - swapped) + (1 - confidence_P) * swapped
+        return replace(self._settings, label_smoothing=1 - right_P)
 
 
 def target_log_probs(model: Decoder, batch: Batch, targets_BT: Tensor | None = None) -> Tensor:

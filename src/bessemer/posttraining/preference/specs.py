@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from bessemer.core.stage import Outside, StageContext
+from bessemer.core.stage import StageContext
+from bessemer.posttraining.made import PAIRS_NEEDS, made_paths, pairs_fingerprint, unread_pairs
 from bessemer.posttraining.preference import report
 from bessemer.posttraining.preference.config import PREFERENCE_VERSION, PreferenceConfig
 from bessemer.training.specs import model_not_merged, training_arguments, training_stage
@@ -18,14 +19,9 @@ def _preference(context: StageContext) -> dict[str, Any]:
         context.inputs["model"],
         context.out,
         tasks=context.services.tasks,
+        made=made_paths(context.inputs),
         **training_arguments(context),
     )
-
-
-def _fingerprint(config: PreferenceConfig, outside: Outside) -> Any:
-    from bessemer.posttraining.dataset import files_fingerprint
-
-    return files_fingerprint(config.data, outside.folder)
 
 
 STAGES = (
@@ -34,6 +30,7 @@ STAGES = (
         summary="Train the model on pairs of a preferred and a rejected answer (DPO and its kin).",
         config=PreferenceConfig,
         version=PREFERENCE_VERSION,
+        needs=dict(PAIRS_NEEDS),
         links={"model": "model", "adapter": "adapter"},
         lacks=model_not_merged,
         example="preference: {data: [pairs.jsonl]}",
@@ -41,6 +38,7 @@ STAGES = (
         report=report.report,
         summary_line=report.summary_line,
         run=_preference,
-        fingerprint=_fingerprint,
+        unread=unread_pairs,
+        fingerprint=pairs_fingerprint,
     ),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,16 +41,20 @@ def preference(
     folder: Path = Path(),
     card_flops: Callable[[str], float | None] = lambda name: None,
     tasks: OpenTasks | None = None,
+    made: Mapping[str, Path] | None = None,
 ) -> dict[str, Any]:
     """Train the model of folder `model` on pairs of answers, with `kto` on single ones; resumes from `out`.
 
     Writes below `out`: `model/`, `metrics.jsonl`, `autotune.json`, `checkpoints/`, and the reference's log-probabilities. The
+    The
     reference is the model as it was: on several processes it is held beside the policy, or is the policy without its adapter.
-    Files named in the settings are relative to `folder`. Returns the headline metrics. Raises SourceError for pairs that are
-    missing or malformed, and what `run_training` raises.
+    Files named in the settings are relative to `folder`. made: files that stages above have made, by their names in `data`.
+    Returns the headline metrics. Raises SourceError for pairs that are missing or malformed, and what `run_training` raises.
     """
     progress = progress or Silent()
-    data = (labelled_data if config.loss == KTO else paired_data)(config, load_tokenizer(model), folder, seed)
+    tokenizer = load_tokenizer(model)
+    gather = labelled_data if config.loss == KTO else paired_data
+    data = gather(config, tokenizer, folder, made or {}, seed)
     if data.training_skipped:
         progress.say(
             f"  {data.training_skipped:,} of {data.training_examples + data.training_skipped:,} {data.name} are left out: an "

@@ -7,6 +7,7 @@ from typing import ClassVar
 from pydantic import field_validator
 
 from bessemer.core.config import setting
+from bessemer.posttraining.made import checked_pairs
 from bessemer.training.config import LoopConfig
 
 #: Raised when the same settings and inputs give other weights than before.
@@ -19,8 +20,10 @@ class RewardConfig(LoopConfig):
     shorthand: ClassVar[str | None] = "data"
 
     data: list[str] = setting(
-        description="Files of pairs, as JSON lines, JSON, CSV or Parquet: {prompt, chosen, rejected}, in messages or texts; "
-        "margin: by how much the one is better.",
+        description="Pairs: files of rows, as JSON lines, JSON, CSV or Parquet: {prompt, chosen, rejected}, in messages or "
+        "texts; made/mismatched, of the conversations of sft; made/preferences and made/honesty, of stages above. A row "
+        "may have "
+        "a margin, by how much the one is better, a confidence, how probably it is, and a weight.",
         min_length=1,
     )
     centering: float = setting(
@@ -53,6 +56,11 @@ class RewardConfig(LoopConfig):
     def scores(self) -> bool:
         """Whether the model that is trained has a scalar head, `score`, in place of its language head."""
         return True
+
+    @field_validator("data")
+    @classmethod
+    def _known_data(cls, names: list[str]) -> list[str]:
+        return checked_pairs(names)
 
     @field_validator("tasks")
     @classmethod

@@ -14,10 +14,17 @@ from bessemer.training.data.batches import IGNORE_INDEX, Batch
 from bessemer.training.objectives import Count, LossContext, Metric, Objective, Terms
 
 
-def ranking_loss(chosen_P: Tensor, rejected_P: Tensor, margin_P: Tensor) -> Tensor:
+def ranking_loss(chosen_P: Tensor, rejected_P: Tensor, margin_P: Tensor, confidence_P: Tensor | None = None) -> Tensor:
     """−log σ(r_w − r_l − m): the negative log-likelihood of Bradley and Terry's model (1952), with the margins of Touvron et
-    al. (2023, Llama 2, eq. 2)."""
-    return -logsigmoid(chosen_P - rejected_P - margin_P)
+    al. (2023, Llama 2, eq. 2).
+
+    With confidence c the cross-entropy with a label that is only probable:
+    −c log σ(r_w − r_l − m) − (1 − c) log σ(r_l − r_w − m).
+    """
+    loss_P = -logsigmoid(chosen_P - rejected_P - margin_P)
+    if confidence_P is None:
+        return loss_P
+    return confidence_P * loss_P - (1 - confidence_P) * logsigmoid(rejected_P - chosen_P - margin_P)
 
 
 def centering_loss(chosen_P: Tensor, rejected_P: Tensor) -> Tensor:
@@ -45,20 +52,22 @@ class RewardObjective(Objective):
         self._centering = centering
 
     def denominators(self, batch: Batch) -> dict[str, Count]:
-        """The number of pairs, for every term."""
-        pairs = Count(float(batch.per_sequence["is_pair"].sum()) / 2, "sequence")
+        """The sum of the weights of pairs, for every term."""
+        pairs = Count(float(batch.per_sequence["pair_weight"].sum()) / 2, "sequence")
         return {"ranking": pairs, **({"centering": pairs} if self._centering else {})}
 
     def __call__(self, model: Decoder, batch: Batch, context: LossContext) -> Terms:
         """Sums over the micro-batch's pairs."""
         rewards_BS = context.sum_over_context(rewards(model, batch))
         chosen_BP, rejected_BP = rewards_BS[:, 0::2], rewards_BS[:, 1::2]
-        is_pair_BP, margin_BP = (batch.per_sequence[name][:, 0::2].to(rewards_BS.dtype) for name in ("is_pair", "margin"))
-        losses_BP = ranking_loss(chosen_BP, rejected_BP, margin_BP)
-        sums = {"ranking": context.once((losses_BP * is_pair_BP).sum())}
+        weight_BP, margin_BP = (batch.per_sequence[name][:, 0::2].to(rewards_BS.dtype) for name in ("pair_weight", "margin"))
+        confidence_BS = batch.per_sequence.get("confidence")
+        confidence_BP = None if confidence_BS is None else confidence_BS[:, 0::2].to(rewards_BS.dtype)
+        losses_BP = ranking_loss(chosen_BP, rejected_BP, margin_BP, confidence_BP)
+        sums = {"ranking": context.once((losses_BP * weight_BP).sum())}
         if self._centering:
             centered_BP = self._centering * centering_loss(chosen_BP, rejected_BP)
-            sums["centering"] = context.once((centered_BP * is_pair_BP).sum())
+            sums["centering"] = context.once((centered_BP * weight_BP).sum())
         with torch.no_grad():
             figures_BP = {
                 "accuracy": (chosen_BP > rejected_BP).to(rewards_BS.dtype),
@@ -66,6 +75,6 @@ class RewardObjective(Objective):
                 "reward_chosen": chosen_BP,
                 "reward_rejected": rejected_BP,
             }
-            pairs = context.once(is_pair_BP.sum())
-            metrics = {name: Metric(context.once((one * is_pair_BP).sum()), pairs) for name, one in figures_BP.items()}
+            pairs = context.once(weight_BP.sum())
+            metrics = {name: Metric(context.once((one * weight_BP).sum()), pairs) for name, one in figures_BP.items()}
         return Terms(sums, metrics)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from bessemer.core.stage import Outside, StageContext
+from bessemer.core.stage import StageContext
+from bessemer.posttraining.made import PAIRS_NEEDS, made_paths, pairs_fingerprint, unread_pairs
 from bessemer.posttraining.reward import report
 from bessemer.posttraining.reward.config import REWARD_VERSION, RewardConfig
 from bessemer.training.specs import training_arguments, training_stage
@@ -13,13 +14,13 @@ from bessemer.training.specs import training_arguments, training_stage
 def _reward(context: StageContext) -> dict[str, Any]:
     from bessemer.posttraining.reward.stage import reward
 
-    return reward(context.config, context.inputs["model"], context.out, **training_arguments(context))
-
-
-def _fingerprint(config: RewardConfig, outside: Outside) -> Any:
-    from bessemer.posttraining.dataset import files_fingerprint
-
-    return files_fingerprint(config.data, outside.folder)
+    return reward(
+        context.config,
+        context.inputs["model"],
+        context.out,
+        made=made_paths(context.inputs),
+        **training_arguments(context),
+    )
 
 
 STAGES = (
@@ -28,6 +29,7 @@ STAGES = (
         summary="Train a reward model on pairs of a preferred and a rejected answer.",
         config=RewardConfig,
         version=REWARD_VERSION,
+        needs=dict(PAIRS_NEEDS),
         makes={"reward_model": "model"},
         links={"reward_model": "model"},
         example="reward: {data: [pairs.jsonl]}",
@@ -35,6 +37,7 @@ STAGES = (
         report=report.report,
         summary_line=report.summary_line,
         run=_reward,
-        fingerprint=_fingerprint,
+        unread=unread_pairs,
+        fingerprint=pairs_fingerprint,
     ),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ from bessemer.core.progress import Progress, Silent
 from bessemer.core.seeds import derive_seed
 from bessemer.distributed.mesh import Mesh
 from bessemer.model.decoder import Decoder
-from bessemer.posttraining.dataset import prompt_key, read_examples, split_examples
+from bessemer.posttraining.dataset import prompt_key
 from bessemer.posttraining.encoding import Encoded, encode_answer
-from bessemer.posttraining.formats import Pair, as_pair
+from bessemer.posttraining.formats import Pair
 from bessemer.posttraining.packing import PackedBatches, validation_on
+from bessemer.posttraining.pairs import gather_pairs
 from bessemer.posttraining.preference.packing import pack_pairs
 from bessemer.posttraining.reward.assessment import ScoredPair, assess, write_scored_pairs
 from bessemer.posttraining.reward.config import RewardConfig
@@ -41,18 +42,18 @@ def reward(
     progress: Progress | None = None,
     folder: Path = Path(),
     card_flops: Callable[[str], float | None] = lambda name: None,
+    made: Mapping[str, Path] | None = None,
 ) -> dict[str, Any]:
     """Train a reward model on pairs of answers, from the model of folder `model` with a new scalar head, or from a reward
     model; resumes from `out`.
 
     Writes below `out`: `model/`, `metrics.jsonl`, `autotune.json`, `checkpoints/`, and `held_out.jsonl`, the rewards of the
-    pairs held out. Files named in the settings are relative to `folder`. Returns the headline metrics. Raises SourceError for
-    pairs that are missing or malformed, and what `run_training` raises.
+    pairs held out. Files named in the settings are relative to `folder`. made: files of stages above, by their names in `data`.
+    Returns the headline metrics. Raises SourceError for pairs that are missing or malformed, and what `run_training` raises.
     """
     progress = progress or Silent()
     tokenizer = load_tokenizer(model)
-    pairs = [pair for name in config.data for pair in read_examples(folder / name, as_pair)]
-    training, held_out = split_examples(pairs, lambda pair: prompt_key(pair.prompt), config.validation_share, seed)
+    training, held_out = gather_pairs(config.data, folder, made or {}, config.validation_share, seed)
     packed = pack_pairs(training, tokenizer, config.context_length, Encoded.scored)
     validation = pack_pairs(held_out, tokenizer, config.context_length, Encoded.scored)
     if packed.skipped:

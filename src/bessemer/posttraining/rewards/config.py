@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from bessemer.core.config import ChosenSettings, Config, setting
 from bessemer.core.errors import ConfigError
 from bessemer.core.usercode import is_user_function
+from bessemer.tasks.judged import CriterionConfig, JudgeConfig
 from bessemer.tasks.verifiers import Numeric, Verifier, checked_pattern
 
 #: The entry points by which other packages add rewards.
@@ -124,6 +125,54 @@ class ProgramReward(RewardSettings):
     program_seconds: float = setting(10.0, "time for one program, its tests included", unit="seconds", gt=0)
     memory: int = setting(1 << 30, "most memory of one program", unit="bytes", ge=1 << 26)
     seconds: float = setting(600.0, "time for all programs of one call", unit="seconds", gt=0)
+
+
+class ModelReward(RewardSettings):
+    """What a model judges."""
+
+    judge: JudgeConfig = setting(description="the judging model: a folder on this machine, or a name at a URL")
+    seconds: float = setting(600.0, "time for all judgements of one call", unit="seconds", gt=0)
+
+
+class JudgeReward(ModelReward):
+    """A model's rating of the completion, from 1 to 5, as 0 to 1."""
+
+    reward: Literal["judge"] = setting("judge", "kind of reward")
+    criterion: str | None = setting(None, "by what the judge rates, in a sentence; none: by correctness and helpfulness")
+    reference: str | None = setting(None, "column of a right answer, which the judge is shown; none: none")
+
+
+class RubricReward(ModelReward):
+    """The weighted share of criteria that a model finds met, from 0 to 1 (Gunjal et al. 2025)."""
+
+    reward: Literal["rubric"] = setting("rubric", "kind of reward")
+    criteria: list[CriterionConfig | str] = setting(
+        default_factory=list, description="questions about an answer, answered yes or no, with weights, for all prompts"
+    )
+    column: str | None = setting(None, "column of a prompt's own criteria: a list of questions, or of {question, weight}")
+    reference: str | None = setting(None, "column of a right answer, which the judge is shown; none: none")
+
+    @model_validator(mode="after")
+    def _has_criteria(self) -> Self:
+        if not self.criteria and self.column is None:
+            raise ValueError("rubric: give criteria, or the column of a prompt's own")
+        return self
+
+
+class RewardModelReward(RewardSettings):
+    """The score of a trained reward model."""
+
+    reward: Literal["reward_model"] = setting("reward_model", "kind of reward")
+    model: str | None = setting(
+        None, "folder of the reward model, as runs/NAME/reward_model; none: what the stage `reward` above has made"
+    )
+    seconds: float = setting(600.0, "time for one call", unit="seconds", gt=0)
+
+
+class EnvironmentReward(RewardSettings):
+    """What the environment of an episode says it was worth."""
+
+    reward: Literal["environment"] = setting("environment", "kind of reward")
 
 
 class UserReward(RewardSettings):

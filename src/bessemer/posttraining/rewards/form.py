@@ -7,8 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bessemer.core.errors import ConfigError
-from bessemer.core.packages import install_advice
+from bessemer.core.json_schema import schema_check
 from bessemer.posttraining.rewards.config import FormatReward, JSONSchemaReward, PatternReward
 from bessemer.posttraining.rewards.registry import RewardContext, RewardFunction
 from bessemer.posttraining.rewards.texts import texts_of
@@ -48,20 +47,8 @@ def json_schema_reward(settings: JSONSchemaReward, context: RewardContext) -> Re
 
     Raises ConfigError without the package `jsonschema`, and for a schema that is none.
     """
-    try:
-        import jsonschema
-    except ImportError:
-        raise ConfigError(f"the reward json_schema: {install_advice('jsonschema')}") from None
-
-    def validator(schema: Any) -> Any:
-        kind = jsonschema.validators.validator_for(schema)
-        try:
-            kind.check_schema(schema)
-        except jsonschema.SchemaError as error:
-            raise ConfigError(f"the reward json_schema: the schema is not valid: {error.message}") from None
-        return kind(schema)
-
-    common = None if settings.json_schema is None else validator(settings.json_schema)
+    whose = "the reward json_schema"
+    common = None if settings.json_schema is None else schema_check(settings.json_schema, whose)
 
     def reward(completions: Completions, json_schema: Sequence[Any] | None = None, **_: Any) -> list[float | None]:
         schemas = json_schema or [None] * len(completions)
@@ -76,8 +63,8 @@ def json_schema_reward(settings: JSONSchemaReward, context: RewardContext) -> Re
                 continue
             check = common
             if check is None and schema is not None:
-                check = validator(json.loads(schema) if isinstance(schema, str) else schema)
-            found.append(float(check is None or check.is_valid(value)))
+                check = schema_check(json.loads(schema) if isinstance(schema, str) else schema, whose)
+            found.append(float(check is None or check(value) is None))
         return found
 
     return reward

@@ -13,10 +13,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from bessemer.core.errors import BessemerError
+from bessemer.core.time_limit import call_within
 from bessemer.core.usercode import is_user_function, load_user_function
 from bessemer.posttraining.rewards.config import RewardSettings
 from bessemer.posttraining.rewards.registry import REWARDS, RewardContext, RewardFunction
-from bessemer.posttraining.rewards.time_limit import call_within
 
 #: Completions of one call whose reward may take too long one by one; the others of that call are dropped unasked.
 _MOST_HANGS = 3

@@ -24,10 +24,12 @@ class AskedTask(NamedTuple):
 
 @dataclass(frozen=True)
 class RewardContext:
-    """What a reward is made with besides its settings. folder: where files of the user's lie. tasks: by name."""
+    """What a reward is made with besides its settings. folder: where files of the user's lie. tasks: by name. reward_model: the
+    folder of the one that the stage `reward` has made."""
 
     folder: Path = Path()
     tasks: Mapping[str, AskedTask] = field(default_factory=dict)
+    reward_model: Path | None = None
 
 
 #: From settings and context to the reward.
@@ -50,5 +52,19 @@ REWARDS: Registry[RewardFactory] = Registry(
         Plugin("length", "a wanted number of tokens", f"{_OWN}.length:length_reward", config.LengthReward),
         Plugin("overlong", "DAPO's punishment of long answers", f"{_OWN}.length:overlong_reward", config.OverlongReward),
         Plugin("repetition", "minus the share of repeated runs", f"{_OWN}.length:repetition_reward", config.RepetitionReward),
+        Plugin("judge", "a model's rating of the answer", f"{_OWN}.judged:judge_reward", config.JudgeReward),
+        Plugin("rubric", "criteria that a model finds met", f"{_OWN}.judged:rubric_reward", config.RubricReward),
+        Plugin(
+            "reward_model",
+            "the score of a trained reward model",
+            f"{_OWN}.judged:reward_model_reward",
+            config.RewardModelReward,
+        ),
+        Plugin(
+            "environment",
+            "what the environment of an episode says",
+            f"{_OWN}.environment:environment_reward",
+            config.EnvironmentReward,
+        ),
     ],
 )

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bessemer.core.registry import Plugin, Registry
-
 #: Added to a standard deviation (TRL's and DeepSeekMath's implementations).
 _EPSILON = 1e-4
 
@@ -58,20 +56,6 @@ def baseline_whitened(rewards_R: Tensor, group: int) -> Tensor:
     return _whitened(_centred(rewards_R.view(-1, group)).reshape(-1))
 
 
-ADVANTAGES: Registry[Advantage] = Registry(
-    "advantage",
-    "bessemer.advantages",
-    [
-        Plugin("grpo", "the reward's z-score in its group", grpo),
-        Plugin("group_mean", "the reward minus its group's mean, as in Dr. GRPO", group_mean),
-        Plugin("batch_deviation", "the group's mean, the batch's deviation", batch_deviation),
-        Plugin("rloo", "the reward minus the mean of the others in its group", leave_one_out),
-        Plugin("reinforce_pp", "the reward's z-score in the batch", batch_whitened),
-        Plugin("reinforce_pp_baseline", "the group's mean, then the batch's z-score", baseline_whitened),
-    ],
-)
-
-
 def decoupled(rewards_RK: Tensor, weights_K: Tensor, group: int) -> Tensor:
     """GDPO (arXiv 2601.05242): each reward's z-score in its group, their weighted sum, and its z-score over the batch."""
     scores_RK = torch.stack([grpo(rewards_R, group) for rewards_R in rewards_RK.unbind(1)], 1)
@@ -96,16 +80,26 @@ class Returns:
 
 
 def generalised_advantages(
-    rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, *, discount: float = 1.0, decay: float = 0.95
+    rewards_BT: Tensor,
+    values_BT: Tensor,
+    mask_BT: Tensor,
+    *,
+    document_ids_BT: Tensor | None = None,
+    discount: float = 1.0,
+    decay: float = 0.95,
 ) -> Returns:
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16): Σ (γλ)^l δ_{t+l}, δ_t = r_t + γ V_{t+1} − V_t.
 
     mask_BT: True for the tokens that the policy chose. Others, such as a tool's answer between two of its own, are passed over:
-    the next token of the policy's own follows the last. Beyond an answer's last token the value is zero: it has ended.
+    the next token of the policy's own follows the last. document_ids_BT: of packed rows, the sequence of each token; None: a
+    row is one. Beyond a sequence's last token the value is zero: it has ended.
     """
     advantages_BT = torch.zeros_like(values_BT)
     next_value_B, next_advantage_B = torch.zeros_like(values_BT[:, 0]), torch.zeros_like(values_BT[:, 0])
     for t in reversed(range(values_BT.shape[1])):
+        if document_ids_BT is not None and t + 1 < values_BT.shape[1]:
+            goes_on_B = document_ids_BT[:, t] == document_ids_BT[:, t + 1]
+            next_value_B, next_advantage_B = next_value_B * goes_on_B, next_advantage_B * goes_on_B
         error_B = rewards_BT[:, t] + discount * next_value_B - values_BT[:, t]
         advantage_B = error_B + discount * decay * next_advantage_B
         next_value_B = torch.where(mask_BT[:, t], values_BT[:, t], next_value_B)
@@ -114,13 +108,11 @@ def generalised_advantages(
     return Returns(advantages_BT, (advantages_BT + values_BT) * mask_BT)
 
 
-def whitened_tokens(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """(value − mean) / √(variance + 1e-8) over the tokens of the mask, with Bessel's correction; zero elsewhere."""
-    chosen_N = values_BT[mask_BT]
-    if len(chosen_N) < 2:
-        return torch.zeros_like(values_BT)
-    whitened_BT = (values_BT - chosen_N.mean()) * torch.rsqrt(chosen_N.var() + 1e-8)
-    return whitened_BT * mask_BT
+def whitened(values_N: Tensor) -> Tensor:
+    """(value − mean) / √(variance + 1e-8), with Bessel's correction; zeros of fewer than two values."""
+    if len(values_N) < 2:
+        return torch.zeros_like(values_N)
+    return (values_N - values_N.mean()) * torch.rsqrt(values_N.var() + 1e-8)
 
 
 def _count(rewards_PG: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bessemer.core.registry import Plugin, Registry
 from bessemer.posttraining.rl.sequences import Sequences
 from bessemer.training.objectives import Count
 
@@ -64,19 +63,7 @@ def _prompts(sequences: Sequences, longest: int, answers: int) -> Count:
     return Count(float(torch.where(has_tokens_BS, 1 / group_BS, 0.0).sum()), "sequence")
 
 
-AGGREGATIONS: Registry[Aggregation] = Registry(
-    "aggregation",
-    "bessemer.aggregations",
-    [
-        Plugin("token_mean", "every token alike (DAPO; Yu et al. 2025)", Aggregation(_each_token, _tokens)),
-        Plugin("sequence_mean", "the mean of the answers' means (GRPO; Shao et al. 2024)", Aggregation(_over_length, _answers)),
-        Plugin(
-            "constant", "over answers times the longest length (Dr. GRPO; Liu et al. 2025)", Aggregation(_each_token, _constant)
-        ),
-        Plugin(
-            "prompt_mean",
-            "the mean of the prompts' token means (ScaleRL; Khatri et al. 2025)",
-            Aggregation(_over_group, _prompts),
-        ),
-    ],
-)
+TOKEN_MEAN = Aggregation(_each_token, _tokens)
+SEQUENCE_MEAN = Aggregation(_over_length, _answers)
+CONSTANT = Aggregation(_each_token, _constant)
+PROMPT_MEAN = Aggregation(_over_group, _prompts)

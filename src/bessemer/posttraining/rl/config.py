@@ -9,11 +9,12 @@ from pydantic import field_validator, model_validator
 
 from bessemer.core.config import nearest, setting
 from bessemer.posttraining.rewards.config import Rewards, named
+from bessemer.posttraining.rl.critic_config import CriticConfig
 from bessemer.posttraining.rl.presets import PRESETS
 from bessemer.training.config import LoopConfig
 
 #: Raised when the same settings and inputs give other weights than before.
-RL_VERSION = 1
+RL_VERSION = 2
 
 
 class RLConfig(LoopConfig):
@@ -34,10 +35,18 @@ class RLConfig(LoopConfig):
     validation_limit: int = setting(500, "Most held-out prompts that are answered at each validation.", unit="prompts", ge=1)
     rewards: Rewards = setting(
         description="What completions are worth: task, answer, program, regex, json_schema, format, length, overlong, "
-        "repetition, one that an installed package adds (entry points bessemer.rewards), or your own file.py:function with the "
-        "signature of TRL's reward functions; each with its settings and a weight.",
+        "repetition, judge, rubric, reward_model, environment, one that an installed package adds (entry points "
+        "bessemer.rewards), or your own file.py:function with the signature of TRL's reward functions; each with its settings "
+        "and a weight.",
         default_factory=lambda: named("task"),
     )
+    environment: str | None = setting(
+        None,
+        "Your own file.py:function that makes an environment: a sample is an episode of it, with several turns and tools, in "
+        "place of one completion; the reward environment is what it says. A row of the data is its task.",
+        code=True,
+    )
+    max_turns: int = setting(1, "Most turns of an episode.", ge=1)
     reward_scale: Literal["sum", "decoupled"] = setting(
         "sum",
         "How several rewards become one advantage: of their weighted sum, or the weighted sum of each one's z-score in its "
@@ -49,6 +58,17 @@ class RLConfig(LoopConfig):
         "grpo",
         "Advantages: grpo, group_mean, batch_deviation, rloo, reinforce_pp, reinforce_pp_baseline.",
         plugins="bessemer.advantages",
+    )
+    critic: CriticConfig | None = setting(
+        None,
+        "A critic, trained beside the policy, from whose values the advantages of single tokens come (PPO); then `advantage` "
+        "is not used. Absent: completions are compared with each other.",
+    )
+    pair_loss: str | None = setting(
+        None,
+        "A loss of pairs, as of `preference`, on the best and the worst completion of each prompt, in place of advantages and "
+        "of losses of tokens (online DPO); `beta` is then its own.",
+        plugins="bessemer.preference_losses",
     )
     loss: str = setting(
         "clip", "Loss of a token: clip, gspo, cispo, sapo, importance, reinforce.", plugins="bessemer.policy_losses"
@@ -109,8 +129,8 @@ class RLConfig(LoopConfig):
     )
     cpu_kernels: Literal["auto", "on", "off"] = setting(
         "auto",
-        "Compiled kernels of the engine that samples. on: weights are packed at each rollout, which long ones pay for; "
-        "auto, off: by the model's own modules.",
+        "Compiled kernels of the engine that samples. auto: where they compute the whole model, and dtype is float32; off: the "
+        "model's own modules.",
     )
 
     epochs: float = setting(1.0, "Passes over the prompts; without effect when steps is given.", gt=0)
@@ -180,6 +200,13 @@ class RLConfig(LoopConfig):
             raise ValueError("early_stopping_patience and save: best go by a validation loss, which rl has not; leave them out")
         if self.max_kl is not None and not self.beta:
             raise ValueError("max_kl needs a reference to measure against: set beta above 0")
-        if self.group_size < 2 and self.advantage != "reinforce_pp":
-            raise ValueError(f"advantage {self.advantage} compares the completions of a prompt: group_size must be 2 or more")
+        compares = self.critic is None and (self.advantage != "reinforce_pp" or self.reward_scale == "decoupled")
+        if self.group_size < 2 and (compares or self.dynamic_sampling):
+            what = "dynamic_sampling" if self.dynamic_sampling else f"advantage {self.advantage}"
+            raise ValueError(f"{what} compares the completions of a prompt: group_size must be 2 or more")
+        if self.pair_loss is not None and (self.critic is not None or self.max_kl is not None):
+            what = "critic" if self.critic is not None else "max_kl"
+            raise ValueError(f"{what}: not with pair_loss, which has neither advantages nor a divergence of its own")
+        if self.critic is not None and self.reward_scale == "decoupled":
+            raise ValueError("reward_scale: decoupled makes one advantage of a completion; a critic makes those of tokens")
         return self

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bessemer.core.registry import Plugin, Registry
 from bessemer.posttraining.rl.sequences import Level, Sequences
 
 
@@ -54,19 +53,11 @@ def _kept(weights_BT: Tensor, settings: CorrectionSettings) -> Tensor:
     return ((weights_BT >= settings.low) & (weights_BT <= settings.high)).to(weights_BT.dtype)
 
 
-CORRECTIONS: Registry[Correction] = Registry(
-    "off-policy correction",
-    "bessemer.corrections",
-    [
-        Plugin("none", "no correction", Correction(_nothing)),
-        Plugin("truncate", "each token's weight, at most `high` (truncated importance sampling)", Correction(_truncated)),
-        Plugin(
-            "mask_sequence", "a sequence's weight, left out above `high` (TRL's default)", Correction(_below, "sequence_sum")
-        ),
-        Plugin("icepop", "each token's weight, left out outside `low` and `high`", Correction(_between)),
-        Plugin("reject", "answers whose geometric mean lies outside are left out", Correction(_kept, "sequence_mean")),
-    ],
-)
+NONE = Correction(_nothing)
+TRUNCATE = Correction(_truncated)
+MASK_SEQUENCE = Correction(_below, "sequence_sum")
+ICEPOP = Correction(_between)
+REJECT = Correction(_kept, "sequence_mean")
 
 
 def importance_weights(

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bessemer.core.registry import Plugin, Registry
+#: From log π − log π_ref of tokens to an estimate of each, of the same shape.
+Divergence = Callable[[Tensor], Tensor]
 
 #: Log-ratios are held within ± this: `k3` grows with exp(−d).
 _LARGEST = 20.0
@@ -31,15 +32,3 @@ def k3(log_ratio: Tensor) -> Tensor:
 def absolute(log_ratio: Tensor) -> Tensor:
     """|d|."""
     return log_ratio.abs()
-
-
-DIVERGENCES: Registry[Callable[[Tensor], Tensor]] = Registry(
-    "estimator of the KL divergence",
-    "bessemer.divergences",
-    [
-        Plugin("k1", "the log-ratio; for the reward", k1),
-        Plugin("k2", "half its square", k2),
-        Plugin("k3", "exp(−d) + d − 1; for the loss", k3),
-        Plugin("abs", "its absolute value", absolute),
-    ],
-)

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from bessemer.model.decoder import Decoder
-from bessemer.posttraining.rl.aggregation import AGGREGATIONS, Aggregation
+from bessemer.posttraining.rl.aggregation import Aggregation
 from bessemer.posttraining.rl.config import RLConfig
-from bessemer.posttraining.rl.corrections import CORRECTIONS, Correction, CorrectionSettings, importance_weights
-from bessemer.posttraining.rl.divergence import DIVERGENCES, k1
+from bessemer.posttraining.rl.corrections import Correction, CorrectionSettings, importance_weights
+from bessemer.posttraining.rl.divergence import k1
 from bessemer.posttraining.rl.policy_losses import (
-    POLICY_LOSSES,
     PolicyLoss,
     PolicyLossSettings,
     clipped_tokens,
     policy_loss,
 )
+from bessemer.posttraining.rl.registries import AGGREGATIONS, CORRECTIONS, DIVERGENCES, POLICY_LOSSES
 from bessemer.posttraining.rl.sequences import Level, Sequences
 from bessemer.training.data.batches import IGNORE_INDEX, Batch
 from bessemer.training.head import token_log_probs

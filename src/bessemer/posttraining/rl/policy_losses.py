@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bessemer.core.registry import Plugin, Registry
 from bessemer.posttraining.rl.sequences import Level, Sequences
 
 
@@ -74,18 +73,12 @@ def reinforce(log_probs_BT: Tensor, ratios_BT: Tensor, advantages_BT: Tensor, se
     return -advantages_BT * log_probs_BT
 
 
-POLICY_LOSSES: Registry[PolicyLoss] = Registry(
-    "policy loss",
-    "bessemer.policy_losses",
-    [
-        Plugin("clip", "PPO's and GRPO's clipped ratio", PolicyLoss(clipped)),
-        Plugin("gspo", "the clipped ratio of whole sequences, the geometric mean", PolicyLoss(clipped, "sequence_mean")),
-        Plugin("cispo", "the clipped ratio as a weight of log π", PolicyLoss(cispo)),
-        Plugin("sapo", "a smooth gate in the place of the clip", PolicyLoss(sapo)),
-        Plugin("importance", "the ratio without a clip", PolicyLoss(importance)),
-        Plugin("reinforce", "log π times the advantage", PolicyLoss(reinforce)),
-    ],
-)
+CLIP = PolicyLoss(clipped)
+GSPO = PolicyLoss(clipped, "sequence_mean")
+CISPO = PolicyLoss(cispo)
+SAPO = PolicyLoss(sapo)
+IMPORTANCE = PolicyLoss(importance)
+REINFORCE = PolicyLoss(reinforce)
 
 
 def policy_loss(

@@ -8,6 +8,18 @@ from typing import Any
 _CLIP = {"loss": "clip", "clip_low": 0.2, "clip_high": 0.2}
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
+    # Schulman et al. 2017, with the settings of TRL's trainer for language models
+    "ppo": {
+        "critic": {},
+        "aggregation": "token_mean",
+        **_CLIP,
+        "kl": "reward",
+        "beta": 0.05,
+        "group_size": 1,
+        "rollout_epochs": 4,
+    },
+    # Guo et al. 2024, arXiv 2402.04792
+    "online_dpo": {"pair_loss": "sigmoid", "beta": 0.1, "group_size": 2},
     # Shao et al. 2024, with TRL's β of 0
     "grpo": {"advantage": "grpo", "aggregation": "sequence_mean", **_CLIP},
     # Liu et al. 2025

@@ -42,9 +42,10 @@ def rollout_figures(
         "completion_tokens": statistics.fmean(lengths),
         "completion_tokens_max": float(max(lengths)),
         "cut_share": statistics.fmean(sample.is_cut for sample in samples),
-        "equal_groups": tally.equal / tally.groups,
         "dropped": float(totals_R.isnan().sum()),
     }
+    if len(groups[0].samples) > 1:
+        figures["equal_groups"] = tally.equal / tally.groups
     if tally.refills is not None:
         figures["refills"] = float(tally.refills)
     if len(names) > 1:

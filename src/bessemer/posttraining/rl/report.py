@@ -30,6 +30,8 @@ _CHARTS = {
     "Tokens of a completion": ("completion_tokens",),
     "Entropy of a token, nats": ("entropy",),
     "Divergence from the model as it was, nats per token": ("kl",),
+    "Reward that the critic expects": ("value",),
+    "Share of the returns' variance that the critic explains": ("explained_variance",),
     "Log-probabilities of trainer and sampler: mean distance, nats": ("log_ratio",),
     "Shares of clipped tokens, of cut completions and of groups whose rewards are equal": (
         "clip_share",

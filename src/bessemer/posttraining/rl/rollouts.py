@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,24 +18,29 @@ from torch import Tensor
 from bessemer.core.hashing import hash_value
 from bessemer.core.progress import Progress
 from bessemer.distributed.mesh import ALONE, Mesh
-from bessemer.inference.engine import Engine
 from bessemer.posttraining.rewards.judge import Judge, RewardError
-from bessemer.posttraining.rl.advantages import ADVANTAGES, decoupled, is_informative
+from bessemer.posttraining.rl.advantages import is_informative
 from bessemer.posttraining.rl.collapse import check_collapse
 from bessemer.posttraining.rl.config import RLConfig
-from bessemer.posttraining.rl.objective import ADVANTAGES as ADVANTAGE_VALUES
-from bessemer.posttraining.rl.objective import OLD, REFERENCE_LOG_PROBS
+from bessemer.posttraining.rl.online_pairs import PairBatches
 from bessemer.posttraining.rl.prompts import Prompt
 from bessemer.posttraining.rl.record import CompletionsLog, Tally, rollout_figures
-from bessemer.posttraining.rl.sampler import EncodedPrompt, Group, PolicySampler
-from bessemer.posttraining.rl.samples import Packed, Sample, pack_samples
+from bessemer.posttraining.rl.rollout_batches import AdvantageBatches, BatchMaker
+from bessemer.posttraining.rl.sampler import EncodedPrompt, Group, PolicySampler, SamplingEngine
+from bessemer.posttraining.rl.sharing import Share
 from bessemer.tokenization.tokenizer import Tokenizer
-from bessemer.training.data.batches import IGNORE_INDEX, Batch, rows_of_step
-from bessemer.training.objectives import POLICY
-from bessemer.training.trainee import REFERENCE, Trainee
+from bessemer.training.data.batches import Batch, rows_of_step
+from bessemer.training.trainee import Trainee
 
 
-class RolloutBatches:
+class _Judged(NamedTuple):
+    """The completions of a prompt. failures: of rewards, by what went wrong, those of a share in its first."""
+
+    group: Group
+    failures: Mapping[str, int]
+
+
+class RolloutSource:
     """Batches that the policy makes.
 
     A rollout is the completions of `config.groups` prompts, `group_size` each, all by the weights of one step. It is cut into
@@ -56,15 +61,17 @@ class RolloutBatches:
         seed: int,
         progress: Progress,
         held_out: Sequence[Prompt] = (),
+        sampler: PolicySampler | None = None,
     ) -> None:
-        """Raises ConfigError for an advantage that there is not."""
+        """sampler: in place of one that completes prompts. Raises ConfigError for an advantage that there is not."""
         self._prompts = [(prompt, prompt.encoded(tokenizer)) for prompt in prompts]
         self._held_out = [(prompt, prompt.encoded(tokenizer)) for prompt in held_out[: config.validation_limit]]
-        self._sampler = PolicySampler(judge, tokenizer, config, seed)
+        self._sampler = sampler or PolicySampler(judge, tokenizer, config, seed)
         self._judge = judge
-        self._padding_id = tokenizer.bos_id
         self._config = config
-        self._advantage = ADVANTAGES.find(config.advantage).load()
+        self._make: BatchMaker = AdvantageBatches(config, judge.weights, tokenizer.bos_id)
+        if config.pair_loss is not None:
+            self._make = PairBatches(config, tokenizer.bos_id)
         self._log = CompletionsLog(out, judge.names)
         self._seed = seed
         self._progress = progress
@@ -128,12 +135,11 @@ class RolloutBatches:
         if not self._held_out:
             return {}
         with self._sampler.sampling() as engine:
-            samples = self._sampler.completions(engine, self._held_out, 1, greedy=True)
-            judgement = self._sampler.judged(samples, 0)
-        means = {"validation_reward": _mean(judgement.totals)}
+            judged = self._judged(engine, self._held_out, 1, 0, greedy=True)
+        means = {"validation_reward": _mean(float(one.group.totals_G) for one in judged)}
         if len(self._judge.names) > 1:
-            named = zip(self._judge.names, judgement.values, strict=True)
-            means |= {f"validation_{name}": _mean([value for value in values if value is not None]) for name, values in named}
+            for place, name in enumerate(self._judge.names):
+                means[f"validation_{name}"] = _mean(float(one.group.rewards_GK[0, place]) for one in judged)
         return means
 
     def close(self) -> None:
@@ -164,38 +170,29 @@ class RolloutBatches:
         if bool(totals_R.isnan().all()):
             reasons = "; ".join(tally.failures) or "no reward judges them"
             raise RewardError(f"step {step + 1:,}: none of the {len(samples):,} completions has a reward: {reasons}")
-        packed = self._packed(samples, totals_R)
-        kl_R = self._with_log_probs(packed)
-        rewards_R = totals_R
-        if config.kl == "reward" and config.beta:
-            rewards_R = totals_R - config.beta * kl_R
-        if config.reward_scale == "decoupled":
-            weights_K = torch.tensor(self._judge.weights)
-            rewards_RK = torch.cat([group.rewards_GK for group in groups])
-            advantages_R = decoupled(rewards_RK, weights_K, config.group_size)
-        else:
-            advantages_R = self._advantage(rewards_R, config.group_size)
-        batches = self._batches_of(packed, totals_R, advantages_R)
-        self._first, self._batches = step, batches * config.rollout_epochs
+        made = self._make(groups, self._sampler.trainee)
+        self._first, self._batches = step, [*made.batches] * config.rollout_epochs
+        self._metrics |= made.figures
         self._metrics |= rollout_figures(samples, groups, totals_R, tally, self._judge.names)
         for failure, count in tally.failures.items():
             self._progress.say(f"  {count:,} completions are dropped, the reward {failure}")
         self._metrics["rollout_seconds"] = round(sampled - start, 3)
-        self._log.write(step, groups, advantages_R)
-        check_collapse(config, step, samples, kl_R)
+        if self._sampler.trainee.mesh.leads:
+            self._log.write(step, groups, made.advantages_R)
+        check_collapse(config, step, samples, made.divergence_R)
 
-    def _sampled_groups(self, engine: Engine, step: int, tally: Tally) -> list[Group]:
+    def _sampled_groups(self, engine: SamplingEngine, step: int, tally: Tally) -> list[Group]:
         """The rollout's groups; with dynamic sampling those whose rewards differ, as far as refills give them."""
         config = self._config
         kept: list[Group] = []
         equal: list[Group] = []
         for refill in range(1 + (config.most_refills if config.dynamic_sampling else 0)):
             asked = self._next_prompts(config.groups - len(kept))
-            samples = self._sampler.completions(engine, asked, config.group_size, seeds=("rollout", step, refill))
-            judgement = self._sampler.judged(samples, step)
-            for failure, count in judgement.failures.items():
-                tally.failures[": ".join(failure)] = tally.failures.get(": ".join(failure), 0) + count
-            groups = self._sampler.groups_of(samples, judgement)
+            judged = self._judged(engine, asked, config.group_size, step, seeds=("rollout", step, refill))
+            groups = [one.group for one in judged]
+            for one in judged:
+                for failure, count in one.failures.items():
+                    tally.failures[failure] = tally.failures.get(failure, 0) + count
             informative = [bool(is_informative(group.totals_G, config.group_size)) for group in groups]
             tally.groups += len(groups)
             tally.equal += len(groups) - sum(informative)
@@ -206,6 +203,31 @@ class RolloutBatches:
                 break
         return kept + equal[: config.groups - len(kept)]
 
+    def _judged(
+        self,
+        engine: SamplingEngine,
+        asked: Sequence[EncodedPrompt],
+        number: int,
+        step: int,
+        *,
+        seeds: tuple[str | int, ...] = (),
+        greedy: bool = False,
+    ) -> list[_Judged]:
+        """`number` completions of each prompt and what they are worth; under a mesh each group of ranks makes its share."""
+        share = Share(self._sampler.trainee.mesh)
+        own, places = asked[share.places], range(len(asked))[share.places]
+        samples = self._sampler.completions(engine, own, number, seeds=seeds, places=places, greedy=greedy)
+
+        def judged() -> list[_Judged]:
+            if not samples:
+                return []
+            judgement = self._sampler.judged(samples, step)
+            failures = {": ".join(failure): count for failure, count in judgement.failures.items()}
+            groups = self._sampler.groups_of(samples, judgement, number)
+            return [_Judged(group, {} if place else failures) for place, group in enumerate(groups)]
+
+        return share.gathered(judged)
+
     def _next_prompts(self, count: int) -> list[EncodedPrompt]:
         """The next prompts, in a new order every epoch."""
         positions = range(self._cursor, self._cursor + count)
@@ -213,57 +235,8 @@ class RolloutBatches:
         order = (int(rows_of_step(position, 1, len(self._prompts), self._seed)[0]) for position in positions)
         return [self._prompts[place] for place in order]
 
-    # -- from samples to batches
 
-    def _packed(self, samples: Sequence[Sample], totals_R: Tensor) -> list[Packed]:
-        """The mini-batches of the rollout. Samples without a reward have no targets."""
-        size, kept = self._config.batch_size, (~totals_R.isnan()).tolist()
-        places = [slice(start, start + size) for start in range(0, len(samples), size)]
-        return [pack_samples(samples[place], kept[place], self._padding_id) for place in places]
-
-    def _with_log_probs(self, packed: list[Packed]) -> Tensor:
-        """Adds the log-probabilities that do not change while the rollout is trained on: of the policy as old, where more than
-        one update follows or the divergence is in the reward; of the reference. Returns each sample's divergence from the
-        reference, Σ log π − log π_ref, (R,); zeros without a reference."""
-        config, trainee = self._config, self._sampler.trainee
-        parts: list[Tensor] = []
-        with torch.no_grad():
-            for place, one in enumerate(packed):
-                values: dict[str, Tensor] = {}
-                batch = one.batch
-                if config.updates > 1:
-                    values[OLD] = trainee.log_probs(batch, POLICY, temperature=config.temperature)
-                if config.beta:
-                    values[REFERENCE_LOG_PROBS] = trainee.log_probs(batch, REFERENCE, temperature=config.temperature)
-                    own_BT = values.get(OLD, batch.per_token["sampler_log_probs"])
-                    ratios_BT = (own_BT - values[REFERENCE_LOG_PROBS]) * (batch.targets_BT != IGNORE_INDEX)
-                    parts.append(one.of_samples(batch.sequence_sums(ratios_BT)))
-                else:
-                    parts.append(torch.zeros(len(one.rows_R)))
-                packed[place] = Packed(batch.with_values(per_token=values), one.rows_R, one.columns_R)
-        return torch.cat(parts).double()
-
-    def _batches_of(self, packed: Sequence[Packed], totals_R: Tensor, advantages_R: Tensor) -> list[Batch]:
-        size, group = self._config.batch_size, self._config.group_size
-        batches = []
-        for number, one in enumerate(packed):
-            place = slice(number * size, (number + 1) * size)
-            totals, batch = totals_R[place], one.batch
-            tokens_R = one.of_samples(batch.sequence_sums((batch.targets_BT != IGNORE_INDEX).float()))
-            tokens_PG = tokens_R.view(-1, group)
-            per_sample = {
-                "reward": totals.nan_to_num(nan=0.0),
-                "group": torch.arange(size) // group,
-                "group_tokens": tokens_PG.sum(1, keepdim=True).expand_as(tokens_PG).flatten(),
-                "group_answers": (tokens_PG > 0).sum(1, keepdim=True).expand_as(tokens_PG).flatten().float(),
-            }
-            per_sequence = {name: one.of_sequences(values.float()) for name, values in per_sample.items()}
-            advantages_BT = batch.of_tokens(one.of_sequences(advantages_R[place].float()))
-            batches.append(batch.with_values(per_token={ADVANTAGE_VALUES: advantages_BT}, per_sequence=per_sequence))
-        return batches
-
-
-def _mean(values: Sequence[float]) -> float:
+def _mean(values: Iterable[float]) -> float:
     known = [value for value in values if not math.isnan(value)]
     return statistics.fmean(known) if known else math.nan
 

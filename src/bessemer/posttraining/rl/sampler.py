@@ -9,13 +9,17 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from bessemer.core.seeds import derive_seed
+from bessemer.inference.collective import CollectiveEngine
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
+from bessemer.inference.execution.compiled_steps import CompiledSteps
+from bessemer.inference.multi_step import MOST_TOKENS
+from bessemer.model.decoder import Decoder
 from bessemer.posttraining.rewards.judge import Completed, Judge, Judgement
 from bessemer.posttraining.rl.config import RLConfig
 from bessemer.posttraining.rl.prompts import Prompt
@@ -24,8 +28,10 @@ from bessemer.tokenization.tokenizer import Tokenizer
 from bessemer.training.objectives import POLICY
 from bessemer.training.trainee import Trainee
 
-#: Completions that the engine computes at once.
-_MOST_SEQUENCES = 256
+#: Completions that the engine computes at once, and tokens that a step has room for in any case.
+_MOST_SEQUENCES, _LEAST_BATCHED_TOKENS = 256, 512
+
+SamplingEngine = Engine | CollectiveEngine
 
 #: A prompt and its tokens.
 EncodedPrompt = tuple[Prompt, list[int]]
@@ -41,16 +47,28 @@ class Group:
     extra: Sequence[Mapping[str, Any]]
 
 
-class PolicySampler:
-    """Completes prompts with the policy's weights of now, and judges what it completed."""
+@dataclass(frozen=True)
+class SamplerSettings:
+    """How prompts are completed. context_length: most tokens of a prompt and its completion. sequences: completions that are
+    asked for at once. stop: texts at which a completion ends; None: those of its prompt. cpu_kernels: of the engine."""
 
-    def __init__(self, judge: Judge, tokenizer: Tokenizer, config: RLConfig, seed: int) -> None:
-        self.judge = judge
+    temperature: float
+    max_tokens: int
+    context_length: int
+    sequences: int
+    stop: Sequence[str] | None = None
+    cpu_kernels: Literal["auto", "on", "off"] = "auto"
+
+
+class Sampler:
+    """Completes prompts with the policy's weights of now."""
+
+    def __init__(self, tokenizer: Tokenizer, settings: SamplerSettings, seed: int) -> None:
         self._tokenizer = tokenizer
-        self._config = config
+        self._settings = settings
         self._seed = seed
         self._trainee: Trainee | None = None
-        self._engine: Engine | None = None
+        self._engine: SamplingEngine | None = None
 
     def bind(self, trainee: Trainee) -> None:
         """The models of the run."""
@@ -63,41 +81,61 @@ class PolicySampler:
         return self._trainee
 
     @contextmanager
-    def sampling(self) -> Iterator[Engine]:
-        """The engine with the policy's weights of now. The random state is left as it is."""
-        trainee = self.trainee
+    def sampling(self) -> Iterator[SamplingEngine]:
+        """The engine with the policy's weights of now, of all processes of a mesh. The random state is left as it is."""
+        trainee, settings = self.trainee, self._settings
         with trainee.prepared(POLICY) as prepared, torch.random.fork_rng():
             if self._engine is None:
-                config = self._config
-                settings = EngineConfig(
-                    max_model_len=min(config.context_length, prepared.model.config.max_position_embeddings),
-                    max_num_seqs=min(max(config.batch_size * config.mini_batches, 1), _MOST_SEQUENCES),
-                    cpu_kernels=config.cpu_kernels,
+                sequences = min(max(settings.sequences, 1), _MOST_SEQUENCES)
+                config = EngineConfig(
+                    max_model_len=min(settings.context_length, prepared.model.config.max_position_embeddings),
+                    max_num_seqs=sequences,
+                    max_num_batched_tokens=max(_LEAST_BATCHED_TOKENS, MOST_TOKENS * sequences),
+                    cpu_kernels=self._kernels(prepared.model),
                     threads=trainee.runtime.threads,
                 )
-                self._engine = Engine(prepared.model, self._tokenizer, config=settings)
+                if trainee.mesh.alone:
+                    self._engine = Engine(prepared.model, self._tokenizer, config=config)
+                else:
+                    self._engine = CollectiveEngine(prepared.model, self._tokenizer, trainee.mesh, config)
             self._engine.update_weights(version=trainee.version)
             yield self._engine
 
+    def _kernels(self, model: Decoder) -> Literal["auto", "on", "off"]:
+        """The setting, with `auto` decided: compiled kernels where they compute the whole model in the trainer's type. Packing
+        the weights at each rollout takes less time than they save in a few tokens."""
+        setting = self._settings.cpu_kernels
+        if setting != "auto" or self.trainee.runtime.dtype != "float32" or CompiledSteps.supports(model) is not None:
+            return setting
+        return "on"
+
     def completions(
         self,
-        engine: Engine,
+        engine: SamplingEngine,
         asked: Sequence[EncodedPrompt],
         number: int,
         *,
         seeds: tuple[str | int, ...] = (),
+        places: Sequence[int] | None = None,
         greedy: bool = False,
     ) -> list[Sample]:
-        """`number` completions of each prompt, those of a prompt one after the other."""
-        config = self._config
+        """`number` completions of each prompt, those of a prompt one after the other.
+
+        seeds, places: what the draws of each prompt depend on; its place among all asked, where these are some of them.
+        """
+        if not asked:
+            # of a group without a prompt, whose ranks take part all the same
+            engine.rollouts([], number, [])
+            return []
+        settings = self._settings
         params = [
             SamplingParams(
-                temperature=0.0 if greedy else config.temperature,
-                max_tokens=config.max_tokens,
-                stop=list(prompt.stop if config.stop is None else config.stop),
+                temperature=0.0 if greedy else settings.temperature,
+                max_tokens=settings.max_tokens,
+                stop=list(prompt.stop if settings.stop is None else settings.stop),
                 seed=derive_seed(self._seed, *seeds, place),
             )
-            for place, (prompt, _) in enumerate(asked)
+            for place, (prompt, _) in zip(range(len(asked)) if places is None else places, asked, strict=True)
         ]
         found = engine.rollouts([ids for _, ids in asked], number, params)
         samples = []
@@ -114,6 +152,23 @@ class PolicySampler:
                 )
             )
         return samples
+
+
+class PolicySampler(Sampler):
+    """Completes prompts with the policy's weights of now, and judges what it completed."""
+
+    def __init__(self, judge: Judge, tokenizer: Tokenizer, config: RLConfig, seed: int) -> None:
+        settings = SamplerSettings(
+            config.temperature,
+            config.max_tokens,
+            config.context_length,
+            config.batch_size * config.mini_batches,
+            config.stop,
+            config.cpu_kernels,
+        )
+        super().__init__(tokenizer, settings, seed)
+        self.judge = judge
+        self._config = config
 
     def judged(self, samples: Sequence[Sample], step: int) -> Judgement:
         """What the rewards say of samples; a completion that was cut is worth nothing where the settings say so."""
@@ -138,9 +193,8 @@ class PolicySampler:
         ]
         return Judgement(judgement.values, totals, judgement.failures, judgement.extra)
 
-    def groups_of(self, samples: Sequence[Sample], judgement: Judgement) -> list[Group]:
-        """Judged samples by prompt, NaN where a sample is left out."""
-        size = self._config.group_size
+    def groups_of(self, samples: Sequence[Sample], judgement: Judgement, size: int) -> list[Group]:
+        """Judged samples by prompt, `size` of each, NaN where a sample is left out."""
         totals_R = torch.tensor(judgement.totals, dtype=torch.float64)
         rewards_RK = torch.tensor(
             [[math.nan if value is None else value for value in values] for values in judgement.values], dtype=torch.float64

@@ -16,15 +16,21 @@ from bessemer.core.stage import OpenTasks
 from bessemer.distributed.mesh import Mesh
 from bessemer.model.decoder import Decoder
 from bessemer.model.folder import load_model
+from bessemer.model.score_head import load_scorer
 from bessemer.posttraining.rewards.judge import Judge
 from bessemer.posttraining.rewards.registry import RewardContext
 from bessemer.posttraining.rl.config import RLConfig
+from bessemer.posttraining.rl.critic import CRITIC, ActorCriticObjective
+from bessemer.posttraining.rl.critic_config import CriticConfig
+from bessemer.posttraining.rl.episodes import EpisodeSampler, load_environment
 from bessemer.posttraining.rl.objective import PolicyObjective
+from bessemer.posttraining.rl.online_pairs import pair_objective
 from bessemer.posttraining.rl.prompts import Prompt, gather_prompts
-from bessemer.posttraining.rl.rollouts import RolloutBatches
+from bessemer.posttraining.rl.rollouts import RolloutSource
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 from bessemer.training.autotune import prepare_run
 from bessemer.training.data.batches import BatchSource
+from bessemer.training.objectives import Objective
 from bessemer.training.run import OnStepEnd, run_training, validated_steps
 from bessemer.training.trainee import REFERENCE
 from bessemer.training.trainer import Trainer
@@ -41,17 +47,20 @@ def rl(
     folder: Path = Path(),
     card_flops: Callable[[str], float | None] = lambda name: None,
     tasks: OpenTasks | None = None,
+    reward_model: Path | None = None,
 ) -> dict[str, Any]:
     """Train the model of folder `model` by the rewards of its completions; resumes from `out`.
 
+    reward_model: the folder of the one that judges, or that a critic starts from, where the settings say so.
+
     Writes below `out`: `model/`, `metrics.jsonl`, `completions.jsonl` (every completion with its rewards), `autotune.json`,
     `checkpoints/`. Files that the settings name are relative to `folder`. Returns the headline metrics. Raises SourceError for
-    prompts that are missing or malformed, ConfigError for rewards that cannot be given and for several processes, RewardError
+    prompts that are missing or malformed, ConfigError for rewards that cannot be given and for a pipeline, RewardError
     where no completion has a reward, CollapseError for a policy beyond its limits, and what `run_training` raises.
     """
     progress = progress or Silent()
     tokenizer = load_tokenizer(model)
-    objective = PolicyObjective.of(config)
+    objective: Objective = PolicyObjective.of(config) if config.pair_loss is None else pair_objective(config)
     gathered = gather_prompts(config, folder, seed)
     training = _fitting(gathered.training, tokenizer, config)
     held_out = _fitting(gathered.held_out, tokenizer, config)
@@ -63,17 +72,26 @@ def rl(
         )
     if not training:
         raise SourceError("no prompt is left to train on; raise context_length, or lower validation_share")
-    judge = Judge(config.rewards, RewardContext(folder, gathered.tasks))
+    judge = Judge(config.rewards, RewardContext(folder, gathered.tasks, reward_model))
     if config.steps is None:
         rollouts = math.ceil(config.epochs * len(training) / config.groups)
         config = config.with_changes(steps=rollouts * config.updates)
     config, runtime, mesh = prepare_run(config, model, out, device=device, progress=progress, folder=folder)
-    if not mesh.alone:
-        raise ConfigError(f"rl samples in one process, and {mesh.layout.world_size} were started; start it in one")
-    source = RolloutBatches(
-        training, judge, tokenizer, config, out, seed=derive_seed(seed, "rl"), progress=progress, held_out=held_out
+    rl_seed = derive_seed(seed, "rl")
+    sampler = None
+    if config.environment is not None:
+        if not mesh.alone:
+            raise ConfigError(f"environment: episodes are played in one process, and {mesh.layout.world_size} were started")
+        sampler = EpisodeSampler(judge, tokenizer, config, rl_seed, load_environment(config.environment, folder))
+    source = RolloutSource(
+        training, judge, tokenizer, config, out, seed=rl_seed, progress=progress, held_out=held_out, sampler=sampler
     )
     options: dict[str, Any] = {}
+    if config.critic is not None:
+        options |= _critic(
+            config, config.critic, model if config.critic.start == "policy" else reward_model, runtime.device, seed
+        )
+        objective = ActorCriticObjective(objective, config.critic)
     if config.beta:
         options["frozen"] = {REFERENCE: load_model(model, device=runtime.device, dtype=torch.float32)}
 
@@ -114,6 +132,18 @@ def rl(
         "held_out": len(held_out),
         **{name: value for name, value in summary.items() if name not in without},
     }
+
+
+def _critic(config: RLConfig, critic: CriticConfig, folder: Path | None, device: str, seed: int) -> dict[str, Any]:
+    """What the training loop is told of the critic. folder: of the model that it starts from."""
+    if folder is None:
+        raise ConfigError("critic.start: reward_model: no reward model is given to start from")
+    factor, matrices = critic.learning_rate_factor, config.matrix_learning_rate
+    settings = config.with_changes(
+        learning_rate=config.learning_rate * factor, matrix_learning_rate=None if matrices is None else matrices * factor
+    )
+    scorer = load_scorer(folder, device, torch.float32, seed=derive_seed(seed, CRITIC))
+    return {"beside": {CRITIC: scorer}, "settings_beside": {CRITIC: settings}}
 
 
 def _fitting(prompts: list[Prompt] | Any, tokenizer: Tokenizer, config: RLConfig) -> list[Prompt]:

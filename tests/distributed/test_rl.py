@@ -1,0 +1,62 @@
+"""Reinforcement learning on several processes is that of one: what is sampled, what it is worth, and what is learnt."""
+
+import pytest
+import torch
+
+from bessemer.core.errors import ConfigError
+from bessemer.core.metrics import read_metrics
+from bessemer.model.folder import load_model
+from bessemer.posttraining.rl.config import RLConfig
+from bessemer.posttraining.rl.stage import rl
+from tests.cases import slow
+
+from ..posttraining.test_rl import SETTINGS, data  # noqa: F401
+from ..training.conftest import documents, model_folder, tokenized  # noqa: F401
+
+METHODS = {
+    "grpo": {"algorithm": "grpo", "kl": "reward", "beta": 0.05, "mini_batches": 2},
+    "ppo": {"algorithm": "ppo", "rollout_epochs": 2},
+    "online_dpo": {"algorithm": "online_dpo", "group_size": 4},
+}
+
+
+def trained(model, data, out, method, parallel):  # noqa: F811
+    out.mkdir(exist_ok=True)
+    settings = {**SETTINGS, "steps": 2, "batch_size": 8, "learning_rate": 1e-3, **METHODS[method], "parallel": parallel}
+    config = RLConfig.parse({"data": ["prompts.jsonl"], "rewards": ["rewards.py:letters"], **settings}, "rl")
+    return rl(config, model, out, seed=3, device="cpu", folder=data)
+
+
+@pytest.mark.parametrize(
+    ("method", "parallel"),
+    [
+        ("grpo", {"data_shard": 2}),
+        slow("ppo", {"data_shard": 2}),
+        slow("online_dpo", {"data_replicate": 2}),
+        slow("grpo", {"tensor": 2}),
+        slow("grpo", {"context": 2}),
+    ],
+    ids=str,
+)
+def test_two_processes_make_the_run_of_one(two, model_folder, data, tmp_path, method, parallel):  # noqa: F811
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    trained(model_folder, data, tmp_path / "one", method, {})
+    torch.set_num_threads(threads)
+    two.run(trained, model=model_folder, data=data, out=tmp_path / "two", method=method, parallel=parallel)
+    completions = [read_metrics(tmp_path / place / "completions.jsonl") for place in ("one", "two")]
+    assert [one["completion"] for one in completions[0]] == [one["completion"] for one in completions[1]]
+    for first, second in zip(*(read_metrics(tmp_path / place / "metrics.jsonl") for place in ("one", "two")), strict=True):
+        for name in ("reward", "loss", "entropy", "validation_reward"):
+            assert (name in first) == (name in second)
+            if name in first:
+                assert first[name] == pytest.approx(second[name], rel=1e-3, abs=1e-5), name
+    first, second = (load_model(tmp_path / place / "model").state_dict() for place in ("one", "two"))
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=1e-2, atol=1e-4, msg=name)
+
+
+@pytest.mark.slow
+def test_a_reward_that_fails_on_one_process_stops_all_and_a_pipeline_is_refused(two, model_folder, data, tmp_path):  # noqa: F811
+    with pytest.raises(ConfigError, match="pipeline 2: each rank trains some layers"):
+        two.run(trained, model=model_folder, data=data, out=tmp_path / "a", method="grpo", parallel={"pipeline": 2})

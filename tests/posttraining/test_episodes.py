@@ -1,0 +1,89 @@
+"""Samples of `rl` that are episodes: what the policy did not write is no target."""
+
+import pytest
+
+from bessemer.core.errors import ConfigError
+from bessemer.core.metrics import read_metrics
+from bessemer.posttraining.rl.objective import SAMPLER
+from bessemer.posttraining.rl.prompts import Prompt
+from bessemer.posttraining.rl.samples import Sample, pack_samples
+from bessemer.training.data.batches import IGNORE_INDEX
+from tests.posttraining.test_rl import data, run  # noqa: F401
+from tests.training.conftest import RecordedProgress
+
+ENVIRONMENT = """
+from bessemer.assistant.environment import Step
+from bessemer.assistant.messages import Message
+
+
+class Letters:
+    tools = ()
+
+    def reset(self, task, seed):
+        self.number, self.turns = task["number"], 0
+        return [Message.user(task["prompt"])]
+
+    def step(self, conversation, end):
+        self.turns += 1
+        return Step(conversation.messages[-1].text.count("e") / 16, [Message.user("More")] if self.turns < 2 else ())
+
+
+class Fails(Letters):
+    def step(self, conversation, end):
+        if self.number % 4 == 1:
+            raise OSError("the world has ended")
+        return super().step(conversation, end)
+
+
+def nothing():
+    return 3
+"""
+
+
+def test_only_what_the_policy_wrote_is_a_target():
+    ids, own = list(range(10, 20)), [False] * 3 + [True] * 2 + [False] * 3 + [True] * 2
+    plain = Sample(Prompt("x"), [1, 2, 3, 4], 2, [-0.5, -0.25], "", False)
+    episode = Sample(Prompt("x"), ids, 3, [-1.0, -2.0, -3.0, -4.0], "", False, is_own=own)
+    packed = pack_samples([plain, episode], [True, True], 0)
+    targets_BT, log_probs_BT = packed.batch.targets_BT, packed.batch.per_token[SAMPLER]
+    is_target = targets_BT != IGNORE_INDEX
+    assert sorted(targets_BT[is_target].tolist()) == [3, 4, 13, 14, 18, 19]
+    values = dict(zip(targets_BT[is_target].tolist(), log_probs_BT[is_target].tolist(), strict=True))
+    assert values == {3: -0.5, 4: -0.25, 13: -1, 14: -2, 18: -3, 19: -4}
+    assert episode.completion_ids == [13, 14, 18, 19] and not log_probs_BT[~is_target].any()
+
+
+@pytest.fixture
+def world(data):  # noqa: F811
+    (data / "world.py").write_text(ENVIRONMENT)
+    return data
+
+
+SETTINGS = {"rewards": ["environment"], "max_turns": 2, "context_length": 120, "max_tokens": 8}
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_policy_is_trained_on_episodes_of_two_turns(model_folder, world, tmp_path):
+    run(model_folder, world, tmp_path, environment="world.py:Letters", steps=2, validation_share=0, **SETTINGS)
+    lines, completions = read_metrics(tmp_path / "metrics.jsonl"), read_metrics(tmp_path / "completions.jsonl")
+    assert len(lines) == 2 and max(line["log_ratio_max"] for line in lines) < 1e-4
+    assert {one["reward"] for one in completions} <= {number / 16 for number in range(17)}
+    assert max(one["tokens"] for one in completions) == 16, "two turns of 8 tokens, without what was asked between"
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_an_episode_that_breaks_off_is_left_out_and_counted(model_folder, world, tmp_path):
+    progress = RecordedProgress()
+    run(model_folder, world, tmp_path, progress, environment="world.py:Fails", steps=1, validation_share=0, **SETTINGS)
+    assert any("the reward environment: RuntimeError: OSError: the world has ended" in line for line in progress.lines)
+    assert any(one["reward"] is None for one in read_metrics(tmp_path / "completions.jsonl"))
+    with pytest.raises(ConfigError, match=r"environment: what world\.py:nothing makes has no tools and no reset and no step"):
+        run(model_folder, world, tmp_path / "none", environment="world.py:nothing", **SETTINGS)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+def test_a_policy_learns_over_two_turns(model_folder, world, tmp_path):
+    learns = SETTINGS | {"batch_size": 32, "learning_rate": 2e-2, "steps": 16}
+    summary = run(model_folder, world, tmp_path, environment="world.py:Letters", **learns)
+    assert summary["validation_reward"] > summary["validation_reward_before"] + 0.5

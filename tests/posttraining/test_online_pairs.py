@@ -1,0 +1,59 @@
+"""Online preference optimisation: pairs of a prompt's best and worst completion."""
+
+import math
+
+import pytest
+import torch
+
+from bessemer.core.errors import ConfigError
+from bessemer.core.metrics import read_metrics
+from bessemer.distributed.mesh import ALONE
+from bessemer.posttraining.preference.objective import REFERENCE_LOG_PROBS
+from bessemer.posttraining.rl.config import RLConfig
+from bessemer.posttraining.rl.online_pairs import PairBatches
+from bessemer.posttraining.rl.prompts import Prompt
+from bessemer.posttraining.rl.sampler import Group
+from bessemer.posttraining.rl.samples import Sample
+from tests.posttraining.test_ppo import SETTINGS, data, run  # noqa: F401
+
+
+def group(rewards, first_token):
+    samples = [Sample(Prompt("p"), [1, 2, first_token + place, 9], 2, [-1.0, -1.0], "", False) for place in range(len(rewards))]
+    totals_G = torch.tensor(rewards, dtype=torch.float64)
+    return Group(samples, totals_G[:, None], totals_G, [{}] * len(rewards))
+
+
+def test_best_and_worst_are_a_pair_which_weighs_nothing_where_they_are_equal():
+    settings = {key: value for key, value in SETTINGS.items() if key not in ("algorithm", "critic", "rollout_epochs", "beta")}
+    config = RLConfig.parse({**settings, "algorithm": "online_dpo", "group_size": 3, "batch_size": 12, "steps": 1}, "rl")
+    nan = math.nan
+    groups = [group([0.5, 2.0, -1.0], 10), group([1.0, 1.0, 1.0], 20), group([nan, 3.0, 0.0], 30), group([nan, nan, 1.0], 40)]
+
+    class Models:
+        mesh = ALONE
+
+        def log_probs(self, batch, role):
+            return torch.full(batch.tokens_BT.shape, -2.0)
+
+    made = PairBatches(config, padding_id=0)(groups, Models())
+    (batch,) = made.batches
+    assert batch.rows_together == 1 and made.figures == {"pairs": 2.0}
+    assert made.advantages_R.tolist() == [0, 1, -1, 0, 0, 0, 0, 1, -1, 0, 0, 0]
+    learnt = {}
+    for row in range(batch.tokens_BT.shape[0]):
+        targets = batch.targets_BT[row][batch.targets_BT[row] >= 0].tolist()
+        weights = batch.per_sequence["pair_weight"][row].tolist()
+        learnt |= {tuple(targets[4 * pair : 4 * pair + 4]): weights[2 * pair] for pair in range(len(targets) // 4)}
+    assert learnt == {(11, 9, 12, 9): 1, (20, 9, 20, 9): 0, (31, 9, 32, 9): 1, (40, 9, 40, 9): 0}
+    assert (batch.per_token[REFERENCE_LOG_PROBS] == -2).all()
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_model_learns_from_pairs_of_its_own_completions(model_folder, data, tmp_path):  # noqa: F811
+    changes = {"algorithm": "online_dpo", "critic": None, "rollout_epochs": 1, "group_size": 4, "batch_size": 64}
+    summary = run(model_folder, data, tmp_path, steps=16, learning_rate=2e-2, **changes)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert lines[-1]["reward"] > lines[0]["reward"] + 0.1 and lines[0]["pairs"] > 8
+    assert summary["validation_reward"] > summary["validation_reward_before"]
+    with pytest.raises(ConfigError, match=r"critic: not with pair_loss"):
+        run(model_folder, data, tmp_path / "both", steps=1, **changes | {"critic": {}})
