@@ -135,8 +135,9 @@ def save(figures: dict[str, Any], ladder: Sequence[TrainedRun]) -> None:
     tables = {
         "ladder": ladder_table(ladder),
         "prediction": recording.table(columns, rows),
-        "rates": recording.table(rate_columns, figures.get("rates", [])),
     }
+    if figures.get("rates"):
+        tables["rates"] = recording.table(rate_columns, figures["rates"])
     print(recording.save(NAME, figures, tables=tables))
 
 

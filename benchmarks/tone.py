@@ -1,0 +1,208 @@
+"""Does a real model learn what people prefer? SmolLM2-135M-Instruct on pairs of a polite and a rude answer.
+
+    python benchmarks/tone.py [--data FOLDER] [--seeds 3]     # about forty minutes on two cores
+    python benchmarks/tone.py --harmless                       # pairs that people judged, one seed, some ten minutes
+
+1,100 instructions with a polite and a rude answer (`instructions_polite_1100.json`), of which one in five is held out by its
+prompt, another fifth with each seed. Trained on the others:
+
+- a reward model, by the stage `reward`: the share of held-out pairs whose polite answer has the higher reward;
+- DPO, by the stage `preference`: the same of the implicit reward, and bits per byte of held-out plain answers before and after,
+  so that nothing is forgotten for it.
+
+Beside them on the same split a classifier that needs no model: naive Bayes over the words and pairs of words of an answer; and
+the longer answer. `--harmless` measures the reward model on dialogues that people judged, beside chance and length. Nothing is
+timed, so other work does no harm. Result: `tone.json`, or `tone_harmless.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import recording
+from bessemer.core.environment import set_environment
+
+set_environment()  # before PyTorch reads it
+
+from bessemer.core.progress import progress_for_terminal  # noqa: E402
+from bessemer.model.folder import load_model  # noqa: E402
+from bessemer.posttraining.conversations import Conversation  # noqa: E402
+from bessemer.posttraining.dataset import prompt_key, read_examples, split_examples  # noqa: E402
+from bessemer.posttraining.formats import Answered, Pair, as_pair  # noqa: E402
+from bessemer.posttraining.packing import pack_conversations  # noqa: E402
+from bessemer.posttraining.preference.config import PreferenceConfig  # noqa: E402
+from bessemer.posttraining.preference.stage import preference  # noqa: E402
+from bessemer.posttraining.reward.config import RewardConfig  # noqa: E402
+from bessemer.posttraining.reward.stage import reward  # noqa: E402
+from bessemer.tokenization.tokenizer import load_tokenizer  # noqa: E402
+from bessemer.training.objectives import token_losses  # noqa: E402
+from evaluation_agreement import WORK  # noqa: E402
+from evaluation_tasks import float32_folder  # noqa: E402
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "preference"
+SHARE, PLAIN = 0.2, 200
+#: What all seeds, and both methods, train with.
+SETTINGS = {"validation_share": SHARE, "batch_size": 4, "context_length": 512, "diagnostics_every": 0, "evaluate_every": 1000}
+REWARD = SETTINGS | {"epochs": 1, "learning_rate": 2e-5}
+DPO = SETTINGS | {"epochs": 1, "learning_rate": 5e-6, "beta": 0.1}
+HARMLESS = SETTINGS | {"epochs": 1, "learning_rate": 2e-5, "context_length": 1024, "batch_size": 4}
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """The instructions with their answers as rows of pairs, each with its plain answer."""
+    rows = []
+    for given in json.loads(path.read_text(encoding="utf-8")):
+        asked = "\n\n".join(part for part in (given["instruction"], given["input"]) if part)
+        answers = {key: [{"role": "assistant", "content": given[key]}] for key in ("chosen", "rejected", "output")}
+        rows.append({"prompt": [{"role": "user", "content": asked}], **answers})
+    return rows
+
+
+# --- what needs no model ------------------------------------------------------------------------------------------
+
+
+def features(pair: Pair, side: str) -> list[str]:
+    """Words and pairs of words of an answer."""
+    words = ["^", *re.findall(r"\w+|[^\w\s]", getattr(pair, side)[0]["content"].lower()), "$"]
+    return [*words[1:-1], *(f"{first} {second}" for first, second in pairwise(words))]
+
+
+def bigram_accuracy(training: Sequence[Pair], held_out: Sequence[Pair]) -> float:
+    """Share of held-out pairs whose chosen answer naive Bayes finds likelier to be a chosen one; counts are smoothed by one."""
+    counts = {side: Counter(word for pair in training for word in features(pair, side)) for side in ("chosen", "rejected")}
+    vocabulary = len(counts["chosen"] | counts["rejected"])
+    totals = {side: sum(of_side.values()) + vocabulary for side, of_side in counts.items()}
+
+    def score(words: Iterable[str]) -> float:
+        each = (
+            math.log((counts["chosen"][word] + 1) / totals["chosen"] / (counts["rejected"][word] + 1) * totals["rejected"])
+            for word in words
+        )
+        return sum(each)
+
+    return _share(score(features(pair, "chosen")) - score(features(pair, "rejected")) for pair in held_out)
+
+
+def longer_accuracy(held_out: Sequence[Pair]) -> float:
+    """Share of pairs whose chosen answer is the longer one."""
+    return _share(len(pair.chosen[0]["content"]) - len(pair.rejected[0]["content"]) for pair in held_out)
+
+
+def _share(differences: Iterable[float]) -> float:
+    """Share of differences above 0; one of exactly 0 is right half of the time."""
+    each = [0.5 + 0.5 * ((value > 0) - (value < 0)) for value in differences]
+    return sum(each) / len(each)
+
+
+# --- the model ----------------------------------------------------------------------------------------------------
+
+
+def bits_per_byte(folder: Path, rows: Sequence[dict[str, Any]]) -> float:
+    """Bits per byte of the plain answers of rows, given their prompts."""
+    model, tokenizer = load_model(folder).eval(), load_tokenizer(folder)
+    asked = [Conversation(Answered(tuple(row["prompt"]), tuple(row["output"])), "plain") for row in rows]
+    packed = pack_conversations(asked, tokenizer, 512)
+    nats = sum(float(token_losses(model, packed.batch.rows(slice(row, row + 1))).sum()) for row in range(packed.rows))
+    return nats / math.log(2) / sum(len(row["output"][0]["content"].encode()) for row in rows)
+
+
+def one_seed(seed: int, rows: list[dict[str, Any]], model: Path, folder: Path) -> dict[str, Any]:
+    """Everything of a seed's split."""
+    data = folder / "pairs.jsonl"
+    written = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows]
+    data.write_text("".join(json.dumps(row) + "\n" for row in written if row["chosen"] != row["rejected"]), encoding="utf-8")
+    pairs = read_examples(data, as_pair)
+    training, held_out = split_examples(pairs, lambda pair: prompt_key(pair.prompt), SHARE, seed)
+    kept = {prompt_key(pair.prompt) for pair in held_out}
+    plain = [row for row in rows if prompt_key(tuple(row["prompt"])) in kept][:PLAIN]
+    progress = progress_for_terminal()
+    found: dict[str, Any] = {
+        "seed": seed,
+        "held_out": len(held_out),
+        "bigrams": bigram_accuracy(training, held_out),
+        "longer": longer_accuracy(held_out),
+        "plain_answers": len(plain),
+    }
+    common = {"seed": seed, "progress": progress, "folder": folder}
+    rewarded = reward(RewardConfig.parse({"data": [data.name], **REWARD}, "reward"), model, folder / "reward", **common)
+    found |= {"reward_model": rewarded["held_out_accuracy"], "reward_seconds": rewarded["seconds"]}
+    config = PreferenceConfig.parse({"data": [data.name], **DPO}, "preference")
+    preferred = preference(config, model, folder / "dpo", **common)
+    found |= {"dpo": preferred["validation_accuracy"], "dpo_seconds": preferred["seconds"]}
+    before, after = (bits_per_byte(path, plain) for path in (model, folder / "dpo" / "model"))
+    return found | {"bits_per_byte_before": before, "bits_per_byte_after": after, "bits_per_byte_rise": after / before - 1}
+
+
+def tone(arguments: argparse.Namespace) -> Path:
+    """Three seeds, and their table."""
+    rows = rows_of(arguments.data / "instructions_polite_1100.json")
+    model = float32_folder(arguments.work)
+    seeds = []
+    for seed in range(1, arguments.seeds + 1):
+        with tempfile.TemporaryDirectory() as name:
+            seeds.append(one_seed(seed, rows, model, Path(name)))
+        print(json.dumps(seeds[-1], indent=1), flush=True)
+    shown = {
+        "reward model": "reward_model",
+        "DPO, implicit reward": "dpo",
+        "naive Bayes over words and pairs of words": "bigrams",
+        "the longer answer": "longer",
+    }
+    table = recording.table(
+        [("held-out pairs in the right order", ""), ("median", ".1%"), *((f"seed {one['seed']}", ".1%") for one in seeds)],
+        [(label, median(one[key] for one in seeds), *(one[key] for one in seeds)) for label, key in shown.items()],
+    )
+    medians = {key: median(one[key] for one in seeds) for key in (*shown.values(), "bits_per_byte_rise")}
+    return recording.save(
+        "tone", {"seeds": seeds, "median": medians, "settings": {"reward": REWARD, "dpo": DPO}}, tables={"pairs": table}
+    )
+
+
+def harmless(arguments: argparse.Namespace) -> Path:
+    """A reward model on pairs of dialogues that people judged."""
+    model = float32_folder(arguments.work)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        data = folder / "pairs.jsonl"
+        data.write_bytes((arguments.data / "hh_harmless_1800.jsonl").read_bytes())
+        config = RewardConfig.parse({"data": [data.name], **HARMLESS}, "reward")
+        found = reward(config, model, folder / "reward", seed=1, progress=progress_for_terminal(), folder=folder)
+    figures = {
+        key: found[key]
+        for key in (
+            "held_out_accuracy",
+            "held_out_accuracy_low",
+            "held_out_accuracy_high",
+            "held_out",
+            "longer_is_chosen",
+            "skipped",
+        )
+        if key in found
+    }
+    return recording.save("tone_harmless", figures | {"settings": HARMLESS})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=DATA, help="where the pairs lie")
+    parser.add_argument("--work", type=Path, default=WORK, help="the model is kept here")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--harmless", action="store_true", help="the pairs that people judged instead")
+    arguments = parser.parse_args()
+    if not arguments.data.is_dir():
+        recording.not_run(f"there is no folder {arguments.data} with the pairs")
+    print((harmless if arguments.harmless else tone)(arguments))
+
+
+if __name__ == "__main__":
+    main()
