@@ -116,6 +116,7 @@ def _default(parameter: Any) -> str:
 
 def settings_page() -> str:
     """Every setting of a recipe, stage by stage, then those of the engine, of a request, of the server, and of a task file."""
+    from bessemer.assistant.config import AssistantConfig
     from bessemer.inference.config import EngineConfig
     from bessemer.inference.sampling.params import SamplingParams
     from bessemer.pipeline.recipe import RecipeHead
@@ -144,6 +145,7 @@ def settings_page() -> str:
     for title, anchor, config in (
         ("The engine", "engine", EngineConfig),
         ("A request", "request", SamplingParams),
+        ("A turn of the assistant", "assistant", AssistantConfig),
         ("The server", "server", ServingConfig),
         *((f"A task file: {name}", f"task-{name}", kind.config) for name, kind in KINDS.items()),
     ):
