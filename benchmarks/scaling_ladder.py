@@ -2,6 +2,7 @@
 
     python benchmarks/scaling_ladder.py predict [--out FOLDER]   # trains the ladder, fits the law, writes the prediction
     python benchmarks/scaling_ladder.py target [--out FOLDER]    # then trains the model that was predicted, and seeds
+    python benchmarks/scaling_ladder.py rates [--out FOLDER]     # whether the learning rate was right at two lengths
 
 The recipe `ladder` on the quickstart's text: nine models of three widths of one depth, by `bessemer sweep`; `bessemer scaling
 fit` and `predict`, by grid and by Huber. The prediction is to be committed before the second command, which takes it from the
@@ -143,7 +144,7 @@ def save(figures: dict[str, Any], ladder: Sequence[TrainedRun]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("predict", "target"))
+    parser.add_argument("part", choices=("predict", "target", "rates"))
     parser.add_argument(
         "--out", type=Path, default=Path(tempfile.gettempdir()) / "bessemer-ladder", help="folder whose runs are used"
     )
@@ -169,11 +170,14 @@ def main() -> None:
         save({"predictions": values, "target": target, "epochs": epochs(runs, ladder[0].name)}, ladder)
         return
     figures = recording.load(NAME)["figures"]
+    if options.part == "rates":
+        figures["rates"] = tried_rates(runs)
+        save(figures, ladder)
+        return
     repeated = trained(members(RECIPE, [*overrides([REPEATED]), f"seed={','.join(map(str, SEEDS))}"], name="seeds"), runs)
     losses = [one.losses["bits_per_byte"] for one in repeated]
     figures["seeds"] = {"losses": losses, "mean": fmean(losses), "deviation": stdev(losses)}
     (target_run,) = trained(members(RECIPE, overrides([TARGET]), name="target"), runs)
-    figures["rates"] = tried_rates(runs)
     figures["target"] |= {"bits_per_byte": target_run.losses["bits_per_byte"], "flops": target_run.flops}
     for one in figures["predictions"].values():
         one["difference"] = one["loss"] / target_run.losses["bits_per_byte"] - 1
