@@ -51,10 +51,9 @@ def rl(
 ) -> dict[str, Any]:
     """Train the model of folder `model` by the rewards of its completions; resumes from `out`.
 
-    reward_model: the folder of the one that judges, or that a critic starts from, where the settings say so.
-
     Writes below `out`: `model/`, `metrics.jsonl`, `completions.jsonl` (every completion with its rewards), `autotune.json`,
-    `checkpoints/`. Files that the settings name are relative to `folder`. Returns the headline metrics. Raises SourceError for
+    `checkpoints/`. Files that the settings name are relative to `folder`. reward_model: the folder of the one that judges, or
+    that a critic starts from, where the settings say so. Returns the headline metrics. Raises SourceError for
     prompts that are missing or malformed, ConfigError for rewards that cannot be given and for a pipeline, RewardError
     where no completion has a reward, CollapseError for a policy beyond its limits, and what `run_training` raises.
     """
