@@ -134,6 +134,8 @@ def one_seed(seed: int, rows: list[dict[str, Any]], model: Path, folder: Path) -
         "plain_answers": len(plain),
     }
     common = {"seed": seed, "progress": progress, "folder": folder}
+    for name in ("reward", "dpo"):
+        (folder / name).mkdir()
     rewarded = reward(RewardConfig.parse({"data": [data.name], **REWARD}, "reward"), model, folder / "reward", **common)
     found |= {"reward_model": rewarded["held_out_accuracy"], "reward_seconds": rewarded["seconds"]}
     config = PreferenceConfig.parse({"data": [data.name], **DPO}, "preference")
@@ -176,6 +178,7 @@ def harmless(arguments: argparse.Namespace) -> Path:
         data = folder / "pairs.jsonl"
         data.write_bytes((arguments.data / "hh_harmless_1800.jsonl").read_bytes())
         config = RewardConfig.parse({"data": [data.name], **HARMLESS}, "reward")
+        (folder / "reward").mkdir()
         found = reward(config, model, folder / "reward", seed=1, progress=progress_for_terminal(), folder=folder)
     figures = {
         key: found[key]

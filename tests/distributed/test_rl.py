@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from bessemer.core.errors import ConfigError
 from bessemer.core.metrics import read_metrics
-from bessemer.model.folder import load_model
+from bessemer.model.folder import load_model, save_model
+from bessemer.model.folder_config import read_model_config
+from bessemer.model.initialisation import initial_decoder
 from bessemer.posttraining.rl.config import RLConfig
 from bessemer.posttraining.rl.stage import rl
 from tests.cases import slow
@@ -20,11 +21,31 @@ METHODS = {
 }
 
 
-def trained(model, data, out, method, parallel):  # noqa: F811
+#: Fails for all completions of the second process, and for none of the first one's.
+ONE_SIDED = """
+import torch.distributed as dist
+
+def one_sided(completions, **kwargs):
+    if dist.get_rank() == 1:
+        raise OSError("the disk is full")
+    return [1.0 for _ in completions]
+"""
+
+
+def trained(model, data, out, method, parallel, reward="rewards.py:letters"):  # noqa: F811
     out.mkdir(exist_ok=True)
     settings = {**SETTINGS, "steps": 2, "batch_size": 8, "learning_rate": 1e-3, **METHODS[method], "parallel": parallel}
-    config = RLConfig.parse({"data": ["prompts.jsonl"], "rewards": ["rewards.py:letters"], **settings}, "rl")
+    config = RLConfig.parse({"data": ["prompts.jsonl"], "rewards": [reward], **settings}, "rl")
     return rl(config, model, out, seed=3, device="cpu", folder=data)
+
+
+@pytest.fixture(scope="module")
+def model(model_folder, tmp_path_factory):  # noqa: F811
+    """A model whose heads two ranks can share."""
+    config = read_model_config(model_folder).with_changes(num_key_value_heads=2)
+    folder = tmp_path_factory.mktemp("model")
+    save_model(initial_decoder(config, seed=3), folder, tokenizer=model_folder)
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -38,12 +59,12 @@ def trained(model, data, out, method, parallel):  # noqa: F811
     ],
     ids=str,
 )
-def test_two_processes_make_the_run_of_one(two, model_folder, data, tmp_path, method, parallel):  # noqa: F811
+def test_two_processes_make_the_run_of_one(two, model, data, tmp_path, method, parallel):  # noqa: F811
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    trained(model_folder, data, tmp_path / "one", method, {})
+    trained(model, data, tmp_path / "one", method, {})
     torch.set_num_threads(threads)
-    two.run(trained, model=model_folder, data=data, out=tmp_path / "two", method=method, parallel=parallel)
+    two.run(trained, model=model, data=data, out=tmp_path / "two", method=method, parallel=parallel)
     completions = [read_metrics(tmp_path / place / "completions.jsonl") for place in ("one", "two")]
     assert [one["completion"] for one in completions[0]] == [one["completion"] for one in completions[1]]
     for first, second in zip(*(read_metrics(tmp_path / place / "metrics.jsonl") for place in ("one", "two")), strict=True):
@@ -57,6 +78,16 @@ def test_two_processes_make_the_run_of_one(two, model_folder, data, tmp_path, me
 
 
 @pytest.mark.slow
-def test_a_reward_that_fails_on_one_process_stops_all_and_a_pipeline_is_refused(two, model_folder, data, tmp_path):  # noqa: F811
-    with pytest.raises(ConfigError, match="pipeline 2: each rank trains some layers"):
-        two.run(trained, model=model_folder, data=data, out=tmp_path / "a", method="grpo", parallel={"pipeline": 2})
+@pytest.mark.parametrize(
+    ("parallel", "reward", "error"),
+    [
+        ({"data_shard": 2}, "one_sided.py:one_sided", "RewardError: the reward one_sided fails for every completion: "),
+        ({"pipeline": 2}, "rewards.py:letters", "ConfigError: parallel: pipeline 2: each rank trains some layers, and "),
+    ],
+    ids=str,
+)
+def test_what_fails_on_one_process_stops_all(two, model, data, tmp_path, parallel, reward, error):  # noqa: F811
+    (data / "one_sided.py").write_text(ONE_SIDED)
+    of_all = "".join(rf"(?=(.|\n)*rank {rank}: [^§]*{error})" for rank in (0, 1))
+    with pytest.raises(AssertionError, match=of_all):
+        two.run(trained, model=model, data=data, out=tmp_path / "a", method="grpo", parallel=parallel, reward=reward)

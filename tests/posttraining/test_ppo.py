@@ -173,17 +173,20 @@ tokenize: {algorithm: bpe, vocab_size: 261}
 model: {preset: qwen3-1m, max_position_embeddings: 1024}
 pretrain: {steps: 1}
 %s
-ppo: {kind: rl, data: [p.jsonl], steps: 1, algorithm: ppo, critic: {start: %s}}
+ppo: {kind: rl, data: [p.jsonl], steps: 1, algorithm: ppo, critic: {start: %s}, rewards: [%s]}
 """
 
 
-def test_the_critic_starts_from_the_reward_model_above_where_it_is_asked(tmp_path):
+def test_critic_and_reward_read_the_reward_model_above_where_they_are_asked(tmp_path):
     def wired(*settings):
         path = tmp_path / "recipe.yaml"
         path.write_text(RECIPE % settings)
         return load_recipe(str(path)).stage("ppo").inputs
 
-    assert wired("reward: {data: [pairs.jsonl]}", "reward_model")["reward_model"] == Input("reward", "reward_model")
-    assert "reward_model" not in wired("reward: {data: [pairs.jsonl]}", "policy")
-    with pytest.raises(ConfigError, match=r"ppo: needs reward_model, and no stage above makes it; add reward:"):
-        wired("", "reward_model")
+    above, found = "reward: {data: [pairs.jsonl]}", Input("reward", "reward_model")
+    assert wired(above, "reward_model", "answer")["reward_model"] == found
+    assert wired(above, "policy", "reward_model")["reward_model"] == found
+    assert "reward_model" not in wired(above, "policy", "answer")
+    for asked in (("reward_model", "answer"), ("policy", "reward_model")):
+        with pytest.raises(ConfigError, match=r"ppo: needs reward_model, and no stage above makes it; add reward:"):
+            wired("", *asked)

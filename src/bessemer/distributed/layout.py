@@ -119,12 +119,13 @@ class Layout:
         return slice(first, first + each)
 
     def row_count(self, rows: int) -> int:
-        """The smallest number of rows, at least so many, that all ranks share equally."""
+        """`rows` rounded up to a multiple of the data-parallel ranks."""
         return -(-rows // self.data_ranks) * self.data_ranks
 
     def row_length(self, tokens: int) -> int:
-        """The smallest length of a row, at least so many tokens, that the context axis shares equally."""
-        return tokens if self.context == 1 else -(-tokens // (2 * self.context)) * 2 * self.context
+        """`tokens` rounded up to a length that the context axis divides into chunks, and these the tensor axis."""
+        multiple = self.tensor * (2 * self.context if self.context > 1 else 1)
+        return -(-tokens // multiple) * multiple
 
     def data_rank(self, rank: int) -> int:
         """The index of a rank among those that read rows of their own; ranks of the other axes share it."""

@@ -18,7 +18,7 @@ class EngineChat:
         self._params = SamplingParams(max_tokens=max_tokens, temperature=temperature)
 
     def ask(self, prompts: Sequence[ChatPrompt], seeds: Sequence[int] | None = None) -> list[str]:
-        """The answer to each prompt; "" to one that leaves no room. Raises RequestError for messages that are malformed."""
+        """The answer to each prompt; "" to one that fills the context. Raises RequestError for messages that are malformed."""
         encoded = self._encoded(prompts)
         fitting = [index for index, ids in enumerate(encoded) if len(ids) < self._engine.longest]
         params = [
@@ -34,9 +34,9 @@ class EngineChat:
         """As of `ChatModel`, by the log-probabilities of the whole options; None for a prompt that leaves no room for them."""
         tokenizer = self._engine.tokenizer
         continuations = [tokenizer.encode(option, add_bos=False) for option in options]
-        room = self._engine.longest - max(map(len, continuations))
+        longest = self._engine.longest - max(map(len, continuations))
         encoded = self._encoded(prompts)
-        fitting = [index for index, ids in enumerate(encoded) if len(ids) <= room]
+        fitting = [index for index, ids in enumerate(encoded) if len(ids) <= longest]
         chosen: list[list[float] | None] = [None] * len(prompts)
         scored = self._engine.score_items([(encoded[index], continuations) for index in fitting])
         for index, scores in zip(fitting, scored, strict=True):

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from bessemer.core.errors import SourceError
-from bessemer.core.policy import Policy, read_policy
+from bessemer.core.policy import Policy
 from bessemer.core.progress import Progress, Silent
-from bessemer.posttraining.constitution.answering import Speakers, answered, work_identity
+from bessemer.posttraining.constitution.answering import Speakers, answered
 from bessemer.posttraining.constitution.comparison import Comparison, SoftLabel, mean_label, soft_labels
 from bessemer.posttraining.constitution.config import AIPreferencesConfig
 from bessemer.posttraining.constitution.drawing import drawn_principles
-from bessemer.posttraining.constitution.prompts import Asked, read_asked
-from bessemer.posttraining.finished_rows import FinishedRows, write_rows
+from bessemer.posttraining.constitution.prompts import Asked
+from bessemer.posttraining.constitution.working import work_through
 from bessemer.posttraining.formats import conversation_text
 
-#: The file of pairs that `preference` and `reward` read, and where rows wait for the end of the stage.
+#: The file of pairs that `preference` and `reward` read.
 PREFERENCES_FILE = "preferences.jsonl"
-_WORK = Path(".checkpoints") / PREFERENCES_FILE
 #: What is of no use to those who learn from a pair.
 _INTERNAL = ("dropped", "place_bias", "consistent")
 #: Distance from the least confidence that is rounding.
@@ -47,30 +45,26 @@ def ai_preferences(
     malformed and where no pair is left, ConfigError for the policy and the critic, ApiError where a critic at a URL fails for
     good.
     """
-    progress = progress or Silent()
-    policy = read_policy(None if config.policy is None else folder / config.policy)
-    policy.chosen_principles(config.principles)
-    asked = read_asked(config, folder)
-    finished = FinishedRows(out / _WORK, work_identity(config, model, asked, policy, folder, seed))
-    speakers = Speakers(config, model, folder, device)
-    with progress.task("compare", total=len(asked), unit="prompts", completed=len(finished)) as bar:
-        for start in range(len(finished), len(asked), config.batch_size):
-            rows = range(start, min(start + config.batch_size, len(asked)))
-            finished.append(_compared_rows(config, speakers, policy, asked, rows, seed))
-            bar.advance(len(rows))
-    kept = [row for row in finished.rows if not row["dropped"]]
-    dropped = Counter(row["dropped"] for row in finished.rows if row["dropped"])
-    reasons = ", ".join(f"{reason} ({count:,})" for reason, count in dropped.items())
-    if not kept:
-        raise SourceError(f"none of the {len(asked):,} pairs has a preference: {reasons}")
-    if dropped:
-        progress.say(f"  {dropped.total():,} of {len(asked):,} pairs are left out: {reasons}")
-    write_rows(out / PREFERENCES_FILE, [{name: value for name, value in row.items() if name not in _INTERNAL} for row in kept])
-    judged = [row for row in finished.rows if row["place_bias"] is not None]
+    worked = work_through(
+        config,
+        model,
+        out / PREFERENCES_FILE,
+        partial(_compared_rows, config, seed),
+        description="compare",
+        unit="pairs",
+        without_any="pairs has a preference",
+        internal=_INTERNAL,
+        seed=seed,
+        device=device,
+        progress=progress or Silent(),
+        folder=folder,
+    )
+    kept = worked.kept
+    judged = [row for row in worked.rows if row["place_bias"] is not None]
     return {
-        "prompts": len(asked),
+        "prompts": len(worked.rows),
         "pairs": len(kept),
-        "dropped": dropped.total(),
+        "dropped": worked.dropped,
         "mean_confidence": fmean(row["confidence"] for row in kept),
         "place_bias": fmean(row["place_bias"] for row in judged),
         "consistent_share": fmean(row["consistent"] for row in judged),
@@ -78,7 +72,7 @@ def ai_preferences(
 
 
 def _compared_rows(
-    config: AIPreferencesConfig, speakers: Speakers, policy: Policy, asked: Sequence[Asked], rows: Sequence[int], seed: int
+    config: AIPreferencesConfig, seed: int, speakers: Speakers, policy: Policy, asked: Sequence[Asked], rows: Sequence[int]
 ) -> list[dict[str, Any]]:
     chosen = [asked[row] for row in rows]
     answers = answered(speakers, chosen, rows, 2, seed)

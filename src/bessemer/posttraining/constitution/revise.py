@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bessemer.core.errors import SourceError
-from bessemer.core.policy import Policy, read_policy
+from bessemer.core.policy import Policy
 from bessemer.core.progress import Progress, Silent
 from bessemer.core.seeds import derive_seed
 from bessemer.core.statistics import paired_difference
-from bessemer.posttraining.constitution.answering import Speakers, answered, work_identity
+from bessemer.posttraining.constitution.answering import Speakers, answered
 from bessemer.posttraining.constitution.config import ReviseConfig
 from bessemer.posttraining.constitution.detectors import Finding, findings
 from bessemer.posttraining.constitution.drawing import drawn_principles
-from bessemer.posttraining.constitution.prompts import Asked, read_asked
+from bessemer.posttraining.constitution.prompts import Asked
 from bessemer.posttraining.constitution.revision import Revised, revise_answers
-from bessemer.posttraining.finished_rows import FinishedRows, write_rows
+from bessemer.posttraining.constitution.working import work_through
 
-#: The file of rows that `sft` reads, and where rows wait for the end of the stage.
+#: The file of rows that `sft` reads.
 REVISIONS_FILE = "revisions.jsonl"
-_WORK = Path(".checkpoints") / REVISIONS_FILE
 #: What detectors tell of answers, by the names of metrics. Revisions that babble are left out.
 _DETECTED: Mapping[str, Callable[[Finding], bool]] = {
     "hazard": lambda found: found.is_hazard,
@@ -48,36 +46,33 @@ def revise(
     prompts that are malformed and where no answer could be revised, ConfigError for the policy and the critic, ApiError where
     a critic at a URL fails for good.
     """
-    progress = progress or Silent()
-    policy = read_policy(None if config.policy is None else folder / config.policy)
-    policy.chosen_principles(config.principles)
-    asked = read_asked(config, folder)
-    finished = FinishedRows(out / _WORK, work_identity(config, model, asked, policy, folder, seed))
-    speakers = Speakers(config, model, folder, device)
-    with progress.task("revise", total=len(asked), unit="prompts", completed=len(finished)) as bar:
-        for start in range(len(finished), len(asked), config.batch_size):
-            rows = range(start, min(start + config.batch_size, len(asked)))
-            finished.append(_revised_rows(config, speakers, policy, asked, rows, seed))
-            bar.advance(len(rows))
-    kept = [row for row in finished.rows if not row["dropped"]]
-    dropped = Counter(row["dropped"] for row in finished.rows if row["dropped"])
-    if not kept:
-        raise SourceError(f"none of the {len(asked):,} answers could be revised: {_reasons(dropped)}")
-    if dropped:
-        progress.say(f"  {dropped.total():,} of {len(asked):,} prompts are left out: {_reasons(dropped)}")
-    write_rows(out / REVISIONS_FILE, [{name: value for name, value in row.items() if name != "dropped"} for row in kept])
-    before, after = (findings([row[name] for row in kept], policy) for name in ("answer", "completion"))
+    worked = work_through(
+        config,
+        model,
+        out / REVISIONS_FILE,
+        partial(_revised_rows, config, seed),
+        description="revise",
+        unit="prompts",
+        without_any="answers could be revised",
+        internal=("dropped",),
+        seed=seed,
+        device=device,
+        progress=progress or Silent(),
+        folder=folder,
+    )
+    kept = worked.kept
+    before, after = (findings([row[name] for row in kept], worked.policy) for name in ("answer", "completion"))
     return {
-        "prompts": len(asked),
+        "prompts": len(worked.rows),
         "revisions": len(kept),
-        "dropped": dropped.total(),
+        "dropped": worked.dropped,
         "changed_share": sum(row["answer"] != row["completion"] for row in kept) / len(kept),
         **rates(before, after),
     }
 
 
 def _revised_rows(
-    config: ReviseConfig, speakers: Speakers, policy: Policy, asked: Sequence[Asked], rows: Sequence[int], seed: int
+    config: ReviseConfig, seed: int, speakers: Speakers, policy: Policy, asked: Sequence[Asked], rows: Sequence[int]
 ) -> list[dict[str, Any]]:
     chosen = [asked[row] for row in rows]
     answers = [of_row[0] for of_row in answered(speakers, chosen, rows, 1, seed)]
@@ -119,7 +114,3 @@ def rates(before: Sequence[Finding], after: Sequence[Finding]) -> dict[str, Any]
             f"{name}_difference_high": high,
         }
     return metrics
-
-
-def _reasons(dropped: Mapping[str, int]) -> str:
-    return ", ".join(f"{reason} ({count:,})" for reason, count in dropped.items())

@@ -75,7 +75,7 @@ def pack_examples(
 ) -> Batch:
     """Pairs in few rows of `context_length` tokens, none longer than a row; the batch of `PackedPairs`.
 
-    row_count: how many rows there are where so many are filled; the others are empty.
+    row_count: from the number of filled rows to the number of rows; the others are empty.
     """
     lengths = [len(pair.chosen[0]) + len(pair.rejected[0]) for pair in pairs]
     row_of = best_fit(lengths, context_length)

@@ -102,10 +102,16 @@ class Sampler:
             yield self._engine
 
     def _kernels(self, model: Decoder) -> Literal["auto", "on", "off"]:
-        """The setting, with `auto` decided: compiled kernels where they compute the whole model in the trainer's type. Packing
+        """The setting, with `auto` decided in one process: compiled kernels where they compute the whole model in the trainer's
+        type. Packing
         the weights at each rollout takes less time than they save in a few tokens."""
         setting = self._settings.cpu_kernels
-        if setting != "auto" or self.trainee.runtime.dtype != "float32" or CompiledSteps.supports(model) is not None:
+        if (
+            setting != "auto"
+            or not self.trainee.mesh.alone
+            or self.trainee.runtime.dtype != "float32"
+            or CompiledSteps.supports(model) is not None
+        ):
             return setting
         return "on"
 

@@ -31,7 +31,7 @@ class Share:
 
     @property
     def places(self) -> slice:
-        """This group's of the prompts: every so many, so that long and short ones are dealt out."""
+        """The prompts of this group: every n-th of n groups."""
         return slice(self.mesh.rank // self.mesh.layout.tensor, None, self.groups)
 
     @property

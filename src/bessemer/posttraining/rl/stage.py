@@ -76,6 +76,11 @@ def rl(
         rollouts = math.ceil(config.epochs * len(training) / config.groups)
         config = config.with_changes(steps=rollouts * config.updates)
     config, runtime, mesh = prepare_run(config, model, out, device=device, progress=progress, folder=folder)
+    if mesh.layout.pipeline > 1:
+        raise ConfigError(
+            f"parallel: pipeline {mesh.layout.pipeline}: each rank trains some layers, and sampling needs all; take tensor or "
+            "data_shard"
+        )
     rl_seed = derive_seed(seed, "rl")
     sampler = None
     if config.environment is not None:

@@ -40,7 +40,7 @@ LEVELS = (
 #: Items to train on, the others, or both.
 Part = Literal["all", "train", "held_out"]
 
-#: One in so many expressions is held out.
+#: One in eight expressions is held out.
 _HELD_OUT = 8
 
 
