@@ -4,11 +4,13 @@
     python benchmarks/scaling_ladder.py target [--out FOLDER]    # then trains the model that was predicted, and seeds
     python benchmarks/scaling_ladder.py rates [--out FOLDER]     # whether the learning rate was right at two lengths
 
-The recipe `ladder` on the quickstart's text: nine models of three widths of one depth, by `bessemer sweep`; `bessemer scaling
-fit` and `predict`, by grid and by Huber. The prediction is to be committed before the second command, which takes it from the
-result and changes nothing of it. No token is read more than twice. Three seeds of one member say how much a run's loss is luck.
+The recipe `ladder` on the quickstart's text: models of several widths and one depth (`--layers 1` or `4`), by `bessemer sweep`;
+`bessemer scaling fit` and `predict`, by grid and by Huber. The prediction is to be committed before the second command, which
+takes it from the result and changes nothing of it. No token is read more than twice. Three seeds of one member say how much a
+run's loss is luck.
 
-About half an hour each on two quiet cores; what is finished in the folder is not done again. Result: `scaling_ladder.json`.
+About half an hour each on two quiet cores; what is finished in the folder is not done again. Results: `scaling_ladder_1.json`,
+`scaling_ladder_4.json`.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -34,32 +37,62 @@ from bessemer.scaling.predict import Prediction, predict_loss
 from bessemer.scaling.suggest import fitted_law
 from bessemer.tokenization.shards import TokenShards
 
-RECIPE, NAME = "ladder", "scaling_ladder"
-#: Hidden width → tokens, in thousands. A model of width 32 n has four layers of n heads.
-LADDER = {64: (1_600, 2_400, 4_800, 7_200), 96: (1_600, 2_400, 3_600), 128: (1_600, 2_400)}
-TARGET = (192, 9_600)
-#: Learning rates of the matrices that are tried at the smallest size, on thousands of tokens: the optimum must not move.
-RATES, RATE_TOKENS = ("1.75e-3", "3.5e-3", "7e-3"), (1_600, 4_800)
-#: The member that is trained with two seeds more.
-REPEATED = (64, 2_400)
-SEEDS = (7, 8, 9)
-CONFIDENCE = 0.9
+RECIPE = "ladder"
 _WIDTH_KEYS = ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 
 
-def settings(width: int) -> dict[str, int]:
-    """A model's settings by its width."""
-    return dict(zip(_WIDTH_KEYS, (width, width // 32, width // 32, 3 * width), strict=True))
+@dataclass(frozen=True)
+class Design:
+    """A ladder of one depth, and what it is to predict. A model of width 32 n has n heads in each layer."""
+
+    layers: int
+    #: Hidden width → tokens, in thousands.
+    members: dict[int, tuple[int, ...]]
+    #: Width and thousands of tokens of the model that is predicted.
+    target: tuple[int, int]
+    #: The member that is trained with two seeds more.
+    repeated: tuple[int, int]
+
+    @property
+    def result(self) -> str:
+        """The name of the result."""
+        return f"scaling_ladder_{self.layers}"
+
+    def settings(self, width: int) -> dict[str, int]:
+        """A model's settings by its width."""
+        heads = width // 32
+        return dict(zip(_WIDTH_KEYS, (width, heads, heads, 3 * width), strict=True))
+
+    def overrides(self, runs: Sequence[tuple[int, int]]) -> list[str]:
+        """Overrides of a sweep over (width, thousands of tokens), whose values go together; what is alike for all comes last."""
+        columns = {f"model.{key}": [self.settings(width)[key] for width, _ in runs] for key in _WIDTH_KEYS}
+        columns["pretrain.tokens"] = [1_000 * thousands for _, thousands in runs]
+        varied = [
+            f"{key}={','.join(f'{value:_}' if key == 'pretrain.tokens' else str(value) for value in values)}"
+            for key, values in columns.items()
+        ]
+        return [*varied, f"model.num_hidden_layers={self.layers}", "pretrain.dtype=bfloat16"]
 
 
-def overrides(runs: Sequence[tuple[int, int]]) -> list[str]:
-    """Overrides of a sweep over (width, thousands of tokens), whose values go together."""
-    columns = {f"model.{key}": [settings(width)[key] for width, _ in runs] for key in _WIDTH_KEYS}
-    columns["pretrain.tokens"] = [1_000 * thousands for _, thousands in runs]
-    return [
-        f"{key}={','.join(f'{value:_}' if key == 'pretrain.tokens' else str(value) for value in values)}"
-        for key, values in columns.items()
-    ]
+DESIGNS = {
+    # A single layer cannot copy from what came before by two steps of attention, which deeper models learn at their own time.
+    1: Design(
+        1,
+        {32: (3_200, 6_400, 12_000), 64: (3_200, 6_400, 9_600), 96: (1_600, 3_200, 6_400), 128: (1_600, 2_400, 4_200)},
+        (256, 12_000),
+        (64, 3_200),
+    ),
+    4: Design(
+        4,
+        {64: (1_600, 2_400, 4_800, 7_200), 96: (1_600, 2_400, 3_600), 128: (1_600, 2_400)},
+        (192, 9_600),
+        (64, 2_400),
+    ),
+}
+#: Learning rates of the matrices that are tried at the smallest size, on thousands of tokens: the optimum must not move.
+RATES, RATE_TOKENS = ("1.75e-3", "3.5e-3", "7e-3"), (1_600, 4_800)
+SEEDS = (7, 8, 9)
+CONFIDENCE = 0.9
 
 
 def trained(chosen: Sequence[Member], runs: Path) -> list[TrainedRun]:
@@ -71,27 +104,28 @@ def trained(chosen: Sequence[Member], runs: Path) -> list[TrainedRun]:
     return [outcome.run for outcome in outcomes if outcome.run is not None]
 
 
-def train_ladder(runs: Path) -> list[TrainedRun]:
+def train_ladder(design: Design, runs: Path) -> list[TrainedRun]:
     """All members of the ladder."""
-    sizes = [(width, thousands) for width, lengths in LADDER.items() for thousands in lengths]
-    given = overrides(sizes)
-    keys = [text.partition("=")[0] for text in given]
+    sizes = [(width, thousands) for width, lengths in design.members.items() for thousands in lengths]
+    given = design.overrides(sizes)
+    keys = [text.partition("=")[0] for text in given[: len(_WIDTH_KEYS) + 1]]
     return trained(members(RECIPE, given, zipped=[keys], name="widths"), runs)
 
 
-def tried_rates(runs: Path) -> list[list[float]]:
+def tried_rates(design: Design, runs: Path) -> list[list[float]]:
     """(learning rate, tokens, bits per byte) of the smallest size."""
     rates = f"pretrain.matrix_learning_rate={','.join(RATES)}"
     tokens = f"pretrain.tokens={','.join(f'{1_000 * thousands:_}' for thousands in RATE_TOKENS)}"
-    found = trained(members(RECIPE, [rates, tokens], name="rates"), runs)
+    depth = f"model.num_hidden_layers={design.layers}"
+    found = trained(members(RECIPE, [rates, tokens, depth], name="rates"), runs)
     given = [(float(rate), thousands) for rate in RATES for thousands in RATE_TOKENS]
     return [[rate, 1_000 * thousands, one.losses["bits_per_byte"]] for (rate, thousands), one in zip(given, found, strict=True)]
 
 
-def predicted(ladder: Sequence[TrainedRun]) -> dict[str, Prediction]:
+def predicted(design: Design, ladder: Sequence[TrainedRun]) -> dict[str, Prediction]:
     """The target's loss by method."""
     points = Points(tuple(Point(one.parameters, one.tokens, one.losses["bits_per_byte"], one.flops) for one in ladder))
-    base = planned(RECIPE, overrides([TARGET]))
+    base = planned(RECIPE, design.overrides([design.target]))
     assert base.tokens is not None
     return {
         method: predict_loss(
@@ -105,10 +139,10 @@ def predicted(ladder: Sequence[TrainedRun]) -> dict[str, Prediction]:
     }
 
 
-def epochs(runs: Path, name: str) -> float:
+def epochs(design: Design, runs: Path, name: str) -> float:
     """How often the longest run reads a token of the training split."""
     tokens = RunFolder(runs, name).stages()["tokenize"] / "tokens" / "train"
-    return 1_000 * max(TARGET[1], *(max(lengths) for lengths in LADDER.values())) / TokenShards(tokens).tokens
+    return 1_000 * max(design.target[1], *(max(lengths) for lengths in design.members.values())) / TokenShards(tokens).tokens
 
 
 def ladder_table(ladder: Sequence[TrainedRun]) -> dict[str, Any]:
@@ -118,7 +152,7 @@ def ladder_table(ladder: Sequence[TrainedRun]) -> dict[str, Any]:
     )
 
 
-def save(figures: dict[str, Any], ladder: Sequence[TrainedRun]) -> None:
+def save(design: Design, figures: dict[str, Any], ladder: Sequence[TrainedRun]) -> None:
     """Write the result with its tables."""
     measured = figures.get("target", {}).get("bits_per_byte")
     rows = [
@@ -139,7 +173,7 @@ def save(figures: dict[str, Any], ladder: Sequence[TrainedRun]) -> None:
     }
     if figures.get("rates"):
         tables["rates"] = recording.table(rate_columns, figures["rates"])
-    print(recording.save(NAME, figures, tables=tables))
+    print(recording.save(design.result, figures, tables=tables))
 
 
 def main() -> None:
@@ -148,15 +182,17 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=Path(tempfile.gettempdir()) / "bessemer-ladder", help="folder whose runs are used"
     )
+    parser.add_argument("--layers", type=int, choices=tuple(DESIGNS), default=1, help="depth of all models (default 1)")
     options = parser.parse_args()
+    design = DESIGNS[options.layers]
     options.out.mkdir(parents=True, exist_ok=True)
     # the record names the command by where this file lies
     sys.argv[0] = str(Path(sys.argv[0]).resolve())
     os.chdir(options.out)
     runs = Path("runs")
-    ladder = train_ladder(runs)
+    ladder = train_ladder(design, runs)
     if options.part == "predict":
-        found = predicted(ladder)
+        found = predicted(design, ladder)
         values = {
             method: {
                 "loss": one.loss,
@@ -166,22 +202,24 @@ def main() -> None:
             }
             for method, one in found.items()
         }
-        target = {"width": TARGET[0], "parameters": found["grid"].parameters, "tokens": found["grid"].tokens}
-        save({"predictions": values, "target": target, "epochs": epochs(runs, ladder[0].name)}, ladder)
+        target = {"width": design.target[0], "parameters": found["grid"].parameters, "tokens": found["grid"].tokens}
+        save(design, {"predictions": values, "target": target, "epochs": epochs(design, runs, ladder[0].name)}, ladder)
         return
-    figures = recording.load(NAME)["figures"]
+    figures = recording.load(design.result)["figures"]
     if options.part == "rates":
-        figures["rates"] = tried_rates(runs)
-        save(figures, ladder)
+        figures["rates"] = tried_rates(design, runs)
+        save(design, figures, ladder)
         return
-    repeated = trained(members(RECIPE, [*overrides([REPEATED]), f"seed={','.join(map(str, SEEDS))}"], name="seeds"), runs)
+    repeated = trained(
+        members(RECIPE, [*design.overrides([design.repeated]), f"seed={','.join(map(str, SEEDS))}"], name="seeds"), runs
+    )
     losses = [one.losses["bits_per_byte"] for one in repeated]
     figures["seeds"] = {"losses": losses, "mean": fmean(losses), "deviation": stdev(losses)}
-    (target_run,) = trained(members(RECIPE, overrides([TARGET]), name="target"), runs)
+    (target_run,) = trained(members(RECIPE, design.overrides([design.target]), name="target"), runs)
     figures["target"] |= {"bits_per_byte": target_run.losses["bits_per_byte"], "flops": target_run.flops}
     for one in figures["predictions"].values():
         one["difference"] = one["loss"] / target_run.losses["bits_per_byte"] - 1
-    save(figures, ladder)
+    save(design, figures, ladder)
 
 
 if __name__ == "__main__":

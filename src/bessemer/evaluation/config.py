@@ -44,7 +44,13 @@ class EvaluateConfig(Config):
         "dtype of matmuls for the bits per byte; auto: bfloat16 where the device has instructions for it, as in training, else "
         "float32",
     )
-    batch_size: int = setting(32, "windows computed at once", unit="windows", affects_output=False, ge=1)
+    batch_size: int | None = setting(
+        None,
+        "windows computed at once; none: 8 on a processor, whose caches then hold what a layer makes of them, else 64",
+        unit="windows",
+        affects_output=False,
+        ge=1,
+    )
     questions: int = setting(200, "questions at most: per set, held-in and held-out, and per task", unit="questions", ge=1)
     max_new_tokens: int = setting(64, "longest answer", unit="tokens", ge=1)
     baseline_bytes: int = setting(

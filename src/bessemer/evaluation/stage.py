@@ -86,7 +86,7 @@ def evaluate(
                 shards,
                 scored,
                 context_length=min(config.context_length, engine.context_length),
-                batch_size=config.batch_size,
+                batch_size=config.batch_size or (8 if model_device.type == "cpu" else 64),
                 stride=config.stride,
                 device=model_device,
                 progress=progress,
