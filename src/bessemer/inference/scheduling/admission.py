@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from bessemer.inference.scheduling.block_tables import BlockTables
 from bessemer.inference.scheduling.sequence import TokenSequence
 
 
-def fits(sequence: TokenSequence, hit: int, running: list[TokenSequence], tables: BlockTables, chunk: int) -> bool:
-    """Whether the known tokens of a waiting sequence fit beside the running ones, with `hit` blocks found.
+def kept_back(running: Iterable[TokenSequence], tables: BlockTables, chunk: int) -> list[int]:
+    """Per group: the blocks that running prompts have yet to take, and one for every running sequence to grow into.
 
-    Kept back are the blocks that running prompts have yet to take, and one for every running sequence to grow into; otherwise
-    a sequence would be admitted only to be preempted. Alone, a sequence always fits: the scheduler refused it otherwise.
+    A sequence that took these would be admitted only to be preempted. The sum of those of each sequence.
     """
-    if not running:
-        return True
-    needs = [tables.outstanding(other, chunk) for other in running]
-    kept_back = [len(needs) + sum(missing) for missing in zip(*needs, strict=True)]
-    return tables.fits(sequence, hit, chunk, kept_back)
+    needs = [tables.outstanding(sequence, chunk) for sequence in running]
+    return [len(needs) + sum(missing) for missing in zip(*needs, strict=True)] if needs else [0] * len(tables.groups)
 
 
 def is_coming(sequence: TokenSequence, hit: int, running: list[TokenSequence], tables: BlockTables) -> bool:
@@ -26,6 +24,8 @@ def is_coming(sequence: TokenSequence, hit: int, running: list[TokenSequence], t
     wait. The position where the two part is added to its `partings`, so that it keeps its state there.
     """
     size = tables.block_size
+    if len(sequence.chain) < 2:  # shorter than a block, it shares none
+        return False
     lacks = len(sequence.tokens) - hit * size
     for other in running:
         if len(other.tokens) - other.computed > 1:

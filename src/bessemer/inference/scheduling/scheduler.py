@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from math import lcm
 
 from bessemer.core.errors import ConfigError
-from bessemer.inference.scheduling.admission import fits, is_coming
+from bessemer.inference.scheduling.admission import is_coming, kept_back
 from bessemer.inference.scheduling.block_pool import BlockGroup
 from bessemer.inference.scheduling.block_tables import BlockTables
 from bessemer.inference.scheduling.queues import SequenceQueues
@@ -204,7 +204,7 @@ class Scheduler(SequenceQueues):
         """Preempt sequences of a lower priority than the first that waits, as far as it needs their places or blocks."""
         while self._waiting and self._running and self._waiting[0].priority < self._running[-1].priority:
             first = self._waiting[0]
-            if self._has_place() and self._fits(first, self._tables.match(first)):
+            if self._has_place() and self._fits(first, self._tables.match(first), self._kept_back(self._running)):
                 return
             preempted.append(self._preempt())
 
@@ -213,13 +213,14 @@ class Scheduler(SequenceQueues):
 
         One that was preempted in this step waits for the next.
         """
+        kept = self._kept_back(self._running)
         while self._waiting and budget and self._has_place():
             sequence = self._waiting[0]
             if sequence in preempted:
                 return
             hit = self._tables.match(sequence)
             start = hit * self._tables.block_size
-            if self._chunk_end(sequence, start, budget) == start or not self._fits(sequence, hit):
+            if self._chunk_end(sequence, start, budget) == start or not self._fits(sequence, hit, kept):
                 return
             if is_coming(sequence, hit, self._running, self._tables):
                 return
@@ -228,6 +229,7 @@ class Scheduler(SequenceQueues):
             end = self._chunk_end(sequence, start, min(budget, self._tables.reach(sequence) - start))
             assert end > start, "what fits can begin"
             self._tables.take(sequence, end, copies)
+            kept = [sum(blocks) for blocks in zip(kept, self._kept_back([sequence]), strict=True)]
             prompts.append(self._read(sequence, start, end - start))
             budget -= end - start
             if not sequence.admitted:
@@ -236,8 +238,15 @@ class Scheduler(SequenceQueues):
                 self.asked_tokens += len(sequence.tokens)
                 self.found_tokens += start
 
-    def _fits(self, sequence: TokenSequence, hit: int) -> bool:
-        return fits(sequence, hit, self._running, self._tables, self.max_num_batched_tokens)
+    def _kept_back(self, running: Iterable[TokenSequence]) -> list[int]:
+        return kept_back(running, self._tables, self.max_num_batched_tokens)
+
+    def _fits(self, sequence: TokenSequence, hit: int, kept: list[int]) -> bool:
+        """Whether a waiting sequence, with `hit` blocks found, fits beside the running ones, which keep back `kept` blocks.
+
+        Alone it always fits: the scheduler refused it otherwise.
+        """
+        return not self._running or self._tables.fits(sequence, hit, self.max_num_batched_tokens, kept)
 
     # -- one sequence's part of a step
 
