@@ -43,7 +43,7 @@ TASK = "sums_held_out"
 #: What the model must be like before, and after.
 MOST_BEFORE, WELL_FORMED = 0.3, 0.95
 #: Steps of pretraining that are tried.
-LENGTHS = (128, 120, 112, 104, 96)
+LENGTHS = (128, 116, 104, 92, 80)
 _NUMBER = re.compile(r"\s*\d+\s*")
 
 
