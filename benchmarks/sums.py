@@ -31,7 +31,7 @@ from bessemer.core.metrics import read_metrics  # noqa: E402
 from bessemer.core.progress import progress_for_terminal  # noqa: E402
 from bessemer.evaluation.tasks import answers  # noqa: E402
 from bessemer.inference.engine import Engine  # noqa: E402
-from bessemer.pipeline.runner import run  # noqa: E402
+from bessemer.pipeline.api import run  # noqa: E402
 from bessemer.tasks.options import TaskOptions  # noqa: E402
 from bessemer.tasks.questions import GenerationTask  # noqa: E402
 from bessemer.tasks.registry import find_tasks  # noqa: E402
@@ -79,7 +79,7 @@ def base_of(seed: int) -> tuple[list[str], dict[str, Any]]:
 def ran(recipe: str, overrides: list[str], name: str, until: str | None = None) -> dict[str, Path]:
     """The folders of a run's stages."""
     progress = progress_for_terminal()
-    return run(recipe, overrides, name=name, until=until, allow_code=True, progress=progress).run_folder.stages()
+    return run(recipe, overrides, name=name, until=until, allow_code=True, progress=progress).run.stages()
 
 
 def one_seed(seed: int) -> dict[str, Any]:
