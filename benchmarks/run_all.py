@@ -72,6 +72,7 @@ STUDIES = [
     Benchmark("refined"),
     Benchmark("long_context"),
     Benchmark("distillation"),
+    Benchmark("reasoning"),
     Benchmark("width_transfer"),
     Benchmark("scaling_ladder", ("predict",)),
     Benchmark("scaling_ladder", ("target",)),

@@ -1,6 +1,7 @@
 """Every file of `examples/` runs as it is, in an empty folder."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 
 import bessemer
 from bessemer.cli.main import main
+from bessemer.core.usercode import load_user_function
 from bessemer.posttraining.conversations import read_conversations
 from bessemer.posttraining.finetuning.columns import find_columns
 
@@ -102,6 +104,39 @@ def test_a_model_is_told_right_sums(tmp_path, monkeypatch):
     assert not stop.value.code
     stages = folder / "runs" / "arithmetic-sft" / "stages"
     assert (stages / "sft" / "model").is_dir() and not (stages / "rl").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["recipe.yaml", "direct.yaml"])
+def test_a_model_learns_to_think_before_it_answers(tmp_path, monkeypatch, capsys, recipe):
+    folder = tmp_path / "reasoning"
+    shutil.copytree(EXAMPLES / "reasoning", folder)
+    monkeypatch.chdir(folder)
+    few = ["sft.steps=2", "rl.steps=2", "rl.warmup_steps=1", "rl.batch_size=8", "rl.group_size=4", "rl.tasks_limit=4"]
+    with pytest.raises(SystemExit) as stop:
+        main(["run", recipe, "--allow-code", "--name", "reasoning", *few])
+    assert not stop.value.code
+    report = (folder / "runs" / "reasoning" / "report.html").read_text(encoding="utf-8")
+    assert "Reinforcement learning" in report and "Completions along the way" in report
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", "reasoning", "--tasks", "sums_held_out.yaml", "--limit", "4", "--thinking-budget", "8"])
+    assert not stop.value.code and "sums_held_out" in capsys.readouterr().out
+    assert "budget  8" in run(folder, "budgets.py", "runs/reasoning/stages/rl/model", "4")
+
+
+def test_thinking_of_the_example_is_right_and_of_every_third_cut():
+    rows = list(load_user_function("worked.py:worked", EXAMPLES / "reasoning")())
+    whole = 0
+    for row in rows:
+        question, answer = (message["content"] for message in row["messages"])
+        thought, _, said = answer.removeprefix("<think>\n").partition("</think>\n\n")
+        assert int(said) == sum(map(int, question.removesuffix(" =").split(" + ")))
+        steps = re.findall(r"(\d+)\+(\d+)=(\d+)[,\n]", thought)
+        assert all(int(left) + int(right) == int(total) for left, right, total in steps)
+        if thought.endswith("\n") and len(steps) == 5:
+            assert said == str(int(f"{steps[4][2]}{int(steps[1][2]) % 10}"))
+            whole += 1
+    assert whole == 2 * len(rows) // 3
 
 
 @pytest.mark.slow

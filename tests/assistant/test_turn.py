@@ -22,10 +22,14 @@ from bessemer.assistant.hooks import Deny, Hook, Pass, Refuse, Retry, Wait
 from bessemer.assistant.messages import Message, Part, ToolCall, as_messages
 from bessemer.assistant.models import ApiModel
 from bessemer.assistant.principal import Principal
+from bessemer.assistant.thinking import ThinkingTokens
 from bessemer.assistant.tools import Tool, ToolResult
 from bessemer.core.chat_client import ChatClient
 from bessemer.core.errors import ConfigError, RequestError
 from bessemer.inference.sampling.params import SamplingParams
+from bessemer.tokenization.bpe import byte_level_bpe
+from bessemer.tokenization.folder import write_folder
+from bessemer.tokenization.tokenizer import load_tokenizer
 from tests.assistant.scripted import CITY, WEATHER, ScriptedModel, call_text, joined
 from tests.chat_server import serving
 
@@ -198,6 +202,16 @@ def test_at_the_budget_thinking_is_closed_and_the_answer_is_generated(tokenizer)
     assert own_text(conversation, tokenizer) == f"{cut}42<|im_end|>"
     assert own_text(conversation, tokenizer, is_own=False).endswith("assistant\n</think>\n\n")
     assert conversation.messages[1].thinking == events[0].text
+
+
+def test_the_tag_that_is_put_in_has_the_tokens_of_one_that_the_model_learnt(tmp_path, tagged_tokenizer):
+    vocabulary = [bytes([byte]) for byte in range(256)] + [b">\n", b">\n\n"]
+    write_folder(tmp_path, byte_level_bpe(vocabulary, split="qwen2"))
+    tokenizer = load_tokenizer(tmp_path)
+    written = tokenizer.encode("<think>hm</think>\n\n42", add_bos=False)
+    closing = ThinkingTokens(tokenizer).closing
+    assert written[-2 - len(closing) : -2] == closing and tokenizer.decode(closing[-1:]) == ">\n\n"
+    assert ThinkingTokens(tagged_tokenizer).closing[0] == tagged_tokenizer.control_id("</think>")
 
 
 def test_an_answer_goes_on_beyond_the_budget(tokenizer):

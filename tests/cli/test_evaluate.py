@@ -80,6 +80,7 @@ def test_how_much_of_a_task_stands_in_the_training_corpus_is_told_beside_its_sco
         (["--tasks", "arc_easy", "--data", "."], "there is no arc_easy.jsonl in . and "),
         (["--tasks", "animals.yaml", "--shots", "9"], "9 examples need 10 items, and there are 3; ask for fewer with --shots"),
         (["--tasks", "animals.yaml", "--system", "Be brief."], "system needs chat: true"),
+        (["--tasks", "arithmetic", "--thinking-budget", "8"], "thinking_budget needs chat: true"),
         (["--tasks", "animals.yaml", "--out", "."], "exists and holds something other than an evaluation"),
     ],
 )

@@ -41,6 +41,18 @@ TABLE = {
             "<think>a</think><answer>4": 0,
         },
     ),
+    "thinking before an answer without tags": (
+        {"reward": "format", "tags": ["think"], "text_after": True},
+        {
+            "<think>so\n</think>\n\n4": 1,
+            "<think></think>4": 1,
+            "<think>so</think>\n": 0,
+            "so</think>4": 0,
+            "<think>so 4": 0,
+            "<think>a</think><think>b</think>4": 0,
+            "<think>a</think>4<think>b": 0,
+        },
+    ),
     "json of a schema": (JSON, {'{"a": 1}': 1, 'see\n```json\n{"a": 2}\n```\n': 1, '{"a": "1"}': 0, '{"a": 1': 0, "[1]": 0}),
     "a length": (
         {"reward": "length", "at_least": 2, "at_most": 4, "falloff": 4},

@@ -129,3 +129,28 @@ def test_data_that_is_unknown_is_refused():
     with pytest.raises(ConfigError, match="did you mean 'made/docs_questions'"):
         SFTConfig.parse({"data": ["made/doc_questions"]}, "sft")
     assert SFTConfig.parse(["a.jsonl"], "sft").data == ["a.jsonl"]
+
+
+def test_conversations_come_from_a_function_of_the_users(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "def rows():\n    for n in range(40):\n        yield {'prompt': f'{n}?', 'completion': f'{n}!'}\n"
+        "def none():\n    return []\n"
+        "def bad():\n    return [{'prompt': 'a', 'completion': 'b'}, {'text': 'a'}]\n"
+        "def fails():\n    raise ValueError('no')\n"
+        "def texts():\n    return ['a']\n"
+    )
+    config = SFTConfig(data=["own.py:rows"], validation_share=0.25)
+    assert config.user_functions() == ["own.py:rows"]
+    training, held_out = gather_conversations(config, None, tmp_path, seed=1)
+    assert len(training) + len(held_out) == 40 and held_out and training[0].source == "own.py:rows"
+    assert training[0].answered.answer == training[0].answered.prompt.replace("?", "!")
+    for function, problem in {
+        "none": "gives no row",
+        "bad": "row 2: is in no known format",
+        "fails": "it failed: ValueError: no",
+        "texts": "row 1 must be a dict, it is 'a'",
+    }.items():
+        with pytest.raises(SourceError, match=problem):
+            gather_conversations(SFTConfig(data=[f"own.py:{function}"]), None, tmp_path, seed=1)
+    with pytest.raises(ConfigError, match="has no function 'rest'"):
+        gather_conversations(SFTConfig(data=["own.py:rest"]), None, tmp_path, seed=1)

@@ -30,14 +30,17 @@ class ThinkingTokens:
 
     @property
     def closing(self) -> list[int]:
-        """The closing tag and the empty line behind it."""
-        return [*self._tag(self.tags.closing), *self.tokenizer.encode("\n\n", add_bos=False)]
+        """The closing tag and the empty line behind it, in the tokens of a text that holds both."""
+        return self._line(self.tags.closing)
 
     @property
     def none(self) -> list[int]:
         """Thinking that holds nothing, as templates write it for an answer without any."""
-        return [*self._tag(self.tags.opening), *self.tokenizer.encode("\n\n", add_bos=False), *self.closing]
+        return [*self._line(self.tags.opening), *self.closing]
 
-    def _tag(self, tag: str) -> list[int]:
+    def _line(self, tag: str) -> list[int]:
+        """A tag and an empty line: the end of a tag that is no control token may be one token with the line."""
         control = self.tokenizer.control_id(tag)
-        return self.tokenizer.encode(tag, add_bos=False) if control is None else [control]
+        if control is None:
+            return self.tokenizer.encode(f"{tag}\n\n", add_bos=False)
+        return [control, *self.tokenizer.encode("\n\n", add_bos=False)]

@@ -18,6 +18,10 @@ def evaluate(
     samples: Annotated[int | None, typer.Option(help="Answers to each item of tasks that generate.", min=1)] = None,
     chat: Annotated[bool | None, typer.Option("--chat/--plain", help="Ask by the model's chat template, or not.")] = None,
     system: Annotated[str | None, typer.Option(help="System message, with --chat.")] = None,
+    thinking_budget: Annotated[
+        int | None,
+        typer.Option(help="Tokens after which thinking is closed, with --chat; what follows it is judged.", min=0),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the choice of examples and of samples; the task's own.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the results; evaluations/MODEL-KEY if none.")] = None,
     max_model_len: Annotated[
@@ -39,7 +43,16 @@ def evaluate(
     from bessemer.tasks.options import TaskOptions
     from bessemer.tasks.registry import find_tasks
 
-    given = {"data": data, "limit": limit, "shots": shots, "samples": samples, "seed": seed, "chat": chat, "system": system}
+    given = {
+        "data": data,
+        "limit": limit,
+        "shots": shots,
+        "samples": samples,
+        "seed": seed,
+        "chat": chat,
+        "system": system,
+        "thinking_budget": thinking_budget,
+    }
     named = [name for each in tasks.split(",") if (name := each.strip())]
     found = find_tasks(named, TaskOptions.parse(given, option_of("evaluate")))
     place, documents = find_model(model, runs), _documents(corpus, model, runs)

@@ -27,7 +27,7 @@ def task_results(task: Task, lines: Sequence[Mapping[str, Any]]) -> dict[str, An
         "shots": task.shots,
         "cut": sum(line["cut"] > 0 for line in lines),
         "cut_tokens": sum(line["cut"] for line in lines),
-        "cached_tokens": sum(line["cached_tokens"] for line in lines),
+        "cached_tokens": sum(line.get("cached_tokens", 0) for line in lines),
     }
     if "texts" in lines[0]:
         results["empty"] = sum(not text.strip() for line in lines for text in line["texts"])

@@ -15,11 +15,13 @@ from bessemer.evaluation.evaluation_folder import Score
 from bessemer.evaluation.task_folder import TaskFolder
 from bessemer.evaluation.task_prompts import PromptEncoder
 from bessemer.evaluation.task_results import task_results
+from bessemer.evaluation.thinking import answers_after_thinking
 from bessemer.inference.engine import Completion, Engine, SamplingParams
 from bessemer.tasks.core_tasks import CORE, core_score
 from bessemer.tasks.questions import (
     Context,
     GenerationQuestion,
+    GenerationSettings,
     GenerationTask,
     LikelihoodQuestion,
     LikelihoodTask,
@@ -216,7 +218,11 @@ class _Asker(Protocol):
 
 
 def _asker(engine: Engine, encoder: PromptEncoder, task: Task) -> _Asker:
-    return _Scorer(engine, encoder, task) if isinstance(task, LikelihoodTask) else _Generator(engine, encoder, task)
+    if isinstance(task, LikelihoodTask):
+        return _Scorer(engine, encoder, task)
+    if task.generation.thinking_budget is not None:
+        return _Thinker(engine, encoder, task, task.generation.thinking_budget)
+    return _Generator(engine, encoder, task)
 
 
 class _Scorer:
@@ -281,14 +287,46 @@ class _Generator:
     def _params(self, question: GenerationQuestion) -> SamplingParams:
         """Of an item's own random numbers, whatever is asked beside it."""
         how = self._task.generation
-        return SamplingParams(
-            max_tokens=how.max_tokens,
-            temperature=how.temperature,
-            top_p=how.top_p,
-            stop=list(how.stop),
-            n=how.samples,
-            seed=derive_seed(how.seed, self._task.name, question.item),
-        )
+        seed = derive_seed(how.seed, self._task.name, question.item)
+        return _sampling(how).with_changes(n=how.samples, seed=seed)
+
+
+class _Thinker(_Generator):
+    """Answers questions by generation, with thinking within a budget, which is not judged."""
+
+    def __init__(self, engine: Engine, encoder: PromptEncoder, task: GenerationTask, budget: int) -> None:
+        super().__init__(engine, encoder, task)
+        self._budget = budget
+
+    def answer(self, questions: Sequence[GenerationQuestion]) -> list[tuple[Outcome, Line]]:
+        how = self._task.generation
+        contexts = [question.context for question in questions for _ in range(how.samples)]
+        seeds = [
+            derive_seed(how.seed, self._task.name, question.item, sample)
+            for question in questions
+            for sample in range(how.samples)
+        ]
+        answered = iter(answers_after_thinking(self._engine, contexts, _sampling(how), self._budget, seeds))
+        sampled = [list(islice(answered, how.samples)) for _ in questions]
+        texts = [[sample.text for sample in samples] for samples in sampled]
+        outcomes = self._task.judge_all(list(zip(questions, texts, strict=True)))
+        computed: list[Line] = [
+            {
+                "texts": of_item,
+                "thinking": [sample.thinking for sample in samples],
+                "thinking_closed": [sample.is_closed for sample in samples],
+                "completion_tokens": [sample.tokens for sample in samples],
+                "finish_reasons": [sample.finish_reason for sample in samples],
+                "cut": 0,  # a conversation that does not fit is refused
+            }
+            for of_item, samples in zip(texts, sampled, strict=True)
+        ]
+        return list(zip(outcomes, computed, strict=True))
+
+
+def _sampling(how: GenerationSettings) -> SamplingParams:
+    """How one answer is sampled, but for its seed."""
+    return SamplingParams(max_tokens=how.max_tokens, temperature=how.temperature, top_p=how.top_p, stop=list(how.stop))
 
 
 def _warn(task: Task, results: Mapping[str, Any], progress: Progress) -> None:

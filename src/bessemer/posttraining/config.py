@@ -8,6 +8,7 @@ from pydantic import field_validator, model_validator
 
 from bessemer.core.config import nearest, setting
 from bessemer.core.records import TABLES
+from bessemer.core.usercode import is_user_function
 from bessemer.posttraining.made import REVISIONS, SYNTHETIC
 from bessemer.training.adapter_config import TuningConfig
 
@@ -30,10 +31,12 @@ class SFTConfig(TuningConfig):
 
     data: list[str] = setting(
         description=f"Conversations: {DOCS_QUESTIONS}; {REVISIONS} and {SYNTHETIC} of stages above; a task whose right answers "
-        f"are known, as in {TASK}sums; or files of rows, as JSON lines, JSON, CSV or Parquet: {{messages}}, {{prompt, "
-        "completion}, ShareGPT's {conversations}, Alpaca's {instruction, input, output} (docs/sft.md).",
+        f"are known, as in {TASK}sums; files of rows, as JSON lines, JSON, CSV or Parquet: {{messages}}, {{prompt, "
+        "completion}, ShareGPT's {conversations}, Alpaca's {instruction, input, output} (docs/sft.md); or your own "
+        "file.py:function that gives such rows.",
         default_factory=lambda: [DOCS_QUESTIONS],
         min_length=1,
+        code=True,
     )
     prompt_column: str | None = setting(None, "Column of the questions, for tables of other names; with answer_column.")
     answer_column: str | None = setting(None, "Column of the answers.")
@@ -79,9 +82,12 @@ class SFTConfig(TuningConfig):
     @classmethod
     def _known_data(cls, names: list[str]) -> list[str]:
         for name in names:
-            if name not in MADE_DATA and not name.startswith(TASK) and not name.endswith(TABLES):
+            is_known = name in MADE_DATA or name.startswith(TASK) or name.endswith(TABLES)
+            if not is_known and not is_user_function(name):
                 known = nearest(name, list(MADE_DATA))
-                raise ValueError(f"{name!r} is neither a file of rows ({', '.join(TABLES)}) nor made data{known}")
+                raise ValueError(
+                    f"{name!r} is neither a file of rows ({', '.join(TABLES)}), nor made data, nor a file.py:function{known}"
+                )
         return names
 
     @model_validator(mode="after")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from bessemer.core.hashing import hash_value
 from bessemer.core.records import TABLES
 from bessemer.core.store import write_text
 from bessemer.posttraining.config import SFTConfig
-from bessemer.posttraining.dataset import files_fingerprint, read_examples
+from bessemer.posttraining.dataset import examples_of_function, files_fingerprint, read_examples
 from bessemer.posttraining.formats import Answered, Message, Turns, answer_in_columns, as_answered
 
 
@@ -72,8 +72,17 @@ def read_conversations(path: Path, columns: tuple[str, str] | None = None) -> li
     columns: those of questions and of answers, for a table of other names. Raises SourceError or ArtefactError with file and
     line of the first that is malformed, or when there is none.
     """
-    parse = as_answered if columns is None else partial(answer_in_columns, columns=columns)
-    return [Conversation(answered, path.name) for answered in read_examples(path, parse)]
+    return [Conversation(answered, path.name) for answered in read_examples(path, _parser(columns))]
+
+
+def made_conversations(name: str, folder: Path, columns: tuple[str, str] | None = None) -> list[Conversation]:
+    """All examples that a user's `file.py:function` gives, in the formats of `read_conversations`. Raises ConfigError where
+    there is no such function, SourceError as `read_conversations`."""
+    return [Conversation(answered, name) for answered in examples_of_function(name, folder, _parser(columns))]
+
+
+def _parser(columns: tuple[str, str] | None) -> Callable[[Mapping[str, Any]], Answered]:
+    return as_answered if columns is None else partial(answer_in_columns, columns=columns)
 
 
 def write_conversations(path: Path, conversations: Iterable[Conversation]) -> None:

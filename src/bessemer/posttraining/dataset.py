@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bessemer.core.errors import RequestError, SourceError
+from bessemer.core.errors import BessemerError, RequestError, SourceError
 from bessemer.core.hashing import hash_file, hash_value
-from bessemer.core.records import read_records
+from bessemer.core.records import Record, read_records
 from bessemer.core.seeds import derive_seed
+from bessemer.core.usercode import load_user_function
 from bessemer.posttraining.formats import Turns
 
 Example = TypeVar("Example")
@@ -17,8 +18,33 @@ Example = TypeVar("Example")
 
 def read_examples(path: Path, parse: Callable[[Mapping[str, Any]], Example]) -> list[Example]:
     """The rows of a file as examples. Raises SourceError with the file and the line of the first that is malformed."""
+    return _examples(read_records(path), parse)
+
+
+def examples_of_function(name: str, folder: Path, parse: Callable[[Mapping[str, Any]], Example]) -> list[Example]:
+    """The rows that a user's `file.py:function` gives, as examples.
+
+    Raises ConfigError where there is no such function, SourceError for one that fails or gives none, and with the number of the
+    first row that is malformed.
+    """
+    function = load_user_function(name, folder)
+    try:
+        rows = list(function())
+    except BessemerError:
+        raise
+    except Exception as error:  # whatever a user's function raises
+        raise SourceError(f"{name}: it failed: {type(error).__name__}: {error}") from error
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, Mapping):
+            raise SourceError(f"{name}: row {number:,} must be a dict, it is {row!r}"[:200])
+    if not rows:
+        raise SourceError(f"{name}: it gives no row")
+    return _examples([Record(dict(row), number, f"{name}: row {number:,}") for number, row in enumerate(rows, start=1)], parse)
+
+
+def _examples(records: Iterable[Record], parse: Callable[[Mapping[str, Any]], Example]) -> list[Example]:
     examples = []
-    for record in read_records(path):
+    for record in records:
         try:
             examples.append(parse(record.values))
         except (ValueError, RecursionError, RequestError) as error:

@@ -13,13 +13,14 @@ from bessemer.core.errors import ConfigError, SourceError
 from bessemer.core.progress import Progress, Silent
 from bessemer.core.seeds import derive_seed
 from bessemer.core.stage import OpenTasks
+from bessemer.core.usercode import is_user_function
 from bessemer.data.corpus.reader import TRAIN, VALIDATION
 from bessemer.distributed.mesh import Mesh
 from bessemer.model.decoder import Decoder
 from bessemer.model.folder_config import read_model_config
 from bessemer.model.trained_adapters import without_parts_beside
 from bessemer.posttraining.config import DOCS_QUESTIONS, MADE_DATA, TASK, SFTConfig
-from bessemer.posttraining.conversations import Conversation, read_conversations, write_conversations
+from bessemer.posttraining.conversations import Conversation, made_conversations, read_conversations, write_conversations
 from bessemer.posttraining.made import data_path
 from bessemer.posttraining.mixed_text import MixedBatches
 from bessemer.posttraining.packing import PackedBatches, pack_conversations, validation_on
@@ -145,7 +146,7 @@ def gather_conversations(
     config: SFTConfig, documents: Path | None, folder: Path, seed: int, made: Mapping[str, Path] | None = None
 ) -> tuple[list[Conversation], list[Conversation]]:
     """(training, held-out) conversations of all data that the settings name. Raises SourceError, and ConfigError for a task
-    that there is not or whose answers are not known."""
+    that there is not or whose answers are not known, and for a function that there is not."""
     training: list[Conversation] = []
     held_out: list[Conversation] = []
     for name in config.data:
@@ -165,7 +166,11 @@ def gather_conversations(
             training += task_conversations(name.removeprefix(TASK), config.task_items)
             continue
         columns = None if name in MADE_DATA else config.columns
-        for conversation in read_conversations(data_path(name, folder, made or {}), columns):
+        if is_user_function(name):
+            conversations = made_conversations(name, folder, columns)
+        else:
+            conversations = read_conversations(data_path(name, folder, made or {}), columns)
+        for conversation in conversations:
             chance = derive_seed(seed, "validation", conversation.id) / 2**63
             (held_out if chance < config.validation_share else training).append(conversation)
     return training, held_out

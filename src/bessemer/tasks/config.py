@@ -69,6 +69,20 @@ class SampledConfig(PromptConfig):
     temperature: float | None = setting(None, "0 is greedy; none: greedy for one sample, 0.8 for several", ge=0)
     top_p: float = setting(1.0, "sample from the likeliest tokens that together reach this probability", gt=0, le=1)
 
+    thinking_budget: int | None = setting(
+        None,
+        "tokens of an answer after which its thinking (`<think>`) is closed, with `chat`; what follows the thinking is judged; "
+        "none: no limit, and all of it is judged",
+        unit="tokens",
+        ge=0,
+    )
+
+    @model_validator(mode="after")
+    def _thinking_needs_chat(self) -> Self:
+        if self.thinking_budget is not None and not self.chat:
+            raise ValueError("thinking_budget needs chat: true; an answer to plain text has no thinking that could be closed")
+        return self
+
     @model_validator(mode="after")
     def _samples_differ(self) -> Self:
         if self.samples > 1 and self.temperature == 0:
@@ -80,7 +94,7 @@ class SampledConfig(PromptConfig):
         """How its answers are generated."""
         temperature = self.temperature if self.temperature is not None else 0.8 if self.samples > 1 else 0.0
         stop = () if self.chat else tuple(self.stop)
-        return GenerationSettings(self.max_tokens, temperature, self.top_p, stop, self.samples, self.seed)
+        return GenerationSettings(self.max_tokens, temperature, self.top_p, stop, self.samples, self.seed, self.thinking_budget)
 
 
 class ChoiceConfig(TaskConfig):

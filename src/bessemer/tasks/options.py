@@ -16,4 +16,7 @@ class TaskOptions(Config):
     samples: int | None = setting(None, "answers to each item, of tasks that generate", ge=1)
     seed: int | None = setting(None, "of the choice of examples and of samples")
     chat: bool | None = setting(None, "ask by the model's chat template")
+    thinking_budget: int | None = setting(
+        None, "tokens after which an answer's thinking is closed, of tasks that generate, with `chat`", unit="tokens", ge=0
+    )
     system: str | None = setting(None, "system message, with `chat`")

@@ -88,7 +88,8 @@ class Outcome:
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How answers are generated. samples: of each item. temperature 0 is greedy; seed: of the samples."""
+    """How answers are generated. samples: of each item. temperature 0 is greedy; seed: of the samples. thinking_budget: tokens
+    of an answer after which its thinking is closed, and what follows the thinking is judged; None: all of it is judged."""
 
     max_tokens: int = 256
     temperature: float = 0.0
@@ -96,6 +97,7 @@ class GenerationSettings:
     stop: tuple[str, ...] = ()
     samples: int = 1
     seed: int = 0
+    thinking_budget: int | None = None
 
 
 #: How many tokens a model reads of a context, its begin token and its chat template included.

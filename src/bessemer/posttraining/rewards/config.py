@@ -67,13 +67,17 @@ class JSONSchemaReward(RewardSettings):
 
 
 class FormatReward(RewardSettings):
-    """1 where the completion is made of the named parts, each once, in order, in tags of their names, else 0."""
+    """1 where the completion is made of the named parts, each once, in order, in tags of their names, else 0; with `text_after`
+    some text stands behind them."""
 
     reward: Literal["format"] = setting("format", "kind of reward")
     tags: list[str] = setting(
         default_factory=lambda: ["think", "answer"],
         description="names of the parts: <think>…</think><answer>…</answer>",
         min_length=1,
+    )
+    text_after: bool = setting(
+        False, "text without tags must follow the parts, as the answer behind <think>…</think> that chat models write"
     )
 
 

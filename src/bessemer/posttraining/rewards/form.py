@@ -29,12 +29,14 @@ def pattern_reward(settings: PatternReward, context: RewardContext) -> RewardFun
 
 
 def format_reward(settings: FormatReward, context: RewardContext) -> RewardFunction:
-    """1.0 where the completion is the parts in their tags, with nothing but white space around them, else 0.0."""
+    """1.0 where the completion is the parts in their tags, with nothing but white space around them, or behind them text where
+    the settings want it; else 0.0."""
     # no tag inside a part: each stands once
     tags = "|".join(re.escape(tag) for tag in settings.tags)
     inside = rf"(?:(?!</?(?:{tags})>).)*"
     parts = r"\s*".join(rf"<{re.escape(tag)}>{inside}</{re.escape(tag)}>" for tag in settings.tags)
-    pattern = re.compile(rf"\s*{parts}\s*", re.DOTALL)
+    behind = rf"(?!</?(?:{tags})>)\S{inside}" if settings.text_after else ""
+    pattern = re.compile(rf"\s*{parts}\s*{behind}", re.DOTALL)
 
     def reward(completions: Completions, **_: Any) -> list[float | None]:
         return [float(pattern.fullmatch(text) is not None) for text in texts_of(completions)]
