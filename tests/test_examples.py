@@ -1,5 +1,6 @@
 """Every file of `examples/` runs as it is, in an empty folder."""
 
+import json
 import os
 import re
 import shutil
@@ -150,6 +151,63 @@ def test_a_small_model_learns_from_a_larger_one(tmp_path, monkeypatch):
     assert not stop.value.code
     report = (folder / "runs" / "distillation" / "report.html").read_text(encoding="utf-8")
     assert "Distillation" in report and "Bits per byte of held-out text" in report
+
+
+def copied(name: str, place: Path) -> Path:
+    """A copy of an example's folder, as deep in `place` as it lies in the repository."""
+    return Path(shutil.copytree(EXAMPLES / name, place / "examples" / name))
+
+
+def bits_by_source(run: Path, model: str) -> dict[str, float]:
+    results = json.loads((run / "stages" / "evaluate" / "results.json").read_text(encoding="utf-8"))
+    return {row["name"]: row["bits_per_byte"][model] for row in results["bits_per_byte_by"]["source"]}
+
+
+@pytest.mark.slow
+def test_a_checkout_becomes_a_model_that_fills_in_the_middle(tmp_path, monkeypatch):
+    folder = copied("coding_assistant", tmp_path)
+    # a part of the checkout, of which `assistant` is held out
+    for package in ("assistant", "inspection"):
+        shutil.copytree(Path(SOURCE, "bessemer", package), tmp_path / "src" / "bessemer" / package)
+    monkeypatch.chdir(folder)
+    run(folder, "questions.py")
+    assert len(read_conversations(folder / "questions.jsonl")) > 20
+    few = ["pretrain.steps=2", "sft.steps=2", "pretrain.evaluate_tokens=2000", "evaluate.max_tokens=2000"]
+    with pytest.raises(SystemExit) as stop:
+        main(["run", "recipe.yaml", "--name", "coding-assistant", *few])
+    assert not stop.value.code
+    printed = run(folder, "fill_in.py")
+    assert "with the text after it: " in printed and "without it: " in printed
+
+
+@pytest.mark.slow
+def test_tickets_become_a_bot(tmp_path, monkeypatch):
+    folder = copied("support_bot", tmp_path)
+    shutil.copy(EXAMPLES / "tickets.csv", tmp_path / "examples")
+    monkeypatch.chdir(folder)
+    few = ["pretrain.steps=2", "sft.steps=2", "sft.evaluate_every=1", "evaluate.max_tokens=2000", "evaluate.questions=4"]
+    with pytest.raises(SystemExit) as stop:
+        main(["run", "recipe.yaml", "--name", "support-bot", *few])
+    assert not stop.value.code
+    made = folder / "runs" / "support-bot" / "stages" / "sft" / "conversations"
+    trained, held_out = (len(read_conversations(made / f"{split}.jsonl")) for split in ("train", "validation"))
+    assert trained + held_out == 200 and 10 <= held_out <= 30
+
+
+@pytest.mark.slow
+def test_a_base_reads_a_domain_and_what_it_forgets_is_measured(tmp_path, monkeypatch):
+    folder = copied("domain", tmp_path)
+    (tmp_path / "docs").mkdir()
+    for page in (EXAMPLES.parent / "docs").glob("*.md"):
+        shutil.copy(page, tmp_path / "docs")
+    monkeypatch.chdir(folder)
+    few = ["pretrain.steps=2", "continued.steps=4", "sft.steps=2"]
+    with pytest.raises(SystemExit) as stop:
+        main(["run", "recipe.yaml", "--name", "domain", *few])
+    assert not stop.value.code
+    by_source = {model: bits_by_source(folder / "runs" / "domain", model) for model in ("pretrain", "continued", "sft")}
+    assert all(found.keys() == {"python_docs", "domain"} for found in by_source.values())
+    assert by_source["continued"]["domain"] < by_source["pretrain"]["domain"]
 
 
 def test_an_installed_package_adds_a_filter(tmp_path):

@@ -11,6 +11,7 @@ import torch
 from huggingface_hub import errors
 
 from bessemer.core.store import read_json, write_json
+from bessemer.inference.engine import Engine, SamplingParams
 from bessemer.model.checkpoints import WEIGHTS_INDEX
 from bessemer.model.config import ModelConfig
 from bessemer.model.folder import load_model, save_model
@@ -19,6 +20,8 @@ from bessemer.model.formats import exchange
 from bessemer.model.initialisation import initial_decoder
 from bessemer.serving import server
 from bessemer.tokenization.formats.gguf_metadata import read_head
+from bessemer.tokenization.infill import infill_prompt
+from bessemer.tokenization.special import FILL_IN_THE_MIDDLE_SPELLINGS
 from bessemer.tokenization.tokenizer import load_tokenizer
 from tests.cli.test_main import bessemer, one_error
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer
@@ -270,3 +273,15 @@ def test_a_quantised_model_goes_out_with_whole_weights_when_a_type_is_asked_for(
     name = "layers.0.mlp.down_proj"
     assert torch.equal(wide.get_submodule(name).weight, small.get_submodule(name).weight)
     assert "quantization_config" not in read_json(tmp_path / "wide/config.json")
+
+
+def test_generate_fills_in_the_middle(capsys, model, tmp_path):
+    code, out, err = bessemer(capsys, "generate", model, "in ", "--suffix", " the", "--max-tokens", "3")
+    assert code == 2 and "needs the control tokens" in one_error(err)
+    special = [word for token in FILL_IN_THE_MIDDLE_SPELLINGS[0] for word in ("--special", token)]
+    assert bessemer(capsys, "extend", model, tmp_path / "fim", *special)[0] == 0
+    code, out, err = bessemer(capsys, "generate", tmp_path / "fim", "in ", "--suffix", " the", "--max-tokens", "3")
+    with Engine(tmp_path / "fim", device="cpu") as engine:
+        prompt = infill_prompt(engine.tokenizer, "in ", " the")
+        expected = engine.generate([prompt], SamplingParams(max_tokens=3, temperature=0.0))[0].text
+    assert (code, out) == (0, expected + "\n")

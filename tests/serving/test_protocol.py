@@ -30,6 +30,7 @@ def complete(**changes) -> CompletionRequest:
         ({"n": 129}, "n"),
         ({"best_of": 2}, "best_of"),
         ({"echo": True}, "echo"),
+        ({"suffix": "end"}, "suffix"),
         ({"frequency_penalty": 2.5}, "frequency_penalty"),
         ({"presence_penalty": -3}, "presence_penalty"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
@@ -95,7 +96,9 @@ def test_what_is_not_served_is_refused_by_name(changes, parameter):
         ({"best_of": 2, "n": 3}, "best_of"),
         ({"best_of": 3, "n": 2, "stream": True}, "best_of"),
         ({"best_of": 129}, "best_of"),
-        ({"suffix": "end"}, "suffix"),
+        ({"suffix": "end", "echo": True}, "suffix"),
+        ({"suffix": "end", "prompt": [1, 2]}, "suffix"),
+        ({"suffix": 5}, "suffix"),
         ({"max_completion_tokens": 3}, "max_completion_tokens"),
     ],
 )

@@ -16,6 +16,9 @@ from bessemer.inference.engine import Engine, EngineConfig
 from bessemer.inference.sampling.sampler import SamplingParams
 from bessemer.model.adapter_folder import write_adapter
 from bessemer.model.folder import save_model
+from bessemer.tokenization.extend import add_tokens
+from bessemer.tokenization.infill import infill_prompt
+from bessemer.tokenization.special import FILL_IN_THE_MIDDLE_SPELLINGS
 from tests.model.random_adapters import random_adapter
 from tests.model.randomised import SHAPES, random_decoder
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer
@@ -67,6 +70,29 @@ def test_32_streams_at_once_give_what_the_engine_gives_alone(engine, start):
     for conversation, found in zip(conversations, streamed, strict=True):
         alone = engine.chat(conversation, SamplingParams(max_tokens=20, temperature=0))
         assert found == (alone.text, alone.completion_tokens, alone.finish_reason)
+
+
+def test_a_suffix_asks_for_what_stands_before_it(start, tmp_path):
+    write_small_tokenizer(tmp_path / "plain")
+    added = add_tokens(tmp_path / "plain", tmp_path / "fim", special_tokens=list(FILL_IN_THE_MIDDLE_SPELLINGS[0])).added
+    shape = SHAPES["grouped"].with_changes(vocab_size=VOCAB_SIZE + len(added))
+    save_model(random_decoder(shape), tmp_path / "model", tokenizer=tmp_path / "fim")
+    engine = Engine(tmp_path / "model", device="cpu")
+    prompt = infill_prompt(engine.tokenizer, "the ", " thin")
+    expected = engine.generate([prompt], SamplingParams(max_tokens=6, temperature=0, ignore_eos=True))[0].text
+    with openai.OpenAI(base_url=start(engine) + "/v1", api_key="any", max_retries=0) as client:
+        asked = {**MODEL, "max_tokens": 6, "temperature": 0, "extra_body": {"ignore_eos": True}}
+        filled = client.completions.create(**asked, prompt=["the ", "in"], suffix=" thin")
+        assert filled.choices[0].text == expected
+        assert filled.usage.prompt_tokens == sum(len(infill_prompt(engine.tokenizer, one, " thin")) for one in ("the ", "in"))
+        continued = client.completions.create(**asked, prompt="the ", suffix="")
+        assert continued.usage.prompt_tokens == len(engine.tokenizer.encode("the "))
+
+
+def test_a_suffix_is_refused_where_the_tokenizer_has_no_control_tokens_for_it(client):
+    with pytest.raises(openai.BadRequestError, match="needs the control tokens") as caught:
+        client.completions.create(**MODEL, prompt="the ", suffix=" thin")
+    assert caught.value.param == "suffix"
 
 
 def test_a_request_may_ask_for_an_adapter_by_its_name(engine, client, tmp_path):

@@ -5,11 +5,14 @@ from hypothesis import strategies as st
 
 from bessemer.core.errors import ConfigError
 from bessemer.tokenization.extend import add_tokens
+from bessemer.tokenization.infill import FimTokens, fim_tokens, infill_prompt
+from bessemer.tokenization.special import FILL_IN_THE_MIDDLE_SPELLINGS
 from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.data.batches import IGNORE_INDEX, TokenBatches
 from bessemer.training.data.document_batches import DocumentBatches
 from bessemer.training.data.document_sources import DocumentSources
-from bessemer.training.data.fim import FillInTheMiddle, FimTokens, fim_tokens
+from bessemer.training.data.fim import FillInTheMiddle
+from tests.model.tokenizers import write_small_tokenizer
 from tests.training.shards import BEGIN, random_documents, write_shards
 
 PREFIX, SUFFIX, MIDDLE = 96, 97, 98
@@ -65,6 +68,15 @@ def test_a_window_holds_its_documents_from_the_first_on_and_nothing_else(documen
     assert [stream[: int(place) - start].count(BEGIN) for place in places] == [
         window[: end - length].tolist().count(BEGIN) for end, length in zip(ends, lengths, strict=True)
     ]
+
+
+@pytest.fixture(scope="module")
+def with_fim_tokens(tmp_path_factory):
+    """A tokenizer of bytes and a few merges, with the control tokens."""
+    folder = tmp_path_factory.mktemp("fim")
+    write_small_tokenizer(folder / "plain")
+    add_tokens(folder / "plain", folder / "fim", special_tokens=list(FILL_IN_THE_MIDDLE_SPELLINGS[0]))
+    return load_tokenizer(folder / "fim")
 
 
 @pytest.fixture(scope="module")
@@ -156,3 +168,24 @@ def test_a_tokenizer_without_the_tokens_is_refused_and_one_with_them_is_not(toke
     extension = add_tokens(tokenized / "tokenizer", tmp_path, special_tokens=names)
     ids = {token: id for id, token in extension.added.items()}
     assert fim_tokens(load_tokenizer(tmp_path)) == FimTokens(ids[names[0]], ids[names[2]], ids[names[1]])
+
+
+@settings(deadline=None)
+@given(body=st.lists(st.integers(0, 90), min_size=3, max_size=40), start=st.integers(0, 2**40))
+def test_a_prompt_is_a_rearranged_document_up_to_its_middle(with_fim_tokens, body, start):
+    tokenizer = with_fim_tokens
+    control = fim_tokens(tokenizer)
+    # letters that no two of which make a token
+    ids = [tokenizer.encode("qxzjQXZJ"[token % 8], add_bos=False)[0] for token in body]
+    begin = tokenizer.bos_id
+    rearranged = FillInTheMiddle(tokens=control, begin_id=begin, rate=1.0, spm_rate=0.0, seed=1)
+    shown = rearranged.document(np.array([begin, *ids, begin]), start, 0, source=0).tolist()
+    suffix, middle = shown.index(control.suffix), shown.index(control.middle)
+    before, after = tokenizer.decode(shown[2:suffix]), tokenizer.decode(shown[suffix + 1 : middle])
+    assert infill_prompt(tokenizer, before, after) == shown[: middle + 1]
+
+
+def test_control_tokens_typed_around_a_gap_are_text(with_fim_tokens):
+    prompt = infill_prompt(with_fim_tokens, "<|fim_middle|>", "<|endoftext|>")
+    control = fim_tokens(with_fim_tokens)
+    assert [prompt.count(id) for id in (with_fim_tokens.bos_id, control.prefix, control.suffix, control.middle)] == [1, 1, 1, 1]

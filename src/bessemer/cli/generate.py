@@ -12,6 +12,10 @@ import typer
 def generate(
     model: Annotated[str, typer.Argument(help="A model's folder or a run's name.")],
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    suffix: Annotated[
+        str | None,
+        typer.Option(help="Fill in what stands between the prompt and this text (a model trained with pretrain.fim_rate)."),
+    ] = None,
     max_tokens: Annotated[int, typer.Option(help="At most this many tokens.", min=1)] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.0,
     top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.", min=0)] = 0,
@@ -32,10 +36,11 @@ def generate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
 ) -> None:
-    """Continue a prompt, printing as it comes."""
+    """Continue a prompt, or fill in what stands between it and a suffix, printing as it comes."""
     from bessemer.cli.named import find_model, named_numbers, option_of, speculation
     from bessemer.inference.engine import Engine, EngineConfig
     from bessemer.inference.sampling.sampler import SamplingParams
+    from bessemer.tokenization.infill import infill_prompt
 
     given = speculation(speculate) | named_numbers("parallel", parallel) | {"max_model_len": max_model_len}
     config = EngineConfig.parse(given, option_of("generate"))
@@ -53,7 +58,8 @@ def generate(
     with Engine(find_model(model, runs), device=device, config=config) as engine:
         if adapter is not None:
             engine.load_adapter(adapter, adapter)
-        for chunk in engine.stream(prompt, params, adapter=adapter):
+        asked = prompt if suffix is None else infill_prompt(engine.tokenizer, prompt, suffix)
+        for chunk in engine.stream(asked, params, adapter=adapter):
             sys.stdout.write(chunk.text)
             sys.stdout.flush()
     print()

@@ -16,7 +16,7 @@ from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from bessemer.core.errors import BessemerError, LostProcessError, RequestError
+from bessemer.core.errors import BessemerError, ConfigError, LostProcessError, RequestError
 from bessemer.inference.request import Request as EngineRequest
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.inference.step_driver import ChoiceChunk
@@ -25,6 +25,7 @@ from bessemer.serving.config import ServingConfig
 from bessemer.serving.protocol import ChatRequest, CompletionRequest, GenerationRequest
 from bessemer.serving.replies import Echo, Reply
 from bessemer.serving.worker import TextEngine, Worker
+from bessemer.tokenization.infill import infill_prompt
 
 #: The chat page runs its own script and speaks to this server, nothing else.
 _PAGE_POLICY = (
@@ -173,7 +174,7 @@ class _Service:
             assert isinstance(asked, CompletionRequest)
             texts_or_ids: Sequence[str | list[int]] = asked.prompt
             names = ["prompt"] if len(texts_or_ids) == 1 else [f"prompt[{place}]" for place in range(len(texts_or_ids))]
-            prompts = {name: self._tokens(name, given) for name, given in zip(names, texts_or_ids, strict=True)}
+            prompts = {name: self._tokens(name, given, asked.suffix) for name, given in zip(names, texts_or_ids, strict=True)}
             echoes = [
                 Echo(given if isinstance(given, str) else tokenizer.decode(tokens), tokens) if asked.echo else None
                 for given, tokens in zip(texts_or_ids, prompts.values(), strict=True)
@@ -203,9 +204,12 @@ class _Service:
         )
         return _Prepared(requests, params, reply)
 
-    def _tokens(self, name: str, given: str | list[int]) -> list[int]:
-        """The tokens of a plain completion's prompt, which the parameter `name` gives."""
+    def _tokens(self, name: str, given: str | list[int], suffix: str | None) -> list[int]:
+        """The tokens of a plain completion's prompt, which the parameter `name` gives; suffix: what is to stand behind it."""
         tokenizer = self.engine.tokenizer
+        if suffix is not None:
+            assert isinstance(given, str), "the protocol sees to it"
+            return self._infill_tokens(given, suffix)
         tokens = tokenizer.encode(given) if isinstance(given, str) else given
         if tokens and all(0 <= token < tokenizer.vocab_size for token in tokens):
             return tokens
@@ -214,6 +218,12 @@ class _Service:
             parameter=name,
             code="invalid_value",
         )
+
+    def _infill_tokens(self, prefix: str, suffix: str) -> list[int]:
+        try:
+            return infill_prompt(self.engine.tokenizer, prefix, suffix)
+        except ConfigError as error:
+            raise ApiError(f"suffix: {error}", parameter="suffix", code="unsupported_parameter") from None
 
     def _check_length(self, name: str, tokens: list[int], wanted: int | None) -> None:
         """Raises ApiError where a prompt and what is wanted behind it, by default a token, are more than the context."""

@@ -217,6 +217,7 @@ class CompletionRequest(GenerationRequest):
     prompt: Annotated[list[str] | list[list[int]], BeforeValidator(_prompts)]
     max_tokens: int | None = Field(None, ge=0)
     best_of: int | None = Field(None, ge=1, le=_MOST_CHOICES)
+    suffix: str | None = None
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=_MOST_LIKELIEST)
 
@@ -226,6 +227,10 @@ class CompletionRequest(GenerationRequest):
             raise misfit("best_of", f"best_of ({self.best_of}) is below n ({self.n}); raise it or leave it out")
         if self.stream and self.answers > self.n:
             raise misfit("best_of", "the best of several answers is known at their end; leave out best_of, or stream")
+        if self.suffix is not None and self.echo:
+            raise misfit("suffix", "suffix asks for what stands between two texts, which echo cannot show; send one of them")
+        if self.suffix is not None and not all(isinstance(prompt, str) for prompt in self.prompt):
+            raise misfit("suffix", "suffix goes with prompts that are texts; of token ids, put the control tokens in yourself")
         if self.max_tokens == 0 and not self.echo:
             raise misfit("max_tokens", "max_tokens: 0 makes nothing; send echo: true to be told of the prompt, or at least 1")
         if self.max_tokens == 0 and self.best_of is not None:

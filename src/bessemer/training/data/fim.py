@@ -19,11 +19,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bessemer.core.errors import ConfigError
 from bessemer.core.hashing import hash_value
 from bessemer.core.seeds import derive_seed
-from bessemer.tokenization.special import FILL_IN_THE_MIDDLE_SPELLINGS
-from bessemer.tokenization.tokenizer import Tokenizer
+from bessemer.tokenization.infill import FimTokens
 from bessemer.training.data.document_sources import DocumentSources
 from bessemer.training.data.shuffle import mix
 
@@ -31,31 +29,6 @@ from bessemer.training.data.shuffle import mix
 ADDED_TOKENS = 3
 #: A document with fewer tokens is not rearranged: it cannot be split into three parts.
 _LEAST_TOKENS = 3
-
-
-@dataclass(frozen=True)
-class FimTokens:
-    """Ids of the control tokens before prefix, suffix and middle."""
-
-    prefix: int
-    suffix: int
-    middle: int
-
-
-def fim_tokens(tokenizer: Tokenizer) -> FimTokens:
-    """The tokenizer's fill-in-the-middle tokens, in one of the spellings of published models.
-
-    Raises ConfigError when it has none.
-    """
-    for spelling in FILL_IN_THE_MIDDLE_SPELLINGS:
-        ids = [tokenizer.control_id(token) for token in spelling]
-        if None not in ids:
-            return FimTokens(*(id for id in ids if id is not None))
-    names = ", ".join(FILL_IN_THE_MIDDLE_SPELLINGS[0])
-    raise ConfigError(
-        f"fim_rate needs the control tokens {names}, which this tokenizer lacks; train it with "
-        "tokenize.fim_tokens, or add them to it with `bessemer extend --special`"
-    )
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,13 @@ from bessemer.core.hashing import hash_value
 from bessemer.core.seeds import derive_seed
 from bessemer.data.corpus.reader import TRAIN
 from bessemer.distributed.mesh import ALONE, Mesh
+from bessemer.tokenization.infill import fim_tokens
 from bessemer.tokenization.shards import ANNEAL, TokenShards
 from bessemer.tokenization.tokenizer import Tokenizer
 from bessemer.training.data.batches import Batch, StatelessBatches, TokenBatches, concatenated
 from bessemer.training.data.document_batches import DocumentBatches
 from bessemer.training.data.document_sources import DocumentSources
-from bessemer.training.data.fim import FillInTheMiddle, fim_tokens
+from bessemer.training.data.fim import FillInTheMiddle
 from bessemer.training.data.warmed_up import read_rows
 from bessemer.training.pretrain_config import PretrainConfig
 
