@@ -82,6 +82,7 @@ STUDIES = [
     Benchmark("tone", ("--harmless",)),
     Benchmark("deduplication", ("scaling",)),
     Benchmark("refinery_memory"),
+    Benchmark("adapter_memory"),
     Benchmark("shard_loading"),
     Benchmark("deduplication", ("memory",)),
 ]

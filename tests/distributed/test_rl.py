@@ -17,6 +17,7 @@ from ..training.conftest import documents, model_folder, tokenized  # noqa: F401
 METHODS = {
     "grpo": {"algorithm": "grpo", "kl": "reward", "beta": 0.05, "mini_batches": 2},
     "ppo": {"algorithm": "ppo", "rollout_epochs": 2},
+    "adapter": {"algorithm": "grpo", "kl": "reward", "beta": 0.05, "mini_batches": 2, "adapter": 4},
     "online_dpo": {"algorithm": "online_dpo", "group_size": 4},
 }
 
@@ -52,6 +53,7 @@ def model(model_folder, tmp_path_factory):  # noqa: F811
     ("method", "parallel"),
     [
         ("grpo", {"data_shard": 2}),
+        slow("adapter", {"data_shard": 2}),
         slow("ppo", {"data_shard": 2}),
         slow("online_dpo", {"data_replicate": 2}),
         slow("grpo", {"tensor": 2}),

@@ -110,6 +110,15 @@ def test_on_text_a_student_comes_nearer_to_its_teacher_and_the_report_shows_both
 
 
 @pytest.mark.usefixtures("one_thread")
+def test_a_student_that_trains_an_adapter_answers_with_it(model_folder, teacher_folder, data, tmp_path):
+    settings = {"data": ["prompts.jsonl"], "answers": "student", "loss": "policy_gradient", "sampling_temperature": 0.8}
+    run(teacher_folder, model_folder, data, tmp_path, steps=4, batch_size=16, learning_rate=2e-2, adapter=4, **settings)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert max(line["log_ratio_max"] for line in lines) < 1e-4 and lines[-1]["reverse_kl"] < lines[0]["reverse_kl"]
+    assert (tmp_path / "adapter" / "adapter_config.json").exists()
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("loss", ["policy_gradient", slow("reverse_kl"), slow("jsd"), slow("top_k")])
 def test_on_its_own_answers_a_student_comes_nearer_to_its_teacher(loss, model_folder, teacher_folder, data, tmp_path):
     # a student that is too sure, and a teacher that is not
@@ -230,7 +239,10 @@ def test_a_prompt_is_what_stands_before_the_last_answer():
         ({"loss": "policy_gradient"}, r"of the student's own answers: set answers: student"),
         ({"data": ["p.jsonl"], "answers": "student", "next_token_weight": 0.5}, r"own answers are no targets to imitate"),
         ({"data": ["p.jsonl"], "answers": "student", "samples_per_prompt": 3}, r"no multiple of samples_per_prompt 3"),
-        ({"data": ["p.jsonl"], "answers": "student", "adapter": 4}, r"adapter: not with answers: student"),
+        (
+            {"data": ["p.jsonl"], "answers": "student", "adapter": {"rank": 4, "dropout": 0.1}},
+            r"adapter.dropout: the model samples without it",
+        ),
         ({"data": ["p.jsonl"], "answers": "student", "save": "best"}, r"which answers: student has not"),
         ({"data": ["p.jsonl"], "answers": "teacher", "max_tokens": 64}, r"leaves no room for a prompt"),
         ({"parallel": {"tensor": 2}}, r"parallel.tensor: distillation runs under data_replicate and data_shard alone"),

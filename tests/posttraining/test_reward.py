@@ -2,16 +2,22 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch.nn.functional import logsigmoid
 
 from bessemer.core.errors import ArtefactError, ConfigError, RequestError
+from bessemer.core.hashing import hash_file
 from bessemer.core.metrics import read_metrics
 from bessemer.core.report import Curves, StageReport, Table
+from bessemer.model.folder import load_model, save_model
+from bessemer.model.quantisation.config import QuantizeConfig
+from bessemer.model.quantisation.quantise import quantise
 from bessemer.model.score_head import load_scorer
 from bessemer.posttraining.encoding import Encoded, encode_answer
 from bessemer.posttraining.formats import Pair
@@ -22,7 +28,10 @@ from bessemer.posttraining.reward.objective import RewardObjective, rewards
 from bessemer.posttraining.reward.report import report, summary_line
 from bessemer.posttraining.reward.reward_model import RewardModel
 from bessemer.posttraining.reward.stage import reward
+from bessemer.training.checkpoint.manager import CHECKPOINTS, checkpoint_weights, newest_checkpoint
 from bessemer.training.objectives import LossContext
+from bessemer.training.starting_model import head_seed
+from tests.cases import slow
 from tests.posttraining.test_formats import said
 from tests.posttraining.test_preference import SETTINGS, data  # noqa: F401
 
@@ -122,6 +131,45 @@ def test_a_model_learns_to_score_what_is_preferred_higher(trained):
     assert len(scored) == summary["held_out"]
     margin = sum(one["chosen"] - one["rejected"] for one in scored) / len(scored)
     assert margin == pytest.approx(summary["validation_margin"], rel=1e-3)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("quantize", [None, slow("int8")])
+def test_an_adapter_is_trained_beside_a_whole_head_and_both_make_one_folder(model_folder, data, tmp_path, quantize):  # noqa: F811
+    before = hash_file(model_folder / "model.safetensors")
+    changes = {"steps": 16, "learning_rate": 2e-2, "checkpoint_every": 8}
+    adapter = {"rank": 8, "quantize": quantize}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    summary = run(model_folder, data, whole, adapter=adapter, **changes)
+    assert hash_file(model_folder / "model.safetensors") == before
+    assert summary["held_out_accuracy"] > 0.8
+    # that of the folder is that of the model in training
+    assert summary["validation_accuracy"] == pytest.approx(summary["held_out_accuracy"])
+    scored = [json.loads(line) for line in (whole / "held_out.jsonl").read_text().splitlines()]
+    margin = sum(one["chosen"] - one["rejected"] for one in scored) / len(scored)
+    assert margin == pytest.approx(summary["validation_margin"], rel=1e-3)
+    start, end = load_scorer(model_folder, seed=head_seed(3)).state_dict(), load_file(whole / "model" / "model.safetensors")
+    assert not torch.equal(start["score.weight"], end["score.weight"])
+    assert torch.equal(start["embed_tokens.weight"].float(), end["model.embed_tokens.weight"].float())
+    held = checkpoint_weights(newest_checkpoint(whole / CHECKPOINTS))
+    assert {name for name in held if ".adapter." not in name} == {"score.weight"}
+    assert not (whole / "adapter").exists()
+    run(model_folder, data, cut, adapter=adapter, **changes)
+    # what an interruption after step 8 leaves
+    shutil.rmtree(cut / CHECKPOINTS / "step-000016")
+    run(model_folder, data, cut, adapter=adapter, **changes)
+    assert hash_file(cut / "model" / "model.safetensors") == hash_file(whole / "model" / "model.safetensors")
+
+
+def test_what_a_reward_model_cannot_be_adapted_with_is_told_in_one_line(model_folder, data, tmp_path):  # noqa: F811
+    assert RewardConfig.parse({"data": ["a.jsonl"], "adapter": 8}).learning_rate == 1e-4
+    with pytest.raises(ConfigError, match=r"adapter.merge: false: a reward model is its adapter and its head"):
+        RewardConfig.parse({"data": ["a.jsonl"], "adapter": {"rank": 8, "merge": False}})
+    start = load_model(model_folder)
+    quantise(start, QuantizeConfig(scheme="int8"))
+    save_model(start, tmp_path / "int8", tokenizer=model_folder)
+    with pytest.raises(ArtefactError, match=r"this model is quantised, and only whole weights"):
+        run(tmp_path / "int8", data, tmp_path / "out", adapter=4)
 
 
 def test_the_report_says_how_right_it_is_and_what_it_makes_of_length(trained):

@@ -24,6 +24,7 @@ from bessemer.model.adapters import Adapter, Update
 from bessemer.model.decoder import Decoder
 from bessemer.model.initialisation import empty_decoder, fill
 from bessemer.model.quantisation.quantised_modules import dequantised_tensors
+from bessemer.model.score_head import SCORE
 
 # Shapes: N outputs, K inputs, R rank.
 
@@ -125,6 +126,11 @@ def is_of_adapter(name: str) -> bool:
     return f".{_CHILD}." in name
 
 
+def is_trained_by_adapter(name: str) -> bool:
+    """Whether a tensor is trained where an adapter is: one of the adapter's, or the scalar head, by its name."""
+    return is_of_adapter(name) or name == SCORE
+
+
 def adapter_of(model: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> Adapter:
     """The adapter in training, as the engine takes it and a folder holds it; its tensors are the model's own.
 
@@ -139,17 +145,37 @@ def adapter_of(model: nn.Module, tensors: Mapping[str, Tensor] | None = None) ->
     )
 
 
+@contextmanager
+def merged_in_place(model: nn.Module) -> Iterator[None]:
+    """While entered, every weight that the adapter changes is W + s · B A, and the adapter is off; then W is there again, the
+    same bits. Memory: a second copy of these weights, for as long. Of a model in one process whose weights are no codes."""
+    changed = [(model.get_parameter(f"{name}.weight"), update) for name, update in adapter_of(model).updates.items()]
+    before = [weight.data for weight, _ in changed]
+    with without_adapters(model):
+        try:
+            for weight, update in changed:
+                weight.data = _with_update(weight.data, update)
+            yield
+        finally:
+            for (weight, _), weight_NK in zip(changed, before, strict=True):
+                weight.data = weight_NK
+
+
 @torch.no_grad()
 def merged(model: Decoder, adapter: Adapter) -> Decoder:
     """A decoder of its own with W + s · B A for every weight that an adapter changes, in the weights' type, and else with the
     model's tensors; codes are dequantised. An adapter in training is left out: pass `adapter_of(model)`."""
     weights = {name: tensor for name, tensor in dequantised_tensors(model).items() if not is_of_adapter(name)}
-    for layer, (down_RK, up_NR, scale) in adapter.updates.items():
-        weight_NK = weights[f"{layer}.weight"]
-        wide = torch.promote_types(weight_NK.dtype, torch.float32)
-        change_NK = scale * up_NR.to(weight_NK.device, wide) @ down_RK.to(weight_NK.device, wide)
-        weights[f"{layer}.weight"] = (weight_NK.to(wide) + change_NK).to(weight_NK.dtype)
+    for layer, update in adapter.updates.items():
+        weights[f"{layer}.weight"] = _with_update(weights[f"{layer}.weight"], update)
     return fill(empty_decoder(model.config), weights).to(model.device)
+
+
+def _with_update(weight_NK: Tensor, update: Update) -> Tensor:
+    """W + s · B A, computed in float32 at least, in W's type."""
+    wide = torch.promote_types(weight_NK.dtype, torch.float32)
+    change_NK = update.scale * update.up_NR.to(weight_NK.device, wide) @ update.down_RK.to(weight_NK.device, wide)
+    return (weight_NK.to(wide) + change_NK).to(weight_NK.dtype)
 
 
 def without_parts_beside(model: Decoder) -> Decoder:

@@ -14,6 +14,13 @@ from bessemer.training.config import LoopConfig
 ADAPTER_LEARNING_RATE = 2e-4
 
 
+#: Why compiled kernels do not sample from a model in training whose weights are codes.
+KERNELS_OVER_CODES = (
+    "cpu_kernels: on: over a quantised model the kernels round activations to 8 bits, and log-probabilities would not be the "
+    "trainer's; leave it out"
+)
+
+
 class AdapterConfig(Config):
     """A low-rank adapter that is trained in place of the weights (LoRA; Hu et al. 2021)."""
 
@@ -50,10 +57,13 @@ class AdapterConfig(Config):
 class TuningConfig(LoopConfig):
     """Settings of the stages that tune a trained model: whole, or by an adapter."""
 
+    #: Peak learning rate where an adapter is trained and nothing else is said.
+    adapter_learning_rate: ClassVar[float] = ADAPTER_LEARNING_RATE
+
     adapter: AdapterConfig | None = setting(
         None,
         "Train a low-rank adapter and leave the weights as they are (docs/adapters.md), with AdamW at 2e-4 where nothing else "
-        "is said. Absent: all weights.",
+        "is said, in reward at 1e-4, in rl at 1e-5. Absent: all weights.",
     )
 
     @model_validator(mode="before")
@@ -62,7 +72,7 @@ class TuningConfig(LoopConfig):
         """Optimizer and learning rate of an adapter, where they are not given."""
         if not isinstance(values, dict) or values.get("adapter") is None:
             return values
-        values = {"optimizer": "adamw", "learning_rate": ADAPTER_LEARNING_RATE, **values}
+        values = {"optimizer": "adamw", "learning_rate": cls.adapter_learning_rate, **values}
         if not isinstance(values["adapter"], (dict, AdapterConfig)):
             values["adapter"] = {AdapterConfig.shorthand: values["adapter"]}
         return values
@@ -78,6 +88,19 @@ class TuningConfig(LoopConfig):
         if split is not None:
             raise ValueError(f"parallel.{split}: an adapter is trained under data_replicate and data_shard alone")
         return self
+
+    def check_sampled_adapter(self, cpu_kernels: str) -> None:
+        """Raise ValueError for an adapter that cannot be sampled from while it is trained. cpu_kernels: of the engine that
+        samples."""
+        if self.adapter is None:
+            return
+        if self.adapter.dropout:
+            raise ValueError(
+                "adapter.dropout: the model samples without it, so the trainer's log-probabilities would be of another model; "
+                "leave it out"
+            )
+        if self.adapter.quantize is not None and cpu_kernels == "on":
+            raise ValueError(KERNELS_OVER_CODES)
 
     @property
     def low_rank(self) -> AdapterConfig | None:

@@ -16,7 +16,7 @@ from bessemer.model.folder_config import holds_codes, refuse_quantised
 from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
 from bessemer.model.quantised_linear import quantised_parts
-from bessemer.model.score_head import load_scorer
+from bessemer.model.score_head import SCORE, load_scorer
 from bessemer.model.trained_adapters import add_adapters, initial_tensors
 from bessemer.training.config import LoopConfig
 
@@ -29,9 +29,9 @@ _FROZEN = {
 
 def check_start(config: LoopConfig, folder: Path, mesh: Mesh) -> None:
     """Raise ArtefactError or ConfigError for a model of codes where weights are trained, or where processes share them."""
-    if config.low_rank is None:
+    if config.low_rank is None or config.scores:
         refuse_quantised(folder)
-    elif not mesh.alone:
+    if config.low_rank is not None and not mesh.alone:
         if config.low_rank.quantize is not None or holds_codes(folder):
             raise ConfigError(
                 f"adapter: a quantised model is trained beside in one process, and this job has {mesh.layout.world_size}; "
@@ -47,14 +47,14 @@ def starting_model(folder: Path, config: LoopConfig, device: torch.device | str,
 
     Raises ConfigError for a base whose activations are quantised, and a pattern of layers that there are not.
     """
-    if config.scores:
-        return load_scorer(folder, device, torch.float32, seed=head_seed(seed))
     settings = config.low_rank
-    if settings is None or settings.quantize is None:
-        model = load_model(folder, device=device, dtype=torch.float32)
+    # to be quantised it is read as it is stored: in float32 the whole might not fit in memory
+    dtype = None if settings is not None and settings.quantize is not None else torch.float32
+    if config.scores:
+        model = load_scorer(folder, device, dtype, seed=head_seed(seed))
     else:
-        # as it is stored: in float32 the whole might not fit in memory
-        model = load_model(folder, device=device)
+        model = load_model(folder, device=device, dtype=dtype)
+    if settings is not None and settings.quantize is not None:
         if not quantised_parts(model):
             quantise(model, _FROZEN[settings.quantize])
         model.to(torch.float32)
@@ -76,14 +76,16 @@ def head_seed(seed: int) -> int:
 
 
 def new_adapter(model: Decoder, config: LoopConfig, seed: int) -> dict[str, Tensor]:
-    """Freeze a model, in place, and put the adapter that the settings ask for beside it; returns its first numbers by their
-    names. Nothing is done, and nothing returned, where they ask for none."""
+    """Freeze a model, in place, but for its scalar head, and put the adapter that the settings ask for beside it; returns its
+    first numbers by their names. Nothing is done, and nothing returned, where they ask for none."""
     settings = config.low_rank
     if settings is None:
         return {}
     updates = add_adapters(
         model, rank=settings.rank, scale=settings.scale, dropout=settings.dropout, patterns=tuple(settings.modules)
     )
+    if config.scores:
+        model.get_parameter(SCORE).requires_grad_(True)
     return {
         name: numbers for layer, update in updates.items() for name, numbers in initial_tensors(layer, update, seed).items()
     }

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bessemer.core.errors import RequestError
 from bessemer.model.decoder import Decoder
+from bessemer.model.trained_adapters import LowRankUpdate
 
 
 class WeightsStamp:
@@ -53,14 +54,17 @@ def check_weights(weights: Mapping[str, Tensor], shapes: Mapping[str, tuple[int,
 
 
 def _weights(model: Decoder) -> list[Tensor]:
-    """Parameters and codes of quantised layers, but no tables that are computed, and no codes that were released."""
+    """Parameters and codes of quantised layers, but no tables that are computed, no codes that were released, and no adapter in
+    training that is switched off."""
+    parts = [module for module in model.modules() if not isinstance(module, LowRankUpdate) or module.is_on]
+    parameters = dict.fromkeys(weight for part in parts for weight in part._parameters.values() if weight is not None)
     buffers = [
         buffer
-        for module in model.modules()
+        for module in parts
         for name, buffer in module._buffers.items()
         if buffer is not None and name not in module._non_persistent_buffers_set
     ]
-    return [*model.parameters(), *buffers]
+    return [*parameters, *buffers]
 
 
 def _state(weight: Tensor) -> tuple[int, int]:

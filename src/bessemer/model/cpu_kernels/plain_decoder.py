@@ -248,7 +248,8 @@ def _unsupported_layer(layer: Any) -> str | None:
     device = (layer if isinstance(layer, QuantisedLinear) else layer.weight).device.type
     if device != "cpu":
         return f"its weights lie on {device}"
-    if any(layer.children()):
+    # an adapter in training that is switched off takes no part
+    if any(getattr(part, "is_on", True) for part in layer.children()):
         return "its layers have parts beside their weights, as an adapter in training"
     return None if isinstance(layer, QuantisedLinear) and layer.is_released else refusal(layer)
 

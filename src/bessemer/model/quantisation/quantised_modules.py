@@ -20,6 +20,8 @@ from bessemer.model.quantised_experts import QuantisedExperts
 from bessemer.model.quantised_linear import QuantisedEmbedding, QuantisedLinear, is_quantised, quantised_parts
 
 EMBEDDING, HEAD = "embed_tokens", "lm_head"
+#: The scalar head of a reward model, which stays as it is: rewards are compared.
+_SCORE = "score"
 _KEPT = ("shared_expert_gate", "in_proj_ba")
 _EXPERT_MATRICES = ("gate_up_proj", "down_proj")
 
@@ -33,7 +35,7 @@ def quantisable(decoder: Decoder) -> Iterator[tuple[str, tuple[int, ...]]]:
         if isinstance(module, Experts):
             for matrix in _EXPERT_MATRICES:
                 yield f"{name}.{matrix}", tuple(getattr(module, matrix).shape)
-        elif isinstance(module, nn.Linear) and name != HEAD and not name.endswith(_KEPT):
+        elif isinstance(module, nn.Linear) and name not in (HEAD, _SCORE) and not name.endswith(_KEPT):
             yield name, tuple(module.weight.shape)
 
 

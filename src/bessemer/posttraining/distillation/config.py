@@ -138,8 +138,7 @@ class DistillationConfig(TuningConfig):
             raise ValueError("next_token_weight: the student's own answers are no targets to imitate; leave it out")
         if self.batch_size % self.samples_per_prompt:
             raise ValueError(f"batch_size {self.batch_size} is no multiple of samples_per_prompt {self.samples_per_prompt}")
-        if self.adapter is not None:
-            raise ValueError("adapter: not with answers: student, which are sampled with the weights that are trained")
+        self.check_sampled_adapter(self.cpu_kernels)
         if self.batch_size_warmup is not None:
             raise ValueError("batch_size_warmup: the student answers as many prompts at each step; leave it out")
         if self.early_stopping_patience is not None or self.save == "best":

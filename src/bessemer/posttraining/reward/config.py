@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
 from bessemer.core.config import setting
 from bessemer.posttraining.made import checked_pairs
-from bessemer.training.config import LoopConfig
+from bessemer.training.adapter_config import TuningConfig
 
 #: Raised when the same settings and inputs give other weights than before.
 REWARD_VERSION = 1
 
 
-class RewardConfig(LoopConfig):
+class RewardConfig(TuningConfig):
     """The stage `reward`: a reward model from pairs of a chosen and a rejected answer. The defaults suit a real model."""
 
     shorthand: ClassVar[str | None] = "data"
+    # ten times that of full tuning, as elsewhere
+    adapter_learning_rate: ClassVar[float] = 1e-4
 
     data: list[str] = setting(
         description="Pairs: files of rows, as JSON lines, JSON, CSV or Parquet: {prompt, chosen, rejected}, in messages or "
@@ -61,6 +63,12 @@ class RewardConfig(LoopConfig):
     @classmethod
     def _known_data(cls, names: list[str]) -> list[str]:
         return checked_pairs(names)
+
+    @model_validator(mode="after")
+    def _check_merged(self) -> Self:
+        if self.adapter is not None and not self.adapter.merge:
+            raise ValueError("adapter.merge: false: a reward model is its adapter and its head, merged in model/; leave it out")
+        return self
 
     @field_validator("tasks")
     @classmethod

@@ -45,7 +45,7 @@ def reward(
     made: Mapping[str, Path] | None = None,
 ) -> dict[str, Any]:
     """Train a reward model on pairs of answers, from the model of folder `model` with a new scalar head, or from a reward
-    model; resumes from `out`.
+    model; resumes from `out`. With an adapter the head is trained whole beside it.
 
     Writes below `out`: `model/`, `metrics.jsonl`, `autotune.json`, `checkpoints/`, and `held_out.jsonl`, the rewards of the
     pairs held out. Files named in the settings are relative to `folder`. made: files of stages above, by their names in `data`.

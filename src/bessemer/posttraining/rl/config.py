@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import field_validator, model_validator
 
@@ -11,14 +11,17 @@ from bessemer.core.config import nearest, setting
 from bessemer.posttraining.rewards.config import Rewards, named
 from bessemer.posttraining.rl.critic_config import CriticConfig
 from bessemer.posttraining.rl.presets import PRESETS
-from bessemer.training.config import LoopConfig
+from bessemer.training.adapter_config import TuningConfig
 
 #: Raised when the same settings and inputs give other weights than before.
 RL_VERSION = 2
 
 
-class RLConfig(LoopConfig):
+class RLConfig(TuningConfig):
     """The stage `rl`: a policy samples completions of prompts, and those that are rewarded become likelier."""
+
+    # ten times that of full tuning, as elsewhere
+    adapter_learning_rate: ClassVar[float] = 1e-5
 
     data: list[str] = setting(
         description="Prompts: files of rows (JSON lines, JSON, CSV, Parquet), or tasks whose answers are generated, by name or "
@@ -179,10 +182,16 @@ class RLConfig(LoopConfig):
         name = values.get("algorithm", "grpo")
         if isinstance(name, str) and name not in PRESETS:
             raise ValueError(f"there is no algorithm {name!r}{nearest(name, list(PRESETS))}")
-        return {**PRESETS.get(name, {}), **values}
+        found = {**PRESETS.get(name, {}), **values}
+        critic = found.get("critic")
+        if found.get("adapter") is not None and isinstance(critic, Mapping):
+            # the critic is tuned whole, and an adapter's learning rate is ten times that of full tuning
+            found["critic"] = {"learning_rate_factor": 1.0, **critic}
+        return found
 
     @model_validator(mode="after")
     def _check_sampling(self) -> Self:
+        self.check_sampled_adapter(self.cpu_kernels)
         if self.top_p != 1 or self.top_k:
             raise ValueError(
                 "top_p and top_k: rl samples from the whole distribution, since the ratio of policies is not known for tokens "

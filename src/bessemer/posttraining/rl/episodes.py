@@ -53,7 +53,7 @@ class EpisodeSampler(PolicySampler):
             temperature=0.0 if greedy else config.temperature, max_tokens=config.max_tokens, stop=list(config.stop or ())
         )
         episodes = play(
-            Assistant(EngineModel(engine)),
+            Assistant(EngineModel(engine, adapter=self.adapter)),
             [self._new_environment() for _ in each_of],
             [_task(asked[place]) for place, _ in each_of],
             params,

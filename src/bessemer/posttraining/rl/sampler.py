@@ -7,24 +7,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from bessemer.core.errors import ConfigError
 from bessemer.core.seeds import derive_seed
 from bessemer.inference.collective import CollectiveEngine
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
 from bessemer.inference.execution.compiled_steps import CompiledSteps
 from bessemer.inference.multi_step import MOST_TOKENS
 from bessemer.model.decoder import Decoder
+from bessemer.model.quantised_linear import is_quantised
+from bessemer.model.trained_adapters import adapters_of, merged_in_place, without_adapters
 from bessemer.posttraining.rewards.judge import Completed, Judge, Judgement
 from bessemer.posttraining.rl.config import RLConfig
 from bessemer.posttraining.rl.prompts import Prompt
 from bessemer.posttraining.rl.samples import Sample
 from bessemer.tokenization.tokenizer import Tokenizer
+from bessemer.training.adapter_config import KERNELS_OVER_CODES
 from bessemer.training.objectives import POLICY
 from bessemer.training.trainee import Trainee
 
@@ -32,6 +36,9 @@ from bessemer.training.trainee import Trainee
 _MOST_SEQUENCES, _LEAST_BATCHED_TOKENS = 256, 512
 
 SamplingEngine = Engine | CollectiveEngine
+
+#: What the engine calls an adapter that is trained.
+_ADAPTER = "policy"
 
 #: A prompt and its tokens.
 EncodedPrompt = tuple[Prompt, list[int]]
@@ -61,7 +68,11 @@ class SamplerSettings:
 
 
 class Sampler:
-    """Completes prompts with the policy's weights of now."""
+    """Completes prompts with the policy's weights of now.
+
+    An adapter in training is merged into the weights while compiled kernels sample, since they pack the weights in any case.
+    Elsewhere the engine has it beside the weights, of which there is no second copy in one process.
+    """
 
     def __init__(self, tokenizer: Tokenizer, settings: SamplerSettings, seed: int) -> None:
         self._tokenizer = tokenizer
@@ -69,6 +80,8 @@ class Sampler:
         self._seed = seed
         self._trainee: Trainee | None = None
         self._engine: SamplingEngine | None = None
+        #: What the engine is asked for: the policy's adapter, where it is beside the weights.
+        self.adapter: str | None = None
 
     def bind(self, trainee: Trainee) -> None:
         """The models of the run."""
@@ -83,29 +96,56 @@ class Sampler:
     @contextmanager
     def sampling(self) -> Iterator[SamplingEngine]:
         """The engine with the policy's weights of now, of all processes of a mesh. The random state is left as it is."""
-        trainee, settings = self.trainee, self._settings
-        with trainee.prepared(POLICY) as prepared, torch.random.fork_rng():
+        trainee = self.trainee
+        with trainee.prepared(POLICY) as prepared, torch.random.fork_rng(), ExitStack() as entered:
+            model = prepared.model
+            entered.enter_context(without_adapters(model))
+            kernels = self._kernels(model)
+            if adapters_of(model):
+                merges = kernels == "on" and trainee.mesh.alone
+                self.adapter = None if merges else _ADAPTER
+                if merges:
+                    entered.enter_context(merged_in_place(model))
             if self._engine is None:
-                sequences = min(max(settings.sequences, 1), _MOST_SEQUENCES)
-                config = EngineConfig(
-                    max_model_len=min(settings.context_length, prepared.model.config.max_position_embeddings),
-                    max_num_seqs=sequences,
-                    max_num_batched_tokens=max(_LEAST_BATCHED_TOKENS, MOST_TOKENS * sequences),
-                    cpu_kernels=self._kernels(prepared.model),
-                    threads=trainee.runtime.threads,
-                )
-                if trainee.mesh.alone:
-                    self._engine = Engine(prepared.model, self._tokenizer, config=config)
-                else:
-                    self._engine = CollectiveEngine(prepared.model, self._tokenizer, trainee.mesh, config)
-            self._engine.update_weights(version=trainee.version)
+                self._engine = self._new_engine(model, kernels)
+            if self.adapter is None:
+                self._engine.update_weights(version=trainee.version)
+            else:
+                self._engine.update_adapter(self.adapter, trainee.adapter(), version=trainee.version)
             yield self._engine
+
+    def _new_engine(self, model: Decoder, kernels: Literal["auto", "on", "off"]) -> SamplingEngine:
+        trainee, settings = self.trainee, self._settings
+        sequences = min(max(settings.sequences, 1), _MOST_SEQUENCES)
+        config = EngineConfig(
+            max_model_len=min(settings.context_length, model.config.max_position_embeddings),
+            max_num_seqs=sequences,
+            max_num_batched_tokens=max(_LEAST_BATCHED_TOKENS, MOST_TOKENS * sequences),
+            cpu_kernels=kernels,
+            # beside codes the engine keeps keys and values in half precision, which the trainer does not
+            kv_cache_dtype="float32" if is_quantised(model) and trainee.runtime.dtype == "float32" else "auto",
+            threads=trainee.runtime.threads,
+        )
+        engine: SamplingEngine
+        if trainee.mesh.alone:
+            engine = Engine(model, self._tokenizer, config=config)
+        else:
+            engine = CollectiveEngine(model, self._tokenizer, trainee.mesh, config)
+        if self.adapter is not None:
+            engine.load_adapter(self.adapter, trainee.adapter())
+        return engine
 
     def _kernels(self, model: Decoder) -> Literal["auto", "on", "off"]:
         """The setting, with `auto` decided in one process: compiled kernels where they compute the whole model in the trainer's
-        type. Packing
-        the weights at each rollout takes less time than they save in a few tokens."""
+        type. Packing the weights at each rollout takes less time than they save in a few tokens.
+
+        Raises ConfigError where they would multiply by codes, for which they round activations to 8 bits: the trainer does not.
+        """
         setting = self._settings.cpu_kernels
+        if is_quantised(model):
+            if setting == "on":
+                raise ConfigError(KERNELS_OVER_CODES)
+            return "off"
         if (
             setting != "auto"
             or not self.trainee.mesh.alone
@@ -131,7 +171,7 @@ class Sampler:
         """
         if not asked:
             # of a group without a prompt, whose ranks take part all the same
-            engine.rollouts([], number, [])
+            engine.rollouts([], number, [], adapter=self.adapter)
             return []
         settings = self._settings
         params = [
@@ -143,7 +183,7 @@ class Sampler:
             )
             for place, (prompt, _) in zip(range(len(asked)) if places is None else places, asked, strict=True)
         ]
-        found = engine.rollouts([ids for _, ids in asked], number, params)
+        found = engine.rollouts([ids for _, ids in asked], number, params, adapter=self.adapter)
         samples = []
         for row in range(len(asked) * number):
             first, end = int(found.prompt_lengths[row]), int(found.lengths[row])

@@ -8,7 +8,7 @@ from bessemer.core.stage import Outside, StageContext
 from bessemer.posttraining.rewards.config import RewardModelReward
 from bessemer.posttraining.rl import report
 from bessemer.posttraining.rl.config import RL_VERSION, RLConfig
-from bessemer.training.specs import check_loop, loop_packages, training_arguments, training_stage
+from bessemer.training.specs import check_loop, loop_packages, model_not_merged, training_arguments, training_stage
 
 
 def _rl(context: StageContext) -> dict[str, Any]:
@@ -69,6 +69,8 @@ STAGES = (
         needs={"model": "model", "reward_model": "reward_model"},
         unread=_unread,
         makes={"model": "model", "completions": "completions.jsonl"},
+        links={"model": "model", "adapter": "adapter"},
+        lacks=model_not_merged,
         example="rl: {data: [prompts.jsonl], rewards: [answer]}",
         budget_seconds=55,
         report=report.report,

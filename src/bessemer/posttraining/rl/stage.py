@@ -16,6 +16,7 @@ from bessemer.core.stage import OpenTasks
 from bessemer.distributed.mesh import Mesh
 from bessemer.model.decoder import Decoder
 from bessemer.model.folder import load_model
+from bessemer.model.folder_config import holds_codes
 from bessemer.model.score_head import load_scorer
 from bessemer.posttraining.rewards.judge import Judge
 from bessemer.posttraining.rewards.registry import RewardContext
@@ -51,9 +52,10 @@ def rl(
 ) -> dict[str, Any]:
     """Train the model of folder `model` by the rewards of its completions; resumes from `out`.
 
-    Writes below `out`: `model/`, `metrics.jsonl`, `completions.jsonl` (every completion with its rewards), `autotune.json`,
-    `checkpoints/`. Files that the settings name are relative to `folder`. reward_model: the folder of the one that judges, or
-    that a critic starts from, where the settings say so. Returns the headline metrics. Raises SourceError for
+    Writes below `out`: `model/`, with an adapter `adapter/`, `metrics.jsonl`, `completions.jsonl` (every completion with its
+    rewards), `autotune.json`, `checkpoints/`. With an adapter the reference is the policy without it. Files that the settings
+    name are relative to `folder`. reward_model: the folder of the one that judges, or that a critic starts from, where the
+    settings say so. Returns the headline metrics. Raises SourceError for
     prompts that are missing or malformed, ConfigError for rewards that cannot be given and for a pipeline, RewardError
     where no completion has a reward, CollapseError for a policy beyond its limits, and what `run_training` raises.
     """
@@ -96,7 +98,7 @@ def rl(
             config, config.critic, model if config.critic.start == "policy" else reward_model, runtime.device, seed
         )
         objective = ActorCriticObjective(objective, config.critic)
-    if config.beta:
+    if config.beta and config.adapter is None:
         options["frozen"] = {REFERENCE: load_model(model, device=runtime.device, dtype=torch.float32)}
 
     def batches(config: RLConfig, mesh: Mesh) -> BatchSource:
@@ -146,6 +148,10 @@ def _critic(config: RLConfig, critic: CriticConfig, folder: Path | None, device:
     settings = config.with_changes(
         learning_rate=config.learning_rate * factor, matrix_learning_rate=None if matrices is None else matrices * factor
     )
+    if holds_codes(folder):
+        raise ConfigError(
+            f"critic: all its weights are trained, and {folder} is quantised; take the model that it was made from"
+        )
     scorer = load_scorer(folder, device, torch.float32, seed=derive_seed(seed, CRITIC))
     return {"beside": {CRITIC: scorer}, "settings_beside": {CRITIC: settings}}
 

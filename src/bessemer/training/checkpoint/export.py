@@ -13,7 +13,8 @@ from bessemer.model.adapter_folder import write_adapter
 from bessemer.model.decoder import Decoder
 from bessemer.model.folder import load_model, save_model
 from bessemer.model.initialisation import empty_decoder, fill
-from bessemer.model.trained_adapters import adapter_of, is_of_adapter, merged
+from bessemer.model.score_head import SCORE, load_scorer
+from bessemer.model.trained_adapters import adapter_of, is_trained_by_adapter, merged
 from bessemer.training.adapter_config import AdapterConfig
 from bessemer.training.checkpoint.manager import CHECKPOINTS, checkpoint_of_step, checkpoint_weights, newest_checkpoint
 from bessemer.training.checkpoint.state import AVERAGE
@@ -63,22 +64,35 @@ def save_trained_adapter(
     best: int | None = None,
 ) -> None:
     """Write `out/adapter`, a folder of PEFT's, and with `merge` the model with the adapter merged, `out/model`; which numbers
-    and what else, as `save_trained` does of weights.
+    and what else, as `save_trained` does of weights. Of a model with a scalar head, trained beside the adapter, `out/model`
+    alone.
 
     start: the folder of the model that the run started from, whose weights the adapter is for. Of several processes rank 0
     writes, and reads that model again to merge.
     """
-    own = {name: parameter for name, parameter in model.named_parameters() if is_of_adapter(name)}
+    own = {name: parameter for name, parameter in model.named_parameters() if is_trained_by_adapter(name)}
     trained = whole_tensors(own, mesh)
     if mesh.leads:
         for ending, tensors in _chosen(trained, out, config, best).items():
             adapter = adapter_of(model, tensors)
-            # mapped into memory, and as it was before its weights were quantised for this run
-            write_adapter(adapter, load_model(start), out / f"adapter{ending}")
+            head = tensors.get(SCORE)
+            if head is None:
+                # mapped into memory, and as it was before its weights were quantised for this run
+                write_adapter(adapter, load_model(start), out / f"adapter{ending}")
             if settings.merge:
-                base = model if mesh.alone else load_model(start, dtype=torch.float32)
-                save_model(merged(base, adapter), out / f"model{ending}", tokenizer=start)
+                base = model if mesh.alone else _base(start, head)
+                whole = merged(base, adapter)
+                if head is not None:
+                    whole.get_parameter(SCORE).data = head.to(whole.device)
+                save_model(whole, out / f"model{ending}", tokenizer=start)
     mesh.wait()
+
+
+def _base(start: Path, head: Tensor | None) -> Decoder:
+    """The model of a folder, with a scalar head where one is trained, whose weights are to be replaced."""
+    if head is None:
+        return load_model(start, dtype=torch.float32)
+    return load_scorer(start, dtype=torch.float32, seed=0)
 
 
 def _chosen(trained: dict[str, Tensor], out: Path, config: LoopConfig, best: int | None) -> dict[str, dict[str, Tensor]]:

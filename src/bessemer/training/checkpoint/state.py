@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
-from bessemer.model.trained_adapters import adapters_of, is_of_adapter
+from bessemer.model.trained_adapters import adapters_of, is_trained_by_adapter
 from bessemer.training.optim.build import keeping_hyperparameters
 
 #: Optimizer states by parameter name, so that ranks with other parameters can read the same checkpoint.
@@ -70,10 +70,10 @@ class TrainingState:
 
 def model_state(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
     """Weights and optimizer states by parameter name, as `model` and `optimizer`; those of frozen parameters are left out, and
-    with an adapter all that is not its own."""
+    with an adapter all that is neither its own nor a scalar head."""
     weights, states = get_state_dict(model, optimizers, options=_BY_NAME)
     if adapters_of(model):
-        weights = {name: tensor for name, tensor in weights.items() if is_of_adapter(name)}
+        weights = {name: tensor for name, tensor in weights.items() if is_trained_by_adapter(name)}
     return {"model": weights, "optimizer": states}
 
 
