@@ -80,6 +80,7 @@ STUDIES = [
     Benchmark("sums"),
     Benchmark("tone"),
     Benchmark("tone", ("--harmless",)),
+    Benchmark("constitution"),
     Benchmark("deduplication", ("scaling",)),
     Benchmark("refinery_memory"),
     Benchmark("adapter_memory"),
