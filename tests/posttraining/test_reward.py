@@ -144,7 +144,7 @@ def test_an_adapter_is_trained_beside_a_whole_head_and_both_make_one_folder(mode
     assert hash_file(model_folder / "model.safetensors") == before
     assert summary["held_out_accuracy"] > 0.8
     # that of the folder is that of the model in training
-    assert summary["validation_accuracy"] == pytest.approx(summary["held_out_accuracy"])
+    assert summary["validation_accuracy"] == pytest.approx(summary["held_out_accuracy"], abs=1e-4)
     scored = [json.loads(line) for line in (whole / "held_out.jsonl").read_text().splitlines()]
     margin = sum(one["chosen"] - one["rejected"] for one in scored) / len(scored)
     assert margin == pytest.approx(summary["validation_margin"], rel=1e-3)

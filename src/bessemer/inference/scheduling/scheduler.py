@@ -213,6 +213,8 @@ class Scheduler(SequenceQueues):
 
         One that was preempted in this step waits for the next.
         """
+        if not self._waiting:
+            return
         kept = self._kept_back(self._running)
         while self._waiting and budget and self._has_place():
             sequence = self._waiting[0]
