@@ -37,6 +37,7 @@ from bessemer.evaluation.stage_tasks import AskedTask, TaskAnswers, asked_task, 
 from bessemer.inference.engine import Engine
 from bessemer.model.device import has_fast_bfloat16
 from bessemer.tokenization.shards import TokenShards
+from bessemer.training.runtime import keep_freed_memory
 from bessemer.training.validation import whole_documents
 
 #: Format number of `results.json`.
@@ -64,6 +65,7 @@ def evaluate(
 
     Raises ArtefactError when tokens and a model have different tokenizers, or no text is held out.
     """
+    keep_freed_memory()  # each batch allocates what the last one did
     shards = TokenShards(tokens / "validation")
     scored = whole_documents(shards, config.max_tokens)
     questions: list[Question] = []
