@@ -206,10 +206,6 @@ class Scripted:
         (self.conversation,) = prompts
         return [next(self._sentences)]
 
-    def choose(self, prompts: Sequence[Any], options: Sequence[str]) -> list[list[float] | None]:
-        """Nothing is chosen here."""
-        raise NotImplementedError
-
 
 def worked(examples: Sequence[Example], policy: Policy) -> list[Message]:
     """Turns of the examples, asked as the stage asks."""

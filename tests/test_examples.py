@@ -87,9 +87,9 @@ def test_a_model_is_rewarded_for_right_sums(tmp_path, monkeypatch, recipe, shown
     folder = tmp_path / "arithmetic"
     shutil.copytree(EXAMPLES / "arithmetic", folder)
     monkeypatch.chdir(folder)
-    few = ["pretrain.steps=2", "rl.steps=2", "rl.batch_size=8", "rl.group_size=4", "rl.tasks_limit=8", "rl.tasks_every=2"]
+    few = ["pretrain.steps=2", "rl.steps=2", "rl.warmup_steps=0", "rl.batch_size=8", "rl.group_size=4"]
     with pytest.raises(SystemExit) as stop:
-        main(["run", recipe, "--allow-code", "--name", "arithmetic", *few])
+        main(["run", recipe, "--allow-code", "--name", "arithmetic", *few, "rl.tasks_limit=8", "rl.tasks_every=2"])
     assert not stop.value.code
     report = (folder / "runs" / "arithmetic" / "report.html").read_text(encoding="utf-8")
     assert "Reinforcement learning" in report and "Completions along the way" in report and shown in report
@@ -101,9 +101,10 @@ def test_a_model_is_told_right_sums(tmp_path, monkeypatch):
     shutil.copytree(EXAMPLES / "arithmetic", folder)
     monkeypatch.chdir(folder)
     with pytest.raises(SystemExit) as stop:
-        main(["run", "tuning.yaml", "--allow-code", "pretrain.steps=2", "sft.steps=2", "sft.task_items=20"])
+        few = ["pretrain.steps=2", "sft.steps=2", "sft.task_items=20"]
+        main(["run", "tuning.yaml", "--allow-code", "--name", "tuned", *few])
     assert not stop.value.code
-    stages = folder / "runs" / "arithmetic-sft" / "stages"
+    stages = folder / "runs" / "tuned" / "stages"
     assert (stages / "sft" / "model").is_dir() and not (stages / "rl").exists()
 
 

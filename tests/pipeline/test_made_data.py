@@ -25,7 +25,10 @@ def test_a_stage_reads_what_another_has_made(folder):  # noqa: F811
     ("stage", "message"),
     [
         ("sft: {data: [made/revisions]", r"sft: needs revisions, and no stage above makes it; add revise: "),
-        ("sft: {data: [made/revision]", r"neither a file of rows .* nor made data, nor a file.py:function; did you mean 'made/revisions'\?"),
+        (
+            "sft: {data: [made/revision]",
+            r"neither a file of rows .* nor made data, nor a file.py:function; did you mean 'made/revisions'\?",
+        ),
         ("preference: {data: [made/preferences]", r"needs preferences, and no stage above makes it; add ai_preferences: "),
         ("reward: {data: [made/preferences]", r"needs preferences, and no stage above makes it; add ai_preferences: "),
     ],
