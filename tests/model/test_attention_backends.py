@@ -26,8 +26,8 @@ def situations(draw):
     """Lengths, and one of the ways in which queries and keys can stand to each other."""
     keys = draw(st.integers(1, 40))
     queries = draw(st.integers(1, keys))
-    kind = draw(st.sampled_from(["causal", "ragged", "documents"]))
-    slots_BT, documents_BT, aligned = None, None, True
+    kind = draw(st.sampled_from(["causal", "ragged", "documents", "shared"]))
+    slots_BT, documents_BT, visible_to_BT, aligned = None, None, None, True
     if kind == "causal":
         slots_BT = (torch.arange(queries) + keys - queries).expand(2, queries)
     elif kind == "ragged":
@@ -36,6 +36,8 @@ def situations(draw):
     else:
         queries = keys
         documents_BT = torch.tensor([sorted(draw(st.lists(st.integers(0, 3), min_size=keys, max_size=keys))) for _ in "ab"])
+    if kind == "shared":
+        visible_to_BT = documents_BT + torch.tensor(draw(st.lists(st.integers(0, 2), min_size=keys, max_size=keys)))
     mask = attention_mask(
         queries,
         keys,
@@ -43,8 +45,9 @@ def situations(draw):
         torch.device("cpu"),
         slots_BT=slots_BT,
         documents_BT=documents_BT,
-        window=draw(st.none() | st.integers(1, 12)),
-        slopes_H=draw(st.sampled_from([None, alibi_slopes(HEADS)])),
+        visible_to_BT=visible_to_BT,
+        window=draw(st.none() | st.integers(1, 12)) if visible_to_BT is None else None,
+        slopes_H=draw(st.sampled_from([None, alibi_slopes(HEADS)])) if visible_to_BT is None else None,
         aligned=aligned,
     )
     sinks_H = draw(st.sampled_from([None, torch.linspace(-1, 2, HEADS)]))
@@ -173,6 +176,20 @@ def test_tiles_have_the_gradients_of_the_definition(window):
 def test_a_window_and_a_document_by_hand():
     mask = attention_mask(4, 4, torch.float32, torch.device("cpu"), documents_BT=torch.tensor([[5, 5, 5, 2]]), window=2)
     assert (mask.dense[0, 0] == 0).int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1]]
+
+
+def test_documents_that_share_a_beginning_by_hand():
+    documents_BT, visible_to_BT = torch.tensor([[1, 1, 1, 2, 2, 3]]), torch.tensor([[2, 2, 1, 2, 2, 3]])
+    mask = attention_mask(6, 6, torch.float32, CPU, documents_BT=documents_BT, visible_to_BT=visible_to_BT)
+    seen = [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 0, 1, 0, 0],
+        [1, 1, 0, 1, 1, 0],
+        [0, 0, 0, 0, 0, 1],
+    ]
+    assert (mask.dense[0, 0] == 0).int().tolist() == seen
 
 
 def test_no_mask_is_built_where_plain_causal_attention_does():

@@ -65,6 +65,7 @@ class ContextParallelRows:
         *,
         slots_BT: Tensor | None = None,
         documents_BT: Tensor | None = None,
+        visible_to_BT: Tensor | None = None,
         window: int | None = None,
         slopes_H: Tensor | None = None,
         aligned: bool = True,
@@ -72,6 +73,7 @@ class ContextParallelRows:
     ) -> AttentionMask:
         """Of the tokens here over those of whole rows. Plain causal attention has no mask."""
         assert slots_BT is None and queries == keys, "rows that are shared are not cached"
+        assert visible_to_BT is None, "documents of rows that are shared share nothing"
         whole = queries * self.ranks
         plain = documents_BT is None and slopes_H is None and (window is None or window >= whole)
         if documents_BT is not None:

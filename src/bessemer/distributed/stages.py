@@ -92,7 +92,9 @@ class Stage(Decoder):
         cache: Cache | None,
         real: list[int] | None,
         keep: Callable[[int, Tensor], None] | None = None,
+        visible_to_BT: Tensor | None = None,
     ) -> Tensor:
+        assert visible_to_BT is None, "the stages before the last know nothing of it"
         rows, self._rows = self._rows, None
         asked = (tokens_BT, positions_BT, document_ids_BT)
         if rows is None or any(

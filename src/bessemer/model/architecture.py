@@ -135,6 +135,12 @@ class Architecture(Config):
         return self.kv_lora_rank is not None
 
     @property
+    def shares_prefixes(self) -> bool:
+        """Whether documents of a row may share what they begin with: where attention goes by positions, not by distances
+        within the row, nor through a state."""
+        return self.position_type != "alibi" and set(self.types) == {"full_attention"}
+
+    @property
     def rotary_dim(self) -> int:
         """Channels of a head that rotary positions turn."""
         return self.qk_rope_head_dim if self.is_latent else int(self.head_dim * self.partial_rotary_factor)

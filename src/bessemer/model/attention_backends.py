@@ -202,7 +202,11 @@ def block_mask(mask: AttentionMask, queries: int, keys: int, device: torch.devic
         if mask.window is not None:
             allowed = allowed & (distance < mask.window)
         if mask.documents_BT is not None:
-            allowed = allowed & (mask.documents_BT[batch, place] == mask.documents_BT[batch, key])
+            own, of_key = mask.documents_BT[batch, place], mask.documents_BT[batch, key]
+            if mask.visible_to_BT is None:
+                allowed = allowed & (own == of_key)
+            else:
+                allowed = allowed & (of_key <= own) & (own <= mask.visible_to_BT[batch, key])
         return allowed
 
     rows = next((len(each) for each in (mask.slots_BT, mask.documents_BT) if each is not None), None)

@@ -18,6 +18,7 @@ class AttentionMask(NamedTuple):
 
     slots_BT: the place of each query among the keys; None where query t stands at place t.
     documents_BT: of packed documents, each key's document; a query attends to its own document only.
+    visible_to_BT: the last document that sees each key, where a query attends to keys of earlier documents besides.
     window: most tokens attended to, the query included. slopes_H: ALiBi's, taken off the scores per step of distance.
     dense: all of this in one tensor that is added to the scores, (B, 1 or H, T, S); None where plain causal attention (or
     one new token that attends to every key) is right, and for backends that go by the other fields (`dense=False`).
@@ -29,6 +30,7 @@ class AttentionMask(NamedTuple):
     window: int | None = None
     slopes_H: Tensor | None = None
     dense: Tensor | None = None
+    visible_to_BT: Tensor | None = None
     blocks: BlockMask | None = None
 
 
@@ -40,6 +42,7 @@ def attention_mask(
     *,
     slots_BT: Tensor | None = None,
     documents_BT: Tensor | None = None,
+    visible_to_BT: Tensor | None = None,
     window: int | None = None,
     slopes_H: Tensor | None = None,
     aligned: bool = True,
@@ -53,7 +56,9 @@ def attention_mask(
     if window is not None and window >= keys:
         window = None
     plain = documents_BT is None and window is None and slopes_H is None and aligned and (queries in (1, keys))
-    mask = AttentionMask(slots_BT, documents_BT, window, slopes_H)
+    # what lies between a document and a part of an earlier one that it sees is no distance
+    assert visible_to_BT is None or (window is None and slopes_H is None)
+    mask = AttentionMask(slots_BT, documents_BT, window, slopes_H, visible_to_BT=visible_to_BT)
     if plain or not dense:
         return mask
     scores_BHTS = bias(mask, torch.arange(queries, device=device), torch.arange(keys, device=device))
@@ -72,7 +77,11 @@ def bias(mask: AttentionMask, queries_T: Tensor, keys_S: Tensor) -> Tensor:
         allowed_BTS = allowed_BTS & (distance_BTS < mask.window)
     if mask.documents_BT is not None:
         own_BT = mask.documents_BT.gather(1, places_BT.expand(len(mask.documents_BT), -1))
-        allowed_BTS = allowed_BTS & (own_BT[:, :, None] == mask.documents_BT[:, None, keys_S])
+        own_BT1, of_keys_B1S = own_BT[:, :, None], mask.documents_BT[:, None, keys_S]
+        if mask.visible_to_BT is None:
+            allowed_BTS = allowed_BTS & (own_BT1 == of_keys_B1S)
+        else:
+            allowed_BTS = allowed_BTS & (of_keys_B1S <= own_BT1) & (own_BT1 <= mask.visible_to_BT[:, None, keys_S])
     penalty_BHTS = torch.zeros((), device=keys_S.device)
     if mask.slopes_H is not None:
         penalty_BHTS = -mask.slopes_H[:, None, None] * distance_BTS[:, None]
@@ -100,6 +109,7 @@ class Rows(Protocol):
         *,
         slots_BT: Tensor | None = None,
         documents_BT: Tensor | None = None,
+        visible_to_BT: Tensor | None = None,
         window: int | None = None,
         slopes_H: Tensor | None = None,
         aligned: bool = True,

@@ -190,6 +190,7 @@ class Decoder(nn.Module):
         *,
         positions_BT: Tensor | None = None,
         document_ids_BT: Tensor | None = None,
+        visible_to_BT: Tensor | None = None,
         cache: Cache | None = None,
         real: list[int] | None = None,
     ) -> Tensor:
@@ -198,10 +199,14 @@ class Decoder(nn.Module):
         positions_BT: 0, 1, 2, … when None; after the cached tokens when there is a cache.
         document_ids_BT: of packed documents; a token sees only tokens of its own document. Their positions restart
         where the caller says so in positions_BT. Padding on the left is a document of its own.
-        cache: holds the tokens before these and is extended by them; not together with the other two.
+        visible_to_BT: the last document that sees each token, where documents of a row share what they begin with: a model
+        whose attention goes by distance, or is linear, cannot (`shares_prefixes`). None: each token is its own document's.
+        cache: holds the tokens before these and is extended by them; not together with the other three.
         real: with a cache, how many of a row's new tokens are no padding on the right; all when None.
         """
-        return self.norm(self._pre_norm_hidden(tokens_BT, positions_BT, document_ids_BT, cache, real))
+        return self.norm(
+            self._pre_norm_hidden(tokens_BT, positions_BT, document_ids_BT, cache, real, visible_to_BT=visible_to_BT)
+        )
 
     def pre_norm_hidden(self, tokens_BT: Tensor, *, cache: Cache, keep: Callable[[int, Tensor], None] | None = None) -> Tensor:
         """States after the last block, before the last norm, (B, T, D): what the MTP modules read.
@@ -230,6 +235,7 @@ class Decoder(nn.Module):
         cache: Cache | None,
         real: list[int] | None,
         keep: Callable[[int, Tensor], None] | None = None,
+        visible_to_BT: Tensor | None = None,
     ) -> Tensor:
         """States after the last block, before the last norm, (B, T, D)."""
         length = tokens_BT.shape[1]
@@ -240,13 +246,16 @@ class Decoder(nn.Module):
             keys = cache.live
         hidden_BTD = self._embedded(tokens_BT, positions_BT)
         if cache is None or cache.masked:
-            masks = self._masks(length, keys, hidden_BTD, slots_BT, document_ids_BT, cache is None or cache.aligned)
+            aligned = cache is None or cache.aligned
+            masks = self._masks(length, keys, hidden_BTD, slots_BT, document_ids_BT, aligned, visible_to_BT)
         else:
             masks = dict.fromkeys(self.config.types, AttentionMask())
         # which may lie anywhere in the context
         if positions_BT is not None and cache is None:
             self.reserve_positions(self.config.max_position_embeddings)
-        rotations = self._rotations(positions_BT, keys, hidden_BTD.dtype)
+        # rows of documents that share a beginning may be longer than the context: no document is
+        longest = keys if visible_to_BT is None else min(keys, self.config.max_position_embeddings)
+        rotations = self._rotations(positions_BT, longest, hidden_BTD.dtype)
         for block in self.blocks:
             if keep is not None:
                 keep(block.layer, hidden_BTD)
@@ -321,6 +330,7 @@ class Decoder(nn.Module):
         slots_BT: Tensor | None,
         documents_BT: Tensor | None,
         aligned: bool,
+        visible_to_BT: Tensor | None = None,
     ) -> dict[LayerType, AttentionMask]:
         """What each kind of layer may see; one mask a kind, whatever the number of layers."""
         config, device = self.config, hidden_BTD.device
@@ -335,6 +345,7 @@ class Decoder(nn.Module):
                 device,
                 slots_BT=slots_BT,
                 documents_BT=documents_BT,
+                visible_to_BT=visible_to_BT,
                 window=window,
                 slopes_H=slopes_H,
                 aligned=aligned,

@@ -115,7 +115,7 @@ class Objective(ABC):
     def token_losses(self, model: Decoder, batch: Batch) -> Tensor | None:
         """The loss of each target, (B, T), in nats, for losses by source; None where tokens have none. It runs the model once
         in any case: diagnostics read its activations."""
-        model.hidden(batch.tokens_BT, positions_BT=batch.positions_BT, document_ids_BT=batch.document_ids_BT)
+        model.hidden(**batch.inputs)
         return None
 
 
@@ -190,7 +190,7 @@ def _next_token_sums(
     loss = loss or _cross_entropy
     tokens_BT, positions_BT, documents_BT = batch.tokens_BT, batch.positions_BT, batch.document_ids_BT
     if plain or not model.config.num_nextn_predict_layers:
-        hidden_BTD = model.hidden(tokens_BT, positions_BT=positions_BT, document_ids_BT=documents_BT)
+        hidden_BTD = model.hidden(**batch.inputs)
         sums = {"next_token": loss(model, hidden_BTD, batch.targets_BT, z_loss)}
     else:
         hidden_BTD, mtp_hidden = model.hidden_and_mtp(tokens_BT, positions_BT=positions_BT, document_ids_BT=documents_BT)
@@ -241,7 +241,7 @@ _SCORING_CHUNK_ELEMENTS = 1 << 22
 @torch.no_grad()
 def token_losses(model: Decoder, batch: Batch) -> Tensor:
     """−log p of each target, (B, T) float32, in nats; zero where there is no target."""
-    hidden_BTD = model.hidden(batch.tokens_BT, positions_BT=batch.positions_BT, document_ids_BT=batch.document_ids_BT)
+    hidden_BTD = model.hidden(**batch.inputs)
     hidden_ND, targets_N = hidden_BTD.flatten(0, 1), batch.targets_BT.flatten()
     rows = max(1, _SCORING_CHUNK_ELEMENTS // model.config.vocab_size)
     losses = [

@@ -151,11 +151,7 @@ class Trainee:
         """log p of each target under the model of a role, in nats, (B, T) as of `per_token`; 0 where there is no target."""
 
         def of_targets(model: Decoder, micro_batch: Batch) -> Tensor:
-            hidden_BTD = model.hidden(
-                micro_batch.tokens_BT,
-                positions_BT=micro_batch.positions_BT,
-                document_ids_BT=micro_batch.document_ids_BT,
-            )
+            hidden_BTD = model.hidden(**micro_batch.inputs)
             log_probs_N, _ = token_log_probs(
                 hidden_BTD.flatten(0, 1),
                 model.head_weight,

@@ -100,4 +100,4 @@ def with_teacher(trainee: Trainee, batch: Batch) -> Batch:
 
 def hidden_states(model: Decoder, batch: Batch) -> Tensor:
     """The hidden states of a model for a micro-batch, (B, T, D)."""
-    return model.hidden(batch.tokens_BT, positions_BT=batch.positions_BT, document_ids_BT=batch.document_ids_BT)
+    return model.hidden(**batch.inputs)

@@ -107,7 +107,7 @@ class PreferenceObjective(Objective):
 def target_log_probs(model: Decoder, batch: Batch, targets_BT: Tensor | None = None) -> Tensor:
     """log p of each target, of the batch's own where no others are given, (B, T); 0 where there is none."""
     targets_BT = batch.targets_BT if targets_BT is None else targets_BT
-    hidden_BTD = model.hidden(batch.tokens_BT, positions_BT=batch.positions_BT, document_ids_BT=batch.document_ids_BT)
+    hidden_BTD = model.hidden(**batch.inputs)
     log_probs_N, _ = token_log_probs(
         hidden_BTD.flatten(0, 1), model.head_weight, targets_BT.flatten(), softcap=model.logit_softcap
     )

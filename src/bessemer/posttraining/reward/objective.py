@@ -35,7 +35,7 @@ def centering_loss(chosen_P: Tensor, rejected_P: Tensor) -> Tensor:
 def rewards(model: Decoder, batch: Batch) -> Tensor:
     """The score at the end token of each sequence, (B, S), 0 where its end is on another rank. The end token is the sequence's
     only target."""
-    hidden_BTD = model.hidden(batch.tokens_BT, positions_BT=batch.positions_BT, document_ids_BT=batch.document_ids_BT)
+    hidden_BTD = model.hidden(**batch.inputs)
     scores_BT = model.scores(hidden_BTD)[..., 0]
     # not by a product: what stands at padding may be anything
     return batch.sequence_sums(scores_BT.where(batch.targets_BT != IGNORE_INDEX, 0))

@@ -31,7 +31,7 @@ CRITIC, OLD_VALUES, RETURNS = "critic", "old_values", "returns"
 
 def token_values(model: Decoder, batch: Batch) -> Tensor:
     """V of each token that has a target, (B, T); zero elsewhere."""
-    hidden_BTD = model.hidden(batch.tokens_BT, positions_BT=batch.positions_BT, document_ids_BT=batch.document_ids_BT)
+    hidden_BTD = model.hidden(**batch.inputs)
     # not by a product: what stands at padding may be anything
     return model.scores(hidden_BTD)[..., 0].where(_chosen(batch), 0)
 

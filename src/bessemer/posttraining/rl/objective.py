@@ -107,7 +107,7 @@ class PolicyObjective(Objective):
     def __call__(self, model: Decoder, batch: Batch, context: LossContext) -> Terms:
         """Sums over the micro-batch's tokens."""
         settings = self._settings
-        hidden_BTD = model.hidden(batch.tokens_BT, positions_BT=batch.positions_BT, document_ids_BT=batch.document_ids_BT)
+        hidden_BTD = model.hidden(**batch.inputs)
         log_probs_BT, entropy_BT = (
             values_N.view_as(batch.targets_BT)
             for values_N in token_log_probs(

@@ -12,7 +12,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from bessemer.distributed.layout import Layout
 from bessemer.posttraining.rl.advantages import decoupled
 from bessemer.posttraining.rl.config import RLConfig
 from bessemer.posttraining.rl.critic import with_values
@@ -60,7 +59,7 @@ class AdvantageBatches:
     def __call__(self, groups: Sequence[Group], trainee: Trainee) -> RolloutBatches:
         """As of `BatchMaker`."""
         totals_R = torch.cat([group.totals_G for group in groups])
-        packed = [self._with_log_probs(one, trainee) for one in self._packed(groups, totals_R, trainee.mesh.layout)]
+        packed = [self._with_log_probs(one, trainee) for one in self._packed(groups, totals_R, trainee)]
         ratios = [_log_ratios(one.batch) for one in packed]
         divergence_R = torch.cat(
             [one.of_samples(one.batch.sequence_sums(ratios_BT)) for one, ratios_BT in zip(packed, ratios, strict=True)]
@@ -79,11 +78,14 @@ class AdvantageBatches:
         batches = [self._counted(one, part_R) for one, part_R in zip(packed, totals, strict=True)]
         return RolloutBatches(batches, advantages_R, divergence_R, figures)
 
-    def _packed(self, groups: Sequence[Group], totals_R: Tensor, layout: Layout) -> list[Packed]:
+    def _packed(self, groups: Sequence[Group], totals_R: Tensor, trainee: Trainee) -> list[Packed]:
         samples = [sample for group in groups for sample in group.samples]
         size, kept = self._config.batch_size, (~totals_R.isnan()).tolist()
+        layout = trainee.mesh.layout
+        # ranks that share rows have keys of all of a row, but no masks between its documents
+        shares = layout.context == 1 and all(trained.model.config.shares_prefixes for trained in trainee.trained.values())
         places = [slice(start, start + size) for start in range(0, len(samples), size)]
-        return [pack_samples(samples[place], kept[place], self._padding_id, layout) for place in places]
+        return [pack_samples(samples[place], kept[place], self._padding_id, layout, shares_prompts=shares) for place in places]
 
     def _with_log_probs(self, packed: Packed, trainee: Trainee) -> Packed:
         """With the log-probabilities that do not change while the rollout is trained on: of the policy as old, where more than

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -44,13 +45,18 @@ class Sample:
         """The completion's tokens."""
         return [self.ids[place] for place in self.places]
 
-    def example(self, *, is_kept: bool = True) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and targets: the completion's tokens, where it is kept."""
+    def example(self, *, is_kept: bool = True, start: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs, from one of the prompt's on, and targets: the completion's tokens, where it is kept."""
         ids = np.asarray(self.ids, np.int64)
         targets = np.full(len(ids) - 1, IGNORE_INDEX, np.int64)
         if is_kept:
             targets[self.places - 1] = ids[self.places]
-        return ids[:-1], targets
+        return ids[start:-1], targets[start:]
+
+    def continues(self, other: Sample) -> bool:
+        """Whether both complete the same tokens."""
+        first = self.prompt_length
+        return first == other.prompt_length and self.ids[:first] == other.ids[:first]
 
 
 @dataclass(frozen=True)
@@ -99,29 +105,81 @@ class Packed:
         return self.of_samples(self.batch.sequence_sums(values_BT)) / self.target_counts.clamp(min=1)
 
 
-def pack_samples(samples: Sequence[Sample], is_kept: Sequence[bool], padding_id: int, layout: Layout = ALONE.layout) -> Packed:
+#: Rows of completions that share prompts are as long as this, or as two of the longest samples: attention to what a row masks
+#: takes time, too.
+_SHARED_ROW = 256
+
+
+class _Together(NamedTuple):
+    """Neighbouring samples of one prompt, which a row holds once. size: its tokens and those of all completions."""
+
+    first: int
+    number: int
+    size: int
+
+
+def pack_samples(
+    samples: Sequence[Sample],
+    is_kept: Sequence[bool],
+    padding_id: int,
+    layout: Layout = ALONE.layout,
+    *,
+    shares_prompts: bool = False,
+) -> Packed:
     """Samples in rows as long as the longest; as many rows as best-fit decreasing finds, and empty ones until a layout's ranks
     have equally many.
 
     Targets are the completions' tokens; samples that are not kept have none. With the sampler's log-probabilities by token.
+    shares_prompts: neighbouring completions of the same tokens see one copy of them, in rows that may be longer; values and
+    gradients are those of samples by themselves. A completion after the first begins at the prompt's last token, since a token
+    has one target.
     """
-    lengths = [len(sample.ids) - 1 for sample in samples]
-    capacity = layout.row_length(max(lengths))
-    row_of = best_fit(lengths, capacity)
+    capacity, together = _arranged(samples, layout, shares_prompts=shares_prompts)
+    row_of = best_fit([one.size for one in together], capacity)
     count = layout.row_count(int(row_of.max()) + 1)
     rows: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in range(count)]
-    columns_R, ends_R, filled = np.zeros(len(samples), np.int64), np.zeros(len(samples), np.int64), [0] * count
-    sampled_BT = torch.zeros(count, capacity)
-    for place, sample in enumerate(samples):
-        row = int(row_of[place])
-        if is_kept[place]:
-            sampled_BT[row, filled[row] + sample.places - 1] = torch.tensor(sample.log_probs)
-        columns_R[place] = len(rows[row])
-        rows[row].append(sample.example(is_kept=is_kept[place]))
-        ends_R[place] = filled[row] + sample.places[-1] - 1
-        filled[row] += lengths[place]
+    rows_R, columns_R, ends_R = (np.zeros(len(samples), np.int64) for _ in range(3))
+    filled = [0] * count
+    sampled_BT, skipped_BT = torch.zeros(count, capacity), torch.zeros(count, capacity, dtype=torch.int64)
+    seen: list[tuple[int, slice, int]] = []
+    for one, row in zip(together, row_of.tolist(), strict=True):
+        prompt = samples[one.first].prompt_length - 1
+        if one.number > 1:
+            seen.append((row, slice(filled[row], filled[row] + prompt), len(rows[row]) + one.number))
+        for place in range(one.first, one.first + one.number):
+            sample, skipped = samples[place], 0 if place == one.first else prompt
+            begin = filled[row] - skipped
+            if is_kept[place]:
+                sampled_BT[row, begin + sample.places - 1] = torch.tensor(sample.log_probs)
+            rows_R[place], columns_R[place] = row, len(rows[row])
+            rows[row].append(sample.example(is_kept=is_kept[place], start=skipped))
+            ends_R[place] = begin + sample.places[-1] - 1
+            skipped_BT[row, filled[row] : begin + len(sample.ids) - 1] = skipped
+            filled[row] = begin + len(sample.ids) - 1
     batch = replace(pack_rows(rows, capacity, padding_id), per_token={SAMPLER: sampled_BT}, sequences=max(map(len, rows)))
     if batch.sequences == 1:
         # plain rows are causal, which costs less than a mask of documents
         batch = replace(batch, positions_BT=None, document_ids_BT=None)
-    return Packed(batch, row_of, columns_R, ends_R)
+    elif seen:
+        assert batch.positions_BT is not None and batch.document_ids_BT is not None
+        visible_to_BT = batch.document_ids_BT.clone()
+        for row, columns, last in seen:
+            visible_to_BT[row, columns] = last
+        batch = replace(batch, positions_BT=batch.positions_BT + skipped_BT, visible_to_BT=visible_to_BT)
+    return Packed(batch, rows_R, columns_R, ends_R)
+
+
+def _arranged(samples: Sequence[Sample], layout: Layout, *, shares_prompts: bool) -> tuple[int, list[_Together]]:
+    """Tokens of a row, and the samples that come into one together."""
+    longest = max(len(sample.ids) - 1 for sample in samples)
+    if not shares_prompts:
+        return layout.row_length(longest), [_Together(place, 1, len(sample.ids) - 1) for place, sample in enumerate(samples)]
+    capacity = layout.row_length(max(longest, min(_SHARED_ROW, sum(len(sample.ids) for sample in samples)), 2 * longest))
+    found: list[_Together] = []
+    for place, sample in enumerate(samples):
+        added = len(sample.ids) - sample.prompt_length
+        if found and sample.continues(samples[found[-1].first]) and found[-1].size + added <= capacity:
+            found[-1] = _Together(found[-1].first, found[-1].number + 1, found[-1].size + added)
+        else:
+            found.append(_Together(place, 1, len(sample.ids) - 1))
+    return layout.row_length(max(one.size for one in found)), found

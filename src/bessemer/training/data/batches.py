@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypedDict
 
 import numpy as np
 import torch
@@ -29,6 +29,15 @@ if TYPE_CHECKING:
 IGNORE_INDEX = -100
 
 
+class Inputs(TypedDict):
+    """What `Decoder.hidden` reads of a batch."""
+
+    tokens_BT: Tensor
+    positions_BT: Tensor | None
+    document_ids_BT: Tensor | None
+    visible_to_BT: Tensor | None
+
+
 @dataclass(frozen=True)
 class Batch:
     """Input tokens of one step and their targets.
@@ -36,6 +45,8 @@ class Batch:
     targets_BT: the next token's id, or -100 for no loss. positions_BT: where rotary positions restart; None: 0 to T − 1.
     document_ids_BT: tokens attend only to those of an equal id; None: a row is one document. sources_BT: int16, the source of
     each input token's document, an index into `source_names`; None: not known.
+    visible_to_BT: the last document of the row that sees a token, where documents share what they begin with; None: each sees
+    its own.
 
     A *sequence* is what an objective judges as one: the tokens of a row with one document id, counted from 1 (0 is padding), or
     the whole row where there are no ids. per_token: values of tokens by name, (B, T), such as masks, log-probabilities,
@@ -49,11 +60,22 @@ class Batch:
     positions_BT: Tensor | None = None
     document_ids_BT: Tensor | None = None
     sources_BT: Tensor | None = None
+    visible_to_BT: Tensor | None = None
     source_names: tuple[str, ...] = ()
     per_token: Mapping[str, Tensor] = field(default_factory=dict)
     per_sequence: Mapping[str, Tensor] = field(default_factory=dict)
     sequences: int = 1
     together: int = 1
+
+    @property
+    def inputs(self) -> Inputs:
+        """What a decoder reads: `model.hidden(**batch.inputs)`."""
+        return Inputs(
+            tokens_BT=self.tokens_BT,
+            positions_BT=self.positions_BT,
+            document_ids_BT=self.document_ids_BT,
+            visible_to_BT=self.visible_to_BT,
+        )
 
     @property
     def targets(self) -> int:
