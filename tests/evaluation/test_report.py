@@ -3,7 +3,15 @@
 from pathlib import Path
 
 from bessemer.core.report import Cell, StageReport
-from bessemer.evaluation.report import bits_per_byte_table, breakdown_tables, comparisons_table, key_figures, report, sentences
+from bessemer.evaluation.report import (
+    bits_per_byte_table,
+    breakdown_tables,
+    comparisons_table,
+    key_figures,
+    models_table,
+    report,
+    sentences,
+)
 
 
 def stage(**metrics) -> StageReport:
@@ -21,6 +29,16 @@ def test_best_model_or_baseline_comes_first():
     assert [row[0] for row in table.rows] == [
         Cell("Witten–Bell 5-gram", remark="baseline"), Cell("mine", strong=True), Cell("xz −9", remark="baseline"),
     ]  # fmt: skip
+
+
+def test_models_stand_side_by_side_with_what_is_no_memory():
+    docs = {"asked_as": "chat", "n_held_out": 9, "exact_match_held_in": 0.9, "rouge_l_held_out": 0.3}
+    tasks = {"docs": {"sft": docs}, "sums": {"sft": {"n": 9, "accuracy": 0.5}, "rl": {"n": 9, "accuracy": 0.75}}}
+    table = models_table({"bits_per_byte": {"pretrain": 1.9, "sft": 2.0, "rl": 2.01}, "tasks": tasks})
+    assert [column.heading for column in table.columns][2:] == ["Docs: ROUGE-L held out", "Sums: Accuracy"]
+    assert [row[0].text for row in table.rows] == ["pretrain", "sft", "rl"]
+    assert [row[-1] for row in table.rows] == ["–", "50.0 %", "75.0 %"]
+    assert models_table({"bits_per_byte": {"pretrain": 1.9}, "tasks": tasks | {"docs": {}, "sums": {}}}) is None
 
 
 def test_an_evaluation_that_measured_nothing_has_no_section():

@@ -21,6 +21,8 @@ def report(stage: StageReport) -> Section | None:
     """What `results.json` says: bits per byte, tasks, differences with their intervals."""
     results = stage.metrics
     parts: list[Part] = []
+    if (models := models_table(results)) is not None:
+        parts.append(models)
     if bits := bits_per_byte_table(results):
         parts += [bits, *breakdown_tables(results.get("bits_per_byte_by", {}))]
     if results.get("bits_per_byte") and is_lossy(stage.run.last_metrics("tokenize")):
@@ -81,6 +83,33 @@ def key_figures(stage: StageReport) -> list[KeyFigure]:
             first = next(iter(by_model.values()))["accuracy"]
             figures.append(KeyFigure(value=f"{last['accuracy']:.0%}", label=f"of {label(task)}", note=f"at first {first:.0%}"))
     return figures
+
+
+def models_table(results: Metrics) -> Table | None:
+    """What training has made of the model, a row a stage in their order: bits per byte, and what each task found of questions
+    that no training has seen. None where there are fewer than two models or no tasks."""
+    tasks, bits = results.get("tasks", {}), results.get("bits_per_byte", {})
+    names = list(dict.fromkeys([*bits, *(name for by_model in tasks.values() for name in by_model)]))
+    if len(names) < 2 or not tasks:
+        return None
+    measured = {
+        (task, metric): None
+        for task, by_model in tasks.items()
+        for values in by_model.values()
+        for metric in values
+        if metric not in ("asked_as", "n") and not metric.startswith("n_") and not metric.endswith("_held_in")
+    }
+    columns = [Column("Model after"), Column("Bits per byte, lower is better", True)]
+    columns += [Column(f"{label(task)}: {label(metric)}", True) for task, metric in measured]
+    rows: list[tuple[str | Cell, ...]] = [
+        (
+            Cell(name, strong=True),
+            f"{bits[name]:.3f}" if name in bits else "–",
+            *(shown(metric, tasks[task].get(name, {}).get(metric)) for task, metric in measured),
+        )
+        for name in names
+    ]
+    return Table(columns, rows)
 
 
 def bits_per_byte_table(results: Metrics) -> Table | None:
