@@ -199,7 +199,7 @@ def refused(name="quickstart", overrides=(), **options) -> str:
     return str(caught.value)
 
 
-TEXTS = "extends: quickstart\nformat: 1\nname: mine\ncollect: [{source: files, paths: texts}]\n"
+TEXTS = "extends: chat\nformat: 1\nname: mine\ncollect: [{source: files, paths: texts}]\n"
 
 
 def test_questions_on_documentation_are_refused_where_no_source_gives_any(folder):
@@ -217,7 +217,7 @@ def test_questions_on_documentation_are_refused_where_no_source_gives_any(folder
 
 def test_the_recipe_of_the_readme_is_accepted(folder):
     readme = (Path(__file__).parents[2] / "README.md").read_text()
-    recipe = next(block.partition("```")[0] for block in readme.split("```yaml\n")[1:] if "extends: quickstart" in block)
+    recipe = next(block.partition("```")[0] for block in readme.split("```yaml\n")[1:] if "extends: chat" in block)
     (folder / "texts").mkdir()
     (folder / "texts" / "a.md").write_text("Steel is an alloy.")
     (folder / "mine.yaml").write_text(recipe)
@@ -247,7 +247,7 @@ def test_an_existing_model_is_held_beside_the_tokenizer_and_the_rows_that_it_sha
     assert "pretrain: context_length 256 exceeds model.max_position_embeddings 128" in refused(overrides=model)
     short = {f"{stage}.context_length": 128 for stage in ("pretrain", "evaluate")}
     assert "sft: context_length 256 exceeds model.max_position_embeddings 128" in refused(overrides=model | short)
-    prepare("quickstart", model | short | {"sft.context_length": 128})
+    prepare("chat", model | short | {"sft.context_length": 128})
 
 
 @pytest.mark.parametrize(

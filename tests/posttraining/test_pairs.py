@@ -14,7 +14,7 @@ def conversation(question, answer, source="made/docs_questions"):
     return Conversation.of((said("user", question), said("assistant", answer)), source)
 
 
-def test_a_wrong_answer_is_a_right_one_to_another_question_of_its_kind(tmp_path):
+def test_a_wrong_answer_is_a_right_one_to_another_question_in_turn_of_its_kind_and_of_another(tmp_path):
     made = [conversation(f"What does `f{n}` do?", f"It does {n}.") for n in range(20)]
     made += [conversation(f"Which module defines `g{n}`?", f"It is in m{n % 2}.") for n in range(10)]
     sums = [conversation(f"1 + {n} =", str(n + 1), "task/sums") for n in range(4)]
@@ -22,11 +22,14 @@ def test_a_wrong_answer_is_a_right_one_to_another_question_of_its_kind(tmp_path)
     write_conversations(tmp_path / "validation.jsonl", [conversation("What does `h` do?", "It rests.")])
     training, held_out = gather_pairs([MISMATCHED], tmp_path, {MISMATCHED: tmp_path}, 0.5, seed=1)
     right = {one.messages[0]["content"]: one.messages[1]["content"] for one in made}
-    assert 20 < len(training) <= 30 and not held_out, "a kind with one question has no wrong answer"
+    assert 20 < len(training) <= 30 and not held_out, "a single question has no wrong answer"
+    alike = 0
     for pair in training:
         question, chosen, rejected = pair.prompt[0]["content"], pair.chosen[0]["content"], pair.rejected[0]["content"]
         assert chosen == right[question] != rejected
-        assert rejected in {answer for other, answer in right.items() if other.split()[:2] == question.split()[:2]}
+        assert rejected in right.values()
+        alike += rejected in {answer for other, answer in right.items() if other.split()[:2] == question.split()[:2]}
+    assert len(training) / 3 < alike <= len(training) / 2
     with pytest.raises(SourceError, match="made/mismatched is made by a stage of a recipe"):
         gather_pairs([MISMATCHED], tmp_path, {}, 0.5, seed=1)
 

@@ -64,8 +64,8 @@ def by_token(packed, values):
     return found
 
 
-def batch_of(samples, advantages, old, reference, *, shares_prompts=False):
-    packed = pack_samples(samples, KEPT, 0, shares_prompts=shares_prompts)
+def batch_of(samples, advantages, old, reference, shared_row=None):
+    packed = pack_samples(samples, KEPT, 0, shared_row=shared_row)
     tokens = torch.tensor([length if kept else 0 for (_, length), kept in zip(LENGTHS, KEPT, strict=True)])
     of_group = {
         "group_tokens": tokens.view(-1, GROUP).sum(1).repeat_interleave(GROUP).double(),
@@ -128,18 +128,18 @@ def plain_loss(model, samples, config, advantages, old, reference):
     return torch.stack([one.mean() for one in total]).mean()
 
 
-@pytest.mark.parametrize("shares_prompts", [False, True])
+@pytest.mark.parametrize("shared_row", [None, 64])
 @pytest.mark.parametrize("algorithm", list(PRESETS))
-def test_loss_and_gradient_are_those_of_samples_alone_however_the_batch_is_cut(algorithm, shares_prompts, model, samples):
+def test_loss_and_gradient_are_those_of_samples_alone_however_the_batch_is_cut(algorithm, shared_row, model, samples):
     config = config_of(algorithm=algorithm, **({} if "kl" in PRESETS[algorithm] else {"beta": 0.1}))
     advantages = [1.0, -0.5, -0.5, 2.0, 0.0, -1.0]
     with torch.no_grad():
         own = [log_probs_of(model, sample.ids, sample.prompt_length) for sample in samples]
     old = [one + numbers(len(one), seed=10 + place) for place, one in enumerate(own)]
     reference = [one + numbers(len(one), seed=20 + place) for place, one in enumerate(own)]
-    batch = batch_of(samples, advantages, old, reference, shares_prompts=shares_prompts)
+    batch = batch_of(samples, advantages, old, reference, shared_row)
     assert batch.tokens_BT.shape[0] < len(samples), "several samples share a row"
-    assert (batch.visible_to_BT is not None) == shares_prompts
+    assert (batch.visible_to_BT is None) == (shared_row is None)
     objective = PolicyObjective.of(config)
     expected = plain_loss(model, samples, config, advantages, old, reference)
     gradient = torch.autograd.grad(expected, list(model.parameters()))
@@ -206,12 +206,12 @@ def test_completions_that_share_a_prompt_are_as_those_by_themselves(architecture
     assert model.config.shares_prefixes
     made = [random_sample(prompt, length) for prompt in (30, 12) for length in (1, 40, 3, 5, 60, 2, 7, 40)]
     results = {}
-    for shares_prompts in (False, True):
-        packed = pack_samples(made, [True] * len(made), 0, shares_prompts=shares_prompts)
+    for shared_row in (None, 1000):
+        packed = pack_samples(made, [True] * len(made), 0, shared_row=shared_row)
         log_probs_BT = target_log_probs(model, packed.batch)
         gradients = torch.autograd.grad((log_probs_BT.tanh() * packed.batch.tokens_BT).sum(), list(model.parameters()))
-        results[shares_prompts] = [packed.of_samples(packed.batch.sequence_sums(log_probs_BT)), *gradients]
-    for shared, alone in zip(results[True], results[False], strict=True):
+        results[shared_row] = [packed.of_samples(packed.batch.sequence_sums(log_probs_BT)), *gradients]
+    for shared, alone in zip(results[1000], results[None], strict=True):
         torch.testing.assert_close(shared, alone, rtol=1e-9, atol=1e-9)
 
 
@@ -222,7 +222,7 @@ def test_models_that_read_distances_or_a_state_share_nothing(architecture):
 
 def test_a_shared_prompt_is_in_a_row_once():
     made = [random_sample(20, 4, seed=seed) for seed in range(8)]
-    batch = pack_samples(made, [True] * 8, 0, shares_prompts=True).batch
+    batch = pack_samples(made, [True] * 8, 0, shared_row=64).batch
     # the prompt without its last token, and with it the completions without theirs
     assert batch.tokens_BT.shape == (1, 19 + 8 * 4) and batch.sequences == 8
     assert torch.equal(batch.visible_to_BT[0, :19], torch.full((19,), 8))
@@ -230,8 +230,8 @@ def test_a_shared_prompt_is_in_a_row_once():
     assert batch.targets_BT[0, 19:].tolist() == [id for sample in made for id in sample.completion_ids]
     # others begin with other tokens, and a long prompt comes again once a row is full
     mixed = [*made[:4], random_sample(21, 4), *(random_sample(200, 70, seed=seed) for seed in range(8))]
-    packed = pack_samples(mixed, [True] * len(mixed), 0, shares_prompts=True)
-    assert packed.batch.tokens_BT.shape[1] <= 2 * 269 and len(set(packed.rows_R[5:])) > 1
+    packed = pack_samples(mixed, [True] * len(mixed), 0, shared_row=400)
+    assert packed.batch.tokens_BT.shape[1] <= 400 and len(set(packed.rows_R[5:])) > 1
     for sample, row, column in zip(mixed, packed.rows_R, packed.columns_R, strict=True):
         own = (packed.batch.document_ids_BT[row] == column + 1) & (packed.batch.targets_BT[row] != IGNORE_INDEX)
         assert packed.batch.targets_BT[row][own].tolist() == sample.completion_ids

@@ -8,13 +8,13 @@ from typing import Annotated
 import typer
 
 _RECIPE = """\
-# Your own recipe: everything that the quickstart does, on your own text.
+# Your own recipe: what the quickstart does until its model answers questions, on your own text.
 #   bessemer run recipe.yaml --dry-run      what would run, and why
 #   bessemer run recipe.yaml                make it
-# What is not written here is inherited; `bessemer recipes show quickstart` prints it.
+# What is not written here is inherited; `bessemer recipes show chat` prints it.
 format: 1
 name: {name}
-extends: quickstart
+extends: chat
 collect:
   - {{source: files, paths: data}}            # .txt, .md, .jsonl with a "text" field; also .gz and .zst
   - {{source: wheels, lock: quickstart}}      # and the documentation that the quickstart uses, of which sft asks questions

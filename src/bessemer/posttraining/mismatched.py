@@ -1,7 +1,7 @@
 """The data set `made/mismatched`: pairs of an answer and one that belongs to another question, made from a run's conversations.
 
-A wrong answer looks like the right one: it answers a question that begins with the same words, so that only what is asked tells
-them apart.
+Every second wrong answer looks like the right one: it answers a question that begins with the same words, so that only what is
+asked tells them apart. The others answer a question of another kind, which a model learns to tell sooner.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _WORDS_OF_KIND = 2
 
 
 def mismatched_pairs(conversations: Path, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """(training, held-out) pairs of the conversations that `sft` trained on and held out: one of each question and answer whose
-    kind has another answer.
+    """(training, held-out) pairs of the conversations that `sft` trained on and held out: one of each question and answer that
+    another answer is found for, in turn of the same kind and of another one where there are several.
 
     Items of tasks are left out: a verifier judges these. Raises SourceError or ArtefactError for a file that is missing or
     malformed.
@@ -40,9 +40,12 @@ def _pairs(path: Path, seed: int) -> list[Pair]:
         if len(messages) == 2 and not conversation.source.startswith(TASK):
             by_kind[tuple(str(messages[0]["content"]).split()[:_WORDS_OF_KIND])].append(conversation)
     pairs = []
-    for alike in by_kind.values():
-        random.Random(derive_seed(seed, "mismatched")).shuffle(alike)
-        for conversation, other in zip(alike, [*alike[1:], alike[0]], strict=True):
+    for kind, alike in by_kind.items():
+        generator = random.Random(derive_seed(seed, "mismatched"))
+        generator.shuffle(alike)
+        unlike = [one for other, of_other in by_kind.items() if other != kind for one in of_other]
+        for number, (conversation, next_one) in enumerate(zip(alike, [*alike[1:], alike[0]], strict=True)):
+            other = generator.choice(unlike) if unlike and number % 2 else next_one
             prompt, chosen, rejected = conversation.messages[:1], conversation.messages[1:], other.messages[1:]
             if chosen != rejected:
                 pairs.append(Pair(prompt, chosen, rejected))

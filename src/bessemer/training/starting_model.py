@@ -57,7 +57,8 @@ def starting_model(folder: Path, config: LoopConfig, device: torch.device | str,
     if settings is not None and settings.quantize is not None:
         if not quantised_parts(model):
             quantise(model, _FROZEN[settings.quantize])
-        model.to(torch.float32)
+        # copied even where they are in float32: one tensor of a mapped file keeps the pages of all that were read
+        model._apply(lambda tensor: tensor.to(torch.float32, copy=True) if tensor.is_floating_point() else tensor)
     if settings is None:
         return model
     coarse = next((part for part in quantised_parts(model).values() if not part.scheme.is_weight_only), None)

@@ -84,8 +84,9 @@ class AdvantageBatches:
         layout = trainee.mesh.layout
         # ranks that share rows have keys of all of a row, but no masks between its documents
         shares = layout.context == 1 and all(trained.model.config.shares_prefixes for trained in trainee.trained.values())
+        row = self._config.context_length if shares else None
         places = [slice(start, start + size) for start in range(0, len(samples), size)]
-        return [pack_samples(samples[place], kept[place], self._padding_id, layout, shares_prompts=shares) for place in places]
+        return [pack_samples(samples[place], kept[place], self._padding_id, layout, shared_row=row) for place in places]
 
     def _with_log_probs(self, packed: Packed, trainee: Trainee) -> Packed:
         """With the log-probabilities that do not change while the rollout is trained on: of the policy as old, where more than

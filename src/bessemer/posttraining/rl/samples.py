@@ -105,8 +105,8 @@ class Packed:
         return self.of_samples(self.batch.sequence_sums(values_BT)) / self.target_counts.clamp(min=1)
 
 
-#: Rows of completions that share prompts are as long as this, or as two of the longest samples: attention to what a row masks
-#: takes time, too.
+#: Rows of completions that share prompts are at most as long as this, or as two of the longest samples: attention to what a row
+#: masks takes time, too.
 _SHARED_ROW = 256
 
 
@@ -124,17 +124,17 @@ def pack_samples(
     padding_id: int,
     layout: Layout = ALONE.layout,
     *,
-    shares_prompts: bool = False,
+    shared_row: int | None = None,
 ) -> Packed:
     """Samples in rows as long as the longest; as many rows as best-fit decreasing finds, and empty ones until a layout's ranks
     have equally many.
 
     Targets are the completions' tokens; samples that are not kept have none. With the sampler's log-probabilities by token.
-    shares_prompts: neighbouring completions of the same tokens see one copy of them, in rows that may be longer; values and
-    gradients are those of samples by themselves. A completion after the first begins at the prompt's last token, since a token
-    has one target.
+    shared_row: neighbouring completions of the same tokens see one copy of them, in rows of at most so many tokens where no
+    sample is longer; values and gradients are those of samples by themselves. A completion after the first begins at the
+    prompt's last token, since a token has one target. None: each sample has its prompt.
     """
-    capacity, together = _arranged(samples, layout, shares_prompts=shares_prompts)
+    capacity, together = _arranged(samples, layout, shared_row)
     row_of = best_fit([one.size for one in together], capacity)
     count = layout.row_count(int(row_of.max()) + 1)
     rows: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in range(count)]
@@ -169,12 +169,12 @@ def pack_samples(
     return Packed(batch, rows_R, columns_R, ends_R)
 
 
-def _arranged(samples: Sequence[Sample], layout: Layout, *, shares_prompts: bool) -> tuple[int, list[_Together]]:
+def _arranged(samples: Sequence[Sample], layout: Layout, shared_row: int | None) -> tuple[int, list[_Together]]:
     """Tokens of a row, and the samples that come into one together."""
     longest = max(len(sample.ids) - 1 for sample in samples)
-    if not shares_prompts:
+    if shared_row is None:
         return layout.row_length(longest), [_Together(place, 1, len(sample.ids) - 1) for place, sample in enumerate(samples)]
-    capacity = layout.row_length(max(longest, min(_SHARED_ROW, sum(len(sample.ids) for sample in samples)), 2 * longest))
+    capacity = max(longest, min(shared_row, max(_SHARED_ROW, 2 * longest)))
     found: list[_Together] = []
     for place, sample in enumerate(samples):
         added = len(sample.ids) - sample.prompt_length
