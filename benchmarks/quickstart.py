@@ -175,9 +175,9 @@ def training_of(stage: Path, manifest: dict[str, Any], resolved: dict[str, Any] 
         "compiling": compiled[0] if compiled else None,
         "number_of_steps": metrics["steps"],
         "tokens": metrics.get("tokens"),
-        "tokens_per_second": metrics["tokens_per_second"],
-        "dtype": metrics["dtype"],
-        "compile": metrics["compile"],
+        "tokens_per_second": metrics.get("tokens_per_second"),
+        "dtype": metrics.get("dtype"),
+        "compile": metrics.get("compile"),
         "measured": measured,
     }
 
