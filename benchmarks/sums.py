@@ -1,6 +1,6 @@
 """A small model learns sums from rewards alone: GRPO and PPO beside supervised tuning, for as many minutes.
 
-    python benchmarks/sums.py [--seeds 3] [--out FOLDER]    # about an hour on two cores
+    python benchmarks/sums.py [--seeds 3] [--methods GRPO PPO SFT] [--out FOLDER]    # about an hour on two cores
 
 The recipes of `examples/arithmetic`: a model of the quickstart's size reads sums until it writes numbers and few of them are
 right; then it is trained by rewards of its own answers (`recipe.yaml`, `ppo.yaml`), or told the answers (`tuning.yaml`). Asked
@@ -18,6 +18,7 @@ import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -82,11 +83,12 @@ def ran(recipe: str, overrides: list[str], name: str, until: str | None = None) 
     return run(recipe, overrides, name=name, until=until, allow_code=True, progress=progress).run.stages()
 
 
-def one_seed(seed: int) -> dict[str, Any]:
+def one_seed(seed: int, methods: Sequence[str]) -> dict[str, Any]:
     """The base model of a seed, and what each method makes of it."""
     overrides, base = base_of(seed)
     found: dict[str, Any] = {"seed": seed, "base": base}
-    for method, (recipe, stage, chat) in METHODS.items():
+    for method in methods:
+        recipe, stage, chat = METHODS[method]
         done = ran(recipe, overrides, f"{method.lower()}-{seed}")
         lines = list(read_metrics(done[stage] / "metrics.jsonl"))
         curves = {
@@ -119,7 +121,7 @@ def draw(seeds: list[dict[str, Any]], path: Path) -> None:
         for axes, (key, label) in zip(figure.subplots(1, len(shown)), shown.items(), strict=True):
             for method, colour in colours.items():
                 for seed in seeds:
-                    if values := seed[method]["curves"].get(key):
+                    if values := seed.get(method, {}).get("curves", {}).get(key):
                         axes.plot(*zip(*values, strict=True), color=colour, linewidth=0.9, alpha=0.7)
                 axes.plot([], [], color=colour, label=method)
             axes.set(title=label, xlabel="update")
@@ -132,6 +134,7 @@ def draw(seeds: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument(
         "--out", type=Path, default=Path(tempfile.gettempdir()) / "bessemer-sums", help="folder whose runs are used"
     )
@@ -139,8 +142,8 @@ def main() -> None:
     shutil.copytree(EXAMPLE, options.out, dirs_exist_ok=True)
     sys.argv[0] = str(Path(sys.argv[0]).resolve())  # the record names the command by where this file lies
     os.chdir(options.out)
-    seeds = [one_seed(seed) for seed in range(1, options.seeds + 1)]
-    kinds = ("base", *METHODS)
+    seeds = [one_seed(seed, options.methods) for seed in range(1, options.seeds + 1)]
+    kinds = ("base", *options.methods)
     rows = [
         [
             kind,
