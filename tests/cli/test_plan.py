@@ -3,7 +3,7 @@ import json
 import pytest
 
 from bessemer.pipeline.planning import planned
-from bessemer.pipeline.recipe import shipped_recipes
+from bessemer.pipeline.recipe import load_recipe, shipped_recipes
 from tests.cli.test_main import bessemer, one_error
 
 
@@ -53,4 +53,4 @@ def test_a_recipe_s_vocabulary_is_its_tokenizer_s():
 
 def test_minutes_become_tokens_at_the_predicted_speed(capsys):
     plan = json.loads(bessemer(capsys, "plan", "quickstart", "--gpu", "cpu", "--json")[1])
-    assert plan["plans"][0]["days"] * 24 * 60 == pytest.approx(4)
+    assert plan["plans"][0]["days"] * 24 * 60 == pytest.approx(load_recipe("quickstart").stage("pretrain").config.minutes)
