@@ -35,7 +35,7 @@ def samples(model):
     """Random completions with the sampler's log-probabilities a little off the model's."""
     made = []
     for place, (prompt, completion) in enumerate(LENGTHS):
-        asked = torch.randint(4, 300, (prompt,), generator=torch.Generator().manual_seed(10 + place // GROUP))
+        asked = torch.randint(4, 300, (prompt,), generator=torch.Generator().manual_seed(60 + place // GROUP))
         ids = torch.cat([asked, torch.randint(4, 300, (completion,), generator=torch.Generator().manual_seed(place))])
         with torch.no_grad():
             own = log_probs_of(model, ids.tolist(), prompt)
@@ -176,8 +176,7 @@ def test_a_temperature_in_the_sampler_alone_would_show(model, samples):
         batch_without_old = type(batch)(**{**vars(batch), "per_token": {k: v for k, v in batch.per_token.items() if k != OLD}})
         _, (part,) = in_micro_batches(objective, model, batch_without_old, 8)
         figures[temperature] = float(part.metrics["log_ratio"].max)
-    # a hundred times the 1e-4 that samplers and trainers may differ by
-    assert figures[TEMPERATURE] < 1e-5 and figures[1.0] > 1e-2
+    assert figures[TEMPERATURE] < 1e-5 and figures[1.0] > 0.1
 
 
 def test_raw_log_ratios_are_told_before_truncation(model, samples):

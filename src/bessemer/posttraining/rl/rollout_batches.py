@@ -82,7 +82,7 @@ class AdvantageBatches:
         samples = [sample for group in groups for sample in group.samples]
         size, kept = self._config.batch_size, (~totals_R.isnan()).tolist()
         layout = trainee.mesh.layout
-        # ranks that share rows have keys of all of a row, but no masks between its documents
+        # where a context axis splits rows, masks know a row's documents but not what these share
         shares = layout.context == 1 and all(trained.model.config.shares_prefixes for trained in trainee.trained.values())
         row = self._config.context_length if shares else None
         places = [slice(start, start + size) for start in range(0, len(samples), size)]

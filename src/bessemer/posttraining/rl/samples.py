@@ -130,8 +130,8 @@ def pack_samples(
     have equally many.
 
     Targets are the completions' tokens; samples that are not kept have none. With the sampler's log-probabilities by token.
-    shared_row: neighbouring completions of the same tokens see one copy of them, in rows of at most so many tokens where no
-    sample is longer; values and gradients are those of samples by themselves. A completion after the first begins at the
+    shared_row: neighbouring completions of the same tokens see one copy of them, in rows of at most this many tokens where
+    no sample is longer; values and gradients are those of samples by themselves. A completion after the first begins at the
     prompt's last token, since a token has one target. None: each sample has its prompt.
     """
     capacity, together = _arranged(samples, layout, shared_row)
