@@ -63,12 +63,20 @@ def test_two_ranks_train_the_adapter_of_one(two, start, alone, tmp_path, paralle
     assert held and all(".adapter." in name for name in held)
 
 
-def test_a_quantised_base_is_refused_on_several_processes(two, start, tmp_path):
-    answers = two.run(refusal, folder=start, out=tmp_path)
-    assert all("a quantised model is trained beside in one process, and this job has 2" in answer for answer in answers)
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        ({"quantize": "int8"}, "a quantised model is trained beside in one process, and this job has 2"),
+        ({"dora": True}, "adapter.dora: in one process"),
+    ],
+    ids=["codes", "dora"],
+)
+def test_what_is_of_one_process_is_refused_on_several(two, start, tmp_path, adapter, message):
+    answers = two.run(refusal, folder=start, out=tmp_path, adapter=adapter)
+    assert all(message in answer for answer in answers)
 
 
-def refusal(folder, out):
+def refusal(folder, out, adapter):
     with pytest.raises(ConfigError) as raised:
-        trained(folder, out, {"data_shard": 2}, quantize="int8")
+        trained(folder, out, {"data_shard": 2}, **adapter)
     return str(raised.value)

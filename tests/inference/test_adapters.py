@@ -82,6 +82,20 @@ def test_answers_side_by_side_are_those_of_merged_weights(served, tokenizer):
         assert (log_probs_of(completion) - log_probs_of(expected)).abs().max() < 1e-4
 
 
+def test_magnitudes_are_those_of_merged_weights(served, tokenizer, tmp_path):
+    model, adapters, _ = served
+    with_norms = {"one": adapters["one"], "norms": random_adapter(model, 3, magnitudes=True)}
+    engine = Engine(model, tokenizer, config=EngineConfig(block_size=BLOCK))
+    for name, adapter in with_norms.items():
+        write_adapter(adapter, model, tmp_path / name)
+        engine.load_adapter(name, tmp_path / name)
+    for prompts, names in ((PROMPTS, ["norms", "one", None]), (PROMPTS[1:], ["norms", "norms"])):
+        for prompt, name, completion in zip(prompts, names, engine.generate(prompts, PARAMS, adapter=names), strict=True):
+            (expected,) = merged_engine((model, with_norms, None), name, tokenizer).generate([prompt], PARAMS)
+            assert completion.token_ids == expected.token_ids
+            assert (log_probs_of(completion) - log_probs_of(expected)).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize("served", slow_but(["dense", "experts", "linear"], ARCHITECTURES), indirect=True)
 def test_an_invariant_engine_gives_the_same_bits_alone_and_in_company(served, tokenizer):
     together = engine_of(served, tokenizer, batch_invariant=True).generate(

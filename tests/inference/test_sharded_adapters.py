@@ -60,6 +60,7 @@ def compare(pool, tokenizer, place, name, parallel, changes=None, settings=None)
     with torch.no_grad():
         other.norm.weight += 0.1
     write_adapter(random_adapter(other, 1), other, place / "other")
+    write_adapter(random_adapter(model, 4, magnitudes=True), model, place / "norms")
     one = Engine(model, tokenizer, config=EngineConfig(block_size=8, cpu_kernels="off", **(settings or {})))
     asked = {"name": name, "changes": changes, "place": place}
     tokens, streamed, expected = answers(one, **asked)
@@ -75,6 +76,11 @@ def compare(pool, tokenizer, place, name, parallel, changes=None, settings=None)
 
 
 def answers_of(engine, asked):
+    of_dora = random_adapter(decoder(asked["name"], asked["changes"]), 4, magnitudes=True)
+    with pytest.raises(RequestError, match="whose norms are of whole weights"):
+        engine.load_adapter("norms", of_dora)
+    with pytest.raises(ArtefactError, match="DoRA, whose norms are of whole weights, beside a sharded model"):
+        engine.load_adapter("norms", asked["place"] / "norms")
     return answers(engine, **asked)
 
 

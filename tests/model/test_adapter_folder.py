@@ -28,6 +28,8 @@ CASES = {
     "gpt_oss": {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
     "deepseek_v3": {"target_modules": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]},
     "qwen3_next": {"target_modules": ["in_proj_qkvz", "in_proj_ba", "out_proj", "q_proj", "o_proj", "shared_expert_gate"]},
+    "qwen2": {"target_modules": ["q_proj", "k_proj", "down_proj"], "use_dora": True},
+    "gpt2-norms": {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True, "use_dora": True},
     "olmo2": {
         "target_modules": ["q_proj", "down_proj"],
         "rank_pattern": {"down_proj": 2, r"model\.layers\.1\.self_attn\.q_proj": 6},
@@ -42,7 +44,9 @@ def peft_model(base, seed=5, **settings):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_" in name:
+            if "lora_magnitude" in name:
+                parameter.mul_(0.5 + torch.rand(parameter.shape, generator=generator))
+            elif "lora_" in name:
                 parameter.normal_(0, 0.5 * parameter.shape[1] ** -0.5, generator=generator)
     return model
 
@@ -88,7 +92,7 @@ def changed(folders, tmp_path):
 
 @pytest.mark.parametrize("case", CASES)
 def test_logits_with_an_adapter_are_those_of_peft(case, tmp_path):
-    base = make(case)
+    base = make(case.removesuffix("-norms"))
     base.save_pretrained(tmp_path / "model")
     ours = load_model(tmp_path / "model")
     theirs = peft_model(base, **CASES[case])
@@ -100,15 +104,19 @@ def test_logits_with_an_adapter_are_those_of_peft(case, tmp_path):
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize("case", ["qwen3", "gpt2", "deepseek_v3"])
-def test_peft_opens_what_is_written(case, tmp_path):
+@pytest.mark.parametrize(("case", "magnitudes"), [("qwen3", False), ("gpt2", False), ("deepseek_v3", False), ("gpt2", True)])
+def test_peft_opens_what_is_written(case, magnitudes, tmp_path):
     base = make(case)
     base.save_pretrained(tmp_path / "model")
     ours = load_model(tmp_path / "model")
     # what `peft` takes for experts, it looks for among their parameters
     adapter = Adapter(
-        {n: update for n, update in random_adapter(ours).updates.items() if case != "deepseek_v3" or "mlp" not in n}
-    )
+        {
+            n: update
+            for n, update in random_adapter(ours, magnitudes=magnitudes).updates.items()
+            if case != "deepseek_v3" or "mlp" not in n
+        }
+    ).fitted(ours)
     write_adapter(adapter, ours, tmp_path / "adapter")
     theirs = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     with torch.no_grad():
@@ -139,6 +147,17 @@ def test_layers_stored_as_one_may_be_changed_one_by_one(tmp_path):
     write_adapter(Adapter(updates), model, tmp_path / "adapter")
     again = read_adapter(tmp_path / "adapter", model)
     assert torch.allclose(logits_with(model, again), logits_with(model, Adapter(updates)), atol=1e-5)
+
+
+def test_a_part_without_magnitudes_keeps_the_norms_of_its_rows(tmp_path):
+    make("gpt2").save_pretrained(tmp_path / "model")
+    model = load_model(tmp_path / "model")
+    updates = dict(random_adapter(model, magnitudes=True).updates)
+    del updates["layers.0.self_attn.v_proj"], updates["layers.1.self_attn.q_proj"]
+    adapter = Adapter(updates).fitted(model)
+    write_adapter(adapter, model, tmp_path / "adapter")
+    again = read_adapter(tmp_path / "adapter", model)
+    assert torch.allclose(logits_with(model, again), logits_with(model, adapter), atol=1e-5)
 
 
 def test_target_modules_are_named_by_their_endings_where_all_of_them_are_changed(model, tmp_path):
@@ -231,7 +250,7 @@ def test_an_adapter_of_a_deeper_model_is_refused(folders, model):
     [
         ({"peft_type": "LOHA"}, r"an adapter of the kind 'LOHA'; supported: 'LORA'"),
         ({"bias": "all"}, "has trained biases, which are not supported"),
-        ({"use_dora": True}, "has DoRA, which is not supported"),
+        ({"use_dora": True}, "has no lora_magnitude_vector, and has lora_A and lora_B"),
         ({"modules_to_save": ["lm_head"]}, r"has layers trained whole \(modules_to_save\), which is not supported"),
         ({"trainable_token_indices": [1]}, "has trained embeddings"),
         ({"init_lora_weights": "pissa"}, "began as 'pissa', which changes the base; save it as plain LoRA"),
@@ -257,9 +276,14 @@ PREFIX = "base_model.model.model.layers.0"
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
-        (f"{PREFIX}.self_attn.q_proj.lora_magnitude_vector", (32,), "is not a linear layer's lora_A or lora_B"),
+        (
+            f"{PREFIX}.self_attn.q_proj.lora_magnitude_vector",
+            (32,),
+            "has a lora_magnitude_vector, and .* does not say use_dora",
+        ),
+        (f"{PREFIX}.self_attn.q_proj.lora_magnitude_vector", (32, 1), "is not a vector"),
         ("base_model.model.model.embed_tokens.lora_embedding_A", (4, 97), "is not a linear layer's lora_A or lora_B"),
-        (f"{PREFIX}.self_attn.k_proj.lora_A.weight", (4, 32), "k_proj has a lora_A alone; the other half is missing"),
+        (f"{PREFIX}.self_attn.k_proj.lora_A.weight", (4, 32), "k_proj has no lora_B, and has lora_A"),
         (f"{PREFIX}.self_attn.q_proj.lora_A.weight", (4, 32, 1), "is not a matrix"),
         (f"{PREFIX}.self_attn.q_proj.lora_B.weight", (31, 4), "goes from 32 to 31 channels, this model's layer from 32 to 32"),
     ],

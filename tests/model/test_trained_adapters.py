@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from peft import LoraConfig
+from peft.tuners.lora import Linear as LoraLayer
+from torch import nn
 
 from bessemer.core.errors import ConfigError
 from bessemer.model.config import ModelConfig
@@ -13,7 +16,7 @@ from bessemer.model.trained_adapters import (
     adapter_of,
     adapters_of,
     add_adapters,
-    initial_update,
+    initial_tensors,
     merged,
     without_adapters,
 )
@@ -40,12 +43,13 @@ def base(scheme=None):
 
 def adapted(model, *, trained=True, **options):
     updates = add_adapters(model, **{"rank": 4, "scale": 0.5, **options})
+    model.load_state_dict(initial_tensors(model, seed=0), strict=False)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for name, update in updates.items():
-            update.down.copy_(initial_update(name, update.down.shape[1], 4, seed=0))
-            if trained:
-                update.up.copy_(torch.randn(update.up.shape, generator=generator) * 0.05)
+        for update in updates.values() if trained else ():
+            update.up.copy_(torch.randn(update.up.shape, generator=generator) * 0.05)
+            if update.magnitude is not None:
+                update.magnitude.mul_(0.5 + torch.rand(update.magnitude.shape, generator=generator))
     return model
 
 
@@ -76,6 +80,41 @@ def test_outputs_and_gradients_are_those_of_the_weights_with_the_updates_in_them
         gradient_NK = whole.get_submodule(name).weight.grad
         torch.testing.assert_close(update.up.grad, 0.5 * gradient_NK @ update.down.detach().T, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(update.down.grad, 0.5 * update.up.detach().T @ gradient_NK, rtol=1e-3, atol=1e-4)
+
+
+def test_with_magnitudes_an_adapter_begins_as_nothing_too():
+    torch.testing.assert_close(adapted(base(), trained=False, magnitude=True)(TOKENS), base()(TOKENS), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scheme", [None, "int4"])
+def test_outputs_and_gradients_with_magnitudes_are_those_of_peft(scheme):
+    """Of each layer, on its own input: `peft` takes the norm as a constant, too."""
+    model = adapted(base(scheme), magnitude=True)
+    whole = merged(model, adapter_of(model))
+    torch.testing.assert_close(whole(TOKENS), model(TOKENS), rtol=1e-5, atol=1e-5)
+    generator = torch.Generator().manual_seed(4)
+    for name, update in adapters_of(model).items():
+        layer = model.get_submodule(name)
+        outputs, inputs = layer.weight.shape
+        plain = nn.Linear(inputs, outputs, bias=False)
+        plain.weight.data = layer.weight.detach().clone()
+        theirs = LoraLayer(plain, "one", LoraConfig(r=4, lora_alpha=2, use_dora=True), r=4, lora_alpha=2)
+        with torch.no_grad():
+            theirs.lora_A["one"].weight.copy_(update.down)
+            theirs.lora_B["one"].weight.copy_(update.up)
+            theirs.lora_magnitude_vector["one"].weight.copy_(update.magnitude)
+        hidden = torch.randn(3, 5, inputs, generator=generator)
+        factors = torch.randn(3, 5, outputs, generator=generator)
+        found, expected = layer(hidden), theirs(hidden)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        (found * factors).sum().backward()
+        (expected * factors).sum().backward()
+        for ours, other in (
+            (update.down, theirs.lora_A["one"].weight),
+            (update.up, theirs.lora_B["one"].weight),
+            (update.magnitude, theirs.lora_magnitude_vector["one"].weight),
+        ):
+            torch.testing.assert_close(ours.grad, other.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_the_backward_pass_of_a_quantised_layer_keeps_codes_and_no_weights():

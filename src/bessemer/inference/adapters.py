@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 
 from bessemer.core.errors import RequestError
 from bessemer.model.adapter_folder import adaptable_layers
-from bessemer.model.adapters import Adapter, Update
+from bessemer.model.adapters import Adapter
 from bessemer.model.decoder import Decoder
 
 
@@ -71,7 +71,7 @@ def copied_adapter(adapter: Adapter, model: Decoder) -> Adapter:
     layers = adaptable_layers(model)
     if not adapter.updates:
         raise RequestError("the adapter has no update of any layer")
-    for name, (down_RK, up_NR, _) in adapter.updates.items():
+    for name, (down_RK, up_NR, _, magnitude_N) in adapter.updates.items():
         if name not in layers:
             raise RequestError(f"the adapter changes {name!r}, which is no layer of this model that an adapter can change")
         outputs, inputs = layers[name]
@@ -81,8 +81,7 @@ def copied_adapter(adapter: Adapter, model: Decoder) -> Adapter:
                 f"the update of {name!r} has shapes {tuple(down_RK.shape)} and {tuple(up_NR.shape)}, "
                 f"not (rank, {inputs}) and ({outputs}, rank)"
             )
-    copied = {
-        name: Update(down_RK.detach().clone(), up_NR.detach().clone(), scale)
-        for name, (down_RK, up_NR, scale) in adapter.updates.items()
-    }
-    return Adapter(copied).to(model.device, model.dtype)
+        if magnitude_N is not None and tuple(magnitude_N.shape) != (outputs,):
+            raise RequestError(f"the magnitudes of {name!r} have shape {tuple(magnitude_N.shape)}, not ({outputs},)")
+    copied = Adapter({name: update.each(lambda tensor: tensor.detach().clone()) for name, update in adapter.updates.items()})
+    return copied.fitted(model).to(model.device, model.dtype)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from bessemer.core.errors import ConfigError
+from bessemer.core.errors import ConfigError, RequestError
 from bessemer.core.fair_lock import FairLock
 from bessemer.inference.adapters import LoadedAdapters, copied_adapter
 from bessemer.inference.engine_core import EngineCore
@@ -100,6 +100,8 @@ class WeightUpdates:
         """The adapter in a folder, or a copy of one in memory, as this process computes it: of a sharded model its shard."""
         runner, samples = self.core.runner, None
         if isinstance(adapter, Adapter):
+            if self._sharded is not None and adapter.has_magnitudes:
+                raise RequestError("the adapter is DoRA's, whose norms are of whole weights, and this model is sharded")
             whole = copied_adapter(adapter, self.model)
         else:
             if self._sharded is not None:

@@ -1,7 +1,8 @@
 """Low-rank adapters on disk, in the form of Hugging Face's `peft`: `adapter_config.json` and `adapter_model.safetensors`.
 
 A linear layer's update lies there as `base_model.model.<the family's name>.lora_A.weight`, (R, K), and `.lora_B.weight`,
-(N, R); its scale is alpha / R, or alpha / √R (Kalajdzievski 2023). Nothing in the folder is executed.
+(N, R); its scale is alpha / R, or alpha / √R (Kalajdzievski 2023). DoRA's have `.lora_magnitude_vector`, (N,), too. Nothing in
+the folder is executed.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from bessemer.core.errors import ArtefactError
 from bessemer.core.hashing import hash_bytes
 from bessemer.core.store import check_format, read_json, write_json
-from bessemer.model.adapters import Adapter, Update
+from bessemer.model.adapters import Adapter, Update, row_norms, weight_of
 from bessemer.model.decoder import Decoder
 from bessemer.model.families import family_of
 from bessemer.model.families.layout import Stored, transposed, whole
@@ -35,7 +36,6 @@ ADAPTER_FORMAT = 1
 
 #: Settings with which an adapter is more than B A beside some layers, and what they mean.
 _MORE = {
-    "use_dora": "DoRA",
     "lora_bias": "trained biases",
     "modules_to_save": "layers trained whole (modules_to_save)",
     "trainable_token_indices": "trained embeddings (trainable_token_indices)",
@@ -53,7 +53,7 @@ _MORE = {
 _PLAIN_BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")
 #: Numbers of each tensor by which a base is known again.
 _SAMPLE = 4096
-_TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)\.weight")
+_TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_(?:(A|B)\.weight|(magnitude_vector))")
 
 # Shapes: N outputs, K inputs, R rank.
 
@@ -94,16 +94,18 @@ def read_adapter(folder: Path | str, model: Decoder, samples: Mapping[str, Weigh
         raise ArtefactError(f"{path}: no such file; this folder holds no adapter's weights{hint}")
     targets = _targets(model)
     updates: dict[str, Update] = {}
-    for name, pair in _read_pairs(path).items():
+    for name, stored in _read_stored(path, with_magnitudes=bool(config.get("use_dora"))).items():
         if name not in targets:
             raise ArtefactError(f"{path}: {_why_not(name, model)}")
-        target, (down_RK, up_NR) = targets[name], pair
+        target, down_RK, up_NR, magnitude_N = targets[name], stored["A"], stored["B"], stored.get("magnitude_vector")
         shapes = (down_RK.shape[1], up_NR.shape[0])
         if shapes != (target.inputs, sum(target.outputs)):
             raise ArtefactError(
                 f"{path}: the update of {name} goes from {shapes[0]:,} to {shapes[1]:,} channels, this model's layer from "
                 f"{target.inputs:,} to {sum(target.outputs):,}; the adapter was made for another model"
             )
+        if magnitude_N is not None and len(magnitude_N) != len(up_NR):
+            raise ArtefactError(f"{path}: {name} has {len(magnitude_N):,} magnitudes for its {len(up_NR):,} channels")
         rank = _matching(folder / ADAPTER_CONFIG, config, "r", "rank_pattern", name)
         if not rank == down_RK.shape[0] == up_NR.shape[1]:
             raise ArtefactError(
@@ -111,11 +113,19 @@ def read_adapter(folder: Path | str, model: Decoder, samples: Mapping[str, Weigh
             )
         alpha = _matching(folder / ADAPTER_CONFIG, config, "lora_alpha", "alpha_pattern", name)
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        for module, part_NR in zip(target.modules, up_NR.split(target.outputs), strict=True):
-            updates[module] = Update(down_RK, part_NR.contiguous(), scale)
+        magnitudes = [None] * len(target.modules) if magnitude_N is None else magnitude_N.split(target.outputs)
+        for module, part_NR, own_N in zip(target.modules, up_NR.split(target.outputs), magnitudes, strict=True):
+            updates[module] = Update(down_RK, part_NR.contiguous(), scale, own_N)
     if not updates:
         raise ArtefactError(f"{path}: it holds no update of any layer")
-    return Adapter(updates).to(model.device, model.dtype)
+    adapter = Adapter(updates)
+    if not adapter.has_magnitudes:
+        return adapter.to(model.device, model.dtype)
+    if samples is not None:
+        raise ArtefactError(
+            f"{path}: DoRA, whose norms are of whole weights, beside a sharded model; merge it, or serve it whole"
+        )
+    return adapter.fitted(model).to(model.device, model.dtype)
 
 
 def write_adapter(adapter: Adapter, model: Decoder, folder: Path) -> None:
@@ -124,7 +134,7 @@ def write_adapter(adapter: Adapter, model: Decoder, folder: Path) -> None:
     for name, target in targets.items():
         found = [adapter.updates.get(module) for module in target.modules]
         if any(update is not None for update in found):
-            stored[name] = _packed(found, target)
+            stored[name] = _packed(found, target, model)
     placed = {module for name in stored for module in targets[name].modules}
     assert placed >= adapter.updates.keys(), sorted(adapter.updates.keys() - placed)
     ranks = {name: len(update.down_RK) for name, update in stored.items()}
@@ -140,6 +150,7 @@ def write_adapter(adapter: Adapter, model: Decoder, folder: Path) -> None:
         "alpha_pattern": {name: other for name, other in alphas.items() if other != alpha},
         "target_modules": _target_modules(stored, model),
         "use_rslora": False,
+        "use_dora": adapter.has_magnitudes,
         "fan_in_fan_out": any(targets[name].is_transposed for name in stored),
         "bias": "none",
         "lora_dropout": 0.0,
@@ -151,6 +162,8 @@ def write_adapter(adapter: Adapter, model: Decoder, folder: Path) -> None:
     for name, update in stored.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = update.down_RK.detach().cpu().contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = update.up_NR.detach().cpu().contiguous()
+        if update.magnitude_N is not None:
+            tensors[f"base_model.model.{name}.lora_magnitude_vector"] = update.magnitude_N.detach().cpu().contiguous()
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{ADAPTER_WEIGHTS}.{os.getpid()}.tmp"
     try:
@@ -262,26 +275,31 @@ def _matching(path: Path, config: Mapping[str, Any], setting: str, pattern: str,
     return value
 
 
-def _read_pairs(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """A and B of every layer, by the family's name."""
+def _read_stored(path: Path, *, with_magnitudes: bool) -> dict[str, dict[str, Tensor]]:
+    """A and B of every layer, with DoRA its magnitudes too, by the family's name."""
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ArtefactError(f"{path}: this is not a whole safetensors file ({error})") from None
-    halves: dict[str, dict[str, Tensor]] = {}
+    layers: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         found = _TENSOR.fullmatch(name)
         if found is None:
             raise ArtefactError(
                 f"{path}: tensor {name!r} is not a linear layer's lora_A or lora_B, and nothing else is supported"
             )
-        if tensor.ndim != 2 or not tensor.is_floating_point():
-            raise ArtefactError(f"{path}: tensor {name!r} is not a matrix of floating-point numbers")
-        halves.setdefault(found[1], {})[found[2]] = tensor
-    for name, pair in halves.items():
-        if len(pair) < 2:
-            raise ArtefactError(f"{path}: {name} has a lora_{min(pair)} alone; the other half is missing")
-    return {name: (pair["A"], pair["B"]) for name, pair in halves.items()}
+        part = found[2] or found[3]
+        dimensions, kind = (2, "matrix") if found[2] else (1, "vector")
+        if tensor.ndim != dimensions or not tensor.is_floating_point():
+            raise ArtefactError(f"{path}: tensor {name!r} is not a {kind} of floating-point numbers")
+        layers.setdefault(found[1], {})[part] = tensor
+    wanted = {"A", "B", "magnitude_vector"} if with_magnitudes else {"A", "B"}
+    for name, parts in layers.items():
+        if missing := sorted(wanted - parts.keys()):
+            raise ArtefactError(f"{path}: {name} has no lora_{missing[0]}, and has lora_{' and lora_'.join(sorted(parts))}")
+        if extra := parts.keys() - wanted:
+            raise ArtefactError(f"{path}: {name} has a lora_{min(extra)}, and {ADAPTER_CONFIG} does not say use_dora")
+    return layers
 
 
 def _stored(model: Decoder) -> list[Stored]:
@@ -312,19 +330,29 @@ def _why_not(name: str, model: Decoder) -> str:
     return f"the adapter changes {name}, which this model does not have; it was made for another model"
 
 
-def _packed(updates: list[Update | None], target: _Target) -> Update:
+def _packed(updates: list[Update | None], target: _Target, model: Decoder) -> Update:
     """One update of a family's layer from those of our modules that it is made of."""
     present = [update for update in updates if update is not None]
     first = present[0]
+    magnitude_N = None
+    if any(update.magnitude_N is not None for update in present):
+        # a part that is not changed keeps the norms of its rows
+        own = [
+            row_norms(weight_of(model, module).float()).cpu()
+            if update is None or update.magnitude_N is None
+            else update.magnitude_N.detach().cpu()
+            for module, update in zip(target.modules, updates, strict=True)
+        ]
+        magnitude_N = torch.cat(own)
     if len(present) == len(updates) and all(
         update.scale == first.scale and torch.equal(update.down_RK, first.down_RK) for update in present
     ):
-        return Update(first.down_RK, torch.cat([update.up_NR for update in present]), first.scale)
+        return Update(first.down_RK, torch.cat([update.up_NR for update in present]), first.scale, magnitude_N)
     ups = [
         first.up_NR.new_zeros(outputs, 0) if update is None else update.up_NR * update.scale
         for update, outputs in zip(updates, target.outputs, strict=True)
     ]
-    return Update(torch.cat([update.down_RK for update in present]), torch.block_diag(*ups), 1.0)
+    return Update(torch.cat([update.down_RK for update in present]), torch.block_diag(*ups), 1.0, magnitude_N)
 
 
 def _target_modules(names: Iterable[str], model: Decoder) -> list[str]:

@@ -1,9 +1,11 @@
 """Low-rank adapters that are trained: parts of the model beside its frozen linear layers, with parameters of their own.
 
     y = W x + s · B (A x)          A: (R, K), drawn uniformly in ±1/√K;   B: (N, R), zeros (Hu et al. 2021)
+    y = m ⊙ (W x + s · B (A x)) / ‖W + s · B A‖      m: (N,), the norms of W's rows (Liu et al. 2024, DoRA)
 
-So an adapter changes nothing before its first step. W may be kept in codes of 8 or 4 bits (Dettmers et al. 2023, QLoRA): no
-gradient is taken of it, and the gradient of its inputs goes through what the codes stand for.
+So an adapter changes nothing before its first step. The norm of DoRA is a constant to the gradient (Liu et al. 2024, 4.3). W
+may be kept in codes of 8 or 4 bits (Dettmers et al. 2023, QLoRA): no gradient is taken of it, and the gradient of its inputs
+goes through what the codes stand for.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from bessemer.core.config import nearest
 from bessemer.core.errors import ConfigError
 from bessemer.core.seeds import derive_seed
 from bessemer.model.adapter_folder import adaptable_layers
-from bessemer.model.adapters import Adapter, Update
+from bessemer.model.adapters import Adapter, Update, row_norms, weight_of
 from bessemer.model.decoder import Decoder
 from bessemer.model.initialisation import empty_decoder, fill
 from bessemer.model.quantisation.quantised_modules import dequantised_tensors
@@ -33,12 +35,23 @@ _CHILD = "adapter"
 
 
 class LowRankUpdate(nn.Module):
-    """s · B (A x), added to what a linear layer gives for x."""
+    """s · B (A x), added to what a linear layer gives for x. magnitude: with the norms of the rows of the sum (DoRA)."""
 
-    def __init__(self, outputs: int, inputs: int, rank: int, scale: float, dropout: float, device: torch.device) -> None:
+    def __init__(
+        self,
+        outputs: int,
+        inputs: int,
+        rank: int,
+        scale: float,
+        dropout: float,
+        device: torch.device,
+        *,
+        magnitude: bool = False,
+    ) -> None:
         super().__init__()
         self.down = nn.Parameter(torch.empty(rank, inputs, device=device))
         self.up = nn.Parameter(torch.zeros(outputs, rank, device=device))
+        self.magnitude = nn.Parameter(torch.ones(outputs, device=device)) if magnitude else None
         self.scale = scale
         self.dropout = dropout
         self.is_on = True
@@ -48,13 +61,24 @@ class LowRankUpdate(nn.Module):
         seen = functional.dropout(hidden, self.dropout, self.training) if self.dropout else hidden
         return functional.linear(functional.linear(seen, self.down), self.up) * self.scale
 
+    def as_update(self, tensors: Mapping[str, Tensor] | None = None) -> Update:
+        """As the engine takes it. tensors: others by the parameters' names; else its own, without gradients."""
+        found = {name: parameter.detach() for name, parameter in self.named_parameters()} if tensors is None else tensors
+        return Update(found["down"], found["up"], self.scale, found.get("magnitude"))
+
     def extra_repr(self) -> str:
         """What torch prints of it."""
         return f"rank={self.down.shape[0]}, scale={self.scale:g}"
 
 
 def add_adapters(
-    model: Decoder, *, rank: int, scale: float, dropout: float = 0.0, patterns: Sequence[str] = ()
+    model: Decoder,
+    *,
+    rank: int,
+    scale: float,
+    dropout: float = 0.0,
+    patterns: Sequence[str] = (),
+    magnitude: bool = False,
 ) -> dict[str, LowRankUpdate]:
     """Freeze a model and give its linear layers updates to train, in place; returns them by the layers' names.
 
@@ -72,7 +96,8 @@ def add_adapters(
             continue
         layer = model.get_submodule(name)
         device = next(iter((*layer.parameters(), *layer.buffers()))).device
-        layer.add_module(_CHILD, LowRankUpdate(outputs, inputs, rank, scale, dropout, device).train(layer.training))
+        update = LowRankUpdate(outputs, inputs, rank, scale, dropout, device, magnitude=magnitude)
+        layer.add_module(_CHILD, update.train(layer.training))
         layer.register_forward_hook(_add_update)
     return adapters_of(model)
 
@@ -84,7 +109,15 @@ def _matches(name: str, pattern: str) -> bool:
 def _add_update(layer: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
     update = layer.get_submodule(_CHILD)
     assert isinstance(update, LowRankUpdate)
-    return out + update(inputs[0]).to(out.dtype) if update.is_on else out
+    if not update.is_on:
+        return out
+    out = out + update(inputs[0]).to(out.dtype)
+    if update.magnitude is None:
+        return out
+    sum_NK = weight_of(layer) + update.scale * update.up.detach() @ update.down.detach()
+    gain_N = (update.magnitude / row_norms(sum_NK)).to(out.dtype)
+    bias_N = layer._parameters.get("bias")
+    return out * gain_N if bias_N is None else (out - bias_N) * gain_N + bias_N
 
 
 def adapters_of(model: nn.Module) -> dict[str, LowRankUpdate]:
@@ -99,13 +132,16 @@ def initial_update(name: str, inputs: int, rank: int, seed: int) -> Tensor:
     return torch.empty(rank, inputs).uniform_(-(inputs**-0.5), inputs**-0.5, generator=generator)
 
 
-def initial_tensors(layer: str, update: LowRankUpdate, seed: int) -> dict[str, Tensor]:
-    """A new update's tensors by their names in the model."""
-    rank, inputs = update.down.shape
-    return {
-        f"{layer}.{_CHILD}.down": initial_update(layer, inputs, rank, seed),
-        f"{layer}.{_CHILD}.up": torch.zeros(update.up.shape),
-    }
+def initial_tensors(model: nn.Module, seed: int) -> dict[str, Tensor]:
+    """The tensors of a model's new updates by their names in it. With magnitudes, the model has its weights."""
+    tensors = {}
+    for layer, update in adapters_of(model).items():
+        rank, inputs = update.down.shape
+        tensors[f"{layer}.{_CHILD}.down"] = initial_update(layer, inputs, rank, seed)
+        tensors[f"{layer}.{_CHILD}.up"] = torch.zeros(update.up.shape)
+        if update.magnitude is not None:
+            tensors[f"{layer}.{_CHILD}.magnitude"] = row_norms(weight_of(model, layer).float())
+    return tensors
 
 
 @contextmanager
@@ -136,25 +172,26 @@ def adapter_of(model: nn.Module, tensors: Mapping[str, Tensor] | None = None) ->
 
     tensors: others by the parameters' names, such as those of a checkpoint.
     """
-    found = {name: tensor.detach() for name, tensor in model.named_parameters()} if tensors is None else tensors
-    return Adapter(
-        {
-            name: Update(found[f"{name}.{_CHILD}.down"], found[f"{name}.{_CHILD}.up"], update.scale)
-            for name, update in adapters_of(model).items()
-        }
-    )
+    updates = adapters_of(model)
+    if tensors is None:
+        return Adapter({name: update.as_update() for name, update in updates.items()})
+    given = {
+        name: {part: tensors[f"{name}.{_CHILD}.{part}"] for part, _ in update.named_parameters()}
+        for name, update in updates.items()
+    }
+    return Adapter({name: update.as_update(given[name]) for name, update in updates.items()})
 
 
 @contextmanager
 def merged_in_place(model: nn.Module) -> Iterator[None]:
-    """While entered, every weight that the adapter changes is W + s · B A, and the adapter is off; then W is there again, the
-    same bits. Memory: a second copy of these weights, for as long. Of a model in one process whose weights are no codes."""
+    """While entered, every weight that the adapter changes has its update in it, and the adapter is off; then W is there again,
+    the same bits. Memory: a second copy of these weights, for as long. Of a model in one process whose weights are no codes."""
     changed = [(model.get_parameter(f"{name}.weight"), update) for name, update in adapter_of(model).updates.items()]
     before = [weight.data for weight, _ in changed]
     with without_adapters(model):
         try:
             for weight, update in changed:
-                weight.data = _with_update(weight.data, update)
+                weight.data = update.on(weight.data)
             yield
         finally:
             for (weight, _), weight_NK in zip(changed, before, strict=True):
@@ -163,19 +200,12 @@ def merged_in_place(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def merged(model: Decoder, adapter: Adapter) -> Decoder:
-    """A decoder of its own with W + s · B A for every weight that an adapter changes, in the weights' type, and else with the
+    """A decoder of its own with the update in every weight that an adapter changes, in the weights' type, and else with the
     model's tensors; codes are dequantised. An adapter in training is left out: pass `adapter_of(model)`."""
     weights = {name: tensor for name, tensor in dequantised_tensors(model).items() if not is_of_adapter(name)}
     for layer, update in adapter.updates.items():
-        weights[f"{layer}.weight"] = _with_update(weights[f"{layer}.weight"], update)
+        weights[f"{layer}.weight"] = update.on(weights[f"{layer}.weight"])
     return fill(empty_decoder(model.config), weights).to(model.device)
-
-
-def _with_update(weight_NK: Tensor, update: Update) -> Tensor:
-    """W + s · B A, computed in float32 at least, in W's type."""
-    wide = torch.promote_types(weight_NK.dtype, torch.float32)
-    change_NK = update.scale * update.up_NR.to(weight_NK.device, wide) @ update.down_RK.to(weight_NK.device, wide)
-    return (weight_NK.to(wide) + change_NK).to(weight_NK.dtype)
 
 
 def without_parts_beside(model: Decoder) -> Decoder:

@@ -29,6 +29,9 @@ class AdapterConfig(Config):
     rank: int = setting(16, "Rank r of every update B A.", gt=0)
     alpha: float = setting(32.0, "Updates are scaled by alpha / rank.", gt=0)
     rslora: bool = setting(False, "Scale by alpha / √rank instead (Kalajdzievski 2023).")
+    dora: bool = setting(
+        False, "Train the norm of every row of W + s B A too, apart from its direction (Liu et al. 2024); in one process."
+    )
     dropout: float = setting(
         0.0, "Share of a layer's inputs that its update does not see in a step; in one process.", ge=0, lt=1
     )

@@ -96,7 +96,9 @@ def run_training(
         save_trained(decoder, out, tokenizer=model, mesh=mesh, config=config, best=best)
     else:
         save_trained_adapter(decoder, config.low_rank, out, start=model, mesh=mesh, config=config, best=best)
-        counts["adapter_parameters"] = sum(update.down.numel() + update.up.numel() for update in adapters_of(decoder).values())
+        counts["adapter_parameters"] = sum(
+            parameter.numel() for update in adapters_of(decoder).values() for parameter in update.parameters()
+        )
     return {**counts, **summary}
 
 

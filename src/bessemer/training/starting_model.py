@@ -39,6 +39,8 @@ def check_start(config: LoopConfig, folder: Path, mesh: Mesh) -> None:
             )
         if config.low_rank.dropout:
             raise ConfigError("adapter.dropout: in one process; leave it out under a mesh")
+        if config.low_rank.dora:
+            raise ConfigError("adapter.dora: in one process; leave it out under a mesh")
 
 
 def starting_model(folder: Path, config: LoopConfig, device: torch.device | str, seed: int) -> Decoder:
@@ -82,11 +84,14 @@ def new_adapter(model: Decoder, config: LoopConfig, seed: int) -> dict[str, Tens
     settings = config.low_rank
     if settings is None:
         return {}
-    updates = add_adapters(
-        model, rank=settings.rank, scale=settings.scale, dropout=settings.dropout, patterns=tuple(settings.modules)
+    add_adapters(
+        model,
+        rank=settings.rank,
+        scale=settings.scale,
+        dropout=settings.dropout,
+        patterns=tuple(settings.modules),
+        magnitude=settings.dora,
     )
     if config.scores:
         model.get_parameter(SCORE).requires_grad_(True)
-    return {
-        name: numbers for layer, update in updates.items() for name, numbers in initial_tensors(layer, update, seed).items()
-    }
+    return initial_tensors(model, seed)

@@ -36,12 +36,14 @@ from bessemer.posttraining.packing import Example, encode_conversation, pack_con
 from bessemer.posttraining.sft import gather_conversations, sft
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 from bessemer.training.checkpoint.manager import CHECKPOINTS
+from bessemer.training.data.packing import best_fit
 from bessemer.training.starting_model import starting_model
 
 #: What the command writes down of itself in the folder that it makes.
 RECORD = "finetune.json"
-#: Bounds of a row's length where the data decide, and what it is a multiple of.
+#: Bounds of a row's length where the data decide, what it is a multiple of, and how many of the longest conversation fit.
 _SHORTEST, _LONGEST, _STEP = 64, 2048, 32
+_FACTORS = (1, 2, 3, 4)
 #: Conversations of a batch, and validations of a run, where nothing is said.
 _CONVERSATIONS, _VALIDATIONS = 8, 4
 #: Fewest conversations held out that tell anything of a difference.
@@ -91,8 +93,8 @@ def finetune(
     base = prepare_base(source, out / "base", progress)
     tokenizer, chosen_device = load_tokenizer(base), choose_device(device)
     encoded = [encode_conversation(one, tokenizer, _LONGEST) for one in (*training, *held_out)]
-    longest = max((len(example.tokens) for example in encoded if example is not None), default=_SHORTEST)
-    context = config.context_length or _row_length(longest, read_model_config(base).max_position_embeddings)
+    lengths = [len(example.tokens) for example in encoded if example is not None]
+    context = config.context_length or _row_length(lengths, read_model_config(base).max_position_embeddings)
     rows = max(1, pack_conversations(training, tokenizer, context).rows)
     batch_size = config.batch_size or max(1, round(_CONVERSATIONS * rows / len(training)))
     record = read_json(out / RECORD, "record of a fine-tuning")
@@ -124,7 +126,7 @@ def finetune(
         after_N = measure(load_model(out / "model", device=chosen_device), description="loss after")
         return Finetuned(method, base, None, out / "model", before_N, after_N, metrics)
     tuned = starting_model(base, tuning, chosen_device, seed).eval()
-    adapter = read_adapter(out / "adapter", load_model(base)).to(chosen_device, torch.float32)
+    adapter = read_adapter(out / "adapter", load_model(base)).to(chosen_device, torch.float32).fitted(tuned)
     with torch.no_grad(), adapted(tuned, [(adapter, None)]):
         after_N = measure(tuned, description="loss after")
     return Finetuned(method, base, out / "adapter", out / "model" if config.merge else None, before_N, after_N, metrics)
@@ -160,9 +162,14 @@ def finish(out: Path, result: dict[str, Any]) -> None:
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
 
 
-def _row_length(longest: int, most: int) -> int:
-    """The length of rows that hold the longest conversation, a round number within the model's context."""
-    return min(max(_SHORTEST, -(-longest // _STEP) * _STEP), _LONGEST, most)
+def _row_length(lengths: Sequence[int], most: int) -> int:
+    """The length of rows, within the model's context, that hold the longest conversation and leave the fewest tokens empty: a
+    few times that conversation's length, rounded up."""
+    shortest = max(_SHORTEST, -(-max(lengths, default=1) // _STEP) * _STEP)
+    tried = [length for factor in _FACTORS if (length := shortest * factor) <= min(_LONGEST, most)]
+    if not tried:
+        return min(shortest, _LONGEST, most)
+    return min(tried, key=lambda length: (int(best_fit(lengths, length).max(initial=-1)) + 1) * length)
 
 
 def _method(config: FinetuneConfig, base: Path, tokens: int, device: torch.device) -> tuple[Method, str]:
@@ -227,9 +234,10 @@ class _Samples:
         """Say what the model of the moment answers."""
         engine = Engine(model, self._tokenizer)
         params = SamplingParams(max_tokens=_SAMPLE_TOKENS, temperature=0.0)
-        for question in self._questions:
-            answer = engine.chat(question, params).text
-            self._progress.say(f"  step {finished:,}: {_line(question[-1]['content'])} → {_line(answer)}")
+        # beside each other: every token of the two reads the weights once
+        prompts = [self._tokenizer.apply_chat_template(one, add_generation_prompt=True) for one in self._questions]
+        for question, answer in zip(self._questions, engine.generate(prompts, params), strict=True):
+            self._progress.say(f"  step {finished:,}: {_line(question[-1]['content'])} → {_line(answer.text)}")
 
 
 def _line(text: str) -> str:

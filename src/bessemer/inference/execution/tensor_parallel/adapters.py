@@ -47,7 +47,7 @@ def shapes_of(adapter: Adapter) -> list[UpdateShape]:
     """An adapter's updates without their numbers."""
     return [
         UpdateShape(name, len(down_RK), up_NR.shape[0], down_RK.shape[1], scale)
-        for name, (down_RK, up_NR, scale) in adapter.updates.items()
+        for name, (down_RK, up_NR, scale, _) in adapter.updates.items()
     ]
 
 
@@ -65,7 +65,7 @@ def exchange_adapter(
             down_RK = torch.empty(rank, inputs, dtype=model.dtype, device=model.device)
             up_NR = torch.empty(outputs, rank, dtype=model.dtype, device=model.device)
         else:
-            down_RK, up_NR, _ = whole.updates[name]
+            down_RK, up_NR, *_ = whole.updates[name]
             down_RK, up_NR = down_RK.contiguous(), up_NR.contiguous()
         for matrix in (down_RK, up_NR):
             # as bytes: of any type
@@ -84,7 +84,7 @@ def _shard_of(model: Decoder, name: str, update: Update) -> Update:
     if not isinstance(weight, DTensor) or not isinstance(placement := weight.placements[0], Shard):
         return update
     rank, ranks = weight.device_mesh.get_local_rank(), weight.device_mesh.size()
-    down_RK, up_NR, scale = update
+    down_RK, up_NR, scale, _ = update
     # a copy: a view would keep the whole in memory
     if placement.dim == 0:
         return Update(down_RK, up_NR.chunk(ranks)[rank].clone(), scale)
