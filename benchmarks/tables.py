@@ -58,14 +58,10 @@ def value_at(figures: Mapping[str, Any], path: str) -> Any:
 def markdown(table: Mapping[str, Any]) -> str:
     """A table of a result in Markdown. Columns of numbers are set to the right."""
     names = [name for name, _ in table["columns"]]
-    lines = [
-        "| " + " | ".join(names) + " |",
-        "|" + "|".join("---" if not form else "--:" for _, form in table["columns"]) + "|",
-    ]
-    for row in table["rows"]:
-        cells = [cell(value, form) for value, (_, form) in zip(row, table["columns"], strict=True)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(re.sub(r" +\|", " |", line.replace("|  |", "| |")) for line in lines)
+    rows = [[cell(value, form) for value, (_, form) in zip(row, table["columns"], strict=True)] for row in table["rows"]]
+    lines = ["|".join(["", *(f" {text} ".replace("|", "\\|").replace("  ", " ") for text in row), ""]) for row in (names, *rows)]
+    lines.insert(1, "|" + "|".join("---" if not form else "--:" for _, form in table["columns"]) + "|")
+    return "\n".join(lines)
 
 
 def cell(value: Any, form: str) -> str:
