@@ -10,13 +10,26 @@ from bessemer.assistant.tool_formats import TOOL_FORMATS, ParsedCall, format_of_
 from bessemer.tokenization.chat_templates import CHAT_TEMPLATES
 from tests.assistant.scripted import joined
 
-HERMES, LLAMA3, MISTRAL = (TOOL_FORMATS[name].load() for name in ("hermes", "llama3", "mistral"))
+FORMATS = {name: plugin.load() for name, plugin in TOOL_FORMATS.items()}
+HERMES, LLAMA3, MISTRAL = (FORMATS[name] for name in ("hermes", "llama3", "mistral"))
+MISTRAL_NAMED, QWEN3_CODER, GPT_OSS = (FORMATS[name] for name in ("mistral_named", "qwen3_coder", "gpt_oss"))
+#: Of the tools that are offered.
+SCHEMAS = {
+    "add": {
+        "type": "object",
+        "properties": {"a": {"type": "integer"}, "b": {"type": "string"}, "c": {"type": ["null", "array"]}},
+    }
+}
 ADD = ParsedCall("add", {"a": 1, "b": "</tool_call> ü"})
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": "</tool_call> ü"}}\n</tool_call>'
 
 
+def parser_of(tool_format, **options):
+    return OutputParser(None, **options) if tool_format is None else tool_format.parser(SCHEMAS, **options)
+
+
 def parsed(tool_format, pieces, **options):
-    parser = OutputParser(tool_format, **options)
+    parser = parser_of(tool_format, **options)
     events = [event for piece in pieces for event in parser.feed(piece)]
     return joined([*events, *parser.finish()])
 
@@ -57,6 +70,51 @@ CASES = {
         '[TOOL_CALLS][{"name": "add", "arguments": {"a": 1}}, {"name": "now", "arguments": "{}"}]',
         [ParsedCall("add", {"a": 1}), ParsedCall("now", {})],
     ),
+    "mistral with names apart": (
+        MISTRAL_NAMED,
+        'Well.[TOOL_CALLS]add[ARGS]{"a": 1}[TOOL_CALLS]now[ARGS]{}',
+        [TextDelta("Well."), ParsedCall("add", {"a": 1}), ParsedCall("now", {})],
+    ),
+    "qwen3_coder": (
+        QWEN3_CODER,
+        'So.\n<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>\n<parameter=b>\n2 " \n\n</parameter>\n'
+        "<parameter=c>\n[1, null]\n</parameter>\n<parameter=d>\n3\n</parameter>\n</function>\n</tool_call>\n"
+        "<tool_call>\n<function=now>\n</function>\n</tool_call>",
+        [TextDelta("So."), ParsedCall("add", {"a": 1, "b": '2 " \n', "c": [1, None], "d": "3"}), ParsedCall("now", {})],
+    ),
+    "qwen3_coder without its end": (
+        QWEN3_CODER,
+        "<tool_call>\n<function=add>\n<parameter=a>\nmany\n</parameter>\n</function>\n",
+        [ParsedCall("add", {"a": "many"})],
+    ),
+    "qwen3_coder and no call": (
+        QWEN3_CODER,
+        "<tool_call>add</tool_call>",
+        [BadCall("<tool_call>add</tool_call>", "must be <function=NAME> with its parameters")],
+    ),
+    "gpt_oss": (
+        GPT_OSS,
+        "<|channel|>analysis<|message|>hm < |<|end|><|start|>assistant<|channel|>final<|message|>So it is. \n",
+        [ThinkingDelta("hm < |"), TextDelta("So it is. \n")],
+    ),
+    "gpt_oss calls": (
+        GPT_OSS,
+        "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>commentary<|message|>Let me see.<|end|>"
+        '<|start|>assistant<|channel|>commentary to=functions.add <|constrain|>json<|message|>{"a": 1}<|call|>'
+        "<|start|>assistant to=functions.now<|channel|>commentary json<|message|>{}",
+        [ThinkingDelta("hm"), TextDelta("Let me see."), ParsedCall("add", {"a": 1}), ParsedCall("now", {})],
+    ),
+    "gpt_oss and no call": (
+        GPT_OSS,
+        "<|channel|>commentary to=functions.add<|message|>{a}<|call|>",
+        [
+            BadCall(
+                "<|channel|>commentary to=functions.add<|message|>{a}<|call|>",
+                "not JSON (Expecting property name enclosed in double quotes at character 1)",
+            )
+        ],
+    ),
+    "gpt_oss without channels": (GPT_OSS, "So it is.", [TextDelta("So it is.")]),
 }
 
 
@@ -76,7 +134,7 @@ def said(events, kind):
 @pytest.mark.parametrize("name", CASES)
 def test_nothing_is_given_out_that_is_taken_back(name):
     tool_format, text, expected = CASES[name]
-    parser, events = OutputParser(tool_format), []
+    parser, events = parser_of(tool_format), []
     for character in text:
         events += parser.feed(character)
         for kind in (ThinkingDelta, TextDelta):
@@ -84,11 +142,13 @@ def test_nothing_is_given_out_that_is_taken_back(name):
 
 
 @given(
-    st.sampled_from([HERMES, LLAMA3, MISTRAL, None]),
+    st.sampled_from([*FORMATS.values(), None]),
     st.lists(
         st.sampled_from(
             [
                 *("<think>", "</think>", "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>"),
+                *("[ARGS]", "<function=add>", "<parameter=a>", "</parameter>", "</function>"),
+                *("<|channel|>", "<|message|>", "<|end|>", "<|start|>", "<|call|>", "analysis", " to=functions.f"),
                 *('{"name": "f"}', '"', "\\", "{", "<", " ", "\n", "a"),
             ]
         ),
@@ -140,10 +200,13 @@ def test_a_malformed_call_says_what_is_wrong(body, reason):
     (bad,) = parsed(HERMES, [f"<tool_call>{body}</tool_call>"])
     assert isinstance(bad, BadCall) and bad.text == f"<tool_call>{body}</tool_call>"
     with pytest.raises(ValueError, match=reason):
-        HERMES.read(body)
+        HERMES.read(body, {})
 
 
 def test_the_format_is_that_of_the_chat_template():
     assert [format_of_template(CHAT_TEMPLATES[name]) for name in ("chatml", "llama3", "plain")] == [HERMES] * 3
     assert format_of_template("{{ '<|python_tag|>' }}") is LLAMA3 and format_of_template("[TOOL_CALLS]") is MISTRAL
+    assert format_of_template("[TOOL_CALLS] [ARGS]") is MISTRAL_NAMED
+    assert format_of_template("<tool_call>\n<function=") is QWEN3_CODER
+    assert format_of_template("<|start|>assistant<|channel|>final<|message|>") is GPT_OSS
     assert format_of_template(None) is HERMES

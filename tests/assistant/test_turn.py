@@ -55,6 +55,30 @@ def own_text(conversation, tokenizer, is_own=True):
     return tokenizer.decode(ids, skip_special=False)
 
 
+@pytest.mark.parametrize("ends", ["by its tag", "at the budget", "by an end token"])
+def test_an_answer_of_a_form_is_generated_apart_from_the_thinking_before_it(thinking_tokenizer, ends):
+    tokenizer = thinking_tokenizer
+    thought = {"by its tag": "hm</think>", "at the budget": "h" * 9, "by an end token": "hm"}[ends]
+    budget = 3 if ends == "at the budget" else 40
+    model, conversation = ScriptedModel(tokenizer, thought, "yes"), asked()
+    params = SamplingParams(max_tokens=400, choice=["yes", "no"])
+    events = joined(Assistant(model, params, config=AssistantConfig(thinking_budget=budget)).turn(conversation))
+    shown = "hhh" if ends == "at the budget" else "hm"
+    assert events[:2] == [ThinkingDelta(shown), TextDelta("yes")] and events[-1].reason == "answer"
+    thinking, answer = (generation.params for generation in model.asked)
+    assert thinking.grammar is None and thinking.stop == ["</think>"] and thinking.max_tokens == budget
+    assert answer.choice == ["yes", "no"] and not answer.stop
+    # the tag and the empty line stand once, whoever wrote them
+    assert tokenizer.decode(conversation.transcript.ids, skip_special=False).endswith(f"{shown}</think>\n\nyes<|im_end|>")
+
+
+def test_without_a_budget_the_form_stands_behind_the_thinking_in_one_grammar(thinking_tokenizer):
+    model = ScriptedModel(thinking_tokenizer, "hm</think>\n\nyes")
+    events = joined(Assistant(model, SamplingParams(max_tokens=400, choice=["yes", "no"])).turn(asked()))
+    assert events[:2] == [ThinkingDelta("hm"), TextDelta("yes")]
+    assert model.asked[0].params.choice is None and '"yes" | "no"' in model.asked[0].params.ebnf
+
+
 # --- a conversation with a tool ---
 
 

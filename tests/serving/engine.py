@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from bessemer.core.errors import BessemerError
@@ -15,15 +16,44 @@ BOS = 256
 
 
 class ByteTokenizer:
-    """Token = byte; a conversation is its contents, a line each."""
+    """Token = byte, and one for each piece of an answer; a conversation is its contents, a line each."""
 
     vocab_size = 257
+    folder = "bytes"
+    chat_template = None
+    eos_ids: frozenset[int] = frozenset()
+
+    def __init__(self) -> None:
+        self._pieces: list[str] = []
+
+    def tokens_of(self, piece: str) -> list[int]:
+        """The token of a piece of an answer."""
+        if piece not in self._pieces:
+            self._pieces.append(piece)
+        return [self.vocab_size + self._pieces.index(piece)]
 
     def encode(self, text: str, add_bos: bool = True) -> list[int]:
         return [BOS] * add_bos + list(text.encode())
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = False) -> list[int]:
-        assert add_generation_prompt
+    def control_id(self, token: str) -> None:
+        return None
+
+    def shown(self, ids: Iterable[int], skip_special: bool = True) -> list[int]:
+        return [id for id in ids if id != BOS]
+
+    def token_bytes(self, id: int) -> bytes:
+        return bytes([id]) if id < BOS else self._pieces[id - self.vocab_size].encode()
+
+    def decode_bytes(self, ids: Iterable[int], skip_special: bool = True) -> bytes:
+        return b"".join(map(self.token_bytes, self.shown(ids)))
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        return self.decode_bytes(ids).decode(errors="replace")
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = False, tools: Sequence | None = None
+    ) -> list[int]:
+        assert add_generation_prompt and not tools
         return self.encode("".join(f"{message['role']}: {message['content']}\n" for message in messages))
 
 
@@ -35,6 +65,7 @@ def echo(prompt: str) -> Iterator[str]:
 @dataclass(eq=False)
 class FakeAnswer:
     pieces: Iterator[str]
+    tokens_of: Callable[[str], list[int]]
     max_tokens: int
     prompt_tokens: int
     chunks: deque[Chunk] = field(default_factory=deque)
@@ -54,7 +85,7 @@ class FakeAnswer:
         except BessemerError as error:
             self.error, self.done = error, True
         else:
-            self._take(Chunk(piece, [0], "length" if len(self.made) + 1 == self.max_tokens else None))
+            self._take(Chunk(piece, self.tokens_of(piece), "length" if len(self.made) + 1 == self.max_tokens else None))
 
     def _take(self, chunk: Chunk) -> None:
         self.chunks.append(chunk)
@@ -82,10 +113,14 @@ class FakeEngine:
         assert adapter is None
         self.seen.append(params)
         self.salts.append(cache_salt)
-        text = bytes(token for token in prompt if token != BOS).decode()
-        first, *others = (FakeAnswer(self.reply(text), params.max_tokens, len(prompt)) for _ in range(params.n))
+        text = self.tokenizer.decode(prompt)
+        first, *others = (FakeAnswer(self.reply(text), self.tokens_of, params.max_tokens, len(prompt)) for _ in range(params.n))
         first.siblings = others
         return first
+
+    def tokens_of(self, piece: str) -> list[int]:
+        """The tokens of a piece of an answer."""
+        return self.tokenizer.tokens_of(piece)
 
     def begin(self, answer: FakeAnswer) -> None:
         self._under_way += [answer, *answer.siblings]
@@ -113,3 +148,19 @@ class FakeEngine:
             for each in (answer, *answer.siblings)
         ]
         return replace(made[0], others=tuple(made[1:]))
+
+
+class ScriptedEngine(FakeEngine):
+    """Answers with the given texts, one after the other, in the tokens of a real tokenizer, a character or a tag a step."""
+
+    def __init__(self, tokenizer, *texts: str, context_length: int = 4096) -> None:
+        super().__init__(self._next_text, context_length)
+        self.tokenizer, self.texts, self.prompts = tokenizer, list(texts), []
+
+    def _next_text(self, prompt: str) -> Iterator[str]:
+        self.prompts.append(prompt)
+        yield from filter(None, re.split(r"(</?(?:think|tool_call)>)|", self.texts.pop(0)))
+
+    def tokens_of(self, piece: str) -> list[int]:
+        control = self.tokenizer.control_id(piece)
+        return self.tokenizer.encode(piece, add_bos=False) if control is None else [control]

@@ -11,9 +11,10 @@ import httpx
 import openai
 import pytest
 
+from bessemer.assistant.events import TextDelta
 from bessemer.core.errors import RequestError
-from bessemer.inference.request import Chunk
-from bessemer.serving.replies import Reply
+from bessemer.serving.chat_replies import ChatReply
+from bessemer.serving.turns import ChoiceEvents
 from tests.serving.engine import ByteTokenizer, FakeEngine
 
 HELLO = [{"role": "user", "content": "héllo"}]
@@ -75,9 +76,9 @@ def test_stream_is_events_that_end_in_done(start):
 
 
 def test_who_speaks_in_a_chat_is_told_with_a_choices_first_token():
-    reply = Reply("tiny", ByteTokenizer(), PROMPT_TOKENS, is_chat=True, n=2)
+    reply = ChatReply("tiny", ByteTokenizer(), None, n=2, log_probs=False, shows_thinking=True)
     # half a character shows no text yet, and is a token all the same
-    told = [list(reply.events([piece], [[]])) for piece in ((1, Chunk("", [7])), (1, Chunk("é", [8])), (0, Chunk("a", [9])))]
+    told = [list(reply.events([ChoiceEvents(*one, ())])) for one in ((1, []), (1, [TextDelta("é")]), (0, [TextDelta("a")]))]
     deltas = [[(event["choices"][0]["index"], event["choices"][0]["delta"]) for event in events] for events in told]
     begin = {"role": "assistant", "content": ""}
     assert deltas == [[(1, begin)], [(1, {"content": "é"})], [(0, begin), (0, {"content": "a"})]]

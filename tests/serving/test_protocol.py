@@ -12,6 +12,7 @@ from bessemer.inference.sampling.sampler import SamplingParams
 from bessemer.serving.bodies import ApiError, read_request
 from bessemer.serving.protocol import ChatRequest, CompletionRequest
 
+TOOL = {"type": "function", "function": {"name": "add"}}
 USER = {"role": "user", "content": "hi"}
 
 
@@ -46,7 +47,16 @@ def complete(**changes) -> CompletionRequest:
         ({"min_tokens": -1}, "min_tokens"),
         ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
         ({"ignore_eos": 1}, "ignore_eos"),
-        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
+        ({"tools": [TOOL | {"type": "web_search"}]}, "tools[0].type"),
+        ({"tools": [TOOL | {"function": {"name": "two words"}}]}, "tools[0].function.name"),
+        ({"tools": [TOOL], "tool_choice": "sometimes"}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "other"}}}, "tool_choice"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"thinking_budget": -1}, "thinking_budget"),
+        ({"thinking_budget": 4, "reasoning_effort": "low"}, "thinking_budget"),
+        ({"reasoning_effort": "vast"}, "reasoning_effort"),
+        ({"chat_template_kwargs": {"date": "today"}}, "chat_template_kwargs.date"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"response_format": {"type": "json_schema"}}, "response_format"),
@@ -72,7 +82,10 @@ def complete(**changes) -> CompletionRequest:
         ({"stream": True, "stream_options": {"colour": "red"}}, "stream_options.colour"),
         ({"messages": []}, "messages"),
         ({"messages": "hi"}, "messages"),
-        ({"messages": [{"role": "tool", "content": "4"}]}, "messages[0].role"),
+        ({"messages": [{"role": "function", "content": "4"}]}, "messages[0].role"),
+        ({"messages": [{"role": "tool", "content": "4"}]}, "messages[0].tool_call_id"),
+        ({"messages": [{**USER, "tool_call_id": "a"}]}, "messages[0].tool_call_id"),
+        ({"messages": [{**USER, "reasoning": "hm"}]}, "messages[0].reasoning"),
         ({"messages": [USER, {"role": "assistant"}]}, "messages[1].content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages[0].content"),
         ({"messages": [{**USER, "name": "Ann"}]}, "messages[0].name"),

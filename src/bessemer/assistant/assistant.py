@@ -13,32 +13,33 @@ from bessemer.assistant.messages import Message
 from bessemer.assistant.models import ChatModel
 from bessemer.assistant.principal import LOCAL, Principal
 from bessemer.assistant.tool_formats import TOOL_FORMATS, format_of_template
-from bessemer.assistant.tools import Tool
+from bessemer.assistant.tools import Tool, ToolChoice
 from bessemer.assistant.turn import Turn
 from bessemer.core.errors import ConfigError
 from bessemer.inference.sampling.params import SamplingParams
+from bessemer.tokenization.tokenizer import Tokenizer
 
 
-class Assistant:
-    """A model that answers conversations. It holds no conversation itself, and any number of turns may be under way."""
+class TurnMaker:
+    """Begins turns for a caller who drives them."""
 
     def __init__(
         self,
-        model: ChatModel,
+        tokenizer: Tokenizer | None,
+        context_length: int | None,
         params: SamplingParams | None = None,
         tools: Sequence[Tool] = (),
         config: AssistantConfig | None = None,
     ) -> None:
-        """params: of each message, as far as the model is of this machine. Raises ConfigError for two tools of a name, a tool
-        format that there is not, and a thinking budget with a model that is not of this machine."""
-        self.model = model
+        """tokenizer, context_length: None of a model that is given messages. The others, and the errors: as of `Assistant`."""
+        self._tokenizer = tokenizer
+        self._context_length = context_length
         self._params = params or SamplingParams()
         self._tools = tuple(tools)
         self._config = config or AssistantConfig()
         names = [tool.name for tool in tools]
         if repeated := next((name for name in names if names.count(name) > 1), None):
             raise ConfigError(f"two tools are called {repeated!r}; give each a name of its own")
-        tokenizer = model.tokenizer
         if self._config.thinking_budget is not None and tokenizer is None:
             raise ConfigError("thinking_budget: it takes a model of this machine; an API has no tokens to count")
         if self._config.tool_format is not None:
@@ -54,19 +55,42 @@ class Assistant:
         *,
         params: SamplingParams | None = None,
         tools: Sequence[Tool] | None = None,
+        tool_choice: ToolChoice | None = None,
+        thinking_budget: int | None = None,
     ) -> Turn:
-        """A turn that has not begun, for a caller who drives it. params, tools: in place of the assistant's own."""
+        """A turn that has not begun, for a caller who drives it. params, tools, thinking_budget: in place of the assistant's
+        own."""
+        config = self._config
+        if thinking_budget is not None:
+            config = config.with_changes(thinking_budget=thinking_budget)
         return Turn(
             conversation,
             principal,
             Hooks(tuple(hooks)),
             tools=self._tools if tools is None else tools,
             tool_format=self._format,
+            tool_choice=tool_choice or ToolChoice(),
             params=self._params if params is None else params,
-            config=self._config,
-            tokenizer=self.model.tokenizer,
-            context_length=self.model.context_length,
+            config=config,
+            tokenizer=self._tokenizer,
+            context_length=self._context_length,
         )
+
+
+class Assistant(TurnMaker):
+    """A model that answers conversations. It holds no conversation itself, and any number of turns may be under way."""
+
+    def __init__(
+        self,
+        model: ChatModel,
+        params: SamplingParams | None = None,
+        tools: Sequence[Tool] = (),
+        config: AssistantConfig | None = None,
+    ) -> None:
+        """params: of each message, as far as the model is of this machine. Raises ConfigError for two tools of a name, a tool
+        format that there is not, and a thinking budget with a model that is not of this machine."""
+        super().__init__(model.tokenizer, model.context_length, params, tools, config)
+        self.model = model
 
     def turn(
         self, conversation: Conversation, principal: Principal = LOCAL, hooks: Sequence[Hook] = ()

@@ -6,9 +6,9 @@ from collections.abc import Callable, Collection, Sequence
 
 from bessemer.assistant.events import BadCall, Called, DraftEvent, TextDelta, ThinkingDelta
 from bessemer.assistant.generation import Delta
+from bessemer.assistant.json_calls import ParsedCall
 from bessemer.assistant.messages import Message, Part, ToolCall
-from bessemer.assistant.parser import OutputParser, ParsedEvent
-from bessemer.assistant.tool_formats import ParsedCall
+from bessemer.assistant.parser import MessageParser, ParsedEvent
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.inference.sampling.stop_strings import StopStrings
 from bessemer.tokenization.streaming import StreamingDecoder
@@ -43,12 +43,13 @@ class MessageText:
 class Draft:
     """The message so far: `thinking`, `text`, and `calls` in their order. generated: tokens sampled for it."""
 
-    def __init__(self, parser: OutputParser, text: MessageText | None, next_call_id: Callable[[], str]) -> None:
+    def __init__(self, parser: MessageParser, text: MessageText | None, next_call_id: Callable[[], str]) -> None:
         """text: of a model that gives tokens."""
         self.thinking = ""
         self.text = ""
         self.calls: list[ToolCall | BadCall] = []
         self.generated = 0
+        self.is_thinking_cut = False
         self.parser = parser
         self._text = text
         self._next_call_id = next_call_id
@@ -66,8 +67,9 @@ class Draft:
         return self._add([*thinking, *self.parser.feed(text), *delta.calls])
 
     def close_thinking(self) -> list[DraftEvent]:
-        """End the thinking."""
+        """End the thinking. `is_thinking_cut` says afterwards whether it was still open."""
         events = [] if self._text is None else self.parser.feed(self._text.flush())
+        self.is_thinking_cut = self.parser.in_thinking
         return self._add([*events, *(self.parser.close_thinking() if self.parser.in_thinking else ())])
 
     def finish(self) -> list[DraftEvent]:

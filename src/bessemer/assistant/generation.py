@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bessemer.assistant.events import BadCall
-from bessemer.assistant.tool_formats import ParsedCall
+from bessemer.assistant.json_calls import ParsedCall
 from bessemer.inference.sampling.params import SamplingParams
 
 

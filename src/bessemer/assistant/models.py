@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from bessemer.assistant.events import BadCall
 from bessemer.assistant.generation import Delta, Generation
-from bessemer.assistant.tool_formats import ParsedCall, read_json_calls
+from bessemer.assistant.json_calls import ParsedCall, read_json_calls
 from bessemer.core.chat_client import ChatClient
 from bessemer.inference.engine import Engine
 from bessemer.inference.request import Chunk, Request

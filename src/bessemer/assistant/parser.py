@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from enum import Enum, auto
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from bessemer.assistant.events import BadCall, TextDelta, ThinkingDelta
-from bessemer.assistant.tool_formats import ParsedCall, ToolFormat
+from bessemer.assistant.json_calls import ParsedCall, Schemas
 from bessemer.inference.sampling.stop_strings import overlap
+
+if TYPE_CHECKING:
+    from bessemer.assistant.tool_formats import ToolFormat
 
 ParsedEvent = ThinkingDelta | TextDelta | ParsedCall | BadCall
 
@@ -17,10 +20,32 @@ _QUOTE = re.compile(r'\\.|(")', re.DOTALL)
 
 
 class ThinkingTags(NamedTuple):
-    """What stands around a message's thinking."""
+    """What stands around a message's thinking. after: what a template writes behind each."""
 
     opening: str = "<think>"
     closing: str = "</think>"
+    after: str = "\n\n"
+
+
+class MessageParser(Protocol):
+    """Deltas of one message's text in, thinking, text and calls out."""
+
+    @property
+    def in_thinking(self) -> bool:
+        """Whether thinking is open."""
+
+    @property
+    def is_undecided(self) -> bool:
+        """Whether thinking may still open."""
+
+    def feed(self, text: str) -> list[ParsedEvent]:
+        """What is certain after this text."""
+
+    def finish(self) -> list[ParsedEvent]:
+        """The rest, when no more text comes."""
+
+    def close_thinking(self) -> list[ParsedEvent]:
+        """End the thinking as if its closing tag had come."""
 
 
 class _State(Enum):
@@ -40,11 +65,17 @@ class OutputParser:
     """
 
     def __init__(
-        self, tool_format: ToolFormat | None, thinking: ThinkingTags | None = None, *, in_thinking: bool = False
+        self,
+        tool_format: ToolFormat | None,
+        thinking: ThinkingTags | None = None,
+        *,
+        in_thinking: bool = False,
+        schemas: Schemas | None = None,
     ) -> None:
         """tool_format: None where no tools are offered: what looks like a call is text then. thinking: the tags, `<think>` by
-        default. in_thinking: the prompt has opened the thinking already."""
+        default. in_thinking: the prompt has opened the thinking already. schemas: of the tools' arguments."""
         self._format = tool_format
+        self._schemas = schemas or {}
         self._tags = thinking or ThinkingTags()
         self._state = _State.THINKING if in_thinking else _State.BEGINNING
         #: Whether white space that comes next is left out.
@@ -165,7 +196,7 @@ class OutputParser:
             if closing is not None:
                 body = body[: len(body) - overlap(body, closing)]
         try:
-            events += self._format.read(body)
+            events += self._format.read(body, self._schemas)
         except ValueError as error:
             events.append(BadCall(self._format.opening + body + written, str(error)))
         self._go_on(rest, _State.TEXT, skips_space=True)
@@ -173,6 +204,9 @@ class OutputParser:
 
     def _closing_place(self, closing: str) -> int:
         """Where a call's closing tag stands; a tag inside a text of the JSON is none. -1 where it has not come yet."""
+        assert self._format is not None
+        if not self._format.is_json:
+            return self._buffer.find(closing)
         start = max(0, self._searched - len(closing))
         while (place := self._buffer.find(closing, start)) >= 0:
             quotes = sum(found[1] is not None for found in _QUOTE.finditer(self._buffer, 0, place))
@@ -186,7 +220,7 @@ class OutputParser:
         """At the end of a message that begins with `{`: calls, or JSON that is the answer."""
         assert self._format is not None
         try:
-            events += self._format.read(self._buffer)
+            events += self._format.read(self._buffer, self._schemas)
         except ValueError:
             self._emit(events, TextDelta, self._buffer)
         self._buffer = ""

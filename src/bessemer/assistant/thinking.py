@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from bessemer.assistant.parser import ThinkingTags
@@ -9,6 +10,8 @@ from bessemer.tokenization.tokenizer import Tokenizer
 
 #: Tokens of a prompt's end in which an opening tag would stand.
 _END_OF_PROMPT = 16
+#: What may be a control token.
+_TAG = re.compile(r"(<[^<>]+>)")
 
 
 class ThinkingTokens:
@@ -29,18 +32,43 @@ class ThinkingTokens:
         return self.tags.opening in (self.tokenizer.chat_template or "")
 
     @property
+    def opening(self) -> list[int]:
+        """The opening tag, and the beginning of a line behind it."""
+        return self._encoded(self.tags.opening + self.tags.after[:1])
+
+    @property
     def closing(self) -> list[int]:
         """The closing tag and the empty line behind it, in the tokens of a text that holds both."""
-        return self._line(self.tags.closing)
+        return self._encoded(self.tags.closing + self.tags.after)
+
+    @property
+    def after(self) -> list[int]:
+        """What stands behind a closing tag that the model wrote."""
+        return self._encoded(self.tags.after)
 
     @property
     def none(self) -> list[int]:
         """Thinking that holds nothing, as templates write it for an answer without any."""
-        return [*self._line(self.tags.opening), *self.closing]
+        return [*self._encoded(self.tags.opening + self.tags.after), *self.closing]
 
-    def _line(self, tag: str) -> list[int]:
-        """A tag and an empty line: the end of a tag that is no control token may be one token with the line."""
-        control = self.tokenizer.control_id(tag)
-        if control is None:
-            return self.tokenizer.encode(f"{tag}\n\n", add_bos=False)
-        return [control, *self.tokenizer.encode("\n\n", add_bos=False)]
+    @property
+    def closing_token(self) -> int | None:
+        """The closing tag, where it is one control token."""
+        return self.tokenizer.control_id(self.tags.closing)
+
+    def _encoded(self, text: str) -> list[int]:
+        """A text in which control tokens are themselves; the end of a tag that is none may be one token with what follows."""
+        ids: list[int] = []
+        plain = ""
+        for piece in _TAG.split(text):
+            control = self.tokenizer.control_id(piece)
+            if control is None:
+                plain += piece
+                continue
+            ids += self._plain(plain)
+            ids.append(control)
+            plain = ""
+        return [*ids, *self._plain(plain)]
+
+    def _plain(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_bos=False) if text else []

@@ -11,6 +11,17 @@ from bessemer.core.errors import ConfigError
 from bessemer.core.json_schema import SchemaCheck, schema_check
 from bessemer.core.time_limit import call_within
 
+
+@dataclass(frozen=True)
+class ToolChoice:
+    """Which tools the assistant may call. must_call: it calls one, in the turn's first message. name: that tool and no other.
+    in_parallel: several calls may stand in a message."""
+
+    must_call: bool = False
+    name: str | None = None
+    in_parallel: bool = True
+
+
 _ANYTHING: Mapping[str, Any] = {"type": "object", "properties": {}}
 
 
@@ -29,7 +40,7 @@ class Tool:
     parameters: JSON schema of an object, whose properties are the function's arguments. function: None for one that the caller
     of the turn runs: the turn ends with the call. time_limit: in seconds; in a thread other than the main one a call that takes
     longer is left behind. groups: of which a principal must be in one; None: everybody may call it. most_characters: of a
-    result.
+    result. is_strict: whether the model cannot write a call of it that does not fit the schema.
 
     Raises ConfigError for a schema that is none, and without the package `jsonschema`.
     """
@@ -41,6 +52,7 @@ class Tool:
     time_limit: float = 30.0
     groups: frozenset[str] | None = None
     most_characters: int = 20_000
+    is_strict: bool = False
     _check: SchemaCheck = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

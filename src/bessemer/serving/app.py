@@ -6,9 +6,10 @@ import asyncio
 import hmac
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from contextlib import ExitStack, aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import resources
 from typing import Any
 
@@ -16,14 +17,20 @@ from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
+from bessemer.assistant.assistant import TurnMaker
+from bessemer.assistant.config import AssistantConfig
+from bessemer.assistant.conversation import Conversation
+from bessemer.assistant.messages import as_messages
 from bessemer.core.errors import BessemerError, ConfigError, LostProcessError, RequestError
 from bessemer.inference.request import Request as EngineRequest
 from bessemer.inference.sampling.params import SamplingParams
-from bessemer.inference.step_driver import ChoiceChunk
 from bessemer.serving.bodies import ApiError, read_request
+from bessemer.serving.chat_replies import ChatReply
 from bessemer.serving.config import ServingConfig
 from bessemer.serving.protocol import ChatRequest, CompletionRequest, GenerationRequest
-from bessemer.serving.replies import Echo, Reply
+from bessemer.serving.replies import CompletionReply, Echo
+from bessemer.serving.tools import choice_of, tools_of
+from bessemer.serving.turns import Turns
 from bessemer.serving.worker import TextEngine, Worker
 from bessemer.tokenization.infill import infill_prompt
 
@@ -85,7 +92,11 @@ class _Prepared:
 
     requests: Sequence[EngineRequest]
     params: SamplingParams
-    reply: Reply
+    reply: CompletionReply
+
+    def usage_event(self) -> dict[str, Any]:
+        """The event that tells the tokens that were taken."""
+        return self.reply.usage_event(sum(request.cached_tokens for request in self.requests))
 
 
 @dataclass
@@ -96,6 +107,11 @@ class _Service:
     model_name: str
     worker: Worker
     started: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        # tools are the clients' to run: what a message calls wrongly is theirs to answer too
+        config = AssistantConfig(max_rounds=1)
+        self._turn_maker = TurnMaker(self.engine.tokenizer, self.engine.context_length, config=config)
 
     def router(self) -> APIRouter:
         router = APIRouter(prefix="/v1")
@@ -124,10 +140,40 @@ class _Service:
         }
 
     async def chat(self, request: Request) -> Response:
-        return await self._answer(request, read_request(ChatRequest, await request.body()))
+        asked = read_request(ChatRequest, await request.body())
+        self._check_model(asked.model)
+        with ExitStack() as held:
+            # 503 before any work
+            held.enter_context(self.worker.admit(asked.n))
+            turns = await asyncio.to_thread(self._begin_turns, asked)
+            reply = ChatReply(
+                asked.model,
+                self.engine.tokenizer,
+                turns,
+                n=asked.n,
+                log_probs=asked.logprobs,
+                shows_thinking=asked.include_reasoning,
+            )
+            if not asked.stream:
+                return await _until_client_leaves(request, self._whole_chat(turns, reply))
+            news = self._told(turns, reply, held.pop_all())
+            # from here on, the generator holds the admission
+            await anext(news)
+            usage = reply.usage_event if asked.wants_usage else None
+            return StreamingResponse(_events(news, usage), media_type="text/event-stream")
 
     async def complete(self, request: Request) -> Response:
-        return await self._answer(request, read_request(CompletionRequest, await request.body()))
+        asked = read_request(CompletionRequest, await request.body())
+        self._check_model(asked.model)
+        with ExitStack() as held:
+            held.enter_context(self.worker.admit(len(asked.prompt) * asked.answers))
+            prepared = await asyncio.to_thread(self._prepare, asked)
+            if not asked.stream:
+                return await _until_client_leaves(request, self._whole(prepared))
+            news = self._chunks(prepared, held.pop_all())
+            await anext(news)
+            usage = prepared.usage_event if asked.wants_usage else None
+            return StreamingResponse(_events(news, usage), media_type="text/event-stream")
 
     @property
     def _names(self) -> tuple[str, ...]:
@@ -144,65 +190,91 @@ class _Service:
                 code="model_not_found",
             )
 
-    async def _answer(self, request: Request, asked: GenerationRequest) -> Response:
-        self._check_model(asked.model)
-        with ExitStack() as held:
-            # 503 before any work
-            prompts = len(asked.prompt) if isinstance(asked, CompletionRequest) else 1
-            held.enter_context(self.worker.admit(prompts * asked.answers))
-            prepared = await asyncio.to_thread(self._prepare, asked)
-            if not asked.stream:
-                return await _until_client_leaves(request, self._whole(prepared))
-            chunks = self.worker.stream(prepared.requests, held.pop_all())
-            # from here on, the generator holds the admission
-            await anext(chunks)
-            with_usage = asked.stream_options is not None and asked.stream_options.include_usage
-            return StreamingResponse(_events(prepared, chunks, with_usage), media_type="text/event-stream")
+    # -- chats
+
+    def _begin_turns(self, asked: ChatRequest) -> Turns:
+        """Turns that have begun, off the event loop: the conversation is read, and all checked that can be."""
+
+        def params_of(prompt_tokens: int) -> SamplingParams:
+            self._check_length("messages", prompt_tokens, asked.token_limit)
+            # an answer without a limit is as long as the memory allows
+            return asked.sampling(asked.token_limit or max(1, self.engine.longest - prompt_tokens))
+
+        tools = [] if asked.tool_choice == "none" else tools_of(asked.tools)
+        choice = choice_of(asked.tool_choice, asked.parallel_tool_calls)
+        given = [message.as_template_input() for message in asked.messages]
+        turns = []
+        try:
+            for _ in range(asked.n):
+                turn = self._turn_maker.start(
+                    Conversation(as_messages(given)), tools=tools, tool_choice=choice, thinking_budget=asked.budget
+                )
+                turn.begin(params_of)
+                turns.append(turn)
+        except RequestError as error:
+            parameter = asked.parameter_in(str(error)) or "messages"
+            raise ApiError(str(error), parameter=parameter, code="invalid_value") from None
+        with _refusals(asked):
+            return Turns(turns, partial(self._request, asked))
+
+    async def _whole_chat(self, turns: Turns, reply: ChatReply) -> Response:
+        return JSONResponse(reply.whole(await turns.finish(self.worker)))
+
+    async def _told(
+        self, turns: Turns, reply: ChatReply, place: AbstractContextManager
+    ) -> AsyncGenerator[list[dict[str, Any]], None]:
+        """The events of a chat's stream, as of `_chunks`."""
+        with place:
+            yield []
+            async with aclosing(turns.stream(self.worker)) as news:
+                async for told in news:
+                    yield list(reply.events(told))
+
+    # -- plain completions
 
     async def _whole(self, prepared: _Prepared) -> Response:
         completions = await self.worker.complete(prepared.requests, prepared.params)
         return JSONResponse(prepared.reply.whole(completions))
 
-    def _prepare(self, asked: GenerationRequest) -> _Prepared:
+    async def _chunks(self, prepared: _Prepared, place: AbstractContextManager) -> AsyncGenerator[list[dict[str, Any]], None]:
+        """The events of a stream. The first item is an empty list, given at once: from then on closing or cancelling it ends
+        the requests and their admission."""
+        with place:
+            yield []
+            async with aclosing(self.worker.chunks(prepared.requests)) as news:
+                async for chunks in news:
+                    # by its first chunk, all log-probabilities of a prompt are there
+                    yield list(prepared.reply.events(chunks, [request.prompt_log_probs for request in prepared.requests]))
+
+    def _prepare(self, asked: CompletionRequest) -> _Prepared:
         """Read the prompts and check all that can be checked, off the event loop."""
         tokenizer = self.engine.tokenizer
-        echoes: list[Echo | None] = [None]
-        if isinstance(asked, ChatRequest):
-            messages = [message.as_template_input() for message in asked.messages]
-            prompts = {"messages": tokenizer.apply_chat_template(messages, add_generation_prompt=True)}
-        else:
-            assert isinstance(asked, CompletionRequest)
-            texts_or_ids: Sequence[str | list[int]] = asked.prompt
-            names = ["prompt"] if len(texts_or_ids) == 1 else [f"prompt[{place}]" for place in range(len(texts_or_ids))]
-            prompts = {name: self._tokens(name, given, asked.suffix) for name, given in zip(names, texts_or_ids, strict=True)}
-            echoes = [
-                Echo(given if isinstance(given, str) else tokenizer.decode(tokens), tokens) if asked.echo else None
-                for given, tokens in zip(texts_or_ids, prompts.values(), strict=True)
-            ]
+        texts_or_ids: Sequence[str | list[int]] = asked.prompt
+        names = ["prompt"] if len(texts_or_ids) == 1 else [f"prompt[{place}]" for place in range(len(texts_or_ids))]
+        prompts = {name: self._tokens(name, given, asked.suffix) for name, given in zip(names, texts_or_ids, strict=True)}
+        echoes = [
+            Echo(given if isinstance(given, str) else tokenizer.decode(tokens), tokens) if asked.echo else None
+            for given, tokens in zip(texts_or_ids, prompts.values(), strict=True)
+        ]
         for name, tokens in prompts.items():
-            self._check_length(name, tokens, asked.token_limit)
-        limit = asked.token_limit
-        if limit is None:
-            # an answer without a limit is as long as the memory allows
-            limit = max(1, self.engine.longest - max(map(len, prompts.values())))
-        params = asked.sampling(limit)
-        adapter = None if asked.model == self.model_name else asked.model
-        try:
-            requests = [
-                self.engine.prepare(tokens, params, adapter=adapter, cache_salt=asked.cache_salt) for tokens in prompts.values()
-            ]
-        except RequestError as error:
-            raise ApiError(str(error), parameter=asked.parameter_in(str(error)), code="invalid_value") from None
-        reply = Reply(
+            self._check_length(name, len(tokens), asked.token_limit)
+        assert asked.token_limit is not None
+        params = asked.sampling(asked.token_limit)
+        with _refusals(asked):
+            requests = [self._request(asked, tokens, params) for tokens in prompts.values()]
+        reply = CompletionReply(
             asked.model,
             tokenizer,
             sum(map(len, prompts.values())),
-            is_chat=isinstance(asked, ChatRequest),
             log_probs=asked.wants_log_probs,
             echoes=echoes,
             n=asked.n,
         )
         return _Prepared(requests, params, reply)
+
+    def _request(self, asked: GenerationRequest, tokens: Sequence[int], params: SamplingParams) -> EngineRequest:
+        adapter = None if asked.model == self.model_name else asked.model
+        return self.engine.prepare(list(tokens), params, adapter=adapter, cache_salt=asked.cache_salt)
 
     def _tokens(self, name: str, given: str | list[int], suffix: str | None) -> list[int]:
         """The tokens of a plain completion's prompt, which the parameter `name` gives; suffix: what is to stand behind it."""
@@ -225,39 +297,47 @@ class _Service:
         except ConfigError as error:
             raise ApiError(f"suffix: {error}", parameter="suffix", code="unsupported_parameter") from None
 
-    def _check_length(self, name: str, tokens: list[int], wanted: int | None) -> None:
+    def _check_length(self, name: str, tokens: int, wanted: int | None) -> None:
         """Raises ApiError where a prompt and what is wanted behind it, by default a token, are more than the context."""
         context = self.engine.context_length
-        left = context - len(tokens)
+        left = context - tokens
         if left < (1 if wanted is None else wanted):
             raise ApiError(
-                f"this model's context is {context} tokens, and the request has {len(tokens)} in its {name}"
+                f"this model's context is {context} tokens, and the request has {tokens} in its {name}"
                 + (f" and asks for {wanted} more" if wanted and left >= 1 else ""),
                 parameter=name,
                 code="context_length_exceeded",
             )
 
 
-async def _events(prepared: _Prepared, news: AsyncGenerator[list[ChoiceChunk], None], with_usage: bool) -> AsyncIterator[str]:
+@contextmanager
+def _refusals(asked: GenerationRequest) -> Iterator[None]:
+    """What the engine refuses, as the API's error about the parameter that it names."""
+    try:
+        yield
+    except RequestError as error:
+        raise ApiError(str(error), parameter=asked.parameter_in(str(error)), code="invalid_value") from None
+
+
+async def _events(
+    news: AsyncGenerator[list[dict[str, Any]], None], usage: Callable[[], dict[str, Any]] | None
+) -> AsyncIterator[str]:
     """The server-sent events of a stream. With usage every event has the key, and one more before the end fills it."""
-    requests, reply = prepared.requests, prepared.reply
 
     def event(body: dict[str, Any]) -> str:
-        return f"data: {json.dumps({'usage': None, **body} if with_usage else body, ensure_ascii=False)}\n\n"
+        return f"data: {json.dumps(body if usage is None else {'usage': None, **body}, ensure_ascii=False)}\n\n"
 
     async with aclosing(news):
         try:
-            async for chunks in news:
-                # by its first chunk, all log-probabilities of a prompt are there
-                of_prompts = [request.prompt_log_probs for request in requests]
-                if text := "".join(event(body) for body in reply.events(chunks, of_prompts)):
-                    yield text
+            async for bodies in news:
+                if bodies:
+                    yield "".join(map(event, bodies))
         except (BessemerError, ApiError) as error:
             # the status is long sent, so it is an event, as OpenAI's clients expect
             yield event(_as_api_error(error).body())
             return
-    if with_usage:
-        yield event(reply.usage_event(sum(request.cached_tokens for request in requests)))
+    if usage is not None:
+        yield event(usage())
     yield "data: [DONE]\n\n"
 
 

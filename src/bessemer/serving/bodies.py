@@ -7,7 +7,7 @@ nothing (`store: false`, `tools: []`, `null` anywhere) is accepted, because clie
 from __future__ import annotations
 
 import json
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
@@ -79,13 +79,19 @@ class Body(BaseModel):
     """A body, or an object in one: unknown names and other types than those declared are refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+    #: Fields whose every value but null means something here.
+    meaningful: ClassVar[frozenset[str]] = frozenset()
 
     @model_validator(mode="before")
     @classmethod
     def _without_neutral_values(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        return {name: value for name, value in values.items() if not _asks_for_nothing(name, value)}
+        return {
+            name: value
+            for name, value in values.items()
+            if not (value is None if name in cls.meaningful else _asks_for_nothing(name, value))
+        }
 
 
 Request = TypeVar("Request", bound="Body")
@@ -97,6 +103,8 @@ def read_request(kind: type[Request], body: bytes) -> Request:
         values = json.loads(body)
     except ValueError as error:
         raise ApiError(f"the body is not JSON: {error}") from None
+    except RecursionError:
+        raise ApiError("the body is nested too deep") from None
     if not isinstance(values, dict):
         raise ApiError("the body must be a JSON object")
     try:
@@ -111,7 +119,7 @@ def _refusal(error: ValidationError) -> ApiError:
     for step in problem["loc"]:
         if isinstance(step, int):
             parameter += f"[{step}]"
-        elif step not in ("str", "list[int]", "dict[str,any]"):
+        elif step not in ("str", "list[int]", "dict[str,any]", "NamedTool") and not step.startswith(("literal[", "function-")):
             # how pydantic tells the members of a union apart
             parameter += f".{step}" if parameter else step
     if problem["type"] == "extra_forbidden":
@@ -124,7 +132,12 @@ def _refusal(error: ValidationError) -> ApiError:
     elif problem["type"] == "missing":
         message, code = f"missing required parameter: '{parameter}'", "missing_required_parameter"
     elif problem["type"] == "misfit":
-        parameter, message, code = problem["ctx"]["parameter"], problem["msg"], "invalid_value"
+        name, message, code = problem["ctx"]["parameter"], problem["msg"], "invalid_value"
+        # the whole object does not fit, or one of its fields
+        if parameter and not parameter.endswith(name):
+            parameter += f".{name}"
+            message = f"invalid '{parameter}': {message}"
+        parameter = parameter or name
     else:
         reason = problem["msg"].removeprefix("Value error, ")
         message, code = f"invalid '{parameter}': {reason}" if parameter else reason, "invalid_value"

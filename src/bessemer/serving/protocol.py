@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from bessemer.inference.sampling.params import GRAMMARS, SamplingParams
 from bessemer.serving.bodies import ApiError, Body, misfit
 from bessemer.serving.structured import Grammar, ResponseFormat, StructuredOutputs
+from bessemer.serving.tools import MOST_TOOLS, Choice, FunctionTool, NamedTool, ToolName
 
 #: The most answers to one prompt, as OpenAI documents it.
 _MOST_CHOICES = 128
@@ -62,15 +63,63 @@ def _by_token(bias: Any) -> Any:
     return {int(key): value for key, value in bias.items()}
 
 
+class CalledFunction(Body):
+    """A function and its arguments, which are a text of JSON."""
+
+    name: ToolName
+    arguments: str
+
+
+class Call(Body):
+    """A call that an earlier answer made."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class Message(Body):
     """One message of a conversation."""
 
-    role: str = Field(pattern="^(system|developer|user|assistant)$")
-    content: Annotated[str, BeforeValidator(_text)]
+    role: str = Field(pattern="^(system|developer|user|assistant|tool)$")
+    content: Annotated[str, BeforeValidator(_text)] = ""
+    name: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[Call] = Field(default_factory=list, max_length=MOST_TOOLS)
+    tool_call_id: str | None = None
 
-    def as_template_input(self) -> dict[str, str]:
-        """The message for the chat template, which knows `developer` under its older name."""
-        return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+    @model_validator(mode="after")
+    def _fits_its_role(self) -> Self:
+        of_role = {"assistant": ("tool_calls", "reasoning", "reasoning_content"), "tool": ("tool_call_id", "name")}
+        for role, names in of_role.items():
+            if role != self.role and (name := next((name for name in names if getattr(self, name)), None)):
+                raise misfit(name, f"{name} is of a message of role '{role}', and this is of role '{self.role}'")
+        if self.role == "tool" and self.tool_call_id is None:
+            raise misfit("tool_call_id", "a message of role 'tool' answers a call; say which by tool_call_id")
+        if not (self.tool_calls or "content" in self.model_fields_set):
+            raise misfit("content", f"a message of role '{self.role}' needs content")
+        return self
+
+    def as_template_input(self) -> dict[str, Any]:
+        """The message in the form of chat completions, in which `developer` has its older name."""
+        given: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+        if thought := self.reasoning or self.reasoning_content:
+            given["reasoning_content"] = thought
+        if self.tool_calls:
+            given["tool_calls"] = [call.model_dump() for call in self.tool_calls]
+        given |= {name: value for name in ("tool_call_id", "name") if (value := getattr(self, name)) is not None}
+        return given
+
+
+class TemplateSettings(Body):
+    """What a client may tell the chat template."""
+
+    enable_thinking: bool | None = None
+
+
+#: Most tokens of thinking by the effort that is asked for; at a higher one there is no limit.
+_EFFORTS = {"none": 0, "minimal": 512, "low": 1024, "medium": 8192}
 
 
 class StreamOptions(Body):
@@ -143,6 +192,11 @@ class GenerationRequest(Body):
         return self.max_tokens
 
     @property
+    def wants_usage(self) -> bool:
+        """Whether a stream tells its usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
     def answers(self) -> int:
         """How many answers are made to a prompt."""
         return self.n
@@ -186,7 +240,17 @@ _SHARED = tuple(GenerationRequest.model_fields.keys() & SamplingParams.model_fie
 class ChatRequest(GenerationRequest):
     """The body of `/v1/chat/completions`."""
 
+    meaningful = frozenset({"tool_choice", "parallel_tool_calls"})
+
     messages: list[Message] = Field(min_length=1)
+    tools: list[FunctionTool] = Field(default_factory=list, max_length=MOST_TOOLS)
+    tool_choice: Choice = "auto"
+    parallel_tool_calls: bool = True
+    thinking_budget: int | None = Field(None, ge=0)
+    thinking_token_budget: int | None = Field(None, ge=0)
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    include_reasoning: bool = True
+    chat_template_kwargs: TemplateSettings | None = None
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=_MOST_LIKELIEST)
@@ -197,7 +261,31 @@ class ChatRequest(GenerationRequest):
             raise misfit("max_completion_tokens", "max_tokens and max_completion_tokens differ; send one of them")
         if self.top_logprobs and not self.logprobs:
             raise misfit("top_logprobs", "top_logprobs needs logprobs: true")
+        if not self.tools and self.tool_choice not in ("none", "auto"):
+            raise misfit("tool_choice", "tool_choice needs tools")
+        if isinstance(self.tool_choice, NamedTool):
+            name = self.tool_choice.function.name
+            if name not in [tool.function.name for tool in self.tools]:
+                raise misfit("tool_choice", f"tool_choice names '{name}', which is not among the tools")
+        if len(set(self._budgets())) > 1:
+            raise misfit("thinking_budget", "thinking_budget is said twice, and not alike; say it once")
         return self
+
+    def _budgets(self) -> list[int]:
+        """The thinking budget, in whatever words it is said."""
+        off = self.chat_template_kwargs is not None and self.chat_template_kwargs.enable_thinking is False
+        given = (
+            self.thinking_budget,
+            self.thinking_token_budget,
+            _EFFORTS.get(self.reasoning_effort or ""),
+            0 if off else None,
+        )
+        return [budget for budget in given if budget is not None]
+
+    @property
+    def budget(self) -> int | None:
+        """Most tokens of thinking; None: no limit is said."""
+        return next(iter(self._budgets()), None)
 
     @property
     def token_limit(self) -> int | None:

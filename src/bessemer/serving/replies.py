@@ -1,4 +1,4 @@
-"""Responses in OpenAI's forms: whole, or event by event."""
+"""Responses to plain completions: whole, or event by event."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from bessemer.inference.request import Chunk, Completion
 from bessemer.inference.sampling.sampler import Sampled
-from bessemer.serving.log_probs import CompletionLogProbs, chat_log_probs, joined
+from bessemer.serving.log_probs import CompletionLogProbs, joined
 from bessemer.tokenization.tokenizer import Tokenizer
 
 
@@ -22,8 +22,8 @@ class Echo:
     tokens: list[int]
 
 
-class Reply:
-    """The response to an API request: one choice for each completion, and the tokens they took.
+class CompletionReply:
+    """The response to a request: one choice for each completion, and the tokens they took.
 
     Completion i of prompt p is choice p · n + i.
     """
@@ -34,7 +34,6 @@ class Reply:
         tokenizer: Tokenizer,
         prompt_tokens: int,
         *,
-        is_chat: bool,
         log_probs: bool = False,
         echoes: Sequence[Echo | None] = (None,),
         n: int = 1,
@@ -43,7 +42,6 @@ class Reply:
         of each."""
         self._model = model
         self._tokenizer = tokenizer
-        self._is_chat = is_chat
         self._log_probs = log_probs
         self._echoes = echoes
         self._n = n
@@ -62,39 +60,31 @@ class Reply:
                 index = len(choices)
                 self._completion_tokens += one.completion_tokens
                 text, log_probs = self._part(index, one.text, one.log_probs or [], completion.prompt_log_probs or [])
-                content = {"message": {"role": "assistant", "content": text}} if self._is_chat else {"text": text}
-                choices.append({"index": index, **content, "logprobs": log_probs, "finish_reason": one.finish_reason})
+                choices.append({"index": index, "text": text, "logprobs": log_probs, "finish_reason": one.finish_reason})
         cached_tokens = sum(completion.cached_tokens for completion in completions)
-        return {**self._head(streamed=False), "choices": choices, "usage": self._usage(cached_tokens)}
+        return {**self._head(), "choices": choices, "usage": self._usage(cached_tokens)}
 
     def events(self, arrived: Iterable[tuple[int, Chunk]], prompts: Sequence[Sequence[Sampled]]) -> Iterator[dict[str, Any]]:
-        """Events for the chunks of one or more steps: some text of a choice, and the reason it ended.
-
-        A chat choice's role comes with its first token, as in vLLM: clients take the first event for it.
-        prompts: of each, the log-probabilities of its tokens but the first, where they were asked for.
-        """
+        """Events for the chunks of one or more steps: some text of a choice, and the reason it ended. prompts: of each, the
+        log-probabilities of its tokens but the first, where they were asked for."""
         of_choice: dict[int, list[Chunk]] = {}
         for index, chunk in arrived:
             of_choice.setdefault(index, []).append(chunk)
         for index, chunks in of_choice.items():
             self._completion_tokens += sum(len(chunk.token_ids) for chunk in chunks)
-            if self._is_chat and index not in self._begun:
-                yield self._event(index, {"delta": {"role": "assistant", "content": ""}})
             sampled = [one for chunk in chunks for one in chunk.log_probs or []]
             text, log_probs = self._part(index, "".join(chunk.text for chunk in chunks), sampled, prompts[index // self._n])
             if text or log_probs:
-                yield self._event(index, {"delta": {"content": text}} if self._is_chat else {"text": text}, log_probs)
+                yield self._event(index, text, log_probs)
             if (finish_reason := chunks[-1].finish_reason) is not None:
-                yield self._event(index, {"delta": {}} if self._is_chat else {"text": ""}, None, finish_reason)
+                yield self._event(index, "", None, finish_reason)
 
     def usage_event(self, cached_tokens: int) -> dict[str, Any]:
         """The event before the end for a client that asked for its usage."""
-        return {**self._head(streamed=True), "choices": [], "usage": self._usage(cached_tokens)}
+        return {**self._head(), "choices": [], "usage": self._usage(cached_tokens)}
 
-    def _head(self, streamed: bool) -> dict[str, Any]:
-        name = ("chat.completion" + (".chunk" if streamed else "")) if self._is_chat else "text_completion"
-        prefix = "chatcmpl" if self._is_chat else "cmpl"
-        return {"id": f"{prefix}-{self._identity}", "object": name, "created": self._created, "model": self._model}
+    def _head(self) -> dict[str, Any]:
+        return {"id": f"cmpl-{self._identity}", "object": "text_completion", "created": self._created, "model": self._model}
 
     def _usage(self, cached_tokens: int) -> dict[str, Any]:
         """Tokens as the model sees them, end tokens included; of a prompt once, however many choices."""
@@ -106,10 +96,10 @@ class Reply:
         }
 
     def _event(
-        self, index: int, content: dict[str, Any], log_probs: dict[str, Any] | None = None, finish_reason: str | None = None
+        self, index: int, text: str, log_probs: dict[str, Any] | None, finish_reason: str | None = None
     ) -> dict[str, Any]:
-        choice = {"index": index, **content, "logprobs": log_probs, "finish_reason": finish_reason}
-        return {**self._head(streamed=True), "choices": [choice]}
+        choice = {"index": index, "text": text, "logprobs": log_probs, "finish_reason": finish_reason}
+        return {**self._head(), "choices": [choice]}
 
     def _part(
         self, index: int, text: str, sampled: Sequence[Sampled], prompt: Sequence[Sampled]
@@ -121,8 +111,6 @@ class Reply:
             text = echo.text + text
         if not self._log_probs:
             return text, None
-        if self._is_chat:
-            return text, chat_log_probs(self._tokenizer, sampled) if sampled else None
         form = self._forms[index]
         shown = form.of_prompt(echo.tokens, prompt) if echo is not None else None
         made = form.of(sampled)

@@ -107,8 +107,15 @@ class Worker:
         The first item is an empty list, given at once: until it is taken nothing is begun; afterwards closing or cancelling
         this generator ends the requests and their admission. Raises a request's own BessemerError, or ApiError.
         """
-        with place, self._api_errors():
+        with place:
             yield []
+            async with contextlib.aclosing(self.chunks(requests)) as news:
+                async for chunks in news:
+                    yield chunks
+
+    async def chunks(self, requests: Sequence[Request]) -> AsyncGenerator[list[ChoiceChunk], None]:
+        """Chunks of prepared requests and their siblings, as `stream`, for a caller who holds the admission."""
+        with self._api_errors():
             async with contextlib.aclosing(self._driver.chunks(requests)) as news:
                 async for chunks in news:
                     yield chunks

@@ -22,7 +22,7 @@ from bessemer.tokenization.tokenizer import Tokenizer
 
 #: White space between the parts of JSON: none, a space, or a new line with its indentation. Without an end to it, a model
 #: that has learnt little would write nothing else.
-_JSON_SPACE = r"( |\n[ \t]{0,40})"
+JSON_SPACE = r"( |\n[ \t]{0,40})"
 
 #: Compiled grammars that are kept.
 _KEPT = 128
@@ -129,7 +129,7 @@ class GrammarCompiler:
         try:
             if name == "json_schema":
                 text = value if isinstance(value, str) else json.dumps(value)
-                grammar = LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": _JSON_SPACE})
+                grammar = LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": JSON_SPACE})
             elif name == "regex":
                 grammar = LLMatcher.grammar_from_regex(value)
             elif name == "choice":

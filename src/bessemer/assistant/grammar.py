@@ -1,0 +1,117 @@
+"""Grammars of whole messages: thinking, and behind it an answer of a given form, or calls of tools.
+
+They are in the dialect of Lark's notation that `llguidance` reads: `<[7]>` is the token 7, `%json {…}` JSON of a schema, and a
+rule with `[suffix="…"]` any text up to the first place where that stands.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from bessemer.core.errors import RequestError
+from bessemer.inference.sampling.grammar import JSON_SPACE
+
+#: A setting of `SamplingParams` that constrains a text, and its value.
+Form = tuple[Literal["json_schema", "regex", "choice", "ebnf"], Any]
+#: Any text without control tokens, and white space, which ends: a model that has learnt little would write nothing else.
+ANY_TEXT, SPACE = "/(?s:.*)/", r"/[ \n]{0,4}/"
+_START = re.compile(r"^(\s*)start\b(?=\s*(\[[^\]]*\])?\s*:)", re.MULTILINE)
+
+
+class OfferedTool(NamedTuple):
+    """A tool that may be called: its name, the JSON schema of its arguments, and whether it is strict about them."""
+
+    name: str
+    parameters: Mapping[str, Any]
+    is_strict: bool = False
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a message must look like.
+
+    thinking: whether the prompt has opened it, it may come, it may not, or it was closed just now. tools: those that may be
+    called. must_call: whether one has to be. in_parallel: whether several may be. answer: the form of a text that is no call.
+    """
+
+    thinking: Literal["open", "may", "never", "closed"] = "never"
+    tools: Sequence[OfferedTool] = ()
+    must_call: bool = False
+    in_parallel: bool = True
+    answer: Form | None = None
+
+    @property
+    def is_free(self) -> bool:
+        """Whether any text will do."""
+        return self.answer is None and not self.must_call and not any(tool.is_strict for tool in self.tools)
+
+
+class Rules:
+    """The rules of a grammar as they are added. control_id: of a text that is a control token."""
+
+    def __init__(self, control_id: Callable[[str], int | None]) -> None:
+        self._control_id = control_id
+        self._lines: list[str] = []
+
+    def text(self, start: str) -> str:
+        """The grammar as a whole. start: what a message is."""
+        return "\n".join([f"start: {start}", *self._lines, ""])
+
+    def add(self, expression: str, attributes: str = "") -> str:
+        """A new rule; its name."""
+        name = f"part_{len(self._lines)}"
+        self._lines.append(f"{name}{attributes}: {expression}")
+        return name
+
+    def is_control(self, tag: str) -> bool:
+        """Whether a tag is a control token."""
+        return self._control_id(tag) is not None
+
+    def tag(self, text: str) -> str:
+        """A tag: its token where it is a control token, else its text."""
+        id = self._control_id(text)
+        return literal(text) if id is None else f"<[{id}]>"
+
+    def json(self, schema: Mapping[str, Any]) -> str:
+        """JSON that fits a schema."""
+        return self.add(f"%json {json.dumps({**schema, 'x-guidance': {'whitespace_pattern': JSON_SPACE}})}")
+
+    def up_to(self, tag: str) -> str:
+        """Any text, and a tag behind it."""
+        if self.is_control(tag):
+            return f"{ANY_TEXT} {self.tag(tag)}"
+        return self.add(ANY_TEXT, f"[suffix={literal(tag)}]")
+
+    def form(self, form: Form) -> str:
+        """A text of a form. Raises RequestError for one that cannot stand inside another grammar."""
+        name, value = form
+        match name:
+            case "json_schema":
+                return self.json(_as_schema(value))
+            case "regex":
+                return self.add("/" + re.sub(r"(?<!\\)/", r"\\/", value) + "/")
+            case "choice":
+                return self.add(" | ".join(map(literal, value)))
+            case "ebnf":
+                self._lines.append(_START.sub(r"\1whole_answer", value))
+                return "whole_answer"
+
+
+def literal(text: str) -> str:
+    """A text in the grammar's quotation marks."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _as_schema(value: Any) -> Mapping[str, Any]:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise RequestError(f"json_schema does not compile: {error}") from None
+    if not isinstance(value, dict):
+        raise RequestError("json_schema does not compile: a schema is an object here")
+    return value

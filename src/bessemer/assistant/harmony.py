@@ -1,0 +1,177 @@
+"""Messages of gpt-oss: several in a row on channels, of which one is the answer (OpenAI, "Harmony response format", 2025).
+
+    <|channel|>analysis<|message|>thinking<|end|>
+    <|start|>assistant<|channel|>commentary to=functions.NAME <|constrain|>json<|message|>{JSON}<|call|>
+    <|start|>assistant<|channel|>final<|message|>answer<|return|>
+
+The prompt ends with `<|start|>assistant`. A recipient may stand before the channel as well.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from enum import Enum, auto
+
+from bessemer.assistant.events import BadCall, TextDelta, ThinkingDelta
+from bessemer.assistant.grammar import ANY_TEXT, Rules, Wanted, literal
+from bessemer.assistant.json_calls import Schemas, read_named_call
+from bessemer.assistant.parser import MessageParser, ParsedEvent, ThinkingTags
+from bessemer.assistant.tool_formats import ToolFormat
+from bessemer.inference.sampling.stop_strings import overlap
+
+_CHANNEL, _MESSAGE, _END, _START, _CONSTRAIN, _CALL, _RETURN = (
+    f"<|{name}|>" for name in ("channel", "message", "end", "start", "constrain", "call", "return")
+)
+#: What ends the content of a message.
+_ENDS = (_END, _CALL, _RETURN, _START)
+_RECIPIENT = re.compile(r"\bto=(?:functions\.)?([^\s<]+)")
+_CHANNEL_NAME = re.compile(re.escape(_CHANNEL) + r"\s*(\w+)")
+
+
+class _State(Enum):
+    HEADER = auto()
+    THINKING = auto()
+    TEXT = auto()
+    CALL = auto()
+
+
+class HarmonyParser:
+    """Parses the messages that gpt-oss writes in one turn. However the text is cut into deltas, the events joined are the same.
+
+    schemas: of the tools that are offered; None: calls are text.
+    """
+
+    def __init__(self, schemas: Schemas | None, *, in_thinking: bool = False) -> None:
+        self._reads_calls = schemas is not None
+        self._state = _State.THINKING if in_thinking else _State.HEADER
+        self._buffer = ""
+        #: The header of the message under way, with its tags, and whom it is for.
+        self._header = self._recipient = ""
+
+    @property
+    def in_thinking(self) -> bool:
+        """Whether the message under way is on the channel of thinking."""
+        return self._state is _State.THINKING
+
+    @property
+    def is_undecided(self) -> bool:
+        """Whether the channel is not known yet."""
+        return self._state is _State.HEADER
+
+    def feed(self, text: str) -> list[ParsedEvent]:
+        """What is certain after this text."""
+        self._buffer += text
+        events: list[ParsedEvent] = []
+        while self._step(events, final=False):
+            pass
+        return events
+
+    def finish(self) -> list[ParsedEvent]:
+        """The rest, when no more text comes."""
+        events: list[ParsedEvent] = []
+        while self._step(events, final=True):
+            pass
+        self._buffer = ""
+        return events
+
+    def close_thinking(self) -> list[ParsedEvent]:
+        """End the thinking and begin the answer, as if the tags had come; half of one is dropped."""
+        assert self.in_thinking
+        thought = self._buffer[: len(self._buffer) - self._undecided()]
+        self._buffer, self._state = "", _State.TEXT
+        return [ThinkingDelta(thought)] if thought else []
+
+    def _step(self, events: list[ParsedEvent], final: bool) -> bool:
+        if not self._buffer:
+            return False
+        if self._state is _State.HEADER:
+            return self._read_header(events, final)
+        place, tag = self._next_end()
+        if self._state is _State.CALL:
+            if place < 0 and not final:
+                return False
+            self._add_call(events, self._buffer if place < 0 else self._buffer[:place], tag)
+        else:
+            kept = 0 if final else self._undecided()
+            shown = self._buffer[:place] if place >= 0 else self._buffer[: len(self._buffer) - kept]
+            if shown:
+                events.append(ThinkingDelta(shown) if self._state is _State.THINKING else TextDelta(shown))
+            if place < 0:
+                self._buffer = self._buffer[len(shown) :]
+                return False
+        self._buffer = "" if place < 0 else self._buffer[place + (0 if tag == _START else len(tag)) :]
+        self._state = _State.HEADER
+        return True
+
+    def _read_header(self, events: list[ParsedEvent], final: bool) -> bool:
+        header, tag, rest = self._buffer.partition(_MESSAGE)
+        if not tag:
+            if final:
+                # no message begins any more: words without a channel are the answer
+                words = "" if _START in header or _CHANNEL in header else header
+                events += [TextDelta(words)] if words.strip() else []
+                self._buffer = ""
+            return False
+        self._header = header + tag
+        recipient, channel = _RECIPIENT.search(header), _CHANNEL_NAME.search(header)
+        self._recipient = recipient[1] if recipient is not None else ""
+        if self._recipient and self._reads_calls:
+            self._state = _State.CALL
+        else:
+            self._state = _State.THINKING if channel is not None and channel[1] == "analysis" else _State.TEXT
+        self._buffer = rest
+        return True
+
+    def _add_call(self, events: list[ParsedEvent], body: str, tag: str) -> None:
+        try:
+            events.append(read_named_call(self._recipient, body))
+        except ValueError as error:
+            events.append(BadCall(self._header + body + (tag if tag != _START else ""), str(error)))
+
+    def _next_end(self) -> tuple[int, str]:
+        """Where the content ends, and by which tag; -1 where it does not yet."""
+        found = [(place, tag) for tag in _ENDS if (place := self._buffer.find(tag)) >= 0]
+        return min(found, default=(-1, ""))
+
+    def _undecided(self) -> int:
+        """How many characters at the end could be the beginning of a tag."""
+        return max(overlap(self._buffer, tag) for tag in _ENDS)
+
+
+class HarmonyFormat(ToolFormat):
+    """The format of gpt-oss, whose parser and grammar are of channels."""
+
+    closing_begins_answer = True
+
+    def tags(self, *, with_calls: bool) -> frozenset[str]:
+        return frozenset(self.inner)
+
+    def parser(self, schemas: Schemas | None, *, in_thinking: bool = False) -> MessageParser:
+        return HarmonyParser(schemas, in_thinking=in_thinking)
+
+    def grammar(self, wanted: Wanted, control_id: Callable[[str], int | None]) -> str:
+        rules = Rules(control_id)
+        channel, message, end, start = map(rules.tag, (_CHANNEL, _MESSAGE, _END, _START))
+        again = f"{end} {start} {literal('assistant')}"
+        thought = f"{channel} {literal('analysis')} {message} {ANY_TEXT} {again}"
+        begin = {"open": f"{ANY_TEXT} {again}", "may": f"({thought})?"}.get(wanted.thinking, "")
+        said = ANY_TEXT if wanted.answer is None else rules.form(wanted.answer)
+        answer = f"{channel} {literal('final')} {message} {said}"
+        calls = " | ".join(
+            f"{channel} {literal(f'commentary to=functions.{tool.name} ')} {rules.tag(_CONSTRAIN)} {literal('json')} {message} "
+            f"{rules.json(tool.parameters)}"
+            for tool in wanted.tools
+        )
+        if not wanted.tools:
+            return rules.text(said if wanted.thinking == "closed" else f"{begin} {answer}")
+        return rules.text(f"{begin} ({calls})" if wanted.must_call else f"{begin} ({answer} | {calls})")
+
+
+HARMONY = HarmonyFormat(
+    f"{_CHANNEL}commentary",
+    _CALL,
+    lambda body, schemas: [],
+    inner=(_CHANNEL, _MESSAGE, _END, _START, _CONSTRAIN, _CALL, _RETURN),
+    thinking=ThinkingTags(f"{_CHANNEL}analysis{_MESSAGE}", f"{_END}{_START}assistant{_CHANNEL}final{_MESSAGE}", after=""),
+)
