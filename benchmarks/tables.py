@@ -59,7 +59,9 @@ def markdown(table: Mapping[str, Any]) -> str:
     """A table of a result in Markdown. Columns of numbers are set to the right."""
     names = [name for name, _ in table["columns"]]
     rows = [[cell(value, form) for value, (_, form) in zip(row, table["columns"], strict=True)] for row in table["rows"]]
-    lines = ["|".join(["", *(f" {text} ".replace("|", "\\|").replace("  ", " ") for text in row), ""]) for row in (names, *rows)]
+    lines = [
+        "|".join(["", *(f" {text} ".replace("|", "\\|").replace("  ", " ") for text in row), ""]) for row in (names, *rows)
+    ]
     lines.insert(1, "|" + "|".join("---" if not form else "--:" for _, form in table["columns"]) + "|")
     return "\n".join(lines)
 
