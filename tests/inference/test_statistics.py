@@ -56,7 +56,18 @@ def test_times_are_counted_once_for_each_step_request_and_completion(engine):
     assert found.step_seconds.total == found.steps > 0
     assert found.time_to_first_token_seconds.total == 5
     assert found.time_per_output_token_seconds.total == 4, "a single token has none after it"
-    for histogram in (found.step_seconds, found.time_to_first_token_seconds, found.time_per_output_token_seconds):
+    # the five tokens of four completions, of which the first of each has none before it
+    assert found.inter_token_seconds.total == 4 * 4
+    for histogram in (found.request_seconds, found.queue_seconds, found.prefill_seconds, found.decode_seconds):
+        assert histogram.total == 5
+    parts = found.queue_seconds.sum + found.prefill_seconds.sum + found.decode_seconds.sum
+    assert found.request_seconds.sum == pytest.approx(parts, rel=1e-6)
+    assert (found.request_prompt_tokens.sum, found.request_generated_tokens.sum) == (3 * 20 + 2 * 3, 4 * 5 + 1)
+    assert (found.step_tokens.total, found.step_tokens.sum) == (found.steps, found.computed_tokens)
+    for histogram in (
+        *(found.step_seconds, found.time_to_first_token_seconds, found.inter_token_seconds),
+        *(found.time_per_output_token_seconds, found.request_seconds, found.prefill_seconds),
+    ):
         assert len(histogram.counts) == len(histogram.bounds) + 1
         assert histogram.cumulative[-1] == histogram.total
         lower, upper = (0, *histogram.bounds), (*histogram.bounds, float("inf"))

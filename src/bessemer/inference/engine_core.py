@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -20,7 +19,7 @@ from bessemer.inference.sampling.sampler import Sampled, sample_rows
 from bessemer.inference.scheduling.schedule import ScheduledChunk, SchedulerOutput
 from bessemer.inference.scheduling.scheduler import Scheduler
 from bessemer.inference.speculation.decoder import SpeculativeDecoder
-from bessemer.inference.statistics import STEP_BOUNDS, EngineStatistics, StatisticsRecorder
+from bessemer.inference.statistics import EngineStatistics, StatisticsRecorder
 from bessemer.model.adapters import Adapter
 
 # Shapes: R wanted rows, W those that a token is sampled from, V vocabulary.
@@ -102,6 +101,7 @@ class EngineCore:
             return
         self._prepare_blocks(output)
         requests = [self._requests[chunk.sequence.identity] for chunk in output.chunks]
+        self._recorder.step_began(requests, started)
         if several:
             self._generate(output, requests, started)
             return
@@ -121,7 +121,7 @@ class EngineCore:
         if self.speculation is not None:
             # all that drafts make longer: blocks for them, more rows, more to sample, more text
             self.speculation.computed(output.chunks, requests, len(batch.tokens), time.perf_counter() - begun)
-        self._count_step(len(batch.tokens), time.perf_counter() - started)
+        self._recorder.step_ended(len(batch.tokens), time.perf_counter() - started)
 
     def _generate(self, output: SchedulerOutput, requests: Sequence[ScheduledRequest], started: float) -> None:
         """Compute several tokens of each request in one call, as many as all have blocks for."""
@@ -138,7 +138,7 @@ class EngineCore:
             if not isinstance(sampled, RequestError):
                 chunk.sequence.draft = [one.token for one in sampled]
             self._commit(chunk, request, sampled)
-        self._count_step(count * len(requests), time.perf_counter() - started)
+        self._recorder.step_ended(count * len(requests), time.perf_counter() - started)
 
     def _prepare_blocks(self, output: SchedulerOutput) -> None:
         """Copy the blocks and states that a step goes on from."""
@@ -154,11 +154,6 @@ class EngineCore:
             self._end(request, told)
         if told is not error:
             raise error
-
-    def _count_step(self, tokens: int, seconds: float) -> None:
-        self._recorder.computed_tokens += tokens
-        self._recorder.step_counts[bisect_left(STEP_BOUNDS, seconds)] += 1
-        self._recorder.step_seconds += seconds
 
     def _decoding(self) -> list[Request]:
         """Running requests whose next token is to be sampled in the coming step."""
@@ -287,6 +282,8 @@ class EngineCore:
             self._recorder.generated_tokens += len(made)
             if begins:
                 self._recorder.first_token_came(request)
+            else:
+                self._recorder.tokens_came(request)
         if begins and request.siblings:
             self._fork(request)
         if request.ended:
@@ -304,7 +301,7 @@ class EngineCore:
             if not sibling.done:
                 self.scheduler.fork(request.sequence, sibling.sequence)
                 self._requests[sibling.sequence.identity] = sibling
-                sibling.began_at = request.began_at
+                sibling.began_at, sibling.scheduled_at = request.began_at, request.scheduled_at
 
     def _end(self, request: ScheduledRequest, error: BessemerError | None) -> None:
         successors: Sequence[ScheduledRequest] = ()

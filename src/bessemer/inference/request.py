@@ -128,9 +128,10 @@ class ScheduledRequest:
         self.adapter = adapter
         self.recorder = recorder
         self.error: BessemerError | None = None
-        #: When it was given to the engine core, and when its first token was sampled, on `time.perf_counter`.
-        self.began_at = 0.0
-        self.first_token_at = 0.0
+        #: When it was given to the engine core, its first step began, and its first and last tokens came, on
+        #: `time.perf_counter`; 0 before.
+        self.began_at = self.scheduled_at = 0.0
+        self.first_token_at = self.last_token_at = 0.0
         #: Other requests of the same prompt, which begin when it has been read.
         self.siblings: Sequence[ScheduledRequest] = []
 

@@ -32,6 +32,16 @@ STEP_BOUNDS = (
 )
 
 
+#: Of a request, and of its parts.
+_REQUEST_BOUNDS = (
+    *(0.001, 0.005, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0),
+    *(120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
+)
+#: Tokens of a request, and of a step.
+_REQUEST_TOKEN_BOUNDS = tuple(float(digit * 10**power) for power in range(6) for digit in (1, 2, 5))
+_STEP_TOKEN_BOUNDS = (1.0, *(float(2**power) for power in range(3, 15)))
+
+
 class Histogram(NamedTuple):
     """How many values lie in each bucket.
 
@@ -71,8 +81,12 @@ class EngineStatistics:
     draft_tokens_proposed, draft_tokens_accepted: their tokens. computed_tokens: positions that the model computed, drafts and
     repeated ones included. prompt_tokens: of all requests that began, once for each prompt. generated_tokens: of all
     completions. finished: completions that have ended, by `stop`, `length`, `abort` (stopped by their caller) and `error`.
-    step_seconds: of the steps that did not fail. time_to_first_token_seconds: of a completion, from its request's beginning.
-    time_per_output_token_seconds: the mean after the first token of each completion that ended by `stop` or `length`.
+    step_seconds, step_tokens: of the steps that did not fail. time_to_first_token_seconds: of a completion, from its request's
+    beginning. inter_token_seconds: between the tokens that follow each other, of several in one step together.
+
+    Of each completion that ended by `stop` or `length`: time_per_output_token_seconds, the mean after the first token;
+    request_seconds, from its request's beginning to its end, and of that queue_seconds before its first step, prefill_seconds
+    from there to its first token, and decode_seconds; request_prompt_tokens, request_generated_tokens.
     """
 
     running: int
@@ -89,8 +103,16 @@ class EngineStatistics:
     generated_tokens: int
     finished: Mapping[str, int]
     step_seconds: Histogram
+    step_tokens: Histogram
     time_to_first_token_seconds: Histogram
+    inter_token_seconds: Histogram
     time_per_output_token_seconds: Histogram
+    request_seconds: Histogram
+    queue_seconds: Histogram
+    prefill_seconds: Histogram
+    decode_seconds: Histogram
+    request_prompt_tokens: Histogram
+    request_generated_tokens: Histogram
 
     @property
     def steps(self) -> int:
@@ -106,11 +128,12 @@ class StatisticsRecorder:
         self.prompt_tokens = 0
         self.generated_tokens = 0
         self.finished = {"stop": 0, "length": 0, "abort": 0, "error": 0}
-        #: Of steps: how many in each bucket of `STEP_BOUNDS`, and of all of them the sum.
-        self.step_counts = [0] * (len(STEP_BOUNDS) + 1)
-        self.step_seconds = 0.0
+        self._step_seconds, self._step_tokens = _Counts(STEP_BOUNDS), _Counts(_STEP_TOKEN_BOUNDS)
         self._first_token_seconds = _Counts(_FIRST_TOKEN_BOUNDS)
-        self._token_seconds = _Counts(STEP_BOUNDS)
+        self._inter_token_seconds, self._token_seconds = _Counts(STEP_BOUNDS), _Counts(STEP_BOUNDS)
+        self._request_seconds, self._queue_seconds = _Counts(_REQUEST_BOUNDS), _Counts(_REQUEST_BOUNDS)
+        self._prefill_seconds, self._decode_seconds = _Counts(_REQUEST_BOUNDS), _Counts(_REQUEST_BOUNDS)
+        self._prompt_tokens, self._made_tokens = _Counts(_REQUEST_TOKEN_BOUNDS), _Counts(_REQUEST_TOKEN_BOUNDS)
 
     def request_began(self, request: ScheduledRequest) -> None:
         """A request waits for its first step."""
@@ -119,17 +142,45 @@ class StatisticsRecorder:
 
     def first_token_came(self, request: ScheduledRequest) -> None:
         """A completion has its first token."""
-        request.first_token_at = time.perf_counter()
+        request.first_token_at = request.last_token_at = time.perf_counter()
         self._first_token_seconds.observe(request.first_token_at - request.began_at)
+
+    def tokens_came(self, request: ScheduledRequest) -> None:
+        """A completion has more tokens."""
+        now = time.perf_counter()
+        self._inter_token_seconds.observe(now - request.last_token_at)
+        request.last_token_at = now
+
+    def step_began(self, requests: Sequence[ScheduledRequest], started: float) -> None:
+        """A step is computed for these requests."""
+        for request in requests:
+            if not request.scheduled_at:
+                request.scheduled_at = started
+
+    def step_ended(self, tokens: int, seconds: float) -> None:
+        """A step has computed as many positions."""
+        self.computed_tokens += tokens
+        self._step_seconds.observe(seconds)
+        self._step_tokens.observe(tokens)
 
     def request_ended(self, request: ScheduledRequest) -> None:
         """A request has ended; nothing is counted of one that asks for logits."""
         if not isinstance(request, Request):
             return
         self.finished["error" if request.error is not None else request.finish_reason or "abort"] += 1
-        following = len(request.sequence.tokens) - request.sequence.prompt_length - 1
-        if request.finish_reason is not None and following > 0:
-            self._token_seconds.observe((time.perf_counter() - request.first_token_at) / following)
+        made = len(request.sequence.tokens) - request.sequence.prompt_length
+        # a prompt that is only read makes none
+        if request.finish_reason is None or not request.first_token_at:
+            return
+        now = time.perf_counter()
+        if made > 1:
+            self._token_seconds.observe((now - request.first_token_at) / (made - 1))
+        self._request_seconds.observe(now - request.began_at)
+        self._queue_seconds.observe(request.scheduled_at - request.began_at)
+        self._prefill_seconds.observe(request.first_token_at - request.scheduled_at)
+        self._decode_seconds.observe(now - request.first_token_at)
+        self._prompt_tokens.observe(request.sequence.prompt_length)
+        self._made_tokens.observe(made)
 
     def read(self, scheduler: Scheduler, speculation: SpeculativeDecoder | None) -> EngineStatistics:
         """The statistics at this moment, between two steps."""
@@ -147,9 +198,17 @@ class StatisticsRecorder:
             prompt_tokens=self.prompt_tokens,
             generated_tokens=self.generated_tokens,
             finished=MappingProxyType(dict(self.finished)),
-            step_seconds=Histogram(STEP_BOUNDS, tuple(self.step_counts), self.step_seconds),
+            step_seconds=self._step_seconds.read(),
+            step_tokens=self._step_tokens.read(),
             time_to_first_token_seconds=self._first_token_seconds.read(),
+            inter_token_seconds=self._inter_token_seconds.read(),
             time_per_output_token_seconds=self._token_seconds.read(),
+            request_seconds=self._request_seconds.read(),
+            queue_seconds=self._queue_seconds.read(),
+            prefill_seconds=self._prefill_seconds.read(),
+            decode_seconds=self._decode_seconds.read(),
+            request_prompt_tokens=self._prompt_tokens.read(),
+            request_generated_tokens=self._made_tokens.read(),
         )
 
 

@@ -36,7 +36,7 @@ def _text(content: Any) -> Any:
     return "".join(texts)
 
 
-def _prompts(prompt: Any) -> Any:
+def prompts_of(prompt: Any) -> Any:
     """The prompts of a request: a text, token ids, or a list of texts or of lists of token ids."""
     given = prompt if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list) else [prompt]
     if not all(isinstance(each, str) for each in given) and not all(map(_is_token_ids, given)):
@@ -302,7 +302,7 @@ class ChatRequest(GenerationRequest):
 class CompletionRequest(GenerationRequest):
     """The body of `/v1/completions`."""
 
-    prompt: Annotated[list[str] | list[list[int]], BeforeValidator(_prompts)]
+    prompt: Annotated[list[str] | list[list[int]], BeforeValidator(prompts_of)]
     max_tokens: int | None = Field(None, ge=0)
     best_of: int | None = Field(None, ge=1, le=_MOST_CHOICES)
     suffix: str | None = None

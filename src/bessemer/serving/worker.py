@@ -10,9 +10,12 @@ import contextlib
 from collections.abc import AsyncGenerator, Generator, Sequence
 from typing import Protocol
 
+from torch import Tensor
+
 from bessemer.core.errors import BessemerError
 from bessemer.inference.request import Completion, Request
 from bessemer.inference.sampling.params import SamplingParams
+from bessemer.inference.statistics import EngineStatistics
 from bessemer.inference.step_driver import ChoiceChunk, StepDriver, SteppedEngine
 from bessemer.serving.bodies import ApiError
 from bessemer.tokenization.tokenizer import Tokenizer
@@ -45,6 +48,10 @@ class TextEngine(SteppedEngine, Protocol):
         """The names of the loaded adapters."""
 
     @property
+    def statistics(self) -> EngineStatistics:
+        """Counts and times, between two steps."""
+
+    @property
     def failure(self) -> BessemerError | None:
         """Why it can serve no more; None while it can."""
 
@@ -52,6 +59,9 @@ class TextEngine(SteppedEngine, Protocol):
         self, prompt: list[int], params: SamplingParams, *, adapter: str | None = None, cache_salt: str | None = None
     ) -> Request:
         """A request of token ids that has not begun; any thread may ask. RequestError for what is known to be wrong."""
+
+    def embed(self, prompts: Sequence[list[int]], *, adapter: str | None = None) -> Tensor:
+        """A vector of length 1 of each prompt, (N, D) float32; any thread may ask."""
 
     def completion(self, request: Request, params: SamplingParams) -> Completion:
         """The completion of a request that is done, as its parameters ask for it."""

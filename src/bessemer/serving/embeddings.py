@@ -1,0 +1,51 @@
+"""`/v1/embeddings`: the mean of the last hidden states of a text, of length 1."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+from torch import Tensor
+
+from bessemer.serving.bodies import ApiError, Body
+from bessemer.serving.protocol import prompts_of
+
+#: Most texts of a request, as OpenAI documents it.
+_MOST_TEXTS = 2048
+
+
+class EmbeddingsRequest(Body):
+    """The body of `/v1/embeddings`. dimensions: that of the model, where it is said."""
+
+    model: str
+    input: Annotated[list[str] | list[list[int]], BeforeValidator(prompts_of)] = Field(max_length=_MOST_TEXTS)
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = Field(None, ge=1)
+
+
+def embeddings_reply(asked: EmbeddingsRequest, vectors_ND: Tensor, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """The response. prompts: the tokens of each text. Raises ApiError for another dimension than the model's."""
+    width = vectors_ND.shape[1]
+    if asked.dimensions not in (None, width):
+        raise ApiError(
+            f"'dimensions' must be {width}, the width of this model, got {asked.dimensions}",
+            parameter="dimensions",
+            code="invalid_value",
+        )
+    tokens = sum(map(len, prompts))
+    data = [
+        {"object": "embedding", "index": index, "embedding": _in_form(vector_D, asked.encoding_format)}
+        for index, vector_D in enumerate(vectors_ND)
+    ]
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return {"object": "list", "data": data, "model": asked.model, "usage": usage}
+
+
+def _in_form(vector_D: Tensor, form: str) -> list[float] | str:
+    """Numbers, or the bytes of little-endian float32 in base64, for which OpenAI's clients ask."""
+    if form == "float":
+        numbers: list[float] = vector_D.tolist()
+        return numbers
+    return base64.b64encode(vector_D.numpy().astype("<f4").tobytes()).decode()

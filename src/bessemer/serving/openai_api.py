@@ -1,0 +1,343 @@
+"""OpenAI's API below `/v1`: chat and plain completions, embeddings, and the list of models."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, aclosing, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+
+from bessemer.assistant.assistant import TurnMaker
+from bessemer.assistant.config import AssistantConfig
+from bessemer.assistant.conversation import Conversation
+from bessemer.assistant.messages import as_messages
+from bessemer.core.errors import BessemerError, ConfigError, LostProcessError, RequestError
+from bessemer.inference.request import Request as EngineRequest
+from bessemer.inference.sampling.params import SamplingParams
+from bessemer.serving.bodies import ApiError, read_request
+from bessemer.serving.chat_replies import ChatReply
+from bessemer.serving.embeddings import EmbeddingsRequest, embeddings_reply
+from bessemer.serving.protocol import ChatRequest, CompletionRequest, GenerationRequest
+from bessemer.serving.replies import CompletionReply, Echo
+from bessemer.serving.tools import choice_of, tools_of
+from bessemer.serving.turns import Turns
+from bessemer.serving.worker import TextEngine, Worker
+from bessemer.tokenization.infill import infill_prompt
+
+#: What OpenAI's list of models once said of each, and vLLM's still does: it can be asked, and not trained.
+_PERMISSION: dict[str, Any] = {
+    "object": "model_permission",
+    "allow_create_engine": False,
+    "allow_sampling": True,
+    "allow_logprobs": True,
+    "allow_search_indices": False,
+    "allow_view": True,
+    "allow_fine_tuning": False,
+    "organization": "*",
+    "group": None,
+    "is_blocking": False,
+}
+#: nginx's status for a client that left before its response; it is never received.
+_CLIENT_LEFT = 499
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """Engine requests that have not begun, one for each prompt, and the response to them."""
+
+    requests: Sequence[EngineRequest]
+    params: SamplingParams
+    reply: CompletionReply
+
+    def usage_event(self) -> dict[str, Any]:
+        """The event that tells the tokens that were taken."""
+        return self.reply.usage_event(sum(request.cached_tokens for request in self.requests))
+
+
+@dataclass
+class OpenAIApi:
+    """The routes below `/v1` and what they share."""
+
+    engine: TextEngine
+    model_name: str
+    worker: Worker
+    started: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        # tools are the clients' to run: what a message calls wrongly is theirs to answer too
+        config = AssistantConfig(max_rounds=1)
+        self._turn_maker = TurnMaker(self.engine.tokenizer, self.engine.context_length, config=config)
+
+    def router(self) -> APIRouter:
+        router = APIRouter(prefix="/v1")
+        router.add_api_route("/models", self.models, methods=["GET"])
+        router.add_api_route("/models/{name:path}", self.model, methods=["GET"])
+        router.add_api_route("/chat/completions", self.chat, methods=["POST"], response_model=None)
+        router.add_api_route("/completions", self.complete, methods=["POST"], response_model=None)
+        router.add_api_route("/embeddings", self.embed, methods=["POST"], response_model=None)
+        return router
+
+    async def models(self) -> dict[str, Any]:
+        return {"object": "list", "data": [await self.model(name) for name in self._names]}
+
+    async def model(self, name: str) -> dict[str, Any]:
+        self._check_model(name)
+        return {
+            "id": name,
+            "object": "model",
+            "created": self.started,
+            "owned_by": "bessemer",
+            # an adapter's base; the root is a name and no path of this machine
+            "root": self.model_name,
+            "parent": None if name == self.model_name else self.model_name,
+            # as vLLM calls the context
+            "max_model_len": self.engine.context_length,
+            "permission": [{**_PERMISSION, "id": f"modelperm-{name}", "created": self.started}],
+        }
+
+    async def chat(self, request: Request) -> Response:
+        asked = read_request(ChatRequest, await request.body())
+        self._check_model(asked.model)
+        with ExitStack() as held:
+            # 503 before any work
+            held.enter_context(self.worker.admit(asked.n))
+            turns = await asyncio.to_thread(self._begin_turns, asked)
+            reply = ChatReply(
+                asked.model,
+                self.engine.tokenizer,
+                turns,
+                n=asked.n,
+                log_probs=asked.logprobs,
+                shows_thinking=asked.include_reasoning,
+            )
+            if not asked.stream:
+                return await _until_client_leaves(request, self._whole_chat(turns, reply))
+            news = self._told(turns, reply, held.pop_all())
+            # from here on, the generator holds the admission
+            await anext(news)
+            usage = reply.usage_event if asked.wants_usage else None
+            return StreamingResponse(_events(news, usage), media_type="text/event-stream")
+
+    async def complete(self, request: Request) -> Response:
+        asked = read_request(CompletionRequest, await request.body())
+        self._check_model(asked.model)
+        with ExitStack() as held:
+            held.enter_context(self.worker.admit(len(asked.prompt) * asked.answers))
+            prepared = await asyncio.to_thread(self._prepare, asked)
+            if not asked.stream:
+                return await _until_client_leaves(request, self._whole(prepared))
+            news = self._chunks(prepared, held.pop_all())
+            await anext(news)
+            usage = prepared.usage_event if asked.wants_usage else None
+            return StreamingResponse(_events(news, usage), media_type="text/event-stream")
+
+    async def embed(self, request: Request) -> dict[str, Any]:
+        asked = read_request(EmbeddingsRequest, await request.body())
+        self._check_model(asked.model)
+        with self.worker.admit(len(asked.input)):
+            names = ["input"] if len(asked.input) == 1 else [f"input[{place}]" for place in range(len(asked.input))]
+            given: Sequence[str | list[int]] = asked.input
+            prompts = [self._tokens(name, one, None) for name, one in zip(names, given, strict=True)]
+            for name, tokens in zip(names, prompts, strict=True):
+                self._check_length(name, len(tokens), 0)
+            adapter = None if asked.model == self.model_name else asked.model
+            vectors_ND = await asyncio.to_thread(self.engine.embed, prompts, adapter=adapter)
+        return embeddings_reply(asked, vectors_ND, prompts)
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        """What a request may ask for: the model as it is, and with each adapter that is loaded now."""
+        return (self.model_name, *self.engine.adapters)
+
+    def _check_model(self, name: str) -> None:
+        if name not in self._names:
+            known = ", ".join(f"'{known}'" for known in self._names)
+            raise ApiError(
+                f"the model '{name}' does not exist; this server has {known}",
+                status=404,
+                parameter="model",
+                code="model_not_found",
+            )
+
+    # -- chats
+
+    def _begin_turns(self, asked: ChatRequest) -> Turns:
+        """Turns that have begun, off the event loop: the conversation is read, and all checked that can be."""
+
+        def params_of(prompt_tokens: int) -> SamplingParams:
+            self._check_length("messages", prompt_tokens, asked.token_limit)
+            # an answer without a limit is as long as the memory allows
+            return asked.sampling(asked.token_limit or max(1, self.engine.longest - prompt_tokens))
+
+        tools = [] if asked.tool_choice == "none" else tools_of(asked.tools)
+        choice = choice_of(asked.tool_choice, asked.parallel_tool_calls)
+        given = [message.as_template_input() for message in asked.messages]
+        turns = []
+        try:
+            for _ in range(asked.n):
+                turn = self._turn_maker.start(
+                    Conversation(as_messages(given)), tools=tools, tool_choice=choice, thinking_budget=asked.budget
+                )
+                turn.begin(params_of)
+                turns.append(turn)
+        except RequestError as error:
+            parameter = asked.parameter_in(str(error)) or "messages"
+            raise ApiError(str(error), parameter=parameter, code="invalid_value") from None
+        with _refusals(asked):
+            return Turns(turns, partial(self._request, asked))
+
+    async def _whole_chat(self, turns: Turns, reply: ChatReply) -> Response:
+        return JSONResponse(reply.whole(await turns.finish(self.worker)))
+
+    async def _told(
+        self, turns: Turns, reply: ChatReply, place: AbstractContextManager
+    ) -> AsyncGenerator[list[dict[str, Any]], None]:
+        """The events of a chat's stream, as of `_chunks`."""
+        with place:
+            yield []
+            async with aclosing(turns.stream(self.worker)) as news:
+                async for told in news:
+                    yield list(reply.events(told))
+
+    # -- plain completions
+
+    async def _whole(self, prepared: _Prepared) -> Response:
+        completions = await self.worker.complete(prepared.requests, prepared.params)
+        return JSONResponse(prepared.reply.whole(completions))
+
+    async def _chunks(self, prepared: _Prepared, place: AbstractContextManager) -> AsyncGenerator[list[dict[str, Any]], None]:
+        """The events of a stream. The first item is an empty list, given at once: from then on closing or cancelling it ends
+        the requests and their admission."""
+        with place:
+            yield []
+            async with aclosing(self.worker.chunks(prepared.requests)) as news:
+                async for chunks in news:
+                    # by its first chunk, all log-probabilities of a prompt are there
+                    yield list(prepared.reply.events(chunks, [request.prompt_log_probs for request in prepared.requests]))
+
+    def _prepare(self, asked: CompletionRequest) -> _Prepared:
+        """Read the prompts and check all that can be checked, off the event loop."""
+        tokenizer = self.engine.tokenizer
+        texts_or_ids: Sequence[str | list[int]] = asked.prompt
+        names = ["prompt"] if len(texts_or_ids) == 1 else [f"prompt[{place}]" for place in range(len(texts_or_ids))]
+        prompts = {name: self._tokens(name, given, asked.suffix) for name, given in zip(names, texts_or_ids, strict=True)}
+        echoes = [
+            Echo(given if isinstance(given, str) else tokenizer.decode(tokens), tokens) if asked.echo else None
+            for given, tokens in zip(texts_or_ids, prompts.values(), strict=True)
+        ]
+        for name, tokens in prompts.items():
+            self._check_length(name, len(tokens), asked.token_limit)
+        assert asked.token_limit is not None
+        params = asked.sampling(asked.token_limit)
+        with _refusals(asked):
+            requests = [self._request(asked, tokens, params) for tokens in prompts.values()]
+        reply = CompletionReply(
+            asked.model,
+            tokenizer,
+            sum(map(len, prompts.values())),
+            log_probs=asked.wants_log_probs,
+            echoes=echoes,
+            n=asked.n,
+        )
+        return _Prepared(requests, params, reply)
+
+    def _request(self, asked: GenerationRequest, tokens: Sequence[int], params: SamplingParams) -> EngineRequest:
+        adapter = None if asked.model == self.model_name else asked.model
+        return self.engine.prepare(list(tokens), params, adapter=adapter, cache_salt=asked.cache_salt)
+
+    def _tokens(self, name: str, given: str | list[int], suffix: str | None) -> list[int]:
+        """The tokens of a plain completion's prompt, which the parameter `name` gives; suffix: what is to stand behind it."""
+        tokenizer = self.engine.tokenizer
+        if suffix is not None:
+            assert isinstance(given, str), "the protocol sees to it"
+            return self._infill_tokens(given, suffix)
+        tokens = tokenizer.encode(given) if isinstance(given, str) else given
+        if tokens and all(0 <= token < tokenizer.vocab_size for token in tokens):
+            return tokens
+        raise ApiError(
+            f"invalid '{name}': its tokens must be at least one, with ids in 0 … {tokenizer.vocab_size - 1}",
+            parameter=name,
+            code="invalid_value",
+        )
+
+    def _infill_tokens(self, prefix: str, suffix: str) -> list[int]:
+        try:
+            return infill_prompt(self.engine.tokenizer, prefix, suffix)
+        except ConfigError as error:
+            raise ApiError(f"suffix: {error}", parameter="suffix", code="unsupported_parameter") from None
+
+    def _check_length(self, name: str, tokens: int, wanted: int | None) -> None:
+        """Raises ApiError where a prompt and what is wanted behind it, by default a token, are more than the context."""
+        context = self.engine.context_length
+        left = context - tokens
+        if left < (1 if wanted is None else wanted):
+            raise ApiError(
+                f"this model's context is {context} tokens, and the request has {tokens} in its {name}"
+                + (f" and asks for {wanted} more" if wanted and left >= 1 else ""),
+                parameter=name,
+                code="context_length_exceeded",
+            )
+
+
+@contextmanager
+def _refusals(asked: GenerationRequest) -> Iterator[None]:
+    """What the engine refuses, as the API's error about the parameter that it names."""
+    try:
+        yield
+    except RequestError as error:
+        raise ApiError(str(error), parameter=asked.parameter_in(str(error)), code="invalid_value") from None
+
+
+async def _events(
+    news: AsyncGenerator[list[dict[str, Any]], None], usage: Callable[[], dict[str, Any]] | None
+) -> AsyncIterator[str]:
+    """The server-sent events of a stream. With usage every event has the key, and one more before the end fills it."""
+
+    def event(body: dict[str, Any]) -> str:
+        return f"data: {json.dumps(body if usage is None else {'usage': None, **body}, ensure_ascii=False)}\n\n"
+
+    async with aclosing(news):
+        try:
+            async for bodies in news:
+                if bodies:
+                    yield "".join(map(event, bodies))
+        except (BessemerError, ApiError) as error:
+            # the status is long sent, so it is an event, as OpenAI's clients expect
+            yield event(as_api_error(error).body())
+            return
+    if usage is not None:
+        yield event(usage())
+    yield "data: [DONE]\n\n"
+
+
+async def _until_client_leaves(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
+    """The response of `work`, which is cancelled when the client disconnects first."""
+    answering = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_client_left(request))
+    try:
+        await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        return answering.result() if answering.done() else Response(status_code=_CLIENT_LEFT)
+    finally:
+        answering.cancel()
+        leaving.cancel()
+
+
+async def _client_left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """What a client is told of an error that the tokenizer or the engine raised."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, LostProcessError):
+        return ApiError(str(error), status=503, kind="server_error")
+    return ApiError(str(error))
