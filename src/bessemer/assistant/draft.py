@@ -35,6 +35,11 @@ class MessageText:
             text += self._decoder.feed([id]) if tag is None else self._decoder.flush() + tag
         return self._stops.feed(text)
 
+    @property
+    def stopped_by(self) -> str:
+        """The stop string that ended the text; empty where none did."""
+        return self._stops.matched
+
     def flush(self) -> str:
         """The text held back, when no more tokens come."""
         return self._stops.feed(self._decoder.flush()) + self._stops.flush()
@@ -53,6 +58,11 @@ class Draft:
         self.parser = parser
         self._text = text
         self._next_call_id = next_call_id
+
+    @property
+    def stopped_by(self) -> str:
+        """The stop string that ended the message, of a model of this machine; empty where none did."""
+        return "" if self._text is None else self._text.stopped_by
 
     @property
     def is_empty(self) -> bool:

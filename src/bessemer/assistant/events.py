@@ -68,11 +68,13 @@ EndReason = Literal["answer", "length", "rounds", "tool_calls", "refused"]
 @dataclass(frozen=True)
 class TurnEnd:
     """The turn is over. prompt_tokens: read at its first round; completion_tokens: sampled in all its rounds, those of answers
-    that were sent back among them. Both are 0 where the model is not of this machine."""
+    that were sent back among them. Both are 0 where the model is not of this machine. stopped_by: the stop string at which the
+    last message ended, where one did."""
 
     reason: EndReason
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    stopped_by: str = ""
 
 
 #: What becomes of a message as it is generated.

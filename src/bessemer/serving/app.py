@@ -16,10 +16,12 @@ from starlette.exceptions import HTTPException
 
 from bessemer import __version__
 from bessemer.core.errors import BessemerError
+from bessemer.serving.anthropic_api import PREFIX, AnthropicApi, error_body
 from bessemer.serving.bodies import ApiError, read_request
 from bessemer.serving.config import ServingConfig
 from bessemer.serving.metrics import CONTENT_TYPE, Metrics
 from bessemer.serving.openai_api import OpenAIApi, as_api_error
+from bessemer.serving.served import Served
 from bessemer.serving.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
 from bessemer.serving.worker import TextEngine, Worker
 
@@ -37,16 +39,20 @@ def create_app(engine: TextEngine, model_name: str, config: ServingConfig | None
     """
     config = config or ServingConfig()
     worker = Worker(engine, config.max_waiting)
-    api = OpenAIApi(engine, model_name, worker)
+    served = Served(engine, model_name, worker)
+    openai, anthropic = OpenAIApi(served), AnthropicApi(served)
     app = FastAPI(title="Bessemer", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lambda _: _closing(worker))
     guarded = Depends(_require_key(config.api_key))
-    app.include_router(api.router(), dependencies=[guarded])
+    for api in (openai, anthropic):
+        app.include_router(api.router(), dependencies=[guarded])
     app.add_exception_handler(ApiError, _answer_api_error)
     app.add_exception_handler(BessemerError, _answer_bessemer_error)
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_exception_handler(Exception, _answer_failure)
     page = _chat_page(config.suggestions)
 
+    # Anthropic's clients look whether anybody is there
+    @app.head("/")
     @app.get("/")
     async def chat_page() -> HTMLResponse:
         return HTMLResponse(page, headers={"Content-Security-Policy": _PAGE_POLICY, "Referrer-Policy": "no-referrer"})
@@ -99,31 +105,43 @@ def _require_key(api_key: str | None) -> Callable[[Request], Awaitable[None]]:
     """A check that a request carries the key, when there is one."""
 
     async def check(request: Request) -> None:
-        given = request.headers.get("authorization", "")
-        if api_key is not None and not hmac.compare_digest(given.encode(), f"Bearer {api_key}".encode()):
+        if api_key is None:
+            return
+        bearer = request.headers.get("authorization", "").removeprefix("Bearer ")
+        # Anthropic's clients send it in a header of its own; both are compared, each in constant time
+        given = (bearer, request.headers.get("x-api-key", ""))
+        if not sum(hmac.compare_digest(key.encode(), api_key.encode()) for key in given):
             raise ApiError(
-                "this server needs an API key: send it as 'Authorization: Bearer KEY'", status=401, code="invalid_api_key"
+                "this server needs an API key: send it as 'Authorization: Bearer KEY' or as 'x-api-key: KEY'",
+                status=401,
+                code="invalid_api_key",
             )
 
     return check
 
 
-def _answer_api_error(_: Request, error: Exception) -> Response:
+def _answer_api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return JSONResponse(error.body(), status_code=error.status, headers=error.headers)
+    return JSONResponse(_body_of(request, error), status_code=error.status, headers=error.headers)
+
+
+def _body_of(request: Request, error: ApiError) -> dict[str, Any]:
+    """An error in the form of the API that was asked."""
+    return error_body(error) if request.url.path.startswith(PREFIX) else error.body()
 
 
 def _answer_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    body = ApiError(f"{request.method} {request.url.path}: {error.detail}").body()
-    return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+    told = ApiError(f"{request.method} {request.url.path}: {error.detail}", status=error.status_code)
+    return JSONResponse(_body_of(request, told), status_code=error.status_code, headers=error.headers)
 
 
-def _answer_bessemer_error(_: Request, error: Exception) -> Response:
+def _answer_bessemer_error(request: Request, error: Exception) -> Response:
     """Something that the tokenizer or the engine finds wrong in the request, or that ended the engine."""
-    return _answer_api_error(_, as_api_error(error))
+    return _answer_api_error(request, as_api_error(error))
 
 
-def _answer_failure(_: Request, error: Exception) -> Response:
+def _answer_failure(request: Request, error: Exception) -> Response:
     """A fault of ours, which the server's log shows in full."""
-    return JSONResponse(ApiError("the server failed; its log says why", kind="server_error").body(), status_code=500)
+    told = ApiError("the server failed; its log says why", status=500, kind="server_error")
+    return JSONResponse(_body_of(request, told), status_code=500)

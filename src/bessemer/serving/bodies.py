@@ -7,6 +7,7 @@ nothing (`store: false`, `tools: []`, `null` anywhere) is accepted, because clie
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -113,14 +114,20 @@ def read_request(kind: type[Request], body: bytes) -> Request:
         raise _refusal(error) from None
 
 
+#: How pydantic tells the kinds of a value apart.
+_OF_A_KIND = re.compile(r"str|NamedTool|(list|dict|literal|function-[a-z]+|tagged-union)\[.*", re.DOTALL)
+
+
 def _refusal(error: ValidationError) -> ApiError:
-    problem = error.errors()[0]
+    # of a value that may be of several kinds there is an error for each: what is wrong within the nearest kind says most
+    first, *others = error.errors()
+    same = [one for one in others if one["loc"][: len(first["loc"]) - 1] == first["loc"][:-1]]
+    problem = max([first, *same], key=lambda one: len(one["loc"])) if first["loc"][-1:] == ("str",) else first
     parameter = ""
     for step in problem["loc"]:
         if isinstance(step, int):
             parameter += f"[{step}]"
-        elif step not in ("str", "list[int]", "dict[str,any]", "NamedTool") and not step.startswith(("literal[", "function-")):
-            # how pydantic tells the members of a union apart
+        elif not _OF_A_KIND.fullmatch(step):
             parameter += f".{step}" if parameter else step
     if problem["type"] == "extra_forbidden":
         name = str(problem["loc"][-1])

@@ -8,16 +8,11 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, aclosing, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from bessemer.assistant.assistant import TurnMaker
-from bessemer.assistant.config import AssistantConfig
-from bessemer.assistant.conversation import Conversation
-from bessemer.assistant.messages import as_messages
 from bessemer.core.errors import BessemerError, ConfigError, LostProcessError, RequestError
 from bessemer.inference.request import Request as EngineRequest
 from bessemer.inference.sampling.params import SamplingParams
@@ -26,9 +21,9 @@ from bessemer.serving.chat_replies import ChatReply
 from bessemer.serving.embeddings import EmbeddingsRequest, embeddings_reply
 from bessemer.serving.protocol import ChatRequest, CompletionRequest, GenerationRequest
 from bessemer.serving.replies import CompletionReply, Echo
+from bessemer.serving.served import Chat, Served
 from bessemer.serving.tools import choice_of, tools_of
 from bessemer.serving.turns import Turns
-from bessemer.serving.worker import TextEngine, Worker
 from bessemer.tokenization.infill import infill_prompt
 
 #: What OpenAI's list of models once said of each, and vLLM's still does: it can be asked, and not trained.
@@ -65,15 +60,11 @@ class _Prepared:
 class OpenAIApi:
     """The routes below `/v1` and what they share."""
 
-    engine: TextEngine
-    model_name: str
-    worker: Worker
+    served: Served
     started: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
-        # tools are the clients' to run: what a message calls wrongly is theirs to answer too
-        config = AssistantConfig(max_rounds=1)
-        self._turn_maker = TurnMaker(self.engine.tokenizer, self.engine.context_length, config=config)
+        self.engine, self.worker = self.served.engine, self.served.worker
 
     def router(self) -> APIRouter:
         router = APIRouter(prefix="/v1")
@@ -85,18 +76,18 @@ class OpenAIApi:
         return router
 
     async def models(self) -> dict[str, Any]:
-        return {"object": "list", "data": [await self.model(name) for name in self._names]}
+        return {"object": "list", "data": [await self.model(name) for name in self.served.names]}
 
     async def model(self, name: str) -> dict[str, Any]:
-        self._check_model(name)
+        self.served.check_model(name)
         return {
             "id": name,
             "object": "model",
             "created": self.started,
             "owned_by": "bessemer",
             # an adapter's base; the root is a name and no path of this machine
-            "root": self.model_name,
-            "parent": None if name == self.model_name else self.model_name,
+            "root": self.served.model_name,
+            "parent": None if name == self.served.model_name else self.served.model_name,
             # as vLLM calls the context
             "max_model_len": self.engine.context_length,
             "permission": [{**_PERMISSION, "id": f"modelperm-{name}", "created": self.started}],
@@ -104,7 +95,7 @@ class OpenAIApi:
 
     async def chat(self, request: Request) -> Response:
         asked = read_request(ChatRequest, await request.body())
-        self._check_model(asked.model)
+        self.served.check_model(asked.model)
         with ExitStack() as held:
             # 503 before any work
             held.enter_context(self.worker.admit(asked.n))
@@ -118,7 +109,7 @@ class OpenAIApi:
                 shows_thinking=asked.include_reasoning,
             )
             if not asked.stream:
-                return await _until_client_leaves(request, self._whole_chat(turns, reply))
+                return await until_client_leaves(request, self._whole_chat(turns, reply))
             news = self._told(turns, reply, held.pop_all())
             # from here on, the generator holds the admission
             await anext(news)
@@ -127,12 +118,12 @@ class OpenAIApi:
 
     async def complete(self, request: Request) -> Response:
         asked = read_request(CompletionRequest, await request.body())
-        self._check_model(asked.model)
+        self.served.check_model(asked.model)
         with ExitStack() as held:
             held.enter_context(self.worker.admit(len(asked.prompt) * asked.answers))
             prepared = await asyncio.to_thread(self._prepare, asked)
             if not asked.stream:
-                return await _until_client_leaves(request, self._whole(prepared))
+                return await until_client_leaves(request, self._whole(prepared))
             news = self._chunks(prepared, held.pop_all())
             await anext(news)
             usage = prepared.usage_event if asked.wants_usage else None
@@ -140,58 +131,34 @@ class OpenAIApi:
 
     async def embed(self, request: Request) -> dict[str, Any]:
         asked = read_request(EmbeddingsRequest, await request.body())
-        self._check_model(asked.model)
+        self.served.check_model(asked.model)
         with self.worker.admit(len(asked.input)):
             names = ["input"] if len(asked.input) == 1 else [f"input[{place}]" for place in range(len(asked.input))]
             given: Sequence[str | list[int]] = asked.input
             prompts = [self._tokens(name, one, None) for name, one in zip(names, given, strict=True)]
             for name, tokens in zip(names, prompts, strict=True):
-                self._check_length(name, len(tokens), 0)
-            adapter = None if asked.model == self.model_name else asked.model
+                self.served.check_length(name, len(tokens), 0)
+            adapter = self.served.adapter(asked.model)
             vectors_ND = await asyncio.to_thread(self.engine.embed, prompts, adapter=adapter)
         return embeddings_reply(asked, vectors_ND, prompts)
-
-    @property
-    def _names(self) -> tuple[str, ...]:
-        """What a request may ask for: the model as it is, and with each adapter that is loaded now."""
-        return (self.model_name, *self.engine.adapters)
-
-    def _check_model(self, name: str) -> None:
-        if name not in self._names:
-            known = ", ".join(f"'{known}'" for known in self._names)
-            raise ApiError(
-                f"the model '{name}' does not exist; this server has {known}",
-                status=404,
-                parameter="model",
-                code="model_not_found",
-            )
 
     # -- chats
 
     def _begin_turns(self, asked: ChatRequest) -> Turns:
-        """Turns that have begun, off the event loop: the conversation is read, and all checked that can be."""
-
-        def params_of(prompt_tokens: int) -> SamplingParams:
-            self._check_length("messages", prompt_tokens, asked.token_limit)
-            # an answer without a limit is as long as the memory allows
-            return asked.sampling(asked.token_limit or max(1, self.engine.longest - prompt_tokens))
-
-        tools = [] if asked.tool_choice == "none" else tools_of(asked.tools)
-        choice = choice_of(asked.tool_choice, asked.parallel_tool_calls)
-        given = [message.as_template_input() for message in asked.messages]
-        turns = []
-        try:
-            for _ in range(asked.n):
-                turn = self._turn_maker.start(
-                    Conversation(as_messages(given)), tools=tools, tool_choice=choice, thinking_budget=asked.budget
-                )
-                turn.begin(params_of)
-                turns.append(turn)
-        except RequestError as error:
-            parameter = asked.parameter_in(str(error)) or "messages"
-            raise ApiError(str(error), parameter=parameter, code="invalid_value") from None
-        with _refusals(asked):
-            return Turns(turns, partial(self._request, asked))
+        """Turns that have begun, off the event loop."""
+        chat = Chat(
+            asked.model,
+            [message.as_template_input() for message in asked.messages],
+            asked.sampling,
+            asked.parameter_in,
+            token_limit=asked.token_limit,
+            tools=[] if asked.tool_choice == "none" else tools_of(asked.tools),
+            choice=choice_of(asked.tool_choice, asked.parallel_tool_calls),
+            thinking_budget=asked.budget,
+            answers=asked.n,
+            cache_salt=asked.cache_salt,
+        )
+        return self.served.begin(chat)
 
     async def _whole_chat(self, turns: Turns, reply: ChatReply) -> Response:
         return JSONResponse(reply.whole(await turns.finish(self.worker)))
@@ -233,7 +200,7 @@ class OpenAIApi:
             for given, tokens in zip(texts_or_ids, prompts.values(), strict=True)
         ]
         for name, tokens in prompts.items():
-            self._check_length(name, len(tokens), asked.token_limit)
+            self.served.check_length(name, len(tokens), asked.token_limit)
         assert asked.token_limit is not None
         params = asked.sampling(asked.token_limit)
         with _refusals(asked):
@@ -249,7 +216,7 @@ class OpenAIApi:
         return _Prepared(requests, params, reply)
 
     def _request(self, asked: GenerationRequest, tokens: Sequence[int], params: SamplingParams) -> EngineRequest:
-        adapter = None if asked.model == self.model_name else asked.model
+        adapter = self.served.adapter(asked.model)
         return self.engine.prepare(list(tokens), params, adapter=adapter, cache_salt=asked.cache_salt)
 
     def _tokens(self, name: str, given: str | list[int], suffix: str | None) -> list[int]:
@@ -272,18 +239,6 @@ class OpenAIApi:
             return infill_prompt(self.engine.tokenizer, prefix, suffix)
         except ConfigError as error:
             raise ApiError(f"suffix: {error}", parameter="suffix", code="unsupported_parameter") from None
-
-    def _check_length(self, name: str, tokens: int, wanted: int | None) -> None:
-        """Raises ApiError where a prompt and what is wanted behind it, by default a token, are more than the context."""
-        context = self.engine.context_length
-        left = context - tokens
-        if left < (1 if wanted is None else wanted):
-            raise ApiError(
-                f"this model's context is {context} tokens, and the request has {tokens} in its {name}"
-                + (f" and asks for {wanted} more" if wanted and left >= 1 else ""),
-                parameter=name,
-                code="context_length_exceeded",
-            )
 
 
 @contextmanager
@@ -317,7 +272,7 @@ async def _events(
     yield "data: [DONE]\n\n"
 
 
-async def _until_client_leaves(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
+async def until_client_leaves(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
     """The response of `work`, which is cancelled when the client disconnects first."""
     answering = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_client_left(request))

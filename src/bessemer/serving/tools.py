@@ -17,7 +17,7 @@ ToolName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:/-]{1,128}$")]
 _NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}}
 
 
-def _in_json(schema: dict[str, Any]) -> dict[str, Any]:
+def in_json(schema: dict[str, Any]) -> dict[str, Any]:
     """Python reads NaN and infinities in JSON, which has none."""
     json.dumps(schema, allow_nan=False)
     return schema
@@ -28,7 +28,7 @@ class Function(Body):
 
     name: ToolName
     description: str = ""
-    parameters: Annotated[dict[str, Any], AfterValidator(_in_json)] = Field(_NO_ARGUMENTS)
+    parameters: Annotated[dict[str, Any], AfterValidator(in_json)] = Field(_NO_ARGUMENTS)
     strict: bool = False
 
 

@@ -16,17 +16,20 @@ class StopStrings:
         self._include = include
         self._held = ""
         self.found = False
+        #: The stop string that ended the text.
+        self.matched = ""
 
     def feed(self, text: str) -> str:
         """The text that may be shown now. Once `found`, nothing more is."""
         if self.found or not self._stops:
             return "" if self.found else text
         held = self._held + text
-        matches = [(at + len(stop), at) for stop in self._stops if (at := held.find(stop)) >= 0]
+        matches = [(at + len(stop), at, stop) for stop in self._stops if (at := held.find(stop)) >= 0]
         if matches:
+            end, at, self.matched = min(matches)
             self.found = True
             self._held = ""
-            return held[: min(matches)[0 if self._include else 1]]
+            return held[: end if self._include else at]
         keep = max(overlap(held, stop) for stop in self._stops)
         shown, self._held = held[: len(held) - keep], held[len(held) - keep :]
         return shown

@@ -1,0 +1,120 @@
+"""Anthropic's API: `/v1/messages` and `/v1/messages/count_tokens`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import AbstractContextManager, ExitStack, aclosing
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+
+from bessemer.core.errors import BessemerError
+from bessemer.serving.anthropic_protocol import CountRequest, MessagesRequest
+from bessemer.serving.anthropic_replies import MessagesReply, NamedEvent
+from bessemer.serving.bodies import ApiError, read_request
+from bessemer.serving.openai_api import as_api_error, until_client_leaves
+from bessemer.serving.served import Chat, Served
+from bessemer.serving.turns import Turns
+
+#: Where the API lies.
+PREFIX = "/v1/messages"
+_ERRORS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+_PARAMETERS = {"stop": "stop_sequences"}
+
+
+def error_body(error: ApiError) -> dict[str, Any]:
+    """An error in Anthropic's form."""
+    kind = _ERRORS.get(error.status, "api_error")
+    return {"type": "error", "error": {"type": kind, "message": str(error)}, "request_id": f"req_{uuid.uuid4().hex}"}
+
+
+class AnthropicApi:
+    """The routes and what they share."""
+
+    def __init__(self, served: Served) -> None:
+        self._served = served
+
+    def router(self) -> APIRouter:
+        """The routes."""
+        router = APIRouter(prefix=PREFIX)
+        router.add_api_route("", self.message, methods=["POST"], response_model=None)
+        router.add_api_route("/count_tokens", self.count, methods=["POST"], response_model=None)
+        return router
+
+    async def message(self, request: Request) -> Response:
+        asked = read_request(MessagesRequest, await request.body())
+        self._served.check_model(asked.model)
+        with ExitStack() as held:
+            held.enter_context(self._served.worker.admit(1))
+            turns = await asyncio.to_thread(lambda: self._served.begin(_chat_of(asked)))
+            reply = MessagesReply(asked.model, turns)
+            if not asked.stream:
+                return await until_client_leaves(request, self._whole(turns, reply))
+            news = self._told(turns, reply, held.pop_all())
+            # from here on, the generator holds the admission
+            await anext(news)
+            return StreamingResponse(_events(news), media_type="text/event-stream")
+
+    async def count(self, request: Request) -> dict[str, Any]:
+        asked = read_request(CountRequest, await request.body())
+        self._served.check_model(asked.model)
+        chat = _chat_of(MessagesRequest(**{name: getattr(asked, name) for name in asked.model_fields_set}, max_tokens=1))
+        return {"input_tokens": await asyncio.to_thread(self._served.count, chat)}
+
+    async def _whole(self, turns: Turns, reply: MessagesReply) -> Response:
+        return JSONResponse(reply.whole(await turns.finish(self._served.worker)))
+
+    async def _told(
+        self, turns: Turns, reply: MessagesReply, place: AbstractContextManager
+    ) -> AsyncGenerator[list[NamedEvent], None]:
+        """The events of a stream. The first item is an empty list, given at once: from then on closing or cancelling it ends
+        the requests and their admission."""
+        with place:
+            yield []
+            has_begun = False
+            async with aclosing(turns.stream(self._served.worker)) as news:
+                async for told in news:
+                    begin = [] if has_begun else [reply.start()]
+                    has_begun = True
+                    yield [*begin, *reply.events(told)]
+
+
+def _chat_of(asked: MessagesRequest) -> Chat:
+    return Chat(
+        asked.model,
+        asked.in_chat(),
+        asked.sampling,
+        lambda reason: _PARAMETERS.get(reason.partition(" ")[0]),
+        token_limit=asked.max_tokens,
+        tools=asked.offered(),
+        choice=asked.choice,
+        thinking_budget=asked.budget,
+    )
+
+
+async def _events(news: AsyncGenerator[list[NamedEvent], None]) -> AsyncIterator[str]:
+    """The server-sent events of a stream."""
+
+    def event(kind: str, body: dict[str, Any]) -> str:
+        return f"event: {kind}\ndata: {json.dumps(body, ensure_ascii=False)}\n\n"
+
+    async with aclosing(news):
+        try:
+            async for told in news:
+                if told:
+                    yield "".join(event(*one) for one in told)
+        except (BessemerError, ApiError) as error:
+            # the status is long sent
+            yield event("error", error_body(as_api_error(error)))

@@ -1,0 +1,120 @@
+"""What a server serves, whatever the dialect of the request: a model, its adapters, and the answers to a conversation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from bessemer.assistant.assistant import TurnMaker
+from bessemer.assistant.config import AssistantConfig
+from bessemer.assistant.conversation import Conversation
+from bessemer.assistant.messages import as_messages
+from bessemer.assistant.tools import Tool, ToolChoice
+from bessemer.core.errors import RequestError
+from bessemer.inference.request import Request
+from bessemer.inference.sampling.params import SamplingParams
+from bessemer.serving.bodies import ApiError
+from bessemer.serving.turns import Turns
+from bessemer.serving.worker import TextEngine, Worker
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation that is to be answered.
+
+    messages: in the form of chat completions. params_of: how answers are sampled, given the most tokens of one. token_limit:
+    the most that the client says. parameter_of: which parameter of the request a refusal is about, by its text. answers: how
+    many.
+    """
+
+    model: str
+    messages: Sequence[Mapping[str, Any]]
+    params_of: Callable[[int], SamplingParams]
+    parameter_of: Callable[[str], str | None]
+    token_limit: int | None = None
+    tools: Sequence[Tool] = ()
+    choice: ToolChoice = field(default_factory=ToolChoice)
+    thinking_budget: int | None = None
+    answers: int = 1
+    cache_salt: str | None = None
+
+
+class Served:
+    """A model under its name, and its adapters each under its own."""
+
+    def __init__(self, engine: TextEngine, model_name: str, worker: Worker) -> None:
+        self.engine = engine
+        self.model_name = model_name
+        self.worker = worker
+        # tools are the clients' to run: what a message calls wrongly is theirs to answer too
+        config = AssistantConfig(max_rounds=1)
+        self._turns = TurnMaker(engine.tokenizer, engine.context_length, config=config)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What a request may ask for: the model as it is, and with each adapter that is loaded now."""
+        return (self.model_name, *self.engine.adapters)
+
+    def check_model(self, name: str) -> None:
+        """Raises ApiError (404) for a name that is not served."""
+        if name not in self.names:
+            known = ", ".join(f"'{known}'" for known in self.names)
+            raise ApiError(
+                f"the model '{name}' does not exist; this server has {known}",
+                status=404,
+                parameter="model",
+                code="model_not_found",
+            )
+
+    def adapter(self, name: str) -> str | None:
+        """The adapter that a name asks for; None: the model as it is."""
+        return None if name == self.model_name else name
+
+    def check_length(self, parameter: str, tokens: int, wanted: int | None) -> None:
+        """Raises ApiError where a prompt and what is wanted behind it, by default a token, are more than the context."""
+        context = self.engine.context_length
+        left = context - tokens
+        if left < (1 if wanted is None else wanted):
+            raise ApiError(
+                f"this model's context is {context} tokens, and the request has {tokens} in its {parameter}"
+                + (f" and asks for {wanted} more" if wanted and left >= 1 else ""),
+                parameter=parameter,
+                code="context_length_exceeded",
+            )
+
+    def begin(self, chat: Chat) -> Turns:
+        """Turns that have begun, for a thread beside the event loop: the conversation is read, and all checked that can be.
+
+        Raises ApiError for what is wrong with the request.
+        """
+
+        def params_of(prompt_tokens: int) -> SamplingParams:
+            self.check_length("messages", prompt_tokens, chat.token_limit)
+            # an answer without a limit is as long as the memory allows
+            return chat.params_of(chat.token_limit or max(1, self.engine.longest - prompt_tokens))
+
+        def request(tokens: Sequence[int], params: SamplingParams) -> Request:
+            return self.engine.prepare(list(tokens), params, adapter=self.adapter(chat.model), cache_salt=chat.cache_salt)
+
+        turns = []
+        try:
+            for _ in range(chat.answers):
+                turn = self._turns.start(
+                    Conversation(as_messages(chat.messages)),
+                    tools=chat.tools,
+                    tool_choice=chat.choice,
+                    thinking_budget=chat.thinking_budget,
+                )
+                turn.begin(params_of)
+                turns.append(turn)
+            return Turns(turns, request)
+        except RequestError as error:
+            parameter = chat.parameter_of(str(error)) or "messages"
+            raise ApiError(str(error), parameter=parameter, code="invalid_value") from None
+
+    def count(self, chat: Chat) -> int:
+        """The tokens of a conversation with its tools, up to where the assistant speaks. Raises as `begin`."""
+        tools = [tool.description_in_chat for tool in chat.tools] or None
+        messages = [message.as_template_input() for message in as_messages(chat.messages)]
+        return len(self.engine.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tools=tools))
