@@ -8,13 +8,13 @@ import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from importlib import resources
+from importlib.metadata import version as package_version
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
 
-from bessemer import __version__
 from bessemer.core.errors import BessemerError
 from bessemer.serving.anthropic_api import PREFIX, AnthropicApi, error_body
 from bessemer.serving.bodies import ApiError, read_request
@@ -67,7 +67,7 @@ def create_app(engine: TextEngine, model_name: str, config: ServingConfig | None
 
     @app.get("/version")
     async def version() -> dict[str, str]:
-        return {"version": __version__}
+        return {"version": package_version("bessemer")}
 
     metrics = Metrics(engine, model_name)
 
