@@ -21,6 +21,7 @@ from bessemer.serving.bodies import ApiError, read_request
 from bessemer.serving.config import ServingConfig
 from bessemer.serving.metrics import CONTENT_TYPE, Metrics
 from bessemer.serving.openai_api import OpenAIApi, as_api_error
+from bessemer.serving.responses_api import ResponsesApi
 from bessemer.serving.served import Served
 from bessemer.serving.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
 from bessemer.serving.worker import TextEngine, Worker
@@ -40,10 +41,10 @@ def create_app(engine: TextEngine, model_name: str, config: ServingConfig | None
     config = config or ServingConfig()
     worker = Worker(engine, config.max_waiting)
     served = Served(engine, model_name, worker)
-    openai, anthropic = OpenAIApi(served), AnthropicApi(served)
+    apis = (OpenAIApi(served), ResponsesApi(served), AnthropicApi(served))
     app = FastAPI(title="Bessemer", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lambda _: _closing(worker))
     guarded = Depends(_require_key(config.api_key))
-    for api in (openai, anthropic):
+    for api in apis:
         app.include_router(api.router(), dependencies=[guarded])
     app.add_exception_handler(ApiError, _answer_api_error)
     app.add_exception_handler(BessemerError, _answer_bessemer_error)

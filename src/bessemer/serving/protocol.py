@@ -119,7 +119,7 @@ class TemplateSettings(Body):
 
 
 #: Most tokens of thinking by the effort that is asked for; at a higher one there is no limit.
-_EFFORTS = {"none": 0, "minimal": 512, "low": 1024, "medium": 8192}
+EFFORTS = {"none": 0, "minimal": 512, "low": 1024, "medium": 8192}
 
 
 class StreamOptions(Body):
@@ -277,7 +277,7 @@ class ChatRequest(GenerationRequest):
         given = (
             self.thinking_budget,
             self.thinking_token_budget,
-            _EFFORTS.get(self.reasoning_effort or ""),
+            EFFORTS.get(self.reasoning_effort or ""),
             0 if off else None,
         )
         return [budget for budget in given if budget is not None]

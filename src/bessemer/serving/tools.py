@@ -55,12 +55,15 @@ class NamedTool(Body):
 Choice = Literal["none", "auto", "required"] | NamedTool
 
 
-def tools_of(given: list[FunctionTool]) -> list[Tool]:
-    """The assistant's tools; the client runs them. Raises ApiError for a schema that is none and for two of a name."""
+def tools_of(given: list[FunctionTool], inside: str = ".function") -> list[Tool]:
+    """The assistant's tools; the client runs them. inside: where a request has what is told of each.
+
+    Raises ApiError for a schema that is none and for two of a name.
+    """
     tools: list[Tool] = []
     for place, one in enumerate(given):
         function = one.function
-        where = f"tools[{place}].function"
+        where = f"tools[{place}]{inside}"
         if any(tool.name == function.name for tool in tools):
             raise ApiError(f"two tools are called '{function.name}'", parameter=f"{where}.name", code="invalid_value")
         try:

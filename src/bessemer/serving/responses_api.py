@@ -1,0 +1,177 @@
+"""OpenAI's `/v1/responses`: text, thinking and calls, stored for whoever asked for them."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import AbstractContextManager, ExitStack, aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+
+from bessemer.core.errors import BessemerError
+from bessemer.serving.bodies import ApiError, read_request
+from bessemer.serving.openai_api import as_api_error, until_client_leaves
+from bessemer.serving.responses_protocol import ResponsesRequest
+from bessemer.serving.responses_replies import NamedEvent, ResponseReply
+from bessemer.serving.served import Chat, Served
+from bessemer.serving.turns import Turns
+
+#: Responses that are kept; the oldest goes first.
+_KEPT = 1000
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A response with its conversation, in the form of chat completions and without instructions. owner: of the key."""
+
+    owner: str
+    body: dict[str, Any]
+    messages: list[dict[str, Any]]
+    inputs: list[dict[str, Any]]
+
+
+class ResponsesApi:
+    """The routes and what they share. Responses are kept in memory, each for the key that asked for it."""
+
+    def __init__(self, served: Served) -> None:
+        self._served = served
+        self._stored: OrderedDict[str, _Stored] = OrderedDict()
+
+    def router(self) -> APIRouter:
+        """The routes."""
+        router = APIRouter(prefix="/v1/responses")
+        router.add_api_route("", self.create, methods=["POST"], response_model=None)
+        router.add_api_route("/{identity}", self.retrieve, methods=["GET"])
+        router.add_api_route("/{identity}", self.delete, methods=["DELETE"])
+        router.add_api_route("/{identity}/input_items", self.inputs, methods=["GET"])
+        return router
+
+    async def create(self, request: Request) -> Response:
+        asked = read_request(ResponsesRequest, await request.body())
+        self._served.check_model(asked.model)
+        owner = _owner_of(request)
+        before = [] if asked.previous_response_id is None else self._find(asked.previous_response_id, owner).messages
+        tokenizer = self._served.engine.tokenizer
+        if asked.is_probe:
+            reply = ResponseReply(asked, tokenizer, None)
+            begin, end = reply.start(), reply.nothing()
+            if not asked.stream:
+                return JSONResponse(reply.body())
+            return StreamingResponse(_events(_at_once([*begin, *end]), reply), media_type="text/event-stream")
+        with ExitStack() as held:
+            held.enter_context(self._served.worker.admit(1))
+            chat = _chat_of(asked, before)
+            turns = await asyncio.to_thread(self._served.begin, chat)
+            reply = ResponseReply(asked, tokenizer, turns)
+            if not asked.stream:
+                return await until_client_leaves(request, self._whole(turns, reply, asked, owner, before))
+            news = self._told(turns, reply, asked, owner, before, held.pop_all())
+            # from here on, the generator holds the admission
+            await anext(news)
+            return StreamingResponse(_events(news, reply), media_type="text/event-stream")
+
+    async def retrieve(self, identity: str, request: Request) -> dict[str, Any]:
+        return self._find(identity, _owner_of(request)).body
+
+    async def delete(self, identity: str, request: Request) -> dict[str, Any]:
+        self._find(identity, _owner_of(request))
+        del self._stored[identity]
+        return {"id": identity, "object": "response", "deleted": True}
+
+    async def inputs(self, identity: str, request: Request) -> dict[str, Any]:
+        items = self._find(identity, _owner_of(request)).inputs
+        return {"object": "list", "data": items, "has_more": False, "first_id": None, "last_id": None}
+
+    def _find(self, identity: str, owner: str) -> _Stored:
+        """Another's is as one that there is not."""
+        found = self._stored.get(identity)
+        if found is None or found.owner != owner:
+            raise ApiError(f"there is no response '{identity}'", status=404, code="response_not_found")
+        return found
+
+    async def _whole(
+        self, turns: Turns, reply: ResponseReply, asked: ResponsesRequest, owner: str, before: list[dict[str, Any]]
+    ) -> Response:
+        body = reply.whole(await turns.finish(self._served.worker))
+        self._keep(reply, asked, owner, before)
+        return JSONResponse(body)
+
+    async def _told(
+        self,
+        turns: Turns,
+        reply: ResponseReply,
+        asked: ResponsesRequest,
+        owner: str,
+        before: list[dict[str, Any]],
+        place: AbstractContextManager,
+    ) -> AsyncGenerator[list[NamedEvent], None]:
+        """The events of a stream. The first item is an empty list, given at once: from then on closing or cancelling it ends
+        the request and its admission."""
+        with place:
+            yield []
+            yield reply.start()
+            async with aclosing(turns.stream(self._served.worker)) as news:
+                async for told in news:
+                    yield list(reply.events(told))
+            self._keep(reply, asked, owner, before)
+
+    def _keep(self, reply: ResponseReply, asked: ResponsesRequest, owner: str, before: list[dict[str, Any]]) -> None:
+        if not asked.store:
+            return
+        said = asked.model_copy(update={"instructions": "", "input": [*asked.items, *_items_of(reply)]})
+        items = [{"id": f"item_{place}", **item.model_dump(exclude_none=True)} for place, item in enumerate(asked.items)]
+        self._stored[reply.identity] = _Stored(owner, reply.body(), said.in_chat(before), items)
+        while len(self._stored) > _KEPT:
+            self._stored.popitem(last=False)
+
+
+def _items_of(reply: ResponseReply) -> list[Any]:
+    """What a response made as a later request would send it."""
+    wanted = ResponsesRequest.model_validate({"model": "", "input": list(reply.output)})
+    assert isinstance(wanted.input, list)
+    return list(wanted.input)
+
+
+def _chat_of(asked: ResponsesRequest, before: list[dict[str, Any]]) -> Chat:
+    return Chat(
+        asked.model,
+        asked.in_chat(before),
+        asked.sampling,
+        lambda reason: "text.format" if reason.split(" ")[0].rstrip(":") in ("json_schema", "ebnf") else None,
+        token_limit=asked.max_output_tokens,
+        tools=asked.offered(),
+        choice=asked.choice,
+        thinking_budget=asked.budget,
+    )
+
+
+def _owner_of(request: Request) -> str:
+    """Who asks, by the key: its hash, so that no key is kept."""
+    key = request.headers.get("authorization", "").removeprefix("Bearer ") or request.headers.get("x-api-key", "")
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+async def _at_once(events: list[NamedEvent]) -> AsyncGenerator[list[NamedEvent], None]:
+    yield events
+
+
+async def _events(news: AsyncGenerator[list[NamedEvent], None], reply: ResponseReply) -> AsyncIterator[str]:
+    """The server-sent events of a stream."""
+
+    def event(kind: str, body: dict[str, Any]) -> str:
+        return f"event: {kind}\ndata: {json.dumps(body, ensure_ascii=False)}\n\n"
+
+    async with aclosing(news):
+        try:
+            async for told in news:
+                if told:
+                    yield "".join(event(*one) for one in told)
+        except (BessemerError, ApiError) as error:
+            # the status is long sent
+            yield event(*reply.failed(as_api_error(error)))
