@@ -1,4 +1,4 @@
-"""OpenAI's `/v1/responses`: text, thinking and calls, stored for whoever asked for them."""
+"""OpenAI's `/v1/responses`: text, thinking and calls, stored for those who asked for them."""
 
 from __future__ import annotations
 
