@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import AbstractContextManager, ExitStack, aclosing
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from bessemer.core.errors import BessemerError
 from bessemer.serving.anthropic_protocol import CountRequest, MessagesRequest
-from bessemer.serving.anthropic_replies import MessagesReply, NamedEvent
+from bessemer.serving.anthropic_replies import MessagesReply
 from bessemer.serving.bodies import ApiError, read_request
-from bessemer.serving.openai_api import as_api_error, until_client_leaves
 from bessemer.serving.served import Chat, Served
+from bessemer.serving.streams import NamedEvent, named_events, until_client_leaves
 from bessemer.serving.turns import Turns
 
 #: Where the API lies.
@@ -65,7 +63,9 @@ class AnthropicApi:
             news = self._told(turns, reply, held.pop_all())
             # from here on, the generator holds the admission
             await anext(news)
-            return StreamingResponse(_events(news), media_type="text/event-stream")
+            return StreamingResponse(
+                named_events(news, lambda error: ("error", error_body(error))), media_type="text/event-stream"
+            )
 
     async def count(self, request: Request) -> dict[str, Any]:
         asked = read_request(CountRequest, await request.body())
@@ -102,19 +102,3 @@ def _chat_of(asked: MessagesRequest) -> Chat:
         choice=asked.choice,
         thinking_budget=asked.budget,
     )
-
-
-async def _events(news: AsyncGenerator[list[NamedEvent], None]) -> AsyncIterator[str]:
-    """The server-sent events of a stream."""
-
-    def event(kind: str, body: dict[str, Any]) -> str:
-        return f"event: {kind}\ndata: {json.dumps(body, ensure_ascii=False)}\n\n"
-
-    async with aclosing(news):
-        try:
-            async for told in news:
-                if told:
-                    yield "".join(event(*one) for one in told)
-        except (BessemerError, ApiError) as error:
-            # the status is long sent
-            yield event("error", error_body(as_api_error(error)))

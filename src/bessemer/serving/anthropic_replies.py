@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from bessemer.assistant.events import BadCall, Called, EndReason, Event, RolledBack, TextDelta, ThinkingDelta, TurnEnd
 from bessemer.serving.bodies import ApiError
+from bessemer.serving.streams import NamedEvent
 from bessemer.serving.turns import ChoiceEvents, Turns
 
 _STOP: dict[EndReason, str] = {
@@ -20,8 +21,6 @@ _STOP: dict[EndReason, str] = {
     "refused": "refusal",
 }
 _Kind = Literal["text", "thinking", "tool_use"]
-#: An event with its name.
-NamedEvent = tuple[str, dict[str, Any]]
 
 
 class MessagesReply:

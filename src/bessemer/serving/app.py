@@ -20,9 +20,10 @@ from bessemer.serving.anthropic_api import PREFIX, AnthropicApi, error_body
 from bessemer.serving.bodies import ApiError, read_request
 from bessemer.serving.config import ServingConfig
 from bessemer.serving.metrics import CONTENT_TYPE, Metrics
-from bessemer.serving.openai_api import OpenAIApi, as_api_error
+from bessemer.serving.openai_api import OpenAIApi
 from bessemer.serving.responses_api import ResponsesApi
 from bessemer.serving.served import Served
+from bessemer.serving.streams import as_api_error
 from bessemer.serving.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
 from bessemer.serving.worker import TextEngine, Worker
 

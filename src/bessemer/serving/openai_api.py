@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from bessemer.core.errors import BessemerError, ConfigError, LostProcessError, RequestError
+from bessemer.core.errors import BessemerError, ConfigError, RequestError
 from bessemer.inference.request import Request as EngineRequest
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.serving.bodies import ApiError, read_request
@@ -22,6 +22,7 @@ from bessemer.serving.embeddings import EmbeddingsRequest, embeddings_reply
 from bessemer.serving.protocol import ChatRequest, CompletionRequest, GenerationRequest
 from bessemer.serving.replies import CompletionReply, Echo
 from bessemer.serving.served import Chat, Served
+from bessemer.serving.streams import as_api_error, until_client_leaves
 from bessemer.serving.tools import choice_of, tools_of
 from bessemer.serving.turns import Turns
 from bessemer.tokenization.infill import infill_prompt
@@ -39,8 +40,6 @@ _PERMISSION: dict[str, Any] = {
     "group": None,
     "is_blocking": False,
 }
-#: nginx's status for a client that left before its response; it is never received.
-_CLIENT_LEFT = 499
 
 
 @dataclass(frozen=True)
@@ -270,29 +269,3 @@ async def _events(
     if usage is not None:
         yield event(usage())
     yield "data: [DONE]\n\n"
-
-
-async def until_client_leaves(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
-    """The response of `work`, which is cancelled when the client disconnects first."""
-    answering = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_client_left(request))
-    try:
-        await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        return answering.result() if answering.done() else Response(status_code=_CLIENT_LEFT)
-    finally:
-        answering.cancel()
-        leaving.cancel()
-
-
-async def _client_left(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-def as_api_error(error: Exception) -> ApiError:
-    """What a client is told of an error that the tokenizer or the engine raised."""
-    if isinstance(error, ApiError):
-        return error
-    if isinstance(error, LostProcessError):
-        return ApiError(str(error), status=503, kind="server_error")
-    return ApiError(str(error))

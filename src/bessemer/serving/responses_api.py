@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import AbstractContextManager, ExitStack, aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +13,11 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from bessemer.core.errors import BessemerError
 from bessemer.serving.bodies import ApiError, read_request
-from bessemer.serving.openai_api import as_api_error, until_client_leaves
 from bessemer.serving.responses_protocol import ResponsesRequest
-from bessemer.serving.responses_replies import NamedEvent, ResponseReply
+from bessemer.serving.responses_replies import ResponseReply
 from bessemer.serving.served import Chat, Served
+from bessemer.serving.streams import NamedEvent, named_events, until_client_leaves
 from bessemer.serving.turns import Turns
 
 #: Responses that are kept; the oldest goes first.
@@ -63,7 +61,7 @@ class ResponsesApi:
             begin, end = reply.start(), reply.nothing()
             if not asked.stream:
                 return JSONResponse(reply.body())
-            return StreamingResponse(_events(_at_once([*begin, *end]), reply), media_type="text/event-stream")
+            return StreamingResponse(named_events(_at_once([*begin, *end]), reply.failed), media_type="text/event-stream")
         with ExitStack() as held:
             held.enter_context(self._served.worker.admit(1))
             chat = _chat_of(asked, before)
@@ -74,7 +72,7 @@ class ResponsesApi:
             news = self._told(turns, reply, asked, owner, before, held.pop_all())
             # from here on, the generator holds the admission
             await anext(news)
-            return StreamingResponse(_events(news, reply), media_type="text/event-stream")
+            return StreamingResponse(named_events(news, reply.failed), media_type="text/event-stream")
 
     async def retrieve(self, identity: str, request: Request) -> dict[str, Any]:
         return self._find(identity, _owner_of(request)).body
@@ -159,19 +157,3 @@ def _owner_of(request: Request) -> str:
 
 async def _at_once(events: list[NamedEvent]) -> AsyncGenerator[list[NamedEvent], None]:
     yield events
-
-
-async def _events(news: AsyncGenerator[list[NamedEvent], None], reply: ResponseReply) -> AsyncIterator[str]:
-    """The server-sent events of a stream."""
-
-    def event(kind: str, body: dict[str, Any]) -> str:
-        return f"event: {kind}\ndata: {json.dumps(body, ensure_ascii=False)}\n\n"
-
-    async with aclosing(news):
-        try:
-            async for told in news:
-                if told:
-                    yield "".join(event(*one) for one in told)
-        except (BessemerError, ApiError) as error:
-            # the status is long sent
-            yield event(*reply.failed(as_api_error(error)))

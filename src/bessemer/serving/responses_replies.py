@@ -11,11 +11,9 @@ from typing import Any
 from bessemer.assistant.events import BadCall, Called, Event, RolledBack, TextDelta, ThinkingDelta, TurnEnd
 from bessemer.serving.bodies import ApiError
 from bessemer.serving.responses_protocol import ResponsesRequest
+from bessemer.serving.streams import NamedEvent
 from bessemer.serving.turns import ChoiceEvents, Turns
 from bessemer.tokenization.tokenizer import Tokenizer
-
-#: An event with its name.
-NamedEvent = tuple[str, dict[str, Any]]
 
 
 class ResponseReply:

@@ -1,0 +1,62 @@
+"""What the dialects share of answering: events by name, clients that leave, and errors that are not the API's own."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import Request, Response
+
+from bessemer.core.errors import BessemerError, LostProcessError
+from bessemer.serving.bodies import ApiError
+
+#: nginx's status for a client that left before its response; it is never received.
+_CLIENT_LEFT = 499
+#: An event with its name.
+NamedEvent = tuple[str, dict[str, Any]]
+
+
+async def named_events(
+    news: AsyncGenerator[list[NamedEvent], None], failed: Callable[[ApiError], NamedEvent]
+) -> AsyncIterator[str]:
+    """The server-sent events of a stream, with their names. failed: the event that tells an error: the status is long sent."""
+
+    def event(kind: str, body: dict[str, Any]) -> str:
+        return f"event: {kind}\ndata: {json.dumps(body, ensure_ascii=False)}\n\n"
+
+    async with aclosing(news):
+        try:
+            async for told in news:
+                if told:
+                    yield "".join(event(*one) for one in told)
+        except (BessemerError, ApiError) as error:
+            yield event(*failed(as_api_error(error)))
+
+
+async def until_client_leaves(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
+    """The response of `work`, which is cancelled when the client disconnects first."""
+    answering = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_client_left(request))
+    try:
+        await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        return answering.result() if answering.done() else Response(status_code=_CLIENT_LEFT)
+    finally:
+        answering.cancel()
+        leaving.cancel()
+
+
+async def _client_left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """What a client is told of an error that the tokenizer or the engine raised."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, LostProcessError):
+        return ApiError(str(error), status=503, kind="server_error")
+    return ApiError(str(error))
