@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import anthropic
 import httpx
@@ -18,18 +19,9 @@ ASKED = {"model": "tiny", "max_tokens": 500, "messages": [{"role": "user", "cont
 
 
 @pytest.fixture
-def connect(start):
+def connect(connected):
     """The official client of a server with an engine."""
-    clients = []
-
-    def to(engine, **settings):
-        key = settings.get("api_key", "any")
-        clients.append(anthropic.Anthropic(base_url=start(engine, **settings), api_key=key, max_retries=0))
-        return clients[-1]
-
-    yield to
-    for client in clients:
-        client.close()
+    return partial(connected, anthropic.Anthropic)
 
 
 def test_the_client_gets_a_whole_message_and_a_stream(connect, tokenizer):  # noqa: F811

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import httpx
 import openai
@@ -18,18 +19,9 @@ ASKED = {"model": "tiny", "input": "Is it warm in Rome?"}
 
 
 @pytest.fixture
-def connect(start):
+def connect(connected):
     """The official client of a server with an engine."""
-    clients = []
-
-    def to(engine, **settings):
-        url = start(engine, **settings) + "/v1"
-        clients.append(openai.OpenAI(base_url=url, api_key=settings.get("api_key", "any"), max_retries=0))
-        return clients[-1]
-
-    yield to
-    for client in clients:
-        client.close()
+    return partial(connected, openai.OpenAI, path="/v1")
 
 
 def test_the_client_gets_a_response_and_may_ask_for_it_again(connect, tokenizer):  # noqa: F811

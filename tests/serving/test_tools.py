@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import jsonschema
 import openai
@@ -45,17 +46,9 @@ def engine(tmp_path_factory):
 
 
 @pytest.fixture
-def connect(start):
+def connect(connected):
     """The official client of a server with an engine."""
-    clients = []
-
-    def to(engine):
-        clients.append(openai.OpenAI(base_url=start(engine) + "/v1", api_key="any", max_retries=0))
-        return clients[-1]
-
-    yield to
-    for client in clients:
-        client.close()
+    return partial(connected, openai.OpenAI, path="/v1")
 
 
 def collected(stream):

@@ -38,6 +38,10 @@ def error_body(error: ApiError) -> dict[str, Any]:
     return {"type": "error", "error": {"type": kind, "message": str(error)}, "request_id": f"req_{uuid.uuid4().hex}"}
 
 
+def _failed(error: ApiError) -> NamedEvent:
+    return "error", error_body(error)
+
+
 class AnthropicApi:
     """The routes and what they share."""
 
@@ -63,9 +67,7 @@ class AnthropicApi:
             news = self._told(turns, reply, held.pop_all())
             # from here on, the generator holds the admission
             await anext(news)
-            return StreamingResponse(
-                named_events(news, lambda error: ("error", error_body(error))), media_type="text/event-stream"
-            )
+            return StreamingResponse(named_events(news, _failed), media_type="text/event-stream")
 
     async def count(self, request: Request) -> dict[str, Any]:
         asked = read_request(CountRequest, await request.body())
