@@ -94,7 +94,7 @@ class AsyncEngineCore(EngineCore):
             return None
         self._prepare_blocks(output)
         requests = [self._requests[chunk.sequence.identity] for chunk in output.chunks]
-        self._recorder.step_began(requests, started)
+        self._begin_step(requests, started)
         batch, _ = self._batch(output.chunks, requests, pending)
         places: list[int | None] = []
         sampled: list[Request] = []
@@ -131,7 +131,7 @@ class AsyncEngineCore(EngineCore):
         self._is_ahead = False
         now = time.perf_counter()
         # steps overlap: the time of one is that since the one before
-        self._recorder.step_ended(step.computed_tokens, now - max(step.started, self._handed_over_at))
+        self._count_step(step.computed_tokens, now - max(step.started, self._handed_over_at))
         self._handed_over_at = now
 
     def _record_tokens(self, chunk: ScheduledChunk, tokens: Sequence[int]) -> None:

@@ -101,7 +101,7 @@ class EngineCore:
             return
         self._prepare_blocks(output)
         requests = [self._requests[chunk.sequence.identity] for chunk in output.chunks]
-        self._recorder.step_began(requests, started)
+        self._begin_step(requests, started)
         if several:
             self._generate(output, requests, started)
             return
@@ -121,7 +121,7 @@ class EngineCore:
         if self.speculation is not None:
             # all that drafts make longer: blocks for them, more rows, more to sample, more text
             self.speculation.computed(output.chunks, requests, len(batch.tokens), time.perf_counter() - begun)
-        self._recorder.step_ended(len(batch.tokens), time.perf_counter() - started)
+        self._count_step(len(batch.tokens), time.perf_counter() - started)
 
     def _generate(self, output: SchedulerOutput, requests: Sequence[ScheduledRequest], started: float) -> None:
         """Compute several tokens of each request in one call, as many as all have blocks for."""
@@ -138,7 +138,7 @@ class EngineCore:
             if not isinstance(sampled, RequestError):
                 chunk.sequence.draft = [one.token for one in sampled]
             self._commit(chunk, request, sampled)
-        self._recorder.step_ended(count * len(requests), time.perf_counter() - started)
+        self._count_step(count * len(requests), time.perf_counter() - started)
 
     def _prepare_blocks(self, output: SchedulerOutput) -> None:
         """Copy the blocks and states that a step goes on from."""
@@ -154,6 +154,15 @@ class EngineCore:
             self._end(request, told)
         if told is not error:
             raise error
+
+    def _begin_step(self, requests: Sequence[ScheduledRequest], started: float) -> None:
+        for request in requests:
+            if not request.scheduled_at:
+                request.scheduled_at = started
+
+    def _count_step(self, tokens: int, seconds: float) -> None:
+        self._recorder.computed_tokens += tokens
+        self._recorder.steps.append((tokens, seconds))
 
     def _decoding(self) -> list[Request]:
         """Running requests whose next token is to be sampled in the coming step."""
@@ -283,7 +292,9 @@ class EngineCore:
             if begins:
                 self._recorder.first_token_came(request)
             else:
-                self._recorder.tokens_came(request)
+                now = time.perf_counter()
+                self._recorder.gaps.append(now - request.last_token_at)
+                request.last_token_at = now
         if begins and request.siblings:
             self._fork(request)
         if request.ended:

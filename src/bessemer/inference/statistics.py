@@ -128,6 +128,9 @@ class StatisticsRecorder:
         self.prompt_tokens = 0
         self.generated_tokens = 0
         self.finished = {"stop": 0, "length": 0, "abort": 0, "error": 0}
+        #: Seconds between tokens that followed each other, and steps with their positions and seconds, since a request ended.
+        self.gaps: list[float] = []
+        self.steps: list[tuple[int, float]] = []
         self._step_seconds, self._step_tokens = _Counts(STEP_BOUNDS), _Counts(_STEP_TOKEN_BOUNDS)
         self._first_token_seconds = _Counts(_FIRST_TOKEN_BOUNDS)
         self._inter_token_seconds, self._token_seconds = _Counts(STEP_BOUNDS), _Counts(STEP_BOUNDS)
@@ -145,26 +148,19 @@ class StatisticsRecorder:
         request.first_token_at = request.last_token_at = time.perf_counter()
         self._first_token_seconds.observe(request.first_token_at - request.began_at)
 
-    def tokens_came(self, request: ScheduledRequest) -> None:
-        """A completion has more tokens."""
-        now = time.perf_counter()
-        self._inter_token_seconds.observe(now - request.last_token_at)
-        request.last_token_at = now
-
-    def step_began(self, requests: Sequence[ScheduledRequest], started: float) -> None:
-        """A step is computed for these requests."""
-        for request in requests:
-            if not request.scheduled_at:
-                request.scheduled_at = started
-
-    def step_ended(self, tokens: int, seconds: float) -> None:
-        """A step has computed as many positions."""
-        self.computed_tokens += tokens
-        self._step_seconds.observe(seconds)
-        self._step_tokens.observe(tokens)
+    def _take_in(self) -> None:
+        """Put what steps have noted into the histograms."""
+        for gap in self.gaps:
+            self._inter_token_seconds.observe(gap)
+        for tokens, seconds in self.steps:
+            self._step_tokens.observe(tokens)
+            self._step_seconds.observe(seconds)
+        self.gaps.clear()
+        self.steps.clear()
 
     def request_ended(self, request: ScheduledRequest) -> None:
         """A request has ended; nothing is counted of one that asks for logits."""
+        self._take_in()
         if not isinstance(request, Request):
             return
         self.finished["error" if request.error is not None else request.finish_reason or "abort"] += 1
@@ -184,6 +180,7 @@ class StatisticsRecorder:
 
     def read(self, scheduler: Scheduler, speculation: SpeculativeDecoder | None) -> EngineStatistics:
         """The statistics at this moment, between two steps."""
+        self._take_in()
         return EngineStatistics(
             running=scheduler.running,
             waiting=scheduler.waiting,
