@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 import jsonschema
 import numpy as np
 import pytest
+import tokenizers
 
-from bessemer.assistant.events import BadCall, TextDelta
 from bessemer.assistant.grammar import OfferedTool, Wanted
 from bessemer.assistant.json_calls import ParsedCall
 from bessemer.assistant.tool_formats import TOOL_FORMATS
 from bessemer.inference.sampling.grammar import GrammarCompiler
 from bessemer.inference.sampling.params import SamplingParams
+from bessemer.tokenization.folder import TOKENIZER_FILE
+from bessemer.tokenization.tokenizer import load_tokenizer
 from tests.assistant.scripted import joined
+from tests.model.tokenizers import write_small_tokenizer
 
 SCHEMA = {
     "type": "object",
@@ -61,9 +67,20 @@ def read(tool_format, text, *tools, **options):
     return joined([*parser.feed(text), *parser.finish()])
 
 
+@pytest.fixture(scope="module")
+def all_tags(tmp_path_factory):
+    """A tokenizer in which the tags of every format are control tokens."""
+    folder = write_small_tokenizer(tmp_path_factory.mktemp("tags"))
+    tags = sorted({tag for one in FORMATS.values() for tag in one.tags(with_calls=True)} - {"<|channel|>commentary"})
+    file = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER_FILE))
+    file.add_special_tokens([tag for tag in tags if tag.count("|>") < 2])
+    file.save(str(folder / TOKENIZER_FILE))
+    return load_tokenizer(folder)
+
+
 @pytest.fixture(params=["tags are text", "tags are control tokens"])
-def either_tokenizer(request, tokenizer, tagged_tokenizer):
-    return tokenizer if request.param == "tags are text" else tagged_tokenizer
+def either_tokenizer(request, tokenizer, all_tags):
+    return tokenizer if request.param == "tags are text" else all_tags
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -86,30 +103,73 @@ def test_one_call_at_a_time_where_that_is_asked(name, tokenizer):
         assert call.name == "weather"
 
 
+def fits(tokenizer, tool_format, wanted, text):
+    """Whether a model may write a text, and end behind it. Tags are their tokens where they are control tokens."""
+    params = SamplingParams(ebnf=tool_format.grammar(wanted, tokenizer.control_id))
+    matcher = GrammarCompiler(tokenizer, tokenizer.vocab_size).matcher(params)
+    tags = [tag for tag in tool_format.tags(with_calls=True) if tokenizer.control_id(tag) is not None]
+    ids = []
+    for piece in re.split("(" + "|".join(map(re.escape, tags)) + ")", text) if tags else [text]:
+        control = tokenizer.control_id(piece)
+        ids += tokenizer.encode(piece, add_bos=False) if control is None else [control]
+    if matcher.valid_prefix(ids) < len(ids):
+        return False
+    for id in ids:
+        matcher.consume(id)
+    return matcher.complete
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_strict_tool_is_called_by_its_schema_or_not_at_all(name, either_tokenizer):
     tool_format, tool = FORMATS[name], WEATHER._replace(is_strict=True)
-    said = 0
-    for seed in range(8):
-        text, _ = written(tool_format, either_tokenizer, Wanted(tools=[tool]), seed)
-        for event in read(tool_format, text, tool):
-            assert not isinstance(event, BadCall), text
-            if isinstance(event, ParsedCall):
-                jsonschema.validate(event.arguments, SCHEMA)
-            said += isinstance(event, TextDelta)
-    assert said
+    (text, _) = written(tool_format, either_tokenizer, Wanted(tools=[tool], must_call=True, in_parallel=False), 1)
+    (call,) = read(tool_format, text, tool)
+    # bare JSON of an answer cannot be told from a call: the tag says which it is
+    call_text = text if text.startswith(tool_format.opening) else tool_format.opening + text
+    said = "<|channel|>final<|message|>It rains." if name == "gpt_oss" else "It rains."
+    wanted = Wanted(tools=[tool])
+    assert fits(either_tokenizer, tool_format, wanted, call_text)
+    assert fits(either_tokenizer, tool_format, wanted, said)
+    assert not fits(either_tokenizer, tool_format, wanted, call_text.replace(call.arguments["city"], "Lima"))
+    assert not fits(either_tokenizer, tool_format, wanted, call_text.replace("weather", "whether"))
+
+
+CLOSING = {"hermes": "</think>\n\n", "gpt_oss": "<|end|><|start|>assistant<|channel|>final<|message|>"}
+BEGINNING = {"hermes": "<think>", "gpt_oss": "<|channel|>analysis<|message|>"}
+ANSWER = {"hermes": "", "gpt_oss": "<|channel|>final<|message|>"}
 
 
 @pytest.mark.parametrize("name", ["hermes", "gpt_oss"])
-@pytest.mark.parametrize("thinking", ["open", "may"])
-def test_an_answer_of_a_form_stands_behind_the_thinking(name, thinking, either_tokenizer):
-    tool_format = FORMATS[name]
-    for form, allowed in ((("choice", ["yes", "no"]), {"yes", "no"}), (("regex", "a/b|c"), {"a/b", "c"})):
-        for seed in range(4):
-            text, is_whole = written(tool_format, either_tokenizer, Wanted(thinking=thinking, answer=form), seed)
-            if not is_whole:
-                continue  # it thinks to this day
-            said = [
-                event.text for event in read(tool_format, text, in_thinking=thinking == "open") if isinstance(event, TextDelta)
-            ]
-            assert "".join(said).strip() in allowed, text
+@pytest.mark.parametrize(
+    ("form", "right", "wrong"),
+    [
+        (("choice", ["yes", "no"]), "no", "nope"),
+        (("regex", r"a/b|\\/|\/c"), "a/b", "ab"),
+        (("json_schema", SCHEMA), '{"city": "Rome", "days": 1}', '{"city": "Lima", "days": 1}'),
+        (("json_schema", json.dumps(SCHEMA)), '{"city": "Rome", "days": 1}', '{"city": "Rome"}'),
+        (("ebnf", 'start: sum\nsum: /[0-9]+/ ("+" /[0-9]+/)*\n'), "1+22", "1+"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else None,
+)
+def test_an_answer_of_a_form_stands_behind_the_thinking(name, form, right, wrong, either_tokenizer):
+    tool_format, closing = FORMATS[name], CLOSING[name]
+    opened = Wanted(thinking="open", answer=form)
+    assert fits(either_tokenizer, tool_format, opened, f"hm, hm{closing}{right}")
+    assert not fits(either_tokenizer, tool_format, opened, f"hm, hm{closing}{wrong}")
+    assert not fits(either_tokenizer, tool_format, opened, right)
+    free = Wanted(thinking="may", answer=form)
+    assert fits(either_tokenizer, tool_format, free, ANSWER[name] + right)
+    assert fits(either_tokenizer, tool_format, free, f"{BEGINNING[name]}hm{closing}{right}")
+    assert not fits(either_tokenizer, tool_format, free, ANSWER[name] + wrong)
+
+
+def test_values_in_tags_may_refer_to_the_whole_schema_and_be_anything(tokenizer):
+    parameters = {
+        "$defs": {"size": {"enum": [1, 2]}},
+        "properties": {"size": {"$ref": "#/$defs/size"}, "more": True},
+        "required": ["size"],
+    }
+    wanted = Wanted(tools=[OfferedTool("cut", parameters)], must_call=True)
+    call = "<tool_call>\n<function=cut>\n<parameter=size>\n{}\n</parameter>\n</function>\n</tool_call>"
+    assert fits(tokenizer, FORMATS["qwen3_coder"], wanted, call.format(2))
+    assert not fits(tokenizer, FORMATS["qwen3_coder"], wanted, call.format(3))

@@ -87,7 +87,9 @@ def test_metrics_add_up_under_vllms_names(engine, url):
         assert found[f"vllm:{name}_count", None] == found[f"vllm:{name}_bucket", "+Inf"] == 4
     assert found["vllm:inter_token_latency_seconds_count", None] == 4 * 4
     assert found["vllm:request_generation_tokens_sum", None] == 4 * 5
-    assert found["vllm:cache_config_info", None] == 1
+    assert found["vllm:cache_config_info", None] == found["vllm:lora_requests_info", None] == 1
+    text = httpx.get(url + "/metrics").text
+    assert 'running_lora_adapters=""' in text and "max_lora=" in text
 
 
 def test_what_a_load_balancer_asks(url):

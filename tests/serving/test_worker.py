@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from contextlib import nullcontext
 
 import httpx
 import pytest
@@ -29,7 +28,7 @@ def babble(_: str):
 
 async def text_of(worker: Worker, engine: FakeEngine, prompt: str, params: SamplingParams = PARAMS) -> str:
     answer = engine.prepare(list(prompt.encode()), params)
-    return "".join([piece.chunk.text async for pieces in worker.stream([answer], nullcontext()) for piece in pieces])
+    return "".join([piece.chunk.text async for pieces in worker.chunks([answer]) for piece in pieces])
 
 
 def test_no_step_is_taken_without_an_answer():

@@ -19,6 +19,7 @@ from bessemer.inference.sampling.grammar import JSON_SPACE
 Form = tuple[Literal["json_schema", "regex", "choice", "ebnf"], Any]
 #: Any text without control tokens, and white space, which ends: a model that has learnt little would write nothing else.
 ANY_TEXT, SPACE = "/(?s:.*)/", r"/[ \n]{0,4}/"
+_SLASH = re.compile(r"\\.|/", re.DOTALL)
 _START = re.compile(r"^(\s*)start\b(?=\s*(\[[^\]]*\])?\s*:)", re.MULTILINE)
 
 
@@ -76,8 +77,9 @@ class Rules:
         id = self._control_id(text)
         return literal(text) if id is None else f"<[{id}]>"
 
-    def json(self, schema: Mapping[str, Any]) -> str:
-        """JSON that fits a schema."""
+    def json(self, schema: Mapping[str, Any] | bool) -> str:
+        """JSON that fits a schema, which is an object or, as parts of one may be, True."""
+        schema = schema if isinstance(schema, Mapping) else {}
         return self.add(f"%json {json.dumps({**schema, 'x-guidance': {'whitespace_pattern': JSON_SPACE}})}")
 
     def up_to(self, tag: str) -> str:
@@ -87,13 +89,14 @@ class Rules:
         return self.add(ANY_TEXT, f"[suffix={literal(tag)}]")
 
     def form(self, form: Form) -> str:
-        """A text of a form. Raises RequestError for one that cannot stand inside another grammar."""
+        """A text of a form, as a part of a message. Raises RequestError for a JSON schema that is none."""
         name, value = form
         match name:
             case "json_schema":
                 return self.json(_as_schema(value))
             case "regex":
-                return self.add("/" + re.sub(r"(?<!\\)/", r"\\/", value) + "/")
+                # a slash would end it; what a backslash stands before is as it is
+                return self.add("/" + _SLASH.sub(lambda found: found[0] if found[0] != "/" else r"\/", value) + "/")
             case "choice":
                 return self.add(" | ".join(map(literal, value)))
             case "ebnf":

@@ -152,10 +152,12 @@ class HarmonyFormat(ToolFormat):
 
     def grammar(self, wanted: Wanted, control_id: Callable[[str], int | None]) -> str:
         rules = Rules(control_id)
-        channel, message, end, start = map(rules.tag, (_CHANNEL, _MESSAGE, _END, _START))
-        again = f"{end} {start} {literal('assistant')}"
-        thought = f"{channel} {literal('analysis')} {message} {ANY_TEXT} {again}"
-        begin = {"open": f"{ANY_TEXT} {again}", "may": f"({thought})?"}.get(wanted.thinking, "")
+        channel, message, start = map(rules.tag, (_CHANNEL, _MESSAGE, _START))
+        begin = ""
+        if wanted.thinking in ("open", "may"):
+            thought = f"{rules.up_to(_END)} {start} {literal('assistant')}"
+            opened = f"{channel} {literal('analysis')} {message} {thought}"
+            begin = thought if wanted.thinking == "open" else f"({opened})?"
         said = ANY_TEXT if wanted.answer is None else rules.form(wanted.answer)
         answer = f"{channel} {literal('final')} {message} {said}"
         calls = " | ".join(

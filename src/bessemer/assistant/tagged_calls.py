@@ -74,7 +74,9 @@ def tagged_arguments(rules: Rules, tool: OfferedTool) -> str:
         elif _is_text(schema):
             value = f"{rules.add(' | '.join(map(literal, schema['enum'])))} {literal(end)}"
         else:
-            value = f"{rules.json(schema)} {literal(end)}"
+            # what it refers to stands in the whole
+            own = {key: tool.parameters[key] for key in ("$defs", "definitions") if key in tool.parameters}
+            value = f"{rules.json({**own, **schema} if isinstance(schema, Mapping) else schema)} {literal(end)}"
         part = rules.add(f"{begin} {value}")
         parts.append(part if key in required else f"{part}?")
     return " ".join([*parts, literal("</function>")])

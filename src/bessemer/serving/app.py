@@ -37,7 +37,8 @@ _PAGE_POLICY = (
 def create_app(engine: TextEngine, model_name: str, config: ServingConfig | None = None) -> FastAPI:
     """An application that serves one model under `model_name`, and its adapters each under its own name.
 
-    Every error is answered in OpenAI's form. `config.host` and `config.port` are for the server that runs the application.
+    Every error is answered in the form of the API that was asked. `config.host` and `config.port` are for the server that runs
+    the application.
     """
     config = config or ServingConfig()
     worker = Worker(engine, config.max_waiting)

@@ -89,10 +89,13 @@ class EngineCollector(Collector):
         blocks = GaugeMetricFamily("vllm:cache_config_info", "The KV cache, always 1.", labels=(*_LABELS, "num_gpu_blocks"))
         blocks.add_metric((*self._values, str(sum(total for total, _ in found.blocks))), 1)
         yield blocks
+        names = self._engine.adapters
         adapters = GaugeMetricFamily(
-            "vllm:lora_requests_info", "The loaded adapters, always 1.", labels=(*_LABELS, "loaded_lora_adapters")
+            "vllm:lora_requests_info",
+            "The loaded adapters, whether or not a request uses them now; always 1.",
+            labels=(*_LABELS, "max_lora", "running_lora_adapters", "waiting_lora_adapters"),
         )
-        adapters.add_metric((*self._values, ",".join(self._engine.adapters)), 1)
+        adapters.add_metric((*self._values, str(len(names)), ",".join(names), ""), 1)
         yield adapters
 
     def _histogram(self, name: str, text: str, values: Histogram) -> HistogramMetricFamily:

@@ -132,13 +132,15 @@ class OpenAIApi:
         asked = read_request(EmbeddingsRequest, await request.body())
         self.served.check_model(asked.model)
         with self.worker.admit(len(asked.input)):
-            names = ["input"] if len(asked.input) == 1 else [f"input[{place}]" for place in range(len(asked.input))]
-            given: Sequence[str | list[int]] = asked.input
-            prompts = [self._tokens(name, one, None) for name, one in zip(names, given, strict=True)]
-            for name, tokens in zip(names, prompts, strict=True):
-                self.served.check_length(name, len(tokens), 0)
-            adapter = self.served.adapter(asked.model)
-            vectors_ND = await asyncio.to_thread(self.engine.embed, prompts, adapter=adapter)
+            return await asyncio.to_thread(self._embeddings, asked)
+
+    def _embeddings(self, asked: EmbeddingsRequest) -> dict[str, Any]:
+        names = ["input"] if len(asked.input) == 1 else [f"input[{place}]" for place in range(len(asked.input))]
+        given: Sequence[str | list[int]] = asked.input
+        prompts = [self._tokens(name, one, None) for name, one in zip(names, given, strict=True)]
+        for name, tokens in zip(names, prompts, strict=True):
+            self.served.check_length(name, len(tokens), 0)
+        vectors_ND = self.engine.embed(prompts, adapter=self.served.adapter(asked.model))
         return embeddings_reply(asked, vectors_ND, prompts)
 
     # -- chats

@@ -150,7 +150,7 @@ def _chat_of(asked: ResponsesRequest, before: list[dict[str, Any]]) -> Chat:
 
 
 def _owner_of(request: Request) -> str:
-    """Who asks, by the key: its hash, so that no key is kept."""
+    """Hash of the key that a request carries; the key itself is not kept."""
     key = request.headers.get("authorization", "").removeprefix("Bearer ") or request.headers.get("x-api-key", "")
     return hashlib.sha256(key.encode()).hexdigest()
 

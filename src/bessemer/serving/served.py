@@ -110,8 +110,11 @@ class Served:
                 turns.append(turn)
             return Turns(turns, request)
         except RequestError as error:
-            parameter = chat.parameter_of(str(error)) or "messages"
-            raise ApiError(str(error), parameter=parameter, code="invalid_value") from None
+            reason, parameter = str(error), chat.parameter_of(str(error))
+            if parameter is None and chat.tools and reason.startswith("ebnf"):
+                # the grammar of a message is made of the tools' schemas
+                parameter, reason = "tools", f"tools: calls cannot be held to their schemas: {reason}"
+            raise ApiError(reason, parameter=parameter or "messages", code="invalid_value") from None
 
     def count(self, chat: Chat) -> int:
         """The tokens of a conversation with its tools, up to where the assistant speaks. Raises as `begin`."""

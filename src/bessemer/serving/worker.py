@@ -109,22 +109,12 @@ class Worker:
             self.requests -= 1
             self.completions -= completions
 
-    async def stream(
-        self, requests: Sequence[Request], place: contextlib.AbstractContextManager
-    ) -> AsyncGenerator[list[ChoiceChunk], None]:
+    async def chunks(self, requests: Sequence[Request]) -> AsyncGenerator[list[ChoiceChunk], None]:
         """Chunks of prepared requests and their siblings, as they come; of several steps at once where the client is slow.
 
-        The first item is an empty list, given at once: until it is taken nothing is begun; afterwards closing or cancelling
-        this generator ends the requests and their admission. Raises a request's own BessemerError, or ApiError.
+        The caller holds the admission. Nothing is begun before the first item is asked for; closing or cancelling it ends the
+        requests. Raises a request's own BessemerError, or ApiError.
         """
-        with place:
-            yield []
-            async with contextlib.aclosing(self.chunks(requests)) as news:
-                async for chunks in news:
-                    yield chunks
-
-    async def chunks(self, requests: Sequence[Request]) -> AsyncGenerator[list[ChoiceChunk], None]:
-        """Chunks of prepared requests and their siblings, as `stream`, for a caller who holds the admission."""
         with self._api_errors():
             async with contextlib.aclosing(self._driver.chunks(requests)) as news:
                 async for chunks in news:
@@ -132,7 +122,7 @@ class Worker:
 
     async def complete(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
         """The completions of prepared requests and their siblings, one with its `others` for each request. Cancelling it ends
-        them. Raises as `stream`."""
+        them. Raises as `chunks`."""
         with self._api_errors():
             await self._driver.finish(requests)
         return [self._engine.completion(request, params) for request in requests]
