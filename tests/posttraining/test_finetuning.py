@@ -18,7 +18,7 @@ from bessemer.model.formats.exchange import ModelSource
 from bessemer.posttraining.finetuning.base import prepare_base
 from bessemer.posttraining.finetuning.columns import find_columns
 from bessemer.posttraining.finetuning.method import choose_method
-from bessemer.posttraining.finetuning.run import Finetuned
+from bessemer.posttraining.finetuning.run import Finetuned, _row_length
 from bessemer.tokenization.tokenizer import load_tokenizer
 from tests.cli.test_main import bessemer, one_error
 
@@ -31,6 +31,13 @@ def write_table(path, rows=ROWS, header=("ticket", "answer")):
     with path.open("w", newline="") as stream:
         csv.writer(stream).writerows([header, *rows])
     return path
+
+
+def test_rows_are_as_long_as_leaves_the_fewest_tokens_empty():
+    lengths = [64, *[40] * 10]
+    # in rows of 64 each stands alone, 704 tokens; of 128 there are four, 512; of 192 three, 576
+    assert _row_length(lengths, 2048) == 128
+    assert (_row_length(lengths, 100), _row_length(lengths, 50)) == (64, 50)
 
 
 def test_a_table_becomes_an_adapter_that_serves_and_the_end_is_honest(model_folder, tmp_path, capsys):

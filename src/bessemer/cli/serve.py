@@ -42,7 +42,7 @@ def serve(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
 ) -> None:
-    """Serve a model behind the OpenAI API, with a chat page."""
+    """Serve a model behind OpenAI's and Anthropic's APIs, with a chat page."""
     from bessemer.cli.named import example_questions, find_model, named_folders, named_numbers, option_of, speculation
     from bessemer.inference.engine import Engine, EngineConfig
     from bessemer.serving.config import ServingConfig
