@@ -17,8 +17,9 @@ from bessemer.model.config import ModelConfig
 from bessemer.model.formats.exchange import ModelSource
 from bessemer.posttraining.finetuning.base import prepare_base
 from bessemer.posttraining.finetuning.columns import find_columns
+from bessemer.posttraining.finetuning.config import FinetuneConfig
 from bessemer.posttraining.finetuning.method import choose_method
-from bessemer.posttraining.finetuning.run import Finetuned, _row_length
+from bessemer.posttraining.finetuning.run import Finetuned, _row_length, settings_of
 from bessemer.tokenization.tokenizer import load_tokenizer
 from tests.cli.test_main import bessemer, one_error
 
@@ -78,6 +79,24 @@ def test_a_table_becomes_an_adapter_that_serves_and_the_end_is_honest(model_fold
     assert (again, printed.splitlines()[-2]) == (0, verdict)
     _, _, err = bessemer(capsys, *asked, "--rank", 4)
     assert "holds another fine-tuning, of other data, another model or settings" in one_error(err)
+
+
+def test_further_files_come_as_often_as_is_said(tmp_path):
+    table = write_table(tmp_path / "tickets.csv")
+    others = write_table(tmp_path / "more.csv", ROWS[:20])
+    renamed = write_table(tmp_path / "renamed.csv", ROWS[:20], ("question", "reply"))
+    settings = settings_of(FinetuneConfig(also={str(others): 3.0}), table)
+    assert settings["data"] == [str(table), str(others)] and settings["weights"] == {str(others): 3.0}
+    with pytest.raises(ConfigError, match=r"renamed.csv: its columns are .* call them alike"):
+        settings_of(FinetuneConfig(also={str(renamed): 1.0}), table)
+
+
+@pytest.mark.parametrize("also", ["more.csv=often", "=2", "more.csv=0"])
+def test_times_that_are_none_are_one_line(model_folder, tmp_path, capsys, also):
+    write_table(tmp_path / "more.csv")
+    asked = ("finetune", model_folder, write_table(tmp_path / "tickets.csv"), tmp_path / "out", "--also", also)
+    code, _, err = bessemer(capsys, *asked)
+    assert code == 2 and one_error(err) and not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
 import json
+from collections import Counter
 
 import pytest
 
@@ -123,6 +124,24 @@ def test_a_tasks_items_are_learnt_with_their_right_answers(tmp_path):
     assert answered == str(eval(asked.removesuffix(" =")))
     with pytest.raises(ConfigError, match=r"the task constraints knows no right answers"):
         gather_conversations(SFTConfig(data=["task/constraints"]), None, tmp_path, seed=1)
+
+
+def test_a_set_comes_as_often_as_its_weight_says_and_what_is_held_out_once(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text(lines(*(f"{name}{number}" for number in range(40))))
+    data = {"data": ["a.jsonl", "b.jsonl"], "validation_share": 0.25}
+    once, held_out = gather_conversations(SFTConfig.parse(data), None, tmp_path, seed=1)
+    weights = {"a.jsonl": 2.5, "b.jsonl": 0.5}
+    training, same_held_out = gather_conversations(SFTConfig.parse(data | {"weights": weights}), None, tmp_path, seed=1)
+    assert same_held_out == held_out
+    for source, weight in weights.items():
+        ids = [one.id for one in once if one.source == source]
+        times = Counter(one.id for one in training if one.source == source)
+        assert sum(times.values()) == pytest.approx(weight * len(ids), abs=0.5)
+        assert set(times.values()) <= {int(weight), int(weight) + 1}
+    for wrong, said in (({"c.jsonl": 2}, "is not in data"), ({"a.jsonl": 0}, "more often than never")):
+        with pytest.raises(ConfigError, match=said):
+            SFTConfig.parse(data | {"weights": wrong})
 
 
 def test_data_that_is_unknown_is_refused():

@@ -15,15 +15,17 @@ Start = Callable[..., str]
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Starts a real server on a free port: `start(engine, **settings)` gives its URL."""
+    """Starts a real server on a free port: `start(engine, **settings)` gives its URL; made: a list that takes the server."""
     running = []
 
-    def start_server(engine: FakeEngine, **settings) -> str:
+    def start_server(engine: FakeEngine, made: list | None = None, **settings) -> str:
         listener = listen("127.0.0.1", 0)
         server = create_server(engine, "tiny", ServingConfig(**settings))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         running.append((server, thread))
+        if made is not None:
+            made.append(server)
         return address_of(listener)
 
     yield start_server

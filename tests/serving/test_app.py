@@ -167,7 +167,7 @@ def test_client_that_leaves_stops_its_generation(start, stream):
     content = json.dumps(body(stream=stream))
     address = httpx.URL(start(engine))
     with socket.create_connection((address.host, address.port)) as connection:
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: tiny\r\nContent-Length: {len(content)}\r\n\r\n"
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n\r\n"
         connection.sendall((head + content).encode())
         assert begun.wait(timeout=10)
         assert not engine.stopped.is_set()

@@ -9,6 +9,7 @@ import httpx
 import openai
 import pytest
 
+from bessemer.serving.keys import KeyRecord, hash_key, write_keys
 from tests.assistant.conftest import tagged_tokenizer, thinking_tokenizer, tokenizer  # noqa: F401
 from tests.serving.engine import ScriptedEngine
 
@@ -43,12 +44,12 @@ def test_the_client_gets_a_response_and_may_ask_for_it_again(connect, tokenizer)
         client.responses.retrieve(first.id)
 
 
-def test_a_response_is_its_owners_and_one_that_is_not_stored_is_nobodys(start, tokenizer):  # noqa: F811
-    url = start(ScriptedEngine(tokenizer, "Yes.", "Yes."))
-    kept = httpx.post(url + "/v1/responses", json=ASKED, headers={"Authorization": "Bearer ann"}).json()["id"]
-    lost = httpx.post(url + "/v1/responses", json=ASKED | {"store": False}, headers={"Authorization": "Bearer ann"}).json()[
-        "id"
-    ]
+def test_a_response_is_its_owners_and_one_that_is_not_stored_is_nobodys(start, tokenizer, tmp_path):  # noqa: F811
+    write_keys(tmp_path / "keys.json", [KeyRecord(name=name, hash=hash_key(name)) for name in ("ann", "bob")])
+    url = start(ScriptedEngine(tokenizer, "Yes.", "Yes."), keys=tmp_path / "keys.json")
+    ann = {"Authorization": "Bearer ann"}
+    kept = httpx.post(url + "/v1/responses", json=ASKED, headers=ann).json()["id"]
+    lost = httpx.post(url + "/v1/responses", json=ASKED | {"store": False}, headers=ann).json()["id"]
     for identity, key, status in ((kept, "ann", 200), (kept, "bob", 404), (lost, "ann", 404)):
         headers = {"Authorization": f"Bearer {key}"}
         assert httpx.get(f"{url}/v1/responses/{identity}", headers=headers).status_code == status

@@ -8,10 +8,12 @@ import threading
 import httpx
 import pytest
 
+from bessemer.assistant.principal import LOCAL
 from bessemer.core.errors import LostProcessError, RequestError
 from bessemer.inference.sampling.sampler import SamplingParams
 from bessemer.serving.app import create_app
 from bessemer.serving.bodies import ApiError
+from bessemer.serving.clients import Caller, Client
 from bessemer.serving.config import ServingConfig
 from bessemer.serving.server import address_of, create_server, listen
 from bessemer.serving.worker import Worker
@@ -28,7 +30,7 @@ def babble(_: str):
 
 async def text_of(worker: Worker, engine: FakeEngine, prompt: str, params: SamplingParams = PARAMS) -> str:
     answer = engine.prepare(list(prompt.encode()), params)
-    return "".join([piece.chunk.text async for pieces in worker.chunks([answer]) for piece in pieces])
+    return "".join([piece.chunk.text async for pieces in worker.chunks([answer], Caller(Client(LOCAL))) for piece in pieces])
 
 
 def test_no_step_is_taken_without_an_answer():
@@ -128,7 +130,7 @@ def test_an_error_while_one_answer_is_handed_over_reaches_it_alone(monkeypatch):
 
     async def both() -> list[object]:
         each = [SamplingParams(max_tokens=limit) for limit in (1, 1, 9)]
-        asked = [worker.complete([engine.prepare(prompt, params)], params) for params in each]
+        asked = [worker.complete([engine.prepare(prompt, params)], params, Caller(Client(LOCAL))) for params in each]
         return await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), timeout=10)
 
     first, second, (third,) = asyncio.run(both())
@@ -156,7 +158,7 @@ def test_health_is_503_when_the_engine_can_answer_no_more():
     transport = httpx.ASGITransport(create_app(engine, "tiny"))
 
     async def health() -> httpx.Response:
-        async with httpx.AsyncClient(transport=transport, base_url="http://tiny") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             return await client.get("/health")
 
     assert asyncio.run(health()).json()["status"] == "ok"

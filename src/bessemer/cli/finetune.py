@@ -16,6 +16,10 @@ def finetune(
     model: Annotated[str, typer.Argument(help="A model's folder, a run's name, a GGUF file, a hub id (ORG/NAME), or smollm2.")],
     data: Annotated[Path, typer.Argument(help="Questions and answers: CSV, JSON lines, JSON or Parquet.")],
     out: Annotated[Path, typer.Argument(help="The folder to make. The same command goes on where it was stopped.")],
+    also: Annotated[
+        list[str] | None,
+        typer.Option(help="FILE or FILE=TIMES: further data, and how often it comes in a pass; may be repeated."),
+    ] = None,
     prompt_column: Annotated[str | None, typer.Option(help="Column of the questions; found by its name.")] = None,
     answer_column: Annotated[str | None, typer.Option(help="Column of the answers; found by its name.")] = None,
     method: Annotated[str, typer.Option(help="full, lora, qlora; auto: the first of these that memory holds.")] = "auto",
@@ -40,6 +44,7 @@ def finetune(
     config = FinetuneConfig.parse(
         {
             "method": method,
+            "also": _weights(also or []),
             "prompt_column": prompt_column,
             "answer_column": answer_column,
             "epochs": epochs,
@@ -63,6 +68,25 @@ def finetune(
         finish(out, result)
     print(result["verdict"])
     print(result["serve"])
+
+
+def _weights(given: list[str]) -> dict[str, float]:
+    """What `--also FILE=TIMES` gives. Raises ConfigError for times that are no number, and a file that is named twice."""
+    from bessemer.core.errors import ConfigError
+
+    found: dict[str, float] = {}
+    for one in given:
+        name, equals, times = one.rpartition("=")
+        if not equals:
+            name, times = one, "1"
+        try:
+            weight = float(times)
+        except ValueError:
+            raise ConfigError(f"--also {one}: {times!r} is not a number of times") from None
+        if not name or name in found:
+            raise ConfigError(f"--also {one}: name a file, and each file once")
+        found[name] = weight
+    return found
 
 
 def _source(model: str, runs: Path) -> ModelSource:

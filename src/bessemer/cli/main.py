@@ -26,6 +26,7 @@ from bessemer.cli.generate import generate
 from bessemer.cli.import_ import import_
 from bessemer.cli.init import init
 from bessemer.cli.inspect import inspect
+from bessemer.cli.keys import keys
 from bessemer.cli.label import label
 from bessemer.cli.plan import plan
 from bessemer.cli.quantize import quantize
@@ -78,6 +79,7 @@ for _command in _COMMANDS:
 # a name that Python keeps for itself
 app.command("import")(import_)
 app.add_typer(scaling, name="scaling")
+app.add_typer(keys, name="keys")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -16,6 +16,20 @@ def serve(
     port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8000,
     name: Annotated[str | None, typer.Option(help="Name under which clients ask for the model.")] = None,
     api_key: Annotated[str | None, typer.Option(help="Ask clients for this key.", envvar="BESSEMER_API_KEY")] = None,
+    keys: Annotated[Path | None, typer.Option(help="File of API keys, by `bessemer keys`; asks for one of them.")] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(help="A name that clients may call the server by; * is any; may be repeated."),
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="An origin, as https://example.org, whose pages may use the server; may be repeated."),
+    ] = None,
+    max_body: Annotated[float | None, typer.Option(help="MiB of a request above which it is refused; 8.")] = None,
+    drain_seconds: Annotated[float | None, typer.Option(help="For running requests to finish after SIGTERM; 60.")] = None,
+    request_log: Annotated[
+        bool, typer.Option("--request-log", help="A line of JSON for every request, without what it says.")
+    ] = False,
     kv_memory: Annotated[float | None, typer.Option(help="GiB for the KV cache; a quarter of what is free.")] = None,
     max_model_len: Annotated[
         int | None, typer.Option(help="At most this many tokens of prompt and answer together; the model's context.")
@@ -31,6 +45,9 @@ def serve(
     adapter: Annotated[
         list[str] | None,
         typer.Option(help="NAME=FOLDER: a low-rank adapter that clients ask for by its name; may be repeated."),
+    ] = None,
+    adapter_root: Annotated[
+        Path | None, typer.Option(help="Folder below which an admin key may load adapters while the server runs.")
     ] = None,
     speculate: Annotated[
         str | None, typer.Option(help="Speculative decoding: ngram, mtp, or the folder of a draft model.")
@@ -57,9 +74,20 @@ def serve(
         | named_numbers("parallel", parallel)
     )
     settings = EngineConfig.parse({key: value for key, value in given.items() if value is not None}, option_of("serve"))
-    waiting = {} if max_waiting is None else {"max_waiting": max_waiting}
+    limits = {"max_waiting": max_waiting, "max_body": max_body, "drain_seconds": drain_seconds}
     config = ServingConfig.parse(
-        {"host": host, "port": port, "api_key": api_key, "suggestions": example_questions(folder), **waiting},
+        {
+            "host": host,
+            "port": port,
+            "api_key": api_key,
+            "keys": keys,
+            "hosts": [name.lower() for name in allow_host or ()],
+            "origins": [origin.lower().rstrip("/") for origin in allow_origin or ()],
+            "request_log": request_log,
+            "adapter_root": adapter_root,
+            "suggestions": example_questions(folder),
+        }
+        | {name: value for name, value in limits.items() if value is not None},
         option_of("serve"),
     )
     with Engine(folder, device=device, config=settings) as engine:

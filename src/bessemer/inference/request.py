@@ -242,6 +242,11 @@ class Request(ScheduledRequest):
         return self.sequence.tokens[self.sequence.prompt_length :] if self.samples else []
 
     @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return self.sequence.prompt_length
+
+    @property
     def captured(self) -> Captured | None:
         """What was captured so far; of the last token, which is not computed, nothing."""
         return None if self.recorder is None else self.recorder.captured(len(self.sequence.tokens) - 1)

@@ -38,6 +38,11 @@ class SFTConfig(TuningConfig):
         min_length=1,
         code=True,
     )
+    weights: dict[str, float] = setting(
+        default_factory=dict,
+        description="How often a set's conversations come in a pass, by its name in data; once where nothing is said. Of a "
+        "fraction the same conversations come in every pass. Those held out come once.",
+    )
     prompt_column: str | None = setting(None, "Column of the questions, for tables of other names; with answer_column.")
     answer_column: str | None = setting(None, "Column of the answers.")
     train_questions: int = setting(600, f"Questions of {DOCS_QUESTIONS} to train on.", gt=0)
@@ -89,6 +94,16 @@ class SFTConfig(TuningConfig):
                     f"{name!r} is neither a file of rows ({', '.join(TABLES)}), nor made data, nor a file.py:function{known}"
                 )
         return names
+
+    @model_validator(mode="after")
+    def _check_weights(self) -> Self:
+        for name, weight in self.weights.items():
+            # a recipe that another extends may weigh what that one does not read
+            if name not in self.data and name not in MADE_DATA and not name.startswith(TASK):
+                raise ValueError(f"weights: {name!r} is not in data{nearest(name, self.data)}")
+            if not 0 < weight <= 1000:
+                raise ValueError(f"weights: {name!r} must come more often than never, and at most 1,000 times, not {weight:g}")
+        return self
 
     @model_validator(mode="after")
     def _check_columns(self) -> Self:

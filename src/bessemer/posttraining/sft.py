@@ -150,27 +150,44 @@ def gather_conversations(
     training: list[Conversation] = []
     held_out: list[Conversation] = []
     for name in config.data:
-        if name == DOCS_QUESTIONS:
-            if documents is None:
-                raise SourceError(f"{DOCS_QUESTIONS} is made from documents, and no stage of this recipe makes any")
-            questions = make_questions(documents, TRAIN, config.train_questions, seed)
-            if not questions:
-                raise SourceError(
-                    f"{documents}: no question can be made from it; {DOCS_QUESTIONS} needs documentation of functions and "
-                    "classes, as the sources wheels and python_docs give it"
-                )
-            training += questions
-            held_out += make_questions(documents, VALIDATION, config.validation_questions, seed)
-            continue
-        if name.startswith(TASK):
-            training += task_conversations(name.removeprefix(TASK), config.task_items)
-            continue
-        columns = None if name in MADE_DATA else config.columns
-        if is_user_function(name):
-            conversations = made_conversations(name, folder, columns)
-        else:
-            conversations = read_conversations(data_path(name, folder, made or {}), columns)
-        for conversation in conversations:
-            chance = derive_seed(seed, "validation", conversation.id) / 2**63
-            (held_out if chance < config.validation_share else training).append(conversation)
+        own, own_held_out = _conversations_of(name, config, documents, folder, seed, made or {})
+        training += _weighted(own, config.weights.get(name, 1.0), seed)
+        held_out += own_held_out
     return training, held_out
+
+
+def _conversations_of(
+    name: str, config: SFTConfig, documents: Path | None, folder: Path, seed: int, made: Mapping[str, Path]
+) -> tuple[list[Conversation], list[Conversation]]:
+    """(training, held-out) conversations of one set."""
+    if name == DOCS_QUESTIONS:
+        if documents is None:
+            raise SourceError(f"{DOCS_QUESTIONS} is made from documents, and no stage of this recipe makes any")
+        questions = make_questions(documents, TRAIN, config.train_questions, seed)
+        if not questions:
+            raise SourceError(
+                f"{documents}: no question can be made from it; {DOCS_QUESTIONS} needs documentation of functions and "
+                "classes, as the sources wheels and python_docs give it"
+            )
+        return questions, make_questions(documents, VALIDATION, config.validation_questions, seed)
+    if name.startswith(TASK):
+        return task_conversations(name.removeprefix(TASK), config.task_items), []
+    columns = None if name in MADE_DATA else config.columns
+    if is_user_function(name):
+        conversations = made_conversations(name, folder, columns)
+    else:
+        conversations = read_conversations(data_path(name, folder, made), columns)
+    training: list[Conversation] = []
+    held_out: list[Conversation] = []
+    for conversation in conversations:
+        chance = derive_seed(seed, "validation", conversation.id) / 2**63
+        (held_out if chance < config.validation_share else training).append(conversation)
+    return training, held_out
+
+
+def _weighted(conversations: list[Conversation], weight: float, seed: int) -> list[Conversation]:
+    """Each conversation as often as the weight says; of a fraction those with the smallest hashes once more."""
+    whole = int(weight)
+    more = round(len(conversations) * (weight - whole))
+    by_chance = sorted(conversations, key=lambda one: derive_seed(seed, "weights", one.id)) if more else []
+    return conversations * whole + by_chance[:more]

@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from bessemer.serving.anthropic_protocol import CountRequest, MessagesRequest
 from bessemer.serving.anthropic_replies import MessagesReply
 from bessemer.serving.bodies import ApiError, read_request
+from bessemer.serving.clients import Caller, caller_of
 from bessemer.serving.served import Chat, Served
 from bessemer.serving.streams import NamedEvent, named_events, until_client_leaves
 from bessemer.serving.turns import Turns
@@ -57,10 +58,11 @@ class AnthropicApi:
 
     async def message(self, request: Request) -> Response:
         asked = read_request(MessagesRequest, await request.body())
-        self._served.check_model(asked.model)
+        caller = caller_of(request)
+        self._served.check_model(asked.model, caller)
         with ExitStack() as held:
             held.enter_context(self._served.worker.admit(1))
-            turns = await asyncio.to_thread(lambda: self._served.begin(_chat_of(asked)))
+            turns = await asyncio.to_thread(lambda: self._served.begin(_chat_of(asked, caller)))
             reply = MessagesReply(asked.model, turns)
             if not asked.stream:
                 return await until_client_leaves(request, self._whole(turns, reply))
@@ -71,8 +73,11 @@ class AnthropicApi:
 
     async def count(self, request: Request) -> dict[str, Any]:
         asked = read_request(CountRequest, await request.body())
-        self._served.check_model(asked.model)
-        chat = _chat_of(MessagesRequest(**{name: getattr(asked, name) for name in asked.model_fields_set}, max_tokens=1))
+        caller = caller_of(request)
+        self._served.check_model(asked.model, caller)
+        chat = _chat_of(
+            MessagesRequest(**{name: getattr(asked, name) for name in asked.model_fields_set}, max_tokens=1), caller
+        )
         return {"input_tokens": await asyncio.to_thread(self._served.count, chat)}
 
     async def _whole(self, turns: Turns, reply: MessagesReply) -> Response:
@@ -93,8 +98,9 @@ class AnthropicApi:
                     yield [*begin, *reply.events(told)]
 
 
-def _chat_of(asked: MessagesRequest) -> Chat:
+def _chat_of(asked: MessagesRequest, caller: Caller) -> Chat:
     return Chat(
+        caller,
         asked.model,
         asked.in_chat(),
         asked.sampling,

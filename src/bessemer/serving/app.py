@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib import resources
 from importlib.metadata import version as package_version
 from typing import Any
 
-from fastapi import Depends, FastAPI, Request, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
 
 from bessemer.core.errors import BessemerError
+from bessemer.serving.adapters_api import AdaptersApi
 from bessemer.serving.anthropic_api import PREFIX, AnthropicApi, error_body
 from bessemer.serving.bodies import ApiError, read_request
 from bessemer.serving.config import ServingConfig
+from bessemer.serving.gate import Gate
+from bessemer.serving.keys import Keys
 from bessemer.serving.metrics import CONTENT_TYPE, Metrics
 from bessemer.serving.openai_api import OpenAIApi
 from bessemer.serving.responses_api import ResponsesApi
@@ -27,6 +29,8 @@ from bessemer.serving.streams import as_api_error
 from bessemer.serving.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
 from bessemer.serving.worker import TextEngine, Worker
 
+#: Seconds between two looks at the file of keys.
+_REFRESH_SECONDS = 1.0
 #: The chat page runs its own script and speaks to this server, nothing else.
 _PAGE_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'; "
@@ -38,16 +42,30 @@ def create_app(engine: TextEngine, model_name: str, config: ServingConfig | None
     """An application that serves one model under `model_name`, and its adapters each under its own name.
 
     Every error is answered in the form of the API that was asked. `config.host` and `config.port` are for the server that runs
-    the application.
+    the application. Its `state` has the `worker`. Raises ArtefactError and ConfigError for a file of keys that cannot be read.
     """
     config = config or ServingConfig()
+    asks_for_keys = config.keys is not None or config.api_key is not None
+    keys = Keys(config.keys, config.api_key) if asks_for_keys else None
     worker = Worker(engine, config.max_waiting)
     served = Served(engine, model_name, worker)
-    apis = (OpenAIApi(served), ResponsesApi(served), AnthropicApi(served))
-    app = FastAPI(title="Bessemer", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lambda _: _closing(worker))
-    guarded = Depends(_require_key(config.api_key))
+    apis = (OpenAIApi(served), ResponsesApi(served), AnthropicApi(served), AdaptersApi(served, config.adapter_root))
+
+    @asynccontextmanager
+    async def life(app: FastAPI) -> AsyncIterator[None]:
+        watching = asyncio.create_task(_watch(keys))
+        try:
+            yield
+        finally:
+            watching.cancel()
+            # at its end the engine's thread ends
+            worker.close()
+
+    app = FastAPI(title="Bessemer", docs_url=None, redoc_url=None, openapi_url=None, lifespan=life)
+    app.state.worker = worker
+    app.add_middleware(Gate, config=config, keys=keys, error_body=_body_of)
     for api in apis:
-        app.include_router(api.router(), dependencies=[guarded])
+        app.include_router(api.router())
     app.add_exception_handler(ApiError, _answer_api_error)
     app.add_exception_handler(BessemerError, _answer_bessemer_error)
     app.add_exception_handler(HTTPException, _answer_http_error)
@@ -61,12 +79,17 @@ def create_app(engine: TextEngine, model_name: str, config: ServingConfig | None
         return HTMLResponse(page, headers={"Content-Security-Policy": _PAGE_POLICY, "Referrer-Policy": "no-referrer"})
 
     @app.get("/health")
-    @app.get("/ready")
     async def health() -> JSONResponse:
         state = {"model": model_name, "requests": worker.requests}
         if (failure := worker.failure) is not None:
             return JSONResponse({"status": "failed", "reason": str(failure), **state}, status_code=503)
         return JSONResponse({"status": "ok", **state})
+
+    @app.get("/ready")
+    async def ready() -> JSONResponse:
+        if worker.is_draining:
+            return JSONResponse({"status": "stopping", "model": model_name, "requests": worker.requests}, status_code=503)
+        return await health()
 
     @app.get("/version")
     async def version() -> dict[str, str]:
@@ -79,22 +102,22 @@ def create_app(engine: TextEngine, model_name: str, config: ServingConfig | None
         # it waits for the step under way
         return Response(await asyncio.to_thread(metrics.render), media_type=CONTENT_TYPE)
 
-    @app.post("/tokenize", dependencies=[guarded])
+    @app.post("/tokenize")
     async def tell_tokens(request: Request) -> dict[str, Any]:
         return await asyncio.to_thread(tokenize, engine, read_request(TokenizeRequest, await request.body()))
 
-    @app.post("/detokenize", dependencies=[guarded])
+    @app.post("/detokenize")
     async def tell_text(request: Request) -> dict[str, Any]:
         return await asyncio.to_thread(detokenize, engine, read_request(DetokenizeRequest, await request.body()))
 
     return app
 
 
-@asynccontextmanager
-async def _closing(worker: Worker) -> AsyncIterator[None]:
-    """The application's life: at its end the engine's thread ends."""
-    yield
-    worker.close()
+async def _watch(keys: Keys | None) -> None:
+    """Look for changes of the keys until cancelled."""
+    while keys is not None:
+        await asyncio.sleep(_REFRESH_SECONDS)
+        keys.refresh()
 
 
 def _chat_page(suggestions: list[str]) -> str:
@@ -104,39 +127,21 @@ def _chat_page(suggestions: list[str]) -> str:
     return page.replace('{"suggestions": []}', given, 1)
 
 
-def _require_key(api_key: str | None) -> Callable[[Request], Awaitable[None]]:
-    """A check that a request carries the key, when there is one."""
-
-    async def check(request: Request) -> None:
-        if api_key is None:
-            return
-        bearer = request.headers.get("authorization", "").removeprefix("Bearer ")
-        # Anthropic's clients send it in a header of its own; both are compared, each in constant time
-        given = (bearer, request.headers.get("x-api-key", ""))
-        if not sum(hmac.compare_digest(key.encode(), api_key.encode()) for key in given):
-            raise ApiError(
-                "this server needs an API key: send it as 'Authorization: Bearer KEY' or as 'x-api-key: KEY'",
-                status=401,
-                code="invalid_api_key",
-            )
-
-    return check
-
-
 def _answer_api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return JSONResponse(_body_of(request, error), status_code=error.status, headers=error.headers)
+    return JSONResponse(_body_of(request.scope["path"], error), status_code=error.status, headers=error.headers)
 
 
-def _body_of(request: Request, error: ApiError) -> dict[str, Any]:
-    """An error in the form of the API that was asked."""
-    return error_body(error) if request.url.path.startswith(PREFIX) else error.body()
+def _body_of(path: str, error: ApiError) -> dict[str, Any]:
+    """An error in the form of the API that a path belongs to."""
+    return error_body(error) if path.startswith(PREFIX) else error.body()
 
 
 def _answer_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    told = ApiError(f"{request.method} {request.url.path}: {error.detail}", status=error.status_code)
-    return JSONResponse(_body_of(request, told), status_code=error.status_code, headers=error.headers)
+    path = request.scope["path"]
+    told = ApiError(f"{request.method} {path}: {error.detail}", status=error.status_code)
+    return JSONResponse(_body_of(path, told), status_code=error.status_code, headers=error.headers)
 
 
 def _answer_bessemer_error(request: Request, error: Exception) -> Response:
@@ -147,4 +152,4 @@ def _answer_bessemer_error(request: Request, error: Exception) -> Response:
 def _answer_failure(request: Request, error: Exception) -> Response:
     """A fault of ours, which the server's log shows in full."""
     told = ApiError("the server failed; its log says why", status=500, kind="server_error")
-    return JSONResponse(_body_of(request, told), status_code=500)
+    return JSONResponse(_body_of(request.scope["path"], told), status_code=500)

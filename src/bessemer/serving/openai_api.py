@@ -18,6 +18,7 @@ from bessemer.inference.request import Request as EngineRequest
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.serving.bodies import ApiError, read_request
 from bessemer.serving.chat_replies import ChatReply
+from bessemer.serving.clients import Caller, caller_of
 from bessemer.serving.embeddings import EmbeddingsRequest, embeddings_reply
 from bessemer.serving.protocol import ChatRequest, CompletionRequest, GenerationRequest
 from bessemer.serving.replies import CompletionReply, Echo
@@ -46,6 +47,7 @@ _PERMISSION: dict[str, Any] = {
 class _Prepared:
     """Engine requests that have not begun, one for each prompt, and the response to them."""
 
+    caller: Caller
     requests: Sequence[EngineRequest]
     params: SamplingParams
     reply: CompletionReply
@@ -94,11 +96,12 @@ class OpenAIApi:
 
     async def chat(self, request: Request) -> Response:
         asked = read_request(ChatRequest, await request.body())
-        self.served.check_model(asked.model)
+        caller = caller_of(request)
+        self.served.check_model(asked.model, caller)
         with ExitStack() as held:
             # 503 before any work
             held.enter_context(self.worker.admit(asked.n))
-            turns = await asyncio.to_thread(self._begin_turns, asked)
+            turns = await asyncio.to_thread(self._begin_turns, asked, caller)
             reply = ChatReply(
                 asked.model,
                 self.engine.tokenizer,
@@ -117,10 +120,11 @@ class OpenAIApi:
 
     async def complete(self, request: Request) -> Response:
         asked = read_request(CompletionRequest, await request.body())
-        self.served.check_model(asked.model)
+        caller = caller_of(request)
+        self.served.check_model(asked.model, caller)
         with ExitStack() as held:
             held.enter_context(self.worker.admit(len(asked.prompt) * asked.answers))
-            prepared = await asyncio.to_thread(self._prepare, asked)
+            prepared = await asyncio.to_thread(self._prepare, asked, caller)
             if not asked.stream:
                 return await until_client_leaves(request, self._whole(prepared))
             news = self._chunks(prepared, held.pop_all())
@@ -130,24 +134,27 @@ class OpenAIApi:
 
     async def embed(self, request: Request) -> dict[str, Any]:
         asked = read_request(EmbeddingsRequest, await request.body())
-        self.served.check_model(asked.model)
+        caller = caller_of(request)
+        self.served.check_model(asked.model, caller)
         with self.worker.admit(len(asked.input)):
-            return await asyncio.to_thread(self._embeddings, asked)
+            return await asyncio.to_thread(self._embeddings, asked, caller)
 
-    def _embeddings(self, asked: EmbeddingsRequest) -> dict[str, Any]:
+    def _embeddings(self, asked: EmbeddingsRequest, caller: Caller) -> dict[str, Any]:
         names = ["input"] if len(asked.input) == 1 else [f"input[{place}]" for place in range(len(asked.input))]
         given: Sequence[str | list[int]] = asked.input
         prompts = [self._tokens(name, one, None) for name, one in zip(names, given, strict=True)]
         for name, tokens in zip(names, prompts, strict=True):
             self.served.check_length(name, len(tokens), 0)
+        caller.spend(prompt=sum(map(len, prompts)))
         vectors_ND = self.engine.embed(prompts, adapter=self.served.adapter(asked.model))
         return embeddings_reply(asked, vectors_ND, prompts)
 
     # -- chats
 
-    def _begin_turns(self, asked: ChatRequest) -> Turns:
+    def _begin_turns(self, asked: ChatRequest, caller: Caller) -> Turns:
         """Turns that have begun, off the event loop."""
         chat = Chat(
+            caller,
             asked.model,
             [message.as_template_input() for message in asked.messages],
             asked.sampling,
@@ -177,7 +184,7 @@ class OpenAIApi:
     # -- plain completions
 
     async def _whole(self, prepared: _Prepared) -> Response:
-        completions = await self.worker.complete(prepared.requests, prepared.params)
+        completions = await self.worker.complete(prepared.requests, prepared.params, prepared.caller)
         return JSONResponse(prepared.reply.whole(completions))
 
     async def _chunks(self, prepared: _Prepared, place: AbstractContextManager) -> AsyncGenerator[list[dict[str, Any]], None]:
@@ -185,12 +192,12 @@ class OpenAIApi:
         the requests and their admission."""
         with place:
             yield []
-            async with aclosing(self.worker.chunks(prepared.requests)) as news:
+            async with aclosing(self.worker.chunks(prepared.requests, prepared.caller)) as news:
                 async for chunks in news:
                     # by its first chunk, all log-probabilities of a prompt are there
                     yield list(prepared.reply.events(chunks, [request.prompt_log_probs for request in prepared.requests]))
 
-    def _prepare(self, asked: CompletionRequest) -> _Prepared:
+    def _prepare(self, asked: CompletionRequest, caller: Caller) -> _Prepared:
         """Read the prompts and check all that can be checked, off the event loop."""
         tokenizer = self.engine.tokenizer
         texts_or_ids: Sequence[str | list[int]] = asked.prompt
@@ -205,7 +212,7 @@ class OpenAIApi:
         assert asked.token_limit is not None
         params = asked.sampling(asked.token_limit)
         with _refusals(asked):
-            requests = [self._request(asked, tokens, params) for tokens in prompts.values()]
+            requests = [self._request(asked, tokens, params, caller) for tokens in prompts.values()]
         reply = CompletionReply(
             asked.model,
             tokenizer,
@@ -214,11 +221,13 @@ class OpenAIApi:
             echoes=echoes,
             n=asked.n,
         )
-        return _Prepared(requests, params, reply)
+        return _Prepared(caller, requests, params, reply)
 
-    def _request(self, asked: GenerationRequest, tokens: Sequence[int], params: SamplingParams) -> EngineRequest:
+    def _request(
+        self, asked: GenerationRequest, tokens: Sequence[int], params: SamplingParams, caller: Caller
+    ) -> EngineRequest:
         adapter = self.served.adapter(asked.model)
-        return self.engine.prepare(list(tokens), params, adapter=adapter, cache_salt=asked.cache_salt)
+        return self.engine.prepare(list(tokens), params, adapter=adapter, cache_salt=caller.salt(asked.cache_salt))
 
     def _tokens(self, name: str, given: str | list[int], suffix: str | None) -> list[int]:
         """The tokens of a plain completion's prompt, which the parameter `name` gives; suffix: what is to stand behind it."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections import OrderedDict
 from collections.abc import AsyncGenerator
 from contextlib import AbstractContextManager, ExitStack, aclosing
@@ -14,6 +13,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from bessemer.serving.bodies import ApiError, read_request
+from bessemer.serving.clients import Caller, caller_of
 from bessemer.serving.responses_protocol import ResponsesRequest
 from bessemer.serving.responses_replies import ResponseReply
 from bessemer.serving.served import Chat, Served
@@ -26,7 +26,7 @@ _KEPT = 1000
 
 @dataclass(frozen=True)
 class _Stored:
-    """A response with its conversation, in the form of chat completions and without instructions. owner: of the key."""
+    """A response with its conversation, in the form of chat completions and without instructions. owner: the client's id."""
 
     owner: str
     body: dict[str, Any]
@@ -52,8 +52,9 @@ class ResponsesApi:
 
     async def create(self, request: Request) -> Response:
         asked = read_request(ResponsesRequest, await request.body())
-        self._served.check_model(asked.model)
-        owner = _owner_of(request)
+        caller = caller_of(request)
+        owner = caller.client.id
+        self._served.check_model(asked.model, caller)
         before = [] if asked.previous_response_id is None else self._find(asked.previous_response_id, owner).messages
         tokenizer = self._served.engine.tokenizer
         if asked.is_probe:
@@ -64,7 +65,7 @@ class ResponsesApi:
             return StreamingResponse(named_events(_at_once([*begin, *end]), reply.failed), media_type="text/event-stream")
         with ExitStack() as held:
             held.enter_context(self._served.worker.admit(1))
-            chat = _chat_of(asked, before)
+            chat = _chat_of(asked, before, caller)
             turns = await asyncio.to_thread(self._served.begin, chat)
             reply = ResponseReply(asked, tokenizer, turns)
             if not asked.stream:
@@ -75,15 +76,15 @@ class ResponsesApi:
             return StreamingResponse(named_events(news, reply.failed), media_type="text/event-stream")
 
     async def retrieve(self, identity: str, request: Request) -> dict[str, Any]:
-        return self._find(identity, _owner_of(request)).body
+        return self._find(identity, caller_of(request).client.id).body
 
     async def delete(self, identity: str, request: Request) -> dict[str, Any]:
-        self._find(identity, _owner_of(request))
+        self._find(identity, caller_of(request).client.id)
         del self._stored[identity]
         return {"id": identity, "object": "response", "deleted": True}
 
     async def inputs(self, identity: str, request: Request) -> dict[str, Any]:
-        items = self._find(identity, _owner_of(request)).inputs
+        items = self._find(identity, caller_of(request).client.id).inputs
         return {"object": "list", "data": items, "has_more": False, "first_id": None, "last_id": None}
 
     def _find(self, identity: str, owner: str) -> _Stored:
@@ -136,8 +137,9 @@ def _items_of(reply: ResponseReply) -> list[Any]:
     return list(wanted.input)
 
 
-def _chat_of(asked: ResponsesRequest, before: list[dict[str, Any]]) -> Chat:
+def _chat_of(asked: ResponsesRequest, before: list[dict[str, Any]], caller: Caller) -> Chat:
     return Chat(
+        caller,
         asked.model,
         asked.in_chat(before),
         asked.sampling,
@@ -147,12 +149,6 @@ def _chat_of(asked: ResponsesRequest, before: list[dict[str, Any]]) -> Chat:
         choice=asked.choice,
         thinking_budget=asked.budget,
     )
-
-
-def _owner_of(request: Request) -> str:
-    """Hash of the key that a request carries; the key itself is not kept."""
-    key = request.headers.get("authorization", "").removeprefix("Bearer ") or request.headers.get("x-api-key", "")
-    return hashlib.sha256(key.encode()).hexdigest()
 
 
 async def _at_once(events: list[NamedEvent]) -> AsyncGenerator[list[NamedEvent], None]:

@@ -15,6 +15,7 @@ from bessemer.core.errors import RequestError
 from bessemer.inference.request import Request
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.serving.bodies import ApiError
+from bessemer.serving.clients import Caller
 from bessemer.serving.turns import Turns
 from bessemer.serving.worker import TextEngine, Worker
 
@@ -23,11 +24,12 @@ from bessemer.serving.worker import TextEngine, Worker
 class Chat:
     """A conversation that is to be answered.
 
-    messages: in the form of chat completions. params_of: how answers are sampled, given the most tokens of one. token_limit:
-    the most that the client says. parameter_of: which parameter of the request a refusal is about, by its text. answers: how
-    many.
+    caller: whose request it is. messages: in the form of chat completions. params_of: how answers are sampled, given the most
+    tokens of one. token_limit: the most that the client says. parameter_of: which parameter of the request a refusal is about,
+    by its text. answers: how many.
     """
 
+    caller: Caller
     model: str
     messages: Sequence[Mapping[str, Any]]
     params_of: Callable[[int], SamplingParams]
@@ -56,8 +58,10 @@ class Served:
         """What a request may ask for: the model as it is, and with each adapter that is loaded now."""
         return (self.model_name, *self.engine.adapters)
 
-    def check_model(self, name: str) -> None:
-        """Raises ApiError (404) for a name that is not served."""
+    def check_model(self, name: str, caller: Caller | None = None) -> None:
+        """Raises ApiError (404) for a name that is not served. caller: whose request asks for it."""
+        if caller is not None:
+            caller.model = name
         if name not in self.names:
             known = ", ".join(f"'{known}'" for known in self.names)
             raise ApiError(
@@ -94,21 +98,24 @@ class Served:
             # an answer without a limit is as long as the memory allows
             return chat.params_of(chat.token_limit or max(1, self.engine.longest - prompt_tokens))
 
+        salt = chat.caller.salt(chat.cache_salt)
+
         def request(tokens: Sequence[int], params: SamplingParams) -> Request:
-            return self.engine.prepare(list(tokens), params, adapter=self.adapter(chat.model), cache_salt=chat.cache_salt)
+            return self.engine.prepare(list(tokens), params, adapter=self.adapter(chat.model), cache_salt=salt)
 
         turns = []
         try:
             for _ in range(chat.answers):
                 turn = self._turns.start(
                     Conversation(as_messages(chat.messages)),
+                    chat.caller.client.principal,
                     tools=chat.tools,
                     tool_choice=chat.choice,
                     thinking_budget=chat.thinking_budget,
                 )
                 turn.begin(params_of)
                 turns.append(turn)
-            return Turns(turns, request)
+            return Turns(turns, request, chat.caller)
         except RequestError as error:
             reason, parameter = str(error), chat.parameter_of(str(error))
             if parameter is None and chat.tools and reason.startswith("ebnf"):

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
+import signal
 import socket
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Generator
+from types import FrameType
 
 import uvicorn
 
 from bessemer.core.errors import BessemerError, ConfigError
 from bessemer.serving.app import create_app
 from bessemer.serving.config import ServingConfig
-from bessemer.serving.worker import TextEngine
+from bessemer.serving.connections import ImpatientProtocol
+from bessemer.serving.gate import REQUEST_LOG
+from bessemer.serving.worker import TextEngine, Worker
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 #: Seconds that in-flight requests get to finish when the server is stopped.
 _GRACE_SECONDS = 2
@@ -40,24 +51,54 @@ def address_of(listener: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-class _Server(uvicorn.Server):
-    """Stops by itself when its engine can serve no more."""
+class Server(uvicorn.Server):
+    """Stops by itself when its engine can serve no more, and after SIGTERM when its requests have been answered.
 
-    def __init__(self, config: uvicorn.Config, engine: TextEngine) -> None:
+    While it drains it still listens: `/ready` and new requests get 503, `/health` 200. A second SIGTERM ends it at once.
+    """
+
+    def __init__(self, config: uvicorn.Config, engine: TextEngine, worker: Worker, drain_seconds: float) -> None:
         super().__init__(config)
         self._engine = engine
+        self._worker = worker
+        self._drain_seconds = drain_seconds
+        self._drain_until: float | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal. Ctrl-C stops without draining."""
+        if sig != signal.SIGTERM:
+            super().handle_exit(sig, frame)
+        elif self._drain_until is None:
+            self.drain()
+        else:
+            self.should_exit = self.force_exit = True
+
+    def drain(self) -> None:
+        """Begin no request any more, and stop when those under way have ended, or their time has."""
+        self._worker.is_draining = True
+        self._drain_until = time.monotonic() + self._drain_seconds
 
     async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: whether to stop."""
+        if self._drain_until is not None and (self._worker.requests == 0 or time.monotonic() > self._drain_until):
+            self.should_exit = True
         return await super().on_tick(counter) or self._engine.failure is not None
 
 
-def create_server(engine: TextEngine, model_name: str, config: ServingConfig) -> uvicorn.Server:
+def create_server(engine: TextEngine, model_name: str, config: ServingConfig) -> Server:
     """The server, not yet running: `run(sockets=[listener])` starts it, `should_exit = True` stops it."""
     app = create_app(engine, model_name, config)
-    return _Server(
-        uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=_GRACE_SECONDS, lifespan="on"),
-        engine,
+    settings = uvicorn.Config(
+        app,
+        http=ImpatientProtocol,
+        ws="none",
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=_GRACE_SECONDS,
+        lifespan="on",
+        server_header=False,
     )
+    return Server(settings, engine, app.state.worker, config.drain_seconds)
 
 
 def serve(engine: TextEngine, model_name: str, config: ServingConfig | None = None, say: Callable[[str], None] = print) -> None:
@@ -66,7 +107,8 @@ def serve(engine: TextEngine, model_name: str, config: ServingConfig | None = No
     Raises as `listen`, and the engine's failure when it can answer no more.
     """
     config = config or ServingConfig()
-    with listen(config.host, config.port) as listener:
+    _open_many_files()
+    with listen(config.host, config.port) as listener, _request_log(config.request_log):
         server = create_server(engine, model_name, config)
         url = address_of(listener)
         say(f"{model_name}: chat at {url} · OpenAI API at {url}/v1 · Ctrl-C stops")
@@ -74,3 +116,31 @@ def serve(engine: TextEngine, model_name: str, config: ServingConfig | None = No
             server.run(sockets=[listener])
         if engine.failure is not None:
             raise engine.failure
+
+
+def _open_many_files() -> None:
+    """Let this process have as many connections as the machine allows it; the usual limit is 1,024 files."""
+    if resource is not None:
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+@contextlib.contextmanager
+def _request_log(is_wanted: bool) -> Generator[None, None, None]:
+    """The lines of requests go to standard error."""
+    log = logging.getLogger(REQUEST_LOG)
+    if not is_wanted:
+        yield
+        return
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    level, log.propagate = log.level, False
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+        log.propagate = True

@@ -13,6 +13,7 @@ from bessemer.assistant.turn import Turn
 from bessemer.inference.request import Request
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.inference.sampling.sampler import Sampled
+from bessemer.serving.clients import Caller
 from bessemer.serving.worker import Worker
 
 #: Makes a request of a prompt and its settings that has not begun.
@@ -35,10 +36,12 @@ class Turns:
     another completion, behind a thinking budget or the results of tools, share the next round.
     """
 
-    def __init__(self, turns: Sequence[Turn], prepare: Prepare) -> None:
-        """turns: have begun, all with the same prompt. Raises RequestError where the engine refuses it."""
+    def __init__(self, turns: Sequence[Turn], prepare: Prepare, caller: Caller) -> None:
+        """turns: have begun, all with the same prompt. caller: whose tokens they use. Raises RequestError where the engine
+        refuses the prompt."""
         self._turns = turns
         self._prepare = prepare
+        self._caller = caller
         first = turns[0].generation
         assert first is not None, "a turn that has begun needs a completion"
         self.prompt_tokens = len(first.token_ids)
@@ -60,7 +63,7 @@ class Turns:
     async def stream(self, worker: Worker) -> AsyncGenerator[list[ChoiceEvents], None]:
         """Events as they come, to the end of all turns. Closing or cancelling it ends the requests. Raises as `Worker`."""
         while self._requests:
-            async with aclosing(worker.chunks(self._requests)) as news:
+            async with aclosing(worker.chunks(self._requests, self._caller)) as news:
                 async for chunks in news:
                     told = []
                     for place, chunk in chunks:
@@ -82,7 +85,8 @@ class Turns:
         told = []
         while self._requests:
             params = [generation.params for _, generation in self._owners]
-            whole = await worker.complete(self._requests, params[0].with_changes(n=len(self._owners) // len(self._requests)))
+            shared = params[0].with_changes(n=len(self._owners) // len(self._requests))
+            whole = await worker.complete(self._requests, shared, self._caller)
             completions = [one for first in whole for one in (first, *first.others)]
             for (choice, generation), completion in zip(self._owners, completions, strict=True):
                 turn = self._turns[choice]

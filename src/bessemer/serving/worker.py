@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncGenerator, Generator, Sequence
+from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
@@ -18,6 +19,7 @@ from bessemer.inference.sampling.params import SamplingParams
 from bessemer.inference.statistics import EngineStatistics
 from bessemer.inference.step_driver import ChoiceChunk, StepDriver, SteppedEngine
 from bessemer.serving.bodies import ApiError
+from bessemer.serving.clients import Caller
 from bessemer.tokenization.tokenizer import Tokenizer
 
 #: What a refused client is told to wait, in seconds.
@@ -60,6 +62,12 @@ class TextEngine(SteppedEngine, Protocol):
     ) -> Request:
         """A request of token ids that has not begun; any thread may ask. RequestError for what is known to be wrong."""
 
+    def load_adapter(self, name: str, adapter: Path) -> None:
+        """Let requests name the adapter in a folder. ArtefactError for a folder without one that fits the model."""
+
+    def unload_adapter(self, name: str) -> None:
+        """Refuse new requests for an adapter. RequestError for one that is not loaded."""
+
     def embed(self, prompts: Sequence[list[int]], *, adapter: str | None = None) -> Tensor:
         """A vector of length 1 of each prompt, (N, D) float32; any thread may ask."""
 
@@ -82,6 +90,8 @@ class Worker:
         self.requests = 0
         #: Completions that they asked for.
         self.completions = 0
+        #: Whether nothing new is begun, because the server is about to stop.
+        self.is_draining = False
 
     @property
     def failure(self) -> Exception | None:
@@ -93,14 +103,10 @@ class Worker:
         """Admission for as long as the context lasts. Raises ApiError (503) when the server is full, or can serve no more."""
         if (failure := self.failure) is not None:
             raise ApiError(str(failure), status=503, kind="server_error")
+        if self.is_draining:
+            raise _busy("the server is stopping; another one may answer")
         if self.completions >= self._limit:
-            raise ApiError(
-                f"the server is busy with {self.requests} requests; try again in a moment",
-                status=503,
-                kind="server_error",
-                code="server_overloaded",
-                headers={"Retry-After": str(_RETRY_AFTER)},
-            )
+            raise _busy(f"the server is busy with {self.requests} requests; try again in a moment")
         self.requests += 1
         self.completions += completions
         try:
@@ -109,23 +115,28 @@ class Worker:
             self.requests -= 1
             self.completions -= completions
 
-    async def chunks(self, requests: Sequence[Request]) -> AsyncGenerator[list[ChoiceChunk], None]:
+    async def chunks(self, requests: Sequence[Request], caller: Caller) -> AsyncGenerator[list[ChoiceChunk], None]:
         """Chunks of prepared requests and their siblings, as they come; of several steps at once where the client is slow.
 
-        The caller holds the admission. Nothing is begun before the first item is asked for; closing or cancelling it ends the
-        requests. Raises a request's own BessemerError, or ApiError.
+        The tokens are counted for `caller`, and an admission is held meanwhile. Nothing is begun before the first item is asked
+        for; closing or cancelling it ends the requests. Raises a request's own BessemerError, or ApiError.
         """
+        caller.spend(prompt=sum(request.prompt_tokens for request in requests))
         with self._api_errors():
             async with contextlib.aclosing(self._driver.chunks(requests)) as news:
                 async for chunks in news:
+                    caller.spend(completion=sum(len(one.chunk.token_ids) for one in chunks))
                     yield chunks
 
-    async def complete(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
+    async def complete(self, requests: Sequence[Request], params: SamplingParams, caller: Caller) -> list[Completion]:
         """The completions of prepared requests and their siblings, one with its `others` for each request. Cancelling it ends
-        them. Raises as `chunks`."""
+        them. Counts and raises as `chunks`."""
+        caller.spend(prompt=sum(request.prompt_tokens for request in requests))
         with self._api_errors():
             await self._driver.finish(requests)
-        return [self._engine.completion(request, params) for request in requests]
+        completions = [self._engine.completion(request, params) for request in requests]
+        caller.spend(completion=sum(one.completion_tokens for first in completions for one in (first, *first.others)))
+        return completions
 
     def close(self) -> None:
         """End all in-flight requests, and the thread after the step it is in."""
@@ -144,3 +155,9 @@ class Worker:
             if isinstance(error, BessemerError):
                 raise
             raise ApiError("the server failed; its log says why", status=500, kind="server_error") from None
+
+
+def _busy(reason: str) -> ApiError:
+    return ApiError(
+        reason, status=503, kind="server_error", code="server_overloaded", headers={"Retry-After": str(_RETRY_AFTER)}
+    )

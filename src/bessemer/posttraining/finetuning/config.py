@@ -20,6 +20,9 @@ class FinetuneConfig(Config):
         "full: all weights; lora: a low-rank adapter beside them; qlora: beside weights of 4 bits; auto: the first of these "
         "that memory holds.",
     )
+    also: dict[str, float] = setting(
+        default_factory=dict, description="Further files of questions and answers, and how often each comes in a pass."
+    )
     prompt_column: str | None = setting(None, "Column of the questions; absent: found by its name.")
     answer_column: str | None = setting(None, "Column of the answers; absent: found by its name.")
     epochs: float = setting(2.0, "Passes over the data.", gt=0)

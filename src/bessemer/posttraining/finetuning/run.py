@@ -75,10 +75,7 @@ def finetune(
     `finetune.json`. Raises SourceError or ArtefactError for data and models that cannot be used, ConfigError for settings,
     and a model that memory does not hold. `finished` is asked before.
     """
-    columns = find_columns(data, config.prompt_column, config.answer_column)
-    settings: dict[str, Any] = {"data": [str(data.resolve())], "validation_share": config.held_out}
-    if columns is not None:
-        settings |= dict(zip(("prompt_column", "answer_column"), columns, strict=True))
+    settings = settings_of(config, data)
     training, held_out = gather_conversations(SFTConfig.parse(settings), None, Path(), seed)
     if len(held_out) < _FEWEST or not training:
         raise SourceError(
@@ -88,8 +85,8 @@ def finetune(
     out.mkdir(parents=True, exist_ok=True)
     if not (out / RECORD).exists():
         write_json(out / RECORD, {"asked": asked_of(config, source, data, seed)})
-    if columns is not None:
-        progress.say(f"{data}: questions in {columns[0]!r}, answers in {columns[1]!r}")
+    if "prompt_column" in settings:
+        progress.say(f"{data}: questions in {settings['prompt_column']!r}, answers in {settings['answer_column']!r}")
     base = prepare_base(source, out / "base", progress)
     tokenizer, chosen_device = load_tokenizer(base), choose_device(device)
     encoded = [encode_conversation(one, tokenizer, _LONGEST) for one in (*training, *held_out)]
@@ -132,9 +129,30 @@ def finetune(
     return Finetuned(method, base, out / "adapter", out / "model" if config.merge else None, before_N, after_N, metrics)
 
 
+def settings_of(config: FinetuneConfig, data: Path) -> dict[str, Any]:
+    """The settings of `sft` that say which conversations it reads.
+
+    Raises SourceError for a file whose columns cannot be told, ConfigError where files call them differently.
+    """
+    columns = find_columns(data, config.prompt_column, config.answer_column)
+    others = {Path(name).resolve(): weight for name, weight in config.also.items()}
+    for other in others:
+        if (found := find_columns(other, config.prompt_column, config.answer_column)) != columns:
+            raise ConfigError(f"{other}: its columns are {found}, and those of {data} are {columns}; call them alike")
+    settings: dict[str, Any] = {
+        "data": [str(path) for path in (data.resolve(), *others)],
+        "weights": {str(path): weight for path, weight in others.items()},
+        "validation_share": config.held_out,
+    }
+    if columns is not None:
+        settings |= dict(zip(("prompt_column", "answer_column"), columns, strict=True))
+    return settings
+
+
 def asked_of(config: FinetuneConfig, source: ModelSource, data: Path, seed: int) -> dict[str, Any]:
     """What tells one fine-tuning from another."""
-    return {"settings": config.output_settings(), "model": source.name, "data": hash_file(data), "seed": seed}
+    also = {"also": {hash_file(Path(name)): weight for name, weight in config.also.items()}}
+    return {"settings": config.output_settings() | also, "model": source.name, "data": hash_file(data), "seed": seed}
 
 
 def finished(out: Path, asked: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:

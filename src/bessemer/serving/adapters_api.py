@@ -1,0 +1,89 @@
+"""Adapters that come and go while the server runs, by an admin key: `/v1/load_lora_adapter` and `/v1/unload_lora_adapter`."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from fastapi import APIRouter, Request
+from fastapi.responses import PlainTextResponse
+from pydantic import Field
+
+from bessemer.core.errors import ArtefactError, RequestError
+from bessemer.serving.bodies import ApiError, Body, read_request
+from bessemer.serving.clients import caller_of
+from bessemer.serving.served import Served
+
+
+class LoadAdapter(Body):
+    """An adapter's folder, below the one that the server was started with, and the name that clients ask for it by."""
+
+    lora_name: str = Field(min_length=1, max_length=128, pattern=r"^[\w.:-]+$")
+    lora_path: str = Field(min_length=1)
+    load_inplace: bool = False
+
+
+class UnloadAdapter(Body):
+    """A loaded adapter's name."""
+
+    lora_name: str = Field(min_length=1)
+
+
+class AdaptersApi:
+    """The routes, as vLLM has them. root: below which the folders of adapters lie; None: none is loaded."""
+
+    def __init__(self, served: Served, root: Path | None) -> None:
+        self._served = served
+        self._root = None if root is None else root.resolve()
+
+    def router(self) -> APIRouter:
+        """The routes."""
+        router = APIRouter(prefix="/v1")
+        router.add_api_route("/load_lora_adapter", self.load, methods=["POST"], response_model=None)
+        router.add_api_route("/unload_lora_adapter", self.unload, methods=["POST"], response_model=None)
+        return router
+
+    async def load(self, request: Request) -> PlainTextResponse:
+        _check_admin(request)
+        asked = read_request(LoadAdapter, await request.body())
+        if asked.lora_name in self._served.names and not (
+            asked.load_inplace and asked.lora_name in self._served.engine.adapters
+        ):
+            raise _refused(f"'{asked.lora_name}' is served already; unload it, or send load_inplace: true", "lora_name")
+        folder = self._folder(asked.lora_path)
+        try:
+            await asyncio.to_thread(self._served.engine.load_adapter, asked.lora_name, folder)
+        except ArtefactError as error:
+            # the folder's place on this machine is nobody's business
+            raise _refused(str(error).replace(str(self._root), "").lstrip("/"), "lora_path") from None
+        return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' added successfully.")
+
+    async def unload(self, request: Request) -> PlainTextResponse:
+        _check_admin(request)
+        asked = read_request(UnloadAdapter, await request.body())
+        try:
+            await asyncio.to_thread(self._served.engine.unload_adapter, asked.lora_name)
+        except RequestError as error:
+            raise ApiError(str(error), status=404, parameter="lora_name", code="model_not_found") from None
+        return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' removed successfully.")
+
+    def _folder(self, path: str) -> Path:
+        """The folder that a path means. Raises ApiError for one outside the root, whether or not it exists."""
+        if self._root is None:
+            raise ApiError("this server loads no adapters; start it with --adapter-root", status=403, code="not_allowed")
+        try:
+            folder = (self._root / path).resolve()
+        except (OSError, ValueError):
+            raise _refused("not a path", "lora_path") from None
+        if self._root not in folder.parents:
+            raise _refused("the folder must lie below the server's --adapter-root", "lora_path")
+        return folder
+
+
+def _check_admin(request: Request) -> None:
+    if not caller_of(request).client.is_admin:
+        raise ApiError("adapters are loaded and unloaded with an admin key", status=403, code="not_allowed")
+
+
+def _refused(reason: str, parameter: str) -> ApiError:
+    return ApiError(f"{parameter}: {reason}", parameter=parameter, code="invalid_value")

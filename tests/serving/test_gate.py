@@ -1,0 +1,265 @@
+"""What never reaches a route: foreign hosts and origins, strangers, bodies that are too large or never end."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import threading
+import time
+
+import httpx
+import pytest
+
+from bessemer.serving import connections
+from bessemer.serving.app import create_app
+from bessemer.serving.config import ServingConfig
+from bessemer.serving.gate import PUBLIC
+from bessemer.serving.keys import KeyRecord, hash_key, write_keys
+from tests.serving.engine import FakeEngine
+
+ASKED = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
+
+
+def babble(_: str):
+    while True:
+        yield "x"
+
+
+def keys_file(path, **settings):
+    """A file with the keys `ann`, which has the settings, and `boss`, an admin's."""
+    ann = KeyRecord.parse({"name": "ann's", "user": "ann", "hash": hash_key("ann"), **settings})
+    write_keys(path, [ann, KeyRecord(name="boss", hash=hash_key("boss"), admin=True)])
+    return path
+
+
+def status(url, path="/health", **headers):
+    return httpx.get(url + path, headers={name.replace("_", "-"): value for name, value in headers.items()}).status_code
+
+
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", "127.0.0.1:8000", "localhost", "LOCALHOST:1", "[::1]:80", "10.0.0.7", "my.name:80"]
+)
+def test_addresses_of_numbers_and_names_that_are_let_in_are_answered(start, host):
+    assert status(start(FakeEngine(), hosts=["my.name"]), host=host) == 200
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "x/health?y=", "a@localhost", "::1"]
+)
+def test_a_name_that_points_at_this_machine_is_turned_away(start, host):
+    url = start(FakeEngine())
+    for path in ("/health", "/v1/models", "/"):
+        assert status(url, path, host=host) == 403
+
+
+def test_a_host_that_looks_like_a_path_opens_no_route_that_needs_a_key(start):
+    url = start(FakeEngine(), hosts=["*"], api_key="secret")
+    for path in ("/v1/models", "/v1/responses/a", "/tokenize", "/nothing"):
+        assert status(url, path, host="x/health?y=") == 401
+
+
+def test_two_hosts_are_none(start):
+    address = httpx.URL(start(FakeEngine()))
+    with socket.create_connection((address.host, address.port)) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nHost: evil\r\n\r\n")
+        assert connection.recv(100).startswith(b"HTTP/1.1 400")
+
+
+def test_only_pages_of_this_server_and_of_origins_that_are_let_in_may_use_it(start):
+    url = start(FakeEngine(), origins=["https://my.page"])
+    for method in ("GET", "POST", "HEAD", "DELETE", "OPTIONS"):
+        assert httpx.request(method, url + "/v1/models", headers={"Origin": "https://evil.example"}).status_code == 403
+        assert httpx.request(method, url + "/v1/models", headers={"Origin": "null"}).status_code == 403
+    own = httpx.get(url + "/v1/models", headers={"Origin": url})
+    foreign = httpx.get(url + "/v1/models", headers={"Origin": "https://my.page"})
+    assert own.status_code == foreign.status_code == 200
+    assert "access-control-allow-origin" not in own.headers
+    assert foreign.headers["access-control-allow-origin"] == "https://my.page"
+    asks = {"Origin": "https://my.page", "Access-Control-Request-Method": "POST"}
+    preflight = httpx.options(url + "/v1/chat/completions", headers=asks)
+    assert preflight.status_code == 204 and "POST" in preflight.headers["access-control-allow-methods"]
+    assert "authorization" in preflight.headers["access-control-allow-headers"]
+
+
+def test_every_route_needs_a_key_but_those_that_are_public(start):
+    app = create_app(FakeEngine(), "tiny", ServingConfig(api_key="secret"))
+    url = start(FakeEngine(), api_key="secret")
+    described = app.openapi()["paths"]
+    assert {"/v1/chat/completions", "/v1/messages", "/v1/responses/{identity}", "/v1/load_lora_adapter"} <= described.keys()
+    for template, methods in described.items():
+        path = re.sub(r"{\w+(:path)?}", "a", template)
+        for method in methods:
+            answered = httpx.request(method, url + path).status_code
+            assert (answered == 401) == (template not in PUBLIC), (method, template)
+
+
+@pytest.mark.parametrize(
+    "headers", [{"Authorization": "Bearer ann"}, {"X-Api-Key": "ann"}, {"Authorization": "Bearer guess", "X-Api-Key": "ann"}]
+)
+def test_a_key_comes_in_either_header(start, tmp_path, headers):
+    url = start(FakeEngine(), keys=keys_file(tmp_path / "keys.json"))
+    assert status(url, "/v1/models", **headers) == 200
+    assert status(url, "/v1/models", authorization="Bearer guess") == status(url, "/v1/models") == 401
+
+
+def test_a_client_has_its_requests_and_tokens_of_a_minute(start, tmp_path):
+    url = start(FakeEngine(), keys=keys_file(tmp_path / "keys.json", requests_per_minute=2))
+    ann = {"Authorization": "Bearer ann"}
+    answers = [httpx.post(url + "/v1/chat/completions", json=ASKED, headers=ann) for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [200, 200, 429]
+    assert 1 <= int(answers[-1].headers["retry-after"]) <= 30
+    assert answers[-1].json()["error"]["code"] == "rate_limit_exceeded"
+    # an allowance is one client's
+    assert httpx.post(url + "/v1/chat/completions", json=ASKED, headers={"X-Api-Key": "boss"}).status_code == 200
+
+    url = start(FakeEngine(), keys=keys_file(tmp_path / "others.json", tokens_per_minute=15))
+    answers = [httpx.post(url + "/v1/messages", json=ASKED | {"max_tokens": 100}, headers=ann) for _ in range(2)]
+    # the first one takes more than there is, which is known at its end
+    assert [answer.status_code for answer in answers] == [200, 429]
+    assert answers[-1].json()["error"]["type"] == "rate_limit_error"
+
+
+def test_clients_with_keys_share_no_prefix_cache(start, tmp_path):
+    engine = FakeEngine()
+    url = start(engine, keys=keys_file(tmp_path / "keys.json"))
+    for key, salt in (("ann", None), ("ann", "s"), ("boss", None), ("boss", "s"), ("ann", "s")):
+        asked = ASKED | ({} if salt is None else {"cache_salt": salt})
+        httpx.post(url + "/v1/chat/completions", json=asked, headers={"X-Api-Key": key}).raise_for_status()
+    assert None not in engine.salts and "s" not in engine.salts
+    assert len(set(engine.salts)) == 4 and engine.salts[1] == engine.salts[4]
+
+
+def test_a_revoked_key_ends_its_stream(start, tmp_path):
+    engine = FakeEngine(babble, context_length=10**9)
+    path = keys_file(tmp_path / "keys.json")
+    url = start(engine, keys=path)
+    with httpx.stream(
+        "POST", url + "/v1/chat/completions", json=ASKED | {"stream": True}, headers={"X-Api-Key": "ann"}
+    ) as stream:
+        news = stream.iter_lines()
+        next(news)
+        write_keys(path, [])
+        with pytest.raises(httpx.RemoteProtocolError):
+            for _ in news:
+                pass
+    assert engine.stopped.wait(timeout=10)
+    assert status(url, "/v1/models", x_api_key="ann") == 401
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_a_body_that_is_too_large_is_413_and_the_server_goes_on(start, announced):
+    url = start(FakeEngine(), max_body=0.01)
+    large = b"x" * 50_000_000
+    content = large if announced else (large[place : place + 100_000] for place in range(0, len(large), 100_000))
+    answer = httpx.post(url + "/v1/chat/completions", content=content, timeout=30)
+    assert answer.status_code == 413 and answer.json()["error"]["code"] == "request_too_large"
+    assert httpx.post(url + "/v1/messages", content=b" " * 20_000).json()["error"]["type"] == "request_too_large"
+    assert status(url) == 200
+
+
+def test_a_body_that_does_not_come_is_408(start):
+    address = httpx.URL(start(FakeEngine(), body_seconds=0.2))
+    with socket.create_connection((address.host, address.port)) as connection:
+        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
+        answer = b"".join(iter(lambda: connection.recv(1000), b""))
+    assert answer.startswith(b"HTTP/1.1 408") and b"request_timeout" in answer
+
+
+def test_a_connection_that_sends_no_whole_head_is_let_go(start, monkeypatch):
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.3)
+    address = httpx.URL(start(FakeEngine()))
+    silent, slow = (socket.create_connection((address.host, address.port), timeout=10) for _ in range(2))
+    with silent, slow:
+        slow.sendall(b"GET /health HTTP/1.1\r\nHost: local")
+        assert silent.recv(1) == slow.recv(1) == b""
+    # between two requests of one connection too
+    with socket.create_connection((address.host, address.port), timeout=10) as kept:
+        kept.sendall(b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        answer = b""
+        while not answer.endswith(b"}"):
+            answer += kept.recv(1000)
+        kept.sendall(b"GET /vers")
+        assert b"".join(iter(lambda: kept.recv(1000), b"")) == b""
+
+
+def test_a_thousand_connections_at_once_are_answered(start):
+    address = httpx.URL(start(FakeEngine()))
+    held = [socket.create_connection((address.host, address.port), timeout=30) for _ in range(450)]
+    try:
+        for connection in held:
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert all(connection.recv(12) == b"HTTP/1.1 200" for connection in held)
+    finally:
+        for connection in held:
+            connection.close()
+
+
+def test_adapters_come_and_go_by_an_admins_key(start, tmp_path):
+    class Adapting(FakeEngine):
+        def load_adapter(self, name, folder):
+            self.adapters += (name,)
+            self.folder = folder
+
+        def unload_adapter(self, name):
+            self.adapters = tuple(adapter for adapter in self.adapters if adapter != name)
+
+    root = tmp_path / "adapters"
+    (root / "mine").mkdir(parents=True)
+    (root / "link").symlink_to(tmp_path)
+    engine = Adapting()
+    url = start(engine, keys=keys_file(tmp_path / "keys.json"), adapter_root=root)
+
+    def load(path, key="boss", name="mine"):
+        body = {"lora_name": name, "lora_path": path}
+        return httpx.post(url + "/v1/load_lora_adapter", json=body, headers={"X-Api-Key": key})
+
+    assert load("mine", key="ann").status_code == 403
+    for outside in ("..", ".", "/etc", "mine/../..", "link", "a\0b"):
+        assert load(outside).status_code == 400, outside
+    assert load("mine").status_code == 200 and engine.folder == root / "mine"
+    assert load("mine").status_code == load("mine", name="tiny").status_code == 400
+    listed = httpx.get(url + "/v1/models", headers={"X-Api-Key": "ann"}).json()["data"]
+    assert [model["id"] for model in listed] == ["tiny", "mine"]
+    gone = httpx.post(url + "/v1/unload_lora_adapter", json={"lora_name": "mine"}, headers={"X-Api-Key": "boss"})
+    assert gone.status_code == 200 and engine.adapters == ()
+
+
+def test_a_server_that_drains_finishes_what_runs_and_begins_nothing(start):
+    release = threading.Event()
+
+    def held(_):
+        yield "first"
+        release.wait(timeout=30)
+        yield " last"
+
+    servers = []
+    url = start(FakeEngine(held), made=servers)
+    with httpx.stream("POST", url + "/v1/chat/completions", json=ASKED | {"stream": True}) as stream:
+        servers[0].drain()
+        assert status(url, "/ready") == 503 and status(url, "/health") == 200
+        refused = httpx.post(url + "/v1/chat/completions", json=ASKED)
+        assert refused.status_code == 503 and int(refused.headers["retry-after"]) >= 1
+        release.set()
+        assert "".join(stream.iter_text()).rstrip().endswith("data: [DONE]")
+    for _ in range(100):
+        time.sleep(0.1)
+        with pytest.raises(httpx.ConnectError):
+            while True:
+                httpx.get(url + "/health")
+        break
+
+
+def test_the_log_of_requests_says_nothing_of_what_they_say(start, tmp_path, caplog):
+    url = start(FakeEngine(), keys=keys_file(tmp_path / "keys.json"), request_log=True)
+    with caplog.at_level("INFO", logger="bessemer.requests"):
+        asked = {"model": "tiny", "messages": [{"role": "user", "content": "a secret"}]}
+        answer = httpx.post(url + "/v1/chat/completions", json=asked, headers={"X-Api-Key": "ann"})
+        httpx.get(url + "/v1/models?secret=1")
+    first, second = (json.loads(record.message) for record in caplog.records)
+    usage = answer.json()["usage"]
+    assert (first["key"], first["path"], first["model"], first["status"]) == ("ann's", "/v1/chat/completions", "tiny", 200)
+    assert (first["prompt_tokens"], first["completion_tokens"]) == (usage["prompt_tokens"], usage["completion_tokens"])
+    assert first["request"] == answer.headers["x-request-id"]
+    assert (second["key"], second["status"]) == (None, 401)
+    assert "secret" not in caplog.text
