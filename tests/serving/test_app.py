@@ -243,14 +243,18 @@ def test_api_key_is_asked_for_when_set(start):
             client.chat.completions.create(model="tiny", messages=HELLO)
 
 
-def test_chat_page_needs_nothing_from_elsewhere_and_parses_no_html(start):
-    page = httpx.get(start(FakeEngine()))
-    assert page.status_code == 200 and page.headers["content-type"].startswith("text/html")
-    assert "default-src 'none'" in page.headers["content-security-policy"]
-    for forbidden in ("http:", "https:", "//cdn", "innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "@import"):
-        assert forbidden not in page.text
-
-
-def test_suggestions_cannot_break_out_of_the_chat_page(start):
-    page = httpx.get(start(FakeEngine(), suggestions=["</script><script>alert(1)</script>"])).text
-    assert "alert(1)" in page and "<script>alert" not in page
+def test_ids_of_all_tokens_are_told_where_they_are_asked_for(client):
+    asked = {"model": "tiny", "messages": HELLO, "extra_body": {"return_token_ids": True}}
+    whole = client.chat.completions.create(**asked)
+    stream = list(client.chat.completions.create(**asked, stream=True))
+    ids = [id for chunk in stream for id in chunk.choices[0].token_ids]
+    assert ids == whole.choices[0].token_ids and len(ids) == len(ECHO)
+    assert whole.prompt_token_ids == stream[0].prompt_token_ids and len(whole.prompt_token_ids) == PROMPT_TOKENS
+    assert not any(hasattr(chunk, "prompt_token_ids") for chunk in stream[1:])
+    plain = {"model": "tiny", "prompt": ["abc", "de"], "extra_body": {"return_token_ids": True}}
+    choices = client.completions.create(**plain).choices
+    assert [choice.prompt_token_ids for choice in choices] == [[256, 97, 98, 99], [256, 100, 101]]
+    told = {0: [], 1: []}
+    for chunk in client.completions.create(**plain, stream=True):
+        told[chunk.choices[0].index] += chunk.choices[0].token_ids
+    assert list(told.values()) == [choice.token_ids for choice in choices]

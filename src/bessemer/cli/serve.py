@@ -30,6 +30,9 @@ def serve(
     request_log: Annotated[
         bool, typer.Option("--request-log", help="A line of JSON for every request, without what it says.")
     ] = False,
+    feedback: Annotated[
+        Path | None, typer.Option(help="Folder for thumbs and edits of the chat, as rows that post-training reads.")
+    ] = None,
     kv_memory: Annotated[float | None, typer.Option(help="GiB for the KV cache; a quarter of what is free.")] = None,
     max_model_len: Annotated[
         int | None, typer.Option(help="At most this many tokens of prompt and answer together; the model's context.")
@@ -59,11 +62,12 @@ def serve(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
 ) -> None:
-    """Serve a model behind OpenAI's and Anthropic's APIs, with a chat page."""
+    """Serve a model behind OpenAI's and Anthropic's APIs, with a web app to chat and to look inside."""
     from bessemer.cli.named import example_questions, find_model, named_folders, named_numbers, option_of, speculation
     from bessemer.inference.engine import Engine, EngineConfig
     from bessemer.serving.config import ServingConfig
     from bessemer.serving.server import serve as serve_engine
+    from bessemer.webapp.app import WebSettings, web_pages
 
     folder, name = find_model(model, runs), name or Path(model).name
     adapters = named_folders(adapter, taken=name)
@@ -85,7 +89,6 @@ def serve(
             "origins": [origin.lower().rstrip("/") for origin in allow_origin or ()],
             "request_log": request_log,
             "adapter_root": adapter_root,
-            "suggestions": example_questions(folder),
         }
         | {name: value for name, value in limits.items() if value is not None},
         option_of("serve"),
@@ -95,4 +98,5 @@ def serve(
             engine.load_adapter(its_name, its_folder)
         print(engine.describe())
         print(engine.arithmetic)
-        serve_engine(engine, name, config)
+        shown = WebSettings(folder, example_questions(folder), feedback)
+        serve_engine(engine, name, config, pages=web_pages(shown))

@@ -36,7 +36,7 @@ class MessagesReply:
 
     def whole(self, told: Iterable[ChoiceEvents]) -> dict[str, Any]:
         """The response of a request that does not stream."""
-        for _, events, _ in told:
+        for _, events, *_ in told:
             for _ in self._events(events):
                 pass
         return self._message(self._blocks, self._usage())
@@ -47,7 +47,7 @@ class MessagesReply:
 
     def events(self, told: Iterable[ChoiceEvents]) -> Iterator[NamedEvent]:
         """Events of a stream for what one or more steps made."""
-        for _, events, _ in told:
+        for _, events, *_ in told:
             yield from self._events(events)
 
     def _events(self, events: Sequence[Event]) -> Iterator[NamedEvent]:

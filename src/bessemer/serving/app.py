@@ -1,17 +1,16 @@
-"""The HTTP application: OpenAI's API, tokens, metrics, health, and the chat page."""
+"""The HTTP application: OpenAI's and Anthropic's API, tokens, metrics, health, and the pages of another package."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
-from importlib import resources
+from dataclasses import dataclass
 from importlib.metadata import version as package_version
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from bessemer.core.errors import BessemerError
@@ -19,7 +18,7 @@ from bessemer.serving.adapters_api import AdaptersApi
 from bessemer.serving.anthropic_api import PREFIX, AnthropicApi, error_body
 from bessemer.serving.bodies import ApiError, read_request
 from bessemer.serving.config import ServingConfig
-from bessemer.serving.gate import Gate
+from bessemer.serving.gate import PUBLIC, Gate
 from bessemer.serving.keys import Keys
 from bessemer.serving.metrics import CONTENT_TYPE, Metrics
 from bessemer.serving.openai_api import OpenAIApi
@@ -31,15 +30,30 @@ from bessemer.serving.worker import TextEngine, Worker
 
 #: Seconds between two looks at the file of keys.
 _REFRESH_SECONDS = 1.0
-#: The chat page runs its own script and speaks to this server, nothing else.
-_PAGE_POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'; "
-    "form-action 'none'; frame-ancestors 'none'"
-)
 
 
-def create_app(engine: TextEngine, model_name: str, config: ServingConfig | None = None) -> FastAPI:
+@dataclass(frozen=True)
+class Pages:
+    """Routes of another package beside the API. public: their paths that need no key."""
+
+    routers: Sequence[APIRouter] = ()
+    public: Collection[str] = ()
+
+
+def no_pages(served: Served) -> Pages:
+    """The API alone."""
+    return Pages()
+
+
+def create_app(
+    engine: TextEngine,
+    model_name: str,
+    config: ServingConfig | None = None,
+    pages: Callable[[Served], Pages] = no_pages,
+) -> FastAPI:
     """An application that serves one model under `model_name`, and its adapters each under its own name.
+
+    pages: makes what is shown beside the API, of what is served; a page at `/` takes the place of the API's line there.
 
     Every error is answered in the form of the API that was asked. `config.host` and `config.port` are for the server that runs
     the application. Its `state` has the `worker`. Raises ArtefactError and ConfigError for a file of keys that cannot be read.
@@ -63,20 +77,20 @@ def create_app(engine: TextEngine, model_name: str, config: ServingConfig | None
 
     app = FastAPI(title="Bessemer", docs_url=None, redoc_url=None, openapi_url=None, lifespan=life)
     app.state.worker = worker
-    app.add_middleware(Gate, config=config, keys=keys, error_body=_body_of)
-    for api in apis:
-        app.include_router(api.router())
+    beside = pages(served)
+    app.add_middleware(Gate, config=config, keys=keys, error_body=_body_of, public=PUBLIC.union(beside.public))
+    for router in (*beside.routers, *(api.router() for api in apis)):
+        app.include_router(router)
     app.add_exception_handler(ApiError, _answer_api_error)
     app.add_exception_handler(BessemerError, _answer_bessemer_error)
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_exception_handler(Exception, _answer_failure)
-    page = _chat_page(config.suggestions)
 
-    # Anthropic's clients look whether anybody is there
+    # Anthropic's clients look whether a server is there
     @app.head("/")
     @app.get("/")
-    async def chat_page() -> HTMLResponse:
-        return HTMLResponse(page, headers={"Content-Security-Policy": _PAGE_POLICY, "Referrer-Policy": "no-referrer"})
+    async def about() -> dict[str, str]:
+        return {"name": "bessemer", "version": package_version("bessemer"), "model": model_name}
 
     @app.get("/health")
     async def health() -> JSONResponse:
@@ -118,13 +132,6 @@ async def _watch(keys: Keys | None) -> None:
     while keys is not None:
         await asyncio.sleep(_REFRESH_SECONDS)
         keys.refresh()
-
-
-def _chat_page(suggestions: list[str]) -> str:
-    """The page's HTML with the suggestions as JSON, in which no `<` can end the script element early."""
-    page = resources.files("bessemer.serving").joinpath("chat.html").read_text(encoding="utf-8")
-    given = json.dumps({"suggestions": suggestions}).replace("<", "\\u003c")
-    return page.replace('{"suggestions": []}', given, 1)
 
 
 def _answer_api_error(request: Request, error: Exception) -> Response:

@@ -35,6 +35,8 @@ class _Choice:
     thinking: str = ""
     calls: list[ToolCall] = field(default_factory=list)
     sampled: list[Sampled] = field(default_factory=list)
+    #: Ids that the client has not been told.
+    token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     has_begun: bool = False
 
@@ -43,22 +45,34 @@ class ChatReply:
     """The response to a chat request: one choice for each answer, and the tokens that they took."""
 
     def __init__(
-        self, model: str, tokenizer: Tokenizer, turns: Turns, *, n: int, log_probs: bool, shows_thinking: bool
+        self,
+        model: str,
+        tokenizer: Tokenizer,
+        turns: Turns,
+        *,
+        n: int,
+        log_probs: bool,
+        shows_thinking: bool,
+        shows_ids: bool = False,
     ) -> None:
-        """log_probs: whether they are told. shows_thinking: whether the client is told what the model thought."""
+        """log_probs: whether they are told. shows_thinking: whether the client is told what the model thought. shows_ids:
+        whether it is told the ids of all tokens."""
         self._model = model
         self._tokenizer = tokenizer
         self._turns = turns
         self._log_probs = log_probs
         self._shows_thinking = shows_thinking
+        self._shows_ids = shows_ids
+        self._prompt_is_told = not shows_ids
         self._choices = [_Choice() for _ in range(n)]
         self._created = int(time.time())
         self._identity = uuid.uuid4().hex
 
     def whole(self, told: Iterable[ChoiceEvents]) -> dict[str, Any]:
         """The response of a request that does not stream."""
-        for choice, events, sampled in told:
+        for choice, events, sampled, token_ids in told:
             self._choices[choice].sampled += sampled
+            self._choices[choice].token_ids += token_ids
             for _ in self._deltas(self._choices[choice], events):
                 pass
         choices = []
@@ -71,16 +85,19 @@ class ChatReply:
                     {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": _arguments(call)}}
                     for call in one.calls
                 ]
-            choices.append({"index": index, "message": message, **self._ending(one, one.sampled)})
-        return {**self._head("chat.completion"), "choices": choices, "usage": self._usage()}
+            ids = {"token_ids": one.token_ids} if self._shows_ids else {}
+            choices.append({"index": index, "message": message, **self._ending(one, one.sampled), **ids})
+        prompt = {"prompt_token_ids": self._turns.prompt_ids} if self._shows_ids else {}
+        return {**self._head("chat.completion"), "choices": choices, "usage": self._usage(), **prompt}
 
     def events(self, told: Iterable[ChoiceEvents]) -> Iterator[dict[str, Any]]:
         """Events of a stream for what one or more steps made.
 
         A choice's role comes with its first token, as in vLLM: clients take the first event for it.
         """
-        for choice, events, sampled in _by_choice(told):
+        for choice, events, sampled, token_ids in _by_choice(told):
             one = self._choices[choice]
+            one.token_ids += token_ids
             if not one.has_begun:
                 one.has_begun = True
                 yield self._event(choice, {"role": "assistant", "content": ""})
@@ -143,24 +160,31 @@ class ChatReply:
     def _event(
         self, choice: int, delta: dict[str, Any], log_probs: dict[str, Any] | None = None, finish_reason: str | None = None
     ) -> dict[str, Any]:
-        one = {"index": choice, "delta": delta, "logprobs": log_probs, "finish_reason": finish_reason}
-        return {**self._head("chat.completion.chunk"), "choices": [one]}
+        one: dict[str, Any] = {"index": choice, "delta": delta, "logprobs": log_probs, "finish_reason": finish_reason}
+        event = {**self._head("chat.completion.chunk"), "choices": [one]}
+        if self._shows_ids:
+            one["token_ids"], self._choices[choice].token_ids = self._choices[choice].token_ids, []
+        if not self._prompt_is_told:
+            self._prompt_is_told = True
+            event["prompt_token_ids"] = self._turns.prompt_ids
+        return event
 
 
-def _by_choice(told: Iterable[ChoiceEvents]) -> Iterator[tuple[int, list[Event], list[Sampled]]]:
+def _by_choice(told: Iterable[ChoiceEvents]) -> Iterator[tuple[int, list[Event], list[Sampled], list[int]]]:
     """The news of several steps, one entry for each choice; texts that follow each other are one."""
-    of_choice: dict[int, tuple[list[Event], list[Sampled]]] = {}
-    for choice, events, sampled in told:
-        mine, tokens = of_choice.setdefault(choice, ([], []))
+    of_choice: dict[int, tuple[list[Event], list[Sampled], list[int]]] = {}
+    for choice, events, sampled, token_ids in told:
+        mine, tokens, ids = of_choice.setdefault(choice, ([], [], []))
         tokens += sampled
+        ids += token_ids
         for event in events:
             last = mine[-1] if mine else None
             if isinstance(event, TextDelta | ThinkingDelta) and type(last) is type(event):
                 mine[-1] = type(event)(last.text + event.text)
             else:
                 mine.append(event)
-    for choice, (mine, tokens) in of_choice.items():
-        yield choice, mine, tokens
+    for choice, found in of_choice.items():
+        yield choice, *found
 
 
 def _thought(text: str) -> dict[str, str]:

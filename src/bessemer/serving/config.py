@@ -53,6 +53,3 @@ class ServingConfig(Config):
         ge=0,
         affects_output=False,
     )
-    suggestions: list[str] = setting(
-        default_factory=list, description="questions that the chat page offers", affects_output=False
-    )

@@ -11,7 +11,7 @@ import ipaddress
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,10 +26,8 @@ from bessemer.serving.keys import Keys
 
 #: Makes an error's body, in the form of the API that a path belongs to.
 ErrorBody = Callable[[str, ApiError], dict[str, Any]]
-#: What is answered without a key: who watches over a server has none, and the pages ask for theirs.
+#: What is answered without a key: a watcher of the server has none.
 PUBLIC = frozenset({"/", "/health", "/ready", "/version", "/metrics"})
-#: Below it lie the files of the pages.
-PUBLIC_FOLDER = "/static/"
 _MIB = 2**20
 
 #: The logger of a line for every request.
@@ -46,8 +44,12 @@ class Gate:
     - Key: of the client, for every path that is not public.
     """
 
-    def __init__(self, app: ASGIApp, config: ServingConfig, keys: Keys | None, error_body: ErrorBody) -> None:
+    def __init__(
+        self, app: ASGIApp, config: ServingConfig, keys: Keys | None, error_body: ErrorBody, public: Collection[str] = PUBLIC
+    ) -> None:
+        """public: paths that need no key."""
         self._app = app
+        self._public = frozenset(public)
         self._config = config
         self._keys = keys
         self._error_body = error_body
@@ -111,7 +113,7 @@ class Gate:
 
     def _client(self, path: str, headers: _Headers) -> Client:
         """The client that a request may be answered for. Raises ApiError (401, 429)."""
-        if self._keys is None or path in PUBLIC or path.startswith(PUBLIC_FOLDER):
+        if self._keys is None or path in self._public:
             return self._everybody
         # Anthropic's clients send their key in a header of its own
         bearer = [value.removeprefix("Bearer ") for value in headers.all("authorization")]

@@ -109,6 +109,7 @@ class OpenAIApi:
                 n=asked.n,
                 log_probs=asked.logprobs,
                 shows_thinking=asked.include_reasoning,
+                shows_ids=asked.return_token_ids,
             )
             if not asked.stream:
                 return await until_client_leaves(request, self._whole_chat(turns, reply))
@@ -220,6 +221,7 @@ class OpenAIApi:
             log_probs=asked.wants_log_probs,
             echoes=echoes,
             n=asked.n,
+            prompt_ids=list(prompts.values()) if asked.return_token_ids else None,
         )
         return _Prepared(caller, requests, params, reply)
 

@@ -158,6 +158,7 @@ class GenerationRequest(Body):
     guided_choice: list[str] | None = Field(None, min_length=1)
     guided_grammar: str | None = None
     cache_salt: str | None = Field(None, min_length=1)
+    return_token_ids: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None
 

@@ -37,9 +37,10 @@ class CompletionReply:
         log_probs: bool = False,
         echoes: Sequence[Echo | None] = (None,),
         n: int = 1,
+        prompt_ids: Sequence[Sequence[int]] | None = None,
     ) -> None:
         """prompt_tokens: of all prompts. log_probs: whether the client asked for them. echoes: of each prompt. n: completions
-        of each."""
+        of each. prompt_ids: of each prompt, where the client asked for the ids of all tokens."""
         self._model = model
         self._tokenizer = tokenizer
         self._log_probs = log_probs
@@ -51,6 +52,10 @@ class CompletionReply:
         self._completion_tokens = 0
         self._forms = [CompletionLogProbs(tokenizer) for _ in range(len(echoes) * n)]
         self._begun: set[int] = set()
+        self._prompt_ids = prompt_ids
+        self._told_prompts: set[int] = set()
+        #: Of each choice, ids that the client has not been told.
+        self._ids: list[list[int]] = [[] for _ in range(len(echoes) * n)]
 
     def whole(self, completions: Sequence[Completion]) -> dict[str, Any]:
         """The response of a request that does not stream. completions: the first of each prompt, with its `others`."""
@@ -60,7 +65,8 @@ class CompletionReply:
                 index = len(choices)
                 self._completion_tokens += one.completion_tokens
                 text, log_probs = self._part(index, one.text, one.log_probs or [], completion.prompt_log_probs or [])
-                choices.append({"index": index, "text": text, "logprobs": log_probs, "finish_reason": one.finish_reason})
+                self._ids[index] += one.token_ids
+                choices.append(self._choice(index, text, log_probs, one.finish_reason))
         cached_tokens = sum(completion.cached_tokens for completion in completions)
         return {**self._head(), "choices": choices, "usage": self._usage(cached_tokens)}
 
@@ -72,6 +78,7 @@ class CompletionReply:
             of_choice.setdefault(index, []).append(chunk)
         for index, chunks in of_choice.items():
             self._completion_tokens += sum(len(chunk.token_ids) for chunk in chunks)
+            self._ids[index] += [id for chunk in chunks for id in chunk.token_ids]
             sampled = [one for chunk in chunks for one in chunk.log_probs or []]
             text, log_probs = self._part(index, "".join(chunk.text for chunk in chunks), sampled, prompts[index // self._n])
             if text or log_probs:
@@ -98,8 +105,18 @@ class CompletionReply:
     def _event(
         self, index: int, text: str, log_probs: dict[str, Any] | None, finish_reason: str | None = None
     ) -> dict[str, Any]:
+        return {**self._head(), "choices": [self._choice(index, text, log_probs, finish_reason)]}
+
+    def _choice(self, index: int, text: str, log_probs: dict[str, Any] | None, finish_reason: str | None) -> dict[str, Any]:
+        """A choice, with the ids that have not been told: of its prompt once, as vLLM does."""
         choice = {"index": index, "text": text, "logprobs": log_probs, "finish_reason": finish_reason}
-        return {**self._head(), "choices": [choice]}
+        if self._prompt_ids is None:
+            return choice
+        ids, self._ids[index] = self._ids[index], []
+        is_first = index not in self._told_prompts
+        self._told_prompts.add(index)
+        prompt = {"prompt_token_ids": list(self._prompt_ids[index // self._n])} if is_first else {}
+        return {**choice, "token_ids": ids, **prompt}
 
     def _part(
         self, index: int, text: str, sampled: Sequence[Sampled], prompt: Sequence[Sampled]

@@ -40,7 +40,7 @@ class ResponseReply:
 
     def whole(self, told: Iterable[ChoiceEvents]) -> dict[str, Any]:
         """The response of a request that does not stream."""
-        for _, events, _ in told:
+        for _, events, *_ in told:
             for _ in self._events(events):
                 pass
         return self.body()
@@ -51,7 +51,7 @@ class ResponseReply:
 
     def events(self, told: Iterable[ChoiceEvents]) -> Iterator[NamedEvent]:
         """Events of a stream for what one or more steps made."""
-        for _, events, _ in told:
+        for _, events, *_ in told:
             yield from self._events(events)
 
     def nothing(self) -> list[NamedEvent]:

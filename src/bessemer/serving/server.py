@@ -14,10 +14,11 @@ from types import FrameType
 import uvicorn
 
 from bessemer.core.errors import BessemerError, ConfigError
-from bessemer.serving.app import create_app
+from bessemer.serving.app import Pages, create_app, no_pages
 from bessemer.serving.config import ServingConfig
 from bessemer.serving.connections import ImpatientProtocol
 from bessemer.serving.gate import REQUEST_LOG
+from bessemer.serving.served import Served
 from bessemer.serving.worker import TextEngine, Worker
 
 try:
@@ -85,9 +86,12 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter) or self._engine.failure is not None
 
 
-def create_server(engine: TextEngine, model_name: str, config: ServingConfig) -> Server:
-    """The server, not yet running: `run(sockets=[listener])` starts it, `should_exit = True` stops it."""
-    app = create_app(engine, model_name, config)
+def create_server(
+    engine: TextEngine, model_name: str, config: ServingConfig, pages: Callable[[Served], Pages] = no_pages
+) -> Server:
+    """The server, not yet running: `run(sockets=[listener])` starts it, `should_exit = True` stops it. pages: as for
+    `create_app`."""
+    app = create_app(engine, model_name, config, pages)
     settings = uvicorn.Config(
         app,
         http=ImpatientProtocol,
@@ -101,17 +105,24 @@ def create_server(engine: TextEngine, model_name: str, config: ServingConfig) ->
     return Server(settings, engine, app.state.worker, config.drain_seconds)
 
 
-def serve(engine: TextEngine, model_name: str, config: ServingConfig | None = None, say: Callable[[str], None] = print) -> None:
-    """Serve until interrupted. `say` is given the address once it answers.
+def serve(
+    engine: TextEngine,
+    model_name: str,
+    config: ServingConfig | None = None,
+    say: Callable[[str], None] = print,
+    pages: Callable[[Served], Pages] = no_pages,
+) -> None:
+    """Serve until interrupted. `say` is given the address once it answers. pages: as for `create_app`.
 
     Raises as `listen`, and the engine's failure when it can answer no more.
     """
     config = config or ServingConfig()
     _open_many_files()
     with listen(config.host, config.port) as listener, _request_log(config.request_log):
-        server = create_server(engine, model_name, config)
+        server = create_server(engine, model_name, config, pages)
         url = address_of(listener)
-        say(f"{model_name}: chat at {url} · OpenAI API at {url}/v1 · Ctrl-C stops")
+        shown = "" if pages is no_pages else f"chat at {url} · "
+        say(f"{model_name}: {shown}OpenAI API at {url}/v1 · Ctrl-C stops")
         with contextlib.suppress(KeyboardInterrupt):
             server.run(sockets=[listener])
         if engine.failure is not None:

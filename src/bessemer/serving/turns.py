@@ -21,12 +21,13 @@ Prepare = Callable[[Sequence[int], SamplingParams], Request]
 
 
 class ChoiceEvents(NamedTuple):
-    """What a step adds to one of several answers: events of its turn, and the tokens that were sampled with their
-    log-probabilities, where these were asked for."""
+    """What a step adds to one of several answers: events of its turn, the tokens that were sampled with their
+    log-probabilities, where these were asked for, and the ids of all of them."""
 
     choice: int
     events: Sequence[Event]
     sampled: Sequence[Sampled]
+    token_ids: Sequence[int] = ()
 
 
 class Turns:
@@ -44,11 +45,16 @@ class Turns:
         self._caller = caller
         first = turns[0].generation
         assert first is not None, "a turn that has begun needs a completion"
-        self.prompt_tokens = len(first.token_ids)
+        self.prompt_ids = list(first.token_ids)
         #: Requests of the round, and of each of their completions the turn and the generation that it is for.
         self._requests = [prepare(first.token_ids, first.params.with_changes(n=len(turns)))]
         self._first = self._requests[0]
         self._owners = self._owners_of(range(len(turns)))
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.prompt_ids)
 
     @property
     def cached_tokens(self) -> int:
@@ -72,7 +78,7 @@ class Turns:
                         # a turn that a hook sent back has no use for the rest
                         if turn.generation is generation:
                             events = turn.take(Delta(chunk.token_ids, finish_reason=chunk.finish_reason))
-                            told.append(ChoiceEvents(choice, events, chunk.log_probs or ()))
+                            told.append(ChoiceEvents(choice, events, chunk.log_probs or (), chunk.token_ids))
                     if told:
                         yield told
                     if all(self._turns[choice].generation is not generation for choice, generation in self._owners):
@@ -92,7 +98,7 @@ class Turns:
                 turn = self._turns[choice]
                 assert turn.generation is generation
                 events = turn.take(Delta(completion.token_ids, finish_reason=completion.finish_reason))
-                told.append(ChoiceEvents(choice, events, completion.log_probs or ()))
+                told.append(ChoiceEvents(choice, events, completion.log_probs or (), completion.token_ids))
             told += await self._go_on()
         return told
 

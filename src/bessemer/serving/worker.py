@@ -14,10 +14,12 @@ from typing import Protocol
 from torch import Tensor
 
 from bessemer.core.errors import BessemerError
+from bessemer.inference.capture import Capture
 from bessemer.inference.request import Completion, Request
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.inference.statistics import EngineStatistics
 from bessemer.inference.step_driver import ChoiceChunk, StepDriver, SteppedEngine
+from bessemer.model.decoder import Decoder
 from bessemer.serving.bodies import ApiError
 from bessemer.serving.clients import Caller
 from bessemer.tokenization.tokenizer import Tokenizer
@@ -57,8 +59,18 @@ class TextEngine(SteppedEngine, Protocol):
     def failure(self) -> BessemerError | None:
         """Why it can serve no more; None while it can."""
 
+    @property
+    def model(self) -> Decoder:
+        """The model, whose norm and head read what was captured."""
+
     def prepare(
-        self, prompt: list[int], params: SamplingParams, *, adapter: str | None = None, cache_salt: str | None = None
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        *,
+        adapter: str | None = None,
+        cache_salt: str | None = None,
+        capture: Capture | None = None,
     ) -> Request:
         """A request of token ids that has not begun; any thread may ask. RequestError for what is known to be wrong."""
 

@@ -26,7 +26,6 @@ _ON_MAP, _LENS, _HEADING = 120, 64, 160
 
 def inspection_page(found: Inspection, name: str) -> str:
     """The whole page. name: the model's. Every text from outside is escaped; the same numbers give the same bytes."""
-    sections = [(anchor, title, draw(found)) for anchor, title, draw in _SECTIONS]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     files = resources.files("bessemer.views")
     template = environment.from_string(files.joinpath("inspection.html.jinja").read_text(encoding="utf-8"))
@@ -36,8 +35,14 @@ def inspection_page(found: Inspection, name: str) -> str:
         heading=found.text if len(found.text) <= _HEADING else f"{found.text[:_HEADING]}…",
         figures=key_figures(found),
         style=Markup(style),
-        sections=[section for section in sections if section[2]],
+        sections=inspection_sections(found),
     )
+
+
+def inspection_sections(found: Inspection) -> list[tuple[str, str, Markup]]:
+    """The page's sections: an anchor, a title and what stands below it."""
+    sections = [(anchor, title, Markup(draw(found))) for anchor, title, draw in _SECTIONS]
+    return [section for section in sections if section[2]]
 
 
 def key_figures(found: Inspection) -> list[tuple[str, str]]:

@@ -1,0 +1,112 @@
+"""The pages beside the API: their HTML, their scripts and styles, and what they ask about the model and the runs."""
+
+from __future__ import annotations
+
+import hashlib
+import mimetypes
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import HTMLResponse
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from bessemer.serving.app import Pages
+from bessemer.serving.served import Served
+from bessemer.webapp.feedback import FeedbackApi
+from bessemer.webapp.token_api import TokenApi
+from bessemer.webapp.xray_api import XrayApi
+
+#: Scripts and styles come from this server alone, and there are none in the pages themselves.
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'"
+)
+#: Pages by path: template, title, script.
+_PAGES = {
+    "/": ("chat.html.jinja", "Chat", "chat.js"),
+    "/xray": ("xray.html.jinja", "X-ray", "xray.js"),
+}
+#: Style sheets that the pages share with the report.
+_VIEWS = ("style.css", "inspection.css")
+
+
+@dataclass(frozen=True)
+class WebSettings:
+    """What the pages know beside the server.
+
+    folder: of the model; None of one without. suggestions: questions that the chat offers. feedback: the folder that thumbs
+    and edits are written to; None: they stay in the browser.
+    """
+
+    folder: Path | None = None
+    suggestions: list[str] = field(default_factory=list)
+    feedback: Path | None = None
+
+
+def web_pages(settings: WebSettings) -> Callable[[Served], Pages]:
+    """What `create_app` takes as its pages."""
+
+    def pages(served: Served) -> Pages:
+        site = _Site(served, settings)
+        apis = (TokenApi(served), XrayApi(served, settings.folder), FeedbackApi(settings.feedback))
+        return Pages([site.router(), *(api.router() for api in apis)], [*_PAGES, *site.files])
+
+    return pages
+
+
+class _Site:
+    """The pages and their files, all in memory: a path is looked up, and never opened."""
+
+    def __init__(self, served: Served, settings: WebSettings) -> None:
+        self._served = served
+        self._settings = settings
+        own = {
+            file.name: file.read_bytes() for file in (resources.files("bessemer.webapp") / "static").iterdir() if file.is_file()
+        }
+        shared = {f"report-{name}": (resources.files("bessemer.views") / name).read_bytes() for name in _VIEWS}
+        self.files = {f"/static/{name}": content for name, content in sorted((own | shared).items())}
+        self._etags = {path: f'"{hashlib.sha256(content).hexdigest()[:16]}"' for path, content in self.files.items()}
+        environment = Environment(
+            loader=PackageLoader("bessemer.webapp"),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        navigation = [(path, title) for path, (_, title, _) in _PAGES.items()]
+        self._pages = {
+            path: environment.get_template(template).render(
+                title=title,
+                path=path,
+                script=f"static/{script}",
+                navigation=navigation,
+                given={"suggestions": settings.suggestions, "feedback": settings.feedback is not None},
+            )
+            for path, (template, title, script) in _PAGES.items()
+        }
+
+    def router(self) -> APIRouter:
+        """The routes: one for every page and every file."""
+        router = APIRouter(include_in_schema=False)
+        for path in _PAGES:
+            router.add_api_route(path, self.page, methods=["GET", "HEAD"])
+        for path in self.files:
+            router.add_api_route(path, self.file, methods=["GET", "HEAD"])
+        return router
+
+    async def page(self, request: Request) -> HTMLResponse:
+        return HTMLResponse(
+            self._pages[request.scope["path"]],
+            headers={"Content-Security-Policy": POLICY, "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"},
+        )
+
+    async def file(self, request: Request) -> Response:
+        path = request.scope["path"]
+        headers = {"ETag": self._etags[path], "Cache-Control": "no-cache"}
+        if request.headers.get("if-none-match") == self._etags[path]:
+            return Response(status_code=304, headers=headers)
+        kind = mimetypes.guess_type(path)[0] or "application/octet-stream"
+        return Response(self.files[path], media_type=kind, headers=headers)

@@ -1,0 +1,81 @@
+"""Thumbs and edits of the chat page, as rows that post-training reads."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from fastapi import APIRouter, Request
+from pydantic import Field, model_validator
+
+from bessemer.serving.bodies import ApiError, Body, misfit, read_request
+
+#: Files below the folder: rows of `preference` and of KTO, in TRL's conversational form.
+PAIRS, LABELS = "pairs.jsonl", "labels.jsonl"
+
+
+class Said(Body):
+    """A message of the prompt."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class Feedback(Body):
+    """Either an answer that is better than another, or one that is good or not."""
+
+    meaningful = frozenset({"label"})
+
+    prompt: Annotated[list[Said], Field(min_length=1, max_length=1000)]
+    chosen: str | None = Field(None, min_length=1)
+    rejected: str | None = None
+    completion: str | None = Field(None, min_length=1)
+    label: bool | None = None
+
+    @model_validator(mode="after")
+    def _is_one_of_two(self) -> Self:
+        is_pair = self.chosen is not None and self.rejected is not None
+        is_label = self.completion is not None and self.label is not None
+        if is_pair == is_label:
+            raise misfit("chosen", "feedback is chosen and rejected, or completion and label")
+        if is_pair and self.chosen == self.rejected:
+            raise misfit("chosen", "both answers are the same")
+        return self
+
+    def row(self) -> dict[str, Any]:
+        """The row of a file."""
+        prompt = [message.model_dump() for message in self.prompt]
+        if self.chosen is not None:
+            return {"prompt": prompt, "chosen": _answer(self.chosen), "rejected": _answer(self.rejected or "")}
+        return {"prompt": prompt, "completion": _answer(self.completion or ""), "label": self.label}
+
+
+class FeedbackApi:
+    """The route, and the files that it adds to."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        self._lock = threading.Lock()
+
+    def router(self) -> APIRouter:
+        """The route."""
+        router = APIRouter()
+        router.add_api_route("/feedback", self.take, methods=["POST"])
+        return router
+
+    async def take(self, request: Request) -> dict[str, str]:
+        asked = read_request(Feedback, await request.body())
+        if self._folder is None:
+            raise ApiError("this server keeps no feedback; start it with --feedback FOLDER", status=403, code="not_allowed")
+        name = PAIRS if asked.chosen is not None else LABELS
+        with self._lock:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with (self._folder / name).open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(asked.row(), ensure_ascii=False) + "\n")
+        return {"kept": name}
+
+
+def _answer(text: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": text}]

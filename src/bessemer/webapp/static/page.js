@@ -1,0 +1,160 @@
+// What all pages share: elements, the server's API with its key, the theme, and saving a view as one file.
+
+export const byId = (id) => document.getElementById(id);
+export const given = JSON.parse(byId("given").textContent);
+
+/** An element with properties and children. Text enters as text nodes alone: nothing here parses HTML. */
+export function make(tag, properties = {}, ...children) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(properties)) {
+    if (value === undefined || value === null || value === false) continue;
+    if (name === "class") node.className = value;
+    else if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+    else if (name === "data") Object.assign(node.dataset, value);
+    else node.setAttribute(name, value === true ? "" : value);
+  }
+  node.append(...children.filter((child) => child !== null && child !== undefined));
+  return node;
+}
+
+/** Tell those who do not see the page. */
+export function say(text) { byId("said").textContent = text; }
+
+const KEY = "bessemer-key";
+
+/** Ask for a key until one is given; the dialog may be closed without one. */
+function askForKey() {
+  const dialog = byId("key-dialog");
+  if (dialog.open) return new Promise((resolve) => dialog.addEventListener("close", () => resolve(sessionStorage.getItem(KEY)), { once: true }));
+  byId("key").value = "";
+  dialog.showModal();
+  return new Promise((resolve) => dialog.addEventListener("close", () => {
+    const key = byId("key").value.trim();
+    if (key) sessionStorage.setItem(KEY, key);
+    resolve(key || null);
+  }, { once: true }));
+}
+
+/** An error that the server explains. */
+export class Refused extends Error {
+  constructor(message, status, code) { super(message); this.status = status; this.code = code; }
+}
+
+/** A request of the API; asks for a key once where the server wants one. Raises Refused, or an error in plain words. */
+export async function request(path, { body, method = body === undefined ? "GET" : "POST", signal } = {}) {
+  for (let attempt = 0; ; attempt += 1) {
+    const key = sessionStorage.getItem(KEY);
+    const headers = { ...(body === undefined ? {} : { "Content-Type": "application/json" }), ...(key ? { Authorization: `Bearer ${key}` } : {}) };
+    let response;
+    try {
+      response = await fetch(path, { method, headers, body: body === undefined ? undefined : JSON.stringify(body), signal });
+    } catch (error) {
+      if (error.name === "AbortError") throw error;
+      throw new Error("the server does not answer");
+    }
+    if (response.ok) return response;
+    if (response.status === 401 && attempt < 2 && await askForKey()) continue;
+    let said = {};
+    try { said = (await response.json()).error ?? {}; } catch { /* not JSON */ }
+    throw new Refused(said.message ?? `the server answers ${response.status}`, response.status, said.code);
+  }
+}
+
+export async function json(path, options) { return (await request(path, options)).json(); }
+
+/** The events of a stream, parsed, to its end. */
+export async function* events(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let waiting = "";
+  try {
+    for (;;) {
+      const { value, done } = await reader.read();
+      if (done) return;
+      const lines = (waiting + value).split("\n");
+      waiting = lines.pop();
+      for (const line of lines) {
+        if (!line.startsWith("data: ")) continue;
+        if (line === "data: [DONE]") return;
+        yield JSON.parse(line.slice(6));
+      }
+    }
+  } finally {
+    reader.cancel().catch(() => {});
+  }
+}
+
+/** A token's text with its blanks made visible. */
+export function visible(piece) {
+  return piece.replace(/ /g, "·").replace(/\n/g, "↵").replace(/\t/g, "⇥") || "∅";
+}
+
+export const percent = (share) => share > 0 && share < 0.00005 ? "< 0.01 %" : `${(100 * share).toFixed(share >= 0.0995 ? 0 : share >= 0.00995 ? 1 : 2)} %`;
+
+/** A function that runs once a pause has come. */
+export function calm(milliseconds, work) {
+  let timer;
+  return (...values) => { clearTimeout(timer); timer = setTimeout(() => work(...values), milliseconds); };
+}
+
+export function download(name, type, content) {
+  const link = make("a", { href: URL.createObjectURL(new Blob([content], { type })), download: name });
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
+}
+
+const escaped = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/"/g, "&quot;");
+
+/** The view as one HTML file that needs nothing else: its styles within, without what can be pressed. */
+export async function savePage(view, title) {
+  const links = [...document.querySelectorAll("link[rel=stylesheet]")].map((link) => link.href);
+  const sheets = await Promise.all(links.map(async (href) => (await fetch(href)).text()));
+  sheets.push(...document.adoptedStyleSheets.flatMap((sheet) => [...sheet.cssRules].map((rule) => rule.cssText)));
+  const copy = view.cloneNode(true);
+  copy.querySelectorAll("button, form, select, textarea, [hidden]").forEach((node) => node.remove());
+  download(`${title.replace(/[^\w-]+/g, "-").slice(0, 60) || "page"}.html`, "text/html", `<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<title>${escaped(title)}</title>
+<style>
+${sheets.join("\n").replace(/<\//g, "<\\/")}
+</style>
+</head>
+<body class="saved">
+<h1>${escaped(title)}</h1>
+${copy.outerHTML}
+</body>
+</html>
+`);
+}
+
+/** HTML that this server's own views have drawn, as nodes. The page's policy lets no style in that stands in HTML, so the server
+ *  calls them `data-style` and `data-sheet`, and they are set here. */
+export function drawn(html) {
+  const parsed = new DOMParser().parseFromString(html, "text/html");
+  parsed.querySelectorAll("script, link, meta, base, iframe, object, embed").forEach((node) => node.remove());
+  const fragment = document.createDocumentFragment();
+  fragment.append(...[...parsed.body.childNodes].map((node) => document.importNode(node, true)));
+  for (const node of fragment.querySelectorAll("[data-style]")) {
+    node.style.cssText = node.dataset.style;
+    delete node.dataset.style;
+  }
+  for (const node of fragment.querySelectorAll("[data-sheet]")) {
+    const sheet = new CSSStyleSheet();
+    sheet.replaceSync(node.textContent);
+    document.adoptedStyleSheets = [...document.adoptedStyleSheets, sheet];
+    node.remove();
+  }
+  return fragment;
+}
+
+const THEME = "bessemer-theme";
+function setTheme(theme) { if (theme) document.documentElement.dataset.theme = theme; }
+setTheme(localStorage.getItem(THEME));
+byId("theme").addEventListener("click", () => {
+  const isDark = (document.documentElement.dataset.theme ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light")) === "dark";
+  localStorage.setItem(THEME, isDark ? "light" : "dark");
+  setTheme(isDark ? "light" : "dark");
+});

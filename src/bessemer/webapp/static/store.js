@@ -1,0 +1,85 @@
+// Conversations, kept in this browser alone (IndexedDB). A conversation is a tree of messages: `leaf` is the end of the branch shown.
+
+const NAME = "bessemer", STORE = "conversations";
+
+function opened() {
+  return new Promise((resolve, reject) => {
+    const asked = indexedDB.open(NAME, 1);
+    asked.onupgradeneeded = () => asked.result.createObjectStore(STORE, { keyPath: "id" });
+    asked.onsuccess = () => resolve(asked.result);
+    asked.onerror = () => reject(asked.error);
+  });
+}
+
+async function run(mode, work) {
+  const database = await opened();
+  try {
+    return await new Promise((resolve, reject) => {
+      const transaction = database.transaction(STORE, mode);
+      const asked = work(transaction.objectStore(STORE));
+      transaction.oncomplete = () => resolve(asked.result);
+      transaction.onerror = transaction.onabort = () => reject(transaction.error);
+    });
+  } finally {
+    database.close();
+  }
+}
+
+export const all = () => run("readonly", (store) => store.getAll());
+export const put = (conversation) => run("readwrite", (store) => store.put(conversation));
+export const remove = (id) => run("readwrite", (store) => store.delete(id));
+
+export const newId = () => crypto.randomUUID?.() ?? `${Date.now().toString(36)}-${Math.random().toString(36).slice(2)}`;
+
+export function newConversation() {
+  const now = Date.now();
+  return { format: 1, id: newId(), title: "", created: now, updated: now, system: "", nodes: {}, leaf: null };
+}
+
+export function addNode(conversation, parent, role, content = "") {
+  const node = { id: newId(), parent, role, content, at: Date.now() };
+  conversation.nodes[node.id] = node;
+  conversation.leaf = node.id;
+  return node;
+}
+
+/** The messages from the first to a node. */
+export function pathTo(conversation, id) {
+  const path = [];
+  for (let node = conversation.nodes[id]; node; node = conversation.nodes[node.parent]) path.push(node);
+  return path.reverse();
+}
+
+/** Messages that answer the same one, oldest first. */
+export function siblings(conversation, node) {
+  return Object.values(conversation.nodes).filter((other) => other.parent === node.parent).sort((one, two) => one.at - two.at);
+}
+
+/** Show the branch through a node, down to its newest end. */
+export function showBranch(conversation, id) {
+  let end = id;
+  for (;;) {
+    const next = Object.values(conversation.nodes).filter((node) => node.parent === end).sort((one, two) => two.at - one.at)[0];
+    if (!next) break;
+    end = next.id;
+  }
+  conversation.leaf = end;
+}
+
+/** A conversation from a file, or null: what is not one, or has a hole in its tree. */
+export function checked(value) {
+  if (typeof value !== "object" || value === null || value.format !== 1 || typeof value.nodes !== "object" || value.nodes === null) return null;
+  const nodes = {};
+  for (const node of Object.values(value.nodes)) {
+    if (typeof node?.id !== "string" || !["user", "assistant"].includes(node.role) || typeof node.content !== "string") return null;
+    if (node.parent !== null && typeof value.nodes[node.parent] !== "object") return null;
+    nodes[node.id] = { ...node, at: Number(node.at) || 0 };
+  }
+  for (const node of Object.values(nodes)) {
+    const seen = new Set();
+    for (let up = node; up; up = nodes[up.parent]) { if (seen.has(up.id)) return null; seen.add(up.id); }
+  }
+  const leaf = typeof value.leaf === "string" && nodes[value.leaf] ? value.leaf : (Object.keys(nodes).at(-1) ?? null);
+  return { ...newConversation(), id: typeof value.id === "string" ? value.id : newId(), title: String(value.title ?? ""), system: String(value.system ?? ""),
+    created: Number(value.created) || Date.now(), updated: Number(value.updated) || Date.now(), nodes, leaf };
+}

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from bessemer.inference.engine import Engine
+from bessemer.model.folder import save_model
+from bessemer.serving.config import ServingConfig
+from bessemer.serving.server import address_of, create_server, listen
+from bessemer.webapp.app import WebSettings, web_pages
+from tests.model.randomised import SHAPES, random_decoder
+from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """A model that has learned nothing: it babbles to the end of its context."""
+    path = tmp_path_factory.mktemp("web")
+    tokenizer = write_small_tokenizer(path / "tokenizer")
+    shape = SHAPES["grouped"].with_changes(vocab_size=VOCAB_SIZE, max_position_embeddings=4096)
+    save_model(random_decoder(shape), path / "model", tokenizer=tokenizer)
+    return path / "model"
+
+
+@pytest.fixture(scope="session")
+def engine(model_folder) -> Engine:
+    return Engine(model_folder, device="cpu")
+
+
+@pytest.fixture
+def start(engine, model_folder) -> Iterator[Callable[..., str]]:
+    """Starts a server with its pages: `start(**settings)` gives its URL; web: settings of the pages."""
+    running = []
+
+    def start_server(served=engine, web: dict | None = None, **settings) -> str:
+        listener = listen("127.0.0.1", 0)
+        pages = web_pages(WebSettings(model_folder, **(web or {})))
+        server = create_server(served, "tiny", ServingConfig(**settings), pages)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        running.append((server, thread))
+        return address_of(listener)
+
+    yield start_server
+    for server, thread in running:
+        server.should_exit = True
+        thread.join(timeout=10)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A real browser, headless; tests that need one are skipped where there is none."""
+    where = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if where is None:
+        pytest.skip("browser")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=where, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def page(browser):
+    """A page whose faults, and whose requests to anywhere but its own server, fail the test."""
+    context = browser.new_context(viewport={"width": 1280, "height": 800}, accept_downloads=True)
+    context.set_default_timeout(20_000)
+    page = context.new_page()
+    wrong: list[str] = []
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+    page.on("request", lambda request: wrong.append(request.url) if not _is_own(page, request.url) else None)
+    page.wrong = wrong
+    yield page
+    context.close()
+    assert not wrong, wrong
+
+
+def _is_own(page, url: str) -> bool:
+    return url.startswith(("http://127.0.0.1:", "blob:", "data:", "file:"))

@@ -1,0 +1,141 @@
+"""The pages and their files as a client without a browser sees them, and what they ask of the server."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import httpx
+import pytest
+import torch
+
+from bessemer.inference.engine import Engine, SamplingParams
+from bessemer.inspection.inspect import inspect
+from bessemer.inspection.lens import logit_lens
+from bessemer.inspection.recording import record
+from bessemer.model.folder import load_model
+from bessemer.posttraining.dataset import read_examples
+from bessemer.posttraining.formats import as_pair
+from bessemer.serving.app import create_app
+from bessemer.serving.config import ServingConfig
+from bessemer.webapp.app import WebSettings, web_pages
+
+
+def test_pages_and_their_files_need_no_key_and_all_that_they_ask_does(engine, start, model_folder):
+    url = start(api_key="secret", web={"suggestions": ["</script><script>alert(1)</script>"]})
+    page = httpx.get(url)
+    assert page.headers["content-type"].startswith("text/html") and "alert(1)" in page.text and "<script>alert" not in page.text
+    assert (
+        "script-src 'self'" in page.headers["content-security-policy"]
+        and "unsafe" not in page.headers["content-security-policy"]
+    )
+    files = set(re.findall(r'(?:src|href)="(static/[^"]+)"', page.text + httpx.get(url + "/xray").text))
+    assert len(files) >= 5
+    for file in files:
+        found = httpx.get(f"{url}/{file}")
+        assert found.status_code == 200
+        assert httpx.get(f"{url}/{file}", headers={"If-None-Match": found.headers["etag"]}).status_code == 304
+    for path in ("/static/../app.py", "/static/", "/static/..%2fapp.py", "/static/chat.js/x"):
+        assert httpx.get(url + path).status_code in (401, 404)
+    app = create_app(engine, "tiny", ServingConfig(), web_pages(WebSettings(model_folder)))
+    asked = [path for path in app.openapi()["paths"] if path.startswith(("/inspect", "/feedback"))]
+    assert len(asked) >= 5
+    for path in asked:
+        assert httpx.post(url + path, json={}).status_code == 401
+
+
+def test_nothing_in_the_pages_is_from_elsewhere_or_parses_what_others_say(start):
+    url = start()
+    for page in ("/", "/xray"):
+        text = httpx.get(url + page).text
+        files = re.findall(r'(?:src|href)="(static/[^"]+)"', text)
+        modules = [httpx.get(f"{url}/static/{name}.js").text for name in ("page", "store", "markdown", "token")]
+        for content in (text, *(httpx.get(f"{url}/{file}").text for file in files), *modules):
+            for forbidden in ("innerHTML", "outerHTML =", "insertAdjacentHTML", "document.write", "eval(", "@import", "//cdn"):
+                assert forbidden not in content
+        assert "http://" not in text and "https://" not in text
+
+
+def test_this_token_is_what_the_model_says_of_it(start, model_folder):
+    url = start()
+    model, tokenizer = load_model(model_folder), Engine(model_folder).tokenizer
+    before = tokenizer.encode("the end in the thin")
+    settings = {"temperature": 0.7, "top_k": 5, "top_p": 0.9}
+    asked = {"model": "tiny", "before": before, "token": 7, "attention": {"layer": 1, "head": 2}, **settings}
+    found = httpx.post(url + "/inspect/token", json=asked).json()
+    with torch.no_grad():
+        share_V = model(torch.tensor([before]))[0, -1, : tokenizer.vocab_size].softmax(-1)
+    likeliest = share_V.topk(5)
+    assert [one["id"] for one in found["alternatives"][:5]] == likeliest.indices.tolist()
+    assert found["alternatives"][0]["probability"] == pytest.approx(float(likeliest.values[0]), abs=1e-5)
+    assert found["entropy_bits"] == pytest.approx(float(-(share_V * share_V.log2()).sum()), abs=1e-4)
+    assert found["token"]["rank"] == int((share_V > share_V[7]).sum()) + 1
+    assert 1 <= found["kept"] <= 5 and sum(one["sampled"] for one in found["alternatives"]) == pytest.approx(1, abs=1e-5)
+    recording = record(model, before)
+    lens = logit_lens(model, recording, before)
+    expected = [float(row) for row in lens.probabilities_LTk[:, -1, 0]]
+    assert [row["likeliest"][0]["probability"] for row in found["lens"]] == pytest.approx(expected, abs=1e-4)
+    weights = recording.heads[1].weights_BHTT[0, 2, -1]
+    assert found["attention"] == pytest.approx(weights.tolist(), abs=1e-4)
+
+
+def test_greedy_sampling_draws_one(start, engine):
+    found = httpx.post(start() + "/inspect/token", json={"model": "tiny", "before": [1, 2], "temperature": 0}).json()
+    assert found["kept"] == 1 and found["alternatives"][0]["sampled"] == 1 and found["token"] is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "parameter"),
+    [
+        ({"before": []}, "before"),
+        ({"before": [10**6]}, "before"),
+        ({"before": [-1]}, "before[0]"),
+        ({"before": [1] * 5000}, "before"),
+        ({"attention": {"layer": 99, "head": 0}}, None),
+        ({"temperature": 1e309}, "temperature"),
+        ({"model": "other"}, "model"),
+    ],
+)
+def test_a_wrong_token_is_one_line(start, changes, parameter):
+    asked = json.dumps({"model": "tiny", "before": [1, 2]} | changes)
+    answer = httpx.post(start() + "/inspect/token", content=asked)
+    assert answer.status_code in (400, 404) and answer.json()["error"]["param"] == parameter
+
+
+def test_an_xray_is_an_inspection_and_a_silenced_head_changes_what_is_said(start, model_folder, engine):
+    url = start()
+    found = httpx.post(url + "/inspect/xray", json={"text": "the end in the thin"}, timeout=60).json()
+    names = [section["name"] for section in found["sections"]]
+    assert names[:3] == ["tokens", "attention", "head"] and {"lens", "ablation", "embedding"} <= set(names)
+    expected = inspect(load_model(model_folder), engine.tokenizer, "the end in the thin")
+    assert found["figures"][-1]["value"] == f"{expected.loss:.2f}"
+    worst = found["hurts_most"]
+    assert expected.head_changes_LH[worst["layer"], worst["head"]] == pytest.approx(expected.head_changes_LH.max())
+    both = httpx.post(url + "/inspect/without", json={"text": "the end", **worst}, timeout=60).json()
+    assert (
+        both["whole"] == engine.generate(["the end"], SamplingParams(max_tokens=24, temperature=0.0))[0].text
+        and both["without"] != both["whole"]
+    )
+    wrong = httpx.post(url + "/inspect/xray", json={"text": "the end", "query": "nowhere"}, timeout=60)
+    assert wrong.status_code == 400 and "no token of the text" in wrong.json()["error"]["message"]
+    assert httpx.post(url + "/inspect/xray", json={"text": "a " * 2000}).status_code == 400
+
+
+def test_feedback_becomes_rows_that_post_training_reads(start, tmp_path):
+    url = start(web={"feedback": tmp_path / "said"})
+    prompt = [{"role": "user", "content": "Where is it?"}]
+    pair = {"prompt": prompt, "chosen": "Here.", "rejected": "There."}
+    label = {"prompt": prompt, "completion": "Here.", "label": False}
+    for row in (pair, label):
+        assert httpx.post(url + "/feedback", json=row).status_code == 200
+    (read,) = read_examples(tmp_path / "said" / "pairs.jsonl", as_pair)
+    assert (read.chosen[-1]["content"], read.rejected[-1]["content"]) == ("Here.", "There.")
+    assert json.loads((tmp_path / "said" / "labels.jsonl").read_text())["label"] is False
+    for wrong in (
+        pair | {"label": True, "completion": "a"},
+        {"prompt": prompt},
+        pair | {"rejected": "Here."},
+        {**pair, "prompt": []},
+    ):
+        assert httpx.post(url + "/feedback", json=wrong).status_code == 400
+    assert httpx.post(start() + "/feedback", json=pair).status_code == 403
