@@ -15,4 +15,4 @@ def test_every_file_of_the_package_is_in_the_wheel_and_nothing_else(tmp_path):
     package = {path.relative_to(ROOT / "src").as_posix() for path in (ROOT / "src" / "bessemer").rglob("*") if path.is_file()}
     assert inside == {name for name in package if "__pycache__" not in name}
     kinds = {name.rpartition(".")[2] for name in inside}
-    assert {"yaml", "lock", "json", "html", "css", "jinja", "txt", "py", "cpp", "h"} <= kinds
+    assert {"yaml", "lock", "json", "css", "js", "svg", "jinja", "txt", "py", "cpp", "h"} <= kinds

@@ -51,9 +51,12 @@ def start(engine, model_folder) -> Iterator[Callable[..., str]]:
         assert not thread.is_alive()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
-    """A real browser, headless; tests that need one are skipped where there is none."""
+    """A real browser, headless; tests that need one are skipped where there is none.
+
+    Of a module: as long as it lives, Playwright runs an event loop in this thread, and nothing else may run one.
+    """
     where = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if where is None:
         pytest.skip("browser")
