@@ -1,18 +1,16 @@
 from __future__ import annotations
 
 import shutil
-import threading
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from bessemer.inference.engine import Engine
 from bessemer.model.folder import save_model
-from bessemer.serving.config import ServingConfig
-from bessemer.serving.server import address_of, create_server, listen
 from bessemer.webapp.app import WebSettings, web_pages
 from tests.model.randomised import SHAPES, random_decoder
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer
+from tests.serving.running import servers
 
 
 @pytest.fixture(scope="session")
@@ -33,22 +31,12 @@ def engine(model_folder) -> Engine:
 @pytest.fixture
 def start(engine, model_folder) -> Iterator[Callable[..., str]]:
     """Starts a server with its pages: `start(**settings)` gives its URL; web: settings of the pages."""
-    running = []
+    with servers() as start_server:
 
-    def start_server(served=engine, web: dict | None = None, **settings) -> str:
-        listener = listen("127.0.0.1", 0)
-        pages = web_pages(WebSettings(model_folder, **(web or {})))
-        server = create_server(served, "tiny", ServingConfig(**settings), pages)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        running.append((server, thread))
-        return address_of(listener)
+        def start(served=engine, web: dict | None = None, **settings) -> str:
+            return start_server(served, web_pages(WebSettings(model_folder, **(web or {}))), **settings)
 
-    yield start_server
-    for server, thread in running:
-        server.should_exit = True
-        thread.join(timeout=10)
-        assert not thread.is_alive()
+        yield start
 
 
 @pytest.fixture(scope="module")

@@ -1,1 +1,1 @@
-"""OpenAI-compatible API and a chat page."""
+"""OpenAI's and Anthropic's API, and who may use it."""

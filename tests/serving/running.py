@@ -1,0 +1,34 @@
+"""Real servers on free ports, which are stopped in the end."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from bessemer.serving.app import Pages, no_pages
+from bessemer.serving.config import ServingConfig
+from bessemer.serving.served import Served
+from bessemer.serving.server import Server, address_of, create_server, listen
+
+
+@contextmanager
+def servers() -> Iterator[Callable[..., str]]:
+    """Starts servers: `start(engine, pages, **settings)` gives a URL; made: a list that takes the server."""
+    running: list[tuple[Server, threading.Thread]] = []
+
+    def start(engine, pages: Callable[[Served], Pages] = no_pages, made: list | None = None, **settings) -> str:
+        listener = listen("127.0.0.1", 0)
+        server = create_server(engine, "tiny", ServingConfig(**settings), pages)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        running.append((server, thread))
+        if made is not None:
+            made.append(server)
+        return address_of(listener)
+
+    yield start
+    for server, thread in running:
+        server.should_exit = True
+        thread.join(timeout=10)
+        assert not thread.is_alive()
