@@ -199,7 +199,7 @@ def test_a_mistake_is_one_line_and_changes_nothing(capsys, model, tmp_path, monk
 
 def test_serve_tells_how_many_pages_its_settings_give(capsys, model, monkeypatch):
     served = []
-    monkeypatch.setattr(server, "serve", lambda engine, name, config: served.append((engine, name, config)))
+    monkeypatch.setattr(server, "serve", lambda engine, name, config, pages: served.append((engine, name, config)))
     settings = [
         "--kv-memory",
         "0.001",
