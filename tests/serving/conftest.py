@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 import openai
 import pytest
 
+from tests.assistant.conftest import tagged_tokenizer, thinking_tokenizer, tokenizer  # noqa: F401
 from tests.serving.engine import FakeEngine
 from tests.serving.running import servers
 

@@ -9,7 +9,6 @@ import anthropic
 import httpx
 import pytest
 
-from tests.assistant.conftest import tagged_tokenizer, thinking_tokenizer, tokenizer  # noqa: F401
 from tests.serving.engine import FakeEngine, ScriptedEngine
 
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -24,7 +23,7 @@ def connect(connected):
     return partial(connected, anthropic.Anthropic)
 
 
-def test_the_client_gets_a_whole_message_and_a_stream(connect, tokenizer):  # noqa: F811
+def test_the_client_gets_a_whole_message_and_a_stream(connect, tokenizer):
     engine = ScriptedEngine(tokenizer, "It is warm.", "It is warm.")
     client = connect(engine)
     whole = client.messages.create(**ASKED, system="Be brief.")
@@ -38,7 +37,7 @@ def test_the_client_gets_a_whole_message_and_a_stream(connect, tokenizer):  # no
     assert final.usage.output_tokens == whole.usage.output_tokens
 
 
-def test_events_come_by_name_and_in_order(start, tagged_tokenizer):  # noqa: F811
+def test_events_come_by_name_and_in_order(start, tagged_tokenizer):
     url = start(ScriptedEngine(tagged_tokenizer, f"<think>hm</think>\n\nLet me see.\n{CALL}"))
     answer = httpx.post(url + "/v1/messages?beta=true", json=ASKED | {"tools": [WEATHER], "stream": True})
     events = [tuple(line.partition(": ")[2] for line in event.split("\n")) for event in answer.text.strip().split("\n\n")]
@@ -65,7 +64,7 @@ def test_events_come_by_name_and_in_order(start, tagged_tokenizer):  # noqa: F81
     assert bodies[-2]["usage"]["output_tokens"] > 0 and bodies[0]["message"]["content"] == []
 
 
-def test_a_conversation_with_calls_and_their_results_goes_on(connect, tagged_tokenizer):  # noqa: F811
+def test_a_conversation_with_calls_and_their_results_goes_on(connect, tagged_tokenizer):
     engine = ScriptedEngine(tagged_tokenizer, f"<think>hm</think>\n\nLet me see.\n{CALL}", "21 degrees.")
     client = connect(engine)
     first = client.messages.create(**ASKED, tools=[WEATHER])
@@ -84,7 +83,7 @@ def test_a_conversation_with_calls_and_their_results_goes_on(connect, tagged_tok
     assert prompt.index('"arguments": {"city": "Rome"}') < prompt.index("21") < prompt.index("In Celsius?")
 
 
-def test_a_tool_may_be_required(connect, tokenizer):  # noqa: F811
+def test_a_tool_may_be_required(connect, tokenizer):
     for choice, forced in (({"type": "any"}, True), ({"type": "tool", "name": "weather"}, True), ({"type": "auto"}, False)):
         engine = ScriptedEngine(tokenizer, CALL)
         connect(engine).messages.create(**ASKED, tools=[WEATHER], tool_choice=choice)
@@ -94,7 +93,7 @@ def test_a_tool_may_be_required(connect, tokenizer):  # noqa: F811
     assert answer.content[0].text == CALL and "What it is like" not in engine.prompts[0]
 
 
-def test_thinking_is_switched_off_and_has_a_budget(connect, thinking_tokenizer):  # noqa: F811
+def test_thinking_is_switched_off_and_has_a_budget(connect, thinking_tokenizer):
     engine = ScriptedEngine(thinking_tokenizer, "Yes.", "hm</think>Yes.")
     client = connect(engine)
     client.messages.create(**ASKED, thinking={"type": "disabled"})
@@ -114,7 +113,7 @@ class StoppedEngine(FakeEngine):
         super().__init__(lambda prompt: iter(prompt.splitlines()[-1].partition("warm")[0] + "warm"))
 
 
-def test_tokens_are_counted_with_tools_and_system(connect, tokenizer):  # noqa: F811
+def test_tokens_are_counted_with_tools_and_system(connect, tokenizer):
     engine = ScriptedEngine(tokenizer, "Yes.")
     client = connect(engine)
     asked = {"model": "tiny", "messages": ASKED["messages"], "system": "Be brief.", "tools": [WEATHER]}
@@ -146,7 +145,7 @@ AGENT = {
 }
 
 
-def test_an_agents_request_is_answered_with_a_call(start, tokenizer):  # noqa: F811
+def test_an_agents_request_is_answered_with_a_call(start, tokenizer):
     engine = ScriptedEngine(tokenizer, CALL, CALL)
     url = start(engine)
     assert httpx.head(url + "/").status_code == 200
@@ -172,7 +171,7 @@ def test_an_agents_request_is_answered_with_a_call(start, tokenizer):  # noqa: F
         ({"model": "other"}, "does not exist"),
     ],
 )
-def test_what_is_not_served_is_refused_in_anthropics_form(connect, tokenizer, changes, words):  # noqa: F811
+def test_what_is_not_served_is_refused_in_anthropics_form(connect, tokenizer, changes, words):
     client = connect(ScriptedEngine(tokenizer))
     kind = anthropic.NotFoundError if "model" in changes else anthropic.BadRequestError
     with pytest.raises(kind) as caught:
@@ -181,7 +180,7 @@ def test_what_is_not_served_is_refused_in_anthropics_form(connect, tokenizer, ch
     assert error["type"] == "error" and words in error["error"]["message"] and error["request_id"].startswith("req_")
 
 
-def test_a_key_is_taken_as_anthropics_clients_send_it(connect, tokenizer):  # noqa: F811
+def test_a_key_is_taken_as_anthropics_clients_send_it(connect, tokenizer):
     client = connect(ScriptedEngine(tokenizer, "Yes."), api_key="secret")
     assert client.messages.create(**ASKED).content[0].text == "Yes."
     url = str(client.base_url).rstrip("/")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
+import signal
 import socket
 import threading
-import time
+from logging.handlers import QueueHandler
+from queue import SimpleQueue
 
 import httpx
 import pytest
@@ -16,6 +19,7 @@ from bessemer.serving.app import create_app
 from bessemer.serving.config import ServingConfig
 from bessemer.serving.gate import PUBLIC
 from bessemer.serving.keys import KeyRecord, hash_key, write_keys
+from bessemer.serving.server import open_many_files
 from tests.serving.engine import FakeEngine
 
 ASKED = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
@@ -184,8 +188,10 @@ def test_a_connection_that_sends_no_whole_head_is_let_go(start, monkeypatch):
 
 
 def test_a_thousand_connections_at_once_are_answered(start):
+    # both ends of each are in this process
+    open_many_files()
     address = httpx.URL(start(FakeEngine()))
-    held = [socket.create_connection((address.host, address.port), timeout=30) for _ in range(450)]
+    held = [socket.create_connection((address.host, address.port), timeout=30) for _ in range(1000)]
     try:
         for connection in held:
             connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -242,21 +248,60 @@ def test_a_server_that_drains_finishes_what_runs_and_begins_nothing(start):
         assert refused.status_code == 503 and int(refused.headers["retry-after"]) >= 1
         release.set()
         assert "".join(stream.iter_text()).rstrip().endswith("data: [DONE]")
-    for _ in range(100):
-        time.sleep(0.1)
-        with pytest.raises(httpx.ConnectError):
+    # it has stopped listening within some of its ticks
+    with pytest.raises(httpx.TransportError):
+        while True:
+            httpx.get(url + "/health")
+
+
+def test_the_first_sigterm_drains_and_the_second_ends_at_once(start):
+    servers = []
+    url = start(FakeEngine(babble, context_length=10**9), made=servers)
+    with httpx.stream("POST", url + "/v1/chat/completions", json=ASKED | {"stream": True}) as stream:
+        news = stream.iter_raw()
+        next(news)
+        servers[0].handle_exit(signal.SIGTERM, None)
+        assert status(url, "/ready") == 503 and next(news) and not servers[0].should_exit
+        servers[0].handle_exit(signal.SIGTERM, None)
+        with pytest.raises(httpx.RemoteProtocolError):
+            for _ in news:
+                pass
+
+
+def test_a_drain_ends_when_its_time_has_come(start):
+    release = threading.Event()
+
+    def held(_):
+        yield "first"
+        release.wait(timeout=30)
+
+    servers = []
+    url = start(FakeEngine(held), made=servers, drain_seconds=0.0)
+    with httpx.stream("POST", url + "/v1/chat/completions", json=ASKED | {"stream": True}) as stream:
+        next(stream.iter_raw())
+        servers[0].drain()
+        with pytest.raises(httpx.TransportError):
             while True:
                 httpx.get(url + "/health")
-        break
+        release.set()
 
 
 def test_the_log_of_requests_says_nothing_of_what_they_say(start, tmp_path, caplog):
     url = start(FakeEngine(), keys=keys_file(tmp_path / "keys.json"), request_log=True)
-    with caplog.at_level("INFO", logger="bessemer.requests"):
-        asked = {"model": "tiny", "messages": [{"role": "user", "content": "a secret"}]}
-        answer = httpx.post(url + "/v1/chat/completions", json=asked, headers={"X-Api-Key": "ann"})
-        httpx.get(url + "/v1/models?secret=1")
-    first, second = (json.loads(record.message) for record in caplog.records)
+    lines: SimpleQueue[logging.LogRecord] = SimpleQueue()
+    handler = QueueHandler(lines)
+    log = logging.getLogger("bessemer.requests")
+    log.addHandler(handler)
+    try:
+        with caplog.at_level("INFO", logger="bessemer.requests"):
+            asked = {"model": "tiny", "messages": [{"role": "user", "content": "a secret"}]}
+            answer = httpx.post(url + "/v1/chat/completions", json=asked, headers={"X-Api-Key": "ann"})
+            # a line is written behind the response
+            first = json.loads(lines.get(timeout=10).message)
+            httpx.get(url + "/v1/models?secret=1")
+            second = json.loads(lines.get(timeout=10).message)
+    finally:
+        log.removeHandler(handler)
     usage = answer.json()["usage"]
     assert (first["key"], first["path"], first["model"], first["status"]) == ("ann's", "/v1/chat/completions", "tiny", 200)
     assert (first["prompt_tokens"], first["completion_tokens"]) == (usage["prompt_tokens"], usage["completion_tokens"])

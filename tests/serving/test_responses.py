@@ -10,7 +10,6 @@ import openai
 import pytest
 
 from bessemer.serving.keys import KeyRecord, hash_key, write_keys
-from tests.assistant.conftest import tagged_tokenizer, thinking_tokenizer, tokenizer  # noqa: F401
 from tests.serving.engine import ScriptedEngine
 
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -25,7 +24,7 @@ def connect(connected):
     return partial(connected, openai.OpenAI, path="/v1")
 
 
-def test_the_client_gets_a_response_and_may_ask_for_it_again(connect, tokenizer):  # noqa: F811
+def test_the_client_gets_a_response_and_may_ask_for_it_again(connect, tokenizer):
     engine = ScriptedEngine(tokenizer, "It is warm.", "21 degrees.")
     client = connect(engine)
     first = client.responses.create(**ASKED, instructions="Be brief.", metadata={"run": "7"})
@@ -44,7 +43,7 @@ def test_the_client_gets_a_response_and_may_ask_for_it_again(connect, tokenizer)
         client.responses.retrieve(first.id)
 
 
-def test_a_response_is_its_owners_and_one_that_is_not_stored_is_nobodys(start, tokenizer, tmp_path):  # noqa: F811
+def test_a_response_is_its_owners_and_one_that_is_not_stored_is_nobodys(start, tokenizer, tmp_path):
     write_keys(tmp_path / "keys.json", [KeyRecord(name=name, hash=hash_key(name)) for name in ("ann", "bob")])
     url = start(ScriptedEngine(tokenizer, "Yes.", "Yes."), keys=tmp_path / "keys.json")
     ann = {"Authorization": "Bearer ann"}
@@ -58,7 +57,7 @@ def test_a_response_is_its_owners_and_one_that_is_not_stored_is_nobodys(start, t
             assert httpx.post(url + "/v1/responses", json=follows, headers=headers).status_code == 404
 
 
-def test_events_come_in_order_and_the_client_reads_them(connect, tagged_tokenizer):  # noqa: F811
+def test_events_come_in_order_and_the_client_reads_them(connect, tagged_tokenizer):
     client = connect(ScriptedEngine(tagged_tokenizer, f"<think>hm</think>\n\nLet me see.\n{CALL}"))
     with client.responses.stream(**ASKED, tools=[WEATHER]) as stream:
         events = list(stream)
@@ -80,7 +79,7 @@ def test_events_come_in_order_and_the_client_reads_them(connect, tagged_tokenize
     assert final.usage.output_tokens_details.reasoning_tokens > 0
 
 
-def test_a_conversation_with_calls_goes_on_in_items(connect, tagged_tokenizer):  # noqa: F811
+def test_a_conversation_with_calls_goes_on_in_items(connect, tagged_tokenizer):
     engine = ScriptedEngine(tagged_tokenizer, f"<think>hm</think>\n\n{CALL}", "21 degrees.")
     client = connect(engine)
     first = client.responses.create(**ASKED, tools=[WEATHER])
@@ -106,13 +105,13 @@ def test_a_conversation_with_calls_goes_on_in_items(connect, tagged_tokenizer): 
     assert answer.output_text == "21 degrees." and follows.prompts[1] == engine.prompts[1].replace("hm", "")
 
 
-def test_an_answer_that_is_cut_says_why(connect, tokenizer):  # noqa: F811
+def test_an_answer_that_is_cut_says_why(connect, tokenizer):
     client = connect(ScriptedEngine(tokenizer, "It is warm."))
     cut = client.responses.create(**ASKED, max_output_tokens=5)
     assert (cut.status, cut.incomplete_details.reason, cut.output_text) == ("incomplete", "max_output_tokens", "It is")
 
 
-def test_a_form_a_choice_and_an_effort_reach_the_engine(connect, thinking_tokenizer, tokenizer):  # noqa: F811
+def test_a_form_a_choice_and_an_effort_reach_the_engine(connect, thinking_tokenizer, tokenizer):
     engine = ScriptedEngine(tokenizer, "{}", CALL)
     client = connect(engine)
     form = {"type": "json_schema", "name": "city", "schema": CITY, "strict": True}
@@ -148,7 +147,7 @@ AGENT = {
 }
 
 
-def test_an_agents_request_is_answered_with_a_call_and_its_probe_with_nothing(start, tokenizer):  # noqa: F811
+def test_an_agents_request_is_answered_with_a_call_and_its_probe_with_nothing(start, tokenizer):
     engine = ScriptedEngine(tokenizer, CALL)
     url = start(engine)
     answer = httpx.post(url + "/v1/responses", json=AGENT)
@@ -173,7 +172,7 @@ def test_an_agents_request_is_answered_with_a_call_and_its_probe_with_nothing(st
         ({"max_output_tokens": 0}, "max_output_tokens"),
     ],
 )
-def test_what_is_not_served_is_refused_by_name(connect, tokenizer, changes, parameter):  # noqa: F811
+def test_what_is_not_served_is_refused_by_name(connect, tokenizer, changes, parameter):
     client = connect(ScriptedEngine(tokenizer))
     with pytest.raises(openai.BadRequestError) as caught:
         client.post("/responses", body=ASKED | changes, cast_to=object)

@@ -11,7 +11,6 @@ import pytest
 
 from bessemer.inference.engine import Engine
 from bessemer.model.folder import save_model
-from tests.assistant.conftest import tagged_tokenizer, tokenizer  # noqa: F401
 from tests.model.randomised import SHAPES, random_decoder
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer
 from tests.serving.engine import ScriptedEngine
@@ -91,7 +90,7 @@ def test_a_call_that_is_required_comes_and_fits_its_schema(connect, engine, choi
 # -- one that says what it is told to
 
 
-def test_calls_of_a_model_come_with_its_text_and_the_conversation_goes_on(connect, tokenizer):  # noqa: F811
+def test_calls_of_a_model_come_with_its_text_and_the_conversation_goes_on(connect, tokenizer):
     engine = ScriptedEngine(tokenizer, f"Let me see.\n{CALL}\n{CALL}", "It is warm.")
     client = connect(engine)
     answer = client.chat.completions.create(**REQUEST).choices[0]
@@ -106,7 +105,7 @@ def test_calls_of_a_model_come_with_its_text_and_the_conversation_goes_on(connec
     assert engine.prompts[1].count("21 degrees") == 2 and '"description": "What it is like."' in engine.prompts[1]
 
 
-def test_a_stream_tells_calls_as_clients_expect(connect, tokenizer):  # noqa: F811
+def test_a_stream_tells_calls_as_clients_expect(connect, tokenizer):
     client = connect(ScriptedEngine(tokenizer, f"Let me see.\n{CALL}\n{CALL}"))
     text, _, calls, reason = collected(client.chat.completions.create(**REQUEST, stream=True))
     assert (text, reason) == ("Let me see.", "tool_calls")
@@ -114,7 +113,7 @@ def test_a_stream_tells_calls_as_clients_expect(connect, tokenizer):  # noqa: F8
 
 
 @pytest.mark.parametrize("is_strict", [True, False])
-def test_a_strict_tool_holds_what_the_model_may_write(connect, tokenizer, is_strict):  # noqa: F811
+def test_a_strict_tool_holds_what_the_model_may_write(connect, tokenizer, is_strict):
     engine = ScriptedEngine(tokenizer, "Yes.")
     connect(engine).chat.completions.create(**REQUEST | {"tools": [tool(strict=is_strict)]})
     assert ('"enum": ["Rome", "Oslo"]' in (engine.seen[0].ebnf or "")) == is_strict
@@ -127,7 +126,7 @@ def test_a_schema_that_calls_cannot_be_held_to_is_told_of_the_tools(connect, eng
     assert caught.value.param == "tools"
 
 
-def test_what_should_be_a_call_and_is_none_is_text(connect, tokenizer):  # noqa: F811
+def test_what_should_be_a_call_and_is_none_is_text(connect, tokenizer):
     bad = '<tool_call>\n{"name": "weather", "arguments": Rome}\n</tool_call>'
     client = connect(ScriptedEngine(tokenizer, bad, bad))
     answer = client.chat.completions.create(**REQUEST).choices[0]
@@ -135,7 +134,7 @@ def test_what_should_be_a_call_and_is_none_is_text(connect, tokenizer):  # noqa:
     assert collected(client.chat.completions.create(**REQUEST, stream=True)) == (bad, "", [], "stop")
 
 
-def test_without_tools_and_with_the_choice_of_none_nothing_is_a_call(connect, tokenizer):  # noqa: F811
+def test_without_tools_and_with_the_choice_of_none_nothing_is_a_call(connect, tokenizer):
     engine = ScriptedEngine(tokenizer, CALL, CALL)
     client = connect(engine)
     for asked in (REQUEST | {"tool_choice": "none"}, {"model": "tiny", "messages": ASKED}):
@@ -144,7 +143,7 @@ def test_without_tools_and_with_the_choice_of_none_nothing_is_a_call(connect, to
     assert all("What it is like" not in prompt for prompt in engine.prompts)
 
 
-def test_thinking_is_apart_from_the_answer_in_both_spellings(connect, tagged_tokenizer):  # noqa: F811
+def test_thinking_is_apart_from_the_answer_in_both_spellings(connect, tagged_tokenizer):
     text = "<think>\nhm, 2\n</think>\n\nTwo."
     client = connect(ScriptedEngine(tagged_tokenizer, text, text, text))
     asked = {"model": "tiny", "messages": ASKED}
@@ -157,7 +156,7 @@ def test_thinking_is_apart_from_the_answer_in_both_spellings(connect, tagged_tok
     assert hidden.content == "Two." and not hasattr(hidden, "reasoning")
 
 
-def test_a_tool_whose_schema_is_none_is_refused_by_name(connect, tokenizer):  # noqa: F811
+def test_a_tool_whose_schema_is_none_is_refused_by_name(connect, tokenizer):
     client = connect(ScriptedEngine(tokenizer))
     for tools, parameter in (
         ([tool(parameters={"type": "nothing"})], "tools[0].function.parameters"),

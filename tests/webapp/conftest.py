@@ -57,20 +57,20 @@ def browser():
 
 
 @pytest.fixture
-def page(browser):
-    """A page whose faults, and whose requests to anywhere but its own server, fail the test."""
+def page(browser, start):
+    """A page whose faults, and whose requests to anywhere but its own server, fail the test. It is closed before the servers."""
     context = browser.new_context(viewport={"width": 1280, "height": 800}, accept_downloads=True)
     context.set_default_timeout(20_000)
     page = context.new_page()
     wrong: list[str] = []
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
-    page.on("request", lambda request: wrong.append(request.url) if not _is_own(page, request.url) else None)
+    page.on("request", lambda request: wrong.append(request.url) if not _is_own(request.url) else None)
     page.wrong = wrong
     yield page
     context.close()
     assert not wrong, wrong
 
 
-def _is_own(page, url: str) -> bool:
+def _is_own(url: str) -> bool:
     return url.startswith(("http://127.0.0.1:", "blob:", "data:", "file:"))

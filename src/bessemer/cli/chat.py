@@ -64,7 +64,7 @@ def chat(
     converse(
         engine,
         params,
-        example_questions(folder),
+        example_questions(folder, runs / model),
         system=system,
         config=AssistantConfig(thinking_budget=thinking_budget),
         speed=speed,

@@ -43,10 +43,11 @@ def run_names(runs: Path) -> list[str]:
     return sorted(path.parent.name for path in runs.glob("*/run.json")) if runs.is_dir() else []
 
 
-def example_questions(model: Path, count: int = 3) -> list[str]:
-    """A few questions that a fine-tuned model has learned to answer, from beside its folder; none elsewhere."""
-    path = model.parent / "conversations" / "train.jsonl"
-    if not path.exists():
+def example_questions(model: Path, run: Path | None = None, count: int = 3) -> list[str]:
+    """A few questions that a fine-tuned model has learned to answer, from beside its folder, or from a stage of its run."""
+    folders = [model.parent, *(follow(stage) for stage in sorted((run / "stages").glob("*")))] if run else [model.parent]
+    path = next((path for folder in folders if (path := folder / "conversations" / "train.jsonl").exists()), None)
+    if path is None:
         return []
     from itertools import islice
 

@@ -98,5 +98,5 @@ def serve(
             engine.load_adapter(its_name, its_folder)
         print(engine.describe())
         print(engine.arithmetic)
-        shown = WebSettings(folder, example_questions(folder), feedback)
+        shown = WebSettings(folder, example_questions(folder, runs / model), feedback)
         serve_engine(engine, name, config, pages=web_pages(shown))

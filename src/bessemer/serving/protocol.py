@@ -19,6 +19,9 @@ _MOST_ANSWERS = 2048
 #: The most likeliest tokens that are told beside each token's own log-probability.
 _MOST_LIKELIEST = 20
 
+#: The most texts, and the most tokens, that end an answer: each is looked for at every token.
+_MOST_STOPS = 1024
+
 #: Tokens of a plain completion when the client sets no limit, as OpenAI documents it.
 _COMPLETION_TOKENS = 16
 
@@ -148,8 +151,10 @@ class GenerationRequest(Body):
     )
     allowed_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(None, min_length=1)
     seed: int | None = None
-    stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_stop_list)] = Field(default_factory=list)
-    stop_token_ids: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list)
+    stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_stop_list)] = Field(
+        default_factory=list, max_length=_MOST_STOPS
+    )
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list, max_length=_MOST_STOPS)
     ignore_eos: bool = False
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None

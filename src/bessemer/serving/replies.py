@@ -52,8 +52,9 @@ class CompletionReply:
         self._completion_tokens = 0
         self._forms = [CompletionLogProbs(tokenizer) for _ in range(len(echoes) * n)]
         self._begun: set[int] = set()
-        self._prompt_ids = prompt_ids
-        self._told_prompts: set[int] = set()
+        self._shows_ids = prompt_ids is not None
+        #: Of each choice, the ids of its prompt until the client has been told them.
+        self._prompt_ids = {place: prompt_ids[place // n] for place in range(len(echoes) * n)} if prompt_ids is not None else {}
         #: Of each choice, ids that the client has not been told.
         self._ids: list[list[int]] = [[] for _ in range(len(echoes) * n)]
 
@@ -110,12 +111,10 @@ class CompletionReply:
     def _choice(self, index: int, text: str, log_probs: dict[str, Any] | None, finish_reason: str | None) -> dict[str, Any]:
         """A choice, with the ids that have not been told: of its prompt once, as vLLM does."""
         choice = {"index": index, "text": text, "logprobs": log_probs, "finish_reason": finish_reason}
-        if self._prompt_ids is None:
+        if not self._shows_ids:
             return choice
         ids, self._ids[index] = self._ids[index], []
-        is_first = index not in self._told_prompts
-        self._told_prompts.add(index)
-        prompt = {"prompt_token_ids": list(self._prompt_ids[index // self._n])} if is_first else {}
+        prompt = {"prompt_token_ids": list(self._prompt_ids.pop(index))} if index in self._prompt_ids else {}
         return {**choice, "token_ids": ids, **prompt}
 
     def _part(

@@ -117,7 +117,7 @@ def serve(
     Raises as `listen`, and the engine's failure when it can answer no more.
     """
     config = config or ServingConfig()
-    _open_many_files()
+    open_many_files()
     with listen(config.host, config.port) as listener, _request_log(config.request_log):
         server = create_server(engine, model_name, config, pages)
         url = address_of(listener)
@@ -129,7 +129,7 @@ def serve(
             raise engine.failure
 
 
-def _open_many_files() -> None:
+def open_many_files() -> None:
     """Let this process have as many connections as the machine allows it; the usual limit is 1,024 files."""
     if resource is not None:
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)

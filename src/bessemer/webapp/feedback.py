@@ -26,8 +26,6 @@ class Said(Body):
 class Feedback(Body):
     """Either an answer that is better than another, or one that is good or not."""
 
-    meaningful = frozenset({"label"})
-
     prompt: Annotated[list[Said], Field(min_length=1, max_length=1000)]
     chosen: str | None = Field(None, min_length=1)
     rejected: str | None = None

@@ -80,7 +80,7 @@ function drawConversations() {
   const wanted = byId("search").value.trim().toLowerCase();
   const matches = (conversation) => !wanted || titleOf(conversation).toLowerCase().includes(wanted) || Object.values(conversation.nodes).some((node) => node.content.toLowerCase().includes(wanted));
   const found = conversations.filter(matches).sort((one, two) => two.updated - one.updated);
-  byId("conversations").replaceChildren(...found.map((conversation) => make("li", { class: conversation === current ? "current" : undefined },
+  byId("conversations").replaceChildren(...found.map((conversation) => make("li", { class: conversation === current ? "current" : undefined, data: { id: conversation.id } },
     make("button", { class: "open", type: "button", "aria-current": conversation === current ? "true" : undefined, onclick: () => open(conversation) }, titleOf(conversation)),
     make("button", { class: "quiet", type: "button", "aria-label": `Rename ${titleOf(conversation)}`, title: "Rename", onclick: () => rename(conversation) }, "✎"),
     make("button", { class: "quiet", type: "button", "aria-label": `Delete ${titleOf(conversation)}`, title: "Delete", onclick: () => drop(conversation) }, "×"),
@@ -89,7 +89,7 @@ function drawConversations() {
 }
 
 function rename(conversation) {
-  const place = [...byId("conversations").children].find((item) => item.firstChild.textContent === titleOf(conversation));
+  const place = [...byId("conversations").children].find((item) => item.dataset.id === conversation.id);
   const input = make("input", { "aria-label": "Name of the conversation", value: titleOf(conversation) });
   const done = () => { conversation.title = input.value.trim(); save(conversation); drawConversations(); };
   input.addEventListener("keydown", (event) => { if (event.key === "Enter") done(); if (event.key === "Escape") drawConversations(); });
