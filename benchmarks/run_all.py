@@ -48,6 +48,7 @@ BENCH = [
     Benchmark("gguf_forms"),
     Benchmark("pretraining"),
     Benchmark("posttraining"),
+    Benchmark("finetune"),
     Benchmark("loader"),
     Benchmark("sandbox"),
     Benchmark("tokenization"),

@@ -57,6 +57,8 @@ def test_the_engine_generates(tiny_model):
     assert "'hot'" in run(tiny_model, str(EXAMPLES / "engine.py"))
 
 
+# by default the tutorial with an open model shows the same commands
+@pytest.mark.slow
 def test_a_quantised_model_is_served(tiny_model):
     run(tiny_model, str(EXAMPLES / "quantise_and_serve.py"))
     assert (tiny_model / "small" / "config.json").exists()

@@ -58,7 +58,7 @@ def browser():
 
 @pytest.fixture
 def page(browser, start):
-    """A page whose faults, and whose requests to anywhere but its own server, fail the test. It is closed before the servers."""
+    """A page whose faults, and whose requests to anywhere but its own server, fail the test; closed before the servers."""
     context = browser.new_context(viewport={"width": 1280, "height": 800}, accept_downloads=True)
     context.set_default_timeout(20_000)
     page = context.new_page()
