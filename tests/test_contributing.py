@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cases import slow_but
 from tests.literate import Block, blocks
 
 ROOT = Path(__file__).parents[1]
@@ -70,7 +71,11 @@ def copy(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("heading", RECIPES)
+#: The quickest of them; an installed package that adds a filter is another test's.
+USUAL = "Add a sampling parameter"
+
+
+@pytest.mark.parametrize("heading", slow_but([USUAL], RECIPES))
 def test_the_recipe_works(copy, heading):
     path = os.pathsep.join([str(copy / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *RECIPES[heading]]
@@ -78,7 +83,10 @@ def test_the_recipe_works(copy, heading):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("heading", RECIPES)
+@pytest.mark.parametrize(
+    "heading",
+    [pytest.param(heading, marks=pytest.mark.slow) if heading == "Add a model family" else heading for heading in RECIPES],
+)
 def test_the_files_that_a_recipe_names_are_there(heading):
     for name in re.findall(r"`((?:docs|tests|src|examples)/[\w/.-]+|CHANGELOG\.md)`", section(heading)):
         assert (ROOT / name).exists() or f'title="{name}"' in section(heading), name

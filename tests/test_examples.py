@@ -53,6 +53,7 @@ def test_a_table_is_refined():
     assert "2 of 5 kept" in run(EXAMPLES, "refine_table.py")
 
 
+@pytest.mark.slow
 def test_the_engine_generates(tiny_model):
     assert "'hot'" in run(tiny_model, str(EXAMPLES / "engine.py"))
 

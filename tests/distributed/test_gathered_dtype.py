@@ -39,7 +39,7 @@ def gathered(dtype=torch.bfloat16, **options):
 @pytest.mark.parametrize(
     "options",
     [
-        {"settings": BFLOAT16 | {"micro_batch_size": 1}},
+        slow({"settings": BFLOAT16 | {"micro_batch_size": 1}}),
         {"model": GPT_OSS | WIDE, "settings": BFLOAT16 | {"activation_checkpointing": "full"}, "packed": True},
         {"model": SPARSE | WIDE, "parallel": {"expert": 2}, "settings": BFLOAT16},
         slow({"parallel": {"tensor": 2}, "model": CASES["gpt2"][0], "settings": BFLOAT16}),

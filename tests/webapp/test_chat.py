@@ -121,7 +121,8 @@ def test_two_answers_stand_side_by_side_and_one_is_kept(page, start, tmp_path):
     for column in (0, 1):
         page.wait_for_selector(f".pair .column >> nth={column} >> article.assistant:not(.working)")
     kept = page.locator(".pair .text").nth(1).inner_text()
-    page.get_by_role("button", name="Keep this one").nth(1).click()
+    with page.expect_response("**/feedback"):
+        page.get_by_role("button", name="Keep this one").nth(1).click()
     page.wait_for_selector("text=2 / 2")
     assert page.inner_text("article.assistant .text") == kept
     page.wait_for_selector(".pair", state="detached")

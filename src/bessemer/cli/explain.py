@@ -106,8 +106,8 @@ def _settings(
 ) -> tuple[CleanConfig | None, SelectConfig | None, Path] | None:
     """How a run or a recipe cleans and selects, and the folder that its paths start from; None where neither is given."""
     from bessemer.cli.named import find_run
-    from bessemer.data.config import CleanConfig, SelectConfig
-    from bessemer.pipeline.recipe import load_recipe, refuse_code
+    from bessemer.pipeline.recipe import load_recipe
+    from bessemer.pipeline.recorded_cleaning import recorded_cleaning
     from bessemer.pipeline.run_folder import RunFolder
 
     if recipe is not None:
@@ -117,24 +117,7 @@ def _settings(
     if run is None:
         return None
     folder = find_run(run, runs)
-    values = RunFolder(folder.parent, folder.name).record()["recipe"]
-    sections = {_kind(name, section): section for name, section in values.items()}
-    clean = CleanConfig.parse(_own_settings(sections["clean"]), "clean") if "clean" in sections else None
-    if clean is not None and not allow_code:
-        refuse_code(clean, f"{folder / 'run.json'}: clean")
-    select = SelectConfig.parse(_own_settings(sections["select"]), "select") if "select" in sections else None
-    return clean, select, Path.cwd()
-
-
-def _kind(name: str, section: Any) -> str:
-    return str(section.get("kind", name)) if isinstance(section, dict) else name
-
-
-def _own_settings(section: Any) -> Any:
-    """A stage's section without the keys that are not its settings."""
-    if not isinstance(section, dict):
-        return section
-    return {key: value for key, value in section.items() if key not in ("from", "kind")}
+    return recorded_cleaning(RunFolder(folder.parent, folder.name), allow_code=allow_code)
 
 
 def _pieces(text: str, name: str | None, runs: Path, *, asked: bool) -> list[str]:

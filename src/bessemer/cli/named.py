@@ -10,6 +10,7 @@ from typing import Any
 from bessemer.core.config import nearest
 from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.core.store import follow
+from bessemer.pipeline.run_folder import run_names
 
 
 def find_run(name: str, runs: Path) -> Path:
@@ -36,11 +37,6 @@ def find_model(name: str, runs: Path) -> Path:
         raise ArtefactError(f"the run {name!r} has no model yet; finish it with bessemer run")
     hint = import_advice(name) or nearest(name, run_names(runs))
     raise ArtefactError(f"there is no model {name!r}: not a model's folder and not a run{hint}")
-
-
-def run_names(runs: Path) -> list[str]:
-    """Names of the runs in a folder."""
-    return sorted(path.parent.name for path in runs.glob("*/run.json")) if runs.is_dir() else []
 
 
 def example_questions(model: Path, run: Path | None = None, count: int = 3) -> list[str]:

@@ -65,7 +65,9 @@ def serve(
     """Serve a model behind OpenAI's and Anthropic's APIs, with a web app to chat and to look inside."""
     from bessemer.cli.named import example_questions, find_model, named_folders, named_numbers, option_of, speculation
     from bessemer.inference.engine import Engine, EngineConfig
+    from bessemer.pipeline.run_folder import run_names
     from bessemer.serving.config import ServingConfig
+    from bessemer.serving.server import is_loopback
     from bessemer.serving.server import serve as serve_engine
     from bessemer.webapp.app import WebSettings, web_pages
 
@@ -98,5 +100,8 @@ def serve(
             engine.load_adapter(its_name, its_folder)
         print(engine.describe())
         print(engine.arithmetic)
-        shown = WebSettings(folder, example_questions(folder, runs / model), feedback)
+        # what models are made of is for this machine, or for admins
+        shown_runs = runs if config.keys is not None or is_loopback(host) else None
+        run = model if shown_runs is not None and model in run_names(runs) else None
+        shown = WebSettings(folder, example_questions(folder, runs / model), feedback, shown_runs, run)
         serve_engine(engine, name, config, pages=web_pages(shown))

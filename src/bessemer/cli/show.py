@@ -56,11 +56,11 @@ def show(
 
 def _folder(thing: str, runs: Path) -> Path:
     """The folder that a path or a run's name means. Raises ArtefactError when there is none."""
-    from bessemer.cli.named import run_names
     from bessemer.core.config import nearest
     from bessemer.core.errors import ArtefactError
     from bessemer.core.store import follow
     from bessemer.model.presets import PRESETS
+    from bessemer.pipeline.run_folder import run_names
 
     folder = follow(Path(thing))
     if folder.exists():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -275,13 +276,20 @@ def _sources(name: str, section: dict[str, Any], placed: PlacedValues) -> str | 
     return {str(role): stage for role, stage in sources.items()}
 
 
+def _own_section(name: str, placed: PlacedValues) -> tuple[Any, str | dict[str, str] | None]:
+    """A stage's section without `kind` and `from`, and its `from`."""
+    section = placed.values[name]
+    if not isinstance(section, dict):
+        return section, None
+    section = {key: value for key, value in section.items() if key != "kind"}
+    sources = _sources(name, section, placed)
+    return section, sources
+
+
 def _check_stage(
     name: str, spec: StageSpec, placed: PlacedValues, above: list[Stage], folder: Path, *, allow_code: bool
 ) -> Stage:
-    section, sources = placed.values[name], None
-    if isinstance(section, dict):
-        section = {key: value for key, value in section.items() if key != "kind"}
-        sources = _sources(name, section, placed)
+    section, sources = _own_section(name, placed)
     shorthand = spec.config.shorthand if not isinstance(section, (dict, type(None))) else None
 
     def where(path: KeyPath) -> str:
@@ -305,6 +313,22 @@ def _check_stage(
     if conflict is not None:
         raise ConfigError(f"{placed.where((name,))}: {conflict}")
     return checked
+
+
+def recorded_stages(values: Mapping[str, Any]) -> tuple[Stage, ...]:
+    """The stages of a recipe as a run wrote it down, which nothing is run from: files that it names need not be there any more.
+
+    Raises ConfigError where it is not understood here, as when the package of a stage is no longer installed.
+    """
+    placed = PlacedValues(_copied(dict(values)), {})
+    specs = {key: _checked_spec(key, section, placed) for key, section in placed.values.items() if key not in _HEAD_KEYS}
+    stages: list[Stage] = []
+    for name, spec in specs.items():
+        section, sources = _own_section(name, placed)
+        config = spec.config.parse(section, name)
+        inputs = spec.wire(config, {stage.name: stage.spec for stage in stages}, sources, partial(str, name))
+        stages.append(Stage(name, spec, config, inputs, tuple(config.user_functions())))
+    return tuple(stages)
 
 
 def feeding(stages: Sequence[Stage], stage: Stage) -> list[Stage]:

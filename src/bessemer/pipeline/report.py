@@ -8,7 +8,7 @@ from typing import Any
 
 from bessemer.core.config import Config
 from bessemer.core.metrics import read_metrics
-from bessemer.core.report import Metrics, RunReport, Section, StageReport
+from bessemer.core.report import KeyFigure, Metrics, RunReport, Section, StageReport
 from bessemer.core.stage import StageSpec
 from bessemer.core.store import MANIFEST, read_json, write_text
 from bessemer.core.yaml_file import dump_yaml
@@ -43,7 +43,7 @@ def gather(run: RunFolder) -> ReportData:
         name=run.name,
         description=record["recipe"].get("description", ""),
         sentences=sentences(stages),
-        figures=[figure for stage in stages.stages for figure in _spec(stage).key_figures(stage)],
+        figures=key_figures(stages),
         next_steps=next_steps(stages),
         stages=[
             StageRun(
@@ -89,6 +89,17 @@ def _run_report(run: RunFolder, manifests: Mapping[str, Metrics]) -> RunReport:
         for name, folder in run.stages().items()
     ]
     return found
+
+
+def key_figures(run: RunReport) -> list[KeyFigure]:
+    """What the head of the report says of the stages."""
+    return [figure for stage in run.stages for figure in _spec(stage).key_figures(stage)]
+
+
+def stage_section(run: RunReport, name: str) -> Section | None:
+    """The section of one stage; None where it has none, or is not made yet."""
+    found = next((stage for stage in run.stages if stage.name == name), None)
+    return None if found is None else _spec(found).report(found)
 
 
 def sections(run: RunReport) -> list[Section]:

@@ -31,6 +31,7 @@ from bessemer.pipeline.memory_advice import memory_advice
 from bessemer.pipeline.ranks import Ranks
 from bessemer.pipeline.recipe import Recipe, Stage, feeding
 from bessemer.pipeline.run_folder import RunFolder
+from bessemer.pipeline.run_state import WorkingNote
 from bessemer.pipeline.services import SERVICES
 
 #: Seconds to wait for an unresponsive rank 0: one that holds no lock and has published nothing.
@@ -67,6 +68,7 @@ class Runner:
         self.store = Store(run.store_root)
         self.lock_file = LockFile(run.folder / "recipe.lock.yaml", run.store_root)
         self.progress = progress or Silent()
+        self._note = WorkingNote(run)
         self._ranks = ranks or Ranks()
         self._device = self._ranks.device(recipe.head.device)
         self._launch = launch if self._ranks.alone else None
@@ -335,6 +337,7 @@ class Runner:
             if resolved is not None:
                 return resolved, None
             scratch = self.store.root / f"{name}.partial"
+            self._note.begin(stage.name, name, stage.config)
             resolved, measured = _resolved(stage, self._context(stage, stage.config, made, scratch))
             self.lock_file.keep(stage.name, key_of(given), Resolved(resolved.model_dump(mode="json"), measured), replace=again)
         return resolved, measured
@@ -353,6 +356,8 @@ class Runner:
             if found is not None:
                 return found
             scratch = self.store.root / f"{name}.partial"
+            if self._ranks.leads:
+                self._note.begin(stage.name, name, stage.config)
             resolved, measured = _resolved(stage, self._context(stage, stage.config, made, scratch))
             if self._ranks.leads:
                 self.lock_file.keep(stage.name, key_of(given), Resolved(resolved.model_dump(mode="json"), measured))
@@ -386,6 +391,7 @@ class Runner:
         partial.mkdir(parents=True, exist_ok=True)
         self.progress.say(f"{stage.name}: {'goes on where it was interrupted' if resumed else 'starts'}")
         start(None)
+        self._note.begin(stage.name, key, config)
         reset_peak_memory()
         stopwatch = Stopwatch(partial)
         try:
@@ -406,11 +412,14 @@ class Runner:
             shutil.rmtree(partial)
             raise
         except BaseException as error:
+            if isinstance(error, Exception):
+                self._note.fail(str(error) or type(error).__name__)
             self._leave(stage, partial, stopwatch)
             full = None if isinstance(error, BessemerError) else as_storage_error(error, partial)
             if full is not None:
                 raise full from error
             raise
+        self._note.end()
         self.progress.say(f"{stage.name}: done in {duration(stopwatch.seconds)}")
         return artefact
 

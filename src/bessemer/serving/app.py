@@ -10,6 +10,7 @@ from importlib.metadata import version as package_version
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
@@ -84,6 +85,7 @@ def create_app(
     app.add_exception_handler(ApiError, _answer_api_error)
     app.add_exception_handler(BessemerError, _answer_bessemer_error)
     app.add_exception_handler(HTTPException, _answer_http_error)
+    app.add_exception_handler(RequestValidationError, _answer_parameter_error)
     app.add_exception_handler(Exception, _answer_failure)
 
     # Anthropic's clients look whether a server is there
@@ -149,6 +151,14 @@ def _answer_http_error(request: Request, error: Exception) -> Response:
     path = request.scope["path"]
     told = ApiError(f"{request.method} {path}: {error.detail}", status=error.status_code)
     return JSONResponse(_body_of(path, told), status_code=error.status_code, headers=error.headers)
+
+
+def _answer_parameter_error(request: Request, error: Exception) -> Response:
+    """A parameter in the address that is none of its type."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    name = str(first["loc"][-1])
+    return _answer_api_error(request, ApiError(f"{name}: {first['msg']}", parameter=name, code="invalid_value"))
 
 
 def _answer_bessemer_error(request: Request, error: Exception) -> Response:

@@ -13,9 +13,13 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from bessemer.pipeline.run_folder import RunFolder
 from bessemer.serving.app import Pages
 from bessemer.serving.served import Served
+from bessemer.webapp.data_api import DataApi
 from bessemer.webapp.feedback import FeedbackApi
+from bessemer.webapp.lineage_api import LineageApi
+from bessemer.webapp.runs_api import RunsApi
 from bessemer.webapp.token_api import TokenApi
 from bessemer.webapp.xray_api import XrayApi
 
@@ -28,6 +32,8 @@ POLICY = (
 _PAGES = {
     "/": ("chat.html.jinja", "Chat", "chat.js"),
     "/xray": ("xray.html.jinja", "X-ray", "xray.js"),
+    "/runs": ("runs.html.jinja", "Runs", "runs.js"),
+    "/data": ("data.html.jinja", "Data", "data.js"),
 }
 #: Style sheets that the pages share with the report.
 _VIEWS = ("style.css", "inspection.css")
@@ -38,12 +44,15 @@ class WebSettings:
     """What the pages know beside the server.
 
     folder: of the model; None of one without. suggestions: questions that the chat offers. feedback: the folder that thumbs
-    and edits are written to; None: they stay in the browser.
+    and edits are written to; None: they stay in the browser. runs: the folder of the runs that are shown; None: none are. run:
+    the one of them that made the model.
     """
 
     folder: Path | None = None
     suggestions: list[str] = field(default_factory=list)
     feedback: Path | None = None
+    runs: Path | None = None
+    run: str | None = None
 
 
 def web_pages(settings: WebSettings) -> Callable[[Served], Pages]:
@@ -51,7 +60,15 @@ def web_pages(settings: WebSettings) -> Callable[[Served], Pages]:
 
     def pages(served: Served) -> Pages:
         site = _Site(served, settings)
-        apis = (TokenApi(served), XrayApi(served, settings.folder), FeedbackApi(settings.feedback))
+        run = RunFolder(settings.runs, settings.run) if settings.runs and settings.run else None
+        apis = (
+            TokenApi(served),
+            LineageApi(served, run),
+            XrayApi(served, settings.folder),
+            RunsApi(settings.runs),
+            DataApi(served, settings.runs),
+            FeedbackApi(settings.feedback),
+        )
         return Pages([site.router(), *(api.router() for api in apis)], [*_PAGES, *site.files])
 
     return pages
@@ -83,7 +100,11 @@ class _Site:
                 path=path,
                 script=f"static/{script}",
                 navigation=navigation,
-                given={"suggestions": settings.suggestions, "feedback": settings.feedback is not None},
+                given={
+                    "suggestions": settings.suggestions,
+                    "feedback": settings.feedback is not None,
+                    "run": settings.run,
+                },
             )
             for path, (template, title, script) in _PAGES.items()
         }

@@ -24,6 +24,7 @@ from bessemer.serving.bodies import ApiError, Body, read_request
 from bessemer.serving.clients import caller_of
 from bessemer.serving.served import Served
 from bessemer.views.inspection import inspection_sections, key_figures
+from bessemer.webapp.drawn import without_styles
 
 #: Pictures are drawn of at most these tokens by tokens.
 _LONGEST = 512
@@ -120,7 +121,7 @@ class XrayApi:
         return {
             "figures": [{"name": name, "value": value} for name, value in key_figures(found)],
             "sections": [
-                {"name": name, "title": title, "html": _without_styles(str(body))}
+                {"name": name, "title": title, "html": without_styles(str(body))}
                 for name, title, body in inspection_sections(found)
             ],
             "layers": config.num_hidden_layers,
@@ -146,12 +147,3 @@ def _hurts_most(changes_LH: np.ndarray | None) -> dict[str, int] | None:
         return None
     layer, head = np.unravel_index(int(np.nanargmax(changes_LH)), changes_LH.shape)
     return {"layer": int(layer), "head": int(head)}
-
-
-def _without_styles(html: str) -> str:
-    """Drawn HTML for a page whose policy lets no style in that stands in HTML: the page's script sets them.
-
-    In texts a quotation mark is `&#34;`, and `<` is `&lt;`, so only what the views themselves wrote is found.
-    """
-    html = html.replace(' style="', ' data-style="')
-    return html.replace("<style>", "<pre data-sheet hidden>").replace("</style>", "</pre>")

@@ -13,7 +13,7 @@ export function make(tag, properties = {}, ...children) {
     else if (name === "data") Object.assign(node.dataset, value);
     else node.setAttribute(name, value === true ? "" : value);
   }
-  node.append(...children.filter((child) => child !== null && child !== undefined));
+  node.append(...children.filter((child) => child !== null && child !== undefined && child !== false));
   return node;
 }
 
@@ -110,6 +110,8 @@ export async function savePage(view, title) {
   const sheets = await Promise.all(links.map(async (href) => (await fetch(href)).text()));
   sheets.push(...document.adoptedStyleSheets.flatMap((sheet) => [...sheet.cssRules].map((rule) => rule.cssText)));
   const copy = view.cloneNode(true);
+  const pictures = [...view.querySelectorAll("canvas")].map((canvas) => make("img", { src: canvas.toDataURL(), alt: canvas.closest("[aria-label]")?.getAttribute("aria-label") ?? "" }));
+  copy.querySelectorAll("canvas").forEach((canvas, number) => canvas.replaceWith(pictures[number]));
   copy.querySelectorAll("button, form, select, textarea, [hidden]").forEach((node) => node.remove());
   download(`${title.replace(/[^\w-]+/g, "-").slice(0, 60) || "page"}.html`, "text/html", `<!doctype html>
 <html lang="en">

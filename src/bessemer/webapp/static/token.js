@@ -1,5 +1,5 @@
 // This token: what else could have come, what sampling makes of it, what each layer would have said, and where a head looks.
-import { byId, calm, json, make, percent, visible } from "./page.js";
+import { byId, calm, given, json, make, percent, visible } from "./page.js";
 
 const side = byId("side");
 let open = null;
@@ -78,12 +78,13 @@ async function draw(found) {
   side.replaceChildren(
     top(), make("div", { id: "token-numbers" }),
     make("div", { class: "sliders" }, slider("temperature", "Temperature", 2, 0.05), slider("top_p", "Top p", 1, 0.05), slider("top_k", "Top k", 100, 1)),
-    make("div", { id: "token-alternatives" }), make("div", { id: "token-lens" }), make("div", { id: "token-attention" }), make("div", { id: "token-experts" }),
+    make("div", { id: "token-alternatives" }), make("div", { id: "token-lens" }), make("div", { id: "token-attention" }), make("div", { id: "token-experts" }), make("div", { id: "token-lineage" }),
   );
   drawNumbers(found);
   drawLens(found);
   await drawAttention(found);
   drawExperts(found);
+  drawLineage();
 }
 
 function drawNumbers(found) {
@@ -129,6 +130,46 @@ async function drawAttention(found) {
     })));
   }
   byId("token-attention").replaceChildren(...parts);
+}
+
+/** Sections that are asked for by a press, since they read models and documents. */
+function drawLineage() {
+  if (!given.run) { byId("token-lineage").replaceChildren(); return; }
+  const section = (title, what, path, drawn) => {
+    const box = make("div", {});
+    const ask = make("button", { class: "quiet", type: "button" }, what);
+    ask.addEventListener("click", async () => {
+      const { node } = open.entry, place = open.place;
+      box.replaceChildren(make("p", { class: "soft" }, "Reading …"));
+      try {
+        const found = await json(path, { body: { before: [...node.promptIds, ...node.ids.slice(0, place)], token: node.ids[place] } });
+        if (open?.place === place) box.replaceChildren(...drawn(found));
+      } catch (error) {
+        box.replaceChildren(make("p", { class: "failure" }, error.message));
+      }
+    });
+    return [make("h3", {}, title), ask, box];
+  };
+  byId("token-lineage").replaceChildren(
+    ...section("Earlier in the run", "Ask the earlier models", "inspect/earlier", drawEarlier),
+    ...section("In the training data", "Look for the words before it", "inspect/training", drawTraining));
+}
+
+function drawEarlier({ models }) {
+  const rows = models.map((one) => make("tr", {}, make("td", {}, one.step === null ? one.stage : `${one.stage}, step ${one.step.toLocaleString("en")}`),
+    ...(one.problem ? [make("td", { colspan: "3", class: "soft" }, one.problem)] : [
+      make("td", {}, ...one.likeliest.flatMap((other) => [make("code", { title: percent(other.probability) }, visible(other.piece)), " "])),
+      make("td", { class: "number" }, percent(one.probability)), make("td", { class: "number" }, one.rank.toLocaleString("en"))])));
+  return [make("div", { class: "scroll" }, make("table", {}, make("thead", {}, make("tr", {}, ...["model", "likeliest", "token", "rank"].map((name) => make("th", { scope: "col" }, name)))), make("tbody", {}, ...rows)))];
+}
+
+function drawTraining({ run, stage, passages, looked_at, documents }) {
+  const looked = looked_at < documents ? `${looked_at.toLocaleString("en")} of ${documents.toLocaleString("en")}` : `all ${documents.toLocaleString("en")}`;
+  const head = make("p", { class: "soft" }, passages.length ? `The longest sequence that ends here, in ${looked} documents of ${stage}.` : `Not two tokens that end here stand in ${looked} documents of ${stage}.`);
+  return [head, ...passages.map((one) => make("div", { class: "passage" },
+    make("p", {}, one.left, make("mark", {}, one.found), one.right),
+    make("p", { class: "soft" }, one.url ?? one.source, " · ", make("a", { href: `data?${new URLSearchParams({ run, stage, id: one.id })}` }, "what the filters said")),
+    make("details", {}, make("summary", {}, "scores"), make("p", { class: "soft" }, Object.entries(one.scores).map(([name, value]) => `${name.replaceAll("_", " ")} ${Number(Number(value).toPrecision(3))}`).join(" · ")))))];
 }
 
 function drawExperts(found) {

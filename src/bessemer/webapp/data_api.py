@@ -1,0 +1,186 @@
+"""What the page of data asks: a run's documents, kept and dropped and why, duplicates, and the way of one document."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from bessemer.core.errors import ConfigError
+from bessemer.data.corpus.lookup import SIDES, history, is_document_id
+from bessemer.data.corpus.search import Found, Query, duplicate_groups, facets, ranked, search, sides_of
+from bessemer.data.stages.explain import Explanation, explain, explain_with
+from bessemer.pipeline.recorded_cleaning import recorded_cleaning
+from bessemer.pipeline.run_folder import RunFolder
+from bessemer.pipeline.services import open_language_model
+from bessemer.serving.served import Served
+from bessemer.tokenization.measure import shown_tokens
+from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
+from bessemer.webapp.runs_api import check_owner, missing, named_run, off_the_loop
+
+_MOST = 100
+#: Characters of a text that are shown, explained, and shown in tokens.
+_LONGEST, _IN_TOKENS = 200_000, 20_000
+
+
+class DataApi:
+    """The routes. runs: the folder of the runs; None: none are shown."""
+
+    def __init__(self, served: Served, runs: Path | None) -> None:
+        self._served = served
+        self._runs = runs
+        # filters and models take all cores
+        self._explaining = threading.Lock()
+
+    def router(self) -> APIRouter:
+        """The routes."""
+        router = APIRouter(prefix="/inspect/documents")
+        for path, answer in (
+            ("/{run}", self.folders),
+            ("/{run}/{stage}/{side}", self.found),
+            ("/{run}/{stage}/{side}/facets", self.facets),
+            ("/{run}/{stage}/{side}/duplicates", self.duplicates),
+        ):
+            router.add_api_route(path, answer, methods=["GET"], response_model=None)
+        router.add_api_route("/{run}/{identity}", self.document, methods=["GET"], response_model=None)
+        return router
+
+    async def folders(self, request: Request, run: str) -> dict[str, Any]:
+        found = self._run(request, run)
+
+        def counted() -> list[dict[str, Any]]:
+            stages = ((name, dict(sides_of(folder, SIDES))) for name, folder in found.stages().items())
+            return [{"stage": name, **sides} for name, sides in stages if sides]
+
+        return {"folders": await off_the_loop(counted)}
+
+    async def found(
+        self,
+        request: Request,
+        run: str,
+        stage: str,
+        side: str,
+        text: str = "",
+        source: str = "",
+        split: str = "",
+        rule: str = "",
+        column: str = "",
+        low: float | None = None,
+        high: float | None = None,
+        order: str = "",
+        descending: bool = False,
+        start: int = 0,
+        limit: int = 25,
+    ) -> dict[str, Any]:
+        folder = self._documents(request, run, stage, side)
+        query = Query(text, source, split, rule, column, low, high)
+        start, limit = max(0, start), max(1, min(limit, _MOST))
+
+        def looked() -> Found:
+            if order:
+                return ranked(folder, query, order, descending=descending, start=start, limit=limit)
+            return search(folder, query, start=start, limit=limit)
+
+        return _as_json(await off_the_loop(looked))
+
+    async def facets(self, request: Request, run: str, stage: str, side: str) -> dict[str, Any]:
+        folder = self._documents(request, run, stage, side)
+        found = await off_the_loop(lambda: facets(folder))
+        return {
+            "sources": found.sources.most_common(_MOST),
+            "splits": found.splits.most_common(),
+            "rules": found.rules.most_common(_MOST),
+            "scores": found.scores,
+            "is_whole": found.is_whole,
+        }
+
+    async def duplicates(self, request: Request, run: str, stage: str, side: str) -> dict[str, Any]:
+        folder = self._documents(request, run, stage, side)
+        if side != "rejected":
+            raise missing("duplicates are among the documents that were dropped")
+        groups = await off_the_loop(lambda: duplicate_groups(folder))
+        return {
+            "groups": [
+                {"survivor": survivor, "members": count, "some": [asdict(one) for one in some]}
+                for survivor, count, some in groups
+            ]
+        }
+
+    async def document(self, request: Request, run: str, identity: str) -> dict[str, Any]:
+        found = self._run(request, run)
+        if not is_document_id(identity):
+            raise missing("a document's id has 32 hexadecimal digits")
+        return await off_the_loop(lambda: self._told(found, identity))
+
+    def _told(self, run: RunFolder, identity: str) -> dict[str, Any]:
+        stages = run.stages()
+        sightings = list(history(stages.items(), identity))
+        if not sightings:
+            raise missing(f"the run {run.name!r} has no document {identity}")
+        first, last = sightings[0].row, sightings[-1].row
+        text = first["text"][:_LONGEST]
+        problem, explanation = None, None
+        try:
+            with self._explaining:
+                explanation = _explained(run, text, first["url"])
+        except ConfigError as error:
+            problem = str(error)
+        tokenizer = self._tokenizer(run)
+        return {
+            "id": identity,
+            **{name: last[name] for name in ("source", "url", "language", "license", "split")},
+            "metadata": dict(last["metadata"] or []),
+            "text": last["text"][:_LONGEST],
+            "characters": len(last["text"]),
+            "history": [
+                {"stage": one.stage, "side": one.side, "reason": one.row.get("reason"), "bytes": len(one.row["text"].encode())}
+                for one in sightings
+            ],
+            "explanation": None if explanation is None else _finite(asdict(explanation) | {"text": ""}),
+            "problem": problem,
+            "tokens": shown_tokens(tokenizer, last["text"][:_IN_TOKENS]),
+        }
+
+    def _tokenizer(self, run: RunFolder) -> Tokenizer:
+        """The run's own, or where it has none that of the model that is served."""
+        for folder in run.stages().values():
+            for place in (folder / "tokenizer", folder / "model"):
+                if (place / "tokenizer.json").is_file():
+                    return load_tokenizer(place)
+        return self._served.engine.tokenizer
+
+    def _run(self, request: Request, name: str) -> RunFolder:
+        check_owner(request)
+        if self._runs is None:
+            raise missing("this server shows no runs")
+        return named_run(self._runs, name)
+
+    def _documents(self, request: Request, run: str, stage: str, side: str) -> Path:
+        folder = self._run(request, run).stages().get(stage)
+        if folder is None or side not in SIDES:
+            raise missing(f"the run {run!r} has no {side} of a stage {stage!r}")
+        return folder / side
+
+
+def _explained(run: RunFolder, text: str, url: str | None) -> Explanation:
+    clean, select, folder = recorded_cleaning(run)
+    if clean is None and select is None:
+        return explain(text)
+    return explain_with(text, clean, select, folder, url=url, open_model=open_language_model)
+
+
+def _as_json(found: Found) -> dict[str, Any]:
+    rows = [_finite(row | {"metadata": dict(row["metadata"] or [])}) for row in found.rows]
+    return {"rows": rows, "next": found.next, "looked_at": found.looked_at, "documents": found.documents}
+
+
+def _finite(value: Any) -> Any:
+    """What JSON has a word for: None in place of what is no number."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not abs(value) < float("inf") else value

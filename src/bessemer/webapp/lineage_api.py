@@ -1,0 +1,175 @@
+"""Where a token comes from: what the run's earlier models would have said, and the training documents that go on like it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from fastapi import APIRouter, Request
+from pydantic import Field
+
+from bessemer.core.errors import BessemerError
+from bessemer.data.corpus.reader import holds_documents
+from bessemer.data.corpus.search import Passage, passages
+from bessemer.inspection.inspect import piece_of
+from bessemer.model.folder import load_model
+from bessemer.model.folder_config import read_model_config
+from bessemer.pipeline.run_folder import RunFolder
+from bessemer.serving.bodies import ApiError, Body, read_request
+from bessemer.serving.clients import caller_of
+from bessemer.serving.served import Served
+from bessemer.training.checkpoint.load import checkpoint_model
+from bessemer.training.checkpoint.manager import CHECKPOINTS, checkpoint_of_step, step_of, steps_of
+from bessemer.webapp.runs_api import check_owner, missing, off_the_loop
+from bessemer.webapp.token_api import TokenId
+
+#: Likeliest tokens shown of a model; models of a stage's training, besides the one that it ended with.
+_LIKELIEST, _CHECKPOINTS = 3, 6
+#: Tokens of context that an earlier model is given.
+_LONGEST = 2048
+#: Tokens of the longest and the shortest sequence that is looked for, the chosen one the last.
+_LONGEST_NGRAM, _SHORTEST_NGRAM = 12, 2
+
+
+class EarlierRequest(Body):
+    """A token with those before it."""
+
+    before: Annotated[list[TokenId], Field(min_length=1, max_length=1_000_000)]
+    token: TokenId
+
+
+@dataclass(frozen=True)
+class _Earlier:
+    """A model of the run: that of a stage, or of a step on its way."""
+
+    stage: str
+    folder: Path
+    step: int | None = None
+
+
+class LineageApi:
+    """The routes. run: that made the model which is served; None: it is not known, or not shown."""
+
+    def __init__(self, served: Served, run: RunFolder | None) -> None:
+        self._served = served
+        self._run = run
+        self._lock = threading.Lock()
+
+    def router(self) -> APIRouter:
+        """The routes."""
+        router = APIRouter(prefix="/inspect")
+        router.add_api_route("/earlier", self.earlier, methods=["POST"])
+        router.add_api_route("/training", self.training, methods=["POST"])
+        return router
+
+    async def earlier(self, request: Request) -> dict[str, Any]:
+        self._check(request)
+        asked = read_request(EarlierRequest, await request.body())
+        self._check_ids(asked)
+        caller_of(request).spend(prompt=min(len(asked.before), _LONGEST))
+
+        def told() -> list[dict[str, Any]]:
+            with self._lock:
+                return [self._said(one, asked) for one in self._models]
+
+        with self._served.worker.admit(1):
+            return {"models": await off_the_loop(told)}
+
+    async def training(self, request: Request) -> dict[str, Any]:
+        self._check(request)
+        asked = read_request(EarlierRequest, await request.body())
+        self._check_ids(asked)
+        assert self._run is not None
+        run, tokenizer = self._run, self._served.engine.tokenizer
+        ids = [*asked.before[-(_LONGEST_NGRAM - 1) :], asked.token]
+        needles = [
+            text
+            for start in range(len(ids) - _SHORTEST_NGRAM + 1)
+            if (text := tokenizer.decode(ids[start:])).strip() and "\ufffd" not in text
+        ]
+
+        def found() -> dict[str, Any]:
+            stage, folder = next(
+                ((name, folder) for name, folder in reversed(run.stages().items()) if holds_documents(folder / "documents")),
+                (None, None),
+            )
+            if folder is None:
+                raise missing(f"the run {run.name!r} has no documents")
+            if not needles:
+                return {"run": run.name, "stage": stage, "passages": [], "looked_at": 0, "documents": 0}
+            places, looked_at, documents = passages(folder / "documents", needles)
+            told = [_told(one) for one in places]
+            return {"run": run.name, "stage": stage, "passages": told, "looked_at": looked_at, "documents": documents}
+
+        return await off_the_loop(found)
+
+    def _check(self, request: Request) -> None:
+        check_owner(request)
+        if self._run is None:
+            raise missing("the run that made this model is not known here; serve it by the run's name")
+
+    def _check_ids(self, asked: EarlierRequest) -> None:
+        if max(*asked.before, asked.token) >= self._served.engine.tokenizer.vocab_size:
+            raise ApiError("token ids are below the size of the vocabulary", parameter="token", code="invalid_value")
+
+    @cached_property
+    def _models(self) -> list[_Earlier]:
+        assert self._run is not None
+        return [one for name, folder in self._run.stages().items() for one in _models_of(name, folder)]
+
+    def _said(self, earlier: _Earlier, asked: EarlierRequest) -> dict[str, Any]:
+        told: dict[str, Any] = {"stage": earlier.stage, "step": earlier.step}
+        try:
+            model = load_model(earlier.folder) if earlier.step is None else checkpoint_model(earlier.folder)[0]
+        except BessemerError as error:
+            return {**told, "problem": str(error)}
+        tokens = asked.before[-min(_LONGEST, model.config.max_position_embeddings) :]
+        if max(*tokens, asked.token) >= model.config.vocab_size:
+            return {**told, "problem": "it has another vocabulary"}
+        with torch.inference_mode():
+            share_V = model.float().eval()(torch.tensor([tokens]))[0, -1].softmax(-1)
+        best = share_V.topk(min(_LIKELIEST, len(share_V)))
+        tokenizer = self._served.engine.tokenizer
+        likeliest = [
+            {"piece": piece_of(tokenizer, id), "probability": probability}
+            for id, probability in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            if id < tokenizer.vocab_size
+        ]
+        rank = int((share_V > share_V[asked.token]).sum()) + 1
+        return {**told, "likeliest": likeliest, "probability": float(share_V[asked.token]), "rank": rank}
+
+
+def _models_of(stage: str, folder: Path) -> Iterator[_Earlier]:
+    """The models of a stage, oldest first: some of its checkpoints, and the one that it ended with."""
+    model = folder / "model"
+    if not (model / "config.json").is_file() or not _writes_text(model):
+        return
+    steps = steps_of(folder / CHECKPOINTS)[:-1]
+    chosen = steps[:: max(1, -(-len(steps) // _CHECKPOINTS))]
+    for step in chosen:
+        checkpoint = checkpoint_of_step(folder / CHECKPOINTS, step)
+        yield _Earlier(stage, checkpoint, step_of(checkpoint))
+    yield _Earlier(stage, model)
+
+
+def _writes_text(model: Path) -> bool:
+    """Whether it is a language model, and no reward model."""
+    return not read_model_config(model).num_scores
+
+
+def _told(one: Passage) -> dict[str, Any]:
+    row = one.row
+    return {
+        "id": row["id"],
+        "source": row["source"],
+        "url": row["url"],
+        "left": one.left,
+        "found": one.found,
+        "right": one.right,
+        "scores": {name: value for name, value in row.items() if isinstance(value, int | float) and abs(value) < float("inf")},
+    }

@@ -1,0 +1,250 @@
+"""The pages of runs and data, and where a token comes from: by their API, and in a real browser."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import httpx
+import pytest
+
+import bessemer
+from bessemer.core.store import Store
+from bessemer.inference.engine import Engine
+from bessemer.serving.keys import KeyRecord, hash_key, new_key, write_keys
+from bessemer.webapp.app import WebSettings, web_pages
+from tests.serving.running import servers
+
+RECIPE = """
+format: 1
+name: small
+description: Looked at while it is made
+collect:
+  - {source: files, paths: texts.jsonl}
+clean: {score: [language, gopher_quality]}
+deduplicate: [exact]
+select: {keep: gopher_quality, thresholds: {gopher_words: {min: 30}}}
+tokenize: {vocab_size: 320}
+model: {preset: qwen3-1m, num_hidden_layers: 2, hidden_size: 64, intermediate_size: 128, max_position_embeddings: 256}
+pretrain: {steps: 30, batch_size: 4, context_length: 64, compile: false, evaluate_every: 8, evaluate_tokens: 1024,
+  checkpoint_minutes: 0.000001, checkpoint_every: 12, sample_prompts: [The]}
+"""
+SENTENCE = "The furnace of the steel works has to be heated with care and the masters know of {n} ways to tell that it is hot. "
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder with a finished run."""
+    folder = tmp_path_factory.mktemp("runs")
+    texts = [SENTENCE.format(n=number) * (1 + number % 4) for number in range(120)]
+    texts += [texts[3], "Too short."]
+    with (folder / "texts.jsonl").open("w", encoding="utf-8") as stream:
+        stream.writelines(json.dumps({"id": str(number), "text": text}) + "\n" for number, text in enumerate(texts))
+    (folder / "small.yaml").write_text(RECIPE)
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        bessemer.run("small.yaml")
+    finally:
+        os.chdir(before)
+    return folder / "runs"
+
+
+@pytest.fixture(scope="module")
+def made(runs) -> Engine:
+    return Engine((runs / "small" / "model").resolve(), device="cpu")
+
+
+@pytest.fixture
+def url(runs, made):
+    with servers() as start:
+        yield start(made, web_pages(WebSettings((runs / "small" / "model").resolve(), runs=runs, run="small")))
+
+
+def get(url, path, **parameters):
+    answer = httpx.get(f"{url}/inspect/{path}", params=parameters, timeout=60)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def test_a_run_is_told_with_its_stages_figures_and_sections(url):
+    (run,) = get(url, "runs")["runs"]
+    assert (run["name"], run["done"], run["stages"], run["at_work"]) == ("small", 7, 7, None)
+    stages = {stage["name"]: stage for stage in get(url, "runs/small")["stages"]}
+    assert stages["pretrain"]["metrics"] and stages["pretrain"]["samples"] and stages["select"]["documents"]
+    assert stages["pretrain"]["feeds"] == ["tokenize", "model"] or set(stages["pretrain"]["feeds"]) == {"tokenize", "model"}
+    assert any(figure["label"] == "parameters" for figure in get(url, "runs/small/figures")["figures"])
+    section = get(url, "runs/small/stages/pretrain/section")
+    assert section["title"] and "<svg" in section["html"] and " style=" not in section["html"]
+    report = httpx.get(f"{url}/inspect/runs/small/report")
+    assert report.status_code == 200 and report.headers["content-security-policy"].startswith("sandbox;")
+
+
+def test_of_a_file_that_grows_only_what_is_new_is_sent(url, runs):
+    first = get(url, "runs/small/stages/pretrain/metrics")
+    assert [record["step"] for record in first["records"] if "loss" in record][-1] == 30 and not first["more"]
+    assert get(url, "runs/small/stages/pretrain/metrics", after=first["after"])["records"] == []
+    path = (runs / "small" / "stages" / "pretrain").resolve() / "metrics.jsonl"
+    before = path.read_bytes()
+    with path.open("a") as stream:
+        stream.write('{"step": 31, "loss": NaN}\n{"step": 32, "lo')
+    found = get(url, "runs/small/stages/pretrain/metrics", after=first["after"])
+    assert found["records"] == [{"step": 31, "loss": None}] and not found["restarted"]
+    # a run that went on from an earlier step wrote another file
+    other = path.with_suffix(".other")
+    other.write_bytes(before)
+    other.replace(path)
+    again = get(url, "runs/small/stages/pretrain/metrics", after=found["after"])
+    assert again["restarted"] and again["records"] == first["records"]
+
+
+def test_documents_are_searched_explained_and_their_way_is_told(url):
+    folders = {one["stage"]: one for one in get(url, "documents/small")["folders"]}
+    assert folders["select"].keys() == {"stage", "documents", "rejected"} and "rejected" not in folders["collect"]
+    dropped = get(url, "documents/small/select/rejected", text="too SHORT")
+    (row,) = dropped["rows"]
+    assert row["reason"] and dropped["next"] is None
+    rules = dict(get(url, "documents/small/select/rejected/facets")["rules"])
+    assert sum(rules.values()) == folders["select"]["rejected"]
+    (group,) = get(url, "documents/small/deduplicate/rejected/duplicates")["groups"]
+    assert group["members"] == 1 and group["some"][0]["wording"] == "duplicate"
+    told = get(url, f"documents/small/{row['id']}")
+    assert [(one["stage"], one["side"]) for one in told["history"]][-1] == ("select", "rejected")
+    assert told["explanation"]["is_kept"] is False and "".join(told["tokens"]) == told["text"] == "Too short."
+    longest = get(
+        url, "documents/small/select/documents", order="gopher_words", column="gopher_words", descending=True, limit=3
+    )
+    assert [row["gopher_words"] for row in longest["rows"]] == [100.0, 100.0, 100.0]
+
+
+def test_earlier_models_and_training_documents_of_a_token(url, made):
+    ids = made.tokenizer.encode("The furnace of the steel works has")
+    earlier = httpx.post(f"{url}/inspect/earlier", json={"before": ids[:-1], "token": ids[-1]}, timeout=60).json()["models"]
+    assert [(one["stage"], one["step"]) for one in earlier][:3] == [("model", None), ("pretrain", 1), ("pretrain", 12)]
+    assert (earlier[-1]["stage"], earlier[-1]["step"]) == ("pretrain", None)
+    assert earlier[-1]["rank"] < earlier[0]["rank"]
+    asked = {"model": "tiny", "before": ids[:-1], "token": ids[-1]}
+    now = httpx.post(f"{url}/inspect/token", json=asked, timeout=60).json()["token"]
+    assert earlier[-1]["rank"] == now["rank"] and earlier[-1]["probability"] == pytest.approx(now["probability"], rel=1e-2)
+    found = httpx.post(f"{url}/inspect/training", json={"before": ids[:-1], "token": ids[-1]}, timeout=60).json()
+    assert found["stage"] == "select" and found["passages"][0]["found"].endswith("steel works has")
+    assert found["passages"][0]["scores"]["gopher_words"] >= 30
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("runs/..", 404),
+        ("runs/%2e%2e%2fsmall", 404),
+        ("runs/small/stages/nothing/metrics", 404),
+        ("runs/small/stages/pretrain/weights", 404),
+        ("documents/small/pretrain/documents", 404),
+        ("documents/small/..%2f..%2fetc/documents", 404),
+        ("documents/small/select/documents?low=much", 400),
+        ("documents/small/select/documents?order=text", 404),
+        ("documents/small/" + "0" * 32, 404),
+        ("documents/small/nothing", 404),
+        ("evaluations/beside?first=a&second=b", 404),
+        ("evaluations/beside", 400),
+    ],
+)
+def test_what_is_not_there_is_said_and_nothing_else_is_reached(url, path, status):
+    answer = httpx.get(f"{url}/inspect/{path}")
+    assert answer.status_code == status and answer.json()["error"]["message"], answer.text
+
+
+def test_runs_and_documents_are_an_admins(runs, made, tmp_path):
+    keys, user, admin = tmp_path / "keys.json", new_key(), new_key()
+    write_keys(keys, [KeyRecord(name="user", hash=hash_key(user)), KeyRecord(name="admin", hash=hash_key(admin), admin=True)])
+    with servers() as start:
+        url = start(made, web_pages(WebSettings(runs=runs, run="small")), keys=keys)
+        for path in ("runs", "documents/small", "runs/small/report"):
+            by = {key: httpx.get(f"{url}/inspect/{path}", headers={"x-api-key": key}).status_code for key in (user, admin)}
+            assert by == {user: 403, admin: 200}
+            assert httpx.get(f"{url}/inspect/{path}").status_code == 401
+        without = start(made, web_pages(WebSettings()))
+        assert httpx.get(f"{without}/inspect/runs").status_code == 403
+
+
+# --- in a browser ---------------------------------------------------------------------------------------------------
+
+
+def test_the_curve_of_a_live_run_grows_and_only_what_is_new_is_fetched(page, url, runs):
+    live = runs / "live"
+    shutil.rmtree(live, ignore_errors=True)
+    shutil.copytree(runs / "small", live, symlinks=True)
+    (live / "stages" / "pretrain").unlink()
+    store, key = Store(runs / ".store"), "pretrain-live"
+    partial = store.partial(key)
+    partial.mkdir(exist_ok=True)
+    (live / "working.json").write_text(json.dumps({"stage": "pretrain", "key": key, "started": "", "steps": 400}))
+    sent = []
+    page.on("response", lambda answer: sent.append(answer) if "/pretrain/metrics" in answer.url else None)
+
+    def grow(first, last):
+        with (partial / "metrics.jsonl").open("a") as stream:
+            stream.writelines(json.dumps({"step": step, "loss": 400 / step}) + "\n" for step in range(first, last))
+
+    with store.lock(key):
+        grow(1, 101)
+        page.goto(f"{url}/runs?run=live")
+        page.wait_for_selector("figure[aria-label^='loss of pretrain over 100 steps']")
+        page.wait_for_selector("li.running >> text=step 100 of 400")
+        grow(101, 201)
+        page.wait_for_selector("figure[aria-label='loss of pretrain over 200 steps, from 400 to 2']")
+        assert page.locator("figure.chart").count() == 1
+    steps = [record["step"] for answer in sent for record in answer.json()["records"]]
+    assert steps == list(range(1, 201))
+    page.wait_for_selector("li.interrupted", timeout=15_000)
+    shutil.rmtree(live)
+    shutil.rmtree(partial)
+
+
+def test_a_run_is_read_beside_another_and_its_stages_are_opened(page, url, runs):
+    other = runs / "other"
+    shutil.copytree(runs / "small", other, symlinks=True)
+    page.goto(f"{url}/runs")
+    page.click("text=small >> nth=0")
+    page.wait_for_selector("figure.chart")
+    page.select_option("[name=other]", "other")
+    page.wait_for_selector("#beside >> text=Figures")
+    page.click("#sections summary >> text=select")
+    page.wait_for_selector("#sections h3")
+    page.wait_for_selector("#texts .prompt >> text=The")
+    page.goto(page.url)
+    page.wait_for_selector("#beside >> text=Figures")
+    assert page.input_value("[name=other]") == "other"
+    shutil.rmtree(other)
+
+
+def test_a_document_is_found_and_opened_and_has_an_address(page, url):
+    page.goto(f"{url}/data")
+    page.wait_for_selector("#documents li")
+    page.select_option("[name=folder]", "select/rejected")
+    page.wait_for_selector("#documents .failure")
+    page.fill("[name=text]", "too short")
+    page.click("text=Search")
+    page.wait_for_selector("#documents mark >> text=Too short")
+    page.click("#documents .open")
+    page.wait_for_selector("#document >> text=drops it")
+    page.goto(page.url)
+    page.wait_for_selector("#document >> text=drops it")
+
+
+def test_a_token_is_followed_to_earlier_models_and_to_its_documents(page, url):
+    page.goto(url)
+    page.wait_for_selector("[name=model] option", state="attached")
+    page.evaluate(
+        "document.querySelector('[name=max_tokens]').value = 6; document.querySelector('[name=temperature]').value = 0"
+    )
+    page.fill("#prompt", "The furnace of the steel")
+    page.press("#prompt", "Enter")
+    page.click("article.assistant:not(.working) >> text=Tokens")
+    page.click("text=Ask the earlier models")
+    page.wait_for_selector("#token-lineage td >> text=pretrain, step 12")
+    page.click(".tokens.pressable button >> nth=3")
+    page.wait_for_selector("#side[data-place='3']")
+    page.click("text=Look for the words before it")
+    page.wait_for_selector("#token-lineage p >> text=documents of select")
