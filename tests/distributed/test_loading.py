@@ -7,9 +7,9 @@ from safetensors.torch import load_file, save_file
 from bessemer.core.errors import ArtefactError
 from bessemer.core.progress import Silent
 from bessemer.distributed.config import ParallelConfig
-from bessemer.distributed.gradients import local
 from bessemer.distributed.loading import load_shards
 from bessemer.distributed.mesh import ALONE, Mesh
+from bessemer.distributed.shards import local
 from bessemer.model.config import ModelConfig
 from bessemer.model.folder import load_model, save_model
 from bessemer.model.folder_config import read_model_config

@@ -11,6 +11,7 @@ import typer
 
 from bessemer import __version__
 from bessemer.cli.average import average
+from bessemer.cli.bench import bench
 from bessemer.cli.chat import chat
 from bessemer.cli.clean import clean
 from bessemer.cli.compare import compare
@@ -80,6 +81,7 @@ for _command in _COMMANDS:
 app.command("import")(import_)
 app.add_typer(scaling, name="scaling")
 app.add_typer(keys, name="keys")
+app.add_typer(bench, name="bench")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -10,7 +10,6 @@ from typing import Any
 from bessemer.core.config import nearest
 from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.core.store import follow
-from bessemer.pipeline.run_folder import run_names
 
 
 def find_run(name: str, runs: Path) -> Path:
@@ -18,7 +17,7 @@ def find_run(name: str, runs: Path) -> Path:
     for folder in (Path(name), runs / name):
         if (folder / "run.json").exists():
             return folder
-    raise ArtefactError(f"there is no run {name!r}{nearest(name, run_names(runs))}")
+    raise ArtefactError(f"there is no run {name!r}{_nearest_run(name, runs)}")
 
 
 def find_model(name: str, runs: Path) -> Path:
@@ -35,8 +34,14 @@ def find_model(name: str, runs: Path) -> Path:
             return follow(folder)
     if (runs / name / "run.json").exists() or (Path(name) / "run.json").exists():
         raise ArtefactError(f"the run {name!r} has no model yet; finish it with bessemer run")
-    hint = import_advice(name) or nearest(name, run_names(runs))
+    hint = import_advice(name) or _nearest_run(name, runs)
     raise ArtefactError(f"there is no model {name!r}: not a model's folder and not a run{hint}")
+
+
+def _nearest_run(name: str, runs: Path) -> str:
+    from bessemer.pipeline.run_names import run_names
+
+    return nearest(name, run_names(runs))
 
 
 def example_questions(model: Path, run: Path | None = None, count: int = 3) -> list[str]:

@@ -63,9 +63,15 @@ def serve(
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
 ) -> None:
     """Serve a model behind OpenAI's and Anthropic's APIs, with a web app to chat and to look inside."""
+    from contextlib import ExitStack
+
+    from bessemer.core.environment import without_collection
+
+    loading = ExitStack()
+    loading.enter_context(without_collection())
     from bessemer.cli.named import example_questions, find_model, named_folders, named_numbers, option_of, speculation
     from bessemer.inference.engine import Engine, EngineConfig
-    from bessemer.pipeline.run_folder import run_names
+    from bessemer.pipeline.run_names import run_names
     from bessemer.serving.config import ServingConfig
     from bessemer.serving.server import is_loopback
     from bessemer.serving.server import serve as serve_engine
@@ -95,7 +101,7 @@ def serve(
         | {name: value for name, value in limits.items() if value is not None},
         option_of("serve"),
     )
-    with Engine(folder, device=device, config=settings) as engine:
+    with loading, Engine(folder, device=device, config=settings) as engine:
         for its_name, its_folder in adapters.items():
             engine.load_adapter(its_name, its_folder)
         print(engine.describe())
@@ -104,4 +110,5 @@ def serve(
         shown_runs = runs if config.keys is not None or is_loopback(host) else None
         run = model if shown_runs is not None and model in run_names(runs) else None
         shown = WebSettings(folder, example_questions(folder, runs / model), feedback, shown_runs, run)
+        loading.close()
         serve_engine(engine, name, config, pages=web_pages(shown))

@@ -60,7 +60,7 @@ def _folder(thing: str, runs: Path) -> Path:
     from bessemer.core.errors import ArtefactError
     from bessemer.core.store import follow
     from bessemer.model.presets import PRESETS
-    from bessemer.pipeline.run_folder import run_names
+    from bessemer.pipeline.run_names import run_names
 
     folder = follow(Path(thing))
     if folder.exists():

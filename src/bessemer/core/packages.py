@@ -11,7 +11,7 @@ EXTRAS = {
     "datasets": "hub", "trafilatura": "trafilatura", "s3fs": "s3", "gcsfs": "gs", "adlfs": "az",
     "rustbpe": "tokenize", "tokenizers": "tokenize", "fastokens": "tokenize", "sentencepiece": "tokenize", "gguf": "tokenize",
     "torch": "train", "safetensors": "train", "huggingface_hub": "train",
-    "fastapi": "serve", "uvicorn": "serve", "matplotlib": "report", "tensorboard": "track",
+    "fastapi": "serve", "uvicorn": "serve", "httpx": "serve", "matplotlib": "report", "tensorboard": "track",
 }  # fmt: skip
 
 

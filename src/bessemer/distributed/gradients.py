@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement
 
 from bessemer.distributed.mesh import Mesh
+from bessemer.distributed.shards import local
 from bessemer.model.device import in_float64, widest_float
 
 
@@ -63,11 +64,6 @@ def whole_tensors(tensors: Mapping[str, Tensor], mesh: Mesh) -> dict[str, Tensor
     stages: list[dict[str, Tensor]] = [{} for _ in range(mesh.layout.world_size)]
     dist.all_gather_object(stages, {name: tensor.cpu() for name, tensor in whole.items()})
     return {name: tensor for stage in stages for name, tensor in stage.items()}
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's shard of a DTensor; a plain tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def local_squares(tensor: Tensor, mesh: Mesh, less: Tensor | None = None) -> Tensor:

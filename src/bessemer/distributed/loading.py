@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from bessemer.distributed.gradients import local
+from bessemer.distributed.shards import local
 from bessemer.model.decoder import Decoder
 from bessemer.model.families.parts import Part
 from bessemer.model.stored_tensors import StoredTensors, read_parts

@@ -66,6 +66,15 @@ class Block(nn.Module):
         return hidden_BTD + self.feed_forward_output_norm(self.mlp(self.post_attention_layernorm(hidden_BTD)))
 
 
+class Embedding(nn.Embedding):
+    """A table of vectors. On the meta device it draws no numbers: PyTorch loads its compiler for that, which takes seconds."""
+
+    def reset_parameters(self) -> None:
+        """Draw the numbers of a new table."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class Decoder(nn.Module):
     """A causal language model. A new one has torch's default weights; see `initialisation` and `folder` for better."""
 
@@ -78,9 +87,9 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.attention_backend = "sdpa"
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         if config.position_type == "learned":
-            self.embed_positions: nn.Module = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+            self.embed_positions: nn.Module = Embedding(config.max_position_embeddings, config.hidden_size)
         elif config.position_type == "sinusoidal":
             self.embed_positions = SinusoidalPositions(config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))

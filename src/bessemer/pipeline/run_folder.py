@@ -110,11 +110,6 @@ class RunFolder:
         return {stage: read_json(folder / MANIFEST, "manifest")["metrics"] for stage, folder in self.stages().items()}
 
 
-def run_names(runs: Path) -> list[str]:
-    """Names of the runs in a folder."""
-    return sorted(path.parent.name for path in runs.glob("*/run.json")) if runs.is_dir() else []
-
-
 def linked_keys(runs: Path) -> set[str]:
     """The store's folders that some run links to."""
     return {

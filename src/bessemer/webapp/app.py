@@ -13,7 +13,6 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from bessemer.pipeline.run_folder import RunFolder
 from bessemer.serving.app import Pages
 from bessemer.serving.served import Served
 from bessemer.webapp.data_api import DataApi
@@ -60,10 +59,9 @@ def web_pages(settings: WebSettings) -> Callable[[Served], Pages]:
 
     def pages(served: Served) -> Pages:
         site = _Site(served, settings)
-        run = RunFolder(settings.runs, settings.run) if settings.runs and settings.run else None
         apis = (
             TokenApi(served),
-            LineageApi(served, run),
+            LineageApi(served, settings.runs, settings.run),
             XrayApi(served, settings.folder),
             RunsApi(settings.runs),
             DataApi(served, settings.runs),

@@ -5,21 +5,21 @@ from __future__ import annotations
 import threading
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
 
 from bessemer.core.errors import ConfigError
 from bessemer.data.corpus.lookup import SIDES, history, is_document_id
 from bessemer.data.corpus.search import Found, Query, duplicate_groups, facets, ranked, search, sides_of
-from bessemer.data.stages.explain import Explanation, explain, explain_with
-from bessemer.pipeline.recorded_cleaning import recorded_cleaning
-from bessemer.pipeline.run_folder import RunFolder
-from bessemer.pipeline.services import open_language_model
 from bessemer.serving.served import Served
 from bessemer.tokenization.measure import shown_tokens
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
-from bessemer.webapp.runs_api import check_owner, missing, named_run, off_the_loop
+from bessemer.webapp.access import missing, named_run, off_the_loop, shown_runs
+
+if TYPE_CHECKING:
+    from bessemer.data.stages.explain import Explanation
+    from bessemer.pipeline.run_folder import RunFolder
 
 _MOST = 100
 #: Characters of a text that are shown, explained, and shown in tokens.
@@ -153,10 +153,7 @@ class DataApi:
         return self._served.engine.tokenizer
 
     def _run(self, request: Request, name: str) -> RunFolder:
-        check_owner(request)
-        if self._runs is None:
-            raise missing("this server shows no runs")
-        return named_run(self._runs, name)
+        return named_run(shown_runs(request, self._runs), name)
 
     def _documents(self, request: Request, run: str, stage: str, side: str) -> Path:
         folder = self._run(request, run).stages().get(stage)
@@ -166,6 +163,11 @@ class DataApi:
 
 
 def _explained(run: RunFolder, text: str, url: str | None) -> Explanation:
+    # filters are compiled: a server that nobody asks for them starts without
+    from bessemer.data.stages.explain import explain, explain_with
+    from bessemer.pipeline.recorded_cleaning import recorded_cleaning
+    from bessemer.pipeline.services import open_language_model
+
     clean, select, folder = recorded_cleaning(run)
     if clean is None and select is None:
         return explain(text)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from fastapi import APIRouter, Request
@@ -17,16 +17,17 @@ from bessemer.core.errors import BessemerError
 from bessemer.data.corpus.reader import holds_documents
 from bessemer.data.corpus.search import Passage, passages
 from bessemer.inspection.inspect import piece_of
+from bessemer.model.decoder import Decoder
 from bessemer.model.folder import load_model
 from bessemer.model.folder_config import read_model_config
-from bessemer.pipeline.run_folder import RunFolder
 from bessemer.serving.bodies import ApiError, Body, read_request
 from bessemer.serving.clients import caller_of
 from bessemer.serving.served import Served
-from bessemer.training.checkpoint.load import checkpoint_model
-from bessemer.training.checkpoint.manager import CHECKPOINTS, checkpoint_of_step, step_of, steps_of
-from bessemer.webapp.runs_api import check_owner, missing, off_the_loop
+from bessemer.webapp.access import check_owner, missing, named_run, off_the_loop
 from bessemer.webapp.token_api import TokenId
+
+if TYPE_CHECKING:
+    from bessemer.pipeline.run_folder import RunFolder
 
 #: Likeliest tokens shown of a model; models of a stage's training, besides the one that it ended with.
 _LIKELIEST, _CHECKPOINTS = 3, 6
@@ -53,11 +54,11 @@ class _Earlier:
 
 
 class LineageApi:
-    """The routes. run: that made the model which is served; None: it is not known, or not shown."""
+    """The routes. runs: the folder of the runs; run: that made the model which is served. None: not known, or not shown."""
 
-    def __init__(self, served: Served, run: RunFolder | None) -> None:
+    def __init__(self, served: Served, runs: Path | None, run: str | None) -> None:
         self._served = served
-        self._run = run
+        self._made_by = None if runs is None or run is None else (runs, run)
         self._lock = threading.Lock()
 
     def router(self) -> APIRouter:
@@ -84,8 +85,7 @@ class LineageApi:
         self._check(request)
         asked = read_request(EarlierRequest, await request.body())
         self._check_ids(asked)
-        assert self._run is not None
-        run, tokenizer = self._run, self._served.engine.tokenizer
+        tokenizer = self._served.engine.tokenizer
         ids = [*asked.before[-(_LONGEST_NGRAM - 1) :], asked.token]
         needles = [
             text
@@ -94,6 +94,7 @@ class LineageApi:
         ]
 
         def found() -> dict[str, Any]:
+            run = self._run
             stage, folder = next(
                 ((name, folder) for name, folder in reversed(run.stages().items()) if holds_documents(folder / "documents")),
                 (None, None),
@@ -110,7 +111,7 @@ class LineageApi:
 
     def _check(self, request: Request) -> None:
         check_owner(request)
-        if self._run is None:
+        if self._made_by is None:
             raise missing("the run that made this model is not known here; serve it by the run's name")
 
     def _check_ids(self, asked: EarlierRequest) -> None:
@@ -118,14 +119,18 @@ class LineageApi:
             raise ApiError("token ids are below the size of the vocabulary", parameter="token", code="invalid_value")
 
     @cached_property
+    def _run(self) -> RunFolder:
+        assert self._made_by is not None, "checked before"
+        return named_run(*self._made_by)
+
+    @cached_property
     def _models(self) -> list[_Earlier]:
-        assert self._run is not None
         return [one for name, folder in self._run.stages().items() for one in _models_of(name, folder)]
 
     def _said(self, earlier: _Earlier, asked: EarlierRequest) -> dict[str, Any]:
         told: dict[str, Any] = {"stage": earlier.stage, "step": earlier.step}
         try:
-            model = load_model(earlier.folder) if earlier.step is None else checkpoint_model(earlier.folder)[0]
+            model = load_model(earlier.folder) if earlier.step is None else _of_checkpoint(earlier.folder)
         except BessemerError as error:
             return {**told, "problem": str(error)}
         tokens = asked.before[-min(_LONGEST, model.config.max_position_embeddings) :]
@@ -149,12 +154,21 @@ def _models_of(stage: str, folder: Path) -> Iterator[_Earlier]:
     model = folder / "model"
     if not (model / "config.json").is_file() or not _writes_text(model):
         return
+    from bessemer.training.checkpoint.manager import CHECKPOINTS, checkpoint_of_step, step_of, steps_of
+
     steps = steps_of(folder / CHECKPOINTS)[:-1]
     chosen = steps[:: max(1, -(-len(steps) // _CHECKPOINTS))]
     for step in chosen:
         checkpoint = checkpoint_of_step(folder / CHECKPOINTS, step)
         yield _Earlier(stage, checkpoint, step_of(checkpoint))
     yield _Earlier(stage, model)
+
+
+def _of_checkpoint(checkpoint: Path) -> Decoder:
+    # what reads checkpoints takes seconds to load, and a server that nobody asks for them starts without
+    from bessemer.training.checkpoint.load import checkpoint_model
+
+    return checkpoint_model(checkpoint)[0]
 
 
 def _writes_text(model: Path) -> bool:

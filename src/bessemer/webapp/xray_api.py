@@ -23,7 +23,6 @@ from bessemer.model.folder import load_model
 from bessemer.serving.bodies import ApiError, Body, read_request
 from bessemer.serving.clients import caller_of
 from bessemer.serving.served import Served
-from bessemer.views.inspection import inspection_sections, key_figures
 from bessemer.webapp.drawn import without_styles
 
 #: Pictures are drawn of at most these tokens by tokens.
@@ -105,6 +104,9 @@ class XrayApi:
         return load_model(self._folder).float()
 
     def _drawn(self, asked: XrayRequest, model: Decoder) -> dict[str, Any]:
+        # as are the drawings of a run
+        from bessemer.views.inspection import inspection_sections, key_figures
+
         found = inspect(
             model,
             self._served.engine.tokenizer,

@@ -29,7 +29,7 @@ from bessemer.model.quantisation.schemes.base import Codes, Scheme
 from bessemer.model.weights_file import Entry, write_weights
 from bessemer.tokenization.formats.gguf_import import import_gguf as import_gguf_tokenizer
 from bessemer.tokenization.formats.gguf_metadata import TensorInfo, read_head
-from bessemer.tokenization.tokenizer import load_tokenizer
+from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 
 #: Values decoded at once.
 _RUN = 1 << 22
@@ -51,7 +51,7 @@ def import_gguf(path: Path, out: Path, *, dtype: torch.dtype | None = None, spli
         config = file.config()
         family, wanted = file.family, Wanted(file, config)
         dtype = dtype or file.dtype()
-        notes = write_tokenizer(file, config, folder, split)
+        notes, _ = write_tokenizer(file, config, folder, split)
         config = in_a_family(config)
         places = list(tensor_shapes(config).items())
         stored = list(family_of(config).stored(config, [name for name, _ in places]))
@@ -78,15 +78,21 @@ def in_a_family(config: ModelConfig) -> ModelConfig:
     return config
 
 
-def write_tokenizer(file: GgufFile, config: ModelConfig, folder: Path, split: str | None) -> list[str]:
-    """Write the file's tokenizer and its settings of generation into a folder; returns notes."""
+def write_tokenizer(
+    file: GgufFile, config: ModelConfig, folder: Path, split: str | None, *, compact: bool = False
+) -> tuple[list[str], Tokenizer | None]:
+    """Write the file's tokenizer and its settings of generation into a folder; returns notes, and the tokenizer if any.
+
+    compact: nobody reads the folder but this process.
+    """
+    tokenizer: Tokenizer | None = None
     kind = file.head.values.get("tokenizer.ggml.model")
     ends = [id for id in (config.eos_token_id, file.head.token("eot")) if id is not None]
     if kind is None or kind in _NO_TOKENIZER:
         notes = ["the file holds no tokenizer"]
     else:
         foreign = import_gguf_tokenizer(file.path, split)
-        foreign.write(folder)
+        foreign.write(folder, compact=compact)
         notes = list(foreign.notes)
         tokenizer = load_tokenizer(folder)
         if tokenizer.vocab_size > config.vocab_size:
@@ -96,7 +102,7 @@ def write_tokenizer(file: GgufFile, config: ModelConfig, folder: Path, split: st
         ends += [id for id in tokenizer.eos_ids if id != tokenizer.bos_id]
     begins = {"bos_token_id": config.bos_token_id} if config.bos_token_id is not None else {}
     write_json(folder / GENERATION_CONFIG, begins | ({"eos_token_id": list(dict.fromkeys(ends))} if ends else {}))
-    return notes
+    return notes, tokenizer
 
 
 class GgufFile:

@@ -24,8 +24,7 @@ from bessemer.model.quantisation.layout import quantisable_weights
 from bessemer.model.quantisation.quantised_modules import replace_with_quantised_modules, set_dtype
 from bessemer.model.quantisation.schemes.base import Scheme
 from bessemer.model.quantisation.schemes.integers import BLOCK
-from bessemer.tokenization.folder import TOKENIZER_FILE
-from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
+from bessemer.tokenization.tokenizer import Tokenizer
 
 
 class OpenedModel(NamedTuple):
@@ -58,9 +57,7 @@ def open_gguf(
         tensors = _Tensors(file, wanted, config, kind)
         tensors.refuse_what_does_not_fit()
         with TemporaryDirectory() as beside:
-            notes = write_tokenizer(file, config, Path(beside), split)
-            found = (Path(beside) / TOKENIZER_FILE).exists()
-            tokenizer = load_tokenizer(Path(beside)) if found else None
+            notes, tokenizer = write_tokenizer(file, config, Path(beside), split, compact=True)
             end_tokens = read_end_tokens(Path(beside))
         weights = tensors.read()
     model = replace_with_quantised_modules(empty_decoder(in_a_family(config)), tensors.schemes)

@@ -57,10 +57,10 @@ class ForeignTokenizer:
     chat_template: str | None = None
     notes: tuple[str, ...] = ()
 
-    def write(self, folder: Path) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json`."""
+    def write(self, folder: Path, *, compact: bool = False) -> None:
+        """Write `tokenizer.json` and `tokenizer_config.json`. compact: into a folder that nobody reads but this process."""
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / TOKENIZER_FILE, self.tokenizer_json())
+        write_json(folder / TOKENIZER_FILE, self.tokenizer_json(), compact=compact)
         write_json(folder / TOKENIZER_CONFIG_FILE, self.tokenizer_config())
 
     def tokenizer_json(self) -> dict[str, Any]:

@@ -269,7 +269,7 @@ def bpe_model(
         "byte_fallback": byte_fallback,
         "ignore_merges": ignore_merges,
         "vocab": {token: id for id, token in enumerate(tokens)},
-        "merges": [list(merge) for merge in merges if list(merge) != NO_MERGES],
+        "merges": [merge for merge in map(list, merges) if merge != NO_MERGES],
     }
 
 

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from bessemer.core.environment import peak_memory_bytes
-from bessemer.distributed.gradients import local, local_squares
+from bessemer.distributed.gradients import local_squares
 from bessemer.distributed.mesh import Mesh
+from bessemer.distributed.shards import local
 from bessemer.model.device import widest_float
 from bessemer.training.config import LoopConfig
 from bessemer.training.data.batches import Batch

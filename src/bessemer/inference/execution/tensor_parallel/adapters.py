@@ -19,9 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
 
-from bessemer.distributed.gradients import local
+from bessemer.distributed.shards import as_dtensor, local, sharded_dim
 from bessemer.model.adapter_folder import WeightSample, fingerprinted_tensors, sampled_places
 from bessemer.model.adapters import Adapter, Update
 from bessemer.model.decoder import Decoder
@@ -81,12 +80,14 @@ def _group_of(axis: DeviceMesh | None) -> ProcessGroup | None:
 def _shard_of(model: Decoder, name: str, update: Update) -> Update:
     """The part of a layer's update that this rank's part of the layer computes."""
     weight = model.get_submodule(name)._parameters["weight"]
-    if not isinstance(weight, DTensor) or not isinstance(placement := weight.placements[0], Shard):
+    assert weight is not None, name
+    sharded, dim = as_dtensor(weight), sharded_dim(weight)
+    if sharded is None or dim is None:
         return update
-    rank, ranks = weight.device_mesh.get_local_rank(), weight.device_mesh.size()
+    rank, ranks = sharded.device_mesh.get_local_rank(), sharded.device_mesh.size()
     down_RK, up_NR, scale, _ = update
     # a copy: a view would keep the whole in memory
-    if placement.dim == 0:
+    if dim == 0:
         return Update(down_RK, up_NR.chunk(ranks)[rank].clone(), scale)
     return Update(down_RK.chunk(ranks, 1)[rank].clone(memory_format=torch.contiguous_format), up_NR, scale)
 
@@ -141,12 +142,13 @@ def _own_sample(tensor: Tensor, shape: torch.Size) -> Tensor:
     shard = local(tensor.detach())
     places = torch.tensor(sampled_places(shape.numel()), device=shard.device)
     held = torch.ones_like(places, dtype=torch.bool)
-    if isinstance(tensor, DTensor) and isinstance(placement := tensor.placements[0], Shard):
-        dim, size = placement.dim, shard.shape[placement.dim]
+    sharded, dim = as_dtensor(tensor), sharded_dim(tensor)
+    if sharded is not None and dim is not None:
+        size = shard.shape[dim]
         inner = shape[dim + 1 :].numel()
         # a place as its index before, along and behind the sharded dimension
         before, along, behind = places // (inner * shape[dim]), places // inner % shape[dim], places % inner
-        along = along - tensor.device_mesh.get_local_rank() * size
+        along = along - sharded.device_mesh.get_local_rank() * size
         held = (along >= 0) & (along < size)
         places = (before * size + along) * inner + behind
     numbers = shard.flatten()[places[held]].to(torch.bfloat16)

@@ -8,7 +8,6 @@ from tempfile import TemporaryDirectory
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from bessemer.core.environment import usable_cores
 from bessemer.core.errors import ConfigError
@@ -16,7 +15,7 @@ from bessemer.core.store import read_json
 from bessemer.distributed.config import ParallelConfig
 from bessemer.distributed.layout import Layout
 from bessemer.distributed.mesh import Mesh, Seat, abort, joined
-from bessemer.distributed.parallelize import parallelize_for_inference
+from bessemer.distributed.shards import as_dtensor
 from bessemer.inference.config import EngineConfig, ParallelInferenceConfig
 from bessemer.inference.execution.tensor_parallel.commands import Workers
 from bessemer.inference.execution.tensor_parallel.worker_processes import WorkerProcesses
@@ -127,11 +126,14 @@ def shard_model(model: Decoder, mesh: Mesh, device: torch.device) -> Decoder:
 
     Of a folder that is mapped into memory, little else has been read.
     """
+    # PyTorch's modules for it take seconds to load, and one process needs none of them
+    from bessemer.distributed.parallelize import parallelize_for_inference
+
     parallelize_for_inference(model, mesh)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             # a DTensor is on its device already
-            if not isinstance(parameter, DTensor):
+            if as_dtensor(parameter) is None:
                 module._parameters[name] = torch.nn.Parameter(parameter.detach().to(device), requires_grad=False)
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from bessemer.distributed.gradients import local, redistributed
+from bessemer.distributed.gradients import redistributed
 from bessemer.distributed.mesh import Mesh
 from bessemer.distributed.parallelize import parallelize_for_inference
 from bessemer.distributed.sharding import release_gathered
+from bessemer.distributed.shards import local
 from bessemer.inference.execution.tensor_parallel.weights import held_weight
 from bessemer.model.decoder import Decoder
 from bessemer.model.initialisation import empty_decoder

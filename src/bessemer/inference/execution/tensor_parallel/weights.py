@@ -8,9 +8,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
 
-from bessemer.distributed.gradients import local
+from bessemer.distributed.shards import as_dtensor, local, sharded_dim
 from bessemer.inference.execution.weights import check_weights
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
@@ -52,17 +51,18 @@ def exchange_piece(model: Decoder, piece: Piece, values: Tensor | None = None) -
     # as bytes: of any type
     dist.broadcast(values.view(torch.uint8), src=0)
     start, stop = piece.start, piece.start + piece.shape[0]
-    if isinstance(own, DTensor) and isinstance(placement := own.placements[0], Shard):
-        assert own.device_mesh.ndim == 1, "a weight is sharded over one axis"
-        rank = own.device_mesh.get_local_rank()
-        if placement.dim == 0:
+    sharded, dim = as_dtensor(own), sharded_dim(own)
+    if sharded is not None and dim is not None:
+        assert sharded.device_mesh.ndim == 1, "a weight is sharded over one axis"
+        rank = sharded.device_mesh.get_local_rank()
+        if dim == 0:
             # of a vocabulary that was padded, the last rows are no one's
             first = rank * len(shard)
             begin, end = max(start, first), min(stop, first + len(shard))
             if begin < end:
                 shard[begin - first : end - first] = values[begin - start : end - start]
             return
-        values = values.chunk(own.device_mesh.size(), placement.dim)[rank]
+        values = values.chunk(sharded.device_mesh.size(), dim)[rank]
     shard[start:stop] = values
 
 

@@ -1,0 +1,140 @@
+"""`bessemer bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from bessemer.serving.bench.config import LoadConfig
+    from bessemer.serving.bench.run import Measured
+
+bench = typer.Typer(no_args_is_help=True, help="Measure a server.")
+
+
+@bench.callback()
+def _bench() -> None:
+    """Measure a server."""
+
+
+@bench.command()
+def serve(
+    url: Annotated[str, typer.Argument(help="An OpenAI-compatible server, as http://127.0.0.1:8000.")],
+    concurrency: Annotated[int | None, typer.Option(help="Clients that each wait for their answer and ask again.")] = None,
+    rate: Annotated[
+        float | None, typer.Option(help="Requests a second that arrive whether or not others are answered.")
+    ] = None,
+    burstiness: Annotated[float | None, typer.Option(help="Shape of the arrivals: 1 is Poisson, below it bursts come.")] = None,
+    requests: Annotated[int | None, typer.Option(help="Requests that are measured; 100.")] = None,
+    warmup: Annotated[int | None, typer.Option(help="Requests before them; 2.")] = None,
+    input_tokens: Annotated[int | None, typer.Option(help="Words of a prompt, about as many tokens; 256.")] = None,
+    output_tokens: Annotated[int | None, typer.Option(help="Tokens of an answer; 128.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="JSON lines of {prompt} or {messages} to ask instead.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask /v1/chat/completions.")] = False,
+    model: Annotated[str | None, typer.Option(help="Name of the model; the first that the server lists.")] = None,
+    ignore_eos: Annotated[bool, typer.Option(help="Ask for answers of exactly that length.")] = True,
+    temperature: Annotated[float | None, typer.Option(help="Temperature of sampling; 0.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus of sampling.")] = None,
+    extra_body: Annotated[str | None, typer.Option(help="JSON of fields that every request has besides.")] = None,
+    goodput: Annotated[
+        list[str] | None, typer.Option(help="ttft|tpot|e2el:MS that an answer must meet to be good; may be repeated.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of prompts and arrivals.")] = None,
+    api_key: Annotated[str | None, typer.Option(help="The server's key.", envvar="BESSEMER_API_KEY")] = None,
+    save: Annotated[Path | None, typer.Option(help="Write the result as JSON, with the keys of vllm bench serve.")] = None,
+    label: Annotated[str | None, typer.Option(help="A name for the result.")] = None,
+) -> None:
+    """Load a server with requests, and say how fast it answers.
+
+    --concurrency: a closed loop of clients. --rate: requests that arrive by a Poisson process, however long the others take.
+    """
+    from bessemer.cli.named import option_of
+    from bessemer.core.progress import progress_for_terminal
+    from bessemer.core.store import write_json
+    from bessemer.serving.bench.config import LoadConfig
+    from bessemer.serving.bench.run import bench as load
+
+    given: dict[str, Any] = {
+        "concurrency": concurrency,
+        "rate": rate,
+        "burstiness": burstiness,
+        "requests": requests,
+        "warmup": warmup,
+        "input_tokens": input_tokens,
+        "output_tokens": output_tokens,
+        "prompts": prompts,
+        "model": model,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+        "extra_body": None if extra_body is None else _extra(extra_body),
+        "goodput": _goals(goodput or []) or None,
+        "api": "chat" if chat else None,
+        "ignore_eos": ignore_eos,
+    }
+    settings = {name: value for name, value in given.items() if value is not None}
+    config = LoadConfig.parse(settings, option_of("bench serve"))
+    measured = load(url, config, key=api_key, progress=progress_for_terminal())
+    if save is not None:
+        write_json(save, measured.as_json(url, config, label))
+    _show(measured, config)
+
+
+def _goals(given: list[str]) -> dict[str, Any]:
+    pairs = (one.partition(":") for one in given)
+    return {name: limit for name, _, limit in pairs}
+
+
+def _extra(given: str) -> Any:
+    import json
+
+    from bessemer.core.errors import ConfigError
+
+    try:
+        return json.loads(given)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"--extra-body: not JSON ({error.msg})") from None
+
+
+def _show(measured: Measured, config: LoadConfig) -> None:
+    from rich.console import Console
+
+    from bessemer.core.report import Column, Table
+    from bessemer.serving.bench.figures import MEASURES
+    from bessemer.views.parts_terminal import show_parts
+
+    found = measured.figures
+    arrivals = f"{config.concurrency} clients" if config.rate is None else f"{config.rate:g} requests/s"
+    counted = [
+        ("model", measured.model),
+        ("load", arrivals),
+        ("answered", f"{found['completed']:,} in {found['duration']:.1f} s"),
+        ("failed", f"{found['failed']:,}"),
+        ("tokens of prompts", f"{found['total_input_tokens']:,}"),
+        ("tokens of answers", f"{found['total_output_tokens']:,}"),
+        ("requests/s", f"{found['request_throughput']:.2f}"),
+        ("tokens/s of answers", f"{found['output_throughput']:,.1f}"),
+        ("tokens/s in all", f"{found['total_token_throughput']:,.1f}"),
+    ]
+    if found["request_goodput"] is not None:
+        counted.append(("good requests/s", f"{found['request_goodput']:.2f}"))
+    keys = ("mean", "median", "p90", "p99")
+    times = [
+        (name.upper(), *(_milliseconds(found[f"{key}_{name}_ms"]) for key in keys), meaning)
+        for name, meaning in MEASURES.items()
+    ]
+    parts = [
+        Table([Column(""), Column("", True)], counted),
+        Table([Column("ms"), *(Column(key, True) for key in keys), Column("")], times),
+    ]
+    console = Console(highlight=False, soft_wrap=True)
+    for drawn in show_parts(parts):
+        console.print(drawn)
+    for error, count in measured.errors.most_common(3):
+        console.print(f"{count:,} failed: {error}", style="red", markup=False)
+
+
+def _milliseconds(value: float | None) -> str:
+    return "–" if value is None else f"{value:,.1f}"

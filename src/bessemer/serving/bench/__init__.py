@@ -1,0 +1,1 @@
+"""Load on any server with OpenAI's API, and what came of it: `bessemer bench serve`."""

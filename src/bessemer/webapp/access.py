@@ -1,0 +1,60 @@
+"""Who may see what models are made of, and answers of work on the disk."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from fastapi import Request
+
+from bessemer.core.errors import ArtefactError, RequestError
+from bessemer.pipeline.run_names import run_names
+from bessemer.serving.bodies import ApiError
+from bessemer.serving.clients import caller_of
+
+if TYPE_CHECKING:
+    from bessemer.pipeline.run_folder import RunFolder
+
+Result = TypeVar("Result")
+
+
+def missing(reason: str) -> ApiError:
+    """The error of something that is not there."""
+    return ApiError(reason, status=404, code="not_found")
+
+
+def check_owner(request: Request) -> None:
+    """Raises ApiError (403) for a key that may not see what models are made of: runs, and the documents in them."""
+    client = caller_of(request).client
+    if client.id and not client.is_admin:
+        raise ApiError("runs and their documents are shown with an admin key", status=403, code="not_allowed")
+
+
+def shown_runs(request: Request, runs: Path | None) -> Path:
+    """The folder of the runs, for a client that may see them. Raises ApiError (403) for another, and where none are shown."""
+    check_owner(request)
+    if runs is None:
+        raise ApiError(
+            "this server shows no runs: it listens to other machines, and asks for no key", status=403, code="not_allowed"
+        )
+    return runs
+
+
+def named_run(runs: Path, name: str) -> RunFolder:
+    """The run of a name. Raises ApiError (404) for anything that is no run's name, a path among them."""
+    # the stages take a moment to load, and a server that nobody asks for them starts without
+    from bessemer.pipeline.run_folder import RunFolder
+
+    if name not in run_names(runs):
+        raise missing(f"there is no run {name!r}")
+    return RunFolder(runs, name)
+
+
+async def off_the_loop(work: Callable[[], Result]) -> Result:
+    """Work beside the event loop; what is wrong on the disk is the client's to read."""
+    try:
+        return await asyncio.to_thread(work)
+    except (ArtefactError, RequestError) as error:
+        raise ApiError(str(error), status=404, code="not_available") from None
