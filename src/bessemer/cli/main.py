@@ -29,6 +29,7 @@ from bessemer.cli.init import init
 from bessemer.cli.inspect import inspect
 from bessemer.cli.keys import keys
 from bessemer.cli.label import label
+from bessemer.cli.library import list_models, pull, rm
 from bessemer.cli.plan import plan
 from bessemer.cli.quantize import quantize
 from bessemer.cli.recipes import recipes
@@ -67,6 +68,8 @@ _COMMANDS = (
         chat,
         generate,
         serve,
+        pull,
+        rm,
         export,
         quantize,
         extend,
@@ -79,6 +82,7 @@ for _command in _COMMANDS:
     app.command()(_command)
 # a name that Python keeps for itself
 app.command("import")(import_)
+app.command("list")(list_models)
 app.add_typer(scaling, name="scaling")
 app.add_typer(keys, name="keys")
 app.add_typer(bench, name="bench")

@@ -21,17 +21,20 @@ def find_run(name: str, runs: Path) -> Path:
 
 
 def find_model(name: str, runs: Path) -> Path:
-    """A model: a GGUF file, a path that holds a config.json, a run's folder, or a run's name.
+    """A model: a GGUF file, a path that holds a config.json, a run's folder or name, or the name of one that was pulled.
 
     Raises ArtefactError with the nearest run's name or, for a name of the Hugging Face hub, the command that imports it.
     """
     from bessemer.model.formats.hub import import_advice
+    from bessemer.model.library import find_kept
 
     if name.endswith(".gguf") and Path(name).is_file():
         return Path(name)
     for folder in (Path(name), Path(name) / "model", runs / name / "model"):
         if (follow(folder) / "config.json").exists():
             return follow(folder)
+    if (kept := find_kept(name)) is not None:
+        return kept
     if (runs / name / "run.json").exists() or (Path(name) / "run.json").exists():
         raise ArtefactError(f"the run {name!r} has no model yet; finish it with bessemer run")
     hint = import_advice(name) or _nearest_run(name, runs)
@@ -84,6 +87,24 @@ def option_of(command: str) -> Callable[[tuple[str | int, ...]], str]:
         return " ".join([f"--{path[0]}".replace("_", "-"), *map(str, path[1:])]) if path else command
 
     return option
+
+
+def named_models(given: list[str] | None, first: str, aliases: list[str]) -> dict[str, str]:
+    """What `--also NAME=MODEL` gives, once or more; without a name it is the last part of the model's.
+
+    first, aliases: the names of the first model. Raises ConfigError for a name that means two things, or none.
+    """
+    models: dict[str, str] = {}
+    for one in given or ():
+        name, has_name, model = one.partition("=")
+        if not has_name:
+            name, model = Path(one).name, one
+        if not name or not model:
+            raise ConfigError(f"--also {one}: give it as NAME=MODEL")
+        if name in models or name == first or name in aliases:
+            raise ConfigError(f"--also {one}: another model has the name {name!r} already; choose another")
+        models[name] = model
+    return models
 
 
 def named_folders(given: list[str] | None, taken: str | None = None) -> dict[str, str]:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from bessemer.model.config import ModelConfig
+    from bessemer.scaling.hardware import Card
 
 
 def plan(
@@ -18,16 +22,26 @@ def plan(
     ] = None,
     tokens: Annotated[float | None, typer.Option(help="Tokens to train on, instead of the recipe's.", min=1)] = None,
     layouts: Annotated[int, typer.Option(help="How many layouts to show, the best first.", min=1)] = 4,
+    serve: Annotated[bool, typer.Option("--serve", help="Say what serving the model would take instead.")] = False,
+    weights: Annotated[str, typer.Option(help="--serve: the weights' type: f32, bf16, int8 or int4.")] = "bf16",
+    prompt_tokens: Annotated[int, typer.Option(help="--serve: tokens of a usual prompt.", min=1)] = 1000,
+    answer_tokens: Annotated[int, typer.Option(help="--serve: tokens of a usual answer.", min=1)] = 300,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     allow_code: Annotated[bool, typer.Option("--allow-code", help="The recipe may name code of its own.")] = False,
 ) -> None:
-    """Say what a training run would take: memory, traffic, time, cost, and the best layout over the cards. Needs no GPU."""
+    """Say what a training run would take: memory, traffic, time, cost, and the best layout over the cards. Needs no GPU.
+
+    With --serve what serving the model would take: memory, conversations at once, speed, and the cost of a million tokens.
+    """
     from bessemer.pipeline.planning import planned
     from bessemer.scaling.hardware import find_card
     from bessemer.scaling.job import TrainingJob
     from bessemer.scaling.planner import plan_summary, plans, requested_plan
 
     asked, card = planned(recipe, overrides or [], allow_code=allow_code), find_card(gpu)
+    if serve:
+        _plan_serving(asked.name, asked.model, card, gpus, price, weights, prompt_tokens, answer_tokens, as_json)
+        return
     job = TrainingJob(asked.model, asked.settings, card)
     found = plans(job, gpus, count=layouts)
     total = tokens or asked.tokens or found[0].tokens_per_second * 60 * (asked.minutes or 0)
@@ -43,3 +57,36 @@ def plan(
     from bessemer.views.planning import show_plan
 
     Console(highlight=False).print(show_plan(result))
+
+
+def _plan_serving(
+    name: str,
+    model: ModelConfig,
+    card: Card,
+    gpus: int,
+    price: float | None,
+    weights: str,
+    prompt_tokens: int,
+    answer_tokens: int,
+    as_json: bool,
+) -> None:
+    from rich.console import Console
+
+    from bessemer.core.config import nearest
+    from bessemer.core.errors import ConfigError
+    from bessemer.scaling.serving import WEIGHT_BYTES, ServingJob, serving_plan
+    from bessemer.views.planning import show_serving_plan
+
+    if weights not in WEIGHT_BYTES:
+        raise ConfigError(f"--weights {weights}: it is {', '.join(WEIGHT_BYTES)}{nearest(weights, list(WEIGHT_BYTES))}")
+    if prompt_tokens + answer_tokens > model.max_position_embeddings:
+        raise ConfigError(
+            f"--prompt-tokens and --answer-tokens are {prompt_tokens + answer_tokens:,} together, and the model's context is "
+            f"{model.max_position_embeddings:,}"
+        )
+    job = ServingJob(model, card, gpus, weights, prompt_tokens, answer_tokens)
+    found = {"name": name, "price_is_assumed": price is None} | serving_plan(job, card.price if price is None else price)
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        Console(highlight=False).print(show_serving_plan(found))

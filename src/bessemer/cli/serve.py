@@ -33,6 +33,18 @@ def serve(
     feedback: Annotated[
         Path | None, typer.Option(help="Folder for thumbs and edits of the chat, as rows that post-training reads.")
     ] = None,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=MODEL: another model, opened when clients ask for it by its name; may be repeated."),
+    ] = None,
+    alias: Annotated[list[str] | None, typer.Option(help="Another name of the first model; may be repeated.")] = None,
+    max_models: Annotated[int, typer.Option(help="Models of --also that are open at once.", min=1)] = 2,
+    models_memory: Annotated[
+        float | None, typer.Option(help="GiB that the files of the open models of --also may have together.", min=0.001)
+    ] = None,
+    keep_alive: Annotated[
+        float | None, typer.Option(help="Close a model of --also when nobody has asked for it for as many seconds.", min=0)
+    ] = None,
     kv_memory: Annotated[float | None, typer.Option(help="GiB for the KV cache; a quarter of what is free.")] = None,
     max_model_len: Annotated[
         int | None, typer.Option(help="At most this many tokens of prompt and answer together; the model's context.")
@@ -60,21 +72,35 @@ def serve(
         typer.Option(help="tensor=N or expert=N: share the model between processes; may be repeated."),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    ask: Annotated[
+        list[str] | None,
+        typer.Option(help="Ask this through the API, print the answer, and stop; may be repeated."),
+    ] = None,
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
 ) -> None:
     """Serve a model behind OpenAI's and Anthropic's APIs, with a web app to chat and to look inside."""
     from contextlib import ExitStack
 
     from bessemer.core.environment import without_collection
+    from bessemer.core.errors import ConfigError
 
     loading = ExitStack()
     loading.enter_context(without_collection())
-    from bessemer.cli.named import example_questions, find_model, named_folders, named_numbers, option_of, speculation
+    from bessemer.cli.named import (
+        example_questions,
+        find_model,
+        named_folders,
+        named_models,
+        named_numbers,
+        option_of,
+        speculation,
+    )
     from bessemer.inference.engine import Engine, EngineConfig
     from bessemer.pipeline.run_names import run_names
     from bessemer.serving.config import ServingConfig
     from bessemer.serving.server import is_loopback
     from bessemer.serving.server import serve as serve_engine
+    from bessemer.serving.shelf import Shelf
     from bessemer.webapp.app import WebSettings, web_pages
 
     folder, name = find_model(model, runs), name or Path(model).name
@@ -85,6 +111,7 @@ def serve(
         | speculation(speculate)
         | named_numbers("parallel", parallel)
     )
+    beside = {its_name: find_model(its_model, runs) for its_name, its_model in named_models(also, name, alias or []).items()}
     settings = EngineConfig.parse({key: value for key, value in given.items() if value is not None}, option_of("serve"))
     limits = {"max_waiting": max_waiting, "max_body": max_body, "drain_seconds": drain_seconds}
     config = ServingConfig.parse(
@@ -97,10 +124,13 @@ def serve(
             "origins": [origin.lower().rstrip("/") for origin in allow_origin or ()],
             "request_log": request_log,
             "adapter_root": adapter_root,
+            "aliases": alias or [],
         }
         | {name: value for name, value in limits.items() if value is not None},
         option_of("serve"),
     )
+    if ask and (config.keys is not None or config.api_key is not None):
+        raise ConfigError("--ask: of a server that asks for no key")
     with loading, Engine(folder, device=device, config=settings) as engine:
         for its_name, its_folder in adapters.items():
             engine.load_adapter(its_name, its_folder)
@@ -111,4 +141,12 @@ def serve(
         run = model if shown_runs is not None and model in run_names(runs) else None
         shown = WebSettings(folder, example_questions(folder, runs / model), feedback, shown_runs, run)
         loading.close()
-        serve_engine(engine, name, config, pages=web_pages(shown))
+        shelf = Shelf(
+            beside,
+            lambda place: Engine(place, device=device, config=settings),
+            max_waiting=config.max_waiting,
+            most=max_models,
+            memory=models_memory,
+            keep_alive=keep_alive,
+        )
+        serve_engine(engine, name, config, pages=web_pages(shown), shelf=shelf if beside else None, questions=ask or [])

@@ -59,14 +59,14 @@ class AnthropicApi:
     async def message(self, request: Request) -> Response:
         asked = read_request(MessagesRequest, await request.body())
         caller = caller_of(request)
-        self._served.check_model(asked.model, caller)
+        served = await self._served.of(asked.model, caller)
         with ExitStack() as held:
-            held.enter_context(self._served.worker.admit(1))
-            turns = await asyncio.to_thread(lambda: self._served.begin(_chat_of(asked, caller)))
+            held.enter_context(served.worker.admit(1))
+            turns = await asyncio.to_thread(lambda: served.begin(_chat_of(asked, caller)))
             reply = MessagesReply(asked.model, turns)
             if not asked.stream:
-                return await until_client_leaves(request, self._whole(turns, reply))
-            news = self._told(turns, reply, held.pop_all())
+                return await until_client_leaves(request, self._whole(served, turns, reply))
+            news = self._told(served, turns, reply, held.pop_all())
             # from here on, the generator holds the admission
             await anext(news)
             return StreamingResponse(named_events(news, _failed), media_type="text/event-stream")
@@ -74,24 +74,24 @@ class AnthropicApi:
     async def count(self, request: Request) -> dict[str, Any]:
         asked = read_request(CountRequest, await request.body())
         caller = caller_of(request)
-        self._served.check_model(asked.model, caller)
+        served = await self._served.of(asked.model, caller)
         chat = _chat_of(
             MessagesRequest(**{name: getattr(asked, name) for name in asked.model_fields_set}, max_tokens=1), caller
         )
-        return {"input_tokens": await asyncio.to_thread(self._served.count, chat)}
+        return {"input_tokens": await asyncio.to_thread(served.count, chat)}
 
-    async def _whole(self, turns: Turns, reply: MessagesReply) -> Response:
-        return JSONResponse(reply.whole(await turns.finish(self._served.worker)))
+    async def _whole(self, served: Served, turns: Turns, reply: MessagesReply) -> Response:
+        return JSONResponse(reply.whole(await turns.finish(served.worker)))
 
     async def _told(
-        self, turns: Turns, reply: MessagesReply, place: AbstractContextManager
+        self, served: Served, turns: Turns, reply: MessagesReply, place: AbstractContextManager
     ) -> AsyncGenerator[list[NamedEvent], None]:
         """The events of a stream. The first item is an empty list, given at once: from then on closing or cancelling it ends
         the requests and their admission."""
         with place:
             yield []
             has_begun = False
-            async with aclosing(turns.stream(self._served.worker)) as news:
+            async with aclosing(turns.stream(served.worker)) as news:
                 async for told in news:
                     begin = [] if has_begun else [reply.start()]
                     has_begun = True

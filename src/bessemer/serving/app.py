@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version as package_version
 from typing import Any
 
@@ -18,13 +19,15 @@ from bessemer.core.errors import BessemerError
 from bessemer.serving.adapters_api import AdaptersApi
 from bessemer.serving.anthropic_api import PREFIX, AnthropicApi, error_body
 from bessemer.serving.bodies import ApiError, read_request
+from bessemer.serving.clients import caller_of
 from bessemer.serving.config import ServingConfig
 from bessemer.serving.gate import PUBLIC, Gate
 from bessemer.serving.keys import Keys
-from bessemer.serving.metrics import CONTENT_TYPE, Metrics
+from bessemer.serving.metrics import CONTENT_TYPE, MeasuredEngine, Metrics
 from bessemer.serving.openai_api import OpenAIApi
 from bessemer.serving.responses_api import ResponsesApi
 from bessemer.serving.served import Served
+from bessemer.serving.shelf import LOOK_SECONDS, Shelf
 from bessemer.serving.streams import as_api_error
 from bessemer.serving.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
 from bessemer.serving.worker import TextEngine, Worker
@@ -51,33 +54,39 @@ def create_app(
     model_name: str,
     config: ServingConfig | None = None,
     pages: Callable[[Served], Pages] = no_pages,
+    shelf: Shelf | None = None,
 ) -> FastAPI:
-    """An application that serves one model under `model_name`, and its adapters each under its own name.
+    """An application that serves a model under `model_name`, and its adapters each under its own name.
 
-    pages: makes what is shown beside the API, of what is served; a page at `/` takes the place of the API's line there.
+    pages: makes what is shown beside the API, of what is served; a page at `/` takes the place of the API's line there. shelf:
+    the models beside it.
 
     Every error is answered in the form of the API that was asked. `config.host` and `config.port` are for the server that runs
-    the application. Its `state` has the `worker`. Raises ArtefactError and ConfigError for a file of keys that cannot be read.
+    the application. Its `state` has what is `served`. Raises ArtefactError and ConfigError for a file of keys that cannot be
+    read.
     """
     config = config or ServingConfig()
     asks_for_keys = config.keys is not None or config.api_key is not None
     keys = Keys(config.keys, config.api_key) if asks_for_keys else None
     worker = Worker(engine, config.max_waiting)
-    served = Served(engine, model_name, worker)
+    served = Served(engine, model_name, worker, config.aliases, shelf)
     apis = (OpenAIApi(served), ResponsesApi(served), AnthropicApi(served), AdaptersApi(served, config.adapter_root))
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
-        watching = asyncio.create_task(_watch(keys))
+        watching = [asyncio.create_task(_watch(keys)), asyncio.create_task(_look_after(served.shelf))]
         try:
             yield
         finally:
-            watching.cancel()
+            for one in watching:
+                one.cancel()
+            if served.shelf is not None:
+                served.shelf.close()
             # at its end the engine's thread ends
             worker.close()
 
     app = FastAPI(title="Bessemer", docs_url=None, redoc_url=None, openapi_url=None, lifespan=life)
-    app.state.worker = worker
+    app.state.served = served
     beside = pages(served)
     app.add_middleware(Gate, config=config, keys=keys, error_body=_body_of, public=PUBLIC.union(beside.public))
     for router in (*beside.routers, *(api.router() for api in apis)):
@@ -96,7 +105,7 @@ def create_app(
 
     @app.get("/health")
     async def health() -> JSONResponse:
-        state = {"model": model_name, "requests": worker.requests}
+        state = {"model": model_name, "requests": served.requests}
         if (failure := worker.failure) is not None:
             return JSONResponse({"status": "failed", "reason": str(failure), **state}, status_code=503)
         return JSONResponse({"status": "ok", **state})
@@ -104,14 +113,22 @@ def create_app(
     @app.get("/ready")
     async def ready() -> JSONResponse:
         if worker.is_draining:
-            return JSONResponse({"status": "stopping", "model": model_name, "requests": worker.requests}, status_code=503)
+            return JSONResponse({"status": "stopping", "model": model_name, "requests": served.requests}, status_code=503)
         return await health()
 
     @app.get("/version")
     async def version() -> dict[str, str]:
         return {"version": package_version("bessemer")}
 
-    metrics = Metrics(engine, model_name)
+    @app.get("/openapi.json")
+    async def describe() -> dict[str, Any]:
+        return described()
+
+    def engines() -> list[tuple[str, MeasuredEngine]]:
+        beside = [] if served.shelf is None else served.shelf.open_models
+        return [(model_name, engine), *((one.name, one.engine) for one in beside)]
+
+    metrics = Metrics(engines)
 
     @app.get("/metrics")
     async def tell_metrics() -> Response:
@@ -120,13 +137,32 @@ def create_app(
 
     @app.post("/tokenize")
     async def tell_tokens(request: Request) -> dict[str, Any]:
-        return await asyncio.to_thread(tokenize, engine, read_request(TokenizeRequest, await request.body()))
+        asked = read_request(TokenizeRequest, await request.body())
+        chosen = await served.of(asked.model or model_name, caller_of(request))
+        return await asyncio.to_thread(tokenize, chosen.engine, asked)
 
     @app.post("/detokenize")
     async def tell_text(request: Request) -> dict[str, Any]:
-        return await asyncio.to_thread(detokenize, engine, read_request(DetokenizeRequest, await request.body()))
+        asked = read_request(DetokenizeRequest, await request.body())
+        chosen = await served.of(asked.model or model_name, caller_of(request))
+        return await asyncio.to_thread(detokenize, chosen.engine, asked)
 
     return app
+
+
+@cache
+def described() -> dict[str, Any]:
+    """The description of the API, made when it is first asked for."""
+    from bessemer.serving.openapi import description
+
+    return description()
+
+
+async def _look_after(shelf: Shelf | None) -> None:
+    """Close models that nobody asks for, until cancelled."""
+    while shelf is not None:
+        await asyncio.sleep(LOOK_SECONDS)
+        shelf.close_idle()
 
 
 async def _watch(keys: Keys | None) -> None:

@@ -46,6 +46,9 @@ class ServingConfig(Config):
     adapter_root: Path | None = setting(
         None, "folder below which an admin key may load adapters while the server runs", affects_output=False
     )
+    aliases: list[str] = setting(
+        default_factory=list, description="other names under which clients may ask for the model", affects_output=False
+    )
     max_waiting: int = setting(
         32,
         "completions that wait, beyond those that the engine computes at once; more are refused with 503",

@@ -27,7 +27,7 @@ from bessemer.serving.keys import Keys
 #: Makes an error's body, in the form of the API that a path belongs to.
 ErrorBody = Callable[[str, ApiError], dict[str, Any]]
 #: What is answered without a key: a watcher of the server has none.
-PUBLIC = frozenset({"/", "/health", "/ready", "/version", "/metrics"})
+PUBLIC = frozenset({"/", "/health", "/ready", "/version", "/metrics", "/openapi.json"})
 _MIB = 2**20
 
 #: The logger of a line for every request.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol, TypeAlias
 
 from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -60,61 +60,71 @@ class MeasuredEngine(Protocol):
         """The names of the loaded adapters."""
 
 
-class EngineCollector(Collector):
-    """An engine's statistics as metrics, when they are asked for."""
+#: Name and engine of every model that is open.
+Engines: TypeAlias = Callable[[], Sequence[tuple[str, MeasuredEngine]]]
 
-    def __init__(self, engine: MeasuredEngine, model_name: str) -> None:
-        self._engine = engine
-        self._values = (model_name, "0")
+
+class EngineCollector(Collector):
+    """The statistics of engines as metrics, when they are asked for."""
+
+    def __init__(self, engines: Engines) -> None:
+        self._engines = engines
 
     def collect(self) -> Iterator[Metric]:
-        """The metrics of this moment. It waits for the step under way."""
-        found = self._engine.statistics
+        """The metrics of this moment. It waits for the steps under way."""
+        engines = self._engines()
+        found = [((name, "0"), engine.statistics) for name, engine in engines]
         for name, (text, value) in _GAUGES.items():
             gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=_LABELS)
-            gauge.add_metric(self._values, value(found))
+            for labels, each in found:
+                gauge.add_metric(labels, value(each))
             yield gauge
         for name, (text, value) in _COUNTERS.items():
             counter = CounterMetricFamily(f"vllm:{name}", text, labels=_LABELS)
-            counter.add_metric(self._values, value(found))
+            for labels, each in found:
+                counter.add_metric(labels, value(each))
             yield counter
         finished = CounterMetricFamily(
             "vllm:request_success", "Requests that have ended, by why.", labels=(*_LABELS, "finished_reason")
         )
-        for reason, count in found.finished.items():
-            finished.add_metric((*self._values, reason), count)
+        for labels, each in found:
+            for reason, count in each.finished.items():
+                finished.add_metric((*labels, reason), count)
         yield finished
         for name, (text, value) in _HISTOGRAMS.items():
-            yield self._histogram(f"vllm:{name}", text, value(found))
+            family = HistogramMetricFamily(f"vllm:{name}", text, labels=_LABELS)
+            for labels, each in found:
+                _add_histogram(family, labels, value(each))
+            yield family
         blocks = GaugeMetricFamily("vllm:cache_config_info", "The KV cache, always 1.", labels=(*_LABELS, "num_gpu_blocks"))
-        blocks.add_metric((*self._values, str(sum(total for total, _ in found.blocks))), 1)
+        for labels, each in found:
+            blocks.add_metric((*labels, str(sum(total for total, _ in each.blocks))), 1)
         yield blocks
-        names = self._engine.adapters
         adapters = GaugeMetricFamily(
             "vllm:lora_requests_info",
             "The loaded adapters, whether or not a request uses them now; always 1.",
             labels=(*_LABELS, "max_lora", "running_lora_adapters", "waiting_lora_adapters"),
         )
-        adapters.add_metric((*self._values, str(len(names)), ",".join(names), ""), 1)
+        for name, engine in engines:
+            adapters.add_metric((name, "0", str(len(engine.adapters)), ",".join(engine.adapters), ""), 1)
         yield adapters
-
-    def _histogram(self, name: str, text: str, values: Histogram) -> HistogramMetricFamily:
-        bounds = [*(f"{bound:g}" if bound != int(bound) else f"{bound:.1f}" for bound in values.bounds), "+Inf"]
-        family = HistogramMetricFamily(name, text, labels=_LABELS)
-        family.add_metric(self._values, list(zip(bounds, values.cumulative, strict=True)), values.sum)
-        return family
 
 
 class Metrics:
     """The metrics of a server."""
 
-    def __init__(self, engine: MeasuredEngine, model_name: str) -> None:
+    def __init__(self, engines: Engines) -> None:
         self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(EngineCollector(engine, model_name))
+        self._registry.register(EngineCollector(engines))
 
     def render(self) -> bytes:
-        """All of them in Prometheus' text form. It waits for the step under way."""
+        """All of them in Prometheus' text form. It waits for the steps under way."""
         return generate_latest(self._registry)
+
+
+def _add_histogram(family: HistogramMetricFamily, labels: tuple[str, ...], values: Histogram) -> None:
+    bounds = [*(f"{bound:g}" if bound != int(bound) else f"{bound:.1f}" for bound in values.bounds), "+Inf"]
+    family.add_metric(labels, list(zip(bounds, values.cumulative, strict=True)), values.sum)
 
 
 def _used(found: EngineStatistics) -> float:

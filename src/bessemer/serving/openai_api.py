@@ -47,6 +47,7 @@ _PERMISSION: dict[str, Any] = {
 class _Prepared:
     """Engine requests that have not begun, one for each prompt, and the response to them."""
 
+    served: Served
     caller: Caller
     requests: Sequence[EngineRequest]
     params: SamplingParams
@@ -64,9 +65,6 @@ class OpenAIApi:
     served: Served
     started: int = field(default_factory=lambda: int(time.time()))
 
-    def __post_init__(self) -> None:
-        self.engine, self.worker = self.served.engine, self.served.worker
-
     def router(self) -> APIRouter:
         router = APIRouter(prefix="/v1")
         router.add_api_route("/models", self.models, methods=["GET"])
@@ -77,34 +75,41 @@ class OpenAIApi:
         return router
 
     async def models(self) -> dict[str, Any]:
-        return {"object": "list", "data": [await self.model(name) for name in self.served.names]}
+        return {"object": "list", "data": [await self.model(name) for name in self.served.all_names]}
 
     async def model(self, name: str) -> dict[str, Any]:
         self.served.check_model(name)
+        shelf = self.served.shelf
+        is_beside = shelf is not None and name in shelf.names
+        # of a model beside the first, what is known while it is open
+        engine = self.served.engine if not is_beside else None
+        if shelf is not None and is_beside:
+            engine = next((one.engine for one in shelf.open_models if one.name == name), None)
+        is_adapter = not is_beside and self.served.adapter(name) is not None
         return {
             "id": name,
             "object": "model",
             "created": self.started,
             "owned_by": "bessemer",
             # an adapter's base; the root is a name and no path of this machine
-            "root": self.served.model_name,
-            "parent": None if name == self.served.model_name else self.served.model_name,
+            "root": name if is_beside else self.served.model_name,
+            "parent": self.served.model_name if is_adapter else None,
             # as vLLM calls the context
-            "max_model_len": self.engine.context_length,
+            "max_model_len": None if engine is None else engine.context_length,
             "permission": [{**_PERMISSION, "id": f"modelperm-{name}", "created": self.started}],
         }
 
     async def chat(self, request: Request) -> Response:
         asked = read_request(ChatRequest, await request.body())
         caller = caller_of(request)
-        self.served.check_model(asked.model, caller)
+        served = await self.served.of(asked.model, caller)
         with ExitStack() as held:
             # 503 before any work
-            held.enter_context(self.worker.admit(asked.n))
-            turns = await asyncio.to_thread(self._begin_turns, asked, caller)
+            held.enter_context(served.worker.admit(asked.n))
+            turns = await asyncio.to_thread(_begin_turns, served, asked, caller)
             reply = ChatReply(
                 asked.model,
-                self.engine.tokenizer,
+                served.engine.tokenizer,
                 turns,
                 n=asked.n,
                 log_probs=asked.logprobs,
@@ -112,8 +117,8 @@ class OpenAIApi:
                 shows_ids=asked.return_token_ids,
             )
             if not asked.stream:
-                return await until_client_leaves(request, self._whole_chat(turns, reply))
-            news = self._told(turns, reply, held.pop_all())
+                return await until_client_leaves(request, self._whole_chat(served, turns, reply))
+            news = self._told(served, turns, reply, held.pop_all())
             # from here on, the generator holds the admission
             await anext(news)
             usage = reply.usage_event if asked.wants_usage else None
@@ -122,10 +127,10 @@ class OpenAIApi:
     async def complete(self, request: Request) -> Response:
         asked = read_request(CompletionRequest, await request.body())
         caller = caller_of(request)
-        self.served.check_model(asked.model, caller)
+        served = await self.served.of(asked.model, caller)
         with ExitStack() as held:
-            held.enter_context(self.worker.admit(len(asked.prompt) * asked.answers))
-            prepared = await asyncio.to_thread(self._prepare, asked, caller)
+            held.enter_context(served.worker.admit(len(asked.prompt) * asked.answers))
+            prepared = await asyncio.to_thread(_prepare, served, asked, caller)
             if not asked.stream:
                 return await until_client_leaves(request, self._whole(prepared))
             news = self._chunks(prepared, held.pop_all())
@@ -136,56 +141,25 @@ class OpenAIApi:
     async def embed(self, request: Request) -> dict[str, Any]:
         asked = read_request(EmbeddingsRequest, await request.body())
         caller = caller_of(request)
-        self.served.check_model(asked.model, caller)
-        with self.worker.admit(len(asked.input)):
-            return await asyncio.to_thread(self._embeddings, asked, caller)
+        served = await self.served.of(asked.model, caller)
+        with served.worker.admit(len(asked.input)):
+            return await asyncio.to_thread(_embeddings, served, asked, caller)
 
-    def _embeddings(self, asked: EmbeddingsRequest, caller: Caller) -> dict[str, Any]:
-        names = ["input"] if len(asked.input) == 1 else [f"input[{place}]" for place in range(len(asked.input))]
-        given: Sequence[str | list[int]] = asked.input
-        prompts = [self._tokens(name, one, None) for name, one in zip(names, given, strict=True)]
-        for name, tokens in zip(names, prompts, strict=True):
-            self.served.check_length(name, len(tokens), 0)
-        caller.spend(prompt=sum(map(len, prompts)))
-        vectors_ND = self.engine.embed(prompts, adapter=self.served.adapter(asked.model))
-        return embeddings_reply(asked, vectors_ND, prompts)
-
-    # -- chats
-
-    def _begin_turns(self, asked: ChatRequest, caller: Caller) -> Turns:
-        """Turns that have begun, off the event loop."""
-        chat = Chat(
-            caller,
-            asked.model,
-            [message.as_template_input() for message in asked.messages],
-            asked.sampling,
-            asked.parameter_in,
-            token_limit=asked.token_limit,
-            tools=[] if asked.tool_choice == "none" else tools_of(asked.tools),
-            choice=choice_of(asked.tool_choice, asked.parallel_tool_calls),
-            thinking_budget=asked.budget,
-            answers=asked.n,
-            cache_salt=asked.cache_salt,
-        )
-        return self.served.begin(chat)
-
-    async def _whole_chat(self, turns: Turns, reply: ChatReply) -> Response:
-        return JSONResponse(reply.whole(await turns.finish(self.worker)))
+    async def _whole_chat(self, served: Served, turns: Turns, reply: ChatReply) -> Response:
+        return JSONResponse(reply.whole(await turns.finish(served.worker)))
 
     async def _told(
-        self, turns: Turns, reply: ChatReply, place: AbstractContextManager
+        self, served: Served, turns: Turns, reply: ChatReply, place: AbstractContextManager
     ) -> AsyncGenerator[list[dict[str, Any]], None]:
         """The events of a chat's stream, as of `_chunks`."""
         with place:
             yield []
-            async with aclosing(turns.stream(self.worker)) as news:
+            async with aclosing(turns.stream(served.worker)) as news:
                 async for told in news:
                     yield list(reply.events(told))
 
-    # -- plain completions
-
     async def _whole(self, prepared: _Prepared) -> Response:
-        completions = await self.worker.complete(prepared.requests, prepared.params, prepared.caller)
+        completions = await prepared.served.worker.complete(prepared.requests, prepared.params, prepared.caller)
         return JSONResponse(prepared.reply.whole(completions))
 
     async def _chunks(self, prepared: _Prepared, place: AbstractContextManager) -> AsyncGenerator[list[dict[str, Any]], None]:
@@ -193,64 +167,97 @@ class OpenAIApi:
         the requests and their admission."""
         with place:
             yield []
-            async with aclosing(self.worker.chunks(prepared.requests, prepared.caller)) as news:
+            async with aclosing(prepared.served.worker.chunks(prepared.requests, prepared.caller)) as news:
                 async for chunks in news:
                     # by its first chunk, all log-probabilities of a prompt are there
                     yield list(prepared.reply.events(chunks, [request.prompt_log_probs for request in prepared.requests]))
 
-    def _prepare(self, asked: CompletionRequest, caller: Caller) -> _Prepared:
-        """Read the prompts and check all that can be checked, off the event loop."""
-        tokenizer = self.engine.tokenizer
-        texts_or_ids: Sequence[str | list[int]] = asked.prompt
-        names = ["prompt"] if len(texts_or_ids) == 1 else [f"prompt[{place}]" for place in range(len(texts_or_ids))]
-        prompts = {name: self._tokens(name, given, asked.suffix) for name, given in zip(names, texts_or_ids, strict=True)}
-        echoes = [
-            Echo(given if isinstance(given, str) else tokenizer.decode(tokens), tokens) if asked.echo else None
-            for given, tokens in zip(texts_or_ids, prompts.values(), strict=True)
-        ]
-        for name, tokens in prompts.items():
-            self.served.check_length(name, len(tokens), asked.token_limit)
-        assert asked.token_limit is not None
-        params = asked.sampling(asked.token_limit)
-        with _refusals(asked):
-            requests = [self._request(asked, tokens, params, caller) for tokens in prompts.values()]
-        reply = CompletionReply(
-            asked.model,
-            tokenizer,
-            sum(map(len, prompts.values())),
-            log_probs=asked.wants_log_probs,
-            echoes=echoes,
-            n=asked.n,
-            prompt_ids=list(prompts.values()) if asked.return_token_ids else None,
-        )
-        return _Prepared(caller, requests, params, reply)
 
-    def _request(
-        self, asked: GenerationRequest, tokens: Sequence[int], params: SamplingParams, caller: Caller
-    ) -> EngineRequest:
-        adapter = self.served.adapter(asked.model)
-        return self.engine.prepare(list(tokens), params, adapter=adapter, cache_salt=caller.salt(asked.cache_salt))
+def _begin_turns(served: Served, asked: ChatRequest, caller: Caller) -> Turns:
+    """Turns that have begun, off the event loop."""
+    chat = Chat(
+        caller,
+        asked.model,
+        [message.as_template_input() for message in asked.messages],
+        asked.sampling,
+        asked.parameter_in,
+        token_limit=asked.token_limit,
+        tools=[] if asked.tool_choice == "none" else tools_of(asked.tools),
+        choice=choice_of(asked.tool_choice, asked.parallel_tool_calls),
+        thinking_budget=asked.budget,
+        answers=asked.n,
+        cache_salt=asked.cache_salt,
+    )
+    return served.begin(chat)
 
-    def _tokens(self, name: str, given: str | list[int], suffix: str | None) -> list[int]:
-        """The tokens of a plain completion's prompt, which the parameter `name` gives; suffix: what is to stand behind it."""
-        tokenizer = self.engine.tokenizer
-        if suffix is not None:
-            assert isinstance(given, str), "the protocol sees to it"
-            return self._infill_tokens(given, suffix)
-        tokens = tokenizer.encode(given) if isinstance(given, str) else given
-        if tokens and all(0 <= token < tokenizer.vocab_size for token in tokens):
-            return tokens
-        raise ApiError(
-            f"invalid '{name}': its tokens must be at least one, with ids in 0 … {tokenizer.vocab_size - 1}",
-            parameter=name,
-            code="invalid_value",
-        )
 
-    def _infill_tokens(self, prefix: str, suffix: str) -> list[int]:
-        try:
-            return infill_prompt(self.engine.tokenizer, prefix, suffix)
-        except ConfigError as error:
-            raise ApiError(f"suffix: {error}", parameter="suffix", code="unsupported_parameter") from None
+def _embeddings(served: Served, asked: EmbeddingsRequest, caller: Caller) -> dict[str, Any]:
+    names = ["input"] if len(asked.input) == 1 else [f"input[{place}]" for place in range(len(asked.input))]
+    given: Sequence[str | list[int]] = asked.input
+    prompts = [_tokens(served, name, one, None) for name, one in zip(names, given, strict=True)]
+    for name, tokens in zip(names, prompts, strict=True):
+        served.check_length(name, len(tokens), 0)
+    caller.spend(prompt=sum(map(len, prompts)))
+    vectors_ND = served.engine.embed(prompts, adapter=served.adapter(asked.model))
+    return embeddings_reply(asked, vectors_ND, prompts)
+
+
+def _prepare(served: Served, asked: CompletionRequest, caller: Caller) -> _Prepared:
+    """Read the prompts and check all that can be checked, off the event loop."""
+    tokenizer = served.engine.tokenizer
+    texts_or_ids: Sequence[str | list[int]] = asked.prompt
+    names = ["prompt"] if len(texts_or_ids) == 1 else [f"prompt[{place}]" for place in range(len(texts_or_ids))]
+    prompts = {name: _tokens(served, name, given, asked.suffix) for name, given in zip(names, texts_or_ids, strict=True)}
+    echoes = [
+        Echo(given if isinstance(given, str) else tokenizer.decode(tokens), tokens) if asked.echo else None
+        for given, tokens in zip(texts_or_ids, prompts.values(), strict=True)
+    ]
+    for name, tokens in prompts.items():
+        served.check_length(name, len(tokens), asked.token_limit)
+    assert asked.token_limit is not None
+    params = asked.sampling(asked.token_limit)
+    with _refusals(asked):
+        requests = [_request(served, asked, tokens, params, caller) for tokens in prompts.values()]
+    reply = CompletionReply(
+        asked.model,
+        tokenizer,
+        sum(map(len, prompts.values())),
+        log_probs=asked.wants_log_probs,
+        echoes=echoes,
+        n=asked.n,
+        prompt_ids=list(prompts.values()) if asked.return_token_ids else None,
+    )
+    return _Prepared(served, caller, requests, params, reply)
+
+
+def _request(
+    served: Served, asked: GenerationRequest, tokens: Sequence[int], params: SamplingParams, caller: Caller
+) -> EngineRequest:
+    adapter = served.adapter(asked.model)
+    return served.engine.prepare(list(tokens), params, adapter=adapter, cache_salt=caller.salt(asked.cache_salt))
+
+
+def _tokens(served: Served, name: str, given: str | list[int], suffix: str | None) -> list[int]:
+    """The tokens of a plain completion's prompt, which the parameter `name` gives; suffix: what is to stand behind it."""
+    tokenizer = served.engine.tokenizer
+    if suffix is not None:
+        assert isinstance(given, str), "the protocol sees to it"
+        return _infill_tokens(served, given, suffix)
+    tokens = tokenizer.encode(given) if isinstance(given, str) else given
+    if tokens and all(0 <= token < tokenizer.vocab_size for token in tokens):
+        return tokens
+    raise ApiError(
+        f"invalid '{name}': its tokens must be at least one, with ids in 0 … {tokenizer.vocab_size - 1}",
+        parameter=name,
+        code="invalid_value",
+    )
+
+
+def _infill_tokens(served: Served, prefix: str, suffix: str) -> list[int]:
+    try:
+        return infill_prompt(served.engine.tokenizer, prefix, suffix)
+    except ConfigError as error:
+        raise ApiError(f"suffix: {error}", parameter="suffix", code="unsupported_parameter") from None
 
 
 @contextmanager

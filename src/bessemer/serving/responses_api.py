@@ -54,9 +54,9 @@ class ResponsesApi:
         asked = read_request(ResponsesRequest, await request.body())
         caller = caller_of(request)
         owner = caller.client.id
-        self._served.check_model(asked.model, caller)
+        served = await self._served.of(asked.model, caller)
         before = [] if asked.previous_response_id is None else self._find(asked.previous_response_id, owner).messages
-        tokenizer = self._served.engine.tokenizer
+        tokenizer = served.engine.tokenizer
         if asked.is_probe:
             reply = ResponseReply(asked, tokenizer, None)
             begin, end = reply.start(), reply.nothing()
@@ -64,13 +64,13 @@ class ResponsesApi:
                 return JSONResponse(reply.body())
             return StreamingResponse(named_events(_at_once([*begin, *end]), reply.failed), media_type="text/event-stream")
         with ExitStack() as held:
-            held.enter_context(self._served.worker.admit(1))
+            held.enter_context(served.worker.admit(1))
             chat = _chat_of(asked, before, caller)
-            turns = await asyncio.to_thread(self._served.begin, chat)
+            turns = await asyncio.to_thread(served.begin, chat)
             reply = ResponseReply(asked, tokenizer, turns)
             if not asked.stream:
-                return await until_client_leaves(request, self._whole(turns, reply, asked, owner, before))
-            news = self._told(turns, reply, asked, owner, before, held.pop_all())
+                return await until_client_leaves(request, self._whole(served, turns, reply, asked, owner, before))
+            news = self._told(served, turns, reply, asked, owner, before, held.pop_all())
             # from here on, the generator holds the admission
             await anext(news)
             return StreamingResponse(named_events(news, reply.failed), media_type="text/event-stream")
@@ -95,14 +95,21 @@ class ResponsesApi:
         return found
 
     async def _whole(
-        self, turns: Turns, reply: ResponseReply, asked: ResponsesRequest, owner: str, before: list[dict[str, Any]]
+        self,
+        served: Served,
+        turns: Turns,
+        reply: ResponseReply,
+        asked: ResponsesRequest,
+        owner: str,
+        before: list[dict[str, Any]],
     ) -> Response:
-        body = reply.whole(await turns.finish(self._served.worker))
+        body = reply.whole(await turns.finish(served.worker))
         self._keep(reply, asked, owner, before)
         return JSONResponse(body)
 
     async def _told(
         self,
+        served: Served,
         turns: Turns,
         reply: ResponseReply,
         asked: ResponsesRequest,
@@ -115,7 +122,7 @@ class ResponsesApi:
         with place:
             yield []
             yield reply.start()
-            async with aclosing(turns.stream(self._served.worker)) as news:
+            async with aclosing(turns.stream(served.worker)) as news:
                 async for told in news:
                     yield list(reply.events(told))
             self._keep(reply, asked, owner, before)

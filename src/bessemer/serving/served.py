@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from bessemer.assistant.assistant import TurnMaker
 from bessemer.assistant.config import AssistantConfig
@@ -16,6 +17,7 @@ from bessemer.inference.request import Request
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.serving.bodies import ApiError
 from bessemer.serving.clients import Caller
+from bessemer.serving.shelf import OpenModel, Shelf
 from bessemer.serving.turns import Turns
 from bessemer.serving.worker import TextEngine, Worker
 
@@ -43,12 +45,25 @@ class Chat:
 
 
 class Served:
-    """A model under its name, and its adapters each under its own."""
+    """A model under its name, and its adapters each under its own.
 
-    def __init__(self, engine: TextEngine, model_name: str, worker: Worker) -> None:
+    aliases: other names of the model. shelf: of the first model, those beside it.
+    """
+
+    def __init__(
+        self,
+        engine: TextEngine,
+        model_name: str,
+        worker: Worker,
+        aliases: Collection[str] = (),
+        shelf: Shelf | None = None,
+    ) -> None:
         self.engine = engine
         self.model_name = model_name
         self.worker = worker
+        self.aliases = tuple(aliases)
+        self.shelf = shelf
+        self._beside: WeakKeyDictionary[OpenModel, Served] = WeakKeyDictionary()
         # tools are the clients' to run: what a message calls wrongly is theirs to answer too
         config = AssistantConfig(max_rounds=1)
         self._turns = TurnMaker(engine.tokenizer, engine.context_length, config=config)
@@ -56,14 +71,42 @@ class Served:
     @property
     def names(self) -> tuple[str, ...]:
         """What a request may ask for: the model as it is, and with each adapter that is loaded now."""
-        return (self.model_name, *self.engine.adapters)
+        return (self.model_name, *self.aliases, *self.engine.adapters)
 
-    def check_model(self, name: str, caller: Caller | None = None) -> None:
-        """Raises ApiError (404) for a name that is not served. caller: whose request asks for it."""
-        if caller is not None:
-            caller.model = name
-        if name not in self.names:
-            known = ", ".join(f"'{known}'" for known in self.names)
+    @property
+    def all_names(self) -> tuple[str, ...]:
+        """The same with the models beside it."""
+        return (*self.names, *(() if self.shelf is None else self.shelf.names))
+
+    @property
+    def requests(self) -> int:
+        """API requests under way, of the models beside it too."""
+        return self.worker.requests + (0 if self.shelf is None else self.shelf.requests)
+
+    async def of(self, name: str, caller: Caller) -> Served:
+        """What serves a name: this model, or one beside it, opened if it must be. caller: whose request asks for it.
+
+        Raises ApiError: 404 for a name that is not served, 503 for a model that cannot be opened now.
+        """
+        caller.model = name
+        if self.shelf is not None and name in self.shelf.names:
+            found = await self.shelf.model(name)
+            if found not in self._beside:
+                self._beside[found] = Served(found.engine, name, found.worker)
+            return self._beside[found]
+        self.check_model(name)
+        return self
+
+    def drain(self) -> None:
+        """Begin nothing new, of any model."""
+        self.worker.is_draining = True
+        if self.shelf is not None:
+            self.shelf.drain()
+
+    def check_model(self, name: str) -> None:
+        """Raises ApiError (404) for a name that is not served."""
+        if name not in self.all_names:
+            known = ", ".join(f"'{known}'" for known in self.all_names)
             raise ApiError(
                 f"the model '{name}' does not exist; this server has {known}",
                 status=404,
@@ -73,7 +116,7 @@ class Served:
 
     def adapter(self, name: str) -> str | None:
         """The adapter that a name asks for; None: the model as it is."""
-        return None if name == self.model_name else name
+        return None if name == self.model_name or name in self.aliases else name
 
     def check_length(self, parameter: str, tokens: int, wanted: int | None) -> None:
         """Raises ApiError where a prompt and what is wanted behind it, by default a token, are more than the context."""

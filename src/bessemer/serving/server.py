@@ -8,19 +8,22 @@ import ipaddress
 import logging
 import signal
 import socket
+import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from types import FrameType
 
 import uvicorn
 
+from bessemer.core.chat_client import ChatClient
 from bessemer.core.errors import BessemerError, ConfigError
 from bessemer.serving.app import Pages, create_app, no_pages
 from bessemer.serving.config import ServingConfig
 from bessemer.serving.connections import ImpatientProtocol
 from bessemer.serving.gate import REQUEST_LOG
 from bessemer.serving.served import Served
-from bessemer.serving.worker import TextEngine, Worker
+from bessemer.serving.shelf import Shelf
+from bessemer.serving.worker import TextEngine
 
 try:
     import resource
@@ -29,6 +32,8 @@ except ImportError:  # Windows
 
 #: Seconds that in-flight requests get to finish when the server is stopped.
 _GRACE_SECONDS = 2
+#: Most tokens of an answer to a question that the server is asked at its start.
+_ANSWER_TOKENS = 128
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -67,10 +72,9 @@ class Server(uvicorn.Server):
     While it drains it still listens: `/ready` and new requests get 503, `/health` 200. A second SIGTERM ends it at once.
     """
 
-    def __init__(self, config: uvicorn.Config, engine: TextEngine, worker: Worker, drain_seconds: float) -> None:
+    def __init__(self, config: uvicorn.Config, served: Served, drain_seconds: float) -> None:
         super().__init__(config)
-        self._engine = engine
-        self._worker = worker
+        self._served = served
         self._drain_seconds = drain_seconds
         self._drain_until: float | None = None
 
@@ -85,22 +89,26 @@ class Server(uvicorn.Server):
 
     def drain(self) -> None:
         """Begin no request any more, and stop when those under way have ended, or their time has."""
-        self._worker.is_draining = True
+        self._served.drain()
         self._drain_until = time.monotonic() + self._drain_seconds
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: whether to stop."""
-        if self._drain_until is not None and (self._worker.requests == 0 or time.monotonic() > self._drain_until):
+        if self._drain_until is not None and (self._served.requests == 0 or time.monotonic() > self._drain_until):
             self.should_exit = True
-        return await super().on_tick(counter) or self._engine.failure is not None
+        return await super().on_tick(counter) or self._served.engine.failure is not None
 
 
 def create_server(
-    engine: TextEngine, model_name: str, config: ServingConfig, pages: Callable[[Served], Pages] = no_pages
+    engine: TextEngine,
+    model_name: str,
+    config: ServingConfig,
+    pages: Callable[[Served], Pages] = no_pages,
+    shelf: Shelf | None = None,
 ) -> Server:
-    """The server, not yet running: `run(sockets=[listener])` starts it, `should_exit = True` stops it. pages: as for
+    """The server, not yet running: `run(sockets=[listener])` starts it, `should_exit = True` stops it. pages, shelf: as for
     `create_app`."""
-    app = create_app(engine, model_name, config, pages)
+    app = create_app(engine, model_name, config, pages, shelf)
     settings = uvicorn.Config(
         app,
         http=ImpatientProtocol,
@@ -111,7 +119,7 @@ def create_server(
         lifespan="on",
         server_header=False,
     )
-    return Server(settings, engine, app.state.worker, config.drain_seconds)
+    return Server(settings, app.state.served, config.drain_seconds)
 
 
 def serve(
@@ -120,22 +128,59 @@ def serve(
     config: ServingConfig | None = None,
     say: Callable[[str], None] = print,
     pages: Callable[[Served], Pages] = no_pages,
+    shelf: Shelf | None = None,
+    questions: Sequence[str] = (),
 ) -> None:
-    """Serve until interrupted. `say` is given the address once it answers. pages: as for `create_app`.
+    """Serve until interrupted. `say` is given the address once it answers. pages, shelf: as for `create_app`. questions: asked
+    through the API as any client would, and answered to `say`; after the last one the server stops.
 
-    Raises as `listen`, and the engine's failure when it can answer no more.
+    Raises as `listen`, the engine's failure when it can answer no more, and what a question ends in.
     """
     config = config or ServingConfig()
     open_many_files()
     with listen(config.host, config.port) as listener, _request_log(config.request_log):
-        server = create_server(engine, model_name, config, pages)
+        server = create_server(engine, model_name, config, pages, shelf)
         url = address_of(listener)
         shown = "" if pages is no_pages else f"chat at {url} · "
         say(f"{model_name}: {shown}OpenAI API at {url}/v1 · Ctrl-C stops")
+        asking = _Asking(server, f"{url}/v1", model_name, questions, say) if questions else None
         with contextlib.suppress(KeyboardInterrupt):
             server.run(sockets=[listener])
+        if asking is not None:
+            asking.finish()
         if engine.failure is not None:
             raise engine.failure
+
+
+class _Asking:
+    """Questions to a server of this process, from a thread beside it, which then stops the server."""
+
+    def __init__(self, server: Server, url: str, model: str, questions: Sequence[str], say: Callable[[str], None]) -> None:
+        self._server = server
+        self._client = ChatClient(url, model, max_tokens=_ANSWER_TOKENS)
+        self._questions = questions
+        self._say = say
+        self._problem: BessemerError | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Wait for its end. Raises what a question ended in."""
+        self._thread.join()
+        if self._problem is not None:
+            raise self._problem
+
+    def _run(self) -> None:
+        while not self._server.started and not self._server.should_exit:
+            time.sleep(0.02)
+        try:
+            for question in self._questions:
+                (answer,) = self._client.ask([question])
+                self._say(f"> {question}\n{answer}")
+        except BessemerError as error:
+            self._problem = error
+        finally:
+            self._server.should_exit = True
 
 
 def open_many_files() -> None:

@@ -74,6 +74,9 @@ class TextEngine(SteppedEngine, Protocol):
     ) -> Request:
         """A request of token ids that has not begun; any thread may ask. RequestError for what is known to be wrong."""
 
+    def close(self) -> None:
+        """Give back what it holds."""
+
     def load_adapter(self, name: str, adapter: Path) -> None:
         """Let requests name the adapter in a folder. ArtefactError for a folder without one that fits the model."""
 

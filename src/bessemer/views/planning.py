@@ -34,6 +34,34 @@ def show_plan(plan: Mapping[str, Any]) -> RenderableType:
     return Group(*parts)
 
 
+def show_serving_plan(plan: Mapping[str, Any]) -> RenderableType:
+    """A plan of serving, as `scaling.serving.serving_plan` gives it."""
+    price = f"${plan['price_per_gpu_hour']:g} an hour each{' (assumed)' if plan['price_is_assumed'] else ''}"
+    usual = plan["prompt_tokens"] + plan["answer_tokens"]
+    memory = listing("Memory", "")
+    for kind, count in (
+        (f"weights in {plan['weights']}", size(plan["weight_bytes"])),
+        ("keys and values of a token", size(plan["kv_bytes_per_token"])),
+        ("left for keys and values", size(plan["kv_memory_bytes"])),
+        (f"conversations of {usual:,} tokens", f"{plan['conversations']:,}"),
+        (f"conversations of {plan['context']:,} tokens, the whole context", f"{plan['conversations_of_whole_context']:,}"),
+    ):
+        memory.add_row(literal(kind), count)
+    loads = listing("Conversations at once", "tokens/s each", "tokens/s in all", "prompt", "$ / 1M tokens")
+    for load in plan["loads"]:
+        loads.add_row(
+            f"{load['conversations']:,}",
+            f"{load['tokens_per_second_each']:,.0f}",
+            f"{load['answer_tokens_per_second']:,.0f}",
+            f"{1000 * load['prompt_seconds']:,.0f} ms",
+            f"{load['dollars_per_million_answer_tokens']:,.2f}",
+        )
+    head = literal(f"{plan['name']} served on {plan['gpus']} × {plan['card']}", "bold #d9622b")
+    told = f"{short_count(plan['parameters'])} parameters; prompts of {plan['prompt_tokens']:,} tokens, answers of "
+    told += f"{plan['answer_tokens']:,}; {price}; predicted, not measured"
+    return Group(head, literal(told), *section("Memory", memory), *section("Load", loads))
+
+
 def _memory(plan: Mapping[str, Any], best: Mapping[str, Any]) -> RenderableType:
     table = listing("Kind", "Bytes")
     for kind, count in best["memory"].items():

@@ -13,8 +13,9 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from bessemer.serving.app import Pages
+from bessemer.serving.app import Pages, described
 from bessemer.serving.served import Served
+from bessemer.webapp.api_page import operations_by_tag
 from bessemer.webapp.data_api import DataApi
 from bessemer.webapp.feedback import FeedbackApi
 from bessemer.webapp.lineage_api import LineageApi
@@ -33,6 +34,7 @@ _PAGES = {
     "/xray": ("xray.html.jinja", "X-ray", "xray.js"),
     "/runs": ("runs.html.jinja", "Runs", "runs.js"),
     "/data": ("data.html.jinja", "Data", "data.js"),
+    "/api": ("api.html.jinja", "API", "api.js"),
 }
 #: Style sheets that the pages share with the report.
 _VIEWS = ("style.css", "inspection.css")
@@ -91,21 +93,30 @@ class _Site:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        navigation = [(path, title) for path, (_, title, _) in _PAGES.items()]
-        self._pages = {
-            path: environment.get_template(template).render(
-                title=title,
-                path=path,
-                script=f"static/{script}",
-                navigation=navigation,
-                given={
-                    "suggestions": settings.suggestions,
-                    "feedback": settings.feedback is not None,
-                    "run": settings.run,
-                },
-            )
-            for path, (template, title, script) in _PAGES.items()
+        self._environment = environment
+        self._made: dict[str, str] = {}
+
+    def _page(self, path: str) -> str:
+        """A page, made when it is first asked for."""
+        if path not in self._made:
+            self._made[path] = self._rendered(path)
+        return self._made[path]
+
+    def _rendered(self, path: str) -> str:
+        template, title, script = _PAGES[path]
+        given = {
+            "suggestions": self._settings.suggestions,
+            "feedback": self._settings.feedback is not None,
+            "run": self._settings.run,
         }
+        return self._environment.get_template(template).render(
+            title=title,
+            path=path,
+            script=f"static/{script}",
+            navigation=[(other, name) for other, (_, name, _) in _PAGES.items()],
+            given=given,
+            tags=operations_by_tag(described(), self._served.model_name) if path == "/api" else (),
+        )
 
     def router(self) -> APIRouter:
         """The routes: one for every page and every file."""
@@ -118,7 +129,7 @@ class _Site:
 
     async def page(self, request: Request) -> HTMLResponse:
         return HTMLResponse(
-            self._pages[request.scope["path"]],
+            self._page(request.scope["path"]),
             headers={"Content-Security-Policy": POLICY, "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"},
         )
 

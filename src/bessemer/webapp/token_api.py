@@ -21,6 +21,7 @@ from bessemer.serving.bodies import ApiError, Body, read_request
 from bessemer.serving.clients import caller_of
 from bessemer.serving.served import Served
 from bessemer.serving.streams import as_api_error
+from bessemer.serving.worker import TextEngine
 
 # Shapes: L layers and one more for the embeddings, V vocabulary.
 
@@ -34,6 +35,7 @@ class PiecesRequest(Body):
     """Tokens whose texts are asked for, each by itself."""
 
     ids: Annotated[list[TokenId], Field(max_length=1_000_000)]
+    model: str | None = None
 
 
 class HeadOf(Body):
@@ -74,18 +76,19 @@ class TokenApi:
 
     async def pieces(self, request: Request) -> dict[str, Any]:
         asked = read_request(PiecesRequest, await request.body())
-        tokenizer = self._served.engine.tokenizer
+        served = await self._served.of(asked.model or self._served.model_name, caller_of(request))
+        tokenizer = served.engine.tokenizer
         return {"pieces": await asyncio.to_thread(lambda: [piece_of(tokenizer, id) for id in asked.ids])}
 
     async def token(self, request: Request) -> dict[str, Any]:
         asked = read_request(TokenRequest, await request.body())
         caller = caller_of(request)
-        self._served.check_model(asked.model, caller)
-        self._served.check_length("before", len(asked.before), 1)
-        vocab_size = self._served.engine.tokenizer.vocab_size
+        served = await self._served.of(asked.model, caller)
+        served.check_length("before", len(asked.before), 1)
+        vocab_size = served.engine.tokenizer.vocab_size
         if any(id >= vocab_size for id in (*asked.before, asked.token or 0)):
             raise ApiError(f"token ids are below {vocab_size:,}", parameter="before", code="invalid_value")
-        engine, config = self._served.engine, self._served.engine.model.config
+        engine, config = served.engine, served.engine.model.config
         sparse = tuple(layer for layer in range(config.num_hidden_layers) if config.is_sparse(layer))
         head = asked.attention
         capture = Capture(
@@ -95,78 +98,81 @@ class TokenApi:
             positions=(len(asked.before) - 1,),
         )
         params = SamplingParams(max_tokens=1, temperature=0.0)
-        with self._served.worker.admit(1):
+        with served.worker.admit(1):
             try:
                 made = await asyncio.to_thread(
                     engine.prepare,
                     asked.before,
                     params,
-                    adapter=self._served.adapter(asked.model),
+                    adapter=served.adapter(asked.model),
                     cache_salt=caller.salt(None),
                     capture=capture,
                 )
             except RequestError as error:
                 raise as_api_error(error) from None
-            (completion,) = await self._served.worker.complete([made], params, caller)
+            (completion,) = await served.worker.complete([made], params, caller)
         assert completion.captured is not None, "a capture was asked for"
-        return await asyncio.to_thread(self._described, asked, completion.captured)
+        return await asyncio.to_thread(_described, served.engine, asked, completion.captured)
 
-    def _described(self, asked: TokenRequest, captured: Captured) -> dict[str, Any]:
-        model = self._served.engine.model
-        states_LD = torch.cat([captured.states[layer] for layer in sorted(captured.states)])
-        logits_LV = lens_logits(model, states_LD.numpy()).float()
-        # a table may have more rows than there are tokens
-        logits_LV = logits_LV[:, : self._served.engine.tokenizer.vocab_size].cpu()
-        shares_LV = logits_LV.softmax(-1)
-        share_V, sampled_V = shares_LV[-1], _sampled(logits_LV[-1], asked)
-        shown = share_V.topk(min(_ALTERNATIVES, len(share_V))).indices.tolist()
-        config = model.config
-        described: dict[str, Any] = {
-            "entropy_bits": float(torch.special.entr(share_V.double()).sum()) / math.log(2),
-            "kept": int((sampled_V > 0).sum()),
-            "vocabulary": len(share_V),
-            "alternatives": [self._alternative(id, share_V, sampled_V) for id in shown],
-            "token": None,
-            "lens": self._lens(shares_LV, asked.token),
-            "layers": config.num_hidden_layers,
-            "heads": config.num_attention_heads,
-            "attention": None,
-            "experts": [
-                {
-                    "layer": layer,
-                    "experts": captured.experts[layer][0].tolist(),
-                    "weights": captured.expert_weights[layer][0].tolist(),
-                }
-                for layer in sorted(captured.experts)
-            ],
-        }
-        if asked.token is not None:
-            rank = int((share_V > share_V[asked.token]).sum()) + 1
-            described["token"] = {**self._alternative(asked.token, share_V, sampled_V), "rank": rank}
-        if asked.attention is not None:
-            weights = captured.attention[asked.attention.layer, asked.attention.head][0]
-            described["attention"] = [round(weight, 5) for weight in weights.tolist()]
-        return described
 
-    def _alternative(self, id: int, share_V: Tensor, sampled_V: Tensor) -> dict[str, Any]:
-        piece = piece_of(self._served.engine.tokenizer, id)
-        return {"id": id, "piece": piece, "probability": float(share_V[id]), "sampled": float(sampled_V[id])}
+def _described(engine: TextEngine, asked: TokenRequest, captured: Captured) -> dict[str, Any]:
+    model = engine.model
+    states_LD = torch.cat([captured.states[layer] for layer in sorted(captured.states)])
+    logits_LV = lens_logits(model, states_LD.numpy()).float()
+    # a table may have more rows than there are tokens
+    logits_LV = logits_LV[:, : engine.tokenizer.vocab_size].cpu()
+    shares_LV = logits_LV.softmax(-1)
+    share_V, sampled_V = shares_LV[-1], _sampled(logits_LV[-1], asked)
+    shown = share_V.topk(min(_ALTERNATIVES, len(share_V))).indices.tolist()
+    config = model.config
+    described: dict[str, Any] = {
+        "entropy_bits": float(torch.special.entr(share_V.double()).sum()) / math.log(2),
+        "kept": int((sampled_V > 0).sum()),
+        "vocabulary": len(share_V),
+        "alternatives": [_alternative(engine, id, share_V, sampled_V) for id in shown],
+        "token": None,
+        "lens": _lens(engine, shares_LV, asked.token),
+        "layers": config.num_hidden_layers,
+        "heads": config.num_attention_heads,
+        "attention": None,
+        "experts": [
+            {
+                "layer": layer,
+                "experts": captured.experts[layer][0].tolist(),
+                "weights": captured.expert_weights[layer][0].tolist(),
+            }
+            for layer in sorted(captured.experts)
+        ],
+    }
+    if asked.token is not None:
+        rank = int((share_V > share_V[asked.token]).sum()) + 1
+        described["token"] = {**_alternative(engine, asked.token, share_V, sampled_V), "rank": rank}
+    if asked.attention is not None:
+        weights = captured.attention[asked.attention.layer, asked.attention.head][0]
+        described["attention"] = [round(weight, 5) for weight in weights.tolist()]
+    return described
 
-    def _lens(self, shares_LV: Tensor, token: int | None) -> list[dict[str, Any]]:
-        """What would come if the model ended after each layer."""
-        tokenizer = self._served.engine.tokenizer
-        lens = []
-        for layer, share_V in enumerate(shares_LV):
-            best = share_V.topk(_LIKELIEST)
-            likeliest = [
-                {"piece": piece_of(tokenizer, id), "probability": probability}
-                for id, probability in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-            ]
-            row: dict[str, Any] = {"after": "embedding" if layer == 0 else f"layer {layer - 1}", "likeliest": likeliest}
-            if token is not None:
-                row |= {"probability": float(share_V[token]), "rank": int((share_V > share_V[token]).sum()) + 1}
-            lens.append(row)
-        return lens
+
+def _alternative(engine: TextEngine, id: int, share_V: Tensor, sampled_V: Tensor) -> dict[str, Any]:
+    piece = piece_of(engine.tokenizer, id)
+    return {"id": id, "piece": piece, "probability": float(share_V[id]), "sampled": float(sampled_V[id])}
+
+
+def _lens(engine: TextEngine, shares_LV: Tensor, token: int | None) -> list[dict[str, Any]]:
+    """What would come if the model ended after each layer."""
+    tokenizer = engine.tokenizer
+    lens = []
+    for layer, share_V in enumerate(shares_LV):
+        best = share_V.topk(_LIKELIEST)
+        likeliest = [
+            {"piece": piece_of(tokenizer, id), "probability": probability}
+            for id, probability in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]
+        row: dict[str, Any] = {"after": "embedding" if layer == 0 else f"layer {layer - 1}", "likeliest": likeliest}
+        if token is not None:
+            row |= {"probability": float(share_V[token]), "rank": int((share_V > share_V[token]).sum()) + 1}
+        lens.append(row)
+    return lens
 
 
 def _sampled(logits_V: Tensor, asked: TokenRequest) -> Tensor:

@@ -168,10 +168,13 @@ class ModelFormat(NamedTuple):
 
 def _write_gguf(folder: Path, out: Path, options: ExportOptions) -> list[str]:
     from bessemer.model.formats.gguf_export import export_gguf
+    from bessemer.model.formats.modelfile import write_modelfile
 
     if out.is_dir():
         raise ArtefactError(f"{out}: is a folder; name the file to write")
-    return export_gguf(folder, out, options.dtype)
+    notes = export_gguf(folder, out, options.dtype)
+    modelfile = write_modelfile(folder, out)
+    return [*notes, f"{modelfile.name} beside it: ollama create NAME -f {modelfile.name}"]
 
 
 def _write_safetensors(folder: Path, out: Path, options: ExportOptions) -> list[str]:

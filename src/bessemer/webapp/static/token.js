@@ -13,11 +13,12 @@ export function closeToken() {
   document.body.classList.remove("with-side");
 }
 
-const texts = new Map();
-async function piecesOf(ids) {
+const known = new Map();
+async function piecesOf(model, ids) {
+  const texts = known.get(model) ?? known.set(model, new Map()).get(model);
   const unknown = [...new Set(ids)].filter((id) => !texts.has(id));
   if (unknown.length) {
-    const { pieces } = await json("inspect/pieces", { body: { ids: unknown } });
+    const { pieces } = await json("inspect/pieces", { body: { model, ids: unknown } });
     unknown.forEach((id, place) => texts.set(id, pieces[place]));
   }
   return ids.map((id) => texts.get(id));
@@ -28,7 +29,7 @@ export async function openTokens(entry, goOn) {
   const again = open?.entry === entry;
   closeToken();
   if (again) return;
-  const pieces = await piecesOf(entry.node.ids);
+  const pieces = await piecesOf(entry.node.settings.model, entry.node.ids);
   const strip = make("div", { class: "tokens pressable", role: "group", "aria-label": "Tokens of the answer" },
     ...pieces.map((piece, place) => make("button", { type: "button", class: `t${place % 5}`, onclick: () => choose(place) }, piece.includes("\n") ? `${visible(piece)}\n` : piece || "∅")));
   entry.text.hidden = true;
@@ -121,7 +122,7 @@ async function drawAttention(found) {
   head.addEventListener("change", look);
   const parts = [make("h3", {}, "Where a head looks"), make("div", { class: "row" }, layer, head, make("button", { class: "quiet", type: "button", onclick: look }, "Look"))];
   if (found.attention) {
-    const { node } = open.entry, pieces = await piecesOf([...node.promptIds, ...node.ids.slice(0, open.place)]);
+    const { node } = open.entry, pieces = await piecesOf(node.settings.model, [...node.promptIds, ...node.ids.slice(0, open.place)]);
     const most = Math.max(...found.attention, 1e-9);
     parts.push(make("p", { class: "looked-at" }, ...pieces.map((piece, place) => {
       const span = make("span", { title: percent(found.attention[place] ?? 0) }, piece || "∅");

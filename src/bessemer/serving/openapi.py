@@ -1,0 +1,219 @@
+"""The OpenAPI description of the API: what each route takes, from the classes that read it, and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from bessemer.serving.adapters_api import LoadAdapter, UnloadAdapter
+from bessemer.serving.anthropic_protocol import CountRequest, MessagesRequest
+from bessemer.serving.bodies import Body
+from bessemer.serving.embeddings import EmbeddingsRequest
+from bessemer.serving.protocol import ChatRequest, CompletionRequest
+from bessemer.serving.responses_protocol import ResponsesRequest
+from bessemer.serving.tokens import DetokenizeRequest, TokenizeRequest
+
+_TEXT: dict[str, Any] = {"type": "string"}
+_COUNT: dict[str, Any] = {"type": "integer", "minimum": 0}
+_ANY: dict[str, Any] = {}
+
+
+def _object(**properties: dict[str, Any]) -> dict[str, Any]:
+    """An object that has all of these, and perhaps others."""
+    return {"type": "object", "required": list(properties), "properties": properties}
+
+
+def _list(of: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": of}
+
+
+def _one_of(*values: str) -> dict[str, Any]:
+    return {"enum": list(values)}
+
+
+_USAGE = _object(prompt_tokens=_COUNT, completion_tokens=_COUNT, total_tokens=_COUNT)
+_FINISH = {"enum": ["stop", "length", "tool_calls", "content_filter", None]}
+_MODEL = _object(id=_TEXT, object=_one_of("model"), created=_COUNT, owned_by=_TEXT, max_model_len=_COUNT)
+_HEALTH = _object(status=_TEXT, model=_TEXT)
+
+#: What is answered with another status than 200.
+ERROR = _object(error=_object(message=_TEXT, type=_TEXT, param={"type": ["string", "null"]}, code={"type": ["string", "null"]}))
+ANTHROPIC_ERROR = _object(type=_one_of("error"), error=_object(type=_TEXT, message=_TEXT))
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A route.
+
+    summary: a line. answer: JSON schema of what comes with 200; None: a text. body: what it takes. streams: whether `stream:
+    true` asks for server-sent events. path: its parameters in the path. tag: whose words it speaks. error: schema of the
+    others.
+    """
+
+    summary: str
+    answer: Mapping[str, Any] | None
+    body: type[Body] | None = None
+    streams: bool = False
+    path: Sequence[str] = ()
+    tag: str = "OpenAI"
+    error: Mapping[str, Any] | None = None
+
+    def described(self, name: str, schemas: dict[str, Any]) -> dict[str, Any]:
+        """The operation in the description. Schemas that its body names are put among the others."""
+        content: dict[str, Any] = (
+            {"text/plain": {"schema": _TEXT}} if self.answer is None else {"application/json": {"schema": dict(self.answer)}}
+        )
+        if self.streams:
+            content["text/event-stream"] = {"schema": _TEXT}
+        error = {"application/json": {"schema": dict(self.error or ERROR)}}
+        described: dict[str, Any] = {
+            "operationId": name,
+            "summary": self.summary,
+            "tags": [self.tag],
+            "responses": {
+                "200": {"description": "Done", "content": content},
+                "503": {
+                    "description": "Busy, or about to stop",
+                    "content": error,
+                    "headers": {"Retry-After": {"schema": _COUNT, "description": "Seconds to wait"}},
+                },
+                "default": {"description": "Refused, with the reason", "content": error},
+            },
+        }
+        if self.path:
+            described["parameters"] = [
+                {"name": one, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}} for one in self.path
+            ]
+        if self.body is not None:
+            schema = self.body.model_json_schema(ref_template="#/components/schemas/{model}")
+            schemas.update(schema.pop("$defs", {}))
+            schemas[self.body.__name__] = schema
+            reference = {"$ref": f"#/components/schemas/{self.body.__name__}"}
+            described["requestBody"] = {"required": True, "content": {"application/json": {"schema": reference}}}
+        return described
+
+
+#: Path and method → route.
+OPERATIONS: dict[tuple[str, str], Operation] = {
+    ("/v1/chat/completions", "post"): Operation(
+        "Answer a conversation.",
+        _object(
+            id=_TEXT,
+            object=_one_of("chat.completion"),
+            created=_COUNT,
+            model=_TEXT,
+            choices=_list(
+                _object(index=_COUNT, message=_object(role=_one_of("assistant"), content=_ANY), finish_reason=_FINISH)
+            ),
+            usage=_USAGE,
+        ),
+        ChatRequest,
+        streams=True,
+    ),
+    ("/v1/completions", "post"): Operation(
+        "Go on with texts.",
+        _object(
+            id=_TEXT,
+            object=_one_of("text_completion"),
+            created=_COUNT,
+            model=_TEXT,
+            choices=_list(_object(index=_COUNT, text=_TEXT, finish_reason=_FINISH)),
+            usage=_USAGE,
+        ),
+        CompletionRequest,
+        streams=True,
+    ),
+    ("/v1/embeddings", "post"): Operation(
+        "A vector of each text.",
+        _object(
+            object=_one_of("list"),
+            data=_list(_object(object=_one_of("embedding"), index=_COUNT, embedding=_ANY)),
+            model=_TEXT,
+            usage=_object(prompt_tokens=_COUNT, total_tokens=_COUNT),
+        ),
+        EmbeddingsRequest,
+    ),
+    ("/v1/models", "get"): Operation("What is served.", _object(object=_one_of("list"), data=_list(_MODEL))),
+    ("/v1/models/{name}", "get"): Operation("One model.", _MODEL, path=["name"]),
+    ("/v1/responses", "post"): Operation(
+        "Answer a conversation of items, and store it.",
+        _object(id=_TEXT, object=_one_of("response"), status=_TEXT, model=_TEXT, output=_list({"type": "object"})),
+        ResponsesRequest,
+        streams=True,
+    ),
+    ("/v1/responses/{identity}", "get"): Operation(
+        "A stored response.", _object(id=_TEXT, object=_one_of("response")), path=["identity"]
+    ),
+    ("/v1/responses/{identity}", "delete"): Operation(
+        "Forget a stored response.", _object(id=_TEXT, deleted={"type": "boolean"}), path=["identity"]
+    ),
+    ("/v1/responses/{identity}/input_items", "get"): Operation(
+        "What a stored response answered.", _object(object=_one_of("list"), data=_list({"type": "object"})), path=["identity"]
+    ),
+    ("/v1/messages", "post"): Operation(
+        "Answer a conversation.",
+        _object(
+            id=_TEXT,
+            type=_one_of("message"),
+            role=_one_of("assistant"),
+            model=_TEXT,
+            content=_list(_object(type=_TEXT)),
+            stop_reason={"type": ["string", "null"]},
+            usage=_object(input_tokens=_COUNT, output_tokens=_COUNT),
+        ),
+        MessagesRequest,
+        streams=True,
+        tag="Anthropic",
+        error=ANTHROPIC_ERROR,
+    ),
+    ("/v1/messages/count_tokens", "post"): Operation(
+        "The tokens of a conversation.",
+        _object(input_tokens=_COUNT),
+        CountRequest,
+        tag="Anthropic",
+        error=ANTHROPIC_ERROR,
+    ),
+    ("/tokenize", "post"): Operation(
+        "A text's or a conversation's tokens.",
+        _object(count=_COUNT, max_model_len=_COUNT, tokens=_list(_COUNT)),
+        TokenizeRequest,
+        tag="Tokens",
+    ),
+    ("/detokenize", "post"): Operation("The text of tokens.", _object(prompt=_TEXT), DetokenizeRequest, tag="Tokens"),
+    ("/v1/load_lora_adapter", "post"): Operation("Load an adapter, by an admin.", None, LoadAdapter, tag="Server"),
+    ("/v1/unload_lora_adapter", "post"): Operation("Unload an adapter, by an admin.", None, UnloadAdapter, tag="Server"),
+    ("/health", "get"): Operation("Whether requests can be answered.", _HEALTH, tag="Server", error=_HEALTH),
+    ("/ready", "get"): Operation("Whether new requests should come here.", _HEALTH, tag="Server", error=_HEALTH),
+    ("/version", "get"): Operation("Of the package.", _object(version=_TEXT), tag="Server"),
+    ("/metrics", "get"): Operation("Counts and times for Prometheus.", None, tag="Server"),
+}
+
+
+def description() -> dict[str, Any]:
+    """The document, OpenAPI 3.1."""
+    schemas: dict[str, Any] = {}
+    paths: dict[str, Any] = {}
+    for (path, method), operation in OPERATIONS.items():
+        name = f"{method}{path.replace('/', '_').replace('{', '').replace('}', '')}"
+        paths.setdefault(path, {})[method] = operation.described(name, schemas)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Bessemer",
+            "version": version("bessemer"),
+            "description": "A model behind OpenAI's and Anthropic's APIs. Where keys are asked for, send one as "
+            "`Authorization: Bearer KEY` or `x-api-key: KEY`.",
+        },
+        "paths": paths,
+        "components": {
+            "schemas": schemas,
+            "securitySchemes": {
+                "bearer": {"type": "http", "scheme": "bearer"},
+                "key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+            },
+        },
+        # none where no keys are asked for
+        "security": [{}, {"bearer": []}, {"key": []}],
+    }

@@ -1,0 +1,45 @@
+"""Every page, as axe sees it: no fault that is serious or worse, in light and dark, wide and narrow."""
+
+from __future__ import annotations
+
+from importlib import resources
+
+import pytest
+
+
+def faults(page) -> list[str]:
+    """What axe finds that is serious or critical."""
+    source = (resources.files("axe_playwright_python") / "axe.min.js").read_text(encoding="utf-8")
+    page.evaluate(source + ";0")
+    found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")
+    return [
+        f"{one['id']}: {one['help']}: {[node['html'][:120] for node in one['nodes'][:3]]}"
+        for one in found["violations"]
+        if one["impact"] in ("serious", "critical")
+    ]
+
+
+def chat(page):
+    page.fill("#prompt", "the end")
+    page.evaluate("document.querySelector('[name=max_tokens]').value = 6")
+    page.press("#prompt", "Enter")
+    page.click("article.assistant:not(.working) >> text=Tokens")
+    page.wait_for_selector("#token-lens table")
+    page.click("#show-settings")
+
+
+def xray(page):
+    page.fill("[name=text]", "the end of the line")
+    page.click("text=Look inside")
+    page.wait_for_selector("#without")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("path", "do"), [("", chat), ("xray", xray), ("api", None)], ids=["chat", "xray", "api"])
+def test_a_page_has_no_serious_fault(page, start, path, do, scheme):
+    page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
+    page.goto(f"{start()}/{path}")
+    page.wait_for_load_state("networkidle")
+    if do:
+        do(page)
+    assert faults(page) == []
