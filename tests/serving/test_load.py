@@ -136,7 +136,9 @@ def test_a_crowd_is_answered_or_refused_and_leaves_nothing(server, engine, clien
     assert after["vllm:num_requests_running"] == after["vllm:num_requests_waiting"] == after["vllm:kv_cache_usage_perc"] == 0
     gc.collect()
     # the pool beside the event loop is as large as Python makes it
-    assert threading.active_count() <= threads + min(32, (os.cpu_count() or 1) + 4)
+    assert threading.active_count() <= threads + min(32, (os.cpu_count() or 1) + 4), " ".join(
+        one.name for one in threading.enumerate()
+    )
     assert open_files() <= files + 8
     if seconds > 60:
         assert resident() - memory < 64 * 2**20, (resident() - memory) / 2**20

@@ -40,7 +40,9 @@ def test_llm(url, tmp_path):
         assert done.returncode == 0 and done.stdout.strip(), done.stderr
 
 
-def test_litellm(url):
+def test_litellm(url, monkeypatch):
+    # it asks for a table of prices over the network otherwise
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
     import litellm
 
     there = {"api_base": f"{url}/v1", "api_key": "any"}

@@ -172,7 +172,7 @@ async def _watch(keys: Keys | None) -> None:
         keys.refresh()
 
 
-def _answer_api_error(request: Request, error: Exception) -> Response:
+async def _answer_api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return JSONResponse(_body_of(request.scope["path"], error), status_code=error.status, headers=error.headers)
 
@@ -182,27 +182,27 @@ def _body_of(path: str, error: ApiError) -> dict[str, Any]:
     return error_body(error) if path.startswith(PREFIX) else error.body()
 
 
-def _answer_http_error(request: Request, error: Exception) -> Response:
+async def _answer_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     path = request.scope["path"]
     told = ApiError(f"{request.method} {path}: {error.detail}", status=error.status_code)
     return JSONResponse(_body_of(path, told), status_code=error.status_code, headers=error.headers)
 
 
-def _answer_parameter_error(request: Request, error: Exception) -> Response:
+async def _answer_parameter_error(request: Request, error: Exception) -> Response:
     """A parameter in the address that is none of its type."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     name = str(first["loc"][-1])
-    return _answer_api_error(request, ApiError(f"{name}: {first['msg']}", parameter=name, code="invalid_value"))
+    return await _answer_api_error(request, ApiError(f"{name}: {first['msg']}", parameter=name, code="invalid_value"))
 
 
-def _answer_bessemer_error(request: Request, error: Exception) -> Response:
+async def _answer_bessemer_error(request: Request, error: Exception) -> Response:
     """Something that the tokenizer or the engine finds wrong in the request, or that ended the engine."""
-    return _answer_api_error(request, as_api_error(error))
+    return await _answer_api_error(request, as_api_error(error))
 
 
-def _answer_failure(request: Request, error: Exception) -> Response:
+async def _answer_failure(request: Request, error: Exception) -> Response:
     """A fault of ours, which the server's log shows in full."""
     told = ApiError("the server failed; its log says why", status=500, kind="server_error")
     return JSONResponse(_body_of(request.scope["path"], told), status_code=500)

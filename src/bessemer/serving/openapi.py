@@ -66,7 +66,7 @@ class Operation:
             {"text/plain": {"schema": _TEXT}} if self.answer is None else {"application/json": {"schema": dict(self.answer)}}
         )
         if self.streams:
-            content["text/event-stream"] = {"schema": _TEXT}
+            content["text/event-stream"] = {"schema": _ANY}
         error = {"application/json": {"schema": dict(self.error or ERROR)}}
         described: dict[str, Any] = {
             "operationId": name,

@@ -1,5 +1,5 @@
 // The chat: conversations that are kept in the browser, branches, two answers side by side, and what is said of an answer.
-import { byId, download, events, given, json, make, percent, Refused, request, savePage, say } from "./page.js";
+import { byId, download, events, given, json, make, pause, percent, Refused, request, savePage, say, whole } from "./page.js";
 import { MarkdownView } from "./markdown.js";
 import * as store from "./store.js";
 import { closeToken, openTokens } from "./token.js";
@@ -263,8 +263,10 @@ function keep(id) {
 
 // --- asking -----------------------------------------------------------------------------------------------------------
 
-function ask(text, parent = current.leaf) {
-  if (!models.length || !text.trim()) return;
+let asking = false;
+
+async function ask(text, parent = current.leaf) {
+  if (asking || !models.length || !text.trim()) return;
   if (running.size) { say("an answer is still being made"); return; }
   if (pair) keep(pair.ids[0]);
   if (parent === current.leaf && current.nodes[parent]?.role === "user") parent = current.nodes[parent].parent;
@@ -272,11 +274,15 @@ function ask(text, parent = current.leaf) {
   current.updated = Date.now();
   prompt.value = "";
   grow();
+  asking = true;
+  await pause();
+  asking = false;
   answerTo(node.id);
+  await pause();
   drawConversations();
 }
 
-function answerTo(parent) {
+async function answerTo(parent) {
   if (running.size) return;
   const asked = byId("beside").checked ? ["first", "second"] : ["first"];
   const nodes = asked.map((side) => {
@@ -289,6 +295,7 @@ function answerTo(parent) {
   current.leaf = nodes[0].id;
   pair = nodes.length > 1 ? { parent, ids: nodes.map((node) => node.id) } : null;
   drawLog();
+  await pause();
   toBottom();
   history.replaceState(null, "", `#c=${current.id}`);
   for (const node of nodes) makeAnswer(node, (signal, says) => chatEvents(node, signal, says));
@@ -385,14 +392,17 @@ async function makeAnswer(node, source) {
     else node.failure = error.message;
   }
   flush();
+  await pause();
   running.delete(node.id);
   node.stats = described(usage, last - first, first - started, reason, node.content, note);
   const entry = shown.get(node.id);
   if (entry) { entry.article.classList.remove("working"); drawBelow(entry); }
   conversation.updated = Date.now();
-  await save(conversation);
-  drawConversations();
   updateSend();
+  await pause();
+  await save(conversation);
+  await pause();
+  drawConversations();
   say(node.failure ?? "the answer is there");
 }
 
@@ -401,7 +411,7 @@ function described(usage, streaming, wait, reason, content, note) {
   if (usage) {
     const count = usage.completion_tokens, seconds = (streaming > 50 ? streaming : streaming + wait) / 1000;
     parts.push(`${count} token${count === 1 ? "" : "s"}`);
-    if (content && seconds > 0) parts.push(`${Math.round(count / seconds).toLocaleString("en")} tokens/s`);
+    if (content && seconds > 0) parts.push(`${whole(count / seconds)} tokens/s`);
     if (usage.prompt_tokens_details?.cached_tokens) parts.push(`${percent(usage.prompt_tokens_details.cached_tokens / usage.prompt_tokens)} of the prompt remembered`);
   }
   if (reason === "length") parts.push("cut at the most tokens");
@@ -410,6 +420,12 @@ function described(usage, streaming, wait, reason, content, note) {
   if (note) parts.push(note);
   return parts.join(" · ");
 }
+
+/** Code that runs for the first time is slow: it runs once on what nobody sees, while nothing else is to be done. */
+(globalThis.requestIdleCallback ?? setTimeout)(() => {
+  const unseen = new MarkdownView(make("div"), "");
+  for (const part of ["A **b** `c`\n\n- d\n", "- *e*\n\n```x\ny\n", "```\n\n# f\n> g\n"]) unseen.append(part);
+});
 
 // --- the page ---------------------------------------------------------------------------------------------------------
 

@@ -90,6 +90,12 @@ export function visible(piece) {
 
 export const percent = (share) => share > 0 && share < 0.00005 ? "< 0.01 %" : `${(100 * share).toFixed(share >= 0.0995 ? 0 : share >= 0.00995 ? 1 : 2)} %`;
 
+/** Let the browser draw, and take what was pressed, before the work goes on. */
+export const pause = () => globalThis.scheduler?.yield?.() ?? new Promise((go) => setTimeout(go));
+
+/** A whole number with commas; the browser's own formatter takes 10 ms to load. */
+export const whole = (number) => String(Math.round(number)).replace(/\B(?=(\d{3})+$)/g, ",");
+
 /** A function that runs once a pause has come. */
 export function calm(milliseconds, work) {
   let timer;
