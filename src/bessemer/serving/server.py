@@ -32,6 +32,9 @@ except ImportError:  # Windows
 
 #: Seconds that in-flight requests get to finish when the server is stopped.
 _GRACE_SECONDS = 2
+#: For which an idle connection is kept: longer than load balancers keep theirs (60 s), so that none sends a request on one that
+#: is just being closed.
+_KEEP_ALIVE_SECONDS = 75
 #: Most tokens of an answer to a question that the server is asked at its start.
 _ANSWER_TOKENS = 128
 
@@ -115,6 +118,7 @@ def create_server(
         ws="none",
         log_level="warning",
         access_log=False,
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=_GRACE_SECONDS,
         lifespan="on",
         server_header=False,
