@@ -17,9 +17,11 @@ def servers() -> Iterator[Callable[..., str]]:
     """Starts servers: `start(engine, pages, **settings)` gives a URL; made: a list that takes the server."""
     running: list[tuple[Server, threading.Thread]] = []
 
-    def start(engine, pages: Callable[[Served], Pages] = no_pages, made: list | None = None, shelf=None, **settings) -> str:
+    def start(
+        engine, pages: Callable[[Served], Pages] = no_pages, made: list | None = None, shelf=None, hooks=(), **settings
+    ) -> str:
         listener = listen("127.0.0.1", 0)
-        server = create_server(engine, "tiny", ServingConfig(**settings), pages, shelf)
+        server = create_server(engine, "tiny", ServingConfig(**settings), pages, shelf, hooks)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         running.append((server, thread))

@@ -15,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from bessemer.assistant.hooks import Hook
 from bessemer.core.errors import BessemerError
 from bessemer.serving.adapters_api import AdaptersApi
 from bessemer.serving.anthropic_api import PREFIX, AnthropicApi, error_body
@@ -55,11 +56,13 @@ def create_app(
     config: ServingConfig | None = None,
     pages: Callable[[Served], Pages] = no_pages,
     shelf: Shelf | None = None,
+    hooks: Sequence[Hook] = (),
 ) -> FastAPI:
     """An application that serves a model under `model_name`, and its adapters each under its own name.
 
     pages: makes what is shown beside the API, of what is served; a page at `/` takes the place of the API's line there. shelf:
-    the models beside it.
+    the models beside it. hooks: look at every turn of every dialect, and may hold back its text, take it back, or refuse; texts
+    that are no conversation are then not answered.
 
     Every error is answered in the form of the API that was asked. `config.host` and `config.port` are for the server that runs
     the application. Its `state` has what is `served`. Raises ArtefactError and ConfigError for a file of keys that cannot be
@@ -69,7 +72,7 @@ def create_app(
     asks_for_keys = config.keys is not None or config.api_key is not None
     keys = Keys(config.keys, config.api_key) if asks_for_keys else None
     worker = Worker(engine, config.max_waiting)
-    served = Served(engine, model_name, worker, config.aliases, shelf)
+    served = Served(engine, model_name, worker, config.aliases, shelf, hooks)
     apis = (OpenAIApi(served), ResponsesApi(served), AnthropicApi(served), AdaptersApi(served, config.adapter_root))
 
     @asynccontextmanager

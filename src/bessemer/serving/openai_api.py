@@ -127,6 +127,7 @@ class OpenAIApi:
     async def complete(self, request: Request) -> Response:
         asked = read_request(CompletionRequest, await request.body())
         caller = caller_of(request)
+        self.served.check_unguarded()
         served = await self.served.of(asked.model, caller)
         with ExitStack() as held:
             held.enter_context(served.worker.admit(len(asked.prompt) * asked.answers))

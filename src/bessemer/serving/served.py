@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 from bessemer.assistant.assistant import TurnMaker
 from bessemer.assistant.config import AssistantConfig
 from bessemer.assistant.conversation import Conversation
+from bessemer.assistant.hooks import Hook
 from bessemer.assistant.messages import as_messages
 from bessemer.assistant.tools import Tool, ToolChoice
 from bessemer.core.errors import RequestError
@@ -47,7 +48,7 @@ class Chat:
 class Served:
     """A model under its name, and its adapters each under its own.
 
-    aliases: other names of the model. shelf: of the first model, those beside it.
+    aliases: other names of the model. shelf: of the first model, those beside it. hooks: what looks at every turn.
     """
 
     def __init__(
@@ -57,12 +58,14 @@ class Served:
         worker: Worker,
         aliases: Collection[str] = (),
         shelf: Shelf | None = None,
+        hooks: Sequence[Hook] = (),
     ) -> None:
         self.engine = engine
         self.model_name = model_name
         self.worker = worker
         self.aliases = tuple(aliases)
         self.shelf = shelf
+        self.hooks = tuple(hooks)
         self._beside: WeakKeyDictionary[OpenModel, Served] = WeakKeyDictionary()
         # tools are the clients' to run: what a message calls wrongly is theirs to answer too
         config = AssistantConfig(max_rounds=1)
@@ -92,7 +95,7 @@ class Served:
         if self.shelf is not None and name in self.shelf.names:
             found = await self.shelf.model(name)
             if found not in self._beside:
-                self._beside[found] = Served(found.engine, name, found.worker)
+                self._beside[found] = Served(found.engine, name, found.worker, hooks=self.hooks)
             return self._beside[found]
         self.check_model(name)
         return self
@@ -130,6 +133,12 @@ class Served:
                 code="context_length_exceeded",
             )
 
+    def check_unguarded(self) -> None:
+        """Raises ApiError (403) for text that passes no hook, where there are hooks: a guard that can be walked around is
+        none."""
+        if self.hooks:
+            raise ApiError("this server checks what is said, and answers conversations alone", status=403, code="not_allowed")
+
     def begin(self, chat: Chat) -> Turns:
         """Turns that have begun, for a thread beside the event loop: the conversation is read, and all checked that can be.
 
@@ -152,6 +161,7 @@ class Served:
                 turn = self._turns.start(
                     Conversation(as_messages(chat.messages)),
                     chat.caller.client.principal,
+                    self.hooks,
                     tools=chat.tools,
                     tool_choice=chat.choice,
                     thinking_budget=chat.thinking_budget,

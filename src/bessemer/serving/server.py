@@ -15,6 +15,7 @@ from types import FrameType
 
 import uvicorn
 
+from bessemer.assistant.hooks import Hook
 from bessemer.core.chat_client import ChatClient
 from bessemer.core.errors import BessemerError, ConfigError
 from bessemer.serving.app import Pages, create_app, no_pages
@@ -108,10 +109,11 @@ def create_server(
     config: ServingConfig,
     pages: Callable[[Served], Pages] = no_pages,
     shelf: Shelf | None = None,
+    hooks: Sequence[Hook] = (),
 ) -> Server:
-    """The server, not yet running: `run(sockets=[listener])` starts it, `should_exit = True` stops it. pages, shelf: as for
-    `create_app`."""
-    app = create_app(engine, model_name, config, pages, shelf)
+    """The server, not yet running: `run(sockets=[listener])` starts it, `should_exit = True` stops it. pages, shelf, hooks: as
+    for `create_app`."""
+    app = create_app(engine, model_name, config, pages, shelf, hooks)
     settings = uvicorn.Config(
         app,
         http=ImpatientProtocol,

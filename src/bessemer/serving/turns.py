@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from bessemer.assistant.events import Event
@@ -30,6 +31,14 @@ class ChoiceEvents(NamedTuple):
     token_ids: Sequence[int] = ()
 
 
+@dataclass
+class _Withheld:
+    """Tokens of a message that a hook has not let pass: they, and how likely they were, are the text in another form."""
+
+    sampled: list[Sampled] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+
+
 class Turns:
     """Turns that answer one conversation, and what they need of the engine.
 
@@ -50,6 +59,7 @@ class Turns:
         self._requests = [prepare(first.token_ids, first.params.with_changes(n=len(turns)))]
         self._first = self._requests[0]
         self._owners = self._owners_of(range(len(turns)))
+        self._withheld = [_Withheld() for _ in turns]
 
     @property
     def prompt_tokens(self) -> int:
@@ -77,8 +87,7 @@ class Turns:
                         turn = self._turns[choice]
                         # a turn that a hook sent back has no use for the rest
                         if turn.generation is generation:
-                            events = turn.take(Delta(chunk.token_ids, finish_reason=chunk.finish_reason))
-                            told.append(ChoiceEvents(choice, events, chunk.log_probs or (), chunk.token_ids))
+                            told.append(self._taken(choice, chunk.token_ids, chunk.finish_reason, chunk.log_probs or ()))
                     if told:
                         yield told
                     if all(self._turns[choice].generation is not generation for choice, generation in self._owners):
@@ -95,12 +104,30 @@ class Turns:
             whole = await worker.complete(self._requests, shared, self._caller)
             completions = [one for first in whole for one in (first, *first.others)]
             for (choice, generation), completion in zip(self._owners, completions, strict=True):
-                turn = self._turns[choice]
-                assert turn.generation is generation
-                events = turn.take(Delta(completion.token_ids, finish_reason=completion.finish_reason))
-                told.append(ChoiceEvents(choice, events, completion.log_probs or (), completion.token_ids))
+                assert self._turns[choice].generation is generation
+                sampled = completion.log_probs or ()
+                told.append(self._taken(choice, completion.token_ids, completion.finish_reason, sampled))
             told += await self._go_on()
         return told
+
+    def _taken(
+        self, choice: int, token_ids: Sequence[int], finish_reason: str | None, sampled: Sequence[Sampled]
+    ) -> ChoiceEvents:
+        """Give a turn what was sampled for it. Where a hook holds back, the tokens are told with the text that they are, and
+        those of a message that is sent back never."""
+        turn, withheld = self._turns[choice], self._withheld[choice]
+        before = turn.sent_back
+        events = turn.take(Delta(token_ids, finish_reason=finish_reason))
+        if not turn.holds_back:
+            return ChoiceEvents(choice, events, sampled, token_ids)
+        withheld.sampled += sampled
+        withheld.token_ids += token_ids
+        if turn.sent_back == before and not events:
+            return ChoiceEvents(choice, events, ())
+        self._withheld[choice] = _Withheld()
+        if turn.sent_back > before:
+            return ChoiceEvents(choice, events, ())
+        return ChoiceEvents(choice, events, withheld.sampled, withheld.token_ids)
 
     async def _go_on(self) -> list[ChoiceEvents]:
         """Run the tools of this machine that were called, and prepare the requests of the next round; what the tools gave."""

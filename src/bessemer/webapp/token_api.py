@@ -83,6 +83,7 @@ class TokenApi:
     async def token(self, request: Request) -> dict[str, Any]:
         asked = read_request(TokenRequest, await request.body())
         caller = caller_of(request)
+        self._served.check_unguarded()
         served = await self._served.of(asked.model, caller)
         served.check_length("before", len(asked.before), 1)
         vocab_size = served.engine.tokenizer.vocab_size

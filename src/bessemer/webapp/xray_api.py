@@ -75,6 +75,7 @@ class XrayApi:
 
     async def without(self, request: Request) -> dict[str, Any]:
         asked = read_request(WithoutRequest, await request.body())
+        self._served.check_unguarded()
         return await self._alone(request, asked.text, lambda model: self._answers(asked, model))
 
     async def _alone(self, request: Request, text: str, work: Callable[[Decoder], Result]) -> Result:
