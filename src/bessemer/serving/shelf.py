@@ -76,7 +76,7 @@ class Shelf:
         return sum(one.worker.requests for one in self._open.values())
 
     async def model(self, name: str) -> OpenModel:
-        """A model that is open, opened if it must be. Nothing is awaited where it is, so that whoever is given it may be
+        """A model that is open, opened if it must be. Nothing is awaited where it is, so that a request that has it may be
         admitted before anybody closes it.
 
         Raises ApiError: 503 where no place is free, or the model cannot be opened.
