@@ -19,7 +19,6 @@ import pytest
 from bessemer.core.errors import SourceError
 from bessemer.core.hashing import hash_files
 from bessemer.data.engine import Engine, load_daft, run_tasks
-from tests.cases import slow
 
 STAGES = """
 import json, os, sys
@@ -116,7 +115,8 @@ def expected(threaded):
     return bytes_of(threaded)
 
 
-@pytest.mark.parametrize("finished, stages", [(1, 2), slow(0, 4)])
+@pytest.mark.parametrize("finished, stages", [(1, 2), (0, 4)])
+@pytest.mark.slow
 def test_processes_give_the_bytes_that_threads_give(run, threaded, tmp_path, finished, stages):
     """finished: stages that threads did before."""
     for number in range(finished):

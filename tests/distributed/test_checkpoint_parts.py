@@ -52,8 +52,9 @@ def hindered(out, rank, hinder=None, check=None, **options):
         os.fsync, manager.job_timeout, manager.check_plain = synchronise, timeout, check_plain
 
 
-@pytest.mark.parametrize("rank", [1, slow(0)])
-@pytest.mark.parametrize("background", [False, slow(True)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [1, 0])
+@pytest.mark.parametrize("background", [False, True])
 def test_a_disk_slower_than_the_timeout_of_a_collective_only_delays_a_checkpoint(two, rank, background, tmp_path):
     two.run(run, out=tmp_path / "quick", parallel={}, steps=1)
     hinder = partial(time.sleep, SLOW)

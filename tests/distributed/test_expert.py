@@ -116,6 +116,7 @@ def test_every_visit_is_made_and_comes_back(two, choices):
         torch.testing.assert_close(together, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_fewer_ranks_that_share_experts(two, four, tmp_path):
     options = {"model": SPARSE | {"num_hidden_layers": 2}, "ema": 0.9}
     expected = run(tmp_path / "whole", **options)

@@ -72,7 +72,8 @@ def test_the_step_is_that_of_matrices_gathered_whole(two, options):
             assert torch.equal(getattr(found, kind)[name], tensor), (kind, name)
 
 
-@pytest.mark.parametrize("parallel", [{"pipeline": 2, "data_shard": 2}, slow({"tensor": 2, "data_shard": 2})], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", [{"pipeline": 2, "data_shard": 2}, {"tensor": 2, "data_shard": 2}], ids=str)
 def test_so_it_is_on_four_ranks(four, parallel):
     options = {"parallel": parallel, "settings": BFLOAT16}
     found, expected = (four.run(gathered, dtype=dtype, **options)[0] for dtype in (torch.bfloat16, None))

@@ -83,6 +83,7 @@ def test_four_ranks_stopped_two_go_on_and_one_ends_it(two, four, tmp_path):
     assert_same_end(out, tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_four_ranks_killed_two_go_on_and_so_does_one(two, tmp_path):
     expected = run(tmp_path / "whole", steps=12)
     four = Pool(4)
@@ -98,6 +99,7 @@ def test_four_ranks_killed_two_go_on_and_so_does_one(two, tmp_path):
     assert run(tmp_path / "one", steps=12) == pytest.approx(expected, rel=EXACT)
 
 
+@pytest.mark.slow
 def test_a_pipeline_stopped_goes_on_whole_and_is_cut_again(two, four, tmp_path):
     options = {"model": DENSE | {"tie_word_embeddings": True}, "ema": 0.9}
     expected = run(tmp_path / "whole", **options)

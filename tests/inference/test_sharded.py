@@ -226,6 +226,7 @@ def opened(folder):
         yield engine
 
 
+@pytest.mark.slow
 def test_an_engine_starts_the_others_and_answers(opened, folder):
     assert opened.describe().startswith("640 KV blocks of 16 tokens, 0.00 GiB in float32 on each of 2 processes")
     alone = Engine(folder, device="cpu", config=EngineConfig(cpu_kernels="off"))

@@ -157,6 +157,7 @@ def test_every_process_of_a_deterministic_stage_has_the_workspaces_that_this_nee
     assert [(folder / f"workspaces-{rank}").read_text() for rank in range(2)] == [":4096:8"] * 2
 
 
+@pytest.mark.slow
 def test_two_processes_fine_tune_as_one_does(two, folder):
     options = {"stages": ["sft"], "sft.optimizer": "adamw"}  # Muon's products are in bfloat16
     two.run(by_hand, folder=folder, out=folder / "of two", **options)

@@ -6,6 +6,8 @@ from importlib import resources
 
 import pytest
 
+from tests.cases import slow
+
 
 def faults(page) -> list[str]:
     """What axe finds that is serious or critical."""
@@ -34,8 +36,11 @@ def xray(page):
     page.wait_for_selector("#without")
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize(("path", "do"), [("", chat), ("xray", xray), ("api", None)], ids=["chat", "xray", "api"])
+@pytest.mark.parametrize(
+    ("path", "do", "scheme"),
+    [("", chat, "dark"), ("xray", xray, "light"), ("api", None, "light"), slow("", chat, "light"), slow("xray", xray, "dark")],
+    ids=["chat dark", "xray light", "api", "chat light", "xray dark"],
+)
 def test_a_page_has_no_serious_fault(page, start, path, do, scheme):
     page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
     page.goto(f"{start()}/{path}")
