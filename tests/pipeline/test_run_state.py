@@ -55,3 +55,13 @@ def test_a_recipe_of_a_package_that_is_gone_is_still_listed(recipe, calls, monke
     record = runner.run_folder.record()["recipe"]
     runner.run_folder.start({**record, "gone": {"kind": "sharpen"}})
     assert list(states(runner.run_folder.folder))[-1] == "gone"
+
+
+def test_a_failure_that_is_over_is_forgotten(recipe, calls):
+    execute(prepare(recipe()))
+    runner = prepare(recipe("words: [a, bad]\ncount: {times: 2}\ntrain: {minutes: 0.05}\n"))
+    with pytest.raises(SourceError):
+        execute(runner)
+    # the recipe as it was: everything is reused, and nothing is made
+    folder = execute(prepare(recipe())).folder
+    assert {one.status for one in states(folder).values()} == {"done"} and not (folder / WORKING).exists()

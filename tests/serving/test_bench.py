@@ -9,7 +9,7 @@ import statistics
 import pytest
 
 from bessemer.cli.main import main
-from bessemer.core.errors import BessemerError, ConfigError
+from bessemer.core.errors import BessemerError, ConfigError, SourceError
 from bessemer.inference.engine import Engine
 from bessemer.model.folder import save_model
 from bessemer.serving.bench.client import Answer
@@ -118,3 +118,12 @@ def test_the_command_shows_and_saves(url, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["bench", "serve", url])
     assert ended.value.code == 2 and "bench serve" in capsys.readouterr().err
+
+
+def test_a_file_without_prompts_is_one_line_whenever_it_is_read(url, tmp_path):
+    with pytest.raises(SourceError, match="cannot be read"):
+        bench(url, LoadConfig(concurrency=1, warmup=0, prompts=tmp_path / "none.jsonl"))
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text('{"prompt": "the"}\n{"messages": []}\n')
+    with pytest.raises(SourceError, match="API chat"):
+        bench(url, LoadConfig(concurrency=1, requests=4, prompts=mixed))

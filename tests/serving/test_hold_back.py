@@ -100,3 +100,16 @@ def test_other_dialects_hold_back_too(asked):
 def test_texts_that_pass_no_check_are_not_answered(asked):
     answer, _ = asked(["bad."], "/v1/completions", messages=None, prompt="Go on")
     assert answer.status_code == 403 and answer.json()["error"]["code"] == "not_allowed"
+
+
+class Judge(Hook):
+    """Looks at whole messages alone, and holds nothing back."""
+
+    def check(self, draft, context, *, is_final):
+        return Retry("bad") if "bad" in draft.text else Pass()
+
+
+def test_a_message_that_is_sent_back_whole_leaves_no_ids_either(asked, tagged_tokenizer):
+    answer, _ = asked(["Quite bad.", "Quite good."], hook=Judge(), return_token_ids=True, logprobs=True)
+    assert "bad" not in answer.text
+    assert tagged_tokenizer.decode(answer.json()["choices"][0]["token_ids"]) == "Quite good."

@@ -120,7 +120,7 @@ def test_what_nobody_asks_for_is_closed_after_its_time(places, opened):
         now[0] = 30
         await found.model("middle")
         now[0] = 61
-        found.close_idle()
+        await found.close_idle()
         assert [one.name for one in found.open_models] == ["middle"]
         found.drain()
         with pytest.raises(ApiError, match="stopping"):
@@ -188,3 +188,44 @@ def test_real_models_come_and_go_and_each_answers_as_it_does_alone(tmp_path):
             assert answer["choices"][0]["text"] == alone["one" if name == "tiny" else name]
         metrics = httpx.get(f"{url}/metrics").text
         assert 'vllm:generation_tokens_total{engine="0",model_name="two"} 8.0' in metrics and '"three"' not in metrics
+
+
+def test_a_model_that_opens_while_the_server_stops_is_closed_and_nobody_is_admitted(places, opened):
+    async def asked():
+        found = shelf(places, opened)
+        opened.may_open.clear()
+        one = asyncio.create_task(found.model("small"))
+        await asyncio.sleep(0.05)
+        assert found.requests == 1
+        found.drain()
+        opened.may_open.set()
+        with pytest.raises(ApiError, match="stopping"):
+            await one
+        assert found.requests == 0 and found.open_models == []
+
+    asyncio.run(asked())
+    assert opened.opened == opened.closed == ["small"]
+
+
+def test_nothing_is_closed_for_a_model_that_would_not_fit_all_the_same(places, opened):
+    async def asked():
+        found = shelf(places, opened, most=9, memory=3 / 2**30)
+        one, _ = await found.model("small"), await found.model("middle")
+        # beside the one that answers there are two bytes, and it has three
+        with one.worker.admit(1), pytest.raises(ApiError, match="no place is free"):
+            await found.model("large")
+
+    asyncio.run(asked())
+    assert opened.closed == []
+
+
+def test_a_file_that_is_gone_is_said_and_the_server_goes_on(places, opened):
+    async def asked():
+        places["small"].unlink()
+        found = shelf(places, opened)
+        with pytest.raises(ApiError, match="cannot be opened") as refused:
+            await found.model("small")
+        assert refused.value.status == 503
+        await found.model("middle")
+
+    asyncio.run(asked())

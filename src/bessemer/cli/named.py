@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +89,10 @@ def option_of(command: str) -> Callable[[tuple[str | int, ...]], str]:
     return option
 
 
-def named_models(given: list[str] | None, first: str, aliases: list[str]) -> dict[str, str]:
+def named_models(given: list[str] | None, taken: Collection[str]) -> dict[str, str]:
     """What `--also NAME=MODEL` gives, once or more; without a name it is the last part of the model's.
 
-    first, aliases: the names of the first model. Raises ConfigError for a name that means two things, or none.
+    taken: the names of the first model and its adapters. Raises ConfigError for a name that means two things, or none.
     """
     models: dict[str, str] = {}
     for one in given or ():
@@ -101,7 +101,7 @@ def named_models(given: list[str] | None, first: str, aliases: list[str]) -> dic
             name, model = Path(one).name, one
         if not name or not model:
             raise ConfigError(f"--also {one}: give it as NAME=MODEL")
-        if name in models or name == first or name in aliases:
+        if name in models or name in taken:
             raise ConfigError(f"--also {one}: another model has the name {name!r} already; choose another")
         models[name] = model
     return models

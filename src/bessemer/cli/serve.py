@@ -111,7 +111,12 @@ def serve(
         | speculation(speculate)
         | named_numbers("parallel", parallel)
     )
-    beside = {its_name: find_model(its_model, runs) for its_name, its_model in named_models(also, name, alias or []).items()}
+    if both := next((one for one in alias or [] if one == name or one in adapters), None):
+        raise ConfigError(f"--alias {both}: the model or an adapter has that name already; choose another")
+    beside = {
+        its_name: find_model(its_model, runs)
+        for its_name, its_model in named_models(also, [name, *adapters, *(alias or [])]).items()
+    }
     settings = EngineConfig.parse({key: value for key, value in given.items() if value is not None}, option_of("serve"))
     limits = {"max_waiting": max_waiting, "max_body": max_body, "drain_seconds": drain_seconds}
     config = ServingConfig.parse(

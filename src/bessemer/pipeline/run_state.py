@@ -61,9 +61,13 @@ class WorkingNote:
         if self._path.exists():
             self._write({**read_json(self._path, "note of a run"), "problem": problem})
 
-    def end(self) -> None:
-        """The stage is made."""
-        self._path.unlink(missing_ok=True)
+    def end(self, stage: str | None = None) -> None:
+        """The stage is there. stage: only where the note is of this one; None: of any."""
+        try:
+            if stage is None or _working(self._path).get("stage") == stage:
+                self._path.unlink(missing_ok=True)
+        except OSError:
+            pass
 
     def _write(self, values: dict[str, Any]) -> None:
         try:

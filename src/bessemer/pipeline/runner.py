@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -143,6 +143,9 @@ class Runner:
         """
         made: dict[str, Made] = {}
         chosen = self._chosen(until or only)
+        if self._ranks.leads:
+            # what an earlier one left
+            self._note.end()
         for position, stage in enumerate(chosen):
             made[stage.name] = self._make(stage, made, reuse_only=only is not None and stage.name != only)
             self._check_use(made[stage.name], chosen[position + 1 :])
@@ -285,6 +288,7 @@ class Runner:
         """Lead the run's folder to an artefact. Under its key's lock, so that `bessemer clean` never sees it without a link."""
         if self._ranks.leads:
             self.run_folder.link_stage(made)
+            self._note.end(made.stage.name)
         return made
 
     def _make_together(self, stage: Stage, config: Config, whole: dict[str, Any], key: str, made: dict[str, Made]) -> Made:
@@ -337,8 +341,8 @@ class Runner:
             if resolved is not None:
                 return resolved, None
             scratch = self.store.root / f"{name}.partial"
-            self._note.begin(stage.name, name, stage.config)
-            resolved, measured = _resolved(stage, self._context(stage, stage.config, made, scratch))
+            with self._noted(stage, name):
+                resolved, measured = _resolved(stage, self._context(stage, stage.config, made, scratch))
             self.lock_file.keep(stage.name, key_of(given), Resolved(resolved.model_dump(mode="json"), measured), replace=again)
         return resolved, measured
 
@@ -356,12 +360,21 @@ class Runner:
             if found is not None:
                 return found
             scratch = self.store.root / f"{name}.partial"
-            if self._ranks.leads:
-                self._note.begin(stage.name, name, stage.config)
-            resolved, measured = _resolved(stage, self._context(stage, stage.config, made, scratch))
+            with self._noted(stage, name) if self._ranks.leads else nullcontext():
+                resolved, measured = _resolved(stage, self._context(stage, stage.config, made, scratch))
             if self._ranks.leads:
                 self.lock_file.keep(stage.name, key_of(given), Resolved(resolved.model_dump(mode="json"), measured))
         return resolved
+
+    @contextmanager
+    def _noted(self, stage: Stage, name: str) -> Iterator[None]:
+        """While the machine is measured for a stage: who looks at the run sees it at work, and why it failed."""
+        self._note.begin(stage.name, name, stage.config)
+        try:
+            yield
+        except Exception as error:
+            self._note.fail(str(error) or type(error).__name__)
+            raise
 
     def _wait_for(self, look: Callable[[], _Found | None], stage: str, key: str) -> _Found:
         """What rank 0 publishes, once it has. Raises ArtefactError when rank 0 seems to be gone."""

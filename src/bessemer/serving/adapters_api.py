@@ -46,7 +46,7 @@ class AdaptersApi:
     async def load(self, request: Request) -> PlainTextResponse:
         _check_admin(request)
         asked = read_request(LoadAdapter, await request.body())
-        if asked.lora_name in self._served.names and not (
+        if asked.lora_name in self._served.all_names and not (
             asked.load_inplace and asked.lora_name in self._served.engine.adapters
         ):
             raise _refused(f"'{asked.lora_name}' is served already; unload it, or send load_inplace: true", "lora_name")

@@ -84,7 +84,7 @@ def create_app(
             for one in watching:
                 one.cancel()
             if served.shelf is not None:
-                served.shelf.close()
+                await served.shelf.close()
             # at its end the engine's thread ends
             worker.close()
 
@@ -165,7 +165,7 @@ async def _look_after(shelf: Shelf | None) -> None:
     """Close models that nobody asks for, until cancelled."""
     while shelf is not None:
         await asyncio.sleep(LOOK_SECONDS)
-        shelf.close_idle()
+        await shelf.close_idle()
 
 
 async def _watch(keys: Keys | None) -> None:

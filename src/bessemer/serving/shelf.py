@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from bessemer.core.errors import BessemerError
 from bessemer.serving.bodies import ApiError
@@ -31,6 +34,10 @@ class OpenModel:
         """End its requests and its thread, and give its memory back."""
         self.worker.close()
         self.engine.close()
+        # weights and caches that only rings of references hold
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 class Shelf:
@@ -59,6 +66,11 @@ class Shelf:
         self._open: dict[str, OpenModel] = {}
         self._opening = asyncio.Lock()
         self.is_draining = False
+        self.is_closed = False
+        #: Requests that wait for their model.
+        self._awaited = 0
+        #: Models that have failed, to be ended before the next is opened.
+        self._leaving: list[OpenModel] = []
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -72,8 +84,8 @@ class Shelf:
 
     @property
     def requests(self) -> int:
-        """API requests of all of them that are under way."""
-        return sum(one.worker.requests for one in self._open.values())
+        """API requests of all of them that are under way, those among them that wait for their model."""
+        return self._awaited + sum(one.worker.requests for one in self._open.values())
 
     async def model(self, name: str) -> OpenModel:
         """A model that is open, opened if it must be. Nothing is awaited where it is, so that a request that has it may be
@@ -83,23 +95,12 @@ class Shelf:
         """
         if (found := self._usable(name)) is not None:
             return found
-        async with self._opening:
-            if (found := self._usable(name)) is not None:
-                return found
-            size = size_of(self._places[name])
-            self._make_room(name, size)
-            try:
-                engine = await asyncio.to_thread(self._open_engine, self._places[name])
-            except BessemerError as error:
-                raise ApiError(
-                    f"the model '{name}' cannot be opened: {_without_place(error, self._places[name])}",
-                    status=503,
-                    kind="server_error",
-                    headers={"Retry-After": "30"},
-                ) from None
-            found = OpenModel(name, engine, Worker(engine, self._max_waiting), size, self._clock())
-            self._open[name] = found
-            return found
+        self._awaited += 1
+        try:
+            # one whose client leaves is opened to its end, for the next
+            return await asyncio.shield(self._opened(name))
+        finally:
+            self._awaited -= 1
 
     def drain(self) -> None:
         """Begin nothing new."""
@@ -107,31 +108,62 @@ class Shelf:
         for one in self._open.values():
             one.worker.is_draining = True
 
-    def close_idle(self) -> None:
+    async def close_idle(self) -> None:
         """Close what nobody has asked for in the time that is kept."""
-        if self._keep_alive is None:
-            return
+        now = self._clock()
         for one in self.open_models:
-            if one.worker.requests == 0 and self._clock() - one.used >= self._keep_alive:
-                self._close(one)
+            if one.worker.requests:
+                one.used = now
+            elif self._keep_alive is not None and now - one.used >= self._keep_alive:
+                await self._close(one)
 
-    def close(self) -> None:
-        """Close all."""
-        for one in self.open_models:
-            self._close(one)
+    async def close(self) -> None:
+        """Close all, and what is being opened as soon as it is open."""
+        self.is_closed = True
+        async with self._opening:
+            for one in self.open_models:
+                await self._close(one)
+
+    async def _opened(self, name: str) -> OpenModel:
+        async with self._opening:
+            if (found := self._usable(name)) is not None:
+                return found
+            place = self._places[name]
+            try:
+                size = size_of(place)
+                await self._make_room(name, size)
+                engine = await asyncio.to_thread(self._open_engine, place)
+            except (BessemerError, OSError, RuntimeError, MemoryError) as error:
+                raise ApiError(
+                    f"the model '{name}' cannot be opened: {_without_place(error, place)}",
+                    status=503,
+                    kind="server_error",
+                    headers={"Retry-After": "30"},
+                ) from None
+            found = OpenModel(name, engine, Worker(engine, self._max_waiting), size, self._clock())
+            if self.is_draining or self.is_closed:
+                await asyncio.to_thread(found.close)
+                raise _busy("the server is stopping; another one may answer")
+            self._open[name] = found
+            return found
 
     def _usable(self, name: str) -> OpenModel | None:
         found = self._open.get(name)
         if found is not None and found.worker.failure is not None and found.worker.requests == 0:
             # one that has failed is opened again
-            self._close(found)
+            del self._open[name]
+            found.worker.is_draining = True
+            self._leaving.append(found)
             return None
         if found is not None:
             found.used = self._clock()
         return found
 
-    def _make_room(self, name: str, size: int) -> None:
-        """Close the models that were asked for the longest time ago until another fits. Raises ApiError (503)."""
+    async def _make_room(self, name: str, size: int) -> None:
+        """Close the models that were asked for the longest time ago until another fits. None is closed where that would not do.
+
+        Raises ApiError (503).
+        """
         if self.is_draining:
             raise _busy("the server is stopping; another one may answer")
         if self._memory is not None and size > self._memory:
@@ -140,19 +172,28 @@ class Shelf:
                 status=503,
                 kind="server_error",
             )
-        while not self._fits(size):
-            idle = [one for one in self._open.values() if one.worker.requests == 0]
-            if not idle:
+        for failed in self._leaving:
+            await asyncio.to_thread(failed.close)
+        self._leaving.clear()
+        staying = self.open_models
+        idle = sorted((one for one in staying if one.worker.requests == 0), key=lambda one: one.used)
+        leaving: list[OpenModel] = []
+        while not self._fits(size, [one for one in staying if one not in leaving]):
+            if len(leaving) == len(idle):
                 raise _busy(f"no place is free for '{name}' while the other models answer; try again in a moment")
-            self._close(min(idle, key=lambda one: one.used))
+            leaving.append(idle[len(leaving)])
+        for one in leaving:
+            await self._close(one)
 
-    def _fits(self, size: int) -> bool:
-        held = sum(one.size for one in self._open.values())
-        return len(self._open) < self._most and (self._memory is None or held + size <= self._memory)
+    def _fits(self, size: int, others: Sequence[OpenModel]) -> bool:
+        held = sum(one.size for one in others)
+        return len(others) < self._most and (self._memory is None or held + size <= self._memory)
 
-    def _close(self, one: OpenModel) -> None:
+    async def _close(self, one: OpenModel) -> None:
+        """Take it off the shelf at once, and end it beside the event loop: its thread may be in the middle of a step."""
         del self._open[one.name]
-        one.close()
+        one.worker.is_draining = True
+        await asyncio.to_thread(one.close)
 
 
 def size_of(place: Path) -> int:
@@ -162,7 +203,7 @@ def size_of(place: Path) -> int:
     return sum(path.stat().st_size for path in place.glob("*.safetensors"))
 
 
-def _without_place(error: BessemerError, place: Path) -> str:
+def _without_place(error: Exception, place: Path) -> str:
     """The error, without where the model lies on this machine."""
     return str(error).replace(str(place), place.name)
 

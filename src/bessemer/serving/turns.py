@@ -118,15 +118,16 @@ class Turns:
         turn, withheld = self._turns[choice], self._withheld[choice]
         before = turn.sent_back
         events = turn.take(Delta(token_ids, finish_reason=finish_reason))
+        if turn.sent_back > before:
+            self._withheld[choice] = _Withheld()
+            return ChoiceEvents(choice, events, ())
         if not turn.holds_back:
             return ChoiceEvents(choice, events, sampled, token_ids)
         withheld.sampled += sampled
         withheld.token_ids += token_ids
-        if turn.sent_back == before and not events:
+        if not events:
             return ChoiceEvents(choice, events, ())
         self._withheld[choice] = _Withheld()
-        if turn.sent_back > before:
-            return ChoiceEvents(choice, events, ())
         return ChoiceEvents(choice, events, withheld.sampled, withheld.token_ids)
 
     async def _go_on(self) -> list[ChoiceEvents]:

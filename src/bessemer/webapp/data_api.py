@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import asyncio
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,8 +32,8 @@ class DataApi:
     def __init__(self, served: Served, runs: Path | None) -> None:
         self._served = served
         self._runs = runs
-        # filters and models take all cores
-        self._explaining = threading.Lock()
+        # filters and models take all cores: one at a time, and those that wait take no thread
+        self._explaining = asyncio.Lock()
 
     def router(self) -> APIRouter:
         """The routes."""
@@ -113,7 +113,8 @@ class DataApi:
         found = self._run(request, run)
         if not is_document_id(identity):
             raise missing("a document's id has 32 hexadecimal digits")
-        return await off_the_loop(lambda: self._told(found, identity))
+        async with self._explaining:
+            return await off_the_loop(lambda: self._told(found, identity))
 
     def _told(self, run: RunFolder, identity: str) -> dict[str, Any]:
         stages = run.stages()
@@ -124,8 +125,7 @@ class DataApi:
         text = first["text"][:_LONGEST]
         problem, explanation = None, None
         try:
-            with self._explaining:
-                explanation = _explained(run, text, first["url"])
+            explanation = _explained(run, text, first["url"])
         except ConfigError as error:
             problem = str(error)
         tokenizer = self._tokenizer(run)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -59,7 +59,8 @@ class LineageApi:
     def __init__(self, served: Served, runs: Path | None, run: str | None) -> None:
         self._served = served
         self._made_by = None if runs is None or run is None else (runs, run)
-        self._lock = threading.Lock()
+        # one at a time, and those that wait take no thread
+        self._lock = asyncio.Lock()
 
     def router(self) -> APIRouter:
         """The routes."""
@@ -70,16 +71,14 @@ class LineageApi:
 
     async def earlier(self, request: Request) -> dict[str, Any]:
         self._check(request)
+        self._served.check_unguarded()
         asked = read_request(EarlierRequest, await request.body())
         self._check_ids(asked)
         caller_of(request).spend(prompt=min(len(asked.before), _LONGEST))
 
-        def told() -> list[dict[str, Any]]:
-            with self._lock:
-                return [self._said(one, asked) for one in self._models]
-
         with self._served.worker.admit(1):
-            return {"models": await off_the_loop(told)}
+            async with self._lock:
+                return {"models": await off_the_loop(lambda: [self._said(one, asked) for one in self._models])}
 
     async def training(self, request: Request) -> dict[str, Any]:
         self._check(request)

@@ -9,6 +9,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from bessemer.core.errors import ArtefactError
 from bessemer.core.report import KeyFigure, Part
 from bessemer.evaluation.comparison import compare, flips
 from bessemer.evaluation.comparison_report import comparison_parts, flip_parts
@@ -25,6 +26,7 @@ from bessemer.webapp.drawn import without_styles
 GROWING = {"metrics": "metrics.jsonl", "samples": "samples.jsonl"}
 #: Bytes of a growing file that are sent at once.
 _AT_ONCE = 2_000_000
+_MOST_DIGITS = 20
 
 
 def figures(run: RunFolder) -> list[dict[str, str]]:
@@ -61,7 +63,19 @@ def _drawn(parts: Sequence[Part], name: str) -> str:
 
 def in_short(run: RunFolder) -> dict[str, Any]:
     """A run in the list."""
-    states = stage_states(run)
+    try:
+        states = stage_states(run)
+    except (ArtefactError, KeyError, TypeError, AttributeError) as error:
+        # one that cannot be read does not hide the others
+        return {
+            "name": run.name,
+            "description": f"cannot be read: {error}",
+            "stages": 0,
+            "done": 0,
+            "at_work": None,
+            "seconds": 0,
+            "changed": 0.0,
+        }
     at_work = next((state for state in states if state.status in ("running", "interrupted", "failed")), None)
     changed = max((path.stat().st_mtime for path in (run.folder / "run.json", *run.folder.glob("working.json"))), default=0.0)
     return {
@@ -125,10 +139,14 @@ def grown(path: Path, after: str) -> dict[str, Any]:
         with path.open("rb") as stream:
             file = path.stat()
             identity, _, place = after.partition("-")
-            is_same = identity == str(file.st_ino) and place.isdecimal() and int(place) <= file.st_size
+            is_place = place.isdecimal() and len(place) < _MOST_DIGITS
+            is_same = identity == str(file.st_ino) and is_place and int(place) <= file.st_size
             start = int(place) if is_same else 0
             stream.seek(start)
             content = stream.read(_AT_ONCE)
+            if b"\n" not in content:
+                # a line that is longer
+                content += stream.readline()
     except FileNotFoundError:
         return {"after": "", "restarted": bool(after), "records": []}
     whole = content[: content.rfind(b"\n") + 1]

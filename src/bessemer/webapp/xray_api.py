@@ -71,6 +71,7 @@ class XrayApi:
 
     async def xray(self, request: Request) -> dict[str, Any]:
         asked = read_request(XrayRequest, await request.body())
+        self._served.check_unguarded()
         return await self._alone(request, asked.text, lambda model: self._drawn(asked, model))
 
     async def without(self, request: Request) -> dict[str, Any]:

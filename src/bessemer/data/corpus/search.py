@@ -64,7 +64,7 @@ class Query:
             right = pa.array([rule_of(reason) == self.rule for reason in different.dictionary.to_pylist()], pa.bool_())
             mask = pc.and_(mask, pc.fill_null(right.take(different.indices), False))
         if self.column:
-            values = pc.cast(rows.column(self.column), pa.float64())
+            values = pc.cast(rows.column(self.column), pa.float64(), safe=False)
             for limit, is_within in ((self.low, pc.greater_equal), (self.high, pc.less_equal)):
                 if limit is not None:
                     mask = pc.and_(mask, pc.fill_null(is_within(values, limit), False))
@@ -116,7 +116,7 @@ def ranked(
     for batch in iterate_documents(folder, columns, batch_rows=_ROWS):
         rows = batch.filter(query.matches(batch))
         looked_at += batch.num_rows
-        keys = pa.table({"id": rows.column("id"), "key": pc.cast(rows.column(order), pa.float64())})
+        keys = pa.table({"id": rows.column("id"), "key": pc.cast(rows.column(order), pa.float64(), safe=False)})
         keys = keys.filter(pc.is_finite(pc.fill_null(keys.column("key"), float("nan"))))
         best = keys if best is None else pa.concat_tables([best, keys])
         chosen = pc.select_k_unstable(
@@ -169,23 +169,31 @@ class Duplicate:
     similarity: float | None
 
 
-def duplicate_groups(folder: Path, *, groups: int = 50, members: int = 20) -> list[tuple[str, int, list[Duplicate]]]:
-    """The largest groups of dropped duplicates: the document that stays, how many it stands for, and some of them.
+def duplicate_groups(
+    folder: Path, *, groups: int = 50, members: int = 20, seconds: float = 10.0
+) -> list[tuple[str, int, list[Duplicate]]]:
+    """The largest groups of dropped duplicates: the document that stays, how many it stands for, and the likest of them; of
+    what was read in that time.
 
     folder: of dropped documents. Raises ArtefactError for one that is none.
     """
-    survivors: dict[str, list[Duplicate]] = {}
+    counts: Counter[str] = Counter()
+    likest: dict[str, list[Duplicate]] = {}
+    until = time.monotonic() + seconds
     for rows in iterate_documents(folder, ["id", REASON.name]):
         parts = pc.extract_regex(rows.column(REASON.name), _SURVIVOR)
         for identity, one in zip(rows.column("id").to_pylist(), parts.to_pylist(), strict=True):
             if one is not None:
                 similarity = float(one["similarity"]) if one["similarity"] else None
-                survivors.setdefault(one["survivor"], []).append(Duplicate(identity, one["wording"], similarity))
-    largest = sorted(survivors.items(), key=lambda group: (-len(group[1]), group[0]))[:groups]
-    return [
-        (survivor, len(found), sorted(found, key=lambda one: (-(one.similarity or 1.0), one.id))[:members])
-        for survivor, found in largest
-    ]
+                counts[one["survivor"]] += 1
+                some = likest.setdefault(one["survivor"], [])
+                some.append(Duplicate(identity, one["wording"], similarity))
+                some.sort(key=lambda one: (-(one.similarity or 1.0), one.id))
+                del some[members:]
+        if time.monotonic() > until:
+            break
+    largest = sorted(counts.items(), key=lambda group: (-group[1], group[0]))[:groups]
+    return [(survivor, count, likest[survivor]) for survivor, count in largest]
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from dataclasses import dataclass, field
@@ -46,45 +47,56 @@ class Answer:
         return (self.seconds - self.time_to_first_token) / (self.tokens - 1) if self.tokens > 1 else 0.0
 
 
-async def ask(client: httpx.AsyncClient, api: str, body: dict[str, Any]) -> Answer:
-    """Send a request and read its stream to the end. Whatever goes wrong is the answer's `error`."""
-    answer, parts = Answer(time.perf_counter()), 0
+async def ask(client: httpx.AsyncClient, api: str, body: dict[str, Any], timeout: float | None = None) -> Answer:
+    """Send a request and read its stream to the end. Whatever goes wrong is the answer's `error`. timeout: seconds for all of
+    it."""
+    answer = Answer(time.perf_counter())
     try:
-        async with client.stream("POST", _PATHS[api], json=body) as response:
-            if response.status_code != 200:
-                answer.error = f"{response.status_code}: {_reason(await response.aread())}"
-                return answer
-            waiting, latest = b"", None
-            async for received in response.aiter_raw():
-                now = time.perf_counter()
-                *events, waiting = (waiting + received).split(b"\n")
-                for event in events:
-                    if not event.startswith(b"data: ") or event.startswith(b"data: [DONE]"):
-                        continue
-                    chunk = json.loads(event[6:])
-                    if "error" in chunk:
-                        answer.error = _reason(event[6:])
-                        return answer
-                    if usage := chunk.get("usage"):
-                        answer.prompt_tokens, answer.tokens = usage["prompt_tokens"], usage["completion_tokens"]
-                    if not _has_text(chunk):
-                        continue
-                    parts += 1
-                    if latest is None:
-                        answer.first = now
-                    else:
-                        answer.gaps.append(now - latest)
-                    latest = now
-        answer.ended = time.perf_counter()
-        answer.tokens = answer.tokens or parts
-        if answer.first is None and answer.tokens:
-            # tokens without a text of their own, as control tokens are
-            answer.first = answer.ended
-        elif answer.first is None:
-            answer.error = "an empty answer"
-    except (httpx.HTTPError, json.JSONDecodeError, KeyError, TypeError) as error:
+        async with asyncio.timeout(timeout):
+            await _read(client, api, body, answer)
+    except TimeoutError:
+        answer.error = f"not answered in {timeout:g} s"
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError, AttributeError) as error:
+        # a stream that is no stream of completions has any shape
         answer.error = str(error) or type(error).__name__
     return answer
+
+
+async def _read(client: httpx.AsyncClient, api: str, body: dict[str, Any], answer: Answer) -> None:
+    parts = 0
+    async with client.stream("POST", _PATHS[api], json=body) as response:
+        if response.status_code != 200:
+            answer.error = f"{response.status_code}: {_reason(await response.aread())}"
+            return
+        waiting, latest = b"", None
+        async for received in response.aiter_raw():
+            now = time.perf_counter()
+            *events, waiting = (waiting + received).split(b"\n")
+            for event in events:
+                data = event.removeprefix(b"data:").strip()
+                if not event.startswith(b"data:") or data == b"[DONE]":
+                    continue
+                chunk = json.loads(data)
+                if "error" in chunk:
+                    answer.error = _reason(data)
+                    return
+                if usage := chunk.get("usage"):
+                    answer.prompt_tokens, answer.tokens = usage["prompt_tokens"], usage["completion_tokens"]
+                if not _has_text(chunk):
+                    continue
+                parts += 1
+                if latest is None:
+                    answer.first = now
+                else:
+                    answer.gaps.append(now - latest)
+                latest = now
+    answer.ended = time.perf_counter()
+    answer.tokens = answer.tokens or parts
+    if answer.first is None and answer.tokens:
+        # tokens without a text of their own, as control tokens are
+        answer.first = answer.ended
+    elif answer.first is None:
+        answer.error = "an empty answer"
 
 
 def _has_text(chunk: dict[str, Any]) -> bool:

@@ -63,13 +63,15 @@ def bench(url: str, config: LoadConfig, *, key: str | None = None, progress: Pro
 
 
 async def _bench(url: str, config: LoadConfig, key: str | None, progress: Progress) -> Measured:
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    # parts are timed as they come, so none may wait for a compressor
+    headers = {"Accept-Encoding": "identity", **({"Authorization": f"Bearer {key}"} if key else {})}
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     async with httpx.AsyncClient(base_url=url, headers=headers, timeout=config.timeout, limits=limits) as client:
         model = config.model or await _first_model(client)
-        asked = bodies(config, model)
+        # all of them before the first is sent: a mistake in a file is found now
+        asked = iter([*itertools.islice(bodies(config, model), config.warmup + config.requests)])
         for number in range(config.warmup):
-            answer = await ask(client, config.api, next(asked))
+            answer = await ask(client, config.api, next(asked), config.timeout)
             if number == 0 and answer.error is not None:
                 raise BessemerError(f"{url} refuses a request: {answer.error}")
         answers: list[Answer] = []
@@ -77,7 +79,7 @@ async def _bench(url: str, config: LoadConfig, key: str | None, progress: Progre
         with progress.task("requests", total=config.requests, unit="requests") as bar:
             # Ctrl-C: what was answered is measured
             with contextlib.suppress(asyncio.CancelledError):
-                await _load(client, config, itertools.islice(asked, config.requests), answers, bar)
+                await _load(client, config, asked, answers, bar)
         seconds = time.perf_counter() - start
     errors = Counter(answer.error for answer in answers if answer.error is not None)
     if not answers or len(answers) == sum(errors.values()):
@@ -94,7 +96,7 @@ async def _load(
 
     async def send(body: dict[str, Any]) -> None:
         try:
-            answers.append(await ask(client, config.api, body))
+            answers.append(await ask(client, config.api, body, config.timeout))
         finally:
             places.release()
         bar.advance()
@@ -116,5 +118,5 @@ async def _first_model(client: httpx.AsyncClient) -> str:
         return str(response.json()["data"][0]["id"])
     except httpx.HTTPStatusError as error:
         raise BessemerError(f"{client.base_url} answers {error.response.status_code} to /v1/models") from None
-    except (httpx.HTTPError, ValueError, KeyError, IndexError) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, IndexError, TypeError) as error:
         raise BessemerError(f"{client.base_url} does not answer as an OpenAI-compatible server ({error})") from None

@@ -16,9 +16,14 @@ function options(name, entries, first) {
 
 const failed = (error) => state.replaceChildren(make("span", { class: "failure" }, error.message));
 
+/** Whether nothing newer has been asked for since: an answer that comes late is not shown. */
+const isNewest = (mine) => mine === asked;
+
 async function openRun() {
+  const mine = ++asked;
   if (!value("run")) { state.textContent = "No run has documents here yet."; return; }
   const { folders } = await json(path(value("run")));
+  if (!isNewest(mine)) return;
   const sides = folders.flatMap(({ stage, ...found }) => Object.entries(found).map(([side, documents]) => [`${stage}/${side}`, `${stage}: ${side === "documents" ? "kept" : "dropped"} (${count(documents)})`]));
   options("folder", sides);
   const stage = place.get("stage");
@@ -28,8 +33,10 @@ async function openRun() {
 }
 
 async function openFolder() {
+  const mine = ++asked;
   const [stage, side] = value("folder").split("/");
   const found = await json(path(value("run"), stage, side, "facets"));
+  if (!isNewest(mine)) return;
   options("source", found.sources.map(([name, number]) => [name, `${name} (${count(number)})`]), "any");
   options("rule", found.rules.map(([name, number]) => [name, `${name} (${count(number)})`]), "any reason");
   options("column", found.scores.map((name) => [name, name.replaceAll("_", " ")]), "any");
@@ -61,7 +68,7 @@ async function search(start = 0) {
     list.append(...found.rows.map(shown));
     next = found.next;
     more.hidden = next === null;
-    const looked = found.looked_at < found.documents && next !== null ? `; ${count(found.looked_at)} of ${count(found.documents)} looked at` : "";
+    const looked = found.looked_at < found.documents && (next !== null || (value("order") && value("column"))) ? `; ${count(found.looked_at)} of ${count(found.documents)} looked at` : "";
     state.textContent = `${count(list.childElementCount)} documents${next === null ? "" : " so far"}${looked}`;
     setPlace();
     say(state.textContent);
@@ -86,11 +93,13 @@ function marked(text, searched) {
 const short = (number) => typeof number === "number" ? (Number.isInteger(number) ? count(number) : Number(number.toPrecision(4)).toString()) : String(number);
 
 async function openDuplicates() {
+  const mine = ++asked;
   const [stage, side] = value("folder").split("/");
   state.textContent = "Reading …";
   byId("document").hidden = true;
   try {
     const { groups } = await json(path(value("run"), stage, side, "duplicates"));
+    if (!isNewest(mine)) return;
     state.textContent = groups.length ? `${groups.length} groups, the largest first` : "No document was dropped here as a duplicate.";
     more.hidden = true;
     const link = (id, text) => make("button", { class: "quiet", type: "button", onclick: () => openDocument(id) }, text ?? id.slice(0, 12));
@@ -103,10 +112,12 @@ async function openDuplicates() {
 }
 
 async function openDocument(id) {
+  const mine = ++asked;
   const box = byId("document");
   state.textContent = "Asking every filter …";
   try {
     const found = await json(path(value("run"), id));
+    if (!isNewest(mine)) return;
     state.textContent = "";
     setPlace({ id });
     box.hidden = false;

@@ -138,6 +138,8 @@ ${copy.outerHTML}
 `);
 }
 
+const sheets = new Set();
+
 /** HTML that this server's own views have drawn, as nodes. The page's policy lets no style in that stands in HTML, so the server
  *  calls them `data-style` and `data-sheet`, and they are set here. */
 export function drawn(html) {
@@ -150,9 +152,12 @@ export function drawn(html) {
     delete node.dataset.style;
   }
   for (const node of fragment.querySelectorAll("[data-sheet]")) {
-    const sheet = new CSSStyleSheet();
-    sheet.replaceSync(node.textContent);
-    document.adoptedStyleSheets = [...document.adoptedStyleSheets, sheet];
+    if (!sheets.has(node.textContent)) {
+      const sheet = new CSSStyleSheet();
+      sheet.replaceSync(node.textContent);
+      sheets.add(node.textContent);
+      document.adoptedStyleSheets = [...document.adoptedStyleSheets, sheet];
+    }
     node.remove();
   }
   return fragment;

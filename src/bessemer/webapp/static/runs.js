@@ -215,17 +215,21 @@ async function openStage(stage) {
   await grow();
 }
 
+let othersAsked = 0;
+
 async function openOther() {
-  const other = choose.elements.other.value;
+  const other = choose.elements.other.value, mine = ++othersAsked;
   curves.other = none;
   byId("beside").hidden = !other;
   if (!other) return;
   curves.other = new Columns(other, curves.stage, "metrics");
   try {
     const { html } = await json(path(name, "beside", other));
+    if (mine !== othersAsked) return;
     byId("beside").lastElementChild.replaceChildren(drawn(html));
     await curves.other.grow();
   } catch (error) {
+    if (mine !== othersAsked) return;
     curves.other = none;
     if (error.status !== 404) byId("beside").lastElementChild.replaceChildren(make("p", { class: "failure" }, error.message));
   }
@@ -364,7 +368,8 @@ async function live() {
     }
   } catch (error) {
     state.replaceChildren(make("span", { class: "failure" }, error.message));
-    if (error.status !== undefined) return;
+    // what is refused stays refused; a server that is busy is asked again
+    if ([401, 403, 404].includes(error.status)) return;
   }
   setTimeout(live, isLive ? EVERY : SELDOM);
 }
