@@ -5,11 +5,24 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+from bessemer.inference.engine import Engine, EngineConfig
+from bessemer.model.folder import save_model
 from bessemer.serving.app import Pages, no_pages
 from bessemer.serving.config import ServingConfig
 from bessemer.serving.served import Served
 from bessemer.serving.server import Server, address_of, create_server, listen
+from tests.model.randomised import SHAPES, random_decoder
+from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer
+
+
+def babbling_engine(folder: Path, context: int = 512, **settings) -> Engine:
+    """A real engine of a tiny model that has learned nothing, which is written to a folder."""
+    tokenizer = write_small_tokenizer(folder / "tokenizer")
+    shape = SHAPES["grouped"].with_changes(vocab_size=VOCAB_SIZE, max_position_embeddings=context)
+    save_model(random_decoder(shape), folder / "model", tokenizer=tokenizer)
+    return Engine(folder / "model", device="cpu", config=EngineConfig(**settings))
 
 
 @contextmanager

@@ -10,16 +10,12 @@ import pytest
 
 from bessemer.cli.main import main
 from bessemer.core.errors import BessemerError, ConfigError, SourceError
-from bessemer.inference.engine import Engine
-from bessemer.model.folder import save_model
 from bessemer.serving.bench.client import Answer
 from bessemer.serving.bench.config import LoadConfig
 from bessemer.serving.bench.figures import figures
 from bessemer.serving.bench.run import bench
 from bessemer.serving.bench.workload import bodies, waits
-from tests.model.randomised import SHAPES, random_decoder
-from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer
-from tests.serving.running import servers
+from tests.serving.running import babbling_engine, servers
 
 
 def test_figures_of_a_worked_case():
@@ -57,12 +53,9 @@ def test_the_same_settings_ask_the_same_and_no_two_prompts_begin_alike(tmp_path)
 @pytest.fixture(scope="module")
 def url(tmp_path_factory):
     """A server of a model that has learned nothing."""
-    path = tmp_path_factory.mktemp("served")
-    tokenizer = write_small_tokenizer(path / "tokenizer")
-    shape = SHAPES["grouped"].with_changes(vocab_size=VOCAB_SIZE, max_position_embeddings=512)
-    save_model(random_decoder(shape), path / "model", tokenizer=tokenizer)
+    made = babbling_engine(tmp_path_factory.mktemp("served"), 512)
     with servers() as start:
-        yield start(Engine(path / "model", device="cpu"))
+        yield start(made)
 
 
 @pytest.mark.parametrize("api", ["completions", "chat"])

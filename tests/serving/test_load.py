@@ -15,21 +15,13 @@ from pathlib import Path
 import httpx
 import pytest
 
-from bessemer.inference.engine import Engine, EngineConfig
-from bessemer.model.folder import save_model
 from tests.cases import slow
-from tests.model.randomised import SHAPES, random_decoder
-from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer
-from tests.serving.running import servers
+from tests.serving.running import babbling_engine, servers
 
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
-    path = tmp_path_factory.mktemp("load")
-    tokenizer = write_small_tokenizer(path / "tokenizer")
-    shape = SHAPES["grouped"].with_changes(vocab_size=VOCAB_SIZE, max_position_embeddings=512)
-    save_model(random_decoder(shape), path / "model", tokenizer=tokenizer)
-    return Engine(path / "model", device="cpu", config=EngineConfig(max_num_seqs=16, prefix_cache=False))
+    return babbling_engine(tmp_path_factory.mktemp("load"), max_num_seqs=16, prefix_cache=False)
 
 
 @pytest.fixture

@@ -8,11 +8,7 @@ import sys
 
 import pytest
 
-from bessemer.inference.engine import Engine
-from bessemer.model.folder import save_model
-from tests.model.randomised import SHAPES, random_decoder
-from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer
-from tests.serving.running import servers
+from tests.serving.running import babbling_engine, servers
 
 pytestmark = pytest.mark.peer(name="clients")
 
@@ -23,12 +19,9 @@ SAID = [{"role": "user", "content": "the end of the line"}]
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory):
-    path = tmp_path_factory.mktemp("served")
-    tokenizer = write_small_tokenizer(path / "tokenizer")
-    shape = SHAPES["grouped"].with_changes(vocab_size=VOCAB_SIZE, max_position_embeddings=512)
-    save_model(random_decoder(shape), path / "model", tokenizer=tokenizer)
+    made = babbling_engine(tmp_path_factory.mktemp("served"), 512)
     with servers() as start:
-        yield start(Engine(path / "model", device="cpu"), aliases=[KNOWN])
+        yield start(made, aliases=[KNOWN])
 
 
 def test_llm(url, tmp_path):

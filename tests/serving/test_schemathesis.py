@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from bessemer.inference.engine import Engine
-from bessemer.model.folder import save_model
 from bessemer.serving.openapi import OPERATIONS
-from tests.model.randomised import SHAPES, random_decoder
-from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer
-from tests.serving.running import servers
+from tests.serving.running import babbling_engine, servers
 
 pytestmark = pytest.mark.peer(name="clients")
 
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory):
-    path = tmp_path_factory.mktemp("served")
-    tokenizer = write_small_tokenizer(path / "tokenizer")
-    shape = SHAPES["grouped"].with_changes(vocab_size=VOCAB_SIZE, max_position_embeddings=256)
-    save_model(random_decoder(shape), path / "model", tokenizer=tokenizer)
+    made = babbling_engine(tmp_path_factory.mktemp("served"), 256)
     with servers() as start:
-        yield start(Engine(path / "model", device="cpu"), max_waiting=8)
+        yield start(made, max_waiting=8)
 
 
 @pytest.mark.parametrize(("path", "method"), OPERATIONS, ids=lambda value: value)

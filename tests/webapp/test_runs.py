@@ -169,6 +169,12 @@ def test_runs_and_documents_are_an_admins(runs, made, tmp_path):
         assert httpx.get(f"{without}/inspect/runs").status_code == 403
 
 
+@pytest.fixture
+def page(url, page):
+    """The page of a browser, which is closed before the server: it asks again and again."""
+    return page
+
+
 # --- in a browser ---------------------------------------------------------------------------------------------------
 
 

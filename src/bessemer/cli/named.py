@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,17 +94,7 @@ def named_models(given: list[str] | None, taken: Collection[str]) -> dict[str, s
 
     taken: the names of the first model and its adapters. Raises ConfigError for a name that means two things, or none.
     """
-    models: dict[str, str] = {}
-    for one in given or ():
-        name, has_name, model = one.partition("=")
-        if not has_name:
-            name, model = Path(one).name, one
-        if not name or not model:
-            raise ConfigError(f"--also {one}: give it as NAME=MODEL")
-        if name in models or name in taken:
-            raise ConfigError(f"--also {one}: another model has the name {name!r} already; choose another")
-        models[name] = model
-    return models
+    return _named("also", "MODEL", given, dict.fromkeys(taken, "another model"), "another model")
 
 
 def named_folders(given: list[str] | None, taken: str | None = None) -> dict[str, str]:
@@ -112,15 +102,19 @@ def named_folders(given: list[str] | None, taken: str | None = None) -> dict[str
 
     taken: a name that stands for the model itself. Raises ConfigError for a name that means two things, or none.
     """
-    folders: dict[str, str] = {}
+    return _named("adapter", "FOLDER", given, {} if taken is None else {taken: "the model"}, "another adapter")
+
+
+def _named(option: str, what: str, given: list[str] | None, taken: Mapping[str, str], another: str) -> dict[str, str]:
+    """What an option `NAME=…` gives, once or more. taken: who has a name already; another: who has it of the others given."""
+    found: dict[str, str] = {}
     for one in given or ():
-        name, has_name, folder = one.partition("=")
+        name, has_name, place = one.partition("=")
         if not has_name:
-            name, folder = Path(one).name, one
-        if not name or not folder:
-            raise ConfigError(f"--adapter {one}: give it as NAME=FOLDER")
-        if name == taken or name in folders:
-            other = "the model" if name == taken else "another adapter"
-            raise ConfigError(f"--adapter {one}: {other} has the name {name!r} already; choose another")
-        folders[name] = folder
-    return folders
+            name, place = Path(one).name, one
+        if not name or not place:
+            raise ConfigError(f"--{option} {one}: give it as NAME={what}")
+        if name in taken or name in found:
+            raise ConfigError(f"--{option} {one}: {taken.get(name, another)} has the name {name!r} already; choose another")
+        found[name] = place
+    return found
