@@ -43,6 +43,8 @@ BENCH = [
     Benchmark("evaluation"),
     Benchmark("evaluation_agreement"),
     Benchmark("servers"),
+    Benchmark("first_answer"),
+    Benchmark("web"),
     Benchmark("matrices"),
     Benchmark("packed_products"),
     Benchmark("gguf_forms"),

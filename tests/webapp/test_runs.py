@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import httpx
@@ -167,6 +168,17 @@ def test_runs_and_documents_are_an_admins(runs, made, tmp_path):
             assert httpx.get(f"{url}/inspect/{path}").status_code == 401
         without = start(made, web_pages(WebSettings()))
         assert httpx.get(f"{without}/inspect/runs").status_code == 403
+
+
+def test_a_server_without_pictures_or_filters_says_what_it_lacks_and_shows_the_rest(url, monkeypatch):
+    for module in ("bessemer.views.parts", "bessemer.data.stages.explain"):
+        monkeypatch.setitem(sys.modules, module, None)
+    assert get(url, "runs")["runs"] and get(url, "runs/small")["stages"]
+    answer = httpx.get(f"{url}/inspect/runs/small/stages/pretrain/section")
+    assert answer.status_code == 404 and "pip install" in answer.json()["error"]["message"]
+    (row,) = get(url, "documents/small/select/rejected", text="too short")["rows"]
+    told = get(url, f"documents/small/{row['id']}")
+    assert told["explanation"] is None and "pip install" in told["problem"] and told["history"]
 
 
 @pytest.fixture

@@ -18,7 +18,9 @@ def add(
     name: Annotated[str, typer.Argument(help="What the key is called in lists and logs.")],
     user: Annotated[str | None, typer.Option(help="In whose name its requests are made; the key's name.")] = None,
     group: Annotated[list[str] | None, typer.Option(help="A group that the user is in; may be repeated.")] = None,
-    admin: Annotated[bool, typer.Option("--admin", help="It may load and unload adapters.")] = False,
+    admin: Annotated[
+        bool, typer.Option("--admin", help="It may load and unload adapters, and see runs and their documents.")
+    ] = False,
     requests_per_minute: Annotated[int | None, typer.Option(help="Most requests in a minute.")] = None,
     tokens_per_minute: Annotated[int | None, typer.Option(help="Most tokens of prompts and answers in a minute.")] = None,
 ) -> None:

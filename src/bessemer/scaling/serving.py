@@ -97,7 +97,7 @@ class ServingJob:
         return sent * 2 * (self.gpus - 1) / self.gpus / self.card.node_link
 
     def at(self, sequences: int) -> Load:
-        """So many conversations at once, each asked anew when it is answered."""
+        """A number of conversations at once, each asked anew when it is answered."""
         step, prompt = self.step_seconds(sequences), self.prompt_seconds()
         # prompts are read between the steps, one after the other
         seconds = sequences * prompt + self.answer * step

@@ -29,7 +29,7 @@ class KeyRecord(Config):
     hash: str = setting(description="SHA-256 of the key, hexadecimal", pattern="^[0-9a-f]{64}$")
     user: str | None = setting(None, "in whose name its requests are made; by default the key's name")
     groups: list[str] = setting(default_factory=list, description="of the user: which tools and documents are open to them")
-    admin: bool = setting(False, "whether it may load and unload adapters")
+    admin: bool = setting(False, "whether it may load and unload adapters, and see runs and their documents")
     requests_per_minute: int | None = setting(None, "most requests in a minute", unit="requests", ge=1)
     tokens_per_minute: int | None = setting(None, "most tokens of prompts and answers in a minute", unit="tokens", ge=1)
 

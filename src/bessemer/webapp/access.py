@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 from fastapi import Request
 
 from bessemer.core.errors import ArtefactError, RequestError
+from bessemer.core.packages import install_advice
 from bessemer.pipeline.run_names import run_names
 from bessemer.serving.bodies import ApiError
 from bessemer.serving.clients import caller_of
@@ -53,8 +54,16 @@ def named_run(runs: Path, name: str) -> RunFolder:
 
 
 async def off_the_loop(work: Callable[[], Result]) -> Result:
-    """Work beside the event loop; what is wrong on the disk is the client's to read."""
+    """Work beside the event loop; what is wrong on the disk, or not installed, is the client's to read."""
     try:
         return await asyncio.to_thread(work)
     except (ArtefactError, RequestError) as error:
         raise ApiError(str(error), status=404, code="not_available") from None
+    except ModuleNotFoundError as error:
+        # a server needs neither the data engine nor the report's pictures
+        raise ApiError(install_advice(module_of(error)), status=404, code="not_available") from None
+
+
+def module_of(error: ModuleNotFoundError) -> str:
+    """The package that is missing."""
+    return (error.name or str(error)).partition(".")[0]

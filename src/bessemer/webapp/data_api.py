@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, Request
 
 from bessemer.core.errors import ConfigError
+from bessemer.core.packages import install_advice
 from bessemer.data.corpus.lookup import SIDES, history, is_document_id
 from bessemer.data.corpus.search import Found, Query, duplicate_groups, facets, ranked, search, sides_of
 from bessemer.serving.served import Served
 from bessemer.tokenization.measure import shown_tokens
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
-from bessemer.webapp.access import missing, named_run, off_the_loop, shown_runs
+from bessemer.webapp.access import missing, module_of, named_run, off_the_loop, shown_runs
 
 if TYPE_CHECKING:
     from bessemer.data.stages.explain import Explanation
@@ -128,6 +129,8 @@ class DataApi:
             explanation = _explained(run, text, first["url"])
         except ConfigError as error:
             problem = str(error)
+        except ModuleNotFoundError as error:
+            problem = install_advice(module_of(error))
         tokenizer = self._tokenizer(run)
         return {
             "id": identity,

@@ -18,7 +18,6 @@ from bessemer.pipeline.report import key_figures, run_report, stage_section
 from bessemer.pipeline.run_comparison import compare_runs
 from bessemer.pipeline.run_folder import RunFolder
 from bessemer.pipeline.run_state import StageState, stage_states
-from bessemer.views.parts import draw_parts
 from bessemer.webapp.access import missing
 from bessemer.webapp.drawn import without_styles
 
@@ -58,6 +57,9 @@ def evaluations_beside(runs: Path, first: str, second: str) -> str:
 
 def _drawn(parts: Sequence[Part], name: str) -> str:
     """Parts of a report as HTML for the page. name: begins the ids of what is drawn."""
+    # curves need matplotlib, which a server may lack; all else of a run is told without
+    from bessemer.views.parts import draw_parts
+
     return without_styles(str(draw_parts(parts, (f"{name}-{number}" for number in count(1)))))
 
 

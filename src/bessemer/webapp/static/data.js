@@ -37,7 +37,7 @@ async function openFolder() {
   const [stage, side] = value("folder").split("/");
   const found = await json(path(value("run"), stage, side, "facets"));
   if (!isNewest(mine)) return;
-  options("source", found.sources.map(([name, number]) => [name, `${name} (${count(number)})`]), "any");
+  options("source", found.sources.map(([name, number]) => [name, `${name} (${count(number)})`]), found.is_whole ? "any" : "any (not all were counted)");
   options("rule", found.rules.map(([name, number]) => [name, `${name} (${count(number)})`]), "any reason");
   options("column", found.scores.map((name) => [name, name.replaceAll("_", " ")]), "any");
   byId("rules").hidden = !found.rules.length;
