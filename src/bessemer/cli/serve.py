@@ -72,6 +72,10 @@ def serve(
         typer.Option(help="tensor=N or expert=N: share the model between processes; may be repeated."),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    engine: Annotated[
+        str, typer.Option(help="local, or ray: by --replicas of the model, on the cluster of RAY_ADDRESS or on this machine.")
+    ] = "local",
+    replicas: Annotated[int | None, typer.Option(help="How many; with --engine ray.", min=1)] = None,
     ask: Annotated[
         list[str] | None,
         typer.Option(help="Ask this through the API, print the answer, and stop; may be repeated."),
@@ -80,6 +84,7 @@ def serve(
 ) -> None:
     """Serve a model behind OpenAI's and Anthropic's APIs, with a web app to chat and to look inside."""
     from contextlib import ExitStack
+    from functools import partial
 
     from bessemer.core.environment import without_collection
     from bessemer.core.errors import ConfigError
@@ -95,14 +100,18 @@ def serve(
         option_of,
         speculation,
     )
-    from bessemer.inference.engine import Engine, EngineConfig
+    from bessemer.inference.engine import EngineConfig
     from bessemer.pipeline.run_names import run_names
     from bessemer.serving.config import ServingConfig
+    from bessemer.serving.opening import Opening
     from bessemer.serving.server import is_loopback
     from bessemer.serving.server import serve as serve_engine
-    from bessemer.serving.shelf import Shelf
-    from bessemer.webapp.app import WebSettings, web_pages
+    from bessemer.webapp.app import WebSettings, public_paths, web_pages
 
+    if engine not in ("local", "ray"):
+        raise ConfigError(f"--engine {engine}: local or ray")
+    if replicas is not None and engine == "local":
+        raise ConfigError("--replicas: of --engine ray; one engine shares a model between GPUs with --parallel")
     folder, name = find_model(model, runs), name or Path(model).name
     adapters = named_folders(adapter, taken=name)
     given = {"kv_memory": kv_memory, "max_num_seqs": max_num_seqs, "threads": threads, "batch_invariant": batch_invariant}
@@ -136,22 +145,39 @@ def serve(
     )
     if ask and (config.keys is not None or config.api_key is not None):
         raise ConfigError("--ask: of a server that asks for no key")
-    with loading, Engine(folder, device=device, config=settings) as engine:
-        for its_name, its_folder in adapters.items():
-            engine.load_adapter(its_name, its_folder)
-        print(engine.describe())
-        print(engine.arithmetic)
-        # what models are made of is for this machine, or for admins
-        shown_runs = runs if config.keys is not None or is_loopback(host) else None
-        run = model if shown_runs is not None and model in run_names(runs) else None
-        shown = WebSettings(folder, example_questions(folder, runs / model), feedback, shown_runs, run)
+    # what models are made of is for this machine, or for admins
+    shown_runs = runs if config.keys is not None or is_loopback(host) else None
+    run = model if shown_runs is not None and model in run_names(runs) else None
+    shown = WebSettings(folder, example_questions(folder, runs / model), feedback, shown_runs, run)
+    opening = Opening(
+        folder,
+        name,
+        device=device,
+        engine=settings,
+        adapters={its_name: Path(its_folder) for its_name, its_folder in adapters.items()},
+        beside=beside,
+        max_models=max_models,
+        models_memory=models_memory,
+        keep_alive=keep_alive,
+    )
+    if engine == "ray":
         loading.close()
-        shelf = Shelf(
-            beside,
-            lambda place: Engine(place, device=device, config=settings),
-            max_waiting=config.max_waiting,
-            most=max_models,
-            memory=models_memory,
-            keep_alive=keep_alive,
+        try:
+            from bessemer.serving.ray.application import serve_on_ray
+        except ImportError:
+            raise ConfigError("--engine ray needs Ray: pip install 'bessemer[ray-serve]'") from None
+        serve_on_ray(
+            opening,
+            config,
+            replicas or 1,
+            make_pages=partial(web_pages, shown),
+            public=public_paths(),
+            questions=ask or [],
         )
-        serve_engine(engine, name, config, pages=web_pages(shown), shelf=shelf if beside else None, questions=ask or [])
+        return
+    with loading, opening.open_engine() as opened:
+        print(opened.describe())
+        print(opened.arithmetic)
+        loading.close()
+        shelf = opening.shelf(config.max_waiting)
+        serve_engine(opened, name, config, pages=web_pages(shown), shelf=shelf, questions=ask or [])

@@ -29,6 +29,7 @@ from bessemer.serving.openai_api import OpenAIApi
 from bessemer.serving.responses_api import ResponsesApi
 from bessemer.serving.served import Served
 from bessemer.serving.shelf import LOOK_SECONDS, Shelf
+from bessemer.serving.stored import MemoryStore, ResponseStore
 from bessemer.serving.streams import as_api_error
 from bessemer.serving.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
 from bessemer.serving.worker import TextEngine, Worker
@@ -57,27 +58,35 @@ def create_app(
     pages: Callable[[Served], Pages] = no_pages,
     shelf: Shelf | None = None,
     hooks: Sequence[Hook] = (),
+    store: ResponseStore | None = None,
+    is_behind_gate: bool = False,
 ) -> FastAPI:
     """An application that serves a model under `model_name`, and its adapters each under its own name.
 
     pages: makes what is shown beside the API, of what is served; a page at `/` takes the place of the API's line there. shelf:
     the models beside it. hooks: look at every turn of every dialect, and may hold back its text, take it back, or refuse; texts
-    that are no conversation are then not answered.
+    that are no conversation are then not answered. store: where responses are kept; None: in memory. is_behind_gate: requests
+    have passed a gate elsewhere, which has left their callers in the scope.
 
     Every error is answered in the form of the API that was asked. `config.host` and `config.port` are for the server that runs
     the application. Its `state` has what is `served`. Raises ArtefactError and ConfigError for a file of keys that cannot be
     read.
     """
     config = config or ServingConfig()
-    asks_for_keys = config.keys is not None or config.api_key is not None
+    asks_for_keys = not is_behind_gate and (config.keys is not None or config.api_key is not None)
     keys = Keys(config.keys, config.api_key) if asks_for_keys else None
     worker = Worker(engine, config.max_waiting)
     served = Served(engine, model_name, worker, config.aliases, shelf, hooks)
-    apis = (OpenAIApi(served), ResponsesApi(served), AnthropicApi(served), AdaptersApi(served, config.adapter_root))
+    apis = (
+        OpenAIApi(served),
+        ResponsesApi(served, store or MemoryStore()),
+        AnthropicApi(served),
+        AdaptersApi(served, config.adapter_root),
+    )
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
-        watching = [asyncio.create_task(_watch(keys)), asyncio.create_task(_look_after(served.shelf))]
+        watching = [asyncio.create_task(watch(keys)), asyncio.create_task(_look_after(served.shelf))]
         try:
             yield
         finally:
@@ -91,7 +100,8 @@ def create_app(
     app = FastAPI(title="Bessemer", docs_url=None, redoc_url=None, openapi_url=None, lifespan=life)
     app.state.served = served
     beside = pages(served)
-    app.add_middleware(Gate, config=config, keys=keys, error_body=_body_of, public=PUBLIC.union(beside.public))
+    if not is_behind_gate:
+        app.add_middleware(Gate, config=config, keys=keys, error_body=error_body_of, public=PUBLIC.union(beside.public))
     for router in (*beside.routers, *(api.router() for api in apis)):
         app.include_router(router)
     app.add_exception_handler(ApiError, _answer_api_error)
@@ -127,9 +137,9 @@ def create_app(
     async def describe() -> dict[str, Any]:
         return described()
 
-    def engines() -> list[tuple[str, MeasuredEngine]]:
+    def engines() -> list[tuple[str, str, MeasuredEngine]]:
         beside = [] if served.shelf is None else served.shelf.open_models
-        return [(model_name, engine), *((one.name, one.engine) for one in beside)]
+        return [(model_name, "0", engine), *((one.name, "0", one.engine) for one in beside)]
 
     metrics = Metrics(engines)
 
@@ -168,7 +178,7 @@ async def _look_after(shelf: Shelf | None) -> None:
         await shelf.close_idle()
 
 
-async def _watch(keys: Keys | None) -> None:
+async def watch(keys: Keys | None) -> None:
     """Look for changes of the keys until cancelled."""
     while keys is not None:
         await asyncio.sleep(_REFRESH_SECONDS)
@@ -177,10 +187,10 @@ async def _watch(keys: Keys | None) -> None:
 
 async def _answer_api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return JSONResponse(_body_of(request.scope["path"], error), status_code=error.status, headers=error.headers)
+    return JSONResponse(error_body_of(request.scope["path"], error), status_code=error.status, headers=error.headers)
 
 
-def _body_of(path: str, error: ApiError) -> dict[str, Any]:
+def error_body_of(path: str, error: ApiError) -> dict[str, Any]:
     """An error in the form of the API that a path belongs to."""
     return error_body(error) if path.startswith(PREFIX) else error.body()
 
@@ -189,7 +199,7 @@ async def _answer_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     path = request.scope["path"]
     told = ApiError(f"{request.method} {path}: {error.detail}", status=error.status_code)
-    return JSONResponse(_body_of(path, told), status_code=error.status_code, headers=error.headers)
+    return JSONResponse(error_body_of(path, told), status_code=error.status_code, headers=error.headers)
 
 
 async def _answer_parameter_error(request: Request, error: Exception) -> Response:
@@ -208,4 +218,4 @@ async def _answer_bessemer_error(request: Request, error: Exception) -> Response
 async def _answer_failure(request: Request, error: Exception) -> Response:
     """A fault of ours, which the server's log shows in full."""
     told = ApiError("the server failed; its log says why", status=500, kind="server_error")
-    return JSONResponse(_body_of(request.scope["path"], told), status_code=500)
+    return JSONResponse(error_body_of(request.scope["path"], told), status_code=500)

@@ -60,8 +60,8 @@ class MeasuredEngine(Protocol):
         """The names of the loaded adapters."""
 
 
-#: Name and engine of every model that is open.
-Engines: TypeAlias = Callable[[], Sequence[tuple[str, MeasuredEngine]]]
+#: The model's name, which of its replicas it is, and the engine of every model that is open.
+Engines: TypeAlias = Callable[[], Sequence[tuple[str, str, MeasuredEngine]]]
 
 
 class EngineCollector(Collector):
@@ -73,7 +73,7 @@ class EngineCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """The metrics of this moment. It waits for the steps under way."""
         engines = self._engines()
-        found = [((name, "0"), engine.statistics) for name, engine in engines]
+        found = [((name, replica), engine.statistics) for name, replica, engine in engines]
         for name, (text, value) in _GAUGES.items():
             gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=_LABELS)
             for labels, each in found:
@@ -105,8 +105,8 @@ class EngineCollector(Collector):
             "The loaded adapters, whether or not a request uses them now; always 1.",
             labels=(*_LABELS, "max_lora", "running_lora_adapters", "waiting_lora_adapters"),
         )
-        for name, engine in engines:
-            adapters.add_metric((name, "0", str(len(engine.adapters)), ",".join(engine.adapters), ""), 1)
+        for name, replica, engine in engines:
+            adapters.add_metric((name, replica, str(len(engine.adapters)), ",".join(engine.adapters), ""), 1)
         yield adapters
 
 

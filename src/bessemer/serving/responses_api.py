@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
 from collections.abc import AsyncGenerator
 from contextlib import AbstractContextManager, ExitStack, aclosing
-from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -17,29 +15,17 @@ from bessemer.serving.clients import Caller, caller_of
 from bessemer.serving.responses_protocol import ResponsesRequest
 from bessemer.serving.responses_replies import ResponseReply
 from bessemer.serving.served import Chat, Served
+from bessemer.serving.stored import ResponseStore, StoredResponse
 from bessemer.serving.streams import NamedEvent, named_events, until_client_leaves
 from bessemer.serving.turns import Turns
 
-#: Responses that are kept; the oldest goes first.
-_KEPT = 1000
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """A response with its conversation, in the form of chat completions and without instructions. owner: the client's id."""
-
-    owner: str
-    body: dict[str, Any]
-    messages: list[dict[str, Any]]
-    inputs: list[dict[str, Any]]
-
 
 class ResponsesApi:
-    """The routes and what they share. Responses are kept in memory, each for the key that asked for it."""
+    """The routes and what they share. Responses are kept in a store, each for the key that asked for it."""
 
-    def __init__(self, served: Served) -> None:
+    def __init__(self, served: Served, store: ResponseStore) -> None:
         self._served = served
-        self._stored: OrderedDict[str, _Stored] = OrderedDict()
+        self._store = store
 
     def router(self) -> APIRouter:
         """The routes."""
@@ -55,7 +41,7 @@ class ResponsesApi:
         caller = caller_of(request)
         owner = caller.client.id
         served = await self._served.of(asked.model, caller)
-        before = [] if asked.previous_response_id is None else self._find(asked.previous_response_id, owner).messages
+        before = [] if asked.previous_response_id is None else (await self._find(asked.previous_response_id, owner)).messages
         tokenizer = served.engine.tokenizer
         if asked.is_probe:
             reply = ResponseReply(asked, tokenizer, None)
@@ -76,20 +62,20 @@ class ResponsesApi:
             return StreamingResponse(named_events(news, reply.failed), media_type="text/event-stream")
 
     async def retrieve(self, identity: str, request: Request) -> dict[str, Any]:
-        return self._find(identity, caller_of(request).client.id).body
+        return (await self._find(identity, caller_of(request).client.id)).body
 
     async def delete(self, identity: str, request: Request) -> dict[str, Any]:
-        self._find(identity, caller_of(request).client.id)
-        del self._stored[identity]
+        await self._find(identity, caller_of(request).client.id)
+        await self._store.drop(identity)
         return {"id": identity, "object": "response", "deleted": True}
 
     async def inputs(self, identity: str, request: Request) -> dict[str, Any]:
-        items = self._find(identity, caller_of(request).client.id).inputs
+        items = (await self._find(identity, caller_of(request).client.id)).inputs
         return {"object": "list", "data": items, "has_more": False, "first_id": None, "last_id": None}
 
-    def _find(self, identity: str, owner: str) -> _Stored:
+    async def _find(self, identity: str, owner: str) -> StoredResponse:
         """Another's is as one that there is not."""
-        found = self._stored.get(identity)
+        found = await self._store.find(identity)
         if found is None or found.owner != owner:
             raise ApiError(f"there is no response '{identity}'", status=404, code="response_not_found")
         return found
@@ -104,7 +90,7 @@ class ResponsesApi:
         before: list[dict[str, Any]],
     ) -> Response:
         body = reply.whole(await turns.finish(served.worker))
-        self._keep(reply, asked, owner, before)
+        await self._keep(reply, asked, owner, before)
         return JSONResponse(body)
 
     async def _told(
@@ -124,17 +110,18 @@ class ResponsesApi:
             yield reply.start()
             async with aclosing(turns.stream(served.worker)) as news:
                 async for told in news:
-                    yield list(reply.events(told))
-            self._keep(reply, asked, owner, before)
+                    events = list(reply.events(told))
+                    if reply.is_over:
+                        # a client that has read the last event may ask for it at once
+                        await self._keep(reply, asked, owner, before)
+                    yield events
 
-    def _keep(self, reply: ResponseReply, asked: ResponsesRequest, owner: str, before: list[dict[str, Any]]) -> None:
+    async def _keep(self, reply: ResponseReply, asked: ResponsesRequest, owner: str, before: list[dict[str, Any]]) -> None:
         if not asked.store:
             return
         said = asked.model_copy(update={"instructions": "", "input": [*asked.items, *_items_of(reply)]})
         items = [{"id": f"item_{place}", **item.model_dump(exclude_none=True)} for place, item in enumerate(asked.items)]
-        self._stored[reply.identity] = _Stored(owner, reply.body(), said.in_chat(before), items)
-        while len(self._stored) > _KEPT:
-            self._stored.popitem(last=False)
+        await self._store.keep(reply.identity, StoredResponse(owner, reply.body(), said.in_chat(before), items))
 
 
 def _items_of(reply: ResponseReply) -> list[Any]:

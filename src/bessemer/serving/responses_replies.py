@@ -38,6 +38,11 @@ class ResponseReply:
         """The items so far."""
         return self._output
 
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more comes."""
+        return self._status != "in_progress"
+
     def whole(self, told: Iterable[ChoiceEvents]) -> dict[str, Any]:
         """The response of a request that does not stream."""
         for _, events, *_ in told:

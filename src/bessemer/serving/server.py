@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from types import FrameType
 
 import uvicorn
@@ -35,7 +36,7 @@ except ImportError:  # Windows
 _GRACE_SECONDS = 2
 #: For which an idle connection is kept: longer than load balancers keep theirs (60 s), so that none sends a request on one that
 #: is just being closed.
-_KEEP_ALIVE_SECONDS = 75
+KEEP_ALIVE_SECONDS = 75
 #: Most tokens of an answer to a question that the server is asked at its start.
 _ANSWER_TOKENS = 128
 
@@ -120,7 +121,7 @@ def create_server(
         ws="none",
         log_level="warning",
         access_log=False,
-        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=_GRACE_SECONDS,
         lifespan="on",
         server_header=False,
@@ -158,14 +159,20 @@ def serve(
             raise engine.failure
 
 
+def ask_questions(url: str, model: str, questions: Sequence[str], say: Callable[[str], None]) -> None:
+    """Ask a server as any client would, and tell question and answer. Raises BessemerError for one that does not answer."""
+    client = ChatClient(url, model, max_tokens=_ANSWER_TOKENS)
+    for question in questions:
+        (answer,) = client.ask([question])
+        say(f"> {question}\n{answer}")
+
+
 class _Asking:
     """Questions to a server of this process, from a thread beside it, which then stops the server."""
 
     def __init__(self, server: Server, url: str, model: str, questions: Sequence[str], say: Callable[[str], None]) -> None:
         self._server = server
-        self._client = ChatClient(url, model, max_tokens=_ANSWER_TOKENS)
-        self._questions = questions
-        self._say = say
+        self._ask = partial(ask_questions, url, model, questions, say)
         self._problem: BessemerError | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -180,9 +187,7 @@ class _Asking:
         while not self._server.started and not self._server.should_exit:
             time.sleep(0.02)
         try:
-            for question in self._questions:
-                (answer,) = self._client.ask([question])
-                self._say(f"> {question}\n{answer}")
+            self._ask()
         except BessemerError as error:
             self._problem = error
         finally:

@@ -6,6 +6,7 @@ import hashlib
 import mimetypes
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import resources
 from pathlib import Path
 
@@ -56,6 +57,11 @@ class WebSettings:
     run: str | None = None
 
 
+def public_paths() -> list[str]:
+    """The pages and their files, which need no key."""
+    return [*_PAGES, *_files()]
+
+
 def web_pages(settings: WebSettings) -> Callable[[Served], Pages]:
     """What `create_app` takes as its pages."""
 
@@ -69,9 +75,18 @@ def web_pages(settings: WebSettings) -> Callable[[Served], Pages]:
             DataApi(served, settings.runs),
             FeedbackApi(settings.feedback),
         )
-        return Pages([site.router(), *(api.router() for api in apis)], [*_PAGES, *site.files])
+        return Pages([site.router(), *(api.router() for api in apis)], public_paths())
 
     return pages
+
+
+@cache
+def _files() -> dict[str, bytes]:
+    """Scripts, styles and pictures by their paths."""
+    static = (resources.files("bessemer.webapp") / "static").iterdir()
+    own = {file.name: file.read_bytes() for file in static if file.is_file()}
+    shared = {f"report-{name}": (resources.files("bessemer.views") / name).read_bytes() for name in _VIEWS}
+    return {f"/static/{name}": content for name, content in sorted((own | shared).items())}
 
 
 class _Site:
@@ -80,11 +95,7 @@ class _Site:
     def __init__(self, served: Served, settings: WebSettings) -> None:
         self._served = served
         self._settings = settings
-        own = {
-            file.name: file.read_bytes() for file in (resources.files("bessemer.webapp") / "static").iterdir() if file.is_file()
-        }
-        shared = {f"report-{name}": (resources.files("bessemer.views") / name).read_bytes() for name in _VIEWS}
-        self.files = {f"/static/{name}": content for name, content in sorted((own | shared).items())}
+        self.files = _files()
         self._etags = {path: f'"{hashlib.sha256(content).hexdigest()[:16]}"' for path, content in self.files.items()}
         environment = Environment(
             loader=PackageLoader("bessemer.webapp"),

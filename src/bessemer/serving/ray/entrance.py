@@ -1,0 +1,173 @@
+"""The entrance: the gate, and the way to the replicas and back."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from bessemer.serving.app import error_body_of, watch
+from bessemer.serving.bodies import ApiError
+from bessemer.serving.clients import SCOPE, Caller
+from bessemer.serving.config import ServingConfig
+from bessemer.serving.gate import PUBLIC, Gate
+from bessemer.serving.keys import Keys
+from bessemer.serving.metrics import CONTENT_TYPE, Metrics
+from bessemer.serving.ray.forwarding import Forwarded, Part
+from bessemer.serving.ray.replica import Measured
+
+#: What every replica has to do, so that they all serve the same.
+_OF_ALL = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+#: Seconds that a refused client is told to wait.
+_RETRY_AFTER = "1"
+
+
+class Replicas(Protocol):
+    """The replicas, as the entrance asks them."""
+
+    def ask(self, asked: Forwarded) -> AsyncGenerator[Part, None]:
+        """The answer of one of them. Closing it ends the request there.
+
+        Raises ApiError where none can answer, and what a replica failed of.
+        """
+
+    async def ask_all(self, asked: Forwarded) -> Sequence[Sequence[Part]]:
+        """The answers of all."""
+
+    async def measure(self) -> Sequence[Sequence[Measured]]:
+        """The statistics of all."""
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What `/metrics` tells of one model of one replica."""
+
+    statistics: Any
+    adapters: tuple[str, ...]
+
+
+class Entrance:
+    """An application that answers every request by a replica. It has the keys, so that what a key may use is counted once."""
+
+    def __init__(self, replicas: Callable[[], Replicas], name: str, config: ServingConfig, public: Collection[str]) -> None:
+        """replicas: asked for when the first request comes. public: paths of pages that need no key. Raises as `Keys`."""
+        self._replicas = replicas
+        self._name = name
+        asks_for_keys = config.keys is not None or config.api_key is not None
+        self._keys = Keys(config.keys, config.api_key) if asks_for_keys else None
+        gate = Middleware(Gate, config=config, keys=self._keys, error_body=error_body_of, public=PUBLIC.union(public))
+        routes = [Route("/metrics", self.tell_metrics), Route("/ready", self.ready)]
+        app = Starlette(routes=routes, middleware=[gate], exception_handlers={ApiError: _answer_api_error})
+        app.router.redirect_slashes = False
+        app.router.default = self._forward
+        self._app: ASGIApp = app
+        #: Requests under way.
+        self.requests = 0
+        #: Whether nothing new is begun, because the server is about to stop.
+        self.is_draining = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The ASGI application."""
+        await self._app(scope, receive, send)
+
+    async def watch_keys(self) -> None:
+        """Look for changes of the keys until cancelled."""
+        await watch(self._keys)
+
+    async def tell_metrics(self, request: Request) -> Response:
+        """Those of all replicas, told apart by the label `engine`."""
+        found = await self._replicas().measure()
+        engines = [
+            (one.model, str(number), _Told(one.statistics, one.adapters)) for number, each in enumerate(found) for one in each
+        ]
+        return Response(Metrics(lambda: engines).render(), media_type=CONTENT_TYPE)
+
+    async def ready(self, request: Request) -> Response:
+        """Whether new requests are answered."""
+        if self.is_draining:
+            return JSONResponse({"status": "stopping", "model": self._name, "requests": self.requests}, status_code=503)
+        found = await self._replicas().measure()
+        state = {"model": self._name, "replicas": len(found), "requests": self.requests}
+        return JSONResponse({"status": "ok" if found else "failed", **state}, status_code=200 if found else 503)
+
+    async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Any other request. Raises ApiError."""
+        if scope["type"] != "http":
+            return
+        caller: Caller = scope[SCOPE]
+        if self.is_draining and scope["path"] not in PUBLIC:
+            raise unavailable("the server is stopping; another one may answer")
+        asked = Forwarded.of(scope, await Request(scope, receive).body(), caller)
+        self.requests += 1
+        try:
+            if scope["path"] in _OF_ALL:
+                answers = await self._replicas().ask_all(asked)
+                await _tell(_worst(answers), caller, send)
+            else:
+                await self._pass_on(asked, caller, receive, send)
+        finally:
+            self.requests -= 1
+
+    async def _pass_on(self, asked: Forwarded, caller: Caller, receive: Receive, send: Send) -> None:
+        """A replica's answer, until it is over or the client has left."""
+
+        async def tell() -> None:
+            async with contextlib.aclosing(self._replicas().ask(asked)) as parts:
+                async for part in parts:
+                    await _tell([part], caller, send)
+
+        telling, leaving = asyncio.ensure_future(tell()), asyncio.ensure_future(_client_left(receive))
+        try:
+            await asyncio.wait({telling, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if telling.done():
+                telling.result()
+        finally:
+            leaving.cancel()
+            if not telling.done():
+                telling.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await telling
+
+
+async def _tell(parts: Sequence[Part], caller: Caller, send: Send) -> None:
+    """Send parts of an answer to the client, and count what they used."""
+    for part in parts:
+        caller.model = part.model
+        caller.spend(prompt=part.prompt_tokens, completion=part.completion_tokens)
+        for message in part.messages:
+            await send(message)
+
+
+def _worst(answers: Sequence[Sequence[Part]]) -> Sequence[Part]:
+    """The answer with the highest status of those that all replicas gave. Raises ApiError where there is none."""
+    if not answers:
+        raise unavailable("no replica answers")
+    return max(answers, key=lambda parts: next(_status(message) for part in parts for message in part.messages))
+
+
+def _status(message: Message) -> int:
+    return int(message["status"])
+
+
+async def _client_left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def unavailable(reason: str) -> ApiError:
+    """A refusal for now."""
+    return ApiError(reason, status=503, kind="server_error", code="server_overloaded", headers={"Retry-After": _RETRY_AFTER})
+
+
+async def _answer_api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return JSONResponse(error_body_of(request.scope["path"], error), status_code=error.status, headers=error.headers)
