@@ -258,3 +258,15 @@ def test_ids_of_all_tokens_are_told_where_they_are_asked_for(client):
     for chunk in client.completions.create(**plain, stream=True):
         told[chunk.choices[0].index] += chunk.choices[0].token_ids
     assert list(told.values()) == [choice.token_ids for choice in choices]
+
+
+def test_a_conversation_is_read_once_for_all_its_answers(start, monkeypatch):
+    engine, read = FakeEngine(), []
+    encode = engine.tokenizer.apply_chat_template
+    monkeypatch.setattr(
+        engine.tokenizer, "apply_chat_template", lambda *given, **named: read.append(1) or encode(*given, **named)
+    )
+    asked = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "n": 3}
+    answered = httpx.post(start(engine) + "/v1/chat/completions", json=asked).json()
+    assert [choice["message"]["content"] for choice in answered["choices"]] == ["user: hi"] * 3
+    assert len(read) == 1

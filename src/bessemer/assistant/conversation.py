@@ -86,6 +86,8 @@ class Conversation:
         Raises RequestError where the chat template refuses it, has no place for the tools, or cannot be continued in tokens.
         """
         given, transcript = self.template_inputs(), self.transcript
+        if self._encoded == len(given):
+            return
         tools = self._tools or None
         if tools and "tools" not in (tokenizer.chat_template or ""):
             raise RequestError(f"{tokenizer.folder}: the chat template has no place for tools; offer none to this model")
@@ -98,6 +100,12 @@ class Conversation:
             # cut at max_tokens or by a stop string, or not sampled at all
             transcript.append(ids if transcript.ids[-1] in tokenizer.eos_ids else [end, *ids])
         self._encoded = len(self._messages)
+
+    def fork(self) -> Conversation:
+        """Another conversation that is the same so far; what was encoded is not encoded again."""
+        other = Conversation(self._messages)
+        other._encoded, other._tools, other.transcript = self._encoded, self._tools, self.transcript.copy()
+        return other
 
     def add_answer(self, message: Message) -> None:
         """Add what the assistant said, whose tokens are in the transcript."""

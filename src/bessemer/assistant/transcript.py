@@ -28,6 +28,13 @@ class Transcript:
         """How many tokens the policy wrote."""
         return sum(self.is_own)
 
+    def copy(self) -> Transcript:
+        """A transcript of its own with the same tokens."""
+        other = Transcript()
+        other.ids, other.is_own = list(self.ids), list(self.is_own)
+        other.log_probs, other.weight_versions = list(self.log_probs), list(self.weight_versions)
+        return other
+
     def append(self, ids: Sequence[int]) -> None:
         """Add tokens that the policy did not write."""
         self._extend(ids, False, [0.0] * len(ids), 0)

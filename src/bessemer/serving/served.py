@@ -156,10 +156,15 @@ class Served:
             return self.engine.prepare(list(tokens), params, adapter=self.adapter(chat.model), cache_salt=salt)
 
         turns = []
+        conversation = Conversation(as_messages(chat.messages))
         try:
+            if chat.answers > 1 and not self.hooks:
+                # read once for all answers; a hook may add to what is read
+                conversation.offer([tool.description_in_chat for tool in chat.tools])
+                conversation.encode(self.engine.tokenizer)
             for _ in range(chat.answers):
                 turn = self._turns.start(
-                    Conversation(as_messages(chat.messages)),
+                    conversation.fork(),
                     chat.caller.client.principal,
                     self.hooks,
                     tools=chat.tools,
