@@ -14,11 +14,13 @@ from bessemer.inspection.inspect import inspect
 from bessemer.inspection.lens import logit_lens
 from bessemer.inspection.recording import record
 from bessemer.model.folder import load_model
+from bessemer.model.formats.gguf_export import export_gguf
 from bessemer.posttraining.dataset import read_examples
 from bessemer.posttraining.formats import as_pair
 from bessemer.serving.app import create_app
 from bessemer.serving.config import ServingConfig
 from bessemer.webapp.app import WebSettings, web_pages
+from tests.serving.running import servers
 
 
 def test_pages_and_their_files_need_no_key_and_all_that_they_ask_does(engine, start, model_folder):
@@ -119,6 +121,17 @@ def test_an_xray_is_an_inspection_and_a_silenced_head_changes_what_is_said(start
     wrong = httpx.post(url + "/inspect/xray", json={"text": "the end", "query": "nowhere"}, timeout=60)
     assert wrong.status_code == 400 and "no token of the text" in wrong.json()["error"]["message"]
     assert httpx.post(url + "/inspect/xray", json={"text": "a " * 2000}).status_code == 400
+
+
+def test_a_gguf_file_is_seen_from_inside_too(model_folder, tmp_path):
+    export_gguf(model_folder, tmp_path / "tiny.gguf", "q8_0")
+    with Engine(tmp_path / "tiny.gguf", device="cpu") as engine, servers() as begin:
+        url = begin(engine, web_pages(WebSettings(tmp_path / "tiny.gguf")))
+        found = httpx.post(url + "/inspect/xray", json={"text": "the end"}, timeout=60).json()
+        expected = inspect(load_model(tmp_path / "tiny.gguf").float(), engine.tokenizer, "the end")
+        assert found["figures"][-1]["value"] == f"{expected.loss:.2f}"
+        asked = {"text": "the end", "layer": 0, "head": 0}
+        assert httpx.post(url + "/inspect/without", json=asked, timeout=60).json()["whole"]
 
 
 def test_feedback_becomes_rows_that_post_training_reads(start, tmp_path):

@@ -11,6 +11,7 @@ from bessemer.cli.retired import retired_option
 
 
 def serve(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="A model's folder or a run's name.")],
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8000,
@@ -90,6 +91,7 @@ def serve(
     from bessemer.core.errors import ConfigError
 
     loading = ExitStack()
+    context.call_on_close(loading.close)
     loading.enter_context(without_collection())
     from bessemer.cli.named import (
         example_questions,
