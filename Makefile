@@ -10,6 +10,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MINUTES ?= 10
+# where it is set, every process compiles PyTorch and all else anew: two seconds each time
+export PYTHONDONTWRITEBYTECODE :=
 
 # a file's tests stay together: they share what takes long to make
 # one process more than cores, since tests wait for servers and for other processes a quarter of their time; two more are slower

@@ -3,13 +3,15 @@
     python benchmarks/first_answer.py [--rounds 5]
 
 A new process each time, files in the system's cache, kernels compiled before: from its start until the first chat completion of
-one token has come over HTTP. Once from the GGUF file in Q4_0, once from a folder with our int4 codes. Beside it how long the
-same Python takes to import PyTorch alone, which is the greatest part and none of ours. Result: `first_answer.json`.
+one token has come over HTTP. Python keeps what it has compiled, as it does unless it is told otherwise: PYTHONDONTWRITEBYTECODE
+costs a second and a half at every start. Once from the GGUF file in Q4_0, once from a folder with our int4 codes. Beside it how
+long the same Python takes to import PyTorch alone, which is the greatest part and none of ours. Result: `first_answer.json`.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -22,13 +24,16 @@ import inference
 import recording
 from servers import free_port
 
+#: Of the processes that are measured.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+
 
 def first_answer(model: Path) -> float:
     """Seconds from the start of a server to its first answer."""
     port = free_port()
     start = time.perf_counter()
     command = [sys.executable, "-m", "bessemer", "serve", str(model), "--name", "small", "--port", str(port)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT) as process:
         body = {"model": "small", "messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 1}
         while process.poll() is None:
             try:
@@ -46,7 +51,7 @@ def first_answer(model: Path) -> float:
 def importing_torch() -> float:
     """Seconds of a new Python that imports PyTorch and ends."""
     start = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "import torch"], check=True)
+    subprocess.run([sys.executable, "-c", "import torch"], check=True, env=ENVIRONMENT)
     return time.perf_counter() - start
 
 
@@ -63,7 +68,8 @@ def main() -> None:
         whole = inference.bfloat16_folder(work, file)
         subprocess.run([sys.executable, "-m", "bessemer", "quantize", str(whole), str(folder), "--scheme", "int4"], check=True)
     found: dict[str, list[float]] = {"gguf": [], "folder": [], "import_torch": []}
-    first_answer(file)  # the system reads the files
+    for each in (file, folder):
+        first_answer(each)  # the system reads the files, and Python compiles the modules
     for number in range(arguments.rounds):
         inference.wait_until_quiet()
         found["gguf"].append(first_answer(file))

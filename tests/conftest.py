@@ -1,5 +1,6 @@
 """Settings that PyTorch reads when it is loaded; hypothesis; what is not run, and what would run it; a local S3 server."""
 
+import gc
 import importlib.util
 import logging
 from collections import Counter
@@ -26,6 +27,8 @@ settings.load_profile("suite")
 
 def pytest_configure(config: pytest.Config) -> None:
     """Keep Hypothesis from drawing constants of the modules that are loaded: they differ with the tests that ran before."""
+    # modules and tests stay to the end: looking through them for garbage is a quarter of the time in which they are loaded
+    gc.disable()
     if config.getoption("hypothesis_profile", None) != "fuzz" and hasattr(providers, "_get_local_constants"):
         providers._get_local_constants = lambda: providers._local_constants
 
@@ -91,6 +94,12 @@ def hidden_card(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Look for garbage again, but not among what has been loaded."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_deselected(items: list[pytest.Item]) -> None:

@@ -123,7 +123,7 @@ def create_server(
         access_log=False,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=_GRACE_SECONDS,
-        # with uvloop, which uvicorn takes where it is installed, an engine that is never slow keeps the loop from its connections
+        # with uvloop, which uvicorn takes where it is installed, an engine that is never slow keeps it from its connections
         loop="asyncio",
         lifespan="on",
         server_header=False,
