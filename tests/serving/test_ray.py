@@ -18,6 +18,7 @@ import pytest
 
 from bessemer.assistant.principal import Principal
 from bessemer.serving.app import create_app
+from bessemer.serving.clients import SCOPE
 from bessemer.serving.config import ServingConfig
 from bessemer.serving.ray.entrance import Entrance, unavailable
 from bessemer.serving.ray.forwarding import Forwarded, answer, prompt_of
@@ -51,6 +52,9 @@ class InProcess:
 
     async def ask_all(self, asked):
         return [[part async for part in answer(app, asked)] for app in self.apps]
+
+    async def count_ready(self):
+        return len(self.apps)
 
     async def measure(self):
         return [[Measured("tiny", engine.statistics, ())] for engine in self.engines]
@@ -180,6 +184,26 @@ def test_a_client_that_leaves_ends_its_request_on_the_replica():
 
     asyncio.run(run())
     assert engine.stopped.wait(10) and entrance.requests == 0
+
+
+def test_a_prompt_is_paid_for_before_its_answer_is_there():
+    async def slow(scope, receive, send):
+        scope[SCOPE].spend(prompt=7)
+        await asyncio.sleep(60)
+
+    async def run():
+        asked = Forwarded({"type": "http"}, b"", "req_1", Principal("ann"))
+        async with aclosing(answer(slow, asked)) as parts:
+            return await asyncio.wait_for(anext(parts), 10)
+
+    part = asyncio.run(run())
+    assert part.prompt_tokens == 7 and not part.messages
+
+
+def test_errors_of_the_entrance_have_the_form_of_the_api(ask):
+    entrance = entrance_of(InProcess(FakeEngine()))
+    refused = ask(entrance, "DELETE", "/ready")
+    assert refused.status_code == 405 and "error" in refused.json()
 
 
 def test_what_an_application_fails_of_reaches_the_entrance():

@@ -104,11 +104,11 @@ def create_app(
         app.add_middleware(Gate, config=config, keys=keys, error_body=error_body_of, public=PUBLIC.union(beside.public))
     for router in (*beside.routers, *(api.router() for api in apis)):
         app.include_router(router)
-    app.add_exception_handler(ApiError, _answer_api_error)
+    app.add_exception_handler(ApiError, answer_api_error)
     app.add_exception_handler(BessemerError, _answer_bessemer_error)
-    app.add_exception_handler(HTTPException, _answer_http_error)
+    app.add_exception_handler(HTTPException, answer_http_error)
     app.add_exception_handler(RequestValidationError, _answer_parameter_error)
-    app.add_exception_handler(Exception, _answer_failure)
+    app.add_exception_handler(Exception, answer_failure)
 
     # Anthropic's clients look whether a server is there
     @app.head("/")
@@ -185,7 +185,8 @@ async def watch(keys: Keys | None) -> None:
         keys.refresh()
 
 
-async def _answer_api_error(request: Request, error: Exception) -> Response:
+async def answer_api_error(request: Request, error: Exception) -> Response:
+    """An ApiError, in the form of the API that was asked."""
     assert isinstance(error, ApiError)
     return JSONResponse(error_body_of(request.scope["path"], error), status_code=error.status, headers=error.headers)
 
@@ -195,7 +196,8 @@ def error_body_of(path: str, error: ApiError) -> dict[str, Any]:
     return error_body(error) if path.startswith(PREFIX) else error.body()
 
 
-async def _answer_http_error(request: Request, error: Exception) -> Response:
+async def answer_http_error(request: Request, error: Exception) -> Response:
+    """A path or a method that there is not."""
     assert isinstance(error, HTTPException)
     path = request.scope["path"]
     told = ApiError(f"{request.method} {path}: {error.detail}", status=error.status_code)
@@ -207,15 +209,15 @@ async def _answer_parameter_error(request: Request, error: Exception) -> Respons
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     name = str(first["loc"][-1])
-    return await _answer_api_error(request, ApiError(f"{name}: {first['msg']}", parameter=name, code="invalid_value"))
+    return await answer_api_error(request, ApiError(f"{name}: {first['msg']}", parameter=name, code="invalid_value"))
 
 
 async def _answer_bessemer_error(request: Request, error: Exception) -> Response:
     """Something that the tokenizer or the engine finds wrong in the request, or that ended the engine."""
-    return await _answer_api_error(request, as_api_error(error))
+    return await answer_api_error(request, as_api_error(error))
 
 
-async def _answer_failure(request: Request, error: Exception) -> Response:
+async def answer_failure(request: Request, error: Exception) -> Response:
     """A fault of ours, which the server's log shows in full."""
     told = ApiError("the server failed; its log says why", status=500, kind="server_error")
     return JSONResponse(error_body_of(request.scope["path"], told), status_code=500)

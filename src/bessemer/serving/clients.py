@@ -83,13 +83,14 @@ class Client:
 
 @dataclass(eq=False)
 class Caller:
-    """The client of one request, and what the request has used."""
+    """The client of one request, and what the request has used. on_spend: called whenever that is more."""
 
     client: Client
     id: str = field(default_factory=lambda: f"req_{uuid.uuid4().hex}")
     model: str | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    on_spend: Callable[[], None] | None = None
 
     def spend(self, *, prompt: int = 0, completion: int = 0) -> None:
         """Count tokens, for the client's allowance too."""
@@ -97,6 +98,8 @@ class Caller:
         self.completion_tokens += completion
         if self.client.tokens is not None:
             self.client.tokens.spend(prompt + completion)
+        if self.on_spend is not None:
+            self.on_spend()
 
     def salt(self, given: str | None) -> str | None:
         """The salt of the prefix cache for a request that names one of its own, or none: other clients never share it."""

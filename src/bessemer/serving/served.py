@@ -156,8 +156,8 @@ class Served:
             return self.engine.prepare(list(tokens), params, adapter=self.adapter(chat.model), cache_salt=salt)
 
         turns = []
-        conversation = Conversation(as_messages(chat.messages))
         try:
+            conversation = Conversation(as_messages(chat.messages))
             if chat.answers > 1 and not self.hooks:
                 # read once for all answers; a hook may add to what is read
                 conversation.offer([tool.description_in_chat for tool in chat.tools])

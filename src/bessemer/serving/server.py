@@ -147,7 +147,7 @@ def serve(
     """
     config = config or ServingConfig()
     open_many_files()
-    with listen(config.host, config.port) as listener, _request_log(config.request_log):
+    with listen(config.host, config.port) as listener, request_log(config.request_log):
         server = create_server(engine, model_name, config, pages, shelf)
         url = address_of(listener)
         shown = "" if pages is no_pages else f"chat at {url} · "
@@ -205,7 +205,7 @@ def open_many_files() -> None:
 
 
 @contextlib.contextmanager
-def _request_log(is_wanted: bool) -> Generator[None, None, None]:
+def request_log(is_wanted: bool) -> Generator[None, None, None]:
     """The lines of requests go to standard error."""
     log = logging.getLogger(REQUEST_LOG)
     if not is_wanted:

@@ -14,7 +14,7 @@ from bessemer.core.errors import BessemerError, LostProcessError
 from bessemer.serving.bodies import ApiError
 
 #: nginx's status for a client that left before its response; it is never received.
-_CLIENT_LEFT = 499
+CLIENT_LEFT = 499
 #: An event with its name.
 NamedEvent = tuple[str, dict[str, Any]]
 
@@ -42,7 +42,7 @@ async def until_client_leaves(request: Request, work: Coroutine[Any, Any, Respon
     leaving = asyncio.ensure_future(_client_left(request))
     try:
         await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        return answering.result() if answering.done() else Response(status_code=_CLIENT_LEFT)
+        return answering.result() if answering.done() else Response(status_code=CLIENT_LEFT)
     finally:
         answering.cancel()
         leaving.cancel()

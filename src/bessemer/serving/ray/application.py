@@ -19,7 +19,7 @@ os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
 
 import ray
 from ray import serve as ray_serve
-from ray.exceptions import RayActorError
+from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions, ProxyLocation, RequestRouterConfig
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.schema import LoggingConfig
@@ -34,12 +34,16 @@ from bessemer.serving.ray.forwarding import Forwarded, Part
 from bessemer.serving.ray.replica import EngineReplica, Measured
 from bessemer.serving.ray.router import PrefixRouter
 from bessemer.serving.served import Served
-from bessemer.serving.server import KEEP_ALIVE_SECONDS, address_of, ask_questions, listen
+from bessemer.serving.server import KEEP_ALIVE_SECONDS, address_of, ask_questions, listen, open_many_files, request_log
 from bessemer.serving.stored import MemoryStore
 
 _APPLICATION = "bessemer"
+#: More than any process is asked at once.
+_MOST_REQUESTS = 100_000
 #: Seconds between two looks at a replica's health, and for which it may take to say.
 _HEALTH_SECONDS = 5.0
+#: For what all replicas are asked.
+_ALL_SECONDS = 60.0
 #: For a replica to end what it is in when it is stopped: the entrance has waited before.
 _GRACE_SECONDS = 2.0
 #: What makes the pages, in the process of each replica.
@@ -61,20 +65,36 @@ class RayReplicas:
                 yield part
         except BackPressureError:
             raise unavailable("the server is busy; try again in a moment") from None
-        except (DeploymentUnavailableError, RayActorError):
+        except (DeploymentUnavailableError, RayError):
             raise unavailable("the replica that answered has ended; try again in a moment") from None
         finally:
-            # of an answer that is over, nothing happens
-            answering.cancel()
+            # of an answer that is over, nothing happens; one that never began raises again what is told already
+            with suppress(Exception):
+                answering.cancel()
 
     async def ask_all(self, asked: Forwarded) -> Sequence[Sequence[Part]]:
-        """The answers of all."""
-        found: Sequence[Sequence[Part]] = await self._handle.broadcast("whole_answer", asked).results_async()
+        """The answers of all. Raises ApiError where one gives none."""
+        found = await self._of_all("whole_answer", asked)
+        if any(isinstance(one, BaseException) for one in found):
+            raise unavailable("a replica did not answer; try again in a moment")
         return found
 
     async def measure(self) -> Sequence[Sequence[Measured]]:
-        """The statistics of all."""
-        found: Sequence[Sequence[Measured]] = await self._handle.broadcast("measured").results_async()
+        """The statistics of those that answer."""
+        return [one for one in await self._of_all("measured") if not isinstance(one, BaseException)]
+
+    async def count_ready(self) -> int:
+        """How many can answer requests."""
+        return sum(one is True for one in await self._of_all("is_ready"))
+
+    async def _of_all(self, method: str, *given: Any) -> list[Any]:
+        """What each replica returns, or the error that it ended in; none where there is no replica."""
+        try:
+            found: list[Any] = await self._handle.broadcast(method, *given).results_async(
+                timeout_s=_ALL_SECONDS, return_exceptions=True
+            )
+        except (DeploymentUnavailableError, RayError, TimeoutError):
+            return []
         return found
 
 
@@ -85,6 +105,10 @@ class Ingress:
         self, engines: Any, name: str, config: ServingConfig, public: Collection[str]
     ) -> None:
         """engines: the handle of the deployment of `EngineReplica`."""
+        open_many_files()
+        # to the log of this process, which Ray keeps
+        self._log = request_log(config.request_log)
+        self._log.__enter__()
         replicas = RayReplicas(engines)
         self.entrance = Entrance(lambda: replicas, name, config, public)
         self._watching = asyncio.create_task(self.entrance.watch_keys())
@@ -141,22 +165,25 @@ def serve_on_ray(
         ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     except (ConnectionError, RuntimeError) as error:
         raise ConfigError(f"--engine ray: no cluster answers: {_last_line(error)}") from None
-    stop = _Stop()
+    stop, is_ours = _Stop(), False
     try:
         options = _share(opening, replicas)
+        if _is_running():
+            raise ConfigError("--engine ray: Ray Serve runs on this cluster already; stop it, or use another cluster")
+        is_ours = True
         ray_serve.start(
             proxy_location=ProxyLocation.EveryNode,
             http_options=HTTPOptions(host=host, port=port, keep_alive_timeout_s=KEEP_ALIVE_SECONDS),
             logging_config=LoggingConfig(enable_access_log=False),
         )
-        keeper = ray.remote(MemoryStore).options(num_cpus=0).remote()
-        most = opening.engine.max_num_seqs + config.max_waiting
+        keeper = ray.remote(MemoryStore).options(num_cpus=0, max_restarts=-1).remote()
+        # keys are the entrance's
+        behind = config.with_changes(api_key=None, keys=None)
         engines = ray_serve.deployment(
             name="Engine",
             num_replicas=replicas,
-            # beyond them, requests wait at the entrance, as many as may
-            max_ongoing_requests=most,
-            max_queued_requests=max(1, config.max_waiting),
+            # a replica says itself when it is full, and what it asks of no engine it answers even then
+            max_ongoing_requests=_MOST_REQUESTS,
             ray_actor_options=options,
             health_check_period_s=_HEALTH_SECONDS,
             health_check_timeout_s=6 * _HEALTH_SECONDS,
@@ -166,13 +193,13 @@ def serve_on_ray(
         ingress = ray_serve.deployment(
             name="Ingress",
             num_replicas=1,
-            max_ongoing_requests=100_000,
+            max_ongoing_requests=_MOST_REQUESTS,
             ray_actor_options={"num_cpus": 0},
             graceful_shutdown_timeout_s=_GRACE_SECONDS,
         )(ray_serve.ingress(_build)(Ingress))
         try:
             handle = ray_serve.run(
-                ingress.bind(engines.bind(opening, config, make_pages, keeper), opening.name, config, public),
+                ingress.bind(engines.bind(opening, behind, make_pages, keeper), opening.name, config, public),
                 name=_APPLICATION,
                 route_prefix="/",
                 logging_config=LoggingConfig(enable_access_log=False),
@@ -190,7 +217,8 @@ def serve_on_ray(
     finally:
         # Ray tells of the tasks that it ends
         with suppress(Exception), redirect_stderr(io.StringIO()):
-            ray_serve.shutdown()
+            if is_ours:
+                ray_serve.shutdown()
             ray.shutdown()
         stop.close()
 
@@ -232,6 +260,15 @@ def _drain(handle: Any, seconds: float, stop: _Stop) -> None:
     until = time.monotonic() + seconds
     while time.monotonic() < until and not stop.is_urgent and handle.requests.remote().result() > 0:
         time.sleep(0.1)
+
+
+def _is_running() -> bool:
+    """Whether somebody's Ray Serve runs on the cluster."""
+    try:
+        ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+    except ValueError:
+        return False
+    return True
 
 
 def _share(opening: Opening, replicas: int) -> dict[str, Any]:

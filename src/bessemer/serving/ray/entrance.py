@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bessemer.serving.app import error_body_of, watch
+from bessemer.serving.app import answer_api_error, answer_failure, answer_http_error, error_body_of, watch
 from bessemer.serving.bodies import ApiError
 from bessemer.serving.clients import SCOPE, Caller
 from bessemer.serving.config import ServingConfig
@@ -24,6 +25,7 @@ from bessemer.serving.keys import Keys
 from bessemer.serving.metrics import CONTENT_TYPE, Metrics
 from bessemer.serving.ray.forwarding import Forwarded, Part
 from bessemer.serving.ray.replica import Measured
+from bessemer.serving.streams import CLIENT_LEFT
 
 #: What every replica has to do, so that they all serve the same.
 _OF_ALL = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
@@ -44,7 +46,10 @@ class Replicas(Protocol):
         """The answers of all."""
 
     async def measure(self) -> Sequence[Sequence[Measured]]:
-        """The statistics of all."""
+        """The statistics of those that answer."""
+
+    async def count_ready(self) -> int:
+        """How many can answer requests."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +70,9 @@ class Entrance:
         asks_for_keys = config.keys is not None or config.api_key is not None
         self._keys = Keys(config.keys, config.api_key) if asks_for_keys else None
         gate = Middleware(Gate, config=config, keys=self._keys, error_body=error_body_of, public=PUBLIC.union(public))
-        routes = [Route("/metrics", self.tell_metrics), Route("/ready", self.ready)]
-        app = Starlette(routes=routes, middleware=[gate], exception_handlers={ApiError: _answer_api_error})
+        routes = [Route("/metrics", self.tell_metrics), Route("/ready", self.ready), Route("/health", self.health)]
+        handlers = {ApiError: answer_api_error, HTTPException: answer_http_error, Exception: answer_failure}
+        app = Starlette(routes=routes, middleware=[gate], exception_handlers=handlers)
         app.router.redirect_slashes = False
         app.router.default = self._forward
         self._app: ASGIApp = app
@@ -95,20 +101,24 @@ class Entrance:
         """Whether new requests are answered."""
         if self.is_draining:
             return JSONResponse({"status": "stopping", "model": self._name, "requests": self.requests}, status_code=503)
-        found = await self._replicas().measure()
-        state = {"model": self._name, "replicas": len(found), "requests": self.requests}
-        return JSONResponse({"status": "ok" if found else "failed", **state}, status_code=200 if found else 503)
+        ready = await self._replicas().count_ready()
+        state = {"model": self._name, "replicas": ready, "requests": self.requests}
+        return JSONResponse({"status": "ok" if ready else "failed", **state}, status_code=200 if ready else 503)
+
+    async def health(self, request: Request) -> Response:
+        """That the entrance is there. Replicas that fail are Ray's to start again."""
+        return JSONResponse({"status": "ok", "model": self._name, "requests": self.requests})
 
     async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Any other request. Raises ApiError."""
         if scope["type"] != "http":
             return
         caller: Caller = scope[SCOPE]
-        if self.is_draining and scope["path"] not in PUBLIC:
-            raise unavailable("the server is stopping; another one may answer")
-        asked = Forwarded.of(scope, await Request(scope, receive).body(), caller)
         self.requests += 1
         try:
+            asked = Forwarded.of(scope, await Request(scope, receive).body(), caller)
+            if self.is_draining and scope["path"] not in PUBLIC:
+                raise unavailable("the server is stopping; another one may answer")
             if scope["path"] in _OF_ALL:
                 answers = await self._replicas().ask_all(asked)
                 await _tell(_worst(answers), caller, send)
@@ -119,10 +129,13 @@ class Entrance:
 
     async def _pass_on(self, asked: Forwarded, caller: Caller, receive: Receive, send: Send) -> None:
         """A replica's answer, until it is over or the client has left."""
+        has_begun = False
 
         async def tell() -> None:
+            nonlocal has_begun
             async with contextlib.aclosing(self._replicas().ask(asked)) as parts:
                 async for part in parts:
+                    has_begun = has_begun or bool(part.messages)
                     await _tell([part], caller, send)
 
         telling, leaving = asyncio.ensure_future(tell()), asyncio.ensure_future(_client_left(receive))
@@ -136,6 +149,9 @@ class Entrance:
                 telling.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await telling
+        if not has_begun:
+            # it is never received, but whoever runs the application waits for it
+            await Response(status_code=CLIENT_LEFT)(dict(asked.scope), receive, send)
 
 
 async def _tell(parts: Sequence[Part], caller: Caller, send: Send) -> None:
@@ -166,8 +182,3 @@ async def _client_left(receive: Receive) -> None:
 def unavailable(reason: str) -> ApiError:
     """A refusal for now."""
     return ApiError(reason, status=503, kind="server_error", code="server_overloaded", headers={"Retry-After": _RETRY_AFTER})
-
-
-async def _answer_api_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    return JSONResponse(error_body_of(request.scope["path"], error), status_code=error.status, headers=error.headers)

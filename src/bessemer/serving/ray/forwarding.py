@@ -78,6 +78,10 @@ def prompt_of(body: bytes) -> str:
     return "\n".join(one if isinstance(one, str) else json.dumps(one) for one in given if one)
 
 
+#: Stands among the messages where the request has used more.
+_SPENT: Message = {"type": "bessemer.spent"}
+
+
 @dataclass(eq=False)
 class _Exchange:
     """The application's side of one request."""
@@ -115,6 +119,8 @@ async def answer(app: ASGIApp, asked: Forwarded) -> AsyncGenerator[Part, None]:
     """An application's answer to a request, as it comes; all that is there at once is one part. Closing or cancelling it tells
     the application that its client has left, and ends it."""
     exchange = _Exchange(asked, asked.caller())
+    # what a prompt costs is told at once: its client may leave before the answer is there
+    exchange.caller.on_spend = lambda: exchange.told.put_nowait(_SPENT)
     scope = {**asked.scope, "root_path": "", SCOPE: exchange.caller}
 
     async def run() -> None:
@@ -131,10 +137,10 @@ async def answer(app: ASGIApp, asked: Forwarded) -> AsyncGenerator[Part, None]:
             news = [await exchange.told.get()]
             while not exchange.told.empty():
                 news.append(exchange.told.get_nowait())
-            is_over = news[-1] is None
+            is_over = None in news
             caller = exchange.caller
             yield Part(
-                [message for message in news if message is not None],
+                [message for message in news if message is not None and message is not _SPENT],
                 caller.model,
                 caller.prompt_tokens - prompt_tokens,
                 caller.completion_tokens - completion_tokens,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import aclosing
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +14,7 @@ set_environment()  # before PyTorch reads it
 
 from bessemer.inference.statistics import EngineStatistics  # noqa: E402
 from bessemer.serving.app import Pages, create_app, no_pages  # noqa: E402
+from bessemer.serving.bodies import ApiError  # noqa: E402
 from bessemer.serving.config import ServingConfig  # noqa: E402
 from bessemer.serving.opening import Opening  # noqa: E402
 from bessemer.serving.ray.forwarding import Forwarded, Part, answer  # noqa: E402
@@ -36,14 +38,17 @@ class SharedStore:
         self._keeper = keeper
 
     async def keep(self, identity: str, response: StoredResponse) -> None:
-        await self._keeper.keep.remote(identity, response)
+        with _keeper_errors():
+            await self._keeper.keep.remote(identity, response)
 
     async def find(self, identity: str) -> StoredResponse | None:
-        found: StoredResponse | None = await self._keeper.find.remote(identity)
+        with _keeper_errors():
+            found: StoredResponse | None = await self._keeper.find.remote(identity)
         return found
 
     async def drop(self, identity: str) -> None:
-        await self._keeper.drop.remote(identity)
+        with _keeper_errors():
+            await self._keeper.drop.remote(identity)
 
 
 class EngineReplica:
@@ -76,16 +81,28 @@ class EngineReplica:
         """The same at once, for what every replica is to do."""
         return [part async for part in answer(self._app, asked)]
 
-    def measured(self) -> list[Measured]:
-        """The statistics of the model, and of those beside it that are open."""
+    async def measured(self) -> list[Measured]:
+        """The statistics of the model, and of those beside it that are open. They wait for the step under way."""
+        return await asyncio.to_thread(self._measure)
+
+    def is_ready(self) -> bool:
+        """Whether it can answer requests."""
+        return self._failure is None
+
+    def _measure(self) -> list[Measured]:
         beside = [] if self._shelf is None else self._shelf.open_models
         engines = [(self._name, self._engine), *((one.name, one.engine) for one in beside)]
         return [Measured(name, _sendable(engine.statistics), engine.adapters) for name, engine in engines]
 
     def check_health(self) -> None:
-        """Ray starts another replica in place of one that raises here. Raises the engine's failure."""
-        if (failure := self._engine.failure) is not None:
+        """Ray starts another replica in place of one that raises here. Raises the failure of the engine or of its thread."""
+        if (failure := self._failure) is not None:
             raise failure
+
+    @property
+    def _failure(self) -> Exception | None:
+        failure: Exception | None = self._app.state.served.worker.failure
+        return failure
 
     async def __del__(self) -> None:
         """Ray calls it when a replica ends."""
@@ -93,6 +110,20 @@ class EngineReplica:
             await self._life.__aexit__(None, None, None)
         if hasattr(self, "_engine"):
             self._engine.close()
+
+
+@contextmanager
+def _keeper_errors() -> Generator[None, None, None]:
+    """The actor that keeps the responses may be starting again."""
+    try:
+        yield
+    except Exception as error:
+        raise ApiError(
+            f"stored responses cannot be reached now ({type(error).__name__})",
+            status=503,
+            kind="server_error",
+            headers={"Retry-After": "5"},
+        ) from None
 
 
 def _sendable(found: EngineStatistics) -> EngineStatistics:
