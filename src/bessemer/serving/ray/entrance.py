@@ -150,7 +150,7 @@ class Entrance:
                 with contextlib.suppress(asyncio.CancelledError):
                     await telling
         if not has_begun:
-            # it is never received, but whoever runs the application waits for it
+            # it is never received, but the server that runs the application waits for it
             await Response(status_code=CLIENT_LEFT)(dict(asked.scope), receive, send)
 
 
