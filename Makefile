@@ -10,7 +10,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MINUTES ?= 10
-# where it is set, every process compiles PyTorch and all else anew: two seconds each time
+# where it is set, every process compiles PyTorch's modules and all others anew
 export PYTHONDONTWRITEBYTECODE :=
 
 # a file's tests stay together: they share what takes long to make

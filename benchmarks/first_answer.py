@@ -3,9 +3,9 @@
     python benchmarks/first_answer.py [--rounds 5]
 
 A new process each time, files in the system's cache, kernels compiled before: from its start until the first chat completion of
-one token has come over HTTP. Python keeps what it has compiled, as it does unless it is told otherwise: PYTHONDONTWRITEBYTECODE
-costs a second and a half at every start. Once from the GGUF file in Q4_0, once from a folder with our int4 codes. Beside it how
-long the same Python takes to import PyTorch alone, which is the greatest part and none of ours. Result: `first_answer.json`.
+one token has come over HTTP. Once from the GGUF file in Q4_0, once from a folder with our int4 codes, and once more from it
+where Python finds and keeps no compiled modules (PYTHONDONTWRITEBYTECODE, as in some containers). Beside it how long the same
+Python takes to import PyTorch alone, which is the greatest part and none of ours. Result: `first_answer.json`.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ import inference
 import recording
 from servers import free_port
 
-#: Of the processes that are measured.
+#: Of the processes that are measured; and of those in which Python reads and keeps no compiled modules.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+COMPILED_ANEW = ENVIRONMENT | {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPYCACHEPREFIX": os.devnull}
 
 
-def first_answer(model: Path) -> float:
+def first_answer(model: Path, environment: dict[str, str] = ENVIRONMENT) -> float:
     """Seconds from the start of a server to its first answer."""
     port = free_port()
     start = time.perf_counter()
     command = [sys.executable, "-m", "bessemer", "serve", str(model), "--name", "small", "--port", str(port)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT) as process:
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment) as process:
         body = {"model": "small", "messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 1}
         while process.poll() is None:
             try:
@@ -67,13 +68,14 @@ def main() -> None:
     if not folder.exists():
         whole = inference.bfloat16_folder(work, file)
         subprocess.run([sys.executable, "-m", "bessemer", "quantize", str(whole), str(folder), "--scheme", "int4"], check=True)
-    found: dict[str, list[float]] = {"gguf": [], "folder": [], "import_torch": []}
+    found: dict[str, list[float]] = {"gguf": [], "folder": [], "folder_compiled_anew": [], "import_torch": []}
     for each in (file, folder):
         first_answer(each)  # the system reads the files, and Python compiles the modules
     for number in range(arguments.rounds):
         inference.wait_until_quiet()
         found["gguf"].append(first_answer(file))
         found["folder"].append(first_answer(folder))
+        found["folder_compiled_anew"].append(first_answer(folder, COMPILED_ANEW))
         found["import_torch"].append(importing_torch())
         print(f"round {number + 1}: {', '.join(f'{name} {rounds[-1]:.2f} s' for name, rounds in found.items())}", flush=True)
     print(recording.save("first_answer", {"median": {name: median(each) for name, each in found.items()}, "rounds": found}))

@@ -1,6 +1,6 @@
 """Does a real model learn what people prefer? SmolLM2-135M-Instruct on pairs of a polite and a rude answer.
 
-    python benchmarks/tone.py [--data FOLDER] [--seeds 3]     # two hours on two cores
+    python benchmarks/tone.py [--data FOLDER] [--seeds 3]     # hours on two cores
     python benchmarks/tone.py --harmless                       # pairs that people judged, one seed, some ten minutes
 
 1,100 instructions with a polite and a rude answer (`instructions_polite_1100.json`), of which one in five is held out by its

@@ -21,7 +21,7 @@ import ray
 from ray import serve as ray_serve
 from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions, ProxyLocation, RequestRouterConfig
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.schema import LoggingConfig
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -63,8 +63,6 @@ class RayReplicas:
         try:
             async for part in answering:
                 yield part
-        except BackPressureError:
-            raise unavailable("the server is busy; try again in a moment") from None
         except (DeploymentUnavailableError, RayError):
             raise unavailable("the replica that answered has ended; try again in a moment") from None
         finally:
@@ -109,8 +107,7 @@ class Ingress:
         # to the log of this process, which Ray keeps
         self._log = request_log(config.request_log)
         self._log.__enter__()
-        replicas = RayReplicas(engines)
-        self.entrance = Entrance(lambda: replicas, name, config, public)
+        self.entrance = Entrance(RayReplicas(engines), name, config, public)
         self._watching = asyncio.create_task(self.entrance.watch_keys())
 
     def drain(self) -> None:
@@ -182,7 +179,7 @@ def serve_on_ray(
         engines = ray_serve.deployment(
             name="Engine",
             num_replicas=replicas,
-            # a replica says itself when it is full, and what it asks of no engine it answers even then
+            # a replica refuses generations itself when it is full, and answers all else
             max_ongoing_requests=_MOST_REQUESTS,
             ray_actor_options=options,
             health_check_period_s=_HEALTH_SECONDS,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -63,8 +63,8 @@ class _Told:
 class Entrance:
     """An application that answers every request by a replica. It has the keys, so that what a key may use is counted once."""
 
-    def __init__(self, replicas: Callable[[], Replicas], name: str, config: ServingConfig, public: Collection[str]) -> None:
-        """replicas: asked for when the first request comes. public: paths of pages that need no key. Raises as `Keys`."""
+    def __init__(self, replicas: Replicas, name: str, config: ServingConfig, public: Collection[str]) -> None:
+        """public: paths of pages that need no key. Raises as `Keys`."""
         self._replicas = replicas
         self._name = name
         asks_for_keys = config.keys is not None or config.api_key is not None
@@ -91,7 +91,7 @@ class Entrance:
 
     async def tell_metrics(self, request: Request) -> Response:
         """Those of all replicas, told apart by the label `engine`."""
-        found = await self._replicas().measure()
+        found = await self._replicas.measure()
         engines = [
             (one.model, str(number), _Told(one.statistics, one.adapters)) for number, each in enumerate(found) for one in each
         ]
@@ -101,7 +101,7 @@ class Entrance:
         """Whether new requests are answered."""
         if self.is_draining:
             return JSONResponse({"status": "stopping", "model": self._name, "requests": self.requests}, status_code=503)
-        ready = await self._replicas().count_ready()
+        ready = await self._replicas.count_ready()
         state = {"model": self._name, "replicas": ready, "requests": self.requests}
         return JSONResponse({"status": "ok" if ready else "failed", **state}, status_code=200 if ready else 503)
 
@@ -120,7 +120,7 @@ class Entrance:
             if self.is_draining and scope["path"] not in PUBLIC:
                 raise unavailable("the server is stopping; another one may answer")
             if scope["path"] in _OF_ALL:
-                answers = await self._replicas().ask_all(asked)
+                answers = await self._replicas.ask_all(asked)
                 await _tell(_worst(answers), caller, send)
             else:
                 await self._pass_on(asked, caller, receive, send)
@@ -133,7 +133,7 @@ class Entrance:
 
         async def tell() -> None:
             nonlocal has_begun
-            async with contextlib.aclosing(self._replicas().ask(asked)) as parts:
+            async with contextlib.aclosing(self._replicas.ask(asked)) as parts:
                 async for part in parts:
                     has_begun = has_begun or bool(part.messages)
                     await _tell([part], caller, send)
