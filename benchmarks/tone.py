@@ -1,18 +1,19 @@
 """Does a real model learn what people prefer? SmolLM2-135M-Instruct on pairs of a polite and a rude answer.
 
-    python benchmarks/tone.py [--data FOLDER] [--seeds 3]     # hours on two cores
-    python benchmarks/tone.py --harmless                       # pairs that people judged, one seed, some ten minutes
+    python benchmarks/tone.py [--data FOLDER] [--seeds 1 2 3] [--out FOLDER]    # an hour on two cores
+    python benchmarks/tone.py --harmless                                         # pairs that people judged, one seed
 
 1,100 instructions with a polite and a rude answer (`instructions_polite_1100.json`), of which one in five is held out by its
 prompt, another fifth with each seed. Trained on the others:
 
 - a reward model, by the stage `reward`: the share of held-out pairs whose polite answer has the higher reward;
-- DPO, by the stage `preference`: the same of the implicit reward, and bits per byte of held-out plain answers before and after,
-  so that nothing is forgotten for it.
+- DPO, by the stage `preference`: the same of the implicit reward, in float32, and bits per byte of held-out plain answers
+  before and after, so that nothing is forgotten for it.
 
 Beside them on the same split a classifier that needs no model: naive Bayes over the words and pairs of words of an answer; and
 the longer answer. `--harmless` measures the reward model on dialogues that people judged, beside chance and length. Nothing is
-timed, so other work does no harm. Result: `tone.json`, or `tone_harmless.json`.
+timed, so other work does no harm, and two of these may run beside each other (`--methods`, `--threads 1`): what is finished in
+the folder is not done again. Result: `tone.json`, or `tone_harmless.json`.
 """
 
 from __future__ import annotations
@@ -24,10 +25,13 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+import torch
 
 import recording
 from bessemer.core.environment import set_environment
@@ -35,12 +39,15 @@ from bessemer.core.environment import set_environment
 set_environment()  # before PyTorch reads it
 
 from bessemer.core.progress import progress_for_terminal  # noqa: E402
+from bessemer.core.store import read_json, write_json  # noqa: E402
 from bessemer.model.folder import load_model  # noqa: E402
 from bessemer.posttraining.conversations import Conversation  # noqa: E402
 from bessemer.posttraining.dataset import prompt_key, read_examples, split_examples  # noqa: E402
 from bessemer.posttraining.formats import Answered, Pair, as_pair  # noqa: E402
 from bessemer.posttraining.packing import pack_conversations  # noqa: E402
 from bessemer.posttraining.preference.config import PreferenceConfig  # noqa: E402
+from bessemer.posttraining.preference.objective import target_log_probs  # noqa: E402
+from bessemer.posttraining.preference.packing import pack_pairs  # noqa: E402
 from bessemer.posttraining.preference.stage import preference  # noqa: E402
 from bessemer.posttraining.reward.config import RewardConfig  # noqa: E402
 from bessemer.posttraining.reward.stage import reward  # noqa: E402
@@ -52,10 +59,19 @@ from evaluation_tasks import float32_folder  # noqa: E402
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "preference"
 SHARE, PLAIN = 0.2, 200
 #: What all seeds, and both methods, train with.
-SETTINGS = {"validation_share": SHARE, "batch_size": 2, "context_length": 512, "diagnostics_every": 0, "evaluate_every": 1000}
-REWARD = SETTINGS | {"epochs": 3, "learning_rate": 3e-5}
-DPO = SETTINGS | {"epochs": 1, "learning_rate": 1e-5, "beta": 1.0, "next_token_weight": 1.0}
-HARMLESS = SETTINGS | {"epochs": 1, "learning_rate": 2e-5, "context_length": 1024, "batch_size": 4}
+SETTINGS: dict[str, Any] = {
+    "validation_share": SHARE,
+    "batch_size": 1,
+    "context_length": 512,
+    "adapter": {"rank": 16},
+    "dtype": "bfloat16",
+    "compile": True,
+    "diagnostics_every": 0,
+    "evaluate_every": 1000,
+}
+REWARD = SETTINGS | {"epochs": 3, "learning_rate": 3e-4}
+DPO = SETTINGS | {"epochs": 3, "learning_rate": 2e-4, "beta": 1.0, "label_smoothing": 0.05, "next_token_weight": 0.1}
+HARMLESS = SETTINGS | {"epochs": 1, "learning_rate": 3e-4, "context_length": 1024, "batch_size": 2}
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -116,44 +132,100 @@ def bits_per_byte(folder: Path, rows: Sequence[dict[str, Any]]) -> float:
     return nats / math.log(2) / sum(len(row["output"][0]["content"].encode()) for row in rows)
 
 
-def one_seed(seed: int, rows: list[dict[str, Any]], model: Path, folder: Path) -> dict[str, Any]:
-    """Everything of a seed's split."""
+@torch.no_grad()
+def implicit_accuracy(policy: Path, reference: Path, pairs: Sequence[Pair]) -> float:
+    """Share of pairs whose chosen answer has the higher implicit reward, log π − log π_ref, in float32."""
+    tokenizer = load_tokenizer(policy)
+    packed = pack_pairs(pairs, tokenizer, SETTINGS["context_length"], shares_prompts=True)
+    rewards_BS = torch.zeros(packed.rows, packed.batch.sequences)
+    for folder, sign in ((policy, 1), (reference, -1)):
+        model = load_model(folder).eval()
+        for row in range(packed.rows):
+            batch = packed.batch.rows(slice(row, row + 1))
+            rewards_BS[row] += sign * batch.sequence_sums(target_log_probs(model, batch))[0]
+    is_pair_BP = packed.batch.per_sequence["pair_weight"][:, 0::2] > 0
+    return _share((rewards_BS[:, 0::2] - rewards_BS[:, 1::2])[is_pair_BP].tolist())
+
+
+@dataclass(frozen=True)
+class Split:
+    """Pairs to learn from and those held out, and rows with plain answers to held-out prompts; `data` is the file of all."""
+
+    data: Path
+    training: Sequence[Pair]
+    held_out: Sequence[Pair]
+    plain: Sequence[dict[str, Any]]
+
+
+def split_of(seed: int, rows: Sequence[dict[str, Any]], folder: Path) -> Split:
+    """The split of a seed."""
     data = folder / "pairs.jsonl"
     written = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows]
     data.write_text("".join(json.dumps(row) + "\n" for row in written if row["chosen"] != row["rejected"]), encoding="utf-8")
     pairs = read_examples(data, as_pair)
     training, held_out = split_examples(pairs, lambda pair: prompt_key(pair.prompt), SHARE, seed)
     kept = {prompt_key(pair.prompt) for pair in held_out}
-    plain = [row for row in rows if prompt_key(tuple(row["prompt"])) in kept][:PLAIN]
-    progress = progress_for_terminal()
-    found: dict[str, Any] = {
-        "seed": seed,
-        "held_out": len(held_out),
-        "bigrams": bigram_accuracy(training, held_out),
-        "longer": longer_accuracy(held_out),
-        "plain_answers": len(plain),
+    return Split(data, training, held_out, [row for row in rows if prompt_key(tuple(row["prompt"])) in kept][:PLAIN])
+
+
+def without_model(split: Split) -> dict[str, Any]:
+    """What needs no model."""
+    return {
+        "held_out": len(split.held_out),
+        "bigrams": bigram_accuracy(split.training, split.held_out),
+        "longer": longer_accuracy(split.held_out),
+        "plain_answers": len(split.plain),
     }
-    common = {"seed": seed, "progress": progress, "folder": folder}
-    for name in ("reward", "dpo"):
-        (folder / name).mkdir()
-    rewarded = reward(RewardConfig.parse({"data": [data.name], **REWARD}, "reward"), model, folder / "reward", **common)
-    found |= {"reward_model": rewarded["held_out_accuracy"], "reward_seconds": rewarded["seconds"]}
-    config = PreferenceConfig.parse({"data": [data.name], **DPO}, "preference")
-    preferred = preference(config, model, folder / "dpo", **common)
-    found |= {"dpo": preferred["validation_accuracy"], "dpo_seconds": preferred["seconds"]}
-    before, after = (bits_per_byte(path, plain) for path in (model, folder / "dpo" / "model"))
-    return found | {"bits_per_byte_before": before, "bits_per_byte_after": after, "bits_per_byte_rise": after / before - 1}
+
+
+def by_reward_model(split: Split, model: Path, out: Path, common: dict[str, Any]) -> dict[str, Any]:
+    """A reward model's ranks."""
+    found = reward(RewardConfig.parse({"data": [split.data.name], **REWARD}, "reward"), model, out, **common)
+    return {"reward_model": found["held_out_accuracy"]}
+
+
+def by_dpo(split: Split, model: Path, out: Path, common: dict[str, Any]) -> dict[str, Any]:
+    """The implicit reward's ranks, and what it costs elsewhere."""
+    preference(PreferenceConfig.parse({"data": [split.data.name], **DPO}, "preference"), model, out, **common)
+    before, after = (bits_per_byte(path, split.plain) for path in (model, out / "model"))
+    return {
+        "dpo": implicit_accuracy(out / "model", model, split.held_out),
+        "bits_per_byte_before": before,
+        "bits_per_byte_after": after,
+        "bits_per_byte_rise": after / before - 1,
+    }
+
+
+METHODS = {"reward": by_reward_model, "dpo": by_dpo}
+
+
+def one_seed(seed: int, rows: Sequence[dict[str, Any]], model: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Everything of a seed's split, in a folder of its own."""
+    folder = arguments.out / f"seed-{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    split = split_of(seed, rows, folder)
+    found = {"seed": seed, **without_model(split)}
+    common = {"seed": seed, "progress": progress_for_terminal(), "folder": folder}
+    for name in arguments.methods:
+        done = folder / f"{name}.json"
+        if not done.exists():
+            (folder / name).mkdir(exist_ok=True)
+            write_json(done, METHODS[name](split, model, folder / name, common))
+        found |= read_json(done, "result of a method")
+    return found
 
 
 def tone(arguments: argparse.Namespace) -> Path:
-    """Three seeds, and their table."""
+    """The seeds, and their table; where methods are left out, only their part of the work."""
     rows = rows_of(arguments.data / "instructions_polite_1100.json")
     model = float32_folder(arguments.work)
     seeds = []
-    for seed in range(1, arguments.seeds + 1):
-        with tempfile.TemporaryDirectory() as name:
-            seeds.append(one_seed(seed, rows, model, Path(name)))
+    for seed in arguments.seeds:
+        seeds.append(one_seed(seed, rows, model, arguments))
         print(json.dumps(seeds[-1], indent=1), flush=True)
+    if set(arguments.methods) != set(METHODS):
+        print("nothing is recorded of some of the methods: run again with all")
+        return arguments.out
     shown = {
         "reward model": "reward_model",
         "DPO, implicit reward": "dpo",
@@ -199,11 +271,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=DATA, help="where the pairs lie")
     parser.add_argument("--work", type=Path, default=WORK, help="the model is kept here")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--threads", type=int, help="of this run, where another runs beside it")
+    parser.add_argument(
+        "--out", type=Path, default=Path(tempfile.gettempdir()) / "bessemer-tone", help="folder whose runs are used"
+    )
     parser.add_argument("--harmless", action="store_true", help="the pairs that people judged instead")
     arguments = parser.parse_args()
     if not arguments.data.is_dir():
         recording.not_run(f"there is no folder {arguments.data} with the pairs")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+        for settings in (REWARD, DPO, HARMLESS):
+            settings["threads"] = arguments.threads
     print((harmless if arguments.harmless else tone)(arguments))
 
 

@@ -23,7 +23,8 @@ def group(rewards, first_token):
     return Group(samples, totals_G[:, None], totals_G, [{}] * len(rewards))
 
 
-def test_best_and_worst_are_a_pair_which_weighs_nothing_where_they_are_equal():
+@pytest.mark.parametrize("shares", [False, True])
+def test_best_and_worst_are_a_pair_which_weighs_nothing_where_they_are_equal(shares):
     settings = {key: value for key, value in SETTINGS.items() if key not in ("algorithm", "critic", "rollout_epochs", "beta")}
     config = RLConfig.parse({**settings, "algorithm": "online_dpo", "group_size": 3, "batch_size": 12, "steps": 1}, "rl")
     nan = math.nan
@@ -31,13 +32,14 @@ def test_best_and_worst_are_a_pair_which_weighs_nothing_where_they_are_equal():
 
     class Models:
         mesh = ALONE
+        shares_prefixes = shares
 
         def log_probs(self, batch, role):
             return torch.full(batch.tokens_BT.shape, -2.0)
 
     made = PairBatches(config, padding_id=0)(groups, Models())
     (batch,) = made.batches
-    assert batch.rows_together == 1 and made.figures == {"pairs": 2.0}
+    assert batch.rows_together == 1 and (batch.visible_to_BT is not None) == shares and made.figures == {"pairs": 2.0}
     assert made.advantages_R.tolist() == [0, 1, -1, 0, 0, 0, 0, 1, -1, 0, 0, 0]
     learnt = {}
     for row in range(batch.tokens_BT.shape[0]):

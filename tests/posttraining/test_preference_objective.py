@@ -3,7 +3,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from bessemer.model.folder import load_model
-from bessemer.posttraining.encoding import encode_answer
+from bessemer.posttraining.encoding import Encoded, encode_answer
 from bessemer.posttraining.formats import Pair
 from bessemer.posttraining.preference.losses import PairLossSettings
 from bessemer.posttraining.preference.objective import REFERENCE_LOG_PROBS, PreferenceObjective
@@ -33,12 +33,18 @@ def log_probs_alone(model, pair, answer, tokenizer, whole=False):
     return log_probs[: len(encoded.through_end()) - 1] if whole else log_probs[torch.from_numpy(encoded.is_learnt[1:])]
 
 
-@pytest.mark.parametrize(("name", "next_token"), [("sigmoid", 0.0), ("ipo", 0.3), ("orpo", 0.0)])
-def test_the_packed_loss_and_gradient_are_those_of_each_pair_alone(name, next_token, pairs, tokenizer, model_folder):
+@pytest.mark.parametrize(
+    ("name", "next_token", "shares_prompts"),
+    [("sigmoid", 0.0, False), ("sigmoid", 0.0, True), ("ipo", 0.3, False), ("ipo", 0.3, True), ("orpo", 0.0, True)],
+)
+def test_the_packed_loss_and_gradient_are_those_of_each_pair_alone(
+    name, next_token, shares_prompts, pairs, tokenizer, model_folder
+):
     model, settings = load_model(model_folder), PairLossSettings(beta=0.5)
     loss = PAIR_LOSSES[name].load()
-    packed = pack_pairs(pairs, tokenizer, 128)
-    assert packed.pairs == 7 and packed.rows < 7, "several pairs must share a row"
+    packed = pack_pairs(pairs, tokenizer, 128, shares_prompts=shares_prompts)
+    assert packed.pairs == 7 and 1 < packed.rows < 7, "several pairs must share a row, and there must be several rows"
+    assert (packed.batch.visible_to_BT is not None) == shares_prompts
     reference_BT = torch.randn(packed.batch.tokens_BT.shape, generator=torch.Generator().manual_seed(2))
     batch = packed.batch.with_values(per_token={REFERENCE_LOG_PROBS: reference_BT * (packed.batch.targets_BT >= 0)})
     objective = PreferenceObjective(loss, settings, next_token)
@@ -56,7 +62,7 @@ def test_the_packed_loss_and_gradient_are_those_of_each_pair_alone(name, next_to
     ):
         for document in range(1, int(documents_T.max()) + 1):
             here = (documents_T == document) & (batch.targets_BT[row] >= 0)
-            key = tuple(batch.targets_BT[row][here].tolist()), int((documents_T == document).sum())
+            key = tuple(batch.targets_BT[row][here].tolist()), int(batch.positions_BT[row][documents_T == document].max()) + 1
             references.setdefault(key, []).append(values_T[here])
     losses, cross_entropies, right = [], [], 0
     for pair in pairs:
@@ -89,6 +95,27 @@ def test_of_a_policy_that_is_the_reference_the_loss_is_log_two(pairs, tokenizer,
         own = logits.gather(2, batch.targets_BT.clamp(min=0)[..., None])[..., 0] * (batch.targets_BT >= 0)
     terms = objective(model, batch.with_values(per_token={REFERENCE_LOG_PROBS: own}), LossContext())
     assert terms.sums["preference"].item() / 7 == pytest.approx(-logsigmoid(torch.zeros(())).item(), abs=1e-5)
+
+
+def test_what_both_answers_begin_with_is_in_a_row_once(tokenizer):
+    pair = Pair((said("user", "Why is it so?"),), (said("assistant", "So it is."),), (said("assistant", "So what?"),))
+    sides = [encode_answer(pair.prompt, answer, tokenizer) for answer in (pair.chosen, pair.rejected)]
+    first, second = (len(side.ids) - 1 for side in sides)
+    # the prompt but for its last token, whose target is the first of an answer
+    prompt = int(sides[0].is_learnt.argmax()) - 1
+    batch = pack_pairs([pair], tokenizer, 128, shares_prompts=True).batch
+    assert int((batch.document_ids_BT > 0).sum()) == first + second - prompt
+    assert batch.visible_to_BT[0, :prompt].tolist() == [2] * prompt and batch.visible_to_BT[0, prompt] == 1
+    assert batch.positions_BT[0, first : first + second - prompt].tolist() == list(range(prompt, second))
+    # a score has one target, at the end, so that answers share their first words, too
+    scored = pack_pairs([pair], tokenizer, 128, Encoded.scored, shares_prompts=True).batch
+    common = int((sides[0].ids[:first] != sides[1].ids[:first]).argmax()) if first <= second else None
+    assert common is None or int((scored.visible_to_BT == 2)[0, : common + 1].sum()) == common > prompt + 1
+    # one answer begins as the whole of the other: a token is left of the rejected one
+    same = Pair("Why?", "So", "So so")
+    for one in (same, Pair("Why?", "So so", "So")):
+        both = pack_pairs([one], tokenizer, 128, Encoded.scored, shares_prompts=True).batch
+        assert int((both.targets_BT >= 0).sum()) == 2 and both.document_ids_BT.max() == 2
 
 
 def test_an_answer_beyond_half_a_row_leaves_the_pair_out(tokenizer):

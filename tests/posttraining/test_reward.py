@@ -64,8 +64,10 @@ def reward_alone(model, prompt, answer, tokenizer):
     return model(torch.from_numpy(ids)[None])[0, -1, 0]
 
 
-def test_the_packed_loss_and_gradient_are_those_of_each_pair_alone(pairs, scorer, tokenizer):
-    batch = pack_pairs(pairs, tokenizer, 128, Encoded.scored).batch
+@pytest.mark.parametrize("shares_prompts", [False, True])
+def test_the_packed_loss_and_gradient_are_those_of_each_pair_alone(shares_prompts, pairs, scorer, tokenizer):
+    batch = pack_pairs(pairs, tokenizer, 128, Encoded.scored, shares_prompts=shares_prompts).batch
+    assert (batch.visible_to_BT is not None) == shares_prompts
     assert 1 < batch.tokens_BT.shape[0] < 7, "several pairs must share a row, and there must be several rows"
     objective = RewardObjective(centering=0.3)
     counts = objective.denominators(batch)

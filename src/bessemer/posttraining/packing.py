@@ -122,5 +122,11 @@ def validation_on(packed: Batch, config: LoopConfig) -> OnStepEnd:
 
 
 def _content(packed: Batch) -> str:
-    arrays = (packed.tokens_BT, packed.targets_BT, packed.document_ids_BT, *packed.per_sequence.values())
+    arrays = (
+        packed.tokens_BT,
+        packed.targets_BT,
+        packed.document_ids_BT,
+        packed.visible_to_BT,
+        *packed.per_sequence.values(),
+    )
     return hash_bytes(*(array.numpy().tobytes() for array in arrays if array is not None))

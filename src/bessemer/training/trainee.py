@@ -64,6 +64,12 @@ class Trainee:
         """The model that the run is about."""
         return next(iter(self.trained.values()))
 
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether documents of a row may share what they begin with: the trained models read it so, and no context axis splits
+        the rows, whose masks know a row's documents but not what these share."""
+        return self.mesh.layout.context == 1 and all(one.model.config.shares_prefixes for one in self.trained.values())
+
     @contextmanager
     def prepared(self, role: str) -> Iterator[PreparedModel]:
         """While entered, the model of a role in evaluation mode, without gradients.

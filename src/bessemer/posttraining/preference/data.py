@@ -16,9 +16,9 @@ from bessemer.posttraining.preference.kto import KTOObjective
 from bessemer.posttraining.preference.labelled import pack_answers
 from bessemer.posttraining.preference.losses import PairLossSettings
 from bessemer.posttraining.preference.objective import PreferenceObjective
-from bessemer.posttraining.preference.packing import pack_pairs
+from bessemer.posttraining.preference.packing import pack_pairs, shares_prompts
 from bessemer.posttraining.preference.registry import PAIR_LOSSES
-from bessemer.tokenization.tokenizer import Tokenizer
+from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.data.batches import Batch
 from bessemer.training.objectives import Objective
 
@@ -48,9 +48,10 @@ class PreferenceData:
 
 
 def paired_data(
-    config: PreferenceConfig, tokenizer: Tokenizer, folder: Path, made: Mapping[str, Path], seed: int
+    config: PreferenceConfig, model: Path, folder: Path, made: Mapping[str, Path], seed: int
 ) -> PreferenceData:
-    """The pairs that the settings name, packed, with the objective of their loss. Raises SourceError."""
+    """The pairs that the settings name, packed for the model of a folder, with the objective of their loss. Raises
+    SourceError."""
     loss = PAIR_LOSSES.find(config.loss).load()
     training, held_out = gather_pairs(config.data, folder, made, config.validation_share, seed)
     if not loss.soft_labels and any(pair.confidence < 1 for pair in (*training, *held_out)):
@@ -58,7 +59,10 @@ def paired_data(
             f"the pairs have a confidence, which the loss {config.loss} cannot use; take sigmoid, sigmoid_norm or simpo, or "
             "leave the column out"
         )
-    packed, validation = (pack_pairs(some, tokenizer, config.context_length) for some in (training, held_out))
+    tokenizer, shares = load_tokenizer(model), shares_prompts(config, model)
+    packed, validation = (
+        pack_pairs(some, tokenizer, config.context_length, shares_prompts=shares) for some in (training, held_out)
+    )
     settings = PairLossSettings(config.beta, config.label_smoothing, config.margin)
     return PreferenceData(
         name="pairs",
@@ -75,7 +79,7 @@ def paired_data(
 
 
 def labelled_data(
-    config: PreferenceConfig, tokenizer: Tokenizer, folder: Path, made: Mapping[str, Path], seed: int
+    config: PreferenceConfig, model: Path, folder: Path, made: Mapping[str, Path], seed: int
 ) -> PreferenceData:
     """The single answers that the settings name, those of pairs among them, packed for KTO. Raises SourceError."""
     rows = [row for name in config.data for row in read_examples(data_path(name, folder, made), as_labelled_answers)]
@@ -84,6 +88,7 @@ def labelled_data(
     if len({prompt_key(one.answered.prompt) for one in held_out}) == 1:
         # with a single prompt there is nothing to compare its answers with
         training, held_out = answers, []
+    tokenizer = load_tokenizer(model)
     packed, validation = (pack_answers(some, tokenizer, config.context_length) for some in (training, held_out))
     return PreferenceData(
         name="answers",

@@ -1,18 +1,25 @@
-"""Packing of pairs into rows: a row holds whole pairs, the chosen answer before the rejected one."""
+"""Packing of pairs into rows: a row holds whole pairs, the chosen answer before the rejected one.
+
+What both begin with, their prompt, is in the row once where the model can read it so (Wang and Hegde 2024, "Accelerating direct
+preference optimization with prefix sharing").
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from bessemer.model.folder_config import read_model_config
 from bessemer.posttraining.encoding import Encoded, encode_answer
 from bessemer.posttraining.formats import Pair
 from bessemer.tokenization.tokenizer import Tokenizer
-from bessemer.training.data.batches import Batch
+from bessemer.training.config import LoopConfig
+from bessemer.training.data.batches import IGNORE_INDEX, Batch
 from bessemer.training.data.packing import best_fit, pack_rows
 
 #: Inputs and targets of an answer with its prompt.
@@ -27,6 +34,24 @@ class PairExample(NamedTuple):
     margin: float = 0.0
     confidence: float = 1.0
     weight: float = 1.0
+
+    @property
+    def tokens(self) -> int:
+        """Of both answers with their prompts."""
+        return len(self.chosen[0]) + len(self.rejected[0])
+
+    def without_shared(self) -> tuple[PairExample, int]:
+        """The pair without the tokens of the rejected side that both begin with, and their number: neither has a target
+        there, and at least one token is left of the rejected side."""
+        (chosen, chosen_targets), (rejected, rejected_targets) = self.chosen, self.rejected
+        most = min(len(chosen), len(rejected) - 1)
+        differs = (
+            (chosen[:most] != rejected[:most])
+            | (chosen_targets[:most] != IGNORE_INDEX)
+            | (rejected_targets[:most] != IGNORE_INDEX)
+        )
+        shared = int(differs.argmax()) if differs.any() else most
+        return self._replace(rejected=(rejected[shared:], rejected_targets[shared:])), shared
 
 
 @dataclass(frozen=True)
@@ -53,8 +78,10 @@ def pack_pairs(
     tokenizer: Tokenizer,
     context_length: int,
     example: Callable[[Encoded, int], _Example | None] = Encoded.example,
+    *,
+    shares_prompts: bool = False,
 ) -> PackedPairs:
-    """Pairs in few rows. An answer and its prompt take at most half a row.
+    """Pairs in few rows. An answer and its prompt take at most half a row. shares_prompts: as of `pack_examples`.
 
     example: inputs and targets of an answer of at most this number of tokens, the end cut off; None where no target is left.
     """
@@ -64,7 +91,14 @@ def pack_pairs(
         chosen, rejected = (example(side, context_length // 2) for side in sides)
         if chosen is not None and rejected is not None:
             packed.append(PairExample(chosen, rejected, pair.margin, pair.confidence, pair.weight))
-    return PackedPairs(pack_examples(packed, context_length, tokenizer.bos_id), len(packed), len(pairs) - len(packed))
+    batch = pack_examples(packed, context_length, tokenizer.bos_id, shares_prompts=shares_prompts)
+    return PackedPairs(batch, len(packed), len(pairs) - len(packed))
+
+
+def shares_prompts(config: LoopConfig, model: Path) -> bool:
+    """Whether pairs may share their prompts in a row: the model of a folder reads them so, and no context axis splits the rows,
+    whose masks know a row's documents but not what these share."""
+    return config.parallel.context == 1 and read_model_config(model).shares_prefixes
 
 
 def pack_examples(
@@ -72,16 +106,24 @@ def pack_examples(
     context_length: int,
     padding_id: int,
     row_count: Callable[[int], int] = lambda rows: rows,
+    *,
+    shares_prompts: bool = False,
 ) -> Batch:
     """Pairs in few rows of `context_length` tokens, none longer than a row; the batch of `PackedPairs`.
 
-    row_count: from the number of filled rows to the number of rows; the others are empty.
+    row_count: from the number of filled rows to the number of rows; the others are empty. shares_prompts: what both answers
+    begin with is in the row once, for models that read it so (`ModelConfig.shares_prefixes`); values and gradients are those
+    of answers by themselves.
     """
-    lengths = [len(pair.chosen[0]) + len(pair.rejected[0]) for pair in pairs]
+    parts = [pair.without_shared() if shares_prompts else (pair, 0) for pair in pairs]
+    lengths = [pair.tokens for pair, _ in parts]
     row_of = best_fit(lengths, context_length)
     rows: list[list[PairExample]] = [[] for _ in range(row_count(int(row_of.max(initial=-1)) + 1))]
+    shared: list[list[int]] = [[] for _ in rows]
     for item in sorted(range(len(pairs)), key=lambda item: (-lengths[item], item)):
-        rows[row_of[item]].append(pairs[item])
+        pair, before = parts[item]
+        rows[row_of[item]].append(pair)
+        shared[row_of[item]] += [0, before]
     sequences = 2 * max(map(len, rows), default=1)
 
     def of_sequences(value: Callable[[PairExample], float]) -> torch.Tensor:
@@ -96,7 +138,7 @@ def pack_examples(
         per_sequence["confidence"] = of_sequences(lambda pair: pair.confidence)
     examples = [[side for pair in of_row for side in (pair.chosen, pair.rejected)] for of_row in rows]
     return replace(
-        pack_rows(examples, context_length, padding_id),
+        pack_rows(examples, context_length, padding_id, shared),
         per_sequence=per_sequence,
         sequences=sequences,
         together=2,

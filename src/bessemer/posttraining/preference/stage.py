@@ -22,7 +22,6 @@ from bessemer.posttraining.preference.config import PreferenceConfig
 from bessemer.posttraining.preference.data import labelled_data, paired_data
 from bessemer.posttraining.preference.reference import cached
 from bessemer.posttraining.preference.registry import KTO
-from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.autotune import prepare_run
 from bessemer.training.data.batches import BatchSource
 from bessemer.training.run import OnStepEnd, run_training
@@ -46,15 +45,13 @@ def preference(
     """Train the model of folder `model` on pairs of answers, with `kto` on single ones; resumes from `out`.
 
     Writes below `out`: `model/`, `metrics.jsonl`, `autotune.json`, `checkpoints/`, and the reference's log-probabilities. The
-    The
     reference is the model as it was: on several processes it is held beside the policy, or is the policy without its adapter.
     Files named in the settings are relative to `folder`. made: files that stages above have made, by their names in `data`.
     Returns the headline metrics. Raises SourceError for pairs that are missing or malformed, and what `run_training` raises.
     """
     progress = progress or Silent()
-    tokenizer = load_tokenizer(model)
     gather = labelled_data if config.loss == KTO else paired_data
-    data = gather(config, tokenizer, folder, made or {}, seed)
+    data = gather(config, model, folder, made or {}, seed)
     if data.training_skipped:
         progress.say(
             f"  {data.training_skipped:,} of {data.training_examples + data.training_skipped:,} {data.name} are left out: an "

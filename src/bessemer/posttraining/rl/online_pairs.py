@@ -65,8 +65,14 @@ class PairBatches:
             for group, one in zip(groups, chosen, strict=True)
         ]
         layout = trainee.mesh.layout
-        longest = max(len(pair.chosen[0]) + len(pair.rejected[0]) for pair in pairs)
-        batch = pack_examples(pairs, layout.row_length(longest), self._padding_id, row_count=layout.row_count)
+        longest = max(pair.tokens for pair in pairs)
+        batch = pack_examples(
+            pairs,
+            layout.row_length(longest),
+            self._padding_id,
+            row_count=layout.row_count,
+            shares_prompts=trainee.shares_prefixes,
+        )
         if not self._needs_reference:
             return batch
         with torch.no_grad():

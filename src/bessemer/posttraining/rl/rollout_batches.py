@@ -82,9 +82,7 @@ class AdvantageBatches:
         samples = [sample for group in groups for sample in group.samples]
         size, kept = self._config.batch_size, (~totals_R.isnan()).tolist()
         layout = trainee.mesh.layout
-        # where a context axis splits rows, masks know a row's documents but not what these share
-        shares = layout.context == 1 and all(trained.model.config.shares_prefixes for trained in trainee.trained.values())
-        row = self._config.context_length if shares else None
+        row = self._config.context_length if trainee.shares_prefixes else None
         places = [slice(start, start + size) for start in range(0, len(samples), size)]
         return [pack_samples(samples[place], kept[place], self._padding_id, layout, shared_row=row) for place in places]
 

@@ -138,14 +138,12 @@ def pack_samples(
     row_of = best_fit([one.size for one in together], capacity)
     count = layout.row_count(int(row_of.max()) + 1)
     rows: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in range(count)]
+    shared: list[list[int]] = [[] for _ in range(count)]
     rows_R, columns_R, ends_R = (np.zeros(len(samples), np.int64) for _ in range(3))
     filled = [0] * count
-    sampled_BT, skipped_BT = torch.zeros(count, capacity), torch.zeros(count, capacity, dtype=torch.int64)
-    seen: list[tuple[int, slice, int]] = []
+    sampled_BT = torch.zeros(count, capacity)
     for one, row in zip(together, row_of.tolist(), strict=True):
         prompt = samples[one.first].prompt_length - 1
-        if one.number > 1:
-            seen.append((row, slice(filled[row], filled[row] + prompt), len(rows[row]) + one.number))
         for place in range(one.first, one.first + one.number):
             sample, skipped = samples[place], 0 if place == one.first else prompt
             begin = filled[row] - skipped
@@ -153,19 +151,14 @@ def pack_samples(
                 sampled_BT[row, begin + sample.places - 1] = torch.tensor(sample.log_probs)
             rows_R[place], columns_R[place] = row, len(rows[row])
             rows[row].append(sample.example(is_kept=is_kept[place], start=skipped))
+            shared[row].append(skipped)
             ends_R[place] = begin + sample.places[-1] - 1
-            skipped_BT[row, filled[row] : begin + len(sample.ids) - 1] = skipped
             filled[row] = begin + len(sample.ids) - 1
-    batch = replace(pack_rows(rows, capacity, padding_id), per_token={SAMPLER: sampled_BT}, sequences=max(map(len, rows)))
+    batch = pack_rows(rows, capacity, padding_id, shared)
+    batch = replace(batch, per_token={SAMPLER: sampled_BT}, sequences=max(map(len, rows)))
     if batch.sequences == 1:
         # plain rows are causal, which costs less than a mask of documents
         batch = replace(batch, positions_BT=None, document_ids_BT=None)
-    elif seen:
-        assert batch.positions_BT is not None and batch.document_ids_BT is not None
-        visible_to_BT = batch.document_ids_BT.clone()
-        for row, columns, last in seen:
-            visible_to_BT[row, columns] = last
-        batch = replace(batch, positions_BT=batch.positions_BT + skipped_BT, visible_to_BT=visible_to_BT)
     return Packed(batch, rows_R, columns_R, ends_R)
 
 

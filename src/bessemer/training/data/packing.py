@@ -83,26 +83,41 @@ def best_fit(lengths: ArrayLike, capacity: int) -> np.ndarray:
     return rows
 
 
-def pack_rows(rows: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], context_length: int, padding_id: int) -> Batch:
+def pack_rows(
+    rows: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]],
+    context_length: int,
+    padding_id: int,
+    shared: Sequence[Sequence[int]] | None = None,
+) -> Batch:
     """Rows of segments, each (tokens, targets) of equal length, as a batch in which segments do not attend to each other.
 
     Positions restart with every segment; segments are numbered from 1 in each row, and 0 is padding, which has no targets.
+    shared: of each segment, how many tokens stand before its own: the first ones of the last segment in the row that has none
+    before it, and as many for each that shares with that one. They are in the row once, seen by all of them.
     """
     shape = (len(rows), context_length)
     tokens_BT, targets_BT = np.full(shape, padding_id, np.int64), np.full(shape, IGNORE_INDEX, np.int64)
     positions_BT, documents_BT = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    last_BT = np.zeros(shape, np.int64)
     for row, segments in enumerate(rows):
-        start = 0
+        start = whole = 0
         for number, (tokens, targets) in enumerate(segments, start=1):
+            before = shared[row][number - 1] if shared else 0
             place = (row, slice(start, start + len(tokens)))
             tokens_BT[place], targets_BT[place] = tokens, targets
-            positions_BT[place], documents_BT[place] = np.arange(len(tokens)), number
+            positions_BT[place], documents_BT[place] = np.arange(before, before + len(tokens)), number
+            last_BT[place] = number
+            if before:
+                last_BT[row, whole : whole + before] = number
+            else:
+                whole = start
             start += len(tokens)
     return Batch(
         torch.from_numpy(tokens_BT),
         torch.from_numpy(targets_BT),
         torch.from_numpy(positions_BT),
         torch.from_numpy(documents_BT),
+        visible_to_BT=torch.from_numpy(last_BT) if shared and any(map(any, shared)) else None,
     )
 
 
