@@ -61,17 +61,22 @@ SHARE, PLAIN = 0.2, 200
 #: What all seeds, and both methods, train with.
 SETTINGS: dict[str, Any] = {
     "validation_share": SHARE,
-    "batch_size": 1,
     "context_length": 512,
-    "adapter": {"rank": 16},
     "dtype": "bfloat16",
     "compile": True,
     "diagnostics_every": 0,
     "evaluate_every": 1000,
 }
-REWARD = SETTINGS | {"epochs": 3, "learning_rate": 3e-4}
-DPO = SETTINGS | {"epochs": 3, "learning_rate": 2e-4, "beta": 1.0, "label_smoothing": 0.05, "next_token_weight": 0.1}
-HARMLESS = SETTINGS | {"epochs": 1, "learning_rate": 3e-4, "context_length": 1024, "batch_size": 2}
+REWARD = SETTINGS | {"epochs": 3, "batch_size": 1, "learning_rate": 3e-4, "adapter": {"rank": 16}}
+DPO = SETTINGS | {
+    "epochs": 2,
+    "batch_size": 2,
+    "learning_rate": 1e-5,
+    "beta": 1.0,
+    "label_smoothing": 0.05,
+    "next_token_weight": 0.1,
+}
+HARMLESS = REWARD | {"epochs": 1, "context_length": 768, "batch_size": 2}
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -242,13 +247,24 @@ def tone(arguments: argparse.Namespace) -> Path:
     )
 
 
+def is_answered(row: dict[str, Any]) -> bool:
+    """Whether both dialogues end with something that the assistant says; the stage refuses a file where one does not."""
+    try:
+        as_pair(row)
+    except ValueError:
+        return False
+    return True
+
+
 def harmless(arguments: argparse.Namespace) -> Path:
     """A reward model on pairs of dialogues that people judged."""
     model = float32_folder(arguments.work)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         data = folder / "pairs.jsonl"
-        data.write_bytes((arguments.data / "hh_harmless_1800.jsonl").read_bytes())
+        lines = (arguments.data / "hh_harmless_1800.jsonl").read_text(encoding="utf-8").splitlines()
+        answered = [line for line in lines if is_answered(json.loads(line))]
+        data.write_text("\n".join(answered), encoding="utf-8")
         config = RewardConfig.parse({"data": [data.name], **HARMLESS}, "reward")
         (folder / "reward").mkdir()
         found = reward(config, model, folder / "reward", seed=1, progress=progress_for_terminal(), folder=folder)
@@ -264,7 +280,8 @@ def harmless(arguments: argparse.Namespace) -> Path:
         )
         if key in found
     }
-    return recording.save("tone_harmless", figures | {"settings": HARMLESS})
+    figures |= {"pairs": found["pairs"], "unanswered": len(lines) - len(answered), "settings": HARMLESS}
+    return recording.save("tone_harmless", figures)
 
 
 def main() -> None:

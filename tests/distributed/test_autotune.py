@@ -12,6 +12,7 @@ from bessemer.model.initialisation import initial_decoder
 from bessemer.training import autotune
 from bessemer.training.autotune import AUTOTUNE, StepTiming, prepare_run
 from bessemer.training.pretrain_config import PretrainConfig
+from tests.cases import slow
 
 from .parity import DENSE, SETTINGS
 
@@ -49,8 +50,8 @@ def resolved(folder, parallel, **changes):
     "parallel, expected",
     [
         ({"data_shard": 2}, {0: [4, 16, True], 1: [4, 16, True]}),
-        ({"context": 2}, {0: [8, 8, True], 1: [8, 8, True]}),
-        ({"tensor": 2}, {0: [8, 16, True], 1: [8, 16, True]}),
+        slow({"context": 2}, {0: [8, 8, True], 1: [8, 8, True]}),
+        slow({"tensor": 2}, {0: [8, 16, True], 1: [8, 16, True]}),
         # the last stage computes the loss, of one row of each micro-batch
         ({"pipeline": 2}, {1: [1, 16, False]}),
     ],
