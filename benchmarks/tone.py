@@ -76,7 +76,7 @@ DPO = SETTINGS | {
     "label_smoothing": 0.05,
     "next_token_weight": 0.1,
 }
-HARMLESS = REWARD | {"epochs": 1, "context_length": 768, "batch_size": 2}
+HARMLESS = REWARD | {"epochs": 1, "context_length": 512, "batch_size": 2}
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
