@@ -81,6 +81,7 @@ STUDIES = [
     Benchmark("scaling_ladder", ("target",)),
     Benchmark("scaling_ladder", ("rates",)),
     Benchmark("sums"),
+    Benchmark("overoptimisation"),
     Benchmark("tone"),
     Benchmark("tone", ("--harmless",)),
     Benchmark("constitution"),
