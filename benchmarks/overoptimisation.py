@@ -259,28 +259,21 @@ def main() -> None:
     columns = [
         ("pairs the proxy learnt from", ",d"),
         ("pairs held out in the right order", ".0%"),
-        ("right, base", ".1%"),
-        ("best of 256", ".1%"),
-        ("GRPO, at its best", ".1%"),
-        ("at √KL", ".1f"),
+        ("right answers, base", ".1%"),
+        ("best of n, at its best", ".1%"),
+        ("n", ",d"),
+        (f"best of {BEST_OF}", ".1%"),
         ("GRPO, at the end", ".1%"),
-        ("at √KL", ".1f"),
+        ("proxy, base", ".1f"),
+        (f"best of {BEST_OF}", ".1f"),
+        ("GRPO, at the end", ".1f"),
     ]
     table = []
     for one in found:
-        best, last = max(one["grpo"], key=lambda line: line["gold"]), one["grpo"][-1]
-        table.append(
-            [
-                one["pairs"],
-                one["accuracy"],
-                one["best_of_n"][0]["gold"],
-                one["best_of_n"][-1]["gold"],
-                best["gold"],
-                math.sqrt(max(best["kl"], 0)),
-                last["gold"],
-                math.sqrt(max(last["kl"], 0)),
-            ]
-        )
+        chosen, last = one["best_of_n"], one["grpo"][-1]
+        best = max(chosen, key=lambda line: line["gold"])
+        right = [chosen[0]["gold"], best["gold"], best["n"], chosen[-1]["gold"], last["gold"]]
+        table.append([one["pairs"], one["accuracy"], *right, chosen[0]["proxy"], chosen[-1]["proxy"], last["proxy"]])
     draw(found, Path(__file__).resolve().parents[1] / "docs" / "images" / "overoptimisation.svg")
     figures = {"seed": options.seed, "base": before, "proxies": found}
     print(recording.save("overoptimisation", figures, tables={"gold": recording.table(columns, table)}))
