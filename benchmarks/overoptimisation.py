@@ -264,9 +264,9 @@ def main() -> None:
         ("n", ",d"),
         (f"best of {BEST_OF}", ".1%"),
         ("GRPO, at the end", ".1%"),
-        ("proxy, base", ".1f"),
-        (f"best of {BEST_OF}", ".1f"),
-        ("GRPO, at the end", ".1f"),
+        ("proxy's score, base", ".1f"),
+        (f"score, best of {BEST_OF}", ".1f"),
+        ("score, GRPO at the end", ".1f"),
     ]
     table = []
     for one in found:

@@ -47,9 +47,7 @@ class PreferenceData:
         return self.training.tokens_BT.shape[0]
 
 
-def paired_data(
-    config: PreferenceConfig, model: Path, folder: Path, made: Mapping[str, Path], seed: int
-) -> PreferenceData:
+def paired_data(config: PreferenceConfig, model: Path, folder: Path, made: Mapping[str, Path], seed: int) -> PreferenceData:
     """The pairs that the settings name, packed for the model of a folder, with the objective of their loss. Raises
     SourceError."""
     loss = PAIR_LOSSES.find(config.loss).load()
@@ -78,9 +76,7 @@ def paired_data(
     )
 
 
-def labelled_data(
-    config: PreferenceConfig, model: Path, folder: Path, made: Mapping[str, Path], seed: int
-) -> PreferenceData:
+def labelled_data(config: PreferenceConfig, model: Path, folder: Path, made: Mapping[str, Path], seed: int) -> PreferenceData:
     """The single answers that the settings name, those of pairs among them, packed for KTO. Raises SourceError."""
     rows = [row for name in config.data for row in read_examples(data_path(name, folder, made), as_labelled_answers)]
     answers = [answer for row in rows for answer in row]
