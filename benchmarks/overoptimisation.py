@@ -1,6 +1,6 @@
 """How far a proxy can be trusted: a policy is trained against a reward model, and judged by what taught the reward model.
 
-    python benchmarks/overoptimisation.py [--out FOLDER] [--seed 1]    # about half an hour on two cores
+    python benchmarks/overoptimisation.py [--out FOLDER] [--seed 1]    # some twenty minutes on two cores
 
 Gao et al. 2022, with sums for the task. The *gold* reward of an answer is 1 where the sum is right. The base model of
 `examples/arithmetic` answers sums, gold says which of its answers are right, and a right and a wrong one of a sum are a pair:

@@ -51,7 +51,7 @@ from bessemer.posttraining.preference.packing import pack_pairs  # noqa: E402
 from bessemer.posttraining.preference.stage import preference  # noqa: E402
 from bessemer.posttraining.reward.config import RewardConfig  # noqa: E402
 from bessemer.posttraining.reward.stage import reward  # noqa: E402
-from bessemer.tokenization.tokenizer import load_tokenizer  # noqa: E402
+from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
 from bessemer.training.objectives import token_losses  # noqa: E402
 from evaluation_agreement import WORK  # noqa: E402
 from evaluation_tasks import float32_folder  # noqa: E402
@@ -173,13 +173,17 @@ def split_of(seed: int, rows: Sequence[dict[str, Any]], folder: Path) -> Split:
     return Split(data, training, held_out, [row for row in rows if prompt_key(tuple(row["prompt"])) in kept][:PLAIN])
 
 
-def without_model(split: Split) -> dict[str, Any]:
-    """What needs no model."""
+def without_model(split: Split, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What needs no model, and the rows that DPO trains on, with prompts shared and without."""
     return {
         "held_out": len(split.held_out),
         "bigrams": bigram_accuracy(split.training, split.held_out),
         "longer": longer_accuracy(split.held_out),
         "plain_answers": len(split.plain),
+        **{
+            name: pack_pairs(split.training, tokenizer, SETTINGS["context_length"], shares_prompts=shares).rows
+            for name, shares in (("rows", False), ("rows_shared", True))
+        },
     }
 
 
@@ -209,7 +213,7 @@ def one_seed(seed: int, rows: Sequence[dict[str, Any]], model: Path, arguments: 
     folder = arguments.out / f"seed-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     split = split_of(seed, rows, folder)
-    found = {"seed": seed, **without_model(split)}
+    found = {"seed": seed, **without_model(split, load_tokenizer(model))}
     common = {"seed": seed, "progress": progress_for_terminal(), "folder": folder}
     for name in arguments.methods:
         done = folder / f"{name}.json"
@@ -241,7 +245,7 @@ def tone(arguments: argparse.Namespace) -> Path:
         [("held-out pairs in the right order", ""), ("median", ".1%"), *((f"seed {one['seed']}", ".1%") for one in seeds)],
         [(label, median(one[key] for one in seeds), *(one[key] for one in seeds)) for label, key in shown.items()],
     )
-    medians = {key: median(one[key] for one in seeds) for key in (*shown.values(), "bits_per_byte_rise")}
+    medians = {key: median(one[key] for one in seeds) for key in (*shown.values(), "bits_per_byte_rise", "rows", "rows_shared")}
     return recording.save(
         "tone", {"seeds": seeds, "median": medians, "settings": {"reward": REWARD, "dpo": DPO}}, tables={"pairs": table}
     )

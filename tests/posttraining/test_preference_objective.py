@@ -2,14 +2,16 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
-from bessemer.model.folder import load_model
+from bessemer.model.folder import load_model, save_model
 from bessemer.posttraining.encoding import Encoded, encode_answer
 from bessemer.posttraining.formats import Pair
+from bessemer.posttraining.preference.config import PreferenceConfig
 from bessemer.posttraining.preference.losses import PairLossSettings
 from bessemer.posttraining.preference.objective import REFERENCE_LOG_PROBS, PreferenceObjective
-from bessemer.posttraining.preference.packing import pack_pairs
+from bessemer.posttraining.preference.packing import can_share_prompts, pack_pairs
 from bessemer.posttraining.preference.registry import PAIR_LOSSES
 from bessemer.training.objectives import LossContext
+from tests.inference.models import small_decoder
 from tests.posttraining.test_formats import said
 
 
@@ -109,13 +111,22 @@ def test_what_both_answers_begin_with_is_in_a_row_once(tokenizer):
     assert batch.positions_BT[0, first : first + second - prompt].tolist() == list(range(prompt, second))
     # a score has one target, at the end, so that answers share their first words, too
     scored = pack_pairs([pair], tokenizer, 128, Encoded.scored, shares_prompts=True).batch
-    common = int((sides[0].ids[:first] != sides[1].ids[:first]).argmax()) if first <= second else None
-    assert common is None or int((scored.visible_to_BT == 2)[0, : common + 1].sum()) == common > prompt + 1
+    shortest = min(first, second)
+    common = int((sides[0].ids[:shortest] != sides[1].ids[:shortest]).argmax())
+    assert common > prompt + 1 and int((scored.visible_to_BT == 2)[0, : common + 1].sum()) == common
     # one answer begins as the whole of the other: a token is left of the rejected one
     same = Pair("Why?", "So", "So so")
     for one in (same, Pair("Why?", "So so", "So")):
         both = pack_pairs([one], tokenizer, 128, Encoded.scored, shares_prompts=True).batch
         assert int((both.targets_BT >= 0).sum()) == 2 and both.document_ids_BT.max() == 2
+
+
+def test_prompts_are_shared_where_the_model_reads_them_so_and_no_axis_splits_rows(model_folder, tmp_path):
+    config = PreferenceConfig.parse({"data": ["pairs.jsonl"]}, "preference")
+    split = PreferenceConfig.parse({"data": ["pairs.jsonl"], "parallel": {"context": 2}}, "preference")
+    assert can_share_prompts(config, model_folder) and not can_share_prompts(split, model_folder)
+    save_model(small_decoder("alibi"), tmp_path, tokenizer=None)
+    assert not can_share_prompts(config, tmp_path)
 
 
 def test_an_answer_beyond_half_a_row_leaves_the_pair_out(tokenizer):

@@ -16,7 +16,7 @@ from bessemer.posttraining.preference.kto import KTOObjective
 from bessemer.posttraining.preference.labelled import pack_answers
 from bessemer.posttraining.preference.losses import PairLossSettings
 from bessemer.posttraining.preference.objective import PreferenceObjective
-from bessemer.posttraining.preference.packing import pack_pairs, shares_prompts
+from bessemer.posttraining.preference.packing import can_share_prompts, pack_pairs
 from bessemer.posttraining.preference.registry import PAIR_LOSSES
 from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.data.batches import Batch
@@ -57,7 +57,7 @@ def paired_data(config: PreferenceConfig, model: Path, folder: Path, made: Mappi
             f"the pairs have a confidence, which the loss {config.loss} cannot use; take sigmoid, sigmoid_norm or simpo, or "
             "leave the column out"
         )
-    tokenizer, shares = load_tokenizer(model), shares_prompts(config, model)
+    tokenizer, shares = load_tokenizer(model), can_share_prompts(config, model)
     packed, validation = (
         pack_pairs(some, tokenizer, config.context_length, shares_prompts=shares) for some in (training, held_out)
     )

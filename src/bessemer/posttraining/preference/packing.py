@@ -95,9 +95,8 @@ def pack_pairs(
     return PackedPairs(batch, len(packed), len(pairs) - len(packed))
 
 
-def shares_prompts(config: LoopConfig, model: Path) -> bool:
-    """Whether pairs may share their prompts in a row: the model of a folder reads them so, and no context axis splits the rows,
-    whose masks know a row's documents but not what these share."""
+def can_share_prompts(config: LoopConfig, model: Path) -> bool:
+    """As `Trainee.shares_prefixes`, before there is one: of the model in a folder, and the settings of its run."""
     return config.parallel.context == 1 and read_model_config(model).shares_prefixes
 
 

@@ -17,7 +17,7 @@ from bessemer.posttraining.encoding import Encoded, encode_answer
 from bessemer.posttraining.formats import Pair
 from bessemer.posttraining.packing import PackedBatches, validation_on
 from bessemer.posttraining.pairs import gather_pairs
-from bessemer.posttraining.preference.packing import pack_pairs, shares_prompts
+from bessemer.posttraining.preference.packing import can_share_prompts, pack_pairs
 from bessemer.posttraining.reward.assessment import ScoredPair, assess, write_scored_pairs
 from bessemer.posttraining.reward.config import RewardConfig
 from bessemer.posttraining.reward.objective import RewardObjective
@@ -54,7 +54,7 @@ def reward(
     progress = progress or Silent()
     tokenizer = load_tokenizer(model)
     training, held_out = gather_pairs(config.data, folder, made or {}, config.validation_share, seed)
-    shares = shares_prompts(config, model)
+    shares = can_share_prompts(config, model)
     packed, validation = (
         pack_pairs(some, tokenizer, config.context_length, Encoded.scored, shares_prompts=shares)
         for some in (training, held_out)
