@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,7 +30,7 @@ from bessemer.posttraining.rl.rollout_batches import AdvantageBatches, BatchMake
 from bessemer.posttraining.rl.sampler import EncodedPrompt, Group, PolicySampler, SamplingEngine
 from bessemer.posttraining.rl.sharing import Share
 from bessemer.tokenization.tokenizer import Tokenizer
-from bessemer.training.data.batches import Batch, rows_of_step
+from bessemer.training.data.batches import Batch, rows_at
 from bessemer.training.trainee import Trainee
 
 
@@ -230,10 +231,9 @@ class RolloutSource:
 
     def _next_prompts(self, count: int) -> list[EncodedPrompt]:
         """The next prompts, in a new order every epoch."""
-        positions = range(self._cursor, self._cursor + count)
+        positions = np.arange(self._cursor, self._cursor + count)
         self._cursor += count
-        order = (int(rows_of_step(position, 1, len(self._prompts), self._seed)[0]) for position in positions)
-        return [self._prompts[place] for place in order]
+        return [self._prompts[place] for place in rows_at(positions, len(self._prompts), self._seed)]
 
 
 def _mean(values: Iterable[float]) -> float:
