@@ -4,6 +4,7 @@ import signal
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import torch
 from torch.nn.functional import logsigmoid
 
@@ -13,6 +14,9 @@ from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
 from bessemer.posttraining.preference.kto import KTOObjective
+from bessemer.posttraining.preference.losses import SIGMOID, PairLossSettings
+from bessemer.posttraining.preference.objective import PreferenceObjective
+from bessemer.posttraining.preference.packing import PairExample, pack_examples
 from bessemer.posttraining.reward.objective import RewardObjective
 from bessemer.training.data.batches import IGNORE_INDEX, Batch
 from bessemer.training.head import token_log_probs
@@ -197,6 +201,26 @@ class JudgedAnswers(PackedBatches):
         )
 
 
+class SharedPrompts(RandomBatches):
+    """Packed pairs of answers, whose prompt is in a row once; the last row is empty."""
+
+    def batch(self, step, rows=slice(None), mesh=ALONE):
+        numbers = np.random.default_rng(step)
+        length = self._shape[1]
+        pairs = []
+        for _ in range(self.batch_size - 1):
+            prompt = numbers.integers(0, self._vocab_size, length // 2 - 3)
+            sides = []
+            for answer in (2, 4):
+                tokens = np.concatenate([prompt, numbers.integers(0, self._vocab_size, answer)])
+                targets = np.where(np.arange(len(tokens)) < len(prompt) - 1, IGNORE_INDEX, np.roll(tokens, -1))
+                sides.append((tokens, targets))
+            pairs.append(PairExample(*sides))
+        whole = pack_examples(pairs, length, 0, lambda _: self.batch_size, shares_prompts=True)
+        assert whole.visible_to_BT is not None
+        return whole.rows(rows)
+
+
 #: By name: the objective, the batches, and the roles of the models beside the policy that are trained, and frozen.
 METHODS = {
     "pairs": (Pairs, PairBatches, (), ()),
@@ -208,6 +232,7 @@ METHODS = {
 #: Of post-training, as it is.
 PREFERENCES = {
     "reward": (partial(RewardObjective, centering=0.1), RewardPairs, (), ()),
+    "dpo": (partial(PreferenceObjective, SIGMOID, PairLossSettings(), 0.1), SharedPrompts, (), ("reference",)),
     "kto": (partial(KTOObjective, undesirable_weight=0.5), JudgedAnswers, (), ("reference",)),
 }
 

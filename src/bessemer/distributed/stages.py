@@ -33,6 +33,9 @@ class Rows(Protocol):
     @property
     def document_ids_BT(self) -> Tensor | None: ...  # noqa: N802
 
+    @property
+    def visible_to_BT(self) -> Tensor | None: ...  # noqa: N802
+
 
 #: Forward computation of a stage: from the previous stage's output and the number of the micro-batch to the input of the next
 #: stage; the last stage's output is the result of the micro-batch.
@@ -82,7 +85,10 @@ class Stage(Decoder):
     def hidden_states(self) -> Tensor:
         """Hidden states after this stage's layers, (B, T, D), of the current micro-batch."""
         assert self._rows is not None
-        return self._pre_norm_hidden(self._rows.tokens_BT, self._rows.positions_BT, self._rows.document_ids_BT, None, None)
+        rows = self._rows
+        return self._pre_norm_hidden(
+            rows.tokens_BT, rows.positions_BT, rows.document_ids_BT, None, None, visible_to_BT=rows.visible_to_BT
+        )
 
     def _pre_norm_hidden(
         self,
@@ -94,19 +100,20 @@ class Stage(Decoder):
         keep: Callable[[int, Tensor], None] | None = None,
         visible_to_BT: Tensor | None = None,
     ) -> Tensor:
-        assert visible_to_BT is None, "the stages before the last know nothing of it"
         rows, self._rows = self._rows, None
-        asked = (tokens_BT, positions_BT, document_ids_BT)
+        asked = (tokens_BT, positions_BT, document_ids_BT, visible_to_BT)
         if rows is None or any(
             one is not other
-            for one, other in zip(asked, (rows.tokens_BT, rows.positions_BT, rows.document_ids_BT), strict=True)
+            for one, other in zip(
+                asked, (rows.tokens_BT, rows.positions_BT, rows.document_ids_BT, rows.visible_to_BT), strict=True
+            )
         ):
             raise ConfigError(
                 "parallel.pipeline: the loss must ask the model for its states once a batch, and for those of the batch's own "
-                "tokens_BT, positions_BT and document_ids_BT: the layers before the last stage have run by then. Change the "
-                "loss, or set pipeline: 1"
+                "tokens_BT, positions_BT, document_ids_BT and visible_to_BT: the layers before the last stage have run by "
+                "then. Change the loss, or set pipeline: 1"
             )
-        return super()._pre_norm_hidden(tokens_BT, positions_BT, document_ids_BT, cache, real, keep)
+        return super()._pre_norm_hidden(tokens_BT, positions_BT, document_ids_BT, cache, real, keep, visible_to_BT)
 
     def _embedded(self, tokens_BT: Tensor, positions_BT: Tensor | None) -> Tensor:
         received_BTD, self._received_BTD = self._received_BTD, None
