@@ -161,9 +161,9 @@ def main() -> None:
         ("well-formed, least", ".1%"),
         ("minutes, most", ".1f"),
     ]
-    draw(seeds, Path(__file__).resolve().parents[1] / "docs" / "images" / "sums.svg")
     figures = {"seeds": seeds, "median": {kind: median(seed[kind]["right"] for seed in seeds) for kind in kinds}}
     print(recording.save("sums", figures, tables={"right": recording.table(columns, rows)}))
+    draw(seeds, Path(__file__).resolve().parents[1] / "docs" / "images" / "sums.svg")
 
 
 if __name__ == "__main__":
