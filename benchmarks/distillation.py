@@ -10,7 +10,7 @@ the standard library. Two questions, at equal steps, batches and schedules:
   gap in bits per byte between student and teacher does each close?
 - *Answers.* Prompts are beginnings of documents. The student learns from answers of the teacher, sampled once; or from its own,
   by the whole reverse divergence and by the policy gradient of the log-ratio, in half the updates; the latter, which is far
-  noisier, also with eight times as many answers an update. How far from the teacher is it on its own answers to held-out
+  noisier, also with sixteen times as many answers an update. How far from the teacher is it on its own answers to held-out
   prompts? Every way at the best of some learning rates.
 
 About five minutes on two quiet cores. What is finished in the folder is not done again. Result: `distillation.json`.
@@ -92,7 +92,7 @@ WAYS: Mapping[str, tuple[str, dict[str, Any], float, int, tuple[float, ...]]] = 
         "own answers, `policy_gradient`",
         {"answers": "student", "loss": "policy_gradient"},
         0.5,
-        8 * ANSWERS,
+        16 * ANSWERS,
         (1e-2, 2e-2),
     ),
 }
