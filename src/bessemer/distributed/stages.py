@@ -84,8 +84,8 @@ class Stage(Decoder):
 
     def hidden_states(self) -> Tensor:
         """Hidden states after this stage's layers, (B, T, D), of the current micro-batch."""
-        assert self._rows is not None
         rows = self._rows
+        assert rows is not None
         return self._pre_norm_hidden(
             rows.tokens_BT, rows.positions_BT, rows.document_ids_BT, None, None, visible_to_BT=rows.visible_to_BT
         )
