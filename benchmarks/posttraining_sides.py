@@ -26,6 +26,8 @@ BATCH, GROUP, ANSWER = 64, 8, 32
 WARM_STEPS, STEPS = 3, 10
 #: Of the adapter, on all linear layers but the head.
 RANK, ALPHA = 16, 32
+#: Of DPO.
+BETA = 0.1
 SEED = 1
 #: Examples, and prompts, whose log-probabilities are compared.
 COMPARED, COMPARED_PROMPTS = 32, 4
@@ -33,7 +35,7 @@ COMPARED, COMPARED_PROMPTS = 32, 4
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained: `grpo`, `sft` or `lora`; for tuning, rows a step and steps of a pass over the examples."""
+    """What is trained: `grpo`, `sft`, `lora` or `dpo`; of the latter three, rows a step and steps of a pass."""
 
     method: str
     rows: int = 0
@@ -41,30 +43,38 @@ class Job:
 
 
 class Ours:
-    """The stages `rl` and `sft`, as a recipe runs them."""
+    """The stages `rl`, `sft` and `preference`, as a recipe runs them."""
 
     #: What is tried beside the defaults, in turn.
     ALTERNATIVES: ClassVar[dict[str, dict[str, tuple[Any, ...]]]] = {
         "grpo": {},
         "sft": {"compile": (True,)},
         "lora": {"compile": (True,)},
+        "dpo": {"compile": (True,)},
     }
-    DEFAULTS: ClassVar[dict[str, dict[str, Any]]] = {"grpo": {}, "sft": {"compile": False}, "lora": {"compile": False}}
+    DEFAULTS: ClassVar[dict[str, dict[str, Any]]] = {
+        "grpo": {},
+        "sft": {"compile": False},
+        "lora": {"compile": False},
+        "dpo": {"compile": False},
+    }
 
     def __init__(self, subject: Subject, job: Job, threads: int) -> None:
         self._subject, self._job, self._threads = subject, job, threads
 
     def run(self, settings: dict[str, Any]) -> dict[str, float]:
-        """Rates by what is counted: `completions` (in rollouts alone), `samples` or `targets` a second; and the mean loss."""
+        """Rates by what is counted: `completions` (in rollouts alone), `samples`, `targets` or `pairs` a second; and the mean
+        loss."""
+        methods = {"grpo": self._grpo, "dpo": self._prefer}
         with tempfile.TemporaryDirectory() as out:
-            return self._grpo(Path(out)) if self._job.method == "grpo" else self._tune(Path(out), settings)
+            return methods.get(self._job.method, self._tune)(Path(out), settings)
 
     def scored(self) -> list[dict[str, Any]]:
         """Sequences, the first of their tokens that has a log-probability, and these, by the weights before training: of
         completions by the engine that sampled them, of answers by the trainer."""
         return self._sampled() if self._job.method == "grpo" else self._answers()
 
-    def _grpo(self, out: Path) -> dict[str, float]:
+    def _grpo(self, out: Path, settings: dict[str, Any]) -> dict[str, float]:
         from bessemer.core.metrics import read_metrics
         from bessemer.posttraining.rl.config import RLConfig
         from bessemer.posttraining.rl.stage import rl
@@ -102,7 +112,18 @@ class Ours:
         config = SFTConfig(**self._sft_settings(), **settings)
         sft(config, self._subject.model, None, out, seed=SEED, progress=clock, folder=self._subject.folder)
         losses = [line["loss"] for line in read_metrics(out / "metrics.jsonl")]
-        return _rates_of_tuning(clock.times, self._subject.targets, losses)
+        return _rates_of_passes(clock.times, {"targets": self._subject.targets}, losses)
+
+    def _prefer(self, out: Path, settings: dict[str, Any]) -> dict[str, float]:
+        from bessemer.core.metrics import read_metrics
+        from bessemer.posttraining.preference.config import PreferenceConfig
+        from bessemer.posttraining.preference.stage import preference
+
+        clock = Clock()
+        config = PreferenceConfig(**(self._sft_settings() | {"data": ["pairs.jsonl"], "beta": BETA}), **settings)
+        preference(config, self._subject.model, out, seed=SEED, progress=clock, folder=self._subject.folder)
+        losses = [line["loss"] for line in read_metrics(out / "metrics.jsonl")]
+        return _rates_of_passes(clock.times, {"pairs": len(self._subject.pairs())}, losses)
 
     def _sft_settings(self) -> dict[str, Any]:
         adapter = {"adapter": {"rank": RANK, "alpha": ALPHA, "merge": False}} if self._job.method == "lora" else {}
@@ -190,6 +211,7 @@ class TRL:
             "compile": (True,),
             "threads": (1,),
         },
+        "dpo": {"accumulated": (2, 4, 8), "precomputed": (False,), "attention": ("eager",), "compile": (True,)},
         "sft": {
             "rows": ("padded, by length", "packed"),
             "accumulated": (2, 4, "each"),
@@ -203,6 +225,7 @@ class TRL:
         "grpo": {**_COMMON, "cache": None, "continuous": False, "threads": None},
         "sft": {**_COMMON, "rows": "padded"},
         "lora": {**_COMMON, "rows": "padded"},
+        "dpo": {**_COMMON, "precomputed": True},
     }
 
     def __init__(self, subject: Subject, job: Job, threads: int) -> None:
@@ -223,7 +246,8 @@ class TRL:
         torch.set_num_threads(settings.get("threads") or self._threads)
         try:
             with tempfile.TemporaryDirectory() as out:
-                return self._grpo(out, settings) if self._job.method == "grpo" else self._tune(out, settings)
+                methods = {"grpo": self._grpo, "dpo": self._prefer}
+                return methods.get(self._job.method, self._tune)(out, settings)
         finally:
             torch.set_num_threads(self._threads)
             torch.compiler.reset()
@@ -354,13 +378,44 @@ class TRL:
             **adapter,
         )
         loss = trainer.train().training_loss
-        return _rates_of_tuning(clock.times, self._subject.targets, [loss])
+        return _rates_of_passes(clock.times, {"targets": self._subject.targets}, [loss])
+
+    def _prefer(self, out: str, settings: dict[str, Any]) -> dict[str, float]:
+        from datasets import Dataset
+        from trl import DPOConfig, DPOTrainer
+
+        pairs = self._subject.texts_of_pairs()
+        each = -(-len(pairs) // self._job.steps)
+        arguments = DPOConfig(
+            **self._arguments(out, settings),
+            per_device_train_batch_size=-(-each // settings["accumulated"]),
+            gradient_accumulation_steps=settings["accumulated"],
+            precompute_ref_log_probs=settings["precomputed"],
+            num_train_epochs=2,
+            learning_rate=1e-5,
+            beta=BETA,
+            max_length=CONTEXT,
+        )
+        clock = _callback()
+        trainer = DPOTrainer(
+            model=self._model(settings["attention"]),
+            args=arguments,
+            train_dataset=Dataset.from_list(pairs),
+            processing_class=self._tokenizer(),
+            callbacks=[clock],
+        )
+        read = [{name: row[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")} for row in trainer.train_dataset]
+        assert read == self._subject.pairs(), "the sides read other pairs"
+        loss = trainer.train().training_loss
+        return _rates_of_passes(clock.times, {"pairs": len(pairs)}, [loss])
 
 
-def _rates_of_tuning(times: list[float], targets: int, losses: list[float]) -> dict[str, float]:
-    """Of two passes over the examples, the second one's."""
+def _rates_of_passes(times: list[float], counted: dict[str, int], losses: list[float]) -> dict[str, float]:
+    """Of two passes over all examples, the second one's. counted: of a pass, by name."""
     half = len(times) // 2
-    return {"targets": targets / (times[-1] - times[half - 1]), "loss": sum(losses) / len(losses), "updates": half}
+    seconds = times[-1] - times[half - 1]
+    rates = {name: number / seconds for name, number in counted.items()}
+    return {**rates, "loss": sum(losses) / len(losses), "updates": half}
 
 
 def _check_lengths(lengths: Any) -> None:

@@ -50,7 +50,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/reasoning"), help="folder of the runs")
     parser.add_argument("--recipes", type=Path, default=EXAMPLE, help="folder of the recipes")
     arguments = parser.parse_args()
-    figures: dict[str, Any] = {}
+    models: dict[str, dict[str, dict[str, float]]] = {}
+    minutes: dict[str, float] = {}
     for title, (recipe, stage) in MODELS.items():
         made = bessemer.pipeline.api.run(
             str(arguments.recipes / recipe),
@@ -59,14 +60,14 @@ def main() -> None:
             allow_code=True,
             progress=PlainLines(interval=30),
         )
-        seconds = sum(one.artefact.manifest["seconds"] for one in made.made)
-        measured = by_budget(made.folder / "stages" / stage / "model", thinks=recipe == "recipe.yaml")
-        figures[title] = {"budgets": measured, "seconds": seconds}
-    budgets = list(figures[next(iter(MODELS))]["budgets"])
+        minutes[Path(recipe).stem] = sum(one.artefact.manifest["seconds"] for one in made.made) / 60
+        models[title] = by_budget(made.folder / "stages" / stage / "model", thinks=recipe == "recipe.yaml")
+    budgets = list(models[next(iter(MODELS))])
     rows = [
-        [title, *(one["budgets"].get(budget, {}).get("accuracy") for budget in budgets), one["budgets"][budgets[-1]]["tokens"]]
-        for title, one in figures.items()
+        [title, *(of_budget.get(budget, {}).get("accuracy") for budget in budgets), of_budget[budgets[-1]]["tokens"]]
+        for title, of_budget in models.items()
     ]
+    figures: dict[str, Any] = {"models": models, "minutes": minutes}
     columns = [("", ""), *((budget, ".1%") for budget in budgets[:-1]), ("no limit", ".1%"), ("tokens then", ".1f")]
     print(json.dumps(figures), flush=True)
     recording.save("reasoning", figures, tables={"budgets": recording.table(columns, rows)}, peers=["torch"])
