@@ -205,8 +205,8 @@ def compare(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         return result
     losses, updates = ([run[0][key] for run in runs] for key in ("loss", "updates"))
     print(f"  mean loss {losses[0]:.4f} beside {losses[1]:.4f}, updates {updates[0]} beside {updates[1]}", flush=True)
-    if abs(losses[0] / losses[1] - 1) > MOST_LOSS:
-        raise SystemExit(f"the two do not learn the same: mean loss {losses[0]:.4f} beside {losses[1]:.4f}")
+    if updates[0] != updates[1] or abs(losses[0] / losses[1] - 1) > MOST_LOSS:
+        raise SystemExit("the two do not learn the same")
     return result | {"losses": losses, "updates": updates}
 
 

@@ -158,7 +158,8 @@ def _write_texts(subject: Subject, rows: int) -> None:
             continue
         texts.append({"prompt": prompt, "completion": answer})
         examples.append({"input_ids": encoded.ids.tolist(), "labels": _labels(encoded.ids.tolist(), begin)})
-    lengths = [len(example["input_ids"]) - 1 for example in examples]
+    # the peer's rows hold the last target too: with as many as it needs, a pass has as many updates on either side
+    lengths = [len(example["input_ids"]) for example in examples]
 
     def filled(examples: int) -> int:
         return int(best_fit(lengths[:examples], CONTEXT).max()) + 1

@@ -30,30 +30,47 @@ def gaps(texts: Iterator[str], draw: random.Random) -> Iterator[tuple[str, str, 
                 yield "".join(before), lines[number], "".join(after)
 
 
-run = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/coding-assistant")
-stage = sys.argv[2] if len(sys.argv) > 2 else "pretrain"
-held_out = (
-    text
-    for batch in iterate_documents(run / "corpus" / "documents", ["text"], split="validation")
-    for text in batch.column("text").to_pylist()
-)
-draw = random.Random(7)
-found = list(gaps(held_out, draw))
-with Engine(run / "stages" / stage / "model") as engine:
-    tokenizer = engine.tokenizer
-    asked = [
-        (infill_prompt(tokenizer, before, after), tokenizer.encode(before), tokenizer.encode(line, add_bos=False), line)
-        for before, line, after in draw.sample(found, len(found))
-    ]
-    items = [one for one in asked if len(one[2]) <= TOKENS and len(one[0]) + TOKENS < engine.context_length][:ITEMS]
-    sizes = sum(len(line.encode()) for *_, line in items)
-    for name, prompts in (("with the text after it", [one[0] for one in items]), ("without it", [one[1] for one in items])):
-        greedy = SamplingParams(max_tokens=TOKENS, temperature=0.0, stop=["\n"])
-        written = engine.generate(prompts, greedy)
-        exact = sum(completion.text == line.rstrip("\n") for completion, (*_, line) in zip(written, items, strict=True))
-        scores = engine.score_items([(prompt, [line]) for prompt, (_, _, line, _) in zip(prompts, items, strict=True)])
-        bits = -sum(score.total for (score,) in scores) / math.log(2)
-        print(f"{name}: {exact / len(items):.1%} of {len(items)} lines exactly, {bits / sizes:.3f} bits per byte")
-    for (prompt, _, _, line), _ in zip(items, range(3), strict=False):
-        (completion,) = engine.generate([prompt], SamplingParams(max_tokens=TOKENS, temperature=0.0, stop=["\n"]))
-        print(f"  {line.strip()!r} ← {completion.text.strip()!r}")
+def items_of(run: Path, engine: Engine) -> list[tuple[list[int], list[int], str]]:
+    """Prompts with the text after a line and without it, and the line, of a run's held-out files."""
+    held_out = (
+        text
+        for batch in iterate_documents(run / "corpus" / "documents", ["text"], split="validation")
+        for text in batch.column("text").to_pylist()
+    )
+    draw = random.Random(7)
+    found = list(gaps(held_out, draw))
+    tokenizer, items = engine.tokenizer, []
+    for before, line, after in draw.sample(found, len(found)):
+        prompt = infill_prompt(tokenizer, before, after)
+        if len(tokenizer.encode(line, add_bos=False)) <= TOKENS and len(prompt) + TOKENS < engine.context_length:
+            items.append((prompt, tokenizer.encode(before), line))
+    return items[:ITEMS]
+
+
+def written(engine: Engine, prompts: list[list[int]]) -> list[str]:
+    """The lines that the model writes behind prompts."""
+    greedy = SamplingParams(max_tokens=TOKENS, temperature=0.0, stop=["\n"])
+    return [completion.text for completion in engine.generate(prompts, greedy)]
+
+
+def share_and_bits(engine: Engine, prompts: list[list[int]], lines: list[str]) -> tuple[float, float]:
+    """Share of lines that come back exactly, and bits per byte of the true ones."""
+    exact = sum(text == line.rstrip("\n") for text, line in zip(written(engine, prompts), lines, strict=True))
+    scores = engine.score_items([(prompt, [line]) for prompt, line in zip(prompts, lines, strict=True)])
+    nats = -sum(score.total for (score,) in scores)
+    return exact / len(lines), nats / math.log(2) / sum(len(line.encode()) for line in lines)
+
+
+def main(run: Path, stage: str) -> None:
+    """Print both shares, and some lines."""
+    with Engine(run / "stages" / stage / "model") as engine:
+        with_suffix, without, lines = (list(column) for column in zip(*items_of(run, engine), strict=True))
+        for name, prompts in (("with the text after it", with_suffix), ("without it", without)):
+            exact, bits = share_and_bits(engine, prompts, lines)
+            print(f"{name}: {exact:.1%} of {len(lines)} lines exactly, {bits:.3f} bits per byte")
+        for line, text in zip(lines, written(engine, with_suffix[:3]), strict=False):
+            print(f"  {line.strip()!r} ← {text.strip()!r}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/coding-assistant"), sys.argv[2] if len(sys.argv) > 2 else "pretrain")
