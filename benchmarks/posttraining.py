@@ -210,6 +210,11 @@ def compare(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     return result | {"losses": losses, "updates": updates}
 
 
+def shown(rate: float) -> str:
+    """A rate as a table has it."""
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}"
+
+
 def tables(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What docs show."""
     columns = [
@@ -218,8 +223,8 @@ def tables(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     ]
     rows = [
         [
-            *[PARTS[name].label, each["unit"], each["bessemer"]["median"], each["peer"]["median"], each["ratio"]["median"]],
-            *[[each["ratio"]["low"], each["ratio"]["high"]], each["mean_difference"]],
+            *[PARTS[name].label, each["unit"], shown(each["bessemer"]["median"]), shown(each["peer"]["median"])],
+            *[each["ratio"]["median"], [each["ratio"]["low"], each["ratio"]["high"]], each["mean_difference"]],
         ]
         for name, each in found.items()
     ]

@@ -3,9 +3,9 @@
     python benchmarks/specialists.py [--out FOLDER]
 
 Each runs whole, as a user runs it, in a copy of its folder. Of the coding assistant: lines of held-out files that come back
-exactly, and their bits per byte, with the text after them and without. Of the bot: tickets that are answered exactly, those
-trained on and those held out. Of the domain: bits per byte of its held-out pages and of the general text, by model. What is
-finished in the folder is not done again. Result: `specialists.json`.
+exactly, and their bits per byte, with the text after them, in both orders, and without. Of the bot: tickets that are answered
+exactly, those trained on and those held out. Of the domain: bits per byte of its held-out pages and of the general text, by
+model. What is finished in the folder is not done again. Result: `specialists.json`.
 """
 
 from __future__ import annotations
@@ -70,12 +70,17 @@ def coding_assistant(folder: Path) -> dict[str, Any]:
     run, minutes = made(folder)
     fill_in = module(folder / "fill_in.py")
     with Engine(run / "stages" / "pretrain" / "model") as engine:
-        with_suffix, without, lines = (list(column) for column in zip(*fill_in.items_of(run, engine), strict=True))
-        sides = {
-            name: dict(zip(("exact", "bits_per_byte"), fill_in.share_and_bits(engine, prompts, lines), strict=True))
-            for name, prompts in (("with", with_suffix), ("without", without))
+        prompts, lines = fill_in.items_of(run, engine)
+        asked = {
+            name: dict(zip(("exact", "bits_per_byte"), fill_in.share_and_bits(engine, of_name, lines), strict=True))
+            for name, of_name in prompts.items()
         }
-    return {"minutes": minutes, "lines": len(lines), **sides, "bits_per_byte": results_of(run)["bits_per_byte"]["pretrain"]}
+    return {
+        "minutes": minutes,
+        "lines": len(lines),
+        "asked": asked,
+        "bits_per_byte": results_of(run)["bits_per_byte"]["pretrain"],
+    }
 
 
 def support_bot(folder: Path) -> dict[str, Any]:
@@ -107,11 +112,8 @@ def study(out: Path) -> Path:
         print(name, json.dumps(found[name]), flush=True)
     of_code, of_domain = found[CODE], found[DOMAIN]["by_source"]
     lines = recording.table(
-        [("a line of held-out code, asked for", ""), ("comes back exactly", ".1%"), ("bits per byte", ".3f")],
-        [
-            ("with the text after it", *of_code["with"].values()),
-            ("without it", *of_code["without"].values()),
-        ],
+        [("a line of held-out code, asked for with", ""), ("comes back exactly", ".1%"), ("bits per byte", ".3f")],
+        [(name, *one.values()) for name, one in of_code["asked"].items()],
     )
     models = list(of_domain["domain"])
     sources = recording.table(
@@ -123,14 +125,12 @@ def study(out: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="the runs are kept here")
+    parser.add_argument(
+        "--out", type=Path, default=Path(tempfile.gettempdir()) / "bessemer-specialists", help="folder of the runs"
+    )
     arguments = parser.parse_args()
     set_environment()
-    if arguments.out is not None:
-        print(study(arguments.out.resolve()))
-        return
-    with tempfile.TemporaryDirectory() as name:
-        print(study(Path(name).resolve()))
+    print(study(arguments.out.resolve()))
 
 
 if __name__ == "__main__":

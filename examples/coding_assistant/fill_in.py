@@ -1,8 +1,8 @@
 """Lines of held-out files, filled in from what stands around them: `python fill_in.py [RUN] [STAGE]` after the recipe.
 
 Single-line infilling (Bavarian et al. 2022): a line is taken out, and the model is asked for it. Beside the share of lines
-that come back exactly: the bits per byte of the line that stood there, with the text after it and without. A model that is too
-small to write the line shows there what it makes of the suffix.
+that come back exactly: the bits per byte of the line that stood there, with the text after it, in both orders, and without. A
+model that is too small to write the line shows there what it makes of the suffix.
 """
 
 import math
@@ -30,8 +30,12 @@ def gaps(texts: Iterator[str], draw: random.Random) -> Iterator[tuple[str, str, 
                 yield "".join(before), lines[number], "".join(after)
 
 
-def items_of(run: Path, engine: Engine) -> list[tuple[list[int], list[int], str]]:
-    """Prompts with the text after a line and without it, and the line, of a run's held-out files."""
+#: What is asked about a gap.
+BEHIND, BEFORE, WITHOUT = "the text after it, behind the text before", "the text after it, first", "nothing after it"
+
+
+def items_of(run: Path, engine: Engine) -> tuple[dict[str, list[list[int]]], list[str]]:
+    """Prompts by what is asked, and the lines of a run's held-out files that they ask for."""
     held_out = (
         text
         for batch in iterate_documents(run / "corpus" / "documents", ["text"], split="validation")
@@ -39,12 +43,17 @@ def items_of(run: Path, engine: Engine) -> list[tuple[list[int], list[int], str]
     )
     draw = random.Random(7)
     found = list(gaps(held_out, draw))
-    tokenizer, items = engine.tokenizer, []
+    prompts: dict[str, list[list[int]]] = {BEHIND: [], BEFORE: [], WITHOUT: []}
+    lines: list[str] = []
     for before, line, after in draw.sample(found, len(found)):
-        prompt = infill_prompt(tokenizer, before, after)
-        if len(tokenizer.encode(line, add_bos=False)) <= TOKENS and len(prompt) + TOKENS < engine.context_length:
-            items.append((prompt, tokenizer.encode(before), line))
-    return items[:ITEMS]
+        prompt = infill_prompt(engine.tokenizer, before, after)
+        is_short = len(engine.tokenizer.encode(line, add_bos=False)) <= TOKENS
+        if is_short and len(prompt) + TOKENS < engine.context_length and len(lines) < ITEMS:
+            prompts[BEHIND].append(prompt)
+            prompts[BEFORE].append(infill_prompt(engine.tokenizer, before, after, suffix_first=True))
+            prompts[WITHOUT].append(engine.tokenizer.encode(before))
+            lines.append(line)
+    return prompts, lines
 
 
 def written(engine: Engine, prompts: list[list[int]]) -> list[str]:
@@ -62,13 +71,13 @@ def share_and_bits(engine: Engine, prompts: list[list[int]], lines: list[str]) -
 
 
 def main(run: Path, stage: str) -> None:
-    """Print both shares, and some lines."""
+    """Print what comes of each, and some lines."""
     with Engine(run / "stages" / stage / "model") as engine:
-        with_suffix, without, lines = (list(column) for column in zip(*items_of(run, engine), strict=True))
-        for name, prompts in (("with the text after it", with_suffix), ("without it", without)):
-            exact, bits = share_and_bits(engine, prompts, lines)
+        prompts, lines = items_of(run, engine)
+        for name, asked in prompts.items():
+            exact, bits = share_and_bits(engine, asked, lines)
             print(f"{name}: {exact:.1%} of {len(lines)} lines exactly, {bits:.3f} bits per byte")
-        for line, text in zip(lines, written(engine, with_suffix[:3]), strict=False):
+        for line, text in zip(lines, written(engine, prompts[BEFORE][:3]), strict=False):
             print(f"  {line.strip()!r} ← {text.strip()!r}")
 
 

@@ -183,6 +183,13 @@ def test_a_prompt_is_a_rearranged_document_up_to_its_middle(with_fim_tokens, bod
     suffix, middle = shown.index(control.suffix), shown.index(control.middle)
     before, after = tokenizer.decode(shown[2:suffix]), tokenizer.decode(shown[suffix + 1 : middle])
     assert infill_prompt(tokenizer, before, after) == shown[: middle + 1]
+    suffix_first = FillInTheMiddle(tokens=control, begin_id=begin, rate=1.0, spm_rate=1.0, seed=1)
+    shown = suffix_first.document(np.array([begin, *ids, begin]), start, 0, source=0).tolist()
+    middle = shown.index(control.middle)
+    after, begun = tokenizer.decode(shown[3:middle]), shown[middle + 1 :][: len(body) // 3]
+    begun = [token for token in begun if token != begin]
+    asked = infill_prompt(tokenizer, tokenizer.decode(begun), after, suffix_first=True)
+    assert asked == shown[: middle + 1 + len(begun)]
 
 
 def test_control_tokens_typed_around_a_gap_are_text(with_fim_tokens):

@@ -5,7 +5,10 @@ as published models are:
 
     <prefix> prefix <suffix> suffix <middle>
 
-with control tokens for the words in angle brackets. What it writes is the middle, and the end token ends it.
+with control tokens for the words in angle brackets. What it writes is the middle, and the end token ends it. Or the suffix stands
+first (SPM), and the prefix right before what continues it, if the model has read documents in that order:
+
+    <prefix> <suffix> suffix <middle> prefix
 """
 
 from __future__ import annotations
@@ -42,12 +45,14 @@ def fim_tokens(tokenizer: Tokenizer) -> FimTokens:
     )
 
 
-def infill_prompt(tokenizer: Tokenizer, prefix: str, suffix: str) -> list[int]:
-    """Ids of a prompt for what stands between two texts, with what begins a text.
+def infill_prompt(tokenizer: Tokenizer, prefix: str, suffix: str, *, suffix_first: bool = False) -> list[int]:
+    """Ids of a prompt for what stands between two texts, with what begins a text. suffix_first: in the order SPM.
 
     Either text may be empty. Each is encoded by itself: a gap that begins and ends at line breaks cuts no token of most
     tokenizers. Raises ConfigError for a tokenizer without the control tokens, RequestError for a lone surrogate.
     """
     control = fim_tokens(tokenizer)
     before, after = (tokenizer.encode(text, add_bos=False) for text in (prefix, suffix))
+    if suffix_first:
+        return [*tokenizer.begin_ids, control.prefix, control.suffix, *after, control.middle, *before]
     return [*tokenizer.begin_ids, control.prefix, *before, control.suffix, *after, control.middle]
