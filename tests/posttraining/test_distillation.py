@@ -135,11 +135,11 @@ def test_on_its_own_answers_a_student_comes_nearer_to_its_teacher(loss, model_fo
         samples_per_prompt=2,
         learning_rate=2e-3,
         sampling_temperature=0.8,
-        evaluate_every=4,
+        evaluate_every=1,
     )
     lines = read_metrics(tmp_path / "metrics.jsonl")
     held_out = [line["validation_reverse_kl"] for line in lines if "validation_reverse_kl" in line]
-    assert len(held_out) == 3 and held_out[-1] < 0.6 * held_out[0]
+    assert len(held_out) == 12 and held_out[-1] < 0.2 * held_out[0], held_out
     assert all(line["tokens"] > 0 and line["completion_tokens"] <= 8 for line in lines)
     if loss == "policy_gradient":
         # trainer and sampler agree at another temperature than 1
