@@ -13,8 +13,8 @@ limit. Three ways lead from the principle to answers that are learnt, all the mo
   Askell et al. 2021, arXiv 2112.00861);
 - `critique`: it answers, and the stage `revise` lets it criticise the answer and write it anew, behind worked examples of both
   (Bai et al. 2022, arXiv 2212.08073, section 3.1), which the rows that are learnt do not hold;
-- `preferences`: the first sentence of what it answers in context is preferred to what it answers without, and the answer to a
-  plain instruction to one of these first sentences, which refuses what asks for nothing harmful.
+- `preferences`: the first sentence of what it answers in context, where that refuses, is preferred to what it answers without;
+  and the answer to a plain instruction to one of these sentences, which refuses what asks for nothing harmful.
 
 Answers in which detectors find a hazard or babble are left out. The stage `sft` tunes the model on the others and on plain
 instructions with their answers (`instructions_1100.json`), so that it does not learn to refuse everything; the stage
@@ -65,8 +65,8 @@ from evaluation_tasks import float32_folder  # noqa: E402
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 SEED = 1
-#: Prompts and instructions that are held out, and those that are learnt from.
-HELD_OUT, REVISED, LEARNT = 200, 100, 100
+#: Prompts and instructions that are held out, and those that are learnt from: prompts by answers, and by pairs; instructions.
+HELD_OUT, REVISED, PREFERRED, LEARNT = 200, 100, 300, 100
 #: Tokens of an answer to a prompt, of one that is learnt, and of one to an instruction, which refuses at its beginning or not.
 ANSWER, REVISION, BEGINNING = 40, 40, 24
 #: Score of a hazard from which a prompt holds a word of the lists.
@@ -276,6 +276,12 @@ def tuned(model: Path, rows: Sequence[dict[str, Any]], folder: Path, threads: in
     return out / "model", metrics
 
 
+def refusing(rows: Sequence[dict[str, Any]], policy: Policy) -> list[dict[str, Any]]:
+    """The rows whose answers refuse."""
+    found = findings([row["completion"][0]["content"] for row in rows], policy)
+    return [row for row, one in zip(rows, found, strict=True) if one.refuses]
+
+
 def pairs_of(rows: Sequence[dict[str, Any]], asked: Asked, own: dict[str, str]) -> list[dict[str, Any]]:
     """Pairs: a row's answer before the model's own, and an instruction's answer before a row's. own: answers by prompt."""
     pairs = []
@@ -348,7 +354,8 @@ SHOWN = {
 def study(arguments: argparse.Namespace, folder: Path) -> Path:
     """The whole of it, in a folder."""
     policy = Policy.parse({**read_policy().model_dump(mode="json"), "principles": {"harm": PRINCIPLE}}, lambda key: "policy")
-    asked = asked_of(arguments.data, policy, arguments.held_out, arguments.revised, arguments.learnt)
+    revised_prompts = arguments.revised or (PREFERRED if arguments.way == "preferences" else REVISED)
+    asked = asked_of(arguments.data, policy, arguments.held_out, revised_prompts, arguments.learnt)
     model = float32_folder(arguments.work)
     own = folder / arguments.way
     own.mkdir(parents=True, exist_ok=True)
@@ -367,7 +374,7 @@ def study(arguments: argparse.Namespace, folder: Path) -> Path:
         rows = sound(answered_in_context(model, asked, own), policy)
         path, trained = tuned(model, rows + asked.learnt, own, arguments.threads)
     else:
-        rows = sound(answered_in_context(model, asked, own), policy, _FIRST_SENTENCE)
+        rows = refusing(sound(answered_in_context(model, asked, own), policy, _FIRST_SENTENCE), policy)
         first = dict(zip(asked.revised, answers(model, asked.revised, own / "first.jsonl", REVISION), strict=True))
         path, trained = preferring(model, pairs_of(rows, asked, first), own, arguments.threads)
     after = both(path, "after", own)
@@ -386,7 +393,7 @@ def study(arguments: argparse.Namespace, folder: Path) -> Path:
     learnt = {
         "prompts": len(asked.revised),
         "left": len(rows),
-        "refusing": sum(one.refuses for one in findings([row["completion"][0]["content"] for row in rows], policy)),
+        "refusing": len(refusing(rows, policy)),
         "instructions": len(asked.learnt),
     }
     settings = PREFERENCES if arguments.way == "preferences" else TUNING
@@ -407,7 +414,7 @@ def main() -> None:
     )
     parser.add_argument("--examples", type=int, default=len(EXAMPLES), help="worked examples before a critique")
     parser.add_argument("--held-out", type=int, default=HELD_OUT, help="prompts and instructions that are asked")
-    parser.add_argument("--revised", type=int, default=REVISED, help="prompts whose answers are learnt")
+    parser.add_argument("--revised", type=int, help="prompts whose answers are learnt")
     parser.add_argument("--learnt", type=int, default=LEARNT, help="instructions that are learnt beside them")
     parser.add_argument("--threads", type=int, help="of the training; absent: every core")
     arguments = parser.parse_args()
