@@ -83,9 +83,9 @@ export async function* events(response) {
   }
 }
 
-/** A token's text with its blanks made visible. */
+/** A token's text with its blanks and control characters made visible. */
 export function visible(piece) {
-  return piece.replace(/ /g, "·").replace(/\n/g, "↵").replace(/\t/g, "⇥") || "∅";
+  return piece.replace(/ /g, "·").replace(/\n/g, "↵").replace(/\t/g, "⇥").replace(/[\p{C}\p{Z}]/gu, (one) => `U+${one.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`) || "∅";
 }
 
 export const percent = (share) => share > 0 && share < 0.00005 ? "< 0.01 %" : `${(100 * share).toFixed(share >= 0.0995 ? 0 : share >= 0.00995 ? 1 : 2)} %`;
