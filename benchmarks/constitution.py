@@ -368,13 +368,14 @@ def study(arguments: argparse.Namespace, folder: Path) -> Path:
 
     before = both(model, "before", folder)
     if arguments.way == "critique":
-        rows = sound(revised(model, asked, policy, arguments.examples, own), policy)
-        path, trained = tuned(model, rows + asked.learnt, own, arguments.threads)
-    elif arguments.way == "context":
-        rows = sound(answered_in_context(model, asked, own), policy)
+        made = revised(model, asked, policy, arguments.examples, own)
+    else:
+        made = answered_in_context(model, asked, own)
+    if arguments.way != "preferences":
+        rows = sound(made, policy)
         path, trained = tuned(model, rows + asked.learnt, own, arguments.threads)
     else:
-        rows = refusing(sound(answered_in_context(model, asked, own), policy, _FIRST_SENTENCE), policy)
+        rows = refusing(sound(made, policy, _FIRST_SENTENCE), policy)
         first = dict(zip(asked.revised, answers(model, asked.revised, own / "first.jsonl", REVISION), strict=True))
         path, trained = preferring(model, pairs_of(rows, asked, first), own, arguments.threads)
     after = both(path, "after", own)

@@ -23,7 +23,7 @@ def faults(page) -> list[str]:
 
 def chat(page):
     page.fill("#prompt", "the end")
-    page.evaluate("document.querySelector('[name=max_tokens]').value = 6")
+    page.evaluate("document.querySelector('[name=max_tokens]').value = 6; document.querySelector('[name=seed]').value = 3")
     page.press("#prompt", "Enter")
     page.click("article.assistant:not(.working) >> text=Tokens")
     page.wait_for_selector("#token-lens table")
@@ -48,3 +48,11 @@ def test_a_page_has_no_serious_fault(page, start, path, do, scheme):
     if do:
         do(page)
     assert faults(page) == []
+
+
+def test_a_token_that_shows_nothing_has_a_name(page, start):
+    url = start()
+    page.goto(url)
+    pieces = ["\r", "\x00", " ", "\u200b", " \n", " a", ""]
+    names = page.evaluate(f"pieces => import('{url}/static/page.js').then(page => pieces.map(page.nameOfBlank))", pieces)
+    assert names == ["U+000D", "U+0000", "·", "U+200B", "·↵", None, "∅"]

@@ -88,6 +88,9 @@ export function visible(piece) {
   return piece.replace(/ /g, "·").replace(/\n/g, "↵").replace(/\t/g, "⇥").replace(/[\p{C}\p{Z}]/gu, (one) => `U+${one.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`) || "∅";
 }
 
+/** What a token's button is called where its text says nothing: blanks and control characters alone. */
+export const nameOfBlank = (piece) => /[^\p{C}\p{Z}]/u.test(piece) ? undefined : visible(piece);
+
 export const percent = (share) => share > 0 && share < 0.00005 ? "< 0.01 %" : `${(100 * share).toFixed(share >= 0.0995 ? 0 : share >= 0.00995 ? 1 : 2)} %`;
 
 /** Let the browser draw, and take what was pressed, before the work goes on. */

@@ -1,5 +1,5 @@
 // This token: what else could have come, what sampling makes of it, what each layer would have said, and where a head looks.
-import { byId, calm, given, json, make, percent, visible } from "./page.js";
+import { byId, calm, given, json, make, nameOfBlank, percent, visible } from "./page.js";
 
 const side = byId("side");
 let open = null;
@@ -31,7 +31,7 @@ export async function openTokens(entry, goOn) {
   if (again) return;
   const pieces = await piecesOf(entry.node.settings.model, entry.node.ids);
   const strip = make("div", { class: "tokens pressable", role: "group", "aria-label": "Tokens of the answer" },
-    ...pieces.map((piece, place) => make("button", { type: "button", class: `t${place % 5}`, "aria-label": /[^\p{C}\p{Z}]/u.test(piece) ? undefined : visible(piece), onclick: () => choose(place) }, piece.includes("\n") ? `${visible(piece)}\n` : piece || "∅")));
+    ...pieces.map((piece, place) => make("button", { type: "button", class: `t${place % 5}`, "aria-label": nameOfBlank(piece), onclick: () => choose(place) }, piece.includes("\n") ? `${visible(piece)}\n` : piece || "∅")));
   entry.text.hidden = true;
   entry.text.after(strip);
   open = { entry, strip, pieces, goOn, place: 0, head: null, settings: { temperature: 1, top_p: 1, top_k: 0, ...entry.node.settings } };
