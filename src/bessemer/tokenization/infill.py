@@ -5,8 +5,8 @@ as published models are:
 
     <prefix> prefix <suffix> suffix <middle>
 
-with control tokens for the words in angle brackets. What it writes is the middle, and the end token ends it. Or the suffix stands
-first (SPM), and the prefix right before what continues it, if the model has read documents in that order:
+with control tokens for the words in angle brackets. What it writes is the middle, and the end token ends it. Or the suffix
+stands first (SPM), and the prefix right before what continues it, if the model has read documents in that order:
 
     <prefix> <suffix> suffix <middle> prefix
 """
