@@ -14,16 +14,17 @@ limit. Three ways lead from the principle to answers that are learnt, all the mo
 - `critique`: it answers, and the stage `revise` lets it criticise the answer and write it anew, behind worked examples of both
   (Bai et al. 2022, arXiv 2212.08073, section 3.1), which the rows that are learnt do not hold;
 - `preferences`: the first sentence of what it answers in context, where that refuses, is preferred to what it answers without;
-  and the answer to a plain instruction to one of these sentences, which refuses what asks for nothing harmful.
+  and the answer to a plain instruction, and its own to a harmless question, to one of these sentences, which refuses what asks
+  for nothing harmful. Harmless questions are those of `piqa.jsonl` that begin as the prompts do ("How do I …?").
 
 Answers in which detectors find a hazard or babble are left out. The stage `sft` tunes the model on the others and on plain
 instructions with their answers (`instructions_1100.json`), so that it does not learn to refuse everything; the stage
 `preference` by DPO on the pairs.
 
 Before and after, greedily: answers to the 200 held-out prompts, harmful where the lists find a hazard in the answer and no
-phrase refuses; and to 200 other plain instructions, where a refusal is an error. Differences are paired, their intervals of a
-bootstrap over prompts. Nothing is timed, so other work does no harm; with `--out` a stopped run goes on. Result:
-`constitution.json`, `constitution_critique.json` or `constitution_preferences.json`.
+phrase refuses; and to 200 other plain instructions and 200 other harmless questions, where a refusal is an error. Differences
+are paired, their intervals of a bootstrap over prompts. Nothing is timed, so other work does no harm; with `--out` a stopped
+run goes on. Result: `constitution.json`, `constitution_critique.json` or `constitution_preferences.json`.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ from evaluation_tasks import float32_folder  # noqa: E402
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 SEED = 1
-#: Prompts and instructions that are held out, and those that are learnt from: prompts by answers, and by pairs; instructions.
+#: Prompts, instructions and questions that are held out, and those that are learnt from: prompts by answers, and by pairs;
+#: instructions, and as many questions.
 HELD_OUT, REVISED, PREFERRED, LEARNT = 200, 100, 300, 100
 #: Tokens of an answer to a prompt, of one that is learnt, and of one to an instruction, which refuses at its beginning or not.
 ANSWER, REVISION, BEGINNING = 40, 40, 24
@@ -143,16 +145,18 @@ HARMLESS = ("What is a good name for a black cat?", "Shadow is a good name for a
 
 @dataclass(frozen=True)
 class Asked:
-    """Prompts and instructions, those held out and those learnt from."""
+    """Prompts, instructions and harmless questions, those held out and those learnt from."""
 
     held_out: list[str]
     revised: list[str]
     instructions: list[str]
     learnt: list[dict[str, Any]]
+    questions: list[str]
+    learnt_questions: list[str]
 
 
 def asked_of(data: Path, policy: Policy, held_out: int, revised: int, learnt: int) -> Asked:
-    """The split: no prompt and no instruction is on both sides."""
+    """The split: no prompt, no instruction and no question is on both sides."""
     lines = (data / "preference" / "hh_harmless_1800.jsonl").read_text(encoding="utf-8").splitlines()
     prompts = list(dict.fromkeys(first_turn(json.loads(line)["chosen"]) for line in lines))
     drawn = random.Random(SEED)
@@ -167,12 +171,22 @@ def asked_of(data: Path, policy: Policy, held_out: int, revised: int, learnt: in
     instructions = {"\n\n".join(part for part in (row["instruction"], row["input"]) if part): row["output"] for row in rows}
     plain = list(instructions)
     drawn.shuffle(plain)
+    questions = questions_of(data / "eval" / "piqa.jsonl")
+    drawn.shuffle(questions)
     return Asked(
         hazards[:HELD_OUT][:held_out],
         others[:revised],
         plain[:HELD_OUT][:held_out],
         [row_of(one, instructions[one]) for one in plain[HELD_OUT:][:learnt]],
+        questions[:HELD_OUT][:held_out],
+        questions[HELD_OUT:][:learnt],
     )
+
+
+def questions_of(file: Path) -> list[str]:
+    """The questions of PIQA; the rest of its goals are no whole sentences."""
+    goals = [json.loads(line)["query"] for line in file.read_text(encoding="utf-8").splitlines()]
+    return [goal for goal in dict.fromkeys(goal.removeprefix("Question:").strip() for goal in goals) if goal.endswith("?")]
 
 
 def first_turn(dialogue: str) -> str:
@@ -282,13 +296,13 @@ def refusing(rows: Sequence[dict[str, Any]], policy: Policy) -> list[dict[str, A
     return [row for row, one in zip(rows, found, strict=True) if one.refuses]
 
 
-def pairs_of(rows: Sequence[dict[str, Any]], asked: Asked, own: dict[str, str]) -> list[dict[str, Any]]:
-    """Pairs: a row's answer before the model's own, and an instruction's answer before a row's. own: answers by prompt."""
+def pairs_of(rows: Sequence[dict[str, Any]], harmless: Sequence[dict[str, Any]], own: dict[str, str]) -> list[dict[str, Any]]:
+    """Pairs: a row's answer before the model's own, and a harmless row's before a refusing one's. own: answers by prompt."""
     pairs = []
     for row in rows:
         (prompt,) = row["prompt"]
         pairs.append({"prompt": [prompt], "chosen": row["completion"], "rejected": [said("assistant", own[prompt["content"]])]})
-    for number, row in enumerate(asked.learnt):
+    for number, row in enumerate(harmless):
         rejected = rows[number % len(rows)]["completion"]
         pairs.append({"prompt": row["prompt"], "chosen": row["completion"], "rejected": rejected})
     return [pair for pair in pairs if pair["rejected"][0]["content"] and pair["chosen"] != pair["rejected"]]
@@ -322,10 +336,8 @@ def compared(before: Sequence[bool], after: Sequence[bool]) -> dict[str, Any]:
 
 
 def measured(before: Sequence[Sequence[str]], after: Sequence[Sequence[str]], policy: Policy) -> dict[str, Any]:
-    """The rates of (answers to prompts, answers to instructions) before and after."""
-    found: list[tuple[list[Finding], list[Finding]]] = [
-        (findings(prompts, policy), findings(instructions, policy)) for prompts, instructions in (before, after)
-    ]
+    """The rates of (answers to prompts, to instructions, to questions) before and after."""
+    found: list[list[list[Finding]]] = [[findings(side, policy) for side in sides] for sides in (before, after)]
 
     def rate(side: int, tells: Callable[[Finding], bool]) -> dict[str, Any]:
         first, second = ([tells(one) for one in both[side]] for both in found)
@@ -338,6 +350,8 @@ def measured(before: Sequence[Sequence[str]], after: Sequence[Sequence[str]], po
         "babble": rate(0, lambda one: one.babbles),
         "plain_refused": rate(1, lambda one: one.refuses),
         "plain_babble": rate(1, lambda one: one.babbles),
+        "question_refused": rate(2, lambda one: one.refuses),
+        "question_babble": rate(2, lambda one: one.babbles),
     }
 
 
@@ -348,6 +362,8 @@ SHOWN = {
     "babble": "prompts: the answer babbles",
     "plain_refused": "instructions: the answer refuses",
     "plain_babble": "instructions: the answer babbles",
+    "question_refused": "harmless questions: the answer refuses",
+    "question_babble": "harmless questions: the answer babbles",
 }
 
 
@@ -360,13 +376,15 @@ def study(arguments: argparse.Namespace, folder: Path) -> Path:
     own = folder / arguments.way
     own.mkdir(parents=True, exist_ok=True)
 
-    def both(path: Path, when: str, where: Path) -> tuple[list[str], list[str]]:
-        return (
+    def answered(path: Path, when: str, where: Path) -> list[list[str]]:
+        return [
             answers(path, asked.held_out, where / f"{when}.jsonl", ANSWER),
             answers(path, asked.instructions, where / f"{when}_instructions.jsonl", BEGINNING),
-        )
+            answers(path, asked.questions, where / f"{when}_questions.jsonl", BEGINNING),
+        ]
 
-    before = both(model, "before", folder)
+    before = answered(model, "before", folder)
+    questions: list[dict[str, Any]] = []
     if arguments.way == "critique":
         made = revised(model, asked, policy, arguments.examples, own)
     else:
@@ -377,8 +395,10 @@ def study(arguments: argparse.Namespace, folder: Path) -> Path:
     else:
         rows = refusing(sound(made, policy, _FIRST_SENTENCE), policy)
         first = dict(zip(asked.revised, answers(model, asked.revised, own / "first.jsonl", REVISION), strict=True))
-        path, trained = preferring(model, pairs_of(rows, asked, first), own, arguments.threads)
-    after = both(path, "after", own)
+        given = answers(model, asked.learnt_questions, own / "questions.jsonl", REVISION)
+        questions = sound([row_of(*one) for one in zip(asked.learnt_questions, given, strict=True)], policy)
+        path, trained = preferring(model, pairs_of(rows, asked.learnt + questions, first), own, arguments.threads)
+    after = answered(path, "after", own)
     rates = measured(before, after, policy)
     table = recording.table(
         [("share of answers", ""), ("before", ".1%"), ("after", ".1%"), ("difference", "+.1%"), ("95 %", "")],
@@ -396,6 +416,7 @@ def study(arguments: argparse.Namespace, folder: Path) -> Path:
         "left": len(rows),
         "refusing": len(refusing(rows, policy)),
         "instructions": len(asked.learnt),
+        "questions": len(questions),
     }
     settings = PREFERENCES if arguments.way == "preferences" else TUNING
     figures = {"rates": rates, "learnt": learnt, "training": trained, "settings": settings | {"answer_tokens": ANSWER}}
@@ -414,9 +435,9 @@ def main() -> None:
         "--way", choices=["context", "critique", "preferences"], default="context", help="from the principle to answers"
     )
     parser.add_argument("--examples", type=int, default=len(EXAMPLES), help="worked examples before a critique")
-    parser.add_argument("--held-out", type=int, default=HELD_OUT, help="prompts and instructions that are asked")
+    parser.add_argument("--held-out", type=int, default=HELD_OUT, help="prompts, instructions and questions that are asked")
     parser.add_argument("--revised", type=int, help="prompts whose answers are learnt")
-    parser.add_argument("--learnt", type=int, default=LEARNT, help="instructions that are learnt beside them")
+    parser.add_argument("--learnt", type=int, default=LEARNT, help="instructions that are learnt beside them, and questions")
     parser.add_argument("--threads", type=int, help="of the training; absent: every core")
     arguments = parser.parse_args()
     if not arguments.data.is_dir():

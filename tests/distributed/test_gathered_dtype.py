@@ -41,7 +41,7 @@ def gathered(dtype=torch.bfloat16, **options):
     [
         slow({"settings": BFLOAT16 | {"micro_batch_size": 1}}),
         {"model": GPT_OSS | WIDE, "settings": BFLOAT16 | {"activation_checkpointing": "full"}, "packed": True},
-        {"model": SPARSE | WIDE, "parallel": {"expert": 2}, "settings": BFLOAT16},
+        slow({"model": SPARSE | WIDE, "parallel": {"expert": 2}, "settings": BFLOAT16}),
         slow({"parallel": {"tensor": 2}, "model": CASES["gpt2"][0], "settings": BFLOAT16}),
         slow({"parallel": {"data_replicate": 2}, "settings": BFLOAT16 | {"optimizer": "muon"}}),
         slow({"parallel": {"context": 2}, "settings": BFLOAT16}),
@@ -73,7 +73,7 @@ def test_the_step_is_that_of_matrices_gathered_whole(two, options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parallel", [{"pipeline": 2, "data_shard": 2}, {"tensor": 2, "data_shard": 2}], ids=str)
+@pytest.mark.parametrize("parallel", [slow({"pipeline": 2, "data_shard": 2}), {"tensor": 2, "data_shard": 2}], ids=str)
 def test_so_it_is_on_four_ranks(four, parallel):
     options = {"parallel": parallel, "settings": BFLOAT16}
     found, expected = (four.run(gathered, dtype=dtype, **options)[0] for dtype in (torch.bfloat16, None))

@@ -71,7 +71,7 @@ def test_blocks_are_computed_again_and_compiled(two, alone, schedule, settings):
     assert_equal(two.run(trained, parallel=parallel, settings=settings)[0], alone(), EXACT)
 
 
-@pytest.mark.parametrize("kind, schedule", [("bfloat16", "1f1b"), ("float16", "zero_bubble")])
+@pytest.mark.parametrize("kind, schedule", [("bfloat16", "1f1b"), slow("float16", "zero_bubble")])
 def test_products_of_half_precision_are_those_of_one_process(two, alone, kind, schedule):
     settings = {"dtype": kind, "optimizer": "sgd", "micro_batch_size": 2}
     options = {"settings": settings, "dtype": torch.float32}

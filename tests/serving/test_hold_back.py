@@ -16,7 +16,10 @@ SAID = [{"role": "user", "content": "Go on"}]
 
 
 class SentenceGuard(Hook):
-    """Lets whole sentences pass; sends a text with `bad` back, and refuses one with `worse`."""
+    """Lets whole sentences pass; sends a text with `wrong` back, and refuses one with `worse`.
+
+    Neither word is made of hexadecimal digits, which would stand in the id of an answer now and then.
+    """
 
     holds_back = True
 
@@ -27,8 +30,8 @@ class SentenceGuard(Hook):
         self.attempts.append(context.attempt)
         if "worse" in draft.text:
             return Refuse("worse", "I will not say that.")
-        if "bad" in draft.text:
-            return Retry("bad", "Say nothing bad.")
+        if "wrong" in draft.text:
+            return Retry("wrong", "Say nothing wrong.")
         return Pass() if is_final or draft.text.endswith(".") else Wait()
 
 
@@ -61,8 +64,8 @@ def test_nothing_of_a_sentence_is_sent_before_it_has_passed(asked):
 
 def test_what_is_sent_back_is_never_seen_in_text_ids_or_log_probabilities(asked, tagged_tokenizer):
     for stream in (False, True):
-        answer, engine = asked(["Quite bad.", "Quite good."], stream=stream, return_token_ids=True, logprobs=True)
-        assert answer.status_code == 200 and "bad" not in answer.text
+        answer, engine = asked(["Quite wrong.", "Quite good."], stream=stream, return_token_ids=True, logprobs=True)
+        assert answer.status_code == 200 and "wrong" not in answer.text
         told = parts(answer) if stream else [answer.json()]
         choices = [part["choices"][0] for part in told if part["choices"]]
         ids = [id for choice in choices for id in choice.get("token_ids") or ()]
@@ -70,7 +73,7 @@ def test_what_is_sent_back_is_never_seen_in_text_ids_or_log_probabilities(asked,
         text = "".join(one.get("content") or "" for one in said)
         assert text == "Quite good."
         assert tagged_tokenizer.decode(ids) == "Quite good."
-        assert "Say nothing bad." in engine.prompts[1] and engine.texts == []
+        assert "Say nothing wrong." in engine.prompts[1] and engine.texts == []
 
 
 def test_a_refusal_is_the_answer_and_says_so(asked):
@@ -83,7 +86,7 @@ def test_a_refusal_is_the_answer_and_says_so(asked):
 
 def test_tries_come_to_an_end(asked):
     hook = SentenceGuard()
-    answer, engine = asked(["bad."] * 9, hook=hook)
+    answer, engine = asked(["wrong."] * 9, hook=hook)
     assert answer.json()["choices"][0]["finish_reason"] == "content_filter"
     assert max(hook.attempts) < 9 and engine.texts
 
@@ -92,13 +95,13 @@ def test_other_dialects_hold_back_too(asked):
     for path, body in (("/v1/messages", {}), ("/v1/responses", {"messages": None, "max_tokens": None, "input": "Go on"})):
         for stream in (False, True):
             given = body | {"stream": stream}
-            answer, _ = asked(["Quite bad.", "Quite good."], path, **given)
+            answer, _ = asked(["Quite wrong.", "Quite good."], path, **given)
             said = "".join(re.findall(r'"(?:text|delta)": ?"([^"]+)"', answer.text))
-            assert answer.status_code == 200 and "bad" not in said and "Quite good." in said, answer.text
+            assert answer.status_code == 200 and "wrong" not in said and "Quite good." in said, answer.text
 
 
 def test_texts_that_pass_no_check_are_not_answered(asked):
-    answer, _ = asked(["bad."], "/v1/completions", messages=None, prompt="Go on")
+    answer, _ = asked(["wrong."], "/v1/completions", messages=None, prompt="Go on")
     assert answer.status_code == 403 and answer.json()["error"]["code"] == "not_allowed"
 
 
@@ -106,10 +109,10 @@ class Judge(Hook):
     """Looks at whole messages alone, and holds nothing back."""
 
     def check(self, draft, context, *, is_final):
-        return Retry("bad") if "bad" in draft.text else Pass()
+        return Retry("wrong") if "wrong" in draft.text else Pass()
 
 
 def test_a_message_that_is_sent_back_whole_leaves_no_ids_either(asked, tagged_tokenizer):
-    answer, _ = asked(["Quite bad.", "Quite good."], hook=Judge(), return_token_ids=True, logprobs=True)
-    assert "bad" not in answer.text
+    answer, _ = asked(["Quite wrong.", "Quite good."], hook=Judge(), return_token_ids=True, logprobs=True)
+    assert "wrong" not in answer.text
     assert tagged_tokenizer.decode(answer.json()["choices"][0]["token_ids"]) == "Quite good."
