@@ -23,6 +23,17 @@ def test_jsonl_csv_and_parquet_hold_the_same_rows(tmp_path):
     }
 
 
+def test_a_struct_of_parquet_has_the_keys_of_its_own_row(tmp_path):
+    rows = [{"call": {"city": "Paris"}, "note": None}, {"call": {"sum": 4}, "note": "a"}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert [record.values for record in read_records(tmp_path / "a.parquet")] == rows
+
+
+def test_a_cell_may_be_long(tmp_path):
+    (tmp_path / "a.csv").write_text(f"a\n{'long ' * 100_000}\n")
+    assert len(read_records(tmp_path / "a.csv")[0].text("a")) == 500_000
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -35,6 +46,9 @@ def test_jsonl_csv_and_parquet_hold_the_same_rows(tmp_path):
         ("a.csv", b"a,b\n", "a.csv: holds no rows"),
         ("a.csv", b"a,b\n1,2,3\n", "a.csv:2: has more cells than the header"),
         ("a.jsonl", b'{"a": "\xff"}\n', "is not UTF-8 text"),
+        ("a.csv", b"a,b,a\n1,2,3\n", "a.csv:1: has two columns 'a'"),
+        ("a.jsonl", b'{"a": %s}' % (b"1" * 5000), "a.jsonl:1: is not JSON"),
+        ("a.json", b"[" * 100_000, "a.json: is nested too deeply"),
         ("a.parquet", b"PAR", "a.parquet: is not Parquet"),
         ("a.txt", b"a", r"a table is .jsonl, .json, .csv, .parquet, not .txt"),
     ],

@@ -1,6 +1,12 @@
-import pytest
+import json
+import shutil
 
+import pytest
+import tokenizers
+
+from bessemer.core.errors import RequestError
 from bessemer.posttraining.encoding import encode_answer, encode_prompt
+from bessemer.tokenization.tokenizer import load_tokenizer
 from tests.posttraining.test_formats import said
 
 
@@ -34,6 +40,52 @@ def test_of_texts_the_continuation_and_the_end_are_learnt(tokenizer):
         == tokenizer.encode("The sky is")
         == encode_prompt("The sky is", tokenizer)
     )
+
+
+MARKED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}END{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def with_template(tokenizer, folder, end):
+    copy = shutil.copytree(tokenizer.folder, folder / "other")
+    (copy / "chat_template.jinja").write_text(MARKED.replace("END", end))
+    return load_tokenizer(copy)
+
+
+def test_the_end_token_is_learnt_where_a_template_marks_the_content_alone(tokenizer, tmp_path):
+    other = with_template(tokenizer, tmp_path, "<|im_end|>\n")
+    prompt = (said("user", "Who?"), said("assistant", ""), said("user", "Who?"))
+    answer = (said("assistant", "Me."), said("user", "And?"), said("assistant", "You."))
+    assert learnt(encode_answer(prompt, answer, other), other) == "Me.<|im_end|>You.<|im_end|>"
+    assert encode_answer(prompt[:1], answer[:1], other).through_end()[-1] in other.eos_ids
+
+
+def test_a_template_that_ends_no_turn_is_refused(tokenizer, tmp_path):
+    other = with_template(tokenizer, tmp_path, "\n")
+    with pytest.raises(RequestError, match="by no control token"):
+        encode_answer((said("user", "Who?"),), (said("assistant", "Me."),), other)
+
+
+def test_a_text_behind_another_is_encoded_as_its_continuation(tokenizer, tmp_path):
+    """SentencePiece puts a space before a text, which is none between a prompt and its answer."""
+    words = {piece: number for number, piece in enumerate(["<s>", "</s>", "▁", *"0123456789+=four"])}
+    pieces = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=words, merges=[]))
+    pieces.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+    )
+    pieces.decoder = tokenizers.decoders.Sequence(
+        [tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.Fuse(), tokenizers.decoders.Strip(" ", 1, 0)]
+    )
+    pieces.add_special_tokens(["<s>", "</s>"])
+    pieces.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    other = load_tokenizer(tmp_path)
+    encoded = encode_answer("2+2=", "4", other)
+    assert encoded.ids.tolist() == [*other.encode("2+2=4"), other.eos_ids[0]]
+    assert [pieces.id_to_token(id) for id in encoded.ids[encoded.is_learnt]] == ["4", "</s>"]
 
 
 def test_a_cut_leaves_a_target_or_nothing(tokenizer):

@@ -69,6 +69,14 @@ def test_judgements_are_kept_corrected_and_read_as_pairs(folder):
         Labels(folder)
 
 
+def test_a_judgement_that_a_crash_cut_off_harms_no_other(folder):
+    Labels(folder).rank("id0", [1, 2, 3])
+    with (folder / RANKINGS).open("a") as stream:
+        stream.write('{"id": "id1", "ra')
+    Labels(folder).rank("id1", [2, 1, 3])
+    assert {id: one.ranks for id, one in Labels(folder).rankings.items()} == {"id0": [1, 2, 3], "id1": [2, 1, 3]}
+
+
 def test_the_page_shows_one_prompt_at_a_time_and_takes_only_its_own_forms(folder):
     client = TestClient(create_label_app(Labels(folder), folder))
     page = client.get("/").text

@@ -65,7 +65,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    # not `splitlines`, which also breaks at a few characters that JSON writes as they are
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        if not line:
+            continue
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:

@@ -86,20 +86,27 @@ def _read_jsonl(path: Path) -> Iterator[Record]:
                 continue
             try:
                 values = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ArtefactError(f"{path}:{number}: is not JSON ({error.msg})") from None
-            except RecursionError:
-                raise ArtefactError(f"{path}:{number}: is nested too deeply") from None
+            except (ValueError, RecursionError) as error:
+                raise ArtefactError(f"{path}:{number}: {_why_no_json(error)}") from None
             if not isinstance(values, dict):
                 raise ArtefactError(f"{path}:{number}: must be an object, it is a {type(values).__name__}")
             yield Record(values, number, f"{path}:{number}")
 
 
+def _why_no_json(error: Exception) -> str:
+    """What keeps a text from being read as JSON: not its grammar alone, but also a number of thousands of digits."""
+    if isinstance(error, RecursionError):
+        return "is nested too deeply"
+    return f"is not JSON ({error.msg if isinstance(error, json.JSONDecodeError) else error})"
+
+
 def _read_json(path: Path) -> Iterator[Record]:
+    text = path.read_text(encoding="utf-8")
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ArtefactError(f"{path}:{error.lineno}: is not JSON ({error.msg})") from None
+        rows = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise ArtefactError(f"{path}{line}: {_why_no_json(error)}") from None
     if not isinstance(rows, list):
         raise ArtefactError(f"{path}: must be a list of objects, it is a {type(rows).__name__}; one object a line is .jsonl")
     for number, values in enumerate(rows):
@@ -109,12 +116,17 @@ def _read_json(path: Path) -> Iterator[Record]:
 
 
 def _read_csv(path: Path) -> Iterator[Record]:
+    # by default a cell ends at 131,072 characters, which is a setting of the whole process
+    csv.field_size_limit(2**31 - 1)
     with path.open(encoding="utf-8-sig", newline="") as stream:
         rows = csv.DictReader(stream, strict=True)
         header = rows.fieldnames or ()
         other = next((name for sign, name in _OTHER_SEPARATORS.items() if len(header) == 1 and sign in header[0]), None)
         if other is not None:
             raise ArtefactError(f"{path}:1: its columns are separated by {other}, and a .csv's by commas; save it with commas")
+        twice = next((name for place, name in enumerate(header) if name in header[:place]), None)
+        if twice is not None:
+            raise ArtefactError(f"{path}:1: has two columns {twice!r}")
         # a row ends at `line_num`, and may span several lines
         start = 2
         try:
@@ -133,10 +145,19 @@ def _read_parquet(path: Path) -> Iterator[Record]:
 
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise ArtefactError(f"{path}: is not Parquet ({error})") from None
+    except FileNotFoundError:
+        raise
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ArtefactError(f"{path}: is not Parquet, or damaged ({error})") from None
     for number, row in enumerate(rows):
-        yield Record(row, number, f"{path}, row {number}")
+        yield Record({name: _without_absent(value) for name, value in row.items()}, number, f"{path}, row {number}")
+
+
+def _without_absent(value: Any) -> Any:
+    """A value without the keys that its struct has because another row has them: Parquet holds them as None."""
+    if isinstance(value, dict):
+        return {name: _without_absent(item) for name, item in value.items() if item is not None}
+    return [_without_absent(item) for item in value] if isinstance(value, list) else value
 
 
 #: What separates the columns of tables that are not CSV.

@@ -52,23 +52,54 @@ class Encoded:
 def encode_answer(prompt: Turns, answer: Turns, tokenizer: Tokenizer, tools: Sequence[Message] = ()) -> Encoded:
     """A prompt and an answer, both messages or both texts.
 
-    Raises RequestError where the template cannot be trained on, and where nothing is learnt.
+    Raises RequestError where the template cannot be trained on, where it ends no turn, and where nothing is learnt.
     """
     if isinstance(prompt, str) or isinstance(answer, str):
         if not (isinstance(prompt, str) and isinstance(answer, str)):
             raise TypeError("prompt and answer must both be texts or both messages")
-        before, after = tokenizer.encode(prompt), [*tokenizer.encode(answer, add_bos=False), tokenizer.eos_ids[0]]
+        before, after = tokenizer.encode(prompt), [*_continuation(prompt, answer, tokenizer), tokenizer.eos_ids[0]]
         return Encoded(np.array(before + after, np.int64), np.arange(len(before) + len(after)) >= len(before))
-    ids, said = tokenizer.encode_chat([*prompt, *answer], tools=tools or None)
-    is_learnt = np.array(said, bool)
-    turns = np.flatnonzero(np.diff(is_learnt, prepend=False) & is_learnt)
-    spoken = sum(_speaks(message) for message in prompt)
+    ids, is_learnt = _marked([*prompt, *answer], tokenizer, tools)
+    turns = _beginnings(is_learnt)
+    # not the number of its messages: a template marks nothing in an empty one
+    spoken = len(_beginnings(_marked(prompt, tokenizer, tools)[1])) if any(map(_speaks, prompt)) else 0
     if len(turns) <= spoken:
         raise RequestError(
             "nothing in this conversation would be learnt: the chat template marks no word of the assistant's in the answer"
         )
     is_learnt[: turns[spoken]] = False
-    return Encoded(np.array(ids, np.int64), is_learnt)
+    _check_ends(ids, is_learnt, tokenizer)
+    return Encoded(ids, is_learnt)
+
+
+def _continuation(prompt: str, answer: str, tokenizer: Tokenizer) -> list[int]:
+    """The ids of a text behind another one. Alone it may be encoded otherwise: SentencePiece puts a space before a text."""
+    before, joint = tokenizer.encode(prompt), tokenizer.encode(prompt + answer)
+    is_continued = len(joint) > len(before) and joint[: len(before)] == before
+    return joint[len(before) :] if is_continued else tokenizer.encode(answer, add_bos=False)
+
+
+def _marked(messages: Sequence[Message], tokenizer: Tokenizer, tools: Sequence[Message]) -> tuple[np.ndarray, np.ndarray]:
+    """The ids of a conversation, and which of them the template marks as the assistant's."""
+    ids, said = tokenizer.encode_chat(messages, tools=tools or None)
+    return np.array(ids, np.int64), np.array(said, bool)
+
+
+def _beginnings(is_marked: np.ndarray) -> np.ndarray:
+    """Where runs of marked tokens begin."""
+    return np.flatnonzero(np.diff(is_marked, prepend=False) & is_marked)
+
+
+def _check_ends(ids: np.ndarray, is_learnt: np.ndarray, tokenizer: Tokenizer) -> None:
+    """Every turn that is learnt ends in a control token, behind which a template may write white space."""
+    for begin, end in zip(_beginnings(is_learnt), np.flatnonzero(np.diff(is_learnt, append=False) & is_learnt), strict=True):
+        turn = ids[begin : end + 1].tolist()
+        while turn and not tokenizer.is_end(turn[-1]) and not tokenizer.decode(turn[-1:]).strip():
+            turn.pop()
+        if not turn or not tokenizer.is_end(turn[-1]):
+            raise RequestError(
+                "the chat template ends what the assistant says by no control token, so that a model would not learn to stop"
+            )
 
 
 def _speaks(message: Any) -> bool:

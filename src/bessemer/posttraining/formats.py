@@ -4,10 +4,13 @@
 |---|---|
 | `messages` (and `tools`) | a conversation |
 | `conversations` of `from` and `value` (ShareGPT) | a conversation |
-| `instruction`, `input`, `output`, `system` (Alpaca) | a conversation |
+| `instruction`, `input`, `output`, `history` (Alpaca); `instruction`, `context`, `response` (Dolly) | a conversation |
 | `prompt` and `completion`, messages or texts | a conversation or a text, of which the completion is learnt |
 | `prompt`, `chosen`, `rejected` (`margin`, `confidence`); without `prompt` what the two begin with alike | a pair of answers |
 | `prompt`, `completion`, `label` | an answer that is good or bad |
+
+The prompt of a pair may also stand under `question`, `instruction`, `messages` or `conversations`. A text under `system` is the
+system message of a row that has none of its own. In a CSV file everything is text, and an empty cell is absent.
 """
 
 from __future__ import annotations
@@ -38,6 +41,10 @@ _SPEAKERS = {
     "observation": "tool",
     "function_response": "tool",
 }
+#: What a label may be; a CSV file holds words, and data sets of zeros and ones are many.
+_LABELS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
+#: Columns that usually hold what is asked, and are no key of a pair.
+_QUESTIONS = ("input", "query", "context", "user", "text", "problem")
 #: A turn of a transcript: `\n\nHuman: …\n\nAssistant: …`.
 _TURN = re.compile(r"\n\n(Human|Assistant): ?")
 #: Keys of a message that are kept besides role and content, for chat templates that write them.
@@ -82,15 +89,13 @@ class Labelled:
 def as_answered(row: Mapping[str, Any]) -> Answered:
     """A row for supervised tuning. Raises ValueError or RequestError, in one line, for one in none of the formats."""
     tools = _tools(row)
-    if "messages" in row:
-        return Answered((), _spoken(row["messages"], "messages"), tools)
-    if "conversations" in row:
-        return Answered((), _spoken(_sharegpt(row["conversations"]), "conversations"), tools)
+    if (name := _conversation_key(row)) is not None:
+        return Answered((), _under_system(row, _spoken(_turns(row, name), name)), tools)
     if "completion" in row:
         prompt, (completion,) = _prompt_and_answers(row, ("completion",))
         return Answered(prompt, completion, tools)
     if "instruction" in row:
-        prompt, answer = _alpaca_prompt(row), _text(row, "output" if "output" in row else "response")
+        prompt, answer = _alpaca_prompt(row), _cell(row, "output" if "output" in row else "response")
         return Answered(prompt, _spoken([_said("assistant", answer)], "output"), tools)
     raise ValueError(
         f"is in no known format: it has {_named(row)}; wanted are messages, conversations, prompt and completion, or "
@@ -110,8 +115,9 @@ def answer_in_columns(row: Mapping[str, Any], columns: tuple[str, str]) -> Answe
 
 def _cell(row: Mapping[str, Any], name: str) -> str:
     """A cell that holds text or a number."""
-    value = row[name]
-    return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else _text(row, name)
+    value = row.get(name)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return str(value) if is_number else _text(row, name)
 
 
 def as_prompt(row: Mapping[str, Any], column: str = "prompt") -> tuple[Message, ...]:
@@ -142,11 +148,15 @@ def as_pair(row: Mapping[str, Any]) -> Pair:
 
 def _number(row: Mapping[str, Any], name: str, absent: float) -> float:
     value = row.get(name)
-    if value is None:
+    if value is None or value == "":
         return absent
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    try:
+        number = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else math.nan
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
         raise ValueError(f"{name} must be a number, it is {value!r}")
-    return float(value)
+    return number
 
 
 def as_labelled(row: Mapping[str, Any]) -> Labelled:
@@ -154,9 +164,9 @@ def as_labelled(row: Mapping[str, Any]) -> Labelled:
 
     Raises ValueError or RequestError, in one line.
     """
-    label = row.get("label")
-    if not isinstance(label, bool):
-        raise ValueError(f"label must be true or false, it is {label!r}")
+    label = _LABELS.get(str(row.get("label")).strip().lower())
+    if label is None:
+        raise ValueError(f"label must be true or false, it is {row.get('label')!r}")
     answered = as_answered(row)
     if not answered.prompt and not isinstance(answered.answer, str):
         *before, last = answered.answer
@@ -171,8 +181,11 @@ def as_labelled_answers(row: Mapping[str, Any]) -> list[Labelled]:
     if "chosen" not in row:
         return [as_labelled(row)]
     pair = as_pair(row)
-    if pair.confidence < 1:
-        raise ValueError("confidence is of a pair, and its answers are taken one by one; leave it out, or take a loss of pairs")
+    for name, value in (("confidence", pair.confidence), ("weight", pair.weight)):
+        if value != 1:
+            raise ValueError(
+                f"{name} is of a pair, and its answers are taken one by one; leave it out, or take a loss of pairs"
+            )
     sides = ((pair.chosen, True), (pair.rejected, False))
     return [Labelled(Answered(pair.prompt, answer, pair.tools), label) for answer, label in sides]
 
@@ -187,22 +200,54 @@ def conversation_text(messages: Sequence[Message]) -> str:
 def _prompt_and_answers(row: Mapping[str, Any], keys: Sequence[str]) -> tuple[Turns, list[Turns]]:
     """The prompt and the answers under the keys, all messages or all texts."""
     given = [row[key] for key in keys]
-    if "prompt" in row:
-        prompt = row["prompt"]
+    name = next((name for name in ("prompt", "question") if name in row), None)
+    if name is not None:
+        prompt = row[name]
+    elif (name := _conversation_key(row)) is not None:
+        prompt = _turns(row, name)
+        given = [[_turn(value, key)] if isinstance(value, Mapping) else value for value, key in zip(given, keys, strict=True)]
     elif "instruction" in row:
-        prompt = list(_alpaca_prompt(row))
+        prompt, name = list(_alpaca_prompt(row)), "instruction"
     else:
-        return _shared_prompt(given, keys)
-    if not isinstance(prompt, str):
-        messages = _messages(prompt, "prompt")
-        return messages, [_answer(value, key) for value, key in zip(given, keys, strict=True)]
-    if all(isinstance(value, str) for value in given):
-        return prompt, [_filled(value, key) for value, key in zip(given, keys, strict=True)]
-    messages = _messages([_said("user", prompt)], "prompt")
+        return _shared_prompt(row, given, keys)
+    has_system = bool(_system(row))
+    if isinstance(prompt, str):
+        if not has_system and all(isinstance(value, str) for value in given):
+            return prompt, [_filled(value, key) for value, key in zip(given, keys, strict=True)]
+        if all(_begins_with_the_prompt(value) for value in given):
+            return _shared_prompt(row, given, keys)
+        prompt = [_said("user", prompt)]
+    messages = _under_system(row, _messages(prompt, name))
     return messages, [_answer(value, key) for value, key in zip(given, keys, strict=True)]
 
 
-def _shared_prompt(given: Sequence[Any], keys: Sequence[str]) -> tuple[Turns, list[Turns]]:
+def _conversation_key(row: Mapping[str, Any]) -> str | None:
+    return next((name for name in ("messages", "conversations") if name in row), None)
+
+
+def _turns(row: Mapping[str, Any], name: str) -> Any:
+    """A conversation under one of its two names."""
+    return row[name] if name == "messages" else _sharegpt(row[name])
+
+
+def _begins_with_the_prompt(value: Any) -> bool:
+    """Whether an answer in messages is a conversation from the beginning, as in UltraFeedback."""
+    first = value[0] if isinstance(value, (list, tuple)) and value else None
+    return isinstance(first, Mapping) and first.get("role") in ("system", "user")
+
+
+def _system(row: Mapping[str, Any]) -> str:
+    system = row.get("system")
+    return system if isinstance(system, str) and system.strip() else ""
+
+
+def _under_system(row: Mapping[str, Any], messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The messages behind the row's system message, where they begin with none."""
+    system = _system(row)
+    return (_said("system", system), *messages) if system and messages[0]["role"] != "system" else messages
+
+
+def _shared_prompt(row: Mapping[str, Any], given: Sequence[Any], keys: Sequence[str]) -> tuple[Turns, list[Turns]]:
     """What conversations, transcripts or texts begin with alike, and the rest of each."""
     if all(isinstance(value, str) and _TURN.match(value) for value in given):
         given = [_transcript(value) for value in given]
@@ -210,6 +255,12 @@ def _shared_prompt(given: Sequence[Any], keys: Sequence[str]) -> tuple[Turns, li
         if not all(isinstance(value, str) for value in given):
             raise ValueError(f"{' and '.join(keys)} must both be texts or both messages")
         shared = _alike(given)
+        asked = next((name for name in _QUESTIONS if name in row), None)
+        if asked is not None or not shared:
+            where = "they begin with nothing alike" if asked is None else f"and there is {asked!r}"
+            raise ValueError(
+                f"{' and '.join(keys)} are texts without a prompt, {where}; give the prompt under the key 'prompt'"
+            )
         # the space before the first different word belongs to it
         if shared and given[0][shared - 1] == " ":
             shared -= 1
@@ -220,7 +271,8 @@ def _shared_prompt(given: Sequence[Any], keys: Sequence[str]) -> tuple[Turns, li
         shared -= 1
     if not shared:
         raise ValueError(f"{' and '.join(keys)} begin with no message alike; give the prompt under the key 'prompt'")
-    return conversations[0][:shared], [_spoken(one[shared:], key) for one, key in zip(conversations, keys, strict=True)]
+    prompt = _under_system(row, conversations[0][:shared])
+    return prompt, [_spoken(one[shared:], key) for one, key in zip(conversations, keys, strict=True)]
 
 
 def _alike(values: Sequence[Sequence[Any]]) -> int:
@@ -246,7 +298,9 @@ def _answer(value: Any, key: str) -> tuple[Message, ...]:
 def _spoken(value: Any, key: str) -> tuple[Message, ...]:
     """Messages in which the assistant says something."""
     messages = _messages(value, key)
-    if not any(one["role"] == "assistant" and (one.get("content") or "tool_calls" in one) for one in messages):
+    if not any(
+        one["role"] == "assistant" and ((one.get("content") or "").strip() or one.get("tool_calls")) for one in messages
+    ):
         raise ValueError(f"{key}: the assistant says nothing in it, so there is nothing to learn")
     return messages
 
@@ -268,27 +322,48 @@ def _messages(value: Any, key: str) -> tuple[Message, ...]:
 def _sharegpt(value: Any) -> list[Message]:
     if not isinstance(value, list):
         raise ValueError("conversations: must be a list of turns with 'from' and 'value'")
-    messages = []
-    for number, turn in enumerate(value, start=1):
-        if isinstance(turn, Mapping) and "role" in turn:
-            messages.append(dict(turn))
-            continue
-        if not isinstance(turn, Mapping) or not isinstance(turn.get("value"), str):
-            raise ValueError(f"conversations: turn {number} has no 'from' and 'value'")
-        role = _SPEAKERS.get(str(turn.get("from")))
-        if role is None:
-            raise ValueError(
-                f"conversations: turn {number}: 'from' must be one of {', '.join(_SPEAKERS)}, got {turn.get('from')!r}"
-            )
-        messages.append(_said(role, turn["value"]))
-    return messages
+    return [_turn(turn, f"conversations: turn {number}") for number, turn in enumerate(value, start=1)]
+
+
+def _turn(turn: Any, where: str) -> Message:
+    """A turn of ShareGPT's, or a message."""
+    if isinstance(turn, Mapping) and "role" in turn:
+        return dict(turn)
+    if not isinstance(turn, Mapping) or not isinstance(turn.get("value"), str):
+        raise ValueError(f"{where} has no 'from' and 'value'")
+    role = _SPEAKERS.get(str(turn.get("from")))
+    if role is None:
+        raise ValueError(f"{where}: 'from' must be one of {', '.join(_SPEAKERS)}, got {turn.get('from')!r}")
+    if turn["from"] == "function_call":
+        return {"role": role, "content": "", "tool_calls": _calls(turn["value"], where)}
+    return _said(role, turn["value"])
+
+
+def _calls(value: str, where: str) -> list[dict[str, Any]]:
+    """The calls of tools that a text holds in JSON, one or a list of them."""
+    try:
+        given = json.loads(value)
+    except (ValueError, RecursionError):
+        given = None
+    calls = given if isinstance(given, list) else [given]
+    if not calls or not all(isinstance(call, Mapping) and isinstance(call.get("name"), str) for call in calls):
+        raise ValueError(f"{where}: a function_call must be a call in JSON, with name and arguments, it is {value!r}"[:200])
+    return [
+        {"type": "function", "function": {"name": call["name"], "arguments": call.get("arguments") or {}}} for call in calls
+    ]
 
 
 def _alpaca_prompt(row: Mapping[str, Any]) -> tuple[Message, ...]:
-    instruction, more, system = _text(row, "instruction"), row.get("input"), row.get("system")
-    asked = f"{instruction}\n\n{more}" if isinstance(more, str) and more.strip() else instruction
-    before = [_said("system", system)] if isinstance(system, str) and system else []
-    return _messages([*before, _said("user", asked)], "instruction")
+    asked = _cell(row, "instruction")
+    for name in ("input", "context"):
+        if row.get(name) is not None and str(row[name]).strip():
+            asked = f"{asked}\n\n{_cell(row, name)}"
+    before = []
+    for turn in row.get("history") or ():
+        if not isinstance(turn, (list, tuple)) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
+            raise ValueError(f"history must be a list of a question and an answer each, and holds {turn!r}"[:200])
+        before += [_said("user", turn[0]), _said("assistant", turn[1])]
+    return _under_system(row, _messages([*before, _said("user", asked)], "instruction"))
 
 
 def _transcript(text: str) -> list[Message]:
@@ -317,9 +392,14 @@ def _filled(value: str, key: str) -> str:
 
 
 def _tools(row: Mapping[str, Any]) -> tuple[Message, ...]:
-    """The tools of a row; some data sets hold them as a JSON string."""
+    """The tools of a row; some data sets hold them as a JSON string, and an empty one is none."""
     tools = row.get("tools")
-    return tuple(checked_tools(json.loads(tools) if isinstance(tools, str) else tools) or ())
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"tools must be a list in JSON ({error})"[:200]) from None
+    return tuple(checked_tools(tools) or ())
 
 
 def _named(row: Mapping[str, Any]) -> str:

@@ -47,7 +47,8 @@ def _pairs(path: Path, seed: int) -> list[Pair]:
         for number, (conversation, next_one) in enumerate(zip(alike, [*alike[1:], alike[0]], strict=True)):
             other = generator.choice(unlike) if unlike and number % 2 else next_one
             prompt, chosen, rejected = conversation.messages[:1], conversation.messages[1:], other.messages[1:]
-            if chosen != rejected:
+            # one question may have several right answers
+            if chosen != rejected and other.messages[:1] != prompt:
                 pairs.append(Pair(prompt, chosen, rejected))
     return pairs
 

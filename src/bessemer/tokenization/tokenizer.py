@@ -193,6 +193,10 @@ class Tokenizer:
         """Whether an id is a control token."""
         return id in self._special
 
+    def is_end(self, id: int) -> bool:
+        """Whether a turn may end at an id: a control token, or what the tokenizer's files call an end."""
+        return id in self._special or id in self.eos_ids
+
     def control_id(self, token: str) -> int | None:
         """The id of a control token by how it is written; None when there is no such control token."""
         return self._control_ids.get(token)
@@ -238,7 +242,12 @@ class Tokenizer:
         A token that holds the end of the template's text and the beginning of the content (two line breaks in one)
         counts as the template's. Raises RequestError as `render_chat`, and for a template that does not tell who speaks.
         """
-        return self._chat_encoder.encode(self._chat.training_segments(messages, add_generation_prompt, tools))
+        ids, says = self._chat_encoder.encode(self._chat.training_segments(messages, add_generation_prompt, tools))
+        # a template of somebody else's may mark the content alone, and write the end token behind
+        for place, id in enumerate(ids):
+            if place and id in self.eos_ids and says[place - 1] and not self.is_end(ids[place - 1]):
+                says[place] = True
+        return ids, says
 
     def continue_chat(
         self, messages: Sequence[Message], answered: int, tools: Sequence[Tool] | None = None

@@ -77,10 +77,12 @@ def finetune(
     """
     settings = settings_of(config, data)
     training, held_out = gather_conversations(SFTConfig.parse(settings), None, Path(), seed)
+    # a conversation that the file has ten times is one piece of evidence
+    held_out = list({one.id: one for one in held_out}.values())
     if len(held_out) < _FEWEST or not training:
         raise SourceError(
-            f"{data}: of {len(training) + len(held_out):,} rows {len(held_out):,} would be held out, too few to tell whether "
-            "the model got better; give more rows, or a larger --held-out"
+            f"{data}: of {len(training) + len(held_out):,} rows {len(held_out):,} different ones would be held out, too few to "
+            "tell whether the model got better; give more rows, or a larger --held-out"
         )
     out.mkdir(parents=True, exist_ok=True)
     if not (out / RECORD).exists():
@@ -103,8 +105,8 @@ def finetune(
     method: Method = record["method"]
     progress.say(f"  {method}: {record['reason']}")
     progress.say(
-        f"  {len(training):,} conversations to learn from, {len(held_out):,} held out; {batch_size} rows of {context:,} tokens "
-        "a step"
+        f"  {len(training):,} conversations to learn from, {len(held_out):,} different ones held out; {batch_size} rows of "
+        f"{context:,} tokens a step"
     )
     tuning = SFTConfig.parse(
         settings | _training_settings(config, method, context, batch_size, rows, chosen_device), lambda path: f"--{path[0]}"
@@ -117,7 +119,7 @@ def finetune(
         progress=progress,
     )
     before_N = measure(starting_model(base, tuning, chosen_device, seed).eval(), description="loss before")
-    samples = _Samples(held_out, tokenizer, progress)
+    samples = _Samples(held_out, tokenizer, read_model_config(base).max_position_embeddings, progress)
     metrics = sft(tuning, base, None, out, seed=seed, device=device, progress=progress, on_validation=samples.show)
     if method == "full":
         after_N = measure(load_model(out / "model", device=chosen_device), description="loss after")
@@ -242,9 +244,18 @@ def _within(conversations: Sequence[Conversation], tokenizer: Tokenizer, context
 class _Samples:
     """Answers to some questions held out, said at each validation."""
 
-    def __init__(self, held_out: Sequence[Conversation], tokenizer: Tokenizer, progress: Progress) -> None:
-        asked = [one.messages for one in held_out if one.messages and one.messages[-1]["role"] == "assistant"]
-        self._questions = [list(messages[:-1]) for messages in asked if len(messages) > 1][:_SAMPLES]
+    def __init__(self, held_out: Sequence[Conversation], tokenizer: Tokenizer, context: int, progress: Progress) -> None:
+        """context: tokens that the model reads; a question that leaves no room for an answer is not asked."""
+        self._asked: list[tuple[str, list[int]]] = []
+        for one in held_out:
+            *before, last = one.messages or [{"role": ""}]
+            if last["role"] != "assistant" or not before or not (question := before[-1].get("content")):
+                continue
+            ids = tokenizer.apply_chat_template(before, add_generation_prompt=True, tools=one.tools or None)
+            if len(ids) + _SAMPLE_TOKENS <= context:
+                self._asked.append((question, ids))
+            if len(self._asked) == _SAMPLES:
+                break
         self._tokenizer = tokenizer
         self._progress = progress
 
@@ -253,9 +264,9 @@ class _Samples:
         engine = Engine(model, self._tokenizer)
         params = SamplingParams(max_tokens=_SAMPLE_TOKENS, temperature=0.0)
         # beside each other: every token of the two reads the weights once
-        prompts = [self._tokenizer.apply_chat_template(one, add_generation_prompt=True) for one in self._questions]
-        for question, answer in zip(self._questions, engine.generate(prompts, params), strict=True):
-            self._progress.say(f"  step {finished:,}: {_line(question[-1]['content'])} → {_line(answer.text)}")
+        answers = engine.generate([ids for _, ids in self._asked], params)
+        for (question, _), answer in zip(self._asked, answers, strict=True):
+            self._progress.say(f"  step {finished:,}: {_line(question)} → {_line(answer.text)}")
 
 
 def _line(text: str) -> str:

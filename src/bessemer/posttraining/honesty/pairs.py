@@ -37,7 +37,8 @@ class HonestPair:
 
     def record(self, unsure: Sequence[str]) -> dict[str, Any]:
         """The pair as a row. unsure: what is said where nothing is known."""
-        ignorance = unsure[int(self.draw[-8:], 16) % len(unsure)]
+        # not by the digits that drew the question: each kind of question would have one phrase
+        ignorance = unsure[int(self.draw[16:24], 16) % len(unsure)]
         chosen, rejected = (self.answer, ignorance) if self.is_known else (ignorance, self.answer)
         prompt = [{"role": "user", "content": self.question}]
         return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "known": self.is_known}

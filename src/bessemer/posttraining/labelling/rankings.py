@@ -94,12 +94,14 @@ class Labels:
 
 
 def _lines(path: Path, keys: set[str]) -> list[dict[str, Any]]:
-    """The whole lines of a file, of which the last may be cut off by a crash; none without the file."""
+    """The lines of a file; none without the file. What a crash left of a last one is taken out, for the next to be whole."""
     if not path.exists():
         return []
     found = []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines[:-1], start=1):
+    *lines, cut = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    if cut:
+        write_text(path, "".join(f"{line}\n" for line in lines))
+    for number, line in enumerate(lines, start=1):
         try:
             values = json.loads(line)
         except json.JSONDecodeError:

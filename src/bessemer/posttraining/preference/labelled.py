@@ -47,8 +47,10 @@ def pack_answers(examples: Sequence[Labelled], tokenizer: Tokenizer, context_len
     """Answers in few rows, the end cut off at a row's length; rows of twins beside them.
 
     The twin of an example has the answer of the one before it that has another prompt. Raises SourceError where all have the
-    same.
+    same, and where some are texts and some messages.
     """
+    if len({isinstance(one.answered.prompt, str) for one in examples}) > 1:
+        raise SourceError("loss kto compares answers with each other, and some rows are texts and some messages; give one kind")
     packed: list[tuple[_Example, _Example, bool]] = []
     for example, place in zip(examples, others_before([prompt_key(one.answered.prompt) for one in examples]), strict=True):
         answered, other = example.answered, examples[place].answered
