@@ -75,8 +75,13 @@ def test_a_policy_is_trained_on_episodes_of_two_turns(model_folder, world, tmp_p
 def test_an_episode_that_breaks_off_is_left_out_and_counted(model_folder, world, tmp_path):
     progress = RecordedProgress()
     run(model_folder, world, tmp_path, progress, environment="world.py:Fails", steps=1, validation_share=0, **SETTINGS)
-    assert any("the reward environment: RuntimeError: OSError: the world has ended" in line for line in progress.lines)
+    assert any("the reward environment: OSError: the world has ended" in line for line in progress.lines)
     assert any(one["reward"] is None for one in read_metrics(tmp_path / "completions.jsonl"))
+    # whatever other rewards say of it
+    length = SETTINGS | {"rewards": [{"reward": "length", "at_most": 90}]}
+    run(model_folder, world, tmp_path / "other", environment="world.py:Fails", steps=1, validation_share=0, **length)
+    both = (read_metrics(folder / "completions.jsonl") for folder in (tmp_path, tmp_path / "other"))
+    assert len({tuple(one["reward"] is None for one in completions) for completions in both}) == 1
     with pytest.raises(ConfigError, match=r"environment: what world\.py:nothing makes has no tools and no reset and no step"):
         run(model_folder, world, tmp_path / "none", environment="world.py:nothing", **SETTINGS)
 

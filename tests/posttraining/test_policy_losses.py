@@ -52,11 +52,12 @@ def flat(parts):
 
 CENTRED = flat(centred(part) for part in groups(REWARDS))
 # the mean of the centred rewards is that of their groups
-BATCH_SPREAD = math.sqrt(sum(value**2 for value in known(CENTRED)) / (len(known(CENTRED)) - 1))
+CENTRED_SPREAD = math.sqrt(sum(value**2 for value in known(CENTRED)) / (len(known(CENTRED)) - 1))
 EXPECTED = {
     "grpo": flat(z(part, 1e-4) for part in groups(REWARDS)),
     "group_mean": [0.0 if math.isnan(value) else value for value in CENTRED],
-    "batch_deviation": flat(z(part, 1e-4, BATCH_SPREAD) for part in groups(REWARDS)),
+    "batch_deviation": flat(z(part, 1e-4, stdev(known(REWARDS))) for part in groups(REWARDS)),
+    "centred_deviation": flat(z(part, 1e-4, CENTRED_SPREAD) for part in groups(REWARDS)),
     "rloo": flat(leave_one_out(part) for part in groups(REWARDS)),
     "reinforce_pp": whitened(REWARDS),
     "reinforce_pp_baseline": whitened(CENTRED),

@@ -1,5 +1,7 @@
 """The objective of reinforcement learning beside plain formulas of one sample at a time, and what may not change it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -111,7 +113,7 @@ def plain_loss(model, samples, config, advantages, old, reference):
             loss = -advantage * 4 / tau * torch.sigmoid(tau * (ratio - 1))
         else:
             loss = -torch.minimum(ratio * advantage, inside * advantage)
-        weight = (old[place] - torch.tensor(sample.log_probs, dtype=torch.float64)).exp().clamp(max=config.correction_high)
+        weight = (old[place] - torch.tensor(sample.log_probs, dtype=torch.float64)).exp().clamp(max=2.0)
         losses[place] = loss * weight
         to_reference = reference[place] - log_probs
         divergences[place] = to_reference.exp() - to_reference - 1
@@ -193,6 +195,15 @@ def test_raw_log_ratios_are_told_before_truncation(model, samples):
         2, abs=1e-4
     )
     assert figures["log_ratio_over_cap"] == 1 and figures["kl"] == pytest.approx(0, abs=1e-6)
+    # a little of each token is much of a whole answer
+    shifted = [replace(one, log_probs=(found - 0.3).tolist()) for one, found in zip(samples, own, strict=True)]
+    batch = batch_of(shifted, [1.0] * 6, own, own)
+    for correction, share in (("truncate", 0.0), ("mask_sequence", 15 / 21), ("reject", 1.0)):
+        _, (part,) = in_micro_batches(PolicyObjective.of(config_of(correction=correction)), model, batch, 8)
+        over = part.metrics["log_ratio_over_cap"]
+        assert float(over.sum) / float(over.count) == pytest.approx(share)
+    _, (part,) = in_micro_batches(PolicyObjective.of(config_of(loss="reinforce")), model, batch, 8)
+    assert "clip_share" not in part.metrics, "nothing is clipped"
 
 
 @pytest.mark.parametrize(

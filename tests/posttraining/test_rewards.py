@@ -7,7 +7,7 @@ import pytest
 
 from bessemer.core.errors import ConfigError
 from bessemer.posttraining.rewards.config import named
-from bessemer.posttraining.rewards.judge import Completed, Judge, RewardError
+from bessemer.posttraining.rewards.judge import Completed, Judge
 from bessemer.posttraining.rewards.registry import REWARDS, AskedTask, RewardContext
 from bessemer.posttraining.rl.config import RLConfig
 from bessemer.tasks.options import TaskOptions
@@ -178,6 +178,28 @@ def short(completions, **kwargs):
 """
 
 
+COMPARING = """
+def best(prompts, completions, log_extra, log_metric, **kwargs):
+    if "raise" in completions:
+        raise RuntimeError("no such page")
+    longest = max(map(len, completions))
+    for text in completions:
+        log_extra("length", [len(text)])
+    log_metric("longest", longest)
+    return [len(text) / longest for text in completions]
+"""
+
+
+def test_a_function_that_compares_completions_sees_those_of_a_prompt_where_another_fails(tmp_path):
+    (tmp_path / "own.py").write_text(COMPARING)
+    judge = Judge(settings("own.py:best"), RewardContext(tmp_path))
+    texts = ["a", "bb", "raise", "bb"]
+    found = judge.judge(Completed(["1", "1", "2", "2"], texts, [[1]] * 4))
+    assert [None if math.isnan(total) else total for total in found.totals] == [0.5, 1, None, 1]
+    whole = judge.judge(Completed(["1", "1", "2"], [*texts[:2], "bbbb"], [[1]] * 3))
+    assert whole.extra == {"length": [1, 2, 4]} and whole.metrics == {"longest": [4.0]}
+
+
 def test_a_completion_whose_reward_fails_is_dropped_and_counted(tmp_path):
     (tmp_path / "failing.py").write_text(FAILING)
     started = time.monotonic()
@@ -192,16 +214,16 @@ def test_a_completion_whose_reward_fails_is_dropped_and_counted(tmp_path):
     assert time.monotonic() - started < 60
 
 
-def test_a_reward_that_never_works_stops_the_run_in_one_line(tmp_path):
+def test_a_reward_that_never_works_gives_nothing_and_says_why(tmp_path):
     (tmp_path / "failing.py").write_text(FAILING)
-    with pytest.raises(RewardError, match=r"the reward fails fails for every completion: RuntimeError: no such page$"):
-        judged("failing.py:fails", ["raise", "raise"], tmp_path)
+    never = judged("failing.py:fails", ["raise", "raise"], tmp_path)
+    assert never.failures == {("fails", "RuntimeError: no such page"): 2} and all(map(math.isnan, never.totals))
     # of one completion the value is right
     assert judged("failing.py:short", ["a", "b"], tmp_path).totals == [1, 1]
     with pytest.raises(ConfigError, match=r"has no function 'shirt'"):
         judged("failing.py:shirt", ["a"], tmp_path)
-    with pytest.raises(RewardError, match=r"the data has no column 'answer'"):
-        judged("answer", ["a", "b"])
+    ((_, reason),) = judged("answer", ["a", "b"]).failures
+    assert "the data has no column 'answer'" in reason
 
 
 def test_settings_of_rewards_are_checked_before_anything_runs():

@@ -1,7 +1,9 @@
 """The stage `rl` on small models: it learns what is rewarded, resumes bit for bit, and stops when it cannot go on."""
 
 import json
+import math
 import shutil
+import statistics
 from pathlib import Path
 
 import pytest
@@ -13,14 +15,16 @@ from bessemer.core.metrics import read_metrics
 from bessemer.core.progress import Silent
 from bessemer.core.report import StageReport
 from bessemer.pipeline.recipe import load_recipe
+from bessemer.posttraining.dataset import drawn
 from bessemer.posttraining.rewards.judge import Judge, RewardError
 from bessemer.posttraining.rewards.registry import RewardContext
 from bessemer.posttraining.rl import report
-from bessemer.posttraining.rl.collapse import CollapseError
+from bessemer.posttraining.rl.collapse import CollapseError, check_collapse
 from bessemer.posttraining.rl.config import RLConfig
 from bessemer.posttraining.rl.objective import PolicyObjective
 from bessemer.posttraining.rl.prompts import Prompt, gather_prompts
 from bessemer.posttraining.rl.rollouts import RolloutSource
+from bessemer.posttraining.rl.samples import Sample
 from bessemer.posttraining.rl.stage import rl
 from bessemer.training.data.batches import IGNORE_INDEX
 from bessemer.training.model_setup import PreparedModel
@@ -53,6 +57,12 @@ def refuses(completions, **kwargs):
 
 def breaks(completions, number, **kwargs):
     return [float("nan") if n % 4 == 1 else float(len(text)) for text, n in zip(completions, number)]
+
+def clock(prompts, completions, trainer_state, log_extra, log_metric, **kwargs):
+    for text in completions:
+        log_extra("completion", [text.upper()])
+    log_metric("sampled", len(completions))
+    return [float(trainer_state.global_step)] * len(completions)
 
 def equal(completions, number, **kwargs):
     # all completions of every other prompt are worth the same
@@ -226,6 +236,64 @@ def test_a_policy_that_collapses_stops_the_run_and_says_so(model_folder, data, t
         run(model_folder, data, tmp_path / "entropy", steps=30, learning_rate=3e-2, min_entropy=4.0, validation_share=0)
     with pytest.raises(CollapseError, match=r"a token's KL divergence is \d+\.\d+ nats, above max_kl 0.05"):
         run(model_folder, data, tmp_path / "kl", steps=30, beta=1e-6, max_kl=0.05, learning_rate=3e-2, validation_share=0)
+
+
+def test_a_divergence_is_that_of_the_completions_that_count():
+    def sample(tokens):
+        return Sample(Prompt("?"), [1] * (tokens + 1), 1, [-1.0] * tokens, "", True)
+
+    config = RLConfig.parse({"data": ["p.jsonl"], "beta": 0.1, "max_kl": 0.5}, "rl")
+    worth = torch.tensor([1.0, math.nan])
+    with pytest.raises(CollapseError, match=r"1\.0000 nats, above max_kl"):
+        check_collapse(config, 0, [sample(10), sample(90)], worth, torch.tensor([10.0, 0.0]))
+    check_collapse(config, 0, [sample(10), sample(90)], worth, torch.tensor([4.0, 0.0]))
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_decoupled_rewards_heed_the_divergence_and_what_was_cut(model_folder, data, tmp_path):
+    rewards = {"rewards": ["rewards.py:letters", "rewards.py:equal"], "reward_scale": "decoupled", "validation_share": 0}
+    weights = []
+    for beta in (1e-6, 5.0):
+        run(model_folder, data, tmp_path / str(beta), kl="reward", beta=beta, steps=3, **rewards)
+        weights.append(load_file(tmp_path / str(beta) / "model" / "model.safetensors"))
+    assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    run(model_folder, data, tmp_path / "cut", truncated="zero", steps=1, max_tokens=1, **rewards)
+    completions = read_metrics(tmp_path / "cut" / "completions.jsonl")
+    assert all(one["advantage"] == 0 for one in completions if one["cut"]), "all are cut, and all worth as much"
+    assert any(one["cut"] for one in completions)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_reward_knows_the_step_and_logs_under_any_name(model_folder, data, tmp_path):
+    summary = run(model_folder, data, tmp_path, steps=2, rewards=["rewards.py:clock", "rewards.py:letters"])
+    assert (summary["validation_clock_before"], summary["validation_clock"]) == (0, 2)
+    assert all(one["extra_completion"] == one["completion"].upper() for one in read_metrics(tmp_path / "completions.jsonl"))
+    assert all(line["sampled"] == 16 for line in read_metrics(tmp_path / "metrics.jsonl"))
+
+
+def test_what_is_validated_is_drawn_from_all_that_is_held_out():
+    assert drawn([1, 2, 3], 3, seed=0) == [1, 2, 3]
+    some = drawn(range(1000), 100, seed=0)
+    assert len(set(some)) == 100 and 400 < statistics.fmean(some) < 600 and some == drawn(range(1000), 100, seed=0)
+
+
+def test_a_system_message_is_the_settings_where_a_prompt_has_none(tmp_path):
+    own = [{"role": "system", "content": "Own."}, {"role": "user", "content": "Who?"}]
+    rows = [{"prompt": own}, {"prompt": own[1:]}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = RLConfig.parse({"data": ["p.jsonl"], "system": "Ours.", "validation_share": 0}, "rl")
+    found = gather_prompts(config, tmp_path, 1).training
+    assert [[message["content"] for message in one.turns] for one in found] == [["Own.", "Who?"], ["Ours.", "Who?"]]
+
+
+def test_prompts_that_differ_in_any_message_are_told_apart(tmp_path):
+    rows = [
+        {"prompt": [{"role": "system", "content": f"Sum {number}"}, {"role": "user", "content": "Solve it."}]}
+        for number in range(100)
+    ]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = gather_prompts(RLConfig.parse({"data": ["p.jsonl"], "validation_share": 0.3}, "rl"), tmp_path, 1)
+    assert 15 < len(found.held_out) < 45
 
 
 def test_prompts_are_rows_or_questions_and_sums_stay_on_one_side(tmp_path):

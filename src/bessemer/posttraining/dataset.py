@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -67,6 +68,11 @@ def split_examples(
         chance = derive_seed(seed, "validation", hash_value(together(example))) / 2**63
         (held_out if chance < share else training).append(example)
     return training, held_out
+
+
+def drawn(examples: Sequence[Example], most: int, seed: int) -> Sequence[Example]:
+    """At most so many of the examples, drawn from all of them: the first ones would be those of the first file."""
+    return examples if len(examples) <= most else random.Random(seed).sample(examples, most)
 
 
 def files_fingerprint(names: Sequence[str], folder: Path) -> dict[str, str]:

@@ -15,7 +15,7 @@ from bessemer.core.seeds import derive_seed
 from bessemer.data.corpus.reader import TRAIN, VALIDATION
 from bessemer.model.decoder import Decoder
 from bessemer.posttraining.conversations import Conversation, read_conversations, write_conversations
-from bessemer.posttraining.dataset import prompt_key, split_examples
+from bessemer.posttraining.dataset import drawn, prompt_key, split_examples
 from bessemer.posttraining.distillation.config import DistillationConfig
 from bessemer.posttraining.distillation.prompts import Asked, before_last_answer, encoded_prompts, gather_prompts
 from bessemer.posttraining.distillation.student_samples import HeldOutDivergence, StudentBatches
@@ -179,7 +179,7 @@ def with_held_out_divergence(
     seed: int,
 ) -> OnStepEnd:
     """A validation with `validation_reverse_kl` beside it, on the student's answers to held-out prompts."""
-    prompts = encoded_prompts(held_out, tokenizer, config)[: config.validation_limit]
+    prompts = drawn(encoded_prompts(held_out, tokenizer, config), config.validation_limit, derive_seed(seed, "validation"))
     if not prompts:
         return validate
     divergence = HeldOutDivergence(prompts, tokenizer, config, teacher, derive_seed(seed, "held out"))

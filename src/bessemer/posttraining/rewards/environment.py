@@ -10,10 +10,12 @@ from bessemer.posttraining.rewards.registry import RewardContext, RewardFunction
 
 #: Columns of an episode: the sum of its rewards, and why it broke off.
 TOTAL, FAILURE = "environment_total", "environment_failure"
+#: What its failures are counted under.
+ENVIRONMENT = "environment"
 
 
 def environment_reward(settings: EnvironmentReward, context: RewardContext) -> RewardFunction:
-    """The sum of an episode's rewards; RuntimeError for one that broke off."""
+    """The sum of an episode's rewards; none of one that broke off, which the sampler leaves out and counts."""
 
     def reward(
         completions: Sequence[Any],
@@ -23,9 +25,7 @@ def environment_reward(settings: EnvironmentReward, context: RewardContext) -> R
     ) -> list[float | None]:
         if environment_total is None:
             return [None for _ in completions]
-        failure = next(filter(None, environment_failure or ()), None)
-        if failure is not None:
-            raise RuntimeError(failure)
-        return list(environment_total)
+        failures = environment_failure or [""] * len(environment_total)
+        return [None if failure else total for total, failure in zip(environment_total, failures, strict=True)]
 
     return reward

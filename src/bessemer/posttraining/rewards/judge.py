@@ -25,7 +25,7 @@ _MOST_HANGS = 3
 
 
 class RewardError(BessemerError):
-    """A reward gave none of the completions a number."""
+    """None of a rollout's completions has a reward."""
 
 
 @dataclass(frozen=True)
@@ -37,26 +37,55 @@ class Completed:
     completion_ids: Sequence[Sequence[int]]
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
-    def one(self, place: int) -> Completed:
-        """One of them."""
+    def part(self, places: slice) -> Completed:
+        """Some of them."""
         return Completed(
-            [self.prompts[place]],
-            [self.completions[place]],
-            [self.completion_ids[place]],
-            {name: [values[place]] for name, values in self.columns.items()},
+            self.prompts[places],
+            self.completions[places],
+            self.completion_ids[places],
+            {name: values[places] for name, values in self.columns.items()},
         )
+
+    @property
+    def of_prompts(self) -> list[slice]:
+        """The places of each run of completions of one prompt."""
+        begins = [place for place, prompt in enumerate(self.prompts) if not place or prompt != self.prompts[place - 1]]
+        return [slice(begin, end) for begin, end in zip(begins, [*begins[1:], len(self.prompts)], strict=True)]
 
 
 @dataclass(frozen=True)
 class Judgement:
     """values: (K, R), None where a reward does not judge a completion, or failed. totals: (R,), the weighted sum of those that
-    judge; NaN where one failed or none judges. failures: completions by reward and reason. extra: columns that a reward logged.
+    judge; NaN where one failed or none judges. failures: completions by reward and reason. extra: columns that a reward logged,
+    (R,). metrics: values that it logged.
     """
 
     values: Sequence[Sequence[float | None]]
     totals: Sequence[float]
     failures: Mapping[tuple[str, str], int]
     extra: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    metrics: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+
+@dataclass
+class _Logged:
+    """What a reward logs in one call, by TRL's `log_extra` and `log_metric`, which may be called for each row."""
+
+    extra: dict[str, list[Any]] = field(default_factory=dict)
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+
+    def log_extra(self, column: str, given: Sequence[Any]) -> None:
+        self.extra.setdefault(column, []).extend(given)
+
+    def log_metric(self, name: str, value: float) -> None:
+        self.metrics.setdefault(name, []).append(float(value))
+
+    def take(self, other: _Logged) -> None:
+        """Add what another call logged."""
+        for column, given in other.extra.items():
+            self.log_extra(column, given)
+        for name, values in other.metrics.items():
+            self.metrics.setdefault(name, []).extend(values)
 
 
 class Judge:
@@ -70,24 +99,14 @@ class Judge:
         self.weights = [each.weight for each in settings]
 
     def judge(self, completed: Completed, *, step: int = 0, steps: int = 0) -> Judgement:
-        """What completions are worth. step, steps: finished, and in all, for functions that ask `trainer_state`.
-
-        Raises RewardError where a reward fails for each of several completions.
-        """
+        """What completions are worth. step, steps: finished, and in all, for functions that ask `trainer_state`."""
         values: list[list[float | None]] = []
         failures: Counter[tuple[str, str]] = Counter()
         failed: set[int] = set()
-        extra: dict[str, list[Any]] = {}
+        logged = _Logged()
         state = SimpleNamespace(global_step=step, max_steps=steps, epoch=None)
-        tools = {
-            "trainer_state": state,
-            "log_extra": lambda column, given: extra.__setitem__(column, list(given)),
-            "log_metric": lambda name, value: None,
-        }
         for name, settings, function in zip(self.names, self._settings, self._functions, strict=True):
-            found, reasons = _judged(function, completed, tools, settings.seconds)
-            if len(reasons) == len(found) > 1:
-                raise RewardError(f"the reward {name} fails for every completion: {next(iter(reasons.values()))}")
+            found, reasons = _judged(function, completed, state, settings.seconds, logged)
             values.append(found)
             failed |= reasons.keys()
             failures.update((name, reason) for reason in reasons.values())
@@ -95,7 +114,8 @@ class Judge:
             math.nan if place in failed else _total([of_reward[place] for of_reward in values], self.weights)
             for place in range(len(completed.completions))
         ]
-        return Judgement(values, totals, failures, {name: each for name, each in extra.items() if len(each) == len(totals)})
+        extra = {name: each for name, each in logged.extra.items() if len(each) == len(totals)}
+        return Judgement(values, totals, failures, extra, logged.metrics)
 
 
 def _total(values: Sequence[float | None], weights: Sequence[float]) -> float:
@@ -129,12 +149,16 @@ def _called(function: Callable[..., Any], **arguments: Any) -> Any:
 
 
 def _judged(
-    function: RewardFunction, completed: Completed, tools: Mapping[str, Any], seconds: float
+    function: RewardFunction, completed: Completed, state: Any, seconds: float, logged: _Logged
 ) -> tuple[list[float | None], dict[int, str]]:
-    """A reward's values, and why it failed by place. All completions at once; where that fails, one by one."""
+    """A reward's values, and why it failed by place.
+
+    All completions at once; where that fails, prompt by prompt, since a function may compare the completions of one; and one by
+    one those of a prompt for which it fails again.
+    """
     count = len(completed.completions)
     try:
-        values = _values(function, completed, tools, seconds)
+        values = _values(function, completed, state, seconds, logged)
     except Exception as error:  # anything a user's function may raise
         if count == 1:
             return [None], {0: _reason(error)}
@@ -142,26 +166,29 @@ def _judged(
         return [None if _bad(value) else value for value in values], {
             place: "gave a value that is not finite" for place, value in enumerate(values) if _bad(value)
         }
+    parts = completed.of_prompts
+    if len(parts) == 1:
+        parts = [slice(place, place + 1) for place in range(count)]
     found: list[float | None] = []
     reasons: dict[int, str] = {}
-    hangs = 0
-    for place in range(count):
-        if hangs >= _MOST_HANGS:
-            found.append(None)
-            reasons[place] = "not asked, since others took too long"
+    for part in parts:
+        if sum(reason.startswith(TimeoutError.__name__) for reason in reasons.values()) >= _MOST_HANGS:
+            found += [None] * (part.stop - part.start)
+            reasons |= dict.fromkeys(range(part.start, part.stop), "not asked, since others took too long")
             continue
-        (value,), failed = _judged(function, completed.one(place), tools, seconds)
-        found.append(value)
-        if failed:
-            reasons[place] = failed[0]
-            hangs += failed[0].startswith(TimeoutError.__name__)
+        of_part, failed = _judged(function, completed.part(part), state, seconds, logged)
+        found += of_part
+        reasons |= {part.start + place: reason for place, reason in failed.items()}
     return found, reasons
 
 
-def _values(function: RewardFunction, completed: Completed, tools: Mapping[str, Any], seconds: float) -> list[float | None]:
+def _values(function: RewardFunction, completed: Completed, state: Any, seconds: float, logged: _Logged) -> list[float | None]:
+    of_call = _Logged()
     arguments = {
         **completed.columns,
-        **tools,
+        "trainer_state": state,
+        "log_extra": of_call.log_extra,
+        "log_metric": of_call.log_metric,
         "prompts": list(completed.prompts),
         "completions": list(completed.completions),
         "completion_ids": list(completed.completion_ids),
@@ -169,7 +196,9 @@ def _values(function: RewardFunction, completed: Completed, tools: Mapping[str, 
     given = list(call_within(seconds, lambda: function(**arguments)))
     if len(given) != len(completed.completions):
         raise ValueError(f"gave {len(given)} values for {len(completed.completions)} completions")
-    return [None if value is None else float(value) for value in given]
+    values = [None if value is None else float(value) for value in given]
+    logged.take(of_call)
+    return values
 
 
 def _bad(value: float | None) -> bool:

@@ -33,7 +33,13 @@ def group_mean(rewards_R: Tensor, group: int) -> Tensor:
 
 
 def batch_deviation(rewards_R: Tensor, group: int) -> Tensor:
-    """(r − mean of the group) / standard deviation over the batch (Lite PPO, Liu et al. 2025; ScaleRL, Khatri et al. 2025)."""
+    """(r − mean of the group) / standard deviation of the batch's rewards (Lite PPO, Liu et al. 2025; TRL's `batch`)."""
+    centred_PG = _centred(rewards_R.view(-1, group))
+    return _known(centred_PG / (_deviation(_centred(rewards_R.view(1, -1))) + _EPSILON))
+
+
+def centred_deviation(rewards_R: Tensor, group: int) -> Tensor:
+    """(r − mean of the group) / standard deviation of these differences over the batch (ScaleRL, Khatri et al. 2025)."""
     centred_PG = _centred(rewards_R.view(-1, group))
     return _known(centred_PG / (_deviation(centred_PG.view(1, -1)) + _EPSILON))
 
@@ -56,11 +62,14 @@ def baseline_whitened(rewards_R: Tensor, group: int) -> Tensor:
     return _whitened(_centred(rewards_R.view(-1, group)).reshape(-1))
 
 
-def decoupled(rewards_RK: Tensor, weights_K: Tensor, group: int) -> Tensor:
-    """GDPO (arXiv 2601.05242): each reward's z-score in its group, their weighted sum, and its z-score over the batch."""
+def decoupled(rewards_RK: Tensor, weights_K: Tensor, group: int, penalties_R: Tensor | float = 0.0) -> Tensor:
+    """GDPO (arXiv 2601.05242): each reward's z-score in its group, their weighted sum, and its z-score over the batch.
+
+    penalties_R: subtracted from the sum, as a divergence in the reward.
+    """
     scores_RK = torch.stack([grpo(rewards_R, group) for rewards_R in rewards_RK.unbind(1)], 1)
     missing_R = rewards_RK.isnan().all(1)
-    total_R = (scores_RK * weights_K).sum(1).masked_fill(missing_R, torch.nan)
+    total_R = ((scores_RK * weights_K).sum(1) - penalties_R).masked_fill(missing_R, torch.nan)
     return _whitened(total_R)
 
 

@@ -14,7 +14,7 @@ from bessemer.posttraining.rl.presets import PRESETS
 from bessemer.training.adapter_config import TuningConfig
 
 #: Raised when the same settings and inputs give other weights than before.
-RL_VERSION = 3
+RL_VERSION = 4
 
 
 class RLConfig(TuningConfig):
@@ -30,7 +30,7 @@ class RLConfig(TuningConfig):
     )
     prompt_column: str = setting("prompt", "Column of a file's prompts: messages, or a text.")
     chat: bool = setting(False, "Ask texts, and tasks, by the model's chat template, as a message of the user's.")
-    system: str | None = setting(None, "System message before the prompts that are asked so.")
+    system: str | None = setting(None, "System message before prompts in messages that have none of their own.")
     tasks_folder: str | None = setting(None, "Folder of the data of tasks; absent: beside the task file.", affects_output=False)
     validation_share: float = setting(
         0.05, "Fraction of the prompts held out; prompts of the same words, in whichever order, are on one side.", ge=0, lt=1
@@ -59,7 +59,7 @@ class RLConfig(TuningConfig):
     algorithm: str = setting("grpo", f"A method, whose settings can each be given otherwise: {', '.join(PRESETS)}.")
     advantage: str = setting(
         "grpo",
-        "Advantages: grpo, group_mean, batch_deviation, rloo, reinforce_pp, reinforce_pp_baseline.",
+        "Advantages: grpo, group_mean, batch_deviation, centred_deviation, rloo, reinforce_pp, reinforce_pp_baseline.",
         plugins="bessemer.advantages",
     )
     critic: CriticConfig | None = setting(
@@ -102,8 +102,12 @@ class RLConfig(TuningConfig):
         "Weight of tokens that the sampler finds otherwise likely: none, truncate, mask_sequence, icepop, reject.",
         plugins="bessemer.corrections",
     )
-    correction_low: float = setting(0.5, "Smallest importance weight that is kept, of icepop and reject.", gt=0)
-    correction_high: float = setting(2.0, "Largest importance weight.", gt=0)
+    correction_low: float | None = setting(
+        None, "Smallest importance weight that is kept; absent: 0.5 of icepop, 0.999 of reject, whose weight is a mean.", gt=0
+    )
+    correction_high: float | None = setting(
+        None, "Largest importance weight; absent: 2 of truncate, 3 of mask_sequence, 5 of icepop, 1.001 of reject.", gt=0
+    )
 
     group_size: int = setting(8, "Completions of a prompt, which are compared with each other.", unit="completions", ge=1)
     batch_size: int = setting(64, "Completions of one update: a multiple of group_size.", unit="completions", gt=0)
@@ -213,9 +217,16 @@ class RLConfig(TuningConfig):
         if self.group_size < 2 and (compares or self.dynamic_sampling):
             what = "dynamic_sampling" if self.dynamic_sampling else f"advantage {self.advantage}"
             raise ValueError(f"{what} compares the completions of a prompt: group_size must be 2 or more")
-        if self.pair_loss is not None and (self.critic is not None or self.max_kl is not None):
-            what = "critic" if self.critic is not None else "max_kl"
-            raise ValueError(f"{what}: not with pair_loss, which has neither advantages nor a divergence of its own")
+        if self.pair_loss is not None:
+            unused = {
+                "critic": self.critic is not None,
+                "max_kl": self.max_kl is not None,
+                "entropy_weight": self.entropy_weight > 0,
+                "reward_scale": self.reward_scale == "decoupled",
+            }
+            for what, is_given in unused.items():
+                if is_given:
+                    raise ValueError(f"{what}: not with pair_loss, which has neither advantages nor a divergence of its own")
         if self.critic is not None and self.reward_scale == "decoupled":
             raise ValueError("reward_scale: decoupled makes one advantage of a completion; a critic makes those of tokens")
         return self

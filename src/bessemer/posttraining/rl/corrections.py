@@ -27,10 +27,16 @@ class CorrectionSettings:
 
 @dataclass(frozen=True)
 class Correction:
-    """function: of importance weights, (B, T), the factors of the losses. level: what a weight stands for."""
+    """function: of importance weights, (B, T), the factors of the losses. level: what a weight stands for. bounds: where the
+    settings name none; a mean over tokens moves far less than a token's weight, or their product."""
 
     function: Callable[[Tensor, CorrectionSettings], Tensor]
     level: Level = "token"
+    bounds: CorrectionSettings = CorrectionSettings()
+
+    def settings(self, low: float | None, high: float | None) -> CorrectionSettings:
+        """Its bounds, where they are not given."""
+        return CorrectionSettings(self.bounds.low if low is None else low, self.bounds.high if high is None else high)
 
 
 def _nothing(weights_BT: Tensor, settings: CorrectionSettings) -> Tensor:
@@ -55,9 +61,11 @@ def _kept(weights_BT: Tensor, settings: CorrectionSettings) -> Tensor:
 
 NONE = Correction(_nothing)
 TRUNCATE = Correction(_truncated)
-MASK_SEQUENCE = Correction(_below, "sequence_sum")
-ICEPOP = Correction(_between)
-REJECT = Correction(_kept, "sequence_mean")
+#: TRL's bound.
+MASK_SEQUENCE = Correction(_below, "sequence_sum", CorrectionSettings(high=3.0))
+ICEPOP = Correction(_between, bounds=CorrectionSettings(0.5, 5.0))
+#: verl's bounds of a geometric mean.
+REJECT = Correction(_kept, "sequence_mean", CorrectionSettings(0.999, 1.001))
 
 
 def importance_weights(

@@ -18,7 +18,9 @@ class CriticConfig(Config):
         "Its learning rates are this many times the policy's; 1 where none is given and the policy trains an adapter.",
         gt=0,
     )
-    weight: float = setting(0.1, "Weight of its loss, which counts where the gradients of both are clipped together.", gt=0)
+    weight: float = setting(
+        0.1, "Weight of its loss: Adam's update hardly depends on it, the clip of its own gradients does.", gt=0
+    )
     clip: float | None = setting(0.2, "A value moves at most so far from where the rollout found it; null: anywhere.", gt=0)
     discount: float = setting(1.0, "γ: what a reward one token later is worth.", gt=0, le=1)
     decay: float = setting(

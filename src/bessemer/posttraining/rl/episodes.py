@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +17,8 @@ from bessemer.core.errors import ConfigError
 from bessemer.core.seeds import derive_seed
 from bessemer.core.usercode import load_user_function
 from bessemer.inference.engine import Engine, SamplingParams
-from bessemer.posttraining.rewards.environment import FAILURE, TOTAL
-from bessemer.posttraining.rewards.judge import Judge
+from bessemer.posttraining.rewards.environment import ENVIRONMENT, FAILURE, TOTAL
+from bessemer.posttraining.rewards.judge import Judge, Judgement
 from bessemer.posttraining.rl.config import RLConfig
 from bessemer.posttraining.rl.sampler import EncodedPrompt, PolicySampler, SamplingEngine
 from bessemer.posttraining.rl.samples import Sample
@@ -35,6 +37,17 @@ class EpisodeSampler(PolicySampler):
     ) -> None:
         super().__init__(judge, tokenizer, config, seed)
         self._new_environment = new_environment
+
+    def judged(self, samples: Sequence[Sample], step: int) -> Judgement:
+        """As of `PolicySampler`; an episode that broke off is left out, whatever the rewards say of it, and counted."""
+        judgement = super().judged(samples, step)
+        failures = Counter(judgement.failures)
+        totals = list(judgement.totals)
+        for place, sample in enumerate(samples):
+            if failure := sample.prompt.columns[FAILURE]:
+                totals[place] = math.nan
+                failures[ENVIRONMENT, failure] += 1
+        return replace(judgement, totals=totals, failures=failures)
 
     def completions(
         self,
@@ -86,7 +99,7 @@ def _sample(asked: EncodedPrompt, episode: Episode) -> Sample:
     judged = replace(prompt, columns={**prompt.columns, TOTAL: episode.total, FAILURE: episode.failure})
     transcript = episode.transcript
     if not any(transcript.is_own):
-        # it broke off before the policy wrote anything: it has no reward, and so no target
+        # it broke off before the policy wrote anything: it is left out, and has no target
         return Sample(judged, [*ids, ids[-1]], len(ids), [0.0], "", is_cut=False)
     answers = [message.text for message in episode.conversation.messages if message.role == "assistant"]
     return Sample(

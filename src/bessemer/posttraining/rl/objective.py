@@ -56,9 +56,9 @@ class PolicyObjective(Objective):
     A batch has targets where the policy chose the token; `advantages` and `sampler_log_probs` by token; `old_log_probs` where
     more than one update is made of a rollout, otherwise the policy itself is the old one; `reference_log_probs` with beta.
 
-    Logged, by token: `entropy`; `kl`, the divergence from the reference; `clip_share`; `log_ratio`, the distance of the
-    policy's log-probabilities, as old, from the sampler's, with its maximum, before any truncation; `log_ratio_over_cap`, the
-    share of tokens whose importance weight lies outside the bounds.
+    Logged, by token: `entropy`; `kl`, the divergence from the reference; `clip_share`, where the loss clips; `log_ratio`, the
+    distance of the policy's log-probabilities, as old, from the sampler's, with its maximum, before any truncation;
+    `log_ratio_over_cap`, the share of tokens whose importance weight, at the correction's level, lies outside the bounds.
     """
 
     guards_loss = False
@@ -80,6 +80,7 @@ class PolicyObjective(Objective):
     @classmethod
     def of(cls, config: RLConfig) -> PolicyObjective:
         """The objective of a stage's settings. Raises ConfigError for a name that is none."""
+        correction: Correction = CORRECTIONS.find(config.correction).load()
         settings = PolicySettings(
             temperature=config.temperature,
             answers=config.batch_size,
@@ -88,10 +89,10 @@ class PolicyObjective(Objective):
             entropy_weight=config.entropy_weight,
             level=config.level,
             policy=PolicyLossSettings(config.clip_low, config.clip_high, config.dual_clip),
-            correction=CorrectionSettings(config.correction_low, config.correction_high),
+            correction=correction.settings(config.correction_low, config.correction_high),
         )
         loss, aggregation = POLICY_LOSSES.find(config.loss).load(), AGGREGATIONS.find(config.aggregation).load()
-        return cls(loss, aggregation, CORRECTIONS.find(config.correction).load(), settings, config.divergence)
+        return cls(loss, aggregation, correction, settings, config.divergence)
 
     def denominators(self, batch: Batch) -> dict[str, Count]:
         """That of the aggregation, for every term."""
@@ -138,14 +139,12 @@ class PolicyObjective(Objective):
         with torch.no_grad():
             mismatch_BT = (old_BT - values[SAMPLER]) * mask_BT
             tokens = mask_BT.sum()
-            importance_raw_BT = mismatch_BT.exp()
+            importance_raw_BT = sequences.log_ratios(self._correction.level, mismatch_BT).exp()
             bounds = settings.correction
             beyond_BT = (importance_raw_BT > bounds.high) | (importance_raw_BT < bounds.low)
-            figures_BT = {
-                "entropy": entropy_BT,
-                "clip_share": clipped_tokens(ratios_BT, advantages_BT, settings.policy).to(mask_BT.dtype),
-                "log_ratio_over_cap": beyond_BT.to(mask_BT.dtype),
-            }
+            figures_BT = {"entropy": entropy_BT, "log_ratio_over_cap": beyond_BT.to(mask_BT.dtype)}
+            if self._loss.clips:
+                figures_BT["clip_share"] = clipped_tokens(ratios_BT, advantages_BT, settings.policy).to(mask_BT.dtype)
             if REFERENCE_LOG_PROBS in values:
                 figures_BT["kl"] = k1(log_probs_BT - values[REFERENCE_LOG_PROBS])
             metrics = {name: Metric((one_BT * mask_BT).sum(), tokens) for name, one_BT in figures_BT.items()}

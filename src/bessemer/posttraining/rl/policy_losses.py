@@ -34,10 +34,11 @@ class PolicyLossSettings:
 @dataclass(frozen=True)
 class PolicyLoss:
     """A loss of tokens. function: (log π, ρ, A, settings), each (B, T), to (B, T). level: what ρ stands for, unless the run's
-    settings say else."""
+    settings say else. clips: whether a token beyond the bounds loses its gradient."""
 
     function: Callable[[Tensor, Tensor, Tensor, PolicyLossSettings], Tensor]
     level: Level = "token"
+    clips: bool = False
 
 
 def clipped(log_probs_BT: Tensor, ratios_BT: Tensor, advantages_BT: Tensor, settings: PolicyLossSettings) -> Tensor:
@@ -73,8 +74,8 @@ def reinforce(log_probs_BT: Tensor, ratios_BT: Tensor, advantages_BT: Tensor, se
     return -advantages_BT * log_probs_BT
 
 
-CLIP = PolicyLoss(clipped)
-GSPO = PolicyLoss(clipped, "sequence_mean")
+CLIP = PolicyLoss(clipped, clips=True)
+GSPO = PolicyLoss(clipped, "sequence_mean", clips=True)
 CISPO = PolicyLoss(cispo)
 SAPO = PolicyLoss(sapo)
 IMPORTANCE = PolicyLoss(importance)

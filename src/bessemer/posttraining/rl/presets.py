@@ -32,7 +32,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "cispo": {"advantage": "grpo", "aggregation": "token_mean", "loss": "cispo", "clip_low": 1.0, "clip_high": 4.0},
     # Khatri et al. 2025
     "scale_rl": {
-        "advantage": "batch_deviation",
+        "advantage": "centred_deviation",
         "aggregation": "prompt_mean",
         "loss": "cispo",
         "clip_low": 1.0,

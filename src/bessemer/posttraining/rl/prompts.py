@@ -109,7 +109,7 @@ def _prompt(config: RLConfig, row: Mapping[str, Any]) -> Prompt:
         given = [{"role": "user", "content": given}]
     elif not isinstance(given, list) or not given:
         raise ValueError(f"needs messages or a text under {config.prompt_column!r}; it has {given!r}"[:200])
-    if config.system is not None:
+    if config.system is not None and not _begins_with_system(given):
         given = [{"role": "system", "content": config.system}, *given]
     messages = checked_messages(given, first=1)
     if messages[-1]["role"] == "assistant":
@@ -117,8 +117,11 @@ def _prompt(config: RLConfig, row: Mapping[str, Any]) -> Prompt:
     return Prompt(tuple(messages), columns)
 
 
+def _begins_with_system(messages: Sequence[Any]) -> bool:
+    return isinstance(messages[0], Mapping) and messages[0].get("role") == "system"
+
+
 def _words(prompt: Prompt) -> tuple[str, ...]:
-    """What tells prompts apart: the words and numbers of the last message, whatever their order, so that 3 + 4 lies with
-    4 + 3."""
-    last = prompt.turns if isinstance(prompt.turns, str) else str(prompt.turns[-1].get("content") or "")
-    return tuple(sorted(re.findall(r"\w+", last)))
+    """What tells prompts apart: their words and numbers, whatever the order, so that 3 + 4 lies with 4 + 3."""
+    texts = [prompt.turns] if isinstance(prompt.turns, str) else [str(one.get("content") or "") for one in prompt.turns]
+    return tuple(sorted(word for text in texts for word in re.findall(r"\w+", text)))

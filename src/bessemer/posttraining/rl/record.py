@@ -22,12 +22,13 @@ COMPLETIONS = "completions.jsonl"
 @dataclass
 class Tally:
     """Counts of one rollout. equal: groups whose rewards do not differ. refills: None without dynamic sampling. failures: of
-    rewards, by what went wrong."""
+    rewards, by what went wrong. metrics: what rewards logged."""
 
     groups: int = 0
     equal: int = 0
     refills: int | None = None
     failures: dict[str, int] = field(default_factory=dict)
+    metrics: dict[str, list[float]] = field(default_factory=dict)
 
 
 def rollout_figures(
@@ -72,18 +73,20 @@ class CompletionsLog:
             for place, sample in enumerate(group.samples):
                 rewards = zip(self._names, group.rewards_GK[place].tolist(), strict=True)
                 total = float(group.totals_G[place])
-                self._log.write(
-                    step + 1,
-                    group=number,
-                    prompt=sample.prompt.text,
-                    completion=sample.text,
-                    tokens=len(sample.completion_ids),
-                    cut=sample.is_cut,
-                    rewards={name: None if math.isnan(value) else value for name, value in rewards},
-                    reward=None if math.isnan(total) else total,
-                    advantage=next(advantages),
-                    **group.extra[place],
-                )
+                row = {
+                    "group": number,
+                    "prompt": sample.prompt.text,
+                    "completion": sample.text,
+                    "tokens": len(sample.completion_ids),
+                    "cut": sample.is_cut,
+                    "rewards": {name: None if math.isnan(value) else value for name, value in rewards},
+                    "reward": None if math.isnan(total) else total,
+                    "advantage": next(advantages),
+                }
+                for name, value in group.extra[place].items():
+                    # a user's column may have a name of ours
+                    row[f"extra_{name}" if name in row or name == "step" else name] = value
+                self._log.write(step + 1, **row)
 
     def close(self) -> None:
         """Close the file."""

@@ -23,7 +23,10 @@ ADVANTAGES: Registry[Advantage] = Registry(
     [
         Plugin("grpo", "the reward's z-score in its group", f"{_ADVANTAGES}:grpo"),
         Plugin("group_mean", "the reward minus its group's mean, as in Dr. GRPO", f"{_ADVANTAGES}:group_mean"),
-        Plugin("batch_deviation", "the group's mean, the batch's deviation", f"{_ADVANTAGES}:batch_deviation"),
+        Plugin("batch_deviation", "the group's mean, the deviation of the batch's rewards", f"{_ADVANTAGES}:batch_deviation"),
+        Plugin(
+            "centred_deviation", "the group's mean, the batch's deviation from such means", f"{_ADVANTAGES}:centred_deviation"
+        ),
         Plugin("rloo", "the reward minus the mean of the others in its group", f"{_ADVANTAGES}:leave_one_out"),
         Plugin("reinforce_pp", "the reward's z-score in the batch", f"{_ADVANTAGES}:batch_whitened"),
         Plugin("reinforce_pp_baseline", "the group's mean, then the batch's z-score", f"{_ADVANTAGES}:baseline_whitened"),
@@ -61,10 +64,10 @@ CORRECTIONS: Registry[Correction] = Registry(
     "bessemer.corrections",
     [
         Plugin("none", "no correction", f"{_CORRECTIONS}:NONE"),
-        Plugin("truncate", "each token's weight, at most `high` (truncated importance sampling)", f"{_CORRECTIONS}:TRUNCATE"),
-        Plugin("mask_sequence", "a sequence's weight, left out above `high` (TRL's default)", f"{_CORRECTIONS}:MASK_SEQUENCE"),
-        Plugin("icepop", "each token's weight, left out outside `low` and `high`", f"{_CORRECTIONS}:ICEPOP"),
-        Plugin("reject", "answers whose geometric mean lies outside are left out", f"{_CORRECTIONS}:REJECT"),
+        Plugin("truncate", "each token's weight, at most 2 (truncated importance sampling)", f"{_CORRECTIONS}:TRUNCATE"),
+        Plugin("mask_sequence", "a sequence's weight, left out above 3 (TRL's default)", f"{_CORRECTIONS}:MASK_SEQUENCE"),
+        Plugin("icepop", "each token's weight, left out outside 0.5 and 5", f"{_CORRECTIONS}:ICEPOP"),
+        Plugin("reject", "answers whose geometric mean lies outside 0.999 and 1.001 are left out", f"{_CORRECTIONS}:REJECT"),
     ],
 )
 

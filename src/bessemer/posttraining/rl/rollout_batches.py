@@ -71,7 +71,7 @@ class AdvantageBatches:
             valued = with_values(packed, totals_R, penalties, trainee, self._config.critic)
             packed, advantages_R, figures = list(valued.packed), valued.advantages_R, valued.figures
         else:
-            advantages_R = self._advantages(groups, totals_R - beta * divergence_R)
+            advantages_R = self._advantages(groups, totals_R, beta * divergence_R)
             parts = advantages_R.float().split([one.samples for one in packed])
             packed = [one.with_advantages(part_R) for one, part_R in zip(packed, parts, strict=True)]
         totals = totals_R.split([one.samples for one in packed])
@@ -102,12 +102,15 @@ class AdvantageBatches:
         temperature = self._config.temperature
         return of_all_rows(trainee, batch, lambda rows: trainee.log_probs(rows, role, temperature=temperature))
 
-    def _advantages(self, groups: Sequence[Group], rewards_R: Tensor) -> Tensor:
+    def _advantages(self, groups: Sequence[Group], totals_R: Tensor, penalties_R: Tensor) -> Tensor:
         config = self._config
-        if config.reward_scale == "decoupled":
-            rewards_RK = torch.cat([group.rewards_GK for group in groups])
-            return decoupled(rewards_RK, self._weights_K, config.group_size)
-        return self._advantage(rewards_R, config.group_size)
+        if config.reward_scale != "decoupled":
+            return self._advantage(totals_R - penalties_R, config.group_size)
+        rewards_RK = torch.cat([group.rewards_GK for group in groups])
+        if config.truncated == "zero":
+            is_cut_R = torch.tensor([sample.is_cut for group in groups for sample in group.samples])
+            rewards_RK = rewards_RK.masked_fill(is_cut_R[:, None] & ~rewards_RK.isnan(), 0.0)
+        return decoupled(rewards_RK, self._weights_K, config.group_size, penalties_R)
 
     def _counted(self, packed: Packed, totals_R: Tensor) -> Batch:
         """A mini-batch with what its objective reads of sequences."""

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from bessemer.core.hashing import hash_value
 from bessemer.core.progress import Progress
+from bessemer.core.seeds import derive_seed
 from bessemer.distributed.mesh import ALONE, Mesh
+from bessemer.posttraining.dataset import drawn
 from bessemer.posttraining.rewards.judge import Judge, RewardError
 from bessemer.posttraining.rl.advantages import is_informative
 from bessemer.posttraining.rl.collapse import check_collapse
@@ -35,10 +37,12 @@ from bessemer.training.trainee import Trainee
 
 
 class _Judged(NamedTuple):
-    """The completions of a prompt. failures: of rewards, by what went wrong, those of a share in its first."""
+    """The completions of a prompt. failures: of rewards, by what went wrong; metrics: what rewards logged; both of a share in
+    its first."""
 
     group: Group
     failures: Mapping[str, int]
+    metrics: Mapping[str, Sequence[float]]
 
 
 class RolloutSource:
@@ -66,7 +70,8 @@ class RolloutSource:
     ) -> None:
         """sampler: in place of one that completes prompts. Raises ConfigError for an advantage that there is not."""
         self._prompts = [(prompt, prompt.encoded(tokenizer)) for prompt in prompts]
-        self._held_out = [(prompt, prompt.encoded(tokenizer)) for prompt in held_out[: config.validation_limit]]
+        asked = drawn(held_out, config.validation_limit, derive_seed(seed, "validation"))
+        self._held_out = [(prompt, prompt.encoded(tokenizer)) for prompt in asked]
         self._sampler = sampler or PolicySampler(judge, tokenizer, config, seed)
         self._judge = judge
         self._config = config
@@ -83,8 +88,8 @@ class RolloutSource:
         self._cursor, self._tokens = 0, 0
         self._metrics: dict[str, float] = {}
         self.batch_size = config.batch_size
-        asked = [[ids, dict(prompt.columns)] for prompt, ids in self._prompts]
-        self.fingerprint = hash_value([hash_value(repr(asked)), seed])
+        prompts_and_columns = [[ids, dict(prompt.columns)] for prompt, ids in self._prompts]
+        self.fingerprint = hash_value([hash_value(repr(prompts_and_columns)), seed])
 
     # -- what the training loop asks
 
@@ -136,7 +141,7 @@ class RolloutSource:
         if not self._held_out:
             return {}
         with self._sampler.sampling() as engine:
-            judged = self._judged(engine, self._held_out, 1, 0, greedy=True)
+            judged = self._judged(engine, self._held_out, 1, self._sampler.trainee.version, greedy=True)
         means = {"validation_reward": _mean(float(one.group.totals_G) for one in judged)}
         if len(self._judge.names) > 1:
             for place, name in enumerate(self._judge.names):
@@ -173,6 +178,8 @@ class RolloutSource:
             raise RewardError(f"step {step + 1:,}: none of the {len(samples):,} completions has a reward: {reasons}")
         made = self._make(groups, self._sampler.trainee)
         self._first, self._batches = step, [*made.batches] * config.rollout_epochs
+        # what a reward logs under a name of ours gives way
+        self._metrics |= {name: statistics.fmean(values) for name, values in tally.metrics.items()}
         self._metrics |= made.figures
         self._metrics |= rollout_figures(samples, groups, totals_R, tally, self._judge.names)
         for failure, count in tally.failures.items():
@@ -180,7 +187,7 @@ class RolloutSource:
         self._metrics["rollout_seconds"] = round(sampled - start, 3)
         if self._sampler.trainee.mesh.leads:
             self._log.write(step, groups, made.advantages_R)
-        check_collapse(config, step, samples, made.divergence_R)
+        check_collapse(config, step, samples, totals_R, made.divergence_R)
 
     def _sampled_groups(self, engine: SamplingEngine, step: int, tally: Tally) -> list[Group]:
         """The rollout's groups; with dynamic sampling those whose rewards differ, as far as refills give them."""
@@ -194,6 +201,8 @@ class RolloutSource:
             for one in judged:
                 for failure, count in one.failures.items():
                     tally.failures[failure] = tally.failures.get(failure, 0) + count
+                for name, values in one.metrics.items():
+                    tally.metrics.setdefault(name, []).extend(values)
             informative = [bool(is_informative(group.totals_G, config.group_size)) for group in groups]
             tally.groups += len(groups)
             tally.equal += len(groups) - sum(informative)
@@ -225,7 +234,10 @@ class RolloutSource:
             judgement = self._sampler.judged(samples, step)
             failures = {": ".join(failure): count for failure, count in judgement.failures.items()}
             groups = self._sampler.groups_of(samples, judgement, number)
-            return [_Judged(group, {} if place else failures) for place, group in enumerate(groups)]
+            return [
+                _Judged(group, {} if place else failures, {} if place else judgement.metrics)
+                for place, group in enumerate(groups)
+            ]
 
         return share.gathered(judged)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -237,7 +237,7 @@ class PolicySampler(Sampler):
             0.0 if sample.is_cut and not math.isnan(total) else total
             for sample, total in zip(samples, judgement.totals, strict=True)
         ]
-        return Judgement(judgement.values, totals, judgement.failures, judgement.extra)
+        return replace(judgement, totals=totals)
 
     def groups_of(self, samples: Sequence[Sample], judgement: Judgement, size: int) -> list[Group]:
         """Judged samples by prompt, `size` of each, NaN where a sample is left out."""
