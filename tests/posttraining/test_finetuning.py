@@ -14,14 +14,18 @@ from bessemer.core.progress import Silent
 from bessemer.core.store import read_json, write_json
 from bessemer.inference.engine import Engine, SamplingParams
 from bessemer.model.config import ModelConfig
+from bessemer.model.folder import load_model
 from bessemer.model.formats.exchange import ModelSource
+from bessemer.posttraining.conversations import Conversation
 from bessemer.posttraining.finetuning.base import prepare_base
 from bessemer.posttraining.finetuning.columns import find_columns
 from bessemer.posttraining.finetuning.config import FinetuneConfig
 from bessemer.posttraining.finetuning.method import choose_method
-from bessemer.posttraining.finetuning.run import Finetuned, _row_length, settings_of
+from bessemer.posttraining.finetuning.run import Finetuned, _row_length, _Samples, settings_of
 from bessemer.tokenization.tokenizer import load_tokenizer
 from tests.cli.test_main import bessemer, one_error
+from tests.posttraining.test_formats import said
+from tests.training.conftest import RecordedProgress
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -79,6 +83,32 @@ def test_a_table_becomes_an_adapter_that_serves_and_the_end_is_honest(model_fold
     assert (again, printed.splitlines()[-2]) == (0, verdict)
     _, _, err = bessemer(capsys, *asked, "--rank", 4)
     assert "holds another fine-tuning, of other data, another model or settings" in one_error(err)
+
+
+def test_copies_of_a_row_are_one_piece_of_evidence(model_folder, tmp_path, capsys):
+    found = []
+    for times in (1, 3):
+        out = tmp_path / f"out{times}"
+        table = write_table(tmp_path / f"tickets{times}.csv", ROWS * times)
+        asked = ("finetune", model_folder, table, out, "--method", "lora", "--epochs", 0.1, "--device", "cpu")
+        assert bessemer(capsys, *asked)[0] == 0
+        found.append(read_json(out / "finetune.json")["result"]["conversations"])
+    assert found[0] == found[1] > 2
+
+
+def test_samples_are_of_questions_that_the_model_can_read(model_folder):
+    tokenizer, model, progress = load_tokenizer(model_folder), load_model(model_folder), RecordedProgress()
+    call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "order", "arguments": {}}}]}
+    conversations = [
+        [said("user", "Where? " * 400), said("assistant", "Here.")],
+        [said("user", "Where?"), call, said("assistant", "Here.")],
+        [said("user", "Where?"), said("assistant", "There.")],
+    ]
+    held_out = [Conversation.of(messages, "a.jsonl") for messages in conversations]
+    _Samples(held_out, tokenizer, model.config.max_position_embeddings, progress).show(3, model)
+    assert [line.partition(" → ")[0] for line in progress.lines] == ["  step 3: Where?"]
+    _Samples(held_out[:1], tokenizer, model.config.max_position_embeddings, progress).show(4, model)
+    assert len(progress.lines) == 1
 
 
 def test_further_files_come_as_often_as_is_said(tmp_path):

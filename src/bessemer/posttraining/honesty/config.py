@@ -7,7 +7,7 @@ from typing import ClassVar
 from bessemer.core.config import Config, setting
 
 #: Raised when the same settings and inputs give other pairs than before.
-HONESTY_VERSION = 1
+HONESTY_VERSION = 2
 
 
 class HonestyConfig(Config):

@@ -13,7 +13,7 @@ from bessemer.posttraining.preference.registry import KTO, PAIR_LOSSES
 from bessemer.training.adapter_config import TuningConfig
 
 #: Raised when the same settings and inputs give other weights than before.
-PREFERENCE_VERSION = 4
+PREFERENCE_VERSION = 5
 
 
 class PreferenceConfig(TuningConfig):
