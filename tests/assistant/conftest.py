@@ -26,6 +26,21 @@ def thinking_tokenizer(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def channel_tokenizer(tmp_path_factory):
+    """The first with the control tokens and a template of gpt-oss."""
+    folder = write_small_tokenizer(tmp_path_factory.mktemp("channels"))
+    file = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER_FILE))
+    file.add_special_tokens([f"<|{tag}|>" for tag in ("channel", "message", "end", "start", "constrain", "call", "return")])
+    file.save(str(folder / TOKENIZER_FILE))
+    (folder / CHAT_TEMPLATE_FILE).write_text(
+        "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}"
+        "{% for message in messages %}{{ '<|start|>' + message.role + '<|message|>' + message.content + '<|im_end|>' }}"
+        "{% endfor %}{# <|channel|>analysis<|message|> #}{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
+    )
+    return load_tokenizer(folder)
+
+
+@pytest.fixture(scope="session")
 def tagged_tokenizer(tmp_path_factory):
     """The first with control tokens for thinking and calls, as some models have them."""
     folder = write_small_tokenizer(tmp_path_factory.mktemp("tagged"))

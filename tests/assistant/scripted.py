@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from bessemer.assistant.events import Event, TextDelta, ThinkingDelta
@@ -10,7 +11,8 @@ from bessemer.assistant.tools import Tool
 
 
 class ScriptedModel:
-    """Writes the texts, or token ids, one after the other, a token a delta, each ended by an end token or cut at max_tokens.
+    """Writes the texts, or token ids, one after the other, a token a delta, each ended by an end token, by a stop token that is
+    asked, or cut at max_tokens.
 
     A token's log-probability is minus its id. asked: what was generated.
     """
@@ -24,11 +26,36 @@ class ScriptedModel:
         text = self.texts.pop(0)
         ids = self.tokenizer.encode(text, add_bos=False) if isinstance(text, str) else text
         ids = [*ids, self.tokenizer.control_id("<|im_end|>")]
+        stops = (place for place, id in enumerate(ids, start=1) if id in generation.params.stop_token_ids)
+        ids = ids[: next(stops, len(ids))]
         made = ids[: generation.params.max_tokens]
         for place, id in enumerate(made):
             is_last = place == len(made) - 1
             reason = ("stop" if len(made) == len(ids) else "length") if is_last else None
             yield Delta([id], [-float(id)], weight_version=7, finish_reason=reason)
+
+
+class OneTextModel(ScriptedModel):
+    """Writes one text, and goes on in it where it was cut, as a model does that has its mind made up."""
+
+    def __init__(self, tokenizer, ids):
+        super().__init__(tokenizer)
+        self.left = list(ids)
+
+    def stream(self, generation):
+        self.texts = [self.left]
+        for delta in super().stream(generation):
+            self.left = self.left[len(delta.token_ids) :]
+            yield delta
+
+
+def spelled(tokenizer, text: str) -> list[int]:
+    """The tokens of a text whose control tokens are themselves."""
+    ids = []
+    for piece in re.split(r"(<\|[a-z_]+\|>)", text):
+        control = tokenizer.control_id(piece)
+        ids += tokenizer.encode(piece, add_bos=False) if control is None else [control]
+    return ids
 
 
 def joined(events: Iterable[Event]) -> list[Event]:

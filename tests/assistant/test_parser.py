@@ -65,6 +65,13 @@ CASES = {
     ),
     "llama3 without a tag": (LLAMA3, ' {"name": "add", "parameters": {"a": 1}}', [ParsedCall("add", {"a": 1})]),
     "llama3 answers in JSON": (LLAMA3, ' {"sum": 2}\n', [TextDelta(' {"sum": 2}\n')]),
+    "llama3 answers in JSON with a name": (LLAMA3, '{"name": "Ann", "age": 5}', [TextDelta('{"name": "Ann", "age": 5}')]),
+    "llama3 calls what there is not": (LLAMA3, '<|python_tag|>{"name": "Ann"}', [ParsedCall("Ann", {})]),
+    "arguments of no characters": (
+        HERMES,
+        '<tool_call>{"name": "now", "arguments": ""}</tool_call>',
+        [ParsedCall("now", {})],
+    ),
     "mistral": (
         MISTRAL,
         '[TOOL_CALLS][{"name": "add", "arguments": {"a": 1}}, {"name": "now", "arguments": "{}"}]',
@@ -127,6 +134,46 @@ def test_a_text_gives_the_same_however_it_is_cut(name):
         assert parsed(tool_format, [text[:place], text[place:]]) == expected
 
 
+UNION = {"anyOf": [{"type": "string"}, {"type": "null"}]}
+
+
+@pytest.mark.parametrize(
+    ("schema", "written", "value"),
+    [
+        ({"type": "string"}, "12345", "12345"),
+        ({"type": "string"}, "None", "None"),
+        (UNION, "12345", "12345"),
+        (UNION, '{"a": 1}', '{"a": 1}'),
+        (UNION, "true", "true"),
+        (UNION, "null", None),
+        (UNION, '"null"', "null"),
+        ({"type": ["string", "null"]}, "12345", "12345"),
+        ({"type": ["string", "integer"]}, "12345", 12345),
+        ({"enum": ["1", "2"]}, "1", "1"),
+        ({"enum": [1, "2"]}, "1", 1),
+        ({"enum": [True, "1"]}, "1", "1"),
+        ({"const": "1"}, "1", "1"),
+        ({"type": "boolean"}, "True", True),
+        ({"type": "integer"}, "3.0", 3.0),
+        ({"$ref": "#/$defs/limit"}, "None", None),
+        ({"$ref": "#/$defs/limit"}, "7", 7),
+        ({"$ref": "#/$defs/itself"}, "7", 7),
+        ({"allOf": [UNION, {"minLength": 1}]}, "7", "7"),
+        ({"type": "integer"}, "many", "many"),
+        ({"type": "integer"}, '"many"', "many"),
+        ({}, "7", 7),
+        (True, "[1]", [1]),
+    ],
+)
+def test_a_value_in_tags_is_what_its_schema_allows(schema, written, value):
+    limit = {"anyOf": [{"$ref": "#/$defs/whole"}, {"type": "null"}]}
+    itself = {"allOf": [{"$ref": "#/$defs/itself"}] * 9}
+    whole = {"$defs": {"whole": {"type": "integer"}, "limit": limit, "itself": itself}, "properties": {"x": schema}}
+    body = f"<function=f>\n<parameter=x>\n{written}\n</parameter>\n</function>"
+    ((_, arguments),) = QWEN3_CODER.read(body, {"f": whole})
+    assert arguments == {"x": value} and type(arguments["x"]) is type(value)
+
+
 def said(events, kind):
     return "".join(event.text for event in events if isinstance(event, kind))
 
@@ -149,7 +196,7 @@ def test_nothing_is_given_out_that_is_taken_back(name):
                 *("<think>", "</think>", "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>"),
                 *("[ARGS]", "<function=add>", "<parameter=a>", "</parameter>", "</function>"),
                 *("<|channel|>", "<|message|>", "<|end|>", "<|start|>", "<|call|>", "analysis", " to=functions.f"),
-                *('{"name": "f"}', '"', "\\", "{", "<", " ", "\n", "a"),
+                *('{"name": "f"}', '{"name": "add"}', '"', "\\", "{", "<", " ", "\n", "a"),
             ]
         ),
         max_size=9,
@@ -201,6 +248,24 @@ def test_a_malformed_call_says_what_is_wrong(body, reason):
     assert isinstance(bad, BadCall) and bad.text == f"<tool_call>{body}</tool_call>"
     with pytest.raises(ValueError, match=reason):
         HERMES.read(body, {})
+
+
+@pytest.mark.parametrize(
+    ("tool_format", "text"),
+    [
+        (HERMES, '<tool_call>{"name": "\\ud800x"}</tool_call>'),
+        (HERMES, '<tool_call>{"name": "add", "arguments": {"\\udc80": 1}}</tool_call>'),
+        (HERMES, '<tool_call>{"name": "add", "arguments": "{\\"a\\": [\\"\\\\ud800\\"]}"}</tool_call>'),
+        (MISTRAL_NAMED, '[TOOL_CALLS]add[ARGS]{"b": "\\ud800"}'),
+        (GPT_OSS, '<|channel|>commentary to=functions.add<|message|>{"b": "\\ud800"}<|call|>'),
+        (QWEN3_CODER, '<tool_call><function=add><parameter=c>["\\ud800"]</parameter></function></tool_call>'),
+        (QWEN3_CODER, "<tool_call><function=\ud800></function></tool_call>"),
+    ],
+)
+def test_a_call_with_a_lone_surrogate_is_none(tool_format, text):
+    (bad,) = parsed(tool_format, [text])
+    assert bad == BadCall(text, "has a lone surrogate, which is no character")
+    assert parsed(tool_format, text) == [bad]
 
 
 def test_the_format_is_that_of_the_chat_template():

@@ -72,6 +72,14 @@ def test_an_answer_of_a_form_is_generated_apart_from_the_thinking_before_it(thin
     assert tokenizer.decode(conversation.transcript.ids, skip_special=False).endswith(f"{shown}</think>\n\nyes<|im_end|>")
 
 
+def test_a_stop_string_in_thinking_that_is_generated_apart_ends_the_message(thinking_tokenizer):
+    model = ScriptedModel(thinking_tokenizer, "hm STOP more", "yes")
+    params = SamplingParams(max_tokens=400, choice=["yes", "no"], stop=["STOP"])
+    events = joined(Assistant(model, params, config=AssistantConfig(thinking_budget=40)).turn(asked()))
+    assert kinds(events) == [ThinkingDelta, MessageEnd, TurnEnd] and len(model.asked) == 1
+    assert events[-1].reason == "answer" and events[-1].stopped_by == "STOP"
+
+
 def test_without_a_budget_the_form_stands_behind_the_thinking_in_one_grammar(thinking_tokenizer):
     model = ScriptedModel(thinking_tokenizer, "hm</think>\n\nyes")
     events = joined(Assistant(model, SamplingParams(max_tokens=400, choice=["yes", "no"])).turn(asked()))
@@ -126,6 +134,15 @@ def test_results_of_tools_are_tainted_and_so_is_what_is_said_of_them(tokenizer):
     assert Message.user("x").with_part(Part("y", "document", "wiki/7")).is_tainted
 
 
+def test_a_call_alone_that_is_written_after_something_tainted_is_tainted(tokenizer):
+    conversation = asked()
+    conversation.add_part(Part(" Ask for Graz.", "document", "wiki/7"))
+    list(Assistant(ScriptedModel(tokenizer, GRAZ), PARAMS, [Tool("weather", "", CITY)]).turn(conversation))
+    assert conversation.messages[1].calls and not conversation.messages[1].parts and conversation.messages[1].is_tainted
+    conversation.forget(0, 1)
+    assert conversation.is_tainted
+
+
 @pytest.mark.parametrize(
     ("written", "message"),
     [
@@ -173,6 +190,18 @@ def test_a_tool_of_the_callers_ends_the_turn_and_its_result_begins_the_next(toke
     conversation.add(Message.tool("call00001", "open", "done"))
     assert said(assistant.turn(conversation)) == "It is open."
     assert [message.role for message in conversation.messages] == ["user", "assistant", "tool", "tool", "assistant"]
+
+
+@pytest.mark.parametrize(("name", "arguments"), [("\\ud800x", "{}"), ("weather", '{"city": "\\ud800"}')])
+def test_a_call_with_a_lone_surrogate_is_none_and_the_conversation_goes_on(tokenizer, name, arguments):
+    model, conversation = ScriptedModel(tokenizer, call_text(name, arguments), "I see.", "Yes."), asked()
+    assistant = Assistant(model, PARAMS, [WEATHER])
+    assert kinds(joined(assistant.turn(conversation)))[0] is BadCall
+    conversation.add(Message.user("And now?"))
+    assert said(assistant.turn(conversation)) == "Yes."
+    rendered = Conversation([*conversation.messages, Message.user("Again")])
+    rendered.offer([WEATHER.description_in_chat])
+    rendered.encode(tokenizer)
 
 
 def test_tools_are_offered_to_those_who_may_call_them(tokenizer):
@@ -306,7 +335,7 @@ def test_text_is_held_back_until_it_has_passed_and_a_bad_attempt_leaves_no_trace
     assert joined(shown) == [TextDelta("You are right. Yes")], "nothing of the first attempt was given out"
     assert hook.seen[-1] == ("You are right. Yes", 1) and ("You bad", 0) in hook.seen
     assert own_text(conversation, tokenizer) == "You are right. Yes<|im_end|>"
-    assert "Be kind." in tokenizer.decode(model.asked[1].token_ids)
+    assert "Am I?\n\nBe kind." in tokenizer.decode(model.asked[1].token_ids)
     assert "bad" not in tokenizer.decode(conversation.transcript.ids)
     assert events[-1].completion_tokens > conversation.transcript.own_tokens, "the first attempt was sampled too"
 

@@ -232,3 +232,13 @@ def test_settings_of_rewards_are_checked_before_anything_runs():
         settings("taks")
     with pytest.raises(ConfigError, match=r"unknown key 'patern'; did you mean 'pattern'"):
         settings({"reward": "regex", "patern": "a"})
+
+
+def test_an_answer_of_the_data_that_no_verifier_accepts_is_a_failure_and_no_zero():
+    given = ["50%", "12 apples", r"so \frac{-1}{2}", r"\frac{-1}{2}", "9" * 4301, "#### 3"]
+    judgement = judged("answer", ["50", "12", "x = -1/2", "x = -1/2", "9" * 4301, "9" * 4301], answer=given)
+    assert judgement.values == [[None, None, None, 1, None, 0]]
+    reasons = [f"ValueError: the right answer {each!r} is not a number" for each in given if given.index(each) not in (3, 5)]
+    assert set(judgement.failures) == {("answer", reason) for reason in reasons}
+    exact = judged({"reward": "answer", "verifier": "exact"}, ["", "Paris"], answer=[" ", "Paris"])
+    assert exact.values == [[None, 1]] and exact.failures == {("answer", "ValueError: the right answer ' ' is empty"): 1}

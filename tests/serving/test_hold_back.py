@@ -8,7 +8,8 @@ import re
 import httpx
 import pytest
 
-from bessemer.assistant.hooks import Hook, Pass, Refuse, Retry, Wait
+from bessemer.assistant.hooks import Deny, Hook, Pass, Refuse, Retry, Wait
+from bessemer.assistant.messages import ToolCall
 from tests.serving.engine import ScriptedEngine
 from tests.serving.running import servers
 
@@ -103,6 +104,36 @@ def test_other_dialects_hold_back_too(asked):
 def test_texts_that_pass_no_check_are_not_answered(asked):
     answer, _ = asked(["wrong."], "/v1/completions", messages=None, prompt="Go on")
     assert answer.status_code == 403 and answer.json()["error"]["code"] == "not_allowed"
+
+
+class Chaperone(Hook):
+    """Denies calls in Linz, and has all others made in Graz."""
+
+    def before_call(self, call, tool, context):
+        if call.arguments["city"] == "Linz":
+            return Deny("not there")
+        return ToolCall(call.id, call.name, {"city": "Graz"})
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/v1/messages"])
+def test_a_client_is_sent_the_calls_that_a_hook_allows_as_it_changed_them(asked, path, stream):
+    calls = [f'<tool_call>{{"name": "visit", "arguments": {{"city": "{city}"}}}}</tool_call>' for city in ("Linz", "Wien")]
+    schema = {"type": "object", "properties": {"city": {"type": "string"}}}
+    function = {"name": "visit", "description": "", "parameters": schema}
+    tools = {
+        "/v1/chat/completions": {"tools": [{"type": "function", "function": function}]},
+        "/v1/responses": {"tools": [{"type": "function", **function}], "input": SAID, "messages": None, "max_tokens": None},
+        "/v1/messages": {"tools": [{"name": "visit", "description": "", "input_schema": schema}]},
+    }[path]
+    given, _ = asked(["".join(calls)], path, hook=Chaperone(), stream=stream, **tools)
+    assert given.status_code == 200 and "Graz" in given.text, given.text
+    assert "Linz" not in given.text and "Wien" not in given.text
+    alone, engine = asked([calls[0], "not asked"], path, hook=Chaperone(), stream=stream, **tools)
+    assert alone.status_code == 200 and "Linz" not in alone.text and engine.texts, "a turn of the server has one round"
+    if path == "/v1/chat/completions":
+        last = parts(alone)[-1] if stream else alone.json()
+        assert last["choices"][0]["finish_reason"] == "stop"
 
 
 class Judge(Hook):

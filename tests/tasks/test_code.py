@@ -82,6 +82,54 @@ def test_the_code_of_an_answer_is_the_block_that_defines_the_function():
     assert answered_code("    return x\n", "f") == "    return x\n"
 
 
+DOUBLE = "def double(n):\n    return 2 * n\n"
+ANSWERS = {
+    "in a list": "1. First:\n   ```python\n   def double(n):\n       return 2 * n\n   ```\n2. Done.",
+    "indented further than its fence": "- So:\n  ```python\n    def double(n):\n        return 2 * n\n  ```",
+    "a body in a list": "1. First:\n   ```python\n       return 2 * n\n   ```",
+    "a body": "```python\n    return 2 * n\n```",
+    "behind a sentence": f"Here is it:\n\n{DOUBLE}",
+    "with what it needs": f"Sure, import helps.\nimport math\nTWO = 2\n\n{DOUBLE.replace('2 *', 'math.gcd(TWO, TWO) *')}",
+    "with a constant": f"Certainly\n\nTWO = 2\n\n@staticmethod\n{DOUBLE.replace('2 *', 'TWO *')}",
+    "behind statements": f"ONE, TWO = 1, 2\nif TWO > ONE:\n    THREE = 3\n\n{DOUBLE.replace('2 *', '(THREE - ONE) *')}",
+    "behind a block": f"if True:\n    TWO = 2\n{DOUBLE.replace('2 *', 'TWO *')}",
+    "asynchronous helper": f"Two of them:\nasync def wait():\n    pass\n\n{DOUBLE}",
+}
+
+
+@pytest.mark.parametrize("text", ANSWERS.values(), ids=ANSWERS)
+def test_right_code_is_right_wherever_it_stands_in_an_answer(text):
+    row = {**HUMANEVAL, "prompt": 'def double(n):\n    """Twice."""\n', "entry_point": "double"}
+    namespace = {}
+    exec(whole_code(read_problem(Record(row, 0, "row")), text), namespace)
+    assert namespace["double"](4) == 8
+
+
+def test_a_blocks_lines_stay_as_they_are_where_it_needs_no_dedent():
+    block = 'def f(x):\n    """One.\n   \n    Two."""\n'
+    assert answered_code(f"```\n{block}```", "f") == block
+
+
+@pytest.mark.parametrize(
+    ("assertion", "code", "expected"),
+    [
+        ("assert set(similar((3, 4), (4, 5))) == set((4,))", "", "similar"),
+        ("assert set(similar((3, 4), (4, 5))) == set((4,))", "def similar(a, b):\n    return set(a) & set(b)", "similar"),
+        ("assert math.isclose(double(2), 4)", "", "double"),
+        ("assert isclose(double(2), 4)", "def helper(n): return n\ndef double(n): return 2 * n", "double"),
+        ("assert not (is_odd(2))", "", "is_odd"),
+        # a name of Python's that the data defines anew, or that is all there is
+        ("assert sum(10, 15) == 6", "def sum(a, b):\n    return 6", "sum"),
+        ("assert len(sum(10, 15)) == 6", "def sum(a, b):\n    return 6", "sum"),
+        ("assert sum(10, 15) == 6", "", "sum"),
+        ("assert longest([Pair(5, 24)], 1) == 3", "class Pair(object):\n    pass\ndef longest(a, n):\n    return 3", "longest"),
+    ],
+)
+def test_the_function_of_a_row_of_mbpp_is_the_one_that_its_tests_are_about(assertion, code, expected):
+    problem = read_problem(Record({**MBPP, "test_list": [assertion], "code": code}, 0, "row"))
+    assert problem.entry_point == expected
+
+
 def test_helpers_of_the_prompt_stay_where_an_answer_defines_the_function_anew():
     prompt = "def twice(x):\n    return 2 * x\n\n\ndef f(x):\n    '''Use def f.'''\n"
     problem = read_problem(Record({**HUMANEVAL, "prompt": prompt, "entry_point": "f"}, 0, "row"))

@@ -20,8 +20,10 @@ TABLE = [
             'He said "no." Then he left',
             "下雨了。很大。",
             "Use e.g. this. Or that.",
+            "1. Mix the flour.\n2. Bake it.",
+            "  1) Mix the flour. \n 10. Bake it",
         ],
-        ["It rains.", "One. Two. Three.", "It costs 3.5 pounds.", "Wait ..."],
+        ["It rains.", "One. Two. Three.", "It costs 3.5 pounds.", "Wait ...", "1. Mix.\n2. Bake.\n3. Eat.", "1. Mix and bake."],
     ),
     (
         {"kind": "paragraphs", "at_least": 2, "at_most": 2},
@@ -73,7 +75,7 @@ TABLE = [
     ),
     (
         {"kind": "json", "keys": ["name"]},
-        ['{"name": "iron"}', '```json\n{"name": null, "more": []}\n```'],
+        ['{"name": "iron"}', '```json\n{"name": null, "more": []}\n```', '``` \n\n {"name": 1}\n\u00a0\n ```'],
         ['{"title": 1}', '["name"]', "{'name': 1}", 'It is {"name": 1}', '{"name": NaN}', '{"name": 1', '{"name": 1} {}'],
     ),
     ({"kind": "json"}, ["[]", " 3 ", '"text"'], ["text", "[" * 100_000, "```\n```"]),
@@ -107,6 +109,11 @@ def test_an_answer_is_judged_by_each_constraint():
     constraints = Constraints.parse([{"kind": "no_commas"}, {"kind": "words", "at_most": 2}, {"kind": "lower_case"}])
     assert constraints.follows("One, two three") == [False, False, False]
     assert constraints.follows("one two three") == [True, False, True]
+
+
+def test_a_fence_of_empty_lines_takes_no_time():
+    """A pattern that is cubic in them takes weeks for so many."""
+    assert Constraints.parse([{"kind": "json"}]).follows("```json" + "\n" * 200_000 + "x") == [False]
 
 
 def test_an_empty_answer_keeps_to_nothing():

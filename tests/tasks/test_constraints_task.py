@@ -1,3 +1,4 @@
+import itertools
 import random
 
 import pytest
@@ -49,6 +50,36 @@ def test_made_items_keep_the_rules_of_their_making():
         assert 1 <= len(kinds) <= 3 and all(sum(kind in group for kind in kinds) <= 1 for group in groups)
         assert not any(pair <= set(kinds) for pair in _EXCLUDED)
     assert {one["kind"] for item in items for one in item["constraints"]} == set().union(*groups)
+
+
+def answer_to(constraints):
+    """An answer that keeps to all constraints of a made item: a line that holds most of them, then a list or paragraphs."""
+    wanted = {one["kind"]: one for one in constraints}
+    first = [wanted.get("starts_with", {}).get("text", "So"), "<<ok>>" if "title" in wanted else ""]
+    first += ["ok"] * wanted.get("words", {}).get("at_least", 0)
+    first += wanted.get("required_words", {}).get("words", [])
+    frequency = wanted.get("word_frequency", {"word": "", "at_least": 0})
+    first += [frequency["word"]] * frequency["at_least"]
+    first += ["[ok]"] * wanted.get("placeholders", {}).get("at_least", 0)
+    first += ["*ok*"] * wanted.get("highlights", {}).get("at_least", 0)
+    bullets, items, paragraphs = (
+        wanted.get(kind, {}).get("at_least", 0) for kind in ("bullets", "numbered_items", "paragraphs")
+    )
+    lines = [" ".join(part for part in first if part)]
+    lines += ["- ok"] * bullets + [f"{number}. ok" for number in range(1, items + 1)] + ["\nok"] * (paragraphs - 1)
+    lines[-1] += f" {wanted.get('ends_with', {}).get('text', '')}"
+    answer = "\n".join(lines)
+    answer = f'"{answer}"' if "quoted" in wanted else answer
+    return answer.upper() if "upper_case" in wanted else answer.lower() if "lower_case" in wanted else answer
+
+
+def test_every_item_that_can_be_made_has_an_answer():
+    draw = random.Random(0)
+    makers = [chosen for groups in itertools.combinations(_GROUPS, 3) for chosen in itertools.product(*groups)]
+    sets = [[dict(make(draw)) for make in chosen] for chosen in makers for _ in range(4)]
+    allowed = [each for each in sets if not any(pair <= {one["kind"] for one in each} for pair in _EXCLUDED)]
+    assert len(allowed) > 2_000
+    assert [each for each in allowed if not all(Constraints.parse(each).follows(answer_to(each)))] == []
 
 
 def test_a_constraint_that_is_none_is_named_with_its_line(tmp_path):

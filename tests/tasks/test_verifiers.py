@@ -21,9 +21,18 @@ EXACT = [
     ("The The", ["The The"], True),
     ("", ["The The"], False),
     ("C++", ["C"], True),
+    # a letter that is an article, too
+    ("A.", ["A"], True),
+    ("(A)", ["A"], True),
+    ("**A**", ["A"], True),
+    ("a", ["A"], True),
+    ("B", ["A"], False),
+    ("the", ["A"], False),
 ]
 #: The same with nothing ignored but white space.
 STRICT = [("a  cat", ["a cat"], True), ("A cat", ["a cat"], False), ("cat", ["a cat"], False), ("C++", ["C"], False)]
+#: The same with only punctuation ignored.
+CASED = [("(A)", ["A"], True), ("a", ["A"], False), ("The A", ["A"], False)]
 CONTAINS = [
     ("I think it is Scorpio, or not.", ["Scorpio"], True),
     ("the Beatles!", ["Beatles", "Stones"], True),
@@ -31,6 +40,17 @@ CONTAINS = [
     ("", ["Scorpio"], False),
     ("nothing", ["Scorpio"], False),
     ("it was C++ then", ["the C++"], True),
+    ("The answer is A.", ["A"], True),
+    ("Answer: **A**", ["A"], True),
+    ("Answer: (a)", ["a"], True),
+    ("the answer is a", ["A"], True),
+    ("A is right", ["a"], True),
+    ("It is a clear B", ["A"], False),
+    ("It is a “clear” B", ["A"], False),
+    ("It is a clear B", ["B"], True),
+    ("I heard The The play", ["The The"], True),
+    ("I heard the band", ["The The"], False),
+    ("Say an apple", ["an"], True),
 ]
 NUMERIC = [
     ("145", ["145"], True),
@@ -53,6 +73,37 @@ NUMERIC = [
     ("no number", ["3"], False),
     ("", ["0"], False),
     ("1/0", ["0"], True),
+    # a sign with a space behind it is one where a value begins, else a dash or a bullet
+    ("Answer:\n- 5", ["5"], True),
+    ("Answer:\n- 5", ["-5"], False),
+    ("The answer - 42", ["42"], True),
+    ("10 - 5", ["5"], True),
+    ("5 – 7", ["7"], True),
+    ("- 5", ["-5"], True),
+    ("x = - 5", ["-5"], True),
+    ("so x ≈ −\u00a05", ["-5"], True),
+    ("The answer is - 42", ["-42"], True),
+    ("**Answer:** - 42", ["-42"], True),
+    ("(- 5)", ["-5"], True),
+    ("So: #### - 5\nDone.", ["-5"], True),
+    ("–7", ["-7"], True),
+    ("–7", ["7"], False),
+    ("5–7", ["7"], True),
+    # a mixed number stands in one line
+    ("Question 4\n\n1/2", ["1/2"], True),
+    ("3\n1/2", ["1/2"], True),
+    (r"\boxed{\frac{1}{2}}", ["1/2"], True),
+    (r"\boxed{\frac{1}{2}}", ["2"], False),
+    (r"$-\dfrac{3}{4}$", ["-0.75"], True),
+    (r"\frac{-1}{2}", [r"-\frac{1}{2}"], True),
+    (r"\tfrac12", ["0.5"], True),
+    (r"2\frac{1}{2}", ["2.5"], True),
+    (r"\frac{1{,}000}{4}", ["250"], True),
+    (r"\boxed{-5}", ["-5"], True),
+    (r"\boxed{7}-5", ["5"], True),
+    ("1{,}234", ["1234"], True),
+    (r"1,\!234\,567", ["1234567"], True),
+    (r"-\$5", ["-5"], True),
 ]
 PATTERN = [
     ("Answer: B", ["B"], True),
@@ -60,6 +111,8 @@ PATTERN = [
     ("Answer: B. No, answer: (c)", ["B"], False),
     ("B", ["B"], False),
     ("answer: ", ["B"], False),
+    ("Answer: a", ["A"], True),
+    ("Answer: (A)", ["a"], True),
 ]
 
 
@@ -68,11 +121,12 @@ PATTERN = [
     [
         (Exact(), EXACT),
         (Exact(ignore_case=False, ignore_punctuation=False, ignore_articles=False), STRICT),
+        (Exact(ignore_case=False), CASED),
         (Contains(), CONTAINS),
         (Numeric(), NUMERIC),
         (Pattern(pattern=r"(?i)answer:\s*\(?([a-d])\b"), PATTERN),
     ],
-    ids=["exact", "strict", "contains", "numeric", "regex"],
+    ids=["exact", "strict", "cased", "contains", "numeric", "regex"],
 )
 def test_answers_are_judged_as_the_table_says(verifier, table):
     judged = [(text, references, verifier.verify(text, references)) for text, references, _ in table]
@@ -94,6 +148,27 @@ def test_numbers_are_exact():
     expected = ["1/10", "1000000", "1/2", "13/4", "-5", "6", "7", "1/2", "1", "23", "1/4", "61728/5"]
     assert numbers_in(text) == list(map(Fraction, expected))
     assert answered_number("none", "last") is None
+
+
+@pytest.mark.parametrize(
+    "degenerate", ["9" * 4301, "0." + "3" * 5000, "1/" + "7" * 4301, "1 1/" + "7" * 4301, "-" + "1" * 1000]
+)
+def test_a_number_without_end_is_no_answer_and_no_reference(degenerate):
+    numeric = Numeric()
+    assert numeric.answer(degenerate) is None and numbers_in(f"4, {degenerate}") == [4]
+    assert numeric.answer(f"It is 4. {degenerate}") is None and Numeric(pick="first").answer(f"4, {degenerate}") == 4
+    assert numeric.refusal(degenerate) == "is not a number"
+
+
+def test_every_number_that_is_read_can_be_written():
+    assert len(str(Numeric().answer("9" * 995 + "e999"))) == 995 + 999
+
+
+def test_of_texts_that_hold_a_letter_equal_ones_are_counted_together():
+    contains = Contains()
+    answers = [contains.answer(text) for text in ("It is B.", "It is A.", "it is A", "C")]
+    assert answers[1] == answers[2] and str(answers[0]) == "it is b"
+    assert [contains.accepts(answer, ["A"]) for answer in answers] == [False, True, True, False]
 
 
 def test_a_pattern_that_is_no_regular_expression_is_refused():

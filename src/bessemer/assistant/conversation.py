@@ -112,6 +112,11 @@ class Conversation:
         self._messages.append(message)
         self._encoded = len(self._messages)
 
+    def change_answer(self, message: Message) -> None:
+        """Put another in place of what the assistant said last. Its tokens stay as they were sampled."""
+        assert self._messages[-1].role == "assistant", "the last message is not the assistant's"
+        self._messages[-1] = message
+
     def snapshot(self) -> Snapshot:
         """Where the conversation is now."""
         return Snapshot(tuple(self._messages), self._encoded, len(self.transcript))

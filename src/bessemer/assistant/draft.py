@@ -76,11 +76,13 @@ class Draft:
         text = delta.text if self._text is None else self._text.feed(delta.token_ids, delta.finish_reason)
         return self._add([*thinking, *self.parser.feed(text), *delta.calls])
 
-    def close_thinking(self) -> list[DraftEvent]:
-        """End the thinking. `is_thinking_cut` says afterwards whether it was still open."""
+    def close_thinking(self, answer: str = "") -> list[DraftEvent]:
+        """End the thinking. `is_thinking_cut` says afterwards whether it was still open. answer: what is put behind it."""
         events = [] if self._text is None else self.parser.feed(self._text.flush())
         self.is_thinking_cut = self.parser.in_thinking
-        return self._add([*events, *(self.parser.close_thinking() if self.parser.in_thinking else ())])
+        if self.is_thinking_cut:
+            events += self.parser.close_thinking()
+        return self._add([*events, *self.parser.feed(answer)])
 
     def finish(self) -> list[DraftEvent]:
         """What is left when no more comes."""
@@ -93,9 +95,9 @@ class Draft:
         What should be a call and is none stays in its text.
         """
         text = self.text + "".join(call.text for call in self.calls if isinstance(call, BadCall))
-        parts = (Part(text, "assistant", is_derived=is_derived),) if text else ()
+        parts = (Part(text, "assistant"),) if text else ()
         calls = tuple(call for call in self.calls if isinstance(call, ToolCall))
-        return Message("assistant", parts, self.thinking, calls)
+        return Message("assistant", parts, self.thinking, calls, is_derived=is_derived)
 
     def _add(self, parsed: Sequence[ParsedEvent]) -> list[DraftEvent]:
         events: list[DraftEvent] = []

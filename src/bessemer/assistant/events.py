@@ -25,7 +25,7 @@ class TextDelta:
 
 @dataclass(frozen=True)
 class Called:
-    """The assistant calls a tool."""
+    """The assistant calls a tool. Of one that the caller of the turn runs: the hooks allow it, with these arguments."""
 
     call: ToolCall
 
@@ -54,7 +54,8 @@ class MessageEnd:
 
 @dataclass(frozen=True)
 class Returned:
-    """What a tool returned. call: None for the answer to a `BadCall`."""
+    """What a tool returned, or why it was not called. call: None for the answer to a `BadCall`. A call that hooks did not let
+    the caller run has no `Called` before."""
 
     call: ToolCall | None
     result: ToolResult

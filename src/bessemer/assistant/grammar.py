@@ -35,11 +35,11 @@ class OfferedTool(NamedTuple):
 class Wanted:
     """What a message must look like.
 
-    thinking: whether the prompt has opened it, it may come, it may not, or it was closed just now. tools: those that may be
-    called. must_call: whether one has to be. in_parallel: whether several may be. answer: the form of a text that is no call.
+    thinking: whether the prompt has opened it, it may come, or it may not. tools: those that may be called. must_call: whether
+    one has to be. in_parallel: whether several may be. answer: the form of a text that is no call.
     """
 
-    thinking: Literal["open", "may", "never", "closed"] = "never"
+    thinking: Literal["open", "may", "never"] = "never"
     tools: Sequence[OfferedTool] = ()
     must_call: bool = False
     in_parallel: bool = True

@@ -59,6 +59,11 @@ class HarmonyParser:
         """Whether the channel is not known yet."""
         return self._state is _State.HEADER
 
+    @property
+    def may_think_again(self) -> bool:
+        """Whether the message under way is a text or a call, behind which another may be thinking."""
+        return self._state in (_State.TEXT, _State.CALL)
+
     def feed(self, text: str) -> list[ParsedEvent]:
         """What is certain after this text."""
         self._buffer += text
@@ -76,10 +81,10 @@ class HarmonyParser:
         return events
 
     def close_thinking(self) -> list[ParsedEvent]:
-        """End the thinking and begin the answer, as if the tags had come; half of one is dropped."""
+        """End the thinking as if its closing tag had come; half of one is dropped."""
         assert self.in_thinking
         thought = self._buffer[: len(self._buffer) - self._undecided()]
-        self._buffer, self._state = "", _State.TEXT
+        self._buffer, self._state = "", _State.HEADER
         return [ThinkingDelta(thought)] if thought else []
 
     def _step(self, events: list[ParsedEvent], final: bool) -> bool:
@@ -142,8 +147,6 @@ class HarmonyParser:
 class HarmonyFormat(ToolFormat):
     """The format of gpt-oss, whose parser and grammar are of channels."""
 
-    closing_begins_answer = True
-
     def tags(self, *, with_calls: bool) -> frozenset[str]:
         return frozenset(self.inner)
 
@@ -166,7 +169,7 @@ class HarmonyFormat(ToolFormat):
             for tool in wanted.tools
         )
         if not wanted.tools:
-            return rules.text(said if wanted.thinking == "closed" else f"{begin} {answer}")
+            return rules.text(f"{begin} {answer}")
         return rules.text(f"{begin} ({calls})" if wanted.must_call else f"{begin} ({answer} | {calls})")
 
 
@@ -175,5 +178,7 @@ HARMONY = HarmonyFormat(
     _CALL,
     lambda body, schemas: [],
     inner=(_CHANNEL, _MESSAGE, _END, _START, _CONSTRAIN, _CALL, _RETURN),
-    thinking=ThinkingTags(f"{_CHANNEL}analysis{_MESSAGE}", f"{_END}{_START}assistant{_CHANNEL}final{_MESSAGE}", after=""),
+    thinking=ThinkingTags(
+        f"{_CHANNEL}analysis{_MESSAGE}", _END, after=f"{_START}assistant", inside="", answer=f"{_CHANNEL}final{_MESSAGE}"
+    ),
 )

@@ -77,7 +77,11 @@ class Hook:
         return Pass()
 
     def before_call(self, call: ToolCall, tool: Tool, context: TurnContext) -> ToolCall | Deny:
-        """Before a tool is called, or the turn ends for its caller to run it: the call, perhaps with other arguments."""
+        """Before a tool is called: the call, perhaps with other arguments.
+
+        Of one that the caller of the turn runs, it is asked before the call is given out, and its arguments stand in the
+        message; one that is denied is never given out.
+        """
         return call
 
     def after_call(self, call: ToolCall, result: ToolResult, context: TurnContext) -> ToolResult:

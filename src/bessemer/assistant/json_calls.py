@@ -17,6 +17,17 @@ class ParsedCall(NamedTuple):
     arguments: dict[str, Any]
 
 
+def checked_call(name: str, arguments: dict[str, Any]) -> ParsedCall:
+    """A call. Raises ValueError for text that has no UTF-8: no template could write it."""
+    try:
+        json.dumps([name, arguments], ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("has a lone surrogate, which is no character") from None
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    return ParsedCall(name, arguments)
+
+
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is no value of JSON")
 
@@ -64,7 +75,7 @@ def read_named_call(name: str, arguments: str) -> ParsedCall:
     value = read_value(arguments) if arguments.strip() else {}
     if not isinstance(value, dict):
         raise ValueError(f"the arguments must be an object, got {json.dumps(value)[:60]}")
-    return ParsedCall(name, value)
+    return checked_call(name, value)
 
 
 def _as_call(value: Any) -> ParsedCall:
@@ -75,9 +86,9 @@ def _as_call(value: Any) -> ParsedCall:
         raise ValueError("has no name")
     arguments = value.get("arguments", value.get("parameters", {}))
     if isinstance(arguments, str):
-        arguments = _DECODER.decode(arguments)
+        arguments = read_value(arguments) if arguments.strip() else {}
     if arguments is None:
         arguments = {}
     if not isinstance(arguments, dict):
         raise ValueError(f"the arguments must be an object, got {json.dumps(arguments)[:60]}")
-    return ParsedCall(name, arguments)
+    return checked_call(name, arguments)

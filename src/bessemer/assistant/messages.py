@@ -18,18 +18,16 @@ _UNTRUSTED: tuple[Origin, ...] = ("document", "tool", "memory")
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a message. source: a document's id, a tool's name. is_derived: the assistant wrote it after it had read
-    something tainted."""
+    """A part of a message. source: a document's id, a tool's name."""
 
     text: str
     origin: Origin
     source: str = ""
-    is_derived: bool = False
 
     @property
     def is_tainted(self) -> bool:
-        """Whether somebody else than the user and the system may have had a say in it."""
-        return self.is_derived or self.origin in _UNTRUSTED
+        """Whether neither the system, the user nor the assistant wrote it."""
+        return self.origin in _UNTRUSTED
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,8 @@ class ToolCall:
 class Message:
     """A message of a conversation.
 
-    thinking, calls: of the assistant's. call_id, name: of a tool's result: the call that it answers, and the tool.
+    thinking, calls: of the assistant's. call_id, name: of a tool's result: the call that it answers, and the tool. is_derived:
+    the assistant wrote it, be it a call alone, after it had read something tainted.
     """
 
     role: Role
@@ -54,6 +53,7 @@ class Message:
     calls: tuple[ToolCall, ...] = ()
     call_id: str = ""
     name: str = ""
+    is_derived: bool = False
 
     @classmethod
     def system(cls, text: str) -> Self:
@@ -82,8 +82,8 @@ class Message:
 
     @property
     def is_tainted(self) -> bool:
-        """Whether any part is."""
-        return any(part.is_tainted for part in self.parts)
+        """Whether somebody else than the user and the system may have had a say in it."""
+        return self.is_derived or any(part.is_tainted for part in self.parts)
 
     def with_part(self, part: Part) -> Self:
         """The message with one more part at its end."""

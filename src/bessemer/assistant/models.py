@@ -110,7 +110,8 @@ def _text(message: Mapping[str, Any], key: str) -> str:
 
 
 def _call(call: Any) -> ParsedCall | BadCall:
-    written = json.dumps(call, ensure_ascii=False)
+    # a lone surrogate has no UTF-8
+    written = json.dumps(call, ensure_ascii=False).encode("utf-8", "replace").decode()
     try:
         (parsed,) = read_json_calls(json.dumps(call["function"]))
     except (ValueError, LookupError, TypeError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from enum import Enum, auto
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -20,11 +21,17 @@ _QUOTE = re.compile(r'\\.|(")', re.DOTALL)
 
 
 class ThinkingTags(NamedTuple):
-    """What stands around a message's thinking. after: what a template writes behind each."""
+    """What stands around a message's thinking.
+
+    after: what a template writes behind the closing tag. inside: the same between a tag and the thinking. answer: what stands
+    before the answer itself; behind it no call can come.
+    """
 
     opening: str = "<think>"
     closing: str = "</think>"
     after: str = "\n\n"
+    inside: str = "\n"
+    answer: str = ""
 
 
 class MessageParser(Protocol):
@@ -37,6 +44,10 @@ class MessageParser(Protocol):
     @property
     def is_undecided(self) -> bool:
         """Whether thinking may still open."""
+
+    @property
+    def may_think_again(self) -> bool:
+        """Whether thinking may open behind the closing tag of what stands here."""
 
     def feed(self, text: str) -> list[ParsedEvent]:
         """What is certain after this text."""
@@ -93,6 +104,11 @@ class OutputParser:
     def is_undecided(self) -> bool:
         """Whether thinking may still open."""
         return self._state is _State.BEGINNING
+
+    @property
+    def may_think_again(self) -> bool:
+        """No: it stands at a message's beginning only."""
+        return False
 
     def feed(self, text: str) -> list[ParsedEvent]:
         """What is certain after this text."""
@@ -217,11 +233,14 @@ class OutputParser:
         return -1
 
     def _bare_call(self, events: list[ParsedEvent]) -> bool:
-        """At the end of a message that begins with `{`: calls, or JSON that is the answer."""
+        """At the end of a message that begins with `{`: calls of tools that there are, or JSON that is the answer."""
         assert self._format is not None
-        try:
-            events += self._format.read(self._buffer, self._schemas)
-        except ValueError:
+        calls: list[ParsedCall] = []
+        with suppress(ValueError):
+            calls = self._format.read(self._buffer, self._schemas)
+        if calls and all(call.name in self._schemas for call in calls):
+            events += calls
+        else:
             self._emit(events, TextDelta, self._buffer)
         self._buffer = ""
         return False

@@ -33,12 +33,12 @@ class ThinkingTokens:
 
     @property
     def opening(self) -> list[int]:
-        """The opening tag, and the beginning of a line behind it."""
-        return self._encoded(self.tags.opening + self.tags.after[:1])
+        """The opening tag, and what stands between it and the thinking."""
+        return self._encoded(self.tags.opening + self.tags.inside)
 
     @property
     def closing(self) -> list[int]:
-        """The closing tag and the empty line behind it, in the tokens of a text that holds both."""
+        """The closing tag and what stands behind it, in the tokens of a text that holds both."""
         return self._encoded(self.tags.closing + self.tags.after)
 
     @property
@@ -47,13 +47,18 @@ class ThinkingTokens:
         return self._encoded(self.tags.after)
 
     @property
+    def answer(self) -> list[int]:
+        """What stands before the answer itself, behind thinking or without any."""
+        return self._encoded(self.tags.answer)
+
+    @property
     def none(self) -> list[int]:
         """Thinking that holds nothing, as templates write it for an answer without any."""
-        return [*self._encoded(self.tags.opening + self.tags.after), *self.closing]
+        return [*self._encoded(self.tags.opening + 2 * self.tags.inside), *self.closing]
 
     @property
     def closing_token(self) -> int | None:
-        """The closing tag, where it is one control token."""
+        """The closing tag, where it is a control token."""
         return self.tokenizer.control_id(self.tags.closing)
 
     def _encoded(self, text: str) -> list[int]:

@@ -35,9 +35,6 @@ class ToolFormat:
     inner: tuple[str, ...] = ()
     thinking: ThinkingTags = field(default_factory=ThinkingTags)
 
-    #: Whether the tags that close the thinking begin the answer, behind which no call can come.
-    closing_begins_answer = False
-
     def tags(self, *, with_calls: bool) -> frozenset[str]:
         """What the parser must see of control tokens. with_calls: whether tools are offered."""
         calls = (self.opening, self.closing, *self.inner) if with_calls else ()

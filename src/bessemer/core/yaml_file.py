@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,11 @@ from bessemer.core.errors import ConfigError
 
 #: A key's path inside a file: ("pretrain", "steps"), ("collect", 0, "lock").
 KeyPath = tuple[str | int, ...]
+
+#: What ruamel lets through where a text is not what its tag says: `!!int abc`, `!!bool abc`, `!!omap abc`, 2020-13-45.
+_UNREADABLE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+#: Characters of an unreadable value that a message shows.
+_SHOWN = 40
 
 
 @dataclass(frozen=True)
@@ -39,9 +45,10 @@ class PlacedValues:
         return Place("recipe")
 
     def where(self, section: KeyPath, path: KeyPath = ()) -> str:
-        """A key named for an error: `recipe.yaml:12: pretrain.steps`."""
+        """A key named for an error: `recipe.yaml:12: pretrain.steps`. A line break in a key is escaped."""
         whole = section + path
-        return f"{self.place(whole)}: {'.'.join(map(str, whole))}" if whole else str(self.place(whole))
+        names = [name if name.isprintable() else repr(name) for name in map(str, whole)]
+        return f"{self.place(whole)}: {'.'.join(names)}" if whole else str(self.place(whole))
 
     def merged(self, over: PlacedValues) -> PlacedValues:
         """These values with another's on top: mappings merge key by key, anything else is replaced whole."""
@@ -52,7 +59,11 @@ class PlacedValues:
 
 
 def read_yaml(path: Path) -> PlacedValues:
-    """Read a mapping. Raises ConfigError with file and line for a syntax error, a key given twice, or another type."""
+    """Read a mapping. An empty file, or one of comments, has no keys.
+
+    Raises ConfigError with file and line for a syntax error, a key given twice, a value that is not of its tag, or another
+    type.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -64,18 +75,17 @@ def read_yaml(path: Path) -> PlacedValues:
 
 def parse_yaml(text: str, source: str) -> PlacedValues:
     """As `read_yaml`, from text; `source` names it in errors."""
-    loaded = _load(text, source)
-    if loaded is None:
-        loaded = {}
-    if not hasattr(loaded, "lc") or not hasattr(loaded, "keys"):
-        raise ConfigError(f"{source}: this must be a mapping of keys to values, it is a {type(loaded).__name__}")
-    places: dict[KeyPath, Place] = {(): Place(source, 1)}
-    return PlacedValues(_plain(loaded, source, (), places), places)
+    values, places = _load(text, source)
+    if values is None:
+        return PlacedValues({}, places)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{source}: this must be a mapping of keys to values, it is a {type(values).__name__}")
+    return PlacedValues(values, places)
 
 
 def parse_value(text: str, source: str) -> Any:
     """One YAML value, as in `KEY=VALUE`."""
-    return _plain(_load(text, source), source, (), {})
+    return _load(text, source)[0]
 
 
 def dump_yaml(values: dict[str, Any]) -> str:
@@ -91,19 +101,51 @@ def dump_yaml(values: dict[str, Any]) -> str:
     return stream.getvalue()
 
 
-def _load(text: str, source: str) -> Any:
+def _load(text: str, source: str) -> tuple[Any, dict[KeyPath, Place]]:
+    """A text's value as plain Python, and the places of its keys and items."""
+    places: dict[KeyPath, Place] = {(): Place(source, 1)}
+    try:
+        return _plain(_constructed(text, source), source, (), places), places
+    except RecursionError:
+        raise ConfigError(f"{source}: is nested too deeply") from None
+
+
+def _constructed(text: str, source: str) -> Any:
+    """ruamel's value of a text, with lines."""
     from ruamel.yaml import YAML
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
+    reader = YAML(typ="rt")
+    reader.Constructor = _located_constructor()
     try:
-        return YAML(typ="rt").load(text)
+        return reader.load(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
         problem = (error.problem or "cannot be read").splitlines()[0]
         raise ConfigError(f"{source}{line}: not valid YAML: {problem}") from None
-    except YAMLError as error:
-        raise ConfigError(f"{source}: not valid YAML: {str(error).splitlines()[0]}") from None
+    except (YAMLError, *_UNREADABLE) as error:
+        problem = str(error).partition("\n")[0]
+        raise ConfigError(f"{source}: not valid YAML: {problem or type(error).__name__}") from None
+
+
+@cache
+def _located_constructor() -> type:
+    """ruamel's constructor, which here says the line of a value that it cannot construct."""
+    from ruamel.yaml.constructor import ConstructorError, RoundTripConstructor
+    from ruamel.yaml.nodes import Node
+
+    class LocatedConstructor(RoundTripConstructor):
+        def construct_object(self, node: Node, deep: bool = False) -> Any:
+            try:
+                return super().construct_object(node, deep)
+            except _UNREADABLE:
+                shown = node.value if isinstance(node.value, str) else "a collection"
+                shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}…"
+                problem = f"{shown!r} cannot be read as {str(node.tag).rpartition(':')[2]}"
+                raise ConstructorError(None, None, problem, node.start_mark) from None
+
+    return LocatedConstructor
 
 
 def _plain(value: Any, source: str, path: KeyPath, places: dict[KeyPath, Place]) -> Any:
@@ -112,14 +154,14 @@ def _plain(value: Any, source: str, path: KeyPath, places: dict[KeyPath, Place])
         result = {}
         for key in value:
             child = (*path, str(key))
-            places[child] = Place(source, value.lc.data[key][0] + 1 if key in value.lc.data else None)
+            places[child] = _place(value, key, source)
             result[str(key)] = _plain(value[key], source, child, places)
         return result
     if isinstance(value, list):
         items = []
         for index, item in enumerate(value):
             child = (*path, index)
-            places[child] = Place(source, value.lc.data[index][0] + 1) if hasattr(value, "lc") else Place(source)  # type: ignore[attr-defined]
+            places[child] = _place(value, index, source)
             items.append(_plain(item, source, child, places))
         return items
     if isinstance(value, bool) or value is None:
@@ -129,6 +171,12 @@ def _plain(value: Any, source: str, path: KeyPath, places: dict[KeyPath, Place])
             return plain(value)
     # a date: no setting is one, so it was meant as a word
     return str(value)
+
+
+def _place(collection: Any, key: Any, source: str) -> Place:
+    """The place of a key or an item; without a line where ruamel knows none, as for keys that are merged from elsewhere."""
+    lines = getattr(getattr(collection, "lc", None), "data", None) or {}
+    return Place(source, lines[key][0] + 1 if key in lines else None)
 
 
 def _merge(

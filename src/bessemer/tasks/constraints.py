@@ -21,12 +21,13 @@ _WORD = re.compile(r"\w+(?:['’\-]\w+)*")
 _SENTENCE_END = re.compile(r"(?<![.!?…])[.!?…]++[\"'”’)\]]*(?=\s+[^\sa-z]|\s*$)|[。！？]+[」』”）]*")
 _PARAGRAPH_END = re.compile(r"\n[^\S\n]*\n\s*")
 _BULLET = re.compile(r"^[^\S\n]*[-*+•][^\S\n]+\S", re.MULTILINE)
-_NUMBERED = re.compile(r"^[^\S\n]*\d+[.)][^\S\n]+\S", re.MULTILINE)
+#: The number before an item of a list.
+_NUMBERED = re.compile(r"^[^\S\n]*\d+[.)][^\S\n]+(?=\S)", re.MULTILINE)
 #: `[name]`, not `[text](address)` and not the box `[x]` of a list.
 _PLACEHOLDER = re.compile(r"\[(?![ xX]\])([^\[\]\n]*)\](?!\()")
 _HIGHLIGHT = re.compile(r"(?<![*\w])(\*{1,2})(?=[^\s*])[^*\n]*(?<=[^\s*])\1(?![*\w])")
 _TITLE = re.compile(r"<<([^<>\n]*)>>")
-_FENCE = re.compile(r"```(?:json)?\s*\n(.*)\n\s*```", re.DOTALL | re.IGNORECASE)
+_FENCE = re.compile(r"```(?:json)?[^\S\n]*\n(.*)\n[^\S\n]*```", re.DOTALL | re.IGNORECASE)
 _QUOTES = {'"': '"', "“": "”", "„": "“", "«": "»"}
 
 
@@ -99,13 +100,13 @@ class Characters(_Counted):
 
 
 class Sentences(_Counted):
-    """How many sentences; what stands behind the last full stop is one."""
+    """How many sentences; what stands behind the last full stop is one, the number of a list's item is none."""
 
     kind: Literal["sentences"] = setting("sentences", "number of sentences")
     counted: ClassVar[str] = "sentences"
 
     def count(self, answer: str) -> int:
-        return sum(bool(_WORD.search(sentence)) for sentence in _SENTENCE_END.split(answer))
+        return sum(bool(_WORD.search(sentence)) for sentence in _SENTENCE_END.split(_NUMBERED.sub("", answer)))
 
 
 class Paragraphs(_Counted):
@@ -250,7 +251,7 @@ class Json(_Constraint):
     def holds(self, answer: str) -> bool:
         fenced = _FENCE.fullmatch(answer.strip())
         try:
-            value = json.loads(fenced[1] if fenced else answer, parse_constant=_refuse_constant)
+            value = json.loads(fenced[1].strip() if fenced else answer, parse_constant=_refuse_constant)
         except (ValueError, RecursionError):
             return False
         return not self.keys or (isinstance(value, dict) and all(key in value for key in self.keys))

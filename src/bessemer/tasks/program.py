@@ -5,8 +5,11 @@ The problems are those of HumanEval (Chen et al. 2021) and MBPP (Austin et al. 2
 
 from __future__ import annotations
 
+import builtins
+import keyword
 import re
 import secrets
+import textwrap
 from typing import Literal, NamedTuple
 
 from bessemer.core.records import Record
@@ -15,7 +18,17 @@ from bessemer.core.sandbox import Program, Result
 #: How a program ended. `refused`: the sandbox stopped it, or held something back that it asked for; `empty`: no code at all.
 Verdict = Literal["passed", "failed", "timed_out", "refused", "empty"]
 
-_FENCE = re.compile(r"^[^\S\n]*```[^\n]*\n(.*?)(?:^[^\S\n]*```|\Z)", re.DOTALL | re.MULTILINE)
+_FENCE = re.compile(r"^([^\S\n]*)```[^\n]*\n(.*?)(?:^[^\S\n]*```|\Z)", re.DOTALL | re.MULTILINE)
+#: A line that begins code which stands in a text without a fence.
+_CODE_LINE = re.compile(
+    r"^(?:import\s+\w|from\s+[\w.]+\s+import\b|@\w|class\s+\w+\s*[(:]|(?:async\s+)?def\s+\w|try:"
+    r"|(?:if|for|with)\b[^\n]*:[^\S\n]*$|[A-Za-z_]\w*(?:,[ ]*[A-Za-z_]\w*)*[^\S\n]*=(?!=))",
+    re.MULTILINE,
+)
+#: A name that is called, as no method is.
+_CALLED = re.compile(r"(?<![\w.])([A-Za-z_]\w*)\s*\(")
+_DEFINED = re.compile(r"^(?:async\s+)?def\s+(\w+)", re.MULTILINE)
+_NO_FUNCTIONS = {*dir(builtins), *keyword.kwlist}
 #: The file of the solution and its tests, beside the program that runs it.
 _FILE = "solution.py"
 #: Says that the tests came to their end, by a word that is not in the solution's file: `sys.exit(0)` before them says nothing.
@@ -63,22 +76,51 @@ def read_problem(record: Record) -> Problem:
 
 def _mbpp(record: Record) -> Problem:
     tests = record.texts("test_list")
-    called = re.search(r"(\w+)\s*\(", tests[0].partition("assert")[2]) if tests else None
-    if called is None:
+    code = str(record.values.get("code") or "")
+    entry_point = _tested_name(tests[0].partition("assert")[2] if tests else "", code)
+    if entry_point is None:
         raise record.error("'test_list' must begin with an assertion that calls the function")
     before = record.values.get("test_imports")
     setup = "\n".join(map(str, before)) if isinstance(before, list) else str(record.values.get("test_setup_code") or "")
     text = record.text("text" if record.values.get("text") is not None else "prompt")
     shown = "\n".join(tests)
     prompt = f'"""\n{text}\n\n{shown}\n"""\n'
-    return Problem(prompt, called[1], f"{setup}\n{shown}\n", str(record.values.get("code") or ""), completes=False)
+    return Problem(prompt, entry_point, f"{setup}\n{shown}\n", code, completes=False)
+
+
+def _tested_name(assertion: str, code: str) -> str | None:
+    """The function that an assertion is about: of those it calls the first that the code defines, else that is no builtin."""
+    called = _CALLED.findall(assertion)
+    defined = set(_DEFINED.findall(code))
+    ranked = [name for name in called if name in defined] + [name for name in called if name not in _NO_FUNCTIONS] + called
+    return next((name for name in ranked if not keyword.iskeyword(name)), None)
 
 
 def answered_code(text: str, entry_point: str) -> str:
-    """The code of an answer: the first fenced block that defines the function, else the first one, else all of it."""
-    blocks = _FENCE.findall(text)
-    defining = [block for block in blocks if _definition(block, entry_point) is not None]
-    return next(iter([*defining, *blocks]), text)
+    """The code of an answer: the first fenced block that defines the function, else the first one.
+
+    Without blocks it is all from where code begins, if the function is defined, and all of the text if it is not.
+    """
+    blocks = [_without_margin(block, fence, entry_point) for fence, block in _FENCE.findall(text)]
+    if blocks:
+        return next((block for block in blocks if _definition(block, entry_point) is not None), blocks[0])
+    if _definition(text, entry_point) is None:
+        return text
+    begin = _CODE_LINE.search(text)
+    assert begin is not None
+    return text[begin.start() :]
+
+
+def _without_margin(block: str, fence: str, entry_point: str) -> str:
+    """A block without the margin of the list that it stands in. fence: what stands before its fence."""
+    if _definition(block, entry_point) is not None:
+        return block
+    dedented = textwrap.dedent(block)
+    if _definition(dedented, entry_point) is not None:
+        return dedented
+    # a function's body keeps its own indentation
+    in_margin = all(line.startswith(fence) for line in block.splitlines() if line.strip())
+    return re.sub(rf"^{fence}", "", block, flags=re.MULTILINE) if in_margin else block
 
 
 def _definition(code: str, entry_point: str) -> int | None:

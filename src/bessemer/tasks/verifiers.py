@@ -10,6 +10,7 @@ import re
 import string
 from abc import abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
@@ -20,6 +21,11 @@ from bessemer.tasks.numbers import answered_number, whole_number
 
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b", re.IGNORECASE)
 _PUNCTUATION = str.maketrans("", "", string.punctuation + "“”‘’«»…")
+#: The letter A, by its case, where it may be no article: `A is right`, `(a)`, not `a right answer`.
+_LETTER_A = {
+    "A": re.compile(r"(?<![^\W_])A(?![^\W_])"),
+    "a": re.compile(r"(?<![^\W_])a(?![^\W_]|\s+[^\w\s]*\w)"),
+}
 
 
 class _Verifier(Config):
@@ -50,23 +56,28 @@ def checked_pattern(pattern: str) -> str:
     return pattern
 
 
+def _only_articles(text: str) -> bool:
+    return not _ARTICLES.sub("", text).translate(_PUNCTUATION).strip()
+
+
 class _Normalising(_Verifier):
     ignore_case: bool = setting(True, "A and a are equal")
     ignore_punctuation: bool = setting(True, "leave out ASCII punctuation and typographic quotes")
     ignore_articles: bool = setting(True, "leave out a, an and the")
 
     def normal(self, text: str) -> str:
-        """The text as it is compared; what would leave nothing is not left out."""
-        plain = " ".join(text.split())
-        shorter = plain.casefold() if self.ignore_case else plain
-        if self.ignore_punctuation:
-            shorter = shorter.translate(_PUNCTUATION)
-        if self.ignore_articles:
-            shorter = _ARTICLES.sub(" ", shorter)
-        return " ".join(shorter.split()) or plain
+        """The text as it is compared. A step that would leave nothing of it is not taken: `A.` is `a`."""
+        whole = self._with_articles(text)
+        if not self.ignore_articles:
+            return whole
+        return whole if _only_articles(whole) else " ".join(_ARTICLES.sub(" ", whole).split())
 
-    def answer(self, text: str) -> str | None:
-        return self.normal(text) or None
+    def _with_articles(self, text: str) -> str:
+        plain = " ".join(text.split())
+        folded = plain.casefold() if self.ignore_case else plain
+        if not self.ignore_punctuation:
+            return folded
+        return " ".join(folded.translate(_PUNCTUATION).split()) or folded
 
 
 class Exact(_Normalising):
@@ -74,8 +85,22 @@ class Exact(_Normalising):
 
     method: Literal["exact"] = setting("exact", "the whole text is the answer")
 
+    def answer(self, text: str) -> str | None:
+        return self.normal(text) or None
+
     def accepts(self, answer: Hashable, references: Sequence[str]) -> bool:
         return answer in {self.normal(reference) for reference in references}
+
+
+@dataclass(frozen=True)
+class _Statement:
+    """A text that `contains` searches. normal: its normal form, by which texts are equal and counted."""
+
+    normal: str
+    text: str = field(compare=False)
+
+    def __str__(self) -> str:
+        return self.normal
 
 
 class Contains(_Normalising):
@@ -83,9 +108,24 @@ class Contains(_Normalising):
 
     method: Literal["contains"] = setting("contains", "the answer stands in the text, as whole words")
 
+    def answer(self, text: str) -> _Statement | None:
+        normal = self.normal(text)
+        return _Statement(normal, text) if normal else None
+
     def accepts(self, answer: Hashable, references: Sequence[str]) -> bool:
-        normal = (self.normal(reference) for reference in references)
-        return any(re.search(rf"(?<!\w){re.escape(each)}(?!\w)", str(answer)) for each in normal)
+        assert isinstance(answer, _Statement)
+        return any(self._stands_in(answer, self.normal(reference)) for reference in references)
+
+    def _stands_in(self, statement: _Statement, reference: str) -> bool:
+        """Whether a reference in its normal form stands in a text, whose articles count where the reference is one."""
+        searched = statement.normal
+        if self.ignore_articles and _only_articles(reference):
+            if reference in _LETTER_A:
+                # in running text every other `a` is an article
+                cases = _LETTER_A if self.ignore_case else [reference]
+                return any(_LETTER_A[case].search(statement.text) for case in cases)
+            searched = self._with_articles(statement.text)
+        return re.search(rf"(?<!\w){re.escape(reference)}(?!\w)", searched) is not None
 
 
 class Numeric(_Verifier):
@@ -124,7 +164,7 @@ class Pattern(_Normalising):
         if not found:
             return None
         match = found[-1 if self.pick == "last" else 0]
-        return super().answer((match[1] if match.re.groups else match[0]) or "")
+        return self.normal((match[1] if match.re.groups else match[0]) or "") or None
 
     def accepts(self, answer: Hashable, references: Sequence[str]) -> bool:
         return answer in {self.normal(reference) for reference in references}

@@ -41,7 +41,10 @@ def task_reward(settings: TaskReward, context: RewardContext) -> RewardFunction:
 
 
 def answer_reward(settings: AnswerReward, context: RewardContext) -> RewardFunction:
-    """1.0 where a verifier accepts, else 0.0; None for a row without an answer."""
+    """1.0 where a verifier accepts, else 0.0; None for a row without an answer.
+
+    The reward raises ValueError for an answer of the data that the verifier can never accept.
+    """
 
     def reward(completions: Completions, **columns: Any) -> list[float | None]:
         answers = columns.get(settings.column)
@@ -52,6 +55,10 @@ def answer_reward(settings: AnswerReward, context: RewardContext) -> RewardFunct
             references = [str(each) for each in (given if isinstance(given, list) else [given]) if each is not None]
             if isinstance(settings.verifier, Numeric):
                 references = [each.rpartition("####")[2].strip() for each in references]
+            for reference in references:
+                refusal = settings.verifier.refusal(reference)
+                if refusal is not None:
+                    raise ValueError(f"the right answer {reference!r} {refusal}")
             found.append(float(settings.verifier.verify(text, references)) if references else None)
         return found
 
