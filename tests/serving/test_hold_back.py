@@ -92,6 +92,15 @@ def test_tries_come_to_an_end(asked):
     assert max(hook.attempts) < 9 and engine.texts
 
 
+def test_an_event_is_one_line_for_clients_that_break_lines_at_other_characters_too(asked):
+    text = "One\u2028two\u2029three\x85four."
+    for path, body in (("/v1/chat/completions", {}), ("/v1/messages", {})):
+        answer, _ = asked([text], path, stream=True, **body)
+        lines = [line[6:] for line in answer.text.splitlines() if line.startswith("data: {")]
+        told = "".join(re.findall(r'"(?:text|content)": ?"((?:[^"\\]|\\.)+)"', "".join(lines)))
+        assert json.loads(f'"{told}"') == text, answer.text
+
+
 def test_other_dialects_hold_back_too(asked):
     for path, body in (("/v1/messages", {}), ("/v1/responses", {"messages": None, "max_tokens": None, "input": "Go on"})):
         for stream in (False, True):

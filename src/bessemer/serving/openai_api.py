@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, aclosing, contextmanager
@@ -23,7 +22,7 @@ from bessemer.serving.embeddings import EmbeddingsRequest, embeddings_reply
 from bessemer.serving.protocol import ChatRequest, CompletionRequest, GenerationRequest
 from bessemer.serving.replies import CompletionReply, Echo
 from bessemer.serving.served import Chat, Served
-from bessemer.serving.streams import as_api_error, until_client_leaves
+from bessemer.serving.streams import as_api_error, event_data, until_client_leaves
 from bessemer.serving.tools import choice_of, tools_of
 from bessemer.serving.turns import Turns
 from bessemer.tokenization.infill import infill_prompt
@@ -276,7 +275,7 @@ async def _events(
     """The server-sent events of a stream. With usage every event has the key, and one more before the end fills it."""
 
     def event(body: dict[str, Any]) -> str:
-        return f"data: {json.dumps(body if usage is None else {'usage': None, **body}, ensure_ascii=False)}\n\n"
+        return f"data: {event_data(body if usage is None else {'usage': None, **body})}\n\n"
 
     async with aclosing(news):
         try:

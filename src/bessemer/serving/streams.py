@@ -19,13 +19,23 @@ CLIENT_LEFT = 499
 NamedEvent = tuple[str, dict[str, Any]]
 
 
+#: Characters that JSON leaves as they are, and at which Python's clients break lines (`str.splitlines`).
+_LINE_BREAKS = str.maketrans({character: f"\\u{ord(character):04x}" for character in "\x85\u2028\u2029"})
+
+
+def event_data(body: dict[str, Any]) -> str:
+    """A body in JSON that is one line whatever takes lines apart."""
+    text = json.dumps(body, ensure_ascii=False)
+    return text if text.isascii() else text.translate(_LINE_BREAKS)
+
+
 async def named_events(
     news: AsyncGenerator[list[NamedEvent], None], failed: Callable[[ApiError], NamedEvent]
 ) -> AsyncIterator[str]:
     """The server-sent events of a stream, with their names. failed: the event that tells an error: the status is long sent."""
 
     def event(kind: str, body: dict[str, Any]) -> str:
-        return f"event: {kind}\ndata: {json.dumps(body, ensure_ascii=False)}\n\n"
+        return f"event: {kind}\ndata: {event_data(body)}\n\n"
 
     async with aclosing(news):
         try:
