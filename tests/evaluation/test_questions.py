@@ -103,7 +103,9 @@ def write_conversations(folder, held_in=5, held_out=3):
             {"messages": [{"role": "user", "content": f"{name} {i}?"}, {"role": "assistant", "content": f"{name} {i}"}]}
             for i in range(count)
         ]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        # with a character at which `str.splitlines` breaks
+        lines[-1]["messages"].insert(0, {"role": "system", "content": "a\u2028b"})
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     return folder
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bessemer.core.errors import ConfigError, SourceError
+from bessemer.core.errors import ArtefactError, ConfigError, SourceError
 from bessemer.core.metrics import read_metrics
 from bessemer.core.report import StageReport
 from bessemer.model.config import ModelConfig, ModelStageConfig
@@ -20,6 +20,7 @@ from bessemer.posttraining.distillation import report, teacher_answers
 from bessemer.posttraining.distillation.config import DistillationConfig
 from bessemer.posttraining.distillation.prompts import Asked, as_asked
 from bessemer.posttraining.distillation.stage import distill
+from bessemer.posttraining.distillation.teacher import teacher_fingerprint
 from bessemer.posttraining.distillation.teacher_answers import ANSWERS, TeacherAnswer
 from bessemer.posttraining.specs import STAGES
 from tests.cases import slow
@@ -116,6 +117,8 @@ def test_a_student_that_trains_an_adapter_answers_with_it(model_folder, teacher_
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert max(line["log_ratio_max"] for line in lines) < 1e-4 and lines[-1]["reverse_kl"] < lines[0]["reverse_kl"]
     assert (tmp_path / "adapter" / "adapter_config.json").exists()
+    # with its adapter the student is also compared on what is held out
+    assert lines[-1]["validation_reverse_kl"] > 0
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -182,15 +185,17 @@ def test_a_teacher_of_another_tokenizer_is_learnt_from_by_its_words(model_folder
     summary = run(model_folder, other_folder, data, out, **settings)
     assert summary["answers"] > 24 and "validation_reverse_kl" not in summary and summary["validation_loss"] > 0
     sampled = (out / ANSWERS).read_text()
-    assert len(sampled.splitlines()) == 24
+    assert len(sampled.splitlines()) == 25, "what the rows are of, and a row of each prompt"
     # what an interruption in the midst of the second lot leaves
     (out / ANSWERS).write_text("\n".join(sampled.splitlines()[:11]) + '\n{"prompt": "Re')
     shutil.rmtree(out / "checkpoints")
     run(model_folder, other_folder, data, out, **settings)
     assert (out / ANSWERS).read_text() == sampled
-    ended = sum(not answer["cut"] for line in sampled.splitlines() for answer in json.loads(line)["answers"])
+    ended = sum(not answer["cut"] for line in sampled.splitlines()[1:] for answer in json.loads(line)["answers"])
     written = [(out / "conversations" / f"{name}.jsonl").read_text().splitlines() for name in ("train", "validation")]
     assert sum(map(len, written)) <= ended
+    with pytest.raises(ArtefactError, match=r"teacher_answers\.jsonl: its rows were made with other settings or data"):
+        run(model_folder, other_folder, data, out, **settings, max_tokens=9)
     with pytest.raises(ConfigError, match=r"another vocabulary than the model.* answers: teacher and loss: cross_entropy"):
         run(model_folder, other_folder, data, tmp_path / "refused", **{**settings, "loss": "forward_kl"})
 
@@ -299,6 +304,13 @@ def test_in_a_recipe_the_teacher_is_a_stage_or_a_folder(tmp_path, model_folder):
     assert "model.safetensors" in SPEC.fingerprint(named.config, _Outside(tmp_path))["teacher"]
     with pytest.raises(ConfigError, match=r"from: teacher is not read under these settings"):
         recipe(tmp_path, f"{{steps: 2, context_length: 64, teacher: {model_folder}, from: {{teacher: large}}}}")
+
+
+def test_a_teachers_chat_template_is_among_what_its_answers_depend_on(teacher_folder, tmp_path):
+    copy = shutil.copytree(teacher_folder, tmp_path / "copy")
+    before = teacher_fingerprint("copy", tmp_path)
+    (copy / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    assert teacher_fingerprint("copy", tmp_path) != before
 
 
 def test_a_model_is_not_its_own_teacher(tmp_path):

@@ -1,12 +1,14 @@
 """KTO: single answers that are good or bad, against the divergence that mismatched examples estimate."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from bessemer.core.errors import SourceError
 from bessemer.core.metrics import read_metrics
+from bessemer.distributed.mesh import ALONE
 from bessemer.model.folder import load_model
 from bessemer.model.initialisation import initial_decoder
 from bessemer.posttraining.encoding import encode_answer
@@ -15,11 +17,13 @@ from bessemer.posttraining.packing import HeldOutBatches
 from bessemer.posttraining.preference.config import PreferenceConfig
 from bessemer.posttraining.preference.kto import KTOObjective
 from bessemer.posttraining.preference.labelled import others_before, pack_answers
+from bessemer.posttraining.preference.objective import REFERENCE_LOG_PROBS
 from bessemer.posttraining.preference.stage import preference
 from bessemer.training.model_setup import PreparedModel
 from bessemer.training.objectives import POLICY, LossContext
 from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.runtime import Runtime
+from bessemer.training.totals import TotalsReducer
 from bessemer.training.trainee import REFERENCE, Trainee
 from tests.posttraining.test_formats import said
 from tests.posttraining.test_preference import SETTINGS
@@ -105,6 +109,26 @@ def test_z_is_the_positive_part_of_the_divergence(examples, trainee, tokenizer):
             for one, place in zip(examples, others_before([str(one.answered.prompt) for one in examples]), strict=True)
         ]
     assert torch.stack(ratios).mean() < 0 and (batch.per_sequence["kl"] == 0).all()
+
+
+def test_of_a_label_that_there_is_not_nothing_is_told_and_a_tie_is_not_right(examples, trainee, tokenizer):
+    good = [replace(one, is_desirable=True) for one in examples]
+    batch = pack_answers(good, tokenizer, 128).batch
+    objective = KTOObjective(0.1, 1.0, 1.0)
+    batch = objective.annotate(trainee, batch)
+    terms = objective(trainee.policy.model, batch, LossContext())
+    totals = TotalsReducer(ALONE).reduced([terms], {"preference": 9.0})
+    assert "reward_undesirable" not in totals.metrics and "reward_desirable" in totals.metrics
+    # a policy that is its reference ranks nothing, whatever the labels are
+    for label in (True, False):
+        labelled = [replace(one, is_desirable=label) for one in examples]
+        rows = pack_answers(labelled, tokenizer, 128).batch
+        own = trainee.log_probs(rows, POLICY)
+        rows = rows.with_values(
+            per_token={REFERENCE_LOG_PROBS: own}, per_sequence={"kl": torch.zeros_like(rows.per_sequence["is_answer"])}
+        )
+        figures = objective(trainee.policy.model, rows, LossContext()).metrics["accuracy"]
+        assert float(figures.sum) == pytest.approx(0, abs=1e-6)
 
 
 def test_a_twin_has_an_answer_to_another_prompt():

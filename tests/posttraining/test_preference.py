@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 
 from bessemer.core.errors import ConfigError, SourceError
 from bessemer.core.metrics import read_metrics
+from bessemer.model.folder import load_model, save_model
+from bessemer.model.initialisation import initial_decoder
 from bessemer.posttraining.preference.config import PreferenceConfig
 from bessemer.posttraining.preference.stage import preference
 from bessemer.posttraining.rl.config import RLConfig
@@ -86,3 +88,36 @@ def test_bad_pairs_and_settings_are_told_in_one_line(model_folder, tmp_path):
         run(model_folder, path, tmp_path / "out")
     with pytest.raises(ConfigError, match=r"there is no preference loss 'simgoid'; did you mean 'sigmoid'"):
         PreferenceConfig.parse({"data": ["pairs.jsonl"], "loss": "simgoid"}, "preference")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"loss": "kto", "next_token_weight": 0.1},
+        {"loss": "hinge", "label_smoothing": 0.1},
+        {"loss": "sigmoid", "margin": 1.0},
+        {"loss": "ipo", "desirable_weight": 2.0},
+        {"loss": "sigmoid", "z_loss": 1e-4},
+    ],
+    ids=str,
+)
+def test_a_setting_that_a_loss_has_not_is_refused(settings):
+    (name,) = set(settings) - {"loss"}
+    with pytest.raises(ConfigError, match=f"{name}.*leave it out"):
+        PreferenceConfig.parse({"data": ["pairs.jsonl"], **settings}, "preference")
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_log_probabilities_of_another_reference_are_computed_again(model_folder, data, tmp_path):
+    out, settings = tmp_path / "out", {"steps": 1, "validation_share": 0}
+    run(model_folder, data, out, **settings)
+    kept = (out / "reference-training.safetensors").stat().st_mtime_ns
+    shutil.rmtree(out / "checkpoints")
+    run(model_folder, data, out, **settings)
+    assert (out / "reference-training.safetensors").stat().st_mtime_ns == kept
+    other = shutil.copytree(model_folder, tmp_path / "other")
+    save_model(initial_decoder(load_model(model_folder).config, seed=9), other, tokenizer=model_folder)
+    shutil.rmtree(out / "checkpoints")
+    run(other, data, out, **settings)
+    # the policy is the reference in the first step
+    assert read_metrics(out / "metrics.jsonl")[0]["loss"] == pytest.approx(0.6931, abs=1e-4)

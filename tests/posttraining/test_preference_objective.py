@@ -87,6 +87,13 @@ def test_the_packed_loss_and_gradient_are_those_of_each_pair_alone(
     assert sum(float(one.sum) for one in figures) == right and sum(float(one.count) for one in figures) == 7
 
 
+def test_a_pair_that_differs_behind_what_is_read_is_left_out(tokenizer):
+    pair = Pair((said("user", "Why?"),), (said("assistant", "So it is. " * 9),), (said("assistant", "So it is. " * 9 + "No."),))
+    packed = pack_pairs([pair, pair], tokenizer, 64)
+    assert (packed.pairs, packed.skipped) == (0, 2)
+    assert pack_pairs([pair], tokenizer, 512).pairs == 1
+
+
 def test_of_a_policy_that_is_the_reference_the_loss_is_log_two(pairs, tokenizer, model_folder):
     model = load_model(model_folder).eval()
     batch = pack_pairs(pairs, tokenizer, 128).batch

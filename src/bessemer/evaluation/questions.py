@@ -77,7 +77,8 @@ def _messages(record: dict[str, Any]) -> list[dict[str, str]] | None:
 
 def _read_conversations(path: Path) -> list[list[dict[str, str]]]:
     try:
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+        # not `splitlines`, which also breaks at a few characters that JSON writes as they are
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
         conversations = [
             messages
             for record in records

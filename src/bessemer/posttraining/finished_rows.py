@@ -25,7 +25,7 @@ class FinishedRows:
         Raises ArtefactError where the rows of the file are of other settings or data.
         """
         self._path = path
-        wanted = {_IDENTITY: hash_value(identity)}
+        self._wanted = wanted = {_IDENTITY: hash_value(identity)}
         first, *rows = _whole_lines(path) or [wanted]
         if first != wanted:
             raise ArtefactError(f"{path}: its rows were made with other settings or data; remove it, or name another folder")
@@ -35,6 +35,11 @@ class FinishedRows:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def keep(self, count: int) -> None:
+        """Leave out the rows behind the first `count`, as of a lot that is not whole."""
+        self.rows = self.rows[:count]
+        write_text(self._path, "".join(_line(row) for row in (self._wanted, *self.rows)))
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write rows down; they are on the disk when this returns."""

@@ -50,7 +50,7 @@ def read_answers(path: Path) -> list[Answer]:
     """The models' answers to the tasks' questions, from an evaluation's `answers.jsonl`; empty when there is no file."""
     if not path.exists():
         return []
-    records: list[Metrics] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    records: list[Metrics] = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     return [
         Answer(
             question=record["messages"][-1]["content"],

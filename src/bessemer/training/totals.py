@@ -47,11 +47,16 @@ class Totals:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The terms as `loss_TERM`, where there are several, and the figures' means and, as `NAME_max`, largest values."""
+        """The terms as `loss_TERM`, where there are several, and the figures' means and, as `NAME_max`, largest values.
+
+        A figure of nothing has no mean, and is left out.
+        """
         terms = self.terms
         metrics = {f"loss_{name}": value for name, value in terms.items()} if len(terms) > 1 else {}
         for name, figure in self.figures.items():
-            metrics[name] = figure.sum / figure.count if figure.count else math.nan
+            if not figure.count:
+                continue
+            metrics[name] = figure.sum / figure.count
             if figure.max > -math.inf:
                 metrics[f"{name}_max"] = figure.max
         return metrics

@@ -73,7 +73,7 @@ def distill(
         config = config.with_changes(steps=material.steps)
     config, runtime, mesh = prepare_run(config, model, out, device=device, progress=progress, folder=folder)
     # with its own words the student is compared with the teacher at each validation, whatever it learns from
-    compared = mesh.alone and config.adapter is None and bool(config.validation_limit and material.held_out) and reason is None
+    compared = mesh.alone and bool(config.validation_limit and material.held_out) and reason is None
     options: dict[str, Any] = {}
     head: TeacherHead | None = None
     if config.loss != CROSS_ENTROPY or compared:

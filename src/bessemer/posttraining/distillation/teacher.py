@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from bessemer.core.errors import ConfigError
-from bessemer.core.hashing import hash_file
 from bessemer.core.store import follow, read_json
 from bessemer.distributed.mesh import Mesh
 from bessemer.model.decoder import Decoder
 from bessemer.model.folder import load_model
 from bessemer.model.folder_config import CONFIG, read_model_config
 from bessemer.model.formats.hub import import_advice
+from bessemer.posttraining.chat_models.files import place_fingerprint
 from bessemer.posttraining.distillation.config import DistillationConfig
 from bessemer.posttraining.distillation.losses import HeadStates
 from bessemer.tokenization.folder import TOKENIZER_FILE
@@ -44,10 +44,8 @@ def teacher_folder(path: str, folder: Path) -> Path:
 
 
 def teacher_fingerprint(path: str, folder: Path) -> dict[str, str]:
-    """Hashes of the files of the teacher that the settings name. Raises as `teacher_folder`."""
-    found = teacher_folder(path, folder)
-    files = [found / CONFIG, found / TOKENIZER_FILE, *sorted(found.glob("*.safetensors"))]
-    return {file.name: hash_file(file) for file in files if file.is_file()}
+    """Hashes of the files of the teacher that the settings name, its chat template among them. Raises as `teacher_folder`."""
+    return place_fingerprint(teacher_folder(path, folder))
 
 
 def same_vocabulary(student: Path, teacher: Path) -> bool:

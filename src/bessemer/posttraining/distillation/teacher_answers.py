@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bessemer.core.errors import ConfigError, SourceError
-from bessemer.core.metrics import read_metrics
+from bessemer.core.hashing import hash_value
 from bessemer.core.progress import Progress
 from bessemer.core.seeds import derive_seed
-from bessemer.core.store import write_text
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
+from bessemer.posttraining.chat_models.files import place_fingerprint
 from bessemer.posttraining.conversations import Conversation
 from bessemer.posttraining.distillation.config import DistillationConfig
 from bessemer.posttraining.distillation.prompts import Asked
 from bessemer.posttraining.encoding import Encoded, encode_answer
+from bessemer.posttraining.finished_rows import FinishedRows
+from bessemer.posttraining.formats import Turns
 from bessemer.posttraining.packing import Example
 from bessemer.tokenization.tokenizer import Tokenizer
 
@@ -68,23 +69,21 @@ def sample_answers(
     Prompts are written with the teacher's own tokenizer and chat template. Raises SourceError when no answer has a word, and
     ConfigError when no prompt leaves the teacher room for an answer.
     """
-    path = out / ANSWERS
-    rows = _whole_lots(path, len(asked))
-    if len(rows) < len(asked):
+    finished = FinishedRows(out / ANSWERS, _identity(config, teacher, asked, seed))
+    if len(finished) < len(asked):
+        # a lot is sampled together, and again together
+        finished.keep(len(finished) - len(finished) % _PROMPTS_AT_ONCE)
         engine_config = EngineConfig(cpu_kernels=config.cpu_kernels, threads=config.threads)
         with (
             Engine(teacher, device=device, config=engine_config) as engine,
-            path.open("a", encoding="utf-8") as stream,
-            progress.task("teacher's answers", total=len(asked), unit="prompts", completed=len(rows)) as bar,
+            progress.task("teacher's answers", total=len(asked), unit="prompts", completed=len(finished)) as bar,
         ):
-            for start in range(len(rows), len(asked), _PROMPTS_AT_ONCE):
+            for start in range(len(finished), len(asked), _PROMPTS_AT_ONCE):
                 lot = asked[start : start + _PROMPTS_AT_ONCE]
                 seeds = [derive_seed(seed, "teacher", start + place) for place in range(len(lot))]
-                new = list(_answers_of(engine, lot, config, seeds))
-                stream.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in new))
-                stream.flush()
-                rows += new
+                finished.append(list(_answers_of(engine, lot, config, seeds)))
                 bar.advance(len(lot))
+    rows = finished.rows
     too_long = sum(not row["answers"] for row in rows)
     if too_long == len(rows):
         raise ConfigError(
@@ -106,14 +105,18 @@ def sample_answers(
     return kept
 
 
-def _whole_lots(path: Path, count: int) -> list[dict[str, Any]]:
-    """What was sampled before; a lot that is not whole is removed."""
-    rows = read_metrics(path)
-    if len(rows) < count:
-        rows = rows[: len(rows) - len(rows) % _PROMPTS_AT_ONCE]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    return rows
+def _identity(config: DistillationConfig, teacher: Path, asked: Sequence[Asked], seed: int) -> dict[str, Any]:
+    """What the teacher's answers depend on."""
+    return {
+        "teacher": place_fingerprint(teacher),
+        "asked": hash_value([[_plain(one.prompt), list(one.tools)] for one in asked]),
+        "settings": [config.sampling_temperature, config.max_tokens, config.samples_per_prompt],
+        "seed": seed,
+    }
+
+
+def _plain(prompt: Turns) -> Any:
+    return prompt if isinstance(prompt, str) else list(prompt)
 
 
 def _answers_of(
@@ -135,6 +138,6 @@ def _answers_of(
     for place, one in enumerate(lot):
         given = [completions[place], *completions[place].others] if place in completions else []
         yield {
-            "prompt": one.prompt if isinstance(one.prompt, str) else list(one.prompt),
+            "prompt": _plain(one.prompt),
             "answers": [{"text": each.text, "cut": each.finish_reason == "length"} for each in given],
         }

@@ -9,11 +9,16 @@ from pydantic import field_validator, model_validator
 from bessemer.core.config import setting
 from bessemer.core.errors import ConfigError
 from bessemer.posttraining.made import MISMATCHED, checked_pairs
-from bessemer.posttraining.preference.registry import KTO, PAIR_LOSSES
+from bessemer.posttraining.preference.registry import BUILT_IN, KTO, PAIR_LOSSES
 from bessemer.training.adapter_config import TuningConfig
 
 #: Raised when the same settings and inputs give other weights than before.
 PREFERENCE_VERSION = 5
+
+
+#: γ of simpo where nothing is said.
+_MARGIN = 0.5
+_WITHOUT_SMOOTHING = ("hinge", "ipo", "apo_zero", "apo_down", "sppo_hard", "orpo")
 
 
 class PreferenceConfig(TuningConfig):
@@ -39,11 +44,11 @@ class PreferenceConfig(TuningConfig):
         0.1, "How strongly the policy is held to the reference; of simpo and orpo a factor of the loss.", gt=0
     )
     label_smoothing: float = setting(
-        0.0, "Share of pairs whose labels are taken to be swapped: of sigmoid, robust and simpo.", ge=0, lt=0.5
+        0.0, "Share of pairs whose labels are taken to be swapped: of sigmoid, sigmoid_norm, robust and simpo.", ge=0, lt=0.5
     )
-    margin: float = setting(0.5, "simpo: the margin γ by which β times the mean log-probabilities shall differ.", ge=0)
+    margin: float = setting(_MARGIN, "simpo: the margin γ by which β times the mean log-probabilities shall differ.", ge=0)
     next_token_weight: float = setting(
-        0.0, "Weight of the chosen answers' mean cross-entropy beside the loss (RPO); orpo has its own.", ge=0
+        0.0, "Weight of the chosen answers' mean cross-entropy beside a loss of pairs (RPO); orpo has its own.", ge=0
     )
     desirable_weight: float = setting(1.0, "kto: weight of good answers' losses, to balance them with the bad ones.", gt=0)
     undesirable_weight: float = setting(1.0, "kto: weight of bad answers' losses.", gt=0)
@@ -78,6 +83,22 @@ class PreferenceConfig(TuningConfig):
     def _check_made_pairs(self) -> Self:
         if self.loss == KTO and MISMATCHED in self.data:
             raise ValueError(f"data: kto learns from single answers, and {MISMATCHED} is of pairs; name files")
+        return self
+
+    @model_validator(mode="after")
+    def _check_unused(self) -> Self:
+        unused = {
+            "label_smoothing": self.label_smoothing > 0 and self.loss in (KTO, *_WITHOUT_SMOOTHING),
+            "margin": self.margin != _MARGIN and self.loss in (KTO, *BUILT_IN) and self.loss != "simpo",
+            "next_token_weight": self.next_token_weight > 0 and self.loss == KTO,
+            "desirable_weight": self.desirable_weight != 1 and self.loss != KTO,
+            "undesirable_weight": self.undesirable_weight != 1 and self.loss != KTO,
+        }
+        for name, is_given in unused.items():
+            if is_given:
+                raise ValueError(f"{name}: loss {self.loss} has none; leave it out")
+        if self.z_loss:
+            raise ValueError("z_loss is of losses of the next token, which preference has not; leave it out")
         return self
 
     @field_validator("loss")

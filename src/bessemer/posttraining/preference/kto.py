@@ -66,7 +66,8 @@ class KTOObjective(Objective):
         losses_BS = kto(ratios_BS, is_desirable_BS > 0, kl_BS, self._beta) * weights_BS
         with torch.no_grad():
             is_undesirable_BS = is_answer_BS - is_desirable_BS
-            is_right_BS = ((ratios_BS > kl_BS) == (is_desirable_BS > 0)).to(ratios_BS.dtype)
+            # on its own side of z; an answer at z itself is on none
+            is_right_BS = torch.where(is_desirable_BS > 0, ratios_BS > kl_BS, ratios_BS < kl_BS).to(ratios_BS.dtype)
             figures = {
                 "kl": (kl_BS, is_answer_BS),
                 "accuracy": (is_right_BS, is_answer_BS),

@@ -56,7 +56,7 @@ class PairExample(NamedTuple):
 
 @dataclass(frozen=True)
 class PackedPairs:
-    """Pairs in rows, and how many were left out because half a row is too short for one of the answers.
+    """Pairs in rows, and how many were left out: half a row is too short for one of the answers, or for where they differ.
 
     Sequences 2k and 2k + 1 of a row, counted from 0, are the chosen and the rejected answer of its k-th pair. `margin` and
     `pair_weight` in `per_sequence` are the pair's; the weight is 0 where there is none. `confidence` is there where any is
@@ -89,10 +89,15 @@ def pack_pairs(
     for pair in pairs:
         sides = [encode_answer(pair.prompt, answer, tokenizer, pair.tools) for answer in (pair.chosen, pair.rejected)]
         chosen, rejected = (example(side, context_length // 2) for side in sides)
-        if chosen is not None and rejected is not None:
+        # what tells them apart may be cut off
+        if chosen is not None and rejected is not None and not _are_equal(chosen, rejected):
             packed.append(PairExample(chosen, rejected, pair.margin, pair.confidence, pair.weight))
     batch = pack_examples(packed, context_length, tokenizer.bos_id, shares_prompts=shares_prompts)
     return PackedPairs(batch, len(packed), len(pairs) - len(packed))
+
+
+def _are_equal(first: _Example, second: _Example) -> bool:
+    return all(np.array_equal(one, other) for one, other in zip(first, second, strict=True))
 
 
 def can_share_prompts(config: LoopConfig, model: Path) -> bool:

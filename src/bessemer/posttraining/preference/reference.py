@@ -11,8 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from bessemer.core.hashing import hash_bytes, hash_value
 from bessemer.core.progress import Progress
 from bessemer.model.decoder import Decoder
 from bessemer.posttraining.preference.kto import MISMATCHED_REFERENCE
@@ -24,6 +27,13 @@ from bessemer.training.objectives import POLICY
 from bessemer.training.runtime import Runtime
 from bessemer.training.trainee import Trainee
 
+#: Key of a file's metadata that says what its log-probabilities are of, and what they depend on beside the reference.
+_OF, _ROWS = "log_probabilities_of", ("tokens_BT", "targets_BT", "positions_BT", "document_ids_BT")
+
+
+def _hash(values: Tensor | None) -> str:
+    return "" if values is None else hash_bytes(str(tuple(values.shape)).encode(), values.contiguous().numpy().tobytes())
+
 
 def cached(
     batch: Batch,
@@ -32,11 +42,12 @@ def cached(
     out: Path,
     runtime: Runtime,
     *,
+    identity: str,
     rows_at_once: int,
     progress: Progress,
 ) -> Batch:
     """A packed data set, training or validation, with what its objective asks of the reference, which `load` gives, from files
-    in `out`."""
+    in `out`. identity: of the reference; what was computed with another one, or for other rows, is computed again."""
 
     def of(rows: Batch, kind: str) -> Batch:
         return with_reference(
@@ -44,6 +55,7 @@ def cached(
             load,
             out / f"reference-{name}{kind}.safetensors",
             runtime,
+            identity=identity,
             rows_at_once=rows_at_once,
             description=f"reference ({name}{kind})",
             progress=progress,
@@ -62,14 +74,19 @@ def with_reference(
     path: Path,
     runtime: Runtime,
     *,
+    identity: str,
     rows_at_once: int,
     description: str,
     progress: Progress,
 ) -> Batch:
     """A packed data set with the log-probabilities of the model that `load` gives, (B, T), read from `path` where an earlier
     start of the run has left them."""
+    of = {_OF: hash_value([identity, *(_hash(getattr(batch, name)) for name in _ROWS)])}
     if path.exists():
-        return batch.with_values(per_token=load_file(path))
+        with safe_open(path, "pt") as file:
+            is_ours = file.metadata() == of
+        if is_ours:
+            return batch.with_values(per_token=load_file(path))
     rows = batch.tokens_BT.shape[0]
     with runtime.running():
         trainee = Trainee({POLICY: PreparedModel(load(), None)}, runtime)
@@ -82,6 +99,6 @@ def with_reference(
     found = {REFERENCE_LOG_PROBS: torch.cat(parts).contiguous()}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    save_file(found, temporary)
+    save_file(found, temporary, metadata=of)
     temporary.replace(path)
     return replace(batch, per_token={**batch.per_token, **found})

@@ -14,19 +14,19 @@ KTO = "kto"
 
 _LOSSES = "bessemer.posttraining.preference.losses"
 
-PAIR_LOSSES: Registry[PairLoss] = Registry(
-    "preference loss",
-    "bessemer.preference_losses",
-    [
-        Plugin("sigmoid", "DPO; with label_smoothing conservative DPO", f"{_LOSSES}:SIGMOID"),
-        Plugin("sigmoid_norm", "DPO on mean log-probabilities", f"{_LOSSES}:SIGMOID_NORM"),
-        Plugin("hinge", "a margin of 1, as of SLiC", f"{_LOSSES}:HINGE"),
-        Plugin("ipo", "a squared distance from a fixed margin", f"{_LOSSES}:IPO"),
-        Plugin("robust", "DPO where a known share of labels is swapped", f"{_LOSSES}:ROBUST"),
-        Plugin("apo_zero", "chosen answers up, rejected down", f"{_LOSSES}:APO_ZERO"),
-        Plugin("apo_down", "both down, rejected more", f"{_LOSSES}:APO_DOWN"),
-        Plugin("sppo_hard", "each answer to a fixed log-ratio", f"{_LOSSES}:SPPO_HARD"),
-        Plugin("simpo", "mean log-probabilities and a margin, no reference", f"{_LOSSES}:SIMPO"),
-        Plugin("orpo", "odds ratio and cross-entropy in one, no reference", f"{_LOSSES}:ORPO"),
-    ],
-)
+_OURS = [
+    Plugin("sigmoid", "DPO; with label_smoothing conservative DPO", f"{_LOSSES}:SIGMOID"),
+    Plugin("sigmoid_norm", "DPO on mean log-probabilities", f"{_LOSSES}:SIGMOID_NORM"),
+    Plugin("hinge", "a margin of 1, as of SLiC", f"{_LOSSES}:HINGE"),
+    Plugin("ipo", "a squared distance from a fixed margin", f"{_LOSSES}:IPO"),
+    Plugin("robust", "DPO where a known share of labels is swapped", f"{_LOSSES}:ROBUST"),
+    Plugin("apo_zero", "chosen answers up, rejected down", f"{_LOSSES}:APO_ZERO"),
+    Plugin("apo_down", "both down, rejected more", f"{_LOSSES}:APO_DOWN"),
+    Plugin("sppo_hard", "each answer to a fixed log-ratio", f"{_LOSSES}:SPPO_HARD"),
+    Plugin("simpo", "mean log-probabilities and a margin, no reference", f"{_LOSSES}:SIMPO"),
+    Plugin("orpo", "odds ratio and cross-entropy in one, no reference", f"{_LOSSES}:ORPO"),
+]
+#: Those that no other package adds, whose settings are known.
+BUILT_IN = tuple(one.name for one in _OURS)
+
+PAIR_LOSSES: Registry[PairLoss] = Registry("preference loss", "bessemer.preference_losses", _OURS)

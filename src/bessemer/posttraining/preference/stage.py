@@ -11,12 +11,14 @@ from typing import Any
 import torch
 
 from bessemer.core.errors import SourceError
+from bessemer.core.hashing import hash_value
 from bessemer.core.progress import Progress, Silent
 from bessemer.core.seeds import derive_seed
 from bessemer.core.stage import OpenTasks
 from bessemer.distributed.mesh import Mesh
 from bessemer.model.decoder import Decoder
 from bessemer.model.folder import load_model
+from bessemer.posttraining.chat_models.files import place_fingerprint
 from bessemer.posttraining.packing import PackedBatches, validation_on
 from bessemer.posttraining.preference.config import PreferenceConfig
 from bessemer.posttraining.preference.data import labelled_data, paired_data
@@ -54,8 +56,8 @@ def preference(
     data = gather(config, model, folder, made or {}, seed)
     if data.training_skipped:
         progress.say(
-            f"  {data.training_skipped:,} of {data.training_examples + data.training_skipped:,} {data.name} are left out: an "
-            f"answer does not begin within {data.longest:,} tokens"
+            f"  {data.training_skipped:,} of {data.training_examples + data.training_skipped:,} {data.name} are left out: "
+            f"{data.longest:,} tokens do not reach an answer, or where two differ"
         )
     if not data.rows:
         raise SourceError(
@@ -69,10 +71,14 @@ def preference(
     options: dict[str, Any] = {}
     if data.needs_reference and mesh.alone:
         rows_at_once = config.micro_batch_size or config.batch_size
+        quantize = None if config.adapter is None else config.adapter.quantize
+        identity = hash_value([place_fingerprint(model), quantize, runtime.dtype])
         for name, batch in sets.items():
             if batch.tokens_BT.shape[0]:
                 load = partial(starting_model, model, config, runtime.device, seed)
-                sets[name] = cached(batch, name, load, out, runtime, rows_at_once=rows_at_once, progress=progress)
+                sets[name] = cached(
+                    batch, name, load, out, runtime, identity=identity, rows_at_once=rows_at_once, progress=progress
+                )
     elif data.needs_reference and config.adapter is None:
         options["frozen"] = {REFERENCE: load_model(model, device=runtime.device, dtype=torch.float32)}
 

@@ -68,6 +68,8 @@ class RewardConfig(TuningConfig):
     def _check_merged(self) -> Self:
         if self.adapter is not None and not self.adapter.merge:
             raise ValueError("adapter.merge: false: a reward model is its adapter and its head, merged in model/; leave it out")
+        if self.z_loss:
+            raise ValueError("z_loss is of losses of the next token, which a reward model has not; leave it out")
         return self
 
     @field_validator("tasks")

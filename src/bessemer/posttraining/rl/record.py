@@ -51,7 +51,8 @@ def rollout_figures(
         figures["refills"] = float(tally.refills)
     if len(names) > 1:
         rewards_RK = torch.cat([group.rewards_GK for group in groups])
-        figures |= {f"reward_{name}": float(rewards_RK[:, k].nanmean()) for k, name in enumerate(names)}
+        means = {f"reward_{name}": float(rewards_RK[:, k].nanmean()) for k, name in enumerate(names)}
+        figures |= {name: value for name, value in means.items() if not math.isnan(value)}
     return figures
 
 

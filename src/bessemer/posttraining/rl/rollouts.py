@@ -146,7 +146,8 @@ class RolloutSource:
         if len(self._judge.names) > 1:
             for place, name in enumerate(self._judge.names):
                 means[f"validation_{name}"] = _mean(float(one.group.rewards_GK[0, place]) for one in judged)
-        return means
+        # of what judges none of them there is no mean, and JSON holds none
+        return {name: value for name, value in means.items() if not math.isnan(value)}
 
     def close(self) -> None:
         """Close the log of completions."""
