@@ -14,7 +14,7 @@ KTO = "kto"
 
 _LOSSES = "bessemer.posttraining.preference.losses"
 
-_OURS = [
+_OURS: list[Plugin[PairLoss]] = [
     Plugin("sigmoid", "DPO; with label_smoothing conservative DPO", f"{_LOSSES}:SIGMOID"),
     Plugin("sigmoid_norm", "DPO on mean log-probabilities", f"{_LOSSES}:SIGMOID_NORM"),
     Plugin("hinge", "a margin of 1, as of SLiC", f"{_LOSSES}:HINGE"),
