@@ -67,8 +67,8 @@ from evaluation_tasks import float32_folder  # noqa: E402
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 SEED = 1
 #: Prompts, instructions and questions that are held out, and those that are learnt from: prompts by answers, and by pairs;
-#: instructions, and as many questions.
-HELD_OUT, REVISED, PREFERRED, LEARNT = 200, 100, 300, 100
+#: instructions, and questions.
+HELD_OUT, REVISED, PREFERRED, LEARNT, QUESTIONS = 200, 100, 300, 100, 220
 #: Tokens of an answer to a prompt, of one that is learnt, and of one to an instruction, which refuses at its beginning or not.
 ANSWER, REVISION, BEGINNING = 40, 40, 24
 #: Score of a hazard from which a prompt holds a word of the lists.
@@ -86,10 +86,12 @@ TUNING = {
     "diagnostics_every": 0,
     "checkpoint_minutes": 60,
 }
+#: Chosen by the refusals of 30 harmless and 10 harmful questions made by hand, and of 80 questions and 80 prompts that are
+#: neither learnt nor counted.
 PREFERENCES = TUNING | {
-    "epochs": 2,
+    "epochs": 3,
     "context_length": 512,
-    "learning_rate": 1e-5,
+    "learning_rate": 3e-5,
     "beta": 0.3,
     "next_token_weight": 0.3,
     "dtype": "bfloat16",
@@ -179,7 +181,7 @@ def asked_of(data: Path, policy: Policy, held_out: int, revised: int, learnt: in
         plain[:HELD_OUT][:held_out],
         [row_of(one, instructions[one]) for one in plain[HELD_OUT:][:learnt]],
         questions[:HELD_OUT][:held_out],
-        questions[HELD_OUT:][:learnt],
+        questions[HELD_OUT:][:QUESTIONS],
     )
 
 
@@ -437,7 +439,7 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=len(EXAMPLES), help="worked examples before a critique")
     parser.add_argument("--held-out", type=int, default=HELD_OUT, help="prompts, instructions and questions that are asked")
     parser.add_argument("--revised", type=int, help="prompts whose answers are learnt")
-    parser.add_argument("--learnt", type=int, default=LEARNT, help="instructions that are learnt beside them, and questions")
+    parser.add_argument("--learnt", type=int, default=LEARNT, help="instructions that are learnt beside them")
     parser.add_argument("--threads", type=int, help="of the training; absent: every core")
     arguments = parser.parse_args()
     if not arguments.data.is_dir():
