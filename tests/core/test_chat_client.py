@@ -1,10 +1,13 @@
 """The client against a server of this process."""
 
 import json
+import socket
+import threading
 
 import pytest
 
-from bessemer.core.chat_client import ApiError, ChatClient
+from bessemer.core.chat_client import ApiError, ChatClient, CutText
+from bessemer.core.errors import ConfigError
 from tests.chat_server import completion, serving
 
 
@@ -12,6 +15,46 @@ from tests.chat_server import completion, serving
 def serve(monkeypatch):
     with serving(monkeypatch) as started:
         yield started
+
+
+@pytest.fixture
+def serve_bytes(monkeypatch):
+    """A function that starts a server of bytes, the first response being the first of those given, then the last; it returns
+    the URL and a list with an entry for each request."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    listening = []
+
+    def started(*responses):
+        server, requests = socket.create_server(("127.0.0.1", 0)), []
+        listening.append(server)
+
+        def loop():
+            while True:
+                try:
+                    connection, _ = server.accept()
+                except OSError:
+                    return
+                with connection, connection.makefile("rb") as stream:
+                    lines = list(iter(stream.readline, b"\r\n"))
+                    length = next(int(line.split(b":")[1]) for line in lines if line.lower().startswith(b"content-length"))
+                    requests.append(stream.read(length))
+                    connection.sendall(responses[min(len(requests), len(responses)) - 1])
+
+        threading.Thread(target=loop, daemon=True).start()
+        return f"http://127.0.0.1:{server.getsockname()[1]}/v1", requests
+
+    yield started
+    for server in listening:
+        server.close()
+
+
+def http_response(head, body):
+    return f"HTTP/1.1 {head}\r\nConnection: close\r\n\r\n".encode() + body
+
+
+ANSWER = completion("A")[2]
+WHOLE = http_response(f"200 OK\r\nContent-Length: {len(ANSWER)}", ANSWER)
 
 
 def failure(status, message="no", **headers):
@@ -103,3 +146,60 @@ def test_an_option_is_as_probable_as_the_first_token_says(serve, text, top, expe
     assert found == (None if expected is None else pytest.approx(expected))
     (_, _, body) = server.requests[0]
     assert (body["max_tokens"], body["logprobs"], body["top_logprobs"]) == (1, True, 20)
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        (b"", r"broke off \(Remote end closed connection without response\)"),
+        (http_response("200 OK\r\nTransfer-Encoding: chunked", b'40\r\n{"choices": ['), r"broke off \(IncompleteRead.*\)"),
+        (http_response("200 OK\r\nContent-Length: 1500", b'{"choices": ['), r"broke off \(1,487 bytes are missing\)"),
+        (b"\x15\x03\x01 nonsense\r\n\r\n", r"broke off \(BadStatusLine\('\\x15\\x03.*\)"),
+        (http_response("503 Busy\r\nTransfer-Encoding: chunked", b'40\r\n{"error": "'), "answered 503 Busy"),
+    ],
+    ids=["nothing", "a chunk cut off", "less than its length", "no status", "an error cut off"],
+)
+def test_a_response_that_broke_off_is_asked_for_again(serve_bytes, broken, reason):
+    url, requests = serve_bytes(broken, WHOLE)
+    assert ChatClient(url, "m", first_wait=0.001).ask(["a"]) == ["A"] and len(requests) == 2
+    url, requests = serve_bytes(broken)
+    with pytest.raises(ApiError, match=f"{reason}, 2 times$"):
+        ChatClient(url, "m", first_wait=0.001, attempts=2).ask(["a"])
+    assert len(requests) == 2
+
+
+def test_a_response_that_is_longer_than_what_is_read_is_not_asked_for_again(serve_bytes, monkeypatch):
+    monkeypatch.setattr("bessemer.core.chat_client._MOST_BYTES", 20)
+    url, requests = serve_bytes(WHOLE)
+    with pytest.raises(ApiError, match="something else than a chat completion"):
+        ChatClient(url, "m", first_wait=0.001).ask(["a"])
+    assert len(requests) == 1
+
+
+@pytest.mark.parametrize("behind", ["?api-version=2&key=SECRET", "#SECRET"])
+def test_what_stands_behind_the_path_of_a_url_is_refused_and_not_shown(behind):
+    with pytest.raises(ConfigError, match=r"what stands behind \? or # would not be sent") as error:
+        ChatClient(f"https://api.example.com/v1{behind}", "m")
+    assert "SECRET" not in str(error.value)
+
+
+def test_a_url_that_cannot_be_asked_is_not_tried_again():
+    with pytest.raises(ApiError, match=r"URL can't contain control characters[^,]*$"):
+        ChatClient("http://127.0.0.1:9/v 1", "m", first_wait=60).ask(["a"])
+
+
+def test_an_answer_that_was_cut_is_told_apart_from_one_that_ended(serve):
+    reasons = {"ended": "stop", "cut": "length", "unsaid": None}
+
+    def respond(body, _):
+        text = body["messages"][0]["content"]
+        choice = {"message": {"content": text}, "finish_reason": reasons[text]}
+        return 200, {}, json.dumps({"choices": [choice]}).encode()
+
+    answers = ChatClient(serve(respond).url, "m").ask(list(reasons))
+    assert answers == list(reasons) and [isinstance(one, CutText) for one in answers] == [False, True, False]
+
+
+def test_an_answer_can_be_written_to_a_file_whatever_its_json_holds(serve):
+    server = serve(lambda *_: completion("half \ud83d, whole \U0001f600"))
+    assert ChatClient(server.url, "m").ask(["a"]) == ["half ?, whole \U0001f600"]

@@ -17,6 +17,7 @@ from bessemer.posttraining.constitution.ai_preferences import ai_preferences
 from bessemer.posttraining.constitution.config import AIPreferencesConfig, ReviseConfig
 from bessemer.posttraining.constitution.detectors import babbles, findings
 from bessemer.posttraining.constitution.drawing import drawn_principles
+from bessemer.posttraining.constitution.prompts import as_asked
 from bessemer.posttraining.constitution.report import preferences_report, revise_report
 from bessemer.posttraining.constitution.revise import revise
 from bessemer.posttraining.conversations import read_conversations
@@ -32,6 +33,8 @@ from bessemer.posttraining.reward.objective import ranking_loss
 from bessemer.posttraining.sft import gather_conversations
 from bessemer.training.objectives import LossContext
 from tests.chat_server import completion, serving
+from tests.posttraining.test_formats import said
+from tests.posttraining.test_synthetic import ending_soon
 from tests.training.conftest import RecordedProgress
 
 POLICY = """\
@@ -130,6 +133,7 @@ def test_an_answer_that_cannot_be_revised_is_left_out_and_counted(serve, folder,
     given = config(ReviseConfig, serve(fails_at_some))
     metrics = revise(given, model_folder, folder / "some", progress=progress, **settings)
     assert (metrics["prompts"], metrics["revisions"], metrics["dropped"]) == (6, 3, 3)
+    assert metrics["reasons"] == {"no critique": 1, "the revision is the critique": 1, "babble": 1}
     (line,) = progress.lines
     assert line.strip() == ("3 of 6 prompts are left out: no critique (1), the revision is the critique (1), babble (1)")
     none = serve(lambda *_: completion(" "))
@@ -137,6 +141,23 @@ def test_an_answer_that_cannot_be_revised_is_left_out_and_counted(serve, folder,
         revise(config(ReviseConfig, none), model_folder, folder / "none", **settings)
     with pytest.raises(ConfigError, match="has no principle 'kinds'; did you mean 'kind'"):
         revise(config(ReviseConfig, none, principles=["kinds"]), model_folder, folder / "no", **settings)
+
+
+def test_a_revision_that_was_cut_is_left_out_and_a_critique_is_not(serve, folder, model_folder):
+    def cuts_some(body, number):
+        choice = json.loads(criticise(body, number)[2])["choices"][0]
+        question, turns = body["messages"][0]["content"], len(body["messages"])
+        is_cut = (question, turns) in (("Question 1?", 3), ("Question 2?", 5))
+        return 200, {}, json.dumps({"choices": [choice | {"finish_reason": "length" if is_cut else "stop"}]}).encode()
+
+    progress = RecordedProgress()
+    given = config(ReviseConfig, serve(cuts_some), rounds=2)
+    metrics = revise(given, model_folder, folder / "out", seed=3, device="cpu", folder=folder, progress=progress)
+    assert metrics["reasons"] == {"cut at max_tokens": 1} and metrics["dropped"] == 1
+    assert progress.lines == ["  1 of 6 prompts are left out: cut at max_tokens (1)"]
+    prompts = [json.loads(line)["prompt"][0]["content"] for line in (folder / "out" / "revisions.jsonl").open()]
+    # the model's own first answer, to the last of them, was cut, and is not learnt
+    assert prompts == ["Question 0?", "Question 1?", "Question 3?", "Question 4?", "Q?"]
 
 
 def test_principles_are_drawn_by_their_weights():
@@ -179,11 +200,52 @@ def test_a_preference_is_the_mean_probability_of_both_orders(serve, folder, mode
 def test_two_answers_of_the_model_are_compared(serve, folder, model_folder):
     (folder / "prompts.jsonl").write_text('{"prompt": "Q?"}\n{"prompt": "R?"}\n')
     seen = serve(lambda body, _: completion("A"))
-    given = config(AIPreferencesConfig, seen)
+    settings = {"seed": 3, "device": "cpu", "folder": folder}
+    model = ending_soon(model_folder, folder / "model")
     with pytest.raises(SourceError, match=r"none of the 2 pairs has a preference: the critic is not sure enough \(2\)$"):
-        ai_preferences(given, model_folder, folder, seed=3, device="cpu", folder=folder)
+        ai_preferences(config(AIPreferencesConfig, seen, max_tokens=64), model, folder / "whole", **settings)
     # each pair in both orders, of a critic that always says A
     assert len(seen.requests) == 4
+    with pytest.raises(SourceError, match=r"none of the 2 pairs has a preference: cut at max_tokens \(2\)$"):
+        ai_preferences(config(AIPreferencesConfig, seen), model_folder, folder / "cut", **settings)
+    assert len(seen.requests) == 4, "a critic is not asked about them"
+
+
+def test_a_pair_with_an_answer_that_was_cut_is_left_out_and_counted(serve, folder, model_folder):
+    rows = [{"prompt": "0?", "chosen": "Sit please.", "rejected": "Sit!"}, {"prompt": "1?", "completion": "Go please."}]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = config(AIPreferencesConfig, serve(compare), data=["pairs.jsonl"])
+    metrics = ai_preferences(given, model_folder, folder, seed=3, device="cpu", folder=folder)
+    assert (metrics["pairs"], metrics["dropped"], metrics["reasons"]) == (1, 1, {"cut at max_tokens": 1})
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"completion": "No."},
+        {"prompt": "Other?", "completion": "No."},
+        {"messages": [said("user", "Other?"), said("assistant", "So.")], "completion": "No."},
+        {"prompt": "Other?", "chosen": "No.", "rejected": "Yes."},
+        {"instruction": "Other?", "completion": "No."},
+    ],
+)
+def test_the_prompt_is_what_its_column_holds(row):
+    asked = as_asked("asked", row | {"asked": "Why?", "system": "Be brief."})
+    assert asked.prompt == (said("system", "Be brief."), said("user", "Why?")) and asked.answers[0] == "No."
+    with pytest.raises(ValueError, match="has no column 'asked'"):
+        as_asked("asked", row)
+
+
+def test_a_prompt_alone_keeps_its_system_message():
+    assert as_asked("prompt", {"prompt": "Why?", "system": "Be brief."}).prompt[0] == said("system", "Be brief.")
+
+
+def test_an_answer_that_calls_tools_is_not_reduced_to_its_words():
+    call = {**said("assistant", "I look."), "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}
+    prompt = [said("user", "Why?")]
+    for answers in ({"completion": [call]}, {"chosen": [said("assistant", "So.")], "rejected": [call]}):
+        with pytest.raises(ValueError, match="the answer calls tools; one turn of words can be criticised"):
+            as_asked("prompt", {"prompt": prompt, **answers})
 
 
 @pytest.fixture

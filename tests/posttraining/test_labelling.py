@@ -15,6 +15,10 @@ from bessemer.posttraining.labelling.rankings import ANSWERS, PAIRS, RANKINGS, A
 from bessemer.posttraining.labelling.sampling import read_prompts, sample_answers
 from bessemer.serving.labelling import create_label_app
 from tests.posttraining.test_formats import said
+from tests.training.conftest import RecordedProgress
+
+#: Tokens at which answers of a random model end soon.
+ENDS = list(range(0, 320, 8))
 
 
 def answers(number, count=3):
@@ -104,12 +108,32 @@ def test_the_page_shows_one_prompt_at_a_time_and_takes_only_its_own_forms(folder
 def test_answers_differ_and_are_not_sampled_twice(model_folder, tmp_path):
     prompts = [(said("user", f"Question {number}?"),) for number in range(3)]
     engine = Engine(model_folder, device="cpu")
-    asked = {"count": 3, "params": SamplingParams(max_tokens=4), "seed": 1, "progress": Silent()}
+    asked = {"count": 3, "params": SamplingParams(max_tokens=40, stop_token_ids=ENDS), "seed": 1, "progress": Silent()}
     first = sample_answers(engine, prompts[:2], tmp_path, **asked)
     assert all(len(set(one.answers)) == 3 for one in first.answers.values())
     before = (tmp_path / ANSWERS).read_bytes()
     second = sample_answers(engine, prompts, tmp_path, **asked)
     assert len(second.answers) == 3 and (tmp_path / ANSWERS).read_bytes().startswith(before)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_an_answer_that_was_cut_is_not_ranked(model_folder, tmp_path):
+    prompts, progress = [(said("user", f"Question {number}?"),) for number in range(3)], RecordedProgress()
+    engine = Engine(model_folder, device="cpu")
+    asked = {"count": 3, "seed": 1, "progress": progress}
+    generated, generate = [], engine.generate
+    engine.generate = lambda *given: generated.append(generate(*given)) or generated[-1]
+    # about half of the answers end within so many tokens
+    params = SamplingParams(max_tokens=5, stop_token_ids=ENDS)
+    labels = sample_answers(engine, prompts, tmp_path / "some", params=params, **asked)
+    ended = {one.text.strip() for lot in generated for one in lot if one.finish_reason == "stop"}
+    cut = {one.text.strip() for lot in generated for one in lot if one.finish_reason == "length"}
+    kept = {text for one in labels.answers.values() for text in one.answers}
+    assert kept and kept <= ended and cut - ended
+    params = SamplingParams(max_tokens=5, ignore_eos=True)
+    labels = sample_answers(engine, prompts, tmp_path / "none", params=params, **asked)
+    line = progress.lines[-1]
+    assert not labels.answers and "3 prompts are left out" in line and "--max-tokens" in line
 
 
 def test_prompts_are_what_is_asked_before_the_last_answer(tmp_path):

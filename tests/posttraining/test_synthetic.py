@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 
@@ -59,6 +60,13 @@ class Script:
         return completion(next((answer for start, answer in ANSWERS.items() if asked.startswith(start)), "Yes."))
 
 
+def ending_soon(model_folder, folder):
+    """A copy of a model's folder in which every eighth token ends an answer: answers of a random model end too."""
+    shutil.copytree(model_folder, folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(0, 320, 8))}))
+    return folder
+
+
 def run(folder, out, server, **changes):
     writer = {"model": "writer", "url": server.url, "workers": 1, "attempts": 1}
     given = {"data": ["seeds.jsonl"], "prompts": 6, "examples": 2, "writer": writer, "batch_size": 2}
@@ -110,6 +118,43 @@ def test_the_seeds_themselves_are_answered(serve, folder):
     assert [row["provenance"]["seeds"] for row in rows] == [[0], [1]] and rows[0]["provenance"]["request"] is None
 
 
+def test_prompts_and_answers_that_were_cut_are_left_out_and_counted(serve, folder):
+    """A writer whose third prompt and whose answer to the first are cut, and which breaks off between two batches."""
+    script = Script(until=8)
+
+    def respond(body, number):
+        status, headers, content = script(body, number)
+        asked = body["messages"][-1]["content"]
+        is_cut = len(script.requests) == 3 or asked == PROMPTS[0]
+        if status != 200 or not is_cut:
+            return status, headers, content
+        (choice,) = json.loads(content)["choices"]
+        return 200, {}, json.dumps({"choices": [choice | {"finish_reason": "length"}]}).encode()
+
+    server = serve(respond)
+    plain = {"deduplicate": None, "clean": {"score": []}, "select": {"keep": [], "languages": []}}
+    with pytest.raises(ApiError):
+        run(folder, folder / "out", server, **plain)
+    script.until = math.inf
+    metrics = run(folder, folder / "out", server, **plain)
+    assert metrics["reasons"] == {"cut at max_tokens": 2, "the model wrote nothing": 1}
+    rows, left_out = (
+        [json.loads(line) for line in (folder / "out" / name).open()] for name in ("synthetic.jsonl", "rejected.jsonl")
+    )
+    assert [row["prompt"][0]["content"] for row in rows] == [PROMPTS[1], PROMPTS[3], PROMPTS[4]]
+    cut = [(row["prompt"][0]["content"], row["completion"]) for row in left_out if row["reason"] == "cut at max_tokens"]
+    assert cut == [(PROMPTS[0], ANSWERS["What makes bread rise"]), (PROMPTS[2], "")]
+
+
+def test_seeds_keep_their_system_message(serve, folder):
+    script = Script()
+    server = serve(script)
+    (folder / "seeds.jsonl").write_text(json.dumps({"prompt": "Why?", "system": "Be brief."}) + "\n")
+    plain = {"deduplicate": None, "clean": {"score": []}, "select": {"keep": [], "languages": []}}
+    run(folder, folder / "out", server, prompts=None, **plain)
+    assert [one["content"] for one in server.requests[0][2]["messages"]] == ["Be brief.", "Why?"]
+
+
 def test_what_cannot_work_is_said(serve, folder):
     with pytest.raises(ConfigError, match=r"select needs the score gopher_quality; add it to clean.score"):
         SynthesizeConfig.parse({"data": ["a.jsonl"], "select": {"keep": ["gopher_quality"], "languages": []}}, "synthesize")
@@ -123,9 +168,10 @@ def test_what_cannot_work_is_said(serve, folder):
 def test_a_model_of_this_machine_writes_and_is_named_by_its_files(model_folder, folder):
     (folder / "seeds.jsonl").write_text('{"prompt": "Why?"}\n{"prompt": "How?"}\n')
     plain = {"deduplicate": None, "clean": {"score": []}, "select": {"keep": [], "languages": []}}
-    config = SynthesizeConfig.parse({"data": ["seeds.jsonl"], "max_tokens": 6, **plain}, "synthesize")
+    config = SynthesizeConfig.parse({"data": ["seeds.jsonl"], "max_tokens": 64, **plain}, "synthesize")
+    model = ending_soon(model_folder, folder / "model")
     for out in ("one", "other"):
-        synthesize(config, model_folder, folder / out, seed=5, device="cpu", folder=folder)
+        synthesize(config, model, folder / out, seed=5, device="cpu", folder=folder)
     (first, *_) = map(json.loads, (folder / "one" / "synthetic.jsonl").open())
     assert first["provenance"]["model"] is None and len(first["provenance"]["files"]) == 32
     assert (folder / "one" / "synthetic.jsonl").read_bytes() == (folder / "other" / "synthetic.jsonl").read_bytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import math
 import os
@@ -21,6 +22,8 @@ from bessemer.core.errors import BessemerError, ConfigError
 _PASSING = (408, 409, 429, 500, 502, 503, 504)
 _LONGEST_WAIT = 60.0
 _MOST_BYTES = 16 << 20
+#: Characters of what a server or a connection says that are shown.
+_LONGEST_REASON = 300
 #: Likeliest first tokens that are asked for where an option is chosen: the most that common servers give.
 _LIKELIEST = 20
 #: Signs around a letter that is the whole answer: `(A)`, `A.`, `**A**`.
@@ -31,11 +34,20 @@ ChatPrompt: TypeAlias = str | Sequence[Mapping[str, Any]]
 Read = TypeVar("Read")
 
 
+class CutText(str):
+    """An answer that came to the most tokens before it ended. What is made of it, as by `strip`, is a plain text."""
+
+    __slots__ = ()
+
+
 class ChatModel(Protocol):
     """A model that answers conversations: at a URL (`ChatClient`), or on this machine (`inference.chat.EngineChat`)."""
 
     def ask(self, prompts: Sequence[ChatPrompt], seeds: Sequence[int] | None = None) -> list[str]:
-        """The answer to each prompt, each a conversation of its own. seeds: of sampled answers, one for each."""
+        """The answer to each prompt, each a conversation of its own; a `CutText` where it was cut at the most tokens.
+
+        seeds: of sampled answers, one for each.
+        """
 
     def choose(self, prompts: Sequence[ChatPrompt], options: Sequence[str]) -> list[list[float] | None]:
         """How probable each option is as the beginning of the answer to a prompt, beside the others: they add up to 1.
@@ -72,7 +84,7 @@ class ChatClient:
     none is sent. workers: requests at once. attempts: tries of one request; between them it waits `first_wait` seconds, twice
     as long each time, a random part less, or as long as the server asks for.
 
-    Raises ConfigError for a URL that is none or holds a password, and for a variable that is not set.
+    Raises ConfigError for a URL that is none or holds a password or a query, and for a variable that is not set.
     """
 
     def __init__(
@@ -93,6 +105,8 @@ class ChatClient:
             raise ConfigError(f"{url!r} is not the URL of an API: it begins with http:// or https://")
         if parts.username or parts.password:
             raise ConfigError("the URL of an API holds no password: name the environment variable of the key instead")
+        if parts.query or parts.fragment:
+            raise ConfigError("the URL of an API ends in its path: what stands behind ? or # would not be sent")
         self._place = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
         self._request = {"model": model, "max_tokens": max_tokens, "temperature": temperature}
         self._headers = {"Content-Type": "application/json"}
@@ -108,7 +122,7 @@ class ChatClient:
         self._opener = urllib.request.build_opener(_NoRedirects)
 
     def ask(self, prompts: Sequence[ChatPrompt], seeds: Sequence[int] | None = None) -> list[str]:
-        """The answer to each prompt, each a conversation of its own; "" where there is none in words.
+        """As of `ChatModel`; "" where there is no answer in words.
 
         seeds: of sampled answers, one for each, of which servers take 31 bits. Raises ApiError, in one line, for a request
         that fails for good; those that wait are then not sent.
@@ -171,6 +185,9 @@ class ChatClient:
         try:
             with self._opener.open(request, timeout=self._timeout) as response:
                 content: bytes = response.read(_MOST_BYTES)
+                # a read of at most so many bytes does not tell that the connection ended before the length that was announced
+                if response.length and len(content) < _MOST_BYTES:
+                    raise _PassingError(f"broke off ({response.length:,} bytes are missing)")
                 return content
         except urllib.error.HTTPError as error:
             reason = f"answered {error.code} {error.reason}{_said(error)}"
@@ -181,10 +198,18 @@ class ChatClient:
             raise _PassingError(f"cannot be reached ({error.reason})") from None
         except (OSError, ValueError) as error:
             raise _PassingError(f"broke off ({error or type(error).__name__})") from None
+        except http.client.InvalidURL as error:
+            raise ApiError(f"{self._place}: {error}") from None
+        except http.client.HTTPException as error:
+            # it quotes what came instead of HTTP, of which the representation escapes the control characters
+            raise _PassingError(f"broke off ({repr(error)[:_LONGEST_REASON]})") from None
 
     def _text(self, content: bytes) -> str:
-        text = self._choice(content)["message"].get("content")
-        return text if isinstance(text, str) else ""
+        choice = self._choice(content)
+        given = choice["message"].get("content")
+        # half of a surrogate pair, which JSON can hold, has no bytes
+        text = given.encode("utf-8", "replace").decode("utf-8") if isinstance(given, str) else ""
+        return CutText(text) if choice.get("finish_reason") == "length" else text
 
     def _choice(self, content: bytes) -> dict[str, Any]:
         try:
@@ -220,8 +245,8 @@ def _said(error: urllib.error.HTTPError) -> str:
         content = error.read(_MOST_BYTES)
         found: Any = json.loads(content)
         message = found["error"]["message"] if isinstance(found["error"], Mapping) else found["error"]
-        return f" ({' '.join(str(message).split())[:300]})"
-    except (OSError, ValueError, LookupError, TypeError):
+        return f" ({' '.join(str(message).split())[:_LONGEST_REASON]})"
+    except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError):
         return ""
 
 

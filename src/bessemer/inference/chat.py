@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from bessemer.core.chat_client import ChatPrompt, messages_of
+from bessemer.core.chat_client import ChatPrompt, CutText, messages_of
 from bessemer.inference.engine import Engine
 from bessemer.inference.sampling.params import SamplingParams
 
@@ -18,7 +18,10 @@ class EngineChat:
         self._params = SamplingParams(max_tokens=max_tokens, temperature=temperature)
 
     def ask(self, prompts: Sequence[ChatPrompt], seeds: Sequence[int] | None = None) -> list[str]:
-        """The answer to each prompt; "" to one that fills the context. Raises RequestError for messages that are malformed."""
+        """As of `ChatModel`; "" to a prompt that fills the context. Raises RequestError for messages that are malformed.
+
+        An answer is cut by the end of the context too.
+        """
         encoded = self._encoded(prompts)
         fitting = [index for index, ids in enumerate(encoded) if len(ids) < self._engine.longest]
         params = [
@@ -27,7 +30,7 @@ class EngineChat:
         answers = [""] * len(prompts)
         completions = self._engine.generate([encoded[index] for index in fitting], params)
         for index, completion in zip(fitting, completions, strict=True):
-            answers[index] = completion.text
+            answers[index] = CutText(completion.text) if completion.finish_reason == "length" else completion.text
         return answers
 
     def choose(self, prompts: Sequence[ChatPrompt], options: Sequence[str]) -> list[list[float] | None]:

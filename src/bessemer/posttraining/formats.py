@@ -88,7 +88,7 @@ class Labelled:
 
 def as_answered(row: Mapping[str, Any]) -> Answered:
     """A row for supervised tuning. Raises ValueError or RequestError, in one line, for one in none of the formats."""
-    tools = _tools(row)
+    tools = tools_of(row)
     if (name := _conversation_key(row)) is not None:
         return Answered((), _under_system(row, _spoken(_turns(row, name), name)), tools)
     if "completion" in row:
@@ -121,14 +121,21 @@ def _cell(row: Mapping[str, Any], name: str) -> str:
 
 
 def as_prompt(row: Mapping[str, Any], column: str = "prompt") -> tuple[Message, ...]:
-    """A row's prompt as messages; a text is what the user says. Raises ValueError or RequestError, in one line."""
+    """A row's prompt as messages, behind its system message; a text is what the user says.
+
+    Raises ValueError or RequestError, in one line, also where nothing is asked.
+    """
     if column not in row:
         raise ValueError(f"has no column {column!r}{nearest(column, list(row))}")
     given = row[column]
     messages = _messages([_said("user", _text(row, column))] if isinstance(given, str) else given, column)
-    if messages[-1]["role"] == "assistant":
-        raise ValueError(f"{column}: the assistant speaks last, so that nothing is asked")
-    return messages
+    last = messages[-1]
+    if last["role"] == "assistant":
+        raise ValueError(f"{column}: it ends with the assistant, whose turn it is to answer")
+    # a tool may return nothing
+    if last["role"] != "tool" and not last["content"].strip():
+        raise ValueError(f"{column}: its last message is empty, so that nothing is asked")
+    return _under_system(row, messages)
 
 
 def as_pair(row: Mapping[str, Any]) -> Pair:
@@ -143,7 +150,7 @@ def as_pair(row: Mapping[str, Any]) -> Pair:
         raise ValueError(f"confidence is how probably chosen is better, from 0.5 to 1; it is {confidence:g}")
     if weight <= 0:
         raise ValueError(f"weight must be above 0, it is {weight:g}")
-    return Pair(prompt, chosen, rejected, _tools(row), _number(row, "margin", 0.0), confidence, weight)
+    return Pair(prompt, chosen, rejected, tools_of(row), _number(row, "margin", 0.0), confidence, weight)
 
 
 def _number(row: Mapping[str, Any], name: str, absent: float) -> float:
@@ -391,7 +398,7 @@ def _filled(value: str, key: str) -> str:
     return value
 
 
-def _tools(row: Mapping[str, Any]) -> tuple[Message, ...]:
+def tools_of(row: Mapping[str, Any]) -> tuple[Message, ...]:
     """The tools of a row; some data sets hold them as a JSON string, and an empty one is none."""
     tools = row.get("tools")
     if isinstance(tools, str):

@@ -10,7 +10,8 @@ from typing import Any
 
 from bessemer.core.policy import Policy
 from bessemer.core.progress import Progress, Silent
-from bessemer.posttraining.constitution.answering import Speakers, answered
+from bessemer.posttraining.chat_models.config import CUT_REASON
+from bessemer.posttraining.constitution.answering import GivenAnswer, Speakers, answered
 from bessemer.posttraining.constitution.comparison import Comparison, SoftLabel, mean_label, soft_labels
 from bessemer.posttraining.constitution.config import AIPreferencesConfig
 from bessemer.posttraining.constitution.drawing import drawn_principles
@@ -65,6 +66,7 @@ def ai_preferences(
         "prompts": len(worked.rows),
         "pairs": len(kept),
         "dropped": worked.dropped,
+        "reasons": worked.reasons,
         "mean_confidence": fmean(row["confidence"] for row in kept),
         "place_bias": fmean(row["place_bias"] for row in judged),
         "consistent_share": fmean(row["consistent"] for row in judged),
@@ -78,19 +80,17 @@ def _compared_rows(
     answers = answered(speakers, chosen, rows, 2, seed)
     principles = policy.chosen_principles(config.principles)
     drawn = [drawn_principles(principles, seed, row, config.principles_per_pair) for row in rows]
-    places = [place for place, (first, second) in enumerate(answers) if first.strip() and second.strip() and first != second]
+    compared = {place: of_row for place, of_row in enumerate(answers) if not _not_comparable(of_row)}
     labels = soft_labels(
         speakers.critic,
         [
-            Comparison(
-                conversation_text(chosen[place].prompt), answers[place][0], answers[place][1], principles[name].comparison
-            )
-            for place in places
+            Comparison(conversation_text(chosen[place].prompt), first.text, second.text, principles[name].comparison)
+            for place, (first, second) in compared.items()
             for name in drawn[place]
         ],
     )
     each = config.principles_per_pair
-    of_place = {place: mean_label(labels[number * each : (number + 1) * each]) for number, place in enumerate(places)}
+    of_place = {place: mean_label(labels[number * each : (number + 1) * each]) for number, place in enumerate(compared)}
     critic = None if config.critic is None else config.critic.model
     return [
         {
@@ -102,14 +102,24 @@ def _compared_rows(
     ]
 
 
-def _pair(asked: Asked, answers: Sequence[str], label: SoftLabel | None, least: float) -> Mapping[str, Any]:
+def _not_comparable(answers: Sequence[GivenAnswer]) -> str:
+    """Why two answers are not shown to a critic; empty where they are."""
     first, second = answers
+    if first.is_cut or second.is_cut:
+        return CUT_REASON
+    if first.text == second.text:
+        return "the answers are the same"
+    return "" if first.text.strip() and second.text.strip() else "an answer is empty"
+
+
+def _pair(asked: Asked, answers: Sequence[GivenAnswer], label: SoftLabel | None, least: float) -> Mapping[str, Any]:
+    first, second = (one.text for one in answers)
     readable = label is not None and label.readable
     probability = label.probability if label is not None and readable else 0.5
     confidence = max(probability, 1 - probability)
     dropped = ""
     if label is None:
-        dropped = "the answers are the same" if first == second else "an answer is empty"
+        dropped = _not_comparable(answers)
     elif not readable:
         dropped = "the critic gave no letter"
     elif confidence <= least + _ROUNDING:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from bessemer.core.chat_client import ChatModel
+from bessemer.core.chat_client import ChatModel, CutText
 from bessemer.core.hashing import hash_value
 from bessemer.core.policy import Policy
 from bessemer.core.seeds import derive_seed
@@ -45,7 +46,15 @@ class Speakers:
         return Engine(self._model, device=self._device)
 
 
-def answered(speakers: Speakers, asked: Sequence[Asked], rows: Sequence[int], count: int, seed: int) -> list[list[str]]:
+@dataclass(frozen=True)
+class GivenAnswer:
+    """What the data or the model says to a prompt. is_cut: the model came to `max_tokens` before it ended."""
+
+    text: str
+    is_cut: bool = False
+
+
+def answered(speakers: Speakers, asked: Sequence[Asked], rows: Sequence[int], count: int, seed: int) -> list[list[GivenAnswer]]:
     """`count` answers to each prompt: those of the data first, and as many of the model's as are missing.
 
     rows: the numbers of the prompts in the whole data, from which their seeds derive.
@@ -53,10 +62,10 @@ def answered(speakers: Speakers, asked: Sequence[Asked], rows: Sequence[int], co
     missing = [(place, number) for place, one in enumerate(asked) for number in range(len(one.answers), count)]
     prompts = [asked[place].prompt for place, _ in missing]
     seeds = [derive_seed(seed, "answer", rows[place], number) for place, number in missing]
-    answers = [list(one.answers[:count]) for one in asked]
+    answers = [[GivenAnswer(text) for text in one.answers[:count]] for one in asked]
     if missing:
         for (place, _), answer in zip(missing, speakers.answering.ask(prompts, seeds), strict=True):
-            answers[place].append(answer.strip())
+            answers[place].append(GivenAnswer(answer.strip(), isinstance(answer, CutText)))
     return answers
 
 

@@ -8,8 +8,8 @@ from bessemer.core.config import Config, setting
 from bessemer.posttraining.chat_models.config import ChatModelConfig
 
 #: Raised when the same settings and inputs give other rows than before.
-REVISE_VERSION = 1
-AI_PREFERENCES_VERSION = 1
+REVISE_VERSION = 2
+AI_PREFERENCES_VERSION = 2
 
 
 class PrincipledConfig(Config):

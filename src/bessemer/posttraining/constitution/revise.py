@@ -66,6 +66,7 @@ def revise(
         "prompts": len(worked.rows),
         "revisions": len(kept),
         "dropped": worked.dropped,
+        "reasons": worked.reasons,
         "changed_share": sum(row["answer"] != row["completion"] for row in kept) / len(kept),
         **rates(before, after),
     }
@@ -75,7 +76,7 @@ def _revised_rows(
     config: ReviseConfig, seed: int, speakers: Speakers, policy: Policy, asked: Sequence[Asked], rows: Sequence[int]
 ) -> list[dict[str, Any]]:
     chosen = [asked[row] for row in rows]
-    answers = [of_row[0] for of_row in answered(speakers, chosen, rows, 1, seed)]
+    answers = [of_row[0].text for of_row in answered(speakers, chosen, rows, 1, seed)]
     principles = policy.chosen_principles(config.principles)
     found = revise_answers(
         speakers.critic,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from bessemer.core.chat_client import ChatModel
+from bessemer.core.chat_client import ChatModel, CutText
 from bessemer.core.policy import Principle
+from bessemer.posttraining.chat_models.config import CUT_REASON
 from bessemer.posttraining.constitution.detectors import babbles
 from bessemer.posttraining.formats import Message
 
@@ -52,7 +53,7 @@ def revise_answers(
     principles, as many for each answer. seeds: of what a critic at a temperature samples.
 
     A row is dropped whose answer, critique or revision says nothing, as one that the critic's context does not hold, whose
-    revision babbles, or whose critic says the same twice.
+    revision babbles or is cut, or whose critic says the same twice. A critique that is cut is criticism all the same.
     """
     revised = [Revised(answer, dropped="" if answer.strip() else "no answer") for answer in answers]
     for number in range(max(map(len, drawn), default=0)):
@@ -74,19 +75,21 @@ def revise_answers(
         for row, name, critique, revision in zip(rows, names, critiques, revisions, strict=True):
             before = revised[row]
             rounds = (*before.rounds, Round(name, critique.strip(), revision.strip()))
-            revised[row] = Revised(before.answer, rounds, _reason(critique.strip(), revision.strip()))
+            revised[row] = Revised(before.answer, rounds, _reason(rounds[-1], isinstance(revision, CutText)))
     return revised
 
 
-def _reason(critique: str, revision: str) -> str:
-    """Why a row is dropped; empty where it is not."""
-    if not critique:
+def _reason(last: Round, is_cut: bool) -> str:
+    """Why a row is dropped; empty where it is not. is_cut: of the revision."""
+    if not last.critique:
         return "no critique"
-    if not revision:
+    if is_cut:
+        return CUT_REASON
+    if not last.revision:
         return "no revision"
-    if revision == critique:
+    if last.revision == last.critique:
         return "the revision is the critique"
-    return "babble" if babbles(revision) else ""
+    return "babble" if babbles(last.revision) else ""
 
 
 def _said(role: str, content: str) -> Message:

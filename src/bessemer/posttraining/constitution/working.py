@@ -28,6 +28,11 @@ class Worked:
     kept: Sequence[Row]
 
     @property
+    def reasons(self) -> dict[str, int]:
+        """How many rows are left out, for each reason."""
+        return dict(Counter(row["dropped"] for row in self.rows if row["dropped"]))
+
+    @property
     def dropped(self) -> int:
         """How many rows are left out."""
         return len(self.rows) - len(self.kept)
@@ -65,12 +70,11 @@ def work_through(
             lot = range(start, min(start + config.batch_size, len(asked)))
             finished.append(make(speakers, policy, asked, lot))
             bar.advance(len(lot))
-    kept = [row for row in finished.rows if not row["dropped"]]
-    dropped = Counter(row["dropped"] for row in finished.rows if row["dropped"])
-    reasons = ", ".join(f"{reason} ({count:,})" for reason, count in dropped.items())
-    if not kept:
+    worked = Worked(policy, finished.rows, [row for row in finished.rows if not row["dropped"]])
+    reasons = ", ".join(f"{reason} ({count:,})" for reason, count in worked.reasons.items())
+    if not worked.kept:
         raise SourceError(f"none of the {len(asked):,} {without_any}: {reasons}")
-    if dropped:
-        progress.say(f"  {dropped.total():,} of {len(asked):,} {unit} are left out: {reasons}")
-    write_rows(path, [{name: value for name, value in row.items() if name not in internal} for row in kept])
-    return Worked(policy, finished.rows, kept)
+    if worked.dropped:
+        progress.say(f"  {worked.dropped:,} of {len(asked):,} {unit} are left out: {reasons}")
+    write_rows(path, [{name: value for name, value in row.items() if name not in internal} for row in worked.kept])
+    return worked

@@ -10,10 +10,9 @@ from typing import Any
 from bessemer.posttraining.dataset import prompt_key, read_examples, split_examples
 from bessemer.posttraining.distillation.config import DistillationConfig
 from bessemer.posttraining.encoding import encode_prompt
-from bessemer.posttraining.formats import Answered, Message, Turns, as_answered
+from bessemer.posttraining.formats import Answered, Message, Turns, as_answered, as_prompt, tools_of
 from bessemer.posttraining.rl.prompts import Prompt
 from bessemer.posttraining.rl.sampler import EncodedPrompt
-from bessemer.tokenization.chat import checked_messages
 from bessemer.tokenization.tokenizer import Tokenizer
 
 
@@ -47,20 +46,24 @@ def before_last_answer(answered: Answered) -> Asked | None:
 
 def as_asked(row: Mapping[str, Any]) -> Asked:
     """A row of a prompt alone, or of one of the formats with answers. Raises ValueError or RequestError, in one line."""
-    if "prompt" in row and "completion" not in row:
-        given = row["prompt"]
-        if isinstance(given, str) and given.strip():
-            return Asked(given)
-        if not isinstance(given, list) or not given:
-            raise ValueError(f"needs messages or a text under 'prompt'; it has {given!r}"[:200])
-        messages = checked_messages(given, first=1)
-        if messages[-1]["role"] == "assistant":
-            raise ValueError("prompt: it ends with the assistant, whose turn it is to answer")
-        return Asked(tuple(messages))
-    asked = before_last_answer(as_answered(row))
+    is_bare = "prompt" in row and "completion" not in row
+    asked = _bare_prompt(row) if is_bare else before_last_answer(as_answered(row))
     if asked is None:
         raise ValueError("begins with the assistant, so that there is no prompt to answer")
+    if asked.tools and isinstance(asked.prompt, str):
+        raise ValueError("tools are shown in a conversation, and the prompt is a text; give it as messages")
     return asked
+
+
+def _bare_prompt(row: Mapping[str, Any]) -> Asked:
+    """A row of a prompt alone. As with a completion, a text without a system message is continued."""
+    given = row["prompt"]
+    if not given or not isinstance(given, (str, list)):
+        raise ValueError(f"needs messages or a text under 'prompt'; it has {given!r}"[:200])
+    messages = as_prompt(row)
+    if isinstance(given, str) and len(messages) == 1:
+        return Asked(given, tools_of(row))
+    return Asked(messages, tools_of(row))
 
 
 def gather_prompts(config: DistillationConfig, folder: Path, seed: int) -> tuple[list[Asked], list[Asked]]:

@@ -57,14 +57,14 @@ def sample_answers(
 ) -> Labels:
     """`count` different answers to each prompt, kept in `out`; those that are there already are not sampled again.
 
-    A prompt that the model answers in fewer ways has as many answers as were found; with a single one there is nothing to
-    rank, and it is left out. Raises RequestError for a prompt that is too long.
+    An answer that was cut at the most tokens is none. A prompt that the model answers in fewer ways has as many answers as were
+    found; with a single one there is nothing to rank, and it is left out. Raises RequestError for a prompt that is too long.
     """
     out.mkdir(parents=True, exist_ok=True)
     labels = Labels(out)
     by_id = {prompt_key(tuple(messages)): messages for messages in prompts}
     left = [(id, messages) for id, messages in by_id.items() if id not in labels.answers]
-    alike = 0
+    left_out = 0
     with (
         (out / ANSWERS).open("a", encoding="utf-8") as stream,
         progress.task("answers", total=len(left), unit="prompts") as bar,
@@ -74,18 +74,21 @@ def sample_answers(
             for (id, messages), texts in zip(some, _different(engine, some, count, params, seed), strict=True):
                 if len(texts) > 1:
                     stream.write(json.dumps(asdict(Answers(id, list(messages), texts)), ensure_ascii=False) + "\n")
-                alike += len(texts) < 2
+                left_out += len(texts) < 2
             stream.flush()
             bar.advance(len(some))
-    if alike:
-        progress.say(f"  {alike:,} prompts are left out: the model answers them in one way; raise --temperature")
+    if left_out:
+        progress.say(
+            f"  {left_out:,} prompts are left out: fewer than two of the model's answers differ and end within max_tokens; "
+            "raise --temperature or --max-tokens"
+        )
     return Labels(out)
 
 
 def _different(
     engine: Engine, asked: Sequence[tuple[str, Sequence[Message]]], count: int, params: SamplingParams, seed: int
 ) -> list[list[str]]:
-    """Up to `count` different answers to each of some prompts."""
+    """Up to `count` different answers to each of some prompts, all of which ended."""
     found: list[dict[str, None]] = [{} for _ in asked]
     for trial in range(_TRIES):
         short = [place for place, texts in enumerate(found) if len(texts) < count]
@@ -99,6 +102,6 @@ def _different(
         prompts = [encode_prompt(tuple(asked[place][1]), engine.tokenizer) for place in short for _ in range(count)]
         for number, completion in enumerate(engine.generate(prompts, calls)):
             texts, text = found[short[number // count]], completion.text.strip()
-            if text and len(texts) < count:
+            if completion.finish_reason != "length" and text and len(texts) < count:
                 texts[text] = None
     return [list(texts) for texts in found]

@@ -13,7 +13,7 @@ from bessemer.data.thresholds.presets import scores_of
 from bessemer.posttraining.chat_models.config import ChatModelConfig
 
 #: Raised when the same settings and inputs give other rows than before.
-SYNTHESIZE_VERSION = 1
+SYNTHESIZE_VERSION = 2
 
 
 class WriterConfig(ChatModelConfig):

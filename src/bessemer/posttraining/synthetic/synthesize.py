@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from bessemer.core.chat_client import ChatModel
+from bessemer.core.chat_client import ChatModel, CutText
 from bessemer.core.errors import ConfigError, SourceError
 from bessemer.core.hashing import hash_value
 from bessemer.core.progress import Progress, Silent
@@ -17,12 +17,13 @@ from bessemer.core.seeds import derive_seed
 from bessemer.data.thresholds.apply import rule_of
 from bessemer.inference.chat import EngineChat
 from bessemer.inference.engine import Engine
+from bessemer.posttraining.chat_models.config import CUT_REASON
 from bessemer.posttraining.chat_models.files import chat_models_fingerprint, place_fingerprint
 from bessemer.posttraining.chat_models.opening import open_chat_model, provenance
 from bessemer.posttraining.dataset import read_examples
 from bessemer.posttraining.finished_rows import FinishedRows, write_rows
 from bessemer.posttraining.formats import Message, as_prompt, conversation_text
-from bessemer.posttraining.synthetic.config import SynthesizeConfig
+from bessemer.posttraining.synthetic.config import SYNTHESIZE_VERSION, SynthesizeConfig
 from bessemer.posttraining.synthetic.prompts import prompt_request, without_fence
 from bessemer.posttraining.synthetic.refining import refined
 
@@ -42,6 +43,19 @@ class Draft:
     request: str | None = None
     completion: str = ""
     reason: str = ""
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What the writer says, stripped. is_cut: it came to `max_tokens` before it ended."""
+
+    text: str
+    is_cut: bool
+
+    @property
+    def reason(self) -> str:
+        """Why it is of no use; empty where it is of use."""
+        return CUT_REASON if self.is_cut else "" if self.text else _NO_TEXT
 
 
 def synthesize(
@@ -124,36 +138,36 @@ class _Work:
         shown = [conversation_text(prompt) for prompt in self._seeds]
         requests = [prompt_request(shown, self._config.examples, self._seed, number) for number in range(count)]
         written = self._texts("prompts", writer, [[_user(one.text)] for one in requests])
-        texts = [without_fence(text) for text in written]
+        prompts = [replace(one, text=without_fence(one.text)) for one in written]
         return [
-            Draft([_user(text)], one.seeds, one.text, reason="" if text else _NO_TEXT)
-            for one, text in zip(requests, texts, strict=True)
+            Draft([_user(prompt.text)], request.seeds, request.text, reason=prompt.reason)
+            for request, prompt in zip(requests, prompts, strict=True)
         ]
 
     def answer(self, writer: Callable[[], ChatModel], drafts: Sequence[Draft]) -> None:
         """Complete the drafts."""
-        texts = self._texts("answers", writer, [draft.prompt for draft in drafts])
-        for draft, text in zip(drafts, texts, strict=True):
-            draft.completion = text
-            draft.reason = "" if text else _NO_TEXT
+        answers = self._texts("answers", writer, [draft.prompt for draft in drafts])
+        for draft, answer in zip(drafts, answers, strict=True):
+            draft.completion = answer.text
+            draft.reason = answer.reason
 
     def record(self, draft: Draft) -> dict[str, Any]:
         """A draft as it is written: who wrote it, how, after which seeds, and what was asked for its prompt."""
         origin = {**self._origin, "seeds": list(draft.seeds), "request": draft.request}
         return {"prompt": list(draft.prompt), "completion": draft.completion, "provenance": origin}
 
-    def _texts(self, name: str, writer: Callable[[], ChatModel], prompts: Sequence[Sequence[Message]]) -> list[str]:
-        """What the writer says to each prompt, stripped. Filters have no part in it: other limits make no text again."""
-        identity = [self._origin, hash_value([list(prompt) for prompt in prompts])]
+    def _texts(self, name: str, writer: Callable[[], ChatModel], prompts: Sequence[Sequence[Message]]) -> list[_Written]:
+        """What the writer says to each prompt. Filters have no part in it: other limits make no text again."""
+        identity = [SYNTHESIZE_VERSION, self._origin, hash_value([list(prompt) for prompt in prompts])]
         finished = FinishedRows(self._folder / f"{name}.jsonl", identity)
         with self._progress.task(f"write {name}", total=len(prompts), unit=name, completed=len(finished)) as bar:
             for start in range(len(finished), len(prompts), self._config.batch_size):
                 numbers = range(start, min(start + self._config.batch_size, len(prompts)))
                 seeds = [derive_seed(self._seed, name, number) for number in numbers]
                 texts = writer().ask([prompts[number] for number in numbers], seeds)
-                finished.append([{"text": text.strip()} for text in texts])
+                finished.append([{"text": text.strip(), "is_cut": isinstance(text, CutText)} for text in texts])
                 bar.advance(len(numbers))
-        return [row["text"] for row in finished.rows]
+        return [_Written(row["text"], row["is_cut"]) for row in finished.rows]
 
 
 def _writer(config: SynthesizeConfig, model: Path | None, folder: Path, device: str) -> Callable[[], ChatModel]:
