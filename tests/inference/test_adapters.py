@@ -96,6 +96,22 @@ def test_magnitudes_are_those_of_merged_weights(served, tokenizer, tmp_path):
             assert (log_probs_of(completion) - log_probs_of(expected)).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("magnitudes", [False, True])
+@pytest.mark.parametrize("served", ["dense", "latent"], indirect=True)
+def test_adapters_are_computed_under_autocast_too(served, tokenizer, magnitudes):
+    model, _, _ = served
+    engine = Engine(model, tokenizer, config=EngineConfig(block_size=BLOCK, prefix_cache=False))
+    engine.load_adapter("one", random_adapter(model, 1, magnitudes=magnitudes))
+    items = [(prompt, [[5, 6, 7]]) for prompt in PROMPTS]
+    # alone, and beside rows without an adapter
+    for names in ("one", ["one", None, "one"]):
+        expected = engine.score_items(items, adapter=names)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = engine.score_items(items, adapter=names)
+        for (one,), (other,) in zip(found, expected, strict=True):
+            assert (torch.tensor(one.log_probs) - torch.tensor(other.log_probs)).abs().max() < 0.2
+
+
 @pytest.mark.parametrize("served", slow_but(["dense", "experts", "linear"], ARCHITECTURES), indirect=True)
 def test_an_invariant_engine_gives_the_same_bits_alone_and_in_company(served, tokenizer):
     together = engine_of(served, tokenizer, batch_invariant=True).generate(

@@ -247,6 +247,35 @@ def test_versions_count_updates_and_changes_in_place(tokenizer):
     assert engine.weight_version == 41
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_after_an_update_magnitudes_are_of_the_new_weights(tokenizer, in_place):
+    model, other = small_decoder("dense"), small_decoder("dense", seed=1)
+    with torch.no_grad():
+        for name, weight in other.named_parameters():
+            if name.endswith("proj.weight"):
+                weight *= 3
+    adapter = random_adapter(model, 3, magnitudes=True)
+    engine = engine_of(model, tokenizer)
+    engine.load_adapter("norms", adapter)
+    prepared = engine.prepare(PROMPTS[1], PARAMS, adapter="norms")
+    # the name has another adapter, and the request keeps its own
+    engine.load_adapter("norms", random_adapter(model, 4, magnitudes=True))
+    engine.load_adapter("again", adapter)
+    engine.generate([PROMPTS[1]], PARAMS, adapter="again")
+    if in_place:
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                weight.copy_(other.get_parameter(name))
+    else:
+        engine.update_weights(other.state_dict())
+    expected = engine_of(merge(other, adapter), tokenizer).generate([PROMPTS[1]], PARAMS)[0].token_ids
+    assert engine.generate([PROMPTS[1]], PARAMS, adapter="again")[0].token_ids == expected
+    engine.begin(prepared)
+    while not prepared.done:
+        engine.step()
+    assert prepared.token_ids == expected
+
+
 # -- other adapters
 
 

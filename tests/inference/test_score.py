@@ -13,6 +13,7 @@ from bessemer.inference import build
 from bessemer.inference.config import EngineConfig
 from bessemer.inference.engine import Engine, SamplingParams
 from bessemer.inference.execution.kv_cache import block_bytes, layer_groups
+from bessemer.inference.scores import Score
 from bessemer.inference.scoring import TextScorer
 from bessemer.model.adapter_folder import write_adapter
 from bessemer.model.cpu_kernels.build import library, unavailable
@@ -203,6 +204,46 @@ def test_each_item_may_have_an_adapter(dense, tokenizer, tmp_path):
     plain, adapted = engine.score_items([ITEMS[1], ITEMS[1]], adapter=[None, "one"])
     assert_are_those_of(partial(forward, dense), ITEMS[1:2], [plain])
     assert_are_those_of(partial(forward, merge(copy.deepcopy(dense), adapter)), ITEMS[1:2], [adapted])
+
+
+# prepared; while the prefix is read; when the first tokens are scored and some continuations wait, or all
+@pytest.mark.parametrize(("steps", "max_num_seqs"), [(None, 8), (1, 8), (4, 2), (4, 1)])
+def test_an_adapter_may_be_updated_under_scores_that_use_it(steps, max_num_seqs, dense, tokenizer):
+    prefix, continuations = list(range(100)), [[4, 4, 4, 5], [9, 1, 2], [8] * 20, [1, 2]]
+    adapters = [random_adapter(dense, seed) for seed in (1, 2)]
+    engine = engine_of(dense, tokenizer, max_num_batched_tokens=32, max_num_seqs=max_num_seqs)
+    engine.load_adapter("trained", adapters[0])
+    # blocks of the adapter as it was, which nothing may find after the update
+    engine.score(prefix, continuations, adapter="trained")
+    engine.load_adapter("trained", adapters[0])
+    request, _ = engine._builder.score_request((prefix, continuations), 0, engine._adapters.find("trained"), None)
+    if steps is not None:
+        engine.begin(request)
+        for _ in range(steps):
+            engine.step()
+    known = [len(each.log_probs) for each in request._partial]
+    assert (max(known) > 0) == (steps == 4)
+    engine.update_adapter("trained", adapters[1])
+    if steps is None:
+        engine.begin(request)
+    while not request.done:
+        engine.step()
+    old, new = ([score.log_probs for score in expected_scores(dense, one, prefix, continuations)] for one in adapters)
+    for score, count, before, after in zip(request.scores(), known, old, new, strict=True):
+        expected = torch.tensor(before[:count] + after[count:])
+        assert (torch.tensor(score.log_probs) - expected).abs().max() < 1e-4
+    assert not engine.core.busy and not engine.core.scheduler.has_work
+    assert all(pool.free == pool.total for pool, _ in engine.core.scheduler.groups)
+    again = engine.score(prefix, continuations, adapter="trained")
+    assert (torch.tensor(again[2].log_probs) - torch.tensor(new[2])).abs().max() < 1e-4
+
+
+def expected_scores(model, adapter, prefix, continuations):
+    merged = merge(copy.deepcopy(model), adapter)
+    for tokens in continuations:
+        log_probs_TV = forward(merged, prefix + tokens[:-1])[len(prefix) - 1 :]
+        values = log_probs_TV.gather(-1, torch.tensor(tokens)[:, None])[:, 0]
+        yield Score(tokens, values.tolist(), [])
 
 
 def test_scores_beside_completions_change_neither(dense, tokenizer):

@@ -14,6 +14,7 @@ from bessemer.model.adapters import Adapter, adapted
 from bessemer.model.folder import load_model
 from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
+from bessemer.model.trained_adapters import adapter_of, add_adapters
 from tests.model.family_models import make
 from tests.model.random_adapters import random_adapter
 from tests.model.randomised import SHAPES, random_decoder, random_tokens
@@ -207,6 +208,49 @@ def test_the_base_is_known_in_another_type_and_quantised(tmp_path):
         read_adapter(tmp_path, other)
 
 
+@pytest.mark.parametrize("scheme", [None, "int8"])
+def test_a_base_in_float16_is_known_from_one_in_float32_and_the_other_way_round(scheme, tmp_path):
+    def base(seed=0, dtype=torch.float32):
+        model = random_decoder(SHAPES["grouped"], seed=seed)
+        with torch.no_grad():
+            # float32 to float16 to bfloat16 goes to another number than float32 to bfloat16
+            for weight in model.parameters():
+                weight.flatten()[0] = 1 + 2**-8 + 2**-13
+        model = model.to(dtype)
+        if scheme is not None:
+            quantise(model, QuantizeConfig(scheme=scheme))
+        return model
+
+    for written, read in ((torch.float32, torch.float16), (torch.float16, torch.float32)):
+        place = tmp_path / str(written)
+        model = random_decoder(SHAPES["grouped"])
+        write_adapter(random_adapter(model), base(dtype=written), place)
+        read_adapter(place, base(dtype=read))
+        with pytest.raises(ArtefactError, match="other weights"):
+            read_adapter(place, base(seed=1, dtype=read))
+
+
+def test_a_folder_without_hashes_for_float16_is_read_as_before(tmp_path):
+    model = random_decoder(SHAPES["grouped"])
+    write_adapter(random_adapter(model), model, tmp_path)
+    config = json.loads((tmp_path / ADAPTER_CONFIG).read_text())
+    config["bessemer"]["base"] = {name: config["bessemer"]["base"][name] for name in ("norms", "weights")}
+    (tmp_path / ADAPTER_CONFIG).write_text(json.dumps(config))
+    read_adapter(tmp_path, random_decoder(SHAPES["grouped"]).bfloat16())
+    for other in (random_decoder(SHAPES["grouped"]).half(), random_decoder(SHAPES["grouped"], seed=1)):
+        with pytest.raises(ArtefactError, match="other weights"):
+            read_adapter(tmp_path, other)
+
+
+def test_a_base_is_known_again_without_an_adapter_that_it_trains(tmp_path):
+    model = random_decoder(SHAPES["grouped"])
+    updates = add_adapters(model, rank=2, scale=1.0)
+    for update in updates.values():
+        torch.nn.init.ones_(update.down)
+    write_adapter(adapter_of(model), model, tmp_path)
+    read_adapter(tmp_path, random_decoder(SHAPES["grouped"]))
+
+
 def test_scales_that_awq_folded_into_norms_make_another_base(tmp_path):
     config = SHAPES["grouped"].with_changes(hidden_size=64, intermediate_size=64, num_hidden_layers=1)
     model, text_RT = random_decoder(config), random_tokens(config, 4, 64)
@@ -257,6 +301,14 @@ def test_an_adapter_of_a_deeper_model_is_refused(folders, model):
         ({"r": 5}, "has rank 4 and 4, adapter_config.json says 5"),
         ({"r": None}, "r of .* should be a number above 0, got None"),
         ({"lora_alpha": "much"}, "lora_alpha of .* should be a number above 0, got 'much'"),
+        ({"lora_alpha": float("inf")}, "lora_alpha of .* should be a number above 0, got inf"),
+        ({"lora_alpha": 10**400}, r"lora_alpha of .* should be a number above 0, got 10+\.\.\.0+$"),
+        ({"alpha_pattern": {"q_proj": 10**400}}, r"lora_alpha of .* should be a number above 0, got 10+\.\.\.0+$"),
+        ({"use_rslora": "false"}, "use_rslora should be true or false, got 'false'"),
+        ({"use_dora": 0}, "use_dora should be true or false, got 0"),
+        ({"lora_bias": "false"}, "lora_bias should be true or false, got 'false'"),
+        ({"use_qalora": []}, r"use_qalora should be true or false, got \[\]"),
+        ({"rank_pattern": {"(" * 2000 + ")" * 2000: 4}}, "rank_pattern: .* is no regular expression"),
         ({"rank_pattern": {"q_(": 4}}, r"rank_pattern: 'q_\(' is no regular expression"),
         ({"alpha_pattern": [1]}, "alpha_pattern is not a mapping"),
         ({"bessemer": {"format": 2}}, "has format 2, newer than the 1"),
@@ -291,6 +343,25 @@ PREFIX = "base_model.model.model.layers.0"
 def test_tensors_that_are_no_updates_are_refused_by_name(changed, model, name, shape, message):
     with pytest.raises(ArtefactError, match=message):
         read_adapter(changed(tensors={name: torch.zeros(shape)}), model)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("half", ["A", "B"])
+def test_numbers_that_are_not_finite_are_refused(changed, model, folders, half, number):
+    name = f"{PREFIX}.self_attn.q_proj.lora_{half}.weight"
+    tensor = load_file(folders / "adapter" / ADAPTER_WEIGHTS)[name]
+    tensor[1, 1] = number
+    with pytest.raises(ArtefactError, match=f"'{name}' has numbers that are not finite"):
+        read_adapter(changed(tensors={name: tensor}), model)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"r": 1' + "0" * 5000 + "}"])
+def test_a_config_that_json_gives_up_on_is_damaged(changed, model, text):
+    folder = changed()
+    (folder / ADAPTER_CONFIG).write_text(text)
+    with pytest.raises(ArtefactError, match="this adapter config is damaged") as raised:
+        read_adapter(folder, model)
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(

@@ -15,13 +15,19 @@ from bessemer.model.adapters import adapted
 from bessemer.model.folder import load_model, save_model
 from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
+from bessemer.model.quantised_linear import is_quantised
+from bessemer.model.trained_adapters import adapters_of
 from bessemer.posttraining.config import SFTConfig
+from bessemer.posttraining.conversations import Conversation
+from bessemer.posttraining.finetuning.run import _Samples
 from bessemer.posttraining.preference.config import PreferenceConfig
 from bessemer.posttraining.preference.stage import preference
 from bessemer.posttraining.sft import sft
+from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.checkpoint.manager import CHECKPOINTS, checkpoint_of_step, checkpoint_weights, newest_checkpoint
 from tests.cases import slow
 from tests.posttraining.test_formats import said
+from tests.training.conftest import RecordedProgress
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -55,10 +61,10 @@ def int4_folder(model_folder, tmp_path_factory):
     return out
 
 
-def run(folder, data, out, adapter=4, **changes):
+def run(folder, data, out, adapter=4, on_validation=None, **changes):
     out.mkdir(exist_ok=True)
     config = SFTConfig.parse({"data": [str(data)], "adapter": adapter, **SETTINGS, **changes}, "sft")
-    return sft(config, folder, None, out, seed=3, device="cpu")
+    return sft(config, folder, None, out, seed=3, device="cpu", on_validation=on_validation)
 
 
 def contents(folder):
@@ -98,6 +104,26 @@ def test_a_killed_run_goes_on_bit_for_bit(model_folder, data, tmp_path):
     assert not (whole / "model").exists()
 
 
+@pytest.mark.parametrize("quantize", [None, "int4"])
+def test_validations_show_the_model_in_training_and_no_copy_of_it(model_folder, data, tmp_path, quantize):
+    tokenizer, progress, shown = load_tokenizer(model_folder), RecordedProgress(), []
+    asked = [Conversation.of([said("user", "Say 7."), said("assistant", "7 it is.")], "a.jsonl")]
+    samples = _Samples(asked, tokenizer, load_model(model_folder).config.max_position_embeddings, progress)
+
+    def show(finished, model):
+        shown.append((model, is_quantised(model), len(adapters_of(model)), torch.is_grad_enabled()))
+        samples.show(finished, model)
+
+    adapter = {"rank": 4, "quantize": quantize, "merge": False}
+    run(model_folder, data, tmp_path / "shown", adapter, show, evaluate_every=3)
+    model = shown[0][0]
+    assert [(one is model, *rest) for one, *rest in shown] == [(True, quantize is not None, 14, False)] * 2
+    assert len(progress.lines) == 2 and len({line.partition(" → ")[2] for line in progress.lines}) == 2
+    # and training goes on as if nothing had been shown
+    run(model_folder, data, tmp_path / "plain", adapter, evaluate_every=3)
+    assert contents(tmp_path / "shown" / "adapter") == contents(tmp_path / "plain" / "adapter")
+
+
 @pytest.mark.slow
 def test_an_adapter_of_weights_that_were_quantised_for_training_fits_the_folder_that_it_began_with(
     model_folder, int4_folder, data, tmp_path
@@ -122,6 +148,24 @@ def test_averages_and_the_best_weights_are_of_the_adapter(model_folder, data, tm
     written = load_file(best / "adapter" / "adapter_model.safetensors")
     name = "layers.0.mlp.down_proj"
     assert torch.equal(written[f"base_model.model.model.{name}.lora_B.weight"], held[f"{name}.adapter.up"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "folders"),
+    [
+        ({"save": "best"}, ["adapter"]),
+        ({"ema": 0.5}, ["adapter", "adapter-ema"]),
+        ({"ema": 0.5, "save": "ema"}, ["adapter", "adapter-weights"]),
+    ],
+)
+def test_frozen_updates_are_written_beside_the_best_and_the_averaged(model_folder, data, tmp_path, changes, folders):
+    run(model_folder, data, tmp_path, freeze=["*.mlp.*"], steps=2, evaluate_every=1, **changes)
+    assert sorted(path.name for path in tmp_path.glob("adapter*")) == folders
+    for folder in folders:
+        written = load_file(tmp_path / folder / "adapter_model.safetensors")
+        ups = {name: tensor.abs().max() for name, tensor in written.items() if "lora_B" in name}
+        assert all((largest > 0) == ("mlp" not in name) for name, largest in ups.items()), ups
+        assert any("mlp" in name for name in ups)
 
 
 def test_the_defaults_are_those_of_an_adapter_where_nothing_else_is_said():

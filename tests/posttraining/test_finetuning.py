@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 
 from bessemer.cli.finetune import _result
 from bessemer.core.errors import ConfigError, SourceError
@@ -16,6 +17,9 @@ from bessemer.inference.engine import Engine, SamplingParams
 from bessemer.model.config import ModelConfig
 from bessemer.model.folder import load_model
 from bessemer.model.formats.exchange import ModelSource
+from bessemer.model.quantisation.config import QuantizeConfig
+from bessemer.model.quantisation.quantise import quantise
+from bessemer.model.trained_adapters import adapter_of, adapters_of, add_adapters, merged
 from bessemer.posttraining.conversations import Conversation
 from bessemer.posttraining.finetuning.base import prepare_base
 from bessemer.posttraining.finetuning.columns import find_columns
@@ -109,6 +113,29 @@ def test_samples_are_of_questions_that_the_model_can_read(model_folder):
     assert [line.partition(" → ")[0] for line in progress.lines] == ["  step 3: Where?"]
     _Samples(held_out[:1], tokenizer, model.config.max_position_embeddings, progress).show(4, model)
     assert len(progress.lines) == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("scheme", [None, "int8"])
+def test_samples_of_a_model_with_an_adapter_are_those_of_the_merged_one(model_folder, scheme, dtype):
+    tokenizer, model = load_tokenizer(model_folder), load_model(model_folder, dtype=torch.float32)
+    if scheme is not None:
+        quantise(model, QuantizeConfig(scheme=scheme, head="none"))
+    add_adapters(model, rank=4, scale=2.0)
+    generator = torch.Generator().manual_seed(1)
+    for update in adapters_of(model).values():
+        for half in (update.down, update.up):
+            half.data.normal_(0, 0.2, generator=generator)
+    held_out = [Conversation.of([said("user", "Where?"), said("assistant", "There.")], "a.jsonl")]
+    lines, autocast = [], dtype == "bfloat16"
+    for shown in (model, merged(model, adapter_of(model))):
+        progress = RecordedProgress()
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            _Samples(held_out, tokenizer, model.config.max_position_embeddings, progress).show(3, shown.eval())
+        lines += progress.lines
+    assert len(lines) == 2 and all(line.startswith("  step 3: Where? → ") for line in lines)
+    if not autocast:
+        assert lines[0] == lines[1]
 
 
 def test_further_files_come_as_often_as_is_said(tmp_path):

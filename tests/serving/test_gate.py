@@ -14,12 +14,15 @@ from queue import SimpleQueue
 import httpx
 import pytest
 
+from bessemer.model.adapter_folder import ADAPTER_CONFIG, read_adapter, write_adapter
 from bessemer.serving import connections
 from bessemer.serving.app import create_app
 from bessemer.serving.config import ServingConfig
 from bessemer.serving.gate import PUBLIC
 from bessemer.serving.keys import KeyRecord, hash_key, write_keys
 from bessemer.serving.server import open_many_files
+from tests.model.random_adapters import random_adapter
+from tests.model.randomised import SHAPES, random_decoder
 from tests.serving.engine import FakeEngine
 
 ASKED = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
@@ -229,6 +232,32 @@ def test_adapters_come_and_go_by_an_admins_key(start, tmp_path):
     assert [model["id"] for model in listed] == ["tiny", "mine"]
     gone = httpx.post(url + "/v1/unload_lora_adapter", json={"lora_name": "mine"}, headers={"X-Api-Key": "boss"})
     assert gone.status_code == 200 and engine.adapters == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda config: "[" * 100_000, "damaged"),
+        (lambda config: json.dumps(config | {"lora_alpha": 10**400}), "lora_alpha"),
+        (lambda config: json.dumps(config | {"use_rslora": "false"}), "use_rslora"),
+    ],
+)
+def test_an_adapter_that_cannot_be_read_is_the_askers_error(start, tmp_path, change, reason):
+    model, root = random_decoder(SHAPES["grouped"]), tmp_path / "adapters"
+    write_adapter(random_adapter(model), model, root / "mine")
+    config = root / "mine" / ADAPTER_CONFIG
+    config.write_text(change(json.loads(config.read_text())))
+
+    class Adapting(FakeEngine):
+        def load_adapter(self, name, folder):
+            read_adapter(folder, model)
+
+    url = start(Adapting(), keys=keys_file(tmp_path / "keys.json"), adapter_root=root)
+    body = {"lora_name": "mine", "lora_path": "mine"}
+    answer = httpx.post(url + "/v1/load_lora_adapter", json=body, headers={"X-Api-Key": "boss"})
+    assert answer.status_code == 400
+    message = answer.json()["error"]["message"]
+    assert message.startswith("lora_path: mine/adapter_config.json: ") and reason in message and "\n" not in message
 
 
 def test_a_server_that_drains_finishes_what_runs_and_begins_nothing(start):

@@ -81,7 +81,8 @@ def read_json(path: Place, what: str = "file") -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ArtefactError(f"{path}: no such {what}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
+        # no JSON, no UTF-8, an int of thousands of digits, brackets within brackets without end
         raise ArtefactError(f"{path}: this {what} is damaged ({error})") from None
 
 

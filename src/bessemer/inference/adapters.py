@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import count
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from bessemer.core.errors import RequestError
 from bessemer.model.adapter_folder import adaptable_layers
@@ -26,6 +26,8 @@ class LoadedAdapters:
         self._loaded: dict[str, LoadedAdapter] = {}
         self._generations = count()
         self._updates: WeakKeyDictionary[Adapter, LoadedAdapter] = WeakKeyDictionary()
+        #: Adapters of DoRA that a name or a request still has.
+        self._with_gains: WeakSet[Adapter] = WeakSet()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -35,6 +37,8 @@ class LoadedAdapters:
     def load(self, name: str, adapter: Adapter) -> None:
         """Give a name to an adapter; one that has the name already is replaced."""
         self._loaded[name] = LoadedAdapter(adapter, f"adapter {name} {next(self._generations)}")
+        if adapter.gains:
+            self._with_gains.add(adapter)
 
     def update(self, name: str, adapter: Adapter) -> tuple[Adapter, LoadedAdapter]:
         """Put an adapter in the place of one; the one before, and the new one. Raises RequestError for a name not loaded."""
@@ -49,6 +53,11 @@ class LoadedAdapters:
         while (newer := self._updates.get(adapter)) is not None:
             found, adapter = newer, newer.adapter
         return found
+
+    def refit(self, model: Decoder) -> None:
+        """Fit the adapters to weights that have changed; those of requests whose name has another adapter now, too."""
+        for adapter in self._with_gains:
+            adapter.refit(model)
 
     def unload(self, name: str) -> None:
         """Remove a name. Raises RequestError where it is not loaded."""

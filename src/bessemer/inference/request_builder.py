@@ -140,8 +140,9 @@ class RequestBuilder:
                 f"prefix and continuation have {longest:,} tokens, of which all but the last are read, and "
                 f"{self._context_name} is {self._context_length:,}; shorten them"
             )
-        new_sequence = partial(self._score_sequence, len(prefix), priority, _salt(loaded, cache_salt))
-        return ScoreRequest(prefix, continuations, new_sequence, loaded and loaded.adapter), longest
+        new_sequence = partial(self._score_sequence, len(prefix), priority)
+        salt = _salt(loaded, cache_salt)
+        return ScoreRequest(prefix, continuations, new_sequence, salt, loaded and loaded.adapter), longest
 
     def _score_ids(self, item: ScoreItem) -> tuple[list[int], list[list[int]]]:
         prefix, continuations = item
@@ -156,7 +157,7 @@ class RequestBuilder:
         ]
 
     def _score_sequence(
-        self, prefix_length: int, priority: int, salt: str | None, tokens: list[int], logits_from: int
+        self, prefix_length: int, priority: int, tokens: list[int], logits_from: int, salt: str | None
     ) -> TokenSequence:
         return TokenSequence(
             next(self._names), tokens, prefix_length, len(tokens) + 1, priority, salt, logits_from, logits_from

@@ -23,8 +23,8 @@ from bessemer.model.adapters import Adapter
 
 #: A prefix and its continuations: texts, or token ids.
 ScoreItem = tuple[str | Sequence[int], Sequence[str] | Sequence[Sequence[int]]]
-#: Makes a sequence of these tokens behind the same prefix, with the logits wanted from a position on.
-NewSequence = Callable[[list[int], int], TokenSequence]
+#: Makes a sequence of these tokens behind the same prefix, with the logits wanted from a position on, and of a salt.
+NewSequence = Callable[[list[int], int, str | None], TokenSequence]
 
 
 @dataclass(frozen=True)
@@ -93,15 +93,17 @@ class ScoreRequest(ScheduledRequest):
         prefix: list[int],
         continuations: Sequence[list[int]],
         new_sequence: NewSequence,
+        salt: str | None = None,
         adapter: Adapter | None = None,
     ) -> None:
+        """salt: of the prefix. Each continuation has the salt and the adapter of the request in whose place it begins."""
         self._partial = [_PartialScore(tokens) for tokens in continuations]
         self._is_lone = len(continuations) == 1
         self._unread = deque(() if self._is_lone else (each for each in self._partial if len(each.token_ids) > 1))
         self._new_sequence = new_sequence
         self._prefix = prefix
         own = continuations[0][:-1] if self._is_lone else []
-        super().__init__(new_sequence(prefix + own, len(prefix) - 1), adapter)
+        super().__init__(new_sequence(prefix + own, len(prefix) - 1, salt), adapter)
         self.siblings: list[ScheduledRequest] = []
 
     @property
@@ -125,12 +127,19 @@ class ScoreRequest(ScheduledRequest):
         self._partial[0].take_logits(logits_RV)
 
     def successors(self, places: int) -> list[ScheduledRequest]:
+        return self.successors_of(self, places)
+
+    def successors_of(self, ended: ScheduledRequest, places: int) -> list[ScheduledRequest]:
+        """The continuations that take the place of a request that has ended, at most `places`.
+
+        `ended` may have changed its adapter, and its salt with it, since the prefix was read: what it has computed is theirs.
+        """
         begun: list[ScheduledRequest] = []
         while self._unread and len(begun) < places and self.error is None:
             partial = self._unread.popleft()
             # made when they begin: thousands of waiting items need no copies of their prefixes
-            sequence = self._new_sequence(self._prefix + partial.token_ids[:-1], len(self._prefix))
-            begun.append(_ContinuationRequest(self, partial, sequence))
+            sequence = self._new_sequence(self._prefix + partial.token_ids[:-1], len(self._prefix), ended.sequence.salt)
+            begun.append(_ContinuationRequest(self, partial, sequence, ended.adapter))
         self.siblings += begun
         return begun
 
@@ -145,8 +154,8 @@ class ScoreRequest(ScheduledRequest):
 class _ContinuationRequest(ScheduledRequest):
     """Reads a continuation behind the prefix that a `ScoreRequest` has read."""
 
-    def __init__(self, first: ScoreRequest, partial: _PartialScore, sequence: TokenSequence) -> None:
-        super().__init__(sequence, first.adapter)
+    def __init__(self, first: ScoreRequest, partial: _PartialScore, sequence: TokenSequence, adapter: Adapter | None) -> None:
+        super().__init__(sequence, adapter)
         self._first = first
         self._partial = partial
 
@@ -166,4 +175,4 @@ class _ContinuationRequest(ScheduledRequest):
 
     def successors(self, places: int) -> list[ScheduledRequest]:
         self._first.siblings.remove(self)
-        return self._first.successors(places)
+        return self._first.successors_of(self, places)

@@ -38,10 +38,10 @@ class WeightUpdates:
     def update_weights(self, weights: Mapping[str, Tensor] | None = None, *, version: int | None = None) -> None:
         """Take other weights, by the names of the model's `state_dict`; None: those that were changed in place.
 
-        In-flight requests go on with them, and their keys are computed again. version: the `weight_version` from now on; None:
-        one more. A model that several processes share takes whole tensors, by the names of the model in one process. Raises
-        RequestError for a name or a shape that the model does not have, and changes nothing then; ConfigError where a shared
-        model is given none.
+        In-flight requests go on with them, and their keys are computed again; adapters of DoRA are fitted to them. version: the
+        `weight_version` from now on; None: one more. A model that several processes share takes whole tensors, by the names of
+        the model in one process. Raises RequestError for a name or a shape that the model does not have, and changes nothing
+        then; ConfigError where a shared model is given none.
         """
         with self._lock:
             if self._sharded is not None and self._sharded.axis is None:
@@ -124,6 +124,7 @@ class WeightUpdates:
     def _weights_changed(self, version: int | None = None) -> None:
         self._forget_keys()
         self.core.runner.weights_changed()
+        self._adapters.refit(self.model)
         self._stamp = WeightsStamp(self.model)
         self._count_version(version)
 

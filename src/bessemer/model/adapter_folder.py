@@ -10,9 +10,12 @@ from __future__ import annotations
 import math
 import os
 import re
+import reprlib
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +26,7 @@ from torch import Tensor, nn
 from bessemer.core.errors import ArtefactError
 from bessemer.core.hashing import hash_bytes
 from bessemer.core.store import check_format, read_json, write_json
-from bessemer.model.adapters import Adapter, Update, row_norms, weight_of
+from bessemer.model.adapters import Adapter, Update, is_of_adapter, row_norms, weight_of
 from bessemer.model.decoder import Decoder
 from bessemer.model.families import family_of
 from bessemer.model.families.layout import Stored, transposed, whole
@@ -49,20 +52,24 @@ _MORE = {
     "velora_config": "VeLoRA",
     "monteclora_config": "MonteCLoRA",
 }
+#: Settings that are true or false; without one it is false.
+_FLAGS = ("use_rslora", "use_dora", "lora_bias", "use_qalora")
 #: Ways to begin that leave the base as it was; the others subtract from it what the adapter begins with.
 _PLAIN_BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")
 #: Numbers of each tensor by which a base is known again.
 _SAMPLE = 4096
+#: Ends the names of hashes that a copy of the base in float16 has too.
+_FLOAT16 = "_float16"
 _TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_(?:(A|B)\.weight|(magnitude_vector))")
 
-# Shapes: N outputs, K inputs, R rank.
+# Shapes: N outputs, K inputs, R rank, P places of a tensor that are sampled.
 
 
 class WeightSample(NamedTuple):
-    """Some numbers of a tensor: the whole one's shape, and (up to `_SAMPLE`) numbers in bfloat16, spread over it."""
+    """Some numbers of a tensor: the whole one's shape, and (up to `_SAMPLE`) numbers spread over it, `rounded`."""
 
     shape: tuple[int, ...]
-    numbers: Tensor
+    numbers_2P: Tensor
 
 
 class _Target(NamedTuple):
@@ -178,20 +185,28 @@ def fingerprints(model: Decoder, samples: Mapping[str, WeightSample] | None = No
     """Hashes by which an adapter knows its base: of the norms, and of all weights where none is quantised.
 
     Quantisation leaves norms as they are (where it folds scales into them, the adapter would not fit either). Each tensor
-    gives some thousand numbers, spread over it and rounded to bfloat16: so it is quick, and the type does not matter.
+    gives some thousand numbers, spread over it and `rounded` in two ways: so it is quick, and copies in other types are known.
     samples: of the whole model, where `model` holds shards of it.
     """
     if samples is None:
         samples = {name: _sample(tensor) for name, tensor in fingerprinted_tensors(model).items()}
-    found = {"norms": _hash_of(sample for name, sample in samples.items() if "norm" in name)}
-    if not is_quantised(model):
-        found["weights"] = _hash_of(samples.values())
+    found = {}
+    for way, ending in enumerate(("", _FLOAT16)):
+        found[f"norms{ending}"] = _hash_of((sample for name, sample in samples.items() if "norm" in name), way)
+        if not is_quantised(model):
+            found[f"weights{ending}"] = _hash_of(samples.values(), way)
     return found
 
 
 def fingerprinted_tensors(model: Decoder) -> dict[str, Tensor]:
-    """The tensors of a model that `fingerprints` samples, in their order."""
-    return {name: tensor for name, tensor in sorted(model.state_dict().items()) if not name.startswith("mtp.")}
+    """The tensors of a model that `fingerprints` samples, in their order: without those of an adapter in training."""
+    tensors = sorted(model.state_dict().items())
+    return {name: tensor for name, tensor in tensors if not name.startswith("mtp.") and not is_of_adapter(name)}
+
+
+def rounded(numbers_P: Tensor) -> Tensor:
+    """Numbers in bfloat16, (2, P): rounded once, and rounded to float16 before, as a copy of the model in float16 has them."""
+    return torch.stack([numbers_P.to(torch.bfloat16), numbers_P.to(torch.float16).to(torch.bfloat16)])
 
 
 def sampled_places(numel: int) -> range:
@@ -213,14 +228,15 @@ def adaptable_layers(model: Decoder) -> dict[str, tuple[int, int]]:
 
 def _sample(tensor: Tensor) -> WeightSample:
     places = sampled_places(tensor.numel())
-    numbers = tensor.detach().flatten()[places.start : places.stop : places.step]
-    return WeightSample(tuple(tensor.shape), numbers.cpu().to(torch.bfloat16))
+    numbers_P = tensor.detach().flatten()[places.start : places.stop : places.step]
+    return WeightSample(tuple(tensor.shape), rounded(numbers_P.cpu()))
 
 
-def _hash_of(samples: Iterable[WeightSample]) -> str:
+def _hash_of(samples: Iterable[WeightSample], way: int) -> str:
+    """way: of `rounded`."""
     parts = []
-    for shape, numbers in samples:
-        parts += [str(shape).encode(), numbers.view(torch.int16).numpy().tobytes()]
+    for shape, numbers_2P in samples:
+        parts += [str(shape).encode(), numbers_2P[way].view(torch.int16).numpy().tobytes()]
     return hash_bytes(*parts)
 
 
@@ -232,7 +248,9 @@ def _check_base(path: Path, ours: Any, model: Decoder, samples: Mapping[str, Wei
         raise ArtefactError(f"{path}: this adapter config is damaged ('bessemer' is not a mapping)")
     check_format(ours.get("format"), ADAPTER_FORMAT, path, "adapter")
     base, own = ours.get("base"), fingerprints(model, samples)
-    if not isinstance(base, Mapping) or any(base.get(name) != own[name] for name in own):
+    # a base in float32 and its copy in bfloat16 agree in the first way, its copy in float16 in the second
+    ways = [[name for name in own if name.endswith(_FLOAT16) == is_float16] for is_float16 in (False, True)]
+    if not isinstance(base, Mapping) or not any(all(base.get(name) == own[name] for name in names) for names in ways):
         raise ArtefactError(f"{path}: this adapter was trained on a model with other weights; use it with that one")
 
 
@@ -245,6 +263,9 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ArtefactError(f"{path}: an adapter of the kind {config.get('peft_type')!r}; supported: 'LORA'")
     if config.get("bias", "none") != "none":
         raise ArtefactError(f"{path}: this adapter has trained biases, which are not supported")
+    for name in _FLAGS:
+        if not isinstance(config.get(name, False), (bool, NoneType)):
+            raise ArtefactError(f"{path}: {name} should be true or false, got {_shown(config[name])}")
     for name, what in _MORE.items():
         if config.get(name):
             raise ArtefactError(f"{path}: this adapter has {what}, which is not supported")
@@ -268,11 +289,17 @@ def _matching(path: Path, config: Mapping[str, Any], setting: str, pattern: str,
             if re.match(rf"(.*\.)?({expression})$", name):
                 value = other
                 break
-        except re.error as error:
-            raise ArtefactError(f"{path}: {pattern}: {expression!r} is no regular expression ({error})") from None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-        raise ArtefactError(f"{path}: {setting} of {name} should be a number above 0, got {value!r}")
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ArtefactError(f"{path}: {pattern}: {_shown(expression)} is no regular expression ({error})") from None
+    # an int may be above every float
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max:
+        raise ArtefactError(f"{path}: {setting} of {name} should be a number above 0, got {_shown(value)}")
     return value
+
+
+def _shown(value: Any) -> str:
+    """A setting's value for a message."""
+    return reprlib.repr(value)
 
 
 def _read_stored(path: Path, *, with_magnitudes: bool) -> dict[str, dict[str, Tensor]]:
@@ -292,6 +319,9 @@ def _read_stored(path: Path, *, with_magnitudes: bool) -> dict[str, dict[str, Te
         dimensions, kind = (2, "matrix") if found[2] else (1, "vector")
         if tensor.ndim != dimensions or not tensor.is_floating_point():
             raise ArtefactError(f"{path}: tensor {name!r} is not a {kind} of floating-point numbers")
+        # float8 has no isfinite of its own
+        if not tensor.float().isfinite().all():
+            raise ArtefactError(f"{path}: tensor {name!r} has numbers that are not finite")
         layers.setdefault(found[1], {})[part] = tensor
     wanted = {"A", "B", "magnitude_vector"} if with_magnitudes else {"A", "B"}
     for name, parts in layers.items():

@@ -22,6 +22,9 @@ from torch.nn import functional
 
 from bessemer.model.latent_attention import LatentAttention
 
+#: What an adapter in training is called among the children of the layer that it changes.
+CHILD = "adapter"
+
 # Shapes: N outputs, K inputs, R rank, M rows, B batch, H heads, T time, L latent, C channels of a head.
 
 
@@ -72,6 +75,11 @@ def weight_of(model: nn.Module, layer: str = "") -> Tensor:
     return weight_NK.detach()
 
 
+def is_of_adapter(name: str) -> bool:
+    """Whether a tensor of a model is one of an adapter in training, by its name."""
+    return f".{CHILD}." in name
+
+
 def row_norms(weight_NK: Tensor) -> Tensor:
     """The norm of each row, (N,); a row of zeros has the least positive number, so that it may be divided by."""
     return torch.linalg.vector_norm(weight_NK, dim=1).clamp(min=torch.finfo(weight_NK.dtype).tiny)
@@ -92,11 +100,16 @@ class Adapter:
 
     def fitted(self, model: nn.Module) -> Adapter:
         """The same for `adapted`, with the gains of its magnitudes over a model's weights, whole and not sharded. After those
-        change, it is to be fitted again. Without magnitudes it is itself."""
+        change, `refit` is due. Without magnitudes it is itself."""
         gains = {
             name: update.gain(weight_of(model, name)) for name, update in self.updates.items() if update.magnitude_N is not None
         }
         return Adapter(self.updates, gains) if gains else self
+
+    def refit(self, model: nn.Module) -> None:
+        """Compute the gains of a fitted adapter again, in place, over weights that have changed."""
+        for name, gain_N in self.gains.items():
+            gain_N.copy_(self.updates[name].gain(weight_of(model, name)))
 
     @property
     def has_magnitudes(self) -> bool:
@@ -165,7 +178,10 @@ def _hooks(model: nn.Module, name: str, parts: list[_Part]) -> Iterator[tuple[nn
 
 
 def _add_update(hidden: Tensor, out: Tensor, part: _Part, bias_N: Tensor | None) -> None:
-    """Add to a linear layer's output (…, N), in place: it is not shared yet."""
+    """Add to a linear layer's output (…, N), in place: it is not shared yet.
+
+    Autocast gives an output another type than the update has, and leaves products in place alone.
+    """
     hidden_MK, out_MN = hidden.flatten(0, -2), out.view(-1, out.shape[-1])
     update, gain_N, rows_M = part
     if gain_N is not None:
@@ -173,12 +189,14 @@ def _add_update(hidden: Tensor, out: Tensor, part: _Part, bias_N: Tensor | None)
         sum_MN = (
             out_MN[rows] + functional.linear(functional.linear(hidden_MK[rows], update.down_RK), update.up_NR) * update.scale
         )
-        out_MN[rows] = sum_MN * gain_N if bias_N is None else (sum_MN - bias_N) * gain_N + bias_N
+        sum_MN = sum_MN * gain_N if bias_N is None else (sum_MN - bias_N) * gain_N + bias_N
+        out_MN[rows] = sum_MN.to(out.dtype)
     elif rows_M is None:
-        out_MN.addmm_(functional.linear(hidden_MK, update.down_RK), update.up_NR.T, alpha=update.scale)
+        narrow_MR = functional.linear(hidden_MK, update.down_RK).to(out.dtype)
+        out_MN.addmm_(narrow_MR, update.up_NR.T.to(out.dtype), alpha=update.scale)
     else:
         added_MN = functional.linear(functional.linear(hidden_MK[rows_M], update.down_RK), update.up_NR)
-        out_MN.index_add_(0, rows_M, added_MN, alpha=update.scale)
+        out_MN.index_add_(0, rows_M, added_MN.to(out.dtype), alpha=update.scale)
 
 
 def _latent_hooks(attention: LatentAttention, parts: list[_Part]) -> Iterator[tuple[nn.Module, _Hook]]:

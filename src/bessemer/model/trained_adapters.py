@@ -22,16 +22,14 @@ from bessemer.core.config import nearest
 from bessemer.core.errors import ConfigError
 from bessemer.core.seeds import derive_seed
 from bessemer.model.adapter_folder import adaptable_layers
-from bessemer.model.adapters import Adapter, Update, row_norms, weight_of
+from bessemer.model.adapters import CHILD, Adapter, Update, row_norms, weight_of
+from bessemer.model.adapters import is_of_adapter as is_of_adapter
 from bessemer.model.decoder import Decoder
 from bessemer.model.initialisation import empty_decoder, fill
 from bessemer.model.quantisation.quantised_modules import dequantised_tensors
 from bessemer.model.score_head import SCORE
 
 # Shapes: N outputs, K inputs, R rank.
-
-#: The name of a linear layer's update among its children.
-_CHILD = "adapter"
 
 
 class LowRankUpdate(nn.Module):
@@ -97,7 +95,7 @@ def add_adapters(
         layer = model.get_submodule(name)
         device = next(iter((*layer.parameters(), *layer.buffers()))).device
         update = LowRankUpdate(outputs, inputs, rank, scale, dropout, device, magnitude=magnitude)
-        layer.add_module(_CHILD, update.train(layer.training))
+        layer.add_module(CHILD, update.train(layer.training))
         layer.register_forward_hook(_add_update)
     return adapters_of(model)
 
@@ -107,7 +105,7 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def _add_update(layer: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
-    update = layer.get_submodule(_CHILD)
+    update = layer.get_submodule(CHILD)
     assert isinstance(update, LowRankUpdate)
     if not update.is_on:
         return out
@@ -122,7 +120,7 @@ def _add_update(layer: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Te
 
 def adapters_of(model: nn.Module) -> dict[str, LowRankUpdate]:
     """The updates in training, by the names of their layers; empty for a model without an adapter."""
-    ending = f".{_CHILD}"
+    ending = f".{CHILD}"
     return {name.removesuffix(ending): part for name, part in model.named_modules() if isinstance(part, LowRankUpdate)}
 
 
@@ -137,10 +135,10 @@ def initial_tensors(model: nn.Module, seed: int) -> dict[str, Tensor]:
     tensors = {}
     for layer, update in adapters_of(model).items():
         rank, inputs = update.down.shape
-        tensors[f"{layer}.{_CHILD}.down"] = initial_update(layer, inputs, rank, seed)
-        tensors[f"{layer}.{_CHILD}.up"] = torch.zeros(update.up.shape)
+        tensors[f"{layer}.{CHILD}.down"] = initial_update(layer, inputs, rank, seed)
+        tensors[f"{layer}.{CHILD}.up"] = torch.zeros(update.up.shape)
         if update.magnitude is not None:
-            tensors[f"{layer}.{_CHILD}.magnitude"] = row_norms(weight_of(model, layer).float())
+            tensors[f"{layer}.{CHILD}.magnitude"] = row_norms(weight_of(model, layer).float())
     return tensors
 
 
@@ -157,11 +155,6 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
             update.is_on = True
 
 
-def is_of_adapter(name: str) -> bool:
-    """Whether a tensor of a model is an adapter's, by its name."""
-    return f".{_CHILD}." in name
-
-
 def is_trained_by_adapter(name: str) -> bool:
     """Whether a tensor is trained where an adapter is: one of the adapter's, or the scalar head, by its name."""
     return is_of_adapter(name) or name == SCORE
@@ -176,7 +169,7 @@ def adapter_of(model: nn.Module, tensors: Mapping[str, Tensor] | None = None) ->
     if tensors is None:
         return Adapter({name: update.as_update() for name, update in updates.items()})
     given = {
-        name: {part: tensors[f"{name}.{_CHILD}.{part}"] for part, _ in update.named_parameters()}
+        name: {part: tensors[f"{name}.{CHILD}.{part}"] for part, _ in update.named_parameters()}
         for name, update in updates.items()
     }
     return Adapter({name: update.as_update(given[name]) for name, update in updates.items()})

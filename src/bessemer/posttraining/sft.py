@@ -18,7 +18,6 @@ from bessemer.data.corpus.reader import TRAIN, VALIDATION
 from bessemer.distributed.mesh import Mesh
 from bessemer.model.decoder import Decoder
 from bessemer.model.folder_config import read_model_config
-from bessemer.model.trained_adapters import without_parts_beside
 from bessemer.posttraining.config import DOCS_QUESTIONS, MADE_DATA, TASK, SFTConfig
 from bessemer.posttraining.conversations import Conversation, made_conversations, read_conversations, write_conversations
 from bessemer.posttraining.made import data_path
@@ -56,8 +55,9 @@ def sft(
     Writes below `out`: `model/`, `metrics.jsonl`, `autotune.json`, `checkpoints/`, and the training and held-out
     conversations, `conversations/{train,validation}.jsonl`. tokens: the run's token shards, for rows of plain text. Files named
     in the settings are relative to `folder`. made: files of stages above, by their names in `data`. tasks: opens the tasks
-    that the settings name. on_validation: receives the finished steps and the model of the moment, in one process. Returns the
-    headline metrics. Raises SourceError for conversations that are missing or malformed, and what `run_training` raises.
+    that the settings name. on_validation: receives the finished steps and the model in training, with its adapter beside the
+    weights where it has one, in one process. Returns the headline metrics. Raises SourceError for conversations that are
+    missing or malformed, and what `run_training` raises.
     """
     progress = progress or Silent()
     tokenizer = load_tokenizer(model)
@@ -107,9 +107,8 @@ def sft(
         def validate_and_show(finished: int, trainer: Trainer) -> dict[str, float]:
             metrics = validate(finished, trainer)
             if metrics and on_validation is not None and mesh.alone:
-                whole = without_parts_beside(decoder)
-                with trainer.runtime.evaluating(whole), torch.random.fork_rng():
-                    on_validation(finished, whole)
+                with trainer.runtime.evaluating(decoder), torch.random.fork_rng():
+                    on_validation(finished, decoder)
             return metrics
 
         return validate_and_show

@@ -16,7 +16,7 @@ from bessemer.core.errors import ArtefactError, ConfigError, SourceError
 from bessemer.core.hashing import hash_file
 from bessemer.core.progress import Progress
 from bessemer.core.store import read_json, write_json
-from bessemer.inference.engine import Engine
+from bessemer.inference.engine import Engine, EngineConfig
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.model.adapter_folder import read_adapter
 from bessemer.model.adapters import adapted
@@ -25,6 +25,8 @@ from bessemer.model.device import choose_device, has_fast_bfloat16
 from bessemer.model.folder import load_model
 from bessemer.model.folder_config import holds_codes, read_model_config
 from bessemer.model.formats.exchange import ModelSource
+from bessemer.model.quantised_linear import is_quantised
+from bessemer.model.trained_adapters import adapter_of, adapters_of, without_adapters
 from bessemer.posttraining.config import SFTConfig
 from bessemer.posttraining.conversations import Conversation
 from bessemer.posttraining.finetuning.base import prepare_base
@@ -260,11 +262,26 @@ class _Samples:
         self._progress = progress
 
     def show(self, finished: int, model: Decoder) -> None:
-        """Say what the model of the moment answers."""
-        engine = Engine(model, self._tokenizer)
-        params = SamplingParams(max_tokens=_SAMPLE_TOKENS, temperature=0.0)
-        # beside each other: every token of the two reads the weights once
-        answers = engine.generate([ids for _, ids in self._asked], params)
+        """Say what a model in training answers. An adapter stays beside the weights: merged, it would take a second copy."""
+        if not self._asked:
+            return
+        prompts = [ids for _, ids in self._asked]
+        config = EngineConfig(
+            max_model_len=max(map(len, prompts)) + _SAMPLE_TOKENS,
+            max_num_seqs=len(prompts),
+            # which would pack the weights, another copy, and over codes round activations as the trainer does not
+            cpu_kernels="off",
+            # beside codes the engine keeps keys and values in half precision, which the trainer does not
+            kv_cache_dtype="float32" if is_quantised(model) else "auto",
+        )
+        with without_adapters(model):
+            engine = Engine(model, self._tokenizer, config=config)
+            name = None
+            if adapters_of(model):
+                name = "trained"
+                engine.load_adapter(name, adapter_of(model))
+            # beside each other: every token of the two reads the weights once
+            answers = engine.generate(prompts, SamplingParams(max_tokens=_SAMPLE_TOKENS, temperature=0.0), adapter=name)
         for (question, _), answer in zip(self._asked, answers, strict=True):
             self._progress.say(f"  step {finished:,}: {_line(question)} → {_line(answer.text)}")
 

@@ -96,14 +96,14 @@ def _base(start: Path, head: Tensor | None) -> Decoder:
 
 
 def _chosen(trained: dict[str, Tensor], out: Path, config: LoopConfig, best: int | None) -> dict[str, dict[str, Tensor]]:
-    """An adapter's tensors by the ending of the folder that is for them."""
+    """An adapter's tensors by the ending of the folder that is for them. Those that are frozen lie in no checkpoint."""
     if config.save == "best" and best is not None:
-        chosen = checkpoint_weights(checkpoint_of_step(out / CHECKPOINTS, best))
+        chosen = trained | checkpoint_weights(checkpoint_of_step(out / CHECKPOINTS, best))
     else:
         chosen = trained
     if config.ema is None:
         return {"": chosen}
     newest = newest_checkpoint(out / CHECKPOINTS)
     assert newest is not None
-    average = checkpoint_weights(newest, f"others.{AVERAGE}.weights")
+    average = trained | checkpoint_weights(newest, f"others.{AVERAGE}.weights")
     return {"": average, "-weights": chosen} if config.save == "ema" else {"": chosen, "-ema": average}

@@ -21,12 +21,12 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from bessemer.distributed.shards import as_dtensor, local, sharded_dim
-from bessemer.model.adapter_folder import WeightSample, fingerprinted_tensors, sampled_places
+from bessemer.model.adapter_folder import WeightSample, fingerprinted_tensors, rounded, sampled_places
 from bessemer.model.adapters import Adapter, Update
 from bessemer.model.decoder import Decoder
 from bessemer.model.initialisation import tensor_shapes
 
-# Shapes: N outputs, K inputs, R rank.
+# Shapes: N outputs, K inputs, R rank, P places of a tensor that are sampled.
 
 #: Below every number of 16 bits: a place that no rank has filled.
 _NOTHING = -(1 << 16)
@@ -127,15 +127,17 @@ def gather_weight_samples(model: Decoder, axis: DeviceMesh | None = None) -> dic
     """
     own = fingerprinted_tensors(model)
     shapes = {name: torch.Size(shape) for name, shape in tensor_shapes(model.config).items()}
-    samples = torch.cat([_own_sample(tensor, shapes[name]) for name, tensor in own.items()])
+    samples = torch.cat([_own_sample(tensor, shapes[name]) for name, tensor in own.items()], dim=1)
     dist.all_reduce(samples, dist.ReduceOp.MAX, group=_group_of(axis))
     numbers = samples.cpu().to(torch.int16).view(torch.bfloat16)
     lengths = [len(sampled_places(shapes[name].numel())) for name in own]
-    return {name: WeightSample(tuple(shapes[name]), part) for name, part in zip(own, numbers.split(lengths), strict=True)}
+    parts = numbers.split(lengths, dim=1)
+    return {name: WeightSample(tuple(shapes[name]), part) for name, part in zip(own, parts, strict=True)}
 
 
 def _own_sample(tensor: Tensor, shape: torch.Size) -> Tensor:
-    """The sampled numbers that this rank's shard of a tensor holds, as the bits of bfloat16 in int32; `_NOTHING` elsewhere.
+    """The sampled numbers that this rank's shard of a tensor holds, `rounded`, as the bits of bfloat16 in int32, (2, P);
+    `_NOTHING` elsewhere.
 
     shape: of the whole tensor.
     """
@@ -151,7 +153,7 @@ def _own_sample(tensor: Tensor, shape: torch.Size) -> Tensor:
         along = along - sharded.device_mesh.get_local_rank() * size
         held = (along >= 0) & (along < size)
         places = (before * size + along) * inner + behind
-    numbers = shard.flatten()[places[held]].to(torch.bfloat16)
-    found = torch.full(places.shape, _NOTHING, dtype=torch.int32, device=shard.device)
-    found[held] = numbers.view(torch.int16).to(torch.int32)
+    numbers_2P = rounded(shard.flatten()[places[held]])
+    found = torch.full((2, *places.shape), _NOTHING, dtype=torch.int32, device=shard.device)
+    found[:, held] = numbers_2P.view(torch.int16).to(torch.int32)
     return found
