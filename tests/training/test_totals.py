@@ -1,4 +1,3 @@
-
 import torch
 
 from bessemer.distributed.mesh import ALONE
