@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from bessemer.core.json_lines import json_lines
 from bessemer.model.config import ModelConfig
 from bessemer.model.folder import save_model
 from tests.cli.test_main import bessemer, one_error
@@ -63,7 +64,7 @@ def test_how_much_of_a_task_stands_in_the_training_corpus_is_told_beside_its_sco
     assert code == 0, err
     found = json.loads((tmp_path / "found" / "results.json").read_text())["contamination"]["quiz"]
     assert (found["dirty"], found["clean"], found["unknown"]) == (1, 1, 1)
-    items = [json.loads(line) for line in (tmp_path / "found" / "items.jsonl").read_text().splitlines()]
+    items = json_lines((tmp_path / "found" / "items.jsonl").read_text())
     assert found["dirty_accuracy"] == items[0]["score"] and found["clean_accuracy"] == items[1]["score"]
     assert any(line.split()[:4] == ["quiz", "1", "of", "3"] for line in out.splitlines())
     # what is computed is kept, and looking in another corpus asks the model nothing

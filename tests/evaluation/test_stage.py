@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bessemer.core.errors import ArtefactError, ConfigError
+from bessemer.core.json_lines import json_lines
 from bessemer.core.progress import Silent
 from bessemer.data.corpus.reader import iterate_documents
 from bessemer.evaluation.compression import xz_bits_per_byte
@@ -115,7 +116,7 @@ def test_the_type_is_the_one_that_the_device_multiplies_fast(line, tmp_path, mon
 def test_every_answer_is_written_beside_its_reference(line, tmp_path):
     root, _ = line
     run(root, tmp_path / "out")
-    lines = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
+    lines = json_lines((tmp_path / "out" / "answers.jsonl").read_text())
     assert [line["set"] for line in lines] == ["held_in"] * 4 + ["held_out"] * 3
     assert all(set(line["answers"]) == {"pretrain", "sft"} and line["reference"] for line in lines)
 
@@ -134,7 +135,7 @@ def test_a_task_by_name_is_asked_of_every_model_and_compared(line, tmp_path):
     (by_model,) = results["tasks"].values()
     assert [set(of) for of in by_model.values()] == [{"asked_as", "n", "accuracy"}] * 2
     assert [one["metric"] for one in results["comparisons"]] == ["sums_held_out"]
-    lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    lines = json_lines((tmp_path / "answers.jsonl").read_text())
     assert len(lines) == 40 and lines[0]["reference"] == str(eval(lines[0]["messages"][-1]["content"].removesuffix(" =")))
     right = [line["answers"]["sft"]["exact_match"] for line in lines]
     assert by_model["sft"]["accuracy"] == sum(right) / 40

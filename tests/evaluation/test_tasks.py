@@ -7,6 +7,7 @@ from statistics import stdev
 import pytest
 
 from bessemer.core.errors import ArtefactError, ConfigError
+from bessemer.core.json_lines import json_lines
 from bessemer.core.progress import Silent
 from bessemer.core.reliability import reliability
 from bessemer.evaluation.comparison import compare
@@ -44,7 +45,7 @@ def engine(tmp_path_factory):
 def evaluated(engine, tasks, out, progress=None):
     results = evaluate_tasks(engine, tasks, out, model=MODEL, progress=progress or Silent())
     assert json.loads((out / RESULTS_FILE).read_text()) == results
-    return results["tasks"], [json.loads(line) for line in (out / ITEMS_FILE).read_text().splitlines()]
+    return results["tasks"], json_lines((out / ITEMS_FILE).read_text())
 
 
 def test_the_lines_are_the_engines_own_scores(engine, tmp_path):

@@ -1,11 +1,10 @@
 """Answers under a thinking budget: the thinking ends there, the tag that closes it is put in as tokens, an answer follows."""
 
-import json
-
 import pytest
 
 from bessemer.assistant.thinking import ThinkingTokens
 from bessemer.core.errors import ConfigError, RequestError
+from bessemer.core.json_lines import json_lines
 from bessemer.core.progress import Silent
 from bessemer.evaluation.tasks import evaluate_tasks
 from bessemer.evaluation.thinking import answers_after_thinking
@@ -67,7 +66,7 @@ def test_a_task_is_judged_by_what_follows_the_thinking(engine, tmp_path):
     again = evaluate_tasks(engine, [task], tmp_path / "again", model=MODEL, progress=Silent())
     assert (tmp_path / "out" / "items.jsonl").read_text() == (tmp_path / "again" / "items.jsonl").read_text()
     assert again == results
-    for line in map(json.loads, (tmp_path / "out" / "items.jsonl").read_text().splitlines()):
+    for line in json_lines((tmp_path / "out" / "items.jsonl").read_text()):
         assert len(line["texts"]) == len(line["thinking"]) == 2 and line["texts"][0] != line["texts"][1]
         assert all(tokens <= 12 for tokens in line["completion_tokens"])
 

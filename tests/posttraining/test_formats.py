@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from bessemer.core.errors import RequestError
+from bessemer.core.json_lines import json_lines
 from bessemer.posttraining.formats import Answered, answer_in_columns, as_answered, as_labelled, as_labelled_answers, as_pair
 
 PREFERENCES = Path(__file__).parents[2].parent / "shared" / "data" / "preference"
@@ -176,7 +177,7 @@ def test_public_preference_data_is_read_as_it_is():
     same = [row for row in polite if row["chosen"] == row["rejected"]]
     pairs = [as_pair(row) for row in polite if row not in same]
     assert len(pairs) + len(same) == 1100 and len(same) < 20
-    harmless = [json.loads(line) for line in (PREFERENCES / "hh_harmless_1800.jsonl").read_text().splitlines()]
+    harmless = json_lines((PREFERENCES / "hh_harmless_1800.jsonl").read_text())
     parsed, refused = [], []
     for row in harmless:
         try:

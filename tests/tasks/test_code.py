@@ -1,11 +1,11 @@
 """Programs that are tested in the sandbox. A container may offer the weakest tier alone, so no more is asked for."""
 
-import json
 from pathlib import Path
 
 import pytest
 
 from bessemer.core.errors import ArtefactError
+from bessemer.core.json_lines import json_lines
 from bessemer.core.records import Record
 from bessemer.core.sandbox import SandboxError
 from bessemer.tasks import registry
@@ -140,7 +140,7 @@ def test_helpers_of_the_prompt_stay_where_an_answer_defines_the_function_anew():
 
 def test_every_shipped_problem_is_solved_by_its_own_solution(tmp_path):
     path = Path(registry.__file__).parent / "files" / "code.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = json_lines(path.read_text())
     task = task_of(tmp_path, rows, kind="code", sandbox="rlimits", seconds=60, id="task_id")
     questions = task.questions()
     outcomes = task.judge_all([(question, [row["canonical_solution"]]) for question, row in zip(questions, rows, strict=True)])

@@ -1,10 +1,9 @@
 """Tasks that a model answers while it is trained."""
 
-import json
-
 import pytest
 
 from bessemer.core.errors import ArtefactError, ConfigError
+from bessemer.core.json_lines import json_lines
 from bessemer.core.metrics import read_metrics
 from bessemer.core.progress import Silent
 from bessemer.evaluation.tasks import evaluate_tasks
@@ -51,7 +50,7 @@ def test_accuracies_are_those_of_an_evaluation_and_no_weight_changes(config, mod
     tasks = [read_task(tmp_path / f"{name}.yaml") for name in ("animals", "sums")]
     with Engine(tmp_path / "asked" / "model", device="cpu") as engine:
         results = evaluate_tasks(engine, tasks[:1], tmp_path / "evaluated", model={}, progress=Silent())["tasks"]
-        right = [json.loads(line)["score"] for line in (tmp_path / "evaluated" / "items.jsonl").read_text().splitlines()]
+        right = [item["score"] for item in json_lines((tmp_path / "evaluated" / "items.jsonl").read_text())]
     assert results["animals"]["n"] == 3
     assert found[5] == {"task/animals": sum(right[:2]) / 2, "task/sums": found[5]["task/sums"]}
 

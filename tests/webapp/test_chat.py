@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from bessemer.core.json_lines import json_lines
 from tests.serving.engine import FakeEngine
 
 ANSWER = "article.assistant:not(.working) .below button"
@@ -65,7 +66,7 @@ def test_a_conversation_is_asked_edited_branched_kept_and_taken_elsewhere(page, 
     page.fill("#search", "THE END")
     page.wait_for_selector("#conversations button.open")
 
-    rows = [json.loads(line) for line in (tmp_path / "said" / "pairs.jsonl").read_text().splitlines()]
+    rows = json_lines((tmp_path / "said" / "pairs.jsonl").read_text())
     assert (
         rows[0]["prompt"] == [{"role": "user", "content": "the end"}] and rows[0]["chosen"][0]["content"] == "As it should be"
     )

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bessemer.core.errors import ArtefactError
+from bessemer.core.json_lines import json_lines
 from bessemer.core.progress import Progress
 from bessemer.core.seeds import derive_seed
 from bessemer.evaluation.tasks import answers
@@ -77,8 +78,7 @@ def _messages(record: dict[str, Any]) -> list[dict[str, str]] | None:
 
 def _read_conversations(path: Path) -> list[list[dict[str, str]]]:
     try:
-        # not `splitlines`, which also breaks at a few characters that JSON writes as they are
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        records = json_lines(path.read_text(encoding="utf-8"))
         conversations = [
             messages
             for record in records

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+from bessemer.core.json_lines import json_lines
 from bessemer.core.report import Answer, Answers, Facts, Heading, Metrics, Part, Section, StageReport, Text
 from bessemer.training.report import diagnostics, summary_line, task_accuracies, training_curves
 
@@ -50,7 +50,7 @@ def read_answers(path: Path) -> list[Answer]:
     """The models' answers to the tasks' questions, from an evaluation's `answers.jsonl`; empty when there is no file."""
     if not path.exists():
         return []
-    records: list[Metrics] = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    records: list[Metrics] = json_lines(path.read_text(encoding="utf-8"))
     return [
         Answer(
             question=record["messages"][-1]["content"],

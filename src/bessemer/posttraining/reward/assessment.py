@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from bessemer.core.json_lines import json_lines
 from bessemer.core.reliability import BINS, Reliability, reliability, reliability_curves, reliability_table
 from bessemer.core.report import Cell, Column, Curves, Heading, Part, Series, Table, Text
 from bessemer.core.statistics import Estimate, mean_estimate, score
@@ -110,7 +111,7 @@ def read_scored_pairs(path: Path) -> list[ScoredPair]:
     """The pairs of a file; none where there is no file."""
     if not path.exists():
         return []
-    return [ScoredPair(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [ScoredPair(**row) for row in json_lines(path.read_text(encoding="utf-8"))]
 
 
 def assessment_parts(pairs: Sequence[ScoredPair]) -> list[Part]:
