@@ -29,7 +29,7 @@ import torch.distributed as dist
 def one_sided(completions, **kwargs):
     if dist.get_rank() == 1:
         raise OSError("the disk is full")
-    return [1.0 for _ in completions]
+    return [float(len(text)) for text in completions]
 """
 
 
@@ -80,16 +80,16 @@ def test_two_processes_make_the_run_of_one(two, model, data, tmp_path, method, p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("parallel", "reward", "error"),
-    [
-        ({"data_shard": 2}, "one_sided.py:one_sided", "RewardError: the reward one_sided fails for every completion: "),
-        ({"pipeline": 2}, "rewards.py:letters", "ConfigError: parallel: pipeline 2: each rank trains some layers, and "),
-    ],
-    ids=str,
-)
-def test_what_fails_on_one_process_stops_all(two, model, data, tmp_path, parallel, reward, error):  # noqa: F811
+def test_completions_whose_reward_fails_on_one_process_are_left_out_on_all(two, model, data, tmp_path):  # noqa: F811
     (data / "one_sided.py").write_text(ONE_SIDED)
+    reward = "one_sided.py:one_sided"
+    two.run(trained, model=model, data=data, out=tmp_path, method="grpo", parallel={"data_shard": 2}, reward=reward)
+    completions = read_metrics(tmp_path / "completions.jsonl")
+    assert sum(one["reward"] is None for one in completions) == len(completions) / 2
+
+
+def test_a_pipeline_is_refused_by_all(two, model, data, tmp_path):  # noqa: F811
+    error = "ConfigError: parallel: pipeline 2: each rank trains some layers, and "
     of_all = "".join(rf"(?=(.|\n)*rank {rank}: [^§]*{error})" for rank in (0, 1))
     with pytest.raises(AssertionError, match=of_all):
-        two.run(trained, model=model, data=data, out=tmp_path / "a", method="grpo", parallel=parallel, reward=reward)
+        two.run(trained, model=model, data=data, out=tmp_path / "a", method="grpo", parallel={"pipeline": 2})
