@@ -39,6 +39,8 @@ def test_no_value_of_a_field_makes_the_server_fail(engine, start, path):
     kind, rest = DIALECTS[path]
     fields = [name for name in kind.model_fields if name != "model"]
     with httpx.Client(base_url=start(engine), timeout=30) as client:
+        # what is hostile below is the value
+        assert client.post(path, content=f'{{"model": "tiny", {rest}}}').status_code == 200
         answers = {
             (name, value): client.post(path, content=f'{{"model": "tiny", {rest}, "{name}": {value}}}').status_code
             for name in fields
@@ -47,7 +49,6 @@ def test_no_value_of_a_field_makes_the_server_fail(engine, start, path):
     assert not [asked for asked, status in answers.items() if status not in (200, 400, 404)]
     refused = {asked for asked, status in answers.items() if status in (400, 404)}
     assert {(name, "NaN") for name in fields} <= refused
-    assert len(refused) < len(answers)
 
 
 @pytest.mark.parametrize(
