@@ -45,6 +45,7 @@ from bessemer.core.environment import set_environment
 set_environment()  # before PyTorch reads it
 
 from bessemer.core.hashing import hash_value  # noqa: E402
+from bessemer.core.json_lines import json_lines  # noqa: E402
 from bessemer.core.policy import Policy, read_policy  # noqa: E402
 from bessemer.core.progress import progress_for_terminal  # noqa: E402
 from bessemer.evaluation.bootstrap import paired_bootstrap  # noqa: E402
@@ -159,8 +160,8 @@ class Asked:
 
 def asked_of(data: Path, policy: Policy, held_out: int, revised: int, learnt: int) -> Asked:
     """The split: no prompt, no instruction and no question is on both sides."""
-    lines = (data / "preference" / "hh_harmless_1800.jsonl").read_text(encoding="utf-8").splitlines()
-    prompts = list(dict.fromkeys(first_turn(json.loads(line)["chosen"]) for line in lines))
+    dialogues = json_lines((data / "preference" / "hh_harmless_1800.jsonl").read_text(encoding="utf-8"))
+    prompts = list(dict.fromkeys(first_turn(row["chosen"]) for row in dialogues))
     drawn = random.Random(SEED)
     drawn.shuffle(prompts)
     found = {prompt: one.is_hazard for prompt, one in zip(prompts, findings(prompts, policy), strict=True)}
@@ -187,8 +188,8 @@ def asked_of(data: Path, policy: Policy, held_out: int, revised: int, learnt: in
 
 def questions_of(file: Path) -> list[str]:
     """The questions of PIQA; the rest of its goals are no whole sentences."""
-    goals = [json.loads(line)["query"] for line in file.read_text(encoding="utf-8").splitlines()]
-    return [goal for goal in dict.fromkeys(goal.removeprefix("Question:").strip() for goal in goals) if goal.endswith("?")]
+    goals = [row["query"].removeprefix("Question:").strip() for row in json_lines(file.read_text(encoding="utf-8"))]
+    return [goal for goal in dict.fromkeys(goals) if goal.endswith("?")]
 
 
 def first_turn(dialogue: str) -> str:
@@ -267,8 +268,8 @@ def revised(model: Path, asked: Asked, policy: Policy, shots: int, folder: Path)
         {"data": ["first_answers.jsonl"], "policy": "policy.yaml", "max_tokens": REVISION, "batch_size": BATCH}, "revise"
     )
     revise(config, model, folder / "revise", seed=SEED, device="cpu", progress=progress_for_terminal(), folder=folder)
-    written = (folder / "revise" / REVISIONS_FILE).read_text(encoding="utf-8").splitlines()
-    return [row_of(row["prompt"][-1]["content"], row["completion"]) for row in map(json.loads, written)]
+    written = json_lines((folder / "revise" / REVISIONS_FILE).read_text(encoding="utf-8"))
+    return [row_of(row["prompt"][-1]["content"], row["completion"]) for row in written]
 
 
 def sound(rows: Sequence[dict[str, Any]], policy: Policy, kept: re.Pattern[str] = _SENTENCES) -> list[dict[str, Any]]:

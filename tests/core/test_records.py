@@ -29,6 +29,16 @@ def test_a_struct_of_parquet_has_the_keys_of_its_own_row(tmp_path):
     assert [record.values for record in read_records(tmp_path / "a.parquet")] == rows
 
 
+def test_a_damaged_page_of_parquet_is_told_with_its_file(tmp_path):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"a": [f"row {number}" for number in range(1000)]}), path)
+    content = bytearray(path.read_bytes())
+    content[40:400] = b"\xff" * 360
+    path.write_bytes(content)
+    with pytest.raises(ArtefactError, match=r"a\.parquet: is not Parquet, or damaged"):
+        read_records(path)
+
+
 def test_a_cell_may_be_long(tmp_path):
     (tmp_path / "a.csv").write_text(f"a\n{'long ' * 100_000}\n")
     assert len(read_records(tmp_path / "a.csv")[0].text("a")) == 500_000

@@ -37,6 +37,10 @@ def test_ignorance_is_preferred_where_the_package_has_no_such_function(documents
         assert row["known"] == has_it
         assert (row["rejected"] if has_it else row["chosen"]) in config.unsure
         assert (row["chosen"] if has_it else row["rejected"]) not in config.unsure
+    # whatever is asked: a phrase of each kind of question would tell the kind
+    for kind in ("What does", "What is", "Which module"):
+        of_kind = [row for row in rows if not row["known"] and row["prompt"][0]["content"].startswith(kind)]
+        assert len(of_kind) < 4 or {row["chosen"] for row in of_kind} == set(config.unsure)
     assert {row["chosen"] for row in rows if not row["known"]} == set(config.unsure)
     assert len(read_examples(tmp_path / HONESTY_FILE, as_pair)) == 60
     honesty(config, documents, tmp_path, seed=2)

@@ -139,6 +139,12 @@ def test_a_twin_has_an_answer_to_another_prompt():
         others_before(list("aaa"))
 
 
+def test_texts_beside_messages_are_refused_in_one_line(tokenizer):
+    rows = [Labelled(Answered("a", "b"), True), Labelled(Answered((said("user", "c"),), (said("assistant", "d"),)), False)]
+    with pytest.raises(SourceError, match="some rows are texts and some messages"):
+        pack_answers(rows, tokenizer, 64)
+
+
 def test_rows_of_pairs_and_of_conversations_are_read_as_single_answers():
     good, bad = as_labelled_answers({"prompt": "a", "chosen": "b", "rejected": "c"})
     assert (good, bad) == (Labelled(Answered("a", "b"), True), Labelled(Answered("a", "c"), False))

@@ -34,6 +34,17 @@ def test_a_wrong_answer_is_a_right_one_to_another_question_in_turn_of_its_kind_a
         gather_pairs([MISMATCHED], tmp_path, {}, 0.5, seed=1)
 
 
+def test_another_right_answer_to_the_same_question_is_not_a_wrong_one(tmp_path):
+    made = [conversation(f"What does `f{n % 5}` do?", f"It does {n}.") for n in range(20)]
+    write_conversations(tmp_path / "train.jsonl", made)
+    write_conversations(tmp_path / "validation.jsonl", [])
+    right = {(one.messages[0]["content"], one.messages[1]["content"]) for one in made}
+    for seed in range(5):
+        training, _ = gather_pairs([MISMATCHED], tmp_path, {MISMATCHED: tmp_path}, 0.0, seed=seed)
+        assert len(training) > 10
+        assert not [pair for pair in training if (pair.prompt[0]["content"], pair.rejected[0]["content"]) in right]
+
+
 def test_names_and_losses_that_do_not_go_together_are_refused():
     with pytest.raises(ConfigError, match="nor made pairs; did you mean 'made/mismatched'"):
         PreferenceConfig.parse({"data": ["made/mismatch"]}, "preference")

@@ -165,6 +165,8 @@ def test_an_adapter_is_trained_beside_a_whole_head_and_both_make_one_folder(mode
 
 def test_what_a_reward_model_cannot_be_adapted_with_is_told_in_one_line(model_folder, data, tmp_path):  # noqa: F811
     assert RewardConfig.parse({"data": ["a.jsonl"], "adapter": 8}).learning_rate == 1e-4
+    with pytest.raises(ConfigError, match=r"z_loss is of losses of the next token"):
+        RewardConfig.parse({"data": ["pairs.jsonl"], "z_loss": 1e-4}, "reward")
     with pytest.raises(ConfigError, match=r"adapter.merge: false: a reward model is its adapter and its head"):
         RewardConfig.parse({"data": ["a.jsonl"], "adapter": {"rank": 8, "merge": False}})
     start = load_model(model_folder)

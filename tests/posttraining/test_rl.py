@@ -271,6 +271,14 @@ def test_a_reward_knows_the_step_and_logs_under_any_name(model_folder, data, tmp
     assert all(line["sampled"] == 16 for line in read_metrics(tmp_path / "metrics.jsonl"))
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_what_no_reward_judges_has_no_mean(model_folder, data, tmp_path):
+    """The manifest of a stage is JSON, which has no word for it."""
+    summary = run(model_folder, data, tmp_path, steps=1, rewards=["rewards.py:letters", "rewards.py:refuses"])
+    assert "validation_letters" in summary and "validation_refuses" not in summary
+    json.dumps([summary, *read_metrics(tmp_path / "metrics.jsonl")], allow_nan=False)
+
+
 def test_what_is_validated_is_drawn_from_all_that_is_held_out():
     assert drawn([1, 2, 3], 3, seed=0) == [1, 2, 3]
     some = drawn(range(1000), 100, seed=0)
@@ -339,6 +347,8 @@ def test_prompts_are_rows_or_questions_and_sums_stay_on_one_side(tmp_path):
         ({"max_tokens": 64}, r"leaves no room for a prompt"),
         ({"max_kl": 1.0}, r"max_kl needs a reference"),
         ({"save": "best"}, r"which rl has not"),
+        ({"algorithm": "online_dpo", "entropy_weight": 0.1}, r"entropy_weight: not with pair_loss"),
+        ({"algorithm": "online_dpo", "reward_scale": "decoupled"}, r"reward_scale: not with pair_loss"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_in_one_line(settings, message):

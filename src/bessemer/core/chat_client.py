@@ -185,7 +185,7 @@ class ChatClient:
         try:
             with self._opener.open(request, timeout=self._timeout) as response:
                 content: bytes = response.read(_MOST_BYTES)
-                # a read of at most so many bytes does not tell that the connection ended before the length that was announced
+                # a bounded read does not tell that the connection ended before the length that was announced
                 if response.length and len(content) < _MOST_BYTES:
                     raise _PassingError(f"broke off ({response.length:,} bytes are missing)")
                 return content

@@ -14,7 +14,7 @@ from bessemer.core.records import TABLES
 from bessemer.core.store import write_text
 from bessemer.posttraining.config import SFTConfig
 from bessemer.posttraining.dataset import examples_of_function, files_fingerprint, read_examples
-from bessemer.posttraining.formats import Answered, Message, Turns, answer_in_columns, as_answered
+from bessemer.posttraining.formats import Answered, Message, answer_in_columns, as_answered, plain_turns
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,8 @@ class Conversation:
     @property
     def _said(self) -> dict[str, Any]:
         if self.answered.prompt == ():
-            return {"messages": _plain(self.answered.answer)}
-        return {"prompt": _plain(self.answered.prompt), "completion": _plain(self.answered.answer)}
-
-
-def _plain(turns: Turns) -> Any:
-    return turns if isinstance(turns, str) else list(turns)
+            return {"messages": plain_turns(self.answered.answer)}
+        return {"prompt": plain_turns(self.answered.prompt), "completion": plain_turns(self.answered.answer)}
 
 
 def read_conversations(path: Path, columns: tuple[str, str] | None = None) -> list[Conversation]:

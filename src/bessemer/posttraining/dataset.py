@@ -71,7 +71,7 @@ def split_examples(
 
 
 def drawn(examples: Sequence[Example], most: int, seed: int) -> Sequence[Example]:
-    """At most so many of the examples, drawn from all of them: the first ones would be those of the first file."""
+    """At most `most` of the examples, drawn from all of them: the first would all be of the first file."""
     return examples if len(examples) <= most else random.Random(seed).sample(examples, most)
 
 

@@ -197,6 +197,11 @@ def as_labelled_answers(row: Mapping[str, Any]) -> list[Labelled]:
     return [Labelled(Answered(pair.prompt, answer, pair.tools), label) for answer, label in sides]
 
 
+def plain_turns(turns: Turns) -> str | list[Message]:
+    """Turns as a JSON value."""
+    return turns if isinstance(turns, str) else list(turns)
+
+
 def conversation_text(messages: Sequence[Message]) -> str:
     """Messages for a reader: the user's words where that is all, else who says what."""
     if len(messages) == 1:

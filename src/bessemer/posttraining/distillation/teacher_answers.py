@@ -18,7 +18,7 @@ from bessemer.posttraining.distillation.config import DistillationConfig
 from bessemer.posttraining.distillation.prompts import Asked
 from bessemer.posttraining.encoding import Encoded, encode_answer
 from bessemer.posttraining.finished_rows import FinishedRows
-from bessemer.posttraining.formats import Turns
+from bessemer.posttraining.formats import plain_turns
 from bessemer.posttraining.packing import Example
 from bessemer.tokenization.tokenizer import Tokenizer
 
@@ -109,14 +109,10 @@ def _identity(config: DistillationConfig, teacher: Path, asked: Sequence[Asked],
     """What the teacher's answers depend on."""
     return {
         "teacher": place_fingerprint(teacher),
-        "asked": hash_value([[_plain(one.prompt), list(one.tools)] for one in asked]),
+        "asked": hash_value([[plain_turns(one.prompt), list(one.tools)] for one in asked]),
         "settings": [config.sampling_temperature, config.max_tokens, config.samples_per_prompt],
         "seed": seed,
     }
-
-
-def _plain(prompt: Turns) -> Any:
-    return prompt if isinstance(prompt, str) else list(prompt)
 
 
 def _answers_of(
@@ -138,6 +134,6 @@ def _answers_of(
     for place, one in enumerate(lot):
         given = [completions[place], *completions[place].others] if place in completions else []
         yield {
-            "prompt": _plain(one.prompt),
+            "prompt": plain_turns(one.prompt),
             "answers": [{"text": each.text, "cut": each.finish_reason == "length"} for each in given],
         }

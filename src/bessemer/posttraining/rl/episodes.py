@@ -17,6 +17,7 @@ from bessemer.core.errors import ConfigError
 from bessemer.core.seeds import derive_seed
 from bessemer.core.usercode import load_user_function
 from bessemer.inference.engine import Engine, SamplingParams
+from bessemer.posttraining.formats import plain_turns
 from bessemer.posttraining.rewards.environment import ENVIRONMENT, FAILURE, TOTAL
 from bessemer.posttraining.rewards.judge import Judge, Judgement
 from bessemer.posttraining.rl.config import RLConfig
@@ -91,7 +92,7 @@ def load_environment(name: str, folder: Path) -> Callable[[], Environment]:
 
 def _task(asked: EncodedPrompt) -> dict[str, Any]:
     prompt, _ = asked
-    return {**prompt.columns, "prompt": prompt.turns if isinstance(prompt.turns, str) else list(prompt.turns)}
+    return {**prompt.columns, "prompt": plain_turns(prompt.turns)}
 
 
 def _sample(asked: EncodedPrompt, episode: Episode) -> Sample:

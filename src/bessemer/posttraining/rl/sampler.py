@@ -23,6 +23,7 @@ from bessemer.inference.multi_step import MOST_TOKENS
 from bessemer.model.decoder import Decoder
 from bessemer.model.quantised_linear import is_quantised
 from bessemer.model.trained_adapters import adapters_of, merged_in_place, without_adapters
+from bessemer.posttraining.formats import plain_turns
 from bessemer.posttraining.rewards.judge import Completed, Judge, Judgement
 from bessemer.posttraining.rl.config import RLConfig
 from bessemer.posttraining.rl.prompts import Prompt
@@ -220,9 +221,7 @@ class PolicySampler(Sampler):
         """What the rewards say of samples; a completion that was cut is worth nothing where the settings say so."""
         names = dict.fromkeys(name for sample in samples for name in sample.prompt.columns)
         completed = Completed(
-            prompts=[
-                sample.prompt.turns if isinstance(sample.prompt.turns, str) else list(sample.prompt.turns) for sample in samples
-            ],
+            prompts=[plain_turns(sample.prompt.turns) for sample in samples],
             completions=[
                 sample.text if isinstance(sample.prompt.turns, str) else [{"role": "assistant", "content": sample.text}]
                 for sample in samples
