@@ -24,7 +24,7 @@ def documents(tmp_path_factory):
 
 
 def test_ignorance_is_preferred_where_the_package_has_no_such_function(documents, tmp_path):
-    config = HonestyConfig(pairs=60, unknown_share=0.4, unsure=["No idea.", "I don't know."])
+    config = HonestyConfig(pairs=60, unknown_share=0.4, unsure=["No idea.", "I don't know.", "I cannot say."])
     metrics = honesty(config, documents, tmp_path, seed=2)
     assert metrics == {"pairs": 60, "known": 36, "unknown": 24}
     rows = [json.loads(line) for line in (tmp_path / HONESTY_FILE).open()]
