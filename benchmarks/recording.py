@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from bessemer.core.environment import git_commit, host
+from bessemer.core.machines import MACHINE_VARIABLE
 
 RESULTS = Path(__file__).parent / "results"
 #: Exit status of a benchmark that lacks what it measures (as in automake's test driver: skipped).
@@ -80,8 +82,10 @@ def table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[Any]]) -> 
 
 
 def machine() -> dict[str, Any]:
-    """This machine as a reader needs it to judge a figure: `host()` and the processor's instruction sets."""
-    return host() | {"instruction_sets": instruction_sets(), "python": platform.python_version()}
+    """This machine as a reader needs it to judge a figure: `host()`, the processor's instruction sets, and which of the machines
+    of `bessemer.core.machines` it stood for."""
+    stood_for = os.environ.get(MACHINE_VARIABLE, "native")
+    return host() | {"as": stood_for, "instruction_sets": instruction_sets(), "python": platform.python_version()}
 
 
 def instruction_sets() -> list[str]:

@@ -25,7 +25,7 @@ from bessemer.core.hashing import hash_value
 from bessemer.core.seeds import derive_seed
 from bessemer.core.store import read_json, write_json
 from bessemer.model.config import ModelConfig
-from bessemer.model.device import has_fast_bfloat16
+from bessemer.model.device import is_fast
 from bessemer.model.initialisation import initial_decoder
 from bessemer.tokenization.shards import TokenShards
 from bessemer.training.data.batches import TokenBatches
@@ -231,7 +231,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     folder = tokens(arguments.out, arguments.offline)
-    dtype = "bfloat16" if has_fast_bfloat16(torch.device("cpu")) else "float32"
+    dtype = "bfloat16" if is_fast(torch.bfloat16, torch.device("cpu")) else "float32"
     bench = Bench(*(TokenShards(folder / split) for split in ("train", "validation")), arguments.steps, dtype, arguments.out)
     figures: dict[str, Any] = {"steps": bench.steps, "dtype": dtype, "coordinates": {}, "transfer": {}}
     for optimizer in MIDDLES:

@@ -20,3 +20,53 @@ def test_a_containers_limit_leaves_what_is_neither_used_nor_cached(limit, stat, 
 
 def test_without_a_group_there_is_no_limit(tmp_path):
     assert environment._left_in_group(tmp_path) is None
+
+
+def group(folder, **files):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name.replace("__", ".")).write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("cpu_max", "quota"),
+    [("50000 100000\n", 0.5), ("150000 100000\n", 1.5), ("max 100000\n", None), ("nonsense", None)],
+)
+def test_a_containers_quota_is_read(cpu_max, quota, tmp_path):
+    group(tmp_path / "root", cpu__max=cpu_max)
+    (tmp_path / "cgroup").write_text("0::/\n")
+    assert environment._quota(tmp_path / "root", tmp_path / "cgroup") == quota
+
+
+def test_the_smallest_quota_of_the_groups_above_counts(tmp_path):
+    group(tmp_path / "root/slice", cpu__max="200000 100000")
+    group(tmp_path / "root/slice/job", cpu__max="300000 100000")
+    (tmp_path / "cgroup").write_text("0::/slice/job\n")
+    assert environment._quota(tmp_path / "root", tmp_path / "cgroup") == 2.0
+
+
+def test_a_quota_of_the_older_groups_is_read(tmp_path):
+    group(tmp_path / "root/cpu,cpuacct/docker", cpu__cfs_quota_us="25000\n", cpu__cfs_period_us="100000\n")
+    group(tmp_path / "root/cpu,cpuacct", cpu__cfs_quota_us="-1\n", cpu__cfs_period_us="100000\n")
+    (tmp_path / "cgroup").write_text("4:memory:/docker\n3:cpu,cpuacct:/docker\n")
+    assert environment._quota(tmp_path / "root", tmp_path / "cgroup") == 0.25
+
+
+def test_without_groups_there_is_no_quota(tmp_path):
+    assert environment._quota(tmp_path / "root", tmp_path / "cgroup") is None
+
+
+@pytest.mark.parametrize(("quota", "cores"), [(None, 4), (0.5, 1), (1.5, 2), (3.0, 3), (9.0, 4)])
+def test_a_part_of_a_core_is_one(quota, cores, monkeypatch):
+    monkeypatch.setattr(environment, "affine_cores", lambda: 4)
+    monkeypatch.setattr(environment, "cpu_quota", lambda: quota)
+    assert environment.usable_cores() == cores
+
+
+def test_libraries_are_told_of_a_quota_and_the_users_own_setting_stays(monkeypatch):
+    monkeypatch.setattr(environment, "affine_cores", lambda: 4)
+    monkeypatch.setattr(environment, "cpu_quota", lambda: 1.5)
+    monkeypatch.setattr(environment.os, "environ", variables := {"MKL_NUM_THREADS": "3"})
+    environment.set_environment()
+    assert [variables[f"{library}_NUM_THREADS"] for library in ("OMP", "NUMBA", "OPENBLAS", "MKL")] == ["2", "2", "2", "3"]

@@ -109,7 +109,7 @@ def test_bits_per_byte_are_those_of_trainings_own_measure(line, tmp_path, dtype,
 
 @pytest.mark.parametrize(("is_fast", "dtype"), [(True, "bfloat16"), (False, "float32")])
 def test_the_type_is_the_one_that_the_device_multiplies_fast(line, tmp_path, monkeypatch, is_fast, dtype):
-    monkeypatch.setattr("bessemer.evaluation.stage.has_fast_bfloat16", lambda device: is_fast)
+    monkeypatch.setattr("bessemer.evaluation.stage.is_fast", lambda dtype, device: is_fast)
     assert run(line[0], tmp_path / "out", conversations=False)["dtypes"] == {"pretrain": dtype, "sft": dtype}
 
 

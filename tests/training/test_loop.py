@@ -207,6 +207,24 @@ def test_compiled_killed_and_run_again_ends_with_the_same_bits(settings, model_f
     assert pretrain_apart(None, config, model_folder, tokenized, killed) == whole
 
 
+def test_a_run_that_changes_its_threads_resumes_to_the_bit(run, settings, tmp_path, monkeypatch):
+    """The second thread is taken away after the second step, and given back after the fourth."""
+    config = settings.with_changes(threads="auto", evaluate_every=2, checkpoint_minutes=1e-9)
+    monkeypatch.setattr("bessemer.training.runtime.usable_cores", lambda: 2)
+    monkeypatch.setattr("bessemer.training.threads.faster_threads", lambda current, candidates: 3 - current)
+    seen = []
+    whole = run(tmp_path / "whole", config, on_step_end=lambda step, _: seen.append(torch.get_num_threads()) or {})
+    assert seen == [2, 2, 1, 1, 2, 2]
+    seen.clear()
+    with pytest.raises(InterruptedError):
+        run(tmp_path / "stopped", config, on_step_end=_interrupt_at(5))
+    # measured now, the second thread would never be given back
+    monkeypatch.setattr("bessemer.training.threads.faster_threads", lambda current, candidates: 1)
+    resumed = run(tmp_path / "stopped", config, on_step_end=lambda step, _: seen.append(torch.get_num_threads()) or {})
+    assert seen and seen == [2] * len(seen)
+    assert torch.equal(weights(resumed), weights(whole))
+
+
 def test_frozen_parameters_do_not_move_and_are_not_in_checkpoints(run, settings, tmp_path):
     start = run(tmp_path / "untrained", settings.with_changes(steps=1, learning_rate=1e-30, weight_decay=0))
     model = run(tmp_path / "run", settings.with_changes(freeze=["layers.0.*", "embed_tokens.*"]))

@@ -33,10 +33,10 @@ def demo(
 
     import torch
 
-    from bessemer.model.device import choose_device, has_fast_bfloat16
+    from bessemer.model.device import choose_device, is_fast
 
     place = choose_device(device)
-    dtype = torch.bfloat16 if has_fast_bfloat16(place) else torch.float32
+    dtype = torch.bfloat16 if is_fast(torch.bfloat16, place) else torch.float32
     folder = smollm2_folder(runs / ".cache", dtype)
     if inspect is not None:
         _look(folder, inspect, device)

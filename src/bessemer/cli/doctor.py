@@ -71,7 +71,9 @@ def _packages() -> Iterator[_Line]:
 
 
 def _tools() -> Iterator[_Line]:
-    compiler = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+    from bessemer.core.environment import cxx_compiler
+
+    compiler = cxx_compiler()
     yield (
         ("ok", "compiler", compiler)
         if compiler

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import platform
 import subprocess
@@ -51,8 +52,77 @@ def processor() -> str:
 
 
 def usable_cores() -> int:
-    """Cores that this process may use (a container's affinity is respected)."""
+    """Cores that this process may use: those of its affinity, or as many as a container's quota of processor time fills, a part
+    of one counted as one."""
+    cores = affine_cores()
+    quota = cpu_quota()
+    return cores if quota is None else max(1, min(cores, math.ceil(quota)))
+
+
+def affine_cores() -> int:
+    """Cores that this process may be scheduled on, however much time it gets there."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@cache
+def cpu_quota() -> float | None:
+    """Processor time that the groups of this process may use, in cores (0.5: half of one); None without a limit.
+
+    The smallest quota of its group and of those above it (Linux, cgroup v2: `cpu.max`; v1: `cpu.cfs_quota_us`)."""
+    return _quota(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))
+
+
+def _quota(root: Path, membership: Path) -> float | None:
+    """`cpu_quota` of the groups that are mounted below `root`, of a process whose `/proc/PID/cgroup` is `membership`."""
+    try:
+        lines = membership.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    quotas: list[float] = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        # in a container its own group is mounted as the root, while the path is the host's
+        groups = [Path(path.lstrip("/")), *Path(path.lstrip("/")).parents]
+        if not controllers:
+            mounts = (root, root / "unified")
+        elif "cpu" in controllers.split(","):
+            mounts = (root / controllers, root / "cpu")
+        else:
+            continue
+        for group in (mount / group for mount in mounts for group in groups):
+            quota = _group_quota(group)
+            if quota is not None:
+                quotas.append(quota)
+    return min(quotas) if quotas else None
+
+
+def _group_quota(group: Path) -> float | None:
+    """The quota of one group, in cores; None where it has none."""
+    try:
+        if (group / "cpu.max").exists():
+            limit, period = (group / "cpu.max").read_text(encoding="ascii").split()
+        else:
+            limit, period = (
+                (group / f"cpu.cfs_{name}_us").read_text(encoding="ascii").strip() for name in ("quota", "period")
+            )
+        return None if limit in ("max", "-1") else int(limit) / int(period)
+    except (OSError, ValueError, ZeroDivisionError):
+        return None
+
+
+@cache
+def cxx_compiler() -> str | None:
+    """The C++ compiler of this machine that runs: the one that CXX names, else the first of the usual names; None without."""
+    named = os.environ.get("CXX")
+    for name in [named] if named else ["c++", "g++", "clang++", "cl"]:
+        try:
+            # Microsoft's has no --version, and says who it is where nothing is asked
+            arguments = [] if name == "cl" else ["--version"]
+            if subprocess.run([name, *arguments], capture_output=True, timeout=60, check=False).returncode == 0:
+                return name
+        except (OSError, subprocess.TimeoutExpired):
+            continue
+    return None
 
 
 def memory_bytes() -> int | None:
@@ -189,6 +259,10 @@ def set_environment() -> None:
         os.environ["OMP_WAIT_POLICY"] = "passive"
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     os.environ.setdefault("KMP_BLOCKTIME", "0")
+    if usable_cores() < affine_cores():
+        # of a container's quota these libraries know nothing: more threads would be stopped together when it is used up
+        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
+            os.environ.setdefault(name, str(usable_cores()))
     for name in ("DAFT_ANALYTICS_ENABLED", "RAY_USAGE_STATS_ENABLED"):
         os.environ.setdefault(name, "0")
     for name in ("WANDB_ERROR_REPORTING", "GRADIO_ANALYTICS_ENABLED"):

@@ -9,6 +9,10 @@ from types import TracebackType
 from typing import IO, Any, Protocol, Self
 
 
+#: The file's name in a stage's folder.
+METRICS = "metrics.jsonl"
+
+
 class Tracker(Protocol):
     """Something else that wants the same records."""
 

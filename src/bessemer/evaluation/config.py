@@ -53,6 +53,18 @@ class EvaluateConfig(Config):
     )
     questions: int = setting(200, "questions at most: per set, held-in and held-out, and per task", unit="questions", ge=1)
     max_new_tokens: int = setting(64, "longest answer", unit="tokens", ge=1)
+    minutes: float | None = setting(
+        None,
+        "most time that the evaluation may take: where a measurement at the start says that it takes longer, fewer tokens are "
+        "scored and fewer questions asked, of every model alike; none: all",
+        unit="minutes",
+        gt=0,
+    )
     baseline_bytes: int = setting(
         100_000_000, "most text that n-gram models are trained on, in the order of ids", unit="bytes of UTF-8", ge=1
     )
+
+    @property
+    def resolved(self) -> bool:
+        """Whether its size is not left to a measurement."""
+        return self.minutes is None

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from bessemer.core.config import Config
+from bessemer.core.progress import Silent
 from bessemer.core.stage import StageContext, StageSpec
 from bessemer.data.corpus.at_hand import documents_of
 from bessemer.evaluation import report
@@ -15,12 +20,11 @@ from bessemer.model.specs import model_packages
 def _evaluate(context: StageContext) -> dict[str, Any]:
     from bessemer.evaluation.stage import evaluate
 
-    models = {role.removeprefix("model:"): path for role, path in context.inputs.items() if role.startswith("model:")}
     documents = documents_of(context)
     assert documents is not None
     return evaluate(
         context.config,
-        models,
+        _models(context),
         context.inputs["tokens"],
         documents,
         context.inputs.get("conversations"),
@@ -29,6 +33,21 @@ def _evaluate(context: StageContext) -> dict[str, Any]:
         device=context.device,
         progress=context.progress,
     )
+
+
+def _resolve_evaluate(context: StageContext) -> tuple[Config, dict[str, Any]]:
+    from bessemer.evaluation.time_limit import within_minutes
+
+    def evaluate(config: EvaluateConfig, models: Mapping[str, Path], out: Path) -> object:
+        inputs = {role: path for role, path in context.inputs.items() if not role.startswith("model:")}
+        inputs |= {f"model:{name}": path for name, path in models.items()}
+        return _evaluate(replace(context, config=config, inputs=inputs, out=out, progress=Silent()))
+
+    return within_minutes(context.config, _models(context), evaluate, context.progress)
+
+
+def _models(context: StageContext) -> dict[str, Path]:
+    return {role.removeprefix("model:"): path for role, path in context.inputs.items() if role.startswith("model:")}
 
 
 def _quantize(context: StageContext) -> dict[str, Any]:
@@ -71,6 +90,7 @@ STAGES = (
         sentences=report.sentences,
         key_figures=report.key_figures,
         run=_evaluate,
+        resolve=_resolve_evaluate,
         uses_seed=True,
         packages=model_packages,
         models_named=lambda config: list(config.models),

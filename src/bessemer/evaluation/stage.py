@@ -35,7 +35,7 @@ from bessemer.evaluation.questions import (
 from bessemer.evaluation.sliding_window import token_nats
 from bessemer.evaluation.stage_tasks import AskedTask, TaskAnswers, asked_task, task_answers
 from bessemer.inference.engine import Engine
-from bessemer.model.device import has_fast_bfloat16
+from bessemer.model.device import is_fast
 from bessemer.tokenization.shards import TokenShards
 from bessemer.training.runtime import keep_freed_memory
 from bessemer.training.validation import whole_documents
@@ -122,7 +122,7 @@ def evaluate(
 def _matmul_dtype(config: EvaluateConfig, device: torch.device) -> str:
     if config.dtype != "auto":
         return config.dtype
-    return "bfloat16" if has_fast_bfloat16(device) else "float32"
+    return "bfloat16" if is_fast(torch.bfloat16, device) else "float32"
 
 
 def _baselines(config: EvaluateConfig, documents: Path, scored: int, progress: Progress) -> dict[str, float]:

@@ -5,16 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
+from bessemer.core.environment import free_memory_bytes
 from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.core.progress import PlainLines
 from bessemer.inference.config import EngineConfig
+from bessemer.inference.execution.compiled_steps import CompiledSteps
 from bessemer.inference.execution.tensor_parallel.sharded_model import ShardedModel
 from bessemer.model.decoder import Decoder
-from bessemer.model.device import choose_device
+from bessemer.model.device import choose_device, is_fast
 from bessemer.model.folder import load_model
 from bessemer.model.folder_config import read_end_tokens
 from bessemer.model.formats.gguf_open import open_gguf
+from bessemer.model.quantised_linear import is_quantised
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
+
+#: Share of the free memory that weights in float32 may take.
+_SHARE_FOR_WEIGHTS = 0.5
 
 
 class OpenedModel(NamedTuple):
@@ -62,10 +70,26 @@ def open_model(
         tokenizer = tokenizer or opened.tokenizer
         if tokenizer is None:
             raise ArtefactError(f"{path}: the file holds no tokenizer that can be read; give one")
-        return OpenedModel(opened.model, tokenizer, frozenset(opened.end_tokens or tokenizer.eos_ids))
-    whole = load_model(path, choose_device(device))
+        model = _in_fast_dtype(opened.model, config)
+        return OpenedModel(model, tokenizer, frozenset(opened.end_tokens or tokenizer.eos_ids))
+    whole = _in_fast_dtype(load_model(path, choose_device(device)), config)
     tokenizer = tokenizer or load_tokenizer(path)
     return OpenedModel(whole, tokenizer, _ends(path, tokenizer))
+
+
+def _in_fast_dtype(model: Decoder, config: EngineConfig) -> Decoder:
+    """A model whose modules compute its steps, in float32 where its own dtype is slower and the memory suffices; others as they
+    are. The compiled kernels widen weights of 16 bits themselves."""
+    if model.device.type != "cpu" or is_quantised(model) or is_fast(model.dtype, model.device):
+        return model
+    if config.cpu_kernels != "off" and CompiledSteps.supports(model) is None:
+        return model
+    needed = sum(weight.numel() for weight in model.parameters()) * torch.float32.itemsize
+    free = free_memory_bytes()
+    if free is not None and needed > _SHARE_FOR_WEIGHTS * free:
+        return model
+    PlainLines().say(f"  weights in float32: this processor has no fast products in {str(model.dtype).removeprefix('torch.')}")
+    return model.to(torch.float32)
 
 
 def _ends(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -24,12 +27,43 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether products in bfloat16 are made by instructions of their own there; elsewhere they are slower than in float32."""
-    if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16"))
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+def product_cost(dtype: torch.dtype, device: torch.device) -> float:
+    """Seconds of a matrix product in `dtype` over those of the same in float32 (1: as fast, 0.5: twice as fast).
+
+    On a processor both are measured, once in a process: PyTorch has a fast product where the processor has instructions for it,
+    and a scalar loop, up to two hundred times slower, elsewhere. Names of instruction sets do not tell: libraries may be held
+    to fewer. On a GPU 16 bits are faster where its generation computes in them.
+    """
+    if dtype == torch.float32:
+        return 1.0
+    if device.type == "cuda":
+        fast = dtype == torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
+        return 0.5 if fast else 2.0
+    if device.type != "cpu":
+        return 2.0
+    return _product_seconds(dtype) / _product_seconds(torch.float32)
+
+
+def is_fast(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether matrix products in `dtype` take no longer than in float32 on a device (`product_cost`)."""
+    return product_cost(dtype, device) <= 1.0
+
+
+#: Side of the matrices of a measured product, its repetitions, and the seconds after which it is not repeated.
+_SIDE, _REPETITIONS, _ENOUGH_SECONDS = 256, 7, 0.05
+
+
+@cache
+def _product_seconds(dtype: torch.dtype) -> float:
+    """Seconds of the fastest of several products of square matrices on the processor."""
+    left, right = (torch.full((_SIDE, _SIDE), 0.5, dtype=dtype) for _ in range(2))
+    times: list[float] = []
+    # the first one allocates, and wakes the threads
+    while len(times) < 2 or (len(times) <= _REPETITIONS and sum(times) < _ENOUGH_SECONDS):
+        start = time.perf_counter()
+        torch.mm(left, right)
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
 
 
 def widest_float(device: torch.device) -> torch.dtype:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from bessemer.core.metrics import read_metrics
 from bessemer.core.report import KeyFigure, Metrics, RunReport, Section, StageReport
 from bessemer.core.stage import StageSpec
 from bessemer.core.store import MANIFEST, read_json, write_text
-from bessemer.core.yaml_file import dump_yaml
+from bessemer.core.yaml_file import dump_yaml, read_yaml
 from bessemer.pipeline.run_folder import RunFolder
 from bessemer.pipeline.stages import STAGES
 from bessemer.views.run_data import ReportData, StageRun
@@ -42,7 +43,7 @@ def gather(run: RunFolder) -> ReportData:
     return ReportData(
         name=run.name,
         description=record["recipe"].get("description", ""),
-        sentences=sentences(stages),
+        sentences=[*sentences(stages), *_cut_sentences(lock, list(manifests))],
         figures=key_figures(stages),
         next_steps=next_steps(stages),
         stages=[
@@ -111,6 +112,27 @@ def sections(run: RunReport) -> list[Section]:
 def sentences(run: RunReport) -> list[str]:
     """A finished run in a few sentences."""
     return [sentence for stage in run.stages for sentence in _spec(stage).sentences(stage)]
+
+
+def _cut_sentences(lock: Path, stages: Sequence[str]) -> list[str]:
+    """What the limits of time have left out of the stages, and what all of it would take."""
+    entries = read_yaml(lock).values.get("stages", {}) if lock.exists() else {}
+    found = []
+    for name in stages:
+        measured = entries.get(name, {}).get("measured", {})
+        minutes = measured.get("minutes")
+        if "planned_steps" in measured and minutes:
+            made, planned = measured["steps"], measured["planned_steps"]
+            what, share = f"{made:,} of {planned:,} steps", made / planned
+        elif measured.get("share", 1.0) < 1 and minutes:
+            what, share = f"{measured['share']:.0%} of its tokens and questions", measured["share"]
+        else:
+            continue
+        found.append(
+            f"{name}: {what} fitted its {minutes:g} minutes on this machine; all take about {minutes / share:.1f} "
+            f"({name}.minutes={math.ceil(10 * minutes / share) / 10:g})."
+        )
+    return found
 
 
 def next_steps(run: RunReport) -> list[str]:

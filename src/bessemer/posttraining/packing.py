@@ -17,7 +17,8 @@ from bessemer.tokenization.tokenizer import Tokenizer
 from bessemer.training.config import LoopConfig
 from bessemer.training.data.batches import IGNORE_INDEX, Batch, StatelessBatches, rows_of_step
 from bessemer.training.data.packing import best_fit, pack_rows
-from bessemer.training.run import OnStepEnd, validated_steps, validation_metrics
+from bessemer.training.optim.lr_schedule import validated_steps
+from bessemer.training.run import OnStepEnd, validation_metrics
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from bessemer.posttraining.supervised import add_embedding_noise, dynamic_fine_t
 from bessemer.posttraining.task_conversations import task_conversations
 from bessemer.tokenization.shards import TokenShards
 from bessemer.tokenization.tokenizer import load_tokenizer
+from bessemer.training.autotune import Plan
 from bessemer.training.data.batches import BatchSource, TokenBatches
 from bessemer.training.objectives import NextTokenObjective
 from bessemer.training.run import OnStepEnd, run_training
@@ -49,6 +50,7 @@ def sft(
     card_flops: Callable[[str], float | None] = lambda name: None,
     tasks: OpenTasks | None = None,
     on_validation: Callable[[int, Decoder], None] | None = None,
+    only_resolve: bool = False,
 ) -> dict[str, Any]:
     """Fine-tune the model of folder `model` on conversations; resumes from `out`.
 
@@ -56,7 +58,7 @@ def sft(
     conversations, `conversations/{train,validation}.jsonl`. tokens: the run's token shards, for rows of plain text. Files named
     in the settings are relative to `folder`. made: files of stages above, by their names in `data`. tasks: opens the tasks
     that the settings name. on_validation: receives the finished steps and the model in training, with its adapter beside the
-    weights where it has one, in one process. Returns the headline metrics. Raises SourceError for conversations that are
+    weights where it has one, in one process. only_resolve: measure, and raise SettingsResolved with the settings. Returns the headline metrics. Raises SourceError for conversations that are
     missing or malformed, and what `run_training` raises.
     """
     progress = progress or Silent()
@@ -130,6 +132,8 @@ def sft(
         prepare=prepare,
         tasks=tasks,
         objective=objective,
+        plan=Plan(0 if validation is None else validation.batch.tokens_BT.numel()),
+        only_resolve=only_resolve,
     )
     return {
         "conversations": len(training),

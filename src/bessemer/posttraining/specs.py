@@ -30,6 +30,7 @@ from bessemer.posttraining.synthetic.specs import STAGES as SYNTHETIC_STAGES
 from bessemer.tokenization.config import TokenizeConfig
 from bessemer.training.specs import (
     model_not_merged,
+    resolved_by,
     rows_too_long,
     rows_too_long_for_existing,
     training_arguments,
@@ -83,7 +84,7 @@ def _may_document_functions(source: Source, folder: Path) -> bool:
     return isinstance(source, (WheelsSource, PythonDocsSource, UserSource, TablesSource, HuggingFaceSource))
 
 
-def _sft(context: StageContext) -> dict[str, Any]:
+def _sft(context: StageContext, *, only_resolve: bool = False) -> dict[str, Any]:
     from bessemer.posttraining.sft import sft
 
     return sft(
@@ -94,6 +95,7 @@ def _sft(context: StageContext) -> dict[str, Any]:
         tokens=context.inputs.get("tokens"),
         made=made_paths(context.inputs),
         tasks=context.services.tasks,
+        only_resolve=only_resolve,
         **training_arguments(context),
     )
 
@@ -121,6 +123,7 @@ STAGES = (
         summary_line=report.summary_line,
         next_steps=report.next_steps,
         run=_sft,
+        resolve=resolved_by(_sft),
         fingerprint=_sft_fingerprint,
         conflict=_sft_conflict,
         conflict_of_files=_sft_conflict_of_files,

@@ -69,6 +69,19 @@ class TuningConfig(LoopConfig):
         "is said, in reward at 1e-4, in rl at 1e-5. Absent: all weights.",
     )
 
+    minutes: float | None = setting(
+        None,
+        "Most time that training may take, start-up and validation included: where a measurement at the start says that the "
+        "steps do not fit, as many as fit are made, with the schedule of so many. Absent: all steps.",
+        unit="minutes",
+        gt=0,
+    )
+
+    @property
+    def time_limit(self) -> float | None:
+        """Minutes that the run may take at most."""
+        return self.minutes
+
     @model_validator(mode="before")
     @classmethod
     def _suit_adapter(cls, values: Any) -> Any:

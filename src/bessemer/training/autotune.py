@@ -1,30 +1,35 @@
 """Autotuning before the first step: dtype, compilation, and the number of steps that fit a time.
 
 Real steps are timed: the best of three groups counts, and nothing is chosen where the groups spread over 30 %, because one
-other busy process can slow a step tenfold. The processes of a job time them together, each its own rows, in the layout of the
-run; rank 0 decides. Choices are written to `autotune.json` before step 0 and read back on resume.
+other busy process can slow a step tenfold. Dtypes in which this machine multiplies more slowly than in float32 are not tried.
+The processes of a job time them together, each its own rows, in the layout of the run; rank 0 decides. Choices are written to `autotune.json` before step 0 and read back on resume.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from bessemer.core.environment import usable_cores
 from bessemer.core.errors import ConfigError
 from bessemer.core.figures import duration
+from bessemer.core.metrics import METRICS, read_metrics
 from bessemer.core.progress import Progress, Silent
 from bessemer.core.store import read_json, write_json
 from bessemer.core.usercode import load_user_function
 from bessemer.distributed.mesh import ALONE, Mesh, agree
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
-from bessemer.model.device import choose_device, has_fast_bfloat16
+from bessemer.model.device import choose_device, is_fast, product_cost
 from bessemer.model.folder_config import read_model_config
 from bessemer.training.config import VALIDATIONS, LoopConfig, check_compiler
 from bessemer.training.data.batches import Batch, StatelessBatches
@@ -35,6 +40,7 @@ from bessemer.training.optim.weight_averaging import MovingAverage
 from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.runtime import Runtime
 from bessemer.training.starting_model import check_start, starting_model
+from bessemer.training.threads import faster_threads, thread_candidates
 from bessemer.training.trainer import Trainer
 
 AUTOTUNE = "autotune.json"
@@ -44,6 +50,10 @@ _GROUPS, _GROUP_SECONDS, _LARGEST_SPREAD = 3, 0.4, 0.3
 _ATTEMPTS = 3
 #: Compiling is tried when the run without it lasts longer than this: it takes about 25 s, and saves up to a third of the run.
 _SECONDS_WORTH_COMPILING = 120.0
+#: Steps of a short run whose time is that of a stage's step.
+_TRIAL_STEPS = 3
+#: Cost of a matmul over one in float32 above which a dtype that the settings name is refused.
+_SLOWEST = 2.0
 #: Cost of validation, a forward pass without gradients, as a fraction of a training step on as many tokens.
 _VALIDATION_COST = 0.4
 
@@ -80,6 +90,28 @@ class StepTiming:
         return max(self.groups) <= (1 + _LARGEST_SPREAD) * self.best
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a run costs besides its steps, for a run whose steps are cut when they do not fit `minutes`.
+
+    validation_tokens: read in each validation. forward_tokens: read once, without gradients, before the first step.
+    seconds_per_step: of the stage's own steps, where they cost more than a forward and a backward pass; None: those are timed.
+    """
+
+    validation_tokens: int = 0
+    forward_tokens: int = 0
+    seconds_per_step: Callable[[Any], float] | None = None
+
+
+class SettingsResolved(Exception):
+    """Raised in place of training where only the settings are wanted: they, and the measurements that they come from."""
+
+    def __init__(self, config: LoopConfig, measured: dict[str, Any]) -> None:
+        super().__init__("settings are resolved")
+        self.config = config
+        self.measured = measured
+
+
 def resolve(
     config: SomeConfig,
     model: Path,
@@ -88,18 +120,21 @@ def resolve(
     progress: Progress | None = None,
     folder: Path = Path(),
     mesh: Mesh | None = None,
+    plan: Plan | None = None,
 ) -> tuple[SomeConfig, dict[str, Any]]:
     """The settings with steps, dtype and compile explicit, and the measurements that they come from.
 
     Returns them unchanged, with `{}`, when nothing is open. Every process of a job calls this and gets the same. A user's own
-    functions lie below `folder`. mesh: of the job; None: a new one. Raises ConfigError when the model cannot read rows of
-    `context_length`, or the settings do not fit the number of processes.
+    functions lie below `folder`. mesh: of the job; None: a new one. plan: of a stage whose `steps` are the most that it makes.
+    Raises ConfigError when the model cannot read rows of `context_length`, the settings do not fit the number of processes, or
+    they name a dtype that is much slower here than float32.
     """
     chosen_device = choose_device(device)
     mesh = mesh or Mesh.here(config.parallel, chosen_device.type)
     check_start(config, model, mesh)
     model_config = read_model_config(model)
     check_fits(config, model_config)
+    check_dtype(config.dtype, chosen_device)
     if isinstance(config, PretrainConfig) and config.tokens is not None:
         rows = -(-config.tokens // config.context_length)
         config = config.with_changes(steps=config.batch_sizes.steps_for(rows), tokens=None)
@@ -107,11 +142,15 @@ def resolve(
         return config, {}
     progress = progress if progress is not None and mesh.leads else Silent()
     started = time.perf_counter()
+    threads = config.threads
+    if threads == "auto" and chosen_device.type == "cpu" and mesh.alone:
+        threads = faster_threads(usable_cores(), thread_candidates(usable_cores()))
+    short = config.with_changes(**_of_length(config, 1), batch_size_warmup=None, threads=threads)
     with progress.task("measure this machine") as task:
 
         def measure(dtype: str, compiled: bool) -> StepTiming:
             task.advance(0, f"{dtype}{', compiled' if compiled else ''}")
-            chosen = config.with_changes(**_explicit(config, dtype, compiled, steps=1), batch_size_warmup=None)
+            chosen = short.with_changes(dtype=dtype, compile=compiled)
             if compiled and config.compile == "auto" and not mesh.alone:
                 _check_compiling(chosen_device, mesh)
             return _measure(chosen, model, chosen_device, folder, mesh)
@@ -119,15 +158,27 @@ def resolve(
         # in a job an error of one process is no reason for the others, which wait for it in a collective
         failures = Exception if mesh.alone else CompilerError
         dtypes = _agreed(_dtypes(config, chosen_device), mesh)
-        speed, speeds, reason = choose(config, measure, dtypes, failures=failures)
-    steps = config.steps
-    if isinstance(config, PretrainConfig) and steps is None:
+        own = None if plan is None else plan.seconds_per_step
+        if own is not None and len(dtypes) == 1 and config.compile is not True and config.compile != "auto":
+            # nothing is to be chosen
+            seconds = own(config.with_changes(minutes=None))
+            speed = StepTiming(dtypes[0], config.compile, (seconds,), seconds)
+            speeds, reason = [speed], f"{seconds * 1000:.0f} ms a step"
+        else:
+            speed, speeds, reason = choose(config, measure, dtypes, failures=failures)
+            if own is not None and config.time_limit is not None:
+                seconds = own(config.with_changes(dtype=speed.dtype, compile=speed.compile, minutes=None))
+                speed = replace(speed, groups=(seconds,))
+    steps, planned = config.steps, None
+    if config.time_limit is not None:
         small = None
         if config.batch_size_warmup is not None:
-            full = config.with_changes(**_explicit(config, speed.dtype, speed.compile, steps=1), batch_size_warmup=None)
+            full = short.with_changes(dtype=speed.dtype, compile=speed.compile)
             first = full.with_changes(batch_size=config.batch_size_warmup.start)
             small = _measure(first, model, chosen_device, folder, mesh)
-        steps = _steps_in_time(config, speed, time.perf_counter() - started, small)
+        fitting = config.shortest_from(_steps_in_time(config, speed, time.perf_counter() - started, small, plan))
+        if steps is None or fitting < steps:
+            steps, planned = fitting, steps
     tokens_per_step = config.batch_size * config.context_length
     resolved = config.with_changes(**_explicit(config, speed.dtype, speed.compile, steps))
     measured = {
@@ -135,10 +186,13 @@ def resolve(
         "seconds": round(time.perf_counter() - started, 1),
         "tokens_per_second": round(tokens_per_step / speed.typical),
         "gflops": round(model_config.flops_per_token(config.context_length) * tokens_per_step / speed.best / 1e9, 1),
+        **({} if planned is None else {"steps": steps, "planned_steps": planned, "minutes": config.time_limit}),
         "candidates": [asdict(candidate) for candidate in speeds],
     }
     most = "at most " if config.batch_size_warmup is not None else ""
     length = f"{steps:,} steps of {most}{tokens_per_step:,} tokens in " if steps else ""
+    if planned is not None:
+        length = f"{steps:,} of {planned:,} steps, which is what {config.time_limit:g} minutes hold here, in "
     progress.say(f"  {length}{speed.dtype}{', compiled' if speed.compile else ''}: {reason}")
     return _agreed((resolved, measured), mesh)
 
@@ -215,21 +269,37 @@ def choose(
 
 
 def prepare_run(
-    config: SomeConfig, model: Path, out: Path, *, device: str, progress: Progress, folder: Path = Path()
+    config: SomeConfig,
+    model: Path,
+    out: Path,
+    *,
+    device: str,
+    progress: Progress,
+    folder: Path = Path(),
+    plan: Plan | None = None,
+    only_resolve: bool = False,
 ) -> tuple[SomeConfig, Runtime, Mesh]:
     """Resolved settings, runtime and mesh of a run in `out`: those of its `autotune.json`, or new ones, which all processes
     measure and rank 0 writes.
 
-    On resume, reports when the machine, the threads or PyTorch differ, since the rest is then not bit-exact.
+    plan: as of `resolve`. only_resolve: raise SettingsResolved, and write nothing. On resume, reports when the machine, the
+    threads or PyTorch differ, since the rest is then not bit-exact.
     """
     mesh = Mesh.here(config.parallel, choose_device(device).type)
     # on every process, so that none waits for one that a mistake has stopped
     check_start(config, model, mesh)
     check_fits(config, read_model_config(model))
+    check_dtype(config.dtype, choose_device(device))
+    if only_resolve:
+        raise SettingsResolved(*resolve(config, model, device=device, progress=progress, folder=folder, mesh=mesh, plan=plan))
     if not _agreed((out / AUTOTUNE).exists(), mesh):
-        resolved, measured = resolve(config, model, device=device, progress=progress, folder=folder, mesh=mesh)
+        resolved, measured = resolve(
+            config, model, device=device, progress=progress, folder=folder, mesh=mesh, plan=plan
+        )
         if mesh.leads:
             runtime = Runtime.of(resolved, choose_device(device), processes=mesh.processes_here)
+            if runtime.adapts_threads:
+                runtime = replace(runtime, threads=faster_threads(runtime.threads, thread_candidates(usable_cores())))
             write_json(out / AUTOTUNE, {"steps": resolved.steps, **asdict(runtime), "measured": measured})
         mesh.wait()
     return *_read_choices(config, out, device, progress, mesh), mesh
@@ -260,33 +330,59 @@ def check_fits(config: LoopConfig, model_config: ModelConfig) -> None:
         )
 
 
-def _explicit(config: LoopConfig, dtype: str, compiled: bool, steps: int | None) -> dict[str, Any]:
-    lengths = {"tokens": None, "minutes": None} if isinstance(config, PretrainConfig) else {}
+def check_dtype(dtype: str, device: torch.device) -> None:
+    """Raise ConfigError when a dtype that the settings name makes matmuls much slower than float32's on this device."""
+    if dtype == "auto":
+        return
+    cost = product_cost(getattr(torch, dtype), device)
+    if cost > _SLOWEST:
+        raise ConfigError(
+            f"dtype: {dtype}: this processor has no instructions for it, and a matmul takes {cost:,.0f} times as long as in "
+            "float32; set dtype: float32, or auto, which takes the faster one"
+        )
+
+
+def _explicit(config: LoopConfig, dtype: str, compiled: bool | str, steps: int | None) -> dict[str, Any]:
+    lengths: dict[str, Any] = {"minutes": None} if "minutes" in type(config).model_fields else {}
+    if isinstance(config, PretrainConfig):
+        lengths["tokens"] = None
     return {"dtype": dtype, "compile": compiled, "steps": steps, **lengths}
+
+
+def _of_length(config: LoopConfig, steps: int) -> dict[str, Any]:
+    """Settings of a run of a few steps, whatever the warm-up and the decay."""
+    found = _explicit(config, config.dtype, config.compile, steps)
+    found |= {"warmup_fraction": 0.0, "warmup_steps": None, "warmup_tokens": None}
+    if config.schedule == "wsd":
+        found |= {"decay_fraction": 0.0, "decay_steps": None, "decay_tokens": None}
+    return found
 
 
 def _dtypes(config: LoopConfig, device: torch.device) -> list[str]:
     if config.dtype != "auto":
         return [config.dtype]
-    return ["float32", "bfloat16"] if has_fast_bfloat16(device) else ["float32"]
+    return ["float32", "bfloat16"] if is_fast(torch.bfloat16, device) else ["float32"]
 
 
 def _run_seconds(config: LoopConfig, speed: StepTiming) -> float:
-    if isinstance(config, PretrainConfig) and config.minutes is not None:
-        return config.minutes * 60
-    return (config.steps or 0) * speed.best
+    if config.steps is None:
+        return 60 * (config.time_limit or 0.0)
+    return min(config.steps * speed.best, 60 * (config.time_limit or math.inf))
 
 
-def _steps_in_time(config: PretrainConfig, speed: StepTiming, spent: float, small: StepTiming | None = None) -> int:
-    """Steps that fit `minutes`, less `spent` seconds and the time of validation and diagnostics.
+def _steps_in_time(
+    config: LoopConfig, speed: StepTiming, spent: float, small: StepTiming | None = None, plan: Plan | None = None
+) -> int:
+    """Steps that fit the time limit, less `spent` seconds and the time of validation and diagnostics.
 
     small: of the smallest batches of a warm-up. The time of a step is taken to be linear in its rows between the two.
     """
-    assert config.minutes is not None
+    assert config.time_limit is not None
+    plan = plan or Plan(config.evaluate_tokens if isinstance(config, PretrainConfig) else 0)
     # a fixed interval is counted per step below
     validations = VALIDATIONS if config.evaluate_every is None else 0
     second_per_token = speed.typical / (config.batch_size * config.context_length)
-    validation = _VALIDATION_COST * second_per_token * config.evaluate_tokens
+    validation = _VALIDATION_COST * second_per_token * plan.validation_tokens
 
     def with_extras(seconds: float) -> float:
         seconds_with = seconds + (validation / config.evaluate_every if config.evaluate_every else 0.0)
@@ -295,7 +391,8 @@ def _steps_in_time(config: PretrainConfig, speed: StepTiming, spent: float, smal
             seconds_with += _VALIDATION_COST * seconds / config.diagnostics_every
         return seconds_with
 
-    left = config.minutes * 60 - spent - validations * validation
+    left = config.time_limit * 60 - spent - validations * validation
+    left -= _VALIDATION_COST * second_per_token * plan.forward_tokens
     steps, stages = 0, config.batch_sizes.stages
     for rows, count in stages:
         assert small is not None
@@ -305,6 +402,25 @@ def _steps_in_time(config: PretrainConfig, speed: StepTiming, spent: float, smal
             return max(1, steps + int(left / each))
         left, steps = left - count * each, steps + count
     return max(1, steps + int(left / with_extras(speed.typical)))
+
+
+def seconds_per_step(run: Callable[[Any, Path], object], config: LoopConfig, *, cycle: int = 1) -> float:
+    """Seconds of a step of a stage whose steps are more than a forward and a backward pass, by a short run of it.
+
+    run: the stage, of settings and a folder, which is removed afterwards. cycle: steps after which its work repeats. The first
+    cycle, which loads and compiles, is not counted. Raises ConfigError in several processes.
+    """
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        raise ConfigError("minutes: this stage's steps are measured in one process; give steps instead")
+    counted = cycle * -(-_TRIAL_STEPS // cycle)
+    quiet: dict[str, Any] = {
+        **{"log_every": 1, "diagnostics_every": 0, "checkpoint_every": None},
+        **{"tasks": [], "track": [], "profile": None},
+    }
+    with TemporaryDirectory() as folder:
+        run(config.with_changes(**_of_length(config, cycle + counted), **quiet), Path(folder))
+        seconds = [line["seconds"] for line in read_metrics(Path(folder) / METRICS)]
+    return (seconds[-1] - seconds[cycle - 1]) / counted
 
 
 def _measure(config: LoopConfig, model_folder: Path, device: torch.device, folder: Path, mesh: Mesh) -> StepTiming:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from bessemer.core.config import Config, setting
+from bessemer.core.environment import cxx_compiler
 from bessemer.core.errors import ConfigError
 from bessemer.core.usercode import is_user_function
 from bessemer.distributed.config import ParallelConfig
@@ -173,8 +173,12 @@ class LoopConfig(Config):
     compile: Literal["auto"] | bool = setting(
         "auto", "Compile the blocks one by one. auto: when the measured time that it saves exceeds the time it takes."
     )
-    threads: int | None = setting(
-        None, "CPU threads; absent: every usable core. Another number rounds differently.", affects_output=False, gt=0
+    threads: Annotated[int, Field(gt=0)] | Literal["auto"] | None = setting(
+        None,
+        "CPU threads; absent: every usable core. auto: every usable core, and fewer while other programs take some, measured at "
+        "the start and at each validation. Another number rounds differently: the choices are kept, and a resumed run repeats "
+        "them.",
+        affects_output=False,
     )
     deterministic: bool = setting(
         False,
@@ -395,12 +399,24 @@ class LoopConfig(Config):
         return None
 
     @property
+    def time_limit(self) -> float | None:
+        """Minutes that the run may take; None: as many as its steps take."""
+        return None
+
+    @property
     def resolved(self) -> bool:
         """Whether no setting is left to autotune before training."""
-        return self.dtype != "auto" and self.compile != "auto"
+        return self.dtype != "auto" and self.compile != "auto" and self.time_limit is None
+
+    def shortest_from(self, steps: int) -> int:
+        """The smallest number of steps, `steps` or more, that holds the warm-ups and the decay."""
+        steps = max(steps, self.batch_sizes.warmup_steps)
+        while self.warmup_length(steps) + self.decay_length(steps) > steps * (1 + 1e-9):
+            steps += 1
+        return steps
 
 
 def check_compiler() -> None:
     """Raise ConfigError without a C++ compiler, with which PyTorch compiles blocks on a CPU."""
-    if not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
+    if cxx_compiler() is None:
         raise ConfigError("compile: true needs a C++ compiler (g++ or clang++) and there is none; install one, or say false")

@@ -18,7 +18,7 @@ import torch
 from bessemer.core.errors import BessemerError, ConfigError
 from bessemer.core.hashing import hash_value
 from bessemer.core.interrupts import DeferredInterrupts
-from bessemer.core.metrics import MetricsLog, Tracker, read_metrics
+from bessemer.core.metrics import METRICS, MetricsLog, Tracker, read_metrics
 from bessemer.core.progress import Progress, Silent
 from bessemer.core.seeds import derive_seed
 from bessemer.distributed.mesh import ALONE, Mesh
@@ -39,15 +39,15 @@ from bessemer.training.monitoring.throughput_check import ThroughputCheck
 from bessemer.training.monitoring.trackers import open_trackers
 from bessemer.training.objectives import POLICY, LossFunction, Objective, as_objective, build_objective
 from bessemer.training.optim.build import build_optimizers, freeze_parameters, scale_learning_rates
-from bessemer.training.optim.lr_schedule import learning_rate_factor
+from bessemer.training.optim.lr_schedule import learning_rate_factor, validated_steps
 from bessemer.training.optim.mup import width_ratio
 from bessemer.training.optim.weight_averaging import MovingAverage
 from bessemer.training.outlier_steps import OutlierDetector
 from bessemer.training.runtime import Runtime
+from bessemer.training.threads import ThreadChoices
 from bessemer.training.trainee import Trainee
 from bessemer.training.trainer import StepResult, Trainer
 
-METRICS = "metrics.jsonl"
 #: Keys of a line of metrics that describe one step and not the whole run, as keys with a slash do.
 _STEP_METRICS = {"step", "learning_rate", "gradient_norm", "gflops", "peak_memory_bytes"}
 
@@ -183,6 +183,10 @@ def train(
             StepProfiler(config.profile, out, mesh) as profiler,
         ):
             latest = _latest_values(out / METRICS)
+            threads = ThreadChoices(out, runtime.threads) if runtime.adapts_threads else None
+            if threads is not None:
+                threads.resume(state.step)
+            chosen_again = validated_steps(config) - {steps}
             trainer.trainee.version = state.step
             checkpoints.kept_step = best.step if config.save == "best" else None
             while state.step < steps and not best.exhausted:
@@ -204,6 +208,8 @@ def train(
                 if throughput_check is not None and rows == config.batch_size:
                     throughput_check.add_step(seconds)
                 extra = on_step_end(state.step, trainer) | step_diagnostics.metrics()
+                if threads is not None and state.step in chosen_again:
+                    extra["threads"] = threads.choose(state.step)
                 values = {
                     "loss": result.loss,
                     "learning_rate": config.learning_rate * factor,
@@ -247,7 +253,7 @@ def train(
         **throughput.utilisation(rate),
         "dtype": runtime.dtype,
         "compile": runtime.compile,
-        "threads": runtime.threads,
+        "threads": latest.get("threads", runtime.threads),
         **({} if mesh.alone else {"processes": mesh.layout.world_size}),
     }
 

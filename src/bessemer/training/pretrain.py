@@ -22,10 +22,10 @@ from bessemer.training.checkpoint.load import find_checkpoint
 from bessemer.training.data.batches import BatchSource
 from bessemer.training.data.pretraining import SCRATCH, PretrainingData
 from bessemer.training.monitoring.throughput_check import ThroughputCheck
-from bessemer.training.optim.lr_schedule import log_spaced
+from bessemer.training.optim.lr_schedule import log_spaced, validated_steps
 from bessemer.training.optim.mup import scale_initial_weights, width_ratio
 from bessemer.training.pretrain_config import PretrainConfig
-from bessemer.training.run import OnStepEnd, run_training, validated_steps
+from bessemer.training.run import OnStepEnd, run_training
 from bessemer.training.trainer import Trainer
 from bessemer.training.validation import bits_per_byte
 

@@ -67,6 +67,11 @@ class PretrainConfig(LoopConfig):
         return self.packing == "documents"
 
     @property
+    def time_limit(self) -> float | None:
+        """Minutes that the run takes, where its length is given so."""
+        return self.minutes
+
+    @property
     def resolved(self) -> bool:
         """Whether no setting is left to autotune before training, the number of steps included."""
         return super().resolved and self.steps is not None

@@ -16,14 +16,14 @@ from bessemer.model.initialisation import empty_decoder
 from bessemer.model.score_head import SCORE, new_head, scorer_config
 from bessemer.model.stored_tensors import find_tensors
 from bessemer.model.trained_adapters import adapters_of, without_adapters
-from bessemer.training.autotune import prepare_run
+from bessemer.training.autotune import Plan, prepare_run
 from bessemer.training.checkpoint.export import save_trained, save_trained_adapter
-from bessemer.training.config import VALIDATIONS, LoopConfig
+from bessemer.training.config import LoopConfig
 from bessemer.training.data.batches import BatchSource
 from bessemer.training.loop import train
 from bessemer.training.model_setup import PreparedModel
 from bessemer.training.monitoring.peak_flops import device_peak
-from bessemer.training.optim.lr_schedule import evenly_spaced, multiples
+from bessemer.training.optim.lr_schedule import multiples, validated_steps
 from bessemer.training.runtime import Runtime
 from bessemer.training.starting_model import head_seed, new_adapter, starting_model
 from bessemer.training.task_scores import PeriodicTasks, check_processes, open_tasks
@@ -50,6 +50,8 @@ def run_training(
     prepare: Callable[[SomeConfig, Decoder, Mesh], OnStepEnd],
     initialise: Callable[[SomeConfig, Decoder, Mesh], object] = lambda config, decoder, mesh: None,
     tasks: OpenTasks | None = None,
+    plan: Plan | None = None,
+    only_resolve: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """Train the model of folder `model` and write `out/model`, with an adapter `out/adapter`, resuming from `out`; the headline
@@ -57,13 +59,16 @@ def run_training(
 
     batches: the source of a run with these settings, whose steps, dtype and compilation are decided by then. prepare: returns
     what validates the model, which has its weights only when training begins. initialise: changes the loaded weights, of the
-    whole model or of this process's shards. tasks: opens those that the settings name. options: those of `train`. Raises what
-    `train` raises, and ConfigError or ArtefactError for tasks that cannot be asked.
+    whole model or of this process's shards. tasks: opens those that the settings name. plan, only_resolve: as of
+    `prepare_run`. options: those of `train`. Raises what `train` raises, and ConfigError or ArtefactError for tasks that cannot
+    be asked.
     """
     scorer = open_tasks(config, folder, tasks)
     if scorer is not None:
         scorer.check(model, read_model_config(model).max_position_embeddings)
-    config, runtime, mesh = prepare_run(config, model, out, device=device, progress=progress, folder=folder)
+    config, runtime, mesh = prepare_run(
+        config, model, out, device=device, progress=progress, folder=folder, plan=plan, only_resolve=only_resolve
+    )
     source = batches(config, mesh)
     decoder, load = _decoder(model, config, runtime, mesh, seed, lambda decoder: initialise(config, decoder, mesh))
     if config.low_rank is not None:
@@ -126,14 +131,6 @@ def _decoder(
         initialise(prepared.model)
 
     return decoder, load
-
-
-def validated_steps(config: LoopConfig) -> frozenset[int]:
-    """The steps after which a run is validated; the last one always."""
-    assert config.steps is not None
-    if config.evaluate_every is None:
-        return evenly_spaced(config.steps, VALIDATIONS)
-    return multiples(config.evaluate_every, config.steps)
 
 
 def _steps_with_tasks(config: LoopConfig) -> frozenset[int]:

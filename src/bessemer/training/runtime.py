@@ -74,6 +74,8 @@ class Runtime:
     processor: str
     torch_version: str
     deterministic: bool
+    #: Whether `threads` is where the run starts, and is chosen again (`bessemer.training.threads`).
+    adapts_threads: bool = False
 
     @classmethod
     def of(cls, config: LoopConfig, device: torch.device, threads: int | None = None, processes: int = 1) -> Self:
@@ -85,9 +87,17 @@ class Runtime:
             fix_cublas_workspaces()
         model = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
         cores = max(1, usable_cores() // processes)
-        wanted = config.threads or min(threads or cores, cores)
-        deterministic = config.deterministic or device.type == "cpu"
-        return cls(str(device), config.dtype, bool(config.compile), wanted, model, torch.__version__, deterministic)
+        given = None if config.threads == "auto" else config.threads
+        return cls(
+            device=str(device),
+            dtype=config.dtype,
+            compile=bool(config.compile),
+            threads=given or min(threads or cores, cores),
+            processor=model,
+            torch_version=torch.__version__,
+            deterministic=config.deterministic or device.type == "cpu",
+            adapts_threads=config.threads == "auto" and device.type == "cpu" and processes == 1,
+        )
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -136,6 +146,9 @@ class Runtime:
             if self.device == "cpu" and self.dtype == "bfloat16" and model.attention_backend == "sdpa":
                 model.set_attention_backend("blocked")
             options: dict[str, Any] | None = _CPU_OPTIONS if self.device == "cpu" and alone else None
+            if self.adapts_threads:
+                # compiled for any number of threads
+                options = {**(options or {}), "cpp.dynamic_threads": True}
             if self.device != "cpu" and self.deterministic:
                 options = _DETERMINISTIC_OPTIONS
             for block in model.blocks:

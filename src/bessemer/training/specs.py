@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,22 @@ def training_arguments(context: StageContext) -> dict[str, Any]:
         "folder": context.folder,
         "card_flops": context.services.card_flops,
     }
+
+
+def resolved_by(run: Callable[..., dict[str, Any]]) -> Callable[[StageContext], tuple[Config, dict[str, Any]]]:
+    """`StageSpec.resolve` of a stage whose `run` takes `only_resolve`: it gathers what it learns from, as in its run, and
+    measures steps of it."""
+
+    def resolve(context: StageContext) -> tuple[Config, dict[str, Any]]:
+        from bessemer.training.autotune import SettingsResolved
+
+        try:
+            run(context, only_resolve=True)
+        except SettingsResolved as found:
+            return found.config, found.measured
+        raise AssertionError(f"{context.config} has nothing to be resolved")
+
+    return resolve
 
 
 def training_stage(**described: Any) -> StageSpec:

@@ -31,7 +31,8 @@ from bessemer.posttraining.packing import (
 from bessemer.tokenization.shards import TokenShards
 from bessemer.tokenization.tokenizer import Tokenizer
 from bessemer.training.data.batches import BatchSource, TokenBatches
-from bessemer.training.run import OnStepEnd, validated_steps
+from bessemer.training.optim.lr_schedule import validated_steps
+from bessemer.training.run import OnStepEnd
 from bessemer.training.trainer import Trainer
 from bessemer.training.validation import bits_per_byte
 

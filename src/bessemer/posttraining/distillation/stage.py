@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from bessemer.posttraining.distillation.registry import CROSS_ENTROPY, POLICY_GR
 from bessemer.posttraining.distillation.student_samples import StudentBatches
 from bessemer.posttraining.distillation.teacher import TEACHER, TeacherHead, incomparable, open_teacher
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
-from bessemer.training.autotune import prepare_run
+from bessemer.training.autotune import Plan, prepare_run, seconds_per_step
 from bessemer.training.data.batches import BatchSource
 from bessemer.training.objectives import Objective
 from bessemer.training.run import OnStepEnd, run_training
@@ -71,7 +72,21 @@ def distill(
     material = _material(config, tokenizer, teacher, out, tokens, seed=seed, folder=folder, device=device, progress=progress)
     if config.steps is None:
         config = config.with_changes(steps=material.steps)
-    config, runtime, mesh = prepare_run(config, model, out, device=device, progress=progress, folder=folder)
+
+    def again(config: DistillationConfig, out: Path) -> object:
+        return distill(
+            config, model, teacher, out, tokens=tokens, seed=seed, device=device, folder=folder, card_flops=card_flops
+        )
+
+    config, runtime, mesh = prepare_run(
+        config,
+        model,
+        out,
+        device=device,
+        progress=progress,
+        folder=folder,
+        plan=Plan(seconds_per_step=partial(seconds_per_step, again)),
+    )
     # with its own words the student is compared with the teacher at each validation, whatever it learns from
     compared = mesh.alone and bool(config.validation_limit and material.held_out) and reason is None
     options: dict[str, Any] = {}

@@ -73,7 +73,8 @@ def sample_answers(
     if len(finished) < len(asked):
         # a lot is sampled together, and again together
         finished.keep(len(finished) - len(finished) % _PROMPTS_AT_ONCE)
-        engine_config = EngineConfig(cpu_kernels=config.cpu_kernels, threads=config.threads)
+        threads = None if config.threads == "auto" else config.threads
+        engine_config = EngineConfig(cpu_kernels=config.cpu_kernels, threads=threads)
         with (
             Engine(teacher, device=device, config=engine_config) as engine,
             progress.task("teacher's answers", total=len(asked), unit="prompts", completed=len(finished)) as bar,

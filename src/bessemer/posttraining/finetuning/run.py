@@ -21,7 +21,7 @@ from bessemer.inference.sampling.params import SamplingParams
 from bessemer.model.adapter_folder import read_adapter
 from bessemer.model.adapters import adapted
 from bessemer.model.decoder import Decoder
-from bessemer.model.device import choose_device, has_fast_bfloat16
+from bessemer.model.device import choose_device, is_fast
 from bessemer.model.folder import load_model
 from bessemer.model.folder_config import holds_codes, read_model_config
 from bessemer.model.formats.exchange import ModelSource
@@ -222,7 +222,7 @@ def _training_settings(
         "schedule": "cosine",
         "warmup_fraction": 0.1,
         "diagnostics_every": 0,
-        "dtype": "bfloat16" if has_fast_bfloat16(device) else "float32",
+        "dtype": "bfloat16" if is_fast(torch.bfloat16, device) else "float32",
         "compile": False,
     }
     if method == "full":

@@ -8,10 +8,10 @@ from bessemer.core.stage import StageContext
 from bessemer.posttraining.made import PAIRS_NEEDS, made_paths, pairs_fingerprint, unread_pairs
 from bessemer.posttraining.preference import report
 from bessemer.posttraining.preference.config import PREFERENCE_VERSION, PreferenceConfig
-from bessemer.training.specs import model_not_merged, training_arguments, training_stage
+from bessemer.training.specs import model_not_merged, resolved_by, training_arguments, training_stage
 
 
-def _preference(context: StageContext) -> dict[str, Any]:
+def _preference(context: StageContext, *, only_resolve: bool = False) -> dict[str, Any]:
     from bessemer.posttraining.preference.stage import preference
 
     return preference(
@@ -20,6 +20,7 @@ def _preference(context: StageContext) -> dict[str, Any]:
         context.out,
         tasks=context.services.tasks,
         made=made_paths(context.inputs),
+        only_resolve=only_resolve,
         **training_arguments(context),
     )
 
@@ -38,6 +39,7 @@ STAGES = (
         report=report.report,
         summary_line=report.summary_line,
         run=_preference,
+        resolve=resolved_by(_preference),
         unread=unread_pairs,
         fingerprint=pairs_fingerprint,
     ),

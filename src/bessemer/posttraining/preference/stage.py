@@ -24,7 +24,7 @@ from bessemer.posttraining.preference.config import PreferenceConfig
 from bessemer.posttraining.preference.data import labelled_data, paired_data
 from bessemer.posttraining.preference.reference import cached
 from bessemer.posttraining.preference.registry import KTO
-from bessemer.training.autotune import prepare_run
+from bessemer.training.autotune import Plan, prepare_run
 from bessemer.training.data.batches import BatchSource
 from bessemer.training.run import OnStepEnd, run_training
 from bessemer.training.starting_model import starting_model
@@ -43,13 +43,14 @@ def preference(
     card_flops: Callable[[str], float | None] = lambda name: None,
     tasks: OpenTasks | None = None,
     made: Mapping[str, Path] | None = None,
+    only_resolve: bool = False,
 ) -> dict[str, Any]:
     """Train the model of folder `model` on pairs of answers, with `kto` on single ones; resumes from `out`.
 
     Writes below `out`: `model/`, `metrics.jsonl`, `autotune.json`, `checkpoints/`, and the reference's log-probabilities. The
     reference is the model as it was: on several processes it is held beside the policy, or is the policy without its adapter.
     Files named in the settings are relative to `folder`. made: files that stages above have made, by their names in `data`.
-    Returns the headline metrics. Raises SourceError for pairs that are missing or malformed, and what `run_training` raises.
+    only_resolve: measure, and raise SettingsResolved with the settings. Returns the headline metrics. Raises SourceError for pairs that are missing or malformed, and what `run_training` raises.
     """
     progress = progress or Silent()
     gather = labelled_data if config.loss == KTO else paired_data
@@ -66,8 +67,13 @@ def preference(
         )
     if config.steps is None:
         config = config.with_changes(steps=config.batch_sizes.steps_for(math.ceil(config.epochs * data.rows)))
-    config, runtime, mesh = prepare_run(config, model, out, device=device, progress=progress, folder=folder)
     sets = {"training": data.training, "validation": data.validation}
+    # the reference reads both once
+    read_once = sum(batch.tokens_BT.numel() for batch in sets.values()) if data.needs_reference else 0
+    plan = Plan(data.validation.tokens_BT.numel(), read_once)
+    config, runtime, mesh = prepare_run(
+        config, model, out, device=device, progress=progress, folder=folder, plan=plan, only_resolve=only_resolve
+    )
     options: dict[str, Any] = {}
     if data.needs_reference and mesh.alone:
         rows_at_once = config.micro_batch_size or config.batch_size

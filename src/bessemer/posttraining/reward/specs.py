@@ -8,10 +8,10 @@ from bessemer.core.stage import StageContext
 from bessemer.posttraining.made import PAIRS_NEEDS, made_paths, pairs_fingerprint, unread_pairs
 from bessemer.posttraining.reward import report
 from bessemer.posttraining.reward.config import REWARD_VERSION, RewardConfig
-from bessemer.training.specs import training_arguments, training_stage
+from bessemer.training.specs import resolved_by, training_arguments, training_stage
 
 
-def _reward(context: StageContext) -> dict[str, Any]:
+def _reward(context: StageContext, *, only_resolve: bool = False) -> dict[str, Any]:
     from bessemer.posttraining.reward.stage import reward
 
     return reward(
@@ -19,6 +19,7 @@ def _reward(context: StageContext) -> dict[str, Any]:
         context.inputs["model"],
         context.out,
         made=made_paths(context.inputs),
+        only_resolve=only_resolve,
         **training_arguments(context),
     )
 
@@ -37,6 +38,7 @@ STAGES = (
         report=report.report,
         summary_line=report.summary_line,
         run=_reward,
+        resolve=resolved_by(_reward),
         unread=unread_pairs,
         fingerprint=pairs_fingerprint,
     ),

@@ -24,7 +24,7 @@ from bessemer.posttraining.reward.objective import RewardObjective
 from bessemer.posttraining.reward.report import HELD_OUT
 from bessemer.posttraining.reward.reward_model import RewardModel
 from bessemer.tokenization.tokenizer import load_tokenizer
-from bessemer.training.autotune import prepare_run
+from bessemer.training.autotune import Plan, prepare_run
 from bessemer.training.data.batches import BatchSource
 from bessemer.training.run import OnStepEnd, run_training
 
@@ -43,13 +43,14 @@ def reward(
     folder: Path = Path(),
     card_flops: Callable[[str], float | None] = lambda name: None,
     made: Mapping[str, Path] | None = None,
+    only_resolve: bool = False,
 ) -> dict[str, Any]:
     """Train a reward model on pairs of answers, from the model of folder `model` with a new scalar head, or from a reward
     model; resumes from `out`. With an adapter the head is trained whole beside it.
 
     Writes below `out`: `model/`, `metrics.jsonl`, `autotune.json`, `checkpoints/`, and `held_out.jsonl`, the rewards of the
     pairs held out. Files named in the settings are relative to `folder`. made: files of stages above, by their names in `data`.
-    Returns the headline metrics. Raises SourceError for pairs that are missing or malformed, and what `run_training` raises.
+    only_resolve: measure, and raise SettingsResolved with the settings. Returns the headline metrics. Raises SourceError for pairs that are missing or malformed, and what `run_training` raises.
     """
     progress = progress or Silent()
     tokenizer = load_tokenizer(model)
@@ -71,7 +72,11 @@ def reward(
         )
     if config.steps is None:
         config = config.with_changes(steps=config.batch_sizes.steps_for(math.ceil(config.epochs * packed.rows)))
-    config, _, mesh = prepare_run(config, model, out, device=device, progress=progress, folder=folder)
+    # held-out pairs are read at each validation, and scored at the end
+    plan = Plan(validation.batch.tokens_BT.numel(), validation.batch.tokens_BT.numel())
+    config, _, mesh = prepare_run(
+        config, model, out, device=device, progress=progress, folder=folder, plan=plan, only_resolve=only_resolve
+    )
 
     def batches(config: RewardConfig, mesh: Mesh) -> BatchSource:
         return PackedBatches(packed.batch, batch_size=config.batch_size, seed=derive_seed(seed, "batches"))

@@ -8,10 +8,10 @@ from bessemer.core.stage import Outside, StageContext
 from bessemer.posttraining.rewards.config import RewardModelReward
 from bessemer.posttraining.rl import report
 from bessemer.posttraining.rl.config import RL_VERSION, RLConfig
-from bessemer.training.specs import check_loop, loop_packages, model_not_merged, training_arguments, training_stage
+from bessemer.training.specs import check_loop, loop_packages, model_not_merged, resolved_by, training_arguments, training_stage
 
 
-def _rl(context: StageContext) -> dict[str, Any]:
+def _rl(context: StageContext, *, only_resolve: bool = False) -> dict[str, Any]:
     from bessemer.posttraining.rl.stage import rl
 
     return rl(
@@ -20,6 +20,7 @@ def _rl(context: StageContext) -> dict[str, Any]:
         context.out,
         tasks=context.services.tasks,
         reward_model=context.inputs.get("reward_model"),
+        only_resolve=only_resolve,
         **training_arguments(context),
     )
 
@@ -76,6 +77,7 @@ STAGES = (
         report=report.report,
         summary_line=report.summary_line,
         run=_rl,
+        resolve=resolved_by(_rl),
         fingerprint=_fingerprint,
         packages=_packages,
         check=_check,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,11 @@ from bessemer.posttraining.rl.online_pairs import pair_objective
 from bessemer.posttraining.rl.prompts import Prompt, gather_prompts
 from bessemer.posttraining.rl.rollouts import RolloutSource
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
-from bessemer.training.autotune import prepare_run
+from bessemer.training.autotune import Plan, prepare_run, seconds_per_step
 from bessemer.training.data.batches import BatchSource
 from bessemer.training.objectives import Objective
-from bessemer.training.run import OnStepEnd, run_training, validated_steps
+from bessemer.training.optim.lr_schedule import validated_steps
+from bessemer.training.run import OnStepEnd, run_training
 from bessemer.training.trainee import REFERENCE
 from bessemer.training.trainer import Trainer
 
@@ -49,13 +51,14 @@ def rl(
     card_flops: Callable[[str], float | None] = lambda name: None,
     tasks: OpenTasks | None = None,
     reward_model: Path | None = None,
+    only_resolve: bool = False,
 ) -> dict[str, Any]:
     """Train the model of folder `model` by the rewards of its completions; resumes from `out`.
 
     Writes below `out`: `model/`, with an adapter `adapter/`, `metrics.jsonl`, `completions.jsonl` (every completion with its
     rewards), `autotune.json`, `checkpoints/`. With an adapter the reference is the policy without it. Files that the settings
     name are relative to `folder`. reward_model: the folder of the one that judges, or that a critic starts from, where the
-    settings say so. Returns the headline metrics. Raises SourceError for
+    settings say so. only_resolve: measure, and raise SettingsResolved with the settings. Returns the headline metrics. Raises SourceError for
     prompts that are missing or malformed, ConfigError for rewards that cannot be given and for a pipeline, RewardError
     where no completion has a reward, CollapseError for a policy beyond its limits, and what `run_training` raises.
     """
@@ -77,7 +80,22 @@ def rl(
     if config.steps is None:
         rollouts = math.ceil(config.epochs * len(training) / config.groups)
         config = config.with_changes(steps=rollouts * config.updates)
-    config, runtime, mesh = prepare_run(config, model, out, device=device, progress=progress, folder=folder)
+
+    def again(config: RLConfig, out: Path) -> object:
+        return rl(
+            config, model, out, seed=seed, device=device, folder=folder, card_flops=card_flops, reward_model=reward_model
+        )
+
+    config, runtime, mesh = prepare_run(
+        config,
+        model,
+        out,
+        device=device,
+        progress=progress,
+        folder=folder,
+        plan=Plan(seconds_per_step=partial(seconds_per_step, again, cycle=config.updates)),
+        only_resolve=only_resolve,
+    )
     if mesh.layout.pipeline > 1:
         raise ConfigError(
             f"parallel: pipeline {mesh.layout.pipeline}: each rank trains some layers, and sampling needs all; take tensor or "

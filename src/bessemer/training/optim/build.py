@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
@@ -116,10 +117,17 @@ def muon(groups: list[Group], config: LoopConfig) -> list[Optimizer]:
     others = [group for group in groups if group["role"] not in _PARTS]
     optimizers: list[Optimizer] = []
     if matrices:
-        optimizers.append(Muon(matrices, momentum=config.momentum, nesterov=config.nesterov))
+        dtype = _orthogonalisation_dtype(config, matrices[0]["params"][0].device)
+        optimizers.append(Muon(matrices, momentum=config.momentum, nesterov=config.nesterov, dtype=dtype))
     if others:
         optimizers.append(adamw(others, config))
     return optimizers
+
+
+def _orthogonalisation_dtype(config: LoopConfig, device: torch.device) -> torch.dtype:
+    """The dtype of Muon's products: bfloat16, as published; on a processor that of the run's matmuls, which was measured there,
+    since not every processor has a fast product in bfloat16."""
+    return torch.float32 if device.type == "cpu" and config.dtype != "bfloat16" else torch.bfloat16
 
 
 def adamw(groups: list[Group], config: LoopConfig) -> Optimizer:

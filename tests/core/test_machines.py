@@ -1,0 +1,82 @@
+"""Each machine is what it says it is, on whichever this one is."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from bessemer.core.errors import ConfigError
+from bessemer.core.machines import MACHINE_VARIABLE, MACHINES, machine, run_as
+
+LOOK = """
+import json, os, time, torch
+from bessemer.core import environment
+from bessemer.model.device import is_fast
+cpu = torch.device("cpu")
+import numpy._core._multiarray_umath as numpy_core
+from torch._inductor.cpu_vec_isa import pick_vec_isa
+from bessemer.core.machines import MACHINE_VARIABLE
+from torch._inductor import config
+print(json.dumps({
+    "name": os.environ[MACHINE_VARIABLE],
+    "torch": torch.backends.cpu.get_cpu_capability(),
+    "bfloat16": is_fast(torch.bfloat16, cpu),
+    "numpy": bool(numpy_core.__cpu_features__.get("AVX512_ICL")),
+    "isa": str(pick_vec_isa()),
+    "march": config.cpp.march,
+    "cores": environment.affine_cores(),
+    "usable": environment.usable_cores(),
+    "compiler": environment.cxx_compiler(),
+}))
+"""
+
+
+def look(name):
+    """What a process finds that runs as on a machine."""
+    command = [sys.executable, "-m", "bessemer.core.machines", name, sys.executable, "-c", LOOK]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="not an x86-64 processor")
+def test_as_an_avx2_machine_nothing_uses_more_and_bfloat16_does_not_pay():
+    found = look("avx2")
+    assert found["name"] == "avx2" and found["torch"] == "AVX2" and found["march"] == "x86-64-v3"
+    assert not found["bfloat16"] and not found["numpy"] and "avx512" not in found["isa"].lower()
+
+
+def test_without_a_compiler_none_is_found():
+    assert look("no-compiler")["compiler"] is None
+
+
+def test_one_core_is_one_core():
+    found = look("one-core")
+    assert found["cores"] == found["usable"] == 1
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
+def test_a_busy_core_is_given_back(tmp_path):
+    seen = tmp_path / "seen"
+    count = "pgrep -f 'while True: pass' | wc -l"
+    assert run_as("busy-core", ["sh", "-c", f"{count} > {seen}"]) == 0
+    assert int(seen.read_text()) >= 1
+    assert MACHINES["busy-core"].busy == 1
+
+
+def test_the_exit_status_is_the_commands_own():
+    assert run_as("native", [sys.executable, "-c", "raise SystemExit(7)"]) == 7
+
+
+def test_an_unknown_machine_is_refused_with_the_nearest_name():
+    with pytest.raises(ConfigError, match=r"no machine 'avx'.*avx2"):
+        machine("avx")
+    command = [sys.executable, "-m", "bessemer.core.machines", "avx", "true"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("error: there is no machine 'avx'")
+
+
+def test_the_variable_names_the_machine():
+    assert MACHINE_VARIABLE not in MACHINES["native"].environment
