@@ -132,11 +132,13 @@ def figures_of_run(folder: Path, seconds: dict[str, float]) -> dict[str, Any]:
     resolved = {stage: lock.get(stage, {}).get("measured") for stage in TRAINED}
     data = [stage for stage in DATA_STAGES if stage in metrics]
     stages_seconds = {stage: manifest["seconds"] for stage, manifest in manifests.items()}
+    evaluation = lock.get("evaluate", {}).get("measured") or {}
     around = seconds["first_run"] - sum(stages_seconds.values())
     return {
         "seconds": seconds | {"help": fastest("--help", folder=folder), "around_the_stages": around},
         "stages": stages_seconds,
         "training": {stage: training_of(stages / stage, manifests[stage], resolved[stage]) for stage in TRAINED},
+        "evaluation": evaluation,
         "parameters": metrics["model"]["parameters"],
         "documents": {
             stage: {"documents": metrics[stage]["documents_out"], "bytes": metrics[stage]["bytes_out"]} for stage in data

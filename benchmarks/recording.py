@@ -82,8 +82,8 @@ def table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[Any]]) -> 
 
 
 def machine() -> dict[str, Any]:
-    """This machine as a reader needs it to judge a figure: `host()`, the processor's instruction sets, and which of the machines
-    of `bessemer.core.machines` it stood for."""
+    """This machine as a reader needs it to judge a figure: `host()`, the processor's instruction sets, and for which of the
+    machines of `bessemer.core.machines` it stood."""
     stood_for = os.environ.get(MACHINE_VARIABLE, "native")
     return host() | {"as": stood_for, "instruction_sets": instruction_sets(), "python": platform.python_version()}
 

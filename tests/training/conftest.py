@@ -9,6 +9,7 @@ from bessemer.core.progress import Silent
 from bessemer.data.corpus.reader import SCHEMA
 from bessemer.data.corpus.writer import write_documents
 from bessemer.model.config import ModelConfig, ModelStageConfig
+from bessemer.model.device import is_fast
 from bessemer.model.initialisation import initial_decoder
 from bessemer.model.stage import build_model
 from bessemer.tokenization.config import TokenizeConfig
@@ -27,6 +28,11 @@ TINY = {
 }
 _NOUNS = ["table", "column", "graph", "node", "edge", "matrix", "vector", "token", "layer", "index", "cache", "batch"]
 _VERBS = ["Return", "Compute", "Remove", "Draw", "Sort", "Merge", "Count", "Split"]
+
+
+def fast_dtype():
+    """The dtype in which this machine trains: bfloat16 where products in it are fast, else float32."""
+    return "bfloat16" if is_fast(torch.bfloat16, torch.device("cpu")) else "float32"
 
 
 class RecordedProgress(Silent):

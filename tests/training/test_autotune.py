@@ -1,12 +1,15 @@
 import json
 
 import pytest
+import torch
 
 from bessemer.core.errors import ConfigError
+from bessemer.core.metrics import METRICS, MetricsLog
 from bessemer.core.usercode import load_user_function
 from bessemer.model.config import ModelConfig
+from bessemer.posttraining.config import SFTConfig
 from bessemer.training import autotune
-from bessemer.training.autotune import StepTiming, check_fits, choose, prepare_run, resolve
+from bessemer.training.autotune import Plan, SettingsResolvedError, StepTiming, check_fits, choose, prepare_run, resolve
 from bessemer.training.config import LoopConfig
 from bessemer.training.pretrain_config import PretrainConfig
 
@@ -89,11 +92,84 @@ def test_minutes_become_steps_of_the_measured_speed():
     assert autotune._steps_in_time(watched, StepTiming("float32", False, (0.1,) * 3, 0.1), 0.0) == int(120 / (0.14 + 0.04 / 3))
 
 
+TUNING = SFTConfig(data=["task/sums"], steps=400, minutes=0.5, batch_size=8, context_length=32, dtype="float32", compile=False)
+
+
+def timed(monkeypatch, seconds):
+    """A machine on which a step takes some seconds, and measuring none."""
+    monkeypatch.setattr(autotune, "_measure", lambda *_: StepTiming("float32", False, (seconds,) * 3, seconds))
+    monkeypatch.setattr(autotune.time, "perf_counter", lambda: 0.0)
+
+
+def test_steps_that_fit_their_minutes_all_stay(model_folder, monkeypatch):
+    timed(monkeypatch, 0.05)
+    resolved, measured = resolve(TUNING, model_folder)
+    assert (resolved.steps, resolved.minutes, resolved.resolved) == (400, None, True)
+    assert "planned_steps" not in measured
+
+
+def test_steps_that_do_not_fit_are_cut_and_the_measurement_says_so(model_folder, monkeypatch):
+    timed(monkeypatch, 0.25)
+    resolved, measured = resolve(TUNING, model_folder)
+    assert resolved.steps == 120
+    assert [measured[name] for name in ("steps", "planned_steps", "minutes")] == [120, 400, 0.5]
+
+
+def test_what_is_read_besides_the_steps_counts_into_the_minutes(model_folder, monkeypatch):
+    timed(monkeypatch, 0.25)
+    # a forward pass of a batch's tokens takes 0.1 s: ten batches once, and five at each of eight validations
+    plan = Plan(validation_tokens=5 * 8 * 32, forward_tokens=10 * 8 * 32)
+    resolved, _ = resolve(TUNING, model_folder, plan=plan)
+    assert resolved.steps == int((30 - 8 * 0.5 - 1.0) / 0.25)
+
+
+def test_a_cut_run_keeps_its_warm_up_and_its_decay(model_folder, monkeypatch):
+    timed(monkeypatch, 20.0)
+    config = TUNING.with_changes(warmup_steps=6, decay_fraction=0.4)
+    resolved, _ = resolve(config, model_folder)
+    assert resolved.steps == 10 and resolved.warmup_length(10) + resolved.decay_length(10) <= 10
+
+
+def test_steps_that_are_more_than_two_passes_are_timed_by_the_stage_itself(model_folder, monkeypatch):
+    timed(monkeypatch, 1e-6)
+    asked = []
+    plan = Plan(seconds_per_step=lambda config: asked.append(config) or 0.5)
+    resolved, _ = resolve(TUNING, model_folder, plan=plan)
+    assert resolved.steps == 60 and asked[0].minutes is None
+
+
+def test_a_short_run_of_a_stage_times_its_steps_without_the_first_cycle(tmp_path):
+    def run(config, folder):
+        assert config.steps == 6 and config.warmup_length(6) == config.decay_length(6) == 0
+        clock = 100.0
+        with MetricsLog(folder / METRICS) as log:
+            for step in range(1, 7):
+                clock += 9.0 if step == 1 else 0.5
+                log.write(step, seconds=clock)
+
+    assert autotune.seconds_per_step(run, TUNING.with_changes(warmup_steps=300), cycle=2) == 0.5
+
+
+def test_only_resolving_measures_and_writes_nothing(model_folder, tmp_path, monkeypatch):
+    timed(monkeypatch, 0.25)
+    with pytest.raises(SettingsResolvedError) as found:
+        prepare_run(TUNING, model_folder, tmp_path, device="cpu", progress=RecordedProgress(), only_resolve=True)
+    assert found.value.config.steps == 120 and list(tmp_path.iterdir()) == []
+
+
+def test_a_dtype_that_is_much_slower_here_is_refused_with_the_way_out(model_folder, settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(autotune, "product_cost", lambda dtype, device: 232.0 if dtype == torch.bfloat16 else 1.0)
+    with pytest.raises(ConfigError, match=r"bfloat16: .* takes 232 times as long as in float32; set dtype: float32, or auto"):
+        prepare_run(settings.with_changes(dtype="bfloat16"), model_folder, tmp_path, device="cpu", progress=RecordedProgress())
+    monkeypatch.setattr(autotune, "is_fast", lambda dtype, device: False)
+    assert autotune._dtypes(LoopConfig(dtype="auto"), torch.device("cpu")) == ["float32"]
+
+
 def test_all_that_measuring_takes_counts_into_the_minutes(model_folder, monkeypatch):
     clock = iter([0.0, *[20.0] * 100])
     spent: list[float] = []
     monkeypatch.setattr(autotune, "_measure", lambda *_: StepTiming("float32", False, (0.1,) * 3, 0.1))
-    monkeypatch.setattr(autotune, "_steps_in_time", lambda config, speed, seconds, small: spent.append(seconds) or 7)
+    monkeypatch.setattr(autotune, "_steps_in_time", lambda config, speed, seconds, small, plan: spent.append(seconds) or 7)
     monkeypatch.setattr(autotune.time, "perf_counter", lambda: next(clock))
     config = PretrainConfig(minutes=2, batch_size=2, context_length=32, dtype="float32", compile=False)
     resolved, measured = resolve(config, model_folder)

@@ -100,7 +100,7 @@ def test_a_run_that_continues_another_moves_by_its_own_settings(state, decoder, 
         gradient, weight = made_up_gradient(weight, 3, number), weight.detach()
         if role_of(name, weight) == "matrices":
             mean = muon.state[dict(decoder.named_parameters())[name]]["momentum_buffer"]
-            update = orthogonalised(mean.lerp(gradient, 1 - 0.6))
+            update = orthogonalised(mean.lerp(gradient, 1 - 0.6), torch.float32)
             expected = (1 - 3e-2 * 0.3) * weight - 3e-2 * 0.2 * math.sqrt(max(weight.shape)) * update.float()
         else:
             old = adamw.state[dict(decoder.named_parameters())[name]]

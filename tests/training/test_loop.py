@@ -26,7 +26,7 @@ from bessemer.training.runtime import Runtime
 from tests.cases import slow, slow_but
 from tests.distributed.pool import quick_processes
 
-from .conftest import TINY, RecordedProgress
+from .conftest import TINY, RecordedProgress, fast_dtype
 from .killed import pretrain_and_die
 
 
@@ -183,7 +183,7 @@ def pretrain_apart(place, config, model_folder, tokenized, out):
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no kill -9")
 def test_killed_and_run_again_ends_with_the_same_bits(settings, model_folder, tokenized, tmp_path):
-    config = settings.with_changes(checkpoint_minutes=1e-9, dtype="bfloat16", evaluate_tokens=200)
+    config = settings.with_changes(checkpoint_minutes=1e-9, dtype=fast_dtype(), evaluate_tokens=200)
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     for place in ("after the optimizer", "inside a checkpoint"):
         pretrain_apart(place, config, model_folder, tokenized, killed)
@@ -199,7 +199,7 @@ def test_killed_and_run_again_ends_with_the_same_bits(settings, model_folder, to
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no kill -9")
 def test_compiled_killed_and_run_again_ends_with_the_same_bits(settings, model_folder, tokenized, tmp_path):
-    config = settings.with_changes(checkpoint_minutes=1e-9, dtype="bfloat16", compile=True, threads=os.cpu_count() or 1)
+    config = settings.with_changes(checkpoint_minutes=1e-9, dtype=fast_dtype(), compile=True, threads=os.cpu_count() or 1)
     whole = pretrain_apart(None, config, model_folder, tokenized, tmp_path / "whole")
     killed = tmp_path / "killed"
     for place in ("before the first step", "after the optimizer", "inside a checkpoint"):

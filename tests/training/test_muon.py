@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+from bessemer.training.config import LoopConfig
+from bessemer.training.optim.build import muon
 from bessemer.training.optim.muon import Muon, orthogonalised
 
 
@@ -48,6 +50,30 @@ def test_singular_vectors_stay_and_singular_values_come_near_one(shape):
     values = inner.diagonal(dim1=-2, dim2=-1)
     torch.testing.assert_close(inner, torch.diag_embed(values), atol=1e-6, rtol=0)
     assert values.min() > 0.6 and values.max() < 1.3
+
+
+def test_float32_is_nearer_to_float64_than_bfloat16_is():
+    matrices = torch.randn(3, 24, 40, generator=torch.Generator().manual_seed(1))
+    exact = orthogonalised(matrices.double())
+    errors = {
+        dtype: (orthogonalised(matrices, dtype).double() - exact).abs().max() for dtype in (torch.float32, torch.bfloat16)
+    }
+    assert errors[torch.float32] < 1e-4 < errors[torch.bfloat16] < 0.1
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "products"),
+    [
+        ("cpu", "float32", torch.float32),
+        ("cpu", "bfloat16", torch.bfloat16),
+        ("meta", "float32", torch.bfloat16),  # as on a GPU, where it is published so
+    ],
+)
+def test_on_a_processor_products_are_in_the_dtype_of_the_run(device, dtype, products):
+    weight = torch.nn.Parameter(torch.zeros(4, 4, device=device))
+    group = {"params": [weight], "role": "matrices", "lr": 0.1, "weight_decay": 0.0}
+    (optimizer,) = muon([group], LoopConfig(dtype=dtype))
+    assert optimizer._dtype == products
 
 
 def test_an_update_is_as_large_as_one_of_adamw():

@@ -49,11 +49,44 @@ def test_choices_are_kept_by_step_and_repeated_on_resume(tmp_path):
     answers = iter([1, 2])
     first = ThreadChoices(tmp_path, 2, choose=lambda current, candidates: next(answers))
     assert first.resume(0) == 2
-    assert [first.choose(5), first.choose(10)] == [1, 2]
+    chosen = [first.after_step(step, 0.1, validated=step % 5 == 0) for step in range(1, 11)]
+    assert chosen == [None] * 4 + [1] + [None] * 4 + [2]
     again = ThreadChoices(tmp_path, 4, choose=lambda current, candidates: pytest.fail("measured again"))
     assert [again.resume(step) for step in (0, 4, 5, 9, 10, 11)] == [2, 2, 1, 1, 2, 2]
-    assert [again.choose(5), torch.get_num_threads()] == [1, 1]
+    assert again.resume(3) == 2
+    # a validation that there was not before changes nothing among steps that are repeated
+    assert [again.after_step(step, 0.1, validated=True) for step in range(4, 11)] == [None, 1, None, None, None, None, 2]
     assert json.loads((tmp_path / threads.THREADS).read_text()) == {"first": 2, "by_step": {"5": 1, "10": 2}}
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(threads.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(threads, "usable_cores", lambda: 2)
+    return now
+
+
+def test_cores_that_are_not_used_are_looked_at_every_ten_seconds(tmp_path, clock):
+    answers = iter([1, 1, 2])
+    choices = ThreadChoices(tmp_path, 2, choose=lambda current, candidates: next(answers))
+    choices.resume(0)
+    found = []
+    for step in range(1, 40):
+        clock[0] += 1.0
+        found.append(choices.after_step(step, 1.0, validated=step == 3))
+    assert {step: number for step, number in enumerate(found, start=1) if number} == {3: 1, 13: 1, 23: 2}
+
+
+def test_steps_that_become_slow_are_a_reason_to_choose_again(tmp_path, clock):
+    choices = ThreadChoices(tmp_path, 2, choose=lambda current, candidates: 1)
+    choices.resume(0)
+    found = []
+    for step in range(1, 20):
+        clock[0] += 2.0
+        found.append(choices.after_step(step, 1.0 if step < 10 else 2.0, validated=False))
+    # the third slow step in a row
+    assert next(step for step, number in enumerate(found, start=1) if number) == 12
 
 
 def test_only_auto_on_a_processor_adapts():

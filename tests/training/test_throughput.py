@@ -50,6 +50,20 @@ def test_a_processors_peak_is_measured_once(tmp_path, runtime, monkeypatch):
     assert device_peak(tmp_path, runtime) == peak
 
 
+@pytest.mark.parametrize("flops", [0.8e9, 5e9, 200e9, 5e12])
+def test_a_peak_is_measured_within_a_second_however_slow_the_products_are(settings, monkeypatch, flops):
+    spent = []
+
+    def seconds(side, dtype):
+        spent.append(2 * side**3 / flops)
+        return spent[-1]
+
+    monkeypatch.setattr("bessemer.training.monitoring.peak_flops._seconds", seconds)
+    runtime = Runtime.of(settings.with_changes(dtype="bfloat16"), torch.device("cpu"))
+    assert measured_peak(runtime) == pytest.approx(flops, rel=1e-3)
+    assert sum(spent) < 1
+
+
 def test_a_cards_peak_is_what_its_name_promises(tmp_path, runtime):
     from dataclasses import replace
 

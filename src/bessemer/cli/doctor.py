@@ -16,7 +16,7 @@ def doctor(
 ) -> None:
     """Say what this machine has and what is missing. Exit code 1 when something essential is."""
     failed = False
-    for mark, name, finding in (*_machine(runs), *_packages(), *_tools(), *_sandbox()):
+    for mark, name, finding in (*_machine(runs), *_packages(), *_tools(), *_speed(), *_sandbox()):
         failed |= mark == "!!"
         print(f"{mark}  {name:<16} {finding}")
     raise typer.Exit(1 if failed else 0)
@@ -26,13 +26,15 @@ _Line = tuple[str, str, str]
 
 
 def _machine(runs: Path) -> Iterator[_Line]:
-    from bessemer.core.environment import host
+    from bessemer.core.environment import cpu_quota, host
     from bessemer.core.figures import size
 
     found = host()
     enough = sys.version_info >= (3, 11)
     yield ("ok" if enough else "!!", "python", f"{sys.version.split()[0]}{'' if enough else ', at least 3.11 is needed'}")
-    yield "ok", "processor", f"{found['processor']}, {found['cores']} cores ({found['system']})"
+    quota = cpu_quota()
+    held = "" if quota is None else f", held to the time of {quota:g} by a quota"
+    yield "ok", "processor", f"{found['processor']}, {found['cores']} cores ({found['system']}){held}"
     memory = found["memory_bytes"]
     if memory:
         yield (
@@ -68,6 +70,21 @@ def _packages() -> Iterator[_Line]:
     else:
         devices = "CPU only"
     yield "ok", "torch", f"{torch.__version__}, {devices}, {torch.get_num_threads()} threads"
+
+
+def _speed() -> Iterator[_Line]:
+    """What this processor multiplies fast, and what the quickstart comes to here."""
+    try:
+        from bessemer.pipeline.expectation import expected_quickstart
+
+        found = expected_quickstart()
+    except ImportError:
+        # without PyTorch
+        return
+    speeds = ", ".join(f"{name} {flops / 1e9:,.0f} GFLOP/s" for name, flops in found.flops.items())
+    yield "ok", "matmuls", f"{speeds}; trains in {found.dtype} ({found.arithmetic})"
+    note = f"bessemer run quickstart in about {found.minutes:.0f} minutes, {found.steps:,} steps of pretraining"
+    yield "ok" if found.minutes < 12 else "? ", "quickstart", f"{note}, {found.bits_per_byte:.1f} bits per byte expected"
 
 
 def _tools() -> Iterator[_Line]:

@@ -102,9 +102,7 @@ def _group_quota(group: Path) -> float | None:
         if (group / "cpu.max").exists():
             limit, period = (group / "cpu.max").read_text(encoding="ascii").split()
         else:
-            limit, period = (
-                (group / f"cpu.cfs_{name}_us").read_text(encoding="ascii").strip() for name in ("quota", "period")
-            )
+            limit, period = ((group / f"cpu.cfs_{name}_us").read_text(encoding="ascii").strip() for name in ("quota", "period"))
         return None if limit in ("max", "-1") else int(limit) / int(period)
     except (OSError, ValueError, ZeroDivisionError):
         return None

@@ -8,7 +8,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Protocol, Self
 
-
 #: The file's name in a stage's folder.
 METRICS = "metrics.jsonl"
 

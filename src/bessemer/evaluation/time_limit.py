@@ -44,7 +44,12 @@ def within_minutes(
     count = len(models) + bool(config.baselines)
     left = 60 * config.minutes - (time.perf_counter() - started)
     share = min(1.0, max(_SMALLEST_SHARE, (left / count - fixed) / slope if slope else 1.0))
-    measured = {"minutes": config.minutes, "share": round(share, 3), "seconds": round(time.perf_counter() - started, 1), "trials": seconds}
+    measured = {
+        "minutes": config.minutes,
+        "share": round(share, 3),
+        "seconds": round(time.perf_counter() - started, 1),
+        "trials": seconds,
+    }
     if share == 1.0:
         return config.with_changes(minutes=None), measured
     progress.say(f"  {share:.0%} of the tokens and questions, which is what {config.minutes:g} minutes hold here")

@@ -49,6 +49,11 @@ def is_fast(dtype: torch.dtype, device: torch.device) -> bool:
     return product_cost(dtype, device) <= 1.0
 
 
+def product_flops(dtype: torch.dtype) -> float:
+    """FLOP/s of matrix products in `dtype` on the processor, as they were measured for `product_cost`."""
+    return 2 * _SIDE**3 / _product_seconds(dtype)
+
+
 #: Side of the matrices of a measured product, its repetitions, and the seconds after which it is not repeated.
 _SIDE, _REPETITIONS, _ENOUGH_SECONDS = 256, 7, 0.05
 

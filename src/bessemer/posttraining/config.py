@@ -13,7 +13,7 @@ from bessemer.posttraining.made import REVISIONS, SYNTHETIC
 from bessemer.training.adapter_config import TuningConfig
 
 #: Raised when the same settings and inputs give other weights or conversations than before (golden outputs in the tests).
-SFT_VERSION = 6
+SFT_VERSION = 7
 
 #: Data made from the run's own documents: its name in `data`.
 DOCS_QUESTIONS = "made/docs_questions"

@@ -54,12 +54,12 @@ def sft(
 ) -> dict[str, Any]:
     """Fine-tune the model of folder `model` on conversations; resumes from `out`.
 
-    Writes below `out`: `model/`, `metrics.jsonl`, `autotune.json`, `checkpoints/`, and the training and held-out
-    conversations, `conversations/{train,validation}.jsonl`. tokens: the run's token shards, for rows of plain text. Files named
-    in the settings are relative to `folder`. made: files of stages above, by their names in `data`. tasks: opens the tasks
-    that the settings name. on_validation: receives the finished steps and the model in training, with its adapter beside the
-    weights where it has one, in one process. only_resolve: measure, and raise SettingsResolved with the settings. Returns the headline metrics. Raises SourceError for conversations that are
-    missing or malformed, and what `run_training` raises.
+    Writes below `out`: `model/`, `metrics.jsonl`, `autotune.json`, `checkpoints/`, and the training and held-out conversations,
+    `conversations/{train,validation}.jsonl`. tokens: the run's token shards, for rows of plain text. Files named in the
+    settings are relative to `folder`. made: files of stages above, by their names in `data`. tasks: opens the tasks that the
+    settings name. on_validation: receives the finished steps and the model in training, with its adapter beside the weights
+    where it has one, in one process. only_resolve: measure, and raise SettingsResolvedError with the settings. Returns the
+    headline metrics. Raises SourceError for conversations that are missing or malformed, and what `run_training` raises.
     """
     progress = progress or Silent()
     tokenizer = load_tokenizer(model)

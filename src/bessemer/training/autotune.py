@@ -2,7 +2,8 @@
 
 Real steps are timed: the best of three groups counts, and nothing is chosen where the groups spread over 30 %, because one
 other busy process can slow a step tenfold. Dtypes in which this machine multiplies more slowly than in float32 are not tried.
-The processes of a job time them together, each its own rows, in the layout of the run; rank 0 decides. Choices are written to `autotune.json` before step 0 and read back on resume.
+The processes of a job time them together, each its own rows, in the layout of the run; rank 0 decides. Choices are written to
+`autotune.json` before step 0 and read back on resume.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ class Plan:
     seconds_per_step: Callable[[Any], float] | None = None
 
 
-class SettingsResolved(Exception):
+class SettingsResolvedError(Exception):
     """Raised in place of training where only the settings are wanted: they, and the measurements that they come from."""
 
     def __init__(self, config: LoopConfig, measured: dict[str, Any]) -> None:
@@ -282,8 +283,8 @@ def prepare_run(
     """Resolved settings, runtime and mesh of a run in `out`: those of its `autotune.json`, or new ones, which all processes
     measure and rank 0 writes.
 
-    plan: as of `resolve`. only_resolve: raise SettingsResolved, and write nothing. On resume, reports when the machine, the
-    threads or PyTorch differ, since the rest is then not bit-exact.
+    plan: as of `resolve`. only_resolve: raise SettingsResolvedError, and write nothing. On resume, reports when the machine,
+    the threads or PyTorch differ, since the rest is then not bit-exact.
     """
     mesh = Mesh.here(config.parallel, choose_device(device).type)
     # on every process, so that none waits for one that a mistake has stopped
@@ -291,11 +292,11 @@ def prepare_run(
     check_fits(config, read_model_config(model))
     check_dtype(config.dtype, choose_device(device))
     if only_resolve:
-        raise SettingsResolved(*resolve(config, model, device=device, progress=progress, folder=folder, mesh=mesh, plan=plan))
-    if not _agreed((out / AUTOTUNE).exists(), mesh):
-        resolved, measured = resolve(
-            config, model, device=device, progress=progress, folder=folder, mesh=mesh, plan=plan
+        raise SettingsResolvedError(
+            *resolve(config, model, device=device, progress=progress, folder=folder, mesh=mesh, plan=plan)
         )
+    if not _agreed((out / AUTOTUNE).exists(), mesh):
+        resolved, measured = resolve(config, model, device=device, progress=progress, folder=folder, mesh=mesh, plan=plan)
         if mesh.leads:
             runtime = Runtime.of(resolved, choose_device(device), processes=mesh.processes_here)
             if runtime.adapts_threads:
@@ -414,8 +415,12 @@ def seconds_per_step(run: Callable[[Any, Path], object], config: LoopConfig, *, 
         raise ConfigError("minutes: this stage's steps are measured in one process; give steps instead")
     counted = cycle * -(-_TRIAL_STEPS // cycle)
     quiet: dict[str, Any] = {
-        **{"log_every": 1, "diagnostics_every": 0, "checkpoint_every": None},
-        **{"tasks": [], "track": [], "profile": None},
+        "log_every": 1,
+        "diagnostics_every": 0,
+        "checkpoint_every": None,
+        "tasks": [],
+        "track": [],
+        "profile": None,
     }
     with TemporaryDirectory() as folder:
         run(config.with_changes(**_of_length(config, cycle + counted), **quiet), Path(folder))

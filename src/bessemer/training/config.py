@@ -175,9 +175,8 @@ class LoopConfig(Config):
     )
     threads: Annotated[int, Field(gt=0)] | Literal["auto"] | None = setting(
         None,
-        "CPU threads; absent: every usable core. auto: every usable core, and fewer while other programs take some, measured at "
-        "the start and at each validation. Another number rounds differently: the choices are kept, and a resumed run repeats "
-        "them.",
+        "CPU threads; absent: every usable core. auto: every usable core, and fewer while other programs take some, measured "
+        "along the way. Another number rounds differently: the choices are kept, and a resumed run repeats them.",
         affects_output=False,
     )
     deterministic: bool = setting(

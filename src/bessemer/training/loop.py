@@ -186,7 +186,7 @@ def train(
             threads = ThreadChoices(out, runtime.threads) if runtime.adapts_threads else None
             if threads is not None:
                 threads.resume(state.step)
-            chosen_again = validated_steps(config) - {steps}
+            validated = validated_steps(config)
             trainer.trainee.version = state.step
             checkpoints.kept_step = best.step if config.save == "best" else None
             while state.step < steps and not best.exhausted:
@@ -208,8 +208,9 @@ def train(
                 if throughput_check is not None and rows == config.batch_size:
                     throughput_check.add_step(seconds)
                 extra = on_step_end(state.step, trainer) | step_diagnostics.metrics()
-                if threads is not None and state.step in chosen_again:
-                    extra["threads"] = threads.choose(state.step)
+                if threads is not None and state.step < steps:
+                    chosen = threads.after_step(state.step, seconds, validated=state.step in validated)
+                    extra |= {} if chosen is None else {"threads": chosen}
                 values = {
                     "loss": result.loss,
                     "learning_rate": config.learning_rate * factor,

@@ -11,7 +11,7 @@ from bessemer.core.usercode import is_user_function
 from bessemer.training.config import LoopConfig
 
 #: Raised when the same settings and inputs give other weights than before (golden outputs in the tests).
-PRETRAIN_VERSION = 5
+PRETRAIN_VERSION = 6
 
 
 class PretrainConfig(LoopConfig):

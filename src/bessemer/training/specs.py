@@ -86,11 +86,11 @@ def resolved_by(run: Callable[..., dict[str, Any]]) -> Callable[[StageContext], 
     measures steps of it."""
 
     def resolve(context: StageContext) -> tuple[Config, dict[str, Any]]:
-        from bessemer.training.autotune import SettingsResolved
+        from bessemer.training.autotune import SettingsResolvedError
 
         try:
             run(context, only_resolve=True)
-        except SettingsResolved as found:
+        except SettingsResolvedError as found:
             return found.config, found.measured
         raise AssertionError(f"{context.config} has nothing to be resolved")
 

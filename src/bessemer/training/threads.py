@@ -2,7 +2,7 @@
 
 Threads of one product wait for each other many times a step. When another program takes a core, the thread that shares it is
 late each time, and two threads on two cores can be slower than one. With `threads: auto` a quarter of a second is measured when
-a run starts and at each validation, and the number that computes most goes on.
+a run starts, at each validation, and while something is amiss, and the number that computes most goes on.
 
 Another number rounds sums differently. So each choice is written down with its step, and a run that is resumed repeats those
 that were made: it ends with the bits of the run that was not interrupted.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch.nn import functional
@@ -26,6 +27,9 @@ THREADS = "threads.json"
 _SECONDS, _TURN_SECONDS = 0.25, 0.02
 #: A change must promise this much more work a second; less is noise.
 _WORTH_CHANGING = 1.15
+#: Between validations: fewest seconds between two choices; and steps have become slow when so many in a row take so much longer
+#: than the first ones after a choice.
+_SECONDS_BETWEEN, _STEPS, _SLOWER = 10.0, 3, 1.5
 #: Rows, channels of the product that is timed: that of a small model's block.
 _ROWS, _CHANNELS = 1024, 256
 
@@ -71,15 +75,22 @@ def _work_per_second(threads: int, seconds: float) -> float:
 
 
 class ThreadChoices:
-    """The numbers of threads of a run by step, as they are chosen, or as they were before it was interrupted."""
+    """The numbers of threads of a run by step, as they are chosen, or as they were before it was interrupted.
+
+    They are chosen at validations; while some cores are not used, or steps have become slow, every ten seconds besides.
+    """
 
     def __init__(self, out: Path, threads: int, *, choose: Callable[[int, Sequence[int]], int] | None = None) -> None:
-        """out: the run's folder. threads: with which it starts. choose: a number from the present one and the candidates; None: `faster_threads`."""
+        """out: the run's folder. threads: with which it starts. choose: a number from the present one and the candidates; None:
+        `faster_threads`."""
         self._place = out / THREADS
         self._first = threads
         self._choose = choose or faster_threads
         self._candidates = thread_candidates(usable_cores())
         self._by_step: dict[int, int] = {}
+        #: Seconds of the steps since the last choice, and when that was.
+        self._seconds: list[float] = []
+        self._chosen_at = time.monotonic()
         if self._place.exists():
             written = read_json(self._place, "record of a run's threads")
             self._first = written["first"]
@@ -91,15 +102,27 @@ class ThreadChoices:
         torch.set_num_threads(number)
         return number
 
-    def choose(self, step: int) -> int:
-        """After `step` steps: set and return the number for those that follow."""
-        current = self._at(step - 1)
-        if step not in self._by_step:
-            self._by_step[step] = self._choose(current, self._candidates)
-            write_json(self._place, {"first": self._first, "by_step": self._by_step})
-        chosen = self._by_step[step]
-        torch.set_num_threads(chosen)
-        return chosen
+    def after_step(self, step: int, seconds: float, *, validated: bool) -> int | None:
+        """Set the number for the steps that follow `step` finished ones, the last of which took `seconds`; it, where it was
+        chosen, or was once chosen, here. validated: whether the model was validated after this step."""
+        self._seconds.append(seconds)
+        if step < max(self._by_step, default=0) or step in self._by_step:
+            # made before the run was interrupted: repeated
+            return self.resume(step) if step in self._by_step else None
+        if not validated and not self._is_due():
+            return None
+        self._by_step[step] = self._choose(self._at(step), self._candidates)
+        write_json(self._place, {"first": self._first, "by_step": self._by_step})
+        self._seconds, self._chosen_at = [], time.monotonic()
+        return self.resume(step)
+
+    def _is_due(self) -> bool:
+        if time.monotonic() - self._chosen_at < _SECONDS_BETWEEN:
+            return False
+        if torch.get_num_threads() < self._candidates[0]:
+            return True
+        first, last = self._seconds[:_STEPS], self._seconds[_STEPS:][-_STEPS:]
+        return len(last) == _STEPS and min(last) > _SLOWER * median(first)
 
     def _at(self, step: int) -> int:
         """The number of threads of the step that follows `step` finished ones."""

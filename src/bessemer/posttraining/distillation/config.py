@@ -13,7 +13,7 @@ from bessemer.posttraining.distillation.registry import CROSS_ENTROPY, DISTILLAT
 from bessemer.training.adapter_config import TuningConfig
 
 #: Raised when the same settings and inputs give other weights than before.
-DISTILLATION_VERSION = 2
+DISTILLATION_VERSION = 3
 
 
 class DistillationConfig(TuningConfig):

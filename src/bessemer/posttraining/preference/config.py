@@ -13,7 +13,7 @@ from bessemer.posttraining.preference.registry import BUILT_IN, KTO, PAIR_LOSSES
 from bessemer.training.adapter_config import TuningConfig
 
 #: Raised when the same settings and inputs give other weights than before.
-PREFERENCE_VERSION = 5
+PREFERENCE_VERSION = 6
 
 
 #: γ of simpo where nothing is said.

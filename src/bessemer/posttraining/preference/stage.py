@@ -50,7 +50,9 @@ def preference(
     Writes below `out`: `model/`, `metrics.jsonl`, `autotune.json`, `checkpoints/`, and the reference's log-probabilities. The
     reference is the model as it was: on several processes it is held beside the policy, or is the policy without its adapter.
     Files named in the settings are relative to `folder`. made: files that stages above have made, by their names in `data`.
-    only_resolve: measure, and raise SettingsResolved with the settings. Returns the headline metrics. Raises SourceError for pairs that are missing or malformed, and what `run_training` raises.
+
+    only_resolve: measure, and raise SettingsResolvedError with the settings. Returns the headline metrics. Raises SourceError
+    for pairs that are missing or malformed, and what `run_training` raises.
     """
     progress = progress or Silent()
     gather = labelled_data if config.loss == KTO else paired_data

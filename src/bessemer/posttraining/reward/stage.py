@@ -50,7 +50,9 @@ def reward(
 
     Writes below `out`: `model/`, `metrics.jsonl`, `autotune.json`, `checkpoints/`, and `held_out.jsonl`, the rewards of the
     pairs held out. Files named in the settings are relative to `folder`. made: files of stages above, by their names in `data`.
-    only_resolve: measure, and raise SettingsResolved with the settings. Returns the headline metrics. Raises SourceError for pairs that are missing or malformed, and what `run_training` raises.
+
+    only_resolve: measure, and raise SettingsResolvedError with the settings. Returns the headline metrics. Raises SourceError
+    for pairs that are missing or malformed, and what `run_training` raises.
     """
     progress = progress or Silent()
     tokenizer = load_tokenizer(model)

@@ -58,9 +58,10 @@ def rl(
     Writes below `out`: `model/`, with an adapter `adapter/`, `metrics.jsonl`, `completions.jsonl` (every completion with its
     rewards), `autotune.json`, `checkpoints/`. With an adapter the reference is the policy without it. Files that the settings
     name are relative to `folder`. reward_model: the folder of the one that judges, or that a critic starts from, where the
-    settings say so. only_resolve: measure, and raise SettingsResolved with the settings. Returns the headline metrics. Raises SourceError for
-    prompts that are missing or malformed, ConfigError for rewards that cannot be given and for a pipeline, RewardError
-    where no completion has a reward, CollapseError for a policy beyond its limits, and what `run_training` raises.
+    settings say so. only_resolve: measure, and raise SettingsResolvedError with the settings. Returns the headline metrics.
+    Raises SourceError for prompts that are missing or malformed, ConfigError for rewards that cannot be given and for a
+    pipeline, RewardError where no completion has a reward, CollapseError for a policy beyond its limits, and what
+    `run_training` raises.
     """
     progress = progress or Silent()
     tokenizer = load_tokenizer(model)
@@ -82,9 +83,7 @@ def rl(
         config = config.with_changes(steps=rollouts * config.updates)
 
     def again(config: RLConfig, out: Path) -> object:
-        return rl(
-            config, model, out, seed=seed, device=device, folder=folder, card_flops=card_flops, reward_model=reward_model
-        )
+        return rl(config, model, out, seed=seed, device=device, folder=folder, card_flops=card_flops, reward_model=reward_model)
 
     config, runtime, mesh = prepare_run(
         config,
