@@ -70,3 +70,38 @@ def test_libraries_are_told_of_a_quota_and_the_users_own_setting_stays(monkeypat
     monkeypatch.setattr(environment.os, "environ", variables := {"MKL_NUM_THREADS": "3"})
     environment.set_environment()
     assert [variables[f"{library}_NUM_THREADS"] for library in ("OMP", "NUMBA", "OPENBLAS", "MKL")] == ["2", "2", "2", "3"]
+
+
+def test_a_folder_below_one_that_may_be_written_to_can_be_made(tmp_path):
+    assert environment.can_write_below(tmp_path / "not" / "yet")
+    (tmp_path / "file").touch()
+    assert not environment.can_write_below(tmp_path / "file" / "below")
+
+
+@pytest.fixture
+def temporary(tmp_path, monkeypatch):
+    monkeypatch.setattr(environment.tempfile, "gettempdir", lambda: str(tmp_path))
+    return tmp_path / f"bessemer-{environment.os.getuid()}"
+
+
+def test_what_is_compiled_goes_to_a_temporary_folder_that_is_the_users_alone(temporary):
+    assert environment.own_temporary_folder() == temporary and temporary.stat().st_mode & 0o777 == 0o700
+    assert environment.own_temporary_folder() == temporary
+    temporary.chmod(0o777)
+    with pytest.raises(PermissionError, match="not this user's alone"):
+        environment.own_temporary_folder()
+
+
+def test_a_link_that_somebody_has_laid_there_is_not_followed(temporary, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    temporary.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(PermissionError):
+        environment.own_temporary_folder()
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_compiled_loops_are_kept_elsewhere_when_neither_package_nor_home_can_be_written_to(writable, temporary, monkeypatch):
+    monkeypatch.setattr(environment, "can_write_below", lambda folder: writable)
+    monkeypatch.setattr(environment.os, "environ", variables := {"HOME": "/nowhere"})
+    environment.set_environment()
+    assert variables.get("NUMBA_CACHE_DIR") == (None if writable else str(temporary / "numba"))

@@ -1,4 +1,4 @@
-"""A recipe may begin at an existing model and hold nothing but tuning."""
+"""A recipe may begin at an existing model and hold nothing but tuning, within a limit of time."""
 
 import json
 
@@ -6,10 +6,16 @@ import pytest
 
 import bessemer
 from bessemer.core.errors import ConfigError
+from bessemer.core.store import MANIFEST, read_json
+from bessemer.core.yaml_file import read_yaml
 from bessemer.model.config import ModelConfig
 from bessemer.model.folder import save_model
 from bessemer.model.initialisation import initial_decoder
 from bessemer.pipeline.recipe import load_recipe
+from bessemer.pipeline.report import run_report, sentences
+from bessemer.pipeline.run_folder import RunFolder
+from bessemer.training import autotune
+from bessemer.training.autotune import StepTiming
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer
 
 LOOP = "steps: 2, batch_size: 2, context_length: 64, dtype: float32, compile: false, diagnostics_every: 0, threads: 1"
@@ -48,3 +54,67 @@ def test_a_stage_behind_one_that_merges_nothing_is_refused_before_anything_runs(
 def test_text_cannot_be_mixed_in_where_there_is_none(folder):
     with pytest.raises(ConfigError, match="pretraining_share mixes in text of the run's tokens, and no stage above makes any"):
         load_recipe(write_recipe(folder, f"sft: {{data: [chat.jsonl], pretraining_share: 0.1, {LOOP}}}"))
+
+
+# a limit of time cuts the stages that train, once, and the outcome is part of what was made
+
+OPEN = LOOP.replace("dtype: float32, compile: false", "dtype: auto, compile: false").replace("steps: 2", "steps: 40")
+TUNED = f"sft: {{data: [chat.jsonl], minutes: 0.1, {OPEN}}}"
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Sets which machine this is: seconds of a step by dtype."""
+
+    def be(**seconds):
+        def measure(config, *_):
+            return StepTiming(config.dtype, False, (seconds[config.dtype],) * 3, 0.1)
+
+        monkeypatch.setattr(autotune, "_measure", measure)
+        monkeypatch.setattr(autotune, "is_fast", lambda dtype, device: "bfloat16" in seconds)
+        monkeypatch.setattr(autotune, "product_cost", lambda dtype, device: 1.0)
+
+    return be
+
+
+def run(folder, monkeypatch, *overrides, name="tuned"):
+    monkeypatch.chdir(folder)
+    return bessemer.run(write_recipe(folder, TUNED), dict(overrides), name=name)
+
+
+def manifest(made):
+    return read_json(made.folder / "stages" / "sft" / MANIFEST, "manifest")
+
+
+def test_as_many_steps_as_fit_are_made_and_the_report_says_what_was_left_out(folder, machine, monkeypatch):
+    machine(float32=1.0)
+    made = run(folder, monkeypatch)
+    steps = manifest(made)["metrics"]["steps"]
+    assert 3 <= steps <= 6
+    entry = read_yaml(made.folder / "recipe.lock.yaml").values["stages"]["sft"]
+    assert (entry["settings"]["steps"], entry["settings"]["minutes"]) == (steps, None)
+    (said,) = [
+        line for line in sentences(run_report(RunFolder(made.folder.parent, made.folder.name))) if line.startswith("sft:")
+    ]
+    assert f"{steps} of 40 steps fitted its 0.1 minutes on this machine" in said and "sft.minutes=" in said
+
+
+def test_what_was_measured_is_kept_and_the_stage_is_reused(folder, machine, monkeypatch):
+    machine(float32=1.0)
+    first = run(folder, monkeypatch)
+    monkeypatch.setattr(autotune, "_measure", lambda *_: pytest.fail("measured again"))
+    again = run(folder, monkeypatch)
+    assert manifest(again)["key"] == manifest(first)["key"]
+
+
+def test_what_another_machine_makes_in_another_dtype_is_another_artefact(folder, machine, monkeypatch, tmp_path):
+    machine(float32=0.001)
+    first = manifest(run(folder, monkeypatch))
+    for kept in (folder / "runs" / ".store").glob("resolved-*.json"):
+        kept.unlink()
+    (folder / "runs" / "tuned" / "recipe.lock.yaml").unlink()
+    machine(float32=0.001, bfloat16=0.0005)
+    second = manifest(run(folder, monkeypatch))
+    assert first["metrics"]["steps"] == second["metrics"]["steps"] == 40
+    assert first["key"] != second["key"]
+    assert [json.dumps(one["settings"]["dtype"]) for one in (first, second)] == ['"float32"', '"bfloat16"']

@@ -6,10 +6,12 @@ import gc
 import math
 import os
 import platform
+import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -205,6 +207,7 @@ def git_commit() -> str | None:
 
 
 _STATUS = Path("/proc/self/status")
+_PACKAGE = Path(__file__).parents[1]
 
 
 def reset_peak_memory() -> None:
@@ -249,6 +252,28 @@ def without_collection() -> Iterator[None]:
             gc.enable()
 
 
+def can_write_below(folder: Path) -> bool:
+    """Whether this process can make files in a folder, or make the folder itself."""
+    while not folder.exists():
+        folder = folder.parent
+    return folder.is_dir() and os.access(folder, os.W_OK)
+
+
+def own_temporary_folder() -> Path:
+    """A folder of this user's below the system's temporary one, which lasts from process to process: for what is compiled once,
+    where the user's cache cannot be written to.
+
+    Raises OSError when somebody else has made it, or may write into it: what lies there is loaded and run.
+    """
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    folder = Path(tempfile.gettempdir()) / f"bessemer-{user}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if stat.S_ISLNK(found.st_mode) or found.st_uid != user or stat.S_IMODE(found.st_mode) & 0o022:
+        raise PermissionError(f"{folder} is not this user's alone")
+    return folder
+
+
 def set_environment() -> None:
     """Choices that libraries read once, when they are loaded. Whatever the user has set stays."""
     # a thread that waits spins for some 20 µs, which bridges the gaps within a step, then sleeps: a longer spin
@@ -261,6 +286,9 @@ def set_environment() -> None:
         # of a container's quota these libraries know nothing: more threads would be stopped together when it is used up
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
             os.environ.setdefault(name, str(usable_cores()))
+    if "NUMBA_CACHE_DIR" not in os.environ and not any(map(can_write_below, (_PACKAGE, Path.home() / ".cache"))):
+        with suppress(OSError):
+            os.environ["NUMBA_CACHE_DIR"] = str(own_temporary_folder() / "numba")
     for name in ("DAFT_ANALYTICS_ENABLED", "RAY_USAGE_STATS_ENABLED"):
         os.environ.setdefault(name, "0")
     for name in ("WANDB_ERROR_REPORTING", "GRADIO_ANALYTICS_ENABLED"):

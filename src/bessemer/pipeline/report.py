@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ def gather(run: RunFolder) -> ReportData:
     return ReportData(
         name=run.name,
         description=record["recipe"].get("description", ""),
-        sentences=[*sentences(stages), *_cut_sentences(lock, list(manifests))],
+        sentences=sentences(stages),
         figures=key_figures(stages),
         next_steps=next_steps(stages),
         stages=[
@@ -111,15 +111,17 @@ def sections(run: RunReport) -> list[Section]:
 
 def sentences(run: RunReport) -> list[str]:
     """A finished run in a few sentences."""
-    return [sentence for stage in run.stages for sentence in _spec(stage).sentences(stage)]
+    found = [sentence for stage in run.stages for sentence in _spec(stage).sentences(stage)]
+    return [*found, *_cut_sentences(run)]
 
 
-def _cut_sentences(lock: Path, stages: Sequence[str]) -> list[str]:
+def _cut_sentences(run: RunReport) -> list[str]:
     """What the limits of time have left out of the stages, and what all of it would take."""
+    lock = run.folder / "recipe.lock.yaml"
     entries = read_yaml(lock).values.get("stages", {}) if lock.exists() else {}
     found = []
-    for name in stages:
-        measured = entries.get(name, {}).get("measured", {})
+    for name in (stage.name for stage in run.stages):
+        measured = entries.get(name, {}).get("measured") or {}
         minutes = measured.get("minutes")
         if "planned_steps" in measured and minutes:
             made, planned = measured["steps"], measured["planned_steps"]

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
+from bessemer.core.environment import can_write_below, own_temporary_folder
 from bessemer.core.hashing import hash_value
 from bessemer.core.progress import PlainLines, Progress
 from bessemer.model.cpu_kernels import operators
@@ -168,10 +169,12 @@ def _processor_features() -> list[str]:
 
 
 def _extensions_folder() -> Path:
-    """Where PyTorch keeps what it compiles: TORCH_EXTENSIONS_DIR, or its place in the user's cache."""
+    """Where PyTorch keeps what it compiles: TORCH_EXTENSIONS_DIR, or its place in the user's cache; where that cannot be
+    written to, a temporary folder of the user's. Raises OSError where there is none."""
     from torch._appdirs import user_cache_dir
 
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or user_cache_dir(appname="torch_extensions")).resolve()
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or user_cache_dir(appname="torch_extensions")).resolve()
+    return folder if can_write_below(folder) else own_temporary_folder() / "torch_extensions"
 
 
 def _declare(kernels: ctypes.CDLL) -> ctypes.CDLL:
