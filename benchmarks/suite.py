@@ -31,7 +31,7 @@ NAME = "suite"
 
 @dataclass(frozen=True)
 class Condition:
-    """machine: of `bessemer.core.machines`. python: the interpreter that `make` is given. user: who runs it. folder: the name of
+    """machine: of `bessemer.core.machines`. python: the interpreter that `make` is given. user: who runs it. folder: name of
     the clone. locale: made where the system has its source."""
 
     description: str
