@@ -8,6 +8,7 @@ import bessemer
 from bessemer.core.errors import ConfigError
 from bessemer.core.store import MANIFEST, read_json
 from bessemer.core.yaml_file import read_yaml
+from bessemer.model import device
 from bessemer.model.config import ModelConfig
 from bessemer.model.folder import save_model
 from bessemer.model.initialisation import initial_decoder
@@ -72,7 +73,7 @@ def machine(monkeypatch):
 
         monkeypatch.setattr(autotune, "_measure", measure)
         monkeypatch.setattr(autotune, "is_fast", lambda dtype, device: "bfloat16" in seconds)
-        monkeypatch.setattr(autotune, "product_cost", lambda dtype, device: 1.0)
+        monkeypatch.setattr(device, "product_cost", lambda dtype, device: 1.0)
 
     return be
 

@@ -6,6 +6,7 @@ import torch
 from bessemer.core.errors import ConfigError
 from bessemer.core.metrics import METRICS, MetricsLog
 from bessemer.core.usercode import load_user_function
+from bessemer.model import device
 from bessemer.model.config import ModelConfig
 from bessemer.posttraining.config import SFTConfig
 from bessemer.training import autotune
@@ -158,7 +159,7 @@ def test_only_resolving_measures_and_writes_nothing(model_folder, tmp_path, monk
 
 
 def test_a_dtype_that_is_much_slower_here_is_refused_with_the_way_out(model_folder, settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(autotune, "product_cost", lambda dtype, device: 232.0 if dtype == torch.bfloat16 else 1.0)
+    monkeypatch.setattr(device, "product_cost", lambda dtype, device: 232.0 if dtype == torch.bfloat16 else 1.0)
     with pytest.raises(ConfigError, match=r"bfloat16: .* takes 232 times as long as in float32; set dtype: float32, or auto"):
         prepare_run(settings.with_changes(dtype="bfloat16"), model_folder, tmp_path, device="cpu", progress=RecordedProgress())
     monkeypatch.setattr(autotune, "is_fast", lambda dtype, device: False)

@@ -89,6 +89,15 @@ def test_steps_that_become_slow_are_a_reason_to_choose_again(tmp_path, clock):
     assert next(step for step, number in enumerate(found, start=1) if number) == 12
 
 
+def test_the_threads_of_a_moment_are_given_back():
+    torch.set_num_threads(2)
+    with threads.with_threads(1):
+        assert torch.get_num_threads() == 1
+    with threads.with_threads(None):
+        assert torch.get_num_threads() == 2
+    assert torch.get_num_threads() == 2
+
+
 def test_only_auto_on_a_processor_adapts():
     cpu = torch.device("cpu")
     for given, adapts in ((None, False), (2, False), ("auto", True)):

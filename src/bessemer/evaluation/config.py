@@ -7,7 +7,7 @@ from typing import Literal
 from bessemer.core.config import Config, setting
 
 #: Raised whenever the stage's output changes (golden outputs in the tests).
-EVALUATE_VERSION = 4
+EVALUATE_VERSION = 5
 
 Baseline = Literal["witten_bell_5gram", "witten_bell_6gram", "xz"]
 
@@ -59,6 +59,12 @@ class EvaluateConfig(Config):
         "scored and fewer questions asked, of every model alike; none: all",
         unit="minutes",
         gt=0,
+    )
+    threads: int | None = setting(
+        None,
+        "CPU threads for the bits per byte; none: every usable core, with `minutes` the number that is measured to be the "
+        "fastest. Another number rounds differently",
+        ge=1,
     )
     baseline_bytes: int = setting(
         100_000_000, "most text that n-gram models are trained on, in the order of ids", unit="bytes of UTF-8", ge=1

@@ -35,9 +35,10 @@ from bessemer.evaluation.questions import (
 from bessemer.evaluation.sliding_window import token_nats
 from bessemer.evaluation.stage_tasks import AskedTask, TaskAnswers, asked_task, task_answers
 from bessemer.inference.engine import Engine
-from bessemer.model.device import is_fast
+from bessemer.model.device import check_dtype, is_fast
 from bessemer.tokenization.shards import TokenShards
 from bessemer.training.runtime import keep_freed_memory
+from bessemer.training.threads import with_threads
 from bessemer.training.validation import whole_documents
 
 #: Format number of `results.json`.
@@ -82,7 +83,8 @@ def evaluate(
         progress.say(f"  measuring {name}")
         model_device = engine.model.head_weight.device
         dtypes[name] = _matmul_dtype(config, model_device)
-        with torch.autocast(model_device.type, torch.bfloat16, enabled=dtypes[name] == "bfloat16"):
+        autocast = torch.autocast(model_device.type, torch.bfloat16, enabled=dtypes[name] == "bfloat16")
+        with with_threads(config.threads), autocast:
             nats[name] = token_nats(
                 engine.model,
                 shards,
@@ -120,6 +122,7 @@ def evaluate(
 
 
 def _matmul_dtype(config: EvaluateConfig, device: torch.device) -> str:
+    check_dtype(config.dtype, device)
     if config.dtype != "auto":
         return config.dtype
     return "bfloat16" if is_fast(torch.bfloat16, device) else "float32"

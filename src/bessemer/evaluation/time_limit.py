@@ -8,8 +8,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from bessemer.core.environment import usable_cores
 from bessemer.core.progress import Progress
 from bessemer.evaluation.config import EvaluateConfig
+from bessemer.training.threads import faster_threads, thread_candidates
 
 #: Shares of the tokens and questions that are tried with one model, from which the whole is extended in a line.
 _TRIALS = (1 / 16, 1 / 8)
@@ -31,6 +33,9 @@ def within_minutes(
     assert config.minutes is not None
     started = time.perf_counter()
     name = list(models)[-1]
+    if config.threads is None:
+        cores = usable_cores()
+        config = config.with_changes(threads=faster_threads(cores, thread_candidates(cores)))
     seconds = []
     with progress.task("measure this machine"):
         for share in _TRIALS:

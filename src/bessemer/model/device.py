@@ -49,11 +49,25 @@ def is_fast(dtype: torch.dtype, device: torch.device) -> bool:
     return product_cost(dtype, device) <= 1.0
 
 
+def check_dtype(dtype: str, device: torch.device) -> None:
+    """Raise ConfigError when a dtype that the settings name makes matmuls much slower than float32's on this device."""
+    if dtype == "auto":
+        return
+    cost = product_cost(getattr(torch, dtype), device)
+    if cost > _SLOWEST:
+        raise ConfigError(
+            f"dtype: {dtype}: this processor has no instructions for it, and a matmul takes {cost:,.0f} times as long as in "
+            "float32; set dtype: float32, or auto, which takes the faster one"
+        )
+
+
 def product_flops(dtype: torch.dtype) -> float:
     """FLOP/s of matrix products in `dtype` on the processor, as they were measured for `product_cost`."""
     return 2 * _SIDE**3 / _product_seconds(dtype)
 
 
+#: Cost of a matmul over one in float32 above which a dtype that settings name is refused.
+_SLOWEST = 2.0
 #: Side of the matrices of a measured product, its repetitions, and the seconds after which it is not repeated.
 _SIDE, _REPETITIONS, _ENOUGH_SECONDS = 256, 7, 0.05
 

@@ -19,13 +19,16 @@ from bessemer.pipeline.recipe import load_recipe
 from bessemer.training.head import linear_cross_entropy
 
 #: Bits per byte after pretraining by its steps of 4,096 tokens, as runs of the quickstart gave them (docs/machines.md).
-_BITS_BY_STEPS = ((39, 2.82), (86, 2.55), (410, 2.32))
+_BITS_BY_STEPS = ((39, 2.82), (86, 2.55), (133, 2.42), (410, 2.18), (763, 2.05))
 #: Seconds of an optimizer step over those of the forward and the backward pass.
 _STEP_OVER_PASSES = 1.15
 #: Time of compiled blocks over that of eager ones.
 _COMPILED = 0.88
-#: Seconds of the quickstart beside its stages of training and the evaluation, on two cores, and of one core more.
-_SECONDS_BESIDE, _SECONDS_ONE_CORE = 150.0, 260.0
+#: A machine on which the quickstart was measured: seconds of a step of pretraining, and of the stages that are limited by time.
+_MEASURED_STEP = 0.24
+_MEASURED_STAGES = {"sft": 75.0, "reward": 13.0, "preference": 12.0, "rl": 40.0, "evaluate": 33.0}
+#: Seconds of all else, installing included: on two cores, and on one.
+_SECONDS_BESIDE, _SECONDS_ONE_CORE = 150.0, 240.0
 
 
 @dataclass(frozen=True)
@@ -51,13 +54,16 @@ def expected_quickstart() -> Expectation:
     if cxx_compiler() is not None:
         seconds *= _COMPILED
     steps = max(1, int(60 * pretrain.minutes / seconds))
-    limits = [getattr(stage.config, "minutes", None) or 0.0 for stage in stages]
-    beside = _SECONDS_BESIDE if usable_cores() > 1 else _SECONDS_ONE_CORE
+    total = 60 * pretrain.minutes + (_SECONDS_BESIDE if usable_cores() > 1 else _SECONDS_ONE_CORE)
+    for stage in stages:
+        if stage.name in _MEASURED_STAGES:
+            limit = getattr(stage.config, "minutes", None) or math.inf
+            total += min(60 * limit, _MEASURED_STAGES[stage.name] * seconds / _MEASURED_STEP)
     return Expectation(
         arithmetic=torch.backends.cpu.get_cpu_capability(),
         dtype=str(dtype).removeprefix("torch."),
         flops={name: product_flops(getattr(torch, name)) for name in ("float32", "bfloat16")},
-        minutes=sum(limits) + beside / 60,
+        minutes=total / 60,
         steps=steps,
         bits_per_byte=bits_after(steps),
     )

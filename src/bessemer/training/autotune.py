@@ -30,7 +30,7 @@ from bessemer.core.usercode import load_user_function
 from bessemer.distributed.mesh import ALONE, Mesh, agree
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
-from bessemer.model.device import choose_device, is_fast, product_cost
+from bessemer.model.device import check_dtype, choose_device, is_fast
 from bessemer.model.folder_config import read_model_config
 from bessemer.training.config import VALIDATIONS, LoopConfig, check_compiler
 from bessemer.training.data.batches import Batch, StatelessBatches
@@ -53,8 +53,6 @@ _ATTEMPTS = 3
 _SECONDS_WORTH_COMPILING = 120.0
 #: Steps of a short run whose time is that of a stage's step.
 _TRIAL_STEPS = 3
-#: Cost of a matmul over one in float32 above which a dtype that the settings name is refused.
-_SLOWEST = 2.0
 #: Cost of validation, a forward pass without gradients, as a fraction of a training step on as many tokens.
 _VALIDATION_COST = 0.4
 
@@ -328,18 +326,6 @@ def check_fits(config: LoopConfig, model_config: ModelConfig) -> None:
         raise ConfigError(
             f"context_length {config.context_length:,} exceeds the model's max_position_embeddings "
             f"{model_config.max_position_embeddings:,}; lower the one or raise the other"
-        )
-
-
-def check_dtype(dtype: str, device: torch.device) -> None:
-    """Raise ConfigError when a dtype that the settings name makes matmuls much slower than float32's on this device."""
-    if dtype == "auto":
-        return
-    cost = product_cost(getattr(torch, dtype), device)
-    if cost > _SLOWEST:
-        raise ConfigError(
-            f"dtype: {dtype}: this processor has no instructions for it, and a matmul takes {cost:,.0f} times as long as in "
-            "float32; set dtype: float32, or auto, which takes the faster one"
         )
 
 

@@ -11,7 +11,8 @@ that were made: it ends with the bits of the run that was not interrupted.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
@@ -72,6 +73,17 @@ def _work_per_second(threads: int, seconds: float) -> float:
             hidden = functional.silu(functional.rms_norm(hidden @ weight, (_CHANNELS,)))
             count += 1
     return count / max(elapsed, 1e-9)
+
+
+@contextmanager
+def with_threads(number: int | None) -> Iterator[None]:
+    """While entered, PyTorch computes with a number of threads; None: as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class ThreadChoices:
