@@ -515,6 +515,27 @@ def test_bfloat16_models_generate(engine):
     assert completion.completion_tokens == 9
 
 
+@pytest.mark.parametrize(
+    ("is_fast", "free", "dtype"),
+    [
+        (True, 1 << 30, torch.bfloat16),
+        (False, 1 << 30, torch.float32),
+        (False, 1 << 10, torch.bfloat16),  # no memory for it
+    ],
+)
+def test_a_stored_type_that_is_slow_here_is_widened_where_the_modules_compute(
+    engine, tmp_path, monkeypatch, capsys, is_fast, free, dtype
+):
+    tokenizer = write_small_tokenizer(tmp_path / "tokenizer")
+    save_model(random_decoder(engine.model.config).to(torch.bfloat16), tmp_path / "model", tokenizer=tokenizer)
+    monkeypatch.setattr("bessemer.inference.loading.is_fast", lambda dtype, device: is_fast)
+    monkeypatch.setattr("bessemer.inference.loading.free_memory_bytes", lambda: free)
+    with Engine(tmp_path / "model", config=EngineConfig(cpu_kernels="off")) as opened:
+        assert opened.model.dtype == dtype
+        assert opened.generate(["the"], SamplingParams(seed=1, max_tokens=3, ignore_eos=True))[0].completion_tokens == 3
+    assert ("no fast products in bfloat16" in capsys.readouterr().err) == (dtype == torch.float32)
+
+
 def test_an_answer_fits_the_grammar_that_is_asked(engine):
     params = SamplingParams(seed=3, max_tokens=60, regex="(yes|no), because [a-z]{3,9}")
     (completion,) = engine.generate(["the"], params)

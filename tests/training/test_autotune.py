@@ -93,7 +93,16 @@ def test_minutes_become_steps_of_the_measured_speed():
     assert autotune._steps_in_time(watched, StepTiming("float32", False, (0.1,) * 3, 0.1), 0.0) == int(120 / (0.14 + 0.04 / 3))
 
 
-TUNING = SFTConfig(data=["task/sums"], steps=400, minutes=0.5, batch_size=8, context_length=32, dtype="float32", compile=False)
+TUNING = SFTConfig(
+    data=["task/sums"],
+    steps=400,
+    minutes=0.5,
+    batch_size=8,
+    context_length=32,
+    dtype="float32",
+    compile=False,
+    diagnostics_every=0,
+)
 
 
 def timed(monkeypatch, seconds):
@@ -126,7 +135,7 @@ def test_what_is_read_besides_the_steps_counts_into_the_minutes(model_folder, mo
 
 def test_a_cut_run_keeps_its_warm_up_and_its_decay(model_folder, monkeypatch):
     timed(monkeypatch, 20.0)
-    config = TUNING.with_changes(warmup_steps=6, decay_fraction=0.4)
+    config = TUNING.with_changes(warmup_fraction=None, warmup_steps=6, decay_fraction=0.4)
     resolved, _ = resolve(config, model_folder)
     assert resolved.steps == 10 and resolved.warmup_length(10) + resolved.decay_length(10) <= 10
 
@@ -148,7 +157,7 @@ def test_a_short_run_of_a_stage_times_its_steps_without_the_first_cycle(tmp_path
                 clock += 9.0 if step == 1 else 0.5
                 log.write(step, seconds=clock)
 
-    assert autotune.seconds_per_step(run, TUNING.with_changes(warmup_steps=300), cycle=2) == 0.5
+    assert autotune.seconds_per_step(run, TUNING.with_changes(warmup_fraction=None, warmup_steps=30), cycle=2) == 0.5
 
 
 def test_only_resolving_measures_and_writes_nothing(model_folder, tmp_path, monkeypatch):
@@ -242,6 +251,18 @@ def test_a_resume_takes_the_threads_it_began_with_where_they_are(model_folder, s
     assert "threads 2 → 1" in progress.lines[0]
 
 
+def test_a_run_that_began_where_bfloat16_is_fast_is_not_resumed_where_it_is_not(model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(autotune, "_measure", lambda config, *_: StepTiming(config.dtype, False, (0.1,) * 3, 0.1))
+    monkeypatch.setattr(autotune, "is_fast", lambda dtype, device: True)
+    monkeypatch.setattr(autotune, "_dtypes", lambda config, device: ["bfloat16"])
+    monkeypatch.setattr(device, "product_cost", lambda dtype, device: 0.5)
+    config = PretrainConfig(minutes=1, batch_size=2, context_length=32, compile=False)
+    assert prepare_run(config, model_folder, tmp_path, device="cpu", progress=RecordedProgress())[1].dtype == "bfloat16"
+    monkeypatch.setattr(device, "product_cost", lambda dtype, device: 80.0)
+    with pytest.raises(ConfigError, match=r"80 times as long .* recipe\.lock\.yaml that says it"):
+        prepare_run(config, model_folder, tmp_path, device="cpu", progress=RecordedProgress())
+
+
 @pytest.mark.parametrize("name, value", [("threads", 7), ("processor", "another"), ("torch_version", "0.1")])
 def test_a_resume_elsewhere_says_that_it_is_not_bit_exact(model_folder, settings, tmp_path, name, value):
     prepare_run(settings, model_folder, tmp_path, device="cpu", progress=RecordedProgress())
@@ -263,6 +284,6 @@ def test_an_unknown_device_is_refused(model_folder, settings, tmp_path):
 
 
 def test_compiling_without_a_compiler_is_refused_at_once(monkeypatch):
-    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr("bessemer.training.config.cxx_compiler", lambda: None)
     with pytest.raises(ConfigError, match="needs a C\\+\\+ compiler"):
         check_fits(PretrainConfig(steps=1, compile=True), ModelConfig(vocab_size=300))

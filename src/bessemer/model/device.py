@@ -57,7 +57,8 @@ def check_dtype(dtype: str, device: torch.device) -> None:
     if cost > _SLOWEST:
         raise ConfigError(
             f"dtype: {dtype}: this processor has no instructions for it, and a matmul takes {cost:,.0f} times as long as in "
-            "float32; set dtype: float32, or auto, which takes the faster one"
+            "float32; set dtype: float32, or auto, which takes the faster one (a recipe.lock.yaml that says it was measured on "
+            "another machine: delete the stage's entry)"
         )
 
 

@@ -310,6 +310,7 @@ def _read_choices(config: SomeConfig, out: Path, device: str, progress: Progress
     written = read_json(place, "record of a run's start")
     if not config.resolved:
         config = config.with_changes(**_explicit(config, written["dtype"], written["compile"], written["steps"]))
+    check_dtype(config.dtype, choose_device(device))
     runtime = Runtime.of(config, choose_device(device), written["threads"], mesh.processes_here)
     changed = [name for name in ("device", "threads", "processor", "torch_version") if getattr(runtime, name) != written[name]]
     if changed:
