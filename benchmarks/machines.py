@@ -1,7 +1,8 @@
 """The quickstart on other people's machines: `make run` in a fresh clone, as each of them, with empty caches.
 
     python benchmarks/machines.py native avx2 avx2-busy-core avx2-one-core      # about ten minutes each
-    python benchmarks/machines.py --check                                      # what is recorded, nothing is run
+    python benchmarks/machines.py native --keep FOLDER                         # leave the clone there, for quickstart.py --of
+    python benchmarks/machines.py                                              # what is recorded, nothing is run
 
 The names are those of `bessemer.core.machines`. A clone installs from a warm package cache; what PyTorch, Numba and the kernels
 compile is compiled anew. The seconds are those of the whole command, installing and asking included. A machine's row replaces
@@ -28,14 +29,15 @@ ROOT = Path(__file__).parents[1]
 NAME = "machines"
 
 
-def measured(name: str) -> dict[str, Any]:
-    """The figures of `make run` as one machine."""
+def measured(name: str, keep: Path | None) -> dict[str, Any]:
+    """The figures of `make run` as one machine. keep: where the clone is left."""
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as caches:
-        clone = Path(folder) / "bessemer"
+        clone = Path(folder) / "bessemer" if keep is None else keep
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
         places = {"TMPDIR": caches, "TORCH_EXTENSIONS_DIR": str(Path(caches) / "extensions")}
         start = time.perf_counter()
-        subprocess.run(["make", "run", f"MACHINE={name}"], cwd=clone, check=True, env=os.environ | places)
+        subprocess.run(["make", "run", f"MACHINE={name}"], cwd=clone, check=True, env=environment | places)
         seconds = time.perf_counter() - start
         figures = figures_of_run(clone, {"first_run": seconds, "again": 0.0})
         return {
@@ -98,8 +100,8 @@ def cuts(figures: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("machines", nargs="*", choices=[*MACHINES, []], help="all of them one after the other")
-    parser.add_argument("--check", action="store_true", help="print what is recorded")
+    parser.add_argument("machines", nargs="*", metavar="MACHINE", help="one after the other")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="a new folder, for the clone of the last of them")
     arguments = parser.parse_args()
     if MACHINE_VARIABLE in os.environ:
         parser.error(f"this process already stands for another machine ({os.environ[MACHINE_VARIABLE]})")
@@ -109,7 +111,7 @@ def main() -> None:
         figures = {}
     for name in arguments.machines:
         machine(name)
-        figures[name] = measured(name)
+        figures[name] = measured(name, arguments.keep if name == arguments.machines[-1] else None)
         print(recording.save(NAME, figures, tables=tables(figures)))
     for row in tables(figures)["quickstart"]["rows"]:
         print("  ".join("" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row))

@@ -141,7 +141,7 @@ def tables(figures: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("conditions", nargs="*", choices=[*CONDITIONS, []])
+    parser.add_argument("conditions", nargs="*", metavar="CONDITION", help=", ".join(CONDITIONS))
     parser.add_argument("--profile", type=int, default=0, metavar="N", help="print the N tests that take longest")
     arguments = parser.parse_args()
     try:

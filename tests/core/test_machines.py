@@ -57,6 +57,16 @@ def test_one_core_is_one_core():
     assert found["cores"] == found["usable"] == 1
 
 
+def test_half_a_core_is_one_thread():
+    command = [sys.executable, "-m", "bessemer.core.machines", "half-core", sys.executable, "-c", LOOK]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 2:
+        # not root, or no control groups
+        assert "needs a control group" in done.stderr
+    else:
+        assert json.loads(done.stdout)["usable"] == 1
+
+
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
 def test_a_busy_core_is_given_back(tmp_path):
     seen = tmp_path / "seen"

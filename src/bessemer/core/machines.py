@@ -66,7 +66,7 @@ MACHINES: Mapping[str, Machine] = {
 def machine(name: str) -> Machine:
     """The machine of a name. Raises ConfigError when there is none."""
     if name not in MACHINES:
-        raise ConfigError(f"there is no machine {name!r}{nearest(name, list(MACHINES))}; known: {', '.join(MACHINES)}")
+        raise ConfigError(f"there is no machine {name!r}{nearest(name, list(MACHINES))}")
     return MACHINES[name]
 
 
