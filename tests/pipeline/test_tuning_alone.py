@@ -97,6 +97,8 @@ def test_as_many_steps_as_fit_are_made_and_the_report_says_what_was_left_out(fol
     (said,) = [
         line for line in sentences(run_report(RunFolder(made.folder.parent, made.folder.name))) if line.startswith("sft:")
     ]
+    (where,) = [line for line in sentences(run_report(RunFolder(made.folder.parent, made.folder.name))) if "machine (" in line]
+    assert "cores, " in where and "trained in float32: sft at " in where
     assert f"{steps} of 40 steps fitted its 0.1 minutes on this machine" in said and "sft.minutes=" in said
 
 

@@ -18,7 +18,7 @@ extends: chat
 collect:
   - {{source: files, paths: data}}            # .txt, .md, .jsonl with a "text" field; also .gz and .zst
   - {{source: wheels, lock: quickstart}}      # and the documentation that the quickstart uses, of which sft asks questions
-pretrain: {{minutes: 4}}                      # measured once on this machine, kept in the run's recipe.lock.yaml
+pretrain: {{minutes: 4, threads: auto}}       # measured once on this machine, kept in the run's recipe.lock.yaml
 # sft: null                                  # without wheels there is no chat model, or: sft: {{data: [chats.jsonl]}}
 """
 

@@ -112,16 +112,29 @@ def sections(run: RunReport) -> list[Section]:
 def sentences(run: RunReport) -> list[str]:
     """A finished run in a few sentences."""
     found = [sentence for stage in run.stages for sentence in _spec(stage).sentences(stage)]
-    return [*found, *_cut_sentences(run)]
-
-
-def _cut_sentences(run: RunReport) -> list[str]:
-    """What the limits of time have left out of the stages, and what all of it would take."""
     lock = run.folder / "recipe.lock.yaml"
-    entries = read_yaml(lock).values.get("stages", {}) if lock.exists() else {}
+    resolved = read_yaml(lock).values.get("stages", {}) if lock.exists() else {}
+    return [*found, *_machine_sentence(run, resolved), *_cut_sentences(run, resolved)]
+
+
+def _machine_sentence(run: RunReport, resolved: Mapping[str, Any]) -> list[str]:
+    """Which machine made the run, in which numbers it trained and how fast; empty where nothing was measured."""
+    for stage in run.stages:
+        measured = resolved.get(stage.name, {}).get("measured") or {}
+        if "arithmetic" in measured and "tokens_per_second" in stage.metrics:
+            host = read_json(stage.folder / MANIFEST, "manifest").get("host", {})
+            return [
+                f"This machine ({host.get('processor', 'unknown')}, {host.get('cores', '?')} cores, {measured['arithmetic']}) "
+                f"trained in {stage.metrics.get('dtype')}: {stage.name} at {stage.metrics['tokens_per_second']:,} tokens/s."
+            ]
+    return []
+
+
+def _cut_sentences(run: RunReport, resolved: Mapping[str, Any]) -> list[str]:
+    """What the limits of time have left out of the stages, and what all of it would take."""
     found = []
     for name in (stage.name for stage in run.stages):
-        measured = entries.get(name, {}).get("measured") or {}
+        measured = resolved.get(name, {}).get("measured") or {}
         minutes = measured.get("minutes")
         if "planned_steps" in measured and minutes:
             made, planned = measured["steps"], measured["planned_steps"]

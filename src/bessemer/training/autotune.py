@@ -182,6 +182,7 @@ def resolve(
     resolved = config.with_changes(**_explicit(config, speed.dtype, speed.compile, steps))
     measured = {
         "reason": reason,
+        "arithmetic": torch.backends.cpu.get_cpu_capability() if chosen_device.type == "cpu" else str(chosen_device),
         "seconds": round(time.perf_counter() - started, 1),
         "tokens_per_second": round(tokens_per_step / speed.typical),
         "gflops": round(model_config.flops_per_token(config.context_length) * tokens_per_step / speed.best / 1e9, 1),
