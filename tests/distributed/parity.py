@@ -38,7 +38,7 @@ SETTINGS = {
     "threads": 1,
     "steps": 3,
     "decay_fraction": 0.7,  # so that no step has another's learning rate
-    "optimizer": "adamw",  # Muon's products are in bfloat16, whatever the weights are
+    "optimizer": "adamw",  # Muon has tests of its own
     "learning_rate": 0.01,
     "gradient_clip": 0.5,
 }

@@ -31,9 +31,9 @@ def stepped(layout=None, dtype=torch.float32, steps=2):
         tensor = random(shape, seed).to(dtype)
         return tensor if mesh is None else distribute_tensor(tensor, mesh, placements)
 
-    def counted(matrices):
+    def counted(matrices, dtype):
         calls.append(tuple(matrices.shape))
-        return orthogonalised(matrices)
+        return orthogonalised(matrices, dtype)
 
     parameters = [torch.nn.Parameter(place(shape, seed)) for seed, shape in enumerate([*PLAIN, DOWN, GATED])]
     optimizer = muon.Muon([{"params": parameters[:-1]}, {"params": parameters[-1:], "parts": 2}], lr=0.1)

@@ -159,7 +159,7 @@ def test_every_process_of_a_deterministic_stage_has_the_workspaces_that_this_nee
 
 @pytest.mark.slow
 def test_two_processes_fine_tune_as_one_does(two, folder):
-    options = {"stages": ["sft"], "sft.optimizer": "adamw"}  # Muon's products are in bfloat16
+    options = {"stages": ["sft"]}
     two.run(by_hand, folder=folder, out=folder / "of two", **options)
     by_hand(folder, folder / "of one", **options)
     of_two, of_one = (

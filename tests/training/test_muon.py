@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from bessemer.training.config import LoopConfig
-from bessemer.training.optim.build import muon
+from bessemer.training.optim.build import _orthogonalisation_dtype, muon
 from bessemer.training.optim.muon import Muon, orthogonalised
 
 
@@ -66,14 +66,18 @@ def test_float32_is_nearer_to_float64_than_bfloat16_is():
     [
         ("cpu", "float32", torch.float32),
         ("cpu", "bfloat16", torch.bfloat16),
-        ("meta", "float32", torch.bfloat16),  # as on a GPU, where it is published so
+        ("cuda", "float32", torch.bfloat16),  # as published
     ],
 )
 def test_on_a_processor_products_are_in_the_dtype_of_the_run(device, dtype, products):
-    weight = torch.nn.Parameter(torch.zeros(4, 4, device=device))
-    group = {"params": [weight], "role": "matrices", "lr": 0.1, "weight_decay": 0.0}
-    (optimizer,) = muon([group], LoopConfig(dtype=dtype))
-    assert optimizer._dtype == products
+    assert _orthogonalisation_dtype(LoopConfig(dtype=dtype), torch.device(device)) == products
+
+
+def test_the_optimizer_of_a_run_is_given_that_dtype():
+    group = {"params": [parameter(4, 4)], "role": "matrices", "lr": 0.1, "weight_decay": 0.0}
+    for dtype in ("float32", "bfloat16"):
+        (optimizer,) = muon([group], LoopConfig(dtype=dtype))
+        assert optimizer._dtype == getattr(torch, dtype)
 
 
 def test_an_update_is_as_large_as_one_of_adamw():

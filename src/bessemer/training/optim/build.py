@@ -125,9 +125,9 @@ def muon(groups: list[Group], config: LoopConfig) -> list[Optimizer]:
 
 
 def _orthogonalisation_dtype(config: LoopConfig, device: torch.device) -> torch.dtype:
-    """The dtype of Muon's products: bfloat16, as published; on a processor that of the run's matmuls, which was measured there,
-    since not every processor has a fast product in bfloat16."""
-    return torch.float32 if device.type == "cpu" and config.dtype != "bfloat16" else torch.bfloat16
+    """The dtype of Muon's products: on a GPU bfloat16, as published; elsewhere that of the run's matmuls, which was measured
+    there, since not every processor has a fast product in bfloat16."""
+    return torch.bfloat16 if device.type == "cuda" or config.dtype == "bfloat16" else torch.float32
 
 
 def adamw(groups: list[Group], config: LoopConfig) -> Optimizer:
