@@ -84,6 +84,8 @@ def caption(result: Mapping[str, Any]) -> str:
     machine = result["machine"]
     sets = machine.get("instruction_sets")
     about = f"{machine['processor']}, {machine['cores']} cores" + (f" ({', '.join(sets)})" if sets else "")
+    if machine.get("as", "native") != "native":
+        about += f", as the machine {machine['as']}"
     peers = ", ".join(f"{name} {version}" for name, version in result["peers"].items())
     when = f"{result['measured']}, commit {result['commit']}" if result["commit"] else result["measured"]
     note = f" {result['note']}" if result.get("note") else ""
