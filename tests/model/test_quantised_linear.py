@@ -6,6 +6,7 @@ from torch.nn import functional
 
 from bessemer.model.quantisation.packing import pack, unpack
 from bessemer.model.quantisation.rounding import find_grid, in_groups, round_to_nearest, search_grid
+from bessemer.model.quantisation.schemes import w8a8
 from bessemer.model.quantisation.schemes.int4 import Int4
 from bessemer.model.quantisation.schemes.int8 import Int8
 from bessemer.model.quantisation.schemes.w8a8 import W8A8, int8_product
@@ -123,3 +124,24 @@ def test_the_clip_search_never_has_a_larger_squared_error_than_plain_rounding(sc
 def test_a_group_of_zeros_is_kept_as_zeros():
     for scheme in SCHEMES.values():
         assert not round_to_nearest(torch.zeros(3, 128), scheme).dequantised().any()
+
+
+@pytest.mark.parametrize("is_exact", [True, False])
+@pytest.mark.parametrize("inputs", [64, 3000])
+def test_sums_of_8_bits_are_exact_also_where_pytorchs_product_is_not(inputs, is_exact, monkeypatch):
+    if is_exact and not w8a8._int_mm_is_exact():
+        pytest.skip("this processor's product is not")
+    monkeypatch.setattr(w8a8, "_int_mm_is_exact", lambda: is_exact)
+    draw = torch.Generator().manual_seed(inputs)
+    left, right = (torch.randint(-128, 128, (rows, inputs), dtype=torch.int8, generator=draw) for rows in (5, 7))
+    left[0], right[0] = 127, 127
+    assert torch.equal(w8a8.integer_product(left, right).long(), left.long() @ right.long().T)
+
+
+def test_a_product_that_adds_in_16_bits_is_found_out(monkeypatch):
+    w8a8._int_mm_is_exact.cache_clear()
+    try:
+        monkeypatch.setattr(torch, "_int_mm", lambda left, right: (left.int() @ right.int()).clamp(max=(1 << 15) - 1))
+        assert not w8a8._int_mm_is_exact()
+    finally:
+        w8a8._int_mm_is_exact.cache_clear()

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 
 import pytest
 import torch
@@ -54,29 +54,39 @@ def data(tmp_path_factory):
     return folder
 
 
-def run(model_folder, data, out, **changes):
+def run(model_folder, data, out, seed=3, **changes):
     out.mkdir(exist_ok=True)
     config = RLConfig.parse({**SETTINGS, **changes}, "rl")
-    return rl(config, model_folder, out, seed=3, device="cpu", folder=data)
+    return rl(config, model_folder, out, seed=seed, device="cpu", folder=data)
+
+
+def runs(model_folder, data, out, **changes):
+    """Of three seeds, whose paths differ with a processor's rounding: the summary, and the lines of the rollouts."""
+    for seed in (3, 4, 5):
+        summary = run(model_folder, data, out / str(seed), seed, steps=24, batch_size=32, **changes)
+        yield summary, [line for line in read_metrics(out / str(seed) / "metrics.jsonl") if "reward" in line]
 
 
 @pytest.mark.usefixtures("one_thread")
 def test_policy_and_critic_learn_from_single_completions(model_folder, data, tmp_path):
-    summary = run(model_folder, data, tmp_path, steps=24, batch_size=32)
-    lines = [line for line in read_metrics(tmp_path / "metrics.jsonl") if "reward" in line]
-    assert len(lines) == 12 and "equal_groups" not in lines[0]
-    assert summary["validation_reward"] > summary["validation_reward_before"] + 0.1
-    # a new head says nothing; at the end it follows the reward, which has risen
-    assert abs(lines[0]["value"]) < 0.05
-    assert summary["value"] > lines[0]["reward"] + 0.1
+    gains, shares = [], []
+    for summary, lines in runs(model_folder, data, tmp_path):
+        assert len(lines) == 12 and "equal_groups" not in lines[0]
+        gains.append(summary["validation_reward"] - summary["validation_reward_before"])
+        # a new head says nothing; at the end it follows the reward
+        assert abs(lines[0]["value"]) < 0.05
+        shares.append(summary["value"] / fmean(line["reward"] for line in lines[-3:]))
+    assert median(gains) > 0.1
+    assert median(shares) == pytest.approx(1, abs=0.5)
 
 
 @pytest.mark.usefixtures("one_thread")
 def test_the_critic_knows_after_a_while_which_prompts_are_rewarded(model_folder, data, tmp_path):
-    run(model_folder, data, tmp_path, steps=24, batch_size=32, rewards=["rewards.py:of_prompt"], beta=0, validation_share=0)
-    lines = [line for line in read_metrics(tmp_path / "metrics.jsonl") if "reward" in line]
-    assert lines[0]["explained_variance"] < 0.1
-    assert fmean(line["explained_variance"] for line in lines[-3:]) > 0.5
+    known = []
+    for _, lines in runs(model_folder, data, tmp_path, rewards=["rewards.py:of_prompt"], beta=0, validation_share=0):
+        assert lines[0]["explained_variance"] < 0.1
+        known.append(fmean(line["explained_variance"] for line in lines[-3:]))
+    assert median(known) > 0.5
 
 
 @pytest.mark.usefixtures("one_thread")

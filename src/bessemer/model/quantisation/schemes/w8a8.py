@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Self
 
 import torch
@@ -68,12 +69,26 @@ def integer_product(left_MK: Tensor, right_NK: Tensor) -> Tensor:
     """Exact sums of products of int8 matrices, (M, N): whole numbers, in int32 or float64."""
     device = left_MK.device
     if device.type == "cpu":
-        return torch._int_mm(left_MK, right_NK.T)
+        return torch._int_mm(left_MK, right_NK.T) if _int_mm_is_exact() else _sums_in_float32(left_MK, right_NK)
     # elsewhere `_int_mm` asks for certain sizes; in float64 every sum below 2^53 is exact too
     wide = widest_float(device)
-    if wide == torch.float64:
-        return left_MK.to(wide) @ right_NK.T.to(wide)
-    sums_MN = torch.zeros(len(left_MK), len(right_NK), dtype=torch.int32, device=device)
+    return left_MK.to(wide) @ right_NK.T.to(wide) if wide == torch.float64 else _sums_in_float32(left_MK, right_NK)
+
+
+def _sums_in_float32(left_MK: Tensor, right_NK: Tensor) -> Tensor:
+    """`integer_product` by products in float32 of as many inputs as it sums exactly."""
+    sums_MN = torch.zeros(len(left_MK), len(right_NK), dtype=torch.int32, device=left_MK.device)
     for left, right in zip(left_MK.split(_EXACT_IN_FLOAT32, 1), right_NK.split(_EXACT_IN_FLOAT32, 1), strict=True):
-        sums_MN += (left.to(wide) @ right.T.to(wide)).to(torch.int32)
+        sums_MN += (left.to(torch.float32) @ right.T.to(torch.float32)).to(torch.int32)
     return sums_MN
+
+
+@cache
+def _int_mm_is_exact() -> bool:
+    """Whether PyTorch's product of int8 matrices is exact on this processor. With AVX2 and no VNNI it adds two products at a time
+    in 16 bits, which do not hold them."""
+    for rows in (1, 2, 32):
+        left_MK, right_NK = (torch.full((count, 64), LARGEST_INT8, dtype=torch.int8) for count in (rows, 32))
+        if not bool((torch._int_mm(left_MK, right_NK.T) == 64 * LARGEST_INT8**2).all()):
+            return False
+    return True
