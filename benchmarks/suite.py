@@ -45,12 +45,10 @@ class Condition:
 
 CONDITIONS = {
     "native": Condition("this machine as it is"),
-    "avx2": Condition("held to AVX2", machine="avx2"),
-    "no-compiler": Condition(
-        "no C++ compiler, Python 3.12, `LC_ALL=C`", machine="no-compiler", python="python3.12", environment={"LC_ALL": "C"}
-    ),
+    "avx2": Condition("AVX2, Python 3.12, `LC_ALL=C`", machine="avx2", python="python3.12", environment={"LC_ALL": "C"}),
     "stranger": Condition(
-        "Python 3.13, another user than root, a home that cannot be written to, a path with spaces, Turkish",
+        "no C++ compiler, Python 3.13, another user than root, a home that cannot be written to, a path with spaces, Turkish",
+        machine="no-compiler",
         python="/usr/bin/python3.13",
         user="nobody",
         folder="my own copy",

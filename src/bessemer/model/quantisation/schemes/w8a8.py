@@ -85,8 +85,8 @@ def _sums_in_float32(left_MK: Tensor, right_NK: Tensor) -> Tensor:
 
 @cache
 def _int_mm_is_exact() -> bool:
-    """Whether PyTorch's product of int8 matrices is exact on this processor. With AVX2 and no VNNI it adds two products at a time
-    in 16 bits, which do not hold them."""
+    """Whether PyTorch's product of int8 matrices is exact on this processor. With AVX2 and no VNNI it adds two products at a
+    time in 16 bits, which do not hold them."""
     for rows in (1, 2, 32):
         left_MK, right_NK = (torch.full((count, 64), LARGEST_INT8, dtype=torch.int8) for count in (rows, 32))
         if not bool((torch._int_mm(left_MK, right_NK.T) == 64 * LARGEST_INT8**2).all()):
