@@ -15,6 +15,9 @@ from bessemer.pipeline import recipe as recipe_module
 from bessemer.pipeline.api import execute, prepare, run
 from bessemer.pipeline.ranks import Ranks
 from bessemer.pipeline.run_folder import RunFolder, linked_keys
+from bessemer.pipeline.runner import _less
+
+from .conftest import TrainConfig
 
 
 class Said:
@@ -358,3 +361,11 @@ def test_a_killed_run_never_shows_a_half_made_artefact(recipe, folder):
     assert not (folder / "runs" / "small" / "corpus").exists()
     again = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
     assert again.stdout == "whole\n"
+
+
+def test_a_second_measurement_has_less_time_for_what_the_first_has_spent():
+    config = TrainConfig(minutes=4.0)
+    assert _less(config, None) is config and _less(config, 0.2) is config
+    assert _less(config, 60.0).minutes == 3.0
+    assert _less(config, 600.0).minutes == 1.0
+    assert _less(TrainConfig(steps=3), 60.0).steps == 3

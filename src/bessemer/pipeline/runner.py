@@ -221,13 +221,14 @@ class Runner:
                 with self._ranks.joined(self._device, stage.config.parallel):  # type: ignore[attr-defined]
                     resolved = self._resolve_together(stage, given, made)
                     return self._make_resolved(stage, resolved, None, given, made, reuse_only=False)
+        began = time.monotonic()
         if resolved is None:
             resolved, measured = self._resolve(stage, given, made, may_measure=not reuse_only)
         try:
             return self._make_resolved(stage, resolved, measured, given, made, reuse_only=reuse_only)
         except StaleMeasurementError as stale:
             self.progress.say(f"{stage.name}: {stale}; measured again")
-        resolved, _ = self._resolve(stage, given, made, may_measure=True, again=True)
+        resolved, _ = self._resolve(stage, given, made, may_measure=True, spent=time.monotonic() - began)
         return self._make_resolved(stage, resolved, None, given, made, reuse_only=reuse_only)
 
     def _make_resolved(
@@ -325,11 +326,12 @@ class Runner:
         return Made(stage, artefact, reused=found)
 
     def _resolve(
-        self, stage: Stage, given: dict[str, Any], made: dict[str, Made], *, may_measure: bool, again: bool = False
+        self, stage: Stage, given: dict[str, Any], made: dict[str, Made], *, may_measure: bool, spent: float | None = None
     ) -> tuple[Config, dict[str, Any] | None]:
         """Measure the machine for a stage that says `minutes` or `auto`, and keep the outcome.
 
-        Returns the settings, and what was measured for them; None where that was earlier. again: measure although it was.
+        Returns the settings, and what was measured for them; None where that was earlier. spent: measure although it was, since
+        the run has contradicted it, which took so many seconds of the stage's minutes.
         """
         name = f"resolved-{key_of(given)}"
         if not self._ranks.leads:
@@ -337,13 +339,14 @@ class Runner:
         if not may_measure:
             raise ArtefactError(f"{stage.name} is not finished yet; run without --only, or with --until {stage.name} first")
         with self.store.lock(name, lambda: self.progress.say(f"{stage.name}: another run is measuring; waiting for it")):
-            resolved = None if again else self._resolved_before(stage, given)
+            resolved = None if spent is not None else self._resolved_before(stage, given)
             if resolved is not None:
                 return resolved, None
             scratch = self.store.root / f"{name}.partial"
             with self._noted(stage, name):
-                resolved, measured = _resolved(stage, self._context(stage, stage.config, made, scratch))
-            self.lock_file.keep(stage.name, key_of(given), Resolved(resolved.model_dump(mode="json"), measured), replace=again)
+                resolved, measured = _resolved(stage, self._context(stage, _less(stage.config, spent), made, scratch))
+            outcome = Resolved(resolved.model_dump(mode="json"), measured)
+            self.lock_file.keep(stage.name, key_of(given), outcome, replace=spent is not None)
         return resolved, measured
 
     def _resolve_together(self, stage: Stage, given: dict[str, Any], made: dict[str, Made]) -> Config:
@@ -447,6 +450,14 @@ class Runner:
                 pass
         else:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _less(config: Config, spent: float | None) -> Config:
+    """Settings whose `minutes` are less by some seconds, by three quarters at most."""
+    minutes = getattr(config, "minutes", None)
+    if minutes is None or spent is None or spent < 1:
+        return config
+    return config.with_changes(minutes=max(minutes - spent / 60, minutes / 4))
 
 
 def _run(stage: Stage, context: StageContext) -> dict[str, Any]:
