@@ -84,7 +84,7 @@ def run(condition: Condition) -> dict[str, Any]:
             for path in (Path(place), *Path(place).rglob("*")):
                 if not path.is_symlink():
                     shutil.chown(path, condition.user)
-            as_user = ["setpriv", "--reuid", condition.user, "--clear-groups"]
+            as_user = ["setpriv", "--reuid", condition.user, "--regid", "nogroup", "--clear-groups"]
         make = [*as_user, "make", f"PYTHON={condition.python}", f"MACHINE={condition.machine}"]
         install = [*as_user, "make", f"PYTHON={condition.python}", ".venv/.installed-dev"]
         subprocess.run(install, cwd=clone, env=environment, check=True)
