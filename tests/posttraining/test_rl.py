@@ -108,6 +108,18 @@ def test_a_model_learns_to_write_what_is_rewarded_and_every_completion_is_logged
 
 
 @pytest.mark.usefixtures("one_thread")
+def test_a_limit_of_time_leaves_as_many_rollouts_as_fit(model_folder, data, tmp_path):
+    progress = RecordedProgress()
+    # a step takes some hundredths of a second: none of these machines makes so many in a second
+    summary = run(model_folder, data, tmp_path, progress, steps=100_000, minutes=1 / 60, validation_share=0)
+    assert 1 <= summary["steps"] < 10_000
+    written = json.loads((tmp_path / "autotune.json").read_text())
+    assert written["steps"] == summary["steps"] == written["measured"]["steps"]
+    assert written["measured"]["planned_steps"] == 100_000
+    assert f"{summary['steps']:,} of 100,000 steps" in " ".join(progress.lines)
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("stop", [slow(2, id="between rollouts"), pytest.param(3, id="within a rollout")])
 def test_a_run_goes_on_bit_for_bit_where_it_stopped(model_folder, data, tmp_path, stop):
     changes = {

@@ -149,25 +149,12 @@ def resolve(
 
         def measure(dtype: str, compiled: bool) -> StepTiming:
             task.advance(0, f"{dtype}{', compiled' if compiled else ''}")
-            chosen = short.with_changes(dtype=dtype, compile=compiled)
             if compiled and config.compile == "auto" and not mesh.alone:
                 _check_compiling(chosen_device, mesh)
-            return _measure(chosen, model, chosen_device, folder, mesh)
+            return _measure(short.with_changes(dtype=dtype, compile=compiled), model, chosen_device, folder, mesh)
 
-        # in a job an error of one process is no reason for the others, which wait for it in a collective
-        failures = Exception if mesh.alone else CompilerError
         dtypes = _agreed(_dtypes(config, chosen_device), mesh)
-        own = None if plan is None else plan.seconds_per_step
-        if own is not None and len(dtypes) == 1 and config.compile is not True and config.compile != "auto":
-            # nothing is to be chosen
-            seconds = own(config.with_changes(minutes=None))
-            speed = StepTiming(dtypes[0], config.compile, (seconds,), seconds)
-            speeds, reason = [speed], f"{seconds * 1000:.0f} ms a step"
-        else:
-            speed, speeds, reason = choose(config, measure, dtypes, failures=failures)
-            if own is not None and config.time_limit is not None:
-                seconds = own(config.with_changes(dtype=speed.dtype, compile=speed.compile, minutes=None))
-                speed = replace(speed, groups=(seconds,))
+        speed, speeds, reason = _timed(config, measure, dtypes, plan or Plan(), alone=mesh.alone)
     steps, planned = config.steps, None
     if config.time_limit is not None:
         small = None
@@ -195,6 +182,23 @@ def resolve(
         length = f"{steps:,} of {planned:,} steps, which is what {config.time_limit:g} minutes hold here, in "
     progress.say(f"  {length}{speed.dtype}{', compiled' if speed.compile else ''}: {reason}")
     return _agreed((resolved, measured), mesh)
+
+
+def _timed(
+    config: LoopConfig, measure: Callable[[str, bool], StepTiming], dtypes: list[str], plan: Plan, *, alone: bool
+) -> tuple[StepTiming, list[StepTiming], str]:
+    """`choose`; the seconds of a step are the stage's own, where the plan gives them and there is a limit of time."""
+    own = None if config.time_limit is None else plan.seconds_per_step
+    if own is not None and len(dtypes) == 1 and config.compile is False:
+        # nothing is to be chosen
+        speed = StepTiming(dtypes[0], False, (own(config.with_changes(minutes=None)),), 0.0)
+        return speed, [speed], f"{speed.best * 1000:.0f} ms a step"
+    # in a job an error of one process is no reason for the others, which wait for it in a collective
+    speed, speeds, reason = choose(config, measure, dtypes, failures=Exception if alone else CompilerError)
+    if own is not None:
+        chosen = config.with_changes(dtype=speed.dtype, compile=speed.compile, minutes=None)
+        speed = replace(speed, groups=(own(chosen),))
+    return speed, speeds, reason
 
 
 def _agreed(value: Value, mesh: Mesh) -> Value:

@@ -85,7 +85,8 @@ def distill(
         device=device,
         progress=progress,
         folder=folder,
-        plan=Plan(seconds_per_step=partial(seconds_per_step, again)),
+        # a short run would have the teacher write all its answers again
+        plan=Plan() if config.answers == "teacher" else Plan(seconds_per_step=partial(seconds_per_step, again)),
     )
     # with its own words the student is compared with the teacher at each validation, whatever it learns from
     compared = mesh.alone and bool(config.validation_limit and material.held_out) and reason is None
