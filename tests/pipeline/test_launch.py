@@ -280,12 +280,14 @@ def loss(model, batch):
 def test_the_processes_that_train_measure_what_is_open(folder, bessemer, codes):
     (folder / "mine.py").write_text(NOTED)
     arguments = ["launch.processes=2", "pretrain.steps=null", "pretrain.minutes=0.02", "pretrain.loss=mine.py:loss"]
-    arguments += ["--until", "pretrain", "--name", "launched"]
+    arguments += ["sft.minutes=0.02", "sft.steps=5000", "--until", "sft", "--name", "launched"]
     code, said = bessemer(*arguments)
-    assert (code, codes) == (0, [0, 0]), said
+    assert (code, set(codes)) == (0, {0}), said
     noted = set((folder / "noted").read_text().splitlines())
     assert noted == {f"{rank} 2 {what}" for rank in (0, 1) for what in ("measures", "trains")}
     metrics = json.loads((folder / "runs" / "launched" / "stages" / "pretrain" / "manifest.json").read_text())["metrics"]
     assert metrics["processes"] == 2 and metrics["steps"] >= 1
+    tuned = json.loads((folder / "runs" / "launched" / "stages" / "sft" / "manifest.json").read_text())["metrics"]
+    assert tuned["processes"] == 2 and 1 <= tuned["steps"] < 5000
     code, said = bessemer(*arguments)
-    assert code == 0 and "pretrain: reused" in said
+    assert code == 0 and "pretrain: reused" in said and "sft: reused" in said
