@@ -124,16 +124,19 @@ def paged_attention(
     """
     assert library() is not None, "ask library() first"
     sinks_H = scores.sinks_H
-    return operators.paged_attention(
-        query_NHC,
-        *pages,
-        *batch,
-        None if sinks_H is None else sinks_H.detach().float().contiguous(),
-        scores.scale,
-        scores.softcap or 0.0,
-        window or 0,
-        threads or torch.get_num_threads(),
-    )
+    try:
+        return operators.paged_attention(
+            query_NHC,
+            *pages,
+            *batch,
+            None if sinks_H is None else sinks_H.detach().float().contiguous(),
+            scores.scale,
+            scores.softcap or 0.0,
+            window or 0,
+            threads or torch.get_num_threads(),
+        )
+    except RuntimeError as error:
+        raise operators.thrown(error) from error
 
 
 def write_pages(pages: PageTensors, batch: PagedSequences, key_NKC: Tensor, value_NKV: Tensor | None) -> None:
@@ -142,4 +145,7 @@ def write_pages(pages: PageTensors, batch: PagedSequences, key_NKC: Tensor, valu
     assert library() is not None, "ask library() first"
     # where values are channels of the keys, writing those writes both
     values = (None, None) if value_NKV is None else (pages.values_PKMV, pages.value_scales_PKM)
-    operators.write_pages(pages.keys_PKMC, values[0], pages.key_scales_PKM, values[1], *batch, key_NKC, value_NKV)
+    try:
+        operators.write_pages(pages.keys_PKMC, values[0], pages.key_scales_PKM, values[1], *batch, key_NKC, value_NKV)
+    except RuntimeError as error:
+        raise operators.thrown(error) from error

@@ -21,4 +21,7 @@ def cross_entropy_(
     vocabulary.
     """
     assert library() is not None, "ask library() first"
-    return operators.cross_entropy_(logits_NV, targets_N, z_loss, wants_gradient, threads or torch.get_num_threads())
+    try:
+        return operators.cross_entropy_(logits_NV, targets_N, z_loss, wants_gradient, threads or torch.get_num_threads())
+    except RuntimeError as error:
+        raise operators.thrown(error) from error

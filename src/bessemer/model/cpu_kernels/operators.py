@@ -53,6 +53,12 @@ paged_attention = torch.ops.bessemer.paged_attention.default
 write_pages = torch.ops.bessemer.write_pages.default
 cross_entropy_ = torch.ops.bessemer.cross_entropy_.default
 
+
+def thrown(error: RuntimeError) -> Exception:
+    """What the C++ of an operator threw, a ValueError or a MemoryError: some builds of PyTorch make a RuntimeError of both."""
+    return (MemoryError if "bad_alloc" in str(error) else ValueError)(str(error))
+
+
 _computing: list[ctypes.CDLL] = []
 
 
