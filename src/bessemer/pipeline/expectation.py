@@ -19,14 +19,14 @@ from bessemer.pipeline.recipe import load_recipe
 from bessemer.training.head import linear_cross_entropy
 
 #: Bits per byte after pretraining by its steps of 4,096 tokens, as runs of the quickstart gave them (docs/machines.md).
-_BITS_BY_STEPS = ((39, 2.82), (86, 2.55), (133, 2.42), (410, 2.18), (763, 2.05))
+_BITS_BY_STEPS = ((39, 2.82), (86, 2.55), (133, 2.42), (207, 2.32), (395, 2.19), (758, 2.05))
 #: Seconds of an optimizer step over those of the forward and the backward pass.
 _STEP_OVER_PASSES = 1.15
 #: Time of compiled blocks over that of eager ones.
 _COMPILED = 0.88
 #: A machine on which the quickstart was measured: seconds of a step of pretraining, and of the stages that are limited by time.
 _MEASURED_STEP = 0.24
-_MEASURED_STAGES = {"sft": 75.0, "reward": 13.0, "preference": 12.0, "rl": 40.0, "evaluate": 33.0}
+_MEASURED_STAGES = {"sft": 95.0, "reward": 13.0, "preference": 12.0, "rl": 40.0, "evaluate": 33.0}
 #: Seconds of all else, installing included: on two cores, and on one.
 _SECONDS_BESIDE, _SECONDS_ONE_CORE = 150.0, 240.0
 
