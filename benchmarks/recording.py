@@ -55,7 +55,12 @@ def save(
     result = {
         "name": name,
         "command": " ".join(
-            ["python", Path(sys.argv[0]).resolve().relative_to(Path(__file__).parents[1]).as_posix(), *sys.argv[1:]]
+            # of a folder on this machine its name
+            [
+                "python",
+                Path(sys.argv[0]).resolve().relative_to(Path(__file__).parents[1]).as_posix(),
+                *(Path(argument).name if Path(argument).is_absolute() else argument for argument in sys.argv[1:]),
+            ]
         ),
         "measured": datetime.date.today().isoformat(),
         "commit": git_commit(),
