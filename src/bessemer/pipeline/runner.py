@@ -330,8 +330,8 @@ class Runner:
     ) -> tuple[Config, dict[str, Any] | None]:
         """Measure the machine for a stage that says `minutes` or `auto`, and keep the outcome.
 
-        Returns the settings, and what was measured for them; None where that was earlier. spent: measure although it was, since
-        the run has contradicted it, which took so many seconds of the stage's minutes.
+        Returns the settings, and what was measured for them; None where that was earlier. spent: seconds of the stage's
+        minutes that are gone, since the run has contradicted the measurement: measure again.
         """
         name = f"resolved-{key_of(given)}"
         if not self._ranks.leads:

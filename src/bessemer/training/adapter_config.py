@@ -72,7 +72,7 @@ class TuningConfig(LoopConfig):
     minutes: float | None = setting(
         None,
         "Most time that training may take, start-up and validation included: where a measurement at the start says that the "
-        "steps do not fit, as many as fit are made, with the schedule of so many. Absent: all steps.",
+        "steps do not fit, as many as fit are made, with a schedule of that length. Absent: all steps.",
         unit="minutes",
         gt=0,
     )

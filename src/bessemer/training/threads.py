@@ -28,8 +28,8 @@ THREADS = "threads.json"
 _SECONDS, _TURN_SECONDS = 0.25, 0.02
 #: A change must promise this much more work a second; less is noise.
 _WORTH_CHANGING = 1.15
-#: Between validations: fewest seconds between two choices; and steps have become slow when so many in a row take so much longer
-#: than the first ones after a choice.
+#: Between validations: fewest seconds between two choices; steps in a row, and the factor by which they take longer than the
+#: first ones after a choice, that make steps slow.
 _SECONDS_BETWEEN, _STEPS, _SLOWER = 10.0, 3, 1.5
 #: Rows, channels of the product that is timed: that of a small model's block.
 _ROWS, _CHANNELS = 1024, 256
