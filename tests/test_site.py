@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -130,7 +131,7 @@ def test_a_recording_becomes_frames_and_a_moving_picture():
 def test_a_command_is_recorded_with_what_is_typed_into_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code = "print(input('name> ')[::-1])"
-    step = {"run": f"{sys.executable} -c {json.dumps(code)}", "answers": [{"after": "name> ", "type": "steel"}]}
+    step = {"run": f"{shlex.quote(sys.executable)} -c {json.dumps(code)}", "answers": [{"after": "name> ", "type": "steel"}]}
     text = "".join(event.text for event in terminal.record([step]))
     assert "name> steel" in text and "leets" in text
 

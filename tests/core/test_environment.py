@@ -100,8 +100,9 @@ def test_a_link_that_somebody_has_laid_there_is_not_followed(temporary, tmp_path
 
 
 @pytest.mark.parametrize("writable", [True, False])
-def test_compiled_loops_are_kept_elsewhere_when_neither_package_nor_home_can_be_written_to(writable, temporary, monkeypatch):
+def test_caches_are_kept_elsewhere_when_neither_package_nor_home_can_be_written_to(writable, temporary, monkeypatch):
     monkeypatch.setattr(environment, "can_write_below", lambda folder: writable)
     monkeypatch.setattr(environment.os, "environ", variables := {"HOME": "/nowhere"})
     environment.set_environment()
-    assert variables.get("NUMBA_CACHE_DIR") == (None if writable else str(temporary / "numba"))
+    for name in ("NUMBA_CACHE_DIR", "HF_HOME"):
+        assert variables.get(name) == (None if writable else str(temporary / name.lower()))

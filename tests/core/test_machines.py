@@ -35,7 +35,7 @@ found |= {
     "torch": torch.backends.cpu.get_cpu_capability(),
     "bfloat16": is_fast(torch.bfloat16, torch.device("cpu")),
     "numpy": bool(numpy_core.__cpu_features__.get("AVX512_ICL")),
-    "isa": str(pick_vec_isa()),
+    "isa": str(pick_vec_isa()) if environment.cxx_compiler() else "",
     "march": config.cpp.march,
 }
 """

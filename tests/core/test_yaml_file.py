@@ -6,6 +6,15 @@ from bessemer.core.errors import ConfigError
 from bessemer.core.policy import read_policy
 from bessemer.core.yaml_file import parse_value, parse_yaml, read_yaml
 
+
+def said_of(code):
+    """What this version of Python says of a character that there is not."""
+    try:
+        return chr(code)
+    except (OverflowError, ValueError) as error:
+        return str(error)
+
+
 WRONG = {
     "name: 2020-13-45": "x:1: not valid YAML: '2020-13-45' cannot be read as timestamp",
     f"a: 1\nb: {'9' * 5000}": f"x:2: not valid YAML: '{'9' * 40}…' cannot be read as int",
@@ -14,7 +23,7 @@ WRONG = {
     "a: {b: !!bool abc}": "x:1: not valid YAML: 'abc' cannot be read as bool",
     "\na: !!omap abc": "x:2: not valid YAML: 'abc' cannot be read as omap",
     "!!int [1]: 2": "x:1: not valid YAML: expected a scalar node, but found sequence",
-    'a: "\\UFFFFFFFF"': "x: not valid YAML: Python int too large to convert to C int",
+    'a: "\\UFFFFFFFF"': f"x: not valid YAML: {said_of(0xFFFFFFFF)}",
     "a: " + "[" * 3000: "x: is nested too deeply",
     "a: " + "[" * 3000 + "]" * 3000: "x: is nested too deeply",
     "&a [*a]": "x: is nested too deeply",

@@ -83,7 +83,8 @@ def test_the_quality_is_that_of_what_is_served(place, tokens):
         windows = [text[start : start + 1025] for start in range(0, compared.tokens, 1024)]
         served = engine.generate(windows, SamplingParams(max_tokens=1, prompt_logprobs=0))
         nats = -sum(one.log_probs.token for window in served for one in window.prompt_log_probs)
-        assert score == pytest.approx(nats / math.log(2) / compared.bytes, rel=1e-6)
+        # without kernels a row alone meets weights that are read out in float16
+        assert score == pytest.approx(nats / math.log(2) / compared.bytes, rel=1e-6 if library() is not None else 5e-5)
         assert engine.arithmetic == f"computed by {how}"
     if library() is not None:
         # the weights alone would say something else

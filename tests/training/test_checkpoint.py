@@ -1,4 +1,5 @@
 import errno
+import io
 import math
 import pickle
 import sys
@@ -15,6 +16,7 @@ from bessemer.core.store import read_json, write_json
 from bessemer.model.initialisation import initial_decoder
 from bessemer.training.checkpoint import manager as checkpoint
 from bessemer.training.checkpoint.manager import INDEX, CheckpointManager, checkpoint_weights
+from bessemer.training.checkpoint.reader import _MetadataUnpickler
 from bessemer.training.checkpoint.state import RANDOM_STATES, TrainingState
 from bessemer.training.optim.build import build_optimizers, role_of, scale_learning_rates
 from bessemer.training.optim.muon import orthogonalised
@@ -271,3 +273,10 @@ def test_what_could_not_be_read_back_is_refused_when_it_is_written(state, tmp_pa
     with pytest.raises(CheckpointError, match=r"note: a checkpoint holds tensors and plain values, and this is a float64"):
         CheckpointManager(tmp_path, IDENTITY, RecordedProgress()).save(state)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
+def test_a_path_is_read_whichever_version_of_python_has_named_its_class(module):
+    # Python 3.13 alone keeps it in a module of its own
+    written = f"c{module}\nPosixPath\n(Vmodel\ntR.".encode()
+    assert _MetadataUnpickler(io.BytesIO(written)).load() == Path("model")

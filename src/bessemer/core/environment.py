@@ -286,9 +286,11 @@ def set_environment() -> None:
         # of a container's quota these libraries know nothing: more threads would be stopped together when it is used up
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
             os.environ.setdefault(name, str(usable_cores()))
-    if "NUMBA_CACHE_DIR" not in os.environ and not any(map(can_write_below, (_PACKAGE, Path.home() / ".cache"))):
+    home = can_write_below(Path.home() / ".cache")
+    homeless = {"HF_HOME": home, "NUMBA_CACHE_DIR": home or can_write_below(_PACKAGE)}
+    for name in (name for name, has_place in homeless.items() if not has_place and name not in os.environ):
         with suppress(OSError):
-            os.environ["NUMBA_CACHE_DIR"] = str(own_temporary_folder() / "numba")
+            os.environ[name] = str(own_temporary_folder() / name.lower())
     for name in ("DAFT_ANALYTICS_ENABLED", "RAY_USAGE_STATS_ENABLED"):
         os.environ.setdefault(name, "0")
     for name in ("WANDB_ERROR_REPORTING", "GRADIO_ANALYTICS_ENABLED"):

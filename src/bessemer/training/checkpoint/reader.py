@@ -45,6 +45,8 @@ _ALLOWED = {
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        # where Python 3.13 alone keeps it
+        module = "pathlib" if module == "pathlib._local" else module
         if name not in _ALLOWED.get(module, ()):
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint of ours does")
         return super().find_class(module, name)

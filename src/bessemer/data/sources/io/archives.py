@@ -199,9 +199,9 @@ class _Header(tarfile.TarInfo):
     """A tar's header that says when it is damaged. The library takes a bad header for the end of the archive."""
 
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+    def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
         try:
-            return super().frombuf(buf, encoding, errors)
+            return super().fromtarfile(archive)
         except (tarfile.TruncatedHeaderError, tarfile.InvalidHeaderError) as error:  # type: ignore[attr-defined]
             raise ValueError(f"damaged or cut off: {error}") from None
 
