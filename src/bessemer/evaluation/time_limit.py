@@ -30,7 +30,8 @@ def within_minutes(
     The last model is evaluated with two small shares, and without baselines, whose time is that of one model's whole share at
     most; a model costs a + b × share seconds.
     """
-    assert config.minutes is not None
+    minutes = config.minutes
+    assert minutes is not None
     started = time.perf_counter()
     name = list(models)[-1]
     if config.threads is None:
@@ -47,7 +48,7 @@ def within_minutes(
     slope = max(0.0, (seconds[1] - seconds[0]) / (_TRIALS[1] - _TRIALS[0]))
     fixed = max(0.0, seconds[0] - slope * _TRIALS[0])
     count = len(models) + bool(config.baselines)
-    left = 60 * config.minutes - (time.perf_counter() - started)
+    left = 60 * minutes - (time.perf_counter() - started)
     share = min(1.0, max(_SMALLEST_SHARE, (left / count - fixed) / slope if slope else 1.0))
     measured = {
         "minutes": config.minutes,
@@ -57,7 +58,7 @@ def within_minutes(
     }
     if share == 1.0:
         return config.with_changes(minutes=None), measured
-    progress.say(f"  {share:.0%} of the tokens and questions, which is what {config.minutes:g} minutes hold here")
+    progress.say(f"  {share:.0%} of the tokens and questions, which is what {minutes:g} minutes hold here")
     return with_share(config, share), measured
 
 
