@@ -78,6 +78,22 @@ def test_a_folder_below_one_that_may_be_written_to_can_be_made(tmp_path):
     assert not environment.can_write_below(tmp_path / "file" / "below")
 
 
+def test_what_may_not_be_looked_into_cannot_be_written_to(monkeypatch):
+    def refused(self):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(environment.Path, "exists", refused)
+    assert not environment.can_write_below(environment.Path("/root/.cache"))
+
+
+def test_a_user_without_a_home_has_no_cache_there(monkeypatch):
+    def unknown():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(environment.Path, "home", unknown)
+    assert not environment._home_can_be_written()
+
+
 @pytest.fixture
 def temporary(tmp_path, monkeypatch):
     monkeypatch.setattr(environment.tempfile, "gettempdir", lambda: str(tmp_path))

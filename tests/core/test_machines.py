@@ -3,11 +3,15 @@
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
+import time
+from contextlib import contextmanager
 
 import pytest
 
+from bessemer.core import machines
 from bessemer.core.environment import affine_cores
 from bessemer.core.errors import ConfigError
 from bessemer.core.machines import MACHINE_VARIABLE, MACHINES, machine, run_as
@@ -77,12 +81,29 @@ def test_half_a_core_is_one_thread():
 
 @HOLDS_TO_CORES
 @pytest.mark.skipif(affine_cores() < 2, reason="one core")
-def test_a_busy_core_is_given_back(tmp_path):
-    seen = tmp_path / "seen"
-    count = "pgrep -f 'while True: pass' | wc -l"
-    assert run_as("busy-core", ["sh", "-c", f"{count} > {seen}"]) == 0
-    assert int(seen.read_text()) >= 1
-    assert MACHINES["busy-core"].busy == 1
+def test_a_busy_core_is_the_last_one(monkeypatch):
+    taken = []
+
+    @contextmanager
+    def busy(core):
+        taken.append(core)
+        yield
+
+    monkeypatch.setattr(machines, "_busy", busy)
+    assert run_as("busy-core", [sys.executable, "-c", ""]) == 0 and run_as("native", [sys.executable, "-c", ""]) == 0
+    assert taken == [max(os.sched_getaffinity(0))]
+
+
+@HOLDS_TO_CORES
+def test_a_core_is_kept_busy_and_given_back():
+    core = min(os.sched_getaffinity(0))
+    with machines._busy(core) as process:
+        before = time.monotonic()
+        # a process sets its cores once Python has started in it
+        while process.poll() is None and os.sched_getaffinity(process.pid) != {core} and time.monotonic() < before + 60:
+            time.sleep(0.01)
+        assert process.poll() is None and (affine_cores() == 1 or os.sched_getaffinity(process.pid) == {core})
+    assert process.returncode == -signal.SIGKILL
 
 
 def test_the_exit_status_is_the_commands_own():

@@ -254,9 +254,21 @@ def without_collection() -> Iterator[None]:
 
 def can_write_below(folder: Path) -> bool:
     """Whether this process can make files in a folder, or make the folder itself."""
-    while not folder.exists():
-        folder = folder.parent
-    return folder.is_dir() and os.access(folder, os.W_OK)
+    try:
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
+        return folder.is_dir() and os.access(folder, os.W_OK)
+    except OSError:
+        # below a folder that may not be looked into, as the home of the user that started this one
+        return False
+
+
+def _home_can_be_written() -> bool:
+    """Whether caches below this user's home can be made; not where the system knows no home."""
+    try:
+        return can_write_below(Path.home() / ".cache")
+    except RuntimeError:
+        return False
 
 
 def own_temporary_folder() -> Path:
@@ -286,7 +298,7 @@ def set_environment() -> None:
         # of a container's quota these libraries know nothing: more threads would be stopped together when it is used up
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
             os.environ.setdefault(name, str(usable_cores()))
-    home = can_write_below(Path.home() / ".cache")
+    home = _home_can_be_written()
     homeless = {"HF_HOME": home, "NUMBA_CACHE_DIR": home or can_write_below(_PACKAGE)}
     for name in (name for name, has_place in homeless.items() if not has_place and name not in os.environ):
         with suppress(OSError):

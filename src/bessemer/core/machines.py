@@ -20,7 +20,7 @@ from pathlib import Path
 from bessemer.core.config import nearest
 from bessemer.core.errors import BessemerError, ConfigError
 
-#: Holds the name of the machine that this process stands for; nothing reads it but who records a measurement.
+#: Holds the name of the machine that this process stands for. Only records of measurements read it.
 MACHINE_VARIABLE = "BESSEMER_MACHINE"
 
 
@@ -80,7 +80,7 @@ def run_as(name: str, command: Sequence[str]) -> int:
     if not cores and (wanted.cores or wanted.busy):
         raise ConfigError(f"{name}: this system does not hold processes to cores")
     if wanted.busy >= max(len(cores), 1) and wanted.busy:
-        raise ConfigError(f"{name}: of {len(cores)} core there is none to be taken")
+        raise ConfigError(f"{name}: it takes a core away, and this process may use {len(cores)}")
     environment = os.environ | dict(wanted.environment) | {MACHINE_VARIABLE: name}
     with ExitStack() as stack:
         for core in cores[len(cores) - wanted.busy :] if wanted.busy else ():
@@ -103,12 +103,12 @@ def run_as(name: str, command: Sequence[str]) -> int:
 
 
 @contextmanager
-def _busy(core: int) -> Iterator[None]:
+def _busy(core: int) -> Iterator[subprocess.Popen[bytes]]:
     """A process that computes on one core, in a session of its own, so that neither gives way to the other."""
     loop = "import os, sys\nos.sched_setaffinity(0, {int(sys.argv[1])})\nwhile True: pass"
     process = subprocess.Popen([sys.executable, "-c", loop, str(core)], start_new_session=True)
     try:
-        yield
+        yield process
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()

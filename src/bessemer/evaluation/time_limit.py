@@ -51,7 +51,7 @@ def within_minutes(
     left = 60 * minutes - (time.perf_counter() - started)
     share = min(1.0, max(_SMALLEST_SHARE, (left / count - fixed) / slope if slope else 1.0))
     measured = {
-        "minutes": config.minutes,
+        "minutes": minutes,
         "share": round(share, 3),
         "seconds": round(time.perf_counter() - started, 1),
         "trials": seconds,

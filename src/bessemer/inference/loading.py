@@ -80,7 +80,7 @@ def open_model(
 def _in_fast_dtype(model: Decoder, config: EngineConfig) -> Decoder:
     """A model whose modules compute its steps, in float32 where its own dtype is slower and the memory suffices; others as they
     are. The compiled kernels widen weights of 16 bits themselves."""
-    if model.device.type != "cpu" or is_quantised(model) or is_fast(model.dtype, model.device):
+    if model.device.type != "cpu" or model.dtype.itemsize > 2 or is_quantised(model) or is_fast(model.dtype, model.device):
         return model
     if config.cpu_kernels != "off" and CompiledSteps.supports(model) is None:
         return model
