@@ -113,10 +113,11 @@ def test_this_token_opens_and_another_one_goes_on(page, start):
 
 
 def test_two_answers_stand_side_by_side_and_one_is_kept(page, start, tmp_path):
-    opened(page, start(web={"feedback": tmp_path / "said"}))
+    answers = iter(["one answer", "another answer"])  # equal ones, as a model may give, would be no preference
+    opened(page, start(web={"feedback": tmp_path / "said"}, served=FakeEngine(lambda _: iter(next(answers)))))
     page.click("#show-settings")
     page.check("#beside")
-    page.evaluate("for (const input of document.querySelectorAll('[name=max_tokens]')) input.value = 8")
+    page.evaluate("for (const input of document.querySelectorAll('[name=max_tokens]')) input.value = 20")
     page.keyboard.press("Escape")
     ask(page, "the end")
     for column in (0, 1):
@@ -127,7 +128,8 @@ def test_two_answers_stand_side_by_side_and_one_is_kept(page, start, tmp_path):
     page.wait_for_selector("text=2 / 2")
     assert page.inner_text("article.assistant .text") == kept
     page.wait_for_selector(".pair", state="detached")
-    assert json.loads((tmp_path / "said" / "pairs.jsonl").read_text())["chosen"][0]["content"]
+    pair = json.loads((tmp_path / "said" / "pairs.jsonl").read_text())
+    assert pair["chosen"][0]["content"] == kept and {kept, pair["rejected"][0]["content"]} == {"one answer", "another answer"}
 
 
 def test_markdown_becomes_elements_and_html_stays_text(page, start):
