@@ -220,8 +220,8 @@ def test_the_answers_of_conversations_are_learnt_from_and_the_student_is_compare
 
 @pytest.mark.parametrize("prompt", ["Return the table", (said("user", "Which table?"),)], ids=["text", "messages"])
 def test_of_an_answer_that_was_cut_the_end_is_no_target(prompt, tokenizer):
-    whole, cut = (TeacherAnswer(Asked(prompt), "of nodes", is_cut).example(tokenizer, 64) for is_cut in (False, True))
-    learnt = [example.targets[example.targets >= 0].tolist() for example in (whole, cut)]
+    whole, cut = (TeacherAnswer(Asked(prompt), "of nodes", is_cut).encoded(tokenizer) for is_cut in (False, True))
+    learnt = [targets[targets >= 0].tolist() for _, targets in (whole.example(64), cut.example(64))]
     assert learnt[0][:-1] == learnt[1] and learnt[0][-1] in {*tokenizer.eos_ids, tokenizer.control_id("<|im_end|>")}
     assert tokenizer.decode(learnt[1]) == "of nodes"
 

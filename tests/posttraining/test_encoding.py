@@ -1,6 +1,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import tokenizers
 
@@ -88,12 +89,18 @@ def test_a_text_behind_another_is_encoded_as_its_continuation(tokenizer, tmp_pat
     assert [pieces.id_to_token(id) for id in encoded.ids[encoded.is_learnt]] == ["4", "</s>"]
 
 
-def test_a_cut_leaves_a_target_or_nothing(tokenizer):
+def test_an_example_fits_to_the_token_and_is_never_cut_at_its_end(tokenizer):
     encoded = encode_answer((said("user", "Who?"),), (said("assistant", "Me and you."),), tokenizer)
+    last = int(np.flatnonzero(encoded.is_learnt)[-1])
+    assert encoded.inputs == last and encoded.example(last)[1][-1] == encoded.ids[last]
+    assert encoded.example(last - 1) is None
+    # from the left the answer is learnt while it is whole
     begin = int(encoded.is_learnt.argmax())
-    tokens, targets = encoded.example(begin)
-    assert len(tokens) == begin and targets.tolist() == [-100] * (begin - 1) + [encoded.ids[begin]]
-    assert encoded.example(begin - 1) is None
+    tokens, targets = encoded.example(last - begin + 1, "left")
+    assert (
+        tokens.tolist() == encoded.ids[begin - 1 : last].tolist() and targets.tolist() == encoded.ids[begin : last + 1].tolist()
+    )
+    assert encoded.example(last - begin, "left") is None
 
 
 def test_texts_and_messages_are_not_mixed(tokenizer):

@@ -232,6 +232,11 @@ def test_a_model_without_a_chat_template_gets_one_whose_tokens_it_knows(model_fo
 )
 def test_the_verdict_needs_an_interval_on_one_side_of_zero(tmp_path, after, said):
     before = np.array([2.0, 2.2, 1.8, 2.1])
-    result = _result(Finetuned("lora", tmp_path, tmp_path, None, before, np.array(after), {}))
+    figures = {"conversations": 9, "too_long": 2, "nothing_learnt": 1, "cut": 3}
+    result = _result(Finetuned("lora", tmp_path, tmp_path, None, before, np.array(after), figures))
+    assert result["data"] == (
+        "conversations learnt: 6, of which 3 with their beginning cut off; left out: 2 longer than a row, 1 without anything "
+        "to learn"
+    )
     assert f"held out: {said}. Loss 2.025 →" in result["verdict"]
     assert result["better"] == (said == "yes")

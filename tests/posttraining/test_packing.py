@@ -1,11 +1,15 @@
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from bessemer.core.errors import SourceError
 from bessemer.model.folder import load_model
 from bessemer.posttraining.conversations import Conversation
 from bessemer.posttraining.packing import HeldOutBatches, PackedBatches, encode_conversation, pack_conversations
+from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.data.batches import IGNORE_INDEX
 from bessemer.training.objectives import next_token_loss
 
@@ -49,8 +53,8 @@ def test_packed_loss_and_gradient_are_those_of_each_conversation_alone(conversat
 
 
 def test_targets_are_what_the_assistant_says_and_its_end(tokenizer):
-    example = encode_conversation(conversation("Who?", "Me.", "You."), tokenizer, 200)
-    targets = example.targets[example.targets != IGNORE_INDEX]
+    _, targets = encode_conversation(conversation("Who?", "Me.", "You."), tokenizer).example(200)
+    targets = targets[targets != IGNORE_INDEX]
     assert tokenizer.decode(targets.tolist(), skip_special=False) == "Me.<|im_end|>You.<|im_end|>"
 
 
@@ -61,10 +65,11 @@ def test_calls_of_tools_are_targets_and_their_results_are_not(tokenizer):
         {"role": "tool", "content": "2"},
         {"role": "assistant", "content": "Two."},
     )
-    example = encode_conversation(Conversation.of(messages, "test", [{"name": "add", "description": "Adds."}]), tokenizer, 800)
-    targets = tokenizer.decode(example.targets[example.targets != IGNORE_INDEX].tolist(), skip_special=False)
+    asked = Conversation.of(messages, "test", [{"name": "add", "description": "Adds."}])
+    ids, targets = encode_conversation(asked, tokenizer).example(800)
+    targets = tokenizer.decode(targets[targets != IGNORE_INDEX].tolist(), skip_special=False)
     assert targets == '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>Two.<|im_end|>'
-    assert "Adds." in tokenizer.decode(example.tokens.tolist())
+    assert "Adds." in tokenizer.decode(ids.tolist())
 
 
 def test_every_answer_is_ended_once(conversations, tokenizer):
@@ -74,18 +79,83 @@ def test_every_answer_is_ended_once(conversations, tokenizer):
     assert ends == sum(len(one.messages) // 2 for one in conversations)
 
 
-def test_one_cut_before_the_assistant_speaks_is_left_out(tokenizer):
+def test_one_longer_than_a_row_is_left_out_and_counted(tokenizer):
     long, short = conversation("word " * 200, "Yes."), conversation("Yes?", "Yes.")
-    assert encode_conversation(long, tokenizer, 96) is None
     rows = pack_conversations([long, short], tokenizer, 128)
-    assert (rows.skipped, rows.rows) == (1, 1)
-    assert (packed([long, short], tokenizer).batch(0).targets_BT != IGNORE_INDEX).any(dim=1).all()
+    assert (rows.counts.too_long, rows.counts.left_out, rows.rows) == (1, 1, 1)
+    assert rows.counts.sentences("2 conversations") == [
+        "  1 of 2 conversations are left out: longer than 128 tokens (truncate: drop)"
+    ]
     assert pack_conversations([long], tokenizer, 96).rows == 0
 
 
-def test_one_cut_in_an_answer_keeps_its_beginning(tokenizer):
-    example = encode_conversation(conversation("Yes?", "word " * 200), tokenizer, 96)
-    assert len(example.tokens) == 96 and example.targets[-1] != IGNORE_INDEX
+def test_longer_ones_are_refused_with_their_number_and_the_longest_where_the_rule_says_so(tokenizer):
+    long, short = conversation("word " * 200, "Yes."), conversation("Yes?", "Yes.")
+    longest = encode_conversation(long, tokenizer).inputs
+    with pytest.raises(SourceError, match=f"2 conversations have more than 96 tokens, the longest {longest:,}; raise"):
+        pack_conversations([long, long, short], tokenizer, 96, "refuse")
+
+
+def learnt(rows, tokenizer):
+    return tokenizer.decode(rows.batch.targets_BT[rows.batch.targets_BT != IGNORE_INDEX].tolist(), skip_special=False)
+
+
+def test_of_one_cut_from_the_left_whole_answers_are_learnt_with_their_ends(tokenizer):
+    chat = conversation("Why? " * 20, "Because. " * 8, "So.")
+    whole = encode_conversation(chat, tokenizer)
+    rows = pack_conversations([chat], tokenizer, whole.inputs - 40, "left")
+    assert (rows.counts.cut, rows.counts.left_out) == (1, 0)
+    assert learnt(rows, tokenizer) == "Because. " * 8 + "<|im_end|>So.<|im_end|>"
+    # the cut is in the first answer: it is read, and neither it nor its end is learnt
+    first = int(np.flatnonzero(whole.is_learnt)[0])
+    rows = pack_conversations([chat], tokenizer, whole.inputs - first - 3, "left")
+    assert learnt(rows, tokenizer) == "So.<|im_end|>"
+
+
+def test_an_answer_longer_than_a_row_teaches_nothing_by_any_rule(tokenizer):
+    for rule in ("drop", "left"):
+        rows = pack_conversations([conversation("Yes?", "word " * 200)] * 10, tokenizer, 96, rule)
+        assert (rows.rows, rows.counts.too_long) == (0, 10)
+
+
+def test_what_stands_behind_the_last_answer_does_not_make_a_conversation_too_long(tokenizer):
+    chat = conversation("Yes?", "Yes.")
+    longer = Conversation.of([*chat.messages, {"role": "user", "content": "word " * 200}], "test")
+    rows = pack_conversations([longer], tokenizer, 96)
+    assert rows.counts.left_out == 0 and learnt(rows, tokenizer) == "Yes.<|im_end|>"
+
+
+def test_messages_of_weight_zero_are_read_and_not_learnt(tokenizer):
+    chat = Conversation.of(
+        [
+            {"role": "user", "content": "Who?"},
+            {"role": "assistant", "content": "Me.", "weight": 0},
+            {"role": "user", "content": "Who?"},
+            {"role": "assistant", "content": "You.", "weight": 1},
+        ],
+        "test",
+    )
+    rows = pack_conversations([chat], tokenizer, 128)
+    assert learnt(rows, tokenizer) == "You.<|im_end|>"
+    assert "Me." in tokenizer.decode(rows.batch.tokens_BT[0].tolist())
+
+
+def test_one_in_which_every_weight_is_zero_is_left_out_and_counted(tokenizer):
+    silent = Conversation.of(
+        [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me.", "weight": 0}], "test"
+    )
+    rows = pack_conversations([silent, conversation("Yes?", "Yes.")], tokenizer, 128)
+    assert (rows.rows, rows.counts.nothing_learnt) == (1, 1) and learnt(rows, tokenizer) == "Yes.<|im_end|>"
+
+
+def test_one_in_which_the_template_marks_nothing_is_left_out_and_counted(tokenizer, tmp_path):
+    folder = shutil.copytree(tokenizer.folder, tmp_path / "other")
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and 'secret' not in m.content %}"
+        "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+    )
+    rows = pack_conversations([conversation("Who?", "secret"), conversation("Who?", "Me.")], load_tokenizer(folder), 128)
+    assert (rows.rows, rows.counts.nothing_learnt) == (1, 1) and learnt(rows, tokenizer) == "Me.<|im_end|>"
 
 
 def test_positions_restart_with_every_conversation(conversations, tokenizer):

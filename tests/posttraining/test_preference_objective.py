@@ -1,7 +1,10 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
+from bessemer.core.errors import SourceError
 from bessemer.model.folder import load_model, save_model
 from bessemer.posttraining.encoding import Encoded, encode_answer
 from bessemer.posttraining.formats import Pair
@@ -10,6 +13,7 @@ from bessemer.posttraining.preference.losses import PairLossSettings
 from bessemer.posttraining.preference.objective import REFERENCE_LOG_PROBS, PreferenceObjective
 from bessemer.posttraining.preference.packing import can_share_prompts, pack_pairs
 from bessemer.posttraining.preference.registry import PAIR_LOSSES
+from bessemer.training.data.batches import IGNORE_INDEX
 from bessemer.training.objectives import LossContext
 from tests.inference.models import small_decoder
 from tests.posttraining.test_formats import said
@@ -87,11 +91,23 @@ def test_the_packed_loss_and_gradient_are_those_of_each_pair_alone(
     assert sum(float(one.sum) for one in figures) == right and sum(float(one.count) for one in figures) == 7
 
 
-def test_a_pair_that_differs_behind_what_is_read_is_left_out(tokenizer):
+def test_a_pair_is_whole_or_left_out_and_one_of_equal_answers_is_none(tokenizer):
     pair = Pair((said("user", "Why?"),), (said("assistant", "So it is. " * 9),), (said("assistant", "So it is. " * 9 + "No."),))
     packed = pack_pairs([pair, pair], tokenizer, 64)
-    assert (packed.pairs, packed.skipped) == (0, 2)
+    assert (packed.pairs, packed.counts.too_long, packed.equal) == (0, 2, 0)
     assert pack_pairs([pair], tokenizer, 512).pairs == 1
+    packed = pack_pairs([replace(pair, rejected=pair.chosen)], tokenizer, 512)
+    assert (packed.pairs, packed.counts.left_out, packed.equal) == (0, 0, 1)
+    with pytest.raises(SourceError, match=r"2 pairs have more than 32 tokens, the longest \d+; raise context_length"):
+        pack_pairs([pair, pair], tokenizer, 64, "refuse")
+
+
+def test_of_a_long_prompt_the_beginning_is_cut_off_by_the_rule_and_both_answers_end(tokenizer):
+    pair = Pair((said("user", "word " * 100),), (said("assistant", "So."),), (said("assistant", "No."),))
+    packed = pack_pairs([pair], tokenizer, 96, "left")
+    assert (packed.pairs, packed.counts.cut) == (1, 1)
+    learnt = packed.batch.targets_BT[packed.batch.targets_BT != IGNORE_INDEX]
+    assert tokenizer.decode(learnt.tolist(), skip_special=False) == "So.<|im_end|>No.<|im_end|>"
 
 
 def test_of_a_policy_that_is_the_reference_the_loss_is_log_two(pairs, tokenizer, model_folder):
@@ -117,14 +133,14 @@ def test_what_both_answers_begin_with_is_in_a_row_once(tokenizer):
     assert batch.visible_to_BT[0, :prompt].tolist() == [2] * prompt and batch.visible_to_BT[0, prompt] == 1
     assert batch.positions_BT[0, first : first + second - prompt].tolist() == list(range(prompt, second))
     # a score has one target, at the end, so that answers share their first words, too
-    scored = pack_pairs([pair], tokenizer, 128, Encoded.scored, shares_prompts=True).batch
+    scored = pack_pairs([pair], tokenizer, 128, example=Encoded.scored, shares_prompts=True).batch
     shortest = min(first, second)
     common = int((sides[0].ids[:shortest] != sides[1].ids[:shortest]).argmax())
     assert common > prompt + 1 and int((scored.visible_to_BT == 2)[0, : common + 1].sum()) == common
     # one answer begins as the whole of the other: a token is left of the rejected one
     same = Pair("Why?", "So", "So so")
     for one in (same, Pair("Why?", "So so", "So")):
-        both = pack_pairs([one], tokenizer, 128, Encoded.scored, shares_prompts=True).batch
+        both = pack_pairs([one], tokenizer, 128, example=Encoded.scored, shares_prompts=True).batch
         assert int((both.targets_BT >= 0).sum()) == 2 and both.document_ids_BT.max() == 2
 
 
@@ -140,4 +156,4 @@ def test_an_answer_beyond_half_a_row_leaves_the_pair_out(tokenizer):
     long = Pair((said("user", "word " * 100),), (said("assistant", "So."),), (said("assistant", "No."),))
     short = Pair((said("user", "Why?"),), (said("assistant", "So."),), (said("assistant", "No."),))
     packed = pack_pairs([long, short], tokenizer, 96)
-    assert (packed.pairs, packed.skipped, packed.rows) == (1, 1, 1)
+    assert (packed.pairs, packed.counts.too_long, packed.rows) == (1, 1, 1)

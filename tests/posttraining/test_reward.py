@@ -66,7 +66,7 @@ def reward_alone(model, prompt, answer, tokenizer):
 
 @pytest.mark.parametrize("shares_prompts", [False, True])
 def test_the_packed_loss_and_gradient_are_those_of_each_pair_alone(shares_prompts, pairs, scorer, tokenizer):
-    batch = pack_pairs(pairs, tokenizer, 128, Encoded.scored, shares_prompts=shares_prompts).batch
+    batch = pack_pairs(pairs, tokenizer, 128, example=Encoded.scored, shares_prompts=shares_prompts).batch
     assert (batch.visible_to_BT is not None) == shares_prompts
     assert 1 < batch.tokens_BT.shape[0] < 7, "several pairs must share a row, and there must be several rows"
     objective = RewardObjective(centering=0.3)
@@ -88,7 +88,7 @@ def test_the_packed_loss_and_gradient_are_those_of_each_pair_alone(shares_prompt
 
 def test_no_reward_is_read_at_padding(pairs, scorer, tokenizer):
     """Peers have put rewards at a pad token, or, where padding is the end token, before the end of the answer."""
-    batch = pack_pairs(pairs, tokenizer, 128, Encoded.scored).batch
+    batch = pack_pairs(pairs, tokenizer, 128, example=Encoded.scored).batch
     is_padding_BT = batch.document_ids_BT == 0
     assert is_padding_BT.any(1).all()
     other = replace(batch, tokens_BT=batch.tokens_BT.masked_fill(is_padding_BT, 17))
@@ -102,8 +102,8 @@ def test_no_reward_is_read_at_padding(pairs, scorer, tokenizer):
 
 def test_an_answer_that_does_not_end_within_half_a_row_is_not_scored(tokenizer):
     long = Pair((said("user", "Why?"),), (said("assistant", "word " * 100),), (said("assistant", "No."),))
-    packed = pack_pairs([long], tokenizer, 96, Encoded.scored)
-    assert (packed.pairs, packed.skipped) == (0, 1)
+    packed = pack_pairs([long], tokenizer, 96, example=Encoded.scored)
+    assert (packed.pairs, packed.counts.too_long) == (0, 1)
 
 
 def run(model_folder, data, out, **changes):  # noqa: F811

@@ -76,7 +76,7 @@ def test_golden_output(tokenized, documents, tmp_path):
     questions = [hash_file(tmp_path / "conversations" / f"{split}.jsonl", bits=64) for split in ("train", "validation")]
     losses = [record["loss"] for record in read_metrics(tmp_path / "metrics.jsonl")]
     sums = [checksum(weight) for weight in load_model(tmp_path / "model").blocks[1].parameters()]
-    assert (SFT_VERSION, questions) == (7, ["6c56696c4ae0a15d", "a19dfbe5c59c00a6"])
+    assert (SFT_VERSION, questions) == (8, ["6c56696c4ae0a15d", "a19dfbe5c59c00a6"])
     assert losses == pytest.approx([5.83615, 5.658186, 5.762356, 5.507305], rel=1e-4)
     assert sums == pytest.approx(
         [0.58108, 2.39967, 0.93768, -0.4613, 0.8773, 0.72159, 0.72524, 0.59046, 1.59792, 0.80521, -0.75766], abs=1e-3
@@ -91,14 +91,31 @@ def test_run_again_it_goes_on_from_its_checkpoint(model_folder, documents, tmp_p
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == weights
 
 
-def test_a_file_is_split_by_the_hash_of_each_conversation(tmp_path):
-    (tmp_path / "chat.jsonl").write_text(lines(*map(str, range(200))))
+def asked(*pairs):
+    return "".join(json.dumps({"prompt": question, "completion": answer}) + "\n" for question, answer in pairs)
+
+
+def test_a_file_is_split_by_what_is_asked_so_that_no_held_out_prompt_is_learnt(tmp_path):
+    pairs = [(f"What is the number {number}? ", f"{number}, {times}") for number in range(200) for times in range(2)]
+    (tmp_path / "chat.jsonl").write_text(asked(*pairs))
     config = SFTConfig(data=["chat.jsonl"], validation_share=0.2)
     learned, held_out = gather_conversations(config, None, tmp_path, seed=1)
-    assert len(learned) + len(held_out) == 200 and 20 < len(held_out) < 60
-    (tmp_path / "chat.jsonl").write_text(lines(*map(str, range(100))))
+    prompts = [{one.answered.prompt for one in side} for side in (learned, held_out)]
+    assert len(learned) + len(held_out) == 400 and 20 < len(prompts[1]) < 60 and not prompts[0] & prompts[1]
+    # a shorter file leaves every prompt on its side
+    (tmp_path / "chat.jsonl").write_text(asked(*pairs[:200]))
     again = gather_conversations(config, None, tmp_path, seed=1)[1]
     assert {one.id for one in again} <= {one.id for one in held_out}
+
+
+def test_a_prompt_that_two_files_have_lies_on_one_side(tmp_path):
+    for name in ("a", "b"):
+        pairs = [(f"{'Please: ' * (name == 'b')}{number} apples and some pears?", name) for number in range(100)]
+        (tmp_path / f"{name}.jsonl").write_text(asked(*pairs, *((f"The {number}th?", name) for number in range(100))))
+    config = SFTConfig(data=["a.jsonl", "b.jsonl"], validation_share=0.3)
+    learned, held_out = gather_conversations(config, None, tmp_path, seed=1)
+    both = [{one.answered.prompt for one in side if one.answered.prompt.startswith("The")} for side in (learned, held_out)]
+    assert both[0] and both[1] and not both[0] & both[1]
 
 
 def test_the_fingerprint_follows_the_files_content(tmp_path):

@@ -212,5 +212,5 @@ def test_reward_models(folders, pairs, tokenizer, tmp_path):
     theirs.model.config.pad_token_id = theirs.data_collator.pad_token_id = VOCABULARY
     expected = of_trl(theirs, theirs.data_collator(given))
     model = load_model(folders["reward"], scores=True)
-    batch = pack_pairs(pairs, tokenizer, 128, Encoded.scored).batch
+    batch = pack_pairs(pairs, tokenizer, 128, example=Encoded.scored).batch
     assert_equal(of_ours(RewardObjective(centering=0.2), model, batch), expected)

@@ -30,6 +30,9 @@ def finetune(
         int | None, typer.Option(help="Tokens of a row; those of the longest conversation, at most 2,048.")
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows of a batch; as many as hold eight conversations.")] = None,
+    truncate: Annotated[
+        str, typer.Option(help="What is longer than a row. drop: left out; left: its beginning is cut off; refuse: an error.")
+    ] = "drop",
     held_out: Annotated[float, typer.Option(help="Share of the data that is held out.")] = 0.1,
     merge: Annotated[bool, typer.Option("--merge", help="Also write the model with the adapter merged into it.")] = False,
     seed: Annotated[int, typer.Option(help="Of the order, of what is held out, and of a new adapter.")] = 7,
@@ -52,6 +55,7 @@ def finetune(
             "rank": rank,
             "context_length": context_length,
             "batch_size": batch_size,
+            "truncate": truncate,
             "held_out": held_out,
             "merge": merge,
         },
@@ -66,6 +70,7 @@ def finetune(
         found = tune(config, source, data, out, seed=seed, device=device, progress=progress_for_terminal())
         result = _result(found) | {"serve": _serving(model, found, data)}
         finish(out, result)
+    print(result["data"])
     print(result["verdict"])
     print(result["serve"])
 
@@ -124,7 +129,14 @@ def _result(found: Finetuned) -> dict[str, Any]:
         f"{abs(estimate.mean):.3f} {'lower' if estimate.mean > 0 else 'higher'} (95 % interval of the fall: {low:.3f} to "
         f"{high:.3f}; {estimate.items:,} conversations)"
     )
+    metrics = found.metrics
+    learnt = metrics["conversations"] - metrics["too_long"] - metrics["nothing_learnt"]
+    data = (
+        f"conversations learnt: {learnt:,}, of which {metrics['cut']:,} with their beginning cut off; left out: "
+        f"{metrics['too_long']:,} longer than a row, {metrics['nothing_learnt']:,} without anything to learn"
+    )
     return {
+        "data": data,
         "verdict": words,
         "method": found.method,
         "loss_before": before,
@@ -133,7 +145,7 @@ def _result(found: Finetuned) -> dict[str, Any]:
         "interval": [low, high],
         "conversations": estimate.items,
         "better": low > 0,
-        "metrics": found.metrics,
+        "metrics": metrics,
     }
 
 

@@ -9,11 +9,12 @@ from pydantic import field_validator, model_validator
 from bessemer.core.config import nearest, setting
 from bessemer.core.records import TABLES
 from bessemer.core.usercode import is_user_function
+from bessemer.posttraining.formats import TRUNCATE, Truncate
 from bessemer.posttraining.made import REVISIONS, SYNTHETIC
 from bessemer.training.adapter_config import TuningConfig
 
 #: Raised when the same settings and inputs give other weights or conversations than before (golden outputs in the tests).
-SFT_VERSION = 7
+SFT_VERSION = 8
 
 #: Data made from the run's own documents: its name in `data`.
 DOCS_QUESTIONS = "made/docs_questions"
@@ -49,6 +50,7 @@ class SFTConfig(TuningConfig):
     validation_questions: int = setting(200, f"Questions of {DOCS_QUESTIONS} about documents held out, never trained on.", ge=0)
     task_items: int = setting(600, "Items of a task to train on, the first ones; none of them is held out.", gt=0)
     validation_share: float = setting(0.05, "Fraction of a file's conversations that is held out.", ge=0, lt=1)
+    truncate: Truncate = setting("drop", TRUNCATE)
     epochs: float = setting(15.0, "Passes over the conversations; without effect when steps is given.", gt=0)
 
     pretraining_share: float = setting(

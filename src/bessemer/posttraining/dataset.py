@@ -1,16 +1,15 @@
-"""Files of examples: read with a parser of rows, and split into training and held-out ones."""
+"""Files of examples, read with a parser of rows."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from bessemer.core.errors import BessemerError, RequestError, SourceError
 from bessemer.core.hashing import hash_file, hash_value
 from bessemer.core.records import Record, read_records
-from bessemer.core.seeds import derive_seed
 from bessemer.core.usercode import load_user_function
 from bessemer.posttraining.formats import Turns
 
@@ -56,18 +55,6 @@ def _examples(records: Iterable[Record], parse: Callable[[Mapping[str, Any]], Ex
 def prompt_key(prompt: Turns) -> str:
     """Hash of a prompt, by which examples of one prompt are kept together."""
     return hash_value(prompt if isinstance(prompt, str) else [dict(message) for message in prompt])
-
-
-def split_examples(
-    examples: Sequence[Example], together: Callable[[Example], Hashable], share: float, seed: int
-) -> tuple[list[Example], list[Example]]:
-    """(training, held out): about `share` of what is told apart by `together`, which puts examples on the same side."""
-    training: list[Example] = []
-    held_out: list[Example] = []
-    for example in examples:
-        chance = derive_seed(seed, "validation", hash_value(together(example))) / 2**63
-        (held_out if chance < share else training).append(example)
-    return training, held_out
 
 
 def drawn(examples: Sequence[Example], most: int, seed: int) -> Sequence[Example]:

@@ -9,6 +9,8 @@
 | `prompt`, `chosen`, `rejected` (`margin`, `confidence`); without `prompt` what the two begin with alike | a pair of answers |
 | `prompt`, `completion`, `label` | an answer that is good or bad |
 
+A message of the assistant's with `"weight": 0` is read and not learnt, as in OpenAI's format.
+
 The prompt of a pair may also stand under `question`, `instruction`, `messages` or `conversations`. A text under `system` is the
 system message of a row that has none of its own. In a CSV file everything is text, and an empty cell is absent.
 """
@@ -20,12 +22,19 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from bessemer.core.config import nearest
 from bessemer.tokenization.chat import checked_messages, checked_tools
 
 Message = dict[str, Any]
+#: What is done with an example that is longer than a row.
+Truncate = Literal["drop", "left", "refuse"]
+TRUNCATE = (
+    "Of what is longer than a row, or of an answer of a pair than half a row. drop: left out; left: its beginning is cut off, "
+    "and what the assistant says is learnt where it is whole; refuse: an error. How many there are is said. The end is never "
+    "cut off, so that every answer teaches where it ends."
+)
 #: Messages of a conversation, or a text without roles.
 Turns = tuple[Message, ...] | str
 
@@ -47,8 +56,8 @@ _LABELS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.
 _QUESTIONS = ("input", "query", "context", "user", "text", "problem")
 #: A turn of a transcript: `\n\nHuman: …\n\nAssistant: …`.
 _TURN = re.compile(r"\n\n(Human|Assistant): ?")
-#: Keys of a message that are kept besides role and content, for chat templates that write them.
-_KEPT = ("tool_calls", "tool_call_id", "name", "reasoning_content")
+#: Keys of a message that are kept besides role and content: those that chat templates write, and what it counts in the loss.
+_KEPT = ("tool_calls", "tool_call_id", "name", "reasoning_content", "weight")
 
 
 @dataclass(frozen=True)
@@ -326,6 +335,8 @@ def _messages(value: Any, key: str) -> tuple[Message, ...]:
         role = message["role"]
         if role == "system" and before is not None:
             raise ValueError(f"{key}: message {number}: a system message stands at the beginning")
+        if message.get("weight", 1) not in (0, 1):
+            raise ValueError(f"{key}: message {number}: weight must be 0 or 1, it is {message['weight']!r}"[:200])
         if role == "tool" and (before is None or before["role"] not in ("assistant", "tool")):
             raise ValueError(f"{key}: message {number}: a tool answers the assistant, and here it answers nobody")
     return tuple({name: message[name] for name in ("role", "content", *_KEPT) if name in message} for message in messages)
@@ -348,7 +359,7 @@ def _turn(turn: Any, where: str) -> Message:
         raise ValueError(f"{where}: 'from' must be one of {', '.join(_SPEAKERS)}, got {turn.get('from')!r}")
     if turn["from"] == "function_call":
         return {"role": role, "content": "", "tool_calls": _calls(turn["value"], where)}
-    return _said(role, turn["value"])
+    return _said(role, turn["value"]) | ({"weight": turn["weight"]} if "weight" in turn else {})
 
 
 def _calls(value: str, where: str) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,7 +13,8 @@ import torch
 from bessemer.core.hashing import hash_bytes, hash_value
 from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.posttraining.conversations import Conversation
-from bessemer.posttraining.encoding import encode_answer
+from bessemer.posttraining.encoding import Encoded, RowCounts, RowFitter, encode_answer
+from bessemer.posttraining.formats import Truncate
 from bessemer.tokenization.tokenizer import Tokenizer
 from bessemer.training.config import LoopConfig
 from bessemer.training.data.batches import IGNORE_INDEX, Batch, StatelessBatches, rows_of_step
@@ -29,22 +31,28 @@ class Example:
     targets: np.ndarray
 
 
-def encode_conversation(conversation: Conversation, tokenizer: Tokenizer, context_length: int) -> Example | None:
-    """A conversation as inputs and targets, truncated at `context_length`; None when no token that is learnt is left.
-
-    Raises RequestError as `encode_answer`.
-    """
+def encode_conversation(conversation: Conversation, tokenizer: Tokenizer) -> Encoded:
+    """The tokens of a conversation. Raises RequestError as `encode_answer`."""
     answered = conversation.answered
-    encoded = encode_answer(answered.prompt, answered.answer, tokenizer, answered.tools).example(context_length)
-    return None if encoded is None else Example(*encoded)
+    return encode_answer(answered.prompt, answered.answer, tokenizer, answered.tools)
+
+
+def fit_conversations(
+    conversations: Sequence[Conversation], tokenizer: Tokenizer, context_length: int, truncate: Truncate = "drop"
+) -> tuple[list[Example], RowCounts]:
+    """Conversations as examples of at most `context_length` tokens, and what became of the others. Raises SourceError where
+    longer ones are refused."""
+    fitter = RowFitter(context_length, truncate)
+    fitted = [fitter.fit(partial(encode_conversation, one, tokenizer)) for one in conversations]
+    return [Example(*rows[0]) for rows in fitted if rows is not None], fitter.counts("conversations")
 
 
 @dataclass(frozen=True)
 class PackedConversations:
-    """Conversations in rows, and how many were left out because no token of the assistant is within a row."""
+    """Conversations in rows, and what became of those that are not, or not whole."""
 
     batch: Batch
-    skipped: int
+    counts: RowCounts
 
     @property
     def rows(self) -> int:
@@ -58,22 +66,22 @@ class PackedConversations:
         return float((self.batch.document_ids_BT > 0).double().mean())
 
 
-def pack_conversations(conversations: Sequence[Conversation], tokenizer: Tokenizer, context_length: int) -> PackedConversations:
-    """Conversations in as few rows as best-fit decreasing finds; truncated at a row's length."""
-    encoded = [encode_conversation(conversation, tokenizer, context_length) for conversation in conversations]
-    return pack_examples(encoded, tokenizer, context_length)
+def pack_conversations(
+    conversations: Sequence[Conversation], tokenizer: Tokenizer, context_length: int, truncate: Truncate = "drop"
+) -> PackedConversations:
+    """Conversations in as few rows as best-fit decreasing finds. truncate, and what is raised: as of `fit_conversations`."""
+    examples, counts = fit_conversations(conversations, tokenizer, context_length, truncate)
+    return PackedConversations(pack_examples(examples, tokenizer, context_length), counts)
 
 
-def pack_examples(encoded: Sequence[Example | None], tokenizer: Tokenizer, context_length: int) -> PackedConversations:
-    """Examples of at most `context_length` tokens, in as few rows as best-fit decreasing finds; None is one that is left
-    out."""
-    examples = [example for example in encoded if example is not None]
+def pack_examples(examples: Sequence[Example], tokenizer: Tokenizer, context_length: int) -> Batch:
+    """Examples of at most `context_length` tokens, in as few rows as best-fit decreasing finds."""
     lengths = [len(example.tokens) for example in examples]
     row_of = best_fit(lengths, context_length)
     rows: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in range(int(row_of.max(initial=-1)) + 1)]
     for item in sorted(range(len(examples)), key=lambda item: (-lengths[item], item)):
         rows[row_of[item]].append((examples[item].tokens, examples[item].targets))
-    return PackedConversations(pack_rows(rows, context_length, tokenizer.bos_id), len(encoded) - len(examples))
+    return pack_rows(rows, context_length, tokenizer.bos_id)
 
 
 class PackedBatches(StatelessBatches):

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bessemer.posttraining.dataset import prompt_key, read_examples, split_examples
+from bessemer.posttraining.dataset import read_examples
 from bessemer.posttraining.formats import Pair, as_pair
 from bessemer.posttraining.made import MISMATCHED, data_path
 from bessemer.posttraining.mismatched import mismatched_pairs
+from bessemer.posttraining.splits import opening, split_examples
 
 
 def gather_pairs(
@@ -23,5 +24,5 @@ def gather_pairs(
     if MISMATCHED in names:
         mismatched = mismatched_pairs(data_path(MISMATCHED, folder, made), seed)
     rows = [pair for name in names if name != MISMATCHED for pair in read_examples(data_path(name, folder, made), as_pair)]
-    training, held_out = split_examples(rows, lambda pair: prompt_key(pair.prompt), share, seed)
+    training, held_out = split_examples(rows, lambda pair: opening(pair.prompt), share, seed)
     return [*mismatched[0], *training], [*mismatched[1], *held_out]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,6 +24,7 @@ from bessemer.posttraining.made import data_path
 from bessemer.posttraining.mixed_text import MixedBatches
 from bessemer.posttraining.packing import PackedBatches, pack_conversations, validation_on
 from bessemer.posttraining.questions import make_questions
+from bessemer.posttraining.splits import are_held_out, opening_key, opening_of
 from bessemer.posttraining.supervised import add_embedding_noise, dynamic_fine_tuning
 from bessemer.posttraining.task_conversations import task_conversations
 from bessemer.tokenization.shards import TokenShards
@@ -64,17 +65,15 @@ def sft(
     progress = progress or Silent()
     tokenizer = load_tokenizer(model)
     training, held_out = gather_conversations(config, documents, folder, seed, made)
-    packed = pack_conversations(training, tokenizer, config.context_length)
-    validation = pack_conversations(held_out, tokenizer, config.context_length) if held_out else None
-    if packed.skipped:
-        progress.say(
-            f"  {packed.skipped:,} of {len(training):,} conversations are left out: the assistant says nothing within "
-            f"{config.context_length:,} tokens"
-        )
+    packed, validation = (
+        pack_conversations(some, tokenizer, config.context_length, config.truncate) for some in (training, held_out)
+    )
+    for sentence in packed.counts.sentences(f"{len(training):,} conversations"):
+        progress.say(sentence)
     if not packed.rows:
         raise SourceError(
-            f"none of the {len(training):,} conversations reaches the assistant's words within {config.context_length:,} "
-            "tokens; raise context_length"
+            f"none of the {len(training):,} conversations has something to learn within {config.context_length:,} tokens; "
+            "raise context_length"
         )
     if config.steps is None:
         rows = math.ceil(config.epochs * packed.rows / (1 - config.pretraining_share))
@@ -102,7 +101,7 @@ def sft(
             if not mesh.alone:
                 raise ConfigError("neftune_alpha: in one process; leave it out under a mesh")
             add_embedding_noise(decoder, config.neftune_alpha)
-        if validation is None:
+        if not validation.rows:
             return lambda finished, trainer: {}
         validate = validation_on(validation.batch, config)
 
@@ -132,13 +131,13 @@ def sft(
         prepare=prepare,
         tasks=tasks,
         objective=objective,
-        plan=Plan(0 if validation is None else validation.batch.tokens_BT.numel()),
+        plan=Plan(validation.batch.tokens_BT.numel()),
         only_resolve=only_resolve,
     )
     return {
         "conversations": len(training),
         "held_out": len(held_out),
-        "skipped": packed.skipped,
+        **packed.counts.figures,
         "rows": packed.rows,
         "filled": round(packed.filled, 4),
         **{name: value for name, value in summary.items() if name != "parameters"},
@@ -148,21 +147,35 @@ def sft(
 def gather_conversations(
     config: SFTConfig, documents: Path | None, folder: Path, seed: int, made: Mapping[str, Path] | None = None
 ) -> tuple[list[Conversation], list[Conversation]]:
-    """(training, held-out) conversations of all data that the settings name. Raises SourceError, and ConfigError for a task
-    that there is not or whose answers are not known, and for a function that there is not."""
+    """(training, held-out) conversations of all data that the settings name; none of the second opens as one of the first.
+    Raises SourceError, and ConfigError for a task that there is not or whose answers are not known, and for a function that
+    there is not."""
+    sets = [(name, _conversations_of(name, config, documents, folder, seed, made or {})) for name in config.data]
+    # of all sets at once: one question may stand in two of them
+    openings = [opening_of(one.answered) for _, given in sets for one in given.to_split]
+    sides = iter(are_held_out(openings, config.validation_share, seed))
     training: list[Conversation] = []
     held_out: list[Conversation] = []
-    for name in config.data:
-        own, own_held_out = _conversations_of(name, config, documents, folder, seed, made or {})
+    for name, given in sets:
+        split = [(one, next(sides)) for one in given.to_split]
+        own = [*given.training, *(one for one, is_held_out in split if not is_held_out)]
         training += _weighted(own, config.weights.get(name, 1.0), seed)
-        held_out += own_held_out
-    return training, held_out
+        held_out += [*given.held_out, *(one for one, is_held_out in split if is_held_out)]
+    learnt = {opening_key(opening_of(one.answered)) for one in training}
+    return training, [one for one in held_out if opening_key(opening_of(one.answered)) not in learnt]
+
+
+class _Set(NamedTuple):
+    """Conversations of one set: those whose side is known, and those that are to be split."""
+
+    training: Sequence[Conversation] = ()
+    held_out: Sequence[Conversation] = ()
+    to_split: Sequence[Conversation] = ()
 
 
 def _conversations_of(
     name: str, config: SFTConfig, documents: Path | None, folder: Path, seed: int, made: Mapping[str, Path]
-) -> tuple[list[Conversation], list[Conversation]]:
-    """(training, held-out) conversations of one set."""
+) -> _Set:
     if name == DOCS_QUESTIONS:
         if documents is None:
             raise SourceError(f"{DOCS_QUESTIONS} is made from documents, and no stage of this recipe makes any")
@@ -172,20 +185,13 @@ def _conversations_of(
                 f"{documents}: no question can be made from it; {DOCS_QUESTIONS} needs documentation of functions and "
                 "classes, as the sources wheels and python_docs give it"
             )
-        return questions, make_questions(documents, VALIDATION, config.validation_questions, seed)
+        return _Set(questions, make_questions(documents, VALIDATION, config.validation_questions, seed))
     if name.startswith(TASK):
-        return task_conversations(name.removeprefix(TASK), config.task_items), []
+        return _Set(task_conversations(name.removeprefix(TASK), config.task_items))
     columns = None if name in MADE_DATA else config.columns
     if is_user_function(name):
-        conversations = made_conversations(name, folder, columns)
-    else:
-        conversations = read_conversations(data_path(name, folder, made), columns)
-    training: list[Conversation] = []
-    held_out: list[Conversation] = []
-    for conversation in conversations:
-        chance = derive_seed(seed, "validation", conversation.id) / 2**63
-        (held_out if chance < config.validation_share else training).append(conversation)
-    return training, held_out
+        return _Set(to_split=made_conversations(name, folder, columns))
+    return _Set(to_split=read_conversations(data_path(name, folder, made), columns))
 
 
 def _weighted(conversations: list[Conversation], weight: float, seed: int) -> list[Conversation]:

@@ -10,10 +10,11 @@ from pydantic import field_validator, model_validator
 from bessemer.core.config import setting
 from bessemer.core.errors import ConfigError
 from bessemer.posttraining.distillation.registry import CROSS_ENTROPY, DISTILLATION_LOSSES, POLICY_GRADIENT
+from bessemer.posttraining.formats import TRUNCATE, Truncate
 from bessemer.training.adapter_config import TuningConfig
 
 #: Raised when the same settings and inputs give other weights than before.
-DISTILLATION_VERSION = 3
+DISTILLATION_VERSION = 4
 
 
 class DistillationConfig(TuningConfig):
@@ -63,6 +64,7 @@ class DistillationConfig(TuningConfig):
     validation_share: float = setting(
         0.05, "Fraction of the prompts that are held out; a prompt is on one side with all its answers.", ge=0, lt=1
     )
+    truncate: Truncate = setting("drop", TRUNCATE)
     validation_limit: int = setting(
         100, "Most held-out prompts that the student answers at each validation, for `validation_reverse_kl`.", ge=0
     )

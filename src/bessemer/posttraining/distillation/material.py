@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,22 @@ from bessemer.core.seeds import derive_seed
 from bessemer.data.corpus.reader import TRAIN, VALIDATION
 from bessemer.model.decoder import Decoder
 from bessemer.posttraining.conversations import Conversation, read_conversations, write_conversations
-from bessemer.posttraining.dataset import drawn, prompt_key, split_examples
+from bessemer.posttraining.dataset import drawn, prompt_key
 from bessemer.posttraining.distillation.config import DistillationConfig
 from bessemer.posttraining.distillation.prompts import Asked, before_last_answer, encoded_prompts, gather_prompts
 from bessemer.posttraining.distillation.student_samples import HeldOutDivergence, StudentBatches
 from bessemer.posttraining.distillation.teacher import TEACHER, TeacherHead
 from bessemer.posttraining.distillation.teacher_answers import TeacherAnswer, sample_answers
+from bessemer.posttraining.encoding import RowFitter
 from bessemer.posttraining.packing import (
+    Example,
     PackedBatches,
     PackedConversations,
-    encode_conversation,
+    pack_conversations,
     pack_examples,
     validation_on,
 )
+from bessemer.posttraining.splits import opening_of, split_examples
 from bessemer.tokenization.shards import TokenShards
 from bessemer.tokenization.tokenizer import Tokenizer
 from bessemer.training.data.batches import BatchSource, TokenBatches
@@ -101,11 +105,10 @@ def answered_material(
 ) -> Material:
     """The answers of the data. Raises SourceError for rows that are malformed or too long."""
     conversations = [one for name in config.data for one in read_conversations(folder / name)]
-    training, held_out = split_examples(conversations, _prompt_of, config.validation_share, seed)
+    training, held_out = split_examples(conversations, lambda one: opening_of(one.answered), config.validation_share, seed)
 
     def packed(some: Sequence[Conversation]) -> PackedConversations:
-        encoded = [encode_conversation(one, tokenizer, config.context_length) for one in some]
-        return pack_examples(encoded, tokenizer, config.context_length)
+        return pack_conversations(some, tokenizer, config.context_length, config.truncate)
 
     asked = [one for conversation in held_out if (one := before_last_answer(conversation.answered)) is not None]
     return _packed_material(config, packed(training), packed(held_out), asked, seed, progress)
@@ -134,7 +137,10 @@ def taught_material(
         write_conversations(out / "conversations" / f"{name}.jsonl", [one.conversation for one in some if not one.is_cut])
 
     def packed(some: Sequence[TeacherAnswer]) -> PackedConversations:
-        return pack_examples([one.example(tokenizer, config.context_length) for one in some], tokenizer, config.context_length)
+        fitter = RowFitter(config.context_length, config.truncate)
+        fitted = [fitter.fit(partial(one.encoded, tokenizer)) for one in some]
+        examples = [Example(*rows[0]) for rows in fitted if rows is not None]
+        return PackedConversations(pack_examples(examples, tokenizer, config.context_length), fitter.counts("answers"))
 
     material = _packed_material(config, packed(sides["train"]), packed(sides["validation"]), held_out, seed, progress)
     cut = sum(one.is_cut for one in answers)
@@ -201,21 +207,18 @@ def _packed_material(
     seed: int,
     progress: Progress,
 ) -> Material:
-    if training.skipped:
-        progress.say(
-            f"  {training.skipped:,} answers are left out: none of their words is within {config.context_length:,} tokens"
-        )
+    for sentence in training.counts.sentences("the answers"):
+        progress.say(sentence)
     if not training.rows:
         raise SourceError(
-            f"no answer to train on begins within {config.context_length:,} tokens; raise context_length, or lower "
-            "validation_share"
+            f"no answer to train on is within {config.context_length:,} tokens; raise context_length, or lower validation_share"
         )
     return Material(
         _steps(config, training.rows),
         lambda config: PackedBatches(training.batch, batch_size=config.batch_size, seed=derive_seed(seed, "batches")),
         lambda config, decoder: validation_on(held_out.batch, config),
         asked,
-        {"skipped": training.skipped + held_out.skipped, "rows": training.rows, "filled": round(training.filled, 4)},
+        {**training.counts.figures, "rows": training.rows, "filled": round(training.filled, 4)},
     )
 
 
@@ -224,11 +227,6 @@ def _prompts(config: DistillationConfig, folder: Path, seed: int) -> tuple[list[
     if not training:
         raise SourceError("no prompt is left to train on; give more rows, or lower validation_share")
     return training, held_out
-
-
-def _prompt_of(conversation: Conversation) -> str:
-    asked = before_last_answer(conversation.answered)
-    return conversation.id if asked is None else prompt_key(asked.prompt)
 
 
 def _steps(config: DistillationConfig, rows: int) -> int:

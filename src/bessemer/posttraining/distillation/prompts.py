@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bessemer.posttraining.dataset import prompt_key, read_examples, split_examples
+from bessemer.posttraining.dataset import read_examples
 from bessemer.posttraining.distillation.config import DistillationConfig
 from bessemer.posttraining.encoding import encode_prompt
 from bessemer.posttraining.formats import Answered, Message, Turns, as_answered, as_prompt, tools_of
 from bessemer.posttraining.rl.prompts import Prompt
 from bessemer.posttraining.rl.sampler import EncodedPrompt
+from bessemer.posttraining.splits import opening, split_examples
 from bessemer.tokenization.tokenizer import Tokenizer
 
 
@@ -69,7 +70,7 @@ def _bare_prompt(row: Mapping[str, Any]) -> Asked:
 def gather_prompts(config: DistillationConfig, folder: Path, seed: int) -> tuple[list[Asked], list[Asked]]:
     """(training, held out) prompts of all data, in order. Raises SourceError for rows that are malformed."""
     asked = [one for name in config.data for one in read_examples(folder / name, as_asked)]
-    return split_examples(asked, lambda one: prompt_key(one.prompt), config.validation_share, seed)
+    return split_examples(asked, lambda one: opening(one.prompt), config.validation_share, seed)
 
 
 def encoded_prompts(asked: Sequence[Asked], tokenizer: Tokenizer, config: DistillationConfig) -> list[EncodedPrompt]:

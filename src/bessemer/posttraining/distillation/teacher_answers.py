@@ -19,7 +19,6 @@ from bessemer.posttraining.distillation.prompts import Asked
 from bessemer.posttraining.encoding import Encoded, encode_answer
 from bessemer.posttraining.finished_rows import FinishedRows
 from bessemer.posttraining.formats import plain_turns
-from bessemer.posttraining.packing import Example
 from bessemer.tokenization.tokenizer import Tokenizer
 
 #: Every answer, a line a prompt.
@@ -41,16 +40,13 @@ class TeacherAnswer:
         """As a row that `sft` reads."""
         return Conversation(self.asked.answered(self.text), "teacher")
 
-    def example(self, tokenizer: Tokenizer, context_length: int) -> Example | None:
-        """Inputs and targets in the student's tokens; of an answer that was cut, the end token is no target. None where no
-        target is left."""
+    def encoded(self, tokenizer: Tokenizer) -> Encoded:
+        """In the student's tokens; of an answer that was cut, the end token is no target."""
         answered = self.asked.answered(self.text)
         encoded = encode_answer(answered.prompt, answered.answer, tokenizer, answered.tools)
-        if self.is_cut:
-            end = len(encoded.through_end()) - 1
-            encoded = Encoded(encoded.ids[:end], encoded.is_learnt[:end])
-        found = encoded.example(context_length)
-        return None if found is None else Example(*found)
+        if not self.is_cut:
+            return encoded
+        return Encoded(encoded.ids[: encoded.inputs], encoded.is_learnt[: encoded.inputs])
 
 
 def sample_answers(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from bessemer.core.config import Config, setting
+from bessemer.posttraining.formats import TRUNCATE, Truncate
 
 #: Ways to tune, from the one that needs most memory to the one that needs least.
 Method = Literal["full", "lora", "qlora"]
@@ -32,5 +33,6 @@ class FinetuneConfig(Config):
         None, "Tokens of a row; absent: those of the longest conversation, at most 2,048 and the model's context.", gt=1
     )
     batch_size: int | None = setting(None, "Rows of a batch; absent: as many as hold eight conversations.", gt=0)
+    truncate: Truncate = setting("drop", TRUNCATE)
     held_out: float = setting(0.1, "Share of the data that is held out, to see whether the model got better.", gt=0, lt=1)
     merge: bool = setting(False, "Also write model/, the weights with the adapter merged into them.")

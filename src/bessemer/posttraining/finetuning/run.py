@@ -34,7 +34,8 @@ from bessemer.posttraining.finetuning.columns import find_columns
 from bessemer.posttraining.finetuning.config import FULL_LEARNING_RATE, FinetuneConfig, Method
 from bessemer.posttraining.finetuning.held_out import conversation_losses
 from bessemer.posttraining.finetuning.method import choose_method, free_bytes
-from bessemer.posttraining.packing import Example, encode_conversation, pack_conversations
+from bessemer.posttraining.formats import Truncate
+from bessemer.posttraining.packing import Example, fit_conversations, pack_conversations
 from bessemer.posttraining.sft import gather_conversations, sft
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 from bessemer.training.checkpoint.manager import CHECKPOINTS
@@ -93,10 +94,11 @@ def finetune(
         progress.say(f"{data}: questions in {settings['prompt_column']!r}, answers in {settings['answer_column']!r}")
     base = prepare_base(source, out / "base", progress)
     tokenizer, chosen_device = load_tokenizer(base), choose_device(device)
-    encoded = [encode_conversation(one, tokenizer, _LONGEST) for one in (*training, *held_out)]
-    lengths = [len(example.tokens) for example in encoded if example is not None]
-    context = config.context_length or _row_length(lengths, read_model_config(base).max_position_embeddings)
-    rows = max(1, pack_conversations(training, tokenizer, context).rows)
+    limit = read_model_config(base).max_position_embeddings
+    longest = config.context_length or min(_LONGEST, limit)
+    lengths = [len(one.tokens) for one in fit_conversations([*training, *held_out], tokenizer, longest, truncate="left")[0]]
+    context = config.context_length or _row_length(lengths, limit)
+    rows = max(1, pack_conversations(training, tokenizer, context, config.truncate).rows)
     batch_size = config.batch_size or max(1, round(_CONVERSATIONS * rows / len(training)))
     record = read_json(out / RECORD, "record of a fine-tuning")
     if "method" not in record:
@@ -115,7 +117,7 @@ def finetune(
     )
     measure = partial(
         conversation_losses,
-        examples=_within(held_out, tokenizer, context),
+        examples=_within(held_out, tokenizer, context, config.truncate),
         context_length=context,
         padding_id=tokenizer.bos_id,
         progress=progress,
@@ -215,6 +217,7 @@ def _training_settings(
         "steps": steps,
         "batch_size": batch_size,
         "context_length": context,
+        "truncate": config.truncate,
         "evaluate_every": max(1, -(-steps // _VALIDATIONS)),
         "optimizer": "adamw",
         "beta2": 0.999,
@@ -232,10 +235,9 @@ def _training_settings(
     return found | ({} if config.learning_rate is None else {"learning_rate": config.learning_rate})
 
 
-def _within(conversations: Sequence[Conversation], tokenizer: Tokenizer, context: int) -> list[Example]:
+def _within(conversations: Sequence[Conversation], tokenizer: Tokenizer, context: int, truncate: Truncate) -> list[Example]:
     """The conversations that have something to learn within a row."""
-    encoded = (encode_conversation(one, tokenizer, context) for one in conversations)
-    examples = [example for example in encoded if example is not None]
+    examples = fit_conversations(conversations, tokenizer, context, truncate)[0]
     if len(examples) < _FEWEST:
         raise SourceError(
             f"{len(examples):,} conversations held out have an answer within {context:,} tokens; raise --context-length"

@@ -8,12 +8,13 @@ from pydantic import field_validator, model_validator
 
 from bessemer.core.config import setting
 from bessemer.core.errors import ConfigError
+from bessemer.posttraining.formats import TRUNCATE, Truncate
 from bessemer.posttraining.made import MISMATCHED, checked_pairs
 from bessemer.posttraining.preference.registry import BUILT_IN, KTO, PAIR_LOSSES
 from bessemer.training.adapter_config import TuningConfig
 
 #: Raised when the same settings and inputs give other weights than before.
-PREFERENCE_VERSION = 6
+PREFERENCE_VERSION = 7
 
 
 #: γ of simpo where nothing is said.
@@ -55,6 +56,7 @@ class PreferenceConfig(TuningConfig):
     validation_share: float = setting(
         0.05, "Fraction of the prompts whose pairs are held out; a prompt is on one side with all its pairs.", ge=0, lt=1
     )
+    truncate: Truncate = setting("drop", TRUNCATE)
     epochs: float = setting(1.0, "Passes over the pairs; without effect when steps is given.", gt=0)
 
     optimizer: str = setting("adamw", "As in pretrain.", code=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bessemer.core.errors import SourceError
-from bessemer.posttraining.dataset import prompt_key, read_examples, split_examples
+from bessemer.posttraining.dataset import prompt_key, read_examples
 from bessemer.posttraining.formats import as_labelled_answers
 from bessemer.posttraining.made import data_path
 from bessemer.posttraining.pairs import gather_pairs
@@ -18,6 +18,7 @@ from bessemer.posttraining.preference.losses import PairLossSettings
 from bessemer.posttraining.preference.objective import PreferenceObjective
 from bessemer.posttraining.preference.packing import can_share_prompts, pack_pairs
 from bessemer.posttraining.preference.registry import PAIR_LOSSES
+from bessemer.posttraining.splits import opening_of, split_examples
 from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.data.batches import Batch
 from bessemer.training.objectives import Objective
@@ -27,7 +28,8 @@ from bessemer.training.objectives import Objective
 class PreferenceData:
     """Packed examples of a run, and the objective that learns from them.
 
-    name: of an example, in the plural. longest: tokens within which an answer must begin. skipped: of both sets.
+    name: of an example, in the plural. longest: tokens within which an answer must end. left_out: a sentence on each kind of
+    examples to train on that are not, or not whole. figures: their numbers.
     """
 
     name: str
@@ -36,10 +38,10 @@ class PreferenceData:
     longest: int
     training: Batch
     training_examples: int
-    training_skipped: int
     validation: Batch
     validation_examples: int
-    skipped: int
+    left_out: list[str]
+    figures: dict[str, int]
 
     @property
     def rows(self) -> int:
@@ -59,7 +61,8 @@ def paired_data(config: PreferenceConfig, model: Path, folder: Path, made: Mappi
         )
     tokenizer, shares = load_tokenizer(model), can_share_prompts(config, model)
     packed, validation = (
-        pack_pairs(some, tokenizer, config.context_length, shares_prompts=shares) for some in (training, held_out)
+        pack_pairs(some, tokenizer, config.context_length, config.truncate, shares_prompts=shares)
+        for some in (training, held_out)
     )
     settings = PairLossSettings(config.beta, config.label_smoothing, config.margin)
     return PreferenceData(
@@ -69,10 +72,10 @@ def paired_data(config: PreferenceConfig, model: Path, folder: Path, made: Mappi
         longest=config.context_length // 2,
         training=packed.batch,
         training_examples=packed.pairs,
-        training_skipped=packed.skipped,
         validation=validation.batch,
         validation_examples=validation.pairs,
-        skipped=packed.skipped + validation.skipped,
+        left_out=packed.sentences(f"{len(training):,} pairs"),
+        figures=packed.figures,
     )
 
 
@@ -80,7 +83,7 @@ def labelled_data(config: PreferenceConfig, model: Path, folder: Path, made: Map
     """The single answers that the settings name, those of pairs among them, packed for KTO. Raises SourceError."""
     rows = [row for name in config.data for row in read_examples(data_path(name, folder, made), as_labelled_answers)]
     answers = [answer for row in rows for answer in row]
-    training, held_out = split_examples(answers, lambda one: prompt_key(one.answered.prompt), config.validation_share, seed)
+    training, held_out = split_examples(answers, lambda one: opening_of(one.answered), config.validation_share, seed)
     if len({prompt_key(one.answered.prompt) for one in held_out}) == 1:
         # with a single prompt there is nothing to compare its answers with
         training, held_out = answers, []
@@ -93,8 +96,8 @@ def labelled_data(config: PreferenceConfig, model: Path, folder: Path, made: Map
         longest=config.context_length,
         training=packed.batch,
         training_examples=packed.answers,
-        training_skipped=packed.skipped,
         validation=validation.batch,
         validation_examples=validation.answers,
-        skipped=packed.skipped + validation.skipped,
+        left_out=packed.counts.sentences(f"{len(training):,} answers"),
+        figures=packed.counts.figures,
     )

@@ -8,26 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
-import numpy as np
 import torch
 
 from bessemer.core.errors import SourceError
 from bessemer.posttraining.dataset import prompt_key
-from bessemer.posttraining.encoding import encode_answer
-from bessemer.posttraining.formats import Labelled
+from bessemer.posttraining.encoding import Row, RowCounts, RowFitter, encode_answer
+from bessemer.posttraining.formats import Labelled, Truncate
 from bessemer.tokenization.tokenizer import Tokenizer
 from bessemer.training.data.batches import Batch
 from bessemer.training.data.packing import best_fit, pack_rows
 
-_Example = tuple[np.ndarray, np.ndarray]
 #: Rows of the mismatched examples, which lie beside a batch's own as values of tokens.
 _TWIN = "mismatched_"
 
 
 @dataclass(frozen=True)
 class PackedAnswers:
-    """Answers in rows, and how many were left out because they have no token within a row.
+    """Answers in rows, and what became of the others.
 
     `is_answer` in `per_sequence` is 1 for the sequences that are there, `is_desirable` for the good ones. `mismatched` gives
     the rows of their twins, in the same order.
@@ -35,7 +34,7 @@ class PackedAnswers:
 
     batch: Batch
     answers: int
-    skipped: int
+    counts: RowCounts
 
     @property
     def rows(self) -> int:
@@ -43,26 +42,29 @@ class PackedAnswers:
         return self.batch.tokens_BT.shape[0]
 
 
-def pack_answers(examples: Sequence[Labelled], tokenizer: Tokenizer, context_length: int) -> PackedAnswers:
-    """Answers in few rows, the end cut off at a row's length; rows of twins beside them.
+def pack_answers(
+    examples: Sequence[Labelled], tokenizer: Tokenizer, context_length: int, truncate: Truncate = "drop"
+) -> PackedAnswers:
+    """Answers in few rows; rows of twins beside them, of which the end is cut off at a row's length: no answer is learnt there.
 
     The twin of an example has the answer of the one before it that has another prompt. Raises SourceError where all have the
-    same, and where some are texts and some messages.
+    same, where some are texts and some messages, and where longer ones are refused.
     """
     if len({isinstance(one.answered.prompt, str) for one in examples}) > 1:
         raise SourceError("loss kto compares answers with each other, and some rows are texts and some messages; give one kind")
-    packed: list[tuple[_Example, _Example, bool]] = []
+    fitter = RowFitter(context_length, truncate)
+    packed: list[tuple[Row, Row, bool]] = []
     for example, place in zip(examples, others_before([prompt_key(one.answered.prompt) for one in examples]), strict=True):
         answered, other = example.answered, examples[place].answered
-        own = encode_answer(answered.prompt, answered.answer, tokenizer, answered.tools).example(context_length)
-        twin = encode_answer(answered.prompt, other.answer, tokenizer, answered.tools).example(context_length)
-        if own is not None and twin is not None:
-            packed.append((own, twin, example.is_desirable))
+        fitted = fitter.fit(partial(encode_answer, answered.prompt, answered.answer, tokenizer, answered.tools))
+        twin = encode_answer(answered.prompt, other.answer, tokenizer, answered.tools).beginning(context_length)
+        if fitted is not None and twin is not None:
+            packed.append((fitted[0], twin, example.is_desirable))
     lengths = [max(len(own[0]), len(twin[0])) for own, twin, _ in packed]
     row_of = best_fit(lengths, context_length)
     count = int(row_of.max(initial=-1)) + 1
-    owns: list[list[_Example]] = [[] for _ in range(count)]
-    twins: list[list[_Example]] = [[] for _ in range(count)]
+    owns: list[list[Row]] = [[] for _ in range(count)]
+    twins: list[list[Row]] = [[] for _ in range(count)]
     labels: list[list[bool]] = [[] for _ in range(count)]
     for item in sorted(range(len(packed)), key=lambda item: (-lengths[item], item)):
         own, twin, is_desirable = packed[item]
@@ -82,7 +84,7 @@ def pack_answers(examples: Sequence[Labelled], tokenizer: Tokenizer, context_len
         per_sequence={"is_answer": is_answer_BS, "is_desirable": is_desirable_BS},
         sequences=sequences,
     )
-    return PackedAnswers(batch, len(packed), len(examples) - len(packed))
+    return PackedAnswers(batch, len(packed), fitter.counts("answers"))
 
 
 def has_mismatched(batch: Batch) -> bool:

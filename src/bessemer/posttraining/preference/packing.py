@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,22 +16,19 @@ import numpy as np
 import torch
 
 from bessemer.model.folder_config import read_model_config
-from bessemer.posttraining.encoding import Encoded, encode_answer
-from bessemer.posttraining.formats import Pair
+from bessemer.posttraining.encoding import Encoded, Row, RowCounts, RowFitter, encode_answer
+from bessemer.posttraining.formats import Pair, Truncate
 from bessemer.tokenization.tokenizer import Tokenizer
 from bessemer.training.config import LoopConfig
 from bessemer.training.data.batches import IGNORE_INDEX, Batch
 from bessemer.training.data.packing import best_fit, pack_rows
 
-#: Inputs and targets of an answer with its prompt.
-_Example = tuple[np.ndarray, np.ndarray]
-
 
 class PairExample(NamedTuple):
     """Both answers of a pair. margin, confidence, weight: as of `Pair`."""
 
-    chosen: _Example
-    rejected: _Example
+    chosen: Row
+    rejected: Row
     margin: float = 0.0
     confidence: float = 1.0
     weight: float = 1.0
@@ -56,7 +54,7 @@ class PairExample(NamedTuple):
 
 @dataclass(frozen=True)
 class PackedPairs:
-    """Pairs in rows, and how many were left out: half a row is too short for one of the answers, or for where they differ.
+    """Pairs in rows, and what became of the others; equal: those whose answers are the same, left out too.
 
     Sequences 2k and 2k + 1 of a row, counted from 0, are the chosen and the rejected answer of its k-th pair. `margin` and
     `pair_weight` in `per_sequence` are the pair's; the weight is 0 where there is none. `confidence` is there where any is
@@ -65,7 +63,18 @@ class PackedPairs:
 
     batch: Batch
     pairs: int
-    skipped: int
+    counts: RowCounts
+    equal: int
+
+    @property
+    def figures(self) -> dict[str, int]:
+        """For a stage's metrics."""
+        return {**self.counts.figures, "equal": self.equal}
+
+    def sentences(self, of: str) -> list[str]:
+        """As `RowCounts.sentences`."""
+        equal = [f"  {self.equal:,} of {of} are left out: their two answers are the same"] if self.equal else []
+        return [*self.counts.sentences(of), *equal]
 
     @property
     def rows(self) -> int:
@@ -77,26 +86,32 @@ def pack_pairs(
     pairs: Sequence[Pair],
     tokenizer: Tokenizer,
     context_length: int,
-    example: Callable[[Encoded, int], _Example | None] = Encoded.example,
+    truncate: Truncate = "drop",
     *,
+    example: Callable[[Encoded, int], Row | None] | None = None,
     shares_prompts: bool = False,
 ) -> PackedPairs:
-    """Pairs in few rows. An answer and its prompt take at most half a row. shares_prompts: as of `pack_examples`.
-
-    example: inputs and targets of an answer of at most this number of tokens, the end cut off; None where no target is left.
-    """
+    """Pairs in few rows. An answer and its prompt take at most half a row; what becomes of longer ones: as of `RowFitter`.
+    shares_prompts: as of `pack_examples`. Raises SourceError where longer ones are refused."""
+    fitter = RowFitter(context_length // 2, truncate, example)
     packed: list[PairExample] = []
+    equal = 0
     for pair in pairs:
-        sides = [encode_answer(pair.prompt, answer, tokenizer, pair.tools) for answer in (pair.chosen, pair.rejected)]
-        chosen, rejected = (example(side, context_length // 2) for side in sides)
-        # what tells them apart may be cut off
-        if chosen is not None and rejected is not None and not _are_equal(chosen, rejected):
+        rows = fitter.fit(
+            *(partial(encode_answer, pair.prompt, answer, tokenizer, pair.tools) for answer in (pair.chosen, pair.rejected))
+        )
+        if rows is None:
+            continue
+        chosen, rejected = rows
+        if _are_equal(chosen, rejected):
+            equal += 1
+        else:
             packed.append(PairExample(chosen, rejected, pair.margin, pair.confidence, pair.weight))
     batch = pack_examples(packed, context_length, tokenizer.bos_id, shares_prompts=shares_prompts)
-    return PackedPairs(batch, len(packed), len(pairs) - len(packed))
+    return PackedPairs(batch, len(packed), fitter.counts("pairs"), equal)
 
 
-def _are_equal(first: _Example, second: _Example) -> bool:
+def _are_equal(first: Row, second: Row) -> bool:
     return all(np.array_equal(one, other) for one, other in zip(first, second, strict=True))
 
 

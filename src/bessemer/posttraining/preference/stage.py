@@ -57,15 +57,12 @@ def preference(
     progress = progress or Silent()
     gather = labelled_data if config.loss == KTO else paired_data
     data = gather(config, model, folder, made or {}, seed)
-    if data.training_skipped:
-        progress.say(
-            f"  {data.training_skipped:,} of {data.training_examples + data.training_skipped:,} {data.name} are left out: "
-            f"{data.longest:,} tokens do not reach an answer, or where two differ"
-        )
+    for sentence in data.left_out:
+        progress.say(sentence)
     if not data.rows:
         raise SourceError(
-            f"none of the {data.training_skipped:,} {data.name} to train on begins its answers within {data.longest:,} tokens; "
-            "raise context_length"
+            f"none of the {data.name} to train on has different answers that end within {data.longest:,} tokens; raise "
+            "context_length"
         )
     if config.steps is None:
         config = config.with_changes(steps=config.batch_sizes.steps_for(math.ceil(config.epochs * data.rows)))
@@ -115,7 +112,7 @@ def preference(
     return {
         data.name: data.training_examples,
         "held_out": data.validation_examples,
-        "skipped": data.skipped,
+        **data.figures,
         "rows": data.rows,
         **{name: value for name, value in summary.items() if name != "parameters"},
     }

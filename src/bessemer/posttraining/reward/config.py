@@ -11,7 +11,7 @@ from bessemer.posttraining.made import checked_pairs
 from bessemer.training.adapter_config import TuningConfig
 
 #: Raised when the same settings and inputs give other weights than before.
-REWARD_VERSION = 5
+REWARD_VERSION = 6
 
 
 class RewardConfig(TuningConfig):

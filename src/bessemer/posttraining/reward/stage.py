@@ -59,14 +59,11 @@ def reward(
     training, held_out = gather_pairs(config.data, folder, made or {}, config.validation_share, seed)
     shares = can_share_prompts(config, model)
     packed, validation = (
-        pack_pairs(some, tokenizer, config.context_length, Encoded.scored, shares_prompts=shares)
+        pack_pairs(some, tokenizer, config.context_length, example=Encoded.scored, shares_prompts=shares)
         for some in (training, held_out)
     )
-    if packed.skipped:
-        progress.say(
-            f"  {packed.skipped:,} of {len(training):,} pairs are left out: an answer does not end within "
-            f"{config.context_length // 2:,} tokens, half a row"
-        )
+    for sentence in packed.sentences(f"{len(training):,} pairs"):
+        progress.say(sentence)
     if not packed.rows:
         raise SourceError(
             f"none of the {len(training):,} pairs to train on ends within {config.context_length // 2:,} tokens; raise "
@@ -110,7 +107,7 @@ def reward(
     return {
         "pairs": packed.pairs,
         "held_out": validation.pairs,
-        "skipped": packed.skipped + validation.skipped,
+        **packed.figures,
         "rows": packed.rows,
         **assessed,
         **{name: value for name, value in summary.items() if name != "parameters"},

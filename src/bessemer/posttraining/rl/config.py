@@ -14,7 +14,7 @@ from bessemer.posttraining.rl.presets import PRESETS
 from bessemer.training.adapter_config import TuningConfig
 
 #: Raised when the same settings and inputs give other weights than before.
-RL_VERSION = 5
+RL_VERSION = 6
 
 
 class RLConfig(TuningConfig):

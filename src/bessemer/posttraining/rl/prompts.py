@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from bessemer.core.errors import ConfigError
-from bessemer.posttraining.dataset import read_examples, split_examples
+from bessemer.posttraining.dataset import read_examples
 from bessemer.posttraining.encoding import encode_prompt
 from bessemer.posttraining.formats import Turns
 from bessemer.posttraining.rewards.registry import AskedTask
 from bessemer.posttraining.rl.config import RLConfig
+from bessemer.posttraining.splits import split_examples
 from bessemer.tasks.options import TaskOptions
 from bessemer.tasks.questions import GenerationTask
 from bessemer.tasks.registry import TASKS, find_tasks
@@ -83,7 +83,7 @@ def gather_prompts(config: RLConfig, folder: Path, seed: int) -> Prompts:
             turns: Turns = question.context if isinstance(question.context, str) else tuple(map(dict, question.context))
             columns = {"task": task.name, "item": question.item}
             prompts.append(Prompt(turns, columns, task.generation.stop, task.begin_token))
-    training, held_out = split_examples(prompts, _words, config.validation_share, seed)
+    training, held_out = split_examples(prompts, _whole, config.validation_share, seed)
     return Prompts(training, held_out, tasks)
 
 
@@ -121,7 +121,8 @@ def _begins_with_system(messages: Sequence[Any]) -> bool:
     return isinstance(messages[0], Mapping) and messages[0].get("role") == "system"
 
 
-def _words(prompt: Prompt) -> tuple[str, ...]:
-    """What tells prompts apart: their words and numbers, whatever the order, so that 3 + 4 lies with 4 + 3."""
-    texts = [prompt.turns] if isinstance(prompt.turns, str) else [str(one.get("content") or "") for one in prompt.turns]
-    return tuple(sorted(word for text in texts for word in re.findall(r"\w+", text)))
+def _whole(prompt: Prompt) -> str:
+    """All of a prompt, and not its opening: that may be an example which every question of a task has before it."""
+    if isinstance(prompt.turns, str):
+        return prompt.turns
+    return "\n".join(str(one.get("content") or "") for one in prompt.turns)
