@@ -87,12 +87,13 @@ class Served:
         return self.worker.requests + (0 if self.shelf is None else self.shelf.requests)
 
     async def of(self, name: str, caller: Caller) -> Served:
-        """What serves a name: this model, or one beside it, opened if it must be. caller: whose request asks for it.
+        """What serves a name: this model, or one beside it, opened if it must be, and open until the request of `caller` ends.
 
         Raises ApiError: 404 for a name that is not served, 503 for a model that cannot be opened now.
         """
         caller.model = name
         if self.shelf is not None and name in self.shelf.names:
+            caller.held.enter_context(self.shelf.lease(name))
             found = await self.shelf.model(name)
             if found not in self._beside:
                 self._beside[found] = Served(found.engine, name, found.worker, hooks=self.hooks)
