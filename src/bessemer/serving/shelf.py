@@ -93,8 +93,10 @@ class Shelf:
 
     @contextmanager
     def lease(self, name: str) -> Generator[None, None, None]:
-        """Keep a model from being closed for another, or because nobody asks for it. A request holds one from before the model is
-        opened to its end: another request may run between the opening and the admission."""
+        """Keep a model from being closed for another, or because nobody asks for it.
+
+        A request holds one from before the model is opened to its end: another may run between the opening and the admission.
+        """
         self._leases[name] += 1
         try:
             yield

@@ -42,7 +42,7 @@ _GIB = 2**30
 _Work = Callable[[Decoder, Callable[[], None]], dict[str, Any]]
 
 
-class _ClientLeft(Exception):
+class _ClientLeftError(Exception):
     """Nobody waits for the result."""
 
 
@@ -70,7 +70,7 @@ class WithoutRequest(Body):
 
 class XrayApi:
     """The routes. They have a copy of the model to themselves, in float32, loaded when they are first asked: what is recorded
-    and silenced there is nothing to the requests that the server answers. A thread of their own computes one X-ray at a time."""
+    and silenced there is nothing to the requests that the server answers. One thread of their own computes X-rays in turn."""
 
     def __init__(self, served: Served, folder: Path | None, is_offered: bool = True) -> None:
         """is_offered: False refuses all."""
@@ -117,7 +117,7 @@ class XrayApi:
 
         def check() -> None:
             if has_left.is_set():
-                raise _ClientLeft
+                raise _ClientLeftError
 
         def run() -> Response:
             model = self._model
