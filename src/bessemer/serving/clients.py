@@ -87,7 +87,7 @@ class Caller:
     """The client of one request, and what the request has used. on_spend: called whenever that is more.
 
     headers: that its response carries. held: what is kept for it until its response has been sent, or its client has left;
-    whoever made the caller closes it.
+    closed by what made the caller.
     """
 
     client: Client
