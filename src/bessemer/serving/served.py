@@ -138,8 +138,8 @@ class Served:
             )
 
     def most_tokens(self, parameter: str, tokens: int, wanted: int | None, caller: Caller) -> int:
-        """The most tokens behind a prompt: as many as are wanted, or those that the context and the memory leave. A header tells
-        the caller where these are fewer. Raises as `check_length`, of a single token where any is wanted."""
+        """The most tokens behind a prompt: those that are wanted, or what there is room for in the context and the memory.
+        A header tells the caller where that is fewer. Raises as `check_length`, of a single token where any is wanted."""
         self.check_length(parameter, tokens, 0 if wanted == 0 else 1)
         left = max(1, self.engine.longest - tokens)
         if wanted is None:
