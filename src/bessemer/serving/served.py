@@ -77,9 +77,14 @@ class Served:
         self._turns = TurnMaker(engine.tokenizer, engine.context_length, config=config)
 
     @property
+    def names_of_model(self) -> tuple[str, ...]:
+        """The names of the model as it is."""
+        return (self.model_name, *self.aliases)
+
+    @property
     def names(self) -> tuple[str, ...]:
         """What a request may ask for: the model as it is, and with each adapter that is loaded now."""
-        return (self.model_name, *self.aliases, *self.engine.adapters)
+        return (*self.names_of_model, *self.engine.adapters)
 
     @property
     def all_names(self) -> tuple[str, ...]:

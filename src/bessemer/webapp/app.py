@@ -120,6 +120,8 @@ class _Site:
             "suggestions": self._settings.suggestions,
             "feedback": self._settings.feedback is not None,
             "run": self._settings.run,
+            # the models that the run has made
+            "made": self._served.names_of_model,
         }
         return self._environment.get_template(template).render(
             title=title,

@@ -251,10 +251,11 @@ function drawPair() {
   return make("div", { class: "pair" }, ...columns);
 }
 
-function keep(id) {
+/** Go on with one of two answers. isChosen: it was said to be the better one; who only types on has said nothing. */
+function keep(id, isChosen = true) {
   const [chosen, rejected] = [id, ...pair.ids.filter((other) => other !== id)].map((each) => current.nodes[each]);
   for (const other of pair.ids) running.get(other)?.abort();
-  if (chosen.content && rejected.content && chosen.content !== rejected.content) tell({ prompt: before(chosen), chosen: chosen.content, rejected: rejected.content });
+  if (isChosen && chosen.content && rejected.content && chosen.content !== rejected.content) tell({ prompt: before(chosen), chosen: chosen.content, rejected: rejected.content });
   pair = null;
   current.leaf = id;
   drawLog();
@@ -268,7 +269,7 @@ let asking = false;
 async function ask(text, parent = current.leaf) {
   if (asking || !models.length || !text.trim()) return;
   if (running.size) { say("an answer is still being made"); return; }
-  if (pair) keep(pair.ids[0]);
+  if (pair) keep(pair.ids[0], false);
   if (parent === current.leaf && current.nodes[parent]?.role === "user") parent = current.nodes[parent].parent;
   const node = store.addNode(current, parent, "user", text);
   current.updated = Date.now();
@@ -323,7 +324,13 @@ async function* chatEvents(node, signal, says) {
   let left = 0, response;
   for (;;) {
     const body = { ...options, stream: true, stream_options: { include_usage: true }, return_token_ids: true, messages: [...system, ...path.slice(left)] };
-    try { response = await request("v1/chat/completions", { body, signal }); break; } catch (error) {
+    try {
+      response = await request("v1/chat/completions", { body, signal });
+      // fewer tokens than were asked for: the oldest turns make room for them
+      if (!response.headers.has("x-max-tokens") || path.length - left <= 2) break;
+      response.body.cancel();
+      left += 2;
+    } catch (error) {
       if (!(error instanceof Refused) || error.code !== "context_length_exceeded") throw error;
       if (path.length - left > 2) left += 2;
       else if (options.max_tokens) delete options.max_tokens;
