@@ -12,6 +12,8 @@ const running = new Map();
 const shown = new Map();
 /** The message whose answers stand side by side, and these. */
 let pair = null;
+/** Whether a question is about to be sent. */
+let asking = false;
 
 // --- settings -------------------------------------------------------------------------------------------------------
 
@@ -70,10 +72,27 @@ async function save(conversation = current) {
   if (!Object.keys(conversation.nodes).length && !conversation.system) return;
   if (!conversations.includes(conversation)) conversations.push(conversation);
   try {
-    await store.put(structuredClone(conversation));
+    if (await store.put(conversation)) showNews(conversation);
   } catch (error) {
     say(`this browser keeps no conversations: ${error.message}`);
   }
+}
+
+/** Draw what another tab has said in a conversation, unless something is being done here. */
+function showNews(conversation) {
+  if (!byId("conversations").querySelector("input")) drawConversations();
+  if (conversation !== current || running.size || asking || pair || !byId("side").hidden || log.querySelector(".editing")) return;
+  byId("system").value = current.system;
+  if (current.leaf) store.showBranch(current, current.leaf);
+  drawLog();
+}
+
+async function takeOthers(id) {
+  const kept = await store.get(id), mine = conversations.find((one) => one.id === id);
+  if (kept && mine) { if (store.takeOver(mine, kept)) showNews(mine); return; }
+  if (kept) conversations.push(kept);
+  else conversations = conversations.filter((one) => one.id !== id || one === current);
+  showNews(kept);
 }
 
 function drawConversations() {
@@ -91,7 +110,7 @@ function drawConversations() {
 function rename(conversation) {
   const place = [...byId("conversations").children].find((item) => item.dataset.id === conversation.id);
   const input = make("input", { "aria-label": "Name of the conversation", value: titleOf(conversation) });
-  const done = () => { conversation.title = input.value.trim(); save(conversation); drawConversations(); };
+  const done = () => { conversation.title = input.value.trim(); store.touch(conversation); save(conversation); drawConversations(); };
   input.addEventListener("keydown", (event) => { if (event.key === "Enter") done(); if (event.key === "Escape") drawConversations(); });
   input.addEventListener("blur", done, { once: true });
   place?.replaceChildren(input);
@@ -227,6 +246,7 @@ async function tell(row) {
 function judge(entry, isGood) {
   const { node } = entry;
   node.thumb = node.thumb === isGood ? null : isGood;
+  store.touch(node);
   drawBelow(entry);
   save();
   if (node.thumb !== null && node.content) tell({ prompt: before(node), completion: node.content, label: node.thumb });
@@ -264,7 +284,6 @@ function keep(id, isChosen = true) {
 
 // --- asking -----------------------------------------------------------------------------------------------------------
 
-let asking = false;
 
 async function ask(text, parent = current.leaf) {
   if (asking || !models.length || !text.trim()) return;
@@ -375,7 +394,7 @@ async function makeAnswer(node, source) {
       if (follows) toBottom();
     }
     text = thinking = "";
-    if (performance.now() - saved > 1500) { saved = performance.now(); save(conversation); }
+    if (performance.now() - saved > 1500) { saved = performance.now(); store.touch(node); save(conversation); }
   };
   // a tab that is not shown has no frames
   const soon = () => { frame ||= document.hidden ? setTimeout(flush, 250) : requestAnimationFrame(flush); };
@@ -404,6 +423,7 @@ async function makeAnswer(node, source) {
   node.stats = described(usage, last - first, first - started, reason, node.content, note);
   const entry = shown.get(node.id);
   if (entry) { entry.article.classList.remove("working"); drawBelow(entry); }
+  store.touch(node);
   conversation.updated = Date.now();
   updateSend();
   await pause();
@@ -476,7 +496,7 @@ byId("new").addEventListener("click", () => open(store.newConversation()));
 byId("search").addEventListener("input", drawConversations);
 byId("show-settings").addEventListener("click", () => toggleSettings());
 byId("show-list").addEventListener("click", () => toggleList());
-byId("system").addEventListener("change", () => { current.system = byId("system").value.trim(); save(); });
+byId("system").addEventListener("change", () => { current.system = byId("system").value.trim(); store.touch(current); save(); });
 byId("beside").addEventListener("change", () => (sides.second.hidden = !byId("beside").checked));
 byId("export-one").addEventListener("click", () => download("conversation.json", "application/json", JSON.stringify({ bessemer: "conversations", conversations: [current] }, null, 1)));
 byId("export-all").addEventListener("click", () => download("conversations.json", "application/json", JSON.stringify({ bessemer: "conversations", conversations }, null, 1)));
@@ -495,6 +515,6 @@ byId("import-file").addEventListener("change", async () => {
 });
 
 loadModels();
-store.all().catch(() => []).then((kept) => { conversations = kept; open(fromAddress()); });
+store.all().catch(() => []).then((kept) => { conversations = kept; open(fromAddress()); store.onOthers(takeOthers); });
 addEventListener("hashchange", () => { const wanted = fromAddress(); if (wanted.id !== current.id && Object.keys(wanted.nodes).length) open(wanted); });
 toggleList(matchMedia("(min-width: 64rem)").matches);
