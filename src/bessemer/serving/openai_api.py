@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 
 from bessemer.core.errors import BessemerError, ConfigError, RequestError
 from bessemer.inference.request import Request as EngineRequest
@@ -22,7 +22,7 @@ from bessemer.serving.embeddings import EmbeddingsRequest, embeddings_reply
 from bessemer.serving.protocol import ChatRequest, CompletionRequest, GenerationRequest
 from bessemer.serving.replies import CompletionReply, Echo
 from bessemer.serving.served import Chat, Served
-from bessemer.serving.streams import as_api_error, event_data, until_client_leaves
+from bessemer.serving.streams import EventStream, as_api_error, event_data, until_client_leaves
 from bessemer.serving.tools import choice_of, tools_of
 from bessemer.serving.turns import Turns
 from bessemer.tokenization.infill import infill_prompt
@@ -44,7 +44,8 @@ _PERMISSION: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class _Prepared:
-    """Engine requests that have not begun, one for each prompt, and the response to them."""
+    """Engine requests that have not begun, one for each prompt, and the response to them. params: of the first; those of the
+    others differ in the most tokens alone."""
 
     served: Served
     caller: Caller
@@ -116,12 +117,12 @@ class OpenAIApi:
                 shows_ids=asked.return_token_ids,
             )
             if not asked.stream:
-                return await until_client_leaves(request, self._whole_chat(served, turns, reply))
+                return await until_client_leaves(request, self._whole_chat(served, turns, reply, caller))
             news = self._told(served, turns, reply, held.pop_all())
             # from here on, the generator holds the admission
             await anext(news)
             usage = reply.usage_event if asked.wants_usage else None
-            return StreamingResponse(_events(news, usage), media_type="text/event-stream")
+            return EventStream(_events(news, usage), caller.headers)
 
     async def complete(self, request: Request) -> Response:
         asked = read_request(CompletionRequest, await request.body())
@@ -136,7 +137,7 @@ class OpenAIApi:
             news = self._chunks(prepared, held.pop_all())
             await anext(news)
             usage = prepared.usage_event if asked.wants_usage else None
-            return StreamingResponse(_events(news, usage), media_type="text/event-stream")
+            return EventStream(_events(news, usage), caller.headers)
 
     async def embed(self, request: Request) -> dict[str, Any]:
         asked = read_request(EmbeddingsRequest, await request.body())
@@ -145,8 +146,8 @@ class OpenAIApi:
         with served.worker.admit(len(asked.input)):
             return await asyncio.to_thread(_embeddings, served, asked, caller)
 
-    async def _whole_chat(self, served: Served, turns: Turns, reply: ChatReply) -> Response:
-        return JSONResponse(reply.whole(await turns.finish(served.worker)))
+    async def _whole_chat(self, served: Served, turns: Turns, reply: ChatReply, caller: Caller) -> Response:
+        return JSONResponse(reply.whole(await turns.finish(served.worker)), headers=caller.headers)
 
     async def _told(
         self, served: Served, turns: Turns, reply: ChatReply, place: AbstractContextManager
@@ -160,7 +161,7 @@ class OpenAIApi:
 
     async def _whole(self, prepared: _Prepared) -> Response:
         completions = await prepared.served.worker.complete(prepared.requests, prepared.params, prepared.caller)
-        return JSONResponse(prepared.reply.whole(completions))
+        return JSONResponse(prepared.reply.whole(completions), headers=prepared.caller.headers)
 
     async def _chunks(self, prepared: _Prepared, place: AbstractContextManager) -> AsyncGenerator[list[dict[str, Any]], None]:
         """The events of a stream. The first item is an empty list, given at once: from then on closing or cancelling it ends
@@ -212,12 +213,14 @@ def _prepare(served: Served, asked: CompletionRequest, caller: Caller) -> _Prepa
         Echo(given if isinstance(given, str) else tokenizer.decode(tokens), tokens) if asked.echo else None
         for given, tokens in zip(texts_or_ids, prompts.values(), strict=True)
     ]
-    for name, tokens in prompts.items():
-        served.check_length(name, len(tokens), asked.token_limit)
     assert asked.token_limit is not None
-    params = asked.sampling(asked.token_limit)
+    limits = [served.most_tokens(name, len(tokens), asked.token_limit, caller) for name, tokens in prompts.items()]
+    params = [asked.sampling(limit) for limit in limits]
     with _refusals(asked):
-        requests = [_request(served, asked, tokens, params, caller) for tokens in prompts.values()]
+        requests = [
+            _request(served, asked, tokens, its_params, caller)
+            for tokens, its_params in zip(prompts.values(), params, strict=True)
+        ]
     reply = CompletionReply(
         asked.model,
         tokenizer,
@@ -227,7 +230,7 @@ def _prepare(served: Served, asked: CompletionRequest, caller: Caller) -> _Prepa
         n=asked.n,
         prompt_ids=list(prompts.values()) if asked.return_token_ids else None,
     )
-    return _Prepared(served, caller, requests, params, reply)
+    return _Prepared(served, caller, requests, params[0], reply)
 
 
 def _request(
