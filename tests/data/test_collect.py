@@ -104,7 +104,7 @@ def test_the_output_of_this_version_is_fixed(tmp_path, lock, pip, prose):
     (tmp_path / "texts" / "a.md").write_text(prose(1) + "\n\n" + prose(2))
     (tmp_path / "texts" / "b.jsonl").write_text(json.dumps({"id": "x", "text": prose(3), "license": "MIT"}) + "\n")
     rows, _ = gather(tmp_path, [{"source": "wheels", "lock": "my.lock"}, {"source": "files", "paths": "texts"}], share=0.4)
-    assert (COLLECT_VERSION, content_hash(rows)) == (3, "480c641cc674b96c5d62717588253c39"), (
+    assert (COLLECT_VERSION, content_hash(rows)) == (4, "a6b3c657f746b1af2854250e190b75ee"), (
         "another output needs another COLLECT_VERSION"
     )
 
@@ -187,8 +187,38 @@ def test_lone_surrogates_are_replaced(tmp_path):
     assert rows[0]["text"] == "a ? b"
 
 
+RECORDS = {
+    "files": lambda n, text: {"id": n, "text": text},
+    "tables": lambda n, text: {"id": n, "text": text},
+    "chats": lambda n, text: {"id": n, "messages": [text]},
+    "discourse": lambda n, text: {"id": n, "posts": [{"raw": text}]},
+}
+
+
+@pytest.mark.parametrize("source", RECORDS)
+def test_records_of_two_shards_that_are_both_numbered_from_0_are_all_kept(tmp_path, source):
+    for shard in range(2):
+        lines = [json.dumps(RECORDS[source](n, f"record {n} of shard {shard}")) + "\n" for n in range(100)]
+        (tmp_path / f"shard-{shard}.jsonl").write_text("".join(lines))
+    rows, metrics = gather(tmp_path, [{"source": source, "paths": "*.jsonl"}])
+    assert len({row["id"] for row in rows}) == len({row["text"] for row in rows}) == 200
+    assert metrics["repeated_ids"] == 0
+
+
+def test_different_records_with_one_id_are_all_kept_and_on_one_side_of_the_split(tmp_path):
+    lines = [json.dumps({"id": n // 4, "text": f"chunk {n}"}) + "\n" for n in range(200)]
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    rows, _ = gather(tmp_path, [{"source": "files", "paths": "a.jsonl"}], share=0.3)
+    splits = {}
+    for row in rows:
+        splits.setdefault(int(row["text"].split()[1]) // 4, set()).add(row["split"])
+    assert len(rows) == 200
+    assert [len(found) for found in splits.values()] == [1] * 50
+    assert set().union(*splits.values()) == {"train", "validation"}
+
+
 def test_repeated_ids_are_counted_and_said(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"id": 1, "text": "a"}\n{"id": 1, "text": "b"}\n{"text": "c"}\n{"text": "c"}\n')
+    (tmp_path / "a.jsonl").write_text('{"id": 1, "text": "a"}\n{"id": 1, "text": "a"}\n{"text": "c"}\n{"text": "c"}\n')
     heard = Heard()
     rows, metrics = gather(tmp_path, [{"source": "files", "paths": "a.jsonl"}], progress=heard)
     assert (len(rows), metrics["repeated_ids"], metrics["documents_read"]) == (2, 2, 4)

@@ -178,7 +178,7 @@ LOOSE = [{"topic_id": 7, "post_number": 2, "raw": "Second *post*."}, {"topic_id"
 def test_a_topic_is_a_document_in_whichever_form_it_is_exported(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     (document,) = documents("discourse", tmp_path, base_url="https://f.org")
-    assert (document.locator, document.heading) == ("topic:7", "Heat")
+    assert (document.group, document.heading) == ("topic:7", "Heat")
     assert document.text == "First *post*.\n\n---\n\nSecond post."
     assert (document.url, document.metadata["tags"]) == ("https://f.org/t/7", "a b")
 
@@ -266,7 +266,7 @@ CHATS = [
 def test_a_conversation_is_read_in_the_usual_forms(tmp_path, record, expected):
     (tmp_path / "a.jsonl").write_bytes(json_lines([record | {"id": 5, "topic": "t"}]))
     (document,) = documents("chats", tmp_path)
-    assert (document.text, document.locator, document.metadata["topic"]) == (expected, "id:5", "t")
+    assert (document.text, document.group, document.metadata["topic"]) == (expected, "id:5", "t")
 
 
 def test_the_list_of_messages_may_be_named(tmp_path):

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from bessemer.core.errors import SourceError
-from bessemer.core.hashing import hash_file
 from bessemer.core.progress import Progress
 from bessemer.data.sources.config import HuggingFaceSource
 from bessemer.data.sources.document import Tally
 from bessemer.data.sources.formats.records import record_document
 from bessemer.data.sources.formats.tables import Columns, columns_of
+from bessemer.data.sources.io.paths import ContentFingerprints
 from bessemer.data.sources.source import PositionedDocument, Unit
 
 
@@ -61,11 +61,12 @@ class HuggingFace:
         except (OSError, ValueError) as error:  # what the library and its network raise in the middle of a stream
             raise SourceError(f"{unit.name}: the stream broke at row {position:,}: {_first_line(error)}; run again") from error
 
-    def fingerprint(self) -> Any:
+    def fingerprint(self, fingerprints: ContentFingerprints | None = None) -> Any:
         if self.place is None:
             return {"dataset": self.dataset, "revision": self.revision}
         files = sorted(path for path in self.place.rglob("*") if path.is_file())
-        return [[path.relative_to(self.place).as_posix(), hash_file(path)] for path in files]
+        contents = (fingerprints or ContentFingerprints()).of(files)
+        return [[path.relative_to(self.place).as_posix(), content] for path, content in zip(files, contents, strict=True)]
 
     def _open(self) -> Any:
         """The data set as a stream. Raises SourceError when `datasets` is missing or the Hub cannot be reached."""
