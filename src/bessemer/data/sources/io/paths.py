@@ -9,6 +9,7 @@ import posixpath
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, TypeVar
 
@@ -163,7 +164,7 @@ class ContentFingerprints:
             progress.task("reading what the sources name", total=total, unit="bytes") as task,
             ThreadPoolExecutor(_FILES_AT_ONCE) as pool,
         ):
-            hashes = pool.map(lambda each: self._read(*each, task.advance), unread)
+            hashes = pool.map(partial(self._read, on_read=task.advance), *zip(*unread, strict=True)) if unread else ()
             found |= {file: value for (file, _), value in zip(unread, hashes, strict=True)}
         return list(found.values())
 
