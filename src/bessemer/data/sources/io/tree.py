@@ -11,10 +11,10 @@ from typing import Any, Protocol
 from bessemer.core.errors import BessemerError
 from bessemer.core.object_storage import Place
 from bessemer.core.progress import Progress
+from bessemer.data.limited import Helpers
 from bessemer.data.sources.config import PathsSource
 from bessemer.data.sources.document import Tally
 from bessemer.data.sources.io.archives import Entry, Surroundings, entries, is_archive
-from bessemer.data.sources.io.limited import Helpers
 from bessemer.data.sources.io.paths import ContentFingerprints, find_files, units_of
 from bessemer.data.sources.io.streams import uncompressed_name
 from bessemer.data.sources.source import PositionedDocument, Unit
