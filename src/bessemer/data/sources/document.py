@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 #: More notes than a person reads; beyond it things are counted and no longer named, so that memory stays bounded.
 _MOST_NOTES = 1000
-#: Robots that gather for training alone: what is said to one of them is said to whoever trains.
+#: Robots that gather for training alone: what is said to one of them holds for training in general.
 TRAINING_ROBOTS = ("GPTBot", "CCBot", "Google-Extended", "anthropic-ai", "ClaudeBot", "Applebot-Extended")
 
 

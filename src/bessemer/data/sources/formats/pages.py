@@ -37,6 +37,7 @@ _OPT_OUT_RULES = frozenset({"noai", "noimageai", "noml", "nomlt", "notrain"})
 _CLOSED_RULES = frozenset({"noindex", "none"})
 _TRAINING_ROBOTS = frozenset(name.lower() for name in TRAINING_ROBOTS)
 _SIGN = re.compile("bot|tdm-|google-|anthropic-|bessemer", re.I)
+_ADDRESSED = re.compile(r"\s*([\w-]+)\s*:")
 _ROBOT_NAMES = frozenset({"robots", "googlebot", "googlebot-news", "bingbot", "bessemer"}) | _TRAINING_ROBOTS
 
 
@@ -141,8 +142,8 @@ def opt_out(head: str, headers: Iterable[tuple[str, str]] = ()) -> str | None:
             signs.add("tdm-reservation")
     for header, value in headers:
         if header.lower() == "x-robots-tag":
-            robot, colon, rules = value.partition(":")
-            signs |= _rules(rules, robot.strip().lower()) if colon else _rules(value, "robots")
+            addressed = _ADDRESSED.match(value)
+            signs |= _rules(value, addressed[1].lower() if addressed else "robots")
         elif header.lower() == "tdm-reservation" and value.strip() == "1":
             signs.add("tdm-reservation")
     return ", ".join(sorted(signs)) or None
