@@ -15,6 +15,7 @@ from bessemer.data.corpus.holdout import Splitter
 from bessemer.data.corpus.reader import VALIDATION, iterate_documents
 from bessemer.data.sources.build import source_fingerprint
 from bessemer.data.sources.origins import python_docs
+from bessemer.data.sources.origins.user import UserFunction
 from bessemer.data.stages.collect import collect
 from bessemer.data.stages.select import select
 from tests.cases import slow
@@ -77,10 +78,11 @@ def test_the_bytes_do_not_depend_on_how_many_files_hold_the_records(tmp_path, pr
 
 def test_an_interrupted_collection_goes_on_behind_the_last_closed_segment(tmp_path, monkeypatch):
     monkeypatch.setattr(staging, "_ROWS_PER_SEGMENT", 10)
-    body = "def f(fails):\n    for n in range(95):\n        if n == fails:\n            raise RuntimeError\n"
+    body = "def f(fails):\n    for n in range(95):\n        if n == fails:\n            raise SourceError('that is all')\n"
+    body = "from bessemer.core.errors import SourceError\n\n" + body
     (tmp_path / "mine.py").write_text(body + "        yield {'id': n, 'text': f'text {n} of {fails}'}\n")
     source = {"source": "mine.py:f", "options": {"fails": 57}}
-    with pytest.raises(SourceError, match="it failed"):
+    with pytest.raises(SourceError, match="that is all"):
         gather(tmp_path, [source])
     rows, metrics = gather(tmp_path, [source | {"options": {"fails": -1}}])
     assert sorted(row["text"].endswith("57") for row in rows) == [False] * 45 + [True] * 50  # fifty were not read again
@@ -160,7 +162,11 @@ def test_a_users_function_is_a_source(tmp_path):
     ("body", "message"),
     [
         ("    raise RuntimeError('no')", "mine.py:f: it failed: RuntimeError: no"),
-        ("    return [{'txt': 1}]", "mine.py:f: a record needs a 'text'"),
+        ("    return [{'txt': 1}]", "mine.py:f: record 1: a record needs a 'text'"),
+        ("    return ['x', {}]", "mine.py:f: record 1: a record needs to be a dict, got str"),
+        ("    return map(int, ['x', 'y'])", "mine.py:f: record 1: it failed: ValueError: invalid literal"),
+        ("    return [{}] * 1000", "mine.py:f: record 1: .*; so it was with the first 100 records"),
+        ("    yield {'text': 1}\n    raise KeyError('no')", "mine.py:f: record 1: a record needs a 'text'"),
         ("    return None", "mine.py:f: it failed: TypeError"),
     ],
 )
@@ -168,6 +174,55 @@ def test_a_users_function_that_fails_is_named(tmp_path, body, message):
     (tmp_path / "mine.py").write_text(f"def f():\n{body}\n")
     with pytest.raises(SourceError, match=message):
         gather(tmp_path, ["mine.py:f"])
+
+
+@pytest.mark.parametrize(
+    ("body", "problem", "note"),
+    [
+        (
+            "    yield {'text': 'a'}\n    yield {'txt': 1}\n    yield {'text': 'b'}",
+            "bad_records",
+            "mine.py:f: record 2: a record needs a 'text' that is a string, got NoneType",
+        ),
+        (
+            "    return map(lambda text: {'text': text[0]}, ['a', '', 'b'])",
+            "bad_records",
+            "mine.py:f: record 2: it failed: IndexError: string index out of range",
+        ),
+        (
+            "    yield {'text': 'a'}\n    yield {'text': 'b'}\n    raise ValueError('no')",
+            "failed_functions",
+            "mine.py:f: it failed behind record 2, and what would follow is missing: ValueError: no",
+        ),
+    ],
+)
+def test_what_a_users_function_fails_on_is_set_aside_with_its_reason(tmp_path, body, problem, note):
+    (tmp_path / "mine.py").write_text(f"def f():\n{body}\n")
+    heard = Heard()
+    rows, metrics = gather(tmp_path, ["mine.py:f"], progress=heard)
+    assert sorted(row["text"] for row in rows) == ["a", "b"]
+    assert (metrics["problems"], metrics["notes"]) == ({"f": {problem: 1}}, {"f": [note]})
+    assert any(note in line for line in heard.lines)
+
+
+def test_a_source_of_which_nothing_could_be_read_ends_the_run_and_the_next_one_tries_again(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("iron")
+    (tmp_path / "mine.py").write_text("def f():\n    yield {'text': 'steel'}\n")
+    whole = UserFunction.read
+
+    def broken(source, unit, start, tally):
+        tally.set_aside("broken_streams", unit.name, "it broke behind row 0")
+        yield from ()
+
+    monkeypatch.setattr(UserFunction, "read", broken)
+    sources = [{"source": "files", "paths": "a.txt"}, "mine.py:f"]
+    message = "no document with text was found in f; the first of what was set aside: mine.py:f: it broke behind row 0"
+    with pytest.raises(SourceError, match=message):
+        gather(tmp_path, sources)
+    monkeypatch.setattr(UserFunction, "read", whole)
+    rows, metrics = gather(tmp_path, sources)
+    assert sorted(row["text"] for row in rows) == ["iron", "steel"]
+    assert metrics["problems"] == {}
 
 
 def test_a_users_function_that_is_not_there_is_named(tmp_path):

@@ -16,8 +16,12 @@ from bessemer.data.sources.config import HuggingFaceSource
 from bessemer.data.sources.document import Tally
 from bessemer.data.sources.formats.records import record_document
 from bessemer.data.sources.formats.tables import Columns, columns_of
+from bessemer.data.sources.http.fetch import Clock, growing_wait, may_pass
 from bessemer.data.sources.io.paths import ContentFingerprints
 from bessemer.data.sources.source import PositionedDocument, Unit
+
+#: Attempts after the first, about a minute of waiting in all.
+_RETRIES = 6
 
 
 @dataclass(frozen=True)
@@ -32,34 +36,54 @@ class HuggingFace:
     columns: Columns = field(default_factory=Columns)
     license: str | None = None
     place: Path | None = None
+    clock: Clock = field(default_factory=Clock)
 
     def units(self, progress: Progress | None = None) -> list[Unit]:
-        count = int(getattr(self._open(), "num_shards", None) or 1)
+        count = int(getattr(self._opened(), "num_shards", None) or 1)
         # a folder may be moved
         name = self.place.name if self.place else self.dataset
         return [Unit(f"{name}/{self.split}/{number:05d}-of-{count:05d}", 0) for number in range(count)]
 
     def read(self, unit: Unit, start: int, tally: Tally) -> Iterator[PositionedDocument]:
+        for position, row in self._rows(unit, start, tally):
+            text, place = row.get(self.columns.text), f"{unit.name}: row {position:,}"
+            if not isinstance(text, str):
+                tally.set_aside("bad_records", place, f"no text under {self.columns.text!r}")
+            elif len(text) > self.max_document_bytes:
+                tally.set_aside("too_large", place, f"a text of {len(text):,} characters")
+            elif text.strip():
+                record = self.columns.record(row)
+                record.setdefault("id", f"{unit.name}#{position}")
+                yield position, record_document(record, place, default_license=self.license)
+
+    def _rows(self, unit: Unit, position: int, tally: Tally) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The rows of a shard behind `position`. A stream that breaks is opened again where it broke, after growing waits; one
+        that breaks at the same row each time is set aside from there on.
+
+        Raises SourceError when the Hub itself cannot be reached any more: what was read is kept, and another run goes on there.
+        """
         number, _, count = unit.name.rpartition("/")[2].partition("-of-")
-        rows = self._open()
-        if int(count) > 1:
-            rows = rows.shard(num_shards=int(count), index=int(number))
-        if start:
-            rows = rows.skip(start)
-        position = start
-        try:
-            for position, row in enumerate(rows, start=start + 1):
-                text, place = row.get(self.columns.text), f"{unit.name}: row {position:,}"
-                if not isinstance(text, str):
-                    tally.set_aside("bad_records", place, f"no text under {self.columns.text!r}")
-                elif len(text) > self.max_document_bytes:
-                    tally.set_aside("too_large", place, f"a text of {len(text):,} characters")
-                elif text.strip():
-                    record = self.columns.record(row)
-                    record.setdefault("id", f"{unit.name}#{position}")
-                    yield position, record_document(record, place, default_license=self.license)
-        except (OSError, ValueError) as error:  # what the library and its network raise in the middle of a stream
-            raise SourceError(f"{unit.name}: the stream broke at row {position:,}: {_first_line(error)}; run again") from error
+        attempt = 0
+        while True:
+            try:
+                rows = self._opened()
+            except SourceError as error:
+                raise SourceError(f"{unit.name}: read to row {position:,}; {error}; run again") from error
+            try:
+                if int(count) > 1:
+                    rows = rows.shard(num_shards=int(count), index=int(number))
+                for position, row in enumerate(rows.skip(position) if position else rows, start=position + 1):  # noqa: B020
+                    attempt = 0
+                    yield position, row
+            except Exception as error:  # what the library and its network raise in the middle of a stream
+                if attempt == self._retries:
+                    why = f"it broke behind row {position:,}, {attempt + 1} times: {type(error).__name__}: {_first_line(error)}"
+                    tally.set_aside("broken_streams" if self.place is None else "damaged_files", unit.name, why)
+                    return
+                self.clock.sleep(growing_wait(attempt))
+                attempt += 1
+            else:
+                return
 
     def fingerprint(self, fingerprints: ContentFingerprints | None = None) -> Any:
         if self.place is None:
@@ -68,8 +92,24 @@ class HuggingFace:
         contents = (fingerprints or ContentFingerprints()).of(files)
         return [[path.relative_to(self.place).as_posix(), content] for path, content in zip(files, contents, strict=True)]
 
+    @property
+    def _retries(self) -> int:
+        """What lies on this machine reads the same each time."""
+        return _RETRIES if self.place is None else 0
+
+    def _opened(self) -> Any:
+        """The data set as a stream, after growing waits where the network fails. Raises SourceError when `datasets` is missing
+        or the Hub cannot be reached."""
+        for attempt in range(self._retries + 1):
+            try:
+                return self._open()
+            except SourceError as error:
+                if attempt == self._retries or error.__cause__ is None or not may_pass(error.__cause__):
+                    raise
+                self.clock.sleep(growing_wait(attempt))
+        raise AssertionError("the last attempt returns or raises")
+
     def _open(self) -> Any:
-        """The data set as a stream. Raises SourceError when `datasets` is missing or the Hub cannot be reached."""
         try:
             import datasets
         except ImportError:
