@@ -25,7 +25,7 @@ from bessemer.data.config import CleanConfig
 from bessemer.data.edits.registry import edit_plugin
 from bessemer.data.filters.registry import PERPLEXITY, filter_plugin
 from bessemer.data.plugins import arrow_types
-from bessemer.data.sources.http.fetch import Clock, growing_wait, may_pass
+from bessemer.data.sources.http.fetch import Clock, tried_again
 from bessemer.data.text.texts import Texts
 
 if TYPE_CHECKING:
@@ -214,7 +214,7 @@ class _UserCall:
 
     def _results(self, texts: pa.Array, start: int, reasons: dict[int, str], *, may_wait: bool = False) -> Iterator[pa.Array]:
         try:
-            result = self._asked(texts, _RETRIES if may_wait or len(texts) == 1 else 0)
+            result = tried_again(partial(self._asked, texts), _RETRIES if may_wait or len(texts) == 1 else 0, self._clock)
         except Exception as error:  # anything a user's function may raise
             if len(texts) > 1:
                 half = len(texts) // 2
@@ -236,17 +236,10 @@ class _UserCall:
             self._answered |= bool(len(texts))
             yield self._checked(result)
 
-    def _asked(self, texts: pa.Array, retries: int) -> pa.Array:
-        for attempt in range(retries + 1):
-            try:
-                returned = self._function(texts)
-                result = returned if isinstance(returned, (pa.Array, pa.ChunkedArray)) else pa.array(list(returned))
-                return result.combine_chunks() if isinstance(result, pa.ChunkedArray) else result
-            except Exception as error:
-                if attempt == retries or not may_pass(error):
-                    raise
-                self._clock.sleep(growing_wait(attempt))
-        raise AssertionError("the last attempt returns or raises")
+    def _asked(self, texts: pa.Array) -> pa.Array:
+        returned = self._function(texts)
+        result = returned if isinstance(returned, (pa.Array, pa.ChunkedArray)) else pa.array(list(returned))
+        return result.combine_chunks() if isinstance(result, pa.ChunkedArray) else result
 
 
 def _without_values(message: str) -> str:

@@ -16,8 +16,10 @@ import time
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote, urljoin, urlsplit, urlunsplit
+
+T = TypeVar("T")
 
 _PORTS = {"http": http.client.HTTP_PORT, "https": http.client.HTTPS_PORT}
 _REDIRECTS = (301, 302, 303, 307, 308)
@@ -87,6 +89,18 @@ def may_pass(error: BaseException) -> bool:
 def growing_wait(attempt: int, asked: float = 0.0) -> float:
     """Seconds to wait before the next attempt after the one of this number, from 0: doubled each time, at least `asked`."""
     return min(max(asked, 2.0**attempt), _LONGEST_WAIT)
+
+
+def tried_again(call: Callable[[], T], retries: int, clock: Clock) -> T:
+    """What `call` returns, after growing waits where a network may have failed it. Raises what it raises at last."""
+    for attempt in range(retries):
+        try:
+            return call()
+        except Exception as error:
+            if not may_pass(error):
+                raise
+            clock.sleep(growing_wait(attempt))
+    return call()
 
 
 def normal_url(url: str) -> str:

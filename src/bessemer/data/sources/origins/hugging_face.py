@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from bessemer.data.sources.config import HuggingFaceSource
 from bessemer.data.sources.document import Tally
 from bessemer.data.sources.formats.records import record_document
 from bessemer.data.sources.formats.tables import Columns, columns_of
-from bessemer.data.sources.http.fetch import Clock, growing_wait, may_pass
+from bessemer.data.sources.http.fetch import Clock, growing_wait, tried_again
 from bessemer.data.sources.io.paths import ContentFingerprints
 from bessemer.data.sources.source import PositionedDocument, Unit
 
@@ -39,7 +40,7 @@ class HuggingFace:
     clock: Clock = field(default_factory=Clock)
 
     def units(self, progress: Progress | None = None) -> list[Unit]:
-        count = int(getattr(self._opened(), "num_shards", None) or 1)
+        count = int(getattr(self._open(), "num_shards", None) or 1)
         # a folder may be moved
         name = self.place.name if self.place else self.dataset
         return [Unit(f"{name}/{self.split}/{number:05d}-of-{count:05d}", 0) for number in range(count)]
@@ -66,14 +67,14 @@ class HuggingFace:
         attempt = 0
         while True:
             try:
-                rows = self._opened()
+                rows = self._open()
             except SourceError as error:
                 raise SourceError(f"{unit.name}: read to row {position:,}; {error}; run again") from error
             try:
                 if int(count) > 1:
                     rows = rows.shard(num_shards=int(count), index=int(number))
-                for position, row in enumerate(rows.skip(position) if position else rows, start=position + 1):  # noqa: B020
-                    attempt = 0
+                for row in rows.skip(position) if position else rows:
+                    position, attempt = position + 1, 0
                     yield position, row
             except Exception as error:  # what the library and its network raise in the middle of a stream
                 if attempt == self._retries:
@@ -97,19 +98,11 @@ class HuggingFace:
         """What lies on this machine reads the same each time."""
         return _RETRIES if self.place is None else 0
 
-    def _opened(self) -> Any:
-        """The data set as a stream, after growing waits where the network fails. Raises SourceError when `datasets` is missing
-        or the Hub cannot be reached."""
-        for attempt in range(self._retries + 1):
-            try:
-                return self._open()
-            except SourceError as error:
-                if attempt == self._retries or error.__cause__ is None or not may_pass(error.__cause__):
-                    raise
-                self.clock.sleep(growing_wait(attempt))
-        raise AssertionError("the last attempt returns or raises")
-
     def _open(self) -> Any:
+        """The data set as a stream, after growing waits where a network fails.
+
+        Raises SourceError when `datasets` is missing or the Hub cannot be reached.
+        """
         try:
             import datasets
         except ImportError:
@@ -117,13 +110,16 @@ class HuggingFace:
                 f"{self.dataset}: data sets of the Hub need the package `datasets`: pip install 'bessemer[hub]'"
             ) from None
         try:
-            if saved := self._saved():
-                return datasets.load_from_disk(str(saved)).to_iterable_dataset(num_shards=len(list(saved.glob("data-*.arrow"))))
-            return datasets.load_dataset(
-                str(self.place or self.dataset), self.configuration, split=self.split, revision=self.revision, streaming=True
-            )
+            return tried_again(partial(self._loaded, datasets), self._retries, self.clock)
         except Exception as error:  # a network's many ways to fail, and the library's own errors
             raise SourceError(f"{self.dataset}: it cannot be opened: {_first_line(error)}") from error
+
+    def _loaded(self, datasets: Any) -> Any:
+        if saved := self._saved():
+            return datasets.load_from_disk(str(saved)).to_iterable_dataset(num_shards=len(list(saved.glob("data-*.arrow"))))
+        return datasets.load_dataset(
+            str(self.place or self.dataset), self.configuration, split=self.split, revision=self.revision, streaming=True
+        )
 
     def _saved(self) -> Path | None:
         """Where `save_to_disk` wrote the split, if it did: the folder itself, or the split's in a dictionary of splits."""
