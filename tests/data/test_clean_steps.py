@@ -1,9 +1,10 @@
-"""A user's own lists, classifiers and models as scores of the stage `clean`."""
+"""A user's own lists, classifiers, models and functions in the stage `clean`."""
 
 from __future__ import annotations
 
 import json
 
+import pyarrow as pa
 import pytest
 
 from bessemer.cli.main import main
@@ -12,8 +13,9 @@ from bessemer.data.config import CleanConfig, CollectConfig
 from bessemer.data.corpus.reader import document_schema, iterate_documents
 from bessemer.data.edits.registry import EDITS
 from bessemer.data.filters.registry import FILTERS
+from bessemer.data.sources.http.fetch import Clock
 from bessemer.data.stages.clean import clean
-from bessemer.data.stages.clean_steps import edit, outside_files, scorer
+from bessemer.data.stages.clean_steps import FAILED, _UserCall, edit, outside_files, scorer
 from bessemer.data.stages.collect import collect
 from bessemer.data.text.texts import Texts
 
@@ -82,3 +84,47 @@ def test_a_trained_classifier_and_a_model_of_words_score_documents(tmp_path, doc
 def test_what_is_not_there_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"there is no file or folder .*none"):
         outside_files(CleanConfig.parse({"classifiers": ["none"]}), tmp_path)
+
+
+class Users:
+    """A user's function that fails on some texts, and counts how often it is called."""
+
+    def __init__(self, fails):
+        self.fails, self.calls, self.waits = fails, 0, []
+        self.call = _UserCall(self, "mine.py:f", "score", pa.float64(), lambda scores: scores, Clock(self.waits.append))
+
+    def __call__(self, texts):
+        self.calls += 1
+        for text in texts.to_pylist():
+            if (error := self.fails(text)) is not None:
+                raise error
+        return [float(text) for text in texts.to_pylist()]
+
+
+def test_a_text_on_which_a_users_function_fails_is_found_by_halves():
+    users = Users(lambda text: ValueError(f"not {text}") if text == "700" else None)
+    scores, failed = users.call(pa.array(map(str, range(1024))))
+    assert scores.to_pylist() == [None if n == 700 else float(n) for n in range(1024)]
+    reasons = failed[FAILED].to_pylist()
+    assert (reasons.pop(700), set(reasons)) == ("clean: mine.py:f: it failed: ValueError: not …", {None})
+    assert users.calls == 21
+    assert users.waits == []
+
+
+def test_a_users_function_that_a_network_fails_is_asked_again_after_growing_waits():
+    errors = [ConnectionError("no route")] * 2
+    users = Users(lambda text: errors.pop() if errors else None)
+    scores, failed = users.call(pa.array(["1", "2"]))
+    assert (scores.to_pylist(), failed, users.waits) == ([1.0, 2.0], {}, [1.0, 2.0])
+
+
+def test_a_users_function_that_fails_on_each_of_the_first_documents_is_taken_for_wrong():
+    users = Users(lambda text: ValueError(text))
+    message = "^mine.py:f: it failed: ValueError: 99; and so it did on each of the first 100 documents$"
+    with pytest.raises(ConfigError, match=message):
+        users.call(pa.array(map(str, range(1000))))
+
+
+def test_no_texts_are_no_failure():
+    scores, failed = Users(lambda text: None).call(pa.array([], pa.string()))
+    assert (scores.to_pylist(), failed) == ([], {})

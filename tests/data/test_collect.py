@@ -15,6 +15,7 @@ from bessemer.data.corpus.holdout import Splitter
 from bessemer.data.corpus.reader import VALIDATION, iterate_documents
 from bessemer.data.sources.build import source_fingerprint
 from bessemer.data.sources.origins import python_docs
+from bessemer.data.sources.origins.user import UserFunction
 from bessemer.data.stages.collect import collect
 from bessemer.data.stages.select import select
 from tests.cases import slow
@@ -77,10 +78,11 @@ def test_the_bytes_do_not_depend_on_how_many_files_hold_the_records(tmp_path, pr
 
 def test_an_interrupted_collection_goes_on_behind_the_last_closed_segment(tmp_path, monkeypatch):
     monkeypatch.setattr(staging, "_ROWS_PER_SEGMENT", 10)
-    body = "def f(fails):\n    for n in range(95):\n        if n == fails:\n            raise RuntimeError\n"
+    body = "def f(fails):\n    for n in range(95):\n        if n == fails:\n            raise SourceError('that is all')\n"
+    body = "from bessemer.core.errors import SourceError\n\n" + body
     (tmp_path / "mine.py").write_text(body + "        yield {'id': n, 'text': f'text {n} of {fails}'}\n")
     source = {"source": "mine.py:f", "options": {"fails": 57}}
-    with pytest.raises(SourceError, match="it failed"):
+    with pytest.raises(SourceError, match="that is all"):
         gather(tmp_path, [source])
     rows, metrics = gather(tmp_path, [source | {"options": {"fails": -1}}])
     assert sorted(row["text"].endswith("57") for row in rows) == [False] * 45 + [True] * 50  # fifty were not read again
@@ -104,7 +106,7 @@ def test_the_output_of_this_version_is_fixed(tmp_path, lock, pip, prose):
     (tmp_path / "texts" / "a.md").write_text(prose(1) + "\n\n" + prose(2))
     (tmp_path / "texts" / "b.jsonl").write_text(json.dumps({"id": "x", "text": prose(3), "license": "MIT"}) + "\n")
     rows, _ = gather(tmp_path, [{"source": "wheels", "lock": "my.lock"}, {"source": "files", "paths": "texts"}], share=0.4)
-    assert (COLLECT_VERSION, content_hash(rows)) == (3, "480c641cc674b96c5d62717588253c39"), (
+    assert (COLLECT_VERSION, content_hash(rows)) == (4, "a6b3c657f746b1af2854250e190b75ee"), (
         "another output needs another COLLECT_VERSION"
     )
 
@@ -160,7 +162,11 @@ def test_a_users_function_is_a_source(tmp_path):
     ("body", "message"),
     [
         ("    raise RuntimeError('no')", "mine.py:f: it failed: RuntimeError: no"),
-        ("    return [{'txt': 1}]", "mine.py:f: a record needs a 'text'"),
+        ("    return [{'txt': 1}]", "mine.py:f: record 1: a record needs a 'text'"),
+        ("    return ['x', {}]", "mine.py:f: record 1: a record needs to be a dict, got str"),
+        ("    return map(int, ['x', 'y'])", "mine.py:f: record 1: it failed: ValueError: invalid literal"),
+        ("    return [{}] * 1000", "mine.py:f: record 1: .*; so it was with the first 100 records"),
+        ("    yield {'text': 1}\n    raise KeyError('no')", "mine.py:f: record 1: a record needs a 'text'"),
         ("    return None", "mine.py:f: it failed: TypeError"),
     ],
 )
@@ -168,6 +174,55 @@ def test_a_users_function_that_fails_is_named(tmp_path, body, message):
     (tmp_path / "mine.py").write_text(f"def f():\n{body}\n")
     with pytest.raises(SourceError, match=message):
         gather(tmp_path, ["mine.py:f"])
+
+
+@pytest.mark.parametrize(
+    ("body", "problem", "note"),
+    [
+        (
+            "    yield {'text': 'a'}\n    yield {'txt': 1}\n    yield {'text': 'b'}",
+            "bad_records",
+            "mine.py:f: record 2: a record needs a 'text' that is a string, got NoneType",
+        ),
+        (
+            "    return map(lambda text: {'text': text[0]}, ['a', '', 'b'])",
+            "bad_records",
+            "mine.py:f: record 2: it failed: IndexError: string index out of range",
+        ),
+        (
+            "    yield {'text': 'a'}\n    yield {'text': 'b'}\n    raise ValueError('no')",
+            "failed_functions",
+            "mine.py:f: it failed behind record 2, and what would follow is missing: ValueError: no",
+        ),
+    ],
+)
+def test_what_a_users_function_fails_on_is_set_aside_with_its_reason(tmp_path, body, problem, note):
+    (tmp_path / "mine.py").write_text(f"def f():\n{body}\n")
+    heard = Heard()
+    rows, metrics = gather(tmp_path, ["mine.py:f"], progress=heard)
+    assert sorted(row["text"] for row in rows) == ["a", "b"]
+    assert (metrics["problems"], metrics["notes"]) == ({"f": {problem: 1}}, {"f": [note]})
+    assert any(note in line for line in heard.lines)
+
+
+def test_a_source_of_which_nothing_could_be_read_ends_the_run_and_the_next_one_tries_again(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("iron")
+    (tmp_path / "mine.py").write_text("def f():\n    yield {'text': 'steel'}\n")
+    whole = UserFunction.read
+
+    def broken(source, unit, start, tally):
+        tally.set_aside("broken_streams", unit.name, "it broke behind row 0")
+        yield from ()
+
+    monkeypatch.setattr(UserFunction, "read", broken)
+    sources = [{"source": "files", "paths": "a.txt"}, "mine.py:f"]
+    message = "no document with text was found in f; the first of what was set aside: mine.py:f: it broke behind row 0"
+    with pytest.raises(SourceError, match=message):
+        gather(tmp_path, sources)
+    monkeypatch.setattr(UserFunction, "read", whole)
+    rows, metrics = gather(tmp_path, sources)
+    assert sorted(row["text"] for row in rows) == ["iron", "steel"]
+    assert metrics["problems"] == {}
 
 
 def test_a_users_function_that_is_not_there_is_named(tmp_path):
@@ -187,8 +242,38 @@ def test_lone_surrogates_are_replaced(tmp_path):
     assert rows[0]["text"] == "a ? b"
 
 
+RECORDS = {
+    "files": lambda n, text: {"id": n, "text": text},
+    "tables": lambda n, text: {"id": n, "text": text},
+    "chats": lambda n, text: {"id": n, "messages": [text]},
+    "discourse": lambda n, text: {"id": n, "posts": [{"raw": text}]},
+}
+
+
+@pytest.mark.parametrize("source", RECORDS)
+def test_records_of_two_shards_that_are_both_numbered_from_0_are_all_kept(tmp_path, source):
+    for shard in range(2):
+        lines = [json.dumps(RECORDS[source](n, f"record {n} of shard {shard}")) + "\n" for n in range(100)]
+        (tmp_path / f"shard-{shard}.jsonl").write_text("".join(lines))
+    rows, metrics = gather(tmp_path, [{"source": source, "paths": "*.jsonl"}])
+    assert len({row["id"] for row in rows}) == len({row["text"] for row in rows}) == 200
+    assert metrics["repeated_ids"] == 0
+
+
+def test_different_records_with_one_id_are_all_kept_and_on_one_side_of_the_split(tmp_path):
+    lines = [json.dumps({"id": n // 4, "text": f"chunk {n}"}) + "\n" for n in range(200)]
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    rows, _ = gather(tmp_path, [{"source": "files", "paths": "a.jsonl"}], share=0.3)
+    splits = {}
+    for row in rows:
+        splits.setdefault(int(row["text"].split()[1]) // 4, set()).add(row["split"])
+    assert len(rows) == 200
+    assert [len(found) for found in splits.values()] == [1] * 50
+    assert set().union(*splits.values()) == {"train", "validation"}
+
+
 def test_repeated_ids_are_counted_and_said(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"id": 1, "text": "a"}\n{"id": 1, "text": "b"}\n{"text": "c"}\n{"text": "c"}\n')
+    (tmp_path / "a.jsonl").write_text('{"id": 1, "text": "a"}\n{"id": 1, "text": "a"}\n{"text": "c"}\n{"text": "c"}\n')
     heard = Heard()
     rows, metrics = gather(tmp_path, [{"source": "files", "paths": "a.jsonl"}], progress=heard)
     assert (len(rows), metrics["repeated_ids"], metrics["documents_read"]) == (2, 2, 4)

@@ -6,6 +6,8 @@ import pytest
 
 import bessemer
 from bessemer.core.errors import ConfigError
+from bessemer.data.deduplication.methods import _embedded
+from bessemer.data.sources.http.fetch import Clock
 
 
 def test_tables_go_in_and_kept_and_rejected_tables_come_out(prose):
@@ -38,6 +40,18 @@ def test_of_copies_that_are_kept_the_settings_say_which_is_best():
     assert kept.column("id").to_pylist() == ["1" * 32]
     with pytest.raises(ConfigError, match=r"deduplicate\.keep\.quality: the documents have no score 'mine'"):
         bessemer.refine(table, {"deduplicate": {"keep": {"quality": "mine"}}})
+
+
+def test_a_users_embeddings_are_asked_for_again_where_a_network_failed_them():
+    errors, waits = [ConnectionError("no route")] * 2, []
+
+    def embed(texts):
+        if errors:
+            raise errors.pop()
+        return [[1.0]] * len(texts)
+
+    assert _embedded(embed, "mine.py:embed", pa.array(["a", "b"]), Clock(waits.append)).tolist() == [[1.0], [1.0]]
+    assert waits == [1.0, 2.0]
 
 
 def test_semantic_copies_are_those_of_the_users_model(tmp_path):

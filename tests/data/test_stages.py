@@ -81,16 +81,16 @@ def test_the_output_of_these_versions_is_fixed(tmp_path, collected):
     line(tmp_path, collected)
     found = {stage: content_hash(rows_of(tmp_path / stage / "documents")) for stage in ("clean", "dedup", "select")}
     rejected = content_hash(rows_of(tmp_path / "select" / "rejected"))
-    assert (CLEAN_VERSION, found["clean"]) == (3, "27abe382766df5fa0d73180d18cc4613"), (
+    assert (CLEAN_VERSION, found["clean"]) == (3, "69492b16cf98ef469c287d2f5c055c1e"), (
         "another output needs another CLEAN_VERSION"
     )
-    assert (DEDUPLICATE_VERSION, found["dedup"]) == (3, "57d9cb17c51b13fa77808d87baa6c786"), (
+    assert (DEDUPLICATE_VERSION, found["dedup"]) == (3, "887d167acf74e527a0b47acc5aac2bbc"), (
         "another output needs another DEDUPLICATE_VERSION"
     )
     assert (SELECT_VERSION, found["select"], rejected) == (
         4,
-        "11025176b646cf1372716bfffeca3682",
-        "c56d01dabada4518253b2b5323bf2b6e",
+        "aa9dcbbf370f2bc0ea5506caed405a51",
+        "5279619e3d5f31be3a84d56bc762c949",
     ), "raise SELECT_VERSION"
 
 
@@ -147,6 +147,40 @@ def test_a_users_score_that_fails_is_named(tmp_path, collected, body, message):
     (tmp_path / "mine.py").write_text(f"def f(texts):\n    {body}\n")
     with pytest.raises(ConfigError, match=f"mine.py:f: {message}"):
         clean(CleanConfig.parse({"score": ["mine.py:f"]}), collected, made(tmp_path, "clean"), folder=tmp_path)
+
+
+USERS = """
+def edit(texts):
+    if any("keep, number 3," in text for text in texts.to_pylist()):
+        raise KeyError("number 3")
+    return texts
+
+def score(texts):
+    return [1 / ("Ofen" not in text) for text in texts.to_pylist()]
+
+def mostly(texts):
+    return [1 / text.startswith(("Too", "Der")) for text in texts.to_pylist()]
+"""
+
+
+def test_a_users_function_costs_the_documents_on_which_it_fails(tmp_path, collected):
+    (tmp_path / "mine.py").write_text(USERS)
+    config = CleanConfig.parse({"edit": ["mine.py:edit"], "score": ["mine.py:score"]})
+    metrics = clean(config, collected, made(tmp_path, "clean"), folder=tmp_path)
+    assert {reason: count["documents"] for reason, count in metrics["by_reason"].items()} == {
+        "clean: mine.py:edit: it failed: KeyError: …": 1,
+        "clean: mine.py:score: it failed: ZeroDivisionError: division by zero": 6,
+    }
+    assert {row["score"] for row in rows_of(tmp_path / "clean" / "documents")} == {1.0}
+    rejected = rows_of(tmp_path / "clean" / "rejected")
+    assert sorted((row["text"][:3], row["score"]) for row in rejected) == [("Der", None)] * 6 + [("Too", 1.0)]
+
+
+def test_a_users_function_that_fails_on_most_documents_is_taken_for_wrong(tmp_path, collected):
+    (tmp_path / "mine.py").write_text(USERS)
+    message = "^mine.py:mostly: it failed: ZeroDivisionError: division by zero; so it was with 46 of 60 documents$"
+    with pytest.raises(ConfigError, match=message):
+        clean(CleanConfig.parse({"score": ["mine.py:mostly"]}), collected, made(tmp_path, "clean"), folder=tmp_path)
 
 
 def test_a_threshold_on_a_score_that_was_not_computed_is_refused(tmp_path, collected):

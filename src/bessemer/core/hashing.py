@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,14 @@ def hash_value(value: Any, bits: int = 128) -> str:
     return hash_bytes(canonical.encode(), bits=bits)
 
 
-def hash_file(path: Path, bits: int = 128) -> str:
-    """Hash of a file's content, read in blocks."""
+def hash_file(path: Path, bits: int = 128, on_read: Callable[[int], None] | None = None) -> str:
+    """Hash of a file's content, read in blocks; on_read is called with the bytes of each."""
     digest = hashlib.blake2b(digest_size=bits // 8)
     with path.open("rb") as stream:
         while block := stream.read(1 << 20):
             digest.update(block)
+            if on_read is not None:
+                on_read(len(block))
     return digest.hexdigest()
 
 

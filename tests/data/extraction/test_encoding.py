@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import encodings.aliases
+import re
+
 import pytest
 
-from bessemer.data.extraction.encoding import to_utf8
+from bessemer.data.extraction.encoding import codec_of, codec_of_page, to_utf8
 
 GERMAN = "<p>Über den Fluß führt eine Brücke, größer als alle anderen, für Fußgänger und Züge.</p>"
 JAPANESE = "<p>製鋼所の炉は注意深く加熱されなければならない。炎の色で分かる。</p>" * 3
@@ -50,7 +53,63 @@ def test_utf8_cut_in_the_middle_of_a_character_stays_utf8():
     assert text.startswith(GERMAN) and text.endswith("\ufffd")
 
 
-@pytest.mark.parametrize("label", ["nonsense", "", "hex", "\0", "utf-8 ; x"])
+@pytest.mark.parametrize(
+    ("label", "codec"),
+    [
+        ("iso-8859-1", "cp1252"),
+        (" US-ASCII\n", "cp1252"),
+        ("latin5", "cp1254"),
+        ("TIS-620", "cp874"),
+        ("gb2312", "gb18030"),
+        ("windows-31j", "cp932"),
+        ("ks_c_5601-1987", "cp949"),
+        ("big5-hkscs", "big5hkscs"),
+        ("iso-8859-8-i", "iso8859-8"),
+        ("x-mac-cyrillic", "mac-cyrillic"),
+        ("utf-16", "utf-16-le"),
+        ("x-user-defined", None),
+        ("iso-2022-kr", None),
+    ],
+)
+def test_a_label_means_what_it_means_to_browsers(label, codec):
+    assert codec_of(label) == codec
+
+
+@pytest.mark.parametrize(
+    ("label", "codec"),
+    [("utf-16", "utf-8"), ("UTF-16BE", "utf-8"), ("x-user-defined", "cp1252"), ("koi8-r", "koi8-r"), ("punycode", None)],
+)
+def test_a_page_that_could_be_read_as_ascii_is_not_in_utf_16(label, codec):
+    assert codec_of_page(label) == codec
+
+
+def test_a_page_that_calls_itself_utf_16_is_read_as_utf_8():
+    page = f"<meta charset=utf-16>{GERMAN}".encode()
+    assert to_utf8(page) == page
+
+
+def test_of_pythons_own_codecs_those_that_are_no_encodings_of_pages_are_not_used():
+    """Among them `punycode`, whose time is quadratic in the length of the page."""
+    labels = {
+        *encodings.aliases.aliases,
+        *encodings.aliases.aliases.values(),
+        "punycode",
+        "idna",
+        "raw_unicode_escape",
+        "undefined",
+    }
+    used = {label for label in labels if codec_of(label)}
+    assert used and not any(
+        re.search("puny|idna|escape|hex|zip|bz2|base64|quopri|rot|uu|undefined|utf_?7|cp437", label) for label in used
+    )
+
+
+def test_a_page_that_calls_itself_punycode_is_read_in_time_linear_in_its_length():
+    page = b"<meta charset=punycode>\xfc-" + b"steel" * 80_000
+    assert to_utf8(page).decode() == page.decode("cp1252")
+
+
+@pytest.mark.parametrize("label", ["nonsense", "", "hex", "\0", "utf-8 ; x", "punycode"])
 def test_an_unknown_label_is_passed_over(label):
     assert to_utf8(GERMAN.encode("cp1252"), encoding=label).decode() == GERMAN
 

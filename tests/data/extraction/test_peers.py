@@ -1,45 +1,24 @@
-"""The other extractors. A process that hangs stands in for trafilatura on a hostile page."""
+"""The other extractors. A function that hangs stands in for trafilatura on a hostile page."""
 
 from __future__ import annotations
 
-import sys
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from bessemer.core.errors import ConfigError
+from bessemer.data import limited
 from bessemer.data.extraction import peers
 from bessemer.data.extraction.extract import extract
 from bessemer.data.extraction.peers import NoAnswerError, Trafilatura, union
 from tests.data.extraction.test_extract import ARTICLE, SENTENCES
 
-HANGS_ON_EVERY_SECOND_PAGE = """
-import json, sys, time
-count = 0
-while len(size := sys.stdin.buffer.read(8)) == 8:
-    asked = json.loads(sys.stdin.buffer.read(int.from_bytes(size, "big")))
-    if asked["html"] == "hang":
-        time.sleep(60)
-    if asked["html"] == "die":
-        sys.exit(1)
-    if asked["html"] == "fail":
-        body = json.dumps({"error": "RecursionError: too deep"}).encode()
-        sys.stdout.buffer.write(len(body).to_bytes(8, "big") + body)
-        sys.stdout.buffer.flush()
-        continue
-    body = json.dumps("text of " + asked["html"]).encode()
-    sys.stdout.buffer.write(len(body).to_bytes(8, "big") + body)
-    sys.stdout.buffer.flush()
-"""
-
 
 @pytest.fixture
-def stand_in(monkeypatch, tmp_path):
-    script = tmp_path / "worker.py"
-    script.write_text(HANGS_ON_EVERY_SECOND_PAGE)
-    started = peers.subprocess.Popen
-    monkeypatch.setattr(peers.subprocess, "Popen", lambda command, **kwargs: started([sys.executable, str(script)], **kwargs))
+def stand_in(monkeypatch):
     monkeypatch.setattr(peers, "find_spec", lambda name: object())
-    extractor = Trafilatura(time_limit=0.5)
+    extractor = Trafilatura(time_limit=0.2, processes=2, function="tests.data.extraction.stand_in:stand_in_text")
     yield extractor
     extractor.close()
 
@@ -47,9 +26,9 @@ def stand_in(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("page", "kind", "why"),
     [
-        ("hang", "extraction_timeouts", "trafilatura took more than 0.5 s for this page"),
-        ("die", "extraction_failures", r"trafilatura's process ended on this page \(EOFError\)"),
-        ("fail", "extraction_failures", "trafilatura failed on this page: RecursionError: too deep"),
+        ("hang", "extraction_timeouts", "trafilatura: took more than 0.2 seconds"),
+        ("die", "extraction_failures", "trafilatura: its parser crashed or ran out of memory"),
+        ("fail", "extraction_failures", "trafilatura: RecursionError: too deep"),
     ],
 )
 def test_a_page_that_gets_no_answer_is_given_up_with_the_reason_and_the_next_one_is_read(stand_in, page, kind, why):
@@ -58,6 +37,28 @@ def test_a_page_that_gets_no_answer_is_given_up_with_the_reason_and_the_next_one
         stand_in(page)
     assert raised.value.kind == kind
     assert stand_in("two") == "text of two"
+
+
+def test_what_a_page_may_take_is_processor_time_and_not_time_on_the_clock(stand_in, monkeypatch):
+    monkeypatch.setattr(limited, "_CLOCK_FACTOR", 1000)
+    assert stand_in("wait 0.5") == "text of wait 0.5"
+
+
+def test_two_pages_at_once_are_read_by_two_processes(stand_in, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(stand_in, [f"r {tmp_path / 'pipe'}", f"w {tmp_path / 'pipe'}"])
+    assert one != other
+
+
+def test_one_page_after_the_other_is_read_by_one_process(stand_in):
+    assert stand_in("pid") == stand_in("pid")
+
+
+def test_there_are_as_many_processes_as_cores(monkeypatch):
+    monkeypatch.setattr(peers, "find_spec", lambda name: object())
+    monkeypatch.setattr(peers, "usable_cores", lambda: 7)
+    assert len(Trafilatura()._helpers) == 7
 
 
 def test_a_page_larger_than_a_pipe_holds_passes(stand_in):

@@ -5,6 +5,9 @@ import dataclasses
 import gzip
 import json
 import lzma
+import os
+import time
+from contextlib import contextmanager
 
 import pytest
 import zstandard
@@ -12,11 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bessemer.core.errors import SourceError
+from bessemer.core.progress import Silent
+from bessemer.data.sources.build import source_fingerprint
 from bessemer.data.sources.document import Tally
 from bessemer.data.sources.formats.files import TextFiles, files_source
 from bessemer.data.sources.formats.records import record_document
+from bessemer.data.sources.io import paths
 from bessemer.data.sources.io.cutting import bounded_lines
+from bessemer.data.sources.io.paths import ContentFingerprints
 from bessemer.data.sources.io.streams import open_stream
+from bessemer.data.sources.registry import source_plugin
 
 COMPRESS = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
 
@@ -155,7 +163,11 @@ def test_two_folders_with_files_of_one_name_keep_them_apart(tmp_path):
 
 
 def test_a_record_is_named_by_its_id_or_its_text():
-    assert record_document({"id": 7, "text": "x"}, "f").locator == "id:7"
+    named = record_document({"id": 7, "text": "x"}, "f")
+    assert named.locator.startswith("id:7:") and named.group == "id:7"
+    assert named.locator == record_document({"id": "7", "text": "x"}, "g").locator
+    others = [{"id": 7, "text": "y"}, {"id": 8, "text": "x"}, {"text": "x"}]
+    assert named.locator not in {record_document(other, "f").locator for other in others}
     assert record_document({"text": "x"}, "f").locator == record_document({"text": "x", "url": "u"}, "g").locator
     assert record_document({"text": "x"}, "f").locator != record_document({"text": "y"}, "f").locator
 
@@ -241,3 +253,85 @@ def test_the_fingerprint_follows_content_and_the_names_that_ids_are_made_from(tm
     renamed = files_source(["."], tmp_path, 1).fingerprint()
     (tmp_path / "b.txt").write_text("y")
     assert len({json.dumps(value) for value in (before, renamed, files_source(["."], tmp_path, 1).fingerprint())}) == 3
+
+
+def test_a_change_anywhere_in_a_large_file_changes_its_fingerprint(tmp_path):
+    size, changed = 260 << 20, 1 << 20
+    with (tmp_path / "a.txt").open("wb") as stream:
+        stream.truncate(size)
+    before = files_source(["."], tmp_path, 1).fingerprint()
+    with (tmp_path / "a.txt").open("r+b") as stream:
+        # 64 samples spread evenly over the file would miss it
+        stream.seek(size // 63 // 4)
+        stream.write(b"x" * changed)
+    assert files_source(["."], tmp_path, 1).fingerprint() != before
+
+
+class Reads(Silent):
+    """Counts the bytes of the files that are read."""
+
+    def __init__(self):
+        self.bytes = 0
+
+    @contextmanager
+    def task(self, description, total=None, unit="", completed=0):
+        yield self
+
+    def advance(self, amount=1, note=None):
+        self.bytes += amount
+
+
+@pytest.fixture
+def remembered(tmp_path, monkeypatch):
+    """Fingerprints of what is in `in`, asked a minute after the last write: (fingerprint, bytes that were read for it)."""
+    monkeypatch.setattr(paths, "_REMEMBERED_BYTES", 8)
+    monkeypatch.setattr(paths, "_LONG_READ_BYTES", 0)
+    (tmp_path / "in").mkdir()
+
+    def ask(seconds_later=60):
+        reads = Reads()
+        fingerprints = ContentFingerprints(tmp_path / "cache", reads, lambda: time.time_ns() + seconds_later * 10**9)
+        return files_source(["in"], tmp_path, 1).fingerprint(fingerprints), reads.bytes
+
+    return ask
+
+
+def test_a_large_file_is_read_once_and_again_when_it_has_changed(tmp_path, remembered):
+    file = tmp_path / "in" / "a.txt"
+    file.write_bytes(b"0123456789")
+    (tmp_path / "in" / "small.txt").write_bytes(b"abc")
+    before, read = remembered()
+    assert read == 13
+    assert remembered() == (before, 3)
+    status = file.stat()
+    # as large, in place, and with the time of its last write set back
+    file.write_bytes(b"0123456788")
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    after, read = remembered()
+    assert (after != before, read) == (True, 13)
+    assert after == files_source(["in"], tmp_path, 1).fingerprint()
+
+
+def test_a_file_that_has_just_been_written_is_read_again(tmp_path, remembered):
+    (tmp_path / "in" / "a.txt").write_bytes(b"0123456789")
+    assert remembered(seconds_later=0) == remembered(seconds_later=0)
+    assert remembered(seconds_later=0)[1] == 10
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"state": 1, "hash": "x"}'])
+def test_a_damaged_memory_of_fingerprints_is_passed_over(tmp_path, remembered, content):
+    (tmp_path / "in" / "a.txt").write_bytes(b"0123456789")
+    before = remembered()
+    for entry in (tmp_path / "cache" / "fingerprints").iterdir():
+        entry.write_text(content)
+    assert remembered() == before
+
+
+def test_what_is_remembered_of_fingerprints_lies_in_the_cache_of_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "_SETTLED_NANOSECONDS", -(10**9))
+    (tmp_path / "a.txt").write_bytes(b"x" * (2 << 20))
+    settings = source_plugin("files").settings.parse({"paths": "a.txt"})
+    cache = tmp_path / "cache"
+    first = source_fingerprint(settings, cache=cache, folder=tmp_path)
+    assert len(list((cache / "fingerprints").iterdir())) == 1
+    assert source_fingerprint(settings, cache=cache, folder=tmp_path) == first

@@ -37,12 +37,16 @@ def test_a_page_that_cannot_be_decoded_whole_is_counted():
 @pytest.mark.parametrize(
     ("head", "expected"),
     [
-        ('<meta name="robots" content="noindex, nofollow">', "noindex"),
+        ('<meta name="robots" content="noindex, nofollow, noarchive">', None),
+        ('<meta name="robots" content="none">', None),
+        ('<meta name="googlebot" content="noarchive, noai, noimageai">', "noai, noimageai"),
         ("<META CONTENT='NOAI' NAME='Robots'>", "noai"),
         ('<meta name="tdm-reservation" content="1">', "tdm-reservation"),
         ('<meta name="tdm-reservation" content="0">', None),
         ('<meta name="description" content="noai">', None),
-        ('<meta name="GPTBot" content="noml"><meta name=robots content=none>', "noml, none"),
+        ('<meta name="GPTBot" content="noml"><meta name=robots content=none>', "noml"),
+        ('<meta name="CCBot" content="noindex, noarchive">', "ccbot: noindex"),
+        ('<meta name="anthropic-ai" content="none">', "anthropic-ai: none"),
         ("", None),
     ],
 )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import gzip
 import io
 import sys
@@ -13,6 +14,7 @@ import pytest
 from bessemer.core.errors import SourceError
 from bessemer.data.sources.build import open_source
 from bessemer.data.sources.document import Tally
+from bessemer.data.sources.http.fetch import Clock, may_pass
 from bessemer.data.sources.registry import source_plugin
 from tests.data.sources.makers import assert_resumes, documents, json_lines, opened, parquet, zipped
 
@@ -42,7 +44,8 @@ def test_rows_are_documents_whose_columns_the_settings_name(tmp_path, name):
     (tmp_path / name).write_bytes(FORMS[name])
     read = [document for _, _, document in assert_resumes(opened("tables", tmp_path, columns=COLUMNS))]
     assert [document.text for document in read] == [row["body"] for row in ROWS]
-    assert (read[7].locator, read[7].url, read[7].metadata) == ("id:7", "http://e.org/7", {"stars": "7"})
+    assert read[7].locator.startswith("id:7:")
+    assert (read[7].group, read[7].url, read[7].metadata) == ("id:7", "http://e.org/7", {"stars": "7"})
 
 
 def test_the_form_of_a_table_does_not_show(tmp_path):
@@ -173,6 +176,111 @@ def test_data_sets_in_folders_are_read_by_the_library_itself(tmp_path):
         assert source.fingerprint() != before
 
 
+class BrokenRows(FakeRows):
+    """Breaks before row `at` of the whole as often as `breaks` says, which its streams have in common."""
+
+    def __init__(self, rows, breaks, at, num_shards=1, start=0):
+        super().__init__(rows, num_shards)
+        self.breaks, self.at, self.start = breaks, at, start
+
+    def shard(self, num_shards, index):
+        return BrokenRows(self.rows[index::num_shards], self.breaks if index == 1 else [], self.at)
+
+    def skip(self, count):
+        return BrokenRows(self.rows[count:], self.breaks, self.at, start=self.start + count)
+
+    def __iter__(self):
+        for number, row in enumerate(self.rows, start=self.start):
+            if number == self.at and self.breaks:
+                raise self.breaks.pop()
+            yield row
+
+
+@pytest.fixture
+def breaking_hub(monkeypatch, tmp_path):
+    """A data set of three shards, whose second breaks before its row `at` with these errors; the Hub fails with `refusals`."""
+
+    def opened_with(breaks, at=2, refusals=()):
+        refused, waits = list(refusals), []
+        module = types.ModuleType("datasets")
+
+        def load_dataset(*_, **__):
+            if refused and (error := refused.pop()) is not None:
+                raise error
+            return BrokenRows([{"text": f"text {n}"} for n in range(15)], breaks, at, num_shards=3)
+
+        module.load_dataset = load_dataset
+        monkeypatch.setitem(sys.modules, "datasets", module)
+        source = open_source(source_plugin("hugging_face").settings.parse({"dataset": "me/steel"}), tmp_path, tmp_path)
+        return dataclasses.replace(source, clock=Clock(sleep=waits.append)), waits
+
+    return opened_with
+
+
+def read_all(source, tally):
+    return [document.text for unit in source.units() for _, document in source.read(unit, 0, tally)]
+
+
+def test_a_stream_that_breaks_is_opened_again_where_it_broke_after_growing_waits(breaking_hub):
+    # of a client that has no class of the standard library, of a file that was cut off, of the system
+    source, waits = breaking_hub([RuntimeError("closed"), ValueError("cut off"), ConnectionError("no route")])
+    tally = Tally()
+    assert sorted(read_all(source, tally)) == sorted(f"text {n}" for n in range(15))
+    assert (waits, tally.counts) == ([1.0, 2.0, 4.0], {})
+
+
+def test_a_stream_that_breaks_at_one_row_for_ever_is_set_aside_with_its_reason_and_the_others_are_read(breaking_hub):
+    source, waits = breaking_hub([ConnectionError("no route")] * 99)
+    tally = Tally()
+    read = read_all(source, tally)
+    assert sorted(read) == sorted(f"text {n}" for n in range(15) if n % 3 != 1 or n < 6)
+    assert waits == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]
+    assert tally.counts == {"broken_streams": 1}
+    assert tally.notes == ["me/steel/train/00001-of-00003: it broke behind row 2, 7 times: ConnectionError: no route"]
+
+
+def test_a_hub_that_does_not_answer_for_a_moment_is_asked_again(breaking_hub):
+    source, waits = breaking_hub([], refusals=[ConnectionError("no route")] * 2)
+    assert len(read_all(source, Tally())) == 15
+    assert waits == [1.0, 2.0]
+
+
+def test_a_hub_that_cannot_be_reached_any_more_ends_the_run_and_says_how_far_it_came(breaking_hub):
+    source, waits = breaking_hub([ConnectionError("no route")], refusals=[ConnectionError("no route")] * 99 + [None] * 3)
+    units = source.units()
+    assert len(list(source.read(units[0], 0, Tally()))) == 5
+    message = r"^me/steel/train/00001-of-00003: read to row 2; me/steel: it cannot be opened: no route; run again$"
+    with pytest.raises(SourceError, match=message):
+        list(source.read(units[1], 0, Tally()))
+    assert len(waits) == 7
+
+
+def test_what_waiting_does_not_mend_is_not_waited_for(breaking_hub):
+    source, waits = breaking_hub([], refusals=[FileNotFoundError("no such data set"), ValueError("no such split")])
+    for message in ("no such split", "no such data set"):
+        with pytest.raises(SourceError, match=message):
+            source.units()
+    assert waits == []
+
+
+@pytest.mark.parametrize(
+    ("module", "base", "passes"),
+    [
+        ("httpx._exceptions", Exception, True),
+        ("aiohttp.client_exceptions", Exception, True),
+        ("builtins", ConnectionResetError, True),
+        ("builtins", TimeoutError, True),
+        ("builtins", PermissionError, False),
+        ("datasets.exceptions", FileNotFoundError, False),
+        ("builtins", KeyError, False),
+    ],
+)
+def test_a_networks_errors_are_known_by_their_class_or_their_package(module, base, passes):
+    error = type("ReadError", (base,), {"__module__": module})
+    # and so are those that another package derives from them
+    assert may_pass(error()) == may_pass(type("Own", (error,), {"__module__": "somewhere"})()) == passes
+
+
 def test_without_the_library_what_is_missing_is_said_in_one_line(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "datasets", None)
     source = open_source(source_plugin("hugging_face").settings.parse({"dataset": "me/steel"}), tmp_path, tmp_path)
@@ -191,5 +299,6 @@ def test_without_a_network_the_reason_is_one_line(monkeypatch, tmp_path):
     module.load_dataset = load_dataset
     monkeypatch.setitem(sys.modules, "datasets", module)
     source = open_source(source_plugin("hugging_face").settings.parse({"dataset": "me/steel"}), tmp_path, tmp_path)
+    source = dataclasses.replace(source, clock=Clock(sleep=lambda seconds: None))
     with pytest.raises(SourceError, match=r"^me/steel: it cannot be opened: no route$"):
         source.units()

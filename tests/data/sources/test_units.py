@@ -7,6 +7,7 @@ import pytest
 from bessemer.core.errors import SourceError
 from bessemer.data.sources.document import Document, Tally
 from bessemer.data.sources.formats.files import files_source
+from bessemer.data.sources.http.fetch import Clock
 from bessemer.data.sources.origins import python_docs
 from bessemer.data.sources.origins.python_docs import PythonDocs, read_python_docs
 from bessemer.data.sources.origins.user import UserFunction
@@ -63,12 +64,45 @@ def test_a_users_function_that_fails_is_named(tmp_path, body, message):
         found(UserFunction("mine.py:f", tmp_path))
 
 
+FAILS_NOW_AND_THEN = """
+calls = []
+
+def f(errors):
+    calls.append(len(calls))
+    for number in range(4):
+        if number == 2 and len(calls) <= errors:
+            raise ConnectionError("no route")
+        yield {"text": f"text {number}"}
+"""
+
+
+@pytest.mark.parametrize(("errors", "texts"), [(0, 4), (3, 4), (9, 2)])
+def test_a_users_function_that_a_network_fails_is_called_again_after_growing_waits(tmp_path, errors, texts):
+    (tmp_path / "mine.py").write_text(FAILS_NOW_AND_THEN)
+    waits, tally = [], Tally()
+    source = UserFunction("mine.py:f", tmp_path, {"errors": errors}, clock=Clock(sleep=waits.append))
+    (unit,) = source.units()
+    assert [document.text for _, document in source.read(unit, 0, tally)] == [f"text {n}" for n in range(texts)]
+    assert waits == [1.0, 2.0, 4.0][:errors]
+    assert tally.counts == ({} if texts == 4 else {"failed_functions": 1})
+
+
+def test_an_iterator_that_fails_without_end_is_given_up(tmp_path):
+    body = "import itertools\n\ndef f():\n    return map(lambda n: {'text': 'x'[n]}, itertools.count())\n"
+    (tmp_path / "mine.py").write_text(body)
+    tally, source = Tally(), UserFunction("mine.py:f", tmp_path)
+    assert [document.text for _, document in source.read(source.units()[0], 0, tally)] == ["x"]
+    assert tally.counts == {"bad_records": 99, "failed_functions": 1}
+
+
 def test_text_and_records_in_archives_are_those_of_the_files(tmp_path):
     files = {"a/x.txt": b"One.\n\nTwo.\n", "b.jsonl": b'{"id": 1, "text": "r"}\n', "c.png": b"\x89PNG"}
     for name, content in (("p.zip", zipped(files)), ("q.tar.gz", tar(files, "w:gz"))):
         (tmp_path / name).write_bytes(content)
     read = [document for _, _, document in assert_resumes(files_source(["."], tmp_path, 100))]
-    assert [document.locator for document in read] == ["p.zip/a/x.txt#0", "id:1", "q.tar/a/x.txt#0", "id:1"]
+    (p_text, p_record, q_text, q_record) = [document.locator for document in read]
+    assert (p_text, q_text) == ("p.zip/a/x.txt#0", "q.tar/a/x.txt#0")
+    assert p_record == q_record and p_record.startswith("id:1:")
 
 
 def test_counted_positions_are_numbers_of_documents():

@@ -65,9 +65,9 @@ def test_a_site_whose_robots_txt_fails_is_not_visited(site, tmp_path):
 
 def test_ai_txt_is_heard(site, tmp_path):
     site.answers["/ai.txt"] = (200, {"Content-Type": "text/plain"}, b"User-Agent: *\nDisallow: /\n")
-    site.html("/a", "x", **{"X-Robots-Tag": "noindex"})
+    site.html("/a", "x", **{"X-Robots-Tag": "noindex, noai"})
     ((_, _, document),) = found(urls_source(tmp_path, urls=[f"{site.url}/a"]))
-    assert document.metadata["opt_out"] == "noindex, ai.txt"
+    assert document.metadata["opt_out"] == "noai, ai.txt"
 
 
 def test_requests_to_a_host_keep_their_distance(site, tmp_path):

@@ -116,6 +116,11 @@ def test_a_body_that_expands_to_a_gigabyte_is_set_aside(tmp_path):
         ("X-Robots-Tag: noai, noimageai", "noai, noimageai"),
         ("TDM-Reservation: 1", "tdm-reservation"),
         ("X-Robots-Tag: all", None),
+        ("X-Robots-Tag: noindex, noarchive", None),
+        ("X-Robots-Tag: googlebot: noindex", None),
+        ("X-Robots-Tag: GPTBot: noindex, nofollow", "gptbot: noindex"),
+        ("X-Robots-Tag: noai, googlebot: noindex", "noai"),
+        ("X-Robots-Tag: unavailable_after: 25 Jun 2030 15:00:00 PST, noai", "noai"),
     ],
 )
 def test_what_the_server_said_against_use_is_kept(tmp_path, header, expected):

@@ -178,7 +178,7 @@ LOOSE = [{"topic_id": 7, "post_number": 2, "raw": "Second *post*."}, {"topic_id"
 def test_a_topic_is_a_document_in_whichever_form_it_is_exported(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     (document,) = documents("discourse", tmp_path, base_url="https://f.org")
-    assert (document.locator, document.heading) == ("topic:7", "Heat")
+    assert (document.group, document.heading) == ("topic:7", "Heat")
     assert document.text == "First *post*.\n\n---\n\nSecond post."
     assert (document.url, document.metadata["tags"]) == ("https://f.org/t/7", "a b")
 
@@ -225,6 +225,25 @@ def test_each_message_is_a_document_and_a_thread_a_group(tmp_path):
     assert read[2].metadata["opt_out"] == "no-archive"
 
 
+@pytest.mark.parametrize(
+    ("charset", "body", "text"),
+    [
+        ("charset=us-ascii", b"Gr\xc3\xbc\xc3\x9fe", "Grüße"),
+        ("charset=iso-8859-1", b"Gr\xfc\xdfe \x93so\x94", "Grüße “so”"),
+        ("charset=UTF-7", b"Gr+APwA3w-e", "Grüße"),
+        ("charset=iso-2022-jp", "鋼".encode("iso2022_jp"), "鋼"),
+        ("charset=nonsense", b"Gr\xc3\xbc\xc3\x9fe\xff", "Grüße\ufffd"),
+        ("charset*=koi8-r''koi8-r", "сталь".encode("koi8-r"), "сталь"),
+        ("charset=punycode", b"Mnchen-3ya", "Mnchen-3ya"),
+        ("charset*=punycode''utf-8", b"x\xff", "x\ufffd"),
+    ],
+)
+def test_a_message_is_read_in_the_encoding_that_it_states_where_that_is_one_of_texts(tmp_path, charset, body, text):
+    head = f"From a Mon Jan  5 10:00:00 2026\nSubject: x\nContent-Type: text/plain; {charset}\n\n".encode()
+    (tmp_path / "a.mbox").write_bytes(head + body + b"\n")
+    assert documents("mbox", tmp_path)[0].text == text
+
+
 def test_a_message_that_has_only_html_is_read_from_it(tmp_path):
     message = b"From a Mon Jan  5 10:00:00 2026\nSubject: x\nContent-Type: text/html; charset=latin-1\n\n<p>Gr\xfc\xdfe</p>\n"
     (tmp_path / "a.mbox").write_bytes(message)
@@ -266,7 +285,7 @@ CHATS = [
 def test_a_conversation_is_read_in_the_usual_forms(tmp_path, record, expected):
     (tmp_path / "a.jsonl").write_bytes(json_lines([record | {"id": 5, "topic": "t"}]))
     (document,) = documents("chats", tmp_path)
-    assert (document.text, document.locator, document.metadata["topic"]) == (expected, "id:5", "t")
+    assert (document.text, document.group, document.metadata["topic"]) == (expected, "id:5", "t")
 
 
 def test_the_list_of_messages_may_be_named(tmp_path):

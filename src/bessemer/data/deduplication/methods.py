@@ -26,6 +26,10 @@ from bessemer.data.deduplication.removals import DuplicateRemovals, Removals, Sp
 from bessemer.data.deduplication.semantic import semantic_duplicates
 from bessemer.data.deduplication.substrings import repeated_substrings
 from bessemer.data.deduplication.summary import summarise
+from bessemer.data.sources.http.fetch import Clock, tried_again
+
+#: Attempts after the first to get a user's embeddings, where waiting may help.
+_RETRIES = 3
 
 Result: TypeAlias = tuple[Removals, dict[str, Any]]
 
@@ -94,9 +98,12 @@ def semantic(corpus: Corpus, scratch: Path, settings: SemanticConfig, folder: Pa
     return _with_clusters(corpus, duplicates)
 
 
-def _embedded(function: Callable[[pa.Array], Any], name: str, texts: pa.Array) -> np.ndarray:
+def _embedded(function: Callable[[pa.Array], Any], name: str, texts: pa.Array, clock: Clock | None = None) -> np.ndarray:
+    """A user's embeddings. Raises ConfigError where it fails for a reason that does not pass: a document without an embedding
+    cannot be compared, and copies of it would stay.
+    """
     try:
-        embeddings = np.asarray(function(texts), dtype=np.float64)
+        embeddings = np.asarray(tried_again(partial(function, texts), _RETRIES, clock or Clock()), dtype=np.float64)
     except Exception as error:  # anything a user's function may raise
         raise ConfigError(f"{name}: it failed: {type(error).__name__}: {error}") from error
     if embeddings.ndim != 2 or len(embeddings) != len(texts):

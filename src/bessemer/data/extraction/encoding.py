@@ -10,14 +10,11 @@ _HEAD = 4096
 _META = re.compile(rb"<meta[^>]{0,400}?charset\s*=\s*[\"']?\s*([a-zA-Z0-9_:.-]{2,40})", re.IGNORECASE)
 _XML = re.compile(rb"^\s*<\?xml[^>]{0,200}?encoding\s*=\s*[\"']([a-zA-Z0-9_:.-]{2,40})[\"']")
 _MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
-#: Where browsers read a label as a larger encoding (WHATWG Encoding Standard, section 4.2).
+#: Labels of the WHATWG Encoding Standard (section 4.2) that resiliparse's table lacks.
+_OTHER_LABELS = {"x-mac-cyrillic": "mac-cyrillic", "x-mac-ukrainian": "mac-cyrillic"}
+#: Where Python's codec of the name decodes less than the standard's encoding does.
 _LARGER = {
-    "iso8859-1": "cp1252",
-    "ascii": "cp1252",
-    "iso8859-9": "cp1254",
     "iso8859-11": "cp874",
-    "tis-620": "cp874",
-    "gb2312": "gb18030",
     "gbk": "gb18030",
     "shift_jis": "cp932",
     "euc_kr": "cp949",
@@ -38,7 +35,7 @@ def to_utf8(html: str | bytes, *, encoding: str | None = None) -> bytes:
     for mark, name in _MARKS:
         if html.startswith(mark):
             return html[len(mark) :].decode(name, "replace").encode("utf-8", "replace")
-    names = [known for label in (encoding, *declared(html)) if label and (known := python_name(label))]
+    names = [*filter(None, (codec_of(encoding or ""), *map(codec_of_page, declared(html))))]
     if not any(name.startswith(("utf-16", "iso2022")) for name in names):
         try:
             html.decode("utf-8")
@@ -63,22 +60,33 @@ def declared(html: bytes) -> list[str]:
     return [found[1].decode("ascii") for pattern in (_XML, _META) if (found := pattern.search(head))]
 
 
-def python_name(label: str) -> str | None:
-    """The codec for a label, None for one that is unknown or does not decode text."""
-    try:
-        codec = codecs.lookup(label.strip().strip("\"'"))
-    except (LookupError, ValueError):
-        return None
-    if not codec._is_text_encoding:
-        return None
-    return _LARGER.get(codec.name, codec.name)
+def codec_of(label: str) -> str | None:
+    """The codec for a label of the WHATWG Encoding Standard, None for any other label.
+
+    Python has codecs that are no encodings of pages, and `punycode` takes time quadratic in a page's length. What the standard
+    does not decode itself (`replacement`, `x-user-defined`) has no codec here either.
+    """
+    from resiliparse.parse.encoding import map_encoding_to_html5
+
+    label = label.strip().strip("\"'").lower()
+    name = _OTHER_LABELS.get(label) or map_encoding_to_html5(label, fallback_utf8=False)
+    return None if name is None else _LARGER.get(name, name)
+
+
+def codec_of_page(label: str) -> str | None:
+    """The codec for a label that a page itself states (HTML Standard, section 13.2.3.2): a page whose label could be read as
+    ASCII is not in UTF-16."""
+    if label.lower() == "x-user-defined":
+        return "cp1252"
+    name = codec_of(label)
+    return "utf-8" if name is not None and name.startswith("utf-16") else name
 
 
 def guessed(html: bytes) -> str | None:
     """What resiliparse's detector makes of the bytes."""
     from resiliparse.parse.encoding import detect_encoding
 
-    return python_name(detect_encoding(html) or "")
+    return codec_of(detect_encoding(html) or "")
 
 
 def _has_sequence(html: bytes) -> bool:

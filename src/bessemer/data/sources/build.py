@@ -30,4 +30,11 @@ def source_fingerprint(
     own = source_plugin(settings.source).load_fingerprint()
     if own is not None:
         return own(settings, folder, cache, fetch, progress)
-    return open_source(settings, folder.absolute(), cache).fingerprint()
+    from bessemer.data.sources.io.paths import ContentFingerprints
+    from bessemer.data.sources.io.tree import FileSource
+    from bessemer.data.sources.origins.hugging_face import HuggingFace
+
+    source = open_source(settings, folder.absolute(), cache)
+    if isinstance(source, (FileSource, HuggingFace)):
+        return source.fingerprint(ContentFingerprints(cache, progress))
+    return source.fingerprint()

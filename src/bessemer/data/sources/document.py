@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+#: Kinds of what is set aside that are nothing of a file's content: a network's failures, a function's.
+FAILURES = frozenset({"broken_streams", "failed_functions"})
+
 #: More notes than a person reads; beyond it things are counted and no longer named, so that memory stays bounded.
 _MOST_NOTES = 1000
+#: Robots that gather for training alone: what is said to one of them holds for training in general.
+TRAINING_ROBOTS = ("GPTBot", "CCBot", "Google-Extended", "anthropic-ai", "ClaudeBot", "Applebot-Extended")
 
 
 @dataclass(frozen=True, slots=True)

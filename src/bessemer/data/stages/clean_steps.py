@@ -5,14 +5,16 @@ A filter's code is imported when it is asked for: some load models.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from bessemer.core.config import Config
 from bessemer.core.errors import ConfigError
@@ -23,6 +25,7 @@ from bessemer.data.config import CleanConfig
 from bessemer.data.edits.registry import edit_plugin
 from bessemer.data.filters.registry import PERPLEXITY, filter_plugin
 from bessemer.data.plugins import arrow_types
+from bessemer.data.sources.http.fetch import Clock, tried_again
 from bessemer.data.text.texts import Texts
 
 if TYPE_CHECKING:
@@ -30,6 +33,15 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
+
+#: The column of a step's result that says, by document, why a user's function failed on it; null where it did not.
+FAILED = "(failed)"
+#: Attempts after the first, where waiting may help.
+_RETRIES = 3
+#: Documents of a part on which a function fails, before it has answered for any, until it is taken for a wrong one.
+_MOST_FAILED_AT_FIRST = 100
+_LONGEST_REASON = 200
+_VALUES = re.compile(r"'[^']*'|\"[^\"]*\"|\b\d+(\.\d+)?\b")
 
 
 @dataclass(frozen=True)
@@ -57,7 +69,8 @@ def scorer(name: str, folder: Path = Path()) -> Scorer:
     if is_user_function(name):
         column = name.rpartition(":")[2]
         function = load_user_function(name, folder)
-        return Scorer(column, {column: pa.float64()}, partial(_user_scores, function, name, column))
+        call = _UserCall(function, name, "score", pa.float64(), partial(_numbers, name))
+        return Scorer(column, {column: pa.float64()}, partial(_user_scores, call, column))
     plugin = filter_plugin(name)
     return Scorer(name, arrow_types(plugin.columns), _with_settings(plugin.load(), plugin.settings), plugin.reads)
 
@@ -160,32 +173,113 @@ def edits(config: CleanConfig, folder: Path = Path()) -> list[Edit]:
 def edit(name: str, folder: Path = Path(), settings: Config | None = None) -> Edit:
     """The edit of a name, or of a user's `file.py:function`. Raises ConfigError when such a function cannot be loaded."""
     if is_user_function(name):
-        return Edit(name.rpartition(":")[2], {}, partial(_user_edit, load_user_function(name, folder), name))
+        call = _UserCall(load_user_function(name, folder), name, "text", pa.string(), partial(_strings, name))
+        return Edit(name.rpartition(":")[2], {}, partial(_user_edit, call))
     plugin = edit_plugin(name)
     return Edit(name, arrow_types(plugin.columns), _with_settings(plugin.load(), plugin.settings, settings))
 
 
-def _user_scores(function: Callable[[pa.Array], Iterable[float]], name: str, column: str, texts: Texts) -> dict[str, pa.Array]:
-    scores = _called(function, name, texts, "scores", "one number per text is needed")
+class _UserCall:
+    """A user's function of texts, asked again for halves of what it fails on: what it costs is the documents on which it fails
+    alone. One that may fail because of a network is asked again first, after growing waits.
+
+    `checked` casts what it returned for some texts, and raises ConfigError for what is no answer. Raises ConfigError when the
+    function fails on each of the first documents.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[pa.Array], Iterable[Any]],
+        name: str,
+        what: str,
+        kind: pa.DataType,
+        checked: Callable[[pa.Array], pa.Array],
+        clock: Clock | None = None,
+    ) -> None:
+        self._function = function
+        self._name = name
+        self._what = what
+        self._kind = kind
+        self._checked = checked
+        self._clock = clock or Clock()
+        self._answered = False
+        self._failed = 0
+
+    def __call__(self, texts: pa.Array) -> tuple[pa.Array, dict[str, pa.Array]]:
+        """The results, null where there is none, and the column `FAILED` where there is any such."""
+        reasons: dict[int, str] = {}
+        results = pa.concat_arrays(list(self._results(texts, 0, reasons, may_wait=True)))
+        failed = pa.array([reasons.get(place) for place in range(len(texts))], pa.string())
+        return results, {FAILED: failed} if reasons else {}
+
+    def _results(self, texts: pa.Array, start: int, reasons: dict[int, str], *, may_wait: bool = False) -> Iterator[pa.Array]:
+        try:
+            result = tried_again(partial(self._asked, texts), _RETRIES if may_wait or len(texts) == 1 else 0, self._clock)
+        except Exception as error:  # anything a user's function may raise
+            if len(texts) > 1:
+                half = len(texts) // 2
+                yield from self._results(texts[:half], start, reasons)
+                yield from self._results(texts[half:], start + half, reasons)
+                return
+            self._failed += 1
+            why = f"{self._name}: it failed: {type(error).__name__}: {error}"
+            if not self._answered and self._failed == _MOST_FAILED_AT_FIRST:
+                raise ConfigError(f"{why}; and so it did on each of the first {self._failed} documents") from error
+            reasons[start] = "clean: " + _without_values(why)
+            yield pa.nulls(1, self._kind)
+        else:
+            if len(result) != len(texts):
+                raise ConfigError(
+                    f"{self._name}: it returned {len(result)} {self._what}s for {len(texts)} texts; one {self._what} per text "
+                    "is needed"
+                )
+            self._answered |= bool(len(texts))
+            yield self._checked(result)
+
+    def _asked(self, texts: pa.Array) -> pa.Array:
+        returned = self._function(texts)
+        result = returned if isinstance(returned, (pa.Array, pa.ChunkedArray)) else pa.array(list(returned))
+        return result.combine_chunks() if isinstance(result, pa.ChunkedArray) else result
+
+
+def _without_values(message: str) -> str:
+    """The first line of an error without what it quotes and its numbers, so that errors of one kind count as one."""
+    lines = message.splitlines()
+    return _VALUES.sub("…", lines[0] if lines else "")[:_LONGEST_REASON]
+
+
+def check_failures(config: CleanConfig, metrics: Mapping[str, Any]) -> None:
+    """Raises ConfigError when a user's function failed on most documents: it is wrong, not they."""
+    for name in filter(is_user_function, [*config.edit, *config.score]):
+        reasons = {
+            reason: count["documents"]
+            for reason, count in metrics["by_reason"].items()
+            if reason.startswith(_without_values(f"clean: {name}: it failed"))
+        }
+        failed, total = sum(reasons.values()), metrics["documents_in"]
+        if failed > total / 2:
+            most = max(reasons, key=lambda reason: reasons[reason]).removeprefix("clean: ")
+            raise ConfigError(f"{most}; so it was with {failed:,} of {total:,} documents")
+
+
+def _user_scores(call: _UserCall, column: str, texts: Texts) -> dict[str, pa.Array]:
+    scores, failed = call(texts.array)
+    return {column: scores} | failed
+
+
+def _numbers(name: str, scores: pa.Array) -> pa.Array:
     try:
-        return {column: scores.cast(pa.float64())}
+        return scores.cast(pa.float64())
     except pa.ArrowInvalid as error:
         raise ConfigError(f"{name}: its scores are not numbers ({error})") from None
 
 
-def _user_edit(function: Callable[[pa.Array], Iterable[str]], name: str, texts: Texts) -> tuple[pa.Array, dict[str, pa.Array]]:
-    edited = _called(function, name, texts, "texts", "one text per text is needed")
+def _user_edit(call: _UserCall, texts: Texts) -> tuple[pa.Array, dict[str, pa.Array]]:
+    edited, failed = call(texts.array)
+    return pc.coalesce(edited, texts.array) if failed else edited, failed
+
+
+def _strings(name: str, edited: pa.Array) -> pa.Array:
     if edited.null_count or not (pa.types.is_string(edited.type) or pa.types.is_large_string(edited.type)):
         raise ConfigError(f"{name}: it returned {edited.type}; an edit returns a string for each text")
-    return edited.cast(pa.string()), {}
-
-
-def _called(function: Callable[[pa.Array], Iterable], name: str, texts: Texts, what: str, needed: str) -> pa.Array:
-    try:
-        returned = function(texts.array)
-        result = returned if isinstance(returned, (pa.Array, pa.ChunkedArray)) else pa.array(list(returned))
-    except Exception as error:  # anything a user's function may raise
-        raise ConfigError(f"{name}: it failed: {type(error).__name__}: {error}") from error
-    if len(result) != len(texts):
-        raise ConfigError(f"{name}: it returned {len(result)} {what} for {len(texts)} texts; {needed}")
-    return result.combine_chunks() if isinstance(result, pa.ChunkedArray) else result
+    return edited.cast(pa.string())

@@ -8,6 +8,7 @@ a large file.
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ from bessemer.data.engine import run_tasks
 from bessemer.data.reports.stage_stats import PartStats, stage_stats
 from bessemer.data.sources.build import open_source
 from bessemer.data.sources.config import SourceSettings, WheelsSource
-from bessemer.data.sources.document import Tally
+from bessemer.data.sources.document import FAILURES, Tally
 from bessemer.data.sources.origins.lock import DownloadError
 from bessemer.data.sources.source import Source, Unit
 
@@ -84,19 +85,29 @@ def collect(
     sizes = sum(reading.unit.size_bytes for reading in readings)
     tallies = {source_name(source): Tally() for source in config.sources}
     groups = Groups()
+    documents_of: Counter[str] = Counter()
     documents = read = 0
     speed = Speed()
     with progress.task("collecting", total=sizes or None, unit="bytes") as task:
         for number, figures in run_tasks(partial(_read, buckets=config.buckets), readings, engine):
             reading = readings[number]
             documents += figures["documents"]
+            documents_of[reading.source_name] += figures["documents"]
             groups.merge(Groups(*(tuple(group) if group else None for group in figures["groups"])))
             _add(tallies[reading.source_name], figures["tally"])
             read += reading.unit.size_bytes
             note = f"{documents:,} documents · {speed.of(documents, read)} · {reading.source_name}"
             task.advance(reading.unit.size_bytes, note=note)
-    if not documents:
-        raise SourceError(f"collect: no document with text was found in {', '.join(map(source_name, config.sources))}")
+    broken = [name for name, tally in tallies.items() if not documents_of[name] and FAILURES & tally.counts.keys()]
+    for reading in readings:
+        # the next run tries again
+        if reading.source_name in broken:
+            _remove(reading.segments)
+    if broken or not documents:
+        names = broken or list(tallies)
+        notes = [note for name in names for note in tallies[name].notes]
+        first = f"; the first of what was set aside: {notes[0]}" if notes else ""
+        raise SourceError(f"collect: no document with text was found in {', '.join(names)}{first}")
 
     splitter = Splitter(config.validation_share)
     while (remedy := splitter.remedy(groups)) is not None:
@@ -153,6 +164,13 @@ def _readings(
                 key = hash_bytes(name.encode(), unit.name.encode(), bits=64)
                 readings.append(_Reading(name, source, unit, scratch / key))
     return readings, skipped
+
+
+def _remove(folder: Place) -> None:
+    if isinstance(folder, Path):
+        shutil.rmtree(folder, ignore_errors=True)
+    else:
+        folder.remove_all()
 
 
 def _read(reading: _Reading, buckets: int) -> dict[str, Any]:

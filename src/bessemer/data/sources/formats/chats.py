@@ -9,7 +9,7 @@ from typing import Any
 
 from bessemer.data.sources.config import ChatsSource
 from bessemer.data.sources.document import Document, Tally, encodable
-from bessemer.data.sources.formats.records import json_lines, text_locator
+from bessemer.data.sources.formats.records import json_lines, record_locator
 from bessemer.data.sources.io.archives import ARCHIVES, Entry
 from bessemer.data.sources.io.tree import FileSource, file_source
 from bessemer.data.sources.source import PositionedDocument
@@ -52,7 +52,10 @@ class Chats:
             if not text:
                 tally.set_aside("bad_records", place, "a conversation in which nobody says anything")
                 continue
-            identity = next((record[key] for key in ("id", "conversation_id", "uuid") if record.get(key) is not None), None)
+            identity = next(
+                (encodable(f"id:{record[key]}") for key in ("id", "conversation_id", "uuid") if record.get(key) is not None),
+                None,
+            )
             plain = {
                 encodable(key): encodable(str(value))
                 for key, value in record.items()
@@ -61,11 +64,12 @@ class Chats:
             yield (
                 position,
                 Document(
-                    text_locator(text) if identity is None else encodable(f"id:{identity}"),
+                    record_locator(identity, text),
                     text,
                     url=_plain(record.get("url")),
                     license=_plain(record.get("license")) or entry.license,
                     language=_plain(record.get("language")),
+                    group=identity,
                     metadata=plain | {"messages": str(len(messages))},
                 ),
             )

@@ -10,7 +10,7 @@ from typing import Any
 from bessemer.data.sources.config import DiscourseSource
 from bessemer.data.sources.document import Document, Tally, encodable
 from bessemer.data.sources.formats.markup import text_of_markup
-from bessemer.data.sources.formats.records import json_lines, parse_json
+from bessemer.data.sources.formats.records import json_lines, parse_json, record_locator
 from bessemer.data.sources.io.archives import ARCHIVES, Entry
 from bessemer.data.sources.io.tree import FileSource, file_source
 from bessemer.data.sources.source import PositionedDocument
@@ -81,7 +81,11 @@ class Discourse:
         if created := topic.get("created_at") or posts[0].get("created_at"):
             metadata["date"] = encodable(str(created))
         text = "\n\n---\n\n".join(texts)
-        return Document(f"topic:{identity}", text, heading=title, url=url, license=entry.license, metadata=metadata)
+        # files may be of several forums, and of several pages of one topic
+        name = encodable(f"topic:{identity}")
+        return Document(
+            record_locator(name, text), text, heading=title, url=url, license=entry.license, group=name, metadata=metadata
+        )
 
 
 def open_discourse(settings: DiscourseSource, folder: Path, cache: Path) -> FileSource:

@@ -1,7 +1,7 @@
 """Source `files`: `.txt`, `.md` and `.jsonl`, plain, compressed, or in archives.
 
 A text file is one document, or several cut at blank lines where it is long; each is named by the file's path below
-the source's root and its byte offset. A JSONL record is named by its `id`, or by its text where it has none, so that
+the source's root and its byte offset. A JSONL record is named by its `id`, where it has one, and its text, so that
 the same records spread over any number of files give the same documents.
 """
 
@@ -10,14 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from bessemer.core.errors import SourceError
 from bessemer.data.sources.config import FilesSource
 from bessemer.data.sources.document import Document, Tally
 from bessemer.data.sources.formats.records import decoded, json_lines, note_end, record_document
 from bessemer.data.sources.io.archives import ARCHIVES, Entry, is_archive
-from bessemer.data.sources.io.paths import content_fingerprint
 from bessemer.data.sources.io.streams import COMPRESSIONS, Stream, uncompressed_name
 from bessemer.data.sources.io.tree import FileSource
 from bessemer.data.sources.source import PositionedDocument
@@ -104,14 +102,8 @@ def _text_document(entry: Entry, start: int, lines: list[str]) -> Document:
 class Files(FileSource):
     """The source `files`, whose fingerprint knows that records are not named after their files."""
 
-    def fingerprint(self) -> Any:
-        return sorted(
-            [
-                "" if not is_archive(name) and _suffix(uncompressed_name(name)) in RECORD_SUFFIXES else name,
-                content_fingerprint(path),
-            ]
-            for name, path in self._files().items()
-        )
+    def _stable_name(self, name: str) -> str:
+        return "" if not is_archive(name) and _suffix(uncompressed_name(name)) in RECORD_SUFFIXES else name
 
 
 def open_files(settings: FilesSource, folder: Path, cache: Path) -> Files:

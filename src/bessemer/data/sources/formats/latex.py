@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from bessemer.core.object_storage import Place
+from bessemer.data.limited import RefusedError
 from bessemer.data.sources.config import LatexSource
 from bessemer.data.sources.document import Document, Tally, encodable
 from bessemer.data.sources.io.archives import Entry
-from bessemer.data.sources.io.limited import RefusedError
 from bessemer.data.sources.io.tree import FileSource, file_source
 from bessemer.data.sources.source import PositionedDocument
 

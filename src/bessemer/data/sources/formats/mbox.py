@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import email.header
 import email.message
 import email.parser
@@ -27,6 +28,15 @@ _FROM = re.compile(rb"From \S.*\d{1,2}:\d{2}")
 _QUOTED_FROM = re.compile(rb"^>(>*From )", re.M)
 _MESSAGE_ID = re.compile(r"<[^<>\s]+>")
 _LONGEST_LINE = 1 << 20
+#: Names and encodings of mail that are none of web pages.
+_MAIL_CHARSETS = {
+    "latin-1": "cp1252",
+    "utf-7": "utf-7",
+    "hz-gb-2312": "hz",
+    "iso-2022-kr": "iso2022_kr",
+    **{f"{prefix}{number}": f"cp{number}" for prefix in ("cp", "ibm") for number in ("437", "850", "852")},
+}
+_IN_ASCII = ("utf-7", "hz", "iso2022", "utf-16")
 #: Headers by which a sender asks that a message is not kept.
 _NO_ARCHIVE = ("x-no-archive", "x-no-archiving")
 
@@ -128,7 +138,7 @@ def _text(message: email.message.Message) -> str:
         payload = part.get_payload(decode=True)
         if not isinstance(payload, bytes):
             continue
-        text = _decoded(payload, part.get_content_charset() or "utf-8")
+        text = _decoded(payload, _charset(part))
         if part.get_content_type() == "text/plain":
             plain.append(text)
         elif part.get_content_type() == "text/html":
@@ -141,8 +151,20 @@ def _text(message: email.message.Message) -> str:
     return encodable(re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip())
 
 
+def _charset(part: email.message.Message) -> str:
+    """What a part says of its encoding. `get_content_charset` would decode an RFC 2231 value by the codec that it names."""
+    stated = part.get_param("charset") or "utf-8"
+    return stated[2] if isinstance(stated, tuple) else str(stated)
+
+
 def _decoded(data: bytes, charset: str) -> str:
-    try:
-        return data.decode(charset)
-    except (UnicodeDecodeError, LookupError, ValueError):
-        return data.decode("utf-8", errors="replace")
+    from bessemer.data.extraction.encoding import codec_of
+
+    label = charset.strip().lower()
+    codec = _MAIL_CHARSETS.get(label) or codec_of(label) or "utf-8"
+    # bytes in other encodings are hardly ever UTF-8 by chance, but for those that write everything in ASCII
+    names = (codec, "utf-8") if codec.startswith(_IN_ASCII) else ("utf-8", codec)
+    for name in names:
+        with contextlib.suppress(UnicodeDecodeError):
+            return data.decode(name)
+    return data.decode(codec, errors="replace")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from bessemer.data.limited import RefusedError
 from bessemer.data.sources.config import MediaWikiSource
 from bessemer.data.sources.document import Document, Tally, encodable
 from bessemer.data.sources.formats.pages import urlsplit_host
@@ -21,7 +22,6 @@ from bessemer.data.sources.formats.wikitext import wikitext_to_text
 from bessemer.data.sources.formats.xml import children, parse_xml
 from bessemer.data.sources.io.archives import Entry
 from bessemer.data.sources.io.cutting import Marks, fragments
-from bessemer.data.sources.io.limited import RefusedError
 from bessemer.data.sources.io.tree import FileSource, file_source
 from bessemer.data.sources.source import PositionedDocument
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from bessemer.core.errors import BessemerError, SourceError
-from bessemer.data.sources.document import Document, Tally
+from bessemer.data.sources.document import TRAINING_ROBOTS, Document, Tally
 from bessemer.data.sources.licenses import LICENSE_HOSTS, license_of_address
 
 if TYPE_CHECKING:
@@ -30,10 +30,15 @@ _META = re.compile(r"<meta\b[^>]{0,4000}+>", re.I)
 _ATTRIBUTE = re.compile(r"""(?<![a-z:-])([a-z:-]++)\s*+=\s*+(?:"([^"]*+)"|'([^']*+)'|([^\s"'>]++))""", re.I)
 _LANGUAGE = re.compile(r"""<html\b[^>]{0,2000}?\blang\s*=\s*["']?([a-z]{2,3})\b""", re.I)
 _TITLE = re.compile(r"<title[^>]{0,200}>([^<]{1,2000})</title", re.I)
-#: Words in `robots` rules that speak against use of a page; https://www.rfc-editor.org/rfc/rfc9309 and the sites' own.
-_OPT_OUT_RULES = frozenset({"noai", "noimageai", "noindex", "none", "noarchive", "noml", "notrain"})
-_SIGN = re.compile("bot|tdm-|google-|bessemer", re.I)
-_ROBOT_NAMES = ("robots", "googlebot", "googlebot-news", "bingbot", "ccbot", "gptbot", "google-extended", "bessemer")
+#: Words in `robots` rules that speak against training. `noindex` and `noarchive` do not: they are about results and copies in
+#: search engines.
+_OPT_OUT_RULES = frozenset({"noai", "noimageai", "noml", "nomlt", "notrain"})
+#: Words that speak against it where they are said to a robot that gathers for training.
+_CLOSED_RULES = frozenset({"noindex", "none"})
+_TRAINING_ROBOTS = frozenset(name.lower() for name in TRAINING_ROBOTS)
+_SIGN = re.compile("bot|tdm-|google-|anthropic-|bessemer", re.I)
+_ADDRESSED = re.compile(r"\s*([\w-]+)\s*:")
+_ROBOT_NAMES = frozenset({"robots", "googlebot", "googlebot-news", "bingbot", "bessemer"}) | _TRAINING_ROBOTS
 
 
 @dataclass(frozen=True)
@@ -121,7 +126,7 @@ def page_document(
 
 
 def opt_out(head: str, headers: Iterable[tuple[str, str]] = ()) -> str | None:
-    """What a page or its server said against indexing, training on, or mining it: the signs, sorted, in one string.
+    """What a page or its server said against training on it or mining it: the signs, sorted, in one string.
 
     Looked at are `robots` metas and `X-Robots-Tag` headers, and the TDM reservation (W3C TDM Reservation Protocol).
     """
@@ -132,19 +137,23 @@ def opt_out(head: str, headers: Iterable[tuple[str, str]] = ()) -> str | None:
         said = {name.lower(): html.unescape(a or b or c) for name, a, b, c in _ATTRIBUTE.findall(tag[0])}
         name, content = said.get("name", "").strip().lower(), said.get("content", "")
         if name in _ROBOT_NAMES:
-            signs |= _rules(content)
+            signs |= _rules(content, name)
         elif name == "tdm-reservation" and content.strip() == "1":
             signs.add("tdm-reservation")
     for header, value in headers:
         if header.lower() == "x-robots-tag":
-            signs |= _rules(value)
+            addressed = _ADDRESSED.match(value)
+            signs |= _rules(value, addressed[1].lower() if addressed else "robots")
         elif header.lower() == "tdm-reservation" and value.strip() == "1":
             signs.add("tdm-reservation")
     return ", ".join(sorted(signs)) or None
 
 
-def _rules(value: str) -> set[str]:
-    return {rule for rule in re.split(r"[\s,;:]+", value.lower()) if rule in _OPT_OUT_RULES}
+def _rules(value: str, robot: str) -> set[str]:
+    """The signs in the rules that are given to a robot, or to all `robots`."""
+    rules = set(re.split(r"[\s,;:]+", value.lower()))
+    closed = rules & _CLOSED_RULES if robot in _TRAINING_ROBOTS else ()
+    return rules & _OPT_OUT_RULES | {f"{robot}: {rule}" for rule in closed}
 
 
 def _license_link(page: bytes) -> str | None:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bessemer.data.limited import RefusedError
 from bessemer.data.sources.config import PdfSource
 from bessemer.data.sources.document import Document, Tally, encodable
 from bessemer.data.sources.io.archives import ARCHIVES, Entry
-from bessemer.data.sources.io.limited import RefusedError
 from bessemer.data.sources.io.tree import FileSource, file_source
 from bessemer.data.sources.source import PositionedDocument
 

@@ -34,21 +34,25 @@ def record_document(record: Mapping[str, Any], place: str, *, default_license: s
     plain = {
         encodable(str(key)): encodable(str(value)) for key, value in metadata.items() if isinstance(value, (str, int, float))
     }
-    identity = record.get("id")
+    identity = None if record.get("id") is None else encodable(f"id:{record['id']}")
     fields: dict[str, Any] = {name: encodable(str(record[name])) for name in _RECORD_FIELDS if record.get(name) is not None}
     text = encodable(text)
     return Document(
-        text_locator(text) if identity is None else encodable(f"id:{identity}"),
+        record_locator(identity, text),
         text,
-        group=plain.get("package"),
+        group=plain.get("package", identity),
         metadata=plain,
         **({"license": default_license} | fields),
     )
 
 
-def text_locator(text: str) -> str:
-    """The locator of a record that has no name: the same text gives the same document wherever it stands."""
-    return f"text:{hash_bytes(text.encode())}"
+def record_locator(name: str | None, text: str) -> str:
+    """The locator of a record: its name, where it has one, and its text.
+
+    A name alone is not enough: shards that are each numbered from 0, and chunks that bear their document's id, repeat names.
+    A file's name has no part in it, so that the same records spread over any number of files give the same documents.
+    """
+    return f"{name or 'text'}:{hash_bytes(text.encode())}"
 
 
 def json_lines(

@@ -16,8 +16,10 @@ import time
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote, urljoin, urlsplit, urlunsplit
+
+T = TypeVar("T")
 
 _PORTS = {"http": http.client.HTTP_PORT, "https": http.client.HTTPS_PORT}
 _REDIRECTS = (301, 302, 303, 307, 308)
@@ -70,6 +72,35 @@ class Clock:
 
     sleep: Callable[[float], None] = time.sleep
     now: Callable[[], float] = time.monotonic
+
+
+#: Packages whose errors are a network's, whatever their classes.
+_NETWORK_CLIENTS = frozenset({"aiohttp", "httpcore", "httpx", "requests", "urllib3"})
+#: Errors of a system that come back whenever the same is tried again.
+_LASTING = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether an error of other people's code may be a network's, so that waiting and trying again may help."""
+    packages = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
+    return (isinstance(error, OSError) and not isinstance(error, _LASTING)) or not packages.isdisjoint(_NETWORK_CLIENTS)
+
+
+def growing_wait(attempt: int, asked: float = 0.0) -> float:
+    """Seconds to wait before the next attempt after the one of this number, from 0: doubled each time, at least `asked`."""
+    return min(max(asked, 2.0**attempt), _LONGEST_WAIT)
+
+
+def tried_again(call: Callable[[], T], retries: int, clock: Clock) -> T:
+    """What `call` returns, after growing waits where a network may have failed it. Raises what it raises at last."""
+    for attempt in range(retries):
+        try:
+            return call()
+        except Exception as error:
+            if not may_pass(error):
+                raise
+            clock.sleep(growing_wait(attempt))
+    return call()
 
 
 def normal_url(url: str) -> str:
@@ -227,7 +258,7 @@ def fetch(
         except FetchError as error:
             if not error.again or attempt == limits.retries:
                 raise
-            clock.sleep(min(max(error.wait, 2.0**attempt), _LONGEST_WAIT))
+            clock.sleep(growing_wait(attempt, error.wait))
     raise AssertionError("the last attempt returns or raises")
 
 

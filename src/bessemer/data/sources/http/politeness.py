@@ -8,11 +8,10 @@ from urllib.parse import urlsplit
 
 from protego import Protego
 
+from bessemer.data.sources.document import TRAINING_ROBOTS
 from bessemer.data.sources.http.fetch import Clock, FetchError, Limits, fetch
 
 _LARGEST_RULES = 500 << 10
-#: Robots that gather for training alone: a page closed to one of them is a page closed to us in spirit, and marked so.
-_TRAINING_ROBOTS = ("GPTBot", "CCBot", "Google-Extended", "anthropic-ai", "ClaudeBot", "Applebot-Extended")
 _LONGEST_DELAY = 60.0
 
 
@@ -46,7 +45,7 @@ class Politeness:
         """What the host says against training on a page, in its robots.txt or ai.txt."""
         rules = self._rules_of(url)
         signs = []
-        if not all(rules.robots.can_fetch(url, robot) for robot in _TRAINING_ROBOTS):
+        if not all(rules.robots.can_fetch(url, robot) for robot in TRAINING_ROBOTS):
             signs.append("robots.txt closed to training")
         if rules.training is not None and not rules.training.can_fetch(url, self._agent):
             signs.append("ai.txt")

@@ -16,9 +16,9 @@ from typing import IO, Self, cast
 
 from bessemer.core.errors import BessemerError
 from bessemer.core.object_storage import Place
+from bessemer.data.limited import Helpers
 from bessemer.data.sources.document import Tally, encodable
 from bessemer.data.sources.io.license_files import LicenseFiles
-from bessemer.data.sources.io.limited import Helpers
 from bessemer.data.sources.io.streams import Stream, broken_stream, open_stream, stream_of, uncompressed_name
 from bessemer.data.sources.source import Unit
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
+import json
 import os
 import posixpath
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, TypeVar
 
-from bessemer.core.errors import ConfigError, SourceError
-from bessemer.core.hashing import hash_file
+from bessemer.core.errors import ArtefactError, ConfigError, SourceError
+from bessemer.core.hashing import hash_bytes, hash_file
 from bessemer.core.object_storage import ObjectPath, Place, fingerprint_of, has_pattern, is_address
+from bessemer.core.progress import Progress, Silent
+from bessemer.core.store import read_json, write_text
 from bessemer.data.sources.document import encodable
 from bessemer.data.sources.source import Unit
 
@@ -21,9 +27,11 @@ _PathType = TypeVar("_PathType", bound=PurePath)
 _BUNDLE_FILES = 256
 _BUNDLE_BYTES = 32 << 20
 
-#: A larger file is not hashed whole, which would read terabytes before the first document, but in samples.
-_WHOLE_HASH_BYTES = 256 << 20
-_SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
+#: From this size on a file's fingerprint is remembered: smaller ones are read as fast as it is looked up.
+_REMEMBERED_BYTES = 1 << 20
+_SETTLED_NANOSECONDS = 3_000_000_000
+_LONG_READ_BYTES = 256 << 20
+_FILES_AT_ONCE = 4
 
 
 def find_files(paths: list[str], folder: Path, reads: Callable[[str], bool], known: str) -> dict[str, Place]:
@@ -116,19 +124,82 @@ def _bundle(files: list[tuple[str, Place]], size: int) -> Unit:
 
 
 def content_fingerprint(path: Place) -> Any:
-    """Hash of a file's content; of a file over 256 MB, of its size and 64 samples spread evenly over it. Of an object, what
-    the listing tells: its size and version."""
-    if not isinstance(path, Path):
-        return fingerprint_of(path)
-    size = path.stat().st_size
-    if size <= _WHOLE_HASH_BYTES:
-        return hash_file(path)
-    digest = hashlib.blake2b(size.to_bytes(8, "little"), digest_size=16)
-    with path.open("rb") as stream:
-        for sample in range(_SAMPLES):
-            stream.seek((size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
-            digest.update(stream.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
+    """Hash of a file's whole content. Of an object, what the listing tells: its size and version."""
+    return hash_file(path) if isinstance(path, Path) else fingerprint_of(path)
+
+
+class ContentFingerprints:
+    """`content_fingerprint` of many files, side by side. Those that take long to read are remembered in `cache` and read again
+    when they have changed.
+
+    A file counts as unchanged while its path, size, inode, and the times of its last write and of its last change of status,
+    in nanoseconds, stay the same. One that changed within the last seconds is not remembered: another write may bear the same
+    time. `now` gives the time in nanoseconds.
+    """
+
+    def __init__(
+        self, cache: Path | None = None, progress: Progress | None = None, now: Callable[[], int] = time.time_ns
+    ) -> None:
+        self._folder = None if cache is None else cache / "fingerprints"
+        self._progress = progress or Silent()
+        self._now = now
+
+    def of(self, files: Iterable[Place]) -> list[Any]:
+        """The fingerprints of files, in their order."""
+        found: dict[Place, Any] = {}
+        unread: list[tuple[Path, os.stat_result]] = []
+        for file in files:
+            if not isinstance(file, Path):
+                found[file] = fingerprint_of(file)
+            elif (known := self._remembered(file, status := file.stat())) is not None:
+                found[file] = known
+            else:
+                # keeps the order
+                found[file] = None
+                unread.append((file, status))
+        total = sum(status.st_size for _, status in unread)
+        # a bar for what takes a second or more
+        progress = self._progress if total >= _LONG_READ_BYTES else Silent()
+        with (
+            progress.task("reading what the sources name", total=total, unit="bytes") as task,
+            ThreadPoolExecutor(_FILES_AT_ONCE) as pool,
+        ):
+            hashes = pool.map(partial(self._read, on_read=task.advance), *zip(*unread, strict=True)) if unread else ()
+            found |= {file: value for (file, _), value in zip(unread, hashes, strict=True)}
+        return list(found.values())
+
+    def _read(self, file: Path, before: os.stat_result, on_read: Callable[[int], None]) -> str:
+        started = self._now()
+        value = hash_file(file, on_read=on_read)
+        settled = max(before.st_mtime_ns, before.st_ctime_ns) < started - _SETTLED_NANOSECONDS
+        if self._folder is not None and before.st_size >= _REMEMBERED_BYTES and settled:
+            state = _state(file, file.stat())
+            if state == _state(file, before):
+                # a cache that cannot be written to costs time alone
+                with contextlib.suppress(OSError):
+                    self._folder.mkdir(parents=True, exist_ok=True)
+                    write_text(self._entry(file), json.dumps({"state": state, "hash": value}), synchronise=False)
+        return value
+
+    def _remembered(self, file: Path, status: os.stat_result) -> str | None:
+        if self._folder is None or status.st_size < _REMEMBERED_BYTES:
+            return None
+        try:
+            entry = read_json(self._entry(file))
+        except (ArtefactError, OSError):
+            return None
+        known = entry.get("hash") if isinstance(entry, dict) and entry.get("state") == _state(file, status) else None
+        return known if isinstance(known, str) else None
+
+    def _entry(self, file: Path) -> Path:
+        assert self._folder is not None
+        return self._folder / f"{hash_bytes(os.fsencode(file.absolute()))}.json"
+
+
+def _state(file: Path, status: os.stat_result) -> list[Any]:
+    """What of a file changes with its content."""
+    path = os.fsencode(file.absolute()).hex()
+    return [path, status.st_size, status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
 
 
 def _fixed_part(pattern: _PathType) -> _PathType:

@@ -11,11 +11,11 @@ from typing import Any, Protocol
 from bessemer.core.errors import BessemerError
 from bessemer.core.object_storage import Place
 from bessemer.core.progress import Progress
+from bessemer.data.limited import Helpers
 from bessemer.data.sources.config import PathsSource
 from bessemer.data.sources.document import Tally
 from bessemer.data.sources.io.archives import Entry, Surroundings, entries, is_archive
-from bessemer.data.sources.io.limited import Helpers
-from bessemer.data.sources.io.paths import content_fingerprint, find_files, units_of
+from bessemer.data.sources.io.paths import ContentFingerprints, find_files, units_of
 from bessemer.data.sources.io.streams import uncompressed_name
 from bessemer.data.sources.source import PositionedDocument, Unit
 
@@ -93,8 +93,14 @@ class FileSource:
             tally.counts["nul_characters"] += nul_characters
             tally.set_aside("files_with_nul_characters", entry.place, f"{nul_characters} NUL characters were left out")
 
-    def fingerprint(self) -> Any:
-        return sorted([name, content_fingerprint(path)] for name, path in self._files().items())
+    def fingerprint(self, fingerprints: ContentFingerprints | None = None) -> Any:
+        files = self._files()
+        contents = (fingerprints or ContentFingerprints()).of(files.values())
+        return sorted([self._stable_name(name), content] for name, content in zip(files, contents, strict=True))
+
+    def _stable_name(self, name: str) -> str:
+        """What of a file's name shows in its documents."""
+        return name
 
     def _files(self) -> dict[str, Place]:
         return find_files(list(self.paths), self.folder, self._reads, self.format.known)

@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 
 import pytest
 
-from bessemer.data.sources.io.limited import Helpers, Limited, RefusedError
+from bessemer.data import limited as limited_module
+from bessemer.data.limited import Helpers, Limited, RefusedError
 from tests.cases import slow
 
 
@@ -34,6 +36,10 @@ def crash():
 
 def fill_memory():
     return len(bytearray(8 << 30))
+
+
+def read(path):
+    return path.read_text()
 
 
 def fail():
@@ -81,3 +87,41 @@ def test_helpers_end_with_what_used_them():
         process = helpers._limited[f"{double.__module__}:double"]._process
         assert process.poll() is None
     assert process.poll() is not None
+
+
+def test_a_helper_that_works_slowly_because_of_others_is_waited_for(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe")
+    asked = iter(range(5))
+
+    def processor_seconds(pid):
+        if (used := next(asked)) == 4:
+            (tmp_path / "pipe").write_text("done")
+        return float(used)
+
+    monkeypatch.setattr(limited_module, "_processor_seconds", processor_seconds)
+    monkeypatch.setattr(limited_module, "_CLOCK_FACTOR", 0.001)
+    with Limited(read, 5) as limited:
+        assert limited(tmp_path / "pipe") == "done"
+
+
+def test_a_helper_that_waits_without_working_is_given_up(monkeypatch):
+    monkeypatch.setattr(limited_module, "_CLOCK_FACTOR", 0.01)
+    monkeypatch.setattr(limited_module, "_processor_seconds", lambda pid: 1.0)
+    with Limited(hang, 5) as limited, pytest.raises(RefusedError, match="took more than 5 seconds"):
+        limited(60)
+
+
+def test_the_processor_time_of_a_process_is_known_where_the_system_tells():
+    begun = time.process_time()
+    while time.process_time() < begun + 0.05:
+        pass
+    assert not Path("/proc/self/stat").exists() or 0.04 < limited_module._processor_seconds(os.getpid()) < 1e6
+    assert limited_module._processor_seconds(-1) == 0.0
+
+
+def test_a_helper_that_cannot_be_started_is_given_up(monkeypatch):
+    with Limited("bessemer.data.no_such_module:f", 5) as limited, pytest.raises(RefusedError, match="could not be started"):
+        limited()
+    monkeypatch.setattr(limited_module, "_START_SECONDS", 0.0)
+    with Limited(double, 5) as limited, pytest.raises(RefusedError, match="could not be started"):
+        limited(1)

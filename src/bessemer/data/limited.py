@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import pickle
 import queue
 import signal
@@ -15,12 +16,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
 _MEMORY_BYTES = 2 << 30
 _HEADER = 8
 _CLOCK_FACTOR = 10
+_START_SECONDS = 120.0
 #: What the system ends a helper with whose processor time is used up; 0 where it has no such timer.
 _TIME_IS_UP = int(getattr(signal, "SIGPROF", 0))
 
@@ -37,12 +40,12 @@ class Limited:
     """Calls of one function, each with at most `seconds` of processor time, in a helper process started when needed.
 
     Processor time, so that what is given up does not depend on what else the machine does; a call that waits instead of
-    working ends after ten times as long on the clock. The function is a module's own, so that the helper can import it,
-    and its arguments and results can be pickled.
+    working ends after ten times as long on the clock. The function is a module's own, so that the helper can import it; as
+    `module:function` it is imported there alone. Its arguments and results can be pickled.
     """
 
-    def __init__(self, function: Callable[..., Any], seconds: float) -> None:
-        self._name = f"{function.__module__}:{function.__qualname__}"
+    def __init__(self, function: Callable[..., Any] | str, seconds: float) -> None:
+        self._name = function if isinstance(function, str) else f"{function.__module__}:{function.__qualname__}"
         self._seconds = seconds
         self._process: subprocess.Popen[bytes] | None = None
         self._answers: queue.Queue[bytes] = queue.Queue()
@@ -56,7 +59,7 @@ class Limited:
             # From a thread: a helper that hangs before it has read everything would block the pipe, and with it us.
             writer = threading.Thread(target=_write, args=(process.stdin, message), daemon=True)
             writer.start()
-            answer = self._answers.get(timeout=_CLOCK_FACTOR * self._seconds)
+            answer = self._answer(process.pid)
         except queue.Empty:
             self.close()
             raise RefusedError("timed_out", f"took more than {self._seconds:g} seconds") from None
@@ -71,6 +74,18 @@ class Limited:
             raise RefusedError("unreadable_files", result)
         return result
 
+    def _answer(self, pid: int) -> bytes:
+        """The helper's answer, b"" where it has died. Raises queue.Empty when it waits instead of working."""
+        used = _processor_seconds(pid)
+        while True:
+            try:
+                return self._answers.get(timeout=_CLOCK_FACTOR * self._seconds)
+            except queue.Empty:
+                # on a busy machine it may have had a small part of a core
+                if (now := _processor_seconds(pid)) <= used:
+                    raise
+                used = now
+
     def _start(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-c", f"from {__name__} import serve; serve({self._name!r}, {self._seconds!r})"]
         self._process = subprocess.Popen(
@@ -79,7 +94,11 @@ class Limited:
         self._answers = queue.Queue()
         threading.Thread(target=_listen, args=(self._process.stdout, self._answers), daemon=True).start()
         # its first answer says that it is ready, so that starting is not timed
-        if not self._answers.get(timeout=120):
+        try:
+            is_ready = bool(self._answers.get(timeout=_START_SECONDS))
+        except queue.Empty:
+            is_ready = False
+        if not is_ready:
             self.close()
             raise RefusedError("crashed", "the helper process could not be started")
         return self._process
@@ -118,6 +137,16 @@ class Helpers:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for limited in self._limited.values():
             limited.close()
+
+
+def _processor_seconds(pid: int) -> float:
+    """Processor time that a process has used, where the system tells; else 0."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        # those behind the name, from the third on: user and system time are the 14th and 15th
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return 0.0
 
 
 def _write(pipe: IO[bytes], message: bytes) -> None:
