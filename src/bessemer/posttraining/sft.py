@@ -63,6 +63,7 @@ def sft(
     """
     progress = progress or Silent()
     tokenizer = load_tokenizer(model)
+    config = config.fitted_to(read_model_config(model).max_position_embeddings)
     training, held_out = gather_conversations(config, documents, folder, seed, made)
     packed = pack_conversations(training, tokenizer, config.context_length)
     validation = pack_conversations(held_out, tokenizer, config.context_length) if held_out else None

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import field_validator, model_validator
 
 from bessemer.core.config import nearest, setting
+from bessemer.posttraining.preference.registry import default_beta
 from bessemer.posttraining.rewards.config import Rewards, named
 from bessemer.posttraining.rl.critic_config import CriticConfig
 from bessemer.posttraining.rl.presets import PRESETS
@@ -200,6 +201,8 @@ class RLConfig(TuningConfig):
         if isinstance(name, str) and name not in PRESETS:
             raise ValueError(f"there is no algorithm {name!r}{nearest(name, list(PRESETS))}")
         found = {**PRESETS.get(name, {}), **values}
+        if isinstance(found.get("pair_loss"), str) and "beta" not in values:
+            found["beta"] = default_beta(found["pair_loss"])
         critic = found.get("critic")
         if found.get("adapter") is not None and isinstance(critic, Mapping):
             # the critic is tuned whole, and an adapter's learning rate is ten times that of full tuning
