@@ -13,6 +13,7 @@ from bessemer.core.errors import ConfigError
 from bessemer.core.seeds import derive_seed
 from bessemer.distributed.loading import load_shards
 from bessemer.distributed.mesh import Mesh
+from bessemer.distributed.sharding import product_matrices
 from bessemer.model.decoder import Decoder
 from bessemer.model.folder import load_model
 from bessemer.model.folder_config import holds_codes, read_model_config, refuse_quantised, refuse_scorer
@@ -78,6 +79,7 @@ def open_start(folder: Path, config: LoopConfig, device: torch.device | str, mes
         return OpenedModel(starting_model(folder, config, device, seed))
     empty = _empty(folder, head_seed(seed) if config.scores else None)
     empty.added.update(new_adapter(empty.decoder, config, seed))
+    hold_frozen_matrices(empty.decoder, frozen_dtype(config, folder))
     return empty.opened(device)
 
 
@@ -105,13 +107,43 @@ def _empty(folder: Path, seed_of_head: int | None) -> _Empty:
     return _Empty(empty_decoder(shape), stored, added)
 
 
+def frozen_dtype(config: LoopConfig, folder: Path) -> torch.dtype:
+    """In which dtype the frozen matrices of a model's blocks lie beside an adapter: the one in which products read them.
+
+    Autocast would make a copy of a matrix in every product and the backward pass keep it: a second model, in half precision.
+    float32 where norms of the weights are trained (DoRA), and beside codes.
+    """
+    settings = config.low_rank
+    is_half = config.dtype in ("bfloat16", "float16")
+    if settings is None or not is_half or settings.dora or settings.quantize is not None or holds_codes(folder):
+        return torch.float32
+    found = getattr(torch, config.dtype)
+    assert isinstance(found, torch.dtype)
+    return found
+
+
+def hold_frozen_matrices(model: Decoder, dtype: torch.dtype) -> None:
+    """Hold those parameters of the blocks that only products read, and that are not trained, in a dtype; in place."""
+    for parameter in product_matrices(model):
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+
+
 def starting_model(folder: Path, config: LoopConfig, device: torch.device | str, seed: int) -> Decoder:
-    """The model of a folder, in float32, with a new adapter where the settings ask for one; whole on this process. With a
-    scalar head where the settings train scores.
+    """The model of a folder with a new adapter where the settings ask for one; whole on this process. With a scalar head where
+    the settings train scores. In float32; beside an adapter what is frozen as `frozen_dtype` says, so that such a model is
+    computed under autocast.
 
     Raises ConfigError for a base whose activations are quantised, and a pattern of layers that there are not.
     """
     settings = config.low_rank
+    if (held := frozen_dtype(config, folder)) != torch.float32:
+        # read into its memory, so that there is never a copy in float32
+        empty = _empty(folder, head_seed(seed) if config.scores else None)
+        empty.added.update(new_adapter(empty.decoder, config, seed))
+        hold_frozen_matrices(empty.decoder, held)
+        load_shards([empty.decoder], empty.stored, device, empty.added)
+        return empty.decoder.eval()
     # to be quantised it is read as it is stored: in float32 the whole might not fit in memory
     dtype = None if settings is not None and settings.quantize is not None else torch.float32
     if config.scores:

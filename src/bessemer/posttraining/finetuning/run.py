@@ -39,6 +39,7 @@ from bessemer.posttraining.sft import gather_conversations, sft
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 from bessemer.training.checkpoint.manager import CHECKPOINTS
 from bessemer.training.data.packing import best_fit
+from bessemer.training.runtime import Runtime
 from bessemer.training.starting_model import starting_model
 
 #: What the command writes down of itself in the folder that it makes.
@@ -120,16 +121,23 @@ def finetune(
         padding_id=tokenizer.bos_id,
         progress=progress,
     )
-    before_N = measure(starting_model(base, tuning, chosen_device, seed).eval(), description="loss before")
+    runtime = Runtime.of(tuning, chosen_device)
+
+    def measured(model: Decoder, description: str) -> np.ndarray:
+        """As training computes: what is frozen may lie in half precision."""
+        with runtime.evaluating(model):
+            return measure(model, description=description)
+
+    before_N = measured(starting_model(base, tuning, chosen_device, seed), "loss before")
     samples = _Samples(held_out, tokenizer, read_model_config(base).max_position_embeddings, progress)
     metrics = sft(tuning, base, None, out, seed=seed, device=device, progress=progress, on_validation=samples.show)
     if method == "full":
-        after_N = measure(load_model(out / "model", device=chosen_device), description="loss after")
+        after_N = measured(load_model(out / "model", device=chosen_device), "loss after")
         return Finetuned(method, base, None, out / "model", before_N, after_N, metrics)
-    tuned = starting_model(base, tuning, chosen_device, seed).eval()
+    tuned = starting_model(base, tuning, chosen_device, seed)
     adapter = read_adapter(out / "adapter", load_model(base)).to(chosen_device, torch.float32).fitted(tuned)
     with torch.no_grad(), adapted(tuned, [(adapter, None)]):
-        after_N = measure(tuned, description="loss after")
+        after_N = measured(tuned, "loss after")
     return Finetuned(method, base, out / "adapter", out / "model" if config.merge else None, before_N, after_N, metrics)
 
 
