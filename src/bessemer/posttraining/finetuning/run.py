@@ -211,7 +211,13 @@ def _method(config: FinetuneConfig, base: Path, tokens: int, device: torch.devic
         quantised = float(sum(path.stat().st_size for path in base.glob("*.safetensors")))
     if config.method != "auto":
         return config.method, "as asked"
-    return choose_method(model, config.rank, tokens, free_bytes(device), quantised)
+    dtype, kind = _product_dtype(device), device.type
+    return choose_method(model, config.rank, tokens, free_bytes(device), quantised, dtype=dtype, device=kind)
+
+
+def _product_dtype(device: torch.device) -> torch.dtype:
+    """In which dtype products are computed."""
+    return torch.bfloat16 if is_fast(torch.bfloat16, device) else torch.float32
 
 
 def _training_settings(
@@ -230,7 +236,7 @@ def _training_settings(
         "schedule": "cosine",
         "warmup_fraction": 0.1,
         "diagnostics_every": 0,
-        "dtype": "bfloat16" if is_fast(torch.bfloat16, device) else "float32",
+        "dtype": str(_product_dtype(device)).removeprefix("torch."),
         "compile": False,
     }
     if method == "full":
