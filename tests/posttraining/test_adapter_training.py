@@ -17,7 +17,7 @@ from bessemer.model.folder import load_model, save_model
 from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
 from bessemer.model.quantised_linear import is_quantised
-from bessemer.model.trained_adapters import adapters_of
+from bessemer.model.trained_adapters import adapter_of, adapters_of, merged
 from bessemer.posttraining.config import SFTConfig
 from bessemer.posttraining.conversations import Conversation
 from bessemer.posttraining.finetuning.run import _Samples
@@ -238,3 +238,13 @@ def test_no_half_copy_of_a_frozen_matrix_is_kept_for_the_backward_pass(model_fol
         model.hidden(TOKENS[:, :23]).square().sum().backward()
     of_weights = [tensor for tensor in kept if tensor.dim() == 2 and tuple(tensor.shape) in shapes]
     assert len(of_weights) >= 7 and all(tensor.untyped_storage().data_ptr() in frozen for tensor in of_weights)
+
+
+def test_what_lies_in_half_precision_in_training_is_merged_in_the_models_dtype(model_folder):
+    config = SFTConfig.parse({"data": ["chat.jsonl"], **SETTINGS, "adapter": 4, "dtype": "bfloat16", "steps": 1}, "sft")
+    model = starting_model(model_folder, config, "cpu", seed=1)
+    found = merged(model, adapter_of(model))
+    assert {weight.dtype for weight in found.parameters()} == {torch.float32}
+    wanted = load_model(model_folder).state_dict()
+    name = "layers.0.self_attn.q_proj.weight"
+    assert torch.equal(found.state_dict()[name], wanted[name].bfloat16().float())
