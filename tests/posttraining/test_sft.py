@@ -9,6 +9,7 @@ from bessemer.core.metrics import read_metrics
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
 from bessemer.model.folder import load_model, save_model
+from bessemer.pipeline.recipe import load_recipe
 from bessemer.posttraining.config import SFT_VERSION, SFTConfig
 from bessemer.posttraining.conversations import data_fingerprint, read_conversations
 from bessemer.posttraining.packing import pack_conversations
@@ -193,3 +194,11 @@ def test_rows_are_as_long_as_the_models_context_where_nothing_is_said(model_fold
     assert read_metrics(tmp_path / "metrics.jsonl")[0]["tokens"] == 2 * longest
     with pytest.raises(ConfigError, match=f"context_length 2,048 exceeds the model's max_position_embeddings {longest}"):
         sft(config.with_changes(context_length=2048), model_folder, None, tmp_path, seed=1, device="cpu", folder=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["quickstart", "chat", "10m", "ladder"])
+def test_recipes_of_small_models_say_how_theirs_is_tuned(name):
+    given = load_recipe(name).stage("sft").config
+    assert {"optimizer", "learning_rate", "epochs", "context_length"} <= given.model_fields_set
+    assert (given.optimizer, given.context_length, given.batch_size) == ("muon", 256, 8)
+    assert (given.learning_rate, given.epochs) == ((4e-3, 3.5) if name == "quickstart" else (1e-3, 15))
