@@ -23,7 +23,7 @@ from evaluation_tasks import float32_folder
 
 #: What is trained: the settings of `sft` that differ.
 METHODS: dict[str, dict[str, Any]] = {
-    "all weights": {},
+    "all weights": {"optimizer": "muon"},
     "LoRA": {"adapter": {"rank": 16, "merge": False}},
     "QLoRA, int8": {"adapter": {"rank": 16, "quantize": "int8", "merge": False}},
     "QLoRA, int4": {"adapter": {"rank": 16, "quantize": "int4", "merge": False}},

@@ -81,6 +81,7 @@ TUNING = {
     "epochs": 1,
     "batch_size": 1,
     "context_length": 256,
+    "optimizer": "muon",
     "learning_rate": 5e-5,
     "dtype": "float32",
     "compile": False,

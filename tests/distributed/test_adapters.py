@@ -7,9 +7,12 @@ from safetensors.torch import load_file
 from bessemer.core.errors import ConfigError
 from bessemer.core.metrics import read_metrics
 from bessemer.core.progress import Silent
+from bessemer.distributed.sharding import product_matrices
 from bessemer.model.config import ModelConfig
 from bessemer.model.folder import save_model
 from bessemer.model.initialisation import initial_decoder
+from bessemer.training import loop as training_loop
+from bessemer.training import starting_model
 from bessemer.training.adapter_config import TuningConfig
 from bessemer.training.checkpoint.manager import CHECKPOINTS, checkpoint_weights, newest_checkpoint
 from bessemer.training.run import run_training
@@ -18,10 +21,12 @@ from tests.cases import slow
 from .parity import DENSE, SETTINGS, RandomBatches
 
 
-def trained(folder, out, parallel, **adapter):
+def trained(folder, out, parallel, *, in_half=False, **adapter):
     """Train an adapter of the folder's model, and log what its base says of each batch."""
     given = {"rank": 4, "alpha": 16, **adapter}
-    config = TuningConfig.parse(SETTINGS | {"steps": 3, "learning_rate": 1e-2, "parallel": parallel, "adapter": given})
+    half = {"dtype": "bfloat16"} if in_half else {}
+    settings = SETTINGS | {"steps": 3, "learning_rate": 1e-2, "parallel": parallel, "adapter": given} | half
+    config = TuningConfig.parse(settings)
     source = RandomBatches(config.batch_size, config.context_length, DENSE["vocab_size"])
 
     def prepare(config, decoder, mesh):
@@ -80,3 +85,33 @@ def refusal(folder, out, adapter):
     with pytest.raises(ConfigError) as raised:
         trained(folder, out, {"data_shard": 2}, **adapter)
     return str(raised.value)
+
+
+def trained_in_half(folder, out, held):
+    """Train in bfloat16; held: whether what is frozen lies so too. The dtypes of the matrices that were sharded."""
+    found = set()
+    prepare, frozen_dtype = training_loop.prepare_model, starting_model.frozen_dtype
+
+    def prepared(model, *others):
+        found.update(parameter.dtype for parameter in product_matrices(model))
+        return prepare(model, *others)
+
+    training_loop.prepare_model = prepared
+    if not held:
+        starting_model.frozen_dtype = lambda config, folder: torch.float32
+    try:
+        trained(folder, out, {"data_shard": 2}, in_half=True)
+    finally:
+        training_loop.prepare_model, starting_model.frozen_dtype = prepare, frozen_dtype
+    return found
+
+
+def test_two_ranks_hold_frozen_shards_in_the_dtype_of_products(two, start, tmp_path):
+    dtypes = []
+    for place in ("held", "float32"):
+        (tmp_path / place).mkdir()
+        dtypes.append(two.run(trained_in_half, folder=start, out=tmp_path / place, held=place == "held"))
+    assert dtypes == [[{torch.bfloat16}] * 2, [{torch.float32}] * 2]
+    for name in ("adapter/adapter_model.safetensors", "model/model.safetensors"):
+        found, wanted = (load_file(tmp_path / place / name) for place in ("held", "float32"))
+        assert all(torch.equal(found[key], tensor) for key, tensor in wanted.items()) and found.keys() == wanted.keys()

@@ -10,13 +10,14 @@ from safetensors.torch import load_file
 from bessemer.core.errors import ConfigError
 from bessemer.core.hashing import hash_file
 from bessemer.core.metrics import read_metrics
+from bessemer.distributed.sharding import product_matrices
 from bessemer.model.adapter_folder import read_adapter
 from bessemer.model.adapters import adapted
 from bessemer.model.folder import load_model, save_model
 from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
 from bessemer.model.quantised_linear import is_quantised
-from bessemer.model.trained_adapters import adapters_of
+from bessemer.model.trained_adapters import adapter_of, adapters_of, merged
 from bessemer.posttraining.config import SFTConfig
 from bessemer.posttraining.conversations import Conversation
 from bessemer.posttraining.finetuning.run import _Samples
@@ -25,6 +26,7 @@ from bessemer.posttraining.preference.stage import preference
 from bessemer.posttraining.sft import sft
 from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.checkpoint.manager import CHECKPOINTS, checkpoint_of_step, checkpoint_weights, newest_checkpoint
+from bessemer.training.starting_model import starting_model
 from tests.cases import slow
 from tests.posttraining.test_formats import said
 from tests.training.conftest import RecordedProgress
@@ -196,3 +198,53 @@ def test_a_preference_run_begins_at_its_reference(model_folder, tmp_path):
     first = read_metrics(tmp_path / "metrics.jsonl")[0]
     assert first["loss"] == pytest.approx(0.6931, abs=1e-4) and first["margin"] == pytest.approx(0, abs=1e-5)
     assert summary["validation_accuracy"] == 1.0
+
+
+HALF = {"adapter": 4, "dtype": "bfloat16", "save": "best", "evaluate_every": 3, "ema": 0.9}
+
+
+def test_what_is_frozen_lies_in_the_dtype_of_products_and_no_number_changes(model_folder, data, tmp_path, monkeypatch):
+    """Beside a run whose frozen weights are in float32 and are cast in every product."""
+    held = {}
+
+    def noted(finished, model):
+        held.setdefault("weights", {name: weight.dtype for name, weight in model.named_parameters()})
+
+    for place in ("half", "float32"):
+        if place == "float32":
+            for module in ("starting_model", "checkpoint.export"):
+                monkeypatch.setattr(f"bessemer.training.{module}.frozen_dtype", lambda config, folder: torch.float32)
+        run(model_folder, data, tmp_path / place, **HALF, on_validation=noted if place == "half" else None)
+    kinds = held["weights"]
+    matrices = [name for name in kinds if name.startswith("layers.") and name.endswith("_proj.weight")]
+    assert len(matrices) >= 7 and all(kinds[name] == torch.bfloat16 for name in matrices)
+    assert all(kind == torch.float32 for name, kind in kinds.items() if name not in matrices)
+    for written in ("adapter/adapter_model.safetensors", "model/model.safetensors"):
+        found, wanted = (load_file(tmp_path / place / written) for place in ("half", "float32"))
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], weight) and found[name].dtype == torch.float32 for name, weight in wanted.items())
+
+
+def test_no_half_copy_of_a_frozen_matrix_is_kept_for_the_backward_pass(model_folder):
+    """What a step holds of the weights: of all that autograd keeps, nothing has a frozen matrix's shape and is not that."""
+    config = SFTConfig.parse({"data": ["chat.jsonl"], **SETTINGS, "adapter": 4, "dtype": "bfloat16", "steps": 1}, "sft")
+    model = starting_model(model_folder, config, "cpu", seed=1).train()
+    matrices = product_matrices(model)
+    frozen = {weight.untyped_storage().data_ptr() for weight in matrices if not weight.requires_grad}
+    shapes = {tuple(weight.shape) for weight in matrices} | {tuple(weight.shape)[::-1] for weight in matrices}
+    kept = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", torch.bfloat16):
+        model.hidden(TOKENS[:, :23]).square().sum().backward()
+    of_weights = [tensor for tensor in kept if tensor.dim() == 2 and tuple(tensor.shape) in shapes]
+    assert len(of_weights) >= 7 and all(tensor.untyped_storage().data_ptr() in frozen for tensor in of_weights)
+
+
+def test_what_lies_in_half_precision_in_training_is_merged_in_the_models_dtype(model_folder):
+    config = SFTConfig.parse({"data": ["chat.jsonl"], **SETTINGS, "adapter": 4, "dtype": "bfloat16", "steps": 1}, "sft")
+    model = starting_model(model_folder, config, "cpu", seed=1)
+    found = merged(model, adapter_of(model))
+    assert {weight.dtype for weight in found.parameters()} == {torch.float32}
+    wanted = load_model(model_folder).state_dict()
+    name = "layers.0.self_attn.q_proj.weight"
+    assert torch.equal(found.state_dict()[name], wanted[name].bfloat16().float())

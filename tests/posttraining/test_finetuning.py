@@ -15,18 +15,23 @@ from bessemer.core.progress import Silent
 from bessemer.core.store import read_json, write_json
 from bessemer.inference.engine import Engine, SamplingParams
 from bessemer.model.config import ModelConfig
-from bessemer.model.folder import load_model
+from bessemer.model.folder import load_model, save_model
 from bessemer.model.formats.exchange import ModelSource
+from bessemer.model.initialisation import initial_decoder
 from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
 from bessemer.model.trained_adapters import adapter_of, adapters_of, add_adapters, merged
+from bessemer.posttraining.config import SFTConfig
 from bessemer.posttraining.conversations import Conversation
 from bessemer.posttraining.finetuning.base import prepare_base
 from bessemer.posttraining.finetuning.columns import find_columns
 from bessemer.posttraining.finetuning.config import FinetuneConfig
-from bessemer.posttraining.finetuning.method import choose_method
+from bessemer.posttraining.finetuning.method import choose_method, needed_bytes
 from bessemer.posttraining.finetuning.run import Finetuned, _row_length, _Samples, settings_of
 from bessemer.tokenization.tokenizer import load_tokenizer
+from bessemer.training.data.batches import Batch
+from bessemer.training.objectives import next_token_loss
+from bessemer.training.starting_model import starting_model
 from tests.cli.test_main import bessemer, one_error
 from tests.posttraining.test_formats import said
 from tests.training.conftest import RecordedProgress
@@ -212,6 +217,60 @@ def test_memory_chooses_the_method():
     assert choose_method(model, 16, 512, 4.0 * weights, 1.0 * weights) == ("qlora", "the model is quantised")
     with pytest.raises(ConfigError, match=r"--method: even qlora takes about"):
         choose_method(model, 16, 512, 0.5 * weights, None)
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_memory_that_is_announced_is_that_of_a_step(tmp_path, method, dtype):
+    """Counted: the bytes of the weights, of all that autograd keeps, of gradients and of the optimizer's means."""
+    shape = ModelConfig(
+        vocab_size=2048,
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=64,
+        tie_word_embeddings=False,
+    )
+    save_model(initial_decoder(shape, seed=1), tmp_path / "model", tokenizer=None)
+    quantize = {"quantize": "int4"} if method == "qlora" else {}
+    adapter = {} if method == "full" else {"adapter": {"rank": 16, **quantize}}
+    config = SFTConfig.parse({"data": ["a.jsonl"], "dtype": dtype, "steps": 1, "compile": False, **adapter}, "sft")
+    model = starting_model(tmp_path / "model", config, "cpu", seed=1).train()
+    held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in model.state_dict().values()}
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    kept, alive = {}, []
+
+    def keep(tensor):
+        alive.append(tensor)
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    tokens_BT = torch.randint(0, 2048, (2, 256), generator=torch.Generator().manual_seed(1))
+    half = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), half:
+        next_token_loss(model, Batch(tokens_BT, tokens_BT))
+    counted = sum((kept | held).values()) + 12 * trained
+    announced = needed_bytes(shape, method, 16, tokens_BT.numel(), dtype=getattr(torch, dtype))
+    assert 0.9 * counted <= announced <= 1.5 * counted
+
+
+def test_a_seven_billion_model_is_announced_with_one_copy_of_its_weights():
+    shape = ModelConfig(
+        vocab_size=32_000,
+        hidden_size=4096,
+        intermediate_size=11_008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        head_dim=128,
+        tie_word_embeddings=False,
+    )
+    wide, half = (needed_bytes(shape, "lora", 16, 512, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert half < 3.0 * shape.parameters() < 4.0 * shape.parameters() < wide
+    full = needed_bytes(shape, "full", 16, 512, dtype=torch.bfloat16)
+    assert full > 18 * shape.parameters() and full > needed_bytes(shape, "full", 16, 512)
 
 
 def test_a_model_without_a_chat_template_gets_one_whose_tokens_it_knows(model_folder, tmp_path):

@@ -14,6 +14,7 @@ from bessemer.posttraining.rl.online_pairs import PairBatches
 from bessemer.posttraining.rl.prompts import Prompt
 from bessemer.posttraining.rl.sampler import Group
 from bessemer.posttraining.rl.samples import Sample
+from bessemer.posttraining.rl.stage import needs_reference
 from tests.posttraining.test_ppo import SETTINGS, data, run  # noqa: F401
 
 
@@ -59,3 +60,11 @@ def test_a_model_learns_from_pairs_of_its_own_completions(model_folder, data, tm
     assert summary["validation_reward"] > summary["validation_reward_before"]
     with pytest.raises(ConfigError, match=r"critic: not with pair_loss"):
         run(model_folder, data, tmp_path / "both", steps=1, **changes | {"critic": {}})
+
+
+def test_a_loss_of_pairs_without_a_reference_holds_no_second_model():
+    def needs(**changes):
+        return needs_reference(RLConfig.parse({"data": ["p.jsonl"], "algorithm": "online_dpo", **changes}, "rl"))
+
+    assert needs() and not needs(pair_loss="simpo") and not needs(adapter=4)
+    assert not needs(algorithm="grpo") and needs(algorithm="grpo", beta=0.1)

@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 
-from bessemer.posttraining.preference.losses import PairLossSettings, kto, orpo
+from bessemer.posttraining.preference.config import PreferenceConfig
+from bessemer.posttraining.preference.losses import PairLossSettings, kto, orpo, simpo
 from bessemer.posttraining.preference.registry import PAIR_LOSSES
+from bessemer.posttraining.rl.config import RLConfig
 
 SETTINGS = PairLossSettings(beta=0.3, label_smoothing=0.1, margin=0.7)
 
@@ -61,6 +63,19 @@ def test_orpo_is_finite_where_an_answer_is_certain_or_impossible():
     loss_P = orpo(chosen_P, torch.tensor([-60.0, -1e-9, 0.0]), SETTINGS)
     loss_P.sum().backward()
     assert loss_P.isfinite().all() and chosen_P.grad.isfinite().all()
+
+
+def test_simpo_has_the_papers_beta_and_a_margin_of_half_of_it_where_nothing_is_said():
+    """Meng et al. 2024, table 8: β from 2 to 10, and γ/β between 0.1 and 0.8; a β of sums would hardly tell answers apart."""
+    of_simpo, of_dpo = ({"data": ["pairs.jsonl"], "loss": loss} for loss in ("simpo", "sigmoid"))
+    config = PreferenceConfig.parse(of_simpo, "preference")
+    assert (config.beta, config.margin, PreferenceConfig.parse(of_dpo, "preference").beta) == (2.0, None, 0.1)
+    assert PreferenceConfig.parse(of_simpo | {"beta": 10, "margin": 3}, "preference").beta == 10
+    online = {"data": ["prompts.jsonl"], "algorithm": "online_dpo"}
+    assert [RLConfig.parse(online | more, "rl").beta for more in ({}, {"pair_loss": "simpo"})] == [0.1, 2.0]
+    for beta, margin in ((2.0, 1.0), (10.0, 5.0)):
+        loss_P = simpo(torch.tensor([-0.5]), torch.tensor([-1.25]), PairLossSettings(beta=beta))
+        assert loss_P.tolist() == pytest.approx([-math.log(sigma(beta * 0.75 - margin))])
 
 
 def test_kto_holds_the_reference_point_at_zero_or_above_and_fixed():

@@ -9,6 +9,7 @@ from bessemer.core.metrics import read_metrics
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
 from bessemer.model.folder import load_model, save_model
+from bessemer.pipeline.recipe import load_recipe
 from bessemer.posttraining.config import SFT_VERSION, SFTConfig
 from bessemer.posttraining.conversations import data_fingerprint, read_conversations
 from bessemer.posttraining.packing import pack_conversations
@@ -35,7 +36,7 @@ def lines(*answers):
 
 
 def test_the_stage_leaves_a_model_that_has_learned_its_answers(model_folder, documents, tmp_path):
-    config = SFTConfig(**QUICK, epochs=30, learning_rate=0.02)
+    config = SFTConfig(**QUICK, epochs=30, optimizer="muon", learning_rate=0.02)
     summary = sft(config, model_folder, documents, tmp_path, seed=1, device="cpu")
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"model", "checkpoints", "conversations", "metrics.jsonl", "autotune.json"}
@@ -72,7 +73,7 @@ def test_golden_output(tokenized, documents, tmp_path):
     """When this fails because the output was meant to change, raise SFT_VERSION and renew the figures."""
     model = exact_weights(Decoder(ModelConfig(**GOLDEN_SHAPE | {"max_position_embeddings": 128}, vocab_size=320)))
     save_model(model, tmp_path / "start", tokenizer=tokenized / "tokenizer")
-    sft(SFTConfig(**QUICK, steps=4, optimizer="adamw"), tmp_path / "start", documents, tmp_path, seed=1, device="cpu")
+    sft(SFTConfig(**QUICK, steps=4, learning_rate=2e-3), tmp_path / "start", documents, tmp_path, seed=1, device="cpu")
     questions = [hash_file(tmp_path / "conversations" / f"{split}.jsonl", bits=64) for split in ("train", "validation")]
     losses = [record["loss"] for record in read_metrics(tmp_path / "metrics.jsonl")]
     sums = [checksum(weight) for weight in load_model(tmp_path / "model").blocks[1].parameters()]
@@ -190,3 +191,31 @@ def test_conversations_come_from_a_function_of_the_users(tmp_path):
             gather_conversations(SFTConfig(data=[f"own.py:{function}"]), None, tmp_path, seed=1)
     with pytest.raises(ConfigError, match="has no function 'rest'"):
         gather_conversations(SFTConfig(data=["own.py:rest"]), None, tmp_path, seed=1)
+
+
+def test_the_defaults_are_those_of_tuning_a_model_that_was_pretrained_elsewhere():
+    config = SFTConfig.parse({"data": ["chat.jsonl"]}, "sft")
+    assert (config.optimizer, config.learning_rate, config.epochs, config.context_length) == ("adamw", 2e-5, 3.0, 2048)
+    adapted = SFTConfig.parse({"data": ["chat.jsonl"], "adapter": 16}, "sft")
+    assert (adapted.optimizer, adapted.learning_rate) == ("adamw", 2e-4)
+
+
+def test_rows_are_as_long_as_the_models_context_where_nothing_is_said(model_folder, tmp_path):
+    (tmp_path / "chat.jsonl").write_text(lines("one", "two", "three"))
+    values = {name: value for name, value in QUICK.items() if name != "context_length"}
+    # as the pipeline changes settings before the stage runs
+    config = SFTConfig.parse({**values, "data": ["chat.jsonl"], "validation_share": 0}).with_changes(steps=1)
+    sft(config, model_folder, None, tmp_path, seed=1, device="cpu", folder=tmp_path)
+    longest = load_model(model_folder).config.max_position_embeddings
+    assert longest < config.context_length == 2048
+    assert read_metrics(tmp_path / "metrics.jsonl")[0]["tokens"] == 2 * longest
+    with pytest.raises(ConfigError, match=f"context_length 2,048 exceeds the model's max_position_embeddings {longest}"):
+        sft(config.with_changes(context_length=2048), model_folder, None, tmp_path, seed=1, device="cpu", folder=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["quickstart", "chat", "10m", "ladder"])
+def test_recipes_of_small_models_say_how_theirs_is_tuned(name):
+    given = load_recipe(name).stage("sft").config
+    assert {"optimizer", "learning_rate", "epochs", "context_length"} <= given.model_fields_set
+    assert (given.optimizer, given.context_length, given.batch_size) == ("muon", 256, 8)
+    assert (given.learning_rate, given.epochs) == ((4e-3, 3.5) if name == "quickstart" else (1e-3, 15))

@@ -106,8 +106,10 @@ class Config(BaseModel):
         return sorted(found)
 
     def with_changes(self, **changes: Any) -> Self:
-        """A checked copy with some fields changed."""
-        return type(self).parse(self.model_dump() | changes)
+        """A checked copy with some fields changed. A field that was not given, and is not changed, is not given in it."""
+        changed = type(self).parse(self.model_dump() | changes)
+        changed.model_fields_set.intersection_update(self.model_fields_set | changes.keys())
+        return changed
 
 
 class ChosenSettings:

@@ -26,7 +26,7 @@ from bessemer.model.quantisation.stored import StoredPart
 from bessemer.model.weights_file import CODE_DTYPES, DTYPES, WeightsFile
 
 EMBEDDING = "embed_tokens.weight"
-_HEAD = "lm_head.weight"
+HEAD = "lm_head.weight"
 #: What the names of some published files lack.
 _PREFIXES = {"gpt2": "transformer."}
 
@@ -50,9 +50,9 @@ class StoredTensors:
         model."""
         assert self.second_head is not None
         with opening(self.second_head):
-            head = WeightsFile(self.second_head).kept(_HEAD)
+            head = WeightsFile(self.second_head).kept(HEAD)
         if not torch.equal(head.to(embedding.device, embedding.dtype), embedding):
-            raise ArtefactError(f"{self.second_head}: tensor {_HEAD!r} differs from the embedding that config.json ties it to")
+            raise ArtefactError(f"{self.second_head}: tensor {HEAD!r} differs from the embedding that config.json ties it to")
 
 
 def find_tensors(folder: Path, config: ModelConfig, layout: Layout | None = None) -> StoredTensors:
@@ -81,7 +81,7 @@ def find_tensors(folder: Path, config: ModelConfig, layout: Layout | None = None
                     continue
                 stored = wanted.get(disk_name) or wanted.get(f"{_PREFIXES.get(family.model_type)}{disk_name}")
                 if stored is None:
-                    if disk_name == _HEAD and config.tie_word_embeddings and plain_embedding:
+                    if disk_name == HEAD and config.tie_word_embeddings and plain_embedding:
                         second_head = path
                         continue
                     if any(re.fullmatch(pattern, disk_name) for pattern in family.ignored):

@@ -194,8 +194,13 @@ def merged_in_place(model: nn.Module) -> Iterator[None]:
 @torch.no_grad()
 def merged(model: Decoder, adapter: Adapter) -> Decoder:
     """A decoder of its own with the update in every weight that an adapter changes, in the weights' type, and else with the
-    model's tensors; codes are dequantised. An adapter in training is left out: pass `adapter_of(model)`."""
-    weights = {name: tensor for name, tensor in dequantised_tensors(model).items() if not is_of_adapter(name)}
+    model's tensors; codes are dequantised, and matrices that lie in half precision in a model that does not are widened. An
+    adapter in training is left out: pass `adapter_of(model)`."""
+    weights = {
+        name: tensor.to(torch.promote_types(tensor.dtype, model.dtype)) if tensor.is_floating_point() else tensor
+        for name, tensor in dequantised_tensors(model).items()
+        if not is_of_adapter(name)
+    }
     for layer, update in adapter.updates.items():
         weights[f"{layer}.weight"] = update.on(weights[f"{layer}.weight"])
     return fill(empty_decoder(model.config), weights).to(model.device)

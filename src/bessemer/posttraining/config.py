@@ -21,12 +21,15 @@ DOCS_QUESTIONS = "made/docs_questions"
 #: All data that a recipe makes and `sft` reads.
 MADE_DATA = (DOCS_QUESTIONS, REVISIONS, SYNTHETIC)
 
+#: Most tokens of a row where nothing is said.
+_LONGEST = 2048
 #: Before the name of a task whose items are data.
 TASK = "task/"
 
 
 class SFTConfig(TuningConfig):
-    """The stage `sft`: supervised fine-tuning on conversations, with the loss on the assistant's messages."""
+    """The stage `sft`: supervised fine-tuning on conversations, with the loss on the assistant's messages. The defaults suit a
+    real model that was pretrained elsewhere, as those of TRL, torchtune and LitGPT."""
 
     shorthand: ClassVar[str | None] = "data"
 
@@ -51,7 +54,7 @@ class SFTConfig(TuningConfig):
     task_items: int = setting(600, "Items of a task to train on, the first ones; none of them is held out.", gt=0)
     validation_share: float = setting(0.05, "Fraction of a file's conversations that is held out.", ge=0, lt=1)
     truncate: Truncate = setting("drop", TRUNCATE)
-    epochs: float = setting(15.0, "Passes over the conversations; without effect when steps is given.", gt=0)
+    epochs: float = setting(3.0, "Passes over the conversations; without effect when steps is given.", gt=0)
 
     pretraining_share: float = setting(
         0.0,
@@ -72,13 +75,28 @@ class SFTConfig(TuningConfig):
         gt=0,
     )
 
-    learning_rate: float = setting(2e-3, "Peak learning rate.", gt=0)
+    optimizer: str = setting("adamw", "As in pretrain.", code=True)
+    learning_rate: float = setting(2e-5, "Peak learning rate.", gt=0)
+    context_length: int = setting(
+        _LONGEST, f"Tokens of a row; where nothing is said, the model's context, at most {_LONGEST:,}.", unit="tokens", gt=0
+    )
     warmup_fraction: float | None = setting(
         0.05, "Fraction of the steps in which the learning rate rises from zero.", ge=0, le=1
     )
     decay_fraction: float | None = setting(
         0.5, "wsd: fraction of the steps, at the end, in which the learning rate falls to zero.", ge=0, le=1
     )
+
+    def fitted_to(self, longest: int) -> Self:
+        """With rows no longer than a model's context, where their length is not given."""
+        if self.has_given_length or self.context_length <= longest:
+            return self
+        return self.with_changes(context_length=longest)
+
+    @property
+    def has_given_length(self) -> bool:
+        """Whether somebody said how long rows are."""
+        return "context_length" in self.model_fields_set
 
     @property
     def packed(self) -> bool:

@@ -64,6 +64,7 @@ def sft(
     """
     progress = progress or Silent()
     tokenizer = load_tokenizer(model)
+    config = config.fitted_to(read_model_config(model).max_position_embeddings)
     training, held_out = gather_conversations(config, documents, folder, seed, made)
     packed, validation = (
         pack_conversations(some, tokenizer, config.context_length, config.truncate) for some in (training, held_out)

@@ -45,12 +45,13 @@ _OTHER_DATA = "name a file of conversations in sft.data, or leave the stage out 
 def _sft_conflict(config: SFTConfig, above: Mapping[str, Any]) -> str | None:
     if config.pretraining_share and last_of(above, TokenizeConfig) is None:
         return "pretraining_share mixes in text of the run's tokens, and no stage above makes any; add tokenize"
-    return rows_too_long(config, above)
+    return rows_too_long(config, above) if config.has_given_length else None
 
 
 def _sft_conflict_of_files(config: SFTConfig, above: Mapping[str, Any], folder: Path) -> str | None:
     """Questions are made of documents that say which function they document: not those of plain text or of web pages."""
-    if (too_long := rows_too_long_for_existing(config, above, folder)) is not None:
+    too_long = rows_too_long_for_existing(config, above, folder) if config.has_given_length else None
+    if too_long is not None:
         return too_long
     collect = last_of(above, CollectConfig)
     if DOCS_QUESTIONS not in config.data or collect is None:

@@ -40,7 +40,7 @@ from bessemer.training.optim.build import build_optimizers, freeze_parameters
 from bessemer.training.optim.weight_averaging import MovingAverage
 from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.runtime import Runtime
-from bessemer.training.starting_model import check_start, starting_model
+from bessemer.training.starting_model import check_start, open_start
 from bessemer.training.threads import faster_threads, thread_candidates
 from bessemer.training.trainer import Trainer
 
@@ -427,10 +427,13 @@ def _measure(config: LoopConfig, model_folder: Path, device: torch.device, folde
     """
     runtime = Runtime.of(config, device, processes=mesh.processes_here)
     with runtime.running():
-        model = starting_model(model_folder, config, device, seed=0)
+        model, load = open_start(model_folder, config, device, mesh, seed=0)
         freeze_parameters(model, config)
         batches = _RandomBatches(config, model.config.vocab_size)
-        model, pipeline = prepare_model(model, config, runtime, mesh)
+        prepared = prepare_model(model, config, runtime, mesh)
+        if load is not None:
+            load(prepared)
+        model, pipeline = prepared
         optimizers = build_optimizers(model, config, folder)
         average = None if config.ema is None else MovingAverage(model, config.ema)
         trainer = Trainer(

@@ -44,6 +44,7 @@ from bessemer.training.optim.mup import width_ratio
 from bessemer.training.optim.weight_averaging import MovingAverage
 from bessemer.training.outlier_steps import OutlierDetector
 from bessemer.training.runtime import Runtime
+from bessemer.training.starting_model import Load
 from bessemer.training.threads import ThreadChoices
 from bessemer.training.trainee import Trainee
 from bessemer.training.trainer import StepResult, Trainer
@@ -73,7 +74,8 @@ def train(
     progress: Progress | None = None,
     description: str = "train",
     mesh: Mesh = ALONE,
-    load: Callable[[PreparedModel], None] | None = None,
+    load: Load | None = None,
+    load_others: Mapping[str, Load | None] | None = None,
     checkpoint_source: Path | None = None,
     folder: Path = Path(),
     peak_flops: float | None = None,
@@ -87,11 +89,11 @@ def train(
     objective: instead of next-token prediction. beside: models by role that are trained with it, as a critic.
     settings_beside: by role, settings of their optimizers other than `config`. frozen: models by role that are not trained, as
     a reference or a teacher. without_adapters: as of `Trainee`. load: gives the model its weights once it is prepared, where it
-    has none before. on_step_end: called after each step with the number of finished steps and the
-    `Trainer`; the metrics that it returns (validation) go into that step's line. checkpoint_source: a checkpoint of another
-    run, whose weights, optimizer states and step this run starts from. folder: where a user's own functions lie. peak_flops: of
-    one process's device, FLOP/s (`device_peak`). throughput_check: receives the seconds of each step with a full batch; an
-    error that it raises ends the run.
+    has none before; load_others: the same of those beside it and frozen, by role. on_step_end: called after each step with the
+    number of finished steps and the `Trainer`; the metrics that it returns (validation) go into that step's line.
+    checkpoint_source: a checkpoint of another run, whose weights, optimizer states and step this run starts from. folder: where
+    a user's own functions lie. peak_flops: of one process's device, FLOP/s (`device_peak`). throughput_check: receives the
+    seconds of each step with a full batch; an error that it raises ends the run.
 
     Ctrl-C and SIGTERM save a checkpoint at the end of the step before they take effect. Raises DivergenceError when the
     gradient is no longer finite, CheckpointError when the checkpoints are of another run, StorageError when the disk is full,
@@ -121,6 +123,9 @@ def train(
             load(trained[POLICY])
         trained |= {role: prepare_model(each, config, runtime, mesh) for role, each in (beside or {}).items()}
         fixed = {role: prepare_model(each, config, runtime, mesh) for role, each in (frozen or {}).items()}
+        for role, load_other in (load_others or {}).items():
+            if load_other is not None:
+                load_other((trained | fixed)[role])
         optimizers_of = {
             role: build_optimizers(
                 each.model, (settings_beside or {}).get(role, config), folder, width=width_ratio(config, each.model.config)

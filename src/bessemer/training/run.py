@@ -8,13 +8,9 @@ from typing import Any, TypeVar
 
 from bessemer.core.progress import Progress
 from bessemer.core.stage import OpenTasks
-from bessemer.distributed.loading import load_shards
 from bessemer.distributed.mesh import Mesh
 from bessemer.model.decoder import Decoder
-from bessemer.model.folder_config import read_model_config, refuse_scorer
-from bessemer.model.initialisation import empty_decoder
-from bessemer.model.score_head import SCORE, new_head, scorer_config
-from bessemer.model.stored_tensors import find_tensors
+from bessemer.model.folder_config import read_model_config
 from bessemer.model.trained_adapters import adapters_of, without_adapters
 from bessemer.training.autotune import Plan, prepare_run
 from bessemer.training.checkpoint.export import save_trained, save_trained_adapter
@@ -24,8 +20,7 @@ from bessemer.training.loop import train
 from bessemer.training.model_setup import PreparedModel
 from bessemer.training.monitoring.peak_flops import device_peak
 from bessemer.training.optim.lr_schedule import multiples, validated_steps
-from bessemer.training.runtime import Runtime
-from bessemer.training.starting_model import head_seed, new_adapter, starting_model
+from bessemer.training.starting_model import Load, open_start
 from bessemer.training.task_scores import PeriodicTasks, check_processes, open_tasks
 from bessemer.training.trainer import Trainer
 
@@ -70,7 +65,11 @@ def run_training(
         config, model, out, device=device, progress=progress, folder=folder, plan=plan, only_resolve=only_resolve
     )
     source = batches(config, mesh)
-    decoder, load = _decoder(model, config, runtime, mesh, seed, lambda decoder: initialise(config, decoder, mesh))
+    decoder, load = open_start(model, config, runtime.device, mesh, seed)
+    if load is None:
+        initialise(config, decoder, mesh)
+    else:
+        load = _then(load, lambda prepared: initialise(config, prepared.model, mesh))
     if config.low_rank is not None:
         options.setdefault("without_adapters", without_adapters)
     on_step_end = prepare(config, decoder, mesh)
@@ -107,30 +106,12 @@ def run_training(
     return {**counts, **summary}
 
 
-def _decoder(
-    folder: Path, config: LoopConfig, runtime: Runtime, mesh: Mesh, seed: int, initialise: Callable[[Decoder], object]
-) -> tuple[Decoder, Callable[[PreparedModel], None] | None]:
-    """The model of a folder, with its adapter, initialised; of several processes without weights yet, and what loads and
-    initialises each one's shards when the model is sharded."""
-    if mesh.alone:
-        decoder = starting_model(folder, config, runtime.device, seed)
-        initialise(decoder)
-        return decoder, None
-    stored = find_tensors(folder, read_model_config(folder))
-    shape, added = stored.config, {}
-    if not config.scores:
-        refuse_scorer(shape, folder)
-    elif not shape.num_scores:
-        shape = scorer_config(shape)
-        added[SCORE] = new_head(shape, head_seed(seed))
-    decoder = empty_decoder(shape)
-    added |= new_adapter(decoder, config, seed)
+def _then(first: Load, second: Callable[[PreparedModel], object]) -> Load:
+    def both(prepared: PreparedModel) -> None:
+        first(prepared)
+        second(prepared)
 
-    def load(prepared: PreparedModel) -> None:
-        load_shards(prepared.parts, stored, runtime.device, added)
-        initialise(prepared.model)
-
-    return decoder, load
+    return both
 
 
 def _steps_with_tasks(config: LoopConfig) -> frozenset[int]:

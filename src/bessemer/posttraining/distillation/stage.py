@@ -26,12 +26,13 @@ from bessemer.posttraining.distillation.material import (
 from bessemer.posttraining.distillation.objective import DistillationObjective, OnPolicyObjective
 from bessemer.posttraining.distillation.registry import CROSS_ENTROPY, POLICY_GRADIENT
 from bessemer.posttraining.distillation.student_samples import StudentBatches
-from bessemer.posttraining.distillation.teacher import TEACHER, TeacherHead, incomparable, open_teacher
+from bessemer.posttraining.distillation.teacher import TEACHER, TeacherHead, incomparable
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 from bessemer.training.autotune import Plan, prepare_run, seconds_per_step
 from bessemer.training.data.batches import BatchSource
 from bessemer.training.objectives import Objective
 from bessemer.training.run import OnStepEnd, run_training
+from bessemer.training.starting_model import open_beside
 from bessemer.training.trainer import Trainer
 
 #: Of the sum of rows' tokens, which says nothing of answers that are sampled between steps.
@@ -93,9 +94,9 @@ def distill(
     options: dict[str, Any] = {}
     head: TeacherHead | None = None
     if config.loss != CROSS_ENTROPY or compared:
-        decoder = open_teacher(teacher, runtime.device)
-        head = TeacherHead.of(decoder, mesh)
-        options["frozen"] = {TEACHER: decoder}
+        decoder, load = open_beside(teacher, runtime.device, mesh)
+        head = TeacherHead.of(decoder, mesh) if load is None else TeacherHead.read(teacher, runtime.device)
+        options |= {"frozen": {TEACHER: decoder}, "load_others": {TEACHER: load}}
     if (objective := _objective(config, head)) is not None:
         options["objective"] = objective
     source: BatchSource | None = None

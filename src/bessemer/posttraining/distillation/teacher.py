@@ -13,9 +13,10 @@ from bessemer.core.errors import ConfigError
 from bessemer.core.store import follow, read_json
 from bessemer.distributed.mesh import Mesh
 from bessemer.model.decoder import Decoder
-from bessemer.model.folder import load_model
+from bessemer.model.families.parts import Part
 from bessemer.model.folder_config import CONFIG, read_model_config
 from bessemer.model.formats.hub import import_advice
+from bessemer.model.stored_tensors import EMBEDDING, HEAD, find_tensors, read_parts
 from bessemer.posttraining.chat_models.files import place_fingerprint
 from bessemer.posttraining.distillation.config import DistillationConfig
 from bessemer.posttraining.distillation.losses import HeadStates
@@ -68,11 +69,6 @@ def incomparable(config: DistillationConfig, student: Path, teacher: Path) -> st
     return None
 
 
-def open_teacher(teacher: Path, device: str) -> Decoder:
-    """The teacher, in float32, for the role of a frozen model."""
-    return load_model(teacher, device=device, dtype=torch.float32)
-
-
 @dataclass(frozen=True)
 class TeacherHead:
     """What turns a teacher's hidden states into its distributions: the whole matrix, on every process."""
@@ -82,9 +78,18 @@ class TeacherHead:
 
     @classmethod
     def of(cls, teacher: Decoder, mesh: Mesh) -> TeacherHead:
-        """Of a teacher that is not yet sharded. The copy that other processes would share stays whole here."""
+        """Of a teacher that is whole here and not yet sharded. The copy that other processes would share stays whole here."""
         weight_VD = teacher.head_weight.detach()
         return cls(weight_VD if mesh.alone else weight_VD.clone(), teacher.logit_softcap)
+
+    @classmethod
+    def read(cls, teacher: Path, device: str) -> TeacherHead:
+        """Of a teacher's folder, in float32: nothing but this matrix is read. Raises ArtefactError as `find_tensors`."""
+        stored = find_tensors(teacher, read_model_config(teacher))
+        name = HEAD if HEAD in stored.shapes else EMBEDDING
+        weight_VD = torch.empty(stored.shapes[name])
+        read_parts(stored, {name: [Part(weight_VD, (0, 0))]})
+        return cls(weight_VD.to(device), stored.config.final_logit_softcapping)
 
     def states(self, batch: Batch) -> HeadStates:
         """The teacher's distributions of the tokens of a batch that holds its hidden states."""

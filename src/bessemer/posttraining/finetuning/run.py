@@ -40,6 +40,7 @@ from bessemer.posttraining.sft import gather_conversations, sft
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 from bessemer.training.checkpoint.manager import CHECKPOINTS
 from bessemer.training.data.packing import best_fit
+from bessemer.training.runtime import Runtime
 from bessemer.training.starting_model import starting_model
 
 #: What the command writes down of itself in the folder that it makes.
@@ -122,16 +123,23 @@ def finetune(
         padding_id=tokenizer.bos_id,
         progress=progress,
     )
-    before_N = measure(starting_model(base, tuning, chosen_device, seed).eval(), description="loss before")
+    runtime = Runtime.of(tuning, chosen_device)
+
+    def measured(model: Decoder, description: str) -> np.ndarray:
+        """As training computes: what is frozen may lie in half precision."""
+        with runtime.evaluating(model):
+            return measure(model, description=description)
+
+    before_N = measured(starting_model(base, tuning, chosen_device, seed), "loss before")
     samples = _Samples(held_out, tokenizer, read_model_config(base).max_position_embeddings, progress)
     metrics = sft(tuning, base, None, out, seed=seed, device=device, progress=progress, on_validation=samples.show)
     if method == "full":
-        after_N = measure(load_model(out / "model", device=chosen_device), description="loss after")
+        after_N = measured(load_model(out / "model", device=chosen_device), "loss after")
         return Finetuned(method, base, None, out / "model", before_N, after_N, metrics)
-    tuned = starting_model(base, tuning, chosen_device, seed).eval()
+    tuned = starting_model(base, tuning, chosen_device, seed)
     adapter = read_adapter(out / "adapter", load_model(base)).to(chosen_device, torch.float32).fitted(tuned)
     with torch.no_grad(), adapted(tuned, [(adapter, None)]):
-        after_N = measure(tuned, description="loss after")
+        after_N = measured(tuned, "loss after")
     return Finetuned(method, base, out / "adapter", out / "model" if config.merge else None, before_N, after_N, metrics)
 
 
@@ -205,7 +213,13 @@ def _method(config: FinetuneConfig, base: Path, tokens: int, device: torch.devic
         quantised = float(sum(path.stat().st_size for path in base.glob("*.safetensors")))
     if config.method != "auto":
         return config.method, "as asked"
-    return choose_method(model, config.rank, tokens, free_bytes(device), quantised)
+    dtype, kind = _product_dtype(device), device.type
+    return choose_method(model, config.rank, tokens, free_bytes(device), quantised, dtype=dtype, device=kind)
+
+
+def _product_dtype(device: torch.device) -> torch.dtype:
+    """In which dtype products are computed."""
+    return torch.bfloat16 if is_fast(torch.bfloat16, device) else torch.float32
 
 
 def _training_settings(
@@ -225,7 +239,7 @@ def _training_settings(
         "schedule": "cosine",
         "warmup_fraction": 0.1,
         "diagnostics_every": 0,
-        "dtype": "bfloat16" if is_fast(torch.bfloat16, device) else "float32",
+        "dtype": str(_product_dtype(device)).removeprefix("torch."),
         "compile": False,
     }
     if method == "full":

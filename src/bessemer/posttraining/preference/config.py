@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Self
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
 
 from pydantic import field_validator, model_validator
 
@@ -10,15 +11,12 @@ from bessemer.core.config import setting
 from bessemer.core.errors import ConfigError
 from bessemer.posttraining.formats import TRUNCATE, Truncate
 from bessemer.posttraining.made import MISMATCHED, checked_pairs
-from bessemer.posttraining.preference.registry import BUILT_IN, KTO, PAIR_LOSSES
+from bessemer.posttraining.preference.registry import BUILT_IN, KTO, PAIR_LOSSES, default_beta
 from bessemer.training.adapter_config import TuningConfig
 
 #: Raised when the same settings and inputs give other weights than before.
 PREFERENCE_VERSION = 7
 
-
-#: γ of simpo where nothing is said.
-_MARGIN = 0.5
 _WITHOUT_SMOOTHING = ("hinge", "ipo", "apo_zero", "apo_down", "sppo_hard", "orpo")
 
 
@@ -42,12 +40,17 @@ class PreferenceConfig(TuningConfig):
         plugins="bessemer.preference_losses",
     )
     beta: float = setting(
-        0.1, "How strongly the policy is held to the reference; of simpo and orpo a factor of the loss.", gt=0
+        default_beta("sigmoid"),
+        "How strongly the policy is held to the reference; of orpo a factor of the loss; of simpo, where it is 2 if nothing is "
+        "said, the scale of the mean log-probabilities.",
+        gt=0,
     )
     label_smoothing: float = setting(
         0.0, "Share of pairs whose labels are taken to be swapped: of sigmoid, sigmoid_norm, robust and simpo.", ge=0, lt=0.5
     )
-    margin: float = setting(_MARGIN, "simpo: the margin γ by which β times the mean log-probabilities shall differ.", ge=0)
+    margin: float | None = setting(
+        None, "simpo: the margin γ by which β times the mean log-probabilities shall differ; absent: half of beta.", ge=0
+    )
     next_token_weight: float = setting(
         0.0, "Weight of the chosen answers' mean cross-entropy beside a loss of pairs (RPO); orpo has its own.", ge=0
     )
@@ -76,6 +79,14 @@ class PreferenceConfig(TuningConfig):
         """Whether rows hold several conversations that do not attend to each other."""
         return True
 
+    @model_validator(mode="before")
+    @classmethod
+    def _suit_loss(cls, values: Any) -> Any:
+        """β of the loss, where it is not given."""
+        if not isinstance(values, Mapping) or not isinstance(values.get("loss"), str):
+            return values
+        return {"beta": default_beta(values["loss"]), **values}
+
     @field_validator("data")
     @classmethod
     def _known_data(cls, names: list[str]) -> list[str]:
@@ -91,7 +102,7 @@ class PreferenceConfig(TuningConfig):
     def _check_unused(self) -> Self:
         unused = {
             "label_smoothing": self.label_smoothing > 0 and self.loss in (KTO, *_WITHOUT_SMOOTHING),
-            "margin": self.margin != _MARGIN and self.loss in (KTO, *BUILT_IN) and self.loss != "simpo",
+            "margin": self.margin is not None and self.loss in (KTO, *BUILT_IN) and self.loss != "simpo",
             "next_token_weight": self.next_token_weight > 0 and self.loss == KTO,
             "desirable_weight": self.desirable_weight != 1 and self.loss != KTO,
             "undesirable_weight": self.undesirable_weight != 1 and self.loss != KTO,

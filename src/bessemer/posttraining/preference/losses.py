@@ -24,11 +24,11 @@ _LARGEST_LOG_PROB = -1e-6
 class PairLossSettings:
     """beta: how strongly the policy is held to the reference, or the scale of the margin. label_smoothing: share of pairs whose
     labels are taken to be swapped, below one half; or how probably each is, (P,), at most one half. margin: γ of SimPO, the
-    margin of mean log-probabilities times β."""
+    margin of mean log-probabilities times β; None: half of β (Meng et al. 2024 take γ/β between 0.1 and 0.8)."""
 
     beta: float = 0.1
     label_smoothing: float | Tensor = 0.0
-    margin: float = 0.5
+    margin: float | None = None
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,8 @@ def sppo_hard(chosen_P: Tensor, rejected_P: Tensor, settings: PairLossSettings) 
 
 def simpo(chosen_P: Tensor, rejected_P: Tensor, settings: PairLossSettings) -> Tensor:
     """−log σ(βΔ − γ) of mean log-probabilities (Meng et al. 2024, eq. 6). Smoothing as in `sigmoid`."""
-    scaled_P = settings.beta * (chosen_P - rejected_P) - settings.margin
+    margin = settings.beta / 2 if settings.margin is None else settings.margin
+    scaled_P = settings.beta * (chosen_P - rejected_P) - margin
     smoothing = settings.label_smoothing
     return -(1 - smoothing) * logsigmoid(scaled_P) - smoothing * logsigmoid(-scaled_P)
 

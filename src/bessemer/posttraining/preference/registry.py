@@ -29,4 +29,13 @@ _OURS: list[Plugin[PairLoss]] = [
 #: Those that no other package adds, whose settings are known.
 BUILT_IN = tuple(one.name for one in _OURS)
 
+#: β where nothing is said: that of SimPO is of mean log-probabilities, and 2 the smallest that Meng et al. (2024) found good.
+_BETA, _BETAS = 0.1, {"simpo": 2.0}
+
+
+def default_beta(loss: str) -> float:
+    """β of a loss of pairs, or of single answers, where nothing is said."""
+    return _BETAS.get(loss, _BETA)
+
+
 PAIR_LOSSES: Registry[PairLoss] = Registry("preference loss", "bessemer.preference_losses", _OURS)

@@ -8,8 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bessemer.core.errors import SourceError
 from bessemer.core.hashing import hash_value
 from bessemer.core.progress import Progress, Silent
@@ -17,7 +15,6 @@ from bessemer.core.seeds import derive_seed
 from bessemer.core.stage import OpenTasks
 from bessemer.distributed.mesh import Mesh
 from bessemer.model.decoder import Decoder
-from bessemer.model.folder import load_model
 from bessemer.posttraining.chat_models.files import place_fingerprint
 from bessemer.posttraining.packing import PackedBatches, validation_on
 from bessemer.posttraining.preference.config import PreferenceConfig
@@ -27,7 +24,7 @@ from bessemer.posttraining.preference.registry import KTO
 from bessemer.training.autotune import Plan, prepare_run
 from bessemer.training.data.batches import BatchSource
 from bessemer.training.run import OnStepEnd, run_training
-from bessemer.training.starting_model import starting_model
+from bessemer.training.starting_model import open_beside, starting_model
 from bessemer.training.trainee import REFERENCE
 
 
@@ -85,7 +82,8 @@ def preference(
                     batch, name, load, out, runtime, identity=identity, rows_at_once=rows_at_once, progress=progress
                 )
     elif data.needs_reference and config.adapter is None:
-        options["frozen"] = {REFERENCE: load_model(model, device=runtime.device, dtype=torch.float32)}
+        reference, load_reference = open_beside(model, runtime.device, mesh)
+        options |= {"frozen": {REFERENCE: reference}, "load_others": {REFERENCE: load_reference}}
 
     def batches(config: PreferenceConfig, mesh: Mesh) -> BatchSource:
         return PackedBatches(sets["training"], batch_size=config.batch_size, seed=derive_seed(seed, "batches"))

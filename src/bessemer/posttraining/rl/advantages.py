@@ -8,7 +8,7 @@ Shapes: R answers, P prompts, G answers to a prompt, K rewards, B rows, T tokens
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +17,22 @@ from torch import Tensor
 #: Added to a standard deviation (TRL's and DeepSeekMath's implementations).
 _EPSILON = 1e-4
 
-#: Advantages of rewards: (R,) and the number of answers to a prompt, to (R,).
-Advantage = Callable[[Tensor, int], Tensor]
+#: From the rewards of answers, (R,), and the number of answers to a prompt, to (R,).
+OfAnswers = Callable[[Tensor, int], Tensor]
+
+
+@dataclass(frozen=True)
+class RewardToGo:
+    """Advantages of tokens without a critic: the rewards of tokens still to come, whitened over all tokens of the rollout.
+
+    outcomes: what of the answers' rewards is given at their last tokens; NaN where there is none.
+    """
+
+    outcomes: OfAnswers
+
+
+#: Advantages of answers, which all of their tokens have; or of tokens.
+Advantage = OfAnswers | RewardToGo
 
 
 def grpo(rewards_R: Tensor, group: int) -> Tensor:
@@ -52,14 +66,18 @@ def leave_one_out(rewards_R: Tensor, group: int) -> Tensor:
     return _known(_centred(rewards_PG) * count_P1 / others_P1 * (count_P1 > 1))
 
 
-def batch_whitened(rewards_R: Tensor, group: int) -> Tensor:
-    """(r − mean) / standard deviation over the batch, whatever the group (REINFORCE++; Hu et al. 2025)."""
-    return _whitened(rewards_R)
+def as_given(rewards_R: Tensor, group: int) -> Tensor:
+    """r, whatever the group."""
+    return rewards_R
 
 
-def baseline_whitened(rewards_R: Tensor, group: int) -> Tensor:
-    """The group's mean is subtracted, then whitened over the batch (REINFORCE++-baseline; Hu et al. 2025)."""
-    return _whitened(_centred(rewards_R.view(-1, group)).reshape(-1))
+def centred(rewards_R: Tensor, group: int) -> Tensor:
+    """r − mean of the group; NaN stays NaN."""
+    return _centred(rewards_R.view(-1, group)).reshape(-1)
+
+
+#: REINFORCE++ and its variant with the group's mean as a baseline (Hu et al. 2025, arXiv 2501.03262).
+REINFORCE_PP, REINFORCE_PP_BASELINE = RewardToGo(as_given), RewardToGo(centred)
 
 
 def decoupled(rewards_RK: Tensor, weights_K: Tensor, group: int, penalties_R: Tensor | float = 0.0) -> Tensor:
@@ -115,6 +133,28 @@ def generalised_advantages(
         next_advantage_B = torch.where(mask_BT[:, t], advantage_B, next_advantage_B)
         advantages_BT[:, t] = torch.where(mask_BT[:, t], advantage_B, 0.0)
     return Returns(advantages_BT, (advantages_BT + values_BT) * mask_BT)
+
+
+def rewards_to_go(
+    rewards_BT: Tensor, mask_BT: Tensor, *, document_ids_BT: Tensor | None = None, discount: float = 1.0
+) -> Tensor:
+    """Σ γ^l r_{t+l} over the tokens of the mask, from each to its sequence's last; zero outside the mask.
+
+    Generalised advantages with λ = 1 of a critic whose values are 0. Arguments as of `generalised_advantages`.
+    """
+    values_BT = torch.zeros_like(rewards_BT)
+    return generalised_advantages(
+        rewards_BT, values_BT, mask_BT, document_ids_BT=document_ids_BT, discount=discount, decay=1.0
+    ).advantages_BT
+
+
+def whitened_tokens(values: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
+    """Values of the tokens of several batches, (B, T) each, whitened over the tokens of all masks; zero outside these."""
+    chosen = [values_BT[mask_BT] for values_BT, mask_BT in zip(values, masks, strict=True)]
+    white = whitened(torch.cat(chosen)).split([len(chosen_N) for chosen_N in chosen])
+    return [
+        white_N.new_zeros(mask_BT.shape).masked_scatter(mask_BT, white_N) for white_N, mask_BT in zip(white, masks, strict=True)
+    ]
 
 
 def whitened(values_N: Tensor) -> Tensor:

@@ -8,9 +8,11 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import field_validator, model_validator
 
 from bessemer.core.config import nearest, setting
+from bessemer.posttraining.preference.registry import default_beta
 from bessemer.posttraining.rewards.config import Rewards, named
 from bessemer.posttraining.rl.critic_config import CriticConfig
 from bessemer.posttraining.rl.presets import PRESETS
+from bessemer.posttraining.rl.registries import BUILT_IN_ADVANTAGES
 from bessemer.training.adapter_config import TuningConfig
 
 #: Raised when the same settings and inputs give other weights than before.
@@ -73,6 +75,9 @@ class RLConfig(TuningConfig):
         "of losses of tokens (online DPO); `beta` is then its own.",
         plugins="bessemer.preference_losses",
     )
+    discount: float = setting(
+        1.0, "reinforce_pp and reinforce_pp_baseline: γ, what a reward one token later is worth.", gt=0, le=1
+    )
     loss: str = setting(
         "clip", "Loss of a token: clip, gspo, cispo, sapo, importance, reinforce.", plugins="bessemer.policy_losses"
     )
@@ -112,7 +117,9 @@ class RLConfig(TuningConfig):
     group_size: int = setting(8, "Completions of a prompt, which are compared with each other.", unit="completions", ge=1)
     batch_size: int = setting(64, "Completions of one update: a multiple of group_size.", unit="completions", gt=0)
     mini_batches: int = setting(1, "Updates in which the completions of one rollout are used up.", ge=1)
-    rollout_epochs: int = setting(1, "How often each completion of a rollout is trained on.", ge=1)
+    rollout_epochs: int = setting(
+        1, "How often each completion of a rollout is trained on; in other mini-batches each time.", ge=1
+    )
     temperature: float = setting(1.0, "Of the samples, and of the log-probabilities that are trained.", gt=0)
     top_p: float = setting(1.0, "Must be 1: what truncation leaves out has no ratio of policies.", gt=0, le=1)
     top_k: int = setting(0, "Must be 0, as top_p 1.", ge=0)
@@ -163,6 +170,13 @@ class RLConfig(TuningConfig):
         return True
 
     @property
+    def _has_rewards_to_go(self) -> bool:
+        """Whether the advantages may be those of tokens without a critic: another package's may."""
+        others = {*BUILT_IN_ADVANTAGES} - {"reinforce_pp", "reinforce_pp_baseline"}
+        replaced = self.critic is not None or self.pair_loss is not None or self.reward_scale == "decoupled"
+        return not replaced and self.advantage not in others
+
+    @property
     def groups(self) -> int:
         """Prompts of one rollout."""
         return self.batch_size * self.mini_batches // self.group_size
@@ -187,6 +201,8 @@ class RLConfig(TuningConfig):
         if isinstance(name, str) and name not in PRESETS:
             raise ValueError(f"there is no algorithm {name!r}{nearest(name, list(PRESETS))}")
         found = {**PRESETS.get(name, {}), **values}
+        if isinstance(found.get("pair_loss"), str) and "beta" not in values:
+            found["beta"] = default_beta(found["pair_loss"])
         critic = found.get("critic")
         if found.get("adapter") is not None and isinstance(critic, Mapping):
             # the critic is tuned whole, and an adapter's learning rate is ten times that of full tuning
@@ -211,6 +227,8 @@ class RLConfig(TuningConfig):
             raise ValueError("batch_size_warmup: the rows of rl are of one number; leave it out")
         if self.early_stopping_patience is not None or self.save == "best":
             raise ValueError("early_stopping_patience and save: best go by a validation loss, which rl has not; leave them out")
+        if self.discount != 1 and not self._has_rewards_to_go:
+            raise ValueError("discount: of the advantages reinforce_pp and reinforce_pp_baseline; a critic has its own")
         if self.max_kl is not None and not self.beta:
             raise ValueError("max_kl needs a reference to measure against: set beta above 0")
         compares = self.critic is None and (self.advantage != "reinforce_pp" or self.reward_scale == "decoupled")

@@ -8,13 +8,13 @@ Shapes: B rows, T tokens of a row, R samples of a rollout.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from bessemer.model.decoder import Decoder
-from bessemer.posttraining.rl.advantages import generalised_advantages, whitened
+from bessemer.posttraining.rl.advantages import generalised_advantages, whitened_tokens
 from bessemer.posttraining.rl.critic_config import CriticConfig
 from bessemer.posttraining.rl.objective import ADVANTAGES
 from bessemer.posttraining.rl.policy_losses import value_loss
@@ -47,11 +47,12 @@ class Valued:
 
 @dataclass(frozen=True)
 class _Estimates:
-    """Of the N tokens of a mini-batch that the policy chose, in reading order."""
+    """Of the tokens of a mini-batch that the policy chose, those of the mask; zero elsewhere."""
 
-    values_N: Tensor
-    advantages_N: Tensor
-    returns_N: Tensor
+    mask_BT: Tensor
+    values_BT: Tensor
+    advantages_BT: Tensor
+    returns_BT: Tensor
 
 
 def with_values(
@@ -68,22 +69,14 @@ def with_values(
         _estimates(one, part_R, penalty_BT, trainee, config)
         for one, part_R, penalty_BT in zip(packed, parts, penalties, strict=True)
     ]
-    white = whitened(torch.cat([each.advantages_N for each in found])).split([len(each.values_N) for each in found])
+    white = whitened_tokens([each.advantages_BT for each in found], [each.mask_BT for each in found])
     valued = [
-        replace(
-            one,
-            batch=one.batch.with_values(
-                per_token={
-                    ADVANTAGES: _of_tokens(one.batch, white_N),
-                    OLD_VALUES: _of_tokens(one.batch, each.values_N),
-                    RETURNS: _of_tokens(one.batch, each.returns_N),
-                }
-            ),
-        )
-        for one, each, white_N in zip(packed, found, white, strict=True)
+        one.with_values({ADVANTAGES: white_BT, OLD_VALUES: each.values_BT, RETURNS: each.returns_BT})
+        for one, each, white_BT in zip(packed, found, white, strict=True)
     ]
-    means_R = torch.cat([one.means(one.batch.per_token[ADVANTAGES]) for one in valued])
-    values_N, returns_N = torch.cat([each.values_N for each in found]), torch.cat([each.returns_N for each in found])
+    means_R = torch.cat([one.means(white_BT) for one, white_BT in zip(packed, white, strict=True)])
+    values_N = torch.cat([each.values_BT[each.mask_BT] for each in found])
+    returns_N = torch.cat([each.returns_BT[each.mask_BT] for each in found])
     return Valued(valued, means_R, _figures(values_N, returns_N))
 
 
@@ -99,7 +92,7 @@ def _estimates(one: Packed, rewards_R: Tensor, penalty_BT: Tensor, trainee: Trai
         discount=config.discount,
         decay=config.decay,
     )
-    return _Estimates(values_BT[mask_BT], found.advantages_BT[mask_BT], found.returns_BT[mask_BT])
+    return _Estimates(mask_BT, values_BT.where(mask_BT, 0), found.advantages_BT, found.returns_BT)
 
 
 def _figures(values_N: Tensor, returns_N: Tensor) -> dict[str, float]:
@@ -110,12 +103,6 @@ def _figures(values_N: Tensor, returns_N: Tensor) -> dict[str, float]:
 
 def _chosen(batch: Batch) -> Tensor:
     return batch.targets_BT != IGNORE_INDEX
-
-
-def _of_tokens(batch: Batch, values_N: Tensor) -> Tensor:
-    """Values of the tokens that the policy chose as (B, T), zero elsewhere."""
-    mask_BT = _chosen(batch)
-    return values_N.new_zeros(mask_BT.shape).masked_scatter(mask_BT, values_N)
 
 
 class ActorCriticObjective(Objective):

@@ -43,13 +43,15 @@ class PairBatches:
         self._padding_id = padding_id
         self._needs_reference = PAIR_LOSSES.find(str(config.pair_loss)).load().needs_reference
 
-    def __call__(self, groups: Sequence[Group], trainee: Trainee) -> RolloutBatches:
-        """As of `BatchMaker`. Advantages are 1 of the best completion of a pair, −1 of the worst, 0 of others."""
+    def __call__(self, groups: Sequence[Group], trainee: Trainee, more: Sequence[Sequence[int]] = ()) -> RolloutBatches:
+        """As of `BatchMaker`; the reference is asked of the pairs of each epoch. Advantages are 1 of the best completion of a
+        pair, −1 of the worst, 0 of others."""
         size = self._config.batch_size // self._config.group_size
         chosen = [_best_and_worst(group) for group in groups]
         batches = [
-            self._batch(groups[start : start + size], chosen[start : start + size], trainee)
-            for start in range(0, len(groups), size)
+            self._batch([groups[place] for place in some], [chosen[place] for place in some], trainee)
+            for order in (range(len(groups)), *more)
+            for some in (order[start : start + size] for start in range(0, len(groups), size))
         ]
         advantages_R = torch.zeros(len(groups) * self._config.group_size, dtype=torch.float64)
         for number, (best, worst, differs) in enumerate(chosen):

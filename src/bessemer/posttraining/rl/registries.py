@@ -17,21 +17,23 @@ _RL = "bessemer.posttraining.rl"
 _ADVANTAGES, _LOSSES = f"{_RL}.advantages", f"{_RL}.policy_losses"
 _AGGREGATION, _CORRECTIONS, _DIVERGENCE = f"{_RL}.aggregation", f"{_RL}.corrections", f"{_RL}.divergence"
 
-ADVANTAGES: Registry[Advantage] = Registry(
-    "advantage",
-    "bessemer.advantages",
-    [
-        Plugin("grpo", "the reward's z-score in its group", f"{_ADVANTAGES}:grpo"),
-        Plugin("group_mean", "the reward minus its group's mean, as in Dr. GRPO", f"{_ADVANTAGES}:group_mean"),
-        Plugin("batch_deviation", "the group's mean, the deviation of the batch's rewards", f"{_ADVANTAGES}:batch_deviation"),
-        Plugin(
-            "centred_deviation", "the group's mean, the batch's deviation from such means", f"{_ADVANTAGES}:centred_deviation"
-        ),
-        Plugin("rloo", "the reward minus the mean of the others in its group", f"{_ADVANTAGES}:leave_one_out"),
-        Plugin("reinforce_pp", "the reward's z-score in the batch", f"{_ADVANTAGES}:batch_whitened"),
-        Plugin("reinforce_pp_baseline", "the group's mean, then the batch's z-score", f"{_ADVANTAGES}:baseline_whitened"),
-    ],
-)
+_OUR_ADVANTAGES: list[Plugin[Advantage]] = [
+    Plugin("grpo", "the reward's z-score in its group", f"{_ADVANTAGES}:grpo"),
+    Plugin("group_mean", "the reward minus its group's mean, as in Dr. GRPO", f"{_ADVANTAGES}:group_mean"),
+    Plugin("batch_deviation", "the group's mean, the deviation of the batch's rewards", f"{_ADVANTAGES}:batch_deviation"),
+    Plugin("centred_deviation", "the group's mean, the batch's deviation from such means", f"{_ADVANTAGES}:centred_deviation"),
+    Plugin("rloo", "the reward minus the mean of the others in its group", f"{_ADVANTAGES}:leave_one_out"),
+    Plugin("reinforce_pp", "of tokens: their rewards to go, whitened over the rollout", f"{_ADVANTAGES}:REINFORCE_PP"),
+    Plugin(
+        "reinforce_pp_baseline",
+        "of tokens, as reinforce_pp, with the group's mean taken off",
+        f"{_ADVANTAGES}:REINFORCE_PP_BASELINE",
+    ),
+]
+#: Those that no other package adds, whose settings are known.
+BUILT_IN_ADVANTAGES = tuple(one.name for one in _OUR_ADVANTAGES)
+
+ADVANTAGES: Registry[Advantage] = Registry("advantage", "bessemer.advantages", _OUR_ADVANTAGES)
 
 POLICY_LOSSES: Registry[PolicyLoss] = Registry(
     "policy loss",

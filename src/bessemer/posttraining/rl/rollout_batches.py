@@ -12,13 +12,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from bessemer.posttraining.rl.advantages import decoupled
+from bessemer.posttraining.rl.advantages import RewardToGo, decoupled, rewards_to_go, whitened_tokens
 from bessemer.posttraining.rl.config import RLConfig
 from bessemer.posttraining.rl.critic import with_values
-from bessemer.posttraining.rl.objective import OLD, REFERENCE_LOG_PROBS, SAMPLER
-from bessemer.posttraining.rl.registries import ADVANTAGES
+from bessemer.posttraining.rl.objective import ADVANTAGES, OLD, REFERENCE_LOG_PROBS, SAMPLER
+from bessemer.posttraining.rl.registries import ADVANTAGES as ADVANTAGE_PLUGINS
 from bessemer.posttraining.rl.sampler import Group
-from bessemer.posttraining.rl.samples import Packed, pack_samples
+from bessemer.posttraining.rl.samples import Packed, Sample, pack_samples
 from bessemer.posttraining.rl.sharing import of_all_rows
 from bessemer.training.data.batches import IGNORE_INDEX, Batch
 from bessemer.training.objectives import POLICY
@@ -27,7 +27,7 @@ from bessemer.training.trainee import REFERENCE, Trainee
 
 @dataclass(frozen=True)
 class RolloutBatches:
-    """The mini-batches of a rollout.
+    """The mini-batches of a rollout, those of one epoch after those of the other.
 
     advantages_R: of each sample, for a reader. divergence_R: Σ log π − log π_ref of each; zeros without a reference. figures:
     for the metrics.
@@ -40,10 +40,11 @@ class RolloutBatches:
 
 
 class BatchMaker(Protocol):
-    """Makes the mini-batches of a rollout's groups, each of as many groups, in order."""
+    """Makes the mini-batches of a rollout's groups, each of as many groups: one epoch of them in order, then those of more."""
 
-    def __call__(self, groups: Sequence[Group], trainee: Trainee) -> RolloutBatches:
-        """trainee: the policy, whose weights sampled the groups, a reference and a critic."""
+    def __call__(self, groups: Sequence[Group], trainee: Trainee, more: Sequence[Sequence[int]] = ()) -> RolloutBatches:
+        """trainee: the policy, whose weights sampled the groups, a reference and a critic. more: the order of the groups in
+        each further epoch."""
 
 
 class AdvantageBatches:
@@ -54,32 +55,55 @@ class AdvantageBatches:
         self._config = config
         self._weights_K = torch.tensor(weights)
         self._padding_id = padding_id
-        self._advantage = ADVANTAGES.find(config.advantage).load()
+        self._advantage = ADVANTAGE_PLUGINS.find(config.advantage).load()
 
-    def __call__(self, groups: Sequence[Group], trainee: Trainee) -> RolloutBatches:
-        """As of `BatchMaker`."""
+    def __call__(self, groups: Sequence[Group], trainee: Trainee, more: Sequence[Sequence[int]] = ()) -> RolloutBatches:
+        """As of `BatchMaker`. What is asked of models, and an advantage, is of the rollout, and the same in every epoch."""
+        samples = [sample for group in groups for sample in group.samples]
         totals_R = torch.cat([group.totals_G for group in groups])
-        packed = [self._with_log_probs(one, trainee) for one in self._packed(groups, totals_R, trainee)]
+        packed = [self._with_log_probs(one, trainee) for one in self._packed(samples, totals_R, trainee)]
         ratios = [_log_ratios(one.batch) for one in packed]
         divergence_R = torch.cat(
             [one.of_samples(one.batch.sequence_sums(ratios_BT)) for one, ratios_BT in zip(packed, ratios, strict=True)]
         ).double()
         beta = self._config.beta if self._config.kl == "reward" else 0.0
         figures: Mapping[str, float] = {}
+        penalties = [beta * ratios_BT for ratios_BT in ratios]
         if self._config.critic is not None:
-            penalties = [beta * ratios_BT for ratios_BT in ratios]
             valued = with_values(packed, totals_R, penalties, trainee, self._config.critic)
             packed, advantages_R, figures = list(valued.packed), valued.advantages_R, valued.figures
+        elif isinstance(self._advantage, RewardToGo) and self._config.reward_scale != "decoupled":
+            outcomes_R = self._advantage.outcomes(totals_R, self._config.group_size)
+            packed = with_rewards_to_go(packed, outcomes_R, penalties, self._config.discount)
+            advantages_R = torch.cat([one.means(one.batch.per_token[ADVANTAGES]) for one in packed])
         else:
             advantages_R = self._advantages(groups, totals_R, beta * divergence_R)
             parts = advantages_R.float().split([one.samples for one in packed])
             packed = [one.with_advantages(part_R) for one, part_R in zip(packed, parts, strict=True)]
-        totals = totals_R.split([one.samples for one in packed])
-        batches = [self._counted(one, part_R) for one, part_R in zip(packed, totals, strict=True)]
+        batches = self._counted(packed, totals_R)
+        group = self._config.group_size
+        for order in more:
+            places = [group * number + place for number in order for place in range(group)]
+            batches += self._counted(self._repacked(places, packed, samples, totals_R, trainee), totals_R[places])
         return RolloutBatches(batches, advantages_R, divergence_R, figures)
 
-    def _packed(self, groups: Sequence[Group], totals_R: Tensor, trainee: Trainee) -> list[Packed]:
-        samples = [sample for group in groups for sample in group.samples]
+    def _repacked(
+        self, places: Sequence[int], packed: Sequence[Packed], samples: Sequence[Sample], totals_R: Tensor, trainee: Trainee
+    ) -> list[Packed]:
+        """The samples in another order, in mini-batches with the values that their tokens have in `packed`."""
+        size = self._config.batch_size
+        values = [
+            of_sample
+            for start, one in zip(range(0, len(samples), size), packed, strict=True)
+            for of_sample in one.target_values(samples[start : start + size])
+        ]
+        ordered = [samples[place] for place in places]
+        return [
+            one.with_target_values(ordered[start : start + size], [values[place] for place in places[start : start + size]])
+            for start, one in zip(range(0, len(samples), size), self._packed(ordered, totals_R[places], trainee), strict=True)
+        ]
+
+    def _packed(self, samples: Sequence[Sample], totals_R: Tensor, trainee: Trainee) -> list[Packed]:
         size, kept = self._config.batch_size, (~totals_R.isnan()).tolist()
         layout = trainee.mesh.layout
         row = self._config.context_length if trainee.shares_prefixes else None
@@ -103,8 +127,10 @@ class AdvantageBatches:
         return of_all_rows(trainee, batch, lambda rows: trainee.log_probs(rows, role, temperature=temperature))
 
     def _advantages(self, groups: Sequence[Group], totals_R: Tensor, penalties_R: Tensor) -> Tensor:
+        """One of each answer, of its reward and what is taken off for the divergence of all of its tokens."""
         config = self._config
         if config.reward_scale != "decoupled":
+            assert not isinstance(self._advantage, RewardToGo)
             return self._advantage(totals_R - penalties_R, config.group_size)
         rewards_RK = torch.cat([group.rewards_GK for group in groups])
         if config.truncated == "zero":
@@ -112,8 +138,12 @@ class AdvantageBatches:
             rewards_RK = rewards_RK.masked_fill(is_cut_R[:, None] & ~rewards_RK.isnan(), 0.0)
         return decoupled(rewards_RK, self._weights_K, config.group_size, penalties_R)
 
-    def _counted(self, packed: Packed, totals_R: Tensor) -> Batch:
-        """A mini-batch with what its objective reads of sequences."""
+    def _counted(self, packed: Sequence[Packed], totals_R: Tensor) -> list[Batch]:
+        """Mini-batches with what their objective reads of sequences."""
+        parts = totals_R.split([one.samples for one in packed])
+        return [self._with_counts(one, part_R) for one, part_R in zip(packed, parts, strict=True)]
+
+    def _with_counts(self, packed: Packed, totals_R: Tensor) -> Batch:
         group = self._config.group_size
         tokens_PG = packed.target_counts.view(-1, group)
         per_sample = {
@@ -124,6 +154,25 @@ class AdvantageBatches:
         }
         per_sequence = {name: packed.of_sequences(values.float()) for name, values in per_sample.items()}
         return packed.batch.with_values(per_sequence=per_sequence)
+
+
+def with_rewards_to_go(
+    packed: Sequence[Packed], outcomes_R: Tensor, penalties: Sequence[Tensor], discount: float
+) -> list[Packed]:
+    """Mini-batches with the advantages of REINFORCE++ (Hu et al. 2025, eq. 6 to 9): each token's rewards to go, whitened over
+    the tokens of the rollout.
+
+    outcomes_R: of the samples of all mini-batches, given at their last tokens; NaN where there is none. penalties: of each
+    mini-batch, what is taken off the rewards of single tokens, (B, T).
+    """
+    masks = [one.batch.targets_BT != IGNORE_INDEX for one in packed]
+    parts = outcomes_R.nan_to_num(nan=0.0).split([one.samples for one in packed])
+    returns = [
+        rewards_to_go(one.at_ends(part_R) - penalty_BT, mask_BT, document_ids_BT=one.batch.document_ids_BT, discount=discount)
+        for one, part_R, penalty_BT, mask_BT in zip(packed, parts, penalties, masks, strict=True)
+    ]
+    white = whitened_tokens(returns, masks)
+    return [one.with_values({ADVANTAGES: white_BT.float()}) for one, white_BT in zip(packed, white, strict=True)]
 
 
 def _log_ratios(batch: Batch) -> Tensor:

@@ -49,8 +49,9 @@ class RolloutSource:
     """Batches that the policy makes.
 
     A rollout is the completions of `config.groups` prompts, `group_size` each, all by the weights of one step. It is cut into
-    mini-batches of whole groups, each of which is one step's batch, `rollout_epochs` times over. The samples of a group are
-    compared when the rollout is made; their rows may lie in any micro-batch.
+    mini-batches of whole groups, each of which is one step's batch, `rollout_epochs` times over; each further epoch has other
+    mini-batches, of the groups in a new order. The samples of a group are compared when the rollout is made; their rows may lie
+    in any micro-batch.
     """
 
     lookahead = 0
@@ -177,8 +178,8 @@ class RolloutSource:
         if bool(totals_R.isnan().all()):
             reasons = "; ".join(tally.failures) or "no reward judges them"
             raise RewardError(f"step {step + 1:,}: none of the {len(samples):,} completions has a reward: {reasons}")
-        made = self._make(groups, self._sampler.trainee)
-        self._first, self._batches = step, [*made.batches] * config.rollout_epochs
+        made = self._make(groups, self._sampler.trainee, self._orders(step))
+        self._first, self._batches = step, [*made.batches] * (config.updates // len(made.batches))
         # what a reward logs under a name of ours gives way
         self._metrics |= {name: statistics.fmean(values) for name, values in tally.metrics.items()}
         self._metrics |= made.figures
@@ -189,6 +190,14 @@ class RolloutSource:
         if self._sampler.trainee.mesh.leads:
             self._log.write(step, groups, made.advantages_R)
         check_collapse(config, step, samples, totals_R, made.divergence_R)
+
+    def _orders(self, step: int) -> list[list[int]]:
+        """The groups' order in each epoch of a rollout after the first; none where all of them are one mini-batch."""
+        config = self._config
+        if config.mini_batches == 1:
+            return []
+        seeds = [derive_seed(self._seed, "mini-batches", step, epoch) for epoch in range(1, config.rollout_epochs)]
+        return [np.random.default_rng(seed).permutation(config.groups).tolist() for seed in seeds]
 
     def _sampled_groups(self, engine: SamplingEngine, step: int, tally: Tally) -> list[Group]:
         """The rollout's groups; with dynamic sampling those whose rewards differ, as far as refills give them."""

@@ -5,7 +5,7 @@ Shapes: R samples, B rows, T tokens of a row, S sequences of a row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -84,10 +84,36 @@ class Packed:
         """Values of sequences as those of samples."""
         return values_BS[self.rows_R, self.columns_R]
 
+    def with_values(self, per_token: Mapping[str, Tensor]) -> Packed:
+        """With values of tokens besides, (B, T) by name."""
+        return replace(self, batch=self.batch.with_values(per_token=per_token))
+
     def with_advantages(self, advantages_R: Tensor) -> Packed:
         """With one advantage for all tokens of a sample."""
-        advantages_BT = self.batch.of_tokens(self.of_sequences(advantages_R))
-        return replace(self, batch=self.batch.with_values(per_token={ADVANTAGES: advantages_BT}))
+        return self.with_values({ADVANTAGES: self.batch.of_tokens(self.of_sequences(advantages_R))})
+
+    def target_values(self, samples: Sequence[Sample]) -> list[dict[str, Tensor]]:
+        """The batch's values of tokens by name, of each of its samples at its completion's targets."""
+        return [
+            {name: values_BT[place] for name, values_BT in self.batch.per_token.items()} for place in self._targets(samples)
+        ]
+
+    def with_target_values(self, samples: Sequence[Sample], values: Sequence[Mapping[str, Tensor]]) -> Packed:
+        """With what `target_values` gave of its samples where they were packed otherwise; zero elsewhere."""
+        per_token = {
+            name: values_N.new_zeros(self.batch.tokens_BT.shape) for name, values_N in (values[0] if values else {}).items()
+        }
+        for place, of_sample in zip(self._targets(samples), values, strict=True):
+            for name, values_N in of_sample.items():
+                per_token[name][place] = values_N
+        return self.with_values(per_token)
+
+    def _targets(self, samples: Sequence[Sample]) -> list[tuple[int, Tensor]]:
+        """Of each of its samples the row, and in it the columns at which the completion's tokens are targets."""
+        return [
+            (int(row), torch.from_numpy(end - sample.places[-1] + sample.places))
+            for sample, row, end in zip(samples, self.rows_R, self.ends_R, strict=True)
+        ]
 
     def at_ends(self, values_R: Tensor) -> Tensor:
         """Values of samples at their last tokens, (B, T); zero elsewhere."""

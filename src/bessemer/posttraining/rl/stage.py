@@ -8,17 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bessemer.core.errors import ConfigError, SourceError
 from bessemer.core.progress import Progress, Silent
 from bessemer.core.seeds import derive_seed
 from bessemer.core.stage import OpenTasks
 from bessemer.distributed.mesh import Mesh
 from bessemer.model.decoder import Decoder
-from bessemer.model.folder import load_model
 from bessemer.model.folder_config import holds_codes
-from bessemer.model.score_head import load_scorer
+from bessemer.posttraining.preference.registry import PAIR_LOSSES
 from bessemer.posttraining.rewards.judge import Judge
 from bessemer.posttraining.rewards.registry import RewardContext
 from bessemer.posttraining.rl.config import RLConfig
@@ -35,6 +32,7 @@ from bessemer.training.data.batches import BatchSource
 from bessemer.training.objectives import Objective
 from bessemer.training.optim.lr_schedule import validated_steps
 from bessemer.training.run import OnStepEnd, run_training
+from bessemer.training.starting_model import open_beside
 from bessemer.training.trainee import REFERENCE
 from bessemer.training.trainer import Trainer
 
@@ -111,12 +109,13 @@ def rl(
     )
     options: dict[str, Any] = {}
     if config.critic is not None:
-        options |= _critic(
-            config, config.critic, model if config.critic.start == "policy" else reward_model, runtime.device, seed
-        )
+        start = model if config.critic.start == "policy" else reward_model
+        options |= _critic(config, config.critic, start, runtime.device, mesh, seed)
         objective = ActorCriticObjective(objective, config.critic)
-    if config.beta and config.adapter is None:
-        options["frozen"] = {REFERENCE: load_model(model, device=runtime.device, dtype=torch.float32)}
+    if needs_reference(config):
+        reference, load_reference = open_beside(model, runtime.device, mesh)
+        options["frozen"] = {REFERENCE: reference}
+        options.setdefault("load_others", {})[REFERENCE] = load_reference
 
     def batches(config: RLConfig, mesh: Mesh) -> BatchSource:
         return source
@@ -157,7 +156,14 @@ def rl(
     }
 
 
-def _critic(config: RLConfig, critic: CriticConfig, folder: Path | None, device: str, seed: int) -> dict[str, Any]:
+def needs_reference(config: RLConfig) -> bool:
+    """Whether a second model is held, which the policy is kept near to: with an adapter it is the policy without it."""
+    if config.adapter is not None or not config.beta:
+        return False
+    return config.pair_loss is None or bool(PAIR_LOSSES.find(config.pair_loss).load().needs_reference)
+
+
+def _critic(config: RLConfig, critic: CriticConfig, folder: Path | None, device: str, mesh: Mesh, seed: int) -> dict[str, Any]:
     """What the training loop is told of the critic. folder: of the model that it starts from."""
     if folder is None:
         raise ConfigError("critic.start: reward_model: no reward model is given to start from")
@@ -169,8 +175,8 @@ def _critic(config: RLConfig, critic: CriticConfig, folder: Path | None, device:
         raise ConfigError(
             f"critic: all its weights are trained, and {folder} is quantised; take the model that it was made from"
         )
-    scorer = load_scorer(folder, device, torch.float32, seed=derive_seed(seed, CRITIC))
-    return {"beside": {CRITIC: scorer}, "settings_beside": {CRITIC: settings}}
+    scorer, load = open_beside(folder, device, mesh, seed_of_head=derive_seed(seed, CRITIC))
+    return {"beside": {CRITIC: scorer}, "settings_beside": {CRITIC: settings}, "load_others": {CRITIC: load}}
 
 
 def _fitting(prompts: list[Prompt] | Any, tokenizer: Tokenizer, config: RLConfig) -> list[Prompt]:

@@ -19,6 +19,7 @@ from bessemer.training.adapter_config import AdapterConfig
 from bessemer.training.checkpoint.manager import CHECKPOINTS, checkpoint_of_step, checkpoint_weights, newest_checkpoint
 from bessemer.training.checkpoint.state import AVERAGE
 from bessemer.training.config import LoopConfig
+from bessemer.training.starting_model import frozen_dtype
 
 
 def save_trained(
@@ -68,7 +69,7 @@ def save_trained_adapter(
     alone.
 
     start: the folder of the model that the run started from, whose weights the adapter is for. Of several processes rank 0
-    writes, and reads that model again to merge.
+    writes, and reads that model again to merge, as one process does whose frozen weights lie in half precision.
     """
     own = {name: parameter for name, parameter in model.named_parameters() if is_trained_by_adapter(name)}
     trained = whole_tensors(own, mesh)
@@ -80,7 +81,8 @@ def save_trained_adapter(
                 # mapped into memory, and as it was before its weights were quantised for this run
                 write_adapter(adapter, load_model(start), out / f"adapter{ending}")
             if settings.merge:
-                base = model if mesh.alone else _base(start, head)
+                is_as_read = mesh.alone and frozen_dtype(config, start) == torch.float32
+                base = model if is_as_read else _base(start, head)
                 whole = merged(base, adapter)
                 if head is not None:
                     whole.get_parameter(SCORE).data = head.to(whole.device)
