@@ -36,7 +36,6 @@ class Benchmark(NamedTuple):
 
 
 BENCH = [
-    Benchmark("planning"),
     Benchmark("quickstart"),
     Benchmark("inference"),
     Benchmark("capture"),

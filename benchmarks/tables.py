@@ -19,13 +19,17 @@ import argparse
 import re
 import sys
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import planning
 import recording
 
 ROOT = Path(__file__).resolve().parents[1]
 _TABLE = re.compile(r"^(<!-- table (\S+) (\S+) -->)\n.*?^(<!-- end -->)$", re.DOTALL | re.MULTILINE)
+#: What is computed from formulas when a page is written: nothing was measured, so no file holds it.
+_COMPUTED = {"planning": cache(planning.computed)}
 _FIGURE = re.compile(r"(<!-- figure (\S+) (\S+) (\S+) -->)[^<]*?(<!-- end -->)")
 
 
@@ -38,13 +42,18 @@ def rendered(text: str, folder: Path = recording.RESULTS) -> str:
     """A page with every marked table and figure as the results say. Raises KeyError for a figure that no result has."""
 
     def table(match: re.Match[str]) -> str:
-        result = recording.load(match[2], folder)
+        result = shown(match[2], folder)
         return f"{match[1]}\n{markdown(result['tables'][match[3]])}\n\n{caption(result)}\n{match[4]}"
 
     def figure(match: re.Match[str]) -> str:
-        return f"{match[1]}{cell(value_at(recording.load(match[2], folder)['figures'], match[3]), match[4])}{match[5]}"
+        return f"{match[1]}{cell(value_at(shown(match[2], folder)['figures'], match[3]), match[4])}{match[5]}"
 
     return _FIGURE.sub(figure, _TABLE.sub(table, text))
+
+
+def shown(name: str, folder: Path = recording.RESULTS) -> Mapping[str, Any]:
+    """The result that a mark names, or what is computed under this name. Raises FileNotFoundError when it was never measured."""
+    return _COMPUTED[name]() if name in _COMPUTED else recording.load(name, folder)
 
 
 def value_at(figures: Mapping[str, Any], path: str) -> Any:
@@ -80,7 +89,9 @@ def cell(value: Any, form: str) -> str:
 
 
 def caption(result: Mapping[str, Any]) -> str:
-    """Where and when a result was measured, in one line."""
+    """Where and when a result was measured, in one line; of what was computed, that it was."""
+    if "machine" not in result:
+        return f"*Computed from formulas by `{result['command']}`; nothing here was measured.*"
     machine = result["machine"]
     sets = machine.get("instruction_sets")
     about = f"{machine['processor']}, {machine['cores']} cores" + (f" ({', '.join(sets)})" if sets else "")
