@@ -52,7 +52,7 @@ def rendered(text: str, folder: Path = recording.RESULTS) -> str:
 
 
 def shown(name: str, folder: Path = recording.RESULTS) -> Mapping[str, Any]:
-    """The result that a mark names, or what is computed under this name. Raises FileNotFoundError when it was never measured."""
+    """The result that a mark names, or what is computed under this name. Raises FileNotFoundError where there is none."""
     return _COMPUTED[name]() if name in _COMPUTED else recording.load(name, folder)
 
 

@@ -18,7 +18,7 @@ from bessemer.scaling.planner import configured_plan
 from tests.cli.test_main import bessemer, one_error
 
 #: Of each shipped recipe the number of its cards and their kind; those of `planning.RECIPES` are for GPUs.
-CARDS = {name: (1, "cpu") for name in shipped_recipes()} | {
+CARDS = dict.fromkeys(shipped_recipes(), (1, "cpu")) | {
     name: (gpus, card) for name, (gpus, card, _) in planning.RECIPES.items()
 }
 
