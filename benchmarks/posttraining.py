@@ -49,6 +49,9 @@ from bessemer.core.environment import set_environment
 from posttraining_data import Subject, prepare
 from posttraining_sides import TRL, Job, Ours, work_off
 
+#: Source that the result depends on: later commits to it make the result stale (`tables.py`).
+MEASURES = ("src/bessemer/posttraining", "src/bessemer/training", "src/bessemer/model", "src/bessemer/inference")
+
 THREADS = 2
 #: Most that log-probabilities may differ on average, in nats, and mean losses by their share.
 MOST_NATS, MOST_LOSS = 1e-4, 0.02

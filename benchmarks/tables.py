@@ -10,12 +10,14 @@ A page marks a table and, within a sentence, a single figure:
     <!-- end -->
     It is <!-- figure inference decode.q4_0.ratio .1f -->1.4<!-- end --> times as fast.
 
-What stands between the marks is written by this program. A figure edited by hand fails a test.
+What stands between the marks is written by this program. A figure edited by hand fails a test. In the end it lists the results
+that are stale: since their commit others changed the source that their benchmark measures (`MEASURES`).
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import re
 import sys
 from collections.abc import Mapping
@@ -23,6 +25,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import derived
 import planning
 import recording
 
@@ -52,8 +55,9 @@ def rendered(text: str, folder: Path = recording.RESULTS) -> str:
 
 
 def shown(name: str, folder: Path = recording.RESULTS) -> Mapping[str, Any]:
-    """The result that a mark names, or what is computed under this name. Raises FileNotFoundError where there is none."""
-    return _COMPUTED[name]() if name in _COMPUTED else recording.load(name, folder)
+    """The result that a mark names with what is derived from it, or what is computed under this name. Raises FileNotFoundError
+    where there is none."""
+    return _COMPUTED[name]() if name in _COMPUTED else derived.with_derived(recording.load(name, folder))
 
 
 def value_at(figures: Mapping[str, Any], path: str) -> Any:
@@ -103,6 +107,26 @@ def caption(result: Mapping[str, Any]) -> str:
     return f"*{about}; {peers + '; ' if peers else ''}`{result['command']}`, {when}.{note}*"
 
 
+def measured_paths(script: Path) -> tuple[str, ...]:
+    """The source that the result of a benchmark depends on, relative to the repository: its `MEASURES`, read and not run."""
+    for node in ast.parse(script.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["MEASURES"]:
+            return tuple(ast.literal_eval(node.value))
+    raise LookupError(f"{script} names no MEASURES")
+
+
+def stale() -> list[str]:
+    """A line for each result of which others changed what was measured, since its commit."""
+    lines = []
+    for path in sorted(recording.RESULTS.glob("*.json")):
+        result = recording.load(path.stem)
+        paths = measured_paths(ROOT / result["command"].split()[1])
+        count = recording.commits_since(result, paths)
+        if count:
+            lines.append(f"stale: {path.stem}, of {result['commit']}: {count} later commits to {', '.join(paths)}")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 when a page differs")
@@ -119,6 +143,7 @@ def main() -> None:
         "\n".join(f"{'differs' if arguments.check else 'written'}: {name}" for name in differing)
         or "all pages agree with the results"
     )
+    print("\n".join(stale()))
     sys.exit(bool(differing) and arguments.check)
 
 
