@@ -33,7 +33,8 @@ from typing import Any, NoReturn
 from bessemer.core.environment import git_commit, host
 from bessemer.core.machines import MACHINE_VARIABLE
 
-RESULTS = Path(__file__).parent / "results"
+_ROOT = Path(__file__).resolve().parents[1]
+RESULTS = _ROOT / "benchmarks" / "results"
 #: The commit of the tree when the benchmark began.
 _COMMIT = git_commit()
 #: Exit status of a benchmark that lacks what it measures (as in automake's test driver: skipped).
@@ -67,7 +68,7 @@ def save(
             # of a folder on this machine its name
             [
                 "python",
-                Path(sys.argv[0]).resolve().relative_to(Path(__file__).parents[1]).as_posix(),
+                Path(sys.argv[0]).resolve().relative_to(_ROOT).as_posix(),
                 *(Path(argument).name if Path(argument).is_absolute() else argument for argument in sys.argv[1:]),
             ]
         ),
@@ -101,10 +102,10 @@ def defects(result: Mapping[str, Any]) -> list[str]:
     commit, machine = result["commit"], result["machine"]
     if not isinstance(commit, str) or "+" in commit:
         found.append(f"measured at {commit or 'no commit'}, and not on a tree without uncommitted changes")
-    elif _git("cat-file", "-e", "HEAD") is not None and _git("merge-base", "--is-ancestor", commit, "HEAD") is None:
+    elif commit_is_known("HEAD") and _git("merge-base", "--is-ancestor", commit, "HEAD") is None:
         found.append(f"measured at {commit}, which is no ancestor of the current commit")
     script = result["command"].split()[1] if result["command"].startswith("python benchmarks/") else None
-    if script is None or not (Path(__file__).parents[1] / script).is_file():
+    if script is None or not (_ROOT / script).is_file():
         found.append(f"no benchmark writes it: {result['command']}")
     if not machine.get("python") or not machine.get("memory_bytes"):
         found.append("its machine is not named with memory and version of Python")
@@ -112,15 +113,15 @@ def defects(result: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def commits_since(result: Mapping[str, Any], paths: Iterable[str]) -> int:
+def commits_since(result: Mapping[str, Any], paths: Iterable[str], repository: Path = _ROOT) -> int:
     """How many commits since the result's own changed any of these paths, relative to the repository; 0 outside one."""
-    listed = _git("rev-list", f"{result['commit']}..HEAD", "--", *paths)
+    listed = _git("rev-list", f"{result['commit']}..HEAD", "--", *paths, repository=repository)
     return len(listed.split()) if listed else 0
 
 
 def original(name: str) -> dict[str, Any] | None:
     """The result as it was first committed after its run, by day, commit and command; None where git does not tell."""
-    path = (RESULTS / f"{name}.json").relative_to(Path(__file__).parents[1]).as_posix()
+    path = (RESULTS / f"{name}.json").relative_to(_ROOT).as_posix()
     now, found = load(name), None
     for commit in (_git("log", "--format=%H", "--", path) or "").split():
         text = _git("show", f"{commit}:{path}")
@@ -131,16 +132,23 @@ def original(name: str) -> dict[str, Any] | None:
     return found
 
 
-def _without_rounds(figures: Any, path: str = "figures") -> list[str]:
+def _without_rounds(figures: Any, path: str = "figures", in_rounds: bool = False) -> list[str]:
+    """Where a median stands without the rounds that it is of: beside it, or beside what it belongs to, as a latency to a rate."""
     if not isinstance(figures, Mapping):
         return []
-    found = [path] if isinstance(figures.get("median"), int | float) and not figures.get("rounds") else []
-    return found + [each for key, value in figures.items() for each in _without_rounds(value, f"{path}.{key}")]
+    in_rounds = in_rounds or bool(figures.get("rounds"))
+    found = [path] if isinstance(figures.get("median"), int | float) and not in_rounds else []
+    return found + [each for key, value in figures.items() for each in _without_rounds(value, f"{path}.{key}", in_rounds)]
 
 
-def _git(*arguments: str) -> str | None:
-    """What git prints about this checkout; None where it fails."""
-    command = ["git", "-C", str(Path(__file__).parent.parent), *arguments]
+def commit_is_known(commit: str) -> bool:
+    """Whether git knows a commit of this checkout; not outside one, as in an unpacked archive."""
+    return _git("cat-file", "-e", f"{commit}^{{commit}}") is not None
+
+
+def _git(*arguments: str, repository: Path = _ROOT) -> str | None:
+    """What git prints about a repository; None where it fails."""
+    command = ["git", "-C", str(repository), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:
