@@ -133,7 +133,7 @@ def original(name: str) -> dict[str, Any] | None:
 
 
 def _without_rounds(figures: Any, path: str = "figures", in_rounds: bool = False) -> list[str]:
-    """Where a median stands without the rounds that it is of: beside it, or beside what it belongs to, as a latency to a rate."""
+    """Where a median stands without its rounds: beside it, or beside what it belongs to, as a latency to a rate."""
     if not isinstance(figures, Mapping):
         return []
     in_rounds = in_rounds or bool(figures.get("rounds"))
