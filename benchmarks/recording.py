@@ -96,6 +96,11 @@ def load(name: str, folder: Path = RESULTS) -> dict[str, Any]:
     return dict(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")))
 
 
+def when() -> dict[str, Any]:
+    """The day and the commit of this run, for one part of a result whose other parts were measured by runs before."""
+    return {"measured": datetime.date.today().isoformat(), "commit": _COMMIT}
+
+
 def defects(result: Mapping[str, Any]) -> list[str]:
     """Why a file is no evidence, a sentence each, from what it says of itself; empty for a result as `save` writes it."""
     found = []
@@ -109,6 +114,8 @@ def defects(result: Mapping[str, Any]) -> list[str]:
         found.append(f"no benchmark writes it: {result['command']}")
     if not machine.get("python") or not machine.get("memory_bytes"):
         found.append("its machine is not named with memory and version of Python")
+    parts = {name: part["commit"] for name, part in result["figures"].items() if isinstance(part, Mapping) and "commit" in part}
+    found += [f"{name} was measured at {commit}" for name, commit in parts.items() if not commit or "+" in commit]
     found += [f"{path} is a median without its rounds" for path in _without_rounds(result["figures"])]
     return found
 

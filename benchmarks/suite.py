@@ -128,12 +128,20 @@ def read_results(path: Path) -> dict[str, tuple[str, float]]:
 
 def tables(figures: dict[str, Any]) -> dict[str, Any]:
     names = [name for name in CONDITIONS if name in figures]
-    columns = [("`make test` under", ""), ("passed", ",.0f"), ("failed", ",.0f"), ("skipped", ",.0f"), ("minutes", ".1f")]
+    columns = [
+        ("`make test` under", ""),
+        ("passed", ",.0f"),
+        ("failed", ",.0f"),
+        ("skipped", ",.0f"),
+        ("minutes", ".1f"),
+        ("commit", ""),
+    ]
     rows = [
         (
             CONDITIONS[name].description,
             *(figures[name][outcome] for outcome in ("passed", "failed", "skipped")),
             figures[name]["seconds"] / 60,
+            figures[name].get("commit"),
         )
         for name in names
     ]
@@ -150,7 +158,7 @@ def main() -> None:
     except FileNotFoundError:
         figures = {}
     for name in arguments.conditions:
-        figures[name] = run(CONDITIONS[name])
+        figures[name] = run(CONDITIONS[name]) | recording.when()
         print(recording.save(NAME, figures, tables=tables(figures)))
     for name, found in figures.items():
         print(f"{name}: {found['passed']} passed, {found['failed']} failed, {found['seconds'] / 60:.1f} minutes")

@@ -166,6 +166,7 @@ def test_a_benchmark_names_the_source_that_its_result_depends_on(path):
         ({"command": "python benchmarks/casting.py"}, "no benchmark writes it"),
         ({"machine": {"processor": "Furnace 1", "cores": 2}}, "its machine is not named"),
         ({"figures": {"speed": {"ours": {"median": 1.5}}}}, "figures.speed.ours is a median without its rounds"),
+        ({"figures": {"avx2": {"commit": "c0ffee+changes"}}}, "avx2 was measured at c0ffee+changes"),
     ],
 )
 def test_a_file_that_is_no_evidence_says_why(change, defect):
