@@ -107,7 +107,7 @@ def defects(result: Mapping[str, Any]) -> list[str]:
     commit, machine = result["commit"], result["machine"]
     if not isinstance(commit, str) or "+" in commit:
         found.append(f"measured at {commit or 'no commit'}, and not on a tree without uncommitted changes")
-    elif commit_is_known("HEAD") and _git("merge-base", "--is-ancestor", commit, "HEAD") is None:
+    elif has_history() and _git("merge-base", "--is-ancestor", commit, "HEAD") is None:
         found.append(f"measured at {commit}, which is no ancestor of the current commit")
     script = result["command"].split()[1] if result["command"].startswith("python benchmarks/") else None
     if script is None or not (_ROOT / script).is_file():
@@ -148,9 +148,9 @@ def _without_rounds(figures: Any, path: str = "figures", in_rounds: bool = False
     return found + [each for key, value in figures.items() for each in _without_rounds(value, f"{path}.{key}", in_rounds)]
 
 
-def commit_is_known(commit: str) -> bool:
-    """Whether git knows a commit of this checkout; not outside one, as in an unpacked archive."""
-    return _git("cat-file", "-e", f"{commit}^{{commit}}") is not None
+def has_history() -> bool:
+    """Whether git knows all earlier commits here; not in an unpacked archive or a shallow clone."""
+    return (_git("rev-parse", "--is-shallow-repository") or "").strip() == "false"
 
 
 def _git(*arguments: str, repository: Path = _ROOT) -> str | None:
