@@ -1,5 +1,5 @@
 # make run         the quickstart, from raw text to a chat window
-# make test        the tests, about 10 minutes on two cores
+# make test        the tests; docs/checks.md has the minutes by machine
 #                  make run MACHINE=avx2, make test MACHINE=one-core: as on another machine
 # make test-all    the slow ones too, and comparisons with peers, each in an environment of its own
 # make fuzz        new random inputs for the property tests, for MINUTES (10)

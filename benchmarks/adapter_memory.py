@@ -21,6 +21,9 @@ from typing import Any
 import recording
 from evaluation_tasks import float32_folder
 
+#: Source that the result depends on: later commits to it make the result stale (`tables.py`).
+MEASURES = ("src/bessemer/model", "src/bessemer/training", "src/bessemer/posttraining")
+
 #: What is trained: the settings of `sft` that differ.
 METHODS: dict[str, dict[str, Any]] = {
     "all weights": {"optimizer": "muon"},

@@ -52,6 +52,9 @@ from bessemer.training.trainer import Trainer
 from bessemer.training.validation import bits_per_byte
 from rounds import summary
 
+#: Source that the result depends on: later commits to it make the result stale (`tables.py`).
+MEASURES = ("src/bessemer/model", "src/bessemer/training", "src/bessemer/data", "src/bessemer/tokenization")
+
 # Shapes: B batch, T time, D hidden, V vocabulary.
 
 SEED = 7

@@ -21,6 +21,9 @@ set_environment()  # before PyTorch reads it
 
 from bessemer.inference.engine import Capture, Engine, EngineConfig, SamplingParams  # noqa: E402
 
+#: Source that the result depends on: later commits to it make the result stale (`tables.py`).
+MEASURES = ("src/bessemer/inference", "src/bessemer/model")
+
 REQUESTS, PROMPT, TOKENS = 8, 32, 64
 LAYERS = 30
 KINDS = {

@@ -65,6 +65,15 @@ from bessemer.posttraining.sft import sft  # noqa: E402
 from evaluation_agreement import WORK  # noqa: E402
 from evaluation_tasks import float32_folder  # noqa: E402
 
+#: Source that the result depends on: later commits to it make the result stale (`tables.py`).
+MEASURES = (
+    "src/bessemer/posttraining",
+    "src/bessemer/training",
+    "src/bessemer/model",
+    "src/bessemer/inference",
+    "src/bessemer/data/filters",
+)
+
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 SEED = 1
 #: Prompts, instructions and questions that are held out, and those that are learnt from: prompts by answers, and by pairs;

@@ -15,6 +15,9 @@ import sys
 
 import recording
 
+#: Source that the result depends on: later commits to it make the result stale (`tables.py`).
+MEASURES = ("src/bessemer/data",)
+
 #: What can be measured: the function `main` of the module `data_NAME.py` beside this file.
 PARTS = ("filters", "minhash", "refinery")
 

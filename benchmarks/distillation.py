@@ -37,6 +37,9 @@ from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.pretrain import pretrain
 from bessemer.training.pretrain_config import PretrainConfig
 
+#: Source that the result depends on: later commits to it make the result stale (`tables.py`).
+MEASURES = ("src/bessemer/posttraining/distillation", "src/bessemer/training", "src/bessemer/model", "src/bessemer/inference")
+
 RECIPE = Path(__file__).parents[1] / "examples" / "distillation" / "recipe.yaml"
 SEED = 11
 STEPS = 150

@@ -35,6 +35,9 @@ from bessemer.data.filters.word_model import WordModelConfig, fit_words
 from bessemer.data.text.texts import Texts
 from rounds import summary
 
+#: Source that the result depends on: later commits to it make the result stale (`tables.py`).
+MEASURES = ("src/bessemer/data/edits", "src/bessemer/data/filters", "src/bessemer/data/classifier")
+
 ENDINGS = (".py", ".pyi", ".md", ".rst", ".txt", "METADATA")
 REPEATS = 3
 #: Of the batch's texts, how many the classifier and the model of words are trained on, and how many languages are told of.

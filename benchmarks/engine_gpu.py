@@ -26,6 +26,9 @@ from typing import Any
 
 import recording
 
+#: Source that the result depends on: later commits to it make the result stale (`tables.py`).
+MEASURES = ("src/bessemer/inference", "src/bessemer/model")
+
 BILLION = {
     "vocab_size": 65536, "hidden_size": 2048, "num_hidden_layers": 20, "num_attention_heads": 16, "num_key_value_heads": 8,
     "head_dim": 128, "intermediate_size": 5632, "max_position_embeddings": 4096,

@@ -43,6 +43,9 @@ from bessemer.inference.engine import Engine, EngineConfig  # noqa: E402
 from evaluation_agreement import MOST_NATS, WORK  # noqa: E402
 from evaluation_tasks import DATA, Run, Subject, float32_folder, transformers_model  # noqa: E402
 
+#: Source that the result depends on: later commits to it make the result stale (`tables.py`).
+MEASURES = ("src/bessemer/evaluation", "src/bessemer/tasks", "src/bessemer/inference", "src/bessemer/model")
+
 THREADS = 2
 
 

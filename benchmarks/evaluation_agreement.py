@@ -38,6 +38,9 @@ from evaluation_tasks import (  # noqa: E402
     transformers_model,
 )
 
+#: Source that the result depends on: later commits to it make the result stale (`tables.py`).
+MEASURES = ("src/bessemer/evaluation", "src/bessemer/tasks", "src/bessemer/inference", "src/bessemer/model")
+
 TASKS = {
     "arc_easy": "ARC-Easy",
     "piqa": "PIQA",

@@ -19,6 +19,16 @@ from pathlib import Path
 
 import recording
 
+#: Source that the result depends on: later commits to it make the result stale (`tables.py`).
+MEASURES = (
+    "src/bessemer/posttraining/finetuning",
+    "src/bessemer/posttraining/sft.py",
+    "src/bessemer/training",
+    "src/bessemer/model",
+    "src/bessemer/cli/finetune.py",
+    "examples/tickets.csv",
+)
+
 ROOT = Path(__file__).parents[1]
 
 

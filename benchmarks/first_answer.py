@@ -24,6 +24,15 @@ import inference
 import recording
 from servers import free_port
 
+#: Source that the result depends on: later commits to it make the result stale (`tables.py`).
+MEASURES = (
+    "src/bessemer/cli",
+    "src/bessemer/serving",
+    "src/bessemer/inference",
+    "src/bessemer/model",
+    "src/bessemer/tokenization",
+)
+
 #: Of the processes that are measured; and of those in which Python reads and keeps no compiled modules.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 COMPILED_ANEW = ENVIRONMENT | {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPYCACHEPREFIX": os.devnull}

@@ -25,6 +25,9 @@ from typing import Any
 import inference
 import recording
 
+#: Source that the result depends on: later commits to it make the result stale (`tables.py`).
+MEASURES = ("src/bessemer/model", "src/bessemer/inference")
+
 FORMS = ("Q4_K_M", "Q8_0", "Q4_0")
 #: llama.cpp's numbers of the file types (`enum llama_ftype`).
 inference.FILE_TYPES |= {"Q4_K_M": 15}

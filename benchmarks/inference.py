@@ -39,6 +39,9 @@ from typing import Any, NamedTuple
 import recording
 from rounds import summary
 
+#: Source that the result depends on: later commits to it make the result stale (`tables.py`).
+MEASURES = ("src/bessemer/inference", "src/bessemer/model")
+
 #: llama.cpp's numbers of the file types (`enum llama_ftype`).
 FILE_TYPES = {"Q8_0": 7, "Q4_0": 2}
 PROMPT, DECODED = 126, 128

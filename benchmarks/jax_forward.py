@@ -26,6 +26,9 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from safetensors.numpy import load_file  # noqa: E402
 
+#: Source that the result depends on: later commits to it make the result stale (`tables.py`).
+MEASURES = ("src/bessemer/model", "src/bessemer/training")
+
 LIMIT = 1e-4
 ROOT = Path(__file__).parents[1]
 RECIPE = f"""

@@ -42,6 +42,9 @@ from bessemer.model.formats.gguf_import import import_gguf
 from bessemer.model.formats.onnx import export_onnx
 from bessemer.tokenization.tokenizer import load_tokenizer
 
+#: Source that the result depends on: later commits to it make the result stale (`tables.py`).
+MEASURES = ("src/bessemer/model",)
+
 _PLAIN = 33  # an ASCII character in the vocabularies here
 LOGITS, GELU_TABLE, NEAR_TIE, BITS = 1e-3, 1e-2, 2e-3, 0.01
 PROMPTS = [

@@ -34,6 +34,9 @@ from bessemer.training.data.document_sources import DocumentSources
 from bessemer.training.data.fim import FillInTheMiddle, FimTokens
 from rounds import summary
 
+#: Source that the result depends on: later commits to it make the result stale (`tables.py`).
+MEASURES = ("src/bessemer/training/data", "src/bessemer/tokenization")
+
 ROUNDS = 3
 VOCABULARY, BEGIN = 50_000, 49_999
 ASKED = 5e6  # tokens/s

@@ -29,6 +29,9 @@ from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.pretrain import pretrain
 from bessemer.training.pretrain_config import PretrainConfig
 
+#: Source that the result depends on: later commits to it make the result stale (`tables.py`).
+MEASURES = ("src/bessemer/model", "src/bessemer/training")
+
 # Shapes: B batch, T time.
 
 

@@ -25,6 +25,20 @@ from bessemer.core.figures import duration
 from bessemer.core.machines import MACHINE_VARIABLE, MACHINES, machine
 from quickstart import figures_of_run
 
+#: Source that the result depends on: later commits to it make the result stale (`tables.py`).
+MEASURES = (
+    "src/bessemer/recipes/quickstart.yaml",
+    "src/bessemer/recipes/chat.yaml",
+    "src/bessemer/pipeline",
+    "src/bessemer/data",
+    "src/bessemer/tokenization",
+    "src/bessemer/model",
+    "src/bessemer/training",
+    "src/bessemer/posttraining",
+    "src/bessemer/evaluation",
+    "src/bessemer/core",
+)
+
 ROOT = Path(__file__).parents[1]
 NAME = "machines"
 
@@ -65,6 +79,7 @@ def tables(figures: dict[str, Any]) -> dict[str, Any]:
             figures[name]["baselines"]["witten_bell_5gram"],
             *(figures[name]["sums"].get(model) for model in ("sft", "rl")),
             ", ".join(cuts(figures[name])) or "nothing",
+            figures[name].get("commit"),
         )
         for name in names
     ]
@@ -73,6 +88,7 @@ def tables(figures: dict[str, Any]) -> dict[str, Any]:
             [
                 *(("machine", ""), ("`make run`", ""), ("steps of pretraining", ",.0f"), ("bits per byte", ".2f")),
                 *(("5-gram", ".2f"), ("sums right after sft", ".0%"), ("after rl", ".0%"), ("left out for want of time", "")),
+                ("commit", ""),
             ],
             rows,
         ),
@@ -111,7 +127,7 @@ def main() -> None:
         figures = {}
     for name in arguments.machines:
         machine(name)
-        figures[name] = measured(name, arguments.keep if name == arguments.machines[-1] else None)
+        figures[name] = measured(name, arguments.keep if name == arguments.machines[-1] else None) | recording.when()
         print(recording.save(NAME, figures, tables=tables(figures)))
     for row in tables(figures)["quickstart"]["rows"]:
         print("  ".join("" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row))

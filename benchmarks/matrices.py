@@ -34,6 +34,9 @@ from bessemer.model.quantisation.schemes.int8 import Int8  # noqa: E402
 from bessemer.model.quantisation.schemes.integers import IntegerScheme  # noqa: E402
 from bessemer.model.quantised_linear import QuantisedLinear  # noqa: E402
 
+#: Source that the result depends on: later commits to it make the result stale (`tables.py`).
+MEASURES = ("src/bessemer/model/cpu_kernels", "src/bessemer/model/quantisation", "src/bessemer/model/quantised_linear.py")
+
 # Shapes: M rows, N outputs, K inputs.
 
 LAYERS, SHAPES = 30, ((960, 576), (576, 576), (3072, 576), (576, 1536))

@@ -46,6 +46,9 @@ from bessemer.training.runtime import Runtime
 from bessemer.training.trainer import Trainer
 from bessemer.training.validation import bits_per_byte
 
+#: Source that the result depends on: later commits to it make the result stale (`tables.py`).
+MEASURES = ("src/bessemer/training", "src/bessemer/model")
+
 BATCH_SIZE, CONTEXT, WARMUP, VALIDATIONS = 4, 128, 0.1, 20
 #: Tokens of the validations on the way, and of the last one.
 CURVE_TOKENS, FINAL_TOKENS = 4096, 32_768

@@ -45,6 +45,15 @@ from bessemer.tasks.questions import GenerationQuestion, GenerationTask  # noqa:
 from bessemer.tasks.registry import find_tasks  # noqa: E402
 from sums import EXAMPLE, base_of, ran  # noqa: E402
 
+#: Source that the result depends on: later commits to it make the result stale (`tables.py`).
+MEASURES = (
+    "src/bessemer/posttraining",
+    "src/bessemer/training",
+    "src/bessemer/model",
+    "src/bessemer/inference",
+    "examples/arithmetic",
+)
+
 #: Pairs that a proxy learns from.
 PAIRS = (100, 400, 1600)
 #: Samples of a sum, to make pairs of, and to take the best of.

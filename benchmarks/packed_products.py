@@ -34,6 +34,9 @@ from bessemer.model.decoder import Decoder  # noqa: E402
 from bessemer.model.quantisation.config import QuantizeConfig  # noqa: E402
 from bessemer.model.quantisation.quantise import quantise  # noqa: E402
 
+#: Source that the result depends on: later commits to it make the result stale (`tables.py`).
+MEASURES = ("src/bessemer/model", "src/bessemer/inference")
+
 BLOCK, PROMPT = 16, 256
 BASE = ModelConfig(
     vocab_size=8192,

@@ -2,21 +2,22 @@
 
     python benchmarks/planning.py
 
-`published`: seconds of a step as the makers of a run give them, and as predicted (`scaling/published.py`). `recipes`: time and
-cost of the shipped recipes on the cards that they are meant for, with the best layout of the search; prices are the planner's
-assumptions. Result: `planning.json`.
+`published`: seconds of a step as the makers of a run give them, and as predicted (`scaling/published.py`). `recipes`: layout,
+memory, time and cost of the shipped recipes, as they are, on the cards that they are meant for; prices are the planner's
+assumptions. Nothing is measured, so there is no file of a result: `tables.py` computes these tables when it writes the pages.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import recording
-from bessemer.core.figures import duration, short_count
+from bessemer.core.figures import duration, short_count, size
 from bessemer.pipeline.planning import planned
 from bessemer.scaling.hardware import find_card
 from bessemer.scaling.job import TrainingJob
-from bessemer.scaling.planner import plan_summary, plans
+from bessemer.scaling.planner import Plan, configured_plan, describe
 from bessemer.scaling.published import RUNS, compared
 
 #: Recipes, how many cards of which kind each is for, and the card's name in the table.
@@ -32,83 +33,77 @@ RECIPES = {
 }
 
 
-def predicted(recipe: str, gpus: int, card: str) -> dict[str, Any]:
-    """Size, tokens, days and dollars of a recipe under the best layout."""
-    asked, kind = planned(recipe), find_card(card)
-    found = plan_summary(
-        plans(TrainingJob(asked.model, asked.settings, kind), gpus, count=1), tokens=asked.tokens, price=kind.price
-    )
-    best = found["plans"][0]
-    return {key: found[key] for key in ("gpus", "card", "parameters", "active_parameters", "tokens", "price_per_gpu_hour")} | {
-        key: best[key] for key in ("described", "days", "dollars", "tokens_per_second", "model_flops_utilisation")
-    }
+def predicted(recipe: str, gpus: int, card: str) -> tuple[Plan, int]:
+    """The plan of a recipe's own layout on its cards, and its number of tokens."""
+    asked = planned(recipe)
+    assert asked.tokens is not None
+    return configured_plan(TrainingJob(asked.model, asked.settings, find_card(card)), gpus), asked.tokens
 
 
 def time_of(days: float) -> str:
     return duration(86_400 * days) if days < 2 else f"{days:.0f} days"
 
 
-def tables(figures: dict[str, Any]) -> dict[str, Any]:
-    published = [
-        (
-            row["run"],
-            row["seconds"],
-            row["predicted"],
-            row["error"],
-            # of float8 runs it would be a share of bfloat16's peak
-            *((None, None) if row["float8"] else (row["utilisation"], row["predicted_utilisation"])),
-        )
-        for row in figures["published"]
+def recipe_row(name: str) -> list[Any]:
+    """A row of the table `recipes`."""
+    gpus, card, shown = RECIPES[name]
+    plan, tokens = predicted(name, gpus, card)
+    return [
+        f"`{name}`",
+        f"{gpus:,} × {shown}",
+        describe(plan),
+        f"{size(plan.memory.peak)} of {size(plan.job.card.usable_memory)}",
+        short_count(plan.job.model.parameters()),
+        short_count(tokens),
+        time_of(plan.days(tokens)),
+        plan.dollars(tokens, plan.job.card.price),
     ]
-    recipes = [
-        (
-            f"`{name}`",
-            f"{found['gpus']:,} × {RECIPES[name][2]}",
-            short_count(found["parameters"]),
-            short_count(found["tokens"]),
-            time_of(found["days"]),
-            found["dollars"],
-        )
-        for name, found in figures["recipes"].items()
-    ]
+
+
+def published_row(row: Mapping[str, Any]) -> list[Any]:
+    """A row of the table `published`. row: of `compared`, and whether the run is in float8."""
+    # of float8 runs the utilisation would be a share of bfloat16's peak
+    shares = [None, None] if row["float8"] else [row["utilisation"], row["predicted_utilisation"]]
+    return [row["run"], row["seconds"], row["predicted"], row["error"], *shares]
+
+
+_PUBLISHED_COLUMNS = [
+    ("run", ""),
+    ("seconds of a step, published", ".2f"),
+    ("predicted", ".2f"),
+    ("error", "+.0%"),
+    ("MFU, published", ".0%"),
+    ("predicted", ".0%"),
+]
+_RECIPE_COLUMNS = [
+    ("recipe", ""),
+    ("cards", ""),
+    ("layout of the recipe", ""),
+    ("memory of a card", ""),
+    ("parameters", ""),
+    ("tokens", ""),
+    ("predicted time", ""),
+    ("dollars", ",.0f"),
+]
+
+
+def computed() -> dict[str, Any]:
+    """Figures and tables, in the form of a result that has no machine and no day."""
+    published = [compared(run) | {"float8": run.settings.get("float8", False)} for run in RUNS]
     return {
-        "published": recording.table(
-            [
-                ("run", ""),
-                ("seconds of a step, published", ".2f"),
-                ("predicted", ".2f"),
-                ("error", "+.0%"),
-                ("MFU, published", ".0%"),
-                ("predicted", ".0%"),
-            ],
-            published,
-        ),
-        "recipes": recording.table(
-            [
-                ("recipe", ""),
-                ("cards", ""),
-                ("parameters", ""),
-                ("tokens", ""),
-                ("predicted time", ""),
-                ("dollars", ",.0f"),
-            ],
-            recipes,
-        ),
+        "command": "python benchmarks/planning.py",
+        "figures": {"largest_error": max(abs(row["error"]) for row in published)},
+        "tables": {
+            "published": recording.table(_PUBLISHED_COLUMNS, map(published_row, published)),
+            "recipes": recording.table(_RECIPE_COLUMNS, map(recipe_row, RECIPES)),
+        },
     }
 
 
 def main() -> None:
-    figures: dict[str, Any] = {
-        "published": [compared(run) | {"float8": run.settings.get("float8", False)} for run in RUNS],
-        "recipes": {name: predicted(name, gpus, card) for name, (gpus, card, _) in RECIPES.items()},
-    }
-    errors = [abs(row["error"]) for row in figures["published"]]
-    figures["largest_error"] = max(errors)
-    for row in figures["published"]:
-        print(f"{row['run']:50}{row['seconds']:8.2f} s{row['predicted']:8.2f} s{row['error']:+8.0%}")
-    for name, found in figures["recipes"].items():
-        print(f"{name:12}{found['gpus']:>6} × {found['card']:10}{time_of(found['days']):>14}{found['dollars']:>14,.0f} dollars")
-    print(recording.save("planning", figures, tables=tables(figures)))
+    for table in computed()["tables"].values():
+        for row in table["rows"]:
+            print("  ".join(str(cell) for cell in row))
 
 
 if __name__ == "__main__":

@@ -31,6 +31,9 @@ import recording
 from inference import THREAD_SETTINGS
 from rounds import summary
 
+#: Source that the result depends on: later commits to it make the result stale (`tables.py`).
+MEASURES = ("src/bessemer/training", "src/bessemer/model")
+
 SIZES = {
     "train_1m": {
         "model": {

@@ -40,6 +40,9 @@ from bessemer.model.quantisation.quantise import quantise
 from bessemer.tokenization.shards import TokenShards
 from bessemer.training.validation import whole_documents
 
+#: Source that the result depends on: later commits to it make the result stale (`tables.py`).
+MEASURES = ("src/bessemer/model/quantisation", "src/bessemer/evaluation", "src/bessemer/training")
+
 ARMS: dict[str, dict[str, Any]] = {
     "int8": {"scheme": "int8"},
     "int4 rtn": {"scheme": "int4"},

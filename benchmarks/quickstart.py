@@ -31,6 +31,19 @@ from bessemer.core.metrics import read_metrics
 from bessemer.pipeline.stages import STAGES
 from rounds import summary
 
+#: Source that the result depends on: later commits to it make the result stale (`tables.py`).
+MEASURES = (
+    "src/bessemer/recipes/quickstart.yaml",
+    "src/bessemer/recipes/chat.yaml",
+    "src/bessemer/pipeline",
+    "src/bessemer/data",
+    "src/bessemer/tokenization",
+    "src/bessemer/model",
+    "src/bessemer/training",
+    "src/bessemer/posttraining",
+    "src/bessemer/evaluation",
+)
+
 DATA_STAGES = ("collect", "clean", "select", "deduplicate")
 #: Why a data stage drops documents, by how its reason begins; the first that fits counts.
 REASONS = {

@@ -19,6 +19,16 @@ import recording
 from bessemer.core.progress import PlainLines
 from bessemer.inference.engine import Engine
 
+#: Source that the result depends on: later commits to it make the result stale (`tables.py`).
+MEASURES = (
+    "src/bessemer/posttraining",
+    "src/bessemer/training",
+    "src/bessemer/model",
+    "src/bessemer/inference",
+    "src/bessemer/evaluation",
+    "examples/reasoning",
+)
+
 EXAMPLE = Path(__file__).parents[1] / "examples" / "reasoning"
 ITEMS = 500
 #: Titles of the models, each with its recipe and its stage.

@@ -8,6 +8,11 @@ A benchmark calls `save(NAME, …)` when it has ended; `benchmarks/results/NAME.
   that is shown as `low–high`, or null;
 - `machine`, `commit`, `measured` (the day), `peers` (package → version), `command`.
 
+A result is evidence: `save` writes it into `benchmarks/results/` only from a tree without uncommitted changes; from another
+one it goes to a temporary folder, and no page shows it. Nobody else writes or changes these files. A median lies beside its
+`rounds` (`rounds.py`). A benchmark names in `MEASURES` the source that its result depends on, so that `tables.py` can say which
+results later commits made stale.
+
 `not_run("why")` ends a benchmark that lacks its device or its peer: `run_all.py` shows the line and goes on.
 """
 
@@ -19,6 +24,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -27,7 +33,10 @@ from typing import Any, NoReturn
 from bessemer.core.environment import git_commit, host
 from bessemer.core.machines import MACHINE_VARIABLE
 
-RESULTS = Path(__file__).parent / "results"
+_ROOT = Path(__file__).resolve().parents[1]
+RESULTS = _ROOT / "benchmarks" / "results"
+#: The commit of the tree when the benchmark began.
+_COMMIT = git_commit()
 #: Exit status of a benchmark that lacks what it measures (as in automake's test driver: skipped).
 NOT_RUN = 77
 #: The sets that change how fast matrix products are, in the order in which they are named.
@@ -46,7 +55,8 @@ def save(
     note: str | None = None,
     folder: Path = RESULTS,
 ) -> Path:
-    """Write the result `name`, replacing an earlier one; its file.
+    """Write the result `name`, replacing an earlier one; its file. In place of `RESULTS` that is a temporary folder where the
+    tree has uncommitted changes, or had when the benchmark began.
 
     peers: packages whose installed versions are looked up, or names with their versions. note: what a reader must know of the
     circumstances, shown with every table.
@@ -58,18 +68,23 @@ def save(
             # of a folder on this machine its name
             [
                 "python",
-                Path(sys.argv[0]).resolve().relative_to(Path(__file__).parents[1]).as_posix(),
+                Path(sys.argv[0]).resolve().relative_to(_ROOT).as_posix(),
                 *(Path(argument).name if Path(argument).is_absolute() else argument for argument in sys.argv[1:]),
             ]
         ),
         "measured": datetime.date.today().isoformat(),
-        "commit": git_commit(),
+        "commit": _COMMIT,
         "machine": machine(),
         "peers": versions,
         "note": note,
         "figures": figures,
         "tables": tables or {},
     }
+    if folder == RESULTS and (_COMMIT is None or "+" in _COMMIT):
+        folder = Path(tempfile.gettempdir()) / "bessemer-unrecorded-results"
+        print(
+            f"not recorded: measured at {_COMMIT or 'no commit'}; a result needs a tree without uncommitted changes", flush=True
+        )
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -79,6 +94,73 @@ def save(
 def load(name: str, folder: Path = RESULTS) -> dict[str, Any]:
     """The result `name`. Raises FileNotFoundError when it was never measured."""
     return dict(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")))
+
+
+def when() -> dict[str, Any]:
+    """The day and the commit of this run, for one part of a result whose other parts were measured by runs before."""
+    return {"measured": datetime.date.today().isoformat(), "commit": _COMMIT}
+
+
+def defects(result: Mapping[str, Any]) -> list[str]:
+    """Why a file is no evidence, a sentence each, from what it says of itself; empty for a result as `save` writes it."""
+    found = []
+    commit, machine = result["commit"], result["machine"]
+    if not isinstance(commit, str) or "+" in commit:
+        found.append(f"measured at {commit or 'no commit'}, and not on a tree without uncommitted changes")
+    elif has_history() and _git("merge-base", "--is-ancestor", commit, "HEAD") is None:
+        found.append(f"measured at {commit}, which is no ancestor of the current commit")
+    script = result["command"].split()[1] if result["command"].startswith("python benchmarks/") else None
+    if script is None or not (_ROOT / script).is_file():
+        found.append(f"no benchmark writes it: {result['command']}")
+    if not machine.get("python") or not machine.get("memory_bytes"):
+        found.append("its machine is not named with memory and version of Python")
+    parts = {name: part["commit"] for name, part in result["figures"].items() if isinstance(part, Mapping) and "commit" in part}
+    found += [f"{name} was measured at {commit}" for name, commit in parts.items() if not commit or "+" in commit]
+    found += [f"{path} is a median without its rounds" for path in _without_rounds(result["figures"])]
+    return found
+
+
+def commits_since(result: Mapping[str, Any], paths: Iterable[str], repository: Path = _ROOT) -> int:
+    """How many commits since the result's own changed any of these paths, relative to the repository; 0 outside one."""
+    listed = _git("rev-list", f"{result['commit']}..HEAD", "--", *paths, repository=repository)
+    return len(listed.split()) if listed else 0
+
+
+def original(name: str) -> dict[str, Any] | None:
+    """The result as it was first committed after its run, by day, commit and command; None where git does not tell."""
+    path = (RESULTS / f"{name}.json").relative_to(_ROOT).as_posix()
+    now, found = load(name), None
+    for commit in (_git("log", "--format=%H", "--", path) or "").split():
+        text = _git("show", f"{commit}:{path}")
+        before = json.loads(text) if text else None
+        if before is None or any(before[key] != now[key] for key in ("measured", "commit", "command")):
+            break
+        found = before
+    return found
+
+
+def _without_rounds(figures: Any, path: str = "figures", in_rounds: bool = False) -> list[str]:
+    """Where a median stands without its rounds: beside it, or beside what it belongs to, as a latency to a rate."""
+    if not isinstance(figures, Mapping):
+        return []
+    in_rounds = in_rounds or bool(figures.get("rounds"))
+    found = [path] if isinstance(figures.get("median"), int | float) and not in_rounds else []
+    return found + [each for key, value in figures.items() for each in _without_rounds(value, f"{path}.{key}", in_rounds)]
+
+
+def has_history() -> bool:
+    """Whether git knows all earlier commits here; not in an unpacked archive or a shallow clone."""
+    return (_git("rev-parse", "--is-shallow-repository") or "").strip() == "false"
+
+
+def _git(*arguments: str, repository: Path = _ROOT) -> str | None:
+    """What git prints about a repository; None where it fails."""
+    command = ["git", "-C", str(repository), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout if done.returncode == 0 else None
 
 
 def table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[Any]]) -> dict[str, Any]:

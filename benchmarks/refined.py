@@ -34,6 +34,9 @@ from bessemer.training.pretrain import pretrain
 from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.validation import bits_per_byte
 
+#: Source that the result depends on: later commits to it make the result stale (`tables.py`).
+MEASURES = ("src/bessemer/data", "src/bessemer/training", "src/bessemer/model")
+
 CONTEXT, BATCH_SIZE, SCORED_TOKENS = 256, 8, 131_072
 RAW = {"clean.edit": [], "clean.score": [], "deduplicate": [], "select": {"keep": "all", "languages": []}}
 SMALL = {"hidden_size": 128, "intermediate_size": 384}

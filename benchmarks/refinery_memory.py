@@ -25,6 +25,9 @@ from typing import Any
 import recording
 from data_common import docstrings_of_packages, documentation, measured, plays
 
+#: Source that the result depends on: later commits to it make the result stale (`tables.py`).
+MEASURES = ("src/bessemer/data",)
+
 SIZES, LIMIT = (200, 4000), 2048
 MEGABYTES_OF_A_FILE = 100
 QUIET = {"TQDM_DISABLE": "1", "DAFT_PROGRESS_BAR": "0"}

@@ -36,7 +36,6 @@ class Benchmark(NamedTuple):
 
 
 BENCH = [
-    Benchmark("planning"),
     Benchmark("quickstart"),
     Benchmark("inference"),
     Benchmark("capture"),
@@ -64,6 +63,8 @@ BENCH = [
     Benchmark("llama_cpp_models"),
     Benchmark("llama_cpp_tokenizers"),
     Benchmark("jax_forward"),
+    Benchmark("inspection"),
+    Benchmark("vocabularies"),
     Benchmark("engine_gpu"),
     Benchmark("pretraining_gpu"),
 ]

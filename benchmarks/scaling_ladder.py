@@ -37,6 +37,16 @@ from bessemer.scaling.predict import Prediction, predict_loss
 from bessemer.scaling.suggest import fitted_law
 from bessemer.tokenization.shards import TokenShards
 
+#: Source that the result depends on: later commits to it make the result stale (`tables.py`).
+MEASURES = (
+    "src/bessemer/recipes/ladder.yaml",
+    "src/bessemer/scaling/laws",
+    "src/bessemer/training",
+    "src/bessemer/model",
+    "src/bessemer/data",
+    "src/bessemer/tokenization",
+)
+
 RECIPE = "ladder"
 _WIDTH_KEYS = ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 

@@ -37,6 +37,9 @@ import recording
 from bessemer.serving.bench.config import LoadConfig
 from bessemer.serving.bench.run import Measured, bench
 
+#: Source that the result depends on: later commits to it make the result stale (`tables.py`).
+MEASURES = ("src/bessemer/serving", "src/bessemer/inference", "src/bessemer/model")
+
 CLIENTS = (8, 32)
 PROMPT, ANSWER, TRIAL_ANSWER = 256, 128, 16
 #: Requests of each client in a round.

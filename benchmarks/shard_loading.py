@@ -22,6 +22,9 @@ from typing import Any
 
 import recording
 
+#: Source that the result depends on: later commits to it make the result stale (`tables.py`).
+MEASURES = ("src/bessemer/distributed", "src/bessemer/model", "src/bessemer/training")
+
 PROCESSES, VOCABULARY = 8, 32_768
 SHAPE = {
     "vocab_size": VOCABULARY,

@@ -28,6 +28,18 @@ from bessemer.core.progress import PlainLines
 from bessemer.core.store import read_json
 from bessemer.inference.engine import Engine
 
+#: Source that the result depends on: later commits to it make the result stale (`tables.py`).
+MEASURES = (
+    "src/bessemer/posttraining",
+    "src/bessemer/training",
+    "src/bessemer/model",
+    "src/bessemer/data",
+    "src/bessemer/tokenization",
+    "examples/coding_assistant",
+    "examples/support_bot",
+    "examples/domain",
+)
+
 ROOT = Path(__file__).resolve().parents[1]
 CODE, BOT, DOMAIN = "coding_assistant", "support_bot", "domain"
 

@@ -44,6 +44,9 @@ from bessemer.model.formats.gguf_import import import_gguf
 from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
 
+#: Source that the result depends on: later commits to it make the result stale (`tables.py`).
+MEASURES = ("src/bessemer/inference", "src/bessemer/model")
+
 ASKED, LEAST = 1.5, 0.95
 SETS = ("retrieval", "summarising", "chat")
 STREAMS, TEMPERATURES = (1, 8), (0.0, 0.7)

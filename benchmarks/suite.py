@@ -25,6 +25,9 @@ from xml.etree import ElementTree
 import recording
 from bessemer.core.environment import git_commit
 
+#: Source that the result depends on: later commits to it make the result stale (`tables.py`).
+MEASURES = ("src/bessemer", "tests")
+
 ROOT = Path(__file__).parents[1]
 NAME = "suite"
 
@@ -125,12 +128,20 @@ def read_results(path: Path) -> dict[str, tuple[str, float]]:
 
 def tables(figures: dict[str, Any]) -> dict[str, Any]:
     names = [name for name in CONDITIONS if name in figures]
-    columns = [("`make test` under", ""), ("passed", ",.0f"), ("failed", ",.0f"), ("skipped", ",.0f"), ("minutes", ".1f")]
+    columns = [
+        ("`make test` under", ""),
+        ("passed", ",.0f"),
+        ("failed", ",.0f"),
+        ("skipped", ",.0f"),
+        ("minutes", ".1f"),
+        ("commit", ""),
+    ]
     rows = [
         (
             CONDITIONS[name].description,
             *(figures[name][outcome] for outcome in ("passed", "failed", "skipped")),
             figures[name]["seconds"] / 60,
+            figures[name].get("commit"),
         )
         for name in names
     ]
@@ -147,7 +158,7 @@ def main() -> None:
     except FileNotFoundError:
         figures = {}
     for name in arguments.conditions:
-        figures[name] = run(CONDITIONS[name])
+        figures[name] = run(CONDITIONS[name]) | recording.when()
         print(recording.save(NAME, figures, tables=tables(figures)))
     for name, found in figures.items():
         print(f"{name}: {found['passed']} passed, {found['failed']} failed, {found['seconds'] / 60:.1f} minutes")

@@ -37,6 +37,15 @@ from bessemer.tasks.options import TaskOptions  # noqa: E402
 from bessemer.tasks.questions import GenerationTask  # noqa: E402
 from bessemer.tasks.registry import find_tasks  # noqa: E402
 
+#: Source that the result depends on: later commits to it make the result stale (`tables.py`).
+MEASURES = (
+    "src/bessemer/posttraining",
+    "src/bessemer/training",
+    "src/bessemer/model",
+    "src/bessemer/inference",
+    "examples/arithmetic",
+)
+
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "arithmetic"
 #: Method → its recipe, its stage, and how it is asked.
 METHODS = {"GRPO": ("recipe.yaml", "rl", False), "PPO": ("ppo.yaml", "rl", False), "SFT": ("tuning.yaml", "sft", True)}

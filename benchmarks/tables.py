@@ -10,22 +10,29 @@ A page marks a table and, within a sentence, a single figure:
     <!-- end -->
     It is <!-- figure inference decode.q4_0.ratio .1f -->1.4<!-- end --> times as fast.
 
-What stands between the marks is written by this program. A figure edited by hand fails a test.
+What stands between the marks is written by this program. A figure edited by hand fails a test. In the end it lists the results
+that are stale: since their commit others changed the source that their benchmark measures (`MEASURES`).
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import re
 import sys
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import derived
+import planning
 import recording
 
 ROOT = Path(__file__).resolve().parents[1]
 _TABLE = re.compile(r"^(<!-- table (\S+) (\S+) -->)\n.*?^(<!-- end -->)$", re.DOTALL | re.MULTILINE)
+#: What is computed from formulas when a page is written: nothing was measured, so no file holds it.
+_COMPUTED = {"planning": cache(planning.computed)}
 _FIGURE = re.compile(r"(<!-- figure (\S+) (\S+) (\S+) -->)[^<]*?(<!-- end -->)")
 
 
@@ -38,13 +45,19 @@ def rendered(text: str, folder: Path = recording.RESULTS) -> str:
     """A page with every marked table and figure as the results say. Raises KeyError for a figure that no result has."""
 
     def table(match: re.Match[str]) -> str:
-        result = recording.load(match[2], folder)
+        result = shown(match[2], folder)
         return f"{match[1]}\n{markdown(result['tables'][match[3]])}\n\n{caption(result)}\n{match[4]}"
 
     def figure(match: re.Match[str]) -> str:
-        return f"{match[1]}{cell(value_at(recording.load(match[2], folder)['figures'], match[3]), match[4])}{match[5]}"
+        return f"{match[1]}{cell(value_at(shown(match[2], folder)['figures'], match[3]), match[4])}{match[5]}"
 
     return _FIGURE.sub(figure, _TABLE.sub(table, text))
+
+
+def shown(name: str, folder: Path = recording.RESULTS) -> Mapping[str, Any]:
+    """The result that a mark names with what is derived from it, or what is computed under this name. Raises FileNotFoundError
+    where there is none."""
+    return _COMPUTED[name]() if name in _COMPUTED else derived.with_derived(recording.load(name, folder))
 
 
 def value_at(figures: Mapping[str, Any], path: str) -> Any:
@@ -80,7 +93,9 @@ def cell(value: Any, form: str) -> str:
 
 
 def caption(result: Mapping[str, Any]) -> str:
-    """Where and when a result was measured, in one line."""
+    """Where and when a result was measured, in one line; of what was computed, that it was."""
+    if "machine" not in result:
+        return f"*Computed from formulas by `{result['command']}`; nothing here was measured.*"
     machine = result["machine"]
     sets = machine.get("instruction_sets")
     about = f"{machine['processor']}, {machine['cores']} cores" + (f" ({', '.join(sets)})" if sets else "")
@@ -90,6 +105,26 @@ def caption(result: Mapping[str, Any]) -> str:
     when = f"{result['measured']}, commit {result['commit']}" if result["commit"] else result["measured"]
     note = f" {result['note']}" if result.get("note") else ""
     return f"*{about}; {peers + '; ' if peers else ''}`{result['command']}`, {when}.{note}*"
+
+
+def measured_paths(script: Path) -> tuple[str, ...]:
+    """The source that the result of a benchmark depends on, relative to the repository: its `MEASURES`, read and not run."""
+    for node in ast.parse(script.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["MEASURES"]:
+            return tuple(ast.literal_eval(node.value))
+    raise LookupError(f"{script} names no MEASURES")
+
+
+def stale() -> list[str]:
+    """A line for each result of which others changed what was measured, since its commit."""
+    lines = []
+    for path in sorted(recording.RESULTS.glob("*.json")):
+        result = recording.load(path.stem)
+        paths = measured_paths(ROOT / result["command"].split()[1])
+        count = recording.commits_since(result, paths)
+        if count:
+            lines.append(f"stale: {path.stem}, of {result['commit']}: {count} later commits changed what it measures")
+    return lines
 
 
 def main() -> None:
@@ -108,6 +143,7 @@ def main() -> None:
         "\n".join(f"{'differs' if arguments.check else 'written'}: {name}" for name in differing)
         or "all pages agree with the results"
     )
+    print("\n".join(stale()))
     sys.exit(bool(differing) and arguments.check)
 
 

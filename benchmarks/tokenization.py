@@ -25,6 +25,9 @@ import recording
 from bessemer.core.hashing import hash_bytes
 from rounds import summaries, summary
 
+#: Source that the result depends on: later commits to it make the result stale (`tables.py`).
+MEASURES = ("src/bessemer/tokenization",)
+
 VOCAB_SIZE = 16_384
 REPEATS = 3
 TRAINING_MB, UNSEEN_MB, MEMORY_MB = 32, 24, 20

@@ -56,6 +56,9 @@ from bessemer.training.objectives import token_losses  # noqa: E402
 from evaluation_agreement import WORK  # noqa: E402
 from evaluation_tasks import float32_folder  # noqa: E402
 
+#: Source that the result depends on: later commits to it make the result stale (`tables.py`).
+MEASURES = ("src/bessemer/posttraining", "src/bessemer/training", "src/bessemer/model", "src/bessemer/inference")
+
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "preference"
 SHARE, PLAIN = 0.2, 200
 #: What all seeds, and both methods, train with.

@@ -37,6 +37,9 @@ from bessemer.training.runtime import Runtime
 from bessemer.training.validation import bits_per_byte
 from optimizers import GRID, score, tokens
 
+#: Source that the result depends on: later commits to it make the result stale (`tables.py`).
+MEASURES = ("src/bessemer/training", "src/bessemer/model")
+
 SEED, BATCH_SIZE, CONTEXT, SCORED_TOKENS = 1, 4, 128, 32_768
 WIDTHS, BASE = (64, 128, 256), 64
 CHECKED = (64, 128, 256, 512, 1024)

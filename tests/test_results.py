@@ -3,6 +3,7 @@
 import datetime
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import derived
 import recording
 import tables
 
@@ -135,3 +137,168 @@ def test_the_tables_of_a_result_can_be_shown(path):
         assert all(len(row) == len(table["columns"]) for row in table["rows"]) and table["rows"]
         assert tables.markdown(table).count("\n") == len(table["rows"]) + 1
     assert tables.caption(result).count("\n") == 0
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=named)
+def test_a_result_is_of_a_clean_commit_with_its_machine_and_every_round(path):
+    assert recording.defects(recording.load(path.stem)) == []
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=named)
+def test_no_result_was_changed_after_its_run(path):
+    first = recording.original(path.stem)
+    assert first is None or first == recording.load(path.stem)
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=named)
+def test_a_benchmark_names_the_source_that_its_result_depends_on(path):
+    for source in tables.measured_paths(tables.ROOT / recording.load(path.stem)["command"].split()[1]):
+        assert (tables.ROOT / source).exists(), source
+
+
+@pytest.mark.parametrize(
+    ("change", "defect"),
+    [
+        ({"commit": None}, "measured at no commit"),
+        ({"commit": "c0ffee+changes"}, "measured at c0ffee+changes"),
+        ({"commit": "0" * 12}, "no ancestor"),
+        ({"command": "bessemer run 10m"}, "no benchmark writes it"),
+        ({"command": "python benchmarks/casting.py"}, "no benchmark writes it"),
+        ({"machine": {"processor": "Furnace 1", "cores": 2}}, "its machine is not named"),
+        ({"figures": {"speed": {"ours": {"median": 1.5}}}}, "figures.speed.ours is a median without its rounds"),
+        ({"figures": {"avx2": {"commit": "c0ffee+changes"}}}, "avx2 was measured at c0ffee+changes"),
+    ],
+)
+def test_a_file_that_is_no_evidence_says_why(change, defect):
+    if "commit" in change and change["commit"] == "0" * 12 and not recording.has_history():
+        pytest.skip("git knows no earlier commits here")
+    good = recording.load("quickstart")
+    assert recording.defects(good) == []
+    found = recording.defects(good | change)
+    assert len(found) == 1 and defect in found[0]
+
+
+def test_what_is_measured_on_a_tree_with_changes_is_not_recorded(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(Path(recording.__file__).with_name("casting.py"))])
+    monkeypatch.setattr(recording, "_COMMIT", "c0ffee+changes")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    path = recording.save("casting", {"ratio": 1.5})
+    assert path.parent.parent == tmp_path and not (recording.RESULTS / "casting.json").exists()
+    assert "not recorded: measured at c0ffee+changes" in capsys.readouterr().out
+
+
+def test_a_result_is_stale_where_a_later_commit_changed_what_was_measured(tmp_path):
+    def git(*arguments):
+        return subprocess.run(
+            ["git", "-C", str(tmp_path), *arguments], check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    def committed(name):
+        (tmp_path / name).write_text(name)
+        git("add", name)
+        git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", name)
+        return git("rev-parse", "HEAD")
+
+    git("init", "-q")
+    result = {"commit": committed("first")}
+    committed("measured")
+    committed("other")
+    assert recording.commits_since(result, ["measured"], tmp_path) == 1
+    assert recording.commits_since(result, ["measured", "other"], tmp_path) == 2
+    assert recording.commits_since(result, ["first"], tmp_path) == 0
+
+
+def test_the_peer_s_best_of_any_round_or_trial_counts():
+    rates = [180.0, 193.0, 144.0]
+    assert derived.fastest(rates, [{"rate": 217.7}, {"rate": 200.0}, {"failed": "no memory"}]) == 217.7
+    found = recording.load("inference")
+    row = next(row for row in derived.with_derived(found)["tables"]["best"]["rows"] if row[0] == "decoding, one stream, Q4_0")
+    sides = found["figures"]["decode"]["q4_0"]
+    best = max([*sides["peer"]["rate"]["rounds"], *(trial["rate"] for trial in sides["peer"]["tried"])])
+    assert row[1:] == [sides["bessemer"]["rate"]["median"], best, sides["bessemer"]["rate"]["median"] / best]
+
+
+def test_decoding_and_prompts_are_rows_of_their_own():
+    labels = [row[0] for row in derived.with_derived(recording.load("inference"))["tables"]["best"]["rows"]]
+    assert {label.split()[0] for label in labels} == {"decoding,", "reading", "whole"}
+
+
+#: A figure with a unit, as text has it.
+_SIZE, _TIME = r"[kKMGT]i?B\b(?!/s)", r"[mµn]?s\b|seconds?\b|minutes?\b|hours?\b|days?\b|h\b|min\b"
+_FIGURE_WITH_UNIT = re.compile(
+    r"(?<![\w.])(\d[\d,.]*(?:[\s\u00a0]?(?:to|–|-)[\s\u00a0]?\d[\d,.]*)?)[\s\u00a0]?"
+    rf"(%|×(?!\s?\d)|{_SIZE}|[kKMGT]i?B/s|(?:tokens|items|pairs|samples|documents|programs)/s|[GT]FLOP/s|{_TIME})"
+)
+#: Of whole pages the units that need no mark, and why.
+UNMARKED_PAGES = {
+    "docs/negative-results.md": (".*", "notes of what was tried, of code that is gone; the page says so"),
+    "docs/not-measured.md": (".*", "sizes of what has not been run"),
+    "docs/serving.md": (f"%|{_SIZE}|{_TIME}", "limits of the server, which tests hold; speeds need marks there too"),
+}
+
+
+_DOWNLOAD, _LIMIT, _SETTING = "the size of a download or a file", "a limit, which the code holds", "a setting"
+_LEVEL, _SIMULATED, _ARITHMETIC = "the level of an interval or a test", "simulated or bounded by a test", "arithmetic"
+_PUBLISHED, _INPUT, _ASKED = "published by others", "the size of an input", "what was asked for"
+#: By page and reason the figures that need no mark.
+UNMARKED: dict[str, dict[str, list[str]]] = {
+    "README.md": {_DOWNLOAD: ["39 MB", "3 GB", "160 MB", "180 MB", "1.4 GB"]},
+    "docs/architectures.md": {_SETTING: ["0.2 %", "10 %", "30 %"]},
+    "docs/bpe.md": {_INPUT: ["50 MB"]},
+    "docs/comparing.md": {_LEVEL: ["5 %", "95 %", "70 %"], _ARITHMETIC: ["64 %"], _SIMULATED: ["92 %"]},
+    "docs/data.md": {_DOWNLOAD: ["39 MB"], _LIMIT: ["80 %"]},
+    "docs/evaluation.md": {_LEVEL: ["95 %"]},
+    "docs/extraction.md": {_PUBLISHED: ["71 %"]},
+    "docs/filters.md": {_LIMIT: ["12 %"]},
+    "docs/finetune.md": {_SETTING: ["80 %"]},
+    "docs/kernels.md": {_SETTING: ["4 KB", "256 KB"]},
+    "docs/model-formats.md": {_DOWNLOAD: ["98 MB"], _SETTING: ["256 MB"]},
+    "docs/model.md": {_ARITHMETIC: ["4 GB"], _LIMIT: ["1.5 GB"]},
+    "docs/object-storage.md": {_SETTING: ["8 MB"]},
+    "docs/planning.md": {_SIMULATED: ["10 %", "4 %"], _SETTING: ["15 µs"], _PUBLISHED: ["1.65 h"]},
+    "docs/pretraining.md": {_LIMIT: ["30 %"], _SETTING: ["20 µs"]},
+    "docs/quantisation.md": {_DOWNLOAD: ["98 MB"]},
+    "docs/reward.md": {_LEVEL: ["95 %", "80 %"], _ARITHMETIC: ["50 %"]},
+    "docs/rollouts.md": {_LIMIT: ["64 MiB", "600 s"]},
+    "docs/sandbox.md": {_SETTING: ["50 ms"], _INPUT: ["8 GB"]},
+    "docs/scaling_laws.md": {_SIMULATED: ["0.4 %", "0.5 %", "8 %"], _LEVEL: ["90 %"]},
+    "docs/scoring.md": {_LIMIT: ["256 MiB"]},
+    "docs/sources.md": {_LIMIT: ["64 MB", "1 GB", "2 kB"]},
+    "docs/tasks.md": {_LEVEL: ["95 %"]},
+    "docs/tokenization.md": {_LIMIT: ["2 %"], _ARITHMETIC: ["40 %", "89 %"]},
+    "docs/tokenizer-formats.md": {_INPUT: ["8 MB"]},
+    "docs/trainer.md": {_PUBLISHED: ["43 %"]},
+    "docs/tutorials/model-from-text.md": {_INPUT: ["38 MB"], _SETTING: ["3 minutes"]},
+    "docs/webapp.md": {_ASKED: ["50 ms", "1 s"]},
+}
+
+
+def unmarked_figures(text: str) -> list[tuple[str, str]]:
+    """(figure, unit) of a page's text, outside its marks, code and addresses."""
+    text = tables._FIGURE.sub("", tables._TABLE.sub("", text))
+    text = re.sub(r"```.*?```|<!--.*?-->|`[^`\n]*`|\]\([^)\s]*\)", "", text, flags=re.DOTALL)
+    return [(" ".join(match[0].split()), match[2]) for match in _FIGURE_WITH_UNIT.finditer(text)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_a_figure_with_a_unit_has_a_mark_or_a_reason(page):
+    name = page.relative_to(tables.ROOT).as_posix()
+    allowed = UNMARKED_PAGES.get(name, ("(?!)", ""))[0]
+    reasons = {figure for figures in UNMARKED.get(name, {}).values() for figure in figures}
+    found = [figure for figure, unit in unmarked_figures(page.read_text(encoding="utf-8")) if not re.fullmatch(allowed, unit)]
+    assert [figure for figure in found if figure not in reasons] == [], "a measured figure comes from a result, by a mark"
+    assert reasons <= set(found), "a reason for a figure that is not on the page"
+
+
+@pytest.mark.parametrize(
+    ("text", "figures"),
+    [
+        ("It is 1.5 × as fast, 20 % less, in 3 ms.", ["1.5 ×", "20 %", "3 ms"]),
+        ("It reads 1,965 tokens/s and\n8 MB/s of 2 GB.", ["1,965 tokens/s", "8 MB/s", "2 GB"]),
+        ("from 3 to 4 minutes, 10–12 GB", ["3 to 4 minutes", "10–12 GB"]),
+        ("a tile of 16 × 16, 32 heads, version 2.5, `3 ms`", []),
+        ("It takes <!-- figure casting ratio .1f -->3<!-- end --> s.\n```\n3 ms\n```\n", []),
+    ],
+)
+def test_a_figure_with_a_unit_is_seen_in_text_and_not_in_code(text, figures):
+    assert [figure for figure, _ in unmarked_figures(text)] == figures

@@ -1,10 +1,26 @@
 import json
+import sys
+from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import planning
+from bessemer.model.config import preset_config
+from bessemer.model.decoder import Decoder
+from bessemer.model.folder import save_model
 from bessemer.pipeline.planning import planned
 from bessemer.pipeline.recipe import load_recipe, shipped_recipes
+from bessemer.scaling.hardware import find_card
+from bessemer.scaling.job import TrainingJob
+from bessemer.scaling.planner import configured_plan
 from tests.cli.test_main import bessemer, one_error
+
+#: Of each shipped recipe the number of its cards and their kind; those of `planning.RECIPES` are for GPUs.
+CARDS = dict.fromkeys(shipped_recipes(), (1, "cpu")) | {
+    name: (gpus, card) for name, (gpus, card, _) in planning.RECIPES.items()
+}
 
 
 def test_a_recipe_s_plan_says_memory_time_cost_and_the_best_layout(capsys):
@@ -54,3 +70,47 @@ def test_a_recipe_s_vocabulary_is_its_tokenizer_s():
 def test_minutes_become_tokens_at_the_predicted_speed(capsys):
     plan = json.loads(bessemer(capsys, "plan", "quickstart", "--gpu", "cpu", "--json")[1])
     assert plan["plans"][0]["days"] * 24 * 60 == pytest.approx(load_recipe("quickstart").stage("pretrain").config.minutes)
+
+
+@pytest.fixture
+def quickstart_model(tmp_path, monkeypatch):
+    """A folder with a model where `long-context` looks for the quickstart's."""
+    monkeypatch.chdir(tmp_path)
+    config = preset_config("qwen3-1m", planned("quickstart").model.vocab_size).with_changes(max_position_embeddings=256)
+    save_model(Decoder(config), tmp_path / "runs/quickstart/stages/pretrain", tokenizer=None)
+
+
+@pytest.mark.parametrize("name", sorted(shipped_recipes()))
+def test_a_shipped_recipe_runs_dry_on_its_cards(capsys, monkeypatch, quickstart_model, name):
+    monkeypatch.setenv("WORLD_SIZE", str(CARDS[name][0]))
+    monkeypatch.setenv("RANK", "0")
+    code, out, err = bessemer(capsys, "run", name, "--dry-run")
+    assert code == 0, err
+    assert len(out.splitlines()) == len(load_recipe(name).stages)
+
+
+@pytest.mark.parametrize("name", sorted(shipped_recipes()))
+def test_a_shipped_recipe_fits_its_cards_with_the_layout_it_has(quickstart_model, name):
+    gpus, card = CARDS[name]
+    asked = planned(name)
+    plan = configured_plan(TrainingJob(asked.model, asked.settings, find_card(card)), gpus)
+    assert plan.memory.peak <= plan.job.card.usable_memory
+
+
+@pytest.mark.parametrize("name", sorted(planning.RECIPES))
+def test_a_recipe_for_gpus_names_the_plan_of_its_cards(name):
+    gpus, card = CARDS[name]
+    assert f"`bessemer plan {name} --gpus {gpus} --gpu {card}`" in shipped_recipes()[name].read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("processes", [8, 16, 64])
+def test_the_recipe_1b_runs_on_one_machine_of_8_gpus_and_on_several(capsys, monkeypatch, tmp_path, processes):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    monkeypatch.setenv("RANK", "0")
+    assert bessemer(capsys, "run", "1b", "--dry-run")[0] == 0
+
+
+def test_a_recipe_for_one_card_is_planned_as_it_is_beside_the_best_layout(capsys):
+    asked = json.loads(bessemer(capsys, "plan", "125m", "--json")[1])["asked"]
+    assert asked["settings"] == {"parallel": {}, "micro_batch_size": 16, "activation_checkpointing": "none"}

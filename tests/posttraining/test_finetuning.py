@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from bessemer.core.errors import ConfigError, SourceError
 from bessemer.core.metrics import read_metrics
 from bessemer.core.progress import Silent
 from bessemer.core.store import read_json, write_json
+from bessemer.core.yaml_file import parse_yaml
 from bessemer.inference.engine import Engine, SamplingParams
 from bessemer.model.config import ModelConfig
 from bessemer.model.folder import load_model, save_model
@@ -27,12 +29,13 @@ from bessemer.posttraining.finetuning.base import prepare_base
 from bessemer.posttraining.finetuning.columns import find_columns
 from bessemer.posttraining.finetuning.config import FinetuneConfig
 from bessemer.posttraining.finetuning.method import choose_method, needed_bytes
-from bessemer.posttraining.finetuning.run import Finetuned, _row_length, _Samples, settings_of
+from bessemer.posttraining.finetuning.run import Finetuned, _row_length, _Samples, _training_settings, settings_of
 from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.data.batches import Batch
 from bessemer.training.objectives import next_token_loss
 from bessemer.training.starting_model import starting_model
 from tests.cli.test_main import bessemer, one_error
+from tests.literate import blocks
 from tests.posttraining.test_formats import said
 from tests.training.conftest import RecordedProgress
 
@@ -52,6 +55,20 @@ def test_rows_are_as_long_as_leaves_the_fewest_tokens_empty():
     # in rows of 64 each stands alone, 704 tokens; of 128 there are four, 512; of 192 three, 576
     assert _row_length(lengths, 2048) == 128
     assert (_row_length(lengths, 100), _row_length(lengths, 50)) == (64, 50)
+
+
+def test_the_recipe_of_the_page_trains_as_the_command_does(tmp_path):
+    page = Path(__file__).parents[2] / "docs/finetune.md"
+    recipe = next(parse_yaml(block.text, "finetune.md").values for block in blocks(page) if block.text.startswith("model:"))
+    in_recipe, table = SFTConfig.parse(recipe["sft"]), write_table(tmp_path / "tickets.csv")
+    config, rows = FinetuneConfig(method="lora"), 40
+    sizes = {"context": in_recipe.context_length, "batch_size": in_recipe.batch_size, "rows": rows}
+    settings = _training_settings(config, "lora", **sizes, device=torch.device("cpu"))
+    by_command = SFTConfig.parse(settings_of(config, table) | settings)
+    # how long it is the command says in steps
+    assert by_command.steps == in_recipe.epochs * rows / in_recipe.batch_size
+    chosen = {"data", "steps", "epochs", "evaluate_every", "dtype"}
+    assert by_command.model_dump(exclude=chosen) == in_recipe.model_dump(exclude=chosen)
 
 
 def test_a_table_becomes_an_adapter_that_serves_and_the_end_is_honest(model_folder, tmp_path, capsys):

@@ -58,7 +58,7 @@ def sure_folder(model_folder, tmp_path_factory):
 def test_an_adapter_learns_what_is_rewarded_and_its_base_stays(sure_folder, data, tmp_path, settings):  # noqa: F811
     before = contents(sure_folder)
     adapter = {"rank": 4, "alpha": 16, **settings}
-    summary = run(sure_folder, data, tmp_path, steps=24, batch_size=32, learning_rate=1e-2, adapter=adapter)
+    summary = run(sure_folder, data, tmp_path, steps=40, batch_size=32, learning_rate=1e-2, adapter=adapter)
     assert contents(sure_folder) == before
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert lines[-1]["reward"] > lines[0]["reward"] + 0.2

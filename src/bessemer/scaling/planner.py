@@ -280,21 +280,33 @@ def suggest_settings(
 
 
 def requested_plan(job: TrainingJob, gpus: int) -> Plan | None:
-    """The plan of the layout in the settings, on `gpus`, whether it fits or not; None when they name none or it does not
-    divide."""
+    """`configured_plan` where the settings name a layout, micro-batches or recomputation; None when they name none of it or
+    the layout does not divide."""
     settings = job.settings
-    if not settings.parallel.model_fields_set:
+    if (
+        not settings.parallel.model_fields_set
+        and not {"micro_batch_size", "activation_checkpointing"} & settings.model_fields_set
+    ):
         return None
     try:
-        layout = Layout.of(settings.parallel, gpus)
-        layout.check(job.model, settings.context_length)
-        rows = layout.rows(0, settings.batch_size)
-        each, schedule = settings.micro_batch_size or rows.stop - rows.start, "1f1b"
-        if layout.pipeline > 1:
-            schedule = settings.parallel.pipeline_schedule
-            each = (rows.stop - rows.start) // layout.micro_batches(rows.stop - rows.start, settings.micro_batch_size, schedule)
+        return configured_plan(job, gpus)
     except ConfigError:
         return None
+
+
+def configured_plan(job: TrainingJob, gpus: int) -> Plan:
+    """The plan of the settings as they are, on `gpus`, whether it fits or not.
+
+    Raises ConfigError, as a run does, where their layout does not divide the GPUs, the model or the batch.
+    """
+    settings = job.settings
+    layout = Layout.of(settings.parallel, gpus)
+    layout.check(job.model, settings.context_length)
+    rows = layout.rows(0, settings.batch_size)
+    each, schedule = settings.micro_batch_size or rows.stop - rows.start, "1f1b"
+    if layout.pipeline > 1:
+        schedule = settings.parallel.pipeline_schedule
+        each = (rows.stop - rows.start) // layout.micro_batches(rows.stop - rows.start, settings.micro_batch_size, schedule)
     return evaluate(job, Candidate(layout, each, settings.activation_checkpointing, schedule, layout.stages_per_rank))
 
 
