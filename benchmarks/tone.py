@@ -42,7 +42,7 @@ from bessemer.core.progress import progress_for_terminal  # noqa: E402
 from bessemer.core.store import read_json, write_json  # noqa: E402
 from bessemer.model.folder import load_model  # noqa: E402
 from bessemer.posttraining.conversations import Conversation  # noqa: E402
-from bessemer.posttraining.dataset import prompt_key, read_examples, split_examples  # noqa: E402
+from bessemer.posttraining.dataset import prompt_key, read_examples  # noqa: E402
 from bessemer.posttraining.formats import Answered, Pair, as_pair  # noqa: E402
 from bessemer.posttraining.packing import pack_conversations  # noqa: E402
 from bessemer.posttraining.preference.config import PreferenceConfig  # noqa: E402
@@ -51,6 +51,7 @@ from bessemer.posttraining.preference.packing import pack_pairs  # noqa: E402
 from bessemer.posttraining.preference.stage import preference  # noqa: E402
 from bessemer.posttraining.reward.config import RewardConfig  # noqa: E402
 from bessemer.posttraining.reward.stage import reward  # noqa: E402
+from bessemer.posttraining.splits import opening, split_examples  # noqa: E402
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
 from bessemer.training.objectives import token_losses  # noqa: E402
 from evaluation_agreement import WORK  # noqa: E402
@@ -171,7 +172,7 @@ def split_of(seed: int, rows: Sequence[dict[str, Any]], folder: Path) -> Split:
     written = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows]
     data.write_text("".join(json.dumps(row) + "\n" for row in written if row["chosen"] != row["rejected"]), encoding="utf-8")
     pairs = read_examples(data, as_pair)
-    training, held_out = split_examples(pairs, lambda pair: prompt_key(pair.prompt), SHARE, seed)
+    training, held_out = split_examples(pairs, lambda pair: opening(pair.prompt), SHARE, seed)
     kept = {prompt_key(pair.prompt) for pair in held_out}
     return Split(data, training, held_out, [row for row in rows if prompt_key(tuple(row["prompt"])) in kept][:PLAIN])
 
@@ -283,7 +284,7 @@ def harmless(arguments: argparse.Namespace) -> Path:
             "held_out_accuracy_high",
             "held_out",
             "longer_is_chosen",
-            "skipped",
+            "too_long",
         )
         if key in found
     }
