@@ -188,6 +188,27 @@ def test_a_stop_string_may_be_kept(engine, scripted):
     assert (completion.text, completion.finish_reason) == ("one\n\nUser:", "stop")
 
 
+@pytest.mark.parametrize(
+    ("min_tokens", "stop", "shown"),
+    [
+        (0, "a", ""),
+        # as many tokens are made, whatever they say, and the next one may end the text
+        (10, "a", "abcabcabcabc"),
+        (9, "a", "abcabcabc"),
+        # begun among them, complete behind them
+        (4, "abc", "abc"),
+        (10, "cab", "abcabcab"),
+    ],
+)
+def test_a_stop_string_ends_no_answer_in_its_first_min_tokens(engine, scripted, min_tokens, stop, shown):
+    scripted("abcabcabcabcabc")
+    params = SamplingParams(stop=[stop], min_tokens=min_tokens)
+    (completion,) = engine.generate(["x"], params)
+    assert (completion.text, completion.finish_reason) == (shown, "stop")
+    scripted("abcabcabcabcabc")
+    assert "".join(chunk.text for chunk in engine.stream("x", params)) == shown
+
+
 def test_what_only_began_like_a_stop_string_is_shown_at_the_end(engine, scripted):
     scripted("one\n\nUs")
     assert "".join(chunk.text for chunk in engine.stream("x", SamplingParams(stop=["\n\nUser:"]))) == "one\n\nUs"

@@ -11,9 +11,9 @@ TEXTS = st.text("ab¶", max_size=14)
 STOPS = st.lists(st.text("ab¶", min_size=1, max_size=4), max_size=3)
 
 
-def reference(text, stops):
-    """The text before the stop string that is complete first, and whether there is one."""
-    for end in range(len(text) + 1):
+def reference(text, stops, unsearched=0):
+    """The text before the stop string that is complete first behind what is not searched, and whether there is one."""
+    for end in range(unsearched + 1, len(text) + 1):
         ending = [stop for stop in stops if text[:end].endswith(stop)]
         if ending:
             return text[: end - len(max(ending, key=len))], True
@@ -26,6 +26,18 @@ def test_text_is_cut_at_the_first_stop_string_however_it_arrives(text, stops, da
     matcher = StopStrings(stops)
     shown = "".join(matcher.feed(text[start:end]) for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True))
     assert (shown + matcher.flush(), matcher.found) == reference(text, stops)
+
+
+@given(TEXTS, STOPS, st.integers(0, 14), st.data())
+def test_no_stop_string_ends_in_a_text_that_is_not_searched(text, stops, unsearched, data):
+    unsearched = min(unsearched, len(text))
+    cuts = sorted({unsearched, *data.draw(st.lists(st.integers(0, len(text)), max_size=6))})
+    matcher = StopStrings(stops)
+    shown = "".join(
+        matcher.feed(text[start:end], search=start >= unsearched)
+        for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)
+    )
+    assert (shown + matcher.flush(), matcher.found) == reference(text, stops, unsearched)
 
 
 @given(TEXTS, STOPS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -31,6 +32,24 @@ _ROWS = 16
 
 NO_TOKEN_LEFT = "no token may come next: grammar, allowed_tokens and banned_tokens together leave none"
 NOT_FINITE = "the model's logits are not finite: its weights are damaged or its training diverged"
+
+#: Settings that `SampledRows` computes. Every other one that is asked leaves the request to the host's sampler.
+COMPUTED_ON_DEVICE = frozenset(
+    {"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"}
+    | {"logit_bias", "allowed_tokens", "banned_tokens", "min_tokens", "stop_token_ids", "seed"}
+)
+#: Settings that no sampler reads: when an answer ends, how many there are, the prompt's log-probabilities, beams, and the
+#: distribution of `logprobs`, which alone asks for any.
+NO_SAMPLERS = frozenset(
+    {"max_tokens", "stop", "include_stop", "ignore_eos", "n", "best_of", "prompt_logprobs", "logprobs_mode"}
+    | {"beam_width", "length_penalty"}
+)
+_ON_DEVICE = COMPUTED_ON_DEVICE | NO_SAMPLERS
+
+
+@cache
+def _defaults(kind: type[SamplingParams]) -> list[tuple[str, Any]]:
+    return [(name, field.get_default(call_default_factory=True)) for name, field in kind.model_fields.items()]
 
 
 class Grammar(Protocol):
@@ -114,6 +133,9 @@ class SamplingState:
         self._changes = self.penalises or bool(params.logit_bias or params.banned_tokens) or self.allowed is not None
         self._changes = self._changes or self._processor is not None or grammar is not None
         self.truncation = Truncation.of(params)
+        asked = (name for name, default in _defaults(type(params)) if getattr(params, name) != default)
+        #: Whether `SampledRows` can choose the next tokens: it computes every setting that is asked and bears on them.
+        self.on_device = grammar is None and all(name in _ON_DEVICE for name in asked)
 
     @property
     def takes_argmax(self) -> bool:
@@ -128,12 +150,6 @@ class SamplingState:
     def adjusts_after(self, length: int) -> bool:
         """Whether the logits are changed of the token that comes after `length` tokens of the answer."""
         return self._changes or length < self.params.min_tokens
-
-    @property
-    def on_device(self) -> bool:
-        """Whether `SampledRows` can choose the next token: nothing of it needs the host."""
-        params = self.params
-        return self._processor is None and self.grammar is None and params.logprobs is None and params.typical_p == 1
 
     @property
     def draws_from_softmax(self) -> bool:

@@ -9,6 +9,7 @@ class StopStrings:
     """Passes text on, holding back only what could still become a stop string.
 
     The text ends before the stop string that is complete first, or behind it with `include`, however it is cut into chunks.
+    What is fed with `search=False` completes none: of a stop string, the end has to come later.
     """
 
     def __init__(self, stops: Sequence[str], include: bool = False) -> None:
@@ -19,17 +20,21 @@ class StopStrings:
         #: The stop string that ended the text.
         self.matched = ""
 
-    def feed(self, text: str) -> str:
-        """The text that may be shown now. Once `found`, nothing more is."""
+    def feed(self, text: str, *, search: bool = True) -> str:
+        """The text that may be shown now. Once `found`, nothing more is. search: whether a stop string may end in this text."""
         if self.found or not self._stops:
             return "" if self.found else text
         held = self._held + text
-        matches = [(at + len(stop), at, stop) for stop in self._stops if (at := held.find(stop)) >= 0]
-        if matches:
-            end, at, self.matched = min(matches)
-            self.found = True
-            self._held = ""
-            return held[: end if self._include else at]
+        if search:
+            # what was held back before is no end of a stop string: it was searched, or was not to be
+            searched = len(self._held) + 1
+            places = ((stop, held.find(stop, max(searched - len(stop), 0))) for stop in self._stops)
+            matches = [(at + len(stop), at, stop) for stop, at in places if at >= 0]
+            if matches:
+                end, at, self.matched = min(matches)
+                self.found = True
+                self._held = ""
+                return held[: end if self._include else at]
         keep = max(overlap(held, stop) for stop in self._stops)
         shown, self._held = held[: len(held) - keep], held[len(held) - keep :]
         return shown
