@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 
 from bessemer.serving.anthropic_protocol import CountRequest, MessagesRequest
 from bessemer.serving.anthropic_replies import MessagesReply
-from bessemer.serving.bodies import ApiError, read_request
+from bessemer.serving.bodies import ApiError, read_body
 from bessemer.serving.clients import Caller, caller_of
 from bessemer.serving.served import Chat, Served
 from bessemer.serving.streams import NamedEvent, named_events, until_client_leaves
@@ -57,7 +57,7 @@ class AnthropicApi:
         return router
 
     async def message(self, request: Request) -> Response:
-        asked = read_request(MessagesRequest, await request.body())
+        asked = await read_body(MessagesRequest, request)
         caller = caller_of(request)
         served = await self._served.of(asked.model, caller)
         with ExitStack() as held:
@@ -72,7 +72,7 @@ class AnthropicApi:
             return StreamingResponse(named_events(news, _failed), media_type="text/event-stream")
 
     async def count(self, request: Request) -> dict[str, Any]:
-        asked = read_request(CountRequest, await request.body())
+        asked = await read_body(CountRequest, request)
         caller = caller_of(request)
         served = await self._served.of(asked.model, caller)
         chat = _chat_of(

@@ -9,18 +9,16 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 from torch import Tensor
 
-from bessemer.serving.bodies import ApiError, Body
+from bessemer.serving import limits
+from bessemer.serving.bodies import ApiError, Body, Name
 from bessemer.serving.protocol import prompts_of
-
-#: Most texts of a request, as OpenAI documents it.
-_MOST_TEXTS = 2048
 
 
 class EmbeddingsRequest(Body):
     """The body of `/v1/embeddings`. dimensions: that of the model, where it is said."""
 
-    model: str
-    input: Annotated[list[str] | list[list[int]], BeforeValidator(prompts_of)] = Field(max_length=_MOST_TEXTS)
+    model: Name
+    input: Annotated[list[str] | list[list[int]], BeforeValidator(prompts_of)] = Field(max_length=limits.EMBEDDED.most)
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(None, ge=1)
 

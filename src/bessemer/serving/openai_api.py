@@ -9,13 +9,14 @@ from contextlib import AbstractContextManager, ExitStack, aclosing, contextmanag
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from bessemer.core.errors import BessemerError, ConfigError, RequestError
 from bessemer.inference.request import Request as EngineRequest
 from bessemer.inference.sampling.params import SamplingParams
-from bessemer.serving.bodies import ApiError, read_request
+from bessemer.serving.bodies import ApiError, read_body
 from bessemer.serving.chat_replies import ChatReply
 from bessemer.serving.clients import Caller, caller_of
 from bessemer.serving.embeddings import EmbeddingsRequest, embeddings_reply
@@ -99,7 +100,7 @@ class OpenAIApi:
         }
 
     async def chat(self, request: Request) -> Response:
-        asked = read_request(ChatRequest, await request.body())
+        asked = await read_body(ChatRequest, request)
         caller = caller_of(request)
         served = await self.served.of(asked.model, caller)
         with ExitStack() as held:
@@ -124,7 +125,7 @@ class OpenAIApi:
             return StreamingResponse(_events(news, usage), media_type="text/event-stream")
 
     async def complete(self, request: Request) -> Response:
-        asked = read_request(CompletionRequest, await request.body())
+        asked = await read_body(CompletionRequest, request)
         caller = caller_of(request)
         self.served.check_unguarded()
         served = await self.served.of(asked.model, caller)
@@ -139,10 +140,11 @@ class OpenAIApi:
             return StreamingResponse(_events(news, usage), media_type="text/event-stream")
 
     async def embed(self, request: Request) -> dict[str, Any]:
-        asked = read_request(EmbeddingsRequest, await request.body())
+        asked = await read_body(EmbeddingsRequest, request)
         caller = caller_of(request)
         served = await self.served.of(asked.model, caller)
-        with served.worker.admit(len(asked.input)):
+        # no more of them are computed at once
+        with served.worker.admit(min(len(asked.input), served.engine.max_num_seqs)):
             return await asyncio.to_thread(_embeddings, served, asked, caller)
 
     async def _whole_chat(self, served: Served, turns: Turns, reply: ChatReply) -> Response:
@@ -198,8 +200,10 @@ def _embeddings(served: Served, asked: EmbeddingsRequest, caller: Caller) -> dic
     for name, tokens in zip(names, prompts, strict=True):
         served.check_length(name, len(tokens), 0)
     caller.spend(prompt=sum(map(len, prompts)))
-    vectors_ND = served.engine.embed(prompts, adapter=served.adapter(asked.model))
-    return embeddings_reply(asked, vectors_ND, prompts)
+    # in parts, between which other requests get their turn
+    size, adapter = served.engine.max_num_seqs, served.adapter(asked.model)
+    parts = [served.engine.embed(prompts[start : start + size], adapter=adapter) for start in range(0, len(prompts), size)]
+    return embeddings_reply(asked, torch.cat(parts), prompts)
 
 
 def _prepare(served: Served, asked: CompletionRequest, caller: Caller) -> _Prepared:

@@ -20,7 +20,7 @@ from bessemer.inspection.inspect import piece_of
 from bessemer.model.decoder import Decoder
 from bessemer.model.folder import load_model
 from bessemer.model.folder_config import read_model_config
-from bessemer.serving.bodies import ApiError, Body, read_request
+from bessemer.serving.bodies import ApiError, Body, read_body
 from bessemer.serving.clients import caller_of
 from bessemer.serving.served import Served
 from bessemer.webapp.access import check_owner, missing, named_run, off_the_loop
@@ -72,7 +72,7 @@ class LineageApi:
     async def earlier(self, request: Request) -> dict[str, Any]:
         self._check(request)
         self._served.check_unguarded()
-        asked = read_request(EarlierRequest, await request.body())
+        asked = await read_body(EarlierRequest, request)
         self._check_ids(asked)
         caller_of(request).spend(prompt=min(len(asked.before), _LONGEST))
 
@@ -82,7 +82,7 @@ class LineageApi:
 
     async def training(self, request: Request) -> dict[str, Any]:
         self._check(request)
-        asked = read_request(EarlierRequest, await request.body())
+        asked = await read_body(EarlierRequest, request)
         self._check_ids(asked)
         tokenizer = self._served.engine.tokenizer
         ids = [*asked.before[-(_LONGEST_NGRAM - 1) :], asked.token]

@@ -20,7 +20,7 @@ from bessemer.inspection.ablation import without_heads
 from bessemer.inspection.inspect import inspect
 from bessemer.model.decoder import Decoder
 from bessemer.model.folder import load_model
-from bessemer.serving.bodies import ApiError, Body, read_request
+from bessemer.serving.bodies import ApiError, Body, read_body
 from bessemer.serving.clients import caller_of
 from bessemer.serving.served import Served
 from bessemer.webapp.drawn import without_styles
@@ -70,12 +70,12 @@ class XrayApi:
         return router
 
     async def xray(self, request: Request) -> dict[str, Any]:
-        asked = read_request(XrayRequest, await request.body())
+        asked = await read_body(XrayRequest, request)
         self._served.check_unguarded()
         return await self._alone(request, asked.text, lambda model: self._drawn(asked, model))
 
     async def without(self, request: Request) -> dict[str, Any]:
-        asked = read_request(WithoutRequest, await request.body())
+        asked = await read_body(WithoutRequest, request)
         self._served.check_unguarded()
         return await self._alone(request, asked.text, lambda model: self._answers(asked, model))
 
