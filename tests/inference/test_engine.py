@@ -654,3 +654,11 @@ def test_a_step_that_fails_leaves_nothing_behind(engine, monkeypatch):
 def test_a_retired_setting_is_refused_with_its_new_name(old, new):
     with pytest.raises(ConfigError, match=f"the setting '{old}' is now '{new}'"):
         EngineConfig.parse({old: 1}, "engine")
+
+
+def test_answers_to_one_prompt_share_the_arrays_of_their_tokens(engine):
+    params = SamplingParams(n=64, allowed_tokens=[9, 10, 9], logit_bias={9: 1.0}, max_tokens=2)
+    request = engine.prepare([9, 10], params)
+    rules = {id(each.sampling.rules) for each in (request, *request.siblings)}
+    assert len(request.siblings) == 63 and len(rules) == 1
+    assert request.sampling.rules.allowed.tolist() == [9, 10]

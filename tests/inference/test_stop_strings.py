@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -61,3 +63,18 @@ def test_only_what_can_still_become_a_stop_string_is_held_back(text, stops):
 def test_pieces_by_hand(pieces, stop, expected):
     matcher = StopStrings([stop])
     assert [matcher.feed(piece) for piece in pieces] == expected
+
+
+def test_a_character_costs_the_same_however_many_stop_strings_may_begin_there():
+    # one is nearly complete; a hundred would each be compared with all that is held back for it
+    stops = ["a" * 2_000 + "!", *(chr(0x4E00 + place) * 2_000 for place in range(100))]
+    matcher = StopStrings(stops)
+    started = time.perf_counter()
+    assert not any(matcher.feed("a") for _ in range(1_500))
+    assert time.perf_counter() - started < 5
+    assert matcher.feed("b") == "a" * 1_500 + "b" and not matcher.found
+
+
+def test_answers_with_the_same_stop_strings_share_what_looks_for_them():
+    first, second = StopStrings(["stop", "end"]), StopStrings(["stop", "end"])
+    assert first._automaton is second._automaton
