@@ -78,7 +78,7 @@ class AnthropicApi:
         chat = _chat_of(
             MessagesRequest(**{name: getattr(asked, name) for name in asked.model_fields_set}, max_tokens=1), caller
         )
-        return {"input_tokens": await asyncio.to_thread(served.count, chat)}
+        return {"input_tokens": await self._served.aside(lambda: served.count(chat))}
 
     async def _whole(self, served: Served, turns: Turns, reply: MessagesReply) -> Response:
         return JSONResponse(reply.whole(await turns.finish(served.worker)))

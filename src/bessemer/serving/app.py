@@ -152,13 +152,13 @@ def create_app(
     async def tell_tokens(request: Request) -> dict[str, Any]:
         asked = await read_body(TokenizeRequest, request)
         chosen = await served.of(asked.model or model_name, caller_of(request))
-        return await asyncio.to_thread(tokenize, chosen.engine, asked)
+        return await served.aside(lambda: tokenize(chosen.engine, asked))
 
     @app.post("/detokenize")
     async def tell_text(request: Request) -> dict[str, Any]:
         asked = await read_body(DetokenizeRequest, request)
         chosen = await served.of(asked.model or model_name, caller_of(request))
-        return await asyncio.to_thread(detokenize, chosen.engine, asked)
+        return await served.aside(lambda: detokenize(chosen.engine, asked))
 
     return app
 

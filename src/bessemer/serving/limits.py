@@ -67,6 +67,7 @@ WAITING = Limit(
 )
 #: Of the places of those that wait, one in so many is nobody's whose request alone would fill the server.
 OTHERS_SHARE = 4
+ASIDE = Limit(2, "requests", "`/tokenize`, `/detokenize` and `count_tokens` that are computed at once", "the next one waits")
 STORED = Limit(1_000, "responses", "stored responses", "the oldest of the key with the most bytes is dropped")
 STORED_BYTES = Limit(256, "MiB", "stored responses together", "the oldest of the key with the most bytes is dropped")
 

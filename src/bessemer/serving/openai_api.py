@@ -246,7 +246,10 @@ def _tokens(served: Served, name: str, given: str | list[int], suffix: str | Non
     tokenizer = served.engine.tokenizer
     if suffix is not None:
         assert isinstance(given, str), "the protocol sees to it"
+        served.check_text(name, given + suffix)
         return _infill_tokens(served, given, suffix)
+    if isinstance(given, str):
+        served.check_text(name, given)
     tokens = tokenizer.encode(given) if isinstance(given, str) else given
     if tokens and all(0 <= token < tokenizer.vocab_size for token in tokens):
         return tokens

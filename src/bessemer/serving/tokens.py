@@ -11,6 +11,7 @@ from bessemer.serving import limits
 from bessemer.serving.bodies import Body, Name, misfit
 from bessemer.serving.log_probs import token_text
 from bessemer.serving.protocol import Message
+from bessemer.serving.served import check_encoded
 from bessemer.serving.tools import FunctionTool, tools_of
 from bessemer.serving.worker import TextEngine
 
@@ -43,6 +44,7 @@ class DetokenizeRequest(Body):
 def tokenize(engine: TextEngine, asked: TokenizeRequest) -> dict[str, Any]:
     """The tokens. Raises RequestError for a conversation that the chat template refuses."""
     tokenizer = engine.tokenizer
+    check_encoded(asked.model_dump(include={"prompt", "messages", "tools"}))
     if asked.prompt is not None:
         ids = tokenizer.encode(asked.prompt, add_bos=asked.add_special_tokens)
     else:
