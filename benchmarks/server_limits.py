@@ -56,7 +56,7 @@ def cases() -> dict[str, Sent]:
     """All requests, by what they are called."""
     most_at_once = PLACES + limits.WAITING.most - limits.WAITING.most // limits.OTHERS_SHARE
     found = {f"{name} × {factor}": case_of(name, factor, MODEL, most_at_once) for name in CASES for factor in FACTORS}
-    stored = {"model": MODEL, "input": "x" * 2_000, "max_output_tokens": 1}
+    stored = {"model": MODEL, "input": "x" * 100, "max_output_tokens": 1}
     return found | {"7 MB of words": long_prompt(MODEL), "stored": Sent("/v1/responses", json.dumps(stored).encode(), 64)}
 
 

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from pathlib import Path
 
 import httpx
 import pytest
+import torch
 
+from bessemer.serving.app import create_app
 from bessemer.serving.bodies import ApiError, Body, read_request
 from bessemer.serving.limits import LIMITS
 from bessemer.serving.protocol import ChatRequest, CompletionRequest
 from bessemer.serving.responses_protocol import ResponsesRequest
 from bessemer.serving.tokens import DetokenizeRequest
+from bessemer.tokenization.chat_encoding import ChatEncoder
+from bessemer.tokenization.tokenizer import Tokenizer
 from tests.serving.engine import FakeEngine
 from tests.serving.limit_cases import CASES, FACTORS, OF_MANY, case_of, long_prompt, send_beside_another
 from tests.serving.running import babbling_engine, servers
@@ -68,7 +73,7 @@ def refusal(kind: type[Body], body: bytes) -> str:
     return str(refused.value)
 
 
-def test_the_check_of_a_list_ends_at_its_first_wrong_item(monkeypatch):
+def test_the_check_of_a_list_ends_at_its_first_wrong_item():
     body = b'{"tokens": [' + b"-1," * 300_000 + b"-1]}"
     assert refusal(DetokenizeRequest, body) == "invalid 'tokens[0]': Input should be greater than or equal to 0"
     with pytest.raises(ValueError) as caught:
@@ -112,3 +117,58 @@ def test_a_large_body_is_parsed_beside_the_event_loop(start, monkeypatch):
     asked = {"model": "tiny", "prompt": "a", "user": "x" * 100_000}
     assert httpx.post(start(FakeEngine()) + "/v1/completions", json=asked).status_code == 200
     assert len(parsed) == 1 and parsed[0] > 100_000
+
+
+def test_a_prompt_that_fits_no_context_is_never_encoded(running, monkeypatch):
+    url, _ = running
+    encoded = []
+    encode, encode_chat = Tokenizer.encode, ChatEncoder.encode
+    monkeypatch.setattr(Tokenizer, "encode", lambda self, text, *more: encoded.append(len(text)) or encode(self, text, *more))
+    monkeypatch.setattr(
+        ChatEncoder,
+        "encode",
+        lambda self, segments: encoded.append(sum(len(one.text) for one in segments)) or encode_chat(self, segments),
+    )
+    text = "a word " * 100_000
+    for path, body in {
+        "/v1/completions": {"prompt": ["a", text]},
+        "/v1/embeddings": {"input": text},
+        "/v1/chat/completions": {"messages": [{"role": "user", "content": text}]},
+        "/v1/responses": {"input": text},
+        "/v1/messages": {"messages": [{"role": "user", "content": [{"type": "text", "text": text}]}], "max_tokens": 1},
+    }.items():
+        answer = httpx.post(url + path, json={"model": "tiny", **body}, timeout=30)
+        assert answer.status_code == 400 and "context is 512 tokens" in answer.text, answer.text
+    assert encoded == [1]
+
+
+def test_texts_are_embedded_in_parts_as_large_as_are_computed_at_once(start, tmp_path, monkeypatch):
+    engine = babbling_engine(tmp_path, max_num_seqs=4)
+    embed, sizes = engine.embed, []
+    monkeypatch.setattr(engine, "embed", lambda prompts, **more: sizes.append(len(prompts)) or embed(prompts, **more))
+    texts = [f"text {place}" for place in range(10)]
+    data = httpx.post(start(engine, max_waiting=0) + "/v1/embeddings", json={"model": "tiny", "input": texts}).json()["data"]
+    assert sizes == [4, 4, 2] and [one["index"] for one in data] == list(range(10))
+    whole = embed([engine.tokenizer.encode(text) for text in texts])
+    assert torch.allclose(torch.tensor([one["embedding"] for one in data]), whole, atol=1e-5)
+
+
+def test_work_that_is_no_completion_is_done_by_two_threads_at_once():
+    served = create_app(FakeEngine(), "tiny").state.served
+    lock, at_once, most = threading.Lock(), 0, 0
+    both = threading.Barrier(2, timeout=20)
+
+    def work() -> None:
+        nonlocal at_once, most
+        with lock:
+            at_once += 1
+            most = max(most, at_once)
+        both.wait()
+        with lock:
+            at_once -= 1
+
+    async def many() -> None:
+        await asyncio.gather(*(served.aside(work) for _ in range(8)))
+
+    asyncio.run(many())
+    assert most == 2

@@ -23,7 +23,7 @@ from bessemer.serving.embeddings import EmbeddingsRequest, embeddings_reply
 from bessemer.serving.protocol import ChatRequest, CompletionRequest, GenerationRequest
 from bessemer.serving.replies import CompletionReply, Echo
 from bessemer.serving.served import Chat, Served
-from bessemer.serving.streams import as_api_error, event_data, until_client_leaves
+from bessemer.serving.streams import as_api_error, event_data, made_beside, until_client_leaves
 from bessemer.serving.tools import choice_of, tools_of
 from bessemer.serving.turns import Turns
 from bessemer.tokenization.infill import infill_prompt
@@ -139,7 +139,7 @@ class OpenAIApi:
             usage = prepared.usage_event if asked.wants_usage else None
             return StreamingResponse(_events(news, usage), media_type="text/event-stream")
 
-    async def embed(self, request: Request) -> dict[str, Any]:
+    async def embed(self, request: Request) -> Response:
         asked = await read_body(EmbeddingsRequest, request)
         caller = caller_of(request)
         served = await self.served.of(asked.model, caller)
@@ -148,7 +148,9 @@ class OpenAIApi:
             return await asyncio.to_thread(_embeddings, served, asked, caller)
 
     async def _whole_chat(self, served: Served, turns: Turns, reply: ChatReply) -> Response:
-        return JSONResponse(reply.whole(await turns.finish(served.worker)))
+        told = await turns.finish(served.worker)
+        # each token may have twenty others beside it
+        return await made_beside(lambda: reply.whole(told)) if reply.tells_log_probs else JSONResponse(reply.whole(told))
 
     async def _told(
         self, served: Served, turns: Turns, reply: ChatReply, place: AbstractContextManager
@@ -162,7 +164,12 @@ class OpenAIApi:
 
     async def _whole(self, prepared: _Prepared) -> Response:
         completions = await prepared.served.worker.complete(prepared.requests, prepared.params, prepared.caller)
-        return JSONResponse(prepared.reply.whole(completions))
+        reply = prepared.reply
+        return (
+            await made_beside(lambda: reply.whole(completions))
+            if reply.tells_log_probs
+            else JSONResponse(reply.whole(completions))
+        )
 
     async def _chunks(self, prepared: _Prepared, place: AbstractContextManager) -> AsyncGenerator[list[dict[str, Any]], None]:
         """The events of a stream. The first item is an empty list, given at once: from then on closing or cancelling it ends
@@ -193,7 +200,7 @@ def _begin_turns(served: Served, asked: ChatRequest, caller: Caller) -> Turns:
     return served.begin(chat)
 
 
-def _embeddings(served: Served, asked: EmbeddingsRequest, caller: Caller) -> dict[str, Any]:
+def _embeddings(served: Served, asked: EmbeddingsRequest, caller: Caller) -> Response:
     names = ["input"] if len(asked.input) == 1 else [f"input[{place}]" for place in range(len(asked.input))]
     given: Sequence[str | list[int]] = asked.input
     prompts = [_tokens(served, name, one, None) for name, one in zip(names, given, strict=True)]

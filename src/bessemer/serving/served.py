@@ -229,7 +229,7 @@ def characters_of(value: Any) -> int:
         if isinstance(one, str):
             characters += len(one)
         elif isinstance(one, Mapping):
-            left += [*one, *one.values()]
+            left += one.values()
         elif isinstance(one, Sequence):
             left += one
     return characters

@@ -9,6 +9,7 @@ from contextlib import aclosing
 from typing import Any
 
 from fastapi import Request, Response
+from fastapi.responses import JSONResponse
 
 from bessemer.core.errors import BessemerError, LostProcessError
 from bessemer.serving.bodies import ApiError
@@ -44,6 +45,11 @@ async def named_events(
                     yield "".join(event(*one) for one in told)
         except (BessemerError, ApiError) as error:
             yield event(*failed(as_api_error(error)))
+
+
+async def made_beside(make: Callable[[], dict[str, Any]]) -> Response:
+    """The response with a body that takes long to make and to write: on a thread."""
+    return await asyncio.to_thread(lambda: JSONResponse(make()))
 
 
 async def until_client_leaves(request: Request, work: Coroutine[Any, Any, Response]) -> Response:

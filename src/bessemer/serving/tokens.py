@@ -44,7 +44,7 @@ class DetokenizeRequest(Body):
 def tokenize(engine: TextEngine, asked: TokenizeRequest) -> dict[str, Any]:
     """The tokens. Raises RequestError for a conversation that the chat template refuses."""
     tokenizer = engine.tokenizer
-    check_encoded(asked.model_dump(include={"prompt", "messages", "tools"}))
+    check_encoded([asked.prompt, asked.model_dump(include={"messages", "tools"})])
     if asked.prompt is not None:
         ids = tokenizer.encode(asked.prompt, add_bos=asked.add_special_tokens)
     else:
