@@ -377,3 +377,23 @@ def test_an_answer_that_is_read_slowly_comes_whole(start, monkeypatch):
             if b"[DONE]" in part:
                 break
     assert came >= 100_000 * parts
+
+
+def test_large_bodies_that_are_held_keep_no_ordinary_request_away(start, monkeypatch):
+    monkeypatch.setattr(limits, "BODIES", limits.BODIES._replace(most=1))
+    url = start(FakeEngine(), body_seconds=20.0)
+    address = httpx.URL(url)
+    large = json.dumps(ASKED | {"user": "x" * 800_000})
+    assert httpx.post(url + "/v1/chat/completions", content=large).status_code == 200
+    with socket.create_connection((address.host, address.port)) as held:
+        held.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 900000\r\n\r\n" + b" " * 800_000
+        )
+        until = time.monotonic() + 20
+        while (answer := httpx.post(url + "/v1/chat/completions", content=large)).status_code != 503:
+            assert time.monotonic() < until
+        assert answer.headers["retry-after"] and answer.json()["error"]["code"] == "server_overloaded"
+        assert httpx.post(url + "/v1/chat/completions", json=ASKED | {"user": "x" * 50_000}).status_code == 200
+    # what is over is counted no longer
+    while httpx.post(url + "/v1/chat/completions", content=large).status_code != 200:
+        assert time.monotonic() < until

@@ -32,6 +32,9 @@ PARSED_AT_ONCE = 1 << 14
 
 BODY = Limit(8, "MiB", "a body", "413", "`--max-body`")
 BODY_WAIT = Limit(30, "s", "until a body has come", "408", "`ServingConfig.body_seconds`")
+BODIES = Limit(512, "MiB", "bodies of all requests under way together, those up to 64 KiB aside", "503 with `Retry-After`")
+#: Bytes of a body that are not counted among `BODIES`, so that a flood of large ones keeps no ordinary request away.
+UNCOUNTED = 1 << 16
 HEAD_WAIT = Limit(10, "s", "until the head of a request has come", "the connection is closed")
 WRITE_WAIT = Limit(
     30, "s", "for a client to read 16 KiB of an answer that waits for it", "the connection and its requests are ended"
