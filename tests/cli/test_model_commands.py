@@ -23,6 +23,7 @@ from bessemer.tokenization.formats.gguf_metadata import read_head
 from bessemer.tokenization.infill import infill_prompt
 from bessemer.tokenization.special import FILL_IN_THE_MIDDLE_SPELLINGS
 from bessemer.tokenization.tokenizer import load_tokenizer
+from bessemer.webapp import app as webapp
 from tests.cli.test_main import bessemer, one_error
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer
 
@@ -223,6 +224,15 @@ def test_serve_tells_how_many_pages_its_settings_give(capsys, model, monkeypatch
     asked = engine.config
     assert (asked.kv_memory, asked.max_num_seqs, asked.threads) == (0.001, 3, 1)
     assert (asked.batch_invariant, asked.prefix_cache) == (True, False)
+
+
+def test_serve_makes_xrays_for_this_machine_and_for_holders_of_a_key(model, capsys, monkeypatch):
+    shown = []
+    monkeypatch.setattr(server, "serve", lambda *given, **options: None)
+    monkeypatch.setattr(webapp, "web_pages", shown.append)
+    for options in ([], ["--host", "0.0.0.0"], ["--host", "0.0.0.0", "--api-key", "secret"]):
+        assert bessemer(capsys, "serve", model, *options)[0] == 0
+    assert [settings.makes_xrays for settings in shown] == [True, False, True]
 
 
 @pytest.mark.parametrize("command", ["generate", "chat", "serve"])

@@ -4,7 +4,7 @@ import pyarrow as pa
 import pytest
 
 from bessemer.core.errors import RequestError
-from bessemer.data.corpus.reader import SCHEMA, document_id
+from bessemer.data.corpus.reader import SCHEMA, VALIDATION, document_id
 from bessemer.data.corpus.search import Query, duplicate_groups, facets, passages, ranked, search
 from bessemer.data.corpus.text_hash import hash_text
 from bessemer.data.corpus.writer import write_documents
@@ -119,3 +119,4 @@ def test_the_longest_ending_that_stands_in_a_document_is_found(tmp_path):
     assert [(one.needle, one.found) for one in found] == [(0, "the raw iron is hot"), (1, "iron is hot")]
     assert (found[1].left, found[1].right) == ("cold ", " today") and (looked_at, documents) == (4, 4)
     assert passages(tmp_path, ["molten"])[0] == []
+    assert passages(tmp_path, ["is hot"], split=VALIDATION) == ([], 0, 0)

@@ -82,7 +82,7 @@ def test_a_judgement_that_a_crash_cut_off_harms_no_other(folder):
 
 
 def test_the_page_shows_one_prompt_at_a_time_and_takes_only_its_own_forms(folder):
-    client = TestClient(create_label_app(Labels(folder), folder))
+    client = TestClient(create_label_app(Labels(folder), folder), base_url="http://localhost:8001")
     page = client.get("/").text
     assert (
         "0 of 2 prompts judged" in page
@@ -102,6 +102,16 @@ def test_the_page_shows_one_prompt_at_a_time_and_takes_only_its_own_forms(folder
     client.post("/", data=form | {"rank0": "1"})
     assert "All are judged" in client.post("/", data={"token": token, "id": "id1", "do": "skip"}).text
     assert Labels(folder).rankings["id0"].ranks == [1, 1, 3] and Labels(folder).rankings["id1"].ranks == []
+
+
+def test_the_page_answers_to_no_name_that_was_pointed_at_this_machine(folder):
+    def asked(app, host, **headers):
+        return TestClient(app, base_url="http://localhost").get("/", headers={"Host": host} | headers).status_code
+
+    app = create_label_app(Labels(folder), folder)
+    assert [asked(app, host) for host in ("localhost:8001", "127.0.0.1:8001", "attacker.example:8001")] == [200, 200, 403]
+    assert asked(app, "localhost:8001", Origin="http://attacker.example") == 403
+    assert asked(create_label_app(Labels(folder), folder, ["labels.example"]), "labels.example") == 200
 
 
 @pytest.mark.usefixtures("one_thread")

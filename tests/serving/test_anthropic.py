@@ -9,6 +9,9 @@ import anthropic
 import httpx
 import pytest
 
+from bessemer.assistant.messages import as_messages, with_system_first
+from bessemer.tokenization.tokenizer import CHAT_TEMPLATE_FILE, load_tokenizer
+from tests.model.tokenizers import write_small_tokenizer
 from tests.serving.engine import FakeEngine, ScriptedEngine
 
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -157,6 +160,79 @@ def test_an_agents_request_is_answered_with_a_call(start, tokenizer):
     # what changes with every request would find nothing in the prefix cache
     assert engine.prompts[0] == engine.prompts[1] and "billing" not in engine.prompts[0]
     assert "You are a coding agent." in engine.prompts[0] and "web_search" not in engine.prompts[0]
+
+
+@pytest.fixture
+def strict_tokenizer(tokenizer, tmp_path):
+    """A tokenizer whose template takes a system message at the beginning alone, and no two messages of a role in a row."""
+    folder = write_small_tokenizer(tmp_path / "strict")
+    (folder / CHAT_TEMPLATE_FILE).write_text(
+        "{% for message in messages %}"
+        "{% if message.role == 'system' and not loop.first %}{{ raise_exception('a system message must be first') }}{% endif %}"
+        "{% if not loop.first and messages[loop.index0 - 1].role == message.role %}{{ raise_exception('twice') }}{% endif %}"
+        "{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    return load_tokenizer(folder)
+
+
+#: As Claude Code sends it, with the beta `mid-conversation-system-2026-04-07`.
+WITH_SYSTEM = [
+    {"role": "user", "content": [{"type": "text", "text": "How warm is it?"}]},
+    {"role": "system", "content": [{"type": "text", "text": "Use tools.", "cache_control": {"type": "ephemeral"}}]},
+    {"role": "assistant", "content": "21 degrees."},
+    {"role": "user", "content": "And now?"},
+    {"role": "system", "content": "Be brief."},
+]
+
+
+def test_a_system_message_in_the_middle_stands_where_the_template_takes_it(start, tokenizer, strict_tokenizer):
+    asked = ASKED | {"system": "You are an agent.", "messages": WITH_SYSTEM}
+    prompts = []
+    for one in (tokenizer, strict_tokenizer):
+        engine = ScriptedEngine(one, "22.")
+        beta = {"anthropic-beta": "mid-conversation-system-2026-04-07"}
+        answer = httpx.post(start(engine) + "/v1/messages?beta=true", json=asked, headers=beta)
+        assert answer.status_code == 200 and answer.json()["content"][0]["text"] == "22.", answer.text
+        prompts.append(engine.prompts[0])
+    turns = (
+        "system|You are an agent.|user|How warm is it?|system|Use tools.|assistant|21 degrees.|user|And now?|system|Be brief."
+    )
+    assert prompts == [f"{text}|assistant|".replace("|", "\n") for text in (turns, turns.replace("?|system|", "?||"))]
+
+
+def test_system_messages_join_the_users_messages_on_both_sides():
+    given = [("system", "a"), ("system", "b"), ("user", "c"), ("user", "d"), ("system", "e"), ("user", "f"), ("assistant", "g")]
+    messages = as_messages([{"role": role, "content": text} for role, text in [*given, ("system", "h"), ("user", "i")]])
+    placed = with_system_first(messages)
+    assert [(one.role, one.text) for one in placed] == [
+        ("system", "a\n\nb"),
+        ("user", "c"),
+        ("user", "d\n\ne\n\nf"),
+        ("assistant", "g"),
+        ("user", "h\n\ni"),
+    ]
+    assert [part.origin for part in placed[2].parts] == ["user", "system", "system", "system", "user"]
+
+
+def test_an_answer_goes_on_from_what_it_is_given_to_begin_with(connect, tokenizer, thinking_tokenizer):
+    begun = [*ASKED["messages"], {"role": "assistant", "content": "It is"}]
+    engine = ScriptedEngine(tokenizer, " warm.", " warm.")
+    client = connect(engine)
+    whole = client.messages.create(**ASKED | {"messages": begun})
+    assert whole.content[0].text == " warm." and engine.prompts[0].endswith("assistant\nIt is")
+    counted = client.messages.count_tokens(model="tiny", messages=begun).input_tokens
+    assert whole.usage.input_tokens == counted
+    with client.messages.stream(**ASKED | {"messages": begun}) as stream:
+        assert "".join(stream.text_stream) == " warm."
+    # of a model that always thinks, the thinking is over, and is what the message says of it
+    thought = {"type": "thinking", "thinking": "hm", "signature": "x"}
+    with_thinking = [*ASKED["messages"], {"role": "assistant", "content": [thought, {"type": "text", "text": "It is"}]}]
+    for messages, written in ((begun, "<think>\n</think>\n\nIt is"), (with_thinking, "<think>\nhm</think>\n\nIt is")):
+        engine = ScriptedEngine(thinking_tokenizer, " warm.")
+        answer = connect(engine).messages.create(**ASKED | {"messages": messages})
+        assert [block.type for block in answer.content] == ["text"] and answer.content[0].text == " warm."
+        assert engine.prompts[0].endswith(f"assistant\n{written}")
 
 
 @pytest.mark.parametrize(

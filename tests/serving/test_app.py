@@ -13,9 +13,10 @@ import pytest
 
 from bessemer.assistant.events import TextDelta
 from bessemer.core.errors import RequestError
+from bessemer.serving import streams
 from bessemer.serving.chat_replies import ChatReply
 from bessemer.serving.turns import ChoiceEvents
-from tests.serving.engine import ByteTokenizer, FakeEngine
+from tests.serving.engine import ByteTokenizer, FakeEngine, ScriptedEngine
 
 HELLO = [{"role": "user", "content": "héllo"}]
 ECHO = "user: héllo"
@@ -117,11 +118,95 @@ def test_unknown_model_is_404(client):
         client.models.retrieve("gpt-9")
 
 
-@pytest.mark.parametrize(("content", "limit"), [("x" * 200, None), ("hi", 127)])
-def test_request_over_the_context_is_400_with_openais_code(client, content, limit):
+@pytest.mark.parametrize("limit", [None, 1])
+def test_request_over_the_context_is_400_with_openais_code(client, limit):
     with pytest.raises(openai.BadRequestError, match="128 tokens") as caught:
-        client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": content}], max_tokens=limit)
+        client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "x" * 200}], max_tokens=limit)
     assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "messages")
+
+
+def test_more_tokens_than_there_is_room_for_are_as_many_as_there_is_and_a_header_tells_it(start):
+    engine = FakeEngine(babble)
+    engine.longest = 120  # what the memory holds
+    url, left = start(engine), engine.longest - PROMPT_TOKENS
+    for path, asked in (
+        ("chat/completions", body(max_tokens=32_000)),
+        ("chat/completions", body(max_completion_tokens=32_000, stream=True)),
+        ("messages", body(max_tokens=32_000)),
+        ("messages", body(max_tokens=32_000, stream=True)),
+        ("responses", {"model": "tiny", "input": HELLO, "max_output_tokens": 32_000}),
+        ("responses", {"model": "tiny", "input": HELLO, "max_output_tokens": 32_000, "stream": True}),
+    ):
+        answer = httpx.post(f"{url}/v1/{path}", json=asked)
+        assert (answer.status_code, answer.headers["x-max-tokens"]) == (200, str(left)), answer.text
+        assert engine.seen[-1].max_tokens == left
+    exact = httpx.post(f"{url}/v1/chat/completions", json=body(max_tokens=left))
+    assert exact.status_code == 200 and "x-max-tokens" not in exact.headers
+
+
+def test_each_of_several_prompts_has_the_tokens_that_there_is_room_for_behind_it(start):
+    engine = FakeEngine(babble)
+    answer = httpx.post(start(engine) + "/v1/completions", json={"model": "tiny", "prompt": ["a", "abc"], "max_tokens": 500})
+    assert (answer.status_code, answer.headers["x-max-tokens"]) == (200, "124")
+    assert [params.max_tokens for params in engine.seen] == [126, 124]
+
+
+class Reading(FakeEngine):
+    """Reads a prompt for as long as it is told to."""
+
+    def __init__(self):
+        super().__init__()
+        self.may_answer = threading.Event()
+
+    def step(self):
+        assert self.may_answer.wait(20)
+        super().step()
+
+
+@pytest.mark.parametrize(
+    ("path", "asked", "first", "still_there"),
+    [
+        ("chat/completions", body(), "", ": still there"),
+        ("completions", {"model": "tiny", "prompt": "abc"}, "", ": still there"),
+        ("messages", body(max_tokens=50), "event: message_start", "event: ping"),
+        ("responses", {"model": "tiny", "input": "abc"}, "event: response.created", ": still there"),
+    ],
+)
+def test_a_stream_begins_and_says_that_it_is_still_there_while_the_prompt_is_read(
+    start, monkeypatch, path, asked, first, still_there
+):
+    monkeypatch.setattr(streams, "QUIET_SECONDS", 0.01)
+    engine = Reading()
+    with httpx.stream("POST", f"{start(engine)}/v1/{path}", json={**asked, "stream": True}, timeout=10) as answer:
+        assert (answer.headers["cache-control"], answer.headers["x-accel-buffering"]) == ("no-cache", "no")
+        lines = answer.iter_lines()
+        begun = [next(lines)]
+        while begun.count(still_there) < 2:
+            begun.append(next(lines))
+        assert begun[0] == (first or still_there)
+        engine.may_answer.set()
+        rest = list(lines)
+    told = [json.loads(line.removeprefix("data: ")) for line in rest if line.startswith("data: {")]
+    assert told and not any("error" in str(one.get("type")) or "error" in one for one in told)
+
+
+@pytest.mark.parametrize("more", [{}, {"continue_final_message": True, "add_generation_prompt": False}])
+def test_a_chat_that_ends_with_the_assistant_is_gone_on_with(start, tokenizer, more):
+    engine = ScriptedEngine(tokenizer, " warm.", " cold.")
+    begun = [*HELLO, {"role": "assistant", "content": "It is"}]
+    answer = httpx.post(start(engine) + "/v1/chat/completions", json=body(messages=begun, n=2, **more)).json()
+    assert [one["message"]["content"] for one in answer["choices"]] == [" warm.", " cold."]
+    assert engine.prompts[0].endswith("user\nhéllo\nassistant\nIt is")
+
+
+def test_what_changes_nothing_here_is_accepted(start):
+    engine = FakeEngine()
+    url = start(engine) + "/v1/chat/completions"
+    said = [{"role": "system", "content": "Be brief.", "name": "house"}, {"role": "user", "content": "héllo", "name": "Ann"}]
+    for more in ({"store": True}, {"verbosity": "low"}, {"messages": said}):
+        answer = httpx.post(url, json=body(**more))
+        assert answer.status_code == 200 and answer.json()["choices"][0]["message"]["content"] == ECHO, answer.text
+    assert httpx.post(url, json=body(verbosity=3)).status_code == 400
 
 
 def test_every_error_has_openais_form(start):

@@ -1,13 +1,17 @@
-"""Clients that others use, unchanged: `llm`, litellm, LangChain's and LlamaIndex's OpenAI classes."""
+"""Clients that others use, unchanged: `llm`, litellm, LangChain's and LlamaIndex's OpenAI classes, Claude Code, Codex."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 
+from tests.serving.engine import ScriptedEngine
 from tests.serving.running import babbling_engine, servers
 
 pytestmark = pytest.mark.peer(name="clients")
@@ -80,3 +84,76 @@ def test_llama_index(url):
     assert (last.message.content or "") == (whole.message.content or "")
     assert isinstance(model.complete("the end").text, str)
     assert len(OpenAIEmbedding(model_name="tiny", **there).get_text_embedding("the end")) > 0
+
+
+class Agent(ScriptedEngine):
+    """Calls a tool, and says what came of it, as a model does that an agent drives."""
+
+    def __init__(self, tokenizer, call: str):
+        super().__init__(tokenizer, context_length=10**6)
+        self.call = call
+
+    def _next_text(self, prompt):
+        self.prompts.append(prompt)
+        # what the tool gave stands at the end of the prompt, in a line of its own
+        found = re.search(r"the colour is (\w+)", prompt)
+        return iter([self.call] if found is None else [f"It is {found[1]}."])
+
+
+def called(name, **arguments):
+    return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
+
+
+@pytest.fixture
+def agent(tmp_path):
+    """Runs the command line of a coding agent in a folder with a file, and with a home of its own: what it prints."""
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "colour.txt").write_text("the colour is blue\n")
+
+    def run(name, *arguments, **environment):
+        # `make test-peer-clients` installs them there
+        where = os.pathsep.join([f"{sys.prefix}/npm/node_modules/.bin", os.environ["PATH"]])
+        if (program := shutil.which(name, path=where)) is None:
+            pytest.skip("npm")
+        shown = {"PATH": where, "HOME": str(tmp_path), "TERM": "dumb", "NO_COLOR": "1", **environment}
+        done = subprocess.run(
+            [program, *arguments],
+            capture_output=True,
+            text=True,
+            env=shown,
+            cwd=tmp_path / "work",
+            stdin=subprocess.DEVNULL,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return run
+
+
+def test_claude_code_reads_a_file_with_a_tool_and_tells_what_stands_there(agent, start, tokenizer, tmp_path):
+    engine = Agent(tokenizer, called("Read", file_path=str(tmp_path / "work" / "colour.txt")))
+    said = agent(
+        "claude",
+        *("--model", "tiny", "--print", "--output-format", "json", "--allowedTools", "Read", "--", "Which colour is it?"),
+        ANTHROPIC_BASE_URL=start(engine),
+        ANTHROPIC_AUTH_TOKEN="any",
+        CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC="1",
+        DISABLE_AUTOUPDATER="1",
+    )
+    assert json.loads(said)["result"] == "It is blue." and not json.loads(said)["is_error"]
+    assert "Which colour is it?" in engine.prompts[0] and len(engine.prompts) >= 2
+
+
+def test_codex_runs_a_command_and_tells_what_it_printed(agent, start, tokenizer):
+    engine = Agent(tokenizer, called("exec_command", cmd="cat colour.txt"))
+    provider = f"{{name = 'mine', base_url = '{start(engine)}/v1', wire_api = 'responses'}}"
+    said = agent(
+        "codex",
+        *("exec", "--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox", "--model", "tiny"),
+        *("-c", "model_provider=mine", "-c", f"model_providers.mine={provider}", "-c", "check_for_update_on_startup=false"),
+        *("-c", "analytics.enabled=false", "Which colour is it?"),
+    )
+    assert said.strip() == "It is blue."
+    assert "Which colour is it?" in engine.prompts[0] and len(engine.prompts) >= 2

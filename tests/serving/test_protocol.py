@@ -88,7 +88,10 @@ def complete(**changes) -> CompletionRequest:
         ({"messages": [{**USER, "reasoning": "hm"}]}, "messages[0].reasoning"),
         ({"messages": [USER, {"role": "assistant"}]}, "messages[1].content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages[0].content"),
-        ({"messages": [{**USER, "name": "Ann"}]}, "messages[0].name"),
+        ({"messages": [{**USER, "name": 3}]}, "messages[0].name"),
+        ({"verbosity": "endless"}, "verbosity"),
+        ({"continue_final_message": True}, "continue_final_message"),
+        ({"add_generation_prompt": False}, "add_generation_prompt"),
     ],
 )
 def test_what_is_not_served_is_refused_by_name(changes, parameter):

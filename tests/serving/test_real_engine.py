@@ -145,16 +145,17 @@ def test_prompt_over_the_context_is_refused_before_the_stream_begins(engine, cli
         client.completions.create(**MODEL, prompt="x" * 4 * engine.context_length, stream=True)
 
 
-def test_more_than_the_memory_holds_is_refused_and_an_answer_without_a_limit_takes_what_there_is(engine, start):
+def test_a_prompt_that_the_memory_does_not_hold_is_refused_and_an_answer_takes_what_there_is(engine, start):
     few = Engine(engine.model, engine.tokenizer, config=EngineConfig(block_size=8, kv_memory=8e-5))
     assert few.longest < few.context_length
     with openai.OpenAI(base_url=start(few) + "/v1", api_key="any", max_retries=0) as client:
         with pytest.raises(openai.BadRequestError, match="memory for keys and values"):
-            client.completions.create(**MODEL, prompt=[1], max_tokens=few.longest)
-        whole = client.chat.completions.create(
-            **MODEL, messages=[{"role": "user", "content": "a"}], extra_body={"ignore_eos": True}
-        )
-    assert whole.usage.total_tokens == few.longest
+            client.completions.create(**MODEL, prompt=[1] * few.longest, max_tokens=1)
+        for limit in (None, few.longest):
+            whole = client.chat.completions.create(
+                **MODEL, messages=[{"role": "user", "content": "a"}], max_tokens=limit, extra_body={"ignore_eos": True}
+            )
+            assert whole.usage.total_tokens == few.longest
 
 
 def test_token_outside_the_vocabulary_is_refused_by_the_parameters_name(client):

@@ -43,6 +43,16 @@ def test_the_client_gets_a_response_and_may_ask_for_it_again(connect, tokenizer)
         client.responses.retrieve(first.id)
 
 
+def test_a_response_that_goes_on_from_its_input_is_kept_as_one_message(connect, tokenizer):
+    engine = ScriptedEngine(tokenizer, " warm.", "Yes.")
+    client = connect(engine)
+    said = [{"role": "user", "content": "Is it warm in Rome?"}, {"role": "assistant", "content": "It is"}]
+    first = client.responses.create(model="tiny", input=said)
+    assert first.output_text == " warm." and engine.prompts[0].endswith("assistant\nIt is")
+    client.responses.create(model="tiny", input="Sure?", previous_response_id=first.id)
+    assert "assistant\nIt is warm.\nuser\nSure?" in engine.prompts[1]
+
+
 def test_a_response_is_its_owners_and_one_that_is_not_stored_is_nobodys(start, tokenizer, tmp_path):
     write_keys(tmp_path / "keys.json", [KeyRecord(name=name, hash=hash_key(name)) for name in ("ann", "bob")])
     url = start(ScriptedEngine(tokenizer, "Yes.", "Yes."), keys=tmp_path / "keys.json")

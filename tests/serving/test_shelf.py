@@ -8,12 +8,16 @@ import threading
 import httpx
 import pytest
 
+from bessemer.assistant.principal import Principal
 from bessemer.core.errors import ArtefactError
 from bessemer.inference.engine import Engine
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.model.folder import save_model
 from bessemer.serving.bodies import ApiError
+from bessemer.serving.clients import Caller, Client
+from bessemer.serving.served import Served
 from bessemer.serving.shelf import Shelf
+from bessemer.serving.worker import Worker
 from tests.model.randomised import SHAPES, random_decoder
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer
 from tests.serving.engine import FakeEngine
@@ -94,6 +98,29 @@ def test_a_model_that_answers_is_not_closed_and_the_other_waits_its_turn(places,
         await found.model("middle")
 
     asyncio.run(asked())
+    assert opened.closed == ["small"]
+
+
+def test_a_model_is_not_closed_between_its_opening_and_the_admission_of_its_request(places, opened):
+    async def answered(served, name):
+        caller = Caller(Client(Principal("anybody")))
+        try:
+            with (await served.of(name, caller)).worker.admit(1):
+                return name not in opened.closed
+        except ApiError as refused:
+            assert "no place is free" in str(refused)
+            return None
+        finally:
+            caller.held.close()
+
+    async def asked():
+        found = shelf(places, opened, most=1)
+        served = Served(FakeEngine(), "tiny", Worker(FakeEngine(), 4), shelf=found)
+        both = await asyncio.gather(answered(served, "small"), answered(served, "middle"))
+        # with its request, the lease has ended
+        return [*both, await answered(served, "middle")]
+
+    assert asyncio.run(asked()) == [True, None, True]
     assert opened.closed == ["small"]
 
 

@@ -31,6 +31,7 @@ def test_the_space_before_a_text_is_left_out_of_its_first_token_alone(published_
     assert [decoder.feed(ids) for ids in ([tokenizer.bos_id], [space], [], [space], letter)] == ["", "", "", " ", "  a"]
     assert decoder.flush() == ""
     assert decoder.feed([space]) == ""  # a new text
+    assert StreamingDecoder(tokenizer, goes_on=True).feed([space]) == " "
 
 
 @settings(max_examples=200, deadline=None)

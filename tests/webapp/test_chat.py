@@ -132,6 +132,78 @@ def test_two_answers_stand_side_by_side_and_one_is_kept(page, start, tmp_path):
     assert pair["chosen"][0]["content"] == kept and {kept, pair["rejected"][0]["content"]} == {"one answer", "another answer"}
 
 
+def test_typing_on_beside_two_answers_is_no_preference(page, start, tmp_path):
+    answers = iter(["one answer", "another answer", "the third", "the fourth"])
+    opened(page, start(web={"feedback": tmp_path / "said"}, served=FakeEngine(lambda _: iter(next(answers)))))
+    page.click("#show-settings")
+    page.check("#beside")
+    page.keyboard.press("Escape")
+    page.evaluate("for (const input of document.querySelectorAll('[name=max_tokens]')) input.value = 20")
+    for number, question in enumerate(("first", "second")):
+        ask(page, question)
+        page.wait_for_selector(f"article.user >> text={question}")
+        for column in (0, 1):
+            page.wait_for_selector(f".pair .column >> nth={column} >> article.assistant:not(.working)")
+        assert page.locator("article.assistant").count() == number + 2
+    # the second pair is chosen of, which comes behind whatever was told of the first
+    with page.expect_response("**/feedback"):
+        page.get_by_role("button", name="Keep this one").first.click()
+    (pair,) = json_lines((tmp_path / "said" / "pairs.jsonl").read_text())
+    assert pair["prompt"][-1]["content"] == "second" and not (tmp_path / "said" / "labels.jsonl").exists()
+
+
+def test_two_tabs_on_one_conversation_lose_nothing_of_each_other(page, start):
+    opened(page, start())
+    ask(page, "the end")
+    page.wait_for_selector(ANSWER)
+    other = page.context.new_page()
+    opened(other, page.url)
+    other.wait_for_selector(ANSWER)
+    # as tabs of a browser that tells them nothing of each other
+    for tab in (page, other):
+        tab.evaluate("import('./static/store.js').then((store) => store.onOthers(() => {}))")
+    for tab, question in ((page, "the thin"), (other, "in the"), (page, "thin end")):
+        ask(tab, question)
+        tab.wait_for_selector(f"article.user:has-text('{question}') ~ article.assistant:not(.working) .below button")
+    other.get_by_role("button", name="Good", exact=True).first.click()
+    # the other tab's rename and this one's question, both on what they read before
+    other.hover("#conversations li")
+    other.get_by_role("button", name="Rename").click()
+    other.fill("#conversations input", "Our talk")
+    other.press("#conversations input", "Enter")
+    other.wait_for_selector("#conversations >> text=Our talk")
+    ask(page, "at last")
+    page.wait_for_selector("article.user:has-text('at last') ~ article.assistant:not(.working) .below button")
+    # a conversation is written a moment after it is shown
+    page.wait_for_function(
+        """async () => {
+            const [one] = await (await import('./static/store.js')).all();
+            const answers = Object.values(one.nodes).filter((node) => node.role === 'assistant');
+            return one.title === 'Our talk' && answers.length === 5 && answers.every((node) => node.stats);
+        }"""
+    )
+    (conversation,) = page.evaluate("import('./static/store.js').then((store) => store.all())")
+    asked = [node for node in conversation["nodes"].values() if node["role"] == "user"]
+    assert sorted(node["content"] for node in asked) == ["at last", "in the", "the end", "the thin", "thin end"]
+    answered = [node for node in conversation["nodes"].values() if node["role"] == "assistant"]
+    assert all(node["content"] for node in answered) and [node["thumb"] for node in answered if "thumb" in node] == [True]
+
+
+def test_what_one_tab_says_is_shown_in_the_other(page, start):
+    opened(page, start())
+    ask(page, "the end")
+    page.wait_for_selector(ANSWER)
+    other = page.context.new_page()
+    opened(other, page.url)
+    other.wait_for_selector(ANSWER)
+    ask(page, "the thin")
+    other.wait_for_selector("article.user:has-text('the thin') ~ article.assistant .facts-of-answer:has-text('tokens')")
+    page.keyboard.press("Alt+n")
+    ask(page, "in the")
+    other.wait_for_selector("#conversations >> text=in the")
+    other.wait_for_selector("article.user >> text=the thin")
+
+
 def test_markdown_becomes_elements_and_html_stays_text(page, start):
     text = (
         "# Title\n\nSome **bold**, *slanted* and `code` with [a link](https://example.org/a)"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import socket
+import threading
+import time
 
 import httpx
 import pytest
@@ -19,6 +22,7 @@ from bessemer.posttraining.dataset import read_examples
 from bessemer.posttraining.formats import as_pair
 from bessemer.serving.app import create_app
 from bessemer.serving.config import ServingConfig
+from bessemer.webapp import xray_api
 from bessemer.webapp.app import WebSettings, web_pages
 from tests.serving.running import servers
 
@@ -121,6 +125,57 @@ def test_an_xray_is_an_inspection_and_a_silenced_head_changes_what_is_said(start
     wrong = httpx.post(url + "/inspect/xray", json={"text": "the end", "query": "nowhere"}, timeout=60)
     assert wrong.status_code == 400 and "no token of the text" in wrong.json()["error"]["message"]
     assert httpx.post(url + "/inspect/xray", json={"text": "a " * 2000}).status_code == 400
+
+
+def test_xrays_take_no_thread_of_the_server_and_stop_when_their_clients_leave(start, monkeypatch):
+    url, may_go_on = start(), threading.Event()
+    begun, computed = [], []
+
+    def held(model, tokenizer, text, **settings):
+        begun.append(text)
+        assert may_go_on.wait(30)
+        with torch.no_grad():
+            model(torch.tensor([[1, 2]]))
+        computed.append(text)
+        return inspect(model, tokenizer, text, **settings)
+
+    monkeypatch.setattr(xray_api, "inspect", held)
+    address = httpx.URL(url)
+    request = b"POST /inspect/xray HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s"
+    left = [socket.create_connection((address.host, address.port)) for _ in range(8)]
+    for number, connection in enumerate(left):
+        body = json.dumps({"text": f"the end {number}"}).encode()
+        connection.sendall(request % (len(body), body))
+    wait_for(lambda: requests_of(url) == 8)
+    assert httpx.post(url + "/inspect/xray", json={"text": "one more"}).status_code == 503
+    # eight that wait would hold all threads that the server shares, on a machine of up to four cores
+    assert httpx.post(url + "/tokenize", json={"prompt": "the end"}).status_code == 200
+    for connection in left:
+        connection.close()
+    wait_for(lambda: requests_of(url) == 0)
+    may_go_on.set()
+    assert httpx.post(url + "/inspect/xray", json={"text": "the last"}, timeout=60).status_code == 200
+    assert len(begun) == 2 and computed == begun[1:] == ["the last"]
+
+
+def requests_of(url):
+    return httpx.get(url + "/health").json()["requests"]
+
+
+def wait_for(condition):
+    until = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < until
+
+
+def test_an_xray_is_refused_where_its_copy_of_the_model_does_not_fit_or_anybody_could_ask(start, monkeypatch):
+    monkeypatch.setattr(xray_api, "free_memory_bytes", lambda: 1000)
+    monkeypatch.setattr(xray_api, "load_model", None)
+    refused = httpx.post(start() + "/inspect/xray", json={"text": "the end"})
+    assert refused.status_code == 503 and "copy of the model in float32" in refused.json()["error"]["message"]
+    for path, more in (("xray", {}), ("without", {"layer": 0, "head": 0})):
+        refused = httpx.post(f"{start(web={'makes_xrays': False})}/inspect/{path}", json={"text": "the end", **more})
+        assert refused.status_code == 403 and "asks for no key" in refused.json()["error"]["message"]
 
 
 def test_a_gguf_file_is_seen_from_inside_too(model_folder, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -13,8 +14,10 @@ import pytest
 
 import bessemer
 from bessemer.core.store import Store
+from bessemer.data.corpus.reader import TRAIN, VALIDATION, count_documents, iterate_documents
 from bessemer.inference.engine import Engine
 from bessemer.serving.keys import KeyRecord, hash_key, new_key, write_keys
+from bessemer.serving.shelf import Shelf
 from bessemer.webapp.app import WebSettings, web_pages
 from tests.serving.running import servers
 from tests.webapp.test_accessibility import faults
@@ -133,6 +136,35 @@ def test_earlier_models_and_training_documents_of_a_token(url, made):
     found = httpx.post(f"{url}/inspect/training", json={"before": ids[:-1], "token": ids[-1]}, timeout=60).json()
     assert found["stage"] == "select" and found["passages"][0]["found"].endswith("steel works has")
     assert found["passages"][0]["scores"]["gopher_words"] >= 30
+
+
+def test_the_training_data_of_a_token_is_without_the_documents_that_were_held_out(url, made, runs):
+    held_out = [*iterate_documents(runs / "small" / "stages" / "select" / "documents", split=VALIDATION)]
+    (text, *_) = [text for batch in held_out for text in batch.column("text").to_pylist()]
+    # its own number stands in it alone
+    number = re.search(r"know of \d+", text)[0]
+    ids = made.tokenizer.encode(text[: text.index(number) + len(number) + 5])
+    found = httpx.post(f"{url}/inspect/training", json={"before": ids[:-1], "token": ids[-1]}, timeout=60).json()
+    assert found["passages"] and not any(number + " ways" in one["found"] + one["right"] for one in found["passages"])
+    rows = count_documents(runs / "small" / "stages" / "select" / "documents", TRAIN)
+    assert found["documents"] == rows < count_documents(runs / "small" / "stages" / "select" / "documents")
+
+
+def test_of_a_model_beside_the_first_no_other_models_past_is_told(runs, made):
+    folder = (runs / "small" / "model").resolve()
+    beside = Shelf({"other": folder}, lambda place: Engine(place, device="cpu"), max_waiting=4)
+    with servers() as start:
+        pages = web_pages(WebSettings(folder, runs=runs, run="small"))
+        url = start(made, pages, shelf=beside, aliases=["mine"])
+        ids = made.tokenizer.encode("The furnace of the steel works has")
+        for path in ("earlier", "training"):
+            asked = {"before": ids[:-1], "token": ids[-1]}
+            status = {
+                name: httpx.post(f"{url}/inspect/{path}", json=asked | {"model": name}, timeout=60).status_code
+                for name in ("tiny", "mine", "other")
+            }
+            assert status == {"tiny": 200, "mine": 200, "other": 404}
+        assert json.loads(re.search(r'id="given"[^>]*>(.*?)</script>', httpx.get(url).text)[1])["made"] == ["tiny", "mine"]
 
 
 @pytest.mark.parametrize(

@@ -57,9 +57,10 @@ class TurnMaker:
         tools: Sequence[Tool] | None = None,
         tool_choice: ToolChoice | None = None,
         thinking_budget: int | None = None,
+        begun: Message | None = None,
     ) -> Turn:
         """A turn that has not begun, for a caller who drives it. params, tools, thinking_budget: in place of the assistant's
-        own."""
+        own. begun: as of `Turn`."""
         config = self._config
         if thinking_budget is not None:
             config = config.with_changes(thinking_budget=thinking_budget)
@@ -74,6 +75,7 @@ class TurnMaker:
             config=config,
             tokenizer=self._tokenizer,
             context_length=self._context_length,
+            begun=begun,
         )
 
 

@@ -19,8 +19,9 @@ class MessageText:
     """Token ids of one message to its text, across requests. Control tokens are left out but for `tags`, which are shown; an
     end token ends it."""
 
-    def __init__(self, tokenizer: Tokenizer, params: SamplingParams, tags: Collection[str]) -> None:
-        self._decoder = StreamingDecoder(tokenizer)
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams, tags: Collection[str], *, goes_on: bool = False) -> None:
+        """goes_on: the tokens follow others of the same message."""
+        self._decoder = StreamingDecoder(tokenizer, goes_on=goes_on)
         self._stops = StopStrings(params.stop, params.include_stop)
         self._min_tokens = params.min_tokens
         self._fed = 0

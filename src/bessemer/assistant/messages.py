@@ -114,6 +114,25 @@ def as_messages(given: Sequence[Mapping[str, Any]]) -> list[Message]:
     return [_as_message(message) for message in checked_messages(given)]
 
 
+def with_system_first(messages: Sequence[Message]) -> list[Message]:
+    """The messages for a chat template that takes a system message at the beginning alone: the first ones are joined, and later
+    ones stand in what the user says, their origin kept."""
+    placed: list[Message] = []
+    for message in messages:
+        before = placed[-1] if placed else None
+        is_moved = message.role == "system" and before is not None
+        # what the user says next to it is one message with it: many templates refuse two in a row
+        is_beside = message.role == "user" and before is not None and before.role == "user"
+        if before is not None and (
+            (is_moved and before.role in ("system", "user"))
+            or (is_beside and any(part.origin == "system" for part in before.parts))
+        ):
+            placed[-1] = replace(before, parts=(*before.parts, Part("\n\n", "system"), *message.parts))
+        else:
+            placed.append(replace(message, role="user") if is_moved else message)
+    return placed
+
+
 def _as_message(given: Mapping[str, Any]) -> Message:
     role: Role = given["role"]
     name = str(given.get("name", ""))

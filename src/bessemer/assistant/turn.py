@@ -60,8 +60,10 @@ class Turn:
         tokenizer: Tokenizer | None,
         context_length: int | None,
         tool_choice: ToolChoice = _FREE,
+        begun: Message | None = None,
     ) -> None:
         """tools: those that the principal may not call are not offered. tokenizer: None of a model that is given messages.
+        begun: what the assistant's first message begins with, of a model of this machine; no event tells it.
 
         Raises RequestError for the choice of a tool that is not offered.
         """
@@ -75,6 +77,7 @@ class Turn:
         self._config = config
         self._context_length = context_length
         self._choice = tool_choice
+        self._begun = begun
         #: With the tokenizer; None of a model that is given messages.
         self._thinking = None if tokenizer is None else ThinkingTokens(tokenizer, tool_format.thinking)
         if tool_choice.name is not None and tool_choice.name not in self._tools:
@@ -195,25 +198,36 @@ class Turn:
     def _begin_message(self) -> None:
         transcript, budget = self._conversation.transcript, self._config.thinking_budget
         is_thinking, is_closed = self._encode()
+        begun = self._begun if self._round == 1 else None
+        if begun is not None:
+            self._write_beginning(begun, is_thinking)
+            is_thinking, is_closed = False, True
         if self._params_of is not None:
             self._params, self._params_of = self._params_of(len(self._conversation.transcript)), None
         is_free = self._wanted().is_free
-        self._thinks_apart = self._has_thought = False
+        self._thinks_apart, self._has_thought = False, begun is not None
         text = None
         if self._thinking is not None:
-            text = MessageText(self._thinking.tokenizer, self._params, self._format.tags(with_calls=bool(self._tools)))
-            if budget and not is_free and (is_thinking or self._thinking.in_template):
+            tags = self._format.tags(with_calls=bool(self._tools))
+            text = MessageText(self._thinking.tokenizer, self._params, tags, goes_on=begun is not None)
+            if budget and not is_free and not is_closed and (is_thinking or self._thinking.in_template):
                 self._thinks_apart = True
                 if not is_thinking:
                     transcript.append(self._thinking.opening)
                     is_thinking = True
         schemas = {name: tool.parameters for name, tool in self._tools.items()} if self._tools else None
         parser = self._format.parser(schemas, in_thinking=is_thinking)
-        if self._thinking is not None and is_closed and is_free:
-            transcript.append(self._thinking.answer)
+        if self._thinking is not None and is_closed and (is_free or begun is not None):
+            if begun is None:
+                transcript.append(self._thinking.answer)
             parser.feed(self._thinking.tags.answer)
         self._is_capped = budget is not None and is_free and (parser.may_think_again or not is_closed)
         self._draft = Draft(parser, text, lambda: f"call{next(self._call_numbers):05d}")
+        if begun is not None:
+            if not is_free and self._thinking is not None and self._thinking.tags.answer:
+                raise RequestError("the assistant's message has begun, and cannot be held to a grammar in this model's format")
+            # hooks look at the whole message
+            self._draft.thinking, self._draft.text = begun.thinking, begun.text
         self._held, self._has_shown, self._requests = [], False, 0
         self._ask(self._draft)
 
@@ -229,6 +243,18 @@ class Turn:
             transcript.append(self._thinking.closing if is_open else self._thinking.none)
             return False, True
         return is_open, False
+
+    def _write_beginning(self, begun: Message, is_open: bool) -> None:
+        """Write what the assistant's message begins with: its thinking, where the template knows of any, and its text. is_open:
+        whether the template has opened the thinking."""
+        assert self._thinking is not None, "a model that is given messages begins its own"
+        thinking, tokenizer = self._thinking, self._thinking.tokenizer
+        ids: list[int] = []
+        if begun.thinking and (is_open or thinking.in_template):
+            ids = [*([] if is_open else thinking.opening), *tokenizer.encode(begun.thinking, add_bos=False), *thinking.closing]
+        elif is_open:
+            ids = thinking.closing
+        self._conversation.transcript.append([*ids, *thinking.answer, *tokenizer.encode(begun.text, add_bos=False)])
 
     @property
     def _must_call(self) -> bool:

@@ -21,6 +21,10 @@ def label(
     seed: Annotated[int, typer.Option(help="Of the answers.")] = 7,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8001,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(help="A name that browsers may call the page by; * is any; may be repeated."),
+    ] = None,
     browser: Annotated[bool, typer.Option(help="Open the page in the browser.")] = True,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
@@ -42,4 +46,5 @@ def label(
     asked = read_prompts(held_out if prompts is None else prompts, limit)
     with Engine(folder, device=device) as engine:
         labels = sample_answers(engine, asked, out, count=answers, params=params, seed=seed, progress=progress_for_terminal())
-    serve_labels(labels, out, host=host, port=port, browser=browser)
+    hosts = [name.lower() for name in allow_host or ()]
+    serve_labels(labels, out, host=host, port=port, hosts=hosts, browser=browser)

@@ -150,7 +150,9 @@ def serve(
     # what models are made of is for this machine, or for admins
     shown_runs = runs if config.keys is not None or is_loopback(host) else None
     run = model if shown_runs is not None and model in run_names(runs) else None
-    shown = WebSettings(folder, example_questions(folder, runs / model), feedback, shown_runs, run)
+    # a copy of the model, and seconds of every core, are not for everybody who reaches the port
+    makes_xrays = config.keys is not None or config.api_key is not None or is_loopback(host)
+    shown = WebSettings(folder, example_questions(folder, runs / model), feedback, shown_runs, run, makes_xrays)
     opening = Opening(
         folder,
         name,

@@ -9,14 +9,14 @@ from contextlib import AbstractContextManager, ExitStack, aclosing
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 
 from bessemer.serving.anthropic_protocol import CountRequest, MessagesRequest
 from bessemer.serving.anthropic_replies import MessagesReply
 from bessemer.serving.bodies import ApiError, read_body
 from bessemer.serving.clients import Caller, caller_of
 from bessemer.serving.served import Chat, Served
-from bessemer.serving.streams import NamedEvent, named_events, until_client_leaves
+from bessemer.serving.streams import EventStream, NamedEvent, named_events, until_client_leaves
 from bessemer.serving.turns import Turns
 
 #: Where the API lies.
@@ -30,6 +30,7 @@ _ERRORS = {
     429: "rate_limit_error",
     503: "overloaded_error",
 }
+_PING = 'event: ping\ndata: {"type": "ping"}\n\n'
 _PARAMETERS = {"stop": "stop_sequences"}
 
 
@@ -65,11 +66,11 @@ class AnthropicApi:
             turns = await asyncio.to_thread(lambda: served.begin(_chat_of(asked, caller)))
             reply = MessagesReply(asked.model, turns)
             if not asked.stream:
-                return await until_client_leaves(request, self._whole(served, turns, reply))
+                return await until_client_leaves(request, self._whole(served, turns, reply, caller))
             news = self._told(served, turns, reply, held.pop_all())
             # from here on, the generator holds the admission
             await anext(news)
-            return StreamingResponse(named_events(news, _failed), media_type="text/event-stream")
+            return EventStream(named_events(news, _failed), caller.headers, _PING)
 
     async def count(self, request: Request) -> dict[str, Any]:
         asked = await read_body(CountRequest, request)
@@ -80,8 +81,8 @@ class AnthropicApi:
         )
         return {"input_tokens": await self._served.aside(lambda: served.count(chat))}
 
-    async def _whole(self, served: Served, turns: Turns, reply: MessagesReply) -> Response:
-        return JSONResponse(reply.whole(await turns.finish(served.worker)))
+    async def _whole(self, served: Served, turns: Turns, reply: MessagesReply, caller: Caller) -> Response:
+        return JSONResponse(reply.whole(await turns.finish(served.worker)), headers=caller.headers)
 
     async def _told(
         self, served: Served, turns: Turns, reply: MessagesReply, place: AbstractContextManager
@@ -90,12 +91,11 @@ class AnthropicApi:
         the requests and their admission."""
         with place:
             yield []
-            has_begun = False
+            # before the prompt is read
+            yield [reply.start()]
             async with aclosing(turns.stream(served.worker)) as news:
                 async for told in news:
-                    begin = [] if has_begun else [reply.start()]
-                    has_begun = True
-                    yield [*begin, *reply.events(told)]
+                    yield list(reply.events(told))
 
 
 def _chat_of(asked: MessagesRequest, caller: Caller) -> Chat:

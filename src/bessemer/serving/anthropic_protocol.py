@@ -80,9 +80,9 @@ Block = Annotated[TextBlock | ThinkingBlock | ToolUseBlock | ToolResultBlock, Fi
 
 
 class AnthropicMessage(AnthropicBody):
-    """One message of a conversation."""
+    """One message of a conversation. A coding agent's may be the system's, in the middle of it."""
 
-    role: Literal["user", "assistant"]
+    role: Literal["user", "assistant", "system"]
     content: str | list[Block]
 
     def in_chat(self) -> Iterator[dict[str, Any]]:

@@ -42,7 +42,7 @@ class MessagesReply:
         return self._message(self._blocks, self._usage())
 
     def start(self) -> NamedEvent:
-        """The event that begins a stream, with the first token."""
+        """The event that begins a stream, before the prompt is read: what of it is in the cache, the last event tells."""
         return self._event("message_start", message=self._message([], self._usage() | {"output_tokens": 0}))
 
     def events(self, told: Iterable[ChoiceEvents]) -> Iterator[NamedEvent]:

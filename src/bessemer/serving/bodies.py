@@ -1,7 +1,7 @@
 """Request bodies in JSON: nothing in them is ignored, and what is refused is named.
 
 A parameter that would change the answer and is not served is refused by name; the same parameter at the value that changes
-nothing (`store: false`, `tools: []`, `null` anywhere) is accepted, because clients send it.
+nothing (`logprobs: false`, `tools: []`, `null` anywhere) is accepted, because clients send it.
 """
 
 from __future__ import annotations
@@ -29,12 +29,14 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "parallel_tool_calls": (True, False),
     "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
-    "store": (False,),
+    # nothing is stored of a chat, and how wordy it is the model chooses
+    "store": (False, True),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "top_k": (-1,),
     "top_logprobs": (0,),
+    "verbosity": ("low", "medium", "high"),
     # of a message that an earlier answer is sent back as
     "annotations": ([],),
     "tool_calls": ([],),

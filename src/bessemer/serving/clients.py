@@ -7,6 +7,7 @@ import math
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from fastapi import Request
@@ -83,7 +84,11 @@ class Client:
 
 @dataclass(eq=False)
 class Caller:
-    """The client of one request, and what the request has used. on_spend: called whenever that is more."""
+    """The client of one request, and what the request has used. on_spend: called whenever that is more.
+
+    headers: that its response carries. held: what is kept for it until its response has been sent, or its client has left;
+    closed by what made the caller.
+    """
 
     client: Client
     id: str = field(default_factory=lambda: f"req_{uuid.uuid4().hex}")
@@ -91,6 +96,8 @@ class Caller:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     on_spend: Callable[[], None] | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+    held: ExitStack = field(default_factory=ExitStack)
 
     def spend(self, *, prompt: int = 0, completion: int = 0) -> None:
         """Count tokens, for the client's allowance too."""

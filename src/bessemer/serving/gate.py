@@ -88,6 +88,7 @@ class Gate:
                 answer = JSONResponse(self._error_body(scope["path"], error), error.status, error.headers)
                 await answer(scope, receive, reply.send)
         finally:
+            caller.held.close()
             if self._config.request_log:
                 _log.info(json.dumps(_log_line(scope, caller, reply.status, time.perf_counter() - started)))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import webbrowser
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 from urllib.parse import parse_qs
@@ -17,6 +17,8 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from bessemer.posttraining.labelling.rankings import PAIRS, Labels, ranked_pairs
+from bessemer.serving.config import ServingConfig
+from bessemer.serving.gate import Gate
 from bessemer.serving.server import address_of, listen
 
 _POLICY = (
@@ -27,9 +29,13 @@ _POLICY = (
 _LONGEST_FORM = 10_000
 
 
-def create_label_app(labels: Labels, folder: Path) -> FastAPI:
-    """An application with one page: the next prompt that nobody has judged, its answers, and a form for their ranks."""
+def create_label_app(labels: Labels, folder: Path, hosts: Sequence[str] = ()) -> FastAPI:
+    """An application with one page: the next prompt that nobody has judged, its answers, and a form for their ranks.
+
+    hosts: names that it may be called by, as `ServingConfig.hosts`.
+    """
     app = FastAPI(title="Bessemer", docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(Gate, config=ServingConfig(hosts=list(hosts)), keys=None, error_body=lambda _, error: error.body())
     page = _Page(labels, folder)
     app.add_api_route("/", page.show, methods=["GET"])
     app.add_api_route("/", page.judge, methods=["POST"])
@@ -95,16 +101,25 @@ class _Page:
             before=bool(labels.rankings) and self._again is None,
             path=str(self._folder / PAIRS),
         )
-        headers = {"Content-Security-Policy": _POLICY, "Referrer-Policy": "no-referrer", "Cache-Control": "no-store"}
+        # with no-referrer, browsers would call the origin of the page's own forms null
+        headers = {"Content-Security-Policy": _POLICY, "Referrer-Policy": "same-origin", "Cache-Control": "no-store"}
         return HTMLResponse(text, status_code=status, headers=headers)
 
 
 def serve_labels(
-    labels: Labels, folder: Path, *, host: str, port: int, browser: bool = True, say: Callable[[str], None] = print
+    labels: Labels,
+    folder: Path,
+    *,
+    host: str,
+    port: int,
+    hosts: Sequence[str] = (),
+    browser: bool = True,
+    say: Callable[[str], None] = print,
 ) -> None:
-    """Serve the page until interrupted. `say` is given the address. Raises as `listen`."""
+    """Serve the page until interrupted. hosts: as for `create_label_app`. `say` is given the address. Raises as `listen`."""
     with listen(host, port) as listener:
-        config = uvicorn.Config(create_label_app(labels, folder), log_level="warning", access_log=False, lifespan="off")
+        app = create_label_app(labels, folder, hosts)
+        config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off")
         url = address_of(listener)
         say(f"rank the answers at {url} · {len(labels.left):,} of {len(labels.answers):,} prompts are left · Ctrl-C stops")
         if browser:

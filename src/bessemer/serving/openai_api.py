@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 
 from bessemer.core.errors import BessemerError, ConfigError, RequestError
 from bessemer.inference.request import Request as EngineRequest
@@ -23,7 +23,7 @@ from bessemer.serving.embeddings import EmbeddingsRequest, embeddings_reply
 from bessemer.serving.protocol import ChatRequest, CompletionRequest, GenerationRequest
 from bessemer.serving.replies import CompletionReply, Echo
 from bessemer.serving.served import Chat, Served
-from bessemer.serving.streams import as_api_error, event_data, made_beside, until_client_leaves
+from bessemer.serving.streams import EventStream, as_api_error, event_data, made_beside, until_client_leaves
 from bessemer.serving.tools import choice_of, tools_of
 from bessemer.serving.turns import Turns
 from bessemer.tokenization.infill import infill_prompt
@@ -45,7 +45,8 @@ _PERMISSION: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class _Prepared:
-    """Engine requests that have not begun, one for each prompt, and the response to them."""
+    """Engine requests that have not begun, one for each prompt, and the response to them. params: of the first; those of the
+    others differ in the most tokens alone."""
 
     served: Served
     caller: Caller
@@ -117,12 +118,12 @@ class OpenAIApi:
                 shows_ids=asked.return_token_ids,
             )
             if not asked.stream:
-                return await until_client_leaves(request, self._whole_chat(served, turns, reply))
+                return await until_client_leaves(request, self._whole_chat(served, turns, reply, caller))
             news = self._told(served, turns, reply, held.pop_all())
             # from here on, the generator holds the admission
             await anext(news)
             usage = reply.usage_event if asked.wants_usage else None
-            return StreamingResponse(_events(news, usage), media_type="text/event-stream")
+            return EventStream(_events(news, usage), caller.headers)
 
     async def complete(self, request: Request) -> Response:
         asked = await read_body(CompletionRequest, request)
@@ -137,7 +138,7 @@ class OpenAIApi:
             news = self._chunks(prepared, held.pop_all())
             await anext(news)
             usage = prepared.usage_event if asked.wants_usage else None
-            return StreamingResponse(_events(news, usage), media_type="text/event-stream")
+            return EventStream(_events(news, usage), caller.headers)
 
     async def embed(self, request: Request) -> Response:
         asked = await read_body(EmbeddingsRequest, request)
@@ -147,10 +148,12 @@ class OpenAIApi:
         with served.worker.admit(min(len(asked.input), served.engine.max_num_seqs)):
             return await asyncio.to_thread(_embeddings, served, asked, caller)
 
-    async def _whole_chat(self, served: Served, turns: Turns, reply: ChatReply) -> Response:
+    async def _whole_chat(self, served: Served, turns: Turns, reply: ChatReply, caller: Caller) -> Response:
         told = await turns.finish(served.worker)
         # each token may have twenty others beside it
-        return await made_beside(lambda: reply.whole(told)) if reply.tells_log_probs else JSONResponse(reply.whole(told))
+        if reply.tells_log_probs:
+            return await made_beside(lambda: reply.whole(told), caller.headers)
+        return JSONResponse(reply.whole(told), headers=caller.headers)
 
     async def _told(
         self, served: Served, turns: Turns, reply: ChatReply, place: AbstractContextManager
@@ -164,12 +167,10 @@ class OpenAIApi:
 
     async def _whole(self, prepared: _Prepared) -> Response:
         completions = await prepared.served.worker.complete(prepared.requests, prepared.params, prepared.caller)
-        reply = prepared.reply
-        return (
-            await made_beside(lambda: reply.whole(completions))
-            if reply.tells_log_probs
-            else JSONResponse(reply.whole(completions))
-        )
+        reply, headers = prepared.reply, prepared.caller.headers
+        if reply.tells_log_probs:
+            return await made_beside(lambda: reply.whole(completions), headers)
+        return JSONResponse(reply.whole(completions), headers=headers)
 
     async def _chunks(self, prepared: _Prepared, place: AbstractContextManager) -> AsyncGenerator[list[dict[str, Any]], None]:
         """The events of a stream. The first item is an empty list, given at once: from then on closing or cancelling it ends
@@ -223,12 +224,14 @@ def _prepare(served: Served, asked: CompletionRequest, caller: Caller) -> _Prepa
         Echo(given if isinstance(given, str) else tokenizer.decode(tokens), tokens) if asked.echo else None
         for given, tokens in zip(texts_or_ids, prompts.values(), strict=True)
     ]
-    for name, tokens in prompts.items():
-        served.check_length(name, len(tokens), asked.token_limit)
     assert asked.token_limit is not None
-    params = asked.sampling(asked.token_limit)
+    limits = [served.most_tokens(name, len(tokens), asked.token_limit, caller) for name, tokens in prompts.items()]
+    params = [asked.sampling(limit) for limit in limits]
     with _refusals(asked):
-        requests = [_request(served, asked, tokens, params, caller) for tokens in prompts.values()]
+        requests = [
+            _request(served, asked, tokens, its_params, caller)
+            for tokens, its_params in zip(prompts.values(), params, strict=True)
+        ]
     reply = CompletionReply(
         asked.model,
         tokenizer,
@@ -238,7 +241,7 @@ def _prepare(served: Served, asked: CompletionRequest, caller: Caller) -> _Prepa
         n=asked.n,
         prompt_ids=list(prompts.values()) if asked.return_token_ids else None,
     )
-    return _Prepared(served, caller, requests, params, reply)
+    return _Prepared(served, caller, requests, params[0], reply)
 
 
 def _request(

@@ -105,7 +105,7 @@ class Message(Body):
 
     @model_validator(mode="after")
     def _fits_its_role(self) -> Self:
-        of_role = {"assistant": ("tool_calls", "reasoning", "reasoning_content"), "tool": ("tool_call_id", "name")}
+        of_role = {"assistant": ("tool_calls", "reasoning", "reasoning_content"), "tool": ("tool_call_id",)}
         for role, names in of_role.items():
             if role != self.role and (name := next((name for name in names if getattr(self, name)), None)):
                 raise misfit(name, f"{name} is of a message of role '{role}', and this is of role '{self.role}'")
@@ -269,6 +269,18 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=limits.LIKELIEST.most)
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool = True
+
+    @model_validator(mode="after")
+    def _continues(self) -> Self:
+        is_continued = self.messages[-1].role == "assistant" and not self.messages[-1].tool_calls
+        if self.continue_final_message is not None and self.continue_final_message != is_continued:
+            reason = "is gone on with" if is_continued else "is not the assistant's"
+            raise misfit("continue_final_message", f"the last message {reason}; leave continue_final_message out")
+        if not (self.add_generation_prompt or is_continued):
+            raise misfit("add_generation_prompt", "add_generation_prompt: false leaves the assistant nothing to go on with")
+        return self
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, aclosing
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 
 from bessemer.serving.bodies import ApiError, read_body
 from bessemer.serving.clients import Caller, caller_of
@@ -16,7 +16,7 @@ from bessemer.serving.responses_protocol import ResponsesRequest
 from bessemer.serving.responses_replies import ResponseReply
 from bessemer.serving.served import Chat, Served
 from bessemer.serving.stored import ResponseStore, StoredResponse
-from bessemer.serving.streams import NamedEvent, named_events, until_client_leaves
+from bessemer.serving.streams import EventStream, NamedEvent, named_events, until_client_leaves
 from bessemer.serving.turns import Turns
 
 
@@ -48,18 +48,18 @@ class ResponsesApi:
             begin, end = reply.start(), reply.nothing()
             if not asked.stream:
                 return JSONResponse(reply.body())
-            return StreamingResponse(named_events(_at_once([*begin, *end]), reply.failed), media_type="text/event-stream")
+            return EventStream(named_events(_at_once([*begin, *end]), reply.failed))
         with ExitStack() as held:
             held.enter_context(served.worker.admit(1))
             chat = _chat_of(asked, before, caller)
             turns = await asyncio.to_thread(served.begin, chat)
             reply = ResponseReply(asked, tokenizer, turns)
             if not asked.stream:
-                return await until_client_leaves(request, self._whole(served, turns, reply, asked, owner, before))
+                return await until_client_leaves(request, self._whole(served, turns, reply, asked, caller, before))
             news = self._told(served, turns, reply, asked, owner, before, held.pop_all())
             # from here on, the generator holds the admission
             await anext(news)
-            return StreamingResponse(named_events(news, reply.failed), media_type="text/event-stream")
+            return EventStream(named_events(news, reply.failed), caller.headers)
 
     async def retrieve(self, identity: str, request: Request) -> dict[str, Any]:
         return (await self._find(identity, caller_of(request).client.id)).body
@@ -86,12 +86,12 @@ class ResponsesApi:
         turns: Turns,
         reply: ResponseReply,
         asked: ResponsesRequest,
-        owner: str,
+        caller: Caller,
         before: list[dict[str, Any]],
     ) -> Response:
         body = reply.whole(await turns.finish(served.worker))
-        await self._keep(reply, asked, owner, before)
-        return JSONResponse(body)
+        await self._keep(reply, asked, caller.client.id, before)
+        return JSONResponse(body, headers=caller.headers)
 
     async def _told(
         self,
@@ -121,7 +121,13 @@ class ResponsesApi:
             return
         said = asked.model_copy(update={"instructions": "", "input": [*asked.items, *_items_of(reply)]})
         items = [{"id": f"item_{place}", **item.model_dump(exclude_none=True)} for place, item in enumerate(asked.items)]
-        await self._store.keep(reply.identity, StoredResponse(owner, reply.body(), said.in_chat(before), items))
+        messages = said.in_chat(before)
+        beginning = len(asked.model_copy(update={"instructions": ""}).in_chat(before)) - 1
+        if beginning + 1 < len(messages) and messages[beginning]["role"] == messages[beginning + 1]["role"] == "assistant":
+            # the request ended with what the answer begins with
+            begun, rest = messages[beginning : beginning + 2]
+            messages[beginning : beginning + 2] = [begun | rest | {"content": begun["content"] + rest["content"]}]
+        await self._store.keep(reply.identity, StoredResponse(owner, reply.body(), messages, items))
 
 
 def _items_of(reply: ResponseReply) -> list[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -12,7 +13,7 @@ from bessemer.assistant.assistant import TurnMaker
 from bessemer.assistant.config import AssistantConfig
 from bessemer.assistant.conversation import Conversation
 from bessemer.assistant.hooks import Hook
-from bessemer.assistant.messages import Message, as_messages
+from bessemer.assistant.messages import Message, as_messages, with_system_first
 from bessemer.assistant.tools import Tool, ToolChoice
 from bessemer.core.errors import RequestError
 from bessemer.inference.request import Request
@@ -25,6 +26,9 @@ from bessemer.serving.turns import Turns
 from bessemer.serving.worker import TextEngine, Worker
 
 Result = TypeVar("Result")
+#: The header that tells the most tokens of an answer where a request asks for more than there is room for; of several prompts,
+#: the least.
+CLAMPED = "x-max-tokens"
 
 
 @dataclass(frozen=True)
@@ -77,9 +81,14 @@ class Served:
         self._turns = TurnMaker(engine.tokenizer, engine.context_length, config=config)
 
     @property
+    def names_of_model(self) -> tuple[str, ...]:
+        """The names of the model as it is."""
+        return (self.model_name, *self.aliases)
+
+    @property
     def names(self) -> tuple[str, ...]:
         """What a request may ask for: the model as it is, and with each adapter that is loaded now."""
-        return (self.model_name, *self.aliases, *self.engine.adapters)
+        return (*self.names_of_model, *self.engine.adapters)
 
     @property
     def all_names(self) -> tuple[str, ...]:
@@ -92,12 +101,13 @@ class Served:
         return self.worker.requests + (0 if self.shelf is None else self.shelf.requests)
 
     async def of(self, name: str, caller: Caller) -> Served:
-        """What serves a name: this model, or one beside it, opened if it must be. caller: whose request asks for it.
+        """What serves a name: this model, or one beside it, opened if it must be, and open until the request of `caller` ends.
 
         Raises ApiError: 404 for a name that is not served, 503 for a model that cannot be opened now.
         """
         caller.model = name
         if self.shelf is not None and name in self.shelf.names:
+            caller.held.enter_context(self.shelf.lease(name))
             found = await self.shelf.model(name)
             if found not in self._beside:
                 self._beside[found] = Served(found.engine, name, found.worker, hooks=self.hooks)
@@ -131,14 +141,12 @@ class Served:
         """The adapter that a name asks for; None: the model as it is."""
         return None if name == self.model_name or name in self.aliases else name
 
-    def check_length(self, parameter: str, tokens: int, wanted: int | None) -> None:
-        """Raises ApiError where a prompt and what is wanted behind it, by default a token, are more than the context."""
+    def check_length(self, parameter: str, tokens: int, behind: int = 1) -> None:
+        """Raises ApiError where a prompt and as many tokens behind it are more than the context."""
         context = self.engine.context_length
-        left = context - tokens
-        if left < (1 if wanted is None else wanted):
+        if tokens + behind > context:
             raise ApiError(
-                f"this model's context is {context} tokens, and the request has {tokens} in its {parameter}"
-                + (f" and asks for {wanted} more" if wanted and left >= 1 else ""),
+                f"this model's context is {context} tokens, and the request has {tokens} in its {parameter}",
                 parameter=parameter,
                 code="context_length_exceeded",
             )
@@ -163,6 +171,17 @@ class Served:
         # a control token is one, however it is written
         self.check_text("messages", "".join(segment.text for segment in segments if not segment.is_control))
 
+    def most_tokens(self, parameter: str, tokens: int, wanted: int | None, caller: Caller) -> int:
+        """The most tokens behind a prompt: those that are wanted, or what there is room for in the context and the memory.
+        A header tells the caller where that is fewer. Raises as `check_length`, of a single token where any is wanted."""
+        self.check_length(parameter, tokens, 0 if wanted == 0 else 1)
+        left = max(1, self.engine.longest - tokens)
+        if wanted is None:
+            return left
+        if wanted > left:
+            caller.headers[CLAMPED] = str(min(left, int(caller.headers.get(CLAMPED, left))))
+        return min(wanted, left)
+
     def check_unguarded(self) -> None:
         """Raises ApiError (403) for text that passes no hook, where there are hooks: a guard that can be walked around is
         none."""
@@ -176,9 +195,7 @@ class Served:
         """
 
         def params_of(prompt_tokens: int) -> SamplingParams:
-            self.check_length("messages", prompt_tokens, chat.token_limit)
-            # an answer without a limit is as long as the memory allows
-            return chat.params_of(chat.token_limit or max(1, self.engine.longest - prompt_tokens))
+            return chat.params_of(self.most_tokens("messages", prompt_tokens, chat.token_limit, chat.caller))
 
         salt = chat.caller.salt(chat.cache_salt)
 
@@ -187,7 +204,7 @@ class Served:
 
         turns = []
         try:
-            messages = as_messages(chat.messages)
+            messages, begun = self._read(chat)
             self._check_conversation(chat, messages)
             conversation = Conversation(messages)
             if chat.answers > 1 and not self.hooks:
@@ -202,6 +219,7 @@ class Served:
                     tools=chat.tools,
                     tool_choice=chat.choice,
                     thinking_budget=chat.thinking_budget,
+                    begun=begun,
                 )
                 turn.begin(params_of)
                 turns.append(turn)
@@ -217,8 +235,33 @@ class Served:
         """The tokens of a conversation with its tools, up to where the assistant speaks. Raises as `begin`."""
         tools = [tool.description_in_chat for tool in chat.tools] or None
         check_encoded([chat.messages, tools])
-        messages = [message.as_template_input() for message in as_messages(chat.messages)]
-        return len(self.engine.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tools=tools))
+        messages, begun = self._read(chat)
+        inputs = [message.as_template_input() for message in messages]
+        tokenizer = self.engine.tokenizer
+        more = [] if begun is None else tokenizer.encode(begun.text, add_bos=False)
+        return len(tokenizer.apply_chat_template(inputs, add_generation_prompt=True, tools=tools)) + len(more)
+
+    def _read(self, chat: Chat) -> tuple[list[Message], Message | None]:
+        """A conversation that the chat template takes, and what the answer begins with: the assistant's message at its end, as
+        Anthropic has it, and vLLM with `continue_final_message`."""
+        messages = as_messages(chat.messages)
+        begun = messages.pop() if messages[-1].role == "assistant" and not messages[-1].calls else None
+        if any(message.role == "system" for message in messages[1:]) and not self._takes_system_anywhere:
+            messages = with_system_first(messages)
+        return messages, begun if begun is not None and begun.text else None
+
+    @cached_property
+    def _takes_system_anywhere(self) -> bool:
+        """Whether the chat template writes a system message that is not the first: some refuse it, and some leave it out."""
+        first, later = {"role": "system", "content": "first"}, {"role": "system", "content": "later"}
+        user = {"role": "user", "content": "question"}
+        tokenizer = self.engine.tokenizer
+        try:
+            ids = tokenizer.apply_chat_template([first, user, later], add_generation_prompt=True)
+        except RequestError:
+            return False
+        text = tokenizer.decode(ids)
+        return text.find("question") < text.find("later")
 
 
 def characters_of(value: Any) -> int:

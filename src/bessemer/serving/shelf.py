@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import gc
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,6 +71,8 @@ class Shelf:
         self.is_closed = False
         #: Requests that wait for their model.
         self._awaited = 0
+        #: Leases of each model.
+        self._leases: Counter[str] = Counter()
         #: Models that have failed, to be ended before the next is opened.
         self._leaving: list[OpenModel] = []
 
@@ -87,9 +91,20 @@ class Shelf:
         """API requests of all of them that are under way, those among them that wait for their model."""
         return self._awaited + sum(one.worker.requests for one in self._open.values())
 
+    @contextmanager
+    def lease(self, name: str) -> Generator[None, None, None]:
+        """Keep a model from being closed for another, or because nobody asks for it.
+
+        A request holds one from before the model is opened to its end: another may run between the opening and the admission.
+        """
+        self._leases[name] += 1
+        try:
+            yield
+        finally:
+            self._leases[name] -= 1
+
     async def model(self, name: str) -> OpenModel:
-        """A model that is open, opened if it must be. Nothing is awaited where it is, so that a request that has it may be
-        admitted before anybody closes it.
+        """A model that is open, opened if it must be. It stays open while a lease is held, or a request of it runs.
 
         Raises ApiError: 503 where no place is free, or the model cannot be opened.
         """
@@ -112,7 +127,7 @@ class Shelf:
         """Close what nobody has asked for in the time that is kept."""
         now = self._clock()
         for one in self.open_models:
-            if one.worker.requests:
+            if not self._is_idle(one):
                 one.used = now
             elif self._keep_alive is not None and now - one.used >= self._keep_alive:
                 await self._close(one)
@@ -176,7 +191,7 @@ class Shelf:
             await asyncio.to_thread(failed.close)
         self._leaving.clear()
         staying = self.open_models
-        idle = sorted((one for one in staying if one.worker.requests == 0), key=lambda one: one.used)
+        idle = sorted(filter(self._is_idle, staying), key=lambda one: one.used)
         leaving: list[OpenModel] = []
         while not self._fits(size, [one for one in staying if one not in leaving]):
             if len(leaving) == len(idle):
@@ -184,6 +199,9 @@ class Shelf:
             leaving.append(idle[len(leaving)])
         for one in leaving:
             await self._close(one)
+
+    def _is_idle(self, one: OpenModel) -> bool:
+        return one.worker.requests == 0 and self._leases[one.name] == 0
 
     def _fits(self, size: int, others: Sequence[OpenModel]) -> bool:
         held = sum(one.size for one in others)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping
+from contextlib import aclosing, suppress
 from typing import Any
 
 from fastapi import Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.types import Message, Send
 
 from bessemer.core.errors import BessemerError, LostProcessError
 from bessemer.serving.bodies import ApiError
@@ -18,6 +19,9 @@ from bessemer.serving.bodies import ApiError
 CLIENT_LEFT = 499
 #: An event with its name.
 NamedEvent = tuple[str, dict[str, Any]]
+#: Seconds of silence after which a stream says that it is still there: a prompt may be read for minutes, and proxies and
+#: clients close what is silent for less.
+QUIET_SECONDS = 1.0
 
 
 #: Characters that JSON leaves as they are, and at which Python's clients break lines (`str.splitlines`).
@@ -47,9 +51,46 @@ async def named_events(
             yield event(*failed(as_api_error(error)))
 
 
-async def made_beside(make: Callable[[], dict[str, Any]]) -> Response:
+async def made_beside(make: Callable[[], dict[str, Any]], headers: Mapping[str, str]) -> Response:
     """The response with a body that takes long to make and to write: on a thread."""
-    return await asyncio.to_thread(lambda: JSONResponse(make()))
+    return await asyncio.to_thread(lambda: JSONResponse(make(), headers=dict(headers)))
+
+
+class EventStream(StreamingResponse):
+    """A stream of server-sent events, which no cache keeps and no proxy holds back."""
+
+    def __init__(
+        self, events: AsyncIterator[str], headers: Mapping[str, str] | None = None, still_there: str = ": still there\n\n"
+    ) -> None:
+        """headers: more of the response's. still_there: sent at every `QUIET_SECONDS` without an event; a comment, which
+        clients skip."""
+        own = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(events, media_type="text/event-stream", headers={**own, **(headers or {})})
+        self._still_there = still_there.encode()
+        self._is_quiet = True
+
+    async def stream_response(self, send: Send) -> None:
+        async def send_event(message: Message) -> None:
+            self._is_quiet = False
+            if message["type"] == "http.response.body" and not message.get("more_body", False):
+                speaking.cancel()
+            await send(message)
+
+        speaking = asyncio.create_task(self._speak(send))
+        try:
+            await super().stream_response(send_event)
+        finally:
+            speaking.cancel()
+            # a client that has left is noticed by the stream itself
+            with suppress(asyncio.CancelledError, OSError):
+                await speaking
+
+    async def _speak(self, send: Send) -> None:
+        while True:
+            self._is_quiet = True
+            await asyncio.sleep(QUIET_SECONDS)
+            if self._is_quiet:
+                await send({"type": "http.response.body", "body": self._still_there, "more_body": True})
 
 
 async def until_client_leaves(request: Request, work: Coroutine[Any, Any, Response]) -> Response:

@@ -15,11 +15,12 @@ class StreamingDecoder:
     still become a character are held back until the rest of it arrives.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True, goes_on: bool = False) -> None:
+        """goes_on: the ids follow others of the same text, so that a blank before the first word is kept."""
         self._tokenizer = tokenizer
         self._skip_special = skip_special
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._beginning = True
+        self._beginning = not goes_on
 
     def feed(self, ids: Iterable[int]) -> str:
         """The text that these ids complete."""

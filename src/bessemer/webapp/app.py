@@ -47,7 +47,7 @@ class WebSettings:
 
     folder: of the model; None of one without. suggestions: questions that the chat offers. feedback: the folder that thumbs
     and edits are written to; None: they stay in the browser. runs: the folder of the runs that are shown; None: none are. run:
-    the one of them that made the model.
+    the one of them that made the model. makes_xrays: whether sentences are X-rayed, with a second copy of the model.
     """
 
     folder: Path | None = None
@@ -55,6 +55,7 @@ class WebSettings:
     feedback: Path | None = None
     runs: Path | None = None
     run: str | None = None
+    makes_xrays: bool = True
 
 
 def public_paths() -> list[str]:
@@ -70,7 +71,7 @@ def web_pages(settings: WebSettings) -> Callable[[Served], Pages]:
         apis = (
             TokenApi(served),
             LineageApi(served, settings.runs, settings.run),
-            XrayApi(served, settings.folder),
+            XrayApi(served, settings.folder, settings.makes_xrays),
             RunsApi(settings.runs),
             DataApi(served, settings.runs),
             FeedbackApi(settings.feedback),
@@ -119,6 +120,8 @@ class _Site:
             "suggestions": self._settings.suggestions,
             "feedback": self._settings.feedback is not None,
             "run": self._settings.run,
+            # the models that the run has made
+            "made": self._served.names_of_model,
         }
         return self._environment.get_template(template).render(
             title=title,

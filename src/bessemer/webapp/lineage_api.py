@@ -14,7 +14,7 @@ from fastapi import APIRouter, Request
 from pydantic import Field
 
 from bessemer.core.errors import BessemerError
-from bessemer.data.corpus.reader import holds_documents
+from bessemer.data.corpus.reader import TRAIN, holds_documents
 from bessemer.data.corpus.search import Passage, passages
 from bessemer.inspection.inspect import piece_of
 from bessemer.model.decoder import Decoder
@@ -38,8 +38,9 @@ _LONGEST_NGRAM, _SHORTEST_NGRAM = 12, 2
 
 
 class EarlierRequest(Body):
-    """A token with those before it."""
+    """A token with those before it. model: the one whose token it is; None: the first."""
 
+    model: str | None = None
     before: Annotated[list[TokenId], Field(min_length=1, max_length=1_000_000)]
     token: TokenId
 
@@ -70,10 +71,8 @@ class LineageApi:
         return router
 
     async def earlier(self, request: Request) -> dict[str, Any]:
-        self._check(request)
         self._served.check_unguarded()
-        asked = await read_body(EarlierRequest, request)
-        self._check_ids(asked)
+        asked = await self._asked(request)
         caller_of(request).spend(prompt=min(len(asked.before), _LONGEST))
 
         with self._served.worker.admit(1):
@@ -81,9 +80,7 @@ class LineageApi:
                 return {"models": await off_the_loop(lambda: [self._said(one, asked) for one in self._models])}
 
     async def training(self, request: Request) -> dict[str, Any]:
-        self._check(request)
-        asked = await read_body(EarlierRequest, request)
-        self._check_ids(asked)
+        asked = await self._asked(request)
         tokenizer = self._served.engine.tokenizer
         ids = [*asked.before[-(_LONGEST_NGRAM - 1) :], asked.token]
         needles = [
@@ -102,20 +99,22 @@ class LineageApi:
                 raise missing(f"the run {run.name!r} has no documents")
             if not needles:
                 return {"run": run.name, "stage": stage, "passages": [], "looked_at": 0, "documents": 0}
-            places, looked_at, documents = passages(folder / "documents", needles)
+            places, looked_at, documents = passages(folder / "documents", needles, split=TRAIN)
             told = [_told(one) for one in places]
             return {"run": run.name, "stage": stage, "passages": told, "looked_at": looked_at, "documents": documents}
 
         return await off_the_loop(found)
 
-    def _check(self, request: Request) -> None:
+    async def _asked(self, request: Request) -> EarlierRequest:
+        """A request that may be answered. Raises ApiError: 403 for a client that may not see it, 404 for another model than the
+        run's: an adapter, or one beside the first."""
         check_owner(request)
-        if self._made_by is None:
-            raise missing("the run that made this model is not known here; serve it by the run's name")
-
-    def _check_ids(self, asked: EarlierRequest) -> None:
+        asked = await read_body(EarlierRequest, request)
+        if self._made_by is None or asked.model not in (None, *self._served.names_of_model):
+            raise missing("the run that made this model is not known here; serve it first, by the run's name")
         if max(*asked.before, asked.token) >= self._served.engine.tokenizer.vocab_size:
             raise ApiError("token ids are below the size of the vocabulary", parameter="token", code="invalid_value")
+        return asked
 
     @cached_property
     def _run(self) -> RunFolder:

@@ -207,16 +207,19 @@ class Passage:
     needle: int
 
 
-def passages(folder: Path, needles: Sequence[str], *, limit: int = 5, seconds: float = 3.0) -> tuple[list[Passage], int, int]:
+def passages(
+    folder: Path, needles: Sequence[str], *, split: str | None = None, limit: int = 5, seconds: float = 3.0
+) -> tuple[list[Passage], int, int]:
     """Documents that hold a text, those with the longest first: `needles` are its endings, the longest first.
 
-    Every needle ends in the last one, so only that is searched for. One passage of a document. Returns them, how many documents
-    were looked at, and how many there are. Raises ArtefactError for a folder that is none.
+    Every needle ends in the last one, so only that is searched for. One passage of a document. split: of which documents; None:
+    of all. Returns them, how many documents were looked at, and how many there are. Raises ArtefactError for a folder that is
+    none.
     """
     assert needles and all(longer.endswith(needles[-1]) for longer in needles), needles
     until, looked_at = time.monotonic() + seconds, 0
     found: list[Passage] = []
-    for batch in iterate_documents(folder, batch_rows=_ROWS):
+    for batch in iterate_documents(folder, split=split, batch_rows=_ROWS):
         hits = batch.filter(pc.match_substring(batch.column("text"), needles[-1]))
         looked_at += batch.num_rows
         for row in hits.to_pylist():
@@ -228,7 +231,7 @@ def passages(folder: Path, needles: Sequence[str], *, limit: int = 5, seconds: f
                 del found[limit:]
         if time.monotonic() > until or (len(found) == limit and found[-1].needle == 0):
             break
-    return found, looked_at, count_documents(folder)
+    return found, looked_at, count_documents(folder, split)
 
 
 def _passage(row: dict[str, Any], start: int, end: int, needle: int) -> Passage:

@@ -128,6 +128,7 @@ async def answer(app: ASGIApp, asked: Forwarded) -> AsyncGenerator[Part, None]:
         try:
             await app(scope, exchange.receive, exchange.send)
         finally:
+            exchange.caller.held.close()
             await exchange.told.put(None)
 
     running = asyncio.create_task(run())

@@ -12,6 +12,8 @@ const running = new Map();
 const shown = new Map();
 /** The message whose answers stand side by side, and these. */
 let pair = null;
+/** Whether a question is about to be sent. */
+let asking = false;
 
 // --- settings -------------------------------------------------------------------------------------------------------
 
@@ -70,10 +72,27 @@ async function save(conversation = current) {
   if (!Object.keys(conversation.nodes).length && !conversation.system) return;
   if (!conversations.includes(conversation)) conversations.push(conversation);
   try {
-    await store.put(structuredClone(conversation));
+    if (await store.put(conversation)) showNews(conversation);
   } catch (error) {
     say(`this browser keeps no conversations: ${error.message}`);
   }
+}
+
+/** Draw what another tab has said in a conversation, unless something is being done here. */
+function showNews(conversation) {
+  if (!byId("conversations").querySelector("input")) drawConversations();
+  if (conversation !== current || running.size || asking || pair || !byId("side").hidden || log.querySelector(".editing")) return;
+  byId("system").value = current.system;
+  if (current.leaf) store.showBranch(current, current.leaf);
+  drawLog();
+}
+
+async function takeOthers(id) {
+  const kept = await store.get(id), mine = conversations.find((one) => one.id === id);
+  if (kept && mine) { if (store.takeOver(mine, kept)) showNews(mine); return; }
+  if (kept) conversations.push(kept);
+  else conversations = conversations.filter((one) => one.id !== id || one === current);
+  showNews(kept);
 }
 
 function drawConversations() {
@@ -91,7 +110,7 @@ function drawConversations() {
 function rename(conversation) {
   const place = [...byId("conversations").children].find((item) => item.dataset.id === conversation.id);
   const input = make("input", { "aria-label": "Name of the conversation", value: titleOf(conversation) });
-  const done = () => { conversation.title = input.value.trim(); save(conversation); drawConversations(); };
+  const done = () => { conversation.title = input.value.trim(); store.touch(conversation); save(conversation); drawConversations(); };
   input.addEventListener("keydown", (event) => { if (event.key === "Enter") done(); if (event.key === "Escape") drawConversations(); });
   input.addEventListener("blur", done, { once: true });
   place?.replaceChildren(input);
@@ -227,6 +246,7 @@ async function tell(row) {
 function judge(entry, isGood) {
   const { node } = entry;
   node.thumb = node.thumb === isGood ? null : isGood;
+  store.touch(node);
   drawBelow(entry);
   save();
   if (node.thumb !== null && node.content) tell({ prompt: before(node), completion: node.content, label: node.thumb });
@@ -251,10 +271,11 @@ function drawPair() {
   return make("div", { class: "pair" }, ...columns);
 }
 
-function keep(id) {
+/** Go on with one of two answers. isChosen: it was said to be the better one; who only types on has said nothing. */
+function keep(id, isChosen = true) {
   const [chosen, rejected] = [id, ...pair.ids.filter((other) => other !== id)].map((each) => current.nodes[each]);
   for (const other of pair.ids) running.get(other)?.abort();
-  if (chosen.content && rejected.content && chosen.content !== rejected.content) tell({ prompt: before(chosen), chosen: chosen.content, rejected: rejected.content });
+  if (isChosen && chosen.content && rejected.content && chosen.content !== rejected.content) tell({ prompt: before(chosen), chosen: chosen.content, rejected: rejected.content });
   pair = null;
   current.leaf = id;
   drawLog();
@@ -263,12 +284,11 @@ function keep(id) {
 
 // --- asking -----------------------------------------------------------------------------------------------------------
 
-let asking = false;
 
 async function ask(text, parent = current.leaf) {
   if (asking || !models.length || !text.trim()) return;
   if (running.size) { say("an answer is still being made"); return; }
-  if (pair) keep(pair.ids[0]);
+  if (pair) keep(pair.ids[0], false);
   if (parent === current.leaf && current.nodes[parent]?.role === "user") parent = current.nodes[parent].parent;
   const node = store.addNode(current, parent, "user", text);
   current.updated = Date.now();
@@ -323,7 +343,13 @@ async function* chatEvents(node, signal, says) {
   let left = 0, response;
   for (;;) {
     const body = { ...options, stream: true, stream_options: { include_usage: true }, return_token_ids: true, messages: [...system, ...path.slice(left)] };
-    try { response = await request("v1/chat/completions", { body, signal }); break; } catch (error) {
+    try {
+      response = await request("v1/chat/completions", { body, signal });
+      // fewer tokens than were asked for: the oldest turns make room for them
+      if (!response.headers.has("x-max-tokens") || path.length - left <= 2) break;
+      response.body.cancel();
+      left += 2;
+    } catch (error) {
       if (!(error instanceof Refused) || error.code !== "context_length_exceeded") throw error;
       if (path.length - left > 2) left += 2;
       else if (options.max_tokens) delete options.max_tokens;
@@ -368,7 +394,7 @@ async function makeAnswer(node, source) {
       if (follows) toBottom();
     }
     text = thinking = "";
-    if (performance.now() - saved > 1500) { saved = performance.now(); save(conversation); }
+    if (performance.now() - saved > 1500) { saved = performance.now(); store.touch(node); save(conversation); }
   };
   // a tab that is not shown has no frames
   const soon = () => { frame ||= document.hidden ? setTimeout(flush, 250) : requestAnimationFrame(flush); };
@@ -397,6 +423,7 @@ async function makeAnswer(node, source) {
   node.stats = described(usage, last - first, first - started, reason, node.content, note);
   const entry = shown.get(node.id);
   if (entry) { entry.article.classList.remove("working"); drawBelow(entry); }
+  store.touch(node);
   conversation.updated = Date.now();
   updateSend();
   await pause();
@@ -469,7 +496,7 @@ byId("new").addEventListener("click", () => open(store.newConversation()));
 byId("search").addEventListener("input", drawConversations);
 byId("show-settings").addEventListener("click", () => toggleSettings());
 byId("show-list").addEventListener("click", () => toggleList());
-byId("system").addEventListener("change", () => { current.system = byId("system").value.trim(); save(); });
+byId("system").addEventListener("change", () => { current.system = byId("system").value.trim(); store.touch(current); save(); });
 byId("beside").addEventListener("change", () => (sides.second.hidden = !byId("beside").checked));
 byId("export-one").addEventListener("click", () => download("conversation.json", "application/json", JSON.stringify({ bessemer: "conversations", conversations: [current] }, null, 1)));
 byId("export-all").addEventListener("click", () => download("conversations.json", "application/json", JSON.stringify({ bessemer: "conversations", conversations }, null, 1)));
@@ -488,6 +515,6 @@ byId("import-file").addEventListener("change", async () => {
 });
 
 loadModels();
-store.all().catch(() => []).then((kept) => { conversations = kept; open(fromAddress()); });
+store.all().catch(() => []).then((kept) => { conversations = kept; open(fromAddress()); store.onOthers(takeOthers); });
 addEventListener("hashchange", () => { const wanted = fromAddress(); if (wanted.id !== current.id && Object.keys(wanted.nodes).length) open(wanted); });
 toggleList(matchMedia("(min-width: 64rem)").matches);

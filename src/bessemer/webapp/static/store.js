@@ -1,6 +1,8 @@
 // Conversations, kept in this browser alone (IndexedDB). A conversation is a tree of messages: `leaf` is the end of the branch shown.
+// Several tabs may change one: what is written is merged with what lies there, message by message, and the other tabs are told.
 
 const NAME = "bessemer", STORE = "conversations";
+const others = new BroadcastChannel(NAME);
 
 function opened() {
   return new Promise((resolve, reject) => {
@@ -26,8 +28,54 @@ async function run(mode, work) {
 }
 
 export const all = () => run("readonly", (store) => store.getAll());
-export const put = (conversation) => run("readwrite", (store) => store.put(conversation));
-export const remove = (id) => run("readwrite", (store) => store.delete(id));
+export const get = (id) => run("readonly", (store) => store.get(id));
+
+/** Write a conversation, and take over what other tabs have written of it. Resolves to whether that was anything. */
+export async function put(conversation) {
+  // as it is now: it may change while the transaction waits
+  const mine = structuredClone(conversation);
+  await run("readwrite", (store) => {
+    const asked = store.get(mine.id);
+    asked.onsuccess = () => { if (asked.result) takeOver(mine, asked.result); store.put(mine); };
+    return asked;
+  });
+  others.postMessage(mine.id);
+  return takeOver(conversation, mine);
+}
+
+export async function remove(id) {
+  await run("readwrite", (store) => store.delete(id));
+  others.postMessage(id);
+}
+
+/** Call `work` with the id of a conversation that another tab has written or removed. */
+export function onOthers(work) { others.onmessage = (event) => work(event.data); }
+
+/** Note that a message, or the name or the system message of a conversation, is another one: of two tabs' the later stays. */
+export function touch(part) { part.changed = Date.now(); }
+
+const changed = (part) => part.changed ?? part.at ?? 0;
+
+/** Take from another copy of a conversation the messages that are not here or were changed later, and the name and the system
+ *  message where these were. Returns whether there was anything. */
+export function takeOver(conversation, other) {
+  let isNews = false;
+  for (const [id, node] of Object.entries(other.nodes)) {
+    const own = conversation.nodes[id];
+    if (own && changed(node) <= changed(own)) continue;
+    if (own) Object.assign(own, node);
+    else conversation.nodes[id] = node;
+    isNews = true;
+  }
+  if (changed(other) > changed(conversation)) {
+    conversation.title = other.title;
+    conversation.system = other.system;
+    conversation.changed = other.changed;
+    isNews = true;
+  }
+  conversation.updated = Math.max(conversation.updated, other.updated);
+  return isNews;
+}
 
 export const newId = () => crypto.randomUUID?.() ?? `${Date.now().toString(36)}-${Math.random().toString(36).slice(2)}`;
 

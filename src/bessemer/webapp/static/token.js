@@ -135,7 +135,9 @@ async function drawAttention(found) {
 
 /** Sections that are asked for by a press, since they read models and documents. */
 function drawLineage() {
-  if (!given.run) { byId("token-lineage").replaceChildren(); return; }
+  const { model } = open.entry.node.settings;
+  // nothing is known here of a model beside the first
+  if (!given.run || !given.made.includes(model)) { byId("token-lineage").replaceChildren(); return; }
   const section = (title, what, path, drawn) => {
     const box = make("div", {});
     const ask = make("button", { class: "quiet", type: "button" }, what);
@@ -143,7 +145,7 @@ function drawLineage() {
       const { node } = open.entry, place = open.place;
       box.replaceChildren(make("p", { class: "soft" }, "Reading …"));
       try {
-        const found = await json(path, { body: { before: [...node.promptIds, ...node.ids.slice(0, place)], token: node.ids[place] } });
+        const found = await json(path, { body: { model, before: [...node.promptIds, ...node.ids.slice(0, place)], token: node.ids[place] } });
         if (open?.place === place) box.replaceChildren(...drawn(found));
       } catch (error) {
         box.replaceChildren(make("p", { class: "failure" }, error.message));
@@ -166,7 +168,7 @@ function drawEarlier({ models }) {
 
 function drawTraining({ run, stage, passages, looked_at, documents }) {
   const looked = looked_at < documents ? `${looked_at.toLocaleString("en")} of ${documents.toLocaleString("en")}` : `all ${documents.toLocaleString("en")}`;
-  const head = make("p", { class: "soft" }, passages.length ? `The longest sequence that ends here, in ${looked} documents of ${stage}.` : `Not two tokens that end here stand in ${looked} documents of ${stage}.`);
+  const head = make("p", { class: "soft" }, passages.length ? `The longest sequence that ends here, in ${looked} training documents of ${stage}.` : `Not two tokens that end here stand in ${looked} training documents of ${stage}.`);
   return [head, ...passages.map((one) => make("div", { class: "passage" },
     make("p", {}, one.left, make("mark", {}, one.found), one.right),
     make("p", { class: "soft" }, one.url ?? one.source, " · ", make("a", { href: `data?${new URLSearchParams({ run, stage, id: one.id })}` }, "what the filters said")),
