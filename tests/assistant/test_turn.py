@@ -80,6 +80,22 @@ def test_a_stop_string_in_thinking_that_is_generated_apart_ends_the_message(thin
     assert events[-1].reason == "answer" and events[-1].stopped_by == "STOP"
 
 
+def test_a_stop_string_ends_no_message_in_its_first_min_tokens(tokenizer):
+    model, conversation = ScriptedModel(tokenizer, "one two one two"), asked()
+    params = SamplingParams(max_tokens=400, stop=["two"], min_tokens=len(tokenizer.encode("one two", add_bos=False)))
+    events = joined(Assistant(model, params).turn(conversation))
+    assert said(events) == "one two one " and events[-1].stopped_by == "two"
+
+
+def test_the_tag_that_ends_thinking_is_looked_for_before_min_tokens(thinking_tokenizer):
+    model = ScriptedModel(thinking_tokenizer, "hm</think>", "yes")
+    params = SamplingParams(max_tokens=400, min_tokens=30, choice=["yes", "no"], stop=["STOP"])
+    joined(Assistant(model, params, config=AssistantConfig(thinking_budget=40)).turn(asked()))
+    thinking, answer = (generation.params for generation in model.asked)
+    assert (thinking.min_tokens, thinking.stop) == (0, ["</think>"])
+    assert 0 < answer.min_tokens < 30 and answer.stop == ["STOP"]
+
+
 def test_without_a_budget_the_form_stands_behind_the_thinking_in_one_grammar(thinking_tokenizer):
     model = ScriptedModel(thinking_tokenizer, "hm</think>\n\nyes")
     events = joined(Assistant(model, SamplingParams(max_tokens=400, choice=["yes", "no"])).turn(asked()))

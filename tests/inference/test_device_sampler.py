@@ -6,15 +6,17 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from bessemer.core.config import setting
 from bessemer.core.errors import RequestError
 from bessemer.inference.execution.step_inputs import StepInputs
 from bessemer.inference.sampling.device_sampler import SampledRows, token_problem
-from bessemer.inference.sampling.sampler import SamplingParams, SamplingState, sample_rows
+from bessemer.inference.sampling.sampler import COMPUTED_ON_DEVICE, NO_SAMPLERS, SamplingParams, SamplingState, sample_rows
 from tests.inference.sampling_kinds import KINDS, VOCAB_SIZE
 
 ROOT = Path(__file__).parents[2]
@@ -58,6 +60,43 @@ def test_rows_of_every_kind_are_chosen_together():
     assert all(state.on_device for state in rows)
     again = [states(settings, 1)[0] for settings in KINDS.values()]
     assert on_device(logits_RV, rows) == [one.token for one in sample_rows(logits_RV, again)]
+
+
+#: Settings that the device's sampler leaves to the host's, and a value that asks for each.
+ON_HOST = {
+    "typical_p": 0.9,
+    "logits_processor": lambda prompt, answer, logits: logits,
+    "logprobs": 0,
+    "json_schema": {},
+    "regex": "a",
+    "choice": ["a"],
+    "ebnf": 'start: "a"',
+}
+
+
+def test_every_setting_is_computed_on_the_device_read_by_no_sampler_or_left_to_the_host():
+    known = [*COMPUTED_ON_DEVICE, *NO_SAMPLERS, *ON_HOST]
+    assert sorted(known) == sorted(SamplingParams.model_fields), "say in sampler.py what the device does with a new setting"
+
+
+def test_every_setting_that_the_device_computes_is_compared_with_the_host():
+    compared = {name for settings in KINDS.values() for name in settings} | {"seed"}
+    assert compared == COMPUTED_ON_DEVICE
+
+
+@pytest.mark.parametrize("name", ON_HOST)
+def test_what_the_device_does_not_compute_is_sampled_on_the_host(name):
+    params = SamplingParams(**{name: ON_HOST[name]})
+    grammar = SimpleNamespace(finished=False) if params.grammar else None
+    assert not SamplingState(params, prompt=[3], vocab_size=VOCAB_SIZE, grammar=grammar).on_device
+
+
+def test_a_setting_that_nobody_has_classified_is_sampled_on_the_host():
+    class Newer(SamplingParams):
+        top_a: float = setting(0.0, "a setting to come")
+
+    assert SamplingState(Newer(), prompt=[3], vocab_size=VOCAB_SIZE).on_device
+    assert not SamplingState(Newer(top_a=0.2), prompt=[3], vocab_size=VOCAB_SIZE).on_device
 
 
 @pytest.mark.parametrize("name", ["repetition", "presence and frequency", "ends too early"])

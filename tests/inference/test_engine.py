@@ -188,6 +188,27 @@ def test_a_stop_string_may_be_kept(engine, scripted):
     assert (completion.text, completion.finish_reason) == ("one\n\nUser:", "stop")
 
 
+@pytest.mark.parametrize(
+    ("min_tokens", "stop", "shown"),
+    [
+        (0, "a", ""),
+        # as many tokens are made, whatever they say, and the next one may end the text
+        (10, "a", "abcabcabcabc"),
+        (9, "a", "abcabcabc"),
+        # begun among them, complete behind them
+        (4, "abc", "abc"),
+        (10, "cab", "abcabcab"),
+    ],
+)
+def test_a_stop_string_ends_no_answer_in_its_first_min_tokens(engine, scripted, min_tokens, stop, shown):
+    scripted("abcabcabcabcabc")
+    params = SamplingParams(stop=[stop], min_tokens=min_tokens)
+    (completion,) = engine.generate(["x"], params)
+    assert (completion.text, completion.finish_reason) == (shown, "stop")
+    scripted("abcabcabcabcabc")
+    assert "".join(chunk.text for chunk in engine.stream("x", params)) == shown
+
+
 def test_what_only_began_like_a_stop_string_is_shown_at_the_end(engine, scripted):
     scripted("one\n\nUs")
     assert "".join(chunk.text for chunk in engine.stream("x", SamplingParams(stop=["\n\nUser:"]))) == "one\n\nUs"
@@ -633,3 +654,11 @@ def test_a_step_that_fails_leaves_nothing_behind(engine, monkeypatch):
 def test_a_retired_setting_is_refused_with_its_new_name(old, new):
     with pytest.raises(ConfigError, match=f"the setting '{old}' is now '{new}'"):
         EngineConfig.parse({old: 1}, "engine")
+
+
+def test_answers_to_one_prompt_share_the_arrays_of_their_tokens(engine):
+    params = SamplingParams(n=64, allowed_tokens=[9, 10, 9], logit_bias={9: 1.0}, max_tokens=2)
+    request = engine.prepare([9, 10], params)
+    rules = {id(each.sampling.rules) for each in (request, *request.siblings)}
+    assert len(request.siblings) == 63 and len(rules) == 1
+    assert request.sampling.rules.allowed.tolist() == [9, 10]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from bessemer.core.errors import BessemerError
 from bessemer.inference.request import Chunk, Completion
 from bessemer.inference.sampling.sampler import SamplingParams
+from bessemer.tokenization.chat import Segment
 
 BOS = 256
 
@@ -35,6 +36,9 @@ class ByteTokenizer:
     def encode(self, text: str, add_bos: bool = True) -> list[int]:
         return [BOS] * add_bos + list(text.encode())
 
+    def has_more_tokens(self, text: str, limit: int) -> bool:
+        return len(text.encode()) > limit
+
     def control_id(self, token: str) -> None:
         return None
 
@@ -49,6 +53,9 @@ class ByteTokenizer:
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         return self.decode_bytes(ids).decode(errors="replace")
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]], *_, **__) -> list[Segment]:
+        return [Segment("".join(f"{message['role']}: {message['content']}\n" for message in messages), False, False)]
 
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = False, tools: Sequence | None = None

@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import threading
+import time
 from logging.handlers import QueueHandler
 from queue import SimpleQueue
 
@@ -15,7 +16,7 @@ import httpx
 import pytest
 
 from bessemer.model.adapter_folder import ADAPTER_CONFIG, read_adapter, write_adapter
-from bessemer.serving import connections
+from bessemer.serving import connections, limits
 from bessemer.serving.app import create_app
 from bessemer.serving.config import ServingConfig
 from bessemer.serving.gate import PUBLIC
@@ -337,3 +338,62 @@ def test_the_log_of_requests_says_nothing_of_what_they_say(start, tmp_path, capl
     assert first["request"] == answer.headers["x-request-id"]
     assert (second["key"], second["status"]) == (None, 401)
     assert "secret" not in caplog.text
+
+
+def test_answers_that_are_never_read_give_their_places_back(start, monkeypatch):
+    monkeypatch.setattr(connections, "WRITE_SECONDS", 0.3)
+    engine = FakeEngine(lambda _: iter(lambda: "x" * 100_000, ""), context_length=10**9, max_num_seqs=2)
+    address = httpx.URL(start(engine, max_waiting=0))
+    asked = json.dumps({"model": "tiny", "prompt": "a", "max_tokens": 10**8, "stream": True}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(asked)}\r\n\r\n".encode()
+    deaf = [socket.create_connection((address.host, address.port)) for _ in range(2)]
+    try:
+        for connection in deaf:
+            connection.sendall(head + asked)
+        assert engine.stopped.wait(timeout=20)
+        until = time.monotonic() + 20
+        while httpx.get(f"{address}/health").json()["requests"]:
+            assert time.monotonic() < until
+            time.sleep(0.02)
+    finally:
+        for connection in deaf:
+            connection.close()
+
+
+def test_an_answer_that_is_read_slowly_comes_whole(start, monkeypatch):
+    monkeypatch.setattr(connections, "WRITE_SECONDS", 0.3)
+    monkeypatch.setattr(limits, "LEAST_READ", 1)
+    parts = 200
+    address = httpx.URL(start(FakeEngine(lambda _: iter(["x" * 100_000] * parts), context_length=10**9)))
+    asked = json.dumps({"model": "tiny", "prompt": "a", "max_tokens": 10**8, "stream": True}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(asked)}\r\n\r\n".encode()
+    came, began = 0, time.monotonic()
+    with socket.create_connection((address.host, address.port), timeout=20) as connection:
+        connection.sendall(head + asked)
+        while part := connection.recv(1 << 20):
+            came += part.count(b"x")
+            # three times as long as a reader may stand still
+            time.sleep(max(0.0, 1.0 * came / (100_000 * parts) - (time.monotonic() - began)))
+            if b"[DONE]" in part:
+                break
+    assert came >= 100_000 * parts
+
+
+def test_large_bodies_that_are_held_keep_no_ordinary_request_away(start, monkeypatch):
+    monkeypatch.setattr(limits, "BODIES", limits.BODIES._replace(most=1))
+    url = start(FakeEngine(), body_seconds=20.0)
+    address = httpx.URL(url)
+    large = json.dumps(ASKED | {"user": "x" * 800_000})
+    assert httpx.post(url + "/v1/chat/completions", content=large).status_code == 200
+    with socket.create_connection((address.host, address.port)) as held:
+        held.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 900000\r\n\r\n" + b" " * 800_000
+        )
+        until = time.monotonic() + 20
+        while (answer := httpx.post(url + "/v1/chat/completions", content=large)).status_code != 503:
+            assert time.monotonic() < until
+        assert answer.headers["retry-after"] and answer.json()["error"]["code"] == "server_overloaded"
+        assert httpx.post(url + "/v1/chat/completions", json=ASKED | {"user": "x" * 50_000}).status_code == 200
+    # what is over is counted no longer
+    while httpx.post(url + "/v1/chat/completions", content=large).status_code != 200:
+        assert time.monotonic() < until

@@ -10,8 +10,10 @@ from bessemer.model.folder import save_model
 from bessemer.serving.anthropic_protocol import MessagesRequest
 from bessemer.serving.protocol import ChatRequest, CompletionRequest
 from bessemer.serving.responses_protocol import ResponsesRequest
+from bessemer.webapp.app import WebSettings, web_pages
 from tests.model.randomised import SHAPES, random_decoder
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer
+from tests.serving.running import servers
 
 MESSAGES = '"messages": [{"role": "user", "content": "a"}]'
 #: Of each path, what it reads and the shortest request.
@@ -30,6 +32,14 @@ def engine(tmp_path_factory):
     tokenizer = write_small_tokenizer(path / "tokenizer")
     save_model(random_decoder(SHAPES["grouped"].with_changes(vocab_size=VOCAB_SIZE)), path / "model", tokenizer=tokenizer)
     return Engine(path / "model", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def hostile_server(engine, tmp_path_factory):
+    """A client of a server with its pages, which keep feedback."""
+    settings = WebSettings(feedback=tmp_path_factory.mktemp("feedback"))
+    with servers() as start, httpx.Client(base_url=start(engine, web_pages(settings)), timeout=30) as client:
+        yield client
 
 
 @pytest.mark.parametrize(
@@ -72,3 +82,36 @@ def test_a_schema_that_is_nested_too_deep_is_refused(engine, start):
     asked = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "response_format": form}
     answer = httpx.post(start(engine) + "/v1/chat/completions", json=asked)
     assert answer.status_code == 400 and answer.json()["error"]["param"] == "response_format"
+
+
+@pytest.mark.parametrize("half", [r"\ud800", r"\uDFFF", r"a\ud800b"])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", '"model": "HALF", "messages": [{"role": "user", "content": "a"}]'),
+        ("/v1/chat/completions", '"model": "tiny", "max_tokens": 1, "messages": [{"role": "user", "content": "HALF"}]'),
+        ("/v1/chat/completions", f'"model": "tiny", "max_tokens": 1, "cache_salt": "HALF", {MESSAGES}'),
+        ("/v1/chat/completions", f'"model": "tiny", "max_tokens": 1, "HALF": 1, {MESSAGES}'),
+        ("/v1/completions", '"model": "tiny", "max_tokens": 1, "prompt": "a", "stop": ["HALF"]'),
+        ("/v1/messages", f'"model": "HALF", "max_tokens": 1, {MESSAGES}'),
+        ("/v1/responses", '"model": "tiny", "max_output_tokens": 1, "input": "a", "metadata": {"a": "HALF"}'),
+        ("/v1/responses", '"model": "tiny", "max_output_tokens": 1, "input": "a", "metadata": {"HALF": "a"}'),
+        ("/v1/responses", '"model": "tiny", "max_output_tokens": 1, "input": "a", "previous_response_id": "HALF"'),
+        ("/v1/embeddings", '"model": "HALF", "input": "a"'),
+        ("/tokenize", '"model": "HALF", "prompt": "a"'),
+        ("/feedback", '"prompt": [{"role": "user", "content": "HALF"}], "chosen": "HALF", "rejected": "b"'),
+    ],
+)
+def test_half_of_a_character_is_refused_wherever_it_stands(hostile_server, path, body, half):
+    answer = hostile_server.post(path, content="{" + body.replace("HALF", half) + "}")
+    assert answer.status_code == 400 and "half of a character" in answer.text, answer.text
+
+
+def test_both_halves_of_a_character_are_one(hostile_server):
+    asked = f'{{"model": "tiny", "max_output_tokens": 1, "input": "{chr(92)}ud83d{chr(92)}ude00", "metadata": {{"a": "😀"}}}}'
+    assert hostile_server.post("/v1/responses", content=asked.encode()).json()["metadata"] == {"a": "😀"}
+
+
+def test_half_of_a_character_in_bytes_is_no_json(hostile_server):
+    asked = b'{"model": "' + "\ud800".encode("utf-8", "surrogatepass") + b'", "prompt": "a"}'
+    assert hostile_server.post("/v1/completions", content=asked).status_code == 400

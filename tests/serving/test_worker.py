@@ -203,3 +203,51 @@ def test_a_server_that_stops_ends_its_answers_and_its_thread():
             thread.join(timeout=20)
     assert not thread.is_alive() and engine.stopped.is_set()
     assert not any(each.name == "engine" for each in set(threading.enumerate()) - before)
+
+
+def test_completions_are_added_before_they_are_compared_with_the_places():
+    worker = Worker(FakeEngine(max_num_seqs=64), max_waiting=32)
+    with worker.admit(80):
+        with pytest.raises(ApiError) as full, worker.admit(17):
+            pass
+        with worker.admit(16):
+            assert worker.completions == 96
+    assert full.value.status == 503 and worker.completions == 0
+
+
+def test_a_request_for_more_completions_than_are_ever_admitted_is_wrong_and_not_early():
+    worker = Worker(FakeEngine(max_num_seqs=64), max_waiting=32)
+    # a quarter of the places of those that wait stays for others
+    with pytest.raises(ApiError, match="at most 88 of one request") as refused, worker.admit(2048):
+        pass
+    assert refused.value.status == 400 and worker.completions == 0
+    with worker.admit(88), worker.admit(8):
+        pass
+
+
+def test_what_waits_for_a_slow_reader_comes_in_parts_between_which_others_have_their_turn():
+    engine = FakeEngine(lambda _: iter("x" * 500), context_length=1000)
+    worker = Worker(engine, max_waiting=0)
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async def read() -> list[int]:
+        answer = engine.prepare([1], SamplingParams(max_tokens=1000))
+        news = worker.chunks([answer], Caller(Client(LOCAL)))
+        parts = [len(await anext(news))]
+        while not answer.done:
+            await asyncio.sleep(0.001)
+        beside = asyncio.create_task(others())
+        parts += [len(chunks) async for chunks in news]
+        beside.cancel()
+        return parts
+
+    parts = asyncio.run(asyncio.wait_for(read(), timeout=20))
+    worker.close()
+    assert sum(parts) == 501 and max(parts) <= 16
+    assert turns >= len(parts) - 1

@@ -14,7 +14,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from bessemer.core.errors import RequestError
 from bessemer.tokenization.algorithms import train_vocabulary
 from bessemer.tokenization.bpe import byte_level_bpe, train_bpe
-from bessemer.tokenization.chat import ChatTemplate
+from bessemer.tokenization.chat import ChatTemplate, Segment
 from bessemer.tokenization.chat_templates import CHAT_TEMPLATES, template_name
 from bessemer.tokenization.config import TokenizeConfig
 from bessemer.tokenization.folder import TOKENIZER_CONFIG_FILE, write_folder
@@ -535,3 +535,26 @@ def test_smollm2s_template_renders_as_in_transformers_and_tells_the_assistants_w
         segments = foreign(text, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]).training_segments(messages)
         assert "".join(segment.text for segment in segments) == rendered_by_transformers(text, messages)
     assert spoken(foreign(text).training_segments(MESSAGES)) == "It returns x.<|im_end|>Nothing.<|im_end|>"
+
+
+def test_a_long_conversation_is_encoded_while_other_threads_run(trained, monkeypatch):
+    # the library's `encode` keeps all other threads from running, its `encode_batch` lets them
+    encoder = trained("bpe", "chatml")[0]._chat_encoder
+    calls = []
+
+    class Calls:
+        def encode(self, text, **_):
+            calls.append("encode")
+            return Encoding
+
+        def encode_batch(self, texts, **_):
+            calls.append("encode_batch")
+            return [Encoding]
+
+    class Encoding:
+        ids, offsets = (), ()
+
+    monkeypatch.setattr(encoder, "_copy", Calls())
+    for text in ("a b", "a b " * 10_000):
+        encoder.encode([Segment(text, is_control=False, is_assistant=False)])
+    assert calls == ["encode", "encode_batch"]

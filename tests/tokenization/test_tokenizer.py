@@ -1,4 +1,5 @@
 import json
+import random
 import shutil
 from itertools import groupby
 
@@ -11,7 +12,9 @@ from transformers import AutoTokenizer
 
 from bessemer.core.errors import ArtefactError, RequestError
 from bessemer.tokenization import fast
+from bessemer.tokenization.bpe import byte_level_bpe
 from bessemer.tokenization.fast import HOSTILE_TEXTS
+from bessemer.tokenization.folder import write_folder
 from bessemer.tokenization.special import SPECIAL_TOKENS
 from bessemer.tokenization.streaming import StreamingDecoder
 from bessemer.tokenization.tokenizer import load_tokenizer
@@ -327,3 +330,38 @@ def test_an_encoder_that_differs_on_a_sample_of_the_corpus_is_left_aside(corpus,
     assert tokenizer.bulk.name == "fastokens"
     tokenizer.check_bulk(corpus)
     assert tokenizer.bulk.name == "tokenizers"
+
+
+def test_a_text_that_has_more_tokens_than_a_limit_for_sure_has_them(any_tokenizer, corpus, monkeypatch):
+    # of the slices of a text of some thousand characters there are many
+    monkeypatch.setattr(fast, "_CHARACTERS_PER_PART", 400)
+    monkeypatch.setattr("bessemer.tokenization.tokenizer._AT_ENDS", 16)
+    tokenizer = any_tokenizer
+    draw = random.Random(7)
+    texts = [" ".join(corpus)[:9_000], "a" * 9_000, " " * 9_000, "\u2581" * 3_000, "日本語 " * 1_500, "e\u0301" * 3_000]
+    texts += ["".join(draw.choices(["ab", " ", "\n", "é", "\u2581", "'s", "12"], k=5_000)) for _ in range(4)]
+    for text in texts:
+        count = len(tokenizer.encode(text, add_bos=False))
+        assert not any(tokenizer.has_more_tokens(text, limit) for limit in (count, count + 1, 2 * count, 10 * count))
+        # and it is said of what is far beyond
+        assert tokenizer.has_more_tokens(text, count // 4) or count < 1_000
+
+
+def test_of_a_long_text_only_as_much_is_encoded_as_has_more_tokens(tmp_path):
+    spaces = [b" " * 2**power for power in range(1, 13)]
+    write_folder(tmp_path, byte_level_bpe([bytes([byte]) for byte in range(256)] + spaces, split="qwen2"), "chatml")
+    tokenizer = load_tokenizer(tmp_path)
+    encoded = []
+
+    class Counting:
+        name = "counting"
+
+        def encode_flat(self, texts):
+            encoded.extend(map(len, texts))
+            return np.zeros(sum(map(len, texts)), np.uint32), np.array([0, sum(map(len, texts))])
+
+    tokenizer.bulk = Counting()
+    # by its bytes it may have as few as 1,700 tokens, of 4,096 spaces each
+    assert tokenizer.has_more_tokens("ab " * 2_333_333, 100_000)
+    assert sum(encoded) < 200_000
+    assert not tokenizer.has_more_tokens("ab " * 1_000, 2_000) and len(encoded) == 2

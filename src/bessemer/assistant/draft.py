@@ -23,6 +23,8 @@ class MessageText:
         """goes_on: the tokens follow others of the same message."""
         self._decoder = StreamingDecoder(tokenizer, goes_on=goes_on)
         self._stops = StopStrings(params.stop, params.include_stop)
+        self._min_tokens = params.min_tokens
+        self._fed = 0
         self._ends = {*tokenizer.eos_ids, *params.stop_token_ids}
         self._tags = {id: tag for tag in tags if (id := tokenizer.control_id(tag)) is not None}
 
@@ -33,8 +35,10 @@ class MessageText:
         text = ""
         for id in ids:
             tag = self._tags.get(id)
-            text += self._decoder.feed([id]) if tag is None else self._decoder.flush() + tag
-        return self._stops.feed(text)
+            self._fed += 1
+            added = self._decoder.feed([id]) if tag is None else self._decoder.flush() + tag
+            text += self._stops.feed(added, search=self._fed > self._min_tokens)
+        return text
 
     @property
     def stopped_by(self) -> str:
@@ -43,7 +47,7 @@ class MessageText:
 
     def flush(self) -> str:
         """The text held back, when no more tokens come."""
-        return self._stops.feed(self._decoder.flush()) + self._stops.flush()
+        return self._stops.feed(self._decoder.flush(), search=self._fed > self._min_tokens) + self._stops.flush()
 
 
 class Draft:

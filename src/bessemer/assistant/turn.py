@@ -311,6 +311,9 @@ class Turn:
             token = self._thinking.closing_token
             if token is None:
                 changes["stop"] = [*params.stop, self._thinking.tags.closing]
+                if draft.generated < params.min_tokens:
+                    # the tag may come at once; what ends the message may not
+                    changes |= {"min_tokens": 0, "stop": [self._thinking.tags.closing], "stop_token_ids": []}
             else:
                 changes["stop_token_ids"] = [*params.stop_token_ids, token]
         place = (self._round, self._attempt, self._requests)

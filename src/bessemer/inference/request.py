@@ -71,11 +71,18 @@ class Completion:
 
 
 class CompletionText:
-    """Token ids to the text that may be shown: whole characters, no control tokens, nothing from a stop string on."""
+    """Token ids to the text that may be shown: whole characters, no control tokens, nothing from a stop string on.
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), include_stop: bool = False) -> None:
+    No stop string ends in the text of the first `min_tokens` tokens; it may begin there.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, stops: Sequence[str] = (), include_stop: bool = False, min_tokens: int = 0
+    ) -> None:
         self._decoder = StreamingDecoder(tokenizer)
         self._stops = StopStrings(stops, include_stop) if stops else None
+        self._min_tokens = min_tokens
+        self._fed = 0
 
     @property
     def stopped(self) -> bool:
@@ -84,20 +91,22 @@ class CompletionText:
 
     def feed(self, token: int) -> str:
         """The text that this token completes."""
+        self._fed += 1
         text = self._decoder.feed([token])
-        return text if self._stops is None else self._stops.feed(text)
+        return text if self._stops is None else self._stops.feed(text, search=self._fed > self._min_tokens)
 
     def flush(self) -> str:
         """The text held back, when no more tokens come."""
         text = self._decoder.flush()
-        return text if self._stops is None else self._stops.feed(text) + self._stops.flush()
+        if self._stops is None:
+            return text
+        return self._stops.feed(text, search=self._fed > self._min_tokens) + self._stops.flush()
 
 
 class WholeText(CompletionText):
     """The same, all of it by `flush`: one decoding costs less than one for each token. Without stop strings."""
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), include_stop: bool = False) -> None:
-        assert not stops, "a stop string must be seen when it comes"
+    def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__(tokenizer)
         self._tokens: list[int] = []
 
@@ -221,8 +230,11 @@ class Request(ScheduledRequest):
         self.reads_prompt = self.params.prompt_logprobs is not None
         self._end_tokens = end_tokens
         self.streams = streams
-        kind = CompletionText if streams or self.params.stop else WholeText
-        self._text = kind(tokenizer, self.params.stop, self.params.include_stop)
+        self._text = (
+            CompletionText(tokenizer, self.params.stop, self.params.include_stop, self.params.min_tokens)
+            if streams or self.params.stop
+            else WholeText(tokenizer)
+        )
         #: Of the next chunk: its text and its tokens.
         self._next_text = ""
         self._next_tokens: list[Sampled] = []

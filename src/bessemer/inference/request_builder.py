@@ -14,7 +14,7 @@ from bessemer.inference.request import LogitsRequest, Prompt, Request
 from bessemer.inference.sampling.beam_search import BeamSearch
 from bessemer.inference.sampling.grammar import GrammarCompiler
 from bessemer.inference.sampling.params import SamplingParams
-from bessemer.inference.sampling.sampler import SamplingState
+from bessemer.inference.sampling.sampler import SamplingState, TokenRules
 from bessemer.inference.scheduling.sequence import TokenSequence
 from bessemer.inference.scores import ScoreItem, ScoreRequest
 from bessemer.model.config import ModelConfig
@@ -90,10 +90,11 @@ class RequestBuilder:
             # by which the completions are ranked
             params = params.with_changes(logprobs=0, logprobs_mode="raw")
         end_tokens = self._ends(params) | frozenset(params.stop_token_ids)
+        rules = TokenRules(params, self._vocab_size)
         first, *others = [
             Request(
                 self._sequence(ids, limit, priority, salt, computed_from),
-                self._sampling(ids, params, index),
+                self._sampling(ids, params, index, rules),
                 self._tokenizer,
                 end_tokens,
                 loaded and loaded.adapter,
@@ -190,7 +191,7 @@ class RequestBuilder:
     ) -> TokenSequence:
         return TokenSequence(next(self._names), list(ids), len(ids), limit, priority, salt, computed_from=computed_from)
 
-    def _sampling(self, ids: list[int], params: SamplingParams, index: int) -> SamplingState:
+    def _sampling(self, ids: list[int], params: SamplingParams, index: int, rules: TokenRules | None = None) -> SamplingState:
         return SamplingState(
             params,
             prompt=ids,
@@ -198,6 +199,7 @@ class RequestBuilder:
             end_tokens=self._ends(params),
             index=index,
             grammar=self._grammars.matcher(params),
+            rules=rules,
         )
 
     def _ends(self, params: SamplingParams) -> frozenset[int]:

@@ -13,6 +13,7 @@ import threading
 import weakref
 from collections.abc import AsyncGenerator, Generator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import NamedTuple, Protocol
 
 from bessemer.core.errors import BessemerError
@@ -20,6 +21,9 @@ from bessemer.inference.request import Chunk, Request
 
 #: Seconds that `StepDriver.close` waits for the step under way.
 _LAST_STEP_SECONDS = 5
+
+#: Chunks that a reader is given at once. Behind a slow one there may be thousands, and each has work to be done for it.
+_CHUNKS_AT_ONCE = 16
 
 _log = logging.getLogger(__name__)
 
@@ -63,12 +67,13 @@ class _Reader:
         return any(each.chunks for each in self.completions)
 
     def take_chunks(self) -> list[ChoiceChunk]:
-        """The chunks that are there; the thread may be adding others."""
-        return [
+        """Chunks that are there, at most `_CHUNKS_AT_ONCE`; the thread may be adding others."""
+        found = (
             ChoiceChunk(choice, each.chunks.popleft())
             for choice, each in enumerate(self.completions)
             for _ in range(len(each.chunks))
-        ]
+        )
+        return list(islice(found, _CHUNKS_AT_ONCE))
 
     def raise_error(self) -> None:
         if self.error is not None:
@@ -107,9 +112,11 @@ class StepDriver:
             while unfinished:
                 await reader.arrived.wait()
                 reader.arrived.clear()
-                if chunks := reader.take_chunks():
+                while chunks := reader.take_chunks():
                     unfinished -= sum(one.chunk.finish_reason is not None for one in chunks)
                     yield chunks
+                    # to send them need not wait for anything: others on the event loop get their turn here
+                    await asyncio.sleep(0)
                 if unfinished:
                     reader.raise_error()
 

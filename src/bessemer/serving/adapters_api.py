@@ -10,7 +10,7 @@ from fastapi.responses import PlainTextResponse
 from pydantic import Field
 
 from bessemer.core.errors import ArtefactError, RequestError
-from bessemer.serving.bodies import ApiError, Body, read_request
+from bessemer.serving.bodies import ApiError, Body, read_body
 from bessemer.serving.clients import caller_of
 from bessemer.serving.served import Served
 
@@ -45,7 +45,7 @@ class AdaptersApi:
 
     async def load(self, request: Request) -> PlainTextResponse:
         _check_admin(request)
-        asked = read_request(LoadAdapter, await request.body())
+        asked = await read_body(LoadAdapter, request)
         if asked.lora_name in self._served.all_names and not (
             asked.load_inplace and asked.lora_name in self._served.engine.adapters
         ):
@@ -60,7 +60,7 @@ class AdaptersApi:
 
     async def unload(self, request: Request) -> PlainTextResponse:
         _check_admin(request)
-        asked = read_request(UnloadAdapter, await request.body())
+        asked = await read_body(UnloadAdapter, request)
         try:
             await asyncio.to_thread(self._served.engine.unload_adapter, asked.lora_name)
         except RequestError as error:

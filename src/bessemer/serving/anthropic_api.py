@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 
 from bessemer.serving.anthropic_protocol import CountRequest, MessagesRequest
 from bessemer.serving.anthropic_replies import MessagesReply
-from bessemer.serving.bodies import ApiError, read_request
+from bessemer.serving.bodies import ApiError, read_body
 from bessemer.serving.clients import Caller, caller_of
 from bessemer.serving.served import Chat, Served
 from bessemer.serving.streams import EventStream, NamedEvent, named_events, until_client_leaves
@@ -58,7 +58,7 @@ class AnthropicApi:
         return router
 
     async def message(self, request: Request) -> Response:
-        asked = read_request(MessagesRequest, await request.body())
+        asked = await read_body(MessagesRequest, request)
         caller = caller_of(request)
         served = await self._served.of(asked.model, caller)
         with ExitStack() as held:
@@ -73,13 +73,13 @@ class AnthropicApi:
             return EventStream(named_events(news, _failed), caller.headers, _PING)
 
     async def count(self, request: Request) -> dict[str, Any]:
-        asked = read_request(CountRequest, await request.body())
+        asked = await read_body(CountRequest, request)
         caller = caller_of(request)
         served = await self._served.of(asked.model, caller)
         chat = _chat_of(
             MessagesRequest(**{name: getattr(asked, name) for name in asked.model_fields_set}, max_tokens=1), caller
         )
-        return {"input_tokens": await asyncio.to_thread(served.count, chat)}
+        return {"input_tokens": await self._served.aside(lambda: served.count(chat))}
 
     async def _whole(self, served: Served, turns: Turns, reply: MessagesReply, caller: Caller) -> Response:
         return JSONResponse(reply.whole(await turns.finish(served.worker)), headers=caller.headers)

@@ -15,8 +15,10 @@ from pydantic import AfterValidator, Field, model_validator
 from bessemer.assistant.tools import Tool, ToolChoice
 from bessemer.core.errors import ConfigError
 from bessemer.inference.sampling.params import SamplingParams
-from bessemer.serving.bodies import ApiError, Body, misfit
-from bessemer.serving.tools import MOST_TOOLS, ToolName, in_json
+from bessemer.serving import limits
+from bessemer.serving.bodies import ApiError, Body, Name, misfit
+from bessemer.serving.protocol import Stops
+from bessemer.serving.tools import ToolName, in_json
 
 #: Fields that are skipped wherever they stand: marks of a cache that is kept by itself here, what a client tells of itself, and
 #: where and how long Anthropic's servers may work.
@@ -152,10 +154,10 @@ class OutputConfig(AnthropicBody):
 class CountRequest(AnthropicBody):
     """The body of `/v1/messages/count_tokens`, and what that of `/v1/messages` has of it."""
 
-    model: str
-    messages: list[AnthropicMessage]
+    model: Name
+    messages: list[AnthropicMessage] = Field(max_length=limits.MESSAGES.most)
     system: str | list[TextBlock] = ""
-    tools: list[ToolBody] = Field(default_factory=list, max_length=MOST_TOOLS)
+    tools: list[ToolBody] = Field(default_factory=list, max_length=limits.TOOLS.most)
     tool_choice: ChoiceBody | None = None
     thinking: ThinkingBody | None = None
     output_config: OutputConfig | None = None
@@ -223,7 +225,7 @@ class MessagesRequest(CountRequest):
     """The body of `/v1/messages`."""
 
     max_tokens: int = Field(ge=1)
-    stop_sequences: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list, max_length=64)
+    stop_sequences: Stops = Field(default_factory=list)
     stream: bool = False
     temperature: float = Field(1.0, ge=0, le=1)
     top_k: int = Field(0, ge=0)

@@ -19,7 +19,7 @@ from bessemer.assistant.hooks import Hook
 from bessemer.core.errors import BessemerError
 from bessemer.serving.adapters_api import AdaptersApi
 from bessemer.serving.anthropic_api import PREFIX, AnthropicApi, error_body
-from bessemer.serving.bodies import ApiError, read_request
+from bessemer.serving.bodies import ApiError, read_body
 from bessemer.serving.clients import caller_of
 from bessemer.serving.config import ServingConfig
 from bessemer.serving.gate import PUBLIC, Gate
@@ -150,15 +150,15 @@ def create_app(
 
     @app.post("/tokenize")
     async def tell_tokens(request: Request) -> dict[str, Any]:
-        asked = read_request(TokenizeRequest, await request.body())
+        asked = await read_body(TokenizeRequest, request)
         chosen = await served.of(asked.model or model_name, caller_of(request))
-        return await asyncio.to_thread(tokenize, chosen.engine, asked)
+        return await served.aside(lambda: tokenize(chosen.engine, asked))
 
     @app.post("/detokenize")
     async def tell_text(request: Request) -> dict[str, Any]:
-        asked = read_request(DetokenizeRequest, await request.body())
+        asked = await read_body(DetokenizeRequest, request)
         chosen = await served.of(asked.model or model_name, caller_of(request))
-        return await asyncio.to_thread(detokenize, chosen.engine, asked)
+        return await served.aside(lambda: detokenize(chosen.engine, asked))
 
     return app
 

@@ -6,12 +6,16 @@ nothing (`logprobs: false`, `tools: []`, `null` anywhere) is accepted, because c
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
+from fastapi import Request as HttpRequest
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError, model_validator
+from pydantic_core import CoreSchema, PydanticCustomError
+
+from bessemer.serving import limits
 
 #: Parameters of OpenAI's API that are not served, with the values that ask for nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -39,6 +43,13 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 #: Parameters that name the client or its purpose, and never change the completion.
 _WITHOUT_EFFECT = frozenset({"metadata", "prompt_cache_key", "safety_identifier", "user"})
+
+
+#: Characters that a refusal repeats of a request.
+_REPEATED = 1_000
+
+#: The name of a model, or of an earlier response.
+Name = Annotated[str, Field(max_length=limits.NAME.most)]
 
 
 class ApiError(Exception):
@@ -78,6 +89,19 @@ def _asks_for_nothing(name: str, value: Any) -> bool:
     return any(value == neutral and isinstance(value, bool) == isinstance(neutral, bool) for neutral in _NEUTRAL.get(name, ()))
 
 
+def _end_at_first_error(schema: Any) -> None:
+    """Let the check of a list end at its first wrong item: an error for each of a million costs seconds, and one is told."""
+    if isinstance(schema, list | tuple):
+        for one in schema:
+            _end_at_first_error(one)
+    elif isinstance(schema, dict):
+        if schema.get("type") == "list":
+            schema["fail_fast"] = True
+        for name, one in schema.items():
+            if name not in ("metadata", "serialization", "default"):
+                _end_at_first_error(one)
+
+
 class Body(BaseModel):
     """A body, or an object in one: unknown names and other types than those declared are refused."""
 
@@ -90,30 +114,100 @@ class Body(BaseModel):
     def _without_neutral_values(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
+        if len(values) > limits.FIELDS.most:
+            # each unknown one would be an error of its own
+            raise ValueError(f"an object has {len(values):,} names, of which at most {limits.FIELDS.most:,} are read")
         return {
             name: value
             for name, value in values.items()
             if not (value is None if name in cls.meaningful else _asks_for_nothing(name, value))
         }
 
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        schema = handler(source)
+        _end_at_first_error(schema)
+        return schema
+
 
 Request = TypeVar("Request", bound="Body")
 
 
+async def read_body(kind: type[Request], request: HttpRequest) -> Request:
+    """The request in the body of an HTTP request; a large one is parsed beside the event loop. Raises as `read_request`."""
+    body = await request.body()
+    if len(body) <= limits.PARSED_AT_ONCE:
+        return read_request(kind, body)
+    return await asyncio.to_thread(read_request, kind, body)
+
+
 def read_request(kind: type[Request], body: bytes) -> Request:
     """The request in a body of JSON. Raises ApiError (400) that names the first parameter it cannot serve."""
-    try:
-        values = json.loads(body)
-    except ValueError as error:
-        raise ApiError(f"the body is not JSON: {error}") from None
-    except RecursionError:
-        raise ApiError("the body is nested too deep") from None
+    values = read_json(body)
     if not isinstance(values, dict):
         raise ApiError("the body must be a JSON object")
     try:
         return kind.model_validate(values)
     except ValidationError as error:
         raise _refusal(error) from None
+
+
+def read_json(body: bytes) -> Any:
+    """The value in a body of JSON, whose texts are all UTF-8. Raises ApiError (400)."""
+    _check_values(body)
+    try:
+        text = body.decode("utf-8-sig")
+        values = json.loads(text)
+    except ValueError as error:
+        raise ApiError(f"the body is not JSON: {error}") from None
+    except RecursionError:
+        raise ApiError("the body is nested too deep") from None
+    if _SURROGATE.search(text):
+        _check_texts(values)
+    return values
+
+
+#: How half of a surrogate pair is written in JSON; two in a row are one character.
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+#: A text in JSON.
+_TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+
+
+def _check_values(body: bytes) -> None:
+    """Refuse a body with too many values before they are made. A value begins behind a bracket or a comma."""
+    most, most_containers = limits.VALUES.most, limits.CONTAINERS.most
+    values, containers = _counts(body, 0, len(body))
+    if values <= most and containers <= most_containers:
+        return
+    # they may stand in texts
+    values = containers = start = 0
+    for text in _TEXT.finditer(body):
+        more, more_containers = _counts(body, start, text.start())
+        values, containers, start = values + more, containers + more_containers, text.end()
+        if values > most or containers > most_containers:
+            break
+    else:
+        more, more_containers = _counts(body, start, len(body))
+        values, containers = values + more, containers + more_containers
+    if values > most:
+        raise ApiError(f"the body has more than {most:,} values, the most that this server reads")
+    if containers > most_containers:
+        raise ApiError(f"the body has more than {most_containers:,} lists and objects, the most that this server reads")
+
+
+def _counts(body: bytes, start: int, end: int) -> tuple[int, int]:
+    """Values, and lists and objects among them."""
+    containers = body.count(b"[", start, end) + body.count(b"{", start, end)
+    return containers + body.count(b",", start, end), containers
+
+
+def _check_texts(values: Any) -> None:
+    """Refuse half of a surrogate pair, which is no character and has no UTF-8: it would fail wherever it is written."""
+    try:
+        json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise ApiError(f"the body has {half} alone, half of a character; send both halves, or none") from None
 
 
 #: How pydantic tells the kinds of a value apart.
@@ -150,4 +244,5 @@ def _refusal(error: ValidationError) -> ApiError:
     else:
         reason = problem["msg"].removeprefix("Value error, ")
         message, code = f"invalid '{parameter}': {reason}" if parameter else reason, "invalid_value"
-    return ApiError(message, parameter=parameter or None, code=code)
+    parameter = parameter[:_REPEATED]
+    return ApiError(message[:_REPEATED], parameter=parameter or None, code=code)

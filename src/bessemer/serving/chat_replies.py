@@ -60,7 +60,7 @@ class ChatReply:
         self._model = model
         self._tokenizer = tokenizer
         self._turns = turns
-        self._log_probs = log_probs
+        self.tells_log_probs = log_probs
         self._shows_thinking = shows_thinking
         self._shows_ids = shows_ids
         self._prompt_is_told = not shows_ids
@@ -101,7 +101,7 @@ class ChatReply:
             if not one.has_begun:
                 one.has_begun = True
                 yield self._event(choice, {"role": "assistant", "content": ""})
-            told_of = sampled if self._log_probs else ()
+            told_of = sampled if self.tells_log_probs else ()
             for delta in self._deltas(one, events):
                 yield self._event(choice, delta, chat_log_probs(self._tokenizer, told_of) if told_of else None)
                 told_of = ()
@@ -154,7 +154,7 @@ class ChatReply:
         }
 
     def _ending(self, one: _Choice, sampled: Sequence[Sampled]) -> dict[str, Any]:
-        log_probs = chat_log_probs(self._tokenizer, sampled) if self._log_probs else None
+        log_probs = chat_log_probs(self._tokenizer, sampled) if self.tells_log_probs else None
         return {"logprobs": log_probs, "finish_reason": one.finish_reason}
 
     def _event(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bessemer.core.config import Config, setting
+from bessemer.serving import limits
 
 
 class ServingConfig(Config):
@@ -30,10 +31,14 @@ class ServingConfig(Config):
         affects_output=False,
     )
     max_body: float = setting(
-        8.0, "size of a request above which it is refused with 413", unit="MiB", gt=0, affects_output=False
+        float(limits.BODY.most), "size of a request above which it is refused with 413", unit="MiB", gt=0, affects_output=False
     )
     body_seconds: float = setting(
-        30.0, "time for the body of a request, after which it is refused with 408", unit="s", gt=0, affects_output=False
+        float(limits.BODY_WAIT.most),
+        "time for the body of a request, after which it is refused with 408",
+        unit="s",
+        gt=0,
+        affects_output=False,
     )
     drain_seconds: float = setting(
         60.0, "time for the running requests to finish after SIGTERM", unit="s", ge=0, affects_output=False
@@ -50,7 +55,7 @@ class ServingConfig(Config):
         default_factory=list, description="other names under which clients may ask for the model", affects_output=False
     )
     max_waiting: int = setting(
-        32,
+        limits.WAITING.most,
         "completions that wait, beyond those that the engine computes at once; more are refused with 503",
         unit="completions",
         ge=0,

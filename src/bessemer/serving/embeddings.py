@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
+from fastapi import Response
 from pydantic import BeforeValidator, Field
 from torch import Tensor
 
-from bessemer.serving.bodies import ApiError, Body
+from bessemer.serving import limits
+from bessemer.serving.bodies import ApiError, Body, Name
 from bessemer.serving.protocol import prompts_of
-
-#: Most texts of a request, as OpenAI documents it.
-_MOST_TEXTS = 2048
 
 
 class EmbeddingsRequest(Body):
     """The body of `/v1/embeddings`. dimensions: that of the model, where it is said."""
 
-    model: str
-    input: Annotated[list[str] | list[list[int]], BeforeValidator(prompts_of)] = Field(max_length=_MOST_TEXTS)
+    model: Name
+    input: Annotated[list[str] | list[list[int]], BeforeValidator(prompts_of)] = Field(max_length=limits.EMBEDDED.most)
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(None, ge=1)
 
 
-def embeddings_reply(asked: EmbeddingsRequest, vectors_ND: Tensor, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
+def embeddings_reply(asked: EmbeddingsRequest, vectors_ND: Tensor, prompts: Sequence[Sequence[int]]) -> Response:
     """The response. prompts: the tokens of each text. Raises ApiError for another dimension than the model's."""
     width = vectors_ND.shape[1]
     if asked.dimensions not in (None, width):
@@ -35,12 +35,13 @@ def embeddings_reply(asked: EmbeddingsRequest, vectors_ND: Tensor, prompts: Sequ
             code="invalid_value",
         )
     tokens = sum(map(len, prompts))
-    data = [
-        {"object": "embedding", "index": index, "embedding": _in_form(vector_D, asked.encoding_format)}
+    # a vector at a time: to write millions of numbers at once keeps other threads from running
+    data = ",".join(
+        json.dumps({"object": "embedding", "index": index, "embedding": _in_form(vector_D, asked.encoding_format)})
         for index, vector_D in enumerate(vectors_ND)
-    ]
-    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-    return {"object": "list", "data": data, "model": asked.model, "usage": usage}
+    )
+    rest = json.dumps({"model": asked.model, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}})
+    return Response(f'{{"object": "list", "data": [{data}], {rest[1:]}', media_type="application/json")
 
 
 def _in_form(vector_D: Tensor, form: str) -> list[float] | str:

@@ -19,6 +19,7 @@ from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bessemer.assistant.principal import Principal
+from bessemer.serving import limits
 from bessemer.serving.bodies import ApiError
 from bessemer.serving.clients import SCOPE, Caller, Client
 from bessemer.serving.config import ServingConfig
@@ -55,6 +56,7 @@ class Gate:
         self._error_body = error_body
         self._everybody = Client(Principal("anybody"))
         self._most_bytes = round(config.max_body * _MIB)
+        self._bodies = _Bodies(limits.BODIES.most * _MIB)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -74,7 +76,7 @@ class Gate:
                 await reply.preflight(scope)
                 return
             caller.client = self._client(scope["path"], headers)
-            body = _BodyReader(receive, caller.client, self._most_bytes, self._config.body_seconds)
+            body = _BodyReader(receive, caller.client, self._most_bytes, self._config.body_seconds, self._bodies)
             body.check_announced(headers)
             scope[SCOPE] = caller
             try:
@@ -209,15 +211,39 @@ class _Reply:
         await self.send({"type": "http.response.body", "body": b""})
 
 
+@dataclass
+class _Bodies:
+    """The bodies of all requests under way: the bytes that are left for more."""
+
+    left: int
+
+    def take(self, size: int) -> None:
+        """Count bytes. Raises ApiError (503) where there are too many."""
+        if size > self.left:
+            raise ApiError(
+                "the server holds too many large requests; try again in a moment",
+                status=503,
+                kind="server_error",
+                code="server_overloaded",
+                headers={"Retry-After": "1", "Connection": "close"},
+            )
+        self.left -= size
+
+
 class _BodyReader:
     """A request's messages: its body within a size and a time, and then whether the client is still there and may be."""
 
-    def __init__(self, receive: Callable[[], Awaitable[Message]], client: Client, most_bytes: int, seconds: float) -> None:
+    def __init__(
+        self, receive: Callable[[], Awaitable[Message]], client: Client, most_bytes: int, seconds: float, bodies: _Bodies
+    ) -> None:
         self._receive = receive
         self._client = client
         self._most_bytes = most_bytes
         self._seconds = seconds
         self._left = most_bytes
+        self._bodies = bodies
+        #: Bytes of this one that are counted among all bodies.
+        self._counted = 0
         self._deadline = asyncio.get_running_loop().time() + seconds
         self._is_read = False
         self._waiting: asyncio.Future[Message] | None = None
@@ -245,6 +271,9 @@ class _BodyReader:
         self._left -= len(message.get("body", b""))
         if self._left < 0:
             raise self._too_large()
+        if (more := self._most_bytes - self._left - limits.UNCOUNTED - self._counted) > 0:
+            self._bodies.take(more)
+            self._counted += more
         self._is_read = not message.get("more_body", False)
         return message
 
@@ -263,7 +292,9 @@ class _BodyReader:
         return {"type": "http.disconnect"}
 
     def close(self) -> None:
-        """Wait for nothing more."""
+        """Wait for nothing more, and count the body no longer."""
+        self._bodies.left += self._counted
+        self._counted = 0
         if self._waiting is not None:
             self._waiting.cancel()
 

@@ -9,20 +9,21 @@ from contextlib import AbstractContextManager, ExitStack, aclosing, contextmanag
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from bessemer.core.errors import BessemerError, ConfigError, RequestError
 from bessemer.inference.request import Request as EngineRequest
 from bessemer.inference.sampling.params import SamplingParams
-from bessemer.serving.bodies import ApiError, read_request
+from bessemer.serving.bodies import ApiError, read_body
 from bessemer.serving.chat_replies import ChatReply
 from bessemer.serving.clients import Caller, caller_of
 from bessemer.serving.embeddings import EmbeddingsRequest, embeddings_reply
 from bessemer.serving.protocol import ChatRequest, CompletionRequest, GenerationRequest
 from bessemer.serving.replies import CompletionReply, Echo
 from bessemer.serving.served import Chat, Served
-from bessemer.serving.streams import EventStream, as_api_error, event_data, until_client_leaves
+from bessemer.serving.streams import EventStream, as_api_error, event_data, made_beside, until_client_leaves
 from bessemer.serving.tools import choice_of, tools_of
 from bessemer.serving.turns import Turns
 from bessemer.tokenization.infill import infill_prompt
@@ -100,7 +101,7 @@ class OpenAIApi:
         }
 
     async def chat(self, request: Request) -> Response:
-        asked = read_request(ChatRequest, await request.body())
+        asked = await read_body(ChatRequest, request)
         caller = caller_of(request)
         served = await self.served.of(asked.model, caller)
         with ExitStack() as held:
@@ -125,7 +126,7 @@ class OpenAIApi:
             return EventStream(_events(news, usage), caller.headers)
 
     async def complete(self, request: Request) -> Response:
-        asked = read_request(CompletionRequest, await request.body())
+        asked = await read_body(CompletionRequest, request)
         caller = caller_of(request)
         self.served.check_unguarded()
         served = await self.served.of(asked.model, caller)
@@ -139,15 +140,20 @@ class OpenAIApi:
             usage = prepared.usage_event if asked.wants_usage else None
             return EventStream(_events(news, usage), caller.headers)
 
-    async def embed(self, request: Request) -> dict[str, Any]:
-        asked = read_request(EmbeddingsRequest, await request.body())
+    async def embed(self, request: Request) -> Response:
+        asked = await read_body(EmbeddingsRequest, request)
         caller = caller_of(request)
         served = await self.served.of(asked.model, caller)
-        with served.worker.admit(len(asked.input)):
+        # no more of them are computed at once
+        with served.worker.admit(min(len(asked.input), served.engine.max_num_seqs)):
             return await asyncio.to_thread(_embeddings, served, asked, caller)
 
     async def _whole_chat(self, served: Served, turns: Turns, reply: ChatReply, caller: Caller) -> Response:
-        return JSONResponse(reply.whole(await turns.finish(served.worker)), headers=caller.headers)
+        told = await turns.finish(served.worker)
+        # each token may have twenty others beside it
+        if reply.tells_log_probs:
+            return await made_beside(lambda: reply.whole(told), caller.headers)
+        return JSONResponse(reply.whole(told), headers=caller.headers)
 
     async def _told(
         self, served: Served, turns: Turns, reply: ChatReply, place: AbstractContextManager
@@ -161,7 +167,10 @@ class OpenAIApi:
 
     async def _whole(self, prepared: _Prepared) -> Response:
         completions = await prepared.served.worker.complete(prepared.requests, prepared.params, prepared.caller)
-        return JSONResponse(prepared.reply.whole(completions), headers=prepared.caller.headers)
+        reply, headers = prepared.reply, prepared.caller.headers
+        if reply.tells_log_probs:
+            return await made_beside(lambda: reply.whole(completions), headers)
+        return JSONResponse(reply.whole(completions), headers=headers)
 
     async def _chunks(self, prepared: _Prepared, place: AbstractContextManager) -> AsyncGenerator[list[dict[str, Any]], None]:
         """The events of a stream. The first item is an empty list, given at once: from then on closing or cancelling it ends
@@ -192,15 +201,17 @@ def _begin_turns(served: Served, asked: ChatRequest, caller: Caller) -> Turns:
     return served.begin(chat)
 
 
-def _embeddings(served: Served, asked: EmbeddingsRequest, caller: Caller) -> dict[str, Any]:
+def _embeddings(served: Served, asked: EmbeddingsRequest, caller: Caller) -> Response:
     names = ["input"] if len(asked.input) == 1 else [f"input[{place}]" for place in range(len(asked.input))]
     given: Sequence[str | list[int]] = asked.input
     prompts = [_tokens(served, name, one, None) for name, one in zip(names, given, strict=True)]
     for name, tokens in zip(names, prompts, strict=True):
         served.check_length(name, len(tokens), 0)
     caller.spend(prompt=sum(map(len, prompts)))
-    vectors_ND = served.engine.embed(prompts, adapter=served.adapter(asked.model))
-    return embeddings_reply(asked, vectors_ND, prompts)
+    # in parts, between which other requests get their turn
+    size, adapter = served.engine.max_num_seqs, served.adapter(asked.model)
+    parts = [served.engine.embed(prompts[start : start + size], adapter=adapter) for start in range(0, len(prompts), size)]
+    return embeddings_reply(asked, torch.cat(parts), prompts)
 
 
 def _prepare(served: Served, asked: CompletionRequest, caller: Caller) -> _Prepared:
@@ -245,7 +256,10 @@ def _tokens(served: Served, name: str, given: str | list[int], suffix: str | Non
     tokenizer = served.engine.tokenizer
     if suffix is not None:
         assert isinstance(given, str), "the protocol sees to it"
+        served.check_text(name, given + suffix)
         return _infill_tokens(served, given, suffix)
+    if isinstance(given, str):
+        served.check_text(name, given)
     tokens = tokenizer.encode(given) if isinstance(given, str) else given
     if tokens and all(0 <= token < tokenizer.vocab_size for token in tokens):
         return tokens

@@ -5,22 +5,13 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from bessemer.inference.sampling.params import GRAMMARS, SamplingParams
-from bessemer.serving.bodies import ApiError, Body, misfit
+from bessemer.serving import limits
+from bessemer.serving.bodies import ApiError, Body, Name, misfit
 from bessemer.serving.structured import Grammar, ResponseFormat, StructuredOutputs
-from bessemer.serving.tools import MOST_TOOLS, Choice, FunctionTool, NamedTool, ToolName
-
-#: The most answers to one prompt, as OpenAI documents it.
-_MOST_CHOICES = 128
-#: The most answers to all prompts of a request together.
-_MOST_ANSWERS = 2048
-#: The most likeliest tokens that are told beside each token's own log-probability.
-_MOST_LIKELIEST = 20
-
-#: The most texts, and the most tokens, that end an answer: each is looked for at every token.
-_MOST_STOPS = 1024
+from bessemer.serving.tools import Choice, FunctionTool, NamedTool, ToolName
 
 #: Tokens of a plain completion when the client sets no limit, as OpenAI documents it.
 _COMPLETION_TOKENS = 16
@@ -42,6 +33,8 @@ def _text(content: Any) -> Any:
 def prompts_of(prompt: Any) -> Any:
     """The prompts of a request: a text, token ids, or a list of texts or of lists of token ids."""
     given = prompt if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list) else [prompt]
+    if len(given) > limits.ANSWERS.most:
+        raise ValueError(f"it has {len(given):,} prompts, at most {limits.ANSWERS.most:,} are taken")
     if not all(isinstance(each, str) for each in given) and not all(map(_is_token_ids, given)):
         raise ValueError("give a text, a list of texts, a list of token ids, or a list of such lists")
     if empty := [place for place, each in enumerate(given) if each == []]:
@@ -57,13 +50,31 @@ def _stop_list(stop: Any) -> Any:
     return [stop] if isinstance(stop, str) else stop
 
 
+def _within_characters(stops: list[str]) -> list[str]:
+    """Each character of a stop string may be compared at every token."""
+    if (characters := sum(map(len, stops))) > limits.STOP_CHARACTERS.most:
+        raise ValueError(f"its texts have {characters:,} characters, at most {limits.STOP_CHARACTERS.most:,} are looked for")
+    return stops
+
+
+#: Texts before which an answer ends.
+Stops = Annotated[
+    list[Annotated[str, Field(min_length=1)]], Field(max_length=limits.STOPS.most), AfterValidator(_within_characters)
+]
+
+
 def _by_token(bias: Any) -> Any:
     """A bias by token id, from JSON's texts."""
     if not isinstance(bias, dict):
         return bias
+    if len(bias) > limits.TOKEN_RULES.most:
+        raise ValueError(f"it has {len(bias):,} token ids, at most {limits.TOKEN_RULES.most:,} are taken")
     if wrong := next((key for key in bias if not (isinstance(key, str) and key.isascii() and key.isdigit())), None):
-        raise ValueError(f"its keys are token ids, got {wrong!r}")
-    return {int(key): value for key, value in bias.items()}
+        raise ValueError(f"its keys are token ids, got {wrong[:100]!r}")
+    # of many that are wrong, one is told
+    given = {int(key): value for key, value in bias.items()}
+    odd = next((key for key, value in given.items() if type(value) not in (int, float) or not -100 <= value <= 100), None)
+    return given if odd is None else {odd: given[odd]}
 
 
 class CalledFunction(Body):
@@ -89,7 +100,7 @@ class Message(Body):
     name: str | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
-    tool_calls: list[Call] = Field(default_factory=list, max_length=MOST_TOOLS)
+    tool_calls: list[Call] = Field(default_factory=list, max_length=limits.TOOLS.most)
     tool_call_id: str | None = None
 
     @model_validator(mode="after")
@@ -134,8 +145,8 @@ class StreamOptions(Body):
 class GenerationRequest(Body):
     """What both endpoints take. The fields in `_SHARED` mean what they mean in `SamplingParams`."""
 
-    model: str
-    n: int = Field(1, ge=1, le=_MOST_CHOICES)
+    model: Name
+    n: int = Field(1, ge=1, le=limits.CHOICES.most)
     max_tokens: int | None = Field(None, ge=1)
     min_tokens: int = Field(0, ge=0)
     temperature: float = Field(1.0, ge=0, le=2)
@@ -149,12 +160,10 @@ class GenerationRequest(Body):
     logit_bias: Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_by_token)] = Field(
         default_factory=dict
     )
-    allowed_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(None, min_length=1)
+    allowed_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(None, min_length=1, max_length=limits.TOKEN_RULES.most)
     seed: int | None = None
-    stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_stop_list)] = Field(
-        default_factory=list, max_length=_MOST_STOPS
-    )
-    stop_token_ids: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list, max_length=_MOST_STOPS)
+    stop: Annotated[Stops, BeforeValidator(_stop_list)] = Field(default_factory=list)
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list, max_length=limits.STOP_TOKENS.most)
     ignore_eos: bool = False
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -248,8 +257,8 @@ class ChatRequest(GenerationRequest):
 
     meaningful = frozenset({"tool_choice", "parallel_tool_calls"})
 
-    messages: list[Message] = Field(min_length=1)
-    tools: list[FunctionTool] = Field(default_factory=list, max_length=MOST_TOOLS)
+    messages: list[Message] = Field(min_length=1, max_length=limits.MESSAGES.most)
+    tools: list[FunctionTool] = Field(default_factory=list, max_length=limits.TOOLS.most)
     tool_choice: Choice = "auto"
     parallel_tool_calls: bool = True
     thinking_budget: int | None = Field(None, ge=0)
@@ -259,7 +268,7 @@ class ChatRequest(GenerationRequest):
     chat_template_kwargs: TemplateSettings | None = None
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
-    top_logprobs: int = Field(0, ge=0, le=_MOST_LIKELIEST)
+    top_logprobs: int = Field(0, ge=0, le=limits.LIKELIEST.most)
     continue_final_message: bool | None = None
     add_generation_prompt: bool = True
 
@@ -322,10 +331,10 @@ class CompletionRequest(GenerationRequest):
 
     prompt: Annotated[list[str] | list[list[int]], BeforeValidator(prompts_of)]
     max_tokens: int | None = Field(None, ge=0)
-    best_of: int | None = Field(None, ge=1, le=_MOST_CHOICES)
+    best_of: int | None = Field(None, ge=1, le=limits.CHOICES.most)
     suffix: str | None = None
     echo: bool = False
-    logprobs: int | None = Field(None, ge=0, le=_MOST_LIKELIEST)
+    logprobs: int | None = Field(None, ge=0, le=limits.LIKELIEST.most)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -341,8 +350,9 @@ class CompletionRequest(GenerationRequest):
             raise misfit("max_tokens", "max_tokens: 0 makes nothing; send echo: true to be told of the prompt, or at least 1")
         if self.max_tokens == 0 and self.best_of is not None:
             raise misfit("best_of", "best_of ranks answers, and max_tokens: 0 makes none; leave one of them out")
-        if (answers := len(self.prompt) * self.answers) > _MOST_ANSWERS:
-            raise misfit("prompt", f"prompt asks for {answers:,} answers, at most {_MOST_ANSWERS:,} are made to one request")
+        if (answers := len(self.prompt) * self.answers) > limits.ANSWERS.most:
+            most = limits.ANSWERS.most
+            raise misfit("prompt", f"prompt asks for {answers:,} answers, at most {most:,} are made to one request")
         return self
 
     @property

@@ -43,7 +43,7 @@ class CompletionReply:
         of each. prompt_ids: of each prompt, where the client asked for the ids of all tokens."""
         self._model = model
         self._tokenizer = tokenizer
-        self._log_probs = log_probs
+        self.tells_log_probs = log_probs
         self._echoes = echoes
         self._n = n
         self._created = int(time.time())
@@ -125,7 +125,7 @@ class CompletionReply:
         self._begun.add(index)
         if echo is not None:
             text = echo.text + text
-        if not self._log_probs:
+        if not self.tells_log_probs:
             return text, None
         form = self._forms[index]
         shown = form.of_prompt(echo.tokens, prompt) if echo is not None else None

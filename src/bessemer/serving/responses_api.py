@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from bessemer.serving.bodies import ApiError, read_request
+from bessemer.serving.bodies import ApiError, read_body
 from bessemer.serving.clients import Caller, caller_of
 from bessemer.serving.responses_protocol import ResponsesRequest
 from bessemer.serving.responses_replies import ResponseReply
@@ -37,7 +37,7 @@ class ResponsesApi:
         return router
 
     async def create(self, request: Request) -> Response:
-        asked = read_request(ResponsesRequest, await request.body())
+        asked = await read_body(ResponsesRequest, request)
         caller = caller_of(request)
         owner = caller.client.id
         served = await self._served.of(asked.model, caller)

@@ -13,10 +13,11 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from bessemer.assistant.tools import Tool, ToolChoice
 from bessemer.inference.sampling.params import SamplingParams
-from bessemer.serving.bodies import Body, misfit
+from bessemer.serving import limits
+from bessemer.serving.bodies import Body, Name, misfit
 from bessemer.serving.protocol import EFFORTS
 from bessemer.serving.structured import Grammar, JsonSchema, ResponseFormat
-from bessemer.serving.tools import MOST_TOOLS, Function, FunctionTool, ToolName, in_json, tools_of
+from bessemer.serving.tools import Function, FunctionTool, ToolName, in_json, tools_of
 
 #: Fields that are skipped where they stand at the top: what a client tells of itself, what it would like to be told besides,
 #: and where OpenAI's servers may work.
@@ -171,19 +172,25 @@ class Reasoning(Body):
     generate_summary: Literal["auto", "concise", "detailed"] | None = None
 
 
+def _few_pairs(metadata: Any) -> Any:
+    if isinstance(metadata, dict) and len(metadata) > limits.METADATA.most:
+        raise ValueError(f"it has {len(metadata):,} pairs, at most {limits.METADATA.most} are kept")
+    return metadata
+
+
 class ResponsesRequest(Body):
     """The body of `/v1/responses`."""
 
     meaningful: ClassVar[frozenset[str]] = frozenset({"tools", "tool_choice", "parallel_tool_calls", "store", "metadata"})
 
-    model: str
-    input: str | list[Item] = Field(default_factory=list)
+    model: Name
+    input: str | Annotated[list[Item], Field(max_length=limits.MESSAGES.most)] = Field(default_factory=list)
     instructions: str = ""
-    previous_response_id: str | None = None
+    previous_response_id: Name | None = None
     max_output_tokens: int | None = Field(None, ge=1)
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
-    tools: list[FlatTool] = Field(default_factory=list, max_length=MOST_TOOLS)
+    tools: list[FlatTool] = Field(default_factory=list, max_length=limits.TOOLS.most)
     tool_choice: Literal["none", "auto", "required"] | NamedChoice = "auto"
     parallel_tool_calls: bool = True
     text: TextSettings = TextSettings()
@@ -192,7 +199,13 @@ class ResponsesRequest(Body):
     background: Literal[False] = False
     store: bool = True
     stream: bool = False
-    metadata: dict[str, str] = Field(default_factory=dict, max_length=16)
+    metadata: Annotated[
+        dict[
+            Annotated[str, Field(max_length=limits.METADATA_KEY.most)],
+            Annotated[str, Field(max_length=limits.METADATA_VALUE.most)],
+        ],
+        BeforeValidator(_few_pairs),
+    ] = Field(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from bessemer.assistant.assistant import TurnMaker
@@ -17,12 +18,14 @@ from bessemer.assistant.tools import Tool, ToolChoice
 from bessemer.core.errors import RequestError
 from bessemer.inference.request import Request
 from bessemer.inference.sampling.params import SamplingParams
+from bessemer.serving import limits
 from bessemer.serving.bodies import ApiError
 from bessemer.serving.clients import Caller
 from bessemer.serving.shelf import OpenModel, Shelf
 from bessemer.serving.turns import Turns
 from bessemer.serving.worker import TextEngine, Worker
 
+Result = TypeVar("Result")
 #: The header that tells the most tokens of an answer where a request asks for more than there is room for; of several prompts,
 #: the least.
 CLAMPED = "x-max-tokens"
@@ -71,6 +74,7 @@ class Served:
         self.aliases = tuple(aliases)
         self.shelf = shelf
         self.hooks = tuple(hooks)
+        self._aside = asyncio.Semaphore(limits.ASIDE.most)
         self._beside: WeakKeyDictionary[OpenModel, Served] = WeakKeyDictionary()
         # tools are the clients' to run: what a message calls wrongly is theirs to answer too
         config = AssistantConfig(max_rounds=1)
@@ -111,6 +115,11 @@ class Served:
         self.check_model(name)
         return self
 
+    async def aside(self, work: Callable[[], Result]) -> Result:
+        """The result of work that is no completion, on a thread. Few at once, so that completions find threads."""
+        async with self._aside:
+            return await asyncio.to_thread(work)
+
     def drain(self) -> None:
         """Begin nothing new, of any model."""
         self.worker.is_draining = True
@@ -141,6 +150,26 @@ class Served:
                 parameter=parameter,
                 code="context_length_exceeded",
             )
+
+    def check_text(self, parameter: str, text: str) -> None:
+        """Raises ApiError where a text surely is more than the context, before it is encoded."""
+        context = self.engine.context_length
+        if len(text) > context and self.engine.tokenizer.has_more_tokens(text, context):
+            raise ApiError(
+                f"this model's context is {context} tokens, and the request has more in its {parameter}",
+                parameter=parameter,
+                code="context_length_exceeded",
+            )
+
+    def _check_conversation(self, chat: Chat, messages: Sequence[Message]) -> None:
+        """The same of a conversation with its tools, as the model would read it. Raises RequestError as `render_chat`."""
+        tools = [tool.description_in_chat for tool in chat.tools]
+        if characters_of([chat.messages, tools]) <= self.engine.context_length:
+            return
+        given = [message.as_template_input() for message in messages]
+        segments = self.engine.tokenizer.render_chat(given, add_generation_prompt=True, tools=tools or None)
+        # a control token is one, however it is written
+        self.check_text("messages", "".join(segment.text for segment in segments if not segment.is_control))
 
     def most_tokens(self, parameter: str, tokens: int, wanted: int | None, caller: Caller) -> int:
         """The most tokens behind a prompt: those that are wanted, or what there is room for in the context and the memory.
@@ -176,6 +205,7 @@ class Served:
         turns = []
         try:
             messages, begun = self._read(chat)
+            self._check_conversation(chat, messages)
             conversation = Conversation(messages)
             if chat.answers > 1 and not self.hooks:
                 # read once for all answers; a hook may add to what is read
@@ -204,6 +234,7 @@ class Served:
     def count(self, chat: Chat) -> int:
         """The tokens of a conversation with its tools, up to where the assistant speaks. Raises as `begin`."""
         tools = [tool.description_in_chat for tool in chat.tools] or None
+        check_encoded([chat.messages, tools])
         messages, begun = self._read(chat)
         inputs = [message.as_template_input() for message in messages]
         tokenizer = self.engine.tokenizer
@@ -231,3 +262,26 @@ class Served:
             return False
         text = tokenizer.decode(ids)
         return text.find("question") < text.find("later")
+
+
+def characters_of(value: Any) -> int:
+    """The characters of all texts in a value of JSON."""
+    characters, left = 0, [value]
+    while left:
+        one = left.pop()
+        if isinstance(one, str):
+            characters += len(one)
+        elif isinstance(one, Mapping):
+            left += one.values()
+        elif isinstance(one, Sequence):
+            left += one
+    return characters
+
+
+def check_encoded(value: Any) -> None:
+    """Raises ApiError for more text than is encoded for its own sake."""
+    if (characters := characters_of(value)) > limits.ENCODED.most:
+        raise ApiError(
+            f"the request has {characters:,} characters, of which at most {limits.ENCODED.most:,} are encoded",
+            code="invalid_value",
+        )

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-#: Responses that are kept; the oldest goes first.
-KEPT = 1000
+from bessemer.serving import limits
+
+_MIB = 2**20
+#: Bytes that a value takes besides its text.
+_VALUE_BYTES = 64
 
 
 @dataclass(frozen=True)
@@ -33,20 +37,61 @@ class ResponseStore(Protocol):
         """Forget a response."""
 
 
-class MemoryStore:
-    """The last responses, in memory."""
+@dataclass
+class _Shelf:
+    """What is stored of one owner, the oldest first, and how many bytes it has."""
 
-    def __init__(self, most: int = KEPT) -> None:
+    sizes: OrderedDict[str, int] = field(default_factory=OrderedDict)
+    size: int = 0
+
+
+class MemoryStore:
+    """The last responses, in memory, at most so many and so many MiB. Where there are more, the oldest goes of the owner who
+    has the most: nobody's flood drops what others have."""
+
+    def __init__(self, most: int = limits.STORED.most, most_mib: float = limits.STORED_BYTES.most) -> None:
         self._most = most
-        self._stored: OrderedDict[str, StoredResponse] = OrderedDict()
+        self._most_bytes = round(most_mib * _MIB)
+        self._stored: dict[str, StoredResponse] = {}
+        self._shelves: dict[str, _Shelf] = {}
+        self._size = 0
 
     async def keep(self, identity: str, response: StoredResponse) -> None:
+        await self.drop(identity)
+        size = size_of([response.body, response.messages, response.inputs])
+        shelf = self._shelves.setdefault(response.owner, _Shelf())
         self._stored[identity] = response
-        while len(self._stored) > self._most:
-            self._stored.popitem(last=False)
+        shelf.sizes[identity] = size
+        shelf.size += size
+        self._size += size
+        while len(self._stored) > self._most or self._size > self._most_bytes:
+            largest = max(self._shelves.values(), key=lambda one: one.size)
+            await self.drop(next(iter(largest.sizes)))
 
     async def find(self, identity: str) -> StoredResponse | None:
         return self._stored.get(identity)
 
     async def drop(self, identity: str) -> None:
-        self._stored.pop(identity, None)
+        if (response := self._stored.pop(identity, None)) is None:
+            return
+        shelf = self._shelves[response.owner]
+        size = shelf.sizes.pop(identity)
+        shelf.size -= size
+        self._size -= size
+        if not shelf.sizes:
+            del self._shelves[response.owner]
+
+
+def size_of(value: Any) -> int:
+    """About how many bytes a value of JSON takes in memory."""
+    size, left = 0, [value]
+    while left:
+        one = left.pop()
+        size += _VALUE_BYTES
+        if isinstance(one, str):
+            size += len(one) if one.isascii() else 4 * len(one)
+        elif isinstance(one, Mapping):
+            left += [*one, *one.values()]
+        elif isinstance(one, Sequence):
+            left += one
+    return size

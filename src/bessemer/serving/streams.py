@@ -9,7 +9,7 @@ from contextlib import aclosing, suppress
 from typing import Any
 
 from fastapi import Request, Response
-from fastapi.responses import StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import Message, Send
 
 from bessemer.core.errors import BessemerError, LostProcessError
@@ -49,6 +49,11 @@ async def named_events(
                     yield "".join(event(*one) for one in told)
         except (BessemerError, ApiError) as error:
             yield event(*failed(as_api_error(error)))
+
+
+async def made_beside(make: Callable[[], dict[str, Any]], headers: Mapping[str, str]) -> Response:
+    """The response with a body that takes long to make and to write: on a thread."""
+    return await asyncio.to_thread(lambda: JSONResponse(make(), headers=dict(headers)))
 
 
 class EventStream(StreamingResponse):

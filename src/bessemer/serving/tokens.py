@@ -7,20 +7,22 @@ from typing import Annotated, Any, Self
 from pydantic import Field, model_validator
 
 from bessemer.assistant.messages import as_messages
-from bessemer.serving.bodies import Body, misfit
+from bessemer.serving import limits
+from bessemer.serving.bodies import Body, Name, misfit
 from bessemer.serving.log_probs import token_text
 from bessemer.serving.protocol import Message
-from bessemer.serving.tools import MOST_TOOLS, FunctionTool, tools_of
+from bessemer.serving.served import check_encoded
+from bessemer.serving.tools import FunctionTool, tools_of
 from bessemer.serving.worker import TextEngine
 
 
 class TokenizeRequest(Body):
     """A text, or a conversation up to where the assistant speaks next."""
 
-    model: str | None = None
+    model: Name | None = None
     prompt: str | None = None
-    messages: list[Message] = Field(default_factory=list)
-    tools: list[FunctionTool] = Field(default_factory=list, max_length=MOST_TOOLS)
+    messages: list[Message] = Field(default_factory=list, max_length=limits.MESSAGES.most)
+    tools: list[FunctionTool] = Field(default_factory=list, max_length=limits.TOOLS.most)
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     return_token_strs: bool = False
@@ -35,13 +37,14 @@ class TokenizeRequest(Body):
 class DetokenizeRequest(Body):
     """Tokens whose text is asked for."""
 
-    model: str | None = None
+    model: Name | None = None
     tokens: list[Annotated[int, Field(ge=0)]]
 
 
 def tokenize(engine: TextEngine, asked: TokenizeRequest) -> dict[str, Any]:
     """The tokens. Raises RequestError for a conversation that the chat template refuses."""
     tokenizer = engine.tokenizer
+    check_encoded([asked.prompt, asked.model_dump(include={"messages", "tools"})])
     if asked.prompt is not None:
         ids = tokenizer.encode(asked.prompt, add_bos=asked.add_special_tokens)
     else:

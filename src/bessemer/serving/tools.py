@@ -11,8 +11,6 @@ from bessemer.assistant.tools import Tool, ToolChoice
 from bessemer.core.errors import ConfigError
 from bessemer.serving.bodies import ApiError, Body
 
-#: Most tools of a request.
-MOST_TOOLS = 128
 ToolName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:/-]{1,128}$")]
 _NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}}
 

@@ -20,6 +20,7 @@ from bessemer.inference.sampling.params import SamplingParams
 from bessemer.inference.statistics import EngineStatistics
 from bessemer.inference.step_driver import ChoiceChunk, StepDriver, SteppedEngine
 from bessemer.model.decoder import Decoder
+from bessemer.serving import limits
 from bessemer.serving.bodies import ApiError
 from bessemer.serving.clients import Caller
 from bessemer.tokenization.tokenizer import Tokenizer
@@ -93,14 +94,17 @@ class TextEngine(SteppedEngine, Protocol):
 class Worker:
     """Admission to an engine, and the requests that were admitted.
 
-    As many completions as the engine computes at once are admitted, and `max_waiting` more. An error reaches the requests that
-    it concerns; once the engine's thread has ended by one, every request is refused with the reason.
+    As many completions as the engine computes at once are admitted, and `max_waiting` more; of one request fewer, so that it
+    leaves places to others. An error reaches the requests that it concerns; once the engine's thread has ended by one, every
+    request is refused with the reason.
     """
 
     def __init__(self, engine: TextEngine, max_waiting: int) -> None:
         self._engine = engine
         self._driver = StepDriver(engine)
         self._limit = engine.max_num_seqs + max_waiting
+        #: The most completions of one request.
+        self.most_at_once = self._limit - max_waiting // limits.OTHERS_SHARE
         #: API requests that were admitted and are not over.
         self.requests = 0
         #: Completions that they asked for.
@@ -115,12 +119,21 @@ class Worker:
 
     @contextlib.contextmanager
     def admit(self, completions: int) -> Generator[None, None, None]:
-        """Admission for as long as the context lasts. Raises ApiError (503) when the server is full, or can serve no more."""
+        """Admission for as long as the context lasts.
+
+        Raises ApiError: 400 for more completions than are ever admitted at once, 503 when there is no place for them now or the
+        server can serve no more.
+        """
         if (failure := self.failure) is not None:
             raise ApiError(str(failure), status=503, kind="server_error")
         if self.is_draining:
             raise _busy("the server is stopping; another one may answer")
-        if self.completions >= self._limit:
+        if completions > self.most_at_once:
+            raise ApiError(
+                f"the request asks for {completions:,} completions, and this server computes at most {self.most_at_once:,} of "
+                "one request; ask for fewer at once"
+            )
+        if self.completions + completions > self._limit:
             raise _busy(f"the server is busy with {self.requests} requests; try again in a moment")
         self.requests += 1
         self.completions += completions

@@ -17,6 +17,17 @@ import tokenizers
 
 from bessemer.tokenization.chat import Segment
 
+#: The library encodes one text without letting other threads run, and several with; it is slower for a short one.
+_LONG = 1 << 14
+
+
+def encode_beside_others(tokenizer: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
+    """The encoding of a text, during which other threads run where it is long."""
+    if len(text) <= _LONG:
+        return tokenizer.encode(text, add_special_tokens=False)
+    (encoding,) = tokenizer.encode_batch([text], add_special_tokens=False)
+    return encoding
+
 
 class ChatEncoder:
     """Encodes segments with one tokenizer."""
@@ -34,7 +45,7 @@ class ChatEncoder:
     def encode(self, segments: Sequence[Segment]) -> tuple[list[int], list[bool]]:
         """Ids, and the assistant mask: True for tokens that lie wholly in the assistant's messages."""
         pieces = [(segment, self._names[segment.text] if segment.is_control else segment.text) for segment in segments]
-        encoding = self._copy.encode("".join(text for _, text in pieces), add_special_tokens=False)
+        encoding = encode_beside_others(self._copy, "".join(text for _, text in pieces))
         says = b"".join((b"\1" if segment.is_assistant else b"\0") * len(text) for segment, text in pieces)
         mask = [
             bool(says[start]) if id in self._controls else start < end and says.find(0, start, end) < 0

@@ -143,6 +143,17 @@ def in_parts(texts: Sequence[str], cut: bool) -> tuple[list[str], np.ndarray]:
     return parts, np.array(firsts)
 
 
+def slices(text: str) -> list[tuple[int, int]]:
+    """Where a text may be cut: slices of about `_CHARACTERS_PER_PART`, at spaces where there are any."""
+    found, start = [], 0
+    while len(text) - start > 2 * _CHARACTERS_PER_PART:
+        cut = text.find(" ", start + _CHARACTERS_PER_PART, start + 2 * _CHARACTERS_PER_PART)
+        end = cut if cut >= 0 else start + _CHARACTERS_PER_PART
+        found.append((start, end))
+        start = end
+    return [*found, (start, len(text))]
+
+
 def certain_split(tokenizer: tokenizers.Tokenizer) -> str | None:
     """The named split of a tokenizer that gives the parts of `in_parts` the ids that they have in the whole: nothing
     reaches over a cut (a normalizer, an added token that is looked for in text). None where that is not so."""

@@ -16,8 +16,8 @@ from bessemer.core.errors import ArtefactError, RequestError
 from bessemer.core.hashing import hash_file
 from bessemer.core.store import read_json
 from bessemer.tokenization.chat import ChatTemplate, Message, Segment, Tool, check_encodable
-from bessemer.tokenization.chat_encoding import ChatEncoder
-from bessemer.tokenization.fast import BulkEncoder, TokenizersEncoder, agree, bulk_encoder
+from bessemer.tokenization.chat_encoding import ChatEncoder, encode_beside_others
+from bessemer.tokenization.fast import BulkEncoder, TokenizersEncoder, agree, bulk_encoder, slices
 from bessemer.tokenization.folder import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from bessemer.tokenization.long_runs import LONG_TEXT
 from bessemer.tokenization.offsets import bytes_alone, spans_of_pieces, spread_runs, without_holes
@@ -33,6 +33,8 @@ GENERATION_CONFIG_FILE = "generation_config.json"
 BEGIN_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>", END_OF_TEXT, "[CLS]")
 END_NAMES = ("<|end_of_text|>", END_OF_TEXT, "</s>", "<eos>", "[SEP]")
 
+#: Tokens at the ends of a slice that are not those of the whole text, at most.
+_AT_ENDS = 64
 #: Texts that a tokenizer which loses anything changes: white space, normal forms, letters of any script, control characters.
 _ROUND_TRIP = (
     " a",
@@ -115,8 +117,30 @@ class Tokenizer:
             # in parts: little memory, and time that grows no faster than the text
             ids: list[int] = self.bulk.encode_flat([text])[0].tolist()
         else:
-            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+            ids = encode_beside_others(self._tokenizer, text).ids
         return [*self._before, *ids, *self._after] if add_bos else ids
+
+    def has_more_tokens(self, text: str, limit: int) -> bool:
+        """Whether a text surely has more than `limit` tokens, with little work for a text of any length: a token has no more
+        bytes than the longest, and of the text only as much is encoded as has more tokens. False of one that may have fewer,
+        or is short enough to be encoded."""
+        if self.lossless and len(text.replace("\u2581", " ").encode(errors="replace")) > limit * self._longest:
+            return True
+        parts = slices(text)
+        if len(parts) == 1:
+            return False
+        count = 0
+        for start, end in parts:
+            # at its ends a slice may have tokens that the whole has not
+            count += max(len(self.bulk.encode_flat([text[start:end]])[0]) - _AT_ENDS, 0)
+            if count > limit:
+                return True
+        return False
+
+    @cached_property
+    def _longest(self) -> int:
+        """Bytes of the longest token."""
+        return max(map(len, self._vocabulary.later))
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], np.ndarray]:
         """Ids of a text without a begin token, and where each stands: int64 (tokens, 2), the characters [start, end).

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from fastapi import APIRouter, Request
 from pydantic import Field, model_validator
 
-from bessemer.serving.bodies import ApiError, Body, misfit, read_request
+from bessemer.serving.bodies import ApiError, Body, misfit, read_body
 
 #: Files below the folder: rows of `preference` and of KTO, in TRL's conversational form.
 PAIRS, LABELS = "pairs.jsonl", "labels.jsonl"
@@ -64,7 +64,7 @@ class FeedbackApi:
         return router
 
     async def take(self, request: Request) -> dict[str, str]:
-        asked = read_request(Feedback, await request.body())
+        asked = await read_body(Feedback, request)
         if self._folder is None:
             raise ApiError("this server keeps no feedback; start it with --feedback FOLDER", status=403, code="not_allowed")
         name = PAIRS if asked.chosen is not None else LABELS

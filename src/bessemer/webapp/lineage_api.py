@@ -20,7 +20,7 @@ from bessemer.inspection.inspect import piece_of
 from bessemer.model.decoder import Decoder
 from bessemer.model.folder import load_model
 from bessemer.model.folder_config import read_model_config
-from bessemer.serving.bodies import ApiError, Body, read_request
+from bessemer.serving.bodies import ApiError, Body, read_body
 from bessemer.serving.clients import caller_of
 from bessemer.serving.served import Served
 from bessemer.webapp.access import check_owner, missing, named_run, off_the_loop
@@ -109,7 +109,7 @@ class LineageApi:
         """A request that may be answered. Raises ApiError: 403 for a client that may not see it, 404 for another model than the
         run's: an adapter, or one beside the first."""
         check_owner(request)
-        asked = read_request(EarlierRequest, await request.body())
+        asked = await read_body(EarlierRequest, request)
         if self._made_by is None or asked.model not in (None, *self._served.names_of_model):
             raise missing("the run that made this model is not known here; serve it first, by the run's name")
         if max(*asked.before, asked.token) >= self._served.engine.tokenizer.vocab_size:

@@ -17,7 +17,7 @@ from bessemer.inference.sampling.params import SamplingParams
 from bessemer.inference.sampling.truncation import truncated_logits
 from bessemer.inspection.inspect import piece_of
 from bessemer.inspection.lens import lens_logits
-from bessemer.serving.bodies import ApiError, Body, read_request
+from bessemer.serving.bodies import ApiError, Body, Name, read_body
 from bessemer.serving.clients import caller_of
 from bessemer.serving.served import Served
 from bessemer.serving.streams import as_api_error
@@ -35,7 +35,7 @@ class PiecesRequest(Body):
     """Tokens whose texts are asked for, each by itself."""
 
     ids: Annotated[list[TokenId], Field(max_length=1_000_000)]
-    model: str | None = None
+    model: Name | None = None
 
 
 class HeadOf(Body):
@@ -51,7 +51,7 @@ class TokenRequest(Body):
     before: the prompt, and the answer up to the token. token: the one that came; None: only what could come.
     """
 
-    model: str
+    model: Name
     before: Annotated[list[TokenId], Field(min_length=1, max_length=1_000_000)]
     token: TokenId | None = None
     temperature: float = Field(1.0, ge=0, le=2)
@@ -75,13 +75,13 @@ class TokenApi:
         return router
 
     async def pieces(self, request: Request) -> dict[str, Any]:
-        asked = read_request(PiecesRequest, await request.body())
+        asked = await read_body(PiecesRequest, request)
         served = await self._served.of(asked.model or self._served.model_name, caller_of(request))
         tokenizer = served.engine.tokenizer
         return {"pieces": await asyncio.to_thread(lambda: [piece_of(tokenizer, id) for id in asked.ids])}
 
     async def token(self, request: Request) -> dict[str, Any]:
-        asked = read_request(TokenRequest, await request.body())
+        asked = await read_body(TokenRequest, request)
         caller = caller_of(request)
         self._served.check_unguarded()
         served = await self._served.of(asked.model, caller)

@@ -25,7 +25,7 @@ from bessemer.inspection.inspect import inspect
 from bessemer.model.costs import parameters
 from bessemer.model.decoder import Decoder
 from bessemer.model.folder import load_model
-from bessemer.serving.bodies import ApiError, Body, read_request
+from bessemer.serving.bodies import ApiError, Body, read_body
 from bessemer.serving.clients import caller_of
 from bessemer.serving.served import Served
 from bessemer.serving.streams import until_client_leaves
@@ -88,12 +88,12 @@ class XrayApi:
         return router
 
     async def xray(self, request: Request) -> Response:
-        asked = read_request(XrayRequest, await request.body())
+        asked = await read_body(XrayRequest, request)
         self._served.check_unguarded()
         return await self._alone(request, asked.text, lambda model, _: self._drawn(asked, model))
 
     async def without(self, request: Request) -> Response:
-        asked = read_request(WithoutRequest, await request.body())
+        asked = await read_body(WithoutRequest, request)
         self._served.check_unguarded()
         return await self._alone(request, asked.text, lambda model, check: self._answers(asked, model, check))
 

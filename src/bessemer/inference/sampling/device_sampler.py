@@ -159,10 +159,10 @@ class SampledRows:
             length = len(state.answer) + (row in self._pending)
             if not state.adjusts_after(length):
                 continue
-            bias.add(row, *state.bias)
-            banned.add(row, state.banned)
-            if state.allowed is not None:
-                allowed.add(len(allowing), state.allowed)
+            bias.add(row, *state.rules.bias)
+            banned.add(row, state.rules.banned)
+            if state.rules.allowed is not None:
+                allowed.add(len(allowing), state.rules.allowed)
                 allowing.append(row)
             if length < state.params.min_tokens:
                 early.add(row, state.ends_array)

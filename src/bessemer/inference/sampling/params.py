@@ -26,7 +26,9 @@ class SamplingParams(Config):
     max_tokens: int = setting(
         256, "most new tokens; fewer where the context ends; 0: the prompt is read, and nothing is made", unit="tokens", ge=0
     )
-    min_tokens: int = setting(0, "new tokens before which no end token and no stop token may come", unit="tokens", ge=0)
+    min_tokens: int = setting(
+        0, "new tokens before which no end token may come and no stop text is looked for", unit="tokens", ge=0
+    )
     temperature: float = setting(
         1.0, "divides the logits; below 0.00001 the likeliest token is taken every time", ge=0, allow_inf_nan=False
     )

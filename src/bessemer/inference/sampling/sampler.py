@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -29,8 +30,29 @@ __all__ = ["Sampled", "SamplingParams", "SamplingState", "generator_for", "sampl
 #: Rows that are drawn from at once.
 _ROWS = 16
 
+#: Biases of more than the vocabulary by this are added to all of it: in order, a logit costs a tenth.
+_DENSE = 10
+
 NO_TOKEN_LEFT = "no token may come next: grammar, allowed_tokens and banned_tokens together leave none"
 NOT_FINITE = "the model's logits are not finite: its weights are damaged or its training diverged"
+
+#: Settings that `SampledRows` computes. Every other one that is asked leaves the request to the host's sampler.
+COMPUTED_ON_DEVICE = frozenset(
+    {"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"}
+    | {"logit_bias", "allowed_tokens", "banned_tokens", "min_tokens", "stop_token_ids", "seed"}
+)
+#: Settings that no sampler reads: when an answer ends, how many there are, the prompt's log-probabilities, beams, and the
+#: distribution of `logprobs`, which alone asks for any.
+NO_SAMPLERS = frozenset(
+    {"max_tokens", "stop", "include_stop", "ignore_eos", "n", "best_of", "prompt_logprobs", "logprobs_mode"}
+    | {"beam_width", "length_penalty"}
+)
+_ON_DEVICE = COMPUTED_ON_DEVICE | NO_SAMPLERS
+
+
+@cache
+def _defaults(kind: type[SamplingParams]) -> list[tuple[str, Any]]:
+    return [(name, field.get_default(call_default_factory=True)) for name, field in kind.model_fields.items()]
 
 
 class Grammar(Protocol):
@@ -66,6 +88,45 @@ class Choice(NamedTuple):
     log_probs: dict[int, LogProbs]
 
 
+class TokenRules:
+    """What parameters say of single tokens, as arrays. The answers to one prompt share them.
+
+    bias: ids and what is added to their logits. banned, allowed: ids; None: all are allowed. Raises RequestError for a token
+    outside the vocabulary.
+    """
+
+    def __init__(self, params: SamplingParams, vocab_size: int) -> None:
+        check_tokens(params, vocab_size)
+        self.bias = (np.array([*params.logit_bias], np.int64), np.array([*params.logit_bias.values()], np.float32))
+        self.banned = np.array(params.banned_tokens, np.int64)
+        self.allowed = None if params.allowed_tokens is None else np.unique(np.array(params.allowed_tokens, np.int64))
+        #: The biases of the whole vocabulary, where there are so many that they are added faster, float32 (V,).
+        self._bias_V: np.ndarray | None = None
+        if len(params.logit_bias) > vocab_size // _DENSE:
+            self._bias_V = np.zeros(vocab_size, np.float32)
+            self._bias_V[self.bias[0]] = self.bias[1]
+        self._forbidden_V: np.ndarray | None = None
+        if self.allowed is not None:
+            self._forbidden_V = np.ones(vocab_size, np.bool_)
+            self._forbidden_V[self.allowed] = False
+
+    def add_bias(self, logits_V: np.ndarray) -> None:
+        """Add the biases in place."""
+        if self._bias_V is not None:
+            logits_V[: len(self._bias_V)] += self._bias_V
+        else:
+            ids, values = self.bias
+            logits_V[ids] += values
+
+    def forbid(self, logits_V: np.ndarray) -> None:
+        """Put -inf in place of the logits of what may not be chosen."""
+        logits_V[self.banned] = -np.inf
+        if self._forbidden_V is not None:
+            # a table may have more rows than there are tokens
+            logits_V[len(self._forbidden_V) :] = -np.inf
+            np.copyto(logits_V[: len(self._forbidden_V)], -np.inf, where=self._forbidden_V)
+
+
 class SamplingState:
     """What sampling a request's next token depends on: its parameters, its random numbers, and the tokens so far.
 
@@ -82,14 +143,16 @@ class SamplingState:
         index: int = 0,
         grammar: Grammar | None = None,
         folder: Path | None = None,
+        rules: TokenRules | None = None,
     ) -> None:
         """Of answer `index` to a prompt; end tokens are those at which it ends, besides `stop_token_ids`.
 
-        folder: where a `logits_processor` of a file is, by default the working directory.
+        folder: where a `logits_processor` of a file is, by default the working directory. rules: those of `params`, made for
+        another answer; None: they are made here.
         Raises RequestError when the parameters name a token outside the vocabulary, or a grammar that is not given;
         ConfigError when the processor's file or function is not there.
         """
-        check_tokens(params, vocab_size)
+        self.rules = rules or TokenRules(params, vocab_size)
         if params.grammar is not None and grammar is None:
             raise RequestError(f"{params.grammar[0]} is not served here: no grammar was compiled for it; leave it out")
         self.params = params
@@ -102,18 +165,18 @@ class SamplingState:
         self._prompt = prompt
         self._end_set = frozenset(end_tokens) | frozenset(params.stop_token_ids)
         self.ends_array = np.array(sorted(self._end_set), np.int64)
-        self.bias = (np.array([*params.logit_bias], np.int64), np.array([*params.logit_bias.values()], np.float32))
-        self.banned = np.array(params.banned_tokens, np.int64)
-        self.allowed = None if params.allowed_tokens is None else np.array(params.allowed_tokens, np.int64)
         processor = params.logits_processor
         self._processor: Callable[..., Any] | None = (
             load_user_function(processor, folder or Path()) if isinstance(processor, str) else processor
         )
         self.penalises = params.repetition_penalty != 1 or bool(params.presence_penalty or params.frequency_penalty)
         self.counts = TokenCounts(prompt if params.repetition_penalty != 1 else ())
-        self._changes = self.penalises or bool(params.logit_bias or params.banned_tokens) or self.allowed is not None
+        self._changes = self.penalises or bool(params.logit_bias or params.banned_tokens) or self.rules.allowed is not None
         self._changes = self._changes or self._processor is not None or grammar is not None
         self.truncation = Truncation.of(params)
+        asked = (name for name, default in _defaults(type(params)) if getattr(params, name) != default)
+        #: Whether `SampledRows` can choose the next tokens: it computes every setting that is asked and bears on them.
+        self.on_device = grammar is None and all(name in _ON_DEVICE for name in asked)
 
     @property
     def takes_argmax(self) -> bool:
@@ -128,12 +191,6 @@ class SamplingState:
     def adjusts_after(self, length: int) -> bool:
         """Whether the logits are changed of the token that comes after `length` tokens of the answer."""
         return self._changes or length < self.params.min_tokens
-
-    @property
-    def on_device(self) -> bool:
-        """Whether `SampledRows` can choose the next token: nothing of it needs the host."""
-        params = self.params
-        return self._processor is None and self.grammar is None and params.logprobs is None and params.typical_p == 1
 
     @property
     def draws_from_softmax(self) -> bool:
@@ -173,7 +230,7 @@ class SamplingState:
 
         Raises RequestError when the user's processor fails or the grammar cannot go on.
         """
-        self._add_bias(logits_V)
+        self.rules.add_bias(logits_V)
         if self.penalises:
             penalise(logits_V, self.params, self.counts)
         if self._processor is not None:
@@ -182,19 +239,11 @@ class SamplingState:
 
     def adjust_beam(self, logits_V: np.ndarray, length: int) -> None:
         """Bias, and -inf for what may not come, after `length` tokens of a beam, which has no penalties and no grammar."""
-        self._add_bias(logits_V)
+        self.rules.add_bias(logits_V)
         self._forbid(logits_V, length)
 
-    def _add_bias(self, logits_V: np.ndarray) -> None:
-        ids, values = self.bias
-        logits_V[ids] += values
-
     def _forbid(self, logits_V: np.ndarray, length: int) -> None:
-        logits_V[self.banned] = -np.inf
-        if self.allowed is not None:
-            kept = logits_V[self.allowed]
-            logits_V[:] = -np.inf
-            logits_V[self.allowed] = kept
+        self.rules.forbid(logits_V)
         early = length < self.params.min_tokens
         if self.grammar is not None:
             allowed_V = self.grammar.allowed()

@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from bessemer.serving import limits
 from bessemer.serving.app import answer_api_error, answer_failure, answer_http_error, error_body_of, watch
 from bessemer.serving.bodies import ApiError
 from bessemer.serving.clients import SCOPE, Caller
@@ -116,7 +117,12 @@ class Entrance:
         caller: Caller = scope[SCOPE]
         self.requests += 1
         try:
-            asked = Forwarded.of(scope, await Request(scope, receive).body(), caller)
+            body = await Request(scope, receive).body()
+            # beside the event loop where it is large: a prompt is parsed
+            is_large = len(body) > limits.PARSED_AT_ONCE
+            asked = (
+                await asyncio.to_thread(Forwarded.of, scope, body, caller) if is_large else Forwarded.of(scope, body, caller)
+            )
             if self.is_draining and scope["path"] not in PUBLIC:
                 raise unavailable("the server is stopping; another one may answer")
             if scope["path"] in _OF_ALL:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from starlette.types import ASGIApp, Message, Scope
 
 from bessemer.assistant.principal import Principal
+from bessemer.serving.bodies import ApiError, read_json
 from bessemer.serving.clients import SCOPE, Caller, Client
 
 _log = logging.getLogger(__name__)
@@ -69,8 +70,8 @@ class Part(NamedTuple):
 def prompt_of(body: bytes) -> str:
     """What a body's prompt is made of, as one text; "" where the body is none."""
     try:
-        asked = json.loads(body)
-    except (ValueError, RecursionError):
+        asked = read_json(body)
+    except ApiError:
         return ""
     if not isinstance(asked, dict):
         return ""
