@@ -37,7 +37,7 @@ MAX_STEPS = 200_000
 #: Characters that a rendering may write, and that `+` or `*` may make of a text, or items of a list.
 MAX_LENGTH = 1 << 26
 #: Seconds of the processor that a rendering may take.
-MAX_SECONDS = 5.0
+MAX_SECONDS = 10.0
 #: The largest number that a method or a filter takes: a width, an indentation, how many parts.
 _LARGEST_ARGUMENT = 100_000
 #: Digits in the field of a format, as a width, that would be above it.
