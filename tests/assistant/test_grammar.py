@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import time
 
 import jsonschema
 import numpy as np
 import pytest
 import tokenizers
 
-from bessemer.assistant.grammar import OfferedTool, Wanted
+from bessemer.assistant.grammar import OfferedTool, Rules, Wanted
 from bessemer.assistant.json_calls import ParsedCall
 from bessemer.assistant.tool_formats import TOOL_FORMATS
 from bessemer.inference.sampling.grammar import GrammarCompiler
@@ -173,3 +174,20 @@ def test_values_in_tags_may_refer_to_the_whole_schema_and_be_anything(tokenizer)
     call = "<tool_call>\n<function=cut>\n<parameter=size>\n{}\n</parameter>\n</function>\n</tool_call>"
     assert fits(tokenizer, FORMATS["qwen3_coder"], wanted, call.format(2))
     assert not fits(tokenizer, FORMATS["qwen3_coder"], wanted, call.format(3))
+
+
+@pytest.mark.parametrize("line", ["\n", " \n", "start", "start\n", "start[\n", "start[]\n", "\tstart \n", "start[a"], ids=ascii)
+def test_a_grammar_of_a_client_is_renamed_in_a_time_that_grows_with_its_length(line):
+    """A quadratic search takes minutes for these."""
+    text = line * (400_000 // len(line))
+    started = time.process_time()
+    assert Rules(lambda text: None).form(("ebnf", text)) == "whole_answer"
+    assert time.process_time() - started < 5
+
+
+@pytest.mark.parametrize("start", ["start:", "  start :", "\n\n start\n:", 'start[capture, stop="x"] :', "start [capture]:"])
+def test_the_start_of_a_client_s_grammar_gets_another_name(start):
+    rules = Rules(lambda text: None)
+    rules.form(("ebnf", f'restart: "b"\n{start} "a" restart starting\nstarting: "c"'))
+    renamed = start.replace("start", "whole_answer")
+    assert f'restart: "b"\n{renamed} "a" restart starting\nstarting: "c"' in rules.text("whole_answer")

@@ -1,5 +1,7 @@
 """The parser, however the text is cut."""
 
+import time
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -275,3 +277,12 @@ def test_the_format_is_that_of_the_chat_template():
     assert format_of_template("<tool_call>\n<function=") is QWEN3_CODER
     assert format_of_template("<|start|>assistant<|channel|>final<|message|>") is GPT_OSS
     assert format_of_template(None) is HERMES
+
+
+def test_closing_tags_in_a_text_of_a_call_are_read_in_a_time_that_grows_with_its_length():
+    """To count the quotation marks before each from the beginning would take a minute."""
+    parser, started = parser_of(HERMES), time.process_time()
+    parser.feed('<tool_call>\n{"name": "add", "arguments": {"b": "' + "</tool_call>" * 40_000)
+    (call,) = [*parser.feed('"}}\n</tool_call>'), *parser.finish()]
+    assert call.arguments["b"] == "</tool_call>" * 40_000
+    assert time.process_time() - started < 5

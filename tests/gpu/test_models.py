@@ -95,19 +95,22 @@ def test_every_attention_backend_gives_the_logits_of_the_definition(backend, dev
     assert (logits(decoder.to(device), tokens_BT) - expected).abs().max() < 1e-4
 
 
-def test_compiled_flex_attention_has_the_gradients_of_the_definition(device):
+@pytest.mark.parametrize("attend", [torch.compile(flex, dynamic=False), flex], ids=["in a block", "by itself"])
+def test_compiled_flex_attention_has_the_gradients_of_the_definition(attend, device):
+    """Rows of several numbers and lengths, one after the other."""
     generator = torch.Generator().manual_seed(0)
-    given = [torch.randn(2, heads, 128, 16, generator=generator).to(device) for heads in (4, 2, 2)]
-    documents_BT = (torch.arange(128, device=device) // 50).expand(2, -1)
-    mask = attention_mask(128, 128, torch.float32, device, documents_BT=documents_BT, window=40)
-    results = []
-    for attend in (torch.compile(flex, dynamic=False), explicit):
-        inputs = [tensor.clone().requires_grad_() for tensor in given]
-        attended = attend(*inputs, mask, Scores(0.25, softcap=5.0))
-        attended.square().sum().backward()
-        results.append([attended, *(tensor.grad for tensor in inputs)])
-    for found, expected in zip(*results, strict=True):
-        assert relative_difference(found, expected) < 1e-4
+    for rows, length in ((2, 128), (3, 200), (5, 333), (1, 260)):
+        given = [torch.randn(rows, heads, length, 16, generator=generator).to(device) for heads in (4, 2, 2)]
+        documents_BT = (torch.arange(length, device=device) // 50).expand(rows, -1)
+        mask = attention_mask(length, length, torch.float32, device, documents_BT=documents_BT, window=40)
+        results = []
+        for compute in (attend, explicit):
+            inputs = [tensor.clone().requires_grad_() for tensor in given]
+            attended = compute(*inputs, mask, Scores(0.25, softcap=5.0))
+            attended.square().sum().backward()
+            results.append([attended, *(tensor.grad for tensor in inputs)])
+        for found, expected in zip(*results, strict=True):
+            assert relative_difference(found, expected) < 1e-4
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import jsonschema
 import numpy as np
@@ -11,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bessemer.core.errors import RequestError
+from bessemer.inference.sampling import grammar as grammar_module
 from bessemer.inference.sampling.grammar import GrammarCompiler
 from bessemer.inference.sampling.sampler import SamplingParams, SamplingState, sample_rows
 from bessemer.inference.speculation.verification import verify
@@ -277,3 +280,56 @@ def test_matchers_of_one_grammar_do_not_disturb_each_other(compiler):
 
 def test_without_a_grammar_there_is_no_matcher(compiler):
     assert compiler.matcher(SamplingParams()) is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"choice": [f"text {number}" for number in range(100_000)]}, "choice: 100,000 texts are more than the 4,096"),
+        ({"choice": ["a" * 200_000, "b" * 200_000]}, "choice: 400,000 characters are more than the 262,144"),
+        ({"regex": "a" * 300_000}, "regex: 300,000 characters"),
+        ({"json_schema": {"enum": ["a" * 300_000]}}, "json_schema: 300,0"),
+    ],
+    ids=["texts", "characters", "regex", "schema"],
+)
+def test_a_grammar_that_is_too_large_is_refused_before_it_is_compiled(tokenizer, monkeypatch, settings, said):
+    monkeypatch.setattr(GrammarCompiler, "_compile", None)
+    with pytest.raises(RequestError, match=said):
+        GrammarCompiler(tokenizer, PADDED).matcher(SamplingParams(**settings))
+
+
+#: Computed for ever, and a chain of rules that overflows a stack and takes the process with it.
+INTERSECTION = "start: A\nA: " + " & ".join(f"/.*{number:x}.*/" for number in range(60))
+CHAIN = "start: a0\n" + "\n".join(f"a{number}: a{number + 1}" for number in range(12_000)) + '\na12000: "x"'
+
+
+@pytest.mark.parametrize("ebnf", [INTERSECTION, CHAIN], ids=["intersection", "chain"])
+def test_a_grammar_on_which_the_library_hangs_or_crashes_is_refused_in_time(tokenizer, monkeypatch, ebnf):
+    compiler = GrammarCompiler(tokenizer, PADDED)
+    compiler.matcher(SamplingParams(regex="a"))
+    monkeypatch.setattr(grammar_module, "_COMPILE_SECONDS", 0.3)
+    for _ in range(2):
+        with pytest.raises(RequestError, match=r"^ebnf does not compile: it takes too much time or memory; simplify it$"):
+            compiler.matcher(SamplingParams(ebnf=ebnf))
+    assert compiler.matcher(SamplingParams(regex="ab")) is not None
+
+
+def test_a_grammar_that_is_kept_does_not_wait_for_one_that_is_compiled(tokenizer, monkeypatch):
+    compiler = GrammarCompiler(tokenizer, PADDED)
+    compiler.matcher(SamplingParams(regex="a"))
+    begun, may_end = threading.Event(), threading.Event()
+
+    def compile_slowly(name, value):
+        begun.set()
+        assert may_end.wait(30)
+        raise RequestError("slow")
+
+    monkeypatch.setattr(compiler, "_compile", compile_slowly)
+    with ThreadPoolExecutor(2) as pool:
+        slow = pool.submit(compiler.matcher, SamplingParams(regex="b"))
+        assert begun.wait(30)
+        assert pool.submit(compiler.matcher, SamplingParams(regex="a")).result(30) is not None
+        assert not slow.done()
+        may_end.set()
+        with pytest.raises(RequestError, match="slow"):
+            slow.result(30)

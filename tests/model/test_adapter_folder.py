@@ -9,6 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from bessemer.core.errors import ArtefactError
+from bessemer.model import file_patterns
 from bessemer.model.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter, write_adapter
 from bessemer.model.adapters import Adapter, adapted
 from bessemer.model.folder import load_model
@@ -310,13 +311,15 @@ def test_an_adapter_of_a_deeper_model_is_refused(folders, model):
         ({"use_qalora": []}, r"use_qalora should be true or false, got \[\]"),
         ({"rank_pattern": {"(" * 2000 + ")" * 2000: 4}}, "rank_pattern: .* is no regular expression"),
         ({"rank_pattern": {"q_(": 4}}, r"rank_pattern: 'q_\(' is no regular expression"),
+        ({"rank_pattern": {"(a|[a-z0-9._]|[a-z0-9._]{2})+[!?]": 4}}, "rank_pattern: .* takes more than 0.1 s to match"),
         ({"alpha_pattern": [1]}, "alpha_pattern is not a mapping"),
         ({"bessemer": {"format": 2}}, "has format 2, newer than the 1"),
         ({"bessemer": {"format": 1}}, "other weights"),
         ({"bessemer": 1}, "'bessemer' is not a mapping"),
     ],
 )
-def test_settings_that_are_not_supported_are_refused_by_name(changed, model, settings, message):
+def test_settings_that_are_not_supported_are_refused_by_name(changed, model, settings, message, monkeypatch):
+    monkeypatch.setattr(file_patterns, "_SECONDS", 0.1)
     with pytest.raises(ArtefactError, match=message) as raised:
         read_adapter(changed(settings), model)
     assert "\n" not in str(raised.value)

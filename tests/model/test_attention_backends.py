@@ -1,13 +1,17 @@
 import resource
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.flex_attention import create_mask
 
+from bessemer.model import attention_backends
 from bessemer.model import decoder as decoder_module
 from bessemer.model.attention_backends import BACKENDS, Scores, block_mask, explicit, flex, tiled
 from bessemer.model.attention_mask import AttentionMask, alibi_slopes, attention_mask, bias
@@ -143,6 +147,42 @@ def test_queries_that_a_norm_left_in_float32_are_attended_in_the_dtype_of_the_va
     found = flex(query, key, value, mask, Scores(0.3))
     assert found.dtype == torch.bfloat16
     assert (found - explicit(query, key, value, mask, Scores(0.3))).abs().max() < 0.05
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """FlexAttention compiled as on a GPU, each graph computed as it stands; counts the graphs."""
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("eager")
+    compiled = cache(lambda: compiled_flex_attention(counter))
+    compiled_flex_attention = attention_backends._compiled_flex_attention
+    monkeypatch.setattr(attention_backends, "_needs_kernel", lambda device: True)
+    monkeypatch.setattr(attention_backends, "_compiled_flex_attention", compiled)
+    return counter
+
+
+def attended(rows, length, softcap=None, window=None):
+    """By `flex` and by the definition: packed rows of this length."""
+    documents_BT = (torch.arange(length) // 9).expand(rows, -1)
+    mask = attention_mask(length, length, torch.float32, CPU, documents_BT=documents_BT, window=window, dense=False)
+    counts = (HEADS, KEY_VALUE_HEADS, KEY_VALUE_HEADS)
+    query, key, value = (heads(count, length, seed, rows) for seed, count in enumerate(counts))
+    given = query, key, value, mask._replace(blocks=block_mask(mask, length, length, CPU)), Scores(0.3, softcap)
+    return flex(*given), explicit(*given)
+
+
+def test_twelve_lengths_and_numbers_of_rows_of_a_gpu_take_one_graph(graphs):
+    for number in range(12):
+        found, expected = attended(3 + number % 3, 130 + 40 * number)
+        assert (found - expected).abs().max() < 1e-5
+    assert graphs.frame_count == 1
+
+
+def test_more_kinds_of_attention_than_are_compiled_are_an_error_and_not_attention_without_a_kernel(graphs, monkeypatch):
+    monkeypatch.setattr(attention_backends, "_FLEX_KERNELS", 1)
+    attended(2, 130)
+    with pytest.raises(FailOnRecompileLimitHit):
+        attended(2, 130, window=20, softcap=1.5)
 
 
 @UNFUSED

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import resource
 import struct
+import sys
 
 import gguf
 import numpy as np
@@ -10,7 +12,7 @@ from gguf import quants
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from bessemer.core.errors import ArtefactError, ConfigError
+from bessemer.core.errors import ArtefactError, BessemerError, ConfigError
 from bessemer.core.store import read_json
 from bessemer.model.families import FAMILIES
 from bessemer.model.folder import load_model, save_model
@@ -20,8 +22,10 @@ from bessemer.model.formats.gguf_blocks import BLOCK_TYPES, dequantise
 from bessemer.model.formats.gguf_export import GGUF_DTYPES, export_gguf
 from bessemer.model.formats.gguf_families import BY_MODEL_TYPE
 from bessemer.model.formats.gguf_import import import_gguf
+from bessemer.model.formats.gguf_open import open_gguf
 from bessemer.tokenization.formats.gguf_metadata import read_head
 from bessemer.tokenization.tokenizer import load_tokenizer
+from tests.model.gguf_fuzz import changed_files
 from tests.model.gguf_models import CASES, write_case
 from tests.model.randomised import SHAPES, random_decoder
 
@@ -327,6 +331,29 @@ def test_no_damage_to_the_head_is_more_than_an_error(small_gguf, tmp_path_factor
         import_gguf(root / "x.gguf", root / "out")
     except ArtefactError:
         assert not (root / "out").exists()
+
+
+# all of them take half a minute
+@pytest.mark.parametrize("step", [4, pytest.param(1, marks=pytest.mark.slow)], ids=["every fourth", "all"])
+def test_a_value_of_another_type_or_size_is_one_line_or_a_model(step, tmp_path):
+    """Every value of the metadata, and every 64-bit number of the head, changed to others."""
+    export_gguf(write_case("llama-yarn", tmp_path / "m"), tmp_path / "whole.gguf")
+    path, refused, before = tmp_path / "x.gguf", 0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for place, (key, word, content) in enumerate(changed_files(tmp_path / "whole.gguf")):
+        if place % step:
+            continue
+        path.write_bytes(content)
+        try:
+            open_gguf(path)
+        except BessemerError as error:
+            refused += 1
+            assert "\n" not in str(error), (key, word)
+        except Exception as error:
+            pytest.fail(f"{key} changed to {word}: {type(error).__name__}: {error}")
+    assert refused > 150
+    # in KiB, on macOS in bytes: what a file of 200 kB says makes nobody take a gigabyte
+    taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert taken < (1 << 29 if sys.platform == "darwin" else 1 << 19)
 
 
 def test_layers_of_multi_token_prediction_are_left_out(tmp_path):

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from bessemer.core.errors import ArtefactError, ConfigError
+from bessemer.model import file_patterns
 from bessemer.model.folder import load_model, save_model
 from bessemer.model.folder_config import read_model_config
 from bessemer.model.quantisation.config import QuantizeConfig
@@ -153,9 +154,12 @@ def test_a_missing_tensor_of_codes_is_named(tmp_path):
     [
         ({"quant_method": "gptq"}, "quant_method 'gptq'"),
         ({"config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 3}}}}, "not supported"),
+        ({"ignore": ["re:(a|[a-z0-9._]|[a-z0-9._]{2})+[!?]"]}, r"quantization_config: .* takes more than 0\.1 s to match"),
+        ({"ignore": ["re:("]}, r"quantization_config: '\(' is no regular expression"),
     ],
 )
-def test_a_way_of_quantising_that_is_not_known_is_refused(changes, said, tmp_path):
+def test_a_way_of_quantising_that_is_not_known_is_refused(changes, said, tmp_path, monkeypatch):
+    monkeypatch.setattr(file_patterns, "_SECONDS", 0.1)
     save_model(quantised_decoder(PLAIN), tmp_path, tokenizer=None)
     path = tmp_path / "config.json"
     values = json.loads(path.read_text())
@@ -163,3 +167,9 @@ def test_a_way_of_quantising_that_is_not_known_is_refused(changes, said, tmp_pat
     path.write_text(json.dumps(values))
     with pytest.raises(ArtefactError, match=said):
         load_model(tmp_path)
+
+
+def test_the_repetition_of_a_repetition_is_matched_in_linear_time(tmp_path):
+    """`re` takes longer than anybody waits."""
+    patterns = file_patterns.FilePatterns(tmp_path)
+    assert not patterns.matches("^([a-z0-9._]+)+!$", "model.layers.0.self_attn.q_proj" * 4, "ignore")

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from bessemer.core.errors import RequestError
+from bessemer.tokenization import chat_sandbox
 from bessemer.tokenization.algorithms import train_vocabulary
 from bessemer.tokenization.bpe import byte_level_bpe, train_bpe
 from bessemer.tokenization.chat import ChatTemplate, Segment
@@ -469,9 +470,25 @@ def test_a_template_that_makes_control_tokens_of_words_gets_none_through(text, t
             "67,108,864 characters",
         ),
         ("{{ range(10 ** 7) }}", "Range too big"),
+        ("{{ 'x'.center(10 ** 9) }}", "a number above 100,000"),
+        ("{{ 'x' | center(10 ** 9) }}", "a number above 100,000"),
+        ("{{ [1] | batch(10 ** 9, 'x') | list }}", "a number above 100,000"),
+        ("{{ '%999999999d' % 1 }}", "too wide a field"),
+        ("{{ '{:999999999}'.format(1) }}", "too wide a field"),
+        ("{{ ('x' * 99999).replace('', 'y' * 99999) }}", "more than 67,108,864 characters"),
+        ("{{ ('x' * 99999) | replace('x', 'y' * 99999) }}", "more than 67,108,864 characters"),
+        ("{{ (['x' * 99999] * 9999) | join }}", "more than 67,108,864 characters"),
+        ("{% set x = 'x' * 2 ** 26 %}{{ x ~ x }}", "more than 67,108,864 characters"),
+        (
+            "{% set x = 'x' * 2 ** 24 %}{% for a in range(9) %}{% for b in range(9999) %}{% if x.count('y') %}{% endif %}"
+            "{% endfor %}{% endfor %}",
+            r"takes more than 0\.05 s",
+        ),
     ],
 )
-def test_a_faulty_or_endless_template_is_one_line(text, expected):
+def test_a_faulty_or_endless_template_is_one_line(text, expected, monkeypatch):
+    if "0\\.05 s" in expected:
+        monkeypatch.setattr(chat_sandbox, "MAX_SECONDS", 0.05)
     with pytest.raises(RequestError, match=expected) as error:
         foreign(text).segments(MESSAGES)
     assert "\n" not in str(error.value)

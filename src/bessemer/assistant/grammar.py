@@ -20,7 +20,8 @@ Form = tuple[Literal["json_schema", "regex", "choice", "ebnf"], Any]
 #: Any text without control tokens, and white space, which ends: a model that has learnt little would write nothing else.
 ANY_TEXT, SPACE = "/(?s:.*)/", r"/[ \n]{0,4}/"
 _SLASH = re.compile(r"\\.|/", re.DOTALL)
-_START = re.compile(r"^(\s*)start\b(?=\s*(\[[^\]]*\])?\s*:)", re.MULTILINE)
+#: The rule `start` of a client's grammar. Possessive, and within a line where it is repeated: linear in any text.
+_START = re.compile(r"^([ \t]*+)start\b(?=\s*+(?:\[[^\]\n]*+\]\s*+)?+:)", re.MULTILINE)
 
 
 class OfferedTool(NamedTuple):

@@ -92,8 +92,8 @@ class OutputParser:
         #: Whether white space that comes next is left out.
         self._skips_space = in_thinking
         self._buffer = ""
-        #: Where to look for the closing tag of a call from.
-        self._searched = 0
+        #: Of a call: where to look for its closing tag from, and the quotation marks up to a place.
+        self._searched = self._counted = self._quotes = 0
 
     @property
     def in_thinking(self) -> bool:
@@ -194,7 +194,7 @@ class OutputParser:
         if opening:
             self._emit(events, TextDelta, said.rstrip())
             self._go_on(rest, _State.CALL)
-            self._searched = 0
+            self._searched = self._counted = self._quotes = 0
             return True
         self._emit_certain(events, TextDelta, self._format.opening, final)
         return False
@@ -225,8 +225,9 @@ class OutputParser:
             return self._buffer.find(closing)
         start = max(0, self._searched - len(closing))
         while (place := self._buffer.find(closing, start)) >= 0:
-            quotes = sum(found[1] is not None for found in _QUOTE.finditer(self._buffer, 0, place))
-            if quotes % 2 == 0:
+            self._quotes += sum(found[1] is not None for found in _QUOTE.finditer(self._buffer, self._counted, place))
+            self._counted = place
+            if self._quotes % 2 == 0:
                 return place
             start = place + len(closing)
         self._searched = len(self._buffer)

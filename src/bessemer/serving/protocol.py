@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from bessemer.core.errors import RequestError
+from bessemer.inference.sampling.grammar import check_size
 from bessemer.inference.sampling.params import GRAMMARS, SamplingParams
 from bessemer.serving import limits
 from bessemer.serving.bodies import ApiError, Body, Name, misfit
@@ -187,6 +189,11 @@ class GenerationRequest(Body):
         if len(given := self._grammars()) > 1:
             first, second, *_ = (grammar.parameter for grammar in given)
             raise misfit(second, f"{first} and {second} both say what the text must look like; send one of them")
+        for grammar in given:
+            try:
+                check_size(grammar.setting, grammar.value, grammar.parameter)
+            except RequestError as error:
+                raise misfit(grammar.parameter, str(error)) from None
         return self
 
     def _grammars(self) -> list[Grammar]:

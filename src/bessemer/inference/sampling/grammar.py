@@ -7,14 +7,21 @@ a logit of -inf. So the answer fits, whatever the model says, and the model choo
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
+import weakref
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bessemer.core.errors import RequestError
+from bessemer.core.fair_lock import FairLock
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.tokenization.tokenizer import Tokenizer
 
@@ -26,6 +33,25 @@ JSON_SPACE = r"( |\n[ \t]{0,40})"
 
 #: Compiled grammars that are kept.
 _KEPT = 128
+#: Texts of a choice, and characters of any grammar: the library's time grows with their square.
+MOST_CHOICES, LONGEST_GRAMMAR = 4096, 1 << 18
+#: Seconds that a grammar may take to compile; the first one waits for a process to start too.
+_COMPILE_SECONDS, _START_SECONDS = 5.0, 60.0
+#: Bytes of the stack that grammars are compiled on; above that of `grammar_trial.py`, so that what compiled there does here.
+_STACK = 32 << 20
+
+
+def check_size(setting: str, value: Any, name: str | None = None) -> None:
+    """Raises RequestError for a grammar that is larger than any is compiled. name: what the caller calls the setting."""
+    name = name or setting
+    if setting == "choice":
+        if len(value) > MOST_CHOICES:
+            raise RequestError(f"{name}: {len(value):,} texts are more than the {MOST_CHOICES:,} that are taken; send fewer")
+        length = sum(map(len, value))
+    else:
+        length = len(value if isinstance(value, str) else json.dumps(value))
+    if length > LONGEST_GRAMMAR:
+        raise RequestError(f"{name}: {length:,} characters are more than the {LONGEST_GRAMMAR:,} that are taken; shorten it")
 
 
 class GrammarMatcher:
@@ -99,27 +125,51 @@ class GrammarCompiler:
         self._vocab_size = vocab_size
         self._end_tokens = sorted(tokenizer.eos_ids if end_tokens is None else end_tokens)
         self._tokens: Any = None
-        self._kept: OrderedDict[tuple[str, str], Any] = OrderedDict()
+        self._trial: _Trial | None = None
+        #: By name and value: what was compiled, or why it was not.
+        self._kept: OrderedDict[tuple[str, str], Any | RequestError] = OrderedDict()
         self._lock = threading.Lock()
+        #: Held while one is compiled: who asks for a kept one does not wait for it.
+        self._compiling = FairLock()
 
     def matcher(self, params: SamplingParams) -> GrammarMatcher | None:
         """A new matcher at the beginning of the grammar that a request asks for; None where it asks for none.
 
-        Raises RequestError, in one line, for a grammar that does not compile or that no text fits.
+        Raises RequestError, in one line, for a grammar that is too large, does not compile in time, or that no text fits.
         """
         if params.grammar is None:
             return None
         name, value = params.grammar
+        check_size(name, value)
         key = (name, value if isinstance(value, str) else json.dumps(value))
+        matcher = self._copy_of(key)
+        if matcher is None:
+            with self._compiling:
+                # another thread may have compiled it meanwhile
+                matcher = self._copy_of(key) or self._compiled_and_kept(key, name, value)
+        return matcher
+
+    def _copy_of(self, key: tuple[str, str]) -> GrammarMatcher | None:
+        """A new matcher of a grammar that is kept. Raises RequestError for one that was refused."""
         with self._lock:
-            compiled = self._kept.get(key)
-            if compiled is None:
-                compiled = self._compile(name, value)
-                self._kept[key] = compiled
-                if len(self._kept) > _KEPT:
-                    self._kept.popitem(last=False)
+            kept = self._kept.get(key)
+            if kept is None:
+                return None
             self._kept.move_to_end(key)
-            return GrammarMatcher(compiled.deep_copy(), self._vocab_size, self._end_tokens, name)
+            if isinstance(kept, RequestError):
+                raise RequestError(str(kept))
+            return GrammarMatcher(kept.deep_copy(), self._vocab_size, self._end_tokens, key[0])
+
+    def _compiled_and_kept(self, key: tuple[str, str], name: str, value: Any) -> GrammarMatcher | None:
+        try:
+            kept = self._compile(name, value)
+        except RequestError as error:
+            kept = error
+        with self._lock:
+            self._kept[key] = kept
+            if len(self._kept) > _KEPT:
+                self._kept.popitem(last=False)
+        return self._copy_of(key)
 
     def _compile(self, name: str, value: Any) -> Any:
         try:
@@ -140,7 +190,11 @@ class GrammarCompiler:
                 grammar = LLMatcher.grammar_from_lark(value)
         except ValueError as error:
             raise RequestError(f"{name} does not compile: {_one_line(str(error))}") from None
-        matcher = LLMatcher(self._library_tokens(), grammar, log_level=0)
+        tokens = self._library_tokens()
+        if self._trial is None:
+            self._trial = _Trial(_Tokens(self._tokenizer), self._end_tokens)
+        self._trial.compile(name, grammar)
+        matcher = _with_a_long_stack(lambda: LLMatcher(tokens, grammar, log_level=0))
         if matcher.is_error():
             raise RequestError(f"{name} does not compile: {_one_line(matcher.get_error())}")
         begun = GrammarMatcher(matcher.deep_copy(), self._vocab_size, self._end_tokens, name)
@@ -168,6 +222,86 @@ class GrammarCompiler:
         return self._tokens
 
 
+class _Trial:
+    """Compiles a grammar in another process first, which is ended where it takes too long: the library has inputs of a few
+    hundred bytes on which it computes for ever, and chains of rules that overflow its stack."""
+
+    def __init__(self, tokens: _Tokens, end_tokens: Sequence[int]) -> None:
+        self._first_line = json.dumps(
+            {
+                "tokens": {
+                    "tokens": [token.hex() for token in tokens.tokens],
+                    "special": tokens.special_token_ids,
+                    "eos": tokens.eos_token_id,
+                    "bos": tokens.bos_token_id,
+                },
+                "end_tokens": list(end_tokens),
+            }
+        )
+        self._process: subprocess.Popen[str] | None = None
+
+    def compile(self, name: str, grammar: str) -> None:
+        """Raises RequestError for a grammar that does not compile, or not in time."""
+        seconds = _COMPILE_SECONDS
+        if self._process is None or self._process.poll() is not None:
+            self._process = self._started()
+            seconds += _START_SECONDS
+        process = self._process
+        assert process.stdin is not None and process.stdout is not None
+        timer = threading.Timer(seconds, process.kill)
+        timer.start()
+        try:
+            process.stdin.write(json.dumps(grammar) + "\n")
+            process.stdin.flush()
+            answer = process.stdout.readline()
+        except OSError:
+            answer = ""
+        finally:
+            timer.cancel()
+        if not answer:
+            process.kill()
+            process.wait()
+            raise RequestError(f"{name} does not compile: it takes too much time or memory; simplify it")
+        reason = json.loads(answer)
+        if reason:
+            raise RequestError(f"{name} does not compile: {_one_line(reason)}")
+
+    def _started(self) -> subprocess.Popen[str]:
+        script = Path(__file__).with_name("grammar_trial.py")
+        process = subprocess.Popen(
+            [sys.executable, "-P", str(script)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            encoding="utf-8",
+        )
+        assert process.stdin is not None
+        process.stdin.write(self._first_line + "\n")
+        # it ends with its input, also where this process is killed
+        weakref.finalize(self, _end, process)
+        return process
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.wait()
+    for stream in (process.stdin, process.stdout):
+        if stream is not None:
+            with suppress(OSError):
+                stream.close()
+
+
+def _with_a_long_stack(compute: Callable[[], Any]) -> Any:
+    """The result of a function, on a thread whose stack is `_STACK` bytes."""
+    before = threading.stack_size(_STACK)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(compute).result()
+    finally:
+        threading.stack_size(before)
+
+
 class _Tokens:
     """A tokenizer in the form that `llguidance` reads."""
 
@@ -185,6 +319,9 @@ class _Tokens:
 
 def _one_line(reason: str) -> str:
     """The library's reason without the drawing of the place, and without its inner state."""
+    if reason.startswith("panic:"):
+        # an assertion of the library, with its stack
+        return "it is too large"
     reason = reason.split("\n<state>")[0]
     lines = (line.strip() for line in reason.splitlines())
     return " ".join(line for line in lines if line and not set(line) <= {"^", " "} and not _is_quote(line))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from torch import Tensor
@@ -34,7 +35,7 @@ class GgufHead:
         key = f"{self.architecture}.{name}"
         value = self.values.get(key, default)
         if isinstance(value, list):
-            if len(set(value)) != 1:
+            if not value or any(one != value[0] for one in value):
                 raise ArtefactError(f"{self.place}: {key!r} differs from layer to layer, which is not supported")
             value = value[0]
         return shortest(value) if isinstance(value, float) else value
@@ -49,11 +50,26 @@ class GgufHead:
     def whole(self, name: str, default: int | None = None) -> int:
         """A whole number, which must be there unless a default is given. Raises ArtefactError."""
         value = self.get(name, default)
-        if value is None or isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        if value is None or isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 31:
             raise ArtefactError(
                 f"{self.place}: the key '{self.architecture}.{name}' "
                 + ("is missing" if value is None else f"should be a whole number, got {value!r}")
             )
+        return value
+
+    @overload
+    def number(self, name: str, default: float) -> float: ...
+
+    @overload
+    def number(self, name: str, default: None = None) -> float | None: ...
+
+    def number(self, name: str, default: float | None = None) -> float | None:
+        """A finite number, or the default where there is none. Raises ArtefactError."""
+        value = self.get(name, default)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or abs(value) >= 1 << 63:
+            raise ArtefactError(f"{self.place}: the key '{self.architecture}.{name}' should be a number, got {value!r}")
         return value
 
     def token(self, role: str) -> int | None:
@@ -74,4 +90,5 @@ class GgufHead:
 
 def shortest(value: float) -> float:
     """The shortest decimal number that is the same in float32, in which GGUF holds it: 1e-05 and not 9.99999974e-06."""
-    return float(str(np.float32(value)))
+    with np.errstate(over="ignore"):
+        return float(str(np.float32(value)))

@@ -121,11 +121,11 @@ class GgufFile:
             self.infos[info.name] = info
             self._check(info)
         architecture = values.get("general.architecture")
-        if architecture not in GGUF_FAMILIES:
+        if not isinstance(architecture, str) or architecture not in GGUF_FAMILIES:
             known = ", ".join(GGUF_FAMILIES)
             raise ArtefactError(f"{path}: the architecture {architecture!r} is not supported; supported: {known}")
         self.family: GgufFamily = GGUF_FAMILIES[architecture]
-        if values.get("split.count", 1) > 1:
+        if values.get("split.count", 1) not in (0, 1):
             raise ArtefactError(
                 f"{path}: this is one of {values['split.count']} files of a model; join them first: llama-gguf-split --merge"
             )

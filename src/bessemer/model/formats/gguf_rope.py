@@ -20,11 +20,14 @@ _TOLERANCE = 1e-4
 
 def read_rope(head: GgufHead, head_dim: int) -> dict[str, Any]:
     """The settings of rotary positions. Raises ArtefactError for a scaling that the decoder has not."""
-    theta = float(head.get("rope.freq_base", 10_000.0))
-    kind, factor = head.get("rope.scaling.type", "none"), head.get("rope.scaling.factor", 1.0)
+    theta = head.number("rope.freq_base", 10_000.0)
+    kind, factor = head.get("rope.scaling.type", "none"), head.number("rope.scaling.factor", 1.0)
     # as old files say it
-    if head.get("rope.scale_linear", 0.0):
-        kind, factor = "linear", head["rope.scale_linear"]
+    if old_factor := head.number("rope.scale_linear", 0.0):
+        kind, factor = "linear", old_factor
+    if theta <= 1:
+        # no frequency would be below another
+        raise ArtefactError(f"{head.place}: 'rope.freq_base' should be above 1, got {theta!r}")
     scaling: dict[str, Any] = {}
     if head.rope_factors is not None and not (head.rope_factors == 1).all():
         scaling = _llama3_of(head, theta, head_dim)
@@ -34,7 +37,7 @@ def read_rope(head: GgufHead, head_dim: int) -> dict[str, Any]:
         scaling = _read_yarn(head, factor)
     elif kind != "none":
         raise ArtefactError(f"{head.place}: rotary scaling of the kind {kind!r}; supported: linear, yarn and Llama 3's factors")
-    return {"rope_theta": theta, "rope_scaling": scaling}
+    return {"rope_theta": float(theta), "rope_scaling": scaling}
 
 
 def _read_yarn(head: GgufHead, factor: float) -> dict[str, Any]:
@@ -42,12 +45,12 @@ def _read_yarn(head: GgufHead, factor: float) -> dict[str, Any]:
         "rope_type": "yarn",
         "factor": factor,
         "original_max_position_embeddings": head.get("rope.scaling.original_context_length", head["context_length"]),
-        "beta_fast": head.get("rope.scaling.yarn_beta_fast", 32.0),
-        "beta_slow": head.get("rope.scaling.yarn_beta_slow", 1.0),
+        "beta_fast": head.number("rope.scaling.yarn_beta_fast", 32.0),
+        "beta_slow": head.number("rope.scaling.yarn_beta_slow", 1.0),
     }
-    if (all_dim := head.get("rope.scaling.yarn_log_multiplier")) is not None:
+    if (all_dim := head.number("rope.scaling.yarn_log_multiplier")) is not None:
         scaling |= {"mscale": round(10 * all_dim, 6), "mscale_all_dim": round(10 * all_dim, 6)}
-    elif (attention := head.get("rope.scaling.attn_factor", 1.0)) != 1:
+    elif (attention := head.number("rope.scaling.attn_factor", 1.0)) != 1:
         scaling["attention_factor"] = attention * yarn_mscale(factor, 1.0)
     return scaling
 

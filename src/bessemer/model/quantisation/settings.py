@@ -10,6 +10,7 @@ from typing import Any
 
 from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.model.families.layout import Stored
+from bessemer.model.file_patterns import FilePatterns
 from bessemer.model.quantisation.quantised_modules import EMBEDDING, HEAD
 from bessemer.model.quantisation.registry import SCHEMES, first_scheme
 from bessemer.model.quantisation.schemes.base import CompressedForm, Scheme
@@ -113,14 +114,17 @@ def read_schemes(
             raise ArtefactError(f"{path}: {QUANTIZATION} is damaged") from None
     groups = [group for group in settings.get("config_groups", {}).values() if isinstance(group, Mapping)]
     ignored = settings.get("ignore") or []
+    patterns = FilePatterns(path)
     for one in stored:
         name, base = one.places[0].name, one.name.removesuffix(".weight")
         kind = "Linear" if name in linear else "Embedding"
-        if name not in modules or any(_matches(target, base, kind) for target in ignored):
+        if name not in modules or any(_matches(patterns, target, base, kind) for target in ignored):
             continue
         # a target that names the module goes before one that names its class
-        named = [group for group in groups if any(_matches(target, base, "") for target in group.get("targets", ()))]
-        classed = [group for group in groups if any(_matches(target, base, kind) for target in group.get("targets", ()))]
+        named, classed = (
+            [group for group in groups if any(_matches(patterns, target, base, each) for target in group.get("targets", ()))]
+            for each in ("", kind)
+        )
         if not named and not classed:
             continue
         scheme = _scheme((named or classed)[0], base, path)
@@ -142,9 +146,9 @@ def _described(values: Mapping[str, Any], path: Path) -> Scheme:
     return found
 
 
-def _matches(target: str, name: str, kind: str) -> bool:
-    if target.startswith("re:"):
-        return re.match(target[3:], name) is not None
+def _matches(patterns: FilePatterns, target: Any, name: str, kind: str) -> bool:
+    if isinstance(target, str) and target.startswith("re:"):
+        return patterns.matches(target[3:], name, QUANTIZATION)
     return target in (kind, name)
 
 

@@ -7,7 +7,9 @@ a name for it, and no Unicode normalisation: the folder encodes as llama.cpp doe
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+import math
+import reprlib
+from collections.abc import Callable, Container, Mapping, Sequence
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -56,12 +58,50 @@ def import_gguf(path: Path, split: str | None = None) -> ForeignTokenizer:
     return _Gguf(path).tokenizer(split)
 
 
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value < 1 << 31
+
+
+def _is_list_of(is_one: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(is_one, value))
+
+
+_KINDS_BY_NAME: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(["model", "pre"], ("a text", _is_text)),
+    **dict.fromkeys(["tokens", "merges"], ("a list of texts", _is_list_of(_is_text))),
+    "scores": ("a list of numbers", _is_list_of(_is_number)),
+    **dict.fromkeys(["token_type", "precompiled_charsmap"], ("a list of whole numbers", _is_list_of(_is_id))),
+    **dict.fromkeys(
+        ["bos_token_id", "eos_token_id", "unknown_token_id", "padding_token_id"], ("the number of a token", _is_id)
+    ),
+    **dict.fromkeys(
+        ["add_bos_token", "add_eos_token", "add_space_prefix", "remove_extra_whitespaces"],
+        ("true or false", lambda value: value in (0, 1)),
+    ),
+}
+#: What is under each key that is read, and whether a value is that.
+_KINDS = {f"tokenizer.ggml.{name}": kind for name, kind in _KINDS_BY_NAME.items()} | {
+    "tokenizer.chat_template": ("a text", _is_text)
+}
+
+
 class _Gguf:
     """The metadata of one file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._values = read_metadata(path)
+        for key, (what, is_one) in _KINDS.items():
+            if (value := self._values.get(key)) is not None and not is_one(value):
+                raise ArtefactError(f"{path}: the key {key!r} should be {what}, got {reprlib.repr(value)}")
         self.tokens: list[str] = self.get("tokens", [])
         self.types: list[int] = self.get("token_type", [int(TokenType.NORMAL)] * len(self.tokens))
 
