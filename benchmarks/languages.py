@@ -256,6 +256,9 @@ def paragraphs(places: dict[str, Path], language: Language) -> dict[str, Unit]:
     for unit in units(places, language):
         if gathered and gathered[0].place != unit.place:
             gathered = []
+        # several messages may be one sentence in a translation, which running text would not say twice
+        if any(unit.english == one.english or unit.translated == one.translated for one in gathered):
+            continue
         gathered.append(unit)
         english = " ".join(one.english for one in gathered)
         if len(english.split()) >= FEWEST_WORDS and len(re.findall(r"[.!?](?:\s|$)", english)) >= FEWEST_SENTENCES:
