@@ -296,10 +296,8 @@ def code() -> dict[str, str]:
     root = Path(sysconfig.get_paths()["stdlib"])
     files = sorted(path for path in root.rglob("*.py") if "site-packages" not in path.parts)
     files.sort(key=lambda path: hash_bytes(b"languages", path.relative_to(root).as_posix().encode()))
-    texts = {
-        path.relative_to(root).as_posix(): path.read_text(encoding="utf-8", errors="ignore") for path in files[:MOST_COMPARED]
-    }
-    return {name: text for name, text in texts.items() if text}
+    texts = (path.read_text(encoding="utf-8", errors="ignore") for path in files[:MOST_COMPARED])
+    return {_hash(text): text for text in texts if text}
 
 
 def _hash(text: str) -> str:
