@@ -30,7 +30,7 @@ from bessemer.data.edits.registry import edit_plugin
 from bessemer.data.text.characters import SPACE, TERMINAL, character_classes
 from bessemer.data.text.compiled import compiled
 from bessemer.data.text.lines import stripped
-from bessemer.data.text.scripts import ETHIOPIC_WORDSPACE, is_colon_full_stop, is_without_spaces
+from bessemer.data.text.scripts import ETHIOPIC_WORDSPACE, is_colon_full_stop, is_without_spaces, without_wordspace
 from bessemer.data.text.texts import Texts
 from bessemer.data.text.utf8 import code_point, previous
 
@@ -212,9 +212,7 @@ def _is_terminated(data: np.ndarray, start: int, end: int, classes: np.ndarray, 
         else:
             at += 1
             stop = at
-    # Ethiopic's mark between words may stand behind the last too
-    while stop - start > 3 and code_point(data, previous(data, stop))[0] == ETHIOPIC_WORDSPACE:
-        stop = previous(data, stop)
+    stop = without_wordspace(data, start, stop)
     if stop == start:
         return False
     if data[stop - 1] not in _TERMINALS:

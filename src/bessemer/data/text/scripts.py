@@ -28,6 +28,7 @@ FIRST_IDEOGRAPH = 0x3000
 IDEOGRAPHS_PER_WORD, LETTERS_PER_WORD = 2, 5
 #: Stands between words in Ethiopic, where a space does not.
 ETHIOPIC_WORDSPACE = 0x1361
+_WORDSPACE_BYTES = 3
 _COLON, _FIRST_ARMENIAN, _LAST_ARMENIAN, _FIRST_ETHIOPIC, _LAST_ETHIOPIC = ord(":"), 0x531, 0x588, 0x1200, 0x135A
 # characters
 _NEAR = 12
@@ -44,6 +45,14 @@ def is_without_spaces(code: int) -> bool:
         if first <= code <= last:
             return True
     return bool(_TIBETAN[0] <= code <= _TIBETAN[1] or IDEOGRAPHIC_PLANES <= code < 0x40000)
+
+
+@compiled
+def without_wordspace(data: np.ndarray, first: int, end: int) -> int:
+    """The end of `data[first:end]` without the Ethiopic marks between words that may stand behind the last word too."""
+    while end - first > _WORDSPACE_BYTES and code_point(data, previous(data, end))[0] == ETHIOPIC_WORDSPACE:
+        end -= _WORDSPACE_BYTES
+    return end
 
 
 @compiled
