@@ -15,6 +15,7 @@ import pytest
 
 from bessemer.data.config import SelectConfig
 from bessemer.data.corpus.writer import write_documents
+from bessemer.data.deduplication.exact import normalise_url
 from bessemer.data.deduplication.passages import passages
 from bessemer.data.edits.c4_lines import c4_lines, c4_terminal_lines
 from bessemer.data.edits.config import C4Lines
@@ -268,3 +269,5 @@ def test_a_hash_bang_names_a_page_of_its_own():
     address = "https://groups.google.com/forum/#!topic/comp.lang.c/abc"
     assert normal_url(address) == address
     assert normal_url("https://groups.google.com/forum/#top") == "https://groups.google.com/forum/"
+    assert normalise_url(address) == "groups.google.com/forum#!topic/comp.lang.c/abc"
+    assert normalise_url(address.replace("!", "top")) == "groups.google.com/forum"
