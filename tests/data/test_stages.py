@@ -81,14 +81,14 @@ def test_the_output_of_these_versions_is_fixed(tmp_path, collected):
     line(tmp_path, collected)
     found = {stage: content_hash(rows_of(tmp_path / stage / "documents")) for stage in ("clean", "dedup", "select")}
     rejected = content_hash(rows_of(tmp_path / "select" / "rejected"))
-    assert (CLEAN_VERSION, found["clean"]) == (3, "27abe382766df5fa0d73180d18cc4613"), (
+    assert (CLEAN_VERSION, found["clean"]) == (4, "27abe382766df5fa0d73180d18cc4613"), (
         "another output needs another CLEAN_VERSION"
     )
-    assert (DEDUPLICATE_VERSION, found["dedup"]) == (3, "57d9cb17c51b13fa77808d87baa6c786"), (
+    assert (DEDUPLICATE_VERSION, found["dedup"]) == (4, "57d9cb17c51b13fa77808d87baa6c786"), (
         "another output needs another DEDUPLICATE_VERSION"
     )
     assert (SELECT_VERSION, found["select"], rejected) == (
-        4,
+        5,
         "11025176b646cf1372716bfffeca3682",
         "c56d01dabada4518253b2b5323bf2b6e",
     ), "raise SELECT_VERSION"
