@@ -60,6 +60,7 @@ BENCH = [
     Benchmark("edits"),
     Benchmark("extraction"),
     Benchmark("labels"),
+    Benchmark("languages"),
     Benchmark("llama_cpp_models"),
     Benchmark("llama_cpp_tokenizers"),
     Benchmark("jax_forward"),

@@ -7,7 +7,7 @@ import unicodedata
 
 from hypothesis import settings
 
-from bessemer.data.text import characters
+from bessemer.data.text import characters, scripts
 from bessemer.data.text.english import UNITS, special_words
 
 #: The first call of a loop compiles it.
@@ -15,7 +15,7 @@ compiling = settings(deadline=None)
 
 SPECIAL = special_words()
 TERMINALS = {chr(code) for code in characters._code_points(characters._TERMINALS)}
-AFFIXES = set(characters._AFFIXES) - {"."}
+AFFIXES = (set(characters._AFFIXES) | TERMINALS) - {"."}
 QUOTES = set(characters._QUOTES)
 CURRENCIES = set(characters._CURRENCIES)
 ASCII_PUNCTUATION = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
@@ -26,7 +26,8 @@ DIGITS = "0123456789"
 
 
 def is_lower(character: str) -> bool:
-    return character.isalpha() and unicodedata.category(character) not in ("Lu", "Lt")
+    category = unicodedata.category(character)
+    return category[0] == "M" or character in "\u200c\u200d" or (character.isalpha() and category not in ("Lu", "Lt"))
 
 
 def is_upper(character: str) -> bool:
@@ -35,6 +36,13 @@ def is_upper(character: str) -> bool:
 
 def is_picture(character: str) -> bool:
     return unicodedata.category(character) == "So"
+
+
+def length_in_words(word: str) -> int:
+    """One, and more for what a script without spaces runs together."""
+    codes = [ord(character) for character in word if scripts.is_without_spaces(ord(character))]
+    ideographs = sum(code >= 0x3000 for code in codes)
+    return max(1, ideographs // 2 + (len(codes) - ideographs) // 5)
 
 
 def is_symbol(character: str) -> bool:
@@ -50,7 +58,7 @@ def is_punctuation(character: str) -> bool:
 
 
 def words(text: str) -> list[str]:
-    return [word for span in text.split() for word in unite(cut(span))]
+    return [word for span in re.split(r"[\s\x1c-\x1f\u1361]+", text) if span for word in unite(cut(span))]
 
 
 def cut(span: str) -> list[str]:
@@ -189,8 +197,11 @@ def sentences(text: str) -> list[list[str]]:
     found: list[list[str]] = []
     for line in text.splitlines():
         is_over, begins = False, True
-        for word in words(line):
-            is_end = len(word) == 1 and word in TERMINALS
+        found_words = words(line)
+        for number, word in enumerate(found_words):
+            near = "".join(found_words[max(number - 4, 0) : number])[-12:]
+            is_colon = bool(re.fullmatch(":+", word) and re.search("[\u0531-\u0588\u1200-\u135a]", near))
+            is_end = is_colon or (len(word) == 1 and word in TERMINALS)
             if begins or (is_over and not is_end and not all(map(is_punctuation, word))):
                 found.append([])
                 begins = is_over = False

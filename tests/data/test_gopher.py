@@ -28,6 +28,8 @@ def in_plain_python(text):
     every = plain_python.words(text)
     words = [word for word in every if not all(map(plain_python.is_symbol, word))]
     lines = text.splitlines()
+    with_letter = [plain_python.length_in_words(word) for word in every if any(map(str.isalpha, word))]
+    more = sum(with_letter) - len(with_letter)
     return {
         "gopher_words": len(words),
         "gopher_mean_word_length": share(sum(map(len, words)), len(words)),
@@ -35,7 +37,7 @@ def in_plain_python(text):
         "gopher_ellipses_per_word": share(text.count("...") + text.count("…"), len(every)),
         "gopher_bullet_lines": share(sum(line.lstrip().startswith(("•", "-")) for line in lines), len(lines)),
         "gopher_ellipsis_lines": share(sum(line.rstrip().endswith(("...", "…")) for line in lines), len(lines)),
-        "gopher_words_with_letter": share(sum(any(map(str.isalpha, word)) for word in every), len(every)),
+        "gopher_words_with_letter": share(sum(with_letter), len(every) + more),
         "gopher_stop_words": len(set(STOP_WORDS) & set(every)),
     }
 

@@ -81,14 +81,14 @@ def test_the_output_of_these_versions_is_fixed(tmp_path, collected):
     line(tmp_path, collected)
     found = {stage: content_hash(rows_of(tmp_path / stage / "documents")) for stage in ("clean", "dedup", "select")}
     rejected = content_hash(rows_of(tmp_path / "select" / "rejected"))
-    assert (CLEAN_VERSION, found["clean"]) == (3, "69492b16cf98ef469c287d2f5c055c1e"), (
+    assert (CLEAN_VERSION, found["clean"]) == (4, "69492b16cf98ef469c287d2f5c055c1e"), (
         "another output needs another CLEAN_VERSION"
     )
-    assert (DEDUPLICATE_VERSION, found["dedup"]) == (3, "887d167acf74e527a0b47acc5aac2bbc"), (
+    assert (DEDUPLICATE_VERSION, found["dedup"]) == (4, "887d167acf74e527a0b47acc5aac2bbc"), (
         "another output needs another DEDUPLICATE_VERSION"
     )
     assert (SELECT_VERSION, found["select"], rejected) == (
-        4,
+        5,
         "aa9dcbbf370f2bc0ea5506caed405a51",
         "5279619e3d5f31be3a84d56bc762c949",
     ), "raise SELECT_VERSION"

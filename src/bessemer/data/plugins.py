@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from bessemer.core.registry import Plugin
 from bessemer.data.thresholds.languages import EVERY_LANGUAGE, MeantFor
+from bessemer.data.thresholds.languages import Limit as Limit
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
     from bessemer.data.deduplication.removals import Removals
     from bessemer.data.sources.source import Source
 
-#: Lowest and highest value that is kept, both inclusive; None is no limit.
-Limit: TypeAlias = tuple[float | None, float | None]
 NO_LIMIT: Limit = (None, None)
 
 #: Names of Arrow types.
@@ -57,13 +56,14 @@ class Column:
     """A column that a filter or an edit adds to the documents.
 
     description: what a value says, in a line. type: of the values. limit: the range that the preset of the filter's name
-    keeps. languages: those for which the limit is meant.
+    keeps. languages: those for which the limit is meant. by_language: the limits of languages that have another.
     """
 
     description: str
     type: ColumnType = "float64"
     limit: Limit = NO_LIMIT
     languages: MeantFor = EVERY_LANGUAGE
+    by_language: Mapping[str, Limit] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

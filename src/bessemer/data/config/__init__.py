@@ -13,6 +13,6 @@ from bessemer.data.config.stage import DataConfig as DataConfig
 
 #: Each is raised whenever its stage writes other bytes for the same input (golden outputs in the tests).
 COLLECT_VERSION = 4
-CLEAN_VERSION = 3
-DEDUPLICATE_VERSION = 3
-SELECT_VERSION = 4
+CLEAN_VERSION = 4
+DEDUPLICATE_VERSION = 4
+SELECT_VERSION = 5

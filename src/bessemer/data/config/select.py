@@ -18,7 +18,7 @@ from bessemer.data.thresholds.languages import (
     Languages,
     MeantFor,
 )
-from bessemer.data.thresholds.presets import OWN_PRESETS, is_preset, meant_for, preset, preset_names
+from bessemer.data.thresholds.presets import OWN_PRESETS, by_language, is_preset, meant_for, preset, preset_names
 
 
 class LimitConfig(Config):
@@ -127,6 +127,18 @@ class SelectConfig(MixedConfig):
         found = {column: meant_for(column) for column in self.limits() if column not in stated}
         found |= {column: MeantFor(only=tuple(names)) if names else EVERY_LANGUAGE for column, names in stated.items()}
         return {column: scope for column, scope in found.items() if scope}
+
+    def limits_by_language(self) -> dict[str, dict[str, Limit]]:
+        """By column the limits of the languages that have another. What `thresholds` states is for every language."""
+        found: dict[str, dict[str, Limit]] = {}
+        for column in self.limits():
+            stated = self.thresholds.get(column)
+            given = stated.model_fields_set if stated else set()
+            for language, (lowest, highest) in by_language(column).items():
+                low = stated.min if stated and "min" in given else lowest
+                high = stated.max if stated and "max" in given else highest
+                found.setdefault(column, {})[language] = (low, high)
+        return found
 
     def language_limits(self) -> Languages:
         """The languages kept with their lowest probabilities: stated for one, stated for all, or the language's own.

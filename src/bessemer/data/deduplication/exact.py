@@ -57,8 +57,9 @@ _PORTS = {"http": 80, "https": 443, "ftp": 21}
 def normalise_url(url: str) -> str | None:
     """What addresses of the same page have in common; None for what is not an address with a host.
 
-    Without scheme, user, `www.`, the scheme's own port, fragment, tracking parameters, a slash at the end and an index page;
-    the host in lower case; what is left of the parameters sorted; percent-encoding only where it is needed.
+    Without scheme, user, `www.`, the scheme's own port, tracking parameters, a slash at the end, an index page, and a fragment
+    but one that begins with `!`, which names a page; the host in lower case; what is left of the parameters sorted;
+    percent-encoding only where it is needed.
     """
     try:
         parts = urlsplit(url.strip())
@@ -76,4 +77,5 @@ def normalise_url(url: str) -> str | None:
         + (f":{port}" if port not in (None, _PORTS[parts.scheme]) else "")
         + path
         + (f"?{query}" if query else "")
+        + (f"#{unquote(parts.fragment)}" if parts.fragment.startswith("!") else "")
     )

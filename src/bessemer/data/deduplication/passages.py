@@ -2,7 +2,7 @@
 
 Units are cut as the filters cut them. Two passages are the same when their words are, in lower case, with every number as 0
 and without accents and punctuation. A passage with fewer than `least_words` words is left alone: a brace or "Returns:" is no
-copy. A document may repeat itself.
+copy; of Chinese and Japanese two characters count as a word, of Thai and its like five letters. A document may repeat itself.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from bessemer.data.deduplication.corpus import Corpus
 from bessemer.data.deduplication.folding import fold_table
 from bessemer.data.deduplication.removals import SpanCollector, SpanRemovals, span_type
 from bessemer.data.deduplication.spill import Parts, Sketch, first_of_groups, groups_of_equal
-from bessemer.data.deduplication.words import hash_words, most_words, run_hash
+from bessemer.data.deduplication.words import hash_words, length_in_words, most_words, run_hash
 from bessemer.data.text.compiled import compiled
 from bessemer.data.text.spans import Spans
 from bessemer.data.text.texts import Texts
@@ -144,10 +144,11 @@ def _passages(
             units += 1
             if units < span:
                 continue
-            if count >= least_words:
+            begin = ring[units % span, 0]
+            if count >= least_words and length_in_words(data, begin, ends[unit], fold, count) >= least_words:
                 hashes[found] = run_hash(words, 0, count)
                 places[found, 0] = text
-                places[found, 1], places[found, 2] = ring[units % span, 0] - offsets[text], ends[unit] - offsets[text]
+                places[found, 1], places[found, 2] = begin - offsets[text], ends[unit] - offsets[text]
                 found += 1
             # the run's first unit is done with
             leaving = ring[(units + 1) % span, 1] if span > 1 else count

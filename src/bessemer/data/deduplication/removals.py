@@ -15,7 +15,7 @@ from bessemer.core.object_storage import Place, read_range
 from bessemer.data.deduplication.corpus import Corpus, parse_ids, ranks, write_ids
 from bessemer.data.deduplication.folding import fold_table
 from bessemer.data.deduplication.spill import Parts
-from bessemer.data.deduplication.words import count_words, is_white
+from bessemer.data.deduplication.words import count_words, is_white, length_in_words
 from bessemer.data.text.compiled import compiled, compiled_allocating
 from bessemer.data.text.texts import Texts
 
@@ -279,5 +279,5 @@ def _cut(
         if owners[text + 1] > owners[text]:
             while size > begin and is_white(out[size - 1]):
                 size -= 1
-            words[text] = count_words(out, begin, size, fold)
+            words[text] = length_in_words(out, begin, size, fold, count_words(out, begin, size, fold))
         ends[text + 1] = size

@@ -9,6 +9,7 @@ import numpy as np
 
 from bessemer.data.deduplication.folding import ALONE, DIGIT, IGNORED, LIMIT, SEPARATOR
 from bessemer.data.text.compiled import compiled, compiled_allocating
+from bessemer.data.text.scripts import FIRST_IDEOGRAPH, IDEOGRAPHS_PER_WORD, LETTERS_PER_WORD
 
 # FNV-1a's (Fowler, Noll, Vo)
 _OFFSET = np.uint64(0xCBF29CE484222325)
@@ -110,6 +111,28 @@ def _finish(word: np.uint64, begin: int, end: int, hashes: np.ndarray, places: n
         places[count, 0] = begin
         places[count, 1] = end
     return count + 1
+
+
+@compiled
+def length_in_words(data: np.ndarray, position: int, end: int, fold: np.ndarray, hashed: int) -> int:
+    """How many words `data[position:end]` is long, of which `hash_words` made `hashed`.
+
+    In scripts without spaces that hashes each character by itself, of which several say as much as a word.
+    """
+    ideographs = letters = 0
+    while position < end:
+        code, width = int(data[position]), 1
+        if code >= 128:
+            code, width = _decoded(data, position, end)
+        # an ignored character is -1
+        if code >= LIMIT or (fold[code] > 0 and fold[code] & ALONE):
+            if code >= FIRST_IDEOGRAPH:
+                ideographs += 1
+            else:
+                letters += 1
+        position += width
+    words = -(-ideographs // IDEOGRAPHS_PER_WORD) - (-letters // LETTERS_PER_WORD)
+    return hashed - ideographs - letters + words
 
 
 @compiled

@@ -3,7 +3,8 @@
 In the order in which they are asked, each drops the lines
 
 1. with a word of more than 1,000 characters;
-2. that end in none of `.`, `?`, `!`, `"`, `'`, or end in `...`: only by `c4_terminal_lines`, since FineWeb switches it off;
+2. that end in no mark that ends sentences in any script, and in no quotation mark, or end in `...`: only by
+   `c4_terminal_lines`, since FineWeb switches it off;
 3. of fewer than three words, which blank lines are;
 4. with “javascript”;
 5. with a phrase of the policies and notices that pages carry.
@@ -26,12 +27,12 @@ import pyarrow as pa
 
 from bessemer.data.edits.config import C4Lines
 from bessemer.data.edits.registry import edit_plugin
-from bessemer.data.text.characters import SPACE, character_classes
+from bessemer.data.text.characters import SPACE, TERMINAL, character_classes
 from bessemer.data.text.compiled import compiled
 from bessemer.data.text.lines import stripped
-from bessemer.data.text.scripts import is_without_spaces
+from bessemer.data.text.scripts import ETHIOPIC_WORDSPACE, is_colon_full_stop, is_without_spaces, without_wordspace
 from bessemer.data.text.texts import Texts
-from bessemer.data.text.utf8 import code_point
+from bessemer.data.text.utf8 import code_point, previous
 
 #: A count for each rule, in the order of the rules, then that of the citations.
 _COLUMNS = tuple(edit_plugin("c4_lines").columns)
@@ -53,6 +54,8 @@ _HAS_LOREM_IPSUM, _HAS_JAVASCRIPT = 1 << 0, 1 << 1
 
 _OPEN, _CLOSE, _BRACE, _DOT, _ZERO, _NINE = b"[]{.09"
 _TERMINALS = tuple(b".?!\"'")
+#: Quotation marks behind a sentence. “, « and ‘ are such too: in German, Danish and Czech.
+_CLOSING_QUOTES = tuple(map(ord, "”“’‘»«›」』"))
 _UPPER_A, _UPPER_Z, _CASE = ord("A"), ord("Z"), 0x20
 _EDIT, _CITATION_NEEDED = np.frombuffer(b"edit]", np.uint8), np.frombuffer(b"citation needed]", np.uint8)
 
@@ -166,7 +169,7 @@ def _judge(
     if is_spaced or every_script:
         if longest > longest_word:
             return _LONG_WORD
-        if terminal_punctuation and not _is_terminated(data, start, end):
+        if terminal_punctuation and not _is_terminated(data, start, end, classes, every_script):
             return _UNTERMINATED
         if words < fewest_words:
             return _FEW_WORDS
@@ -185,7 +188,7 @@ def _words(data: np.ndarray, start: int, end: int, classes: np.ndarray) -> tuple
     index = start
     while index < end:
         code, length = code_point(data, index)
-        if classes[code] & SPACE:
+        if classes[code] & SPACE or code == ETHIOPIC_WORDSPACE:
             characters = 0
         else:
             words += characters == 0
@@ -198,8 +201,8 @@ def _words(data: np.ndarray, start: int, end: int, classes: np.ndarray) -> tuple
 
 
 @compiled
-def _is_terminated(data: np.ndarray, start: int, end: int) -> bool:
-    """Whether a line ends as a sentence does, citations behind it left out."""
+def _is_terminated(data: np.ndarray, start: int, end: int, classes: np.ndarray, as_the_peer: bool) -> bool:
+    """Whether a line ends as a sentence does, citations behind it left out; as_the_peer: in a mark of `_TERMINALS`."""
     # behind the last byte that belongs to no citation
     stop, at = start, start
     while at < end:
@@ -209,9 +212,19 @@ def _is_terminated(data: np.ndarray, start: int, end: int) -> bool:
         else:
             at += 1
             stop = at
-    if stop == start or data[stop - 1] not in _TERMINALS:
+    stop = without_wordspace(data, start, stop)
+    if stop == start:
         return False
+    if data[stop - 1] not in _TERMINALS:
+        code, _ = code_point(data, previous(data, stop))
+        if as_the_peer or not (classes[code] & TERMINAL or _is_closing_quote(code) or is_colon_full_stop(data, start, stop)):
+            return False
     return not (stop - start > 2 and data[stop - 1] == _DOT and data[stop - 2] == _DOT and data[stop - 3] == _DOT)
+
+
+@compiled
+def _is_closing_quote(code: int) -> bool:
+    return code in _CLOSING_QUOTES
 
 
 @compiled

@@ -78,7 +78,7 @@ class C4Lines(Config):
     javascript: bool = setting(True, "lines that speak of javascript go")
     policy: bool = setting(True, "lines with a phrase of policies and cookie notices go")
     every_script: bool = setting(
-        False, "ask for words and their length, and for `. ? ! \" '` at the end, in scripts without spaces between words too"
+        False, "as the peers do: words and their length count in scripts without spaces too, and `. ? ! \" '` alone end a line"
     )
     citations: bool = setting(True, "`[1]`, `[]`, `[edit]` and `[citation needed]` are taken out")
 

@@ -56,7 +56,7 @@ def find_personal_data(texts: Texts, settings: PersonalData) -> Iterator[Span]:
         elif kind == IBAN and "iban" in settings.kinds:
             found = _iban(buffer, place, last)
         elif kind in (DOTTED, COLONS) and "ip" in settings.kinds:
-            found = _ip(buffer, place, last, settings)
+            found = _ip(buffer, place, first, last, settings)
         elif kind == CARD and "card" in settings.kinds:
             found = _card(buffer, place, first, last, settings)
         elif kind == PHONE and "phone" in settings.kinds:
@@ -109,7 +109,16 @@ _DOCUMENTATION = [ipaddress.ip_network(net) for net in ("192.0.2.0/24", "198.51.
 _PROBABLY_ADDRESS = 32
 
 
-def _ip(buffer: memoryview, start: int, last: int, settings: PersonalData) -> Span | None:
+#: What makes a dotted number a version, other versions between or not: `version 11.0.36.12`, `versions 1.2 and 11.0.36.12`.
+_VERSION = re.compile(
+    r"(?i)(?:(?<![^\W_])(?:versions?|versionen|versión|versiones|versão|versões|versioni?|versie|wersja|ver|v|releases?|builds?"
+    r"|revisions?|rev|firmware|версия|версии|版本|バージョン|버전)|版)[\s.:：=#v]{0,4}"
+    r"(?:[0-9][0-9.]*(?:[\s,/]|and|or|to|und|oder|bis|[-–])+v?)*\Z"
+)
+_LONGEST_VERSIONS = 80
+
+
+def _ip(buffer: memoryview, start: int, first: int, last: int, settings: PersonalData) -> Span | None:
     found = _IPV4.match(buffer, start, last) or _IPV6.match(buffer, start, last)
     if not found:
         return None
@@ -118,8 +127,10 @@ def _ip(buffer: memoryview, start: int, last: int, settings: PersonalData) -> Sp
         address = ipaddress.ip_address(written)
     except ValueError:
         return None
-    if address.version == 4 and max(address.packed) < _PROBABLY_ADDRESS:
-        return None
+    if address.version == 4:
+        before = bytes(buffer[max(first, start - _LONGEST_VERSIONS) : start]).decode("utf-8", errors="ignore")
+        if max(address.packed) < _PROBABLY_ADDRESS or _VERSION.search(before):
+            return None
     if address.version == 6 and (
         written.endswith("::") or (address.is_global and len(written.replace("::", ":").split(":")) < 3)
     ):
@@ -136,19 +147,19 @@ def _ip(buffer: memoryview, start: int, last: int, settings: PersonalData) -> Sp
 
 
 #: What may stand between such a word and its number, at most four of them; and where the word may begin, in bytes before.
-_GAP = b".:# \t\n\r"
+_GAP = ".:：# \t\n\r"
 _LONGEST_GAP = 4
 _BEFORE = 40
 
 
 def _introduced(before: bytes, words: tuple[str, ...], colon_words: tuple[str, ...] = ()) -> bool:
     """Whether `before` ends in one of the words, whole and in any case, and a gap; of `colon_words`, in a gap with a colon."""
-    spelt = before.rstrip(_GAP)
-    gap = before[len(spelt) :]
+    text = before.decode("utf-8", errors="ignore").lower()
+    said = text.rstrip(_GAP)
+    gap = text[len(said) :]
     if not 1 <= len(gap) <= _LONGEST_GAP:
         return False
-    said = spelt.decode("utf-8", errors="ignore").lower()
-    asked = words + colon_words if b":" in gap else words
+    asked = words + colon_words if ":" in gap or "：" in gap else words
     return said.endswith(asked) and any(said.endswith(word) and not said[: -len(word)][-1:].isalpha() for word in asked)
 
 

@@ -33,7 +33,9 @@ AT, IBAN, DOTTED, COLONS, CARD, PHONE = range(6)
 _SPACE, _HASH, _OPEN, _CLOSE, _PLUS, _COMMA, _MINUS, _DOT, _SLASH = (ord(sign) for sign in " #()+,-./")
 _ONE, _COLON, _AT_SIGN, _UNDERSCORE, _SMALL_A, _SMALL_F = (ord(sign) for sign in "1:@_af")
 _NINE, _ZERO = ord("9"), ord("0")
-_NOT_ASCII = 0x80
+#: The colon of Chinese and Japanese, `：`.
+_WIDE_COLON = "：".encode()
+_WIDE_1, _WIDE_2, _WIDE_3 = _WIDE_COLON
 #: Setting this bit makes an ASCII letter small.
 _SMALL = 0x20
 #: The bytes that words for telephones end in. The bit makes capitals small in Greek and Cyrillic too.
@@ -82,7 +84,8 @@ def _scan(data: np.ndarray, offsets: np.ndarray, classes: np.ndarray, found: np.
                 continue
             place, what, step = at, -1, 1
             before = data[at - 1] if at > first else np.uint8(_SPACE)
-            joined = bool(_alphanumeric(before, classes) or before == _UNDERSCORE or before >= _NOT_ASCII)
+            # beyond ASCII stand punctuation, and letters of scripts that put no space before a number
+            joined = bool(_alphanumeric(before, classes) or before == _UNDERSCORE)
             if kind == _DIGIT:
                 what, step = _number(data, at, first, last, classes, joined)
             elif kind == _SIGN:
@@ -156,12 +159,15 @@ def _number(data: np.ndarray, at: int, first: int, last: int, classes: np.ndarra
 def _named(data: np.ndarray, at: int, first: int) -> bool:
     """Whether a gap and a word before `at` end as words for telephones do."""
     word = at - 1
-    while (
-        word >= first
-        and at - word <= 4
-        and (data[word] == _SPACE or data[word] == _COLON or data[word] == _DOT or data[word] == _HASH)
-    ):
-        word -= 1
+    gap = 0
+    while word >= first and gap < 4:
+        if data[word] == _SPACE or data[word] == _COLON or data[word] == _DOT or data[word] == _HASH:
+            word -= 1
+        elif word - 2 >= first and data[word] == _WIDE_3 and data[word - 1] == _WIDE_2 and data[word - 2] == _WIDE_1:
+            word -= 3
+        else:
+            break
+        gap += 1
     if word == at - 1 or word < first + 2:
         return False
     ending = data[word] | _SMALL

@@ -122,8 +122,10 @@ _QUOTED = re.compile(rb"""(?:["']?\]?\s{0,4}(?::=|=>|[:=])\s{0,4}|=)[a-z]?(["'])
 #: As in a file of environment variables or of settings: alone on its line, without blanks or brackets.
 _BARE = re.compile(rb"[=:][ \t]?()([A-Za-z0-9+/=_.~!@#^&*-]{12,200})[ \t]*(?=\n|\r|\Z)")
 _PLACEHOLDER = re.compile(
-    rb"(?i)x{4}|\*{3}|\.{3}|0{8}|1234567|abcdef|example|sample|dummy|placeholder|change.?me|redacted|fake|your|my[_-]?|insert"
-    rb"|todo|some|test|secret|passw|token|foo|bar\b|env|none|null|true|false|string|[<>{}$%]|key\Z|getpass|prompt"
+    rb"(?i)x{4}|\*{3}|\.{3}|0{8}|1234567|abcdef|example|sample|dummy|placeholder|change.?me|redacted|fake|your|insert"
+    rb"|todo|some|test|secret|passw|token|none|null|true|false|string|[<>{}$%]|getpass|prompt"
+    # short words are parts of random values too, and mean something as words of their own alone
+    rb"|(?<![a-z0-9])(?:my|foo(?:bar|baz)?|bar|env)(?:[0-9]{0,4}(?![a-z0-9])|[_-])|key\Z"
 )
 _LITERALS = tuple(dict.fromkeys([*(shape.literal for shape in _SHAPES), _PRIVATE_KEY, _CONNECTION]))
 #: Bits per character below which a value is a word, a name or a path.
@@ -245,7 +247,7 @@ def _looks_made_up(value: bytes) -> bool:
 
 
 def _joined(byte: int) -> bool:
-    return byte >= 128 or byte == 95 or chr(byte).isalnum()
+    return byte == 95 or (byte < 128 and chr(byte).isalnum())
 
 
 _BY_LITERAL = {shape.literal: shape for shape in _SHAPES}

@@ -7,11 +7,17 @@ from __future__ import annotations
 
 from bessemer.core.errors import ConfigError
 from bessemer.core.registry import Registry
-from bessemer.data.plugins import Column, FilterFunction, FilterPlugin
-from bessemer.data.thresholds.languages import WITHOUT_FULL_STOPS, WITHOUT_SPACES, MeantFor
+from bessemer.data.plugins import Column, FilterFunction, FilterPlugin, Limit
+from bessemer.data.thresholds.languages import (
+    WITHOUT_FULL_STOPS,
+    WITHOUT_SPACES,
+    WORDS_WITH_LETTER_SLACK,
+    MeantFor,
+    limits_by_language,
+)
 
-# The limits were all found on English. What counts marks, lines and characters means the same elsewhere; what counts words does
-# not where words are written without spaces.
+# The limits were all found on English; `limits_by_language` are those of languages that need another. What counts marks, lines
+# and characters means the same elsewhere; what counts words does not where words are written without spaces.
 _BY_WORDS = MeantFor(but=WITHOUT_SPACES)
 
 #: MLCommons' hazard categories by our names: their numbers, and what each is about.
@@ -48,13 +54,27 @@ _GOPHER_QUALITY = FilterPlugin(
     "Gopher's measures of quality (Rae et al. 2021, section A.1.1)",
     "bessemer.data.filters.gopher:gopher_quality",
     columns={
-        "gopher_words": Column("words", limit=(50, 100_000), languages=_BY_WORDS),
-        "gopher_mean_word_length": Column("characters in words by words", limit=(3, 10), languages=_BY_WORDS),
+        "gopher_words": Column(
+            "words",
+            limit=(50, 100_000),
+            languages=_BY_WORDS,
+            by_language=limits_by_language((50, 100_000), "fewest_words"),
+        ),
+        "gopher_mean_word_length": Column(
+            "mean word length, in characters",
+            limit=(3, 10),
+            languages=_BY_WORDS,
+            by_language=limits_by_language((3, 10), "shortest_words", "longest_words"),
+        ),
         "gopher_hashes_per_word": Column("`#` per word", limit=(None, 0.1), languages=_BY_WORDS),
         "gopher_ellipses_per_word": Column("`…` or `...` per word", limit=(None, 0.1), languages=_BY_WORDS),
         "gopher_bullet_lines": Column("share of lines that begin with a bullet", limit=(None, 0.9)),
         "gopher_ellipsis_lines": Column("share of lines that end in an ellipsis", limit=(None, 0.3)),
-        "gopher_words_with_letter": Column("share of words with a letter", limit=(0.8, None), languages=_BY_WORDS),
+        "gopher_words_with_letter": Column(
+            "share of words with a letter",
+            limit=(0.8, None),
+            by_language=limits_by_language((0.8, None), "words_with_letter", slack=WORDS_WITH_LETTER_SLACK),
+        ),
         "gopher_stop_words": Column(
             "how many of the, be, to, of, and, that, have, with occur", limit=(2, None), languages=MeantFor(only=("en",))
         ),
@@ -64,12 +84,17 @@ _GOPHER_QUALITY = FilterPlugin(
 
 def _top_gram(words: int, highest: float) -> Column:
     description = f"share of characters in the most frequent run of {words} words"
-    return Column(description, limit=(None, highest), languages=_BY_WORDS)
+    return _n_grams(description, highest, f"top_{words}_gram")
 
 
 def _duplicate_grams(words: int, highest: float) -> Column:
     description = f"share of characters in runs of {words} words that occurred before"
-    return Column(description, limit=(None, highest), languages=_BY_WORDS)
+    return _n_grams(description, highest, f"duplicate_{words}_grams")
+
+
+def _n_grams(description: str, highest: float, name: str) -> Column:
+    limit: Limit = (None, highest)
+    return Column(description, limit=limit, languages=_BY_WORDS, by_language=limits_by_language(limit, highest=name))
 
 
 _GOPHER_REPETITION = FilterPlugin(
@@ -81,7 +106,11 @@ _GOPHER_REPETITION = FilterPlugin(
         "gopher_repetition_duplicate_paragraph_characters": Column(
             "share of characters in such paragraphs", limit=(None, 0.20)
         ),
-        "gopher_repetition_duplicate_lines": Column("share of lines equal to an earlier one", limit=(None, 0.30)),
+        "gopher_repetition_duplicate_lines": Column(
+            "share of lines equal to an earlier one",
+            limit=(None, 0.30),
+            by_language=limits_by_language((None, 0.30), highest="duplicate_lines"),
+        ),
         "gopher_repetition_duplicate_line_characters": Column("share of characters in such lines", limit=(None, 0.20)),
         "gopher_repetition_top_2_gram": _top_gram(2, 0.20),
         "gopher_repetition_top_3_gram": _top_gram(3, 0.18),
@@ -113,7 +142,10 @@ _FINEWEB = FilterPlugin(
     "bessemer.data.filters.fineweb:fineweb",
     columns={
         "fineweb_punctuated_lines": Column(
-            "share of lines that end like a sentence", limit=(0.12, None), languages=MeantFor(but=WITHOUT_FULL_STOPS)
+            "share of lines that end like a sentence",
+            limit=(0.12, None),
+            languages=MeantFor(but=WITHOUT_FULL_STOPS),
+            by_language=limits_by_language((0.12, None), "punctuated_lines"),
         ),
         # thirty characters of these languages say as much as a hundred of others
         "fineweb_short_lines": Column(
@@ -122,7 +154,12 @@ _FINEWEB = FilterPlugin(
             languages=MeantFor(but=("zh", "wuu", "yue", "ja", "ko")),
         ),
         "fineweb_duplicate_line_characters": Column("share of characters in lines equal to an earlier one", limit=(None, 0.01)),
-        "fineweb_newlines_per_word": Column("line breaks per word", limit=(None, 0.3), languages=_BY_WORDS),
+        "fineweb_newlines_per_word": Column(
+            "line breaks per word",
+            limit=(None, 0.3),
+            languages=_BY_WORDS,
+            by_language=limits_by_language((None, 0.3), highest="newlines_per_word"),
+        ),
     },
 )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ class _Threshold:
     column: str
     limit: Limit
     meant_for: MeantFor = EVERY_LANGUAGE
+    by_language: Mapping[str, Limit] = field(default_factory=dict)
 
     def holds_for(self, languages_of_rows: pa.Array | None) -> np.ndarray | bool:
         """Which rows, by their languages, the limit is for."""
@@ -38,6 +39,15 @@ class _Threshold:
         found: np.ndarray = self.meant_for.holds_for(languages_of_rows).to_numpy(zero_copy_only=False)
         return found
 
+    def keeps(self, values: np.ndarray, languages_of_rows: pa.Array | None) -> np.ndarray:
+        """Which values the limit keeps, or that of the row's language where it has another."""
+        kept = _within(values, self.limit)
+        for language, limit in self.by_language.items() if languages_of_rows is not None else ():
+            these = pc.fill_null(pc.equal(languages_of_rows, language), False).to_numpy(zero_copy_only=False)
+            if these.any():
+                kept[these] = _within(values[these], limit)
+        return kept
+
 
 def beside_limits(
     folders: Sequence[Path],
@@ -45,33 +55,40 @@ def beside_limits(
     languages: Languages,
     ranges: Mapping[str, Mapping[str, float]],
     meant_for: Mapping[str, MeantFor] | None = None,
+    by_language: Mapping[str, Mapping[str, Limit]] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """For each column with a limit, a histogram that is cut at its limits, over the documents of all folders.
 
     ranges: `low` and `high` of a column, between which bins are of equal width; a limit beyond them ends a bin of its own.
-    meant_for: by column the languages for which a limit is; documents in others are not counted for it.
+    meant_for: by column the languages for which a limit is; documents in others are not counted for it. by_language: by column
+    the limits of languages that have another: `outside` and `alone` count by these. Where one language is kept, the histogram
+    is cut at its limit, else at the usual one.
     Returns by column: `lowest`, `highest` (the limit), `low`, `high`, `edges` (E + 1 values) and `counts` (E bins, each
     wholly kept or wholly dropped), how many lie `below` and `above` the bins, `documents` (all), `outside` (those that
     break this limit: a score that is missing or no number does, and is in no bin) and `alone` (those that break no other
     and are in `languages`: what would come back without it). A language with a limit of its own for `language_score` has a
     histogram of its own, `language_score_de`, over its own documents. Only the columns are read, never texts.
     """
-    thresholds = _thresholds(limits, languages, meant_for or {})
+    own = by_language or {}
+    if len(languages.kept) == 1:
+        limits = {column: own.get(column, {}).get(languages.kept[0], limit) for column, limit in limits.items()}
+    thresholds = _thresholds(limits, languages, meant_for or {}, own)
     spans = {name: _span(ranges.get(one.column)) for name, one in thresholds.items()}
     edges = {name: _edges(one.limit, *spans[name]) for name, one in thresholds.items()}
     counts = {name: np.zeros(len(edges[name]) + 1, np.int64) for name in thresholds}
     outside, alone, documents = (dict.fromkeys(thresholds, 0) for _ in range(3))
-    wanted = [*dict.fromkeys(one.column for one in thresholds.values()), *(["language"] if languages or meant_for else [])]
+    by_tongue = bool(languages or meant_for or own)
+    wanted = [*dict.fromkeys(one.column for one in thresholds.values()), *(["language"] if by_tongue else [])]
     for folder in folders if thresholds else ():
         for batch in iterate_documents(folder, wanted, batch_rows=_ROWS_AT_ONCE):
             broken = np.zeros((len(thresholds) + 1, batch.num_rows), dtype=bool)
-            tongues = batch.column("language") if languages or meant_for else None
+            tongues = batch.column("language") if by_tongue else None
             if languages.kept:
                 broken[-1] = ~pc.is_in(pc.fill_null(tongues, ""), pa.array(languages.kept)).to_numpy(zero_copy_only=False)
             for row, (name, one) in enumerate(thresholds.items()):
                 values = pc.fill_null(pc.cast(batch.column(one.column), pa.float64()), np.nan).to_numpy(zero_copy_only=False)
                 here = np.broadcast_to(one.holds_for(tongues), values.shape)
-                broken[row] = here & ~_within(values, one.limit)
+                broken[row] = here & ~one.keeps(values, tongues)
                 # an edge is the first value of the bin on its right; NaN has no place
                 places = np.searchsorted(edges[name], values[here & ~np.isnan(values)], side="right")
                 counts[name] += np.bincount(places, minlength=len(counts[name]))
@@ -98,7 +115,12 @@ def beside_limits(
     }
 
 
-def _thresholds(limits: Mapping[str, Limit], languages: Languages, meant_for: Mapping[str, MeantFor]) -> dict[str, _Threshold]:
+def _thresholds(
+    limits: Mapping[str, Limit],
+    languages: Languages,
+    meant_for: Mapping[str, MeantFor],
+    by_language: Mapping[str, Mapping[str, Limit]],
+) -> dict[str, _Threshold]:
     """What is drawn, by name: the languages' limits first, as they are asked."""
     found = {}
     if languages.usual is not None and not (languages.kept and set(languages.kept) <= languages.lowest.keys()):
@@ -106,7 +128,7 @@ def _thresholds(limits: Mapping[str, Limit], languages: Languages, meant_for: Ma
     for name, lowest in languages.lowest.items():
         found[f"{_LANGUAGE_SCORE}_{name}"] = _Threshold(_LANGUAGE_SCORE, (lowest, None), MeantFor(only=(name,)))
     return found | {
-        column: _Threshold(column, limit, meant_for.get(column, EVERY_LANGUAGE))
+        column: _Threshold(column, limit, meant_for.get(column, EVERY_LANGUAGE), by_language.get(column, {}))
         for column, limit in limits.items()
         if limit != (None, None)
     }

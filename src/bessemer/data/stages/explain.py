@@ -36,7 +36,7 @@ from bessemer.data.thresholds.languages import (
     Languages,
     MeantFor,
 )
-from bessemer.data.thresholds.presets import COMBINED, meant_for, preset, preset_names
+from bessemer.data.thresholds.presets import COMBINED, by_language, meant_for, preset, preset_names
 
 RECIPE = "recipe"
 _SOURCE = "explain"
@@ -101,7 +101,12 @@ def explain(text: str) -> Explanation:
     columns = scored | {name: pa.array([count]) for one in changed for name, count in one.counts.items()}
     lowest = LANGUAGE_SCORES.get(columns["language"][0].as_py(), USUAL_LANGUAGE_SCORE)
     limits: dict[str, dict[str, Limit]] = {"language": {"language_score": (lowest, None)}}
-    limits |= {name: of_preset for name in preset_names() if name not in COMBINED and (of_preset := preset(name))}
+    tongue = columns["language"][0].as_py()
+    limits |= {
+        name: {column: by_language(column).get(tongue, limit) for column, limit in of_preset.items()}
+        for name in preset_names()
+        if name not in COMBINED and (of_preset := preset(name))
+    }
     homes = {column: (name, limit) for name, of_preset in limits.items() for column, limit in of_preset.items()}
     # a limit that is not meant for the text's language is none here
     homes = {column: home for column, home in homes.items() if _is_meant(meant_for(column), columns)}
@@ -143,9 +148,12 @@ def explain_with(
     if select is not None and not reasons:
         check_scores(select, rows.schema.names)
         columns = {name: rows.column(name) for name in rows.schema.names}
-        scopes, languages = select.meant_for(), select.language_limits()
+        scopes, languages, own = select.meant_for(), select.language_limits(), select.limits_by_language()
+        tongue = columns["language"][0].as_py()
         limits = {
-            column: limit for column, limit in select.limits().items() if _is_meant(scopes.get(column, EVERY_LANGUAGE), columns)
+            column: own.get(column, {}).get(tongue, limit)
+            for column, limit in select.limits().items()
+            if _is_meant(scopes.get(column, EVERY_LANGUAGE), columns)
         }
         first = _stated(selecting(select, contamination(select, folder))(rows))
         reasons += [*first, *(reason for reason in _broken(columns, limits, languages) if reason not in first)]

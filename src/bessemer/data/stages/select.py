@@ -66,7 +66,9 @@ def select(
         metrics["mixtures"] = mixture_stats(mixtures, sizes, out / "documents", engine)
     limits, languages = config.limits(), config.language_limits()
     folders = [out / "documents", out / "rejected"]
-    metrics["thresholds"] = beside_limits(folders, limits, languages, metrics["scores"], config.meant_for())
+    metrics["thresholds"] = beside_limits(
+        folders, limits, languages, metrics["scores"], config.meant_for(), config.limits_by_language()
+    )
     write_card(out, [*lineage(documents), StageRecord("select", config.output_settings(), metrics)])
     return metrics
 
@@ -114,11 +116,12 @@ def selecting(
     config: SelectConfig, overlap: Contamination | None = None, mixtures: Mapping[str, Mapping[str, float]] | None = None
 ) -> Change:
     """The function that says of each document in a batch why it is dropped, if it is, and how often it is read."""
-    limits, languages, meant_for = config.limits(), config.language_limits(), config.meant_for()
+    limits, languages = config.limits(), config.language_limits()
+    meant_for, by_language = config.meant_for(), config.limits_by_language()
 
     def change(batch: pa.RecordBatch) -> pa.RecordBatch:
         given = {name: batch.column(name) for name in batch.schema.names}
-        reasons = pc.coalesce(_refused(config, batch), rejection_reasons(given, limits, languages, meant_for))
+        reasons = pc.coalesce(_refused(config, batch), rejection_reasons(given, limits, languages, meant_for, by_language))
         if overlap is not None:
             batch, more = apply([overlap], batch)
             reasons = pc.coalesce(reasons, more)

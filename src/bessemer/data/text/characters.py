@@ -19,7 +19,8 @@ SPACE = 1 << 0
 LINE_BREAK = 1 << 1
 #: `str.isalpha`
 LETTER = 1 << 2
-#: a letter that may end a sentence's last word: lower case, or of a script without case
+#: may end a sentence's last word: a letter in lower case or of a script without case, a vowel sign or another combining mark,
+#: a joiner
 LOWER = 1 << 3
 #: a letter that may begin a sentence: upper case, or of a script without case
 UPPER = 1 << 4
@@ -56,11 +57,15 @@ _TERMINALS = """
 """
 _LINE_BREAKS = "\n\x0b\x0c\r\x1c\x1d\x1e\x85\u2028\u2029"
 _QUOTES = "'\"`´‘’‚,„“”»«「」『』（）〔〕【】《》〈〉\u2329\u232a⟦⟧"
-_AFFIXES = _QUOTES + "….,:;!?¿؟¡()[]{}<>_#*&。？！，、；：～·।،۔؛٪"
+#: Besides these, every mark that ends a sentence.
+_AFFIXES = _QUOTES + "….,:;¿¡()[]{}<>_#*&，、；：～·،؛٪፣፤፥፦"
 _CURRENCIES = "$£€¥฿﷼" + "".join(map(chr, range(0x20A0, 0x20C0)))
 _HYPHENS = "-–—~"
 #: Beyond ASCII, controls and sentence ends: what datatrove, whose counts the usual limits were made for, takes for no word.
-_SYMBOLS = "—”：％１〈、━【「」，】；“《„’«∶´（–～»〉》…►"
+#: The last four are Ethiopic commas, which it leaves on their words.
+_SYMBOLS = "—”：％１〈、━【「」，】；“《„’«∶´（–～»〉》…►፣፤፥፦"
+#: Zero-width joiners end words of Malayalam, Persian and others.
+_JOINERS = (0x200C, 0x200D)
 #: What rules look at besides affixes, currencies and hyphens.
 _OPERATORS = "%§=+^/|²°"
 
@@ -88,7 +93,8 @@ def character_classes() -> np.ndarray:
             *range(127, 160),
         ],
         QUOTE: map(ord, _QUOTES),
-        AFFIX: set(map(ord, _AFFIXES)) - {ord(".")},  # a full stop has rules of its own
+        AFFIX: {*map(ord, _AFFIXES), *_code_points(_TERMINALS)} - {ord(".")},  # a full stop has rules of its own
+        LOWER: _JOINERS,
         CURRENCY: map(ord, _CURRENCIES),
         HYPHEN: map(ord, _HYPHENS),
         HOST: map(ord, string.ascii_letters + string.digits + "-_."),
@@ -106,6 +112,8 @@ def _by_category(category: str) -> int:
     if category[0] == "L":
         case = {"Ll": LOWER, "Lu": UPPER, "Lt": UPPER}.get(category, LOWER | UPPER)
         return LETTER | case
+    if category[0] == "M":
+        return LOWER
     if category[0] == "P":
         return PUNCTUATION
     return PICTURE if category == "So" else 0

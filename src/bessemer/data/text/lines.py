@@ -11,6 +11,7 @@ import numpy as np
 
 from bessemer.data.text.characters import LINE_BREAK, SPACE, TERMINAL, character_classes
 from bessemer.data.text.compiled import compiled
+from bessemer.data.text.scripts import is_colon_full_stop, without_wordspace
 from bessemer.data.text.spans import Spans
 from bessemer.data.text.tables import hash_bytes
 from bessemer.data.text.utf8 import code_point, previous
@@ -172,7 +173,8 @@ def _describe(data: np.ndarray, starts: np.ndarray, ends: np.ndarray, classes: n
                 known |= ENDS_IN_ELLIPSIS
             if stop - first > 2 and data[stop - 1] == _DOT and data[stop - 2] == _DOT and data[stop - 3] == _DOT:
                 known |= ENDS_IN_ELLIPSIS
-            if classes[code_point(data, previous(data, end))[0]] & TERMINAL:
+            end = without_wordspace(data, first, end)
+            if classes[code_point(data, previous(data, end))[0]] & TERMINAL or is_colon_full_stop(data, first, end):
                 known |= ENDS_IN_TERMINAL
         traits[line] = known
 

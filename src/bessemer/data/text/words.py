@@ -37,6 +37,7 @@ from bessemer.data.text.characters import (
 )
 from bessemer.data.text.compiled import compiled
 from bessemer.data.text.english import UNITS, special_words
+from bessemer.data.text.scripts import ETHIOPIC_WORDSPACE, is_colon_full_stop
 from bessemer.data.text.spans import Spans
 from bessemer.data.text.tables import hash_bytes, slot_of, table_of
 from bessemer.data.text.utf8 import code_point, previous
@@ -55,6 +56,8 @@ _LONGEST_SPECIAL = 16
 # characters
 _LONGEST_UNIT = 4
 _BITS_OF_A_LENGTH = 8
+#: How far back a letter of a script is looked for whose full stop is a colon.
+_WORDS_NEAR = 4
 
 _DOT, _PLUS, _MINUS, _COMMA, _STAR, _CARET, _DOLLAR, _COLON = (ord(character) for character in ".+-,*^$:")
 _PERCENT, _EQUALS, _SECTION, _EN_DASH, _EM_DASH, _ELLIPSIS = (ord(character) for character in "%=§–—…")
@@ -129,13 +132,13 @@ def _cut(data: np.ndarray, offsets: np.ndarray, rules: _Rules, found: _Found, of
             shared = rules.classes[code]
             start = index
             index += length
-            if shared & SPACE:
+            if shared & SPACE or code == ETHIOPIC_WORDSPACE:
                 begins_line |= shared & LINE_BREAK != 0
                 continue
             while index < end:
                 code, length = code_point(data, index)
                 kind = rules.classes[code]
-                if kind & SPACE:
+                if kind & SPACE or code == ETHIOPIC_WORDSPACE:
                     break
                 shared &= kind
                 index += length
@@ -424,6 +427,13 @@ def _describe(
             known |= IS_PUNCTUATION
         if number == 1 and every & TERMINAL:
             known |= ENDS_SENTENCE
+        if data[starts[word]] == _COLON:
+            first = word
+            # not beyond the line, before which another text may end
+            while word - first < _WORDS_NEAR and not traits[first] & BEGINS_LINE:
+                first -= 1
+            if is_colon_full_stop(data, starts[first], ends[word]):
+                known |= ENDS_SENTENCE
         characters[word] = number
         hashes[word] = hash_bytes(data, starts[word], ends[word])
         traits[word] = known

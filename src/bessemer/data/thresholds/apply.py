@@ -24,12 +24,14 @@ def rejection_reasons(
     limits: Mapping[str, Limit],
     languages: Languages,
     meant_for: Mapping[str, MeantFor] | None = None,
+    by_language: Mapping[str, Mapping[str, Limit]] | None = None,
 ) -> pa.Array:
     """Why each document is dropped, as text; null for one that is kept. The first rule that fails is the reason.
 
     `scores` holds the columns named by `limits`, and `language` and `language_score` where languages are limited. meant_for: by
-    column the languages for which its limit is, every one where it is silent; `scores` then holds `language` too.
-    A bound is inclusive. A score that is missing or not a number fails its rule.
+    column the languages for which its limit is, every one where it is silent; by_language: by column the limits of languages
+    that have another. `scores` then holds `language` too. A bound is inclusive. A score that is missing or no number fails its
+    rule.
     """
     reasons = pa.nulls(len(next(iter(scores.values()))), pa.string())
 
@@ -54,11 +56,28 @@ def rejection_reasons(
         label, values = pa.scalar(display_name(column)), scores[column]
         scope = (meant_for or {}).get(column, EVERY_LANGUAGE)
         judged = scope.holds_for(scores["language"]) if scope else pa.scalar(True)
+        own = (by_language or {}).get(column, {})
         if lowest is not None:
-            refuse(pc.and_(judged, _not(pc.greater_equal, values, lowest)), label, values, f" < {lowest:g}")
+            bounds, said = _bounds(" <", lowest, {name: low for name, (low, _) in own.items()}, scores)
+            refuse(pc.and_(judged, _not(pc.greater_equal, values, bounds)), label, values, said)
         if highest is not None:
-            refuse(pc.and_(judged, _not(pc.less_equal, values, highest)), label, values, f" > {highest:g}")
+            bounds, said = _bounds(" >", highest, {name: high for name, (_, high) in own.items()}, scores)
+            refuse(pc.and_(judged, _not(pc.less_equal, values, bounds)), label, values, said)
     return reasons
+
+
+def _bounds(
+    sign: str, usual: float, own: Mapping[str, float | None], scores: Mapping[str, pa.Array]
+) -> tuple[float | pa.Array, str | pa.Array]:
+    """The bound of each row by its language, and how a reason states it: one value and text where all have the `usual` one."""
+    differing = {name: bound for name, bound in own.items() if bound is not None and bound != usual}
+    if not differing:
+        return usual, f"{sign} {usual:g}"
+    bounds = [*differing.values(), usual]
+    # a language that is not among them, or unknown, has the last
+    places = pc.fill_null(pc.index_in(scores["language"], pa.array(list(differing), pa.string())), len(differing))
+    texts = pa.array([f"{sign} {bound:g}" for bound in bounds])
+    return pa.array(bounds, pa.float64()).take(places), texts.take(places)
 
 
 def lowest_probabilities(languages_of_rows: pa.Array, languages: Languages) -> pa.Array:

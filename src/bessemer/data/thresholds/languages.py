@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+
+#: Lowest and highest value that is kept, both inclusive; None is no limit.
+Limit: TypeAlias = tuple[float | None, float | None]
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,42 @@ class MeantFor:
 
 
 EVERY_LANGUAGE = MeantFor()
+
+#: By language what FineWeb-2 publishes (Penedo et al. 2025; huggingface/fineweb-2, `configs/`, commit d0defb24), for the most
+#: frequent script; and `fewest_words`, where the Universal Declaration of Human Rights has less than 0.8 of English's words, 50
+#: times that share. The columns but for the first two are named after the scores.
+_TABLE = Path(__file__).with_name("languages.csv")
+#: FineWeb-2's tokenizers cut more words, of morphemes and compounds, than stand between spaces, so that the same marks are a
+#: smaller share of theirs. With so much less, translations of paragraphs that the English limit keeps are kept
+#: (`benchmarks/languages.py`, the paragraphs that it does not judge by).
+WORDS_WITH_LETTER_SLACK = 0.06
+
+
+def limits_by_language(
+    limit: Limit, lowest: str | None = None, highest: str | None = None, slack: float = 0
+) -> dict[str, Limit]:
+    """The limit of each language whose own, by the columns of the table, is wider than `limit`, which is English's.
+
+    A narrower one is not taken: it was found on other words than ours. slack: how much lower the lowest value is.
+    """
+    found: dict[str, Limit] = {}
+    for language, row in _table().items():
+        low, high = limit
+        if lowest in row and low is not None:
+            low = min(low, round(row[lowest] - slack, 3))
+        if highest in row and high is not None:
+            high = max(high, row[highest])
+        if (low, high) != limit:
+            found[language] = (low, high)
+    return found
+
+
+@cache
+def _table() -> dict[str, dict[str, float]]:
+    with _TABLE.open(encoding="utf-8", newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    return {row["language"]: {name: float(row[name]) for name in list(row)[2:] if row[name]} for row in rows}
+
 
 #: Languages written without spaces between words, so that a "word" is a clause: Chinese with Wu and Cantonese, Japanese, Thai,
 #: Lao, Khmer, Burmese, Tibetan, Dzongkha.

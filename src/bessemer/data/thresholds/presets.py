@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from bessemer.data.edits.registry import EDITS, OWN_EDITS, edit_plugin
 from bessemer.data.filters.registry import FILTERS, OWN_FILTERS, PERPLEXITY, filter_plugin
@@ -45,6 +45,12 @@ def meant_for(column: str) -> MeantFor:
     """The languages for which a column's usual limit is meant; every one where its filter declares none."""
     declared = declared_column(column)
     return EVERY_LANGUAGE if declared is None else declared.languages
+
+
+def by_language(column: str) -> Mapping[str, Limit]:
+    """The usual limits of the languages that have another than the column's, as its filter declares them."""
+    declared = declared_column(column)
+    return {} if declared is None else declared.by_language
 
 
 def declared_column(name: str) -> Column | None:

@@ -104,7 +104,8 @@ def tried_again(call: Callable[[], T], retries: int, clock: Clock) -> T:
 
 
 def normal_url(url: str) -> str:
-    """An address with its host in lower case and its path and query quoted, without a fragment.
+    """An address with its host in lower case and its path and query quoted, without a fragment but one of `#!`, which names a
+    page of its own.
 
     Raises FetchError for one that is not http or https, has no host, or carries a password.
     """
@@ -123,7 +124,9 @@ def normal_url(url: str) -> str:
         raise FetchError("bad_addresses", f"{host!r} is no host's name") from None
     place = (f"[{host}]" if ":" in host else host) + (f":{port}" if port is not None else "")
     safe = "%/:=&?~#+!$,;'@()*[]"
-    return urlunsplit((parts.scheme.lower(), place, quote(parts.path or "/", safe=safe), quote(parts.query, safe=safe), ""))
+    path, query = quote(parts.path or "/", safe=safe), quote(parts.query, safe=safe)
+    fragment = quote(parts.fragment, safe=safe) if parts.fragment.startswith("!") else ""
+    return urlunsplit((parts.scheme.lower(), place, path, query, fragment))
 
 
 def is_public(address: str) -> bool:
@@ -164,7 +167,7 @@ def fetch_once(url: str, limits: Limits, extra: Mapping[str, str] | None = None)
         with raw:
             connection = _connection(parts.scheme, host, port, raw)
             headers = {"User-Agent": limits.user_agent, "Accept-Encoding": "gzip", "Accept": "*/*", "Connection": "close"}
-            connection.request("GET", url[url.index("/", 8) :], headers=headers | dict(extra or {}))
+            connection.request("GET", url[url.index("/", 8) :].partition("#")[0], headers=headers | dict(extra or {}))
             response = connection.getresponse()
             sent = [(name, value) for name, value in response.getheaders()]
             body = _body(response, limits.max_bytes)
