@@ -14,7 +14,8 @@ from bessemer.inference.request import LogitsRequest, Prompt, Request
 from bessemer.inference.sampling.beam_search import BeamSearch
 from bessemer.inference.sampling.grammar import GrammarCompiler
 from bessemer.inference.sampling.params import SamplingParams
-from bessemer.inference.sampling.sampler import SamplingState, TokenRules
+from bessemer.inference.sampling.penalties import TokenRules
+from bessemer.inference.sampling.sampler import SamplingState
 from bessemer.inference.scheduling.sequence import TokenSequence
 from bessemer.inference.scores import ScoreItem, ScoreRequest
 from bessemer.model.config import ModelConfig

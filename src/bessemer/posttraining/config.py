@@ -9,7 +9,6 @@ from pydantic import field_validator, model_validator
 from bessemer.core.config import nearest, setting
 from bessemer.core.records import TABLES
 from bessemer.core.usercode import is_user_function
-from bessemer.posttraining.formats import TRUNCATE, Truncate
 from bessemer.posttraining.made import REVISIONS, SYNTHETIC
 from bessemer.training.adapter_config import TuningConfig
 
@@ -21,6 +20,13 @@ DOCS_QUESTIONS = "made/docs_questions"
 #: All data that a recipe makes and `sft` reads.
 MADE_DATA = (DOCS_QUESTIONS, REVISIONS, SYNTHETIC)
 
+#: What is done with an example that is longer than a row.
+Truncate = Literal["drop", "left", "refuse"]
+TRUNCATE = (
+    "Of what is longer than a row, or of an answer of a pair than half a row. drop: left out; left: its beginning is cut off, "
+    "and what the assistant says is learnt where it is whole; refuse: an error. How many there are is said. The end is never "
+    "cut off, so that every answer teaches where it ends."
+)
 #: Most tokens of a row where nothing is said.
 _LONGEST = 2048
 #: Before the name of a task whose items are data.

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from bessemer.core.errors import RequestError, SourceError
-from bessemer.posttraining.formats import Message, Truncate, Turns
+from bessemer.posttraining.config import Truncate
+from bessemer.posttraining.formats import Message, Turns
 from bessemer.tokenization.tokenizer import Tokenizer
 from bessemer.training.data.batches import IGNORE_INDEX
 

@@ -22,19 +22,12 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from bessemer.core.config import nearest
 from bessemer.tokenization.chat import checked_messages, checked_tools
 
 Message = dict[str, Any]
-#: What is done with an example that is longer than a row.
-Truncate = Literal["drop", "left", "refuse"]
-TRUNCATE = (
-    "Of what is longer than a row, or of an answer of a pair than half a row. drop: left out; left: its beginning is cut off, "
-    "and what the assistant says is learnt where it is whole; refuse: an error. How many there are is said. The end is never "
-    "cut off, so that every answer teaches where it ends."
-)
 #: Messages of a conversation, or a text without roles.
 Turns = tuple[Message, ...] | str
 

@@ -12,9 +12,9 @@ import torch
 
 from bessemer.core.hashing import hash_bytes, hash_value
 from bessemer.distributed.mesh import ALONE, Mesh
+from bessemer.posttraining.config import Truncate
 from bessemer.posttraining.conversations import Conversation
 from bessemer.posttraining.encoding import Encoded, RowCounts, RowFitter, encode_answer
-from bessemer.posttraining.formats import Truncate
 from bessemer.tokenization.tokenizer import Tokenizer
 from bessemer.training.config import LoopConfig
 from bessemer.training.data.batches import IGNORE_INDEX, Batch, StatelessBatches, rows_of_step

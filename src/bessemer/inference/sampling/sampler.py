@@ -18,7 +18,7 @@ from bessemer.core.usercode import load_user_function
 from bessemer.inference.sampling.inverse_cdf import uniform
 from bessemer.inference.sampling.logprobs import LogProbs, certain, log_probs, sampler_log_probs
 from bessemer.inference.sampling.params import SamplingParams
-from bessemer.inference.sampling.penalties import TokenCounts, check_tokens, penalise, process
+from bessemer.inference.sampling.penalties import TokenCounts, TokenRules, penalise, process
 from bessemer.inference.sampling.truncation import NO_TRUNCATION, Truncation, candidates, truncated_logits
 from bessemer.model.cpu_kernels.build import library
 from bessemer.model.cpu_kernels.draw import draw_tokens
@@ -29,9 +29,6 @@ __all__ = ["Sampled", "SamplingParams", "SamplingState", "generator_for", "sampl
 
 #: Rows that are drawn from at once.
 _ROWS = 16
-
-#: Biases of more than the vocabulary by this are added to all of it: in order, a logit costs a tenth.
-_DENSE = 10
 
 NO_TOKEN_LEFT = "no token may come next: grammar, allowed_tokens and banned_tokens together leave none"
 NOT_FINITE = "the model's logits are not finite: its weights are damaged or its training diverged"
@@ -86,45 +83,6 @@ class Choice(NamedTuple):
     tokens: list[int]
     problems: dict[int, RequestError]
     log_probs: dict[int, LogProbs]
-
-
-class TokenRules:
-    """What parameters say of single tokens, as arrays. The answers to one prompt share them.
-
-    bias: ids and what is added to their logits. banned, allowed: ids; None: all are allowed. Raises RequestError for a token
-    outside the vocabulary.
-    """
-
-    def __init__(self, params: SamplingParams, vocab_size: int) -> None:
-        check_tokens(params, vocab_size)
-        self.bias = (np.array([*params.logit_bias], np.int64), np.array([*params.logit_bias.values()], np.float32))
-        self.banned = np.array(params.banned_tokens, np.int64)
-        self.allowed = None if params.allowed_tokens is None else np.unique(np.array(params.allowed_tokens, np.int64))
-        #: The biases of the whole vocabulary, where there are so many that they are added faster, float32 (V,).
-        self._bias_V: np.ndarray | None = None
-        if len(params.logit_bias) > vocab_size // _DENSE:
-            self._bias_V = np.zeros(vocab_size, np.float32)
-            self._bias_V[self.bias[0]] = self.bias[1]
-        self._forbidden_V: np.ndarray | None = None
-        if self.allowed is not None:
-            self._forbidden_V = np.ones(vocab_size, np.bool_)
-            self._forbidden_V[self.allowed] = False
-
-    def add_bias(self, logits_V: np.ndarray) -> None:
-        """Add the biases in place."""
-        if self._bias_V is not None:
-            logits_V[: len(self._bias_V)] += self._bias_V
-        else:
-            ids, values = self.bias
-            logits_V[ids] += values
-
-    def forbid(self, logits_V: np.ndarray) -> None:
-        """Put -inf in place of the logits of what may not be chosen."""
-        logits_V[self.banned] = -np.inf
-        if self._forbidden_V is not None:
-            # a table may have more rows than there are tokens
-            logits_V[len(self._forbidden_V) :] = -np.inf
-            np.copyto(logits_V[: len(self._forbidden_V)], -np.inf, where=self._forbidden_V)
 
 
 class SamplingState:

@@ -9,8 +9,8 @@ from pydantic import field_validator, model_validator
 
 from bessemer.core.config import setting
 from bessemer.core.errors import ConfigError
+from bessemer.posttraining.config import TRUNCATE, Truncate
 from bessemer.posttraining.distillation.registry import CROSS_ENTROPY, DISTILLATION_LOSSES, POLICY_GRADIENT
-from bessemer.posttraining.formats import TRUNCATE, Truncate
 from bessemer.training.adapter_config import TuningConfig
 
 #: Raised when the same settings and inputs give other weights than before.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from bessemer.core.config import Config, setting
-from bessemer.posttraining.formats import TRUNCATE, Truncate
+from bessemer.posttraining.config import TRUNCATE, Truncate
 
 #: Ways to tune, from the one that needs most memory to the one that needs least.
 Method = Literal["full", "lora", "qlora"]

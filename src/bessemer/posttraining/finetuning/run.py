@@ -27,14 +27,13 @@ from bessemer.model.folder_config import holds_codes, read_model_config
 from bessemer.model.formats.exchange import ModelSource
 from bessemer.model.quantised_linear import is_quantised
 from bessemer.model.trained_adapters import adapter_of, adapters_of, without_adapters
-from bessemer.posttraining.config import SFTConfig
+from bessemer.posttraining.config import SFTConfig, Truncate
 from bessemer.posttraining.conversations import Conversation
 from bessemer.posttraining.finetuning.base import prepare_base
 from bessemer.posttraining.finetuning.columns import find_columns
 from bessemer.posttraining.finetuning.config import FULL_LEARNING_RATE, FinetuneConfig, Method
 from bessemer.posttraining.finetuning.held_out import conversation_losses
 from bessemer.posttraining.finetuning.method import choose_method, free_bytes
-from bessemer.posttraining.formats import Truncate
 from bessemer.posttraining.packing import Example, fit_conversations, pack_conversations
 from bessemer.posttraining.sft import gather_conversations, sft
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer

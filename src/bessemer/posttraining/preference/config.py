@@ -9,7 +9,7 @@ from pydantic import field_validator, model_validator
 
 from bessemer.core.config import setting
 from bessemer.core.errors import ConfigError
-from bessemer.posttraining.formats import TRUNCATE, Truncate
+from bessemer.posttraining.config import TRUNCATE, Truncate
 from bessemer.posttraining.made import MISMATCHED, checked_pairs
 from bessemer.posttraining.preference.registry import BUILT_IN, KTO, PAIR_LOSSES, default_beta
 from bessemer.training.adapter_config import TuningConfig

@@ -13,9 +13,10 @@ from functools import partial
 import torch
 
 from bessemer.core.errors import SourceError
+from bessemer.posttraining.config import Truncate
 from bessemer.posttraining.dataset import prompt_key
 from bessemer.posttraining.encoding import Row, RowCounts, RowFitter, encode_answer
-from bessemer.posttraining.formats import Labelled, Truncate
+from bessemer.posttraining.formats import Labelled
 from bessemer.tokenization.tokenizer import Tokenizer
 from bessemer.training.data.batches import Batch
 from bessemer.training.data.packing import best_fit, pack_rows

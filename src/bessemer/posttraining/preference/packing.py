@@ -16,8 +16,9 @@ import numpy as np
 import torch
 
 from bessemer.model.folder_config import read_model_config
+from bessemer.posttraining.config import Truncate
 from bessemer.posttraining.encoding import Encoded, Row, RowCounts, RowFitter, encode_answer
-from bessemer.posttraining.formats import Pair, Truncate
+from bessemer.posttraining.formats import Pair
 from bessemer.tokenization.tokenizer import Tokenizer
 from bessemer.training.config import LoopConfig
 from bessemer.training.data.batches import IGNORE_INDEX, Batch
