@@ -103,7 +103,7 @@ def test_four_ranks_are_one(four, whole, tmp_path, method, parallel):
     assert_same(method, records, tmp_path, whole(method))
 
 
-@pytest.mark.parametrize("method", ["critic", *map(slow, ("self-made", "pairs", "packed", "teacher"))])
+@pytest.mark.parametrize("method", ["pairs", *map(slow, ("self-made", "critic", "packed", "teacher"))])
 def test_killed_ranks_go_on_where_they_were(two, tmp_path, method):
     steps = 8
     expected = run(tmp_path / "whole", method, steps=steps), tmp_path / "whole"
