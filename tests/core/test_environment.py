@@ -1,6 +1,26 @@
+import ast
+from pathlib import Path
+
 import pytest
 
+import bessemer
 from bessemer.core import environment
+
+
+def test_no_duration_is_a_difference_of_times_of_day():
+    """A clock that is set meanwhile would make it negative, or hours: `time.time` says when, and never how long."""
+    sums = [
+        f"{path.name}:{node.lineno}"
+        for path in Path(bessemer.__file__).parent.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, (ast.BinOp, ast.Compare)) and any(map(_is_time_of_day, ast.iter_child_nodes(node)))
+    ]
+    # a Retry-After that names a time of day
+    assert [place.split(":")[0] for place in sums] == ["fetch.py"]
+
+
+def _is_time_of_day(node):
+    return isinstance(node, ast.Call) and ast.unparse(node.func) in ("time.time", "time.time_ns", "datetime.now")
 
 
 @pytest.mark.parametrize(
