@@ -5,11 +5,12 @@
 Starts `bessemer serve MODEL`. Of each limit (`bessemer/serving/limits.py`) it sends a request that comes to it and one ten
 times as large, a conversation of 7 MB besides, and meanwhile a second client looks at `/health` and asks for a chat of one
 token, again and again. Then responses to be stored, and streams that nobody reads, of nearly as many answers as the server
-computes at once. All of it is repeated for `--minutes`, at least twice; the server's memory is read after each round. A line of
+computes at once. All of it is repeated for `--minutes`, and until the server stores as many responses as it ever does; its memory is
+read after each round. A line of
 each case: the statuses, and the slowest answers of the second client.
 
-It ends with an error where an answer was slower than `--most-seconds`, any status was 5xx, or the memory of the last round is
-more than a tenth above that of the first. Nothing else may run meanwhile. Result: `server_limits.json`.
+It ends with an error where an answer was slower than `--most-seconds`, any status was 5xx, or the memory of the last round is more
+than a tenth above that of the round in which the store was full. Nothing else may run meanwhile. Result: `server_limits.json`.
 """
 
 from __future__ import annotations
@@ -42,7 +43,10 @@ MODEL = "limited"
 PLACES = EngineConfig().max_num_seqs
 #: Streams that nobody reads.
 STREAMS = 3
-#: The most that the memory of the last round may be of that of the first.
+#: Responses that a round stores, and the rounds after which no more are kept: memory grows until then, by what it is for.
+STORED = 64
+FULL = -(-limits.STORED.most // STORED)
+#: The most that the memory of the last round may be of that of the round in which the store was full.
 MEMORY = 1.1
 
 
@@ -57,7 +61,7 @@ def cases() -> dict[str, Sent]:
     most_at_once = PLACES + limits.WAITING.most - limits.WAITING.most // limits.OTHERS_SHARE
     found = {f"{name} × {factor}": case_of(name, factor, MODEL, most_at_once) for name in CASES for factor in FACTORS}
     stored = {"model": MODEL, "input": "x" * 100, "max_output_tokens": 1}
-    return found | {"7 MB of words": long_prompt(MODEL), "stored": Sent("/v1/responses", json.dumps(stored).encode(), 64)}
+    return found | {"7 MB of words": long_prompt(MODEL), "stored": Sent("/v1/responses", json.dumps(stored).encode(), STORED)}
 
 
 async def unread(url: str) -> Seen:
@@ -91,7 +95,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         server = start("bessemer", command, Path(folder) / "log", {})
         try:
-            while len(memory) < 2 or time.monotonic() < until:
+            while len(memory) <= FULL or time.monotonic() < until:
                 for name, sent in cases().items():
                     seen = asyncio.run(send_beside_another(server.url, MODEL, sent))
                     tell(name, seen, slowest, statuses)
@@ -106,13 +110,18 @@ def main() -> None:
         "chat_s": chat,
         "statuses": {str(status): count for status, count in sorted(statuses.items())},
         "memory_mib": memory,
+        "memory_full_mib": memory[FULL - 1],
+        "memory_last_mib": memory[-1],
+        "rounds": len(memory),
         "cases": {name: {"health_s": one[0], "chat_s": one[1]} for name, one in slowest.items()},
     }
     recording.save("server_limits", figures)
     print(json.dumps(figures))
     failed = {name: one for name, one in slowest.items() if max(one) > arguments.most_seconds}
-    if failed or max(statuses) >= 500 or memory[-1] > MEMORY * memory[0]:
-        raise SystemExit(f"too slow: {failed}; statuses {dict(statuses)}; memory {memory[0]:,.0f} to {memory[-1]:,.0f} MiB")
+    if failed or max(statuses) >= 500 or memory[-1] > MEMORY * memory[FULL - 1]:
+        raise SystemExit(
+            f"too slow: {failed}; statuses {dict(statuses)}; memory {memory[FULL - 1]:,.0f} to {memory[-1]:,.0f} MiB"
+        )
 
 
 def tell(name: str, seen: Seen, slowest: dict[str, tuple[float, float]], statuses: Counter[int]) -> None:
