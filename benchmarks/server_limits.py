@@ -5,12 +5,12 @@
 Starts `bessemer serve MODEL`. Of each limit (`bessemer/serving/limits.py`) it sends a request that comes to it and one ten
 times as large, a conversation of 7 MB besides, and meanwhile a second client looks at `/health` and asks for a chat of one
 token, again and again. Then responses to be stored, and streams that nobody reads, of nearly as many answers as the server
-computes at once. All of it is repeated for `--minutes`, and until the server stores as many responses as it ever does; its memory is
-read after each round. A line of
-each case: the statuses, and the slowest answers of the second client.
+computes at once. All of it is repeated for `--minutes`, and until the server stores as many responses as it ever does; its
+memory is read after each round. A line of each case: the statuses, and the slowest answers of the second client.
 
-It ends with an error where an answer was slower than `--most-seconds`, any status was 5xx, or the memory of the last round is more
-than a tenth above that of the round in which the store was full. Nothing else may run meanwhile. Result: `server_limits.json`.
+It ends with an error where an answer was slower than `--most-seconds`, any status was 5xx, or the memory of the last round is
+more than a tenth above that of the round in which the store was full. Nothing else may run meanwhile. Result:
+`server_limits.json`.
 """
 
 from __future__ import annotations
@@ -39,6 +39,14 @@ from tests.serving.limit_cases import CASES, FACTORS, Seen, Sent, case_of, long_
 from bessemer.inference.config import EngineConfig
 from bessemer.serving import limits
 
+#: Source that the result depends on: later commits to it make the result stale (`tables.py`).
+MEASURES = (
+    "src/bessemer/serving",
+    "src/bessemer/assistant",
+    "src/bessemer/inference/sampling",
+    "src/bessemer/inference/step_driver.py",
+    "src/bessemer/tokenization/chat_encoding.py",
+)
 MODEL = "limited"
 PLACES = EngineConfig().max_num_seqs
 #: Streams that nobody reads.
