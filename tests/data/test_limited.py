@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from pathlib import Path
@@ -91,7 +92,7 @@ def test_helpers_end_with_what_used_them():
 
 def test_a_helper_that_works_slowly_because_of_others_is_waited_for(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe")
-    asked = iter(range(5))
+    asked = itertools.count()
 
     def processor_seconds(pid):
         if (used := next(asked)) == 4:

@@ -85,7 +85,8 @@ def test_the_quality_is_that_of_what_is_served(place, tokens):
         nats = -sum(one.log_probs.token for window in served for one in window.prompt_log_probs)
         # without kernels a row alone meets weights that are read out in float16
         assert score == pytest.approx(nats / math.log(2) / compared.bytes, rel=1e-6 if library() is not None else 5e-5)
-        assert engine.arithmetic == f"computed by {how}"
+        # which are read out once for a model that is opened to be served, as the comparison's are, and not for this one
+        assert library() is None or engine.arithmetic == f"computed by {how}"
     if library() is not None:
         # the weights alone would say something else
         alone = bits_per_byte(other, tokens.held_out, context_length=1024, batch_size=1, max_tokens=700).bits_per_byte
