@@ -68,7 +68,7 @@ METADATA_VALUE = Limit(512, "characters", "a value in `metadata` of a response",
 WAITING = Limit(
     32, "completions", "completions that wait beside those that are computed", "503 with `Retry-After`", "`--max-waiting`"
 )
-#: Of the places of those that wait, one in so many is nobody's whose request alone would fill the server.
+#: A single request leaves one in this many waiting places to others.
 OTHERS_SHARE = 4
 ASIDE = Limit(2, "requests", "`/tokenize`, `/detokenize` and `count_tokens` that are computed at once", "the next one waits")
 STORED = Limit(1_000, "responses", "stored responses", "the oldest of the key with the most bytes is dropped")

@@ -46,8 +46,8 @@ class _Shelf:
 
 
 class MemoryStore:
-    """The last responses, in memory, at most so many and so many MiB. Where there are more, the oldest goes of the owner who
-    has the most: nobody's flood drops what others have."""
+    """The last responses, in memory, limited in number and in MiB. Beyond a limit the oldest response of the owner with the
+    most bytes is dropped, so that one owner's flood drops no other's."""
 
     def __init__(self, most: int = limits.STORED.most, most_mib: float = limits.STORED_BYTES.most) -> None:
         self._most = most

@@ -129,7 +129,7 @@ class GrammarCompiler:
         #: By name and value: what was compiled, or why it was not.
         self._kept: OrderedDict[tuple[str, str], Any | RequestError] = OrderedDict()
         self._lock = threading.Lock()
-        #: Held while one is compiled: who asks for a kept one does not wait for it.
+        #: Held while a grammar is compiled. Requests for a kept grammar do not take it.
         self._compiling = FairLock()
 
     def matcher(self, params: SamplingParams) -> GrammarMatcher | None:
