@@ -419,15 +419,15 @@ async function makeAnswer(node, source) {
   }
   flush();
   await pause();
-  running.delete(node.id);
   node.stats = described(usage, last - first, first - started, reason, node.content, note);
-  const entry = shown.get(node.id);
-  if (entry) { entry.article.classList.remove("working"); drawBelow(entry); }
   store.touch(node);
   conversation.updated = Date.now();
-  updateSend();
-  await pause();
+  // before it is shown as done, so that a page that is loaded again then has it
   await save(conversation);
+  running.delete(node.id);
+  const entry = shown.get(node.id);
+  if (entry) { entry.article.classList.remove("working"); drawBelow(entry); }
+  updateSend();
   await pause();
   drawConversations();
   say(node.failure ?? "the answer is there");
