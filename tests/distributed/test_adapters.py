@@ -11,8 +11,8 @@ from bessemer.distributed.sharding import product_matrices
 from bessemer.model.config import ModelConfig
 from bessemer.model.folder import save_model
 from bessemer.model.initialisation import initial_decoder
+from bessemer.training import autotune, starting_model
 from bessemer.training import loop as training_loop
-from bessemer.training import starting_model
 from bessemer.training.adapter_config import TuningConfig
 from bessemer.training.checkpoint.manager import CHECKPOINTS, checkpoint_weights, newest_checkpoint
 from bessemer.training.run import run_training
@@ -90,19 +90,21 @@ def refusal(folder, out, adapter):
 def trained_in_half(folder, out, held):
     """Train in bfloat16; held: whether what is frozen lies so too. The dtypes of the matrices that were sharded."""
     found = set()
-    prepare, frozen_dtype = training_loop.prepare_model, starting_model.frozen_dtype
+    prepare, frozen_dtype, check_dtype = training_loop.prepare_model, starting_model.frozen_dtype, autotune.check_dtype
 
     def prepared(model, *others):
         found.update(parameter.dtype for parameter in product_matrices(model))
         return prepare(model, *others)
 
     training_loop.prepare_model = prepared
+    # a machine where bfloat16 is slow refuses it, and computes the same
+    autotune.check_dtype = lambda dtype, device: None
     if not held:
         starting_model.frozen_dtype = lambda config, folder: torch.float32
     try:
         trained(folder, out, {"data_shard": 2}, in_half=True)
     finally:
-        training_loop.prepare_model, starting_model.frozen_dtype = prepare, frozen_dtype
+        training_loop.prepare_model, starting_model.frozen_dtype, autotune.check_dtype = prepare, frozen_dtype, check_dtype
     return found
 
 
