@@ -78,7 +78,7 @@ class TokenRules:
         self.bias = (np.array([*params.logit_bias], np.int64), np.array([*params.logit_bias.values()], np.float32))
         self.banned = np.array(params.banned_tokens, np.int64)
         self.allowed = None if params.allowed_tokens is None else np.unique(np.array(params.allowed_tokens, np.int64))
-        #: The biases of the whole vocabulary, where there are so many that they are added faster, float32 (V,).
+        #: The biases over the whole vocabulary, float32 (V,); None where there are few, which are added by id.
         self._bias_V: np.ndarray | None = None
         if len(params.logit_bias) > vocab_size // _DENSE:
             self._bias_V = np.zeros(vocab_size, np.float32)

@@ -96,7 +96,7 @@ def finetune(
     tokenizer, chosen_device = load_tokenizer(base), choose_device(device)
     limit = read_model_config(base).max_position_embeddings
     longest = config.context_length or min(_LONGEST, limit)
-    lengths = [len(one.tokens) for one in fit_conversations([*training, *held_out], tokenizer, longest, truncate="left")[0]]
+    lengths = [len(one.tokens) for one in fit_conversations([*training, *held_out], tokenizer, longest, config.truncate)[0]]
     context = config.context_length or _row_length(lengths, limit)
     rows = max(1, pack_conversations(training, tokenizer, context, config.truncate).rows)
     batch_size = config.batch_size or max(1, round(_CONVERSATIONS * rows / len(training)))
