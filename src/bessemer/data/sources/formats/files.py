@@ -46,7 +46,7 @@ class TextFiles:
     def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[PositionedDocument]:
         replaced = tally.counts["undecodable_bytes"]
         if _suffix(entry.name) in TEXT_SUFFIXES:
-            with entry.open(start) as stream:
+            with entry.open_text(start, tally) as stream:
                 yield from self._text_documents(stream, entry, start, tally)
                 note_end(entry, stream.damage, stream.tell(), tally)
         else:
@@ -125,4 +125,4 @@ def may_hold_records(paths: list[str], folder: Path) -> bool:
 
 
 def _suffix(name: str) -> str:
-    return PurePosixPath(name).suffix
+    return PurePosixPath(name).suffix.lower()
