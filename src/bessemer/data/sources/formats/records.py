@@ -15,8 +15,6 @@ from bessemer.data.sources.io.cutting import bounded_lines
 #: The longest record that is held in memory.
 LONGEST_RECORD = 32 << 20
 
-#: Of a record without a text: how many of its fields are named.
-_NAMED_FIELDS = 20
 _RECORD_FIELDS = ("url", "license", "language")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -29,7 +27,7 @@ def record_document(record: Mapping[str, Any], place: str, *, default_license: s
     """
     text = record.get("text")
     if not isinstance(text, str):
-        raise SourceError(f"{place}: a record needs a 'text' that is a string, {_instead_of_text(record)}")
+        raise SourceError(f"{place}: a record needs a 'text' that is a string, got {type(text).__name__}")
     given = record.get("metadata")
     metadata = dict(given) if isinstance(given, Mapping) else {}
     metadata |= {key: value for key, value in record.items() if key not in ("id", "text", "metadata", *_RECORD_FIELDS)}
@@ -46,17 +44,6 @@ def record_document(record: Mapping[str, Any], place: str, *, default_license: s
         metadata=plain,
         **({"license": default_license} | fields),
     )
-
-
-def _instead_of_text(record: Mapping[str, Any]) -> str:
-    """What a record without a text has, and the setting that names the field with the longest text."""
-    if "text" in record:
-        return f"and it is a {type(record['text']).__name__}"
-    texts = {str(name): len(value) for name, value in record.items() if isinstance(value, str)}
-    has = f"and it has {', '.join(map(repr, list(record)[:_NAMED_FIELDS])) or 'no field'}"
-    if not texts:
-        return has
-    return f"{has}; read it by {{source: tables, columns: {{text: {max(texts, key=lambda name: texts[name])}}}}}"
 
 
 def record_locator(name: str | None, text: str) -> str:
