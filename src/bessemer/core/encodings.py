@@ -24,11 +24,11 @@ _MARKS = (
 _HEAD, _MOST_LINES_BYTES = 4096, 1 << 16
 #: Code pages of Windows and of East Asia, the commonest first: what Excel's "CSV" and Notepad's "ANSI" mean, by country.
 _CODE_PAGES = (
-    *("cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256", "cp1257"),
-    *("cp932", "gb18030", "big5", "cp949", "koi8_r", "mac_roman", "cp850"),
+    *("cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256", "cp1257", "cp874"),
+    *("cp932", "euc_jp", "gb18030", "big5", "cp949", "koi8_r", "mac_roman", "cp850"),
 )
-#: Every byte has a meaning in it, so that a text can always be read.
-_LAST = "latin-1"
+#: Shares of mess and of a language's letters that do not tell one code page from another.
+_ALIKE = 0.01
 
 
 def encoding_of(data: bytes, *, is_whole: bool = True) -> str:
@@ -81,18 +81,26 @@ def _utf16(head: bytes) -> str | None:
 
 
 def _code_page(data: bytes) -> str:
-    """The code page of a text that is not Unicode, by its lines that are not ASCII."""
+    """The code page of a text that is not Unicode, by its lines that are not ASCII.
+
+    Of those that make about as much sense as the best one, in characters and in letters of a language, the commonest: Western
+    European and Central European texts of a few words are often text in both.
+    """
     from charset_normalizer import from_bytes
 
     lines = b"".join(_lines_beyond_ascii(data))
-    found = from_bytes(lines, cp_isolation=list(_CODE_PAGES), enable_fallback=False).best()
-    for name in (found.encoding if found is not None else "cp1252", _LAST):
-        try:
-            data.decode(name)
-        except UnicodeDecodeError:
-            continue
-        break
-    return name
+    matches = list(from_bytes(lines, cp_isolation=list(_CODE_PAGES), enable_fallback=False))
+    if not matches:
+        return _CODE_PAGES[0]
+    best = min(matches, key=lambda match: (round(match.chaos, 2), -match.coherence))
+    likely = {
+        name
+        for match in matches
+        if match.chaos <= best.chaos + _ALIKE and match.coherence >= best.coherence - _ALIKE
+        # pages by which the text is the same are one match
+        for name in (match.encoding, *match.could_be_from_charset)
+    }
+    return next(name for name in _CODE_PAGES if name in likely)
 
 
 def _lines_beyond_ascii(data: bytes) -> Iterator[bytes]:
