@@ -24,9 +24,11 @@ _MARKS = (
 _HEAD, _MOST_LINES_BYTES = 4096, 1 << 16
 #: Code pages of Windows and of East Asia, the commonest first: what Excel's "CSV" and Notepad's "ANSI" mean, by country.
 _CODE_PAGES = (
-    *("cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256", "cp1257", "cp874"),
-    *("cp932", "euc_jp", "gb18030", "big5", "cp949", "koi8_r", "mac_roman", "cp850"),
+    *("cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256", "cp1257"),
+    *("cp932", "euc_jp", "gb18030", "big5", "cp949", "koi8_r", "mac_roman", "cp850", "cp874"),
 )
+#: Characters that only texts in some encoding have whole, and those that only Japanese has.
+_BEYOND_ASCII, _KANA, _KANA_SHARE = re.compile(r"[^\x00-\x7f\ufffd]+"), re.compile("[\u3041-\u30fe]"), 0.2
 #: Shares of mess and of a language's letters that do not tell one code page from another.
 _ALIKE = 0.01
 
@@ -48,9 +50,9 @@ def encoding_of(data: bytes, *, is_whole: bool = True) -> str:
     else:
         return UTF8
     decoded = data.decode(UTF8, "replace")
-    damaged = decoded.count("\ufffd")
-    characters = sum(map(len, re.findall(r"[^\x00-\x7f\ufffd]+", decoded)))
-    return UTF8 if characters >= damaged else _code_page(data)
+    whole = sum(map(len, _BEYOND_ASCII.findall(decoded)))
+    damaged = decoded.count("\ufffd") - data.count("\ufffd".encode())
+    return UTF8 if whole >= damaged else _code_page(data)
 
 
 def decoded_text(data: bytes) -> tuple[str, str]:
@@ -75,7 +77,7 @@ def _utf16(head: bytes) -> str | None:
     if not pairs:
         return None
     first, second = head[0 : 2 * pairs : 2].count(0) / pairs, head[1 : 2 * pairs : 2].count(0) / pairs
-    if max(first, second) < 0.4 or min(first, second) > 0.05:
+    if max(first, second) < 0.7 or min(first, second) > 0.05:
         return None
     return "utf-16-le" if second > first else "utf-16-be"
 
@@ -89,6 +91,11 @@ def _code_page(data: bytes) -> str:
     from charset_normalizer import from_bytes
 
     lines = b"".join(_lines_beyond_ascii(data))
+    for name in ("cp932", "euc_jp"):
+        # of a few words the library takes them for Korean or Chinese
+        found = "".join(_BEYOND_ASCII.findall(lines.decode(name, "replace")))
+        if len(_KANA.findall(found)) > _KANA_SHARE * len(found):
+            return name
     matches = list(from_bytes(lines, cp_isolation=list(_CODE_PAGES), enable_fallback=False))
     if not matches:
         return _CODE_PAGES[0]

@@ -156,37 +156,49 @@ class Tables:
             delimiter, above = delimiter_of(sample, usual)
             lines = _Lines(stream, self.max_document_bytes, entry, tally)
             header = next(csv.reader(islice(lines, above, None), delimiter=delimiter), None)
-        if header is None:
-            note_end(entry, stream.damage, stream.given, tally)
-            return
-        header[0] = header[0].removeprefix("\ufeff")
-        if delimiter != usual and start == 0:
-            tally.set_aside(OTHER_DELIMITER, entry.place, f"its columns are separated by {DELIMITERS[delimiter]}")
-        if self.columns.text not in header:
-            tally.set_aside("bad_records", entry.place, f"no column {self.columns.text!r}; it has {', '.join(header[:20])}")
-            return
-        with entry.open_text(max(start, lines.end)) as stream:
+            if header is None:
+                note_end(entry, stream.damage, stream.given, tally)
+                return
+            header[0] = header[0].removeprefix("\ufeff")
+            if delimiter != usual and start == 0:
+                tally.set_aside(OTHER_DELIMITER, entry.place, f"its columns are separated by {DELIMITERS[delimiter]}")
+            if self.columns.text not in header:
+                why = f"no column {self.columns.text!r}; it has {', '.join(header[:20])}"
+                tally.set_aside("bad_records", entry.place, why)
+                return
+            if start <= lines.end:
+                # not opened again: what is in a compressed tar is read once
+                yield from _rows_below(header, lines, delimiter, stream, entry, tally)
+                return
+        with entry.open_text(start) as stream:
             lines = _Lines(stream, self.max_document_bytes, entry, tally)
+            yield from _rows_below(header, lines, delimiter, stream, entry, tally)
+
+
+def _rows_below(
+    header: list[str], lines: _Lines, delimiter: str, stream: Stream, entry: Entry, tally: Tally
+) -> Iterator[tuple[int, dict[str, Any], str]]:
+    """The rows of a table below its header, each with the byte behind it and its place."""
+    reader = csv.reader(lines, delimiter=delimiter)
+    while True:
+        begin = lines.end
+        place = f"{entry.place}: byte {begin:,}"
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            tally.set_aside("bad_records", place, str(error))
             reader = csv.reader(lines, delimiter=delimiter)
-            while True:
-                begin = lines.end
-                place = f"{entry.place}: byte {begin:,}"
-                try:
-                    row = next(reader, None)
-                except csv.Error as error:
-                    tally.set_aside("bad_records", place, str(error))
-                    reader = csv.reader(lines, delimiter=delimiter)
-                    continue
-                if row is None:
-                    break
-                if not any(map(str.strip, row)):
-                    if row:
-                        tally.counts["blank_rows"] += 1
-                elif len(row) >= len(header) and not any(map(str.strip, row[len(header) :])):
-                    yield lines.end, dict(zip(header, row, strict=False)), place
-                else:
-                    tally.set_aside("bad_records", place, f"{len(row)} fields instead of {len(header)}")
-            note_end(entry, stream.damage, stream.tell(), tally)
+            continue
+        if row is None:
+            break
+        if not any(map(str.strip, row)):
+            if row:
+                tally.counts["blank_rows"] += 1
+        elif len(row) >= len(header) and not any(map(str.strip, row[len(header) :])):
+            yield lines.end, dict(zip(header, row, strict=False)), place
+        else:
+            tally.set_aside("bad_records", place, f"{len(row)} fields instead of {len(header)}")
+    note_end(entry, stream.damage, stream.tell(), tally)
 
 
 def open_tables(settings: TablesSource, folder: Path, cache: Path) -> FileSource:
