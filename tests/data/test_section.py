@@ -56,10 +56,10 @@ def test_what_could_not_be_read_is_counted_with_its_first_cases():
         "problems": {"files": {"bad_records": 1200, "files_in_other_encodings": 3}, "pdf": {"encrypted_files": 1}},
         "losses": {"files": ["a.jsonl: byte 0: no", "b.jsonl: byte 0: no"], "pdf": ["c.pdf: encrypted", "d.pdf: encrypted"]},
     }
-    assert sentences(run_of(stages)[-1])[-1] == (
-        "Could not be read: 1,200 bad records, 1 encrypted files. The first: a.jsonl: byte 0: no; b.jsonl: byte 0: no; c.pdf: "
-        "encrypted."
-    )
+    assert sentences(run_of(stages)[-1])[-4:] == [
+        "Could not be read: bad records (1,200), encrypted files (1).",
+        *("– a.jsonl: byte 0: no.", "– b.jsonl: byte 0: no.", "– c.pdf: encrypted."),
+    ]
     stages["collect"] |= {"problems": {"files": {"files_in_other_encodings": 3}}, "losses": {}}
     assert not any("Could not be read" in sentence for sentence in sentences(run_of(stages)[-1]))
 

@@ -19,7 +19,7 @@ def _list_tasks(wanted: bool) -> None:
         print(f"Tasks {heading}:")
         for name, about in rows:
             print(f"  {name:<21} {about}")
-    print("Or a task file of your own, NAME.yaml: docs/tasks.md")
+    print("Or task files of your own, NAME.yaml, as the page on tasks of the documentation describes them")
     raise typer.Exit
 
 

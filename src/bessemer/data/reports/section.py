@@ -98,10 +98,9 @@ def not_read(stages: Stages) -> list[str]:
             kinds[kind] = kinds.get(kind, 0) + count
     if not kinds:
         return []
-    counted = ", ".join(f"{count:,} {label(kind).lower()}" for kind, count in kinds.items())
+    counted = ", ".join(f"{label(kind).lower()} ({count:,})" for kind, count in kinds.items())
     losses = [note for metrics in stages.values() for notes in metrics.get("losses", {}).values() for note in notes]
-    first = f" The first: {'; '.join(losses[:_LOSSES])}." if losses else ""
-    return [f"Could not be read: {counted}.{first}"]
+    return [f"Could not be read: {counted}.", *(f"– {note}." for note in losses[:_LOSSES])]
 
 
 def key_figures(stage: StageReport) -> list[KeyFigure]:
