@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
+import urllib.error
 
 import pytest
 
 from bessemer.core.json_lines import json_lines
 from bessemer.model.config import ModelConfig
 from bessemer.model.folder import save_model
+from bessemer.tasks import downloads
+from bessemer.tasks.registry import TASKS
 from tests.cli.test_main import bessemer, one_error
 from tests.evaluation.test_contamination import write_corpus
 from tests.model.randomised import random_decoder
@@ -72,6 +77,58 @@ def test_how_much_of_a_task_stands_in_the_training_corpus_is_told_beside_its_sco
     assert code == 2 and "no documents to look for contamination in" in one_error(err)
 
 
+@pytest.mark.parametrize("arguments", [["--list-tasks"], ["some-model", "--tasks"]])
+def test_the_tasks_are_listed_with_what_each_asks_and_where_its_data_is(capsys, arguments):
+    code, out, _ = bessemer(capsys, "evaluate", *arguments)
+    assert code == 0
+    lines = {line.split()[0]: line for line in out.splitlines() if line.startswith("  ")}
+    assert lines.keys() == {*TASKS, "core"}
+    assert "science questions" in lines["arc_easy"] and "637 kB, licence CC BY-SA 4.0, allenai/ai2_arc" in lines["arc_easy"]
+
+
+def test_data_that_is_not_there_is_fetched_once_into_the_cache(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = "".join(json.dumps({"query": f"{n} is", "choices": ["a", "b"], "gold": 0}) + "\n" for n in range(3)).encode()
+    asked = []
+    monkeypatch.setattr(downloads, "DATA_FILES", fetched_from(rows))
+    monkeypatch.setattr("urllib.request.urlopen", lambda url, timeout: asked.append(url) or io.BytesIO(rows))
+    arguments = ["evaluate", model, "--tasks", "copa", "--limit", "2", "--out", "found"]
+    code, out, err = bessemer(capsys, *arguments)
+    assert code == 0, err
+    assert "fetching copa.jsonl (3 items, " in err and "copa" in out
+    assert (tmp_path / "runs" / ".cache" / "tasks" / "copa.jsonl").read_bytes() == rows
+    assert bessemer(capsys, *arguments)[0] == 0 and len(asked) == 1
+
+
+def fetched_from(rows):
+    """The file of COPA, with another content."""
+    sha256 = hashlib.sha256(rows).hexdigest()
+    return {"copa.jsonl": downloads.DATA_FILES["copa.jsonl"]._replace(items=3, bytes=len(rows), sha256=sha256)}
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (urllib.error.URLError("no route"), "copa.jsonl: cannot be fetched (no route); bring https://"),
+        (io.BytesIO(b"{}"), "holds another file now; bring https://"),
+        (None, "HF_HUB_OFFLINE forbids to fetch it; bring https://"),
+    ],
+)
+def test_data_that_cannot_be_fetched_names_the_file_to_bring(model, tmp_path, monkeypatch, capsys, answer, message):
+    monkeypatch.chdir(tmp_path)
+
+    def answered(url, timeout):
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr("urllib.request.urlopen", answered)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1" if answer is None else "0")
+    code, _, err = bessemer(capsys, "evaluate", model, "--tasks", "copa")
+    assert code == 2 and message in err.splitlines()[-1] and "copa.jsonl and name its folder with --data" in err
+    assert not list(tmp_path.rglob("*.jsonl"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -79,6 +136,8 @@ def test_how_much_of_a_task_stands_in_the_training_corpus_is_told_beside_its_sco
         (["--tasks", "none.yaml"], "none.yaml: cannot be read"),
         (["--tasks", ","], "no task is named"),
         (["--tasks", "arc_easy", "--data", "."], "there is no arc_easy.jsonl in . and "),
+        (["--tasks", "arc_easy", "--no-fetch"], "say where the data of tasks lies with --data; it is https://"),
+        ([], "no task is named; there are arc_easy, "),
         (["--tasks", "animals.yaml", "--shots", "9"], "9 examples need 10 items, and there are 3; ask for fewer with --shots"),
         (["--tasks", "animals.yaml", "--system", "Be brief."], "system needs chat: true"),
         (["--tasks", "arithmetic", "--thinking-budget", "8"], "thinking_budget needs chat: true"),

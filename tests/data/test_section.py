@@ -50,6 +50,20 @@ def test_the_last_data_stage_of_a_run_reports_the_corpus():
     assert "bessemer explain ID --run r" in report(stages[3]).parts[-1].text
 
 
+def test_what_could_not_be_read_is_counted_with_its_first_cases():
+    stages = data_stages()
+    stages["collect"] |= {
+        "problems": {"files": {"bad_records": 1200, "files_in_other_encodings": 3}, "pdf": {"encrypted_files": 1}},
+        "losses": {"files": ["a.jsonl: byte 0: no", "b.jsonl: byte 0: no"], "pdf": ["c.pdf: encrypted", "d.pdf: encrypted"]},
+    }
+    assert sentences(run_of(stages)[-1])[-4:] == [
+        "Could not be read: bad records (1,200), encrypted files (1).",
+        *("– a.jsonl: byte 0: no.", "– b.jsonl: byte 0: no.", "– c.pdf: encrypted."),
+    ]
+    stages["collect"] |= {"problems": {"files": {"files_in_other_encodings": 3}}, "losses": {}}
+    assert not any("Could not be read" in sentence for sentence in sentences(run_of(stages)[-1]))
+
+
 def test_bars_of_stages_are_shares_of_the_first_one():
     table = stages_table({"collect": data_stage(100, 100, 1000, 1000), "clean": data_stage(100, 75, 1000, 600, short=25)})
     assert [(row[1].share, row[1].rest) for row in table.rows] == [(1.0, 0.0), (0.6, 0.4)]

@@ -82,7 +82,7 @@ def bad_files(long_line: int) -> dict[str, tuple[bytes, str]]:
     files = {
         "texts/encoding.txt": (
             sentence("with one byte of another encoding").encode() + b"\xe9",
-            "files_with_undecodable_bytes",
+            "files_in_other_encodings",
         ),
         "texts/nul.txt": (sentence("with NUL bytes").replace("iron", "ir\0on").encode(), "files_with_nul_characters"),
         "texts/line.jsonl": (

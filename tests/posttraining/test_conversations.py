@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from bessemer.core.errors import ArtefactError, BessemerError
+from bessemer.core.errors import ArtefactError, BessemerError, SourceError
 from bessemer.core.hashing import hash_value
 from bessemer.posttraining.conversations import Conversation, read_conversations, write_conversations
 
@@ -24,7 +24,7 @@ GOOD = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "co
         ('{"messages": [{"role": "assistant", "content": "a"}], "tools": [{}]}', "tool 0: must be"),
         ('{"messages": [{"role": "assistant", "content": "a"}], "tools": "["}', "Expecting value"),
         ("[" * 100_000, "is nested too deeply"),
-        ('{"text": "a"}', "is in no known format: it has 'text'"),
+        ('{"text": "a"}', "is in no known format: it has 'text'.*continued pretraining: bessemer recipes show continue"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line, problem):
@@ -35,11 +35,15 @@ def test_a_bad_line_is_named(tmp_path, line, problem):
     assert "\n" not in str(error.value)
 
 
-def test_bytes_that_are_no_utf8_are_named_by_their_line(tmp_path):
-    path = tmp_path / "chat.jsonl"
-    path.write_bytes(b'{"messages": "\xff"}\n')
-    with pytest.raises(ArtefactError, match=r"chat\.jsonl:1: is not UTF-8 text"):
-        read_conversations(path)
+def test_of_many_bad_rows_the_first_is_explained_and_the_others_are_named(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("prompt;answer\nHello?;Hello.\n" + "Hello?;\n" * 7)
+    with pytest.raises(SourceError) as error:
+        read_conversations(path, ("prompt", "answer"))
+    assert str(error.value) == (
+        f"{path}:3: needs a text under 'answer', which is empty; 6 more cannot be used (lines 4, 5, 6, 7, 8, …); mend the row, "
+        "or take it out of the file"
+    )
 
 
 def test_a_missing_and_an_empty_file_are_refused(tmp_path):
@@ -106,18 +110,15 @@ def test_a_table_is_texts_without_roles_or_a_conversation_by_the_names_of_its_co
 @pytest.mark.parametrize(
     ("table", "problem"),
     [
-        (CSV.replace(",", ";"), r"t.csv:1: its columns are separated by semicolons, and a .csv's by commas"),
-        (CSV.replace(",", "\t"), r"t.csv:1: its columns are separated by tabs"),
-        (CSV.encode("utf-16"), r"t.csv:1: is not UTF-8 text; save the file as UTF-8"),
         ("a,b\nx,y\n", r"t.csv:2: has no column 'prompt'; known: a, b"),
         ("prompt,anwser\nx,y\n", r"t.csv:2: has no column 'answer'; did you mean 'anwser'"),
-        ("prompt,answer\nHello?,Hello.\nHello?,\n", r"t.csv:3: needs a text under 'answer', which is empty"),
+        ("prompt,answer\nHello?,Hello.\nHello?,\n", r"t.csv:3: needs a text under 'answer', which is empty; mend the row"),
         ("prompt,answer\nHello?,  \n", r"t.csv:2: needs a text under 'answer', which holds '  '"),
     ],
 )
 def test_a_table_that_cannot_be_learnt_from_is_told_in_one_line(tmp_path, table, problem):
     path = tmp_path / "t.csv"
-    path.write_bytes(table if isinstance(table, bytes) else table.encode())
+    path.write_text(table)
     with pytest.raises(BessemerError, match=problem) as error:
         read_conversations(path, ("prompt", "answer"))
     assert "\n" not in str(error.value)

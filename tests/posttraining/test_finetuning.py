@@ -208,6 +208,17 @@ def test_bad_input_is_one_line_and_leaves_nothing(model_folder, tmp_path, capsys
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["notes", "notes.txt", "notes.csv", "notes.jsonl"])
+def test_texts_without_questions_are_led_to_continued_pretraining(model_folder, tmp_path, capsys, name):
+    path = tmp_path / name
+    if name == "notes":
+        path.mkdir()
+    else:
+        path.write_text('{"text": "Steel.", "id": 1}\n' if name.endswith("l") else "text,id\nSteel.,1\n")
+    code, _, err = bessemer(capsys, "finetune", model_folder, path, tmp_path / "out")
+    assert code == 2 and "continued pretraining: bessemer recipes show continue" in one_error(err)
+
+
 def test_a_folder_that_holds_something_else_stays(model_folder, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "letter.txt").write_text("Dear Ada")

@@ -1,3 +1,4 @@
+import hashlib
 import sys
 from pathlib import Path
 
@@ -5,6 +6,7 @@ import pytest
 
 from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.tasks.core_tasks import centred, core_score
+from bessemer.tasks.downloads import DATA_FILES
 from bessemer.tasks.options import TaskOptions
 from bessemer.tasks.questions import LikelihoodTask
 from bessemer.tasks.registry import _OVER_DATA, _WITH_DATA, TASKS, find_tasks
@@ -48,6 +50,14 @@ def test_a_shipped_task_asks_every_row_of_its_data(name):
     # asking is not guessing: no question shows two line breaks before the answer
     contexts = [question.parts[0].context if isinstance(task, LikelihoodTask) else question.context for question in questions]
     assert not any(context.rstrip(" ").endswith("\n\nAnswer:") for context in contexts)
+
+
+@needs_data
+@pytest.mark.parametrize("name", DATA_FILES)
+def test_what_is_said_of_data_that_is_fetched_is_true_of_it(name):
+    content, file = (DATA / name).read_bytes(), DATA_FILES[name]
+    assert (len(content), hashlib.sha256(content).hexdigest()) == (file.bytes, file.sha256)
+    assert len(content.splitlines()) == file.items
 
 
 def test_every_task_file_of_the_package_is_registered():

@@ -9,10 +9,33 @@ from typing import Annotated
 import typer
 
 
+def _list_tasks(wanted: bool) -> None:
+    """Print the tasks by name, and end."""
+    if not wanted:
+        return
+    from bessemer.tasks.registry import describe_tasks
+
+    for heading, rows in describe_tasks():
+        print(f"Tasks {heading}:")
+        for name, about in rows:
+            print(f"  {name:<21} {about}")
+    print("Or task files of your own, NAME.yaml, as the page on tasks of the documentation describes them")
+    raise typer.Exit
+
+
 def evaluate(
     model: Annotated[str, typer.Argument(help="A model's folder, a GGUF file or a run's name.")],
-    tasks: Annotated[str, typer.Option(help="Tasks by name or by YAML file, with commas between; core: CORE's.")],
-    data: Annotated[Path | None, typer.Option(help="Folder of the tasks' data; beside the task file if none.")] = None,
+    tasks: Annotated[
+        str, typer.Option(help="Tasks by name or by YAML file, with commas between; core: CORE's; see --list-tasks.")
+    ] = "",
+    list_tasks: Annotated[
+        bool, typer.Option("--list-tasks", help="List the tasks by name, and end.", is_eager=True, callback=_list_tasks)
+    ] = False,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the tasks' data; if none: beside the task file, and for tasks by name fetched."),
+    ] = None,
+    fetch: Annotated[bool, typer.Option(help="Fetch the data of tasks by name, where no --data is given.")] = True,
     limit: Annotated[int | None, typer.Option(help="The first items of each task only.", min=1)] = None,
     shots: Annotated[int | None, typer.Option(help="Answered examples before each question; the task's own.", min=0)] = None,
     samples: Annotated[int | None, typer.Option(help="Answers to each item of tasks that generate.", min=1)] = None,
@@ -41,7 +64,7 @@ def evaluate(
     from bessemer.core.progress import progress_for_terminal
     from bessemer.core.store import write_text
     from bessemer.tasks.options import TaskOptions
-    from bessemer.tasks.registry import find_tasks
+    from bessemer.tasks.registry import find_tasks, with_data
 
     given = {
         "data": data,
@@ -54,7 +77,10 @@ def evaluate(
         "thinking_budget": thinking_budget,
     }
     named = [name for each in tasks.split(",") if (name := each.strip())]
-    found = find_tasks(named, TaskOptions.parse(given, option_of("evaluate")))
+    options, progress = TaskOptions.parse(given, option_of("evaluate")), progress_for_terminal()
+    if fetch:
+        options = with_data(named, options, runs / ".cache" / "tasks", progress.say)
+    found = find_tasks(named, options)
     place, documents = find_model(model, runs), _documents(corpus, model, runs)
 
     from bessemer.evaluation.judges import connected_judges
@@ -69,7 +95,7 @@ def evaluate(
     key = hash_value([identity, [[task.name, dict(task.settings)] for task in found]], bits=32)
     folder = out or Path("evaluations") / f"{name}-{key}"
     with connected_judges(found, device), Engine(place, device=device, config=config) as engine:
-        results = evaluate_tasks(engine, found, folder, model=identity, progress=progress_for_terminal(), corpus=documents)
+        results = evaluate_tasks(engine, found, folder, model=identity, progress=progress, corpus=documents)
     Console(highlight=False).print(show_task_results(results))
     calibrated = {name: task for name, task in results["tasks"].items() if "calibration" in task}
     if calibrated and find_spec("matplotlib") is not None:

@@ -98,6 +98,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     given = [argument for argument in given if argument != "--debug"]
+    if given[:1] == ["evaluate"] and given[-1] == "--tasks":
+        # which tasks there are is what somebody asks who names none
+        given[-1] = "--list-tasks"
     try:
         code = app(given, standalone_mode=False, prog_name="bessemer")
     except BessemerError as error:

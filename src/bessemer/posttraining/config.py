@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import field_validator, model_validator
 
 from bessemer.core.config import nearest, setting
-from bessemer.core.records import TABLES
+from bessemer.core.records import TABLES, is_table
 from bessemer.core.usercode import is_user_function
 from bessemer.posttraining.made import REVISIONS, SYNTHETIC
 from bessemer.training.adapter_config import TuningConfig
@@ -113,7 +113,7 @@ class SFTConfig(TuningConfig):
     @classmethod
     def _known_data(cls, names: list[str]) -> list[str]:
         for name in names:
-            is_known = name in MADE_DATA or name.startswith(TASK) or name.endswith(TABLES)
+            is_known = name in MADE_DATA or name.startswith(TASK) or is_table(name)
             if not is_known and not is_user_function(name):
                 known = nearest(name, list(MADE_DATA))
                 raise ValueError(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from bessemer.core.hashing import hash_value
-from bessemer.core.records import TABLES
+from bessemer.core.records import is_table
 from bessemer.core.store import write_text
 from bessemer.posttraining.config import SFTConfig
 from bessemer.posttraining.dataset import examples_of_function, files_fingerprint, read_examples
@@ -89,4 +89,4 @@ def write_conversations(path: Path, conversations: Iterable[Conversation]) -> No
 
 def data_fingerprint(config: SFTConfig, folder: Path) -> dict[str, str]:
     """Hashes of the files of conversations, for the stage's key. Raises SourceError for a missing one."""
-    return files_fingerprint([name for name in config.data if name.endswith(TABLES)], folder)
+    return files_fingerprint([name for name in config.data if is_table(name)], folder)

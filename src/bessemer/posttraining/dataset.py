@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from bessemer.core.errors import BessemerError, RequestError, SourceError
 from bessemer.core.hashing import hash_file, hash_value
@@ -15,10 +15,17 @@ from bessemer.posttraining.formats import Turns
 
 Example = TypeVar("Example")
 
+#: Of many rows that cannot be used: how many are named besides the first.
+_NAMED_ROWS = 5
+
 
 def read_examples(path: Path, parse: Callable[[Mapping[str, Any]], Example]) -> list[Example]:
-    """The rows of a file as examples. Raises SourceError with the file and the line of the first that is malformed."""
-    return _examples(read_records(path), parse)
+    """The rows of a file as examples. Raises SourceError with the file, the line of the first that is malformed, and the lines
+    of others."""
+    examples, bad = parsed(read_records(path), parse)
+    if bad:
+        raise SourceError(_bad_rows(bad))
+    return examples
 
 
 def examples_of_function(name: str, folder: Path, parse: Callable[[Mapping[str, Any]], Example]) -> list[Example]:
@@ -39,17 +46,41 @@ def examples_of_function(name: str, folder: Path, parse: Callable[[Mapping[str, 
             raise SourceError(f"{name}: row {number:,} must be a dict, it is {row!r}"[:200])
     if not rows:
         raise SourceError(f"{name}: it gives no row")
-    return _examples([Record(dict(row), number, f"{name}: row {number:,}") for number, row in enumerate(rows, start=1)], parse)
+    records = [Record(dict(row), number, f"{name}: row {number:,}") for number, row in enumerate(rows, start=1)]
+    examples, bad = parsed(records, parse)
+    if bad:
+        raise SourceError(f"{bad[0].record.place}: {bad[0].why}")
+    return examples
 
 
-def _examples(records: Iterable[Record], parse: Callable[[Mapping[str, Any]], Example]) -> list[Example]:
-    examples = []
+class BadRow(NamedTuple):
+    """A row that is no example. why: in one line, to stand behind the row's place."""
+
+    record: Record
+    why: str
+
+
+def parsed(records: Iterable[Record], parse: Callable[[Mapping[str, Any]], Example]) -> tuple[list[Example], list[BadRow]]:
+    """The rows as examples, and those that are none. parse: raises ValueError or RequestError for a malformed row."""
+    examples, bad = [], []
     for record in records:
         try:
             examples.append(parse(record.values))
         except (ValueError, RecursionError, RequestError) as error:
-            raise SourceError(f"{record.place}: {error}") from None
-    return examples
+            bad.append(BadRow(record, str(error)))
+    return examples, bad
+
+
+def _bad_rows(bad: Sequence[BadRow]) -> str:
+    """The first of some rows with its reason, where the others are, and what to do."""
+    (first, why), *others = bad
+    remedy = "mend the row, or take it out of the file"
+    if not others:
+        return f"{first.place}: {why}; {remedy}"
+    shown = ", ".join(f"{record.number:,}" for record, _ in others[:_NAMED_ROWS])
+    kind = "lines" if first.place.endswith(f":{first.number}") else "rows"
+    more = ", …" if len(others) > _NAMED_ROWS else ""
+    return f"{first.place}: {why}; {len(others):,} more cannot be used ({kind} {shown}{more}); {remedy}"
 
 
 def prompt_key(prompt: Turns) -> str:

@@ -27,6 +27,9 @@ from typing import Any
 from bessemer.core.config import nearest
 from bessemer.tokenization.chat import checked_messages, checked_tools
 
+#: Where texts without questions belong.
+CONTINUE = "texts without questions are learnt by continued pretraining: bessemer recipes show continue"
+
 Message = dict[str, Any]
 #: Messages of a conversation, or a text without roles.
 Turns = tuple[Message, ...] | str
@@ -47,6 +50,10 @@ _SPEAKERS = {
 _LABELS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
 #: Columns that usually hold what is asked, and are no key of a pair.
 _QUESTIONS = ("input", "query", "context", "user", "text", "problem")
+#: Names of columns that hold a question, those that hold an answer, and those of texts alone, in small letters.
+PROMPTS = ("prompt", "question", "input", "query", "request", "ticket", "message", "problem", "user", "instruction")
+ANSWERS = ("completion", "answer", "output", "response", "reply", "resolution", "solution", "assistant")
+_TEXTS = {"text", "content", "body", "document"}
 #: A turn of a transcript: `\n\nHuman: …\n\nAssistant: …`.
 _TURN = re.compile(r"\n\n(Human|Assistant): ?")
 #: Keys of a message that are kept besides role and content: those that chat templates write, and what it counts in the loss.
@@ -101,8 +108,14 @@ def as_answered(row: Mapping[str, Any]) -> Answered:
         return Answered(prompt, _spoken([_said("assistant", answer)], "output"), tools)
     raise ValueError(
         f"is in no known format: it has {_named(row)}; wanted are messages, conversations, prompt and completion, or "
-        "instruction and output"
+        f"instruction and output{f'; {CONTINUE}' if is_plain_text(row) else ''}"
     )
+
+
+def is_plain_text(row: Mapping[str, Any]) -> bool:
+    """Whether a row holds a text, as rows for pretraining do, and nothing that answers it."""
+    names = {str(name).strip().lower() for name in row}
+    return bool(names & _TEXTS) and not names & {"messages", "conversations", "completion", "chosen", *PROMPTS, *ANSWERS}
 
 
 def answer_in_columns(row: Mapping[str, Any], columns: tuple[str, str]) -> Answered:

@@ -8,7 +8,7 @@ from typing import Any
 
 from bessemer.core.config import nearest
 from bessemer.core.errors import SourceError
-from bessemer.core.records import TABLES
+from bessemer.core.records import TABLES, is_table
 from bessemer.core.stage import Outside
 
 #: Revised answers, and conversations that a model wrote.
@@ -63,7 +63,7 @@ unread_pairs = unread(MADE_PAIRS)
 def checked_pairs(names: list[str]) -> list[str]:
     """Names of files of pairs, and of made pairs. Raises ValueError for another."""
     for name in names:
-        if name not in MADE_PAIRS and not name.endswith(TABLES):
+        if name not in MADE_PAIRS and not is_table(name):
             raise ValueError(
                 f"{name!r} is neither a file of rows ({', '.join(TABLES)}) nor made pairs{nearest(name, list(MADE_PAIRS))}"
             )

@@ -12,6 +12,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from bessemer.core.errors import ArtefactError, ConfigError
+from bessemer.tasks.downloads import CLONE
 from bessemer.tasks.file import with_options
 from bessemer.tasks.file_task import find_data
 from bessemer.tasks.kinds import KINDS
@@ -95,7 +96,7 @@ def core_tasks(options: TaskOptions) -> list[Task]:
         task.group, task.baseline = CORE, one.baseline / 100
         tasks.append(task)
     if not tasks:
-        raise ArtefactError(f"{folders[0]}: holds the data of none of CORE's tasks; say where it lies with --data")
+        raise ArtefactError(f"{folders[0]}: holds the data of none of CORE's tasks; {CLONE}")
     return tasks
 
 

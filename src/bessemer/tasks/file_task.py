@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 from bessemer.core.errors import ArtefactError
 from bessemer.core.records import Record, read_records
 from bessemer.tasks.config import TaskConfig
+from bessemer.tasks.downloads import bring
 from bessemer.tasks.prompting import Examples, Prompter
 
 C = TypeVar("C", bound=TaskConfig)
@@ -77,7 +78,7 @@ def find_data(name: str, folders: list[Path]) -> Path:
             if path.is_file():
                 return path
     looked = " and ".join(map(str, folders))
-    raise ArtefactError(f"there is no {name} in {looked}; say where the data of tasks lies with --data")
+    raise ArtefactError(f"there is no {name} in {looked}; say where the data of tasks lies with --data{bring(name)}")
 
 
 def options_of(record: Record, fields: str | list[str]) -> list[str]:

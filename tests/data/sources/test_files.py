@@ -25,6 +25,8 @@ from bessemer.data.sources.io.cutting import bounded_lines
 from bessemer.data.sources.io.paths import ContentFingerprints
 from bessemer.data.sources.io.streams import open_stream
 from bessemer.data.sources.registry import source_plugin
+from bessemer.data.sources.suffixes import READ_BY
+from tests.data.sources.makers import opened
 
 COMPRESS = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
 
@@ -90,13 +92,77 @@ def test_several_members_or_frames_are_read_to_the_end(tmp_path):
 
 
 def test_bytes_that_are_not_utf8_are_replaced_counted_and_reported(tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"caf\xe9 and \xff\xfe\nfine \xef\xbf\xbd\n")
+    (tmp_path / "a.txt").write_bytes("Grüße, Öl\n".encode() + b"caf\xe9 and \xff\xfe\nfine \xef\xbf\xbd\n")
     tally = Tally()
     (document,) = read(tmp_path, "a.txt", tally=tally)
-    assert document.text == "caf\ufffd and \ufffd\ufffd\nfine \ufffd"
+    assert document.text == "Grüße, Öl\ncaf\ufffd and \ufffd\ufffd\nfine \ufffd"
     assert tally.counts["undecodable_bytes"] == 3
     assert tally.counts["files_with_undecodable_bytes"] == 1
     assert tally.notes == ["a.txt: 3 bytes are not UTF-8 and were replaced"]
+
+
+SENTENCE = "Die Größe des Flözes überraschte Müller außerordentlich; »Glück auf«, rief er.\n\n"
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_a_text_in_another_encoding_is_read_with_a_note_and_cut_and_resumed_as_in_utf8(tmp_path, encoding, suffix):
+    found, tally = {}, Tally()
+    for name in ("utf-8", encoding):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / f"a.TXT{suffix}").write_bytes(COMPRESS[suffix]((SENTENCE * 9).encode(name)))
+        source = files_source(["."], folder, 200)
+        (unit,) = source.units()
+        found[name] = list(source.read(unit, 0, tally))
+        for number, (position, _) in enumerate(found[name], start=1):
+            assert list(source.read(unit, position, Tally())) == found[name][number:]
+    assert found[encoding] == found["utf-8"] and len(found["utf-8"]) > 3
+    assert (tally.counts, tally.notes) == ({"files_in_other_encodings": 1}, [f"a.TXT{suffix}: read as {encoding}"])
+    assert tally.losses == []
+
+
+def test_records_in_another_encoding_are_read(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(json.dumps({"text": SENTENCE}, ensure_ascii=False).encode("cp1252"))
+    assert [document.text for document in read(tmp_path, ".")] == [SENTENCE]
+
+
+def test_a_record_with_its_text_under_another_name_is_told_how_to_be_read(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"title": "Steel", "body": "Steel is iron.", "stars": 3}\n')
+    tally = Tally()
+    assert read(tmp_path, ".", tally=tally) == []
+    assert tally.losses == tally.notes
+    assert tally.notes[0].endswith(
+        "; it has 'title', 'body', 'stars', and {source: tables, columns: {text: body}} reads 'body'"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("a.csv", "; {source: tables} reads .csv"),
+        ("a.parquet", "; {source: tables} reads .parquet"),
+        ("a.pdf", "; {source: pdf} reads .pdf"),
+        ("a.htm", "; {source: html} reads .htm"),
+        ("a.warc.gz", "; {source: warc} reads .warc"),
+        ("a.docx", "; to convert .docx: pandoc FILE -t plain --wrap none -o FILE.txt"),
+        ("a.json", "; to convert .json: jq -c '.[]' FILE > FILE.jsonl, where it is a list of objects"),
+        ("a.png", ")"),
+    ],
+)
+def test_a_file_of_another_kind_names_what_reads_it(tmp_path, name, advice):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / name).write_bytes(b"x")
+    with pytest.raises(SourceError) as error:
+        find_files([f"in/{name}"], tmp_path)
+    assert str(error.value).endswith(advice)
+    with pytest.raises(SourceError) as error:
+        find_files(["in"], tmp_path)
+    assert str(error.value).endswith(advice)
+
+
+def test_a_source_that_is_named_for_a_suffix_reads_it(tmp_path):
+    assert [suffix for suffix, kind in READ_BY.items() if not opened(kind, tmp_path).format.reads(f"a{suffix}")] == []
 
 
 def test_a_byte_order_mark_and_carriage_returns_are_not_text(tmp_path):

@@ -16,7 +16,7 @@ from bessemer.data.sources.build import open_source
 from bessemer.data.sources.document import Tally
 from bessemer.data.sources.http.fetch import Clock, may_pass
 from bessemer.data.sources.registry import source_plugin
-from tests.data.sources.makers import assert_resumes, documents, json_lines, opened, parquet, zipped
+from tests.data.sources.makers import assert_resumes, documents, json_lines, opened, parquet, tar, zipped
 
 ROWS = [{"id": n, "body": f"Text {n}, about\nsteel", "link": f"http://e.org/{n}", "stars": n} for n in range(25)]
 COLUMNS = {"text": "body", "url": "link"}
@@ -79,6 +79,20 @@ def test_a_row_of_another_width_and_a_quotation_without_end_cost_themselves(tmp_
     tally = Tally()
     assert [document.text for document in documents("tables", tmp_path, tally)] == ["a", "c"]
     assert tally.notes == ["a.csv: byte 11: 1 fields instead of 2"]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.zip", "a.tar.gz"])
+def test_a_table_with_semicolons_in_another_encoding_is_read_with_notes(tmp_path, name):
+    rows = "text;Größe;\r\nFür Öl;1,5;\r\n;;\r\n\r\nÜber Stahl;2,5\r\n".encode("cp1252")
+    whole = {"a.zip": zipped({"a.csv": rows}), "a.tar.gz": gzip.compress(tar({"a.csv": rows})), "a.csv": rows}[name]
+    (tmp_path / name).write_bytes(whole)
+    tally = Tally()
+    read = documents("tables", tmp_path, tally, columns={"metadata": ["Größe"]})
+    assert [(document.text, document.metadata) for document in read] == [("Für Öl", {"Größe": "1,5"})]
+    assert tally.counts == {"files_in_other_encodings": 1, "tables_with_other_delimiters": 1, "blank_rows": 1, "bad_records": 1}
+    place = name if name == "a.csv" else f"{name.removesuffix('.gz')}/a.csv"
+    assert tally.notes[:2] == [f"{place}: read as cp1252", f"{place}: its columns are separated by semicolons"]
+    assert [loss.partition(": ")[0] for loss in tally.losses] == [place]
 
 
 def test_what_precedes_the_damage_in_a_parquet_file_is_kept(tmp_path):

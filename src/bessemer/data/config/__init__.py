@@ -12,7 +12,7 @@ from bessemer.data.config.select import SelectConfig as SelectConfig
 from bessemer.data.config.stage import DataConfig as DataConfig
 
 #: Each is raised whenever its stage writes other bytes for the same input (golden outputs in the tests).
-COLLECT_VERSION = 4
+COLLECT_VERSION = 5
 CLEAN_VERSION = 4
 DEDUPLICATE_VERSION = 4
 SELECT_VERSION = 5

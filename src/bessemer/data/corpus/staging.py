@@ -22,7 +22,7 @@ from bessemer.core.object_storage import IN_PLACES, Place, publish, unfinished
 from bessemer.data.corpus.reader import SCHEMA, document_id
 from bessemer.data.corpus.text_hash import hash_texts
 from bessemer.data.corpus.writer import gathered, in_buckets
-from bessemer.data.sources.document import Document, Tally
+from bessemer.data.sources.document import FIRST_LOSSES, Document, Tally
 from bessemer.data.sources.source import PositionedDocument
 
 _BYTES_PER_SEGMENT = 32 << 20
@@ -226,6 +226,7 @@ def _added(before: dict[str, Any], tally: Tally) -> dict[str, Any]:
         "bytes": before.get("bytes", 0) + tally.bytes,
         "counts": dict(Counter(before.get("counts", {})) + tally.counts),
         "notes": [*before.get("notes", []), *tally.notes][:_MOST_NOTES],
+        "losses": [*before.get("losses", []), *tally.losses][:FIRST_LOSSES],
     }
 
 

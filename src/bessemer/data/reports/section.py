@@ -31,9 +31,12 @@ from bessemer.core.report import (
     Text,
     Verbatim,
 )
+from bessemer.data.sources.document import NO_LOSS
 
 Stages = Mapping[str, Metrics]
 
+#: Cases of what could not be read that a sentence names.
+_LOSSES = 3
 #: Rows of a table before the rest is folded away.
 _ROWS = 12
 #: As many domains as a stage's metrics name: of others it is not known whether they are still there.
@@ -84,7 +87,20 @@ def sentences(stage: StageReport) -> list[str]:
     ]
     if first.get("skipped_sources"):
         lines.append(f"A source could not be reached and is missing: {', '.join(first['skipped_sources'])}.")
-    return lines
+    return [*lines, *not_read(stages)]
+
+
+def not_read(stages: Stages) -> list[str]:
+    """What could not be read, how many of what, with the first cases and their reasons; empty where all was read."""
+    kinds: dict[str, int] = {}
+    for _, kind, count in set_aside(stages):
+        if kind not in NO_LOSS:
+            kinds[kind] = kinds.get(kind, 0) + count
+    if not kinds:
+        return []
+    counted = ", ".join(f"{label(kind).lower()} ({count:,})" for kind, count in kinds.items())
+    losses = [note for metrics in stages.values() for notes in metrics.get("losses", {}).values() for note in notes]
+    return [f"Could not be read: {counted}.", *(f"– {note}." for note in losses[:_LOSSES])]
 
 
 def key_figures(stage: StageReport) -> list[KeyFigure]:

@@ -40,9 +40,11 @@ from bessemer.data.engine import run_tasks
 from bessemer.data.reports.stage_stats import PartStats, stage_stats
 from bessemer.data.sources.build import open_source
 from bessemer.data.sources.config import SourceSettings, WheelsSource
-from bessemer.data.sources.document import FAILURES, Tally
+from bessemer.data.sources.document import FAILURES, FIRST_LOSSES, OTHER_KIND, Tally
+from bessemer.data.sources.formats.files import Files
 from bessemer.data.sources.origins.lock import DownloadError
 from bessemer.data.sources.source import Source, Unit
+from bessemer.data.sources.suffixes import advice, suffix_of
 
 # of a source, in its metrics
 _MOST_NOTES = 100
@@ -81,9 +83,9 @@ def collect(
     place = working_place(config.storage, out)
     scratch = begin(place, out)
     engine = config.where()
-    readings, skipped = _readings(config.sources, scratch, cache, folder, progress)
-    sizes = sum(reading.unit.size_bytes for reading in readings)
     tallies = {source_name(source): Tally() for source in config.sources}
+    readings, skipped = _readings(config.sources, scratch, cache, folder, progress, tallies)
+    sizes = sum(reading.unit.size_bytes for reading in readings)
     groups = Groups()
     documents_of: Counter[str] = Counter()
     documents = read = 0
@@ -141,13 +143,20 @@ def collect(
         "files_read": {name: tally.files for name, tally in tallies.items()},
         "problems": {name: dict(tally.counts) for name, tally in tallies.items() if tally.counts},
         "notes": {name: tally.notes[:_MOST_NOTES] for name, tally in tallies.items() if tally.notes},
+        "losses": {name: tally.losses for name, tally in tallies.items() if tally.losses},
     }
 
 
 def _readings(
-    sources: Sequence[SourceSettings], scratch: Place, cache: Path, folder: Path, progress: Progress
+    sources: Sequence[SourceSettings],
+    scratch: Place,
+    cache: Path,
+    folder: Path,
+    progress: Progress,
+    tallies: dict[str, Tally],
 ) -> tuple[list[_Reading], list[str]]:
-    """Every unit of every source, and the names of optional sources that cannot be fetched."""
+    """Every unit of every source, and the names of optional sources that cannot be fetched. What lies beside the files that a
+    source reads is noted in its tally."""
     readings, skipped = [], []
     for settings in sources:
         name = source_name(settings)
@@ -160,10 +169,23 @@ def _readings(
             skipped.append(name)
             progress.say(f"  going on without an optional source: {error}")
         else:
+            if isinstance(source, Files) and (others := source.others()):
+                _note_others(others, tallies[name])
             for unit in units:
                 key = hash_bytes(name.encode(), unit.name.encode(), bits=64)
                 readings.append(_Reading(name, source, unit, scratch / key))
     return readings, skipped
+
+
+def _note_others(names: list[str], tally: Tally) -> None:
+    """Set aside files of kinds that the source does not read, with one note for all of a kind."""
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(suffix_of(name), []).append(name)
+    for suffix, some in kinds.items():
+        more = f" and {len(some) - 1:,} more {suffix or 'without a suffix'}" if len(some) > 1 else ""
+        tally.set_aside(OTHER_KIND, f"{some[0]}{more}", f"not a kind of file that the source reads{advice(some[0])}")
+        tally.counts[OTHER_KIND] += len(some) - 1
 
 
 def _remove(folder: Place) -> None:
@@ -226,6 +248,7 @@ def _add(total: Tally, read: dict[str, Any]) -> None:
     total.counts += Counter(read["counts"])
     # the same ones in whatever order units were read
     total.notes = sorted([*total.notes, *read["notes"]])[:_NOTES_HELD]
+    total.losses = sorted([*total.losses, *read.get("losses", [])])[:FIRST_LOSSES]
 
 
 def _report(tallies: dict[str, Tally], repeated_ids: int, progress: Progress) -> None:

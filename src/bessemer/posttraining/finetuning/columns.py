@@ -9,24 +9,33 @@ from typing import Any
 from bessemer.core.config import nearest
 from bessemer.core.errors import SourceError
 from bessemer.core.records import read_records
+from bessemer.posttraining.formats import ANSWERS, CONTINUE, PROMPTS, is_plain_text
 
-#: Names of columns that hold a question, and those that hold an answer, in small letters.
-PROMPTS = ("prompt", "question", "input", "query", "request", "ticket", "message", "problem", "user", "instruction")
-ANSWERS = ("completion", "answer", "output", "response", "reply", "resolution", "solution", "assistant")
+#: Suffixes of files that hold texts, and no questions with answers.
+_TEXT_FILES = (".txt", ".md", ".rst", ".html", ".htm", ".pdf", ".epub", ".docx", ".tex", ".warc")
 
 
 def find_columns(path: Path, prompt: str | None, answer: str | None) -> tuple[str, str] | None:
     """The columns of questions and of answers of a file: those that are named, or the ones that can be told by their names;
     None for rows that are conversations in a format of their own.
 
-    Raises SourceError where they cannot be told, or there are none of the names given; ArtefactError as `read_records`.
+    Raises SourceError where they cannot be told, or there are none of the names given, and for a folder or a file of texts;
+    ArtefactError as `read_records`.
     """
+    if path.is_dir() or path.suffix.lower() in _TEXT_FILES:
+        what = "a folder" if path.is_dir() else "a file of text"
+        raise SourceError(f"{path}: is {what}, and finetune learns answers from a table of questions and answers; {CONTINUE}")
     row = read_records(path)[0].values
     for option, name in (("--prompt-column", prompt), ("--answer-column", answer)):
         if name is not None and name not in row:
             raise SourceError(f"{path}: {option}: there is no column {name!r}{nearest(name, list(row))}")
     if prompt is None and answer is None and _is_conversation(row):
         return None
+    if prompt is None and answer is None and is_plain_text(row):
+        raise SourceError(
+            f"{path}: no name of its columns ({', '.join(map(repr, row))}) tells of questions and answers; {CONTINUE}; or name "
+            "the two columns with --prompt-column and --answer-column"
+        )
     found = prompt or _only(path, row, PROMPTS, "--prompt-column"), answer or _only(path, row, ANSWERS, "--answer-column")
     if found[0] == found[1]:
         raise SourceError(f"{path}: the column {found[0]!r} cannot be question and answer both")

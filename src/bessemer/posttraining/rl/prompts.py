@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bessemer.core.errors import ConfigError
+from bessemer.core.records import TABLES, is_table
 from bessemer.posttraining.dataset import read_examples
 from bessemer.posttraining.encoding import encode_prompt
 from bessemer.posttraining.formats import Turns
@@ -20,8 +21,6 @@ from bessemer.tasks.questions import GenerationTask
 from bessemer.tasks.registry import TASKS, find_tasks
 from bessemer.tokenization.chat import checked_messages
 from bessemer.tokenization.tokenizer import Tokenizer
-
-_TABLES = (".jsonl", ".json", ".csv", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -57,11 +56,6 @@ class Prompts:
     tasks: Mapping[str, AskedTask]
 
 
-def is_table(name: str) -> bool:
-    """Whether a name of `data` is a file of rows, and not a task."""
-    return name.endswith(_TABLES)
-
-
 def gather_prompts(config: RLConfig, folder: Path, seed: int) -> Prompts:
     """The prompts of all data that the settings name, each once, in order.
 
@@ -91,7 +85,7 @@ def _task(name: str, config: RLConfig, folder: Path) -> GenerationTask:
     is_file = name.endswith((".yaml", ".yml"))
     data = None if config.tasks_folder is None else folder / config.tasks_folder
     if not is_file and name not in TASKS:
-        raise ConfigError(f"data: {name!r} is neither a file of {', '.join(_TABLES)} nor a task; there are {', '.join(TASKS)}")
+        raise ConfigError(f"data: {name!r} is neither a file of {', '.join(TABLES)} nor a task; there are {', '.join(TASKS)}")
     options = TaskOptions(data=data, chat=config.chat or None, system=config.system)
     (task,) = find_tasks([str(folder / name) if is_file else name], options)
     if not isinstance(task, GenerationTask):

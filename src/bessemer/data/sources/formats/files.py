@@ -7,9 +7,10 @@ the same records spread over any number of files give the same documents.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from bessemer.core.errors import SourceError
 from bessemer.data.sources.config import FilesSource
@@ -24,6 +25,8 @@ TEXT_SUFFIXES = (".txt", ".md")
 RECORD_SUFFIXES = (".jsonl",)
 #: A paragraph stays whole, unless it is so long that it may be no text at all; then it is cut here.
 _LONGEST_PARAGRAPH = 16 << 20
+#: Of a record without a text: how many of its fields are named.
+_NAMED_FIELDS = 20
 _KNOWN = (
     "/".join((*TEXT_SUFFIXES, *RECORD_SUFFIXES))
     + f", plain, with {' or '.join(COMPRESSIONS)}, or in an archive such as .zip or .tar.gz"
@@ -46,7 +49,7 @@ class TextFiles:
     def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[PositionedDocument]:
         replaced = tally.counts["undecodable_bytes"]
         if _suffix(entry.name) in TEXT_SUFFIXES:
-            with entry.open(start) as stream:
+            with entry.open_text(start, tally) as stream:
                 yield from self._text_documents(stream, entry, start, tally)
                 note_end(entry, stream.damage, stream.tell(), tally)
         else:
@@ -54,7 +57,7 @@ class TextFiles:
                 try:
                     document = record_document(record, place, default_license=entry.license)
                 except SourceError as error:
-                    tally.set_aside("bad_records", place, str(error).removeprefix(f"{place}: "))
+                    tally.set_aside("bad_records", place, str(error).removeprefix(f"{place}: ") + _instead_of_text(record))
                 else:
                     yield position, document
         if (here := tally.counts["undecodable_bytes"] - replaced) > 0:
@@ -92,6 +95,17 @@ class TextFiles:
             yield offset, _text_document(entry, start, pending + paragraph)
 
 
+def _instead_of_text(record: Mapping[str, Any]) -> str:
+    """What a record has that has no text, and the setting that names the field of the longest one, as the end of a message."""
+    if "text" in record or not record:
+        return ""
+    fields = ", ".join(map(repr, list(record)[:_NAMED_FIELDS]))
+    lengths = {name: len(value) for name, value in record.items() if isinstance(value, str)}
+    longest = max(lengths, key=lambda name: lengths[name], default=None)
+    remedy = "" if longest is None else f", and {{source: tables, columns: {{text: {longest}}}}} reads {longest!r}"
+    return f"; it has {fields}{remedy}"
+
+
 def _text_document(entry: Entry, start: int, lines: list[str]) -> Document:
     text = "".join(lines).strip("\n")
     metadata = {"file": entry.name, "offset": str(start)}
@@ -125,4 +139,4 @@ def may_hold_records(paths: list[str], folder: Path) -> bool:
 
 
 def _suffix(name: str) -> str:
-    return PurePosixPath(name).suffix
+    return PurePosixPath(name).suffix.lower()

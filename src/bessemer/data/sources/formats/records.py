@@ -62,7 +62,7 @@ def json_lines(
 
     A line that is too long, not JSON, nested too deeply or not an object is set aside.
     """
-    with entry.open(start) as stream:
+    with entry.open_text(start, tally) as stream:
         for begin, end, line in bounded_lines(stream, limit):
             place = f"{entry.place}: byte {begin}"
             if line is None:

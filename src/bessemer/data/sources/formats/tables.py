@@ -6,6 +6,7 @@ import csv
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ import pyarrow.parquet as pq
 
 from bessemer.core.errors import SourceError
 from bessemer.core.object_storage import IN_PLACES
+from bessemer.core.records import DELIMITERS, DELIMITERS_OF, delimiter_of
 from bessemer.data.sources.config import ColumnsConfig, TablesSource
-from bessemer.data.sources.document import Document, Tally
+from bessemer.data.sources.document import OTHER_DELIMITER, Document, Tally
 from bessemer.data.sources.formats.records import decoded, json_lines, note_end, record_document
 from bessemer.data.sources.io.archives import ARCHIVES, Entry
 from bessemer.data.sources.io.cutting import bounded_lines
@@ -87,7 +89,7 @@ class Tables:
         if name.endswith(_PARQUET):
             rows = self._parquet_rows(entry, start, tally)
         elif name.endswith(_DELIMITED):
-            rows = self._delimited_rows(entry, start, "\t" if name.endswith(".tsv") else ",", tally)
+            rows = self._delimited_rows(entry, start, DELIMITERS_OF[name[-4:]], tally)
         else:
             rows = json_lines(entry, start, tally, self.max_document_bytes)
         for position, row, place in rows:
@@ -147,39 +149,56 @@ class Tables:
             return None if data is None else pa.BufferReader(data)
         return pa.OSFile(str(entry.path)) if isinstance(entry.path, Path) else entry.path.open(ahead=IN_PLACES)
 
-    def _delimited_rows(
-        self, entry: Entry, start: int, delimiter: str, tally: Tally
-    ) -> Iterator[tuple[int, dict[str, Any], str]]:
+    def _delimited_rows(self, entry: Entry, start: int, usual: str, tally: Tally) -> Iterator[tuple[int, dict[str, Any], str]]:
         csv.field_size_limit(max(csv.field_size_limit(), self.max_document_bytes + 1))
-        with entry.open() as stream:
+        with entry.open_text(tally=tally if start == 0 else None) as stream:
+            sample = decoded(stream.peek(), Tally()).removeprefix("\ufeff")
+            delimiter, above = delimiter_of(sample, usual)
             lines = _Lines(stream, self.max_document_bytes, entry, tally)
-            header = next(csv.reader(lines, delimiter=delimiter), None)
-        if header is None:
-            note_end(entry, stream.damage, stream.given, tally)
-            return
-        header[0] = header[0].removeprefix("\ufeff")
-        if self.columns.text not in header:
-            tally.set_aside("bad_records", entry.place, f"no column {self.columns.text!r}; it has {', '.join(header[:20])}")
-            return
-        with entry.open(max(start, lines.end)) as stream:
+            header = next(csv.reader(islice(lines, above, None), delimiter=delimiter), None)
+            if header is None:
+                note_end(entry, stream.damage, stream.given, tally)
+                return
+            header[0] = header[0].removeprefix("\ufeff")
+            if delimiter != usual and start == 0:
+                tally.set_aside(OTHER_DELIMITER, entry.place, f"its columns are separated by {DELIMITERS[delimiter]}")
+            if self.columns.text not in header:
+                why = f"no column {self.columns.text!r}; it has {', '.join(header[:20])}"
+                tally.set_aside("bad_records", entry.place, why)
+                return
+            if start <= lines.end:
+                # not opened again: what is in a compressed tar is read once
+                yield from _rows_below(header, lines, delimiter, stream, entry, tally)
+                return
+        with entry.open_text(start) as stream:
             lines = _Lines(stream, self.max_document_bytes, entry, tally)
+            yield from _rows_below(header, lines, delimiter, stream, entry, tally)
+
+
+def _rows_below(
+    header: list[str], lines: _Lines, delimiter: str, stream: Stream, entry: Entry, tally: Tally
+) -> Iterator[tuple[int, dict[str, Any], str]]:
+    """The rows of a table below its header, each with the byte behind it and its place."""
+    reader = csv.reader(lines, delimiter=delimiter)
+    while True:
+        begin = lines.end
+        place = f"{entry.place}: byte {begin:,}"
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            tally.set_aside("bad_records", place, str(error))
             reader = csv.reader(lines, delimiter=delimiter)
-            while True:
-                begin = lines.end
-                place = f"{entry.place}: byte {begin:,}"
-                try:
-                    row = next(reader, None)
-                except csv.Error as error:
-                    tally.set_aside("bad_records", place, str(error))
-                    reader = csv.reader(lines, delimiter=delimiter)
-                    continue
-                if row is None:
-                    break
-                if len(row) == len(header):
-                    yield lines.end, dict(zip(header, row, strict=True)), place
-                elif row:
-                    tally.set_aside("bad_records", place, f"{len(row)} fields instead of {len(header)}")
-            note_end(entry, stream.damage, stream.tell(), tally)
+            continue
+        if row is None:
+            break
+        if not any(map(str.strip, row)):
+            if row:
+                tally.counts["blank_rows"] += 1
+        elif len(row) >= len(header) and not any(map(str.strip, row[len(header) :])):
+            yield lines.end, dict(zip(header, row, strict=False)), place
+        else:
+            tally.set_aside("bad_records", place, f"{len(row)} fields instead of {len(header)}")
+    note_end(entry, stream.damage, stream.tell(), tally)
 
 
 def open_tables(settings: TablesSource, folder: Path, cache: Path) -> FileSource:

@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import IO, Self, cast
 
+from bessemer.core.encodings import UTF8
 from bessemer.core.errors import BessemerError
 from bessemer.core.object_storage import Place
 from bessemer.data.limited import Helpers
-from bessemer.data.sources.document import Tally, encodable
+from bessemer.data.sources.document import OTHER_ENCODING, Tally, encodable
 from bessemer.data.sources.io.license_files import LicenseFiles
-from bessemer.data.sources.io.streams import Stream, broken_stream, open_stream, stream_of, uncompressed_name
+from bessemer.data.sources.io.streams import Stream, broken_stream, open_stream, stream_of, text_of, uncompressed_name
 from bessemer.data.sources.source import Unit
 
 ZIP_SUFFIXES = (".zip", ".whl")
@@ -75,6 +76,20 @@ class Entry:
         """Its bytes, decompressed, behind the first `start`; `member`: see `open_stream`, for files in no archive."""
         self._last = self._opened(start, member)
         return self._last
+
+    def open_text(self, start: int = 0, tally: Tally | None = None) -> Stream:
+        """Its text as UTF-8, behind the first `start` bytes of that, whatever encoding it is in. One that is not UTF-8 is noted
+        in the tally, when reading begins."""
+        opened = self.open()
+        stream, encoding = text_of(opened)
+        if encoding == UTF8 and start and self.path is not None:
+            # by a seek, which `_opened` can do
+            opened.close()
+            return self.open(start)
+        stream.skip(start)
+        if encoding != UTF8 and start == 0 and tally is not None:
+            tally.set_aside(OTHER_ENCODING, self.place, f"read as {encoding}")
+        return stream
 
     def content(self, limit: int, tally: Tally) -> bytes | None:
         """All its bytes; None, set aside in the tally, when they are more than `limit`, damaged, or none."""

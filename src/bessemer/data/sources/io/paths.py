@@ -20,6 +20,7 @@ from bessemer.core.progress import Progress, Silent
 from bessemer.core.store import read_json, write_text
 from bessemer.data.sources.document import encodable
 from bessemer.data.sources.source import Unit
+from bessemer.data.sources.suffixes import advice, counted_kinds
 
 _PathType = TypeVar("_PathType", bound=PurePath)
 
@@ -53,7 +54,7 @@ def find_files(paths: list[str], folder: Path, reads: Callable[[str], bool], kno
             roots.append(full)
         elif full.is_file():
             if not reads(full.name):
-                raise SourceError(f"{path}: not a kind of file that the source reads ({known})")
+                raise SourceError(f"{path}: not a kind of file that the source reads ({known}){advice(path)}")
             matches = {full}
             roots.append(full.parent)
         else:
@@ -64,10 +65,26 @@ def find_files(paths: list[str], folder: Path, reads: Callable[[str], bool], kno
             matches = {file for file in fixed.glob(pattern) if reads(file.relative_to(fixed).as_posix()) and file.is_file()}
             roots.append(fixed)
         if not matches:
-            raise SourceError(f"{path}: holds no file that the source reads ({known})")
+            there = counted_kinds(file.name for file in full.rglob("*") if file.is_file()) if full.is_dir() else ""
+            raise SourceError(
+                f"{path}: holds no file that the source reads ({known}){f', but {there}' if there else advice(path)}"
+            )
         found |= matches
     root = Path(os.path.commonpath(roots))
     return dict(sorted((encodable(file.relative_to(root).as_posix()), file) for file in found))
+
+
+def other_files(paths: list[str], folder: Path, reads: Callable[[str], bool]) -> list[str]:
+    """The files that hold text, in the folders among `paths`, and that a source does not read. Sorted, without hidden ones."""
+    others: set[str] = set()
+    for path in paths:
+        full = Path(os.path.normpath(folder.resolve() / path))
+        for file in full.rglob("*") if not is_address(path) and full.is_dir() else ():
+            name = file.relative_to(full)
+            holds_text = advice(name.name) and not reads(name.as_posix())
+            if holds_text and file.is_file() and not any(part.startswith(".") for part in name.parts):
+                others.add(encodable((PurePosixPath(path) / name.as_posix()).as_posix()))
+    return sorted(others)
 
 
 def _find_objects(paths: list[str], reads: Callable[[str], bool], known: str) -> dict[str, Place]:
@@ -87,9 +104,9 @@ def _find_objects(paths: list[str], reads: Callable[[str], bool], known: str) ->
         root = named.parent.key if is_one else _fixed_part(PurePosixPath(named.key)).as_posix()
         matches = {file for file in objects if reads(file.key.removeprefix(f"{root}/"))}
         if is_one and not matches:
-            raise SourceError(f"{path}: not a kind of file that the source reads ({known})")
+            raise SourceError(f"{path}: not a kind of file that the source reads ({known}){advice(path)}")
         if not matches:
-            raise SourceError(f"{path}: holds no file that the source reads ({known})")
+            raise SourceError(f"{path}: holds no file that the source reads ({known}){advice(path)}")
         roots.append(root)
         found |= matches
     common = posixpath.commonpath(roots)

@@ -7,6 +7,7 @@ that expands beyond all reason (a decompression bomb) ends early too. Memory is 
 from __future__ import annotations
 
 import bz2
+import codecs
 import io
 import lzma
 from collections import deque
@@ -16,6 +17,7 @@ from typing import IO, Any, Protocol, cast
 import zstandard
 from isal import igzip_lib
 
+from bessemer.core.encodings import UTF8, encoding_of
 from bessemer.core.errors import BessemerError
 from bessemer.core.object_storage import Place
 
@@ -23,6 +25,8 @@ COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 #: One suffix for a tar and its compression.
 _JOINED = {".tgz": ".gz", ".tbz2": ".bz2", ".txz": ".xz"}
 
+#: How much of a text tells its encoding.
+SAMPLE_BYTES = 4 << 20
 _BLOCK = 1 << 18
 _BITE = 1 << 11
 #: Bytes that a stream may expand to before its ratio is looked at, and the highest ratio to its compressed size after. Text
@@ -277,10 +281,47 @@ class _Plain(io.RawIOBase):
         return len(data)
 
 
+class _Recoded(io.RawIOBase):
+    """The text of a stream as UTF-8, of which the beginning was read already to find its encoding out."""
+
+    def __init__(self, begun: bytes, rest: Stream, encoding: str) -> None:
+        self._rest = rest
+        self._decoder = None if encoding == UTF8 else codecs.getincrementaldecoder(encoding)("replace")
+        self._waiting = begun
+        self._ready = memoryview(b"")
+        self._ended = False
+        self._given = 0
+
+    @property
+    def damage(self) -> Damage | None:
+        """Why the stream below ended early, as soon as all before it was given."""
+        return self._rest.damage if self._ended and not self._ready else None
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._given
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready and not self._ended:
+            data = self._waiting or self._rest.read(_BLOCK)
+            self._waiting = b""
+            self._ended = not data
+            if self._decoder is not None:
+                data = self._decoder.decode(data, final=not data).encode("utf-8", "replace")
+            self._ready = memoryview(data)
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        self._given += count
+        return count
+
+
 class Stream(io.BufferedReader):
     """Buffered bytes; `tell` is the offset in them. Never raises on damage: see `damage` after the end."""
 
-    def __init__(self, raw: _Expanded | _Plain, source: IO[bytes]) -> None:
+    def __init__(self, raw: _Expanded | _Plain | _Recoded, source: IO[bytes]) -> None:
         super().__init__(raw, buffer_size=_BLOCK)
         self._behind = raw
         self._file = source
@@ -369,6 +410,14 @@ def stream_of(source: IO[bytes], name: str, start: int, *, size: int = 0, compre
     stream = Stream(raw, source)
     stream.skip(start)
     return stream
+
+
+def text_of(stream: Stream) -> tuple[Stream, str]:
+    """The text of a stream that stands at its beginning, as UTF-8, and the encoding it is in. What lies further than
+    `SAMPLE_BYTES` has no part in finding that out."""
+    begun = stream.read(SAMPLE_BYTES)
+    encoding = encoding_of(begun, is_whole=len(begun) < SAMPLE_BYTES)
+    return Stream(_Recoded(begun, stream, encoding), stream), encoding
 
 
 def broken_stream(why: str) -> Stream:

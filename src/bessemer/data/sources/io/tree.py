@@ -15,7 +15,7 @@ from bessemer.data.limited import Helpers
 from bessemer.data.sources.config import PathsSource
 from bessemer.data.sources.document import Tally
 from bessemer.data.sources.io.archives import Entry, Surroundings, entries, is_archive
-from bessemer.data.sources.io.paths import ContentFingerprints, find_files, units_of
+from bessemer.data.sources.io.paths import ContentFingerprints, find_files, other_files, units_of
 from bessemer.data.sources.io.streams import uncompressed_name
 from bessemer.data.sources.source import PositionedDocument, Unit
 
@@ -56,6 +56,10 @@ class FileSource:
 
     def units(self, progress: Progress | None = None) -> list[Unit]:
         return units_of(self._files(), bundled=lambda name: self.format.small and not self._is_archive(name))
+
+    def others(self) -> list[str]:
+        """The files in the folders that the settings name which are of a kind that is not read."""
+        return other_files(list(self.paths), self.folder, self._reads)
 
     def read(self, unit: Unit, start: int, tally: Tally) -> Iterator[PositionedDocument]:
         alone = len(unit.files) == 1 and not self._is_archive(unit.files[0][0])
