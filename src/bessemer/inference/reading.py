@@ -95,7 +95,7 @@ class Reading(ABC):
         normalise: bool = True,
         adapter: str | Sequence[str | None] | None = None,
     ) -> Tensor:
-        """A vector for each prompt, (P, D) float32, of a prompt alone (1, D): the mean of its tokens' hidden states, or the state of its last token.
+        """A vector for each prompt, (P, D) float32: the mean of its tokens' hidden states, or the state of its last token.
 
         layer: as of `Capture.states`; None: after the last norm, as the head reads them. normalise: to length 1. Raises as
         `capture`.

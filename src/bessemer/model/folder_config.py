@@ -21,7 +21,7 @@ MODEL_FORMAT = 1
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
-#: What generation settings and `SamplingParams` call by the same name; the rest of such a file is of `transformers`' own methods.
+#: What generation settings and `SamplingParams` call by the same name; the rest is of `transformers`' own methods.
 _SAMPLING_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -118,8 +118,8 @@ def find_recipe(name: str) -> Path:
 def load_recipe(name: str, overrides: Sequence[str] | Mapping[str, Any] = (), *, allow_code: bool = False) -> Recipe:
     """Read, merge and check a recipe.
 
-    `overrides`: `KEY=VALUE` strings (or one alone), or dotted keys with values; `allow_code` lets a recipe that did not come with bessemer
-    run functions of its own. Raises ConfigError, one line with file and line number.
+    `overrides`: one `KEY=VALUE` or a list of them, or dotted keys with values; `allow_code` lets a recipe that did not come
+    with bessemer run functions of its own. Raises ConfigError, one line with file and line number.
     """
     path = find_recipe(name)
     placed = _with_extended(path, seen=())

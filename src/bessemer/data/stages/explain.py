@@ -94,7 +94,10 @@ class Explanation:
 
 
 def explain(text: str, *, url: str | None = None) -> Explanation:
-    """Every edit and score that there is, on this text as it is, and on its address; without one, what reads that has no value."""
+    """Every edit and score that there is, on this text as it is, and on its address.
+
+    Without an address, the scores that read one have no value.
+    """
     texts = Texts.of([text])
     changed = [_edited(edit(name), texts) for name in EDITS]
     counts = {name: pa.array([count]) for one in changed for name, count in one.counts.items()}
