@@ -291,7 +291,7 @@ def api_page() -> str:
     ]
     for name in bessemer.__all__:
         if not name.startswith("_"):
-            path = f"{bessemer._PUBLIC[name]}.{name}"
+            path = f"{bessemer._PUBLIC[name][0]}.{name}"
             # the engine's methods are in several classes
             options = f"heading_level: 2, heading: bessemer.{name}, toc_label: {name}, inherited_members: true"
             parts.append(f"\n::: {path}\n    options: {{{options}}}\n")

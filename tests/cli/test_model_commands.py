@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import pickle
+import re
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -10,6 +11,7 @@ import pytest
 import torch
 from huggingface_hub import errors
 
+from bessemer.cli import quantize
 from bessemer.core.store import read_json, write_json
 from bessemer.inference.engine import Engine, SamplingParams
 from bessemer.model.checkpoints import WEIGHTS_INDEX
@@ -275,6 +277,19 @@ def test_a_model_is_quantised_measured_and_opened(capsys, model, tmp_path):
     assert code == 2 and "quantised already" in one_error(err)
     code, _, err = bessemer(capsys, "quantize", model, tmp_path / "other", "--scheme", "int3")
     assert code == 2 and "scheme" in one_error(err)
+
+
+def test_quantising_says_a_loss_that_is_no_small_one_and_what_loses_less(capsys, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(quantize, "_NOTABLE_LOSS", -1.0)
+    _, out, _ = bessemer(capsys, "quantize", model, tmp_path / "small", "--scheme", "int4")
+    (line,) = [line for line in out.splitlines() if " loses " in line]
+    assert re.fullmatch(
+        r"int4 by rtn loses -?\d+\.\d% of bits per byte; what loses less: --scheme int8, or --method gptq --calibrate TEXT "
+        r"\(or awq\)",
+        line,
+    )
+    _, out, _ = bessemer(capsys, "quantize", model, tmp_path / "other", "--scheme", "int4", "--no-check")
+    assert " loses " not in out and "bits per byte" not in out
 
 
 def test_a_quantised_model_goes_out_with_whole_weights_when_a_type_is_asked_for(capsys, model, tmp_path):
