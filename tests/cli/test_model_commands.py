@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import pickle
 import re
@@ -300,6 +301,42 @@ def test_a_quantised_model_goes_out_with_whole_weights_when_a_type_is_asked_for(
     name = "layers.0.mlp.down_proj"
     assert torch.equal(wide.get_submodule(name).weight, small.get_submodule(name).weight)
     assert "quantization_config" not in read_json(tmp_path / "wide/config.json")
+
+
+def test_generate_samples_as_the_models_folder_says_unless_an_option_does(capsys, model):
+    def printed(*options):
+        code, out, err = bessemer(capsys, "generate", model, "in ", "--max-tokens", "6", *options)
+        assert code == 0, err
+        return out
+
+    def expected(**params):
+        with Engine(model, device="cpu") as engine:
+            return engine.generate("in ", SamplingParams(max_tokens=6, **params))[0].text + "\n"
+
+    assert printed() == expected(temperature=0)
+    write_json(model / "generation_config.json", {"do_sample": True, "temperature": 3.0, "top_k": 40})
+    own = {"temperature": 3.0, "top_k": 40, "seed": 3}
+    assert printed("--seed", "3") == expected(**own)
+    assert printed("--seed", "3", "--top-k", "2") == expected(**own | {"top_k": 2})
+    assert printed("--temperature", "0") == expected(temperature=0)
+    write_json(model / "generation_config.json", {"temperature": -1})
+    code, _, err = bessemer(capsys, "generate", model, "in ")
+    assert code == 2 and "generation_config.json: temperature" in one_error(err)
+
+
+def test_chat_says_that_a_model_is_not_tuned_and_refuses_one_without_a_template(capsys, model, monkeypatch):
+    def said():
+        monkeypatch.setattr("sys.stdin", io.StringIO(""))
+        return bessemer(capsys, "chat", model)[2]
+
+    assert said() == ""
+    write_json(model.parent / "manifest.json", {"format": 1, "stage": "pretrain"})
+    assert said() == f"note: {model} is not tuned on conversations; it continues texts more than it answers\n"
+    write_json(model.parent / "manifest.json", {"format": 1, "stage": "sft"})
+    assert said() == ""
+    config = read_json(model / "tokenizer_config.json")
+    write_json(model / "tokenizer_config.json", {name: value for name, value in config.items() if name != "chat_template"})
+    assert "no chat template" in one_error(said()) and "bessemer generate continues a text" in said()
 
 
 def test_generate_fills_in_the_middle(capsys, model, tmp_path):

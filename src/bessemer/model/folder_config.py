@@ -120,12 +120,17 @@ def refuse_scorer(config: ModelConfig, folder: Path) -> None:
 
 
 def read_sampling_settings(folder: Path) -> dict[str, Any]:
-    """How the makers of a model say that it is sampled, by the field's names of sampling parameters; what they leave out is
-    missing. `do_sample: false` is a temperature of 0."""
+    """How the makers of a model say that it is sampled, by the names of `SamplingParams`; what they leave out is missing.
+
+    A model that is sampled at no stated temperature is at 1, and `do_sample: false` is a temperature of 0.
+    """
     path = folder / GENERATION_CONFIG
     given = read_json(path, "file of generation settings") if path.exists() else {}
     settings = {name: given[name] for name in _SAMPLING_SETTINGS if given.get(name) is not None}
-    return settings | ({"temperature": 0.0} if given.get("do_sample") is False else {})
+    if given.get("do_sample") is False:
+        return settings | {"temperature": 0.0}
+    is_sampled = given.get("do_sample") or settings.keys() - {"repetition_penalty"}
+    return ({"temperature": 1.0} if is_sampled else {}) | settings
 
 
 def read_end_tokens(folder: Path) -> frozenset[int]:
