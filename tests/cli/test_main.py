@@ -58,16 +58,15 @@ def every_command(command, names=()):
 def test_every_help_ends_with_examples_that_the_command_takes():
     group = typer.main.get_command(app)
     for names, command in every_command(group):
-        lines = (command.epilog or "").removeprefix("Example: ").split("\n\n")
-        for line in lines:
+        first, *others = (command.epilog or "").removeprefix("Example: ").split("\n\n")
+        assert first.startswith(" ".join(["bessemer", *names])), f"{names}: {first!r}"
+        for line in (first, *others):
             program, *words = shlex.split(line)
-            assert program == "bessemer" and len(line) < 100, f"{names}: {line!r}"
-            called, path = group, ()
-            while hasattr(called, "commands") and words:
-                called, path, words = called.commands[words[0]], (*path, words[0]), words[1:]
-            assert path[: len(names)] == names or not hasattr(command, "callback"), f"{names}: {line!r}"
-            with called.make_context(" ".join(path), words):
-                pass
+            assert program == "bessemer" and len(line) < 90, f"{names}: {line!r}"
+            called = group
+            while hasattr(called, "commands"):
+                called, words = called.commands[words[0]], words[1:]
+            called.make_context(line, words)
 
 
 def test_every_command_stands_in_a_panel_and_no_panel_of_serve_is_long():
