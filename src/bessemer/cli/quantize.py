@@ -99,7 +99,7 @@ def _advice(quality: dict[str, Any], config: QuantizeConfig) -> str | None:
     """A loss that is no small one, and what loses less, in one line; None where there is no such loss, or it is not known."""
     from bessemer.model.quantisation.registry import scheme_plugin
 
-    if quality.get("loss", 0.0) < _NOTABLE_LOSS:
+    if "loss" not in quality or quality["loss"] < _NOTABLE_LOSS:
         return None
     better = []
     if config.scheme != "int8":

@@ -131,7 +131,7 @@ class Engine(AsyncGeneration, Reading, WeightUpdates):
 
         Raises ConfigError where the model's file states what is no setting.
         """
-        return SamplingParams.parse(dict(self.sampling_settings), GENERATION_CONFIG)
+        return SamplingParams.parse(dict(self.sampling_settings), lambda path: ": ".join([GENERATION_CONFIG, *map(str, path)]))
 
     def describe(self) -> str:
         """One line about the KV cache: how many blocks, of which type, how much memory."""
