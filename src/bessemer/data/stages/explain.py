@@ -119,8 +119,8 @@ def _beside_limits(
     """Scores beside the limits of the presets that have one, and by preset the limits that are broken. counts: of edits."""
     columns = {**scored, **counts}
     limits: dict[str, dict[str, Limit]] = {}
-    tongue = columns["language"][0].as_py() if "language" in columns else None
-    if tongue is not None:
+    tongue: str = columns["language"][0].as_py() if "language" in columns else ""
+    if "language" in columns:
         limits["language"] = {"language_score": (LANGUAGE_SCORES.get(tongue, USUAL_LANGUAGE_SCORE), None)}
     limits |= {
         name: {column: by_language(column).get(tongue, limit) for column, limit in of_preset.items()}
@@ -133,7 +133,8 @@ def _beside_limits(
     limits = {
         name: {column: limit for column, limit in of_preset.items() if column in homes} for name, of_preset in limits.items()
     }
-    reasons = {name: broken for name, of_preset in limits.items() if (broken := _broken(columns, of_preset, Languages()))}
+    broken = {name: _broken(columns, of_preset, Languages()) for name, of_preset in limits.items()}
+    reasons: dict[str, Sequence[str]] = {name: rules for name, rules in broken.items() if rules}
     scores = [_score(column, values[0].as_py(), *homes.get(column, ("", NO_LIMIT))) for column, values in scored.items()]
     return scores, reasons
 
