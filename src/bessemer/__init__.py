@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "Engine": ("bessemer.inference.engine", "torch"),
     "SamplingParams": ("bessemer.inference.sampling.sampler", "torch"),
-    "extract": ("bessemer.data.extraction.extract", "lxml"),
+    "extract": ("bessemer.data.extraction.extract", "numba"),
     "load_model": ("bessemer.model.folder", "torch"),
     "load_tokenizer": ("bessemer.tokenization.tokenizer", "tokenizers"),
     "refine": ("bessemer.pipeline.api", "pyarrow"),
