@@ -1,4 +1,7 @@
-"""Generate with a model: `python engine.py [MODEL]`, a folder or a GGUF file."""
+"""Generate with a model: `python engine.py [MODEL]`, a folder or a GGUF file; without one, what `tiny_model.py` made.
+
+Needs the extra serve.
+"""
 
 import json
 import sys

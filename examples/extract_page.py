@@ -1,4 +1,4 @@
-"""The main text of a web page: `python extract_page.py [FILE.html]`."""
+"""The main text of a web page: `python extract_page.py [FILE.html]`. Needs the extra data."""
 
 import sys
 from pathlib import Path

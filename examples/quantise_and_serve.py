@@ -1,4 +1,8 @@
-"""Quantise a model to 8 bits and talk with it through OpenAI's API: `python quantise_and_serve.py [MODEL]`."""
+"""Quantise a model to 8 bits and talk with it through OpenAI's API: `python quantise_and_serve.py [MODEL]`, a model's folder;
+without one, what `tiny_model.py` made.
+
+Needs the extra serve. OpenAI's client is a package of its own: `pip install openai`.
+"""
 
 import subprocess
 import sys

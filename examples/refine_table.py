@@ -1,4 +1,4 @@
-"""Clean, select and deduplicate a table in memory: `python refine_table.py`."""
+"""Clean, select and deduplicate a table in memory: `python refine_table.py`. Needs the extra data."""
 
 import pyarrow as pa
 

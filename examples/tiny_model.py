@@ -1,4 +1,7 @@
-"""Text to a model, in some seconds: `python tiny_model.py`. The model is far too small to know anything."""
+"""Text to a model, in some seconds: `python tiny_model.py`. The model is far too small to know anything.
+
+Needs the extras data, train; with report too, the run has a report.
+"""
 
 from pathlib import Path
 from pydoc_data.topics import topics

@@ -13,8 +13,10 @@ import pytest
 import bessemer
 from bessemer.cli.main import main
 from bessemer.core.usercode import load_user_function
+from bessemer.pipeline.recipe import load_recipe
 from bessemer.posttraining.conversations import read_conversations
 from bessemer.posttraining.finetuning.columns import find_columns
+from tests.test_packaging import package_of, packages
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SOURCE = str(Path(bessemer.__file__).parents[1])
@@ -227,6 +229,35 @@ def test_the_tickets_are_200_questions_with_answers():
     columns = find_columns(EXAMPLES / "tickets.csv", None, None)
     assert columns == ("ticket", "answer")
     assert len(read_conversations(EXAMPLES / "tickets.csv", columns)) == 200
+
+
+def needs(text: str) -> str | None:
+    """What the head of an example says that it needs: its extras, and packages beside them."""
+    found = re.search(r"Needs the extras? (\w+(?:, \w+)*)", text)
+    return None if found is None else found[1] + (", `openai`" if "`pip install openai`" in text else "")
+
+
+def test_the_list_and_the_head_of_each_example_say_what_it_needs():
+    rows = re.findall(
+        r"^\| \[`([^`]+)`\]\(\S+\) \| ([^|]+) \|", (EXAMPLES / "README.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    listed = dict(rows)
+    assert len(listed) == 14 and listed.pop("tickets.csv") == "train"
+    for name, expected in listed.items():
+        head = EXAMPLES / name / ("recipe.yaml" if name.endswith("/") else "")
+        assert needs(head.read_text(encoding="utf-8")) == expected, name
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.rglob("recipe.yaml")), ids=lambda path: path.parent.name)
+def test_the_extras_that_a_recipe_names_bring_what_its_stages_need(path, monkeypatch):
+    extras = needs(path.read_text(encoding="utf-8")).split(", ")
+    installed = set().union(*map(packages, extras))
+    monkeypatch.chdir(path.parent)
+    if path.parent.name == "plugin":
+        path = EXAMPLES / "own_filter" / "recipe.yaml"  # of the same stages, and of no package that has to be installed
+    for stage in load_recipe(str(path), allow_code=True).stages:
+        for module in stage.spec.packages(stage.config):
+            assert package_of(module) in installed, f"{stage.name} needs {module}"
 
 
 def test_every_example_is_in_the_list_and_runs_here():

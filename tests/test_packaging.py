@@ -2,6 +2,8 @@
 
 import datetime
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -31,9 +33,14 @@ def packages(extra: str) -> set[str]:
     return found
 
 
+def package_of(module: str) -> str:
+    """The name that pip knows a module's package by."""
+    return _PACKAGES.get(module, module).replace("_", "-")
+
+
 @pytest.mark.parametrize("module", EXTRAS)
 def test_the_extra_that_is_advised_for_a_module_installs_it(module):
-    assert _PACKAGES.get(module, module) in packages(EXTRAS[module])
+    assert package_of(module) in packages(EXTRAS[module])
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -47,7 +54,24 @@ def test_a_shipped_recipe_needs_only_all_and_the_extra_that_it_names(name):
     installed = set().union(*map(packages, named))
     for stage in recipe.stages:
         for module in stage.spec.packages(stage.config):
-            assert _PACKAGES.get(module, module).replace("_", "-") in installed, f"{name}: {stage.name} needs {module}"
+            assert package_of(module) in installed, f"{name}: {stage.name} needs {module}"
+
+
+def test_a_server_that_has_no_data_engine_evaluates_quantises_and_serves():
+    """By the modules of the extras that `serve` does not bring, which cannot be imported."""
+    missing = [module for module in EXTRAS if package_of(module) not in packages("serve")]
+    missing += ["isal", "resiliparse", "fastwarc", "lxml", "ftfy", "pypdfium2", "mwparserfromhell"]
+    code = (
+        "import sys\n"
+        f"sys.modules.update(dict.fromkeys({missing}))\n"
+        "import bessemer.evaluation.tasks, bessemer.evaluation.judges, bessemer.evaluation.model_identity\n"
+        "import bessemer.evaluation.quantisation, bessemer.views.task_results, bessemer.views.terminal\n"
+        "import bessemer.serving.server, bessemer.webapp.app, bessemer.inspection.inspect\n"
+        "from bessemer.evaluation.contamination import find_corpus\n"
+        "print('all are there')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "all are there\n", done.stderr
 
 
 def test_the_version_is_that_of_the_changelog_and_of_the_citation():

@@ -20,15 +20,6 @@ from pydantic.fields import FieldInfo
 from bessemer.core.config import Config
 from bessemer.core.registry import Registry
 
-#: The commands in the order of a reader's way through them.
-_GROUPS = {
-    "Make": ("run", "sweep", "recipes", "init", "plan", "scaling fit", "scaling suggest", "doctor"),
-    "Look": ("show", "explain", "inspect", "evaluate", "compare"),
-    "Data": ("clean", "forget", "train-classifier", "train-words"),
-    "Use a model": ("chat", "generate", "serve", "demo"),
-    "Change a model": ("import", "export", "quantize", "extend", "average"),
-}
-
 
 def cli_page() -> str:
     """Every command: what it does, its arguments and its options with their defaults."""
@@ -37,18 +28,16 @@ def cli_page() -> str:
     from bessemer.cli.main import app
 
     group: Any = typer.main.get_command(app)
-    commands = dict(leaf_commands(group))
-    order = {title: [name for name in names if name in commands] for title, names in _GROUPS.items()}
-    placed = {name for names in order.values() for name in names}
-    order["Further commands"] = sorted(commands.keys() - placed)
+    panels: dict[str, list[tuple[str, Any]]] = {}
+    for name, command in leaf_commands(group):
+        panels.setdefault(group.commands[name.partition(" ")[0]].rich_help_panel, []).append((name, command))
     parts = [
         "# Command line\n\nGenerated from the commands themselves. `bessemer COMMAND --help` prints the same. A mistake ends "
         "in one line and exit code 2; `bessemer --debug COMMAND` adds the traceback. Ctrl-C ends with 130.\n"
     ]
-    for title, names in order.items():
-        if names:
-            parts.append(f"\n## {title}\n")
-            parts += [_command(name, commands[name]) for name in names]
+    for title, commands in panels.items():
+        parts.append(f"\n## {title}\n")
+        parts += [_command(name, command) for name, command in commands]
     return "".join(parts)
 
 
@@ -66,7 +55,9 @@ def _command(name: str, command: Any) -> str:
     options = [one for one in command.params if not is_argument(one) and not getattr(one, "hidden", False)]
     usage = " ".join([f"bessemer {name}", *map(_usage, arguments), *(["[OPTIONS]"] if options else [])])
     anchor = name.replace(" ", "-")
+    examples = (command.epilog or "").removeprefix("Example: ").replace("\n\n", "\n")
     lines = [f"\n### bessemer {name} {{ #{anchor} }}\n\n{_prose(inspect.cleandoc(command.help or ''))}\n\n```\n{usage}\n```\n"]
+    lines.append(f"\n```\n{examples}\n```\n")
     if arguments:
         lines.append("\n| argument | |\n|---|---|\n")
         lines += [f"| `{shown_name(parameter)}` | {_cell(parameter.help or '')} |\n" for parameter in arguments]
@@ -291,7 +282,7 @@ def api_page() -> str:
     ]
     for name in bessemer.__all__:
         if not name.startswith("_"):
-            path = f"{bessemer._PUBLIC[name]}.{name}"
+            path = f"{bessemer._PUBLIC[name][0]}.{name}"
             # the engine's methods are in several classes
             options = f"heading_level: 2, heading: bessemer.{name}, toc_label: {name}, inherited_members: true"
             parts.append(f"\n::: {path}\n    options: {{{options}}}\n")

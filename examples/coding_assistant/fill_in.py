@@ -2,7 +2,7 @@
 
 Single-line infilling (Bavarian et al. 2022): a line is taken out, and the model is asked for it. Beside the share of lines
 that come back exactly: the bits per byte of the line that stood there, with the text after it, in both orders, and without. A
-model that is too small to write the line shows there what it makes of the suffix.
+model that is too small to write the line shows there what it makes of the suffix. Needs what `recipe.yaml` needs.
 """
 
 import math

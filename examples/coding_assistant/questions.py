@@ -1,4 +1,7 @@
-"""Conversations about a checkout, made of its docstrings: `python questions.py [FOLDER]` writes questions.jsonl."""
+"""Conversations about a checkout, made of its docstrings: `python questions.py [FOLDER]` writes questions.jsonl.
+
+Needs no package.
+"""
 
 import ast
 import json

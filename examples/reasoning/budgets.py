@@ -1,7 +1,7 @@
 """Accuracy by thinking budget: `python budgets.py MODEL... [ITEMS]` asks the sums that are held out.
 
 A model is a folder, as `runs/reasoning/stages/rl/model`. The budget counts the tokens of an answer up to where its thinking is
-closed; 64 is more than this model ever thinks, and at 0 it answers at once.
+closed; 64 is more than this model ever thinks, and at 0 it answers at once. Needs what `recipe.yaml` needs.
 """
 
 import sys

@@ -26,3 +26,19 @@ def test_the_oldest_question_is_forgotten_when_the_context_is_full(engine, capsy
         SamplingParams(max_tokens=24, temperature=0),
     )
     assert out.startswith(f"{first.text}\n")
+
+
+def test_commands_are_listed_and_what_is_none_is_not_asked(engine, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("/help\n/?\n/frob\n/bye\nWho?\n"))
+    monkeypatch.setattr(engine, "prepare", lambda *given, **options: pytest.fail("the model was asked"))
+    converse(engine, SamplingParams(), [])
+    out, err = capsys.readouterr()
+    assert [line.split()[0] for line in out.splitlines()] == ["/new", "/help", "/quit"] * 2
+    assert err == "there is no command /frob; /help lists all commands\n"
+
+
+def test_a_question_may_begin_with_a_path(engine, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("/etc/hosts\n/new line?\n"))
+    converse(engine, SamplingParams(max_tokens=1), [])
+    out, err = capsys.readouterr()
+    assert err == "" and len(out.splitlines()) >= 2

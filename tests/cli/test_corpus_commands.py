@@ -102,6 +102,30 @@ def test_a_text_is_explained_by_everything_there_is(capsys, place):
         assert expected in out
 
 
+@pytest.mark.parametrize(
+    ("thing", "expected"),
+    [
+        ("missing.txt", "missing.txt: there is no such file"),
+        ("my missing page.HTML", "there is no such file"),
+        ("pages/one", "there is no such file"),
+        ("runs", "this is a folder"),
+        ("00070ad67053bce7a767f8497f9adb05", "say of which run with --run"),
+    ],
+)
+def test_what_names_no_file_is_not_explained_letter_by_letter(capsys, place, thing, expected):
+    code, out, err = bessemer(capsys, "explain", thing)
+    assert (code, out) == (2, "") and expected in one_error(err)
+
+
+def test_an_address_is_judged_as_an_address(capsys, place):
+    code, out, _ = bessemer(capsys, "explain", "https://porn.example/hardcore")
+    assert code == 0 and out.startswith("urls drops it: ") and "gopher" not in out
+    code, _, err = bessemer(capsys, "explain", "https://porn.example/hardcore", "--run", "small")
+    assert code == 2 and "and --url https://porn.example/hardcore" in one_error(err)
+    _, out, _ = bessemer(capsys, "explain", "A study of casino and porn, too short.", "--json")
+    assert "urls" not in json.loads(out)["reasons"]
+
+
 def test_a_text_is_explained_by_a_run(capsys, place):
     code, out, _ = bessemer(capsys, "explain", PROSE.format(n=77), "--run", "small")
     assert code == 0

@@ -1,10 +1,17 @@
 import json
+import os
+import pydoc
+import re
+import shlex
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
+import typer
 
-from bessemer.cli.main import main
+import bessemer as bessemer_package
+from bessemer.cli.main import app, main
 
 
 def bessemer(capsys, *arguments) -> tuple[int, str, str]:
@@ -21,19 +28,78 @@ def one_error(err: str) -> str:
     return lines[0]
 
 
-def test_help_loads_none_of_the_heavy_libraries():
+@pytest.mark.parametrize(
+    ("words", "environment", "expected"),
+    [
+        (["--help"], {}, "Use a model"),
+        ([], {"_BESSEMER_COMPLETE": "complete_bash", "COMP_WORDS": "bessemer serv", "COMP_CWORD": "1"}, "serve"),
+    ],
+    ids=["help", "completion"],
+)
+def test_help_and_completion_load_none_of_the_heavy_libraries(words, environment, expected):
     code = (
-        "import sys\nfrom bessemer.cli.main import main\n"
-        "try: main(['--help'])\nexcept SystemExit: pass\n"
-        "heavy = {'torch', 'daft', 'pyarrow', 'numpy', 'tokenizers', 'matplotlib', 'fastapi', 'transformers', 'pydantic'}\n"
-        "print('loaded', sorted(heavy & set(sys.modules)))"
+        f"import sys\nfrom bessemer.cli.main import main\n"
+        f"try: main({words})\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'daft', 'pyarrow', 'numpy', 'tokenizers', 'matplotlib', 'fastapi', 'transformers'}\n"
+        # typer reads a value of any option by pydantic
+        f"heavy |= {{'ruamel' if {bool(environment)} else 'pydantic'}}\n"
+        "print()\nprint('loaded', sorted(heavy & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "loaded []"
+    given = os.environ | environment
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=given)
+    assert expected in done.stdout and done.stdout.splitlines()[-1] == "loaded []"
+
+
+def every_command(command, names=()):
+    """A group's commands, and those of groups inside it, itself first."""
+    yield names, command
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from every_command(inner, (*names, name))
+
+
+def test_every_help_ends_with_examples_that_the_command_takes():
+    group = typer.main.get_command(app)
+    for names, command in every_command(group):
+        first, *others = (command.epilog or "").removeprefix("Example: ").split("\n\n")
+        assert first.startswith(" ".join(["bessemer", *names])), f"{names}: {first!r}"
+        for line in (first, *others):
+            program, *words = shlex.split(line)
+            assert program == "bessemer" and len(line) < 90, f"{names}: {line!r}"
+            called = group
+            while hasattr(called, "commands"):
+                called, words = called.commands[words[0]], words[1:]
+            called.make_context(line, words)
+
+
+def test_every_command_stands_in_a_panel_and_no_panel_of_serve_is_long():
+    group = typer.main.get_command(app)
+    assert all(command.rich_help_panel for command in group.commands.values())
+    panels = Counter(
+        option.rich_help_panel for option in group.commands["serve"].params if not getattr(option, "hidden", False)
+    )
+    assert len(panels) >= 6 and max(panels.values()) <= 8
+
+
+@pytest.mark.parametrize("words", [["chat", "-h"], ["help", "chat"], ["scaling", "fit", "-h"]])
+def test_help_is_asked_for_in_three_ways(capsys, words):
+    code, out, _ = bessemer(capsys, *words)
+    asked = [word for word in words if word not in ("-h", "help")]
+    assert code == 0 and out == bessemer(capsys, *asked, "--help")[1]
+    assert f"Usage: bessemer {' '.join(asked)}" in out and "Example: bessemer" in out
+
+
+def test_dir_and_help_of_the_package_show_its_public_names():
+    names = set(bessemer_package.__all__)
+    assert names <= set(dir(bessemer_package))
+    assert all(name.startswith("__") for name in set(dir(bessemer_package)) - names)
+    shown = pydoc.plain(pydoc.render_doc(bessemer_package))
+    for name in names - {"__version__"}:
+        assert re.search(rf"^    {name} ", shown, flags=re.MULTILINE), name
+    assert "class Engine(" in shown and "refine(documents" in shown and 'bessemer.run("quickstart")' in shown
 
 
 def test_importing_bessemer_loads_none_of_the_heavy_libraries():
-    code = "import sys, bessemer; print(sorted({'torch', 'daft', 'numpy', 'pydantic'} & set(sys.modules)))"
+    code = "import sys, bessemer; dir(bessemer); print(sorted({'torch', 'daft', 'numpy', 'pydantic'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import pickle
+import re
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -10,6 +12,7 @@ import pytest
 import torch
 from huggingface_hub import errors
 
+from bessemer.cli import quantize
 from bessemer.core.store import read_json, write_json
 from bessemer.inference.engine import Engine, SamplingParams
 from bessemer.model.checkpoints import WEIGHTS_INDEX
@@ -277,6 +280,19 @@ def test_a_model_is_quantised_measured_and_opened(capsys, model, tmp_path):
     assert code == 2 and "scheme" in one_error(err)
 
 
+def test_quantising_says_a_loss_that_is_no_small_one_and_what_loses_less(capsys, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(quantize, "_NOTABLE_LOSS", -1.0)
+    _, out, _ = bessemer(capsys, "quantize", model, tmp_path / "small", "--scheme", "int4")
+    (line,) = [line for line in out.splitlines() if " loses " in line]
+    assert re.fullmatch(
+        r"int4 by rtn loses -?\d+\.\d% of bits per byte; what loses less: --scheme int8, or --method gptq --calibrate TEXT "
+        r"\(or awq\)",
+        line,
+    )
+    _, out, _ = bessemer(capsys, "quantize", model, tmp_path / "other", "--scheme", "int4", "--no-check")
+    assert " loses " not in out and "bits per byte" not in out
+
+
 def test_a_quantised_model_goes_out_with_whole_weights_when_a_type_is_asked_for(capsys, model, tmp_path):
     assert bessemer(capsys, "quantize", model, tmp_path / "small")[0] == 0
     options = ["--format", "safetensors", "--dtype", "f32"]
@@ -285,6 +301,42 @@ def test_a_quantised_model_goes_out_with_whole_weights_when_a_type_is_asked_for(
     name = "layers.0.mlp.down_proj"
     assert torch.equal(wide.get_submodule(name).weight, small.get_submodule(name).weight)
     assert "quantization_config" not in read_json(tmp_path / "wide/config.json")
+
+
+def test_generate_samples_as_the_models_folder_says_unless_an_option_does(capsys, model):
+    def printed(*options):
+        code, out, err = bessemer(capsys, "generate", model, "in ", "--max-tokens", "6", *options)
+        assert code == 0, err
+        return out
+
+    def expected(**params):
+        with Engine(model, device="cpu") as engine:
+            return engine.generate("in ", SamplingParams(max_tokens=6, **params))[0].text + "\n"
+
+    assert printed() == expected(temperature=0)
+    write_json(model / "generation_config.json", {"do_sample": True, "temperature": 3.0, "top_k": 40})
+    own = {"temperature": 3.0, "top_k": 40, "seed": 3}
+    assert printed("--seed", "3") == expected(**own)
+    assert printed("--seed", "3", "--top-k", "2") == expected(**own | {"top_k": 2})
+    assert printed("--temperature", "0") == expected(temperature=0)
+    write_json(model / "generation_config.json", {"temperature": -1})
+    code, _, err = bessemer(capsys, "generate", model, "in ")
+    assert code == 2 and "generation_config.json: temperature" in one_error(err)
+
+
+def test_chat_says_that_a_model_is_not_tuned_and_refuses_one_without_a_template(capsys, model, monkeypatch):
+    def said():
+        monkeypatch.setattr("sys.stdin", io.StringIO(""))
+        return bessemer(capsys, "chat", model)[2]
+
+    assert said() == ""
+    write_json(model.parent / "manifest.json", {"format": 1, "stage": "pretrain"})
+    assert said() == f"note: {model} is not tuned on conversations; it continues texts more than it answers\n"
+    write_json(model.parent / "manifest.json", {"format": 1, "stage": "sft"})
+    assert said() == ""
+    config = read_json(model / "tokenizer_config.json")
+    write_json(model / "tokenizer_config.json", {name: value for name, value in config.items() if name != "chat_template"})
+    assert "no chat template" in one_error(said()) and "bessemer generate continues a text" in said()
 
 
 def test_generate_fills_in_the_middle(capsys, model, tmp_path):

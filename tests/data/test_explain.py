@@ -15,7 +15,7 @@ from bessemer.data.edits.registry import EDITS
 from bessemer.data.filters.registry import FILTERS
 from bessemer.data.stages.clean import cleaned_schema, cleaning
 from bessemer.data.stages.clean_steps import scorer
-from bessemer.data.stages.explain import RECIPE, changes, explain, explain_with
+from bessemer.data.stages.explain import RECIPE, changes, explain, explain_address, explain_with
 from bessemer.data.stages.select import selecting
 
 WRITTEN = "As an AI language model, I cannot help. Write to jane.doe@gmail.com and the answer will be with you."
@@ -44,6 +44,16 @@ def test_a_score_stands_beside_the_limit_and_the_preset_that_it_belongs_to():
         False,
         "words",
     )
+
+
+def test_a_text_is_no_address_and_an_address_no_text():
+    of_text, of_address = explain("Porn and casino, a hardcore study."), explain_address("https://porn.example/hardcore")
+    assert "urls" not in of_text.reasons and {one.value for one in of_text.scores if one.column.startswith("urls")} == {None}
+    assert of_address.reasons.keys() == {"urls"}
+    assert [one.column for one in of_address.scores] == ["urls_score", "urls_category"]
+    both = explain(WRITTEN, url="https://porn.example/hardcore")
+    assert both.reasons["urls"] == of_address.reasons["urls"]
+    assert both.reasons["gopher_quality"] == explain(WRITTEN).reasons["gopher_quality"]
 
 
 def test_an_edit_shows_the_piece_that_it_replaces():

@@ -11,6 +11,7 @@ from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.core.hashing import hash_file
 from bessemer.core.progress import Silent
 from bessemer.core.store import read_json
+from bessemer.evaluation import quantisation
 from bessemer.evaluation.calibration import calibration_rows, opened_tokens
 from bessemer.evaluation.quantisation import QUALITY, add_speed, compare, quantise_folder
 from bessemer.evaluation.report import quality_sentences
@@ -133,6 +134,21 @@ def test_speed_and_cost_are_added_to_the_quality(place, tokens, tmp_path):
     # 0.36 an hour is 0.0001 a second
     assert found["quantised"]["cost_per_million_tokens"] == pytest.approx(0.0001 / 200 * 1e6)
     assert read_json(tmp_path / "out" / QUALITY)["original"]["tokens_per_second"] == 50
+
+
+def test_without_a_text_the_models_are_compared_on_a_small_one_and_a_large_model_on_less_of_it(place, tmp_path, monkeypatch):
+    def compared(out, **options):
+        given = {"calibration": None, "held_out": None, "seed": 0, "device": "cpu", "progress": Silent()}
+        return quantise_folder(QuantizeConfig(scheme="int4"), place / "model", tmp_path / out, **given, **options)
+
+    whole = compared("whole", sample=True)
+    assert whole["compared_on"] == "sample" and whole["kl_per_token"] > 0 and 1000 < whole["compared_tokens"] < 6000
+    assert "tokens of a small text that comes with Bessemer: " in " ".join(quality_sentences(whole))
+    assert "loss" not in compared("unchecked")
+    monkeypatch.setattr(quantisation, "_SAMPLE_FLOPS", 1.0)
+    assert 0 < compared("less", sample=True)["compared_tokens"] < whole["compared_tokens"] / 2
+    monkeypatch.setattr(quantisation, "free_memory_bytes", lambda: 0)
+    assert "loss" not in compared("no memory", sample=True)
 
 
 def test_a_calibrated_method_without_text_is_refused(place, tokens, tmp_path):

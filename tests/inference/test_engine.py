@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -135,6 +136,35 @@ def test_a_prompt_that_is_no_prompt_is_refused(engine, prompt):
 
 def test_no_prompts_give_no_completions(engine):
     assert engine.generate([], GREEDY) == []
+
+
+def test_a_text_alone_and_token_ids_alone_are_one_prompt(engine):
+    expected = engine.generate(["the"], GREEDY)
+    assert engine.generate("the", GREEDY) == expected
+    assert engine.generate(engine.tokenizer.encode("the"), GREEDY) == expected
+    assert asyncio.run(engine.agenerate("the", GREEDY)) == expected
+    assert engine.rollouts("the", 1, GREEDY).texts == (expected[0].text,)
+    assert torch.equal(engine.embed("the"), engine.embed(["the"]))
+
+
+@pytest.mark.parametrize("prompt", [b"the", {"role": "user", "content": "the"}, [{"role": "user", "content": "the"}]])
+def test_what_is_neither_text_nor_token_ids_is_refused(engine, prompt):
+    for prompts in (prompt, [prompt]):
+        with pytest.raises(RequestError, match="a text or token ids, got"):
+            engine.generate(prompts, GREEDY)
+    with pytest.raises(RequestError, match=r'a list of messages, as \[{"role": "user", "content": "Hello"}\], got str'):
+        engine.chat("the", GREEDY)
+
+
+def test_without_parameters_the_model_is_sampled_as_its_folder_says(engine, tmp_path):
+    assert engine.default_params == SamplingParams()
+    folder = write_model(tmp_path, "grouped")
+    own = {"temperature": 0.6, "top_p": 0.9, "top_k": None, "repetition_penalty": 1.1, "max_length": 20, "bos_token_id": 1}
+    write_json(folder / "generation_config.json", own)
+    assert Engine(folder).default_params == SamplingParams(temperature=0.6, top_p=0.9, repetition_penalty=1.1)
+    write_json(folder / "generation_config.json", own | {"do_sample": False})
+    greedy = Engine(folder)
+    assert greedy.generate("the") == greedy.generate("the", SamplingParams(temperature=0, repetition_penalty=1.1))
 
 
 def test_an_end_token_ends_the_answer_and_is_not_shown(engine, scripted):

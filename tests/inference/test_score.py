@@ -290,6 +290,12 @@ def test_what_cannot_be_scored_is_refused_before_anything_is_computed(prefix, co
     assert engine.statistics.steps == 0
 
 
+@pytest.mark.parametrize(("items", "message"), [(("the", ["n"]), "is a pair"), ([([1], [2, 3])], "a list of continuations")])
+def test_items_that_lack_a_level_are_refused(items, message, dense, tokenizer):
+    with pytest.raises(RequestError, match=message):
+        engine_of(dense, tokenizer).score_items(items)
+
+
 def test_an_item_that_never_fits_in_the_memory_is_refused(dense, tokenizer):
     engine = with_blocks(dense, tokenizer, CONTEXT // BLOCK - 1)
     with pytest.raises(RequestError, match="the memory for keys and values holds"):

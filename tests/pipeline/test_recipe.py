@@ -89,6 +89,7 @@ def test_override_comes_on_top_and_is_named_in_errors(recipe):
     loaded = load_recipe(recipe(), ["count.times=5", "words.0=z"])
     assert loaded.stage("count").config.times == 5
     assert loaded.stage("words").config.words == ["z", "b", "c"]
+    assert load_recipe(recipe(), "count.times=5").stage("count").config.times == 5
     assert message(recipe(), ["count.times=0"]).startswith("override count.times=0: count.times:")
     assert message(recipe(), ["cuont.times=0"]) == "override cuont.times=0: unknown key 'cuont'; did you mean 'count'?"
     assert "an override is KEY=VALUE" in message(recipe(), ["count"])

@@ -67,7 +67,7 @@ def test_every_task_file_of_the_package_is_registered():
 
 @pytest.mark.parametrize("name", _WITH_DATA)
 def test_a_task_with_data_of_its_own_needs_nothing_else(name):
-    (task,) = find_tasks([name], TaskOptions(limit=9))
+    (task,) = find_tasks(name, TaskOptions(limit=9))
     questions = task.questions()
     assert len({question.id for question in questions}) == len({question.context for question in questions}) == 9
 

@@ -123,6 +123,13 @@ def test_typed_control_tokens_never_become_control_tokens(tokenizer):
     assert tokenizer.decode(ids) == "".join(SPECIAL_TOKENS)
 
 
+def test_one_text_is_no_list_of_texts_and_a_list_no_text(tokenizer):
+    with pytest.raises(RequestError, match="a list of texts is needed, got str; encode takes one text"):
+        tokenizer.encode_batch("Hello")
+    with pytest.raises(RequestError, match="a text is needed, got list; encode_batch takes a list of texts"):
+        tokenizer.encode(["Hello"])
+
+
 def test_a_lone_surrogate_is_refused_in_one_line_wherever_it_comes_in(tokenizer):
     message = r"^the text has a lone surrogate U\+D83D at character 2"
     with pytest.raises(RequestError, match=message):

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from bessemer.serving.bench.config import LoadConfig
     from bessemer.serving.bench.run import Measured
 
-bench = typer.Typer(no_args_is_help=True, help="Measure a server.")
+_EXAMPLE = "Example: bessemer bench serve http://127.0.0.1:8000 --concurrency 8"
+bench = typer.Typer(no_args_is_help=True, help="Measure a server.", epilog=_EXAMPLE)
 
 
 @bench.callback()
@@ -19,7 +20,7 @@ def _bench() -> None:
     """Measure a server."""
 
 
-@bench.command()
+@bench.command(epilog=_EXAMPLE)
 def serve(
     url: Annotated[str, typer.Argument(help="An OpenAI-compatible server, as http://127.0.0.1:8000.")],
     concurrency: Annotated[int | None, typer.Option(help="Clients that each wait for their answer and ask again.")] = None,

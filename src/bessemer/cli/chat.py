@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -20,7 +21,17 @@ if TYPE_CHECKING:
     from bessemer.inference.engine import Engine
     from bessemer.inference.sampling.sampler import SamplingParams
 
-_HELP = "/new starts over, /quit or Ctrl-D leaves, Ctrl-C stops an answer"
+_HELP = "/new starts over, /help lists all commands, /quit or Ctrl-D leaves, Ctrl-C stops an answer"
+_COMMANDS = {
+    "/new": "start over: forget the conversation",
+    "/help": "list the commands; /?",
+    "/quit": "leave; /exit, /bye, Ctrl-D",
+}
+_QUIT, _ASK_HELP = ("/quit", "/exit", "/bye"), ("/help", "/?")
+#: A line that is meant as a command, and no question about a path.
+_COMMAND = re.compile(r"/(\w+|\?)")
+#: Stages whose models have read plain text alone.
+_BASE_STAGES = ("model", "pretrain")
 #: A terminal's codes around what the model thinks.
 _DIM, _PLAIN = "\033[2m", "\033[0m"
 
@@ -32,9 +43,20 @@ def chat(
     thinking_budget: Annotated[
         int | None, typer.Option(help="Tokens after which thinking is closed and the answer begins.", min=0)
     ] = None,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.", min=0)] = 0,
-    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability.")] = 1.0,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 is greedy; if none, as the model's generation_config.json says, or 0.", min=0.0)
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens, 0 keeps all; the model's own.", min=0)] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Keep the likeliest tokens up to this probability; the model's own.")
+    ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(help="Leave out tokens below this share of the likeliest one's probability; the model's own."),
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Above 1, tokens that were there already come less; the model's own.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same answers.")] = None,
     speed: Annotated[bool, typer.Option("--speed", help="After each answer, say how fast it came.")] = False,
     speculate: Annotated[
@@ -49,27 +71,47 @@ def chat(
 ) -> None:
     """Talk with a model in the terminal."""
     from bessemer.assistant.config import AssistantConfig
-    from bessemer.cli.named import example_questions, find_model, option_of, speculation
+    from bessemer.cli.named import example_questions, find_model, option_of, sampling_options, speculation
     from bessemer.inference.engine import Engine, EngineConfig
-    from bessemer.inference.sampling.sampler import SamplingParams
 
     folder = find_model(model, runs)
     config = EngineConfig.parse(speculation(speculate) | {"max_model_len": max_model_len}, option_of("chat"))
-    engine = Engine(folder, device=device, config=config)
-    params = SamplingParams.parse(
-        {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}, "chat"
+    params_for = sampling_options(
+        "chat",
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
     )
+    engine = Engine(folder, device=device, config=config)
+    if engine.tokenizer.chat_template is None:
+        raise RequestError(
+            f"{model}: it has no chat template, so it is no model to talk with: bessemer generate continues a text"
+        )
+    if adapter is None and _is_base(folder):
+        print(f"note: {model} is not tuned on conversations; it continues texts more than it answers", file=sys.stderr)
     if adapter is not None:
         engine.load_adapter(adapter, adapter)
     converse(
         engine,
-        params,
+        params_for(engine),
         example_questions(folder, runs / model),
         system=system,
         config=AssistantConfig(thinking_budget=thinking_budget),
         speed=speed,
         adapter=adapter,
     )
+
+
+def _is_base(folder: Path) -> bool:
+    """Whether a model is the work of a stage of ours that reads plain text, and so of no conversation."""
+    from bessemer.core.store import MANIFEST, read_json
+
+    manifest = folder.parent / MANIFEST
+    return manifest.exists() and read_json(manifest, "manifest").get("stage") in _BASE_STAGES
 
 
 def converse(
@@ -108,10 +150,16 @@ def converse(
     for question in _questions(interactive, opening):
         if not question:
             continue
-        if question in ("/quit", "/exit"):
+        if question in _QUIT:
             return
+        if question in _ASK_HELP:
+            print("\n".join(f"{command:7}{does}" for command, does in _COMMANDS.items()))
+            continue
         if question == "/new":
             conversation = Conversation(start)
+            continue
+        if _COMMAND.fullmatch(question):
+            print(f"there is no command {question}; /help lists all commands", file=sys.stderr)
             continue
         conversation.add(Message.user(question))
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -106,8 +107,10 @@ def evaluate(
 
 
 def _documents(corpus: Path | None, model: str, runs: Path) -> Path | None:
-    """The training documents: those of the folder, or of the run that the model is named by; None where there are none."""
+    """The training documents: those of the folder, or of the run that the model is named by; None where there are none, or,
+    if they were not asked for, nothing to read them with."""
     from bessemer.core.errors import ArtefactError
+    from bessemer.core.packages import missing_package
     from bessemer.evaluation.contamination import find_corpus
 
     if corpus is not None:
@@ -115,7 +118,11 @@ def _documents(corpus: Path | None, model: str, runs: Path) -> Path | None:
     for run in (Path(model), runs / model):
         if (run / "run.json").exists():
             try:
-                return find_corpus(run)
+                documents = find_corpus(run)
             except ArtefactError:
                 return None
+            if (missing := missing_package(["numba"])) is None:
+                return documents
+            print(f"the tasks' items are not looked for in the run's corpus: {missing}", file=sys.stderr)
+            return None
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -15,12 +16,35 @@ if TYPE_CHECKING:
     from bessemer.data.corpus.lookup import Sighting
 
 _PAGES = (".html", ".htm", ".xhtml")
+_TEXT_FILES = (
+    *_PAGES,
+    ".txt",
+    ".md",
+    ".rst",
+    ".json",
+    ".jsonl",
+    ".csv",
+    ".tsv",
+    ".xml",
+    ".pdf",
+    ".docx",
+    ".warc",
+    ".gz",
+    ".py",
+)
+_ADDRESS = re.compile(r"https?://\S+", re.IGNORECASE)
+#: A path, or a name with an ending, in a word of ASCII: scripts without spaces write whole texts in one word.
+_FILE_NAME = re.compile(r"[!-~]*[/\\][!-~]*|[!-~]*[!-.0-~]\.[A-Za-z][A-Za-z0-9]{0,6}")
+_LONGEST_NAME = 255
 #: Pieces shown of a text in its tokens.
 _MOST_TOKENS = 600
 
 
 def explain(
-    thing: Annotated[str, typer.Argument(help="A text, a file (of a web page its main text), - for what is typed, or an id.")],
+    thing: Annotated[
+        str,
+        typer.Argument(help="A text, a file (of a web page its main text), an address, - for what is typed, or an id."),
+    ],
     run: Annotated[str | None, typer.Option(help="Ask this run's recipe; its documents may be named by their ids.")] = None,
     recipe: Annotated[str | None, typer.Option(help="Ask this recipe: a shipped name or a .yaml file.")] = None,
     url: Annotated[str | None, typer.Option(help="The document's address, for filters that look at it.")] = None,
@@ -31,22 +55,31 @@ def explain(
 ) -> None:
     """Say what every edit and filter thinks of one document, and whether it would be kept.
 
-    Without --run or --recipe all that there is are asked, with the usual limits.
+    Without --run or --recipe all that there is are asked, with the usual limits. An address (https://…) is judged as an
+    address: what it leads to is not fetched.
     """
     from rich.console import Console
 
     from bessemer.core.errors import RequestError
     from bessemer.data.stages.explain import explain as ask
-    from bessemer.data.stages.explain import explain_with
+    from bessemer.data.stages.explain import explain_address, explain_with
     from bessemer.pipeline.services import open_language_model
     from bessemer.views.explanation import show_explanation, show_history
 
     if run is not None and recipe is not None:
         raise RequestError("--run names a recipe already: give one of --run and --recipe")
     sightings = _history(thing, run, runs)
-    text, url = (sightings[0].row["text"], url or sightings[0].row["url"]) if sightings else (_read(thing), url)
     settings = _settings(run, recipe, runs, allow_code)
-    found = ask(text) if settings is None else explain_with(text, *settings, url=url, open_model=open_language_model)
+    if _ADDRESS.fullmatch(thing):
+        if settings is not None or url is not None:
+            raise RequestError(f"{thing}: this is an address; give the page's text, or its file, and --url {thing}")
+        found = explain_address(thing)
+    else:
+        text, url = (sightings[0].row["text"], url or sightings[0].row["url"]) if sightings else (_read(thing), url)
+        if settings is None:
+            found = ask(text, url=url)
+        else:
+            found = explain_with(text, *settings, url=url, open_model=open_language_model)
     pieces = _pieces(found.text, tokenizer or run, runs, asked=tokenizer is not None)
     if as_json:
         where = [{"stage": one.stage, "side": one.side, "reason": one.row.get("reason")} for one in sightings]
@@ -59,22 +92,35 @@ def explain(
 
 
 def _read(thing: str) -> str:
-    """The text that is meant. Raises SourceError for a file that cannot be read, or holds no text."""
-    from bessemer.core.errors import SourceError
+    """The text that is meant. Raises SourceError for a file that is not there, cannot be read, or holds no text, and
+    RequestError for an id without its run."""
+    from bessemer.core.errors import RequestError, SourceError
+    from bessemer.data.corpus.lookup import is_document_id
     from bessemer.data.sources.document import encodable
 
     if thing == "-":
         return encodable(sys.stdin.read())
     try:
-        is_file = Path(thing).is_file()
+        is_file, is_folder = Path(thing).is_file(), Path(thing).is_dir()
     except (OSError, ValueError):  # too long for a name, or a NUL in it
-        is_file = False
+        is_file = is_folder = False
+    if is_folder:
+        raise SourceError(f"{thing}: this is a folder; name one file of it")
     if not is_file:
+        if is_document_id(thing):
+            raise RequestError(f"{thing}: this is the id of a document; say of which run with --run")
+        if _names_a_file(thing):
+            raise SourceError(
+                f"{thing}: there is no such file (a text that looks like a file's name is read from standard input, with -; an "
+                "address begins with https://)"
+            )
         return encodable(thing)
     try:
         content = Path(thing).read_bytes()
     except OSError as error:
         raise SourceError(f"{thing}: cannot be read ({error.strerror})") from None
+    if b"\0" in content:
+        raise SourceError(f"{thing}: this is no text file")
     if not thing.lower().endswith(_PAGES):
         return content.decode("utf-8", errors="replace")
     from bessemer.data.extraction.extract import extract
@@ -83,6 +129,13 @@ def _read(thing: str) -> str:
     if not text:
         raise SourceError(f"{thing}: no main text was found in this page")
     return text
+
+
+def _names_a_file(thing: str) -> bool:
+    """Whether a text that names no file looks as if it should: its letters would be explained in silence."""
+    if len(thing) > _LONGEST_NAME or "\n" in thing:
+        return False
+    return thing.lower().endswith(_TEXT_FILES) or _FILE_NAME.fullmatch(thing) is not None
 
 
 def _history(thing: str, run: str | None, runs: Path) -> list[Sighting]:

@@ -7,12 +7,16 @@ from typing import Annotated
 
 import typer
 
-keys = typer.Typer(no_args_is_help=True, help="Make, list and revoke the API keys of a server.")
+keys = typer.Typer(
+    no_args_is_help=True,
+    help="Make, list and revoke the API keys of a server.",
+    epilog="Example: bessemer keys add keys.jsonl anna\n\nbessemer serve smollm2 --keys keys.jsonl",
+)
 
 _File = Annotated[Path, typer.Argument(help="The file of keys that `bessemer serve --keys` reads.")]
 
 
-@keys.command()
+@keys.command(epilog="Example: bessemer keys add keys.jsonl anna --requests-per-minute 60")
 def add(
     file: _File,
     name: Annotated[str, typer.Argument(help="What the key is called in lists and logs.")],
@@ -49,7 +53,7 @@ def add(
     print(key)
 
 
-@keys.command("list")
+@keys.command("list", epilog="Example: bessemer keys list keys.jsonl")
 def list_(file: _File) -> None:
     """The keys of a file, a line each."""
     from bessemer.serving.keys import read_keys
@@ -60,7 +64,7 @@ def list_(file: _File) -> None:
         print(" · ".join([record.name, f"user {user}", *(["admin"] if record.admin else []), *limits]))
 
 
-@keys.command()
+@keys.command(epilog="Example: bessemer keys revoke keys.jsonl anna")
 def revoke(file: _File, name: Annotated[str, typer.Argument(help="The key's name.")]) -> None:
     """Take a key out. A running server ends its streams within a second or two."""
     from bessemer.core.errors import ConfigError

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -40,7 +40,12 @@ from bessemer.cli.show import show
 from bessemer.cli.sweep import sweep
 from bessemer.cli.train_scores import train_classifier, train_words
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Example: bessemer pull smollm2\n\nbessemer chat smollm2",
+)
 
 
 def _print_version(wanted: bool) -> None:
@@ -57,35 +62,74 @@ def _bessemer(
     """A language model from raw text to a deployed assistant."""
 
 
-_COMMANDS = (
-    *(run, sweep, plan, recipes, init, doctor, show, explain, forget, inspect, evaluate),
-    *(
-        finetune,
-        label,
-        compare,
-        clean,
-        demo,
-        chat,
-        generate,
-        serve,
-        pull,
-        rm,
-        export,
-        quantize,
-        extend,
-        average,
-        train_classifier,
-        train_words,
-    ),
-)
-for _command in _COMMANDS:
-    app.command()(_command)
-# a name that Python keeps for itself
-app.command("import")(import_)
-app.command("list")(list_models)
-app.add_typer(scaling, name="scaling")
-app.add_typer(keys, name="keys")
-app.add_typer(bench, name="bench")
+def help_(command: Annotated[list[str] | None, typer.Argument(help="A command, as serve or scaling fit.")] = None) -> None:
+    """Show the help of a command; `bessemer COMMAND -h` is the same."""
+    app([*(command or []), "--help"], standalone_mode=False, prog_name="bessemer")
+
+
+#: The commands by their panel in `bessemer --help`, in the order of a reader's way through them, each with its examples.
+COMMANDS: dict[str, dict[Callable[..., None], tuple[str, ...]]] = {
+    "Use a model": {
+        demo: ("bessemer demo",),
+        pull: ("bessemer pull smollm2", "bessemer pull Qwen/Qwen3-0.6B --name qwen"),
+        chat: ("bessemer chat smollm2 --system 'Answer in one sentence.'",),
+        generate: ("bessemer generate smollm2 'The furnace' --max-tokens 40",),
+        serve: ("bessemer serve smollm2 --port 8000", "bessemer serve big --also small=smollm2 --keys keys.jsonl"),
+        list_models: ("bessemer list",),
+        rm: ("bessemer rm smollm2",),
+    },
+    "Make a model": {
+        init: ("bessemer init mine",),
+        run: ("bessemer run quickstart", "bessemer run recipe.yaml pretrain.steps=200 --name short"),
+        recipes: ("bessemer recipes show quickstart",),
+        sweep: ("bessemer sweep quickstart pretrain.learning_rate=1e-3,3e-3 --seeds 2",),
+        plan: ("bessemer plan 1b --gpus 8 --gpu h100",),
+    },
+    "Tune and convert a model": {
+        finetune: ("bessemer finetune smollm2 tickets.csv out",),
+        label: ("bessemer label out labels --prompts questions.jsonl",),
+        average: ("bessemer average mine@800 mine@1000 averaged",),
+        import_: ("bessemer import Qwen/Qwen3-0.6B models/qwen",),
+        export: ("bessemer export smollm2 smollm2.gguf --format gguf --dtype q8_0",),
+        quantize: (
+            "bessemer quantize smollm2 small --scheme int8",
+            "bessemer quantize smollm2 small --scheme int4 --method gptq --calibrate book.txt",
+        ),
+        extend: ("bessemer extend smollm2 wider --token furnace --special '<|tool|>'",),
+    },
+    "Measure and look inside": {
+        evaluate: ("bessemer evaluate smollm2 --tasks arithmetic,code --limit 50",),
+        compare: ("bessemer compare mine mine-2",),
+        show: ("bessemer show mine", "bessemer show runs/mine/tokenizer --text book.txt"),
+        inspect: ("bessemer inspect smollm2 'The furnace is hot.' --out page.html",),
+    },
+    "Data": {
+        explain: ("bessemer explain page.html --run mine", "bessemer explain 'Click here to buy cheap watches!'"),
+        forget: ("bessemer forget 00070ad67053bce7a767f8497f9adb05 --copies --dry-run",),
+        train_classifier: ("bessemer train-classifier good bad classifiers/quality",),
+        train_words: ("bessemer train-words texts words",),
+    },
+    "Help and upkeep": {
+        help_: ("bessemer help serve",),
+        doctor: ("bessemer doctor",),
+        clean: ("bessemer clean --dry-run",),
+    },
+}
+#: Names that Python keeps for itself.
+_NAMES = {help_: "help", import_: "import", list_models: "list"}
+
+
+def _epilog(examples: Sequence[str]) -> str:
+    """Examples as the end of a command's help, a line each."""
+    return "\n\n".join([f"Example: {examples[0]}", *examples[1:]])
+
+
+for _panel, _commands in COMMANDS.items():
+    for _command, _examples in _commands.items():
+        app.command(_NAMES.get(_command), rich_help_panel=_panel, epilog=_epilog(_examples))(_command)
+app.add_typer(keys, name="keys", rich_help_panel="Use a model")
+app.add_typer(scaling, name="scaling", rich_help_panel="Make a model")
+app.add_typer(bench, name="bench", rich_help_panel="Measure and look inside")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bessemer.core.config import nearest
 from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.core.store import follow
+
+if TYPE_CHECKING:
+    from bessemer.inference.engine import Engine
+    from bessemer.inference.sampling.params import SamplingParams
 
 
 def find_run(name: str, runs: Path) -> Path:
@@ -87,6 +91,23 @@ def option_of(command: str) -> Callable[[tuple[str | int, ...]], str]:
         return " ".join([f"--{path[0]}".replace("_", "-"), *map(str, path[1:])]) if path else command
 
     return option
+
+
+def sampling_options(command: str, **given: Any) -> Callable[[Engine], SamplingParams]:
+    """What a command's options say of sampling, over what the model's own folder says; greedy where neither says how.
+
+    given: None for an option that is not used. Raises ConfigError, before a model is opened, for a value that is not valid.
+    """
+    from bessemer.inference.sampling.params import SamplingParams
+
+    stated = {name: value for name, value in given.items() if value is not None}
+    SamplingParams.parse(stated, option_of(command))
+
+    def params_for(engine: Engine) -> SamplingParams:
+        usual = {} if "temperature" in engine.sampling_settings else {"temperature": 0.0}
+        return engine.default_params.with_changes(**usual | stated)
+
+    return params_for
 
 
 def named_models(given: list[str] | None, taken: Collection[str]) -> dict[str, str]:

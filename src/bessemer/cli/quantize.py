@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from bessemer.model.quantisation.config import QuantizeConfig
+
+#: Share of bits per byte from which a loss is no small one.
+_NOTABLE_LOSS = 0.01
 
 
 def quantize(
@@ -27,6 +33,12 @@ def quantize(
         Path | None,
         typer.Option(help="Held-out text to compare both models on, as for --calibrate; what that holds out if none."),
     ] = None,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check/--no-check", help="Compare both models on a small text that comes with Bessemer if none is given."
+        ),
+    ] = True,
     seed: Annotated[int, typer.Option(help="Chooses the calibration text.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
@@ -72,9 +84,31 @@ def quantize(
             calibration=text.train,
             # of a text that is given to measure on, all of it will do where nothing is held out
             held_out=held_out.held_out or (held_out.train if evaluate is not None else None),
+            sample=check,
             seed=seed,
             device=device,
             progress=progress_for_terminal(),
         )
     Console().print(show_quality(found))
+    if (advice := _advice(found, config)) is not None:
+        print(advice)
     print(f"{out}: written")
+
+
+def _advice(quality: dict[str, Any], config: QuantizeConfig) -> str | None:
+    """A loss that is no small one, and what loses less, in one line; None where there is no such loss, or it is not known."""
+    from bessemer.model.quantisation.registry import scheme_plugin
+
+    if "loss" not in quality or quality["loss"] < _NOTABLE_LOSS:
+        return None
+    better = []
+    if config.scheme != "int8":
+        better.append("--scheme int8")
+    if not config.is_calibrated and scheme_plugin(config.scheme).is_calibrated:
+        better.append("--method gptq --calibrate TEXT (or awq)")
+    if config.head == "int4":
+        better.append("--head int8")
+    elif config.head != "none" and config.scheme == "int8":
+        better.append("--head none")
+    lost = f"{config.scheme} by {config.method} loses {quality['loss']:.1%} of bits per byte"
+    return f"{lost}; what loses less: {', or '.join(better)}" if better else lost

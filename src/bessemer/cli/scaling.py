@@ -17,7 +17,11 @@ if TYPE_CHECKING:
     from bessemer.scaling.laws.points import Points
     from bessemer.scaling.suggest import LawInUse, Suggestion
 
-scaling = typer.Typer(no_args_is_help=True, help="Fit scaling laws to runs, and size a run by one.")
+scaling = typer.Typer(
+    no_args_is_help=True,
+    help="Fit scaling laws to runs, and size a run by one.",
+    epilog="Example: bessemer scaling suggest --flops 1e19",
+)
 
 
 class CountChoice(StrEnum):
@@ -42,7 +46,7 @@ class MetricChoice(StrEnum):
     validation_loss = "validation_loss"
 
 
-@scaling.command()
+@scaling.command(epilog="Example: bessemer scaling fit points.csv --isoflop --out law.json")
 def fit(
     sources: Annotated[
         list[str],
@@ -183,7 +187,7 @@ def _frontier(points: Points, confidence: float, counting: str, as_json: bool) -
     Console(highlight=False, soft_wrap=True).print(show_frontier(found, len(points), confidence, counting))
 
 
-@scaling.command()
+@scaling.command(epilog="Example: bessemer scaling predict 125m --law law.json")
 def predict(
     recipe: Annotated[str, typer.Argument(help="Recipe or preset of the run.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Settings, as in model.hidden_size=192.")] = None,
@@ -209,7 +213,7 @@ def predict(
         Console(highlight=False, soft_wrap=True).print(show_prediction(found, confidence))
 
 
-@scaling.command()
+@scaling.command(epilog="Example: bessemer scaling suggest --gpus 8 --days 2 --out recipe.yaml")
 def suggest(
     flops: Annotated[float | None, typer.Option(help="Training FLOPs, as 6 N D counts them.", min=1)] = None,
     gpus: Annotated[int | None, typer.Option(help="Number of cards; with --days instead of --flops.", min=1)] = None,

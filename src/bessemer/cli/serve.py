@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from bessemer.cli.retired import retired_option
+
+#: Options by their panel in the help.
+_access = partial(typer.Option, rich_help_panel="Who may use it")
+_requests = partial(typer.Option, rich_help_panel="Requests")
+_models = partial(typer.Option, rich_help_panel="Further models and adapters")
+_memory = partial(typer.Option, rich_help_panel="Memory and batches")
+_speed = partial(typer.Option, rich_help_panel="How it is computed")
 
 
 def serve(
@@ -16,67 +24,65 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8000,
     name: Annotated[str | None, typer.Option(help="Name under which clients ask for the model.")] = None,
-    api_key: Annotated[str | None, typer.Option(help="Ask clients for this key.", envvar="BESSEMER_API_KEY")] = None,
-    keys: Annotated[Path | None, typer.Option(help="File of API keys, by `bessemer keys`; asks for one of them.")] = None,
+    api_key: Annotated[str | None, _access(help="Ask clients for this key.", envvar="BESSEMER_API_KEY")] = None,
+    keys: Annotated[Path | None, _access(help="File of API keys, by `bessemer keys`; asks for one of them.")] = None,
     allow_host: Annotated[
         list[str] | None,
-        typer.Option(help="A name that clients may call the server by; * is any; may be repeated."),
+        _access(help="A name that clients may call the server by; * is any; may be repeated."),
     ] = None,
     allow_origin: Annotated[
         list[str] | None,
-        typer.Option(help="An origin, as https://example.org, whose pages may use the server; may be repeated."),
+        _access(help="An origin, as https://example.org, whose pages may use the server; may be repeated."),
     ] = None,
-    max_body: Annotated[float | None, typer.Option(help="MiB of a request above which it is refused; 8.")] = None,
-    drain_seconds: Annotated[float | None, typer.Option(help="For running requests to finish after SIGTERM; 60.")] = None,
+    max_body: Annotated[float | None, _requests(help="MiB of a request above which it is refused; 8.")] = None,
+    drain_seconds: Annotated[float | None, _requests(help="For running requests to finish after SIGTERM; 60.")] = None,
     request_log: Annotated[
-        bool, typer.Option("--request-log", help="A line of JSON for every request, without what it says.")
+        bool, _requests("--request-log", help="A line of JSON for every request, without what it says.")
     ] = False,
     feedback: Annotated[
-        Path | None, typer.Option(help="Folder for thumbs and edits of the chat, as rows that post-training reads.")
+        Path | None, _requests(help="Folder for thumbs and edits of the chat, as rows that post-training reads.")
     ] = None,
     also: Annotated[
         list[str] | None,
-        typer.Option(help="NAME=MODEL: another model, opened when clients ask for it by its name; may be repeated."),
+        _models(help="NAME=MODEL: another model, opened when clients ask for it by its name; may be repeated."),
     ] = None,
-    alias: Annotated[list[str] | None, typer.Option(help="Another name of the first model; may be repeated.")] = None,
-    max_models: Annotated[int, typer.Option(help="Models of --also that are open at once.", min=1)] = 2,
+    alias: Annotated[list[str] | None, _models(help="Another name of the first model; may be repeated.")] = None,
+    max_models: Annotated[int, _models(help="Models of --also that are open at once.", min=1)] = 2,
     models_memory: Annotated[
-        float | None, typer.Option(help="GiB that the files of the open models of --also may have together.", min=0.001)
+        float | None, _models(help="GiB that the files of the open models of --also may have together.", min=0.001)
     ] = None,
     keep_alive: Annotated[
-        float | None, typer.Option(help="Close a model of --also when nobody has asked for it for as many seconds.", min=0)
+        float | None, _models(help="Close a model of --also when nobody has asked for it for as many seconds.", min=0)
     ] = None,
-    kv_memory: Annotated[float | None, typer.Option(help="GiB for the KV cache; a quarter of what is free.")] = None,
+    kv_memory: Annotated[float | None, _memory(help="GiB for the KV cache; a quarter of what is free.")] = None,
     max_model_len: Annotated[
-        int | None, typer.Option(help="At most this many tokens of prompt and answer together; the model's context.")
+        int | None, _memory(help="At most this many tokens of prompt and answer together; the model's context.")
     ] = None,
-    max_num_seqs: Annotated[int | None, typer.Option(help="Sequences computed at once.")] = None,
+    max_num_seqs: Annotated[int | None, _memory(help="Sequences computed at once.")] = None,
     former_max_running: Annotated[int | None, retired_option("--max-running", "--max-num-seqs")] = None,
-    max_waiting: Annotated[int | None, typer.Option(help="Requests that may wait; more are refused with 503.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads of the compiled CPU kernels; measured.")] = None,
+    max_waiting: Annotated[int | None, _requests(help="Requests that may wait; more are refused with 503.")] = None,
+    threads: Annotated[int | None, _speed(help="Threads of the compiled CPU kernels; measured.")] = None,
     batch_invariant: Annotated[
-        bool, typer.Option("--batch-invariant", help="A request never depends on what else is running, to the last bit.")
+        bool, _speed("--batch-invariant", help="A request never depends on what else is running, to the last bit.")
     ] = False,
-    prefix_cache: Annotated[bool, typer.Option(help="Reuse cached KV blocks for prompts that share a prefix.")] = True,
+    prefix_cache: Annotated[bool, _memory(help="Reuse cached KV blocks for prompts that share a prefix.")] = True,
     adapter: Annotated[
         list[str] | None,
-        typer.Option(help="NAME=FOLDER: a low-rank adapter that clients ask for by its name; may be repeated."),
+        _models(help="NAME=FOLDER: a low-rank adapter that clients ask for by its name; may be repeated."),
     ] = None,
     adapter_root: Annotated[
-        Path | None, typer.Option(help="Folder below which an admin key may load adapters while the server runs.")
+        Path | None, _models(help="Folder below which an admin key may load adapters while the server runs.")
     ] = None,
-    speculate: Annotated[
-        str | None, typer.Option(help="Speculative decoding: ngram, mtp, or the folder of a draft model.")
-    ] = None,
+    speculate: Annotated[str | None, _speed(help="Speculative decoding: ngram, mtp, or the folder of a draft model.")] = None,
     parallel: Annotated[
         list[str] | None,
-        typer.Option(help="tensor=N or expert=N: share the model between processes; may be repeated."),
+        _speed(help="tensor=N or expert=N: share the model between processes; may be repeated."),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    device: Annotated[str, _speed(help="auto, cpu, cuda or mps.")] = "auto",
     engine: Annotated[
-        str, typer.Option(help="local, or ray: by --replicas of the model, on the cluster of RAY_ADDRESS or on this machine.")
+        str, _speed(help="local, or ray: by --replicas of the model, on the cluster of RAY_ADDRESS or on this machine.")
     ] = "local",
-    replicas: Annotated[int | None, typer.Option(help="How many; with --engine ray.", min=1)] = None,
+    replicas: Annotated[int | None, _speed(help="How many; with --engine ray.", min=1)] = None,
     ask: Annotated[
         list[str] | None,
         typer.Option(help="Ask this through the API, print the answer, and stop; may be repeated."),
@@ -85,7 +91,6 @@ def serve(
 ) -> None:
     """Serve a model behind OpenAI's and Anthropic's APIs, with a web app to chat and to look inside."""
     from contextlib import ExitStack
-    from functools import partial
 
     from bessemer.core.environment import without_collection
     from bessemer.core.errors import ConfigError

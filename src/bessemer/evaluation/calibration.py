@@ -1,6 +1,7 @@
 """Text for quantisation: calibration rows, and held-out documents to compare models on.
 
-Sources are a run's folder or its tokens, a folder of documents, or a text file; the last two are encoded here.
+Sources are a run's folder or its tokens, a folder of documents, or a text file; the last two are encoded here. Where none is
+given there is a small text that travels with Bessemer.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from bessemer.core.errors import ArtefactError
 from bessemer.core.seeds import derive_seed
 from bessemer.core.store import follow
 from bessemer.data.corpus.reader import holds_documents, iterate_documents
+from bessemer.tokenization.measure import sample_text
 from bessemer.tokenization.shards import SHARDS_FILE, EncodedDocuments, ShardWriter, TokenShards
 from bessemer.tokenization.tokenizer import Tokenizer
 
@@ -31,6 +33,10 @@ _CHUNK_CHARACTERS = 4_000
 #: Most characters that are encoded: calibration reads some tens of thousands of tokens.
 _MOST_CHARACTERS = 20_000_000
 _MOST_DOCUMENTS = 20_000
+
+
+#: Of the texts of `sample_text`, those of the small text; the first ones suffice for a large model.
+_SAMPLES = ("english", "prose", "python", "maths")
 
 
 class Tokens(NamedTuple):
@@ -61,6 +67,15 @@ def opened_tokens(source: Path, tokenizer: Tokenizer) -> Iterator[Tokens]:
         texts = _texts(source, place)
         train = _encoded(texts["train"], tokenizer, Path(scratch) / "train")
         yield Tokens(train, _encoded(texts["validation"], tokenizer, Path(scratch) / "validation"))
+
+
+@contextmanager
+def sample_tokens(tokenizer: Tokenizer) -> Iterator[TokenShards]:
+    """While entered, four documents of a kilobyte each: English twice, Python, mathematics."""
+    with TemporaryDirectory() as scratch:
+        encoded = _encoded([sample_text(name) for name in _SAMPLES], tokenizer, Path(scratch))
+        assert encoded is not None, "the samples are not empty"
+        yield encoded
 
 
 def _checked(folder: Path, tokenizer: Tokenizer) -> TokenShards:

@@ -19,8 +19,6 @@ from bessemer.core.report import Cell, Column, Table
 from bessemer.core.statistics import Estimate, mean_estimate, score
 from bessemer.core.store import follow
 from bessemer.data.corpus.reader import TRAIN, count_documents, holds_documents, iterate_documents
-from bessemer.data.deduplication.ngram_overlap import NgramOverlap
-from bessemer.data.text.texts import Texts
 from bessemer.evaluation.evaluation_folder import Score
 
 
@@ -107,6 +105,10 @@ def contamination(
     """
     if not 0 <= least_share <= 1:
         raise ValueError(f"least_share lies from 0 to 1, not {least_share}")
+    # compiled by Numba, which a machine that evaluates without a corpus may lack
+    from bessemer.data.deduplication.ngram_overlap import NgramOverlap
+    from bessemer.data.text.texts import Texts
+
     items = list(items)
     texts = [(_encodable(text), index) for index, item in enumerate(items) for text in item.texts]
     overlap = NgramOverlap(

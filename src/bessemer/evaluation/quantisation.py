@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,17 +18,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bessemer.core.environment import free_memory_bytes
 from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.core.progress import Progress
 from bessemer.core.store import read_json, write_json
-from bessemer.evaluation.calibration import calibration_rows
+from bessemer.evaluation.calibration import calibration_rows, sample_tokens
 from bessemer.inference.scoring import TextScorer
 from bessemer.model.decoder import Decoder
 from bessemer.model.device import choose_device, in_float64
 from bessemer.model.folder import load_model, save_model
 from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
+from bessemer.tokenization.folder import TOKENIZER_FILE
 from bessemer.tokenization.shards import TokenShards
+from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.validation import whole_documents
 
 # Shapes: T tokens of a window, N of a chunk, V vocabulary.
@@ -35,8 +39,12 @@ from bessemer.training.validation import whole_documents
 #: File beside the weights.
 QUALITY = "quality.json"
 QUALITY_FORMAT = 1
+#: What `compared_on` says in that file where no text was given.
+SAMPLE = "sample"
 
 _LONGEST_WINDOW = 1024
+#: Most work of a comparison on the small text for each model, at 2 FLOPs a parameter and token: seconds on a slow processor.
+_SAMPLE_FLOPS = 2e12
 
 
 class Comparison(NamedTuple):
@@ -97,14 +105,16 @@ def quantise_folder(
     seed: int,
     device: str,
     progress: Progress,
+    sample: bool = False,
 ) -> dict[str, Any]:
     """Quantise the model in `folder` into the folder `out`, with `quality.json` in it; returns the content of that.
 
-    calibration: text for the methods that need it. held_out: text to compare the two models on; None: they are not compared.
-    Raises ConfigError when calibration text is missing or the model is quantised already, ArtefactError for a folder without a
-    model.
+    calibration: text for the methods that need it. held_out: text to compare the two models on. sample: where there is none,
+    compare them on the small text of `sample_tokens`, less of it the larger they are, if memory holds both. Raises ConfigError
+    when calibration text is missing or the model is quantised already, ArtefactError for a folder without a model.
     """
     model = load_model(folder, choose_device(device))
+    parameters = sum(weight.numel() for weight in model.parameters())
     rows_RT = None
     if config.is_calibrated:
         if calibration is None:
@@ -125,19 +135,37 @@ def quantise_folder(
     }
     if config.price_per_hour is not None:
         quality["price_per_hour"] = config.price_per_hour
-    if held_out is not None and config.quality_tokens:
-        original = load_model(folder, choose_device(device))
-        compared = compare(original, model, held_out, max_tokens=config.quality_tokens, progress=progress)
-        for name, score, how in zip(("original", "quantised"), compared.bits_per_byte, compared.arithmetic, strict=True):
-            quality[name] |= {"bits_per_byte": score, "arithmetic": how}
-        quality |= {
-            "loss": compared.bits_per_byte[1] / compared.bits_per_byte[0] - 1,
-            "kl_per_token": compared.kl,
-            "top_agreement": compared.agreement,
-            "compared_tokens": compared.tokens,
-        }
+    with ExitStack() as stack:
+        most_tokens = config.quality_tokens
+        if held_out is None and sample and most_tokens and (obstacle := _obstacle(folder, model.device)) is not None:
+            progress.say(f"not compared with the original: {obstacle}")
+        elif held_out is None and sample and most_tokens:
+            held_out = stack.enter_context(sample_tokens(load_tokenizer(folder)))
+            most_tokens = min(most_tokens, max(1, int(_SAMPLE_FLOPS / 2 / parameters)))
+            quality["compared_on"] = SAMPLE
+        if held_out is not None and most_tokens:
+            original = load_model(folder, choose_device(device))
+            compared = compare(original, model, held_out, max_tokens=most_tokens, progress=progress)
+            for name, score, how in zip(("original", "quantised"), compared.bits_per_byte, compared.arithmetic, strict=True):
+                quality[name] |= {"bits_per_byte": score, "arithmetic": how}
+            quality |= {
+                "loss": compared.bits_per_byte[1] / compared.bits_per_byte[0] - 1,
+                "kl_per_token": compared.kl,
+                "top_agreement": compared.agreement,
+                "compared_tokens": compared.tokens,
+            }
     write_json(out / QUALITY, quality)
     return quality
+
+
+def _obstacle(folder: Path, device: torch.device) -> str | None:
+    """Why the original cannot be opened beside the quantised model, or no text encoded for it; None where it can."""
+    if not (folder / TOKENIZER_FILE).exists():
+        return "the folder holds no tokenizer"
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory_bytes()
+    if free is not None and weight_bytes(folder) > free:
+        return "memory does not hold both models at once"
+    return None
 
 
 def weight_bytes(folder: Path) -> int:

@@ -213,8 +213,9 @@ def quality_sentences(quality: Metrics) -> list[str]:
     """What the table does not say."""
     lines = []
     if "kl_per_token" in quality:
+        text = "tokens of a small text that comes with Bessemer" if "compared_on" in quality else "held-out tokens"
         lines.append(
-            f"On {quality['compared_tokens']:,} held-out tokens: {quality['loss']:+.2%} bits per byte, a divergence from the "
+            f"On {quality['compared_tokens']:,} {text}: {quality['loss']:+.2%} bits per byte, a divergence from the "
             f"original of {quality['kl_per_token']:.2g} nats a token, and the same likeliest token after "
             f"{quality['top_agreement']:.1%} of them."
         )

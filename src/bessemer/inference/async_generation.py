@@ -9,8 +9,8 @@ from contextlib import aclosing
 from functools import partial
 
 from bessemer.core.errors import RequestError
-from bessemer.inference.request import Chunk, Completion, Prompt, Request, completion_of
-from bessemer.inference.request_builder import check_streamed, for_each
+from bessemer.inference.request import Chunk, Completion, Prompt, Prompts, Request, completion_of
+from bessemer.inference.request_builder import as_prompts, check_streamed, for_each
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.inference.step_driver import StepDriver
 from bessemer.tokenization.chat import Message, Tool
@@ -29,6 +29,11 @@ class AsyncGeneration(ABC):
     tokenizer: Tokenizer
     _driver: StepDriver
 
+    @property
+    @abstractmethod
+    def default_params(self) -> SamplingParams:
+        """What a call without parameters takes."""
+
     @abstractmethod
     def prepare(
         self,
@@ -43,14 +48,15 @@ class AsyncGeneration(ABC):
 
     async def agenerate(
         self,
-        prompts: Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams],
+        prompts: Prompts,
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         priority: int = 0,
         adapter: str | Sequence[str | None] | None = None,
         cache_salt: str | None = None,
     ) -> list[Completion]:
         """As `generate`. Raises RequestError for beam search too, which has no asynchronous form."""
+        prompts, params = as_prompts(prompts), self.default_params if params is None else params
         each, adapters = for_each(prompts, params, "params"), for_each(prompts, adapter, "adapters")
         if any(one.beam_width for one in each):
             raise RequestError("beam search has no asynchronous form: leave out beam_width, or call generate on another thread")
@@ -68,7 +74,7 @@ class AsyncGeneration(ABC):
     def astream(
         self,
         prompt: Prompt,
-        params: SamplingParams,
+        params: SamplingParams | None = None,
         *,
         priority: int = 0,
         adapter: str | None = None,
@@ -79,19 +85,21 @@ class AsyncGeneration(ABC):
         Raises RequestError at once for more than one completion, and at the first chunk for a prompt that does not fit or an
         unknown adapter: the prompt is read on another thread.
         """
+        params = self.default_params if params is None else params
         check_streamed(params)
         return self._chunks(partial(self.prepare, prompt, params, priority=priority, adapter=adapter, cache_salt=cache_salt))
 
     def astream_chat(
         self,
         messages: Sequence[Message],
-        params: SamplingParams,
+        params: SamplingParams | None = None,
         tools: Sequence[Tool] | None = None,
         *,
         adapter: str | None = None,
         cache_salt: str | None = None,
     ) -> AsyncGenerator[Chunk, None]:
         """The chunks of `stream_chat`. Raises as `astream`, and for a malformed message or tool as for a prompt."""
+        params = self.default_params if params is None else params
         check_streamed(params)
 
         def prepare() -> Request:

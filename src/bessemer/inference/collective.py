@@ -18,7 +18,7 @@ from bessemer.inference.execution.tensor_parallel.commands import run_worker
 from bessemer.inference.execution.tensor_parallel.job_group import JobGroup
 from bessemer.inference.execution.tensor_parallel.sharded_model import ShardedModel
 from bessemer.inference.execution.tensor_parallel.trained_shards import copy_trained, serving_copy
-from bessemer.inference.request import Completion, Prompt
+from bessemer.inference.request import Completion, Prompts
 from bessemer.inference.rollouts import Rollouts
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.inference.scores import Score, ScoreItem
@@ -84,15 +84,11 @@ class CollectiveEngine:
         """As `Engine.weight_version`."""
         return self._version
 
-    def rollouts(
-        self, prompts: Sequence[Prompt], n: int, params: SamplingParams | Sequence[SamplingParams], **options: Any
-    ) -> Rollouts:
+    def rollouts(self, prompts: Prompts, n: int, params: SamplingParams | Sequence[SamplingParams], **options: Any) -> Rollouts:
         """`Engine.rollouts` of this group's prompts."""
         return self._together(lambda engine: engine.rollouts(prompts, n, params, **options))
 
-    def generate(
-        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams], **options: Any
-    ) -> list[Completion]:
+    def generate(self, prompts: Prompts, params: SamplingParams | Sequence[SamplingParams], **options: Any) -> list[Completion]:
         """`Engine.generate` of this group's prompts."""
         return self._together(lambda engine: engine.generate(prompts, params, **options))
 

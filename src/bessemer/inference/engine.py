@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 
@@ -27,11 +27,12 @@ from bessemer.inference.request import (
     Completion,
     CompletionText,
     Prompt,
+    Prompts,
     Request,
     ScheduledRequest,
     completion_of,
 )
-from bessemer.inference.request_builder import RequestBuilder, check_streamed, for_each
+from bessemer.inference.request_builder import RequestBuilder, as_prompts, check_streamed, for_each
 from bessemer.inference.rollouts import LogProbsMode, Rollouts, collect_rollouts, params_of_prompts
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.inference.scores import Score, ScoreItem
@@ -39,6 +40,7 @@ from bessemer.inference.statistics import EngineStatistics
 from bessemer.inference.step_driver import StepDriver
 from bessemer.inference.weight_updates import WeightUpdates
 from bessemer.model.decoder import Decoder
+from bessemer.model.folder_config import GENERATION_CONFIG
 from bessemer.tokenization.chat import Message, Tool
 from bessemer.tokenization.tokenizer import Tokenizer
 
@@ -74,6 +76,8 @@ class Engine(AsyncGeneration, Reading, WeightUpdates):
         opened = open_model(model, tokenizer, device, self.config)
         self.model = opened.model
         self.tokenizer = opened.tokenizer
+        #: How the model's folder says that it is sampled, by the names of `SamplingParams`; empty where it says nothing.
+        self.sampling_settings: Mapping[str, Any] = opened.sampling_settings
         self._sharded = opened.sharded
         if self._sharded is not None:
             self._close = weakref.finalize(self, self._sharded.close)
@@ -121,6 +125,14 @@ class Engine(AsyncGeneration, Reading, WeightUpdates):
         """The most tokens of prompt and completion together that the KV cache holds, at most the context."""
         return self.core.scheduler.longest(self.context_length)
 
+    @property
+    def default_params(self) -> SamplingParams:
+        """What a call without parameters takes: the model's own settings, over the usual ones.
+
+        Raises ConfigError where the model's file states what is no setting.
+        """
+        return SamplingParams.parse(dict(self.sampling_settings), lambda path: ": ".join([GENERATION_CONFIG, *map(str, path)]))
+
     def describe(self) -> str:
         """One line about the KV cache: how many blocks, of which type, how much memory."""
         return self._cache_size
@@ -138,8 +150,8 @@ class Engine(AsyncGeneration, Reading, WeightUpdates):
 
     def generate(
         self,
-        prompts: Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams],
+        prompts: Prompts,
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         priority: int = 0,
         adapter: str | Sequence[str | None] | None = None,
@@ -148,11 +160,13 @@ class Engine(AsyncGeneration, Reading, WeightUpdates):
     ) -> list[Completion]:
         """Complete every prompt; a text begins with the begin token, token ids are taken as they are.
 
-        params, and the name of a loaded adapter (None: the base model): for all, or one for each. priority: lower is served
+        A text, or token ids, alone are one prompt: the list has one completion. params (None: `default_params`), and the name
+        of a loaded adapter (None: the base model): for all, or one for each. priority: lower is served
         first. cache_salt: only requests of the same salt share blocks of the prefix cache. capture: what `Completion.captured`
         is to hold. Raises RequestError for a prompt that fills the context, a request that can never be served, or an unknown
         adapter, before any is computed.
         """
+        prompts, params = as_prompts(prompts), self.default_params if params is None else params
         each, adapters = for_each(prompts, params, "params"), for_each(prompts, adapter, "adapters")
         if capture is None and any(one.beam_width for one in each):
             return [
@@ -170,7 +184,7 @@ class Engine(AsyncGeneration, Reading, WeightUpdates):
 
     def rollouts(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Prompts,
         n: int,
         params: SamplingParams | Sequence[SamplingParams],
         *,
@@ -184,6 +198,7 @@ class Engine(AsyncGeneration, Reading, WeightUpdates):
         logprobs_mode: of `Rollouts.log_probs`, as `SamplingParams.logprobs_mode`, whose place it takes, as n that of
         `SamplingParams.n`. Raises RequestError as `generate`, and for best_of and beam_width.
         """
+        prompts = as_prompts(prompts)
         each = params_of_prompts(params, len(prompts), n, logprobs_mode)
         requests = [
             self.prepare(prompt, one, priority=priority, adapter=adapter, cache_salt=cache_salt, streams=False)
@@ -195,24 +210,25 @@ class Engine(AsyncGeneration, Reading, WeightUpdates):
     def stream(
         self,
         prompt: Prompt,
-        params: SamplingParams,
+        params: SamplingParams | None = None,
         *,
         priority: int = 0,
         adapter: str | None = None,
         cache_salt: str | None = None,
     ) -> Generator[Chunk, None, None]:
-        """Complete a prompt token by token; the last chunk carries the finish reason.
+        """Complete a prompt token by token, by `default_params` where params is None; the last chunk carries the finish reason.
 
         The chunks' texts joined are `generate`'s. Raises RequestError at once for a prompt that does not fit, an unknown
         adapter, and for more than one completion.
         """
+        params = self.default_params if params is None else params
         check_streamed(params)
         return self._stream(self.prepare(prompt, params, priority=priority, adapter=adapter, cache_salt=cache_salt))
 
     def chat(
         self,
         messages: Sequence[Message],
-        params: SamplingParams,
+        params: SamplingParams | None = None,
         tools: Sequence[Tool] | None = None,
         *,
         adapter: str | None = None,
@@ -228,7 +244,7 @@ class Engine(AsyncGeneration, Reading, WeightUpdates):
     def stream_chat(
         self,
         messages: Sequence[Message],
-        params: SamplingParams,
+        params: SamplingParams | None = None,
         tools: Sequence[Tool] | None = None,
         *,
         adapter: str | None = None,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,7 +18,7 @@ from bessemer.inference.execution.tensor_parallel.sharded_model import ShardedMo
 from bessemer.model.decoder import Decoder
 from bessemer.model.device import choose_device, is_fast
 from bessemer.model.folder import load_model
-from bessemer.model.folder_config import read_end_tokens
+from bessemer.model.folder_config import read_end_tokens, read_sampling_settings
 from bessemer.model.formats.gguf_open import open_gguf
 from bessemer.model.quantised_linear import is_quantised
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
@@ -28,7 +30,8 @@ _SHARE_FOR_WEIGHTS = 0.5
 class OpenedModel(NamedTuple):
     """sharded: the model's shards, where worker processes hold some; None where this one does alone.
 
-    is_served: whether it was opened to be served, and is not one in memory that may be in training.
+    is_served: whether it was opened to be served, and is not one in memory that may be in training. sampling_settings: what
+    the model's folder says of how it is sampled.
     """
 
     model: Decoder
@@ -36,6 +39,7 @@ class OpenedModel(NamedTuple):
     end_tokens: frozenset[int]
     is_served: bool = True
     sharded: ShardedModel | None = None
+    sampling_settings: Mapping[str, Any] = MappingProxyType({})
 
 
 def open_model(
@@ -59,7 +63,8 @@ def open_model(
         sharded = ShardedModel.open(path, device, config)
         try:
             tokenizer = tokenizer or load_tokenizer(path)
-            return OpenedModel(sharded.model, tokenizer, _ends(path, tokenizer), sharded=sharded)
+            ends, settings = _ends(path, tokenizer), read_sampling_settings(path)
+            return OpenedModel(sharded.model, tokenizer, ends, sharded=sharded, sampling_settings=settings)
         except BaseException:
             sharded.close()
             raise
@@ -74,7 +79,7 @@ def open_model(
         return OpenedModel(model, tokenizer, frozenset(opened.end_tokens or tokenizer.eos_ids))
     whole = _in_fast_dtype(load_model(path, choose_device(device)), config)
     tokenizer = tokenizer or load_tokenizer(path)
-    return OpenedModel(whole, tokenizer, _ends(path, tokenizer))
+    return OpenedModel(whole, tokenizer, _ends(path, tokenizer), sampling_settings=read_sampling_settings(path))
 
 
 def _in_fast_dtype(model: Decoder, config: EngineConfig) -> Decoder:

@@ -10,8 +10,8 @@ from torch import Tensor
 from bessemer.inference.adapters import LoadedAdapters
 from bessemer.inference.capture import Capture, Captured, Pooling, embeddings
 from bessemer.inference.engine_core import EngineCore
-from bessemer.inference.request import Prompt, ScheduledRequest
-from bessemer.inference.request_builder import RequestBuilder, for_each
+from bessemer.inference.request import Prompt, Prompts, ScheduledRequest
+from bessemer.inference.request_builder import RequestBuilder, as_prompts, for_each
 from bessemer.inference.scores import Score, ScoreItem
 from bessemer.model.decoder import Decoder
 
@@ -65,7 +65,7 @@ class Reading(ABC):
 
     def capture(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Prompts,
         capture: Capture,
         *,
         priority: int = 0,
@@ -76,6 +76,7 @@ class Reading(ABC):
 
         Raises RequestError for what the model does not have, before any prompt is read.
         """
+        prompts = as_prompts(prompts)
         requests = []
         for prompt, name in zip(prompts, for_each(prompts, adapter, "adapters"), strict=True):
             loaded = None if name is None else self._adapters.find(name)
@@ -87,7 +88,7 @@ class Reading(ABC):
 
     def embed(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Prompts,
         *,
         pooling: Pooling = "mean",
         layer: int | None = None,

@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 #: Ends the sequence of a request that samples nothing; it is never read.
 _PLACEHOLDER = 0
 
+#: A text, or token ids.
 Prompt = str | Sequence[int]
+#: What a method that takes many prompts is given: a prompt alone is one prompt, never a list of letters or ids.
+Prompts = Prompt | Sequence[Prompt]
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import count
+from numbers import Integral
 from typing import Any
 
 from bessemer.core.errors import RequestError
 from bessemer.inference.adapters import LoadedAdapter
 from bessemer.inference.capture import Capture, CaptureRequest, Recorder
-from bessemer.inference.request import LogitsRequest, Prompt, Request
+from bessemer.inference.request import LogitsRequest, Prompt, Prompts, Request
 from bessemer.inference.sampling.beam_search import BeamSearch
 from bessemer.inference.sampling.grammar import GrammarCompiler
 from bessemer.inference.sampling.params import SamplingParams
@@ -51,6 +52,10 @@ class RequestBuilder:
     def prompt_ids(self, prompt: Prompt, least: int = 1) -> list[int]:
         """The tokens of a prompt. least: tokens that must fit behind it. Raises RequestError where it has none, one that the
         model has not, or too many."""
+        if isinstance(prompt, bytes | bytearray | Mapping):
+            raise RequestError(
+                f"a prompt is a text or token ids, got {type(prompt).__name__}; decode bytes, and give messages to chat"
+            )
         ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if not ids:
             raise RequestError("the prompt has no tokens; give at least one")
@@ -147,8 +152,10 @@ class RequestBuilder:
         return ScoreRequest(prefix, continuations, new_sequence, salt, loaded and loaded.adapter), longest
 
     def _score_ids(self, item: ScoreItem) -> tuple[list[int], list[list[int]]]:
+        if isinstance(item, str) or len(item) != 2:
+            raise RequestError("an item to score is a pair: a prefix and a list of continuations")
         prefix, continuations = item
-        if isinstance(continuations, str) or not continuations:
+        if isinstance(continuations, str) or not len(continuations) or isinstance(continuations[0], Integral):
             raise RequestError("give a list of continuations, at least one")
         texts = [each for each in continuations if isinstance(each, str)]
         if isinstance(prefix, str) and len(texts) == len(continuations):
@@ -166,7 +173,11 @@ class RequestBuilder:
         )
 
     def _check_ids(self, ids: Sequence[int], name: str) -> None:
-        if not all(0 <= id < self._vocab_size for id in ids):
+        try:
+            inside = all(0 <= id < self._vocab_size for id in ids)
+        except TypeError:
+            raise RequestError(f"{name} must be a text or token ids, got a list of {type(ids[0]).__name__}") from None
+        if not inside:
             raise RequestError(f"{name} has a token id outside the vocabulary of {self._vocab_size:,} tokens")
 
     def capture_request(
@@ -205,6 +216,15 @@ class RequestBuilder:
 
     def _ends(self, params: SamplingParams) -> frozenset[int]:
         return frozenset() if params.ignore_eos else self._end_tokens
+
+
+def as_prompts(prompts: Prompts) -> list[Prompt]:
+    """The prompts that are meant: a text, or token ids, alone are one prompt."""
+    if isinstance(prompts, str | bytes | bytearray | Mapping):
+        return [prompts]  # type: ignore[list-item]  # what is no prompt, `prompt_ids` refuses
+    if len(prompts) and (isinstance(prompts[0], Integral) or getattr(prompts[0], "ndim", None) == 0):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
 
 
 def for_each(prompts: Sequence[Any], given: Any, what: str) -> list[Any]:

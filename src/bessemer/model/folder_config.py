@@ -21,6 +21,8 @@ MODEL_FORMAT = 1
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
+#: What generation settings and `SamplingParams` call by the same name; the rest is of `transformers`' own methods.
+_SAMPLING_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -115,6 +117,20 @@ def refuse_scorer(config: ModelConfig, folder: Path) -> None:
         raise ArtefactError(
             f"{folder}: this is a reward model, which gives scores and no text; take the language model that it was made from"
         )
+
+
+def read_sampling_settings(folder: Path) -> dict[str, Any]:
+    """How the makers of a model say that it is sampled, by the names of `SamplingParams`; what they leave out is missing.
+
+    A model that is sampled at no stated temperature is at 1, and `do_sample: false` is a temperature of 0.
+    """
+    path = folder / GENERATION_CONFIG
+    given = read_json(path, "file of generation settings") if path.exists() else {}
+    settings = {name: given[name] for name in _SAMPLING_SETTINGS if given.get(name) is not None}
+    if given.get("do_sample") is False:
+        return settings | {"temperature": 0.0}
+    is_sampled = given.get("do_sample") or settings.keys() - {"repetition_penalty"}
+    return ({"temperature": 1.0} if is_sampled else {}) | settings
 
 
 def read_end_tokens(folder: Path) -> frozenset[int]:

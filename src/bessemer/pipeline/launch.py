@@ -34,10 +34,10 @@ class Asked:
 
 
 def as_texts(overrides: Sequence[str] | Mapping[str, Any]) -> tuple[str, ...]:
-    """Overrides as `KEY=VALUE` texts; JSON is YAML."""
+    """Overrides as `KEY=VALUE` texts; JSON is YAML. A text alone is one override."""
     if isinstance(overrides, Mapping):
         return tuple(f"{key}={json.dumps(value)}" for key, value in overrides.items())
-    return tuple(overrides)
+    return (overrides,) if isinstance(overrides, str) else tuple(overrides)
 
 
 def processes_here(config: LaunchConfig) -> int:

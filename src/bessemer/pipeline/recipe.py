@@ -118,8 +118,8 @@ def find_recipe(name: str) -> Path:
 def load_recipe(name: str, overrides: Sequence[str] | Mapping[str, Any] = (), *, allow_code: bool = False) -> Recipe:
     """Read, merge and check a recipe.
 
-    `overrides`: `KEY=VALUE` strings, or dotted keys with values; `allow_code` lets a recipe that did not come with bessemer
-    run functions of its own. Raises ConfigError, one line with file and line number.
+    `overrides`: one `KEY=VALUE` or a list of them, or dotted keys with values; `allow_code` lets a recipe that did not come
+    with bessemer run functions of its own. Raises ConfigError, one line with file and line number.
     """
     path = find_recipe(name)
     placed = _with_extended(path, seen=())
@@ -157,7 +157,7 @@ def _overrides(overrides: Sequence[str] | Mapping[str, Any]) -> Iterator[tuple[s
         for key, value in overrides.items():
             yield key, value, f"override {key}"
         return
-    for text in overrides:
+    for text in [overrides] if isinstance(overrides, str) else overrides:
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise ConfigError(f"{text!r}: an override is KEY=VALUE, as in pretrain.learning_rate=3e-3")

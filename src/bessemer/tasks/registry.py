@@ -55,14 +55,14 @@ TASKS: Registry[TaskFactory] = Registry(
 
 
 def find_tasks(names: Sequence[str], options: TaskOptions | None = None) -> list[Task]:
-    """Tasks by name or by file, with their data; `core` is every task of CORE whose data is there.
+    """Tasks by name or by file, one or a list, with their data; `core` is every task of CORE whose data is there.
 
     Raises ConfigError for a name that is none, for one given twice, and for settings that are not valid; ArtefactError for data
     that does not fit.
     """
     options = options or TaskOptions()
     tasks: list[Task] = []
-    for name in names:
+    for name in [names] if isinstance(names, str) else names:
         if name == CORE:
             tasks += core_tasks(options)
         elif name.endswith((".yaml", ".yml")):

@@ -40,7 +40,9 @@ class Segment:
 
 
 def check_encodable(text: str) -> None:
-    """Raise RequestError for a lone surrogate: half a UTF-16 pair, which is no character and has no UTF-8."""
+    """Raise RequestError for what is no text, and for a lone surrogate: half a UTF-16 pair, which has no UTF-8."""
+    if not isinstance(text, str):
+        raise RequestError(f"a text is needed, got {type(text).__name__}; encode_batch takes a list of texts")
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -223,7 +225,11 @@ def checked_messages(messages: Sequence[Message], first: int = 0) -> list[dict[s
 
     Raises RequestError for one that is malformed, by its number, and counts from `first`.
     """
-    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
+    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
+        raise RequestError(
+            f'a conversation is a list of messages, as [{{"role": "user", "content": "Hello"}}], got {type(messages).__name__}'
+        )
+    if not messages:
         raise RequestError("a conversation needs at least one message")
     return [_checked_message(message, f"message {number}") for number, message in enumerate(messages, start=first)]
 

@@ -170,8 +170,10 @@ class Tokenizer:
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of many texts without begin tokens, in one uint32 array, and int64 offsets (one more than texts).
 
-        Raises RequestError when one has a lone surrogate.
+        Raises RequestError when one has a lone surrogate, and for a text alone, which would count as one text a letter.
         """
+        if isinstance(texts, str):
+            raise RequestError("a list of texts is needed, got str; encode takes one text")
         try:
             return self.bulk.encode_flat(texts)
         except (TypeError, UnicodeEncodeError):

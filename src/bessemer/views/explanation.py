@@ -99,7 +99,7 @@ def _scores(scores: Sequence[Score]) -> RenderableType:
     for column in table.columns[2:]:
         column.justify = "left"
     for one in scores:
-        known = one.value
+        known = "–" if one.value is None else one.value
         value = short_number(known) if isinstance(known, (int, float)) and not isinstance(known, bool) else str(known)
         style = {True: "", False: _FAILS, None: "dim"}[one.passes]
         table.add_row(

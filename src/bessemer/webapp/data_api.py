@@ -173,7 +173,7 @@ def _explained(run: RunFolder, text: str, url: str | None) -> Explanation:
 
     clean, select, folder = recorded_cleaning(run)
     if clean is None and select is None:
-        return explain(text)
+        return explain(text, url=url)
     return explain_with(text, clean, select, folder, url=url, open_model=open_language_model)
 
 

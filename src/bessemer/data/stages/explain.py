@@ -93,29 +93,50 @@ class Explanation:
     is_kept: bool | None
 
 
-def explain(text: str) -> Explanation:
-    """Every edit and score that there is, on this text as it is."""
+def explain(text: str, *, url: str | None = None) -> Explanation:
+    """Every edit and score that there is, on this text as it is, and on its address.
+
+    Without an address, the scores that read one have no value.
+    """
     texts = Texts.of([text])
     changed = [_edited(edit(name), texts) for name in EDITS]
-    scored = _scored(list(FILTERS), texts, Path())
-    columns = scored | {name: pa.array([count]) for one in changed for name, count in one.counts.items()}
-    lowest = LANGUAGE_SCORES.get(columns["language"][0].as_py(), USUAL_LANGUAGE_SCORE)
-    limits: dict[str, dict[str, Limit]] = {"language": {"language_score": (lowest, None)}}
-    tongue = columns["language"][0].as_py()
+    counts = {name: pa.array([count]) for one in changed for name, count in one.counts.items()}
+    scores, reasons = _beside_limits(_scored({"text": text, "url": url}), counts)
+    by_column = {one.column: one for one in scores}
+    columns = [column for name in FILTERS for column in scorer(name).columns]
+    every = [by_column.get(column) or Score(column, None, column_description(column)) for column in columns]
+    return Explanation(text, changed, every, reasons, None)
+
+
+def explain_address(url: str) -> Explanation:
+    """Every score that there is of an address, without the page that it leads to."""
+    return Explanation("", [], *_beside_limits(_scored({"url": url}), {}), None)
+
+
+def _beside_limits(
+    scored: Mapping[str, pa.Array], counts: Mapping[str, pa.Array]
+) -> tuple[list[Score], dict[str, Sequence[str]]]:
+    """Scores beside the limits of the presets that have one, and by preset the limits that are broken. counts: of edits."""
+    columns = {**scored, **counts}
+    limits: dict[str, dict[str, Limit]] = {}
+    tongue: str = columns["language"][0].as_py() if "language" in columns else ""
+    if "language" in columns:
+        limits["language"] = {"language_score": (LANGUAGE_SCORES.get(tongue, USUAL_LANGUAGE_SCORE), None)}
     limits |= {
         name: {column: by_language(column).get(tongue, limit) for column, limit in of_preset.items()}
         for name in preset_names()
         if name not in COMBINED and (of_preset := preset(name))
     }
     homes = {column: (name, limit) for name, of_preset in limits.items() for column, limit in of_preset.items()}
-    # a limit that is not meant for the text's language is none here
-    homes = {column: home for column, home in homes.items() if _is_meant(meant_for(column), columns)}
-    scores = [_score(column, values[0].as_py(), *homes.get(column, ("", NO_LIMIT))) for column, values in scored.items()]
+    # a limit on what was not scored, or that is not meant for the text's language, is none here
+    homes = {column: home for column, home in homes.items() if column in columns and _is_meant(meant_for(column), columns)}
     limits = {
         name: {column: limit for column, limit in of_preset.items() if column in homes} for name, of_preset in limits.items()
     }
-    reasons = {name: broken for name, of_preset in limits.items() if (broken := _broken(columns, of_preset, Languages()))}
-    return Explanation(text, changed, scores, reasons, None)
+    broken = {name: _broken(columns, of_preset, Languages()) for name, of_preset in limits.items()}
+    reasons: dict[str, Sequence[str]] = {name: rules for name, rules in broken.items() if rules}
+    scores = [_score(column, values[0].as_py(), *homes.get(column, ("", NO_LIMIT))) for column, values in scored.items()]
+    return scores, reasons
 
 
 def explain_with(
@@ -211,8 +232,11 @@ def _edited(step: Edit, texts: Texts) -> EditResult:
     )
 
 
-def _scored(names: Sequence[str], texts: Texts, folder: Path) -> dict[str, pa.Array]:
-    return {column: values for name in names for column, values in scorer(name, folder).function(texts).items()}
+def _scored(document: Mapping[str, str | None]) -> dict[str, pa.Array]:
+    """The scores of every filter that reads a column of the document, as the stage `clean` gives it that column."""
+    texts = {column: Texts.of([value]) for column, value in document.items() if value is not None}
+    asked = [one for name in FILTERS if (one := scorer(name)).reads in texts]
+    return {column: values for one in asked for column, values in one.function(texts[one.reads]).items()}
 
 
 def _score(column: str, value: Any, where: str, limit: Limit) -> Score:

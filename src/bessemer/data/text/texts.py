@@ -46,7 +46,9 @@ class Texts:
 
     @classmethod
     def of(cls, texts: list[str]) -> Texts:
-        """Of Python strings. Raises UnicodeEncodeError for a lone surrogate."""
+        """Of Python strings. Raises UnicodeEncodeError for a lone surrogate, TypeError for a text alone."""
+        if isinstance(texts, str):
+            raise TypeError("a list of texts is needed, got str: [text] is the list of one")
         return cls.from_arrow(pa.array(texts, pa.string()))
 
     def __len__(self) -> int:
