@@ -1,4 +1,5 @@
-"""Ctrl-C and SIGTERM wait for the end of a step, when the weights are whole and can be saved."""
+"""Ctrl-C and SIGTERM wait for a moment that can bear them: the end of a step, when the weights are whole and can be saved, or
+the next look of a thread that waits for others."""
 
 from __future__ import annotations
 
@@ -8,6 +9,19 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+_threads_left = threading.Event()
+
+
+def leave_threads() -> None:
+    """Say that a library's threads are left in the middle of their work, since the user does not want to wait for them."""
+    _threads_left.set()
+
+
+def are_threads_left() -> bool:
+    """Whether the process must end without taking Python down: threads that come back from native code into an interpreter
+    that is gone abort it, with noise."""
+    return _threads_left.is_set()
 
 
 class DeferredInterrupts:
