@@ -64,8 +64,7 @@ def refusal(code, *files):
         (Exception("Read-only file system (os error 30)"), READ_ONLY.format("place")),
         (Exception("Permission denied (os error 13)"), DENIED.format("place")),
         # Arrow
-        (OSError(errno.EROFS, "Failed to open local file '/r/part.parquet'. Detail: Read-only"), READ_ONLY.format("/r/part.parquet")),
-        (FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']"), READ_ONLY.format("place")),
+        (OSError(errno.EROFS, "Failed to open local file '/r/a.parquet'. Detail: Read-only"), READ_ONLY.format("/r/a.parquet")),
         (Exception("database or disk is full"), FULL.format("place")),
         (Exception("attempt to write a readonly database"), READ_ONLY.format("place")),
         (refusal(errno.EACCES, "models/.out.71.partial/model.safetensors"), DENIED.format(str(Path("models/out")))),
@@ -83,7 +82,7 @@ def test_what_was_refused_is_no_storage_error_where_no_file_is_named_or_another_
         try:
             raise refusal(errno.EACCES, "cache")
         except OSError:
-            raise ValueError("a mistake of the code that went on without the cache")
+            raise ValueError("a mistake of the code that went on without the cache")  # noqa: B904
     except ValueError as error:
         assert as_storage_error(error, "place") is None
 
@@ -94,6 +93,10 @@ def test_what_was_refused_is_no_storage_error_where_no_file_is_named_or_another_
         (refusal(errno.ENOTDIR, "a/b"), "a/b: not a directory"),
         (refusal(errno.ENAMETOOLONG, "long"), "long: file name too long"),
         (refusal(errno.ECONNREFUSED), "the network does not answer (Connection refused); check the address and the connection"),
+        (
+            FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']"),
+            "No usable temporary directory found in ['/tmp']; let TMPDIR name a folder that can be written",
+        ),
         (refusal(errno.EINVAL), None),
         (ValueError("x"), None),
     ],

@@ -73,7 +73,7 @@ _STORAGE_TEXTS = {
     r"Disk quota exceeded": errno.EDQUOT,
     r"File too large": errno.EFBIG,
     r"\d+ requested and \d+ written": errno.ENOSPC,  # numpy's short write, which says no more
-    r"Read-only file system|readonly database|No usable temporary directory": errno.EROFS,
+    r"Read-only file system|readonly database": errno.EROFS,
     r"Permission denied \(os error 13\)": errno.EACCES,  # Rust's: tokenizers, safetensors
 }
 #: Arrow's errors name their file in the text alone.
@@ -117,6 +117,8 @@ def as_user_error(error: BaseException) -> BessemerError | None:
     reason = (error.strerror or str(error)).strip()
     if (where := _file_of(error)) is not None:
         return BessemerError(f"{where}: {reason[:1].lower()}{reason[1:]}")
+    if reason.startswith("No usable temporary directory"):
+        return BessemerError(f"{reason}; let TMPDIR name a folder that can be written")
     if isinstance(error, (ConnectionError, TimeoutError)) or type(error).__name__ == "gaierror":
         return BessemerError(f"the network does not answer ({reason}); check the address and the connection")
     return None
