@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -22,6 +25,22 @@ def are_threads_left() -> bool:
     """Whether the process must end without taking Python down: threads that come back from native code into an interpreter
     that is gone abort it, with noise."""
     return _threads_left.is_set()
+
+
+@contextmanager
+def thread_pool(threads: int) -> Iterator[ThreadPoolExecutor]:
+    """A pool whose threads Ctrl-C does not wait for: one may read a large file, or a slow server."""
+    pool = ThreadPoolExecutor(threads)
+    try:
+        yield pool
+    except KeyboardInterrupt:
+        pool.shutdown(wait=False, cancel_futures=True)
+        leave_threads()
+        raise
+    except BaseException:
+        pool.shutdown(cancel_futures=True)
+        raise
+    pool.shutdown()
 
 
 class DeferredInterrupts:
