@@ -79,38 +79,41 @@ def run_tasks(
     if engine.name == "ray":
         _start_ray(daft, engine)
     apart = engine.name == "local" and engine.processes
-    stopping = threading.Event()
-    # other processes are not told
-    is_stopping = stopping.is_set if engine.name == "local" and not apart else _never
+    demand = _Demand()
 
     def work(numbers: Any) -> list[str]:
         if apart:
             _end_with_parent()
-        return ["" if is_stopping() else _answer(function, tasks[number]) for number in numbers.to_pylist()]
+        return [_answer(function, tasks[number]) if demand.lasts else "" for number in numbers.to_pylist()]
 
     apply = daft.func.batch(return_dtype=daft.DataType.string(), batch_size=1, use_process=apart)(work)
     frame = daft.from_pydict({"task": list(range(len(tasks)))})
     if engine.name == "ray":
         frame = frame.into_partitions(len(tasks))
-    for number, text in _rows_of(frame.select("task", apply(daft.col("task")).alias("answer")), stopping):
+    for number, text in _rows_of(frame.select("task", apply(daft.col("task")).alias("answer")), demand):
         answer = json.loads(text)
         if "error" in answer:
             raise _error(**answer)
         yield number, answer["result"]
 
 
-def _rows_of(frame: Any, stopping: threading.Event) -> Iterator[tuple[int, str]]:
+@dataclass
+class _Demand:
+    """Whether anybody wants the rows of tasks that have not begun. Its copies in other processes are not told."""
+
+    lasts: bool = True
+
+
+def _rows_of(frame: Any, demand: _Demand) -> Iterator[tuple[int, str]]:
     """The rows as the engine finishes them, which runs in a thread beside this one: Daft handles Ctrl-C on its own, says so,
     and may lose it, so this thread keeps the signal and never waits inside the engine.
-
-    stopping: set when nobody wants more rows; tasks that have not begun are then left out.
     """
     rows: SimpleQueue[tuple[int, str] | BaseException | None] = SimpleQueue()
 
     def compute() -> None:
         try:
             for row in frame.iter_rows():
-                if stopping.is_set():
+                if not demand.lasts:
                     break
                 rows.put((row["task"], row["answer"]))
             rows.put(None)
@@ -139,16 +142,12 @@ def _rows_of(frame: Any, stopping: threading.Event) -> Iterator[tuple[int, str]]
                 if found:
                     yield found
         except KeyboardInterrupt:
-            stopping.set()
+            demand.lasts = False
             raise
         except BaseException:
-            stopping.set()
+            demand.lasts = False
             computing.join()
             raise
-
-
-def _never() -> bool:
-    return False
 
 
 @cache
