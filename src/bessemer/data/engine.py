@@ -130,23 +130,19 @@ def _rows_of(frame: Any, demand: _Demand) -> Iterator[tuple[int, str]]:
                 except Empty:
                     found = ()
                 if interrupts.received is not None:
-                    try:
-                        interrupts.deliver()
-                    except KeyboardInterrupt:
-                        leave_threads()
-                        raise
+                    interrupts.deliver()
                 if isinstance(found, BaseException):
                     raise found
                 if found is None:
                     return
                 if found:
                     yield found
-        except KeyboardInterrupt:
-            demand.lasts = False
-            raise
         except BaseException:
             demand.lasts = False
-            computing.join()
+            if interrupts.received is None:
+                computing.join()
+            else:
+                leave_threads()
             raise
 
 
