@@ -204,8 +204,8 @@ from pathlib import Path
 from bessemer.cli import main as cli
 from bessemer.data.engine import Engine, run_tasks
 
-def begin(number):
-    Path(sys.argv[1], str(number)).touch()
+def begin(number, folder=sys.argv[1]):
+    Path(folder, str(number)).touch()
     if number:
         time.sleep(600)
     return number

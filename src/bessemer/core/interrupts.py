@@ -59,6 +59,11 @@ class DeferredInterrupts:
             self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
         return self
 
+    def renew(self) -> None:
+        """Take the signals back from a library that has set handlers of its own since: they never hear of one."""
+        for number in self._before:
+            signal.signal(number, self._note)
+
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._restore()
 

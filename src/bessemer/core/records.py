@@ -60,11 +60,13 @@ def read_records(path: Path) -> list[Record]:
     try:
         records = list(reader(path))
     except FileNotFoundError:
-        raise ArtefactError(f"{path}: no such file") from None
+        raise ArtefactError(f"{path}: no such file; check the path") from None
     except UnicodeDecodeError:
         raise ArtefactError(f"{path}:{_undecodable_line(path)}: is not UTF-8 text; save the file as UTF-8") from None
     if not records:
-        raise ArtefactError(f"{path}: holds no rows")
+        raise ArtefactError(
+            f"{path}: holds no rows; give a file with a row for each example, below a header where it is a .csv"
+        )
     return records
 
 

@@ -105,8 +105,9 @@ class _Demand:
 
 
 def _rows_of(frame: Any, demand: _Demand) -> Iterator[tuple[int, str]]:
-    """The rows as the engine finishes them, which runs in a thread beside this one: Daft handles Ctrl-C on its own, says so,
-    and may lose it, so this thread keeps the signal and never waits inside the engine.
+    """The rows as the engine finishes them, which runs in a thread beside this one.
+
+    Daft handles Ctrl-C on its own, says so, and may lose it: this thread keeps the signal, and never waits inside the engine.
     """
     rows: SimpleQueue[tuple[int, str] | BaseException | None] = SimpleQueue()
 
@@ -125,6 +126,8 @@ def _rows_of(frame: Any, demand: _Demand) -> Iterator[tuple[int, str]]:
         computing.start()
         try:
             while True:
+                # Daft sets a handler when its first query runs
+                interrupts.renew()
                 try:
                     found = rows.get(timeout=_LOOK)
                 except Empty:

@@ -302,7 +302,7 @@ def _read_stored(path: Path, *, with_magnitudes: bool) -> dict[str, dict[str, Te
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ArtefactError(f"{path}: this is not a whole safetensors file ({error})") from None
+        raise ArtefactError(f"{path}: this is not a whole safetensors file ({error}); fetch or make it again") from None
     layers: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         found = _TENSOR.fullmatch(name)
