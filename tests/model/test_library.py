@@ -54,7 +54,7 @@ def test_a_pull_that_fails_leaves_nothing(sources, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("shutil.copyfile", fail)
-    with pytest.raises(StorageError, match="the disk is full while writing to models/small.gguf;"):
+    with pytest.raises(StorageError, match=r"the disk is full while writing to models/small\.gguf;"):
         pull("file.gguf", "small")
     assert kept_models() == [] and not list((sources / "models").iterdir())
 

@@ -26,6 +26,8 @@ Task = TypeVar("Task")
 
 #: Seconds after which the thread that waits for tasks looks for a Ctrl-C.
 _LOOK = 0.1
+#: Stands for a row where none came within that time.
+_NOT_YET = (-1, "")
 
 _ENVIRONMENT = {
     "DAFT_ANALYTICS_ENABLED": "0",
@@ -131,14 +133,14 @@ def _rows_of(frame: Any, demand: _Demand) -> Iterator[tuple[int, str]]:
                 try:
                     found = rows.get(timeout=_LOOK)
                 except Empty:
-                    found = ()
+                    found = _NOT_YET
                 if interrupts.received is not None:
                     interrupts.deliver()
                 if isinstance(found, BaseException):
                     raise found
                 if found is None:
                     return
-                if found:
+                if found is not _NOT_YET:
                     yield found
         except BaseException:
             demand.lasts = False
