@@ -16,9 +16,10 @@ from functools import partial
 
 import pytest
 
-from bessemer.core.errors import SourceError
+from bessemer.core.errors import SourceError, StorageError
 from bessemer.core.hashing import hash_files
 from bessemer.data.engine import Engine, load_daft, run_tasks
+from tests.cases import slow
 
 STAGES = """
 import json, os, sys
@@ -194,3 +195,64 @@ def test_nothing_else_is_loaded_for_a_recipe_to_be_checked():
         """
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+#: A command whose tasks begin and do not end; each leaves a file.
+WAITING = """
+import os, sys, time
+from pathlib import Path
+from bessemer.cli import main as cli
+from bessemer.data.engine import Engine, run_tasks
+
+def begin(number, folder=sys.argv[1]):
+    Path(folder, str(number)).touch()
+    if number:
+        time.sleep(600)
+    return number
+
+@cli.app.command("wait")
+def wait():
+    for number, _ in run_tasks(begin, range(8), Engine(processes=sys.argv[2] == "processes")):
+        Path(sys.argv[1], "first").touch()
+
+cli.main(["wait"])
+"""
+
+
+@pytest.mark.parametrize("where", ["threads", slow("processes")])
+def test_one_ctrl_c_ends_a_data_stage_with_one_line(tmp_path, where):
+    (tmp_path / "waiting.py").write_text(WAITING)
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    command = [sys.executable, str(tmp_path / "waiting.py"), str(begun), where]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as waiting:
+        try:
+            while not {"first", "1"} <= {path.name for path in begun.iterdir()}:
+                assert waiting.poll() is None, waiting.stdout.read()
+                time.sleep(0.02)
+            # as a terminal does, to all of them
+            os.killpg(waiting.pid, signal.SIGINT)
+            said, _ = waiting.communicate(timeout=60)
+        finally:
+            waiting.kill()
+    assert (waiting.returncode, said) == (130, "\nstopped; the same command goes on from here\n")
+
+
+def test_tasks_that_have_not_begun_are_left_out_when_one_fails(tmp_path):
+    def work(number):
+        (tmp_path / str(number)).touch()
+        raise SourceError("the first is not usable")
+
+    with pytest.raises(SourceError, match="the first"):
+        list(run_tasks(work, range(500)))
+    assert len(list(tmp_path.iterdir())) < 500
+
+
+def test_a_full_disk_in_a_task_is_told_as_one(tmp_path):
+    def work(number):
+        raise OSError(28, "No space left on device", f"part-{number}")
+
+    with pytest.raises(StorageError, match="the disk is full while writing to part-0;"):
+        list(run_tasks(work, [0]))

@@ -4,7 +4,7 @@ import pytest
 
 from bessemer.cli.main import main
 from bessemer.cli.named import find_model
-from bessemer.core.errors import ArtefactError, ConfigError, SourceError
+from bessemer.core.errors import ArtefactError, ConfigError, SourceError, StorageError
 from bessemer.model.folder import save_model
 from bessemer.model.formats.gguf_export import export_gguf
 from bessemer.model.library import kept_models, pull, remove
@@ -54,7 +54,7 @@ def test_a_pull_that_fails_leaves_nothing(sources, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("shutil.copyfile", fail)
-    with pytest.raises(OSError, match="space"):
+    with pytest.raises(StorageError, match=r"the disk is full while writing to models/small\.gguf;"):
         pull("file.gguf", "small")
     assert kept_models() == [] and not list((sources / "models").iterdir())
 

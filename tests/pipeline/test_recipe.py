@@ -130,7 +130,9 @@ def test_recipes_that_extend_each_other_are_refused(folder, calls):
 
 def test_missing_recipe_names_the_nearest(folder):
     assert message("quikstart") == "there is no recipe 'quikstart'; did you mean 'quickstart'? (a file ends in .yaml)"
-    assert message("none.yaml") == "none.yaml: there is no such recipe file"
+    assert message("none.yaml") == (
+        "none.yaml: there is no such recipe file; check the path, or name one that bessemer recipes lists"
+    )
 
 
 def test_user_function_must_exist(recipe):

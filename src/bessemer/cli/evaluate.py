@@ -61,7 +61,9 @@ def evaluate(
     from rich.console import Console
 
     from bessemer.cli.named import find_model, option_of
+    from bessemer.core.errors import writing_to
     from bessemer.core.hashing import hash_value
+    from bessemer.core.new_folder import alone_in
     from bessemer.core.progress import progress_for_terminal
     from bessemer.core.store import write_text
     from bessemer.tasks.options import TaskOptions
@@ -95,7 +97,12 @@ def evaluate(
     identity = model_identity(place, name, max_model_len)
     key = hash_value([identity, [[task.name, dict(task.settings)] for task in found]], bits=32)
     folder = out or Path("evaluations") / f"{name}-{key}"
-    with connected_judges(found, device), Engine(place, device=device, config=config) as engine:
+    with (
+        writing_to(folder),
+        alone_in(folder),
+        connected_judges(found, device),
+        Engine(place, device=device, config=config) as engine,
+    ):
         results = evaluate_tasks(engine, found, folder, model=identity, progress=progress, corpus=documents)
     Console(highlight=False).print(show_task_results(results))
     calibrated = {name: task for name, task in results["tasks"].items() if "calibration" in task}

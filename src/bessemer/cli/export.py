@@ -64,7 +64,7 @@ def _export_checkpoint(name: str, out: Path, format: str, options: ExportOptions
     """The model as a run's checkpoint holds it, by way of a model's folder."""
     from tempfile import TemporaryDirectory
 
-    from bessemer.core.errors import ConfigError
+    from bessemer.core.errors import ConfigError, writing_to
     from bessemer.model.folder import save_model
     from bessemer.model.formats.exchange import MODEL_FORMATS, export_model
     from bessemer.training.checkpoint.load import checkpoint_model, find_checkpoint
@@ -72,8 +72,12 @@ def _export_checkpoint(name: str, out: Path, format: str, options: ExportOptions
     if format not in MODEL_FORMATS:
         raise ConfigError(f"--format: a checkpoint is a model, which is written as {', '.join(MODEL_FORMATS)}")
     model, beside = checkpoint_model(find_checkpoint(name, Path(), where="RUN@STEP"))
-    with TemporaryDirectory(dir=out.resolve().parent) as folder:
-        save_model(model, Path(folder), tokenizer=beside)
+    with writing_to(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        scratch = TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.", suffix=".partial")
+    with scratch as folder:
+        with writing_to(out):
+            save_model(model, Path(folder), tokenizer=beside)
         notes = export_model(Path(folder), out, format, options)
     _say(notes, out)
 

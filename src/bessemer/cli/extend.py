@@ -21,6 +21,7 @@ def extend(
 ) -> None:
     """Add tokens to a tokenizer, or to a model and its tokenizer. Ids that exist keep their tokens and their weights."""
     from bessemer.core.errors import ArtefactError, ConfigError
+    from bessemer.core.new_folder import new_folder
     from bessemer.core.store import follow
     from bessemer.model.formats.hub import import_advice
 
@@ -39,9 +40,8 @@ def extend(
     else:
         from bessemer.tokenization.extend import add_tokens
 
-        if out.exists() and any(out.iterdir()):
-            raise ArtefactError(f"{out}: exists already and is not empty; name another folder")
-        extension = add_tokens(source, out, token or [], special or [])
+        with new_folder(out) as folder:
+            extension = add_tokens(source, folder, token or [], special or [])
     for known, id in extension.skipped.items():
         print(f"skipped {known!r}: it is one token already, id {id}")
     for id, added in extension.added.items():

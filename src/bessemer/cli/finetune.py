@@ -41,6 +41,8 @@ def finetune(
 ) -> None:
     """Fine-tune a model on your questions and answers, and say whether it got better."""
     from bessemer.cli.named import option_of
+    from bessemer.core.errors import writing_to
+    from bessemer.core.new_folder import alone_in
     from bessemer.core.progress import progress_for_terminal
     from bessemer.posttraining.finetuning.config import FinetuneConfig
 
@@ -67,9 +69,10 @@ def finetune(
     source = _source(model, runs)
     result = finished(out, lambda: asked_of(config, source, data, seed))
     if result is None:
-        found = tune(config, source, data, out, seed=seed, device=device, progress=progress_for_terminal())
-        result = _result(found) | {"serve": _serving(model, found, data)}
-        finish(out, result)
+        with writing_to(out), alone_in(out):
+            found = tune(config, source, data, out, seed=seed, device=device, progress=progress_for_terminal())
+            result = _result(found) | {"serve": _serving(model, found, data)}
+            finish(out, result)
     print(result["data"])
     print(result["verdict"])
     print(result["serve"])

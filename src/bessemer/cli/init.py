@@ -49,6 +49,7 @@ def init(
     import re
 
     from bessemer.core.errors import ConfigError
+    from bessemer.core.store import write_text
 
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name).strip("-._") or "my-model"
     files = {
@@ -60,7 +61,13 @@ def init(
     taken = [file for file in files if (folder / file).exists()]
     if taken:
         raise ConfigError(f"{folder / taken[0]}: exists already; name another folder")
-    for file, text in files.items():
-        (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        (folder / file).write_text(text, encoding="utf-8")
+    try:
+        for file, text in files.items():
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            write_text(folder / file, text)
+    except OSError:
+        # all of them or none: the same command refuses what exists
+        for file in files:
+            (folder / file).unlink(missing_ok=True)
+        raise
     print(f"made {folder}; next:\n  cd {folder}\n  bessemer run recipe.yaml --dry-run")

@@ -37,6 +37,7 @@ def inspect(
 
     from bessemer.cli.named import find_model
     from bessemer.core.errors import RequestError
+    from bessemer.core.store import write_text
     from bessemer.inspection.inspect import inspect as look
     from bessemer.inspection.inspect import save_arrays
     from bessemer.model.device import choose_device
@@ -73,7 +74,7 @@ def inspect(
     if arrays is not None:
         save_arrays(found, arrays)
     if out is not None:
-        out.write_text(inspection_page(found, model), encoding="utf-8")
+        write_text(out, inspection_page(found, model))
     for path in (out, picture, arrays):
         if path is not None:
             print(f"written: {path}")

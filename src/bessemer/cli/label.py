@@ -31,7 +31,8 @@ def label(
 ) -> None:
     """Rank a model's answers on a page, and get pairs to train on."""
     from bessemer.cli.named import find_model, option_of
-    from bessemer.core.errors import ConfigError
+    from bessemer.core.errors import ConfigError, writing_to
+    from bessemer.core.new_folder import alone_in
     from bessemer.core.progress import progress_for_terminal
     from bessemer.inference.engine import Engine
     from bessemer.inference.sampling.params import SamplingParams
@@ -44,7 +45,7 @@ def label(
         raise ConfigError(f"--prompts: {model} has no held-out conversations of its own; name a file of prompts")
     params = SamplingParams.parse({"max_tokens": max_tokens, "temperature": temperature}, option_of("label"))
     asked = read_prompts(held_out if prompts is None else prompts, limit)
-    with Engine(folder, device=device) as engine:
+    with writing_to(out), alone_in(out), Engine(folder, device=device) as engine:
         labels = sample_answers(engine, asked, out, count=answers, params=params, seed=seed, progress=progress_for_terminal())
     hosts = [name.lower() for name in allow_host or ()]
     serve_labels(labels, out, host=host, port=port, hosts=hosts, browser=browser)

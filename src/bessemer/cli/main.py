@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -135,7 +135,7 @@ app.add_typer(bench, name="bench", rich_help_panel="Measure and look inside")
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0 done, 2 a mistake that the user can mend, 130 interrupted."""
     from bessemer.core.environment import set_environment
-    from bessemer.core.errors import BessemerError, as_storage_error
+    from bessemer.core.errors import BessemerError
     from bessemer.core.packages import EXTRAS, install_advice
 
     set_environment()
@@ -147,16 +147,16 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         given[-1] = "--list-tasks"
     try:
         code = app(given, standalone_mode=False, prog_name="bessemer")
+        if sys.stdout is not None:
+            # at the end of the process nobody could say that it was not written
+            sys.stdout.flush()
     except BessemerError as error:
         _fail(error, debug)
     except KeyboardInterrupt:
         _stopped()
     except BrokenPipeError:  # `bessemer show … | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _settle_output()
         sys.exit(0)
-    except OSError as error:
-        full = as_storage_error(error, error.filename or "the disk")
-        _fail(full or error, debug or full is None)
     except ModuleNotFoundError as error:
         module = (error.name or "").partition(".")[0]
         if module not in EXTRAS or debug:
@@ -172,7 +172,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def _stopped() -> NoReturn:
+    from bessemer.core.interrupts import are_threads_left
+
     print("\nstopped; the same command goes on from here", file=sys.stderr)
+    if are_threads_left():
+        _settle_output()
+        sys.stderr.flush()
+        os._exit(130)
     sys.exit(130)
 
 
@@ -181,12 +187,24 @@ def _fail(error: BaseException, debug: bool) -> NoReturn:
         import traceback
 
         traceback.print_exception(error)
+    _settle_output()
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     sys.exit(2)
 
 
+def _settle_output() -> None:
+    """Write what waits for standard output, or drop it where that is closed or full: Python would complain of it at its end."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _usage_error(error: Exception, debug: bool) -> NoReturn:
-    """Typer's own complaints (a missing argument, an unknown option) in one line; anything else is our bug."""
+    """Typer's own complaints (a missing argument, an unknown option) and the system's in one line; anything else is our bug."""
+    from bessemer.core.errors import as_user_error
+
     message, code = getattr(error, "format_message", None), getattr(error, "exit_code", None)
     if isinstance(error, typer.Exit):
         sys.exit(error.exit_code)
@@ -197,6 +215,27 @@ def _usage_error(error: Exception, debug: bool) -> NoReturn:
         # what typer before 0.29 makes of Ctrl-C
         _stopped()
     if message is None or code is None:
-        raise error
-    print(f"error: {message()} (see bessemer --help)", file=sys.stderr)
+        found = as_user_error(error)
+        if found is None:
+            raise error
+        _fail(found.with_traceback(error.__traceback__), debug)
+    context = getattr(error, "ctx", None)
+    told = _with_nearest(message(), context.command if context else None)
+    print(f"error: {told} (see {context.command_path if context else 'bessemer'} --help)", file=sys.stderr)
     sys.exit(code)
+
+
+def _with_nearest(message: str, command: Any) -> str:
+    """A complaint of a command or an option that does not exist, with the nearest that does: alike in typer's versions."""
+    import difflib
+    import re
+
+    found = re.match(r"No such (?P<kind>command|option):? '?(?P<name>[^\s']+?)'?(?=[.\s]|$)", message)
+    if found is None or command is None:
+        return message.rstrip(".")
+    options = [name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)]
+    known = (
+        list(getattr(command, "commands", {})) if found["kind"] == "command" else [name for name in options if name[0] == "-"]
+    )
+    close = difflib.get_close_matches(found["name"], known, n=1, cutoff=0.6)
+    return f"No such {found['kind']} {found['name']!r}" + (f"; did you mean {close[0]!r}?" if close else "")

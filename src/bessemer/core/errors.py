@@ -6,7 +6,10 @@ Anything that is our own promise broken is an `assert` instead.
 from __future__ import annotations
 
 import errno
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -59,29 +62,106 @@ _FULL = {
     errno.EDQUOT: "the disk quota is reached",
     errno.EFBIG: "a file reached the size limit",
 }
-_FULL_TEXTS = {
-    r"No space left on device": errno.ENOSPC,
+_DENIED = {
+    errno.EROFS: "the file system is read-only; name a place that can be written",
+    errno.EACCES: "permission denied; let this user read and write it, or name another place",
+    errno.EPERM: "the system does not permit it; name another place",
+}
+#: What native writers say in place of an errno.
+_STORAGE_TEXTS = {
+    r"No space left on device|database or disk is full": errno.ENOSPC,
     r"Disk quota exceeded": errno.EDQUOT,
     r"File too large": errno.EFBIG,
     r"\d+ requested and \d+ written": errno.ENOSPC,  # numpy's short write, which says no more
+    r"Read-only file system|readonly database": errno.EROFS,
+    r"Permission denied \(os error 13\)": errno.EACCES,  # Rust's: tokenizers, safetensors
 }
+#: Arrow's errors name their file in the text alone.
+_QUOTED_FILE = re.compile(r"(?:file|directory) '([^']+)'")
+#: A name under which something is written until it is whole: `.NAME.PROCESS.tmp`.
+_UNFINISHED = re.compile(r"\.(?P<name>.+)\.\w+\.(?:tmp|partial|link)")
 
 
-def as_storage_error(error: BaseException, place: Path | str) -> StorageError | None:
+def as_storage_error(error: BaseException, place: Path | str | None = None) -> StorageError | None:
     """The `StorageError` that stands for `error`, or None when `error` is about something else.
 
     Native writers (safetensors, Arrow, PyTorch) wrap the system's error in their own type and keep only its
     text, so both the errno and the message are looked at, along the chain of causes.
+    place: what was being written, where the error names no file.
     """
     seen: BaseException | None = error
+    # what was refused counts where it is the cause; a full disk also where another error came of it
+    is_cause = True
     while seen is not None:
-        code = seen.errno if isinstance(seen, OSError) else None
-        if code not in _FULL:
-            code = next((known for text, known in _FULL_TEXTS.items() if re.search(text, str(seen))), None)
+        code = _storage_code(seen)
         if code in _FULL:
-            return StorageError(f"{_FULL[code]} while writing to {place}; free some space and run again, finished work is kept")
+            where = _file_of(seen) or place
+            told = f"{_FULL[code]} while writing{f' to {where}' if where else ''}"
+            return StorageError(f"{told}; free some space and run the same command again, finished work is kept")
+        if code in _DENIED and is_cause:
+            # without a file, the system may have refused something else than to write: a port, a signal
+            of_place = code == errno.EROFS or not isinstance(seen, OSError)
+            where = _file_of(seen) or (place if of_place else None)
+            if where or of_place:
+                return StorageError(f"{where}: {_DENIED[code]}" if where else _DENIED[code])
+        is_cause = is_cause and seen.__cause__ is not None
         seen = seen.__cause__ or seen.__context__
     return None
+
+
+def as_user_error(error: BaseException) -> BessemerError | None:
+    """One line for a system's error that no code has explained: of storage, of a file that it names, or of the network; None
+    for another."""
+    if (found := as_storage_error(error)) is not None or not isinstance(error, OSError):
+        return found
+    reason = (error.strerror or str(error)).strip()
+    if (where := _file_of(error)) is not None:
+        return BessemerError(f"{where}: {reason[:1].lower()}{reason[1:]}")
+    if reason.startswith("No usable temporary directory"):
+        return BessemerError(f"{reason}; let TMPDIR name a folder that can be written")
+    if isinstance(error, (ConnectionError, TimeoutError)) or type(error).__name__ == "gaierror":
+        return BessemerError(f"the network does not answer ({reason}); check the address and the connection")
+    return None
+
+
+@contextmanager
+def writing_to(place: Path | str) -> Iterator[None]:
+    """While `place` is written: a disk that is full or cannot be written is a StorageError, which names the place."""
+    try:
+        yield
+    except BessemerError:
+        raise
+    except Exception as error:
+        found = as_storage_error(error, place)
+        if found is None:
+            raise
+        raise found from error
+
+
+def _storage_code(error: BaseException) -> int | None:
+    code = error.errno if isinstance(error, OSError) else None
+    if code in _FULL or code in _DENIED:
+        return code
+    return next((known for text, known in _STORAGE_TEXTS.items() if re.search(text, str(error))), None)
+
+
+def _file_of(error: BaseException) -> str | None:
+    """The file that an error is about: of two, the one that was written; in place of a temporary one, what becomes of it."""
+    if not isinstance(error, OSError):
+        return None
+    named = error.filename2 or error.filename
+    if isinstance(named, bytes):
+        named = os.fsdecode(named)
+    if not isinstance(named, (str, os.PathLike)):
+        quoted = _QUOTED_FILE.search(str(error))
+        if quoted is None:
+            return None
+        named = quoted[1]
+    parts = Path(named).parts
+    for position, part in enumerate(parts):
+        if unfinished := _UNFINISHED.fullmatch(part):
+            return str(Path(*parts[:position], unfinished["name"]))
+    return str(named)
 
 
 #: What says that an allocation failed, with the amount where it is said: PyTorch's GPU and processor allocators, numpy.

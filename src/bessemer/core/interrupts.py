@@ -1,13 +1,46 @@
-"""Ctrl-C and SIGTERM wait for the end of a step, when the weights are whole and can be saved."""
+"""Ctrl-C and SIGTERM wait for a moment that can bear them: the end of a step, when the weights are whole and can be saved, or
+the next look of a thread that waits for others."""
 
 from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+_threads_left = threading.Event()
+
+
+def leave_threads() -> None:
+    """Say that a library's threads are left in the middle of their work, since the user does not want to wait for them."""
+    _threads_left.set()
+
+
+def are_threads_left() -> bool:
+    """Whether the process must end without taking Python down: threads that come back from native code into an interpreter
+    that is gone abort it, with noise."""
+    return _threads_left.is_set()
+
+
+@contextmanager
+def thread_pool(threads: int) -> Iterator[ThreadPoolExecutor]:
+    """A pool whose threads Ctrl-C does not wait for: one may read a large file, or a slow server."""
+    pool = ThreadPoolExecutor(threads)
+    try:
+        yield pool
+    except KeyboardInterrupt:
+        pool.shutdown(wait=False, cancel_futures=True)
+        leave_threads()
+        raise
+    except BaseException:
+        pool.shutdown(cancel_futures=True)
+        raise
+    pool.shutdown()
 
 
 class DeferredInterrupts:
@@ -25,6 +58,11 @@ class DeferredInterrupts:
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
         return self
+
+    def renew(self) -> None:
+        """Take the signals back from a library that has set handlers of its own since: they never hear of one."""
+        for number in self._before:
+            signal.signal(number, self._note)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._restore()

@@ -98,13 +98,15 @@ def read_table(path: Path) -> RecordTable:
     try:
         found = list(reader(path, notes))
     except FileNotFoundError:
-        raise ArtefactError(f"{path}: no such file") from None
+        raise ArtefactError(f"{path}: no such file; check the path") from None
     records = [record for record in found if not _is_blank(record.values)]
     blank_rows = len(found) - len(records)
     if blank_rows:
         notes.append(f"{blank_rows:,} blank {'row' if blank_rows == 1 else 'rows'} left out")
     if not records:
-        raise ArtefactError(f"{path}: holds no rows")
+        raise ArtefactError(
+            f"{path}: holds no rows; give a file with a row for each example, below a header where it is a .csv"
+        )
     return RecordTable(records, notes, blank_rows)
 
 

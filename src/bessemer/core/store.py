@@ -58,7 +58,7 @@ def write_json(path: Path, value: Any, *, compact: bool = False) -> None:
 
 def write_text(path: Place, text: str, *, synchronise: bool = True) -> None:
     """Write a text file that is whole or absent, whatever happens; without `synchronise`, whatever happens to the process
-    and not to the machine."""
+    and not to the machine. The system's errors name the file."""
     if not isinstance(path, Path):
         path.write_text(text)
         return
@@ -70,7 +70,10 @@ def write_text(path: Place, text: str, *, synchronise: bool = True) -> None:
                 stream.flush()
                 os.fsync(stream.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None:
+            # those of writing do not say where
+            error.filename = str(path)
         temporary.unlink(missing_ok=True)
         raise
 

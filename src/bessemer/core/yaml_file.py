@@ -123,6 +123,8 @@ def _constructed(text: str, source: str) -> Any:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
         problem = (error.problem or "cannot be read").splitlines()[0]
+        if "'\\t'" in problem:
+            problem = "a tab stands where YAML takes spaces only; indent with spaces"
         raise ConfigError(f"{source}{line}: not valid YAML: {problem}") from None
     except (YAMLError, *_UNREADABLE) as error:
         problem = str(error).partition("\n")[0]

@@ -10,14 +10,24 @@ from __future__ import annotations
 import json
 import logging
 import os
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
+from queue import Empty, SimpleQueue
 from typing import Any, Literal, TypeVar
 
 import bessemer.core.errors as errors
-from bessemer.core.errors import BessemerError
+from bessemer.core.errors import BessemerError, as_storage_error
+from bessemer.core.interrupts import DeferredInterrupts, leave_threads
 
 Task = TypeVar("Task")
+
+#: Seconds after which the thread that waits for tasks looks for a Ctrl-C.
+_LOOK = 0.1
+#: Stands for a row where none came within that time.
+_NOT_YET = (-1, "")
 
 _ENVIRONMENT = {
     "DAFT_ANALYTICS_ENABLED": "0",
@@ -61,6 +71,8 @@ def run_tasks(
 
     What the function returns must be a JSON value; a BessemerError that it raises is raised here as it was there.
     The function and the tasks travel to other processes by value, their modules by name.
+
+    Ctrl-C ends it without waiting for the tasks under way; their files are unfinished ones, as after a kill.
     """
     if not tasks:
         return
@@ -69,19 +81,90 @@ def run_tasks(
     if engine.name == "ray":
         _start_ray(daft, engine)
     apart = engine.name == "local" and engine.processes
+    demand = _Demand()
 
     def work(numbers: Any) -> list[str]:
-        return [_answer(function, tasks[number]) for number in numbers.to_pylist()]
+        if apart:
+            _end_with_parent()
+        return [_answer(function, tasks[number]) if demand.lasts else "" for number in numbers.to_pylist()]
 
     apply = daft.func.batch(return_dtype=daft.DataType.string(), batch_size=1, use_process=apart)(work)
     frame = daft.from_pydict({"task": list(range(len(tasks)))})
     if engine.name == "ray":
         frame = frame.into_partitions(len(tasks))
-    for row in frame.select("task", apply(daft.col("task")).alias("answer")).iter_rows():
-        answer = json.loads(row["answer"])
+    for number, text in _rows_of(frame.select("task", apply(daft.col("task")).alias("answer")), demand):
+        answer = json.loads(text)
         if "error" in answer:
             raise _error(**answer)
-        yield row["task"], answer["result"]
+        yield number, answer["result"]
+
+
+@dataclass
+class _Demand:
+    """Whether anybody wants the rows of tasks that have not begun. Its copies in other processes are not told."""
+
+    lasts: bool = True
+
+
+def _rows_of(frame: Any, demand: _Demand) -> Iterator[tuple[int, str]]:
+    """The rows as the engine finishes them, which runs in a thread beside this one.
+
+    Daft handles Ctrl-C on its own, says so, and may lose it: this thread keeps the signal, and never waits inside the engine.
+    """
+    rows: SimpleQueue[tuple[int, str] | BaseException | None] = SimpleQueue()
+
+    def compute() -> None:
+        try:
+            for row in frame.iter_rows():
+                if not demand.lasts:
+                    break
+                rows.put((row["task"], row["answer"]))
+            rows.put(None)
+        except BaseException as error:
+            rows.put(error)
+
+    computing = threading.Thread(target=compute, name="data-engine", daemon=True)
+    with DeferredInterrupts() as interrupts:
+        computing.start()
+        try:
+            while True:
+                # Daft sets a handler when its first query runs
+                interrupts.renew()
+                try:
+                    found = rows.get(timeout=_LOOK)
+                except Empty:
+                    found = _NOT_YET
+                if interrupts.received is not None:
+                    interrupts.deliver()
+                if isinstance(found, BaseException):
+                    raise found
+                if found is None:
+                    return
+                if found is not _NOT_YET:
+                    yield found
+        except BaseException:
+            demand.lasts = False
+            if interrupts.received is None:
+                computing.join()
+            else:
+                leave_threads()
+            raise
+
+
+@cache
+def _end_with_parent() -> None:
+    """In a process of the engine: end soon after the one that it works for, which Ctrl-C or a kill has ended.
+
+    Two that write the same files would be in each other's way when the same command goes on.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
 def _answer(function: Callable[[Any], Any], task: Any) -> str:
@@ -89,7 +172,12 @@ def _answer(function: Callable[[Any], Any], task: Any) -> str:
     try:
         return json.dumps({"result": function(task)})
     except BessemerError as error:
-        return json.dumps({"error": type(error).__name__, "text": str(error)})
+        found: BessemerError | None = error
+    except Exception as error:
+        found = as_storage_error(error)
+        if found is None:
+            raise
+    return json.dumps({"error": type(found).__name__, "text": str(found)})
 
 
 def _error(error: str, text: str) -> BessemerError:

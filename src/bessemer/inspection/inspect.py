@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from bessemer.core.errors import RequestError
+from bessemer.core.new_folder import new_file
 from bessemer.inspection.ablation import head_losses
 from bessemer.inspection.embedding import Neighbours, analogy, neighbours, planar, vectors
 from bessemer.inspection.lens import LogitLens, logit_lens
@@ -245,5 +246,5 @@ def _roles(model: Decoder, tokenizer: Tokenizer, tokens: Tokens, seed: int) -> d
 
 def save_arrays(inspection: Inspection, path: Path) -> None:
     """Write all numbers to one `.npz` file."""
-    with path.open("wb") as file:
+    with new_file(path) as unfinished, unfinished.open("wb") as file:
         np.savez_compressed(file, **inspection.arrays())  # type: ignore[arg-type]

@@ -8,7 +8,6 @@ the folder is executed.
 from __future__ import annotations
 
 import math
-import os
 import re
 import reprlib
 import sys
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 
 from bessemer.core.errors import ArtefactError
 from bessemer.core.hashing import hash_bytes
+from bessemer.core.new_folder import new_file
 from bessemer.core.store import check_format, read_json, write_json
 from bessemer.model.adapters import Adapter, Update, is_of_adapter, row_norms, weight_of
 from bessemer.model.decoder import Decoder
@@ -174,12 +174,8 @@ def write_adapter(adapter: Adapter, model: Decoder, folder: Path) -> None:
         if update.magnitude_N is not None:
             tensors[f"base_model.model.{name}.lora_magnitude_vector"] = update.magnitude_N.detach().cpu().contiguous()
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{ADAPTER_WEIGHTS}.{os.getpid()}.tmp"
-    try:
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        temporary.replace(folder / ADAPTER_WEIGHTS)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with new_file(folder / ADAPTER_WEIGHTS) as unfinished:
+        save_file(tensors, unfinished, metadata={"format": "pt"})
     write_json(folder / ADAPTER_CONFIG, config)
 
 
@@ -306,7 +302,7 @@ def _read_stored(path: Path, *, with_magnitudes: bool) -> dict[str, dict[str, Te
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ArtefactError(f"{path}: this is not a whole safetensors file ({error})") from None
+        raise ArtefactError(f"{path}: this is not a whole safetensors file ({error}); fetch or make it again") from None
     layers: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         found = _TENSOR.fullmatch(name)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bessemer.core.config import nearest
-from bessemer.core.errors import ArtefactError, ConfigError, SourceError
+from bessemer.core.errors import ArtefactError, ConfigError, SourceError, writing_to
 
 FOLDER_VARIABLE = "BESSEMER_MODELS"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -73,20 +73,21 @@ def pull(source: str, name: str | None = None) -> tuple[KeptModel, list[str]]:
     if (there := find_kept(name)) is not None:
         raise ConfigError(f"there is a model {name!r} already ({there}); bessemer rm {name} removes it, --name chooses another")
     folder = library_folder()
-    folder.mkdir(parents=True, exist_ok=True)
     is_gguf = Path(found.path).suffix == _GGUF
     place = folder / (f"{name}{_GGUF}" if is_gguf else name)
     unfinished = folder / f".{place.name}.partial"
-    _remove(unfinished)
-    try:
-        if is_gguf:
-            shutil.copyfile(found.path, unfinished)
-            notes: list[str] = []
-        else:
-            notes = import_model(found, unfinished)
-        unfinished.replace(place)
-    finally:
+    with writing_to(place):
+        folder.mkdir(parents=True, exist_ok=True)
         _remove(unfinished)
+        try:
+            if is_gguf:
+                shutil.copyfile(found.path, unfinished)
+                notes: list[str] = []
+            else:
+                notes = import_model(found, unfinished)
+            unfinished.replace(place)
+        finally:
+            _remove(unfinished)
     return _kept(place), notes
 
 

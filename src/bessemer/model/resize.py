@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bessemer.core.errors import ArtefactError, ConfigError
+from bessemer.core.new_folder import new_folder, refuse_full
 from bessemer.model.decoder import Decoder
 from bessemer.model.folder import load_model, save_model
 from bessemer.model.folder_config import GENERATION_CONFIG, refuse_quantised
@@ -79,8 +80,7 @@ def extend_model(
     `out` must be another folder: a model's files fit together only as a whole. Raises ConfigError for a token that cannot
     be added, ArtefactError when `folder` holds no model with a tokenizer or `out` is not empty.
     """
-    if out.exists() and any(out.iterdir()):
-        raise ArtefactError(f"{out}: exists already and is not empty; name another folder")
+    refuse_full(out)
     refuse_quantised(folder)
     model = load_model(folder)
     before = load_tokenizer(folder)
@@ -89,11 +89,12 @@ def extend_model(
             f"{folder}: its tokenizer has {before.vocab_size:,} tokens and its model {model.config.vocab_size:,}; they do not "
             "belong together"
         )
-    extension = add_tokens(folder, out, tokens, special_tokens)
-    size = max(model.config.vocab_size, extension.size + len(extension.added))
-    subtokens = {id: before.encode(token, add_bos=False) for id, token in extension.added.items()}
-    resize_embeddings(model, size, init=init, subtokens=subtokens, known=before.vocab_size)
-    if (folder / GENERATION_CONFIG).exists():
-        shutil.copyfile(folder / GENERATION_CONFIG, out / GENERATION_CONFIG)
-    save_model(model, out, tokenizer=out)
+    with new_folder(out) as unfinished:
+        extension = add_tokens(folder, unfinished, tokens, special_tokens)
+        size = max(model.config.vocab_size, extension.size + len(extension.added))
+        subtokens = {id: before.encode(token, add_bos=False) for id, token in extension.added.items()}
+        resize_embeddings(model, size, init=init, subtokens=subtokens, known=before.vocab_size)
+        if (folder / GENERATION_CONFIG).exists():
+            shutil.copyfile(folder / GENERATION_CONFIG, unfinished / GENERATION_CONFIG)
+        save_model(model, unfinished, tokenizer=unfinished)
     return extension

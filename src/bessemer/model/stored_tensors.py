@@ -108,7 +108,7 @@ def opening(path: Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, OSError) as error:
-        raise ArtefactError(f"{path}: this is not a whole safetensors file ({error})") from None
+        raise ArtefactError(f"{path}: this is not a whole safetensors file ({error}); fetch or make it again") from None
 
 
 def _check_plain(asked: tuple[int, ...], name: str, file: WeightsFile, path: Path) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bessemer.core.errors import writing_to
 from bessemer.core.packages import missing_package
 from bessemer.core.progress import Progress
 from bessemer.pipeline.launch import Asked, as_texts, launcher
@@ -66,7 +67,10 @@ def prepare(
 
     runner = runner_in(RunFolder.choose)
     runner.check(until=until, only=only)
-    return runner_in(RunFolder.claim) if claim and (ranks is None or ranks.leads) else runner
+    if not claim or not (ranks is None or ranks.leads):
+        return runner
+    with writing_to(runs):
+        return runner_in(RunFolder.claim)
 
 
 def run(
@@ -122,15 +126,16 @@ def execute(runner: Runner, *, until: str | None = None, only: str | None = None
             runner.recipe.stage(stage)
     start = time.monotonic()
     leads = ranks is None or ranks.leads
-    if leads:
-        runner.run_folder.start(runner.recipe.values)
-    made = runner.run(until=until, only=only)
-    seconds = time.monotonic() - start
-    if leads:
-        runner.run_folder.finish(made, seconds)
-        missing = missing_package(["matplotlib"])
-        if missing is None:
-            write_report(runner.run_folder)
-        else:  # a machine that makes data or trains may do without
-            runner.progress.say(f"no report is written: {missing}")
+    with writing_to(runner.run_folder.runs):
+        if leads:
+            runner.run_folder.start(runner.recipe.values)
+        made = runner.run(until=until, only=only)
+        seconds = time.monotonic() - start
+        if leads:
+            runner.run_folder.finish(made, seconds)
+            missing = missing_package(["matplotlib"])
+            if missing is None:
+                write_report(runner.run_folder)
+            else:  # a machine that makes data or trains may do without
+                runner.progress.say(f"no report is written: {missing}")
     return RunResult(runner.run_folder, runner.recipe, made, seconds)

@@ -107,7 +107,7 @@ def find_recipe(name: str) -> Path:
     """The file of a recipe, given as a path or as a shipped name. Raises ConfigError when there is neither."""
     if name.endswith((".yaml", ".yml")):
         if not Path(name).is_file():
-            raise ConfigError(f"{name}: there is no such recipe file")
+            raise ConfigError(f"{name}: there is no such recipe file; check the path, or name one that bessemer recipes lists")
         return Path(name)
     shipped = shipped_recipes()
     if name in shipped:

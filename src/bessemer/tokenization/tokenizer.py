@@ -230,7 +230,10 @@ class Tokenizer:
     @cached_property
     def _chat(self) -> ChatTemplate:
         if self.chat_template is None:
-            raise RequestError(f"{self.folder}: this tokenizer has no chat template; chat needs a model trained with one")
+            raise RequestError(
+                f"{self.folder}: this tokenizer has no chat template, as base models have none; bessemer generate continues a "
+                "text, and bessemer finetune makes a model that chats"
+            )
         config = _read_if_there(self.folder / SPECIAL_TOKENS_MAP_FILE) | _read_if_there(self.folder / TOKENIZER_CONFIG_FILE)
         named = {name: _content(value) for name, value in config.items() if name.endswith("_token")}
         variables = {name: content for name, content in named.items() if isinstance(content, str)}

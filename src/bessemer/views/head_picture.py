@@ -11,6 +11,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from bessemer.core.errors import ConfigError
+from bessemer.core.new_folder import new_file
 from bessemer.inspection.inspect import Inspection
 from bessemer.views.heat import POSITIVE, WEIGHT_EXPONENT
 from bessemer.views.tokens import visible
@@ -60,4 +61,5 @@ def save_head_picture(found: Inspection, path: Path) -> None:
             axes.spines[:].set_visible(False)
         # the same bytes each time
         dated = {".png": {"Software": None}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
-        figure.savefig(path, dpi=_RESOLUTION, metadata=dated[path.suffix])
+        with new_file(path) as unfinished:
+            figure.savefig(unfinished, format=path.suffix[1:], dpi=_RESOLUTION, metadata=dated[path.suffix])

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from bessemer.core.errors import ArtefactError, StorageError
+from bessemer.core.interrupts import thread_pool
 from bessemer.core.object_storage import ObjectPath, Place
 from bessemer.core.store import artefact_name, check_format, read_json, will_be_published, write_json, write_text
 
@@ -129,7 +129,7 @@ def documents_at_hand(folder: Path, copies: Path) -> Path:
                 f"{part}: this part of the documents is missing; delete {folder.parent} and run again"
             ) from None
 
-    with ThreadPoolExecutor(_DOWNLOADS_AT_ONCE) as pool:
+    with thread_pool(_DOWNLOADS_AT_ONCE) as pool:
         list(pool.map(fetch, stored_parts(folder)))
     return copies
 

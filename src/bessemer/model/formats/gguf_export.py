@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from bessemer.core.config import nearest
 from bessemer.core.errors import ArtefactError, ConfigError
+from bessemer.core.new_folder import new_file
 from bessemer.model.config import ModelConfig
 from bessemer.model.families import family_of
 from bessemer.model.families.layout import Stored
@@ -91,14 +91,9 @@ def export_gguf(folder: Path, path: Path, dtype: str | None = None) -> list[str]
         counts = Counter(one.scheme.gguf_type(ours[name].shape[-1]) for name, one in codes.items())
         most = counts.most_common(1)[0][0]
         kind = kind._replace(file_type=GGUF_DTYPES[most.lower()].file_type) if most else kind
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        coarse = _write(temporary, folder, config, family, ours, tokenizer, kind, codes if dtype is None else {})
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with new_file(path) as unfinished:
+        coarse = _write(unfinished, folder, config, family, ours, tokenizer, kind, codes if dtype is None else {})
     if coarse:
         notes.append(f"{coarse} tensors have rows that are no multiple of 32 and are kept in F16")
     return notes
@@ -215,10 +210,10 @@ def _write(
         _add_info(writer, ROPE_FACTORS, tuple(factors.shape), "F32")
     for one in stored:
         _add_info(writer, one.name, one.shape_in(shapes), asked[one.name][0])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
     try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
         if factors is not None:
             writer.write_tensor_data(factors.numpy())
         for one in stored:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from bessemer.core.errors import ArtefactError
+from bessemer.core.errors import ArtefactError, as_storage_error
 from bessemer.model.checkpoints import PICKLES
 
 #: A model that comes as a Python package, to try things with.
@@ -65,6 +65,8 @@ def download(name: str) -> Path:
             "HF_HUB_OFFLINE is set); fetch it where there is one and import its folder"
         ) from None
     except (errors.HfHubHTTPError, OSError) as error:
+        if (full := as_storage_error(error, "the hub's cache (HF_HOME names another place)")) is not None:
+            raise full from None
         raise ArtefactError(f"{name}: the hub does not give it ({_first_line(error)})") from None
     except Exception as error:
         # the library's HTTP client has errors of its own, and changed from one to another

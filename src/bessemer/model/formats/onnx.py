@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from bessemer.core.errors import ArtefactError, ConfigError
+from bessemer.core.errors import ArtefactError, ConfigError, writing_to
 from bessemer.core.new_folder import new_folder
 from bessemer.model.architecture import LayerType
 from bessemer.model.attention_backends import AttentionBackend, Scores
@@ -100,7 +100,8 @@ def write_onnx(model: Decoder, path: Path) -> list[str]:
         torch.no_grad(),
         _quiet(),
         graph.in_place(),
-        TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch,
+        writing_to(path),
+        TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=".partial") as scratch,
     ):
         program = torch.onnx.export(
             graph,

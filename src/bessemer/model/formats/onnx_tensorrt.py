@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bessemer.core.errors import ArtefactError, ConfigError
+from bessemer.core.errors import ArtefactError, ConfigError, writing_to
 from bessemer.model.config import ModelConfig
 from bessemer.model.folder import load_model
 from bessemer.model.formats.onnx import cache_names, check_form, require, write_onnx
@@ -35,7 +35,7 @@ def export_tensorrt(folder: Path, out: Path) -> list[str]:
     config = check_form(folder)
     trt: Any = require("tensorrt", "--format tensorrt needs NVIDIA's package: pip install tensorrt")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+    with writing_to(out), TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.", suffix=".partial") as scratch:
         graph = Path(scratch) / "model.onnx"
         notes = write_onnx(dequantised(load_model(folder, dtype=torch.float16)), graph)
         engine = Path(scratch) / out.name

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bessemer.core.hashing import hash_bytes, hash_value
+from bessemer.core.new_folder import new_file
 from bessemer.core.progress import Progress
 from bessemer.model.decoder import Decoder
 from bessemer.posttraining.preference.kto import MISMATCHED_REFERENCE
@@ -98,7 +99,6 @@ def with_reference(
                 bar.advance(len(parts[-1]))
     found = {REFERENCE_LOG_PROBS: torch.cat(parts).contiguous()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    save_file(found, temporary, metadata=of)
-    temporary.replace(path)
+    with new_file(path) as unfinished:
+        save_file(found, unfinished, metadata=of)
     return replace(batch, per_token={**batch.per_token, **found})

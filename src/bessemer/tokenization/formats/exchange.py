@@ -77,7 +77,7 @@ def _read(kind: Source, path: Path, folder: Path, split: str | None, special: Se
 def find_source(source: Path) -> tuple[Source, Path]:
     """The format of a file, or of the tokenizer in a folder, and its place. Raises ArtefactError when there is none."""
     if not source.exists():
-        raise ArtefactError(f"{source}: no such file or folder")
+        raise ArtefactError(f"{source}: no such file or folder; check the path")
     if source.is_dir():
         for name in _NAMES:
             if (source / name).exists():

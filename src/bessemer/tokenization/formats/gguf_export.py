@@ -5,7 +5,6 @@ What llama.cpp has no equal for is refused with the reason; what differs only on
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import tokenizers
 
 from bessemer.core.errors import ArtefactError
+from bessemer.core.new_folder import new_file
 from bessemer.core.store import read_json
 from bessemer.tokenization.folder import TOKENIZER_FILE
 from bessemer.tokenization.formats.gguf_import import (
@@ -100,20 +100,17 @@ def write_gguf_tokenizer(folder: Path, path: Path) -> list[str]:
     import gguf
 
     values = gguf_tokenizer(folder)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with new_file(path) as unfinished:
         # llama.cpp wants a name that it knows, with or without a model
-        writer = gguf.GGUFWriter(temporary, "llama")
+        writer = gguf.GGUFWriter(unfinished, "llama")
         writer.add_type("vocab")
         writer.add_vocab_size(len(values.tokens))
         values.add_to(writer)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.close()
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        try:
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+        finally:
+            writer.close()
     return values.notes
 
 

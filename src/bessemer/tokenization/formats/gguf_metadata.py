@@ -54,7 +54,7 @@ def _read(path: Path, tensors: bool) -> tuple[dict[str, Any], list[TensorInfo]]:
             values = reader.metadata()
             return values, reader.tensors(values.get("general.alignment", 32)) if tensors else []
     except (ValueError, struct.error, IndexError, MemoryError, OverflowError) as error:
-        raise ArtefactError(f"{path}: this is not a whole GGUF file ({error})") from None
+        raise ArtefactError(f"{path}: this is not a whole GGUF file ({error}); fetch or make it again") from None
 
 
 class _Reader:

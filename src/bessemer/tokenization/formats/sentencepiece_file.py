@@ -7,13 +7,13 @@ text. It does not say whether they are put around one: the folder puts the begin
 from __future__ import annotations
 
 import base64
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bessemer.core.errors import ArtefactError, ConfigError
+from bessemer.core.new_folder import new_file
 from bessemer.core.store import read_json
 from bessemer.tokenization.folder import TOKENIZER_FILE
 from bessemer.tokenization.formats.foreign import AddedToken, ForeignTokenizer, learned_size
@@ -179,12 +179,8 @@ def write_sentencepiece(folder: Path, path: Path) -> None:
             normalizer.precompiled_charsmap = base64.b64decode(step["precompiled_charsmap"])
         elif step in _MERGED_SPACES:
             normalizer.remove_extra_whitespaces = True
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(model.SerializeToString(deterministic=True))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with new_file(path) as unfinished:
+        unfinished.write_bytes(model.SerializeToString(deterministic=True))
 
 
 def _pieces(path: Path, content: Mapping[str, Any]) -> list[tuple[str, float, str]]:

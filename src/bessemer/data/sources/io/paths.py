@@ -8,13 +8,13 @@ import os
 import posixpath
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, TypeVar
 
 from bessemer.core.errors import ArtefactError, ConfigError, SourceError
 from bessemer.core.hashing import hash_bytes, hash_file
+from bessemer.core.interrupts import thread_pool
 from bessemer.core.object_storage import ObjectPath, Place, fingerprint_of, has_pattern, is_address
 from bessemer.core.progress import Progress, Silent
 from bessemer.core.store import read_json, write_text
@@ -179,7 +179,7 @@ class ContentFingerprints:
         progress = self._progress if total >= _LONG_READ_BYTES else Silent()
         with (
             progress.task("reading what the sources name", total=total, unit="bytes") as task,
-            ThreadPoolExecutor(_FILES_AT_ONCE) as pool,
+            thread_pool(_FILES_AT_ONCE) as pool,
         ):
             hashes = pool.map(partial(self._read, on_read=task.advance), *zip(*unread, strict=True)) if unread else ()
             found |= {file: value for (file, _), value in zip(unread, hashes, strict=True)}

@@ -7,7 +7,6 @@ gzip member that it is. Both servers are settings, so that a mirror or a test ca
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from urllib.parse import urlencode
 
 from bessemer.core.errors import SourceError
 from bessemer.core.hashing import hash_value
+from bessemer.core.interrupts import thread_pool
 from bessemer.core.progress import Progress, Silent
 from bessemer.data.sources.config import CommonCrawlSource
 from bessemer.data.sources.document import Tally, encodable
@@ -84,7 +84,7 @@ class CommonCrawl:
         captures = [capture for capture in self._captures() if capture.name not in store.outcomes]
         with (
             progress.task("fetching", total=len(captures), unit="pages") as task,
-            ThreadPoolExecutor(self.requests_at_once) as pool,
+            thread_pool(self.requests_at_once) as pool,
         ):
 
             def get(capture: _Capture) -> None:

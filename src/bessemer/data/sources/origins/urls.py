@@ -5,13 +5,13 @@ from __future__ import annotations
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bessemer.core.errors import SourceError
 from bessemer.core.hashing import hash_value
+from bessemer.core.interrupts import thread_pool
 from bessemer.core.object_storage import Place
 from bessemer.core.progress import Progress, Silent
 from bessemer.data.sources.config import UrlsSource
@@ -91,7 +91,7 @@ class Urls:
                 by_host[urlsplit_host(url) or ""].append(url)
         with (
             progress.task("fetching", total=len(wanted), unit="pages", completed=len(store.outcomes)) as task,
-            ThreadPoolExecutor(self.hosts_at_once) as pool,
+            thread_pool(self.hosts_at_once) as pool,
         ):
 
             def visit(urls: list[str]) -> None:
