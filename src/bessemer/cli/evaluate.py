@@ -10,7 +10,7 @@ import typer
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A model's folder, a GGUF file or a run's name.")],
+    model: Annotated[str, typer.Argument(help="A model's folder, a GGUF file, a run's name, or what finetune wrote.")],
     tasks: Annotated[str, typer.Option(help="Tasks by name or by YAML file, with commas between; core: CORE's.")],
     data: Annotated[Path | None, typer.Option(help="Folder of the tasks' data; beside the task file if none.")] = None,
     limit: Annotated[int | None, typer.Option(help="The first items of each task only.", min=1)] = None,
@@ -23,6 +23,7 @@ def evaluate(
         typer.Option(help="Tokens after which thinking is closed, with --chat; what follows it is judged.", min=0),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the choice of examples and of samples; the task's own.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="Folder of a low-rank adapter of the model.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the results; evaluations/MODEL-KEY if none.")] = None,
     max_model_len: Annotated[
         int | None, typer.Option(help="At most this many tokens of a prompt; the model's context.")
@@ -36,7 +37,7 @@ def evaluate(
     """Evaluate a model on tasks. The same command goes on where it was stopped."""
     from rich.console import Console
 
-    from bessemer.cli.named import find_model, option_of
+    from bessemer.cli.named import find_served, option_of
     from bessemer.core.hashing import hash_value
     from bessemer.core.progress import progress_for_terminal
     from bessemer.core.store import write_text
@@ -55,7 +56,7 @@ def evaluate(
     }
     named = [name for each in tasks.split(",") if (name := each.strip())]
     found = find_tasks(named, TaskOptions.parse(given, option_of("evaluate")))
-    place, documents = find_model(model, runs), _documents(corpus, model, runs)
+    place, documents = find_served(model, runs), _documents(corpus, model, runs)
 
     from bessemer.evaluation.judges import connected_judges
     from bessemer.evaluation.model_identity import model_identity
@@ -65,10 +66,12 @@ def evaluate(
 
     config = EngineConfig.parse({"max_model_len": max_model_len}, option_of("evaluate"))
     name = Path(model).stem if place.is_file() else Path(model).name
-    identity = model_identity(place, name, max_model_len)
+    if adapter is not None:
+        name = f"{name}-{adapter.resolve().name}"
+    identity = model_identity(place, name, max_model_len, adapter=adapter)
     key = hash_value([identity, [[task.name, dict(task.settings)] for task in found]], bits=32)
     folder = out or Path("evaluations") / f"{name}-{key}"
-    with connected_judges(found, device), Engine(place, device=device, config=config) as engine:
+    with connected_judges(found, device), Engine(place, device=device, config=config, adapter=adapter) as engine:
         results = evaluate_tasks(engine, found, folder, model=identity, progress=progress_for_terminal(), corpus=documents)
     Console(highlight=False).print(show_task_results(results))
     calibrated = {name: task for name, task in results["tasks"].items() if "calibration" in task}

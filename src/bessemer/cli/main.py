@@ -30,6 +30,7 @@ from bessemer.cli.inspect import inspect
 from bessemer.cli.keys import keys
 from bessemer.cli.label import label
 from bessemer.cli.library import list_models, pull, rm
+from bessemer.cli.merge import merge
 from bessemer.cli.plan import plan
 from bessemer.cli.quantize import quantize
 from bessemer.cli.recipes import recipes
@@ -72,6 +73,7 @@ _COMMANDS = (
         rm,
         export,
         quantize,
+        merge,
         extend,
         average,
         train_classifier,

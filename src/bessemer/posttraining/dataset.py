@@ -18,11 +18,16 @@ Example = TypeVar("Example")
 
 def read_examples(path: Path, parse: Callable[[Mapping[str, Any]], Example]) -> list[Example]:
     """The rows of a file as examples. Raises SourceError with the file and the line of the first that is malformed."""
+    return [example for _, example in placed_examples(path, parse)]
+
+
+def placed_examples(path: Path, parse: Callable[[Mapping[str, Any]], Example]) -> list[tuple[str, Example]]:
+    """`read_examples`, each behind its file and line."""
     return _examples(read_records(path), parse)
 
 
-def examples_of_function(name: str, folder: Path, parse: Callable[[Mapping[str, Any]], Example]) -> list[Example]:
-    """The rows that a user's `file.py:function` gives, as examples.
+def examples_of_function(name: str, folder: Path, parse: Callable[[Mapping[str, Any]], Example]) -> list[tuple[str, Example]]:
+    """The rows that a user's `file.py:function` gives, as examples, each behind its name and number.
 
     Raises ConfigError where there is no such function, SourceError for one that fails or gives none, and with the number of the
     first row that is malformed.
@@ -42,11 +47,11 @@ def examples_of_function(name: str, folder: Path, parse: Callable[[Mapping[str, 
     return _examples([Record(dict(row), number, f"{name}: row {number:,}") for number, row in enumerate(rows, start=1)], parse)
 
 
-def _examples(records: Iterable[Record], parse: Callable[[Mapping[str, Any]], Example]) -> list[Example]:
+def _examples(records: Iterable[Record], parse: Callable[[Mapping[str, Any]], Example]) -> list[tuple[str, Example]]:
     examples = []
     for record in records:
         try:
-            examples.append(parse(record.values))
+            examples.append((record.place, parse(record.values)))
         except (ValueError, RecursionError, RequestError) as error:
             raise SourceError(f"{record.place}: {error}") from None
     return examples
