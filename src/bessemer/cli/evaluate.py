@@ -11,7 +11,10 @@ import typer
 
 def evaluate(
     model: Annotated[str, typer.Argument(help="A model's folder, a GGUF file, a run's name, or what finetune wrote.")],
-    tasks: Annotated[str, typer.Option(help="Tasks by name or by YAML file, with commas between; core: CORE's.")],
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Tasks by name or by YAML file, with commas between; core: CORE's. Of finetune's, what it held out."),
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of the tasks' data; beside the task file if none.")] = None,
     limit: Annotated[int | None, typer.Option(help="The first items of each task only.", min=1)] = None,
     shots: Annotated[int | None, typer.Option(help="Answered examples before each question; the task's own.", min=0)] = None,
@@ -54,7 +57,7 @@ def evaluate(
         "system": system,
         "thinking_budget": thinking_budget,
     }
-    named = [name for each in tasks.split(",") if (name := each.strip())]
+    named = [name for each in (tasks or _held_out(model)).split(",") if (name := each.strip())]
     found = find_tasks(named, TaskOptions.parse(given, option_of("evaluate")))
     place, documents = find_served(model, runs), _documents(corpus, model, runs)
 
@@ -80,6 +83,17 @@ def evaluate(
 
         write_text(folder / "reliability.svg", reliability_chart(calibrated))
     print(folder)
+
+
+def _held_out(model: str) -> str:
+    """The task that a fine-tuning made of what it held out. Raises ConfigError where there is none."""
+    from bessemer.core.errors import ConfigError
+    from bessemer.model.tuned_folder import HELD_OUT_TASK
+
+    task = Path(model) / HELD_OUT_TASK
+    if not task.is_file():
+        raise ConfigError("--tasks: name one or more, with commas between, as in --tasks arithmetic,code")
+    return str(task)
 
 
 def _documents(corpus: Path | None, model: str, runs: Path) -> Path | None:

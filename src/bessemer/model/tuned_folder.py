@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 RECORD = "finetune.json"
 #: Folders in it: the model where it had to be made ready, the adapter, and whole weights.
 BASE, ADAPTER, MODEL = "base", "adapter", "model"
+#: The questions held out, as a task.
+HELD_OUT_TASK = "held_out.yaml"
 _CONFIG = "config.json"
 
 

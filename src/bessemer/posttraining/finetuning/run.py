@@ -32,7 +32,7 @@ from bessemer.posttraining.config import SFTConfig
 from bessemer.posttraining.conversations import Conversation
 from bessemer.posttraining.finetuning.base import prepare_base
 from bessemer.posttraining.finetuning.config import FULL_LEARNING_RATE, FinetuneConfig, Method
-from bessemer.posttraining.finetuning.held_out import conversation_losses
+from bessemer.posttraining.finetuning.held_out import conversation_losses, write_task
 from bessemer.posttraining.finetuning.plan import Sizes, plan_finetuning, product_dtype
 from bessemer.posttraining.finetuning.verdict import one_line
 from bessemer.posttraining.sft import sft
@@ -73,8 +73,8 @@ def finetune(
 ) -> Finetuned:
     """Fine-tune a model on a file of questions and answers; the same call goes on where it was stopped.
 
-    Writes below `out`: `adapter/` or `model/`, what `sft` writes, `base/` where the model had to be made ready, and
-    `finetune.json`. Raises SourceError, RequestError or ArtefactError for data and models that cannot be used, ConfigError for
+    Writes below `out`: `adapter/` or `model/`, what `sft` writes, `base/` where the model had to be made ready, `held_out.yaml`,
+    a task, and `finetune.json`. Raises SourceError, RequestError or ArtefactError for data and models that cannot be used, ConfigError for
     settings, and a model that memory does not hold; nothing is written before. `finished` is asked before.
     """
     with TemporaryDirectory() as scratch:
@@ -116,6 +116,7 @@ def finetune(
             with adapted(model, [] if adapter is None else [(adapter, None)]):
                 return measure(model, description=f"loss {when}"), answers
 
+    write_task(out, plan.held_out, tokenizer)
     before_N, answers_before = measured(starting_model(base, tuning, chosen_device, seed), "before")
     samples = _Samples(questions, plan.sizes.steps, progress)
     metrics = sft(tuning, base, None, out, seed=seed, device=device, progress=progress, on_validation=samples.show)
