@@ -33,6 +33,7 @@ from bessemer.posttraining.finetuning.method import choose_method, needed_bytes
 from bessemer.posttraining.finetuning.plan import Sizes, row_length, settings_of
 from bessemer.posttraining.finetuning.run import Finetuned, _Questions, _Samples, _training_settings
 from bessemer.posttraining.finetuning.verdict import verdict
+from bessemer.tasks.file import read_task
 from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.data.batches import Batch
 from bessemer.training.objectives import next_token_loss
@@ -104,6 +105,8 @@ def test_a_table_becomes_an_adapter_that_serves_and_the_end_is_honest(model_fold
     # what the training itself saw held out, as a mean over tokens instead of conversations
     losses = [line["validation_loss"] for line in read_metrics(out / "metrics.jsonl") if "validation_loss" in line]
     assert losses[-1] == pytest.approx(record["loss_after"], abs=0.1) and losses[0] < record["loss_before"]
+    task = read_task(out / "held_out.yaml")
+    assert len(task.questions()) == record["conversations"] and task.generation.max_tokens > 8
     engine = Engine(model_folder)
     engine.load_adapter("tickets", out / "adapter")
     messages = [{"role": "user", "content": "Where is order 7?"}]
@@ -112,7 +115,8 @@ def test_a_table_becomes_an_adapter_that_serves_and_the_end_is_honest(model_fold
 
     assert not (out / "checkpoints").exists()
     again, printed, _ = bessemer(capsys, *asked)
-    assert (again, printed.splitlines()[-2]) == (0, verdict)
+    assert (again, printed.splitlines()[-2]) == (0, verdict) and not (out / "model").exists()
+    assert bessemer(capsys, *asked, "--merge")[0] == 0 and (out / "model" / "config.json").exists()
     _, _, err = bessemer(capsys, *asked, "--rank", 4)
     assert "holds another fine-tuning, of other data, another model or settings" in one_error(err)
 

@@ -42,8 +42,8 @@ def conversation_losses(
 
 
 def write_task(out: Path, held_out: Sequence[Conversation], tokenizer: Tokenizer) -> None:
-    """Write the questions held out with their answers as a task, which any model may be evaluated on; nothing where there are no
-    conversations of one question and one answer.
+    """Write the questions held out with their answers as a task, which any model may be evaluated on; nothing where there are
+    no conversations of one question and one answer.
 
     An answer counts as right that shares most of its words with that of the data, and may be a little longer than the longest.
     A task has one system message: the first conversation's.
@@ -74,11 +74,10 @@ def write_task(out: Path, held_out: Sequence[Conversation], tokenizer: Tokenizer
         "max_tokens": longest + longest // 4 + 8,
         "verifier": {"method": "overlap"},
     }
-    write_text(out / HELD_OUT_ROWS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     # JSON is YAML
-    write_text(
-        out / HELD_OUT_TASK, "".join(f"{name}: {json.dumps(value, ensure_ascii=False)}\n" for name, value in settings.items())
-    )
+    lines = [f"{name}: {json.dumps(value, ensure_ascii=False)}\n" for name, value in settings.items()]
+    write_text(out / HELD_OUT_TASK, "".join(lines))
+    write_text(out / HELD_OUT_ROWS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 @torch.no_grad()

@@ -73,9 +73,10 @@ def finetune(
 ) -> Finetuned:
     """Fine-tune a model on a file of questions and answers; the same call goes on where it was stopped.
 
-    Writes below `out`: `adapter/` or `model/`, what `sft` writes, `base/` where the model had to be made ready, `held_out.yaml`,
-    a task, and `finetune.json`. Raises SourceError, RequestError or ArtefactError for data and models that cannot be used, ConfigError for
-    settings, and a model that memory does not hold; nothing is written before. `finished` is asked before.
+    Writes below `out`: `adapter/` or `model/`, what `sft` writes, `base/` where the model had to be made ready, the task
+    `held_out.yaml`, and `finetune.json`. Raises SourceError, RequestError or ArtefactError for data and models that cannot be
+    used, ConfigError for settings, and a model that memory does not hold; nothing is written before. `finished` is asked
+    before.
     """
     with TemporaryDirectory() as scratch:
         known = ModelSource("folder", str(out / BASE)) if (out / BASE).exists() else source
