@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ from tests.model.random_adapters import random_adapter
 from tests.model.randomised import SHAPES, random_decoder
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer
 
-GREEDY = SamplingParams(max_tokens=12)
+GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
 LOSSES = {"a": [3.0, 2.0], "b": [3.1, 2.2], "c": [2.9, 1.9]}
 RESULT = {
     "data": "conversations learnt: 9",
@@ -216,5 +215,5 @@ def test_compare_tells_a_fine_tuning_from_its_base_and_from_another(place, capsy
 def test_show_tells_what_was_tuned_and_what_it_was_worth(place, capsys):
     code, out, _ = bessemer(capsys, "show", "out")
     assert code == 0
-    for words in ("lora", "before: What?", "much better", str(Path("out") / "adapter")):
+    for words in ("lora", "before: What?", "much better", "Adapter"):
         assert words in out.replace("\n", ""), words
