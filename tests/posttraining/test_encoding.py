@@ -106,3 +106,12 @@ def test_an_example_fits_to_the_token_and_is_never_cut_at_its_end(tokenizer):
 def test_texts_and_messages_are_not_mixed(tokenizer):
     with pytest.raises(TypeError, match="both be texts or both messages"):
         encode_answer("Who?", (said("assistant", "Me."),), tokenizer)
+
+
+def test_a_call_is_found_in_the_answer_and_not_in_what_is_said_beside_it(tokenizer, tmp_path):
+    call = {"type": "function", "function": {"name": "find_order", "arguments": {}}}
+    messages = (said("user", "Where?"), said("assistant", "I use find_order.") | {"tool_calls": [call]})
+    assert "find_order" in learnt(encode_answer((), messages, tokenizer), tokenizer)
+    other = with_template(tokenizer, tmp_path, "<|im_end|>\n")
+    with pytest.raises(RequestError, match="message 2 calls the tool 'find_order', and the model's chat template shows no"):
+        encode_answer((), messages, other)

@@ -186,3 +186,13 @@ def test_public_preference_data_is_read_as_it_is():
             refused.append(str(error))
     assert len(parsed) > 0.97 * len(harmless), refused[:5]
     assert all(pair.prompt[-1]["role"] == "user" for pair in parsed)
+
+
+def test_a_null_content_is_empty_or_beside_calls_absent():
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    silent = {"role": "assistant", "content": None}
+    rows = [said("user", "Hi"), silent | {"tool_calls": [call]}, {"role": "tool", "content": None}, said("assistant", "Done.")]
+    answer = as_answered({"messages": rows}).answer
+    assert answer[1:3] == ({"role": "assistant", "tool_calls": [call]}, said("tool", ""))
+    with pytest.raises(ValueError, match="the assistant says nothing in it"):
+        as_answered({"messages": [said("user", "Hi"), silent]})

@@ -6,7 +6,7 @@ import pytest
 
 from bessemer.core.errors import ConfigError
 from bessemer.tasks.numbers import answered_number, numbers_in
-from bessemer.tasks.verifiers import Contains, Exact, Numeric, Pattern
+from bessemer.tasks.verifiers import Contains, Exact, Numeric, Overlap, Pattern, word_f1
 
 EXACT = [
     ("Paris", ["Paris"], True),
@@ -174,3 +174,12 @@ def test_of_texts_that_hold_a_letter_equal_ones_are_counted_together():
 def test_a_pattern_that_is_no_regular_expression_is_refused():
     with pytest.raises(ConfigError, match="is not a regular expression"):
         Pattern.parse({"pattern": "("}, "verifier")
+
+
+def test_overlap_counts_the_words_of_both():
+    # three of four words, and three of five: 2 · 3 / 9
+    assert word_f1("order seven is late", "order seven is on time") == pytest.approx(2 / 3)
+    assert (word_f1("a a b", "a b b"), word_f1("a", "b"), word_f1("", "b")) == (pytest.approx(2 / 3), 0.0, 0.0)
+    verifier = Overlap.parse({"least": 0.6}, "verifier")
+    assert verifier.verify("Order seven is late.", ["no", "The order, seven, is on time"])
+    assert not Overlap().verify("Order seven is late.", ["order seven is on time"]) and not verifier.verify("", ["order"])

@@ -170,7 +170,7 @@ def wait_for(condition):
 
 def test_an_xray_is_refused_where_its_copy_of_the_model_does_not_fit_or_anybody_could_ask(start, monkeypatch):
     monkeypatch.setattr(xray_api, "free_memory_bytes", lambda: 1000)
-    monkeypatch.setattr(xray_api, "load_model", None)
+    monkeypatch.setattr(xray_api, "load_whole", None)
     refused = httpx.post(start() + "/inspect/xray", json={"text": "the end"})
     assert refused.status_code == 503 and "copy of the model in float32" in refused.json()["error"]["message"]
     for path, more in (("xray", {}), ("without", {"layer": 0, "head": 0})):

@@ -37,7 +37,7 @@ _DIM, _PLAIN = "\033[2m", "\033[0m"
 
 
 def chat(
-    model: Annotated[str, typer.Argument(help="A model's folder or a run's name.")],
+    model: Annotated[str, typer.Argument(help="A model's folder, a run's name, or what finetune wrote.")],
     system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
     max_tokens: Annotated[int, typer.Option(help="At most this many tokens an answer.", min=1)] = 256,
     thinking_budget: Annotated[
@@ -71,10 +71,10 @@ def chat(
 ) -> None:
     """Talk with a model in the terminal."""
     from bessemer.assistant.config import AssistantConfig
-    from bessemer.cli.named import example_questions, find_model, option_of, sampling_options, speculation
+    from bessemer.cli.named import example_questions, find_served, option_of, sampling_options, speculation
     from bessemer.inference.engine import Engine, EngineConfig
 
-    folder = find_model(model, runs)
+    folder = find_served(model, runs)
     config = EngineConfig.parse(speculation(speculate) | {"max_model_len": max_model_len}, option_of("chat"))
     params_for = sampling_options(
         "chat",

@@ -13,18 +13,27 @@ if TYPE_CHECKING:
 
 def compare(
     things: Annotated[
-        list[str], typer.Argument(metavar="A B", help="Two runs by name or folder, or folders of evaluations, two or more.")
+        list[str],
+        typer.Argument(
+            metavar="A B",
+            help="Two runs by name or folder; folders of evaluations, two or more; one or two folders that finetune wrote.",
+        ),
     ],
     items: Annotated[bool, typer.Option("--items", help="Of two evaluations: the items that flipped, both answers.")] = False,
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
 ) -> None:
-    """Compare two runs or two evaluations, or rank several evaluations.
+    """Compare two runs or two evaluations, rank several evaluations, or a fine-tuning with what was before or with another.
 
     Of runs: the settings that differ, then the figures. Of evaluations: means with intervals, and which differences are noise.
+    Of fine-tunings: the losses of the conversations that both held out.
     """
     from bessemer.core.errors import ConfigError
     from bessemer.evaluation.evaluation_folder import is_evaluation
+    from bessemer.model.tuned_folder import is_tuned
 
+    if len(things) <= 2 and all(is_tuned(Path(thing)) for thing in things) and not items:
+        _compare_tuned([Path(thing) for thing in things])
+        return
     if len(things) < 2:
         raise ConfigError(f"{things[0]} alone: name at least two runs, or folders of evaluations, to compare")
     evaluations = [thing for thing in things if is_evaluation(Path(thing))]
@@ -62,6 +71,17 @@ def _compare_evaluations(folders: list[str], *, items: bool) -> None:
     console = Console(highlight=False)
     for drawn in show_parts(parts):
         console.print(drawn)
+
+
+def _compare_tuned(outs: list[Path]) -> None:
+    """One fine-tuning with its base, or two."""
+    from bessemer.model.tuned_folder import read_record
+    from bessemer.posttraining.finetuning.verdict import compared_lines, record_lines
+
+    results = [read_record(out)["result"] for out in outs]
+    lines = record_lines(results[0]) if len(outs) == 1 else compared_lines(results, _names([str(out) for out in outs]))
+    for line in lines:
+        print(line)
 
 
 def _names(folders: list[str]) -> list[str]:

@@ -25,10 +25,13 @@ def _list_tasks(wanted: bool) -> None:
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A model's folder, a GGUF file or a run's name.")],
+    model: Annotated[str, typer.Argument(help="A model's folder, a GGUF file, a run's name, or what finetune wrote.")],
     tasks: Annotated[
-        str, typer.Option(help="Tasks by name or by YAML file, with commas between; core: CORE's; see --list-tasks.")
-    ] = "",
+        str | None,
+        typer.Option(
+            help="Tasks by name or by YAML file, with commas between; core: CORE's; see --list-tasks. None: what finetune held out."
+        ),
+    ] = None,
     list_tasks: Annotated[
         bool, typer.Option("--list-tasks", help="List the tasks by name, and end.", is_eager=True, callback=_list_tasks)
     ] = False,
@@ -47,6 +50,7 @@ def evaluate(
         typer.Option(help="Tokens after which thinking is closed, with --chat; what follows it is judged.", min=0),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the choice of examples and of samples; the task's own.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="Folder of a low-rank adapter of the model.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the results; evaluations/MODEL-KEY if none.")] = None,
     max_model_len: Annotated[
         int | None, typer.Option(help="At most this many tokens of a prompt; the model's context.")
@@ -60,7 +64,7 @@ def evaluate(
     """Evaluate a model on tasks. The same command goes on where it was stopped."""
     from rich.console import Console
 
-    from bessemer.cli.named import find_model, option_of
+    from bessemer.cli.named import find_served, option_of
     from bessemer.core.errors import writing_to
     from bessemer.core.hashing import hash_value
     from bessemer.core.new_folder import alone_in
@@ -79,12 +83,12 @@ def evaluate(
         "system": system,
         "thinking_budget": thinking_budget,
     }
-    named = [name for each in tasks.split(",") if (name := each.strip())]
+    named = [name for each in (tasks or _held_out(model)).split(",") if (name := each.strip())]
     options, progress = TaskOptions.parse(given, option_of("evaluate")), progress_for_terminal()
     if fetch:
         options = with_data(named, options, runs / ".cache" / "tasks", progress.say)
     found = find_tasks(named, options)
-    place, documents = find_model(model, runs), _documents(corpus, model, runs)
+    place, documents = find_served(model, runs), _documents(corpus, model, runs)
 
     from bessemer.evaluation.judges import connected_judges
     from bessemer.evaluation.model_identity import model_identity
@@ -94,14 +98,16 @@ def evaluate(
 
     config = EngineConfig.parse({"max_model_len": max_model_len}, option_of("evaluate"))
     name = Path(model).stem if place.is_file() else Path(model).name
-    identity = model_identity(place, name, max_model_len)
+    if adapter is not None:
+        name = f"{name}-{adapter.resolve().name}"
+    identity = model_identity(place, name, max_model_len, adapter=adapter)
     key = hash_value([identity, [[task.name, dict(task.settings)] for task in found]], bits=32)
     folder = out or Path("evaluations") / f"{name}-{key}"
     with (
         writing_to(folder),
         alone_in(folder),
         connected_judges(found, device),
-        Engine(place, device=device, config=config) as engine,
+        Engine(place, device=device, config=config, adapter=adapter) as engine,
     ):
         results = evaluate_tasks(engine, found, folder, model=identity, progress=progress, corpus=documents)
     Console(highlight=False).print(show_task_results(results))
@@ -111,6 +117,17 @@ def evaluate(
 
         write_text(folder / "reliability.svg", reliability_chart(calibrated))
     print(folder)
+
+
+def _held_out(model: str) -> str:
+    """The task that a fine-tuning made of what it held out. Raises ConfigError where there is none."""
+    from bessemer.core.errors import ConfigError
+    from bessemer.model.tuned_folder import HELD_OUT_TASK
+
+    task = Path(model) / HELD_OUT_TASK
+    if not task.is_file():
+        raise ConfigError("--tasks: name one or more, with commas between, as in --tasks arithmetic,code")
+    return str(task)
 
 
 def _documents(corpus: Path | None, model: str, runs: Path) -> Path | None:

@@ -12,11 +12,14 @@ if TYPE_CHECKING:
 
 
 def export(
-    folder: Annotated[Path, typer.Argument(help="A model's folder, or a tokenizer's, or RUN@STEP for a checkpoint.")],
+    folder: Annotated[Path, typer.Argument(help="A model's folder, what finetune wrote, a tokenizer's, or RUN@STEP.")],
     out: Annotated[Path, typer.Argument(help="The file to write, or the folder.")],
     format: Annotated[
-        str, typer.Option(help="gguf, safetensors, onnx or tensorrt; of a tokenizer gguf, sentencepiece or tiktoken.")
-    ],
+        str | None,
+        typer.Option(
+            help="gguf, safetensors, onnx or tensorrt; of a tokenizer gguf, sentencepiece or tiktoken. By OUT's suffix if none."
+        ),
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(help="Number type of a model's weights: f32, f16, bf16; gguf also q8_0, q4_0, q4_1. As they are if none."),
@@ -33,9 +36,13 @@ def export(
     from bessemer.model.checkpoints import holds_weights, refuse_checkpoint
     from bessemer.model.formats.exchange import MODEL_FORMATS, ExportOptions, export_model
     from bessemer.model.formats.hub import import_advice
+    from bessemer.model.tuned_folder import whole_weights
     from bessemer.tokenization.formats import FORMATS, export_tokenizer
 
     formats = list(dict.fromkeys([*MODEL_FORMATS, *FORMATS]))
+    format = format or _OF_SUFFIX.get(out.suffix)
+    if format is None:
+        raise ConfigError(f"--format: {out} does not tell it by its name; formats: {', '.join(formats)}")
     if format not in formats:
         raise ConfigError(f"--format: there is no {format!r}{nearest(format, formats)}; formats: {', '.join(formats)}")
     options = ExportOptions(dtype=dtype, shard_bytes=_bytes(shard_size))
@@ -45,7 +52,7 @@ def export(
     if "@" in folder.name and not folder.exists():
         _export_checkpoint(str(folder), out, format, options)
         return
-    folder = follow(folder)
+    folder = whole_weights(folder) or follow(folder)
     of_model = format in MODEL_FORMATS and not tokenizer_only
     if of_model:
         refuse_checkpoint(folder)
@@ -58,6 +65,10 @@ def export(
     else:
         raise ArtefactError(f"{folder}: holds no model (as safetensors) to export")
     _say(notes, out)
+
+
+#: The formats that a file's name tells.
+_OF_SUFFIX = {".gguf": "gguf", ".onnx": "onnx", ".model": "sentencepiece", ".tiktoken": "tiktoken"}
 
 
 def _export_checkpoint(name: str, out: Path, format: str, options: ExportOptions) -> None:

@@ -34,7 +34,7 @@ def finetune(
         str, typer.Option(help="What is longer than a row. drop: left out; left: its beginning is cut off; refuse: an error.")
     ] = "drop",
     held_out: Annotated[float, typer.Option(help="Share of the data that is held out.")] = 0.1,
-    merge: Annotated[bool, typer.Option("--merge", help="Also write the model with the adapter merged into it.")] = False,
+    merge: Annotated[bool, typer.Option("--merge", help="Also merge the adapter into OUT/model; later too.")] = False,
     seed: Annotated[int, typer.Option(help="Of the order, of what is held out, and of a new adapter.")] = 7,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
@@ -63,19 +63,22 @@ def finetune(
         },
         option_of("finetune"),
     )
+    from bessemer.model.tuned_folder import whole_weights
     from bessemer.posttraining.finetuning.run import asked_of, finish, finished
     from bessemer.posttraining.finetuning.run import finetune as tune
+    from bessemer.posttraining.finetuning.verdict import answer_lines
 
-    source = _source(model, runs)
+    source = model_source(model, runs)
     result = finished(out, lambda: asked_of(config, source, data, seed))
     if result is None:
         with writing_to(out), alone_in(out):
             found = tune(config, source, data, out, seed=seed, device=device, progress=progress_for_terminal())
-            result = _result(found) | {"serve": _serving(model, found, data)}
+            result = _result(found)
             finish(out, result)
-    print(result["data"])
-    print(result["verdict"])
-    print(result["serve"])
+    if merge:
+        whole_weights(out)
+    for line in (*answer_lines(result.get("answers", [])), result["data"], result["verdict"], _uses(out)):
+        print(line)
 
 
 def _weights(given: list[str]) -> dict[str, float]:
@@ -97,7 +100,7 @@ def _weights(given: list[str]) -> dict[str, float]:
     return found
 
 
-def _source(model: str, runs: Path) -> ModelSource:
+def model_source(model: str, runs: Path) -> ModelSource:
     """What MODEL means: a folder or a run first, then what can be imported."""
     from bessemer.cli.named import find_model
     from bessemer.core.errors import ArtefactError
@@ -116,46 +119,30 @@ def _source(model: str, runs: Path) -> ModelSource:
 
 def _result(found: Finetuned) -> dict[str, Any]:
     """The figures, and the end in words: better or not, by how much, how sure."""
-    from bessemer.core.statistics import paired_difference
+    from bessemer.posttraining.finetuning.verdict import verdict
 
-    estimate = paired_difference(found.before_N, found.after_N)
-    low, high = estimate.interval()
-    before, after = float(found.before_N.mean()), float(found.after_N.mean())
-    if low > 0:
-        answer = "yes"
-    elif high < 0:
-        answer = "no, worse"
-    else:
-        answer = "not to be told"
-    words = (
-        f"better than before on what was held out: {answer}. Loss {before:.3f} → {after:.3f} nats a token, "
-        f"{abs(estimate.mean):.3f} {'lower' if estimate.mean > 0 else 'higher'} (95 % interval of the fall: {low:.3f} to "
-        f"{high:.3f}; {estimate.items:,} conversations)"
-    )
     metrics = found.metrics
     learnt = metrics["conversations"] - metrics["too_long"] - metrics["nothing_learnt"]
     data = (
         f"conversations learnt: {learnt:,}, of which {metrics['cut']:,} with their beginning cut off; left out: "
         f"{metrics['too_long']:,} longer than a row, {metrics['nothing_learnt']:,} without anything to learn"
     )
+    losses = zip(found.ids_N, found.before_N.tolist(), found.after_N.tolist(), strict=True)
     return {
         "data": data,
-        "verdict": words,
+        **verdict(found.before_N, found.after_N),
         "method": found.method,
-        "loss_before": before,
-        "loss_after": after,
-        "difference": estimate.mean,
-        "interval": [low, high],
-        "conversations": estimate.items,
-        "better": low > 0,
+        "answers": list(found.answers),
+        "losses": {id: [before, after] for id, before, after in losses},
+        "tokenizer": found.tokenizer_hash,
         "metrics": metrics,
     }
 
 
-def _serving(model: str, found: Finetuned, data: Path) -> str:
-    """The command that serves what was made."""
-    if found.model is not None:
-        return f"serve it: bessemer serve {found.model}"
-    # a name that a user gave goes on meaning the model, unless it had to be made ready
-    base = found.base if not Path(model).exists() or found.base.name == "base" else model
-    return f"serve it: bessemer serve {base} --adapter {data.stem}={found.adapter}"
+def _uses(out: Path) -> str:
+    """The commands that use what was made."""
+    import shlex
+
+    name = shlex.quote(str(out))
+    file = shlex.quote(f"{out.name}.gguf")
+    return f"use it: bessemer chat {name} · bessemer serve {name} · bessemer export {name} {file}"

@@ -10,7 +10,7 @@ import typer
 
 
 def generate(
-    model: Annotated[str, typer.Argument(help="A model's folder or a run's name.")],
+    model: Annotated[str, typer.Argument(help="A model's folder, a run's name, or what finetune wrote.")],
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     suffix: Annotated[
         str | None,
@@ -48,7 +48,7 @@ def generate(
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
 ) -> None:
     """Continue a prompt, or fill in what stands between it and a suffix, printing as it comes."""
-    from bessemer.cli.named import find_model, named_numbers, option_of, sampling_options, speculation
+    from bessemer.cli.named import find_served, named_numbers, option_of, sampling_options, speculation
     from bessemer.inference.engine import Engine, EngineConfig
     from bessemer.tokenization.infill import infill_prompt
 
@@ -65,7 +65,7 @@ def generate(
         seed=seed,
         stop=stop,
     )
-    with Engine(find_model(model, runs), device=device, config=config) as engine:
+    with Engine(find_served(model, runs), device=device, config=config) as engine:
         if adapter is not None:
             engine.load_adapter(adapter, adapter)
         asked = prompt if suffix is None else infill_prompt(engine.tokenizer, prompt, suffix)

@@ -30,6 +30,7 @@ from bessemer.cli.inspect import inspect
 from bessemer.cli.keys import keys
 from bessemer.cli.label import label
 from bessemer.cli.library import list_models, pull, rm
+from bessemer.cli.merge import merge
 from bessemer.cli.plan import plan
 from bessemer.cli.quantize import quantize
 from bessemer.cli.recipes import recipes
@@ -83,14 +84,15 @@ COMMANDS: dict[str, dict[Callable[..., None], tuple[str, ...]]] = {
         run: ("bessemer run quickstart", "bessemer run recipe.yaml pretrain.steps=200 --name short"),
         recipes: ("bessemer recipes show quickstart",),
         sweep: ("bessemer sweep quickstart pretrain.learning_rate=1e-3,3e-3 --seeds 2",),
-        plan: ("bessemer plan 1b --gpus 8 --gpu h100",),
+        plan: ("bessemer plan 1b --gpus 8 --gpu h100", "bessemer plan --finetune smollm2 tickets.csv"),
     },
     "Tune and convert a model": {
         finetune: ("bessemer finetune smollm2 tickets.csv out",),
+        merge: ("bessemer merge out merged",),
         label: ("bessemer label out labels --prompts questions.jsonl",),
         average: ("bessemer average mine@800 mine@1000 averaged",),
         import_: ("bessemer import Qwen/Qwen3-0.6B models/qwen",),
-        export: ("bessemer export smollm2 smollm2.gguf --format gguf --dtype q8_0",),
+        export: ("bessemer export smollm2 smollm2.gguf --dtype q8_0",),
         quantize: (
             "bessemer quantize smollm2 small --scheme int8",
             "bessemer quantize smollm2 small --scheme int4 --method gptq --calibrate book.txt",
@@ -98,8 +100,8 @@ COMMANDS: dict[str, dict[Callable[..., None], tuple[str, ...]]] = {
         extend: ("bessemer extend smollm2 wider --token furnace --special '<|tool|>'",),
     },
     "Measure and look inside": {
-        evaluate: ("bessemer evaluate smollm2 --tasks arithmetic,code --limit 50",),
-        compare: ("bessemer compare mine mine-2",),
+        evaluate: ("bessemer evaluate out", "bessemer evaluate smollm2 --tasks arithmetic,code --limit 50"),
+        compare: ("bessemer compare mine mine-2", "bessemer compare out"),
         show: ("bessemer show mine", "bessemer show runs/mine/tokenizer --text book.txt"),
         inspect: ("bessemer inspect smollm2 'The furnace is hot.' --out page.html",),
     },

@@ -25,13 +25,17 @@ def find_run(name: str, runs: Path) -> Path:
 
 
 def find_model(name: str, runs: Path) -> Path:
-    """A model: a GGUF file, a path that holds a config.json, a run's folder or name, or the name of one that was pulled.
+    """A model: a GGUF file, a path that holds a config.json, a run's folder or name, or the name of one that was pulled; of a
+    fine-tuning its whole weights, into which an adapter is merged.
 
     Raises ArtefactError with the nearest run's name or, for a name of the Hugging Face hub, the command that imports it.
     """
     from bessemer.model.formats.hub import import_advice
     from bessemer.model.library import find_kept
+    from bessemer.model.tuned_folder import whole_weights
 
+    if (weights := whole_weights(Path(name))) is not None:
+        return weights
     if name.endswith(".gguf") and Path(name).is_file():
         return Path(name)
     for folder in (Path(name), Path(name) / "model", runs / name / "model"):
@@ -45,6 +49,15 @@ def find_model(name: str, runs: Path) -> Path:
     raise ArtefactError(f"there is no model {name!r}: not a model's folder and not a run{hint}")
 
 
+def find_served(name: str, runs: Path) -> Path:
+    """A model for an engine: what `find_model` finds, and a fine-tuning's folder as it is, whose adapter the engine puts beside
+    its base. Raises as `find_model`."""
+    from bessemer.model.tuned_folder import tuned_model
+
+    tuned = tuned_model(Path(name))
+    return Path(name) if tuned is not None and tuned.adapter is not None else find_model(name, runs)
+
+
 def _nearest_run(name: str, runs: Path) -> str:
     from bessemer.pipeline.run_names import run_names
 
@@ -53,7 +66,8 @@ def _nearest_run(name: str, runs: Path) -> str:
 
 def example_questions(model: Path, run: Path | None = None, count: int = 3) -> list[str]:
     """A few questions that a fine-tuned model has learned to answer, from beside its folder, or from a stage of its run."""
-    folders = [model.parent, *(follow(stage) for stage in sorted((run / "stages").glob("*")))] if run else [model.parent]
+    beside = [model, model.parent]
+    folders = [*beside, *(follow(stage) for stage in sorted((run / "stages").glob("*")))] if run else beside
     path = next((path for folder in folders if (path := folder / "conversations" / "train.jsonl").exists()), None)
     if path is None:
         return []
@@ -62,7 +76,13 @@ def example_questions(model: Path, run: Path | None = None, count: int = 3) -> l
     with path.open(encoding="utf-8") as lines:
         records = [json.loads(line) for line in islice(lines, count)]
     turns = [record.get("messages", record.get("prompt")) for record in records]
-    return [turn if isinstance(turn, str) else turn[0]["content"] for turn in turns]
+    asked = [turn if isinstance(turn, str) else _first_question(turn) for turn in turns]
+    return [question for question in asked if question]
+
+
+def _first_question(messages: list[dict[str, Any]]) -> str:
+    """What the user says first, behind a system message."""
+    return next((str(message.get("content") or "") for message in messages if message["role"] == "user"), "")
 
 
 def speculation(named: str | None) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,8 +14,11 @@ if TYPE_CHECKING:
 
 
 def plan(
-    recipe: Annotated[str, typer.Argument(help="A recipe's name or file, or a preset of the model.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="KEY=VALUE, as in pretrain.batch_size=256.")] = None,
+    recipe: Annotated[str, typer.Argument(help="A recipe's name or file, or a preset of the model; --finetune: a model.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="KEY=VALUE, as in pretrain.batch_size=256; --finetune: the table, and KEY=VALUE as in epochs=3."),
+    ] = None,
     gpus: Annotated[int, typer.Option(help="Number of cards.", min=1)] = 1,
     gpu: Annotated[str, typer.Option(help="Kind of card: h100, h200, b200, a100, rtx4090, cpu, …")] = "h100",
     price: Annotated[
@@ -22,17 +26,27 @@ def plan(
     ] = None,
     tokens: Annotated[float | None, typer.Option(help="Tokens to train on, instead of the recipe's.", min=1)] = None,
     layouts: Annotated[int, typer.Option(help="How many layouts to show, the best first.", min=1)] = 4,
+    finetune: Annotated[
+        bool, typer.Option("--finetune", help="MODEL DATA: say what `bessemer finetune` would take; nothing is trained.")
+    ] = False,
+    method: Annotated[str, typer.Option(help="--finetune: full, lora, qlora or auto.")] = "auto",
+    device: Annotated[str, typer.Option(help="--finetune: auto, cpu, cuda or mps.")] = "auto",
     serve: Annotated[bool, typer.Option("--serve", help="Say what serving the model would take instead.")] = False,
     weights: Annotated[str, typer.Option(help="--serve: the weights' type: f32, bf16, int8 or int4.")] = "bf16",
     prompt_tokens: Annotated[int, typer.Option(help="--serve: tokens of a usual prompt.", min=1)] = 1000,
     answer_tokens: Annotated[int, typer.Option(help="--serve: tokens of a usual answer.", min=1)] = 300,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     allow_code: Annotated[bool, typer.Option("--allow-code", help="The recipe may name code of its own.")] = False,
+    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
 ) -> None:
     """Say what a training run would take: memory, traffic, time, cost, and the best layout over the cards. Needs no GPU.
 
-    With --serve what serving the model would take: memory, conversations at once, speed, and the cost of a million tokens.
+    With --serve what serving the model would take: memory, conversations at once, speed, and the cost of a million tokens. With
+    --finetune MODEL DATA what tuning it on this machine would take: rows, steps, and memory by method.
     """
+    if finetune:
+        _plan_finetuning(recipe, overrides or [], method, device, runs, as_json)
+        return
     from bessemer.pipeline.planning import planned
     from bessemer.scaling.hardware import find_card
     from bessemer.scaling.job import TrainingJob
@@ -57,6 +71,33 @@ def plan(
     from bessemer.views.planning import show_plan
 
     Console(highlight=False).print(show_plan(result))
+
+
+def _plan_finetuning(model: str, given: list[str], method: str, device: str, runs: Path, as_json: bool) -> None:
+    from tempfile import TemporaryDirectory
+
+    from bessemer.cli.finetune import model_source
+    from bessemer.core.errors import ConfigError
+    from bessemer.core.yaml_file import parse_value
+    from bessemer.posttraining.finetuning.config import FinetuneConfig
+
+    if not given or "=" in given[0]:
+        raise ConfigError("--finetune: name a model and a table: bessemer plan --finetune MODEL DATA")
+    settings = {key: parse_value(value, f"override {key}") for key, _, value in (one.partition("=") for one in given[1:])}
+    config = FinetuneConfig.parse({"method": method, **settings}, "plan --finetune")
+    from bessemer.posttraining.finetuning.plan import plan_finetuning
+
+    with TemporaryDirectory() as scratch:
+        source = model_source(model, runs)
+        found = plan_finetuning(config, source, Path(given[0]), seed=7, device=device, scratch=Path(scratch))
+    if as_json:
+        print(json.dumps(found.figures, indent=2))
+        return
+    from rich.console import Console
+
+    from bessemer.views.planning import show_finetune_plan
+
+    Console(highlight=False).print(show_finetune_plan(model, Path(given[0]).name, found.figures))
 
 
 def _plan_serving(

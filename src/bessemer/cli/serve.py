@@ -20,7 +20,7 @@ _speed = partial(typer.Option, rich_help_panel="How it is computed")
 
 def serve(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="A model's folder or a run's name.")],
+    model: Annotated[str, typer.Argument(help="A model's folder, a run's name, or what finetune wrote.")],
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8000,
     name: Annotated[str | None, typer.Option(help="Name under which clients ask for the model.")] = None,
@@ -100,7 +100,7 @@ def serve(
     loading.enter_context(without_collection())
     from bessemer.cli.named import (
         example_questions,
-        find_model,
+        find_served,
         named_folders,
         named_models,
         named_numbers,
@@ -119,7 +119,7 @@ def serve(
         raise ConfigError(f"--engine {engine}: local or ray")
     if replicas is not None and engine == "local":
         raise ConfigError("--replicas: of --engine ray; one engine shares a model between GPUs with --parallel")
-    folder, name = find_model(model, runs), name or Path(model).name
+    folder, name = find_served(model, runs), name or Path(model).name
     adapters = named_folders(adapter, taken=name)
     given = {"kv_memory": kv_memory, "max_num_seqs": max_num_seqs, "threads": threads, "batch_invariant": batch_invariant}
     given |= (
@@ -130,7 +130,7 @@ def serve(
     if both := next((one for one in alias or [] if one == name or one in adapters), None):
         raise ConfigError(f"--alias {both}: the model or an adapter has that name already; choose another")
     beside = {
-        its_name: find_model(its_model, runs)
+        its_name: find_served(its_model, runs)
         for its_name, its_model in named_models(also, [name, *adapters, *(alias or [])]).items()
     }
     settings = EngineConfig.parse({key: value for key, value in given.items() if value is not None}, option_of("serve"))

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 def show(
     thing: Annotated[
         str,
-        typer.Argument(help="A run, a stage's folder, a corpus, tokenizer (also a file of one), shards, model, or a preset."),
+        typer.Argument(
+            help="A run, a stage's folder, what finetune wrote, a corpus, tokenizer (also a file), shards, model, or a preset."
+        ),
     ],
     against: Annotated[
         list[str], typer.Option("--against", help="Another tokenizer to show THING beside: folder, run, .json, .gguf, .model.")
@@ -75,6 +77,7 @@ def _drawn(thing: str, runs: Path, examples: int) -> RenderableType:
     from bessemer.cli.named import find_run
     from bessemer.core.errors import ArtefactError
     from bessemer.core.store import MANIFEST
+    from bessemer.model.tuned_folder import is_tuned
     from bessemer.pipeline.report import gather
     from bessemer.pipeline.run_folder import RunFolder
     from bessemer.views import terminal
@@ -83,6 +86,8 @@ def _drawn(thing: str, runs: Path, examples: int) -> RenderableType:
     if (folder / "run.json").exists():
         run = find_run(str(folder), runs)
         return terminal.show_run(gather(RunFolder(run.parent, run.name)))
+    if is_tuned(folder):
+        return _tuned(folder)
     if (folder / "config.json").exists():
         return _model(folder)
     if (folder / "tokenizer.json").exists():
@@ -172,6 +177,24 @@ def _model(folder: Path) -> RenderableType:
     if not quality.exists():
         return drawn
     return Group(drawn, *section("Before and after quantisation", terminal.show_quality(read_json(quality))))
+
+
+def _tuned(out: Path) -> RenderableType:
+    """A fine-tuning: what it was worth, answers before and after, and the model."""
+    from rich.console import Group
+    from rich.text import Text
+
+    from bessemer.model.tuned_folder import read_record, tuned_model
+    from bessemer.posttraining.finetuning.verdict import record_lines
+    from bessemer.views import terminal
+
+    record, tuned = read_record(out), tuned_model(out)
+    assert tuned is not None
+    facts = {"method": record["result"]["method"], "model": str(tuned.folder)}
+    if tuned.adapter is not None:
+        facts["adapter"] = str(tuned.adapter)
+    lines = [Text(line) for line in record_lines(record["result"])]
+    return Group(terminal.show_facts("fine-tuning", facts), *lines, _model(tuned.folder))
 
 
 def _preset(name: str) -> RenderableType:

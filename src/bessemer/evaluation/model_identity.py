@@ -6,18 +6,23 @@ from pathlib import Path
 from typing import Any
 
 from bessemer.core.hashing import hash_bytes
+from bessemer.model.tuned_folder import TunedModel, tuned_model
 
 _ENDS = 1 << 20
-_FILES = ("*.safetensors", "*.gguf", "config.json", "tokenizer.json")
+_FILES = ("*.safetensors", "*.gguf", "config.json", "tokenizer.json", "adapter_config.json")
 
 
-def model_identity(place: Path, name: str, max_model_len: int | None = None) -> dict[str, Any]:
+def model_identity(place: Path, name: str, max_model_len: int | None = None, *, adapter: Path | None = None) -> dict[str, Any]:
     """The name of a model, a hash of its files, and the setting of the engine that changes what it reads.
 
-    place: a GGUF file or a model's folder. Of each file the size and the first and last MiB are hashed: weights that were
-    trained on differ there, and hundreds of gigabytes need not be read.
+    place: a GGUF file, a model's folder, or a fine-tuning's with an adapter of its own. adapter: the folder of one. Of
+    each file the size and the first and last MiB are hashed: weights that were trained on differ there, and hundreds of
+    gigabytes need not be read.
     """
-    files = [place] if place.is_file() else sorted(path for pattern in _FILES for path in place.glob(pattern))
+    weights, own = tuned_model(place) or TunedModel(place, None)
+    files = [weights] if weights.is_file() else _files(weights)
+    beside = adapter or own
+    files += [] if beside is None else _files(beside)
     parts = []
     for path in files:
         size = path.stat().st_size
@@ -26,3 +31,7 @@ def model_identity(place: Path, name: str, max_model_len: int | None = None) -> 
             stream.seek(max(0, size - _ENDS))
             parts += [str(size).encode(), beginning, stream.read(_ENDS)]
     return {"name": name, "weights": hash_bytes(*parts), "max_model_len": max_model_len}
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for pattern in _FILES for path in folder.glob(pattern))

@@ -24,6 +24,7 @@ class LoadedAdapters:
 
     def __init__(self) -> None:
         self._loaded: dict[str, LoadedAdapter] = {}
+        self._default: LoadedAdapter | None = None
         self._generations = count()
         self._updates: WeakKeyDictionary[Adapter, LoadedAdapter] = WeakKeyDictionary()
         #: Adapters of DoRA that a name or a request still has.
@@ -36,9 +37,16 @@ class LoadedAdapters:
 
     def load(self, name: str, adapter: Adapter) -> None:
         """Give a name to an adapter; one that has the name already is replaced."""
-        self._loaded[name] = LoadedAdapter(adapter, f"adapter {name} {next(self._generations)}")
+        self._loaded[name] = self._with_salt(f"adapter {name}", adapter)
+
+    def _with_salt(self, what: str, adapter: Adapter) -> LoadedAdapter:
         if adapter.gains:
             self._with_gains.add(adapter)
+        return LoadedAdapter(adapter, f"{what} {next(self._generations)}")
+
+    def load_default(self, adapter: Adapter) -> None:
+        """Take an adapter for the requests that name none."""
+        self._default = self._with_salt("default adapter", adapter)
 
     def update(self, name: str, adapter: Adapter) -> tuple[Adapter, LoadedAdapter]:
         """Put an adapter in the place of one; the one before, and the new one. Raises RequestError for a name not loaded."""
@@ -63,6 +71,10 @@ class LoadedAdapters:
         """Remove a name. Raises RequestError where it is not loaded."""
         self.find(name)
         del self._loaded[name]
+
+    def of(self, name: str | None) -> LoadedAdapter | None:
+        """The adapter of a request: of the name that it has, or the default one. Raises RequestError as `find`."""
+        return self._default if name is None else self.find(name)
 
     def find(self, name: str) -> LoadedAdapter:
         """The adapter of a name. Raises RequestError where it is not loaded."""

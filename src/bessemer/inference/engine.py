@@ -64,9 +64,13 @@ class Engine(AsyncGeneration, Reading, WeightUpdates):
         tokenizer: Tokenizer | None = None,
         device: str = "auto",
         config: EngineConfig | None = None,
+        *,
+        adapter: Path | str | None = None,
     ) -> None:
-        """Open a model folder or a GGUF file, or use a model in memory, where it lies, with its tokenizer.
+        """Open a model folder, a GGUF file or what `bessemer finetune` wrote; or use a model in memory, where it lies, with its
+        tokenizer.
 
+        adapter: the folder of one that requests have which name none; None: that of the fine-tuning, where it has one.
         A `ShardedModel` is one that processes of a job share (`CollectiveEngine`).
         A model in memory may be trained on between calls: keys computed with other weights are not used again.
         Raises ArtefactError when the folder is damaged, ConfigError when the device is not on this machine or the memory
@@ -98,6 +102,13 @@ class Engine(AsyncGeneration, Reading, WeightUpdates):
         )
         # after what packs the codes has taken them
         self._stamp = WeightsStamp(self.model)
+        adapter = adapter or opened.adapter
+        if adapter is not None:
+            try:
+                self._adapters.load_default(self._own_adapter(adapter))
+            except BaseException:
+                self.close()
+                raise
 
     def close(self) -> None:
         """End the processes that share the model with this one. An engine of one process has nothing to end."""
@@ -161,7 +172,7 @@ class Engine(AsyncGeneration, Reading, WeightUpdates):
         """Complete every prompt; a text begins with the begin token, token ids are taken as they are.
 
         A text, or token ids, alone are one prompt: the list has one completion. params (None: `default_params`), and the name
-        of a loaded adapter (None: the base model): for all, or one for each. priority: lower is served
+        of a loaded adapter (None: the model as it was opened): for all, or one for each. priority: lower is served
         first. cache_salt: only requests of the same salt share blocks of the prefix cache. capture: what `Completion.captured`
         is to hold. Raises RequestError for a prompt that fills the context, a request that can never be served, or an unknown
         adapter, before any is computed.
@@ -277,7 +288,7 @@ class Engine(AsyncGeneration, Reading, WeightUpdates):
         streams: False where nobody drains it before it is done; it then has one chunk.
         Raises RequestError for whatever is known to be wrong before anything is computed.
         """
-        loaded = None if adapter is None else self._adapters.find(adapter)
+        loaded = self._adapters.of(adapter)
         ids = self._builder.prompt_ids(prompt, least=min(1, params.max_tokens))
         request = self._builder.request(ids, params, priority, loaded, cache_salt, capture, streams=streams)
         self.core.scheduler.check(request.sequence.limit)
@@ -310,7 +321,7 @@ class Engine(AsyncGeneration, Reading, WeightUpdates):
         self, prompt: Prompt, params: SamplingParams, priority: int, adapter: str | None, cache_salt: str | None
     ) -> Completion:
         """The best completions by beam search. Each step requests logits: the beams share prefixes with the step before."""
-        loaded = None if adapter is None else self._adapters.find(adapter)
+        loaded = self._adapters.of(adapter)
         ids = self._builder.prompt_ids(prompt)
         search = self._builder.beam_search(ids, params)
         self.core.scheduler.check(len(ids) + search.limit)

@@ -21,6 +21,7 @@ from bessemer.model.folder import load_model
 from bessemer.model.folder_config import read_end_tokens, read_sampling_settings
 from bessemer.model.formats.gguf_open import open_gguf
 from bessemer.model.quantised_linear import is_quantised
+from bessemer.model.tuned_folder import TunedModel, tuned_model
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 
 #: Share of the free memory that weights in float32 may take.
@@ -31,7 +32,7 @@ class OpenedModel(NamedTuple):
     """sharded: the model's shards, where worker processes hold some; None where this one does alone.
 
     is_served: whether it was opened to be served, and is not one in memory that may be in training. sampling_settings: what
-    the model's folder says of how it is sampled.
+    the model's folder says of how it is sampled. adapter: of a fine-tuning, the folder of what was tuned beside the model.
     """
 
     model: Decoder
@@ -40,12 +41,14 @@ class OpenedModel(NamedTuple):
     is_served: bool = True
     sharded: ShardedModel | None = None
     sampling_settings: Mapping[str, Any] = MappingProxyType({})
+    adapter: Path | None = None
 
 
 def open_model(
     model: Path | str | Decoder | ShardedModel, tokenizer: Tokenizer | None, device: str, config: EngineConfig
 ) -> OpenedModel:
-    """Open a folder or a GGUF file on a device; a model in memory, or a shard, stays where it lies, and needs its tokenizer.
+    """Open a folder, a GGUF file or the base of a fine-tuning on a device; a model in memory, or a shard, stays where it lies,
+    and needs its tokenizer.
 
     Raises ArtefactError when the folder or the file is damaged, ConfigError for a device that is not here, or a model that
     cannot be shared by as many processes as the settings say.
@@ -58,13 +61,13 @@ def open_model(
             raise ConfigError("parallel: every process reads the model for itself; save it, and open its folder")
         assert tokenizer is not None, "a model in memory needs its tokenizer"
         return OpenedModel(model, tokenizer, frozenset(tokenizer.eos_ids), is_served=False)
-    path = Path(model)
+    path, adapter = tuned_model(Path(model)) or TunedModel(Path(model), None)
     if config.processes > 1:
         sharded = ShardedModel.open(path, device, config)
         try:
             tokenizer = tokenizer or load_tokenizer(path)
             ends, settings = _ends(path, tokenizer), read_sampling_settings(path)
-            return OpenedModel(sharded.model, tokenizer, ends, sharded=sharded, sampling_settings=settings)
+            return OpenedModel(sharded.model, tokenizer, ends, sharded=sharded, sampling_settings=settings, adapter=adapter)
         except BaseException:
             sharded.close()
             raise
@@ -79,7 +82,8 @@ def open_model(
         return OpenedModel(model, tokenizer, frozenset(opened.end_tokens or tokenizer.eos_ids))
     whole = _in_fast_dtype(load_model(path, choose_device(device)), config)
     tokenizer = tokenizer or load_tokenizer(path)
-    return OpenedModel(whole, tokenizer, _ends(path, tokenizer), sampling_settings=read_sampling_settings(path))
+    settings = read_sampling_settings(path)
+    return OpenedModel(whole, tokenizer, _ends(path, tokenizer), sampling_settings=settings, adapter=adapter)
 
 
 def _in_fast_dtype(model: Decoder, config: EngineConfig) -> Decoder:

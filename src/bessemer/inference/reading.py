@@ -56,7 +56,7 @@ class Reading(ABC):
         """
         requests = []
         for item, name in zip(items, for_each(items, adapter, "adapters"), strict=True):
-            loaded = None if name is None else self._adapters.find(name)
+            loaded = self._adapters.of(name)
             request, longest = self._builder.score_request(item, priority, loaded, cache_salt)
             self.core.scheduler.check(longest)
             requests.append(request)
@@ -79,7 +79,7 @@ class Reading(ABC):
         prompts = as_prompts(prompts)
         requests = []
         for prompt, name in zip(prompts, for_each(prompts, adapter, "adapters"), strict=True):
-            loaded = None if name is None else self._adapters.find(name)
+            loaded = self._adapters.of(name)
             ids = self._builder.prompt_ids(prompt)
             requests.append(self._builder.capture_request(ids, capture, priority, loaded, cache_salt))
             self.core.scheduler.check(len(ids) + 1)

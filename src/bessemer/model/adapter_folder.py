@@ -249,7 +249,9 @@ def _check_base(path: Path, ours: Any, model: Decoder, samples: Mapping[str, Wei
     # a base in float32 and its copy in bfloat16 agree in the first way, its copy in float16 in the second
     ways = [[name for name in own if name.endswith(_FLOAT16) == is_float16] for is_float16 in (False, True)]
     if not isinstance(base, Mapping) or not any(all(base.get(name) == own[name] for name in names) for names in ways):
-        raise ArtefactError(f"{path}: this adapter was trained on a model with other weights; use it with that one")
+        raise ArtefactError(
+            f"{path}: this adapter was trained on a model with other weights; use it with that one, as it was then"
+        )
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -13,16 +13,17 @@ from bessemer.core.hashing import hash_value
 from bessemer.core.records import is_table
 from bessemer.core.store import write_text
 from bessemer.posttraining.config import SFTConfig
-from bessemer.posttraining.dataset import examples_of_function, files_fingerprint, read_examples
+from bessemer.posttraining.dataset import examples_of_function, files_fingerprint, placed_examples
 from bessemer.posttraining.formats import Answered, Message, answer_in_columns, as_answered, plain_turns
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """What is learnt, and its source: a file or the name of made data."""
+    """What is learnt, and its source: a file or the name of made data. place: its row, for messages."""
 
     answered: Answered
     source: str
+    place: str = field(default="", compare=False)
 
     @classmethod
     def of(cls, messages: Sequence[Message], source: str, tools: Sequence[Message] = ()) -> Self:
@@ -68,13 +69,13 @@ def read_conversations(path: Path, columns: tuple[str, str] | None = None) -> li
     columns: those of questions and of answers, for a table of other names. Raises SourceError or ArtefactError with file and
     line of the first that is malformed, or when there is none.
     """
-    return [Conversation(answered, path.name) for answered in read_examples(path, _parser(columns))]
+    return [Conversation(answered, path.name, place) for place, answered in placed_examples(path, _parser(columns))]
 
 
 def made_conversations(name: str, folder: Path, columns: tuple[str, str] | None = None) -> list[Conversation]:
     """All examples that a user's `file.py:function` gives, in the formats of `read_conversations`. Raises ConfigError where
     there is no such function, SourceError as `read_conversations`."""
-    return [Conversation(answered, name) for answered in examples_of_function(name, folder, _parser(columns))]
+    return [Conversation(answered, name, place) for place, answered in examples_of_function(name, folder, _parser(columns))]
 
 
 def _parser(columns: tuple[str, str] | None) -> Callable[[Mapping[str, Any]], Answered]:

@@ -22,14 +22,19 @@ _NAMED_ROWS = 5
 def read_examples(path: Path, parse: Callable[[Mapping[str, Any]], Example]) -> list[Example]:
     """The rows of a file as examples. Raises SourceError with the file, the line of the first that is malformed, and the lines
     of others."""
+    return [example for _, example in placed_examples(path, parse)]
+
+
+def placed_examples(path: Path, parse: Callable[[Mapping[str, Any]], Example]) -> list[tuple[str, Example]]:
+    """`read_examples`, each behind its file and line."""
     examples, bad = parsed(read_records(path), parse)
     if bad:
         raise SourceError(_bad_rows(bad))
     return examples
 
 
-def examples_of_function(name: str, folder: Path, parse: Callable[[Mapping[str, Any]], Example]) -> list[Example]:
-    """The rows that a user's `file.py:function` gives, as examples.
+def examples_of_function(name: str, folder: Path, parse: Callable[[Mapping[str, Any]], Example]) -> list[tuple[str, Example]]:
+    """The rows that a user's `file.py:function` gives, as examples, each behind its name and number.
 
     Raises ConfigError where there is no such function, SourceError for one that fails or gives none, and with the number of the
     first row that is malformed.
@@ -60,12 +65,15 @@ class BadRow(NamedTuple):
     why: str
 
 
-def parsed(records: Iterable[Record], parse: Callable[[Mapping[str, Any]], Example]) -> tuple[list[Example], list[BadRow]]:
-    """The rows as examples, and those that are none. parse: raises ValueError or RequestError for a malformed row."""
+def parsed(
+    records: Iterable[Record], parse: Callable[[Mapping[str, Any]], Example]
+) -> tuple[list[tuple[str, Example]], list[BadRow]]:
+    """The rows as examples, each behind its place, and those that are none. parse: raises ValueError or RequestError for a
+    malformed row."""
     examples, bad = [], []
     for record in records:
         try:
-            examples.append(parse(record.values))
+            examples.append((record.place, parse(record.values)))
         except (ValueError, RecursionError, RequestError) as error:
             bad.append(BadRow(record, str(error)))
     return examples, bad

@@ -7,6 +7,7 @@ what it says in the answer. Of texts without roles it is the answer and the end 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -161,8 +162,8 @@ class RowFitter:
 def encode_answer(prompt: Turns, answer: Turns, tokenizer: Tokenizer, tools: Sequence[Message] = ()) -> Encoded:
     """A prompt and an answer, both messages or both texts.
 
-    Messages with `"weight": 0` are read and not learnt. Raises RequestError where the template cannot be trained on or ends no
-    turn, NothingLearntError where nothing is learnt.
+    Messages with `"weight": 0` are read and not learnt. Raises RequestError where the template cannot be trained on, ends no
+    turn, or leaves out a call of a tool; NothingLearntError where nothing is learnt.
     """
     if isinstance(prompt, str) or isinstance(answer, str):
         if not (isinstance(prompt, str) and isinstance(answer, str)):
@@ -170,6 +171,7 @@ def encode_answer(prompt: Turns, answer: Turns, tokenizer: Tokenizer, tools: Seq
         before, after = tokenizer.encode(prompt), [*_continuation(prompt, answer, tokenizer), tokenizer.eos_ids[0]]
         return Encoded(np.array(before + after, np.int64), np.arange(len(before) + len(after)) >= len(before))
     ids, is_learnt = _marked([*prompt, *answer], tokenizer, tools)
+    _check_calls([*prompt, *answer], ids[is_learnt], tokenizer)
     turns = _beginnings(is_learnt)
 
     def turns_in(messages: Sequence[Message]) -> int:
@@ -202,7 +204,8 @@ def _continuation(prompt: str, answer: str, tokenizer: Tokenizer) -> list[int]:
 
 def _marked(messages: Sequence[Message], tokenizer: Tokenizer, tools: Sequence[Message]) -> tuple[np.ndarray, np.ndarray]:
     """The ids of a conversation, and which of them the template marks as the assistant's."""
-    ids, said = tokenizer.encode_chat(messages, tools=tools or None)
+    # beside calls the content may be null, which templates that write no calls cannot add to a text
+    ids, said = tokenizer.encode_chat([{"content": "", **message} for message in messages], tools=tools or None)
     return np.array(ids, np.int64), np.array(said, bool)
 
 
@@ -213,6 +216,29 @@ def _beginnings(is_marked: np.ndarray) -> np.ndarray:
 
 def _is_weightless(message: Message) -> bool:
     return _speaks(message) and message.get("weight", 1) == 0
+
+
+def _check_calls(messages: Sequence[Message], learnt_ids: np.ndarray, tokenizer: Tokenizer) -> None:
+    """Every call of a tool stands, by its name, in what the template writes for the assistant."""
+    if not any(message.get("tool_calls") for message in messages):
+        return
+    written, place = tokenizer.decode(learnt_ids.tolist(), skip_special=False), 0
+    for number, message in enumerate(messages, start=1):
+        if not _speaks(message):
+            continue
+        # a name that is only mentioned beside the call is none
+        content = (message.get("content") or "").strip()
+        if content and (begin := written.find(content, place)) >= 0:
+            place = begin + len(content)
+        for call in message.get("tool_calls") or ():
+            name = call.get("function", call)["name"]
+            places = [written.find(form, place) for form in (name, json.dumps(name)[1:-1])]
+            if max(places) < 0:
+                raise RequestError(
+                    f"message {number} calls the tool {name!r}, and the model's chat template shows no such calls, so that an "
+                    "answer without it would be learnt; take a model whose template has tools, or leave the row out"
+                )
+            place = max(places) + len(name)
 
 
 def _check_ends(ids: np.ndarray, is_learnt: np.ndarray, tokenizer: Tokenizer) -> None:

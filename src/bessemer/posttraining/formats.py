@@ -9,7 +9,8 @@
 | `prompt`, `chosen`, `rejected` (`margin`, `confidence`); without `prompt` what the two begin with alike | a pair of answers |
 | `prompt`, `completion`, `label` | an answer that is good or bad |
 
-A message of the assistant's with `"weight": 0` is read and not learnt, as in OpenAI's format.
+A message of the assistant's with `"weight": 0` is read and not learnt, as in OpenAI's format. A `content` that is
+null is empty.
 
 The prompt of a pair may also stand under `question`, `instruction`, `messages` or `conversations`. A text under `system` is the
 system message of a row that has none of its own. In a CSV file everything is text, and an empty cell is absent.
@@ -336,7 +337,7 @@ def _messages(value: Any, key: str) -> tuple[Message, ...]:
     """Checked messages with the keys that are kept, in an order of roles that a conversation can have."""
     if not isinstance(value, (list, tuple)) or not value:
         raise ValueError(f"{key}: must be a list of at least one message")
-    messages = checked_messages(value, first=1)
+    messages = checked_messages([_without_null(one) for one in value], first=1)
     for number, (before, message) in enumerate(zip([None, *messages], messages, strict=False), start=1):
         role = message["role"]
         if role == "system" and before is not None:
@@ -346,6 +347,13 @@ def _messages(value: Any, key: str) -> tuple[Message, ...]:
         if role == "tool" and (before is None or before["role"] not in ("assistant", "tool")):
             raise ValueError(f"{key}: message {number}: a tool answers the assistant, and here it answers nobody")
     return tuple({name: message[name] for name in ("role", "content", *_KEPT) if name in message} for message in messages)
+
+
+def _without_null(message: Any) -> Any:
+    """A message whose `content` is null as an empty one; beside calls of tools it may be absent."""
+    if isinstance(message, Mapping) and message.get("content", "") is None and not message.get("tool_calls"):
+        return {**message, "content": ""}
+    return message
 
 
 def _sharegpt(value: Any) -> list[Message]:

@@ -10,11 +10,12 @@ from functools import partial
 import numpy as np
 import torch
 
+from bessemer.core.errors import RequestError
 from bessemer.core.hashing import hash_bytes, hash_value
 from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.posttraining.config import Truncate
 from bessemer.posttraining.conversations import Conversation
-from bessemer.posttraining.encoding import Encoded, RowCounts, RowFitter, encode_answer
+from bessemer.posttraining.encoding import Encoded, NothingLearntError, RowCounts, RowFitter, encode_answer
 from bessemer.tokenization.tokenizer import Tokenizer
 from bessemer.training.config import LoopConfig
 from bessemer.training.data.batches import IGNORE_INDEX, Batch, StatelessBatches, rows_of_step
@@ -32,9 +33,16 @@ class Example:
 
 
 def encode_conversation(conversation: Conversation, tokenizer: Tokenizer) -> Encoded:
-    """The tokens of a conversation. Raises RequestError as `encode_answer`."""
+    """The tokens of a conversation. Raises RequestError as `encode_answer`, with the row where it is known."""
     answered = conversation.answered
-    return encode_answer(answered.prompt, answered.answer, tokenizer, answered.tools)
+    try:
+        return encode_answer(answered.prompt, answered.answer, tokenizer, answered.tools)
+    except NothingLearntError:
+        raise
+    except RequestError as error:
+        if not conversation.place:
+            raise
+        raise RequestError(f"{conversation.place}: {error}") from None
 
 
 def fit_conversations(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import string
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -170,10 +171,33 @@ class Pattern(_Normalising):
         return answer in {self.normal(reference) for reference in references}
 
 
+class Overlap(_Normalising):
+    """A text shares enough words with a reference: the F1 of SQuAD (Rajpurkar et al. 2016, section 6.1), each word as often as
+    it occurs in both."""
+
+    method: Literal["overlap"] = setting(
+        "overlap", "as many of the words are a right answer's: for answers of a sentence or more"
+    )
+    least: float = setting(0.7, "least F1 of the words of the text and of a right answer", gt=0, le=1)
+
+    def answer(self, text: str) -> str | None:
+        return self.normal(text) or None
+
+    def accepts(self, answer: Hashable, references: Sequence[str]) -> bool:
+        return any(word_f1(str(answer), self.normal(reference)) >= self.least for reference in references)
+
+
+def word_f1(text: str, reference: str) -> float:
+    """Harmonic mean of the shares of words that a text and a reference have in common."""
+    words, wanted = Counter(text.split()), Counter(reference.split())
+    shared = (words & wanted).total()
+    return 2 * shared / (words.total() + wanted.total()) if shared else 0.0
+
+
 def _named(value: Any) -> Any:
     """A bare word is the method: `verifier: exact`."""
     return {"method": value} if isinstance(value, str) else dict(value) if isinstance(value, Mapping) else value
 
 
 #: The setting of a task file.
-Verifier = Annotated[Exact | Contains | Numeric | Pattern, Field(discriminator="method"), BeforeValidator(_named)]
+Verifier = Annotated[Exact | Contains | Numeric | Pattern | Overlap, Field(discriminator="method"), BeforeValidator(_named)]

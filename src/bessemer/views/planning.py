@@ -62,6 +62,30 @@ def show_serving_plan(plan: Mapping[str, Any]) -> RenderableType:
     return Group(head, literal(told), *section("Memory", memory), *section("Load", loads))
 
 
+def show_finetune_plan(model: str, data: str, plan: Mapping[str, Any]) -> RenderableType:
+    """What a fine-tuning takes, as `FinetunePlan.figures` gives it."""
+    rows = listing("Rows", "")
+    for what, count in (
+        ("conversations to learn from", f"{plan['conversations']:,}"),
+        ("held out", f"{plan['held_out']:,}"),
+        ("tokens of a pass, and learnt of them", f"{plan['tokens']:,}, {plan['learnt_tokens']:,}"),
+        (f"rows of {plan['context_length']:,} tokens", f"{plan['rows']:,}"),
+        (f"steps of {plan['batch_size']:,} rows", f"{plan['steps']:,}"),
+    ):
+        rows.add_row(literal(what), count)
+    memory, free = listing("Method", "Memory at most", ""), plan["free_bytes"]
+    for method, needed in plan["memory_bytes"].items():
+        fits = "" if free is None or needed <= free else "does not fit"
+        memory.add_row(literal(method), size(needed), "chosen" if method == plan["method"] and not fits else fits)
+    usable = "" if free is None else f"{size(free)} can be used; "
+    return Group(
+        literal(f"{model} tuned on {data}", "bold #d9622b"),
+        literal(f"{usable}predicted, not measured"),
+        *section("Data", rows),
+        *section("Memory", memory),
+    )
+
+
 def _memory(plan: Mapping[str, Any], best: Mapping[str, Any]) -> RenderableType:
     table = listing("Kind", "Bytes")
     for kind, count in best["memory"].items():

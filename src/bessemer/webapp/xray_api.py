@@ -24,7 +24,7 @@ from bessemer.inspection.ablation import without_heads
 from bessemer.inspection.inspect import inspect
 from bessemer.model.costs import parameters
 from bessemer.model.decoder import Decoder
-from bessemer.model.folder import load_model
+from bessemer.model.tuned_folder import load_whole
 from bessemer.serving.bodies import ApiError, Body, read_body
 from bessemer.serving.clients import caller_of
 from bessemer.serving.served import Served
@@ -157,7 +157,7 @@ class XrayApi:
                 kind="server_error",
                 code="not_available",
             )
-        return load_model(self._folder).float()
+        return load_whole(self._folder).float()
 
     def _drawn(self, asked: XrayRequest, model: Decoder) -> dict[str, Any]:
         # as are the drawings of a run

@@ -13,6 +13,7 @@ from bessemer.core.config import nearest
 from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.model.checkpoints import PICKLES, holds_weights, refuse_checkpoint, refuse_pickle
 from bessemer.model.formats.hub import SMOLLM2, is_hub_name
+from bessemer.model.tuned_folder import whole_weights
 
 if TYPE_CHECKING:
     import torch
@@ -63,10 +64,8 @@ def find_model(source: str) -> ModelSource | None:
 def _in_folder(path: Path) -> ModelSource | None:
     if (path / "config.json").exists() and holds_weights(path):
         return ModelSource("folder", str(path))
-    if (path / "adapter_config.json").exists():
-        raise ArtefactError(
-            f"{path}: an adapter and no model; merge it into its model first (peft: merge_and_unload, then save_pretrained)"
-        )
+    if (weights := whole_weights(path)) is not None:
+        return ModelSource("folder", str(weights))
     refuse_checkpoint(path)
     if holds_weights(path):
         raise ArtefactError(f"{path / 'config.json'}: no such file; without it nothing says what model the weights are of")

@@ -5,11 +5,18 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
+from bessemer.core.errors import ArtefactError
 from bessemer.core.new_folder import new_folder
 from bessemer.core.progress import Progress
+from bessemer.model.config import ModelConfig
+from bessemer.model.folder_config import TOKENIZER_FILES, holds_codes, read_model_config
 from bessemer.model.formats.exchange import ModelSource, import_model
+from bessemer.model.formats.gguf_import import GgufFile, in_a_family, write_tokenizer
+from bessemer.model.formats.hub import download
 from bessemer.tokenization.chat_templates import CHAT_TEMPLATES
+from bessemer.tokenization.formats.exchange import import_tokenizer
 from bessemer.tokenization.special import TEMPLATE_TOKENS
 from bessemer.tokenization.tokenizer import CHAT_TEMPLATE_FILE, Tokenizer, load_tokenizer
 
@@ -39,6 +46,48 @@ def prepare_base(source: ModelSource, folder: Path, progress: Progress) -> Path:
                     _link(file, partial / file.name)
     (folder / CHAT_TEMPLATE_FILE).write_text(CHAT_TEMPLATES[name], encoding="utf-8")
     return folder
+
+
+class BaseModel(NamedTuple):
+    """What is small of a model that is to be tuned. quantised: the bytes of its weights where they are codes; None: they are
+    not."""
+
+    name: str
+    config: ModelConfig
+    tokenizer: Tokenizer
+    quantised: float | None
+
+
+def read_base(source: ModelSource, scratch: Path) -> BaseModel:
+    """What is small of the model that `prepare_base` makes, without its weights. scratch: an empty folder for the tokenizer's
+    files. Raises what `import_model` does."""
+    if source.kind == "gguf":
+        with source.path.open("rb") as stream:
+            file = GgufFile(source.path, stream)
+            config = file.config()
+            tokenizer = write_tokenizer(file, config, scratch, None, compact=True)[1]
+        if tokenizer is None:
+            raise ArtefactError(f"{source.name}: the file holds no tokenizer, and a model is tuned with its own")
+        return BaseModel(source.name, in_a_family(config), _with_template(tokenizer, scratch), None)
+    place, files = source.path, source.path
+    if source.kind == "hub":
+        place, files = download(source.name), scratch
+        import_tokenizer(place, scratch)
+    tokenizer = load_tokenizer(files)
+    if tokenizer.chat_template is None and files != scratch:
+        for name in TOKENIZER_FILES:
+            if (files / name).exists():
+                shutil.copyfile(files / name, scratch / name)
+    quantised = float(sum(path.stat().st_size for path in place.glob("*.safetensors"))) if holds_codes(place) else None
+    return BaseModel(source.name, read_model_config(place), _with_template(tokenizer, scratch), quantised)
+
+
+def _with_template(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
+    """A tokenizer with a chat template: itself, or that of its folder with a suitable one, which is written there."""
+    if tokenizer.chat_template is not None:
+        return tokenizer
+    (folder / CHAT_TEMPLATE_FILE).write_text(CHAT_TEMPLATES[suitable_template(tokenizer)], encoding="utf-8")
+    return load_tokenizer(folder)
 
 
 def suitable_template(tokenizer: Tokenizer) -> str:

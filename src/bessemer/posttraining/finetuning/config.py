@@ -35,4 +35,6 @@ class FinetuneConfig(Config):
     batch_size: int | None = setting(None, "Rows of a batch; absent: as many as hold eight conversations.", gt=0)
     truncate: Truncate = setting("drop", TRUNCATE)
     held_out: float = setting(0.1, "Share of the data that is held out, to see whether the model got better.", gt=0, lt=1)
-    merge: bool = setting(False, "Also write model/, the weights with the adapter merged into them.")
+    merge: bool = setting(
+        False, "Also write model/, the weights with the adapter merged into them; at any time later too.", affects_output=False
+    )

@@ -1,19 +1,27 @@
-"""The loss of each conversation held out, before and after."""
+"""What is held out: the loss of each conversation, before and after, and a task of their questions."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from bessemer.core.progress import Progress
+from bessemer.core.store import write_text
 from bessemer.model.decoder import Decoder
+from bessemer.model.tuned_folder import HELD_OUT_TASK
+from bessemer.posttraining.conversations import Conversation
 from bessemer.posttraining.packing import Example
+from bessemer.tokenization.tokenizer import Tokenizer
 from bessemer.training.data.batches import IGNORE_INDEX, Batch
 from bessemer.training.data.packing import pack_rows
 from bessemer.training.objectives import token_losses
 
+#: Rows of the task of what is held out.
+HELD_OUT_ROWS = "held_out.jsonl"
 #: Conversations read at once.
 _ROWS = 4
 
@@ -31,6 +39,45 @@ def conversation_losses(
             losses += _means(model, batch)
             task.advance(len(chosen))
     return np.array(losses)
+
+
+def write_task(out: Path, held_out: Sequence[Conversation], tokenizer: Tokenizer) -> None:
+    """Write the questions held out with their answers as a task, which any model may be evaluated on; nothing where there are
+    no conversations of one question and one answer.
+
+    An answer counts as right that shares most of its words with that of the data, and may be a little longer than the longest.
+    A task has one system message: the first conversation's.
+    """
+    rows: list[dict[str, str]] = []
+    system: str | None = None
+    for one in held_out:
+        has_system = bool(one.messages) and one.messages[0]["role"] == "system"
+        said = one.messages[has_system:]
+        own = one.messages[0]["content"] if has_system else None
+        if one.tools or [message["role"] for message in said] != ["user", "assistant"] or (rows and own != system):
+            continue
+        question, answer = (message.get("content") or "" for message in said)
+        if question.strip() and answer.strip():
+            system = own
+            rows.append({"id": one.id, "question": question, "answer": answer})
+    if not rows:
+        return
+    longest = max(len(tokenizer.encode(row["answer"], add_bos=False)) for row in rows)
+    settings = {
+        "kind": "generate",
+        "data": HELD_OUT_ROWS,
+        "id": "id",
+        "prompt": "{question}",
+        "answers": ["answer"],
+        "chat": True,
+        **({} if system is None else {"system": system}),
+        "max_tokens": longest + longest // 4 + 8,
+        "verifier": {"method": "overlap"},
+    }
+    # JSON is YAML
+    lines = [f"{name}: {json.dumps(value, ensure_ascii=False)}\n" for name, value in settings.items()]
+    write_text(out / HELD_OUT_TASK, "".join(lines))
+    write_text(out / HELD_OUT_ROWS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 @torch.no_grad()

@@ -69,6 +69,20 @@ def needed_bytes(
     return frozen + trained + (_FLOAT32 + copied) * model.hidden_size * model.intermediate_size
 
 
+def memory_needs(
+    model: ModelConfig,
+    rank: int,
+    tokens: int,
+    quantised: float | None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> dict[Method, float]:
+    """`needed_bytes` of each way in which a model can be tuned, the one that takes most first."""
+    methods: tuple[Method, ...] = ("qlora",) if quantised is not None else ("full", "lora", "qlora")
+    return {method: needed_bytes(model, method, rank, tokens, quantised, dtype=dtype, device=device) for method in methods}
+
+
 def choose_method(
     model: ModelConfig,
     rank: int,
@@ -81,8 +95,7 @@ def choose_method(
 ) -> tuple[Method, str]:
     """The first way to tune that memory holds, and why. dtype, device: as of `needed_bytes`. Raises ConfigError when it holds
     none."""
-    methods: tuple[Method, ...] = ("qlora",) if quantised is not None else ("full", "lora", "qlora")
-    needs = {method: needed_bytes(model, method, rank, tokens, quantised, dtype=dtype, device=device) for method in methods}
+    needs = memory_needs(model, rank, tokens, quantised, dtype=dtype, device=device)
     for method, needed in needs.items():
         if needed <= free:
             larger = list(needs)[: list(needs).index(method)]
@@ -90,7 +103,7 @@ def choose_method(
             of = "memory" if free == float("inf") else f"of {size(free)} that can be used"
             reason = "the model is quantised" if quantised is not None else f"it takes about {size(needed)}{more}, {of}"
             return method, reason
-    least = methods[-1]
+    least = list(needs)[-1]
     raise ConfigError(
         f"--method: even {least} takes about {size(needs[least])}, and {size(free)} can be used; take a smaller model, a "
         f"shorter --context-length, or try with --method {least}"
