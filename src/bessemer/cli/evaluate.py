@@ -29,7 +29,7 @@ def evaluate(
     tasks: Annotated[
         str | None,
         typer.Option(
-            help="Tasks by name or by YAML file, with commas between; core: CORE's; see --list-tasks. None: what finetune held out."
+            help="Tasks by name or by YAML file, with commas between; core: CORE's; see --list-tasks. None: finetune's held-out task."
         ),
     ] = None,
     list_tasks: Annotated[
