@@ -40,9 +40,10 @@ def alone_in(folder: Path) -> Iterator[None]:
     """
     import filelock
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    place = folder.resolve()
+    place.parent.mkdir(parents=True, exist_ok=True)
     # beside it: a folder is refused that holds something else
-    lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
+    lock = filelock.FileLock(place.with_name(f".{place.name}.lock"))
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
