@@ -212,6 +212,15 @@ def test_the_first_run_is_called_as_its_recipe_whatever_overrides_it_has(recipe,
     assert go(recipe(), ["count.times=4"]).folder.name == "small"
 
 
+def test_a_run_says_its_name_at_the_start(recipe, calls, capsys):
+    from bessemer.cli.main import main
+
+    with pytest.raises(SystemExit):
+        main(["run", recipe("words: [a]\n"), "words.workers=2"])
+    out, err = capsys.readouterr()
+    assert (out + err).startswith("run small, in runs/small\n")
+
+
 def test_an_override_makes_a_second_folder_and_finds_it_again(recipe, calls):
     assert go(recipe()).folder.name == "small"
     assert go(recipe(), ["count.times=4"]).folder.name == "small-2"

@@ -43,7 +43,7 @@ collect:
   sources:
 {sources}
   hold_out: documents # one piece in 20 is not trained on: the model is measured by it
-clean: {{edit: [repair]}} # nothing of yours is filtered out; docs/data.md shows how other people's text is
+clean: {{edit: [repair], score: []}} # nothing of yours is filtered out; docs/data.md has what chooses among other people's text
 deduplicate: [exact, minhash]
 tokenize: {{vocab_size: {vocab_size}}} # 512 for less than 300 kB of text, 1024 up to 2 MB, 2048 up to 10 MB, 4096 for more
 model: {{preset: qwen3-1m, max_position_embeddings: 256}} # with hours instead of minutes: qwen3-3m, qwen3-10m
