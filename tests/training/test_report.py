@@ -119,7 +119,7 @@ def test_a_run_ends_with_bits_per_byte_and_what_became_of_a_held_out_text(tmp_pa
     stage = stage_with_sample(tmp_path, {"steps": 3, "bits_per_byte": 1.25, "training_bytes": 10**6})
     bits, sample = sentences(stage)
     assert bits.endswith("pretrain 1.250.") and sample.endswith(":\n  The\n  key▸ is")
-    assert next_steps(stage)[-1].endswith("/pretrain/model The")
+    assert next_steps(stage)[-1].endswith("/pretrain/model The --temperature 0.7")
 
 
 def test_what_later_stages_say_is_not_said_twice(tmp_path):

@@ -102,7 +102,8 @@ def next_steps(stage: StageReport) -> list[str]:
     serve = [f"bessemer serve {stage.run.name}"] if (stage.run.folder / "model").exists() else []
     prompts = [one["prompt"] for one in _held_out_samples(stage)]
     beginning = shlex.quote(next(iter(prompts[0].splitlines()))) if prompts else '"Return the"'
-    return [*serve, f"bessemer generate {model} {beginning}"]
+    # greedily, a small model runs in a circle
+    return [*serve, f"bessemer generate {model} {beginning} --temperature 0.7"]
 
 
 def training_curves(
