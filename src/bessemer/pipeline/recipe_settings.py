@@ -10,6 +10,7 @@ from typing import Any
 
 from bessemer.core.config import Config
 from bessemer.core.yaml_file import KeyPath, Place
+from bessemer.model.config import ModelStageConfig
 from bessemer.pipeline.recipe import Recipe, RecipeHead, Stage, shipped_recipes
 
 #: Comments stand in one column up to this one; behind longer lines they follow at once.
@@ -37,11 +38,17 @@ def _stage_lines(recipe: Recipe, stage: Stage) -> Iterator[str]:
     for key in ("kind", "from"):
         if key in written:
             yield _line("  ", key, written[key], _origin(recipe, stage.config, (stage.name, key), given=True))
-    for name in type(stage.config).model_fields:
+    config = stage.config
+    existing = config.init_from if isinstance(config, ModelStageConfig) else None
+    for name in type(config).model_fields:
+        if existing is not None and name not in written:
+            continue
         # a section that is written short stands for one setting
-        short = section is not None and not isinstance(section, Mapping) and name == stage.config.shorthand
-        origin = _origin(recipe, stage.config, (stage.name, name), name in written or short)
-        yield _line("  ", name, _plain(getattr(stage.config, name)), origin)
+        short = section is not None and not isinstance(section, Mapping) and name == config.shorthand
+        origin = _origin(recipe, config, (stage.name, name), name in written or short)
+        yield _line("  ", name, _plain(getattr(config, name)), origin)
+    if existing is not None:
+        yield f"  # all others are those of the model in {existing}"
 
 
 def _origin(recipe: Recipe, config: Config, path: KeyPath, given: bool) -> str:
