@@ -35,7 +35,7 @@ def made(capsys, monkeypatch, tmp_path, *arguments):
 def test_the_corpus_is_one_s_own_text_alone(capsys, monkeypatch, tmp_path, texts):
     recipe, out = made(capsys, monkeypatch, tmp_path, "--text", "texts")
     assert [(one.source, one.paths) for one in recipe.stage("collect").config.sources] == [("files", ["../texts"])]
-    assert "about 81.4 kB of text" in out
+    assert "about 86.3 kB of text" in out
     assert len(prepare("recipe.yaml").plan()) == len(recipe.stages)
 
 

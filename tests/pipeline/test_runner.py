@@ -217,8 +217,7 @@ def test_a_run_says_its_name_at_the_start(recipe, calls, capsys):
 
     with pytest.raises(SystemExit):
         main(["run", recipe("words: [a]\n"), "words.workers=2"])
-    out, err = capsys.readouterr()
-    assert (out + err).startswith("run small, in runs/small\n")
+    assert capsys.readouterr().err.startswith("run small, in runs/small\n")
 
 
 def test_an_override_makes_a_second_folder_and_finds_it_again(recipe, calls):
