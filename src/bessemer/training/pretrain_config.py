@@ -96,7 +96,7 @@ class PretrainConfig(LoopConfig):
     def _check_length(self) -> Self:
         given = [name for name in ("steps", "tokens", "minutes") if getattr(self, name) is not None]
         if not given:
-            raise ValueError("give one of steps, tokens and minutes, as in minutes: 4")
+            raise ValueError("give exactly one of steps, tokens and minutes, as in minutes: 4")
         if len(given) > 1:
             ways = " or ".join(f"{name}: {getattr(self, name)}" for name in given)
             raise ValueError(f"give exactly one of steps, tokens and minutes, not {' and '.join(given)}: keep {ways}")
