@@ -141,7 +141,9 @@ def test_an_override_of_the_steps_unsets_the_minutes_of_the_recipe():
 def test_two_lengths_in_one_place_are_refused_with_both_ways_out():
     text = message("quickstart", ["pretrain.steps=20", "pretrain.minutes=2"])
     assert text.endswith("not steps and minutes: keep steps: 20 or minutes: 2.0")
-    assert message("quickstart", ["pretrain.minutes=null"]).endswith("give exactly one of steps, tokens and minutes, as in minutes: 4")
+    assert message("quickstart", ["pretrain.minutes=null"]).endswith(
+        "give exactly one of steps, tokens and minutes, as in minutes: 4"
+    )
 
 
 def test_a_recipe_leaves_out_a_stage_of_the_one_that_it_extends(recipe, folder):

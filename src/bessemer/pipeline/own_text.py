@@ -166,7 +166,8 @@ def starting_files(name: str, text: OwnText, model: str | None) -> dict[str, str
 
 def _source_lines(text: OwnText) -> Iterator[str]:
     for source, paths in text.paths.items():
-        more = ", max_document_bytes: 10_000" if source == "files" else ", by_chapter: true" if source == "epub" else ""
+        longest = "2_000" if text.too_little else "10_000"  # enough pieces for some to be held out
+        more = f", max_document_bytes: {longest}" if source == "files" else ", by_chapter: true" if source == "epub" else ""
         note = ' # .txt, .md, .jsonl with a "text" field; also .gz and .zst' if source == "files" else ""
         yield f"    - {{source: {source}, paths: {json.dumps(paths, ensure_ascii=False)}{more}}}{note}"
 

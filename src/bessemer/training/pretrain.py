@@ -184,7 +184,7 @@ class _PeriodicEvaluation:
 def held_out_prompts(shards: TokenShards, tokenizer: Tokenizer) -> list[str]:
     """Beginnings of a few documents, spread over all, for a model to go on from; each ends with a word where words have
     spaces."""
-    lengths = np.concatenate([part for part, _ in shards.lengths_and_sources()])
+    lengths = np.concatenate([np.empty(0, np.int64), *(part for part, _ in shards.lengths_and_sources())])
     starts = np.cumsum(lengths) - lengths
     # a document that is hardly longer than its prompt leaves nothing to go on with
     (long,) = np.nonzero(lengths > 2 * _PROMPT_TOKENS)
