@@ -270,7 +270,7 @@ UNMARKED: dict[str, dict[str, list[str]]] = {
     "docs/tokenization.md": {_LIMIT: ["2 %"], _ARITHMETIC: ["40 %", "89 %"]},
     "docs/tokenizer-formats.md": {_INPUT: ["8 MB"]},
     "docs/trainer.md": {_PUBLISHED: ["43 %"]},
-    "docs/tutorials/model-from-text.md": {_INPUT: ["38 MB"], _SETTING: ["3 minutes"]},
+    "docs/tutorials/model-from-text.md": {_INPUT: ["38 MB"], _SETTING: ["3 minutes"], _LIMIT: ["300 kB"]},
     "docs/webapp.md": {_ASKED: ["50 ms", "1 s"]},
 }
 

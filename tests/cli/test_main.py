@@ -162,7 +162,7 @@ def test_init_makes_a_recipe_that_is_valid_and_overwrites_nothing(capsys, tmp_pa
 
     recipe = load_recipe("recipe.yaml")
     assert recipe.name == "mine"
-    assert recipe.stage("collect").config.sources[0].paths == ["data"]
+    assert [source.paths for source in recipe.stage("collect").config.sources] == [["data"]]
     code, _, err = bessemer(capsys, "init", tmp_path / "mine")
     assert code == 2
     assert "exists already" in one_error(err)

@@ -16,6 +16,7 @@ from bessemer.scaling.hardware import find_card
 from bessemer.scaling.job import TrainingJob
 from bessemer.scaling.planner import configured_plan
 from tests.cli.test_main import bessemer, one_error
+from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer
 
 #: Of each shipped recipe the number of its cards and their kind; those of `planning.RECIPES` are for GPUs.
 CARDS = dict.fromkeys(shipped_recipes(), (1, "cpu")) | {
@@ -61,7 +62,7 @@ def test_a_mistake_is_one_line(capsys, arguments, words):
     assert code == 2 and words in one_error(err)
 
 
-@pytest.mark.parametrize("name", sorted(set(shipped_recipes()) - {"long-context"}))  # which starts from a run's model
+@pytest.mark.parametrize("name", sorted(set(shipped_recipes()) - {"long-context", "continue"}))  # which start from a model
 def test_every_shipped_recipe_can_be_planned(name):
     asked = planned(name)
     assert asked.tokens or asked.minutes
@@ -80,10 +81,15 @@ def test_minutes_become_tokens_at_the_predicted_speed(capsys):
 
 @pytest.fixture
 def quickstart_model(tmp_path, monkeypatch):
-    """A folder with a model where `long-context` looks for the quickstart's."""
+    """A folder with a model where `long-context` looks for the quickstart's, and a model and text where `continue` does."""
     monkeypatch.chdir(tmp_path)
     config = preset_config("qwen3-1m", planned("quickstart").model.vocab_size).with_changes(max_position_embeddings=256)
     save_model(Decoder(config), tmp_path / "runs/quickstart/stages/pretrain", tokenizer=None)
+    save_model(
+        Decoder(config.with_changes(vocab_size=VOCAB_SIZE)), tmp_path / "base", tokenizer=write_small_tokenizer(tmp_path / "t")
+    )
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.txt").write_text("Steel is an alloy.")
 
 
 @pytest.mark.usefixtures("compiler")

@@ -21,10 +21,10 @@ from bessemer.data.stages.select import select
 from tests.cases import slow
 
 
-def gather(tmp_path, sources, *, name="out", share=0.05, folder=None, progress=None):
+def gather(tmp_path, sources, *, name="out", share=0.05, folder=None, progress=None, **settings):
     out = tmp_path / name
     out.mkdir(exist_ok=True)
-    config = CollectConfig.parse({"sources": sources, "validation_share": share})
+    config = CollectConfig.parse({"sources": sources, "validation_share": share, **settings})
     metrics = collect(config, out, cache=tmp_path / "cache", folder=folder or tmp_path, progress=progress)
     return [row for batch in iterate_documents(out / "documents") for row in batch.to_pylist()], metrics
 
@@ -311,6 +311,18 @@ def test_a_single_long_file_is_split_by_its_pieces(tmp_path):
     (tmp_path / "book.txt").write_text("".join(f"paragraph {n}\n\n" for n in range(200)))
     rows, _ = gather(tmp_path, [{"source": "files", "paths": "book.txt", "max_document_bytes": 40}])
     assert {row["split"] for row in rows} == {"train", "validation"}
+
+
+def test_of_a_few_files_pieces_are_held_out_where_documents_are(tmp_path):
+    for name in "abc":
+        paragraphs = (f"{name} paragraph {n} of some length\n\n" for n in range(300))
+        (tmp_path / f"{name}.txt").write_text("".join(paragraphs))
+    source = {"source": "files", "paths": ["a.txt", "b.txt", "c.txt"], "max_document_bytes": 200}
+    whole, _ = gather(tmp_path, [source])
+    pieces, _ = gather(tmp_path, [source], name="pieces", hold_out="documents")
+    held_out = [[row for row in rows if row["split"] == VALIDATION] for rows in (whole, pieces)]
+    assert len({dict(row["metadata"])["file"] for row in held_out[0]}) == 1 and len(held_out[0]) > 40
+    assert len({dict(row["metadata"])["file"] for row in held_out[1]}) == 3 and 0 < len(held_out[1]) < 20
 
 
 def test_nothing_is_held_out_when_the_share_is_zero(tmp_path):

@@ -56,6 +56,29 @@ def test_a_very_slow_machine_evaluates_the_smallest_share(machine):
     assert within_minutes(CONFIG, MODELS, be(5000.0), Silent())[1]["share"] == pytest.approx(1 / 16, abs=1e-3)
 
 
+def test_the_models_of_a_short_training_are_evaluated_for_as_little(machine):
+    be, asked = machine
+    found, measured = within_minutes(CONFIG, MODELS, be(80.0), Silent(), training_seconds=2.0)
+    # three models and the baselines in ten seconds: less than a sixteenth of each
+    assert measured["share"] == pytest.approx(1 / 64, abs=1e-3) and measured["training_seconds"] == 2.0
+    assert [trial.max_tokens for trial, _ in asked] == [2500, 5000] and found.max_tokens == 2500
+
+
+def test_a_long_training_leaves_the_minutes_as_they_are(machine):
+    be, _ = machine
+    assert within_minutes(CONFIG, MODELS, be(80.0), Silent(), training_seconds=600.0) == (
+        within_minutes(CONFIG, MODELS, be(80.0), Silent())
+    )
+
+
+def test_all_that_is_held_out_is_cut_too(machine):
+    be, _ = machine
+    everything = CONFIG.with_changes(max_tokens=None)
+    found, measured = within_minutes(everything, MODELS, be(80.0), Silent(), held_out_tokens=160_000)
+    assert found.max_tokens == pytest.approx(measured["share"] * 160_000, abs=100)
+    assert within_minutes(everything, MODELS, be(8.0), Silent(), held_out_tokens=160_000)[0].max_tokens is None
+
+
 def test_threads_that_are_given_stay(machine):
     be, _ = machine
     assert within_minutes(CONFIG.with_changes(threads=3), MODELS, be(8.0), Silent())[0].threads == 3

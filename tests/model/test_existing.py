@@ -87,7 +87,7 @@ def test_learned_positions_end_where_they_end(trained):
 
 def test_another_tokenizer_is_refused(trained):
     write_folder(trained, byte_level_bpe([bytes([byte]) for byte in range(256)], "qwen2"))
-    with pytest.raises(ConfigError, match=r"another tokenizer than the recipe's; encode with it: tokenize\.tokenizer: trained"):
+    with pytest.raises(ConfigError, match=r"another tokenizer than the recipe's; .*: tokenize: \{tokenizer: trained\}"):
         build(trained)
 
 

@@ -116,6 +116,37 @@ def test_extends_inherits_and_keeps_lines_of_both_files(recipe, folder):
     assert message("child.yaml").startswith("child.yaml:4: count.times")
 
 
+@pytest.mark.parametrize(
+    ("parent", "child", "left"),
+    [
+        ("minutes: 4", "steps: 20", ["steps"]),
+        ("steps: 20", "minutes: 4", ["minutes"]),
+        ("tokens: 999, warmup_steps: 1", "steps: 20, warmup_fraction: 0.1", ["steps", "warmup_fraction"]),
+        ("minutes: 4", "steps: 20, batch_size: 2", ["steps", "batch_size"]),
+        ("minutes: 4", "batch_size: 2", ["minutes", "batch_size"]),
+    ],
+)
+def test_a_setting_unsets_the_inherited_ones_that_it_is_an_alternative_of(folder, parent, child, left):
+    (folder / "parent.yaml").write_text(f"format: 1\nname: p\npretrain: {{{parent}}}\n")
+    (folder / "child.yaml").write_text(f"extends: parent.yaml\npretrain: {{{child}}}\n")
+    assert sorted(recipe_module._with_extended(Path("child.yaml"), ()).values["pretrain"]) == sorted(left)
+
+
+def test_an_override_of_the_steps_unsets_the_minutes_of_the_recipe():
+    pretrain = load_recipe("quickstart", ["pretrain.steps=20"]).stage("pretrain").config
+    assert (pretrain.steps, pretrain.minutes) == (20, None)
+    assert load_recipe("ladder", {"pretrain.minutes": 2}).stage("pretrain").config.tokens is None
+    assert load_recipe("long-context", {"model.preset": "qwen3-3m"}).stage("model").config.init_from is None
+
+
+def test_two_lengths_in_one_place_are_refused_with_both_ways_out():
+    text = message("quickstart", ["pretrain.steps=20", "pretrain.minutes=2"])
+    assert text.endswith("not steps and minutes: keep steps: 20 or minutes: 2.0")
+    assert message("quickstart", ["pretrain.minutes=null"]).endswith(
+        "give exactly one of steps, tokens and minutes, as in minutes: 4"
+    )
+
+
 def test_a_recipe_leaves_out_a_stage_of_the_one_that_it_extends(recipe, folder):
     recipe()
     (folder / "child.yaml").write_text("extends: recipe.yaml\nname: child\ntrain: null\n")
@@ -227,17 +258,14 @@ def test_the_recipe_of_the_readme_is_accepted(folder):
     assert "sft" not in [one.stage.name for one in prepare("mine.yaml").plan()]
 
 
-def test_what_init_makes_is_refused_without_its_documentation_until_sft_is_left_out(folder):
-    from bessemer.cli.init import init
-
-    init(folder)
-    recipe = (folder / "recipe.yaml").read_text()
-    without = "".join(line for line in recipe.splitlines(keepends=True) if "source: wheels" not in line)
-    (folder / "recipe.yaml").write_text(without)
-    assert refused("recipe.yaml").startswith("sft: made/docs_questions is made from documentation")
-    assert "# sft: null" in without
-    (folder / "recipe.yaml").write_text(without.replace("# sft: null", "sft: null"))
-    prepare("recipe.yaml")
+def test_a_model_beside_a_new_vocabulary_is_refused_with_its_own_tokenizer_suggested(folder):
+    shape = ModelConfig(vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=1, max_position_embeddings=256)
+    save_model(Decoder(shape), folder / "theirs", tokenizer=write_small_tokenizer(folder / "tokenizer"))
+    overrides = {"collect": ["python_docs"], "model": {"init_from": "theirs"}, "tokenize": {"vocab_size": VOCAB_SIZE - 1}}
+    text = refused(overrides=overrides | {"quantize": None})
+    assert text.startswith(f"model.init_from: theirs reads {VOCAB_SIZE} tokens") and text.endswith(
+        "tokenize: {tokenizer: theirs}"
+    )
 
 
 def test_an_existing_model_is_held_beside_the_tokenizer_and_the_rows_that_it_shall_have(folder):

@@ -206,6 +206,20 @@ def test_run_folder_links_the_artefacts(recipe, calls):
     assert (follow(run / "stages" / "count") / "count.txt").read_text() == "6"
 
 
+def test_the_first_run_is_called_as_its_recipe_whatever_overrides_it_has(recipe, calls):
+    assert go(recipe(), ["count.times=4"]).folder.name == "small"
+    assert go(recipe(), ["count.times=5"]).folder.name == "small-2"
+    assert go(recipe(), ["count.times=4"]).folder.name == "small"
+
+
+def test_a_run_says_its_name_at_the_start(recipe, calls, capsys):
+    from bessemer.cli.main import main
+
+    with pytest.raises(SystemExit):
+        main(["run", recipe("words: [a]\n"), "words.workers=2"])
+    assert capsys.readouterr().err.startswith("run small, in runs/small\n")
+
+
 def test_an_override_makes_a_second_folder_and_finds_it_again(recipe, calls):
     assert go(recipe()).folder.name == "small"
     assert go(recipe(), ["count.times=4"]).folder.name == "small-2"
@@ -235,7 +249,7 @@ def test_two_runs_with_other_overrides_at_once_take_two_folders(recipe, calls, m
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert {result.folder.name for result in results.values()} == {"small-2", "small-3"}
+    assert {result.folder.name for result in results.values()} == {"small", "small-2"}
     for times, result in results.items():
         assert result.run.record()["recipe"]["count"]["times"] == times
         assert (follow(result.folder / "stages" / "count") / "count.txt").read_text() == str(times)

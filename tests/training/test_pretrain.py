@@ -12,9 +12,10 @@ from bessemer.model.folder import load_model, save_model
 from bessemer.tokenization.config import TokenizeConfig
 from bessemer.tokenization.stage import tokenize
 from bessemer.tokenization.tokenizer import load_tokenizer
-from bessemer.training.pretrain import pretrain
+from bessemer.training.pretrain import _beginning, pretrain
 from bessemer.training.pretrain_config import PRETRAIN_VERSION
 from tests.golden import checksum, exact_weights
+from tests.training.conftest import documentation
 
 
 def echo(model, tokenizer_folder, prompts):
@@ -39,6 +40,31 @@ def test_the_stage_leaves_a_model_and_its_history(settings, model_folder, tokeni
     assert samples == [(2, "a", "a…"), (2, "b", "b…"), (8, "a", "a…"), (8, "b", "b…")]
     assert summary["bits_per_byte"] > 0 and summary["steps"] == 8
     json.dumps(summary, allow_nan=False)
+
+
+def test_without_prompts_the_model_goes_on_with_held_out_texts(settings, model_folder, tokenized, tmp_path):
+    config = settings.with_changes(steps=1, evaluate_tokens=200, sample_points=1)
+    pretrain(config, model_folder, tokenized / "tokens", tmp_path, seed=1, device="cpu", sample=echo)
+    held_out = [text for text, package, _ in documentation() if package == "held"]
+    samples = read_metrics(tmp_path / "samples.jsonl")
+    assert len(samples) == 3 and all(one["held_out"] for one in samples)
+    for one in samples:
+        assert any(text.startswith(one["prompt"]) for text in held_out), one["prompt"]
+        assert 10 < len(one["prompt"]) <= 80
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt"),
+    [
+        ("Who goes there?", "Who goes there?"),
+        ("word " * 40, ("word " * 16).strip()),
+        ("\n\nA title\n\n" + "and then " * 20, "A title\n\n" + ("and then " * 7).strip() + " and"),
+        ("鋼" * 200, "鋼" * 80),
+        ("Größe \N{REPLACEMENT CHARACTER}", "Größe"),
+    ],
+)
+def test_a_prompt_ends_with_a_word_where_words_have_spaces(text, prompt):
+    assert _beginning(text) == prompt
 
 
 GOLDEN_SHAPE = {

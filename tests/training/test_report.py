@@ -3,7 +3,15 @@
 import math
 
 from bessemer.core.report import Curves, Facts, Heading, HeatMaps, RunReport, StageReport, Table, Text
-from bessemer.training.report import diagnostics, layers_map, losses_by_source, report, training_curves
+from bessemer.training.report import (
+    diagnostics,
+    layers_map,
+    losses_by_source,
+    next_steps,
+    report,
+    sentences,
+    training_curves,
+)
 
 
 def records(steps=(100, 200), layers=2):
@@ -91,6 +99,39 @@ def test_the_section_names_an_instance_of_the_stage_and_reads_its_samples(tmp_pa
     assert section.title == "Pretraining: pretrain_2"
     assert section.parts[-1].samples[0].text == " end"
     assert Facts({"steps": 3}) in section.parts
+
+
+def stage_with_sample(tmp_path, metrics, **of_others):
+    lines = [
+        '{"step": 1, "prompt": "The", "text": " dog"}',
+        '{"step": 3, "prompt": "The\\nkey", "text": " is", "held_out": true}',
+    ]
+    (tmp_path / "samples.jsonl").write_text("\n".join(lines) + "\n")
+    run = RunReport(name="r", folder=tmp_path, stages=(stages := []))
+    stages += [
+        StageReport(name=name, kind=name, metrics=found, folder=tmp_path, run=run)
+        for name, found in {"pretrain": metrics, **of_others}.items()
+    ]
+    return stages[0]
+
+
+def test_a_run_ends_with_bits_per_byte_and_what_became_of_a_held_out_text(tmp_path):
+    stage = stage_with_sample(tmp_path, {"steps": 3, "bits_per_byte": 1.25, "training_bytes": 10**6})
+    bits, sample = sentences(stage)
+    assert bits.endswith("pretrain 1.250.") and sample.endswith(":\n  The\n  key▸ is")
+    assert next_steps(stage)[-1].endswith("/pretrain/model The --temperature 0.7")
+
+
+def test_what_later_stages_say_is_not_said_twice(tmp_path):
+    stage = stage_with_sample(tmp_path, {"steps": 3, "bits_per_byte": 1.25}, sft={"steps": 2}, evaluate={"bits_per_byte": {}})
+    assert sentences(stage) == []
+
+
+def test_too_little_text_is_said_of_a_new_model_alone(tmp_path):
+    metrics = {"steps": 3, "training_bytes": 120_000}
+    (first, _) = sentences(stage_with_sample(tmp_path, metrics))
+    assert first.startswith("120 kB of text are too little") and "--from smollm2" in first
+    assert len(sentences(stage_with_sample(tmp_path, metrics, model={"init_from": "base"}))) == 1
 
 
 def test_curves_stand_beside_the_baselines_of_the_runs_evaluation(tmp_path):

@@ -29,7 +29,7 @@ def evaluate(
     tasks: Annotated[
         str | None,
         typer.Option(
-            help="Tasks by name or YAML file, with commas between; core: CORE's; see --list-tasks. None: what finetune held out."
+            help="Tasks by name or YAML, with commas between; core: CORE's; see --list-tasks. None: what finetune held out."
         ),
     ] = None,
     list_tasks: Annotated[

@@ -28,7 +28,7 @@ def run(
     from bessemer.pipeline.api import execute, prepare
     from bessemer.pipeline.ranks import Ranks
 
-    ranks = Ranks.from_environment(os.environ)
+    ranks, progress = Ranks.from_environment(os.environ), progress_for_terminal()
     runner = prepare(
         recipe,
         overrides or [],
@@ -37,13 +37,15 @@ def run(
         until=until,
         only=only,
         allow_code=allow_code,
-        progress=progress_for_terminal(),
+        progress=progress,
         ranks=ranks,
         claim=not dry_run,
     )
     if dry_run:
         _show_plan(runner.plan(until=until or only))
         return
+    if ranks.leads:
+        progress.say(f"run {runner.run_folder.name}, in {runner.run_folder.folder}")
     result = execute(runner, until=until, only=only, ranks=ranks)
     if ranks.leads:
         _close(result)

@@ -7,7 +7,7 @@ page, so a field is declared once, with its description and unit, through `setti
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SerializationInfo, ValidationError
@@ -55,6 +55,9 @@ class Config(BaseModel):
     shorthand: ClassVar[str | None] = None
     #: Settings of earlier versions, each with what to write now: `{"max_running": "max_num_seqs"}`.
     retired: ClassVar[Mapping[str, str]] = {}
+    #: Groups of settings of which one at most is given. In a recipe that extends another, and in an override, the one that is
+    #: given takes the place of an inherited one: `steps` of an inherited `minutes`.
+    alternatives: ClassVar[tuple[tuple[str, ...], ...]] = ()
 
     @classmethod
     def parse(cls, values: Any, where: Callable[[tuple[str | int, ...]], str] | str = "") -> Self:
@@ -73,6 +76,12 @@ class Config(BaseModel):
             return cls.model_validate(values)
         except ValidationError as error:
             raise ConfigError(explain(error, cls, where)) from None
+
+    @classmethod
+    def replaced_by(cls, given: Collection[str]) -> set[str]:
+        """Inherited settings that have no place beside those that are given, as alternatives of them."""
+        groups = [group for group in cls.alternatives if not given.isdisjoint(group)] if (given := set(given)) else []
+        return {name for group in groups for name in group} - given
 
     def output_settings(self) -> dict[str, Any]:
         """The settings that can change the result, as plain JSON values, nested ones included."""

@@ -10,6 +10,7 @@ from typing import Any
 from bessemer.core.config import Config
 from bessemer.core.progress import Silent
 from bessemer.core.stage import StageContext, StageSpec
+from bessemer.core.store import MANIFEST, read_json
 from bessemer.data.corpus.at_hand import documents_of
 from bessemer.evaluation import report
 from bessemer.evaluation.config import EVALUATE_VERSION, EvaluateConfig
@@ -37,13 +38,30 @@ def _evaluate(context: StageContext) -> dict[str, Any]:
 
 def _resolve_evaluate(context: StageContext) -> tuple[Config, dict[str, Any]]:
     from bessemer.evaluation.time_limit import within_minutes
+    from bessemer.tokenization.shards import TokenShards
 
     def evaluate(config: EvaluateConfig, models: Mapping[str, Path], out: Path) -> object:
         inputs = {role: path for role, path in context.inputs.items() if not role.startswith("model:")}
         inputs |= {f"model:{name}": path for name, path in models.items()}
         return _evaluate(replace(context, config=config, inputs=inputs, out=out, progress=Silent()))
 
-    return within_minutes(context.config, _models(context), evaluate, context.progress)
+    models = _models(context)
+    return within_minutes(
+        context.config,
+        models,
+        evaluate,
+        context.progress,
+        held_out_tokens=max(1, TokenShards(context.inputs["tokens"] / "validation").tokens - 1),
+        training_seconds=_training_seconds(models),
+    )
+
+
+def _training_seconds(models: Mapping[str, Path]) -> float | None:
+    """Seconds of the stages that made the models, as their manifests say; None where one has none."""
+    manifests = [folder.parent / MANIFEST for folder in models.values()]
+    if not all(manifest.is_file() for manifest in manifests):
+        return None
+    return sum(float(read_json(manifest, "manifest")["seconds"]) for manifest in manifests)
 
 
 def _models(context: StageContext) -> dict[str, Path]:

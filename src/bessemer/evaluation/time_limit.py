@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from bessemer.core.environment import usable_cores
+from bessemer.core.figures import duration
 from bessemer.core.progress import Progress
 from bessemer.evaluation.config import EvaluateConfig
 from bessemer.training.threads import faster_threads, thread_candidates
@@ -17,48 +19,71 @@ from bessemer.training.threads import faster_threads, thread_candidates
 _TRIALS = (1 / 16, 1 / 8)
 #: Smallest share that is evaluated, whatever the time.
 _SMALLEST_SHARE = 1 / 16
+#: The same of an evaluation that may take less than so many seconds.
+_SHORT, _SHORT_TRIALS, _SMALLEST_OF_SHORT = 30.0, (1 / 64, 1 / 32), 1 / 64
+#: Of the time in which the models were trained, the most that evaluating them takes; and the seconds that it may always take.
+_OF_TRAINING, _LEAST_SECONDS = 0.5, 10.0
 
 #: Evaluates models with settings into a folder.
 Evaluate = Callable[[EvaluateConfig, Mapping[str, Path], Path], object]
 
 
 def within_minutes(
-    config: EvaluateConfig, models: Mapping[str, Path], evaluate: Evaluate, progress: Progress
+    config: EvaluateConfig,
+    models: Mapping[str, Path],
+    evaluate: Evaluate,
+    progress: Progress,
+    *,
+    held_out_tokens: int | None = None,
+    training_seconds: float | None = None,
 ) -> tuple[EvaluateConfig, dict[str, Any]]:
     """The settings with as many tokens and questions as fit `minutes`, and the measurement that they come from.
 
     The last model is evaluated with two small shares, and without baselines, whose time is that of one model's whole share at
-    most; a model costs a + b × share seconds.
+    most; a model costs a + b × share seconds. held_out_tokens: all that could be scored. training_seconds: of the models; their
+    evaluation takes half as long at most, so that a trial of a few steps is not measured for minutes.
     """
-    minutes = config.minutes
+    minutes, started = config.minutes, time.perf_counter()
     assert minutes is not None
-    started = time.perf_counter()
+    allowed = math.inf if training_seconds is None else max(_LEAST_SECONDS, _OF_TRAINING * training_seconds)
+    is_trial, seconds_left = allowed < 60 * minutes, min(60 * minutes, allowed)
+    whole = config
+    if held_out_tokens is not None:
+        config = config.with_changes(max_tokens=min(held_out_tokens, config.max_tokens or held_out_tokens))
+    trials, smallest = (_TRIALS, _SMALLEST_SHARE) if seconds_left >= _SHORT else (_SHORT_TRIALS, _SMALLEST_OF_SHORT)
     name = list(models)[-1]
     if config.threads is None:
         cores = usable_cores()
-        config = config.with_changes(threads=faster_threads(cores, thread_candidates(cores)))
+        threads = faster_threads(cores, thread_candidates(cores))
+        config, whole = config.with_changes(threads=threads), whole.with_changes(threads=threads)
     seconds = []
     with progress.task("measure this machine"):
-        for share in _TRIALS:
+        for share in trials:
             trial = with_share(config, share).with_changes(baselines=[])
             with TemporaryDirectory() as folder:
                 begin = time.perf_counter()
                 evaluate(trial, {name: models[name]}, Path(folder))
                 seconds.append(time.perf_counter() - begin)
-    slope = max(0.0, (seconds[1] - seconds[0]) / (_TRIALS[1] - _TRIALS[0]))
-    fixed = max(0.0, seconds[0] - slope * _TRIALS[0])
+    slope = max(0.0, (seconds[1] - seconds[0]) / (trials[1] - trials[0]))
+    fixed = max(0.0, seconds[0] - slope * trials[0])
     count = len(models) + bool(config.baselines)
-    left = 60 * minutes - (time.perf_counter() - started)
-    share = min(1.0, max(_SMALLEST_SHARE, (left / count - fixed) / slope if slope else 1.0))
+    left = seconds_left - (time.perf_counter() - started)
+    share = min(1.0, max(smallest, (left / count - fixed) / slope if slope else 1.0))
     measured = {
-        "minutes": minutes,
+        "minutes": seconds_left / 60,
+        **({"training_seconds": round(training_seconds or 0.0, 1)} if is_trial else {}),
         "share": round(share, 3),
         "seconds": round(time.perf_counter() - started, 1),
         "trials": seconds,
     }
     if share == 1.0:
-        return config.with_changes(minutes=None), measured
-    progress.say(f"  {share:.0%} of the tokens and questions, which is what {minutes:g} minutes hold here")
+        return whole.with_changes(minutes=None), measured
+    why = (
+        f"in proportion to {duration(training_seconds or 0.0)} of training"
+        if is_trial
+        else f"which is what {minutes:g} minutes hold here"
+    )
+    progress.say(f"  {share:.0%} of the tokens and questions, {why}")
     return with_share(config, share), measured
 
 

@@ -46,6 +46,7 @@ class ModelStageConfig(Architecture):
     """
 
     shorthand: ClassVar[str | None] = "preset"
+    alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (("preset", "init_from"),)
 
     preset: str | None = setting("qwen3-1m", "named size to start from; none: the defaults shown here")
     init_from: str | None = setting(

@@ -89,10 +89,27 @@ def check_tokenizer(config: ModelStageConfig, tokenizer: Path, folder: Path) -> 
     found = existing_model(config.init_from, folder)
     if load_tokenizer(found).hash != load_tokenizer(tokenizer).hash:
         raise ConfigError(
-            f"model.init_from: {config.init_from} has another tokenizer than the recipe's; encode with it: "
-            f"tokenize.tokenizer: {config.init_from}"
+            f"model.init_from: {config.init_from} has another tokenizer than the recipe's; {_encode_with(config, folder)}"
         )
     return found
+
+
+def check_vocabulary(config: ModelStageConfig, vocab_size: int, folder: Path) -> None:
+    """Raise ConfigError when a tokenizer that is still to be trained cannot come out as that of the model of `init_from`: of at
+    most `vocab_size` tokens."""
+    assert config.init_from is not None
+    own = read_model_config(existing_model(config.init_from, folder)).vocab_size
+    if own > vocab_size:
+        raise ConfigError(
+            f"model.init_from: {config.init_from} reads {own:,} tokens, and the recipe trains a new vocabulary of "
+            f"{vocab_size:,}, which means nothing to it; {_encode_with(config, folder)}"
+        )
+
+
+def _encode_with(config: ModelStageConfig, folder: Path) -> str:
+    assert config.init_from is not None
+    inner = "" if (follow(folder / config.init_from) / CONFIG).is_file() else "/model"
+    return f"encode with the model's own tokenizer: tokenize: {{tokenizer: {config.init_from}{inner}}}"
 
 
 def existing_decoder(config: ModelStageConfig, tokenizer: Path, folder: Path) -> Decoder:

@@ -50,13 +50,17 @@ def _no_tokenizer(config: ModelStageConfig, above: Mapping[str, Any]) -> str | N
 
 
 def _another_tokenizer(config: ModelStageConfig, above: Mapping[str, Any], folder: Path) -> str | None:
-    """An existing model beside an existing tokenizer that is not its own. One that is trained may come out as the model's."""
+    """An existing model beside a tokenizer that is not its own. One that is still to be trained may come out as the model's, as
+    where a recipe goes on with what another has made."""
     tokenize = last_of(above, TokenizeConfig)
-    if config.init_from is None or tokenize is None or tokenize.tokenizer is None:
+    if config.init_from is None or tokenize is None:
         return None
-    from bessemer.model.existing import check_tokenizer
+    from bessemer.model.existing import check_tokenizer, check_vocabulary
     from bessemer.tokenization.existing import existing_tokenizer
 
+    if tokenize.tokenizer is None:
+        check_vocabulary(config, tokenize.vocab_size, folder)
+        return None
     check_tokenizer(config, existing_tokenizer(tokenize.tokenizer, folder), folder)
     return None
 

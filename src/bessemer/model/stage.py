@@ -49,4 +49,4 @@ def build_model(
         f"  {metrics['parameters']:,} parameters, {metrics['embedding_share']:.0%} of them in the embedding; "
         f"context of {metrics['context_length']:,} tokens"
     )
-    return metrics
+    return metrics if config.init_from is None else {"init_from": config.init_from, **metrics}

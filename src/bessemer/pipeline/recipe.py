@@ -75,12 +75,20 @@ class Stage:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A checked recipe. Paths in it start from `folder`: its own, or the current one when the recipe is a shipped one."""
+    """A checked recipe. Paths in it start from `folder`: its own, or the current one when the recipe is a shipped one.
+
+    placed: what was written, with the place of each key.
+    """
 
     head: RecipeHead
     stages: tuple[Stage, ...]
-    values: dict[str, Any]
+    placed: PlacedValues
     folder: Path
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """What was written, what it extends and overrides included."""
+        return self.placed.values
 
     @property
     def name(self) -> str:
@@ -122,10 +130,7 @@ def load_recipe(name: str, overrides: Sequence[str] | Mapping[str, Any] = (), *,
     with bessemer run functions of its own. Raises ConfigError, one line with file and line number.
     """
     path = find_recipe(name)
-    placed = _with_extended(path, seen=())
-    # a new stage is named before its settings, wherever its kind stands
-    for key, value, source in sorted(_overrides(overrides), key=lambda one: not one[0].endswith(".kind")):
-        placed = _overridden(placed, key, value, source)
+    placed = _with_overrides(_with_extended(path, seen=()), list(_overrides(overrides)))
     shipped = path in shipped_recipes().values()
     folder = Path.cwd() if shipped else path.resolve().parent
     return _check(placed, folder, allow_code=allow_code or shipped)
@@ -144,12 +149,42 @@ def _with_extended(path: Path, seen: tuple[Path, ...]) -> PlacedValues:
     base = beside if parent.endswith((".yaml", ".yml")) and beside.is_file() else find_recipe(parent)
     extended = _with_extended(base, (*seen, path.resolve()))
     inherited = set(extended.values)
-    merged = extended.merged(placed)
+    merged = _without_replaced(extended, placed.values).merged(placed)
     for stage in [key for key, value in placed.values.items() if value is None and key not in RecipeHead.model_fields]:
         # `sft:` with nothing behind it: without the other recipe's stage; a stage that needs no settings stays
         if stage in STAGES or stage in inherited:
             del merged.values[stage]
     return merged
+
+
+def _without_replaced(inherited: PlacedValues, given: Mapping[str, Any]) -> PlacedValues:
+    """What is inherited, without the settings whose alternatives are given: `pretrain.steps` unsets `pretrain.minutes`.
+
+    given: stage → the settings that come on top of it.
+    """
+    values, gone = dict(inherited.values), set[KeyPath]()
+    for stage, section in given.items():
+        below = values.get(stage)
+        spec = _spec_of(stage, section) or _spec_of(stage, below)
+        if spec is None or not isinstance(section, dict) or not isinstance(below, dict):
+            continue
+        replaced = spec.config.replaced_by({name for name, value in section.items() if value is not None}) - section.keys()
+        values[stage] = {name: value for name, value in below.items() if name not in replaced}
+        gone.update((stage, name) for name in replaced)
+    return PlacedValues(values, {path: place for path, place in inherited.places.items() if path[:2] not in gone})
+
+
+def _with_overrides(placed: PlacedValues, overrides: Sequence[tuple[str, Any, str]]) -> PlacedValues:
+    """A recipe with (key, value, source) on top of it."""
+    given: dict[str, dict[str, Any]] = {}
+    for key, value, _ in overrides:
+        stage, _, setting_name = key.partition(".")
+        given.setdefault(stage, {})[setting_name] = value
+    placed = _without_replaced(placed, given)
+    # a new stage is named before its settings, wherever its kind stands
+    for key, value, source in sorted(overrides, key=lambda one: not one[0].endswith(".kind")):
+        placed = _overridden(placed, key, value, source)
+    return placed
 
 
 def _overrides(overrides: Sequence[str] | Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
@@ -238,7 +273,7 @@ def _check(placed: PlacedValues, folder: Path, *, allow_code: bool) -> Recipe:
         stages.append(_check_stage(name, spec, placed, stages, folder, allow_code=allow_code))
     if not stages:
         raise ConfigError(f"{placed.place(())}: the recipe has no stage; known: {', '.join(STAGES)}")
-    return Recipe(head, tuple(stages), placed.values, folder)
+    return Recipe(head, tuple(stages), placed, folder)
 
 
 _HEAD_KEYS = frozenset(RecipeHead.model_fields)

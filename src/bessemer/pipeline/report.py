@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bessemer.core.config import Config
+from bessemer.core.figures import duration
 from bessemer.core.metrics import read_metrics
 from bessemer.core.report import KeyFigure, Metrics, RunReport, Section, StageReport
 from bessemer.core.stage import StageSpec
@@ -142,6 +143,13 @@ def _cut_sentences(run: RunReport, resolved: Mapping[str, Any]) -> list[str]:
         elif measured.get("share", 1.0) < 1 and minutes:
             what, share = f"{measured['share']:.0%} of its tokens and questions", measured["share"]
         else:
+            continue
+        if "training_seconds" in measured:
+            trained = duration(measured["training_seconds"])
+            found.append(
+                f"{name}: {share:.0%} of its tokens and questions, in proportion to {trained} of training; {name}.minutes=null "
+                "takes all."
+            )
             continue
         found.append(
             f"{name}: {what} fitted its {minutes:g} minutes on this machine; all take about {minutes / share:.1f} "

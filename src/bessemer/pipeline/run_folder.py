@@ -31,18 +31,19 @@ class RunFolder:
 
     @classmethod
     def choose(cls, runs: Path, recipe_name: str, values: dict[str, Any], *, overridden: bool, name: str | None) -> RunFolder:
-        """The folder for a recipe: `--name`, or the recipe's name, or with overrides `NAME-2`, `NAME-3`, ….
+        """The folder for a recipe: `--name`, or the recipe's name, or, where a run of that name was made otherwise, with
+        overrides `NAME-2`, `NAME-3`, ….
 
         The same overrides again find their own folder again.
         """
+        run = cls(runs, name or recipe_name)
         if name or not overridden:
-            return cls(runs, name or recipe_name)
+            return run
         number = 2
-        while True:
+        while (run.folder / "run.json").exists() and run.record().get("recipe") != values:
             run = cls(runs, f"{recipe_name}-{number}")
-            if not (run.folder / "run.json").exists() or run.record().get("recipe") == values:
-                return run
             number += 1
+        return run
 
     @classmethod
     def claim(cls, runs: Path, recipe_name: str, values: dict[str, Any], *, overridden: bool, name: str | None) -> RunFolder:

@@ -37,13 +37,17 @@ def card_flops(device_name: str) -> float | None:
 
 
 def continuations(model: Any, tokenizer_folder: Path, prompts: list[str]) -> list[str]:
-    """What a model in training writes after each prompt, greedily: shown in the report."""
+    """What a model in training writes after each prompt, the same whenever it is asked: shown in the report.
+
+    It is sampled, since the likeliest tokens of a small model run in a circle.
+    """
     from bessemer.inference.engine import Engine
     from bessemer.inference.sampling.sampler import SamplingParams
     from bessemer.tokenization.tokenizer import load_tokenizer
 
     engine = Engine(model, load_tokenizer(tokenizer_folder))
-    return [completion.text for completion in engine.generate(prompts, SamplingParams(max_tokens=48, temperature=0.0))]
+    sampling = SamplingParams(max_tokens=96, temperature=0.7, top_p=0.9, seed=0)
+    return [completion.text for completion in engine.generate(prompts, sampling)]
 
 
 def open_tasks(names: Sequence[str], data: Path | None, limit: int) -> TaskScorer:

@@ -33,6 +33,10 @@ class LoopConfig(Config):
         "width_base": "mup_base_width",
         "observe_every": "diagnostics_every",
     }
+    alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (
+        ("warmup_fraction", "warmup_steps", "warmup_tokens"),
+        ("decay_fraction", "decay_steps", "decay_tokens"),
+    )
 
     steps: int | None = setting(None, "Optimizer steps.", unit="steps", gt=0)
     batch_size: int = setting(8, "Rows of a batch.", unit="sequences", gt=0)

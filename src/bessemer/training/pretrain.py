@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch.distributed as dist
 
 from bessemer.core.metrics import MetricsLog
@@ -17,7 +18,7 @@ from bessemer.data.corpus.reader import VALIDATION
 from bessemer.distributed.mesh import Mesh
 from bessemer.model.decoder import Decoder
 from bessemer.tokenization.shards import TokenShards
-from bessemer.tokenization.tokenizer import load_tokenizer
+from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 from bessemer.training.checkpoint.load import find_checkpoint
 from bessemer.training.data.batches import BatchSource
 from bessemer.training.data.pretraining import SCRATCH, PretrainingData
@@ -33,6 +34,9 @@ from bessemer.training.validation import bits_per_byte
 Sample = Callable[[Decoder, Path, list[str]], list[str]]
 
 SAMPLES = "samples.jsonl"
+#: Held-out texts that the model continues where no prompts are given, and the most tokens and characters that it is shown of
+#: one.
+_PROMPTS, _PROMPT_TOKENS, _PROMPT_CHARACTERS = 3, 48, 80
 
 
 def pretrain(
@@ -66,6 +70,7 @@ def pretrain(
     validation = TokenShards(tokens / VALIDATION)
     validation.check_tokenizer(tokenizer.hash, "the model")
     data_summary: dict[str, float] = {}
+    held_out = [] if sample is None or config.sample_prompts is not None else held_out_prompts(validation, tokenizer)
 
     def batches(config: PretrainConfig, mesh: Mesh) -> BatchSource:
         assert config.steps is not None
@@ -79,7 +84,7 @@ def pretrain(
 
     def prepare(config: PretrainConfig, decoder: Decoder, mesh: Mesh) -> OnStepEnd:
         samples = sample if mesh.alone else None
-        return _PeriodicEvaluation(config, decoder, validation, model, out / SAMPLES, samples)
+        return _PeriodicEvaluation(config, decoder, validation, model, out / SAMPLES, samples, held_out)
 
     throughput_check = None
     if measured_tokens_per_second is not None and config.steps is not None and _alone():
@@ -102,7 +107,7 @@ def pretrain(
         checkpoint_source=None if config.init_from is None else find_checkpoint(config.init_from, folder),
         throughput_check=throughput_check,
     )
-    return {"parameters": summary.pop("parameters"), **data_summary, **summary}
+    return {"parameters": summary.pop("parameters"), "training_bytes": data.training_bytes, **data_summary, **summary}
 
 
 def _alone() -> bool:
@@ -127,8 +132,10 @@ class _PeriodicEvaluation:
         tokenizer: Path,
         samples: Path,
         sample: Sample | None,
+        held_out_prompts: list[str],
     ) -> None:
         self._config = config
+        self._prompts = held_out_prompts if config.sample_prompts is None else config.sample_prompts
         self._decoder = decoder
         self._validation = validation
         self._tokenizer = tokenizer
@@ -137,7 +144,7 @@ class _PeriodicEvaluation:
         steps = config.steps
         assert steps is not None
         self._validated_steps = validated_steps(config)
-        self._sampled_steps = log_spaced(steps, config.sample_points) if sample and config.sample_prompts else frozenset()
+        self._sampled_steps = log_spaced(steps, config.sample_points) if sample and self._prompts else frozenset()
 
     def __call__(self, finished: int, trainer: Trainer) -> dict[str, float]:
         """Validation metrics after `finished` steps; empty at most steps."""
@@ -166,9 +173,34 @@ class _PeriodicEvaluation:
 
     def _write_samples(self, finished: int, trainer: Trainer) -> None:
         assert self._sample is not None
-        prompts = self._config.sample_prompts
         with trainer.runtime.evaluating(self._decoder):
-            texts = self._sample(self._decoder, self._tokenizer, prompts)
+            texts = self._sample(self._decoder, self._tokenizer, self._prompts)
+        held_out = {"held_out": True} if self._config.sample_prompts is None else {}
         with MetricsLog(self._samples, resume_at=finished - 1) as samples:
-            for prompt, text in zip(prompts, texts, strict=True):
-                samples.write(finished, prompt=prompt, text=text)
+            for prompt, text in zip(self._prompts, texts, strict=True):
+                samples.write(finished, prompt=prompt, text=text, **held_out)
+
+
+def held_out_prompts(shards: TokenShards, tokenizer: Tokenizer) -> list[str]:
+    """Beginnings of a few documents, spread over all, for a model to go on from; each ends with a word where words have
+    spaces."""
+    lengths = np.concatenate([np.empty(0, np.int64), *(part for part, _ in shards.lengths_and_sources())])
+    starts = np.cumsum(lengths) - lengths
+    # a document that is hardly longer than its prompt leaves nothing to go on with
+    (long,) = np.nonzero(lengths > 2 * _PROMPT_TOKENS)
+    among = long if len(long) else np.arange(len(lengths))
+    chosen = among[np.linspace(0, len(among) - 1, min(_PROMPTS, len(among)), dtype=int)]
+    texts = (
+        tokenizer.decode(shards.read(int(starts[one]) + 1, min(_PROMPT_TOKENS, int(lengths[one]) - 1)).tolist())
+        for one in chosen
+    )
+    return [prompt for text in texts if (prompt := _beginning(text))]
+
+
+def _beginning(text: str) -> str:
+    """The first characters of a text up to the end of a word; where no space is near, up to the limit."""
+    text = text.lstrip()[: _PROMPT_CHARACTERS + 1].rstrip("\N{REPLACEMENT CHARACTER}")
+    words = text.rsplit(maxsplit=1)
+    if len(words) == 2 and len(words[0]) >= _PROMPT_CHARACTERS // 2:
+        return text[: text.rindex(words[1])].rstrip()
+    return text[:_PROMPT_CHARACTERS].rstrip()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import field_validator, model_validator
 
@@ -16,6 +16,8 @@ PRETRAIN_VERSION = 6
 
 class PretrainConfig(LoopConfig):
     """The stage `pretrain`: next-token prediction on token shards. Exactly one of steps, tokens and minutes."""
+
+    alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (*LoopConfig.alternatives, ("steps", "tokens", "minutes"))
 
     init_from: str | None = setting(
         None,
@@ -55,9 +57,10 @@ class PretrainConfig(LoopConfig):
         le=1,
     )
     evaluate_tokens: int = setting(32_768, "Tokens of the validation split that are read each time.", unit="tokens", gt=0)
-    sample_prompts: list[str] = setting(
-        description="Prompts that the model continues at several points of training, for the report.",
-        default_factory=lambda: ["Return the", "This function", "class ", "Parameters\n"],
+    sample_prompts: list[str] | None = setting(
+        None,
+        "Prompts that the model continues at several points of training, for the report; absent: beginnings of texts that are "
+        "held out of training; []: none.",
     )
     sample_points: int = setting(4, "Number of points of training at which the prompts are continued, the end included.", ge=0)
 
@@ -92,6 +95,9 @@ class PretrainConfig(LoopConfig):
     @model_validator(mode="after")
     def _check_length(self) -> Self:
         given = [name for name in ("steps", "tokens", "minutes") if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError(f"give exactly one of steps, tokens and minutes, not {' and '.join(given) or 'none'}")
+        if not given:
+            raise ValueError("give exactly one of steps, tokens and minutes, as in minutes: 4")
+        if len(given) > 1:
+            ways = " or ".join(f"{name}: {getattr(self, name)}" for name in given)
+            raise ValueError(f"give exactly one of steps, tokens and minutes, not {' and '.join(given)}: keep {ways}")
         return self

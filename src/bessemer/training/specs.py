@@ -176,6 +176,7 @@ STAGES = (
         budget_seconds=180,
         report=report.report,
         summary_line=report.summary_line,
+        sentences=report.sentences,
         next_steps=report.next_steps,
         run=_pretrain,
         resolve=_resolve_pretrain,

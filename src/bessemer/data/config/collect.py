@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import field_validator
 
@@ -43,6 +43,12 @@ class CollectConfig(DataConfig):
         "share of packages (of files, of records where there are none) held out for validation, chosen by hash",
         ge=0,
         le=0.5,
+    )
+
+    hold_out: Literal["groups", "documents"] = setting(
+        "groups",
+        "groups: a package or a file is held out whole, so that none is trained on in part; documents: single documents, for a "
+        "few files, of which one would be too much",
     )
 
     @field_validator("buckets")

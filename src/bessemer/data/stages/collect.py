@@ -111,7 +111,9 @@ def collect(
         first = f"; the first of what was set aside: {notes[0]}" if notes else ""
         raise SourceError(f"collect: no document with text was found in {', '.join(names)}{first}")
 
-    splitter = Splitter(config.validation_share)
+    splitter = Splitter(config.validation_share, by_document=config.hold_out == "documents")
+    if splitter.by_document:
+        groups = _documents_as_groups(readings)
     while (remedy := splitter.remedy(groups)) is not None:
         splitter = remedy
         if splitter.by_document:
@@ -212,7 +214,7 @@ def _groups(reading: _Reading, splitter: Splitter) -> set[str]:
 
 
 def _documents_as_groups(readings: list[_Reading]) -> Groups:
-    """Of a corpus that is a single group."""
+    """Of a corpus that is a single group, or is held out by document."""
     groups = Groups()
     for reading in readings:
         groups.add(_groups(reading, Splitter(0.0, by_document=True)))

@@ -73,6 +73,11 @@ class PretrainingData:
             if name not in sources:
                 raise ConfigError(f"fim_sources: no document has the source {name!r}{nearest(name, sources)}")
 
+    @property
+    def training_bytes(self) -> int:
+        """UTF-8 bytes of the text of the split `train`."""
+        return self._shards[TRAIN].bytes
+
     def batches(
         self, steps: int, seed: int, scratch: Path | None = None
     ) -> tuple[TokenBatches | DocumentBatches | AnnealedBatches, dict[str, float]]:
