@@ -55,7 +55,7 @@ def commands(block: Block) -> list[str]:
     """The commands of a block of shell, lines that end in a backslash joined, without comments behind them."""
     lines = block.text.replace("\\\n", " ").splitlines()
     if block.language == "console":
-        return [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+        lines = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
     return [command for line in lines if (command := re.sub(r"(?:^|\s+)#\s.*", "", line).strip())]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.follow import Guide, Newcomer, Step, example_guides, follow, guides
-from tests.literate import commands, marked_blocks
+from tests.literate import commands, free_port, marked_blocks
 from tests.test_packaging import _PACKAGES, PROJECT, packages
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -16,80 +16,112 @@ HAVE = ("index", "minutes")
 
 
 @pytest.fixture
-def followed(tmp_path):
+def program(tmp_path, monkeypatch):
+    """Write a program that a guide's commands find by its name."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+
+    def write(name: str, script: str) -> None:
+        (folder / name).write_text(script, encoding="utf-8")
+        (folder / name).chmod(0o755)
+
+    write("python", f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    return write
+
+
+@pytest.fixture
+def followed(tmp_path, program):
     """Follow a page, and give its steps and the reasons of what was left out."""
 
     def done(text: str) -> list[Step | str]:
         page = tmp_path / "page.md"
         page.write_text(text, encoding="utf-8")
-        newcomer = Newcomer(tmp_path / "newcomer", Path("/wheels/bessemer-1-py3-none-any.whl"), timeout=30)
+        newcomer = Newcomer(tmp_path / "newcomer", Path("/wheels/bessemer-1-py3-none-any.whl"), timeout=60)
         return list(follow(Guide("page.md", tuple(marked_blocks(page))), newcomer, HAVE))
 
     return done
 
 
+def sh(*lines: str) -> str:
+    return "\n".join(["```sh", *lines, "```", ""]) + "\n"
+
+
+def python(*lines: str) -> str:
+    return "\n".join(["```python", *lines, "```", ""]) + "\n"
+
+
 def test_a_command_sees_the_folder_and_the_variables_of_those_before_it(followed):
-    steps = followed(
-        "```sh\nmkdir -p deep && cd deep   # here\nexport METAL=steel\n```\n\n```console\n$ echo $METAL $(basename $PWD)\nx\n```\n"
-    )
+    page = sh("mkdir -p deep && cd deep   # here", "export METAL=steel")
+    steps = followed(page + "```console\n$ echo $METAL $(basename $PWD)\nshown, not run\n```\n")
     assert [step.code for step in steps] == [0, 0, 0]
     assert steps[-1].said == "steel deep"
 
 
 def test_a_command_that_fails_is_told_with_its_place_its_code_and_its_last_line_and_the_rest_is_tried(followed):
-    failed, after = followed("A page.\n\n```sh\necho why >&2; exit 3\ntrue\n```\n")
+    failed, after = followed("A page.\n\n" + sh("echo why >&2; exit 3", "true"))
     assert (failed.place, failed.code, failed.said, failed.failed) == ("page.md:4", 3, "why", True)
     assert not after.failed
 
 
-def test_without_the_package_nothing_else_is_tried(followed):
-    steps = followed("```sh\npip() { echo no such extra; return 1; }; export -f pip\npip install '.[alll]'\ntrue\n```\n")
-    assert [step.code for step in steps] == [0, 1] and steps[-1].said == "no such extra"
+def test_a_command_that_takes_too_long_is_ended(tmp_path, program):
+    newcomer = Newcomer(tmp_path / "newcomer", Path("/wheel"), timeout=0)
+    assert newcomer.run("cat /dev/zero > /dev/null")[0] is None
 
 
-def test_an_extra_of_the_checkout_is_that_of_the_wheel(followed):
-    _, step = followed("```sh\npip() { echo \"$@\"; }; export -f pip\npip install '.[data]' openai\n```\n")
+def test_without_the_package_nothing_else_is_tried(followed, program):
+    program("pip", "#!/bin/sh\necho no such extra\nexit 1\n")
+    (step,) = followed(sh("pip install '.[alll]'", "true"))
+    assert (step.code, step.said) == (1, "no such extra")
+
+
+def test_an_extra_of_the_checkout_is_that_of_the_wheel(followed, program):
+    program("pip", '#!/bin/sh\necho "$@"\n')
+    (step,) = followed(sh("pip install '.[data]' openai"))
     assert step.said == "install bessemer[data] @ file:///wheels/bessemer-1-py3-none-any.whl openai"
 
 
 def test_blocks_of_python_share_a_namespace_and_the_folder_of_the_shell(followed):
-    page = "```sh\nmkdir -p deep && cd deep\n```\n\n```python\nmetal = 'steel'\n```\n\n```python\nimport os\nprint(metal, os.path.basename(os.getcwd()))\n```\n"
-    assert [step.said for step in followed(page)] == ["", "", "steel deep"]
+    page = sh("mkdir -p deep && cd deep") + python("metal = 'steel'") + python("import os", "print(metal, os.listdir('..'))")
+    assert [step.said for step in followed(page)] == ["", "", "steel ['deep']"]
 
 
 def test_python_that_fails_is_told_with_its_last_line(followed):
-    failed, after = followed("```python\n1 / 0\n```\n\n```python\nprint('on')\n```\n")
+    failed, after = followed(python("1 / 0") + python("print('on')"))
     assert failed.code == 1 and failed.said == "ZeroDivisionError: division by zero"
     assert after.code == 0
 
 
 def test_a_block_with_a_title_is_written(followed):
-    (step,) = followed('```yaml title="made/recipe.yaml"\nname: mine\n```\n\n```sh\ncat made/recipe.yaml\n```\n')
+    (step,) = followed('```yaml title="made/recipe.yaml"\nname: mine\n```\n\n' + sh("cat made/recipe.yaml"))
     assert step.said == "name: mine"
 
 
 def test_what_is_left_out_is_counted_with_its_reason(followed):
-    marked = "".join(f"<!-- {mark} -->\n```sh\ntrue\n```\n\n" for mark in ("needs: hub", "needs: index", "not run: it is dear"))
+    marked = "".join(f"<!-- {mark} -->\n{sh('true')}" for mark in ("needs: hub", "needs: index", "not run: it is dear"))
     needs_hub, ran, not_run, shown = followed(marked + "```yaml\nname: shown\n```\n")
     assert (needs_hub, not_run, shown) == ("needs hub", "it is dear", "shown only (yaml)")
     assert ran.command == "true"
 
 
-_CHAT = """bessemer() { read -rp "fetch it? [Y/n]: " yes; while read -rp "you> " line; do
-echo "<$yes $line>"; test "$line" != /quit || return 0; done; }; export -f bessemer"""
+def test_a_chat_is_typed_into(followed, program):
+    program(
+        "bessemer",
+        '#!/usr/bin/env bash\nread -rp "fetch it? [Y/n]: " yes\n'
+        'while test "$line" != /quit && read -rp "you> " line; do echo "$yes: $line"; done\n',
+    )
+    (chat,) = followed(sh("bessemer chat smollm2   # /quit leaves"))
+    assert (chat.code, chat.said) == (0, "y: /quit")
 
 
-def test_a_chat_is_typed_into(followed):
-    _, chat = followed(f"```sh\n{_CHAT.replace(chr(10), ' ')}\nbessemer chat smollm2\n```\n")
-    assert (chat.code, chat.said) == (0, "<y /quit>")
-
-
-_SERVER = """
+_SERVER = f"""#!{sys.executable}
 import http.server, sys
+
 class Models(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200 if self.path == "/v1/models" else 404)
         self.end_headers()
+
 try:
     http.server.HTTPServer(("127.0.0.1", int(sys.argv[-1])), Models).serve_forever()
 except KeyboardInterrupt:
@@ -97,11 +129,9 @@ except KeyboardInterrupt:
 """
 
 
-def test_a_server_is_asked_and_ended_by_ctrl_c(followed):
-    from tests.literate import free_port
-
-    page = f'```python title="server.py"\n{_SERVER}```\n\n```sh\nbessemer() {{ "{sys.executable}" server.py "$@"; }}; export -f bessemer\n'
-    _, server = followed(f"{page}bessemer serve out --port {free_port()}\n```\n")
+def test_a_server_is_asked_and_ended_by_ctrl_c(followed, program):
+    program("bessemer", _SERVER)
+    (server,) = followed(sh(f"bessemer serve out --port {free_port()}"))
     assert (server.code, server.said) == (0, "ended")
 
 
