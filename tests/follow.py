@@ -92,14 +92,14 @@ class Step(NamedTuple):
         return self.code != 0
 
 
+_TUTORIALS = ("model-from-text", "clean-warc", "serve-open-model")
+
+
 def guides() -> list[Guide]:
     """README, the tutorials, and the examples, in the order of a reader."""
     pages = [ROOT / "README.md", *(ROOT / "docs" / "tutorials" / f"{name}.md" for name in _TUTORIALS)]
     found = [Guide(page.relative_to(ROOT).as_posix(), tuple(marked_blocks(page)), ("examples",)) for page in pages]
     return found + list(example_guides())
-
-
-_TUTORIALS = ("model-from-text", "clean-warc", "serve-open-model")
 
 
 def example_guides(page: Path = ROOT / "examples" / "README.md") -> Iterator[Guide]:
@@ -259,7 +259,9 @@ class Newcomer:
                 return 0 if answered else 1
             code = _interrupt(process)
             return 0 if answered and code in (0, 130) else 1
-        return self._ended(process, 0)
+        # it ended before it answered, or never did
+        code = self._ended(process, 0)
+        return 1 if code == 0 else code
 
     def _note(self, text: str) -> None:
         with self.log.open("a", encoding="utf-8") as log:
