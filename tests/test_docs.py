@@ -62,10 +62,11 @@ def command_lines() -> list[tuple[str, bool]]:
     whole, named = set(), set()
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        for block in re.findall(r"^```(?:\w*)\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL):
+        fence = re.compile(r"^```(?:\w*)\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
+        for block in fence.findall(text):
             for line in block.replace("\\\n", " ").splitlines():
                 whole |= set(bessemer_commands(line.removeprefix("$ ")))
-        for inline in re.findall(r"`([^`…]*\bbessemer [^`…]+)`", text):
+        for inline in re.findall(r"`([^`…]*\bbessemer [^`…]+)`", fence.sub("", text)):
             (whole if page.parent.name == "examples" else named).update(bessemer_commands(inline))
     return sorted({(line, True) for line in whole} | {(line, False) for line in named - whole})
 

@@ -16,6 +16,7 @@ import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Union
 
@@ -128,6 +129,8 @@ def settings_page() -> str:
     from bessemer.serving.config import ServingConfig
     from bessemer.tasks.kinds import KINDS
 
+    # the registry that no stage loads: the page is the same whatever ran before
+    import_module("bessemer.assistant.tool_formats")
     page = _SettingsPage()
     parts = [
         "# Settings\n\nGenerated from the classes that check a recipe. The same names are the recipe's keys, the overrides of "
@@ -204,7 +207,7 @@ class _SettingsPage:
         extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
         mark = "" if extra.get("affects_output", True) else " ○"
         limits = _limits(field)
-        registry = self._registries.get(str(extra.get("plugins")))
+        registry = self._registries[str(extra["plugins"])] if extra.get("plugins") else None
         kind = self._type(field.annotation, registry) + (f" {limits}" if limits else "")
         unit = extra.get("unit") or ""
         return f"| `{name}`{mark} | {_bars(kind)} | {self._value(field)} | {unit} | {_cell(field.description or '')} |\n"
