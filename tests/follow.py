@@ -378,8 +378,8 @@ def main() -> None:
 def _listed(guide: Guide, have: Iterable[str]) -> Iterator[str]:
     for block in guide.blocks:
         reason = left_out(block, have)
-        done = [f"the file {block.title}"] if block.title else commands(block) if block.language != "python" else ["Python"]
-        for one in done or ["…"]:
+        done = [f"the file {block.title}"] if block.title else [block.language]
+        for one in commands(block) if block.language in ("sh", "console") else done:
             yield f"{guide.name}:{block.line}: {f'left out, {reason}: ' if reason else ''}{one}"
 
 
