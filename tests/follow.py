@@ -97,9 +97,9 @@ _TUTORIALS = ("model-from-text", "clean-warc", "serve-open-model")
 
 def guides() -> list[Guide]:
     """README, the tutorials, and the examples, in the order of a reader."""
-    pages = [ROOT / "README.md", *(ROOT / "docs" / "tutorials" / f"{name}.md" for name in _TUTORIALS)]
-    found = [Guide(page.relative_to(ROOT).as_posix(), tuple(marked_blocks(page)), ("examples",)) for page in pages]
-    return found + list(example_guides())
+    readme = Guide("README.md", tuple(marked_blocks(ROOT / "README.md")), ("docs", "examples"))
+    names = [f"docs/tutorials/{name}.md" for name in _TUTORIALS]
+    return [readme, *(Guide(name, tuple(marked_blocks(ROOT / name))) for name in names), *example_guides()]
 
 
 def example_guides(page: Path = ROOT / "examples" / "README.md") -> Iterator[Guide]:
@@ -207,6 +207,9 @@ class Newcomer:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             return None
+        except KeyboardInterrupt:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
 
     def _type_into(self, command: str) -> int | None:
         """Run a command in a terminal: yes at `[Y/n]`, and at the prompt of a chat a question, then `/quit`."""
