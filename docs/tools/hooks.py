@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 #: Pages of the site that lie at the project's root, where code hosts look for them.
 ROOT_PAGES = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md", "security.md": "SECURITY.md"}
 _FENCE = re.compile(r"^(```.*?^```[^\S\n]*$)", re.DOTALL | re.MULTILINE)
-_MARK = re.compile(r"<!-- (?:table|figure|end|not run)\b[^>]*-->\n?")
+_MARK = re.compile(r"<!-- (?:table|figure|end|not run|needs)\b[^>]*-->\n?")
 _FORMULA = re.compile(r"(?<![\\$`\w])\$(?=\S)([^$\n`]+?)(?<=\S)\$(?!\w)")
 _LIST_ITEM = re.compile(r"\s*(?:[-*+]|\d+\.) ")
 

@@ -1,6 +1,10 @@
 """Reference pages written from the code: every command with its options, every setting, the public Python names.
 
-Nothing here is committed as a page: the site's build asks for each (`hooks.py`), so a page cannot disagree with the code.
+    python docs/tools/reference.py           # write docs/reference/settings.md: `make tables`
+    python docs/tools/reference.py --check   # exit code 1 where the page says anything else than the code
+
+The settings are committed, for readers of a checkout, and a test compares the page with the code. The others are no files: the
+site's build asks for each (`hooks.py`).
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Union
 
@@ -115,20 +120,20 @@ def settings_page() -> str:
     from bessemer.serving.config import ServingConfig
     from bessemer.tasks.kinds import KINDS
 
+    # the registry that no stage loads: the page is the same whatever ran before
+    import_module("bessemer.assistant.tool_formats")
     page = _SettingsPage()
     parts = [
         "# Settings\n\nGenerated from the classes that check a recipe. The same names are the recipe's keys, the overrides of "
         "`bessemer run` (`pretrain.steps=100`) and the arguments in Python. A setting marked ○ cannot change what a stage "
         "makes: it stays out of the stage's key, so a finished stage is reused whatever it says. A setting without a default "
         "must be given.\n",
-        "\n## The recipe itself { #recipe }\n",
+        _heading(2, "The recipe itself", "recipe") + "\n",
         page.table(RecipeHead),
         *page.sections(level=3),
     ]
     for name, spec in STAGES.items():
-        parts.append(
-            f"\n## {name} {{ #{name.replace(' ', '-')} }}\n\n{_prose(spec.summary)}\n\n{_prose(_docstring(spec.config))}\n"
-        )
+        parts.append(f"{_heading(2, name, name)}\n\n{_prose(spec.summary)}\n\n{_prose(_docstring(spec.config))}\n")
         reads = ", ".join(kind.removesuffix("?") for kind in spec.needs.values())
         parts.append(f"\nReads: {reads or 'nothing of another stage'}. Makes: {', '.join(spec.makes)}.\n")
         parts.append(page.table(spec.config))
@@ -140,7 +145,7 @@ def settings_page() -> str:
         ("The server", "server", ServingConfig),
         *((f"A task file: {name}", f"task-{name}", kind.config) for name, kind in KINDS.items()),
     ):
-        parts.append(f"\n## {title} {{ #{anchor} }}\n\n{_prose(_docstring(config))}\n")
+        parts.append(f"{_heading(2, title, anchor)}\n\n{_prose(_docstring(config))}\n")
         parts.append(page.table(config))
         parts += page.sections(level=3)
     return "".join(parts)
@@ -170,10 +175,10 @@ class _SettingsPage:
         while self._waiting:
             one = self._waiting.pop(0)
             if isinstance(one, Registry):
-                yield f"\n{'#' * level} Names of {one.kind} {{ #{_group_anchor(one.group)} }}\n{self._names(one)}"
+                yield f"{_heading(level, f'Names of {one.kind}', _group_anchor(one.group))}\n{self._names(one)}"
                 continue
             title = self._titles.get(one) or _title(one)
-            yield f"\n{'#' * level} {title} {{ #{self._named[one]} }}\n\n{_prose(_docstring(one))}\n{self.table(one)}"
+            yield f"{_heading(level, title, self._named[one])}\n\n{_prose(_docstring(one))}\n{self.table(one)}"
 
     def _names(self, registry: Registry[Any]) -> str:
         rows = []
@@ -193,7 +198,7 @@ class _SettingsPage:
         extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
         mark = "" if extra.get("affects_output", True) else " ○"
         limits = _limits(field)
-        registry = self._registries.get(str(extra.get("plugins")))
+        registry = self._registries[str(extra["plugins"])] if extra.get("plugins") else None
         kind = self._type(field.annotation, registry) + (f" {limits}" if limits else "")
         unit = extra.get("unit") or ""
         return f"| `{name}`{mark} | {_bars(kind)} | {self._value(field)} | {unit} | {_cell(field.description or '')} |\n"
@@ -295,6 +300,13 @@ def api_page() -> str:
     return "".join(parts)
 
 
+def _heading(level: int, title: str, anchor: str) -> str:
+    """A heading; where links do not lead to its own words, below a place of that name, which code hosts know in this form."""
+    anchor = anchor.replace(" ", "-")
+    own = re.sub(r"[^\w -]", "", title).lower().replace(" ", "-")
+    return ("" if own == anchor else f'\n<a id="{anchor}"></a>\n') + f"\n{'#' * level} {title}"
+
+
 def _prose(text: str) -> str:
     return text.replace("<", "&lt;")
 
@@ -307,4 +319,20 @@ def _bars(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-PAGES = {"reference/cli.md": cli_page, "reference/settings.md": settings_page, "reference/api.md": api_page}
+#: What the site's build makes.
+PAGES = {"reference/cli.md": cli_page, "reference/api.md": api_page}
+SETTINGS = Path(__file__).resolve().parents[1] / "reference" / "settings.md"
+
+
+def main() -> None:
+    """Write the page of settings, or compare it with the code."""
+    made = settings_page()
+    there = SETTINGS.read_text(encoding="utf-8") if SETTINGS.exists() else ""
+    if "--check" in sys.argv[1:]:
+        sys.exit(made != there)
+    SETTINGS.parent.mkdir(exist_ok=True)
+    SETTINGS.write_text(made, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
