@@ -169,7 +169,9 @@ def serve(
         try:
             from bessemer.serving.ray.application import serve_on_ray
         except ImportError:
-            raise ConfigError("--engine ray needs Ray: pip install 'bessemer[ray-serve]'") from None
+            from bessemer.core.packages import install_extra
+
+            raise ConfigError(f"--engine ray needs Ray: {install_extra('ray-serve')}") from None
         serve_on_ray(
             opening,
             config,
