@@ -26,7 +26,7 @@ _DIM, _PLAIN = "\033[2m", "\033[0m"
 
 
 def chat(
-    model: Annotated[str, typer.Argument(help="A model's folder or a run's name.")],
+    model: Annotated[str, typer.Argument(help="A model: a folder, a GGUF file, a run, or a pulled one.")],
     system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
     max_tokens: Annotated[int, typer.Option(help="At most this many tokens an answer.", min=1)] = 256,
     thinking_budget: Annotated[
@@ -54,7 +54,7 @@ def chat(
     from bessemer.inference.sampling.sampler import SamplingParams
 
     folder = find_model(model, runs)
-    config = EngineConfig.parse(speculation(speculate) | {"max_model_len": max_model_len}, option_of("chat"))
+    config = EngineConfig.parse(speculation(speculate, runs) | {"max_model_len": max_model_len}, option_of("chat"))
     engine = Engine(folder, device=device, config=config)
     params = SamplingParams.parse(
         {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}, "chat"

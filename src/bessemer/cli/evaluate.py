@@ -10,7 +10,7 @@ import typer
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A model's folder, a GGUF file or a run's name.")],
+    model: Annotated[str, typer.Argument(help="A model: a folder, a GGUF file, a run, or a pulled one.")],
     tasks: Annotated[str, typer.Option(help="Tasks by name or by YAML file, with commas between; core: CORE's.")],
     data: Annotated[Path | None, typer.Option(help="Folder of the tasks' data; beside the task file if none.")] = None,
     limit: Annotated[int | None, typer.Option(help="The first items of each task only.", min=1)] = None,

@@ -10,7 +10,7 @@ import typer
 
 
 def generate(
-    model: Annotated[str, typer.Argument(help="A model's folder or a run's name.")],
+    model: Annotated[str, typer.Argument(help="A model: a folder, a GGUF file, a run, or a pulled one.")],
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     suffix: Annotated[
         str | None,
@@ -42,7 +42,7 @@ def generate(
     from bessemer.inference.sampling.sampler import SamplingParams
     from bessemer.tokenization.infill import infill_prompt
 
-    given = speculation(speculate) | named_numbers("parallel", parallel) | {"max_model_len": max_model_len}
+    given = speculation(speculate, runs) | named_numbers("parallel", parallel) | {"max_model_len": max_model_len}
     config = EngineConfig.parse(given, option_of("generate"))
     params = SamplingParams.parse(
         {

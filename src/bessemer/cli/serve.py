@@ -119,7 +119,7 @@ def serve(
     given = {"kv_memory": kv_memory, "max_num_seqs": max_num_seqs, "threads": threads, "batch_invariant": batch_invariant}
     given |= (
         {"prefix_cache": prefix_cache, "max_model_len": max_model_len}
-        | speculation(speculate)
+        | speculation(speculate, runs)
         | named_numbers("parallel", parallel)
     )
     if both := next((one for one in alias or [] if one == name or one in adapters), None):

