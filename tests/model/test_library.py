@@ -77,7 +77,7 @@ def test_a_model_of_the_hub_is_fetched_once_where_the_user_agrees_and_found_by_i
     assert "fetch 3.0 GB into models/?" in capsys.readouterr().err and fetched == ["some/model"]
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     assert find_model("some/model@v2", sources / "runs") == find_model("model", sources / "runs") == kept
-    with pytest.raises(ArtefactError, match="bessemer pull other/model$"):
+    with pytest.raises(ArtefactError, match=r"bessemer pull other/model$"):
         find_model("other/model", sources / "runs")
 
 

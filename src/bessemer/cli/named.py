@@ -26,8 +26,8 @@ def find_model(name: str, runs: Path, *, yes: bool = False) -> Path:
     """What MODEL means in every command: a path that holds a config.json, a run's folder or name, a GGUF file, the name of a
     model that was pulled, `smollm2`, or an id of the hub. Returns a folder, or a GGUF file.
 
-    What is not on this machine is fetched where the user at the terminal agrees. yes: nobody is asked. Raises ArtefactError with
-    the command that fetches it, or with the nearest name.
+    What is not on this machine is fetched where the user at the terminal agrees. yes: nobody is asked. Raises ArtefactError
+    with the command that fetches it, or with the nearest name.
     """
     from bessemer.model.formats.exchange import find_model as find_source
     from bessemer.model.library import find_kept
@@ -39,9 +39,7 @@ def find_model(name: str, runs: Path, *, yes: bool = False) -> Path:
         raise ArtefactError(f"the run {name!r} has no model yet; finish it with bessemer run")
     source = find_source(name)
     if source is None:
-        raise ArtefactError(
-            f"there is no model {name!r}: not a model's folder, not a run, and not one that was pulled{_nearest_model(name, runs)}"
-        )
+        raise ArtefactError(f"there is no model {name!r}: not a folder, a run or a pulled one{_nearest_model(name, runs)}")
     return source.path if source.kind in ("gguf", "folder") else _fetched(name, yes=yes)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from bessemer.core.config import nearest
 from bessemer.core.errors import ConfigError, SourceError, as_storage_error
+from bessemer.core.packages import has_pip
 from bessemer.core.progress import Progress, Silent
 
 _SHIPPED = Path(__file__).parents[2] / "locks"
