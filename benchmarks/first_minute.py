@@ -6,7 +6,8 @@
 
 The model is installed already, the package's own file in Q4_1. A new process each time, until the first text of the answer to
 one question has come, and until the answer has ended: **cold** where Python has compiled no module yet and nobody has compiled
-the kernels (an empty TORCH_EXTENSIONS_DIR and PYTHONPYCACHEPREFIX), **warm** where the process before it has left both. The file is in the system's cache. Beside it how long the same Python takes to import PyTorch alone, and llama-cpp-python's own
+the kernels (an empty TORCH_EXTENSIONS_DIR and PYTHONPYCACHEPREFIX), **warm** where the process before it has left both. The
+file is in the system's cache. Beside it how long the same Python takes to import PyTorch alone, and llama-cpp-python's own
 `create_chat_completion` from the start of its process.
 
 Then both engines write 128 tokens after the same prompt of 126, as in `inference.py`: the peer with its fastest settings, two
