@@ -35,7 +35,7 @@ from bessemer.core.machines import MACHINE_VARIABLE
 #: Source that the result depends on: later commits to it make the result stale (`tables.py`).
 MEASURES = ("src/bessemer/cli", "src/bessemer/inference", "src/bessemer/model", "src/bessemer/tokenization")
 
-QUESTION = "What is the capital of France?"
+QUESTION = "What is the capital of Japan?"
 #: What `demo` says on standard error behind an answer.
 _SPEED = re.compile(r"\((?P<tokens>\d+) tokens: the first after [\d.]+ s(, the others (?P<rate>[\d.]+) a second)?\)")
 _PEER = """
@@ -59,7 +59,7 @@ def watched(command: list[str], environment: dict[str, str]) -> dict[str, float]
         begun = os.read(process.stdout.fileno(), 1)
         first = time.perf_counter() - start
         answer, said = (begun + process.stdout.read()).decode(), process.stderr.read().decode()
-        if process.wait() or "Paris" not in answer:
+        if process.wait() or "Tokyo" not in answer:
             raise SystemExit(f"{' '.join(command[:4])} ended without the answer: {answer or said}")
         end = time.perf_counter() - start
     figures = {"first": first, "end": end}

@@ -94,7 +94,7 @@ def test_at_a_terminal_demo_asks_whether_to_fetch_the_model(package, capsys, ter
     code, out, err = bessemer(capsys, "demo", "--max-tokens", 1)
     assert "smollm2 is not on this machine: fetch 98.0 MB into models/? [Y/n]" in err
     if answer in ("y\n", "\n"):
-        assert code == 0 and KEPT.exists() and "you> What is the capital of France?" in out
+        assert code == 0 and KEPT.exists() and "you> What is the capital of Japan?" in out
     else:
         assert code == 2 and not Path("models").exists() and package.commands == []
         assert err.endswith("error: nothing was fetched; whenever you want the model: bessemer pull smollm2\n")
@@ -135,9 +135,9 @@ def test_it_shows_tokens_and_what_each_layer_predicts(package, monkeypatch, caps
 
 
 @pytest.mark.peer(name="smollm2")
-def test_smollm2_knows_the_capital_of_france(monkeypatch, capsys, tmp_path):
+def test_smollm2_knows_the_capital_of_japan(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
-    piped(monkeypatch, "What is the capital of France?\n")
+    piped(monkeypatch, "What is the capital of Japan?\n")
     code, out, _ = bessemer(capsys, "demo")
     assert code == 0
-    assert "Paris" in out
+    assert "Tokyo" in out

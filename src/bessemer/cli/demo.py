@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-_OPENING = "What is the capital of France?"
+# one whose answer does not hang on the last bits of an activation: of France the model begins in French as easily
+_OPENING = "What is the capital of Japan?"
 _EXAMPLES = ["Write two sentences about the sea.", "Why is the sky blue?"]
 
 
