@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fnmatch import fnmatch
 from pathlib import Path
 
 from bessemer.core.errors import ArtefactError
@@ -38,7 +39,6 @@ def import_advice(name: str) -> str:
 def download_size(name: str) -> int | None:
     """Bytes of the files that `download` wants of a model; None where the hub does not answer soon."""
     import huggingface_hub
-    from huggingface_hub.utils import filter_repo_objects
 
     model, _, revision = name.partition("@")
     try:
@@ -46,9 +46,12 @@ def download_size(name: str) -> int | None:
     except Exception:
         # for a question to the user, who can do without: `download` says what is wrong
         return None
-    sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
-    wanted = filter_repo_objects(sizes, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
-    return sum(sizes[file] for file in wanted) or None
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or () if _is_wanted(file.rfilename)}
+    return sum(sizes.values()) or None
+
+
+def _is_wanted(file: str) -> bool:
+    return any(fnmatch(file, one) for one in _WANTED) and not any(fnmatch(file, one) for one in _UNWANTED)
 
 
 def download(name: str) -> Path:
