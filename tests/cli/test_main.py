@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import pydoc
@@ -125,13 +126,7 @@ def test_dry_run_checks_a_recipe_without_loading_torch(tmp_path):
         (["run", "quickstart", "pretrain.minutes=soon"], "override pretrain.minutes=soon: pretrain.minutes:"),
         (["run", "quickstart", "--until", "pretrian"], "has no stage 'pretrian'; did you mean 'pretrain'?"),
         (["chat", "nothing"], "there is no model 'nothing'"),
-        (["chat", "Qwen/Qwen3-0.6B"], "bessemer import Qwen/Qwen3-0.6B models/Qwen3-0.6B, then use models/Qwen3-0.6B"),
-        (["generate", "Qwen/Qwen3-0.6B@main", "text"], "bessemer import Qwen/Qwen3-0.6B@main models/Qwen3-0.6B"),
-        (["serve", "smollm2"], "bessemer import smollm2 models/smollm2, then use models/smollm2"),
-        (["quantize", "Qwen/Qwen3-0.6B", "out"], "bessemer import Qwen/Qwen3-0.6B models/Qwen3-0.6B"),
-        (["inspect", "Qwen/Qwen3-0.6B", "text"], "bessemer import Qwen/Qwen3-0.6B models/Qwen3-0.6B"),
-        (["export", "Qwen/Qwen3-0.6B", "out", "--format", "gguf"], "bessemer import Qwen/Qwen3-0.6B models/Qwen3-0.6B"),
-        (["extend", "Qwen/Qwen3-0.6B", "out", "--token", "x"], "bessemer import Qwen/Qwen3-0.6B models/Qwen3-0.6B"),
+        (["chat", "smolm2"], "did you mean 'smollm2'?"),
         (["show", "nothing"], "nothing"),
         (["compare", "a", "b"], "there is no run 'a'"),
         (["clean"], "there are no runs here"),
@@ -143,6 +138,26 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, ar
     code, _, err = bessemer(capsys, *arguments)
     assert code == 2
     assert expected in one_error(err)
+    assert list(tmp_path.iterdir()) == []
+
+
+COMMANDS_OF_A_MODEL = (
+    *(("chat",), ("show",), ("generate", "text"), ("inspect", "text"), ("serve",), ("label", "out"), ("quantize", "out")),
+    *(("export", "out", "--format", "gguf"), ("extend", "out", "--token", "x"), ("finetune", "data.csv", "out")),
+    ("evaluate", "--tasks", "arithmetic"),
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS_OF_A_MODEL, ids=lambda command: command[0])
+def test_every_command_names_the_one_that_fetches_a_model(capsys, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("BESSEMER_MODELS", raising=False)
+    monkeypatch.setattr("bessemer.model.formats.exchange.find_packaged_smollm2", lambda: None)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    for name in ("smollm2", "Qwen/Qwen3-0.6B@main"):
+        code, _, err = bessemer(capsys, command[0], name, *command[1:])
+        assert code == 2
+        assert one_error(err) == f"error: the model {name!r} is not on this machine; to fetch it: bessemer pull {name}"
     assert list(tmp_path.iterdir()) == []
 
 

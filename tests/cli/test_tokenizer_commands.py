@@ -55,10 +55,10 @@ def test_a_tokenizer_and_a_model_are_extended(capsys, tmp_path):
         (["import", "tokenizer", "tokenizer"], "exists already and is not empty"),
         (["import", "tokenizer", "out", "--special", "a=1", "--special", "b"], "give all tokens an id (TOKEN=ID), or none"),
         (["export", "tokenizer", "x", "--format", "guf"], "there is no 'guf'; did you mean 'gguf'?"),
-        (["export", "nothing", "x", "--format", "gguf"], "holds no tokenizer (tokenizer.json) to export"),
+        (["export", "nothing", "x", "--format", "gguf"], "there is no model 'nothing'"),
         (["extend", "tokenizer", "out"], "nothing to add: give --token or --special"),
         (["extend", "tokenizer", "tokenizer", "--token", "x y"], "exists already and is not empty"),
-        (["extend", "nothing", "out", "--token", "x y"], "nothing/tokenizer.json: no such file"),
+        (["extend", "nothing", "out", "--token", "x y"], "there is no model 'nothing'"),
     ],
 )
 def test_a_mistake_is_one_line_and_changes_nothing(capsys, tmp_path, monkeypatch, arguments, expected):

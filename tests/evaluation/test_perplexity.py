@@ -9,6 +9,7 @@ import torch
 
 import bessemer
 from bessemer.core.errors import ArtefactError, ConfigError
+from bessemer.core.packages import install_extra
 from bessemer.core.progress import Silent
 from bessemer.data.config import CleanConfig
 from bessemer.data.corpus.reader import iterate_documents
@@ -138,7 +139,7 @@ def test_a_machine_without_pytorch_says_what_it_needs(model):
         "except ConfigError as error: print(error)\n"
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert "the package torch is missing on this machine: pip install 'bessemer[train]'" in said
+    assert f"the package torch is missing on this machine: {install_extra('train')}" in said
 
 
 @pytest.mark.slow  # processes that load PyTorch

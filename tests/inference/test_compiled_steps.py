@@ -18,6 +18,7 @@ from bessemer.model.cpu_kernels import plain_decoder
 from bessemer.model.cpu_kernels.arithmetic import kernels_arithmetic
 from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
+from bessemer.model.quantisation.schemes.int4 import Int4
 from bessemer.model.quantised_linear import QuantisedLinear, quantised_parts
 from tests.inference.models import BASE, WINDOWS, small_decoder
 from tests.inference.steps import Steps, by_kernels, by_modules, mixed_steps, short_texts
@@ -170,6 +171,23 @@ def test_quantised_weights_meet_activations_of_8_bits(scheme, tied):
     # Rounding moves an activation by half a step at most, and to the other of two codes by one: no row errs by more than twice
     # what rounding itself moves it.
     assert (errors_RT < 2 * moved_RT).all()
+
+
+def test_groups_with_an_offset_as_llama_cpps_q4_1_has_are_computed_by_the_step():
+    decoder = quantised_decoder("int4 with zeros")
+    for part in quantised_parts(decoder).values():
+        if part.scheme.zero == "code":
+            scheme = Int4(part.scheme.group_size, "offset")
+            offsets = (-part.scales * part.zeros).half().float()
+            part.scheme = scheme
+            del part.zeros
+            part.register_buffer("offsets", offsets)
+    assert CompiledSteps.supports(decoder) is None
+    rows_RT = random_tokens(WIDE, 24, 8)
+    found_RTV = short_texts(kernel_steps(decoder), rows_RT)
+    with torch.no_grad():
+        expected_RTV = with_activations_of_8_bits(decoder)(rows_RT)
+    assert relative(found_RTV, expected_RTV).quantile(0.8) < 1e-6
 
 
 def relative(found, expected):

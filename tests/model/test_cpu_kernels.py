@@ -17,18 +17,21 @@ class Layer(KernelWeight):
 
     def dequantised(self):
         wide = self.codes if self.codes.dtype == torch.int8 else unpack(self.codes).int()
+        grouped, scales = wide.double().unflatten(-1, (-1, self.group_size)), self.scales[..., None].double()
+        if self.offsets is not None:
+            return (grouped * scales + self.offsets[..., None].double()).flatten(-2)
         zeros = self.zeros if self.zeros is not None else torch.full_like(self.scales, 8 * (self.codes.dtype == torch.uint8))
-        grouped = wide.double().unflatten(-1, (-1, self.group_size)) - zeros[..., None].double()
-        return (grouped * self.scales[..., None].double()).flatten(-2)
+        return ((grouped - zeros[..., None].double()) * scales).flatten(-2)
 
 
-def random_layer(bits, outputs, inputs, group, *, zeros=False, bias=False, seed=0):
+def random_layer(bits, outputs, inputs, group, *, zeros=False, offsets=False, bias=False, seed=0):
     draw = torch.Generator().manual_seed(seed)
     low, high, width = (-127, 128, inputs) if bits == 8 else (0, 256, inputs // 2)
     codes = torch.randint(low, high, (outputs, width), generator=draw).to(torch.int8 if bits == 8 else torch.uint8)
     scales = torch.rand(outputs, inputs // group, generator=draw).half().float()
     points = torch.randint(0, 16, scales.shape, generator=draw).to(torch.uint8) if zeros else None
-    return Layer(codes, scales, group, points, bias=torch.randn(outputs, generator=draw) if bias else None)
+    lows = -torch.rand(scales.shape, generator=draw).half().float() * 8 if offsets else None
+    return Layer(codes, scales, group, points, lows, torch.randn(outputs, generator=draw) if bias else None)
 
 
 def random_linear(dtype, outputs, inputs, *, bias=False, seed=0):
@@ -54,6 +57,7 @@ LAYERS = {
     "Q4": lambda outputs=80, inputs=192, **how: random_layer(4, outputs, inputs, 32, **how),
     "Q4, groups of 64": lambda outputs=80, inputs=192, **how: random_layer(4, outputs, inputs, 64, **how),
     "Q4 with zeros": lambda outputs=80, inputs=192, **how: random_layer(4, outputs, inputs, 32, zeros=True, **how),
+    "Q4 with offsets": lambda outputs=80, inputs=192, **how: random_layer(4, outputs, inputs, 32, offsets=True, **how),
     "BF16": lambda outputs=80, inputs=192, **how: random_linear(torch.bfloat16, outputs, inputs, **how),
     "F32": lambda outputs=80, inputs=192, **how: random_linear(torch.float32, outputs, inputs, **how),
 }
@@ -69,11 +73,22 @@ def kernels():
 
 @pytest.mark.parametrize("count", [1, 7, 40])
 @pytest.mark.parametrize(
-    "bits, group, zeros",
-    [(8, 576, False), (8, 32, False), (8, 64, False), (4, 32, False), (4, 64, True), (4, 576, False), (4, 32, True)],
+    "bits, group, more",
+    [
+        *[
+            (8, 576, {}),
+            (8, 32, {}),
+            (8, 64, {}),
+            (4, 32, {}),
+            (4, 576, {}),
+            (4, 64, {"zeros": True}),
+            (4, 32, {"zeros": True}),
+        ],
+        *[(4, 32, {"offsets": True}), (4, 576, {"offsets": True})],
+    ],
 )
-def test_a_quantised_product_is_the_integer_sums_with_their_scales(bits, group, zeros, count):
-    layer, x_MK = random_layer(bits, 48, 576, group, zeros=zeros, bias=True), rows(count, 576)
+def test_a_quantised_product_is_the_integer_sums_with_their_scales(bits, group, more, count):
+    layer, x_MK = random_layer(bits, 48, 576, group, bias=True, **more), rows(count, 576)
     expected = quantised_activations(x_MK) @ layer.dequantised().T + layer.bias.double()
     close(PackedMatrix.of(layer).multiply(x_MK), expected, 1e-5)
 
@@ -115,9 +130,9 @@ def test_another_arithmetic_gives_the_same_bits(name, count, compute_elsewhere):
     assert torch.equal(matrix.multiply(x_MK), here)
 
 
-@pytest.mark.parametrize("bits, low, high", [(8, -128, 127), (4, 0, 255)])
-def test_the_largest_codes_and_activations_do_not_overflow(bits, low, high, compute_elsewhere):
-    layer, x_MK = random_layer(bits, 32, 192, 32), torch.tensor([1.0, -1.0])[:, None].expand(2, 192)
+@pytest.mark.parametrize("bits, low, high, offsets", [(8, -128, 127, False), (4, 0, 255, False), (4, 0, 255, True)])
+def test_the_largest_codes_and_activations_do_not_overflow(bits, low, high, offsets, compute_elsewhere):
+    layer, x_MK = random_layer(bits, 32, 192, 32, offsets=offsets), torch.tensor([1.0, -1.0])[:, None].expand(2, 192)
     layer.codes[:16], layer.codes[16:] = low, high
     compute_elsewhere()
     close(PackedMatrix.of(layer).multiply(x_MK), quantised_activations(x_MK) @ layer.dequantised().T, 1e-6)
@@ -202,6 +217,8 @@ def test_rows_and_outputs_that_are_not_there_are_errors():
 def test_layers_that_do_not_fit_together_are_refused():
     with pytest.raises(ValueError, match="of one kind"):
         PackedMatrix.of(LAYERS["Q4"](), LAYERS["Q8"]())
+    with pytest.raises(ValueError, match="have offsets cannot be packed together"):
+        PackedMatrix.of(LAYERS["Q4"](), LAYERS["Q4 with offsets"]())
     with pytest.raises(ValueError, match="one size of groups"):
         PackedMatrix.of(LAYERS["Q4"](), LAYERS["Q4, groups of 64"]())
     with pytest.raises(ValueError, match="its groups have 96 weights"):

@@ -1,5 +1,10 @@
 """Models kept by name: pulled whole or not at all, listed, found by every command, removed."""
 
+import io
+import sys
+from types import SimpleNamespace
+
+import huggingface_hub
 import pytest
 
 from bessemer.cli.main import main
@@ -57,6 +62,47 @@ def test_a_pull_that_fails_leaves_nothing(sources, monkeypatch):
     with pytest.raises(StorageError, match=r"the disk is full while writing to models/small\.gguf;"):
         pull("file.gguf", "small")
     assert kept_models() == [] and not list((sources / "models").iterdir())
+
+
+def test_a_model_of_the_hub_is_fetched_once_where_the_user_agrees_and_found_by_its_id(sources, monkeypatch, capsys):
+    fetched = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: fetched.append(name) or "trained")
+    files = [
+        SimpleNamespace(rfilename=name, size=size) for name, size in (("a.safetensors", 3e9), ("a.bin", 5e9), ("x/a.json", 1))
+    ]
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **options: SimpleNamespace(siblings=files))
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True, readline=lambda: "\n"))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    kept = find_model("some/model@v2", sources / "runs")
+    assert "fetch 3.0 GB into models/?" in capsys.readouterr().err and fetched == ["some/model"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    assert find_model("some/model@v2", sources / "runs") == find_model("model", sources / "runs") == kept
+    with pytest.raises(ArtefactError, match=r"bessemer pull other/model$"):
+        find_model("other/model", sources / "runs")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["show", "MODEL"],
+        ["inspect", "MODEL", "in the end"],
+        ["generate", "MODEL", "in the", "--max-tokens", "1"],
+        ["export", "MODEL", "out", "--format", "safetensors"],
+        ["extend", "MODEL", "out", "--token", "<tool>"],
+        ["quantize", "MODEL", "out"],
+        ["import", "MODEL", "out"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_gguf_file_means_the_same_by_its_path_and_its_name_in_every_command(sources, capsys, command):
+    pull("file.gguf", "small")
+    said = []
+    for model in ("file.gguf", "small"):
+        with pytest.raises(SystemExit) as ended:
+            main([model if word == "MODEL" else f"{model}-out" if word == "out" else word for word in command])
+        said.append(capsys.readouterr().out.replace("models/small.gguf", model).replace(model, "MODEL"))
+        assert ended.value.code in (0, None), said
+    assert said[0] == said[1] != ""
 
 
 def test_the_commands_say_what_they_did(sources, capsys, monkeypatch):

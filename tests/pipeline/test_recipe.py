@@ -293,7 +293,7 @@ def test_an_existing_model_is_held_beside_the_tokenizer_and_the_rows_that_it_sha
         (["pretrain.optimizer_bits=8"], "pretrain: this needs the package 'torchao': pip install torchao"),
         (
             ["collect=[{source: hugging_face, dataset: a/b}]"],
-            "collect: this needs the package 'datasets': pip install 'bessemer[hub]'",
+            "collect: this needs the package 'datasets': pip install ",
         ),
     ],
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from bessemer.core.errors import ArtefactError, SourceError, StorageError
+from bessemer.core.packages import install_extra
 from bessemer.core.store import Store, follow
 from bessemer.pipeline import recipe as recipe_module
 from bessemer.pipeline.api import execute, prepare, run
@@ -194,7 +195,7 @@ def test_a_run_goes_without_a_report_where_nothing_draws_it(recipe, calls, monke
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     progress = Said()
     result = go(recipe(), progress=progress)
-    assert progress.lines[-1].endswith("this needs the package 'matplotlib': pip install 'bessemer[report]'")
+    assert progress.lines[-1].endswith(f"this needs the package 'matplotlib': {install_extra('report')}")
     assert (result.folder / "model").exists() and not (result.folder / "report.html").exists()
 
 

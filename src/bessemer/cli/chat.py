@@ -37,7 +37,7 @@ _DIM, _PLAIN = "\033[2m", "\033[0m"
 
 
 def chat(
-    model: Annotated[str, typer.Argument(help="A model's folder, a run's name, or what finetune wrote.")],
+    model: Annotated[str, typer.Argument(help="A model: a folder, a GGUF file, a run, a pulled one, or what finetune wrote.")],
     system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
     max_tokens: Annotated[int, typer.Option(help="At most this many tokens an answer.", min=1)] = 256,
     thinking_budget: Annotated[
@@ -75,7 +75,7 @@ def chat(
     from bessemer.inference.engine import Engine, EngineConfig
 
     folder = find_served(model, runs)
-    config = EngineConfig.parse(speculation(speculate) | {"max_model_len": max_model_len}, option_of("chat"))
+    config = EngineConfig.parse(speculation(speculate, runs) | {"max_model_len": max_model_len}, option_of("chat"))
     params_for = sampling_options(
         "chat",
         max_tokens=max_tokens,

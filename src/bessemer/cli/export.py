@@ -12,7 +12,14 @@ if TYPE_CHECKING:
 
 
 def export(
-    folder: Annotated[Path, typer.Argument(help="A model's folder, what finetune wrote, a tokenizer's, or RUN@STEP.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A model: a folder, a GGUF file, a run, a pulled one, what finetune wrote, or RUN@STEP for a checkpoint. Or a "
+            "tokenizer's folder.",
+        ),
+    ],
     out: Annotated[Path, typer.Argument(help="The file to write, or the folder.")],
     format: Annotated[
         str | None,
@@ -28,15 +35,16 @@ def export(
     tokenizer_only: Annotated[
         bool, typer.Option("--tokenizer-only", help="gguf: of a model's folder, write the tokenizer alone.")
     ] = False,
+    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
 ) -> None:
     """Write a model, or a tokenizer, for another tool."""
+    from bessemer.cli.named import as_folder, find_model
     from bessemer.core.config import nearest
     from bessemer.core.errors import ArtefactError, ConfigError
     from bessemer.core.store import follow
     from bessemer.model.checkpoints import holds_weights, refuse_checkpoint
     from bessemer.model.formats.exchange import MODEL_FORMATS, ExportOptions, export_model
-    from bessemer.model.formats.hub import import_advice
-    from bessemer.model.tuned_folder import whole_weights
+    from bessemer.model.formats.hub import is_hub_name
     from bessemer.tokenization.formats import FORMATS, export_tokenizer
 
     formats = list(dict.fromkeys([*MODEL_FORMATS, *FORMATS]))
@@ -46,24 +54,24 @@ def export(
     if format not in formats:
         raise ConfigError(f"--format: there is no {format!r}{nearest(format, formats)}; formats: {', '.join(formats)}")
     options = ExportOptions(dtype=dtype, shard_bytes=_bytes(shard_size))
-    advice = import_advice(str(folder))
-    if advice:
-        raise ArtefactError(f"there is no folder {str(folder)!r}{advice}")
-    if "@" in folder.name and not folder.exists():
-        _export_checkpoint(str(folder), out, format, options)
+    if "@" in Path(source).name and not Path(source).exists() and not is_hub_name(source):
+        _export_checkpoint(source, out, format, options)
         return
-    folder = whole_weights(folder) or follow(folder)
+    place = follow(Path(source))
+    if not (place / "tokenizer.json").exists():
+        place = find_model(source, runs)
     of_model = format in MODEL_FORMATS and not tokenizer_only
     if of_model:
-        refuse_checkpoint(folder)
-    if of_model and holds_weights(folder):
-        notes = export_model(folder, out, format, options)
-    elif format in FORMATS:
-        if options != ExportOptions():
-            raise ConfigError("--dtype, --shard-size: of a model's weights, and a tokenizer is written here")
-        notes = export_tokenizer(folder, out, format)
-    else:
-        raise ArtefactError(f"{folder}: holds no model (as safetensors) to export")
+        refuse_checkpoint(place)
+    with as_folder(place, out) as folder:
+        if of_model and holds_weights(folder):
+            notes = export_model(folder, out, format, options)
+        elif format in FORMATS:
+            if options != ExportOptions():
+                raise ConfigError("--dtype, --shard-size: of a model's weights, and a tokenizer is written here")
+            notes = export_tokenizer(folder, out, format)
+        else:
+            raise ArtefactError(f"{source}: holds no model (as safetensors) to export")
     _say(notes, out)
 
 

@@ -9,7 +9,12 @@ import typer
 
 
 def extend(
-    folder: Annotated[Path, typer.Argument(help="A tokenizer's folder, or a model's.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="FOLDER", help="A tokenizer's folder, or a model: a folder, a GGUF file, a run, or a pulled one."
+        ),
+    ],
     out: Annotated[Path, typer.Argument(help="The folder to make.")],
     token: Annotated[list[str] | None, typer.Option(help="A token that is found in any text; may be repeated.")] = None,
     special: Annotated[
@@ -18,30 +23,29 @@ def extend(
     init: Annotated[
         str, typer.Option(help="A model's new rows: mean, of all, or subtokens, of what wrote it before.")
     ] = "mean",
+    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
 ) -> None:
     """Add tokens to a tokenizer, or to a model and its tokenizer. Ids that exist keep their tokens and their weights."""
-    from bessemer.core.errors import ArtefactError, ConfigError
+    from bessemer.cli.named import as_folder, find_model
+    from bessemer.core.errors import ConfigError
     from bessemer.core.new_folder import new_folder
     from bessemer.core.store import follow
-    from bessemer.model.formats.hub import import_advice
 
-    advice = import_advice(str(folder))
-    if advice:
-        raise ArtefactError(f"there is no folder {str(folder)!r}{advice}")
-    source = follow(folder)
     if not token and not special:
         raise ConfigError("nothing to add: give --token or --special")
-    if (source / "config.json").exists():
-        if init not in ("mean", "subtokens"):
-            raise ConfigError(f"--init: {init!r} is not one of mean, subtokens")
-        from bessemer.model.resize import extend_model
-
-        extension = extend_model(source, out, token or [], special or [], init="mean" if init == "mean" else "subtokens")
-    else:
+    if init not in ("mean", "subtokens"):
+        raise ConfigError(f"--init: {init!r} is not one of mean, subtokens")
+    folder = follow(Path(source))
+    if (folder / "tokenizer.json").exists() and not (folder / "config.json").exists():
         from bessemer.tokenization.extend import add_tokens
 
-        with new_folder(out) as folder:
-            extension = add_tokens(source, folder, token or [], special or [])
+        with new_folder(out) as written:
+            extension = add_tokens(folder, written, token or [], special or [])
+    else:
+        from bessemer.model.resize import extend_model
+
+        with as_folder(find_model(source, runs), out) as model:
+            extension = extend_model(model, out, token or [], special or [], init="mean" if init == "mean" else "subtokens")
     for known, id in extension.skipped.items():
         print(f"skipped {known!r}: it is one token already, id {id}")
     for id, added in extension.added.items():

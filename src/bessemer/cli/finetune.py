@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def finetune(
-    model: Annotated[str, typer.Argument(help="A model's folder, a run's name, a GGUF file, a hub id (ORG/NAME), or smollm2.")],
+    model: Annotated[str, typer.Argument(help="A model: a folder, a GGUF file, a run, or a pulled one.")],
     data: Annotated[Path, typer.Argument(help="Questions and answers: CSV, JSON lines, JSON or Parquet.")],
     out: Annotated[Path, typer.Argument(help="The folder to make. The same command goes on where it was stopped.")],
     also: Annotated[
@@ -101,19 +101,11 @@ def _weights(given: list[str]) -> dict[str, float]:
 
 
 def model_source(model: str, runs: Path) -> ModelSource:
-    """What MODEL means: a folder or a run first, then what can be imported."""
+    """What MODEL means, as `import` takes it."""
     from bessemer.cli.named import find_model
-    from bessemer.core.errors import ArtefactError
     from bessemer.model.formats.exchange import ModelSource
-    from bessemer.model.formats.exchange import find_model as find_other
 
-    try:
-        found = find_model(model, runs)
-    except ArtefactError:
-        other = find_other(model)
-        if other is None:
-            raise
-        return other
+    found = find_model(model, runs)
     return ModelSource("gguf" if found.is_file() else "folder", str(found))
 
 

@@ -10,7 +10,7 @@ import typer
 
 
 def generate(
-    model: Annotated[str, typer.Argument(help="A model's folder, a run's name, or what finetune wrote.")],
+    model: Annotated[str, typer.Argument(help="A model: a folder, a GGUF file, a run, a pulled one, or what finetune wrote.")],
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     suffix: Annotated[
         str | None,
@@ -52,7 +52,7 @@ def generate(
     from bessemer.inference.engine import Engine, EngineConfig
     from bessemer.tokenization.infill import infill_prompt
 
-    given = speculation(speculate) | named_numbers("parallel", parallel) | {"max_model_len": max_model_len}
+    given = speculation(speculate, runs) | named_numbers("parallel", parallel) | {"max_model_len": max_model_len}
     config = EngineConfig.parse(given, option_of("generate"))
     params_for = sampling_options(
         "generate",

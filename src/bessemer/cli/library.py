@@ -18,7 +18,7 @@ def pull(
     kept, notes = keep(source, name)
     for note in notes:
         print(f"note: {note}")
-    print(f"{kept.name}: {kept.place}, {size(kept.size)}; bessemer serve {kept.name}")
+    print(f"{kept.name}: {kept.place}, {size(kept.size)}; bessemer chat {kept.name}, or bessemer serve {kept.name}")
 
 
 def list_models() -> None:

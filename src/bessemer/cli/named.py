@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,29 +26,81 @@ def find_run(name: str, runs: Path) -> Path:
     raise ArtefactError(f"there is no run {name!r}{_nearest_run(name, runs)}")
 
 
-def find_model(name: str, runs: Path) -> Path:
-    """A model: a GGUF file, a path that holds a config.json, a run's folder or name, or the name of one that was pulled; of a
-    fine-tuning its whole weights, into which an adapter is merged.
+def find_model(name: str, runs: Path, *, yes: bool = False) -> Path:
+    """What MODEL means in every command: a path that holds a config.json, a run's folder or name, a GGUF file, the name of a
+    model that was pulled, `smollm2`, or an id of the hub; of a fine-tuning its whole weights, into which an adapter is merged.
+    Returns a folder, or a GGUF file.
 
-    Raises ArtefactError with the nearest run's name or, for a name of the Hugging Face hub, the command that imports it.
+    What is not on this machine is fetched where the user at the terminal agrees. yes: nobody is asked. Raises ArtefactError
+    with the command that fetches it, or with the nearest name.
     """
-    from bessemer.model.formats.hub import import_advice
+    from bessemer.model.formats.exchange import find_model as find_source
     from bessemer.model.library import find_kept
     from bessemer.model.tuned_folder import whole_weights
 
     if (weights := whole_weights(Path(name))) is not None:
         return weights
-    if name.endswith(".gguf") and Path(name).is_file():
-        return Path(name)
     for folder in (Path(name), Path(name) / "model", runs / name / "model"):
         if (follow(folder) / "config.json").exists():
             return follow(folder)
-    if (kept := find_kept(name)) is not None:
-        return kept
-    if (runs / name / "run.json").exists() or (Path(name) / "run.json").exists():
+    if find_kept(name) is None and any((run / "run.json").exists() for run in (Path(name), runs / name)):
         raise ArtefactError(f"the run {name!r} has no model yet; finish it with bessemer run")
-    hint = import_advice(name) or _nearest_run(name, runs)
-    raise ArtefactError(f"there is no model {name!r}: not a model's folder and not a run{hint}")
+    source = find_source(name)
+    if source is None:
+        raise ArtefactError(f"there is no model {name!r}: not a folder, a run or a pulled one{_nearest_model(name, runs)}")
+    return source.path if source.kind in ("gguf", "folder") else _fetched(name, yes=yes)
+
+
+def _nearest_model(name: str, runs: Path) -> str:
+    from bessemer.model.formats.hub import SMOLLM2
+    from bessemer.model.library import kept_models
+    from bessemer.pipeline.run_names import run_names
+
+    return nearest(name, [*run_names(runs), *(one.name for one in kept_models()), SMOLLM2])
+
+
+def _fetched(name: str, *, yes: bool) -> Path:
+    """`smollm2`, or a model of the hub, pulled where the user agrees. Raises ArtefactError, with the command, where not."""
+    import typer
+
+    from bessemer.core.figures import size
+    from bessemer.model.library import library_folder, pull, size_to_fetch
+
+    if not yes:
+        if not sys.stdin.isatty():
+            raise ArtefactError(f"the model {name!r} is not on this machine; to fetch it: bessemer pull {name}")
+        wanted = size_to_fetch(name)
+        amount = "" if wanted is None else f" {size(wanted)}"
+        try:
+            agreed = typer.confirm(
+                f"{name} is not on this machine: fetch{amount} into {library_folder()}/?", default=True, err=True
+            )
+        except typer.Abort:  # Ctrl-C and Ctrl-D
+            print(file=sys.stderr)
+            agreed = False
+        if not agreed:
+            raise ArtefactError(f"nothing was fetched; whenever you want the model: bessemer pull {name}")
+    kept, notes = pull(name)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    return kept.place
+
+
+@contextmanager
+def as_folder(model: Path, out: Path) -> Iterator[Path]:
+    """The folder of a model for a command that reads no other form: a GGUF file is imported into one that lasts as long as the
+    context, on the disk that `out` is written to."""
+    if not model.is_file():
+        yield model
+        return
+    from tempfile import TemporaryDirectory
+
+    from bessemer.model.formats.gguf_import import import_gguf
+
+    disk = next(folder for folder in out.resolve().parents if folder.is_dir())
+    with TemporaryDirectory(prefix=".bessemer-", dir=disk) as scratch:
+        import_gguf(model, Path(scratch) / "model")
+        yield Path(scratch) / "model"
 
 
 def find_served(name: str, runs: Path) -> Path:
@@ -85,12 +139,12 @@ def _first_question(messages: list[dict[str, Any]]) -> str:
     return next((str(message.get("content") or "") for message in messages if message["role"] == "user"), "")
 
 
-def speculation(named: str | None) -> dict[str, Any]:
-    """The engine's setting for what `--speculate` names: a method, or the folder of a draft model."""
+def speculation(named: str | None, runs: Path) -> dict[str, Any]:
+    """The engine's setting for what `--speculate` names: a method, or a draft model."""
     if named is None:
         return {}
     known = named in ("ngram", "mtp")
-    return {"speculation": {"method": named} if known else {"method": "draft", "model": named}}
+    return {"speculation": {"method": named} if known else {"method": "draft", "model": str(find_model(named, runs))}}
 
 
 def named_numbers(setting: str, given: list[str] | None) -> dict[str, Any]:

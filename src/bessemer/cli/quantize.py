@@ -15,7 +15,7 @@ _NOTABLE_LOSS = 0.01
 
 
 def quantize(
-    model: Annotated[str, typer.Argument(help="A model's folder or a run's name.")],
+    model: Annotated[str, typer.Argument(help="A model: a folder, a GGUF file, a run, or a pulled one.")],
     out: Annotated[Path, typer.Argument(help="Folder of the quantised model.")],
     scheme: Annotated[str, typer.Option(help="int8, int4 or w8a8.")] = "int8",
     method: Annotated[str, typer.Option(help="rtn (round to nearest), gptq or awq.")] = "rtn",
@@ -48,7 +48,7 @@ def quantize(
 
     from rich.console import Console
 
-    from bessemer.cli.named import find_model
+    from bessemer.cli.named import as_folder, find_model
     from bessemer.core.new_folder import new_folder
     from bessemer.core.progress import progress_for_terminal
     from bessemer.evaluation.calibration import Tokens, opened_tokens
@@ -69,18 +69,19 @@ def quantize(
         },
         "quantize",
     )
-    folder = find_model(model, runs)
+    place = find_model(model, runs)
     with ExitStack() as stack:
+        folder = stack.enter_context(as_folder(place, out))
         text = held_out = Tokens(None, None)
         if calibrate is not None:
             text = held_out = stack.enter_context(opened_tokens(calibrate, load_tokenizer(folder)))
         if evaluate is not None:
             held_out = stack.enter_context(opened_tokens(evaluate, load_tokenizer(folder)))
-        place = stack.enter_context(new_folder(out))
+        unfinished = stack.enter_context(new_folder(out))
         found = quantise_folder(
             config,
             folder,
-            place,
+            unfinished,
             calibration=text.train,
             # of a text that is given to measure on, all of it will do where nothing is held out
             held_out=held_out.held_out or (held_out.train if evaluate is not None else None),

@@ -124,7 +124,7 @@ def serve(
     given = {"kv_memory": kv_memory, "max_num_seqs": max_num_seqs, "threads": threads, "batch_invariant": batch_invariant}
     given |= (
         {"prefix_cache": prefix_cache, "max_model_len": max_model_len}
-        | speculation(speculate)
+        | speculation(speculate, runs)
         | named_numbers("parallel", parallel)
     )
     if both := next((one for one in alias or [] if one == name or one in adapters), None):
@@ -174,7 +174,9 @@ def serve(
         try:
             from bessemer.serving.ray.application import serve_on_ray
         except ImportError:
-            raise ConfigError("--engine ray needs Ray: pip install 'bessemer[ray-serve]'") from None
+            from bessemer.core.packages import install_extra
+
+            raise ConfigError(f"--engine ray needs Ray: {install_extra('ray-serve')}") from None
         serve_on_ray(
             opening,
             config,

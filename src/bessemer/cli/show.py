@@ -46,7 +46,7 @@ def show(
     console = Console(highlight=False)
     if card:
         print(_card(thing, runs), end="")
-    elif against or text or (Path(thing).is_file() and thing.endswith(TOKENIZER_SUFFIXES)):
+    elif against or text or (Path(thing).is_file() and thing.endswith(TOKENIZER_SUFFIXES) and not _is_gguf_model(thing)):
         console.print(_tokenizers([thing, *against], runs, text))
     elif thing in PRESETS and not Path(thing).exists():
         console.print(_preset(thing))
@@ -57,20 +57,31 @@ def show(
 
 
 def _folder(thing: str, runs: Path) -> Path:
-    """The folder that a path or a run's name means. Raises ArtefactError when there is none."""
+    """The folder that a path or a run's name means, or a model's folder or GGUF file. Raises ArtefactError for what is none."""
+    from bessemer.cli.named import find_model
     from bessemer.core.config import nearest
     from bessemer.core.errors import ArtefactError
     from bessemer.core.store import follow
+    from bessemer.model.formats.exchange import find_model as find_source
     from bessemer.model.presets import PRESETS
     from bessemer.pipeline.run_names import run_names
 
     folder = follow(Path(thing))
     if folder.exists():
         return folder
-    if thing not in run_names(runs):
+    if thing in run_names(runs):
+        return runs / thing
+    if find_source(thing) is None:
         known = [*run_names(runs), *PRESETS]
-        raise ArtefactError(f"there is no {thing!r}: not a path, a run or a preset{nearest(thing, known)}")
-    return runs / thing
+        raise ArtefactError(f"there is no {thing!r}: not a path, a run, a model or a preset{nearest(thing, known)}")
+    return find_model(thing, runs)
+
+
+def _is_gguf_model(thing: str) -> bool:
+    """Whether a file is a GGUF with weights in it."""
+    from bessemer.model.formats.exchange import find_model
+
+    return thing.endswith(".gguf") and find_model(thing) is not None
 
 
 def _drawn(thing: str, runs: Path, examples: int) -> RenderableType:
@@ -83,6 +94,8 @@ def _drawn(thing: str, runs: Path, examples: int) -> RenderableType:
     from bessemer.views import terminal
 
     folder = _folder(thing, runs)
+    if folder.is_file():
+        return _gguf(folder, runs)
     if (folder / "run.json").exists():
         run = find_run(str(folder), runs)
         return terminal.show_run(gather(RunFolder(run.parent, run.name)))
@@ -195,6 +208,17 @@ def _tuned(out: Path) -> RenderableType:
         facts["adapter"] = str(tuned.adapter)
     lines = [Text(line) for line in record_lines(record["result"])]
     return Group(terminal.show_facts("fine-tuning", facts), *lines, _model(tuned.folder))
+
+
+def _gguf(file: Path, runs: Path) -> RenderableType:
+    """The model in a GGUF file, and its tokenizer."""
+    from rich.console import Group
+
+    from bessemer.model.formats.gguf_import import read_gguf_config
+    from bessemer.model.summary import model_metrics
+    from bessemer.views import terminal
+
+    return Group(terminal.show_model(model_metrics(read_gguf_config(file))), _tokenizers([str(file)], runs, []))
 
 
 def _preset(name: str) -> RenderableType:

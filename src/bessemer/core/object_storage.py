@@ -21,6 +21,7 @@ from typing import Any
 
 from bessemer.core.errors import BessemerError, ConfigError, StorageError
 from bessemer.core.hashing import hash_file
+from bessemer.core.packages import install_extra
 
 #: Scheme of an address → the package that `fsspec` needs for it, and the extra that installs it.
 SCHEMES = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gs"), "az": ("adlfs", "az")}
@@ -210,7 +211,7 @@ class ObjectPath:
         try:
             return _client(self.scheme, os.getpid())
         except ImportError:
-            raise ConfigError(f"{self}: needs the package {package}: pip install 'bessemer[{extra}]'") from None
+            raise ConfigError(f"{self}: needs the package {package}: {install_extra(extra)}") from None
 
 
 #: Where a file lies: on a disk or on object storage.

@@ -21,6 +21,7 @@ from typing import Any, Literal, TypeVar
 import bessemer.core.errors as errors
 from bessemer.core.errors import BessemerError, as_storage_error
 from bessemer.core.interrupts import DeferredInterrupts, leave_threads
+from bessemer.core.packages import install_extra
 
 Task = TypeVar("Task")
 
@@ -190,7 +191,7 @@ def _start_ray(daft: Any, engine: Engine) -> None:
     try:
         import ray
     except ImportError:
-        raise errors.ConfigError("engine: ray needs the package ray: pip install 'bessemer[ray]'") from None
+        raise errors.ConfigError(f"engine: ray needs the package ray: {install_extra('ray')}") from None
     if not ray.is_initialized():
         try:
             ray.init(address=engine.address, log_to_driver=False, logging_level=logging.ERROR)

@@ -15,7 +15,7 @@ from bessemer.model.quantisation.schemes.base import Codes, Scheme
 # Shapes: N outputs, K inputs.
 
 #: The tensors that the compiled CPU kernels pack, and give back.
-PACKED_TENSORS = frozenset({"codes", "scales", "zeros"})
+PACKED_TENSORS = frozenset({"codes", "scales", "zeros", "offsets"})
 
 #: Gives back the codes that it keeps in a form of its own: of the rows (…,) of a matrix, or all of them where None.
 Keeper = Callable[[Tensor | None], Codes]

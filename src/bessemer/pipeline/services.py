@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bessemer.core.errors import ConfigError
+from bessemer.core.packages import install_extra
 from bessemer.core.stage import Services, TaskScorer
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def open_language_model(folder: Path, device: str = "auto") -> BitsPerByte:
     except ImportError as error:
         raise ConfigError(
             f"clean.perplexity: {folder} is a model for PyTorch, and the package {error.name} is missing on this machine: "
-            "pip install 'bessemer[train]'"
+            f"{install_extra('train')}"
         ) from None
     return open_document_scorer(folder, device).bits_per_byte
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise, takewhile
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -295,11 +296,17 @@ class Tokenizer:
 
 def load_tokenizer(folder: Path | str) -> Tokenizer:
     """Read a tokenizer from its folder, or from a model's: `tokenizer.json`, and what is beside it of
-    `tokenizer_config.json`, `special_tokens_map.json`, `chat_template.jinja` and `generation_config.json`.
+    `tokenizer_config.json`, `special_tokens_map.json`, `chat_template.jinja` and `generation_config.json`. Or from a GGUF file.
 
     Raises ArtefactError when it is missing, damaged, of a kind that is not read, or without an end token.
     """
     folder = Path(folder)
+    if folder.suffix == ".gguf" and folder.is_file():
+        from bessemer.tokenization.formats.gguf_import import import_gguf
+
+        with TemporaryDirectory() as scratch:
+            import_gguf(folder).write(Path(scratch), compact=True)
+            return load_tokenizer(scratch)
     path = folder / TOKENIZER_FILE
     if not path.exists():
         raise ArtefactError(f"{path}: no such file; a tokenizer's folder holds it beside {TOKENIZER_CONFIG_FILE}")

@@ -27,7 +27,7 @@ class DataConfig(Config):
 
     engine: Literal["local", "ray"] = setting(
         "local",
-        "`local` (this machine's cores) or `ray` (a cluster, whose workers need `bessemer[data]`)",
+        "`local` (this machine's cores) or `ray` (a cluster, whose workers need Bessemer with the extra `data`)",
         affects_output=False,
     )
     ray_address: str | None = setting(

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 
 from bessemer.core.environment import usable_cores
 from bessemer.core.errors import ConfigError
+from bessemer.core.packages import install_extra
 from bessemer.data.extraction.main_text import main_text
 from bessemer.data.limited import Limited, RefusedError
 
@@ -43,7 +44,7 @@ class Trafilatura:
         function: Callable[[str, str | None], str] | str = _FUNCTION,
     ) -> None:
         if find_spec("trafilatura") is None:
-            raise ConfigError("extractor: trafilatura needs the package trafilatura: pip install 'bessemer[trafilatura]'")
+            raise ConfigError(f"extractor: trafilatura needs the package trafilatura: {install_extra('trafilatura')}")
         self.time_limit = time_limit
         self._helpers = [Limited(function, time_limit) for _ in range(processes or usable_cores())]
         # the last one is taken first, so that no more are started than are needed

@@ -22,6 +22,7 @@ import numpy as np
 
 from bessemer.core.errors import RequestError
 from bessemer.core.fair_lock import FairLock
+from bessemer.core.packages import install_extra
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.tokenization.tokenizer import Tokenizer
 
@@ -175,7 +176,7 @@ class GrammarCompiler:
         try:
             from llguidance import LLMatcher
         except ImportError:
-            raise RequestError(f"{name} needs llguidance; install it with: pip install 'bessemer[serve]'") from None
+            raise RequestError(f"{name} needs llguidance; install it with: {install_extra('serve')}") from None
         try:
             if name == "json_schema":
                 text = value if isinstance(value, str) else json.dumps(value)

@@ -94,9 +94,10 @@ void read_row(const Matrix& matrix, int64_t output, float* out) {
     const int64_t groups = K / matrix.group;
     for (int64_t i = 0; i < k; ++i) {
         const int64_t group = (block * groups + i / matrix.group) * WIDTH + lane;
-        const int zero = matrix.zeros ? matrix.zeros[group] : bytes ? 128 : 8;
+        const int zero = matrix.zeros ? matrix.zeros[group] : matrix.offsets ? 0 : bytes ? 128 : 8;
         const int code = bytes ? codes[i / 4 * 64 + i % 4] : codes[i / 8 * 64 + i % 4] >> (i % 8 / 4 * 4) & 15;
         out[i] = half_to_float(matrix.scales[group]) * float(code - zero);
+        if (matrix.offsets) out[i] += half_to_float(matrix.offsets[group]);
     }
 }
 

@@ -23,13 +23,15 @@ inline int64_t blocks(int64_t n) { return (n + WIDTH - 1) / WIDTH; }
 //   Q8    uint8    [K / 4][16][4]             code + 128, 4 neighbours of k in a lane
 //   Q4    uint8    [K / 8][16][4]             low nibbles k … k + 3, high nibbles k + 4 … k + 7
 //   scales float16 [groups][16], zeros uint8 [groups][16] (null: 128 for Q8 and 8 for Q4)
+//   offsets float16 [groups][16], Q4 alone: a weight is scale * code + offset, and there are no zeros (null: scale * (code - zero))
 struct Matrix {
     int64_t n, k;
     Kind kind;
     int32_t group;          // neighbours along k that share a scale: 32, 64, 128, or padded(k)
-    const void* codes;      // aligned to 64 bytes, as are scales and zeros
+    const void* codes;      // aligned to 64 bytes, as are scales, zeros and offsets
     const uint16_t* scales;
     const uint8_t* zeros;
+    const uint16_t* offsets;
     const float* bias;      // n, or null
 };
 

@@ -53,8 +53,8 @@ T* pages_at(const Tensor& tensor) {
     return static_cast<T*>(const_cast<void*>(tensor.const_data_ptr()));
 }
 
-Matrix matrix_of(const Tensor& codes, const MaybeTensor& scales, const MaybeTensor& zeros, const MaybeTensor& bias, int64_t kind,
-                 int64_t outputs, int64_t inputs, int64_t group) {
+Matrix matrix_of(const Tensor& codes, const MaybeTensor& scales, const MaybeTensor& zeros, const MaybeTensor& offsets,
+                 const MaybeTensor& bias, int64_t kind, int64_t outputs, int64_t inputs, int64_t group) {
     require(kind >= F32 && kind <= Q4 && outputs > 0 && inputs > 0, "a packed matrix has a kind, outputs and inputs");
     const int64_t lanes = blocks(outputs) * WIDTH, whole = padded(inputs);
     const int64_t bytes[] = {4 * inputs, 2 * whole, whole, whole / 2};
@@ -64,17 +64,21 @@ Matrix matrix_of(const Tensor& codes, const MaybeTensor& scales, const MaybeTens
         require(whole % group == 0 && scales && scales->scalar_type() == ScalarType::Half, "quantised weights have scales in float16");
         require(scales->numel() == lanes * (whole / group), "the scales are not those of the matrix");
         require(!zeros || zeros->numel() == scales->numel(), "the zeros are not those of the matrix");
+        require(!offsets || (kind == Q4 && !zeros && offsets->scalar_type() == ScalarType::Half && offsets->numel() == scales->numel()),
+                "offsets are of codes of 4 bits without zeros, in float16, one to a scale");
     }
     require(!bias || bias->numel() == outputs, "the bias is not that of the matrix");
-    return {outputs, inputs, Kind(kind), int32_t(group), codes.const_data_ptr(), read<uint16_t>(scales), read<uint8_t>(zeros), read<float>(bias)};
+    return {outputs, inputs, Kind(kind), int32_t(group), codes.const_data_ptr(), read<uint16_t>(scales), read<uint8_t>(zeros),
+            read<uint16_t>(offsets), read<float>(bias)};
 }
 
 Tensor packed_linear(const Tensor& x, const Tensor& codes, const MaybeTensor& scales, const MaybeTensor& zeros,
-                     const MaybeTensor& bias, int64_t kind, int64_t outputs, int64_t inputs, int64_t group, int64_t threads) {
+                     const MaybeTensor& offsets, const MaybeTensor& bias, int64_t kind, int64_t outputs, int64_t inputs, int64_t group,
+                     int64_t threads) {
     constexpr int64_t MOST_DIMENSIONS = 16;
     const int64_t dimensions = x.dim();
     require(dimensions > 0 && dimensions <= MOST_DIMENSIONS && x.size(dimensions - 1) == inputs, "the rows do not fit the matrix");
-    const Matrix matrix = matrix_of(codes, scales, zeros, bias, kind, outputs, inputs, group);
+    const Matrix matrix = matrix_of(codes, scales, zeros, offsets, bias, kind, outputs, inputs, group);
     const Tensor values = contiguous(x, ScalarType::Float);
     int64_t shape[MOST_DIMENSIONS], rows = 1;
     for (int64_t i = 0; i + 1 < dimensions; ++i) rows *= shape[i] = x.size(i);

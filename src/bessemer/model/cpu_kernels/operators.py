@@ -17,7 +17,7 @@ _LIBRARY = torch.library.Library("bessemer", "DEF")
 _BATCH = "Tensor starts, Tensor positions, Tensor tables"
 
 for _schema in (
-    "packed_linear(Tensor x, Tensor codes, Tensor? scales, Tensor? zeros, Tensor? bias, "
+    "packed_linear(Tensor x, Tensor codes, Tensor? scales, Tensor? zeros, Tensor? offsets, Tensor? bias, "
     "int kind, int outputs, int inputs, int group, int threads) -> Tensor",
     f"paged_attention(Tensor query, Tensor keys, Tensor values, Tensor? key_scales, Tensor? value_scales, {_BATCH}, "
     "Tensor? sinks, float scale, float softcap, int window, int threads) -> Tensor",
@@ -29,7 +29,7 @@ for _schema in (
 
 
 @torch.library.register_fake("bessemer::packed_linear", lib=_LIBRARY)
-def _(x: Tensor, codes: Tensor, scales: Tensor | None, zeros: Tensor | None, bias: Tensor | None, *how: int) -> Tensor:
+def _(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, offsets: Tensor, bias: Tensor, *how: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], how[1])
 
 

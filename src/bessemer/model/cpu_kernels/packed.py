@@ -48,6 +48,7 @@ class MatrixFields(ctypes.Structure):
         ("codes", ctypes.c_void_p),
         ("scales", ctypes.c_void_p),
         ("zeros", ctypes.c_void_p),
+        ("offsets", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
     )
 
@@ -66,13 +67,14 @@ class PackedMatrix:
         codes: Tensor,
         scales: Tensor | None,
         zeros: Tensor | None,
+        offsets: Tensor | None,
         bias: Tensor | None,
     ) -> None:
         self.kind = kind
         self.shape = shape
         self.group = group
         assert library() is not None, "ask library() before a matrix is packed"
-        self._tensors = (codes, scales, zeros, bias)
+        self._tensors = (codes, scales, zeros, offsets, bias)
         self.fields = MatrixFields(
             *shape, kind, group, *(None if tensor is None else tensor.data_ptr() for tensor in self._tensors)
         )
@@ -102,7 +104,7 @@ class PackedMatrix:
             size, inputs = weight_NK.shape
             bias = _bias([(layer.bias, layer.weight.shape[0]) for layer in plain])
             pack = _pack_float32 if kind is Kind.F32 else _pack_bfloat16
-            return cls(kind, (size, inputs), GROUP, pack(weight_NK), None, None, bias)
+            return cls(kind, (size, inputs), GROUP, pack(weight_NK), None, None, None, bias)
         return cls._quantised(kind, [weight for weight in weights if weight])
 
     @classmethod
@@ -117,6 +119,9 @@ class PackedMatrix:
         if padded % group:
             raise ValueError(f"groups of {group} do not divide {padded} inputs")
         scales_NG = torch.cat([weight.scales for weight in weights]).half()
+        offsets_NG = [weight.offsets for weight in weights if weight.offsets is not None]
+        if len(offsets_NG) not in (0, len(weights)):
+            raise ValueError("layers whose groups have offsets cannot be packed together with others")
         zeros_NG = None
         if any(weight.zeros is not None for weight in weights):
             assert kind is Kind.Q4, "codes of 8 bits are symmetric"
@@ -125,17 +130,18 @@ class PackedMatrix:
             )
             zeros_NG = zeros_NG.to(torch.uint8)
         zeros = None if zeros_NG is None else _pack_groups(zeros_NG)
+        offsets = _pack_groups(torch.cat(offsets_NG).half()) if offsets_NG else None
         bias = _bias([(weight.bias, len(weight.codes)) for weight in weights])
-        return cls(kind, (size, inputs), group, _pack_codes(codes_NP, kind), _pack_groups(scales_NG), zeros, bias)
+        return cls(kind, (size, inputs), group, _pack_codes(codes_NP, kind), _pack_groups(scales_NG), zeros, offsets, bias)
 
     def part(self, first: int, last: int) -> PackedMatrix:
         """The outputs first … last - 1 as a matrix of their own, in the same memory. first: a multiple of 16."""
         assert first % WIDTH == 0 and first < last <= self.shape[0], (first, last, self.shape)
-        codes, scales, zeros, bias = self._tensors
+        codes, *of_groups, bias = self._tensors
         blocks = slice(first // WIDTH, -(-last // WIDTH))
-        scales, zeros = (None if tensor is None else tensor[blocks] for tensor in (scales, zeros))
+        scales, zeros, offsets = (None if tensor is None else tensor[blocks] for tensor in of_groups)
         bias = None if bias is None else bias[first:last]
-        return PackedMatrix(self.kind, (last - first, self.shape[1]), self.group, codes[blocks], scales, zeros, bias)
+        return PackedMatrix(self.kind, (last - first, self.shape[1]), self.group, codes[blocks], scales, zeros, offsets, bias)
 
     def multiply(self, x: Tensor, threads: int | None = None) -> Tensor:
         """x (…, K) in float32 or bfloat16, on a CPU: x Wᵀ plus the bias, (…, N), in x's type.
@@ -158,8 +164,8 @@ class PackedMatrix:
         )
 
     def unpacked(self, outputs_N: Tensor) -> dict[str, Tensor]:
-        """The codes, scales and zeros that were packed, of some outputs (…,)."""
-        codes, scales, zeros, _ = self._tensors
+        """The codes, scales, zeros and offsets that were packed, of some outputs (…,)."""
+        codes, scales, zeros, offsets, _ = self._tensors
         assert scales is not None, "a matrix of codes"
         block, lane = outputs_N // WIDTH, outputs_N % WIDTH
         inputs = self.shape[1]
@@ -170,7 +176,11 @@ class PackedMatrix:
         else:
             whole = pack(torch.stack((lanes & 15, lanes >> 4), dim=-2).flatten(-3)[..., :inputs])
         found = {"codes": whole, "scales": scales[block, :, lane].float()}
-        return found if zeros is None else found | {"zeros": zeros[block, :, lane]}
+        if zeros is not None:
+            found["zeros"] = zeros[block, :, lane]
+        if offsets is not None:
+            found["offsets"] = offsets[block, :, lane].float()
+        return found
 
     def keeper(self, layer: QuantisedLinear, first: int = 0) -> Keeper:
         """Gives back the codes of a layer that was packed here, its first output at the place `first`."""
@@ -212,8 +222,6 @@ def refusal(layer: Layer) -> str | None:
     weight = kernel_weight(layer)
     if weight is None:
         return "the kernels do not know its scheme"
-    if weight.offsets is not None:
-        return "its groups of weights have an offset that is no code"
     inputs = weight.codes.shape[-1] * (1 if weight.codes.dtype == torch.int8 else 2)
     if weight.group_size not in (32, 64, 128, inputs):
         return f"its groups have {weight.group_size} weights, and the kernels know 32, 64, 128 and the whole row"

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bessemer.model.cpu_kernels.packed import PackedMatrix, kernel_weight, refusal
 from bessemer.model.decoder import Decoder
 from bessemer.model.latent_attention import LatentAttention
-from bessemer.model.quantisation.rounding import MIDDLE
 from bessemer.model.quantised_experts import QuantisedStack
 from bessemer.model.quantised_linear import PackedMatmuls, Product, QuantisedEmbedding, QuantisedLinear, restore_codes
-
-# Shapes: N outputs, K inputs, G groups along the inputs.
 
 
 def packed_products(model: Decoder, threads: int, *, release: bool = False) -> PackedMatmuls:
@@ -60,24 +56,7 @@ def packed_product(layer: QuantisedLinear, threads: int) -> Product | None:
 def _packed(layer: QuantisedLinear, threads: int) -> tuple[PackedMatrix, Product] | None:
     """The packed codes of a layer and its product; None where the kernels do not know them."""
     weight = kernel_weight(layer)
-    if weight is None or refusal(centred := weight._replace(offsets=None)) is not None:
+    if weight is None or refusal(weight) is not None:
         return None
-    packed = PackedMatrix.of(centred)
-    product = partial(packed.multiply, threads=threads)
-    if weight.offsets is None:
-        return packed, product
-    return packed, _with_offsets(product, weight.offsets + MIDDLE * weight.scales, threads)
-
-
-def _with_offsets(product: Product, offsets_NG: Tensor, threads: int) -> Product:
-    """Where a weight is s c + m, the rest beside s (c − 8) is one number for its group, which meets the sum of the group's
-    activations: a second product with as many inputs as there are groups, in float32."""
-    groups = nn.Linear(offsets_NG.shape[1], offsets_NG.shape[0], bias=False, device="meta")
-    groups.weight = nn.Parameter(offsets_NG, requires_grad=False)
-    rest = PackedMatrix.of(groups)
-
-    def multiply(hidden: Tensor) -> Tensor:
-        sums = hidden.to(torch.float32).unflatten(-1, (offsets_NG.shape[1], -1)).sum(-1)
-        return product(hidden) + rest.multiply(sums, threads=threads).to(hidden.dtype)
-
-    return multiply
+    packed = PackedMatrix.of(weight)
+    return packed, partial(packed.multiply, threads=threads)

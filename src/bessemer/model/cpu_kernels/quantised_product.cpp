@@ -2,6 +2,8 @@
 //   part    = activation scale * (sum of code * activation - zero * sum of activations), the sums in integers: exact
 //   output  = sum over the parts of part * weight scale                  where a row has several scales
 //   output  = (sum over the parts of part) * weight scale                where it has one
+// and, where groups have offsets in place of zeros,
+//   output  = sum over the parts of part * weight scale + (activation scale * sum of activations) * offset
 // with the parts in their order, whatever the rows beside it, and every multiplication that an addition follows fused with it.
 #include <algorithm>
 
@@ -28,7 +30,7 @@ constexpr int64_t NEAR_BYTES = 1 << 18;         // codes that stay in the second
 
 enum Codes { BYTES, NIBBLES };             // one to a byte, or packed as in a Q4 matrix
 enum Scaling { WHOLE_ROW, EACH_PART };     // where the weight's scale comes in
-enum Zeros { ONE_FOR_ALL, EACH_GROUP };
+enum Zeros { ONE_FOR_ALL, EACH_GROUP, OFFSETS };
 
 // A block of outputs, or two: pointers to what belongs to some part of the first, and how far the second's lie.
 struct Blocks {
@@ -36,6 +38,7 @@ struct Blocks {
     int64_t codes_stride;
     const uint16_t* scales;  // of the first part in the row
     const uint8_t* zeros;
+    const uint16_t* offsets;
     int64_t groups_stride;
     int32_t parts_of_group;
     const Matrix* matrix;
@@ -107,7 +110,7 @@ inline void add_parts(const Blocks& blocks, const Rows& rows, int64_t first, int
         const int64_t group = scaling == WHOLE_ROW ? 0 : part / blocks.parts_of_group * WIDTH;
         Ints products[R][B];
         for (int r = 0; r < R; ++r) {
-            const Ints correction = broadcast(form == BYTES && SIGNED_BYTES ? 0 : corrections[r * parts + part]);
+            const Ints correction = broadcast(zeros == OFFSETS || (form == BYTES && SIGNED_BYTES) ? 0 : corrections[r * parts + part]);
             for (int b = 0; b < B; ++b)
                 products[r][b] = zeros == EACH_GROUP ? times_zeros(blocks.zeros + b * blocks.groups_stride + group, correction) : correction;
         }
@@ -115,11 +118,18 @@ inline void add_parts(const Blocks& blocks, const Rows& rows, int64_t first, int
         Floats weight_scale[B];
         if constexpr (scaling == EACH_PART)
             for (int b = 0; b < B; ++b) weight_scale[b] = load_halves(blocks.scales + b * blocks.groups_stride + group);
+        Floats offset[B];
+        if constexpr (zeros == OFFSETS)
+            for (int b = 0; b < B; ++b) offset[b] = load_halves(blocks.offsets + b * blocks.groups_stride + group);
         for (int r = 0; r < R; ++r) {
             const Floats scale = broadcast(rows.scales[r * parts + part]);
             for (int b = 0; b < B; ++b) {
                 if constexpr (scaling == WHOLE_ROW) total[r][b] = fma(to_floats(products[r][b]), scale, total[r][b]);
                 else total[r][b] = fma(times(to_floats(products[r][b]), scale), weight_scale[b], total[r][b]);
+            }
+            if constexpr (zeros == OFFSETS) {
+                const Floats sum = broadcast(rows.scales[r * parts + part] * float(-rows.sums[r * parts + part]));
+                for (int b = 0; b < B; ++b) total[r][b] = fma(sum, offset[b], total[r][b]);
             }
         }
     }
@@ -150,6 +160,7 @@ inline Blocks blocks_at(const Matrix& matrix, int64_t block, int64_t part) {
             second * parts * step,
             matrix.scales + place,
             matrix.zeros + (matrix.zeros ? place : 0),
+            matrix.offsets + (matrix.offsets ? place : 0),
             second * groups * WIDTH,
             matrix.group / int32_t(GROUP),
             &matrix};
@@ -203,6 +214,7 @@ void any_scaling(const Matrix& matrix, const Rows& rows, float* out, int64_t str
 
 void quantised_product(const Matrix& matrix, const Rows& rows, float* out, int64_t stride, int64_t first, int64_t last) {
     if (matrix.kind == Q8) any_scaling<BYTES, ONE_FOR_ALL>(matrix, rows, out, stride, first, last);
+    else if (matrix.offsets) any_rows<NIBBLES, EACH_PART, OFFSETS>(matrix, rows, out, stride, first, last);
     else if (matrix.zeros) any_scaling<NIBBLES, EACH_GROUP>(matrix, rows, out, stride, first, last);
     else any_scaling<NIBBLES, ONE_FOR_ALL>(matrix, rows, out, stride, first, last);
 }

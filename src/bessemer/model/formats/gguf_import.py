@@ -69,6 +69,12 @@ def import_gguf(path: Path, out: Path, *, dtype: torch.dtype | None = None, spli
     return notes
 
 
+def read_gguf_config(path: Path) -> ModelConfig:
+    """The model's config that a GGUF file holds. Raises ArtefactError as `import_gguf`."""
+    with path.open("rb") as stream:
+        return in_a_family(GgufFile(path, stream).config())
+
+
 def in_a_family(config: ModelConfig) -> ModelConfig:
     """The config as a family that can hold it: the one that the architecture is named after, or the first that fits."""
     try:

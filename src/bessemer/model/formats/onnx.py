@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from bessemer.core.errors import ArtefactError, ConfigError, writing_to
 from bessemer.core.new_folder import new_folder
+from bessemer.core.packages import install_extra
 from bessemer.model.architecture import LayerType
 from bessemer.model.attention_backends import AttentionBackend, Scores
 from bessemer.model.attention_mask import AttentionMask, alibi_slopes
@@ -65,7 +66,7 @@ def export_onnx(folder: Path, out: Path) -> list[str]:
     """
     check_form(folder)
     for package in ("onnx", "onnxscript"):
-        require(package, f"--format onnx needs the package {package}: pip install 'bessemer[onnx]'")
+        require(package, f"--format onnx needs the package {package}: {install_extra('onnx')}")
     if out.suffix == ".onnx":
         if out.is_dir():
             raise ArtefactError(f"{out}: is a folder; name the file to write")

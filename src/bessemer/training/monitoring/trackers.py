@@ -25,9 +25,7 @@ def check_trackers(names: Sequence[str]) -> None:
         spec = importlib.util.find_spec(name)
         # without an origin it is only a folder of that name, such as W&B leaves
         if spec is None or spec.origin is None:
-            raise ConfigError(
-                f"track: {name} is not installed: pip install {name} (or 'bessemer[track]', which brings all three)"
-            )
+            raise ConfigError(f"track: {name} is not installed: pip install {name}")
 
 
 def open_trackers(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bessemer.core.errors import SourceError
+from bessemer.core.packages import install_extra
 from bessemer.core.progress import Progress
 from bessemer.data.sources.config import HuggingFaceSource
 from bessemer.data.sources.document import Tally
@@ -107,7 +108,7 @@ class HuggingFace:
             import datasets
         except ImportError:
             raise SourceError(
-                f"{self.dataset}: data sets of the Hub need the package `datasets`: pip install 'bessemer[hub]'"
+                f"{self.dataset}: data sets of the Hub need the package `datasets`: {install_extra('hub')}"
             ) from None
         try:
             return tried_again(partial(self._loaded, datasets), self._retries, self.clock)

