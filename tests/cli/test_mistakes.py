@@ -171,12 +171,12 @@ MISTAKES: dict[str, tuple[list[str], Callable[[Path], None] | None, str]] = {
     "an adapter of another model": (
         ["generate", "model", "the", "--adapter", "adapter"],
         None,
-        "adapter/adapter_config.json: this adapter was trained on a model with other weights; use it with that one",
+        "adapter/adapter_config.json: this adapter was trained on a model with other weights; use it with that one, as it was then",
     ),
     "a run that is not there": (
         ["show", "mine"],
         None,
-        "there is no 'mine': not a path, a run or a preset; …",
+        "there is no 'mine': not a path, a run, a model or a preset; known: …, and 22 more",
     ),
     "a table that is empty": (
         ["finetune", "model", "data.csv", "out"],

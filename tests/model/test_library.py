@@ -10,6 +10,8 @@ import pytest
 from bessemer.cli.main import main
 from bessemer.cli.named import find_model
 from bessemer.core.errors import ArtefactError, ConfigError, SourceError, StorageError
+from bessemer.inference.engine import Engine
+from bessemer.inference.sampling.sampler import SamplingParams
 from bessemer.model.folder import save_model
 from bessemer.model.formats.gguf_export import export_gguf
 from bessemer.model.library import kept_models, pull, remove
@@ -27,6 +29,13 @@ def sources(tmp_path, monkeypatch):
     save_model(random_decoder(shape), tmp_path / "trained", tokenizer=tokenizer)
     export_gguf(tmp_path / "trained", tmp_path / "file.gguf")
     return tmp_path
+
+
+def test_python_opens_a_pulled_model_by_its_name(sources):
+    pull("file.gguf", "small")
+    with Engine("small") as engine:
+        (completion,) = engine.generate("a", SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True))
+    assert len(completion.token_ids) == 2
 
 
 def test_a_folder_and_a_file_are_kept_listed_found_and_removed(sources):
@@ -95,12 +104,12 @@ def test_a_model_of_the_hub_is_fetched_once_where_the_user_agrees_and_found_by_i
     ids=lambda command: command[0],
 )
 def test_a_gguf_file_means_the_same_by_its_path_and_its_name_in_every_command(sources, capsys, command):
-    pull("file.gguf", "small")
+    pull("file.gguf", "tiny")
     said = []
-    for model in ("file.gguf", "small"):
+    for model in ("file.gguf", "tiny"):
         with pytest.raises(SystemExit) as ended:
             main([model if word == "MODEL" else f"{model}-out" if word == "out" else word for word in command])
-        said.append(capsys.readouterr().out.replace("models/small.gguf", model).replace(model, "MODEL"))
+        said.append(capsys.readouterr().out.replace("models/tiny.gguf", model).replace(model, "MODEL"))
         assert ended.value.code in (0, None), said
     assert said[0] == said[1] != ""
 

@@ -89,7 +89,8 @@ def chat(
     engine = Engine(folder, device=device, config=config)
     if engine.tokenizer.chat_template is None:
         raise RequestError(
-            f"{model}: it has no chat template, so it is no model to talk with: bessemer generate continues a text"
+            f"{model}: this tokenizer has no chat template, as base models have none; bessemer generate continues a text, and "
+            "bessemer finetune makes a model that chats"
         )
     if adapter is None and _is_base(folder):
         print(f"note: {model} is not tuned on conversations; it continues texts more than it answers", file=sys.stderr)

@@ -213,12 +213,18 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
+#: Names that are still read to the end in an error message.
+_MOST_SHOWN = 12
+
+
 def nearest(name: str, known: list[str]) -> str:
-    """A hint for a misspelt name: `; did you mean 'x'?`, or the list of what is known."""
+    """A hint for a misspelt name: `; did you mean 'x'?`, or what is known, the first of many."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if close:
         return f"; did you mean {close[0]!r}?"
-    return f"; known: {', '.join(sorted(known))}" if known else ""
+    shown = ", ".join(sorted(known)[:_MOST_SHOWN])
+    more = f", and {len(known) - _MOST_SHOWN} more" if len(known) > _MOST_SHOWN else ""
+    return f"; known: {shown}{more}" if known else ""
 
 
 def explain(error: ValidationError, cls: type[BaseModel], where: Callable[[tuple[str | int, ...]], str] | str) -> str:

@@ -20,6 +20,7 @@ from bessemer.model.device import choose_device, is_fast
 from bessemer.model.folder import load_model
 from bessemer.model.folder_config import read_end_tokens, read_sampling_settings
 from bessemer.model.formats.gguf_open import open_gguf
+from bessemer.model.library import find_kept
 from bessemer.model.quantised_linear import is_quantised
 from bessemer.model.tuned_folder import TunedModel, tuned_model
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
@@ -47,8 +48,8 @@ class OpenedModel(NamedTuple):
 def open_model(
     model: Path | str | Decoder | ShardedModel, tokenizer: Tokenizer | None, device: str, config: EngineConfig
 ) -> OpenedModel:
-    """Open a folder, a GGUF file or the base of a fine-tuning on a device; a model in memory, or a shard, stays where it lies,
-    and needs its tokenizer.
+    """Open a folder, a GGUF file, the base of a fine-tuning or a pulled model by its name on a device; a model in memory, or a
+    shard, stays where it lies, and needs its tokenizer.
 
     Raises ArtefactError when the folder or the file is damaged, ConfigError for a device that is not here, or a model that
     cannot be shared by as many processes as the settings say.
@@ -61,7 +62,10 @@ def open_model(
             raise ConfigError("parallel: every process reads the model for itself; save it, and open its folder")
         assert tokenizer is not None, "a model in memory needs its tokenizer"
         return OpenedModel(model, tokenizer, frozenset(tokenizer.eos_ids), is_served=False)
-    path, adapter = tuned_model(Path(model)) or TunedModel(Path(model), None)
+    named = Path(model)
+    if not named.exists() and (kept := find_kept(str(model))) is not None:
+        named = kept
+    path, adapter = tuned_model(named) or TunedModel(named, None)
     if config.processes > 1:
         sharded = ShardedModel.open(path, device, config)
         try:
