@@ -171,7 +171,8 @@ MISTAKES: dict[str, tuple[list[str], Callable[[Path], None] | None, str]] = {
     "an adapter of another model": (
         ["generate", "model", "the", "--adapter", "adapter"],
         None,
-        "adapter/adapter_config.json: this adapter was trained on a model with other weights; use it with that one, as it was then",
+        "adapter/adapter_config.json: this adapter was trained on a model with other weights; use it with that one, as it was "
+        "then",
     ),
     "a run that is not there": (
         ["show", "mine"],
