@@ -50,6 +50,8 @@ MEASURES = (
 
 ROOT = Path(__file__).parents[1]
 NAME = "newcomer"
+#: On standard input of every command; `demo` answers it.
+QUESTION = "What is the capital of Japan?\n"
 #: A command, or a function that makes files which a user would have.
 Step = tuple[str, ...] | Callable[[Path], None]
 
@@ -60,8 +62,8 @@ def journeys(text: Path | None) -> dict[str, list[Step]]:
     tune = ("finetune", "smollm2", tickets, "out", "--method")
     question = "Hello, order B12345: the bell is broken."
     after: list[Step] = [
-        ("evaluate", "smollm2", "--data", "out/conversations/held_out.jsonl", "--out", "before"),
-        ("evaluate", "out", "--data", "out/conversations/held_out.jsonl", "--out", "after"),
+        ("evaluate", "smollm2", "--tasks", "out/held_out.yaml", "--out", "before"),
+        ("evaluate", "out", "--out", "after"),
         ("compare", "before", "after"),
         ("serve", "out", "--port", "0", "--ask", question),
         ("export", "out", "out.gguf"),
@@ -106,7 +108,7 @@ def measured(name: str, wanted: Mapping[str, list[Step]]) -> dict[str, Any]:
                     as_machine = [sys.executable, "-m", "bessemer.core.machines", name]
                     start = time.perf_counter()
                     command = [*as_machine, sys.executable, "-m", "bessemer", *step]
-                    subprocess.run(command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, check=True)
+                    subprocess.run(command, cwd=folder, env=environment, input=QUESTION, text=True, check=True)
                     shown = " ".join(Path(word).name if Path(word).is_absolute() else word for word in step)
                     seconds[shown] = time.perf_counter() - start
             found[journey] = {"minutes": sum(seconds.values()) / 60, "seconds": seconds}
