@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from bessemer.core.store import read_json, write_json
+from bessemer.inference.config import EngineConfig
 from bessemer.inference.engine import Engine, SamplingParams
+from bessemer.inference.loading import open_model
 from bessemer.model.adapter_folder import read_adapter, write_adapter
 from bessemer.model.folder import load_model, save_model
 from bessemer.model.trained_adapters import merged
@@ -68,10 +70,21 @@ def answers(made):
     return plain, bent
 
 
-def test_the_engine_puts_the_adapter_beside_the_base_and_its_name_is_nobody_s(made, answers):
+def test_the_engine_answers_as_tuned_and_the_adapter_has_no_name(made, answers):
     with Engine(made / "out") as engine:
         assert engine.generate(["the thin"], GREEDY)[0].text == answers[1]
         assert engine.adapters == ()
+
+
+@pytest.mark.parametrize(("dtype", "is_merged"), [(torch.float32, True), (torch.bfloat16, False)], ids=["float32", "bfloat16"])
+def test_an_adapter_is_merged_into_exact_weights_and_stays_beside_rounded_ones(place, dtype, is_merged):
+    base = load_model(place / "base", dtype=dtype)
+    (place / "base").rename(place / "before")
+    save_model(base, place / "base", tokenizer=place / "before")
+    opened = open_model(place / "out", None, "cpu", EngineConfig())
+    weight = next(iter(read_adapter(place / "out" / "adapter", base).updates)) + ".weight"
+    assert (opened.adapter is None) is is_merged
+    assert torch.equal(opened.model.get_parameter(weight), base.get_parameter(weight).to(opened.model.dtype)) is not is_merged
 
 
 def test_generate_and_chat_use_the_adapter(made, answers, capsys, monkeypatch):

@@ -15,6 +15,7 @@ from bessemer.core.progress import PlainLines
 from bessemer.inference.config import EngineConfig
 from bessemer.inference.execution.compiled_steps import CompiledSteps
 from bessemer.inference.execution.tensor_parallel.sharded_model import ShardedModel
+from bessemer.model.adapter_folder import read_adapter
 from bessemer.model.decoder import Decoder
 from bessemer.model.device import choose_device, is_fast
 from bessemer.model.folder import load_model
@@ -22,6 +23,7 @@ from bessemer.model.folder_config import read_end_tokens, read_sampling_settings
 from bessemer.model.formats.gguf_open import open_gguf
 from bessemer.model.library import find_kept
 from bessemer.model.quantised_linear import is_quantised
+from bessemer.model.trained_adapters import merged
 from bessemer.model.tuned_folder import TunedModel, tuned_model
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 
@@ -33,7 +35,8 @@ class OpenedModel(NamedTuple):
     """sharded: the model's shards, where worker processes hold some; None where this one does alone.
 
     is_served: whether it was opened to be served, and is not one in memory that may be in training. sampling_settings: what
-    the model's folder says of how it is sampled. adapter: of a fine-tuning, the folder of what was tuned beside the model.
+    the model's folder says of how it is sampled. adapter: of a fine-tuning whose base is in half precision
+    or in codes, the folder of what was tuned beside it; into weights in float32 it is merged.
     """
 
     model: Decoder
@@ -84,7 +87,11 @@ def open_model(
             raise ArtefactError(f"{path}: the file holds no tokenizer that can be read; give one")
         model = _in_fast_dtype(opened.model, config)
         return OpenedModel(model, tokenizer, frozenset(opened.end_tokens or tokenizer.eos_ids))
-    whole = _in_fast_dtype(load_model(path, choose_device(device)), config)
+    whole = load_model(path, choose_device(device))
+    if adapter is not None and whole.dtype == torch.float32 and not is_quantised(whole):
+        # nobody can ask for the base alone, and the compiled kernels take one set of weights
+        whole, adapter = merged(whole, read_adapter(adapter, whole)), None
+    whole = _in_fast_dtype(whole, config)
     tokenizer = tokenizer or load_tokenizer(path)
     settings = read_sampling_settings(path)
     return OpenedModel(whole, tokenizer, _ends(path, tokenizer), sampling_settings=settings, adapter=adapter)
