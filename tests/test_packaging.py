@@ -50,7 +50,7 @@ def test_a_shipped_recipe_needs_only_all_and_the_extra_that_it_names(name):
     while (match := re.search(r"^extends: (\S+)", text, flags=re.MULTILINE)) is not None:
         parent = (ROOT / "src" / "bessemer" / "recipes" / f"{match[1]}.yaml").read_text(encoding="utf-8")
         text = text.replace(match[0], "") + parent
-    named = {extra for extras in re.findall(r"bessemer\[([^\]]*)\]", text) for extra in extras.split(",")} | {"all"}
+    named = {extra for extras in re.findall(r"pip install '\.\[([^\]]*)\]'", text) for extra in extras.split(",")} | {"all"}
     installed = set().union(*map(packages, named))
     for stage in recipe.stages:
         for module in stage.spec.packages(stage.config):
