@@ -1,5 +1,7 @@
 """Loops are compiled again when something changes that they have from another file, and by one process of several."""
 
+import os
+import pty
 import shutil
 import subprocess
 import sys
@@ -78,6 +80,18 @@ def test_a_loop_is_compiled_where_another_process_holds_the_lock_and_does_not_en
     kept.parent.mkdir(exist_ok=True)
     with FileLock(f"{kept}.lock"):
         assert printed("compiled._LONGEST_COMPILATION = 0.01; print(loop.double(2))") == "12"
+
+
+def test_compiling_is_announced_once_and_at_a_terminal_alone(text, tmp_path):
+    command = [sys.executable, "-B", "-c", "from bessemer.data.text import loop; loop.double(2)"]
+    options = {"cwd": tmp_path, "env": {"PYTHONPATH": str(tmp_path)}, "check": True}
+    said = subprocess.run(command, **options, stderr=subprocess.PIPE, text=True).stderr  # type: ignore[call-overload]
+    (kept,) = text.glob("__pycache__/*.nbi")
+    terminal, its_end = pty.openpty()
+    for _ in range(2):
+        kept.unlink()
+        subprocess.run(command, **options, stderr=its_end)  # type: ignore[call-overload]
+    assert said == "" and os.read(terminal, 1000).decode().count("compiling the loops over text for this machine") == 1
 
 
 def test_a_change_in_an_imported_file_compiles_a_loop_again(text, tmp_path):

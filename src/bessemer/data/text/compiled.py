@@ -10,6 +10,7 @@ Processes that begin together, as the workers of a stage, compile each function 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -25,6 +26,8 @@ from bessemer.core.hashing import hash_bytes
 
 #: Seconds. The longest of ours takes a few.
 _LONGEST_COMPILATION = 60
+#: Beside what is compiled: that somebody was told of it.
+_ANNOUNCED = "compiling.announced"
 _IMPORT = re.compile(r"^from (bessemer\.data\.[\w.]+) import", re.MULTILINE)
 
 
@@ -55,10 +58,24 @@ def _kept(dispatcher: Any) -> Any:
     def compile_once(signature: Any) -> Any:
         # Numba's own lock first: a thread that holds it may need a function that another thread is about to compile
         with global_compiler_lock, _held(lock):
+            if not Path(kept._index_path).exists():
+                _announce(Path(kept._index_path).parent)
             return compile_alone(signature)
 
     dispatcher.compile = compile_once
     return dispatcher
+
+
+def _announce(folder: Path) -> None:
+    """Say at a terminal what takes so long, once for all processes that compile into a folder."""
+    if not sys.stderr.isatty():
+        return
+    try:
+        (folder / _ANNOUNCED).touch(exist_ok=False)
+    except OSError:
+        # another process has said it, or nothing can be written here
+        return
+    print("compiling the loops over text for this machine, once (about half a minute)", file=sys.stderr)
 
 
 @contextmanager
