@@ -5,7 +5,7 @@ import json
 import pyarrow.parquet as pq
 import pytest
 
-from bessemer.core.errors import ConfigError, SourceError
+from bessemer.core.errors import ConfigError, SourceError, StorageError
 from bessemer.core.hashing import hash_files
 from bessemer.core.store import Store
 from bessemer.data.config import (
@@ -203,12 +203,12 @@ def test_a_path_with_pattern_characters_is_taken_as_it_is(tmp_path, collected):
     assert metrics["documents_in"] == 60
 
 
-def test_a_full_disk_raises_the_systems_error(tmp_path, collected, monkeypatch):
+def test_a_full_disk_is_told_as_one(tmp_path, collected, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(StorageError, match="the disk is full"):
         clean(CleanConfig(), collected, made(tmp_path, "clean"))
 
 

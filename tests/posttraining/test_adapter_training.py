@@ -20,7 +20,7 @@ from bessemer.model.quantised_linear import is_quantised
 from bessemer.model.trained_adapters import adapter_of, adapters_of, merged
 from bessemer.posttraining.config import SFTConfig
 from bessemer.posttraining.conversations import Conversation
-from bessemer.posttraining.finetuning.run import _Samples
+from bessemer.posttraining.finetuning.run import _Questions, _Samples
 from bessemer.posttraining.preference.config import PreferenceConfig
 from bessemer.posttraining.preference.stage import preference
 from bessemer.posttraining.sft import sft
@@ -110,7 +110,8 @@ def test_a_killed_run_goes_on_bit_for_bit(model_folder, data, tmp_path):
 def test_validations_show_the_model_in_training_and_no_copy_of_it(model_folder, data, tmp_path, quantize):
     tokenizer, progress, shown = load_tokenizer(model_folder), RecordedProgress(), []
     asked = [Conversation.of([said("user", "Say 7."), said("assistant", "7 it is.")], "a.jsonl")]
-    samples = _Samples(asked, tokenizer, load_model(model_folder).config.max_position_embeddings, progress)
+    context = load_model(model_folder).config.max_position_embeddings
+    samples = _Samples(_Questions(asked, tokenizer, context), 7, progress)
 
     def show(finished, model):
         shown.append((model, is_quantised(model), len(adapters_of(model)), torch.is_grad_enabled()))

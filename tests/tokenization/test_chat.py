@@ -501,7 +501,7 @@ def test_a_tokenizer_without_a_template_says_so(trained, tmp_path):
     config = json.loads((tmp_path / TOKENIZER_CONFIG_FILE).read_text())
     del config["chat_template"]
     (tmp_path / TOKENIZER_CONFIG_FILE).write_text(json.dumps(config))
-    with pytest.raises(RequestError, match="this tokenizer has no chat template"):
+    with pytest.raises(RequestError, match="it has no chat template"):
         load_tokenizer(tmp_path).apply_chat_template(MESSAGES)
 
 

@@ -129,12 +129,12 @@ def _rows_of(frame: Any, demand: _Demand) -> Iterator[tuple[int, str]]:
         computing.start()
         try:
             while True:
-                # Daft sets a handler when its first query runs
-                interrupts.renew()
                 try:
                     found = rows.get(timeout=_LOOK)
                 except Empty:
                     found = _NOT_YET
+                # Daft sets a handler when its first query runs, which is before its first row
+                interrupts.renew()
                 if interrupts.received is not None:
                     interrupts.deliver()
                 if isinstance(found, BaseException):

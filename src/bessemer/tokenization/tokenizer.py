@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise, takewhile
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -171,7 +170,7 @@ class Tokenizer:
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of many texts without begin tokens, in one uint32 array, and int64 offsets (one more than texts).
 
-        Raises RequestError when one has a lone surrogate, and for a text alone, which would count as one text a letter.
+        Raises RequestError when one has a lone surrogate, and for a text alone, whose letters would be texts.
         """
         if isinstance(texts, str):
             raise RequestError("a list of texts is needed, got str; encode takes one text")
@@ -231,10 +230,7 @@ class Tokenizer:
     @cached_property
     def _chat(self) -> ChatTemplate:
         if self.chat_template is None:
-            raise RequestError(
-                f"{self.folder}: this tokenizer has no chat template, as base models have none; bessemer generate continues a "
-                "text, and bessemer finetune makes a model that chats"
-            )
+            raise RequestError(f"{self.folder}: it has no chat template; bessemer finetune makes a model that chats")
         config = _read_if_there(self.folder / SPECIAL_TOKENS_MAP_FILE) | _read_if_there(self.folder / TOKENIZER_CONFIG_FILE)
         named = {name: _content(value) for name, value in config.items() if name.endswith("_token")}
         variables = {name: content for name, content in named.items() if isinstance(content, str)}
@@ -302,11 +298,9 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
     """
     folder = Path(folder)
     if folder.suffix == ".gguf" and folder.is_file():
-        from bessemer.tokenization.formats.gguf_import import import_gguf
+        from bessemer.tokenization.formats.gguf_import import open_gguf_tokenizer
 
-        with TemporaryDirectory() as scratch:
-            import_gguf(folder).write(Path(scratch), compact=True)
-            return load_tokenizer(scratch)
+        return open_gguf_tokenizer(folder)
     path = folder / TOKENIZER_FILE
     if not path.exists():
         raise ArtefactError(f"{path}: no such file; a tokenizer's folder holds it beside {TOKENIZER_CONFIG_FILE}")

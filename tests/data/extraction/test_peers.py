@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from bessemer.core.errors import ConfigError
+from bessemer.core.packages import install_extra
 from bessemer.data import limited
 from bessemer.data.extraction import peers
 from bessemer.data.extraction.extract import extract
@@ -68,7 +70,7 @@ def test_a_page_larger_than_a_pipe_holds_passes(stand_in):
 
 def test_without_trafilatura_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setattr(peers, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'bessemer\[trafilatura\]'"):
+    with pytest.raises(ConfigError, match=re.escape(install_extra("trafilatura"))):
         Trafilatura()
 
 

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import gzip
 import io
+import re
 import sys
 import types
 
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from bessemer.core.errors import SourceError
+from bessemer.core.packages import install_extra
 from bessemer.data.sources.build import open_source
 from bessemer.data.sources.document import Tally
 from bessemer.data.sources.http.fetch import Clock, may_pass
@@ -298,9 +300,8 @@ def test_a_networks_errors_are_known_by_their_class_or_their_package(module, bas
 def test_without_the_library_what_is_missing_is_said_in_one_line(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "datasets", None)
     source = open_source(source_plugin("hugging_face").settings.parse({"dataset": "me/steel"}), tmp_path, tmp_path)
-    with pytest.raises(
-        SourceError, match=r"^me/steel: data sets of the Hub need the package `datasets`: pip install 'bessemer\[hub\]'$"
-    ):
+    said = f"me/steel: data sets of the Hub need the package `datasets`: {install_extra('hub')}"
+    with pytest.raises(SourceError, match=f"^{re.escape(said)}$"):
         source.units()
 
 

@@ -12,6 +12,7 @@ import reprlib
 from collections.abc import Callable, Container, Mapping, Sequence
 from enum import IntEnum
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from bessemer.core.config import nearest
@@ -22,6 +23,7 @@ from bessemer.tokenization.formats.gguf_metadata import read_metadata
 from bessemer.tokenization.parts import TokenizerParts
 from bessemer.tokenization.sentencepieces import SPACE, merges_of
 from bessemer.tokenization.split import APPROXIMATED_REGEXES, OTHER_NAMES, SPLIT_REGEXES, pre_tokenizer
+from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 
 #: llama.cpp wants merges in a byte-level tokenizer. These two stand for no byte and are never found in a text.
 NO_MERGES = ["\u2400", "\u2401"]
@@ -56,6 +58,13 @@ def import_gguf(path: Path, split: str | None = None) -> ForeignTokenizer:
     is damaged, has no tokenizer, or one of a kind that a `tokenizer.json` cannot be made of.
     """
     return _Gguf(path).tokenizer(split)
+
+
+def open_gguf_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a GGUF file. Raises as `import_gguf`."""
+    with TemporaryDirectory() as scratch:
+        import_gguf(path).write(Path(scratch), compact=True)
+        return load_tokenizer(scratch)
 
 
 def _is_text(value: Any) -> bool:
