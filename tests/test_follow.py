@@ -115,7 +115,10 @@ def test_a_chat_is_typed_into(followed, program):
 
 
 _SERVER = f"""#!{sys.executable}
-import http.server, sys
+import http.server, signal, sys
+
+# ignored in what a script starts in the background, as these tests may be
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 class Models(http.server.BaseHTTPRequestHandler):
     def do_GET(self):

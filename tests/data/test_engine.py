@@ -199,10 +199,13 @@ def test_nothing_else_is_loaded_for_a_recipe_to_be_checked():
 
 #: A command whose tasks begin and do not end; each leaves a file.
 WAITING = """
-import os, sys, time
+import os, signal, sys, time
 from pathlib import Path
 from bessemer.cli import main as cli
 from bessemer.data.engine import Engine, run_tasks
+
+# ignored in what a script starts in the background, as these tests may be
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def begin(number, folder=sys.argv[1]):
     Path(folder, str(number)).touch()
