@@ -83,7 +83,7 @@ def _archive(folder: Path) -> None:
     """The archive and the recipe of the tutorial, made by its own snippets."""
     page = (ROOT / "docs" / "tutorials" / "clean-warc.md").read_text(encoding="utf-8")
     snippet = re.search(r"```python\n(.*?)```", page, re.DOTALL)
-    recipe = re.search(r"```yaml\n(format: 1\nname: crawl\n.*?)```", page, re.DOTALL)
+    recipe = re.search(r"```yaml title=\"crawl.yaml\"\n(.*?)```", page, re.DOTALL)
     if snippet is None or recipe is None:
         raise SystemExit("clean-warc.md has no longer a snippet that writes the archive, or no recipe")
     subprocess.run([sys.executable, "-c", snippet[1]], cwd=folder, check=True)
