@@ -5,6 +5,7 @@ from fractions import Fraction
 import pytest
 
 from bessemer.core.errors import ConfigError
+from bessemer.tasks.generate import verified_samples
 from bessemer.tasks.numbers import answered_number, numbers_in
 from bessemer.tasks.verifiers import Contains, Exact, Numeric, Overlap, Pattern, word_f1
 
@@ -183,3 +184,9 @@ def test_overlap_counts_the_words_of_both():
     verifier = Overlap.parse({"least": 0.6}, "verifier")
     assert verifier.verify("Order seven is late.", ["no", "The order, seven, is on time"])
     assert not Overlap().verify("Order seven is late.", ["order seven is on time"]) and not verifier.verify("", ["order"])
+
+
+def test_answers_that_share_words_are_compared_by_how_many():
+    found = verified_samples(Overlap(), ["order seven is late", "nothing"], ["no", "order seven is on time"])
+    assert found.scores["f1"] == pytest.approx(1 / 3) and found.scores["accuracy"] == 0.0
+    assert "f1" not in verified_samples(Exact(), ["no"], ["no"]).scores

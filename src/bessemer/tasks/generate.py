@@ -32,6 +32,9 @@ class GenerateTask(FileTask[GenerateConfig], GenerationTask):
     def judge(self, question: GenerationQuestion, texts: Sequence[str]) -> Outcome:
         return verified_samples(self._config.verifier, texts, self._references[question.item])
 
+    def headline(self, form: str) -> str:
+        return self._config.verifier.graded or "accuracy"
+
     def _context(self, item: int, record: Record) -> Context:
         context = self._prompter.context(item, record, fill(self._config.prompt, record), self._example)
         if not isinstance(context, str):
@@ -61,10 +64,13 @@ class GenerateTask(FileTask[GenerateConfig], GenerationTask):
 
 
 def verified_samples(verifier: Verifier, texts: Sequence[str], references: Sequence[str]) -> Outcome:
-    """`accuracy` is the share of right samples; of several also `pass@k` for powers of two and all, and `maj@k`."""
+    """`accuracy` is the share of right samples; of several also `pass@k` for powers of two and all, and `maj@k`. A verifier that
+    grades adds the mean of its grades."""
     answers = [verifier.answer(text) for text in texts]
     right = [answer is not None and verifier.accepts(answer, references) for answer in answers]
     scores = {"accuracy": sum(right) / len(texts), **pass_at_powers(len(texts), sum(right))}
+    if verifier.graded is not None:
+        scores[verifier.graded] = sum(verifier.grade(text, references) for text in texts) / len(texts)
     if len(texts) > 1:
         commonest = majority(answers)
         scores[f"maj@{len(texts)}"] = float(commonest is not None and right[commonest])

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
@@ -30,6 +30,9 @@ _LETTER_A = {
 
 
 class _Verifier(Config):
+    #: The score by which answers are compared where a text may be right in part; None: it is right or wrong.
+    graded: ClassVar[str | None] = None
+
     @abstractmethod
     def answer(self, text: str) -> Hashable | None:
         """The answer that a text gives; None when it gives none."""
@@ -46,6 +49,10 @@ class _Verifier(Config):
         """Whether a text gives one of the references as its answer."""
         answer = self.answer(text)
         return answer is not None and self.accepts(answer, references)
+
+    def grade(self, text: str, references: Sequence[str]) -> float:
+        """How right a text is, from 0 to 1."""
+        return float(self.verify(text, references))
 
 
 def checked_pattern(pattern: str) -> str:
@@ -173,8 +180,9 @@ class Pattern(_Normalising):
 
 class Overlap(_Normalising):
     """A text shares enough words with a reference: the F1 of SQuAD (Rajpurkar et al. 2016, section 6.1), each word as often as
-    it occurs in both."""
+    it occurs in both. Answers are compared by the F1 itself."""
 
+    graded: ClassVar[str | None] = "f1"
     method: Literal["overlap"] = setting(
         "overlap", "as many of the words are a right answer's: for answers of a sentence or more"
     )
@@ -185,6 +193,9 @@ class Overlap(_Normalising):
 
     def accepts(self, answer: Hashable, references: Sequence[str]) -> bool:
         return any(word_f1(str(answer), self.normal(reference)) >= self.least for reference in references)
+
+    def grade(self, text: str, references: Sequence[str]) -> float:
+        return max((word_f1(self.normal(text), self.normal(reference)) for reference in references), default=0.0)
 
 
 def word_f1(text: str, reference: str) -> float:

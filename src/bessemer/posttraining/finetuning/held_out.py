@@ -45,7 +45,7 @@ def write_task(out: Path, held_out: Sequence[Conversation], tokenizer: Tokenizer
     """Write the questions held out with their answers as a task, which any model may be evaluated on; nothing where there are
     no conversations of one question and one answer.
 
-    An answer counts as right that shares most of its words with that of the data, and may be a little longer than the longest.
+    An answer is scored by the words that it shares with that of the data, and may be a little longer than the longest.
     A task has one system message: the first conversation's.
     """
     rows: list[dict[str, str]] = []
