@@ -64,8 +64,8 @@ class GenerateTask(FileTask[GenerateConfig], GenerationTask):
 
 
 def verified_samples(verifier: Verifier, texts: Sequence[str], references: Sequence[str]) -> Outcome:
-    """`accuracy` is the share of right samples; of several also `pass@k` for powers of two and all, and `maj@k`. A verifier that
-    grades adds the mean of its grades."""
+    """`accuracy` is the share of right samples; of several also `pass@k` for powers of two and all, and `maj@k`. A verifier
+    that grades adds the mean of its grades."""
     answers = [verifier.answer(text) for text in texts]
     right = [answer is not None and verifier.accepts(answer, references) for answer in answers]
     scores = {"accuracy": sum(right) / len(texts), **pass_at_powers(len(texts), sum(right))}
