@@ -74,6 +74,19 @@ def test_a_server_that_has_no_data_engine_evaluates_quantises_and_serves():
     assert done.stdout == "all are there\n", done.stderr
 
 
+def test_an_environment_that_trains_needs_no_data_engine_to_fine_tune():
+    missing = [module for module in EXTRAS if package_of(module) not in packages("train")]
+    code = (
+        "import sys\n"
+        f"sys.modules.update(dict.fromkeys({missing}))\n"
+        "import bessemer.posttraining.finetuning.run, bessemer.posttraining.finetuning.verdict, bessemer.model.tuned_folder\n"
+        "from bessemer.posttraining.splits import are_held_out\n"
+        "print(sum(are_held_out([f'Where is order {number} of mine, which is late?' for number in range(50)], 0.5, 7)) > 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "True\n", done.stderr
+
+
 def test_the_version_is_that_of_the_changelog_and_of_the_citation():
     headings = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert headings[0] == "Unreleased"

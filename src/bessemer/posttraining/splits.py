@@ -14,12 +14,9 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
-import numpy as np
-
 from bessemer.core.hashing import hash_value
 from bessemer.core.seeds import derive_seed
-from bessemer.data.deduplication.components import Components
-from bessemer.data.text.scripts import WITHOUT_SPACES
+from bessemer.data.text.script_ranges import WITHOUT_SPACES
 from bessemer.posttraining.formats import Answered, Turns
 
 Example = TypeVar("Example")
@@ -98,10 +95,16 @@ def _near_copies(openings: Sequence[list[str]]) -> list[int]:
     counts = Counter(run for of_one in runs for run in of_one)
     most = max(_COMMON, _COMMON_SHARE * len(openings))
     sets = [{run for run in of_one if counts[run] <= most} for of_one in runs]
-    components = Components(len(openings))
+    # union-find of few numbers: that of deduplication is compiled by a package that tuning does not need
+    first = list(range(len(openings)))
+
+    def root(number: int) -> int:
+        while first[number] != number:
+            first[number] = first[first[number]]
+            number = first[number]
+        return number
+
     with_run: dict[int, list[int]] = defaultdict(list)
-    left: list[int] = []
-    right: list[int] = []
     for number, own in enumerate(sets):
         # sets that are alike share one of their rarest runs (Bayardo et al. 2007, "Scaling up all pairs similarity search")
         rarest = sorted(own, key=lambda run: (counts[run], run))[: int(len(own) * (1 - _SIMILARITY)) + 1]
@@ -109,12 +112,11 @@ def _near_copies(openings: Sequence[list[str]]) -> list[int]:
         for other in {other for run in shared for other in with_run[run]}:
             common = len(own & sets[other])
             if common >= _SIMILARITY * (len(own) + len(sets[other]) - common):
-                left.append(other)
-                right.append(number)
+                one, another = sorted((root(other), root(number)))
+                first[another] = one
         for run in shared:
             with_run[run].append(number)
-    components.unite(np.array(left, np.int64), np.array(right, np.int64))
-    return [int(number) for number in components.smallest(np.arange(len(openings)))]
+    return [root(number) for number in range(len(openings))]
 
 
 def _runs(words: Sequence[str]) -> Iterator[int]:

@@ -8,7 +8,8 @@ from typing import Literal
 
 import numpy as np
 
-from bessemer.data.text.scripts import IDEOGRAPHIC_PLANES, WITHOUT_SPACES
+from bessemer.data.text.script_ranges import WITHOUT_SPACES
+from bessemer.data.text.scripts import IDEOGRAPHIC_PLANES
 
 #: Code points below have an entry. Beyond lie rare ideographs, each a word of its own, and private use.
 LIMIT = IDEOGRAPHIC_PLANES

@@ -5,20 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from bessemer.data.text.compiled import compiled
+from bessemer.data.text.script_ranges import WITHOUT_SPACES
 from bessemer.data.text.utf8 import code_point, previous
 
-#: Code points of such scripts, both ends included, ascending.
-WITHOUT_SPACES = (
-    (0x0E01, 0x0EFF),  # Thai, Lao
-    (0x1000, 0x109F),  # Myanmar
-    (0x1780, 0x17FF),  # Khmer
-    (0x3040, 0x312F),  # Hiragana, Katakana, Bopomofo
-    (0x31F0, 0x31FF),
-    (0x3400, 0x4DBF),  # ideographs
-    (0x4E00, 0x9FFF),
-    (0xF900, 0xFAFF),
-    (0xFF66, 0xFF9D),
-)
 #: Tibetan has marks between syllables, and spaces between clauses alone.
 _TIBETAN = (0x0F00, 0x0FFF)
 #: Of the scripts without spaces those below are Thai, Lao, Tibetan, Burmese and Khmer, those from here on Chinese and Japanese.
