@@ -12,6 +12,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bessemer.cli.options import (
+    Adapter,
+    Device,
+    MaxModelLen,
+    MinP,
+    Model,
+    RepetitionPenalty,
+    Runs,
+    Speculate,
+    Temperature,
+    TopK,
+    TopP,
+)
 from bessemer.core.errors import RequestError
 
 if TYPE_CHECKING:
@@ -37,37 +50,24 @@ _DIM, _PLAIN = "\033[2m", "\033[0m"
 
 
 def chat(
-    model: Annotated[str, typer.Argument(help="A model: a folder, a GGUF file, a run, a pulled one, or what finetune wrote.")],
+    model: Model,
     system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
     max_tokens: Annotated[int, typer.Option(help="At most this many tokens an answer.", min=1)] = 256,
     thinking_budget: Annotated[
         int | None, typer.Option(help="Tokens after which thinking is closed and the answer begins.", min=0)
     ] = None,
-    temperature: Annotated[
-        float | None, typer.Option(help="0 is greedy; if none, as the model's generation_config.json says, or 0.", min=0.0)
-    ] = None,
-    top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens, 0 keeps all; the model's own.", min=0)] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Keep the likeliest tokens up to this probability; the model's own.")
-    ] = None,
-    min_p: Annotated[
-        float | None,
-        typer.Option(help="Leave out tokens below this share of the likeliest one's probability; the model's own."),
-    ] = None,
-    repetition_penalty: Annotated[
-        float | None, typer.Option(help="Above 1, tokens that were there already come less; the model's own.")
-    ] = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same answers.")] = None,
     speed: Annotated[bool, typer.Option("--speed", help="After each answer, say how fast it came.")] = False,
-    speculate: Annotated[
-        str | None, typer.Option(help="Speculative decoding: ngram, mtp, or the folder of a draft model.")
-    ] = None,
-    adapter: Annotated[str | None, typer.Option(help="Folder of a low-rank adapter of the model.")] = None,
-    max_model_len: Annotated[
-        int | None, typer.Option(help="At most this many tokens of prompt and answer together; the model's context.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
-    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
+    speculate: Speculate = None,
+    adapter: Adapter = None,
+    max_model_len: MaxModelLen = None,
+    device: Device = "auto",
+    runs: Runs = Path("runs"),
 ) -> None:
     """Talk with a model in the terminal."""
     from bessemer.assistant.config import AssistantConfig

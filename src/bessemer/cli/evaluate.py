@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from bessemer.cli.options import Model
+
 
 def _list_tasks(wanted: bool) -> None:
     """Print the tasks by name, and end."""
@@ -25,7 +27,7 @@ def _list_tasks(wanted: bool) -> None:
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A model: a folder, a GGUF file, a run, a pulled one, or what finetune wrote.")],
+    model: Model,
     tasks: Annotated[
         str | None,
         typer.Option(

@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bessemer.cli.options import Model
+
 if TYPE_CHECKING:
     from bessemer.model.formats.exchange import ModelSource
     from bessemer.posttraining.finetuning.run import Finetuned
 
 
 def finetune(
-    model: Annotated[str, typer.Argument(help="A model: a folder, a GGUF file, a run, or a pulled one.")],
+    model: Model,
     data: Annotated[Path, typer.Argument(help="Questions and answers: CSV, JSON lines, JSON or Parquet.")],
     out: Annotated[Path, typer.Argument(help="The folder to make. The same command goes on where it was stopped.")],
     also: Annotated[

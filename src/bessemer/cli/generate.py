@@ -8,44 +8,45 @@ from typing import Annotated
 
 import typer
 
+from bessemer.cli.options import (
+    Adapter,
+    Device,
+    MaxModelLen,
+    MinP,
+    Model,
+    RepetitionPenalty,
+    Runs,
+    Speculate,
+    Temperature,
+    TopK,
+    TopP,
+)
+
 
 def generate(
-    model: Annotated[str, typer.Argument(help="A model: a folder, a GGUF file, a run, a pulled one, or what finetune wrote.")],
+    model: Model,
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     suffix: Annotated[
         str | None,
         typer.Option(help="Fill in what stands between the prompt and this text (a model trained with pretrain.fim_rate)."),
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="At most this many tokens.", min=1)] = 128,
-    temperature: Annotated[
-        float | None, typer.Option(help="0 is greedy; if none, as the model's generation_config.json says, or 0.", min=0.0)
-    ] = None,
-    top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens, 0 keeps all; the model's own.", min=0)] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Keep the likeliest tokens up to this probability; the model's own.")
-    ] = None,
-    min_p: Annotated[
-        float | None,
-        typer.Option(help="Leave out tokens below this share of the likeliest one's probability; the model's own."),
-    ] = None,
-    repetition_penalty: Annotated[
-        float | None, typer.Option(help="Above 1, tokens that were there already come less; the model's own.")
-    ] = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
-    adapter: Annotated[str | None, typer.Option(help="Folder of a low-rank adapter of the model.")] = None,
-    speculate: Annotated[
-        str | None, typer.Option(help="Speculative decoding: ngram, mtp, or the folder of a draft model.")
-    ] = None,
+    adapter: Adapter = None,
+    speculate: Speculate = None,
     parallel: Annotated[
         list[str] | None,
         typer.Option(help="tensor=N or expert=N: share the model between processes; may be repeated."),
     ] = None,
-    max_model_len: Annotated[
-        int | None, typer.Option(help="At most this many tokens of prompt and answer together; the model's context.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
-    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
+    max_model_len: MaxModelLen = None,
+    device: Device = "auto",
+    runs: Runs = Path("runs"),
 ) -> None:
     """Continue a prompt, or fill in what stands between it and a suffix, printing as it comes."""
     from bessemer.cli.named import find_served, named_numbers, option_of, sampling_options, speculation

@@ -7,12 +7,14 @@ from typing import Annotated
 
 import typer
 
+from bessemer.cli.options import Model
+
 #: A page holds a picture of tokens by tokens for every head.
 _LONGEST = 512
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(help="A model: a folder, a GGUF file, a run, or a pulled one.")],
+    model: Model,
     text: Annotated[str, typer.Argument(help="The text that it reads.")],
     out: Annotated[Path | None, typer.Option(help="Write everything as one HTML page.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw the chosen head to a .png, .svg or .pdf.")] = None,

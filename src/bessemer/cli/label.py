@@ -7,9 +7,11 @@ from typing import Annotated
 
 import typer
 
+from bessemer.cli.options import Model
+
 
 def label(
-    model: Annotated[str, typer.Argument(help="A model: a folder, a GGUF file, a run, or a pulled one.")],
+    model: Model,
     out: Annotated[Path, typer.Argument(help="The folder of the labels. The same command goes on where it was stopped.")],
     prompts: Annotated[
         Path | None, typer.Option(help="Prompts: CSV, JSON lines, JSON or Parquet; those that the run's SFT held out.")

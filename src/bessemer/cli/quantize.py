@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bessemer.cli.options import Model
+
 if TYPE_CHECKING:
     from bessemer.model.quantisation.config import QuantizeConfig
 
@@ -15,7 +17,7 @@ _NOTABLE_LOSS = 0.01
 
 
 def quantize(
-    model: Annotated[str, typer.Argument(help="A model: a folder, a GGUF file, a run, or a pulled one.")],
+    model: Model,
     out: Annotated[Path, typer.Argument(help="Folder of the quantised model.")],
     scheme: Annotated[str, typer.Option(help="int8, int4 or w8a8.")] = "int8",
     method: Annotated[str, typer.Option(help="rtn (round to nearest), gptq or awq.")] = "rtn",

@@ -73,7 +73,7 @@ def serve(
     adapter_root: Annotated[
         Path | None, _models(help="Folder below which an admin key may load adapters while the server runs.")
     ] = None,
-    speculate: Annotated[str | None, _speed(help="Speculative decoding: ngram, mtp, or the folder of a draft model.")] = None,
+    speculate: Annotated[str | None, _speed(help="Speculative decoding: ngram, mtp, or a draft model.")] = None,
     parallel: Annotated[
         list[str] | None,
         _speed(help="tensor=N or expert=N: share the model between processes; may be repeated."),

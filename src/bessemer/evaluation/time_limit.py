@@ -19,7 +19,7 @@ from bessemer.training.threads import faster_threads, thread_candidates
 _TRIALS = (1 / 16, 1 / 8)
 #: Smallest share that is evaluated, whatever the time.
 _SMALLEST_SHARE = 1 / 16
-#: Below so many seconds an evaluation is short, and has smaller trials and a smaller least share.
+#: The seconds below which an evaluation is short, its trials, and the smallest share of it.
 _SHORT, _SHORT_TRIALS, _SMALLEST_OF_SHORT = 30.0, (1 / 64, 1 / 32), 1 / 64
 #: Of the time in which the models were trained, the most that evaluating them takes; and the seconds that it may always take.
 _OF_TRAINING, _LEAST_SECONDS = 0.5, 10.0

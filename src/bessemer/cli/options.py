@@ -1,0 +1,31 @@
+"""Arguments and options that several commands have, each told alike everywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[str, typer.Argument(help="A model: a folder, a GGUF file, a run, a pulled one, or what finetune wrote.")]
+Runs = Annotated[Path, typer.Option(help="Folder of the runs.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+
+# how tokens are chosen: what is not given is the model's own
+Temperature = Annotated[
+    float | None, typer.Option(help="0 is greedy; if none, as the model's generation_config.json says, or 0.", min=0.0)
+]
+TopK = Annotated[int | None, typer.Option(help="Keep the k likeliest tokens, 0 keeps all; the model's own.", min=0)]
+TopP = Annotated[float | None, typer.Option(help="Keep the likeliest tokens up to this probability; the model's own.")]
+MinP = Annotated[
+    float | None, typer.Option(help="Leave out tokens below this share of the likeliest one's probability; the model's own.")
+]
+RepetitionPenalty = Annotated[
+    float | None, typer.Option(help="Above 1, tokens that were there already come less; the model's own.")
+]
+
+Adapter = Annotated[str | None, typer.Option(help="Folder of a low-rank adapter of the model.")]
+Speculate = Annotated[str | None, typer.Option(help="Speculative decoding: ngram, mtp, or a draft model.")]
+MaxModelLen = Annotated[
+    int | None, typer.Option(help="At most this many tokens of prompt and answer together; the model's context.")
+]
