@@ -87,6 +87,7 @@ def _first_minute(figures: Mapping[str, Any]) -> dict[str, Any]:
     peer = fastest(written["peer"]["rate"]["rounds"], written["peer"]["tried"])
     found = {
         "seconds": figures["started"]["demo, warm"]["first"]["median"],
+        "cold_seconds": figures["started"]["demo, cold"]["first"]["median"],
         "beside_best": written["bessemer"]["rate"]["median"] / peer,
     }
     return {"figures": {"demo": found}, "tables": {}}

@@ -153,7 +153,7 @@ def tables(figures: dict[str, Any]) -> dict[str, Any]:
     ends = [found["ratio"]["low"], found["ratio"]["high"]]
     return {
         "started": recording.table(
-            [("from the start, seconds", ""), ("first text", ".1f"), ("end of the answer", ".1f")], rows
+            [("from the start, seconds", ""), ("first text", ".1f"), ("end of the process", ".1f")], rows
         ),
         "written": recording.table(
             [("tokens/s", ""), ("Bessemer", ",.0f"), ("llama.cpp", ",.0f"), ("ratio in each round", ".2f~ ×")],

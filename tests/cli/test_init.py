@@ -111,6 +111,12 @@ def test_a_model_that_is_to_be_imported_first_is_said(capsys, monkeypatch, tmp_p
     assert "  bessemer import smollm2 base\n" in out and recipe.stage("model").config.init_from == "base"
 
 
+def test_a_file_to_go_on_with_is_named_from_the_new_folder(capsys, monkeypatch, tmp_path, texts):
+    (tmp_path / "my model.gguf").touch()
+    _, out = made(capsys, monkeypatch, tmp_path, "--text", "texts", "--from", "my model.gguf")
+    assert "  bessemer import '../my model.gguf' base\n" in out
+
+
 SHORT = ["pretrain.compile=false", "pretrain.batch_size=4", "pretrain.context_length=64"]
 
 

@@ -270,10 +270,10 @@ def test_a_second_process_in_a_folder_is_refused(capsys, here):
 
 
 @pytest.mark.parametrize("table", ["question;answer\nWho?;He.\n", "question,answer\n\nWho?,He.\n\n"])
-def test_a_strange_table_is_no_traceback(capsys, here, table):
+def test_a_strange_table_is_read_and_told_to_be_too_small(capsys, here, table):
     (here / "data.csv").write_text(table)
     code, _, err = bessemer(capsys, "finetune", "model", "data.csv", "out")
-    assert code == 2 and one_error(err)
+    assert code == 2 and one_error(err).startswith("error: data.csv: of 1 rows 1 different ones would be held out, too few")
 
 
 # --- Disks that are full, and places that cannot be written ---

@@ -17,6 +17,7 @@ from bessemer.model.folder import load_model, save_model
 from bessemer.model.trained_adapters import merged
 from bessemer.model.tuned_folder import place_of_base
 from bessemer.serving import server
+from bessemer.serving.shelf import size_of
 from tests.cli.test_main import bessemer, one_error
 from tests.model.random_adapters import random_adapter
 from tests.model.randomised import SHAPES, random_decoder
@@ -85,6 +86,16 @@ def test_an_adapter_is_merged_into_exact_weights_and_stays_beside_rounded_ones(p
     weight = next(iter(read_adapter(place / "out" / "adapter", base).updates)) + ".weight"
     assert (opened.adapter is None) is is_merged
     assert torch.equal(opened.model.get_parameter(weight), base.get_parameter(weight).to(opened.model.dtype)) is not is_merged
+
+
+def test_another_adapter_takes_the_place_of_the_one_that_was_tuned(made, answers, tmp_path):
+    base = load_model(made / "base")
+    write_adapter(random_adapter(base, seed=9), base, tmp_path / "other")
+    said = []
+    for model in (made / "base", made / "out"):
+        with Engine(model, adapter=tmp_path / "other") as engine:
+            said.append(engine.generate(["the thin"], GREEDY)[0].text)
+    assert said[0] == said[1] not in answers
 
 
 def test_generate_and_chat_use_the_adapter(made, answers, capsys, monkeypatch):
@@ -161,6 +172,19 @@ def test_merge_writes_the_model_in_its_own_folder_or_in_another(place, capsys):
 def test_what_cannot_be_merged_is_one_line(place, capsys, arguments, message):
     code, _, err = bessemer(capsys, "merge", *arguments)
     assert code == 2 and message in one_error(err)
+
+
+def test_there_is_nothing_to_merge_where_all_weights_were_tuned(place, capsys):
+    (place / "base").rename(place / "out" / "model")
+    shutil.rmtree(place / "out" / "adapter")
+    for arguments in (("out",), ("out", "whole")):
+        code, _, err = bessemer(capsys, "merge", *arguments)
+        assert code == 2 and "all weights were tuned" in one_error(err)
+
+
+def test_what_was_tuned_takes_the_memory_of_its_base_and_its_adapter(place):
+    adapter = (place / "out" / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert size_of(place / "out") == size_of(place / "base") + adapter
 
 
 def test_a_folder_that_is_moved_with_its_base_stays_a_model(place, answers, capsys):

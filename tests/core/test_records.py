@@ -86,6 +86,7 @@ def test_a_table_of_a_spreadsheet_is_read_whatever_dialect_it_was_saved_in(tmp_p
         ("a.csv", "a|b\n1;x|2\n", "|"),
         ("a.tsv", "a\tb\n1, 2\tx\n", "\t"),
         ("a.csv", "sep=;\na;b\n1;2\n", ";"),
+        ("a.csv", "sep=\t\na\tb\n1\t2\n", "\t"),
         # sentences with more semicolons than the commas between them
         ("a.csv", 'a,b\n"x; y; z",1; 2; 3\n', ","),
         ("a.csv", "text\nOne; two; three.\n", ","),

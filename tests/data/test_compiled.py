@@ -91,7 +91,11 @@ def test_compiling_is_announced_once_and_at_a_terminal_alone(text, tmp_path):
     for _ in range(2):
         kept.unlink()
         subprocess.run(command, **options, stderr=its_end)  # type: ignore[call-overload]
-    assert said == "" and os.read(terminal, 1000).decode().count("compiling the loops over text for this machine") == 1
+    os.write(its_end, b"END\n")
+    shown = b""
+    while b"END" not in shown:
+        shown += os.read(terminal, 1000)
+    assert said == "" and shown.count(b"compiling the loops over text for this machine") == 1
 
 
 def test_a_change_in_an_imported_file_compiles_a_loop_again(text, tmp_path):

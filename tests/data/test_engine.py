@@ -232,8 +232,10 @@ def test_one_ctrl_c_ends_a_data_stage_with_one_line(tmp_path, where):
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     ) as waiting:
         try:
+            end = time.monotonic() + 300
             while not {"first", "1"} <= {path.name for path in begun.iterdir()}:
                 assert waiting.poll() is None, waiting.stdout.read()
+                assert time.monotonic() < end, "its tasks did not begin"
                 time.sleep(0.02)
             # as a terminal does, to all of them
             os.killpg(waiting.pid, signal.SIGINT)

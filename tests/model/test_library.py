@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
+import torch
 
 from bessemer.cli.main import main
 from bessemer.cli.named import find_model
@@ -14,7 +15,9 @@ from bessemer.inference.engine import Engine
 from bessemer.inference.sampling.sampler import SamplingParams
 from bessemer.model.folder import save_model
 from bessemer.model.formats.gguf_export import export_gguf
+from bessemer.model.formats.gguf_open import open_gguf
 from bessemer.model.library import kept_models, pull, remove
+from bessemer.tokenization.tokenizer import load_tokenizer
 from tests.model.randomised import SHAPES, random_decoder
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer
 
@@ -29,6 +32,13 @@ def sources(tmp_path, monkeypatch):
     save_model(random_decoder(shape), tmp_path / "trained", tokenizer=tokenizer)
     export_gguf(tmp_path / "trained", tmp_path / "file.gguf")
     return tmp_path
+
+
+def test_the_tokenizer_of_a_gguf_file_goes_on_reading_its_files(sources):
+    own, kept = load_tokenizer(sources / "trained"), load_tokenizer(sources / "file.gguf")
+    ids, expected = (one.encode_batch(["in the end"] * 3) for one in (kept, own))
+    assert [row.tolist() for row in ids] == [row.tolist() for row in expected]
+    assert open_gguf(sources / "file.gguf", torch.device("cpu")).tokenizer.hash == kept.hash
 
 
 def test_python_opens_a_pulled_model_by_its_name(sources):

@@ -139,6 +139,12 @@ def test_an_override_of_the_steps_unsets_the_minutes_of_the_recipe():
     assert load_recipe("long-context", {"model.preset": "qwen3-3m"}).stage("model").config.init_from is None
 
 
+def test_an_override_takes_the_place_of_what_a_short_section_stands_for(folder):
+    (folder / "short.yaml").write_text("format: 1\nname: s\nextends: chat\nmodel: qwen3-1m\n")
+    changed = load_recipe("short.yaml", ["model.init_from=base", "tokenize.tokenizer=base"]).stage("model").config
+    assert (changed.init_from, changed.preset) == ("base", None)
+
+
 def test_two_lengths_in_one_place_are_refused_with_both_ways_out():
     text = message("quickstart", ["pretrain.steps=20", "pretrain.minutes=2"])
     assert text.endswith("not steps and minutes: keep steps: 20 or minutes: 2.0")

@@ -181,6 +181,8 @@ def test_overlap_counts_the_words_of_both():
     # three of four words, and three of five: 2 · 3 / 9
     assert word_f1("order seven is late", "order seven is on time") == pytest.approx(2 / 3)
     assert (word_f1("a a b", "a b b"), word_f1("a", "b"), word_f1("", "b")) == (pytest.approx(2 / 3), 0.0, 0.0)
+    # of scripts without spaces every character is a word
+    assert word_f1("今天天气很好", "今天天气不好") == pytest.approx(10 / 12)
     verifier = Overlap.parse({"least": 0.6}, "verifier")
     assert verifier.verify("Order seven is late.", ["no", "The order, seven, is on time"])
     assert not Overlap().verify("Order seven is late.", ["order seven is on time"]) and not verifier.verify("", ["order"])

@@ -99,7 +99,7 @@ def evaluate(
     from bessemer.views.task_results import show_task_results
 
     config = EngineConfig.parse({"max_model_len": max_model_len}, option_of("evaluate"))
-    name = Path(model).stem if place.is_file() else Path(model).name
+    name = Path(model).name.removesuffix(".gguf")
     if adapter is not None:
         name = f"{name}-{adapter.resolve().name}"
     identity = model_identity(place, name, max_model_len, adapter=adapter)

@@ -68,7 +68,7 @@ def finetune(
     from bessemer.model.tuned_folder import whole_weights
     from bessemer.posttraining.finetuning.run import asked_of, finish, finished
     from bessemer.posttraining.finetuning.run import finetune as tune
-    from bessemer.posttraining.finetuning.verdict import answer_lines
+    from bessemer.posttraining.finetuning.verdict import record_lines
 
     source = model_source(model, runs)
     result = finished(out, lambda: asked_of(config, source, data, seed))
@@ -79,7 +79,7 @@ def finetune(
             finish(out, result)
     if merge:
         whole_weights(out)
-    for line in (*answer_lines(result.get("answers", [])), result["data"], result["verdict"], _uses(out)):
+    for line in (*record_lines(result), _uses(out)):
         print(line)
 
 

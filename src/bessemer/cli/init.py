@@ -24,6 +24,7 @@ def init(
     """Start a folder of your own: a recipe for your text, a place for it, notes. Nothing that exists is overwritten."""
     import os
     import re
+    import shlex
 
     from bessemer.core.errors import ConfigError
     from bessemer.core.store import write_text
@@ -52,7 +53,9 @@ def init(
         print(f"note: {too_little_text(own.size or 0)}")
     if not text:
         print(f"put your text (.txt, .md, .jsonl) into {folder / 'data'}")
-    print(f"next:\n  cd {folder}")
+    print(f"next:\n  cd {shlex.quote(str(folder))}")
     if from_ is not None and not there:
-        print(f"  bessemer import {from_} base")
+        # a file is named from here, and the command is typed there
+        source = os.path.relpath(Path(from_).resolve(), folder.resolve()) if Path(from_).exists() else from_
+        print(f"  bessemer import {shlex.quote(source)} base")
     print("  bessemer run recipe.yaml --dry-run\n  bessemer run recipe.yaml")

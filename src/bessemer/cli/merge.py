@@ -9,7 +9,7 @@ import typer
 
 
 def merge(
-    model: Annotated[str, typer.Argument(help="What finetune wrote, or with --adapter a model's folder or a run's name.")],
+    model: Annotated[str, typer.Argument(help="What finetune wrote, or with --adapter any model but a GGUF file.")],
     out: Annotated[
         Path | None, typer.Argument(help="The folder to make; of what finetune wrote, its own folder model if none.")
     ] = None,
@@ -28,11 +28,6 @@ def merge(
         raise ConfigError(f"--dtype: there is no {dtype!r}{nearest(dtype, list(FLOATS))}; {', '.join(FLOATS)}")
     if out is None and (adapter is not None or not is_tuned(Path(model))):
         raise ConfigError("merge: name the folder to make: bessemer merge MODEL FOLDER --adapter ADAPTER")
-    if out is None:
-        if dtype != "f32":
-            raise ConfigError("--dtype: name the folder to make; that of the fine-tuning itself is in f32")
-        print(f"{whole_weights(Path(model))}: the model with its adapter merged into it")
-        return
     base = None
     if adapter is None:
         tuned = tuned_model(Path(model), whole=False)
@@ -41,6 +36,11 @@ def merge(
         base, adapter = tuned
         if adapter is None:
             raise ArtefactError(f"{model}: all weights were tuned, and {base} has them; there is nothing to merge")
+    if out is None:
+        if dtype != "f32":
+            raise ConfigError("--dtype: name the folder to make; that of the fine-tuning itself is in f32")
+        print(f"{whole_weights(Path(model))}: the model with its adapter merged into it")
+        return
     base = base or find_model(model, runs)
     import torch
 

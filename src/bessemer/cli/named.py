@@ -99,12 +99,13 @@ def as_folder(model: Path, out: Path) -> Iterator[Path]:
 
     disk = next(folder for folder in out.resolve().parents if folder.is_dir())
     with TemporaryDirectory(prefix=".bessemer-", dir=disk) as scratch:
-        import_gguf(model, Path(scratch) / "model")
+        for note in import_gguf(model, Path(scratch) / "model"):
+            print(f"note: {note}", file=sys.stderr)
         yield Path(scratch) / "model"
 
 
 def find_served(name: str, runs: Path) -> Path:
-    """A model for an engine: what `find_model` finds, and a fine-tuning's folder as it is, whose adapter the engine puts beside
+    """A model for an engine: what `find_model` finds, and a fine-tuning's folder as it is, whose adapter the engine opens with
     its base. Raises as `find_model`."""
     from bessemer.model.tuned_folder import tuned_model
 

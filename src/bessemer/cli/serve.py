@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from bessemer.cli.options import Model
 from bessemer.cli.retired import retired_option
 
 #: Options by their panel in the help.
@@ -20,7 +21,7 @@ _speed = partial(typer.Option, rich_help_panel="How it is computed")
 
 def serve(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="A model's folder, a run's name, or what finetune wrote.")],
+    model: Model,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8000,
     name: Annotated[str | None, typer.Option(help="Name under which clients ask for the model.")] = None,

@@ -80,8 +80,8 @@ class Config(BaseModel):
     @classmethod
     def replaced_by(cls, given: Collection[str]) -> set[str]:
         """Inherited settings that have no place beside those that are given, as alternatives of them."""
-        groups = [group for group in cls.alternatives if not given.isdisjoint(group)] if (given := set(given)) else []
-        return {name for group in groups for name in group} - given
+        names = set(given)
+        return {name for group in cls.alternatives if not names.isdisjoint(group) for name in group} - names
 
     def output_settings(self) -> dict[str, Any]:
         """The settings that can change the result, as plain JSON values, nested ones included."""

@@ -79,7 +79,7 @@ def read_records(path: Path) -> list[Record]:
     as a warning, once for a file. Raises ArtefactError when it is missing, damaged, empty or of another kind.
     """
     table = read_table(path)
-    if table.notes and (said := (str(path), *table.notes)) not in _SAID:
+    if table.notes and (said := (str(path.resolve()), *table.notes)) not in _SAID:
         _SAID.add(said)
         _log.warning("note: %s: %s", path, "; ".join(table.notes))
     return table.records
@@ -231,7 +231,7 @@ def delimiter_of(text: str, usual: str) -> tuple[str, int]:
     one that makes the most columns. `csv.Sniffer` looks at counts of characters instead, and takes commas inside German
     numbers, or letters, for delimiters.
     """
-    first = text[: text.find("\n") + 1].strip().strip('"')
+    first = text[: text.find("\n") + 1].strip("\r\n").strip('"')
     if len(first) == 5 and first.lower().startswith("sep=") and first[4] in DELIMITERS:
         return first[4], 1
     found: list[tuple[float, bool, int, str]] = []

@@ -56,8 +56,8 @@ class EvaluateConfig(Config):
     minutes: float | None = setting(
         None,
         "most time that the evaluation may take: where a measurement at the start says that it takes longer, fewer tokens are "
-        "scored and fewer questions asked, of every model alike; and no more than half of the time in which the models were "
-        "trained, or 10 s. none: all",
+        "scored and fewer questions asked, of every model alike; never more than half of the time in which the models were "
+        "trained, though 10 s are always allowed. none: all",
         unit="minutes",
         gt=0,
     )

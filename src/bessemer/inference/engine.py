@@ -77,7 +77,7 @@ class Engine(AsyncGeneration, Reading, WeightUpdates):
         holds no KV blocks.
         """
         self.config = config or EngineConfig()
-        opened = open_model(model, tokenizer, device, self.config)
+        opened = open_model(model, tokenizer, device, self.config, adapter=adapter)
         self.model = opened.model
         self.tokenizer = opened.tokenizer
         #: How the model's folder says that it is sampled, by the names of `SamplingParams`; empty where it says nothing.

@@ -35,8 +35,8 @@ class OpenedModel(NamedTuple):
     """sharded: the model's shards, where worker processes hold some; None where this one does alone.
 
     is_served: whether it was opened to be served, and is not one in memory that may be in training. sampling_settings: what
-    the model's folder says of how it is sampled. adapter: of a fine-tuning whose base is in half precision
-    or in codes, the folder of what was tuned beside it; into weights in float32 it is merged.
+    the model's folder says of how it is sampled. adapter: of a fine-tuning, the folder of what was tuned beside its base; None
+    where it was merged, as it is into weights in float32 in one process.
     """
 
     model: Decoder
@@ -49,10 +49,16 @@ class OpenedModel(NamedTuple):
 
 
 def open_model(
-    model: Path | str | Decoder | ShardedModel, tokenizer: Tokenizer | None, device: str, config: EngineConfig
+    model: Path | str | Decoder | ShardedModel,
+    tokenizer: Tokenizer | None,
+    device: str,
+    config: EngineConfig,
+    *,
+    adapter: Path | str | None = None,
 ) -> OpenedModel:
     """Open a folder, a GGUF file, the base of a fine-tuning or a pulled model by its name on a device; a model in memory, or a
-    shard, stays where it lies, and needs its tokenizer.
+    shard, stays where it lies, and needs its tokenizer. adapter: what requests have that name none, in the place of a
+    fine-tuning's own.
 
     Raises ArtefactError when the folder or the file is damaged, ConfigError for a device that is not here, or a model that
     cannot be shared by as many processes as the settings say.
@@ -68,13 +74,13 @@ def open_model(
     named = Path(model)
     if not named.exists() and (kept := find_kept(str(model))) is not None:
         named = kept
-    path, adapter = tuned_model(named) or TunedModel(named, None)
+    path, own = tuned_model(named) or TunedModel(named, None)
     if config.processes > 1:
         sharded = ShardedModel.open(path, device, config)
         try:
             tokenizer = tokenizer or load_tokenizer(path)
             ends, settings = _ends(path, tokenizer), read_sampling_settings(path)
-            return OpenedModel(sharded.model, tokenizer, ends, sharded=sharded, sampling_settings=settings, adapter=adapter)
+            return OpenedModel(sharded.model, tokenizer, ends, sharded=sharded, sampling_settings=settings, adapter=own)
         except BaseException:
             sharded.close()
             raise
@@ -88,13 +94,13 @@ def open_model(
         model = _in_fast_dtype(opened.model, config)
         return OpenedModel(model, tokenizer, frozenset(opened.end_tokens or tokenizer.eos_ids))
     whole = load_model(path, choose_device(device))
-    if adapter is not None and whole.dtype == torch.float32 and not is_quantised(whole):
+    if own is not None and adapter is None and whole.dtype == torch.float32 and not is_quantised(whole):
         # nobody can ask for the base alone, and the compiled kernels take one set of weights
-        whole, adapter = merged(whole, read_adapter(adapter, whole)), None
+        whole, own = merged(whole, read_adapter(own, whole)), None
     whole = _in_fast_dtype(whole, config)
     tokenizer = tokenizer or load_tokenizer(path)
     settings = read_sampling_settings(path)
-    return OpenedModel(whole, tokenizer, _ends(path, tokenizer), sampling_settings=settings, adapter=adapter)
+    return OpenedModel(whole, tokenizer, _ends(path, tokenizer), sampling_settings=settings, adapter=own)
 
 
 def _in_fast_dtype(model: Decoder, config: EngineConfig) -> Decoder:

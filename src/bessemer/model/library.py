@@ -87,7 +87,7 @@ def pull(source: str, name: str | None = None) -> tuple[KeptModel, list[str]]:
     folder = library_folder()
     is_gguf = found.kind in ("gguf", "package")
     place = folder / (f"{name}{_GGUF}" if is_gguf else name)
-    unfinished = folder / f".{place.name}.partial"
+    unfinished = folder / f".{place.name}.pull.partial"
     with writing_to(place):
         folder.mkdir(parents=True, exist_ok=True)
         _remove(unfinished)

@@ -89,7 +89,7 @@ def _base(out: Path, record: dict[str, Any]) -> Path:
         places = [out.resolve() / written["relative"]] if written.get("relative") else []
         places.append(Path(written["absolute"]))
     else:
-        # a record of before it said so
+        # older records do not say where the base is
         places = [out / BASE, Path(record["asked"]["model"])]
     for place in places:
         if (place / _CONFIG).is_file():

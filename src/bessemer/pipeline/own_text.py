@@ -10,6 +10,7 @@ from pathlib import Path
 
 from bessemer.core.errors import SourceError
 from bessemer.core.figures import size
+from bessemer.data.sources.suffixes import suffix_of, uncompressed_name
 from bessemer.training.report import ENOUGH_TEXT
 
 #: Sources by the suffix of the files that they read, and the share of such a file that is text, roughly.
@@ -23,8 +24,8 @@ _SOURCES = {
     ".epub": ("epub", 0.5),
     ".pdf": ("pdf", 0.1),
 }
-#: Compressed files of these, which hold a few times more.
-_COMPRESSED, _EXPANDS = (".gz", ".zst", ".bz2", ".xz"), 3.0
+#: How much more a compressed file holds than its bytes, roughly.
+_EXPANDS = 3.0
 #: Entries of a vocabulary by the bytes of text up to which it is chosen: each is to be met often enough to be learnt.
 _VOCABULARIES = ((ENOUGH_TEXT, 512), (2_000_000, 1024), (10_000_000, 2048))
 _LARGEST_VOCABULARY = 4096
@@ -142,8 +143,7 @@ def _files(place: Path) -> Iterator[Path]:
 
 def _suffix(path: Path) -> tuple[str, float]:
     """A file's suffix, without that of a compression, and how much more than its bytes it holds."""
-    suffix = path.suffix.lower()
-    return (Path(path.stem).suffix.lower(), _EXPANDS) if suffix in _COMPRESSED else (suffix, 1.0)
+    return suffix_of(path.name), 1.0 if uncompressed_name(path.name) == path.name else _EXPANDS
 
 
 def starting_files(name: str, text: OwnText, model: str | None) -> dict[str, str]:

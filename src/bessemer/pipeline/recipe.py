@@ -166,9 +166,14 @@ def _without_replaced(inherited: PlacedValues, given: Mapping[str, Any]) -> Plac
     for stage, section in given.items():
         below = values.get(stage)
         spec = _spec_of(stage, section) or _spec_of(stage, below)
-        if spec is None or not isinstance(section, dict) or not isinstance(below, dict):
+        if spec is None or not isinstance(section, dict) or below is None:
             continue
         replaced = spec.config.replaced_by({name for name, value in section.items() if value is not None}) - section.keys()
+        if not isinstance(below, dict):
+            # a section that is written short stands for one setting
+            if spec.config.shorthand in replaced:
+                values[stage] = {}
+            continue
         values[stage] = {name: value for name, value in below.items() if name not in replaced}
         gone.update((stage, name) for name in replaced)
     return PlacedValues(values, {path: place for path, place in inherited.places.items() if path[:2] not in gone})

@@ -146,10 +146,7 @@ def _cut_sentences(run: RunReport, resolved: Mapping[str, Any]) -> list[str]:
             continue
         if "training_seconds" in measured:
             trained = duration(measured["training_seconds"])
-            found.append(
-                f"{name}: {share:.0%} of its tokens and questions, in proportion to {trained} of training; {name}.minutes=null "
-                "takes all."
-            )
+            found.append(f"{name}: {what}, in proportion to {trained} of training; {name}.minutes=null takes all.")
             continue
         found.append(
             f"{name}: {what} fitted its {minutes:g} minutes on this machine; all take about {minutes / share:.1f} "

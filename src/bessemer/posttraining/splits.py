@@ -9,14 +9,13 @@ many openings have, as those of a template, do not count: what is asked differs 
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 from bessemer.core.hashing import hash_value
 from bessemer.core.seeds import derive_seed
-from bessemer.data.text.script_ranges import WITHOUT_SPACES
+from bessemer.data.text.script_ranges import WORD
 from bessemer.posttraining.formats import Answered, Turns
 
 Example = TypeVar("Example")
@@ -30,10 +29,6 @@ _SIMILARITY = 0.7
 _COMMON, _COMMON_SHARE = 10, 0.01
 #: Examples that open alike and may be held out together, where the share of all is smaller.
 _TOGETHER = 10
-
-_ALONE = "".join(f"{chr(first)}-{chr(last)}" for first, last in WITHOUT_SPACES)
-#: A character of a script that puts no space between words is a word by itself.
-_WORD = re.compile(rf"[{_ALONE}]|(?:(?![{_ALONE}])\w)+")
 
 
 def opening(turns: Turns) -> str:
@@ -86,7 +81,7 @@ def opening_key(text: str) -> str:
 
 
 def _words(text: str) -> list[str]:
-    return _WORD.findall(text.casefold())
+    return WORD.findall(text.casefold())
 
 
 def _near_copies(openings: Sequence[list[str]]) -> list[int]:

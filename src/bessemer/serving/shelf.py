@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from bessemer.core.errors import BessemerError
+from bessemer.model.tuned_folder import TunedModel, tuned_model
 from bessemer.serving.bodies import ApiError
 from bessemer.serving.worker import TextEngine, Worker
 
@@ -218,7 +219,9 @@ def size_of(place: Path) -> int:
     """Bytes of a model's weights on disk."""
     if place.is_file():
         return place.stat().st_size
-    return sum(path.stat().st_size for path in place.glob("*.safetensors"))
+    weights, adapter = tuned_model(place) or TunedModel(place, None)
+    folders = [weights] if adapter is None else [weights, adapter]
+    return sum(path.stat().st_size for folder in folders for path in folder.glob("*.safetensors"))
 
 
 def _without_place(error: Exception, place: Path) -> str:

@@ -29,7 +29,7 @@ CLONE = f"git clone --depth 1 https://github.com/{_REPOSITORY}, then --data {_RE
 
 class DataFile(NamedTuple):
     """A file of rows. place: below the repository's folder of data. license: what the page of the data set states that it was
-    made from, which the Hugging Face hub has as `hub`."""
+    made from, which the Hugging Face hub has as `hub`; of another one how it came to be."""
 
     place: str
     items: int
@@ -66,7 +66,7 @@ DATA_FILES: dict[str, DataFile] = {
             100,
             14_627,
             "595dca44dec54c849490bd403a3e24a29e3b944065783222ebb0eb1a55298846",
-            "BSD-2-Clause",
+            "not stated",
             "aps/super_glue",
         ),
         DataFile(
@@ -90,7 +90,7 @@ DATA_FILES: dict[str, DataFile] = {
             1_838,
             533_992,
             "d2870e73aec5154df3faf259b7700876e11608eebdf69e9d6667435673dbe4e0",
-            "AFL-3.0",
+            "not stated",
             "ybisk/piqa",
         ),
         DataFile(

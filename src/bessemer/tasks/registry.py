@@ -83,12 +83,12 @@ def find_tasks(names: Sequence[str], options: TaskOptions | None = None) -> list
 
 def with_data(names: Sequence[str], options: TaskOptions, cache: Path, say: Callable[[str], None]) -> TaskOptions:
     """The options with a folder that holds the data of the tasks: where they name none, `cache`, into which is fetched what it
-    lacks of the data of our own tasks.
+    lacks of the data of our own tasks. Beside tasks of CORE, whose files have places of their own, nothing is fetched.
 
     say: told of each file that is fetched. Raises ArtefactError, which names the file to bring, when one cannot be fetched.
     """
     files = [data for name in names if name in _OVER_DATA and (data := _data_file(name)) is not None]
-    if options.data is not None or not files:
+    if options.data is not None or not files or CORE in names:
         return options
     fetch_data(files, cache, say)
     return options.with_changes(data=cache)

@@ -18,6 +18,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, field_validator
 
 from bessemer.core.config import Config, setting
+from bessemer.data.text.script_ranges import ALONE
 from bessemer.tasks.numbers import answered_number, whole_number
 
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b", re.IGNORECASE)
@@ -200,9 +201,13 @@ class Overlap(_Normalising):
 
 def word_f1(text: str, reference: str) -> float:
     """Harmonic mean of the shares of words that a text and a reference have in common."""
-    words, wanted = Counter(text.split()), Counter(reference.split())
+    words, wanted = Counter(_words(text)), Counter(_words(reference))
     shared = (words & wanted).total()
     return 2 * shared / (words.total() + wanted.total()) if shared else 0.0
+
+
+def _words(text: str) -> list[str]:
+    return ALONE.sub(r" \g<0> ", text).split()
 
 
 def _named(value: Any) -> Any:

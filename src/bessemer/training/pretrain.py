@@ -107,7 +107,9 @@ def pretrain(
         checkpoint_source=None if config.init_from is None else find_checkpoint(config.init_from, folder),
         throughput_check=throughput_check,
     )
-    return {"parameters": summary.pop("parameters"), "training_bytes": data.training_bytes, **data_summary, **summary}
+    # what is too little text for a new model need not be for one that goes on
+    text = {"training_bytes": data.training_bytes} if config.init_from is None else {}
+    return {"parameters": summary.pop("parameters"), **text, **data_summary, **summary}
 
 
 def _alone() -> bool:

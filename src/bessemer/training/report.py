@@ -101,9 +101,13 @@ def next_steps(stage: StageReport) -> list[str]:
     model = (stage.run.folder / "stages" / stage.name / "model").as_posix()
     serve = [f"bessemer serve {stage.run.name}"] if (stage.run.folder / "model").exists() else []
     prompts = [one["prompt"] for one in _held_out_samples(stage)]
-    beginning = shlex.quote(next(iter(prompts[0].splitlines()))) if prompts else '"Return the"'
-    # greedily, a small model runs in a circle
-    return [*serve, f"bessemer generate {model} {beginning} --temperature 0.7"]
+    text = next(iter(prompts[0].splitlines())) if prompts else ""
+    beginning = shlex.quote(text) if text else '"Return the"'
+    # what begins with a dash would be an option; greedily, a small model runs in a circle
+    arguments = (
+        f"--temperature 0.7 -- {model} {beginning}" if text.startswith("-") else f"{model} {beginning} --temperature 0.7"
+    )
+    return [*serve, f"bessemer generate {arguments}"]
 
 
 def training_curves(

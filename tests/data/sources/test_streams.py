@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bessemer.data.sources.io.cutting import bounded_lines, fragments
-from bessemer.data.sources.io.streams import compression_of, open_stream, stream_of, uncompressed_name, whole_gzip_member
+from bessemer.data.sources.io.streams import open_stream, stream_of, whole_gzip_member
+from bessemer.data.sources.suffixes import compression_of, uncompressed_name
 
 COMPRESS = {
     ".gz": gzip.compress,

@@ -1,4 +1,4 @@
-"""Which source reads a file, by its suffix: for messages of a source that does not read it."""
+"""What a file's name says: its compression, and which source reads what is in it. Needs no package of the extra `data`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import PurePosixPath
 
-from bessemer.data.sources.io.streams import uncompressed_name
+COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+#: One suffix for a tar and its compression.
+_JOINED = {".tgz": ".gz", ".tbz2": ".bz2", ".txz": ".xz"}
 
 #: Suffix → the source that reads such files whatever is in them.
 READ_BY = {
@@ -30,6 +32,20 @@ CONVERTED_BY = {
     ".json": "jq -c '.[]' FILE > FILE.jsonl, where it is a list of objects",
     ".7z": "unpack it",
 }
+
+
+def compression_of(name: str) -> str:
+    """The compression that a file's name states, `` for none."""
+    lowered = name.lower()
+    return next((suffix for suffix in COMPRESSIONS if lowered.endswith(suffix)), _JOINED.get(lowered[lowered.rfind(".") :], ""))
+
+
+def uncompressed_name(name: str) -> str:
+    """A name without its compression: `a.txt.gz` is `a.txt`, `a.tgz` is `a.tar`."""
+    stem, dot, suffix = name.rpartition(".")
+    if dot + suffix.lower() in COMPRESSIONS:
+        return stem
+    return f"{stem}.tar" if dot + suffix.lower() in _JOINED else name
 
 
 def suffix_of(name: str) -> str:

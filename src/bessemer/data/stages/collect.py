@@ -185,7 +185,7 @@ def _note_others(names: list[str], tally: Tally) -> None:
     for name in names:
         kinds.setdefault(suffix_of(name), []).append(name)
     for suffix, some in kinds.items():
-        more = f" and {len(some) - 1:,} more {suffix or 'without a suffix'}" if len(some) > 1 else ""
+        more = f" and {len(some) - 1:,} more {suffix}" if len(some) > 1 else ""
         tally.set_aside(OTHER_KIND, f"{some[0]}{more}", f"not a kind of file that the source reads{advice(some[0])}")
         tally.counts[OTHER_KIND] += len(some) - 1
 

@@ -26,7 +26,7 @@ from bessemer.core.hashing import hash_bytes
 
 #: Seconds. The longest of ours takes a few.
 _LONGEST_COMPILATION = 60
-#: Beside what is compiled: that somebody was told of it.
+#: A file whose presence says that somebody was told.
 _ANNOUNCED = "compiling.announced"
 _IMPORT = re.compile(r"^from (bessemer\.data\.[\w.]+) import", re.MULTILINE)
 
@@ -67,11 +67,13 @@ def _kept(dispatcher: Any) -> Any:
 
 
 def _announce(folder: Path) -> None:
-    """Say at a terminal what takes so long, once for all processes that compile into a folder."""
+    """Say at a terminal what takes so long, once for all processes and packages. folder: of what is compiled, beside its source
+    or, with those of others, in a folder of Numba's."""
     if not sys.stderr.isatty():
         return
+    place = Path(__file__).parent / folder.name if folder.name == "__pycache__" else folder.parent
     try:
-        (folder / _ANNOUNCED).touch(exist_ok=False)
+        (place / _ANNOUNCED).touch(exist_ok=False)
     except OSError:
         # another process has said it, or nothing can be written here
         return

@@ -1,4 +1,6 @@
-"""Scripts without spaces between words, for those who need no compiled loop."""
+"""Scripts that put no space between words: apart from the compiled loops, so that a reader of them needs no Numba."""
+
+import re
 
 #: Their code points, both ends included, ascending.
 WITHOUT_SPACES = (
@@ -12,3 +14,8 @@ WITHOUT_SPACES = (
     (0xF900, 0xFAFF),
     (0xFF66, 0xFF9D),
 )
+_ALONE = "".join(f"{chr(first)}-{chr(last)}" for first, last in WITHOUT_SPACES)
+#: A word as it is counted where texts are compared: a character of such a script is one by itself.
+WORD = re.compile(rf"[{_ALONE}]|(?:(?![{_ALONE}])\w)+")
+#: Such a character.
+ALONE = re.compile(f"[{_ALONE}]")

@@ -29,7 +29,15 @@ for _schema in (
 
 
 @torch.library.register_fake("bessemer::packed_linear", lib=_LIBRARY)
-def _(x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, offsets: Tensor, bias: Tensor, *how: int) -> Tensor:
+def _(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    offsets: Tensor | None,
+    bias: Tensor | None,
+    *how: int,
+) -> Tensor:
     return x.new_empty(*x.shape[:-1], how[1])
 
 

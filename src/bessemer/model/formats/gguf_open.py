@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -56,9 +57,12 @@ def open_gguf(
         kind = dtype or file.dtype()
         tensors = _Tensors(file, wanted, config, kind)
         tensors.refuse_what_does_not_fit()
-        with TemporaryDirectory() as beside:
-            notes, tokenizer = write_tokenizer(file, config, Path(beside), split, compact=True)
-            end_tokens = read_end_tokens(Path(beside))
+        beside = TemporaryDirectory()
+        notes, tokenizer = write_tokenizer(file, config, Path(beside.name), split, compact=True)
+        end_tokens = read_end_tokens(Path(beside.name))
+        if tokenizer is not None:
+            # it reads some of its files when they are first needed
+            weakref.finalize(tokenizer, beside.cleanup)
         weights = tensors.read()
     model = replace_with_quantised_modules(empty_decoder(in_a_family(config)), tensors.schemes)
     set_dtype(model, kind)

@@ -9,10 +9,12 @@ from typing import Any
 from bessemer.core.config import nearest
 from bessemer.core.errors import SourceError
 from bessemer.core.records import read_records
+from bessemer.data.sources.suffixes import READ_BY
 from bessemer.posttraining.formats import ANSWERS, CONTINUE, PROMPTS, is_plain_text
 
 #: Suffixes of files that hold texts, and no questions with answers.
-_TEXT_FILES = (".txt", ".md", ".rst", ".html", ".htm", ".pdf", ".epub", ".docx", ".tex", ".warc")
+_TEXT_FILES = {".docx", ".odt", ".rtf"}
+_TEXT_FILES |= {suffix for suffix, source in READ_BY.items() if source not in ("tables", "code") and suffix != ".jsonl"}
 
 
 def find_columns(path: Path, prompt: str | None, answer: str | None) -> tuple[str, str] | None:

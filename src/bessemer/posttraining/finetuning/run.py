@@ -80,7 +80,10 @@ def finetune(
     """
     with TemporaryDirectory() as scratch:
         known = ModelSource("folder", str(out / BASE)) if (out / BASE).exists() else source
-        plan = plan_finetuning(config, known, data, seed=seed, device=device, scratch=Path(scratch))
+        # the method is chosen once: another time memory may hold more, or less
+        begun = read_json(out / RECORD, _WHAT).get("method") if (out / RECORD).exists() else None
+        planned = config if begun is None else config.with_changes(method=begun)
+        plan = plan_finetuning(planned, known, data, seed=seed, device=device, scratch=Path(scratch))
         example = plan.rendered_example()
     out.mkdir(parents=True, exist_ok=True)
     if not (out / RECORD).exists():
@@ -88,7 +91,6 @@ def finetune(
     if "prompt_column" in plan.settings:
         progress.say(f"{data}: questions in {plan.settings['prompt_column']!r}, answers in {plan.settings['answer_column']!r}")
     base = prepare_base(source, out / BASE, progress)
-    # the method once: another time memory may hold more, or less
     chosen = {"method": plan.method, "reason": plan.reason, "base": place_of_base(base, out)}
     record = chosen | read_json(out / RECORD, _WHAT)
     write_json(out / RECORD, record)

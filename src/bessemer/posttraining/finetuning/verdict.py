@@ -11,7 +11,7 @@ import numpy as np
 from bessemer.core.errors import ArtefactError
 from bessemer.core.statistics import Estimate, paired_difference
 
-#: Sizes of a difference, in words, each up to a share by which perplexity is lower than it was (or was lower than it is).
+#: Sizes of a difference, in words, each up to a share by which the lower of the two perplexities is below the other.
 SIZES = ((0.05, "a little"), (0.3, "clearly"), (1.0, "much"))
 #: Characters of a question or an answer that are shown on one line.
 _SHOWN = 160

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import reprlib
+import weakref
 from collections.abc import Callable, Container, Mapping, Sequence
 from enum import IntEnum
 from pathlib import Path
@@ -62,9 +63,12 @@ def import_gguf(path: Path, split: str | None = None) -> ForeignTokenizer:
 
 def open_gguf_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer of a GGUF file. Raises as `import_gguf`."""
-    with TemporaryDirectory() as scratch:
-        import_gguf(path).write(Path(scratch), compact=True)
-        return load_tokenizer(scratch)
+    scratch = TemporaryDirectory()
+    import_gguf(path).write(Path(scratch.name), compact=True)
+    tokenizer = load_tokenizer(scratch.name)
+    # it reads some of its files when they are first needed
+    weakref.finalize(tokenizer, scratch.cleanup)
+    return tokenizer
 
 
 def _is_text(value: Any) -> bool:

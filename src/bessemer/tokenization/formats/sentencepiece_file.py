@@ -14,6 +14,7 @@ from typing import Any
 
 from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.core.new_folder import new_file
+from bessemer.core.packages import install_extra
 from bessemer.core.store import read_json
 from bessemer.tokenization.folder import TOKENIZER_FILE
 from bessemer.tokenization.formats.foreign import AddedToken, ForeignTokenizer, learned_size
@@ -285,6 +286,6 @@ def _messages() -> Any:
         # a protobuf older than the one the messages were made for
         raise ConfigError(
             f"SentencePiece models need the packages sentencepiece and protobuf, new enough for each other ({error}); "
-            "install bessemer[tokenize]"
+            f"{install_extra('tokenize')}"
         ) from None
     return sentencepiece_model_pb2

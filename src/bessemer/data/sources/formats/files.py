@@ -17,9 +17,10 @@ from bessemer.data.sources.config import FilesSource
 from bessemer.data.sources.document import Document, Tally
 from bessemer.data.sources.formats.records import decoded, json_lines, note_end, record_document
 from bessemer.data.sources.io.archives import ARCHIVES, Entry, is_archive
-from bessemer.data.sources.io.streams import COMPRESSIONS, Stream, uncompressed_name
+from bessemer.data.sources.io.streams import Stream
 from bessemer.data.sources.io.tree import FileSource
 from bessemer.data.sources.source import PositionedDocument
+from bessemer.data.sources.suffixes import COMPRESSIONS, uncompressed_name
 
 TEXT_SUFFIXES = (".txt", ".md")
 RECORD_SUFFIXES = (".jsonl",)

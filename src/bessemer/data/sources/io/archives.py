@@ -20,8 +20,9 @@ from bessemer.core.object_storage import Place
 from bessemer.data.limited import Helpers
 from bessemer.data.sources.document import OTHER_ENCODING, Tally, encodable
 from bessemer.data.sources.io.license_files import LicenseFiles
-from bessemer.data.sources.io.streams import Stream, broken_stream, open_stream, stream_of, text_of, uncompressed_name
+from bessemer.data.sources.io.streams import Stream, broken_stream, open_stream, stream_of, text_of
 from bessemer.data.sources.source import Unit
+from bessemer.data.sources.suffixes import uncompressed_name
 
 ZIP_SUFFIXES = (".zip", ".whl")
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")

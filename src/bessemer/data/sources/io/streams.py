@@ -20,10 +20,7 @@ from isal import igzip_lib
 from bessemer.core.encodings import UTF8, encoding_of
 from bessemer.core.errors import BessemerError
 from bessemer.core.object_storage import Place
-
-COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
-#: One suffix for a tar and its compression.
-_JOINED = {".tgz": ".gz", ".tbz2": ".bz2", ".txz": ".xz"}
+from bessemer.data.sources.suffixes import compression_of
 
 #: How much of a text tells its encoding.
 SAMPLE_BYTES = 4 << 20
@@ -370,20 +367,6 @@ class Stream(io.BufferedReader):
             super().close()
         finally:
             self._file.close()
-
-
-def compression_of(name: str) -> str:
-    """The compression that a file's name states, `` for none."""
-    lowered = name.lower()
-    return next((suffix for suffix in COMPRESSIONS if lowered.endswith(suffix)), _JOINED.get(lowered[lowered.rfind(".") :], ""))
-
-
-def uncompressed_name(name: str) -> str:
-    """A name without its compression: `a.txt.gz` is `a.txt`, `a.tgz` is `a.tar`."""
-    stem, dot, suffix = name.rpartition(".")
-    if dot + suffix.lower() in COMPRESSIONS:
-        return stem
-    return f"{stem}.tar" if dot + suffix.lower() in _JOINED else name
 
 
 def open_stream(path: Place, start: int = 0, *, member: int = 0) -> Stream:

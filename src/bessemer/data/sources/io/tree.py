@@ -16,8 +16,8 @@ from bessemer.data.sources.config import PathsSource
 from bessemer.data.sources.document import Tally
 from bessemer.data.sources.io.archives import Entry, Surroundings, entries, is_archive
 from bessemer.data.sources.io.paths import ContentFingerprints, find_files, other_files, units_of
-from bessemer.data.sources.io.streams import uncompressed_name
 from bessemer.data.sources.source import PositionedDocument, Unit
+from bessemer.data.sources.suffixes import uncompressed_name
 
 #: A position in a unit of several files is the file's number times this plus the position inside the file.
 _INNER = 1 << 40
