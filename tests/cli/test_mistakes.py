@@ -174,6 +174,11 @@ MISTAKES: dict[str, tuple[list[str], Callable[[Path], None] | None, str]] = {
         "adapter/adapter_config.json: this adapter was trained on a model with other weights; use it with that one, as it was "
         "then",
     ),
+    "a file that is nothing of ours": (
+        ["show", "notes.txt"],
+        file("notes.txt", "Of steel."),
+        "notes.txt: holds nothing that Bessemer made (no manifest, config.json or tokenizer.json)",
+    ),
     "a run that is not there": (
         ["show", "mine"],
         None,

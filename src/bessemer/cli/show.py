@@ -94,7 +94,7 @@ def _drawn(thing: str, runs: Path, examples: int) -> RenderableType:
     from bessemer.views import terminal
 
     folder = _folder(thing, runs)
-    if folder.is_file():
+    if folder.suffix == ".gguf" and folder.is_file():
         return _gguf(folder, runs)
     if (folder / "run.json").exists():
         run = find_run(str(folder), runs)
