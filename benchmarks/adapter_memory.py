@@ -49,8 +49,8 @@ MOST = 0.4
 def one(method: str, model: str) -> dict[str, float]:
     """Megabytes at most above those after the imports, and the last step's loss."""
     from bessemer.core.metrics import read_metrics
-    from bessemer.posttraining.config import SFTConfig
-    from bessemer.posttraining.sft import sft
+    from bessemer.posttraining.sft.config import SFTConfig
+    from bessemer.posttraining.sft.stage import sft
 
     with tempfile.TemporaryDirectory() as scratch:
         out, data = Path(scratch) / "out", Path(scratch) / "chat.jsonl"

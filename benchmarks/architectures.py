@@ -30,22 +30,21 @@ from torch.optim import AdamW
 import bessemer.pipeline.api
 import bessemer.views
 import recording
-from bessemer.core.hashing import hash_value
+from bessemer.core.hashing import derive_seed, hash_value
 from bessemer.core.metrics import read_metrics
 from bessemer.core.progress import PlainLines
-from bessemer.core.seeds import derive_seed
 from bessemer.core.store import read_json, write_json
-from bessemer.distributed.gradients import clip_gradients
+from bessemer.distributed.collectives import clip_gradients
 from bessemer.distributed.mesh import ALONE
 from bessemer.model.config import ModelConfig
 from bessemer.model.device import is_fast
 from bessemer.model.initialisation import initial_decoder
 from bessemer.tokenization.shards import TokenShards
 from bessemer.training.data.batches import IGNORE_INDEX, Batch, TokenBatches
-from bessemer.training.loop import train
+from bessemer.training.job import train
 from bessemer.training.objectives import linear_cross_entropy, next_token_loss
-from bessemer.training.optim.build import build_optimizers, scale_learning_rates, step_optimizers
 from bessemer.training.optim.lr_schedule import evenly_spaced, learning_rate_factor
+from bessemer.training.optim.optimizers import build_optimizers, scale_learning_rates, step_optimizers
 from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.runtime import Runtime
 from bessemer.training.trainer import Trainer

@@ -45,23 +45,27 @@ from bessemer.core.environment import set_environment
 set_environment()  # before PyTorch reads it
 
 from bessemer.core.hashing import hash_value  # noqa: E402
-from bessemer.core.json_lines import json_lines  # noqa: E402
 from bessemer.core.policy import Policy, read_policy  # noqa: E402
 from bessemer.core.progress import progress_for_terminal  # noqa: E402
-from bessemer.evaluation.bootstrap import paired_bootstrap  # noqa: E402
+from bessemer.core.records import json_lines  # noqa: E402
+from bessemer.evaluation.comparison import paired_bootstrap  # noqa: E402
 from bessemer.inference.chat import EngineChat  # noqa: E402
 from bessemer.inference.engine import Engine  # noqa: E402
-from bessemer.posttraining.chat_models.files import place_fingerprint  # noqa: E402
-from bessemer.posttraining.config import SFTConfig  # noqa: E402
-from bessemer.posttraining.constitution.config import ReviseConfig  # noqa: E402
-from bessemer.posttraining.constitution.detectors import Finding, findings  # noqa: E402
-from bessemer.posttraining.constitution.revise import REVISIONS_FILE, revise  # noqa: E402
-from bessemer.posttraining.constitution.revision import revise_answers  # noqa: E402
-from bessemer.posttraining.finished_rows import FinishedRows, write_rows  # noqa: E402
-from bessemer.posttraining.formats import Message  # noqa: E402
+from bessemer.posttraining.chat_models import place_fingerprint  # noqa: E402
+from bessemer.posttraining.data.formats import Message  # noqa: E402
+from bessemer.posttraining.data.made import FinishedRows, write_rows  # noqa: E402
 from bessemer.posttraining.preference.config import PreferenceConfig  # noqa: E402
 from bessemer.posttraining.preference.stage import preference  # noqa: E402
-from bessemer.posttraining.sft import sft  # noqa: E402
+from bessemer.posttraining.sft.config import SFTConfig  # noqa: E402
+from bessemer.posttraining.sft.stage import sft  # noqa: E402
+from bessemer.posttraining.synthetic.config import ReviseConfig  # noqa: E402
+from bessemer.posttraining.synthetic.revise import (  # noqa: E402
+    REVISIONS_FILE,
+    Finding,
+    findings,
+    revise,
+    revise_answers,
+)
 from evaluation_agreement import WORK  # noqa: E402
 from evaluation_tasks import float32_folder  # noqa: E402
 

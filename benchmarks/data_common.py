@@ -68,7 +68,7 @@ def documentation() -> Iterator[str]:
 
 
 def docstrings_of_packages() -> Iterator[str]:
-    from bessemer.data.sources.origins.docstrings import docstrings
+    from bessemer.data.sources.python_docs import docstrings
 
     for name, content in _package_files((".py",)):
         try:

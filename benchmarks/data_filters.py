@@ -53,16 +53,13 @@ def ours(path: str) -> dict[str, float]:
 
 def _our_verdicts(texts: Any) -> dict[str, list[str | None]]:
     """Of each filter, why it drops each text."""
-    from bessemer.data.edits.c4_lines import c4_lines
-    from bessemer.data.edits.config import C4Lines
-    from bessemer.data.filters.c4 import c4
-    from bessemer.data.filters.fineweb import fineweb
-    from bessemer.data.filters.gopher import gopher_quality
-    from bessemer.data.filters.gopher_repetition import gopher_repetition
+    from bessemer.data.edits.line_removal import c4_lines
+    from bessemer.data.edits.registry import C4Lines
+    from bessemer.data.filters.heuristics import c4, fineweb, gopher_quality, gopher_repetition
+    from bessemer.data.filters.registry import preset
+    from bessemer.data.plugins import Languages
     from bessemer.data.text.texts import Texts
-    from bessemer.data.thresholds.apply import rejection_reasons
-    from bessemer.data.thresholds.languages import Languages
-    from bessemer.data.thresholds.presets import preset
+    from bessemer.data.thresholds import rejection_reasons
 
     edited, _ = c4_lines(texts, C4Lines(every_script=True))  # as the peer, which knows no scripts
     return {
@@ -75,14 +72,11 @@ def _our_verdicts(texts: Any) -> dict[str, list[str | None]]:
 
 def our_rules(path: str) -> dict[str, list[bool]]:
     """Of each rule, whether it keeps each text."""
-    from bessemer.data.edits.c4_lines import c4_lines, c4_terminal_lines
-    from bessemer.data.edits.config import C4Lines
-    from bessemer.data.filters.c4 import c4
-    from bessemer.data.filters.fineweb import fineweb
-    from bessemer.data.filters.gopher import gopher_quality
-    from bessemer.data.filters.gopher_repetition import gopher_repetition
+    from bessemer.data.edits.line_removal import c4_lines, c4_terminal_lines
+    from bessemer.data.edits.registry import C4Lines
+    from bessemer.data.filters.heuristics import c4, fineweb, gopher_quality, gopher_repetition
+    from bessemer.data.filters.registry import preset
     from bessemer.data.text.texts import Texts
-    from bessemer.data.thresholds.presets import preset
 
     texts = Texts.of(read_texts(path))
     scores = (
@@ -115,8 +109,8 @@ def our_words(path: str) -> list[list[str]]:
 
 
 def our_edits(path: str) -> list[str]:
-    from bessemer.data.edits.c4_lines import c4_lines
-    from bessemer.data.edits.config import C4Lines
+    from bessemer.data.edits.line_removal import c4_lines
+    from bessemer.data.edits.registry import C4Lines
     from bessemer.data.text.texts import Texts
 
     edited: list[str] = c4_lines(Texts.of(read_texts(path)), C4Lines(every_script=True))[0].to_pylist()

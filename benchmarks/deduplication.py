@@ -199,7 +199,7 @@ def compare(texts: list[str], mine: dict[str, str], theirs: dict[str, str]) -> d
     cluster of one alone, by the similarity to what they go for, and of them those of one shingle. alike_in_other: of what goes
     for a text that is alike at 0.8 or more, the share that is in a cluster of the other as well.
     """
-    from bessemer.data.deduplication.shingles import jaccard, shingle_sets
+    from bessemer.data.deduplication.minhash import jaccard, shingle_sets
     from bessemer.data.text.texts import Texts
 
     names = ("bessemer", "datatrove")
@@ -238,7 +238,7 @@ def compare(texts: list[str], mine: dict[str, str], theirs: dict[str, str]) -> d
 
 def planted_texts() -> tuple[list[str], dict[int, float]]:
     """Strangers and pairs; by the place of a pair's second text the pair's exact similarity."""
-    from bessemer.data.deduplication.shingles import jaccard, shingle_sets
+    from bessemer.data.deduplication.minhash import jaccard, shingle_sets
     from bessemer.data.text.texts import Texts
 
     rng = random.Random(0)
@@ -331,7 +331,9 @@ def run(folder: str, method: str) -> dict[str, float]:
     import pyarrow as pa
 
     from bessemer.data.corpus.reader import iterate_documents
-    from bessemer.data.deduplication import exact, near, passages, substrings
+    from bessemer.data.deduplication import methods as exact
+    from bessemer.data.deduplication import near, passages
+    from bessemer.data.deduplication import passages as substrings
     from bessemer.data.deduplication.corpus import Corpus
 
     pa.set_cpu_count(1)

@@ -19,18 +19,14 @@ import numpy as np
 
 import recording
 from bessemer.core.hashing import hash_bytes
-from bessemer.data.classifier.config import ClassifierConfig
-from bessemer.data.classifier.model import Classifier
-from bessemer.data.classifier.training import fit
-from bessemer.data.edits.boilerplate import boilerplate
+from bessemer.data.edits.line_removal import boilerplate
 from bessemer.data.edits.personal_data import personal_data
 from bessemer.data.edits.repair import repair
 from bessemer.data.edits.secrets import secrets
-from bessemer.data.filters.hazards import hazards
+from bessemer.data.filters.classifier import Classifier
+from bessemer.data.filters.classifier_training import ClassifierConfig, fit
 from bessemer.data.filters.language import language
-from bessemer.data.filters.model_written import model_written
-from bessemer.data.filters.spam import spam
-from bessemer.data.filters.toxicity import toxicity
+from bessemer.data.filters.word_list_scores import hazards, model_written, spam, toxicity
 from bessemer.data.filters.word_model import WordModelConfig, fit_words
 from bessemer.data.text.texts import Texts
 from rounds import summary

@@ -105,7 +105,7 @@ def vllm_of(preset: str | None, smoke: bool) -> Callable[[list[list[int]], int],
     """The same with vLLM, which reads the model from a folder; its own CUDA graphs are on."""
     from vllm import LLM, SamplingParams
 
-    from bessemer.model.folder import save_model
+    from bessemer.model.storage.folder import save_model
 
     folder = Path(tempfile.mkdtemp()) / "model"
     save_model(random_model(preset, smoke), folder, tokenizer=None)

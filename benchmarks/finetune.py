@@ -21,8 +21,7 @@ import recording
 
 #: Source that the result depends on: later commits to it make the result stale (`tables.py`).
 MEASURES = (
-    "src/bessemer/posttraining/finetuning",
-    "src/bessemer/posttraining/sft.py",
+    "src/bessemer/posttraining/sft",
     "src/bessemer/training",
     "src/bessemer/model",
     "src/bessemer/cli/finetune.py",

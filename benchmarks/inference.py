@@ -91,7 +91,7 @@ PARTS = {
 
 def gguf_file(work: Path, file_type: str) -> Path:
     """The model in a type of llama.cpp's, made by its own quantiser once."""
-    from bessemer.model.formats.exchange import packaged_smollm2
+    from bessemer.model.formats import packaged_smollm2
 
     path = work / f"{file_type}.gguf"
     if not path.exists():
@@ -150,7 +150,7 @@ class Ours:
 
     def __init__(self, path: Path, threads: int) -> None:
         from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
-        from bessemer.model.cpu_kernels.build import library, unavailable
+        from bessemer.model.cpu_kernels import library, unavailable
 
         kernels = library()
         arithmetic = f"kernels: {kernels.bessemer_arithmetic().decode()}" if kernels else f"no kernels: {unavailable()}"

@@ -17,16 +17,15 @@ import numpy as np
 import torch
 
 import recording
-from bessemer.inspection.ablation import without_heads
+from bessemer.inspection.heads import head_roles, repeated_tokens, strongest, without_heads
 from bessemer.inspection.inspect import inspect
-from bessemer.inspection.roles import head_roles, repeated_tokens, strongest
 from bessemer.model.decoder import Decoder
-from bessemer.model.folder import load_model
-from bessemer.model.formats.exchange import find_model, import_model
+from bessemer.model.formats import find_model, import_model
+from bessemer.model.storage.folder import load_model
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 
 #: Source that the result depends on: later commits to it make the result stale (`tables.py`).
-MEASURES = ("src/bessemer/inspection", "src/bessemer/model/decoder.py", "src/bessemer/model/attention.py")
+MEASURES = ("src/bessemer/inspection", "src/bessemer/model/decoder.py", "src/bessemer/model/layers/attention.py")
 
 SENTENCE = "The animal didn't cross the street because it was too tired"
 WORDS, ANALOGY = (" king", " dog", " Paris"), "king - man + woman"

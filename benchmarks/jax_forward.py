@@ -90,7 +90,7 @@ def logits(weights: dict[str, jax.Array], config: dict[str, Any], tokens_BT: np.
 def ours(folder: Path, tokens_BT: np.ndarray) -> np.ndarray:
     import torch
 
-    from bessemer.model.folder import load_model
+    from bessemer.model.storage.folder import load_model
 
     with torch.no_grad():
         return load_model(folder, dtype=torch.float32).eval()(torch.from_numpy(tokens_BT)).numpy()

@@ -5,8 +5,8 @@
 `marks/written.jsonl` holds texts written for this purpose, with their label. `marks/others.jsonl` holds only names, hashes and
 labels of texts that lie elsewhere: dialogues and pages below `--data`, docstrings of the standard library. Those not found
 there, or found changed, are left out and counted. A hash of a document's id decides whether it is in the part that the
-scores were tuned on or in the one that they are judged by. `--fit` prints the coefficients of `filters/spam.py` from the
-part `tune`. Result: `labels.json`, of both parts; the documents by style are printed of `--part`.
+scores were tuned on or in the one that they are judged by. `--fit` prints the coefficients of `filters/word_list_scores.py`
+from the part `tune`. Result: `labels.json`, of both parts; the documents by style are printed of `--part`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,7 @@ import numpy as np
 
 import recording
 from bessemer.core.hashing import hash_bytes
-from bessemer.data.filters.model_written import model_written
-from bessemer.data.filters.spam import FEATURES, spam, spam_features
-from bessemer.data.filters.toxicity import toxicity
+from bessemer.data.filters.word_list_scores import FEATURES, model_written, spam, spam_features, toxicity
 from bessemer.data.text.texts import Texts
 
 #: Source that the result depends on: later commits to it make the result stale (`tables.py`).

@@ -39,14 +39,14 @@ import pyarrow as pa
 import recording
 from bessemer.core.errors import SourceError
 from bessemer.core.hashing import hash_bytes
-from bessemer.data.stages.refine import refine
-from bessemer.data.thresholds import presets
+from bessemer.data.filters import registry as presets
+from bessemer.data.stages.in_memory import refine
 
 #: Source that the result depends on: later commits to it make the result stale (`tables.py`).
 MEASURES = (
     "src/bessemer/data/thresholds",
     "src/bessemer/data/filters",
-    "src/bessemer/data/edits/c4_lines.py",
+    "src/bessemer/data/edits/line_removal.py",
     "src/bessemer/data/text",
     "src/bessemer/data/stages/select.py",
 )

@@ -33,13 +33,13 @@ sys.path.insert(0, str(Path(__file__).parent))  # tests import this as a module 
 
 import recording
 from bessemer.core.environment import peak_memory_bytes
-from bessemer.model.cache import DecoderCache
 from bessemer.model.decoder import Decoder
-from bessemer.model.folder import load_model
-from bessemer.model.formats.exchange import find_model
+from bessemer.model.formats import find_model
 from bessemer.model.formats.gguf_export import GGUF_DTYPES, export_gguf
 from bessemer.model.formats.gguf_import import import_gguf
 from bessemer.model.formats.onnx import export_onnx
+from bessemer.model.layers.cache import DecoderCache
+from bessemer.model.storage.folder import load_model
 from bessemer.tokenization.tokenizer import load_tokenizer
 
 #: Source that the result depends on: later commits to it make the result stale (`tables.py`).

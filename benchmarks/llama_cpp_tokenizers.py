@@ -27,17 +27,17 @@ from pathlib import Path
 import numpy as np
 
 import recording
-from bessemer.model.formats.exchange import packaged_smollm2
+from bessemer.model.formats import packaged_smollm2
 from bessemer.tokenization.algorithms import train_vocabulary
-from bessemer.tokenization.byte_names import byte_characters
 from bessemer.tokenization.config import TokenizeConfig
+from bessemer.tokenization.control_tokens import SPECIAL_TOKENS
 from bessemer.tokenization.fast import HOSTILE_TEXTS
 from bessemer.tokenization.folder import write_folder
 from bessemer.tokenization.formats.gguf_export import gguf_tokenizer
 from bessemer.tokenization.formats.gguf_import import import_gguf
-from bessemer.tokenization.special import SPECIAL_TOKENS
 from bessemer.tokenization.split import SPLIT_REGEXES
 from bessemer.tokenization.tokenizer import load_tokenizer
+from bessemer.tokenization.vocabulary import byte_characters
 
 #: Source that the result depends on: later commits to it make the result stale (`tables.py`).
 MEASURES = ("src/bessemer/tokenization",)

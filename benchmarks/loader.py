@@ -29,9 +29,8 @@ import torch
 import recording
 from bessemer.tokenization.shards import EncodedDocuments, ShardWriter, TokenShards
 from bessemer.training.data.batches import TokenBatches
-from bessemer.training.data.document_batches import DocumentBatches
-from bessemer.training.data.document_sources import DocumentSources
-from bessemer.training.data.fim import FillInTheMiddle, FimTokens
+from bessemer.training.data.packing import DocumentBatches
+from bessemer.training.data.token_stream import DocumentSources, FillInTheMiddle, FimTokens
 from rounds import summary
 
 #: Source that the result depends on: later commits to it make the result stale (`tables.py`).

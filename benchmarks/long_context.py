@@ -22,8 +22,8 @@ import recording
 from bessemer.core.progress import Silent
 from bessemer.core.store import follow
 from bessemer.model.config import ModelStageConfig
-from bessemer.model.existing import existing_decoder
-from bessemer.model.folder import load_model, save_model
+from bessemer.model.stage import existing_decoder
+from bessemer.model.storage.folder import load_model, save_model
 from bessemer.tokenization.shards import TokenShards
 from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.pretrain import pretrain

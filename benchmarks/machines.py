@@ -21,8 +21,8 @@ from typing import Any
 
 import recording
 from bessemer.core.environment import git_commit
-from bessemer.core.figures import duration
 from bessemer.core.machines import MACHINE_VARIABLE, MACHINES, machine
+from bessemer.core.metrics import duration
 from quickstart import figures_of_run
 
 #: Source that the result depends on: later commits to it make the result stale (`tables.py`).

@@ -29,17 +29,16 @@ from torch import Tensor
 import bessemer.pipeline.api
 import optimizers_explained as explained
 import recording
-from bessemer.core.hashing import hash_value
+from bessemer.core.hashing import derive_seed, hash_value
 from bessemer.core.metrics import read_metrics
 from bessemer.core.progress import PlainLines
-from bessemer.core.seeds import derive_seed
 from bessemer.core.store import read_json, write_json
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
 from bessemer.model.initialisation import initial_decoder
 from bessemer.tokenization.shards import TokenShards
 from bessemer.training.data.batches import TokenBatches
-from bessemer.training.loop import DivergenceError, train
+from bessemer.training.job import DivergenceError, train
 from bessemer.training.optim.weight_averaging import MovingAverage, mean_weights
 from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.runtime import Runtime

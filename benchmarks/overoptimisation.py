@@ -36,9 +36,9 @@ from bessemer.core.metrics import read_metrics  # noqa: E402
 from bessemer.core.progress import progress_for_terminal  # noqa: E402
 from bessemer.core.store import read_json, write_json  # noqa: E402
 from bessemer.inference.engine import Engine, SamplingParams  # noqa: E402
-from bessemer.posttraining.reward.config import RewardConfig  # noqa: E402
-from bessemer.posttraining.reward.reward_model import RewardModel  # noqa: E402
-from bessemer.posttraining.reward.stage import reward  # noqa: E402
+from bessemer.posttraining.rewards.config import RewardConfig  # noqa: E402
+from bessemer.posttraining.rewards.model_based import RewardModel  # noqa: E402
+from bessemer.posttraining.rewards.stage import reward  # noqa: E402
 from bessemer.posttraining.rl.config import RLConfig  # noqa: E402
 from bessemer.posttraining.rl.stage import rl  # noqa: E402
 from bessemer.tasks.questions import GenerationQuestion, GenerationTask  # noqa: E402

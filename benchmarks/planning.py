@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import recording
-from bessemer.core.figures import duration, short_count, size
+from bessemer.core.metrics import duration, short_count, size
 from bessemer.pipeline.planning import planned
 from bessemer.scaling.hardware import find_card
 from bessemer.scaling.job import TrainingJob

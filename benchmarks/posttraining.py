@@ -245,7 +245,7 @@ def tables(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def subject_of(part: Part, arguments: argparse.Namespace) -> Subject:
     """The folder of a part's model and texts, made where it is not there."""
-    from bessemer.model.formats.exchange import packaged_smollm2
+    from bessemer.model.formats import packaged_smollm2
 
     job = part.job
     rows = job.rows * job.steps or _ROWS

@@ -90,16 +90,16 @@ def _small_model(folder: Path) -> None:
 
     from bessemer.distributed.mesh import ALONE
     from bessemer.model.config import ModelStageConfig
-    from bessemer.model.folder import load_model, save_model
     from bessemer.model.stage import build_model
+    from bessemer.model.storage.folder import load_model, save_model
     from bessemer.tokenization.algorithms import train_vocabulary
+    from bessemer.tokenization.control_tokens import control_tokens
     from bessemer.tokenization.folder import write_folder
-    from bessemer.tokenization.special import control_tokens
     from bessemer.tokenization.tokenizer import load_tokenizer
     from bessemer.training.data.batches import Batch
     from bessemer.training.model_setup import prepare_model
     from bessemer.training.objectives import build_objective
-    from bessemer.training.optim.build import build_optimizers
+    from bessemer.training.optim.optimizers import build_optimizers
     from bessemer.training.pretrain_config import PretrainConfig
     from bessemer.training.runtime import Runtime
     from bessemer.training.trainer import Trainer
@@ -137,7 +137,7 @@ def _imported_model(gguf: Path, folder: Path) -> None:
 
 
 def _write_texts(subject: Subject, rows: int) -> None:
-    from bessemer.posttraining.encoding import encode_answer
+    from bessemer.posttraining.data.encoding import encode_answer
     from bessemer.tokenization.tokenizer import load_tokenizer
     from bessemer.training.data.packing import best_fit
 
@@ -175,9 +175,9 @@ def _write_texts(subject: Subject, rows: int) -> None:
 
 
 def _write_pairs(subject: Subject, texts: list[dict[str, str]], tokenizer: Tokenizer, rows: int) -> None:
-    from bessemer.posttraining.encoding import encode_answer
-    from bessemer.posttraining.formats import as_pair
-    from bessemer.posttraining.preference.packing import pack_pairs
+    from bessemer.posttraining.data.encoding import encode_answer
+    from bessemer.posttraining.data.formats import as_pair
+    from bessemer.posttraining.data.packing import pack_pairs
 
     pairs: list[dict[str, str]] = []
     ids: list[dict[str, list[int]]] = []

@@ -105,8 +105,8 @@ class Ours:
 
     def _tune(self, out: Path, settings: dict[str, Any]) -> dict[str, float]:
         from bessemer.core.metrics import read_metrics
-        from bessemer.posttraining.config import SFTConfig
-        from bessemer.posttraining.sft import sft
+        from bessemer.posttraining.sft.config import SFTConfig
+        from bessemer.posttraining.sft.stage import sft
 
         clock = Clock()
         config = SFTConfig(**self._sft_settings(), **settings)
@@ -143,7 +143,7 @@ class Ours:
 
     def _sampled(self) -> list[dict[str, Any]]:
         from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
-        from bessemer.model.folder import load_model
+        from bessemer.model.storage.folder import load_model
         from bessemer.tokenization.tokenizer import load_tokenizer
 
         folder = self._subject.model
@@ -164,15 +164,14 @@ class Ours:
     def _answers(self) -> list[dict[str, Any]]:
         import torch
 
-        from bessemer.posttraining.config import SFTConfig
-        from bessemer.posttraining.conversations import read_conversations
-        from bessemer.posttraining.packing import pack_conversations
+        from bessemer.posttraining.data.examples import read_conversations
+        from bessemer.posttraining.data.packing import pack_conversations
+        from bessemer.posttraining.sft.config import SFTConfig
         from bessemer.tokenization.tokenizer import load_tokenizer
-        from bessemer.training.model_setup import PreparedModel
+        from bessemer.training.model_roles import Trainee
+        from bessemer.training.model_setup import PreparedModel, starting_model
         from bessemer.training.objectives import POLICY
         from bessemer.training.runtime import Runtime
-        from bessemer.training.starting_model import starting_model
-        from bessemer.training.trainee import Trainee
 
         config = SFTConfig(**self._sft_settings(), compile=False)
         runtime = Runtime.of(config, torch.device("cpu"))

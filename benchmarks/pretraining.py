@@ -140,7 +140,7 @@ def _trainer(model: Any, config: Any, optimizer: str) -> Any:
     from bessemer.distributed.mesh import ALONE
     from bessemer.training.model_setup import prepare_model
     from bessemer.training.objectives import build_objective
-    from bessemer.training.optim.build import build_optimizers
+    from bessemer.training.optim.optimizers import build_optimizers
     from bessemer.training.runtime import Runtime
     from bessemer.training.trainer import Trainer
 

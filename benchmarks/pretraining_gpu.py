@@ -62,10 +62,9 @@ def measure(mode: str, smoke: bool) -> dict[str, Any]:
     from bessemer.scaling.hardware import card_of_device
     from bessemer.training.data.batches import Batch
     from bessemer.training.model_setup import prepare_model
-    from bessemer.training.monitoring.peak_flops import measured_peak
-    from bessemer.training.monitoring.profiler import own_times
+    from bessemer.training.monitoring.profiler import measured_peak, own_times
     from bessemer.training.objectives import next_token_loss
-    from bessemer.training.optim.build import build_optimizers
+    from bessemer.training.optim.optimizers import build_optimizers
     from bessemer.training.pretrain_config import PretrainConfig
     from bessemer.training.runtime import Runtime
     from bessemer.training.trainer import Trainer

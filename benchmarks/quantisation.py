@@ -31,12 +31,11 @@ import torch
 import bessemer.pipeline.api
 import recording
 from bessemer.core.progress import PlainLines
-from bessemer.evaluation.calibration import calibration_rows
-from bessemer.evaluation.quantisation import weight_bytes
+from bessemer.evaluation.quantisation import calibration_rows, weight_bytes
 from bessemer.model.decoder import Decoder
-from bessemer.model.folder import load_model, save_model
 from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
+from bessemer.model.storage.folder import load_model, save_model
 from bessemer.tokenization.shards import TokenShards
 from bessemer.training.validation import whole_documents
 

@@ -26,8 +26,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 import recording
-from bessemer.core.figures import duration
-from bessemer.core.metrics import read_metrics
+from bessemer.core.metrics import duration, read_metrics
 from bessemer.pipeline.stages import STAGES
 from rounds import summary
 

@@ -22,13 +22,12 @@ import torch
 
 import bessemer.pipeline.api
 import recording
-from bessemer.core.hashing import hash_value
+from bessemer.core.hashing import derive_seed, hash_value
 from bessemer.core.progress import PlainLines
-from bessemer.core.seeds import derive_seed
 from bessemer.core.store import read_json, write_json
 from bessemer.model.config import ModelConfig
-from bessemer.model.folder import load_model, save_model
 from bessemer.model.initialisation import initial_decoder
+from bessemer.model.storage.folder import load_model, save_model
 from bessemer.tokenization.shards import TokenShards
 from bessemer.training.pretrain import pretrain
 from bessemer.training.pretrain_config import PretrainConfig

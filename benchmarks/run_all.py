@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import recording
-from bessemer.core.figures import duration
+from bessemer.core.metrics import duration
 
 HERE = Path(__file__).parent
 

@@ -29,12 +29,10 @@ import recording
 from bessemer.core.progress import progress_for_terminal
 from bessemer.pipeline.planning import planned
 from bessemer.pipeline.run_folder import RunFolder
-from bessemer.pipeline.run_points import TrainedRun
-from bessemer.pipeline.sweep import Member, members, sweep
+from bessemer.pipeline.sweep import Member, TrainedRun, members, sweep
 from bessemer.scaling.laws.fit import fit_law
-from bessemer.scaling.laws.points import Point, Points
-from bessemer.scaling.predict import Prediction, predict_loss
-from bessemer.scaling.suggest import fitted_law
+from bessemer.scaling.laws.parametric import Point, Points
+from bessemer.scaling.suggest import Prediction, fitted_law, predict_loss
 from bessemer.tokenization.shards import TokenShards
 
 #: Source that the result depends on: later commits to it make the result stale (`tables.py`).

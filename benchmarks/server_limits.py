@@ -2,7 +2,7 @@
 
     python benchmarks/server_limits.py quickstart [--runs runs] [--minutes 60] [--most-seconds 1]
 
-Starts `bessemer serve MODEL`. Of each limit (`bessemer/serving/limits.py`) it sends a request that comes to it and one ten
+Starts `bessemer serve MODEL`. Of each limit (`bessemer/serving/config.py`) it sends a request that comes to it and one ten
 times as large, a conversation of 7 MB besides, and meanwhile a second client looks at `/health` and asks for a chat of one
 token, again and again. Then responses to be stored, and streams that nobody reads, of nearly as many answers as the server
 computes at once. All of it is repeated for `--minutes`, and until the server stores as many responses as it ever does; its
@@ -37,15 +37,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.serving.limit_cases import CASES, FACTORS, Seen, Sent, case_of, long_prompt, send_beside_another
 
 from bessemer.inference.config import EngineConfig
-from bessemer.serving import limits
+from bessemer.serving import config as limits
 
 #: Source that the result depends on: later commits to it make the result stale (`tables.py`).
 MEASURES = (
     "src/bessemer/serving",
     "src/bessemer/assistant",
     "src/bessemer/inference/sampling",
-    "src/bessemer/inference/step_driver.py",
-    "src/bessemer/tokenization/chat_encoding.py",
+    "src/bessemer/inference/async_generation.py",
+    "src/bessemer/tokenization/chat.py",
 )
 MODEL = "limited"
 PLACES = EngineConfig().max_num_seqs

@@ -34,8 +34,7 @@ import httpx
 
 import inference
 import recording
-from bessemer.serving.bench.config import LoadConfig
-from bessemer.serving.bench.run import Measured, bench
+from bessemer.serving.bench import LoadConfig, Measured, bench
 
 #: Source that the result depends on: later commits to it make the result stale (`tables.py`).
 MEASURES = ("src/bessemer/serving", "src/bessemer/inference", "src/bessemer/model")

@@ -69,12 +69,11 @@ def load(rank: int, rendezvous: str, folder: str, parallel: dict[str, Any], by_s
     import torch
     import torch.distributed as dist
 
-    from bessemer.distributed.loading import load_shards
     from bessemer.distributed.mesh import Mesh
-    from bessemer.model.folder import load_model
-    from bessemer.model.folder_config import read_model_config
+    from bessemer.distributed.parallelize import load_shards
     from bessemer.model.initialisation import empty_decoder
-    from bessemer.model.stored_tensors import find_tensors
+    from bessemer.model.storage.folder import load_model, read_model_config
+    from bessemer.model.storage.weights import find_tensors
     from bessemer.training.model_setup import prepare_model
     from bessemer.training.pretrain_config import PretrainConfig
     from bessemer.training.runtime import Runtime
@@ -105,8 +104,8 @@ def load(rank: int, rendezvous: str, folder: str, parallel: dict[str, Any], by_s
 def make(folder: str, whole: bool) -> dict[str, float]:
     """Write a new model in float32."""
     from bessemer.model.config import ModelConfig
-    from bessemer.model.folder import save_initial_model, save_model
     from bessemer.model.initialisation import initial_decoder
+    from bessemer.model.storage.folder import save_initial_model, save_model
 
     config = ModelConfig(**SHAPE)
     with peak() as found:
@@ -121,7 +120,7 @@ def convert(source: str, folder: str) -> dict[str, float]:
     """The same model in bfloat16; its size and that of its largest tensor in float32, in bytes."""
     import torch
 
-    from bessemer.model.folder import load_model, save_model
+    from bessemer.model.storage.folder import load_model, save_model
 
     model = load_model(source, dtype=torch.bfloat16)
     save_model(model, Path(folder), tokenizer=None, shard_bytes=200_000_000)

@@ -37,12 +37,12 @@ import torch
 
 import recording
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
-from bessemer.inference.speculation.decoder import SpeculativeDecoder
-from bessemer.model.folder import load_model, save_model
-from bessemer.model.formats.exchange import packaged_smollm2
+from bessemer.inference.execution.steps import SpeculativeDecoder
+from bessemer.model.formats import packaged_smollm2
 from bessemer.model.formats.gguf_import import import_gguf
 from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
+from bessemer.model.storage.folder import load_model, save_model
 
 #: Source that the result depends on: later commits to it make the result stale (`tables.py`).
 MEASURES = ("src/bessemer/inference", "src/bessemer/model")

@@ -33,7 +33,7 @@ from bessemer.core.progress import progress_for_terminal  # noqa: E402
 from bessemer.evaluation.tasks import answers  # noqa: E402
 from bessemer.inference.engine import Engine  # noqa: E402
 from bessemer.pipeline.api import run  # noqa: E402
-from bessemer.tasks.options import TaskOptions  # noqa: E402
+from bessemer.tasks.config import TaskOptions  # noqa: E402
 from bessemer.tasks.questions import GenerationTask  # noqa: E402
 from bessemer.tasks.registry import find_tasks  # noqa: E402
 

@@ -40,18 +40,23 @@ set_environment()  # before PyTorch reads it
 
 from bessemer.core.progress import progress_for_terminal  # noqa: E402
 from bessemer.core.store import read_json, write_json  # noqa: E402
-from bessemer.model.folder import load_model  # noqa: E402
-from bessemer.posttraining.conversations import Conversation  # noqa: E402
-from bessemer.posttraining.dataset import prompt_key, read_examples  # noqa: E402
-from bessemer.posttraining.formats import Answered, Pair, as_pair  # noqa: E402
-from bessemer.posttraining.packing import pack_conversations  # noqa: E402
+from bessemer.model.storage.folder import load_model  # noqa: E402
+from bessemer.posttraining.data.examples import (  # noqa: E402
+    Conversation,
+    prompt_key,
+    read_examples,
+)
+from bessemer.posttraining.data.formats import Answered, Pair, as_pair  # noqa: E402
+from bessemer.posttraining.data.packing import (  # noqa: E402
+    pack_conversations,
+    pack_pairs,
+)
+from bessemer.posttraining.data.splitting import opening, split_examples  # noqa: E402
 from bessemer.posttraining.preference.config import PreferenceConfig  # noqa: E402
 from bessemer.posttraining.preference.objective import target_log_probs  # noqa: E402
-from bessemer.posttraining.preference.packing import pack_pairs  # noqa: E402
 from bessemer.posttraining.preference.stage import preference  # noqa: E402
-from bessemer.posttraining.reward.config import RewardConfig  # noqa: E402
-from bessemer.posttraining.reward.stage import reward  # noqa: E402
-from bessemer.posttraining.splits import opening, split_examples  # noqa: E402
+from bessemer.posttraining.rewards.config import RewardConfig  # noqa: E402
+from bessemer.posttraining.rewards.stage import reward  # noqa: E402
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
 from bessemer.training.objectives import token_losses  # noqa: E402
 from evaluation_agreement import WORK  # noqa: E402

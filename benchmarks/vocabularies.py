@@ -14,7 +14,7 @@ from pathlib import Path
 
 import bessemer
 import recording
-from bessemer.model.formats.exchange import find_model, import_model
+from bessemer.model.formats import find_model, import_model
 from bessemer.tokenization.measure import by_domain
 
 #: Source that the result depends on: later commits to it make the result stale (`tables.py`).

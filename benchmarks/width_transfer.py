@@ -21,15 +21,14 @@ from typing import Any
 import torch
 
 import recording
-from bessemer.core.hashing import hash_value
-from bessemer.core.seeds import derive_seed
+from bessemer.core.hashing import derive_seed, hash_value
 from bessemer.core.store import read_json, write_json
 from bessemer.model.config import ModelConfig
 from bessemer.model.device import is_fast
 from bessemer.model.initialisation import initial_decoder
 from bessemer.tokenization.shards import TokenShards
 from bessemer.training.data.batches import TokenBatches
-from bessemer.training.loop import DivergenceError, train
+from bessemer.training.job import DivergenceError, train
 from bessemer.training.monitoring.coordinate_check import coordinate_check, growth, widened
 from bessemer.training.optim.mup import scale_initial_weights, width_ratio
 from bessemer.training.pretrain_config import PretrainConfig

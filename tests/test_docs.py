@@ -156,7 +156,7 @@ def names_of(module: str) -> set[str]:
         ("from bessemer import Engine, Motor", ["bessemer.Motor"]),
         ("from bessemer.core.statistics import holm", []),
         ("from bessemer.core.statistic import holm", ["bessemer.core.statistic.holm"]),
-        ("from bessemer.core.packages import _secret", ["bessemer.core.packages._secret"]),
+        ("from bessemer.core.environment import _secret", ["bessemer.core.environment._secret"]),
     ],
 )
 def test_a_name_that_is_not_there_is_seen(code, missing):

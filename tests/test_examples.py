@@ -14,8 +14,8 @@ import bessemer
 from bessemer.cli.main import main
 from bessemer.core.usercode import load_user_function
 from bessemer.pipeline.recipe import load_recipe
-from bessemer.posttraining.conversations import read_conversations
-from bessemer.posttraining.finetuning.columns import find_columns
+from bessemer.posttraining.data.examples import read_conversations
+from bessemer.posttraining.sft.finetune_inputs import find_columns
 from tests.test_packaging import package_of, packages
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

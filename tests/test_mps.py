@@ -6,22 +6,20 @@ import pytest
 import torch
 from torch.nn import functional
 
-from bessemer.distributed.gradients import clip_gradients, local_squares
+from bessemer.distributed.collectives import clip_gradients, local_squares
 from bessemer.distributed.mesh import ALONE
 from bessemer.evaluation.quantisation import _of_targets
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
-from bessemer.model.quantisation.gptq import gptq
-from bessemer.model.quantisation.schemes.base import Codes
-from bessemer.model.quantisation.schemes.int4 import Int4
-from bessemer.model.quantisation.schemes.w8a8 import W8A8, int8_product, integer_product
-from bessemer.model.quantisation.statistics import Statistics
+from bessemer.model.quantisation.base import Codes
+from bessemer.model.quantisation.calibration import Statistics
+from bessemer.model.quantisation.quantise import gptq
+from bessemer.model.quantisation.schemes import W8A8, Int4, int8_product, integer_product
 from bessemer.training.data.batches import Batch
 from bessemer.training.model_setup import prepare_model
-from bessemer.training.moe_losses import balance_experts, router_losses, routing_metrics, visits_by_layer
 from bessemer.training.monitoring.diagnostics import Diagnostics
-from bessemer.training.objectives import next_token_loss
-from bessemer.training.optim.build import build_optimizers
+from bessemer.training.objectives import balance_experts, next_token_loss, router_losses, routing_metrics, visits_by_layer
+from bessemer.training.optim.optimizers import build_optimizers
 from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.runtime import Runtime
 from bessemer.training.trainer import Trainer

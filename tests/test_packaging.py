@@ -11,7 +11,7 @@ import pytest
 from ruamel.yaml import YAML
 
 import bessemer
-from bessemer.core.packages import EXTRAS
+from bessemer.core.environment import EXTRAS
 from bessemer.pipeline.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -64,8 +64,8 @@ def test_a_server_that_has_no_data_engine_evaluates_quantises_and_serves():
     code = (
         "import sys\n"
         f"sys.modules.update(dict.fromkeys({missing}))\n"
-        "import bessemer.evaluation.tasks, bessemer.evaluation.judges, bessemer.evaluation.model_identity\n"
-        "import bessemer.evaluation.quantisation, bessemer.views.task_results, bessemer.views.terminal\n"
+        "import bessemer.evaluation.tasks, bessemer.evaluation.tasks, bessemer.evaluation.evaluation_folder\n"
+        "import bessemer.evaluation.quantisation, bessemer.views.terminal, bessemer.views.terminal\n"
         "import bessemer.serving.server, bessemer.webapp.app, bessemer.inspection.inspect\n"
         "from bessemer.evaluation.contamination import find_corpus\n"
         "print('all are there')"
@@ -79,8 +79,8 @@ def test_an_environment_that_trains_needs_no_data_engine_to_fine_tune():
     code = (
         "import sys\n"
         f"sys.modules.update(dict.fromkeys({missing}))\n"
-        "import bessemer.posttraining.finetuning.run, bessemer.posttraining.finetuning.verdict, bessemer.model.tuned_folder\n"
-        "from bessemer.posttraining.splits import are_held_out\n"
+        "import bessemer.posttraining.sft.finetune, bessemer.posttraining.sft.report, bessemer.model.storage.tuned_folder\n"
+        "from bessemer.posttraining.data.splitting import are_held_out\n"
         "print(sum(are_held_out([f'Where is order {number} of mine, which is late?' for number in range(50)], 0.5, 7)) > 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

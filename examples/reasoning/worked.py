@@ -4,7 +4,7 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-from bessemer.tasks.generated.arithmetic import Difficulty, arithmetic_items
+from bessemer.tasks.generated_items import Difficulty, arithmetic_items
 
 #: As in `sums.yaml`, whose first items these are.
 SUMS = Difficulty(digits=2, terms=3, operators="+")

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from bessemer.data.extraction.extract import extract
     from bessemer.inference.engine import Engine
     from bessemer.inference.sampling.sampler import SamplingParams
-    from bessemer.model.folder import load_model
+    from bessemer.model.storage.folder import load_model
     from bessemer.pipeline.api import refine, run
     from bessemer.tokenization.tokenizer import load_tokenizer
 
@@ -36,7 +36,7 @@ _PUBLIC = {
     "Engine": ("bessemer.inference.engine", "torch"),
     "SamplingParams": ("bessemer.inference.sampling.sampler", "torch"),
     "extract": ("bessemer.data.extraction.extract", "numba"),
-    "load_model": ("bessemer.model.folder", "torch"),
+    "load_model": ("bessemer.model.storage.folder", "torch"),
     "load_tokenizer": ("bessemer.tokenization.tokenizer", "tokenizers"),
     "refine": ("bessemer.pipeline.api", "pyarrow"),
     "run": ("bessemer.pipeline.api", "pydantic"),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from bessemer.assistant.events import Event, TextDelta, ThinkingDelta
 from bessemer.assistant.generation import Delta
+from bessemer.assistant.messages import Event, TextDelta, ThinkingDelta
 from bessemer.assistant.tools import Tool
 
 

@@ -3,13 +3,11 @@
 import pytest
 import torch
 
-from bessemer.assistant.assistant import Assistant
+from bessemer.assistant.assistant import Assistant, EngineModel
 from bessemer.assistant.config import AssistantConfig
 from bessemer.assistant.conversation import Conversation
-from bessemer.assistant.events import Called, MessageEnd, TextDelta, ThinkingDelta, TurnEnd
 from bessemer.assistant.hooks import Hook, Refuse
-from bessemer.assistant.messages import Message
-from bessemer.assistant.models import EngineModel
+from bessemer.assistant.messages import Called, Message, MessageEnd, TextDelta, ThinkingDelta, TurnEnd
 from bessemer.assistant.tools import Tool, ToolChoice
 from bessemer.inference.engine import Engine
 from bessemer.inference.sampling.params import SamplingParams

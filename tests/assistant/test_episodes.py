@@ -5,13 +5,11 @@ import math
 import pytest
 import torch
 
-from bessemer.assistant.assistant import Assistant
+from bessemer.assistant.assistant import Assistant, EngineModel
 from bessemer.assistant.config import AssistantConfig
 from bessemer.assistant.conversation import Conversation
-from bessemer.assistant.environment import Step
-from bessemer.assistant.episodes import play
+from bessemer.assistant.episodes import Step, play
 from bessemer.assistant.messages import Message
-from bessemer.assistant.models import EngineModel
 from bessemer.assistant.tools import Tool
 from bessemer.inference.engine import Engine, SamplingParams
 from tests.assistant.scripted import WEATHER, call_text

@@ -12,7 +12,7 @@ import pytest
 import tokenizers
 
 from bessemer.assistant.grammar import OfferedTool, Rules, Wanted
-from bessemer.assistant.json_calls import ParsedCall
+from bessemer.assistant.parser import ParsedCall
 from bessemer.assistant.tool_formats import TOOL_FORMATS
 from bessemer.inference.sampling.grammar import GrammarCompiler
 from bessemer.inference.sampling.params import SamplingParams

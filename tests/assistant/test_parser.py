@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bessemer.assistant.events import BadCall, TextDelta, ThinkingDelta
+from bessemer.assistant.messages import BadCall, TextDelta, ThinkingDelta
 from bessemer.assistant.parser import OutputParser
 from bessemer.assistant.tool_formats import TOOL_FORMATS, ParsedCall, format_of_template
 from bessemer.tokenization.chat_templates import CHAT_TEMPLATES

@@ -5,24 +5,25 @@ import re
 
 import pytest
 
-from bessemer.assistant.assistant import Assistant
-from bessemer.assistant.config import AssistantConfig
+from bessemer.assistant.assistant import ApiModel, Assistant
+from bessemer.assistant.config import AssistantConfig, Principal
 from bessemer.assistant.conversation import Conversation
-from bessemer.assistant.events import (
+from bessemer.assistant.grammar import ThinkingTokens
+from bessemer.assistant.hooks import Deny, Hook, Pass, Refuse, Retry, Wait
+from bessemer.assistant.messages import (
     BadCall,
     Called,
+    Message,
     MessageEnd,
+    Part,
     Returned,
     RolledBack,
     TextDelta,
     ThinkingDelta,
+    ToolCall,
     TurnEnd,
+    as_messages,
 )
-from bessemer.assistant.hooks import Deny, Hook, Pass, Refuse, Retry, Wait
-from bessemer.assistant.messages import Message, Part, ToolCall, as_messages
-from bessemer.assistant.models import ApiModel
-from bessemer.assistant.principal import Principal
-from bessemer.assistant.thinking import ThinkingTokens
 from bessemer.assistant.tools import Tool, ToolResult
 from bessemer.core.chat_client import ChatClient
 from bessemer.core.errors import ConfigError, RequestError

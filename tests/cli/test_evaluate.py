@@ -9,9 +9,9 @@ import urllib.error
 
 import pytest
 
-from bessemer.core.json_lines import json_lines
+from bessemer.core.records import json_lines
 from bessemer.model.config import ModelConfig
-from bessemer.model.folder import save_model
+from bessemer.model.storage.folder import save_model
 from bessemer.tasks import downloads
 from bessemer.tasks.registry import TASKS
 from tests.cli.test_main import bessemer, one_error

@@ -6,7 +6,7 @@ import pytest
 
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
-from bessemer.model.folder import save_model
+from bessemer.model.storage.folder import save_model
 from bessemer.pipeline.api import prepare
 from bessemer.pipeline.own_text import OwnText, find_text
 from bessemer.pipeline.recipe import load_recipe

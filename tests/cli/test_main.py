@@ -152,7 +152,7 @@ COMMANDS_OF_A_MODEL = (
 def test_every_command_names_the_one_that_fetches_a_model(capsys, tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("BESSEMER_MODELS", raising=False)
-    monkeypatch.setattr("bessemer.model.formats.exchange.find_packaged_smollm2", lambda: None)
+    monkeypatch.setattr("bessemer.model.formats.find_packaged_smollm2", lambda: None)
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     for name in ("smollm2", "Qwen/Qwen3-0.6B@main"):
         code, _, err = bessemer(capsys, command[0], name, *command[1:])

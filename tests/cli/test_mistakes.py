@@ -18,12 +18,12 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
-from bessemer.core.new_folder import alone_in
-from bessemer.model.adapter_folder import write_adapter
+from bessemer.core.store import alone_in
+from bessemer.model.adapters.folder import write_adapter
 from bessemer.model.config import ModelConfig
-from bessemer.model.folder import load_model, save_model
 from bessemer.model.formats.gguf_export import export_gguf
 from bessemer.model.initialisation import initial_decoder
+from bessemer.model.storage.folder import load_model, save_model
 from tests.cli.test_main import bessemer, one_error
 from tests.model.random_adapters import random_adapter
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer

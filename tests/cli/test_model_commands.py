@@ -15,16 +15,15 @@ from huggingface_hub import errors
 from bessemer.cli import quantize
 from bessemer.core.store import read_json, write_json
 from bessemer.inference.engine import Engine, SamplingParams
-from bessemer.model.checkpoints import WEIGHTS_INDEX
+from bessemer.model import formats as exchange
 from bessemer.model.config import ModelConfig
-from bessemer.model.folder import load_model, save_model
-from bessemer.model.folder_config import read_end_tokens
-from bessemer.model.formats import exchange
 from bessemer.model.initialisation import initial_decoder
+from bessemer.model.storage.folder import load_model, read_end_tokens, save_model
+from bessemer.model.storage.library import WEIGHTS_INDEX
 from bessemer.serving import server
+from bessemer.tokenization.control_tokens import FILL_IN_THE_MIDDLE_SPELLINGS
 from bessemer.tokenization.formats.gguf_metadata import read_head
-from bessemer.tokenization.infill import infill_prompt
-from bessemer.tokenization.special import FILL_IN_THE_MIDDLE_SPELLINGS
+from bessemer.tokenization.prompts import infill_prompt
 from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.webapp import app as webapp
 from tests.cli.test_main import bessemer, one_error

@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import planning
 from bessemer.model.config import preset_config
 from bessemer.model.decoder import Decoder
-from bessemer.model.folder import save_model
+from bessemer.model.storage.folder import save_model
 from bessemer.pipeline.planning import planned
 from bessemer.pipeline.recipe import load_recipe, shipped_recipes
 from bessemer.scaling.hardware import find_card

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bessemer.model.config import ModelConfig
-from bessemer.model.folder import save_model
+from bessemer.model.storage.folder import save_model
 from tests.cli.test_main import bessemer, one_error
 from tests.model.randomised import random_decoder
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer

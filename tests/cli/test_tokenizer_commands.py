@@ -4,8 +4,8 @@ import pytest
 
 from bessemer.core.store import read_json
 from bessemer.model.config import ModelConfig
-from bessemer.model.folder import load_model, save_model
 from bessemer.model.initialisation import initial_decoder
+from bessemer.model.storage.folder import load_model, save_model
 from bessemer.tokenization.tokenizer import load_tokenizer
 from tests.cli.test_main import bessemer, one_error
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer

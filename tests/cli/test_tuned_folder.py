@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from bessemer.core.store import read_json, write_json
+from bessemer.inference.build import open_model
 from bessemer.inference.config import EngineConfig
 from bessemer.inference.engine import Engine, SamplingParams
-from bessemer.inference.loading import open_model
-from bessemer.model.adapter_folder import read_adapter, write_adapter
-from bessemer.model.folder import load_model, save_model
-from bessemer.model.trained_adapters import merged
-from bessemer.model.tuned_folder import place_of_base
+from bessemer.model.adapters.folder import read_adapter, write_adapter
+from bessemer.model.adapters.trained import merged
+from bessemer.model.storage.folder import load_model, save_model
+from bessemer.model.storage.tuned_folder import place_of_base
 from bessemer.serving import server
-from bessemer.serving.shelf import size_of
+from bessemer.serving.runtime.models import size_of
 from tests.cli.test_main import bessemer, one_error
 from tests.model.random_adapters import random_adapter
 from tests.model.randomised import SHAPES, random_decoder

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bessemer.core.errors import ArtefactError, StorageError, as_storage_error, as_user_error, asked_memory, writing_to
-from bessemer.core.new_folder import new_file, new_folder
+from bessemer.core.store import new_file, new_folder
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bessemer.core.figures import duration, label, percent, short_count, short_number, shown, size
+from bessemer.core.metrics import duration, label, percent, short_count, short_number, shown, size
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.42, "0.4 s"), (48, "48 s"), (372, "6 min 12 s"), (11100, "3 h 05 min")])

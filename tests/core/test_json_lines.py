@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from bessemer.core.json_lines import json_lines
+from bessemer.core.records import json_lines
 
 
 def test_a_line_ends_at_a_line_feed_alone():

@@ -6,14 +6,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from bessemer.core import packages
-from bessemer.core.packages import install_advice, install_extra
+from bessemer.core import environment
+from bessemer.core.environment import install_advice, install_extra
 
 
 @pytest.fixture
 def installed(monkeypatch, tmp_path):
     """A bessemer in site-packages; gives what its installer recorded of its origin."""
-    monkeypatch.setattr(packages, "__file__", str(tmp_path / "lib" / "site-packages" / "bessemer" / "core" / "packages.py"))
+    monkeypatch.setattr(
+        environment, "__file__", str(tmp_path / "lib" / "site-packages" / "bessemer" / "core" / "environment.py")
+    )
 
     def record(**origin):
         read_text = {"direct_url.json": json.dumps(origin) if origin else None}.get
@@ -23,7 +25,7 @@ def installed(monkeypatch, tmp_path):
 
 
 def test_in_a_checkout_the_extra_is_added_to_the_checkout(monkeypatch, tmp_path):
-    checkout = Path(packages.__file__).parents[3]
+    checkout = Path(environment.__file__).parents[3]
     monkeypatch.chdir(tmp_path)
     assert install_extra("data") == f"pip install --editable '{checkout}[data]'"
     monkeypatch.chdir(checkout)

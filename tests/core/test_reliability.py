@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from bessemer.core.reliability import choice_probability, reliability, reliability_curves, reliability_table
+from bessemer.core.statistics import choice_probability, reliability, reliability_curves, reliability_table
 
 
 def test_a_case_by_hand():

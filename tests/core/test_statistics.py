@@ -5,8 +5,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bessemer.core.statistics import Estimate, holm, mean_estimate, mean_of_estimates, paired_difference
-from bessemer.core.student_t import two_sided_p, two_sided_quantile
+from bessemer.core.statistics import (
+    Estimate,
+    holm,
+    mean_estimate,
+    mean_of_estimates,
+    paired_difference,
+    two_sided_p,
+    two_sided_quantile,
+)
 
 REPETITIONS = 1_000
 #: Passages with one to thirty questions each.

@@ -108,7 +108,7 @@ class Pip:
 def pip(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> Pip:
     """A package index that holds the wheel, without a process for each download."""
     pip = Pip(wheel)
-    monkeypatch.setattr("bessemer.data.sources.origins.lock.subprocess", SimpleNamespace(run=pip.run))
+    monkeypatch.setattr("bessemer.data.sources.docs.subprocess", SimpleNamespace(run=pip.run))
     return pip
 
 

@@ -7,8 +7,9 @@ import unicodedata
 
 from hypothesis import settings
 
-from bessemer.data.text import characters, scripts
-from bessemer.data.text.english import UNITS, special_words
+from bessemer.data.text import characters
+from bessemer.data.text import characters as scripts
+from bessemer.data.text.word_rules import UNITS, special_words
 
 #: The first call of a loop compiles it.
 compiling = settings(deadline=None)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bessemer.data.edits.boilerplate import Boilerplate, boilerplate
+from bessemer.data.edits.line_removal import Boilerplate, boilerplate
 from bessemer.data.edits.registry import edit_plugin
 from bessemer.data.plugins import arrow_types
 from bessemer.data.text.texts import Texts

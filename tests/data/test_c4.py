@@ -6,10 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bessemer.data.edits.c4_lines import c4_lines, c4_terminal_lines
-from bessemer.data.edits.config import C4Lines
-from bessemer.data.edits.registry import edit_plugin
-from bessemer.data.filters.c4 import c4
+from bessemer.data.edits.line_removal import c4_lines, c4_terminal_lines
+from bessemer.data.edits.registry import C4Lines, edit_plugin
+from bessemer.data.filters.heuristics import c4
 from bessemer.data.filters.registry import filter_plugin
 from bessemer.data.plugins import arrow_types
 from bessemer.data.text.texts import Texts

@@ -12,17 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bessemer.core.errors import ArtefactError, ConfigError, SourceError
-from bessemer.data.classifier.config import ClassifierConfig
-from bessemer.data.classifier.features import Features, features_of, summed
-from bessemer.data.classifier.model import (
+from bessemer.data.filters.classifier import (
+    Features,
     classifier_columns,
     classifier_meaning,
     classifier_scores,
+    features_of,
     load_classifier,
     sigmoid,
+    summed,
 )
-from bessemer.data.classifier.reading import read_examples
-from bessemer.data.classifier.training import area_under_curve, fit, train_classifier
+from bessemer.data.filters.classifier_training import ClassifierConfig, area_under_curve, fit, read_examples, train_classifier
 from bessemer.data.text.texts import Texts
 
 SMALL = ClassifierConfig(bits=12, passes=4)

@@ -13,9 +13,8 @@ from bessemer.data.config import CleanConfig, CollectConfig
 from bessemer.data.corpus.reader import document_schema, iterate_documents
 from bessemer.data.edits.registry import EDITS
 from bessemer.data.filters.registry import FILTERS
-from bessemer.data.sources.http.fetch import Clock
-from bessemer.data.stages.clean import clean
-from bessemer.data.stages.clean_steps import FAILED, _UserCall, edit, outside_files, scorer
+from bessemer.data.sources.io.fetch import Clock
+from bessemer.data.stages.clean import FAILED, _UserCall, clean, edit, outside_files, scorer
 from bessemer.data.stages.collect import collect
 from bessemer.data.text.texts import Texts
 

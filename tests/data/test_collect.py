@@ -11,12 +11,11 @@ from bessemer.core.hashing import hash_files, hash_value
 from bessemer.core.progress import PlainLines
 from bessemer.data.config import COLLECT_VERSION, CollectConfig, SelectConfig
 from bessemer.data.corpus import staging
-from bessemer.data.corpus.holdout import Splitter
 from bessemer.data.corpus.reader import VALIDATION, iterate_documents
-from bessemer.data.sources.build import source_fingerprint
-from bessemer.data.sources.origins import python_docs
-from bessemer.data.sources.origins.user import UserFunction
-from bessemer.data.stages.collect import collect
+from bessemer.data.sources import python_docs
+from bessemer.data.sources.registry import source_fingerprint
+from bessemer.data.sources.user import UserFunction
+from bessemer.data.stages.collect import Splitter, collect
 from bessemer.data.stages.select import select
 from tests.cases import slow
 

@@ -7,7 +7,7 @@ import pytest
 
 from bessemer.core.errors import ConfigError
 from bessemer.data.config import CleanConfig, CollectConfig, DeduplicateConfig, SelectConfig, source_name
-from bessemer.data.thresholds.languages import Languages
+from bessemer.data.plugins import Languages
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ from bessemer.data.corpus.reader import (
     document_schema,
     iterate_documents,
 )
-from bessemer.data.corpus.text_hash import hash_text, hash_texts
 from bessemer.data.corpus.writer import DocumentWriter, write_documents
+from bessemer.data.text.texts import hash_text, hash_texts
 
 
 def rows(numbers, split="train", schema=SCHEMA):

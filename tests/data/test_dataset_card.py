@@ -5,11 +5,10 @@ import json
 import pytest
 
 from bessemer.data.config import CollectConfig, SelectConfig
+from bessemer.data.corpus.dataset_card import StageRecord, dataset_card, lineage, write_card
 from bessemer.data.edits.registry import EDITS
-from bessemer.data.filters.registry import FILTERS
-from bessemer.data.reports.column_descriptions import column_description
-from bessemer.data.reports.dataset_card import StageRecord, dataset_card, lineage, write_card
-from bessemer.data.stages.clean_steps import edit, scorer
+from bessemer.data.filters.registry import FILTERS, column_description
+from bessemer.data.stages.clean import edit, scorer
 from bessemer.data.stages.collect import collect
 from bessemer.data.stages.select import select
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from bessemer.data.edits.c4_lines import c4_lines
-from bessemer.data.edits.config import C4Lines
-from bessemer.data.filters.c4 import c4
-from bessemer.data.filters.fineweb import fineweb
-from bessemer.data.filters.gopher import gopher_quality
-from bessemer.data.filters.gopher_repetition import gopher_repetition
+from bessemer.data.edits.line_removal import c4_lines
+from bessemer.data.edits.registry import C4Lines
+from bessemer.data.filters.heuristics import c4, fineweb, gopher_quality, gopher_repetition
+from bessemer.data.filters.registry import preset
+from bessemer.data.plugins import Languages
 from bessemer.data.text.texts import Texts
-from bessemer.data.thresholds.apply import rejection_reasons
-from bessemer.data.thresholds.languages import Languages
-from bessemer.data.thresholds.presets import preset
+from bessemer.data.thresholds import rejection_reasons
 
 filters = pytest.importorskip("datatrove.pipeline.filters", reason="beside datatrove")
 Document = pytest.importorskip("datatrove.data", reason="beside datatrove").Document

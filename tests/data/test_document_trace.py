@@ -12,9 +12,9 @@ import pytest
 import bessemer
 from bessemer.core.progress import Silent
 from bessemer.data.config import CleanConfig, CollectConfig, DeduplicateConfig, SelectConfig
-from bessemer.data.reports import mixture_stats
-from bessemer.data.sources.document import Document
+from bessemer.data.sources.source import Document
 from bessemer.data.stages import collect as collecting
+from bessemer.data.stages import mixture as mixture_stats
 from bessemer.data.stages import transform as transforming
 from bessemer.data.stages.clean import clean
 from bessemer.data.stages.collect import collect

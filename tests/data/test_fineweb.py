@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bessemer.data.filters.fineweb import fineweb
+from bessemer.data.filters.heuristics import fineweb
 from bessemer.data.filters.registry import filter_plugin
 from bessemer.data.plugins import arrow_types
 from bessemer.data.text.texts import Texts

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from bessemer.data.corpus.reader import SCHEMA
 from bessemer.data.corpus.writer import write_documents
-from bessemer.data.reports.histograms import beside_limits
-from bessemer.data.thresholds.languages import Languages, MeantFor
+from bessemer.data.plugins import Languages, MeantFor
+from bessemer.data.thresholds import beside_limits
 
 
 def folder_of(path, values, languages=None, language_scores=None):

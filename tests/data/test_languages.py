@@ -15,21 +15,19 @@ import pytest
 
 from bessemer.data.config import SelectConfig
 from bessemer.data.corpus.writer import write_documents
-from bessemer.data.deduplication.exact import normalise_url
+from bessemer.data.deduplication.methods import normalise_url
 from bessemer.data.deduplication.passages import passages
-from bessemer.data.edits.c4_lines import c4_lines, c4_terminal_lines
-from bessemer.data.edits.config import C4Lines
+from bessemer.data.edits.line_removal import c4_lines, c4_terminal_lines
 from bessemer.data.edits.personal_data import personal_data
+from bessemer.data.edits.registry import C4Lines
 from bessemer.data.edits.secrets import secrets
-from bessemer.data.filters.gopher import gopher_quality
+from bessemer.data.filters.heuristics import gopher_quality
 from bessemer.data.filters.registry import OWN_FILTERS
-from bessemer.data.reports.histograms import beside_limits
-from bessemer.data.sources.http.fetch import normal_url
-from bessemer.data.stages.explain import explain
-from bessemer.data.stages.refine import refine
+from bessemer.data.plugins import Languages, limits_by_language
+from bessemer.data.sources.io.fetch import normal_url
+from bessemer.data.stages.in_memory import explain, refine
 from bessemer.data.text.texts import Texts
-from bessemer.data.thresholds.apply import rejection_reasons
-from bessemer.data.thresholds.languages import Languages, limits_by_language
+from bessemer.data.thresholds import beside_limits, rejection_reasons
 
 LINES = (Path(__file__).with_name("declaration.jsonl")).read_text(encoding="utf-8").splitlines()
 PARAGRAPHS: dict[str, list[str]] = {}

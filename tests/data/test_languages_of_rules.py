@@ -9,16 +9,13 @@ import pytest
 import yaml
 
 from bessemer.data.config import SelectConfig
-from bessemer.data.edits.c4_lines import c4_lines, c4_terminal_lines
-from bessemer.data.edits.config import C4Lines
-from bessemer.data.filters.registry import OWN_FILTERS
-from bessemer.data.plugins import NO_LIMIT
-from bessemer.data.stages.explain import explain
-from bessemer.data.stages.refine import refine
+from bessemer.data.edits.line_removal import c4_lines, c4_terminal_lines
+from bessemer.data.edits.registry import C4Lines
+from bessemer.data.filters.registry import OWN_FILTERS, meant_for
+from bessemer.data.plugins import NO_LIMIT, Languages, MeantFor
+from bessemer.data.stages.in_memory import explain, refine
 from bessemer.data.text.texts import Texts
-from bessemer.data.thresholds.apply import rejection_reasons
-from bessemer.data.thresholds.languages import Languages, MeantFor
-from bessemer.data.thresholds.presets import meant_for
+from bessemer.data.thresholds import rejection_reasons
 
 GERMAN = """\
 Der Hochofen steht am Rand der alten Stadt, und wer am frühen Morgen über die Brücke geht, sieht den hellen Schein des Abstichs.

@@ -13,12 +13,11 @@ from bessemer.core.errors import ArtefactError, StorageError
 from bessemer.core.object_storage import ObjectPath
 from bessemer.core.store import read_json
 from bessemer.data.config import CleanConfig, CollectConfig, DeduplicateConfig, SelectConfig
-from bessemer.data.corpus.lookup import find_document
-from bessemer.data.corpus.reader import document_files, iterate_documents
+from bessemer.data.corpus.reader import document_files, find_document, iterate_documents
 from bessemer.data.corpus.remote import INDEX, documents_at_hand
 from bessemer.data.engine import run_tasks
-from bessemer.data.reports import mixture_stats
 from bessemer.data.stages import collect as collecting
+from bessemer.data.stages import mixture as mixture_stats
 from bessemer.data.stages import transform as transforming
 from bessemer.data.stages.clean import clean
 from bessemer.data.stages.collect import collect

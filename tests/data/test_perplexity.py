@@ -12,9 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bessemer.core.errors import ArtefactError, SourceError
-from bessemer.data.filters.perplexity import perplexity_scores
 from bessemer.data.filters.registry import PERPLEXITY
-from bessemer.data.filters.word_model import WordModelConfig, fit_words, load_word_model, train_word_model
+from bessemer.data.filters.word_model import WordModelConfig, fit_words, load_word_model, perplexity_scores, train_word_model
 from bessemer.data.plugins import arrow_types
 from bessemer.data.text.texts import Texts
 

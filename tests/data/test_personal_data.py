@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 
 from bessemer.data.edits.personal_data import PersonalData, find_personal_data, iban_valid, luhn, personal_data
 from bessemer.data.edits.registry import edit_plugin
-from bessemer.data.edits.spans import replaced, without_overlaps
 from bessemer.data.plugins import arrow_types
-from bessemer.data.text.texts import Texts
+from bessemer.data.text.texts import Texts, replaced, without_overlaps
 
 PARTS = [
     "+49 30 1234567",

@@ -10,10 +10,9 @@ from bessemer.core.errors import ConfigError
 from bessemer.core.registry import plugin_versions
 from bessemer.data.config import CleanConfig
 from bessemer.data.corpus.reader import iterate_documents
-from bessemer.data.reports.column_descriptions import column_description
-from bessemer.data.sources.build import source_fingerprint
-from bessemer.data.stages.clean import clean
-from bessemer.data.stages.clean_steps import scorers
+from bessemer.data.filters.registry import column_description
+from bessemer.data.sources.registry import source_fingerprint
+from bessemer.data.stages.clean import clean, scorers
 from bessemer.data.stages.collect import collect
 from bessemer.data.stages.deduplicate import deduplicate
 from bessemer.data.stages.select import select
@@ -40,7 +39,7 @@ from typing import Literal
 
 from bessemer.core.config import Config, setting
 from bessemer.data.plugins import Column, EditPlugin, FilterPlugin, MethodPlugin, SourcePlugin
-from bessemer.data.sources.config import SourceSettings
+from bessemer.data.sources.registry import SourceSettings
 
 
 class Shouts(SourceSettings):
@@ -77,7 +76,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bessemer.data.deduplication.removals import DuplicateRemovals
-from bessemer.data.sources.document import Document
+from bessemer.data.sources.source import Document
 from bessemer.data.sources.source import Unit, counted
 
 

@@ -7,7 +7,7 @@ import pytest
 import bessemer
 from bessemer.core.errors import ConfigError
 from bessemer.data.deduplication.methods import _embedded
-from bessemer.data.sources.http.fetch import Clock
+from bessemer.data.sources.io.fetch import Clock
 
 
 def test_tables_go_in_and_kept_and_rejected_tables_come_out(prose):

@@ -8,16 +8,16 @@ from hypothesis import strategies as st
 
 from bessemer.core.errors import ConfigError
 from bessemer.data.config import SelectConfig
-from bessemer.data.filters import hazards, model_written, spam, toxicity, urls
-from bessemer.data.filters.model_written import _variety
+from bessemer.data.filters import urls
+from bessemer.data.filters import word_list_scores as hazards
+from bessemer.data.filters import word_list_scores as model_written
+from bessemer.data.filters import word_list_scores as spam
+from bessemer.data.filters import word_list_scores as toxicity
 from bessemer.data.filters.registry import HAZARD_CATEGORIES, filter_plugin
-from bessemer.data.filters.surface import surface
-from bessemer.data.filters.words import words_scorer
-from bessemer.data.plugins import arrow_types, limits_of
+from bessemer.data.filters.word_list_scores import _variety, surface, words_scorer
+from bessemer.data.plugins import LANGUAGE_SCORES, USUAL_LANGUAGE_SCORE, arrow_types, limits_of
 from bessemer.data.text.texts import Texts
-from bessemer.data.thresholds.languages import LANGUAGE_SCORES, USUAL_LANGUAGE_SCORE
-from bessemer.data.word_lists.reading import Category
-from bessemer.data.word_lists.term_matcher import TermMatcher
+from bessemer.data.word_lists.term_matcher import Category, TermMatcher
 
 SCORERS = [
     (toxicity.toxicity, toxicity),

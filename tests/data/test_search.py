@@ -6,8 +6,8 @@ import pytest
 from bessemer.core.errors import RequestError
 from bessemer.data.corpus.reader import SCHEMA, VALIDATION, document_id
 from bessemer.data.corpus.search import Query, duplicate_groups, facets, passages, ranked, search
-from bessemer.data.corpus.text_hash import hash_text
 from bessemer.data.corpus.writer import write_documents
+from bessemer.data.text.texts import hash_text
 
 REASONS = (None, "gopher: words 29 < 50", "gopher: words 3 < 50", "language: de 0.93")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bessemer.core.report import Cell, Documents, Folded, Histogram, RunReport, StageReport, Table
-from bessemer.data.reports.section import (
+from bessemer.data.report import (
     before_and_after,
     corpus_parts,
     groups_tables,

@@ -5,7 +5,7 @@ import math
 import pyarrow as pa
 
 from bessemer.data.corpus.reader import SCHEMA
-from bessemer.data.reports.stage_stats import PartStats, stage_stats
+from bessemer.data.corpus.stats import PartStats, stage_stats
 
 SCORED = SCHEMA.append(pa.field("mine", pa.float64())).append(pa.field("edit_found", pa.int64()))
 

@@ -11,7 +11,7 @@ from bessemer.data.corpus import staging
 from bessemer.data.corpus.reader import SCHEMA, bucket_of
 from bessemer.data.corpus.staging import BucketRows, Head, in_order_of_ids, segment_files, write_segments
 from bessemer.data.corpus.writer import batch_slices, taken
-from bessemer.data.sources.document import Document, Tally
+from bessemer.data.sources.source import Document, Tally
 
 
 @pytest.fixture

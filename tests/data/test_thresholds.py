@@ -3,9 +3,9 @@ from __future__ import annotations
 import pyarrow as pa
 import pytest
 
-from bessemer.data.thresholds.apply import display_name, rejection_reasons, rule_of
-from bessemer.data.thresholds.languages import Languages
-from bessemer.data.thresholds.presets import OWN_PRESETS, preset
+from bessemer.data.filters.registry import OWN_PRESETS, preset
+from bessemer.data.plugins import Languages
+from bessemer.data.thresholds import display_name, rejection_reasons, rule_of
 
 
 def reason(limits, languages=Languages(), **scores):  # noqa: B008

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from bessemer.core.errors import ConfigError
 from bessemer.data.text.texts import Texts
 from bessemer.data.word_lists.automaton import FoldedTerms, Literals
-from bessemer.data.word_lists.reading import Category, packaged_list, read_list
-from bessemer.data.word_lists.term_matcher import Hit, TermMatcher, term_matcher_of
+from bessemer.data.word_lists.term_matcher import Category, Hit, TermMatcher, packaged_list, read_list, term_matcher_of
 
 PACKAGED = sorted({file.stem for file in packaged_list("toxicity").parent.glob("*.yaml")} - {"urls"})
 

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from bessemer.data.text.english import special_words
-from bessemer.data.text.tables import hash_bytes
+from bessemer.data.text.compiled import fnv_hash
 from bessemer.data.text.texts import Texts
+from bessemer.data.text.word_rules import special_words
 from bessemer.data.text.words import BEGINS_LINE, ENDS_SENTENCE, HAS_LETTER, IS_PUNCTUATION, IS_WORD
 from tests.data import plain_python
 from tests.data.plain_python import compiling
@@ -92,7 +92,7 @@ def test_what_is_known_of_each_word(text):
         }
         assert {bit: bool(words.traits[index] & bit) for bit in expected} == expected
         data = Texts.of([word]).data
-        assert words.hashes[index] == hash_bytes(data, 0, len(data))
+        assert words.hashes[index] == fnv_hash(data, 0, len(data))
 
 
 @pytest.mark.parametrize("character", list("(.-@a' \n1:\x00é😀"))

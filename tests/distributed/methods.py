@@ -9,23 +9,22 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from bessemer.core.metrics import read_metrics
-from bessemer.distributed.config import ParallelConfig
+from bessemer.distributed.layout import ParallelConfig
 from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
-from bessemer.posttraining.preference.kto import KTOObjective
+from bessemer.posttraining.data.packing import PairExample, pack_pair_examples
 from bessemer.posttraining.preference.losses import SIGMOID, PairLossSettings
-from bessemer.posttraining.preference.objective import PreferenceObjective
-from bessemer.posttraining.preference.packing import PairExample, pack_examples
-from bessemer.posttraining.reward.objective import RewardObjective
+from bessemer.posttraining.preference.objective import KTOObjective, PreferenceObjective
+from bessemer.posttraining.rewards.stage import RewardObjective
 from bessemer.training.data.batches import IGNORE_INDEX, Batch
 from bessemer.training.head import token_log_probs
-from bessemer.training.loop import METRICS, train
+from bessemer.training.job import METRICS, train
+from bessemer.training.model_roles import Trainee
 from bessemer.training.model_setup import prepare_model
 from bessemer.training.objectives import POLICY, Count, Metric, NextTokenObjective, Objective, Terms
 from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.runtime import Runtime
-from bessemer.training.trainee import Trainee
 
 from .parity import DENSE, SETTINGS, RandomBatches
 
@@ -216,7 +215,7 @@ class SharedPrompts(RandomBatches):
                 targets = np.where(np.arange(len(tokens)) < len(prompt) - 1, IGNORE_INDEX, np.roll(tokens, -1))
                 sides.append((tokens, targets))
             pairs.append(PairExample(*sides))
-        whole = pack_examples(pairs, length, 0, lambda _: self.batch_size, shares_prompts=True)
+        whole = pack_pair_examples(pairs, length, 0, lambda _: self.batch_size, shares_prompts=True)
         assert whole.visible_to_BT is not None
         return whole.rows(rows)
 

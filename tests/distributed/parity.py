@@ -6,15 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch.distributed.tensor import DTensor
 
-from bessemer.distributed.config import ParallelConfig
-from bessemer.distributed.layout import Layout
+from bessemer.distributed.layout import Layout, ParallelConfig
 from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
 from bessemer.training.data.batches import IGNORE_INDEX, Batch, StatelessBatches
 from bessemer.training.model_setup import prepare_model
 from bessemer.training.objectives import build_objective
-from bessemer.training.optim.build import build_optimizers
+from bessemer.training.optim.optimizers import build_optimizers
 from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.runtime import Runtime
 from bessemer.training.trainer import Trainer

@@ -9,13 +9,14 @@ from bessemer.core.metrics import read_metrics
 from bessemer.core.progress import Silent
 from bessemer.distributed.sharding import product_matrices
 from bessemer.model.config import ModelConfig
-from bessemer.model.folder import save_model
 from bessemer.model.initialisation import initial_decoder
-from bessemer.training import autotune, starting_model
-from bessemer.training import loop as training_loop
+from bessemer.model.storage.folder import save_model
+from bessemer.training import autotune
+from bessemer.training import job as training_loop
+from bessemer.training import model_setup as starting_model
 from bessemer.training.adapter_config import TuningConfig
 from bessemer.training.checkpoint.manager import CHECKPOINTS, checkpoint_weights, newest_checkpoint
-from bessemer.training.run import run_training
+from bessemer.training.job import run_training
 from tests.cases import slow
 
 from .parity import DENSE, SETTINGS, RandomBatches

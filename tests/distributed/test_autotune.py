@@ -7,8 +7,8 @@ import pytest
 
 from bessemer.core.progress import Silent
 from bessemer.model.config import ModelConfig
-from bessemer.model.folder import save_model
 from bessemer.model.initialisation import initial_decoder
+from bessemer.model.storage.folder import save_model
 from bessemer.training import autotune
 from bessemer.training.autotune import AUTOTUNE, StepTiming, prepare_run
 from bessemer.training.pretrain_config import PretrainConfig

@@ -7,15 +7,13 @@ import torch
 import torch.distributed as dist
 
 from bessemer.core.errors import ConfigError
-from bessemer.distributed import ring
-from bessemer.distributed.config import ParallelConfig
+from bessemer.distributed import context as ring
 from bessemer.distributed.context import ContextParallelRows
-from bessemer.distributed.layout import Layout
+from bessemer.distributed.layout import Layout, ParallelConfig
 from bessemer.distributed.mesh import ALONE, Mesh
-from bessemer.model.attention_backends import Scores, explicit
-from bessemer.model.attention_mask import attention_mask
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
+from bessemer.model.layers.attention_backends import Scores, attention_mask, explicit
 from bessemer.training.model_setup import prepare_model
 from bessemer.training.objectives import next_token_loss
 from bessemer.training.pretrain_config import PretrainConfig

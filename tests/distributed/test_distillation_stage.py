@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bessemer.model.folder import load_model
+from bessemer.model.storage.folder import load_model
 from bessemer.posttraining.distillation.config import DistillationConfig
 from bessemer.posttraining.distillation.stage import distill
 

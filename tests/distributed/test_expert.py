@@ -8,7 +8,7 @@ from bessemer.core.errors import ConfigError
 from bessemer.distributed.expert import dispatch_visits
 from bessemer.distributed.layout import Layout
 from bessemer.model.config import ModelConfig
-from bessemer.model.experts import ExpertWeights, one_by_one
+from bessemer.model.layers.feed_forward import ExpertWeights, one_by_one
 from tests.cases import slow
 
 from .parity import DENSE, assert_equal, trained

@@ -9,9 +9,9 @@ from bessemer.distributed.layout import Layout
 from bessemer.distributed.mesh import Mesh
 from bessemer.distributed.sharding import apply_fsdp
 from bessemer.model.config import ModelConfig
-from bessemer.model.experts import Experts
 from bessemer.model.initialisation import initial_decoder
-from bessemer.training.loop import METRICS, train
+from bessemer.model.layers.feed_forward import Experts
+from bessemer.training.job import METRICS, train
 from bessemer.training.objectives import POLICY
 from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.runtime import Runtime

@@ -6,22 +6,19 @@ from safetensors.torch import load_file, save_file
 
 from bessemer.core.errors import ArtefactError
 from bessemer.core.progress import Silent
-from bessemer.distributed.config import ParallelConfig
-from bessemer.distributed.loading import load_shards
-from bessemer.distributed.mesh import ALONE, Mesh
-from bessemer.distributed.shards import local
+from bessemer.distributed.layout import ParallelConfig
+from bessemer.distributed.mesh import ALONE, Mesh, local
+from bessemer.distributed.parallelize import load_shards
 from bessemer.model.config import ModelConfig
-from bessemer.model.folder import load_model, save_model
-from bessemer.model.folder_config import read_model_config
 from bessemer.model.initialisation import empty_decoder, initial_decoder
-from bessemer.model.stored_tensors import find_tensors
+from bessemer.model.storage.folder import load_model, read_model_config, save_model
+from bessemer.model.storage.weights import find_tensors
 from bessemer.training.checkpoint.export import save_trained
-from bessemer.training.loop import train
+from bessemer.training.job import run_training, train
 from bessemer.training.model_setup import prepare_model
-from bessemer.training.optim.build import freeze_parameters
 from bessemer.training.optim.mup import scale_initial_weights, width_ratio
+from bessemer.training.optim.optimizers import freeze_parameters
 from bessemer.training.pretrain_config import PretrainConfig
-from bessemer.training.run import run_training
 from bessemer.training.runtime import Runtime
 from tests.cases import slow
 

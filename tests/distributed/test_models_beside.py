@@ -6,26 +6,23 @@ import pytest
 import torch
 
 from bessemer.core.progress import Silent
-from bessemer.distributed.config import ParallelConfig
-from bessemer.distributed.mesh import Mesh
-from bessemer.distributed.shards import local
-from bessemer.model import folder as model_folders
+from bessemer.distributed.layout import ParallelConfig
+from bessemer.distributed.mesh import Mesh, local
 from bessemer.model.config import ModelConfig
-from bessemer.model.folder import load_model, save_model
 from bessemer.model.initialisation import initial_decoder
-from bessemer.model.score_head import load_scorer
+from bessemer.model.storage import folder as model_folders
+from bessemer.model.storage.folder import load_model, load_scorer, save_model
 from bessemer.posttraining.distillation.config import DistillationConfig
+from bessemer.posttraining.distillation.objective import TeacherHead
 from bessemer.posttraining.distillation.stage import distill
-from bessemer.posttraining.distillation.teacher import TeacherHead
 from bessemer.posttraining.preference.config import PreferenceConfig
 from bessemer.posttraining.preference.stage import preference
 from bessemer.posttraining.rl.config import RLConfig
 from bessemer.posttraining.rl.stage import rl
 from bessemer.training.autotune import prepare_run
 from bessemer.training.config import LoopConfig
-from bessemer.training.model_setup import prepare_model
+from bessemer.training.model_setup import open_beside, prepare_model
 from bessemer.training.runtime import Runtime
-from bessemer.training.starting_model import open_beside
 
 from ..training.conftest import documents, model_folder, tokenized  # noqa: F401
 from .parity import DENSE, SETTINGS

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from bessemer.distributed.config import ParallelConfig
+from bessemer.distributed.layout import ParallelConfig
 from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
 from bessemer.training.model_setup import prepare_model
 from bessemer.training.objectives import next_token_loss
-from bessemer.training.optim.build import build_optimizers
+from bessemer.training.optim.optimizers import build_optimizers
 from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.runtime import Runtime
 from bessemer.training.trainer import Trainer

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from bessemer.model.folder import load_model
-from bessemer.posttraining.reward.config import RewardConfig
-from bessemer.posttraining.reward.stage import reward
+from bessemer.model.storage.folder import load_model
+from bessemer.posttraining.rewards.config import RewardConfig
+from bessemer.posttraining.rewards.stage import reward
 
 from ..posttraining.test_preference import SETTINGS, data  # noqa: F401
 from ..training.conftest import documents, model_folder, tokenized  # noqa: F401

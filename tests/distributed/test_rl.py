@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from bessemer.core.metrics import read_metrics
-from bessemer.model.folder import load_model, save_model
-from bessemer.model.folder_config import read_model_config
 from bessemer.model.initialisation import initial_decoder
+from bessemer.model.storage.folder import load_model, read_model_config, save_model
 from bessemer.posttraining.rl.config import RLConfig
 from bessemer.posttraining.rl.stage import rl
 from tests.cases import slow

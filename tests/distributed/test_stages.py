@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from bessemer.core.errors import ConfigError
-from bessemer.distributed.config import ParallelConfig
-from bessemer.distributed.layout import Layout
+from bessemer.distributed.layout import Layout, ParallelConfig
 from bessemer.distributed.stages import split_into_stages
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder

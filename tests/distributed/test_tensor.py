@@ -6,15 +6,14 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.functional import cross_entropy
 
 from bessemer.core.errors import ConfigError
-from bessemer.distributed.config import ParallelConfig
-from bessemer.distributed.layout import Layout
+from bessemer.distributed.layout import Layout, ParallelConfig
 from bessemer.distributed.mesh import Mesh
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
 from bessemer.training.checkpoint.manager import CHECKPOINTS, checkpoint_weights, newest_checkpoint
 from bessemer.training.head import head_divergence, linear_cross_entropy, token_log_probs
 from bessemer.training.model_setup import prepare_model
-from bessemer.training.optim.build import build_optimizers
+from bessemer.training.optim.optimizers import build_optimizers
 from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.runtime import Runtime
 from bessemer.training.trainer import Trainer

@@ -11,8 +11,7 @@ import torch
 from bessemer.core.progress import Silent
 from bessemer.data.corpus.reader import SCHEMA
 from bessemer.data.corpus.writer import write_documents
-from bessemer.evaluation.breakdown import POSITIONS, ScoredDocuments, breakdown, scored_documents
-from bessemer.evaluation.sliding_window import token_losses, token_nats
+from bessemer.evaluation.bits_per_byte import POSITIONS, ScoredDocuments, breakdown, scored_documents, token_losses, token_nats
 from bessemer.tokenization.config import TokenizeConfig
 from bessemer.tokenization.shards import EncodedDocuments, ShardWriter, TokenShards
 from bessemer.tokenization.stage import tokenize

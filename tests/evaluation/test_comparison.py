@@ -7,8 +7,7 @@ import pytest
 from bessemer.core.errors import ArtefactError
 from bessemer.core.report import Table
 from bessemer.core.statistics import mean_estimate, paired_difference, score
-from bessemer.evaluation.comparison import compare, flips, leaderboard
-from bessemer.evaluation.comparison_report import comparison_parts, difference, leaderboard_parts, p_value
+from bessemer.evaluation.comparison import compare, comparison_parts, difference, flips, leaderboard, leaderboard_parts, p_value
 from bessemer.evaluation.evaluation_folder import read_evaluation
 
 

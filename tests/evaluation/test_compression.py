@@ -2,7 +2,7 @@ import lzma
 
 import pytest
 
-from bessemer.evaluation.compression import xz_bits_per_byte
+from bessemer.evaluation.baselines import xz_bits_per_byte
 
 
 def test_bits_are_those_of_the_xz_file_and_bytes_those_of_the_documents():

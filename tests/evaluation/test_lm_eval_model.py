@@ -7,7 +7,7 @@ import pytest
 from bessemer.core.errors import ConfigError
 from bessemer.inference.engine import SamplingParams
 from bessemer.model.config import ModelConfig
-from bessemer.model.folder import save_model
+from bessemer.model.storage.folder import save_model
 from tests.model.randomised import random_decoder
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer
 

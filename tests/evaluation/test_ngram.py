@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bessemer.evaluation.ngram import END, SYMBOLS, witten_bell, witten_bell_bits_per_byte
+from bessemer.evaluation.baselines import END, SYMBOLS, witten_bell, witten_bell_bits_per_byte
 
 #: Few letters, so that contexts repeat.
 documents = st.lists(st.text("abc", max_size=8).map(str.encode) | st.binary(max_size=4), min_size=1, max_size=5)

@@ -8,19 +8,19 @@ import pytest
 import torch
 
 import bessemer
+from bessemer.core.environment import install_extra
 from bessemer.core.errors import ArtefactError, ConfigError
-from bessemer.core.packages import install_extra
 from bessemer.core.progress import Silent
 from bessemer.data.config import CleanConfig
 from bessemer.data.corpus.reader import iterate_documents
-from bessemer.data.stages.clean_steps import outside_files
+from bessemer.data.stages.clean import outside_files
 from bessemer.data.text.texts import Texts
 from bessemer.evaluation import perplexity
 from bessemer.evaluation.perplexity import open_document_scorer
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
-from bessemer.model.folder import save_model
-from bessemer.pipeline.services import open_language_model
+from bessemer.model.storage.folder import save_model
+from bessemer.pipeline.stages import open_language_model
 from bessemer.tokenization.config import TokenizeConfig
 from bessemer.tokenization.stage import tokenize
 from bessemer.tokenization.tokenizer import load_tokenizer

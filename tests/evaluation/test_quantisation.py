@@ -12,15 +12,14 @@ from bessemer.core.hashing import hash_file
 from bessemer.core.progress import Silent
 from bessemer.core.store import read_json
 from bessemer.evaluation import quantisation
-from bessemer.evaluation.calibration import calibration_rows, opened_tokens
-from bessemer.evaluation.quantisation import QUALITY, add_speed, compare, quantise_folder
+from bessemer.evaluation.quantisation import QUALITY, add_speed, calibration_rows, compare, opened_tokens, quantise_folder
 from bessemer.evaluation.report import quality_sentences
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
-from bessemer.inference.scoring import TextScorer
-from bessemer.model.cpu_kernels.build import library
-from bessemer.model.folder import load_model, save_model
+from bessemer.inference.offline import TextScorer
+from bessemer.model.cpu_kernels import library
 from bessemer.model.quantisation.config import QUANTIZE_VERSION, QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
+from bessemer.model.storage.folder import load_model, save_model
 from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.pretrain import pretrain
 from bessemer.training.pretrain_config import PretrainConfig

@@ -5,7 +5,7 @@ import pytest
 
 from bessemer.core.errors import ArtefactError
 from bessemer.core.progress import Silent
-from bessemer.evaluation.questions import HELD_IN, HELD_OUT, Question, answer_questions, plain_prompt, read_questions
+from bessemer.evaluation.docs_questions import HELD_IN, HELD_OUT, Question, answer_questions, plain_prompt, read_questions
 
 QUESTIONS = [
     Question([{"role": "user", "content": f"What does f{number} do?"}], f"It returns {number}.", held)

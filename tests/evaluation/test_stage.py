@@ -4,16 +4,15 @@ import pytest
 import torch
 
 from bessemer.core.errors import ArtefactError, ConfigError
-from bessemer.core.json_lines import json_lines
 from bessemer.core.progress import Silent
+from bessemer.core.records import json_lines
 from bessemer.data.corpus.reader import iterate_documents
-from bessemer.evaluation.compression import xz_bits_per_byte
+from bessemer.evaluation.baselines import witten_bell_bits_per_byte, xz_bits_per_byte
 from bessemer.evaluation.config import EVALUATE_VERSION, EvaluateConfig
-from bessemer.evaluation.ngram import witten_bell_bits_per_byte
 from bessemer.evaluation.stage import evaluate
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
-from bessemer.model.folder import load_model, save_model
+from bessemer.model.storage.folder import load_model, save_model
 from bessemer.tokenization.config import TokenizeConfig
 from bessemer.tokenization.shards import TokenShards
 from bessemer.tokenization.stage import tokenize

@@ -7,21 +7,19 @@ from statistics import stdev
 import pytest
 
 from bessemer.core.errors import ArtefactError, ConfigError
-from bessemer.core.json_lines import json_lines
 from bessemer.core.progress import Silent
-from bessemer.core.reliability import reliability
+from bessemer.core.records import json_lines
+from bessemer.core.statistics import reliability
 from bessemer.evaluation.comparison import compare
-from bessemer.evaluation.evaluation_folder import ITEMS_FILE, RESULTS_FILE, Score, read_evaluation
-from bessemer.evaluation.judges import engine_judge
-from bessemer.evaluation.model_identity import model_identity
+from bessemer.evaluation.evaluation_folder import ITEMS_FILE, RESULTS_FILE, Score, model_identity, read_evaluation
 from bessemer.evaluation.task_prompts import PromptEncoder
 from bessemer.evaluation.task_results import task_results
-from bessemer.evaluation.tasks import evaluate_tasks
+from bessemer.evaluation.tasks import engine_judge, evaluate_tasks
 from bessemer.inference.engine import Engine, SamplingParams
-from bessemer.tasks.file import read_task
-from bessemer.tasks.options import TaskOptions
+from bessemer.tasks.config import TaskOptions
 from bessemer.tasks.questions import Part
-from bessemer.tokenization.continuations import encode_continuations
+from bessemer.tasks.task_file import read_task
+from bessemer.tokenization.prompts import encode_continuations
 from tests.inference.models import small_decoder, small_tokenizer
 from tests.tasks.written import ANIMALS, task_of, write_task
 

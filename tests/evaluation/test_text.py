@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bessemer.evaluation.text import exact_match, longest_common_subsequence, rouge_l
+from bessemer.evaluation.docs_questions import exact_match, longest_common_subsequence, rouge_l
 
 words = st.lists(st.sampled_from("abcd"), max_size=9)
 

@@ -2,14 +2,14 @@
 
 import pytest
 
-from bessemer.assistant.thinking import ThinkingTokens
+from bessemer.assistant.grammar import ThinkingTokens
 from bessemer.core.errors import ConfigError, RequestError
-from bessemer.core.json_lines import json_lines
 from bessemer.core.progress import Silent
+from bessemer.core.records import json_lines
 from bessemer.evaluation.tasks import evaluate_tasks
 from bessemer.evaluation.thinking import answers_after_thinking
 from bessemer.inference.engine import Engine, SamplingParams
-from bessemer.tasks.options import TaskOptions
+from bessemer.tasks.config import TaskOptions
 from bessemer.tokenization.tokenizer import CHAT_TEMPLATE_FILE, load_tokenizer
 from tests.evaluation.test_tasks import MODEL, SUMS
 from tests.inference.models import small_decoder

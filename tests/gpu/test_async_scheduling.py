@@ -7,7 +7,7 @@ import torch
 
 from bessemer.inference.async_core import AsyncEngineCore
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
-from bessemer.inference.execution.step_inputs import StepInputs
+from bessemer.inference.execution.batch import StepInputs
 from bessemer.inference.sampling.device_sampler import SampledRows
 from bessemer.inference.sampling.sampler import SamplingState, sample_rows
 from tests.inference.models import small_decoder

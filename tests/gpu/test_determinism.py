@@ -20,7 +20,7 @@ from bessemer.model.initialisation import initial_decoder
 from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.model_setup import prepare_model
 from bessemer.training.objectives import build_objective
-from bessemer.training.optim.build import build_optimizers
+from bessemer.training.optim.optimizers import build_optimizers
 from bessemer.training.runtime import Runtime
 from bessemer.training.trainer import Trainer
 from tests.distributed.parity import RandomBatches

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
-from bessemer.inference.execution.kv_memory import free_bytes
-from bessemer.model.adapter_folder import write_adapter
-from bessemer.model.folder import save_model
+from bessemer.inference.execution.build import free_bytes
+from bessemer.model.adapters.folder import write_adapter
+from bessemer.model.storage.folder import save_model
 from tests.gpu.comparison import KINDS, assert_same_but_for_ties
 from tests.inference.models import ARCHITECTURES, BASE, small_decoder
 from tests.inference.test_identity import PARAMS, PROMPTS, WAYS, alone

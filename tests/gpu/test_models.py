@@ -7,13 +7,12 @@ import torch
 
 from bessemer.core.errors import ConfigError
 from bessemer.inspection.inspect import inspect
-from bessemer.model.attention_backends import BACKENDS, Scores, explicit, flex
-from bessemer.model.attention_mask import attention_mask
 from bessemer.model.config import ModelConfig
 from bessemer.model.device import choose_device
-from bessemer.model.experts import SparseFeedForward, grouped, one_by_one
-from bessemer.model.folder import load_model, save_model
 from bessemer.model.formats.gguf_export import export_gguf
+from bessemer.model.layers.attention_backends import BACKENDS, Scores, attention_mask, explicit, flex
+from bessemer.model.layers.feed_forward import SparseFeedForward, grouped, one_by_one
+from bessemer.model.storage.folder import load_model, save_model
 from tests.gpu.comparison import KINDS, relative_difference
 from tests.inference.models import ARCHITECTURES, BASE, small_decoder
 from tests.model.randomised import random_decoder, random_tokens

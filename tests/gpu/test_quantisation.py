@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from bessemer.inference.engine import Engine, EngineConfig
-from bessemer.model.folder import load_model, save_model
 from bessemer.model.quantisation.config import QuantizeConfig
-from bessemer.model.quantisation.packing import unpack
+from bessemer.model.quantisation.integers import unpack
 from bessemer.model.quantisation.quantise import quantise
-from bessemer.model.quantised_linear import QuantisedLinear, quantised_parts
+from bessemer.model.quantisation.quantised_layers import QuantisedLinear, quantised_parts
+from bessemer.model.storage.folder import load_model, save_model
 from tests.gpu.comparison import assert_same_but_for_ties
 from tests.inference.models import ARCHITECTURES, BASE
 from tests.inference.test_identity import PARAMS, PROMPTS

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bessemer.inference.engine import Engine, SamplingParams
-from bessemer.inference.sampling.logprobs import log_probs
+from bessemer.inference.sampling.distribution import log_probs
 from bessemer.inference.sampling.sampler import SamplingState, choose, likeliest, sample_rows
 from bessemer.inference.speculation.proposer import Draft
 from bessemer.inference.speculation.verification import verify_rows

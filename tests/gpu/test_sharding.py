@@ -7,11 +7,10 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 
 from bessemer.distributed.layout import Layout
-from bessemer.distributed.mesh import Mesh, Seat, joined
+from bessemer.distributed.mesh import Mesh, Seat, joined, local
 from bessemer.distributed.sharding import apply_fsdp
-from bessemer.distributed.shards import local
 from bessemer.training.objectives import next_token_loss
-from bessemer.training.optim.build import build_optimizers, step_optimizers
+from bessemer.training.optim.optimizers import build_optimizers, step_optimizers
 from bessemer.training.pretrain_config import PretrainConfig
 from tests.distributed.parity import SETTINGS, RandomBatches
 from tests.gpu.comparison import relative_difference

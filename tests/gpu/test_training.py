@@ -12,8 +12,8 @@ import torch
 
 from bessemer.core.metrics import read_metrics
 from bessemer.model.config import ModelConfig
-from bessemer.model.folder import load_model
 from bessemer.model.initialisation import initial_decoder
+from bessemer.model.storage.folder import load_model
 from bessemer.scaling.hardware import card_of_device
 from bessemer.tokenization.shards import TokenShards
 from bessemer.training import autotune
@@ -21,8 +21,8 @@ from bessemer.training.autotune import AUTOTUNE, prepare_run
 from bessemer.training.checkpoint.manager import CHECKPOINTS, CheckpointManager, checkpoint_weights, newest_checkpoint
 from bessemer.training.checkpoint.state import TrainingState
 from bessemer.training.data.batches import TokenBatches
-from bessemer.training.loop import METRICS, train
-from bessemer.training.optim.build import build_optimizers
+from bessemer.training.job import METRICS, train
+from bessemer.training.optim.optimizers import build_optimizers
 from bessemer.training.pretrain import pretrain
 from bessemer.training.runtime import Runtime
 from tests.gpu.comparison import relative_difference

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bessemer.inference.execution.flex_attention import PageMask
-from bessemer.model.attention_backends import Scores, capped
+from bessemer.model.layers.attention_backends import Scores, capped
 
 
 def listed_attention(

@@ -20,14 +20,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from bessemer.inference.config import EngineConfig
-from bessemer.inference.execution import step_inputs
+from bessemer.inference.execution import batch as step_inputs
 from bessemer.inference.execution.backend import Backend
 from bessemer.inference.execution.batch import Batch
-from bessemer.inference.execution.build import new_runner
+from bessemer.inference.execution.build import OwnWeights, new_runner
 from bessemer.inference.execution.cuda_graphs import StaticSteps
 from bessemer.inference.execution.flex_attention import FlexPagesAttention
 from bessemer.inference.execution.kv_cache import PagedMemory, layer_groups
-from bessemer.inference.execution.linear import OwnWeights
 from bessemer.inference.execution.runner import Runner
 from bessemer.inference.sampling.device_sampler import SampledRows
 from bessemer.inference.sampling.sampler import SamplingParams, SamplingState

@@ -12,12 +12,12 @@ import torch
 
 from bessemer.core.errors import ArtefactError, RequestError
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
-from bessemer.model.adapter_folder import write_adapter
 from bessemer.model.adapters import Adapter
-from bessemer.model.cpu_kernels.build import library, unavailable
+from bessemer.model.adapters.folder import write_adapter
+from bessemer.model.cpu_kernels import library, unavailable
 from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
-from bessemer.model.quantised_linear import QuantisedLinear
+from bessemer.model.quantisation.quantised_layers import QuantisedLinear
 from tests.cases import slow_but
 from tests.inference.models import ARCHITECTURES, BASE, small_decoder, small_tokenizer
 from tests.model.random_adapters import merge, random_adapter

@@ -11,7 +11,7 @@ from bessemer.inference.async_core import AsyncEngineCore
 from bessemer.inference.config import SpeculationConfig
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
 from bessemer.inference.engine_core import EngineCore
-from bessemer.model.cpu_kernels.build import library, unavailable
+from bessemer.model.cpu_kernels import library, unavailable
 from tests.cases import slow_but
 from tests.inference.models import small_decoder, small_tokenizer
 from tests.inference.test_identity import COMPANY, PROMPTS, with_pages

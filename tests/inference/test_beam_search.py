@@ -8,9 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from bessemer.core.errors import RequestError
-from bessemer.inference.sampling.beam_search import BeamSearch
+from bessemer.inference.request_builder import BeamSearch
 from bessemer.inference.sampling.sampler import SamplingParams, SamplingState
-from bessemer.model.folder import save_model
+from bessemer.model.storage.folder import save_model
 from tests.cases import slow_but
 from tests.model.randomised import SHAPES, random_decoder
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer

@@ -9,10 +9,10 @@ import torch
 
 from bessemer.core.errors import RequestError
 from bessemer.inference.engine import Capture, Engine, EngineConfig, SamplingParams
+from bessemer.inference.execution.backend import Observed
 from bessemer.inference.execution.kv_cache import block_bytes, layer_groups
-from bessemer.inference.execution.observation import Observed
-from bessemer.model.attention_backends import attention_weights
-from bessemer.model.cpu_kernels.build import library
+from bessemer.model.cpu_kernels import library
+from bessemer.model.layers.attention_backends import attention_weights
 from tests.cases import slow_but
 from tests.inference.models import ARCHITECTURES, small_decoder, small_tokenizer
 from tests.model.randomised import random_tokens

@@ -11,23 +11,21 @@ import torch
 from torch.distributed.tensor.debug import CommDebugMode
 
 from bessemer.core.errors import ConfigError, LostProcessError, RequestError
-from bessemer.distributed.config import ParallelConfig
-from bessemer.distributed.layout import Layout
+from bessemer.distributed.layout import Layout, ParallelConfig
 from bessemer.distributed.mesh import Mesh
-from bessemer.inference.collective import CollectiveEngine
+from bessemer.inference.collective import CollectiveEngine, copy_trained
 from bessemer.inference.config import EngineConfig
 from bessemer.inference.engine import Engine, SamplingParams
 from bessemer.inference.execution.runner import Runner
-from bessemer.inference.execution.tensor_parallel.trained_shards import copy_trained
 from bessemer.tokenization.bpe import byte_level_bpe
 from bessemer.tokenization.folder import write_folder
 from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.data.batches import IGNORE_INDEX, Batch
+from bessemer.training.model_roles import Trainee
 from bessemer.training.model_setup import prepare_model
 from bessemer.training.objectives import POLICY
 from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.runtime import Runtime
-from bessemer.training.trainee import Trainee
 from tests.cases import slow
 from tests.distributed.pool import pool_of
 from tests.inference.sharded import decoder

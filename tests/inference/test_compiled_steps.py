@@ -12,14 +12,13 @@ from bessemer.core.config import setting
 from bessemer.inference.execution.batch import Batch
 from bessemer.inference.execution.compiled_steps import CompiledSteps
 from bessemer.inference.execution.kv_cache import PagedMemory
+from bessemer.model import cpu_kernels as builds
 from bessemer.model.config import ModelConfig
-from bessemer.model.cpu_kernels import build as builds
-from bessemer.model.cpu_kernels import plain_decoder
-from bessemer.model.cpu_kernels.arithmetic import kernels_arithmetic
+from bessemer.model.cpu_kernels import kernels_arithmetic, plain_decoder
 from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
-from bessemer.model.quantisation.schemes.int4 import Int4
-from bessemer.model.quantised_linear import QuantisedLinear, quantised_parts
+from bessemer.model.quantisation.quantised_layers import QuantisedLinear, quantised_parts
+from bessemer.model.quantisation.schemes import Int4
 from tests.inference.models import BASE, WINDOWS, small_decoder
 from tests.inference.steps import Steps, by_kernels, by_modules, mixed_steps, short_texts
 from tests.model.randomised import SHAPES, random_decoder, random_tokens

@@ -10,13 +10,14 @@ import torch
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
 from bessemer.inference.execution import build as execution_build
 from bessemer.inference.execution.compiled_steps import CompiledSteps
-from bessemer.model.cpu_kernels import build, choice
-from bessemer.model.cpu_kernels.build import library, unavailable
-from bessemer.model.decoded_products import product
-from bessemer.model.folder import save_model
+from bessemer.model import cpu_kernels as build
+from bessemer.model.cpu_kernels import library, unavailable
+from bessemer.model.cpu_kernels import packed_matmuls as choice
 from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
-from bessemer.model.quantised_linear import quantised_parts
+from bessemer.model.quantisation.quantised_decoder import product
+from bessemer.model.quantisation.quantised_layers import quantised_parts
+from bessemer.model.storage.folder import save_model
 from tests.inference.models import ARCHITECTURES, BASE, small_tokenizer
 from tests.inference.steps import Steps, by_modules
 from tests.model.randomised import random_decoder, random_tokens

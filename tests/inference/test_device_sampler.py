@@ -14,7 +14,7 @@ import torch
 
 from bessemer.core.config import setting
 from bessemer.core.errors import RequestError
-from bessemer.inference.execution.step_inputs import StepInputs
+from bessemer.inference.execution.batch import StepInputs
 from bessemer.inference.sampling.device_sampler import SampledRows, token_problem
 from bessemer.inference.sampling.sampler import COMPUTED_ON_DEVICE, NO_SAMPLERS, SamplingParams, SamplingState, sample_rows
 from tests.inference.sampling_kinds import KINDS, VOCAB_SIZE

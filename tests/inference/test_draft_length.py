@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bessemer.inference.scheduling.sequence import TokenSequence
-from bessemer.inference.speculation.draft_length import _LEAST_GAIN as LEAST_GAIN
-from bessemer.inference.speculation.draft_length import AcceptanceTracker, DraftLengthPolicy
+from bessemer.inference.speculation.proposer import _LEAST_GAIN as LEAST_GAIN
+from bessemer.inference.speculation.proposer import AcceptanceTracker, DraftLengthPolicy
 
 
 def paced(cost, answers=1, most=4, adapt=True):

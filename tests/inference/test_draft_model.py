@@ -9,7 +9,7 @@ import torch
 
 from bessemer.core.errors import ConfigError
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
-from bessemer.model.folder import save_model
+from bessemer.model.storage.folder import save_model
 from tests.cases import slow, slow_but
 from tests.inference.models import ARCHITECTURES, BASE, small_decoder, small_tokenizer
 from tests.inference.test_identity import engine_of, with_pages

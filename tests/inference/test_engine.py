@@ -14,9 +14,9 @@ from bessemer.core.store import write_json
 from bessemer.inference import engine_core
 from bessemer.inference.engine import Engine, EngineConfig
 from bessemer.inference.sampling.sampler import Sampled, SamplingParams
-from bessemer.model.cpu_kernels.build import library, unavailable
-from bessemer.model.folder import save_model
+from bessemer.model.cpu_kernels import library, unavailable
 from bessemer.model.formats.gguf_export import export_gguf
+from bessemer.model.storage.folder import save_model
 from tests.cases import slow_but
 from tests.model.randomised import SHAPES, random_decoder
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer
@@ -579,8 +579,8 @@ def test_a_stored_type_that_is_slow_here_is_widened_where_the_modules_compute(
 ):
     tokenizer = write_small_tokenizer(tmp_path / "tokenizer")
     save_model(random_decoder(engine.model.config).to(torch.bfloat16), tmp_path / "model", tokenizer=tokenizer)
-    monkeypatch.setattr("bessemer.inference.loading.is_fast", lambda dtype, device: is_fast)
-    monkeypatch.setattr("bessemer.inference.loading.free_memory_bytes", lambda: free)
+    monkeypatch.setattr("bessemer.inference.build.is_fast", lambda dtype, device: is_fast)
+    monkeypatch.setattr("bessemer.inference.build.free_memory_bytes", lambda: free)
     with Engine(tmp_path / "model", config=EngineConfig(cpu_kernels="off")) as opened:
         assert opened.model.dtype == dtype
         assert opened.generate(["the"], SamplingParams(seed=1, max_tokens=3, ignore_eos=True))[0].completion_tokens == 3

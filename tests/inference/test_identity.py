@@ -11,7 +11,7 @@ import torch
 from bessemer.inference.engine import Completion, Engine, EngineConfig, SamplingParams
 from bessemer.inference.execution.compiled_steps import CompiledSteps
 from bessemer.inference.execution.kv_cache import block_bytes, layer_groups, state_bytes
-from bessemer.model.cpu_kernels.build import library, unavailable
+from bessemer.model.cpu_kernels import library, unavailable
 from tests.cases import slow_but
 from tests.inference.models import ARCHITECTURES, small_decoder, small_tokenizer
 

@@ -7,7 +7,7 @@ import torch
 
 from bessemer.core.errors import RequestError
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
-from bessemer.model.cpu_kernels.build import library, unavailable
+from bessemer.model.cpu_kernels import library, unavailable
 from tests.inference.models import small_decoder, small_tokenizer
 
 pytestmark = pytest.mark.skipif(library() is None, reason=unavailable() or "")

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bessemer.inference.scheduling.sequence import TokenSequence
-from bessemer.inference.speculation.draft_length import DraftLengthPolicy
 from bessemer.inference.speculation.ngram import NGramProposer, Occurrences
+from bessemer.inference.speculation.proposer import DraftLengthPolicy
 
 
 def longest_match(tokens, lengths):

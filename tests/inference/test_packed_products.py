@@ -9,15 +9,14 @@ import pytest
 import torch
 
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
-from bessemer.model.cpu_kernels.build import library, unavailable
+from bessemer.model.cpu_kernels import library, unavailable
 from bessemer.model.cpu_kernels.packed import PackedMatrix
-from bessemer.model.cpu_kernels.packed_products import packed_product, packed_products
+from bessemer.model.cpu_kernels.packed_matmuls import packed_product, packed_products
+from bessemer.model.quantisation.base import Codes
 from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
-from bessemer.model.quantisation.schemes.base import Codes
-from bessemer.model.quantisation.schemes.int4 import Int4
-from bessemer.model.quantised_experts import QuantisedStack
-from bessemer.model.quantised_linear import QuantisedLinear, quantised_parts, using_packed_matmuls
+from bessemer.model.quantisation.quantised_layers import QuantisedLinear, QuantisedStack, quantised_parts, using_packed_matmuls
+from bessemer.model.quantisation.schemes import Int4
 from tests.cases import slow_but
 from tests.inference.models import ARCHITECTURES, BASE, LINEAR, small_tokenizer
 from tests.inference.steps import Steps, by_modules, short_texts

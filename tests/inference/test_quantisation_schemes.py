@@ -9,11 +9,11 @@ import torch
 
 from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
-from bessemer.model.folder import load_model, save_model
 from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
-from bessemer.model.quantisation.quantised_modules import dequantised
-from bessemer.model.quantised_linear import quantised_parts
+from bessemer.model.quantisation.quantised_decoder import dequantised
+from bessemer.model.quantisation.quantised_layers import quantised_parts
+from bessemer.model.storage.folder import load_model, save_model
 from tests.inference.models import ARCHITECTURES, BASE, small_tokenizer
 from tests.model.randomised import random_decoder, random_tokens
 from tests.plugin_package import install
@@ -24,8 +24,8 @@ from dataclasses import dataclass
 
 import torch
 
-from bessemer.model.quantisation.registry import SchemePlugin
-from bessemer.model.quantisation.schemes.base import Codes, Scheme, TensorSpec
+from bessemer.model.quantisation.config import SchemePlugin
+from bessemer.model.quantisation.base import Codes, Scheme, TensorSpec
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
 from bessemer.inference.sampling.sampler import sample_rows, truncated_logits
 from bessemer.inference.speculation.verification import verify
 from bessemer.model.adapters import Adapter
-from bessemer.model.cpu_kernels.build import library, unavailable
+from bessemer.model.cpu_kernels import library, unavailable
 from bessemer.training.head import token_log_probs
 from tests.inference.models import small_decoder, small_tokenizer
 from tests.inference.test_rows import adjusted, random_logits, state

@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, SequenceBiasLogitsProcessor
 
 from bessemer.core.errors import ConfigError, RequestError
-from bessemer.inference.sampling.inverse_cdf import draw
+from bessemer.inference.sampling.distribution import Truncation, candidates, draw, largest
 from bessemer.inference.sampling.sampler import SamplingParams, SamplingState, sample_rows, truncated_logits
-from bessemer.inference.sampling.truncation import Truncation, candidates, largest
 from tests.cases import slow_but
 
 VOCAB = 700  # more than one block, and a rest

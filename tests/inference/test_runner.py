@@ -9,7 +9,7 @@ import torch
 
 from bessemer.inference.execution.kv_cache import PagedMemory, block_bytes, layer_groups
 from bessemer.inference.execution.paged_attention import CompiledAttention
-from bessemer.model.cpu_kernels.build import unavailable
+from bessemer.model.cpu_kernels import unavailable
 from tests.inference.models import ARCHITECTURES, small_decoder
 from tests.inference.steps import BLOCK, Steps, by_modules, mixed_steps
 from tests.model.randomised import random_tokens

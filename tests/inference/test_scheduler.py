@@ -1,7 +1,7 @@
 import pytest
 
 from bessemer.core.errors import ConfigError, RequestError
-from bessemer.inference.scheduling.block_pool import BlockPool
+from bessemer.inference.scheduling.block_tables import BlockPool
 from bessemer.inference.scheduling.scheduler import BlockGroup, Scheduler, SchedulerOutput
 from bessemer.inference.scheduling.sequence import TokenSequence
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
 from bessemer.core.errors import RequestError
-from bessemer.inference.scheduling.block_pool import BlockPool
+from bessemer.inference.scheduling.block_tables import BlockPool
 from bessemer.inference.scheduling.scheduler import BlockGroup, ScheduledChunk, Scheduler, SchedulerOutput
 from bessemer.inference.scheduling.sequence import TokenSequence
 

@@ -13,10 +13,10 @@ from bessemer.inference import build
 from bessemer.inference.config import EngineConfig
 from bessemer.inference.engine import Engine, SamplingParams
 from bessemer.inference.execution.kv_cache import block_bytes, layer_groups
+from bessemer.inference.offline import TextScorer
 from bessemer.inference.scores import Score
-from bessemer.inference.scoring import TextScorer
-from bessemer.model.adapter_folder import write_adapter
-from bessemer.model.cpu_kernels.build import library, unavailable
+from bessemer.model.adapters.folder import write_adapter
+from bessemer.model.cpu_kernels import library, unavailable
 from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
 from tests.cases import slow_but

@@ -13,13 +13,11 @@ import torch
 from bessemer.core.errors import ConfigError, LostProcessError, RequestError
 from bessemer.inference.engine import Capture, Engine, EngineConfig, SamplingParams
 from bessemer.inference.execution.kv_cache import block_bytes, layer_groups, state_bytes
-from bessemer.inference.execution.tensor_parallel import worker_processes
-from bessemer.inference.execution.tensor_parallel.commands import Command
-from bessemer.inference.execution.tensor_parallel.sharded_model import device_of
-from bessemer.inference.execution.tensor_parallel.worker_processes import WorkerProcesses
-from bessemer.model.folder import save_model
+from bessemer.inference.execution.tensor_parallel import sharded_model as worker_processes
+from bessemer.inference.execution.tensor_parallel.sharded_model import Command, WorkerProcesses, device_of
 from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
+from bessemer.model.storage.folder import save_model
 from tests.cli.test_main import bessemer, one_error
 from tests.distributed.pool import pool_of
 from tests.inference.models import small_tokenizer

@@ -10,10 +10,10 @@ import torch
 from bessemer.core.errors import ArtefactError, RequestError
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
 from bessemer.inference.execution.batch import Batch
-from bessemer.inference.execution.tensor_parallel.adapters import AdapterNumbers
-from bessemer.inference.execution.tensor_parallel.commands import Command, decode, encode
-from bessemer.model.adapter_folder import write_adapter
+from bessemer.inference.execution.tensor_parallel.sharded_model import Command, decode, encode
+from bessemer.inference.execution.weights import AdapterNumbers
 from bessemer.model.adapters import Adapter
+from bessemer.model.adapters.folder import write_adapter
 from tests.cases import slow
 from tests.distributed.pool import pool_of
 from tests.inference.models import small_tokenizer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
-from bessemer.model.folder import save_model
+from bessemer.model.storage.folder import save_model
 from tests.cases import slow
 from tests.distributed.pool import pool_of
 from tests.inference.models import BASE, small_tokenizer

@@ -9,8 +9,8 @@ import torch
 
 from bessemer.core.errors import RequestError
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
-from bessemer.inference.execution.tensor_parallel import weights as sharded_weights
-from bessemer.model.folder import save_model
+from bessemer.inference.execution import weights as sharded_weights
+from bessemer.model.storage.folder import save_model
 from tests.distributed.pool import pool_of
 from tests.inference.models import small_tokenizer
 from tests.inference.sharded import decoder, shared

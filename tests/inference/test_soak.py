@@ -15,7 +15,7 @@ import torch
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
 from bessemer.inference.execution.kv_cache import block_bytes, layer_groups
 from bessemer.inference.request import Request
-from bessemer.model.cpu_kernels.build import library
+from bessemer.model.cpu_kernels import library
 from tests.inference.models import BASE, small_tokenizer
 from tests.model.randomised import random_decoder
 

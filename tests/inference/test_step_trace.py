@@ -9,7 +9,7 @@ import pytest
 
 import bessemer
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
-from bessemer.model.cpu_kernels.build import library, unavailable
+from bessemer.model.cpu_kernels import library, unavailable
 from tests.inference.models import small_decoder, small_tokenizer
 
 #: Engine, core, scheduler with its tables and pool, batch, runner, compiled step, sampler, request, and text of tokens.

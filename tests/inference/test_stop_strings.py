@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bessemer.inference.sampling.stop_strings import StopStrings
+from bessemer.inference.sampling.params import StopStrings
 
 # few letters, so that stop strings occur, overlap and nearly occur
 TEXTS = st.text("ab¶", max_size=14)

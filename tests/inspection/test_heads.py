@@ -6,9 +6,8 @@ import torch
 from torch.nn import functional
 
 from bessemer.core.errors import RequestError
-from bessemer.inspection.ablation import head_losses, without_heads
-from bessemer.inspection.roles import ROLES, head_roles, repeated_tokens, role_scores, strongest
-from bessemer.model.folder import load_model
+from bessemer.inspection.heads import ROLES, head_losses, head_roles, repeated_tokens, role_scores, strongest, without_heads
+from bessemer.model.storage.folder import load_model
 from tests.model.family_models import make
 
 TOKENS = np.array([9, 1, 2, 3, 4, 1, 2, 3, 4])  # a begin token, then four tokens twice

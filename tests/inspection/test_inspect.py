@@ -13,8 +13,8 @@ from rich.console import Console
 from bessemer.core.errors import RequestError
 from bessemer.inspection.inspect import find_token, inspect, tokenized
 from bessemer.model.config import ModelConfig
-from bessemer.model.folder import save_model
 from bessemer.model.initialisation import initial_decoder
+from bessemer.model.storage.folder import save_model
 from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.views.inspection import inspection_page
 from bessemer.views.inspection_terminal import show_inspection

@@ -5,13 +5,12 @@ import pytest
 import torch
 
 from bessemer.core.errors import RequestError
-from bessemer.inspection.embedding import analogy, neighbours, planar
-from bessemer.inspection.lens import lens_logits, logit_lens
-from bessemer.inspection.recording import record, recording
-from bessemer.inspection.steps import open_head
-from bessemer.model.cache import DecoderCache
+from bessemer.inspection.heads import open_head
+from bessemer.inspection.inspect import analogy, neighbours, planar
+from bessemer.inspection.recording import lens_logits, logit_lens, record, recording
 from bessemer.model.config import ModelConfig
-from bessemer.model.folder import load_model
+from bessemer.model.layers.cache import DecoderCache
+from bessemer.model.storage.folder import load_model
 from tests.model.family_models import make
 from tests.model.randomised import random_decoder
 
@@ -105,7 +104,7 @@ def test_experts_are_those_whose_outputs_make_the_layer(case):
         hidden_TD = torch.randn(14, config.hidden_size)
         with recording(ours) as again, torch.no_grad():
             out = block.mlp(hidden_TD[None])
-            from bessemer.model.router import Routing
+            from bessemer.model.layers.feed_forward import Routing
 
             recorded = again.experts[layer]
             routing = Routing(torch.from_numpy(recorded.experts_BTk[0]), torch.from_numpy(recorded.weights_BTk[0]))

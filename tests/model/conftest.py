@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from bessemer.model.cpu_kernels import build as builds
-from bessemer.model.cpu_kernels import operators
+from bessemer.model import cpu_kernels as builds
+from bessemer.model import cpu_kernels as operators
 from tests.cases import slow
 
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from bessemer.model.adapters import Adapter, Update
 from bessemer.model.decoder import Decoder
-from bessemer.model.quantised_linear import QuantisedLinear
+from bessemer.model.quantisation.quantised_layers import QuantisedLinear
 
 
 def random_adapter(

@@ -9,13 +9,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from bessemer.core.errors import ArtefactError
-from bessemer.model import file_patterns
-from bessemer.model.adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter, write_adapter
 from bessemer.model.adapters import Adapter, adapted
-from bessemer.model.folder import load_model
+from bessemer.model.adapters.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter, write_adapter
+from bessemer.model.adapters.trained import adapter_of, add_adapters
+from bessemer.model.families import layout as file_patterns
 from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
-from bessemer.model.trained_adapters import adapter_of, add_adapters
+from bessemer.model.storage.folder import load_model
 from tests.model.family_models import make
 from tests.model.random_adapters import random_adapter
 from tests.model.randomised import SHAPES, random_decoder, random_tokens

@@ -11,10 +11,20 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.flex_attention import create_mask
 
-from bessemer.model import attention_backends
 from bessemer.model import decoder as decoder_module
-from bessemer.model.attention_backends import BACKENDS, Scores, block_mask, explicit, flex, tiled
-from bessemer.model.attention_mask import AttentionMask, alibi_slopes, attention_mask, bias
+from bessemer.model.layers import attention_backends
+from bessemer.model.layers.attention_backends import (
+    BACKENDS,
+    AttentionMask,
+    Scores,
+    alibi_slopes,
+    attention_mask,
+    bias,
+    block_mask,
+    explicit,
+    flex,
+    tiled,
+)
 from tests.inference.models import ARCHITECTURES, BASE
 from tests.model.randomised import random_decoder, random_tokens
 
@@ -247,8 +257,8 @@ def test_alibi_slopes_of_the_paper():
 
 _LONG = """
 import resource, sys, torch
-from bessemer.model.attention_backends import Scores, tiled
-from bessemer.model.attention_mask import AttentionMask
+from bessemer.model.layers.attention_backends import Scores, tiled
+from bessemer.model.layers.attention_backends import AttentionMask
 torch.set_num_threads(1)
 for length in sys.argv[1:]:
     query = torch.randn(1, 1, int(length), 8)

@@ -5,17 +5,14 @@ from itertools import product
 import pytest
 import torch
 
-from bessemer.model.folder import load_model
-from bessemer.model.quantisation.awq import round_with_clips
+from bessemer.model.quantisation.awq import apply, folds_of, round_with_clips
+from bessemer.model.quantisation.calibration import Statistics, fed_blocks, gather, steps_of
 from bessemer.model.quantisation.config import QuantizeConfig
-from bessemer.model.quantisation.folding import apply, folds_of
-from bessemer.model.quantisation.gptq import gptq
-from bessemer.model.quantisation.quantise import quantise
-from bessemer.model.quantisation.rounding import round_to_nearest
-from bessemer.model.quantisation.schemes.int4 import Int4
-from bessemer.model.quantisation.schemes.int8 import Int8
-from bessemer.model.quantisation.statistics import Statistics, fed_blocks, gather, steps_of
-from bessemer.model.quantised_linear import quantised_parts
+from bessemer.model.quantisation.integers import round_to_nearest
+from bessemer.model.quantisation.quantise import gptq, quantise
+from bessemer.model.quantisation.quantised_layers import quantised_parts
+from bessemer.model.quantisation.schemes import Int4, Int8
+from bessemer.model.storage.folder import load_model
 from tests.cases import slow_but
 from tests.model.family_models import CASES, ONE_OF_EACH, make
 from tests.model.randomised import SHAPES, random_decoder, random_tokens

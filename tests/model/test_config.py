@@ -12,11 +12,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bessemer.core.errors import ConfigError
-from bessemer.model.cache import DecoderCache
-from bessemer.model.config import ModelConfig, ModelStageConfig, preset_config
+from bessemer.model.config import ModelConfig, ModelStageConfig, layer_table, model_metrics, preset_config
 from bessemer.model.initialisation import empty_decoder
+from bessemer.model.layers.cache import DecoderCache
 from bessemer.model.presets import PRESET_VOCABULARIES, PRESETS
-from bessemer.model.summary import layer_table, model_metrics
 from tests.model.randomised import SHAPES, random_decoder, random_tokens
 
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from bessemer.model.cpu_kernels import build as builds
+from bessemer.model import cpu_kernels as builds
 from bessemer.model.cpu_kernels.packed import MatrixFields, PackedMatrix
-from bessemer.model.quantisation.packing import unpack
-from bessemer.model.quantisation.schemes.base import KernelWeight
+from bessemer.model.quantisation.base import KernelWeight
+from bessemer.model.quantisation.integers import unpack
 
 # Shapes: N outputs, K inputs, M rows, G groups.
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
-from bessemer.model.cpu_kernels.build import library, unavailable
-from bessemer.model.cpu_kernels.cross_entropy import cross_entropy_
+from bessemer.model.cpu_kernels import library, unavailable
+from bessemer.model.cpu_kernels.logits import cross_entropy_
 
 pytestmark = pytest.mark.skipif(library() is None, reason=unavailable() or "")
 

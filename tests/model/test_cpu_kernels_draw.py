@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bessemer.model.cpu_kernels.build import library, unavailable
-from bessemer.model.cpu_kernels.draw import draw_tokens
+from bessemer.model.cpu_kernels import library, unavailable
+from bessemer.model.cpu_kernels.logits import draw_tokens
 
 pytestmark = pytest.mark.skipif(library() is None, reason=unavailable() or "")
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from bessemer.model.delta_net import FORGET, delta_rule_chunked, delta_rule_stepwise, unit
+from bessemer.model.layers.delta_net import FORGET, delta_rule_chunked, delta_rule_stepwise, unit
 
 
 def inputs(length, seed=0):

@@ -5,9 +5,8 @@ import torch
 
 from bessemer.core.errors import ConfigError
 from bessemer.model.config import ModelConfig, ModelStageConfig
-from bessemer.model.existing import existing_fingerprint
-from bessemer.model.folder import load_model, save_model
-from bessemer.model.stage import build_model
+from bessemer.model.stage import build_model, existing_fingerprint
+from bessemer.model.storage.folder import load_model, save_model
 from bessemer.pipeline.api import execute, prepare
 from bessemer.pipeline.recipe import load_recipe
 from bessemer.tokenization.bpe import byte_level_bpe

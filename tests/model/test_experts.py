@@ -2,8 +2,16 @@ import pytest
 import torch
 
 from bessemer.model.config import ModelConfig
-from bessemer.model.experts import SparseFeedForward, grouped, one_by_one
-from bessemer.model.router import balance_loss, router_z_loss, update_correction_bias, visits, visits_by_row
+from bessemer.model.layers.feed_forward import (
+    SparseFeedForward,
+    balance_loss,
+    grouped,
+    one_by_one,
+    router_z_loss,
+    update_correction_bias,
+    visits,
+    visits_by_row,
+)
 
 
 def layer(**settings):

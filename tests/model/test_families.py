@@ -5,13 +5,12 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from bessemer.model.cache import DecoderCache
 from bessemer.model.families import FAMILIES, family_of
-from bessemer.model.families.parts import Part
-from bessemer.model.folder import load_model, save_model
-from bessemer.model.folder_config import read_model_config
+from bessemer.model.families.layout import Part
 from bessemer.model.initialisation import tensor_shapes
-from bessemer.model.stored_tensors import find_tensors, read_parts
+from bessemer.model.layers.cache import DecoderCache
+from bessemer.model.storage.folder import load_model, read_model_config, save_model
+from bessemer.model.storage.weights import find_tensors, read_parts
 from tests.model.family_models import CASES, make
 
 TOLERANCE = 1e-4

@@ -12,11 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3
 
 from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.core.store import write_json
-from bessemer.model import weights_file
 from bessemer.model.config import ModelConfig
 from bessemer.model.device import choose_device
-from bessemer.model.folder import load_model, save_model
-from bessemer.model.folder_config import read_end_tokens, read_model_config
+from bessemer.model.storage import weights as weights_file
+from bessemer.model.storage.folder import load_model, read_end_tokens, read_model_config, save_model
 from bessemer.tokenization.tokenizer import load_tokenizer
 from tests.model.randomised import SHAPES, random_decoder, random_tokens
 from tests.model.tokenizers import write_small_tokenizer
@@ -97,7 +96,7 @@ MEASURED = """
 import gc, json, sys
 from pathlib import Path
 import torch
-from bessemer.model.folder import load_model
+from bessemer.model.storage.folder import load_model
 
 def own_memory():
     "Bytes of this process that are no file's."

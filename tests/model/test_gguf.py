@@ -15,14 +15,13 @@ from hypothesis import strategies as st
 from bessemer.core.errors import ArtefactError, BessemerError, ConfigError
 from bessemer.core.store import read_json
 from bessemer.model.families import FAMILIES
-from bessemer.model.folder import load_model, save_model
-from bessemer.model.folder_config import read_end_tokens
-from bessemer.model.formats.exchange import find_model
+from bessemer.model.formats import find_model
 from bessemer.model.formats.gguf_blocks import BLOCK_TYPES, dequantise
 from bessemer.model.formats.gguf_export import GGUF_DTYPES, export_gguf
 from bessemer.model.formats.gguf_families import BY_MODEL_TYPE
 from bessemer.model.formats.gguf_import import import_gguf
 from bessemer.model.formats.gguf_open import open_gguf
+from bessemer.model.storage.folder import load_model, read_end_tokens, save_model
 from bessemer.tokenization.formats.gguf_metadata import read_head
 from bessemer.tokenization.tokenizer import load_tokenizer
 from tests.model.gguf_fuzz import changed_files

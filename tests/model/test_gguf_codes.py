@@ -12,19 +12,18 @@ import torch
 from gguf import GGUFReader, quants
 
 from bessemer.core.errors import ArtefactError
-from bessemer.model.cpu_kernels.build import library, unavailable
-from bessemer.model.folder import load_model, save_model
-from bessemer.model.formats import gguf_codes, gguf_open
-from bessemer.model.formats.exchange import packaged_smollm2
-from bessemer.model.formats.gguf_blocks import BLOCK_TYPES, dequantise
-from bessemer.model.formats.gguf_codes import encode_blocks, encode_values, is_quantised_type
+from bessemer.model.cpu_kernels import library, unavailable
+from bessemer.model.formats import gguf_blocks as gguf_codes
+from bessemer.model.formats import gguf_open, packaged_smollm2
+from bessemer.model.formats.gguf_blocks import BLOCK_TYPES, dequantise, encode_blocks, encode_values, is_quantised_type
 from bessemer.model.formats.gguf_export import export_gguf
 from bessemer.model.formats.gguf_import import import_gguf
 from bessemer.model.initialisation import empty_decoder, fill, tensor_shapes
 from bessemer.model.quantisation.config import QuantizeConfig
+from bessemer.model.quantisation.integers import BLOCK
 from bessemer.model.quantisation.quantise import quantise
-from bessemer.model.quantisation.schemes.integers import BLOCK
-from bessemer.model.quantised_linear import quantised_parts
+from bessemer.model.quantisation.quantised_layers import quantised_parts
+from bessemer.model.storage.folder import load_model, save_model
 from tests.cases import slow, slow_but
 from tests.model.family_models import ONE_OF_EACH, make
 from tests.model.gguf_models import CASES, write_case

@@ -13,10 +13,10 @@ from bessemer.cli.named import find_model
 from bessemer.core.errors import ArtefactError, ConfigError, SourceError, StorageError
 from bessemer.inference.engine import Engine
 from bessemer.inference.sampling.sampler import SamplingParams
-from bessemer.model.folder import save_model
 from bessemer.model.formats.gguf_export import export_gguf
 from bessemer.model.formats.gguf_open import open_gguf
-from bessemer.model.library import kept_models, pull, remove
+from bessemer.model.storage.folder import save_model
+from bessemer.model.storage.library import kept_models, pull, remove
 from bessemer.tokenization.tokenizer import load_tokenizer
 from tests.model.randomised import SHAPES, random_decoder
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer

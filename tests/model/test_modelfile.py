@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from bessemer.model.formats.modelfile import _STOPS, _TEMPLATES, write_modelfile
+from bessemer.model.formats.gguf_export import _STOPS, _TEMPLATES, write_modelfile
 from bessemer.tokenization.chat_templates import CHAT_TEMPLATES
 from tests.model.randomised import SHAPES
 

@@ -8,11 +8,10 @@ import torch
 
 from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.model.config import ModelConfig
-from bessemer.model.folder import load_model, save_model
 from bessemer.model.formats import onnx
-from bessemer.model.formats.onnx import all_experts, export_onnx
-from bessemer.model.formats.onnx_tensorrt import export_tensorrt
+from bessemer.model.formats.onnx import all_experts, export_onnx, export_tensorrt
 from bessemer.model.initialisation import initial_decoder
+from bessemer.model.storage.folder import load_model, save_model
 from tests.model.family_models import make
 from tests.model.randomised import random_decoder
 

@@ -7,9 +7,9 @@ from functools import partial
 import pytest
 import torch
 
-from bessemer.model.cpu_kernels import operators
-from bessemer.model.cpu_kernels.build import library, unavailable
-from bessemer.model.cpu_kernels.cross_entropy import cross_entropy_
+from bessemer.model import cpu_kernels as operators
+from bessemer.model.cpu_kernels import library, unavailable
+from bessemer.model.cpu_kernels.logits import cross_entropy_
 from bessemer.model.cpu_kernels.packed import PackedMatrix
 from tests.model.test_cpu_kernels import LAYERS, rows
 

@@ -12,13 +12,11 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from bessemer.model.architecture import RopeScaling
-from bessemer.model.attention_mask import alibi_slopes, attention_mask, bias
-from bessemer.model.cache import DecoderCache
 from bessemer.model.config import ModelConfig
-from bessemer.model.folder import load_model, save_model
-from bessemer.model.rope import RotaryPositions, rotate
-from bessemer.model.rope_scaling import rotary_frequencies
-from bessemer.model.sinusoidal import SinusoidalPositions
+from bessemer.model.layers.attention_backends import alibi_slopes, attention_mask, bias
+from bessemer.model.layers.cache import DecoderCache
+from bessemer.model.layers.positions import RotaryPositions, SinusoidalPositions, rotary_frequencies, rotate
+from bessemer.model.storage.folder import load_model, save_model
 from tests.model.randomised import random_decoder, random_tokens
 
 SHAPE = ModelConfig(

@@ -6,13 +6,12 @@ import sys
 import pytest
 import torch
 
-from bessemer.model.config import ModelStageConfig, preset_config
+from bessemer.model.config import ModelStageConfig, layer_kinds, layer_table, preset_config
 from bessemer.model.families import family_of
-from bessemer.model.folder import load_model
 from bessemer.model.initialisation import empty_decoder
 from bessemer.model.presets import PRESET_VOCABULARIES, PRESETS, PUBLISHED, TO_TRAIN
 from bessemer.model.stage import build_model
-from bessemer.model.summary import layer_kinds, layer_table
+from bessemer.model.storage.folder import load_model
 from bessemer.pipeline.recipe import load_recipe
 from tests.cases import slow_but
 from tests.cli.test_main import bessemer

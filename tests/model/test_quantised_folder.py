@@ -10,12 +10,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from bessemer.core.errors import ArtefactError, ConfigError
-from bessemer.model import file_patterns
-from bessemer.model.folder import load_model, save_model
-from bessemer.model.folder_config import read_model_config
+from bessemer.model.families import layout as file_patterns
 from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
-from bessemer.model.quantised_linear import QuantisedLinear, quantised_parts
+from bessemer.model.quantisation.quantised_layers import QuantisedLinear, quantised_parts
+from bessemer.model.storage.folder import load_model, read_model_config, save_model
 from tests.cases import slow_but
 from tests.model.family_models import CASES, ONE_OF_EACH, make
 from tests.model.randomised import SHAPES, random_decoder, random_tokens

@@ -4,13 +4,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from bessemer.model.quantisation.packing import pack, unpack
-from bessemer.model.quantisation.rounding import find_grid, in_groups, round_to_nearest, search_grid
-from bessemer.model.quantisation.schemes import w8a8
-from bessemer.model.quantisation.schemes.int4 import Int4
-from bessemer.model.quantisation.schemes.int8 import Int8
-from bessemer.model.quantisation.schemes.w8a8 import W8A8, int8_product
-from bessemer.model.quantised_linear import QuantisedEmbedding, QuantisedLinear
+from bessemer.model.quantisation import schemes as w8a8
+from bessemer.model.quantisation.integers import find_grid, in_groups, pack, round_to_nearest, search_grid, unpack
+from bessemer.model.quantisation.quantised_layers import QuantisedEmbedding, QuantisedLinear
+from bessemer.model.quantisation.schemes import W8A8, Int4, Int8, int8_product
 
 SCHEMES = {
     "int8 by output": Int8(),

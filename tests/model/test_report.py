@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from bessemer.core.report import Cell, RunReport, StageReport
-from bessemer.model.report import layers_table, sentences
+from bessemer.model.specs import layers_table, sentences
 
 
 def model_stage(parameters, **others):

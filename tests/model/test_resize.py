@@ -5,8 +5,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.core.hashing import hash_file
 from bessemer.core.store import read_json, write_json
-from bessemer.model.folder import load_model, save_model
-from bessemer.model.resize import extend_model, resize_embeddings
+from bessemer.model.stage import extend_model, resize_embeddings
+from bessemer.model.storage.folder import load_model, save_model
 from bessemer.tokenization.tokenizer import load_tokenizer
 from tests.model.randomised import SHAPES, random_decoder, random_tokens
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer

@@ -6,12 +6,10 @@ import transformers
 from safetensors.torch import load_file
 
 from bessemer.core.errors import ArtefactError
+from bessemer.inference.build import open_model
 from bessemer.inference.config import EngineConfig
-from bessemer.inference.loading import open_model
-from bessemer.model.folder import load_model, save_model
-from bessemer.model.folder_config import read_model_config
 from bessemer.model.formats.gguf_export import export_gguf
-from bessemer.model.score_head import as_scorer, load_scorer, new_head
+from bessemer.model.storage.folder import as_scorer, load_model, load_scorer, new_head, read_model_config, save_model
 from tests.cases import slow_but
 from tests.model.family_models import CASES, make
 

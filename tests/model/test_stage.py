@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from bessemer.core.hashing import hash_value
 from bessemer.core.progress import Silent
 from bessemer.model.config import MODEL_VERSION, ModelConfig, ModelStageConfig
-from bessemer.model.folder import load_model, save_initial_model, save_model
 from bessemer.model.initialisation import initial_decoder, initial_weight, initial_weights
 from bessemer.model.stage import build_model
+from bessemer.model.storage.folder import load_model, save_initial_model, save_model
 from bessemer.tokenization.tokenizer import load_tokenizer
 from tests.golden import checksum
 from tests.model.randomised import SHAPES
@@ -145,7 +145,7 @@ def test_a_new_model_is_written_as_it_is_drawn(name, tmp_path, monkeypatch):
         most = max(most, sum(one() is not None for one in drawn))
         return tensor
 
-    monkeypatch.setattr("bessemer.model.folder.initial_weight", counted)
+    monkeypatch.setattr("bessemer.model.storage.folder.initial_weight", counted)
     save_initial_model(config, 3, tmp_path / "streamed", tokenizer=None)
     assert len(drawn) == len(initial_weights(config, 3))
     assert most == (3 if name == "gpt2" else 1)  # queries, keys and values are stored as one

@@ -7,19 +7,12 @@ from peft.tuners.lora import Linear as LoraLayer
 from torch import nn
 
 from bessemer.core.errors import ConfigError
+from bessemer.model.adapters.trained import adapter_of, adapters_of, add_adapters, initial_tensors, merged, without_adapters
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
 from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
-from bessemer.model.quantisation.quantised_modules import dequantised
-from bessemer.model.trained_adapters import (
-    adapter_of,
-    adapters_of,
-    add_adapters,
-    initial_tensors,
-    merged,
-    without_adapters,
-)
+from bessemer.model.quantisation.quantised_decoder import dequantised
 
 SHAPE = {
     "hidden_size": 64,

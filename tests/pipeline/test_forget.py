@@ -13,8 +13,7 @@ import pytest
 
 from bessemer.core.errors import ArtefactError
 from bessemer.core.store import Artefact, Store
-from bessemer.data.corpus.reader import iterate_documents
-from bessemer.data.corpus.removed import add_removed_ids, removed_ids, without_removed
+from bessemer.data.corpus.reader import add_removed_ids, iterate_documents, removed_ids, without_removed
 from bessemer.pipeline.api import run
 from bessemer.pipeline.forget import forget, remove_derived, trace
 from bessemer.pipeline.run_folder import RunFolder

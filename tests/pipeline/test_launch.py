@@ -13,12 +13,12 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from bessemer.cli.main import main
 from bessemer.core.metrics import read_metrics
-from bessemer.distributed.config import ParallelConfig
+from bessemer.distributed.layout import ParallelConfig
 from bessemer.pipeline import worker
 from bessemer.pipeline.api import run
 from bessemer.pipeline.recipe import load_recipe
-from bessemer.posttraining.sft import sft
-from bessemer.training.loop import METRICS
+from bessemer.posttraining.sft.stage import sft
+from bessemer.training.job import METRICS
 from bessemer.training.pretrain import pretrain
 from tests.distributed.pool import pool_of, quick_processes
 

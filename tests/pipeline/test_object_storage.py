@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from bessemer.cli.main import app
 from bessemer.core.store import Artefact
-from bessemer.data.corpus.lookup import find_document
+from bessemer.data.corpus.reader import find_document
 from bessemer.pipeline.api import execute, prepare
 from bessemer.pipeline.forget import forget, trace
 from tests.conftest import SECRET

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bessemer.core.metrics import read_metrics
-from bessemer.model.folder import load_model
+from bessemer.model.storage.folder import load_model
 from bessemer.pipeline.api import run
 
 RECIPE = """

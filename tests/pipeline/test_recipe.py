@@ -9,7 +9,7 @@ from bessemer.core.errors import ConfigError
 from bessemer.core.yaml_file import dump_yaml, parse_value, parse_yaml
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
-from bessemer.model.folder import save_model
+from bessemer.model.storage.folder import save_model
 from bessemer.pipeline import recipe as recipe_module
 from bessemer.pipeline.api import prepare
 from bessemer.pipeline.recipe import load_recipe, shipped_recipes

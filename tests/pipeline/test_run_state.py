@@ -5,8 +5,7 @@ import pytest
 from bessemer.core.errors import SourceError
 from bessemer.core.store import Store
 from bessemer.pipeline.api import execute, prepare
-from bessemer.pipeline.run_folder import RunFolder
-from bessemer.pipeline.run_state import WORKING, stage_states
+from bessemer.pipeline.run_folder import WORKING, RunFolder, stage_states
 
 
 def states(folder):

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from bessemer.core.environment import install_extra
 from bessemer.core.errors import ArtefactError, SourceError, StorageError
-from bessemer.core.packages import install_extra
 from bessemer.core.store import Store, follow
 from bessemer.pipeline import recipe as recipe_module
 from bessemer.pipeline.api import execute, prepare, run
-from bessemer.pipeline.ranks import Ranks
+from bessemer.pipeline.launch import Ranks
 from bessemer.pipeline.run_folder import RunFolder, linked_keys
 from bessemer.pipeline.runner import _less
 

@@ -10,8 +10,8 @@ from bessemer.core.store import MANIFEST, read_json
 from bessemer.core.yaml_file import read_yaml
 from bessemer.model import device
 from bessemer.model.config import ModelConfig
-from bessemer.model.folder import save_model
 from bessemer.model.initialisation import initial_decoder
+from bessemer.model.storage.folder import save_model
 from bessemer.pipeline.recipe import load_recipe
 from bessemer.pipeline.report import run_report, sentences
 from bessemer.pipeline.run_folder import RunFolder

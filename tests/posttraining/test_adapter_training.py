@@ -11,22 +11,22 @@ from bessemer.core.errors import ConfigError
 from bessemer.core.hashing import hash_file
 from bessemer.core.metrics import read_metrics
 from bessemer.distributed.sharding import product_matrices
-from bessemer.model.adapter_folder import read_adapter
 from bessemer.model.adapters import adapted
-from bessemer.model.folder import load_model, save_model
+from bessemer.model.adapters.folder import read_adapter
+from bessemer.model.adapters.trained import adapter_of, adapters_of, merged
 from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
-from bessemer.model.quantised_linear import is_quantised
-from bessemer.model.trained_adapters import adapter_of, adapters_of, merged
-from bessemer.posttraining.config import SFTConfig
-from bessemer.posttraining.conversations import Conversation
-from bessemer.posttraining.finetuning.run import _Questions, _Samples
+from bessemer.model.quantisation.quantised_layers import is_quantised
+from bessemer.model.storage.folder import load_model, save_model
+from bessemer.posttraining.data.examples import Conversation
 from bessemer.posttraining.preference.config import PreferenceConfig
 from bessemer.posttraining.preference.stage import preference
-from bessemer.posttraining.sft import sft
+from bessemer.posttraining.sft.config import SFTConfig
+from bessemer.posttraining.sft.finetune import _Questions, _Samples
+from bessemer.posttraining.sft.stage import sft
 from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.checkpoint.manager import CHECKPOINTS, checkpoint_of_step, checkpoint_weights, newest_checkpoint
-from bessemer.training.starting_model import starting_model
+from bessemer.training.model_setup import starting_model
 from tests.cases import slow
 from tests.posttraining.test_formats import said
 from tests.training.conftest import RecordedProgress
@@ -215,7 +215,7 @@ def test_what_is_frozen_lies_in_the_dtype_of_products_and_no_number_changes(mode
 
     for place in ("half", "float32"):
         if place == "float32":
-            for module in ("starting_model", "checkpoint.export"):
+            for module in ("model_setup", "checkpoint.export"):
                 monkeypatch.setattr(f"bessemer.training.{module}.frozen_dtype", lambda config, folder: torch.float32)
         run(model_folder, data, tmp_path / place, **HALF, on_validation=noted if place == "half" else None)
     kinds = held["weights"]

@@ -11,26 +11,22 @@ from bessemer.core.chat_client import ApiError
 from bessemer.core.errors import ArtefactError, ConfigError, SourceError
 from bessemer.core.policy import read_policy
 from bessemer.core.report import StageReport
-from bessemer.model.folder import load_model
-from bessemer.posttraining.config import SFTConfig
-from bessemer.posttraining.constitution.ai_preferences import ai_preferences
-from bessemer.posttraining.constitution.config import AIPreferencesConfig, ReviseConfig
-from bessemer.posttraining.constitution.detectors import babbles, findings
-from bessemer.posttraining.constitution.drawing import drawn_principles
-from bessemer.posttraining.constitution.prompts import as_asked
-from bessemer.posttraining.constitution.report import preferences_report, revise_report
-from bessemer.posttraining.constitution.revise import revise
-from bessemer.posttraining.conversations import read_conversations
-from bessemer.posttraining.dataset import read_examples
-from bessemer.posttraining.formats import as_labelled_answers, as_pair
-from bessemer.posttraining.preference.config import PreferenceConfig
-from bessemer.posttraining.preference.data import paired_data
+from bessemer.model.storage.folder import load_model
+from bessemer.posttraining.data.examples import read_conversations, read_examples
+from bessemer.posttraining.data.formats import as_labelled_answers, as_pair
+from bessemer.posttraining.data.packing import pack_pairs
+from bessemer.posttraining.preference.config import PAIR_LOSSES, PreferenceConfig
 from bessemer.posttraining.preference.losses import PairLossSettings
 from bessemer.posttraining.preference.objective import REFERENCE_LOG_PROBS, PreferenceObjective
-from bessemer.posttraining.preference.packing import pack_pairs
-from bessemer.posttraining.preference.registry import PAIR_LOSSES
-from bessemer.posttraining.reward.objective import ranking_loss
-from bessemer.posttraining.sft import gather_conversations
+from bessemer.posttraining.preference.stage import paired_data
+from bessemer.posttraining.rewards.stage import ranking_loss
+from bessemer.posttraining.sft.config import SFTConfig
+from bessemer.posttraining.sft.stage import gather_conversations
+from bessemer.posttraining.synthetic.ai_preferences import ai_preferences
+from bessemer.posttraining.synthetic.config import AIPreferencesConfig, ReviseConfig
+from bessemer.posttraining.synthetic.constitution import as_asked, drawn_principles
+from bessemer.posttraining.synthetic.revise import babbles, findings, revise
+from bessemer.posttraining.synthetic.specs import preferences_report, revise_report
 from bessemer.training.objectives import LossContext
 from tests.chat_server import completion, serving
 from tests.posttraining.test_formats import said

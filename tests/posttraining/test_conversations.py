@@ -4,7 +4,7 @@ import pytest
 
 from bessemer.core.errors import ArtefactError, BessemerError, SourceError
 from bessemer.core.hashing import hash_value
-from bessemer.posttraining.conversations import Conversation, read_conversations, write_conversations
+from bessemer.posttraining.data.examples import Conversation, read_conversations, write_conversations
 
 GOOD = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
 

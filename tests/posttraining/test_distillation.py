@@ -11,17 +11,17 @@ from bessemer.core.errors import ArtefactError, ConfigError, SourceError
 from bessemer.core.metrics import read_metrics
 from bessemer.core.report import StageReport
 from bessemer.model.config import ModelConfig, ModelStageConfig
-from bessemer.model.folder import load_model, save_model
 from bessemer.model.initialisation import initial_decoder
 from bessemer.model.stage import build_model
+from bessemer.model.storage.folder import load_model, save_model
 from bessemer.pipeline.recipe import load_recipe
-from bessemer.posttraining.conversations import read_conversations
-from bessemer.posttraining.distillation import report, teacher_answers
+from bessemer.posttraining.data.examples import read_conversations
+from bessemer.posttraining.distillation import answers as teacher_answers
+from bessemer.posttraining.distillation import specs as report
+from bessemer.posttraining.distillation.answers import ANSWERS, Asked, TeacherAnswer, as_asked
 from bessemer.posttraining.distillation.config import DistillationConfig
-from bessemer.posttraining.distillation.prompts import Asked, as_asked
+from bessemer.posttraining.distillation.objective import teacher_fingerprint
 from bessemer.posttraining.distillation.stage import distill
-from bessemer.posttraining.distillation.teacher import teacher_fingerprint
-from bessemer.posttraining.distillation.teacher_answers import ANSWERS, TeacherAnswer
 from bessemer.posttraining.specs import STAGES
 from tests.cases import slow
 from tests.inference.models import small_decoder

@@ -10,20 +10,25 @@ import torch
 from bessemer.distributed.mesh import ALONE
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
-from bessemer.posttraining.distillation.config import DistillationConfig
+from bessemer.posttraining.distillation.config import DISTILLATION_LOSSES, DistillationConfig
 from bessemer.posttraining.distillation.losses import DivergenceSettings, HeadStates
-from bessemer.posttraining.distillation.objective import LOG_RATIOS, DistillationObjective, OnPolicyObjective, mean_reverse_kl
-from bessemer.posttraining.distillation.registry import DISTILLATION_LOSSES
-from bessemer.posttraining.distillation.teacher import TEACHER, TeacherHead
+from bessemer.posttraining.distillation.objective import (
+    LOG_RATIOS,
+    TEACHER,
+    DistillationObjective,
+    OnPolicyObjective,
+    TeacherHead,
+    mean_reverse_kl,
+)
 from bessemer.posttraining.rl.objective import ADVANTAGES, SAMPLER
 from bessemer.training import logit_chunks
 from bessemer.training.data.batches import IGNORE_INDEX, Batch
 from bessemer.training.data.packing import pack_rows
 from bessemer.training.logit_chunks import ChunkSize
+from bessemer.training.model_roles import Trainee
 from bessemer.training.model_setup import PreparedModel
 from bessemer.training.objectives import POLICY, LossContext
 from bessemer.training.runtime import Runtime
-from bessemer.training.trainee import Trainee
 from tests.training.conftest import TINY
 from tests.training.test_head import Largest, full_logits, made_pair
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bessemer.posttraining.distillation.prompts import as_asked
+from bessemer.posttraining.distillation.answers import as_asked
 from tests.posttraining.test_formats import said
 
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]

@@ -6,7 +6,7 @@ import pytest
 import tokenizers
 
 from bessemer.core.errors import RequestError
-from bessemer.posttraining.encoding import encode_answer, encode_prompt
+from bessemer.posttraining.data.encoding import encode_answer, encode_prompt
 from bessemer.tokenization.tokenizer import load_tokenizer
 from tests.posttraining.test_formats import said
 

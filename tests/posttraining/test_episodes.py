@@ -5,14 +5,14 @@ import pytest
 from bessemer.core.errors import ConfigError
 from bessemer.core.metrics import read_metrics
 from bessemer.posttraining.rl.objective import SAMPLER
-from bessemer.posttraining.rl.prompts import Prompt
-from bessemer.posttraining.rl.samples import Sample, pack_samples
+from bessemer.posttraining.sampling.prompts import Prompt
+from bessemer.posttraining.sampling.samples import Sample, pack_samples
 from bessemer.training.data.batches import IGNORE_INDEX
 from tests.posttraining.test_rl import data, run  # noqa: F401
 from tests.training.conftest import RecordedProgress
 
 ENVIRONMENT = """
-from bessemer.assistant.environment import Step
+from bessemer.assistant.episodes import Step
 from bessemer.assistant.messages import Message
 
 

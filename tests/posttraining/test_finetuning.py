@@ -17,27 +17,24 @@ from bessemer.core.progress import Silent
 from bessemer.core.store import read_json, write_json
 from bessemer.core.yaml_file import parse_yaml
 from bessemer.inference.engine import Engine, SamplingParams
+from bessemer.model.adapters.trained import adapter_of, adapters_of, add_adapters, merged
 from bessemer.model.config import ModelConfig
-from bessemer.model.folder import load_model, save_model
-from bessemer.model.formats.exchange import ModelSource
+from bessemer.model.formats import ModelSource
 from bessemer.model.initialisation import initial_decoder
 from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
-from bessemer.model.trained_adapters import adapter_of, adapters_of, add_adapters, merged
-from bessemer.posttraining.config import SFTConfig
-from bessemer.posttraining.conversations import Conversation
-from bessemer.posttraining.finetuning.base import prepare_base
-from bessemer.posttraining.finetuning.columns import find_columns
-from bessemer.posttraining.finetuning.config import FinetuneConfig
-from bessemer.posttraining.finetuning.method import choose_method, needed_bytes
-from bessemer.posttraining.finetuning.plan import Sizes, row_length, settings_of
-from bessemer.posttraining.finetuning.run import Finetuned, _Questions, _Samples, _training_settings
-from bessemer.posttraining.finetuning.verdict import verdict
-from bessemer.tasks.file import read_task
+from bessemer.model.storage.folder import load_model, save_model
+from bessemer.posttraining.data.examples import Conversation
+from bessemer.posttraining.sft.config import FinetuneConfig, SFTConfig
+from bessemer.posttraining.sft.finetune import Finetuned, _Questions, _Samples, _training_settings
+from bessemer.posttraining.sft.finetune_inputs import find_columns, prepare_base
+from bessemer.posttraining.sft.finetune_plan import Sizes, choose_method, needed_bytes, row_length, settings_of
+from bessemer.posttraining.sft.report import verdict
+from bessemer.tasks.task_file import read_task
 from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.data.batches import Batch
+from bessemer.training.model_setup import starting_model
 from bessemer.training.objectives import next_token_loss
-from bessemer.training.starting_model import starting_model
 from tests.cli.test_main import bessemer, one_error
 from tests.literate import blocks
 from tests.posttraining.test_formats import said

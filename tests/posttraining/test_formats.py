@@ -5,8 +5,15 @@ from pathlib import Path
 import pytest
 
 from bessemer.core.errors import RequestError
-from bessemer.core.json_lines import json_lines
-from bessemer.posttraining.formats import Answered, answer_in_columns, as_answered, as_labelled, as_labelled_answers, as_pair
+from bessemer.core.records import json_lines
+from bessemer.posttraining.data.formats import (
+    Answered,
+    answer_in_columns,
+    as_answered,
+    as_labelled,
+    as_labelled_answers,
+    as_pair,
+)
 
 PREFERENCES = Path(__file__).parents[2].parent / "shared" / "data" / "preference"
 

@@ -6,10 +6,10 @@ import re
 import pytest
 
 from bessemer.core.errors import SourceError
-from bessemer.posttraining.dataset import read_examples
-from bessemer.posttraining.formats import as_pair
-from bessemer.posttraining.honesty.config import HonestyConfig
-from bessemer.posttraining.honesty.pairs import HONESTY_FILE, honesty
+from bessemer.posttraining.data.examples import read_examples
+from bessemer.posttraining.data.formats import as_pair
+from bessemer.posttraining.synthetic.config import HonestyConfig
+from bessemer.posttraining.synthetic.documentation import HONESTY_FILE, honesty
 from tests.training.conftest import documentation, write_documentation
 
 

@@ -9,22 +9,20 @@ import torch
 from bessemer.core.errors import SourceError
 from bessemer.core.metrics import read_metrics
 from bessemer.distributed.mesh import ALONE
-from bessemer.model.folder import load_model
 from bessemer.model.initialisation import initial_decoder
-from bessemer.posttraining.encoding import encode_answer
-from bessemer.posttraining.formats import Answered, Labelled, as_labelled, as_labelled_answers
-from bessemer.posttraining.packing import HeldOutBatches
+from bessemer.model.storage.folder import load_model
+from bessemer.posttraining.data.encoding import encode_answer
+from bessemer.posttraining.data.formats import Answered, Labelled, as_labelled, as_labelled_answers
+from bessemer.posttraining.data.packing import HeldOutBatches, others_before, pack_answers
 from bessemer.posttraining.preference.config import PreferenceConfig
-from bessemer.posttraining.preference.kto import KTOObjective
-from bessemer.posttraining.preference.labelled import others_before, pack_answers
-from bessemer.posttraining.preference.objective import REFERENCE_LOG_PROBS
+from bessemer.posttraining.preference.objective import REFERENCE_LOG_PROBS, KTOObjective
 from bessemer.posttraining.preference.stage import preference
+from bessemer.training.model_roles import REFERENCE, Trainee
 from bessemer.training.model_setup import PreparedModel
 from bessemer.training.objectives import POLICY, LossContext
 from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.runtime import Runtime
-from bessemer.training.totals import TotalsReducer
-from bessemer.training.trainee import REFERENCE, Trainee
+from bessemer.training.trainer import TotalsReducer
 from tests.posttraining.test_formats import said
 from tests.posttraining.test_preference import SETTINGS
 

@@ -9,10 +9,18 @@ from fastapi.testclient import TestClient
 from bessemer.core.errors import ArtefactError, SourceError
 from bessemer.core.progress import Silent
 from bessemer.inference.engine import Engine, SamplingParams
-from bessemer.posttraining.dataset import read_examples
-from bessemer.posttraining.formats import as_pair
-from bessemer.posttraining.labelling.rankings import ANSWERS, PAIRS, RANKINGS, Answers, Labels, ranked_pairs
-from bessemer.posttraining.labelling.sampling import read_prompts, sample_answers
+from bessemer.posttraining.data.examples import read_examples
+from bessemer.posttraining.data.formats import as_pair
+from bessemer.posttraining.labelling import (
+    ANSWERS,
+    PAIRS,
+    RANKINGS,
+    Answers,
+    Labels,
+    ranked_pairs,
+    read_prompts,
+    sample_answers,
+)
 from bessemer.serving.labelling import create_label_app
 from tests.posttraining.test_formats import said
 from tests.training.conftest import RecordedProgress

@@ -7,12 +7,10 @@ import re
 import pytest
 
 from bessemer.core.errors import ConfigError
-from bessemer.model.folder import save_model
-from bessemer.model.score_head import load_scorer
-from bessemer.posttraining.reward.reward_model import RewardModel
-from bessemer.posttraining.rewards.fingerprint import rewards_fingerprint
+from bessemer.model.storage.folder import load_scorer, save_model
+from bessemer.posttraining.rewards.config import RewardContext, rewards_fingerprint
 from bessemer.posttraining.rewards.judge import Completed, Judge
-from bessemer.posttraining.rewards.registry import RewardContext
+from bessemer.posttraining.rewards.model_based import RewardModel
 from tests.chat_server import completion, serving
 from tests.posttraining.test_rewards import completed, settings
 

@@ -6,9 +6,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from bessemer.core.errors import SourceError
-from bessemer.model.folder import load_model
-from bessemer.posttraining.conversations import Conversation
-from bessemer.posttraining.packing import HeldOutBatches, PackedBatches, encode_conversation, pack_conversations
+from bessemer.model.storage.folder import load_model
+from bessemer.posttraining.data.examples import Conversation
+from bessemer.posttraining.data.packing import HeldOutBatches, PackedBatches, encode_conversation, pack_conversations
 from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.data.batches import IGNORE_INDEX
 from bessemer.training.objectives import next_token_loss

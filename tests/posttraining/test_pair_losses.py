@@ -5,9 +5,8 @@ import math
 import pytest
 import torch
 
-from bessemer.posttraining.preference.config import PreferenceConfig
+from bessemer.posttraining.preference.config import PAIR_LOSSES, PreferenceConfig
 from bessemer.posttraining.preference.losses import PairLossSettings, kto, orpo, simpo
-from bessemer.posttraining.preference.registry import PAIR_LOSSES
 from bessemer.posttraining.rl.config import RLConfig
 
 SETTINGS = PairLossSettings(beta=0.3, label_smoothing=0.1, margin=0.7)

@@ -3,9 +3,8 @@
 import pytest
 
 from bessemer.core.errors import ConfigError, SourceError
-from bessemer.posttraining.conversations import Conversation, write_conversations
-from bessemer.posttraining.made import MISMATCHED
-from bessemer.posttraining.pairs import gather_pairs
+from bessemer.posttraining.data.examples import Conversation, gather_pairs, write_conversations
+from bessemer.posttraining.data.made import MISMATCHED
 from bessemer.posttraining.preference.config import PreferenceConfig
 from tests.posttraining.test_formats import said
 

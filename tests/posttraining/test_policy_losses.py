@@ -8,10 +8,16 @@ import torch
 
 from bessemer.posttraining.rl import advantages
 from bessemer.posttraining.rl.advantages import decoupled, generalised_advantages, is_informative
-from bessemer.posttraining.rl.corrections import CorrectionSettings, importance_weights
-from bessemer.posttraining.rl.policy_losses import PolicyLossSettings, clipped_tokens, policy_loss, value_loss
-from bessemer.posttraining.rl.registries import ADVANTAGES, AGGREGATIONS, CORRECTIONS, DIVERGENCES, POLICY_LOSSES
-from bessemer.posttraining.rl.sequences import Sequences
+from bessemer.posttraining.rl.config import ADVANTAGES, AGGREGATIONS, CORRECTIONS, DIVERGENCES, POLICY_LOSSES
+from bessemer.posttraining.rl.losses import (
+    CorrectionSettings,
+    PolicyLossSettings,
+    Sequences,
+    clipped_tokens,
+    importance_weights,
+    policy_loss,
+    value_loss,
+)
 from bessemer.training.data.batches import Batch
 
 GROUP = 4

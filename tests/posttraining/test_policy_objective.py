@@ -5,13 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bessemer.model.folder import load_model
+from bessemer.model.storage.folder import load_model
 from bessemer.posttraining.preference.objective import target_log_probs
-from bessemer.posttraining.rl.config import RLConfig
-from bessemer.posttraining.rl.objective import ADVANTAGES, OLD, REFERENCE_LOG_PROBS, PolicyObjective
-from bessemer.posttraining.rl.presets import PRESETS
-from bessemer.posttraining.rl.prompts import Prompt
-from bessemer.posttraining.rl.samples import Sample, pack_samples
+from bessemer.posttraining.rl.config import PRESETS, RLConfig
+from bessemer.posttraining.rl.objective import ADVANTAGES, OLD, TOKEN_REFERENCE_LOG_PROBS, PolicyObjective
+from bessemer.posttraining.sampling.prompts import Prompt
+from bessemer.posttraining.sampling.samples import Sample, pack_samples
 from bessemer.training.data.batches import IGNORE_INDEX
 from bessemer.training.objectives import LossContext
 from tests.cases import in_turn
@@ -76,7 +75,7 @@ def batch_of(samples, advantages, old, reference, shared_row=None):
     values = {
         ADVANTAGES: packed.batch.of_tokens(packed.of_sequences(torch.tensor(advantages, dtype=torch.float64))),
         OLD: by_token(packed, old),
-        REFERENCE_LOG_PROBS: by_token(packed, reference),
+        TOKEN_REFERENCE_LOG_PROBS: by_token(packed, reference),
     }
     per_sequence = {name: packed.of_sequences(value) for name, value in of_group.items()}
     return packed.batch.with_values(per_token=values, per_sequence=per_sequence)

@@ -12,15 +12,14 @@ from bessemer.core.errors import ConfigError
 from bessemer.core.metrics import read_metrics
 from bessemer.core.stage import Input
 from bessemer.distributed.mesh import ALONE
-from bessemer.model.score_head import as_scorer
+from bessemer.model.storage.folder import as_scorer
 from bessemer.pipeline.recipe import load_recipe
-from bessemer.posttraining.rl.config import RLConfig
-from bessemer.posttraining.rl.critic import CRITIC, OLD_VALUES, RETURNS, ActorCriticObjective, token_values, with_values
-from bessemer.posttraining.rl.critic_config import CriticConfig
+from bessemer.posttraining.rl.advantages import CRITIC, OLD_VALUES, RETURNS, ActorCriticObjective, token_values, with_values
+from bessemer.posttraining.rl.config import CriticConfig, RLConfig
 from bessemer.posttraining.rl.objective import ADVANTAGES, PolicyObjective
-from bessemer.posttraining.rl.prompts import Prompt
-from bessemer.posttraining.rl.samples import Sample, pack_samples
 from bessemer.posttraining.rl.stage import rl
+from bessemer.posttraining.sampling.prompts import Prompt
+from bessemer.posttraining.sampling.samples import Sample, pack_samples
 from bessemer.training.objectives import LossContext
 from tests.inference.models import small_decoder
 

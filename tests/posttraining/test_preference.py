@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 from bessemer.core.errors import ConfigError, SourceError
 from bessemer.core.metrics import read_metrics
-from bessemer.model.folder import load_model, save_model
 from bessemer.model.initialisation import initial_decoder
+from bessemer.model.storage.folder import load_model, save_model
 from bessemer.posttraining.preference.config import PreferenceConfig
 from bessemer.posttraining.preference.stage import preference
 from bessemer.posttraining.rl.config import RLConfig

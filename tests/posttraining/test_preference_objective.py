@@ -5,14 +5,13 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from bessemer.core.errors import SourceError
-from bessemer.model.folder import load_model, save_model
-from bessemer.posttraining.encoding import Encoded, encode_answer
-from bessemer.posttraining.formats import Pair
-from bessemer.posttraining.preference.config import PreferenceConfig
+from bessemer.model.storage.folder import load_model, save_model
+from bessemer.posttraining.data.encoding import Encoded, encode_answer
+from bessemer.posttraining.data.formats import Pair
+from bessemer.posttraining.data.packing import can_share_prompts, pack_pairs
+from bessemer.posttraining.preference.config import PAIR_LOSSES, PreferenceConfig
 from bessemer.posttraining.preference.losses import PairLossSettings
 from bessemer.posttraining.preference.objective import REFERENCE_LOG_PROBS, PreferenceObjective
-from bessemer.posttraining.preference.packing import can_share_prompts, pack_pairs
-from bessemer.posttraining.preference.registry import PAIR_LOSSES
 from bessemer.training.data.batches import IGNORE_INDEX
 from bessemer.training.objectives import LossContext
 from tests.inference.models import small_decoder

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bessemer.posttraining.questions import LONGEST_ANSWER, first_sentence, has_question, make_questions
+from bessemer.posttraining.synthetic.documentation import LONGEST_ANSWER, first_sentence, has_question, make_questions
 from tests.training.conftest import write_documentation
 
 

@@ -3,7 +3,7 @@
 import json
 
 from bessemer.core.report import Answers, Heading, RunReport, StageReport
-from bessemer.posttraining.report import report
+from bessemer.posttraining.sft.report import report
 
 
 def test_answers_are_those_of_this_stage_and_held_out_ones_come_first(tmp_path):

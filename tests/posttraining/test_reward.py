@@ -12,25 +12,23 @@ from torch.nn.functional import logsigmoid
 
 from bessemer.core.errors import ArtefactError, ConfigError, RequestError
 from bessemer.core.hashing import hash_file
-from bessemer.core.json_lines import json_lines
 from bessemer.core.metrics import read_metrics
+from bessemer.core.records import json_lines
 from bessemer.core.report import Curves, StageReport, Table
-from bessemer.model.folder import load_model, save_model
 from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
-from bessemer.model.score_head import load_scorer
-from bessemer.posttraining.encoding import Encoded, encode_answer
-from bessemer.posttraining.formats import Pair
-from bessemer.posttraining.preference.packing import pack_pairs
-from bessemer.posttraining.reward.assessment import ScoredPair, assess, assessment_parts, rank_correlation
-from bessemer.posttraining.reward.config import RewardConfig
-from bessemer.posttraining.reward.objective import RewardObjective, rewards
-from bessemer.posttraining.reward.report import report, summary_line
-from bessemer.posttraining.reward.reward_model import RewardModel
-from bessemer.posttraining.reward.stage import reward
+from bessemer.model.storage.folder import load_model, load_scorer, save_model
+from bessemer.posttraining.data.encoding import Encoded, encode_answer
+from bessemer.posttraining.data.formats import Pair
+from bessemer.posttraining.data.packing import pack_pairs
+from bessemer.posttraining.rewards.assessment import ScoredPair, assess, assessment_parts, rank_correlation
+from bessemer.posttraining.rewards.config import RewardConfig
+from bessemer.posttraining.rewards.model_based import RewardModel
+from bessemer.posttraining.rewards.specs import report, summary_line
+from bessemer.posttraining.rewards.stage import RewardObjective, reward, rewards
 from bessemer.training.checkpoint.manager import CHECKPOINTS, checkpoint_weights, newest_checkpoint
+from bessemer.training.model_setup import head_seed
 from bessemer.training.objectives import LossContext
-from bessemer.training.starting_model import head_seed
 from tests.cases import slow
 from tests.posttraining.test_formats import said
 from tests.posttraining.test_preference import SETTINGS, data  # noqa: F401

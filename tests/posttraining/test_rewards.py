@@ -6,11 +6,10 @@ import time
 import pytest
 
 from bessemer.core.errors import ConfigError
-from bessemer.posttraining.rewards.config import named
+from bessemer.posttraining.rewards.config import REWARDS, AskedTask, RewardContext, named
 from bessemer.posttraining.rewards.judge import Completed, Judge
-from bessemer.posttraining.rewards.registry import REWARDS, AskedTask, RewardContext
 from bessemer.posttraining.rl.config import RLConfig
-from bessemer.tasks.options import TaskOptions
+from bessemer.tasks.config import TaskOptions
 from bessemer.tasks.registry import find_tasks
 
 

@@ -15,22 +15,21 @@ from bessemer.core.metrics import read_metrics
 from bessemer.core.progress import Silent
 from bessemer.core.report import StageReport
 from bessemer.pipeline.recipe import load_recipe
-from bessemer.posttraining.dataset import drawn
+from bessemer.posttraining.data.examples import drawn
+from bessemer.posttraining.rewards.config import RewardContext
 from bessemer.posttraining.rewards.judge import Judge, RewardError
-from bessemer.posttraining.rewards.registry import RewardContext
-from bessemer.posttraining.rl import report
-from bessemer.posttraining.rl.collapse import CollapseError, check_collapse
+from bessemer.posttraining.rl import specs as report
 from bessemer.posttraining.rl.config import RLConfig
 from bessemer.posttraining.rl.objective import PolicyObjective
-from bessemer.posttraining.rl.prompts import Prompt, gather_prompts
-from bessemer.posttraining.rl.rollouts import RolloutSource
-from bessemer.posttraining.rl.samples import Sample
+from bessemer.posttraining.rl.rollouts import CollapseError, RolloutSource, check_collapse
 from bessemer.posttraining.rl.stage import rl
+from bessemer.posttraining.sampling.prompts import Prompt, gather_prompts
+from bessemer.posttraining.sampling.samples import Sample
 from bessemer.training.data.batches import IGNORE_INDEX
+from bessemer.training.model_roles import Trainee
 from bessemer.training.model_setup import PreparedModel
 from bessemer.training.objectives import POLICY, LossContext
 from bessemer.training.runtime import Runtime
-from bessemer.training.trainee import Trainee
 from tests.cases import slow
 from tests.inference.models import small_decoder, small_tokenizer
 from tests.training.conftest import RecordedProgress

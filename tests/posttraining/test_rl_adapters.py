@@ -9,15 +9,15 @@ from safetensors.torch import load_file
 from bessemer.core.errors import ConfigError
 from bessemer.core.hashing import hash_file
 from bessemer.core.metrics import read_metrics
-from bessemer.model.adapter_folder import read_adapter
 from bessemer.model.adapters import adapted
-from bessemer.model.folder import load_model, save_model
+from bessemer.model.adapters.folder import read_adapter
+from bessemer.model.adapters.trained import adapters_of, add_adapters, merged_in_place
 from bessemer.model.quantisation.config import QuantizeConfig
 from bessemer.model.quantisation.quantise import quantise
-from bessemer.model.trained_adapters import adapters_of, add_adapters, merged_in_place
+from bessemer.model.storage.folder import load_model, save_model
 from bessemer.posttraining.rl.config import RLConfig
 from bessemer.posttraining.rl.objective import PolicyObjective
-from bessemer.posttraining.rl.prompts import Prompt
+from bessemer.posttraining.sampling.prompts import Prompt
 from bessemer.training.checkpoint.manager import CHECKPOINTS, checkpoint_weights, newest_checkpoint
 from bessemer.training.objectives import LossContext
 from tests.cases import slow

@@ -13,15 +13,14 @@ from bessemer.core.errors import ConfigError
 from bessemer.core.metrics import read_metrics
 from bessemer.distributed.mesh import ALONE
 from bessemer.posttraining.preference.objective import REFERENCE_LOG_PROBS as REFERENCE_OF_PAIRS
+from bessemer.posttraining.rl.advantages import CRITIC
+from bessemer.posttraining.rl.batches import AdvantageBatches, PairBatches
 from bessemer.posttraining.rl.config import RLConfig
-from bessemer.posttraining.rl.critic import CRITIC
-from bessemer.posttraining.rl.objective import ADVANTAGES, OLD, REFERENCE_LOG_PROBS, SAMPLER
-from bessemer.posttraining.rl.online_pairs import PairBatches
-from bessemer.posttraining.rl.prompts import Prompt
-from bessemer.posttraining.rl.rollout_batches import AdvantageBatches
-from bessemer.posttraining.rl.sampler import Group
-from bessemer.posttraining.rl.samples import Sample
+from bessemer.posttraining.rl.objective import ADVANTAGES, OLD, SAMPLER, TOKEN_REFERENCE_LOG_PROBS
 from bessemer.posttraining.rl.stage import rl
+from bessemer.posttraining.sampling.prompts import Prompt
+from bessemer.posttraining.sampling.sampler import Group
+from bessemer.posttraining.sampling.samples import Sample
 from bessemer.training.objectives import POLICY
 from tests.posttraining.test_ppo import data  # noqa: F401
 
@@ -116,7 +115,7 @@ def test_a_further_epoch_has_the_same_tokens_and_values_in_other_mini_batches(al
     first, second = made.batches[:2], made.batches[2:]
     for name in first[0].per_token:
         assert by_token(first, name) == by_token(second, name)
-    assert {ADVANTAGES, OLD, REFERENCE_LOG_PROBS, SAMPLER} <= first[0].per_token.keys() == second[0].per_token.keys()
+    assert {ADVANTAGES, OLD, TOKEN_REFERENCE_LOG_PROBS, SAMPLER} <= first[0].per_token.keys() == second[0].per_token.keys()
     assert by_token(second, OLD) == pytest.approx({token: -0.02 * token for token in by_token(second, OLD)})
     of_groups = [{id for sample in group.samples for id in sample.completion_ids} for group in rollout]
     tokens = [set(by_token([batch], OLD)) for batch in second]

@@ -8,12 +8,12 @@ from bessemer.core.hashing import hash_file
 from bessemer.core.metrics import read_metrics
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
-from bessemer.model.folder import load_model, save_model
+from bessemer.model.storage.folder import load_model, save_model
 from bessemer.pipeline.recipe import load_recipe
-from bessemer.posttraining.config import SFT_VERSION, SFTConfig
-from bessemer.posttraining.conversations import data_fingerprint, read_conversations
-from bessemer.posttraining.packing import pack_conversations
-from bessemer.posttraining.sft import gather_conversations, sft
+from bessemer.posttraining.data.examples import data_fingerprint, read_conversations
+from bessemer.posttraining.data.packing import pack_conversations
+from bessemer.posttraining.sft.config import SFT_VERSION, SFTConfig
+from bessemer.posttraining.sft.stage import gather_conversations, sft
 from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.objectives import next_token_loss
 from tests.golden import checksum, exact_weights

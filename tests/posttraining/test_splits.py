@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bessemer.posttraining.splits import are_held_out, opening, opening_key, split_examples
+from bessemer.posttraining.data.splitting import are_held_out, opening, opening_key, split_examples
 from tests.posttraining.test_formats import said
 
 ORDINARY = (

@@ -7,14 +7,12 @@ import pytest
 import torch
 
 from bessemer.core.errors import ConfigError
-from bessemer.model.folder import load_model
-from bessemer.posttraining.config import SFTConfig
-from bessemer.posttraining.conversations import Conversation
-from bessemer.posttraining.formats import Answered
-from bessemer.posttraining.mixed_text import MixedBatches
-from bessemer.posttraining.packing import PackedBatches, encode_conversation, pack_conversations
-from bessemer.posttraining.sft import sft
-from bessemer.posttraining.supervised import add_embedding_noise, dynamic_fine_tuning
+from bessemer.model.storage.folder import load_model
+from bessemer.posttraining.data.examples import Conversation
+from bessemer.posttraining.data.formats import Answered
+from bessemer.posttraining.data.packing import PackedBatches, encode_conversation, pack_conversations
+from bessemer.posttraining.sft.config import SFTConfig
+from bessemer.posttraining.sft.stage import MixedBatches, add_embedding_noise, dynamic_fine_tuning, sft
 from bessemer.tokenization.shards import TokenShards
 from bessemer.training.data.batches import IGNORE_INDEX, TokenBatches
 from bessemer.training.objectives import token_losses

@@ -9,11 +9,10 @@ import pytest
 from bessemer.core.chat_client import ApiError
 from bessemer.core.errors import ConfigError, SourceError
 from bessemer.core.report import StageReport
-from bessemer.posttraining.conversations import read_conversations
+from bessemer.posttraining.data.examples import read_conversations
 from bessemer.posttraining.synthetic.config import SynthesizeConfig
-from bessemer.posttraining.synthetic.prompts import prompt_request, without_fence
-from bessemer.posttraining.synthetic.report import report
-from bessemer.posttraining.synthetic.synthesize import synthesize
+from bessemer.posttraining.synthetic.specs import synthesize_report
+from bessemer.posttraining.synthetic.synthesize import prompt_request, synthesize, without_fence
 from tests.chat_server import completion, serving
 
 SEEDS = ["How do bees find their way home to the hive?", "Why is the sky blue in the day and red at night?"]
@@ -105,7 +104,7 @@ def test_prompts_are_written_answered_filtered_and_say_where_they_come_from(serv
     assert metrics["reasons"] == {"the model wrote nothing": 1, "near duplicate": 1, "duplicate": 1, "toxicity: score": 1}
     conversation = read_conversations(out / "synthetic.jsonl")[0]
     assert [one["content"] for one in conversation.messages] == [PROMPTS[0], ANSWERS["What makes bread rise"]]
-    section = report(StageReport(name="s", kind="synthesize", metrics=metrics, folder=out))
+    section = synthesize_report(StageReport(name="s", kind="synthesize", metrics=metrics, folder=out))
     assert ["near duplicate", "1"] in section.parts[2].rows
 
 

@@ -8,21 +8,19 @@ import shutil
 import pytest
 import torch
 
-from bessemer.model.folder import load_model
-from bessemer.posttraining.encoding import Encoded, encode_answer
-from bessemer.posttraining.formats import Answered, Labelled, Pair
-from bessemer.posttraining.preference.kto import KTOObjective
-from bessemer.posttraining.preference.labelled import others_before, pack_answers
+from bessemer.model.storage.folder import load_model
+from bessemer.posttraining.data.encoding import Encoded, encode_answer
+from bessemer.posttraining.data.formats import Answered, Labelled, Pair
+from bessemer.posttraining.data.packing import others_before, pack_answers, pack_pairs
+from bessemer.posttraining.preference.config import PAIR_LOSSES
 from bessemer.posttraining.preference.losses import PairLossSettings
-from bessemer.posttraining.preference.objective import PreferenceObjective
-from bessemer.posttraining.preference.packing import pack_pairs
-from bessemer.posttraining.preference.registry import PAIR_LOSSES
-from bessemer.posttraining.reward.objective import RewardObjective
+from bessemer.posttraining.preference.objective import KTOObjective, PreferenceObjective
+from bessemer.posttraining.rewards.stage import RewardObjective
+from bessemer.training.model_roles import REFERENCE, Trainee
 from bessemer.training.model_setup import PreparedModel
 from bessemer.training.objectives import POLICY, LossContext
 from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.runtime import Runtime
-from bessemer.training.trainee import REFERENCE, Trainee
 from tests.posttraining.test_formats import said
 
 pytestmark = pytest.mark.peer(name="trl")

@@ -5,8 +5,8 @@ import torch
 
 from bessemer.model.initialisation import initial_decoder
 from bessemer.scaling.activations import Numerics, StoredActivations, block_activations, final_norm_activations
-from bessemer.training.activation_checkpointing import recompute_activations
-from bessemer.training.moe_losses import routers
+from bessemer.training.model_setup import recompute_activations
+from bessemer.training.objectives import routers
 
 from .live_memory import LiveMemory
 from .models import MODELS

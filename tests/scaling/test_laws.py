@@ -5,13 +5,20 @@ import pytest
 import torch
 
 from bessemer.scaling.laws import huber
-from bessemer.scaling.laws.constrained import DataConstrainedLaw
 from bessemer.scaling.laws.fit import fit_law, read_fit, write_fit
-from bessemer.scaling.laws.frontier import fit_frontier, fit_loss_of_compute
 from bessemer.scaling.laws.grid import fit_grid, non_negative_least_squares
-from bessemer.scaling.laws.isoflop import budgets, isoflop_bias
-from bessemer.scaling.laws.parametric import BESIROGLU, HOFFMANN, ParametricLaw
-from bessemer.scaling.laws.points import DegenerateError, Point, Points, check_determined, read_points
+from bessemer.scaling.laws.isoflop import budgets, fit_frontier, fit_loss_of_compute, isoflop_bias
+from bessemer.scaling.laws.parametric import (
+    BESIROGLU,
+    HOFFMANN,
+    DataConstrainedLaw,
+    DegenerateError,
+    ParametricLaw,
+    Point,
+    Points,
+    check_determined,
+    read_points,
+)
 from bessemer.scaling.laws.task_law import TaskLaw, fit_task_law
 from tests.cases import slow
 

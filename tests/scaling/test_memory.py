@@ -10,17 +10,17 @@ import pytest
 import torch
 
 from bessemer.distributed.layout import Layout
-from bessemer.model.cpu_kernels.build import library, unavailable
+from bessemer.model.cpu_kernels import library, unavailable
 from bessemer.model.initialisation import initial_decoder
 from bessemer.scaling.hardware import find_card
 from bessemer.scaling.job import Candidate, TrainingJob
 from bessemer.scaling.memory import memory
 from bessemer.training import logit_chunks
-from bessemer.training.activation_checkpointing import recompute_activations
 from bessemer.training.head import linear_cross_entropy
 from bessemer.training.logit_chunks import ChunkSize
+from bessemer.training.model_setup import recompute_activations
 from bessemer.training.objectives import next_token_loss
-from bessemer.training.optim.build import build_optimizers
+from bessemer.training.optim.optimizers import build_optimizers
 from bessemer.training.optim.weight_averaging import MovingAverage
 from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.runtime import Runtime

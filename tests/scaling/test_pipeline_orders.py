@@ -5,8 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from bessemer.distributed.config import ParallelConfig
-from bessemer.distributed.layout import Layout
+from bessemer.distributed.layout import Layout, ParallelConfig
 from bessemer.distributed.mesh import Mesh
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import empty_decoder

@@ -12,8 +12,8 @@ from typing import Any
 
 import httpx
 
-from bessemer.serving import limits
-from bessemer.serving.limits import LIMITS
+from bessemer.serving import config as limits
+from bessemer.serving.config import LIMITS
 
 #: Limits that no single request comes to: of times, and of what many requests leave behind.
 OF_MANY = {"BODY_WAIT", "HEAD_WAIT", "WRITE_WAIT", "BODIES", "STORED", "STORED_BYTES"}

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bessemer.inference.engine import Engine, EngineConfig
-from bessemer.model.folder import save_model
+from bessemer.model.storage.folder import save_model
 from bessemer.serving.app import Pages, no_pages
 from bessemer.serving.config import ServingConfig
-from bessemer.serving.served import Served
+from bessemer.serving.runtime.served import Served
 from bessemer.serving.server import Server, address_of, create_server, listen
 from tests.model.randomised import SHAPES, random_decoder
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer

@@ -11,11 +11,11 @@ import httpx
 import openai
 import pytest
 
-from bessemer.assistant.events import TextDelta
+from bessemer.assistant.messages import TextDelta
 from bessemer.core.errors import RequestError
-from bessemer.serving import streams
-from bessemer.serving.chat_replies import ChatReply
-from bessemer.serving.turns import ChoiceEvents
+from bessemer.serving.openai.replies import ChatReply
+from bessemer.serving.runtime import streams
+from bessemer.serving.runtime.worker import ChoiceEvents
 from tests.serving.engine import ByteTokenizer, FakeEngine, ScriptedEngine
 
 HELLO = [{"role": "user", "content": "héllo"}]

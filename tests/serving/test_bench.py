@@ -10,11 +10,7 @@ import pytest
 
 from bessemer.cli.main import main
 from bessemer.core.errors import BessemerError, ConfigError, SourceError
-from bessemer.serving.bench.client import Answer
-from bessemer.serving.bench.config import LoadConfig
-from bessemer.serving.bench.figures import figures
-from bessemer.serving.bench.run import bench
-from bessemer.serving.bench.workload import bodies, waits
+from bessemer.serving.bench import Answer, LoadConfig, bench, bodies, figures, waits
 from tests.serving.running import babbling_engine, servers
 
 

@@ -15,12 +15,13 @@ from queue import SimpleQueue
 import httpx
 import pytest
 
-from bessemer.model.adapter_folder import ADAPTER_CONFIG, read_adapter, write_adapter
-from bessemer.serving import connections, limits
+from bessemer.model.adapters.folder import ADAPTER_CONFIG, read_adapter, write_adapter
+from bessemer.serving import config as limits
+from bessemer.serving import server as connections
 from bessemer.serving.app import create_app
 from bessemer.serving.config import ServingConfig
-from bessemer.serving.gate import PUBLIC
-from bessemer.serving.keys import KeyRecord, hash_key, write_keys
+from bessemer.serving.runtime.clients import KeyRecord, hash_key, write_keys
+from bessemer.serving.runtime.gate import PUBLIC
 from bessemer.serving.server import open_many_files
 from tests.model.random_adapters import random_adapter
 from tests.model.randomised import SHAPES, random_decoder

@@ -6,10 +6,10 @@ import httpx
 import pytest
 
 from bessemer.inference.engine import Engine
-from bessemer.model.folder import save_model
-from bessemer.serving.anthropic_protocol import MessagesRequest
-from bessemer.serving.protocol import ChatRequest, CompletionRequest
-from bessemer.serving.responses_protocol import ResponsesRequest
+from bessemer.model.storage.folder import save_model
+from bessemer.serving.anthropic.protocol import MessagesRequest
+from bessemer.serving.openai.protocol import ChatRequest, CompletionRequest
+from bessemer.serving.responses.protocol import ResponsesRequest
 from bessemer.webapp.app import WebSettings, web_pages
 from tests.model.randomised import SHAPES, random_decoder
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer

@@ -8,8 +8,7 @@ import stat
 import pytest
 
 from bessemer.core.errors import ArtefactError, ConfigError
-from bessemer.serving.clients import Allowance
-from bessemer.serving.keys import KeyRecord, Keys, hash_key, read_keys, write_keys
+from bessemer.serving.runtime.clients import Allowance, KeyRecord, Keys, hash_key, read_keys, write_keys
 from tests.cli.test_main import bessemer
 
 

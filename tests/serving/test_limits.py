@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from bessemer.serving.app import create_app
-from bessemer.serving.bodies import ApiError, Body, read_request
-from bessemer.serving.limits import LIMITS
-from bessemer.serving.protocol import ChatRequest, CompletionRequest
-from bessemer.serving.responses_protocol import ResponsesRequest
-from bessemer.serving.tokens import DetokenizeRequest
-from bessemer.tokenization.chat_encoding import ChatEncoder
+from bessemer.serving.config import LIMITS
+from bessemer.serving.openai.protocol import ChatRequest, CompletionRequest
+from bessemer.serving.openai.vllm_routes import DetokenizeRequest
+from bessemer.serving.responses.protocol import ResponsesRequest
+from bessemer.serving.runtime.bodies import ApiError, Body, read_request
+from bessemer.tokenization.chat import ChatEncoder
 from bessemer.tokenization.tokenizer import Tokenizer
 from tests.serving.engine import FakeEngine
 from tests.serving.limit_cases import CASES, FACTORS, OF_MANY, case_of, long_prompt, send_beside_another
@@ -113,7 +113,7 @@ def test_a_large_body_is_parsed_beside_the_event_loop(start, monkeypatch):
         parsed.append(len(body))
         return read_request(kind, body)
 
-    monkeypatch.setattr("bessemer.serving.bodies.read_request", parse)
+    monkeypatch.setattr("bessemer.serving.runtime.bodies.read_request", parse)
     asked = {"model": "tiny", "prompt": "a", "user": "x" * 100_000}
     assert httpx.post(start(FakeEngine()) + "/v1/completions", json=asked).status_code == 200
     assert len(parsed) == 1 and parsed[0] > 100_000

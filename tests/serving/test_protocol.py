@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bessemer.inference.sampling.sampler import SamplingParams
-from bessemer.serving.bodies import ApiError, read_request
-from bessemer.serving.protocol import ChatRequest, CompletionRequest
+from bessemer.serving.openai.protocol import ChatRequest, CompletionRequest
+from bessemer.serving.runtime.bodies import ApiError, read_request
 
 TOOL = {"type": "function", "function": {"name": "add"}}
 USER = {"role": "user", "content": "hi"}

@@ -18,16 +18,15 @@ import httpx
 import openai
 import pytest
 
-from bessemer.assistant.principal import Principal
+from bessemer.assistant.config import Principal
 from bessemer.serving.app import create_app
-from bessemer.serving.clients import SCOPE
 from bessemer.serving.config import ServingConfig
 from bessemer.serving.ray.entrance import Entrance, unavailable
-from bessemer.serving.ray.forwarding import Forwarded, answer, prompt_of
-from bessemer.serving.ray.prefixes import PrefixMemory
+from bessemer.serving.ray.forwarding import Forwarded, PrefixMemory, answer, prompt_of
 from bessemer.serving.ray.replica import Measured
+from bessemer.serving.responses.protocol import MemoryStore
+from bessemer.serving.runtime.clients import SCOPE
 from bessemer.serving.server import listen
-from bessemer.serving.stored import MemoryStore
 from tests.serving.engine import FakeEngine
 from tests.serving.running import babbling_engine
 from tests.serving.test_gate import ASKED, babble, keys_file

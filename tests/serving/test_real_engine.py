@@ -14,12 +14,12 @@ import torch
 
 from bessemer.inference.engine import Engine, EngineConfig
 from bessemer.inference.sampling.sampler import SamplingParams
-from bessemer.model.adapter_folder import write_adapter
-from bessemer.model.cpu_kernels.build import library, unavailable
-from bessemer.model.folder import save_model
-from bessemer.tokenization.extend import add_tokens
-from bessemer.tokenization.infill import infill_prompt
-from bessemer.tokenization.special import FILL_IN_THE_MIDDLE_SPELLINGS
+from bessemer.model.adapters.folder import write_adapter
+from bessemer.model.cpu_kernels import library, unavailable
+from bessemer.model.storage.folder import save_model
+from bessemer.tokenization.control_tokens import FILL_IN_THE_MIDDLE_SPELLINGS
+from bessemer.tokenization.existing import add_tokens
+from bessemer.tokenization.prompts import infill_prompt
 from tests.model.random_adapters import random_adapter
 from tests.model.randomised import SHAPES, random_decoder
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer

@@ -9,7 +9,7 @@ import httpx
 import openai
 import pytest
 
-from bessemer.serving.keys import KeyRecord, hash_key, write_keys
+from bessemer.serving.runtime.clients import KeyRecord, hash_key, write_keys
 from tests.serving.engine import ScriptedEngine
 
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}

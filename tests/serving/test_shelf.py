@@ -8,16 +8,16 @@ import threading
 import httpx
 import pytest
 
-from bessemer.assistant.principal import Principal
+from bessemer.assistant.config import Principal
 from bessemer.core.errors import ArtefactError
 from bessemer.inference.engine import Engine
 from bessemer.inference.sampling.params import SamplingParams
-from bessemer.model.folder import save_model
-from bessemer.serving.bodies import ApiError
-from bessemer.serving.clients import Caller, Client
-from bessemer.serving.served import Served
-from bessemer.serving.shelf import Shelf
-from bessemer.serving.worker import Worker
+from bessemer.model.storage.folder import save_model
+from bessemer.serving.runtime.bodies import ApiError
+from bessemer.serving.runtime.clients import Caller, Client
+from bessemer.serving.runtime.models import Shelf
+from bessemer.serving.runtime.served import Served
+from bessemer.serving.runtime.worker import Worker
 from tests.model.randomised import SHAPES, random_decoder
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer
 from tests.serving.engine import FakeEngine

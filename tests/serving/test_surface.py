@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import bessemer
 from bessemer.inference.engine import Engine
-from bessemer.model.folder import save_model
+from bessemer.model.storage.folder import save_model
 from tests.model.randomised import SHAPES, random_decoder
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer
 

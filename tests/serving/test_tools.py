@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from bessemer.inference.engine import Engine
-from bessemer.model.folder import save_model
+from bessemer.model.storage.folder import save_model
 from tests.model.randomised import SHAPES, random_decoder
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer
 from tests.serving.engine import ScriptedEngine

@@ -8,15 +8,15 @@ import threading
 import httpx
 import pytest
 
-from bessemer.assistant.principal import LOCAL
+from bessemer.assistant.config import LOCAL
 from bessemer.core.errors import LostProcessError, RequestError
 from bessemer.inference.sampling.sampler import SamplingParams
 from bessemer.serving.app import create_app
-from bessemer.serving.bodies import ApiError
-from bessemer.serving.clients import Caller, Client
 from bessemer.serving.config import ServingConfig
+from bessemer.serving.runtime.bodies import ApiError
+from bessemer.serving.runtime.clients import Caller, Client
+from bessemer.serving.runtime.worker import Worker
 from bessemer.serving.server import address_of, create_server, listen
-from bessemer.serving.worker import Worker
 from tests.serving.engine import FakeEngine
 
 PARAMS = SamplingParams(max_tokens=10)

@@ -1,6 +1,6 @@
 import pytest
 
-from bessemer.tasks.choice_scores import choice_scores, greatest
+from bessemer.tasks.likelihood import choice_scores, greatest
 from tests.tasks.written import FakeScore
 
 

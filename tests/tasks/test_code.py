@@ -5,12 +5,11 @@ from pathlib import Path
 import pytest
 
 from bessemer.core.errors import ArtefactError
-from bessemer.core.json_lines import json_lines
-from bessemer.core.records import Record
+from bessemer.core.records import Record, json_lines
 from bessemer.core.sandbox import SandboxError
 from bessemer.tasks import registry
-from bessemer.tasks.options import TaskOptions
-from bessemer.tasks.program import answered_code, read_problem, whole_code
+from bessemer.tasks.code import answered_code, read_problem, whole_code
+from bessemer.tasks.config import TaskOptions
 from tests.tasks.written import task_of
 
 HUMANEVAL = {

@@ -4,9 +4,9 @@ import random
 import pytest
 
 from bessemer.core.errors import ArtefactError, ConfigError
+from bessemer.tasks.config import TaskOptions
 from bessemer.tasks.constraints import Constraints
-from bessemer.tasks.generated.instructions import _EXCLUDED, _GROUPS, instruction_items
-from bessemer.tasks.options import TaskOptions
+from bessemer.tasks.instruction_following import _EXCLUDED, _GROUPS, instruction_items
 from tests.tasks.written import task_of
 
 ROWS = [

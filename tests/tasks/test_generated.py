@@ -2,10 +2,15 @@ import re
 
 import pytest
 
-from bessemer.tasks.generated.arithmetic import LEVELS, Difficulty, arithmetic_items, is_held_out
-from bessemer.tasks.generated.haystack import count_words
-from bessemer.tasks.generated.needle import needle_items
-from bessemer.tasks.generated.variable_tracking import variable_tracking_items
+from bessemer.tasks.generated_items import (
+    LEVELS,
+    Difficulty,
+    arithmetic_items,
+    count_words,
+    is_held_out,
+    needle_items,
+    variable_tracking_items,
+)
 from bessemer.tasks.registry import find_tasks
 
 GENERATORS = {

@@ -5,8 +5,8 @@ import re
 import pytest
 
 from bessemer.core.errors import ConfigError
-from bessemer.tasks.file import read_task
-from bessemer.tasks.options import TaskOptions
+from bessemer.tasks.config import TaskOptions
+from bessemer.tasks.task_file import read_task
 
 
 def task_of(folder, options=None, **settings):

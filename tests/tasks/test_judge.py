@@ -5,8 +5,8 @@ import re
 import pytest
 
 from bessemer.core.errors import ConfigError
+from bessemer.tasks.config import TaskOptions
 from bessemer.tasks.judge import Answered, Criterion, Pair, PairVerdict, PairwiseJudge, RubricJudge
-from bessemer.tasks.options import TaskOptions
 from tests.chat_server import completion, serving
 from tests.tasks.written import task_of
 

@@ -5,11 +5,10 @@ from pathlib import Path
 import pytest
 
 from bessemer.core.errors import ArtefactError, ConfigError
-from bessemer.tasks.core_tasks import centred, core_score
+from bessemer.tasks.config import TaskOptions
 from bessemer.tasks.downloads import DATA_FILES
-from bessemer.tasks.options import TaskOptions
 from bessemer.tasks.questions import LikelihoodTask
-from bessemer.tasks.registry import _OVER_DATA, _WITH_DATA, TASKS, find_tasks
+from bessemer.tasks.registry import _OVER_DATA, _WITH_DATA, TASKS, centred, core_score, find_tasks
 from tests.plugin_package import install
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "eval"

@@ -4,7 +4,7 @@ from statistics import fmean
 
 import pytest
 
-from bessemer.tasks.samples import majority, pass_at_k
+from bessemer.tasks.generate import majority, pass_at_k
 
 
 def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample():

@@ -6,8 +6,7 @@ import pytest
 
 from bessemer.core.errors import ConfigError
 from bessemer.tasks.generate import verified_samples
-from bessemer.tasks.numbers import answered_number, numbers_in
-from bessemer.tasks.verifiers import Contains, Exact, Numeric, Overlap, Pattern, word_f1
+from bessemer.tasks.verifiers import Contains, Exact, Numeric, Overlap, Pattern, answered_number, numbers_in, word_f1
 
 EXACT = [
     ("Paris", ["Paris"], True),

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bessemer.tasks.file import read_task
-from bessemer.tasks.options import TaskOptions
+from bessemer.tasks.config import TaskOptions
 from bessemer.tasks.questions import Task
+from bessemer.tasks.task_file import read_task
 
 ANIMALS = [
     {"query": f"Which animal says {sound}?", "choices": ["cat", "dog", "cow"], "gold": gold}

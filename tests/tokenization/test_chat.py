@@ -12,14 +12,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from bessemer.core.errors import RequestError
-from bessemer.tokenization import chat_sandbox
+from bessemer.tokenization import chat_templates
 from bessemer.tokenization.algorithms import train_vocabulary
 from bessemer.tokenization.bpe import byte_level_bpe, train_bpe
 from bessemer.tokenization.chat import ChatTemplate, Segment
 from bessemer.tokenization.chat_templates import CHAT_TEMPLATES, template_name
 from bessemer.tokenization.config import TokenizeConfig
+from bessemer.tokenization.control_tokens import SPECIAL_TOKENS, TEMPLATE_TOKENS, TURN_ENDS
 from bessemer.tokenization.folder import TOKENIZER_CONFIG_FILE, write_folder
-from bessemer.tokenization.special import SPECIAL_TOKENS, TEMPLATE_TOKENS, TURN_ENDS
 from bessemer.tokenization.split import SPLIT_REGEXES
 from bessemer.tokenization.tokenizer import load_tokenizer
 from tests.cases import slow_but
@@ -488,7 +488,7 @@ def test_a_template_that_makes_control_tokens_of_words_gets_none_through(text, t
 )
 def test_a_faulty_or_endless_template_is_one_line(text, expected, monkeypatch):
     if "0\\.05 s" in expected:
-        monkeypatch.setattr(chat_sandbox, "MAX_SECONDS", 0.05)
+        monkeypatch.setattr(chat_templates, "MAX_SECONDS", 0.05)
     with pytest.raises(RequestError, match=expected) as error:
         foreign(text).segments(MESSAGES)
     assert "\n" not in str(error.value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bessemer.tokenization.continuations import encode_continuations
+from bessemer.tokenization.prompts import encode_continuations
 from bessemer.tokenization.tokenizer import load_tokenizer
 from tests.model.tokenizers import write_small_tokenizer
 

@@ -4,7 +4,7 @@ from transformers import AutoTokenizer
 
 from bessemer.core.errors import ConfigError
 from bessemer.core.store import read_json
-from bessemer.tokenization.extend import add_tokens
+from bessemer.tokenization.existing import add_tokens
 from bessemer.tokenization.tokenizer import load_tokenizer
 
 ALGORITHMS = ["bpe", "unigram", "sentencepiece_bpe", "wordpiece"]

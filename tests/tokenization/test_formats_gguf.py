@@ -7,11 +7,11 @@ from transformers import AutoTokenizer
 
 from bessemer.core.errors import ArtefactError
 from bessemer.core.store import read_json, write_json
-from bessemer.tokenization.byte_names import byte_characters
 from bessemer.tokenization.formats import export_tokenizer, import_tokenizer
 from bessemer.tokenization.formats.gguf_export import GgufTokenizer, gguf_tokenizer
 from bessemer.tokenization.formats.gguf_import import TokenType
 from bessemer.tokenization.tokenizer import load_tokenizer
+from bessemer.tokenization.vocabulary import byte_characters
 
 
 def through_gguf(folder, place):

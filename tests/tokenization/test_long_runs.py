@@ -8,11 +8,10 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bessemer.tokenization import fast, long_runs
+from bessemer.tokenization import fast
 from bessemer.tokenization.bpe import byte_level_bpe, train_bpe
-from bessemer.tokenization.fast import FastokensEncoder, TokenizersEncoder
+from bessemer.tokenization.fast import FastokensEncoder, TokenizersEncoder, Windows
 from bessemer.tokenization.folder import TOKENIZER_FILE, write_folder
-from bessemer.tokenization.long_runs import Windows
 from bessemer.tokenization.split import SPLIT_REGEXES
 from bessemer.tokenization.tokenizer import load_tokenizer
 from tests.cases import slow_but
@@ -48,8 +47,8 @@ def path(request, tmp_path_factory):
 
 @pytest.fixture
 def small_windows(monkeypatch):
-    monkeypatch.setattr(long_runs, "_WINDOW", 32)
-    monkeypatch.setattr(long_runs, "_OVERLAP", 12)
+    monkeypatch.setattr(fast, "_WINDOW", 32)
+    monkeypatch.setattr(fast, "_OVERLAP", 12)
     monkeypatch.setattr(fast, "LONG_TEXT", 20)
 
 
@@ -78,8 +77,8 @@ def test_windows_give_the_ids_of_the_whole(path, small_windows):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_long_run_is_never_encoded_in_one(path, kind, monkeypatch):
-    monkeypatch.setattr(long_runs, "_WINDOW", 1000)
-    monkeypatch.setattr(long_runs, "_OVERLAP", 100)
+    monkeypatch.setattr(fast, "_WINDOW", 1000)
+    monkeypatch.setattr(fast, "_OVERLAP", 100)
     if kind == "0123" and TokenizersEncoder(path).split != "gpt-2":
         return  # digits are short pieces
     text = "".join(random.Random(0).choices(kind, k=10_000))
@@ -118,7 +117,7 @@ def test_a_window_begins_with_a_whole_character(small_windows):
 @pytest.mark.parametrize("path", slow_but(["gpt-2", "qwen2"], sorted(SPLIT_REGEXES)), indirect=True)
 def test_a_tokenizer_encodes_a_long_text_as_the_library_does_in_one(path):
     for text in ("ab" * 140_000 + " 'sé\n", "Some words, and 12 more.\n" * 12_000):
-        assert len(text) > long_runs.LONG_TEXT
+        assert len(text) > fast.LONG_TEXT
         tokenizer = load_tokenizer(path.parent)
         assert tokenizer.encode(text) == [tokenizer.bos_id, *whole(path)(text).tolist()]
 

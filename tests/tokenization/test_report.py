@@ -4,7 +4,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from bessemer.core.report import Cell, Heading, StageReport, Text, Tokens
-from bessemer.tokenization.report import UNKNOWN_NOTE, baselines_table, domains_table, report, summary_line
+from bessemer.tokenization.specs import UNKNOWN_NOTE, baselines_table, domains_table, report, summary_line
 from tests.views.sample_run import sample_metrics
 
 

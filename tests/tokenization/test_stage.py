@@ -12,10 +12,9 @@ from bessemer.core.hashing import hash_file, hash_value
 from bessemer.core.progress import Silent, _SilentTask
 from bessemer.data.corpus.reader import iterate_documents
 from bessemer.tokenization.config import TOKENIZE_VERSION, TokenizeConfig
-from bessemer.tokenization.corpus_sample import TrainingTexts, bytes_by_source, sampling_rates
 from bessemer.tokenization.existing import copy_tokenizer, existing_fingerprint
 from bessemer.tokenization.shards import ShardWriter, TokenShards
-from bessemer.tokenization.stage import CHECKPOINTS, tokenize
+from bessemer.tokenization.stage import CHECKPOINTS, TrainingTexts, bytes_by_source, sampling_rates, tokenize
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 from tests.cases import slow
 from tests.tokenization.conftest import write_corpus

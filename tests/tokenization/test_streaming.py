@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bessemer.tokenization.streaming import StreamingDecoder
+from bessemer.tokenization.prompts import StreamingDecoder
 
 
 @settings(max_examples=60, deadline=None)

@@ -13,10 +13,10 @@ from transformers import AutoTokenizer
 from bessemer.core.errors import ArtefactError, RequestError
 from bessemer.tokenization import fast
 from bessemer.tokenization.bpe import byte_level_bpe
+from bessemer.tokenization.control_tokens import SPECIAL_TOKENS
 from bessemer.tokenization.fast import HOSTILE_TEXTS
 from bessemer.tokenization.folder import write_folder
-from bessemer.tokenization.special import SPECIAL_TOKENS
-from bessemer.tokenization.streaming import StreamingDecoder
+from bessemer.tokenization.prompts import StreamingDecoder
 from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.tokenization.vocabulary import byte_of_name, read_vocabulary
 

@@ -3,9 +3,9 @@ from collections import Counter
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
+from bessemer.tokenization.algorithms import count_words, train_wordpiece
 from bessemer.tokenization.folder import write_folder
 from bessemer.tokenization.tokenizer import load_tokenizer
-from bessemer.tokenization.wordpiece import count_words, train_wordpiece
 
 SIZE = 600
 

@@ -5,10 +5,9 @@ from torch import nn
 from bessemer.core.errors import ConfigError
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
-from bessemer.training.activation_checkpointing import recompute_activations
 from bessemer.training.data.batches import Batch
+from bessemer.training.model_setup import recompute_activations, use_float8
 from bessemer.training.objectives import next_token_loss
-from bessemer.training.precision import use_float8
 
 from .conftest import TINY
 

@@ -8,7 +8,7 @@ from bessemer.core.metrics import METRICS, MetricsLog
 from bessemer.core.usercode import load_user_function
 from bessemer.model import device
 from bessemer.model.config import ModelConfig
-from bessemer.posttraining.config import SFTConfig
+from bessemer.posttraining.sft.config import SFTConfig
 from bessemer.training import autotune
 from bessemer.training.autotune import Plan, SettingsResolvedError, StepTiming, check_fits, choose, prepare_run, resolve
 from bessemer.training.config import LoopConfig

@@ -12,14 +12,13 @@ from bessemer.model.initialisation import initial_decoder
 from bessemer.tokenization.shards import TokenShards
 from bessemer.training import autotune
 from bessemer.training.autotune import StepTiming, resolve
-from bessemer.training.batch_sizes import BatchSizes, growing_sizes, stages_by_rows, stages_by_steps
 from bessemer.training.checkpoint.manager import CHECKPOINTS, checkpoint_weights, newest_checkpoint
 from bessemer.training.config import LoopConfig
-from bessemer.training.data.batches import Batch, StatelessBatches, TokenBatches, concatenated
-from bessemer.training.data.pretraining import AnnealedBatches
-from bessemer.training.data.warmed_up import WarmedUpBatches
-from bessemer.training.loop import train
+from bessemer.training.config_parts import BatchSizes, growing_sizes, stages_by_rows, stages_by_steps
+from bessemer.training.data.batches import Batch, StatelessBatches, TokenBatches, WarmedUpBatches, concatenated
+from bessemer.training.job import train
 from bessemer.training.optim.lr_schedule import learning_rate_factor
+from bessemer.training.pretrain import AnnealedBatches
 from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.runtime import Runtime
 from tests.cases import slow

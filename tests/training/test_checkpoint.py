@@ -16,10 +16,10 @@ from bessemer.core.store import read_json, write_json
 from bessemer.model.initialisation import initial_decoder
 from bessemer.training.checkpoint import manager as checkpoint
 from bessemer.training.checkpoint.manager import INDEX, CheckpointManager, checkpoint_weights
-from bessemer.training.checkpoint.reader import _MetadataUnpickler
 from bessemer.training.checkpoint.state import RANDOM_STATES, TrainingState
-from bessemer.training.optim.build import build_optimizers, role_of, scale_learning_rates
+from bessemer.training.checkpoint.storage import _MetadataUnpickler
 from bessemer.training.optim.muon import orthogonalised
+from bessemer.training.optim.optimizers import build_optimizers, role_of, scale_learning_rates
 
 from .conftest import RecordedProgress
 

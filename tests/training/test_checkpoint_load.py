@@ -8,8 +8,8 @@ import torch
 
 from bessemer.core.errors import CheckpointError, ConfigError
 from bessemer.core.metrics import read_metrics
-from bessemer.model.folder import load_model
-from bessemer.training.checkpoint.load import checkpoint_model, find_checkpoint
+from bessemer.model.storage.folder import load_model
+from bessemer.training.checkpoint.export import checkpoint_model, find_checkpoint
 from bessemer.training.pretrain import pretrain
 from bessemer.training.pretrain_config import PretrainConfig
 

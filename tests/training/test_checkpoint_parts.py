@@ -8,8 +8,8 @@ from bessemer.core.errors import CheckpointError, StorageError
 from bessemer.core.store import write_json
 from bessemer.distributed.layout import Layout
 from bessemer.distributed.mesh import Mesh
-from bessemer.training.checkpoint import parts as module
-from bessemer.training.checkpoint.parts import Parts
+from bessemer.training.checkpoint import storage as module
+from bessemer.training.checkpoint.storage import Parts
 
 from .conftest import RecordedProgress
 

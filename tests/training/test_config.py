@@ -20,7 +20,7 @@ def test_what_cannot_change_the_weights_stays_out_of_the_key():
 
 
 def test_settings_are_read_without_torch():
-    code = "import sys, bessemer.training.config, bessemer.posttraining.config; sys.exit('torch' in sys.modules)"
+    code = "import sys, bessemer.training.config, bessemer.posttraining.sft.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -5,8 +5,8 @@ import torch
 from bessemer.core.errors import ArtefactError
 from bessemer.tokenization.shards import TokenShards
 from bessemer.training.data.batches import IGNORE_INDEX, TokenBatches
-from bessemer.training.data.document_batches import DocumentBatches
-from bessemer.training.data.document_sources import DocumentSources
+from bessemer.training.data.packing import DocumentBatches
+from bessemer.training.data.token_stream import DocumentSources
 from bessemer.training.objectives import next_token_loss
 from tests.tokenization.test_shards import write as write_ids
 from tests.training.shards import BEGIN, random_documents, write_shards

@@ -4,14 +4,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bessemer.core.errors import ConfigError
-from bessemer.tokenization.extend import add_tokens
-from bessemer.tokenization.infill import FimTokens, fim_tokens, infill_prompt
-from bessemer.tokenization.special import FILL_IN_THE_MIDDLE_SPELLINGS
+from bessemer.tokenization.control_tokens import FILL_IN_THE_MIDDLE_SPELLINGS
+from bessemer.tokenization.existing import add_tokens
+from bessemer.tokenization.prompts import FimTokens, fim_tokens, infill_prompt
 from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.data.batches import IGNORE_INDEX, TokenBatches
-from bessemer.training.data.document_batches import DocumentBatches
-from bessemer.training.data.document_sources import DocumentSources
-from bessemer.training.data.fim import FillInTheMiddle
+from bessemer.training.data.packing import DocumentBatches
+from bessemer.training.data.token_stream import DocumentSources, FillInTheMiddle
 from tests.model.tokenizers import write_small_tokenizer
 from tests.training.shards import BEGIN, random_documents, write_shards
 

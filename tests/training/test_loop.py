@@ -10,17 +10,16 @@ from bessemer.core.errors import CheckpointError, ConfigError
 from bessemer.core.metrics import read_metrics
 from bessemer.distributed.mesh import ALONE
 from bessemer.model.config import ModelConfig
-from bessemer.model.folder import load_model
 from bessemer.model.initialisation import initial_decoder
+from bessemer.model.storage.folder import load_model
 from bessemer.tokenization.shards import TokenShards
 from bessemer.training.checkpoint.export import save_trained
 from bessemer.training.checkpoint.manager import CHECKPOINTS, checkpoint_weights, newest_checkpoint
-from bessemer.training.checkpoint.reader import CheckpointReader
-from bessemer.training.data.batches import TokenBatches
-from bessemer.training.data.prefetch import Prefetcher
-from bessemer.training.loop import DivergenceError, train
+from bessemer.training.checkpoint.storage import CheckpointReader
+from bessemer.training.config_parts import OPTIMIZERS
+from bessemer.training.data.batches import Prefetcher, TokenBatches
+from bessemer.training.job import DivergenceError, train
 from bessemer.training.objectives import next_token_loss
-from bessemer.training.optim.registry import OPTIMIZERS
 from bessemer.training.pretrain import pretrain
 from bessemer.training.runtime import Runtime
 from tests.cases import slow, slow_but
@@ -211,7 +210,7 @@ def test_a_run_that_changes_its_threads_resumes_to_the_bit(run, settings, tmp_pa
     """The second thread is taken away after the second step, and given back after the fourth."""
     config = settings.with_changes(threads="auto", evaluate_every=2, checkpoint_minutes=1e-9)
     monkeypatch.setattr("bessemer.training.runtime.usable_cores", lambda: 2)
-    monkeypatch.setattr("bessemer.training.threads.faster_threads", lambda current, candidates: 3 - current)
+    monkeypatch.setattr("bessemer.training.runtime.faster_threads", lambda current, candidates: 3 - current)
     seen = []
     whole = run(tmp_path / "whole", config, on_step_end=lambda step, _: seen.append(torch.get_num_threads()) or {})
     assert seen == [2, 2, 1, 1, 2, 2]
@@ -219,7 +218,7 @@ def test_a_run_that_changes_its_threads_resumes_to_the_bit(run, settings, tmp_pa
     with pytest.raises(InterruptedError):
         run(tmp_path / "stopped", config, on_step_end=_interrupt_at(5))
     # measured now, the second thread would never be given back
-    monkeypatch.setattr("bessemer.training.threads.faster_threads", lambda current, candidates: 1)
+    monkeypatch.setattr("bessemer.training.runtime.faster_threads", lambda current, candidates: 1)
     resumed = run(tmp_path / "stopped", config, on_step_end=lambda step, _: seen.append(torch.get_num_threads()) or {})
     assert seen and seen == [2] * len(seen)
     assert torch.equal(weights(resumed), weights(whole))

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from bessemer.training.config import LoopConfig
-from bessemer.training.optim.build import _orthogonalisation_dtype, muon
 from bessemer.training.optim.muon import Muon, orthogonalised
+from bessemer.training.optim.optimizers import _orthogonalisation_dtype, muon
 
 
 def steps(optimizer, parameter, count=3):

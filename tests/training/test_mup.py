@@ -5,14 +5,14 @@ import torch
 
 from bessemer.core.errors import ConfigError
 from bessemer.model.config import ModelConfig
-from bessemer.model.folder import load_model
 from bessemer.model.initialisation import initial_decoder
+from bessemer.model.storage.folder import load_model
 from bessemer.training.data.batches import Batch
 from bessemer.training.head import linear_cross_entropy
 from bessemer.training.monitoring.coordinate_check import coordinate_check, growth, widened
 from bessemer.training.objectives import next_token_loss
-from bessemer.training.optim.build import build_optimizers, parameter_groups, step_optimizers
 from bessemer.training.optim.mup import scale_initial_weights
+from bessemer.training.optim.optimizers import build_optimizers, parameter_groups, step_optimizers
 from bessemer.training.pretrain import pretrain
 from bessemer.training.pretrain_config import PretrainConfig
 from tests.cases import slow

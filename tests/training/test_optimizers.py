@@ -2,15 +2,20 @@ import pytest
 import torch
 
 from bessemer.core.errors import ConfigError
-from bessemer.distributed.gradients import clip_gradients
+from bessemer.distributed.collectives import clip_gradients
 from bessemer.distributed.mesh import ALONE
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
 from bessemer.training.checkpoint.state import TrainingState, copied
-from bessemer.training.optim.adafactor import Adafactor
-from bessemer.training.optim.build import build_optimizers, parameter_groups, scale_learning_rates, step_optimizers
-from bessemer.training.optim.lion import Lion
-from bessemer.training.optim.registry import OPTIMIZERS
+from bessemer.training.config_parts import OPTIMIZERS
+from bessemer.training.optim.optimizers import (
+    Adafactor,
+    Lion,
+    build_optimizers,
+    parameter_groups,
+    scale_learning_rates,
+    step_optimizers,
+)
 from bessemer.training.pretrain_config import PretrainConfig
 
 EVERY_PART = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bessemer.training.config import LoopConfig
-from bessemer.training.outlier_steps import OutlierDetector
+from bessemer.training.monitoring.guards import OutlierDetector
 
 
 def after(losses, norms=None, **options):

@@ -3,8 +3,7 @@ import threading
 import pytest
 import torch
 
-from bessemer.training.data.batches import Batch
-from bessemer.training.data.prefetch import Prefetcher
+from bessemer.training.data.batches import Batch, Prefetcher
 
 
 def batch_of(step):

@@ -7,8 +7,8 @@ import torch
 
 from bessemer.core.metrics import read_metrics
 from bessemer.model.config import ModelStageConfig
-from bessemer.model.folder import load_model
 from bessemer.model.stage import build_model
+from bessemer.model.storage.folder import load_model
 from bessemer.training.pretrain import pretrain
 from tests.cases import slow
 

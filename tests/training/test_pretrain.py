@@ -8,7 +8,7 @@ from bessemer.core.metrics import read_metrics
 from bessemer.core.progress import Silent
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
-from bessemer.model.folder import load_model, save_model
+from bessemer.model.storage.folder import load_model, save_model
 from bessemer.tokenization.config import TokenizeConfig
 from bessemer.tokenization.stage import tokenize
 from bessemer.tokenization.tokenizer import load_tokenizer

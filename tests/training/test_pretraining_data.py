@@ -5,7 +5,7 @@ import torch
 
 from bessemer.core.errors import ConfigError
 from bessemer.tokenization.tokenizer import load_tokenizer
-from bessemer.training.data.pretraining import PretrainingData
+from bessemer.training.pretrain import PretrainingData
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bessemer.training.data.shuffle import permuted
+from bessemer.training.data.token_stream import permuted
 
 
 @settings(deadline=None)

@@ -3,19 +3,18 @@
 import pytest
 
 from bessemer.core.errors import ArtefactError, ConfigError
-from bessemer.core.json_lines import json_lines
 from bessemer.core.metrics import read_metrics
 from bessemer.core.progress import Silent
+from bessemer.core.records import json_lines
 from bessemer.evaluation.tasks import evaluate_tasks
 from bessemer.inference.engine import Engine
 from bessemer.model.config import ModelConfig
-from bessemer.pipeline.services import open_tasks
-from bessemer.tasks.file import read_task
+from bessemer.pipeline.stages import open_tasks
+from bessemer.tasks.task_file import read_task
 from bessemer.training.config import LoopConfig
-from bessemer.training.monitoring.throughput import Throughput
+from bessemer.training.monitoring.run_metrics import Throughput, check_processes
 from bessemer.training.pretrain import pretrain
 from bessemer.training.report import task_accuracies
-from bessemer.training.task_scores import check_processes
 from tests.tasks.written import ANIMALS, write_task
 
 SUMS = [{"context": f"{number} + 1 =", "answer": str(number + 1)} for number in range(3)]

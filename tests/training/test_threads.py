@@ -3,10 +3,9 @@ import json
 import pytest
 import torch
 
-from bessemer.training import threads
+from bessemer.training import runtime as threads
 from bessemer.training.config import LoopConfig
-from bessemer.training.runtime import Runtime
-from bessemer.training.threads import ThreadChoices, faster_threads, thread_candidates
+from bessemer.training.runtime import Runtime, ThreadChoices, faster_threads, thread_candidates
 
 
 @pytest.fixture(autouse=True)

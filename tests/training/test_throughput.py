@@ -5,8 +5,8 @@ import torch
 
 from bessemer.model.config import ModelConfig
 from bessemer.training.config import LoopConfig
-from bessemer.training.monitoring.peak_flops import device_peak, measured_peak
-from bessemer.training.monitoring.throughput import Throughput
+from bessemer.training.monitoring.profiler import device_peak, measured_peak
+from bessemer.training.monitoring.run_metrics import Throughput
 from bessemer.training.runtime import Runtime
 
 MODEL = ModelConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, intermediate_size=48)
@@ -46,7 +46,7 @@ def test_a_processors_peak_is_measured_once(tmp_path, runtime, monkeypatch):
     peak = device_peak(tmp_path, runtime)
     assert peak > 1e9
     assert json.loads((tmp_path / "autotune.json").read_text()) == {"steps": 3, "peak_flops": peak}
-    monkeypatch.setattr("bessemer.training.monitoring.peak_flops.measured_peak", lambda runtime: pytest.fail("measured"))
+    monkeypatch.setattr("bessemer.training.monitoring.profiler.measured_peak", lambda runtime: pytest.fail("measured"))
     assert device_peak(tmp_path, runtime) == peak
 
 
@@ -58,7 +58,7 @@ def test_a_peak_is_measured_within_a_second_however_slow_the_products_are(settin
         spent.append(2 * side**3 / flops)
         return spent[-1]
 
-    monkeypatch.setattr("bessemer.training.monitoring.peak_flops._seconds", seconds)
+    monkeypatch.setattr("bessemer.training.monitoring.profiler._seconds", seconds)
     runtime = Runtime.of(settings.with_changes(dtype="bfloat16"), torch.device("cpu"))
     assert measured_peak(runtime) == pytest.approx(flops, rel=1e-3)
     assert sum(spent) < 1

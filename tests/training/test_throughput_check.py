@@ -1,7 +1,7 @@
 import pytest
 
 from bessemer.core.errors import StaleMeasurementError
-from bessemer.training.monitoring.throughput_check import ThroughputCheck
+from bessemer.training.monitoring.run_metrics import ThroughputCheck
 
 
 def run(check: ThroughputCheck, *seconds: float) -> None:

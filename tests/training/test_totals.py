@@ -2,7 +2,7 @@ import torch
 
 from bessemer.distributed.mesh import ALONE
 from bessemer.training.objectives import Count, Metric, Terms
-from bessemer.training.totals import Figure, Totals, TotalsReducer, whole_denominators
+from bessemer.training.trainer import Figure, Totals, TotalsReducer, whole_denominators
 
 
 def test_the_loss_is_the_sum_of_terms_over_their_own_denominators():

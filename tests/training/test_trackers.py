@@ -11,7 +11,7 @@ from bessemer.core.errors import ConfigError
 from bessemer.core.metrics import read_metrics
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
-from bessemer.training.loop import METRICS, train
+from bessemer.training.job import METRICS, train
 from bessemer.training.monitoring.trackers import check_trackers
 from bessemer.training.runtime import Runtime
 from tests.cases import slow

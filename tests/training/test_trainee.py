@@ -10,11 +10,11 @@ from bessemer.core.metrics import read_metrics
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
 from bessemer.training.data.batches import IGNORE_INDEX, Batch
-from bessemer.training.loop import train
+from bessemer.training.job import train
+from bessemer.training.model_roles import REFERENCE, Trainee
 from bessemer.training.model_setup import PreparedModel
 from bessemer.training.objectives import POLICY, Count, Objective, Terms
 from bessemer.training.runtime import Runtime
-from bessemer.training.trainee import REFERENCE, Trainee
 from tests.distributed.parity import RandomBatches
 
 from .conftest import TINY

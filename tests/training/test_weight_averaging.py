@@ -7,9 +7,9 @@ from torch import nn
 
 from bessemer.core.errors import ConfigError
 from bessemer.core.metrics import read_metrics
-from bessemer.model.folder import load_model
+from bessemer.model.storage.folder import load_model
 from bessemer.tokenization.tokenizer import load_tokenizer
-from bessemer.training.checkpoint.load import averaged_model, find_checkpoint
+from bessemer.training.checkpoint.export import averaged_model, find_checkpoint
 from bessemer.training.checkpoint.manager import CHECKPOINTS, checkpoint_weights, newest_checkpoint
 from bessemer.training.optim.weight_averaging import MovingAverage, mean_weights
 from bessemer.training.pretrain import pretrain

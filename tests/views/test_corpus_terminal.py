@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bessemer.core.report import Histogram
-from bessemer.data.reports.section import histograms
+from bessemer.data.report import histograms
 from bessemer.views.corpus_terminal import show_corpus, spark
 from tests.views.sample_run import sample_metrics, thresholds
 from tests.views.test_terminal import printed

@@ -33,8 +33,8 @@ from bessemer.core.report import (
     Tokens,
     Verbatim,
 )
-from bessemer.views.parts import draw
 from bessemer.views.parts_terminal import show_parts
+from bessemer.views.report import draw
 from tests.views.sample_run import HOSTILE
 from tests.views.test_terminal import printed
 

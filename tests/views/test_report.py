@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from bessemer.core.figures import LOSSY_NOTE
+from bessemer.core.metrics import LOSSY_NOTE
 from bessemer.core.report import Section, Text
 from bessemer.views.report import render_report
 from bessemer.views.run_data import ReportData

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bessemer.core.report import Histogram
-from bessemer.data.reports.section import histograms
-from bessemer.views.scores import drawings
+from bessemer.data.report import histograms
+from bessemer.views.report import drawings
 from tests.views.sample_run import thresholds
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from bessemer.inference.engine import Engine
-from bessemer.model.folder import save_model
+from bessemer.model.storage.folder import save_model
 from bessemer.webapp.app import WebSettings, web_pages
 from tests.model.randomised import SHAPES, random_decoder
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from bessemer.core.json_lines import json_lines
+from bessemer.core.records import json_lines
 from tests.serving.engine import FakeEngine
 
 ANSWER = "article.assistant:not(.working) .below button"

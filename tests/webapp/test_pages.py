@@ -14,12 +14,11 @@ import torch
 
 from bessemer.inference.engine import Engine, SamplingParams
 from bessemer.inspection.inspect import inspect
-from bessemer.inspection.lens import logit_lens
-from bessemer.inspection.recording import record
-from bessemer.model.folder import load_model
+from bessemer.inspection.recording import logit_lens, record
 from bessemer.model.formats.gguf_export import export_gguf
-from bessemer.posttraining.dataset import read_examples
-from bessemer.posttraining.formats import as_pair
+from bessemer.model.storage.folder import load_model
+from bessemer.posttraining.data.examples import read_examples
+from bessemer.posttraining.data.formats import as_pair
 from bessemer.serving.app import create_app
 from bessemer.serving.config import ServingConfig
 from bessemer.webapp import xray_api

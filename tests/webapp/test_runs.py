@@ -16,8 +16,8 @@ import bessemer
 from bessemer.core.store import Store
 from bessemer.data.corpus.reader import TRAIN, VALIDATION, count_documents, iterate_documents
 from bessemer.inference.engine import Engine
-from bessemer.serving.keys import KeyRecord, hash_key, new_key, write_keys
-from bessemer.serving.shelf import Shelf
+from bessemer.serving.runtime.clients import KeyRecord, hash_key, new_key, write_keys
+from bessemer.serving.runtime.models import Shelf
 from bessemer.webapp.app import WebSettings, web_pages
 from tests.serving.running import servers
 from tests.webapp.test_accessibility import faults
@@ -203,7 +203,7 @@ def test_runs_and_documents_are_an_admins(runs, made, tmp_path):
 
 
 def test_a_server_without_pictures_or_filters_says_what_it_lacks_and_shows_the_rest(url, monkeypatch):
-    for module in ("bessemer.views.parts", "bessemer.data.stages.explain"):
+    for module in ("bessemer.views.report", "bessemer.data.stages.in_memory"):
         monkeypatch.setitem(sys.modules, module, None)
     assert get(url, "runs")["runs"] and get(url, "runs/small")["stages"]
     answer = httpx.get(f"{url}/inspect/runs/small/stages/pretrain/section")

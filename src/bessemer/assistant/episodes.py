@@ -1,6 +1,7 @@
-"""Episodes of environments with an engine, many at once: what a policy learns from over several turns.
+"""Environments and their episodes: an assistant acts by messages and tools, and is rewarded.
 
-An episode whose message is complete goes on at once, while those of the others are still generated.
+Many episodes run at once on one engine: multi-turn data for a policy to learn from. An episode whose message is complete
+continues at once, while messages of the others are still generated.
 """
 
 from __future__ import annotations
@@ -8,22 +9,45 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
-from bessemer.assistant.assistant import Assistant
-from bessemer.assistant.conversation import Conversation
-from bessemer.assistant.environment import Environment
-from bessemer.assistant.events import EndReason
+from bessemer.assistant.assistant import Assistant, EngineModel
+from bessemer.assistant.config import LOCAL, Principal
+from bessemer.assistant.conversation import Conversation, Transcript
 from bessemer.assistant.generation import Generation
 from bessemer.assistant.hooks import Hook
-from bessemer.assistant.models import EngineModel
-from bessemer.assistant.principal import LOCAL, Principal
-from bessemer.assistant.transcript import Transcript
+from bessemer.assistant.messages import EndReason, Message
+from bessemer.assistant.tools import Tool
 from bessemer.assistant.turn import Turn
 from bessemer.core.errors import BessemerError
-from bessemer.core.seeds import derive_seed
+from bessemer.core.hashing import derive_seed
 from bessemer.inference.request import Request
 from bessemer.inference.sampling.params import SamplingParams
+
+
+@dataclass(frozen=True)
+class Step:
+    """What an environment makes of a turn. messages: what the assistant answers next, nothing where the episode is over.
+
+    reward: of this turn; None where it cannot be given: the episode has no reward then.
+    """
+
+    reward: float | None
+    messages: Sequence[Message] = ()
+
+
+class Environment(Protocol):
+    """A world of one episode at a time. Its tools may change its state."""
+
+    @property
+    def tools(self) -> Sequence[Tool]:
+        """What the assistant may call, the same for a whole episode."""
+
+    def reset(self, task: Mapping[str, Any], seed: int) -> Sequence[Message]:
+        """Begin an episode: what the assistant reads first. task: a row of the data; seed: for all that is drawn."""
+
+    def step(self, conversation: Conversation, end: EndReason) -> Step:
+        """After a turn, whose messages are the conversation's last, and which ended by `end`."""
 
 
 @dataclass(frozen=True)

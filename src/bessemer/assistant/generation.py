@@ -1,14 +1,19 @@
-"""What a turn asks of a model, and what comes of it step by step."""
+"""Generation of one message: the request to a model, and the draft that grows from its deltas.
+
+A draft turns tokens into text, and text into thinking, answer and tool calls.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bessemer.assistant.events import BadCall
-from bessemer.assistant.json_calls import ParsedCall
-from bessemer.inference.sampling.params import SamplingParams
+from bessemer.assistant.messages import BadCall, Called, DraftEvent, Message, Part, TextDelta, ThinkingDelta, ToolCall
+from bessemer.assistant.parser import MessageParser, ParsedCall, ParsedEvent
+from bessemer.inference.sampling.params import SamplingParams, StopStrings
+from bessemer.tokenization.prompts import StreamingDecoder
+from bessemer.tokenization.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,3 +43,112 @@ class Delta:
     thinking: str = ""
     calls: Sequence[ParsedCall | BadCall] = ()
     finish_reason: str | None = None
+
+
+class MessageText:
+    """Token ids of one message to its text, across requests. Control tokens are left out but for `tags`, which are shown; an
+    end token ends it."""
+
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams, tags: Collection[str], *, goes_on: bool = False) -> None:
+        """goes_on: the tokens follow others of the same message."""
+        self._decoder = StreamingDecoder(tokenizer, goes_on=goes_on)
+        self._stops = StopStrings(params.stop, params.include_stop)
+        self._min_tokens = params.min_tokens
+        self._fed = 0
+        self._ends = {*tokenizer.eos_ids, *params.stop_token_ids}
+        self._tags = {id: tag for tag in tags if (id := tokenizer.control_id(tag)) is not None}
+
+    def feed(self, ids: Sequence[int], finish_reason: str | None) -> str:
+        """The text that these tokens complete."""
+        if finish_reason == "stop" and ids and ids[-1] in self._ends:
+            ids = ids[:-1]
+        text = ""
+        for id in ids:
+            tag = self._tags.get(id)
+            self._fed += 1
+            added = self._decoder.feed([id]) if tag is None else self._decoder.flush() + tag
+            text += self._stops.feed(added, search=self._fed > self._min_tokens)
+        return text
+
+    @property
+    def stopped_by(self) -> str:
+        """The stop string that ended the text; empty where none did."""
+        return self._stops.matched
+
+    def flush(self) -> str:
+        """The text held back, when no more tokens come."""
+        return self._stops.feed(self._decoder.flush(), search=self._fed > self._min_tokens) + self._stops.flush()
+
+
+class Draft:
+    """The message so far: `thinking`, `text`, and `calls` in their order. generated: tokens sampled for it."""
+
+    def __init__(self, parser: MessageParser, text: MessageText | None, next_call_id: Callable[[], str]) -> None:
+        """text: of a model that gives tokens."""
+        self.thinking = ""
+        self.text = ""
+        self.calls: list[ToolCall | BadCall] = []
+        self.generated = 0
+        self.is_thinking_cut = False
+        self.parser = parser
+        self._text = text
+        self._next_call_id = next_call_id
+
+    @property
+    def stopped_by(self) -> str:
+        """The stop string that ended the message, of a model of this machine; empty where none did."""
+        return "" if self._text is None else self._text.stopped_by
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing has come yet."""
+        return not (self.generated or self.thinking or self.text or self.calls)
+
+    def take(self, delta: Delta) -> list[DraftEvent]:
+        """What a delta adds."""
+        self.generated += len(delta.token_ids)
+        thinking: list[ParsedEvent] = [ThinkingDelta(delta.thinking)] if delta.thinking else []
+        text = delta.text if self._text is None else self._text.feed(delta.token_ids, delta.finish_reason)
+        return self._add([*thinking, *self.parser.feed(text), *delta.calls])
+
+    def close_thinking(self, answer: str = "") -> list[DraftEvent]:
+        """End the thinking. `is_thinking_cut` says afterwards whether it was still open. answer: what is put behind it."""
+        events = [] if self._text is None else self.parser.feed(self._text.flush())
+        self.is_thinking_cut = self.parser.in_thinking
+        if self.is_thinking_cut:
+            events += self.parser.close_thinking()
+        return self._add([*events, *self.parser.feed(answer)])
+
+    def finish(self) -> list[DraftEvent]:
+        """What is left when no more comes."""
+        events = [] if self._text is None else self.parser.feed(self._text.flush())
+        return self._add([*events, *self.parser.finish()])
+
+    def message(self, *, is_derived: bool) -> Message:
+        """The message. is_derived: whether it was written after something tainted was read.
+
+        What should be a call and is none stays in its text.
+        """
+        text = self.text + "".join(call.text for call in self.calls if isinstance(call, BadCall))
+        parts = (Part(text, "assistant"),) if text else ()
+        calls = tuple(call for call in self.calls if isinstance(call, ToolCall))
+        return Message("assistant", parts, self.thinking, calls, is_derived=is_derived)
+
+    def _add(self, parsed: Sequence[ParsedEvent]) -> list[DraftEvent]:
+        events: list[DraftEvent] = []
+        for one in parsed:
+            match one:
+                case ThinkingDelta(text):
+                    self.thinking += text
+                    events.append(one)
+                case TextDelta(text):
+                    self.text += text
+                    events.append(one)
+                case BadCall():
+                    self.calls.append(one)
+                    events.append(one)
+                case ParsedCall(name, arguments):
+                    call = ToolCall(self._next_call_id(), name, arguments)
+                    self.calls.append(call)
+                    events.append(Called(call))
+        return events

@@ -1,7 +1,8 @@
-"""Grammars of whole messages: thinking, and behind it an answer of a given form, or calls of tools.
+"""Grammars of whole messages, and the tags of thinking in tokens.
 
-They are in the dialect of Lark's notation that `llguidance` reads: `<[7]>` is the token 7, `%json {…}` JSON of a schema, and a
-rule with `[suffix="…"]` any text up to the first place where that stands.
+A message is thinking, and behind it an answer of a given form, or tool calls. Grammars are in the dialect of Lark's notation
+that `llguidance` reads: `<[7]>` is the token 7, `%json {…}` JSON of a schema, and a rule with `[suffix="…"]` any text up to the
+first occurrence of that suffix.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from bessemer.assistant.parser import ThinkingTags
 from bessemer.core.errors import RequestError
 from bessemer.inference.sampling.grammar import JSON_SPACE
+from bessemer.tokenization.tokenizer import Tokenizer
 
 #: A setting of `SamplingParams` that constrains a text, and its value.
 Form = tuple[Literal["json_schema", "regex", "choice", "ebnf"], Any]
@@ -119,3 +122,74 @@ def _as_schema(value: Any) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         raise RequestError("json_schema does not compile: a schema is an object here")
     return value
+
+
+#: Tokens of a prompt's end in which an opening tag would stand.
+_END_OF_PROMPT = 16
+#: What may be a control token.
+_TAG = re.compile(r"(<[^<>]+>)")
+
+
+class ThinkingTokens:
+    """The tags of thinking as a tokenizer writes them."""
+
+    def __init__(self, tokenizer: Tokenizer, tags: ThinkingTags | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.tags = tags or ThinkingTags()
+
+    def is_open(self, prompt: Sequence[int]) -> bool:
+        """Whether a prompt ends with the opening tag, as those of models that always think do."""
+        end = self.tokenizer.decode(prompt[-_END_OF_PROMPT:], skip_special=False)
+        return end.rstrip().endswith(self.tags.opening)
+
+    @property
+    def in_template(self) -> bool:
+        """Whether the chat template knows the tags."""
+        return self.tags.opening in (self.tokenizer.chat_template or "")
+
+    @property
+    def opening(self) -> list[int]:
+        """The opening tag, and what stands between it and the thinking."""
+        return self._encoded(self.tags.opening + self.tags.inside)
+
+    @property
+    def closing(self) -> list[int]:
+        """The closing tag and what stands behind it, in the tokens of a text that holds both."""
+        return self._encoded(self.tags.closing + self.tags.after)
+
+    @property
+    def after(self) -> list[int]:
+        """What stands behind a closing tag that the model wrote."""
+        return self._encoded(self.tags.after)
+
+    @property
+    def answer(self) -> list[int]:
+        """What stands before the answer itself, behind thinking or without any."""
+        return self._encoded(self.tags.answer)
+
+    @property
+    def none(self) -> list[int]:
+        """Thinking that holds nothing, as templates write it for an answer without any."""
+        return [*self._encoded(self.tags.opening + 2 * self.tags.inside), *self.closing]
+
+    @property
+    def closing_token(self) -> int | None:
+        """The closing tag, where it is a control token."""
+        return self.tokenizer.control_id(self.tags.closing)
+
+    def _encoded(self, text: str) -> list[int]:
+        """A text in which control tokens are themselves; the end of a tag that is none may be one token with what follows."""
+        ids: list[int] = []
+        plain = ""
+        for piece in _TAG.split(text):
+            control = self.tokenizer.control_id(piece)
+            if control is None:
+                plain += piece
+                continue
+            ids += self._plain(plain)
+            ids.append(control)
+            plain = ""
+        return [*ids, *self._plain(plain)]
+
+    def _plain(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_bos=False) if text else []

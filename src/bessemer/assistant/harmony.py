@@ -13,12 +13,11 @@ import re
 from collections.abc import Callable
 from enum import Enum, auto
 
-from bessemer.assistant.events import BadCall, TextDelta, ThinkingDelta
 from bessemer.assistant.grammar import ANY_TEXT, Rules, Wanted, literal
-from bessemer.assistant.json_calls import Schemas, read_named_call
-from bessemer.assistant.parser import MessageParser, ParsedEvent, ThinkingTags
+from bessemer.assistant.messages import BadCall, TextDelta, ThinkingDelta
+from bessemer.assistant.parser import MessageParser, ParsedEvent, Schemas, ThinkingTags, read_named_call
 from bessemer.assistant.tool_formats import ToolFormat
-from bessemer.inference.sampling.stop_strings import overlap
+from bessemer.inference.sampling.params import overlap
 
 _CHANNEL, _MESSAGE, _END, _START, _CONSTRAIN, _CALL, _RETURN = (
     f"<|{name}|>" for name in ("channel", "message", "end", "start", "constrain", "call", "return")

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from bessemer.core.concurrency import call_within
 from bessemer.core.errors import ConfigError
 from bessemer.core.json_schema import SchemaCheck, schema_check
-from bessemer.core.time_limit import call_within
 
 
 @dataclass(frozen=True)

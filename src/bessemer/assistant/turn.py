@@ -7,32 +7,30 @@ from dataclasses import replace
 from itertools import count
 from typing import Any
 
-from bessemer.assistant.caller_calls import CallerCalls
-from bessemer.assistant.config import AssistantConfig
+from bessemer.assistant.config import AssistantConfig, Principal
 from bessemer.assistant.conversation import Conversation
-from bessemer.assistant.draft import Draft, MessageText
-from bessemer.assistant.events import (
+from bessemer.assistant.generation import Delta, Draft, Generation, MessageText
+from bessemer.assistant.grammar import OfferedTool, ThinkingTokens, Wanted
+from bessemer.assistant.hooks import CallerCalls, Deny, Hooks, Pass, Refuse, Retry, TurnContext, Wait
+from bessemer.assistant.messages import (
     BadCall,
     Called,
     DraftEvent,
     EndReason,
     Event,
+    Message,
     MessageEnd,
+    Part,
     Returned,
     RolledBack,
     TextDelta,
+    ToolCall,
     TurnEnd,
 )
-from bessemer.assistant.generation import Delta, Generation
-from bessemer.assistant.grammar import OfferedTool, Wanted
-from bessemer.assistant.hooks import Deny, Hooks, Pass, Refuse, Retry, TurnContext, Wait
-from bessemer.assistant.messages import Message, Part, ToolCall
-from bessemer.assistant.principal import Principal
-from bessemer.assistant.thinking import ThinkingTokens
 from bessemer.assistant.tool_formats import ToolFormat
 from bessemer.assistant.tools import Tool, ToolChoice, ToolResult, failed
 from bessemer.core.errors import RequestError
-from bessemer.core.seeds import derive_seed
+from bessemer.core.hashing import derive_seed
 from bessemer.inference.sampling.params import GRAMMARS, SamplingParams
 from bessemer.tokenization.tokenizer import Tokenizer
 

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from bessemer.serving.bench.config import LoadConfig
-    from bessemer.serving.bench.run import Measured
+    from bessemer.serving.bench import LoadConfig, Measured
 
 _EXAMPLE = "Example: bessemer bench serve http://127.0.0.1:8000 --concurrency 8"
 bench = typer.Typer(no_args_is_help=True, help="Measure a server.", epilog=_EXAMPLE)
@@ -54,8 +53,8 @@ def serve(
     from bessemer.cli.named import option_of
     from bessemer.core.progress import progress_for_terminal
     from bessemer.core.store import write_json
-    from bessemer.serving.bench.config import LoadConfig
-    from bessemer.serving.bench.run import bench as load
+    from bessemer.serving.bench import LoadConfig
+    from bessemer.serving.bench import bench as load
 
     given: dict[str, Any] = {
         "concurrency": concurrency,
@@ -103,7 +102,7 @@ def _show(measured: Measured, config: LoadConfig) -> None:
     from rich.console import Console
 
     from bessemer.core.report import Column, Table
-    from bessemer.serving.bench.figures import MEASURES
+    from bessemer.serving.bench import MEASURES
     from bessemer.views.parts_terminal import show_parts
 
     found = measured.figures

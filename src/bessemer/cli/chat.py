@@ -1,4 +1,4 @@
-"""`bessemer chat`."""
+"""`bessemer chat`, and `bessemer demo`: a chat with SmolLM2 after a look inside it."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from bessemer.assistant.conversation import Conversation
     from bessemer.inference.engine import Engine
     from bessemer.inference.sampling.sampler import SamplingParams
+
 
 _HELP = "/new starts over, /help lists all commands, /quit or Ctrl-D leaves, Ctrl-C stops an answer"
 _COMMANDS = {
@@ -131,10 +132,9 @@ def converse(
     system: what every conversation begins with. speed: say after each answer how fast it came. opening: a first question,
     asked of the user at the terminal. adapter: one that the engine has, by its name.
     """
-    from bessemer.assistant.assistant import Assistant
+    from bessemer.assistant.assistant import Assistant, EngineModel
     from bessemer.assistant.conversation import Conversation
     from bessemer.assistant.messages import Message
-    from bessemer.assistant.models import EngineModel
 
     interactive = sys.stdin.isatty()
     if interactive:
@@ -204,7 +204,7 @@ def _answer(assistant: Assistant, conversation: Conversation, start: int, speed:
 
 def _print_turn(assistant: Assistant, conversation: Conversation, speed: bool) -> None:
     """Print an answer as it comes; what the model thinks too, dimmed, at a terminal. Ctrl-C ends it."""
-    from bessemer.assistant.events import TextDelta, ThinkingDelta
+    from bessemer.assistant.messages import TextDelta, ThinkingDelta
 
     shows_thinking = sys.stdout.isatty()
     thought = False
@@ -237,3 +237,53 @@ def _speed(asked: float, times: list[float], tokens: int) -> str:
     """How fast an answer came, from when it was asked for and when each part of it was there, in seconds."""
     rest = f", the others {(tokens - 1) / (times[-1] - times[0]):.1f} a second" if tokens > 1 and times[-1] > times[0] else ""
     return f"({tokens} tokens: the first after {times[0] - asked:.2f} s{rest})"
+
+
+# one whose answer does not hang on the last bits of an activation: of France the model begins in French as easily
+_OPENING = "What is the capital of Japan?"
+_EXAMPLES = ["Write two sentences about the sea.", "Why is the sky blue?"]
+
+
+def demo(
+    inspect: Annotated[str | None, typer.Option(metavar="TEXT", help="Look inside the model while it reads a text.")] = None,
+    yes: Annotated[
+        bool, typer.Option("--yes", "-y", "--install", help="Fetch the model (98 MB) without asking, where it is missing.")
+    ] = False,
+    max_tokens: Annotated[int, typer.Option(help="At most this many tokens an answer.", min=1)] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same answers.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
+) -> None:
+    """Chat with SmolLM2, a real model of 135 million parameters. `bessemer chat smollm2` is the same model."""
+    from bessemer.cli.named import find_model
+
+    model = find_model("smollm2", runs, yes=yes)
+    if inspect is not None:
+        _look(model, inspect, device)
+        return
+    from bessemer.inference.engine import Engine
+    from bessemer.inference.sampling.sampler import SamplingParams
+
+    engine = Engine(model, device=device)
+    params = SamplingParams.parse({"max_tokens": max_tokens, "temperature": temperature, "seed": seed}, "demo")
+    if sys.stdin.isatty():
+        print(f"SmolLM2-135M-Instruct, {model}")
+    converse(engine, params, _EXAMPLES, speed=True, opening=_OPENING)
+
+
+def _look(model: Path, text: str, device: str) -> None:
+    """What `bessemer inspect` prints, but for what takes long."""
+    import shlex
+
+    from rich.console import Console
+
+    from bessemer.inspection.inspect import inspect
+    from bessemer.model.device import choose_device
+    from bessemer.model.storage.folder import load_model
+    from bessemer.tokenization.tokenizer import load_tokenizer
+    from bessemer.views.inspection_terminal import show_inspection
+
+    found = inspect(load_model(model, choose_device(device)), load_tokenizer(model), text, ablate=False)
+    Console(highlight=False).print(show_inspection(found))
+    print(f"\nas a page, with every head: bessemer inspect smollm2 {shlex.quote(text)} --out page.html")

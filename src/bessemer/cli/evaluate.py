@@ -69,10 +69,9 @@ def evaluate(
     from bessemer.cli.named import find_served, option_of
     from bessemer.core.errors import writing_to
     from bessemer.core.hashing import hash_value
-    from bessemer.core.new_folder import alone_in
     from bessemer.core.progress import progress_for_terminal
-    from bessemer.core.store import write_text
-    from bessemer.tasks.options import TaskOptions
+    from bessemer.core.store import alone_in, write_text
+    from bessemer.tasks.config import TaskOptions
     from bessemer.tasks.registry import find_tasks, with_data
 
     given = {
@@ -92,11 +91,10 @@ def evaluate(
     found = find_tasks(named, options)
     place, documents = find_served(model, runs), _documents(corpus, model, runs)
 
-    from bessemer.evaluation.judges import connected_judges
-    from bessemer.evaluation.model_identity import model_identity
-    from bessemer.evaluation.tasks import evaluate_tasks
+    from bessemer.evaluation.evaluation_folder import model_identity
+    from bessemer.evaluation.tasks import connected_judges, evaluate_tasks
     from bessemer.inference.engine import Engine, EngineConfig
-    from bessemer.views.task_results import show_task_results
+    from bessemer.views.terminal import show_task_results
 
     config = EngineConfig.parse({"max_model_len": max_model_len}, option_of("evaluate"))
     name = Path(model).name.removesuffix(".gguf")
@@ -115,7 +113,7 @@ def evaluate(
     Console(highlight=False).print(show_task_results(results))
     calibrated = {name: task for name, task in results["tasks"].items() if "calibration" in task}
     if calibrated and find_spec("matplotlib") is not None:
-        from bessemer.views.reliability_chart import reliability_chart
+        from bessemer.views.scaling_charts import reliability_chart
 
         write_text(folder / "reliability.svg", reliability_chart(calibrated))
     print(folder)
@@ -123,7 +121,7 @@ def evaluate(
 
 def _held_out(model: str) -> str:
     """The task that a fine-tuning made of what it held out; empty where there is none."""
-    from bessemer.model.tuned_folder import HELD_OUT_TASK
+    from bessemer.model.storage.tuned_folder import HELD_OUT_TASK
 
     task = Path(model) / HELD_OUT_TASK
     return str(task) if task.is_file() else ""
@@ -132,8 +130,8 @@ def _held_out(model: str) -> str:
 def _documents(corpus: Path | None, model: str, runs: Path) -> Path | None:
     """The training documents: those of the folder, or of the run that the model is named by; None where there are none, or,
     if they were not asked for, nothing to read them with."""
+    from bessemer.core.environment import missing_package
     from bessemer.core.errors import ArtefactError
-    from bessemer.core.packages import missing_package
     from bessemer.evaluation.contamination import find_corpus
 
     if corpus is not None:

@@ -1,4 +1,4 @@
-"""`bessemer explain`."""
+"""`bessemer explain`: scores and verdict of one document. `train-classifier` and `train-words`: scores learned from texts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import typer
 
 if TYPE_CHECKING:
     from bessemer.data.config import CleanConfig, SelectConfig
-    from bessemer.data.corpus.lookup import Sighting
+    from bessemer.data.corpus.reader import Sighting
+
 
 _PAGES = (".html", ".htm", ".xhtml")
 _TEXT_FILES = (
@@ -61,9 +62,9 @@ def explain(
     from rich.console import Console
 
     from bessemer.core.errors import RequestError
-    from bessemer.data.stages.explain import explain as ask
-    from bessemer.data.stages.explain import explain_address, explain_with
-    from bessemer.pipeline.services import open_language_model
+    from bessemer.data.stages.in_memory import explain as ask
+    from bessemer.data.stages.in_memory import explain_address, explain_with
+    from bessemer.pipeline.stages import open_language_model
     from bessemer.views.explanation import show_explanation, show_history
 
     if run is not None and recipe is not None:
@@ -95,8 +96,8 @@ def _read(thing: str) -> str:
     """The text that is meant. Raises SourceError for a file that is not there, cannot be read, or holds no text, and
     RequestError for an id without its run."""
     from bessemer.core.errors import RequestError, SourceError
-    from bessemer.data.corpus.lookup import is_document_id
-    from bessemer.data.sources.document import encodable
+    from bessemer.data.corpus.reader import is_document_id
+    from bessemer.data.sources.source import encodable
 
     if thing == "-":
         return encodable(sys.stdin.read())
@@ -142,7 +143,7 @@ def _history(thing: str, run: str | None, runs: Path) -> list[Sighting]:
     """What became of a run's document. Raises ArtefactError for an id that the run does not have."""
     from bessemer.cli.named import find_run
     from bessemer.core.errors import ArtefactError
-    from bessemer.data.corpus.lookup import history, is_document_id
+    from bessemer.data.corpus.reader import history, is_document_id
     from bessemer.pipeline.run_folder import RunFolder
 
     if run is None or not is_document_id(thing):
@@ -160,7 +161,7 @@ def _settings(
     """How a run or a recipe cleans and selects, and the folder that its paths start from; None where neither is given."""
     from bessemer.cli.named import find_run
     from bessemer.pipeline.recipe import load_recipe
-    from bessemer.pipeline.recorded_cleaning import recorded_cleaning
+    from bessemer.pipeline.recipe_settings import recorded_cleaning
     from bessemer.pipeline.run_folder import RunFolder
 
     if recipe is not None:
@@ -175,7 +176,7 @@ def _settings(
 
 def _pieces(text: str, name: str | None, runs: Path, *, asked: bool) -> list[str]:
     """The text in the tokens of a tokenizer or, where the run has one, of a run."""
-    from bessemer.cli.tokenizers import opened_tokenizer, tokenizer_folder
+    from bessemer.cli.show import opened_tokenizer, tokenizer_folder
 
     if name is None or (not asked and tokenizer_folder(name, runs) is None):
         return []
@@ -183,3 +184,36 @@ def _pieces(text: str, name: str | None, runs: Path, *, asked: bool) -> list[str
 
     with opened_tokenizer(name, runs) as tokenizer:
         return shown_tokens(tokenizer, text)
+
+
+def train_classifier(
+    good: Annotated[Path, typer.Argument(help="Texts as they should be: a folder of .txt, .md or .jsonl.")],
+    bad: Annotated[Path, typer.Argument(help="Texts as they should not be.")],
+    out: Annotated[Path, typer.Argument(help="The folder to make.")],
+    name: Annotated[str, typer.Option(help="What a good text is called; the column is classifier_NAME.")] = "quality",
+) -> None:
+    """Learn to tell two folders of texts apart, for `clean: {classifiers: [OUT]}`."""
+    from bessemer.core.progress import progress_for_terminal
+    from bessemer.core.store import new_folder
+    from bessemer.data.filters.classifier_training import ClassifierConfig, train_classifier
+
+    config = ClassifierConfig.parse({"name": name}, "train-classifier")
+    with new_folder(out) as folder:
+        measured = train_classifier(good, bad, folder, config, progress=progress_for_terminal())
+    for figure, value in measured.items():
+        print(f"{figure.replace('_', ' '):<24} {value:,.4g}" if isinstance(value, (int, float)) else f"{figure}: {value}")
+    print(f"{out}: use it as clean.classifiers={out}")
+
+
+def train_words(
+    texts: Annotated[Path, typer.Argument(help="Texts that documents are to be like: a folder of .txt, .md or .jsonl.")],
+    out: Annotated[Path, typer.Argument(help="The folder to make.")],
+) -> None:
+    """Count the words of a folder of texts, for `clean: {perplexity: OUT}`: how surprising documents are beside them."""
+    from bessemer.core.progress import progress_for_terminal
+    from bessemer.core.store import new_folder
+    from bessemer.data.filters.word_model import train_word_model
+
+    with new_folder(out) as folder:
+        described = train_word_model(texts, folder, progress=progress_for_terminal())
+    print(f"{out}: {described['texts']:,} texts, {described['unigrams']:,} words; use it as clean.perplexity={out}")

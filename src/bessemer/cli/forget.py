@@ -28,7 +28,7 @@ def forget(
     It cannot be undone. The sources keep it; the store's forgotten.txt keeps it from being collected again.
     """
     from bessemer.core.errors import ArtefactError, RequestError
-    from bessemer.data.corpus.lookup import is_document_id
+    from bessemer.data.corpus.reader import is_document_id
     from bessemer.pipeline.forget import forget as take_out
     from bessemer.pipeline.forget import remove_derived as remove
     from bessemer.pipeline.forget import trace

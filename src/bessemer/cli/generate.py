@@ -51,7 +51,7 @@ def generate(
     """Continue a prompt, or fill in what stands between it and a suffix, printing as it comes."""
     from bessemer.cli.named import find_served, named_numbers, option_of, sampling_options, speculation
     from bessemer.inference.engine import Engine, EngineConfig
-    from bessemer.tokenization.infill import infill_prompt
+    from bessemer.tokenization.prompts import infill_prompt
 
     given = speculation(speculate, runs) | named_numbers("parallel", parallel) | {"max_model_len": max_model_len}
     config = EngineConfig.parse(given, option_of("generate"))

@@ -43,7 +43,7 @@ def inspect(
     from bessemer.inspection.inspect import inspect as look
     from bessemer.inspection.inspect import save_arrays
     from bessemer.model.device import choose_device
-    from bessemer.model.folder import load_model
+    from bessemer.model.storage.folder import load_model
     from bessemer.tokenization.tokenizer import load_tokenizer
     from bessemer.views.inspection import inspection_page
     from bessemer.views.inspection_terminal import show_inspection

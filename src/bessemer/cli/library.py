@@ -1,7 +1,8 @@
-"""`bessemer pull`, `list` and `rm`."""
+"""`bessemer pull`, `list` and `rm` for the library of models; `bessemer clean` for the store."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,8 +13,8 @@ def pull(
     name: Annotated[str | None, typer.Option(help="The name to keep it under; the source's.")] = None,
 ) -> None:
     """Keep a model in the folder models/ (or BESSEMER_MODELS), where every command finds it by its name."""
-    from bessemer.core.figures import size
-    from bessemer.model.library import pull as keep
+    from bessemer.core.metrics import size
+    from bessemer.model.storage.library import pull as keep
 
     kept, notes = keep(source, name)
     for note in notes:
@@ -27,9 +28,9 @@ def list_models() -> None:
 
     from rich.console import Console
 
-    from bessemer.core.figures import size
+    from bessemer.core.metrics import size
     from bessemer.core.report import Column, Table
-    from bessemer.model.library import kept_models, library_folder
+    from bessemer.model.storage.library import kept_models, library_folder
     from bessemer.views.parts_terminal import show_parts
 
     kept = kept_models()
@@ -47,8 +48,51 @@ def list_models() -> None:
 
 def rm(names: Annotated[list[str], typer.Argument(help="Models that were pulled.")]) -> None:
     """Remove pulled models."""
-    from bessemer.core.figures import size
-    from bessemer.model.library import remove
+    from bessemer.core.metrics import size
+    from bessemer.model.storage.library import remove
 
     for name in names:
         print(f"removed {name}, {size(remove(name).size)}")
+
+
+def clean(
+    runs: Annotated[Path, typer.Option(help="Folder of the runs and their store.")] = Path("runs"),
+    downloads: Annotated[bool, typer.Option("--downloads", help="Remove downloaded files too.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go; remove nothing.")] = False,
+) -> None:
+    """Remove from the store what no run links to. What another process is making stays."""
+    import shutil
+    from contextlib import nullcontext
+
+    from bessemer.core.errors import ArtefactError
+    from bessemer.core.metrics import size
+    from bessemer.core.store import Store, folder_bytes, key_of_folder
+    from bessemer.data.corpus.remote import address_of
+    from bessemer.pipeline.run_folder import linked_keys
+
+    if not runs.is_dir():
+        raise ArtefactError(f"{runs}: there are no runs here")
+    store = Store(runs / ".store")
+    kept = linked_keys(runs)
+    freed = 0
+    for folder in store.folders():
+        key = key_of_folder(folder)
+        if folder in kept:
+            continue
+        with nullcontext(not store.is_locked(key)) if dry_run else store.try_lock(key) as free:
+            # a run links what it has made, or found, before it lets go of the key's lock
+            if not free or not (store.root / folder).is_dir() or folder in linked_keys(runs):
+                continue
+            amount, address = folder_bytes(store.root / folder), address_of(store.root / folder)
+            stays = f"; what it put at {address} stays there" if address else ""
+            print(f"{'would remove' if dry_run else 'removed'} {folder} ({size(amount)}){stays}")
+            freed += amount
+            if not dry_run:
+                store.remove(folder)
+    cache = runs / ".cache"
+    if downloads and cache.exists():
+        freed += folder_bytes(cache)
+        print(f"{'would remove' if dry_run else 'removed'} the downloads ({size(folder_bytes(cache))})")
+        if not dry_run:
+            shutil.rmtree(cache)
+    print(f"{size(freed)} {'would be' if dry_run else ''} freed".replace("  ", " "))

@@ -10,36 +10,25 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from bessemer import __version__
-from bessemer.cli.average import average
 from bessemer.cli.bench import bench
-from bessemer.cli.chat import chat
-from bessemer.cli.clean import clean
+from bessemer.cli.chat import chat, demo
 from bessemer.cli.compare import compare
-from bessemer.cli.demo import demo
+from bessemer.cli.convert import export, import_
 from bessemer.cli.doctor import doctor
 from bessemer.cli.evaluate import evaluate
-from bessemer.cli.explain import explain
-from bessemer.cli.export import export
-from bessemer.cli.extend import extend
-from bessemer.cli.finetune import finetune
+from bessemer.cli.explain import explain, train_classifier, train_words
+from bessemer.cli.finetune import finetune, label
 from bessemer.cli.forget import forget
 from bessemer.cli.generate import generate
-from bessemer.cli.import_ import import_
-from bessemer.cli.init import init
 from bessemer.cli.inspect import inspect
-from bessemer.cli.keys import keys
-from bessemer.cli.label import label
-from bessemer.cli.library import list_models, pull, rm
-from bessemer.cli.merge import merge
+from bessemer.cli.library import clean, list_models, pull, rm
+from bessemer.cli.merge import average, extend, merge
 from bessemer.cli.plan import plan
 from bessemer.cli.quantize import quantize
-from bessemer.cli.recipes import recipes
-from bessemer.cli.run import run
+from bessemer.cli.run import init, recipes, run, sweep
 from bessemer.cli.scaling import scaling
-from bessemer.cli.serve import serve
+from bessemer.cli.serve import keys, serve
 from bessemer.cli.show import show
-from bessemer.cli.sweep import sweep
-from bessemer.cli.train_scores import train_classifier, train_words
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -136,9 +125,8 @@ app.add_typer(bench, name="bench", rich_help_panel="Measure and look inside")
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0 done, 2 a mistake that the user can mend, 130 interrupted."""
-    from bessemer.core.environment import set_environment
+    from bessemer.core.environment import EXTRAS, install_advice, set_environment
     from bessemer.core.errors import BessemerError
-    from bessemer.core.packages import EXTRAS, install_advice
 
     set_environment()
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -174,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def _stopped() -> NoReturn:
-    from bessemer.core.interrupts import are_threads_left
+    from bessemer.core.concurrency import are_threads_left
 
     print("\nstopped; the same command goes on from here", file=sys.stderr)
     if are_threads_left():

@@ -34,9 +34,9 @@ def find_model(name: str, runs: Path, *, yes: bool = False) -> Path:
     What is not on this machine is fetched where the user at the terminal agrees. yes: nobody is asked. Raises ArtefactError
     with the command that fetches it, or with the nearest name.
     """
-    from bessemer.model.formats.exchange import find_model as find_source
-    from bessemer.model.library import find_kept
-    from bessemer.model.tuned_folder import whole_weights
+    from bessemer.model.formats import find_model as find_source
+    from bessemer.model.storage.library import find_kept
+    from bessemer.model.storage.tuned_folder import whole_weights
 
     if (weights := whole_weights(Path(name))) is not None:
         return weights
@@ -52,9 +52,8 @@ def find_model(name: str, runs: Path, *, yes: bool = False) -> Path:
 
 
 def _nearest_model(name: str, runs: Path) -> str:
-    from bessemer.model.formats.hub import SMOLLM2
-    from bessemer.model.library import kept_models
-    from bessemer.pipeline.run_names import run_names
+    from bessemer.model.storage.library import SMOLLM2, kept_models
+    from bessemer.pipeline import run_names
 
     return nearest(name, [*run_names(runs), *(one.name for one in kept_models()), SMOLLM2])
 
@@ -63,8 +62,8 @@ def _fetched(name: str, *, yes: bool) -> Path:
     """`smollm2`, or a model of the hub, pulled where the user agrees. Raises ArtefactError, with the command, where not."""
     import typer
 
-    from bessemer.core.figures import size
-    from bessemer.model.library import library_folder, pull, size_to_fetch
+    from bessemer.core.metrics import size
+    from bessemer.model.storage.library import library_folder, pull, size_to_fetch
 
     if not yes:
         if not sys.stdin.isatty():
@@ -107,14 +106,14 @@ def as_folder(model: Path, out: Path) -> Iterator[Path]:
 def find_served(name: str, runs: Path) -> Path:
     """A model for an engine: what `find_model` finds, and a fine-tuning's folder as it is, whose adapter the engine opens with
     its base. Raises as `find_model`."""
-    from bessemer.model.tuned_folder import tuned_model
+    from bessemer.model.storage.tuned_folder import tuned_model
 
     tuned = tuned_model(Path(name))
     return Path(name) if tuned is not None and tuned.adapter is not None else find_model(name, runs)
 
 
 def _nearest_run(name: str, runs: Path) -> str:
-    from bessemer.pipeline.run_names import run_names
+    from bessemer.pipeline import run_names
 
     return nearest(name, run_names(runs))
 

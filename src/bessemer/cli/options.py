@@ -1,9 +1,12 @@
-"""Arguments and options that several commands have, each told alike everywhere."""
+"""Arguments and options that several commands share, and refusals of options of earlier versions.
+
+Imports nothing heavy: every command's file may import it.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -29,3 +32,15 @@ Speculate = Annotated[str | None, typer.Option(help="Speculative decoding: ngram
 MaxModelLen = Annotated[
     int | None, typer.Option(help="At most this many tokens of prompt and answer together; the model's context.")
 ]
+
+
+def retired_option(old: str, new: str) -> Any:
+    """An option of an earlier version, absent from the help. Raises ConfigError with its new name when it is given."""
+
+    def refuse(value: Any) -> None:
+        if value is not None:
+            from bessemer.core.errors import ConfigError
+
+            raise ConfigError(f"{old}: the option is now {new}")
+
+    return typer.Option(old, hidden=True, callback=refuse)

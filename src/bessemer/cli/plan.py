@@ -79,13 +79,13 @@ def _plan_finetuning(model: str, given: list[str], method: str, device: str, run
     from bessemer.cli.finetune import model_source
     from bessemer.core.errors import ConfigError
     from bessemer.core.yaml_file import parse_value
-    from bessemer.posttraining.finetuning.config import FinetuneConfig
+    from bessemer.posttraining.sft.config import FinetuneConfig
 
     if not given or "=" in given[0]:
         raise ConfigError("--finetune: name a model and a table: bessemer plan --finetune MODEL DATA")
     settings = {key: parse_value(value, f"override {key}") for key, _, value in (one.partition("=") for one in given[1:])}
     config = FinetuneConfig.parse({"method": method, **settings}, "plan --finetune")
-    from bessemer.posttraining.finetuning.plan import plan_finetuning
+    from bessemer.posttraining.sft.finetune_plan import plan_finetuning
 
     with TemporaryDirectory() as scratch:
         source = model_source(model, runs)

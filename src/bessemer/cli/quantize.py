@@ -51,10 +51,9 @@ def quantize(
     from rich.console import Console
 
     from bessemer.cli.named import as_folder, find_model
-    from bessemer.core.new_folder import new_folder
     from bessemer.core.progress import progress_for_terminal
-    from bessemer.evaluation.calibration import Tokens, opened_tokens
-    from bessemer.evaluation.quantisation import quantise_folder
+    from bessemer.core.store import new_folder
+    from bessemer.evaluation.quantisation import Tokens, opened_tokens, quantise_folder
     from bessemer.model.quantisation.config import QuantizeConfig
     from bessemer.tokenization.tokenizer import load_tokenizer
     from bessemer.views.terminal import show_quality
@@ -100,7 +99,7 @@ def quantize(
 
 def _advice(quality: dict[str, Any], config: QuantizeConfig) -> str | None:
     """A loss that is no small one, and what loses less, in one line; None where there is no such loss, or it is not known."""
-    from bessemer.model.quantisation.registry import scheme_plugin
+    from bessemer.model.quantisation.config import scheme_plugin
 
     if "loss" not in quality or quality["loss"] < _NOTABLE_LOSS:
         return None

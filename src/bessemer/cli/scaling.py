@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from bessemer.pipeline.planning import Planned
     from bessemer.scaling.laws.fit import Fit
     from bessemer.scaling.laws.isoflop import IsoFlop, IsoFlopBias
-    from bessemer.scaling.laws.points import Points
+    from bessemer.scaling.laws.parametric import Points
     from bessemer.scaling.suggest import LawInUse, Suggestion
 
 scaling = typer.Typer(
@@ -101,7 +101,7 @@ def fit(
 def _points(sources: list[str], count: CountChoice, metric: MetricChoice, runs: Path) -> tuple[Points, str, str]:
     """(points, how N is counted in words, what L is)."""
     from bessemer.core.errors import ConfigError
-    from bessemer.scaling.laws.points import read_points
+    from bessemer.scaling.laws.parametric import read_points
     from bessemer.views.scaling import COUNTS
 
     tables = [source for source in sources if source.endswith(".csv")]
@@ -111,7 +111,7 @@ def _points(sources: list[str], count: CountChoice, metric: MetricChoice, runs: 
         given = count is CountChoice.non_embedding
         return read_points(Path(tables[0]), count=count.value), COUNTS[count.value if given else "as given"], "loss"
     from bessemer.cli.named import find_run
-    from bessemer.pipeline.run_points import points_of_runs
+    from bessemer.pipeline.sweep import points_of_runs
 
     folders = [find_run(name, runs) for name in sources]
     return points_of_runs(folders, count=count.value, metric=metric.value), COUNTS[count.value], metric.value
@@ -125,7 +125,7 @@ def _isoflop(points: Points, confidence: float) -> IsoFlop:
 
 def _bias(fit: Fit) -> IsoFlopBias | None:
     from bessemer.scaling.laws.isoflop import isoflop_bias
-    from bessemer.scaling.laws.points import DegenerateError
+    from bessemer.scaling.laws.parametric import DegenerateError
 
     try:
         return isoflop_bias(fit.points, fit.law)
@@ -173,7 +173,7 @@ def _print_fits(fits: list[Fit], parabolas: IsoFlop | None, confidence: float, c
 def _frontier(points: Points, confidence: float, counting: str, as_json: bool) -> None:
     from rich.console import Console
 
-    from bessemer.scaling.laws.frontier import fit_frontier
+    from bessemer.scaling.laws.isoflop import fit_frontier
     from bessemer.views.scaling import show_frontier
 
     found = fit_frontier(points, confidence=confidence)
@@ -200,7 +200,7 @@ def predict(
 
     from bessemer.core.errors import ConfigError
     from bessemer.pipeline.planning import planned
-    from bessemer.scaling.predict import predict_loss
+    from bessemer.scaling.suggest import predict_loss
     from bessemer.views.scaling import prediction_values, show_prediction
 
     base = planned(recipe, overrides or [])

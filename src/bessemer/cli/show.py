@@ -1,18 +1,106 @@
-"""`bessemer show`."""
+"""`bessemer show`: a run, a stage, a corpus, a tokenizer, token shards, a model or a preset in the terminal.
+
+TOKENIZER on the command line is a folder, a run, or a file of another tool's format.
+"""
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-
-from bessemer.cli.tokenizers import TOKENIZER_SUFFIXES, column_names, described
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from bessemer.core.report import Metrics
+    from bessemer.tokenization.tokenizer import Tokenizer
+
+
+#: Files that hold a tokenizer in the formats of others.
+TOKENIZER_SUFFIXES = (".json", ".gguf", ".model", ".tiktoken")
+
+#: Characters of a user's text that are shown in their tokens.
+_SHOWN_CHARACTERS = 2000
+
+_SAMPLE = (
+    "The quick brown fox jumps over 13 lazy dogs: def fox(dogs: int) -> str:\n\treturn 'über' * dogs  # 狐 🦊\n"
+    "Naïve façade, 3.14159 × 10⁻², ключ, مفتاح."
+)
+
+
+def tokenizer_folder(name: str, runs: Path) -> Path | None:
+    """The folder that a name or path means: itself, one with `tokenizer/` in it (a run, a stage), or a run's name."""
+    from bessemer.core.store import follow
+
+    for folder in (Path(name), runs / name):
+        for place in (folder, folder / "tokenizer"):
+            if (follow(place) / "tokenizer.json").is_file():
+                return follow(place)
+    return None
+
+
+@contextmanager
+def opened_tokenizer(name: str, runs: Path) -> Iterator[Tokenizer]:
+    """A tokenizer by folder, by run, or from a file of another format, which is read into a folder that lasts as long.
+
+    Raises ArtefactError when there is none.
+    """
+    from bessemer.core.errors import ArtefactError
+    from bessemer.tokenization.tokenizer import load_tokenizer
+
+    folder = tokenizer_folder(name, runs)
+    if folder is not None:
+        yield load_tokenizer(folder)
+        return
+    if not Path(name).exists():
+        raise ArtefactError(f"there is no tokenizer {name!r}: not a folder with a tokenizer.json, a run, or a file of one")
+    from bessemer.tokenization.formats import import_tokenizer
+
+    with tempfile.TemporaryDirectory(prefix="bessemer-") as scratch:
+        import_tokenizer(Path(name), Path(scratch) / "tokenizer")
+        yield load_tokenizer(Path(scratch) / "tokenizer")
+
+
+def described(name: str, runs: Path, texts: Sequence[Path]) -> dict[str, Any]:
+    """Figures of a tokenizer: what its stage measured, where a stage made it and no texts are given; else measured now.
+
+    Raises ArtefactError when there is none, SourceError for a text that cannot be read.
+    """
+    from bessemer.core.store import MANIFEST, read_json
+    from bessemer.model.config import embedding_shares
+    from bessemer.tokenization.measure import describe
+
+    folder = tokenizer_folder(name, runs)
+    if folder is not None and not texts and (folder.parent / MANIFEST).exists():
+        manifest = read_json(folder.parent / MANIFEST, "manifest")
+        if manifest["stage"] == "tokenize" and "by_domain" in manifest["metrics"]:
+            metrics = manifest["metrics"]
+            return {**metrics, "embedding_shares": embedding_shares(metrics["vocab_size"])}
+    read = [_read_text(path) for path in texts]
+    with opened_tokenizer(name, runs) as tokenizer:
+        figures = describe(tokenizer, read[0][:_SHOWN_CHARACTERS] if read else _SAMPLE, read)
+    return {**figures, "embedding_shares": embedding_shares(figures["vocab_size"])}
+
+
+def _read_text(path: Path) -> str:
+    from bessemer.core.errors import SourceError
+
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{path}: is not UTF-8 text (byte {error.start})") from None
+
+
+def column_names(names: Sequence[str]) -> list[str]:
+    """Short names for columns: the last part of each path, or the whole where two would be the same."""
+    short = [Path(name).name if Path(name).name != "tokenizer" else Path(name).parent.name or name for name in names]
+    return [one if short.count(one) == 1 else whole for one, whole in zip(short, names, strict=True)]
 
 
 def show(
@@ -62,9 +150,9 @@ def _folder(thing: str, runs: Path) -> Path:
     from bessemer.core.config import nearest
     from bessemer.core.errors import ArtefactError
     from bessemer.core.store import follow
-    from bessemer.model.formats.exchange import find_model as find_source
+    from bessemer.model.formats import find_model as find_source
     from bessemer.model.presets import PRESETS
-    from bessemer.pipeline.run_names import run_names
+    from bessemer.pipeline import run_names
 
     folder = follow(Path(thing))
     if folder.exists():
@@ -79,7 +167,7 @@ def _folder(thing: str, runs: Path) -> Path:
 
 def _is_gguf_model(thing: str) -> bool:
     """Whether a file is a GGUF with weights in it."""
-    from bessemer.model.formats.exchange import find_model
+    from bessemer.model.formats import find_model
 
     return thing.endswith(".gguf") and find_model(thing) is not None
 
@@ -88,7 +176,7 @@ def _drawn(thing: str, runs: Path, examples: int) -> RenderableType:
     from bessemer.cli.named import find_run
     from bessemer.core.errors import ArtefactError
     from bessemer.core.store import MANIFEST
-    from bessemer.model.tuned_folder import is_tuned
+    from bessemer.model.storage.tuned_folder import is_tuned
     from bessemer.pipeline.report import gather
     from bessemer.pipeline.run_folder import RunFolder
     from bessemer.views import terminal
@@ -111,7 +199,7 @@ def _drawn(thing: str, runs: Path, examples: int) -> RenderableType:
     if (folder.parent / MANIFEST).exists():
         return _stage(folder.parent, examples)
     if documents := _bare_documents(folder):
-        from bessemer.data.reports.folder_stats import folder_stats
+        from bessemer.data.corpus.stats import folder_stats
         from bessemer.views.corpus_terminal import show_corpus
 
         return show_corpus({documents.name: folder_stats(documents)}, examples=examples)
@@ -129,8 +217,8 @@ def _card(thing: str, runs: Path) -> str:
     """The dataset card of a corpus. Raises ArtefactError when there is no data stage's folder of that name."""
     from bessemer.core.errors import ArtefactError
     from bessemer.core.store import follow
+    from bessemer.data.corpus.dataset_card import dataset_card, lineage
     from bessemer.data.corpus.reader import holds_documents
-    from bessemer.data.reports.dataset_card import dataset_card, lineage
 
     folder = _folder(thing, runs)
     folder = follow(folder / "corpus") if (folder / "run.json").exists() else folder
@@ -149,7 +237,7 @@ def _stage(folder: Path, examples: int) -> RenderableType:
     manifest = Artefact(folder.name, folder).manifest
     stage, metrics = manifest["stage"], manifest["metrics"]
     if "documents_out" in metrics:
-        from bessemer.data.reports.dataset_card import lineage
+        from bessemer.data.corpus.dataset_card import lineage
         from bessemer.views.corpus_terminal import show_corpus
 
         line = lineage(folder / "documents")
@@ -180,8 +268,8 @@ def _model(folder: Path) -> RenderableType:
     from rich.console import Group
 
     from bessemer.core.store import read_json
-    from bessemer.model.folder_config import read_model_config
-    from bessemer.model.summary import model_metrics
+    from bessemer.model.config import model_metrics
+    from bessemer.model.storage.folder import read_model_config
     from bessemer.views import terminal
     from bessemer.views.parts_terminal import section
 
@@ -197,8 +285,8 @@ def _tuned(out: Path) -> RenderableType:
     from rich.console import Group
     from rich.text import Text
 
-    from bessemer.model.tuned_folder import read_record, tuned_model
-    from bessemer.posttraining.finetuning.verdict import record_lines
+    from bessemer.model.storage.tuned_folder import read_record, tuned_model
+    from bessemer.posttraining.sft.report import record_lines
     from bessemer.views import terminal
 
     record, tuned = read_record(out), tuned_model(out)
@@ -214,17 +302,16 @@ def _gguf(file: Path, runs: Path) -> RenderableType:
     """The model in a GGUF file, and its tokenizer."""
     from rich.console import Group
 
+    from bessemer.model.config import model_metrics
     from bessemer.model.formats.gguf_import import read_gguf_config
-    from bessemer.model.summary import model_metrics
     from bessemer.views import terminal
 
     return Group(terminal.show_model(model_metrics(read_gguf_config(file))), _tokenizers([str(file)], runs, []))
 
 
 def _preset(name: str) -> RenderableType:
-    from bessemer.model.config import preset_config
+    from bessemer.model.config import model_metrics, preset_config
     from bessemer.model.presets import PRESET_VOCABULARIES
-    from bessemer.model.summary import model_metrics
     from bessemer.views import terminal
 
     figures = model_metrics(preset_config(name, PRESET_VOCABULARIES[name]), bytes_per_value=2)
@@ -232,9 +319,8 @@ def _preset(name: str) -> RenderableType:
 
 
 def _presets() -> RenderableType:
-    from bessemer.model.config import preset_config
+    from bessemer.model.config import model_metrics, preset_config
     from bessemer.model.presets import PRESET_VOCABULARIES, PRESETS
-    from bessemer.model.summary import model_metrics
     from bessemer.views import terminal
 
     return terminal.show_presets({name: model_metrics(preset_config(name, PRESET_VOCABULARIES[name])) for name in PRESETS})

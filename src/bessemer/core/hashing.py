@@ -1,4 +1,7 @@
-"""Content hashes: of values, of files, of folders."""
+"""Content hashes of values, files and folders, and seeds that are derived by hash.
+
+A seed is a pure function of the recipe's seed and the name of its use, so it does not depend on what ran before.
+"""
 
 from __future__ import annotations
 
@@ -40,3 +43,8 @@ def hash_files(root: Path, paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
     return {
         path.relative_to(root).as_posix(): {"bytes": path.stat().st_size, "hash": hash_file(path)} for path in sorted(paths)
     }
+
+
+def derive_seed(seed: int, *names: str | int) -> int:
+    """A seed in [0, 2**63) for one named use ("shuffle", step, …), a pure function of its arguments."""
+    return int(hash_value([seed, *names], bits=64), 16) >> 1

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from bessemer.core.environment import install_advice
 from bessemer.core.errors import ConfigError
-from bessemer.core.packages import install_advice
 
 #: Why a value does not fit, in one line; None where it fits.
 SchemaCheck = Callable[[Any], str | None]

@@ -19,9 +19,9 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from bessemer.core.environment import install_extra
 from bessemer.core.errors import BessemerError, ConfigError, StorageError
 from bessemer.core.hashing import hash_file
-from bessemer.core.packages import install_extra
 
 #: Scheme of an address → the package that `fsspec` needs for it, and the extra that installs it.
 SCHEMES = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gs"), "az": ("adlfs", "az")}

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import IO, Protocol
 
-from bessemer.core.figures import duration, size
+from bessemer.core.metrics import duration, size
 
 
 class Task(Protocol):

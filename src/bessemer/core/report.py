@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from bessemer.core.figures import label, percent, short_number
+from bessemer.core.metrics import label, percent, short_number
 
 Metrics: TypeAlias = Mapping[str, Any]
 

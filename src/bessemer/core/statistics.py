@@ -1,6 +1,8 @@
-"""Means of scores with honest intervals: clustered, paired, corrected for many tests (Miller 2024, arXiv 2411.00640).
+"""Statistics of scores: means with clustered and paired intervals, corrected for many tests, and calibration.
 
-Items of an evaluation are a sample from the questions that could have been asked; the interval is about those.
+Items of an evaluation are a sample from the questions that could have been asked; an interval is about those (Miller 2024,
+arXiv 2411.00640). Intervals are Student's t, for any positive degrees of freedom, by the regularised incomplete beta function.
+Calibration is whether a model is right as often as the probability of its choice says (Guo et al. 2017).
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from bessemer.core.student_t import two_sided_p, two_sided_quantile
+from bessemer.core.report import Cell, Column, Curves, Series, Table
 
 # Shapes: N items, C clusters, M tests.
 
@@ -172,3 +174,153 @@ def holm(p_values_M: ArrayLike) -> np.ndarray:
     adjusted = np.empty_like(p_values)
     adjusted[order] = np.minimum(np.maximum.accumulate(p_values[order] * factors), 1)
     return adjusted
+
+
+# Shapes: N items.
+
+#: Usual since Guo et al. (2017).
+BINS = 15
+
+
+@dataclass(frozen=True)
+class ReliabilityBin:
+    """Items of similar confidence: the mean of that, and their accuracy."""
+
+    confidence: float
+    accuracy: Estimate
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Expected calibration error, and the bins that it is of, from the least confident."""
+
+    expected_calibration_error: float
+    bins: Sequence[ReliabilityBin]
+
+
+def choice_probability(log_likelihoods: ArrayLike) -> tuple[int, float]:
+    """The likeliest choice of an item, the first of equals, and its probability among the choices: a softmax.
+
+    log_likelihoods: of each choice, in nats, normalised by length or not. Raises ValueError for none and for one that is not
+    finite.
+    """
+    values = np.asarray(log_likelihoods, dtype=np.float64)
+    if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
+        raise ValueError("choices need finite log-likelihoods, at least one")
+    chosen = int(values.argmax())
+    return chosen, float(1 / np.exp(values - values[chosen]).sum())
+
+
+def reliability(
+    confidences_N: ArrayLike, correct_N: ArrayLike, *, bins: int = BINS, clusters_N: Clusters | None = None
+) -> Reliability:
+    """Expected calibration error, Σ_b n_b / N · |accuracy_b − confidence_b|, over bins of equally many items.
+
+    confidences: the probability of each item's choice; correct: whether it was right, 0 or 1. Bins of one width (Guo et al.
+    2017) leave most items of a sure model in the last; with equal mass each is as well measured (Nguyen and O'Connor 2015).
+    Items of equal confidence stay together, so bins are equal up to that, fewer where there are fewer values.
+
+    The error of a perfectly calibrated model is above 0, by about √(2 p (1 − p) b / (π N)) with b bins of accuracy p: compare
+    models at one N. Raises ValueError for no items, other numbers of both, and confidences outside 0 … 1.
+    """
+    confidences, correct = np.asarray(confidences_N, dtype=np.float64), np.asarray(correct_N, dtype=np.float64)
+    if confidences.ndim != 1 or confidences.shape != correct.shape or not len(confidences):
+        raise ValueError(f"each confidence needs its outcome, got {confidences.shape} and {correct.shape}")
+    if not ((confidences >= 0) & (confidences <= 1)).all():
+        raise ValueError("confidences lie between 0 and 1")
+    if bins < 1:
+        raise ValueError(f"at least one bin, not {bins}")
+    _, of_equal, counts = np.unique(confidences, return_inverse=True, return_counts=True)
+    # by the middle of the places that equal confidences take
+    bin_of_equal = ((np.cumsum(counts) - counts / 2) * bins / len(confidences)).astype(np.int64)
+    bin_N = bin_of_equal[of_equal]
+    error, found = 0.0, []
+    for number in np.unique(bin_N):
+        inside = np.flatnonzero(bin_N == number)
+        names = None if clusters_N is None else [clusters_N[index] for index in inside.tolist()]
+        accuracy, confidence = mean_estimate(correct[inside], names), float(confidences[inside].mean())
+        error += len(inside) / len(confidences) * abs(accuracy.mean - confidence)
+        found.append(ReliabilityBin(confidence, accuracy))
+    return Reliability(error, found)
+
+
+def reliability_table(found: Reliability) -> Table:
+    """A row a bin: items, mean confidence, accuracy with its interval."""
+    rows: list[list[str | Cell]] = [
+        [f"{one.accuracy.items:,}", f"{one.confidence:.3f}", score(one.accuracy), f"{one.accuracy.mean - one.confidence:+.3f}"]
+        for one in found.bins
+    ]
+    return Table([Column(heading, True) for heading in ("Items", "Confidence", "Accuracy", "Difference")], rows)
+
+
+def reliability_curves(found: dict[str, Reliability]) -> Curves:
+    """The reliability plot of some models, by name: accuracy over confidence, beside the diagonal where both are equal."""
+    series = [Series("calibrated", [0.0, 1.0], [0.0, 1.0])]
+    for name, of_one in found.items():
+        series.append(Series(name, [one.confidence for one in of_one.bins], [one.accuracy.mean for one in of_one.bins]))
+    return Curves(series, "accuracy", x_label="confidence", wide=False, from_zero=True)
+
+
+_TINY = 1e-300
+_PRECISION = 1e-15
+_MOST_TERMS = 10_000
+
+
+def two_sided_p(t: float, degrees_of_freedom: float) -> float:
+    """Probability of a |T| of at least |t|: I_x(ν/2, 1/2) with x = ν / (ν + t²) (DLMF 8.17, Abramowitz and Stegun 26.7.1).
+
+    t may be infinite. Raises ValueError for degrees of freedom that are not positive.
+    """
+    if not degrees_of_freedom > 0:
+        raise ValueError(f"degrees of freedom must be positive, got {degrees_of_freedom}")
+    if math.isinf(t):
+        return 0.0
+    square = t * t
+    if square <= degrees_of_freedom:
+        return 1 - _incomplete_beta(square / (degrees_of_freedom + square), 0.5, degrees_of_freedom / 2)
+    return _incomplete_beta(degrees_of_freedom / (degrees_of_freedom + square), degrees_of_freedom / 2, 0.5)
+
+
+def two_sided_quantile(confidence: float, degrees_of_freedom: float) -> float:
+    """The t for which |T| ≤ t has probability `confidence`, by bisection: 1.96 for 0.95 and many degrees of freedom.
+
+    Raises ValueError for a confidence outside (0, 1) and degrees of freedom that are not positive.
+    """
+    if not 0 < confidence < 1:
+        raise ValueError(f"a confidence lies between 0 and 1, got {confidence}")
+    low, high = 0.0, 1.0
+    while two_sided_p(high, degrees_of_freedom) > 1 - confidence:
+        low, high = high, 2 * high
+    while (middle := (low + high) / 2) not in (low, high):
+        if two_sided_p(middle, degrees_of_freedom) > 1 - confidence:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def _incomplete_beta(x: float, a: float, b: float) -> float:
+    """I_x(a, b) by its continued fraction (DLMF 8.17.22), which converges fast where x < (a + 1) / (a + b + 2)."""
+    if x == 0:
+        return 0.0
+    if x > (a + 1) / (a + b + 2):
+        return 1 - _incomplete_beta(1 - x, b, a)
+    log_factor = a * math.log(x) + b * math.log1p(-x) + math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
+    return math.exp(log_factor) / a * _continued_fraction(x, a, b)
+
+
+def _continued_fraction(x: float, a: float, b: float) -> float:
+    """1/(1 + d₁/(1 + d₂/(1 + …))) by Lentz's method (Lentz 1976): ratios of successive numerators and denominators."""
+    fraction, numerators, denominators = 1.0, math.inf, 1.0
+    for index in range(1, _MOST_TERMS):
+        half = index // 2
+        if index % 2:
+            term = -(a + half) * (a + b + half) * x / ((a + index - 1) * (a + index))
+        else:
+            term = half * (b - half) * x / ((a + index - 1) * (a + index))
+        numerators = (1 + term / numerators) or _TINY
+        denominators = 1 / ((1 + term * denominators) or _TINY)
+        fraction *= numerators * denominators
+        if abs(numerators * denominators - 1) < _PRECISION:
+            break
+    return fraction

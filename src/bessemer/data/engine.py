@@ -19,9 +19,9 @@ from queue import Empty, SimpleQueue
 from typing import Any, Literal, TypeVar
 
 import bessemer.core.errors as errors
+from bessemer.core.concurrency import DeferredInterrupts, leave_threads
+from bessemer.core.environment import install_extra
 from bessemer.core.errors import BessemerError, as_storage_error
-from bessemer.core.interrupts import DeferredInterrupts, leave_threads
-from bessemer.core.packages import install_extra
 
 Task = TypeVar("Task")
 

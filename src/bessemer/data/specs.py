@@ -12,6 +12,7 @@ from typing import Any
 
 from bessemer.core.object_storage import SCHEMES, is_address
 from bessemer.core.stage import Outside, StageContext, StageSpec, last_of
+from bessemer.data import report as section
 from bessemer.data.config import (
     CLEAN_VERSION,
     COLLECT_VERSION,
@@ -24,9 +25,8 @@ from bessemer.data.config import (
     SelectConfig,
 )
 from bessemer.data.edits.registry import EDITS
-from bessemer.data.reports import section
-from bessemer.data.sources.config import HuggingFaceSource
-from bessemer.data.thresholds.presets import scores_of
+from bessemer.data.filters.registry import scores_of
+from bessemer.data.sources.registry import HuggingFaceSource
 
 _DOCUMENTS = {"documents": "documents"}
 
@@ -57,7 +57,7 @@ def _clean_packages(config: CleanConfig) -> list[str]:
 
 
 def _collect(context: StageContext) -> dict[str, Any]:
-    from bessemer.data.corpus.removed import removed_ids
+    from bessemer.data.corpus.reader import removed_ids
     from bessemer.data.stages.collect import collect
 
     # context.out is STORE/KEY.partial
@@ -68,7 +68,7 @@ def _collect(context: StageContext) -> dict[str, Any]:
 
 
 def _collect_fingerprint(config: CollectConfig, outside: Outside) -> Any:
-    from bessemer.data.sources.build import source_fingerprint
+    from bessemer.data.sources.registry import source_fingerprint
 
     return [
         source_fingerprint(source, cache=outside.cache, folder=outside.folder, fetch=outside.fetch, progress=outside.progress)
@@ -102,7 +102,7 @@ def _opened_on(device: str, opened: Callable[[Path, str], Any], folder: Path) ->
 def _lists_and_models(config: CleanConfig, outside: Outside) -> Any:
     if not (config.word_lists or config.url_lists or config.classifiers or config.perplexity):
         return None
-    from bessemer.data.stages.clean_steps import outside_files
+    from bessemer.data.stages.clean import outside_files
 
     return outside_files(config, outside.folder)
 

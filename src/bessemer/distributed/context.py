@@ -1,15 +1,20 @@
-"""Context parallelism: the tokens of every row are sharded over an axis, and each rank attends from its own to all of the row.
+"""Context parallelism by ring attention (Liu et al. 2023): the tokens of every row are sharded over an axis.
 
-Everything else in a decoder works on each token by itself, so only attention and its mask change. A rank has two chunks of a
-row, one from the front and one from the back (`Layout.columns`), so that causal attention is balanced.
+Only attention and its mask change: everything else in a decoder works on each token by itself. A rank has two chunks of a
+row, one from the front and one from the back (`Layout.columns`), so that causal attention is balanced. It keeps its queries,
+and keys and values are passed from rank to rank; a query's partial results are merged by their log-sum-exp. The backward pass
+goes round again, and the gradients of keys and values travel with them. A rank holds the keys of two ranks at a time.
 
-Shapes: B batch, T tokens of a row that are here, S tokens of whole rows, H query heads, K key-value heads, C channels.
+Shapes: B batch, T tokens or queries that are here, S tokens of whole rows or keys of a tile, H query heads, K key-value
+heads, G query heads of a group, C channels, V channels of a value.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,14 +23,241 @@ from torch.distributed._functional_collectives import all_gather_tensor, all_gat
 from torch.nn import functional
 from torch.nn.attention.bias import causal_lower_right
 
-from bessemer.distributed.differentiable import to_autocast_dtype
+from bessemer.distributed.collectives import to_autocast_dtype
+from bessemer.distributed.layout import chunks_of_rank
 from bessemer.distributed.mesh import Mesh
-from bessemer.distributed.ring import RowShard, ring_attention
-from bessemer.model.attention import Attention
-from bessemer.model.attention_backends import AttentionBackend, Scores, blocked, sdpa
-from bessemer.model.attention_mask import AttentionMask, attention_mask
 from bessemer.model.decoder import Decoder
-from bessemer.model.latent_attention import LatentAttention
+from bessemer.model.layers.attention import Attention, LatentAttention
+from bessemer.model.layers.attention_backends import (
+    AttentionBackend,
+    AttentionMask,
+    Scores,
+    attention_mask,
+    bias,
+    blocked,
+    capped,
+    sdpa,
+)
+
+#: Queries and keys of a tile; the scores of a tile are in memory at once.
+_TILE = 512
+
+
+@dataclass(frozen=True)
+class RowShard:
+    """The tokens of a row on a rank: `length` of them, half from the front and half from the back (`Layout.columns`)."""
+
+    rank: int
+    ranks: int
+    length: int
+
+    @property
+    def each(self) -> int:
+        """Tokens of each half."""
+        return self.length // 2
+
+    @property
+    def starts(self) -> tuple[int, int]:
+        """The positions of the halves' first tokens in the row."""
+        front, back = chunks_of_rank(self.rank, self.ranks)
+        return front * self.each, back * self.each
+
+    def places(self, device: torch.device) -> Tensor:
+        """The positions of all tokens in the row, (T,)."""
+        return torch.cat([torch.arange(start, start + self.each, device=device) for start in self.starts])
+
+    def tiles(self, size: int) -> Iterator[Tile]:
+        """The tokens in tiles of at most `size` consecutive tokens of the row."""
+        for half, first in enumerate(self.starts):
+            for start in range(0, self.each, size):
+                here = slice(half * self.each + start, half * self.each + min(start + size, self.each))
+                yield Tile(here, first + start, here.stop - here.start)
+
+
+class Tile(NamedTuple):
+    """Consecutive tokens of a row: their slice on this rank, and the position of the first in the row."""
+
+    here: slice
+    first: int
+    size: int
+
+    @property
+    def last(self) -> int:
+        """The position of the last in the row."""
+        return self.first + self.size - 1
+
+
+def merged(output: Tensor, log_sum: Tensor, other: Tensor, other_log_sum: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over the union of two sets of keys, from each one's output (…, V) and log of the softmax's sum (…).
+
+    A log of −∞ stands for no key, with output 0.
+    """
+    total = torch.logaddexp(log_sum, other_log_sum)
+    reference = total.masked_fill(total == -torch.inf, 0.0)
+    weight, other_weight = ((part - reference).exp()[..., None] for part in (log_sum, other_log_sum))
+    return output * weight + other * other_weight, total
+
+
+def ring_attention(
+    query_BHTC: Tensor, key_BKTC: Tensor, value_BKTV: Tensor, mask: AttentionMask, scores: Scores, group: dist.ProcessGroup
+) -> Tensor:
+    """Attention of the queries here over the keys of all ranks of a group, (B, H, T, V); every rank of it calls this.
+
+    mask: of these queries over whole rows, without a dense tensor.
+    """
+    assert mask.dense is None
+    out: Tensor = _RingAttention.apply(query_BHTC, key_BKTC, value_BKTV, scores.sinks_H, mask, scores, group)
+    return out
+
+
+class _RingAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        context: Any,
+        query_BHTC: Tensor,
+        key_BKTC: Tensor,
+        value_BKTV: Tensor,
+        sinks_H: Tensor | None,
+        mask: AttentionMask,
+        scores: Scores,
+        group: dist.ProcessGroup,
+    ) -> Tensor:
+        work = _LocalQueries(query_BHTC, key_BKTC.shape[1], mask, scores, group)
+        out_BKGTV = work.query_BKGTC.new_zeros(*work.query_BKGTC.shape[:-1], value_BKTV.shape[-1])
+        log_sum_BKGT = work.query_BKGTC.new_full(work.query_BKGTC.shape[:-1], -torch.inf)
+        if sinks_H is not None:
+            # a key without a value, merged before the others
+            log_sum_BKGT.copy_(work.by_head(sinks_H))
+        block: Sequence[Tensor] = (key_BKTC.contiguous(), value_BKTV.contiguous())
+        for step in range(work.ranks):
+            coming = _Passing(block, group) if step < work.ranks - 1 else None
+            for queries, keys in work.pairs(step):
+                scores_BKGTS, _ = work.scores(queries, keys, block[0])
+                partial_log_sum = scores_BKGTS.logsumexp(-1)
+                weights = (scores_BKGTS - partial_log_sum.masked_fill(partial_log_sum == -torch.inf, 0.0)[..., None]).exp()
+                value_BKSV = block[1][:, :, keys.here].to(work.dtype)
+                partial = torch.einsum("bkgts,bksv->bkgtv", weights, value_BKSV)
+                so_far, so_far_log_sum = out_BKGTV[..., queries.here, :], log_sum_BKGT[..., queries.here]
+                out, log_sum = merged(so_far, so_far_log_sum, partial, partial_log_sum)
+                so_far.copy_(out)
+                so_far_log_sum.copy_(log_sum)
+            if coming is not None:
+                block = coming.received()
+        context.save_for_backward(query_BHTC, key_BKTC, value_BKTV, sinks_H, out_BKGTV, log_sum_BKGT)
+        context.mask, context.scores, context.group = mask, scores, group
+        return out_BKGTV.flatten(1, 2).to(value_BKTV.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(context: Any, gradient_BHTV: Tensor) -> tuple[Tensor | None, ...]:
+        query_BHTC, key_BKTC, value_BKTV, sinks_H, out_BKGTV, log_sum_BKGT = context.saved_tensors
+        scores, group = context.scores, context.group
+        work = _LocalQueries(query_BHTC, key_BKTC.shape[1], context.mask, scores, group)
+        gradient_BKGTV = work.grouped(gradient_BHTV)
+        # the part of each score's gradient that comes from the softmax's sum
+        common_BKGT = (gradient_BKGTV * out_BKGTV).sum(-1)
+        query_gradient = torch.zeros_like(work.query_BKGTC)
+        block: Sequence[Tensor] = (key_BKTC.contiguous(), value_BKTV.contiguous())
+        travelling: _Passing | None = None
+        for step in range(work.ranks):
+            coming = _Passing(block, group) if step < work.ranks - 1 else None
+            key_gradient, value_gradient = (torch.zeros_like(tensor, dtype=work.dtype) for tensor in block)
+            for queries, keys in work.pairs(step):
+                scores_BKGTS, slope = work.scores(queries, keys, block[0])
+                weights = (scores_BKGTS - log_sum_BKGT[..., queries.here, None]).exp()
+                gradient = gradient_BKGTV[..., queries.here, :]
+                value_BKSV, key_BKSC = (block[place][:, :, keys.here].to(work.dtype) for place in (1, 0))
+                value_gradient[:, :, keys.here] += torch.einsum("bkgts,bkgtv->bksv", weights, gradient)
+                inner = torch.einsum("bkgtv,bksv->bkgts", gradient, value_BKSV) - common_BKGT[..., queries.here, None]
+                inner = inner * weights if slope is None else inner * weights * slope
+                query_gradient[..., queries.here, :] += torch.einsum("bkgts,bksc->bkgtc", inner, key_BKSC)
+                key_gradient[:, :, keys.here] += torch.einsum(
+                    "bkgts,bkgtc->bksc", inner, work.query_BKGTC[..., queries.here, :]
+                )
+            if travelling is not None:
+                so_far = travelling.received()
+                key_gradient, value_gradient = key_gradient + so_far[0], value_gradient + so_far[1]
+            travelling = _Passing((key_gradient, value_gradient), group)
+            if coming is not None:
+                block = coming.received()
+        assert travelling is not None
+        key_gradient, value_gradient = travelling.received()
+        sinks_gradient = None
+        if sinks_H is not None:
+            taken_BKGT = (work.by_head(sinks_H) - log_sum_BKGT).exp()
+            sinks_gradient = -(taken_BKGT * common_BKGT).sum((0, 3)).flatten().to(sinks_H.dtype)
+        query_gradient = (query_gradient * scores.scale).flatten(1, 2).to(query_BHTC.dtype)
+        return query_gradient, key_gradient.to(key_BKTC.dtype), value_gradient.to(value_BKTV.dtype), sinks_gradient, *[None] * 3
+
+
+class _LocalQueries:
+    """This rank's queries, and their scores with the keys of other ranks."""
+
+    def __init__(
+        self, query_BHTC: Tensor, key_heads: int, mask: AttentionMask, scores: Scores, group: dist.ProcessGroup
+    ) -> None:
+        self.dtype = torch.promote_types(query_BHTC.dtype, torch.float32)
+        self._key_heads = key_heads
+        self._mask = mask
+        self._softcap = scores.softcap
+        self.query_BKGTC = self.grouped(query_BHTC) * scores.scale
+        self.ranks = dist.get_world_size(group)
+        self._rank = dist.get_rank(group)
+        self._length = query_BHTC.shape[2]
+
+    def grouped(self, heads_BHTC: Tensor) -> Tensor:
+        """Heads grouped by their key-value head, in the dtype of sums."""
+        return heads_BHTC.unflatten(1, (self._key_heads, -1)).to(self.dtype)
+
+    def by_head(self, values_H: Tensor) -> Tensor:
+        """A value of every head, broadcastable to (B, K, G, T)."""
+        return values_H.to(self.dtype).view(1, self._key_heads, -1, 1)
+
+    def pairs(self, step: int) -> Iterator[tuple[Tile, Tile]]:
+        """Pairs of tiles of the queries and of the keys that are here after `step` steps, where any key is visible."""
+        mine = RowShard(self._rank, self.ranks, self._length)
+        theirs = RowShard((self._rank - step) % self.ranks, self.ranks, self._length)
+        window = self._mask.window
+        for queries in mine.tiles(_TILE):
+            for keys in theirs.tiles(_TILE):
+                if keys.first <= queries.last and (window is None or queries.first - keys.last < window):
+                    yield queries, keys
+
+    def scores(self, queries: Tile, keys: Tile, key_BKTC: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The scores of a pair of tiles, (B, K, G, T, S), and the slope of the cap where there is one."""
+        key_BKSC = key_BKTC[:, :, keys.here].to(self.dtype)
+        products = torch.einsum("bkgtc,bksc->bkgts", self.query_BKGTC[..., queries.here, :], key_BKSC)
+        slope = None
+        if self._softcap is not None:
+            products = capped(products, self._softcap)
+            slope = 1 - (products / self._softcap).square()
+        mask = self._mask
+        within = mask.window is None or queries.last - keys.first < mask.window
+        if keys.last <= queries.first and within and mask.documents_BT is None and mask.slopes_H is None:
+            return products, slope
+        device = products.device
+        queries_T = torch.arange(queries.here.start, queries.here.stop, device=device)
+        bias_BHTS = bias(mask, queries_T, torch.arange(keys.first, keys.last + 1, device=device))
+        return products + bias_BHTS.unflatten(1, (self._key_heads, -1) if bias_BHTS.shape[1] > 1 else (1, 1)), slope
+
+
+class _Passing:
+    """Asynchronous send of tensors to the next rank of a group, and receive of those of the previous rank."""
+
+    def __init__(self, tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+        ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+        self._sent = tensors
+        self._coming = [torch.empty_like(tensor) for tensor in tensors]
+        to, of = (rank + 1) % ranks, (rank - 1) % ranks
+        operations = [dist.P2POp(dist.isend, tensor, group=group, group_peer=to) for tensor in tensors]
+        operations += [dist.P2POp(dist.irecv, tensor, group=group, group_peer=of) for tensor in self._coming]
+        self._works = dist.batch_isend_irecv(operations)
+
+    def received(self) -> list[Tensor]:
+        """The received tensors, after all sends and receives have completed."""
+        for work in self._works:
+            work.wait()
+        return self._coming
 
 
 def apply_context_parallel(model: nn.Module, mesh: Mesh, method: Literal["all_gather", "ring"]) -> None:

@@ -18,11 +18,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from bessemer.distributed.differentiable import all_reduce, all_to_all, to_autocast_dtype
+from bessemer.distributed.collectives import all_reduce, all_to_all, to_autocast_dtype
 from bessemer.distributed.mesh import Mesh
-from bessemer.distributed.parameter_shards import shard_parameters
-from bessemer.model.experts import ExpertBackend, Experts, ExpertWeights, Gate
-from bessemer.model.router import Routing
+from bessemer.distributed.sharding import shard_parameters
+from bessemer.model.layers.feed_forward import ExpertBackend, Experts, ExpertWeights, Gate, Routing
 
 # Shapes: D hidden, E experts of this rank, R ranks of the axis, V visits that this rank asks for, A visits that arrive here,
 # N tokens, k experts of a token, M visits to this rank's experts.

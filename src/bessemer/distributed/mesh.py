@@ -1,14 +1,19 @@
-"""The mesh of processes: this process's rank and groups, and the collectives of the training loop."""
+"""The mesh of processes: this process's rank and groups, the collectives of the training loop, its shards of tensors.
+
+A tensor of which this process holds a shard is recognised without loading `torch.distributed.tensor`, which takes seconds:
+where that module is not loaded, there is no such tensor.
+"""
 
 from __future__ import annotations
 
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,9 +21,34 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _abort_process_group, _set_pg_timeout
 
-from bessemer.distributed.config import ParallelConfig
-from bessemer.distributed.layout import Layout, Place
+from bessemer.distributed.layout import Layout, ParallelConfig, Place
 from bessemer.model.device import widest_float
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+_MODULE = "torch.distributed.tensor"
+
+
+def as_dtensor(tensor: Tensor) -> DTensor | None:
+    """The tensor where it is a DTensor; None where it is a plain one."""
+    module = sys.modules.get(_MODULE)
+    return tensor if module is not None and isinstance(tensor, module.DTensor) else None
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard of a DTensor; a plain tensor itself."""
+    sharded = as_dtensor(tensor)
+    return tensor if sharded is None else sharded.to_local()
+
+
+def sharded_dim(tensor: Tensor) -> int | None:
+    """The dimension along which a DTensor is cut by its first axis; None where it is whole there, or a plain tensor."""
+    sharded = as_dtensor(tensor)
+    if sharded is None or not sharded.placements[0].is_shard():
+        return None
+    return int(sharded.placements[0].dim)  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage, schedules
 
-from bessemer.distributed.mesh import Mesh
+from bessemer.distributed.mesh import Mesh, local
 from bessemer.distributed.sharding import release_gathered
-from bessemer.distributed.shards import local
 from bessemer.distributed.stages import Rows, Stage, needs_embedding
 
 _SCHEDULES: dict[str, Any] = {

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from bessemer.core.errors import ConfigError
 from bessemer.distributed.balance import balanced_stages
 from bessemer.distributed.layout import Layout
-from bessemer.model.cache import Cache
 from bessemer.model.decoder import Decoder
+from bessemer.model.layers.cache import Cache
 
 #: Members of a decoder that only the first or the last stage has, and those without weights that every stage has.
 _OF_THE_FIRST, _OF_THE_LAST = ("embed_tokens", "embed_positions"), ("norm", "lm_head", "score", "mtp")

@@ -12,7 +12,7 @@ are assigned to ranks: a rank computes the tokens that are routed to its own.
 In inference the tokens are not sharded: a step has any number of them, and no activations are stored. So every rank has all
 tokens, and sums are all-reduced.
 
-The model is unaware of it: its modules see their parameters as plain tensors of this rank's size (`parameter_shards`).
+The model is unaware of it: its modules see their parameters as plain tensors of this rank's size (`sharding`).
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
-from bessemer.distributed.differentiable import all_gather, all_reduce, copy_to_ranks, reduce_scatter, to_autocast_dtype
+from bessemer.distributed.collectives import all_gather, all_reduce, copy_to_ranks, reduce_scatter, to_autocast_dtype
 from bessemer.distributed.expert import visit_local_experts
 from bessemer.distributed.mesh import Mesh
-from bessemer.distributed.parameter_shards import (
+from bessemer.distributed.sharding import (
     hide_parameter,
     local_shard,
     replicate_parameters,
@@ -38,18 +38,13 @@ from bessemer.distributed.parameter_shards import (
     shard_parameters,
     use_rows,
 )
-from bessemer.model.attention import Attention
-from bessemer.model.attention_backends import capped
-from bessemer.model.attention_mask import AttentionMask
 from bessemer.model.config import ModelConfig
-from bessemer.model.decoder import Block, Decoder
-from bessemer.model.delta_net import GatedDeltaNet
-from bessemer.model.experts import SparseFeedForward
-from bessemer.model.feed_forward import FeedForward
-from bessemer.model.latent_attention import LatentAttention
-from bessemer.model.mtp import MtpModule
-from bessemer.model.norms import LayerNorm, RMSNorm
-from bessemer.model.router import Routing
+from bessemer.model.decoder import Block, Decoder, MtpModule
+from bessemer.model.layers.attention import Attention, LatentAttention
+from bessemer.model.layers.attention_backends import AttentionMask, capped
+from bessemer.model.layers.delta_net import GatedDeltaNet
+from bessemer.model.layers.feed_forward import FeedForward, Routing, SparseFeedForward
+from bessemer.model.layers.norms import LayerNorm, RMSNorm
 
 # Shapes: B batch, T time, D hidden, V vocabulary, N tokens, E experts, k experts of a token, M visits.
 

@@ -1,7 +1,12 @@
-"""Comparison of evaluations on the items that they have in common: task by task, and several as a leaderboard."""
+"""Comparison of evaluations on the items that they have in common: task by task, several as a leaderboard, and as report data.
+
+Differences are paired: an item's difficulty cancels. Intervals of an evaluation folder's tasks are clustered and their p values
+corrected by Holm; the `evaluate` stage compares its models by a percentile bootstrap (Efron and Tibshirani 1993, section 13.3).
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,8 +14,47 @@ from typing import NamedTuple
 import numpy as np
 
 from bessemer.core.errors import ArtefactError
-from bessemer.core.statistics import Estimate, holm, mean_estimate, mean_of_estimates, paired_difference
+from bessemer.core.report import Cell, Column, Heading, Part, Table, Text
+from bessemer.core.statistics import Estimate, holm, mean_estimate, mean_of_estimates, paired_difference, score
 from bessemer.evaluation.evaluation_folder import Evaluation, read_texts
+
+_RESAMPLES_AT_ONCE = 500
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The mean difference of two models' scores, and its confidence interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def paired_bootstrap(
+    scores: Sequence[float],
+    other_scores: Sequence[float],
+    *,
+    seed: int,
+    resamples: int = 10_000,
+    confidence: float = 0.95,
+) -> Difference:
+    """Percentile bootstrap of the mean difference of scores on the same items (Efron and Tibshirani 1993, section 13.3).
+
+    Items are resampled with replacement, both models' scores of an item together, so that an item's difficulty cancels. Raises
+    ValueError when the two have different lengths or no items.
+    """
+    if len(scores) != len(other_scores) or not scores:
+        raise ValueError(f"paired scores must be as many and at least one, got {len(scores)} and {len(other_scores)}")
+    differences = np.asarray(scores, float) - np.asarray(other_scores, float)
+    random = np.random.default_rng(seed)
+    means = []
+    for start in range(0, resamples, _RESAMPLES_AT_ONCE):
+        drawn = random.integers(0, len(differences), (min(_RESAMPLES_AT_ONCE, resamples - start), len(differences)))
+        means.append(differences[drawn].mean(axis=1))
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
+    return Difference(float(differences.mean()), float(low), float(high))
+
 
 #: A difference counts when its p value, corrected for the number of tests, is at most this.
 LEVEL = 0.05
@@ -179,3 +223,115 @@ def _matched(evaluations: Sequence[Evaluation]) -> dict[str, _Matched]:
 
 def _left_out(evaluations: Sequence[Evaluation], matched: dict[str, _Matched]) -> list[str]:
     return sorted({task for evaluation in evaluations for task in evaluation.tasks} - matched.keys())
+
+
+_DIFFERENCES = (-1.0, 1.0)
+#: Of a prompt, whose examples come first: the question stands at its end.
+_PROMPT_CHARACTERS = 1_000
+
+
+def comparison_parts(comparison: Comparison) -> list[Part]:
+    """Both means, the paired difference with its p value and verdict, by task; what is not compared."""
+    first, second = comparison.names
+    rows: list[list[str | Cell]] = [
+        [
+            task.task,
+            Cell(f"{task.difference.items:,}", remark=f"{task.unmatched:,} unmatched" if task.unmatched else ""),
+            score(task.first),
+            score(task.second),
+            difference(task.difference),
+            p_value(task.difference.p_value),
+            p_value(task.adjusted_p),
+            _verdict(task.verdict),
+        ]
+        for task in comparison.tasks
+    ]
+    if len(comparison.tasks) > 1:
+        overall = comparison.overall
+        found = _verdict(verdict(overall, overall.p_value))
+        means = (_mean([task.first for task in comparison.tasks]), _mean([task.second for task in comparison.tasks]))
+        rows.append(["mean of tasks", f"{overall.items:,}", *means, difference(overall), p_value(overall.p_value), "", found])
+    headings = ["Items", first, second, "Difference", "p", "p, Holm"]
+    columns = [Column("Task"), *(Column(heading, True) for heading in headings), Column(f"{second} is")]
+    parts: list[Part] = [Heading(f"{second} beside {first}"), Table(columns, rows), Text(_legend(comparison))]
+    if comparison.one_sided:
+        parts.append(Text(f"Not compared, since one of the two has no such items: {', '.join(comparison.one_sided)}."))
+    return parts
+
+
+def _legend(comparison: Comparison) -> str:
+    clustered = any(task.difference.clusters < task.difference.items for task in comparison.tasks)
+    return (
+        "In brackets: 95 % intervals, by Student's t"
+        + (", items that share a passage taken together" if clustered else "")
+        + f". The difference is paired, item by item. A task is better or worse where Holm's p is at most {LEVEL}, else unclear"
+        + (", the mean of tasks, one test by itself, where p is." if len(comparison.tasks) > 1 else ".")
+    )
+
+
+def leaderboard_parts(board: Leaderboard) -> list[Part]:
+    """Evaluations, the best first, with the paired difference of each from the first."""
+    rows: list[list[str | Cell]] = []
+    for place, standing in enumerate(board.standings, start=1):
+        beside: list[str | Cell] = ["", "", ""]
+        if standing.from_first is not None:
+            found = _verdict(verdict(standing.from_first, standing.adjusted_p))
+            beside = [difference(standing.from_first), p_value(standing.adjusted_p), found]
+        means = [f"{one.mean:.3f}" for one in standing.tasks.values()]
+        rows.append([str(place), Cell(standing.name, strong=place == 1), score(standing.mean), *beside, *means])
+    columns = [
+        Column("", True),
+        Column("Evaluation"),
+        Column("Mean of tasks", True),
+        Column("Difference from the first", True),
+        Column("p, Holm", True),
+        Column("Beside the first"),
+        *(Column(f"{task} ({count:,})", True) for task, count in board.items.items()),
+    ]
+    parts: list[Part] = [Heading("Leaderboard"), Table(columns, rows)]
+    parts.append(
+        Text("Over the items that all have, their number behind each task; in brackets 95 % intervals. Differences are paired.")
+    )
+    if board.left_out:
+        parts.append(Text(f"Left out, since some have no such items: {', '.join(board.left_out)}."))
+    return parts
+
+
+def flip_parts(flips: Sequence[Flip], names: tuple[str, str]) -> list[Part]:
+    """The items that flipped, task by task: the prompt, and both answers."""
+    if not flips:
+        return [Text("No item flipped.")]
+    parts: list[Part] = []
+    for task in dict.fromkeys(flip.task for flip in flips):
+        of_task = [flip for flip in flips if flip.task == task]
+        gained = sum(flip.gained for flip in of_task)
+        parts.append(Heading(f"{task}: {gained:,} became right, {len(of_task) - gained:,} wrong"))
+        parts += [_flip(flip, names) for flip in of_task]
+    return parts
+
+
+def _flip(flip: Flip, names: tuple[str, str]) -> Table:
+    prompt = flip.prompt if len(flip.prompt) <= _PROMPT_CHARACTERS else f"…{flip.prompt[-_PROMPT_CHARACTERS:]}"
+    rows: list[list[str | Cell]] = [["prompt", prompt.strip()]]
+    for name, answer, right in zip(names, flip.answers, (not flip.gained, flip.gained), strict=True):
+        rows.append([name, Cell(answer.strip(), strong=right, remark="right" if right else "wrong")])
+    return Table([Column("item"), Column(flip.item)], rows)
+
+
+def difference(estimate: Estimate) -> str:
+    """A difference with its 95 % interval: `+0.021 [-0.004, +0.046]`."""
+    low, high = estimate.interval(bounds=_DIFFERENCES)
+    return f"{estimate.mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def p_value(value: float) -> str:
+    """A p value in two figures, `< 0.0001` below that."""
+    return f"{value:.2g}" if value >= 1e-4 else "< 0.0001"
+
+
+def _mean(estimates: Sequence[Estimate]) -> str:
+    return f"{math.fsum(one.mean for one in estimates) / len(estimates):.3f}"
+
+
+def _verdict(text: str) -> Cell:
+    return Cell(text, strong=text != UNDECIDED)

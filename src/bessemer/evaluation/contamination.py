@@ -106,7 +106,7 @@ def contamination(
     if not 0 <= least_share <= 1:
         raise ValueError(f"least_share lies from 0 to 1, not {least_share}")
     # compiled by Numba, which a machine that evaluates without a corpus may lack
-    from bessemer.data.deduplication.ngram_overlap import NgramOverlap
+    from bessemer.data.deduplication.decontaminate import NgramOverlap
     from bessemer.data.text.texts import Texts
 
     items = list(items)

@@ -1,19 +1,23 @@
-"""Reader of an evaluation's folder: the score of every item, and the texts of chosen ones.
+"""The folder of an evaluation: `settings.json`, `items.jsonl` with a line for each question, and `results.json`.
 
-`items.jsonl` has an object a line: `task`, `id` (the same item in every evaluation), `score` from 0 to 1, or null where it
-could not be found out, and perhaps `cluster` (what an item shares with others: a passage), `prompt` and `answer`.
-`results.json` is written when all items are there.
+`items.jsonl` has an object a line: `task`, `id` (the same item in every evaluation), `score` from 0 to 1 or null where there is
+none, and optionally `cluster` (what an item shares with others, such as a passage), `prompt` and `answer`. It grows as
+questions are answered, so a stopped evaluation resumes from it. `results.json` is written when all of them are answered.
+`settings.json` says which model was evaluated (`model_identity`), wherever its files lie.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bessemer.core.errors import ArtefactError
+from bessemer.core.errors import ArtefactError, ConfigError
+from bessemer.core.hashing import hash_bytes
+from bessemer.core.store import check_format, read_json, write_json
+from bessemer.model.storage.tuned_folder import TunedModel, tuned_model
 
 ITEMS_FILE = "items.jsonl"
 RESULTS_FILE = "results.json"
@@ -99,3 +103,115 @@ def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     yield number, record
         except ValueError as error:
             raise ArtefactError(f"{path}, line {number}: this item is damaged ({error})") from None
+
+
+#: Format number of `settings.json`.
+SETTINGS_FORMAT = 1
+
+SETTINGS_FILE = "settings.json"
+
+#: Task and item, as in `items.jsonl`.
+QuestionKey = tuple[str, str]
+
+
+class TaskFolder:
+    """An evaluation's folder, new or begun.
+
+    model: what identifies the model. tasks: by name, what identifies each task; others may have been evaluated here before.
+    Raises ConfigError where the folder holds answers of another model, or of a task with other settings.
+    """
+
+    def __init__(self, folder: Path, model: Mapping[str, Any], tasks: Mapping[str, Mapping[str, Any]]) -> None:
+        self.folder = folder
+        known = self._read_settings()
+        if known and known["model"] != model:
+            raise ConfigError(f"{folder}: holds an evaluation of {_difference(known['model'], model)}; name another with --out")
+        for name, settings in tasks.items():
+            before = known["tasks"].get(name, settings) if known else settings
+            if before != settings:
+                difference = _difference(before["settings"], settings["settings"])
+                raise ConfigError(f"{folder}: holds {name} with {difference}; name another with --out")
+        folder.mkdir(parents=True, exist_ok=True)
+        #: The lines of questions that are answered.
+        self.done = self._read_items()
+        merged = {**(known["tasks"] if known else {}), **tasks}
+        write_json(folder / SETTINGS_FILE, {"format": SETTINGS_FORMAT, "model": model, "tasks": merged})
+
+    def add(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Write the lines of questions that have been answered, each with its `task` and `id`."""
+        (self.folder / RESULTS_FILE).unlink(missing_ok=True)
+        with (self.folder / ITEMS_FILE).open("a", encoding="utf-8") as stream:
+            stream.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        self.done.update({_key(line): line for line in lines})
+
+    def write_results(self, results: Mapping[str, Any]) -> None:
+        """Write `results.json`."""
+        write_json(self.folder / RESULTS_FILE, results)
+
+    def _read_settings(self) -> dict[str, Any] | None:
+        path = self.folder / SETTINGS_FILE
+        if not path.exists():
+            if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+                raise ConfigError(
+                    f"{self.folder}: exists and holds something other than an evaluation; name another with --out"
+                )
+            return None
+        settings: dict[str, Any] = read_json(path, "file of an evaluation's settings")
+        check_format(settings.get("format"), SETTINGS_FORMAT, path, "file of an evaluation's settings")
+        return settings
+
+    def _read_items(self) -> dict[QuestionKey, Mapping[str, Any]]:
+        """The whole lines; what a stop left behind the last line break is removed."""
+        path = self.folder / ITEMS_FILE
+        if not path.exists():
+            return {}
+        content = path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):
+            path.write_bytes(whole)
+        try:
+            lines = [json.loads(line) for line in whole.decode().split("\n") if line]
+            return {_key(line): line for line in lines}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ArtefactError(f"{path}: these items are damaged ({error!r}); remove the folder, or name another") from None
+
+
+def _key(line: Mapping[str, Any]) -> QuestionKey:
+    return line["task"], line["id"]
+
+
+def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The first setting that differs, for a message; other data where none does."""
+    for key in dict.fromkeys([*before, *now]):
+        if before.get(key) != now.get(key):
+            return f"{key} {before.get(key)!r}, not {now.get(key)!r}"
+    return "other items"
+
+
+_ENDS = 1 << 20
+_FILES = ("*.safetensors", "*.gguf", "config.json", "tokenizer.json", "adapter_config.json")
+
+
+def model_identity(place: Path, name: str, max_model_len: int | None = None, *, adapter: Path | None = None) -> dict[str, Any]:
+    """The name of a model, a hash of its files, and the setting of the engine that changes what it reads.
+
+    place: a GGUF file, a model's folder, or a fine-tuning's with an adapter of its own. adapter: the folder of one. Of
+    each file the size and the first and last MiB are hashed: weights that were trained on differ there, and hundreds of
+    gigabytes need not be read.
+    """
+    weights, own = tuned_model(place) or TunedModel(place, None)
+    files = [weights] if weights.is_file() else _files(weights)
+    beside = adapter or own
+    files += [] if beside is None else _files(beside)
+    parts = []
+    for path in files:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            beginning = stream.read(_ENDS)
+            stream.seek(max(0, size - _ENDS))
+            parts += [str(size).encode(), beginning, stream.read(_ENDS)]
+    return {"name": name, "weights": hash_bytes(*parts), "max_model_len": max_model_len}
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for pattern in _FILES for path in folder.glob(pattern))

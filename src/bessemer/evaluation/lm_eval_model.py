@@ -18,7 +18,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams, Score, ScoreItem
-from bessemer.tokenization.continuations import encode_continuations
+from bessemer.tokenization.prompts import encode_continuations
 
 #: Of `generate_until` where a task does not say it, as in the harness's own models.
 _MAX_TOKENS = 256

@@ -24,7 +24,7 @@ import torch
 from bessemer.data.text.texts import Texts
 from bessemer.model.decoder import Decoder
 from bessemer.model.device import choose_device
-from bessemer.model.folder import load_model
+from bessemer.model.storage.folder import load_model
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 from bessemer.training.data.batches import IGNORE_INDEX
 from bessemer.training.head import linear_cross_entropy

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from bessemer.core.figures import LOSSY_NOTE, baseline_label, is_lossy, label, shown, size
+from bessemer.core.metrics import LOSSY_NOTE, baseline_label, is_lossy, label, shown, size
 from bessemer.core.report import Cell, Column, Heading, KeyFigure, Metrics, Part, Section, StageReport, Table, Text
 from bessemer.core.store import read_json
 

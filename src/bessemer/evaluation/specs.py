@@ -11,7 +11,7 @@ from bessemer.core.config import Config
 from bessemer.core.progress import Silent
 from bessemer.core.stage import StageContext, StageSpec
 from bessemer.core.store import MANIFEST, read_json
-from bessemer.data.corpus.at_hand import documents_of
+from bessemer.data.corpus.remote import documents_of
 from bessemer.evaluation import report
 from bessemer.evaluation.config import EVALUATE_VERSION, EvaluateConfig
 from bessemer.model.quantisation.config import QUANTIZE_VERSION, QuantizeConfig
@@ -70,7 +70,7 @@ def _models(context: StageContext) -> dict[str, Path]:
 
 def _quantize(context: StageContext) -> dict[str, Any]:
     from bessemer.evaluation.quantisation import add_speed, quantise_folder
-    from bessemer.inference.benchmark import tokens_per_second
+    from bessemer.inference.engine import tokens_per_second
     from bessemer.tokenization.shards import TokenShards
 
     out = context.out / "model"

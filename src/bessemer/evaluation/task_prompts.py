@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from bessemer.tasks.questions import Context, Part
 from bessemer.tokenization.chat import Message
-from bessemer.tokenization.continuations import encode_continuations
+from bessemer.tokenization.prompts import encode_continuations
 from bessemer.tokenization.tokenizer import Tokenizer
 
 #: Tokens that are shown of the beginning of a task's prompts.

@@ -6,8 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bessemer.core.reliability import choice_probability, reliability
-from bessemer.core.statistics import mean_estimate
+from bessemer.core.statistics import choice_probability, mean_estimate, reliability
 from bessemer.tasks.questions import Task
 
 

@@ -1,23 +1,32 @@
-"""Tasks on an engine: questions asked in calls of bounded size, answers judged, figures with their standard errors."""
+"""Tasks on an engine: questions in calls of bounded size, answers judged, figures with their standard errors.
+
+`evaluate_tasks` writes an evaluation's folder; `TaskScores` scores a model between two steps of its training; tasks that name a
+judge of this machine get it from `connected_judges`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-from bessemer.core.hashing import hash_value
+import torch
+
+from bessemer.core.errors import BessemerError, ConfigError
+from bessemer.core.hashing import derive_seed, hash_value
 from bessemer.core.progress import Progress
-from bessemer.core.seeds import derive_seed
 from bessemer.evaluation.contamination import task_contamination
-from bessemer.evaluation.evaluation_folder import Score
-from bessemer.evaluation.task_folder import TaskFolder
+from bessemer.evaluation.evaluation_folder import Score, TaskFolder
 from bessemer.evaluation.task_prompts import PromptEncoder
 from bessemer.evaluation.task_results import task_results
 from bessemer.evaluation.thinking import answers_after_thinking
+from bessemer.inference.chat import EngineChat
 from bessemer.inference.engine import Completion, Engine, SamplingParams
-from bessemer.tasks.core_tasks import CORE, core_score
+from bessemer.tasks.config import TaskOptions
+from bessemer.tasks.judge import Ask
+from bessemer.tasks.judged import JudgedTask
 from bessemer.tasks.questions import (
     Context,
     GenerationQuestion,
@@ -28,6 +37,8 @@ from bessemer.tasks.questions import (
     Outcome,
     Task,
 )
+from bessemer.tasks.registry import CORE, core_score, find_tasks
+from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 
 #: Format number of `results.json`.
 RESULTS_FORMAT = 1
@@ -340,3 +351,67 @@ def _warn(task: Task, results: Mapping[str, Any], progress: Progress) -> None:
     for what, count in results.get("counts", {}).items():
         if count:
             progress.say(f"  {task.name}: {what}: {count:,}")
+
+
+class TaskScores:
+    """Some tasks with their data, for one model that changes. It keeps nothing of an evaluation: the engine with its KV cache
+    lives as long as one does, and the memory is training's again."""
+
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        self._tasks = tasks
+        self._tokenizer: Tokenizer | None = None
+
+    def check(self, tokenizer: Path, context_length: int) -> None:
+        """Raise ConfigError when a task's prompts cannot be written with the tokenizer of a folder."""
+        for task in self._tasks:
+            encoder = PromptEncoder(self._load(tokenizer), context_length, task.begin_token)
+            question = next(iter(task.questions()))
+            try:
+                if isinstance(question, GenerationQuestion):
+                    encoder.prompt(question.context, 1)
+                elif isinstance(question, LikelihoodQuestion):
+                    encoder.part(question.parts[0])
+            except BessemerError as error:
+                raise ConfigError(f"tasks: {task.name}: {error}") from None
+
+    def accuracies(self, model: Any, tokenizer: Path) -> dict[str, float]:
+        """Accuracy by task of a decoder with its present weights, in evaluation mode."""
+        device = model.head_weight.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            results = score_tasks(Engine(model, self._load(tokenizer)), self._tasks)
+        return {name: float(figures["accuracy"]) for name, figures in results.items()}
+
+    def _load(self, folder: Path) -> Tokenizer:
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(folder)
+        return self._tokenizer
+
+
+def open_tasks(names: Sequence[str], data: Path | None, limit: int) -> TaskScores:
+    """Tasks by name or file, their first `limit` items. Raises as `find_tasks`."""
+    return TaskScores(find_tasks(names, TaskOptions(data=data, limit=limit)))
+
+
+@contextmanager
+def connected_judges(tasks: Sequence[Task], device: str = "auto") -> Iterator[None]:
+    """While entered, the tasks' judges that have no URL are open; a model that judges several tasks is opened once.
+
+    Raises ArtefactError for a folder without a model.
+    """
+    with ExitStack() as stack:
+        opened: dict[str, Engine] = {}
+        for task in tasks:
+            if isinstance(task, JudgedTask) and task.needs_judge:
+                judge = task.judge_config
+                if judge.model not in opened:
+                    opened[judge.model] = stack.enter_context(Engine(Path(judge.model), device=device))
+                task.connect(engine_judge(opened[judge.model], judge.max_tokens))
+        yield
+
+
+def engine_judge(engine: Engine, max_tokens: int = 512) -> Ask:
+    """A judge of an engine: each prompt is what the user says, the answer is greedy.
+
+    A prompt that the context does not hold is answered by nothing, from which no verdict can be read.
+    """
+    return EngineChat(engine, max_tokens=max_tokens).ask

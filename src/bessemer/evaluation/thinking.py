@@ -6,14 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from bessemer.assistant.assistant import Assistant
+from bessemer.assistant.assistant import Assistant, EngineModel
 from bessemer.assistant.config import AssistantConfig
 from bessemer.assistant.conversation import Conversation
-from bessemer.assistant.environment import Step
-from bessemer.assistant.episodes import Episode, play
-from bessemer.assistant.events import EndReason
-from bessemer.assistant.messages import Message, as_messages
-from bessemer.assistant.models import EngineModel
+from bessemer.assistant.episodes import Episode, Step, play
+from bessemer.assistant.messages import EndReason, Message, as_messages
 from bessemer.core.errors import RequestError
 from bessemer.inference.engine import Engine
 from bessemer.inference.sampling.params import SamplingParams

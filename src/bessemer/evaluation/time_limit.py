@@ -10,10 +10,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from bessemer.core.environment import usable_cores
-from bessemer.core.figures import duration
+from bessemer.core.metrics import duration
 from bessemer.core.progress import Progress
 from bessemer.evaluation.config import EvaluateConfig
-from bessemer.training.threads import faster_threads, thread_candidates
+from bessemer.training.runtime import faster_threads, thread_candidates
 
 #: Shares of the tokens and questions that are tried with one model, from which the whole is extended in a line.
 _TRIALS = (1 / 16, 1 / 8)

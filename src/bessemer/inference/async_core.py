@@ -16,11 +16,11 @@ from torch import Tensor
 
 from bessemer.core.errors import RequestError
 from bessemer.inference.engine_core import EngineCore, generating
-from bessemer.inference.execution.step_inputs import TokensToHost
+from bessemer.inference.execution.batch import TokensToHost
 from bessemer.inference.request import Request, ScheduledRequest
 from bessemer.inference.sampling.device_sampler import SampledRows, token_problem
 from bessemer.inference.sampling.sampler import Sampled, SamplingState
-from bessemer.inference.scheduling.schedule import ScheduledChunk
+from bessemer.inference.scheduling.sequence import ScheduledChunk
 
 # Shapes: W rows that a token is sampled from, V vocabulary.
 

@@ -1,35 +1,202 @@
-"""Builds an engine core from settings: KV cache, runner, scheduler, proposer."""
+"""Opens a model for the engine and builds its engine core.
+
+`open_model` reads a folder, a GGUF file or a model in memory, for one process or for several. `assemble` makes of it and the
+settings a KV cache, a runner, a scheduler and a proposer of draft tokens.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
+from bessemer.core.environment import free_memory_bytes
+from bessemer.core.errors import ArtefactError, ConfigError
+from bessemer.core.progress import PlainLines
 from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.inference.async_core import AsyncEngineCore
 from bessemer.inference.config import EngineConfig
 from bessemer.inference.engine_core import EngineCore
-from bessemer.inference.execution.build import new_runner, page_layout, shared_backend
-from bessemer.inference.execution.kv_cache import HeadShare, PagedMemory, layer_groups, state_bytes
-from bessemer.inference.execution.kv_memory import (
+from bessemer.inference.execution.build import (
     check_model_length,
     describe_pages,
     describe_states,
     longest_text,
     memory_budget,
+    new_runner,
+    page_layout,
     page_type,
     plan_blocks,
     plan_snapshots,
+    shared_backend,
 )
+from bessemer.inference.execution.compiled_steps import CompiledSteps
+from bessemer.inference.execution.kv_cache import HeadShare, PagedMemory, layer_groups, state_bytes
 from bessemer.inference.execution.runner import Runner
+from bessemer.inference.execution.steps import SpeculativeDecoder
 from bessemer.inference.execution.tensor_parallel.sharded_model import ShardedModel
-from bessemer.inference.scheduling.block_pool import BlockPool
+from bessemer.inference.scheduling.block_tables import BlockPool
 from bessemer.inference.scheduling.scheduler import BlockGroup, Scheduler
-from bessemer.inference.speculation.build import mtp_layers_of, new_proposer
-from bessemer.inference.speculation.decoder import SpeculativeDecoder
-from bessemer.inference.speculation.draft_runner import shared_draft_runner
+from bessemer.inference.speculation.draft_model import (
+    DraftModelProposer,
+    draft_memory,
+    is_draft_shared,
+    open_draft_model,
+    share_draft,
+    shared_draft_runner,
+)
+from bessemer.inference.speculation.mtp import MtpProposer, mtp_modules, spare_blocks
+from bessemer.inference.speculation.ngram import NGramProposer
+from bessemer.inference.speculation.proposer import DraftLengthPolicy, Proposer
+from bessemer.model.adapters.folder import read_adapter
+from bessemer.model.adapters.trained import merged
+from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
-from bessemer.tokenization.tokenizer import Tokenizer
+from bessemer.model.device import choose_device, is_fast
+from bessemer.model.formats.gguf_open import open_gguf
+from bessemer.model.quantisation.quantised_layers import is_quantised
+from bessemer.model.storage.folder import load_model, read_end_tokens, read_sampling_settings
+from bessemer.model.storage.library import find_kept
+from bessemer.model.storage.tuned_folder import TunedModel, tuned_model
+from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
+
+#: Share of the free memory that weights in float32 may take.
+_SHARE_FOR_WEIGHTS = 0.5
+
+
+class OpenedModel(NamedTuple):
+    """sharded: the model's shards, where worker processes hold some; None where this one does alone.
+
+    is_served: whether it was opened to be served, and is not one in memory that may be in training. sampling_settings: what
+    the model's folder says of how it is sampled. adapter: of a fine-tuning, the folder of what was tuned beside its base; None
+    where it was merged, as it is into weights in float32 in one process.
+    """
+
+    model: Decoder
+    tokenizer: Tokenizer
+    end_tokens: frozenset[int]
+    is_served: bool = True
+    sharded: ShardedModel | None = None
+    sampling_settings: Mapping[str, Any] = MappingProxyType({})
+    adapter: Path | None = None
+
+
+def open_model(
+    model: Path | str | Decoder | ShardedModel,
+    tokenizer: Tokenizer | None,
+    device: str,
+    config: EngineConfig,
+    *,
+    adapter: Path | str | None = None,
+) -> OpenedModel:
+    """Open a folder, a GGUF file, the base of a fine-tuning or a pulled model by its name on a device; a model in memory, or a
+    shard, stays where it lies, and needs its tokenizer. adapter: what requests have that name none, in the place of a
+    fine-tuning's own.
+
+    Raises ArtefactError when the folder or the file is damaged, ConfigError for a device that is not here, or a model that
+    cannot be shared by as many processes as the settings say.
+    """
+    if isinstance(model, ShardedModel):
+        assert tokenizer is not None, "shards in memory need their tokenizer"
+        return OpenedModel(model.model, tokenizer, frozenset(tokenizer.eos_ids), is_served=False, sharded=model)
+    if isinstance(model, Decoder):
+        if config.processes > 1:
+            raise ConfigError("parallel: every process reads the model for itself; save it, and open its folder")
+        assert tokenizer is not None, "a model in memory needs its tokenizer"
+        return OpenedModel(model, tokenizer, frozenset(tokenizer.eos_ids), is_served=False)
+    named = Path(model)
+    if not named.exists() and (kept := find_kept(str(model))) is not None:
+        named = kept
+    path, own = tuned_model(named) or TunedModel(named, None)
+    if config.processes > 1:
+        sharded = ShardedModel.open(path, device, config)
+        try:
+            tokenizer = tokenizer or load_tokenizer(path)
+            ends, settings = _ends(path, tokenizer), read_sampling_settings(path)
+            return OpenedModel(sharded.model, tokenizer, ends, sharded=sharded, sampling_settings=settings, adapter=own)
+        except BaseException:
+            sharded.close()
+            raise
+    if path.suffix == ".gguf":
+        opened = open_gguf(path, choose_device(device))
+        if opened.encoded is not None:
+            PlainLines().say(opened.encoded)
+        tokenizer = tokenizer or opened.tokenizer
+        if tokenizer is None:
+            raise ArtefactError(f"{path}: the file holds no tokenizer that can be read; give one")
+        model = _in_fast_dtype(opened.model, config)
+        return OpenedModel(model, tokenizer, frozenset(opened.end_tokens or tokenizer.eos_ids))
+    whole = load_model(path, choose_device(device))
+    if own is not None and adapter is None and whole.dtype == torch.float32 and not is_quantised(whole):
+        # nobody can ask for the base alone, and the compiled kernels take one set of weights
+        whole, own = merged(whole, read_adapter(own, whole)), None
+    whole = _in_fast_dtype(whole, config)
+    tokenizer = tokenizer or load_tokenizer(path)
+    settings = read_sampling_settings(path)
+    return OpenedModel(whole, tokenizer, _ends(path, tokenizer), sampling_settings=settings, adapter=own)
+
+
+def _in_fast_dtype(model: Decoder, config: EngineConfig) -> Decoder:
+    """A model whose modules compute its steps, in float32 where its own dtype is slower and the memory suffices; others as they
+    are. The compiled kernels widen weights of 16 bits themselves."""
+    if model.device.type != "cpu" or model.dtype.itemsize > 2 or is_quantised(model) or is_fast(model.dtype, model.device):
+        return model
+    if config.cpu_kernels != "off" and CompiledSteps.supports(model) is None:
+        return model
+    needed = sum(weight.numel() for weight in model.parameters()) * torch.float32.itemsize
+    free = free_memory_bytes()
+    if free is not None and needed > _SHARE_FOR_WEIGHTS * free:
+        return model
+    PlainLines().say(f"  weights in float32: this processor has no fast products in {str(model.dtype).removeprefix('torch.')}")
+    return model.to(torch.float32)
+
+
+def _ends(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
+    return read_end_tokens(folder) or frozenset(tokenizer.eos_ids)
+
+
+def mtp_layers_of(config: EngineConfig, model: ModelConfig) -> tuple[int, int]:
+    """MTP modules of a model that propose draft tokens, and the KV blocks that each needs beyond a layer's.
+
+    Raises ConfigError where they are asked for and the model has none.
+    """
+    speculation = config.speculation
+    if speculation is None or speculation.method != "mtp":
+        return 0, 0
+    return mtp_modules(model), config.max_num_seqs * spare_blocks(speculation.tokens, config.block_size)
+
+
+def new_proposer(
+    config: EngineConfig, tokenizer: Tokenizer, runner: Runner, sharded: ShardedModel | None = None
+) -> Proposer | None:
+    """The proposer for a runner's model; None without speculative decoding. Raises ConfigError, ArtefactError.
+
+    sharded: the model's shards, where worker processes hold some; they share the draft model too, where it can be.
+    """
+    speculation = config.speculation
+    if speculation is None:
+        return None
+    policy = DraftLengthPolicy(speculation.tokens, speculation.adapt)
+    if speculation.method == "ngram":
+        return NGramProposer(policy)
+    if speculation.method == "mtp":
+        return MtpProposer(runner, policy, config.max_num_seqs)
+    assert speculation.model is not None
+    if sharded is not None and is_draft_shared(config):
+        with sharded.workers.together():
+            model = open_draft_model(speculation.model, runner.model, tokenizer, torch.device("cpu"))
+            drafting, blocks = share_draft(model, config, runner.model.device, sharded.mesh, sharded.workers)
+    else:
+        model = open_draft_model(speculation.model, runner.model, tokenizer, runner.model.device)
+        memory, blocks = draft_memory(model, config)
+        drafting = new_runner(model, memory, config.with_changes(batch_invariant=False), opened=True)
+    pool, groups = BlockPool(blocks, config.block_size), len(layer_groups(model.config))
+    return DraftModelProposer(model, drafting, pool, groups, policy, config.max_num_batched_tokens)
+
 
 #: Most logits of one step that come of tokens read, where each token's are wanted: 256 MiB of float32.
 _MOST_LOGITS = 1 << 26

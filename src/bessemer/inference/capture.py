@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from bessemer.core.errors import RequestError
+from bessemer.inference.execution.backend import Observed
 from bessemer.inference.execution.batch import Batch
-from bessemer.inference.execution.observation import Observed
 from bessemer.inference.execution.runner import Runner
 from bessemer.inference.request import ScheduledRequest
 from bessemer.inference.sampling.sampler import Sampled
-from bessemer.inference.scheduling.schedule import ScheduledChunk
-from bessemer.inference.scheduling.sequence import TokenSequence
+from bessemer.inference.scheduling.sequence import ScheduledChunk, TokenSequence
 from bessemer.model.adapters import Adapter
 from bessemer.model.config import ModelConfig
 

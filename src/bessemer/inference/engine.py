@@ -1,7 +1,11 @@
-"""The engine: prompts to completions with continuous batching over a paged KV cache, whole or as streams."""
+"""The engine: prompts to completions with continuous batching over a paged KV cache, whole or as streams.
+
+`tokens_per_second` measures the decoding speed of a model on this machine.
+"""
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
@@ -10,18 +14,16 @@ from typing import Any, Self
 
 import torch
 
+from bessemer.core.concurrency import FairLock
 from bessemer.core.errors import BessemerError
-from bessemer.core.fair_lock import FairLock
-from bessemer.inference.adapters import LoadedAdapters
-from bessemer.inference.async_generation import AsyncGeneration
-from bessemer.inference.build import assemble
+from bessemer.inference.async_generation import AsyncGeneration, StepDriver
+from bessemer.inference.build import assemble, open_model
 from bessemer.inference.capture import Capture
 from bessemer.inference.config import EngineConfig
-from bessemer.inference.execution.kv_memory import model_length
+from bessemer.inference.execution.build import model_length
 from bessemer.inference.execution.tensor_parallel.sharded_model import ShardedModel
-from bessemer.inference.execution.weights import WeightsStamp
-from bessemer.inference.loading import open_model
-from bessemer.inference.reading import Reading
+from bessemer.inference.execution.weights import LoadedAdapters, WeightsStamp
+from bessemer.inference.offline import LogProbsMode, Reading, Rollouts, WeightUpdates, collect_rollouts, params_of_prompts
 from bessemer.inference.request import (
     Chunk,
     Completion,
@@ -33,14 +35,11 @@ from bessemer.inference.request import (
     completion_of,
 )
 from bessemer.inference.request_builder import RequestBuilder, as_prompts, check_streamed, for_each
-from bessemer.inference.rollouts import LogProbsMode, Rollouts, collect_rollouts, params_of_prompts
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.inference.scores import Score, ScoreItem
 from bessemer.inference.statistics import EngineStatistics
-from bessemer.inference.step_driver import StepDriver
-from bessemer.inference.weight_updates import WeightUpdates
 from bessemer.model.decoder import Decoder
-from bessemer.model.folder_config import GENERATION_CONFIG
+from bessemer.model.storage.folder import GENERATION_CONFIG
 from bessemer.tokenization.chat import Message, Tool
 from bessemer.tokenization.tokenizer import Tokenizer
 
@@ -373,3 +372,27 @@ class Engine(AsyncGeneration, Reading, WeightUpdates):
         finally:
             with self._lock:
                 self.core.abort(request)
+
+
+#: Requests at once, as a small server has them, and the tokens of each prompt.
+STREAMS, _PROMPT = 8, 16
+_ROUNDS = 3
+
+
+def tokens_per_second(folder: Path, tokens: int, device: str = "auto") -> float:
+    """Tokens a second of `STREAMS` requests for `tokens` tokens each, prompts of 16 tokens included.
+
+    The best of three rounds, because another process can only slow one down.
+    """
+    engine = Engine(folder, device=device, config=EngineConfig(max_num_seqs=STREAMS, prefix_cache=False))
+    most = max(1, min(tokens, engine.context_length - _PROMPT))
+    params = SamplingParams(temperature=0, max_tokens=most, ignore_eos=True)
+    vocabulary = engine.model.config.vocab_size
+    prompts = [[(7 * row + place) % vocabulary for place in range(_PROMPT)] for row in range(STREAMS)]
+    engine.generate(prompts[:1], params.with_changes(max_tokens=2))
+    best = 0.0
+    for _ in range(_ROUNDS):
+        start = time.perf_counter()
+        engine.generate(prompts, params)
+        best = max(best, STREAMS * most / (time.perf_counter() - start))
+    return best

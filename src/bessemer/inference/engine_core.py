@@ -10,15 +10,14 @@ from dataclasses import replace
 from torch import Tensor
 
 from bessemer.core.errors import BessemerError, RequestError
-from bessemer.inference.adapters import LoadedAdapter
 from bessemer.inference.execution.batch import Batch
 from bessemer.inference.execution.runner import Runner
-from bessemer.inference.multi_step import draws_of, reserve_tokens, taken
+from bessemer.inference.execution.steps import SpeculativeDecoder, draws_of, reserve_tokens, taken
+from bessemer.inference.execution.weights import LoadedAdapter
 from bessemer.inference.request import Request, ScheduledRequest
 from bessemer.inference.sampling.sampler import Sampled, sample_rows
-from bessemer.inference.scheduling.schedule import ScheduledChunk, SchedulerOutput
 from bessemer.inference.scheduling.scheduler import Scheduler
-from bessemer.inference.speculation.decoder import SpeculativeDecoder
+from bessemer.inference.scheduling.sequence import ScheduledChunk, SchedulerOutput
 from bessemer.inference.statistics import EngineStatistics, StatisticsRecorder
 from bessemer.model.adapters import Adapter
 

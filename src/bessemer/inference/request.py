@@ -10,14 +10,12 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from bessemer.core.errors import BessemerError
-from bessemer.inference.sampling.logprobs import log_probs
-from bessemer.inference.sampling.params import SamplingParams
+from bessemer.inference.sampling.distribution import log_probs
+from bessemer.inference.sampling.params import SamplingParams, StopStrings
 from bessemer.inference.sampling.sampler import Sampled, SamplingState
-from bessemer.inference.sampling.stop_strings import StopStrings
-from bessemer.inference.scheduling.schedule import ScheduledChunk
-from bessemer.inference.scheduling.sequence import TokenSequence
+from bessemer.inference.scheduling.sequence import ScheduledChunk, TokenSequence
 from bessemer.model.adapters import Adapter
-from bessemer.tokenization.streaming import StreamingDecoder
+from bessemer.tokenization.prompts import StreamingDecoder
 from bessemer.tokenization.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

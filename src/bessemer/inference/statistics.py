@@ -14,9 +14,9 @@ from itertools import accumulate
 from types import MappingProxyType
 from typing import NamedTuple
 
+from bessemer.inference.execution.steps import SpeculativeDecoder
 from bessemer.inference.request import Request, ScheduledRequest
 from bessemer.inference.scheduling.scheduler import Scheduler
-from bessemer.inference.speculation.decoder import SpeculativeDecoder
 
 # Seconds. Both have vLLM's bounds, so that its dashboards read them, and shorter ones for small models.
 

@@ -12,7 +12,7 @@ LayerType = Literal["full_attention", "sliding_attention", "linear_attention"]
 
 
 class RopeScaling(Config):
-    """How rotary frequencies are changed so that a model reads further than it was trained (`model/rope_scaling.py`)."""
+    """How rotary frequencies are changed so that a model reads further than it was trained (`model/layers/positions.py`)."""
 
     rope_type: Literal["default", "linear", "dynamic", "yarn", "llama3"] = setting("default", "way to scale the frequencies")
     factor: float = setting(1.0, "how many times further than before the model shall read", ge=1)

@@ -1,4 +1,8 @@
-"""Settings of a decoder, and a recipe's `model:` section."""
+"""Settings of a decoder, a recipe's `model:` section, and a model in figures. Imports no PyTorch.
+
+The figures (parameters by part, FLOPs and cache bytes of a token, the table of layers) need no weights: `costs` computes them
+from the shape alone.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,8 @@ from pydantic import model_validator
 from bessemer.core.config import nearest, setting
 from bessemer.model import costs
 from bessemer.model.architecture import Architecture, DecoderShape
-from bessemer.model.presets import PRESETS
+from bessemer.model.costs import Part, block_parts, outer_parts
+from bessemer.model.presets import GROWING, PRESETS
 
 #: Raised whenever the weights or the folder that the stage `model` makes of the same settings change.
 MODEL_VERSION = 2
@@ -86,3 +91,92 @@ class ModelStageConfig(Architecture):
 def preset_config(name: str, vocab_size: int) -> ModelConfig:
     """The decoder of a preset with a vocabulary of `vocab_size` tokens. Raises ConfigError when there is no such preset."""
     return ModelStageConfig.parse({"preset": name}, "model").model_for(vocab_size, None, None)
+
+
+def layer_table(config: ModelConfig) -> list[dict[str, Any]]:
+    """One row per kind of part: its name, how many there are, its tensors' shapes, its parameters in all.
+
+    The rows' parameters add up to the model's.
+    """
+    outer = outer_parts(config)
+    blocks: dict[Part, int] = {}
+    for part in block_parts(config):
+        blocks[part] = blocks.get(part, 0) + 1
+    first = 2 if config.position_type == "learned" else 1
+    ordered = [(part, 1) for part in outer[:first]] + list(blocks.items()) + [(part, 1) for part in outer[first:]]
+    return [
+        {
+            "part": part.name,
+            "count": count,
+            "shapes": [list(shape) for shape in part.shapes],
+            "parameters": count * part.parameters,
+        }
+        for part, count in ordered
+    ]
+
+
+def layer_kinds(config: ModelConfig) -> list[dict[str, Any]]:
+    """The kinds of layers: which layers (counted from 1) are of each, and their attention, positions and feed-forward."""
+    kinds: dict[tuple[str, str, str], list[int]] = {}
+    for layer in range(config.num_hidden_layers):
+        kind = (_attention(config, layer), _positions(config, layer), _feed_forward(config, layer))
+        kinds.setdefault(kind, []).append(layer + 1)
+    return [
+        {"layers": layers, "attention": attention, "positions": positions, "feed_forward": feed_forward}
+        for (attention, positions, feed_forward), layers in kinds.items()
+    ]
+
+
+def _attention(config: ModelConfig, layer: int) -> str:
+    kind = config.types[layer]
+    if kind == "linear_attention":
+        return f"gated DeltaNet, {config.linear_num_value_heads} heads"
+    if config.is_latent:
+        return f"latent attention, {config.num_attention_heads} heads over {config.kv_lora_rank} channels"
+    heads, shared = config.num_attention_heads, config.num_key_value_heads
+    reach = f"sliding attention over {config.sliding_window:,} tokens" if kind == "sliding_attention" else "full attention"
+    return f"{reach}, {heads} heads" + (f", {shared} of keys and values" if shared != heads else "")
+
+
+def _positions(config: ModelConfig, layer: int) -> str:
+    if config.types[layer] == "linear_attention":
+        return "by order"
+    if config.position_type != "rotary":
+        return config.position_type
+    if not config.has_rope(layer):
+        return "none"
+    local = config.types[layer] == "sliding_attention" and config.rope_local_base_freq is not None
+    scaled = config.rope_scaling.rope_type != "default" and not local
+    return "rotary" + (f", {config.rope_scaling.rope_type} × {config.rope_scaling.factor:g}" if scaled else "")
+
+
+def _feed_forward(config: ModelConfig, layer: int) -> str:
+    if not config.is_sparse(layer):
+        return f"dense, {config.intermediate_size:,} wide"
+    shared = config.shared_expert_intermediate_size
+    experts = f"{config.num_experts_per_tok} of {config.num_experts} experts, {config.moe_intermediate_size:,} wide"
+    return experts + (f", and one for all, {shared:,} wide" if shared else "")
+
+
+def model_metrics(config: ModelConfig, bytes_per_value: int = 4) -> dict[str, Any]:
+    """Headline figures of a model: parameters, the embedding's share, FLOPs of a training token at the full context,
+    bytes of key-value cache per token, the kinds of layers, and the layer table."""
+    total = config.parameters()
+    return {
+        "parameters": total,
+        "active_parameters": config.active_parameters(),
+        "embedding_share": round(config.embedding_parameters() / total, 4),
+        "flops_per_token": config.flops_per_token(config.max_position_embeddings),
+        "kv_bytes_per_token": config.kv_bytes_per_token(bytes_per_value),
+        "context_length": config.max_position_embeddings,
+        "vocab_size": config.vocab_size,
+        "layer_kinds": layer_kinds(config),
+        "layers": layer_table(config),
+    }
+
+
+def embedding_shares(vocab_size: int) -> dict[str, float]:
+    """What share of a model's parameters the embedding has with a vocabulary of a given size, tied with the head, at
+    growing sizes."""
+    configs = {name: preset_config(name, vocab_size) for name in GROWING}
+    return {name: round(config.embedding_parameters() / config.parameters(), 4) for name, config in configs.items()}

@@ -1,7 +1,11 @@
-"""The decoder: embedding, blocks of attention and feed-forward, norm, head.
+"""The decoder: embedding, blocks of attention and feed-forward, norm, head, and modules for multi-token prediction.
 
-What each part does is read off the config, so one class is every architecture of `families`; the defaults are Qwen3's
-(arXiv 2505.09388), and modules then carry the names of the tensors in its Hugging Face folder.
+The config decides what each part does, so one class is every architecture of `families`. The defaults are Qwen3's (arXiv
+2505.09388), and modules then carry the names of the tensors in its Hugging Face folder.
+
+MTP module k (DeepSeek-V3, section 2.2) takes at position i the state of the module before it (at first the model's pre-norm
+hidden state) and the embedding of token i + k, and predicts token i + k + 1. In training it makes the model plan ahead; in
+generation it drafts tokens.
 """
 
 from __future__ import annotations
@@ -14,20 +18,43 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bessemer.model.architecture import LayerType
-from bessemer.model.attention import Attention
-from bessemer.model.attention_backends import BACKENDS, DENSE_BACKENDS, block_mask, capped
-from bessemer.model.attention_mask import AttentionMask, Rows, WholeRows, alibi_slopes
-from bessemer.model.cache import Cache
 from bessemer.model.config import ModelConfig
-from bessemer.model.delta_net import GatedDeltaNet
-from bessemer.model.experts import SparseFeedForward
-from bessemer.model.feed_forward import FeedForward
-from bessemer.model.latent_attention import LatentAttention
-from bessemer.model.mtp import MtpModule
-from bessemer.model.norms import make_norm
-from bessemer.model.quantised_linear import QuantisedLinear
-from bessemer.model.rope import RotaryPositions, Rotation
-from bessemer.model.sinusoidal import SinusoidalPositions
+from bessemer.model.layers.attention import Attention, LatentAttention
+from bessemer.model.layers.attention_backends import (
+    BACKENDS,
+    DENSE_BACKENDS,
+    AttentionMask,
+    Rows,
+    WholeRows,
+    alibi_slopes,
+    block_mask,
+    capped,
+)
+from bessemer.model.layers.cache import Cache
+from bessemer.model.layers.delta_net import GatedDeltaNet
+from bessemer.model.layers.feed_forward import FeedForward, SparseFeedForward
+from bessemer.model.layers.norms import make_norm
+from bessemer.model.layers.positions import RotaryPositions, Rotation, SinusoidalPositions
+from bessemer.model.quantisation.quantised_layers import QuantisedLinear
+
+# Shapes: B batch, T time, D hidden.
+
+
+class MtpModule(nn.Module):
+    """Norms of both inputs, a projection of the two side by side, a block, and the norm before the shared head."""
+
+    def __init__(self, config: ModelConfig, block: nn.Module) -> None:
+        super().__init__()
+        self.embedding_norm = make_norm(config)
+        self.hidden_norm = make_norm(config)
+        self.proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.block = block
+        self.norm = make_norm(config)
+
+    def merge(self, embedded_BTD: Tensor, hidden_BTD: Tensor) -> Tensor:
+        """What the block reads, (B, T, D)."""
+        return self.proj(torch.cat((self.embedding_norm(embedded_BTD), self.hidden_norm(hidden_BTD)), dim=-1))
+
 
 # Shapes: B batch, T time, D hidden, V vocabulary, H query heads.
 

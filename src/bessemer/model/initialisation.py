@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from bessemer.core.seeds import derive_seed
+from bessemer.core.hashing import derive_seed
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
 

@@ -1,4 +1,4 @@
-"""The stage `model`."""
+"""The stage `model` as the pipeline sees it: settings, inputs, checks, and its section of the report."""
 
 from __future__ import annotations
 
@@ -7,10 +7,76 @@ from pathlib import Path
 from typing import Any
 
 from bessemer.core.config import Config
+from bessemer.core.metrics import short_count
+from bessemer.core.report import Cell, Column, Facts, KeyFigure, Metrics, Part, Section, StageReport, Table, Text
 from bessemer.core.stage import Outside, StageContext, StageSpec, last_of
-from bessemer.model import report
 from bessemer.model.config import MODEL_VERSION, ModelStageConfig
 from bessemer.tokenization.config import TokenizeConfig
+
+#: A model below this many parameters learns the look of its texts and little of what they say.
+_SMALL = 100_000_000
+
+
+def report(stage: StageReport) -> Section:
+    """The model's figures and parts."""
+    parts: list[Part] = [
+        Text("The network before it has seen any text: what its parts weigh and what a token costs.", lead=True),
+        Facts(stage.metrics),
+        layers_table(stage.metrics.get("layers", ())),
+    ]
+    return Section(stage.titled("Model"), parts)
+
+
+def summary_line(metrics: Metrics) -> str:
+    """The number of parameters."""
+    return f"{metrics['parameters']:,} parameters"
+
+
+def sentences(stage: StageReport) -> list[str]:
+    """The model's size, what it was trained on, and for a small one what it cannot do."""
+    parameters = stage.metrics["parameters"]
+    is_alone = len(stage.run.of_kind("model")) == 1
+    tokens = sum(one.metrics.get("tokens") or 0 for one in stage.run.of_kind("pretrain")) if is_alone else 0
+    lines = [f"{stage.titled('Model')}: {parameters:,} parameters{f', trained on {tokens:,} tokens' if tokens else ''}."]
+    if parameters < _SMALL:
+        answers = " and answers the questions that it was tuned on" if stage.run.of_kind("sft") else ""
+        lines.append(
+            f"At this size it writes in the style of its corpus{answers}; it does not know facts, reason, or answer "
+            f"{'anything else' if answers else 'questions'} reliably."
+        )
+    return lines
+
+
+def key_figures(stage: StageReport) -> list[KeyFigure]:
+    """The number of parameters."""
+    return [
+        KeyFigure(
+            value=short_count(stage.metrics["parameters"]),
+            label="parameters" if stage.name == stage.kind else f"parameters: {stage.name}",
+        )
+    ]
+
+
+def next_steps(stage: StageReport) -> list[str]:
+    """Serving the run's model."""
+    return [f"bessemer serve {stage.run.name}"] if (stage.run.folder / "model").exists() else []
+
+
+def layers_table(layers: Sequence[Metrics]) -> Table:
+    """A model's parts: `part`, `count`, `shapes`, `parameters`, as the model stage reports them."""
+    total = sum(layer["parameters"] for layer in layers) or 1
+    rows = [
+        (
+            layer["part"],
+            f"{layer['count']:,}",
+            ", ".join(" × ".join(map(str, shape)) for shape in layer["shapes"]),
+            Cell(f"{layer['parameters']:,}", share=layer["parameters"] / total),
+        )
+        for layer in layers
+    ]
+    columns = [Column("Part"), Column("Count", True), Column("Shapes of each"), Column("Parameters", True)]
+    return Table(columns, rows)
+
 
 #: What a stage imports that reads or makes a model.
 MODEL_PACKAGES = ("torch", "safetensors", "tokenizers", "pyarrow")
@@ -37,7 +103,7 @@ def _model(context: StageContext) -> dict[str, Any]:
 def _model_fingerprint(config: ModelStageConfig, outside: Outside) -> Any:
     if config.init_from is None:
         return None
-    from bessemer.model.existing import existing_fingerprint
+    from bessemer.model.stage import existing_fingerprint
 
     return existing_fingerprint(config, outside.folder)
 
@@ -55,7 +121,7 @@ def _another_tokenizer(config: ModelStageConfig, above: Mapping[str, Any], folde
     tokenize = last_of(above, TokenizeConfig)
     if config.init_from is None or tokenize is None:
         return None
-    from bessemer.model.existing import check_tokenizer, check_vocabulary
+    from bessemer.model.stage import check_tokenizer, check_vocabulary
     from bessemer.tokenization.existing import existing_tokenizer
 
     if tokenize.tokenizer is None:
@@ -77,11 +143,11 @@ STAGES = (
         example="model: {preset: qwen3-1m}",
         remedy="make again: it has the vocabulary of that tokenizer; it was trained on nothing",
         budget_seconds=4,
-        report=report.report,
-        summary_line=report.summary_line,
-        sentences=report.sentences,
-        key_figures=report.key_figures,
-        next_steps=report.next_steps,
+        report=report,
+        summary_line=summary_line,
+        sentences=sentences,
+        key_figures=key_figures,
+        next_steps=next_steps,
         run=_model,
         uses_seed=True,
         fingerprint=_model_fingerprint,

@@ -9,15 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bessemer.core.environment import missing_package
 from bessemer.core.errors import writing_to
-from bessemer.core.packages import missing_package
 from bessemer.core.progress import Progress
-from bessemer.pipeline.launch import Asked, as_texts, launcher
-from bessemer.pipeline.made import Made
-from bessemer.pipeline.ranks import Ranks
+from bessemer.pipeline.launch import Asked, Ranks, as_texts, launcher
 from bessemer.pipeline.recipe import Recipe, load_recipe
 from bessemer.pipeline.report import write_report
-from bessemer.pipeline.run_folder import RunFolder
+from bessemer.pipeline.run_folder import Made, RunFolder
 from bessemer.pipeline.runner import Runner
 
 if TYPE_CHECKING:
@@ -112,9 +110,9 @@ def refine(
     folder: Path | str = ".",
     progress: Progress | None = None,
 ) -> tuple[pa.Table, pa.Table]:
-    """Clean, select and deduplicate an Arrow table of documents: `bessemer.data.stages.refine` says how."""
-    from bessemer.data.stages.refine import refine as refine_tables
-    from bessemer.pipeline.services import open_language_model
+    """Clean, select and deduplicate an Arrow table of documents: `bessemer.data.stages.in_memory` says how."""
+    from bessemer.data.stages.in_memory import refine as refine_tables
+    from bessemer.pipeline.stages import open_language_model
 
     return refine_tables(documents, config, folder=folder, progress=progress, open_model=open_language_model)
 

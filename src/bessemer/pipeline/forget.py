@@ -3,7 +3,7 @@
 A part is written again by the writer that wrote it, so that every other document stays as it is, byte for byte. What was
 made from the document (tokens, models) cannot be changed, only made again: it is named, and removed where that is asked for.
 
-The keys of artefacts stay: with the list of forgotten ids (`bessemer.data.corpus.removed`), which `collect` honours, the same
+The keys of artefacts stay: with the list of forgotten ids (`bessemer.data.corpus.reader`), which `collect` honours, the same
 recipe would make the same corpus without the document again.
 """
 
@@ -21,10 +21,17 @@ import pyarrow.compute as pc
 
 from bessemer.core.hashing import hash_files
 from bessemer.core.store import MANIFEST, Artefact, Store, follow, read_json, write_json
-from bessemer.data.corpus.lookup import SIDES, find_document, part_of
-from bessemer.data.corpus.reader import document_schema, holds_documents, iterate_documents, read_part
+from bessemer.data.corpus.reader import (
+    SIDES,
+    add_removed_ids,
+    document_schema,
+    find_document,
+    holds_documents,
+    iterate_documents,
+    part_of,
+    read_part,
+)
 from bessemer.data.corpus.remote import INDEX, copies_of, replacing
-from bessemer.data.corpus.removed import add_removed_ids
 from bessemer.data.corpus.writer import PartWriter
 from bessemer.pipeline.stages import STAGES
 

@@ -1,15 +1,25 @@
-"""The name of a stage's folder: a hash of everything that its output depends on."""
+"""Identity of a stage: the key that names its folder, and the measured settings that are kept for it.
+
+The key is a hash of everything that the output depends on. Settings such as `minutes` and `auto` are measured once:
+`runs/NAME/recipe.lock.yaml` holds the result for the user to read, keep and copy beside a recipe, and the store holds a copy by
+the hash of the settings as given, so that a run under another name makes the same thing.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from bessemer.core.config import Config
+from bessemer.core.errors import ConfigError
 from bessemer.core.hashing import hash_value
 from bessemer.core.registry import plugin_versions
 from bessemer.core.stage import Outside
+from bessemer.core.store import read_json, write_json, write_text
 from bessemer.core.usercode import user_function_hash
+from bessemer.core.yaml_file import dump_yaml, read_yaml
 from bessemer.pipeline.recipe import Recipe, Stage
 from bessemer.pipeline.stages import REGISTRY
 
@@ -81,3 +91,51 @@ def _changed(before: Any, after: Any, path: str) -> list[tuple[str, Any, Any]]:
 def _shown(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 40 else text[:37] + "…"
+
+
+#: Format number of `recipe.lock.yaml`.
+LOCK_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """The settings of a stage after measuring, and the figures that decided them."""
+
+    settings: dict[str, Any]
+    measured: dict[str, Any]
+
+
+class LockFile:
+    """Resolved settings by stage, each bound to the hash of the settings and inputs that it was measured for."""
+
+    def __init__(self, path: Path, store_root: Path) -> None:
+        self._path = path
+        self._store_root = store_root
+        self._stages: dict[str, Any] = {}
+        if path.exists():
+            values = read_yaml(path).values
+            if values.get("format") != LOCK_FORMAT or not isinstance(values.get("stages"), dict):
+                raise ConfigError(f"{path}: not a lock file of format {LOCK_FORMAT}; delete it to measure again")
+            self._stages = values["stages"]
+
+    def find(self, stage: str, given: str) -> Resolved | None:
+        """What was resolved for the settings and inputs of hash `given`, in this run or in another beside it."""
+        entry = self._stages.get(stage)
+        if not isinstance(entry, dict) or entry.get("given") != given:
+            kept = self._store_root / f"resolved-{given}.json"
+            if not kept.exists():
+                return None
+            entry = read_json(kept, "record of a measurement")
+        return Resolved(entry["settings"], entry["measured"])
+
+    def keep(self, stage: str, given: str, resolved: Resolved, *, replace: bool = False) -> None:
+        """Write it to the store, where it stays as it is unless `replace`, and to the run's lock file."""
+        entry = {"given": given, "settings": resolved.settings, "measured": resolved.measured}
+        self._store_root.mkdir(parents=True, exist_ok=True)
+        if replace or not (self._store_root / f"resolved-{given}.json").exists():
+            write_json(self._store_root / f"resolved-{given}.json", entry)
+        if self._stages.get(stage) != entry:
+            self._stages[stage] = entry
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            note = "# Measured once on this machine; delete a stage's entry here and in the store to measure it again.\n"
+            write_text(self._path, note + dump_yaml({"format": LOCK_FORMAT, "stages": self._stages}))

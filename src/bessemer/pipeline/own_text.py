@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bessemer.core.errors import SourceError
-from bessemer.core.figures import size
-from bessemer.data.sources.suffixes import suffix_of, uncompressed_name
+from bessemer.core.metrics import size
+from bessemer.data.sources.io.paths import suffix_of, uncompressed_name
 from bessemer.training.report import ENOUGH_TEXT
 
 #: Sources by the suffix of the files that they read, and the share of such a file that is text, roughly.

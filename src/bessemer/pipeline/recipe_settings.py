@@ -1,4 +1,4 @@
-"""Every setting of a recipe with where it comes from, as YAML: `bessemer recipes show NAME --full`."""
+"""Settings of a recipe: all of them as YAML with their places; those of `clean` and `select` as a run recorded them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import Any
 
 from bessemer.core.config import Config
 from bessemer.core.yaml_file import KeyPath, Place
+from bessemer.data.config import CleanConfig, SelectConfig
 from bessemer.model.config import ModelStageConfig
-from bessemer.pipeline.recipe import Recipe, RecipeHead, Stage, shipped_recipes
+from bessemer.pipeline.recipe import Recipe, RecipeHead, Stage, refuse_code, shipped_recipes
+from bessemer.pipeline.run_folder import RunFolder
 
 #: Comments stand in one column up to this one; behind longer lines they follow at once.
 _COMMENTS_AT = 72
@@ -92,3 +94,27 @@ def _flow(value: Any) -> str:
     if isinstance(value, str) and _PLAIN.fullmatch(value):
         return value
     return json.dumps(value, ensure_ascii=False)
+
+
+def recorded_cleaning(run: RunFolder, *, allow_code: bool = False) -> tuple[CleanConfig | None, SelectConfig | None, Path]:
+    """The settings of the run's `clean` and `select`, None where it has none, and the folder that their paths start from.
+
+    Raises ArtefactError for a folder that is no run's, ConfigError for settings that name code of their own without the leave.
+    """
+    sections = {_kind(name, section): section for name, section in run.record()["recipe"].items()}
+    clean = CleanConfig.parse(_own_settings(sections["clean"]), "clean") if "clean" in sections else None
+    if clean is not None and not allow_code:
+        refuse_code(clean, f"{run.folder / 'run.json'}: clean")
+    select = SelectConfig.parse(_own_settings(sections["select"]), "select") if "select" in sections else None
+    return clean, select, Path.cwd()
+
+
+def _kind(name: str, section: Any) -> str:
+    return str(section.get("kind", name)) if isinstance(section, dict) else name
+
+
+def _own_settings(section: Any) -> Any:
+    """A stage's section without the keys that are not its settings."""
+    if not isinstance(section, dict):
+        return section
+    return {key: value for key, value in section.items() if key not in ("from", "kind")}

@@ -18,21 +18,16 @@ from typing import Any, Literal, TypeVar
 from bessemer.core.config import Config
 from bessemer.core.environment import git_commit, host, package_versions, peak_memory_bytes, reset_peak_memory
 from bessemer.core.errors import ArtefactError, BessemerError, ConfigError, StaleMeasurementError, as_storage_error
-from bessemer.core.figures import duration
+from bessemer.core.metrics import duration
 from bessemer.core.progress import Progress, Silent
 from bessemer.core.stage import Outside, StageContext
 from bessemer.core.store import Artefact, Stopwatch, Store
-from bessemer.pipeline.checks import check_stage
-from bessemer.pipeline.keys import difference, identity, key_of
-from bessemer.pipeline.launch import processes_here
-from bessemer.pipeline.lock_file import LockFile, Resolved
-from bessemer.pipeline.made import Made
-from bessemer.pipeline.memory_advice import memory_advice
-from bessemer.pipeline.ranks import Ranks
+from bessemer.pipeline.checks import check_stage, memory_advice
+from bessemer.pipeline.keys import LockFile, Resolved, difference, identity, key_of
+from bessemer.pipeline.launch import Ranks, processes_here
 from bessemer.pipeline.recipe import Recipe, Stage, feeding
-from bessemer.pipeline.run_folder import RunFolder
-from bessemer.pipeline.run_state import WorkingNote
-from bessemer.pipeline.services import SERVICES
+from bessemer.pipeline.run_folder import Made, RunFolder, WorkingNote
+from bessemer.pipeline.stages import SERVICES
 
 #: Seconds to wait for an unresponsive rank 0: one that holds no lock and has published nothing.
 _PATIENCE = 600.0

@@ -17,7 +17,7 @@ def main(asked: dict[str, Any]) -> int:
     """Make the stage that is asked for; the exit code."""
     from bessemer.core.progress import progress_for_terminal
     from bessemer.pipeline.api import prepare
-    from bessemer.pipeline.ranks import Ranks
+    from bessemer.pipeline.launch import Ranks
 
     stage, mistake = asked.pop("stage"), Path(asked.pop("mistake"))
     ranks = Ranks.from_environment(os.environ)

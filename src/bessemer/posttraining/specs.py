@@ -8,8 +8,8 @@ from typing import Any
 
 from bessemer.core.stage import Outside, StageContext, last_of
 from bessemer.data.config import CollectConfig, Source
-from bessemer.data.corpus.at_hand import documents_at, documents_of
-from bessemer.data.sources.config import (
+from bessemer.data.corpus.remote import documents_at, documents_of
+from bessemer.data.sources.registry import (
     FilesSource,
     HuggingFaceSource,
     PythonDocsSource,
@@ -17,15 +17,13 @@ from bessemer.data.sources.config import (
     UserSource,
     WheelsSource,
 )
-from bessemer.posttraining import report
-from bessemer.posttraining.config import DOCS_QUESTIONS, SFT_VERSION, SFTConfig
-from bessemer.posttraining.constitution.specs import STAGES as CONSTITUTION_STAGES
+from bessemer.posttraining.data.made import REVISIONS, SYNTHETIC, made_paths, roles, unread
 from bessemer.posttraining.distillation.specs import STAGES as DISTILLATION_STAGES
-from bessemer.posttraining.honesty.specs import STAGES as HONESTY_STAGES
-from bessemer.posttraining.made import REVISIONS, SYNTHETIC, made_paths, roles, unread
 from bessemer.posttraining.preference.specs import STAGES as PREFERENCE_STAGES
-from bessemer.posttraining.reward.specs import STAGES as REWARD_STAGES
+from bessemer.posttraining.rewards.specs import STAGES as REWARD_STAGES
 from bessemer.posttraining.rl.specs import STAGES as RL_STAGES
+from bessemer.posttraining.sft import report
+from bessemer.posttraining.sft.config import DOCS_QUESTIONS, SFT_VERSION, SFTConfig
 from bessemer.posttraining.synthetic.specs import STAGES as SYNTHETIC_STAGES
 from bessemer.tokenization.config import TokenizeConfig
 from bessemer.training.specs import (
@@ -69,7 +67,7 @@ def _documents_without_questions(config: SFTConfig, inputs: Mapping[str, Path], 
     if DOCS_QUESTIONS not in config.data or "documents" not in inputs:
         return None
     from bessemer.data.corpus.reader import TRAIN
-    from bessemer.posttraining.questions import has_question
+    from bessemer.posttraining.synthetic.documentation import has_question
 
     if has_question(documents_at(inputs["documents"], cache), TRAIN):
         return None
@@ -79,14 +77,14 @@ def _documents_without_questions(config: SFTConfig, inputs: Mapping[str, Path], 
 def _may_document_functions(source: Source, folder: Path) -> bool:
     """Whether documents of a source can have `package` and `qualname` in their metadata; records may or may not."""
     if isinstance(source, FilesSource):
-        from bessemer.data.sources.formats.files import may_hold_records
+        from bessemer.data.sources.files import may_hold_records
 
         return may_hold_records(source.paths, folder)
     return isinstance(source, (WheelsSource, PythonDocsSource, UserSource, TablesSource, HuggingFaceSource))
 
 
 def _sft(context: StageContext, *, only_resolve: bool = False) -> dict[str, Any]:
-    from bessemer.posttraining.sft import sft
+    from bessemer.posttraining.sft.stage import sft
 
     return sft(
         context.config,
@@ -102,7 +100,7 @@ def _sft(context: StageContext, *, only_resolve: bool = False) -> dict[str, Any]
 
 
 def _sft_fingerprint(config: SFTConfig, outside: Outside) -> Any:
-    from bessemer.posttraining.conversations import data_fingerprint
+    from bessemer.posttraining.data.examples import data_fingerprint
 
     return data_fingerprint(config, outside.folder)
 
@@ -130,8 +128,6 @@ STAGES = (
         conflict_of_files=_sft_conflict_of_files,
         unusable=_documents_without_questions,
     ),
-    *HONESTY_STAGES,
-    *CONSTITUTION_STAGES,
     *SYNTHETIC_STAGES,
     *PREFERENCE_STAGES,
     *REWARD_STAGES,

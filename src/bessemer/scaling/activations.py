@@ -24,7 +24,7 @@ Recompute = Literal["none", "selective", "full"]
 _FLOAT32_BYTES = 4
 #: Bytes of an index.
 _INDEX = 8
-#: Tokens of a chunk of the delta rule (`model/delta_net.py`).
+#: Tokens of a chunk of the delta rule (`model/layers/delta_net.py`).
 _CHUNK = 64
 
 
@@ -202,7 +202,7 @@ def _delta_net_widths(model: ModelConfig) -> tuple[int, int, int, int, int]:
 
 
 def _delta_net_activations(model: ModelConfig, numerics: Numerics) -> StoredActivations:
-    """Chunked Gated DeltaNet, float32 except for inputs of matmuls (in the order of `model/delta_net.py`)."""
+    """Chunked Gated DeltaNet, float32 except for inputs of matmuls (in the order of `model/layers/delta_net.py`)."""
     c = numerics.compute
     heads, key, value, all_keys, all_values = _delta_net_widths(model)
     chunk, state = _CHUNK, heads * key * value / _CHUNK

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bessemer.core.errors import BessemerError, ConfigError
-from bessemer.core.figures import size
+from bessemer.core.metrics import size
 from bessemer.distributed.layout import Layout
 from bessemer.model.config import ModelConfig
 from bessemer.model.costs import flops_per_token
@@ -15,8 +15,7 @@ from bessemer.scaling.activations import Recompute
 from bessemer.scaling.hardware import Card
 from bessemer.scaling.job import WEIGHT_BYTES, Candidate, TrainingJob
 from bessemer.scaling.memory import Memory, memory
-from bessemer.scaling.timing import Timing, timing
-from bessemer.scaling.traffic import Traffic, traffic
+from bessemer.scaling.timing import Timing, Traffic, timing, traffic
 from bessemer.training.config import LoopConfig
 
 _RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")

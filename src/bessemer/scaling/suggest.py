@@ -1,4 +1,7 @@
-"""From a budget to a run: model, tokens, batch and learning rate, the predicted loss, the layout, a recipe."""
+"""From a budget to a run: model, tokens, batch and learning rate, the predicted loss, the layout, a recipe.
+
+`predict_loss` gives the loss that a law predicts for a run that has not been trained.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,8 @@ from bessemer.model.config import ModelConfig
 from bessemer.scaling.hardware import Card
 from bessemer.scaling.job import TrainingJob
 from bessemer.scaling.ladder import DECAY_FRACTION, LadderSettings, counted, ladder_settings, shape_for, shape_settings
-from bessemer.scaling.laws.bootstrap import Interval, quantity_interval
-from bessemer.scaling.laws.fit import Count, Fit
-from bessemer.scaling.laws.parametric import BESIROGLU, ParametricLaw
-from bessemer.scaling.laws.points import FLOPS_PER_PARAMETER_TOKEN
+from bessemer.scaling.laws.fit import Count, Fit, Interval, quantity_interval
+from bessemer.scaling.laws.parametric import BESIROGLU, FLOPS_PER_PARAMETER_TOKEN, ParametricLaw
 from bessemer.scaling.planner import Plan, plans
 from bessemer.training.config import LoopConfig
 from bessemer.training.pretrain_config import PretrainConfig
@@ -211,3 +212,30 @@ def _settings(rules: LadderSettings, tokens: float, context_length: int, gpus: i
     if on_gpu:
         values |= {"dtype": "bfloat16", "compile": True}
     return PretrainConfig.parse(values, "pretrain")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a law says about one run. parameters: as the law counts them; flops: of its training, by the model's own count.
+
+    relative_flops: over those of the largest point that the law was fitted to.
+    """
+
+    law: LawInUse
+    parameters: int
+    tokens: int
+    flops: float
+    loss: float
+    interval: Interval
+
+    @property
+    def relative_flops(self) -> float:
+        return self.flops / self.law.flops[1]
+
+
+def predict_loss(law: LawInUse, model: ModelConfig, tokens: int, context_length: int, confidence: float = 0.9) -> Prediction:
+    """The loss at the end of training `model` on `tokens` tokens in rows of `context_length`, with the interval of one run."""
+    parameters = counted(model, law.count)
+    flops = float(model.flops_per_token(context_length)) * tokens
+    loss = float(law.law.predict(parameters, tokens))
+    return Prediction(law, parameters, tokens, flops, loss, law.interval(parameters, tokens, confidence))

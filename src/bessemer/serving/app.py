@@ -17,22 +17,20 @@ from starlette.exceptions import HTTPException
 
 from bessemer.assistant.hooks import Hook
 from bessemer.core.errors import BessemerError
-from bessemer.serving.adapters_api import AdaptersApi
-from bessemer.serving.anthropic_api import PREFIX, AnthropicApi, error_body
-from bessemer.serving.bodies import ApiError, read_body
-from bessemer.serving.clients import caller_of
+from bessemer.serving.anthropic.api import PREFIX, AnthropicApi, error_body
 from bessemer.serving.config import ServingConfig
-from bessemer.serving.gate import PUBLIC, Gate
-from bessemer.serving.keys import Keys
-from bessemer.serving.metrics import CONTENT_TYPE, MeasuredEngine, Metrics
-from bessemer.serving.openai_api import OpenAIApi
-from bessemer.serving.responses_api import ResponsesApi
-from bessemer.serving.served import Served
-from bessemer.serving.shelf import LOOK_SECONDS, Shelf
-from bessemer.serving.stored import MemoryStore, ResponseStore
-from bessemer.serving.streams import as_api_error
-from bessemer.serving.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
-from bessemer.serving.worker import TextEngine, Worker
+from bessemer.serving.openai.api import OpenAIApi
+from bessemer.serving.openai.vllm_routes import AdaptersApi, DetokenizeRequest, TokenizeRequest, detokenize, tokenize
+from bessemer.serving.responses.api import ResponsesApi
+from bessemer.serving.responses.protocol import MemoryStore, ResponseStore
+from bessemer.serving.runtime.bodies import ApiError, read_body
+from bessemer.serving.runtime.clients import Keys, caller_of
+from bessemer.serving.runtime.gate import PUBLIC, Gate
+from bessemer.serving.runtime.metrics import CONTENT_TYPE, MeasuredEngine, Metrics
+from bessemer.serving.runtime.models import LOOK_SECONDS, Shelf
+from bessemer.serving.runtime.served import Served
+from bessemer.serving.runtime.streams import as_api_error
+from bessemer.serving.runtime.worker import TextEngine, Worker
 
 #: Seconds between two looks at the file of keys.
 _REFRESH_SECONDS = 1.0

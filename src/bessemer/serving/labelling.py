@@ -16,9 +16,9 @@ from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from bessemer.posttraining.labelling.rankings import PAIRS, Labels, ranked_pairs
+from bessemer.posttraining.labelling import PAIRS, Labels, ranked_pairs
 from bessemer.serving.config import ServingConfig
-from bessemer.serving.gate import Gate
+from bessemer.serving.runtime.gate import Gate
 from bessemer.serving.server import address_of, listen
 
 _POLICY = (

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from bessemer.serving.adapters_api import LoadAdapter, UnloadAdapter
-from bessemer.serving.anthropic_protocol import CountRequest, MessagesRequest
-from bessemer.serving.bodies import Body
-from bessemer.serving.embeddings import EmbeddingsRequest
-from bessemer.serving.protocol import ChatRequest, CompletionRequest
-from bessemer.serving.responses_protocol import ResponsesRequest
-from bessemer.serving.tokens import DetokenizeRequest, TokenizeRequest
+from bessemer.serving.anthropic.protocol import CountRequest, MessagesRequest
+from bessemer.serving.openai.api import EmbeddingsRequest
+from bessemer.serving.openai.protocol import ChatRequest, CompletionRequest
+from bessemer.serving.openai.vllm_routes import DetokenizeRequest, LoadAdapter, TokenizeRequest, UnloadAdapter
+from bessemer.serving.responses.protocol import ResponsesRequest
+from bessemer.serving.runtime.bodies import Body
 
 _TEXT: dict[str, Any] = {"type": "string"}
 _COUNT: dict[str, Any] = {"type": "integer", "minimum": 0}

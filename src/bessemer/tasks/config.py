@@ -1,15 +1,45 @@
-"""Settings of a task file, one class for each kind of task."""
+"""Settings of task files, one class for each kind of task, and the options of a call.
+
+A template is a text with the fields of a row in braces: `Question: {query}`; `{{` is a brace.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
+from string import Formatter
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from bessemer.core.config import Config, setting
+from bessemer.core.records import Record
 from bessemer.tasks.questions import GenerationSettings
-from bessemer.tasks.template import Template
 from bessemer.tasks.verifiers import Exact, Verifier
+
+
+def _parts(text: str) -> list[tuple[str, str | None]]:
+    """(literal text, name of the field behind it) in turn. Raises ValueError for anything else in braces."""
+    parts = []
+    for literal, name, spec, conversion in Formatter().parse(text):
+        if name is not None and (not name.isidentifier() or spec or conversion):
+            raise ValueError(f"braces hold the name of a field, not {name!r}; write {{{{ for a brace")
+        parts.append((literal, name))
+    return parts
+
+
+def _checked(text: str) -> str:
+    _parts(text)
+    return text
+
+
+#: A setting that is a template.
+Template = Annotated[str, AfterValidator(_checked)]
+
+
+def fill(template: str, record: Record) -> str:
+    """The template with a row's fields. Raises ArtefactError where the row lacks one."""
+    return "".join(literal + (record.text(name) if name is not None else "") for literal, name in _parts(template))
+
 
 ChoiceScore = Literal["raw", "tokens", "characters", "bytes", "unconditional", "distinct_tokens"]
 
@@ -152,3 +182,18 @@ class GenerateConfig(SampledConfig, TaskConfig):
     )
     target: Template | None = setting(None, "the answer of an example, with fields in braces; none: its first right one")
     verifier: Verifier = setting(default_factory=Exact, description="what is right: exact, contains, numeric or regex")
+
+
+class TaskOptions(Config):
+    """Settings of a call, which go before those of a task. None: the task's own."""
+
+    data: Path | None = setting(None, "folder of the tasks' data; none: beside the task file")
+    shots: int | None = setting(None, "answered examples before each question", unit="examples", ge=0)
+    limit: int | None = setting(None, "the first items only", unit="items", ge=1)
+    samples: int | None = setting(None, "answers to each item, of tasks that generate", ge=1)
+    seed: int | None = setting(None, "of the choice of examples and of samples")
+    chat: bool | None = setting(None, "ask by the model's chat template")
+    thinking_budget: int | None = setting(
+        None, "tokens after which an answer's thinking is closed, of tasks that generate, with `chat`", unit="tokens", ge=0
+    )
+    system: str | None = setting(None, "system message, with `chat`")

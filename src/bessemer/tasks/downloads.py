@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bessemer.core.errors import ArtefactError
-from bessemer.core.figures import size
+from bessemer.core.metrics import size
 from bessemer.core.store import write_text
 
 _REPOSITORY, _COMMIT = "mosaicml/llm-foundry", "8c8dd48f72168c5d51e2f7b151595892a8fba43d"

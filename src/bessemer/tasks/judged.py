@@ -13,12 +13,10 @@ from bessemer.core.chat_client import ChatClient
 from bessemer.core.config import Config, setting
 from bessemer.core.errors import ConfigError
 from bessemer.core.records import Record
-from bessemer.tasks.config import SampledConfig, TaskConfig
-from bessemer.tasks.file_task import FileTask
+from bessemer.tasks.config import SampledConfig, TaskConfig, Template, fill
+from bessemer.tasks.file_task import Example, FileTask
 from bessemer.tasks.judge import Answered, Ask, Criterion, Pair, PairVerdict, PairwiseJudge, RubricJudge
-from bessemer.tasks.prompting import Example
 from bessemer.tasks.questions import GenerationQuestion, GenerationTask, Outcome
-from bessemer.tasks.template import Template, fill
 
 #: The headline score of each method.
 RUBRIC, WIN_RATE = "rubric", "win_rate"

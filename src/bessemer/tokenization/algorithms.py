@@ -1,12 +1,26 @@
-"""Training of a vocabulary by the algorithm of a name."""
+"""Training of a vocabulary by the name of its algorithm; WordPiece, and baselines of words, characters and bytes.
+
+WordPiece as BERT has it (Schuster & Nakajima 2012; Devlin et al. 2019), trained with `tokenizers`: text is cut at white space
+and around punctuation and CJK characters; the rest of a word after its first piece is written `##rest`. Encoding takes the
+longest piece that fits, from the left; a word that the vocabulary cannot spell, or of more than 100 characters, is `[UNK]`.
+White space and unknown words are lost: decoding does not give the text back.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+from bessemer.core.errors import ConfigError
+from bessemer.tokenization.bpe import byte_level_bpe, train_bpe
 from bessemer.tokenization.config import BYTE_TOKENS, Algorithm
-from bessemer.tokenization.parts import TokenizerParts
+from bessemer.tokenization.folder import TokenizerParts
+from bessemer.tokenization.split import SPLIT_REGEXES
 
 
 def train_vocabulary(
@@ -25,27 +39,171 @@ def train_vocabulary(
     same tokenizer on any machine. The vocabulary of `word`, `character` and `byte` may be smaller than `size`. Raises
     ConfigError when the texts are too few for the vocabulary, or its size too small for their characters.
     """
-    # each imported where it is used: a recipe that trains BPE does not need the sentencepiece library
     if algorithm == "bpe":
-        from bessemer.tokenization.bpe import byte_level_bpe, train_bpe
-        from bessemer.tokenization.split import SPLIT_REGEXES
-
         regex = SPLIT_REGEXES[split]
         tokens = train_bpe(texts, size - BYTE_TOKENS, regex, trainer=trainer, max_piece_length=max_piece_length)
         return byte_level_bpe(tokens, split)
     if algorithm in ("unigram", "sentencepiece_bpe"):
+        # imports this module
         from bessemer.tokenization import sentencepieces
 
         learn = sentencepieces.train_unigram if algorithm == "unigram" else sentencepieces.train_bpe
         return learn(texts, size, max_piece_length=max_piece_length)
     if algorithm == "wordpiece":
-        from bessemer.tokenization.wordpiece import train_wordpiece
-
         return train_wordpiece(texts, size)
-    from bessemer.tokenization import baselines
-
     if algorithm == "word":
-        return baselines.word_level(texts, size)
+        return word_level(texts, size)
     if algorithm == "character":
-        return baselines.character_level(texts, size)
-    return baselines.byte_level(split)
+        return character_level(texts, size)
+    return byte_level(split)
+
+
+UNKNOWN_WORD = "<unk>"
+_WHITE_SPACE = re.compile(r"\s+")
+
+
+def word_level(texts: Iterable[str], size: int) -> TokenizerParts:
+    """The most frequent words between white space; any other word is `<unk>`, and white space decodes as one space.
+
+    Of equally frequent words the one that sorts first is taken.
+    """
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(word for word in _WHITE_SPACE.split(text) if word)
+    counts.pop(UNKNOWN_WORD, None)
+    vocab = [UNKNOWN_WORD, *_most_frequent(counts, size - 1)]
+    return TokenizerParts(
+        size=len(vocab),
+        model={"type": "WordLevel", "vocab": {word: id for id, word in enumerate(vocab)}, "unk_token": UNKNOWN_WORD},
+        pre_tokenizer={"type": "Split", "pattern": {"Regex": r"\s+"}, "behavior": "Removed", "invert": False},
+        decoder=None,
+        unk_token=UNKNOWN_WORD,
+    )
+
+
+def character_level(texts: Iterable[str], size: int) -> TokenizerParts:
+    """The 256 bytes and the most frequent characters; any other character is written as its UTF-8 bytes."""
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(text)
+    vocab = [*map(byte_piece, range(BYTE_TOKENS)), *_most_frequent(counts, size - BYTE_TOKENS)]
+    return TokenizerParts(
+        size=len(vocab),
+        model={
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": {piece: id for id, piece in enumerate(vocab)},
+            "merges": [],
+        },
+        pre_tokenizer=None,
+        decoder={"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
+    )
+
+
+def byte_level(split: str) -> TokenizerParts:
+    """The 256 bytes: byte-level BPE without a merge. The split regex changes nothing but names the tokenizer in GGUF."""
+    return byte_level_bpe([bytes([byte]) for byte in range(BYTE_TOKENS)], split)
+
+
+def byte_piece(byte: int) -> str:
+    """A byte as vocabularies with byte fallback name it: `<0x41>`."""
+    return f"<0x{byte:02X}>"
+
+
+def _most_frequent(counts: Counter[str], limit: int) -> list[str]:
+    return sorted(counts, key=lambda entry: (-counts[entry], entry))[:limit]
+
+
+UNKNOWN = "[UNK]"
+CONTINUATION = "##"
+MAX_WORD_CHARACTERS = 100
+
+#: At most this share of the vocabulary goes to single characters, with and without `##`; words with others are `[UNK]`.
+_CHARACTER_SHARE = 0.5
+_WORDS_PER_TEXT = 4096
+
+
+def train_wordpiece(texts: Iterable[str], size: int) -> TokenizerParts:
+    """A WordPiece vocabulary of `size` tokens: `[UNK]`, the characters, `##` and characters, then pieces by falling frequency.
+
+    Nothing is lower-cased and no accent is stripped. The trainer joins the most frequent pair of pieces, as BPE does, and not
+    the one that raises the likelihood most, as Schuster & Nakajima describe. The same texts give the same vocabulary. Raises
+    ConfigError when the texts hold too few different pairs.
+    """
+    words = count_words(texts)
+    characters = _most_frequent_characters(words, int(size * _CHARACTER_SHARE) // 2)
+    spelt = {word: count for word, count in sorted(words.items()) if characters.issuperset(word)}
+    continuations = {CONTINUATION + character for word in spelt for character in word[1:]}
+    tokenizer = Tokenizer(models.WordPiece(unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=size,
+        # left to itself the trainer numbers `##x` in the order of a hash table, and ties between pairs go by number: the
+        # vocabulary would differ from run to run
+        special_tokens=[UNKNOWN, *sorted(characters), *sorted(continuations)],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_repeated(spelt), trainer)
+    vocab = json.loads(tokenizer.to_str())["model"]["vocab"]
+    if len(vocab) < size:
+        raise ConfigError(
+            f"tokenize.vocab_size: the corpus is too small for this vocabulary: {size:,} learned tokens are asked for and it "
+            f"yields {len(vocab):,}; lower vocab_size by {size - len(vocab):,} or more, or give more text"
+        )
+    return TokenizerParts(
+        size=size,
+        model={
+            "type": "WordPiece",
+            "unk_token": UNKNOWN,
+            "continuing_subword_prefix": CONTINUATION,
+            "max_input_chars_per_word": MAX_WORD_CHARACTERS,
+            "vocab": vocab,
+        },
+        pre_tokenizer={"type": "BertPreTokenizer"},
+        decoder={"type": "WordPiece", "prefix": CONTINUATION, "cleanup": False},
+        normalizer={
+            "type": "BertNormalizer",
+            "clean_text": True,
+            "handle_chinese_chars": True,
+            "strip_accents": False,
+            "lowercase": False,
+        },
+        unk_token=UNKNOWN,
+    )
+
+
+def count_words(texts: Iterable[str]) -> Counter[str]:
+    """Counts of BERT's words, without those too long to be encoded."""
+    between_spaces: Counter[str] = Counter()
+    for text in texts:
+        between_spaces.update(text.split(" "))
+    normalizer = normalizers.BertNormalizer(clean_text=True, handle_chinese_chars=True, strip_accents=False, lowercase=False)
+    pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    counts: Counter[str] = Counter()
+    for run, count in between_spaces.items():
+        # what BERT does to a text it does between any two spaces of it
+        for word, _ in pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(run)):
+            if len(word) <= MAX_WORD_CHARACTERS:
+                counts[word] += count
+    return counts
+
+
+def _most_frequent_characters(words: Counter[str], limit: int) -> set[str]:
+    counts: Counter[str] = Counter()
+    for word, count in words.items():
+        for character in word:
+            counts[character] += count
+    return set(sorted(counts, key=lambda character: (-counts[character], character))[:limit])
+
+
+def _repeated(words: dict[str, int]) -> Iterator[str]:
+    """Every word as often as it was counted, since the trainer takes text and not counts."""
+    for word, count in words.items():
+        for start in range(0, count, _WORDS_PER_TEXT):
+            yield " ".join([word] * min(_WORDS_PER_TEXT, count - start))

@@ -18,10 +18,10 @@ import rustbpe
 import tokenizers
 
 from bessemer.core.errors import ConfigError
-from bessemer.tokenization.byte_names import token_from_name, vocabulary_name
 from bessemer.tokenization.config import BYTE_TOKENS
-from bessemer.tokenization.parts import TokenizerParts
+from bessemer.tokenization.folder import TokenizerParts
 from bessemer.tokenization.split import APPROXIMATED_REGEXES, SPLIT_REGEXES, pre_tokenizer
+from bessemer.tokenization.vocabulary import token_from_name, vocabulary_name
 
 #: A batch is held in memory while its pieces are counted: at most 64 MB of text with the length below.
 _TEXTS_PER_BATCH = 1024

@@ -1,21 +1,28 @@
-"""A conversation rendered by a chat template, as segments of which only the template's control tokens are control tokens.
+"""Conversations: rendered by a chat template to segments, and encoded to the token ids of the rendered text.
 
-The template may be one of our own or any that a tokenizer brings. `<|im_end|>` typed by a user, or written in a tool's
-description, is text (see `provenance.py` for how the two are told apart).
+The template may be one of our own or any that a tokenizer brings. Only its control tokens are control tokens: `<|im_end|>`
+typed by a user, or written in a tool's description, is text (`control_tokens.py` tells the two apart).
+
+Text around control tokens is not always encoded as if it stood alone: a space may be put before the first piece only, a
+control token may swallow the white space beside it. So the conversation is encoded in one piece, by a copy of the tokenizer in
+which every control token has another name, drawn by chance and never shown. The template's control tokens are written by that
+name; one that somebody typed is no control token of this copy.
 """
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import tokenizers
+
 from bessemer.core.errors import RequestError
-from bessemer.tokenization.chat_sandbox import CompiledTemplate, TemplateError
-from bessemer.tokenization.chat_templates import MARKED_TEMPLATES, template_name
-from bessemer.tokenization.provenance import ControlTokens, StandIns, map_strings, split_at, strings_of
+from bessemer.tokenization.chat_templates import MARKED_TEMPLATES, CompiledTemplate, TemplateError, template_name
+from bessemer.tokenization.control_tokens import ControlTokens, StandIns, map_strings, split_at, strings_of
 
 #: A message: `role` and `content`, and for calls of tools `tool_calls`; other keys are the template's to use or not.
 Message = Mapping[str, Any]
@@ -293,3 +300,60 @@ def _plain(value: Any, where: str, depth: int = 0) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item, where, depth + 1) for item in value]
     raise RequestError(f"{where}: {type(value).__name__} is no value of JSON")
+
+
+#: The library encodes one text without letting other threads run, and several with; it is slower for a short one.
+_LONG = 1 << 14
+
+
+def encode_beside_others(tokenizer: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
+    """The encoding of a text, during which other threads run where it is long."""
+    if len(text) <= _LONG:
+        return tokenizer.encode(text, add_special_tokens=False)
+    (encoding,) = tokenizer.encode_batch([text], add_special_tokens=False)
+    return encoding
+
+
+class ChatEncoder:
+    """Encodes segments with one tokenizer."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, control_ids: Mapping[str, int]) -> None:
+        """control_ids: the control tokens and their ids. Raises ValueError when they cannot be given other names."""
+        self._controls = frozenset(control_ids.values())
+        secret = secrets.token_hex(16)
+        self._names = {token: f"<{secret}:{token}>" for token in control_ids}
+        self._copy = _renamed(tokenizer, self._names)
+        for token, id in control_ids.items():
+            if self._copy.token_to_id(self._names[token]) != id:
+                raise ValueError(f"the control token {token!r} has no id of its own")
+
+    def encode(self, segments: Sequence[Segment]) -> tuple[list[int], list[bool]]:
+        """Ids, and the assistant mask: True for tokens that lie wholly in the assistant's messages."""
+        pieces = [(segment, self._names[segment.text] if segment.is_control else segment.text) for segment in segments]
+        encoding = encode_beside_others(self._copy, "".join(text for _, text in pieces))
+        says = b"".join((b"\1" if segment.is_assistant else b"\0") * len(text) for segment, text in pieces)
+        mask = [
+            bool(says[start]) if id in self._controls else start < end and says.find(0, start, end) < 0
+            for id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)
+        ]
+        return encoding.ids, mask
+
+
+def _renamed(tokenizer: tokenizers.Tokenizer, names: Mapping[str, str]) -> tokenizers.Tokenizer:
+    """The tokenizer with other names for some of its tokens. Raises ValueError when its merges need the old ones."""
+    content: dict[str, Any] = json.loads(tokenizer.to_str())
+    for added in content["added_tokens"]:
+        added["content"] = names.get(added["content"], added["content"])
+    model = content["model"]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {names.get(token, token): id for token, id in model["vocab"].items()}
+    else:
+        model["vocab"] = [[names.get(token, token), score] for token, score in model["vocab"]]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    content["post_processor"] = content["truncation"] = content["padding"] = None
+    try:
+        return tokenizers.Tokenizer.from_str(json.dumps(content, ensure_ascii=False))
+    except Exception as error:
+        # the library raises the bare class
+        raise ValueError(f"its control tokens are woven into the vocabulary ({error})") from None

@@ -1,15 +1,39 @@
-r"""The chat templates that a recipe can choose, in jinja.
+"""Chat templates: those that a recipe can choose, and the sandbox of Jinja that renders any.
 
-Each is written once, with `{% generation %}` around what the assistant says. The text that is stored in a tokenizer's
-folder is the same without these tags, which llama.cpp does not know; every tag trims the white space around it, so
-both render the same.
+Each of ours is written once, with `{% generation %}` around what the assistant says. The text that is stored in a tokenizer's
+folder is the same without these tags, which llama.cpp does not know; both render the same.
+
+A template comes with a tokenizer that somebody made and is run as a program. It has what `transformers` offers, reaches nothing
+but the conversation, cannot change it, and is stopped after a number of steps and characters, and after a time: that of the
+processor on the rendering's own thread, checked before every step, call, filter, sum and concatenation. What happens between
+two checks is one operation of Python on texts and lists within the limits. What is not covered: `format` with a text that
+repeats a long argument.
 """
 
 from __future__ import annotations
 
+import json
 import re
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import cache, wraps
+from typing import Any
 
-from bessemer.tokenization.special import END_HEADER, END_OF_TURN, IM_END, IM_START, START_HEADER
+import jinja2
+from jinja2 import nodes
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.runtime import Context
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.visitor import NodeTransformer
+
+from bessemer.tokenization.control_tokens import END_HEADER, END_OF_TURN, IM_END, IM_START, START_HEADER
 
 #: Turns between control tokens. OPEN, NAMED, CLOSE and AFTER are what stands around a role and behind a content.
 #: Tools are described in the system turn, called by the assistant in <tool_call> and answered in <tool_response>, the
@@ -115,3 +139,252 @@ CHAT_TEMPLATES = {
 def template_name(text: str) -> str | None:
     """The name of one of our templates; None for another one."""
     return next((name for name, known in CHAT_TEMPLATES.items() if known == text), None)
+
+
+#: Rounds of loops and calls of macros in one rendering.
+MAX_STEPS = 200_000
+#: Characters that a rendering may write, and that `+` or `*` may make of a text, or items of a list.
+MAX_LENGTH = 1 << 26
+#: Seconds of the processor that a rendering may take.
+MAX_SECONDS = 10.0
+#: The largest number that a method or a filter takes: a width, an indentation, how many parts.
+_LARGEST_ARGUMENT = 100_000
+#: Digits in the field of a format, as a width, that would be above it.
+_WIDE_FIELD = re.compile(r"[{%][^{}%]{0,40}\d{6}")
+#: Filters of Jinja whose time grows with the square of a text, and that no chat template has a use for.
+_SLOW_FILTERS = ("urlize", "striptags", "wordwrap")
+#: Bits of a whole number that `**` or `*` may make.
+_MAX_BITS = 4096
+
+
+@dataclass
+class _Rendering:
+    """State of a rendering: its remaining steps and characters, and the marks around assistant messages."""
+
+    marks: tuple[str, str]
+    steps_left: int = MAX_STEPS
+    ends_at: float = field(default_factory=lambda: time.thread_time() + MAX_SECONDS)
+
+
+_rendering: ContextVar[_Rendering] = ContextVar("chat template rendering")
+
+
+class _Generation(Extension):
+    """The tag `{% generation %}…{% endgeneration %}`, which puts marks around an assistant message."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja's own declaration
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("mark"), [], [], body).set_lineno(line)
+
+    def mark(self, caller: Callable[[], str]) -> str:
+        """The body between the marks of this rendering."""
+        begin, end = _rendering.get().marks
+        return f"{begin}{caller()}{end}"
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
+
+    def call(self, context: Context, obj: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call what a template calls, within the limits."""
+        check_time()
+        # the sandbox has a function of its own around `format`
+        bound = getattr(obj, "__wrapped__", obj)
+        owner, method = getattr(bound, "__self__", None), getattr(bound, "__name__", "")
+        if isinstance(owner, str):
+            _check_arguments(args, kwargs)
+            _check_method(owner, method, args)
+        return super().call(context, obj, *args, **kwargs)
+
+    def concatenate(self, *parts: Any) -> str:
+        """What `~` makes of its parts."""
+        texts = [str(part) for part in parts]
+        _limit(sum(map(len, texts)))
+        return "".join(texts)
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        check_time()
+        if operator == "%":
+            if isinstance(left, str):
+                _check_format(left)
+        elif operator == "+":
+            if isinstance(left, str | list) and isinstance(right, str | list):
+                _limit(len(left) + len(right))
+        elif isinstance(left, int) and isinstance(right, int):
+            bits = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
+            if bits > _MAX_BITS:
+                raise SecurityError("the template makes too large a number")
+        elif operator == "*":
+            for sequence, times in ((left, right), (right, left)):
+                if isinstance(sequence, str | list | tuple) and isinstance(times, int):
+                    _limit(len(sequence) * times)
+        return super().call_binop(context, operator, left, right)
+
+    def count_step(self) -> str:
+        """Called in every iteration of a loop and by every macro."""
+        rendering = _rendering.get()
+        check_time()
+        rendering.steps_left -= 1
+        if rendering.steps_left < 0:
+            raise SecurityError(f"the template takes more than {MAX_STEPS:,} steps")
+        return ""
+
+
+def check_time() -> None:
+    """Raises SecurityError when the rendering of this thread has taken its time."""
+    if time.thread_time() > _rendering.get().ends_at:
+        raise SecurityError(f"the template takes more than {MAX_SECONDS:g} s")
+
+
+def _check_arguments(args: Iterable[Any], kwargs: Mapping[str, Any]) -> None:
+    if any(isinstance(each, int) and abs(each) > _LARGEST_ARGUMENT for each in (*args, *kwargs.values())):
+        raise SecurityError(f"the template calls a function with a number above {_LARGEST_ARGUMENT:,}")
+
+
+def _check_format(text: str) -> None:
+    if _WIDE_FIELD.search(text):
+        raise SecurityError("the template formats a number or a text in too wide a field")
+
+
+def _check_method(text: str, method: str, args: Sequence[Any]) -> None:
+    """Limit what a method of a text makes before it makes it."""
+    match method, args:
+        case (("format" | "format_map"), _):
+            _check_format(text)
+        case "join", [items]:
+            # also of what can be gone through once only: a chat template has no such thing but in a filter
+            if isinstance(items, list | tuple):
+                _limit(sum(len(item) for item in items if isinstance(item, str)) + len(text) * len(items))
+        case "replace", [str() as old, str() as new, *_]:
+            _limit(len(text) + text.count(old) * len(new))
+        case "expandtabs", _:
+            size = args[0] if args and isinstance(args[0], int) else 8
+            _limit(len(text) + text.count("\t") * abs(size))
+        case "translate", _:
+            raise SecurityError("the template translates characters")
+
+
+def _within_limits(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter of Jinja that looks at the time and at its arguments."""
+
+    @wraps(function)
+    def limited(*args: Any, **kwargs: Any) -> Any:
+        check_time()
+        # what Jinja passes by itself goes before
+        own = args[1:] if hasattr(function, "jinja_pass_arg") else args
+        _check_arguments(own[1:], kwargs)
+        if name == "replace":
+            _check_method(str(own[0]), name, [str(each) for each in own[1:3]])
+        elif name == "join":
+            items = list(own[0])
+            _check_method(str(own[1] if len(own) > 1 else kwargs.get("d", "")), name, [items])
+            args = (*args[: len(args) - len(own)], items, *own[1:])
+        elif name == "format":
+            _check_format(str(own[0]))
+        return function(*args, **kwargs)
+
+    return limited
+
+
+class _Concatenations(NodeTransformer):
+    """Makes `a ~ b` a call of the environment, which limits it."""
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802 - Jinja's name
+        self.generic_visit(node)
+        call = nodes.Call(nodes.EnvironmentAttribute("concatenate"), node.nodes, [], None, None)
+        return call.set_lineno(node.lineno, override=True).set_environment(_environment())
+
+
+def _limit(length: int) -> None:
+    if length > MAX_LENGTH:
+        raise SecurityError(f"the template makes more than {MAX_LENGTH:,} characters")
+
+
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    """JSON as `transformers` writes it for templates: characters as they are, nothing escaped for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(layout: str) -> str:
+    return datetime.now().strftime(layout)
+
+
+@cache
+def _environment() -> _Environment:
+    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+    environment.filters["tojson"] = _to_json
+    environment.filters = {
+        name: _within_limits(name, function) for name, function in environment.filters.items() if name not in _SLOW_FILTERS
+    }
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    del environment.globals["lipsum"]
+    return environment
+
+
+class TemplateError(Exception):
+    """An error of a template or its input: one line, with the template's line number where it is known."""
+
+    def __init__(self, error: BaseException) -> None:
+        line = getattr(error, "lineno", None) or _line_of(error)
+        words = " ".join(str(error).split())[:500] or type(error).__name__
+        super().__init__(words)
+        self.line: int | None = line
+
+
+def _line_of(error: BaseException) -> int | None:
+    """The template's line that raised an error; jinja names its frames `<template>` or `<unknown>`."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return next((frame.lineno for frame in reversed(frames) if frame.filename in ("<template>", "<unknown>")), None)
+
+
+class CompiledTemplate:
+    """A template ready to render. Raises TemplateError when it is not jinja."""
+
+    def __init__(self, text: str) -> None:
+        environment = _environment()
+        try:
+            tree = _Concatenations().visit(environment.parse(text))
+            self.marks_generation = any(
+                isinstance(block.call.node, nodes.ExtensionAttribute) for block in tree.find_all(nodes.CallBlock)
+            )
+            for loop in list(tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock))):
+                assert isinstance(loop, nodes.For | nodes.Macro | nodes.CallBlock)
+                step = nodes.ExprStmt(nodes.Call(nodes.EnvironmentAttribute("count_step"), [], [], None, None))
+                loop.body.insert(0, step.set_lineno(loop.lineno, override=True).set_environment(environment))
+            code = environment.compile(tree)
+        except (jinja2.TemplateError, RecursionError, SyntaxError, ValueError, TypeError, ArithmeticError) as error:
+            raise TemplateError(error) from None
+        self._template = jinja2.Template.from_code(environment, code, environment.make_globals(None))
+
+    def render(self, variables: Mapping[str, Any], marks: tuple[str, str]) -> str:
+        """The text for these variables, with marks around each `{% generation %}` block. Raises TemplateError."""
+        with _limits(marks):
+            written, length = [], 0
+            try:
+                for piece in self._template.generate(**variables):
+                    length += len(piece)
+                    _limit(length)
+                    written.append(piece)
+            except Exception as error:
+                # whatever the template's own code raises
+                raise TemplateError(error) from None
+        return "".join(written)
+
+
+@contextmanager
+def _limits(marks: tuple[str, str]) -> Iterator[None]:
+    token = _rendering.set(_Rendering(marks))
+    try:
+        yield
+    finally:
+        _rendering.reset(token)

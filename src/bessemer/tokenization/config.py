@@ -7,7 +7,7 @@ from typing import Literal, Self
 from pydantic import field_validator, model_validator
 
 from bessemer.core.config import Config, nearest, setting
-from bessemer.tokenization.special import control_tokens
+from bessemer.tokenization.control_tokens import control_tokens
 from bessemer.tokenization.split import SPLIT_REGEXES
 
 #: Raised whenever the stage's output changes; a golden hash in the tests sees to it.

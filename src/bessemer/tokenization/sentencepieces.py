@@ -20,9 +20,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 from bessemer.core.errors import ConfigError
-from bessemer.tokenization.baselines import byte_piece
+from bessemer.tokenization.algorithms import byte_piece
 from bessemer.tokenization.config import BYTE_TOKENS
-from bessemer.tokenization.parts import TokenizerParts
+from bessemer.tokenization.folder import TokenizerParts
 
 SPACE = "\u2581"
 UNKNOWN = "<unk>"

@@ -15,14 +15,11 @@ import tokenizers
 from bessemer.core.errors import ArtefactError, RequestError
 from bessemer.core.hashing import hash_file
 from bessemer.core.store import read_json
-from bessemer.tokenization.chat import ChatTemplate, Message, Segment, Tool, check_encodable
-from bessemer.tokenization.chat_encoding import ChatEncoder, encode_beside_others
-from bessemer.tokenization.fast import BulkEncoder, TokenizersEncoder, agree, bulk_encoder, slices
+from bessemer.tokenization.chat import ChatEncoder, ChatTemplate, Message, Segment, Tool, check_encodable, encode_beside_others
+from bessemer.tokenization.control_tokens import END_OF_TEXT, TURN_ENDS
+from bessemer.tokenization.fast import LONG_TEXT, BulkEncoder, TokenizersEncoder, agree, bulk_encoder, slices
 from bessemer.tokenization.folder import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
-from bessemer.tokenization.long_runs import LONG_TEXT
-from bessemer.tokenization.offsets import bytes_alone, spans_of_pieces, spread_runs, without_holes
-from bessemer.tokenization.special import END_OF_TEXT, TURN_ENDS
-from bessemer.tokenization.vocabulary import Kind, read_vocabulary
+from bessemer.tokenization.vocabulary import Kind, bytes_alone, read_vocabulary, spans_of_pieces, spread_runs, without_holes
 
 #: Beside `tokenizer.json` in folders that others wrote; what `tokenizer_config.json` says goes before.
 SPECIAL_TOKENS_MAP_FILE = "special_tokens_map.json"

@@ -1,9 +1,13 @@
-"""The bytes of each token, for every kind of vocabulary of `tokenizer.json`.
+"""The bytes of each token, for every kind of vocabulary of `tokenizer.json`, and the characters that tokens span.
 
-A vocabulary writes bytes as text in its own way, and the file's decoder says which: byte-level BPE in GPT-2's 256
-characters, SentencePiece with `▁` for a space and `<0xE2>` for a byte, WordPiece with `##` where a word goes on. Whatever
-the kind, a text is the bytes of its tokens in a row; only the first token may stand for something else than it does
-later, because a space that would precede it is left out.
+A vocabulary writes bytes as text in its own way, and the file's decoder says which: byte-level BPE in GPT-2's 256 characters,
+SentencePiece with `▁` for a space and `<0xE2>` for a byte, WordPiece with `##` where a word goes on. Whatever the kind, a text
+is the bytes of its tokens in a row; only the first token may stand for something else than it does later, because a space that
+would precede it is left out.
+
+Character offsets follow from the tokens' bytes where these are the text's own. Elsewhere (a normalizer changed the text, or
+tokens are words without the white space between them) they are those of the `tokenizers` library, with two repairs: it gives
+every byte of a run of unknown characters the whole run's span, and a space put before the text the first character's.
 """
 
 from __future__ import annotations
@@ -11,11 +15,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
+from itertools import pairwise
 from typing import Any, Literal
 
+import numpy as np
+import tokenizers
+from tokenizers import models
+
 from bessemer.core.errors import ArtefactError
-from bessemer.tokenization.byte_names import token_from_name
 
 Kind = Literal["byte-level", "sentencepiece", "wordpiece", "words", "characters"]
 
@@ -182,3 +190,95 @@ def _cleaned(text: str, cleanup: bool) -> bytes:
     for found, instead in _CLEANUP if cleanup else ():
         text = text.replace(found, instead)
     return text.encode()
+
+
+@cache
+def byte_characters() -> tuple[str, ...]:
+    """The character that stands for each byte in the vocabulary, GPT-2's table: a printable byte is itself, the
+    others are the characters from U+0100 on, in order."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return tuple(chr(byte if byte in printable else next(others)) for byte in range(256))
+
+
+def vocabulary_name(token: bytes) -> str:
+    """The vocabulary entry of a token's bytes."""
+    return "".join(map(byte_characters().__getitem__, token))
+
+
+def token_from_name(name: str) -> bytes:
+    """The bytes of a vocabulary entry. Raises KeyError when it has other characters than those of bytes."""
+    return bytes(map(_bytes_of_characters().__getitem__, name))
+
+
+@cache
+def _bytes_of_characters() -> dict[str, int]:
+    return {character: byte for byte, character in enumerate(byte_characters())}
+
+
+def spans_of_pieces(text: str, pieces: Sequence[bytes]) -> np.ndarray | None:
+    """The characters [start, end), int64 (pieces, 2), of pieces that make up the text's UTF-8; None where they do not.
+
+    They may have one space more, before the text, and spaces where it has U+2581. A piece that is a part of a character
+    spans that character; a piece that is the space before the text spans nothing, (0, 0).
+    """
+    written = b"".join(pieces)
+    for form in (text, text.replace(SPACE_MARK, " ")):
+        utf8 = form.encode()
+        for prefix in (b"", b" "):
+            if written == prefix + utf8:
+                return _spans_of_lengths(utf8, np.fromiter(map(len, pieces), np.int64, len(pieces)), len(prefix))
+    return None
+
+
+def _spans_of_lengths(utf8: bytes, lengths: np.ndarray, prefix: int) -> np.ndarray:
+    """Spans in characters of consecutive stretches of these lengths in bytes; the first `prefix` bytes are not in the text."""
+    begins_character = np.frombuffer(utf8, np.uint8) & 0xC0 != 0x80
+    character_of_byte = np.cumsum(begins_character) - 1
+    ends = np.cumsum(lengths) - prefix
+    starts = np.maximum(ends - lengths, 0)
+    characters = np.append(character_of_byte, len(begins_character) and character_of_byte[-1] + 1)
+    last = np.where(ends > starts, characters[np.maximum(ends, 1) - 1] + 1, characters[starts])
+    return np.stack([characters[starts], last], axis=1)
+
+
+def spread_runs(text: str, names: Sequence[str], spans: np.ndarray, alone: tokenizers.Tokenizer) -> np.ndarray:
+    """The library's spans, with the bytes of unknown characters that it fused given one character each.
+
+    names: the tokens as the vocabulary writes them; spans: int64 (tokens, 2), not changed; alone: from
+    `bytes_alone`, with the tokenizer's normalizer.
+    """
+    spans = spans.copy()
+    changes = np.flatnonzero((np.diff(spans, axis=0) != 0).any(axis=1)) + 1
+    for start, end in pairwise([0, *changes, len(spans)]):
+        values = [byte_of_name(name) for name in names[start:end]]
+        begin, stop = spans[start] if end > start else (0, 0)
+        if stop - begin < 2 or None in values:
+            continue
+        within = alone.encode(text[begin:stop], add_special_tokens=False)
+        if within.ids == values:
+            spans[start:end] = np.array(within.offsets, np.int64) + begin
+    return spans
+
+
+def bytes_alone(normalizer: tokenizers.normalizers.Normalizer | None) -> tokenizers.Tokenizer:
+    """A tokenizer whose ids are the bytes of the normalised text, and whose spans are the characters they come from."""
+    names = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    alone = tokenizers.Tokenizer(models.BPE(vocab=names, merges=[], byte_fallback=True))
+    if normalizer is not None:
+        alone.normalizer = normalizer
+    return alone
+
+
+def without_holes(spans: np.ndarray, length: int) -> np.ndarray:
+    """Spans that cover a text of this length: characters between two tokens, which normalising took away, go to the
+    token before them (to all that are parts of the character there), and at the beginning to the first."""
+    if not len(spans):
+        return spans
+    starts = np.maximum.accumulate(spans[:, 0])
+    starts[0] = 0
+    ends = np.maximum.accumulate(np.maximum(spans[:, 1], starts))
+    # of the tokens that may hold the character at an end
+    last_begun = np.searchsorted(starts, ends, side="right") - 1
+    next_starts = np.append(starts, length)[last_begun + 1]
+    return np.stack([starts, np.where(ends[last_begun] > ends, ends, next_starts)], axis=1)

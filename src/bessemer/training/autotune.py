@@ -22,8 +22,7 @@ from torch import Tensor
 
 from bessemer.core.environment import usable_cores
 from bessemer.core.errors import ConfigError
-from bessemer.core.figures import duration
-from bessemer.core.metrics import METRICS, read_metrics
+from bessemer.core.metrics import METRICS, duration, read_metrics
 from bessemer.core.progress import Progress, Silent
 from bessemer.core.store import read_json, write_json
 from bessemer.core.usercode import load_user_function
@@ -31,17 +30,15 @@ from bessemer.distributed.mesh import ALONE, Mesh, agree
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
 from bessemer.model.device import check_dtype, choose_device, is_fast
-from bessemer.model.folder_config import read_model_config
+from bessemer.model.storage.folder import read_model_config
 from bessemer.training.config import VALIDATIONS, LoopConfig, check_compiler
 from bessemer.training.data.batches import Batch, StatelessBatches
-from bessemer.training.model_setup import prepare_model
+from bessemer.training.model_setup import check_start, open_start, prepare_model
 from bessemer.training.objectives import LossFunction, Objective, build_objective
-from bessemer.training.optim.build import build_optimizers, freeze_parameters
+from bessemer.training.optim.optimizers import build_optimizers, freeze_parameters
 from bessemer.training.optim.weight_averaging import MovingAverage
 from bessemer.training.pretrain_config import PretrainConfig
-from bessemer.training.runtime import Runtime
-from bessemer.training.starting_model import check_start, open_start
-from bessemer.training.threads import faster_threads, thread_candidates
+from bessemer.training.runtime import Runtime, faster_threads, thread_candidates
 from bessemer.training.trainer import Trainer
 
 AUTOTUNE = "autotune.json"

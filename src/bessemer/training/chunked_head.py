@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from bessemer.distributed.differentiable import copy_to_ranks
-from bessemer.model.cpu_kernels.build import library
+from bessemer.distributed.collectives import copy_to_ranks
+from bessemer.model.cpu_kernels import library
 from bessemer.training.logit_chunks import chunk_size
 
 

@@ -11,10 +11,8 @@ from bessemer.core.config import Config, setting
 from bessemer.core.environment import cxx_compiler
 from bessemer.core.errors import ConfigError
 from bessemer.core.usercode import is_user_function
-from bessemer.distributed.config import ParallelConfig
-from bessemer.training.batch_sizes import BatchSizes, BatchSizeWarmup
-from bessemer.training.monitoring.profile_config import ProfileConfig
-from bessemer.training.optim.registry import GROUP, OPTIMIZERS
+from bessemer.distributed.layout import ParallelConfig
+from bessemer.training.config_parts import GROUP, OPTIMIZERS, BatchSizes, BatchSizeWarmup, ProfileConfig
 
 if TYPE_CHECKING:
     from bessemer.training.adapter_config import AdapterConfig

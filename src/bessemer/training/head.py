@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import logsigmoid
 
-from bessemer.model.cpu_kernels.cross_entropy import cross_entropy_
+from bessemer.model.cpu_kernels.logits import cross_entropy_
 from bessemer.training.chunked_head import Head, HeadGradients, Workspace, spread, through_softcap_, without_masked
 from bessemer.training.data.batches import IGNORE_INDEX
 from bessemer.training.logit_chunks import chunk_size

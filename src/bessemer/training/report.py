@@ -7,8 +7,7 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 
-from bessemer.core.figures import LOSSY_NOTE, baseline_label, is_lossy, size
-from bessemer.core.metrics import read_metrics
+from bessemer.core.metrics import LOSSY_NOTE, baseline_label, is_lossy, read_metrics, size
 from bessemer.core.report import (
     Column,
     Curves,
@@ -26,7 +25,7 @@ from bessemer.core.report import (
     Table,
     Text,
 )
-from bessemer.training.monitoring.throughput import TASK
+from bessemer.training.monitoring.run_metrics import TASK
 
 #: Steps that a heat map shows at most, and sources that a chart does; of more there is a table.
 _COLUMNS, _CURVES = 24, 4

@@ -33,8 +33,8 @@ def rows_too_long_for_existing(config: LoopConfig, above: Mapping[str, Any], fol
     model = last_of(above, ModelStageConfig)
     if model is None or model.init_from is None:
         return None
-    from bessemer.model.existing import changed_config, existing_model
-    from bessemer.model.folder_config import read_model_config
+    from bessemer.model.stage import changed_config, existing_model
+    from bessemer.model.storage.folder import read_model_config
 
     existing = read_model_config(existing_model(model.init_from, folder))
     return _longer_rows(config, changed_config(model, existing).max_position_embeddings)
@@ -160,7 +160,7 @@ def _pretrain(context: StageContext) -> dict[str, Any]:
 def _pretrain_fingerprint(config: PretrainConfig, outside: Outside) -> Any:
     if config.init_from is None:
         return None
-    from bessemer.training.checkpoint.load import checkpoint_fingerprint
+    from bessemer.training.checkpoint.export import checkpoint_fingerprint
 
     return checkpoint_fingerprint(config.init_from, outside.folder, config.steps)
 

@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from bessemer.core.figures import short_count
+from bessemer.core.metrics import short_count
 from bessemer.core.report import Curves
 
 _INK, _SOFT, _GRID = "#00000a", "#00000b", "#00000c"

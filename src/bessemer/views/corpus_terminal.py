@@ -10,9 +10,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from bessemer.core.figures import label, percent, short_number, size
+from bessemer.core.metrics import label, percent, short_number, size
 from bessemer.core.report import Histogram
-from bessemer.data.reports import section as corpus
+from bessemer.data import report as corpus
 from bessemer.views.parts_terminal import bar, listing, literal, section
 
 _SPARKS = "▁▂▃▄▅▆▇█"

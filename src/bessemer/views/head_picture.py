@@ -11,9 +11,9 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from bessemer.core.errors import ConfigError
-from bessemer.core.new_folder import new_file
+from bessemer.core.store import new_file
 from bessemer.inspection.inspect import Inspection
-from bessemer.views.heat import POSITIVE, WEIGHT_EXPONENT
+from bessemer.views.elements import POSITIVE, WEIGHT_EXPONENT
 from bessemer.views.tokens import visible
 
 _STYLE: Any = {"svg.hashsalt": "bessemer", "text.parse_math": False, "font.size": 8.0}

@@ -9,12 +9,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from bessemer.core.figures import label, percent
-from bessemer.inspection.embedding import Neighbours
-from bessemer.inspection.inspect import Inspection
-from bessemer.inspection.roles import ROLES, strongest
-from bessemer.views.heads import signed
-from bessemer.views.inspection import key_figures
+from bessemer.core.metrics import label, percent
+from bessemer.inspection.heads import ROLES, strongest
+from bessemer.inspection.inspect import Inspection, Neighbours
+from bessemer.views.inspection import key_figures, signed
 from bessemer.views.parts_terminal import bar, listing, section
 from bessemer.views.tokens import tokens_text, visible
 

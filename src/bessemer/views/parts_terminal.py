@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bessemer.core import report
-from bessemer.core.figures import label, shown, simple_values
+from bessemer.core.metrics import label, shown, simple_values
 from bessemer.core.report import Answer, Cell, Metrics
 from bessemer.views.tokens import printable, token_words, tokens_text
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Group, RenderableType
 
-from bessemer.core.figures import duration, percent, short_count, size
+from bessemer.core.metrics import duration, percent, short_count, size
 from bessemer.views.parts_terminal import listing, literal, section
 
 

@@ -1,18 +1,262 @@
-"""The report of a run: one HTML file that needs nothing else, not even a network."""
+"""The report of a run: one HTML file that needs nothing else, not even a network; each kind of report data as HTML.
+
+Histograms of scores are SVG that takes its colours from the page. Their heights are square roots of counts, so that the few
+documents beside a threshold are seen next to the many far from it.
+"""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib import resources
+from itertools import accumulate, count, pairwise
 
+import numpy as np
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from bessemer.core.figures import duration, size
-from bessemer.core.report import Cell, Column, Facts, Heading, Part, Section, Table, Text, Verbatim
-from bessemer.views.parts import draw_section
+from bessemer.core import report
+from bessemer.core.metrics import duration, short_number, size
+from bessemer.core.report import (
+    Answer,
+    Bin,
+    Cell,
+    Column,
+    Document,
+    Facts,
+    Heading,
+    Histogram,
+    Part,
+    Sample,
+    Section,
+    Table,
+    Text,
+    Verbatim,
+)
+from bessemer.views.charts import line_chart
+from bessemer.views.elements import bar, facts, heat_map, lead, logarithmic_shades, measured, soft, table
 from bessemer.views.run_data import ReportData, StageRun
+from bessemer.views.tokens import token_list, tokens_html
+
+
+def documents(found: Sequence[Document]) -> Markup:
+    """Documents with their source, id and the reason why they were dropped."""
+    return Markup("").join(
+        Markup('<article class="document"><header>{}{}{}</header><pre>{}</pre></article>').format(
+            document.source,
+            Markup(' <span class="id">{}</span>').format(document.id) if document.id else "",
+            Markup(' <span class="reason">{}</span>').format(document.reason) if document.reason else "",
+            document.text,
+        )
+        for document in found
+    )
+
+
+def samples(found: Sequence[Sample]) -> Markup:
+    """What the model wrote at several points of training, by step."""
+    steps: dict[int, list[Sample]] = {}
+    for sample in found:
+        steps.setdefault(sample.step, []).append(sample)
+    return Markup("").join(
+        Markup('<section class="sample"><h4>Step {:,}</h4>{}</section>').format(
+            step,
+            Markup("").join(
+                Markup('<p><span class="prompt">{}</span>{}</p>').format(sample.prompt, sample.text) for sample in at_step
+            ),
+        )
+        for step, at_step in sorted(steps.items())
+    )
+
+
+def answers(found: Sequence[Answer]) -> Markup:
+    """Questions with the expected answer and the model's; those it was trained on are marked as memorised."""
+    return Markup("").join(_answer(one) for one in found)
+
+
+def _answer(one: Answer) -> Markup:
+    verdict = {True: "exact", False: "differs", None: ""}[one.correct]
+    where = "held in: memorised" if one.held_in else "held out"
+    return Markup(
+        '<article class="answer"><header>{} <span class="soft">{}</span></header><dl><dt>Expected</dt><dd>{}</dd>'
+        '<dt>{}</dt><dd>{} <span class="verdict {}">{}</span></dd></dl></article>'
+    ).format(one.question, where, one.expected, one.model or "Model", one.answer, verdict, verdict)
+
+
+_WIDTH, _HEIGHT, _LABELS = 240.0, 64.0, 14.0
+#: Width of the block that stands at the end of the axis for what lies beyond it, and its distance from the axis.
+_BLOCK, _GAP = 9.0, 5.0
+_NARROWEST = 3.0
+
+
+def drawings(histograms: Sequence[Histogram], ids: Iterator[str]) -> Markup:
+    """Histograms side by side. ids: names for the drawings, unique in the page."""
+    return Markup('<div class="histograms">{}</div>').format(Markup("").join(_figure(one, next(ids)) for one in histograms))
+
+
+def _figure(one: Histogram, name: str) -> Markup:
+    return Markup('<figure class="histogram"><figcaption>{} <span class="soft">{}</span></figcaption>{}</figure>').format(
+        one.title, one.effect, _drawing(one, name)
+    )
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where everything is drawn: bars as (bin, x, width), the limits' x, and where the axis begins and ends."""
+
+    bars: Sequence[tuple[Bin, float, float]]
+    limits: Sequence[float]
+    start: float
+    end: float
+
+
+def _layout(one: Histogram) -> _Layout:
+    """Bars over an axis from `low` to `high`, and what lies beyond as blocks at its ends.
+
+    A bin that is too narrow to be seen, as that of the one value 0 under a limit of 0, is drawn wider. A limit beyond the
+    axis stands between the blocks that it parts, and nowhere when it parts none.
+    """
+    before = [found for found in one.bins if found.start < one.low and found.count]
+    after = [found for found in one.bins if found.end > math.nextafter(one.high, math.inf) and found.count]
+    inside = [found for found in one.bins if found.start >= one.low and found.end <= math.nextafter(one.high, math.inf)]
+    start, end = len(before) * (_BLOCK + _GAP), _WIDTH - len(after) * (_BLOCK + _GAP)
+    natural = [(end - start) * (found.end - found.start) / (one.high - one.low) for found in inside]
+    widths = [max(width, _NARROWEST if found.count else 0.0) for found, width in zip(inside, natural, strict=True)]
+    ends = [start + (end - start) * width / sum(widths) for width in accumulate(widths, initial=0.0)]
+
+    bars = [(found, number * (_BLOCK + _GAP), _BLOCK) for number, found in enumerate(before)]
+    bars += [(found, left, right - left) for found, (left, right) in zip(inside, pairwise(ends), strict=True) if found.count]
+    bars += [(found, end + _GAP + number * (_BLOCK + _GAP), _BLOCK) for number, found in enumerate(after)]
+    limits = [
+        left for (one_bin, left), (next_bin, _) in pairwise(zip(inside, ends[1:], strict=True)) if one_bin.kept != next_bin.kept
+    ]
+    if one.lowest is not None and one.lowest <= one.low:
+        limits += [x + width + _GAP / 2 for found, x, width in bars if found.start < one.lowest]
+    if one.highest is not None and one.highest >= one.high:
+        limits += [x - _GAP / 2 for found, x, _ in bars if found.start > one.highest]
+    return _Layout(bars, limits, start, end)
+
+
+def _drawing(one: Histogram, name: str) -> Markup:
+    layout, tallest = _layout(one), math.sqrt(max((found.count for found in one.bins), default=0) or 1)
+    bars = (_bar(x, width, _HEIGHT * math.sqrt(found.count) / tallest, found.kept) for found, x, width in layout.bars)
+    dashes = (
+        Markup('<line class="limit" x1="{0:.1f}" x2="{0:.1f}" y1="0" y2="{1:.1f}"/>').format(x, _HEIGHT) for x in layout.limits
+    )
+    described = f"{short_number(one.low)} to {short_number(one.high)}, {one.documents:,} documents. {one.effect}".strip()
+    return Markup(
+        '<svg viewBox="0 0 {0:g} {1:g}" xmlns="http://www.w3.org/2000/svg" role="img" aria-labelledby="{2}-title {2}-desc">'
+        '<title id="{2}-title">{3}</title><desc id="{2}-desc">{4}</desc>{5}{6}'
+        '<line class="axis" x1="{7:.1f}" x2="{8:.1f}" y1="{9:g}" y2="{9:g}"/>'
+        '<text x="{7:.1f}" y="{1:g}">{10}</text><text class="end" x="{8:.1f}" y="{1:g}">{11}</text></svg>'
+    ).format(
+        _WIDTH,
+        _HEIGHT + _LABELS,
+        name,
+        one.title,
+        described,
+        Markup("").join(bars),
+        Markup("").join(dashes),
+        layout.start,
+        layout.end,
+        _HEIGHT,
+        short_number(one.low),
+        short_number(one.high),
+    )
+
+
+def _bar(x: float, width: float, height: float, kept: bool) -> Markup:
+    height = max(height, 1.0)
+    return Markup('<rect class="{}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"/>').format(
+        "kept" if kept else "dropped", x, _HEIGHT - height, max(width - 0.5, 0.5), height
+    )
+
+
+def draw_section(section: report.Section, name: str) -> Markup:
+    """The parts of a section below its heading. name: unique in the page, it begins the ids of the section's drawings."""
+    return draw_parts(section.parts, (f"{name}-{number}" for number in count(1)))
+
+
+def draw_parts(parts: Sequence[report.Part], ids: Iterator[str]) -> Markup:
+    """Parts one after the other. Every text is escaped. ids: names for the drawings, unique in the page."""
+    return Markup("").join(draw(part, ids) for part in parts)
+
+
+def draw(part: report.Part, ids: Iterator[str]) -> Markup:
+    """One part. Empty when there is nothing to draw in it."""
+    match part:
+        case report.Heading(text, level):
+            return Markup("<h{0}>{1}</h{0}>").format(level, text)
+        case report.Text(text, is_lead):
+            return lead(text) if is_lead else soft(text)
+        case report.Verbatim(text):
+            return Markup("<pre>{}</pre>").format(text)
+        case report.Facts(values):
+            return facts(values)
+        case report.Table():
+            return _table(part)
+        case report.Curves():
+            return line_chart(part, name=next(ids))
+        case report.Histograms(histograms):
+            return drawings(histograms, ids)
+        case report.HeatMaps(maps):
+            return Markup('<div class="heats">{}</div>').format(Markup("").join(map(_heat_map, maps)))
+        case report.Tokens(pieces, listed):
+            return token_list(pieces) if listed else tokens_html(pieces)
+        case report.Documents(found):
+            return documents(found)
+        case report.Answers(given):
+            return answers(given)
+        case report.Samples(written):
+            return samples(written)
+        case report.Folded():
+            return _folded(part, ids)
+    raise AssertionError(part)
+
+
+def _table(part: report.Table) -> Markup:
+    drawn = table(part.columns, [[_cell(cell) for cell in row] for row in part.rows])
+    return Markup('<div class="{}-bars">{}</div>').format(part.bars, drawn) if part.bars else drawn
+
+
+def _cell(cell: str | report.Cell) -> str | Markup:
+    if isinstance(cell, str):
+        return cell
+    if cell.share is not None:
+        return measured(cell.share, cell.text) if cell.text else bar(cell.share, cell.rest)
+    text: str | Markup = cell.text
+    if cell.strong:
+        text = Markup("<b>{}</b>").format(text)
+    if cell.warning:
+        text = Markup('<span class="differs">{}</span>').format(text)
+    if cell.remark:
+        remark = Markup('<span class="soft">{}</span>').format(cell.remark)
+        text = Markup("{} {}").format(text, remark) if text else remark
+    return text
+
+
+def _folded(part: report.Folded, ids: Iterator[str]) -> Markup:
+    body = draw_parts(part.parts, ids)
+    if isinstance(part.summary, str):
+        return Markup("<details><summary>{}</summary>{}</details>").format(part.summary, body)
+    drawn = (_cell(cell) for cell in part.summary)
+    cells = Markup("").join(one if isinstance(one, Markup) else Markup("<span>{}</span>").format(one) for one in drawn)
+    return Markup('<details class="folded-row"><summary>{}</summary>{}</details>').format(cells, body)
+
+
+def _heat_map(part: report.HeatMap) -> Markup:
+    values = np.array(part.values)
+    return heat_map(
+        values,
+        title=part.title,
+        shown=lambda value: f"{value:.3g}",
+        rows=part.row_kind,
+        columns=part.column_kind,
+        shades_LH=logarithmic_shades(values) if part.logarithmic else None,
+        row_names=part.row_names,
+        column_names=part.column_names,
+    )
 
 
 def render_report(report: ReportData) -> str:

@@ -8,15 +8,12 @@ from typing import Any
 
 from rich.console import Group, RenderableType
 
-from bessemer.core.figures import duration, percent, short_count
-from bessemer.scaling.laws.bootstrap import Interval
-from bessemer.scaling.laws.fit import Fit
-from bessemer.scaling.laws.frontier import Frontier, PowerLaw
-from bessemer.scaling.laws.isoflop import IsoFlop, IsoFlopBias
+from bessemer.core.metrics import duration, percent, short_count
+from bessemer.scaling.laws.fit import Fit, Interval
+from bessemer.scaling.laws.isoflop import Frontier, IsoFlop, IsoFlopBias, PowerLaw
 from bessemer.scaling.laws.parametric import ParametricLaw
 from bessemer.scaling.planner import describe
-from bessemer.scaling.predict import Prediction
-from bessemer.scaling.suggest import Suggestion
+from bessemer.scaling.suggest import Prediction, Suggestion
 from bessemer.views.parts_terminal import listing, literal, section
 
 #: Rows of the table of a fit: a name, and the number of the law.

@@ -1,4 +1,7 @@
-"""Charts of scaling laws and sweeps, each a whole SVG file. The same numbers give the same bytes."""
+"""Charts as whole SVG files: scaling laws, sweeps, and the reliability of an evaluation's choices.
+
+The same numbers give the same bytes.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from bessemer.core.figures import short_count
+from bessemer.core.metrics import short_count
 from bessemer.scaling.laws.fit import Fit
 from bessemer.scaling.laws.isoflop import Parabola
 
@@ -100,3 +103,21 @@ def svg_chart(draw: Callable[[Axes], None], title: str, x_label: str, y_label: s
         stream = io.StringIO()
         figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
     return stream.getvalue()
+
+
+def reliability_chart(tasks: Mapping[str, Mapping[str, Any]]) -> str:
+    """Accuracy over confidence of each bin, a colour for each task, beside the diagonal where both are equal.
+
+    tasks: results by name, with the `calibration` of `task_results`.
+    """
+
+    def draw(axes: Axes) -> None:
+        axes.plot([0, 1], [0, 1], color=SOFT, linewidth=0.8)
+        for number, (name, results) in enumerate(tasks.items()):
+            found = results["calibration"]
+            points = [(one["confidence"], one["accuracy"]) for one in found["bins"]]
+            label = f"{name}: error {found['expected_calibration_error']:.3f}"
+            axes.plot(*zip(*points, strict=True), "o-", color=LINES[number % len(LINES)], markersize=4, label=label)
+        axes.legend(frameon=False, fontsize=7)
+
+    return svg_chart(draw, "Reliability of choices", "confidence", "accuracy")

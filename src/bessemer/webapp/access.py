@@ -1,4 +1,7 @@
-"""Who may see what models are made of, and answers of work on the disk."""
+"""Access control for training data, and what the routes share: errors, work off the event loop, styles apart from drawn HTML.
+
+The pages' policy allows no inline styles, so a drawing is sent with its styles beside it.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,24 @@ from typing import TYPE_CHECKING, TypeVar
 
 from fastapi import Request
 
+from bessemer.core.environment import install_advice
 from bessemer.core.errors import ArtefactError, RequestError
-from bessemer.core.packages import install_advice
-from bessemer.pipeline.run_names import run_names
-from bessemer.serving.bodies import ApiError
-from bessemer.serving.clients import caller_of
+from bessemer.pipeline import run_names
+from bessemer.serving.runtime.bodies import ApiError
+from bessemer.serving.runtime.clients import caller_of
 
 if TYPE_CHECKING:
     from bessemer.pipeline.run_folder import RunFolder
+
+
+def without_styles(html: str) -> str:
+    """The same with its styles beside it: the page's script sets them.
+
+    In texts a quotation mark is `&#34;`, and `<` is `&lt;`, so only what the views themselves wrote is found.
+    """
+    html = html.replace(' style="', ' data-style="')
+    return html.replace("<style>", "<pre data-sheet hidden>").replace("</style>", "</pre>")
+
 
 Result = TypeVar("Result")
 

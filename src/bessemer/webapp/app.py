@@ -1,28 +1,77 @@
-"""The pages beside the API: their HTML, their scripts and styles, and what they ask about the model and the runs."""
+"""The pages beside the API: their HTML, scripts and styles, and the routes that they call.
+
+The page of the API describes every route with its fields and a command to try it.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import mimetypes
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from bessemer.serving.app import Pages, described
-from bessemer.serving.served import Served
-from bessemer.webapp.api_page import operations_by_tag
+from bessemer.serving.runtime.served import Served
 from bessemer.webapp.data_api import DataApi
 from bessemer.webapp.feedback import FeedbackApi
 from bessemer.webapp.lineage_api import LineageApi
 from bessemer.webapp.runs_api import RunsApi
 from bessemer.webapp.token_api import TokenApi
 from bessemer.webapp.xray_api import XrayApi
+
+#: A body to try each route with.
+_EXAMPLES: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 64},
+    "/v1/completions": {"prompt": "The furnace", "max_tokens": 32},
+    "/v1/embeddings": {"input": ["iron", "steel"]},
+    "/v1/responses": {"input": "Hello", "max_output_tokens": 64},
+    "/v1/messages": {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 64},
+    "/v1/messages/count_tokens": {"messages": [{"role": "user", "content": "Hello"}]},
+    "/tokenize": {"prompt": "The furnace"},
+    "/detokenize": {"tokens": [72, 105]},
+    "/v1/load_lora_adapter": {"lora_name": "mine", "lora_path": "mine"},
+    "/v1/unload_lora_adapter": {"lora_name": "mine"},
+}
+
+
+def operations_by_tag(document: Mapping[str, Any], model: str) -> list[tuple[str, list[dict[str, Any]]]]:
+    """The operations of a description, for the template. model: a name that is served."""
+    tags: dict[str, list[dict[str, Any]]] = {}
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            tags.setdefault(operation["tags"][0], []).append(_shown(document, path, method, operation, model))
+    return list(tags.items())
+
+
+def _shown(document: Mapping[str, Any], path: str, method: str, operation: Mapping[str, Any], model: str) -> dict[str, Any]:
+    schema: Mapping[str, Any] = {}
+    if "requestBody" in operation:
+        name = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+        schema = document["components"]["schemas"][name]
+    fields = schema.get("properties", {})
+    command = f"curl {'-X DELETE ' if method == 'delete' else ''}ADDRESS{path}"
+    if path in _EXAMPLES:
+        body = ({"model": model} if "model" in fields else {}) | _EXAMPLES[path]
+        command += f" -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
+    return {
+        "id": operation["operationId"],
+        "method": method.upper(),
+        "path": path,
+        "summary": operation["summary"],
+        "fields": fields,
+        "required": schema.get("required", []),
+        "example": command,
+    }
+
 
 #: Scripts and styles come from this server alone, and there are none in the pages themselves.
 POLICY = (

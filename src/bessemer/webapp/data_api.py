@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
 
+from bessemer.core.environment import install_advice
 from bessemer.core.errors import ConfigError
-from bessemer.core.packages import install_advice
-from bessemer.data.corpus.lookup import SIDES, history, is_document_id
+from bessemer.data.corpus.reader import SIDES, history, is_document_id
 from bessemer.data.corpus.search import Found, Query, duplicate_groups, facets, ranked, search, sides_of
-from bessemer.serving.served import Served
+from bessemer.serving.runtime.served import Served
 from bessemer.tokenization.measure import shown_tokens
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 from bessemer.webapp.access import missing, module_of, named_run, off_the_loop, shown_runs
 
 if TYPE_CHECKING:
-    from bessemer.data.stages.explain import Explanation
+    from bessemer.data.stages.in_memory import Explanation
     from bessemer.pipeline.run_folder import RunFolder
 
 _MOST = 100
@@ -167,9 +167,9 @@ class DataApi:
 
 def _explained(run: RunFolder, text: str, url: str | None) -> Explanation:
     # filters are compiled: a server that nobody asks for them starts without
-    from bessemer.data.stages.explain import explain, explain_with
-    from bessemer.pipeline.recorded_cleaning import recorded_cleaning
-    from bessemer.pipeline.services import open_language_model
+    from bessemer.data.stages.in_memory import explain, explain_with
+    from bessemer.pipeline.recipe_settings import recorded_cleaning
+    from bessemer.pipeline.stages import open_language_model
 
     clean, select, folder = recorded_cleaning(run)
     if clean is None and select is None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from fastapi import APIRouter, Request
 from pydantic import Field, model_validator
 
-from bessemer.serving.bodies import ApiError, Body, misfit, read_body
+from bessemer.serving.runtime.bodies import ApiError, Body, misfit, read_body
 
 #: Files below the folder: rows of `preference` and of KTO, in TRL's conversational form.
 PAIRS, LABELS = "pairs.jsonl", "labels.jsonl"

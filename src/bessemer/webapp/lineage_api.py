@@ -18,11 +18,10 @@ from bessemer.data.corpus.reader import TRAIN, holds_documents
 from bessemer.data.corpus.search import Passage, passages
 from bessemer.inspection.inspect import piece_of
 from bessemer.model.decoder import Decoder
-from bessemer.model.folder import load_model
-from bessemer.model.folder_config import read_model_config
-from bessemer.serving.bodies import ApiError, Body, read_body
-from bessemer.serving.clients import caller_of
-from bessemer.serving.served import Served
+from bessemer.model.storage.folder import load_model, read_model_config
+from bessemer.serving.runtime.bodies import ApiError, Body, read_body
+from bessemer.serving.runtime.clients import caller_of
+from bessemer.serving.runtime.served import Served
 from bessemer.webapp.access import check_owner, missing, named_run, off_the_loop
 from bessemer.webapp.token_api import TokenId
 
@@ -164,7 +163,7 @@ def _models_of(stage: str, folder: Path) -> Iterator[_Earlier]:
 
 def _of_checkpoint(checkpoint: Path) -> Decoder:
     # what reads checkpoints takes seconds to load, and a server that nobody asks for them starts without
-    from bessemer.training.checkpoint.load import checkpoint_model
+    from bessemer.training.checkpoint.export import checkpoint_model
 
     return checkpoint_model(checkpoint)[0]
 

@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse
 
-from bessemer.pipeline.run_names import run_names
+from bessemer.pipeline import run_names
 from bessemer.webapp.access import missing, named_run, off_the_loop, shown_runs
 
 #: The report's own file: it needs nothing but its styles, and whatever it held could reach nothing here.
@@ -18,7 +18,7 @@ _REPORT_POLICY = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-sr
 
 def _told() -> ModuleType:
     # what draws takes seconds to load, and a server that nobody asks for it starts without
-    from bessemer.webapp import run_told
+    from bessemer.webapp import run_summary as run_told
 
     return run_told
 

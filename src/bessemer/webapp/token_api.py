@@ -13,15 +13,15 @@ from torch import Tensor
 
 from bessemer.core.errors import RequestError
 from bessemer.inference.capture import Capture, Captured
+from bessemer.inference.sampling.distribution import truncated_logits
 from bessemer.inference.sampling.params import SamplingParams
-from bessemer.inference.sampling.truncation import truncated_logits
 from bessemer.inspection.inspect import piece_of
-from bessemer.inspection.lens import lens_logits
-from bessemer.serving.bodies import ApiError, Body, Name, read_body
-from bessemer.serving.clients import caller_of
-from bessemer.serving.served import Served
-from bessemer.serving.streams import as_api_error
-from bessemer.serving.worker import TextEngine
+from bessemer.inspection.recording import lens_logits
+from bessemer.serving.runtime.bodies import ApiError, Body, Name, read_body
+from bessemer.serving.runtime.clients import caller_of
+from bessemer.serving.runtime.served import Served
+from bessemer.serving.runtime.streams import as_api_error
+from bessemer.serving.runtime.worker import TextEngine
 
 # Shapes: L layers and one more for the embeddings, V vocabulary.
 

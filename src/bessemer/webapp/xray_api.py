@@ -20,16 +20,16 @@ from bessemer.core.environment import free_memory_bytes
 from bessemer.core.errors import RequestError
 from bessemer.inference.engine import Engine
 from bessemer.inference.sampling.params import SamplingParams
-from bessemer.inspection.ablation import without_heads
+from bessemer.inspection.heads import without_heads
 from bessemer.inspection.inspect import inspect
 from bessemer.model.costs import parameters
 from bessemer.model.decoder import Decoder
-from bessemer.model.tuned_folder import load_whole
-from bessemer.serving.bodies import ApiError, Body, read_body
-from bessemer.serving.clients import caller_of
-from bessemer.serving.served import Served
-from bessemer.serving.streams import until_client_leaves
-from bessemer.webapp.drawn import without_styles
+from bessemer.model.storage.tuned_folder import load_whole
+from bessemer.serving.runtime.bodies import ApiError, Body, read_body
+from bessemer.serving.runtime.clients import caller_of
+from bessemer.serving.runtime.served import Served
+from bessemer.serving.runtime.streams import until_client_leaves
+from bessemer.webapp.access import without_styles
 
 #: Pictures are drawn of at most these tokens by tokens.
 _LONGEST = 512

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bessemer.core.sandbox.cgroup import ControlGroup, own_parent_group, parent_group
+from bessemer.core.sandbox.resources import ControlGroup, own_parent_group, parent_group
 
 
 def make_group(folder: Path, controllers: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 if sys.platform != "linux":
     pytest.skip("seccomp is Linux's", allow_module_level=True)
 
-from bessemer.core.sandbox.launcher.seccomp import program
+from bessemer.core.sandbox.launcher.linux import filter_program
 
 ALLOW, KILL = 0x7FFF0000, 0x80000000
 ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
@@ -31,7 +31,7 @@ def answer(machine: str, number: int, *arguments: int, signals: bool = False, me
     """What the filter returns for a call."""
     data = {0: number, 4: arch or ARCHITECTURES[machine]}
     data |= {16 + 8 * index: value & 0xFFFFFFFF for index, value in enumerate((*arguments, 0, 0, 0)[:3])}
-    instructions = program(signals, metadata, machine)
+    instructions = filter_program(signals, metadata, machine)
     place, held = 0, 0
     while True:
         code, yes, no, operand = instructions[place]

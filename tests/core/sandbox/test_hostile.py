@@ -15,7 +15,7 @@ import pytest
 
 import bessemer
 from bessemer.core.sandbox import Tier
-from bessemer.core.sandbox.interpreter import base_executable, closed_to_others
+from bessemer.core.sandbox.execution import base_executable, closed_to_others
 
 from . import hostile
 

@@ -161,9 +161,9 @@ def test_a_killed_caller_takes_the_program_with_it(maximum, tmp_path):
 
 WITHOUT_NAMESPACES = """
 from bessemer.core.sandbox import Sandbox
-from bessemer.core.sandbox.launcher import libc, seccomp
-libc.prctl(libc.PR_SET_NO_NEW_PRIVS, 1)
-seccomp.install(refuse_signals=False, ignore_metadata=False)
+from bessemer.core.sandbox.launcher import linux
+linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
+linux.install_filter(refuse_signals=False, ignore_metadata=False)
 box = Sandbox()
 print(box.tier.value, box.run("print(1)").stdout, end="")
 """

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 import pyarrow as pa
 
-from bessemer.data.corpus.text_hash import hash_text
 from bessemer.data.deduplication.corpus import Corpus, Documents
+from bessemer.data.text.texts import hash_text
 
 
 def stream(texts: dict[int, str], *, batch_rows: int = 3, order: Iterable[int] | None = None, **more: dict) -> Documents:

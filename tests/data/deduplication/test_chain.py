@@ -6,15 +6,14 @@ import numpy as np
 import pyarrow as pa
 
 from bessemer.data.corpus.reader import SCHEMA, iterate_documents
-from bessemer.data.corpus.text_hash import hash_text
 from bessemer.data.corpus.writer import write_documents
-from bessemer.data.deduplication.chain import after, apply
 from bessemer.data.deduplication.corpus import Corpus
 from bessemer.data.deduplication.decontaminate import Contamination, Item
-from bessemer.data.deduplication.exact import exact_duplicates
+from bessemer.data.deduplication.methods import exact_duplicates, summarise
 from bessemer.data.deduplication.near import near_duplicates
 from bessemer.data.deduplication.passages import repeated_lines, repeated_sentences
-from bessemer.data.deduplication.summary import summarise
+from bessemer.data.deduplication.removals import after, apply
+from bessemer.data.text.texts import hash_text
 from tests.data.deduplication.corpora import corpus_of, dropped
 
 LINE = "one line of more than five words"

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from bessemer.core.errors import ArtefactError
 from bessemer.data.deduplication.corpus import Corpus, parse_ids, write_ids
-from bessemer.data.deduplication.exact import exact_duplicates, normalise_url, url_duplicates
+from bessemer.data.deduplication.methods import exact_duplicates, normalise_url, url_duplicates
 from tests.data.deduplication.corpora import corpus_of, dropped, stream
 
 

@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bessemer.data.deduplication.minhash import Orders, band_keys
+from bessemer.data.deduplication.minhash import Orders, band_keys, jaccard, shingle_sets
 from bessemer.data.deduplication.near import near_duplicates
-from bessemer.data.deduplication.shingles import jaccard, shingle_sets
 from bessemer.data.text.texts import Texts
 from tests.cases import slow_but
 from tests.data.deduplication import reference

@@ -5,15 +5,12 @@ import pyarrow as pa
 import pytest
 
 from bessemer.core.errors import ConfigError
-from bessemer.data.deduplication.chain import after
-from bessemer.data.deduplication.corpus import Corpus
-from bessemer.data.deduplication.exact import exact_duplicates
+from bessemer.data.deduplication.corpus import Corpus, Preference
+from bessemer.data.deduplication.methods import exact_duplicates
 from bessemer.data.deduplication.near import near_duplicates
-from bessemer.data.deduplication.passages import repeated_lines
-from bessemer.data.deduplication.preference import Preference
-from bessemer.data.deduplication.removals import SpanCollector, span_type
+from bessemer.data.deduplication.passages import repeated_lines, repeated_substrings
+from bessemer.data.deduplication.removals import SpanCollector, after, span_type
 from bessemer.data.deduplication.semantic import semantic_duplicates
-from bessemer.data.deduplication.substrings import repeated_substrings
 from tests.data.deduplication.corpora import applied, corpus_of, dropped, stream
 
 LINE = "Air that is blown through the melt burns the carbon of the pig iron nearly all away."

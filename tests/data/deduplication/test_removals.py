@@ -10,9 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bessemer.data.deduplication.passages import passages, repeated_lines, repeated_paragraphs, repeated_sentences
+from bessemer.data.deduplication.passages import (
+    passages,
+    repeated_lines,
+    repeated_paragraphs,
+    repeated_sentences,
+    repeated_substrings,
+)
 from bessemer.data.deduplication.removals import SpanCollector, cut, span_type
-from bessemer.data.deduplication.substrings import repeated_substrings
 from bessemer.data.text.texts import Texts
 from tests.data.deduplication import reference
 from tests.data.deduplication.corpora import applied, corpus_of, dropped, numbered

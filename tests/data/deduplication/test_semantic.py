@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from bessemer.core.errors import ConfigError
 from bessemer.data.deduplication.corpus import Corpus
-from bessemer.data.deduplication.embeddings import read_embeddings
-from bessemer.data.deduplication.semantic import HashedTfIdf, semantic_duplicates
+from bessemer.data.deduplication.semantic import HashedTfIdf, read_embeddings, semantic_duplicates
 from tests.data.deduplication.corpora import corpus_of, dropped, numbered
 
 DIMENSIONS = 16

@@ -5,8 +5,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from bessemer.data.deduplication.folding import fold_table
-from bessemer.data.deduplication.words import count_words, hash_words, most_words, run_hash, run_hashes
+from bessemer.data.deduplication.words import count_words, fold_table, hash_words, most_words, run_hash, run_hashes
 from tests.data.deduplication import reference
 
 FOLDINGS = ["similar", "words", "exact"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from bessemer.data.extraction.block_text import block_text
-from bessemer.data.extraction.decide import decide
+from bessemer.data.extraction.extract import decide
 from bessemer.data.extraction.features import features
 from bessemer.data.extraction.parsing import parse
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from bessemer.data.extraction.encoding import codec_of, codec_of_page, to_utf8
+from bessemer.data.extraction.extract import codec_of, codec_of_page, to_utf8
 
 GERMAN = "<p>Über den Fluß führt eine Brücke, größer als alle anderen, für Fußgänger und Züge.</p>"
 JAPANESE = "<p>製鋼所の炉は注意深く加熱されなければならない。炎の色で分かる。</p>" * 3

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 
 from bessemer.core.errors import ArtefactError
-from bessemer.data.extraction.feature_columns import FEATURES
+from bessemer.data.extraction.extract import main_text
 from bessemer.data.extraction.features import features
-from bessemer.data.extraction.main_text import main_text
-from bessemer.data.extraction.model import CONTEXT, from_json, judge, probabilities, to_json, trained
+from bessemer.data.extraction.model import CONTEXT, FEATURES, from_json, judge, probabilities, to_json, trained
 from bessemer.data.extraction.parsing import parse
 from bessemer.data.extraction.training import agreed, by_phrases, by_text, fit, fit_trees, mark
 from tests.data.extraction.test_extract import ARTICLE, SENTENCES

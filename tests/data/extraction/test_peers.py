@@ -8,12 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from bessemer.core.environment import install_extra
 from bessemer.core.errors import ConfigError
-from bessemer.core.packages import install_extra
 from bessemer.data import limited
-from bessemer.data.extraction import peers
-from bessemer.data.extraction.extract import extract
-from bessemer.data.extraction.peers import NoAnswerError, Trafilatura, union
+from bessemer.data.extraction import extract as peers
+from bessemer.data.extraction.extract import NoAnswerError, Trafilatura, extract, union
 from tests.data.extraction.test_extract import ARTICLE, SENTENCES
 
 

@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bessemer.data.extraction.encoding import to_utf8
-from bessemer.data.extraction.extract import extract
+from bessemer.data.extraction.extract import extract, to_utf8
 from bessemer.data.extraction.parsing import parse
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from bessemer.data.extraction.feature_columns import FEATURES
+from bessemer.data.extraction.blocks import BUCKETS, MOST_HASHED, MOST_WORDS, buckets_of, fit_words, word_scores
 from bessemer.data.extraction.features import features
+from bessemer.data.extraction.model import FEATURES
 from bessemer.data.extraction.parsing import parse
-from bessemer.data.extraction.words import BUCKETS, MOST_HASHED, MOST_WORDS, buckets_of, fit_words, word_scores
 
 
 def parsed(source: str):

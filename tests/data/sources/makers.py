@@ -17,15 +17,14 @@ import pyarrow.parquet as pq
 from fastwarc.stream_io import GzipWriter, ZstdWriter
 from fastwarc.warc import WarcRecord, WarcRecordType
 
-from bessemer.data.sources.build import open_source
-from bessemer.data.sources.document import Tally
-from bessemer.data.sources.formats.pages import Extraction
-from bessemer.data.sources.registry import source_plugin
+from bessemer.data.sources.html import Extraction
+from bessemer.data.sources.registry import open_source, source_plugin
+from bessemer.data.sources.source import Tally
 
 
 def plain_text(page, url=None):
     """Stands for the extractor: all text of a page."""
-    from bessemer.data.sources.formats.markup import text_of_markup
+    from bessemer.data.sources.markup import text_of_markup
 
     return text_of_markup(page.decode())
 

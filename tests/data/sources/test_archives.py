@@ -6,7 +6,7 @@ import zipfile
 
 import pytest
 
-from bessemer.data.sources.document import Tally
+from bessemer.data.sources.source import Tally
 from tests.data.sources.makers import assert_resumes, documents, opened, page, tar, zipped
 
 HTML = page("<p>A page about steel.</p>")

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from bessemer.data.sources.document import Tally
+from bessemer.data.sources.source import Tally
 from tests.data.sources.makers import PAPER, assert_resumes, documents, epub, opened, pdf, tar, zipped
 
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from bessemer.data.sources.document import Tally
-from bessemer.data.sources.formats.languages import language_of
+from bessemer.data.sources.code import language_of
+from bessemer.data.sources.source import Tally
 from tests.data.sources.makers import documents, opened, page, tar, zipped
 
 MIT = (

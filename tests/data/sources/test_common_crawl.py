@@ -8,10 +8,9 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from bessemer.core.errors import SourceError
-from bessemer.data.sources.build import open_source
-from bessemer.data.sources.document import Tally
-from bessemer.data.sources.formats.pages import Extraction
-from bessemer.data.sources.registry import source_plugin
+from bessemer.data.sources.html import Extraction
+from bessemer.data.sources.registry import open_source, source_plugin
+from bessemer.data.sources.source import Tally
 from tests.data.sources.makers import found, page, plain_text, warc
 from tests.data.sources.web import Counted
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bessemer.data.sources.origins.docstrings import dedent, docstrings, is_documentation_code, module_name
+from bessemer.data.sources.python_docs import dedent, docstrings, is_documentation_code, module_name
 from tests.data.conftest import MODULE
 
 

@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bessemer.core.errors import ConfigError
-from bessemer.data.sources.document import Tally
 from bessemer.data.sources.registry import SOURCES, source_plugin
+from bessemer.data.sources.source import Tally
 from tests.data.sources.makers import assert_resumes, documents, examples, found, opened
 
 EXAMPLES = examples()
@@ -105,7 +105,7 @@ def hurt(folder, kind, name, content, data):
 
 def test_settings_load_no_heavy_library():
     code = (
-        "import sys; import bessemer.data.sources.config; "
+        "import sys; import bessemer.data.sources.registry; "
         "print([name for name in ('pyarrow', 'lxml', 'fastwarc', 'numpy', 'zstandard', 'protego') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

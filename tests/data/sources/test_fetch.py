@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from bessemer.data.sources.http.fetch import FetchError, Limits, fetch, fetch_once, is_public, normal_url
+from bessemer.data.sources.io.fetch import FetchError, Limits, fetch, fetch_once, is_public, normal_url
 from tests.data.sources.web import Counted
 
 LOCAL = Limits("testbot/1", seconds=5, max_bytes=100_000, retries=2, allow_private=True)
@@ -76,7 +76,7 @@ def test_a_redirect_to_a_private_address_is_refused(site, monkeypatch):
     """The first host is taken for a public one; the redirect leads to the same machine under its private address."""
     site.answers["/"] = (302, {"Location": f"{site.url}/secret"}, b"")
     site.html("/secret", "secret")
-    monkeypatch.setattr("bessemer.data.sources.http.fetch.is_public", lambda address: address != "127.0.0.1" or not site.asked)
+    monkeypatch.setattr("bessemer.data.sources.io.fetch.is_public", lambda address: address != "127.0.0.1" or not site.asked)
     with pytest.raises(FetchError) as refused:
         fetch(f"{site.url}/", replace(LOCAL, allow_private=False))
     assert refused.value.kind == "private_addresses"
@@ -95,7 +95,7 @@ def test_a_name_is_resolved_once_so_that_what_was_checked_is_connected_to(site, 
 
     site.html("/", "x")
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-    monkeypatch.setattr("bessemer.data.sources.http.fetch.is_public", lambda address: address == "127.0.0.1")
+    monkeypatch.setattr("bessemer.data.sources.io.fetch.is_public", lambda address: address == "127.0.0.1")
     assert fetch(f"http://rebinding.example:{port}/", replace(LOCAL, allow_private=False)).status == 200
     assert said.count("rebinding.example") == 1
 
@@ -111,7 +111,7 @@ def test_a_request_names_no_port_but_another_than_its_schemes(address, host, sit
     said = []
     site.answers["/"] = lambda handler: (200, {}, handler.headers["Host"].encode())
     place = (socket.AF_INET, ("127.0.0.1", site.server.server_port))
-    monkeypatch.setattr("bessemer.data.sources.http.fetch._resolved", lambda host, port, allowed: said.append(port) or [place])
+    monkeypatch.setattr("bessemer.data.sources.io.fetch._resolved", lambda host, port, allowed: said.append(port) or [place])
     monkeypatch.setattr("ssl.create_default_context", Unencrypted)
     assert fetch(address, LOCAL).body.decode() == (host or "example.org:8443")
     assert said == [8443 if host is None else 443]

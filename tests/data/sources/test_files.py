@@ -16,16 +16,13 @@ from hypothesis import strategies as st
 
 from bessemer.core.errors import SourceError
 from bessemer.core.progress import Silent
-from bessemer.data.sources.build import source_fingerprint
-from bessemer.data.sources.document import Tally
-from bessemer.data.sources.formats.files import TextFiles, files_source
-from bessemer.data.sources.formats.records import record_document
+from bessemer.data.sources.files import TextFiles, files_source
 from bessemer.data.sources.io import paths
-from bessemer.data.sources.io.cutting import bounded_lines
-from bessemer.data.sources.io.paths import ContentFingerprints
+from bessemer.data.sources.io.file_source import bounded_lines, record_document
+from bessemer.data.sources.io.paths import READ_BY, ContentFingerprints
 from bessemer.data.sources.io.streams import open_stream
-from bessemer.data.sources.registry import source_plugin
-from bessemer.data.sources.suffixes import READ_BY
+from bessemer.data.sources.registry import source_fingerprint, source_plugin
+from bessemer.data.sources.source import Tally
 from tests.data.sources.makers import opened
 
 COMPRESS = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress, ".bz2": bz2.compress, ".xz": lzma.compress}

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from bessemer.core.errors import ConfigError, SourceError, StorageError
-from bessemer.data.sources.document import Tally
+from bessemer.data.sources.source import Tally
 from tests.data.sources.makers import examples, found, json_lines, opened, page, warc, zipped
 
 EXAMPLES = examples()

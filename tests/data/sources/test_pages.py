@@ -3,11 +3,10 @@ from __future__ import annotations
 import pytest
 
 from bessemer.core.errors import SourceError
-from bessemer.data.sources.document import Tally
-from bessemer.data.sources.formats import pages
-from bessemer.data.sources.formats.markup import text_of_markup
-from bessemer.data.sources.formats.pages import Extraction, opt_out, page_document
-from bessemer.data.sources.licenses import license_of_address, license_of_text, stated_license
+from bessemer.data.sources import html as pages
+from bessemer.data.sources.html import Extraction, opt_out, page_document
+from bessemer.data.sources.markup import text_of_markup
+from bessemer.data.sources.source import Tally, license_of_address, license_of_text, stated_license
 from tests.data.sources.makers import documents, page, plain_text
 
 
@@ -120,8 +119,8 @@ def test_an_extractor_that_fails_costs_one_page():
 
 
 def test_a_page_on_which_trafilatura_runs_out_of_time_is_named_and_a_union_keeps_our_text(monkeypatch):
-    from bessemer.data.extraction import peers
-    from bessemer.data.sources.formats import pages
+    from bessemer.data.extraction import extract as peers
+    from bessemer.data.sources import html as pages
 
     def late(html, url=None):
         raise peers.NoAnswerError("extraction_timeouts", "trafilatura took more than 10 s for this page")
@@ -143,7 +142,7 @@ def test_a_page_on_which_trafilatura_runs_out_of_time_is_named_and_a_union_keeps
 def test_an_extractor_that_fails_on_any_page_ends_the_run(monkeypatch):
     """Else a whole crawl would be set aside page by page."""
     import bessemer.data.extraction.extract as extraction
-    from bessemer.data.sources.formats import pages
+    from bessemer.data.sources import html as pages
 
     def broken(html, *, url=None, extractor="bessemer", on_failure=None):
         raise KeyError("inputs")

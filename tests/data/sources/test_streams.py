@@ -13,9 +13,9 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bessemer.data.sources.io.cutting import bounded_lines, fragments
+from bessemer.data.sources.io.file_source import bounded_lines, fragments
+from bessemer.data.sources.io.paths import compression_of, uncompressed_name
 from bessemer.data.sources.io.streams import open_stream, stream_of, whole_gzip_member
-from bessemer.data.sources.suffixes import compression_of, uncompressed_name
 
 COMPRESS = {
     ".gz": gzip.compress,

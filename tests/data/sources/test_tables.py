@@ -12,12 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from bessemer.core.environment import install_extra
 from bessemer.core.errors import SourceError
-from bessemer.core.packages import install_extra
-from bessemer.data.sources.build import open_source
-from bessemer.data.sources.document import Tally
-from bessemer.data.sources.http.fetch import Clock, may_pass
-from bessemer.data.sources.registry import source_plugin
+from bessemer.data.sources.io.fetch import Clock, may_pass
+from bessemer.data.sources.registry import open_source, source_plugin
+from bessemer.data.sources.source import Tally
 from tests.data.sources.makers import assert_resumes, documents, json_lines, opened, parquet, tar, zipped
 
 ROWS = [{"id": n, "body": f"Text {n}, about\nsteel", "link": f"http://e.org/{n}", "stars": n} for n in range(25)]

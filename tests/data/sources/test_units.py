@@ -5,14 +5,13 @@ from __future__ import annotations
 import pytest
 
 from bessemer.core.errors import SourceError
-from bessemer.data.sources.document import Document, Tally
-from bessemer.data.sources.formats.files import files_source
-from bessemer.data.sources.http.fetch import Clock
-from bessemer.data.sources.origins import python_docs
-from bessemer.data.sources.origins.python_docs import PythonDocs, read_python_docs
-from bessemer.data.sources.origins.user import UserFunction
-from bessemer.data.sources.origins.wheels import Wheels, read_wheel
-from bessemer.data.sources.source import counted
+from bessemer.data.sources import python_docs
+from bessemer.data.sources.docs import Wheels, read_wheel
+from bessemer.data.sources.files import files_source
+from bessemer.data.sources.io.fetch import Clock
+from bessemer.data.sources.python_docs import PythonDocs, read_python_docs
+from bessemer.data.sources.source import Document, Tally, counted
+from bessemer.data.sources.user import UserFunction
 from tests.data.sources.makers import assert_resumes, found, tar, zipped
 
 

@@ -7,11 +7,10 @@ from dataclasses import replace
 import pytest
 
 from bessemer.core.errors import SourceError
-from bessemer.data.sources.build import open_source
-from bessemer.data.sources.document import Tally
-from bessemer.data.sources.formats.pages import Extraction
-from bessemer.data.sources.http.page_store import PageStore
-from bessemer.data.sources.registry import source_plugin
+from bessemer.data.sources.html import Extraction
+from bessemer.data.sources.registry import open_source, source_plugin
+from bessemer.data.sources.source import Tally
+from bessemer.data.sources.warc import PageStore
 from tests.data.sources.makers import found, plain_text
 from tests.data.sources.web import Counted
 

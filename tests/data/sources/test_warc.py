@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from bessemer.data.sources.document import Tally
+from bessemer.data.sources.source import Tally
 from tests.data.sources.makers import assert_resumes, documents, found, opened, page, warc
 
 PAGES = [(f"http://e.org/{n}", page(f"<p>Page {n} about steel. {'More of it. ' * 20}</p>")) for n in range(8)]

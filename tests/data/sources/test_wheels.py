@@ -7,10 +7,19 @@ import sys
 import pytest
 
 from bessemer.core.errors import ConfigError, SourceError, StorageError
-from bessemer.data.sources.document import Tally
-from bessemer.data.sources.origins import lock as lock_module
-from bessemer.data.sources.origins.lock import DownloadError, Pin, cached_wheel, fetch_wheels, lock_path, read_lock
-from bessemer.data.sources.origins.wheels import license_of, read_wheel, readable_page
+from bessemer.data.sources import docs as lock_module
+from bessemer.data.sources.docs import (
+    DownloadError,
+    Pin,
+    cached_wheel,
+    fetch_wheels,
+    license_of,
+    lock_path,
+    read_lock,
+    read_wheel,
+    readable_page,
+)
+from bessemer.data.sources.source import Tally
 from tests.data.conftest import sha256
 
 
@@ -149,5 +158,5 @@ def test_without_an_index_the_reason_is_one_line(tmp_path, monkeypatch):
 
 
 def test_asking_for_pip_leaves_setuptools_importable():
-    code = "from bessemer.data.sources.origins import lock; assert lock.has_pip(); import setuptools"
+    code = "from bessemer.data.sources import docs; assert docs.has_pip(); import setuptools"
     subprocess.run([sys.executable, "-c", code], check=True)

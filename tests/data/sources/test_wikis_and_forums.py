@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bessemer.data.sources.document import Tally
-from bessemer.data.sources.formats.wikitext import wikitext_to_text
+from bessemer.data.sources.mediawiki import wikitext_to_text
+from bessemer.data.sources.source import Tally
 from tests.data.sources.makers import assert_resumes, documents, json_lines, mbox, mediawiki, opened, posts
 
 LEFT_OUT = ("file", "datei", "category", "kategorie")

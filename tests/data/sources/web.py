@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from bessemer.data.sources.http.fetch import Clock
+from bessemer.data.sources.io.fetch import Clock
 from tests.data.sources.makers import page
 
 

@@ -4,8 +4,8 @@ Three sides: the caller (`execution.py`) starts a launcher for each run and keep
 a process and waits for it; the program knows nothing of either.
 """
 
-from bessemer.core.sandbox.limits import Limits
-from bessemer.core.sandbox.result import Result
+from bessemer.core.sandbox.execution import Result
+from bessemer.core.sandbox.resources import Limits
 from bessemer.core.sandbox.sandbox import Program, Sandbox, strongest_tier
 from bessemer.core.sandbox.tiers import Gap, SandboxError, Tier
 

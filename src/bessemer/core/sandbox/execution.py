@@ -1,4 +1,7 @@
-"""The caller's side of one run: start the launcher, feed and read it, watch what the kernel does not limit, end it."""
+"""The caller's side of one run: the Python interpreter, the launcher's process, its streams and limits, the result.
+
+The launcher is started, fed and read. Limits that the kernel does not keep are checked from here, and end the run.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +9,54 @@ import math
 import os
 import selectors
 import signal
+import stat
 import subprocess
+import sys
 import time
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Literal, cast
 
 from bessemer.core.sandbox import launcher
-from bessemer.core.sandbox.cgroup import ControlGroup
-from bessemer.core.sandbox.interpreter import base_executable
 from bessemer.core.sandbox.launcher.job import Job
-from bessemer.core.sandbox.limits import Limits
-from bessemer.core.sandbox.result import Limit, Result
+from bessemer.core.sandbox.resources import ControlGroup, Limits, folder_bytes, memory_of, processes_below, threads_of
 from bessemer.core.sandbox.tiers import SandboxError
-from bessemer.core.sandbox.watch import folder_bytes, memory_of, processes_below, threads_of
+
+#: A limit for which a program is ended. Address space, open files and single files have none: the program gets an error.
+Limit = Literal["seconds", "cpu_seconds", "memory", "disk", "output", "processes"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a program printed and how it ended.
+
+    exit_code: as in `subprocess`: minus the number of the signal that ended it; None where the caller ended the run, or
+    the sandbox itself was ended (by the kernel for memory; in the weakest tier by the program).
+    limit: the limit for which the program was ended, or None.
+    seconds: wall-clock time, start of the sandbox included.
+    cpu_seconds: of the program and the children that it waited for; 0 where there is no exit code.
+    peak_memory: largest resident size of one of its processes, or what all held together when the caller looked, in bytes.
+    """
+
+    stdout: str
+    stderr: str
+    exit_code: int | None
+    limit: Limit | None
+    seconds: float
+    cpu_seconds: float
+    peak_memory: int
+
+    @property
+    def timed_out(self) -> bool:
+        """Whether time was up, by the clock or by the processor."""
+        return self.limit in ("seconds", "cpu_seconds")
+
+    @property
+    def ok(self) -> bool:
+        """Whether the program ended by itself with exit code 0."""
+        return self.exit_code == 0 and self.limit is None
+
 
 _START = "import sys; sys.path.insert(0, sys.argv[1]); from launcher.main import main; main()"
 _CHUNK = 1 << 16
@@ -196,3 +234,55 @@ def _ending(text: str) -> tuple[int | None, float, int]:
     code, seconds, peak = text.split()
     unit = 1 if os.uname().sysname == "Darwin" else 1024
     return int(code), float(seconds), int(peak) * unit
+
+
+#: Where systems keep shared libraries, the loader's list of them, and time zones.
+_SYSTEM = tuple(
+    Path(path)
+    for path in (
+        "/lib", "/lib32", "/lib64", "/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/local/lib", "/nix/store",
+        "/etc/ld.so.cache", "/etc/localtime", "/usr/share/zoneinfo",
+    )
+)  # fmt: skip
+#: What Python has below its prefix, which may hold more than Python: `/usr`, `~/.local`.
+_BELOW_PREFIX = ("bin", "lib", "lib64", "share/zoneinfo", "pyvenv.cfg")
+#: Prefixes whose libraries are in the folders above, and whose programs are the system's.
+_SYSTEM_PREFIXES = (Path("/"), Path("/usr"), Path("/usr/local"))
+
+
+@dataclass(frozen=True)
+class Interpreter:
+    """A Python: its executable, whether it leaves out all packages, and the absolute paths that it reads."""
+
+    executable: str
+    bare: bool
+    readable: tuple[str, ...]
+
+
+def base_executable() -> str:
+    """The Python that a virtual environment was made from, or this one."""
+    # typeshed does not know it
+    return str(Path(getattr(sys, "_base_executable", sys.executable)).resolve())
+
+
+def interpreter(*, packages: bool, readable: Iterable[Path] = ()) -> Interpreter:
+    """The Python to run programs with, with `readable` beside what it needs.
+
+    packages: whether programs may import what is installed in this environment; else they have the standard library alone.
+    """
+    base = base_executable()
+    places = [Path(base), *_SYSTEM, *readable]
+    prefixes = [Path(sys.base_prefix).resolve()]
+    if packages:
+        prefixes.append(Path(sys.prefix))
+        places.append(Path(sys.executable))
+    places += [prefix / name for prefix in prefixes if prefix not in _SYSTEM_PREFIXES for name in _BELOW_PREFIX]
+    existing = {place.absolute() for place in places if place.exists()}
+    kept = [place for place in existing if place.is_symlink() or not existing & set(place.parents)]
+    return Interpreter(sys.executable if packages else base, not packages, tuple(sorted(map(str, kept))))
+
+
+def closed_to_others(paths: Iterable[str]) -> bool:
+    """Whether a folder above one of the paths lets only its owner pass."""
+    folders = {parent for path in paths for parent in Path(path).parents}
+    return any(not folder.stat().st_mode & stat.S_IXOTH for folder in folders if folder.exists())

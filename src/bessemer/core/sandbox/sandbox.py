@@ -1,27 +1,29 @@
-"""`Sandbox`: run code that nobody has read."""
+"""`Sandbox`: runs code that nobody has read, in the strongest tier that this machine offers.
+
+A run without a root of its own has a scratch folder, which is removed whatever the program left in it.
+"""
 
 from __future__ import annotations
 
 import math
 import os
 import random
+import shutil
+import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path, PurePosixPath
 
 from bessemer.core.environment import usable_cores
 from bessemer.core.errors import ConfigError
-from bessemer.core.sandbox.cgroup import ControlGroup, own_parent_group
-from bessemer.core.sandbox.execution import Execution
-from bessemer.core.sandbox.interpreter import Interpreter, closed_to_others, interpreter
+from bessemer.core.sandbox.execution import Execution, Interpreter, Result, closed_to_others, interpreter
 from bessemer.core.sandbox.launcher.job import Job
-from bessemer.core.sandbox.limits import Limits
-from bessemer.core.sandbox.result import Result
-from bessemer.core.sandbox.scratch import scratch_folder
+from bessemer.core.sandbox.resources import ControlGroup, Limits, own_parent_group
 from bessemer.core.sandbox.tiers import Gap, SandboxError, Tier, gaps
 
 #: The file that holds the code of a run.
@@ -202,3 +204,29 @@ def _safe_name(name: str) -> str:
 
 def _as_bytes(content: str | bytes) -> bytes:
     return content.encode() if isinstance(content, str) else content
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A new folder with `work` and `tmp` in it."""
+    folder = Path(tempfile.mkdtemp(prefix="bessemer-sandbox-")).resolve()
+    try:
+        for name in ("work", "tmp"):
+            (folder / name).mkdir()
+        yield folder
+    finally:
+        _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a tree; by `rm` where it is closed or too deep for a recursion in Python."""
+    try:
+        shutil.rmtree(folder)
+        return
+    except (OSError, RecursionError):
+        pass
+    environment = {"PATH": os.defpath, "LC_ALL": "C"}
+    for command in (["rm", "-rf", "--"], ["chmod", "-R", "u+rwX", "--"], ["rm", "-rf", "--"]):
+        done = subprocess.run([*command, str(folder)], env=environment, stderr=subprocess.DEVNULL, check=False)
+        if done.returncode == 0 and command[0] == "rm":
+            return

@@ -1,16 +1,20 @@
-"""Reader of document folders: Parquet files by bucket of the id, the same bytes whatever wrote them and in whatever order.
+"""Reader of document folders, Parquet files by bucket of the id: in order or by id; reasons of dropped documents; removed ids.
 
-`documents/part-00.parquet` … hold the rows whose id, taken as a number, leaves that remainder; rows are sorted by id.
-Another engine, number of threads or order of input files therefore gives the same files (with the same version of
-pyarrow, which signs each file).
+`documents/part-00.parquet` … hold the rows whose id, taken as a number, leaves that remainder; rows are sorted by id. Another
+engine, number of threads or order of input files therefore gives the same files (with the same version of pyarrow, which signs
+each file). The column `reason` is null where a document is kept. The store lists the ids of removed documents, which `collect`
+leaves out.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +24,7 @@ import pyarrow.parquet as pq
 from bessemer.core.errors import ArtefactError
 from bessemer.core.hashing import hash_bytes
 from bessemer.core.object_storage import IN_PLACES, Place
+from bessemer.core.store import write_text
 from bessemer.data.corpus.remote import has_index, stored_parts
 
 #: Format number of a documents folder, kept in each file's schema metadata under `bessemer.format`.
@@ -163,3 +168,92 @@ def _batches_of_part(file: pq.ParquetFile, columns: list[str] | None, batch_rows
     """A part's rows, one row group after the other: read in one go, Arrow keeps the compressed pages until the end."""
     for group in range(file.num_row_groups):
         yield from file.iter_batches(batch_size=batch_rows, row_groups=[group], columns=columns, use_threads=False)
+
+
+REASON = pa.field("reason", pa.string())
+
+
+def with_reasons(batch: pa.RecordBatch, reasons: pa.Array) -> pa.RecordBatch:
+    """The batch with the reason for each document, null for one that is kept."""
+    return batch.append_column(REASON, reasons)
+
+
+def kept_and_dropped(rows: pa.RecordBatch) -> tuple[pa.RecordBatch, pa.RecordBatch]:
+    """The rows without a reason and those with one. Nothing is copied where all are of one kind."""
+    reasons = rows.column("reason")
+    if reasons.null_count == rows.num_rows:
+        return rows, rows.slice(0, 0)
+    if not reasons.null_count:
+        return rows.slice(0, 0), rows
+    return rows.filter(pc.is_null(reasons)), rows.filter(pc.is_valid(reasons))
+
+
+#: Where a stage leaves documents: those that go on, and those that it dropped.
+SIDES = ("documents", "rejected")
+
+
+def is_document_id(text: str) -> bool:
+    """Whether a text has the form of an id: 32 hexadecimal digits."""
+    return re.fullmatch(r"[0-9a-f]{32}", text) is not None
+
+
+def part_of(folder: Path, identity: str) -> Place:
+    """The part of a documents folder in which an id lies if it lies there. Raises ArtefactError when the folder is none."""
+    files = document_files(folder)
+    return files[int(bucket_of(pa.array([identity]), len(files))[0])]
+
+
+def find_document(folder: Path, identity: str) -> dict[str, Any] | None:
+    """A document's row; None when the folder does not hold it. Row groups that cannot hold it are not read."""
+    with part_source(part_of(folder, identity)) as source:
+        rows = pq.read_table(source, filters=[("id", "==", identity)])
+    return rows.to_pylist()[0] if rows.num_rows else None
+
+
+@dataclass(frozen=True)
+class Sighting:
+    """A document as a stage left it: on one of `SIDES`."""
+
+    stage: str
+    side: str
+    row: dict[str, Any]
+
+
+def history(stages: Iterable[tuple[str, Path]], identity: str) -> Iterator[Sighting]:
+    """What became of a document in each of the data stages' folders that hold it. Other stages' folders are passed over."""
+    for stage, folder in stages:
+        for side in SIDES:
+            if holds_documents(folder / side) and (row := find_document(folder / side, identity)) is not None:
+                yield Sighting(stage, side, row)
+
+
+#: The file in the store, one id a line. `bessemer forget` adds to it.
+REMOVED_IDS = "forgotten.txt"
+
+
+def removed_ids(store: Path) -> frozenset[str]:
+    """The ids in a store's list; none where there is no list. Raises ArtefactError for a line that is no id: a
+    damaged list must not let documents come back."""
+    path = store / REMOVED_IDS
+    if not path.exists():
+        return frozenset()
+    lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
+    for number, line in enumerate(lines, start=1):
+        if line and not is_document_id(line):
+            raise ArtefactError(f"{path}, line {number}: this is not the id of a document (32 hexadecimal digits)")
+    return frozenset(line for line in lines if line)
+
+
+def add_removed_ids(store: Path, ids: Iterable[str]) -> None:
+    """Add ids to a store's list, which stays sorted."""
+    store.mkdir(parents=True, exist_ok=True)
+    known = removed_ids(store) | set(ids)
+    write_text(store / REMOVED_IDS, "".join(f"{identity}\n" for identity in sorted(known)))
+
+
+def without_removed(order: np.ndarray, ids: pa.ChunkedArray, removed: frozenset[str]) -> np.ndarray:
+    """The numbers of rows in `order`, without those whose id was removed. Of the rows only the ids are read."""
+    if not removed:
+        return order
+    gone = pc.is_in(ids, pa.array(sorted(removed), pa.string())).to_numpy()
+    return order[~gone[order]]

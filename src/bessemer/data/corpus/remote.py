@@ -1,8 +1,8 @@
-"""Documents on object storage: the stage's folder holds an index of their objects.
+"""Documents on object storage: an index of their objects in the stage's folder, and copies in the cache as local files.
 
 A data stage with `storage: s3://bucket/folder` writes its parts below `s3://bucket/folder/STAGE-KEY`, from whichever machine
-works on them; what it leaves to its next run lies there too. `documents/objects.json` in the stage's own folder says where
-the parts are, how large, and which version of each object is meant.
+works on them; what it leaves to its next run lies there too. `documents/objects.json` in the stage's own folder gives for each
+part its address, its size and the version of the object.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from bessemer.core.concurrency import thread_pool
 from bessemer.core.errors import ArtefactError, StorageError
-from bessemer.core.interrupts import thread_pool
 from bessemer.core.object_storage import ObjectPath, Place
+from bessemer.core.stage import StageContext
 from bessemer.core.store import artefact_name, check_format, read_json, will_be_published, write_json, write_text
 
 INDEX = "objects.json"
@@ -138,3 +139,14 @@ def _index(folder: Path) -> dict[str, Any]:
     index: dict[str, Any] = read_json(folder / INDEX, "index of documents on object storage")
     check_format(index.get("format"), _FORMAT, folder / INDEX, "index of documents on object storage")
     return index
+
+
+def documents_of(context: StageContext) -> Path | None:
+    """The documents that feed a stage, as files; None where it has none."""
+    folder = context.inputs.get("documents")
+    return None if folder is None else documents_at(folder, context.cache)
+
+
+def documents_at(folder: Path, cache: Path) -> Path:
+    """Documents as files; `cache` holds the copies of those on object storage."""
+    return documents_at_hand(folder, copies_of(cache, folder.parent.name))

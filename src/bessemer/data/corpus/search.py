@@ -18,10 +18,15 @@ import pyarrow.compute as pc
 
 from bessemer.core.config import nearest
 from bessemer.core.errors import RequestError
-from bessemer.data.corpus.lookup import find_document
-from bessemer.data.corpus.reader import count_documents, document_schema, holds_documents, iterate_documents
-from bessemer.data.corpus.reasons import REASON
-from bessemer.data.thresholds.apply import rule_of
+from bessemer.data.corpus.reader import (
+    REASON,
+    count_documents,
+    document_schema,
+    find_document,
+    holds_documents,
+    iterate_documents,
+)
+from bessemer.data.thresholds import rule_of
 
 _ROWS = 1024
 #: Characters shown of a text, around what was searched for.

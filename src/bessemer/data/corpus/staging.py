@@ -20,10 +20,9 @@ import pyarrow.compute as pc
 
 from bessemer.core.object_storage import IN_PLACES, Place, publish, unfinished
 from bessemer.data.corpus.reader import SCHEMA, document_id
-from bessemer.data.corpus.text_hash import hash_texts
 from bessemer.data.corpus.writer import gathered, in_buckets
-from bessemer.data.sources.document import FIRST_LOSSES, Document, Tally
-from bessemer.data.sources.source import PositionedDocument
+from bessemer.data.sources.source import FIRST_LOSSES, Document, PositionedDocument, Tally
+from bessemer.data.text.texts import hash_texts
 
 _BYTES_PER_SEGMENT = 32 << 20
 _ROWS_PER_SEGMENT = 50_000

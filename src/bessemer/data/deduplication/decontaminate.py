@@ -1,15 +1,19 @@
-"""Decontamination: documents that share a run of 13 words with an item of an evaluation set (Brown et al. 2020).
+"""Decontamination by runs of 13 words shared with evaluation sets (Brown et al. 2020), and n-gram overlap of texts.
 
-Words are compared in lower case and without accents and punctuation; digits count. An item of fewer words than a run, but at
-least `least_words`, counts when it is contained whole. The strings of an item are looked for one by one: what stands between a
-question and its answer on a page nobody knows.
+Words are compared in lower case and without accents and punctuation; digits count. An item shorter than a run, but of at least
+`least_words` words, counts when it is contained whole. The strings of an item are searched one by one.
+
+In scripts without spaces each character takes a part of a run: an ideograph a half, a kana or a letter of Thai, Lao, Khmer or
+Burmese a quarter. So a run of 13 words is 26 Chinese characters or 52 Thai letters.
+
+N-gram overlap is the share of each given text's n-grams that occur in any document; its memory is that of the texts' n-grams.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,12 +23,207 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bessemer.core.errors import SourceError
-from bessemer.data.deduplication.folding import fold_table
 from bessemer.data.deduplication.removals import cut
-from bessemer.data.deduplication.word_runs import hash_table, index_runs, place_of_run, powers_of_base, run_sizes, sized_runs
-from bessemer.data.deduplication.words import hash_words, most_words, run_hashes
-from bessemer.data.text.compiled import compiled_allocating
+from bessemer.data.deduplication.words import (
+    ALONE,
+    BASE,
+    LIMIT,
+    fold_table,
+    hash_words,
+    mixed,
+    most_words,
+    run_hash,
+    run_hashes,
+)
+from bessemer.data.text.characters import code_point
+from bessemer.data.text.compiled import compiled, compiled_allocating
 from bessemer.data.text.texts import Texts
+
+#: What a word takes of a run, and what a character of a script without spaces does.
+_WORD, _IDEOGRAPH, _LETTER = 4, 2, 1
+_FIRST_IDEOGRAPH, _FIRST_HALF_WIDTH = 0x3400, 0xFF66
+#: The first byte of a character beyond U+07FF.
+_THREE_BYTES = 0xE0
+
+
+@compiled
+def run_sizes(data: np.ndarray, fold: np.ndarray, places: np.ndarray, count: int, sizes: np.ndarray) -> int:
+    """What each of `count` words takes of a run, to `sizes`; returns their sum."""
+    total = 0
+    for word in range(count):
+        size, first = _WORD, places[word, 0]
+        if data[first] >= _THREE_BYTES:
+            code, _ = code_point(data, first)
+            if code >= LIMIT or fold[code] & ALONE:
+                size = _IDEOGRAPH if code >= _FIRST_IDEOGRAPH and not _FIRST_HALF_WIDTH <= code < LIMIT else _LETTER
+        sizes[word] = size
+        total += size
+    return total
+
+
+@compiled
+def sized_runs(
+    hashes: np.ndarray, sizes: np.ndarray, count: int, ngram: int, powers: np.ndarray, ends: np.ndarray, runs: np.ndarray
+) -> int:
+    """Of the run that begins with each word the word behind its last, to `ends`, and its hash, that of `run_hash`, to `runs`.
+
+    A run is the fewest words that are as large as `ngram` words. Returns how many runs there are. powers: of `BASE`.
+    """
+    value, size, end = np.uint64(0), 0, 0
+    for first in range(count):
+        while size < ngram * _WORD and end < count:
+            value = value * BASE + hashes[end]
+            size += sizes[end]
+            end += 1
+        if size < ngram * _WORD:
+            return first
+        length = end - first
+        runs[first] = mixed(np.uint64(length) * powers[length] + value)
+        ends[first] = end
+        value -= hashes[first] * powers[length - 1]
+        size -= sizes[first]
+    return count
+
+
+@compiled_allocating
+def powers_of_base(ngram: int) -> np.ndarray:
+    """Powers of `BASE`, uint64, up to the most words that a run can have."""
+    powers = np.ones(ngram * _WORD + 1, dtype=np.uint64)
+    for exponent in range(1, len(powers)):
+        powers[exponent] = powers[exponent - 1] * BASE
+    return powers
+
+
+@compiled_allocating
+def index_runs(
+    data: np.ndarray, offsets: np.ndarray, fold: np.ndarray, ngram: int, least_words: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Hashes, items and lengths, (R,) each, of all runs, whose length is given as 0, and of whole items that are shorter."""
+    size = 0
+    for text in range(len(offsets) - 1):
+        size += most_words(offsets[text + 1] - offsets[text])
+    hashes = np.empty(size, dtype=np.uint64)
+    owners = np.empty(size, dtype=np.int64)
+    lengths = np.empty(size, dtype=np.int64)
+    words = np.empty(size, dtype=np.uint64)
+    places = np.empty((size, 2), dtype=np.int64)
+    sizes = np.empty(size, dtype=np.int64)
+    ends = np.empty(size, dtype=np.int64)
+    powers = powers_of_base(ngram)
+    found = 0
+    for text in range(len(offsets) - 1):
+        count, _ = hash_words(data, offsets[text], offsets[text + 1], fold, words, places, 0)
+        whole = run_sizes(data, fold, places, count, sizes)
+        total = sized_runs(words, sizes, count, ngram, powers, ends, hashes[found:])
+        lengths[found : found + total] = 0
+        if total == 0 and whole >= least_words * _WORD:
+            hashes[found], lengths[found], total = run_hash(words, 0, count), count, 1
+        owners[found : found + total] = text
+        found += total
+    return hashes[:found], owners[:found], lengths[:found]
+
+
+@compiled_allocating
+def hash_table(runs: np.ndarray, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Open addressing at a load of at most a half: hashes (T,) uint64 and owners (T,) int64. Of equal runs the first counts."""
+    bits = 4
+    while (1 << bits) < 2 * len(runs):
+        bits += 1
+    table = np.zeros(1 << bits, dtype=np.uint64)
+    owners = np.full(1 << bits, -1, dtype=np.int64)
+    for index in range(len(runs)):
+        place = place_of_run(table, owners, runs[index])
+        if owners[place] < 0:
+            table[place], owners[place] = runs[index], items[index]
+    return table, owners
+
+
+@compiled
+def place_of_run(table: np.ndarray, owners: np.ndarray, run: np.uint64) -> np.int64:
+    """Where a run's hash lies in the table, or the empty place where it would."""
+    place = np.int64(run & np.uint64(len(table) - 1))
+    while owners[place] >= 0 and table[place] != run:
+        place = (place + 1) & (len(table) - 1)
+    return place
+
+
+# Shapes: G groups of texts, R n-grams of a group, each once, E different n-grams, T places of the table, L lengths.
+
+
+class NgramOverlap:
+    """The n-grams of groups of texts, and which of them documents have had so far."""
+
+    def __init__(self, texts: Texts, groups: Sequence[int], *, ngram: int, least_words: int) -> None:
+        """groups: of each text the number of its group, from 0. A text of fewer than `ngram` but at least `least_words` words
+        is one n-gram, of all its words; a shorter one has none.
+
+        Raises ValueError for a `least_words` below 1 or above `ngram`.
+        """
+        if not 1 <= least_words <= ngram:
+            raise ValueError(f"least_words is from 1 to ngram, {ngram}, not {least_words}")
+        self._ngram = ngram
+        self._groups = max(groups, default=-1) + 1
+        hashes, owners, lengths = index_runs(texts.data, texts.offsets, fold_table("words"), ngram, least_words)
+        different_E, entries = np.unique(hashes, return_inverse=True)
+        self._lengths_L = np.unique(lengths[lengths > 0])
+        self._table_T, self._entries_T = hash_table(different_E, np.arange(len(different_E)))
+        self._seen_E = np.zeros(len(different_E), dtype=np.bool_)
+        group_of_run = np.asarray(groups, dtype=np.int64)[owners]
+        pairs_R = np.unique(np.stack([group_of_run, entries]), axis=1)
+        self._group_R, self._entry_R = pairs_R[0], pairs_R[1]
+
+    def add(self, documents: Texts) -> None:
+        """Take notice of a batch of documents."""
+        _mark(
+            documents.data,
+            documents.offsets,
+            fold_table("words"),
+            self._lengths_L,
+            self._ngram,
+            self._table_T,
+            self._entries_T,
+            self._seen_E,
+        )
+
+    def counts(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of each group its different n-grams, and how many of them a document had: (G,) int64 each."""
+        total_G = np.bincount(self._group_R, minlength=self._groups)
+        seen_G = np.bincount(self._group_R[self._seen_E[self._entry_R]], minlength=self._groups)
+        return total_G, seen_G
+
+
+@compiled_allocating
+def _mark(
+    data: np.ndarray,
+    offsets: np.ndarray,
+    fold: np.ndarray,
+    lengths: np.ndarray,
+    ngram: int,
+    table: np.ndarray,
+    entries: np.ndarray,
+    seen: np.ndarray,
+) -> None:
+    longest = 0
+    for text in range(len(offsets) - 1):
+        longest = max(longest, offsets[text + 1] - offsets[text])
+    words = np.empty(most_words(longest), dtype=np.uint64)
+    places = np.empty((len(words), 2), dtype=np.int64)
+    runs = np.empty(len(words), dtype=np.uint64)
+    sizes = np.empty(len(words), dtype=np.int64)
+    ends = np.empty(len(words), dtype=np.int64)
+    powers = powers_of_base(ngram)
+    for text in range(len(offsets) - 1):
+        count, _ = hash_words(data, offsets[text], offsets[text + 1], fold, words, places, 0)
+        run_sizes(data, fold, places, count, sizes)
+        for kind in range(-1, len(lengths)):
+            if kind < 0:
+                total = sized_runs(words, sizes, count, ngram, powers, ends, runs)
+            else:
+                total = run_hashes(words, count, lengths[kind], runs)
+            for run in range(total):
+                entry = entries[place_of_run(table, entries, runs[run])]
+                if entry >= 0:
+                    seen[entry] = True
 
 
 @dataclass(frozen=True)

@@ -1,32 +1,171 @@
-"""The deduplication methods of a recipe: from the corpus and their settings to removals and their summary.
+"""The deduplication methods of a recipe: from the corpus and their settings to removals and their summary for the report.
 
-Each takes the corpus, a scratch folder, its settings and the folder that paths in them are relative to.
+Each method takes the corpus, a scratch folder, its settings and the folder that paths in them are relative to. Exact
+duplicates (the same text or address) are found here, the others in modules of their own. A summary has the sizes of clusters,
+and examples with their texts.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from bessemer.core.errors import ConfigError
+from bessemer.core.hashing import hash_bytes
 from bessemer.core.store import follow
 from bessemer.core.usercode import is_user_function, load_user_function
-from bessemer.data.deduplication.config import MinHashConfig, PassagesConfig, SemanticConfig
-from bessemer.data.deduplication.corpus import Corpus
-from bessemer.data.deduplication.embeddings import read_embeddings
-from bessemer.data.deduplication.exact import exact_duplicates, url_duplicates
+from bessemer.data.deduplication.corpus import Corpus, first_of_groups, parse_ids, write_ids
 from bessemer.data.deduplication.near import near_duplicates
-from bessemer.data.deduplication.passages import repeated_lines, repeated_paragraphs, repeated_sentences
+from bessemer.data.deduplication.passages import repeated_lines, repeated_paragraphs, repeated_sentences, repeated_substrings
+from bessemer.data.deduplication.registry import MinHashConfig, PassagesConfig, SemanticConfig
 from bessemer.data.deduplication.removals import DuplicateRemovals, Removals, SpanRemovals
-from bessemer.data.deduplication.semantic import semantic_duplicates
-from bessemer.data.deduplication.substrings import repeated_substrings
-from bessemer.data.deduplication.summary import summarise
-from bessemer.data.sources.http.fetch import Clock, tried_again
+from bessemer.data.deduplication.semantic import read_embeddings, semantic_duplicates
+from bessemer.data.sources.io.fetch import Clock, tried_again
+
+_EXAMPLE_CHARACTERS = 600
+_MEMBERS = 3
+
+
+def summarise(corpus: Corpus, duplicates: DuplicateRemovals, *, examples: int = 5) -> dict[str, Any]:
+    """Counts of clusters (a survivor and all that it replaced) by size, and the largest clusters with texts.
+
+    `clusters`, `documents` (dropped), `by_size`: rows of `from`, `to` (a size doubles from row to row), `clusters` and
+    `documents`; `largest`: clusters by falling size, then by the survivor's id, each with `id`, `size`, `text` and some
+    `members`, of which `id`, `text`, and `similarity` where it is known; the least similar are shown.
+    """
+    survivors, clusters, dropped = np.unique(duplicates.survivors, axis=0, return_inverse=True, return_counts=True)
+    clusters = clusters.reshape(-1)
+    sizes = dropped + 1
+    largest = np.argsort(-sizes, kind="stable")[:examples]
+    shown = [_least_similar(duplicates, np.flatnonzero(clusters == cluster)) for cluster in largest]
+    names = write_ids(survivors[largest])
+    members = [write_ids(duplicates.dropped[rows]) for rows in shown]
+    texts = _texts(corpus, [*names, *(name for row in members for name in row)])
+    return {
+        "clusters": len(survivors),
+        "documents": len(duplicates),
+        "by_size": _by_size(sizes),
+        "largest": [
+            {
+                "id": name,
+                "size": int(sizes[cluster]),
+                "text": texts.get(name),
+                "members": [
+                    {"id": member, "text": texts.get(member)}
+                    | (
+                        {}
+                        if np.isnan(duplicates.similarities[row])
+                        else {"similarity": round(float(duplicates.similarities[row]), 4)}
+                    )
+                    for member, row in zip(members[index], shown[index], strict=True)
+                ],
+            }
+            for index, (cluster, name) in enumerate(zip(largest, names, strict=True))
+        ],
+    }
+
+
+def _by_size(sizes: np.ndarray) -> list[dict[str, int]]:
+    rows = []
+    start = 2
+    while start <= sizes.max(initial=0):
+        inside = (sizes >= start) & (sizes < 2 * start)
+        if inside.any():
+            rows.append(
+                {"from": start, "to": 2 * start - 1, "clusters": int(inside.sum()), "documents": int(sizes[inside].sum())}
+            )
+        start *= 2
+    return rows
+
+
+def _least_similar(duplicates: DuplicateRemovals, rows: np.ndarray) -> np.ndarray:
+    return rows[np.argsort(duplicates.similarities[rows], kind="stable")][:_MEMBERS]
+
+
+def _texts(corpus: Corpus, ids: list[str]) -> dict[str, str]:
+    """The beginnings of some documents' texts, by id, those of the earlier corpus too."""
+    found: dict[str, str] = {}
+    wanted = pa.array(ids, pa.string())
+    for documents in (corpus.earlier, corpus.documents):
+        for batch in documents(["id", "text"]) if documents and ids else ():
+            hits = batch.filter(pc.is_in(batch.column("id"), wanted))
+            beginnings = pc.utf8_slice_codeunits(hits.column("text"), 0, _EXAMPLE_CHARACTERS)
+            found |= dict(zip(hits.column("id").to_pylist(), beginnings.to_pylist(), strict=True))
+    return found
+
+
+def exact_duplicates(corpus: Corpus) -> DuplicateRemovals:
+    """Documents with equal `text_hash`; reasons `duplicate of ID`."""
+    return _first_of_equal(corpus, "text_hash", lambda hashes: hashes, "duplicate")
+
+
+def url_duplicates(corpus: Corpus) -> DuplicateRemovals:
+    """Documents whose `url` is the same once normalised; reasons `duplicate url of ID`. Those without one all stay."""
+
+    def hashes(urls: pa.Array) -> pa.Array:
+        normalised = (url and normalise_url(url) for url in urls.to_pylist())
+        return pa.array([hash_bytes(url.encode()) if url else None for url in normalised], pa.string())
+
+    return _first_of_equal(corpus, "url", hashes, "duplicate url")
+
+
+def _first_of_equal(corpus: Corpus, column: str, hashes: Callable[[pa.Array], pa.Array], wording: str) -> DuplicateRemovals:
+    """16 bytes of hash and 8 of number for each document are all that is gathered."""
+    numbers, keys = [np.zeros(0, dtype=np.int64)], [np.zeros((0, 2), dtype=np.uint64)]
+    for batch_numbers, batch in corpus.batches([column]):
+        found = hashes(batch.column(column))
+        numbers.append(batch_numbers[pc.is_valid(found).to_numpy(zero_copy_only=False)])
+        keys.append(parse_ids(found.drop_null()))
+    number, key = np.concatenate(numbers), np.concatenate(keys)
+    order = np.lexsort((number, key[:, 1], key[:, 0]))
+    number, key = number[order], key[order]
+    change = np.zeros(len(key), dtype=np.int64)
+    change[1:] = (key[1:] != key[:-1]).any(axis=1)
+    first = number[first_of_groups(np.cumsum(change))]
+    copies = np.flatnonzero(number != first)
+    copies = copies[np.argsort(number[copies])]
+    return DuplicateRemovals.of(wording, corpus, number[copies], first[copies])
+
+
+#: Parameters that say how a reader came, not what is read.
+_TRACKING = re.compile(r"utm_\w+|[a-z]{1,2}clid|dclid|fbclid|msclkid|mc_[ce]id|igshid|_ga|_gl|ref_src|spm", re.IGNORECASE)
+_PORTS = {"http": 80, "https": 443, "ftp": 21}
+
+
+def normalise_url(url: str) -> str | None:
+    """What addresses of the same page have in common; None for what is not an address with a host.
+
+    Without scheme, user, `www.`, the scheme's own port, tracking parameters, a slash at the end, an index page, and a fragment
+    but one that begins with `!`, which names a page; the host in lower case; what is left of the parameters sorted;
+    percent-encoding only where it is needed.
+    """
+    try:
+        parts = urlsplit(url.strip())
+        host, port = (parts.hostname or "").rstrip("."), parts.port
+    except ValueError:
+        return None
+    if not host or re.search(r"\s", host) or parts.scheme not in _PORTS:
+        return None
+    path = re.sub(r"/(index|default)\.(html?|php|aspx?)$", "/", re.sub(r"/{2,}", "/", parts.path))
+    path = quote(unquote(path, errors="surrogateescape"), safe="/:@!$&'()*+,;=~-._", errors="surrogateescape").rstrip("/")
+    parameters = [pair for pair in parse_qsl(parts.query, keep_blank_values=True) if not _TRACKING.fullmatch(pair[0])]
+    query = urlencode(sorted(parameters))
+    return (
+        re.sub(r"^(www\.)+", "", host)
+        + (f":{port}" if port not in (None, _PORTS[parts.scheme]) else "")
+        + path
+        + (f"?{query}" if query else "")
+        + (f"#{unquote(parts.fragment)}" if parts.fragment.startswith("!") else "")
+    )
+
 
 #: Attempts after the first to get a user's embeddings, where waiting may help.
 _RETRIES = 3

@@ -1,16 +1,11 @@
-"""Near duplicates: bands of MinHash find candidates, exact Jaccard similarity confirms them, union-find gathers them.
+"""Near duplicates: MinHash bands find candidates, exact Jaccard similarity confirms them, union-find gathers them.
 
-Nothing but keys leaves the texts: 8 bytes a band and document lie on disk and are sorted band by band. The texts are read once
-for the keys and once more for the shingles of candidates alone.
+Only keys leave the texts: 8 bytes for each band and document lie on disk and are sorted band by band. Texts are read once for
+the keys and once more for the shingles of candidates.
 
-What is compared. All pairs within a band's group would be quadratic in the size of the largest cluster. Instead the group's
-smallest id is compared with all others; those that are alike join it, the others go on with the smallest among them, and so on.
-A group of copies, however large, costs one comparison per member, and pairs that are already connected cost none. After
-`_LEADERS` rounds a group is left alone, so that a document costs a limited number of comparisons whatever the corpus.
-
-What is left then are crowds: texts that share a template, and keys by the thousand, while hardly any two are alike enough. Two
-that are share more than the template. So all that is left of all bands is indexed once more, by single shingles, and those that
-share one of the rare ones, which at most `_RARE` of the crowd have, are compared.
+All pairs within a band's group would be quadratic in its size. Instead the group's smallest id is compared with all others;
+those similar to it join it, the rest go on with the smallest among them, for at most `_LEADERS` rounds. A group of copies
+costs one comparison per member; pairs that are already connected cost none. A component is named after its smallest member.
 """
 
 from __future__ import annotations
@@ -21,12 +16,57 @@ from pathlib import Path
 
 import numpy as np
 
-from bessemer.data.deduplication.components import Components
-from bessemer.data.deduplication.corpus import Corpus
-from bessemer.data.deduplication.minhash import Orders, band_keys
+from bessemer.data.deduplication.corpus import Corpus, Parts, first_of_groups, group_numbers, groups_of_equal
+from bessemer.data.deduplication.minhash import Orders, band_keys, jaccard, sets_between, shingle_sets
 from bessemer.data.deduplication.removals import DuplicateRemovals
-from bessemer.data.deduplication.shingles import jaccard, sets_between, shingle_sets
-from bessemer.data.deduplication.spill import Parts, first_of_groups, group_numbers, groups_of_equal
+from bessemer.data.text.compiled import compiled, compiled_allocating
+
+
+class Components:
+    """Over the numbers 0 to N - 1, each alone at first. 4 bytes a number up to 2^31, 8 above."""
+
+    def __init__(self, size: int) -> None:
+        self._parents = np.arange(size, dtype=np.int32 if size < 2**31 else np.int64)
+
+    def unite(self, left: np.ndarray, right: np.ndarray) -> None:
+        """Join the components of each pair, (P,) integers each."""
+        _unite(self._parents, left, right)
+
+    def smallest(self, numbers: np.ndarray) -> np.ndarray:
+        """The smallest member of each number's component."""
+        return _roots(self._parents, numbers)
+
+    def others(self) -> np.ndarray:
+        """All numbers that are not the smallest of their component, sorted."""
+        return np.flatnonzero(self._parents != np.arange(len(self._parents)))
+
+
+@compiled
+def _root(parents: np.ndarray, number: int) -> int:
+    while parents[number] != number:
+        # halves the path for the next search
+        parents[number] = parents[parents[number]]
+        number = parents[number]
+    return number
+
+
+@compiled
+def _unite(parents: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:
+    for index in range(len(left)):
+        one, other = _root(parents, left[index]), _root(parents, right[index])
+        if one < other:
+            parents[other] = one
+        else:
+            parents[one] = other
+
+
+@compiled_allocating
+def _roots(parents: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    found = np.empty(len(numbers), dtype=np.int64)
+    for index in range(len(numbers)):
+        found[index] = _root(parents, numbers[index])
+    return found
+
 
 _LEADERS = 4
 _RARE = 4

@@ -1,8 +1,12 @@
-"""Repeated passages: lines, paragraphs and runs of sentences of several documents, which stay in the preferred one.
+"""Repeated passages: lines, paragraphs, sentences and runs of words that several documents hold, kept in the preferred one.
 
-Units are cut as the filters cut them. Two passages are the same when their words are, in lower case, with every number as 0
-and without accents and punctuation. A passage with fewer than `least_words` words is left alone: a brace or "Returns:" is no
-copy; of Chinese and Japanese two characters count as a word, of Thai and its like five letters. A document may repeat itself.
+Passages are compared by their words: lower case, every number as 0, no accents, no punctuation. One with fewer than
+`least_words` words is left alone; two characters of Chinese and Japanese, or five letters of Thai and its like, count as a
+word. A document may repeat itself.
+
+Repeated substrings of at least `length` words (Lee et al. 2022) are found without a suffix array: a word lies in one exactly
+when it lies in a run of `length` words that occurs twice. Runs are hashed (64 bits) and partitioned by an anchor, the smallest
+hash among a run's shorter runs (winnowing, Schleimer et al. 2003), so that nothing of the corpus's size is held in memory.
 """
 
 from __future__ import annotations
@@ -13,13 +17,11 @@ from typing import Literal
 
 import numpy as np
 
-from bessemer.data.deduplication.corpus import Corpus
-from bessemer.data.deduplication.folding import fold_table
+from bessemer.data.deduplication.corpus import Corpus, Parts, Sketch, first_of_groups, groups_of_equal
 from bessemer.data.deduplication.removals import SpanCollector, SpanRemovals, span_type
-from bessemer.data.deduplication.spill import Parts, Sketch, first_of_groups, groups_of_equal
-from bessemer.data.deduplication.words import hash_words, length_in_words, most_words, run_hash
-from bessemer.data.text.compiled import compiled
-from bessemer.data.text.spans import Spans
+from bessemer.data.deduplication.words import fold_table, hash_words, length_in_words, most_words, run_hash, run_hashes
+from bessemer.data.text.compiled import compiled, compiled_allocating
+from bessemer.data.text.lines import Spans
 from bessemer.data.text.texts import Texts
 
 Unit = Literal["line", "paragraph", "sentence"]
@@ -157,4 +159,110 @@ def _passages(
             count -= leaving
             for place in range(span):
                 ring[place, 1] -= leaving
+    return found
+
+
+# a guess, for the size of the sketch
+_ANCHORS_PER_DOCUMENT = 64
+
+
+def repeated_substrings(corpus: Corpus, scratch: Path, *, length: int = 50, least_words_left: int = 10) -> SpanRemovals:
+    """Runs of at least `length` words, as white space parts them, that stand at an earlier place word for word.
+
+    A cut document with fewer than `least_words_left` words is dropped: `too little left without repeated substrings`.
+    """
+    sketch = Sketch(len(corpus) * _ANCHORS_PER_DOCUMENT)
+    for _, texts in corpus.texts():
+        sketch.add(_anchors(texts, length))
+    collector = SpanCollector(corpus, scratch)
+    kind = np.dtype([("hash", "<u8"), ("number", corpus.number_type), *((name, "<u4") for name in ("start", "end", "after"))])
+    with Parts(scratch / "runs", kind, _PARTS) as parts:
+        for numbers, texts in corpus.texts():
+            hashes, anchors, places = runs(texts, length)
+            again = sketch.repeated(anchors)
+            records = np.empty(int(again.sum()), dtype=kind)
+            records["hash"], records["number"] = hashes[again], numbers[places[again, 0]]
+            records["start"], records["end"], records["after"] = places[again, 1:4].T
+            parts.add(records, records["hash"] % np.uint64(_PARTS))
+        for records in parts:
+            rows, groups = groups_of_equal(records["hash"], records["number"], records["start"])
+            spans = np.zeros(len(rows), dtype=span_type(corpus))
+            is_first = first_of_groups(groups) == np.arange(len(rows))
+            spans["number"], spans["start"], spans["keep"] = records["number"][rows], records["start"][rows], is_first
+            # what is kept ends where the next word begins: between two kept spans nothing is to be cut, not even a space
+            spans["end"] = np.where(is_first, records["after"][rows], records["end"][rows])
+            collector.add(spans)
+    return collector.close("too little left without repeated substrings", least_words_left)
+
+
+def runs(texts: Texts, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All runs of `length` words: hashes (R,) uint64, anchors (R,) uint64, places (R, 5) int64.
+
+    A place is the text's row, the run's first byte in it, the one after its last, the first of the next word (or the text's
+    end), and the index of the anchor's first word.
+    """
+    capacity = max(1024, int(texts.offsets[-1] - texts.offsets[0]) // 5)
+    while True:
+        hashes, anchors = np.empty(capacity, dtype=np.uint64), np.empty(capacity, dtype=np.uint64)
+        places = np.empty((capacity, 5), dtype=np.int64)
+        count = _runs(texts.data, texts.offsets, fold_table("exact"), length, hashes, anchors, places)
+        if count <= capacity:
+            return hashes[:count], anchors[:count], places[:count]
+        capacity = count
+
+
+def _anchors(texts: Texts, length: int) -> np.ndarray:
+    """Anchors of all runs, those that several neighbours share once."""
+    _, anchors, places = runs(texts, length)
+    new = np.ones(len(anchors), dtype=bool)
+    new[1:] = (places[1:, 0] != places[:-1, 0]) | (places[1:, 4] != places[:-1, 4])
+    return anchors[new]
+
+
+@compiled_allocating
+def _runs(
+    data: np.ndarray,
+    offsets: np.ndarray,
+    fold: np.ndarray,
+    length: int,
+    hashes: np.ndarray,
+    anchors: np.ndarray,
+    places: np.ndarray,
+) -> int:
+    """Fills hashes (M,), anchors (M,) and places (M, 5) as far as they go and returns how many runs there are."""
+    longest = 0
+    for text in range(len(offsets) - 1):
+        longest = max(longest, offsets[text + 1] - offsets[text])
+    words = np.empty(most_words(longest), dtype=np.uint64)
+    bounds = np.empty((len(words), 2), dtype=np.int64)
+    long = np.empty(len(words), dtype=np.uint64)
+    short = np.empty(len(words), dtype=np.uint64)
+    short_length = length // 2
+    # shorter runs in a run
+    window = length - short_length + 1
+    found = 0
+    for text in range(len(offsets) - 1):
+        base = offsets[text]
+        count, _ = hash_words(data, base, offsets[text + 1], fold, words, bounds, 0)
+        total = run_hashes(words, count, length, long)
+        if total == 0:
+            continue
+        run_hashes(words, count, short_length, short)
+        anchor = -1
+        for run in range(total):
+            last = run + window - 1
+            # it has left the window
+            if anchor < run:
+                anchor = run
+                for index in range(run + 1, last + 1):
+                    if short[index] < short[anchor]:
+                        anchor = index
+            elif short[last] < short[anchor]:
+                anchor = last
+            if found < len(hashes):
+                hashes[found], anchors[found] = long[run], short[anchor]
+                places[found, 0], places[found, 4] = text, anchor
+                places[found, 1], places[found, 2] = bounds[run, 0] - base, bounds[run + length - 1, 1] - base
+                places[found, 3] = (bounds[run + length, 0] if run + length < count else offsets[text + 1]) - base
+            found += 1
     return found

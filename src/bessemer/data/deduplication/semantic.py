@@ -1,11 +1,11 @@
-"""Semantic duplicates: close neighbours among embeddings (SemDeDup, Abbas et al. 2023).
+"""Semantic duplicates: close neighbours among given embeddings (SemDeDup, Abbas et al. 2023).
 
-Spherical k-means parts the embeddings into about sqrt(N) clusters; within each, from the smallest id on, a document drops all
-others whose cosine with it reaches the threshold. So every document dropped is that close to the one that stays: chains, along
-which meaning drifts, are not followed.
+Embeddings come from Parquet files with the columns `id` and `embedding`. Spherical k-means parts them into about sqrt(N)
+clusters; within each, from the smallest id on, a document drops all others whose cosine with it reaches the threshold. So
+every dropped document is that close to one that stays: chains, along which meaning drifts, are not followed.
 
-Embeddings are rounded to integers (unit length is 4,096, an error of about 0.0001 in a cosine) and everything from there on is
-integer arithmetic or single correctly rounded operations: the results do not depend on threads, batches or matrix libraries.
+Embeddings are rounded to integers (unit length is 4,096, an error of about 0.0001 in a cosine). From there on everything is
+integer arithmetic or single correctly rounded operations: results do not depend on threads, batches or matrix libraries.
 """
 
 from __future__ import annotations
@@ -17,16 +17,59 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from bessemer.core.errors import ConfigError
-from bessemer.data.deduplication.corpus import Corpus, parse_ids, ranks, write_ids
-from bessemer.data.deduplication.folding import fold_table
+from bessemer.data.deduplication.corpus import Corpus, Parts, parse_ids, ranks, write_ids
 from bessemer.data.deduplication.removals import DuplicateRemovals
-from bessemer.data.deduplication.spill import Parts
-from bessemer.data.deduplication.words import hash_words, mixed, most_words, run_hash
-from bessemer.data.text.compiled import compiled, compiled_allocating
-from bessemer.data.text.tables import longest_text
+from bessemer.data.deduplication.words import fold_table, hash_words, mixed, most_words, run_hash
+from bessemer.data.text.compiled import compiled, compiled_allocating, longest_text
 from bessemer.data.text.texts import Texts
+
+# that are in memory at a time
+_ROWS = 1 << 12
+
+
+def embedding_files(place: Path) -> list[Path]:
+    """The file itself, or the `*.parquet` of a folder. Raises ConfigError when there is none."""
+    files = sorted(place.glob("*.parquet")) if place.is_dir() else [place]
+    if not files or not files[0].is_file():
+        raise ConfigError(f"deduplicate.semantic.embeddings: there is no Parquet file at {place}")
+    return files
+
+
+def read_embeddings(place: Path) -> Iterator[tuple[pa.Array, np.ndarray]]:
+    """Ids, (N,) strings, and their embeddings, (N, D) float64, some thousand at a time.
+
+    place: a Parquet file, or a folder of some, with `id` (of documents, as `collect` wrote them) and `embedding` (a list of as
+    many numbers in every row). Raises ConfigError for a file that is none.
+    """
+    dimensions = None
+    for path in embedding_files(place):
+        try:
+            with pq.ParquetFile(path) as file:
+                for batch in file.iter_batches(_ROWS, columns=["id", "embedding"]):
+                    vectors = _matrix(batch.column("embedding"))
+                    if batch.num_rows and dimensions not in (None, vectors.shape[1]):
+                        raise ValueError(f"embeddings of {dimensions} and of {vectors.shape[1]} numbers")
+                    dimensions = vectors.shape[1] if batch.num_rows else dimensions
+                    yield batch.column("id").cast(pa.string()), vectors
+        except (pa.ArrowException, KeyError, IndexError, ValueError) as error:
+            raise ConfigError(
+                f"{path}: this is no file of embeddings, with `id` and as many numbers in each `embedding` ({error})"
+            ) from None
+
+
+def _matrix(column: pa.Array) -> np.ndarray:
+    if column.null_count:
+        raise ValueError(f"{column.null_count} embeddings are null")
+    sizes = np.unique(pc.list_value_length(column).to_numpy(zero_copy_only=False))
+    if len(sizes) > 1:
+        raise ValueError(f"embeddings of {sizes[0]} and of {sizes[1]} numbers")
+    values = pc.list_flatten(column).cast(pa.float64()).to_numpy(zero_copy_only=False)
+    return values.reshape(len(column), int(sizes[0]) if len(sizes) else 1)
+
 
 #: Texts, (N,) strings, to embeddings, (N, D) floats of any length; a row of zeros is like nothing.
 Embed = Callable[[pa.Array], np.ndarray]

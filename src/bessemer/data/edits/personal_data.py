@@ -15,7 +15,6 @@ from collections.abc import Iterator
 
 import pyarrow as pa
 
-from bessemer.data.edits.config import PersonalData
 from bessemer.data.edits.personal_data_scan import (
     AT,
     CARD,
@@ -28,8 +27,8 @@ from bessemer.data.edits.personal_data_scan import (
     candidates,
     listed,
 )
-from bessemer.data.edits.spans import Span, masked
-from bessemer.data.text.texts import Texts
+from bessemer.data.edits.registry import PersonalData
+from bessemer.data.text.texts import Span, Texts, masked
 
 _COLUMN = {
     "email": "personal_data_emails",

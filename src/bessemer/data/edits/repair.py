@@ -14,10 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bessemer.data.edits.config import Repair
-from bessemer.data.edits.spans import strings
+from bessemer.data.edits.registry import Repair
 from bessemer.data.text.compiled import compiled, compiled_allocating
-from bessemer.data.text.texts import Texts
+from bessemer.data.text.texts import Texts, strings
 
 #: What windows-1252 shows for the bytes 80 to 9F.
 _CP1252 = "€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ"

@@ -17,9 +17,8 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from bessemer.data.edits.config import Secrets
-from bessemer.data.edits.spans import Span, masked
-from bessemer.data.text.texts import Texts
+from bessemer.data.edits.registry import Secrets
+from bessemer.data.text.texts import Span, Texts, masked
 from bessemer.data.word_lists.automaton import Literals
 
 _COLUMN = {

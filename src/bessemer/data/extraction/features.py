@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from bessemer.data.extraction.attributes import FNV_PRIME, FNV_START
-from bessemer.data.extraction.block_counts import (
+from bessemer.data.extraction.blocks import (
     CAPITALS,
     CHARACTERS,
     CLOSED,
@@ -33,8 +33,9 @@ from bessemer.data.extraction.block_counts import (
     is_prose,
     sum_over_tree,
     title_words,
+    word_scores,
 )
-from bessemer.data.extraction.feature_columns import (
+from bessemer.data.extraction.model import (
     ANCESTOR_OF_TAG,
     ARTICLE,
     BAD,
@@ -61,9 +62,7 @@ from bessemer.data.extraction.feature_columns import (
     WORDS_AT,
 )
 from bessemer.data.extraction.parsing import Page
-from bessemer.data.extraction.tags import BLOCK, HEADING, TRAITS
-from bessemer.data.extraction.vocabulary import CUE_BITS, CUE_KEYS, ROLE_BIT
-from bessemer.data.extraction.words import word_scores
+from bessemer.data.extraction.vocabulary import BLOCK, CUE_BITS, CUE_KEYS, HEADING, ROLE_BIT, TRAITS
 from bessemer.data.text.compiled import compiled
 
 
@@ -387,7 +386,7 @@ def describe_candidate(
 
 
 def put_word_scores(rows: np.ndarray, scores: np.ndarray) -> None:
-    """Fills the columns about what its words and those of its neighbours say of each block: `words.py`'s `scores`, (B,)."""
+    """Fills the columns about what its words and those of its neighbours say of each block: `blocks.py`'s `scores`, (B,)."""
     padded = np.concatenate([[0, 0], scores, [0, 0]])
     for column, offset in enumerate((0, -2, -1, 1, 2)):
         rows[:, WORDS_AT + column] = padded[2 + offset : 2 + offset + len(scores)]
@@ -396,7 +395,7 @@ def put_word_scores(rows: np.ndarray, scores: np.ndarray) -> None:
 def features(data: np.ndarray, page: Page, word_weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """`FEATURES` of each block of the page, (B, F) float32, and `COUNTS`, (B, COUNTS) int64.
 
-    Without `word_weights` (`words.py`) the scores of words are 0.
+    Without `word_weights` (`blocks.py`) the scores of words are 0.
     """
     elements, blocks = len(page.tags), len(page.block_elements)
     start, end = (page.title[2], page.title[3]) if page.title[3] else (page.title[0], page.title[1])

@@ -1,9 +1,9 @@
-"""Model of main text: two small ensembles of oblivious trees, of which the second reads the answers of the first.
+"""Model of main text: two small ensembles of oblivious trees over a block's features, one after the other.
 
 In an oblivious tree all nodes of one level ask the same question, so that a tree of depth d is d questions and 2^d answers:
-few numbers to fit on few pages, and a look-up without branches to evaluate. The first ensemble judges every block by its
-`FEATURES`; the second has those and what the first said of the blocks around it and inside its ancestors, which is what
-bridges a short line between two paragraphs and drops a lone sentence in a footer.
+few numbers to fit on few pages, and a look-up without branches. The first ensemble judges every block by its `FEATURES`; the
+second has those and the first one's answers for the blocks around it and inside its ancestors, which bridges a short line
+between two paragraphs and drops a lone sentence in a footer.
 """
 
 from __future__ import annotations
@@ -17,23 +17,150 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bessemer.core.errors import ArtefactError
-from bessemer.data.extraction.block_counts import CHARACTERS, GROUP
-from bessemer.data.extraction.feature_columns import FEATURES
+from bessemer.data.extraction.blocks import CHARACTERS, GROUP
 from bessemer.data.extraction.parsing import Page
-from bessemer.data.extraction.tags import BLOCK, HEADING, TRAITS
+from bessemer.data.extraction.vocabulary import BLOCK, CUES, HEADING, NUMBER, ROLE_BIT, ROLES, TRAITS
 from bessemer.data.text.compiled import compiled
+
+#: Kinds of elements whose distance above a block is a feature.
+_ANCESTOR_TAGS = (
+    "nav", "header", "footer", "aside", "article", "main", "form", "figure", "ul", "ol",
+    "dl", "table", "blockquote", "section", "p", "pre", "details",
+)  # fmt: skip
+_TAG_KINDS = (
+    ("p",),
+    ("li",),
+    ("h1",),
+    ("h2",),
+    ("h3", "h4", "h5", "h6"),
+    ("td", "th"),
+    ("pre", "listing"),
+    ("div", "section", "article", "main", "center", "body"),
+    ("figcaption", "caption"),
+    ("dt", "dd"),
+    ("header", "footer", "nav", "aside", "address", "ul", "ol", "form", "label", "legend", "fieldset", "summary"),
+    ("blockquote",),
+)
+#: Roles that the class of the whole page may name.
+PAGE_ROLES = ("article", "forum", "teaser", "product")
+#: How far up the surroundings are measured, in block-level ancestors.
+LEVELS = 4
+#: How many blocks before and after are looked at.
+REACH = 3
+FAR = 40
+
+FEATURES: tuple[str, ...] = (
+    "characters",
+    "words",
+    "word_length",
+    "link_density",
+    "links",
+    "sentence_ends",
+    "sentence_density",
+    "commas",
+    "digit_share",
+    "capital_share",
+    "closed",
+    "title_share",
+    "repeated",
+    "depth",
+    "block_position",
+    "text_position",
+    "after_h1",
+    "since_h1",
+    "since_heading",
+    *(f"is_{kind[0]}" for kind in _TAG_KINDS),
+    *(f"role_{role}" for role in ROLES),
+    *(f"in_{tag}" for tag in _ANCESTOR_TAGS),
+    *(f"cue_{cue}" for cue in CUES),
+    *(f"section_{cue}" for cue in CUES),
+    *(f"since_{cue}" for cue in CUES),
+    *(f"until_{cue}" for cue in CUES),
+    *(
+        f"{what}_{level}"
+        for level in range(1, LEVELS + 1)
+        for what in ("chars_up", "links_up", "share_up", "blocks_up", "prose_up")
+    ),
+    *(
+        f"{what}_{place}"
+        for place in [*range(-REACH, 0), *range(1, REACH + 1)]
+        for what in ("chars_at", "links_at", "ends_at", "same_at")
+    ),
+    "function_share",
+    "symbol_share",
+    "strong_share",
+    "slanted_share",
+    "media_before",
+    "media_after",
+    *(f"first_{cue}" for cue in CUES),
+    "group_blocks",
+    "group_characters",
+    "group_links",
+    "group_share",
+    "article_share",
+    *(f"word_score_{place}" for place in ("here", -2, -1, 1, 2)),
+    "candidate_in",
+    "candidate_score",
+    "candidate_apart",
+    "candidate_share",
+    "candidate_before",
+    "candidate_after",
+    "siblings_alike",
+    "page_blocks",
+    "page_characters",
+    "page_link_density",
+    "page_prose",
+    "page_has_article",
+    "page_has_main",
+    "page_articles",
+    *(f"page_is_{role}" for role in PAGE_ROLES),
+)
+
+KIND_OF_TAG = np.full(len(TRAITS), -1, np.int64)
+for _number, _kind in enumerate(_TAG_KINDS):
+    for _name in _kind:
+        if _name in NUMBER:
+            KIND_OF_TAG[NUMBER[_name]] = _number
+ANCESTOR_OF_TAG = np.full(len(TRAITS), -1, np.int64)
+for _number, _name in enumerate(_ANCESTOR_TAGS):
+    ANCESTOR_OF_TAG[NUMBER[_name]] = _number
+H1, ARTICLE, MAIN = NUMBER["h1"], NUMBER["article"], NUMBER["main"]
+N_ROLES, N_TAGS = len(ROLES), len(_ANCESTOR_TAGS)
+
+
+def _mask(*names: str) -> int:
+    return sum(ROLE_BIT[name] for name in names)
+
+
+GOOD = _mask("body", "article", "main", "forum", "product", "lead")
+BAD = _mask(
+    "comment", "navigation", "breadcrumb", "footer", "sidebar", "related", "share", "advertising", "consent", "author_box",
+    "subscribe", "popup", "pagination", "search", "signature",
+)  # fmt: skip
+# Where groups of columns begin.
+KINDS_AT = FEATURES.index(f"is_{_TAG_KINDS[0][0]}")
+NEAR_AT = FEATURES.index(f"role_{next(iter(ROLES))}")
+CUES_AT = FEATURES.index(f"cue_{next(iter(CUES))}")
+SINCE_AT = FEATURES.index(f"since_{next(iter(CUES))}")
+UP_AT = FEATURES.index("chars_up_1")
+SHAPE_AT = FEATURES.index("function_share")
+GROUP_AT = FEATURES.index("group_blocks")
+WORDS_AT = FEATURES.index("word_score_here")
+CANDIDATE_AT = FEATURES.index("candidate_in")
+PAGE_AT = FEATURES.index("page_blocks")
+
 
 #: Raised with every fit of `model.json`, and whenever a feature is computed otherwise under the same name.
 MODEL_VERSION = 2
 #: How far around a block the second ensemble looks, and how many ancestors up.
-REACH, LEVELS = 4, 5
+ANSWER_REACH, ANSWER_LEVELS = 4, 5
 
 #: What the second ensemble sees beside `FEATURES`.
 CONTEXT: tuple[str, ...] = (
     "answer",
-    *(f"answer_at_{place}" for place in [*range(-REACH, 0), *range(1, REACH + 1)]),
-    *(f"answer_up_{level}" for level in range(1, LEVELS + 1)),
-    *(f"caught_up_{level}" for level in range(1, LEVELS + 1)),
+    *(f"answer_at_{place}" for place in [*range(-ANSWER_REACH, 0), *range(1, ANSWER_REACH + 1)]),
+    *(f"answer_up_{level}" for level in range(1, ANSWER_LEVELS + 1)),
+    *(f"caught_up_{level}" for level in range(1, ANSWER_LEVELS + 1)),
     "mass_before",
     "mass_after",
     "since_sure",
@@ -123,19 +250,19 @@ def describe_context(
         weight = min(characters[block], 400) + 5.0
         rows[block, 0] = answers[block]
         column = 1
-        for offset in range(-REACH, REACH + 1):
+        for offset in range(-ANSWER_REACH, ANSWER_REACH + 1):
             if offset:
                 other = block + offset
                 rows[block, column] = answers[other] if 0 <= other < blocks else -0.1
                 column += 1
         above = element
-        for level in range(LEVELS):
+        for level in range(ANSWER_LEVELS):
             inner = above
             while above > 0 and (held[above] == held[inner] or not traits[tags[above]] & BLOCK):
                 above = parents[above]
             rows[block, column + level] = (mass[above] - answers[block] * weight) / max(size[above] - weight, 1.0)
-            rows[block, column + LEVELS + level] = mass[above] / whole
-        column += 2 * LEVELS
+            rows[block, column + ANSWER_LEVELS + level] = mass[above] / whole
+        column += 2 * ANSWER_LEVELS
         rows[block, column] = before / whole
         before += answers[block] * weight
         rows[block, column + 1] = 1.0 - before / whole

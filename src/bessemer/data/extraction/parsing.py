@@ -24,7 +24,7 @@ from bessemer.data.extraction.attributes import (
     lower,
     read_attributes,
 )
-from bessemer.data.extraction.tags import (
+from bessemer.data.extraction.vocabulary import (
     BLOCK,
     DROPPED,
     ENDS_P,
@@ -33,6 +33,9 @@ from bessemer.data.extraction.tags import (
     NUMBER,
     PREFORMATTED,
     RAW,
+    ROLE_BIT,
+    ROLE_BITS,
+    ROLE_KEYS,
     TABLE_PART,
     TAG_KEYS,
     TAG_NUMBERS,
@@ -40,7 +43,6 @@ from bessemer.data.extraction.tags import (
     VOID,
     WALL,
 )
-from bessemer.data.extraction.vocabulary import ROLE_BIT, ROLE_BITS, ROLE_KEYS
 from bessemer.data.text.compiled import compiled
 
 #: Elements open at once; what lies deeper counts to the last of them.

@@ -12,7 +12,7 @@ import numpy as np
 
 from bessemer.data.extraction.block_text import ENTITIES, block_lengths, put_block
 from bessemer.data.extraction.parsing import PRE, Page
-from bessemer.data.extraction.tags import HEADING, NUMBER, PREFORMATTED, TRAITS
+from bessemer.data.extraction.vocabulary import HEADING, NUMBER, PREFORMATTED, TRAITS
 from bessemer.data.text.compiled import compiled
 
 #: An item of a list with more blocks of its own is a container (a post of a forum), and a table with a cell longer than this

@@ -1,4 +1,4 @@
-"""trafilatura on one page. It is imported by the processes that run it alone (`peers.py`)."""
+"""trafilatura on one page. It is imported by the processes that run it alone (`extract.py`)."""
 
 from __future__ import annotations
 

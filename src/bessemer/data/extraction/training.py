@@ -12,14 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bessemer.data.extraction.block_counts import CHARACTERS
 from bessemer.data.extraction.block_text import block_text
-from bessemer.data.extraction.feature_columns import FEATURES
+from bessemer.data.extraction.blocks import CHARACTERS, buckets_of, fit_words, word_scores
+from bessemer.data.extraction.extract import letters
 from bessemer.data.extraction.features import features, put_word_scores
-from bessemer.data.extraction.model import Model, Trees, probabilities, second_rows
+from bessemer.data.extraction.model import FEATURES, Model, Trees, probabilities, second_rows
 from bessemer.data.extraction.parsing import Page, parse
-from bessemer.data.extraction.peers import letters
-from bessemer.data.extraction.words import buckets_of, fit_words, word_scores
 from bessemer.data.text.compiled import compiled_allocating
 
 #: Thresholds tried for each feature: quantiles of its values.

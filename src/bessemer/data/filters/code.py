@@ -10,11 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bessemer.data.filters.measures import columns, ratio
-from bessemer.data.text.characters import DIGIT, LETTER, SPACE, character_classes
+from bessemer.data.filters.heuristics import columns, ratio
+from bessemer.data.text.characters import DIGIT, LETTER, SPACE, character_classes, code_point
 from bessemer.data.text.compiled import compiled
 from bessemer.data.text.texts import Texts
-from bessemer.data.text.utf8 import code_point
 
 #: Said in one of the first ten lines.
 _GENERATED = (

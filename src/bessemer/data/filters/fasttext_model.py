@@ -18,8 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bessemer.core.errors import ArtefactError
-from bessemer.data.text.compiled import compiled, compiled_allocating
-from bessemer.data.text.tables import hash_bytes, slot_of, table_of
+from bessemer.data.text.compiled import compiled, compiled_allocating, fnv_hash, slot_of, table_of
 
 _MAGIC, _VERSION = 793712314, 12
 _HIERARCHICAL_SOFTMAX = 1
@@ -268,7 +267,7 @@ def _read(data: np.ndarray, first: int, last: int, tables: Tables, hidden: np.nd
         begin = at
         while at < last and not _blank(data[at]):
             at += 1
-        word = tables.word_numbers[slot_of(tables.word_keys, hash_bytes(data, begin, at))] - 1
+        word = tables.word_numbers[slot_of(tables.word_keys, fnv_hash(data, begin, at))] - 1
         if word == line_end and word >= 0:
             # as the text spells it: nothing behind it is read
             break

@@ -13,13 +13,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from bessemer.data.edits.spans import strings
 from bessemer.data.filters.fasttext_model import FastTextModel, read_fasttext
-from bessemer.data.text.characters import SPACE, character_classes
+from bessemer.data.text.characters import SPACE, character_classes, code_point, is_capital, is_letter
 from bessemer.data.text.compiled import compiled, compiled_allocating
-from bessemer.data.text.texts import Texts
-from bessemer.data.text.utf8 import code_point
-from bessemer.data.word_lists.ascii import is_capital, is_letter
+from bessemer.data.text.texts import Texts, strings
 
 #: More text does not change the verdict and costs time.
 _CHARACTERS = 2000

@@ -1,19 +1,29 @@
-"""Declarations of the filters: of each its columns, what they say, the limits by which they are known, and their source.
+"""Filters: their columns, what they say, the limits by which they are known and their source; and the presets of `select`.
 
-Pure Python: a recipe is checked without the filters' code. The columns stand in the order in which the peers' rules are asked.
+A preset is the named limits of a filter's or an edit's score columns. Pure Python: a recipe is checked without the filters'
+code. The columns stand in the order in which the peers' rules are applied.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 from bessemer.core.errors import ConfigError
 from bessemer.core.registry import Registry
-from bessemer.data.plugins import Column, FilterFunction, FilterPlugin, Limit
-from bessemer.data.thresholds.languages import (
+from bessemer.data.edits.registry import EDITS, OWN_EDITS, edit_plugin
+from bessemer.data.plugins import (
+    EVERY_LANGUAGE,
     WITHOUT_FULL_STOPS,
     WITHOUT_SPACES,
     WORDS_WITH_LETTER_SLACK,
+    Column,
+    EditPlugin,
+    FilterFunction,
+    FilterPlugin,
+    Limit,
     MeantFor,
     limits_by_language,
+    limits_of,
 )
 
 # The limits were all found on English; `limits_by_language` are those of languages that need another. What counts marks, lines
@@ -44,7 +54,7 @@ _LANGUAGE = FilterPlugin(
     "bessemer.data.filters.language:language",
     columns={
         "language": Column("the most probable language (ISO 639)", "string"),
-        # its limits are by language: `thresholds.languages`
+        # its limits are by language: `data/languages.csv`
         "language_score": Column("how probable that language is (0 to 1)"),
     },
 )
@@ -52,7 +62,7 @@ _LANGUAGE = FilterPlugin(
 _GOPHER_QUALITY = FilterPlugin(
     "gopher_quality",
     "Gopher's measures of quality (Rae et al. 2021, section A.1.1)",
-    "bessemer.data.filters.gopher:gopher_quality",
+    "bessemer.data.filters.heuristics:gopher_quality",
     columns={
         "gopher_words": Column(
             "words",
@@ -100,7 +110,7 @@ def _n_grams(description: str, highest: float, name: str) -> Column:
 _GOPHER_REPETITION = FilterPlugin(
     "gopher_repetition",
     "Gopher's measures of repetition (Rae et al. 2021, table A1)",
-    "bessemer.data.filters.gopher_repetition:gopher_repetition",
+    "bessemer.data.filters.heuristics:gopher_repetition",
     columns={
         "gopher_repetition_duplicate_paragraphs": Column("share of paragraphs equal to an earlier one", limit=(None, 0.30)),
         "gopher_repetition_duplicate_paragraph_characters": Column(
@@ -127,7 +137,7 @@ _GOPHER_REPETITION = FilterPlugin(
 _C4 = FilterPlugin(
     "c4",
     "C4's rules about whole documents (Raffel et al. 2020, section 2.2), for texts that the edit `c4_lines` left",
-    "bessemer.data.filters.c4:c4",
+    "bessemer.data.filters.heuristics:c4",
     columns={
         "c4_lorem_ipsum": Column("occurrences of “lorem ipsum”", limit=(None, 0)),
         "c4_curly_brackets": Column("occurrences of `{`", limit=(None, 0)),
@@ -139,7 +149,7 @@ _C4 = FilterPlugin(
 _FINEWEB = FilterPlugin(
     "fineweb",
     "FineWeb's own measures (Penedo et al. 2024, section 3.5)",
-    "bessemer.data.filters.fineweb:fineweb",
+    "bessemer.data.filters.heuristics:fineweb",
     columns={
         "fineweb_punctuated_lines": Column(
             "share of lines that end like a sentence",
@@ -182,7 +192,7 @@ _CODE = FilterPlugin(
 _SPAM = FilterPlugin(
     "spam",
     "advertising, lures and text for search engines, by phrases and form",
-    "bessemer.data.filters.spam:spam",
+    "bessemer.data.filters.word_list_scores:spam",
     columns={
         "spam_score": Column(
             "how probably the text is advertising, a lure or made for search engines (0 to 1)", limit=(None, 0.5)
@@ -193,7 +203,7 @@ _SPAM = FilterPlugin(
 _TOXICITY = FilterPlugin(
     "toxicity",
     "text that attacks people, and sexually explicit text, by words and phrases",
-    "bessemer.data.filters.toxicity:toxicity",
+    "bessemer.data.filters.word_list_scores:toxicity",
     columns={
         "toxicity_score": Column(
             "how much the text attacks people: insults, slurs, slander of groups, threats, swearing (0 to 1)",
@@ -206,7 +216,7 @@ _TOXICITY = FilterPlugin(
 _MODEL_WRITTEN = FilterPlugin(
     "model_written",
     "text that a language model wrote, or that reads like one gone wrong",
-    "bessemer.data.filters.model_written:model_written",
+    "bessemer.data.filters.word_list_scores:model_written",
     columns={
         "model_written_score": Column(
             "how strongly the text bears the marks of a language model's output (0 to 1)", limit=(None, 0.5)
@@ -222,7 +232,7 @@ _MODEL_WRITTEN = FilterPlugin(
 _HAZARDS = FilterPlugin(
     "hazards",
     "MLCommons' hazard categories S1 to S14, by words and patterns",
-    "bessemer.data.filters.hazards:hazards",
+    "bessemer.data.filters.word_list_scores:hazards",
     columns={
         f"hazards_{name}": Column(f"{number}: {about} (0 to 1)", limit=(None, 0.6))
         for name, (number, about) in HAZARD_CATEGORIES.items()
@@ -270,3 +280,76 @@ def filter_plugin(name: str) -> FilterPlugin:
     if not isinstance(plugin, FilterPlugin):
         raise ConfigError(f"the entry point {name!r} of {FILTERS.group} is not a FilterPlugin")
     return plugin
+
+
+#: Presets of several filters or of none; every other preset is the filter or edit of its name.
+COMBINED: dict[str, tuple[str, ...]] = {"all": (), "gopher": ("gopher_repetition", "gopher_quality")}
+#: The presets of Bessemer's own filters and edits.
+OWN_PRESETS = (*COMBINED, *(plugin.name for plugin in (*OWN_FILTERS, *OWN_EDITS) if limits_of(plugin.columns)))
+
+_OWN = {plugin.name for plugin in (*OWN_FILTERS, *OWN_EDITS)}
+_OWN_COLUMNS = {name: column for plugin in (*OWN_FILTERS, *OWN_EDITS) for name, column in plugin.columns.items()} | PERPLEXITY
+
+
+def preset_names() -> list[str]:
+    """Every preset, then the filters and edits of other packages, of which those with limits are presets. None is loaded."""
+    return [*OWN_PRESETS, *(name for names in (FILTERS, EDITS) for name in names if name not in _OWN)]
+
+
+def is_preset(name: str) -> bool:
+    """Whether there is a preset of this name."""
+    return name in OWN_PRESETS or any(plugin.name == name and limits_of(plugin.columns) for plugin in _of_others(name))
+
+
+def scores_of(name: str) -> tuple[str, ...]:
+    """The scores that a preset needs, by their names in a recipe."""
+    return COMBINED.get(name, (name,))
+
+
+def preset(name: str) -> dict[str, Limit]:
+    """The limits of a preset, by column. Raises ConfigError for a name that is none."""
+    limits: dict[str, Limit] = {}
+    for score in scores_of(name):
+        limits |= limits_of((filter_plugin(score) if score in FILTERS else edit_plugin(score)).columns)
+    return limits
+
+
+def meant_for(column: str) -> MeantFor:
+    """The languages for which a column's usual limit is meant; every one where its filter declares none."""
+    declared = declared_column(column)
+    return EVERY_LANGUAGE if declared is None else declared.languages
+
+
+def by_language(column: str) -> Mapping[str, Limit]:
+    """The usual limits of the languages that have another than the column's, as its filter declares them."""
+    declared = declared_column(column)
+    return {} if declared is None else declared.by_language
+
+
+def declared_column(name: str) -> Column | None:
+    """What the filter or edit that adds a column declares of it; None for a column of the user's own.
+
+    Of other packages those filters and edits are asked with whose name the column begins.
+    """
+    if name in _OWN_COLUMNS:
+        return _OWN_COLUMNS[name]
+    return next((plugin.columns[name] for plugin in _of_others(name) if name in plugin.columns), None)
+
+
+def _of_others(column: str) -> Iterator[FilterPlugin | EditPlugin]:
+    """The filters and edits of other packages with whose name a column begins."""
+    for name in FILTERS:
+        if name not in _OWN and (column == name or column.startswith(f"{name}_")):
+            yield filter_plugin(name)
+    for name in EDITS:
+        if name not in _OWN and (column == name or column.startswith(f"{name}_")):
+            yield edit_plugin(name)
+
+
+def column_description(column: str) -> str:
+    """What a column says; an empty string for one that no filter or edit declares, as a user's own."""
+    if column.startswith("language_score_"):
+        # the documents of one language, which has a limit of its own
+        return f"{column_description('language_score')}, of those in {column.rpartition('_')[2]}"
+    declared = declared_column(column)
+    return "" if declared is None else declared.description

@@ -17,11 +17,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from bessemer.core.errors import ConfigError
-from bessemer.data.text.compiled import compiled, compiled_allocating
-from bessemer.data.text.tables import hash_bytes, slot_of, table_of
+from bessemer.data.text.compiled import compiled, compiled_allocating, fnv_hash, slot_of, table_of
 from bessemer.data.text.texts import Texts
-from bessemer.data.word_lists.reading import Category, packaged_list
-from bessemer.data.word_lists.term_matcher import TermMatcher
+from bessemer.data.word_lists.term_matcher import Category, TermMatcher, packaged_list
 
 _KEYS = {"meaning", "domains", "hard", "soft"}
 _HASH, _DOT, _SLASH, _COLON, _QUERY, _AT = (ord(sign) for sign in "#./:?@")
@@ -123,7 +121,7 @@ def _listed(data: np.ndarray, offsets: np.ndarray, keys: np.ndarray, values: np.
     for text in range(len(offsets) - 1):
         at, end = _host(data, offsets[text], offsets[text + 1])
         while at < end and found[text] == 0:
-            found[text] = values[slot_of(keys, hash_bytes(data, at, end))]
+            found[text] = values[slot_of(keys, fnv_hash(data, at, end))]
             while at < end and data[at] != _DOT:
                 at += 1
             at += 1

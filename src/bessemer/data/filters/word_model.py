@@ -1,36 +1,59 @@
-"""Word language model: how usual a text is beside trusted texts, CCNet's measure.
+"""Score `perplexity` in bits per byte, and a word language model for it, CCNet's measure (Wenzek et al. 2020).
 
-Interpolated Kneser–Ney of order three (Kneser and Ney 1995; Chen and Goodman 1998, section 2.7) over tokens of text:
+Any function from texts to bits per byte will do; the pipeline passes in what opens a trained model of ours. Ours here is
+interpolated Kneser–Ney of order three (Kneser and Ney 1995; Chen and Goodman 1998, section 2.7), without PyTorch:
 
     P_n(w | h) = (c_n(h w) − D_n) / c_n(h ·) + γ(h) P_{n−1}(w | h')      γ(h) = 1 − Σ over kept w of (c_n(h w) − D_n) / c_n(h ·)
 
-c_3 counts occurrences, c_2 and c_1 how many different tokens stand before; D_n = n₁ / (n₁ + 2 n₂) by the numbers of n-grams
-counted once and twice; P_0 is uniform. γ is written so that it also holds when rare trigrams are left out of the table.
-
-A token is a word with the space before it, or a single other byte, so that tokens put together are the text. A word seen less
-than twice is spelt: the unknown token's probability, times that of its bytes under a model of pairs of bytes (Witten and Bell
-1991). So any text has a probability, and its bits per byte compare with those of any other model of bytes.
-
-The tables hold logarithms of finished probabilities, as ARPA files do: most words cost two look-ups.
+c_3 counts occurrences, c_2 and c_1 different preceding tokens; D_n = n₁ / (n₁ + 2 n₂); P_0 is uniform; γ also holds when rare
+trigrams are left out. A token is a word with the space before it, or a single other byte. A word seen once is spelt by a model
+of pairs of bytes (Witten and Bell 1991), so any text has a probability. Unusual text is not always bad, and the least
+surprising texts are often copies: take a limit from the score's histogram.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from bessemer.core.config import Config, setting
 from bessemer.core.errors import ArtefactError, SourceError
-from bessemer.core.figures import size
+from bessemer.core.metrics import size
 from bessemer.core.progress import Progress, Silent
-from bessemer.data.classifier.reading import read_examples
+from bessemer.core.store import follow
+from bessemer.data.filters.classifier_training import read_examples
+from bessemer.data.text.characters import in_word
 from bessemer.data.text.compiled import compiled, compiled_allocating
 from bessemer.data.text.texts import Texts
-from bessemer.data.word_lists.ascii import in_word
+
+#: From N texts to (N,) bits per byte.
+BitsPerByte = Callable[[Texts], np.ndarray]
+#: Opens the folder of a language model of ours.
+OpenModel = Callable[[Path], BitsPerByte]
+
+#: A neural model's last digits differ between processors; the score is rounded so that the files do not.
+_DECIMALS = 4
+
+
+def language_model_folder(place: Path) -> Path | None:
+    """Where the language model of a folder, a run's or a stage's too, lies; None where there is none."""
+    return next((found for found in (place, follow(place / "model")) if (found / "config.json").is_file()), None)
+
+
+def perplexity_scores(bits_per_byte: BitsPerByte) -> Callable[[Texts], dict[str, pa.Array]]:
+    """The scorer of a model, given its function from N texts to (N,) bits per byte."""
+
+    def perplexity(texts: Texts) -> dict[str, pa.Array]:
+        return {"perplexity_bits_per_byte": pa.array(np.round(bits_per_byte(texts), _DECIMALS).astype(np.float64))}
+
+    return perplexity
+
 
 FORMAT = 1
 #: Of tokens by number: 0 stands before the first and behind the last, 1 for all that are not in the vocabulary.

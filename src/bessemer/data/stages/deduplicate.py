@@ -23,19 +23,14 @@ from bessemer.core.progress import Progress, Silent
 from bessemer.core.store import follow
 from bessemer.core.usercode import is_user_function
 from bessemer.data.config import DeduplicateConfig
-from bessemer.data.corpus.reader import document_files, document_schema, iterate_documents
-from bessemer.data.corpus.reasons import with_reasons
+from bessemer.data.corpus.dataset_card import StageRecord, lineage, write_card
+from bessemer.data.corpus.reader import document_files, document_schema, iterate_documents, with_reasons
 from bessemer.data.corpus.remote import SCRATCH, documents_at_hand, working_place
-from bessemer.data.deduplication.chain import after, apply
-from bessemer.data.deduplication.config import KeepConfig
-from bessemer.data.deduplication.corpus import Corpus
-from bessemer.data.deduplication.embeddings import embedding_files
-from bessemer.data.deduplication.preference import Preference
-from bessemer.data.deduplication.registry import method_plugin
-from bessemer.data.deduplication.removals import Removals, SpanRemovals
-from bessemer.data.reports.dataset_card import StageRecord, lineage, write_card
-from bessemer.data.reports.mixture_stats import mixture_stats, training_bytes
-from bessemer.data.stages.mixture import mixed, mixture_columns
+from bessemer.data.deduplication.corpus import Corpus, Preference
+from bessemer.data.deduplication.registry import KeepConfig, method_plugin
+from bessemer.data.deduplication.removals import Removals, SpanRemovals, after, apply
+from bessemer.data.deduplication.semantic import embedding_files
+from bessemer.data.stages.mixture import mixed, mixture_columns, mixture_stats, training_bytes
 from bessemer.data.stages.transform import Change, transform
 
 

@@ -1,14 +1,18 @@
-"""Mixtures of sources: from shares of the text to a number of epochs for every document.
+"""Mixtures of sources: from shares of the text to a number of epochs for every document, and their statistics.
 
 The mixture is a column, `epochs`, of the documents that stay: 2 is read twice, and a source at 0.5 has half of its documents
-at 1 and none of the others. Which half is decided by the ids, so that it is the same on every machine, and that a larger
-number only adds documents. A second mixture, for the end of training, is the column `anneal_epochs`.
+at 1 and none of the others. Ids decide which half, so that it is the same on every machine, and a larger number only adds
+documents. A second mixture, for the end of training, is the column `anneal_epochs`. Statistics: the training text of each
+source before a mixture is applied, and what training reads of it after.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,8 +20,14 @@ import pyarrow.compute as pc
 
 from bessemer.core.config import nearest
 from bessemer.core.errors import ConfigError
+from bessemer.core.object_storage import Place
 from bessemer.data.config import MixConfig
-from bessemer.data.corpus.reader import TRAIN, document_schema, iterate_documents
+from bessemer.data.corpus.reader import TRAIN, document_files, document_schema, iterate_documents, read_part
+from bessemer.data.engine import Engine, run_tasks
+
+if TYPE_CHECKING:
+    from bessemer.data.stages.transform import Change
+
 
 EPOCHS, ANNEAL_EPOCHS = "epochs", "anneal_epochs"
 
@@ -131,3 +141,63 @@ def iterate_epochs(
         if not met:
             return
         epoch += 1
+
+
+def training_bytes(documents: Path, change: Callable[[], Change], engine: Engine) -> dict[str, int]:
+    """Bytes of training text by source, of the documents that a stage keeps.
+
+    change: gives the function that the stage applies to each batch.
+    """
+    sizes: Counter[str] = Counter()
+    for _, sizes_of_part in run_tasks(partial(_kept_bytes, change), document_files(documents), engine):
+        sizes.update(sizes_of_part)
+    return sizes
+
+
+def mixture_stats(
+    mixtures: Mapping[str, Mapping[str, float]], sizes: Mapping[str, int], documents: Path, engine: Engine
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """By column and source: the epochs asked for, the bytes that training should read, and the bytes that it will.
+
+    mixtures: epochs by source of each column. sizes: bytes of training text by source. documents: as the stage wrote them.
+    """
+    stats = {}
+    for column, epochs in mixtures.items():
+        read: Counter[str] = Counter()
+        for _, read_of_part in run_tasks(partial(_read_bytes, column), document_files(documents), engine):
+            read.update(read_of_part)
+        stats[column] = {
+            name: {
+                "epochs": round(epochs.get(name, 0.0), 4),
+                "expected_bytes": round(epochs.get(name, 0.0) * size),
+                "bytes": read[name],
+            }
+            for name, size in sorted(sizes.items())
+        }
+    return stats
+
+
+def _kept_bytes(change: Callable[[], Change], part: Place) -> dict[str, int]:
+    """Bytes of training text that a part would keep, by source."""
+    apply = change()
+    sizes = Counter[str]()
+    for batch in read_part(part):
+        rows = apply(batch)
+        rows = rows.filter(pc.and_(pc.is_null(rows.column("reason")), pc.equal(rows.column("split"), TRAIN)))
+        _count(sizes, rows.column("source"), pc.binary_length(rows.column("text")))
+    return dict(sizes)
+
+
+def _read_bytes(column: str, part: Place) -> dict[str, int]:
+    """Bytes that training will read of a part, by source."""
+    sizes = Counter[str]()
+    for batch in read_part(part, ["text", "source", "split", column]):
+        rows = batch.filter(pc.equal(batch.column("split"), TRAIN))
+        lengths = pc.cast(pc.binary_length(rows.column("text")), pa.int64())
+        _count(sizes, rows.column("source"), pc.multiply(lengths, rows.column(column)))
+    return dict(sizes)
+
+
+def _count(sizes: Counter[str], sources: pa.Array, lengths: pa.Array) -> None:
+    for source, length in zip(sources.to_pylist(), lengths.to_pylist(), strict=True):
+        sizes[source] += length

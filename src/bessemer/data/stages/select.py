@@ -14,16 +14,13 @@ from bessemer.core.config import nearest
 from bessemer.core.errors import ConfigError, SourceError
 from bessemer.core.progress import Progress
 from bessemer.data.config import SelectConfig
-from bessemer.data.corpus.reader import SCHEMA, document_schema
-from bessemer.data.corpus.reasons import with_reasons
-from bessemer.data.deduplication.chain import apply
+from bessemer.data.corpus.dataset_card import StageRecord, lineage, write_card
+from bessemer.data.corpus.reader import SCHEMA, document_schema, with_reasons
 from bessemer.data.deduplication.decontaminate import Contamination, read_items
-from bessemer.data.reports.dataset_card import StageRecord, lineage, write_card
-from bessemer.data.reports.histograms import beside_limits
-from bessemer.data.reports.mixture_stats import mixture_stats, training_bytes
-from bessemer.data.stages.mixture import mixed, mixture_columns
+from bessemer.data.deduplication.removals import apply
+from bessemer.data.stages.mixture import mixed, mixture_columns, mixture_stats, training_bytes
 from bessemer.data.stages.transform import Change, transform
-from bessemer.data.thresholds.apply import rejection_reasons
+from bessemer.data.thresholds import beside_limits, rejection_reasons
 
 
 def select(

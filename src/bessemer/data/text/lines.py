@@ -1,4 +1,4 @@
-"""Texts cut into lines and paragraphs, with their traits for filters."""
+"""Spans of texts, and texts cut into lines and paragraphs, with their traits for filters."""
 
 from __future__ import annotations
 
@@ -9,12 +9,46 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bessemer.data.text.characters import LINE_BREAK, SPACE, TERMINAL, character_classes
-from bessemer.data.text.compiled import compiled
-from bessemer.data.text.scripts import is_colon_full_stop, without_wordspace
-from bessemer.data.text.spans import Spans
-from bessemer.data.text.tables import hash_bytes
-from bessemer.data.text.utf8 import code_point, previous
+from bessemer.data.text.characters import (
+    LINE_BREAK,
+    SPACE,
+    TERMINAL,
+    character_classes,
+    code_point,
+    is_colon_full_stop,
+    previous,
+    without_wordspace,
+)
+from bessemer.data.text.compiled import compiled, fnv_hash
+
+
+@dataclass(frozen=True)
+class Spans:
+    """K spans of N texts, in order.
+
+    Span k is `data[starts[k]:ends[k]]` of `Texts.data`, and `characters[k]` characters long; text n has the spans
+    `of_text[n]` to `of_text[n + 1]`. starts, ends (K,) int64, of_text (N + 1,) int64, characters (K,) int32.
+    """
+
+    starts: np.ndarray
+    ends: np.ndarray
+    of_text: np.ndarray
+    characters: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """How many spans each text has, (N,) int64."""
+        return np.diff(self.of_text)
+
+    def total(self, values: np.ndarray) -> np.ndarray:
+        """Sums by text, (N,) int64, of a number or a truth for each span."""
+        sums = np.zeros(len(self) + 1, np.int64)
+        np.cumsum(values, out=sums[1:])
+        return sums[self.of_text[1:]] - sums[self.of_text[:-1]]
+
 
 #: What is known of a line, as bits of `Lines.traits`.
 #: white space alone, or nothing
@@ -155,7 +189,7 @@ def _write(data: np.ndarray, start: int, end: int, found: _Found, count: int) ->
 @compiled
 def _hash(data: np.ndarray, starts: np.ndarray, ends: np.ndarray, hashes: np.ndarray) -> None:
     for line in range(len(starts)):
-        hashes[line] = hash_bytes(data, starts[line], ends[line])
+        hashes[line] = fnv_hash(data, starts[line], ends[line])
 
 
 @compiled

@@ -16,11 +16,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bessemer.data.text.addresses import is_address
 from bessemer.data.text.characters import (
     AFFIX,
     CURRENCY,
     DIGIT,
+    ETHIOPIC_WORDSPACE,
     HYPHEN,
     LETTER,
     LINE_BREAK,
@@ -34,13 +34,14 @@ from bessemer.data.text.characters import (
     TERMINAL,
     UPPER,
     character_classes,
+    code_point,
+    is_address,
+    is_colon_full_stop,
+    previous,
 )
-from bessemer.data.text.compiled import compiled
-from bessemer.data.text.english import UNITS, special_words
-from bessemer.data.text.scripts import ETHIOPIC_WORDSPACE, is_colon_full_stop
-from bessemer.data.text.spans import Spans
-from bessemer.data.text.tables import hash_bytes, slot_of, table_of
-from bessemer.data.text.utf8 import code_point, previous
+from bessemer.data.text.compiled import compiled, fnv_hash, slot_of, table_of
+from bessemer.data.text.lines import Spans
+from bessemer.data.text.word_rules import UNITS, special_words
 
 #: What is known of a word, as bits of `Words.traits`.
 HAS_LETTER = 1 << 0
@@ -243,7 +244,7 @@ def _parts(data: np.ndarray, start: int, end: int, rules: _Rules) -> int:
     """The lengths of the words that a special word is, packed; zero for any other."""
     if not 1 < end - start <= _LONGEST_SPECIAL or not rules.pairs[np.int64(data[start]) << 8 | np.int64(data[start + 1])]:
         return 0
-    return rules.special_parts[slot_of(rules.special_keys, hash_bytes(data, start, end))]
+    return rules.special_parts[slot_of(rules.special_keys, fnv_hash(data, start, end))]
 
 
 @compiled
@@ -319,7 +320,7 @@ def _suffix(data: np.ndarray, start: int, end: int, rules: _Rules) -> int:
         before = previous(data, last)
         code, _ = code_point(data, before)
         if rules.classes[code] & DIGIT:
-            key = hash_bytes(data, last, end)
+            key = fnv_hash(data, last, end)
             return end - last if rules.unit_keys[slot_of(rules.unit_keys, key)] == key else 0
         last = before
     return 0
@@ -435,5 +436,5 @@ def _describe(
             if is_colon_full_stop(data, starts[first], ends[word]):
                 known |= ENDS_SENTENCE
         characters[word] = number
-        hashes[word] = hash_bytes(data, starts[word], ends[word])
+        hashes[word] = fnv_hash(data, starts[word], ends[word])
         traits[word] = known

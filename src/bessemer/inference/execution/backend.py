@@ -1,18 +1,176 @@
-"""What a `Runner` asks of a device: the matmuls of a model's weights, attention over its pages, and steps in one call."""
+"""Backend: the interface between a `Runner` and a device, and what is read out of a step besides its logits.
+
+A backend gives the matmuls of a model's weights, attention over its pages, and whole steps in one call. What a capture wants
+of a step is kept beside it: hidden states, attention weights, choices of experts.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from bessemer.inference.execution.batch import Batch
-from bessemer.inference.execution.step_inputs import StepInputs
+from bessemer.inference.execution.batch import Batch, StepInputs
+from bessemer.inference.execution.kv_cache import PagedMemory
 from bessemer.inference.sampling.device_sampler import SampledRows
-from bessemer.model.cache import Cache
-from bessemer.model.quantised_linear import PackedMatmuls
+from bessemer.model.decoder import Decoder
+from bessemer.model.layers.attention_backends import AttentionBackend, AttentionMask, Scores, attention_mask, attention_weights
+from bessemer.model.layers.cache import Cache, Rectangle
+from bessemer.model.layers.feed_forward import Routing, SparseFeedForward
+from bessemer.model.quantisation.quantised_layers import PackedMatmuls
+
+# Shapes: T tokens, D hidden, H heads, S positions, N rows of a batch, M rows that are kept.
+
+
+@dataclass
+class Observed:
+    """Of the rows that a batch wants to keep, by layer: hidden states (M, D), and choices of experts (M, k) with their
+    weights."""
+
+    states: dict[int, Tensor] = field(default_factory=dict)
+    routings: dict[int, Routing] = field(default_factory=dict)
+
+    def take(self, states: Iterable[int], routings: Iterable[int], count: int) -> Observed:
+        """The first `count` rows of these layers, which are no longer in it."""
+        taken = Observed()
+        for layer in states:
+            kept_MD = self.states.pop(layer)
+            taken.states[layer] = kept_MD[:count]
+            if len(kept_MD) > count:
+                self.states[layer] = kept_MD[count:]
+        for layer in routings:
+            experts_Mk, weights_Mk = self.routings[layer]
+            taken.routings[layer] = Routing(experts_Mk[:count], weights_Mk[:count])
+            self.routings[layer] = Routing(experts_Mk[count:], weights_Mk[count:])
+        return taken
+
+    @classmethod
+    def joined(cls, parts: Sequence[Observed]) -> Observed:
+        """Of consecutive parts of a batch."""
+        states = {
+            layer: [part.states[layer] for part in parts if layer in part.states] for part in parts for layer in part.states
+        }
+        routings = {
+            layer: [part.routings[layer] for part in parts if layer in part.routings]
+            for part in parts
+            for layer in part.routings
+        }
+        return cls(
+            {layer: torch.cat(some) for layer, some in states.items()},
+            {layer: Routing(*map(torch.cat, zip(*some, strict=True))) for layer, some in routings.items()},
+        )
+
+    def interleaved(self, other: Observed, rows: Mapping[int, Sequence[int]], own: AbstractSet[int]) -> Observed:
+        """The hidden states of a batch of which this has the rows `own`, and `other` the rest. rows: of the batch, by layer.
+
+        The choices of experts are the other's.
+        """
+        states: dict[int, Tensor] = {}
+        for layer, of_layer in rows.items():
+            is_own_M = torch.tensor([row in own for row in of_layer])
+            some = self.states[layer] if layer in self.states else other.states[layer]
+            states[layer] = some.new_empty(len(of_layer), some.shape[-1])
+            for part, is_part_M in ((self, is_own_M), (other, ~is_own_M)):
+                if layer in part.states:
+                    states[layer][is_part_M] = part.states[layer]
+        return Observed(states, other.routings)
+
+
+class StatesKeeper:
+    """Keeps rows of the hidden states that a forward pass of one row of N tokens comes to (`Decoder.pre_norm_hidden`)."""
+
+    def __init__(self, rows: Mapping[int, Tensor], kept: dict[int, Tensor]) -> None:
+        """rows: (M,) by layer. kept: receives their states, (M, D) float32."""
+        self._rows, self._kept = rows, kept
+
+    def __call__(self, layer: int, hidden_1ND: Tensor) -> None:
+        rows_M = self._rows.get(layer)
+        if rows_M is not None:
+            self._kept[layer] = hidden_1ND[0, rows_M].float()
+
+
+@contextmanager
+def routings_kept(model: Decoder, rows: Mapping[int, Tensor], kept: dict[int, Routing]) -> Iterator[None]:
+    """Within it, the choices of experts of some rows of each forward pass are put into `kept`, by layer."""
+    with ExitStack() as hooks:
+        for layer, of_layer_M in rows.items():
+            feed_forward = model.blocks[layer].mlp
+            assert isinstance(feed_forward, SparseFeedForward)
+
+            def keep(
+                module: nn.Module, inputs: object, routing: Routing, layer: int = layer, of_M: Tensor = of_layer_M
+            ) -> None:
+                kept[layer] = Routing(routing.experts_Nk[of_M], routing.weights_Nk[of_M].float())
+
+            hooks.callback(feed_forward.router.register_forward_hook(keep).remove)
+        yield
+
+
+class ReadPages:
+    """A `Cache` of one sequence that notes how much some of its positions attend to each, and writes nothing.
+
+    weights_HTS: of the last layer that attended, float32; zero where a query does not see a position.
+    """
+
+    masked, aligned, real_BT = False, False, None
+
+    def __init__(self, memory: PagedMemory, tables: Sequence[Sequence[int]], positions: Sequence[int]) -> None:
+        """tables: the sequence's blocks, of each group of layers. positions: of the queries; their keys are in the pages."""
+        self._memory, self._tables, self._positions = memory, tables, positions
+        self.live = max(positions) + 1
+        self.weights_HTS = torch.empty(0)
+
+    def extend(self, count: int, real: Sequence[int] | None = None) -> Tensor:
+        assert count == len(self._positions) and real is None
+        return torch.tensor([self._positions], device=self._memory.device)
+
+    def attend(
+        self,
+        layer: int,
+        query_BHTC: Tensor,
+        key_BKTC: Tensor,
+        value_BKTV: Tensor,
+        mask: AttentionMask,
+        scores: Scores,
+        backend: AttentionBackend,
+    ) -> Tensor:
+        memory = self._memory
+        index, size, device = memory.group_of[layer], memory.block_size, memory.device
+        window, table = memory.groups[index].window, self._tables[index]
+        first = 0 if window is None else max(0, min(self._positions) - window + 1) // size
+        blocks_1P = torch.tensor([table[first : (self.live - 1) // size + 1]], device=device)
+        length = self.live - first * size
+        keys_1KSC = memory.read_keys(layer, blocks_1P, query_BHTC.dtype)[:, :, :length]
+        slots_1T = torch.tensor([self._positions], device=device) - first * size
+        mask = attention_mask(
+            len(self._positions),
+            length,
+            query_BHTC.dtype,
+            device,
+            slots_BT=slots_1T,
+            window=window,
+            slopes_H=memory.slopes_H,
+            aligned=False,
+        )
+        weights_1HTS = attention_weights(query_BHTC, keys_1KSC, mask, scores)
+        self.weights_HTS = nn.functional.pad(weights_1HTS[0].float(), (first * size, 0))
+        # what is attended to is not needed
+        return value_BKTV.new_empty(*query_BHTC.shape[:3], value_BKTV.shape[-1])
+
+    def rectangles(self) -> list[Rectangle] | None:
+        raise AssertionError("linear attention reads no pages")
+
+    def state(self, layer: int, rectangle: Rectangle | None = None) -> tuple[Tensor, ...] | None:
+        raise AssertionError("linear attention reads no pages")
+
+    def store_state(self, layer: int, *state: Tensor, rectangle: Rectangle | None = None, step: int | None = None) -> None:
+        raise AssertionError("linear attention reads no pages")
+
 
 # Shapes: R wanted rows, V vocabulary, S tokens of a row.
 

@@ -1,30 +1,230 @@
-"""Builds a model's runner: chooses its backend, and the layout of its pages."""
+"""Builds a model's runner: chooses its backend, the storage form of its weights and the layout of its pages.
+
+The KV cache gets as many blocks as the memory left by the weights holds, or as the settings say.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from bessemer.core.environment import free_memory_bytes
+from bessemer.core.environment import free_memory_bytes, memory_bytes
 from bessemer.core.errors import ConfigError
 from bessemer.inference.config import EngineConfig
 from bessemer.inference.execution.backend import Backend, Linear
 from bessemer.inference.execution.compiled_steps import CompiledSteps, StepsCodes
 from bessemer.inference.execution.cuda_graphs import CudaGraphs, StaticSteps, cannot_be_static
 from bessemer.inference.execution.flex_attention import FlexPagesAttention, compiled_page_attention
-from bessemer.inference.execution.kv_cache import PagedMemory
-from bessemer.inference.execution.linear import DequantisedWeights, OwnWeights, PackedCodes
+from bessemer.inference.execution.kv_cache import PAGE_TYPES, LayerGroup, PagedMemory, block_bytes, layer_groups, state_bytes
 from bessemer.inference.execution.paged_attention import CompiledAttention, GatheredAttention
 from bessemer.inference.execution.runner import Runner
-from bessemer.inference.execution.tensor_parallel.commands import Workers
-from bessemer.model.cpu_kernels.build import library, unavailable
-from bessemer.model.cpu_kernels.choice import faster_dtype
-from bessemer.model.decoded_products import decoded_bytes
+from bessemer.inference.execution.tensor_parallel.sharded_model import Workers
+from bessemer.model.config import ModelConfig
+from bessemer.model.cpu_kernels import kernels_arithmetic, library, unavailable
+from bessemer.model.cpu_kernels.packed_matmuls import faster_dtype, packed_products
 from bessemer.model.decoder import Decoder
-from bessemer.model.quantised_linear import is_quantised
+from bessemer.model.quantisation.quantised_decoder import decoded_bytes, decoded_products
+from bessemer.model.quantisation.quantised_layers import PackedMatmuls, QuantisedLinear, is_quantised
+
+#: Of the memory that is free, the share that pages get where nothing is said.
+_SHARE = 0.25
+#: Of the memory for pages, the share that states of linear attention get at most where nothing is said.
+_STATES_SHARE = 0.5
+#: Saved states that can be of use, for each answer that runs.
+_SNAPSHOTS_EACH = 16
+_GIB = 1 << 30
+
+
+def page_type(model: Decoder, engine: EngineConfig) -> torch.dtype:
+    """The type of a model's KV cache."""
+    if engine.kv_cache_dtype != "auto":
+        return PAGE_TYPES[engine.kv_cache_dtype]
+    return torch.float16 if any(isinstance(module, QuantisedLinear) for module in model.modules()) else model.dtype
+
+
+def model_length(config: ModelConfig, engine: EngineConfig) -> int:
+    """The most tokens of a text: `max_model_len`, or the model's context where nothing is said."""
+    return min(config.max_position_embeddings, engine.max_model_len or config.max_position_embeddings)
+
+
+def longest_text(config: ModelConfig, engine: EngineConfig, blocks: Sequence[int]) -> int:
+    """The most tokens of a text that `blocks` blocks of each group of layers hold, at most `model_length`."""
+    groups = layer_groups(config)
+    whole = [count * engine.block_size for count, group in zip(blocks, groups, strict=True) if group.window is None]
+    return min([model_length(config, engine), *whole])
+
+
+def check_model_length(config: ModelConfig, engine: EngineConfig) -> None:
+    """Raise ConfigError where max_model_len is above the model's context."""
+    if engine.max_model_len is not None and engine.max_model_len > config.max_position_embeddings:
+        raise ConfigError(
+            f"max_model_len: {engine.max_model_len:,} tokens are more than the model's context of "
+            f"{config.max_position_embeddings:,} (max_position_embeddings); lower it"
+        )
+
+
+def memory_budget(engine: EngineConfig, device: torch.device, sharing: int = 1) -> int:
+    """Bytes for the KV cache and for snapshots of states. sharing: processes that share the same free memory."""
+    return int(free_bytes(device) * _SHARE) // sharing if engine.kv_memory is None else int(engine.kv_memory * _GIB)
+
+
+def plan_snapshots(config: ModelConfig, engine: EngineConfig, dtype: torch.dtype, budget: int, *, ranks: int = 1) -> int:
+    """How many snapshots of linear attention's states there are; 0 in models without, and without a prefix cache.
+
+    dtype: the model's, not its pages'. budget: `memory_budget`. ranks: processes that share the heads.
+    """
+    each = state_bytes(config, dtype, ranks)
+    if not each or not engine.prefix_cache:
+        return 0
+    given = budget * _STATES_SHARE if engine.state_memory is None else engine.state_memory * _GIB
+    return min(int(given / each), _SNAPSHOTS_EACH * engine.max_num_seqs)
+
+
+def plan_blocks(
+    config: ModelConfig, engine: EngineConfig, dtype: torch.dtype, budget: int, mtp_layers: int = 0, *, ranks: int = 1
+) -> list[int]:
+    """Blocks of each group of layers in `budget` bytes. Layers with a window get no more than their windows can use.
+
+    mtp_layers: MTP modules that have pages too. ranks: processes that share the heads.
+
+    Raises ConfigError when the memory does not hold the blocks of one short text.
+    """
+    groups = layer_groups(config, mtp_layers)
+    whole = -(-model_length(config, engine) // engine.block_size)
+    most = [_most(group, whole, engine) for group in groups]
+    sizes = [block_bytes(config, group, engine.block_size, dtype, ranks) for group in groups]
+    # the same share of what every group can use, by bisection
+    low, high = 0, engine.max_num_seqs * whole
+    while low < high:
+        middle = (low + high + 1) // 2
+        if sum(min(middle, top) * size for top, size in zip(most, sizes, strict=True)) <= budget:
+            low = middle
+        else:
+            high = middle - 1
+    blocks = [min(low, top) for top in most]
+    if blocks and min(blocks) < 2:
+        need = 2 * sum(sizes)
+        raise ConfigError(
+            f"kv_memory: {max(0, budget) / _GIB:.3g} GiB hold fewer than two KV blocks of this model ({need / _GIB:.3g} GiB); "
+            "give more memory, or a smaller block_size"
+        )
+    return blocks
+
+
+def _most(group: LayerGroup, whole: int, engine: EngineConfig) -> int:
+    """Blocks of a group that can be of use at once."""
+    if group.window is None:
+        return engine.max_num_seqs * whole
+    # the window, the block that it begins in, the one being written, and the tokens of a step
+    own = -(-group.window // engine.block_size) + 2
+    kept = own + -(-engine.max_num_batched_tokens // engine.block_size)
+    return min(engine.max_num_seqs * whole, engine.max_num_seqs * own + 2 * kept)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Free memory, as far as the system reports it; else half of what there is."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = free_memory_bytes()
+    return (memory_bytes() or 4 * _GIB) // 2 if free is None else free
+
+
+def describe_states(config: ModelConfig, snapshots: int, dtype: torch.dtype, *, ranks: int = 1) -> str:
+    """What follows `describe_pages` in models with linear attention: the snapshots of states. dtype: the model's."""
+    each = state_bytes(config, dtype, ranks)
+    if not each:
+        return ""
+    return (
+        f"; {snapshots:,} saved states of linear attention, {snapshots * each / _GIB:.2f} GiB, for prompts that share a prefix"
+    )
+
+
+def describe_pages(
+    config: ModelConfig, blocks: Sequence[int], engine: EngineConfig, dtype: torch.dtype, mtp_layers: int = 0, *, ranks: int = 1
+) -> str:
+    """One line for the user: the size of the KV cache. ranks: processes that share the heads."""
+    groups = layer_groups(config, mtp_layers)
+    if not groups:
+        return "no KV blocks: every layer keeps a state of fixed size"
+    total = sum(
+        count * block_bytes(config, group, engine.block_size, dtype, ranks) for count, group in zip(blocks, groups, strict=True)
+    )
+    parts = []
+    for count, group in zip(blocks, groups, strict=True):
+        what = "" if group.window is None else f" in layers that see {group.window:,} tokens"
+        parts.append(f"{count:,} KV blocks of {engine.block_size} tokens{what}")
+    name = str(dtype).removeprefix("torch.")
+    each = f" on each of {engine.processes} processes" if engine.processes > 1 else ""
+    return f"{' and '.join(parts)}, {total / _GIB:.2f} GiB in {name}{each}, up to {engine.max_num_seqs} sequences at once"
+
+
+#: Rows up to which one of PyTorch's threads is fastest, where the kernels' threads do the matmuls.
+_FEW_ROWS = 64
+
+
+class OwnWeights:
+    """The weights are the model's own, so changes by a trainer take effect at once."""
+
+    matmuls = PackedMatmuls({})
+    own_threads = False
+
+    @property
+    def arithmetic(self) -> Sequence[str]:
+        return ()
+
+    def is_soon_done(self, rows: int, *, invariant: bool) -> bool:
+        return False
+
+    def weights_changed(self) -> None:
+        pass
+
+
+class PackedCodes:
+    """Codes of quantised layers, packed for the compiled CPU kernels: products with activations of 8 bits."""
+
+    own_threads = True
+
+    def __init__(self, model: Decoder, threads: int, *, release: bool = False) -> None:
+        """release: the model gives up its own codes."""
+        self._model, self._threads, self._releases = model, threads, release
+        self.weights_changed()
+
+    @property
+    def arithmetic(self) -> Sequence[str]:
+        return [f"products by compiled kernels ({kernels_arithmetic()}), activations of 8 bits"]
+
+    def is_soon_done(self, rows: int, *, invariant: bool) -> bool:
+        # chunks are few rows, and the number of threads may not depend on the batch
+        return invariant or rows <= _FEW_ROWS
+
+    def weights_changed(self) -> None:
+        self.matmuls = packed_products(self._model, self._threads, release=self._releases)
+
+
+class DequantisedWeights:
+    """Weights of quantised layers, read out of their codes once."""
+
+    own_threads = False
+
+    def __init__(self, model: Decoder, dtype: torch.dtype) -> None:
+        self._model, self.dtype = model, dtype
+        self.weights_changed()
+
+    @property
+    def arithmetic(self) -> Sequence[str]:
+        return [f"quantised weights read out of their codes once ({str(self.dtype).removeprefix('torch.')})"]
+
+    def is_soon_done(self, rows: int, *, invariant: bool) -> bool:
+        # one row meets weights in half precision on one thread anyhow
+        return self.dtype == torch.float16 and not invariant and rows == 1
+
+    def weights_changed(self) -> None:
+        self.matmuls = decoded_products(self._model, self.dtype)
+
 
 #: Share of the free memory that dequantised weights may take.
 _SHARE_FOR_WEIGHTS = 0.5

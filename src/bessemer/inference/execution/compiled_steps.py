@@ -19,12 +19,11 @@ from bessemer.core.environment import usable_cores
 from bessemer.inference.execution.backend import StepBeside
 from bessemer.inference.execution.batch import Batch, padded_tables
 from bessemer.inference.execution.kv_cache import PagedMemory
-from bessemer.model.cpu_kernels.arithmetic import kernels_arithmetic
+from bessemer.model.cpu_kernels import kernels_arithmetic, library, raise_failure
 from bessemer.model.cpu_kernels.attention import pages_fields
-from bessemer.model.cpu_kernels.build import library, raise_failure
 from bessemer.model.cpu_kernels.plain_decoder import LayerFields, ModelFields, PlainDecoder, unsupported
 from bessemer.model.decoder import Decoder
-from bessemer.model.quantised_linear import PackedMatmuls, QuantisedLinear, is_quantised
+from bessemer.model.quantisation.quantised_layers import PackedMatmuls, QuantisedLinear, is_quantised
 
 # Shapes: R wanted rows, V vocabulary, K states that are kept, D hidden.
 

@@ -15,16 +15,14 @@ import torch
 from torch import Tensor
 
 from bessemer.inference.execution.backend import StepBeside
-from bessemer.inference.execution.batch import Batch
+from bessemer.inference.execution.batch import Batch, StepInputs, fill_pending
 from bessemer.inference.execution.flex_attention import FlexPages, PageAttention, PageGroup, Tiles, page_mask
 from bessemer.inference.execution.kv_cache import PagedMemory
-from bessemer.inference.execution.step_inputs import StepInputs, fill_pending
-from bessemer.model.attention_backends import AttentionBackend, Scores
-from bessemer.model.attention_mask import AttentionMask
-from bessemer.model.cache import Rectangle
 from bessemer.model.decoder import Decoder
-from bessemer.model.experts import SparseFeedForward
-from bessemer.model.quantised_experts import QuantisedExperts
+from bessemer.model.layers.attention_backends import AttentionBackend, AttentionMask, Scores
+from bessemer.model.layers.cache import Rectangle
+from bessemer.model.layers.feed_forward import SparseFeedForward
+from bessemer.model.quantisation.quantised_layers import QuantisedExperts
 
 # Shapes: B rows of a size, G groups of layers, W pages of the longest text, V vocabulary.
 

@@ -16,12 +16,10 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, FlexKernelOptions, flex_attention
 
-from bessemer.inference.execution.batch import Batch
+from bessemer.inference.execution.batch import Batch, StepInputs
 from bessemer.inference.execution.kv_cache import PagedMemory
 from bessemer.inference.execution.paged_attention import PagedBatch
-from bessemer.inference.execution.step_inputs import StepInputs
-from bessemer.model.attention_backends import AttentionBackend, Scores, capped
-from bessemer.model.attention_mask import AttentionMask
+from bessemer.model.layers.attention_backends import AttentionBackend, AttentionMask, Scores, capped
 
 # Shapes: B tiles, T queries of a tile, N new tokens, H query heads, K key-value heads, P pages, M positions of a page,
 # W pages of the longest text, C channels of a key, V of a value.

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from bessemer.inference.execution.batch import Batch
-from bessemer.model.attention_mask import alibi_slopes
 from bessemer.model.config import ModelConfig
+from bessemer.model.layers.attention_backends import alibi_slopes
 
 # Shapes: P pages, K key-value heads, M positions of a page, C channels of a key, V of a value, S slots, E kept steps.
 

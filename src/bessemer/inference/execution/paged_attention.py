@@ -10,16 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bessemer.inference.execution.batch import Batch, padded_tables
+from bessemer.inference.execution.batch import Batch, StepInputs, padded_tables
 from bessemer.inference.execution.kv_cache import PagedMemory, new_slots
-from bessemer.inference.execution.step_inputs import StepInputs
-from bessemer.model.attention_backends import AttentionBackend, Scores
-from bessemer.model.attention_mask import AttentionMask, attention_mask
-from bessemer.model.cache import Rectangle
-from bessemer.model.cpu_kernels.arithmetic import kernels_arithmetic
+from bessemer.model.cpu_kernels import kernels_arithmetic, library
 from bessemer.model.cpu_kernels.attention import PagedSequences, PageTensors, paged_attention, write_pages
-from bessemer.model.cpu_kernels.build import library
 from bessemer.model.decoder import Decoder
+from bessemer.model.layers.attention_backends import AttentionBackend, AttentionMask, Scores, attention_mask
+from bessemer.model.layers.cache import Rectangle
 
 # Shapes: B sequences, T new tokens of each, N new tokens of all, H query heads, K key-value heads, S positions seen,
 # C channels of a head, V of a value head, P blocks.

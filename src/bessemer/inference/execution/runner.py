@@ -11,25 +11,24 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from bessemer.inference.execution.backend import Backend, StepBeside
-from bessemer.inference.execution.batch import Batch
+from bessemer.inference.execution.backend import Backend, Observed, ReadPages, StatesKeeper, StepBeside, routings_kept
+from bessemer.inference.execution.batch import Batch, StepInputs, TokensToHost, fill_pending
 from bessemer.inference.execution.kv_cache import PagedMemory
-from bessemer.inference.execution.observation import Observed, ReadPages, StatesKeeper, routings_kept
-from bessemer.inference.execution.step_inputs import StepInputs, TokensToHost, fill_pending
-from bessemer.inference.execution.tensor_parallel.adapters import (
+from bessemer.inference.execution.tensor_parallel.sharded_model import Command, Workers, together
+from bessemer.inference.execution.weights import (
+    Piece,
     UpdateShape,
     exchange_adapter,
+    exchange_piece,
     gather_weight_samples,
+    pieces_of,
     shapes_of,
 )
-from bessemer.inference.execution.tensor_parallel.commands import Command, Workers, together
-from bessemer.inference.execution.tensor_parallel.weights import Piece, exchange_piece, pieces_of
 from bessemer.inference.sampling.device_sampler import SampledRows
-from bessemer.model.adapter_folder import WeightSample
 from bessemer.model.adapters import Adapter, adapted
-from bessemer.model.decoder import Decoder
-from bessemer.model.mtp import MtpModule
-from bessemer.model.quantised_linear import using_packed_matmuls
+from bessemer.model.adapters.folder import WeightSample
+from bessemer.model.decoder import Decoder, MtpModule
+from bessemer.model.quantisation.quantised_layers import using_packed_matmuls
 
 # Shapes: N new tokens, R wanted rows, V vocabulary, D hidden, H heads, T and S positions.
 

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from bessemer.core.errors import RequestError
-from bessemer.inference.sampling.inverse_cdf import draw, uniform
+from bessemer.inference.sampling.distribution import draw, uniform
 from bessemer.inference.sampling.sampler import NO_TOKEN_LEFT, NOT_FINITE, SamplingState
 
 # Shapes: R rows, V vocabulary, P rows with penalties, A rows with allowed tokens, E entries (a row and a token each).

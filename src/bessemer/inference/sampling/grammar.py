@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
+from bessemer.core.concurrency import FairLock
+from bessemer.core.environment import install_extra
 from bessemer.core.errors import RequestError
-from bessemer.core.fair_lock import FairLock
-from bessemer.core.packages import install_extra
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.tokenization.tokenizer import Tokenizer
 

@@ -13,15 +13,23 @@ import torch
 from torch import Tensor
 
 from bessemer.core.errors import RequestError
-from bessemer.core.seeds import derive_seed
+from bessemer.core.hashing import derive_seed
 from bessemer.core.usercode import load_user_function
-from bessemer.inference.sampling.inverse_cdf import uniform
-from bessemer.inference.sampling.logprobs import LogProbs, certain, log_probs, sampler_log_probs
+from bessemer.inference.sampling.distribution import (
+    NO_TRUNCATION,
+    LogProbs,
+    Truncation,
+    candidates,
+    certain,
+    log_probs,
+    sampler_log_probs,
+    truncated_logits,
+    uniform,
+)
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.inference.sampling.penalties import TokenCounts, TokenRules, penalise, process
-from bessemer.inference.sampling.truncation import NO_TRUNCATION, Truncation, candidates, truncated_logits
-from bessemer.model.cpu_kernels.build import library
-from bessemer.model.cpu_kernels.draw import draw_tokens
+from bessemer.model.cpu_kernels import library
+from bessemer.model.cpu_kernels.logits import draw_tokens
 
 __all__ = ["Sampled", "SamplingParams", "SamplingState", "generator_for", "sample_rows", "truncated_logits"]
 

@@ -14,13 +14,10 @@ from collections.abc import Iterable
 from math import lcm
 
 from bessemer.core.errors import ConfigError
-from bessemer.inference.scheduling.admission import is_coming, kept_back
-from bessemer.inference.scheduling.block_pool import BlockGroup
-from bessemer.inference.scheduling.block_tables import BlockTables
-from bessemer.inference.scheduling.queues import SequenceQueues
+from bessemer.inference.scheduling.block_tables import BlockGroup, BlockTables
+from bessemer.inference.scheduling.queues import SequenceQueues, is_coming, kept_back
 from bessemer.inference.scheduling.recurrent_states import States
-from bessemer.inference.scheduling.schedule import Copies, ScheduledChunk, SchedulerOutput
-from bessemer.inference.scheduling.sequence import TokenSequence
+from bessemer.inference.scheduling.sequence import Copies, ScheduledChunk, SchedulerOutput, TokenSequence
 
 #: Stands for a token that is being computed.
 PLACEHOLDER = 0

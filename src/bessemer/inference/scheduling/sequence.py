@@ -1,9 +1,9 @@
-"""The scheduler's view of a request: its tokens, and the KV blocks of their keys and values."""
+"""The scheduler's data: a sequence (its tokens and KV blocks), the chunk of it that a step computes, and a step's output."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Status = Literal["waiting", "running", "finished"]
 
@@ -69,3 +69,32 @@ class TokenSequence:
     def usable_drafts(self) -> int:
         """Drafts that may be verified: after them comes one more token within the limit."""
         return min(len(self.draft), self.limit - len(self.tokens) - 1)
+
+
+#: (group, from block, to block), copied before anything is computed.
+Copies = list[tuple[int, int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledChunk:
+    """Tokens of a sequence that a step computes: `(tokens + draft)[start : start + count]`.
+
+    drafts: how many of the last of them are draft tokens. num_logits: logits that are wanted, of the last tokens of the
+    chunk: 1 + drafts, or 0 where more known tokens follow.
+    """
+
+    sequence: TokenSequence
+    start: int
+    count: int
+    drafts: int
+    num_logits: int
+
+
+class SchedulerOutput(NamedTuple):
+    """One step. copies, (group, from block, to block), and then restored, (snapshot, state slot), come before the
+    computation. States are saved in each sequence's `snapshots` while it runs."""
+
+    chunks: list[ScheduledChunk]
+    copies: Copies
+    preempted: list[TokenSequence]
+    restored: list[tuple[int, int]]

@@ -1,8 +1,10 @@
 """Draft-model proposer: draft tokens of a smaller model (Leviathan et al. 2023, Chen et al. 2023).
 
 It has a KV cache of its own. Before it drafts for a request it reads what it has not read of it, in chunks where that is a
-whole prompt; then it makes the drafts of all requests together, token by token. Keys of rejected draft tokens are written
-over.
+whole prompt; then it makes the drafts of all requests together, token by token. Keys of rejected draft tokens are written over.
+
+A draft model is sharded as its target is, so that each process holds and reads a part of it. One that the axes do not divide,
+and one in codes, is computed by rank 0 alone while the others wait.
 """
 
 from __future__ import annotations
@@ -18,17 +20,86 @@ import torch
 from torch import Tensor
 
 from bessemer.core.errors import ConfigError
+from bessemer.core.store import read_json
+from bessemer.distributed.mesh import ALONE, Mesh
+from bessemer.inference.config import EngineConfig
 from bessemer.inference.execution.batch import Batch
+from bessemer.inference.execution.build import longest_text, memory_budget, page_layout, page_type, plan_blocks, shared_backend
+from bessemer.inference.execution.kv_cache import HeadShare, PagedMemory, layer_groups
 from bessemer.inference.execution.runner import Runner
+from bessemer.inference.execution.tensor_parallel.sharded_model import DraftWorkers, Workers, layout_of, shard_model
 from bessemer.inference.request import Request, ScheduledRequest
 from bessemer.inference.sampling.sampler import likeliest
-from bessemer.inference.scheduling.block_pool import BlockPool
-from bessemer.inference.speculation.draft_length import AcceptanceTracker, DraftLengthPolicy, Recent
-from bessemer.inference.speculation.proposer import Draft, Proposer
+from bessemer.inference.scheduling.block_tables import BlockPool
+from bessemer.inference.speculation.proposer import AcceptanceTracker, Draft, DraftLengthPolicy, Proposer, Recent
 from bessemer.inference.speculation.verification import propose
 from bessemer.model.decoder import Decoder
-from bessemer.model.folder import load_model
+from bessemer.model.quantisation.storage import read_settings
+from bessemer.model.storage.folder import CONFIG, load_model, read_model_config
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
+
+
+def is_draft_shared(config: EngineConfig) -> bool:
+    """Whether the processes that share a model share the draft model of the settings: the same answer on all of them."""
+    if config.processes == 1 or config.speculation is None or config.speculation.model is None:
+        return False
+    assert config.parallel is not None
+    folder = Path(config.speculation.model)
+    if not folder.is_dir() or read_settings(read_json(folder / CONFIG), folder / CONFIG):
+        return False
+    try:
+        layout_of(config.parallel).check(read_model_config(folder), None)
+    except ConfigError:
+        return False
+    return True
+
+
+def draft_memory(model: Decoder, config: EngineConfig, mesh: Mesh = ALONE) -> tuple[PagedMemory, int]:
+    """A draft model's KV cache, and its blocks: nothing is shared and no window is followed, so one pool serves all groups.
+
+    All processes of the mesh call it, and get as many as the one with the least memory. Raises ConfigError.
+    """
+    dtype, device = page_type(model, config), model.device
+    share = HeadShare(mesh.place.tensor, mesh.layout.tensor)
+    budget = memory_budget(config, device, mesh.processes_here if device.type == "cpu" else 1)
+    blocks = min(plan_blocks(model.config, config, dtype, budget, ranks=share.ranks))
+    blocks = -int(mesh.largest(torch.tensor(-blocks)))
+    counts = [blocks] * len(layer_groups(model.config))
+    by_head, spare = page_layout(model, config, dtype)
+    memory = PagedMemory(
+        model.config,
+        counts,
+        config.block_size,
+        dtype,
+        device,
+        share=share,
+        by_head=by_head,
+        spare=spare,
+        longest=longest_text(model.config, config, counts),
+    )
+    return memory, blocks
+
+
+def share_draft(
+    model: Decoder, config: EngineConfig, device: torch.device, mesh: Mesh, workers: Workers | None = None
+) -> tuple[Runner, int]:
+    """The runner of this rank's shard of a draft model, and the blocks of its KV cache. All processes of the mesh call it.
+
+    model: whole; it becomes the shard. workers: on rank 0.
+    """
+    shard_model(model, mesh, device)
+    memory, blocks = draft_memory(model, config, mesh)
+    return Runner(model, memory, shared_backend(model, memory), workers=workers and DraftWorkers(workers)), blocks
+
+
+def shared_draft_runner(config: EngineConfig, device: torch.device, mesh: Mesh) -> Runner | None:
+    """A worker's runner of its shard of the draft model; None where rank 0 computes it alone, or there is none."""
+    if not is_draft_shared(config):
+        return None
+    assert config.speculation is not None and config.speculation.model is not None
+    runner, _ = share_draft(load_model(Path(config.speculation.model)), config, device, mesh)
+    return runner
+
 
 # Shapes: R rows, V vocabulary.
 

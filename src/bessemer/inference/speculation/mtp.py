@@ -1,4 +1,4 @@
-"""MTP proposer: draft tokens of the model's own MTP modules (`model/mtp.py`; DeepSeek-V3, section 2.2).
+"""MTP proposer: draft tokens of the model's own MTP modules (`model/decoder.py`; DeepSeek-V3, section 2.2).
 
 With L tokens of a request known, the model has pre-norm hidden states of positions 0 … L - 2. Module k takes at position i
 the state of the module before it and token i + k, and predicts token i + k + 1. So module k follows the model up to position
@@ -23,10 +23,9 @@ from bessemer.core.errors import ConfigError
 from bessemer.inference.execution.batch import Batch
 from bessemer.inference.execution.runner import Runner
 from bessemer.inference.request import Request, ScheduledRequest
-from bessemer.inference.scheduling.schedule import ScheduledChunk
-from bessemer.inference.speculation.draft_length import AcceptanceTracker, DraftLengthPolicy, Recent
+from bessemer.inference.scheduling.sequence import ScheduledChunk
 from bessemer.inference.speculation.draft_model import as_draft, draft_tokens
-from bessemer.inference.speculation.proposer import Draft, Proposer
+from bessemer.inference.speculation.proposer import AcceptanceTracker, Draft, DraftLengthPolicy, Proposer, Recent
 from bessemer.model.config import ModelConfig
 
 # Shapes: N positions, D hidden, V vocabulary.

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from bessemer.inference.request import Request, ScheduledRequest
-from bessemer.inference.speculation.draft_length import DraftLengthPolicy, Rate
-from bessemer.inference.speculation.proposer import Draft, Proposer
+from bessemer.inference.speculation.proposer import Draft, DraftLengthPolicy, Proposer, Rate
 
 #: Lengths of the n-grams, the longest looked up first.
 _LENGTHS = (3, 2)

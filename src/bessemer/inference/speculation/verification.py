@@ -13,8 +13,15 @@ import torch
 from torch import Tensor
 
 from bessemer.core.errors import RequestError
-from bessemer.inference.sampling.inverse_cdf import RewindableUniforms, uniform
-from bessemer.inference.sampling.logprobs import LogProbs, log_probs, sampler_log_probs
+from bessemer.inference.sampling.distribution import (
+    Candidates,
+    LogProbs,
+    RewindableUniforms,
+    candidates,
+    log_probs,
+    sampler_log_probs,
+    uniform,
+)
 from bessemer.inference.sampling.sampler import (
     Sampled,
     SamplingState,
@@ -24,7 +31,6 @@ from bessemer.inference.sampling.sampler import (
     no_token,
     sample_rows,
 )
-from bessemer.inference.sampling.truncation import Candidates, candidates
 from bessemer.inference.speculation.proposer import Draft
 
 # Shapes: P positions (1 + d), d draft tokens, V vocabulary, N candidates, R rows.

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bessemer.model.attention_backends import Scores
-from bessemer.model.cpu_kernels import operators
-from bessemer.model.cpu_kernels.build import library
+from bessemer.model import cpu_kernels as operators
+from bessemer.model.cpu_kernels import library
+from bessemer.model.layers.attention_backends import Scores
 
 # Shapes: N new tokens, S sequences, P blocks, K key-value heads, M positions of a block, H query heads, C channels of a key,
 # V of a value.

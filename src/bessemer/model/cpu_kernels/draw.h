@@ -6,7 +6,7 @@
 
 namespace bessemer {
 
-// Filled in by draw.py, which mirrors it.
+// Filled in by logits.py, which mirrors it.
 struct Draws {
     int64_t rows, vocabulary;
     const float* logits;        // [rows][vocabulary]

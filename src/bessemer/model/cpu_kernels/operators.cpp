@@ -1,4 +1,4 @@
-// The kernels as PyTorch's operators, `torch.ops.bessemer.*`; operators.py has their schemas. The only file that knows PyTorch,
+// The kernels as PyTorch's operators, `torch.ops.bessemer.*`; __init__.py has their schemas. The only file that knows PyTorch,
 // by its stable interface: what is built against one version runs with later ones.
 #define TORCH_TARGET_VERSION 0x020b000000000000  // 2.11, the oldest that we install
 #include <torch/csrc/stable/library.h>

@@ -9,12 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bessemer.model.cpu_kernels.build import library
-from bessemer.model.cpu_kernels.operators import packed_linear
-from bessemer.model.quantisation.packing import pack
-from bessemer.model.quantisation.rounding import MIDDLE
-from bessemer.model.quantisation.schemes.base import Codes, KernelWeight
-from bessemer.model.quantised_linear import PACKED_TENSORS, Keeper, QuantisedLinear
+from bessemer.model.cpu_kernels import library, packed_linear
+from bessemer.model.quantisation.base import Codes, KernelWeight
+from bessemer.model.quantisation.integers import MIDDLE, pack
+from bessemer.model.quantisation.quantised_layers import PACKED_TENSORS, Keeper, QuantisedLinear
 
 # Shapes: N outputs, K inputs, M rows, G groups along the inputs.
 

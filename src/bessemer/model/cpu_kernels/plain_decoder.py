@@ -9,17 +9,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from bessemer.model.attention import Attention
-from bessemer.model.attention_backends import Scores
 from bessemer.model.config import ModelConfig
+from bessemer.model.cpu_kernels import library, unavailable
 from bessemer.model.cpu_kernels.attention import PagesFields, ScoresFields, scores_fields
-from bessemer.model.cpu_kernels.build import library, unavailable
 from bessemer.model.cpu_kernels.packed import WIDTH, MatrixFields, PackedMatrix, refusal
 from bessemer.model.decoder import Block, Decoder
-from bessemer.model.feed_forward import FeedForward
-from bessemer.model.norms import LayerNorm, RMSNorm
-from bessemer.model.quantised_linear import QuantisedEmbedding, QuantisedLinear, restore_codes
-from bessemer.model.rope import RotaryPositions
+from bessemer.model.layers.attention import Attention
+from bessemer.model.layers.attention_backends import Scores
+from bessemer.model.layers.feed_forward import FeedForward
+from bessemer.model.layers.norms import LayerNorm, RMSNorm
+from bessemer.model.layers.positions import RotaryPositions
+from bessemer.model.quantisation.quantised_layers import QuantisedEmbedding, QuantisedLinear, restore_codes
 
 # Shapes: V vocabulary, D hidden.
 

@@ -7,8 +7,7 @@ from typing import Any
 from bessemer.core.errors import ConfigError
 from bessemer.model.config import ModelConfig
 from bessemer.model.families.base import SCORING, Family, Values, read_shared, stored_alike, write_shared
-from bessemer.model.families.dense import GEMMA3, LLAMA, MISTRAL, OLMO2, OLMO3, QWEN2, QWEN3, SMOLLM3
-from bessemer.model.families.gpt2 import GPT2
+from bessemer.model.families.dense import GEMMA3, GPT2, LLAMA, MISTRAL, OLMO2, OLMO3, QWEN2, QWEN3, SMOLLM3
 from bessemer.model.families.sparse import DEEPSEEK_V3, GPT_OSS, MIXTRAL, QWEN3_MOE, QWEN3_NEXT
 
 #: The form of a decoder that no published family can hold: our own settings and names. Only Bessemer opens it.

@@ -1,16 +1,24 @@
-"""Where our tensors lie in a family's files.
+"""The place of the decoder's tensors in a family's files.
 
 Most tensors are stored one to one under another name. Some families store several of ours in one (GPT-2's query, key and
 value), or ours in many (an expert each): every stored tensor is described by the views of ours that it is made of.
+
+A process that holds a part of a sharded model fills only that part. Files are mapped into memory, so what no part covers is not
+read. Regular expressions that a file gives for tensor names are matched within a time limit.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import regex
 import torch
 from torch import Tensor
+
+from bessemer.core.errors import ArtefactError
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -116,3 +124,83 @@ def renamed(names: Iterator[str], rename: Callable[[str], str]) -> Iterator[Stor
     """One stored tensor for each of ours."""
     for name in names:
         yield Stored(rename(name), (Place(name),))
+
+
+@dataclass(frozen=True)
+class Part:
+    """A box of one of our tensors. tensor: the memory for it, on any device, of any type of numbers. start: the index of its
+    first number in the whole tensor."""
+
+    tensor: Tensor
+    start: tuple[int, ...]
+
+    @property
+    def box(self) -> tuple[slice, ...]:
+        """Its place in the whole tensor, a slice a dimension."""
+        return tuple(slice(first, first + size) for first, size in zip(self.start, self.tensor.shape, strict=True))
+
+
+@torch.no_grad()
+def fill_part(part: Part, place: Place, piece: Tensor, shape: tuple[int, ...]) -> int:
+    """Copy into a part of a tensor of `shape` the numbers of it that a place has; returns how many.
+
+    piece: of the file, in the place's form (`Stored.pieces`). Memory beside the part is that of one expert at most.
+    """
+    view, box = place.view, part.box
+    if isinstance(view, rows):
+        return _fill_rows(part, view, piece)
+    if isinstance(view, each_expert):
+        for number, expert in enumerate(range(box[0].start, box[0].stop)):
+            whole_expert = torch.empty((1, *shape[1:]), dtype=piece.dtype)
+            view(whole_expert).copy_(piece[expert : expert + 1])
+            part.tensor[number].copy_(whole_expert[0][box[1:]])
+    else:
+        assert view is whole or view is transposed, view
+        part.tensor.copy_((piece if view is whole else piece.T)[box])
+    return part.tensor.numel()
+
+
+def _fill_rows(part: Part, view: rows, piece: Tensor) -> int:
+    target, box = part.tensor, part.box
+    if view.expert is not None:
+        experts, box = box[0], box[1:]
+        if not experts.start <= view.expert < experts.stop:
+            return 0
+        target = target[view.expert - experts.start]
+    first, stop = max(view.start, box[0].start), min(view.stop, box[0].stop)
+    if first >= stop:
+        return 0
+    target = target[first - box[0].start : stop - box[0].start]
+    target.copy_(piece[(slice(first - view.start, stop - view.start), *box[1:])])
+    return target.numel()
+
+
+#: Seconds that all matches of one file may take together; honest ones take milliseconds.
+_SECONDS = 2.0
+
+
+class FilePatterns:
+    """The regular expressions of one file. `re` would follow `(a+)+b` for ever, and hold every other thread; `regex` looks at
+    the clock as it backtracks."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._left = _SECONDS
+
+    def matches(self, expression: str, name: str, setting: str, before: str = "", after: str = "") -> bool:
+        """Whether the expression, between two others, matches from the name's beginning. setting: where it stands in the file.
+
+        Raises ArtefactError for one that is no regular expression, and where the file's have taken too long.
+        """
+        began = time.perf_counter()
+        try:
+            return regex.match(before + expression + after, name, timeout=max(self._left, 1e-3)) is not None
+        except TimeoutError:
+            raise ArtefactError(
+                f"{self._path}: {setting}: {expression[:60]!r} takes more than {_SECONDS:g} s to match; write it without "
+                "repetitions of repetitions"
+            ) from None
+        except (regex.error, RecursionError, OverflowError) as error:
+            raise ArtefactError(f"{self._path}: {setting}: {expression[:60]!r} is no regular expression ({error})") from None
+        finally:
+            self._left -= time.perf_counter() - began

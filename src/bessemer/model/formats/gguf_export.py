@@ -1,4 +1,8 @@
-"""A model's folder as a GGUF file, so that llama.cpp computes as the folder does."""
+"""Exports a model folder as a GGUF file, with a Modelfile for Ollama.
+
+llama.cpp computes with the file as the decoder does with the folder. The Modelfile says which file to run, how a conversation
+is written, and when an answer ends.
+"""
 
 from __future__ import annotations
 
@@ -13,22 +17,21 @@ from torch import Tensor
 
 from bessemer.core.config import nearest
 from bessemer.core.errors import ArtefactError, ConfigError
-from bessemer.core.new_folder import new_file
+from bessemer.core.store import new_file, read_json, write_text
 from bessemer.model.config import ModelConfig
 from bessemer.model.families import family_of
 from bessemer.model.families.layout import Stored
-from bessemer.model.folder import load_model
-from bessemer.model.folder_config import read_model_config, refuse_scorer
-from bessemer.model.formats.gguf_codes import keeps_rows, packed_codes, write_codes
-from bessemer.model.formats.gguf_families import BY_MODEL_TYPE, GgufFamily, Plus
-from bessemer.model.formats.gguf_head import GgufHead, shortest
-from bessemer.model.formats.gguf_rope import ROPE_FACTORS, context_before, rope_factors
+from bessemer.model.formats.gguf_base import ROPE_FACTORS, GgufFamily, GgufHead, Plus, context_before, rope_factors, shortest
+from bessemer.model.formats.gguf_blocks import keeps_rows, packed_codes, write_codes
+from bessemer.model.formats.gguf_families import BY_MODEL_TYPE
 from bessemer.model.initialisation import tensor_shapes
-from bessemer.model.quantisation.quantised_modules import dequantised_tensors, weight_name
-from bessemer.model.quantisation.schemes.base import Codes
-from bessemer.model.quantised_linear import quantised_parts
-from bessemer.model.rope_scaling import rotary_frequencies
-from bessemer.tokenization.folder import TOKENIZER_FILE
+from bessemer.model.layers.positions import rotary_frequencies
+from bessemer.model.quantisation.base import Codes
+from bessemer.model.quantisation.quantised_decoder import dequantised_tensors, weight_name
+from bessemer.model.quantisation.quantised_layers import quantised_parts
+from bessemer.model.storage.folder import load_model, read_model_config, refuse_scorer
+from bessemer.tokenization.chat_templates import template_name
+from bessemer.tokenization.folder import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from bessemer.tokenization.formats.gguf_import import TokenType
 
 if TYPE_CHECKING:
@@ -289,3 +292,53 @@ def _encoded(tensor: Tensor, kind: str, what: str) -> np.ndarray:
             encoded = gguf.quants.quantize(some.float().contiguous().numpy(), number).view(np.uint8)
         out[start : start + step] = encoded.reshape(len(some), -1)
     return out
+
+
+#: Our templates in the language of Ollama, Go's `text/template`. The begin token is the file's own, which it adds itself.
+_TEMPLATES = {
+    "chatml": """{{- range .Messages }}<|im_start|>{{ .Role }}
+{{ .Content }}<|im_end|>
+{{ end }}<|im_start|>assistant
+""",
+    "llama3": """{{- range .Messages }}<|start_header_id|>{{ .Role }}<|end_header_id|>
+
+{{ .Content }}<|eot_id|>{{ end }}<|start_header_id|>assistant<|end_header_id|>
+
+""",
+}
+_STOPS = {"chatml": ("<|im_end|>",), "llama3": ("<|eot_id|>",)}
+#: Names of generation settings, ours and Ollama's.
+_PARAMETERS = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "repetition_penalty": "repeat_penalty"}
+
+
+def write_modelfile(folder: Path, gguf: Path) -> Path:
+    """Write `NAME.Modelfile` beside a GGUF file that was made of a model's folder; its path.
+
+    A template of ours is written out; of another one Ollama makes what it can of the file's own.
+    """
+    lines = [f"FROM ./{gguf.name}"]
+    name = _template_name(folder)
+    if name is not None:
+        lines.append(f'TEMPLATE """{_TEMPLATES[name]}"""')
+        lines += [f'PARAMETER stop "{stop}"' for stop in _STOPS[name]]
+    lines.append(f"PARAMETER num_ctx {read_model_config(folder).max_position_embeddings}")
+    settings: dict[str, Any] = {}
+    if (path := folder / "generation_config.json").is_file():
+        settings = read_json(path, "generation settings")
+    lines += [f"PARAMETER {theirs} {settings[ours]}" for ours, theirs in _PARAMETERS.items() if settings.get(ours) is not None]
+    out = gguf.with_suffix(".Modelfile")
+    write_text(out, "\n".join(lines) + "\n")
+    return out
+
+
+def _template_name(folder: Path) -> str | None:
+    """The template of a folder, where it is one of ours and Ollama can be told it."""
+    beside, settings = folder / "chat_template.jinja", folder / TOKENIZER_CONFIG_FILE
+    if beside.is_file():
+        text = beside.read_text(encoding="utf-8")
+    elif settings.is_file():
+        text = read_json(settings, "tokenizer's settings").get("chat_template") or ""
+    else:
+        return None
+    name = template_name(text)
+    return name if name in _TEMPLATES else None

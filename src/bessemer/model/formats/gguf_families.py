@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,166 +18,20 @@ from torch import Tensor
 from bessemer.core.errors import ArtefactError
 from bessemer.model.config import ModelConfig
 from bessemer.model.families.layout import Place, Stored
-from bessemer.model.formats.gguf_head import GgufHead
-from bessemer.model.formats.gguf_rope import read_rope, write_rope
-from bessemer.model.rope_scaling import rotary_frequencies
-
-Names = Sequence[str]
-
-
-@dataclass(frozen=True)
-class Plus(Stored):
-    """A tensor to which the file has added a number: Gemma's norms, which we store less 1."""
-
-    added: float = 1.0
-
-    def pack(self, ours: Any) -> Tensor:
-        return super().pack(ours) + self.added
-
-    def unpack(self, stored: Tensor, ours: Any) -> None:
-        super().unpack(stored - self.added, ours)
-
-    @property
-    def is_whole(self) -> bool:
-        return False
-
-
-@dataclass(frozen=True)
-class GgufFamily:
-    """One of llama.cpp's architectures.
-
-    read: our settings from a file's keys. write: the keys, without the architecture's name in front. stored: its tensors,
-    given the names of ours. model_types: the Hugging Face families that it holds. reduced: of a model that llama.cpp holds but
-    for some of it, what it holds, and notes that say so. rope_factors: whether it reads Llama 3's scaling.
-    """
-
-    architecture: str
-    read: Callable[[GgufHead], dict[str, Any]]
-    write: Callable[[ModelConfig], dict[str, Any]]
-    stored: Callable[[ModelConfig, Names], Iterator[Stored]]
-    model_types: tuple[str, ...]
-    reduced: Callable[[ModelConfig], tuple[ModelConfig, list[str]]] = lambda config: (config, [])
-    rope_factors: bool = False
-
-
-# --------------------------------------------------------------------------------------------- what most of them share
-
-_OUTER = {
-    "embed_tokens.weight": "token_embd.weight",
-    "embed_positions.weight": "position_embd.weight",
-    "norm.weight": "output_norm.weight",
-    "norm.bias": "output_norm.bias",
-    "lm_head.weight": "output.weight",
-}
-_PARTS = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "self_attn.q_a_proj": "attn_q_a",
-    "self_attn.q_a_layernorm": "attn_q_a_norm",
-    "self_attn.q_b_proj": "attn_q_b",
-    "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
-    "self_attn.kv_a_layernorm": "attn_kv_a_norm",
-    "self_attn.kv_b_proj": "attn_kv_b",
-    "attention_output_norm": "post_attention_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "feed_forward_output_norm": "post_ffw_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "mlp.router": "ffn_gate_inp",
-    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
-    "mlp.shared_expert.up_proj": "ffn_up_shexp",
-    "mlp.shared_expert.down_proj": "ffn_down_shexp",
-}
-_WHOLE_NAMES = {"self_attn.sinks": "attn_sinks.weight", "mlp.router.correction_bias": "exp_probs_b.bias"}
-
-
-def _stored(config: ModelConfig, names: Names) -> Iterator[Stored]:
-    for name in names:
-        if name.startswith("mtp."):
-            # multi-token prediction is left out
-            continue
-        if name in _OUTER:
-            yield Stored(_OUTER[name], (Place(name),))
-            continue
-        _, layer, rest = name.split(".", 2)
-        prefix = f"blk.{layer}."
-        if rest in _WHOLE_NAMES:
-            yield Stored(prefix + _WHOLE_NAMES[rest], (Place(name),))
-        elif rest.startswith("mlp.experts."):
-            yield from _experts(name, rest.removeprefix("mlp.experts."), prefix, config.moe_intermediate_size)
-        else:
-            part, _, kind = rest.rpartition(".")
-            yield Stored(f"{prefix}{_PARTS[part]}.{kind}", (Place(name),))
-
-
-def _experts(name: str, which: str, prefix: str, inner: int) -> Iterator[Stored]:
-    """One of our expert tensors: all experts' gates and ups lie apart in the file."""
-    kind = "bias" if which.endswith("bias") else "weight"
-    if which.startswith("down"):
-        yield Stored(f"{prefix}ffn_down_exps.{kind}", (Place(name),))
-    else:
-        yield Stored(f"{prefix}ffn_gate_exps.{kind}", (Place(name, lambda tensor: tensor[:, :inner]),))
-        yield Stored(f"{prefix}ffn_up_exps.{kind}", (Place(name, lambda tensor: tensor[:, inner:]),))
-
-
-def _read(head: GgufHead) -> dict[str, Any]:
-    """The settings that all architectures say alike; no norms of queries and keys, no biases."""
-    heads, hidden = head.whole("attention.head_count"), head.whole("embedding_length")
-    head_dim = head.whole("attention.key_length", hidden // max(heads, 1))
-    return {
-        "vocab_size": head.shape("token_embd.weight")[0],
-        "hidden_size": hidden,
-        "num_hidden_layers": head.whole("block_count"),
-        "max_position_embeddings": head.whole("context_length"),
-        "intermediate_size": head.whole("feed_forward_length"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": head.whole("attention.head_count_kv", heads),
-        "head_dim": head_dim,
-        "rms_norm_eps": head.get("attention.layer_norm_rms_epsilon", head.get("attention.layer_norm_epsilon")),
-        "tie_word_embeddings": not head.has("output.weight"),
-        "bos_token_id": head.token("bos"),
-        "eos_token_id": head.token("eos"),
-        "qk_norm": "none",
-        **read_rope(head, head_dim),
-    }
-
-
-def _write(config: ModelConfig) -> dict[str, Any]:
-    return {
-        "context_length": config.max_position_embeddings,
-        "embedding_length": config.hidden_size,
-        "block_count": config.num_hidden_layers,
-        "feed_forward_length": config.intermediate_size,
-        "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": config.num_key_value_heads,
-        "attention.key_length": config.head_dim,
-        "attention.value_length": config.head_dim,
-        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
-        **write_rope(config),
-    }
-
-
-def _windows(head: GgufHead, period: int) -> dict[str, Any]:
-    """Sliding layers, of which every `period`-th is a full one, unless the file has a period of its own."""
-    window = head.get("attention.sliding_window", 0)
-    if not window:
-        return {}
-    period = head.whole("attention.sliding_window_pattern", period)
-    layers = range(head.whole("block_count"))
-    full = "full_attention"
-    types = tuple("sliding_attention" if period == 0 or (layer + 1) % period else full for layer in layers)
-    return {"layer_types": types, "sliding_window": window} if set(types) != {full} else {}
-
-
-def _write_windows(config: ModelConfig) -> dict[str, Any]:
-    return {"attention.sliding_window": config.sliding_window} if "sliding_attention" in config.types else {}
-
+from bessemer.model.formats.gguf_base import (
+    GgufFamily,
+    GgufHead,
+    Names,
+    Plus,
+    read_rope,
+    read_shape,
+    read_windows,
+    stored_alike,
+    write_rope,
+    write_shape,
+    write_windows,
+)
+from bessemer.model.layers.positions import rotary_frequencies
 
 # ---------------------------------------------------------------------------------------------------------------- llama
 
@@ -193,7 +47,7 @@ def _pairs_together(heads: int) -> Callable[[Tensor], Tensor]:
 
 def _stored_permuted(config: ModelConfig, names: Names) -> Iterator[Stored]:
     """llama.cpp turns neighbouring channels in this architecture: query and key rows are in its order."""
-    for stored in _stored(config, names):
+    for stored in stored_alike(config, names):
         found = re.fullmatch(r"blk\.\d+\.attn_([qk])\.(\w+)", stored.name)
         if found is None:
             yield stored
@@ -205,7 +59,7 @@ def _stored_permuted(config: ModelConfig, names: Names) -> Iterator[Stored]:
 
 
 def _read_llama(head: GgufHead) -> dict[str, Any]:
-    settings = _read(head) | {
+    settings = read_shape(head) | {
         "model_type": "llama",
         "attention_bias": head.has("blk.0.attn_q.bias"),
         "attention_output_bias": head.has("blk.0.attn_output.bias"),
@@ -222,7 +76,7 @@ def _read_llama(head: GgufHead) -> dict[str, Any]:
 
 
 def _write_llama(config: ModelConfig) -> dict[str, Any]:
-    keys = _write(config)
+    keys = write_shape(config)
     if config.num_experts:
         keys |= {
             "feed_forward_length": config.moe_intermediate_size,
@@ -253,11 +107,11 @@ LLAMA = GgufFamily(
 
 
 def _read_qwen2(head: GgufHead) -> dict[str, Any]:
-    return _read(head) | {"model_type": "qwen2", "attention_bias": True}
+    return read_shape(head) | {"model_type": "qwen2", "attention_bias": True}
 
 
 def _read_qwen3(head: GgufHead) -> dict[str, Any]:
-    return _read(head) | {"model_type": "qwen3", "qk_norm": "head"}
+    return read_shape(head) | {"model_type": "qwen3", "qk_norm": "head"}
 
 
 def _read_qwen3_moe(head: GgufHead) -> dict[str, Any]:
@@ -270,7 +124,7 @@ def _read_qwen3_moe(head: GgufHead) -> dict[str, Any]:
 
 
 def _write_qwen3_moe(config: ModelConfig) -> dict[str, Any]:
-    return _write(config) | _write_experts(config)
+    return write_shape(config) | _write_experts(config)
 
 
 def _write_experts(config: ModelConfig) -> dict[str, Any]:
@@ -281,9 +135,9 @@ def _write_experts(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-QWEN2 = GgufFamily("qwen2", _read_qwen2, _write, _stored, ("qwen2",))
-QWEN3 = GgufFamily("qwen3", _read_qwen3, _write, _stored, ("qwen3",))
-QWEN3_MOE = GgufFamily("qwen3moe", _read_qwen3_moe, _write_qwen3_moe, _stored, ("qwen3_moe",))
+QWEN2 = GgufFamily("qwen2", _read_qwen2, write_shape, stored_alike, ("qwen2",))
+QWEN3 = GgufFamily("qwen3", _read_qwen3, write_shape, stored_alike, ("qwen3",))
+QWEN3_MOE = GgufFamily("qwen3moe", _read_qwen3_moe, _write_qwen3_moe, stored_alike, ("qwen3_moe",))
 
 # -------------------------------------------------------------------------------------------------------- SmolLM3, OLMo
 
@@ -298,7 +152,7 @@ SMOLLM3 = GgufFamily("smollm3", _read_smollm3, _write_llama, _stored_permuted, (
 
 
 def _read_olmo2(head: GgufHead) -> dict[str, Any]:
-    settings = _read(head) | _windows(head, 4)
+    settings = read_shape(head) | read_windows(head, 4)
     settings |= {"model_type": "olmo2", "qk_norm": "full", "norm_position": "after", "tie_word_embeddings": False}
     if "layer_types" in settings:
         settings |= {"model_type": "olmo3", "rope_local_base_freq": settings["rope_theta"]}
@@ -306,10 +160,10 @@ def _read_olmo2(head: GgufHead) -> dict[str, Any]:
 
 
 def _write_olmo2(config: ModelConfig) -> dict[str, Any]:
-    return _write(config) | _write_windows(config)
+    return write_shape(config) | write_windows(config)
 
 
-OLMO2 = GgufFamily("olmo2", _read_olmo2, _write_olmo2, _stored, ("olmo2", "olmo3"))
+OLMO2 = GgufFamily("olmo2", _read_olmo2, _write_olmo2, stored_alike, ("olmo2", "olmo3"))
 
 # --------------------------------------------------------------------------------------------------------------- Gemma3
 
@@ -317,7 +171,7 @@ _GEMMA_27B_LAYERS = 62
 
 
 def _read_gemma3(head: GgufHead) -> dict[str, Any]:
-    settings = _read(head) | _windows(head, 6)
+    settings = read_shape(head) | read_windows(head, 6)
     hidden, heads = settings["hidden_size"], settings["num_attention_heads"]
     # llama.cpp tells it by that too
     is_27b = settings["num_hidden_layers"] == _GEMMA_27B_LAYERS
@@ -337,11 +191,11 @@ def _read_gemma3(head: GgufHead) -> dict[str, Any]:
 
 
 def _write_gemma3(config: ModelConfig) -> dict[str, Any]:
-    return _write(config) | _write_windows(config)
+    return write_shape(config) | write_windows(config)
 
 
 def _stored_gemma3(config: ModelConfig, names: Names) -> Iterator[Stored]:
-    for stored in _stored(config, names):
+    for stored in stored_alike(config, names):
         yield Plus(stored.name, stored.places) if stored.name.endswith("norm.weight") else stored
 
 
@@ -355,7 +209,7 @@ GEMMA3 = GgufFamily("gemma3", _read_gemma3, _write_gemma3, _stored_gemma3, ("gem
 
 
 def _read_gpt2(head: GgufHead) -> dict[str, Any]:
-    settings = _read(head)
+    settings = read_shape(head)
     return {name: value for name, value in settings.items() if not name.startswith("rope")} | {
         "model_type": "gpt2",
         "hidden_act": "gelu_new",
@@ -369,13 +223,13 @@ def _read_gpt2(head: GgufHead) -> dict[str, Any]:
 
 
 def _write_gpt2(config: ModelConfig) -> dict[str, Any]:
-    keys = {name: value for name, value in _write(config).items() if not name.startswith("rope")}
+    keys = {name: value for name, value in write_shape(config).items() if not name.startswith("rope")}
     eps = keys.pop("attention.layer_norm_rms_epsilon")
     return keys | {"attention.layer_norm_epsilon": eps}
 
 
 def _stored_gpt2(config: ModelConfig, names: Names) -> Iterator[Stored]:
-    for stored in _stored(config, names):
+    for stored in stored_alike(config, names):
         if re.fullmatch(r"blk\.\d+\.attn_[kv]\.\w+", stored.name):
             continue
         # with its key and value in one
@@ -396,7 +250,7 @@ _SWIGLU_LIMIT = 7.0
 
 
 def _read_gpt_oss(head: GgufHead) -> dict[str, Any]:
-    settings = _read(head) | _windows(head, 2)
+    settings = read_shape(head) | read_windows(head, 2)
     inner = head.whole("expert_feed_forward_length")
     if settings["rope_scaling"].get("rope_type") == "yarn":
         # as OpenAI computes it
@@ -418,11 +272,11 @@ def _read_gpt_oss(head: GgufHead) -> dict[str, Any]:
 
 
 def _write_gpt_oss(config: ModelConfig) -> dict[str, Any]:
-    return _write(config) | _write_windows(config) | _write_experts(config)
+    return write_shape(config) | write_windows(config) | _write_experts(config)
 
 
 def _stored_gpt_oss(config: ModelConfig, names: Names) -> Iterator[Stored]:
-    for stored in _stored(config, names):
+    for stored in stored_alike(config, names):
         yield replace(stored, name=stored.name.replace(".ffn_norm.", ".post_attention_norm."))
 
 
@@ -451,7 +305,7 @@ _WITHOUT_QUERY_LATENT = (26, 27)
 
 
 def _read_deepseek(head: GgufHead) -> dict[str, Any]:
-    settings = _read(head)
+    settings = read_shape(head)
     heads, rotary = settings["num_attention_heads"], head.whole("rope.dimension_count")
     rope = read_rope(head, rotary)
     if head.whole("expert_gating_func", 1) != _SIGMOID:
@@ -499,7 +353,7 @@ def _write_deepseek(config: ModelConfig) -> dict[str, Any]:
     key = config.qk_nope_head_dim + config.qk_rope_head_dim
     ranks = {} if config.q_lora_rank is None else {"attention.q_lora_rank": config.q_lora_rank}
     return (
-        _write(config)
+        write_shape(config)
         | write_rope(config, log_multiplier=True)
         | _write_experts(config)
         | ranks
@@ -531,7 +385,7 @@ def _stored_deepseek(config: ModelConfig, names: Names) -> Iterator[Stored]:
     def values(tensor: Tensor) -> Tensor:
         return tensor.unflatten(0, (-1, per_head))[:, unturned:]
 
-    for stored in _stored(config, names):
+    for stored in stored_alike(config, names):
         if ".attn_kv_b." in stored.name:
             ours = stored.places[0].name
             yield Stored(stored.name.replace("attn_kv_b", "attn_k_b"), (Place(ours, keys),))

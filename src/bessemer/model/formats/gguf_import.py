@@ -13,20 +13,17 @@ import torch
 from torch import Tensor
 
 from bessemer.core.errors import ArtefactError, ConfigError
-from bessemer.core.new_folder import new_folder
-from bessemer.core.store import write_json
+from bessemer.core.store import new_folder, write_json
 from bessemer.model.config import ModelConfig
 from bessemer.model.families import family_of
 from bessemer.model.families.layout import Stored
-from bessemer.model.folder_config import GENERATION_CONFIG, write_model_config
-from bessemer.model.formats.gguf_blocks import BLOCK_TYPES, OTHER_TYPES, dequantise
-from bessemer.model.formats.gguf_codes import encode_blocks, read_codes, scheme_of
-from bessemer.model.formats.gguf_families import GGUF_FAMILIES, GgufFamily, Plus
-from bessemer.model.formats.gguf_head import GgufHead
-from bessemer.model.formats.gguf_rope import ROPE_FACTORS
+from bessemer.model.formats.gguf_base import ROPE_FACTORS, GgufFamily, GgufHead, Plus
+from bessemer.model.formats.gguf_blocks import BLOCK_TYPES, OTHER_TYPES, dequantise, encode_blocks, read_codes, scheme_of
+from bessemer.model.formats.gguf_families import GGUF_FAMILIES
 from bessemer.model.initialisation import tensor_shapes
-from bessemer.model.quantisation.schemes.base import Codes, Scheme
-from bessemer.model.weights_file import Entry, write_weights
+from bessemer.model.quantisation.base import Codes, Scheme
+from bessemer.model.storage.folder import GENERATION_CONFIG, write_model_config
+from bessemer.model.storage.weights import Entry, write_weights
 from bessemer.tokenization.formats.gguf_import import import_gguf as import_gguf_tokenizer
 from bessemer.tokenization.formats.gguf_metadata import TensorInfo, read_head
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer

@@ -16,15 +16,15 @@ from bessemer.core.errors import ArtefactError
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
 from bessemer.model.families.layout import Stored
-from bessemer.model.folder_config import read_end_tokens
-from bessemer.model.formats.gguf_codes import ENCODED, is_quantised_type, keeps_rows, scheme_of
-from bessemer.model.formats.gguf_families import Plus
+from bessemer.model.formats.gguf_base import Plus
+from bessemer.model.formats.gguf_blocks import ENCODED, is_quantised_type, keeps_rows, scheme_of
 from bessemer.model.formats.gguf_import import GgufFile, Wanted, in_a_family, write_tokenizer
 from bessemer.model.initialisation import empty_decoder, fill
-from bessemer.model.quantisation.layout import quantisable_weights
-from bessemer.model.quantisation.quantised_modules import replace_with_quantised_modules, set_dtype
-from bessemer.model.quantisation.schemes.base import Scheme
-from bessemer.model.quantisation.schemes.integers import BLOCK
+from bessemer.model.quantisation.base import Scheme
+from bessemer.model.quantisation.integers import BLOCK
+from bessemer.model.quantisation.quantised_decoder import replace_with_quantised_modules, set_dtype
+from bessemer.model.quantisation.storage import quantisable_weights
+from bessemer.model.storage.folder import read_end_tokens
 from bessemer.tokenization.tokenizer import Tokenizer
 
 

@@ -1,2 +1,3 @@
-"""Distillation: a student learns from a teacher's distributions, from what it writes, or from what it says of the student's own
-words."""
+"""Distillation: a student learns from a teacher's distributions, from its answers, or from its judgement of the student's own
+answers.
+"""

@@ -1,14 +1,57 @@
-"""The stage `preference`."""
+"""The stage `preference` for the pipeline, and its section of the report: how well the model tells the answers apart, rewards,
+curves.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+from bessemer.core.report import Facts, Metrics, Part, Section, StageReport, Text
 from bessemer.core.stage import StageContext
-from bessemer.posttraining.made import PAIRS_NEEDS, made_paths, pairs_fingerprint, unread_pairs
-from bessemer.posttraining.preference import report
+from bessemer.posttraining.data.made import PAIRS_NEEDS, made_paths, pairs_fingerprint, unread_pairs
 from bessemer.posttraining.preference.config import PREFERENCE_VERSION, PreferenceConfig
+from bessemer.posttraining.sft.report import metric_curves
+from bessemer.training.report import diagnostics, task_accuracies, training_curves
 from bessemer.training.specs import model_not_merged, resolved_by, training_arguments, training_stage
+
+#: Title of a chart → the metrics that are its curves, with the factor of their values.
+_CHARTS = {
+    "Told apart by implicit reward, %": (("accuracy",), 100.0),
+    "Implicit reward, β times the log-ratio to the reference, in nats": (
+        ("reward_chosen", "reward_rejected", "reward_desirable", "reward_undesirable"),
+        1.0,
+    ),
+    "How far the policy has moved, z of KTO, in nats per answer": (("kl",), 1.0),
+    "Log-probability of the answers, nats per token": (("log_prob_chosen", "log_prob_rejected"), 1.0),
+}
+
+
+def report(stage: StageReport) -> Section:
+    """Accuracy and rewards of the pairs, training and held out, and the curves that all methods have."""
+    parts: list[Part] = [
+        Text(
+            "The model learns which of two answers people prefer. Its implicit reward of an answer is how much likelier it has "
+            "become than under the reference, the model as it was before. The log-probabilities of both answers may fall: "
+            "what is learnt is their difference.",
+            lead=True,
+        ),
+        *metric_curves(stage.records, _CHARTS),
+        *training_curves(stage.records, loss="Loss of a pair, or an answer"),
+        *task_accuracies(stage.records),
+        *diagnostics(stage.records),
+        Facts(stage.metrics),
+    ]
+    return Section(stage.titled("Preferences"), parts)
+
+
+def summary_line(metrics: Metrics) -> str:
+    """Pairs or answers, and the share of held-out ones that the model tells apart."""
+    name = next((name for name in ("pairs", "answers") if name in metrics), None)
+    if name is None:
+        return ""
+    accuracy = metrics.get("validation_accuracy")
+    held_out = "" if accuracy is None else f", {accuracy:.0%} of {metrics['held_out']:,} held out told apart"
+    return f"{metrics[name]:,} {name}{held_out}"
 
 
 def _preference(context: StageContext, *, only_resolve: bool = False) -> dict[str, Any]:
@@ -36,8 +79,8 @@ STAGES = (
         lacks=model_not_merged,
         example="preference: {data: [pairs.jsonl]}",
         budget_seconds=18,
-        report=report.report,
-        summary_line=report.summary_line,
+        report=report,
+        summary_line=summary_line,
         run=_preference,
         resolve=resolved_by(_preference),
         unread=unread_pairs,

@@ -1,16 +1,27 @@
-"""Settings of the rewards. Checking a recipe loads no reward."""
+"""Settings of the rewards, the rewards by name, and settings of the stage `reward`.
+
+A reward is loaded when it is made: checking a recipe loads none. Imports no PyTorch.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeAlias
 
 from pydantic import Field, field_validator, model_validator
 
 from bessemer.core.config import ChosenSettings, Config, setting
 from bessemer.core.errors import ConfigError
+from bessemer.core.registry import Plugin, Registry
 from bessemer.core.usercode import is_user_function
+from bessemer.posttraining.chat_models import chat_models_fingerprint, model_place, place_fingerprint
+from bessemer.posttraining.data.made import checked_pairs
 from bessemer.tasks.judged import CriterionConfig, JudgeConfig
+from bessemer.tasks.questions import GenerationQuestion, GenerationTask
 from bessemer.tasks.verifiers import Numeric, Verifier, checked_pattern
+from bessemer.training.adapter_config import TuningConfig
 
 #: The entry points by which other packages add rewards.
 GROUP = "bessemer.rewards"
@@ -187,7 +198,6 @@ def _settings_of(name: str) -> tuple[str, type[RewardSettings]]:
     """The tag and the settings of a reward's name."""
     if is_user_function(name) or name == _USER:
         return _USER, UserReward
-    from bessemer.posttraining.rewards.registry import REWARDS
 
     settings = REWARDS.find(name).settings
     if settings is None or not issubclass(settings, RewardSettings):
@@ -212,3 +222,137 @@ def named(value: Any) -> Any:
 
 #: Rewards of a stage, at least one.
 Rewards: TypeAlias = Annotated[list[Reward], Field(min_length=1)]
+
+
+#: TRL's: of the keywords `completions`, `prompts`, `completion_ids` and the data's columns, a number for each completion.
+RewardFunction = Callable[..., Sequence[float | None]]
+
+
+class AskedTask(NamedTuple):
+    """A task that prompts are of, and its questions by the number of their item."""
+
+    task: GenerationTask
+    questions: Mapping[int, GenerationQuestion]
+
+
+@dataclass(frozen=True)
+class RewardContext:
+    """What a reward is made with besides its settings. folder: where files of the user's lie. tasks: by name. reward_model: the
+    folder of the one that the stage `reward` has made."""
+
+    folder: Path = Path()
+    tasks: Mapping[str, AskedTask] = field(default_factory=dict)
+    reward_model: Path | None = None
+
+
+#: From settings and context to the reward.
+RewardFactory = Callable[[Any, RewardContext], RewardFunction]
+
+_RULES, _MODELS = "bessemer.posttraining.rewards.rule_based", "bessemer.posttraining.rewards.model_based"
+
+REWARDS: Registry[RewardFactory] = Registry(
+    "reward",
+    GROUP,
+    [
+        Plugin("task", "the score of the task that a prompt is of", f"{_RULES}:task_reward", TaskReward),
+        Plugin("answer", "the right answer of a column, exact or a number", f"{_RULES}:answer_reward", AnswerReward),
+        Plugin("program", "code that passes its tests", f"{_RULES}:program_reward", ProgramReward),
+        Plugin("regex", "a regular expression that matches", f"{_RULES}:pattern_reward", PatternReward),
+        Plugin("json_schema", "JSON that fits a schema", f"{_RULES}:json_schema_reward", JSONSchemaReward),
+        Plugin("format", "parts in tags, each once, in order", f"{_RULES}:format_reward", FormatReward),
+        Plugin("length", "a wanted number of tokens", f"{_RULES}:length_reward", LengthReward),
+        Plugin("overlong", "DAPO's punishment of long answers", f"{_RULES}:overlong_reward", OverlongReward),
+        Plugin("repetition", "minus the share of repeated runs", f"{_RULES}:repetition_reward", RepetitionReward),
+        Plugin("judge", "a model's rating of the answer", f"{_MODELS}:judge_reward", JudgeReward),
+        Plugin("rubric", "criteria that a model finds met", f"{_MODELS}:rubric_reward", RubricReward),
+        Plugin(
+            "reward_model",
+            "the score of a trained reward model",
+            f"{_MODELS}:reward_model_reward",
+            RewardModelReward,
+        ),
+        Plugin(
+            "environment",
+            "what the environment of an episode says",
+            f"{_RULES}:environment_reward",
+            EnvironmentReward,
+        ),
+    ],
+)
+
+
+def rewards_fingerprint(rewards: Sequence[RewardSettings], folder: Path) -> list[dict[str, str]]:
+    """Hashes of the files of those models of rewards that lie on this machine. Raises ConfigError for one that does not."""
+    judges = chat_models_fingerprint([reward.judge for reward in rewards if isinstance(reward, ModelReward)], folder)
+    scorers = [reward.model for reward in rewards if isinstance(reward, RewardModelReward) and reward.model is not None]
+    return [*judges, *(place_fingerprint(model_place(model, folder)) for model in scorers)]
+
+
+#: Raised when the same settings and inputs give other weights than before.
+REWARD_VERSION = 6
+
+
+class RewardConfig(TuningConfig):
+    """The stage `reward`: a reward model from pairs of a chosen and a rejected answer. The defaults suit a real model."""
+
+    shorthand: ClassVar[str | None] = "data"
+    # ten times that of full tuning, as elsewhere
+    adapter_learning_rate: ClassVar[float] = 1e-4
+
+    data: list[str] = setting(
+        description="Pairs: files of rows, as JSON lines, JSON, CSV or Parquet: {prompt, chosen, rejected}, in messages or "
+        "texts; made/mismatched, of the conversations of sft; made/preferences and made/honesty, of stages above. A row "
+        "may have "
+        "a margin, by how much the one is better, a confidence, how probably it is, and a weight.",
+        min_length=1,
+    )
+    centering: float = setting(
+        0.0, "Weight of the mean squared sum of a pair's rewards, which holds rewards around 0 (0.01 is usual).", ge=0
+    )
+    validation_share: float = setting(
+        0.05, "Fraction of the prompts whose pairs are held out; a prompt is on one side with all its pairs.", ge=0, lt=1
+    )
+    epochs: float = setting(1.0, "Passes over the pairs; without effect when steps is given.", gt=0)
+
+    optimizer: str = setting("adamw", "As in pretrain.", code=True)
+    learning_rate: float = setting(1e-5, "Peak learning rate.", gt=0)
+    weight_decay: float = setting(0.0, "Decoupled weight decay of matrices.", ge=0)
+    context_length: int = setting(
+        1024, "Tokens of a row, which holds whole pairs: an answer with its prompt at most half.", gt=1
+    )
+    warmup_fraction: float | None = setting(
+        0.1, "Fraction of the steps in which the learning rate rises from zero.", ge=0, le=1
+    )
+    decay_fraction: float | None = setting(
+        0.9, "wsd: fraction of the steps, at the end, in which the learning rate falls to zero.", ge=0, le=1
+    )
+
+    @property
+    def packed(self) -> bool:
+        """Whether rows hold several conversations that do not attend to each other."""
+        return True
+
+    @property
+    def scores(self) -> bool:
+        """Whether the model that is trained has a scalar head, `score`, in place of its language head."""
+        return True
+
+    @field_validator("data")
+    @classmethod
+    def _known_data(cls, names: list[str]) -> list[str]:
+        return checked_pairs(names)
+
+    @model_validator(mode="after")
+    def _check_merged(self) -> Self:
+        if self.adapter is not None and not self.adapter.merge:
+            raise ValueError("adapter.merge: false: a reward model is its adapter and its head, merged in model/; leave it out")
+        if self.z_loss:
+            raise ValueError("z_loss is of losses of the next token, which a reward model has not; leave it out")
+        return self
+
+    @field_validator("tasks")
+    @classmethod
+    def _no_tasks(cls, names: list[str]) -> list[str]:
+        if names:
+            raise ValueError("a reward model writes no text, so it can answer no tasks")
+        return names

@@ -12,11 +12,10 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+from bessemer.core.concurrency import call_within
 from bessemer.core.errors import BessemerError
-from bessemer.core.time_limit import call_within
 from bessemer.core.usercode import is_user_function, load_user_function
-from bessemer.posttraining.rewards.config import RewardSettings
-from bessemer.posttraining.rewards.registry import REWARDS, RewardContext, RewardFunction
+from bessemer.posttraining.rewards.config import REWARDS, RewardContext, RewardFunction, RewardSettings
 
 #: Completions of one call whose reward may take too long one by one; the others of that call are dropped unasked.
 _MOST_HANGS = 3

@@ -11,25 +11,27 @@ import torch
 from torch import Tensor
 
 from bessemer.model.decoder import Decoder
-from bessemer.posttraining.rl.aggregation import Aggregation
-from bessemer.posttraining.rl.config import RLConfig
-from bessemer.posttraining.rl.corrections import Correction, CorrectionSettings, importance_weights
-from bessemer.posttraining.rl.divergence import k1
-from bessemer.posttraining.rl.policy_losses import (
+from bessemer.posttraining.rl.config import AGGREGATIONS, CORRECTIONS, DIVERGENCES, POLICY_LOSSES, RLConfig
+from bessemer.posttraining.rl.losses import (
+    Aggregation,
+    Correction,
+    CorrectionSettings,
+    Level,
     PolicyLoss,
     PolicyLossSettings,
+    Sequences,
     clipped_tokens,
+    importance_weights,
+    k1,
     policy_loss,
 )
-from bessemer.posttraining.rl.registries import AGGREGATIONS, CORRECTIONS, DIVERGENCES, POLICY_LOSSES
-from bessemer.posttraining.rl.sequences import Level, Sequences
 from bessemer.training.data.batches import IGNORE_INDEX, Batch
 from bessemer.training.head import token_log_probs
 from bessemer.training.objectives import Count, LossContext, Metric, Objective, Terms
 
 #: Values of tokens in a batch: log-probabilities of the sampler, of the policy before the first update on the rollout, and of
 #: the reference; advantages.
-SAMPLER, OLD, REFERENCE_LOG_PROBS, ADVANTAGES = "sampler_log_probs", "old_log_probs", "reference_log_probs", "advantages"
+SAMPLER, OLD, TOKEN_REFERENCE_LOG_PROBS, ADVANTAGES = "sampler_log_probs", "old_log_probs", "reference_log_probs", "advantages"
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ class PolicyObjective(Objective):
         sums = {"policy": (losses_BT * importance_BT * weights_BT).sum()}
         if settings.beta:
             # the divergence is of the policy's own, and no importance weight belongs to it
-            log_ratios_BT = log_probs_BT - values[REFERENCE_LOG_PROBS]
+            log_ratios_BT = log_probs_BT - values[TOKEN_REFERENCE_LOG_PROBS]
             sums["kl"] = settings.beta * (self._divergence(log_ratios_BT) * weights_BT).sum()
         if settings.entropy_weight:
             sums["entropy"] = -settings.entropy_weight * (entropy_BT * weights_BT).sum()
@@ -145,8 +147,8 @@ class PolicyObjective(Objective):
             figures_BT = {"entropy": entropy_BT, "log_ratio_over_cap": beyond_BT.to(mask_BT.dtype)}
             if self._loss.clips:
                 figures_BT["clip_share"] = clipped_tokens(ratios_BT, advantages_BT, settings.policy).to(mask_BT.dtype)
-            if REFERENCE_LOG_PROBS in values:
-                figures_BT["kl"] = k1(log_probs_BT - values[REFERENCE_LOG_PROBS])
+            if TOKEN_REFERENCE_LOG_PROBS in values:
+                figures_BT["kl"] = k1(log_probs_BT - values[TOKEN_REFERENCE_LOG_PROBS])
             metrics = {name: Metric((one_BT * mask_BT).sum(), tokens) for name, one_BT in figures_BT.items()}
             metrics["log_ratio"] = Metric(mismatch_BT.abs().sum(), tokens, mismatch_BT.abs().max())
         return Terms(sums, metrics)

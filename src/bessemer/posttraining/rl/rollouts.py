@@ -1,4 +1,6 @@
-"""The batches of reinforcement learning: prompts are completed by the policy, judged, and become advantages.
+"""Rollouts, the source of batches of reinforcement learning: prompts are completed by the policy, judged, and become batches.
+
+Figures of a rollout are logged, completions are kept with their rewards, and limits stop a policy that has collapsed.
 
 Shapes: R samples of a rollout, P prompts, G samples of a prompt, K rewards, B rows, T tokens, S sequences.
 """
@@ -9,6 +11,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,24 +19,130 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bessemer.core.hashing import hash_value
+from bessemer.core.errors import BessemerError
+from bessemer.core.hashing import derive_seed, hash_value
+from bessemer.core.metrics import MetricsLog
 from bessemer.core.progress import Progress
-from bessemer.core.seeds import derive_seed
 from bessemer.distributed.mesh import ALONE, Mesh
-from bessemer.posttraining.dataset import drawn
+from bessemer.posttraining.data.examples import drawn
 from bessemer.posttraining.rewards.judge import Judge, RewardError
 from bessemer.posttraining.rl.advantages import is_informative
-from bessemer.posttraining.rl.collapse import check_collapse
+from bessemer.posttraining.rl.batches import AdvantageBatches, BatchMaker, PairBatches
 from bessemer.posttraining.rl.config import RLConfig
-from bessemer.posttraining.rl.online_pairs import PairBatches
-from bessemer.posttraining.rl.prompts import Prompt
-from bessemer.posttraining.rl.record import CompletionsLog, Tally, rollout_figures
-from bessemer.posttraining.rl.rollout_batches import AdvantageBatches, BatchMaker
-from bessemer.posttraining.rl.sampler import EncodedPrompt, Group, PolicySampler, SamplingEngine
-from bessemer.posttraining.rl.sharing import Share
+from bessemer.posttraining.sampling.prompts import Prompt
+from bessemer.posttraining.sampling.sampler import EncodedPrompt, Group, PolicySampler, SamplingEngine
+from bessemer.posttraining.sampling.samples import Sample, Share
 from bessemer.tokenization.tokenizer import Tokenizer
 from bessemer.training.data.batches import Batch, rows_at
-from bessemer.training.trainee import Trainee
+from bessemer.training.model_roles import Trainee
+
+#: Completions and rewards of every rollout, a line each.
+COMPLETIONS = "completions.jsonl"
+
+
+@dataclass
+class Tally:
+    """Counts of one rollout. equal: groups whose rewards do not differ. refills: None without dynamic sampling. failures: of
+    rewards, by what went wrong. metrics: what rewards logged."""
+
+    groups: int = 0
+    equal: int = 0
+    refills: int | None = None
+    failures: dict[str, int] = field(default_factory=dict)
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+
+
+def rollout_figures(
+    samples: Sequence[Sample], groups: Sequence[Group], totals_R: Tensor, tally: Tally, names: Sequence[str]
+) -> dict[str, float]:
+    """Figures of a rollout for the metrics. names: of the rewards."""
+    known = totals_R[~totals_R.isnan()]
+    lengths = [len(sample.completion_ids) for sample in samples]
+    figures = {
+        "reward": float(known.mean()),
+        "reward_std": float(known.std()) if len(known) > 1 else 0.0,
+        "completion_tokens": statistics.fmean(lengths),
+        "completion_tokens_max": float(max(lengths)),
+        "cut_share": statistics.fmean(sample.is_cut for sample in samples),
+        "dropped": float(totals_R.isnan().sum()),
+    }
+    if len(groups[0].samples) > 1:
+        figures["equal_groups"] = tally.equal / tally.groups
+    if tally.refills is not None:
+        figures["refills"] = float(tally.refills)
+    if len(names) > 1:
+        rewards_RK = torch.cat([group.rewards_GK for group in groups])
+        means = {f"reward_{name}": float(rewards_RK[:, k].nanmean()) for k, name in enumerate(names)}
+        figures |= {name: value for name, value in means.items() if not math.isnan(value)}
+    return figures
+
+
+class CompletionsLog:
+    """Every completion with its rewards, a line each."""
+
+    def __init__(self, folder: Path, names: Sequence[str]) -> None:
+        """names: of the rewards."""
+        self._path = folder / COMPLETIONS
+        self._names = names
+        self._log: MetricsLog | None = None
+
+    def write(self, step: int, groups: Sequence[Group], advantages_R: Tensor) -> None:
+        """The rollout of a step, counted from 0; what the file holds of later ones is removed at the first call."""
+        if self._log is None:
+            self._log = MetricsLog(self._path, step or None)
+        advantages = iter(advantages_R.tolist())
+        for number, group in enumerate(groups):
+            for place, sample in enumerate(group.samples):
+                rewards = zip(self._names, group.rewards_GK[place].tolist(), strict=True)
+                total = float(group.totals_G[place])
+                row = {
+                    "group": number,
+                    "prompt": sample.prompt.text,
+                    "completion": sample.text,
+                    "tokens": len(sample.completion_ids),
+                    "cut": sample.is_cut,
+                    "rewards": {name: None if math.isnan(value) else value for name, value in rewards},
+                    "reward": None if math.isnan(total) else total,
+                    "advantage": next(advantages),
+                }
+                for name, value in group.extra[place].items():
+                    # a user's column may have a name of ours
+                    row[f"extra_{name}" if name in row or name == "step" else name] = value
+                self._log.write(step + 1, **row)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._log is not None:
+            self._log.close()
+
+
+class CollapseError(BessemerError):
+    """The policy has collapsed: its entropy, or its distance from the reference, is beyond the limit."""
+
+
+def check_collapse(config: RLConfig, step: int, samples: Sequence[Sample], totals_R: Tensor, kl_R: Tensor) -> None:
+    """Raise CollapseError when the entropy of the sampled tokens, or their divergence from the reference, is beyond a limit.
+
+    totals_R: what samples are worth, NaN of those left out, whose divergence is not measured. kl_R: of each sample,
+    Σ log π − log π_ref.
+    """
+    log_probs = [value for sample in samples for value in sample.log_probs]
+    measured = sum(len(one.log_probs) for one, is_out in zip(samples, totals_R.isnan().tolist(), strict=True) if not is_out)
+    entropy, kl = -statistics.fmean(log_probs), float(kl_R.sum()) / max(measured, 1)
+    limits = {
+        f"a token's entropy is {entropy:.4f} nats, below min_entropy {config.min_entropy}": config.min_entropy is not None
+        and entropy < config.min_entropy,
+        f"a token's entropy is {entropy:.4f} nats, above max_entropy {config.max_entropy}": config.max_entropy is not None
+        and entropy > config.max_entropy,
+        f"a token's KL divergence is {kl:.4f} nats, above max_kl {config.max_kl}": config.max_kl is not None
+        and kl > config.max_kl,
+    }
+    for reason, is_beyond in limits.items():
+        if is_beyond:
+            raise CollapseError(
+                f"step {step + 1:,}: the policy has collapsed: {reason}. Its checkpoints are kept; lower "
+                "learning_rate, or raise beta or entropy_weight"
+            )
 
 
 class _Judged(NamedTuple):

@@ -9,31 +9,30 @@ from pathlib import Path
 from typing import Any
 
 from bessemer.core.errors import ConfigError, SourceError
+from bessemer.core.hashing import derive_seed
 from bessemer.core.progress import Progress, Silent
-from bessemer.core.seeds import derive_seed
 from bessemer.core.stage import OpenTasks
 from bessemer.distributed.mesh import Mesh
 from bessemer.model.decoder import Decoder
-from bessemer.model.folder_config import holds_codes
-from bessemer.posttraining.preference.registry import PAIR_LOSSES
+from bessemer.model.storage.folder import holds_codes
+from bessemer.posttraining.preference.config import PAIR_LOSSES
+from bessemer.posttraining.rewards.config import RewardContext
 from bessemer.posttraining.rewards.judge import Judge
-from bessemer.posttraining.rewards.registry import RewardContext
-from bessemer.posttraining.rl.config import RLConfig
-from bessemer.posttraining.rl.critic import CRITIC, ActorCriticObjective
-from bessemer.posttraining.rl.critic_config import CriticConfig
-from bessemer.posttraining.rl.episodes import EpisodeSampler, load_environment
+from bessemer.posttraining.rl.advantages import CRITIC, ActorCriticObjective
+from bessemer.posttraining.rl.batches import pair_objective
+from bessemer.posttraining.rl.config import CriticConfig, RLConfig
 from bessemer.posttraining.rl.objective import PolicyObjective
-from bessemer.posttraining.rl.online_pairs import pair_objective
-from bessemer.posttraining.rl.prompts import Prompt, gather_prompts
 from bessemer.posttraining.rl.rollouts import RolloutSource
+from bessemer.posttraining.sampling.prompts import Prompt, gather_prompts
+from bessemer.posttraining.sampling.sampler import EpisodeSampler, load_environment
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 from bessemer.training.autotune import Plan, prepare_run, seconds_per_step
 from bessemer.training.data.batches import BatchSource
+from bessemer.training.job import OnStepEnd, run_training
+from bessemer.training.model_roles import REFERENCE
+from bessemer.training.model_setup import open_beside
 from bessemer.training.objectives import Objective
 from bessemer.training.optim.lr_schedule import validated_steps
-from bessemer.training.run import OnStepEnd, run_training
-from bessemer.training.starting_model import open_beside
-from bessemer.training.trainee import REFERENCE
 from bessemer.training.trainer import Trainer
 
 

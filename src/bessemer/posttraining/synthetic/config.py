@@ -1,4 +1,4 @@
-"""Settings of the stage `synthesize`. Imports no PyTorch."""
+"""Settings of the stages `revise`, `ai_preferences`, `honesty` and `synthesize`. Imports no PyTorch."""
 
 from __future__ import annotations
 
@@ -8,9 +8,71 @@ from pydantic import field_validator, model_validator
 
 from bessemer.core.config import Config, setting
 from bessemer.data.config import CleanConfig, DeduplicateConfig, LimitConfig, SelectConfig
-from bessemer.data.deduplication.config import MinHashConfig
-from bessemer.data.thresholds.presets import scores_of
-from bessemer.posttraining.chat_models.config import ChatModelConfig
+from bessemer.data.deduplication.registry import MinHashConfig
+from bessemer.data.filters.registry import scores_of
+from bessemer.posttraining.chat_models import ChatModelConfig
+
+#: Raised when the same settings and inputs give other rows than before.
+REVISE_VERSION = 2
+AI_PREFERENCES_VERSION = 2
+
+
+class PrincipledConfig(Config):
+    """What both stages have: prompts, answers of the model above, a policy and a critic."""
+
+    shorthand: ClassVar[str | None] = "data"
+
+    data: list[str] = setting(description="Files of prompts, as JSON lines, JSON, CSV or Parquet.", min_length=1)
+    prompt_column: str = setting("prompt", "Column of the prompts: messages, or a text that the user says.")
+    limit: int | None = setting(None, "The first prompts only; absent: all.", unit="prompts", ge=1)
+    policy: str | None = setting(
+        None, "YAML file of the policy that gives the principles; absent: Bessemer's own.", affects_output=False
+    )
+    principles: list[str] = setting(
+        default_factory=list, description="Principles of the policy by name, of which each draw takes one; empty: all."
+    )
+    critic: ChatModelConfig | None = setting(None, "The model that criticises or compares; absent: the model that answers.")
+    max_tokens: int = setting(256, "Longest answer.", unit="tokens", ge=1)
+    temperature: float = setting(1.0, "Of the answers; 0: the likeliest token each time.", ge=0, allow_inf_nan=False)
+    batch_size: int = setting(
+        32, "Prompts under way at once; after each batch its rows are on the disk.", affects_output=False, gt=0
+    )
+
+
+class ReviseConfig(PrincipledConfig):
+    """The stage `revise`: a model answers prompts, its answers are criticised by principles and written anew."""
+
+    rounds: int = setting(1, "Critiques and revisions of an answer, one behind the other, by one principle each.", ge=1)
+
+
+class AIPreferencesConfig(PrincipledConfig):
+    """The stage `ai_preferences`: a model says which of two answers fits a principle better, and how sure it is."""
+
+    principles_per_pair: int = setting(1, "Principles by which a pair is compared; the mean counts.", ge=1)
+    least_confidence: float = setting(
+        0.5, "Pairs whose preferred answer is better with no higher probability are left out.", ge=0.5, lt=1
+    )
+
+
+#: Raised when the same settings and inputs give other pairs than before.
+HONESTY_VERSION = 2
+
+
+class HonestyConfig(Config):
+    """The stage `honesty`: pairs from documentation, of questions that it answers and of questions that it does not."""
+
+    shorthand: ClassVar[str | None] = "pairs"
+
+    pairs: int = setting(400, "Most pairs.", gt=0)
+    unknown_share: float = setting(
+        0.5, "Share of the pairs whose question no document answers; of these alone a model learns to know nothing.", gt=0, lt=1
+    )
+    unsure: list[str] = setting(
+        default_factory=lambda: ["I don't know.", "I don't know of such a thing.", "I can't say: I know nothing about it."],
+        description="What is said where nothing is known, one of these drawn for each pair.",
+        min_length=1,
+    )
+
 
 #: Raised when the same settings and inputs give other rows than before.
 SYNTHESIZE_VERSION = 2

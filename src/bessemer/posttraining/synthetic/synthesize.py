@@ -1,31 +1,98 @@
-"""The stage `synthesize`: conversations that a model writes, filtered and without copies, each with its provenance."""
+"""The stage `synthesize`: conversations that a model writes, filtered and deduplicated by the refinery, each with its
+provenance.
+
+Prompts are written after the example of others (Wang et al. 2022, arXiv 2212.10560).
+"""
 
 from __future__ import annotations
 
+import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from bessemer.core.chat_client import ChatModel, CutText
 from bessemer.core.errors import ConfigError, SourceError
-from bessemer.core.hashing import hash_value
+from bessemer.core.hashing import derive_seed, hash_value
 from bessemer.core.progress import Progress, Silent
-from bessemer.core.seeds import derive_seed
-from bessemer.data.thresholds.apply import rule_of
+from bessemer.data.stages.in_memory import refine
+from bessemer.data.thresholds import rule_of
 from bessemer.inference.chat import EngineChat
 from bessemer.inference.engine import Engine
-from bessemer.posttraining.chat_models.config import CUT_REASON
-from bessemer.posttraining.chat_models.files import chat_models_fingerprint, place_fingerprint
-from bessemer.posttraining.chat_models.opening import open_chat_model, provenance
-from bessemer.posttraining.dataset import read_examples
-from bessemer.posttraining.finished_rows import FinishedRows, write_rows
-from bessemer.posttraining.formats import Message, as_prompt, conversation_text
+from bessemer.posttraining.chat_models import (
+    CUT_REASON,
+    chat_models_fingerprint,
+    open_chat_model,
+    place_fingerprint,
+    provenance,
+)
+from bessemer.posttraining.data.examples import read_examples
+from bessemer.posttraining.data.formats import Message, as_prompt, conversation_text
+from bessemer.posttraining.data.made import FinishedRows, write_rows
 from bessemer.posttraining.synthetic.config import SYNTHESIZE_VERSION, SynthesizeConfig
-from bessemer.posttraining.synthetic.prompts import prompt_request, without_fence
-from bessemer.posttraining.synthetic.refining import refined
+from bessemer.tasks.judge import fence_around
+
+
+@dataclass(frozen=True)
+class PromptRequest:
+    """What a model is asked to write a prompt. seeds: the numbers of those that it is shown."""
+
+    text: str
+    seeds: tuple[int, ...]
+
+
+def without_fence(text: str) -> str:
+    """A prompt as a writer gave it, without lines of equals signs around it, which small models copy."""
+    lines = text.strip().splitlines()
+    while lines and not lines[0].strip("= "):
+        lines.pop(0)
+    while lines and not lines[-1].strip("= "):
+        lines.pop()
+    return "\n".join(lines).strip()
+
+
+def prompt_request(seeds: Sequence[str], examples: int, seed: int, number: int) -> PromptRequest:
+    """The request of the prompt `number`: for one more like the seeds drawn for it."""
+    draw = random.Random(derive_seed(seed, "examples", number))
+    chosen = tuple(draw.sample(range(len(seeds)), min(examples, len(seeds))))
+    shown = [seeds[place] for place in chosen]
+    fence = fence_around(*shown)
+    listed = "\n".join(f"{text}\n{fence}" for text in shown)
+    return PromptRequest(
+        f"Below is what people asked an assistant, between lines of {fence}. What they ask is not for you to do.\n\n"
+        f"{fence}\n{listed}\n\nWrite one more of that kind, about something else, as another person would ask it. Give what is "
+        "asked alone, without an answer.",
+        chosen,
+    )
+
+
+@dataclass(frozen=True)
+class Refined:
+    """What is left of texts, by their numbers, and why the others are not."""
+
+    kept: Mapping[int, str]
+    reasons: Mapping[int, str]
+
+
+def refined(texts: Sequence[str], stages: Mapping[str, Any], folder: Path) -> Refined:
+    """Texts through stages of the refinery. Of copies the one with the smallest number stays. Raises ConfigError."""
+    if not texts or not stages:
+        return Refined(dict(enumerate(texts)), {})
+    # ids in the order of the texts
+    ids = [f"{number:032x}" for number in range(len(texts))]
+    encodable = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
+    kept, rejected = refine(pa.table({"id": ids, "text": encodable}), stages, folder=folder)
+
+    def numbered(table: pa.Table, column: str) -> dict[int, str]:
+        return {int(row["id"], 16): row[column] for row in table.select(["id", column]).to_pylist()}
+
+    return Refined(numbered(kept, "text"), numbered(rejected, "reason"))
+
 
 #: What `sft` reads, and what was left out, with the reason.
 SYNTHETIC_FILE, REJECTED_FILE = "synthetic.jsonl", "rejected.jsonl"

@@ -10,8 +10,7 @@ from itertools import combinations
 
 import numpy as np
 
-from bessemer.scaling.laws.parametric import ParametricLaw
-from bessemer.scaling.laws.points import Points, Vector
+from bessemer.scaling.laws.parametric import ParametricLaw, Points, Vector
 
 #: Exponents that are searched.
 LOWEST, HIGHEST = 0.01, 3.0

@@ -1,12 +1,168 @@
-"""L = E + A/N^α + B/D^β (Hoffmann et al. 2022, eq. 2), and what follows from it."""
+"""L = E + A/N^α + B/D^β (Hoffmann et al. 2022, eq. 2), the measured points that it is fitted to, and what follows from it.
+
+Points that do not determine the five numbers are refused with the reason. Where data are repeated, D tokens of which U are
+different, the law is that of Muennighoff et al. 2023 (2305.16264).
+"""
 
 from __future__ import annotations
 
+import csv
+import math
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
+from functools import cached_property
+from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
-from bessemer.scaling.laws.points import FLOPS_PER_PARAMETER_TOKEN, Vector
+from bessemer.core.config import nearest
+from bessemer.core.errors import BessemerError
+
+Vector = NDArray[np.float64]
+
+#: FLOPs of training a dense model are about this many times N D (Kaplan et al. 2020, section 2.1).
+FLOPS_PER_PARAMETER_TOKEN = 6
+#: Columns of a CSV with another name in the field.
+_COLUMNS = {"parameters": ("parameters", "params", "n"), "tokens": ("tokens", "d"), "loss": ("loss", "bits_per_byte")}
+
+
+class DegenerateError(BessemerError):
+    """Points that determine no law. Its text is the reason."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One trained model. flops: of its training; 6 N D where they are not given."""
+
+    parameters: float
+    tokens: float
+    loss: float
+    flops: float | None = None
+
+    def problem(self) -> str | None:
+        """What is wrong with the numbers; None when they are finite and positive."""
+        for name in ("parameters", "tokens", "loss", "flops"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                return f"{name} is {value:g}; it must be a finite number above 0"
+        return None
+
+
+@dataclass(frozen=True)
+class Points:
+    """Points as vectors of one length. Raises DegenerateError for a number that is not finite and positive."""
+
+    points: tuple[Point, ...]
+
+    def __post_init__(self) -> None:
+        for number, point in enumerate(self.points, start=1):
+            if (problem := point.problem()) is not None:
+                raise DegenerateError(f"point {number}: {problem}")
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    @cached_property
+    def parameters(self) -> Vector:
+        """N of each point."""
+        return np.array([point.parameters for point in self.points])
+
+    @cached_property
+    def tokens(self) -> Vector:
+        """D of each point."""
+        return np.array([point.tokens for point in self.points])
+
+    @cached_property
+    def loss(self) -> Vector:
+        """L of each point."""
+        return np.array([point.loss for point in self.points])
+
+    @cached_property
+    def flops(self) -> Vector:
+        """C of each point."""
+        return np.array([point.flops or FLOPS_PER_PARAMETER_TOKEN * point.parameters * point.tokens for point in self.points])
+
+
+def check_determined(points: Points, *, unknowns: int = 5) -> None:
+    """Raise DegenerateError unless points of a law in N and D determine its five numbers.
+
+    Two points more than numbers, three values of N and of D, and N and D that do not grow in proportion.
+    """
+    least = unknowns + 2
+    if len(points) < least:
+        raise DegenerateError(
+            f"too few points ({len(points)}) for the {unknowns} numbers of "
+            f"L = E + A/N^α + B/D^β: at least {least} are needed; of points that are each the best of their "
+            "compute, --optimal fits less"
+        )
+    for name, values in (("parameters", points.parameters), ("tokens", points.tokens)):
+        distinct = len(np.unique(np.round(np.log(values), 3)))
+        if distinct < 3:
+            raise DegenerateError(f"different {name} of the points: {distinct}; an exponent needs at least 3")
+    correlation = np.corrcoef(np.log(points.parameters), np.log(points.tokens))[0, 1]
+    if abs(correlation) > 0.995:
+        raise DegenerateError(
+            f"parameters and tokens move together (correlation of their logarithms {correlation:.3f}), so their effects "
+            "cannot be told apart: train some sizes on more and fewer tokens, or say --optimal"
+        )
+
+
+def read_points(path: Path, *, count: str = "all") -> Points:
+    """Points of a CSV with the columns `parameters`, `tokens`, `loss` and, if it has one, `flops`.
+
+    count: `non-embedding` takes the column `non_embedding_parameters` for N. Lines without a loss are members of a sweep that
+    failed, and left out. Raises DegenerateError with file and line.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            rows = list(csv.reader(stream))
+    except UnicodeDecodeError:
+        raise DegenerateError(f"{path}: is not UTF-8 text") from None
+    except OSError as error:
+        raise DegenerateError(f"{path}: cannot be read: {error.strerror}") from None
+    rows = [row for row in rows if not (row and row[0].startswith("#"))]
+    if not rows:
+        raise DegenerateError(f"{path}: is empty; it needs the columns parameters, tokens, loss")
+    header = [name.strip().lower() for name in rows[0]]
+    places = {name: _column(path, header, name, count) for name in _COLUMNS}
+    places["flops"] = header.index("flops") if "flops" in header else None
+    points = []
+    for line, row in enumerate(rows[1:], start=2):
+        if not any(cell.strip() for cell in row) or _cell(row, places["loss"]) == "":
+            continue
+        points.append(_point(path, line, row, places))
+    return Points(tuple(points))
+
+
+def _column(path: Path, header: Sequence[str], name: str, count: str) -> int | None:
+    names = _COLUMNS[name]
+    if name == "parameters" and count == "non-embedding":
+        names = ("non_embedding_parameters",)
+    for one in names:
+        if one in header:
+            return header.index(one)
+    raise DegenerateError(f"{path}: has no column {names[0]!r}{nearest(names[0], list(header))}")
+
+
+def _cell(row: Sequence[str], place: int | None) -> str:
+    return "" if place is None or place >= len(row) else row[place].strip()
+
+
+def _point(path: Path, line: int, row: Sequence[str], places: dict[str, int | None]) -> Point:
+    values: dict[str, float] = {}
+    for name, place in places.items():
+        text = _cell(row, place)
+        if text == "" and name == "flops":
+            continue
+        try:
+            values[name] = float(text.replace("_", ""))
+        except ValueError:
+            raise DegenerateError(f"{path}:{line}: {name} is {text!r}, not a number") from None
+    point = Point(**values)
+    if (problem := point.problem()) is not None:
+        raise DegenerateError(f"{path}:{line}: {problem}")
+    return point
 
 
 @dataclass(frozen=True)
@@ -49,3 +205,39 @@ HOFFMANN = ParametricLaw(1.69, 406.4, 410.7, 0.34, 0.28)
 #: Besiroglu et al. 2024 (2404.10102), the same form on 240 of the points of Hoffmann et al.'s figure 4. All parameters counted;
 #: nats a token of MassiveText with Chinchilla's tokenizer.
 BESIROGLU = ParametricLaw(1.8172, 482.01, 2085.43, 0.3478, 0.3658)
+
+
+@dataclass(frozen=True)
+class DataConstrainedLaw:
+    """L = E + A/N'^α + B/D'^β, in which N' and D' are what N parameters and D tokens are worth on U_D unique tokens.
+
+    The first R* repetitions are worth nearly as much as new tokens, later ones ever less; parameters beyond the U_N that are
+    optimal for U_D decay likewise. The defaults are the paper's fit (its appendix A) on C4, in nats a token.
+    """
+
+    E: float = 1.87
+    A: float = 521.0
+    B: float = 1488.0
+    alpha: float = 0.353
+    beta: float = 0.353
+    #: R*: repetitions after which a further one is worth 1/e of a new one, of tokens and of excess parameters.
+    repeated_tokens: float = 15.4
+    repeated_parameters: float = 5.3
+    #: U_N over U_D.
+    optimal_parameters_per_token: float = 0.051
+
+    def predict(self, parameters: Vector | float, tokens: Vector | float, unique_tokens: Vector | float) -> Vector:
+        """L of N parameters on D tokens, `unique_tokens` of them different. Raises ValueError when those are more than D."""
+        n, d, unique_d = (np.asarray(value, dtype=float) for value in (parameters, tokens, unique_tokens))
+        if np.any(unique_d > d):
+            raise ValueError("more unique tokens than tokens")
+        unique_n = np.minimum(self.optimal_parameters_per_token * unique_d, n)
+        worth_n = _worth(n, unique_n, self.repeated_parameters)
+        worth_d = _worth(d, unique_d, self.repeated_tokens)
+        return np.asarray(self.E + self.A * worth_n**-self.alpha + self.B * worth_d**-self.beta)
+
+
+def _worth(total: Vector, unique: Vector, decay: float) -> Vector:
+    """U + U R* (1 − e^(−R / R*)) for R = total / U − 1 repetitions: what `total` is worth when only `unique` is new (eq. 5)."""
+    repetitions = np.maximum(total / unique - 1, 0)
+    return np.asarray(unique + unique * decay * (1 - np.exp(-repetitions / decay)))

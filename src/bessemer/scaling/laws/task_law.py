@@ -8,7 +8,7 @@ from itertools import product
 
 import numpy as np
 
-from bessemer.scaling.laws.points import DegenerateError, Vector
+from bessemer.scaling.laws.parametric import DegenerateError, Vector
 
 #: Grid of slopes, in units of 1 / the range of the losses, and the shares of the range that L0 may lie outside it.
 _STEEPEST, _FLATTEST, _OUTSIDE = 60.0, 1.0, 0.5

@@ -1,4 +1,7 @@
-"""Starts the entrance and the replicas on Ray, and stops them when their requests have ended."""
+"""The application on Ray Serve: starts the entrance and the replicas, and stops them when their requests have ended.
+
+`PrefixRouter` chooses a replica for a request: one that has the beginning of its prompt in its cache, or the least busy one.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import asyncio
 import io
 import logging
 import os
+import random
 import signal
 import threading
 import time
@@ -14,28 +18,96 @@ from contextlib import redirect_stderr, suppress
 from types import FrameType
 from typing import Any, cast
 
-# read when Ray is loaded: on a busy machine its proxy takes longer than 5 s to load, and is then ended before it is there
-os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
-
 import ray
 from ray import serve as ray_serve
 from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions, ProxyLocation, RequestRouterConfig
 from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, RequestRouter, RunningReplica
 from ray.serve.schema import LoggingConfig
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from bessemer.core.errors import BessemerError, ConfigError
 from bessemer.serving.app import Pages
 from bessemer.serving.config import ServingConfig
-from bessemer.serving.opening import Opening
 from bessemer.serving.ray.entrance import Entrance, unavailable
-from bessemer.serving.ray.forwarding import Forwarded, Part
+from bessemer.serving.ray.forwarding import Forwarded, Part, PrefixMemory
 from bessemer.serving.ray.replica import EngineReplica, Measured
-from bessemer.serving.ray.router import PrefixRouter
-from bessemer.serving.served import Served
+from bessemer.serving.responses.protocol import MemoryStore
+from bessemer.serving.runtime.models import Opening
+from bessemer.serving.runtime.served import Served
 from bessemer.serving.server import KEEP_ALIVE_SECONDS, address_of, ask_questions, listen, open_many_files, request_log
-from bessemer.serving.stored import MemoryStore
+
+#: Share of a prompt that a replica must have seen to be chosen for it.
+_MATCH_RATE = 0.25
+#: How many requests more than the least busy one it may have then.
+_IMBALANCE = 4
+_PAUSE_SECONDS = 0.002
+
+
+class PrefixRouter(FIFOMixin, RequestRouter):
+    """Ray's request router for `EngineReplica.answer`.
+
+    A replica goes to the request that it was chosen for, and to the oldest one where that has found another. Without the
+    second half, that is without `FIFOMixin`, Ray 2.59 forgets a request whose routing task ends while others are routed.
+    """
+
+    def initialize_state(self, **kwargs: Any) -> None:
+        """Ray calls it in place of a constructor."""
+        self._memory = PrefixMemory()
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """Ranks of replicas; within one the least busy that accepts is taken."""
+        if pending_request is None:
+            # Ray has more tasks than requests for a moment: one that never pauses would keep all others from the event loop
+            await asyncio.sleep(_PAUSE_SECONDS)
+        else:
+            # else Ray asks again and again without a pause while no replica has a place
+            pending_request.routing_context.should_backoff = True
+        prompt = _prompt(pending_request)
+        matches = self._memory.matches(prompt, [_name(one.replica_id) for one in candidate_replicas]) if prompt else {}
+        busy = {one.replica_id: self.replica_queue_len_cache.get(one.replica_id) or 0 for one in candidate_replicas}
+        least = min(busy.values(), default=0)
+        chosen = [
+            one
+            for one in candidate_replicas
+            if matches.get(_name(one.replica_id), 0) >= max(_MATCH_RATE, max(matches.values(), default=0))
+            and busy[one.replica_id] - least <= _IMBALANCE
+        ]
+        others = [one for one in candidate_replicas if one not in chosen]
+        # Ray asks the replicas of a rank how busy they are: two at random keep that cheap
+        pairs = random.sample(others, min(2, len(others)))
+        return [rank for rank in (chosen, pairs) if rank]
+
+    def _get_pending_request_matching_metadata(self, request_metadata: Any = None) -> PendingRequest | None:
+        """Ray asks it first, for the request that a replica was chosen for."""
+        found: PendingRequest | None = self._get_pending_request_matching_internal_request_id(request_metadata)
+        return found
+
+    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: object) -> None:
+        """A request has been sent to a replica."""
+        if prompt := _prompt(pending_request):
+            self._memory.remember(prompt, _name(replica_id))
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        """The replicas that there are from now on."""
+        super().update_replicas(replicas)
+        self._memory.keep([_name(one.replica_id) for one in replicas])
+
+
+def _prompt(pending: PendingRequest | None) -> str:
+    asked: Sequence[object] = () if pending is None else pending.args
+    return next((one.prompt for one in asked if isinstance(one, Forwarded)), "")
+
+
+def _name(replica: ReplicaID) -> str:
+    return str(replica.unique_id)
+
+
+# read when Ray is loaded: on a busy machine its proxy takes longer than 5 s to load, and is then ended before it is there
+os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
 
 _APPLICATION = "bessemer"
 #: More than any process is asked at once.

@@ -16,17 +16,16 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bessemer.serving import limits
+from bessemer.serving import config as limits
 from bessemer.serving.app import answer_api_error, answer_failure, answer_http_error, error_body_of, watch
-from bessemer.serving.bodies import ApiError
-from bessemer.serving.clients import SCOPE, Caller
 from bessemer.serving.config import ServingConfig
-from bessemer.serving.gate import PUBLIC, Gate
-from bessemer.serving.keys import Keys
-from bessemer.serving.metrics import CONTENT_TYPE, Metrics
 from bessemer.serving.ray.forwarding import Forwarded, Part
 from bessemer.serving.ray.replica import Measured
-from bessemer.serving.streams import CLIENT_LEFT
+from bessemer.serving.runtime.bodies import ApiError
+from bessemer.serving.runtime.clients import SCOPE, Caller, Keys
+from bessemer.serving.runtime.gate import PUBLIC, Gate
+from bessemer.serving.runtime.metrics import CONTENT_TYPE, Metrics
+from bessemer.serving.runtime.streams import CLIENT_LEFT
 
 #: What every replica has to do, so that they all serve the same.
 _OF_ALL = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")

@@ -14,12 +14,12 @@ set_environment()  # before PyTorch reads it
 
 from bessemer.inference.statistics import EngineStatistics  # noqa: E402
 from bessemer.serving.app import Pages, create_app, no_pages  # noqa: E402
-from bessemer.serving.bodies import ApiError  # noqa: E402
 from bessemer.serving.config import ServingConfig  # noqa: E402
-from bessemer.serving.opening import Opening  # noqa: E402
 from bessemer.serving.ray.forwarding import Forwarded, Part, answer  # noqa: E402
-from bessemer.serving.served import Served  # noqa: E402
-from bessemer.serving.stored import StoredResponse  # noqa: E402
+from bessemer.serving.responses.protocol import StoredResponse  # noqa: E402
+from bessemer.serving.runtime.bodies import ApiError  # noqa: E402
+from bessemer.serving.runtime.models import Opening  # noqa: E402
+from bessemer.serving.runtime.served import Served  # noqa: E402
 
 
 @dataclass(frozen=True)

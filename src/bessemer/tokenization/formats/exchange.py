@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from bessemer.core.config import nearest
 from bessemer.core.errors import ArtefactError, ConfigError
-from bessemer.core.new_folder import new_folder
+from bessemer.core.store import new_folder
 from bessemer.tokenization.folder import TOKENIZER_FILE
 from bessemer.tokenization.split import APPROXIMATED_REGEXES, SPLIT_REGEXES
 

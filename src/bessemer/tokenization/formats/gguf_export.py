@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import tokenizers
 
 from bessemer.core.errors import ArtefactError
-from bessemer.core.new_folder import new_file
-from bessemer.core.store import read_json
+from bessemer.core.store import new_file, read_json
+from bessemer.tokenization.control_tokens import TURN_ENDS
 from bessemer.tokenization.folder import TOKENIZER_FILE
 from bessemer.tokenization.formats.gguf_import import (
     NO_MERGES,
@@ -26,9 +26,8 @@ from bessemer.tokenization.formats.gguf_import import (
     notes_of_controls,
     notes_of_split,
 )
-from bessemer.tokenization.formats.special_roles import read_chat_template, read_roles
+from bessemer.tokenization.formats.huggingface import read_chat_template, read_roles
 from bessemer.tokenization.sentencepieces import SPACE, WORD
-from bessemer.tokenization.special import TURN_ENDS
 from bessemer.tokenization.split import SPLIT_REGEXES, split_name
 
 if TYPE_CHECKING:

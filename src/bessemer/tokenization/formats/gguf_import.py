@@ -18,13 +18,12 @@ from typing import Any
 
 from bessemer.core.config import nearest
 from bessemer.core.errors import ArtefactError
-from bessemer.tokenization.byte_names import byte_characters
-from bessemer.tokenization.formats.foreign import AddedToken, ForeignTokenizer, learned_size
+from bessemer.tokenization.folder import AddedToken, ForeignTokenizer, TokenizerParts, learned_size
 from bessemer.tokenization.formats.gguf_metadata import read_metadata
-from bessemer.tokenization.parts import TokenizerParts
 from bessemer.tokenization.sentencepieces import SPACE, merges_of
 from bessemer.tokenization.split import APPROXIMATED_REGEXES, OTHER_NAMES, SPLIT_REGEXES, pre_tokenizer
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
+from bessemer.tokenization.vocabulary import byte_characters
 
 #: llama.cpp wants merges in a byte-level tokenizer. These two stand for no byte and are never found in a text.
 NO_MERGES = ["\u2400", "\u2401"]

@@ -1,4 +1,7 @@
-"""Hugging Face's files: a folder, a `tokenizer.json` alone, or GPT-2's older `vocab.json` and `merges.txt`."""
+"""Hugging Face's files: a folder, a `tokenizer.json` alone, or GPT-2's older `vocab.json` and `merges.txt`.
+
+The folder's files name the token of each role: begin, end, unknown, padding.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,21 @@ from typing import Any
 
 from bessemer.core.errors import ArtefactError
 from bessemer.core.store import read_json, write_json
-from bessemer.tokenization.byte_names import byte_characters
-from bessemer.tokenization.folder import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
-from bessemer.tokenization.formats.foreign import AddedToken, ForeignTokenizer, first_of, learned_size, tokenizer_config
+from bessemer.tokenization.control_tokens import END_OF_TEXT
+from bessemer.tokenization.folder import (
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+    AddedToken,
+    ForeignTokenizer,
+    TokenizerParts,
+    first_of,
+    foreign_tokenizer_config,
+    learned_size,
+)
 from bessemer.tokenization.formats.gguf_import import bpe_model
-from bessemer.tokenization.formats.special_roles import read_chat_template, read_config, read_roles
-from bessemer.tokenization.parts import TokenizerParts
-from bessemer.tokenization.special import END_OF_TEXT
 from bessemer.tokenization.split import pre_tokenizer
-from bessemer.tokenization.tokenizer import load_tokenizer
+from bessemer.tokenization.tokenizer import CHAT_TEMPLATE_FILE, SPECIAL_TOKENS_MAP_FILE, load_tokenizer
+from bessemer.tokenization.vocabulary import byte_characters
 
 VOCAB_FILE, MERGES_FILE, ADDED_TOKENS_FILE = "vocab.json", "merges.txt", "added_tokens.json"
 #: What of a `tokenizer_config.json` is kept as it is: nothing that a class of its own would act upon.
@@ -46,12 +55,12 @@ def import_tokenizer_json(file: Path, folder: Path) -> list[str]:
     roles = {role: token if token in vocabulary else None for role, token in roles.items()}
     kept = {name: config[name] for name in _KEPT if name in config}
     added = {entry["id"]: {key: value for key, value in entry.items() if key != "id"} for entry in entries.values()}
-    write_json(folder / TOKENIZER_CONFIG_FILE, tokenizer_config(added, roles, template) | kept)
+    write_json(folder / TOKENIZER_CONFIG_FILE, foreign_tokenizer_config(added, roles, template) | kept)
     # which finds the tokens that no file names
     tokenizer = load_tokenizer(folder)
     for role, id in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_ids[0])):
         roles[role] = roles[role] or added[id]["content"]
-    write_json(folder / TOKENIZER_CONFIG_FILE, tokenizer_config(added, roles, template) | kept)
+    write_json(folder / TOKENIZER_CONFIG_FILE, foreign_tokenizer_config(added, roles, template) | kept)
     return notes
 
 
@@ -100,3 +109,39 @@ def import_vocab_and_merges(source: Path, split: str | None) -> ForeignTokenizer
         pad=roles["pad_token"],
         chat_template=read_chat_template(source),
     )
+
+
+#: The roles that `tokenizer_config.json` names tokens for.
+ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+
+
+def read_roles(folder: Path) -> dict[str, str | None]:
+    """The token of each role as the folder's files name it, the newer file before the older; None where none does."""
+    config = read_config(folder)
+    older = folder / SPECIAL_TOKENS_MAP_FILE
+    named = (read_json(older, "map of special tokens") if older.exists() else {}) | config
+    return {role: content(named.get(role)) for role in ROLES}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of `tokenizer_config.json`, nothing when there is no such file."""
+    path = folder / TOKENIZER_CONFIG_FILE
+    config: dict[str, Any] = read_json(path, "tokenizer configuration") if path.exists() else {}
+    return config
+
+
+def read_chat_template(folder: Path) -> str | None:
+    """The chat template, from its own file or from the configuration; the one named `default` where there are several."""
+    path = folder / CHAT_TEMPLATE_FILE
+    if path.exists():
+        return path.read_text(encoding="utf-8")
+    template = read_config(folder).get("chat_template")
+    if isinstance(template, list):
+        by_name = {entry["name"]: entry["template"] for entry in template}
+        template = by_name.get("default")
+    return template
+
+
+def content(token: Any) -> str | None:
+    """A special token in these files is a string, or an object that holds it."""
+    return token.get("content") if isinstance(token, Mapping) else token

@@ -12,15 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bessemer.core.environment import install_extra
 from bessemer.core.errors import ArtefactError, ConfigError
-from bessemer.core.new_folder import new_file
-from bessemer.core.packages import install_extra
-from bessemer.core.store import read_json
-from bessemer.tokenization.folder import TOKENIZER_FILE
-from bessemer.tokenization.formats.foreign import AddedToken, ForeignTokenizer, learned_size
+from bessemer.core.store import new_file, read_json
+from bessemer.tokenization.folder import TOKENIZER_FILE, AddedToken, ForeignTokenizer, TokenizerParts, learned_size
 from bessemer.tokenization.formats.gguf_import import bpe_model, merges_from_scores, meta_to_spaces, spaces_to_meta
-from bessemer.tokenization.formats.special_roles import read_roles
-from bessemer.tokenization.parts import TokenizerParts
+from bessemer.tokenization.formats.huggingface import read_roles
 from bessemer.tokenization.sentencepieces import SPACE, WORD
 from bessemer.tokenization.vocabulary import byte_of_name
 

@@ -14,13 +14,11 @@ from pathlib import Path
 from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.core.store import read_json, write_text
 from bessemer.tokenization.bpe import encode_piece
-from bessemer.tokenization.byte_names import token_from_name, vocabulary_name
-from bessemer.tokenization.folder import TOKENIZER_FILE
-from bessemer.tokenization.formats.foreign import AddedToken, ForeignTokenizer, first_of, learned_size
+from bessemer.tokenization.folder import TOKENIZER_FILE, AddedToken, ForeignTokenizer, TokenizerParts, first_of, learned_size
 from bessemer.tokenization.formats.gguf_import import bpe_model
-from bessemer.tokenization.parts import TokenizerParts
 from bessemer.tokenization.split import SPLIT_REGEXES, pre_tokenizer, split_name
 from bessemer.tokenization.tokenizer import BEGIN_NAMES, END_NAMES
+from bessemer.tokenization.vocabulary import token_from_name, vocabulary_name
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:

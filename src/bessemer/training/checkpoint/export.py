@@ -1,25 +1,116 @@
-"""Export of a finished run's model folders."""
+"""Model folders of a run: exported when it is finished, or opened from one of its checkpoints, named RUN@STEP.
+
+A checkpoint of another run also starts a run; several are averaged.
+"""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bessemer.distributed.gradients import whole_tensors
+from bessemer.core.errors import ConfigError
+from bessemer.core.hashing import hash_file
+from bessemer.core.store import follow
+from bessemer.distributed.collectives import whole_tensors
 from bessemer.distributed.mesh import Mesh
-from bessemer.model.adapter_folder import write_adapter
+from bessemer.model.adapters.folder import write_adapter
+from bessemer.model.adapters.trained import adapter_of, is_trained_by_adapter, merged
 from bessemer.model.decoder import Decoder
-from bessemer.model.folder import load_model, save_model
 from bessemer.model.initialisation import empty_decoder, fill
-from bessemer.model.score_head import SCORE, load_scorer
-from bessemer.model.trained_adapters import adapter_of, is_trained_by_adapter, merged
+from bessemer.model.storage.folder import SCORE, load_model, load_scorer, read_model_config, save_model
+from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.adapter_config import AdapterConfig
-from bessemer.training.checkpoint.manager import CHECKPOINTS, checkpoint_of_step, checkpoint_weights, newest_checkpoint
+from bessemer.training.checkpoint.manager import (
+    CHECKPOINTS,
+    INDEX,
+    checkpoint_of_step,
+    checkpoint_weights,
+    newest_checkpoint,
+    step_of,
+    steps_of,
+)
 from bessemer.training.checkpoint.state import AVERAGE
 from bessemer.training.config import LoopConfig
-from bessemer.training.starting_model import frozen_dtype
+from bessemer.training.model_setup import frozen_dtype
+from bessemer.training.optim.weight_averaging import mean_weights
+
+
+def find_checkpoint(name: str, folder: Path, where: str = "init_from") -> Path:
+    """The checkpoint named by `RUN@STEP`: a run's or a stage's folder, relative to `folder`, and a number of steps, or `last`.
+    A run stands for its pretraining.
+
+    Raises ConfigError when there is no such run, or no checkpoint at that step, and names those that exist.
+    """
+    place_name, at, step = name.rpartition("@")
+    if not at or not place_name or not (step.isdecimal() or step == "last"):
+        raise ConfigError(f"{where}: {name!r} is not a RUN@STEP, as in runs/quickstart@1200 or runs/quickstart@last")
+    place = Path(os.path.normpath(folder.resolve() / place_name))
+    candidates = [follow(place) / CHECKPOINTS, follow(place / "stages" / "pretrain") / CHECKPOINTS]
+    kept = next((candidate for candidate in candidates if candidate.is_dir()), None)
+    if kept is None:
+        raise ConfigError(
+            f"{where}: {place_name}: holds no checkpoints; a stage of another name than pretrain is RUN/stages/NAME"
+        )
+    steps = steps_of(kept)
+    wanted = steps[-1] if step == "last" and steps else int(step) if step.isdecimal() else -1
+    if wanted not in steps:
+        known = ", ".join(map(str, steps)) or "none"
+        raise ConfigError(
+            f"{where}: {place_name} kept no checkpoint of step {step}; it kept {known} (checkpoint_every keeps more)"
+        )
+    return kept / f"step-{wanted:06d}"
+
+
+def checkpoint_fingerprint(name: str, folder: Path, steps: int | None = None) -> str:
+    """Hash of a checkpoint's index, and so of its files' hashes, for the key of a stage that continues from it to `steps`.
+
+    Raises ConfigError as `find_checkpoint`, and when no step is left.
+    """
+    checkpoint = find_checkpoint(name, folder)
+    gone = step_of(checkpoint)
+    if steps is not None and gone >= steps:
+        raise ConfigError(f"init_from: {name} is at step {gone:,}; steps must be larger")
+    return hash_file(checkpoint / INDEX)
+
+
+def checkpoint_model(checkpoint: Path) -> tuple[Decoder, Path]:
+    """The model of a checkpoint, and the folder of its stage's model, which has its settings and tokenizer.
+
+    Raises ConfigError when the stage is not finished, so that its settings are missing.
+    """
+    beside = _model_beside(checkpoint)
+    weights: dict[str, Any] = checkpoint_weights(checkpoint)
+    return fill(empty_decoder(read_model_config(beside)), weights), beside
+
+
+def averaged_model(checkpoints: Sequence[Path]) -> tuple[Decoder, Path]:
+    """The model with the mean weights of checkpoints, and the folder of the model of the first checkpoint's stage.
+
+    Two checkpoints are in memory at a time. Raises ConfigError when their models or tokenizers differ, or a stage is not
+    finished.
+    """
+    folders = [_model_beside(checkpoint) for checkpoint in checkpoints]
+    first = read_model_config(folders[0])
+    for checkpoint, folder in zip(checkpoints, folders, strict=True):
+        for what, same in (
+            ("model", read_model_config(folder) == first),
+            ("tokenizer", load_tokenizer(folder).hash == load_tokenizer(folders[0]).hash),
+        ):
+            if not same:
+                raise ConfigError(f"{checkpoint}: is of another {what} than {checkpoints[0]}; there is no mean of the two")
+    return fill(empty_decoder(first), mean_weights(map(checkpoint_weights, checkpoints))), folders[0]
+
+
+def _model_beside(checkpoint: Path) -> Path:
+    beside = checkpoint.parents[1] / "model"
+    if not (beside / "config.json").is_file():
+        raise ConfigError(f"{checkpoint}: its run is not finished; finish it, or continue from it with init_from")
+    return beside
 
 
 def save_trained(

@@ -1,8 +1,8 @@
 """Checkpoints of a run: atomic, exact on resume, and independent of the number of processes.
 
 PyTorch's distributed checkpoint writes into a folder with a temporary name, each process its own shards
-(`checkpoint/parts.py`), beside an index of the files' hashes; the folder is renamed when it is complete. Before a file is
-opened its hash is checked, and no code of a file is run (`checkpoint/reader.py`), so checkpoints of a downloaded run are safe
+(`checkpoint/storage.py`), beside an index of the files' hashes; the folder is renamed when it is complete. Before a file is
+opened its hash is checked, and no code of a file is run, so checkpoints of a downloaded run are safe
 to open.
 """
 
@@ -24,9 +24,8 @@ from bessemer.core.hashing import hash_files
 from bessemer.core.progress import Progress
 from bessemer.core.store import check_format, read_json, write_json
 from bessemer.distributed.mesh import ALONE, Mesh, job_timeout
-from bessemer.training.checkpoint.parts import Parts, PartWriter
-from bessemer.training.checkpoint.reader import CheckpointReader, check_plain, read_checkpoint
 from bessemer.training.checkpoint.state import RANDOM_STATES, TrainingState, copied
+from bessemer.training.checkpoint.storage import CheckpointReader, Parts, PartWriter, check_plain, read_checkpoint
 
 #: Format number of a checkpoint's index; raised when its shape changes.
 CHECKPOINT_FORMAT = 2

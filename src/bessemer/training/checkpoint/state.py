@@ -1,7 +1,12 @@
-"""Training state: everything that the rest of a run depends on, as values that any layout can read from a checkpoint."""
+"""Training state: everything that the rest of a run depends on, as values that any layout can read from a checkpoint.
+
+Besides weights and optimizer states of the policy: random generators, other trained models, and the state of a source of
+batches.
+"""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -12,8 +17,11 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
-from bessemer.model.trained_adapters import adapters_of, is_trained_by_adapter
-from bessemer.training.optim.build import keeping_hyperparameters
+from bessemer.core.errors import CheckpointError
+from bessemer.distributed.mesh import Mesh
+from bessemer.model.adapters.trained import adapters_of, is_trained_by_adapter
+from bessemer.training.data.batches import BatchSource
+from bessemer.training.optim.optimizers import keeping_hyperparameters
 
 #: Optimizer states by parameter name, so that ranks with other parameters can read the same checkpoint.
 _BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True, ignore_frozen_params=True, strict=False)
@@ -127,3 +135,55 @@ def copied(values: Any) -> Any:
     if isinstance(values, Tensor):
         return values.detach().cpu().clone() if values.device.type == "cpu" else values.detach().cpu()
     return values
+
+
+class ModelState:
+    """Weights and optimizer states of a model that is trained beside the policy."""
+
+    def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+        self._model = model
+        self._optimizers = optimizers
+
+    def state_dict(self) -> dict[str, Any]:
+        """By parameter name."""
+        return model_state(self._model, self._optimizers)
+
+    def load_state_dict(self, values: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        restore_model(self._model, self._optimizers, values)
+
+
+class SourceState:
+    """What a source of batches has under way on every data rank, as one value that each rank writes and reads whole.
+
+    Tensors of a rollout have other shapes at every checkpoint, so the states are stored as bytes. They are opened without
+    running code.
+    """
+
+    def __init__(self, source: BatchSource, mesh: Mesh) -> None:
+        self._source = source
+        self._mesh = mesh
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states by data rank. Every process calls this."""
+        layout = self._mesh.layout
+        states: list[Any] = [self._source.state_dict()]
+        if not self._mesh.alone:
+            everyone: list[Any] = [None] * layout.world_size
+            dist.all_gather_object(everyone, states[0])
+            by_rank = {layout.data_rank(rank): state for rank, state in reversed([*enumerate(everyone)])}
+            states = [by_rank[rank] for rank in range(layout.data_ranks)]
+        stream = io.BytesIO()
+        torch.save(states, stream)
+        return {"states": stream.getvalue()}
+
+    def load_state_dict(self, values: dict[str, Any]) -> None:
+        """Restore the state of this data rank. Raises CheckpointError when the run had another number of them."""
+        states = torch.load(io.BytesIO(values["states"]), weights_only=True)
+        layout = self._mesh.layout
+        if len(states) != layout.data_ranks:
+            raise CheckpointError(
+                f"the checkpoint holds batches under way of {len(states)} data-parallel ranks, and this run has "
+                f"{layout.data_ranks}; resume with as many"
+            )
+        self._source.load_state_dict(states[layout.data_rank(self._mesh.rank)])

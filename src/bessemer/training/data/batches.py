@@ -1,29 +1,31 @@
-"""Batches of the training loop, and what gives them.
+"""Batches of the training loop, the sources that give them, and their reading ahead in a thread.
 
 Shapes: B rows of a batch, T tokens of a row, S sequences of a row.
 """
 
 from __future__ import annotations
 
+import queue
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bessemer.core.errors import ArtefactError
-from bessemer.core.hashing import hash_value
-from bessemer.core.seeds import derive_seed
+from bessemer.core.errors import ArtefactError, ConfigError
+from bessemer.core.hashing import derive_seed, hash_value
 from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.tokenization.shards import TokenShards
-from bessemer.training.data.document_sources import DocumentSources
-from bessemer.training.data.fim import FillInTheMiddle
-from bessemer.training.data.shuffle import permuted
+from bessemer.training.config_parts import BatchSizes
+from bessemer.training.data.token_stream import DocumentSources, FillInTheMiddle, permuted
 
 if TYPE_CHECKING:
-    from bessemer.training.trainee import Trainee
+    from bessemer.training.model_roles import Trainee
+
 
 #: Target of a token without a loss.
 IGNORE_INDEX = -100
@@ -310,3 +312,106 @@ class TokenBatches(StatelessBatches):
         if self._sources is None:
             return batch
         return replace(batch, sources_BT=torch.from_numpy(sources_BT), source_names=self._sources.names)
+
+
+def read_rows(source: BatchSource, rows: range, mesh: Mesh = ALONE) -> Batch:
+    """Rows of a source with batches of one size, counted through all of them: row r is row r mod size of step r // size."""
+    size = source.batch_size
+    parts = []
+    for step in range(rows.start // size, -(-rows.stop // size)):
+        begin = step * size
+        parts.append(source.batch(step, slice(max(rows.start - begin, 0), min(rows.stop - begin, size)), mesh))
+    return concatenated(parts)
+
+
+class WarmedUpBatches(StatelessBatches):
+    """A source's rows in batches of `sizes`."""
+
+    def __init__(self, source: BatchSource, sizes: BatchSizes) -> None:
+        """Raises ConfigError for a source whose batches depend on the weights: they are made whole."""
+        if not source.lookahead:
+            raise ConfigError(
+                "batch_size_warmup cuts data that is read into other batches; this method makes its own: leave it out"
+            )
+        assert source.batch_size == sizes.final
+        self.batch_size = sizes.final
+        self.lookahead = source.lookahead
+        self.fingerprint = hash_value([source.fingerprint, sizes.final, sizes.stages])
+        self._source = source
+        self._sizes = sizes
+
+    def batch_size_at(self, step: int) -> int:
+        """Rows of the whole batch of `step`."""
+        return self._sizes.of_step(step)
+
+    def batch(self, step: int, rows: slice = slice(None), mesh: Mesh = ALONE) -> Batch:
+        """The rows `rows` of the batch of `step`, counted from 0."""
+        begin = self._sizes.rows_before(step)
+        return read_rows(self._source, range(begin, begin + self._sizes.of_step(step))[rows], mesh)
+
+
+class Prefetcher:
+    """Reads the batches of consecutive steps in a thread.
+
+    The batches are the same as without it, since a batch is a pure function of its step. An error in reading is raised where
+    the batch is requested. A context manager, whose exit waits for the batch that is being read.
+    """
+
+    def __init__(self, read: Callable[[int], Batch], steps: range, *, depth: int = 2, pin: bool = False) -> None:
+        """read: the batch of a step. depth: most batches in the queue. pin: copy them to pinned memory."""
+        self._read = read
+        self._steps = iter(steps)
+        self._pin = pin
+        self._expected = iter(steps)
+        self._free_slots = threading.Semaphore(depth)
+        self._ready: queue.SimpleQueue[Batch | BaseException] = queue.SimpleQueue()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="batches", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._closed.set()
+        self._free_slots.release()
+        self._thread.join()
+
+    def batch(self, step: int) -> Batch:
+        """The batch of the next step, which must be `step`. Raises what reading it raised."""
+        expected = next(self._expected)
+        assert step == expected, f"step {step} is requested, and {expected} is next"
+        item = self._ready.get()
+        if isinstance(item, BaseException):
+            raise item
+        self._free_slots.release()
+        return item
+
+    def _run(self) -> None:
+        try:
+            for step in self._steps:
+                self._free_slots.acquire()
+                if self._closed.is_set():
+                    return
+                batch = self._read(step)
+                self._ready.put(batch.pinned() if self._pin else batch)
+        except BaseException as error:
+            # of any kind: `batch` raises it in the training thread
+            self._ready.put(error)
+
+
+class ReadWhenNeeded:
+    """Reads each batch when it is requested, in the training thread: for sources whose batches depend on the weights."""
+
+    def __init__(self, read: Callable[[int], Batch]) -> None:
+        self._read = read
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        pass
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step. Raises what reading it raised."""
+        return self._read(step)

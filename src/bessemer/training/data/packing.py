@@ -1,18 +1,18 @@
 """Packing of documents into rows of fixed length, in which they do not attend to each other.
 
 Best-fit decreasing places the longest document first, each into the fullest row that still has space (Johnson 1973; for
-language models Ding et al. 2024, "Fewer truncations improve language modeling"). Natural lengths leave far below 1 % of
-the rows empty; where they do not (every document a little over half a row), the documents of the emptiest rows are split to
-fill the others.
+language models Ding et al. 2024, "Fewer truncations improve language modeling"). Natural lengths leave far below 1 % of the
+rows empty; where they do not (every document a little over half a row), the documents of the emptiest rows are split to fill
+the others.
 
-A segment is a document or, of one that is split, a part. Shapes: N segments, R rows, T tokens of a row.
+A segment is a document or a part of a split one. Shapes: N segments, R rows, T tokens of a row.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +21,10 @@ from numpy.typing import ArrayLike
 
 from bessemer.core.errors import ArtefactError
 from bessemer.core.hashing import hash_value
+from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.tokenization.shards import TokenShards
-from bessemer.training.data.batches import IGNORE_INDEX, Batch
-from bessemer.training.data.memmap import memmapped_arrays
+from bessemer.training.data.batches import IGNORE_INDEX, Batch, StatelessBatches, epochs_of_step, rows_of_step
+from bessemer.training.data.token_stream import ADDED_TOKENS, FillInTheMiddle, memmapped_arrays
 
 #: Raised when the same documents come into other rows than before.
 _PLAN_VERSION = 1
@@ -263,3 +264,63 @@ def _split_to_fill(segments: Segments, added: np.ndarray, used: np.ndarray, capa
             )
         )
     )
+
+
+class DocumentBatches(StatelessBatches):
+    """Batches of packed documents, each with its begin token first and its end token as the last target.
+
+    Every epoch reads the same rows in another order. A document that is split into segments has the begin token in the first
+    alone, and the last target of a segment is the first token of the next.
+    """
+
+    def __init__(
+        self,
+        shards: TokenShards,
+        *,
+        batch_size: int,
+        context_length: int,
+        seed: int,
+        scratch: Path | None = None,
+        fill_in_the_middle: FillInTheMiddle | None = None,
+    ) -> None:
+        """scratch: folder of the memory-mapped row plan; None: in memory. Raises ArtefactError without documents."""
+        self.batch_size = batch_size
+        self._shards = shards
+        self._context_length = context_length
+        self._seed = seed
+        self._fill_in_the_middle = fill_in_the_middle
+        self._plan = RowPlan(
+            shards,
+            context_length,
+            reserved=ADDED_TOKENS if fill_in_the_middle else 0,
+            reserved_sources=fill_in_the_middle.sources if fill_in_the_middle else None,
+            scratch=scratch,
+        )
+        self.rows = self._plan.rows
+        self.filled = self._plan.filled
+        self._begin_id = int(shards.read(0, 1)[0])
+        changes = [fill_in_the_middle.fingerprint] if fill_in_the_middle else []
+        self.fingerprint = hash_value([self._plan.fingerprint, batch_size, seed, *changes])
+
+    def batch(self, step: int, rows: slice = slice(None), mesh: Mesh = ALONE) -> Batch:
+        """The rows `rows` of the batch of `step`, counted from 0; the others are not read."""
+        chosen = rows_of_step(step, self.batch_size, self.rows, self._seed)[rows]
+        epochs = epochs_of_step(step, self.batch_size, self.rows)[rows]
+        packed: list[list[tuple[np.ndarray, np.ndarray]]] = []
+        sources_BT = np.zeros((len(chosen), self._context_length), np.int16)
+        for row, (number, epoch) in enumerate(zip(chosen.tolist(), epochs.tolist(), strict=True)):
+            starts, lengths, sources = self._plan.row(number)
+            places = zip(starts.tolist(), lengths.tolist(), sources.tolist(), strict=True)
+            segments = [self._segment(*place, epoch) for place in places]
+            packed.append([(segment[:-1], segment[1:]) for segment in segments])
+            token_sources = np.repeat(sources, [len(segment) - 1 for segment in segments])
+            sources_BT[row, : len(token_sources)] = token_sources
+        batch = pack_rows(packed, self._context_length, self._begin_id)
+        return replace(batch, sources_BT=torch.from_numpy(sources_BT), source_names=self._shards.sources)
+
+    def _segment(self, start: int, length: int, source: int, epoch: int) -> np.ndarray:
+        """A segment's tokens and the token after it."""
+        tokens = self._shards.read(start, length + 1)
+        if self._fill_in_the_middle is None:
+            return tokens
+        return self._fill_in_the_middle.document(tokens, start, epoch, source)

@@ -20,8 +20,8 @@ from bessemer.model.initialisation import initial_decoder
 from bessemer.training.config import LoopConfig
 from bessemer.training.data.batches import Batch
 from bessemer.training.objectives import build_objective
-from bessemer.training.optim.build import build_optimizers
 from bessemer.training.optim.mup import scale_initial_weights, width_ratio
+from bessemer.training.optim.optimizers import build_optimizers
 from bessemer.training.runtime import Runtime
 from bessemer.training.trainer import Trainer
 

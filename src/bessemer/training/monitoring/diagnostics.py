@@ -18,9 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from bessemer.core.environment import peak_memory_bytes
-from bessemer.distributed.gradients import local_squares
-from bessemer.distributed.mesh import Mesh
-from bessemer.distributed.shards import local
+from bessemer.distributed.collectives import local_squares
+from bessemer.distributed.mesh import Mesh, local
 from bessemer.model.device import widest_float
 from bessemer.training.config import LoopConfig
 from bessemer.training.data.batches import Batch

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from bessemer.distributed.shards import local
+from bessemer.distributed.mesh import local
 from bessemer.distributed.whole_matrices import Part, Sharded, WholeMatrices, of_parts
 
 #: The quintic iteration of Jordan et al. 2024, chosen for its slope at zero: it maps singular values in 0 … 1 to about

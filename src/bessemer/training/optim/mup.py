@@ -25,8 +25,7 @@ from typing import Literal
 
 import torch
 
-from bessemer.distributed.mesh import ALONE, Mesh
-from bessemer.distributed.shards import local
+from bessemer.distributed.mesh import ALONE, Mesh, local
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
 from bessemer.training.config import LoopConfig

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bessemer.distributed.mesh import local
 from bessemer.distributed.sharding import release_gathered
-from bessemer.distributed.shards import local
 
 
 class MovingAverage:

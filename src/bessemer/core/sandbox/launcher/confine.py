@@ -9,19 +9,22 @@ import resource
 import struct
 import sys
 
-from .job import Job
-from .processes import threads_of_user
+from .job import Job, threads_of_user
 
 # before the root changes: afterwards they are out of reach
 if sys.platform == "linux":
-    from . import landlock, seccomp
-    from .libc import (
+    from .linux import (
+        LEAST_ABI,
         PR_CAP_AMBIENT,
         PR_CAP_AMBIENT_RAISE,
         PR_SET_KEEPCAPS,
         PR_SET_NO_NEW_PRIVS,
         PR_SET_PDEATHSIG,
+        install_filter,
+        landlock_abi,
         prctl,
+        restrict_files,
+        scopes_signals,
         syscall,
     )
 
@@ -128,13 +131,13 @@ def _lower(kind: int, soft: int, hard: int | None = None) -> None:
 
 
 def _restrict(job: Job, scratch: str) -> None:
-    version = landlock.abi()
-    if job.isolation == "landlock" and version < landlock.LEAST_ABI:
+    version = landlock_abi()
+    if job.isolation == "landlock" and version < LEAST_ABI:
         raise OSError(
-            errno.ENOSYS, f"Landlock is at version {version}, and {landlock.LEAST_ABI} is needed" if version else "no Landlock"
+            errno.ENOSYS, f"Landlock is at version {version}, and {LEAST_ABI} is needed" if version else "no Landlock"
         )
-    confined = job.isolation != "seccomp" and version >= landlock.LEAST_ABI
+    confined = job.isolation != "seccomp" and version >= LEAST_ABI
     if confined:
-        landlock.restrict(job.readable, scratch)
-    apart = job.isolation == "namespaces" or bool(job.spare_uid) or (confined and landlock.scopes_signals())
-    seccomp.install(refuse_signals=not apart, ignore_metadata=job.isolation != "namespaces")
+        restrict_files(job.readable, scratch)
+    apart = job.isolation == "namespaces" or bool(job.spare_uid) or (confined and scopes_signals())
+    install_filter(refuse_signals=not apart, ignore_metadata=job.isolation != "namespaces")

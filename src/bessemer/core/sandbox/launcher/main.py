@@ -13,13 +13,19 @@ import os
 import sys
 
 from .confine import become_program, drop_user
-from .job import Job
-from .processes import end_descendants, wait_for
+from .job import Job, end_descendants, wait_for
 
 if sys.platform == "linux":
     from .confine import set_capabilities
-    from .libc import PR_SET_CHILD_SUBREAPER, PR_SET_DUMPABLE, PR_SET_PDEATHSIG, prctl, syscall
-    from .mounts import SCRATCH, enter_new_root
+    from .linux import (
+        PR_SET_CHILD_SUBREAPER,
+        PR_SET_DUMPABLE,
+        PR_SET_PDEATHSIG,
+        SCRATCH,
+        enter_new_root,
+        prctl,
+        syscall,
+    )
 
 _CLONE_NEWNS, _CLONE_NEWUTS, _CLONE_NEWIPC = 0x00020000, 0x04000000, 0x08000000
 _CLONE_NEWUSER, _CLONE_NEWPID, _CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000

@@ -1,1 +1,1 @@
-"""Streams, archives and trees of files, on bounded memory and with limits on hostile input."""
+"""Streams, archives, trees of files and HTTP requests, on bounded memory and with limits on hostile input."""

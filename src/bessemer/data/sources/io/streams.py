@@ -17,10 +17,10 @@ from typing import IO, Any, Protocol, cast
 import zstandard
 from isal import igzip_lib
 
-from bessemer.core.encodings import UTF8, encoding_of
 from bessemer.core.errors import BessemerError
 from bessemer.core.object_storage import Place
-from bessemer.data.sources.suffixes import compression_of
+from bessemer.core.records import UTF8, encoding_of
+from bessemer.data.sources.io.paths import compression_of
 
 #: How much of a text tells its encoding.
 SAMPLE_BYTES = 4 << 20

@@ -1,1 +1,0 @@
-"""Reports of corpora and stages: dataset card, stage statistics, histograms of scores."""

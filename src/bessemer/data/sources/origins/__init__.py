@@ -1,1 +1,0 @@
-"""Origins of documents that are no file format: crawls, addresses, the Hub, wheels, a user's function."""

@@ -1,1 +1,0 @@
-"""Limits of score columns: presets, languages, and how limits are applied."""

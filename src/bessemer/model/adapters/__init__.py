@@ -1,0 +1,229 @@
+"""Low-rank adapters (LoRA, DoRA): added to the outputs of a model's linear layers, row by row; the weights stay as they are.
+
+    y = W x + s · B (A x)                               LoRA
+    y = g ⊙ (W x + s · B (A x)),  g = m / ‖W + s · B A‖     DoRA; norms of rows
+
+A has a few rows and B a few columns (Hu et al. 2021, LoRA), so that many adapters fit beside one model. DoRA (Liu et al. 2024)
+learns the magnitude m of each row of the changed weight beside its direction. In a batch each row has the adapter of its own
+text, or none: W meets all rows at once, and each adapter's A and B meet its rows (Chen et al. 2023, Punica; Sheng et al. 2023,
+S-LoRA). `folder` reads and writes them, `trained` holds those that are trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from bessemer.model.layers.attention import LatentAttention
+
+#: What an adapter in training is called among the children of the layer that it changes.
+CHILD = "adapter"
+
+# Shapes: N outputs, K inputs, R rank, M rows, B batch, H heads, T time, L latent, C channels of a head.
+
+
+class Update(NamedTuple):
+    """What is added to one weight (N, K): scale · up · down. magnitude_N: the norms that the rows of the sum are then given
+    (DoRA); None: those that they have."""
+
+    down_RK: Tensor
+    up_NR: Tensor
+    scale: float
+    magnitude_N: Tensor | None = None
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Update:
+        """The same with every tensor changed."""
+        magnitude_N = None if self.magnitude_N is None else change(self.magnitude_N)
+        return Update(change(self.down_RK), change(self.up_NR), self.scale, magnitude_N)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Its numbers."""
+        return [self.down_RK, self.up_NR, *([] if self.magnitude_N is None else [self.magnitude_N])]
+
+    @torch.no_grad()
+    def on(self, weight_NK: Tensor) -> Tensor:
+        """The weight with the update in it, where and in the type it is; computed in float32 at least."""
+        wide = torch.promote_types(weight_NK.dtype, torch.float32)
+        sum_NK, gain_N = self._sum_and_gain(weight_NK, wide)
+        return (sum_NK if gain_N is None else gain_N[:, None] * sum_NK).to(weight_NK.dtype)
+
+    @torch.no_grad()
+    def gain(self, weight_NK: Tensor) -> Tensor:
+        """What an update with magnitudes multiplies the outputs of its layer by: m / ‖W + s B A‖, (N,), in m's type."""
+        assert self.magnitude_N is not None
+        _, gain_N = self._sum_and_gain(weight_NK, torch.promote_types(weight_NK.dtype, torch.float32))
+        assert gain_N is not None
+        return gain_N.to(self.magnitude_N.dtype)
+
+    def _sum_and_gain(self, weight_NK: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        own = self.each(lambda tensor: tensor.to(weight_NK.device, dtype))
+        sum_NK = weight_NK.to(dtype) + own.scale * own.up_NR @ own.down_RK
+        return sum_NK, None if own.magnitude_N is None else own.magnitude_N / row_norms(sum_NK)
+
+
+def weight_of(model: nn.Module, layer: str = "") -> Tensor:
+    """The weight of a linear layer, (N, K), dequantised where it is codes, without gradients."""
+    weight_NK = model.get_submodule(layer).weight
+    assert isinstance(weight_NK, Tensor)
+    return weight_NK.detach()
+
+
+def is_of_adapter(name: str) -> bool:
+    """Whether a tensor of a model is one of an adapter in training, by its name."""
+    return f".{CHILD}." in name
+
+
+def row_norms(weight_NK: Tensor) -> Tensor:
+    """The norm of each row, (N,); a row of zeros has the least positive number, so that it may be divided by."""
+    return torch.linalg.vector_norm(weight_NK, dim=1).clamp(min=torch.finfo(weight_NK.dtype).tiny)
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """The updates of some linear layers of a decoder, by the names of their modules. gains: of those with magnitudes, for one
+    decoder's weights (`fitted`)."""
+
+    updates: Mapping[str, Update]
+    gains: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Adapter:
+        """The same elsewhere, or in another type."""
+        updates = {name: update.each(lambda tensor: tensor.to(device, dtype)) for name, update in self.updates.items()}
+        return Adapter(updates, {name: gain_N.to(device, dtype) for name, gain_N in self.gains.items()})
+
+    def fitted(self, model: nn.Module) -> Adapter:
+        """The same for `adapted`, with the gains of its magnitudes over a model's weights, whole and not sharded. After those
+        change, `refit` is due. Without magnitudes it is itself."""
+        gains = {
+            name: update.gain(weight_of(model, name)) for name, update in self.updates.items() if update.magnitude_N is not None
+        }
+        return Adapter(self.updates, gains) if gains else self
+
+    def refit(self, model: nn.Module) -> None:
+        """Compute the gains of a fitted adapter again, in place, over weights that have changed."""
+        for name, gain_N in self.gains.items():
+            gain_N.copy_(self.updates[name].gain(weight_of(model, name)))
+
+    @property
+    def has_magnitudes(self) -> bool:
+        """Whether it is DoRA's."""
+        return any(update.magnitude_N is not None for update in self.updates.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of its numbers."""
+        return sum(tensor.nbytes for update in self.updates.values() for tensor in update.tensors) + sum(
+            gain_N.nbytes for gain_N in self.gains.values()
+        )
+
+
+#: An adapter and the rows that it changes, counted over all tokens of a batch; None: all of them.
+AdaptedRows = tuple[Adapter, Tensor | None]
+_Hook = Callable[[nn.Module, tuple[Any, ...], Tensor], None]
+
+
+class _Part(NamedTuple):
+    """An update of one layer with its gain, where it has magnitudes, and the rows that it changes."""
+
+    update: Update
+    gain_N: Tensor | None
+    rows_M: Tensor | None
+
+
+@contextmanager
+def adapted(model: nn.Module, adapted_rows: Sequence[AdaptedRows]) -> Iterator[None]:
+    """Within it, what `model` computes has the adapters' updates, each in its rows.
+
+    It is done by forward hooks, which are there only as long: the model's parameters, their names, and what is packed of them
+    are never touched. They come before other hooks: where a layer's inputs are sharded, its output is a summand then, and the
+    adapter's part is summed over the ranks with it. An adapter with magnitudes is to be fitted to the model before.
+    """
+    for adapter, _ in adapted_rows:
+        assert not adapter.has_magnitudes or adapter.gains, "Adapter.fitted comes first"
+    names = dict.fromkeys(name for adapter, _ in adapted_rows for name in adapter.updates)
+    handles = []
+    try:
+        for name in names:
+            parts = [
+                _Part(adapter.updates[name], adapter.gains.get(name), rows_M)
+                for adapter, rows_M in adapted_rows
+                if name in adapter.updates
+            ]
+            for module, hook in _hooks(model, name, parts):
+                handles.append(module.register_forward_hook(hook, prepend=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hooks(model: nn.Module, name: str, parts: list[_Part]) -> Iterator[tuple[nn.Module, _Hook]]:
+    """Where the updates of one linear layer go in."""
+
+    def add(module: nn.Module, inputs: tuple[Tensor], out: Tensor) -> None:
+        for part in parts:
+            _add_update(inputs[0], out, part, module._parameters.get("bias"))
+
+    yield model.get_submodule(name), add
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(parent, LatentAttention) and name.endswith(".kv_b_proj"):
+        yield from _latent_hooks(parent, parts)
+
+
+def _add_update(hidden: Tensor, out: Tensor, part: _Part, bias_N: Tensor | None) -> None:
+    """Add to a linear layer's output (…, N), in place: it is not shared yet.
+
+    Autocast gives an output another type than the update has, and leaves products in place alone.
+    """
+    hidden_MK, out_MN = hidden.flatten(0, -2), out.view(-1, out.shape[-1])
+    update, gain_N, rows_M = part
+    if gain_N is not None:
+        rows = slice(None) if rows_M is None else rows_M
+        sum_MN = (
+            out_MN[rows] + functional.linear(functional.linear(hidden_MK[rows], update.down_RK), update.up_NR) * update.scale
+        )
+        sum_MN = sum_MN * gain_N if bias_N is None else (sum_MN - bias_N) * gain_N + bias_N
+        out_MN[rows] = sum_MN.to(out.dtype)
+    elif rows_M is None:
+        narrow_MR = functional.linear(hidden_MK, update.down_RK).to(out.dtype)
+        out_MN.addmm_(narrow_MR, update.up_NR.T.to(out.dtype), alpha=update.scale)
+    else:
+        added_MN = functional.linear(functional.linear(hidden_MK[rows_M], update.down_RK), update.up_NR)
+        out_MN.index_add_(0, rows_M, added_MN.to(out.dtype), alpha=update.scale)
+
+
+def _latent_hooks(attention: LatentAttention, parts: list[_Part]) -> Iterator[tuple[nn.Module, _Hook]]:
+    """`kv_b_proj` makes keys and values out of latents. With a cache its two halves are applied to queries, and to sums of
+    latents, head by head; so are those of its updates. Gains multiply what the rows of a weight meet: the channels of queries
+    before, those of values after."""
+    halves = []
+    for update, gain_N, rows_M in parts:
+        up_HCR = update.up_NR.unflatten(0, (attention.heads, -1))
+        gain_HC = None if gain_N is None else gain_N.unflatten(0, (attention.heads, -1))
+        halves.append((update, up_HCR, gain_HC, slice(None) if rows_M is None else rows_M))
+    unturned = attention.unturned
+
+    def into_latent(module: nn.Module, inputs: tuple[Tensor, Tensor], out_BHTL: Tensor) -> None:
+        for update, up_HCR, gain_HC, rows in halves:
+            queries_BHTC = inputs[0][:, :, rows]
+            if gain_HC is not None:
+                queries_BHTC = queries_BHTC * gain_HC[:, None, :unturned]
+                out_BHTL[:, :, rows] = module.forward(queries_BHTC, inputs[1])
+            out_BHTL[:, :, rows] += (queries_BHTC @ up_HCR[:, :unturned]) @ update.down_RK * update.scale
+
+    def out_of_latent(module: nn.Module, inputs: tuple[Tensor, Tensor], out_BHTC: Tensor) -> None:
+        for update, up_HCR, gain_HC, rows in halves:
+            narrow_BHTR = functional.linear(inputs[0][:, :, rows], update.down_RK)
+            out_BHTC[:, :, rows] += narrow_BHTR @ up_HCR[:, unturned:].transpose(1, 2) * update.scale
+            if gain_HC is not None:
+                out_BHTC[:, :, rows] *= gain_HC[:, None, unturned:]
+
+    yield attention.into_latent, into_latent
+    yield attention.out_of_latent, out_of_latent

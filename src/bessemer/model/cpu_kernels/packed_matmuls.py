@@ -1,0 +1,115 @@
+"""Packed matmuls of a model's quantised layers by the compiled kernels, and whether they are faster than PyTorch's.
+
+They work for any model that its own modules compute (docs/kernels.md).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import cache, partial
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from bessemer.model.cpu_kernels import arithmetic
+from bessemer.model.cpu_kernels.packed import PackedMatrix, kernel_weight, refusal
+from bessemer.model.decoder import Decoder
+from bessemer.model.layers.attention import LatentAttention
+from bessemer.model.quantisation.quantised_decoder import product
+from bessemer.model.quantisation.quantised_layers import (
+    PackedMatmuls,
+    Product,
+    QuantisedEmbedding,
+    QuantisedLinear,
+    QuantisedStack,
+    restore_codes,
+)
+from bessemer.model.quantisation.schemes import Int8
+
+
+def packed_products(model: Decoder, threads: int, *, release: bool = False) -> PackedMatmuls:
+    """Pack every quantised layer that the kernels know, each matrix of the experts by itself; the others go on as they are.
+
+    Latent attention needs the weights of one of its matrices and not its product: they are read out of their codes once.
+    The codes are copied: a change of the model's shows in new products. release: packed codes are the only ones from then on.
+    """
+    restore_codes(model)
+    products: dict[QuantisedLinear, Product] = {}
+    stacks: dict[QuantisedStack, list[Product]] = {}
+    weights: dict[QuantisedLinear, Tensor] = {}
+    for part in model.modules():
+        if isinstance(part, LatentAttention) and isinstance(part.kv_b_proj, QuantisedLinear):
+            weights[part.kv_b_proj] = part.kv_b_proj.weight
+        if isinstance(part, QuantisedLinear) and part not in weights and not _is_table(part, model):
+            packed = _packed(part, threads)
+            if packed is not None:
+                matrix, products[part] = packed
+                if release:
+                    part.release(matrix.keeper(part))
+        if isinstance(part, QuantisedStack):
+            of_each = [packed for layer in part.matrices if (packed := _packed(layer, threads)) is not None]
+            if len(of_each) == len(part.matrices):
+                stacks[part] = [product for _, product in of_each]
+                if release:
+                    keepers = [matrix.keeper(layer) for (matrix, _), layer in zip(of_each, part.matrices, strict=True)]
+                    part.release_matrices(keepers)
+    return PackedMatmuls(products, stacks, weights)
+
+
+def _is_table(layer: QuantisedLinear, model: Decoder) -> bool:
+    """Whether rows are read out of a layer and nothing is multiplied by it: an embedding that is not the head's matrix too."""
+    return isinstance(layer, QuantisedEmbedding) and layer is not model.head
+
+
+def packed_product(layer: QuantisedLinear, threads: int) -> Product | None:
+    """The product of one layer by packed codes, with activations of 8 bits; None where the kernels do not know its groups."""
+    found = _packed(layer, threads)
+    return None if found is None else found[1]
+
+
+def _packed(layer: QuantisedLinear, threads: int) -> tuple[PackedMatrix, Product] | None:
+    """The packed codes of a layer and its product; None where the kernels do not know them."""
+    weight = kernel_weight(layer)
+    if weight is None or refusal(weight) is not None:
+        return None
+    packed = PackedMatrix.of(weight)
+    return packed, partial(packed.multiply, threads=threads)
+
+
+#: Outputs and inputs of the matrix that is tried, too large for a cache.
+_SIZE = 4096
+_TRIALS = 5
+
+
+@cache
+def faster_dtype() -> torch.dtype | None:
+    """The type of weights, float16 or float32, by which PyTorch multiplies a row sooner than the kernels do by codes of 8 bits;
+    None where the kernels are faster.
+
+    Measured once in a process, and only where the kernels are plain C++ or none: with instructions for products of bytes they
+    are faster, and take less memory.
+    """
+    kind = arithmetic()
+    if kind not in ("portable", "modules"):
+        return None
+    row_1K = torch.ones(1, _SIZE)
+    seconds = {dtype: _seconds(partial(product, torch.zeros(_SIZE, _SIZE, dtype=dtype), None, row_1K)) for dtype in _DTYPES}
+    best = min(_DTYPES, key=lambda dtype: seconds[dtype])
+    if kind == "modules":
+        return best
+    matrix = PackedMatrix.of(QuantisedLinear(_SIZE, _SIZE, Int8(32)))
+    return best if seconds[best] < _seconds(partial(matrix.multiply, row_1K)) else None
+
+
+_DTYPES = (torch.float16, torch.float32)
+
+
+def _seconds(compute: Callable[[], Tensor]) -> float:
+    trials = []
+    for _ in range(_TRIALS + 1):
+        start = time.perf_counter()
+        compute()
+        trials.append(time.perf_counter() - start)
+    return median(trials[1:])

@@ -1,0 +1,1 @@
+"""Layers of the decoder: attention and its cache, feed-forwards, norms, positions."""

@@ -1,1 +1,0 @@
-"""Quantisation schemes, a file each; `registry` lists them."""

@@ -1,0 +1,320 @@
+"""Quantised weights in the files of a Hugging Face folder: tensors, and `quantization_config`.
+
+The form is that of the package `compressed-tensors`. A matrix `NAME.weight` is stored as `NAME.weight_packed` (int32, several
+codes each, `pack-quantized`) or as `NAME.weight` (int8, `int-quantized` where activations are quantised too, else
+`naive-quantized`), with `NAME.weight_scale` (float16, a column a group) and, where zeros are codes of their own,
+`NAME.weight_zero_point` (int32, packed along the outputs).
+
+What that form has no place for is kept under our own names, and the folder's `quant_method` is then `bessemer`, which other
+readers refuse: GPT-2's and gpt-oss's matrices, which are stored input by output, and schemes that it does not know
+(`Scheme.compressed`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bessemer.core.errors import ArtefactError, ConfigError
+from bessemer.model.config import ModelConfig
+from bessemer.model.decoder import Decoder
+from bessemer.model.families import OWN, family_of
+from bessemer.model.families.base import Family
+from bessemer.model.families.layout import FilePatterns, Stored, whole
+from bessemer.model.initialisation import empty_decoder
+from bessemer.model.quantisation.base import CompressedForm, Scheme
+from bessemer.model.quantisation.config import SCHEMES, first_scheme
+from bessemer.model.quantisation.quantised_decoder import EMBEDDING, HEAD, quantisable, weight_name
+from bessemer.model.quantisation.quantised_layers import quantised_parts
+
+
+@dataclass(frozen=True)
+class StoredPart:
+    """One tensor of a file that holds codes, scales or zeros.
+
+    ours: the tensor of ours that it is made of, of `ours_shape`, seen through `view`. pack and unpack: between that view and
+    the file's form; unpack is None for what is there for other readers alone and says nothing new.
+    """
+
+    name: str
+    ours: str
+    ours_shape: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    view: Callable[[Tensor], Tensor]
+    pack: Callable[[Tensor], Tensor]
+    unpack: Callable[[Tensor], Tensor] | None
+
+    def packed(self, ours: Mapping[str, Tensor]) -> Tensor:
+        """The tensor as the file holds it."""
+        return self.pack(self.view(ours[self.ours]))
+
+
+def compressed_form(module: str, scheme: Scheme) -> CompressedForm | None:
+    """The form in which compressed-tensors keeps a module's weight; None where it has none."""
+    return scheme.compressed("embedding" if module == EMBEDDING else "head" if module == HEAD else "block")
+
+
+def fits_compressed_tensors(stored: Sequence[Stored], schemes: Mapping[str, Scheme], weights: Collection[str]) -> bool:
+    """Whether compressed-tensors has a form for every weight. weights: names of the tensors that are quantised."""
+    if any(compressed_form(module, scheme) is None for module, scheme in schemes.items()):
+        return False
+    return all(one.is_rows for one in stored if any(place.name in weights for place in one.places))
+
+
+def compressed_parts(one: Stored, module: str, scheme: Scheme, shape: tuple[int, ...], tied: bool) -> Iterator[StoredPart]:
+    """The tensors that take the place of `one`, a weight of ours with this shape or rows of it."""
+    form, ours, view = compressed_form(module, scheme), scheme.tensors(*shape), one.places[0].view
+    assert form is not None, scheme
+    outputs, inputs = view(torch.empty(shape, device="meta")).shape
+    base = one.name.removesuffix(".weight")
+    for suffix, name, spec, pack, unpack in form.tensors(outputs, inputs):
+        made_of = (f"{module}.{name}", ours[name].shape)
+        yield StoredPart(f"{base}.{suffix}", *made_of, *spec, view, pack, unpack)
+        # a reader that ties the codes gives the head scales of its own
+        if name == "scales" and module == EMBEDDING and tied:
+            yield StoredPart(f"{HEAD}.{suffix}", *made_of, *spec, view, pack, None)
+
+
+def own_parts(module: str, scheme: Scheme, shape: tuple[int, ...]) -> Iterator[StoredPart]:
+    """The scheme's tensors, under our own names and as they are."""
+    for name, spec in scheme.tensors(*shape).items():
+        yield StoredPart(f"{module}.{name}", f"{module}.{name}", spec.shape, *spec, whole, whole, whole)
+
+
+#: Key of `config.json`.
+QUANTIZATION = "quantization_config"
+#: The two ways of keeping codes.
+COMPRESSED_TENSORS, OWN_FORM = "compressed-tensors", "bessemer"
+
+
+def own_settings(schemes: Mapping[str, Scheme], model_type: str) -> dict[str, Any]:
+    """For a folder in our own form: the scheme of every quantised weight by the name of its module.
+
+    `transformers` opens a model whose `quant_method` it does not know, with random weights. So such a folder is not of the
+    family `model_type`, which is kept here, but of our own, which `transformers` refuses.
+    """
+    modules = {name: scheme.described() for name, scheme in schemes.items()}
+    return {"quant_method": OWN_FORM, "model_type": model_type, "modules": modules}
+
+
+def compressed_settings(
+    stored: Sequence[Stored], schemes: Mapping[str, Scheme], modules: Mapping[str, str], linear: Sequence[str], tied: bool
+) -> dict[str, Any]:
+    """For a folder in the form of compressed-tensors.
+
+    modules: the module of each quantised weight by its tensor's name. linear: our names of all weights of linear layers.
+    tied: whether the embedding is the head too, which readers know as a linear layer of its own.
+    The most frequent scheme is that of every linear layer (`targets: Linear`), but for those that another group names or
+    `ignore` lists.
+    """
+    places: dict[tuple[str, Scheme, str], list[str]] = {}
+    forms: dict[tuple[str, Scheme, str], CompressedForm] = {}
+    ignored = []
+    for one in stored:
+        name, base = one.places[0].name, one.name.removesuffix(".weight")
+        if name in modules:
+            module = modules[name]
+            form = compressed_form(module, schemes[module])
+            assert form is not None, schemes[module]
+            key = (form.format, schemes[module], "Linear" if name in linear else "Embedding")
+            forms[key] = form
+            places.setdefault(key, []).extend([base, HEAD] if tied and module == EMBEDDING else [base])
+        elif name in linear:
+            ignored.append(base)
+    if tied and EMBEDDING not in schemes:
+        ignored.append(HEAD)
+    groups: dict[str, Any] = {}
+    counts = Counter({key: len(names) for key, names in places.items() if key[2] == "Linear"})
+    common = counts.most_common(1)[0][0]
+    for index, (key, names) in enumerate(sorted(places.items(), key=lambda item: item[0] == common)):
+        groups[f"group_{index}"] = {
+            "targets": ["Linear"] if key == common else [f"re:^{re.escape(name)}$" for name in names],
+            "format": forms[key].format,
+            "weights": forms[key].weights,
+            "input_activations": forms[key].input_activations,
+            "output_activations": None,
+        }
+    formats = {form.format for form in forms.values()}
+    return {
+        "quant_method": COMPRESSED_TENSORS,
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": ignored,
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+
+
+def read_settings(values: Mapping[str, Any], path: Path) -> Mapping[str, Any] | None:
+    """The `quantization_config` of a config, checked as far as that needs no model; None where there is none.
+
+    Raises ArtefactError for a kind that is not read here.
+    """
+    settings = values.get(QUANTIZATION)
+    if not settings:
+        return None
+    method = settings.get("quant_method") if isinstance(settings, Mapping) else None
+    if method not in (COMPRESSED_TENSORS, OWN_FORM):
+        raise ArtefactError(
+            f"{path}: the weights are quantised in a way that is not supported (quant_method {method!r}; supported: "
+            f"{COMPRESSED_TENSORS})"
+        )
+    return settings
+
+
+def read_schemes(
+    settings: Mapping[str, Any], stored: Sequence[Stored], modules: Mapping[str, str], linear: Sequence[str], path: Path
+) -> dict[str, Scheme]:
+    """The scheme of every quantised weight by the name of its module, as the settings describe it.
+
+    modules: the module of each weight that can be quantised, by its tensor's name. Raises ArtefactError for a scheme that is
+    not supported.
+    """
+    found: dict[str, Scheme] = {}
+    if settings["quant_method"] == OWN_FORM:
+        try:
+            return {name: _described(values, path) for name, values in settings["modules"].items()}
+        except (TypeError, AssertionError, KeyError, AttributeError):
+            raise ArtefactError(f"{path}: {QUANTIZATION} is damaged") from None
+    groups = [group for group in settings.get("config_groups", {}).values() if isinstance(group, Mapping)]
+    ignored = settings.get("ignore") or []
+    patterns = FilePatterns(path)
+    for one in stored:
+        name, base = one.places[0].name, one.name.removesuffix(".weight")
+        kind = "Linear" if name in linear else "Embedding"
+        if name not in modules or any(_matches(patterns, target, base, kind) for target in ignored):
+            continue
+        # a target that names the module goes before one that names its class
+        named, classed = (
+            [group for group in groups if any(_matches(patterns, target, base, each) for target in group.get("targets", ()))]
+            for each in ("", kind)
+        )
+        if not named and not classed:
+            continue
+        scheme = _scheme((named or classed)[0], base, path)
+        if found.setdefault(modules[name], scheme) != scheme:
+            raise ArtefactError(f"{path}: {QUANTIZATION} gives parts of {modules[name]} schemes that differ")
+    return found
+
+
+def _described(values: Mapping[str, Any], path: Path) -> Scheme:
+    """The scheme of `Scheme.described`. Raises ArtefactError for one that is not installed."""
+    assert isinstance(values, Mapping), values
+    try:
+        if "scheme" in values:
+            SCHEMES.find(values["scheme"])
+    except ConfigError as error:
+        raise ArtefactError(f"{path}: {QUANTIZATION}: {error}") from None
+    found = first_scheme(lambda scheme: scheme.of_described(values))
+    assert found is not None, values
+    return found
+
+
+def _matches(patterns: FilePatterns, target: Any, name: str, kind: str) -> bool:
+    if isinstance(target, str) and target.startswith("re:"):
+        return patterns.matches(target[3:], name, QUANTIZATION)
+    return target in (kind, name)
+
+
+def _scheme(group: Mapping[str, Any], name: str, path: Path) -> Scheme:
+    weights, activations = group.get("weights") or {}, group.get("input_activations")
+    found = first_scheme(lambda scheme: scheme.of_compressed(weights, activations))
+    if found is None or group.get("output_activations") is not None:
+        raise ArtefactError(
+            f"{path}: {name} is quantised in a way that is not supported; supported: int8 by channel or group, int4 by group, "
+            "and int8 with int8 activations by token"
+        )
+    return found
+
+
+class Layout(NamedTuple):
+    """The tensors of the files: those that are as in any model, those of codes; and the settings that say so.
+
+    config: as the files give it.
+    """
+
+    plain: list[Stored]
+    parts: list[StoredPart]
+    settings: dict[str, Any]
+    config: ModelConfig
+
+
+class _Names(NamedTuple):
+    """The network without its codes: tensors of the family's files, and our names."""
+
+    stored: list[Stored]
+    # by the tensor's name, the module of every weight that may be quantised
+    modules: dict[str, str]
+    # by the module
+    shapes: dict[str, tuple[int, ...]]
+    # tensors that are weights of linear layers, experts' included
+    linear: list[str]
+
+
+def _names(config: ModelConfig, family: Family) -> _Names:
+    decoder = empty_decoder(config)
+    shapes = dict(quantisable(decoder))
+    for name in (EMBEDDING, HEAD):
+        if hasattr(decoder, name):
+            shapes[name] = tuple(getattr(decoder, name).weight.shape)
+    modules = {weight_name(name): name for name in shapes}
+    linear = [f"{name}.weight" for name, module in decoder.named_modules() if isinstance(module, nn.Linear)]
+    linear += [name for name in modules if not name.endswith(".weight")]
+    stored = list(family.stored(config, list(decoder.state_dict())))
+    return _Names(stored, modules, shapes, linear)
+
+
+def quantisable_weights(config: ModelConfig) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
+    """The module of every weight that may be quantised, by its tensor's name, and its shape by the module."""
+    names = _names(config, OWN)
+    return names.modules, names.shapes
+
+
+def layout_of(config: ModelConfig, schemes: Mapping[str, Scheme]) -> Layout:
+    """The files of a model whose weights have these schemes, by module."""
+    family, tied = family_of(config), config.tie_word_embeddings
+    names = _names(config, family)
+    modules = {tensor: module for tensor, module in names.modules.items() if module in schemes}
+    if fits_compressed_tensors(names.stored, schemes, modules):
+        settings = compressed_settings(names.stored, schemes, modules, names.linear, tied)
+        return _laid_out(config, names, schemes, settings)
+    return _laid_out(
+        config.with_changes(model_type=OWN.model_type), _names(config, OWN), schemes, own_settings(schemes, family.model_type)
+    )
+
+
+def read_layout(config: ModelConfig, settings: Mapping[str, Any], path: Path) -> tuple[Layout, dict[str, Scheme]]:
+    """The files that these settings of `path` describe, and the schemes by module. Raises ArtefactError as `read_schemes`."""
+    names = _names(config, OWN if settings["quant_method"] == OWN_FORM else family_of(config))
+    schemes = read_schemes(settings, names.stored, names.modules, names.linear, path)
+    return _laid_out(config, names, schemes, dict(settings)), schemes
+
+
+def _laid_out(config: ModelConfig, names: _Names, schemes: Mapping[str, Scheme], settings: dict[str, Any]) -> Layout:
+    own = settings["quant_method"] == OWN_FORM
+    plain: list[Stored] = []
+    parts: list[StoredPart] = []
+    for one in names.stored:
+        module = names.modules.get(one.places[0].name)
+        if module is None or module not in schemes:
+            plain.append(one)
+        elif not own:
+            parts += compressed_parts(one, module, schemes[module], names.shapes[module], config.tie_word_embeddings)
+    if own:
+        for module, scheme in schemes.items():
+            parts += own_parts(module, scheme, names.shapes[module])
+    return Layout(plain, parts, settings, config)
+
+
+def schemes_of(decoder: Decoder) -> dict[str, Scheme]:
+    """The scheme of every quantised weight of a decoder, by its module."""
+    return {name: part.scheme for name, part in quantised_parts(decoder).items()}

@@ -1,0 +1,1 @@
+"""Examples for every method: formats, files, encoding, packing, splitting."""

@@ -1,0 +1,148 @@
+"""Data that stages make for later ones: its names in `data`, where it lies, and writing it row by row.
+
+A name of `data` is a file, or `made/…`. Long work writes its rows as they are finished, so that a killed run resumes behind
+the last of them. Imports no PyTorch, and nothing that reads rows: settings import this module.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bessemer.core.config import nearest
+from bessemer.core.errors import ArtefactError, SourceError
+from bessemer.core.hashing import hash_value
+from bessemer.core.records import TABLES, is_table
+from bessemer.core.stage import Outside
+from bessemer.core.store import write_text
+
+#: Revised answers, and conversations that a model wrote.
+REVISIONS, SYNTHETIC = "made/revisions", "made/synthetic"
+#: Pairs that a model has judged; pairs of honest and dishonest answers; pairs made of the conversations of `sft`.
+PREFERENCES, HONESTY, MISMATCHED = "made/preferences", "made/honesty", "made/mismatched"
+
+#: Name in `data` → kind of artefact, which is also the role of the stage that reads it.
+_KINDS: Mapping[str, str] = {
+    REVISIONS: "revisions",
+    SYNTHETIC: "synthetic",
+    PREFERENCES: "preferences",
+    HONESTY: "honesty",
+    MISMATCHED: "conversations",
+}
+
+
+def roles(names: Iterable[str]) -> dict[str, str]:
+    """What a stage needs that may name these in its `data`: role → kind of artefact."""
+    return {_KINDS[name]: _KINDS[name] for name in names}
+
+
+def unread(names: Iterable[str]) -> Callable[[Any], frozenset[str]]:
+    """The roles of these names that settings do not read, since their `data` does not name them."""
+    every = frozenset(roles(names))
+    return lambda config: every - {_KINDS[name] for name in config.data if name in _KINDS}
+
+
+def made_paths(inputs: Mapping[str, Path]) -> dict[str, Path]:
+    """Name in `data` → file or folder, of what the stages above have made."""
+    return {name: inputs[kind] for name, kind in _KINDS.items() if kind in inputs}
+
+
+def files_of(data: Iterable[str]) -> list[str]:
+    """The names that are files."""
+    return [name for name in data if name not in _KINDS]
+
+
+def data_path(name: str, folder: Path, made: Mapping[str, Path]) -> Path:
+    """The file of a name of `data`: made, or relative to `folder`. Raises SourceError for what no stage has made."""
+    if name in _KINDS and name not in made:
+        raise SourceError(f"{name} is made by a stage of a recipe; without one name its file")
+    return made.get(name, folder / name)
+
+
+#: Names of made pairs, the inputs of stages that learn from pairs, and which of them settings do not read.
+MADE_PAIRS = (MISMATCHED, PREFERENCES, HONESTY)
+PAIRS_NEEDS: Mapping[str, str] = {"model": "model", **roles(MADE_PAIRS)}
+unread_pairs = unread(MADE_PAIRS)
+
+
+def checked_pairs(names: list[str]) -> list[str]:
+    """Names of files of pairs, and of made pairs. Raises ValueError for another."""
+    for name in names:
+        if name not in MADE_PAIRS and not is_table(name):
+            raise ValueError(
+                f"{name!r} is neither a file of rows ({', '.join(TABLES)}) nor made pairs{nearest(name, list(MADE_PAIRS))}"
+            )
+    return names
+
+
+def pairs_fingerprint(config: Any, outside: Outside) -> dict[str, str]:
+    """Hashes of the files that the settings name under `data`, for a stage's key."""
+    from bessemer.posttraining.data.examples import files_fingerprint
+
+    return files_fingerprint(files_of(config.data), outside.folder)
+
+
+#: Key of the first line, which says what the rows are of.
+_IDENTITY = "rows_of"
+
+
+class FinishedRows:
+    """Rows in a JSONL file, in the order of the work. What a crash cut in two is done again."""
+
+    def __init__(self, path: Path, identity: Any) -> None:
+        """Read what is finished. identity: settings and data that the rows depend on, as a JSON value.
+
+        Raises ArtefactError where the rows of the file are of other settings or data.
+        """
+        self._path = path
+        self._wanted = wanted = {_IDENTITY: hash_value(identity)}
+        first, *rows = _whole_lines(path) or [wanted]
+        if first != wanted:
+            raise ArtefactError(f"{path}: its rows were made with other settings or data; remove it, or name another folder")
+        self.rows: list[dict[str, Any]] = rows
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, "".join(_line(row) for row in (wanted, *rows)))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def keep(self, count: int) -> None:
+        """Leave out the rows behind the first `count`, as of a lot that is not whole."""
+        self.rows = self.rows[:count]
+        write_text(self._path, "".join(_line(row) for row in (self._wanted, *self.rows)))
+
+    def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write rows down; they are on the disk when this returns."""
+        with self._path.open("a", encoding="utf-8") as stream:
+            stream.write("".join(_line(row) for row in rows))
+            stream.flush()
+            os.fsync(stream.fileno())
+        self.rows += [dict(row) for row in rows]
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a file of rows that is whole or absent."""
+    write_text(path, "".join(_line(row) for row in rows))
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows up to the first that is not whole; none without a file."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        if not line.endswith(b"\n") or not isinstance(row, dict):
+            break
+        rows.append(row)
+    return rows

@@ -1,0 +1,403 @@
+"""Packing of examples into rows of fixed length, in which they do not attend to each other.
+
+A row holds whole conversations, whole pairs (the chosen answer before the rejected one), or single answers that are good or
+bad. The prompt of a pair is in the row once where the model can read it so (Wang and Hegde 2024, "Accelerating direct
+preference optimization with prefix sharing").
+
+KTO measures answers against the policy's Kullback–Leibler divergence from its reference, which is estimated on *mismatched*
+examples: the prompt of each with the answer to another prompt (Ethayarajh et al. 2024, section 4.1).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from bessemer.core.errors import RequestError, SourceError
+from bessemer.core.hashing import hash_bytes, hash_value
+from bessemer.distributed.mesh import ALONE, Mesh
+from bessemer.model.storage.folder import read_model_config
+from bessemer.posttraining.data.encoding import Encoded, NothingLearntError, Row, RowCounts, RowFitter, encode_answer
+from bessemer.posttraining.data.examples import Conversation, prompt_key
+from bessemer.posttraining.data.formats import Labelled, Pair
+from bessemer.posttraining.sft.config import Truncate
+from bessemer.tokenization.tokenizer import Tokenizer
+from bessemer.training.config import LoopConfig
+from bessemer.training.data.batches import IGNORE_INDEX, Batch, StatelessBatches, rows_of_step
+from bessemer.training.data.packing import best_fit, pack_rows
+from bessemer.training.job import OnStepEnd, validation_metrics
+from bessemer.training.optim.lr_schedule import validated_steps
+
+
+@dataclass(frozen=True)
+class Example:
+    """Inputs and targets of one conversation, of equal length; a target is -100 outside the assistant's messages."""
+
+    tokens: np.ndarray
+    targets: np.ndarray
+
+
+def encode_conversation(conversation: Conversation, tokenizer: Tokenizer) -> Encoded:
+    """The tokens of a conversation. Raises RequestError as `encode_answer`, with the row where it is known."""
+    answered = conversation.answered
+    try:
+        return encode_answer(answered.prompt, answered.answer, tokenizer, answered.tools)
+    except NothingLearntError:
+        raise
+    except RequestError as error:
+        if not conversation.place:
+            raise
+        raise RequestError(f"{conversation.place}: {error}") from None
+
+
+def fit_conversations(
+    conversations: Sequence[Conversation], tokenizer: Tokenizer, context_length: int, truncate: Truncate = "drop"
+) -> tuple[list[Example], RowCounts]:
+    """Conversations as examples of at most `context_length` tokens, and what became of the others. Raises SourceError where
+    longer ones are refused."""
+    fitter = RowFitter(context_length, truncate)
+    fitted = [fitter.fit(partial(encode_conversation, one, tokenizer)) for one in conversations]
+    return [Example(*rows[0]) for rows in fitted if rows is not None], fitter.counts("conversations")
+
+
+@dataclass(frozen=True)
+class PackedConversations:
+    """Conversations in rows, and what became of those that are not, or not whole."""
+
+    batch: Batch
+    counts: RowCounts
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return self.batch.tokens_BT.shape[0]
+
+    @property
+    def filled(self) -> float:
+        """Fraction of the rows' tokens that conversations fill."""
+        assert self.batch.document_ids_BT is not None
+        return float((self.batch.document_ids_BT > 0).double().mean())
+
+
+def pack_conversations(
+    conversations: Sequence[Conversation], tokenizer: Tokenizer, context_length: int, truncate: Truncate = "drop"
+) -> PackedConversations:
+    """Conversations in as few rows as best-fit decreasing finds. truncate, and what is raised: as of `fit_conversations`."""
+    examples, counts = fit_conversations(conversations, tokenizer, context_length, truncate)
+    return PackedConversations(pack_examples(examples, tokenizer, context_length), counts)
+
+
+def pack_examples(examples: Sequence[Example], tokenizer: Tokenizer, context_length: int) -> Batch:
+    """Examples of at most `context_length` tokens, in as few rows as best-fit decreasing finds."""
+    lengths = [len(example.tokens) for example in examples]
+    row_of = best_fit(lengths, context_length)
+    rows: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in range(int(row_of.max(initial=-1)) + 1)]
+    for item in sorted(range(len(examples)), key=lambda item: (-lengths[item], item)):
+        rows[row_of[item]].append((examples[item].tokens, examples[item].targets))
+    return pack_rows(rows, context_length, tokenizer.bos_id)
+
+
+class PackedBatches(StatelessBatches):
+    """Batches of packed rows; every epoch reads them in another order."""
+
+    def __init__(self, packed: Batch, *, batch_size: int, seed: int) -> None:
+        self.batch_size = batch_size
+        self.rows = packed.tokens_BT.shape[0]
+        self._seed = seed
+        self._packed = packed
+        self.fingerprint = hash_value([_content(packed), *packed.tokens_BT.shape, batch_size, seed])
+
+    def batch(self, step: int, rows: slice = slice(None), mesh: Mesh = ALONE) -> Batch:
+        """The rows `rows` of the batch of `step`, counted from 0."""
+        chosen = rows_of_step(step, self.batch_size, self.rows, self._seed)[rows]
+        return self._packed.rows(chosen)
+
+
+class HeldOutBatches(StatelessBatches):
+    """Batches that read every packed row once, in order; the last one is filled with rows without targets, whose sequences have
+    zeros for values."""
+
+    def __init__(self, packed: Batch, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self.steps = math.ceil(packed.tokens_BT.shape[0] / batch_size)
+        self._packed = packed
+        self.fingerprint = hash_value([_content(packed), *packed.tokens_BT.shape, batch_size])
+
+    def batch(self, step: int, rows: slice = slice(None), mesh: Mesh = ALONE) -> Batch:
+        """The rows `rows` of the batch of `step`, counted from 0."""
+        places, count = np.arange(step * self.batch_size, (step + 1) * self.batch_size)[rows], self._packed.tokens_BT.shape[0]
+        batch = self._packed.rows(np.minimum(places, count - 1))
+        beyond_B1 = torch.from_numpy(places >= count)[:, None]
+        return replace(
+            batch,
+            targets_BT=batch.targets_BT.masked_fill(beyond_B1, IGNORE_INDEX),
+            per_sequence={name: values_BS.masked_fill(beyond_B1, 0) for name, values_BS in batch.per_sequence.items()},
+        )
+
+
+def validation_on(packed: Batch, config: LoopConfig) -> OnStepEnd:
+    """What validates on packed rows at the steps that the settings name; nothing where there are no rows."""
+    if not packed.tokens_BT.shape[0]:
+        return lambda finished, trainer: {}
+    source, validated = HeldOutBatches(packed, config.batch_size), validated_steps(config)
+    return lambda finished, trainer: validation_metrics(trainer, source, source.steps) if finished in validated else {}
+
+
+def _content(packed: Batch) -> str:
+    arrays = (
+        packed.tokens_BT,
+        packed.targets_BT,
+        packed.document_ids_BT,
+        packed.visible_to_BT,
+        *packed.per_sequence.values(),
+    )
+    return hash_bytes(*(array.numpy().tobytes() for array in arrays if array is not None))
+
+
+class PairExample(NamedTuple):
+    """Both answers of a pair. margin, confidence, weight: as of `Pair`."""
+
+    chosen: Row
+    rejected: Row
+    margin: float = 0.0
+    confidence: float = 1.0
+    weight: float = 1.0
+
+    @property
+    def tokens(self) -> int:
+        """Of both answers with their prompts."""
+        return len(self.chosen[0]) + len(self.rejected[0])
+
+    def without_shared(self) -> tuple[PairExample, int]:
+        """The pair without the tokens of the rejected side that both begin with, and their number: neither has a target
+        there, and at least one token is left of the rejected side."""
+        (chosen, chosen_targets), (rejected, rejected_targets) = self.chosen, self.rejected
+        most = min(len(chosen), len(rejected) - 1)
+        differs = (
+            (chosen[:most] != rejected[:most])
+            | (chosen_targets[:most] != IGNORE_INDEX)
+            | (rejected_targets[:most] != IGNORE_INDEX)
+        )
+        shared = int(differs.argmax()) if differs.any() else most
+        return self._replace(rejected=(rejected[shared:], rejected_targets[shared:])), shared
+
+
+@dataclass(frozen=True)
+class PackedPairs:
+    """Pairs in rows, and what became of the others; equal: those whose answers are the same, left out too.
+
+    Sequences 2k and 2k + 1 of a row, counted from 0, are the chosen and the rejected answer of its k-th pair. `margin` and
+    `pair_weight` in `per_sequence` are the pair's; the weight is 0 where there is none. `confidence` is there where any is
+    below 1.
+    """
+
+    batch: Batch
+    pairs: int
+    counts: RowCounts
+    equal: int
+
+    @property
+    def figures(self) -> dict[str, int]:
+        """For a stage's metrics."""
+        return {**self.counts.figures, "equal": self.equal}
+
+    def sentences(self, of: str) -> list[str]:
+        """As `RowCounts.sentences`."""
+        equal = [f"  {self.equal:,} of {of} are left out: their two answers are the same"] if self.equal else []
+        return [*self.counts.sentences(of), *equal]
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return self.batch.tokens_BT.shape[0]
+
+
+def pack_pairs(
+    pairs: Sequence[Pair],
+    tokenizer: Tokenizer,
+    context_length: int,
+    truncate: Truncate = "drop",
+    *,
+    example: Callable[[Encoded, int], Row | None] | None = None,
+    shares_prompts: bool = False,
+) -> PackedPairs:
+    """Pairs in few rows. An answer and its prompt take at most half a row; what becomes of longer ones: as of `RowFitter`.
+    shares_prompts: as of `pack_pair_examples`. Raises SourceError where longer ones are refused."""
+    fitter = RowFitter(context_length // 2, truncate, example)
+    packed: list[PairExample] = []
+    equal = 0
+    for pair in pairs:
+        rows = fitter.fit(
+            *(partial(encode_answer, pair.prompt, answer, tokenizer, pair.tools) for answer in (pair.chosen, pair.rejected))
+        )
+        if rows is None:
+            continue
+        chosen, rejected = rows
+        if _are_equal(chosen, rejected):
+            equal += 1
+        else:
+            packed.append(PairExample(chosen, rejected, pair.margin, pair.confidence, pair.weight))
+    batch = pack_pair_examples(packed, context_length, tokenizer.bos_id, shares_prompts=shares_prompts)
+    return PackedPairs(batch, len(packed), fitter.counts("pairs"), equal)
+
+
+def _are_equal(first: Row, second: Row) -> bool:
+    return all(np.array_equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+def can_share_prompts(config: LoopConfig, model: Path) -> bool:
+    """As `Trainee.shares_prefixes`, before there is one: of the model in a folder, and the settings of its run."""
+    return config.parallel.context == 1 and read_model_config(model).shares_prefixes
+
+
+def pack_pair_examples(
+    pairs: Sequence[PairExample],
+    context_length: int,
+    padding_id: int,
+    row_count: Callable[[int], int] = lambda rows: rows,
+    *,
+    shares_prompts: bool = False,
+) -> Batch:
+    """Pairs in few rows of `context_length` tokens, none longer than a row; the batch of `PackedPairs`.
+
+    row_count: from the number of filled rows to the number of rows; the others are empty. shares_prompts: what both answers
+    begin with is in the row once, for models that read it so (`ModelConfig.shares_prefixes`); values and gradients are those
+    of answers by themselves.
+    """
+    parts = [pair.without_shared() if shares_prompts else (pair, 0) for pair in pairs]
+    lengths = [pair.tokens for pair, _ in parts]
+    row_of = best_fit(lengths, context_length)
+    rows: list[list[PairExample]] = [[] for _ in range(row_count(int(row_of.max(initial=-1)) + 1))]
+    shared: list[list[int]] = [[] for _ in rows]
+    for item in sorted(range(len(pairs)), key=lambda item: (-lengths[item], item)):
+        pair, before = parts[item]
+        rows[row_of[item]].append(pair)
+        shared[row_of[item]] += [0, before]
+    sequences = 2 * max(map(len, rows), default=1)
+
+    def of_sequences(value: Callable[[PairExample], float]) -> torch.Tensor:
+        """A value of each pair, which both of its answers have."""
+        values_BS = torch.zeros(len(rows), sequences)
+        for row, there in enumerate(rows):
+            values_BS[row, : 2 * len(there)] = torch.tensor([value(pair) for pair in there]).repeat_interleave(2)
+        return values_BS
+
+    per_sequence = {"pair_weight": of_sequences(lambda pair: pair.weight), "margin": of_sequences(lambda pair: pair.margin)}
+    if any(pair.confidence < 1 for pair in pairs):
+        per_sequence["confidence"] = of_sequences(lambda pair: pair.confidence)
+    examples = [[side for pair in of_row for side in (pair.chosen, pair.rejected)] for of_row in rows]
+    return replace(
+        pack_rows(examples, context_length, padding_id, shared),
+        per_sequence=per_sequence,
+        sequences=sequences,
+        together=2,
+    )
+
+
+#: Rows of the mismatched examples, which lie beside a batch's own as values of tokens.
+_TWIN = "mismatched_"
+
+
+@dataclass(frozen=True)
+class PackedAnswers:
+    """Answers in rows, and what became of the others.
+
+    `is_answer` in `per_sequence` is 1 for the sequences that are there, `is_desirable` for the good ones. `mismatched` gives
+    the rows of their twins, in the same order.
+    """
+
+    batch: Batch
+    answers: int
+    counts: RowCounts
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return self.batch.tokens_BT.shape[0]
+
+
+def pack_answers(
+    examples: Sequence[Labelled], tokenizer: Tokenizer, context_length: int, truncate: Truncate = "drop"
+) -> PackedAnswers:
+    """Answers in few rows; rows of twins beside them, of which the end is cut off at a row's length: no answer is learnt there.
+
+    The twin of an example has the answer of the one before it that has another prompt. Raises SourceError where all have the
+    same, where some are texts and some messages, and where longer ones are refused.
+    """
+    if len({isinstance(one.answered.prompt, str) for one in examples}) > 1:
+        raise SourceError("loss kto compares answers with each other, and some rows are texts and some messages; give one kind")
+    fitter = RowFitter(context_length, truncate)
+    packed: list[tuple[Row, Row, bool]] = []
+    for example, place in zip(examples, others_before([prompt_key(one.answered.prompt) for one in examples]), strict=True):
+        answered, other = example.answered, examples[place].answered
+        fitted = fitter.fit(partial(encode_answer, answered.prompt, answered.answer, tokenizer, answered.tools))
+        twin = encode_answer(answered.prompt, other.answer, tokenizer, answered.tools).beginning(context_length)
+        if fitted is not None and twin is not None:
+            packed.append((fitted[0], twin, example.is_desirable))
+    lengths = [max(len(own[0]), len(twin[0])) for own, twin, _ in packed]
+    row_of = best_fit(lengths, context_length)
+    count = int(row_of.max(initial=-1)) + 1
+    owns: list[list[Row]] = [[] for _ in range(count)]
+    twins: list[list[Row]] = [[] for _ in range(count)]
+    labels: list[list[bool]] = [[] for _ in range(count)]
+    for item in sorted(range(len(packed)), key=lambda item: (-lengths[item], item)):
+        own, twin, is_desirable = packed[item]
+        owns[row_of[item]].append(own)
+        twins[row_of[item]].append(twin)
+        labels[row_of[item]].append(is_desirable)
+    sequences = max(map(len, labels), default=1)
+    is_answer_BS, is_desirable_BS = torch.zeros(count, sequences), torch.zeros(count, sequences)
+    for row, values in enumerate(labels):
+        is_answer_BS[row, : len(values)] = 1
+        is_desirable_BS[row, : len(values)] = torch.tensor(values, dtype=torch.float32)
+    beside = pack_rows(twins, context_length, tokenizer.bos_id)
+    names = ("tokens_BT", "targets_BT", "positions_BT", "document_ids_BT")
+    batch = replace(
+        pack_rows(owns, context_length, tokenizer.bos_id),
+        per_token={f"{_TWIN}{name}": getattr(beside, name) for name in names},
+        per_sequence={"is_answer": is_answer_BS, "is_desirable": is_desirable_BS},
+        sequences=sequences,
+    )
+    return PackedAnswers(batch, len(packed), fitter.counts("answers"))
+
+
+def has_mismatched(batch: Batch) -> bool:
+    """Whether twins lie beside the rows of a batch."""
+    return any(name.startswith(_TWIN) for name in batch.per_token)
+
+
+def mismatched(batch: Batch) -> Batch:
+    """The twins of a batch of packed answers, row by row."""
+    of = batch.per_token
+    return Batch(
+        of[f"{_TWIN}tokens_BT"],
+        of[f"{_TWIN}targets_BT"],
+        of[f"{_TWIN}positions_BT"],
+        of[f"{_TWIN}document_ids_BT"],
+        per_sequence={"is_answer": batch.per_sequence["is_answer"]},
+        sequences=batch.sequences,
+    )
+
+
+def others_before(keys: Sequence[str]) -> list[int]:
+    """For each place the nearest one before it with another key, the last place coming before the first.
+
+    Raises SourceError where all keys are the same.
+    """
+    if not keys:
+        return []
+    if len(set(keys)) < 2:
+        raise SourceError("loss kto compares answers with those to other prompts, and all of these have the same prompt")
+    found = [0] * len(keys)
+    # twice around: the first places look back beyond the beginning
+    for step in range(2 * len(keys)):
+        place, before = step % len(keys), (step - 1) % len(keys)
+        found[place] = before if keys[before] != keys[place] else found[before]
+    return found

@@ -1,0 +1,320 @@
+"""Answers to prompts: the teacher's, and the student's own.
+
+Prompts are rows of prompts, and what stands before the last answer of a conversation. The teacher's answers are sampled
+before training, kept in a file, and encoded for a student of any tokenizer. The student's are sampled during training, and
+the teacher's log-probabilities of them are the signal.
+
+Shapes: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bessemer.core.errors import ConfigError, SourceError
+from bessemer.core.hashing import derive_seed, hash_value
+from bessemer.core.progress import Progress
+from bessemer.distributed.mesh import ALONE, Mesh
+from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
+from bessemer.posttraining.chat_models import place_fingerprint
+from bessemer.posttraining.data.encoding import Encoded, encode_answer, encode_prompt
+from bessemer.posttraining.data.examples import Conversation, read_examples
+from bessemer.posttraining.data.formats import Answered, Message, Turns, as_answered, as_prompt, plain_turns, tools_of
+from bessemer.posttraining.data.made import FinishedRows
+from bessemer.posttraining.data.splitting import opening, split_examples
+from bessemer.posttraining.distillation.config import DistillationConfig
+from bessemer.posttraining.distillation.objective import TeacherHead, mean_reverse_kl
+from bessemer.posttraining.sampling.prompts import Prompt
+from bessemer.posttraining.sampling.sampler import EncodedPrompt, Sampler, SamplerSettings
+from bessemer.posttraining.sampling.samples import pack_samples
+from bessemer.tokenization.tokenizer import Tokenizer
+from bessemer.training.data.batches import Batch, rows_of_step
+from bessemer.training.model_roles import Trainee
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked: messages, or a text that is continued, and the tools that may be called."""
+
+    prompt: Turns
+    tools: tuple[Message, ...] = ()
+
+    def encoded(self, tokenizer: Tokenizer) -> list[int]:
+        """Its token ids, up to where the answer begins."""
+        return encode_prompt(self.prompt, tokenizer, self.tools) or [tokenizer.bos_id]
+
+    def answered(self, text: str) -> Answered:
+        """With an answer."""
+        if isinstance(self.prompt, str):
+            return Answered(self.prompt, text, self.tools)
+        return Answered(self.prompt, ({"role": "assistant", "content": text},), self.tools)
+
+
+def before_last_answer(answered: Answered) -> Asked | None:
+    """What an example asks: its prompt, or all before the assistant's last turn; None where nothing stands before it."""
+    if isinstance(answered.prompt, str) or isinstance(answered.answer, str):
+        return Asked(answered.prompt, answered.tools)
+    if answered.prompt:
+        return Asked(answered.prompt, answered.tools)
+    last = max(place for place, message in enumerate(answered.answer) if message["role"] == "assistant")
+    return Asked(answered.answer[:last], answered.tools) if last else None
+
+
+def as_asked(row: Mapping[str, Any]) -> Asked:
+    """A row of a prompt alone, or of one of the formats with answers. Raises ValueError or RequestError, in one line."""
+    is_bare = "prompt" in row and "completion" not in row
+    asked = _bare_prompt(row) if is_bare else before_last_answer(as_answered(row))
+    if asked is None:
+        raise ValueError("begins with the assistant, so that there is no prompt to answer")
+    if asked.tools and isinstance(asked.prompt, str):
+        raise ValueError("tools are shown in a conversation, and the prompt is a text; give it as messages")
+    return asked
+
+
+def _bare_prompt(row: Mapping[str, Any]) -> Asked:
+    """A row of a prompt alone. As with a completion, a text without a system message is continued."""
+    given = row["prompt"]
+    if not given or not isinstance(given, (str, list)):
+        raise ValueError(f"needs messages or a text under 'prompt'; it has {given!r}"[:200])
+    messages = as_prompt(row)
+    if isinstance(given, str) and len(messages) == 1:
+        return Asked(given, tools_of(row))
+    return Asked(messages, tools_of(row))
+
+
+def gather_prompts(config: DistillationConfig, folder: Path, seed: int) -> tuple[list[Asked], list[Asked]]:
+    """(training, held out) prompts of all data, in order. Raises SourceError for rows that are malformed."""
+    asked = [one for name in config.data for one in read_examples(folder / name, as_asked)]
+    return split_examples(asked, lambda one: opening(one.prompt), config.validation_share, seed)
+
+
+def encoded_prompts(asked: Sequence[Asked], tokenizer: Tokenizer, config: DistillationConfig) -> list[EncodedPrompt]:
+    """The prompts that leave room for an answer, with their tokens."""
+    most = config.context_length - config.max_tokens
+    encoded = ((Prompt(one.prompt), one.encoded(tokenizer)) for one in asked)
+    return [(prompt, ids) for prompt, ids in encoded if len(ids) <= most]
+
+
+#: Every answer, a line a prompt.
+ANSWERS = "teacher_answers.jsonl"
+#: Prompts that are answered at a time, between two looks at the progress. An interrupted run goes on after the last whole lot.
+_PROMPTS_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class TeacherAnswer:
+    """is_cut: it came to the most tokens, and has not ended."""
+
+    asked: Asked
+    text: str
+    is_cut: bool
+
+    @property
+    def conversation(self) -> Conversation:
+        """As a row that `sft` reads."""
+        return Conversation(self.asked.answered(self.text), "teacher")
+
+    def encoded(self, tokenizer: Tokenizer) -> Encoded:
+        """In the student's tokens; of an answer that was cut, the end token is no target."""
+        answered = self.asked.answered(self.text)
+        encoded = encode_answer(answered.prompt, answered.answer, tokenizer, answered.tools)
+        if not self.is_cut:
+            return encoded
+        return Encoded(encoded.ids[: encoded.inputs], encoded.is_learnt[: encoded.inputs])
+
+
+def sample_answers(
+    config: DistillationConfig,
+    teacher: Path,
+    asked: Sequence[Asked],
+    out: Path,
+    *,
+    seed: int,
+    device: str,
+    progress: Progress,
+) -> list[TeacherAnswer]:
+    """`samples_per_prompt` answers of the teacher to each prompt, those without a word left out; goes on with what an earlier
+    start has left in `out`.
+
+    Prompts are written with the teacher's own tokenizer and chat template. Raises SourceError when no answer has a word, and
+    ConfigError when no prompt leaves the teacher room for an answer.
+    """
+    finished = FinishedRows(out / ANSWERS, _identity(config, teacher, asked, seed))
+    if len(finished) < len(asked):
+        # a lot is sampled together, and again together
+        finished.keep(len(finished) - len(finished) % _PROMPTS_AT_ONCE)
+        threads = None if config.threads == "auto" else config.threads
+        engine_config = EngineConfig(cpu_kernels=config.cpu_kernels, threads=threads)
+        with (
+            Engine(teacher, device=device, config=engine_config) as engine,
+            progress.task("teacher's answers", total=len(asked), unit="prompts", completed=len(finished)) as bar,
+        ):
+            for start in range(len(finished), len(asked), _PROMPTS_AT_ONCE):
+                lot = asked[start : start + _PROMPTS_AT_ONCE]
+                seeds = [derive_seed(seed, "teacher", start + place) for place in range(len(lot))]
+                finished.append(list(_answers_of(engine, lot, config, seeds)))
+                bar.advance(len(lot))
+    rows = finished.rows
+    too_long = sum(not row["answers"] for row in rows)
+    if too_long == len(rows):
+        raise ConfigError(
+            f"none of the {len(asked):,} prompts leaves the teacher room for {config.max_tokens:,} tokens; lower max_tokens"
+        )
+    found = [
+        TeacherAnswer(one, answer["text"], answer["cut"])
+        for one, row in zip(asked, rows, strict=True)
+        for answer in row["answers"]
+    ]
+    kept = [answer for answer in found if answer.text.strip()]
+    if too_long or len(kept) < len(found):
+        progress.say(
+            f"  {too_long:,} of {len(asked):,} prompts are too long for the teacher, and {len(found) - len(kept):,} of its "
+            f"{len(found):,} answers are empty; they are left out"
+        )
+    if not kept:
+        raise SourceError(f"{teacher}: the teacher answers none of the {len(asked):,} prompts with a word")
+    return kept
+
+
+def _identity(config: DistillationConfig, teacher: Path, asked: Sequence[Asked], seed: int) -> dict[str, Any]:
+    """What the teacher's answers depend on."""
+    return {
+        "teacher": place_fingerprint(teacher),
+        "asked": hash_value([[plain_turns(one.prompt), list(one.tools)] for one in asked]),
+        "settings": [config.sampling_temperature, config.max_tokens, config.samples_per_prompt],
+        "seed": seed,
+    }
+
+
+def _answers_of(
+    engine: Engine, lot: Sequence[Asked], config: DistillationConfig, seeds: Sequence[int]
+) -> Iterator[dict[str, Any]]:
+    """A record of each prompt, in order; without answers where it is too long."""
+    encoded = [one.encoded(engine.tokenizer) for one in lot]
+    fitting = [place for place, ids in enumerate(encoded) if len(ids) + config.max_tokens <= engine.longest]
+    params = [
+        SamplingParams(
+            temperature=config.sampling_temperature,
+            max_tokens=config.max_tokens,
+            seed=seeds[place],
+            n=config.samples_per_prompt,
+        )
+        for place in fitting
+    ]
+    completions = dict(zip(fitting, engine.generate([encoded[place] for place in fitting], params), strict=True))
+    for place, one in enumerate(lot):
+        given = [completions[place], *completions[place].others] if place in completions else []
+        yield {
+            "prompt": plain_turns(one.prompt),
+            "answers": [{"text": each.text, "cut": each.finish_reason == "length"} for each in given],
+        }
+
+
+class StudentBatches:
+    """Batches of answers that the student samples with the weights of the step: a function of these and of the step's
+    number."""
+
+    lookahead = 0
+
+    def __init__(self, prompts: Sequence[EncodedPrompt], tokenizer: Tokenizer, config: DistillationConfig, seed: int) -> None:
+        self.batch_size = config.batch_size
+        self._prompts = prompts
+        self._config = config
+        self._seed = seed
+        self._padding_id = tokenizer.bos_id
+        self._sampler = Sampler(tokenizer, sampler_settings(config, config.batch_size), seed)
+        self._latest: tuple[int, Batch] | None = None
+        self._tokens = 0
+        self._metrics: dict[str, float] = {}
+        self.fingerprint = hash_value([[ids for _, ids in prompts], seed])
+
+    def bind(self, trainee: Trainee) -> None:
+        """The student that samples."""
+        self._sampler.bind(trainee)
+
+    def batch_size_at(self, step: int) -> int:
+        """Rows of the batch of `step`: its answers packed."""
+        return self._batch_of(step).tokens_BT.shape[0]
+
+    def batch(self, step: int, rows: slice, mesh: Mesh = ALONE) -> Batch:
+        """The rows of the batch of `step`."""
+        batch = self._batch_of(step)
+        documents_BT = batch.document_ids_BT
+        self._tokens += batch.tokens_BT.numel() if documents_BT is None else int((documents_BT > 0).sum())
+        return batch.rows(rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of tokens so far; batches need no state."""
+        return {"tokens": self._tokens}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on counting."""
+        self._tokens = state["tokens"]
+
+    def take_metrics(self) -> dict[str, float]:
+        """Figures of the batch that was sampled last, and the tokens of all so far."""
+        metrics, self._metrics = self._metrics, {}
+        return metrics | {"tokens": self._tokens}
+
+    def _batch_of(self, step: int) -> Batch:
+        if self._latest is None or self._latest[0] != step:
+            self._latest = step, self._sampled(step)
+        return self._latest[1]
+
+    def _sampled(self, step: int) -> Batch:
+        start = time.perf_counter()
+        places: np.ndarray = rows_of_step(step, self._config.groups, len(self._prompts), self._seed)
+        asked = [self._prompts[place] for place in places.tolist()]
+        with self._sampler.sampling() as engine:
+            samples = self._sampler.completions(engine, asked, self._config.samples_per_prompt, seeds=("step", step))
+        self._metrics = {
+            "completion_tokens": statistics.fmean(len(sample.completion_ids) for sample in samples),
+            "cut_share": statistics.fmean(sample.is_cut for sample in samples),
+            "rollout_seconds": round(time.perf_counter() - start, 3),
+        }
+        return pack_samples(samples, [True] * len(samples), self._padding_id).batch
+
+
+class HeldOutDivergence:
+    """KL(student ‖ teacher) on the student's own answers to held-out prompts, which each call samples anew from the same
+    random numbers."""
+
+    def __init__(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        tokenizer: Tokenizer,
+        config: DistillationConfig,
+        teacher: TeacherHead,
+        seed: int,
+    ) -> None:
+        self._prompts = prompts
+        self._teacher = teacher
+        self._temperature = config.sampling_temperature
+        self._padding_id = tokenizer.bos_id
+        self._sampler = Sampler(tokenizer, sampler_settings(config, len(prompts)), seed)
+
+    def measure(self, trainee: Trainee) -> float:
+        """The mean over the answers' tokens, in nats. Weights and random state stay as they are."""
+        self._sampler.bind(trainee)
+        with self._sampler.sampling() as engine:
+            samples = self._sampler.completions(engine, self._prompts, 1)
+        batch = pack_samples(samples, [True] * len(samples), self._padding_id).batch
+        return mean_reverse_kl(trainee, batch, self._teacher, self._temperature)
+
+
+def sampler_settings(config: DistillationConfig, sequences: int) -> SamplerSettings:
+    """How the student answers. sequences: answers that are asked for at once."""
+    return SamplerSettings(
+        config.sampling_temperature,
+        config.max_tokens,
+        config.context_length,
+        sequences,
+        cpu_kernels=config.cpu_kernels,
+    )

@@ -1,1 +1,0 @@
-"""`bessemer finetune`: somebody's model, somebody's table of questions and answers, one command."""

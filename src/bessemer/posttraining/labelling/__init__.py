@@ -1,1 +1,0 @@
-"""Rankings of answers by people, as pairs to learn from."""

@@ -1,1 +1,0 @@
-"""Reward models: a decoder with a scalar head that learns from pairs which answer is better, and scores answers."""

@@ -1,0 +1,1 @@
+"""Samples of the policy, for `rl` and `distillation`: prompts, the sampler on the engine, batches of samples."""

@@ -1,0 +1,274 @@
+"""Samples of a policy, their batches, and their exchange between processes.
+
+Of several processes, each tensor group completes its share of the prompts, and every process gets all groups.
+
+Shapes: R samples, B rows, T tokens of a row, S sequences of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bessemer.core.errors import BessemerError
+from bessemer.distributed.layout import Layout
+from bessemer.distributed.mesh import ALONE, Mesh
+from bessemer.posttraining.rl.objective import ADVANTAGES, SAMPLER
+from bessemer.posttraining.sampling.prompts import Prompt
+from bessemer.training.data.batches import IGNORE_INDEX, Batch
+from bessemer.training.data.packing import best_fit, pack_rows
+from bessemer.training.model_roles import Trainee
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A completion. ids: of prompt and completion; log_probs: of the completion's tokens, as sampled, an end token among them.
+    is_cut: it came to the most tokens, and has not ended. is_own: of each of the ids, whether the policy wrote it; None: all of
+    the completion. Others, results of tools for example, are no targets."""
+
+    prompt: Prompt
+    ids: Sequence[int]
+    prompt_length: int
+    log_probs: Sequence[float]
+    text: str
+    is_cut: bool
+    is_own: Sequence[bool] | None = None
+
+    @property
+    def places(self) -> np.ndarray:
+        """Where among the ids the completion's tokens are."""
+        return np.arange(self.prompt_length, len(self.ids)) if self.is_own is None else np.flatnonzero(self.is_own)
+
+    @property
+    def completion_ids(self) -> Sequence[int]:
+        """The completion's tokens."""
+        return [self.ids[place] for place in self.places]
+
+    def example(self, *, is_kept: bool = True, start: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs, from one of the prompt's on, and targets: the completion's tokens, where it is kept."""
+        ids = np.asarray(self.ids, np.int64)
+        targets = np.full(len(ids) - 1, IGNORE_INDEX, np.int64)
+        if is_kept:
+            targets[self.places - 1] = ids[self.places]
+        return ids[start:-1], targets[start:]
+
+    def continues(self, other: Sample) -> bool:
+        """Whether both complete the same tokens."""
+        first = self.prompt_length
+        return first == other.prompt_length and self.ids[:first] == other.ids[:first]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A batch, and where each sample is in it: rows_R and columns_R, of `per_sequence`; ends_R, the place in its row of the
+    last token that it may have a target at."""
+
+    batch: Batch
+    rows_R: np.ndarray
+    columns_R: np.ndarray
+    ends_R: np.ndarray
+
+    @property
+    def samples(self) -> int:
+        """R."""
+        return len(self.rows_R)
+
+    def of_sequences(self, values_R: Tensor) -> Tensor:
+        """Values of samples, (R,), as those of sequences, (B, S); zero where there is none."""
+        values_BS = values_R.new_zeros(self.batch.tokens_BT.shape[0], self.batch.sequences)
+        values_BS[self.rows_R, self.columns_R] = values_R
+        return values_BS
+
+    def of_samples(self, values_BS: Tensor) -> Tensor:
+        """Values of sequences as those of samples."""
+        return values_BS[self.rows_R, self.columns_R]
+
+    def with_values(self, per_token: Mapping[str, Tensor]) -> Packed:
+        """With values of tokens besides, (B, T) by name."""
+        return replace(self, batch=self.batch.with_values(per_token=per_token))
+
+    def with_advantages(self, advantages_R: Tensor) -> Packed:
+        """With one advantage for all tokens of a sample."""
+        return self.with_values({ADVANTAGES: self.batch.of_tokens(self.of_sequences(advantages_R))})
+
+    def target_values(self, samples: Sequence[Sample]) -> list[dict[str, Tensor]]:
+        """The batch's values of tokens by name, of each of its samples at its completion's targets."""
+        return [
+            {name: values_BT[place] for name, values_BT in self.batch.per_token.items()} for place in self._targets(samples)
+        ]
+
+    def with_target_values(self, samples: Sequence[Sample], values: Sequence[Mapping[str, Tensor]]) -> Packed:
+        """With what `target_values` gave of its samples where they were packed otherwise; zero elsewhere."""
+        per_token = {
+            name: values_N.new_zeros(self.batch.tokens_BT.shape) for name, values_N in (values[0] if values else {}).items()
+        }
+        for place, of_sample in zip(self._targets(samples), values, strict=True):
+            for name, values_N in of_sample.items():
+                per_token[name][place] = values_N
+        return self.with_values(per_token)
+
+    def _targets(self, samples: Sequence[Sample]) -> list[tuple[int, Tensor]]:
+        """Of each of its samples the row, and in it the columns at which the completion's tokens are targets."""
+        return [
+            (int(row), torch.from_numpy(end - sample.places[-1] + sample.places))
+            for sample, row, end in zip(samples, self.rows_R, self.ends_R, strict=True)
+        ]
+
+    def at_ends(self, values_R: Tensor) -> Tensor:
+        """Values of samples at their last tokens, (B, T); zero elsewhere."""
+        values_BT = values_R.new_zeros(self.batch.tokens_BT.shape)
+        values_BT[self.rows_R, self.ends_R] = values_R
+        return values_BT
+
+    @property
+    def target_counts(self) -> Tensor:
+        """The number of targets of each sample, (R,)."""
+        return self.of_samples(self.batch.sequence_sums((self.batch.targets_BT != IGNORE_INDEX).float()))
+
+    def means(self, values_BT: Tensor) -> Tensor:
+        """The mean over each sample's targets of values of tokens, which are zero elsewhere; 0 of a sample without one."""
+        return self.of_samples(self.batch.sequence_sums(values_BT)) / self.target_counts.clamp(min=1)
+
+
+#: Rows of completions that share prompts are at most as long as this, or as two of the longest samples: attention to what a row
+#: masks takes time, too.
+_SHARED_ROW = 256
+
+
+class _Together(NamedTuple):
+    """Neighbouring samples of one prompt, which a row holds once. size: its tokens and those of all completions."""
+
+    first: int
+    number: int
+    size: int
+
+
+def pack_samples(
+    samples: Sequence[Sample],
+    is_kept: Sequence[bool],
+    padding_id: int,
+    layout: Layout = ALONE.layout,
+    *,
+    shared_row: int | None = None,
+) -> Packed:
+    """Samples in rows as long as the longest; as many rows as best-fit decreasing finds, and empty ones until a layout's ranks
+    have equally many.
+
+    Targets are the completions' tokens; samples that are not kept have none. With the sampler's log-probabilities by token.
+    shared_row: neighbouring completions of the same tokens see one copy of them, in rows of at most this many tokens where
+    no sample is longer; values and gradients are those of samples by themselves. A completion after the first begins at the
+    prompt's last token, since a token has one target. None: each sample has its prompt.
+    """
+    capacity, together = _arranged(samples, layout, shared_row)
+    row_of = best_fit([one.size for one in together], capacity)
+    count = layout.row_count(int(row_of.max()) + 1)
+    rows: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in range(count)]
+    shared: list[list[int]] = [[] for _ in range(count)]
+    rows_R, columns_R, ends_R = (np.zeros(len(samples), np.int64) for _ in range(3))
+    filled = [0] * count
+    sampled_BT = torch.zeros(count, capacity)
+    for one, row in zip(together, row_of.tolist(), strict=True):
+        prompt = samples[one.first].prompt_length - 1
+        for place in range(one.first, one.first + one.number):
+            sample, skipped = samples[place], 0 if place == one.first else prompt
+            begin = filled[row] - skipped
+            if is_kept[place]:
+                sampled_BT[row, begin + sample.places - 1] = torch.tensor(sample.log_probs)
+            rows_R[place], columns_R[place] = row, len(rows[row])
+            rows[row].append(sample.example(is_kept=is_kept[place], start=skipped))
+            shared[row].append(skipped)
+            ends_R[place] = begin + sample.places[-1] - 1
+            filled[row] = begin + len(sample.ids) - 1
+    batch = pack_rows(rows, capacity, padding_id, shared)
+    batch = replace(batch, per_token={SAMPLER: sampled_BT}, sequences=max(map(len, rows)))
+    if batch.sequences == 1:
+        # plain rows are causal, which costs less than a mask of documents
+        batch = replace(batch, positions_BT=None, document_ids_BT=None)
+    return Packed(batch, rows_R, columns_R, ends_R)
+
+
+def _arranged(samples: Sequence[Sample], layout: Layout, shared_row: int | None) -> tuple[int, list[_Together]]:
+    """Tokens of a row, and the samples that come into one together."""
+    longest = max(len(sample.ids) - 1 for sample in samples)
+    if shared_row is None:
+        return layout.row_length(longest), [_Together(place, 1, len(sample.ids) - 1) for place, sample in enumerate(samples)]
+    capacity = max(longest, min(shared_row, max(_SHARED_ROW, 2 * longest)))
+    found: list[_Together] = []
+    for place, sample in enumerate(samples):
+        added = len(sample.ids) - sample.prompt_length
+        if found and sample.continues(samples[found[-1].first]) and found[-1].size + added <= capacity:
+            found[-1] = _Together(found[-1].first, found[-1].number + 1, found[-1].size + added)
+        else:
+            found.append(_Together(place, 1, len(sample.ids) - 1))
+    return layout.row_length(max(one.size for one in found)), found
+
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Share:
+    """What this process does of a rollout: the ranks that share every matrix are one group, which samples as one."""
+
+    mesh: Mesh
+
+    @property
+    def groups(self) -> int:
+        """Tensor groups of the job."""
+        return self.mesh.layout.world_size // self.mesh.layout.tensor
+
+    @property
+    def places(self) -> slice:
+        """The prompts of this group: every n-th of n groups."""
+        return slice(self.mesh.rank // self.mesh.layout.tensor, None, self.groups)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process judges for its group."""
+        return self.mesh.rank % self.mesh.layout.tensor == 0
+
+    def gathered(self, make: Callable[[], list[Value]]) -> list[Value]:
+        """What `make` gives on each group's first rank for its places, in the order of all places, on every process.
+
+        Every process calls this. An error of one is raised on all.
+        """
+        if self.mesh.alone:
+            return make()
+        report: tuple[list[Value], BessemerError | None] = ([], None)
+        if self.leads:
+            try:
+                report = (make(), None)
+            except BessemerError as error:
+                report = ([], error)
+        everyone: list[Any] = [None] * self.mesh.layout.world_size
+        dist.all_gather_object(everyone, report)
+        parts = everyone[:: self.mesh.layout.tensor]
+        for _, failure in parts:
+            if failure is not None:
+                raise failure
+        whole: list[Value] = [None] * sum(len(values) for values, _ in parts)  # type: ignore[list-item]
+        for number, (values, _) in enumerate(parts):
+            whole[number :: self.groups] = values
+        return whole
+
+
+def of_all_rows(trainee: Trainee, batch: Batch, compute: Callable[[Batch], Tensor]) -> Tensor:
+    """Values of the tokens of all rows, (B, T), on every process: each computes those of the rows that it trains on.
+
+    compute: of the rows of this process, (b, T), as `Trainee.per_token` gives it. Every process calls this.
+    """
+    mesh = trainee.mesh
+    if mesh.alone:
+        return compute(batch)
+    layout = mesh.layout
+    own_bT = compute(batch.rows(trainee.rows(batch.tokens_BT.shape[0])))
+    everyone: list[Any] = [None] * layout.world_size
+    dist.all_gather_object(everyone, own_bT.cpu())
+    by_data_rank = {layout.data_rank(rank): values_bT for rank, values_bT in enumerate(everyone)}
+    return torch.cat([by_data_rank[rank] for rank in range(layout.data_ranks)])

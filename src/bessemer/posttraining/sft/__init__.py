@@ -1,0 +1,1 @@
+"""Supervised fine-tuning: the stage `sft`, and the command `bessemer finetune` (any model, any table)."""

@@ -1,0 +1,184 @@
+"""Settings of the stage `sft`, and of `bessemer finetune` with its defaults for a pretrained model. Imports no PyTorch."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal, Self
+
+from pydantic import field_validator, model_validator
+
+from bessemer.core.config import Config, nearest, setting
+from bessemer.core.records import TABLES, is_table
+from bessemer.core.usercode import is_user_function
+from bessemer.posttraining.data.made import REVISIONS, SYNTHETIC
+from bessemer.training.adapter_config import TuningConfig
+
+#: Raised when the same settings and inputs give other weights or conversations than before (golden outputs in the tests).
+SFT_VERSION = 8
+
+#: Data made from the run's own documents: its name in `data`.
+DOCS_QUESTIONS = "made/docs_questions"
+#: All data that a recipe makes and `sft` reads.
+MADE_DATA = (DOCS_QUESTIONS, REVISIONS, SYNTHETIC)
+
+#: What is done with an example that is longer than a row.
+Truncate = Literal["drop", "left", "refuse"]
+TRUNCATE = (
+    "Of what is longer than a row, or of an answer of a pair than half a row. drop: left out; left: its beginning is cut off, "
+    "and what the assistant says is learnt where it is whole; refuse: an error. How many there are is said. The end is never "
+    "cut off, so that every answer teaches where it ends."
+)
+#: Most tokens of a row where nothing is said.
+_LONGEST = 2048
+#: Before the name of a task whose items are data.
+TASK = "task/"
+
+
+class SFTConfig(TuningConfig):
+    """The stage `sft`: supervised fine-tuning on conversations, with the loss on the assistant's messages. The defaults suit a
+    real model that was pretrained elsewhere, as those of TRL, torchtune and LitGPT."""
+
+    shorthand: ClassVar[str | None] = "data"
+
+    data: list[str] = setting(
+        description=f"Conversations: {DOCS_QUESTIONS}; {REVISIONS} and {SYNTHETIC} of stages above; a task whose right answers "
+        f"are known, as in {TASK}sums; files of rows, as JSON lines, JSON, CSV or Parquet: {{messages}}, {{prompt, "
+        "completion}, ShareGPT's {conversations}, Alpaca's {instruction, input, output} (docs/sft.md); or your own "
+        "file.py:function that gives such rows.",
+        default_factory=lambda: [DOCS_QUESTIONS],
+        min_length=1,
+        code=True,
+    )
+    weights: dict[str, float] = setting(
+        default_factory=dict,
+        description="How often a set's conversations come in a pass, by its name in data; once where nothing is said. Of a "
+        "fraction the same conversations come in every pass. Those held out come once.",
+    )
+    prompt_column: str | None = setting(None, "Column of the questions, for tables of other names; with answer_column.")
+    answer_column: str | None = setting(None, "Column of the answers.")
+    train_questions: int = setting(600, f"Questions of {DOCS_QUESTIONS} to train on.", gt=0)
+    validation_questions: int = setting(200, f"Questions of {DOCS_QUESTIONS} about documents held out, never trained on.", ge=0)
+    task_items: int = setting(600, "Items of a task to train on, the first ones; none of them is held out.", gt=0)
+    validation_share: float = setting(0.05, "Fraction of a file's conversations that is held out.", ge=0, lt=1)
+    truncate: Truncate = setting("drop", TRUNCATE)
+    epochs: float = setting(3.0, "Passes over the conversations; without effect when steps is given.", gt=0)
+
+    pretraining_share: float = setting(
+        0.0,
+        "Share of the rows that are plain text of the run's token shards, learnt whole, so that the model does not forget what "
+        "it was pretrained on; the steps of an epoch are as many more.",
+        ge=0,
+        lt=1,
+    )
+    loss: Literal["cross_entropy", "dft"] = setting(
+        "cross_entropy",
+        "dft: each token's cross-entropy times its probability, so that what the model finds unlikely pulls less (Wu et al. "
+        "2025, arXiv 2508.05629).",
+    )
+    neftune_alpha: float | None = setting(
+        None,
+        "Noise on the embeddings in training, uniform within ± alpha / √(tokens × channels of a row) (Jain et al. 2023, "
+        "NEFTune: 5); in one process. Absent: none.",
+        gt=0,
+    )
+
+    optimizer: str = setting("adamw", "As in pretrain.", code=True)
+    learning_rate: float = setting(2e-5, "Peak learning rate.", gt=0)
+    context_length: int = setting(
+        _LONGEST, f"Tokens of a row; where nothing is said, the model's context, at most {_LONGEST:,}.", unit="tokens", gt=0
+    )
+    warmup_fraction: float | None = setting(
+        0.05, "Fraction of the steps in which the learning rate rises from zero.", ge=0, le=1
+    )
+    decay_fraction: float | None = setting(
+        0.5, "wsd: fraction of the steps, at the end, in which the learning rate falls to zero.", ge=0, le=1
+    )
+
+    def fitted_to(self, longest: int) -> Self:
+        """With rows no longer than a model's context, where their length is not given."""
+        if self.has_given_length or self.context_length <= longest:
+            return self
+        return self.with_changes(context_length=longest)
+
+    @property
+    def has_given_length(self) -> bool:
+        """Whether somebody said how long rows are."""
+        return "context_length" in self.model_fields_set
+
+    @property
+    def packed(self) -> bool:
+        """Whether rows hold several conversations that do not attend to each other."""
+        return True
+
+    @field_validator("data")
+    @classmethod
+    def _known_data(cls, names: list[str]) -> list[str]:
+        for name in names:
+            is_known = name in MADE_DATA or name.startswith(TASK) or is_table(name)
+            if not is_known and not is_user_function(name):
+                known = nearest(name, list(MADE_DATA))
+                raise ValueError(
+                    f"{name!r} is neither a file of rows ({', '.join(TABLES)}), nor made data, nor a file.py:function{known}"
+                )
+        return names
+
+    @model_validator(mode="after")
+    def _check_weights(self) -> Self:
+        for name, weight in self.weights.items():
+            # a recipe that another extends may weigh what that one does not read
+            if name not in self.data and name not in MADE_DATA and not name.startswith(TASK):
+                raise ValueError(f"weights: {name!r} is not in data{nearest(name, self.data)}")
+            if not 0 < weight <= 1000:
+                raise ValueError(f"weights: {name!r} must come more often than never, and at most 1,000 times, not {weight:g}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_columns(self) -> Self:
+        if (self.prompt_column is None) != (self.answer_column is None):
+            raise ValueError("prompt_column and answer_column go together")
+        return self
+
+    @model_validator(mode="after")
+    def _check_loss(self) -> Self:
+        if self.loss == "dft" and self.z_loss:
+            raise ValueError("z_loss: beside cross_entropy, not beside dft")
+        return self
+
+    @property
+    def columns(self) -> tuple[str, str] | None:
+        """The columns of questions and of answers, where they are named."""
+        if self.prompt_column is None or self.answer_column is None:
+            return None
+        return self.prompt_column, self.answer_column
+
+
+#: Ways to tune, from the one that needs most memory to the one that needs least.
+Method = Literal["full", "lora", "qlora"]
+#: Peak learning rate of a real model whose weights are all tuned.
+FULL_LEARNING_RATE = 1e-5
+
+
+class FinetuneConfig(Config):
+    """How a model is fine-tuned on questions and answers."""
+
+    method: Literal["auto", "full", "lora", "qlora"] = setting(
+        "auto",
+        "full: all weights; lora: a low-rank adapter beside them; qlora: beside weights of 4 bits; auto: the first of these "
+        "that memory holds.",
+    )
+    also: dict[str, float] = setting(
+        default_factory=dict, description="Further files of questions and answers, and how often each comes in a pass."
+    )
+    prompt_column: str | None = setting(None, "Column of the questions; absent: found by its name.")
+    answer_column: str | None = setting(None, "Column of the answers; absent: found by its name.")
+    epochs: float = setting(2.0, "Passes over the data.", gt=0)
+    learning_rate: float | None = setting(None, "Peak learning rate; absent: 1e-5 for full, 2e-4 for an adapter.", gt=0)
+    rank: int = setting(16, "Rank of an adapter.", gt=0)
+    context_length: int | None = setting(
+        None, "Tokens of a row; absent: those of the longest conversation, at most 2,048 and the model's context.", gt=1
+    )
+    batch_size: int | None = setting(None, "Rows of a batch; absent: as many as hold eight conversations.", gt=0)
+    truncate: Truncate = setting("drop", TRUNCATE)
+    held_out: float = setting(0.1, "Share of the data that is held out, to see whether the model got better.", gt=0, lt=1)
+    merge: bool = setting(
+        False, "Also write model/, the weights with the adapter merged into them; at any time later too.", affects_output=False
+    )

@@ -1,0 +1,344 @@
+"""A fine-tuning from a model and a file to an adapter or a model, with held-out losses and answers from before and after."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+
+from bessemer.core.errors import ArtefactError
+from bessemer.core.hashing import hash_file
+from bessemer.core.progress import Progress
+from bessemer.core.store import read_json, write_json, write_text
+from bessemer.inference.engine import Engine, EngineConfig
+from bessemer.inference.sampling.params import SamplingParams
+from bessemer.model.adapters import Adapter, adapted
+from bessemer.model.adapters.folder import read_adapter
+from bessemer.model.adapters.trained import adapter_of, adapters_of, without_adapters
+from bessemer.model.decoder import Decoder
+from bessemer.model.device import choose_device
+from bessemer.model.formats import ModelSource
+from bessemer.model.quantisation.quantised_layers import is_quantised
+from bessemer.model.storage.folder import load_model
+from bessemer.model.storage.tuned_folder import ADAPTER, BASE, HELD_OUT_TASK, MODEL, RECORD, place_of_base
+from bessemer.posttraining.data.examples import Conversation
+from bessemer.posttraining.data.packing import Example
+from bessemer.posttraining.sft.config import FULL_LEARNING_RATE, FinetuneConfig, Method, SFTConfig
+from bessemer.posttraining.sft.finetune_inputs import prepare_base
+from bessemer.posttraining.sft.finetune_plan import Sizes, plan_finetuning, product_dtype
+from bessemer.posttraining.sft.report import one_line
+from bessemer.posttraining.sft.stage import sft
+from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
+from bessemer.training.checkpoint.manager import CHECKPOINTS
+from bessemer.training.data.batches import IGNORE_INDEX, Batch
+from bessemer.training.data.packing import pack_rows
+from bessemer.training.model_setup import starting_model
+from bessemer.training.objectives import token_losses
+from bessemer.training.runtime import Runtime
+
+#: Rows of the task of what is held out.
+HELD_OUT_ROWS = "held_out.jsonl"
+#: Conversations read at once.
+_ROWS = 4
+
+
+def conversation_losses(
+    model: Decoder, examples: Sequence[Example], context_length: int, padding_id: int, progress: Progress, description: str
+) -> np.ndarray:
+    """Mean −log p of each example's targets, (N,) float64, in nats a token, one example a row."""
+    losses: list[float] = []
+    with progress.task(description, total=len(examples), unit="conversations") as task:
+        for start in range(0, len(examples), _ROWS):
+            chosen = examples[start : start + _ROWS]
+            longest = max(len(example.tokens) for example in chosen)
+            batch = pack_rows([[(one.tokens, one.targets)] for one in chosen], min(longest, context_length), padding_id)
+            losses += _means(model, batch)
+            task.advance(len(chosen))
+    return np.array(losses)
+
+
+def write_task(out: Path, held_out: Sequence[Conversation], tokenizer: Tokenizer) -> None:
+    """Write the questions held out with their answers as a task, which any model may be evaluated on; nothing where there are
+    no conversations of one question and one answer.
+
+    An answer is scored by the words that it shares with that of the data, and may be a little longer than the longest.
+    A task has one system message: the first conversation's.
+    """
+    rows: list[dict[str, str]] = []
+    system: str | None = None
+    for one in held_out:
+        has_system = bool(one.messages) and one.messages[0]["role"] == "system"
+        said = one.messages[has_system:]
+        own = one.messages[0]["content"] if has_system else None
+        if one.tools or [message["role"] for message in said] != ["user", "assistant"] or (rows and own != system):
+            continue
+        question, answer = (message.get("content") or "" for message in said)
+        if question.strip() and answer.strip():
+            system = own
+            rows.append({"id": one.id, "question": question, "answer": answer})
+    if not rows:
+        return
+    longest = max(len(tokenizer.encode(row["answer"], add_bos=False)) for row in rows)
+    settings = {
+        "kind": "generate",
+        "data": HELD_OUT_ROWS,
+        "id": "id",
+        "prompt": "{question}",
+        "answers": ["answer"],
+        "chat": True,
+        **({} if system is None else {"system": system}),
+        "max_tokens": longest + longest // 4 + 8,
+        "verifier": {"method": "overlap"},
+    }
+    # JSON is YAML
+    lines = [f"{name}: {json.dumps(value, ensure_ascii=False)}\n" for name, value in settings.items()]
+    write_text(out / HELD_OUT_TASK, "".join(lines))
+    write_text(out / HELD_OUT_ROWS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+@torch.no_grad()
+def _means(model: Decoder, batch: Batch) -> list[float]:
+    batch = batch.to(model.device)
+    sums_B = token_losses(model, batch).double().sum(1)
+    counts_B = (batch.targets_BT != IGNORE_INDEX).sum(1)
+    return (sums_B / counts_B).tolist()
+
+
+#: Validations of a run.
+_VALIDATIONS = 4
+#: Held-out questions that are answered before and after, and the tokens of an answer at most.
+_QUESTIONS, _ANSWER_TOKENS = 3, 64
+#: Of these, how many the model answers while it learns, and the tokens of an answer.
+_SAMPLES, _SAMPLE_TOKENS = 2, 48
+#: Characters of a question or an answer that are shown on one line.
+_SHOWN = 70
+_WHAT = "record of a fine-tuning"
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """What came out. before_N, after_N: mean loss of each conversation held out, in nats a token; ids_N: of these. answers: of
+    some of their questions, with what the model said before and after. base: the folder that an adapter is for; tokenizer_hash:
+    of its tokenizer."""
+
+    method: Method
+    base: Path
+    tokenizer_hash: str
+    ids_N: Sequence[str]
+    before_N: np.ndarray
+    after_N: np.ndarray
+    answers: Sequence[dict[str, str]]
+    metrics: dict[str, Any]
+
+
+def finetune(
+    config: FinetuneConfig, source: ModelSource, data: Path, out: Path, *, seed: int, device: str, progress: Progress
+) -> Finetuned:
+    """Fine-tune a model on a file of questions and answers; the same call goes on where it was stopped.
+
+    Writes below `out`: `adapter/` or `model/`, what `sft` writes, `base/` where the model had to be made ready, the task
+    `held_out.yaml`, and `finetune.json`. Raises SourceError, RequestError or ArtefactError for data and models that cannot be
+    used, ConfigError for settings, and a model that memory does not hold; nothing is written before. `finished` is asked
+    before.
+    """
+    with TemporaryDirectory() as scratch:
+        known = ModelSource("folder", str(out / BASE)) if (out / BASE).exists() else source
+        # the method is chosen once: another time memory may hold more, or less
+        begun = read_json(out / RECORD, _WHAT).get("method") if (out / RECORD).exists() else None
+        planned = config if begun is None else config.with_changes(method=begun)
+        plan = plan_finetuning(planned, known, data, seed=seed, device=device, scratch=Path(scratch))
+        example = plan.rendered_example()
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / RECORD).exists():
+        write_json(out / RECORD, {"asked": asked_of(config, source, data, seed)})
+    if "prompt_column" in plan.settings:
+        progress.say(f"{data}: questions in {plan.settings['prompt_column']!r}, answers in {plan.settings['answer_column']!r}")
+    base = prepare_base(source, out / BASE, progress)
+    chosen = {"method": plan.method, "reason": plan.reason, "base": place_of_base(base, out)}
+    record = chosen | read_json(out / RECORD, _WHAT)
+    write_json(out / RECORD, record)
+    method: Method = record["method"]
+    progress.say(f"  {method}: {record['reason']}")
+    for line in (*plan.sentences, *example):
+        progress.say(line)
+    tokenizer, chosen_device = load_tokenizer(base), choose_device(device)
+    tuning = SFTConfig.parse(
+        plan.settings | _training_settings(config, method, plan.sizes, chosen_device), lambda path: f"--{path[0]}"
+    )
+    measure = partial(
+        conversation_losses,
+        examples=[example for _, example in plan.examples],
+        context_length=plan.sizes.context_length,
+        padding_id=tokenizer.bos_id,
+        progress=progress,
+    )
+    runtime = Runtime.of(tuning, chosen_device)
+    questions = _Questions(plan.held_out, tokenizer, plan.base.config.max_position_embeddings)
+
+    def measured(model: Decoder, when: str, adapter: Adapter | None = None) -> tuple[np.ndarray, list[str]]:
+        """Losses and answers, as training computes: what is frozen may lie in half precision."""
+        with runtime.evaluating(model):
+            answers = questions.answers(model, adapter)
+            with adapted(model, [] if adapter is None else [(adapter, None)]):
+                return measure(model, description=f"loss {when}"), answers
+
+    write_task(out, plan.held_out, tokenizer)
+    before_N, answers_before = measured(starting_model(base, tuning, chosen_device, seed), "before")
+    samples = _Samples(questions, plan.sizes.steps, progress)
+    metrics = sft(tuning, base, None, out, seed=seed, device=device, progress=progress, on_validation=samples.show)
+    if method == "full":
+        after_N, answers_after = measured(load_model(out / MODEL, device=chosen_device), "after")
+    else:
+        tuned = starting_model(base, tuning, chosen_device, seed)
+        adapter = read_adapter(out / ADAPTER, load_model(base)).to(chosen_device, torch.float32).fitted(tuned)
+        after_N, answers_after = measured(tuned, "after", adapter)
+    return Finetuned(
+        method,
+        base,
+        tokenizer.hash,
+        [one.id for one, _ in plan.examples],
+        before_N,
+        after_N,
+        questions.compared(answers_before, answers_after),
+        metrics,
+    )
+
+
+def asked_of(config: FinetuneConfig, source: ModelSource, data: Path, seed: int) -> dict[str, Any]:
+    """What tells one fine-tuning from another."""
+    also = {"also": {hash_file(Path(name)): weight for name, weight in config.also.items()}}
+    return {"settings": config.output_settings() | also, "model": source.name, "data": hash_file(data), "seed": seed}
+
+
+def finished(out: Path, asked: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+    """The result of a fine-tuning that has ended in a folder; None where it is still to be made.
+
+    Raises ArtefactError where the folder holds another fine-tuning, or something else.
+    """
+    record = out / RECORD
+    if record.exists():
+        found = read_json(record, _WHAT)
+        given = found.get("asked", {})
+        # an older record says whether it was merged
+        given.get("settings", {}).pop("merge", None)
+        if given != asked():
+            raise ArtefactError(
+                f"{out}: holds another fine-tuning, of other data, another model or settings; name another folder"
+            )
+        result: dict[str, Any] | None = found.get("result")
+        return result
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ArtefactError(f"{out}: exists already and is not empty; name another folder")
+    return None
+
+
+def finish(out: Path, result: dict[str, Any]) -> None:
+    """Write the result down, and remove the checkpoints, which nothing needs any more."""
+    write_json(out / RECORD, {**read_json(out / RECORD, _WHAT), "result": result})
+    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+
+
+def _training_settings(config: FinetuneConfig, method: Method, sizes: Sizes, device: torch.device) -> dict[str, Any]:
+    """The settings of `sft` that suit a real model."""
+    found: dict[str, Any] = {
+        "steps": sizes.steps,
+        "batch_size": sizes.batch_size,
+        "context_length": sizes.context_length,
+        "truncate": config.truncate,
+        "evaluate_every": max(1, -(-sizes.steps // _VALIDATIONS)),
+        "optimizer": "adamw",
+        "beta2": 0.999,
+        "weight_decay": 0.0,
+        "schedule": "cosine",
+        "warmup_fraction": 0.1,
+        "diagnostics_every": 0,
+        "dtype": str(product_dtype(device)).removeprefix("torch."),
+        "compile": False,
+    }
+    if method == "full":
+        return found | {"learning_rate": config.learning_rate or FULL_LEARNING_RATE}
+    quantize = "int4" if method == "qlora" else None
+    found["adapter"] = {"rank": config.rank, "alpha": 2.0 * config.rank, "quantize": quantize, "merge": False}
+    return found | ({} if config.learning_rate is None else {"learning_rate": config.learning_rate})
+
+
+class _Questions:
+    """The first questions held out that leave room for an answer within the model's context, and what a model answers."""
+
+    def __init__(self, held_out: Sequence[Conversation], tokenizer: Tokenizer, context: int) -> None:
+        self._tokenizer = tokenizer
+        self._asked: list[tuple[str, str, list[int]]] = []
+        for one in held_out:
+            *before, last = one.messages or [{"role": ""}]
+            if last["role"] != "assistant" or not before or not (question := before[-1].get("content")):
+                continue
+            ids = tokenizer.apply_chat_template(before, add_generation_prompt=True, tools=one.tools or None)
+            if len(ids) + _ANSWER_TOKENS <= context:
+                self._asked.append((question, last.get("content") or "", ids))
+            if len(self._asked) == _QUESTIONS:
+                break
+
+    def answers(
+        self, model: Decoder, adapter: Adapter | None = None, *, most: int = _QUESTIONS, tokens: int = _ANSWER_TOKENS
+    ) -> list[str]:
+        """Greedy answers of a model as it is, or with an adapter. An adapter in training stays beside the weights: merged, it
+        would take a second copy. most: questions. tokens: of an answer, at most."""
+        prompts = [ids for _, _, ids in self._asked[:most]]
+        if not prompts:
+            return []
+        config = EngineConfig(
+            max_model_len=max(map(len, prompts)) + tokens,
+            max_num_seqs=len(prompts),
+            # which would pack the weights, another copy, and over codes round activations as the trainer does not
+            cpu_kernels="off",
+            # beside codes the engine keeps keys and values in half precision, which the trainer does not
+            kv_cache_dtype="float32" if is_quantised(model) else "auto",
+        )
+        with without_adapters(model):
+            engine = Engine(model, self._tokenizer, config=config)
+            name = None
+            if adapter is not None or adapters_of(model):
+                name = "trained"
+                engine.load_adapter(name, adapter or adapter_of(model))
+            # beside each other: every token of all reads the weights once
+            found = engine.generate(prompts, SamplingParams(max_tokens=tokens, temperature=0.0), adapter=name)
+        return [answer.text for answer in found]
+
+    def shown(self, answers: Sequence[str]) -> list[str]:
+        """Questions and answers, each pair on a line."""
+        return [
+            f"{one_line(question, _SHOWN)} → {one_line(answer, _SHOWN)}"
+            for (question, _, _), answer in zip(self._asked, answers, strict=False)
+        ]
+
+    def compared(self, before: Sequence[str], after: Sequence[str]) -> list[dict[str, str]]:
+        """Question, the answer of the data, and those of the model, for the record."""
+        return [
+            {"prompt": question, "reference": reference, "before": first, "after": second}
+            for (question, reference, _), first, second in zip(self._asked, before, after, strict=True)
+        ]
+
+
+class _Samples:
+    """Answers to some questions held out, said at each validation but the last, whose answers are those at the end."""
+
+    def __init__(self, questions: _Questions, steps: int, progress: Progress) -> None:
+        self._questions = questions
+        self._steps = steps
+        self._progress = progress
+
+    def show(self, finished: int, model: Decoder) -> None:
+        """Say what a model in training answers."""
+        if finished >= self._steps:
+            return
+        answers = self._questions.answers(model, most=_SAMPLES, tokens=_SAMPLE_TOKENS)
+        for line in self._questions.shown(answers):
+            self._progress.say(f"  step {finished:,}: {line}")

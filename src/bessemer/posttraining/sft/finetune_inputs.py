@@ -1,0 +1,164 @@
+"""Inputs of `bessemer finetune`: the model as a folder of ours with a chat template, and the table's columns of questions and
+answers.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bessemer.core.config import nearest
+from bessemer.core.errors import ArtefactError, SourceError
+from bessemer.core.progress import Progress
+from bessemer.core.records import read_records
+from bessemer.core.store import new_folder
+from bessemer.data.sources.io.paths import READ_BY
+from bessemer.model.config import ModelConfig
+from bessemer.model.formats import ModelSource, import_model
+from bessemer.model.formats.gguf_import import GgufFile, in_a_family, write_tokenizer
+from bessemer.model.storage.folder import TOKENIZER_FILES, holds_codes, read_model_config
+from bessemer.model.storage.library import download
+from bessemer.posttraining.data.formats import ANSWERS, CONTINUE, PROMPTS, is_plain_text
+from bessemer.tokenization.chat_templates import CHAT_TEMPLATES
+from bessemer.tokenization.control_tokens import TEMPLATE_TOKENS
+from bessemer.tokenization.formats.exchange import import_tokenizer
+from bessemer.tokenization.tokenizer import CHAT_TEMPLATE_FILE, Tokenizer, load_tokenizer
+
+
+def prepare_base(source: ModelSource, folder: Path, progress: Progress) -> Path:
+    """A model's folder itself where it can be tuned as it is; else `folder`, made of it where it is not there yet.
+
+    A GGUF file and a model of the hub are imported; a model without a chat template gets one. Raises what `import_model` does.
+    """
+    if folder.exists():
+        return folder
+    place = source.path
+    if source.kind != "folder":
+        progress.say(f"importing {source.name}")
+        for note in import_model(source, folder):
+            progress.say(f"  note: {note}")
+        place = folder
+    tokenizer = load_tokenizer(place)
+    if tokenizer.chat_template is not None:
+        return place
+    name = suitable_template(tokenizer)
+    progress.say(f"  the model has no chat template: it gets {name}, whose control tokens it knows")
+    if place != folder:
+        with new_folder(folder) as partial:
+            for file in place.iterdir():
+                if file.is_file():
+                    _link(file, partial / file.name)
+    (folder / CHAT_TEMPLATE_FILE).write_text(CHAT_TEMPLATES[name], encoding="utf-8")
+    return folder
+
+
+class BaseModel(NamedTuple):
+    """What is small of a model that is to be tuned. quantised: the bytes of its weights where they are codes; None: they are
+    not."""
+
+    name: str
+    config: ModelConfig
+    tokenizer: Tokenizer
+    quantised: float | None
+
+
+def read_base(source: ModelSource, scratch: Path) -> BaseModel:
+    """What is small of the model that `prepare_base` makes, without its weights. scratch: an empty folder for the tokenizer's
+    files. Raises what `import_model` does."""
+    if source.kind == "gguf":
+        with source.path.open("rb") as stream:
+            file = GgufFile(source.path, stream)
+            config = file.config()
+            tokenizer = write_tokenizer(file, config, scratch, None, compact=True)[1]
+        if tokenizer is None:
+            raise ArtefactError(f"{source.name}: the file holds no tokenizer, and a model is tuned with its own")
+        return BaseModel(source.name, in_a_family(config), _with_template(tokenizer, scratch), None)
+    place, files = source.path, source.path
+    if source.kind == "hub":
+        place, files = download(source.name), scratch
+        import_tokenizer(place, scratch)
+    tokenizer = load_tokenizer(files)
+    if tokenizer.chat_template is None and files != scratch:
+        for name in TOKENIZER_FILES:
+            if (files / name).exists():
+                shutil.copyfile(files / name, scratch / name)
+    quantised = float(sum(path.stat().st_size for path in place.glob("*.safetensors"))) if holds_codes(place) else None
+    return BaseModel(source.name, read_model_config(place), _with_template(tokenizer, scratch), quantised)
+
+
+def _with_template(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
+    """A tokenizer with a chat template: itself, or that of its folder with a suitable one, which is written there."""
+    if tokenizer.chat_template is not None:
+        return tokenizer
+    (folder / CHAT_TEMPLATE_FILE).write_text(CHAT_TEMPLATES[suitable_template(tokenizer)], encoding="utf-8")
+    return load_tokenizer(folder)
+
+
+def suitable_template(tokenizer: Tokenizer) -> str:
+    """The first of our templates whose control tokens a tokenizer has: ChatML's where it has them, at least the plain one, of
+    words alone. So no token is new, and an adapter holds all that is learnt."""
+    for name in ("chatml", "llama3"):
+        # the end of a text is any tokenizer's own
+        if all(tokenizer.control_id(token) is not None for token in TEMPLATE_TOKENS[name][1:]):
+            return name
+    return "plain"
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file under another name, or a copy where the disk has no such links."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+#: Suffixes of files that hold texts, and no questions with answers.
+_TEXT_FILES = {".docx", ".odt", ".rtf"}
+_TEXT_FILES |= {suffix for suffix, source in READ_BY.items() if source not in ("tables", "code") and suffix != ".jsonl"}
+
+
+def find_columns(path: Path, prompt: str | None, answer: str | None) -> tuple[str, str] | None:
+    """The columns of questions and of answers of a file: those that are named, or the ones that can be told by their names;
+    None for rows that are conversations in a format of their own.
+
+    Raises SourceError where they cannot be told, or there are none of the names given, and for a folder or a file of texts;
+    ArtefactError as `read_records`.
+    """
+    if path.is_dir() or path.suffix.lower() in _TEXT_FILES:
+        what = "a folder" if path.is_dir() else "a file of text"
+        raise SourceError(f"{path}: is {what}, and finetune learns answers from a table of questions and answers; {CONTINUE}")
+    row = read_records(path)[0].values
+    for option, name in (("--prompt-column", prompt), ("--answer-column", answer)):
+        if name is not None and name not in row:
+            raise SourceError(f"{path}: {option}: there is no column {name!r}{nearest(name, list(row))}")
+    if prompt is None and answer is None and _is_conversation(row):
+        return None
+    if prompt is None and answer is None and is_plain_text(row):
+        raise SourceError(
+            f"{path}: no name of its columns ({', '.join(map(repr, row))}) tells of questions and answers; {CONTINUE}; or name "
+            "the two columns with --prompt-column and --answer-column"
+        )
+    found = prompt or _only(path, row, PROMPTS, "--prompt-column"), answer or _only(path, row, ANSWERS, "--answer-column")
+    if found[0] == found[1]:
+        raise SourceError(f"{path}: the column {found[0]!r} cannot be question and answer both")
+    return found
+
+
+def _is_conversation(row: Mapping[str, Any]) -> bool:
+    """Whether `formats.as_answered` makes a conversation of a row, and not a text without roles."""
+    if "messages" in row or "conversations" in row or isinstance(row.get("prompt"), list):
+        return True
+    return "instruction" in row and ("output" in row or "response" in row) and "completion" not in row
+
+
+def _only(path: Path, row: Mapping[str, Any], names: Sequence[str], option: str) -> str:
+    """The one column that has one of these names."""
+    found = [column for column in row if str(column).strip().lower() in names]
+    if len(found) == 1:
+        return found[0]
+    columns = ", ".join(map(repr, row))
+    what = f"{' and '.join(map(repr, found))} could both be meant" if found else f"none of {columns} tells by its name"
+    raise SourceError(f"{path}: {what}; name the column with {option}")

@@ -1,0 +1,191 @@
+"""What supervised fine-tuning achieved: the stage's section of the report, and the verdict of `bessemer finetune` in words.
+
+The verdict says whether the model is better, by how much and how sure that is. `metric_curves` draws the logged figures of
+every method of post-training. Imports no PyTorch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bessemer.core.errors import ArtefactError
+from bessemer.core.records import json_lines
+from bessemer.core.report import Answer, Answers, Curves, Facts, Heading, Metrics, Part, Section, Series, StageReport, Text
+from bessemer.core.statistics import Estimate, paired_difference
+from bessemer.training.report import diagnostics, summary_line, task_accuracies, training_curves
+
+__all__ = ["next_steps", "report", "summary_line"]
+
+
+def metric_curves(records: Sequence[Metrics], charts: Mapping[str, tuple[Sequence[str], float]]) -> list[Curves]:
+    """A chart for each title, of the metrics that it names times a factor, as they are and as `validation_NAME`.
+
+    records: the lines of a `metrics.jsonl`.
+    """
+    return [Curves(_series(records, keys, factor), title) for title, (keys, factor) in charts.items()]
+
+
+def _series(records: Sequence[Metrics], keys: Sequence[str], factor: float) -> list[Series]:
+    series = []
+    for key in keys:
+        for name, of in ((key, "training"), (f"validation_{key}", "held out")):
+            points = [(record["step"], factor * record[name]) for record in records if name in record]
+            if points:
+                label = of if len(keys) == 1 else f"{key.rpartition('_')[2]}, {of}"
+                series.append(Series(label, *zip(*points, strict=True)))
+    return series
+
+
+#: Answers shown of each kind, held in and held out.
+_SHOWN_ANSWERS = 8
+
+
+def report(stage: StageReport) -> Section:
+    """Curves of a fine-tuning, and what its model answered in the run's evaluation."""
+    parts: list[Part] = [
+        Text(
+            "The pretrained model learns to answer questions. Questions held in were part of this training: right answers to "
+            "them are memorised and say nothing of what it knows. Questions held out were never shown.",
+            lead=True,
+        ),
+        *training_curves(stage.records),
+        *task_accuracies(stage.records),
+        *diagnostics(stage.records),
+        Facts(stage.metrics),
+    ]
+    answers = [
+        answer
+        for evaluation in stage.run.of_kind("evaluate")
+        for answer in read_answers(evaluation.folder / "answers.jsonl")
+        if answer.model == stage.name
+    ]
+    for held_in, title in ((False, "Held-out questions"), (True, "Held-in questions, memorised")):
+        chosen = [answer for answer in answers if answer.held_in == held_in][:_SHOWN_ANSWERS]
+        if chosen:
+            parts += [Heading(title), Answers(chosen)]
+    return Section(stage.titled("Fine-tuning"), parts)
+
+
+def next_steps(stage: StageReport) -> list[str]:
+    """A chat with the run's model, and serving it."""
+    serve = [f"bessemer serve {stage.run.name}"] if (stage.run.folder / "model").exists() else []
+    return [f"bessemer chat {stage.run.name}", *serve]
+
+
+def read_answers(path: Path) -> list[Answer]:
+    """The models' answers to the tasks' questions, from an evaluation's `answers.jsonl`; empty when there is no file."""
+    if not path.exists():
+        return []
+    records: list[Metrics] = json_lines(path.read_text(encoding="utf-8"))
+    return [
+        Answer(
+            question=record["messages"][-1]["content"],
+            expected=record["reference"],
+            answer=given["text"],
+            correct=bool(given["exact_match"]),
+            held_in=record["set"] == "held_in",
+            model=model,
+        )
+        for record in records
+        for model, given in record["answers"].items()
+    ]
+
+
+#: Sizes of a difference, in words, each up to a share by which the lower of the two perplexities is below the other.
+SIZES = ((0.05, "a little"), (0.3, "clearly"), (1.0, "much"))
+#: Characters of a question or an answer that are shown on one line.
+_SHOWN = 160
+
+
+def verdict(before_N: np.ndarray, after_N: np.ndarray) -> dict[str, Any]:
+    """Figures and words on the losses of the same conversations before and after, in nats a token.
+
+    `better` is true where the whole 95 % interval of the paired differences is above 0. `size` is by how much at least, by
+    the end of the interval that is nearer to 0; None where the interval holds 0.
+    """
+    estimate = paired_difference(before_N, after_N)
+    low, high = estimate.interval()
+    before, after = float(before_N.mean()), float(after_N.mean())
+    size = size_word(estimate)
+    if low > 0:
+        answer = f"yes, {size} better"
+    elif high < 0:
+        answer = f"no, {size} worse"
+    else:
+        answer = "not to be told"
+    words = (
+        f"better than before on what was held out: {answer}. Loss {before:.3f} → {after:.3f} nats a token, "
+        f"{abs(estimate.mean):.3f} {'lower' if estimate.mean > 0 else 'higher'} (95 % interval of the fall: {low:.3f} to "
+        f"{high:.3f}; {estimate.items:,} conversations)"
+    )
+    return {
+        "verdict": words,
+        "size": size,
+        "loss_before": before,
+        "loss_after": after,
+        "difference": estimate.mean,
+        "interval": [low, high],
+        "conversations": estimate.items,
+        "better": low > 0,
+    }
+
+
+def size_word(estimate: Estimate) -> str | None:
+    """How large a difference of losses is at least, in words; None where its interval holds 0."""
+    low, high = estimate.interval()
+    least = low if low > 0 else -high
+    if least <= 0:
+        return None
+    share = 1 - math.exp(-least)
+    return next(word for most, word in SIZES if share <= most)
+
+
+def record_lines(result: Mapping[str, Any]) -> list[str]:
+    """What a record tells of a fine-tuning: answers before and after, what was learnt, and the verdict."""
+    return [*answer_lines(result.get("answers", ())), result["data"], result["verdict"]]
+
+
+def compared_lines(results: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
+    """Two fine-tunings on the conversations that both held out: how the losses of the second differ from those of the first.
+
+    Raises ArtefactError where they held out none alike, or tokens differ, so that a loss per token is of another unit.
+    """
+    first, second = (result.get("losses", {}) for result in results)
+    shared = [id for id in first if id in second]
+    if len(shared) < 2:
+        raise ArtefactError(
+            f"{' and '.join(names)} held out {len(shared)} conversations alike, too few to compare them on; tune both on the "
+            "same data with the same seed, or evaluate both on a task: bessemer evaluate"
+        )
+    if results[0]["tokenizer"] != results[1]["tokenizer"]:
+        raise ArtefactError(
+            f"{' and '.join(names)} have different tokenizers, so that losses per token cannot be compared; evaluate both on a "
+            "task: bessemer evaluate"
+        )
+    after = [np.array([losses[id][1] for id in shared]) for losses in (first, second)]
+    told = verdict(after[0], after[1])
+    tables = (
+        f"{name}: {result['method']}, loss {result['loss_before']:.3f} → {result['loss_after']:.3f} nats a token"
+        for name, result in zip(names, results, strict=True)
+    )
+    return [*tables, told["verdict"].replace("better than before", f"{names[1]} better than {names[0]}", 1)]
+
+
+def answer_lines(answers: Sequence[Mapping[str, str]]) -> list[str]:
+    """Questions with the answers before and after, for a terminal."""
+    lines = []
+    for one in answers:
+        lines.append(f"  {one_line(one['prompt'], _SHOWN)}")
+        lines += [f"    {when}: {one_line(one[when], _SHOWN) or '(nothing)'}" for when in ("before", "after")]
+    return lines
+
+
+def one_line(text: str, most: int) -> str:
+    """The beginning of a text, on one line."""
+    words = " ".join(text.split())
+    return words if len(words) <= most else f"{words[: most - 1]}…"

@@ -1,0 +1,288 @@
+"""The stage `sft`: supervised fine-tuning of a pretrained model on conversations.
+
+Conversations come from files, functions, earlier stages, documentation, and from the items of tasks with their right
+answers. Rows of the run's token shards may be mixed in and are learnt whole: a model that learns to answer forgets some of
+what it was pretrained on (as in Ouyang et al. 2022, section 3.5, where the gradient of pretraining is mixed into tuning).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bessemer.core.errors import ConfigError, SourceError
+from bessemer.core.hashing import derive_seed, hash_value
+from bessemer.core.progress import Progress, Silent
+from bessemer.core.stage import OpenTasks
+from bessemer.core.usercode import is_user_function
+from bessemer.data.corpus.reader import TRAIN, VALIDATION
+from bessemer.distributed.mesh import ALONE, Mesh
+from bessemer.model.decoder import Decoder
+from bessemer.model.storage.folder import read_model_config
+from bessemer.posttraining.data.examples import Conversation, made_conversations, read_conversations, write_conversations
+from bessemer.posttraining.data.made import data_path
+from bessemer.posttraining.data.packing import PackedBatches, pack_conversations, validation_on
+from bessemer.posttraining.data.splitting import are_held_out, opening_key, opening_of
+from bessemer.posttraining.sft.config import DOCS_QUESTIONS, MADE_DATA, TASK, SFTConfig
+from bessemer.posttraining.synthetic.documentation import make_questions
+from bessemer.tasks.config import TaskOptions
+from bessemer.tasks.questions import GenerationTask
+from bessemer.tasks.registry import find_tasks
+from bessemer.tokenization.shards import TokenShards
+from bessemer.tokenization.tokenizer import load_tokenizer
+from bessemer.training.autotune import Plan
+from bessemer.training.data.batches import Batch, BatchSource, StatelessBatches, TokenBatches, concatenated
+from bessemer.training.head import token_log_probs
+from bessemer.training.job import OnStepEnd, run_training
+from bessemer.training.objectives import NextTokenObjective
+from bessemer.training.trainer import Trainer
+
+
+def dynamic_fine_tuning(model: Decoder, hidden_BTD: Tensor, targets_BT: Tensor, z_loss: float) -> Tensor:
+    """Sum over the targets of −sg(p) log p, with sg(p) the probability without a gradient (Wu et al. 2025, arXiv 2508.05629,
+    eq. 9): its gradient is that of −p. A `SummedLoss`; z_loss must be 0."""
+    assert not z_loss
+    log_probs_N, _ = token_log_probs(
+        hidden_BTD.flatten(0, 1), model.head_weight, targets_BT.flatten(), softcap=model.logit_softcap
+    )
+    return -(log_probs_N.detach().exp() * log_probs_N).sum()
+
+
+def add_embedding_noise(model: Decoder, alpha: float) -> None:
+    """Add uniform noise within ± alpha / √(T D) to embedded tokens in training, for T tokens of a row and D channels (Jain et
+    al. 2023, "NEFTune", algorithm 1)."""
+
+    def add_noise(module: nn.Module, inputs: tuple[Tensor, ...], embedded_BTD: Tensor) -> Tensor:
+        if not module.training:
+            return embedded_BTD
+        tokens, channels = embedded_BTD.shape[-2:]
+        return embedded_BTD + torch.empty_like(embedded_BTD).uniform_(-1, 1) * (alpha / (tokens * channels) ** 0.5)
+
+    model.embed_tokens.register_forward_hook(add_noise)
+
+
+class MixedBatches(StatelessBatches):
+    """Batches of packed conversations of which a share of the rows is text, evenly spread over the run."""
+
+    def __init__(self, conversations: PackedBatches, text: TokenBatches, share: float, batch_size: int) -> None:
+        """conversations, text: in batches of one row, whose steps are the rows' positions."""
+        assert conversations.batch_size == text.batch_size == 1
+        self.batch_size = batch_size
+        self._conversations = conversations
+        self._text = text
+        self._share = share
+        self.fingerprint = hash_value([conversations.fingerprint, text.fingerprint, share, batch_size])
+
+    def batch(self, step: int, rows: slice = slice(None), mesh: Mesh = ALONE) -> Batch:
+        """The rows `rows` of the batch of `step`, counted from 0."""
+        positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)[rows]
+        texts_before = np.floor(positions * self._share).astype(np.int64)
+        is_text = np.floor((positions + 1) * self._share) > texts_before
+        return concatenated(
+            [
+                _as_packed(self._text.batch(before)) if text else self._conversations.batch(position - before)
+                for position, before, text in zip(positions.tolist(), texts_before.tolist(), is_text.tolist(), strict=True)
+            ]
+        )
+
+
+def _as_packed(batch: Batch) -> Batch:
+    """Rows of text as packed rows of one document each."""
+    rows, columns = batch.tokens_BT.shape
+    return replace(
+        batch,
+        positions_BT=torch.arange(columns).expand(rows, columns),
+        document_ids_BT=torch.ones_like(batch.tokens_BT),
+    )
+
+
+def task_conversations(name: str, count: int) -> list[Conversation]:
+    """The first `count` items of a task, each asked as a message of the user's and answered rightly.
+
+    Raises ConfigError for a task that there is not, that generates nothing, or that knows no right answers.
+    """
+    (task,) = find_tasks([name], TaskOptions(chat=True, limit=count))
+    if not isinstance(task, GenerationTask):
+        raise ConfigError(f"data: the task {name} is asked by likelihood; there are no answers of it to learn")
+    conversations = []
+    for question in task.questions():
+        answer = task.reference(question)
+        if answer is None or isinstance(question.context, str):
+            raise ConfigError(f"data: the task {name} knows no right answers that could be learnt")
+        messages = (*map(dict, question.context), {"role": "assistant", "content": answer})
+        conversations.append(Conversation.of(messages, TASK + name))
+    return conversations
+
+
+def sft(
+    config: SFTConfig,
+    model: Path,
+    documents: Path | None,
+    out: Path,
+    *,
+    tokens: Path | None = None,
+    made: Mapping[str, Path] | None = None,
+    seed: int,
+    device: str = "auto",
+    progress: Progress | None = None,
+    folder: Path = Path(),
+    card_flops: Callable[[str], float | None] = lambda name: None,
+    tasks: OpenTasks | None = None,
+    on_validation: Callable[[int, Decoder], None] | None = None,
+    only_resolve: bool = False,
+) -> dict[str, Any]:
+    """Fine-tune the model of folder `model` on conversations; resumes from `out`.
+
+    Writes below `out`: `model/`, `metrics.jsonl`, `autotune.json`, `checkpoints/`, and the training and held-out conversations,
+    `conversations/{train,validation}.jsonl`. tokens: the run's token shards, for rows of plain text. Files named in the
+    settings are relative to `folder`. made: files of stages above, by their names in `data`. tasks: opens the tasks that the
+    settings name. on_validation: receives the finished steps and the model in training, with its adapter beside the weights
+    where it has one, in one process. only_resolve: measure, and raise SettingsResolvedError with the settings. Returns the
+    headline metrics. Raises SourceError for conversations that are missing or malformed, and what `run_training` raises.
+    """
+    progress = progress or Silent()
+    tokenizer = load_tokenizer(model)
+    config = config.fitted_to(read_model_config(model).max_position_embeddings)
+    training, held_out = gather_conversations(config, documents, folder, seed, made)
+    packed, validation = (
+        pack_conversations(some, tokenizer, config.context_length, config.truncate) for some in (training, held_out)
+    )
+    for sentence in packed.counts.sentences(f"{len(training):,} conversations"):
+        progress.say(sentence)
+    if not packed.rows:
+        raise SourceError(
+            f"none of the {len(training):,} conversations has something to learn within {config.context_length:,} tokens; "
+            "raise context_length"
+        )
+    if config.steps is None:
+        rows = math.ceil(config.epochs * packed.rows / (1 - config.pretraining_share))
+        config = config.with_changes(steps=config.batch_sizes.steps_for(rows))
+    shards = None
+    if config.pretraining_share:
+        if tokens is None:
+            raise SourceError("pretraining_share: no stage of this recipe makes tokens, whose text would be mixed in")
+        shards = TokenShards(tokens / TRAIN)
+        shards.check_tokenizer(tokenizer.hash, "the model")
+
+    def batches(config: SFTConfig, mesh: Mesh) -> BatchSource:
+        if mesh.leads:
+            write_conversations(out / "conversations" / "train.jsonl", training)
+            write_conversations(out / "conversations" / "validation.jsonl", held_out)
+        order = derive_seed(seed, "batches")
+        if shards is None:
+            return PackedBatches(packed.batch, batch_size=config.batch_size, seed=order)
+        text = TokenBatches(shards, batch_size=1, context_length=config.context_length, seed=derive_seed(seed, "text"))
+        conversations = PackedBatches(packed.batch, batch_size=1, seed=order)
+        return MixedBatches(conversations, text, config.pretraining_share, config.batch_size)
+
+    def prepare(config: SFTConfig, decoder: Decoder, mesh: Mesh) -> OnStepEnd:
+        if config.neftune_alpha is not None:
+            if not mesh.alone:
+                raise ConfigError("neftune_alpha: in one process; leave it out under a mesh")
+            add_embedding_noise(decoder, config.neftune_alpha)
+        if not validation.rows:
+            return lambda finished, trainer: {}
+        validate = validation_on(validation.batch, config)
+
+        def validate_and_show(finished: int, trainer: Trainer) -> dict[str, float]:
+            metrics = validate(finished, trainer)
+            if metrics and on_validation is not None and mesh.alone:
+                with trainer.runtime.evaluating(decoder), torch.random.fork_rng():
+                    on_validation(finished, decoder)
+            return metrics
+
+        return validate_and_show
+
+    objective = None
+    if config.loss == "dft":
+        objective = NextTokenObjective(read_model_config(model), training_loss=dynamic_fine_tuning)
+    summary = run_training(
+        config,
+        model,
+        out,
+        batches,
+        seed=seed,
+        device=device,
+        progress=progress,
+        description="fine-tune",
+        folder=folder,
+        card_flops=card_flops,
+        prepare=prepare,
+        tasks=tasks,
+        objective=objective,
+        plan=Plan(validation.batch.tokens_BT.numel()),
+        only_resolve=only_resolve,
+    )
+    return {
+        "conversations": len(training),
+        "held_out": len(held_out),
+        **packed.counts.figures,
+        "rows": packed.rows,
+        "filled": round(packed.filled, 4),
+        **{name: value for name, value in summary.items() if name != "parameters"},
+    }
+
+
+def gather_conversations(
+    config: SFTConfig, documents: Path | None, folder: Path, seed: int, made: Mapping[str, Path] | None = None
+) -> tuple[list[Conversation], list[Conversation]]:
+    """(training, held-out) conversations of all data that the settings name; none of the second opens as one of the first.
+    Raises SourceError, and ConfigError for a task that there is not or whose answers are not known, and for a function that
+    there is not."""
+    sets = [(name, _conversations_of(name, config, documents, folder, seed, made or {})) for name in config.data]
+    # of all sets at once: one question may stand in two of them
+    openings = [opening_of(one.answered) for _, given in sets for one in given.to_split]
+    sides = iter(are_held_out(openings, config.validation_share, seed))
+    training: list[Conversation] = []
+    held_out: list[Conversation] = []
+    for name, given in sets:
+        split = [(one, next(sides)) for one in given.to_split]
+        own = [*given.training, *(one for one, is_held_out in split if not is_held_out)]
+        training += _weighted(own, config.weights.get(name, 1.0), seed)
+        held_out += [*given.held_out, *(one for one, is_held_out in split if is_held_out)]
+    learnt = {opening_key(opening_of(one.answered)) for one in training}
+    return training, [one for one in held_out if opening_key(opening_of(one.answered)) not in learnt]
+
+
+class _Set(NamedTuple):
+    """Conversations of one set: those whose side is known, and those that are to be split."""
+
+    training: Sequence[Conversation] = ()
+    held_out: Sequence[Conversation] = ()
+    to_split: Sequence[Conversation] = ()
+
+
+def _conversations_of(
+    name: str, config: SFTConfig, documents: Path | None, folder: Path, seed: int, made: Mapping[str, Path]
+) -> _Set:
+    if name == DOCS_QUESTIONS:
+        if documents is None:
+            raise SourceError(f"{DOCS_QUESTIONS} is made from documents, and no stage of this recipe makes any")
+        questions = make_questions(documents, TRAIN, config.train_questions, seed)
+        if not questions:
+            raise SourceError(
+                f"{documents}: no question can be made from it; {DOCS_QUESTIONS} needs documentation of functions and "
+                "classes, as the sources wheels and python_docs give it"
+            )
+        return _Set(questions, make_questions(documents, VALIDATION, config.validation_questions, seed))
+    if name.startswith(TASK):
+        return _Set(task_conversations(name.removeprefix(TASK), config.task_items))
+    columns = None if name in MADE_DATA else config.columns
+    if is_user_function(name):
+        return _Set(to_split=made_conversations(name, folder, columns))
+    return _Set(to_split=read_conversations(data_path(name, folder, made), columns))
+
+
+def _weighted(conversations: list[Conversation], weight: float, seed: int) -> list[Conversation]:
+    """Each conversation as often as the weight says; of a fraction those with the smallest hashes once more."""
+    whole = int(weight)
+    more = round(len(conversations) * (weight - whole))
+    by_chance = sorted(conversations, key=lambda one: derive_seed(seed, "weights", one.id)) if more else []
+    return conversations * whole + by_chance[:more]

@@ -1,0 +1,221 @@
+"""What `revise` and `ai_preferences` share: prompts, the model's answers, principles drawn for a row, and the loop over batches
+of prompts.
+
+A file may hold answers already; the others are the model's. Rows are kept as soon as they are made.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from bessemer.core.chat_client import ChatModel, CutText
+from bessemer.core.errors import SourceError
+from bessemer.core.hashing import derive_seed, hash_value
+from bessemer.core.policy import Policy, Principle, read_policy
+from bessemer.core.progress import Progress
+from bessemer.inference.chat import EngineChat
+from bessemer.inference.engine import Engine
+from bessemer.posttraining.chat_models import chat_models_fingerprint, open_chat_model, place_fingerprint
+from bessemer.posttraining.data.examples import read_examples
+from bessemer.posttraining.data.formats import Message, Turns, as_answered, as_pair, as_prompt
+from bessemer.posttraining.data.made import FinishedRows, write_rows
+from bessemer.posttraining.synthetic.config import PrincipledConfig
+
+
+def drawn_principles(principles: Mapping[str, Principle], seed: int, row: int, count: int) -> list[str]:
+    """Names of `count` principles for a row, by their weights, none twice before all have been drawn."""
+    draw = random.Random(derive_seed(seed, "principles", row))
+    drawn: list[str] = []
+    left: list[str] = []
+    for _ in range(count):
+        left = left or list(principles)
+        (name,) = draw.choices(left, [principles[one].weight for one in left])
+        left.remove(name)
+        drawn.append(name)
+    return drawn
+
+
+_USUAL_COLUMN = "prompt"
+#: Columns of conversations, which would be read before a prompt.
+_CONVERSATIONS = ("messages", "conversations")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A conversation whose next turn is the assistant's, and what the data say to it: no, one or two answers."""
+
+    prompt: tuple[Message, ...]
+    answers: tuple[str, ...] = ()
+
+
+def read_asked(config: PrincipledConfig, folder: Path) -> list[Asked]:
+    """The prompts of all files that the settings name, in order. Raises SourceError or ArtefactError, with file and line."""
+    rows = [row for name in config.data for row in read_examples(folder / name, partial(as_asked, config.prompt_column))]
+    return rows[: config.limit]
+
+
+def as_asked(column: str, row: Mapping[str, Any]) -> Asked:
+    """A row of a prompt, of prompt and completion, or of a pair of answers. Raises ValueError or RequestError, in one line.
+
+    column: where the prompt stands; of the usual one answers may do without, as a pair of whole conversations does.
+    """
+    if column in row or column != _USUAL_COLUMN:
+        row = _with_prompt(row, column)
+    if "chosen" in row and "rejected" in row:
+        pair = as_pair(row)
+        return Asked(as_prompt({"prompt": pair.prompt}), (_said(pair.chosen), _said(pair.rejected)))
+    if "completion" in row:
+        answered = as_answered(row)
+        return Asked(as_prompt({"prompt": answered.prompt}), (_said(answered.answer),))
+    return Asked(as_prompt(row))
+
+
+def _with_prompt(row: Mapping[str, Any], column: str) -> Mapping[str, Any]:
+    """A row whose prompt is that of the column, whatever other columns hold one. Raises as `as_prompt`."""
+    as_prompt(row, column)
+    others = {name: value for name, value in row.items() if name not in (column, *_CONVERSATIONS)}
+    return {**others, _USUAL_COLUMN: row[column]}
+
+
+def _said(answer: Turns) -> str:
+    """What an answer of one turn says."""
+    if isinstance(answer, str):
+        return answer
+    if len(answer) != 1:
+        raise ValueError("the answer is of several turns; one turn can be criticised")
+    if answer[0].get("tool_calls"):
+        raise ValueError("the answer calls tools; one turn of words can be criticised")
+    return str(answer[0].get("content") or "")
+
+
+class Speakers:
+    """The model that answers, and the one that criticises or compares, which may be the same; opened when first asked."""
+
+    def __init__(self, config: PrincipledConfig, model: Path, folder: Path, device: str) -> None:
+        self._config = config
+        self._model = model
+        self._folder = folder
+        self._device = device
+
+    @cached_property
+    def answering(self) -> ChatModel:
+        """The model above. Raises ArtefactError for a damaged one."""
+        return EngineChat(self._engine, max_tokens=self._config.max_tokens, temperature=self._config.temperature)
+
+    @cached_property
+    def critic(self) -> ChatModel:
+        """The critic of the settings, or the model above, greedily. Raises as `open_chat_model`."""
+        if self._config.critic is None:
+            return EngineChat(self._engine, max_tokens=self._config.max_tokens)
+        return open_chat_model(self._config.critic, self._folder, self._device)
+
+    @cached_property
+    def _engine(self) -> Engine:
+        return Engine(self._model, device=self._device)
+
+
+@dataclass(frozen=True)
+class GivenAnswer:
+    """What the data or the model says to a prompt. is_cut: the model came to `max_tokens` before it ended."""
+
+    text: str
+    is_cut: bool = False
+
+
+def answered(speakers: Speakers, asked: Sequence[Asked], rows: Sequence[int], count: int, seed: int) -> list[list[GivenAnswer]]:
+    """`count` answers to each prompt: those of the data first, and as many of the model's as are missing.
+
+    rows: the numbers of the prompts in the whole data, from which their seeds derive.
+    """
+    missing = [(place, number) for place, one in enumerate(asked) for number in range(len(one.answers), count)]
+    prompts = [asked[place].prompt for place, _ in missing]
+    seeds = [derive_seed(seed, "answer", rows[place], number) for place, number in missing]
+    answers = [[GivenAnswer(text) for text in one.answers[:count]] for one in asked]
+    if missing:
+        for (place, _), answer in zip(missing, speakers.answering.ask(prompts, seeds), strict=True):
+            answers[place].append(GivenAnswer(answer.strip(), isinstance(answer, CutText)))
+    return answers
+
+
+def work_identity(
+    config: PrincipledConfig, model: Path, asked: Sequence[Asked], policy: Policy, folder: Path, seed: int
+) -> Any:
+    """What the rows of a stage depend on."""
+    return {
+        "settings": config.output_settings(),
+        "model": place_fingerprint(model),
+        "critic": chat_models_fingerprint([config.critic], folder),
+        "policy": policy.model_dump(mode="json"),
+        "data": hash_value([[list(one.prompt), list(one.answers)] for one in asked]),
+        "seed": seed,
+    }
+
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Worked:
+    """The rows of all prompts, and those that are of use, at least one: the others have a reason under `dropped`."""
+
+    policy: Policy
+    rows: Sequence[Row]
+    kept: Sequence[Row]
+
+    @property
+    def reasons(self) -> dict[str, int]:
+        """How many rows are left out, for each reason."""
+        return dict(Counter(row["dropped"] for row in self.rows if row["dropped"]))
+
+    @property
+    def dropped(self) -> int:
+        """How many rows are left out."""
+        return len(self.rows) - len(self.kept)
+
+
+def work_through(
+    config: PrincipledConfig,
+    model: Path,
+    path: Path,
+    make: Callable[[Speakers, Policy, Sequence[Asked], Sequence[int]], list[Row]],
+    *,
+    description: str,
+    unit: str,
+    without_any: str,
+    internal: Sequence[str],
+    seed: int,
+    device: str,
+    progress: Progress,
+    folder: Path,
+) -> Worked:
+    """Make a row for every prompt of the data and write those of use to `path`; goes on behind the rows that are there.
+
+    make: of the models, the policy, all that is asked and the numbers of a lot, the lot's rows. without_any: the end of the
+    error's sentence. internal: what is of no use to those who learn from a row. Raises SourceError for prompts that are
+    malformed and where no row is of use, and ConfigError for the policy.
+    """
+    policy = read_policy(None if config.policy is None else folder / config.policy)
+    policy.chosen_principles(config.principles)
+    asked = read_asked(config, folder)
+    checkpoint = path.parent / ".checkpoints" / path.name
+    finished = FinishedRows(checkpoint, work_identity(config, model, asked, policy, folder, seed))
+    speakers = Speakers(config, model, folder, device)
+    with progress.task(description, total=len(asked), unit="prompts", completed=len(finished)) as bar:
+        for start in range(len(finished), len(asked), config.batch_size):
+            lot = range(start, min(start + config.batch_size, len(asked)))
+            finished.append(make(speakers, policy, asked, lot))
+            bar.advance(len(lot))
+    worked = Worked(policy, finished.rows, [row for row in finished.rows if not row["dropped"]])
+    reasons = ", ".join(f"{reason} ({count:,})" for reason, count in worked.reasons.items())
+    if not worked.kept:
+        raise SourceError(f"none of the {len(asked):,} {without_any}: {reasons}")
+    if worked.dropped:
+        progress.say(f"  {worked.dropped:,} of {len(asked):,} {unit} are left out: {reasons}")
+    write_rows(path, [{name: value for name, value in row.items() if name not in internal} for row in worked.kept])
+    return worked

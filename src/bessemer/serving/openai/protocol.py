@@ -1,0 +1,381 @@
+"""OpenAI's request schema with vLLM's extensions, under vLLM's names."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+
+from bessemer.core.errors import RequestError
+from bessemer.inference.sampling.grammar import check_size
+from bessemer.inference.sampling.params import GRAMMARS, SamplingParams
+from bessemer.serving import config as limits
+from bessemer.serving.openai.tools import Choice, FunctionTool, Grammar, NamedTool, ResponseFormat, StructuredOutputs, ToolName
+from bessemer.serving.runtime.bodies import ApiError, Body, Name, misfit
+
+#: Tokens of a plain completion when the client sets no limit, as OpenAI documents it.
+_COMPLETION_TOKENS = 16
+
+
+def _text(content: Any) -> Any:
+    """A message's content as one text: a string, or a list of text parts joined."""
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for part in content:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise ValueError(f"only text parts are served, got {kind!r}")
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def prompts_of(prompt: Any) -> Any:
+    """The prompts of a request: a text, token ids, or a list of texts or of lists of token ids."""
+    given = prompt if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list) else [prompt]
+    if len(given) > limits.ANSWERS.most:
+        raise ValueError(f"it has {len(given):,} prompts, at most {limits.ANSWERS.most:,} are taken")
+    if not all(isinstance(each, str) for each in given) and not all(map(_is_token_ids, given)):
+        raise ValueError("give a text, a list of texts, a list of token ids, or a list of such lists")
+    if empty := [place for place, each in enumerate(given) if each == []]:
+        raise ValueError(f"it needs at least one token id (prompt {empty[0]} has none)")
+    return given
+
+
+def _is_token_ids(prompt: Any) -> bool:
+    return isinstance(prompt, list) and all(type(token) is int for token in prompt)
+
+
+def _stop_list(stop: Any) -> Any:
+    return [stop] if isinstance(stop, str) else stop
+
+
+def _within_characters(stops: list[str]) -> list[str]:
+    """Each character of a stop string may be compared at every token."""
+    if (characters := sum(map(len, stops))) > limits.STOP_CHARACTERS.most:
+        raise ValueError(f"its texts have {characters:,} characters, at most {limits.STOP_CHARACTERS.most:,} are looked for")
+    return stops
+
+
+#: Texts before which an answer ends.
+Stops = Annotated[
+    list[Annotated[str, Field(min_length=1)]], Field(max_length=limits.STOPS.most), AfterValidator(_within_characters)
+]
+
+
+def _by_token(bias: Any) -> Any:
+    """A bias by token id, from JSON's texts."""
+    if not isinstance(bias, dict):
+        return bias
+    if len(bias) > limits.TOKEN_RULES.most:
+        raise ValueError(f"it has {len(bias):,} token ids, at most {limits.TOKEN_RULES.most:,} are taken")
+    if wrong := next((key for key in bias if not (isinstance(key, str) and key.isascii() and key.isdigit())), None):
+        raise ValueError(f"its keys are token ids, got {wrong[:100]!r}")
+    # of many that are wrong, one is told
+    given = {int(key): value for key, value in bias.items()}
+    odd = next((key for key, value in given.items() if type(value) not in (int, float) or not -100 <= value <= 100), None)
+    return given if odd is None else {odd: given[odd]}
+
+
+class CalledFunction(Body):
+    """A function and its arguments, which are a text of JSON."""
+
+    name: ToolName
+    arguments: str
+
+
+class Call(Body):
+    """A call that an earlier answer made."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class Message(Body):
+    """One message of a conversation."""
+
+    role: str = Field(pattern="^(system|developer|user|assistant|tool)$")
+    content: Annotated[str, BeforeValidator(_text)] = ""
+    name: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[Call] = Field(default_factory=list, max_length=limits.TOOLS.most)
+    tool_call_id: str | None = None
+
+    @model_validator(mode="after")
+    def _fits_its_role(self) -> Self:
+        of_role = {"assistant": ("tool_calls", "reasoning", "reasoning_content"), "tool": ("tool_call_id",)}
+        for role, names in of_role.items():
+            if role != self.role and (name := next((name for name in names if getattr(self, name)), None)):
+                raise misfit(name, f"{name} is of a message of role '{role}', and this is of role '{self.role}'")
+        if self.role == "tool" and self.tool_call_id is None:
+            raise misfit("tool_call_id", "a message of role 'tool' answers a call; say which by tool_call_id")
+        if not (self.tool_calls or "content" in self.model_fields_set):
+            raise misfit("content", f"a message of role '{self.role}' needs content")
+        return self
+
+    def as_template_input(self) -> dict[str, Any]:
+        """The message in the form of chat completions, in which `developer` has its older name."""
+        given: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+        if thought := self.reasoning or self.reasoning_content:
+            given["reasoning_content"] = thought
+        if self.tool_calls:
+            given["tool_calls"] = [call.model_dump() for call in self.tool_calls]
+        given |= {name: value for name in ("tool_call_id", "name") if (value := getattr(self, name)) is not None}
+        return given
+
+
+class TemplateSettings(Body):
+    """What a client may tell the chat template."""
+
+    enable_thinking: bool | None = None
+
+
+#: Most tokens of thinking by the effort that is asked for; at a higher one there is no limit.
+EFFORTS = {"none": 0, "minimal": 512, "low": 1024, "medium": 8192}
+
+
+class StreamOptions(Body):
+    """What a stream carries besides the text."""
+
+    include_usage: bool = False
+
+
+class GenerationRequest(Body):
+    """What both endpoints take. The fields in `_SHARED` mean what they mean in `SamplingParams`."""
+
+    model: Name
+    n: int = Field(1, ge=1, le=limits.CHOICES.most)
+    max_tokens: int | None = Field(None, ge=1)
+    min_tokens: int = Field(0, ge=0)
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    min_p: float = Field(0.0, ge=0, le=1)
+    typical_p: float = Field(1.0, gt=0, le=1)
+    repetition_penalty: float = Field(1.0, gt=0, allow_inf_nan=False)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    logit_bias: Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_by_token)] = Field(
+        default_factory=dict
+    )
+    allowed_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(None, min_length=1, max_length=limits.TOKEN_RULES.most)
+    seed: int | None = None
+    stop: Annotated[Stops, BeforeValidator(_stop_list)] = Field(default_factory=list)
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list, max_length=limits.STOP_TOKENS.most)
+    ignore_eos: bool = False
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = Field(None, min_length=1)
+    guided_grammar: str | None = None
+    cache_salt: str | None = Field(None, min_length=1)
+    return_token_ids: bool = False
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+
+    @model_validator(mode="after")
+    def _options_of_a_stream(self) -> Self:
+        if self.stream_options and not self.stream:
+            raise misfit("stream_options", "stream_options needs stream: true")
+        return self
+
+    @model_validator(mode="after")
+    def _one_grammar(self) -> Self:
+        if len(given := self._grammars()) > 1:
+            first, second, *_ = (grammar.parameter for grammar in given)
+            raise misfit(second, f"{first} and {second} both say what the text must look like; send one of them")
+        for grammar in given:
+            try:
+                check_size(grammar.setting, grammar.value, grammar.parameter)
+            except RequestError as error:
+                raise misfit(grammar.parameter, str(error)) from None
+        return self
+
+    def _grammars(self) -> list[Grammar]:
+        """What the text must look like, in whatever words it is said."""
+        given = [
+            None if self.response_format is None else self.response_format.grammar(),
+            None if self.structured_outputs is None else self.structured_outputs.grammar(),
+            Grammar("guided_json", "json_schema", self.guided_json),
+            Grammar("guided_regex", "regex", self.guided_regex),
+            Grammar("guided_choice", "choice", self.guided_choice),
+            Grammar("guided_grammar", "ebnf", self.guided_grammar),
+        ]
+        return [grammar for grammar in given if grammar is not None and grammar.value is not None]
+
+    @property
+    def token_limit(self) -> int | None:
+        """The most tokens to generate, None for what the context leaves."""
+        return self.max_tokens
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream tells its usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def answers(self) -> int:
+        """How many answers are made to a prompt."""
+        return self.n
+
+    @property
+    def wants_log_probs(self) -> bool:
+        """Whether the answer comes with log-probabilities."""
+        return False
+
+    def sampling(self, max_tokens: int) -> SamplingParams:
+        """The engine's settings for this request. Raises ApiError (400) where the limit is too low for `min_tokens`."""
+        if self.min_tokens > max_tokens:
+            raise ApiError(
+                f"min_tokens ({self.min_tokens}) is above the most tokens that may come ({max_tokens}); lower it",
+                parameter="min_tokens",
+                code="invalid_value",
+            )
+        settings = {name: getattr(self, name) for name in _SHARED} | self._own_settings()
+        settings |= {grammar.setting: grammar.value for grammar in self._grammars()}
+        return SamplingParams(max_tokens=max_tokens, allowed_tokens=self.allowed_token_ids, **settings)
+
+    def parameter_in(self, reason: str) -> str | None:
+        """Which parameter the engine's reason is about: it begins with the name, where it is about one."""
+        name = re.split(r"\W", reason, maxsplit=1)[0]
+        if name in GRAMMARS:
+            return next((grammar.parameter for grammar in self._grammars()), None)
+        name = _OWN_NAMES.get(name, name)
+        return name if name in type(self).model_fields else None
+
+    def _own_settings(self) -> dict[str, Any]:
+        """Settings that only one endpoint has, or calls by another name."""
+        return {}
+
+
+#: What clients call differently from the engine.
+_OWN_NAMES = {"allowed_tokens": "allowed_token_ids"}
+#: Parameters of a request that are called in the engine as clients call them.
+_SHARED = tuple(GenerationRequest.model_fields.keys() & SamplingParams.model_fields.keys() - {"max_tokens"})
+
+
+class ChatRequest(GenerationRequest):
+    """The body of `/v1/chat/completions`."""
+
+    meaningful = frozenset({"tool_choice", "parallel_tool_calls"})
+
+    messages: list[Message] = Field(min_length=1, max_length=limits.MESSAGES.most)
+    tools: list[FunctionTool] = Field(default_factory=list, max_length=limits.TOOLS.most)
+    tool_choice: Choice = "auto"
+    parallel_tool_calls: bool = True
+    thinking_budget: int | None = Field(None, ge=0)
+    thinking_token_budget: int | None = Field(None, ge=0)
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    include_reasoning: bool = True
+    chat_template_kwargs: TemplateSettings | None = None
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=limits.LIKELIEST.most)
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool = True
+
+    @model_validator(mode="after")
+    def _continues(self) -> Self:
+        is_continued = self.messages[-1].role == "assistant" and not self.messages[-1].tool_calls
+        if self.continue_final_message is not None and self.continue_final_message != is_continued:
+            reason = "is gone on with" if is_continued else "is not the assistant's"
+            raise misfit("continue_final_message", f"the last message {reason}; leave continue_final_message out")
+        if not (self.add_generation_prompt or is_continued):
+            raise misfit("add_generation_prompt", "add_generation_prompt: false leaves the assistant nothing to go on with")
+        return self
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.max_tokens and self.max_completion_tokens and self.max_tokens != self.max_completion_tokens:
+            raise misfit("max_completion_tokens", "max_tokens and max_completion_tokens differ; send one of them")
+        if self.top_logprobs and not self.logprobs:
+            raise misfit("top_logprobs", "top_logprobs needs logprobs: true")
+        if not self.tools and self.tool_choice not in ("none", "auto"):
+            raise misfit("tool_choice", "tool_choice needs tools")
+        if isinstance(self.tool_choice, NamedTool):
+            name = self.tool_choice.function.name
+            if name not in [tool.function.name for tool in self.tools]:
+                raise misfit("tool_choice", f"tool_choice names '{name}', which is not among the tools")
+        if len(set(self._budgets())) > 1:
+            raise misfit("thinking_budget", "thinking_budget is said twice, and not alike; say it once")
+        return self
+
+    def _budgets(self) -> list[int]:
+        """The thinking budget, in whatever words it is said."""
+        off = self.chat_template_kwargs is not None and self.chat_template_kwargs.enable_thinking is False
+        given = (
+            self.thinking_budget,
+            self.thinking_token_budget,
+            EFFORTS.get(self.reasoning_effort or ""),
+            0 if off else None,
+        )
+        return [budget for budget in given if budget is not None]
+
+    @property
+    def budget(self) -> int | None:
+        """Most tokens of thinking; None: no limit is said."""
+        return next(iter(self._budgets()), None)
+
+    @property
+    def token_limit(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def wants_log_probs(self) -> bool:
+        return self.logprobs
+
+    def _own_settings(self) -> dict[str, Any]:
+        return {"logprobs": self.top_logprobs if self.logprobs else None}
+
+
+class CompletionRequest(GenerationRequest):
+    """The body of `/v1/completions`."""
+
+    prompt: Annotated[list[str] | list[list[int]], BeforeValidator(prompts_of)]
+    max_tokens: int | None = Field(None, ge=0)
+    best_of: int | None = Field(None, ge=1, le=limits.CHOICES.most)
+    suffix: str | None = None
+    echo: bool = False
+    logprobs: int | None = Field(None, ge=0, le=limits.LIKELIEST.most)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.best_of is not None and self.best_of < self.n:
+            raise misfit("best_of", f"best_of ({self.best_of}) is below n ({self.n}); raise it or leave it out")
+        if self.stream and self.answers > self.n:
+            raise misfit("best_of", "the best of several answers is known at their end; leave out best_of, or stream")
+        if self.suffix is not None and self.echo:
+            raise misfit("suffix", "suffix asks for what stands between two texts, which echo cannot show; send one of them")
+        if self.suffix is not None and not all(isinstance(prompt, str) for prompt in self.prompt):
+            raise misfit("suffix", "suffix goes with prompts that are texts; of token ids, put the control tokens in yourself")
+        if self.max_tokens == 0 and not self.echo:
+            raise misfit("max_tokens", "max_tokens: 0 makes nothing; send echo: true to be told of the prompt, or at least 1")
+        if self.max_tokens == 0 and self.best_of is not None:
+            raise misfit("best_of", "best_of ranks answers, and max_tokens: 0 makes none; leave one of them out")
+        if (answers := len(self.prompt) * self.answers) > limits.ANSWERS.most:
+            most = limits.ANSWERS.most
+            raise misfit("prompt", f"prompt asks for {answers:,} answers, at most {most:,} are made to one request")
+        return self
+
+    @property
+    def token_limit(self) -> int | None:
+        return _COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
+
+    @property
+    def answers(self) -> int:
+        return self.best_of or self.n
+
+    @property
+    def wants_log_probs(self) -> bool:
+        return self.logprobs is not None
+
+    def _own_settings(self) -> dict[str, Any]:
+        return {
+            "best_of": self.best_of,
+            "logprobs": self.logprobs,
+            "prompt_logprobs": self.logprobs if self.echo else None,
+        }

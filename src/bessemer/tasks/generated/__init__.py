@@ -1,1 +1,0 @@
-"""Items made from a seed: retrieval at growing lengths, variable tracking, arithmetic by difficulty."""
