@@ -21,8 +21,16 @@ from itertools import islice
 from typing import NamedTuple, Protocol
 
 from bessemer.core.errors import BessemerError, RequestError
-from bessemer.inference.request import Chunk, Completion, Prompt, Prompts, Request, completion_of
-from bessemer.inference.request_builder import as_prompts, check_streamed, for_each
+from bessemer.inference.request import (
+    Chunk,
+    Completion,
+    Prompt,
+    Prompts,
+    Request,
+    check_streamed,
+    completion_of,
+    prompt_calls,
+)
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.tokenization.chat import Message, Tool
 from bessemer.tokenization.tokenizer import Tokenizer
@@ -317,20 +325,19 @@ class AsyncGeneration(ABC):
         cache_salt: str | None = None,
     ) -> list[Completion]:
         """As `generate`. Raises RequestError for beam search too, which has no asynchronous form."""
-        prompts, params = as_prompts(prompts), self.default_params if params is None else params
-        each, adapters = for_each(prompts, params, "params"), for_each(prompts, adapter, "adapters")
-        if any(one.beam_width for one in each):
+        calls = prompt_calls(prompts, self.default_params if params is None else params, adapter)
+        if any(call.params.beam_width for call in calls):
             raise RequestError("beam search has no asynchronous form: leave out beam_width, or call generate on another thread")
 
         def prepare_all() -> list[Request]:
             return [
-                self.prepare(prompt, one, priority=priority, adapter=name, cache_salt=cache_salt)
-                for prompt, one, name in zip(prompts, each, adapters, strict=True)
+                self.prepare(call.prompt, call.params, priority=priority, adapter=call.adapter, cache_salt=cache_salt)
+                for call in calls
             ]
 
         requests = await asyncio.to_thread(prepare_all)
         await self._driver.finish(requests)
-        return [completion_of(request, one) for request, one in zip(requests, each, strict=True)]
+        return [completion_of(request, call.params) for request, call in zip(requests, calls, strict=True)]
 
     def astream(
         self,

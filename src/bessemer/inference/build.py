@@ -18,7 +18,6 @@ from bessemer.core.environment import free_memory_bytes
 from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.core.progress import PlainLines
 from bessemer.distributed.mesh import ALONE, Mesh
-from bessemer.inference.async_core import AsyncEngineCore
 from bessemer.inference.config import EngineConfig
 from bessemer.inference.engine_core import EngineCore
 from bessemer.inference.execution.build import (
@@ -37,7 +36,9 @@ from bessemer.inference.execution.build import (
 from bessemer.inference.execution.compiled_steps import CompiledSteps
 from bessemer.inference.execution.kv_cache import HeadShare, PagedMemory, layer_groups, state_bytes
 from bessemer.inference.execution.runner import Runner
-from bessemer.inference.execution.steps import SpeculativeDecoder
+from bessemer.inference.execution.steps.asynchronous import AsyncSteps
+from bessemer.inference.execution.steps.plain import MultiTokenSteps, PlainSteps
+from bessemer.inference.execution.steps.speculative import SpeculativeSteps
 from bessemer.inference.execution.tensor_parallel.sharded_model import ShardedModel
 from bessemer.inference.scheduling.block_tables import BlockPool
 from bessemer.inference.scheduling.scheduler import BlockGroup, Scheduler
@@ -198,6 +199,15 @@ def new_proposer(
     return DraftModelProposer(model, drafting, pool, groups, policy, config.max_num_batched_tokens)
 
 
+def new_strategy(runner: Runner, proposer: Proposer | None) -> PlainSteps:
+    """How the steps of an engine are computed: with draft tokens, one step ahead, several tokens at once, or plainly."""
+    if proposer is not None:
+        return SpeculativeSteps(runner, proposer)
+    if runner.backend.samples:
+        return AsyncSteps(runner)
+    return MultiTokenSteps(runner) if runner.generates else PlainSteps(runner)
+
+
 #: Most logits of one step that come of tokens read, where each token's are wanted: 256 MiB of float32.
 _MOST_LOGITS = 1 << 26
 
@@ -238,8 +248,7 @@ def assemble(
         share_prefixes=config.prefix_cache,
     )
     proposer = new_proposer(config, tokenizer, runner, sharded)
-    kind = AsyncEngineCore if runner.backend.samples else EngineCore
-    core = kind(scheduler, runner, None if proposer is None else SpeculativeDecoder(proposer))
+    core = EngineCore(scheduler, runner, new_strategy(runner, proposer))
     ranks = memory.share.ranks
     described = describe_pages(model.config, blocks, config, memory.dtype, mtp_layers, ranks=ranks)
     described += describe_states(model.config, memory.snapshot_count, model.dtype, ranks=ranks)

@@ -32,9 +32,12 @@ from bessemer.inference.request import (
     Prompts,
     Request,
     ScheduledRequest,
+    as_prompts,
+    check_streamed,
     completion_of,
+    prompt_calls,
 )
-from bessemer.inference.request_builder import RequestBuilder, as_prompts, check_streamed, for_each
+from bessemer.inference.request_builder import RequestBuilder
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.inference.scores import Score, ScoreItem
 from bessemer.inference.statistics import EngineStatistics
@@ -176,21 +179,26 @@ class Engine(AsyncGeneration, Reading, WeightUpdates):
         is to hold. Raises RequestError for a prompt that fills the context, a request that can never be served, or an unknown
         adapter, before any is computed.
         """
-        prompts, params = as_prompts(prompts), self.default_params if params is None else params
-        each, adapters = for_each(prompts, params, "params"), for_each(prompts, adapter, "adapters")
-        if capture is None and any(one.beam_width for one in each):
-            return [
-                self._beam_search(prompt, one, priority, name, cache_salt)
-                if one.beam_width
-                else self.generate([prompt], one, priority=priority, adapter=name, cache_salt=cache_salt)[0]
-                for prompt, one, name in zip(prompts, each, adapters, strict=True)
-            ]
+        calls = prompt_calls(prompts, self.default_params if params is None else params, adapter)
         requests = [
-            self.prepare(prompt, one, priority=priority, adapter=name, cache_salt=cache_salt, capture=capture, streams=False)
-            for prompt, one, name in zip(prompts, each, adapters, strict=True)
+            None
+            if call.params.beam_width and capture is None
+            else self.prepare(
+                call.prompt,
+                call.params,
+                priority=priority,
+                adapter=call.adapter,
+                cache_salt=cache_salt,
+                capture=capture,
+                streams=False,
+            )
+            for call in calls
         ]
-        self._serve(requests)
-        return [completion_of(request, one) for request, one in zip(requests, each, strict=True)]
+        self._serve([request for request in requests if request is not None])
+        return [
+            self._beam_search(*call, priority, cache_salt) if request is None else completion_of(request, call.params)
+            for request, call in zip(requests, calls, strict=True)
+        ]
 
     def rollouts(
         self,
@@ -317,7 +325,7 @@ class Engine(AsyncGeneration, Reading, WeightUpdates):
     # -- inside
 
     def _beam_search(
-        self, prompt: Prompt, params: SamplingParams, priority: int, adapter: str | None, cache_salt: str | None
+        self, prompt: Prompt, params: SamplingParams, adapter: str | None, priority: int, cache_salt: str | None
     ) -> Completion:
         """The best completions by beam search. Each step requests logits: the beams share prefixes with the step before."""
         loaded = self._adapters.of(adapter)

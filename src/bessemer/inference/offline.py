@@ -34,8 +34,8 @@ from bessemer.inference.execution.weights import (
     copied_adapter,
     replace_weights,
 )
-from bessemer.inference.request import Prompt, Prompts, Request, ScheduledRequest
-from bessemer.inference.request_builder import RequestBuilder, as_prompts, for_each
+from bessemer.inference.request import Prompt, Prompts, Request, ScheduledRequest, as_prompts, for_each
+from bessemer.inference.request_builder import RequestBuilder
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.inference.scores import Score, ScoreItem
 from bessemer.model.adapters import Adapter
@@ -158,7 +158,7 @@ class Reading(ABC):
         that can never be scored, before any is computed.
         """
         requests = []
-        for item, name in zip(items, for_each(items, adapter, "adapters"), strict=True):
+        for item, name in zip(items, for_each(len(items), adapter, "adapters"), strict=True):
             loaded = self._adapters.of(name)
             request, longest = self._builder.score_request(item, priority, loaded, cache_salt)
             self.core.scheduler.check(longest)
@@ -181,7 +181,7 @@ class Reading(ABC):
         """
         prompts = as_prompts(prompts)
         requests = []
-        for prompt, name in zip(prompts, for_each(prompts, adapter, "adapters"), strict=True):
+        for prompt, name in zip(prompts, for_each(len(prompts), adapter, "adapters"), strict=True):
             loaded = self._adapters.of(name)
             ids = self._builder.prompt_ids(prompt)
             requests.append(self._builder.capture_request(ids, capture, priority, loaded, cache_salt))
@@ -372,5 +372,5 @@ class TextScorer:
             chunk = list(tokens[start : start + self._chunk])
             count = len(chunk)
             batch = Batch.empty(len(self._tables))
-            batch.append(chunk, start, self._tables, wanted=range(count), prompt_length=len(tokens), slot=self._slot)
+            batch.append_tokens(chunk, start, self._tables, wanted=range(count), prompt_length=len(tokens), slot=self._slot)
             yield self._runner.forward(batch)

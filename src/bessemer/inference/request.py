@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from bessemer.core.errors import BessemerError
+from bessemer.core.errors import BessemerError, RequestError
 from bessemer.inference.sampling.distribution import log_probs
 from bessemer.inference.sampling.params import SamplingParams, StopStrings
 from bessemer.inference.sampling.sampler import Sampled, SamplingState
@@ -30,6 +31,46 @@ _PLACEHOLDER = 0
 Prompt = str | Sequence[int]
 #: What a method that takes many prompts is given: a prompt alone is one prompt, never a list of letters or ids.
 Prompts = Prompt | Sequence[Prompt]
+
+
+class PromptCall(NamedTuple):
+    """One prompt of a call for many, with its own parameters and the name of its adapter."""
+
+    prompt: Prompt
+    params: SamplingParams
+    adapter: str | None
+
+
+def prompt_calls(
+    prompts: Prompts, params: SamplingParams | Sequence[SamplingParams], adapter: str | Sequence[str | None] | None
+) -> list[PromptCall]:
+    """Each prompt with its parameters and adapter, which are given for all or for each. Raises RequestError as `for_each`."""
+    listed = as_prompts(prompts)
+    each, adapters = for_each(len(listed), params, "params"), for_each(len(listed), adapter, "adapters")
+    return [PromptCall(*call) for call in zip(listed, each, adapters, strict=True)]
+
+
+def as_prompts(prompts: Prompts) -> list[Prompt]:
+    """The prompts that are meant: a text, or token ids, alone are one prompt."""
+    if isinstance(prompts, str | bytes | bytearray | Mapping):
+        return [prompts]  # type: ignore[list-item]  # what is no prompt, `RequestBuilder.prompt_ids` refuses
+    if len(prompts) and (isinstance(prompts[0], Integral) or getattr(prompts[0], "ndim", None) == 0):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def for_each(count: int, values: Any, what: str) -> list[Any]:
+    """A value for each of `count` prompts, where one may be given for all. Raises RequestError for another number of them."""
+    each = list(values) if isinstance(values, Sequence) and not isinstance(values, str) else [values] * count
+    if len(each) != count:
+        raise RequestError(f"{count:,} prompts and {len(each):,} {what}; give one for all, or one for each")
+    return each
+
+
+def check_streamed(params: SamplingParams) -> None:
+    """Raises RequestError for parameters that ask for more than one completion."""
+    if (params.best_of or params.n) > 1 or params.beam_width:
+        raise RequestError("a stream is one answer as it is made: leave out n, best_of and beam_width, or do not stream")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from itertools import accumulate
 from types import MappingProxyType
 from typing import NamedTuple
 
-from bessemer.inference.execution.steps import SpeculativeDecoder
 from bessemer.inference.request import Request, ScheduledRequest
 from bessemer.inference.scheduling.scheduler import Scheduler
 
@@ -120,8 +119,23 @@ class EngineStatistics:
         return self.step_seconds.total
 
 
+@dataclass
+class DraftCounts:
+    """Drafts that were verified since the start, their tokens, and those of them that were accepted."""
+
+    drafts: int = 0
+    proposed: int = 0
+    accepted: int = 0
+
+    def add(self, proposed: int, accepted: int) -> None:
+        """Count a draft."""
+        self.drafts += 1
+        self.proposed += proposed
+        self.accepted += accepted
+
+
 class StatisticsRecorder:
-    """What the engine core counts; in a step it adds to the attributes. Scheduler and speculative decoding keep their own."""
+    """What the engine core counts; in a step it adds to the attributes. Scheduler and decode strategy keep their own."""
 
     def __init__(self) -> None:
         self.computed_tokens = 0
@@ -178,7 +192,7 @@ class StatisticsRecorder:
         self._prompt_tokens.observe(request.sequence.prompt_length)
         self._made_tokens.observe(made)
 
-    def read(self, scheduler: Scheduler, speculation: SpeculativeDecoder | None) -> EngineStatistics:
+    def read(self, scheduler: Scheduler, drafts: DraftCounts) -> EngineStatistics:
         """The statistics at this moment, between two steps."""
         self._take_in()
         return EngineStatistics(
@@ -188,9 +202,9 @@ class StatisticsRecorder:
             prefix_cache_query_tokens=scheduler.asked_tokens,
             prefix_cache_hit_tokens=scheduler.found_tokens,
             preemptions=scheduler.preemptions,
-            drafts=0 if speculation is None else speculation.drafts,
-            draft_tokens_proposed=0 if speculation is None else speculation.proposed,
-            draft_tokens_accepted=0 if speculation is None else speculation.accepted,
+            drafts=drafts.drafts,
+            draft_tokens_proposed=drafts.proposed,
+            draft_tokens_accepted=drafts.accepted,
             computed_tokens=self.computed_tokens,
             prompt_tokens=self.prompt_tokens,
             generated_tokens=self.generated_tokens,

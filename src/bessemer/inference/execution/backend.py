@@ -19,8 +19,8 @@ from bessemer.inference.execution.batch import Batch, StepInputs
 from bessemer.inference.execution.kv_cache import PagedMemory
 from bessemer.inference.sampling.device_sampler import SampledRows
 from bessemer.model.decoder import Decoder
-from bessemer.model.layers.attention_backends import AttentionBackend, AttentionMask, Scores, attention_mask, attention_weights
-from bessemer.model.layers.cache import Cache, Rectangle
+from bessemer.model.layers.attention_backends import attention_mask, attention_weights
+from bessemer.model.layers.cache import AttentionInputs, Cache, Rectangle
 from bessemer.model.layers.feed_forward import Routing, SparseFeedForward
 from bessemer.model.quantisation.quantised_layers import PackedMatmuls
 
@@ -111,13 +111,26 @@ def routings_kept(model: Decoder, rows: Mapping[int, Tensor], kept: dict[int, Ro
         yield
 
 
-class ReadPages:
+class StatelessCache:
+    """The part of a `Cache` that is the same where a model has no linear attention."""
+
+    masked, aligned, real_BT = False, False, None
+
+    def rectangles(self) -> list[Rectangle] | None:
+        raise AssertionError("linear attention has no pages")
+
+    def state(self, layer: int, rectangle: Rectangle | None = None) -> tuple[Tensor, ...] | None:
+        raise AssertionError("linear attention has no pages")
+
+    def store_state(self, layer: int, *state: Tensor, rectangle: Rectangle | None = None, step: int | None = None) -> None:
+        raise AssertionError("linear attention has no pages")
+
+
+class ReadPages(StatelessCache):
     """A `Cache` of one sequence that notes how much some of its positions attend to each, and writes nothing.
 
     weights_HTS: of the last layer that attended, float32; zero where a query does not see a position.
     """
-
-    masked, aligned, real_BT = False, False, None
 
     def __init__(self, memory: PagedMemory, tables: Sequence[Sequence[int]], positions: Sequence[int]) -> None:
         """tables: the sequence's blocks, of each group of layers. positions: of the queries; their keys are in the pages."""
@@ -129,17 +142,8 @@ class ReadPages:
         assert count == len(self._positions) and real is None
         return torch.tensor([self._positions], device=self._memory.device)
 
-    def attend(
-        self,
-        layer: int,
-        query_BHTC: Tensor,
-        key_BKTC: Tensor,
-        value_BKTV: Tensor,
-        mask: AttentionMask,
-        scores: Scores,
-        backend: AttentionBackend,
-    ) -> Tensor:
-        memory = self._memory
+    def attend(self, layer: int, inputs: AttentionInputs) -> Tensor:
+        memory, query_BHTC = self._memory, inputs.query_BHTC
         index, size, device = memory.group_of[layer], memory.block_size, memory.device
         window, table = memory.groups[index].window, self._tables[index]
         first = 0 if window is None else max(0, min(self._positions) - window + 1) // size
@@ -157,19 +161,10 @@ class ReadPages:
             slopes_H=memory.slopes_H,
             aligned=False,
         )
-        weights_1HTS = attention_weights(query_BHTC, keys_1KSC, mask, scores)
+        weights_1HTS = attention_weights(query_BHTC, keys_1KSC, mask, inputs.scores)
         self.weights_HTS = nn.functional.pad(weights_1HTS[0].float(), (first * size, 0))
         # what is attended to is not needed
-        return value_BKTV.new_empty(*query_BHTC.shape[:3], value_BKTV.shape[-1])
-
-    def rectangles(self) -> list[Rectangle] | None:
-        raise AssertionError("linear attention reads no pages")
-
-    def state(self, layer: int, rectangle: Rectangle | None = None) -> tuple[Tensor, ...] | None:
-        raise AssertionError("linear attention reads no pages")
-
-    def store_state(self, layer: int, *state: Tensor, rectangle: Rectangle | None = None, step: int | None = None) -> None:
-        raise AssertionError("linear attention reads no pages")
+        return inputs.value_BKTV.new_empty(*query_BHTC.shape[:3], inputs.value_BKTV.shape[-1])
 
 
 # Shapes: R wanted rows, V vocabulary, S tokens of a row.

@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +19,10 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from bessemer.model.adapters import Adapter
+
+if TYPE_CHECKING:
+    from bessemer.inference.request import ScheduledRequest
+    from bessemer.inference.scheduling.sequence import ScheduledChunk
 
 # Shapes: N new tokens, S sequences.
 
@@ -56,7 +61,28 @@ class Batch:
         """A batch without sequences, for a model with `num_groups` groups of layers."""
         return cls([], [], [0], [[] for _ in range(num_groups)], [], [], [], [], [])
 
-    def append(
+    def append(self, chunk: ScheduledChunk, request: ScheduledRequest) -> slice:
+        """Add a scheduled chunk of a request. Returns the places of its wanted rows among those of the batch."""
+        sequence = chunk.sequence
+        tokens = sequence.tokens[chunk.start : chunk.start + chunk.count - chunk.drafts]
+        if chunk.drafts:
+            tokens += sequence.draft[: chunk.drafts]
+        rows = self.append_tokens(
+            tokens,
+            chunk.start,
+            sequence.tables,
+            wanted=request.wanted_rows(chunk),
+            drafts=chunk.drafts,
+            prompt_length=sequence.prompt_length,
+            adapter=request.adapter,
+            slot=sequence.state_slot,
+            snapshots=sequence.snapshots,
+        )
+        if request.recorder is not None:
+            request.recorder.ask(chunk, self)
+        return rows
+
+    def append_tokens(
         self,
         tokens: Sequence[int],
         position: int,
@@ -68,12 +94,11 @@ class Batch:
         adapter: Adapter | None = None,
         slot: int | None = None,
         snapshots: dict[int, int] | None = None,
-        pending: int | None = None,
     ) -> slice:
-        """Add a sequence's new tokens, the first at `position`. Returns the places of its wanted rows among all of them.
+        """Add a sequence's new tokens, the first at `position`. Returns the places of its wanted rows among those of the batch.
 
         tables: the sequence's block table in each group. wanted: which of these tokens' logits, counted from 0. slot and
-        snapshots: in models that have states. pending: of the last token, its place among those sampled in the step before.
+        snapshots: in models that have states.
         """
         begin = len(self.tokens)
         before = len(self.wanted)
@@ -90,8 +115,6 @@ class Batch:
         if slot is not None:
             self.slots.append(slot)
             self.snapshots.append({} if snapshots is None else snapshots)
-        if pending is not None:
-            self.pending[end - 1] = pending
         return slice(before, len(self.wanted))
 
     @property
@@ -150,7 +173,7 @@ class Batch:
     def _append_to(self, other: Batch, sequence: int, start: int, end: int, wanted: Iterable[int], drafts: int) -> None:
         """Append the tokens start : end of a sequence to another batch."""
         begin = len(other.tokens)
-        other.append(
+        other.append_tokens(
             self.tokens[start:end],
             self.positions[start],
             [tables[sequence] for tables in self.tables],

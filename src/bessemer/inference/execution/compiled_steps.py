@@ -227,7 +227,7 @@ class CompiledSteps:
         """
         groups = len(self.memory.groups)
         batch = Batch.empty(groups)
-        batch.append([0], 0, [[0]] * groups, wanted=[0], prompt_length=1)
+        batch.append_tokens([0], 0, [[0]] * groups, wanted=[0], prompt_length=1)
         threads, best, best_seconds = 1, 1, float("inf")
         while threads <= usable_cores():
             self._begin(threads)

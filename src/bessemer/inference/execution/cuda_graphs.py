@@ -14,13 +14,12 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from bessemer.inference.execution.backend import StepBeside
+from bessemer.inference.execution.backend import StatelessCache, StepBeside
 from bessemer.inference.execution.batch import Batch, StepInputs, fill_pending
 from bessemer.inference.execution.flex_attention import FlexPages, PageAttention, PageGroup, Tiles, page_mask
 from bessemer.inference.execution.kv_cache import PagedMemory
 from bessemer.model.decoder import Decoder
-from bessemer.model.layers.attention_backends import AttentionBackend, AttentionMask, Scores
-from bessemer.model.layers.cache import Rectangle
+from bessemer.model.layers.cache import AttentionInputs
 from bessemer.model.layers.feed_forward import SparseFeedForward
 from bessemer.model.quantisation.quantised_layers import QuantisedExperts
 
@@ -205,10 +204,8 @@ class StaticSteps:
         return compute
 
 
-class _StaticCache:
+class _StaticCache(StatelessCache):
     """A `Cache` for one new token of each of B sequences, whose numbers are on the device only."""
-
-    masked, aligned, real_BT = False, False, None
 
     def __init__(
         self,
@@ -235,23 +232,5 @@ class _StaticCache:
         assert count == len(self._positions_B) and real is None
         return self._positions_B[None]
 
-    def attend(
-        self,
-        layer: int,
-        query_BHTC: Tensor,
-        key_BKTC: Tensor,
-        value_BKTV: Tensor,
-        mask: AttentionMask,
-        scores: Scores,
-        backend: AttentionBackend,
-    ) -> Tensor:
-        return self._pages.attend(layer, query_BHTC, key_BKTC, value_BKTV, scores)
-
-    def rectangles(self) -> list[Rectangle] | None:
-        raise AssertionError("no linear attention on static tensors")
-
-    def state(self, layer: int, rectangle: Rectangle | None = None) -> tuple[Tensor, ...] | None:
-        raise AssertionError("no linear attention on static tensors")
-
-    def store_state(self, layer: int, *state: Tensor, rectangle: Rectangle | None = None, step: int | None = None) -> None:
-        raise AssertionError("no linear attention on static tensors")
+    def attend(self, layer: int, inputs: AttentionInputs) -> Tensor:
+        return self._pages.attend(layer, inputs)

@@ -19,7 +19,8 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, FlexKernelO
 from bessemer.inference.execution.batch import Batch, StepInputs
 from bessemer.inference.execution.kv_cache import PagedMemory
 from bessemer.inference.execution.paged_attention import PagedBatch
-from bessemer.model.layers.attention_backends import AttentionBackend, AttentionMask, Scores, capped
+from bessemer.model.layers.attention_backends import Scores, capped
+from bessemer.model.layers.cache import AttentionInputs
 
 # Shapes: B tiles, T queries of a tile, N new tokens, H query heads, K key-value heads, P pages, M positions of a page,
 # W pages of the longest text, C channels of a key, V of a value.
@@ -182,8 +183,9 @@ class FlexPages:
         self.groups = groups
         self._attention = attention
 
-    def attend(self, layer: int, query_BHTC: Tensor, key_BKTC: Tensor, value_BKTV: Tensor, scores: Scores) -> Tensor:
+    def attend(self, layer: int, inputs: AttentionInputs) -> Tensor:
         """Write one layer's new keys and values, and attend, (1, H, N, V)."""
+        query_BHTC, key_BKTC, value_BKTV, _, scores, _ = inputs
         index = self.memory.group_of[layer]
         group, window = self.groups[index], self.memory.groups[index].window
         self.memory.clear(layer, group.begun)
@@ -244,17 +246,8 @@ class FlexBatch(PagedBatch):
         self._pages = FlexPages(self.memory, groups, self._attention)
         return super().extend(count, real)
 
-    def attend(
-        self,
-        layer: int,
-        query_BHTC: Tensor,
-        key_BKTC: Tensor,
-        value_BKTV: Tensor,
-        mask: AttentionMask,
-        scores: Scores,
-        backend: AttentionBackend,
-    ) -> Tensor:
-        return self._pages.attend(layer, query_BHTC, key_BKTC, value_BKTV, scores)
+    def attend(self, layer: int, inputs: AttentionInputs) -> Tensor:
+        return self._pages.attend(layer, inputs)
 
 
 def _group(memory: PagedMemory, numbers: _GroupNumbers, index: int) -> PageGroup:

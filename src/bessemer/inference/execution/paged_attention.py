@@ -15,8 +15,8 @@ from bessemer.inference.execution.kv_cache import PagedMemory, new_slots
 from bessemer.model.cpu_kernels import kernels_arithmetic, library
 from bessemer.model.cpu_kernels.attention import PagedSequences, PageTensors, paged_attention, write_pages
 from bessemer.model.decoder import Decoder
-from bessemer.model.layers.attention_backends import AttentionBackend, AttentionMask, Scores, attention_mask
-from bessemer.model.layers.cache import Rectangle
+from bessemer.model.layers.attention_backends import AttentionMask, attention_mask
+from bessemer.model.layers.cache import AttentionInputs, Rectangle
 
 # Shapes: B sequences, T new tokens of each, N new tokens of all, H query heads, K key-value heads, S positions seen,
 # C channels of a head, V of a value head, P blocks.
@@ -57,16 +57,7 @@ class PagedBatch(ABC):
         return self._positions_1N
 
     @abstractmethod
-    def attend(
-        self,
-        layer: int,
-        query_BHTC: Tensor,
-        key_BKTC: Tensor,
-        value_BKTV: Tensor,
-        mask: AttentionMask,
-        scores: Scores,
-        backend: AttentionBackend,
-    ) -> Tensor:
+    def attend(self, layer: int, inputs: AttentionInputs) -> Tensor:
         """As of `Cache`."""
 
     def rectangles(self) -> list[Rectangle] | None:
@@ -175,16 +166,8 @@ class GatheredBatch(PagedBatch):
         ]
         return super().extend(count, real)
 
-    def attend(
-        self,
-        layer: int,
-        query_BHTC: Tensor,
-        key_BKTC: Tensor,
-        value_BKTV: Tensor,
-        mask: AttentionMask,
-        scores: Scores,
-        backend: AttentionBackend,
-    ) -> Tensor:
+    def attend(self, layer: int, inputs: AttentionInputs) -> Tensor:
+        query_BHTC, key_BKTC, value_BKTV, _, scores, backend = inputs
         index = self.memory.group_of[layer]
         group = self._groups[index]
         self.memory.write(layer, group.blocks_N, group.places_N, key_BKTC[0].transpose(0, 1), value_BKTV[0].transpose(0, 1))
@@ -295,16 +278,8 @@ class CompiledBatch(PagedBatch):
         self._pages, self._threads = pages, threads
         self._sequences = [PagedSequences.of(batch.starts, batch.positions, *padded_tables(tables)) for tables in batch.tables]
 
-    def attend(
-        self,
-        layer: int,
-        query_BHTC: Tensor,
-        key_BKTC: Tensor,
-        value_BKTV: Tensor,
-        mask: AttentionMask,
-        scores: Scores,
-        backend: AttentionBackend,
-    ) -> Tensor:
+    def attend(self, layer: int, inputs: AttentionInputs) -> Tensor:
+        query_BHTC, key_BKTC, value_BKTV, _, scores, _ = inputs
         index = self.memory.group_of[layer]
         pages, sequences, window = self._pages[layer], self._sequences[index], self.memory.groups[index].window
         value_NKV = None if self.memory.shape.shared else value_BKTV[0].transpose(0, 1)

@@ -106,7 +106,7 @@ class Runner:
             parts = [modules, *backend.linear.arithmetic, *backend.attention.arithmetic]
         return ", ".join([*parts, f"keys and values in {self.memory.type_name}"])
 
-    def beside_own_threads(self) -> AbstractContextManager[None]:
+    def limited_torch_threads(self) -> AbstractContextManager[None]:
         """PyTorch on one thread, where the runner has threads of its own: others would take the cores from the next step."""
         return one_thread() if self.own_threads else nullcontext()
 

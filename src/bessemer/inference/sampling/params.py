@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Annotated, Any, Literal, Self
 from weakref import WeakValueDictionary
 
@@ -123,8 +124,9 @@ class SamplingParams(Config):
             raise ValueError(f"n ({self.n}) is above beam_width ({self.beam_width}); raise beam_width")
         if self.temperature not in (0, 1):
             raise ValueError(f"beam search draws nothing: leave out temperature ({self.temperature}) or beam_width")
+        changed = self.changed_settings
         for name in (*_SAMPLING, *_HISTORY):
-            if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True):
+            if name in changed:
                 raise ValueError(f"beam search does not take {name}; leave out {name} or beam_width")
 
     @property
@@ -138,9 +140,19 @@ class SamplingParams(Config):
         return self.logprobs is not None and self.logprobs_mode != "raw"
 
     @property
+    def changed_settings(self) -> frozenset[str]:
+        """The settings that differ from their defaults."""
+        return frozenset(name for name, default in _defaults(type(self)) if getattr(self, name) != default)
+
+    @property
     def grammar(self) -> tuple[Literal["json_schema", "regex", "choice", "ebnf"], Any] | None:
         """The one grammar that is asked, with its name."""
         return next(((name, value) for name in GRAMMARS if (value := getattr(self, name)) is not None), None)  # type: ignore[return-value]
+
+
+@cache
+def _defaults(kind: type[SamplingParams]) -> list[tuple[str, Any]]:
+    return [(name, field.get_default(call_default_factory=True)) for name, field in kind.model_fields.items()]
 
 
 class StopStrings:

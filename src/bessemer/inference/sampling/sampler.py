@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -53,11 +52,6 @@ NO_SAMPLERS = frozenset(
     | {"beam_width", "length_penalty"}
 )
 _ON_DEVICE = COMPUTED_ON_DEVICE | NO_SAMPLERS
-
-
-@cache
-def _defaults(kind: type[SamplingParams]) -> list[tuple[str, Any]]:
-    return [(name, field.get_default(call_default_factory=True)) for name, field in kind.model_fields.items()]
 
 
 class Grammar(Protocol):
@@ -118,7 +112,9 @@ class SamplingState:
         Raises RequestError when the parameters name a token outside the vocabulary, or a grammar that is not given;
         ConfigError when the processor's file or function is not there.
         """
+        self.generator = generator_for(params, index)
         self.rules = rules or TokenRules(params, vocab_size)
+        self.counts = TokenCounts(prompt if params.repetition_penalty != 1 else ())
         if params.grammar is not None and grammar is None:
             raise RequestError(f"{params.grammar[0]} is not served here: no grammar was compiled for it; leave it out")
         self.params = params
@@ -126,7 +122,6 @@ class SamplingState:
         self.grammar = grammar
         self.greedy = params.greedy
         self.wants_sampler_log_probs = params.wants_sampler_log_probs
-        self.generator = generator_for(params, index)
         self.answer: list[int] = []
         self._prompt = prompt
         self._end_set = frozenset(end_tokens) | frozenset(params.stop_token_ids)
@@ -136,13 +131,11 @@ class SamplingState:
             load_user_function(processor, folder or Path()) if isinstance(processor, str) else processor
         )
         self.penalises = params.repetition_penalty != 1 or bool(params.presence_penalty or params.frequency_penalty)
-        self.counts = TokenCounts(prompt if params.repetition_penalty != 1 else ())
         self._changes = self.penalises or bool(params.logit_bias or params.banned_tokens) or self.rules.allowed is not None
         self._changes = self._changes or self._processor is not None or grammar is not None
         self.truncation = Truncation.of(params)
-        asked = (name for name, default in _defaults(type(params)) if getattr(params, name) != default)
-        #: Whether `SampledRows` can choose the next tokens: it computes every setting that is asked and bears on them.
-        self.on_device = grammar is None and all(name in _ON_DEVICE for name in asked)
+        #: Whether `SampledRows` can choose the next tokens: it computes all settings that bear on them.
+        self.on_device = grammar is None and params.changed_settings <= _ON_DEVICE
 
     @property
     def takes_argmax(self) -> bool:

@@ -206,6 +206,7 @@ class SequenceQueues:
         victim = self._running.pop(place)
         self._release(victim)
         victim.status = "waiting"
+        victim.draft = []
         insort(self._waiting, victim, key=_urgency)
         self.preemptions += 1
         return victim

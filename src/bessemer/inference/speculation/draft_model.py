@@ -282,7 +282,7 @@ class DraftModelProposer(Proposer):
         readings = [self._readings[request.sequence.identity] for request, _ in chunks]
         batch = Batch.empty(self._groups)
         for reading, (request, tokens) in zip(readings, chunks, strict=True):
-            batch.append(
+            batch.append_tokens(
                 tokens,
                 reading.computed,
                 [reading.table] * self._groups,

@@ -242,7 +242,7 @@ class MtpProposer(Proposer):
             for table in sequence.tables:
                 missing = max(0, blocks - len(table))
                 tables.append([max(0, number) for number in table] + list(range(span.spare, span.spare + missing)))
-            batch.append(span.tokens, span.first, tables, prompt_length=sequence.prompt_length)
+            batch.append_tokens(span.tokens, span.first, tables, prompt_length=sequence.prompt_length)
         hidden_ND = self.runner.mtp_hidden(module, batch, torch.cat([span.hidden_ND for span in computed]))
         split = iter(hidden_ND.split([len(span.tokens) for span in computed]))
         return [next(split) if span.tokens else span.hidden_ND[:0] for span in spans]

@@ -31,8 +31,8 @@ from bessemer.core.store import new_folder
 from bessemer.model.architecture import LayerType
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
-from bessemer.model.layers.attention_backends import AttentionBackend, AttentionMask, Scores, alibi_slopes
-from bessemer.model.layers.cache import Cache
+from bessemer.model.layers.attention_backends import AttentionMask, alibi_slopes
+from bessemer.model.layers.cache import AttentionInputs, Cache
 from bessemer.model.layers.feed_forward import Experts, Routing
 from bessemer.model.layers.positions import Rotation
 from bessemer.model.quantisation.quantised_decoder import dequantised
@@ -242,21 +242,12 @@ class GrowingCache:
         self.past = past
         self.present = list[Tensor]()
 
-    def attend(
-        self,
-        layer: int,
-        query_BHTC: Tensor,
-        key_BKTC: Tensor,
-        value_BKTC: Tensor,
-        mask: AttentionMask,
-        scores: Scores,
-        backend: AttentionBackend,
-    ) -> Tensor:
+    def attend(self, layer: int, inputs: AttentionInputs) -> Tensor:
         """Attention over all keys and values of a layer, which are kept, (B, H, T, C)."""
-        keys_BKSC = torch.cat((self.past[2 * layer], key_BKTC), dim=2)
-        values_BKSC = torch.cat((self.past[2 * layer + 1], value_BKTC), dim=2)
+        keys_BKSC = torch.cat((self.past[2 * layer], inputs.key_BKTC), dim=2)
+        values_BKSC = torch.cat((self.past[2 * layer + 1], inputs.value_BKTV), dim=2)
         self.present += (keys_BKSC, values_BKSC)
-        return backend(query_BHTC, keys_BKSC, values_BKSC, mask, scores)
+        return inputs.backend(inputs.query_BHTC, keys_BKSC, values_BKSC, inputs.mask, inputs.scores)
 
 
 def all_experts(experts: Experts, hidden_ND: Tensor, routing: Routing) -> Tensor:

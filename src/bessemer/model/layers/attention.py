@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bessemer.model.config import ModelConfig
 from bessemer.model.layers.attention_backends import AttentionBackend, AttentionMask, Scores, sdpa
-from bessemer.model.layers.cache import Cache
+from bessemer.model.layers.cache import AttentionInputs, Cache
 from bessemer.model.layers.norms import RMSNorm, make_norm
 from bessemer.model.layers.positions import Rotation, rotate, yarn_mscale
 
@@ -74,7 +74,8 @@ class Attention(nn.Module):
         if cache is None:
             attended_BHTC = self.backend(query_BHTC, key_BKTC, value_BKTC, mask, scores)
         else:
-            attended_BHTC = cache.attend(self.layer, query_BHTC, key_BKTC, value_BKTC, mask, scores, self.backend)
+            inputs = AttentionInputs(query_BHTC, key_BKTC, value_BKTC, mask, scores, self.backend)
+            attended_BHTC = cache.attend(self.layer, inputs)
         attended = attended_BHTC.transpose(1, 2).flatten(2)
         if gate is not None:
             attended = attended * torch.sigmoid(gate)
@@ -163,5 +164,6 @@ class LatentAttention(nn.Module):
         query_BHTL = self.into_latent(query_BHTN, key_HNL)
         query_BHTC = torch.cat((query_BHTL, query_BHTR), dim=-1)
         key_B1TC = torch.cat((latent_B1TL, key_B1TR), dim=-1)
-        mixed_BHTL = cache.attend(self.layer, query_BHTC, key_B1TC, latent_B1TL, mask, Scores(self.scale), self.backend)
+        inputs = AttentionInputs(query_BHTC, key_B1TC, latent_B1TL, mask, Scores(self.scale), self.backend)
+        mixed_BHTL = cache.attend(self.layer, inputs)
         return self.out_of_latent(mixed_BHTL, value_HVL.transpose(1, 2))

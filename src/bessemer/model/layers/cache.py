@@ -27,6 +27,17 @@ class Rectangle(NamedTuple):
     snapshots: dict[int, Tensor]
 
 
+class AttentionInputs(NamedTuple):
+    """What a layer of attention gives a cache: its new tokens' queries, keys and values, and how it attends."""
+
+    query_BHTC: Tensor
+    key_BKTC: Tensor
+    value_BKTV: Tensor
+    mask: AttentionMask
+    scores: Scores
+    backend: AttentionBackend
+
+
 class Cache(Protocol):
     """What a decoder asks of a cache: here `DecoderCache`, in the engine pages (`inference/execution/kv_cache.py`)."""
 
@@ -49,16 +60,7 @@ class Cache(Protocol):
     def extend(self, count: int, real: Sequence[int] | None = None) -> Tensor:
         """Make room for `count` more tokens a row, before the layers come; their positions, (B, T)."""
 
-    def attend(
-        self,
-        layer: int,
-        query_BHTC: Tensor,
-        key_BKTC: Tensor,
-        value_BKTV: Tensor,
-        mask: AttentionMask,
-        scores: Scores,
-        backend: AttentionBackend,
-    ) -> Tensor:
+    def attend(self, layer: int, inputs: AttentionInputs) -> Tensor:
         """Store one layer's new keys and values; what the queries make of all that they may see, (B, H, T, V)."""
 
     def rectangles(self) -> list[Rectangle] | None:
@@ -152,23 +154,14 @@ class DecoderCache:
         self._slots = (torch.arange(self.batch_size, device=self._device)[:, None], positions_BT)
         return positions_BT
 
-    def attend(
-        self,
-        layer: int,
-        query_BHTC: Tensor,
-        key_BKTC: Tensor,
-        value_BKTV: Tensor,
-        mask: AttentionMask,
-        scores: Scores,
-        backend: AttentionBackend,
-    ) -> Tensor:
-        keys_BKSC = self._append(self._keys[layer], key_BKTC)
+    def attend(self, layer: int, inputs: AttentionInputs) -> Tensor:
+        keys_BKSC = self._append(self._keys[layer], inputs.key_BKTC)
         if layer in self._values:
-            values_BKSV = self._append(self._values[layer], value_BKTV)
+            values_BKSV = self._append(self._values[layer], inputs.value_BKTV)
         else:
             # latent attention's values are the first channels of its keys
-            values_BKSV = keys_BKSC[..., : value_BKTV.shape[-1]]
-        return backend(query_BHTC, keys_BKSC, values_BKSV, mask, scores)
+            values_BKSV = keys_BKSC[..., : inputs.value_BKTV.shape[-1]]
+        return inputs.backend(inputs.query_BHTC, keys_BKSC, values_BKSV, inputs.mask, inputs.scores)
 
     def _append(self, stored_BKSC: Tensor, new_BKTC: Tensor) -> Tensor:
         """Put new keys or values in their slots; returns all that live, (B, K, S, C)."""

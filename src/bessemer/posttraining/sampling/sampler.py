@@ -26,7 +26,7 @@ from bessemer.core.usercode import load_user_function
 from bessemer.inference.collective import CollectiveEngine
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
 from bessemer.inference.execution.compiled_steps import CompiledSteps
-from bessemer.inference.execution.steps import MOST_TOKENS
+from bessemer.inference.execution.steps.plain import MOST_TOKENS
 from bessemer.model.adapters.trained import adapters_of, merged_in_place, without_adapters
 from bessemer.model.decoder import Decoder
 from bessemer.model.quantisation.quantised_layers import is_quantised
