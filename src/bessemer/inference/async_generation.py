@@ -84,12 +84,12 @@ class _Reader:
 
     def take_chunks(self) -> list[ChoiceChunk]:
         """Chunks that are there, at most `_CHUNKS_AT_ONCE`; the thread may be adding others."""
-        found = (
+        waiting = (
             ChoiceChunk(choice, each.chunks.popleft())
             for choice, each in enumerate(self.completions)
             for _ in range(len(each.chunks))
         )
-        return list(islice(found, _CHUNKS_AT_ONCE))
+        return list(islice(waiting, _CHUNKS_AT_ONCE))
 
     def raise_error(self) -> None:
         if self.error is not None:
@@ -378,7 +378,7 @@ class AsyncGeneration(ABC):
 
     async def _chunks(self, prepare: Callable[[], Request]) -> AsyncGenerator[Chunk, None]:
         request = await asyncio.to_thread(prepare)
-        async with aclosing(self._driver.chunks([request])) as news:
-            async for chunks in news:
+        async with aclosing(self._driver.chunks([request])) as arrivals:
+            async for chunks in arrivals:
                 for _, chunk in chunks:
                     yield chunk

@@ -200,13 +200,13 @@ class Recorder:
 
     def _places(self, end: int) -> dict[int, tuple[int, int]]:
         """Piece and row of each position before `end` that was kept, in order; of one kept twice the later."""
-        found = {
+        places = {
             position: (number, row)
             for number, piece in enumerate(self._pieces)
             for row, position in enumerate(piece.positions)
             if position < end
         }
-        return dict(sorted(found.items()))
+        return dict(sorted(places.items()))
 
     @staticmethod
     def _rows(pieces: Sequence[Mapping[int, Tensor]], layer: int, places: Collection[tuple[int, int]]) -> Tensor:
@@ -224,13 +224,13 @@ class Recorder:
         """The weights of the heads of a layer that are captured, for each position."""
         heads = [head for of, head in self._capture.attention if of == layer]
         at_once = max(1, _MOST_WEIGHTS // (runner.model.config.num_attention_heads * (positions[-1] + 1)))
-        found: dict[tuple[int, int], list[Tensor]] = {(layer, head): [] for head in heads}
+        of_heads: dict[tuple[int, int], list[Tensor]] = {(layer, head): [] for head in heads}
         for start in range(0, len(positions), at_once):
             part = slice(start, start + at_once)
             weights_HPS = runner.attention_weights(layer, states_PD[part], positions[part], sequence.tables, adapter)
             for head in heads:
-                found[layer, head] += weights_HPS[head].clone()
-        return found
+                of_heads[layer, head] += weights_HPS[head].clone()
+        return of_heads
 
 
 class CaptureRequest(ScheduledRequest):

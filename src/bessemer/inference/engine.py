@@ -213,8 +213,7 @@ class Engine(AsyncGeneration, Reading, WeightUpdates):
     ) -> Rollouts:
         """n samples of every prompt as tensors, which is what a policy is trained on. Each prompt is read once.
 
-        logprobs_mode: of `Rollouts.log_probs`, as `SamplingParams.logprobs_mode`, whose place it takes, as n that of
-        `SamplingParams.n`. Raises RequestError as `generate`, and for best_of and beam_width.
+        logprobs_mode and n: override the parameters'. Raises RequestError as `generate`, and for best_of and beam_width.
         """
         prompts = as_prompts(prompts)
         each = params_of_prompts(params, len(prompts), n, logprobs_mode)

@@ -205,7 +205,7 @@ class Reading(ABC):
         """
         last = self.model.config.num_hidden_layers if layer is None else layer
         capture = Capture(states=(last,), positions="all" if pooling == "mean" else "last")
-        states = [found.states[last] for found in self.capture(prompts, capture, adapter=adapter)]
+        states = [captured.states[last] for captured in self.capture(prompts, capture, adapter=adapter)]
         return embeddings(states, self._last_norm if layer is None else None, normalise=normalise)
 
     def _last_norm(self, states_PD: Tensor) -> Tensor:

@@ -264,10 +264,6 @@ class Request(ScheduledRequest):
         self.prompt_log_probs: list[Sampled] = []
         #: Of each token made, the version of the weights that it was sampled with.
         self.weight_versions: list[int] = []
-        #: Draft tokens that were verified.
-        self.proposed = 0
-        #: Those of them that were accepted.
-        self.accepted = 0
         #: Whether log-probabilities of its prompt are wanted.
         self.reads_prompt = self.params.prompt_logprobs is not None
         self._end_tokens = end_tokens
@@ -322,8 +318,8 @@ class Request(ScheduledRequest):
         end = min(chunk.start + chunk.count, self.sequence.prompt_length - 1)
         following = self.sequence.tokens[first + 1 : end + 1]
         counts = [self.params.prompt_logprobs or 0] * len(following)
-        found = log_probs(logits_RV[first - chunk.start : end - chunk.start], following, counts)
-        self.prompt_log_probs += [Sampled(token, one) for token, one in zip(following, found, strict=True)]
+        of_tokens = log_probs(logits_RV[first - chunk.start : end - chunk.start], following, counts)
+        self.prompt_log_probs += [Sampled(token, one) for token, one in zip(following, of_tokens, strict=True)]
 
     def take(self, sampled: list[Sampled], weight_version: int = 0) -> list[int]:
         """Add the tokens of a step up to the end of the completion. Returns the ids of those that belong to it.

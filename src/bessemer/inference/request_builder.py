@@ -311,7 +311,7 @@ class RequestBuilder:
             end_tokens=self._ends(params),
             index=index,
             grammar=self._grammars.matcher(params),
-            rules=first and first.rules,
+            rules=None if first is None else first.rules,
         )
 
     def _ends(self, params: SamplingParams) -> frozenset[int]:

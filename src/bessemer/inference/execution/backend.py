@@ -1,7 +1,7 @@
-"""Backend: the interface between a `Runner` and a device, and what is read out of a step besides its logits.
+"""Backend: the interface between a `Runner` and a device.
 
-A backend gives the matmuls of a model's weights, attention over its pages, and whole steps in one call. What a capture wants
-of a step is kept beside it: hidden states, attention weights, choices of experts.
+A backend gives the matmuls of a model's weights, attention over its pages, and whole steps in one call. For a capture a step
+also keeps hidden states, attention weights and choices of experts.
 """
 
 from __future__ import annotations
@@ -29,14 +29,13 @@ from bessemer.model.quantisation.quantised_layers import PackedMatmuls
 
 @dataclass
 class Observed:
-    """Of the rows that a batch wants to keep, by layer: hidden states (M, D), and choices of experts (M, k) with their
-    weights."""
+    """Hidden states (M, D) and choices of experts (M, k) with their weights, by layer, of the rows that a batch keeps."""
 
     states: dict[int, Tensor] = field(default_factory=dict)
     routings: dict[int, Routing] = field(default_factory=dict)
 
     def take(self, states: Iterable[int], routings: Iterable[int], count: int) -> Observed:
-        """The first `count` rows of these layers, which are no longer in it."""
+        """Remove and return the first `count` rows of these layers."""
         taken = Observed()
         for layer in states:
             kept_MD = self.states.pop(layer)
@@ -51,7 +50,7 @@ class Observed:
 
     @classmethod
     def joined(cls, parts: Sequence[Observed]) -> Observed:
-        """Of consecutive parts of a batch."""
+        """What consecutive parts of a batch kept, in one."""
         states = {
             layer: [part.states[layer] for part in parts if layer in part.states] for part in parts for layer in part.states
         }
@@ -170,9 +169,12 @@ class ReadPages(StatelessCache):
 # Shapes: R wanted rows, V vocabulary, S tokens of a row.
 
 
-class StepBeside(NamedTuple):
-    """What a step has beside its batch: where its numbers are put; the tokens of the step before, of which the batch may have
-    some pending; and the rows that are sampled from, whose numbers are copied with the step's where those are copied."""
+class StepContext(NamedTuple):
+    """Inputs of a step besides its batch.
+
+    inputs: the buffer of its numbers, copied to the device at once. sampled_R: tokens of the step before, which `Batch.pending`
+    refers to. rows: those that are sampled from, whose numbers are copied with the step's.
+    """
 
     inputs: StepInputs
     sampled_R: Tensor
@@ -184,19 +186,18 @@ class Linear(Protocol):
 
     @property
     def arithmetic(self) -> Sequence[str]:
-        """How it multiplies, in words, where that is not as the model's modules do."""
+        """How it multiplies, in words; empty where the model's modules do."""
 
     @property
     def matmuls(self) -> PackedMatmuls:
-        """Of the layers that are not multiplied as their modules do."""
+        """Packed matmuls of the layers whose modules do not multiply themselves."""
 
     @property
     def own_threads(self) -> bool:
-        """Whether it has threads of its own. PyTorch's threads spin for a while after their work, and take the cores from
-        them."""
+        """Whether it has threads of its own. PyTorch's threads spin for a while after their work and take cores from them."""
 
     def is_soon_done(self, rows: int, *, invariant: bool) -> bool:
-        """Whether PyTorch's part of a step of some rows is too little for several threads."""
+        """Whether one thread of PyTorch is enough for its part of a step."""
 
     def weights_changed(self) -> None:
         """Store the model's weights again: they are no longer those that were stored."""
@@ -207,7 +208,7 @@ class Attention(Protocol):
 
     @property
     def arithmetic(self) -> Sequence[str]:
-        """How it computes, in words, where that is not by PyTorch."""
+        """How it computes, in words; empty where PyTorch does."""
 
     def cache(self, batch: Batch, inputs: StepInputs) -> Cache:
         """The decoder's cache for one forward pass over a batch. It puts its numbers into `inputs`, which are copied before
@@ -231,7 +232,7 @@ class WholeSteps(Protocol):
     def takes(self, batch: Batch) -> Sequence[int]:
         """The sequences of a batch that it computes: all, some or none."""
 
-    def forward(self, batch: Batch, beside: StepBeside) -> Tensor:
+    def forward(self, batch: Batch, context: StepContext) -> Tensor:
         """As `Runner.forward`, for a batch of such sequences."""
 
     def weights_changed(self) -> None:
@@ -249,9 +250,9 @@ class TokenGenerator(Protocol):
 class Backend:
     """What computes the steps of one model on its device.
 
-    whole: None where every step goes through the model's modules. samples: whether tokens are sampled where the logits lie
-    (`Runner.sample`), so that the next step is scheduled beside the current one. generator: None where each token is a step of
-    its own.
+    whole: None where every step goes through the model's modules. samples: whether tokens are sampled on the device
+    (`Runner.sample`), so that the host schedules the next step while it computes the current one. generator: None where it
+    computes one token of a sequence in a call.
     """
 
     linear: Linear

@@ -215,10 +215,10 @@ _NUMPY_TYPES = {
 
 
 class StepInputs:
-    """`begin`, `put` and `copy`, in this order, once a step.
+    """The numbers of a step, copied to the device at once: `begin`, `put` and `copy`, in this order.
 
-    The tensors that `put` gives hold their numbers from `copy` on, until the next `copy`. The same puts after `begin` give the
-    same memory, which captured steps rely on. A step whose numbers are more than a buffer holds takes further buffers, each
+    The tensors that `put` returns hold their numbers from `copy` on, until the next `copy`. The same puts after `begin` give
+    the same memory, which captured steps rely on. A step whose numbers are more than a buffer holds takes further buffers, each
     copied at once. On a processor the buffer is the device's memory too, and nothing is copied.
     """
 
@@ -332,6 +332,6 @@ def fill_pending(tokens_N: Tensor, pending_2P: Tensor | None, sampled_R: Tensor)
 
 
 def host_memory(size: int, device: torch.device) -> tuple[NDArray[np.generic], Tensor]:
-    """Bytes on the host, as an array and as a tensor; pinned for a GPU, which then copies beside what the host goes on with."""
+    """Bytes on the host, as an array and as a tensor; pinned for a GPU, so that a copy does not block the host."""
     memory = torch.zeros(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
     return memory.numpy(), memory

@@ -289,9 +289,9 @@ def new_runner(
 
 
 def samples_on_device(memory: PagedMemory, config: EngineConfig) -> bool:
-    """Whether tokens are sampled where the logits lie. A processor that computes has no time to schedule beside it.
+    """Whether tokens are sampled on the device. By default on a GPU alone: a processor cannot schedule while it computes.
 
-    Not where draft tokens are verified on the host, nor for linear attention, whose states are hashed before they are computed.
+    Never with draft tokens, which are verified on the host, or linear attention, whose states are hashed before the step.
     """
     if config.async_scheduling == "off" or config.speculation is not None or memory.state_slots:
         return False

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bessemer.core.environment import usable_cores
-from bessemer.inference.execution.backend import StepBeside
+from bessemer.inference.execution.backend import StepContext
 from bessemer.inference.execution.batch import Batch, padded_tables
 from bessemer.inference.execution.kv_cache import PagedMemory
 from bessemer.model.cpu_kernels import kernels_arithmetic, library, raise_failure
@@ -63,20 +63,20 @@ class GenerationFields(ctypes.Structure):
     )
 
 
-class _Given(NamedTuple):
+class _KernelBatch(NamedTuple):
     """A batch as the kernels read it; what the fields point to is kept here."""
 
     fields: BatchFields
     memory: tuple[object, ...]
 
     @classmethod
-    def of(cls, batch: Batch, beside: StepBeside | None = None) -> _Given:
-        """Its tokens and where their keys lie; nothing is wanted of it yet. beside: of a batch with pending tokens."""
+    def of(cls, batch: Batch, context: StepContext | None = None) -> _KernelBatch:
+        """Its tokens and where their keys lie; nothing is wanted of it yet. context: of a batch with pending tokens."""
         tokens, positions_N, starts = array("i", batch.tokens), array("i", batch.positions), array("q", batch.starts)
         if batch.pending:
-            assert beside is not None
+            assert context is not None
             for row, place in batch.pending.items():
-                tokens[row] = max(0, int(beside.sampled_R[place]))
+                tokens[row] = max(0, int(context.sampled_R[place]))
         tables = [padded_tables(group) for group in batch.tables]
         table_addresses = array("Q", [numbers.buffer_info()[0] for numbers, _ in tables])
         widths = array("q", [width for _, width in tables])
@@ -154,14 +154,14 @@ class CompiledSteps:
         return [sequence for sequence, adapter in enumerate(batch.adapters) if adapter is None]
 
     @torch.inference_mode()
-    def forward(self, batch: Batch, beside: StepBeside | None = None) -> Tensor:
-        """As `Runner.forward`. Nothing is copied: the host's memory is the device's. beside: of a batch that has tokens of the
-        step before pending. Raises ValueError for a token, a position or a page that is not there, before anything is
+    def forward(self, batch: Batch, context: StepContext | None = None) -> Tensor:
+        """As `Runner.forward`. Nothing is copied: the host's memory is the device's. context: of a batch with pending
+        tokens. Raises ValueError for a token, a position or a page that is not there, before anything is
         computed."""
         logits_RV = torch.empty(len(batch.wanted), self.model.config.vocab_size)
-        given = _Given.of(batch, beside)
+        kernel_batch = _KernelBatch.of(batch, context)
         wanted = array("q", batch.wanted)
-        fields = given.fields
+        fields = kernel_batch.fields
         fields.wanted, fields.wanted_rows, fields.logits = len(wanted), wanted.buffer_info()[0], logits_RV.data_ptr()
         kept = self._keep(batch, fields) if batch.states else None
         failure = self._kernels.bessemer_step_run(self._step, ctypes.byref(fields))
@@ -177,11 +177,13 @@ class CompiledSteps:
 
         batch: one token of each sequence, with pages for S. uniforms_RS: float64; temperatures_R: float32. Raises as `forward`.
         """
-        given = _Given.of(batch)
+        kernel_batch = _KernelBatch.of(batch)
         tokens_RS, log_probs_RS = torch.empty(uniforms_RS.shape, dtype=torch.int32), torch.empty(uniforms_RS.shape)
         addresses = (tensor.data_ptr() for tensor in (temperatures_R, uniforms_RS, tokens_RS, log_probs_RS))
         generation = GenerationFields(uniforms_RS.shape[1], *addresses)
-        raise_failure(self._kernels.bessemer_step_generate(self._step, ctypes.byref(given.fields), ctypes.byref(generation)))
+        raise_failure(
+            self._kernels.bessemer_step_generate(self._step, ctypes.byref(kernel_batch.fields), ctypes.byref(generation))
+        )
         return tokens_RS, log_probs_RS
 
     def _keep(self, batch: Batch, fields: BatchFields) -> _Kept:

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from bessemer.inference.execution.backend import StatelessCache, StepBeside
+from bessemer.inference.execution.backend import StatelessCache, StepContext
 from bessemer.inference.execution.batch import Batch, StepInputs, fill_pending
 from bessemer.inference.execution.flex_attention import FlexPages, PageAttention, PageGroup, Tiles, page_mask
 from bessemer.inference.execution.kv_cache import PagedMemory
@@ -136,9 +136,9 @@ class StaticSteps:
         )
         return range(rows if fits else 0)
 
-    def forward(self, batch: Batch, beside: StepBeside) -> Tensor:
+    def forward(self, batch: Batch, context: StepContext) -> Tensor:
         """Logits of every sequence, (B, V) float32."""
-        inputs = beside.inputs
+        inputs = context.inputs
         if not self._steps:
             self._capture_all(inputs)
         inputs.begin()
@@ -146,10 +146,10 @@ class StaticSteps:
         numbers = self._put(inputs, size, batch.tokens, batch.positions, batch.tables)
         assert numbers.tokens_B.data_ptr() == self._tokens_at, "a captured step reads where its numbers were"
         pending_2P = inputs.put([[*batch.pending], [*batch.pending.values()]]) if batch.pending else None
-        if beside.rows is not None:
-            beside.rows.place(inputs.put)
+        if context.rows is not None:
+            context.rows.place(inputs.put)
         inputs.copy()
-        fill_pending(numbers.tokens_B, pending_2P, beside.sampled_R)
+        fill_pending(numbers.tokens_B, pending_2P, context.sampled_R)
         # a copy, because the next step of this size writes into the same tensor
         return self._steps[size]()[: batch.sequences].to(torch.float32, copy=True)
 

@@ -115,7 +115,7 @@ def page_attention(
         compute_q_blocks=False,
     )
     keys_1KSC, values_1KSV = (part.transpose(0, 1).flatten(1, 2)[None] for part in (keys_PKMC, values_PKMV))
-    found = flex_attention(
+    attended = flex_attention(
         query_BHTC.to(keys_PKMC.dtype),
         keys_1KSC,
         values_1KSV,
@@ -126,10 +126,10 @@ def page_attention(
         return_aux=None if scores.sinks_H is None else AuxRequest(lse=True),
         kernel_options=_tile_sizes(queries, block_size) if query_BHTC.device.type == "cuda" else None,
     )
-    if isinstance(found, Tensor):
-        return found
+    if isinstance(attended, Tensor):
+        return attended
     # a sink takes part in the sum alone: with the log ℓ of the sum, all weights shrink by σ(ℓ - sink)
-    attended_BHTV, aux = found
+    attended_BHTV, aux = attended
     assert scores.sinks_H is not None and aux.lse is not None
     return attended_BHTV * torch.sigmoid(aux.lse - scores.sinks_H[:, None]).to(attended_BHTV.dtype)[..., None]
 
@@ -194,10 +194,10 @@ class FlexPages:
         attended_NHV = query_NHC.new_empty((*query_NHC.shape[:2], value_BKTV.shape[-1]))
         for rows_BT, real_R, places_R, mask in group.tiles:
             queries_BHTC = query_NHC[:, :, None] if rows_BT is None else query_NHC[rows_BT].transpose(1, 2)
-            found_BHTV = self._attention(queries_BHTC, pages.keys, pages.values, mask, scores, window, self.memory.slopes_H)
+            attended_BHTV = self._attention(queries_BHTC, pages.keys, pages.values, mask, scores, window, self.memory.slopes_H)
             if real_R is None or places_R is None:
-                return found_BHTV[:, :, 0].transpose(0, 1)[None].to(query_BHTC.dtype)
-            attended_NHV[real_R] = found_BHTV.transpose(1, 2).flatten(0, 1)[places_R].to(attended_NHV.dtype)
+                return attended_BHTV[:, :, 0].transpose(0, 1)[None].to(query_BHTC.dtype)
+            attended_NHV[real_R] = attended_BHTV.transpose(1, 2).flatten(0, 1)[places_R].to(attended_NHV.dtype)
         return attended_NHV.transpose(0, 1)[None]
 
 

@@ -198,10 +198,10 @@ class LoadedAdapters:
 
     def updated(self, adapter: Adapter) -> LoadedAdapter | None:
         """What an adapter was updated to last; None where it was not."""
-        found = None
+        newest = None
         while (newer := self._updates.get(adapter)) is not None:
-            found, adapter = newer, newer.adapter
-        return found
+            newest, adapter = newer, newer.adapter
+        return newest
 
     def refit(self, model: Decoder) -> None:
         """Fit the adapters to weights that have changed; those of requests whose name has another adapter now, too."""
@@ -377,6 +377,6 @@ def _own_sample(tensor: Tensor, shape: torch.Size) -> Tensor:
         held = (along >= 0) & (along < size)
         places = (before * size + along) * inner + behind
     numbers_2P = rounded(shard.flatten()[places[held]])
-    found = torch.full((2, *places.shape), _NOTHING, dtype=torch.int32, device=shard.device)
-    found[:, held] = numbers_2P.view(torch.int16).to(torch.int32)
-    return found
+    bits_2P = torch.full((2, *places.shape), _NOTHING, dtype=torch.int32, device=shard.device)
+    bits_2P[:, held] = numbers_2P.view(torch.int16).to(torch.int32)
+    return bits_2P

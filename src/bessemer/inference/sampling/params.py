@@ -247,10 +247,10 @@ _automata: WeakValueDictionary[tuple[str, ...], _Automaton] = WeakValueDictionar
 
 
 def _automaton_of(stops: tuple[str, ...]) -> _Automaton:
-    found = _automata.get(stops)
-    if found is None:
-        found = _automata[stops] = _Automaton(stops)
-    return found
+    automaton = _automata.get(stops)
+    if automaton is None:
+        automaton = _automata[stops] = _Automaton(stops)
+    return automaton
 
 
 def overlap(text: str, stop: str) -> int:

@@ -40,7 +40,7 @@ _ROWS = 16
 NO_TOKEN_LEFT = "no token may come next: grammar, allowed_tokens and banned_tokens together leave none"
 NOT_FINITE = "the model's logits are not finite: its weights are damaged or its training diverged"
 
-#: Settings that `SampledRows` computes. Every other one that is asked leaves the request to the host's sampler.
+#: Settings that `SampledRows` computes. A request that changes another one is sampled on the host.
 COMPUTED_ON_DEVICE = frozenset(
     {"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"}
     | {"logit_bias", "allowed_tokens", "banned_tokens", "min_tokens", "stop_token_ids", "seed"}
@@ -226,7 +226,7 @@ def sample_rows(logits_RV: Tensor, rows: Sequence[SamplingState]) -> list[Sample
     """One token for each row by its request's own settings, added to the request's answer. `logits_RV` stays as it is.
 
     logits_RV: float32. At temperature 0 the likeliest, of equals the first; else one number of the request's generator
-    picks from `truncated_logits`. What a row gets does not depend on the rows beside it.
+    picks from `truncated_logits`. What a row gets does not depend on the other rows.
 
     A row that cannot be served, because its logits are not finite or nothing may be chosen, gets a RequestError in its
     place and the others go on.
@@ -234,14 +234,14 @@ def sample_rows(logits_RV: Tensor, rows: Sequence[SamplingState]) -> list[Sample
     logits_RV = logits_RV.detach()
     numbers = [0.0 if state.greedy else uniform(state.generator) for state in rows]
     choice = choose(logits_RV, rows, numbers)
-    found = chosen_log_probs(logits_RV, choice, rows, [row for row in range(len(rows)) if row not in choice.problems])
+    log_probs_of = chosen_log_probs(logits_RV, choice, rows, [row for row in range(len(rows)) if row not in choice.problems])
     sampled: list[Sampled | RequestError] = []
     for row, (token, state) in enumerate(zip(choice.tokens, rows, strict=True)):
         if row in choice.problems:
             sampled.append(choice.problems[row])
         else:
             state.advance(token)
-            sampled.append(Sampled(token, found.get(row)))
+            sampled.append(Sampled(token, log_probs_of.get(row)))
     return sampled
 
 
@@ -274,14 +274,14 @@ def choose(logits_RV: Tensor, rows: Sequence[SamplingState], numbers: Sequence[f
         part_BV = adjusted(logits_RV if len(members) == len(rows) else logits_RV[members], states, problems, members)
         if truncation is None:
             chosen = likeliest(part_BV)
-            found = {
+            of_members = {
                 place: certain(token, state.params)
                 for place, (token, state) in enumerate(zip(chosen, states, strict=True))
                 if state.wants_sampler_log_probs
             }
         else:
-            chosen, found = _drawn(part_BV, states, [numbers[row] for row in members], truncation)
-        log_probs_of |= {members[place]: one for place, one in found.items()}
+            chosen, of_members = _drawn(part_BV, states, [numbers[row] for row in members], truncation)
+        log_probs_of |= {members[place]: one for place, one in of_members.items()}
         for place, (row, token) in enumerate(zip(members, chosen, strict=True)):
             tokens[row] = token
             if token < 0 and row not in problems:
@@ -330,14 +330,14 @@ def _drawn(
     for start in range(0, len(states), _ROWS):
         some = slice(start, start + _ROWS)
         some_BV = logits_BV[some].cpu()
-        for places, found in candidates(some_BV, temperatures_B[some], truncation):
-            drawn = found.draw(uniforms_B[some][places])
+        for places, distribution in candidates(some_BV, temperatures_B[some], truncation):
+            drawn = distribution.draw(uniforms_B[some][places])
             rows = [start + place for place in places]
             for row, token in zip(rows, drawn, strict=True):
                 tokens[row] = token
             if any(states[row].wants_sampler_log_probs for row in rows):
                 part_BV = some_BV if len(rows) == len(some_BV) else some_BV[places]
-                of_part = sampler_log_probs(part_BV, temperatures_B[rows], found, drawn, [params[row] for row in rows])
+                of_part = sampler_log_probs(part_BV, temperatures_B[rows], distribution, drawn, [params[row] for row in rows])
                 log_probs_of |= {rows[place]: one for place, one in of_part.items()}
     return tokens, log_probs_of
 
@@ -355,9 +355,9 @@ def _drawn_by_kernels(
     for start in range(0, len(ranked), _ROWS):
         rows = ranked[start : start + _ROWS]
         part_RV, temperatures_R = logits_BV[rows], torch.tensor([temperatures[row] for row in rows])
-        ((_, found),) = candidates(part_RV, temperatures_R, NO_TRUNCATION)
+        ((_, distribution),) = candidates(part_RV, temperatures_R, NO_TRUNCATION)
         params = [states[row].params for row in rows]
-        of_part = sampler_log_probs(part_RV, temperatures_R, found, [tokens[row] for row in rows], params)
+        of_part = sampler_log_probs(part_RV, temperatures_R, distribution, [tokens[row] for row in rows], params)
         log_probs_of |= {rows[place]: one for place, one in of_part.items()}
     return tokens, log_probs_of
 

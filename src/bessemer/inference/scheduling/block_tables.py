@@ -222,8 +222,8 @@ class BlockTables:
         """Whether the known tokens of a waiting sequence, with `hit` blocks found, fit in what is free but not `kept_back`."""
         for (pool, window), kept in zip(self.groups, kept_back, strict=True):
             fresh = min(self.blocks(len(sequence.tokens)) - hit, self.most(len(sequence.tokens), chunk, window))
-            found = sequence.chain[self.passed(hit * self.block_size, window) + 1 : hit + 1]
-            if fresh + pool.idle(found) + kept > pool.free:
+            shared = sequence.chain[self.passed(hit * self.block_size, window) + 1 : hit + 1]
+            if fresh + pool.idle(shared) + kept > pool.free:
                 return False
         return True
 
@@ -339,10 +339,10 @@ class BlockTables:
                 most = next((length for length in range(most) if chain[length + 1] not in pool), most)
         usable = [length * size % self._align == 0 for length in range(most + 1)]
         for _, pool, window in self._windowed:
-            found = 0
+            consecutive = 0
             for length in range(1, most + 1):
-                found = found + 1 if chain[length] in pool else 0
-                usable[length] &= found >= length - self.passed(length * size, window)
+                consecutive = consecutive + 1 if chain[length] in pool else 0
+                usable[length] &= consecutive >= length - self.passed(length * size, window)
         most = max(length for length in range(most + 1) if usable[length])
         if self._snapshots is None:
             return most

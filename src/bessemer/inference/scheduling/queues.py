@@ -22,7 +22,7 @@ def kept_back(running: Iterable[TokenSequence], tables: BlockTables, chunk: int)
 
 
 def is_coming(sequence: TokenSequence, hit: int, running: list[TokenSequence], tables: BlockTables) -> bool:
-    """Whether a running prompt is about to compute at least half of what a waiting sequence lacks: then it pays to wait.
+    """Whether a running prompt is about to compute at least half of what a waiting sequence lacks: waiting is then faster.
 
     Requests that share a long prefix often arrive together. The running sequence advances, or is preempted, which ends the
     wait. The position where the two part is added to its `partings`, so that it keeps its state there.
@@ -83,7 +83,7 @@ class SequenceQueues:
 
     @property
     def empty_places(self) -> int:
-        """Sequences that could run beside those that do."""
+        """How many more sequences could run."""
         return self.max_num_seqs - len(self._running)
 
     @property

@@ -68,7 +68,7 @@ class Scheduler(SequenceQueues):
         self.max_num_batched_tokens = max_num_batched_tokens
         assert max_logits_rows >= (align or 1), "the first sequence of a step can always go on"
         self.max_logits_rows = max_logits_rows
-        #: Of them, those that the step under way has left.
+        #: Rows of logits that the step being scheduled may still take.
         self._logits_rows = max_logits_rows
         groups = list(groups)
         shares = share_prefixes and bool(snapshots if state_slots else groups)
@@ -84,7 +84,7 @@ class Scheduler(SequenceQueues):
             snapshots=states.pool if self._shares_states else None,
         )
         super().__init__(tables, states, max_num_seqs=max_num_seqs, max_waiting=max_waiting, align=align)
-        #: Since the start: tokens that first admissions asked for.
+        #: Since the start: tokens that sequences had at their first admission.
         self.asked_tokens = 0
         #: Since the start: those of them found in the prefix cache.
         self.found_tokens = 0
@@ -241,7 +241,7 @@ class Scheduler(SequenceQueues):
         return kept_back(running, self._tables, self.max_num_batched_tokens)
 
     def _fits(self, sequence: TokenSequence, hit: int, kept: list[int]) -> bool:
-        """Whether a waiting sequence, with `hit` blocks found, fits beside the running ones, which keep back `kept` blocks.
+        """Whether a waiting sequence, with `hit` blocks found, fits while the running ones keep back `kept` blocks.
 
         Alone it always fits: the scheduler refused it otherwise.
         """

@@ -10,7 +10,7 @@ and one in codes, is computed by rank 0 alone while the others wait.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
@@ -142,12 +142,81 @@ class _Reading:
     table: list[int] = field(default_factory=list)
 
 
-class DraftModelProposer(Proposer):
-    """A `Proposer` with a model, its runner and its KV cache.
+class ModelProposer(Proposer):
+    """A `Proposer` whose draft tokens a model makes, for all requests together, token by token.
 
     Requests with a seed get the model's likeliest tokens as drafts: a draft is then not sampled, and the text of a seed does
     not depend on the draft length. The others get tokens sampled from the model's distribution.
     """
+
+    def __init__(self, policy: DraftLengthPolicy) -> None:
+        self.policy = policy
+        self.acceptance = AcceptanceTracker(policy.most, policy.adapt)
+        #: Seconds of a draft token for each request, by the bit length of the number of requests.
+        self._seconds: dict[int, Recent] = {}
+
+    def propose(self, requests: Sequence[Request]) -> list[Draft]:
+        """Drafts of the requests for which it pays, and that the model is ready for."""
+        seconds = self._seconds.get(len(requests).bit_length())
+        chances = [self._chances(request) for request in requests]
+        lengths = self.policy.lengths(chances, seconds.value if seconds else 0.0, self.crowded)
+        chosen = self._ready(requests, lengths)
+        drafts = [Draft()] * len(requests)
+        if chosen:
+            made = self._draft([requests[index] for index in chosen], [lengths[index] for index in chosen])
+            for index, draft in zip(chosen, made, strict=True):
+                drafts[index] = draft
+        return drafts
+
+    def learn(self, request: Request, proposed: int, accepted: int) -> None:
+        self.acceptance.learn(request, proposed, accepted)
+
+    def measured(self, requests: int, drafts: int, seconds: float) -> None:
+        self.policy.measured(requests, drafts, seconds)
+
+    def forget(self, request: ScheduledRequest) -> None:
+        self.acceptance.forget(request)
+
+    def _chances(self, request: Request) -> list[float]:
+        """Of each draft token that may be made for a request, how likely it is accepted."""
+        return self.acceptance.chances(request)
+
+    def _ready(self, requests: Sequence[Request], lengths: Sequence[int]) -> list[int]:
+        """Which of the requests are drafted for now: those whose length is above 0, as far as the model is ready."""
+        return [index for index, length in enumerate(lengths) if length]
+
+    def _draft(self, requests: Sequence[Request], lengths: Sequence[int]) -> list[Draft]:
+        """Drafts of these lengths."""
+        raise NotImplementedError
+
+    def _time(self, requests: int, seconds: float) -> None:
+        """Note the time of a draft token for each of some requests."""
+        self._seconds.setdefault(requests.bit_length(), Recent()).add(seconds)
+
+
+def draft_together(
+    requests: Sequence[Request],
+    lengths: Sequence[int],
+    tokens: Sequence[list[int]],
+    logits_of: Callable[[int, list[int]], Tensor],
+) -> list[Draft]:
+    """Drafts of these lengths, of all requests together: the first token of each, the second of those that want one, …
+
+    tokens: an empty list for each request, to which its tokens are added. logits_of: the logits (R, V) of a round's tokens,
+    counted from 0, of some of the requests.
+    """
+    distributions: list[list[Tensor | None]] = [[] for _ in requests]
+    for round in range(max(lengths)):
+        rows = [row for row, length in enumerate(lengths) if length > round]
+        of_rows = draft_tokens(logits_of(round, rows), [requests[row] for row in rows])
+        for row, (token, distribution_V) in zip(rows, of_rows, strict=True):
+            tokens[row].append(token)
+            distributions[row].append(distribution_V)
+    return [as_draft(made, each) for made, each in zip(tokens, distributions, strict=True)]
+
+
+class DraftModelProposer(ModelProposer):
+    """A `ModelProposer` with a model of its own, its runner and its KV cache."""
 
     def __init__(
         self,
@@ -159,45 +228,27 @@ class DraftModelProposer(Proposer):
         max_num_batched_tokens: int,
     ) -> None:
         """pool: the blocks of each of `groups` groups of layers. max_num_batched_tokens: most tokens read before a step."""
+        super().__init__(policy)
         self.model = model
         self.runner = runner
-        self.policy = policy
         self.pool = pool
         self._groups = groups
-        self.acceptance = AcceptanceTracker(policy.most, policy.adapt)
         self._max_num_batched_tokens = max_num_batched_tokens
         self._readings: dict[int, _Reading] = {}
-        self._seconds: dict[int, Recent] = {}
-
-    def propose(self, requests: Sequence[Request]) -> list[Draft]:
-        """Drafts of the requests for which it pays, that have been read, and for which there are blocks."""
-        seconds = self._seconds.get(len(requests).bit_length())
-        chances = [self._chances(request) for request in requests]
-        lengths = self.policy.lengths(chances, seconds.value if seconds else 0.0, self.crowded)
-        wanted = [index for index, length in enumerate(lengths) if length and self._has_blocks(requests[index], length)]
-        drafting = self._read([requests[index] for index in wanted])
-        drafts = [Draft()] * len(requests)
-        chosen = [index for index in wanted if requests[index].sequence.identity in drafting]
-        if chosen:
-            made = self._draft([requests[index] for index in chosen], [lengths[index] for index in chosen], drafting)
-            for index, draft in zip(chosen, made, strict=True):
-                drafts[index] = draft
-        return drafts
-
-    def learn(self, request: Request, proposed: int, accepted: int) -> None:
-        """Report a verified draft to the acceptance tracker."""
-        self.acceptance.learn(request, proposed, accepted)
-
-    def measured(self, requests: int, drafts: int, seconds: float) -> None:
-        """Report a step's time to the policy."""
-        self.policy.measured(requests, drafts, seconds)
+        #: Of each request that has been read, the logits of its first draft token, (1, V), by identity.
+        self._firsts: dict[int, Tensor] = {}
 
     def forget(self, request: ScheduledRequest) -> None:
-        """Free the blocks of a request, which has ended."""
-        self.acceptance.forget(request)
+        super().forget(request)
         reading = self._readings.pop(request.sequence.identity, None)
         if reading is not None:
             self._release(reading)
+
+    def _ready(self, requests: Sequence[Request], lengths: Sequence[int]) -> list[int]:
+        """Those for which there are blocks, and that have been read."""
+        wanted = [index for index, length in enumerate(lengths) if length and self._has_blocks(requests[index], length)]
+        self._firsts = self._read([requests[index] for index in wanted])
+        return [index for index in wanted if requests[index].sequence.identity in self._firsts]
 
     # -- blocks
 
@@ -253,27 +304,20 @@ class DraftModelProposer(Proposer):
     def _unread(self, request: Request) -> int:
         return len(request.sequence.tokens) - self._readings[request.sequence.identity].computed
 
-    def _draft(self, requests: Sequence[Request], lengths: Sequence[int], logits: dict[int, Tensor]) -> list[Draft]:
-        """Drafts of these lengths. logits: of each request's first draft token, by identity."""
+    def _draft(self, requests: Sequence[Request], lengths: Sequence[int]) -> list[Draft]:
         tokens: list[list[int]] = [[] for _ in requests]
-        distributions: list[list[Tensor | None]] = [[] for _ in requests]
-        rows = list(range(len(requests)))
-        logits_RV = torch.cat([logits[request.sequence.identity] for request in requests])
-        for place in range(max(lengths)):
-            for row, (token, distribution_V) in zip(
-                rows, draft_tokens(logits_RV, [requests[row] for row in rows]), strict=True
-            ):
-                tokens[row].append(token)
-                distributions[row].append(distribution_V)
-            rows = [row for row in rows if lengths[row] > place + 1]
-            if not rows:
-                break
-            logits_RV = self._forward([(requests[row], tokens[row][-1:]) for row in rows])
+
+        def logits_of(round: int, rows: list[int]) -> Tensor:
+            if not round:
+                return torch.cat([self._firsts[request.sequence.identity] for request in requests])
+            return self._forward([(requests[row], tokens[row][-1:]) for row in rows])
+
+        drafts = draft_together(requests, lengths, tokens, logits_of)
         for request, made in zip(requests, tokens, strict=True):
             reading = self._readings[request.sequence.identity]
             reading.computed = reading.length
             reading.draft = made[:-1]
-        return [as_draft(made, each) for made, each in zip(tokens, distributions, strict=True)]
+        return drafts
 
     def _forward(self, chunks: Sequence[tuple[Request, list[int]]]) -> Tensor:
         """Compute tokens behind those that were computed of each request; the logits after the last of each, (R, V)."""
@@ -293,24 +337,24 @@ class DraftModelProposer(Proposer):
         begun = time.perf_counter()
         logits_RV = self.runner.forward(batch)
         if len(batch.tokens) <= _FEW * len(chunks):
-            self._seconds.setdefault(len(chunks).bit_length(), Recent()).add(time.perf_counter() - begun)
+            self._time(len(chunks), time.perf_counter() - begun)
         return logits_RV
 
 
 def draft_tokens(logits_RV: Tensor, requests: Sequence[Request]) -> list[tuple[int, Tensor | None]]:
     """A draft token for each request and the distribution it was sampled from, (V,): none at temperature 0 and with a seed."""
-    found: list[tuple[int, Tensor | None]] = [(0, None)] * len(requests)
+    drafted: list[tuple[int, Tensor | None]] = [(0, None)] * len(requests)
     drawn = [row for row, request in enumerate(requests) if not request.sampling.greedy and request.params.seed is None]
-    taken = [row for row in range(len(requests)) if row not in set(drawn)]
-    if taken:
+    greedy = [row for row in range(len(requests)) if row not in set(drawn)]
+    if greedy:
         # where logits are not finite, any draft token will do: it is verified
-        for row, token in zip(taken, likeliest(logits_RV[taken]), strict=True):
-            found[row] = (max(token, 0), None)
+        for row, token in zip(greedy, likeliest(logits_RV[greedy]), strict=True):
+            drafted[row] = (max(token, 0), None)
     if drawn:
         tokens, distributions = propose(logits_RV[drawn], [requests[row].sampling for row in drawn])
         for row, token, distribution_V in zip(drawn, tokens, distributions, strict=True):
-            found[row] = (token, distribution_V)
-    return found
+            drafted[row] = (token, distribution_V)
+    return drafted
 
 
 def as_draft(tokens: list[int], distributions: Sequence[Tensor | None]) -> Draft:

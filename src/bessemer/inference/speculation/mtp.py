@@ -24,8 +24,8 @@ from bessemer.inference.execution.batch import Batch
 from bessemer.inference.execution.runner import Runner
 from bessemer.inference.request import Request, ScheduledRequest
 from bessemer.inference.scheduling.sequence import ScheduledChunk
-from bessemer.inference.speculation.draft_model import as_draft, draft_tokens
-from bessemer.inference.speculation.proposer import AcceptanceTracker, Draft, DraftLengthPolicy, Proposer, Recent
+from bessemer.inference.speculation.draft_model import ModelProposer, draft_together
+from bessemer.inference.speculation.proposer import Draft, DraftLengthPolicy
 from bessemer.model.config import ModelConfig
 
 # Shapes: N positions, D hidden, V vocabulary.
@@ -81,49 +81,25 @@ class _Progress:
         return [state_1D]
 
 
-class MtpProposer(Proposer):
-    """A `Proposer` with the MTP modules of the model that verifies the drafts.
+class MtpProposer(ModelProposer):
+    """A `ModelProposer` with the MTP modules of the model that verifies the drafts.
 
-    Requests with a seed get the likeliest tokens as drafts, as in `DraftModelProposer`.
+    It drafts for requests whose pre-norm hidden states were computed since they began.
     """
 
     def __init__(self, runner: Runner, policy: DraftLengthPolicy, max_num_seqs: int) -> None:
         """max_num_seqs: most requests that are drafted for at once; each has `spare_blocks` behind the model's KV blocks."""
+        super().__init__(policy)
         self.runner = runner
-        self.policy = policy
-        self.acceptance = AcceptanceTracker(policy.most, policy.adapt)
         config, memory = runner.model.config, runner.memory
         self._modules = mtp_modules(config)
         pages = memory.layers[config.num_hidden_layers].keys
         self._spare = len(pages) - max_num_seqs * spare_blocks(policy.most, memory.block_size)
         self._progress: dict[int, _Progress] = {}
-        self._seconds: dict[int, Recent] = {}
         runner.keeps_pre_norm = True
 
-    def propose(self, requests: Sequence[Request]) -> list[Draft]:
-        """Drafts of the requests for which it pays, and whose pre-norm hidden states were computed since they began."""
-        seconds = self._seconds.get(len(requests).bit_length())
-        chances = [self._chances(request) for request in requests]
-        lengths = self.policy.lengths(chances, seconds.value if seconds else 0.0, self.crowded)
-        drafts = [Draft()] * len(requests)
-        chosen = [index for index, length in enumerate(lengths) if length]
-        if chosen:
-            made = self._draft([requests[index] for index in chosen], [lengths[index] for index in chosen])
-            for index, draft in zip(chosen, made, strict=True):
-                drafts[index] = draft
-        return drafts
-
-    def learn(self, request: Request, proposed: int, accepted: int) -> None:
-        """Report a verified draft to the acceptance tracker."""
-        self.acceptance.learn(request, proposed, accepted)
-
-    def measured(self, requests: int, drafts: int, seconds: float) -> None:
-        """Report a step's time to the policy."""
-        self.policy.measured(requests, drafts, seconds)
-
     def forget(self, request: ScheduledRequest) -> None:
-        """Drop what is kept of a request, which has ended."""
-        self.acceptance.forget(request)
+        super().forget(request)
         self._progress.pop(request.sequence.identity, None)
 
     def computed(self, chunks: Sequence[ScheduledChunk], requests: Sequence[ScheduledRequest]) -> None:
@@ -170,7 +146,7 @@ class MtpProposer(Proposer):
             end = max(span.first, min(sequence.computed, len(sequence.tokens) - 1 - module))
             tokens = sequence.tokens[span.first + 1 + module : end + 1 + module]
             known.append(_Span(span.request, span.first, span.hidden_ND[: end - span.first], tokens))
-        found = []
+        followed = []
         for span, state_ND in zip(known, self._run(module, known), strict=True):
             progress, first = self._progress[span.request.sequence.identity], span.first
             made_ND = state_ND
@@ -180,34 +156,27 @@ class MtpProposer(Proposer):
             progress.ends[module] = span.first + len(span.tokens)
             if span.tokens:
                 progress.states[module] = state_ND[-1:].clone()
-            found.append(_Span(span.request, first, made_ND, []))
-        return found
+            followed.append(_Span(span.request, first, made_ND, []))
+        return followed
 
     def _draft(self, requests: Sequence[Request], lengths: Sequence[int]) -> list[Draft]:
-        """Drafts of these lengths, of all requests together: the first token of each, the second of those that want one, …"""
         tokens: list[list[int]] = [[] for _ in requests]
-        distributions: list[list[Tensor | None]] = [[] for _ in requests]
         # what the last module made at positions whose tokens are draft tokens, and at the last position of all
         drafted = [torch.empty(0)] * len(requests)
         states = [cast(Tensor, self._progress[request.sequence.identity].states[0]) for request in requests]
-        rows = list(range(len(requests)))
-        begun = time.perf_counter()
-        for round in range(max(lengths)):
+
+        def logits_of(round: int, rows: list[int]) -> Tensor:
             module = min(round, self._modules - 1)
             if round:
                 spans = [self._next_span(row, requests[row], round, tokens[row], drafted[row], states[row]) for row in rows]
                 for row, state_ND in zip(rows, self._run(module, spans), strict=True):
                     drafted[row], states[row] = state_ND, state_ND[-1:]
-            logits_RV = self.runner.mtp_logits(module, torch.cat([states[row] for row in rows]))
-            for row, (token, distribution_V) in zip(
-                rows, draft_tokens(logits_RV, [requests[row] for row in rows]), strict=True
-            ):
-                tokens[row].append(token)
-                distributions[row].append(distribution_V)
-            rows = [row for row in rows if lengths[row] > round + 1]
-        seconds = (time.perf_counter() - begun) / max(lengths)
-        self._seconds.setdefault(len(requests).bit_length(), Recent()).add(seconds)
-        return [as_draft(made, each) for made, each in zip(tokens, distributions, strict=True)]
+            return self.runner.mtp_logits(module, torch.cat([states[row] for row in rows]))
+
+        started = time.perf_counter()
+        drafts = draft_together(requests, lengths, tokens, logits_of)
+        self._time(len(requests), (time.perf_counter() - started) / max(lengths))
+        return drafts
 
     def _next_span(
         self, row: int, request: Request, round: int, draft: list[int], drafted_ND: Tensor, state_1D: Tensor

@@ -62,7 +62,7 @@ class Proposer:
 
 #: Draft tokens less likely than this are never worth a row.
 _LEAST_CHANCE = 0.05
-#: Cost of a draft token beside a token, before any was measured.
+#: Cost of a draft token relative to a token, before any was measured.
 _UNMEASURED_COST = 0.1
 #: Speedup that drafts must promise: of noisy times the best one is better than it will be.
 _LEAST_GAIN = 1.05
@@ -212,18 +212,18 @@ class DraftLengthPolicy:
 
 def _marginal_gains(chances: Sequence[Sequence[float]], crowded: bool) -> list[tuple[float, int]]:
     """(minus what a draft token adds to the mean, its request), the one that adds most first; see `_best`."""
-    found = []
+    gains = []
     for request, each in enumerate(chances):
         chance = expected = 1.0
         for one in each:
             chance *= one
             if chance < _LEAST_CHANCE:
                 break
-            found.append((-chance if crowded else 1 / (expected + chance) - 1 / expected, request))
+            gains.append((-chance if crowded else 1 / (expected + chance) - 1 / expected, request))
             expected += chance
     # a request's draft tokens stay in their order: sorting keeps that of equals
-    found.sort(key=lambda pair: pair[0])
-    return found
+    gains.sort(key=lambda pair: pair[0])
+    return gains
 
 
 def _best(gains: Sequence[tuple[float, int]], requests: int, costs: _Costs, making: float, crowded: bool) -> int:

@@ -21,7 +21,7 @@ from bessemer.inference.speculation.verification import verify_rows
 
 
 class SpeculativeSteps(PlainSteps):
-    """Computes draft tokens beside the next token of each request, and keeps those that are accepted."""
+    """Computes draft tokens together with the next token of each request, and keeps those that are accepted."""
 
     def __init__(self, runner: Runner, proposer: Proposer) -> None:
         super().__init__(runner)
@@ -82,7 +82,5 @@ class SpeculativeSteps(PlainSteps):
         """Count what was accepted of a draft: an end token may be the last, with nothing behind it."""
         proposed = len(draft.tokens)
         accepted = sum(one.token == token for one, token in zip(tokens, draft.tokens, strict=False))
-        request.proposed += proposed
-        request.accepted += accepted
         self.counts.add(proposed, accepted)
         self.proposer.learn(request, proposed, accepted)
