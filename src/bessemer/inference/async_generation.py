@@ -38,7 +38,7 @@ from bessemer.tokenization.tokenizer import Tokenizer
 #: Seconds that `StepDriver.close` waits for the step under way.
 _LAST_STEP_SECONDS = 5
 
-#: Chunks that a reader is given at once. Behind a slow one there may be thousands, and each has work to be done for it.
+#: Most chunks given to a reader at once: for a slow one thousands may wait, and each takes work.
 _CHUNKS_AT_ONCE = 16
 
 _log = logging.getLogger(__name__)
@@ -131,7 +131,7 @@ class StepDriver:
                 while chunks := reader.take_chunks():
                     unfinished -= sum(one.chunk.finish_reason is not None for one in chunks)
                     yield chunks
-                    # to send them need not wait for anything: others on the event loop get their turn here
+                    # sending them may never wait: this gives others on the event loop their turn
                     await asyncio.sleep(0)
                 if unfinished:
                     reader.raise_error()
@@ -183,7 +183,7 @@ class StepDriver:
                 if self._in_flight:
                     self._step(engine)
         except BaseException as error:
-            # what no request can be blamed for: none may wait for a thread that is gone
+            # an internal error: no request may wait for a thread that has ended
             _log.critical("the engine's thread ended", exc_info=error)
             with self._lock:
                 self._thread = None
@@ -231,10 +231,10 @@ class StepDriver:
             _log_fault(error)
             self._drop_all(engine, error)
         else:
-            _wake([reader for reader in list(self._in_flight) if self._has_news(engine, reader)])
+            _wake([reader for reader in list(self._in_flight) if self._needs_waking(engine, reader)])
 
-    def _has_news(self, engine: SteppedEngine, reader: _Reader) -> bool:
-        """Whether a reader is to be woken after a step. One whose requests are all done, or one failed, leaves."""
+    def _needs_waking(self, engine: SteppedEngine, reader: _Reader) -> bool:
+        """Whether a reader is woken after a step. One whose requests are done, or of which one failed, leaves."""
         reader.error = next((each.error for each in reader.completions if each.error is not None), None)
         if reader.error is not None or reader.loop.is_closed():
             self._stop(engine, reader)
@@ -265,13 +265,13 @@ class StepDriver:
 
 
 def _log_fault(error: Exception) -> None:
-    """Log an error that is no user's: its reader may be gone."""
+    """Log an internal error: its reader may be gone."""
     if not isinstance(error, BessemerError):
         _log.error("the engine failed", exc_info=error)
 
 
 def _wake(readers: Sequence[_Reader]) -> None:
-    """Let readers look at what has come, in one call for each event loop."""
+    """Wake readers, in one call for each event loop."""
     by_loop: dict[asyncio.AbstractEventLoop, list[_Reader]] = {}
     for reader in readers:
         by_loop.setdefault(reader.loop, []).append(reader)
@@ -348,7 +348,7 @@ class AsyncGeneration(ABC):
         adapter: str | None = None,
         cache_salt: str | None = None,
     ) -> AsyncGenerator[Chunk, None]:
-        """The chunks of `stream`. Nothing begins before the first is asked for.
+        """The chunks of `stream`. Nothing begins before the first is awaited.
 
         Raises RequestError at once for more than one completion, and at the first chunk for a prompt that does not fit or an
         unknown adapter: the prompt is read on another thread.

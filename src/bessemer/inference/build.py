@@ -163,7 +163,7 @@ def _ends(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
 def mtp_layers_of(config: EngineConfig, model: ModelConfig) -> tuple[int, int]:
     """MTP modules of a model that propose draft tokens, and the KV blocks that each needs beyond a layer's.
 
-    Raises ConfigError where they are asked for and the model has none.
+    Raises ConfigError where the settings want them and the model has none.
     """
     speculation = config.speculation
     if speculation is None or speculation.method != "mtp":

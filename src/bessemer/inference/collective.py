@@ -30,7 +30,7 @@ from bessemer.distributed.sharding import release_gathered
 from bessemer.inference.build import worker_runners
 from bessemer.inference.config import EngineConfig
 from bessemer.inference.engine import Engine
-from bessemer.inference.execution.tensor_parallel.sharded_model import Command, ShardedModel, encode, run_worker
+from bessemer.inference.execution.tensor_parallel.sharded_model import Command, ShardedModel, encode, one_line, run_worker
 from bessemer.inference.execution.weights import AdapterNumbers, held_weight
 from bessemer.inference.offline import Rollouts
 from bessemer.inference.request import Completion, Prompts
@@ -194,7 +194,7 @@ def tensor_group_mesh(mesh: Mesh) -> Mesh:
 def _as_failure(error: BaseException, rank: int) -> LostProcessError:
     if isinstance(error, LostProcessError):
         return error
-    return LostProcessError(f"process {rank} of the job failed: {' '.join(str(error).split()) or type(error).__name__}")
+    return LostProcessError(f"process {rank} of the job failed: {one_line(error)}")
 
 
 def serving_copy(trained: Decoder, mesh: Mesh, dtype: torch.dtype | None) -> Decoder:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,7 +26,6 @@ from bessemer.inference.offline import LogProbsMode, Reading, Rollouts, WeightUp
 from bessemer.inference.request import (
     Chunk,
     Completion,
-    CompletionText,
     Prompt,
     Prompts,
     Request,
@@ -182,17 +180,11 @@ class Engine(AsyncGeneration, Reading, WeightUpdates):
         calls = prompt_calls(prompts, self.default_params if params is None else params, adapter)
         requests = [
             None
-            if call.params.beam_width and capture is None
+            if own.beam_width and capture is None
             else self.prepare(
-                call.prompt,
-                call.params,
-                priority=priority,
-                adapter=call.adapter,
-                cache_salt=cache_salt,
-                capture=capture,
-                streams=False,
+                prompt, own, priority=priority, adapter=name, cache_salt=cache_salt, capture=capture, streams=False
             )
-            for call in calls
+            for prompt, own, name in calls
         ]
         self._serve([request for request in requests if request is not None])
         return [
@@ -335,13 +327,7 @@ class Engine(AsyncGeneration, Reading, WeightUpdates):
             requests = [self._builder.logits_request(tokens, priority, loaded, cache_salt) for tokens in search.sequences]
             self._serve(requests)
             search.advance(torch.stack([request.logits_V for request in requests if request.logits_V is not None]))
-        completions = []
-        for beam in search.best:
-            text = CompletionText(self.tokenizer)
-            ended = search.ends(beam)
-            shown = "".join(text.feed(token) for token in beam.tokens[: len(beam.tokens) - ended]) + text.flush()
-            completions.append(Completion(shown, beam.tokens, "stop" if ended else "length", len(ids)))
-        return replace(completions[0], others=tuple(completions[1:]))
+        return self._builder.beam_completion(search, len(ids))
 
     def _serve(self, requests: Sequence[ScheduledRequest]) -> None:
         """Begin these requests at once, and step until all are done. Raises the first error that one of them has."""

@@ -77,7 +77,7 @@ def check_streamed(params: SamplingParams) -> None:
 class Chunk:
     """What one step adds to a completion. `text` may be empty while a character or a possible stop string is incomplete.
 
-    log_probs: of each token, where the request asks for them.
+    log_probs: of each token; None where the request wants none.
     """
 
     text: str
@@ -91,9 +91,8 @@ class Completion:
     """A whole completion. `text` ends before a stop string and shows no control token; `token_ids` holds every token made.
 
     finish_reason: `stop` at an end token or a stop string, `length` at max_tokens or the end of the context.
-    log_probs: of each token made, and prompt_log_probs of each token of the prompt but the first, where asked for. others:
-    where several completions of a prompt were asked for, all but this first one. cached_tokens: of the prompt, found in the
-    prefix cache. captured: where the request says what.
+    log_probs: of each token made; prompt_log_probs: of each token of the prompt but the first; None where not wanted. others:
+    the other completions of the same prompt. cached_tokens: of the prompt, found in the prefix cache.
     """
 
     text: str
@@ -215,7 +214,7 @@ class ScheduledRequest:
         return ()
 
     def fail(self, error: BessemerError) -> None:
-        """End with an error, which the caller is told."""
+        """End with an error, which its reader gets."""
         self.error = error
 
 

@@ -6,7 +6,7 @@ Tokens and scores of a beam search are those of `transformers.generate(num_beams
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from numbers import Integral
@@ -17,7 +17,7 @@ from torch import Tensor
 from bessemer.core.errors import RequestError
 from bessemer.inference.capture import Capture, CaptureRequest, Recorder
 from bessemer.inference.execution.weights import LoadedAdapter
-from bessemer.inference.request import LogitsRequest, Prompt, Request
+from bessemer.inference.request import Completion, CompletionText, LogitsRequest, Prompt, Request
 from bessemer.inference.sampling.grammar import GrammarCompiler
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.inference.sampling.sampler import SamplingState, no_token
@@ -212,6 +212,16 @@ class RequestBuilder:
     def beam_search(self, ids: list[int], params: SamplingParams) -> BeamSearch:
         """A beam search from `prompt_ids`. Raises RequestError for parameters that cannot be served."""
         return BeamSearch(ids, self._sampling(ids, params), self._limit(ids, params) - len(ids))
+
+    def beam_completion(self, search: BeamSearch, prompt_tokens: int) -> Completion:
+        """The completions of a search that is finished."""
+        completions = []
+        for beam in search.best:
+            text = CompletionText(self._tokenizer)
+            ended = search.ends(beam)
+            shown = "".join(text.feed(token) for token in beam.tokens[: len(beam.tokens) - ended]) + text.flush()
+            completions.append(Completion(shown, beam.tokens, "stop" if ended else "length", prompt_tokens))
+        return replace(completions[0], others=tuple(completions[1:]))
 
     def logits_request(
         self, ids: list[int], priority: int, loaded: LoadedAdapter | None, cache_salt: str | None

@@ -41,6 +41,22 @@ _REQUEST_TOKEN_BOUNDS = tuple(float(digit * 10**power) for power in range(6) for
 _STEP_TOKEN_BOUNDS = (1.0, *(float(2**power) for power in range(3, 15)))
 
 
+#: Bounds of the histograms of `EngineStatistics`.
+_BOUNDS = {
+    "step_seconds": STEP_BOUNDS,
+    "step_tokens": _STEP_TOKEN_BOUNDS,
+    "time_to_first_token_seconds": _FIRST_TOKEN_BOUNDS,
+    "inter_token_seconds": STEP_BOUNDS,
+    "time_per_output_token_seconds": STEP_BOUNDS,
+    "request_seconds": _REQUEST_BOUNDS,
+    "queue_seconds": _REQUEST_BOUNDS,
+    "prefill_seconds": _REQUEST_BOUNDS,
+    "decode_seconds": _REQUEST_BOUNDS,
+    "request_prompt_tokens": _REQUEST_TOKEN_BOUNDS,
+    "request_generated_tokens": _REQUEST_TOKEN_BOUNDS,
+}
+
+
 class Histogram(NamedTuple):
     """How many values lie in each bucket.
 
@@ -145,12 +161,7 @@ class StatisticsRecorder:
         #: Seconds between tokens that followed each other, and steps with their positions and seconds, since a request ended.
         self.gaps: list[float] = []
         self.steps: list[tuple[int, float]] = []
-        self._step_seconds, self._step_tokens = _Counts(STEP_BOUNDS), _Counts(_STEP_TOKEN_BOUNDS)
-        self._first_token_seconds = _Counts(_FIRST_TOKEN_BOUNDS)
-        self._inter_token_seconds, self._token_seconds = _Counts(STEP_BOUNDS), _Counts(STEP_BOUNDS)
-        self._request_seconds, self._queue_seconds = _Counts(_REQUEST_BOUNDS), _Counts(_REQUEST_BOUNDS)
-        self._prefill_seconds, self._decode_seconds = _Counts(_REQUEST_BOUNDS), _Counts(_REQUEST_BOUNDS)
-        self._prompt_tokens, self._made_tokens = _Counts(_REQUEST_TOKEN_BOUNDS), _Counts(_REQUEST_TOKEN_BOUNDS)
+        self._histograms = {name: _Counts(bounds) for name, bounds in _BOUNDS.items()}
 
     def request_began(self, request: ScheduledRequest) -> None:
         """A request waits for its first step."""
@@ -160,15 +171,15 @@ class StatisticsRecorder:
     def first_token_came(self, request: ScheduledRequest) -> None:
         """A completion has its first token."""
         request.first_token_at = request.last_token_at = time.perf_counter()
-        self._first_token_seconds.observe(request.first_token_at - request.began_at)
+        self._histograms["time_to_first_token_seconds"].observe(request.first_token_at - request.began_at)
 
     def _take_in(self) -> None:
         """Put what steps have noted into the histograms."""
         for gap in self.gaps:
-            self._inter_token_seconds.observe(gap)
+            self._histograms["inter_token_seconds"].observe(gap)
         for tokens, seconds in self.steps:
-            self._step_tokens.observe(tokens)
-            self._step_seconds.observe(seconds)
+            self._histograms["step_tokens"].observe(tokens)
+            self._histograms["step_seconds"].observe(seconds)
         self.gaps.clear()
         self.steps.clear()
 
@@ -184,13 +195,13 @@ class StatisticsRecorder:
             return
         now = time.perf_counter()
         if made > 1:
-            self._token_seconds.observe((now - request.first_token_at) / (made - 1))
-        self._request_seconds.observe(now - request.began_at)
-        self._queue_seconds.observe(request.scheduled_at - request.began_at)
-        self._prefill_seconds.observe(request.first_token_at - request.scheduled_at)
-        self._decode_seconds.observe(now - request.first_token_at)
-        self._prompt_tokens.observe(request.sequence.prompt_length)
-        self._made_tokens.observe(made)
+            self._histograms["time_per_output_token_seconds"].observe((now - request.first_token_at) / (made - 1))
+        self._histograms["request_seconds"].observe(now - request.began_at)
+        self._histograms["queue_seconds"].observe(request.scheduled_at - request.began_at)
+        self._histograms["prefill_seconds"].observe(request.first_token_at - request.scheduled_at)
+        self._histograms["decode_seconds"].observe(now - request.first_token_at)
+        self._histograms["request_prompt_tokens"].observe(request.sequence.prompt_length)
+        self._histograms["request_generated_tokens"].observe(made)
 
     def read(self, scheduler: Scheduler, drafts: DraftCounts) -> EngineStatistics:
         """The statistics at this moment, between two steps."""
@@ -209,17 +220,7 @@ class StatisticsRecorder:
             prompt_tokens=self.prompt_tokens,
             generated_tokens=self.generated_tokens,
             finished=MappingProxyType(dict(self.finished)),
-            step_seconds=self._step_seconds.read(),
-            step_tokens=self._step_tokens.read(),
-            time_to_first_token_seconds=self._first_token_seconds.read(),
-            inter_token_seconds=self._inter_token_seconds.read(),
-            time_per_output_token_seconds=self._token_seconds.read(),
-            request_seconds=self._request_seconds.read(),
-            queue_seconds=self._queue_seconds.read(),
-            prefill_seconds=self._prefill_seconds.read(),
-            decode_seconds=self._decode_seconds.read(),
-            request_prompt_tokens=self._prompt_tokens.read(),
-            request_generated_tokens=self._made_tokens.read(),
+            **{name: counts.read() for name, counts in self._histograms.items()},
         )
 
 

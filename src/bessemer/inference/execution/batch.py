@@ -79,7 +79,7 @@ class Batch:
             snapshots=sequence.snapshots,
         )
         if request.recorder is not None:
-            request.recorder.ask(chunk, self)
+            request.recorder.mark_rows(chunk, self)
         return rows
 
     def append_tokens(

@@ -16,7 +16,7 @@ from bessemer.core.environment import free_memory_bytes, memory_bytes
 from bessemer.core.errors import ConfigError
 from bessemer.inference.config import EngineConfig
 from bessemer.inference.execution.backend import Backend, Linear
-from bessemer.inference.execution.compiled_steps import CompiledSteps, StepsCodes
+from bessemer.inference.execution.compiled_steps import CompiledSteps
 from bessemer.inference.execution.cuda_graphs import CudaGraphs, StaticSteps, cannot_be_static
 from bessemer.inference.execution.flex_attention import FlexPagesAttention, compiled_page_attention
 from bessemer.inference.execution.kv_cache import PAGE_TYPES, LayerGroup, PagedMemory, block_bytes, layer_groups, state_bytes
@@ -167,7 +167,7 @@ _FEW_ROWS = 64
 
 
 class OwnWeights:
-    """The weights are the model's own, so changes by a trainer take effect at once."""
+    """A `Linear`: the weights are the model's own, so changes by a trainer take effect at once."""
 
     matmuls = PackedMatmuls({})
     own_threads = False
@@ -183,7 +183,7 @@ class OwnWeights:
         pass
 
 
-class PackedCodes:
+class PackedCodes(OwnWeights):
     """Codes of quantised layers, packed for the compiled CPU kernels: products with activations of 8 bits."""
 
     own_threads = True
@@ -205,10 +205,8 @@ class PackedCodes:
         self.matmuls = packed_products(self._model, self._threads, release=self._releases)
 
 
-class DequantisedWeights:
+class DequantisedWeights(OwnWeights):
     """Weights of quantised layers, read out of their codes once."""
-
-    own_threads = False
 
     def __init__(self, model: Decoder, dtype: torch.dtype) -> None:
         self._model, self.dtype = model, dtype
@@ -224,6 +222,18 @@ class DequantisedWeights:
 
     def weights_changed(self) -> None:
         self.matmuls = decoded_products(self._model, self.dtype)
+
+
+class StepsCodes(OwnWeights):
+    """The codes that whole steps have packed, for sequences that go through the modules: much faster than to dequantise in
+    every step."""
+
+    def __init__(self, steps: CompiledSteps) -> None:
+        self._steps = steps
+        self.weights_changed()
+
+    def weights_changed(self) -> None:
+        self.matmuls = self._steps.matmuls()
 
 
 #: Share of the free memory that dequantised weights may take.

@@ -258,21 +258,3 @@ class CompiledSteps:
         kernels.bessemer_step_sizes(ctypes.byref(sizes))
         mirrors = (ModelFields, LayerFields, BatchFields, GenerationFields)
         assert list(sizes) == [ctypes.sizeof(mirror) for mirror in mirrors], list(sizes)
-
-
-class StepsCodes:
-    """The codes that whole steps have packed, for sequences that go through the modules: much faster than to dequantise in
-    every step."""
-
-    arithmetic: Sequence[str] = ()
-    own_threads = False
-
-    def __init__(self, steps: CompiledSteps) -> None:
-        self._steps = steps
-        self.weights_changed()
-
-    def is_soon_done(self, rows: int, *, invariant: bool) -> bool:
-        return False
-
-    def weights_changed(self) -> None:
-        self.matmuls = self._steps.matmuls()

@@ -48,7 +48,7 @@ def cannot_be_static(model: Decoder) -> str | None:
     return None
 
 
-class Step(Protocol):
+class CapturedStep(Protocol):
     """A computation from static tensors to a static tensor, to be repeated."""
 
     def __call__(self) -> Tensor:
@@ -56,7 +56,7 @@ class Step(Protocol):
 
 
 #: Makes a step of a computation, once; from then on it is the step that is called.
-Capture = Callable[[Callable[[], Tensor]], Step]
+GraphCapture = Callable[[Callable[[], Tensor]], CapturedStep]
 
 
 class CudaGraphs:
@@ -65,7 +65,7 @@ class CudaGraphs:
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, compute: Callable[[], Tensor]) -> Step:
+    def __call__(self, compute: Callable[[], Tensor]) -> CapturedStep:
         # what is compiled, chosen or allocated at first use must have been before the capture, and on another stream
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -85,7 +85,7 @@ class CudaGraphs:
         return replay
 
 
-def uncaptured(compute: Callable[[], Tensor]) -> Step:
+def uncaptured(compute: Callable[[], Tensor]) -> CapturedStep:
     """The computation itself: where there are no CUDA graphs, and in tests."""
     return compute
 
@@ -106,7 +106,7 @@ class StaticSteps:
     invariant = False
 
     def __init__(
-        self, model: Decoder, memory: PagedMemory, rows: int, attention: PageAttention, capture: Capture = uncaptured
+        self, model: Decoder, memory: PagedMemory, rows: int, attention: PageAttention, capture: GraphCapture = uncaptured
     ) -> None:
         assert memory.has_spare and cannot_be_static(model) is None, "ask cannot_be_static first"
         self.model = model
@@ -114,7 +114,7 @@ class StaticSteps:
         self.sizes = sizes_up_to(rows)
         self._attention = attention
         self._capture = capture
-        self._steps: dict[int, Step] = {}
+        self._steps: dict[int, CapturedStep] = {}
         #: As of `WholeSteps`: never any.
         self.states: dict[int, Tensor] = {}
         self._captured_at: list[int] = []

@@ -207,11 +207,13 @@ class PagedMemory:
     @property
     def nbytes(self) -> int:
         """Memory of all pages, states not counted."""
-        total = 0
-        for pages in self.layers.values():
-            kept = [pages.keys, pages.key_scales] + ([] if self.shape.shared else [pages.values, pages.value_scales])
-            total += sum(tensor.nbytes for tensor in kept if tensor is not None)
-        return total
+        return sum(tensor.nbytes for layer in self.layers for tensor in self._stored(layer))
+
+    def _stored(self, layer: int) -> list[Tensor]:
+        """The tensors of a layer's pages; where values are part of the keys, the keys alone."""
+        pages = self.layers[layer]
+        kept = pages if not self.shape.shared else (pages.keys, pages.key_scales)
+        return [tensor for tensor in kept if tensor is not None]
 
     def copy(self, copies: Sequence[tuple[int, int, int]]) -> None:
         """Copy blocks, (group, from, to), in all layers of their group."""
@@ -221,11 +223,8 @@ class PagedMemory:
                 continue
             sources, targets = torch.tensor(pairs, device=self.device).T
             for layer in group.layers:
-                pages = self.layers[layer]
-                kept = [pages.keys, pages.key_scales] + ([] if self.shape.shared else [pages.values, pages.value_scales])
-                for tensor in kept:
-                    if tensor is not None:
-                        tensor[targets] = tensor[sources]
+                for tensor in self._stored(layer):
+                    tensor[targets] = tensor[sources]
 
     def write(self, layer: int, blocks_N: Tensor, places_N: Tensor, key_NKC: Tensor, value_NKV: Tensor) -> None:
         """Put new keys and values where they belong."""

@@ -25,7 +25,7 @@ from bessemer.model.layers.cache import AttentionInputs, Rectangle
 _ALIKE, _SLACK = 2, 64
 
 
-class _Segment(NamedTuple):
+class _StateSegment(NamedTuple):
     """Tokens of a sequence that its layers of linear attention read at once, from row `first` on; saved: after how many of them
     its states are kept under which number."""
 
@@ -65,7 +65,7 @@ class PagedBatch(ABC):
 
     def _alike(self) -> list[Rectangle]:
         """The batch in rectangles. A sequence whose state is saved on the way is cut there, into consecutive segments."""
-        segments: dict[tuple[int, int, bool], list[_Segment]] = {}
+        segments: dict[tuple[int, int, bool], list[_StateSegment]] = {}
         starts, batch = self.batch.starts, self.batch
         for sequence in range(batch.sequences):
             row, end, drafted = starts[sequence], starts[sequence + 1], batch.drafts[sequence] > 0
@@ -75,11 +75,13 @@ class PagedBatch(ABC):
             cuts = [] if drafted else sorted(set(saved) - {end})
             for turn, (first, last) in enumerate(pairwise((row, *cuts, end))):
                 numbers = {place - first: number for place, number in saved.items() if first < place <= last}
-                segments.setdefault((turn, last - first, drafted), []).append(_Segment(first, batch.slots[sequence], numbers))
+                segments.setdefault((turn, last - first, drafted), []).append(
+                    _StateSegment(first, batch.slots[sequence], numbers)
+                )
         # no segment comes before the one that it follows
         return [self._rectangle(count, drafted, alike) for (_, count, drafted), alike in sorted(segments.items())]
 
-    def _rectangle(self, count: int, drafted: bool, segments: Sequence[_Segment]) -> Rectangle:
+    def _rectangle(self, count: int, drafted: bool, segments: Sequence[_StateSegment]) -> Rectangle:
         rows_BT = self._inputs.put([range(segment.first, segment.first + count) for segment in segments])
         slots_B = self._inputs.put([segment.slot for segment in segments])
         saved: dict[int, list[tuple[int, int]]] = {}
@@ -130,7 +132,7 @@ class _Members(NamedTuple):
     aligned: bool
 
 
-class _Span(NamedTuple):
+class _AttendingSpan(NamedTuple):
     """Sequences that attend together, and their mask.
 
     padding_BS: positions that are not a sequence's own; None where there are none. What lies there is another sequence's, and
@@ -142,7 +144,7 @@ class _Span(NamedTuple):
     padding_BS: Tensor | None
 
 
-class _Group(NamedTuple):
+class _GroupWrites(NamedTuple):
     """Where the new tokens of one group of layers go, and who attend together."""
 
     blocks_N: Tensor
@@ -157,7 +159,7 @@ class GatheredBatch(PagedBatch):
         super().__init__(memory, batch, inputs)
         self._dtype = dtype
         self._groups = [self._group(index) for index in range(len(memory.groups))]
-        self._spans: list[list[_Span]] = []
+        self._spans: list[list[_AttendingSpan]] = []
 
     def extend(self, count: int, real: Sequence[int] | None = None) -> Tensor:
         self._spans = [
@@ -185,10 +187,10 @@ class GatheredBatch(PagedBatch):
             attended_NHV[rows_BT] = attended_BHTV.transpose(1, 2).to(attended_NHV.dtype)
         return attended_NHV.transpose(0, 1)[None]
 
-    def _group(self, index: int) -> _Group:
+    def _group(self, index: int) -> _GroupWrites:
         blocks, places = self.batch.written(index, self.memory.block_size)
         members = [self._members(index, sequences) for sequences in self._together()]
-        return _Group(self._inputs.put(blocks), self._inputs.put(places), members)
+        return _GroupWrites(self._inputs.put(blocks), self._inputs.put(places), members)
 
     def _together(self) -> list[list[int]]:
         """Sequences that attend together: those with one new token and of similar length; the others each alone."""
@@ -227,7 +229,7 @@ class GatheredBatch(PagedBatch):
         lengths_B1 = None if alike else inputs.put([[length] for length in lengths])
         return _Members(inputs.put(rows), inputs.put(padded), inputs.put(slots), max(lengths), lengths_B1, alike)
 
-    def _span(self, members: _Members, window: int | None) -> _Span:
+    def _span(self, members: _Members, window: int | None) -> _AttendingSpan:
         """What the device makes of its numbers, once they are there."""
         device = self.memory.device
         mask = attention_mask(
@@ -243,7 +245,7 @@ class GatheredBatch(PagedBatch):
         padding_BS = None
         if members.lengths_B1 is not None:
             padding_BS = torch.arange(members.positions, device=device) >= members.lengths_B1
-        return _Span(members, mask, padding_BS)
+        return _AttendingSpan(members, mask, padding_BS)
 
 
 class CompiledAttention:

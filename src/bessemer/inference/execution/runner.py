@@ -16,8 +16,8 @@ from bessemer.inference.execution.batch import Batch, StepInputs, TokensToHost, 
 from bessemer.inference.execution.kv_cache import PagedMemory
 from bessemer.inference.execution.tensor_parallel.sharded_model import Command, Workers, together
 from bessemer.inference.execution.weights import (
-    Piece,
     UpdateShape,
+    WeightPiece,
     exchange_adapter,
     exchange_piece,
     gather_weight_samples,
@@ -210,7 +210,7 @@ class Runner:
                 self.workers.tell(Command("receive_piece", (piece,)))
                 exchange_piece(self.model, piece, values)
 
-    def receive_piece(self, piece: Piece) -> None:
+    def receive_piece(self, piece: WeightPiece) -> None:
         """A worker's part of `replace_weights`."""
         exchange_piece(self.model, piece)
 

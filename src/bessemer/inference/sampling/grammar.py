@@ -193,7 +193,7 @@ class GrammarCompiler:
             raise RequestError(f"{name} does not compile: {_one_line(str(error))}") from None
         tokens = self._library_tokens()
         if self._trial is None:
-            self._trial = _Trial(_Tokens(self._tokenizer), self._end_tokens)
+            self._trial = _Trial(_LibraryTokenizer(self._tokenizer), self._end_tokens)
         self._trial.compile(name, grammar)
         matcher = _with_a_long_stack(lambda: LLMatcher(tokens, grammar, log_level=0))
         if matcher.is_error():
@@ -219,7 +219,7 @@ class GrammarCompiler:
                     f"{self._tokenizer.folder}: its tokens are whole words, which cannot follow a grammar; "
                     "leave out json_schema, regex, choice and ebnf"
                 )
-            self._tokens = LLTokenizer(TokenizerWrapper(_Tokens(self._tokenizer)), eos_token=self._end_tokens)
+            self._tokens = LLTokenizer(TokenizerWrapper(_LibraryTokenizer(self._tokenizer)), eos_token=self._end_tokens)
         return self._tokens
 
 
@@ -227,7 +227,7 @@ class _Trial:
     """Compiles a grammar in another process first, which is ended where it takes too long: the library has inputs of a few
     hundred bytes on which it computes for ever, and chains of rules that overflow its stack."""
 
-    def __init__(self, tokens: _Tokens, end_tokens: Sequence[int]) -> None:
+    def __init__(self, tokens: _LibraryTokenizer, end_tokens: Sequence[int]) -> None:
         self._first_line = json.dumps(
             {
                 "tokens": {
@@ -303,7 +303,7 @@ def _with_a_long_stack(compute: Callable[[], Any]) -> Any:
         threading.stack_size(before)
 
 
-class _Tokens:
+class _LibraryTokenizer:
     """A tokenizer in the form that `llguidance` reads."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:

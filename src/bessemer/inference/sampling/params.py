@@ -195,7 +195,7 @@ class StopStrings:
         return rest
 
 
-class _Automaton:
+class _StopAutomaton:
     """The automaton of Aho and Corasick (1975): its state is the longest end of a text that begins a stop string.
 
     ended: by state, the length of the longest stop string that is complete, 0 for none. open_state: by state, that of the
@@ -243,13 +243,13 @@ class _Automaton:
 
 
 #: Of the answers under way: those to one prompt share one.
-_automata: WeakValueDictionary[tuple[str, ...], _Automaton] = WeakValueDictionary()
+_automata: WeakValueDictionary[tuple[str, ...], _StopAutomaton] = WeakValueDictionary()
 
 
-def _automaton_of(stops: tuple[str, ...]) -> _Automaton:
+def _automaton_of(stops: tuple[str, ...]) -> _StopAutomaton:
     automaton = _automata.get(stops)
     if automaton is None:
-        automaton = _automata[stops] = _Automaton(stops)
+        automaton = _automata[stops] = _StopAutomaton(stops)
     return automaton
 
 

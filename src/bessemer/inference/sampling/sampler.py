@@ -54,7 +54,7 @@ NO_SAMPLERS = frozenset(
 _ON_DEVICE = COMPUTED_ON_DEVICE | NO_SAMPLERS
 
 
-class Grammar(Protocol):
+class GrammarState(Protocol):
     """The grammar of a request's text, and its state."""
 
     def allowed(self) -> np.ndarray:
@@ -78,9 +78,8 @@ class Sampled(NamedTuple):
     log_probs: LogProbs | None = None
 
 
-class Choice(NamedTuple):
-    """The token of each row, and what is wrong with the rows that have none. log_probs: of rows that want those of the
-    sampler's distribution."""
+class ChosenTokens(NamedTuple):
+    """The token of each row, and the errors of rows without one. log_probs: by the sampler's distribution, where wanted."""
 
     tokens: list[int]
     problems: dict[int, RequestError]
@@ -88,9 +87,9 @@ class Choice(NamedTuple):
 
 
 class SamplingState:
-    """What sampling a request's next token depends on: its parameters, its random numbers, and the tokens so far.
+    """State of sampling one completion: its parameters, its random numbers, and the tokens so far.
 
-    answer: the tokens made. `sample_rows` and `verify` add to it; nothing else needs to.
+    answer: the tokens made, added by `sample_rows` and `verify`.
     """
 
     def __init__(
@@ -101,14 +100,13 @@ class SamplingState:
         vocab_size: int,
         end_tokens: Collection[int] = (),
         index: int = 0,
-        grammar: Grammar | None = None,
+        grammar: GrammarState | None = None,
         folder: Path | None = None,
         rules: TokenRules | None = None,
     ) -> None:
-        """Of answer `index` to a prompt; end tokens are those at which it ends, besides `stop_token_ids`.
+        """index: of the completion among those of its prompt. end_tokens: at which it ends, besides `stop_token_ids`. folder: of a
+        `logits_processor` in a file, by default the working directory. rules: of `params`, shared with other completions.
 
-        folder: where a `logits_processor` of a file is, by default the working directory. rules: those of `params`, made for
-        another answer; None: they are made here.
         Raises RequestError when the parameters name a token outside the vocabulary, or a grammar that is not given;
         ConfigError when the processor's file or function is not there.
         """
@@ -246,7 +244,7 @@ def sample_rows(logits_RV: Tensor, rows: Sequence[SamplingState]) -> list[Sample
 
 
 def chosen_log_probs(
-    logits_RV: Tensor, choice: Choice, states: Sequence[SamplingState], rows: Sequence[int]
+    logits_RV: Tensor, choice: ChosenTokens, states: Sequence[SamplingState], rows: Sequence[int]
 ) -> dict[int, LogProbs]:
     """Log-probabilities of the chosen tokens of some rows, by row, where their requests ask for them."""
     raw = [row for row in rows if states[row].params.logprobs is not None and row not in choice.log_probs]
@@ -258,7 +256,7 @@ def chosen_log_probs(
     return choice.log_probs | dict(zip(raw, of_rows, strict=True))
 
 
-def choose(logits_RV: Tensor, rows: Sequence[SamplingState], numbers: Sequence[float]) -> Choice:
+def choose(logits_RV: Tensor, rows: Sequence[SamplingState], numbers: Sequence[float]) -> ChosenTokens:
     """The token of each row by its number in [0, 1). Changes nothing.
 
     A request may have several rows where its answer so far makes no difference (`depends_on_answer`).
@@ -286,7 +284,7 @@ def choose(logits_RV: Tensor, rows: Sequence[SamplingState], numbers: Sequence[f
             tokens[row] = token
             if token < 0 and row not in problems:
                 problems[row] = no_token(part_BV[place])
-    return Choice(tokens, problems, log_probs_of)
+    return ChosenTokens(tokens, problems, log_probs_of)
 
 
 def adjusted(

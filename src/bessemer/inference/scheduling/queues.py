@@ -15,7 +15,7 @@ from bessemer.inference.scheduling.sequence import TokenSequence
 def kept_back(running: Iterable[TokenSequence], tables: BlockTables, chunk: int) -> list[int]:
     """Per group: the blocks that running prompts have yet to take, and one for every running sequence to grow into.
 
-    A sequence that took these would be admitted only to be preempted. The sum of those of each sequence.
+    A sequence that took these would be admitted only to be preempted.
     """
     needs = [tables.outstanding(sequence, chunk) for sequence in running]
     return [len(needs) + sum(missing) for missing in zip(*needs, strict=True)] if needs else [0] * len(tables.groups)

@@ -132,7 +132,7 @@ def open_draft_model(folder: str, model: Decoder, tokenizer: Tokenizer, device: 
 
 
 @dataclass
-class _Reading:
+class _ReadProgress:
     """How far a request was read. computed: tokens whose keys are right. table: their blocks, the same in every group of
     layers. The draft's tokens were computed behind `length` tokens of the request's sequence."""
 
@@ -234,7 +234,7 @@ class DraftModelProposer(ModelProposer):
         self.pool = pool
         self._groups = groups
         self._max_num_batched_tokens = max_num_batched_tokens
-        self._readings: dict[int, _Reading] = {}
+        self._readings: dict[int, _ReadProgress] = {}
         #: Of each request that has been read, the logits of its first draft token, (1, V), by identity.
         self._firsts: dict[int, Tensor] = {}
 
@@ -259,17 +259,17 @@ class DraftModelProposer(ModelProposer):
 
     def _has_blocks(self, request: Request, length: int) -> bool:
         """Take blocks for all that is to be computed. A request for which none are left has no draft and gives back its own."""
-        reading = self._readings.setdefault(request.sequence.identity, _Reading())
+        reading = self._readings.setdefault(request.sequence.identity, _ReadProgress())
         blocks = -(-(len(request.sequence.tokens) + length - 1) // self.pool.block_size)
         if blocks - len(reading.table) > self.pool.free:
             self._release(reading)
-            self._readings[request.sequence.identity] = _Reading()
+            self._readings[request.sequence.identity] = _ReadProgress()
             return False
         while len(reading.table) < blocks:
             reading.table.append(self.pool.allocate())
         return True
 
-    def _release(self, reading: _Reading) -> None:
+    def _release(self, reading: _ReadProgress) -> None:
         for block in reversed(reading.table):
             self.pool.release(block)
 

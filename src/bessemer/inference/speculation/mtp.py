@@ -50,7 +50,7 @@ def spare_blocks(tokens: int, block_size: int) -> int:
     return -(-tokens // block_size)
 
 
-class _Span(NamedTuple):
+class _ModuleSpan(NamedTuple):
     """Positions of one request from `first` on: the states there of the model or of a module, and the tokens that the next
     module takes. spare: the first of the KV blocks behind the request's own."""
 
@@ -61,7 +61,7 @@ class _Span(NamedTuple):
     spare: int = 0
 
 
-class _Progress:
+class _ModuleProgress:
     """How far the modules follow the model in one request.
 
     ends: of each module, the first position it has not come to, where it is with the module before it or one position behind.
@@ -95,7 +95,7 @@ class MtpProposer(ModelProposer):
         self._modules = mtp_modules(config)
         pages = memory.layers[config.num_hidden_layers].keys
         self._spare = len(pages) - max_num_seqs * spare_blocks(policy.most, memory.block_size)
-        self._progress: dict[int, _Progress] = {}
+        self._progress: dict[int, _ModuleProgress] = {}
         runner.keeps_pre_norm = True
 
     def forget(self, request: ScheduledRequest) -> None:
@@ -114,11 +114,11 @@ class MtpProposer(ModelProposer):
             progress = self._progress.get(sequence.identity)
             # a new request, or one that was preempted
             if progress is None or progress.ends[0] != chunk.start:
-                progress = self._progress[sequence.identity] = _Progress(chunk.start, self._modules)
+                progress = self._progress[sequence.identity] = _ModuleProgress(chunk.start, self._modules)
             first = max(chunk.start, self._oldest(request))
             # states of rejected draft tokens are void
             hidden_ND = self.runner.pre_norm_ND[rows][first - chunk.start : sequence.computed - chunk.start]
-            followed.append(_Span(request, first, hidden_ND, []))
+            followed.append(_ModuleSpan(request, first, hidden_ND, []))
         self.runner.pre_norm_ND = torch.empty(0)
         for module in range(self._modules):
             followed = self._follow(module, followed)
@@ -138,14 +138,14 @@ class MtpProposer(ModelProposer):
         freed = next((index for index, block in enumerate(table) if block >= 0), 0)
         return max(0, min(freed * memory.block_size, sequence.computed - self._modules))
 
-    def _follow(self, module: int, spans: Sequence[_Span]) -> list[_Span]:
+    def _follow(self, module: int, spans: Sequence[_ModuleSpan]) -> list[_ModuleSpan]:
         """Let a module follow the one before it over these spans. Returns the spans for the next module."""
         known = []
         for span in spans:
             sequence = span.request.sequence
             end = max(span.first, min(sequence.computed, len(sequence.tokens) - 1 - module))
             tokens = sequence.tokens[span.first + 1 + module : end + 1 + module]
-            known.append(_Span(span.request, span.first, span.hidden_ND[: end - span.first], tokens))
+            known.append(_ModuleSpan(span.request, span.first, span.hidden_ND[: end - span.first], tokens))
         followed = []
         for span, state_ND in zip(known, self._run(module, known), strict=True):
             progress, first = self._progress[span.request.sequence.identity], span.first
@@ -156,7 +156,7 @@ class MtpProposer(ModelProposer):
             progress.ends[module] = span.first + len(span.tokens)
             if span.tokens:
                 progress.states[module] = state_ND[-1:].clone()
-            followed.append(_Span(span.request, first, made_ND, []))
+            followed.append(_ModuleSpan(span.request, first, made_ND, []))
         return followed
 
     def _draft(self, requests: Sequence[Request], lengths: Sequence[int]) -> list[Draft]:
@@ -180,7 +180,7 @@ class MtpProposer(ModelProposer):
 
     def _next_span(
         self, row: int, request: Request, round: int, draft: list[int], drafted_ND: Tensor, state_1D: Tensor
-    ) -> _Span:
+    ) -> _ModuleSpan:
         """Where a module is to go for the next draft token, and what it takes there."""
         sequence, progress = request.sequence, self._progress[request.sequence.identity]
         if round < self._modules:
@@ -195,9 +195,9 @@ class MtpProposer(ModelProposer):
         taken = first + 1 + module
         tokens = sequence.tokens[taken:] + draft[max(0, taken - len(sequence.tokens)) :]
         spare = self._spare + row * spare_blocks(self.policy.most, self.runner.memory.block_size)
-        return _Span(request, first, hidden_ND, tokens[: len(hidden_ND)], spare)
+        return _ModuleSpan(request, first, hidden_ND, tokens[: len(hidden_ND)], spare)
 
-    def _run(self, module: int, spans: Sequence[_Span]) -> list[Tensor]:
+    def _run(self, module: int, spans: Sequence[_ModuleSpan]) -> list[Tensor]:
         """States of a module at spans of several requests, each (N, D)."""
         computed = [span for span in spans if span.tokens]
         if not computed:

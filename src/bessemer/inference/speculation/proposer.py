@@ -113,7 +113,7 @@ class Recent:
         self.value = sorted(self._times)[(len(self._times) - 1) // 2]
 
 
-class _Plain(Recent):
+class _PlainTimes(Recent):
     """Times of steps without drafts, by the number of requests; `since`: steps with drafts that came after the last."""
 
     since = 0
@@ -170,7 +170,7 @@ class DraftLengthPolicy:
     def __init__(self, most: int, adapt: bool = True) -> None:
         self.most = most
         self.adapt = adapt
-        self._plain: dict[int, _Plain] = {}
+        self._plain: dict[int, _PlainTimes] = {}
         self._costs: dict[int, _Costs] = {}
 
     def lengths(self, chances: Sequence[Sequence[float]], seconds_a_token: float = 0.0, crowded: bool = True) -> list[int]:
@@ -201,7 +201,7 @@ class DraftLengthPolicy:
         plain = self._plain.get(requests)
         if not drafts:
             if plain is None:
-                plain = self._plain[requests] = _Plain()
+                plain = self._plain[requests] = _PlainTimes()
             plain.since = 0
             plain.add(seconds)
         elif plain is not None:

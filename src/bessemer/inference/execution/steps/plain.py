@@ -65,7 +65,7 @@ class PlainSteps:
         if batch.states or batch.routings:
             for chunk, request in zip(output.chunks, requests, strict=True):
                 if request.recorder is not None:
-                    request.recorder.take(chunk, self.runner.observed, self.runner, request.adapter)
+                    request.recorder.collect(chunk, self.runner.observed, self.runner, request.adapter)
         return StepTokens(self._sample(output.chunks, requests, rows, logits_RV), len(batch.tokens))
 
     def committed(self, chunks: Sequence[ScheduledChunk], requests: Sequence[ScheduledRequest], computed: int) -> None:

@@ -53,7 +53,7 @@ class Command(NamedTuple):
     to_draft: bool = False
 
 
-class _Message(NamedTuple):
+class _CommandMessage(NamedTuple):
     """A command whose batch has no adapters, their numbers by sequence, and the numbers that are gone."""
 
     command: Command
@@ -69,7 +69,7 @@ def encode(command: Command, numbers: AdapterNumbers) -> bytes:
         if isinstance(argument, Batch) and any(adapter is not None for adapter in argument.adapters):
             named = [None if adapter is None else numbers.of(adapter) for adapter in argument.adapters]
             arguments[place] = replace(argument, adapters=[None] * len(named))
-    message = _Message(command._replace(arguments=tuple(arguments)), named, numbers.take_freed())
+    message = _CommandMessage(command._replace(arguments=tuple(arguments)), named, numbers.take_freed())
     return pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
 
 
@@ -145,8 +145,8 @@ def run_worker(runner: Runner, messages: Iterable[bytes], draft: Runner | None =
 PROGRAM = (sys.executable, "-m", "bessemer.inference.execution.tensor_parallel.worker")
 #: Seconds that a process gets to end by itself.
 _GRACE_SECONDS = 5
-#: Seconds in which the end of a process that broke a collective is known.
-_NEWS_SECONDS = 3
+#: Seconds to wait for the report of the process that broke a collective.
+_REPORT_SECONDS = 3
 
 
 class WorkerProcesses:
@@ -161,7 +161,7 @@ class WorkerProcesses:
         environment = dict(os.environ)
         if threads is not None:
             environment["OMP_NUM_THREADS"] = str(threads)
-        self._news = threading.Condition()
+        self._changed = threading.Condition()
         self._ready = 0
         self._failures: list[tuple[bool, LostProcessError]] = []
         self._closed = False
@@ -187,14 +187,14 @@ class WorkerProcesses:
     @property
     def failure(self) -> LostProcessError | None:
         """Why the model can compute no more; None while it can."""
-        with self._news:
+        with self._changed:
             # a worker that died without a report is the cause; reports of a lost connection are its consequence
             return min(self._failures, key=lambda failure: failure[0])[1] if self._failures else None
 
     def wait_until_ready(self) -> None:
         """Wait until all have read the model. Raises LostProcessError, with what a worker reported."""
-        with self._news:
-            self._news.wait_for(lambda: self._ready == len(self._processes) or self._failures)
+        with self._changed:
+            self._changed.wait_for(lambda: self._ready == len(self._processes) or self._failures)
         if (failure := self.failure) is not None:
             raise failure
 
@@ -226,7 +226,7 @@ class WorkerProcesses:
 
     def close(self, grace: float = _GRACE_SECONDS) -> None:
         """End the processes, after `grace` seconds those that do not end by themselves."""
-        self.let_go()
+        self.close_commands()
         for process in self._processes:
             try:
                 process.wait(grace)
@@ -236,7 +236,7 @@ class WorkerProcesses:
         for watcher in self._watchers:
             watcher.join()
 
-    def let_go(self) -> None:
+    def close_commands(self) -> None:
         """Close the commands: the workers end."""
         self._closed = True
         for process in self._processes:
@@ -248,9 +248,9 @@ class WorkerProcesses:
 
     def _cause_of(self, error: BaseException) -> LostProcessError:
         """The process that ended, where that broke the call; else the error itself, which leaves the workers waiting."""
-        with self._news:
-            if not self._news.wait_for(lambda: self._failures, 0 if isinstance(error, BessemerError) else _NEWS_SECONDS):
-                self._failures.append((True, LostProcessError(f"process 0 of the model failed: {_one_line(error)}")))
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._failures, 0 if isinstance(error, BessemerError) else _REPORT_SECONDS):
+                self._failures.append((True, LostProcessError(f"process 0 of the model failed: {one_line(error)}")))
         failure = self.failure
         assert failure is not None
         return failure
@@ -260,9 +260,9 @@ class WorkerProcesses:
         for line in _stream(process.stdout):
             message = json.loads(line)
             if message == "ready":
-                with self._news:
+                with self._changed:
                     self._ready += 1
-                    self._news.notify_all()
+                    self._changed.notify_all()
             else:
                 reported = message
         code = process.wait()
@@ -272,10 +272,10 @@ class WorkerProcesses:
             self._note(True, LostProcessError(f"process {rank} of the model failed: {reported}"))
 
     def _note(self, is_reported: bool, failure: LostProcessError) -> None:
-        with self._news:
+        with self._changed:
             if not self._closed:
                 self._failures.append((is_reported, failure))
-            self._news.notify_all()
+            self._changed.notify_all()
         if not self._closed and self._interrupt is not None:
             self._interrupt()
 
@@ -285,7 +285,8 @@ def _stream(stream: IO[bytes] | None) -> IO[bytes]:
     return stream
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """The text of an error in one line, or its type where it has none."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -329,7 +330,7 @@ class ShardedModel:
             with workers.together():
                 held.enter_context(joined(own, config.parallel.timeout, Seat(0, config.processes, file)))
                 # all leave at once
-                held.callback(workers.let_go)
+                held.callback(workers.close_commands)
                 mesh = mesh_of(config.parallel, own)
                 return cls(shard_model(model, mesh, own), mesh, workers, held.pop_all())
 

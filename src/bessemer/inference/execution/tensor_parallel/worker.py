@@ -30,7 +30,7 @@ def main(settings: dict[str, Any], commands: IO[bytes], replies: IO[bytes]) -> i
     from bessemer.distributed.mesh import Seat, joined
     from bessemer.inference.build import worker_runners
     from bessemer.inference.config import EngineConfig
-    from bessemer.inference.execution.tensor_parallel.sharded_model import device_of, mesh_of, run_worker, shard_model
+    from bessemer.inference.execution.tensor_parallel.sharded_model import device_of, mesh_of, one_line, run_worker, shard_model
     from bessemer.model.storage.folder import load_model
 
     def report(message: str) -> None:
@@ -53,7 +53,7 @@ def main(settings: dict[str, Any], commands: IO[bytes], replies: IO[bytes]) -> i
     except Exception as error:
         # rank 0 may be what is gone
         with suppress(OSError):
-            report(" ".join(str(error).split()) or type(error).__name__)
+            report(one_line(error))
         return _REPORTED
     return 0
 
