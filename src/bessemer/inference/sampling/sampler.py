@@ -104,8 +104,8 @@ class SamplingState:
         folder: Path | None = None,
         rules: TokenRules | None = None,
     ) -> None:
-        """index: of the completion among those of its prompt. end_tokens: at which it ends, besides `stop_token_ids`. folder: of a
-        `logits_processor` in a file, by default the working directory. rules: of `params`, shared with other completions.
+        """index: of the completion among those of its prompt. end_tokens: at which it ends, besides `stop_token_ids`. folder:
+        of a `logits_processor` in a file, by default the working directory. rules: of `params`, shared with other completions.
 
         Raises RequestError when the parameters name a token outside the vocabulary, or a grammar that is not given;
         ConfigError when the processor's file or function is not there.
