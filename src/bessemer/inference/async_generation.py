@@ -21,16 +21,7 @@ from itertools import islice
 from typing import NamedTuple, Protocol
 
 from bessemer.core.errors import BessemerError, RequestError
-from bessemer.inference.request import (
-    Chunk,
-    Completion,
-    Prompt,
-    Prompts,
-    Request,
-    check_streamed,
-    completion_of,
-    prompt_calls,
-)
+from bessemer.inference.request import Chunk, Completion, Prompt, Prompts, Request, check_streamed, completion_of, prompt_calls
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.tokenization.chat import Message, Tool
 from bessemer.tokenization.tokenizer import Tokenizer

@@ -95,8 +95,7 @@ def open_model(
     adapter: Path | str | None = None,
 ) -> OpenedModel:
     """Open a folder, a GGUF file, the base of a fine-tuning or a pulled model by its name on a device; a model in memory, or a
-    shard, stays where it lies, and needs its tokenizer. adapter: what requests have that name none, in the place of a
-    fine-tuning's own.
+    shard, stays where it lies, and needs its tokenizer. adapter: the default one, in place of a fine-tuning's own.
 
     Raises ArtefactError when the folder or the file is damaged, ConfigError for a device that is not here, or a model that
     cannot be shared by as many processes as the settings say.
@@ -133,7 +132,7 @@ def open_model(
         return OpenedModel(model, tokenizer, frozenset(opened.end_tokens or tokenizer.eos_ids))
     whole = load_model(path, choose_device(device))
     if own is not None and adapter is None and whole.dtype == torch.float32 and not is_quantised(whole):
-        # nobody can ask for the base alone, and the compiled kernels take one set of weights
+        # no request can select the base alone, and the compiled kernels take one set of weights
         whole, own = merged(whole, read_adapter(own, whole)), None
     whole = _in_fast_dtype(whole, config)
     tokenizer = tokenizer or load_tokenizer(path)
@@ -200,7 +199,7 @@ def new_proposer(
 
 
 def new_strategy(runner: Runner, proposer: Proposer | None) -> PlainSteps:
-    """How the steps of an engine are computed: with draft tokens, one step ahead, several tokens at once, or plainly."""
+    """The strategy of an engine's steps: speculative, asynchronous, multi-token or plain, the first that is possible."""
     if proposer is not None:
         return SpeculativeSteps(runner, proposer)
     if runner.backend.samples:

@@ -45,7 +45,7 @@ Result = TypeVar("Result")
 
 
 class _Report(NamedTuple):
-    """An error of a rank: the `order`-th of the job. is_final: its group's ranks are no longer at the same call."""
+    """The `order`-th error of the job. is_final: the ranks of the group are no longer at the same call."""
 
     order: int
     rank: int

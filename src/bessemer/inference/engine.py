@@ -70,7 +70,7 @@ class Engine(AsyncGeneration, Reading, WeightUpdates):
         """Open a model folder, a GGUF file or what `bessemer finetune` wrote; or use a model in memory, where it lies, with its
         tokenizer.
 
-        adapter: the folder of one that requests have which name none; None: that of the fine-tuning, where it has one.
+        adapter: folder of the default adapter, for requests that name none; None: that of the fine-tuning, where it has one.
         A `ShardedModel` is one that processes of a job share (`CollectiveEngine`).
         A model in memory may be trained on between calls: keys computed with other weights are not used again.
         Raises ArtefactError when the folder is damaged, ConfigError when the device is not on this machine or the memory
@@ -80,7 +80,7 @@ class Engine(AsyncGeneration, Reading, WeightUpdates):
         opened = open_model(model, tokenizer, device, self.config, adapter=adapter)
         self.model = opened.model
         self.tokenizer = opened.tokenizer
-        #: How the model's folder says that it is sampled, by the names of `SamplingParams`; empty where it says nothing.
+        #: Sampling settings in the model's folder, by the names of `SamplingParams`.
         self.sampling_settings: Mapping[str, Any] = opened.sampling_settings
         self._sharded = opened.sharded
         if self._sharded is not None:
@@ -155,7 +155,7 @@ class Engine(AsyncGeneration, Reading, WeightUpdates):
 
     @property
     def statistics(self) -> EngineStatistics:
-        """Counts and times since the start, all of one moment. Waits for the end of the step under way."""
+        """Counts and times since the start, all of one moment. Waits for the end of the current step."""
         with self._lock:
             return self.core.statistics
 
@@ -336,7 +336,7 @@ class Engine(AsyncGeneration, Reading, WeightUpdates):
             with self._lock:
                 for request in requests:
                     self.begin(request)
-            # other threads may take a step in between, or have taken the last one
+            # another thread may step in between, or have taken the last step
             for request in waited_for:
                 while not request.done:
                     with self._lock:
@@ -367,7 +367,7 @@ class Engine(AsyncGeneration, Reading, WeightUpdates):
                 self.core.abort(request)
 
 
-#: Requests at once, as a small server has them, and the tokens of each prompt.
+#: Concurrent requests, as a small server has them, and the tokens of each prompt.
 STREAMS, _PROMPT = 8, 16
 _ROUNDS = 3
 

@@ -1,7 +1,7 @@
-"""Engine core: schedules a step, has it computed and hands its tokens to the requests.
+"""Engine core: schedules a step, computes it by its strategy and hands the tokens to the requests.
 
 `EngineCore.step` is one step, read from top to bottom: `_launch` schedules and computes it, `_hand_over` gives each request its
-tokens. What is computed for a step, and how its tokens are chosen, says its strategy (`execution/steps/`).
+tokens. The strategy (`execution/steps/`) computes the step and chooses its tokens.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class EngineCore:
         self.strategy = strategy
         self._requests: dict[int, ScheduledRequest] = {}
         self._recorder = StatisticsRecorder()
-        #: Of the weights, as `Engine.weight_version`.
+        #: As of `Engine.weight_version`.
         self.weight_version = 0
         #: The step in flight between two calls of `step`; only strategies that run ahead leave one.
         self._launched: _Step | None = None
@@ -108,9 +108,9 @@ class EngineCore:
             self._launched = None
 
     def _launch(self, current: _Step | None = None) -> _Step | None:
-        """Schedule a step and have it computed; None where there is nothing to compute, or it failed.
+        """Schedule and compute a step; None where there is nothing to compute, or it failed.
 
-        current: a step whose tokens the host does not know yet, to be followed on the device where the strategy allows it.
+        current: a step in flight on the device, whose tokens the host does not know; the new one runs after it.
         """
         started = time.perf_counter()
         self.strategy.prepare(self.scheduler, self._requests.values())
@@ -211,7 +211,7 @@ class EngineCore:
             successors = request.successors(1 + self.scheduler.empty_places)
         else:
             request.fail(error)
-            # those that have not begun never will
+            # siblings that have not started never will
             for sibling in request.siblings:
                 if sibling.sequence.identity not in self._requests and not sibling.done:
                     sibling.fail(error)

@@ -175,7 +175,7 @@ class Reading(ABC):
         adapter: str | Sequence[str | None] | None = None,
         cache_salt: str | None = None,
     ) -> list[Captured]:
-        """What is captured of each prompt while it is read; nothing is generated. The other arguments are those of `generate`.
+        """Capture from each prompt while it is read; nothing is generated. The other arguments are those of `generate`.
 
         Raises RequestError for what the model does not have, before any prompt is read.
         """
@@ -334,7 +334,7 @@ class WeightUpdates:
 
 
 class TextScorer:
-    """The engine's runner of a model that was opened to be served, over KV blocks for one text, in chunks."""
+    """Logits of one text at a time, in chunks, by the runner that the engine has for an opened model."""
 
     def __init__(self, model: Decoder, longest: int, config: EngineConfig | None = None) -> None:
         """longest: tokens of the longest text. Raises ConfigError where the model cannot be served as the settings say."""

@@ -145,7 +145,7 @@ class CompletionText:
 
 
 class WholeText(CompletionText):
-    """The same, all of it by `flush`: one decoding costs less than one for each token. Without stop strings."""
+    """A `CompletionText` without stop strings that decodes all tokens at `flush`: cheaper than one by one."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__(tokenizer)
@@ -182,7 +182,7 @@ class ScheduledRequest:
         #: `time.perf_counter`; 0 before.
         self.began_at = self.scheduled_at = 0.0
         self.first_token_at = self.last_token_at = 0.0
-        #: Other requests of the same prompt, which begin when it has been read.
+        #: Other requests of the same prompt, which start when it has been read.
         self.siblings: Sequence[ScheduledRequest] = []
 
     @property
@@ -206,7 +206,7 @@ class ScheduledRequest:
         """
 
     def take(self, sampled: list[Sampled], weight_version: int = 0) -> list[int]:
-        """Take the tokens sampled in a step, none where it samples nothing. Returns what its sequence goes on with."""
+        """Take the tokens sampled in a step. Returns the ids that its sequence is extended by."""
         return [_PLACEHOLDER]
 
     def successors(self, places: int) -> Sequence[ScheduledRequest]:
@@ -272,7 +272,7 @@ class Request(ScheduledRequest):
             if streams or self.params.stop
             else WholeText(tokenizer)
         )
-        #: Of the next chunk: its text and its tokens.
+        #: Text and tokens of the next chunk.
         self._next_text = ""
         self._next_tokens: list[Sampled] = []
 
@@ -377,11 +377,7 @@ def completion_of(request: Request, params: SamplingParams) -> Completion:
         made = [replace(each, log_probs=None) for each in made]
     prompt = request.prompt_log_probs if params.prompt_logprobs is not None else None
     return replace(
-        made[0],
-        prompt_log_probs=prompt,
-        others=tuple(made[1:]),
-        cached_tokens=request.cached_tokens,
-        captured=request.captured,
+        made[0], prompt_log_probs=prompt, others=tuple(made[1:]), cached_tokens=request.cached_tokens, captured=request.captured
     )
 
 

@@ -180,7 +180,7 @@ class RequestBuilder:
         *,
         streams: bool = True,
     ) -> Request:
-        """A request for a completion of `prompt_ids`, with the other completions of the same prompt as its `siblings`.
+        """A request for a completion of token ids, with the other completions of the same prompt as its `siblings`.
 
         streams: as of `Request`. Raises RequestError for parameters that cannot be served.
         """
@@ -301,12 +301,7 @@ class RequestBuilder:
         return min(len(ids) + params.max_tokens, self._context_length) if params.max_tokens else len(ids) + 1
 
     def _sequence(
-        self,
-        ids: list[int],
-        limit: int,
-        priority: int,
-        salt: str | None,
-        computed_from: int | None = None,
+        self, ids: list[int], limit: int, priority: int, salt: str | None, computed_from: int | None = None
     ) -> TokenSequence:
         return TokenSequence(next(self._names), list(ids), len(ids), limit, priority, salt, computed_from=computed_from)
 

@@ -21,7 +21,7 @@ from bessemer.model.adapters import Adapter
 
 # Shapes: R rows, V vocabulary, K tokens of a row.
 
-#: Rows whose log-probabilities of the whole vocabulary are there at once.
+#: Rows whose log-probabilities of the whole vocabulary are in memory at once.
 _ROWS = 16
 
 
@@ -48,7 +48,7 @@ def token_scores(logits_RV: Tensor, tokens_RK: Sequence[Sequence[int]]) -> tuple
 
 #: A prefix and its continuations: texts, or token ids.
 ScoreItem = tuple[str | Sequence[int], Sequence[str] | Sequence[Sequence[int]]]
-#: Makes a sequence of these tokens behind the same prefix, with the logits wanted from a position on, and of a salt.
+#: Makes a sequence of (tokens, position from which logits are wanted, salt).
 NewSequence = Callable[[list[int], int, str | None], TokenSequence]
 
 
@@ -177,7 +177,7 @@ class ScoreRequest(ScheduledRequest):
 
 
 class _ContinuationRequest(ScheduledRequest):
-    """Reads a continuation behind the prefix that a `ScoreRequest` has read."""
+    """Reads one continuation after the prefix of a `ScoreRequest`."""
 
     def __init__(self, first: ScoreRequest, partial: _PartialScore, sequence: TokenSequence, adapter: Adapter | None) -> None:
         super().__init__(sequence, adapter)

@@ -19,24 +19,24 @@ from bessemer.inference.scheduling.scheduler import Scheduler
 
 # Seconds. Both have vLLM's bounds, so that its dashboards read them, and shorter ones for small models.
 
-#: Of the first token.
+#: Bounds for the time to the first token.
 _FIRST_TOKEN_BOUNDS = (
     *(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
     *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
 )
-#: Of a step, and of each token after the first.
+#: Bounds for the time of a step, and of each token after the first.
 STEP_BOUNDS = (
     *(0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75),
     *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
 )
 
 
-#: Of a request, and of its parts.
+#: Bounds for the time of a request, and of its parts.
 _REQUEST_BOUNDS = (
     *(0.001, 0.005, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0),
     *(120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
 )
-#: Tokens of a request, and of a step.
+#: Bounds for the tokens of a request, and of a step.
 _REQUEST_TOKEN_BOUNDS = tuple(float(digit * 10**power) for power in range(6) for digit in (1, 2, 5))
 _STEP_TOKEN_BOUNDS = (1.0, *(float(2**power) for power in range(3, 15)))
 

@@ -81,7 +81,7 @@ class Observed:
 
 
 class StatesKeeper:
-    """Keeps rows of the hidden states that a forward pass of one row of N tokens comes to (`Decoder.pre_norm_hidden`)."""
+    """Keeps some rows of the hidden states of a forward pass over one row of N tokens (`Decoder.pre_norm_hidden`)."""
 
     def __init__(self, rows: Mapping[int, Tensor], kept: dict[int, Tensor]) -> None:
         """rows: (M,) by layer. kept: receives their states, (M, D) float32."""

@@ -97,7 +97,7 @@ def plan_blocks(
     whole = -(-model_length(config, engine) // engine.block_size)
     most = [_most(group, whole, engine) for group in groups]
     sizes = [block_bytes(config, group, engine.block_size, dtype, ranks) for group in groups]
-    # the same share of what every group can use, by bisection
+    # by bisection, the largest number of blocks for every group that fits
     low, high = 0, engine.max_num_seqs * whole
     while low < high:
         middle = (low + high + 1) // 2
@@ -116,7 +116,7 @@ def plan_blocks(
 
 
 def _most(group: LayerGroup, whole: int, engine: EngineConfig) -> int:
-    """Blocks of a group that can be of use at once."""
+    """The most blocks of a group that can be used at once."""
     if group.window is None:
         return engine.max_num_seqs * whole
     # the window, the block that it begins in, the one being written, and the tokens of a step

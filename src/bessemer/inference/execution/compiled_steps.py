@@ -27,7 +27,7 @@ from bessemer.model.quantisation.quantised_layers import PackedMatmuls, Quantise
 
 # Shapes: R wanted rows, V vocabulary, K states that are kept, D hidden.
 
-#: Seconds of trials for each number of threads.
+#: Seconds for which each number of threads is tried.
 _TRIAL_SECONDS = 0.04
 
 
@@ -86,8 +86,7 @@ class _KernelBatch(NamedTuple):
 
 
 class _Kept(NamedTuple):
-    """States that a batch keeps, (K, D), in order of layer and row; where those of each layer begin; and how many there are of
-    each layer that has any, in order."""
+    """States that a batch keeps, (K, D), ordered by layer and row. begins: the first of each layer. counts: (layer, states)."""
 
     begins: array[int]
     rows: array[int]
@@ -187,7 +186,7 @@ class CompiledSteps:
         return tokens_RS, log_probs_RS
 
     def _keep(self, batch: Batch, fields: BatchFields) -> _Kept:
-        """Tell the kernels which states to copy where."""
+        """Set the fields for the states that the kernels copy out."""
         config = self.model.config
         kept = _Kept.of(batch.states, config.num_hidden_layers, config.hidden_size)
         fields.kept_begins, fields.kept_rows = kept.begins.buffer_info()[0], kept.rows.buffer_info()[0]

@@ -86,7 +86,7 @@ class CudaGraphs:
 
 
 def uncaptured(compute: Callable[[], Tensor]) -> CapturedStep:
-    """The computation itself: where there are no CUDA graphs, and in tests."""
+    """The computation itself: used where there are no CUDA graphs, and in tests."""
     return compute
 
 
@@ -174,12 +174,7 @@ class StaticSteps:
         self._captured_at = self._addresses()
 
     def _put(
-        self,
-        inputs: StepInputs,
-        size: int,
-        tokens: list[int],
-        positions: list[int],
-        tables: Sequence[Sequence[Sequence[int]]],
+        self, inputs: StepInputs, size: int, tokens: list[int], positions: list[int], tables: Sequence[Sequence[Sequence[int]]]
     ) -> _StaticNumbers:
         """Put a step's numbers where the computation of a size reads them; rows beyond are padding."""
         rows, groups, width = len(tokens), len(tables), self.memory.table_width
@@ -208,12 +203,7 @@ class _StaticCache(StatelessCache):
     """A `Cache` for one new token of each of B sequences, whose numbers are on the device only."""
 
     def __init__(
-        self,
-        memory: PagedMemory,
-        positions_B: Tensor,
-        tables_GBW: Tensor,
-        spare: Sequence[int],
-        attention: PageAttention,
+        self, memory: PagedMemory, positions_B: Tensor, tables_GBW: Tensor, spare: Sequence[int], attention: PageAttention
     ) -> None:
         #: The longest that a text can be: how long the longest is now would be known only after a wait for the device.
         self.live = memory.longest

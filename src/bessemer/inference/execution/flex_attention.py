@@ -251,7 +251,7 @@ class FlexBatch(PagedBatch):
 
 
 def _group(memory: PagedMemory, numbers: _GroupNumbers, index: int) -> PageGroup:
-    """What the device makes of a group's numbers, once they are there."""
+    """Masks of a group, computed on the device once its numbers have arrived."""
     window, size, pages = memory.groups[index].window, memory.block_size, memory.pages_of(index)
     tiles = [
         Tiles(rows_BT, real_R, places_R, page_mask(tables_BW, positions_BT, window, size, pages))

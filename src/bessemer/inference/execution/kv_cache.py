@@ -20,16 +20,11 @@ from bessemer.model.layers.attention_backends import alibi_slopes
 
 # Shapes: P pages, K key-value heads, M positions of a page, C channels of a key, V of a value, S slots, E kept steps.
 
-#: Bytes that memory is read in.
+#: Bytes of a cache line of the processor, to which memory is aligned.
 _LINE = 64
 
 #: Types that pages may have, by the name of the setting.
-PAGE_TYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "int8": torch.int8,
-}
+PAGE_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
 
 
 class LayerGroup(NamedTuple):
@@ -306,7 +301,7 @@ class PagedMemory:
                 part[slot, 1 + step] = part[slot, 0]
 
     def keep_states(self, kept: Sequence[tuple[int, int]]) -> None:
-        """Of sequences whose every step was kept, (slot, tokens that stay): take the state after the last of those."""
+        """Reset slots, (slot, accepted tokens), to the state after the accepted tokens; every step of them was kept."""
         if not kept:
             return
         slots, steps = torch.tensor(kept, device=self.device).T

@@ -40,7 +40,7 @@ class PagedBatch(ABC):
     masked, aligned, real_BT = False, False, None
 
     def __init__(self, memory: PagedMemory, batch: Batch, inputs: StepInputs) -> None:
-        """inputs: copied before the pass, and so before `extend`, which begins it."""
+        """inputs: copied to the device before `extend`, which begins the pass."""
         self.memory = memory
         self.batch = batch
         self.live = max(batch.positions) + 1
@@ -78,7 +78,7 @@ class PagedBatch(ABC):
                 segments.setdefault((turn, last - first, drafted), []).append(
                     _StateSegment(first, batch.slots[sequence], numbers)
                 )
-        # no segment comes before the one that it follows
+        # sorted by turn, so that a segment follows the one before it
         return [self._rectangle(count, drafted, alike) for (_, count, drafted), alike in sorted(segments.items())]
 
     def _rectangle(self, count: int, drafted: bool, segments: Sequence[_StateSegment]) -> Rectangle:
@@ -230,7 +230,7 @@ class GatheredBatch(PagedBatch):
         return _Members(inputs.put(rows), inputs.put(padded), inputs.put(slots), max(lengths), lengths_B1, alike)
 
     def _span(self, members: _Members, window: int | None) -> _AttendingSpan:
-        """What the device makes of its numbers, once they are there."""
+        """Masks of the members, computed on the device once its numbers have arrived."""
         device = self.memory.device
         mask = attention_mask(
             members.slots_BT.shape[1],

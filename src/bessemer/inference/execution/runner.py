@@ -37,9 +37,7 @@ Result = TypeVar("Result")
 Arguments = ParamSpec("Arguments")
 
 
-def on_every_rank(
-    method: Callable[Concatenate[Runner, Arguments], Result],
-) -> Callable[Concatenate[Runner, Arguments], Result]:
+def on_every_rank(method: Callable[Concatenate[Runner, Arguments], Result]) -> Callable[Concatenate[Runner, Arguments], Result]:
     """Let the workers, where there are some, call the same method of their runners. Arguments are given by position."""
 
     @wraps(method)
@@ -81,7 +79,7 @@ class Runner:
         self.own_threads = backend.linear.own_threads or (backend.whole is not None and backend.whole.own_threads)
         #: Hidden states and choices of experts that the last batch wanted to keep.
         self.observed = Observed()
-        #: Whether `pre_norm_ND` is kept.
+        #: Whether steps keep `pre_norm_ND`, which MTP modules read.
         self.keeps_pre_norm = False
         #: States of every token of the last batch before the last norm.
         self.pre_norm_ND = torch.empty(0)
@@ -191,7 +189,7 @@ class Runner:
     @on_every_rank
     @torch.inference_mode()
     def keep_states(self, kept: Sequence[tuple[int, int]]) -> None:
-        """Of sequences with drafts, (slot, how many of the new tokens stay): their states go back to after those."""
+        """Reset states of sequences with drafts, (slot, accepted tokens), to after the accepted tokens."""
         self.memory.keep_states(kept)
 
     @on_every_rank
@@ -215,9 +213,9 @@ class Runner:
         exchange_piece(self.model, piece)
 
     def share_adapter(self, whole: Adapter) -> Adapter:
-        """Rank 0's shard of an adapter of the unsharded model, which lies where that does and in its type.
+        """Shard an adapter over all ranks; rank 0's shard. whole: on the model's device and in its type.
 
-        Every worker keeps its own until rank 0's is gone.
+        Every worker keeps its shard until rank 0's is gone.
         """
         assert self.workers is not None, "a model in one process takes it whole"
         with together(self.workers):

@@ -1,4 +1,4 @@
-"""The sampler on the device: a token for each row of logits, of which the host sees nothing until it reads the tokens.
+"""The sampler on the device: a token for each row of logits, without a copy of the logits to the host.
 
 Sampling parameters are put into arrays that are copied with the numbers of the step. All rows go through the same operations;
 one that no row needs is left out. Nothing here waits for the device: no shape and no branch depends on the logits.

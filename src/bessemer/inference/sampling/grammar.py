@@ -38,7 +38,7 @@ _KEPT = 128
 MOST_CHOICES, LONGEST_GRAMMAR = 4096, 1 << 18
 #: Seconds that a grammar may take to compile; the first one waits for a process to start too.
 _COMPILE_SECONDS, _START_SECONDS = 5.0, 60.0
-#: Bytes of the stack that grammars are compiled on; above that of `grammar_trial.py`, so that what compiled there does here.
+#: Bytes of the stack for compiling grammars: more than in `grammar_trial.py`, so that what compiles there compiles here.
 _STACK = 32 << 20
 
 
@@ -224,8 +224,8 @@ class GrammarCompiler:
 
 
 class _Trial:
-    """Compiles a grammar in another process first, which is ended where it takes too long: the library has inputs of a few
-    hundred bytes on which it computes for ever, and chains of rules that overflow its stack."""
+    """Compiles a grammar in another process first, killed after a time limit: on some inputs of a few hundred bytes the library
+    never ends, and long chains of rules overflow its stack."""
 
     def __init__(self, tokens: _LibraryTokenizer, end_tokens: Sequence[int]) -> None:
         self._first_line = json.dumps(

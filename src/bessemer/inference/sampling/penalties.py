@@ -67,7 +67,7 @@ class TokenCounts:
 
 
 class TokenRules:
-    """What parameters say of single tokens, as arrays. The answers to one prompt share them.
+    """Biases and bans of single tokens, as arrays. The completions of one prompt share them.
 
     bias: ids and what is added to their logits. banned, allowed: ids; None: all are allowed. Raises RequestError for a token
     outside the vocabulary.

@@ -151,8 +151,8 @@ class SamplingState:
 
     @property
     def draws_from_softmax(self) -> bool:
-        """Whether the next tokens are drawn from the softmax of the model's logits at the temperature, or are the largest, and
-        of log-probabilities the sampler's of these tokens are all that is wanted."""
+        """Whether the next tokens are drawn from the softmax of the model's own logits at the temperature, or are the largest,
+        and no log-probabilities are wanted but those of the drawn tokens."""
         params = self.params
         is_whole = self.greedy or self.truncation == NO_TRUNCATION
         enough = params.logprobs is None or (self.wants_sampler_log_probs and not params.logprobs)
@@ -205,7 +205,7 @@ class SamplingState:
         if self.grammar is not None:
             allowed_V = self.grammar.allowed()
             logits_V[~allowed_V] = -np.inf
-            # where a grammar has come to its end, nothing else is left and the end may come early
+            # at the end of its grammar a completion may end before `min_tokens`
             allowed_V[self.ends_array] = False
             early = early and bool(allowed_V.any())
         if early:
@@ -290,7 +290,7 @@ def choose(logits_RV: Tensor, rows: Sequence[SamplingState], numbers: Sequence[f
 def adjusted(
     logits_BV: Tensor, states: Sequence[SamplingState], problems: dict[int, RequestError], members: Sequence[int]
 ) -> Tensor:
-    """The logits with each request's changes, copied where there are any; a request whose processor fails is noted."""
+    """The logits with each request's changes, copied where there are any. Errors of processors go into `problems`."""
     changing = [place for place, state in enumerate(states) if state.adjusts]
     if changing:
         logits_BV = logits_BV.to("cpu", copy=True)
@@ -303,7 +303,7 @@ def adjusted(
 
 
 def likeliest(logits_BV: Tensor) -> list[int]:
-    """The place of the largest in each row, of equals the first; -1 where it is not finite."""
+    """The index of the largest logit in each row, of equals the first; -1 where it is not finite."""
     if logits_BV.device.type != "cpu":
         best_B1 = logits_BV.argmax(-1, keepdim=True)
         return torch.where(logits_BV.gather(-1, best_B1).isfinite(), best_B1, -1)[:, 0].tolist()
@@ -361,7 +361,7 @@ def _drawn_by_kernels(
 
 
 def no_token(logits_V: Tensor) -> RequestError:
-    """Why a row gives no token."""
+    """The error of a row that gives no token."""
     if (logits_V == -torch.inf).all():
         return RequestError(NO_TOKEN_LEFT)
     return RequestError(NOT_FINITE)

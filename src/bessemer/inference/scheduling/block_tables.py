@@ -76,14 +76,14 @@ class BlockPool:
         return self._sealed.get(key)
 
     def share_found(self, key: bytes) -> int:
-        """Add a reference to the block sealed under `key`, which is there: a hit of the prefix cache."""
+        """Add a reference to the block that is sealed under `key`, counted as a hit of the prefix cache."""
         block = self._sealed[key]
         self.share(block)
         self.hits += 1
         return block
 
     def idle(self, keys: list[bytes]) -> int:
-        """How many of the blocks sealed under `keys`, which are there, have no reference: sharing them takes free blocks."""
+        """How many of the blocks sealed under `keys` have no reference: sharing these takes free blocks."""
         return sum(self.references[self._sealed[key]] == 0 for key in keys)
 
     def is_sealed(self, block: int) -> bool:
@@ -211,7 +211,7 @@ class BlockTables:
         return 0 if window is None else max(0, position - window + 1) // self.block_size
 
     def outstanding(self, sequence: TokenSequence, chunk: int) -> list[int]:
-        """Per group: blocks that a running sequence has yet to take for its known tokens, in chunks of `chunk`."""
+        """Blocks of each group that a running sequence still needs for its known tokens, in chunks of `chunk`."""
         known = len(sequence.tokens)
         return [
             min(self.blocks(known) - len(table), self.most(known, chunk, window) - (len(table) - passed))
@@ -230,7 +230,7 @@ class BlockTables:
     # -- allocating and releasing
 
     def reach(self, sequence: TokenSequence) -> int:
-        """The position up to which free blocks let a running sequence compute; below `computed` where there is none."""
+        """The position that a running sequence can compute up to with the free blocks; below `computed` where it has none."""
         size = self.block_size
         first = sequence.computed // size
         reach = len(sequence.tokens) + len(sequence.draft)

@@ -13,7 +13,7 @@ from bessemer.inference.scheduling.sequence import TokenSequence
 
 
 def kept_back(running: Iterable[TokenSequence], tables: BlockTables, chunk: int) -> list[int]:
-    """Per group: the blocks that running prompts have yet to take, and one for every running sequence to grow into.
+    """Blocks of each group that are reserved for running sequences: what their prompts still need, and one more for each.
 
     A sequence that took these would be admitted only to be preempted.
     """

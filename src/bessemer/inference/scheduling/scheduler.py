@@ -19,7 +19,7 @@ from bessemer.inference.scheduling.queues import SequenceQueues, is_coming, kept
 from bessemer.inference.scheduling.recurrent_states import States
 from bessemer.inference.scheduling.sequence import Copies, ScheduledChunk, SchedulerOutput, TokenSequence
 
-#: Stands for a token that is being computed.
+#: Stands in a sequence for a token that is still being computed.
 PLACEHOLDER = 0
 
 __all__ = ["BlockGroup", "ScheduledChunk", "Scheduler", "SchedulerOutput"]
@@ -86,7 +86,7 @@ class Scheduler(SequenceQueues):
         super().__init__(tables, states, max_num_seqs=max_num_seqs, max_waiting=max_waiting, align=align)
         #: Since the start: tokens that sequences had at their first admission.
         self.asked_tokens = 0
-        #: Since the start: those of them found in the prefix cache.
+        #: Since the start: tokens of first admissions that were found in the prefix cache.
         self.found_tokens = 0
 
     # -- one step
@@ -264,7 +264,7 @@ class Scheduler(SequenceQueues):
             self.states.prepare(sequence, positions, known_end)
 
     def _chunk_end(self, sequence: TokenSequence, start: int, budget: int) -> int:
-        """Where a chunk from `start` ends that computes at most `budget` known tokens; `start` where none may begin."""
+        """The end of the next chunk from `start`, at most `budget` known tokens long; `start` where no chunk may begin."""
         end = max(start, min(start + budget, len(sequence.tokens)))
         end = min(end, _first_wanted(sequence, start) + self._logits_rows)
         if self._align is None:
@@ -301,9 +301,9 @@ class Scheduler(SequenceQueues):
 
 
 def _first_wanted(sequence: TokenSequence, start: int) -> int:
-    """Of known tokens from `start` on, the first whose logits are wanted because all are; their end where that is none.
+    """The first known token from `start` on, in a sequence that wants the logits of all (`logits_from`); else the text's end.
 
-    A last known token that is read alone is none of them: it never waits for rows.
+    A last known token that is read alone does not count: it never waits for rows of logits.
     """
     if sequence.logits_from is None or len(sequence.tokens) - start == 1:
         return len(sequence.tokens)
@@ -311,6 +311,6 @@ def _first_wanted(sequence: TokenSequence, start: int) -> int:
 
 
 def _chunk(sequence: TokenSequence, start: int, count: int, drafts: int = 0) -> ScheduledChunk:
-    """A chunk that wants the logits of its last known token and of its drafts, unless more known tokens follow."""
+    """A chunk; logits are wanted of its last known token and of its drafts, unless more known tokens follow."""
     known_end = start + count - drafts
     return ScheduledChunk(sequence, start, count, drafts, 0 if known_end < len(sequence.tokens) else 1 + drafts)

@@ -103,7 +103,7 @@ def shared_draft_runner(config: EngineConfig, device: torch.device, mesh: Mesh) 
 
 # Shapes: R rows, V vocabulary.
 
-#: Where a request has at most this many new tokens, reading them takes as long as one more token of a draft.
+#: Most new tokens of a request whose reading takes about as long as drafting one token.
 _FEW = 4
 
 
@@ -258,7 +258,7 @@ class DraftModelProposer(ModelProposer):
         return self.acceptance.chances(request)[: max(0, remaining)]
 
     def _has_blocks(self, request: Request, length: int) -> bool:
-        """Take blocks for all that is to be computed. A request for which none are left has no draft and gives back its own."""
+        """Take blocks for the request and its draft. Where too few are free, it gets no draft and gives back its blocks."""
         reading = self._readings.setdefault(request.sequence.identity, _ReadProgress())
         blocks = -(-(len(request.sequence.tokens) + length - 1) // self.pool.block_size)
         if blocks - len(reading.table) > self.pool.free:

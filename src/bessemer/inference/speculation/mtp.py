@@ -64,8 +64,8 @@ class _ModuleSpan(NamedTuple):
 class _ModuleProgress:
     """How far the modules follow the model in one request.
 
-    ends: of each module, the first position it has not come to, where it is with the module before it or one position behind.
-    states: what each made at its last position, (1, D).
+    ends: of each module, the first position that it has not computed: that of the module before it, or one less. states: of
+    each module, its hidden state at its last position, (1, D).
     """
 
     def __init__(self, start: int, modules: int) -> None:
@@ -73,7 +73,7 @@ class _ModuleProgress:
         self.states: list[Tensor | None] = [None] * modules
 
     def before(self, module: int) -> list[Tensor]:
-        """Where a module is behind the one before it: what that one made at the position between."""
+        """The state of the module before at the position that a module is behind it; nothing where it is not behind."""
         state_1D = self.states[module - 1]
         if self.ends[module] == self.ends[module - 1]:
             return []
@@ -181,17 +181,17 @@ class MtpProposer(ModelProposer):
     def _next_span(
         self, row: int, request: Request, round: int, draft: list[int], drafted_ND: Tensor, state_1D: Tensor
     ) -> _ModuleSpan:
-        """Where a module is to go for the next draft token, and what it takes there."""
+        """The positions and inputs of a module for the next draft token."""
         sequence, progress = request.sequence, self._progress[request.sequence.identity]
         if round < self._modules:
-            # up to the model's last position
+            # the module goes up to the model's last position
             module, first = round, progress.ends[round]
             before = progress.before(module)
             hidden_ND = torch.cat((*before, drafted_ND)) if len(drafted_ND) else torch.cat(before)
         else:
-            # one position further than before
+            # the last module goes one position further than before
             module, first, hidden_ND = self._modules - 1, sequence.computed + round - self._modules, state_1D
-        # the first position takes this token, or a draft token
+        # index of the token, known or drafted, that the first position takes
         taken = first + 1 + module
         tokens = sequence.tokens[taken:] + draft[max(0, taken - len(sequence.tokens)) :]
         spare = self._spare + row * spare_blocks(self.policy.most, self.runner.memory.block_size)

@@ -60,11 +60,11 @@ class Proposer:
         """Drop what is kept of a request, which has ended."""
 
 
-#: Draft tokens less likely than this are never worth a row.
+#: Least probability of acceptance at which a draft token is verified.
 _LEAST_CHANCE = 0.05
 #: Cost of a draft token relative to a token, before any was measured.
 _UNMEASURED_COST = 0.1
-#: Speedup that drafts must promise: of noisy times the best one is better than it will be.
+#: Least expected speedup of drafting: the best of several noisy estimates is too optimistic.
 _LEAST_GAIN = 1.05
 #: Steps with drafts after which one without is timed again.
 _PLAIN_EVERY = 128
@@ -221,7 +221,7 @@ def _marginal_gains(chances: Sequence[Sequence[float]], crowded: bool) -> list[t
                 break
             gains.append((-chance if crowded else 1 / (expected + chance) - 1 / expected, request))
             expected += chance
-    # a request's draft tokens stay in their order: sorting keeps that of equals
+    # a stable sort keeps a request's draft tokens in their order
     gains.sort(key=lambda pair: pair[0])
     return gains
 

@@ -35,7 +35,7 @@ class AsyncSteps(PlainSteps):
 
     def __init__(self, runner: Runner) -> None:
         super().__init__(runner)
-        #: Of each sequence of the last launched step, its token's place among those sampled.
+        #: By the identity of a sequence in the last launched step, its token's place among those sampled.
         self._places: dict[int, int] = {}
 
     def prepare(self, scheduler: Scheduler, requests: Collection[ScheduledRequest]) -> None:

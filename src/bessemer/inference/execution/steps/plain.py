@@ -82,11 +82,7 @@ class PlainSteps:
         return batch, [batch.append(chunk, request) for chunk, request in zip(chunks, requests, strict=True)]
 
     def _sample(
-        self,
-        chunks: Sequence[ScheduledChunk],
-        requests: Sequence[ScheduledRequest],
-        rows: Sequence[slice],
-        logits_RV: Tensor,
+        self, chunks: Sequence[ScheduledChunk], requests: Sequence[ScheduledRequest], rows: Sequence[slice], logits_RV: Tensor
     ) -> list[ChunkTokens]:
         """Sample the tokens of each chunk. Logits that nothing is sampled from go to the requests that want them."""
         of_chunks: list[ChunkTokens] = [[] for _ in chunks]

@@ -54,7 +54,8 @@ class Command(NamedTuple):
 
 
 class _CommandMessage(NamedTuple):
-    """A command whose batch has no adapters, their numbers by sequence, and the numbers that are gone."""
+    """An encoded command. adapters: by sequence, the number of the adapter that was taken out of its batch. freed: numbers of
+    adapters that are gone."""
 
     command: Command
     adapters: list[int | None]
@@ -88,7 +89,7 @@ def decode(message: bytes, adapters: dict[int, Adapter]) -> Command:
 class Workers(Protocol):
     """The workers, as rank 0 sees them."""
 
-    #: Of the adapters that they hold shards of.
+    #: Numbers of the adapters that the workers hold shards of.
     numbers: AdapterNumbers
 
     @property
