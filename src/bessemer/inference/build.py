@@ -24,11 +24,10 @@ from bessemer.inference.execution.build import (
     check_model_length,
     describe_pages,
     describe_states,
-    longest_text,
     memory_budget,
     new_runner,
-    page_layout,
     page_type,
+    paged_memory,
     plan_blocks,
     plan_snapshots,
     shared_backend,
@@ -280,23 +279,15 @@ def new_memory(model: Decoder, config: EngineConfig, mesh: Mesh = ALONE) -> tupl
     budget -= snapshots * state_bytes(model.config, model.dtype, share.ranks)
     blocks = plan_blocks(model.config, config, dtype, budget, mtp_layers, ranks=share.ranks)
     *blocks, snapshots = [-int(count) for count in mesh.largest(-torch.tensor([*blocks, snapshots]))]
-    slots = config.max_num_seqs if "linear_attention" in model.config.types else 0
-    kept = config.speculation.tokens if config.speculation else 0
-    by_head, spare = page_layout(model, config, dtype, mtp_layers)
-    memory = PagedMemory(
-        model.config,
+    memory = paged_memory(
+        model,
+        config,
         blocks,
-        config.block_size,
-        dtype,
-        device,
-        state_slots=slots,
-        kept_steps=kept,
         mtp_layers=mtp_layers,
         mtp_spare_blocks=mtp_spare_blocks,
-        share=share,
+        state_slots=config.max_num_seqs if "linear_attention" in model.config.types else 0,
+        kept_steps=config.speculation.tokens if config.speculation else 0,
         snapshots=snapshots,
-        by_head=by_head,
-        spare=spare,
-        longest=longest_text(model.config, config, blocks),
+        share=share,
     )
     return memory, blocks

@@ -24,8 +24,8 @@ from bessemer.inference.capture import Capture, Captured, Pooling, embeddings
 from bessemer.inference.config import EngineConfig
 from bessemer.inference.engine_core import EngineCore
 from bessemer.inference.execution.batch import Batch
-from bessemer.inference.execution.build import new_runner, page_layout, page_type
-from bessemer.inference.execution.kv_cache import PagedMemory, layer_groups
+from bessemer.inference.execution.build import new_runner, paged_memory
+from bessemer.inference.execution.kv_cache import layer_groups
 from bessemer.inference.execution.tensor_parallel.sharded_model import ShardedModel
 from bessemer.inference.execution.weights import (
     LoadedAdapters,
@@ -343,19 +343,7 @@ class TextScorer:
         self._longest = longest
         self._chunk = config.max_num_batched_tokens
         groups, pages = layer_groups(model.config), -(-longest // config.block_size)
-        dtype = page_type(model, config)
-        by_head, spare = page_layout(model, config, dtype)
-        memory = PagedMemory(
-            model.config,
-            [pages] * len(groups),
-            config.block_size,
-            dtype,
-            model.device,
-            state_slots=1,
-            by_head=by_head,
-            spare=spare,
-            longest=longest,
-        )
+        memory = paged_memory(model, config, [pages] * len(groups), state_slots=1, longest=longest)
         self._tables = [list(range(pages)) for _ in groups]
         self._slot = 0 if "linear_attention" in model.config.types else None
         self._runner = new_runner(model, memory, config, opened=True)

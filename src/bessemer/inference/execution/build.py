@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -258,6 +258,35 @@ def page_layout(model: Decoder, config: EngineConfig, dtype: torch.dtype, mtp_la
         raise ConfigError(f"paged_attention: flex: {reason}; use auto or gather")
     graphs = config.cuda_graphs and model.device.type == "cuda" and not config.batch_invariant and not mtp_layers
     return PageLayout(True, graphs and cannot_be_static(model) is None)
+
+
+def paged_memory(
+    model: Decoder,
+    config: EngineConfig,
+    blocks: Sequence[int],
+    *,
+    mtp_layers: int = 0,
+    longest: int | None = None,
+    **options: Any,
+) -> PagedMemory:
+    """A KV cache with `blocks` blocks of each group of layers, of the type and layout of the settings.
+
+    longest: tokens of the longest text; None: what the blocks hold. options: as of `PagedMemory`. Raises as `page_layout`.
+    """
+    dtype = page_type(model, config)
+    by_head, spare = page_layout(model, config, dtype, mtp_layers)
+    return PagedMemory(
+        model.config,
+        blocks,
+        config.block_size,
+        dtype,
+        model.device,
+        mtp_layers=mtp_layers,
+        by_head=by_head,
+        spare=spare,
+        longest=longest or longest_text(model.config, config, blocks),
+        **options,
+    )
 
 
 def must_gather(model: Decoder, config: EngineConfig, dtype: torch.dtype) -> str | None:

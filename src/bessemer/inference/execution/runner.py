@@ -46,7 +46,7 @@ def on_every_rank(method: Callable[Concatenate[Runner, Arguments], Result]) -> C
         if workers is None:
             return method(runner, *arguments, **named)
         with together(workers):
-            workers.tell(Command(method.__name__, arguments))
+            workers.tell(Command(method.__name__, arguments, runner.is_draft))
             return method(runner, *arguments, **named)
 
     return everywhere
@@ -58,6 +58,7 @@ class Runner:
     batch_invariant: each sequence goes through the modules alone and in fixed chunks, so that its numbers are the same bits
     whatever else is in the batch. It costs what batching saves. workers: the other processes that share the model, each with a
     runner of its shard: what this one does over its pages, all do over theirs. axis: those processes; None: all of the job.
+    is_draft: whether the model is the draft model of another runner.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Runner:
         batch_invariant: bool = False,
         workers: Workers | None = None,
         axis: DeviceMesh | None = None,
+        is_draft: bool = False,
     ) -> None:
         self.model = model
         self.memory = memory
@@ -90,6 +92,7 @@ class Runner:
         #: The other processes that share the model.
         self.workers = workers
         self._axis = axis
+        self.is_draft = is_draft
         #: Of a worker: its shards of adapters, by the numbers by which rank 0 names them.
         self.adapters: dict[int, Adapter] = {}
 

@@ -24,10 +24,10 @@ from bessemer.core.store import read_json
 from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.inference.config import EngineConfig
 from bessemer.inference.execution.batch import Batch
-from bessemer.inference.execution.build import longest_text, memory_budget, page_layout, page_type, plan_blocks, shared_backend
+from bessemer.inference.execution.build import memory_budget, page_type, paged_memory, plan_blocks, shared_backend
 from bessemer.inference.execution.kv_cache import HeadShare, PagedMemory, layer_groups
 from bessemer.inference.execution.runner import Runner
-from bessemer.inference.execution.tensor_parallel.sharded_model import DraftWorkers, Workers, layout_of, shard_model
+from bessemer.inference.execution.tensor_parallel.sharded_model import Workers, layout_of, shard_model
 from bessemer.inference.request import Request, ScheduledRequest
 from bessemer.inference.sampling.sampler import likeliest
 from bessemer.inference.scheduling.block_tables import BlockPool
@@ -59,25 +59,12 @@ def draft_memory(model: Decoder, config: EngineConfig, mesh: Mesh = ALONE) -> tu
 
     All processes of the mesh call it, and get as many as the one with the least memory. Raises ConfigError.
     """
-    dtype, device = page_type(model, config), model.device
     share = HeadShare(mesh.place.tensor, mesh.layout.tensor)
-    budget = memory_budget(config, device, mesh.processes_here if device.type == "cpu" else 1)
-    blocks = min(plan_blocks(model.config, config, dtype, budget, ranks=share.ranks))
+    budget = memory_budget(config, model.device, mesh.processes_here if model.device.type == "cpu" else 1)
+    blocks = min(plan_blocks(model.config, config, page_type(model, config), budget, ranks=share.ranks))
     blocks = -int(mesh.largest(torch.tensor(-blocks)))
     counts = [blocks] * len(layer_groups(model.config))
-    by_head, spare = page_layout(model, config, dtype)
-    memory = PagedMemory(
-        model.config,
-        counts,
-        config.block_size,
-        dtype,
-        device,
-        share=share,
-        by_head=by_head,
-        spare=spare,
-        longest=longest_text(model.config, config, counts),
-    )
-    return memory, blocks
+    return paged_memory(model, config, counts, share=share), blocks
 
 
 def share_draft(
@@ -89,7 +76,7 @@ def share_draft(
     """
     shard_model(model, mesh, device)
     memory, blocks = draft_memory(model, config, mesh)
-    return Runner(model, memory, shared_backend(model, memory), workers=workers and DraftWorkers(workers)), blocks
+    return Runner(model, memory, shared_backend(model, memory), workers=workers, is_draft=True), blocks
 
 
 def shared_draft_runner(config: EngineConfig, device: torch.device, mesh: Mesh) -> Runner | None:

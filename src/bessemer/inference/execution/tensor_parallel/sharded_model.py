@@ -113,27 +113,6 @@ def together(workers: Workers) -> Iterator[None]:
             interrupts.deliver()
 
 
-class DraftWorkers:
-    """The workers, as the draft model's runner on rank 0 sees them."""
-
-    def __init__(self, workers: Workers) -> None:
-        self.numbers = workers.numbers
-        self._workers = workers
-
-    @property
-    def failure(self) -> LostProcessError | None:
-        """As of the workers."""
-        return self._workers.failure
-
-    def tell(self, command: Command) -> None:
-        """Send a command for the draft model's runner to all workers."""
-        self._workers.tell(command._replace(to_draft=True))
-
-    def together(self) -> AbstractContextManager[None]:
-        """As of the workers."""
-        return self._workers.together()
-
-
 def run_worker(runner: Runner, messages: Iterable[bytes], draft: Runner | None = None) -> None:
     """A worker's loop: make each call, until the commands end. draft: the runner of the draft model that it has a shard of."""
     for message in messages:
