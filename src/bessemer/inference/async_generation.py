@@ -74,7 +74,7 @@ class _Reader:
         return any(each.chunks for each in self.completions)
 
     def take_chunks(self) -> list[ChoiceChunk]:
-        """Chunks that are there, at most `_CHUNKS_AT_ONCE`; the thread may be adding others."""
+        """At most `_CHUNKS_AT_ONCE` of the waiting chunks. The thread may add others meanwhile."""
         waiting = (
             ChoiceChunk(choice, each.chunks.popleft())
             for choice, each in enumerate(self.completions)
@@ -84,7 +84,7 @@ class _Reader:
 
     def raise_error(self) -> None:
         if self.error is not None:
-            # one error may reach many readers: each has a traceback of its own
+            # each of several readers of one error gets a fresh traceback
             raise self.error.with_traceback(None)
 
 
@@ -184,7 +184,7 @@ class StepDriver:
             self._drop_all(engine, self.failure)
 
     def _exchange_readers(self, engine: SteppedEngine) -> bool:
-        """Stop the requests of readers that left, and begin those of new ones. False where the thread ends instead."""
+        """Stop requests of readers that have left, and begin those of new ones. False where the thread ends instead."""
         with self._lock:
             joining, self._joining = self._joining, []
             leaving, self._leaving = self._leaving, []
@@ -292,7 +292,7 @@ class AsyncGeneration(ABC):
     @property
     @abstractmethod
     def default_params(self) -> SamplingParams:
-        """What a call without parameters takes."""
+        """Parameters of a call that names none."""
 
     @abstractmethod
     def prepare(

@@ -140,8 +140,8 @@ def open_model(
 
 
 def _in_fast_dtype(model: Decoder, config: EngineConfig) -> Decoder:
-    """A model whose modules compute its steps, in float32 where its own dtype is slower and the memory suffices; others as they
-    are. The compiled kernels widen weights of 16 bits themselves."""
+    """The model in float32 where this processor is slow in its own dtype and the memory suffices. Not where the compiled
+    kernels compute it, which widen weights of 16 bits themselves."""
     if model.device.type != "cpu" or model.dtype.itemsize > 2 or is_quantised(model) or is_fast(model.dtype, model.device):
         return model
     if config.cpu_kernels != "off" and CompiledSteps.supports(model) is None:

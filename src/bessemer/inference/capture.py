@@ -44,7 +44,7 @@ class Capture:
     positions: Positions | tuple[int, ...] = "all"
 
     def check(self, config: ModelConfig, *, shared: bool) -> None:
-        """Raises RequestError for what the model does not have, and where several processes share it and only one knows."""
+        """Raises RequestError for what the model does not have, or what a model shared by several processes cannot give."""
         layers = config.num_hidden_layers
         for layer in self.states:
             if not 0 <= layer <= layers:
@@ -73,7 +73,7 @@ class Capture:
         return min(self.positions)
 
     def chosen(self, positions: range, prompt_length: int) -> list[int]:
-        """Those of some positions that are kept."""
+        """Which of these positions are captured."""
         if self.positions == "all":
             return list(positions)
         if isinstance(self.positions, str):
@@ -161,7 +161,7 @@ class Recorder:
         self._chunks.append(_CapturedChunk(positions, part.states, attention, experts, expert_weights))
 
     def complete(self, sequence: TokenSequence, runner: Runner, adapter: Adapter | None) -> None:
-        """Compute what is left, before a sequence gives up its pages."""
+        """Compute the remaining attention weights, before the sequence releases its pages."""
         places = self._places(sequence.computed)
         if not places:
             return
@@ -171,7 +171,7 @@ class Recorder:
                 self._attention |= self._weights(layer, states_PD, list(places), sequence, runner, adapter)
 
     def captured(self, end: int) -> Captured:
-        """What was kept of the positions before `end`; of attention, all there is once it is complete."""
+        """What was captured at positions before `end`; attention weights once `complete` has been called."""
         places, capture = self._places(end), self._capture
         attention = {}
         for pair in capture.attention:
@@ -233,7 +233,7 @@ class Recorder:
 
 
 class CaptureRequest(ScheduledRequest):
-    """Asks for what is captured of a prompt, and for no token and no logits."""
+    """Reads a prompt for its captured values alone: no logits, no tokens."""
 
     def __init__(self, sequence: TokenSequence, recorder: Recorder, adapter: Adapter | None = None) -> None:
         super().__init__(sequence, adapter, recorder)

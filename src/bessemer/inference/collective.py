@@ -221,7 +221,7 @@ def serving_copy(trained: Decoder, mesh: Mesh, dtype: torch.dtype | None) -> Dec
 def copy_trained(trained: Decoder, model: Decoder) -> None:
     """Copy a trained model's weights into its `serving_copy`. All ranks of the job call it.
 
-    Device memory beside both: one weight of this rank's shard, gathered.
+    Temporary device memory: one weight of this rank's shard, gathered.
     """
     release_gathered(trained)
     for own, source in _pairs(trained, model):
@@ -357,7 +357,7 @@ class CollectiveEngine:
     # -- inside
 
     def _together(self, call: Callable[[Engine], Result]) -> Result:
-        """What a call gives of this group's engine, on all its ranks. Raises the first error of any rank of the job."""
+        """The result of a call of this group's engine, on all its ranks. Raises the first error of any rank of the job."""
         self._check_open()
         result: Result | None = None
         failure: Exception | None = None

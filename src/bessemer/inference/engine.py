@@ -100,7 +100,7 @@ class Engine(AsyncGeneration, Reading, WeightUpdates):
         self.core, self._cache_size = assemble(
             self.model, self.tokenizer, self.config, opened=opened.is_served, sharded=self._sharded
         )
-        # after what packs the codes has taken them
+        # last: packing takes the codes out of the model
         self._stamp = WeightsStamp(self.model)
         adapter = adapter or opened.adapter
         if adapter is not None:
@@ -138,9 +138,9 @@ class Engine(AsyncGeneration, Reading, WeightUpdates):
 
     @property
     def default_params(self) -> SamplingParams:
-        """What a call without parameters takes: the model's own settings, over the usual ones.
+        """Parameters of a call that names none: the settings in the model's folder, over the defaults.
 
-        Raises ConfigError where the model's file states what is no setting.
+        Raises ConfigError where the model's file has an unknown setting.
         """
         return SamplingParams.parse(dict(self.sampling_settings), lambda path: ": ".join([GENERATION_CONFIG, *map(str, path)]))
 
@@ -283,7 +283,7 @@ class Engine(AsyncGeneration, Reading, WeightUpdates):
     ) -> Request:
         """A request that has not begun, with the others of the same prompt as its `siblings`. Any thread may ask for it.
 
-        streams: False where nobody drains it before it is done; it then has one chunk.
+        streams: False where the caller waits for the end: it then has one chunk.
         Raises RequestError for whatever is known to be wrong before anything is computed.
         """
         loaded = self._adapters.of(adapter)

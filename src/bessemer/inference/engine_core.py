@@ -70,14 +70,14 @@ class EngineCore:
             self._hand_over(step)
 
     def change_adapter(self, before: Adapter, after: LoadedAdapter) -> None:
-        """Let the in-flight requests of one adapter go on with another."""
+        """Replace an adapter in all in-flight requests that use it."""
         self.finish_step()
         for request in self._requests.values():
             if request.adapter is before:
                 self.use_adapter(request, after)
 
     def use_adapter(self, request: ScheduledRequest, loaded: LoadedAdapter) -> None:
-        """Let a request and its siblings go on with another adapter, in any state; their keys are computed again."""
+        """Continue a request and its siblings with another adapter, in any state; their keys are computed again."""
         self.finish_step()
         for each in (request, *request.siblings):
             if not each.done and each.adapter is not loaded.adapter:
@@ -104,7 +104,7 @@ class EngineCore:
         finally:
             self._hand_over(step)
         if not self._requests:
-            # nobody waits for the tokens that are one too many
+            # the step in flight computes tokens of ended requests only
             self._launched = None
 
     def _launch(self, current: _Step | None = None) -> _Step | None:

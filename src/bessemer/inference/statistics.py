@@ -174,7 +174,7 @@ class StatisticsRecorder:
         self._histograms["time_to_first_token_seconds"].observe(request.first_token_at - request.began_at)
 
     def _take_in(self) -> None:
-        """Put what steps have noted into the histograms."""
+        """Move the noted gaps and steps into the histograms."""
         for gap in self.gaps:
             self._histograms["inter_token_seconds"].observe(gap)
         for tokens, seconds in self.steps:
@@ -184,7 +184,7 @@ class StatisticsRecorder:
         self.steps.clear()
 
     def request_ended(self, request: ScheduledRequest) -> None:
-        """A request has ended; nothing is counted of one that asks for logits."""
+        """Count a request that has ended, unless it samples no tokens."""
         self._take_in()
         if not isinstance(request, Request):
             return

@@ -162,7 +162,7 @@ class ReadPages(StatelessCache):
         )
         weights_1HTS = attention_weights(query_BHTC, keys_1KSC, mask, inputs.scores)
         self.weights_HTS = nn.functional.pad(weights_1HTS[0].float(), (first * size, 0))
-        # what is attended to is not needed
+        # only the weights are needed, not the attended values
         return inputs.value_BKTV.new_empty(*query_BHTC.shape[:3], inputs.value_BKTV.shape[-1])
 
 
@@ -200,7 +200,7 @@ class Linear(Protocol):
         """Whether one thread of PyTorch is enough for its part of a step."""
 
     def weights_changed(self) -> None:
-        """Store the model's weights again: they are no longer those that were stored."""
+        """Take the model's weights again, which have changed."""
 
 
 class Attention(Protocol):

@@ -140,7 +140,7 @@ class Batch:
         return [(adapter, None if len(own) == len(self.tokens) else own) for adapter, own in rows.items()]
 
     def part(self, chosen: Sequence[int]) -> tuple[Batch, list[int]]:
-        """Some sequences of the batch, and the places that their wanted rows have among those of all."""
+        """A batch of the chosen sequences, and the places of its wanted rows among those of the whole batch."""
         part = Batch.empty(len(self.tables))
         places_of = {row: place for place, row in enumerate(self.wanted)}
         places = []
@@ -201,7 +201,7 @@ def padded_tables(tables: Sequence[Sequence[int]]) -> tuple[array, int]:
     return numbers, width
 
 
-#: Bytes of a buffer, and what each array's place in it is a multiple of.
+#: Bytes of a buffer, and the alignment of each array in it.
 _BUFFER_BYTES = 1 << 20
 _ALIGNED = 16
 
@@ -228,7 +228,7 @@ class StepInputs:
         self._current = 0
 
     def begin(self) -> None:
-        """Forget what was put. Waits where the host's memory is still being copied: it is written in turns."""
+        """Start a new step. Waits where the host's memory of two steps ago is still being copied."""
         for buffer in self._buffers[: self._current + 1]:
             buffer.begin()
         self._current = 0
@@ -257,8 +257,7 @@ class StepInputs:
 
 
 class _Buffer:
-    """Memory that is copied at once: on the device, and twice on the host, so that a step's numbers are written while those of
-    the step before wait to be copied."""
+    """Memory on the device, and two copies on the host: one is written for a step while that of the step before is copied."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         self._size, self._used, self._turn = size, 0, 0
@@ -323,11 +322,11 @@ class TokensToHost:
 def fill_pending(tokens_N: Tensor, pending_2P: Tensor | None, sampled_R: Tensor) -> None:
     """Write tokens of the step before, which the host does not know, over their placeholders.
 
-    pending_2P: the places of placeholders, and the places of their tokens among those sampled; None: there are none.
+    pending_2P: the rows of placeholders, and the places of their tokens in sampled_R; None: there are none.
     """
     if pending_2P is not None:
         rows_P, places_P = pending_2P
-        # a row that gave no token has a number below 0; what follows it is thrown away
+        # below 0 where a row gave no token: its request ends, and this token is not used
         tokens_N.index_copy_(0, rows_P, sampled_R[places_P].clamp(min=0).to(tokens_N.dtype))
 
 

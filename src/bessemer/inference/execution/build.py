@@ -134,7 +134,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def describe_states(config: ModelConfig, snapshots: int, dtype: torch.dtype, *, ranks: int = 1) -> str:
-    """What follows `describe_pages` in models with linear attention: the snapshots of states. dtype: the model's."""
+    """The end of the line of `describe_pages`: snapshots of linear attention's states. dtype: the model's."""
     each = state_bytes(config, dtype, ranks)
     if not each:
         return ""
@@ -217,7 +217,7 @@ class DequantisedWeights(OwnWeights):
         return [f"quantised weights read out of their codes once ({str(self.dtype).removeprefix('torch.')})"]
 
     def is_soon_done(self, rows: int, *, invariant: bool) -> bool:
-        # one row meets weights in half precision on one thread anyhow
+        # PyTorch multiplies one row by weights in half precision on one thread anyway
         return self.dtype == torch.float16 and not invariant and rows == 1
 
     def weights_changed(self) -> None:

@@ -64,7 +64,7 @@ class GenerationFields(ctypes.Structure):
 
 
 class _KernelBatch(NamedTuple):
-    """A batch as the kernels read it; what the fields point to is kept here."""
+    """A batch as the kernels read it. memory: keeps alive what the fields point to."""
 
     fields: BatchFields
     memory: tuple[object, ...]
@@ -121,7 +121,7 @@ class CompiledSteps:
     own_threads = True
 
     def __init__(self, model: Decoder, memory: PagedMemory, threads: int | None = None, *, release: bool = False) -> None:
-        """threads: measured now when None. release: the model gives up its codes, and holds those that are packed here."""
+        """threads: None: measured now. release: the model gives up its own codes for the packed ones."""
         assert self.supports(model) is None, self.supports(model)
         self.model = model
         self.memory = memory

@@ -60,13 +60,13 @@ GraphCapture = Callable[[Callable[[], Tensor]], CapturedStep]
 
 
 class CudaGraphs:
-    """Captures steps as CUDA graphs. What they allocate lies in a pool that all share, because only one runs at a time."""
+    """Captures steps as CUDA graphs. They share a memory pool, because only one runs at a time."""
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, compute: Callable[[], Tensor]) -> CapturedStep:
-        # what is compiled, chosen or allocated at first use must have been before the capture, and on another stream
+        # run twice before the capture, on another stream: first use compiles kernels and allocates memory
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -91,7 +91,7 @@ def uncaptured(compute: Callable[[], Tensor]) -> CapturedStep:
 
 
 class _StaticNumbers(NamedTuple):
-    """What a step of B rows reads, int32: the token and the position of each, and its block tables."""
+    """Inputs of a step of B rows, int32: tokens, positions and block tables."""
 
     tokens_B: Tensor
     positions_B: Tensor
@@ -162,7 +162,7 @@ class StaticSteps:
         return [tensor.data_ptr() for tensor in self.model.state_dict().values()]
 
     def _capture_all(self, inputs: StepInputs) -> None:
-        """The largest first: what the others need fits into its memory."""
+        """Capture all sizes, the largest first: the others reuse its memory."""
         self.model.reserve_positions(self.memory.longest)
         self._tables = [table for name, table in self.model.named_buffers() if name.startswith("rotary")]
         for size in reversed(self.sizes):
@@ -184,7 +184,7 @@ class StaticSteps:
         for own, spare, given in zip(host[2 * size :].reshape(groups, size, width), self._spare, tables, strict=True):
             own[rows:, 0] = spare
             for row, table in zip(own, given, strict=False):
-                # what lies beyond a table's end is of an earlier step, and is beyond its position too
+                # entries beyond the table's end are of an earlier step; no position reaches them
                 row[: len(table)] = table[: len(row)]
         return _StaticNumbers(numbers[:size], numbers[size : 2 * size], numbers[2 * size :].view(groups, size, width))
 

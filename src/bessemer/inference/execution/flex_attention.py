@@ -32,7 +32,7 @@ TILES = (1, 16, 128)
 
 
 class PageMask(NamedTuple):
-    """What tiles of queries attend to of a group's pages, all int32.
+    """Which pages of a group each tile of queries attends to, all int32.
 
     positions_BT: of each query, rising. counts_B11 and pages_B11W: how many pages a tile attends to, and which.
     begins_BP: the position of the first token of every page; where the tile does not attend to it, one that is never reached.
@@ -58,7 +58,7 @@ def page_mask(tables_BW: Tensor, positions_BT: Tensor, window: int | None, block
     pages_BW = torch.where(listed_BW, tables_BW.gather(1, columns_BW.long()), 0)
     begins_BP = torch.full((len(tables_BW), pages + 1), _NOWHERE, dtype=torch.int32, device=device)
     begins_BP.scatter_(1, torch.where(listed_BW, pages_BW, pages).long(), columns_BW * block_size)
-    # whose kernel asks for a list that could hold all pages
+    # the kernel for processors needs a list with room for all pages
     if device.type == "cpu":
         pages_BW = functional.pad(pages_BW, (0, max(0, pages - width)))
     return PageMask(
@@ -135,7 +135,7 @@ def page_attention(
 
 
 def _tile_sizes(queries: int, block_size: int) -> FlexKernelOptions:
-    """What a kernel of the GPU computes at once: keys of one page at most; of long tiles 64 queries."""
+    """Tile sizes of the GPU kernel: keys of one page at most; of long tiles 64 queries."""
     keys = min(block_size, 64)
     return {"BLOCK_N": keys} if queries < TILES[-1] else {"BLOCK_N": keys, "BLOCK_M": 64}
 
@@ -214,7 +214,7 @@ class FlexPagesAttention:
 
 
 class _TileNumbers(NamedTuple):
-    """What the host knows of `Tiles`: block tables and positions in place of their mask."""
+    """`Tiles` on the host: block tables and positions in place of the mask."""
 
     rows_BT: Tensor
     real_R: Tensor
@@ -224,7 +224,7 @@ class _TileNumbers(NamedTuple):
 
 
 class _GroupNumbers(NamedTuple):
-    """What the host knows of a `PageGroup`."""
+    """A `PageGroup` on the host."""
 
     blocks_N: Tensor
     places_N: Tensor

@@ -50,7 +50,7 @@ def layer_groups(config: ModelConfig, mtp_layers: int = 0) -> list[LayerGroup]:
 
 
 class HeadShape(NamedTuple):
-    """What a layer keeps of one token. shared: the values are the first channels of the keys (latent attention)."""
+    """Shape of one token in a layer's pages. shared: values are the first channels of the keys (latent attention)."""
 
     heads: int
     key_width: int
@@ -59,7 +59,7 @@ class HeadShape(NamedTuple):
 
 
 class HeadShare(NamedTuple):
-    """Which of `ranks` equal shares of the heads lie in this process: all where it is one."""
+    """This process has share `rank` of `ranks` equal shares of the heads."""
 
     rank: int = 0
     ranks: int = 1
@@ -267,7 +267,7 @@ class PagedMemory:
         return None if stored is None else tuple(part[slots_B, 0] for part in stored)
 
     def write_state(self, layer: int, state: tuple[Tensor, ...], slots_B: Tensor, step: int | None) -> None:
-        """Keep states of some sequences. step: as one of those that `keep_states` chooses from."""
+        """Store states of some sequences. step: of the draft token that they follow, for `keep_states`; None: current ones."""
         if layer not in self.states:
             shape = (self.state_slots, 1 + 1 + self.kept_steps)
             self.states[layer] = tuple(part.new_zeros((*shape, *part.shape[1:])) for part in state)
@@ -289,7 +289,7 @@ class PagedMemory:
                 stored[slots, 0] = part[snapshots]
 
     def begin_states(self, slots_B: Tensor) -> None:
-        """Forget what these slots held: new sequences begin there."""
+        """Zero the states of these slots, in which new sequences begin."""
         for stored in self.states.values():
             for part in stored:
                 part.index_fill_(0, slots_B, 0)

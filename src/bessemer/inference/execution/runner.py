@@ -107,7 +107,7 @@ class Runner:
         return ", ".join([*parts, f"keys and values in {self.memory.type_name}"])
 
     def limited_torch_threads(self) -> AbstractContextManager[None]:
-        """PyTorch on one thread, where the runner has threads of its own: others would take the cores from the next step."""
+        """Limits PyTorch to one thread where the kernels have their own: spinning threads would slow down the next step."""
         return one_thread() if self.own_threads else nullcontext()
 
     @on_every_rank
@@ -197,7 +197,7 @@ class Runner:
 
     @on_every_rank
     def weights_changed(self) -> None:
-        """Store the model's weights again where the backend has them in a form of its own."""
+        """Take the model's changed weights again where the backend stores them in a form of its own."""
         if self.backend.whole is not None:
             self.backend.whole.weights_changed()
         self.backend.linear.weights_changed()

@@ -104,7 +104,7 @@ class Truncation(NamedTuple):
 
     @classmethod
     def of(cls, params: SamplingParams) -> Truncation:
-        """Those of a request."""
+        """The truncation of a request."""
         return cls(params.top_k, params.top_p, params.min_p, params.typical_p)
 
 

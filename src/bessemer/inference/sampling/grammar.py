@@ -43,7 +43,7 @@ _STACK = 32 << 20
 
 
 def check_size(setting: str, value: Any, name: str | None = None) -> None:
-    """Raises RequestError for a grammar that is larger than any is compiled. name: what the caller calls the setting."""
+    """Raises RequestError for a grammar above the size limits. name: of the setting, in the error."""
     name = name or setting
     if setting == "choice":
         if len(value) > MOST_CHOICES:
@@ -68,8 +68,7 @@ class GrammarMatcher:
     def allowed(self) -> np.ndarray:
         """Which tokens may come next, bool (V,); the end tokens where the text may end.
 
-        Raises RequestError where the grammar leads to a place that nothing follows, and when it takes more work than
-        `llguidance` allows one.
+        Raises RequestError at a dead end of the grammar, and when it exceeds `llguidance`'s limits of work.
         """
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         if self._matcher.is_error():
@@ -127,7 +126,7 @@ class GrammarCompiler:
         self._end_tokens = sorted(tokenizer.eos_ids if end_tokens is None else end_tokens)
         self._tokens: Any = None
         self._trial: _Trial | None = None
-        #: By name and value: what was compiled, or why it was not.
+        #: Compiled grammars, or the errors of those that do not compile, by name and value.
         self._kept: OrderedDict[tuple[str, str], Any | RequestError] = OrderedDict()
         self._lock = threading.Lock()
         #: Held while a grammar is compiled. Requests for a kept grammar do not take it.

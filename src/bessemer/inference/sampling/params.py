@@ -190,7 +190,7 @@ class StopStrings:
         return held[:shown]
 
     def flush(self) -> str:
-        """What is held back, when no more text comes."""
+        """The text held back, at the end."""
         rest, self._held = self._held, ""
         return rest
 
@@ -223,7 +223,7 @@ class _StopAutomaton:
         #: The state of the longest shorter end.
         self._shorter = [0] * len(self.depth)
         self.open_state = list(range(len(self.depth)))
-        # by depth: what a state takes from a shorter one is there
+        # breadth first: a state needs the shorter ones computed
         queue = deque([0])
         while queue:
             state = queue.popleft()
@@ -242,7 +242,7 @@ class _StopAutomaton:
         return following or 0
 
 
-#: Of the answers under way: those to one prompt share one.
+#: Automata in use: completions of one prompt share one.
 _automata: WeakValueDictionary[tuple[str, ...], _StopAutomaton] = WeakValueDictionary()
 
 

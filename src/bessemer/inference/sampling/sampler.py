@@ -195,7 +195,7 @@ class SamplingState:
         self._forbid(logits_V, len(self.answer))
 
     def adjust_beam(self, logits_V: np.ndarray, length: int) -> None:
-        """Bias, and -inf for what may not come, after `length` tokens of a beam, which has no penalties and no grammar."""
+        """As `adjust`, after `length` tokens of a beam, which has no penalties and no grammar."""
         self.rules.add_bias(logits_V)
         self._forbid(logits_V, length)
 
@@ -316,7 +316,7 @@ def likeliest(logits_BV: Tensor) -> list[int]:
 def _drawn(
     logits_BV: Tensor, states: Sequence[SamplingState], numbers: Sequence[float], truncation: Truncation
 ) -> tuple[list[int], dict[int, LogProbs]]:
-    """A token of each row, and the log-probabilities of those that want them of what they were drawn from."""
+    """A token of each row, and by row the log-probabilities by the sampler's distribution, where wanted."""
     if truncation == NO_TRUNCATION and library() is not None:
         return _drawn_by_kernels(logits_BV, states, numbers)
     temperatures_B = torch.tensor([state.params.temperature for state in states])
@@ -324,7 +324,7 @@ def _drawn(
     params = [state.params for state in states]
     tokens = [-1] * len(states)
     log_probs_of: dict[int, LogProbs] = {}
-    # few rows at a time: what is computed on the way stays in the processor's cache
+    # few rows at a time: intermediate results stay in the processor's cache
     for start in range(0, len(states), _ROWS):
         some = slice(start, start + _ROWS)
         some_BV = logits_BV[some].cpu()
@@ -368,9 +368,9 @@ def no_token(logits_V: Tensor) -> RequestError:
 
 
 def generator_for(params: SamplingParams, index: int = 0) -> torch.Generator:
-    """A request's own source of random numbers: from its seed, or from the system's entropy without one.
+    """A request's own random number generator: by its seed, else by the system's entropy.
 
-    index: which of the request's answers it is for; each has numbers of its own.
+    index: of the completion among those of its prompt; each has numbers of its own.
     """
     generator = torch.Generator()
     if params.seed is None:

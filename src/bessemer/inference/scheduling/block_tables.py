@@ -247,7 +247,7 @@ class BlockTables:
         first = sequence.computed // self.block_size
         blocks = self.blocks(end)
         for group, ((pool, _), table) in enumerate(zip(self.groups, sequence.tables, strict=True)):
-            # only the first can be shared: what comes after it was never computed
+            # only the first can be shared: later ones have never been computed
             if first < len(table):
                 shared = table[first]
                 table[first] = pool.own(shared)
@@ -328,7 +328,7 @@ class BlockTables:
         most = len(sequence.tokens) - 1
         if not self._share_generated:
             most = min(most, sequence.prompt_length)
-        # what is found has neither logits nor states
+        # cached blocks give neither logits nor hidden states
         for wanted_from in (sequence.logits_from, sequence.computed_from):
             if wanted_from is not None:
                 most = min(most, wanted_from)

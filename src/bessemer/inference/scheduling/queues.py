@@ -44,9 +44,9 @@ _urgency = attrgetter("order")
 
 
 class SequenceQueues:
-    """Sequences that wait and sequences that run, each in order of urgency, and what they hold.
+    """Waiting and running sequences, each in order of urgency. tables and states: blocks and slots of the running ones.
 
-    Arguments as of `Scheduler`; states and tables: what running sequences hold.
+    The other arguments are those of `Scheduler`.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class SequenceQueues:
         self._join(sequence, self._arrivals)
 
     def abort(self, sequence: TokenSequence) -> None:
-        """End a sequence in any state; what it holds is free at once. Its chunk of the step under way is not committed."""
+        """End a sequence in any state and free its blocks at once. Its chunk of the current step is not committed."""
         if sequence.status != "finished":
             self.finish(sequence)
 

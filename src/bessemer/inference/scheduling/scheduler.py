@@ -176,8 +176,8 @@ class Scheduler(SequenceQueues):
     def commit_ahead(self, chunk: ScheduledChunk) -> None:
         """Record a chunk that is being computed, with a placeholder for the token that it gives.
 
-        The next step may then be scheduled: what becomes of its blocks happens on the device after this step. Not for drafts,
-        nor for a sequence that shares states, whose next hash would hold the placeholder.
+        The next step may then be scheduled: the device changes blocks only after this step. Not for drafts, nor for a sequence
+        that shares states, whose next hash would include the placeholder.
         """
         assert not chunk.drafts and not self._shares_states
         sequence = chunk.sequence
@@ -250,7 +250,7 @@ class Scheduler(SequenceQueues):
     # -- one sequence's part of a step
 
     def _read(self, sequence: TokenSequence, start: int, count: int) -> ScheduledChunk:
-        """A chunk of known tokens. Its rows of logits are taken from those that the step has left."""
+        """A chunk of known tokens. Its rows of logits count against the limit of the step."""
         self._logits_rows -= max(0, start + count - _first_wanted(sequence, start))
         return _chunk(sequence, start, count)
 

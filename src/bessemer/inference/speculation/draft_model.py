@@ -169,7 +169,7 @@ class ModelProposer(Proposer):
         return self.acceptance.chances(request)
 
     def _ready(self, requests: Sequence[Request], lengths: Sequence[int]) -> list[int]:
-        """Which of the requests are drafted for now: those whose length is above 0, as far as the model is ready."""
+        """Indices of the requests that are drafted for: those with a length above 0 that the model is ready for."""
         return [index for index, length in enumerate(lengths) if length]
 
     def _draft(self, requests: Sequence[Request], lengths: Sequence[int]) -> list[Draft]:
@@ -189,8 +189,8 @@ def draft_together(
 ) -> list[Draft]:
     """Drafts of these lengths, of all requests together: the first token of each, the second of those that want one, …
 
-    tokens: an empty list for each request, to which its tokens are added. logits_of: the logits (R, V) of a round's tokens,
-    counted from 0, of some of the requests.
+    tokens: a list for each request, which its draft tokens are appended to. logits_of(round, rows): logits (R, V) for the draft
+    token `round`, counted from 0, of some of the requests.
     """
     distributions: list[list[Tensor | None]] = [[] for _ in requests]
     for round in range(max(lengths)):
@@ -232,7 +232,7 @@ class DraftModelProposer(ModelProposer):
             self._release(reading)
 
     def _ready(self, requests: Sequence[Request], lengths: Sequence[int]) -> list[int]:
-        """Those for which there are blocks, and that have been read."""
+        """Of those with a length above 0, the ones that have blocks and have been read."""
         wanted = [index for index, length in enumerate(lengths) if length and self._has_blocks(requests[index], length)]
         self._firsts = self._read([requests[index] for index in wanted])
         return [index for index in wanted if requests[index].sequence.identity in self._firsts]
@@ -263,7 +263,7 @@ class DraftModelProposer(ModelProposer):
     # -- computing
 
     def _read(self, requests: Sequence[Request]) -> dict[int, Tensor]:
-        """Read what is new of each request. The logits, (1, V), after those that were read to their end, by identity."""
+        """Read the new tokens of each request. Logits (1, V) of those that are read to their end, by identity."""
         budget, chunks = self._max_num_batched_tokens, []
         # the shortest first
         for request in sorted(requests, key=self._unread):
@@ -307,7 +307,7 @@ class DraftModelProposer(ModelProposer):
         return drafts
 
     def _forward(self, chunks: Sequence[tuple[Request, list[int]]]) -> Tensor:
-        """Compute tokens behind those that were computed of each request; the logits after the last of each, (R, V)."""
+        """Compute the next tokens of each request; the logits after the last of each, (R, V)."""
         if not chunks:
             return torch.empty(0, self.model.config.vocab_size)
         readings = [self._readings[request.sequence.identity] for request, _ in chunks]

@@ -32,7 +32,7 @@ from bessemer.model.config import ModelConfig
 
 
 def mtp_modules(config: ModelConfig) -> int:
-    """How many MTP modules of a model can draft. Raises ConfigError where it has none, or they keep states."""
+    """The number of MTP modules of a model that can draft. Raises ConfigError where it has none, or they keep states."""
     if not config.num_nextn_predict_layers:
         raise ConfigError(
             "speculation: mtp: the model has no MTP modules (multi-token prediction); take ngram, or a model trained with "
@@ -161,7 +161,7 @@ class MtpProposer(ModelProposer):
 
     def _draft(self, requests: Sequence[Request], lengths: Sequence[int]) -> list[Draft]:
         tokens: list[list[int]] = [[] for _ in requests]
-        # what the last module made at positions whose tokens are draft tokens, and at the last position of all
+        # the last module's states at positions of draft tokens, and at the last position
         drafted = [torch.empty(0)] * len(requests)
         states = [cast(Tensor, self._progress[request.sequence.identity].states[0]) for request in requests]
 

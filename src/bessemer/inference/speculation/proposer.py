@@ -70,7 +70,7 @@ _LEAST_GAIN = 1.05
 _PLAIN_EVERY = 128
 #: Steps before more draft tokens are tried than seem to pay, at first and at most.
 _PATIENCE, _MOST_PATIENCE = 16, 512
-#: A cost has fallen where a step takes less than this share of what was expected.
+#: A cost counts as fallen where a step takes less than this share of the expected time.
 _FALLEN = 0.7
 #: Most draft tokens per request in a trial, or twice as many as seem to pay.
 _TRIAL = 2
@@ -114,7 +114,7 @@ class Recent:
 
 
 class _PlainTimes(Recent):
-    """Times of steps without drafts, by the number of requests; `since`: steps with drafts that came after the last."""
+    """Times of steps without drafts for one number of requests; `since`: steps with drafts after the last of them."""
 
     since = 0
 

@@ -39,7 +39,7 @@ from bessemer.inference.speculation.proposer import Draft
 def verify_rows(
     logits_RV: Tensor, states: Sequence[SamplingState], drafts: Sequence[Draft]
 ) -> list[list[Sampled] | RequestError]:
-    """What `verify` gives for each of several requests, computed together; an error in the place of one that gets no token.
+    """`verify` for several requests, computed together; an error in the place of one that gets no token.
 
     logits_RV: float32; 1 + d rows of each request, one request after the other. A request without a draft gets what
     `sample_rows` gives it.
@@ -93,7 +93,7 @@ def verify(
 def _at_once(
     logits_RV: Tensor, states: Sequence[SamplingState], drafts: Sequence[Draft], firsts: Sequence[int]
 ) -> list[list[Sampled] | RequestError]:
-    """Sample all rows together, as one batch costs little more than one row; those behind a rejected token in vain."""
+    """Sample all rows at once, which costs little more than one row; rows behind a rejected token are not used."""
     rows: list[int] = []
     of_rows: list[SamplingState] = []
     numbers: list[float] = []
@@ -135,7 +135,7 @@ def _at_once(
 def _in_turn(
     logits_RV: Tensor, states: Sequence[SamplingState], drafts: Sequence[Draft], firsts: Sequence[int]
 ) -> list[list[Sampled] | RequestError]:
-    """Sample position after position, of the requests that go on, because a token changes how the ones after it are sampled."""
+    """Sample one position after the other, where a token changes how the next ones are sampled."""
     of_requests: list[list[Sampled] | RequestError] = [[] for _ in states]
     going, place = list(range(len(states))), 0
     while going:

@@ -25,7 +25,7 @@ from bessemer.inference.statistics import DraftCounts
 
 # Shapes: R wanted rows, W those that a token is sampled from, V vocabulary.
 
-#: Tokens of a chunk, none where it ends inside a prompt; or why its request has to end.
+#: Tokens of a chunk, none where it ends inside a prompt; or the error that ends its request.
 ChunkTokens = list[Sampled] | BessemerError
 
 
@@ -56,9 +56,9 @@ class PlainSteps:
         """Get ready for the step that is scheduled next. requests: all in flight, waiting ones included."""
 
     def compute(self, output: SchedulerOutput, requests: Sequence[ScheduledRequest]) -> StepTokens:
-        """Compute a scheduled step. requests: of each chunk of it.
+        """Compute a scheduled step. requests: one for each chunk.
 
-        Raises what the runner raises: then the step has failed for all of them.
+        An exception means that the step has failed for all of them.
         """
         batch, rows = self._batch(output.chunks, requests)
         logits_RV = self.runner.forward(batch)

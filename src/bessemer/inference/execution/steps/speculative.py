@@ -54,7 +54,7 @@ class SpeculativeSteps(PlainSteps):
     def committed(self, chunks: Sequence[ScheduledChunk], requests: Sequence[ScheduledRequest], computed: int) -> None:
         """Report the step to the proposer, and its time where it read no prompt.
 
-        The time is of all that drafts make longer: blocks for them, more rows, more to sample, more text.
+        The time includes scheduling, sampling and text, which take longer with drafts too.
         """
         self.proposer.computed(chunks, requests)
         drafts = sum(chunk.drafts for chunk in chunks)
@@ -79,7 +79,7 @@ class SpeculativeSteps(PlainSteps):
         return sampled
 
     def _count_accepted(self, request: Request, draft: Draft, tokens: list[Sampled]) -> None:
-        """Count what was accepted of a draft: an end token may be the last, with nothing behind it."""
+        """Count the accepted tokens of a draft. After an end token no further one follows."""
         proposed = len(draft.tokens)
         accepted = sum(one.token == token for one, token in zip(tokens, draft.tokens, strict=False))
         self.counts.add(proposed, accepted)

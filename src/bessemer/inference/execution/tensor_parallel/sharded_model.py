@@ -75,7 +75,7 @@ def encode(command: Command, numbers: AdapterNumbers) -> bytes:
 
 
 def decode(message: bytes, adapters: dict[int, Adapter]) -> Command:
-    """What `encode` was given, with this rank's shards of the adapters, by number; those that are gone are dropped."""
+    """The inverse of `encode`, with this rank's shards of the adapters, by number; drops those that are gone."""
     command, named, freed = pickle.loads(message)
     assert isinstance(command, Command)
     for number in freed:
@@ -121,7 +121,7 @@ def run_worker(runner: Runner, messages: Iterable[bytes], draft: Runner | None =
         getattr(addressed, command.method)(*command.arguments)
 
 
-#: What each process runs; its last argument is JSON.
+#: Command line of a worker process; a JSON argument follows.
 PROGRAM = (sys.executable, "-m", "bessemer.inference.execution.tensor_parallel.worker")
 #: Seconds that a process gets to end by itself.
 _GRACE_SECONDS = 5
@@ -327,7 +327,7 @@ def check_sharding(folder: Path, device: str, config: EngineConfig) -> None:
             f"parallel: {folder} is a GGUF file, which one process opens; make a folder of it with bessemer import"
         )
     if not folder.is_dir():
-        # it says what is wrong
+        # raises the error that fits
         load_model(folder)
     model = read_model_config(folder)
     refuse_scorer(model, folder)

@@ -51,7 +51,7 @@ def main(settings: dict[str, Any], commands: IO[bytes], replies: IO[bytes]) -> i
             runner, draft = worker_runners(model, config, mesh)
             run_worker(runner, coming, draft)
     except Exception as error:
-        # rank 0 may be what is gone
+        # rank 0 may have ended
         with suppress(OSError):
             report(one_line(error))
         return _REPORTED
