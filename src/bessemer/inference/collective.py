@@ -30,7 +30,8 @@ from bessemer.distributed.sharding import release_gathered
 from bessemer.inference.build import worker_runners
 from bessemer.inference.config import EngineConfig
 from bessemer.inference.engine import Engine
-from bessemer.inference.execution.tensor_parallel.sharded_model import Command, ShardedModel, encode, one_line, run_worker
+from bessemer.inference.execution.runner import run_worker
+from bessemer.inference.execution.tensor_parallel.sharded_model import Command, ShardedModel, encode, one_line
 from bessemer.inference.execution.weights import AdapterNumbers, held_weight
 from bessemer.inference.offline import Rollouts
 from bessemer.inference.request import Completion, Prompts

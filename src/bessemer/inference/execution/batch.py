@@ -11,20 +11,26 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from bessemer.inference.scheduling.sequence import ScheduledChunk
 from bessemer.model.adapters import Adapter
 
-if TYPE_CHECKING:
-    from bessemer.inference.request import ScheduledRequest
-    from bessemer.inference.scheduling.sequence import ScheduledChunk
-
 # Shapes: N new tokens, S sequences.
+
+
+class BatchedRequest(Protocol):
+    """What a batch reads of a request."""
+
+    adapter: Adapter | None
+
+    def wanted_rows(self, chunk: ScheduledChunk) -> range:
+        """Which tokens of a chunk, counted from 0, it wants the logits of."""
 
 
 @dataclass
@@ -61,13 +67,13 @@ class Batch:
         """A batch without sequences, for a model with `num_groups` groups of layers."""
         return cls([], [], [0], [[] for _ in range(num_groups)], [], [], [], [], [])
 
-    def append(self, chunk: ScheduledChunk, request: ScheduledRequest) -> slice:
+    def append(self, chunk: ScheduledChunk, request: BatchedRequest) -> slice:
         """Add a scheduled chunk of a request. Returns the places of its wanted rows among those of the batch."""
         sequence = chunk.sequence
         tokens = sequence.tokens[chunk.start : chunk.start + chunk.count - chunk.drafts]
         if chunk.drafts:
             tokens += sequence.draft[: chunk.drafts]
-        rows = self.append_tokens(
+        return self.append_tokens(
             tokens,
             chunk.start,
             sequence.tables,
@@ -78,9 +84,6 @@ class Batch:
             slot=sequence.state_slot,
             snapshots=sequence.snapshots,
         )
-        if request.recorder is not None:
-            request.recorder.mark_rows(chunk, self)
-        return rows
 
     def append_tokens(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
 from typing import Concatenate, ParamSpec, TypeVar, cast
@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from bessemer.inference.execution.backend import Backend, Observed, ReadPages, StatesKeeper, StepContext, routings_kept
 from bessemer.inference.execution.batch import Batch, StepInputs, TokensToHost, fill_pending
 from bessemer.inference.execution.kv_cache import PagedMemory
-from bessemer.inference.execution.tensor_parallel.sharded_model import Command, Workers, together
+from bessemer.inference.execution.tensor_parallel.sharded_model import Command, Workers, decode, together
 from bessemer.inference.execution.weights import (
     UpdateShape,
     WeightPiece,
@@ -342,3 +342,11 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def run_worker(runner: Runner, messages: Iterable[bytes], draft: Runner | None = None) -> None:
+    """A worker's loop: make each call, until the commands end. draft: the runner of the draft model that it has a shard of."""
+    for message in messages:
+        command = decode(message, runner.adapters)
+        addressed = draft if command.to_draft else runner
+        getattr(addressed, command.method)(*command.arguments)

@@ -78,8 +78,12 @@ class PlainSteps:
 
     def _batch(self, chunks: Sequence[ScheduledChunk], requests: Sequence[ScheduledRequest]) -> tuple[Batch, list[slice]]:
         """The runner's input, and which of its wanted rows belong to each chunk."""
-        batch = Batch.empty(len(self.runner.memory.groups))
-        return batch, [batch.append(chunk, request) for chunk, request in zip(chunks, requests, strict=True)]
+        batch, rows = Batch.empty(len(self.runner.memory.groups)), []
+        for chunk, request in zip(chunks, requests, strict=True):
+            rows.append(batch.append(chunk, request))
+            if request.recorder is not None:
+                request.recorder.mark_rows(chunk, batch)
+        return batch, rows
 
     def _sample(
         self, chunks: Sequence[ScheduledChunk], requests: Sequence[ScheduledRequest], rows: Sequence[slice], logits_RV: Tensor

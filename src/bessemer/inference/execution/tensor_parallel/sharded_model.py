@@ -16,12 +16,12 @@ import pickle
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -40,9 +40,6 @@ from bessemer.model.decoder import Decoder
 from bessemer.model.device import choose_device
 from bessemer.model.quantisation.storage import read_settings
 from bessemer.model.storage.folder import CONFIG, load_model, read_model_config, refuse_scorer
-
-if TYPE_CHECKING:
-    from bessemer.inference.execution.runner import Runner
 
 
 class Command(NamedTuple):
@@ -111,14 +108,6 @@ def together(workers: Workers) -> Iterator[None]:
             yield
         if interrupts.received is not None:
             interrupts.deliver()
-
-
-def run_worker(runner: Runner, messages: Iterable[bytes], draft: Runner | None = None) -> None:
-    """A worker's loop: make each call, until the commands end. draft: the runner of the draft model that it has a shard of."""
-    for message in messages:
-        command = decode(message, runner.adapters)
-        addressed = draft if command.to_draft else runner
-        getattr(addressed, command.method)(*command.arguments)
 
 
 #: Command line of a worker process; a JSON argument follows.

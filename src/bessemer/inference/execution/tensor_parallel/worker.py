@@ -30,7 +30,8 @@ def main(settings: dict[str, Any], commands: IO[bytes], replies: IO[bytes]) -> i
     from bessemer.distributed.mesh import Seat, joined
     from bessemer.inference.build import worker_runners
     from bessemer.inference.config import EngineConfig
-    from bessemer.inference.execution.tensor_parallel.sharded_model import device_of, mesh_of, one_line, run_worker, shard_model
+    from bessemer.inference.execution.runner import run_worker
+    from bessemer.inference.execution.tensor_parallel.sharded_model import device_of, mesh_of, one_line, shard_model
     from bessemer.model.storage.folder import load_model
 
     def report(message: str) -> None:
