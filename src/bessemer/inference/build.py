@@ -54,6 +54,7 @@ from bessemer.inference.speculation.ngram import NGramProposer
 from bessemer.inference.speculation.proposer import DraftLengthPolicy, Proposer
 from bessemer.model.adapters.folder import read_adapter
 from bessemer.model.adapters.trained import merged
+from bessemer.model.attention import is_recurrent
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
 from bessemer.model.device import choose_device, is_fast
@@ -272,7 +273,7 @@ def new_memory(model: Decoder, config: EngineConfig, mesh: Mesh = ALONE) -> tupl
     budget -= snapshots * state_bytes(model.config, model.dtype, share.ranks)
     blocks = plan_blocks(model.config, config, dtype, budget, mtp_layers, ranks=share.ranks)
     *blocks, snapshots = [-int(count) for count in mesh.largest(-torch.tensor([*blocks, snapshots]))]
-    slots = config.max_num_seqs if "linear_attention" in model.config.types else 0
+    slots = config.max_num_seqs if is_recurrent(model.config) else 0
     kept = config.speculation.tokens if config.speculation else 0
     by_head, spare = page_layout(model, config, dtype, mtp_layers)
     memory = PagedMemory(

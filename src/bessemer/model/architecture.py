@@ -129,6 +129,10 @@ class Architecture(Config):
         full: LayerType = "full_attention"
         return self.layer_types or (full,) * self.num_hidden_layers
 
+    def window(self, layer_type: LayerType) -> int | None:
+        """Tokens that layers of a type attend to, themselves included; None: all before them."""
+        return self.sliding_window if layer_type == "sliding_attention" else None
+
     @property
     def is_latent(self) -> bool:
         """Whether attention is latent."""

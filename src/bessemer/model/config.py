@@ -13,7 +13,9 @@ from pydantic import model_validator
 from bessemer.core.config import nearest, setting
 from bessemer.model import costs
 from bessemer.model.architecture import Architecture, DecoderShape
-from bessemer.model.costs import Part, block_parts, outer_parts
+from bessemer.model.attention import variant_of
+from bessemer.model.costs import block_parts, outer_parts
+from bessemer.model.parts import Part
 from bessemer.model.presets import GROWING, PRESETS
 
 #: Raised whenever the weights or the folder that the stage `model` makes of the same settings change.
@@ -119,7 +121,8 @@ def layer_kinds(config: ModelConfig) -> list[dict[str, Any]]:
     """The kinds of layers: which layers (counted from 1) are of each, and their attention, positions and feed-forward."""
     kinds: dict[tuple[str, str, str], list[int]] = {}
     for layer in range(config.num_hidden_layers):
-        kind = (_attention(config, layer), _positions(config, layer), _feed_forward(config, layer))
+        attention = variant_of(config, layer).description(config, config.types[layer])
+        kind = (attention, _positions(config, layer), _feed_forward(config, layer))
         kinds.setdefault(kind, []).append(layer + 1)
     return [
         {"layers": layers, "attention": attention, "positions": positions, "feed_forward": feed_forward}
@@ -127,19 +130,8 @@ def layer_kinds(config: ModelConfig) -> list[dict[str, Any]]:
     ]
 
 
-def _attention(config: ModelConfig, layer: int) -> str:
-    kind = config.types[layer]
-    if kind == "linear_attention":
-        return f"gated DeltaNet, {config.linear_num_value_heads} heads"
-    if config.is_latent:
-        return f"latent attention, {config.num_attention_heads} heads over {config.kv_lora_rank} channels"
-    heads, shared = config.num_attention_heads, config.num_key_value_heads
-    reach = f"sliding attention over {config.sliding_window:,} tokens" if kind == "sliding_attention" else "full attention"
-    return f"{reach}, {heads} heads" + (f", {shared} of keys and values" if shared != heads else "")
-
-
 def _positions(config: ModelConfig, layer: int) -> str:
-    if config.types[layer] == "linear_attention":
+    if variant_of(config, layer).recurrent:
         return "by order"
     if config.position_type != "rotary":
         return config.position_type

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bessemer.model.architecture import LayerType
+from bessemer.model.attention import variant_of, variant_of_type
 from bessemer.model.config import ModelConfig
-from bessemer.model.layers.attention import Attention, LatentAttention
+from bessemer.model.layers.attention import AttentionLayer
 from bessemer.model.layers.attention_backends import (
     BACKENDS,
     DENSE_BACKENDS,
@@ -31,7 +32,6 @@ from bessemer.model.layers.attention_backends import (
     capped,
 )
 from bessemer.model.layers.cache import Cache
-from bessemer.model.layers.delta_net import GatedDeltaNet
 from bessemer.model.layers.feed_forward import FeedForward, SparseFeedForward
 from bessemer.model.layers.norms import make_norm
 from bessemer.model.layers.positions import RotaryPositions, Rotation, SinusoidalPositions
@@ -70,25 +70,23 @@ class Block(nn.Module):
         super().__init__()
         self.layer = layer
         cached_as = layer if cached_as is None else cached_as
-        self.is_linear = config.types[layer] == "linear_attention"
+        self.variant = variant_of(config, layer)
         before, after = config.norm_position != "after", config.norm_position != "before"
         self.input_layernorm = make_norm(config) if before else nn.Identity()
-        if self.is_linear:
-            self.linear_attn = GatedDeltaNet(config, cached_as)
-        else:
-            self.self_attn = LatentAttention(config, cached_as) if config.is_latent else Attention(config, cached_as)
+        self.add_module(self.variant.attribute, self.variant.load()(config, cached_as))
         self.attention_output_norm = make_norm(config) if after else nn.Identity()
         self.post_attention_layernorm = make_norm(config) if before else nn.Identity()
         self.mlp = SparseFeedForward(config) if config.is_sparse(layer) else FeedForward(config)
         self.feed_forward_output_norm = make_norm(config) if after else nn.Identity()
 
+    @property
+    def attention(self) -> AttentionLayer:
+        """The module of its attention, which is called `self_attn` or as the variant says."""
+        return cast(AttentionLayer, self._modules[self.variant.attribute])
+
     def forward(self, hidden_BTD: Tensor, rotation: Rotation | None, mask: AttentionMask, cache: Cache | None = None) -> Tensor:
         """Returns (B, T, D)."""
-        normed_BTD = self.input_layernorm(hidden_BTD)
-        if self.is_linear:
-            attended_BTD = self.linear_attn(normed_BTD, mask.documents_BT, cache)
-        else:
-            attended_BTD = self.self_attn(normed_BTD, rotation, mask, cache)
+        attended_BTD = self.attention(self.input_layernorm(hidden_BTD), rotation, mask, cache)
         hidden_BTD = hidden_BTD + self.attention_output_norm(attended_BTD)
         return hidden_BTD + self.feed_forward_output_norm(self.mlp(self.post_attention_layernorm(hidden_BTD)))
 
@@ -190,7 +188,7 @@ class Decoder(nn.Module):
         assert backend in BACKENDS, backend
         self.attention_backend = backend
         for module in self.modules():
-            if isinstance(module, (Attention, LatentAttention)):
+            if isinstance(module, AttentionLayer) and module.backend is not None:
                 module.backend = BACKENDS[backend]
 
     def forward(
@@ -254,14 +252,14 @@ class Decoder(nn.Module):
     def attend(self, layer: int, hidden_BTD: Tensor, *, cache: Cache) -> None:
         """Let a layer's attention read the states before that layer of tokens that a cache makes room for.
 
-        Nothing is returned: it is for caches that note what a query attends to. Linear attention has no weights to note.
+        Nothing is returned: it is for caches that note what a query attends to. A layer with a state has no weights to note.
         """
-        assert self.config.types[layer] != "linear_attention"
+        block = self.blocks[layer]
+        assert not block.variant.recurrent
         positions_BT = cache.extend(hidden_BTD.shape[1])
         rotations = self._rotations(positions_BT, cache.live, hidden_BTD.dtype)
         rotation = rotations[self.config.types[layer]] if self.config.has_rope(layer) else None
-        block = self.blocks[layer]
-        block.self_attn(block.input_layernorm(hidden_BTD), rotation, AttentionMask(), cache)
+        block.attention(block.input_layernorm(hidden_BTD), rotation, AttentionMask(), cache)
 
     def _pre_norm_hidden(
         self,
@@ -373,7 +371,7 @@ class Decoder(nn.Module):
         slopes_H = alibi_slopes(config.num_attention_heads).to(device) if config.position_type == "alibi" else None
         found: dict[LayerType, AttentionMask] = {}
         for kind in set(config.types):
-            window = config.sliding_window if kind == "sliding_attention" else None
+            has_scores = not variant_of_type(config, kind).recurrent
             found[kind] = self.rows.attention_mask(
                 queries,
                 keys,
@@ -382,14 +380,14 @@ class Decoder(nn.Module):
                 slots_BT=slots_BT,
                 documents_BT=documents_BT,
                 visible_to_BT=visible_to_BT,
-                window=window,
+                window=config.window(kind),
                 slopes_H=slopes_H,
                 aligned=aligned,
-                dense=kind != "linear_attention" and self.attention_backend in DENSE_BACKENDS,
+                dense=has_scores and self.attention_backend in DENSE_BACKENDS,
             )
             # not for a cache, which has keys of its own, and rows in parts, which are cut again
             whole = slots_BT is None and isinstance(self.rows, WholeRows)
-            if self.attention_backend == "flex" and whole and kind != "linear_attention":
+            if self.attention_backend == "flex" and whole and has_scores:
                 found[kind] = found[kind]._replace(blocks=block_mask(found[kind], queries, keys, device))
         return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,9 +11,12 @@ from typing import Any
 
 from bessemer.distributed.balance import balanced_stages
 from bessemer.distributed.layout import Layout
+from bessemer.model.attention import variant_of
+from bessemer.model.attention.base import TrainingHeads
 from bessemer.model.config import ModelConfig
-from bessemer.model.costs import Part, all_parts, flops_per_token, layer_parts, mtp_parts, outer_parts
-from bessemer.scaling.activations import Numerics, Recompute, StoredActivations, block_activations
+from bessemer.model.costs import all_parts, flops_per_token, layer_parts, mtp_parts, outer_parts
+from bessemer.model.parts import Numerics, Part, StoredActivations
+from bessemer.scaling.activations import Recompute, block_activations
 from bessemer.scaling.hardware import Card
 from bessemer.training.config import LoopConfig
 from bessemer.training.logit_chunks import ChunkSize, chunk_size
@@ -64,26 +68,12 @@ class Weights:
         return dense + self.experts / (layout.tensor * layout.shard_ranks)
 
 
-_REPLICATED = frozenset(
-    {
-        "router",
-        "block norms",
-        "final norm",
-        "query and key norm",
-        "shared expert's gate",
-        "multi-token prediction",
-        "latents",
-        "positions",
-    }
-)
-
-
 def _weights(parts: list[Part], count: Callable[[Part], int] = lambda part: part.parameters) -> Weights:
     return sum(
         (
             Weights(
-                cut=0 if part.name in _REPLICATED | {"experts"} else count(part),
-                whole=count(part) if part.name in _REPLICATED else 0,
+                cut=0 if part.replicated or part.name == "experts" else count(part),
+                whole=count(part) if part.replicated else 0,
                 experts=count(part) if part.name == "experts" else 0,
             )
             for part in parts
@@ -101,8 +91,8 @@ def _in_matrices(part: Part) -> int:
 
 
 @dataclass(frozen=True)
-class TrainingJob:
-    """A model and its training settings, on one kind of GPU."""
+class PlannedJob:
+    """A model and its training settings, on one kind of GPU: what a plan is made for."""
 
     model: ModelConfig
     settings: LoopConfig
@@ -169,7 +159,7 @@ class TrainingJob:
         """Tensors of some blocks, and of the rest of the model, that the tensor axis replicates: their count and parameters."""
         parts = [part for layer in layers for part in layer_parts(self.model, layer)] + outer_parts(self.model)
         parts += mtp_parts(self.model) * self.model.num_nextn_predict_layers
-        whole = [part for part in parts if part.name in _REPLICATED]
+        whole = [part for part in parts if part.replicated]
         return sum(len(part.shapes) for part in whole), sum(part.parameters for part in whole)
 
     @cached_property
@@ -193,13 +183,18 @@ class TrainingJob:
     def kept(self, layer: int, numerics: Numerics, recompute: Recompute = "none") -> StoredActivations:
         """Stored activations of a block for one token (`activations.block_activations`), cached by the kind of block.
 
-        Latent attention, whose keys are wider than its values, has no fused kernel on a CPU.
+        On a CPU no kernel fuses attention whose keys are wider than its values.
         """
         key = (self.model.types[layer], self.model.is_sparse(layer), numerics, recompute)
         if key not in self._kept:
             length = self.settings.context_length
             self._kept[key] = block_activations(self.model, layer, length, numerics, recompute, fused=not self.on_cpu)
         return self._kept[key]
+
+    def training_heads(self, layers: list[int]) -> list[tuple[TrainingHeads, int]]:
+        """Keys and values of a token in each kind of attention that has some, and the number of `layers` of the kind."""
+        found = Counter(variant_of(self.model, layer).training_heads(self.model) for layer in layers)
+        return [(heads, count) for heads, count in found.items() if heads is not None]
 
     def activations_of(self, layers: list[int], numerics: Numerics, recompute: Recompute = "none") -> StoredActivations:
         """Stored activations of several blocks for one token."""

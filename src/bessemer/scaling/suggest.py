@@ -13,7 +13,7 @@ import numpy as np
 from bessemer.core.errors import ConfigError
 from bessemer.model.config import ModelConfig
 from bessemer.scaling.hardware import Card
-from bessemer.scaling.job import TrainingJob
+from bessemer.scaling.job import PlannedJob
 from bessemer.scaling.ladder import DECAY_FRACTION, LadderSettings, counted, ladder_settings, shape_for, shape_settings
 from bessemer.scaling.laws.fit import Count, Fit, Interval, quantity_interval
 from bessemer.scaling.laws.parametric import BESIROGLU, FLOPS_PER_PARAMETER_TOKEN, ParametricLaw
@@ -182,7 +182,7 @@ def _suggestion(
         settings,
         float(law.law.predict(parameters, settings.tokens)),
         law.interval(parameters, settings.tokens, confidence),
-        plans(TrainingJob(model, settings, card), gpus, count=1)[0] if card is not None and gpus else None,
+        plans(PlannedJob(model, settings, card), gpus, count=1)[0] if card is not None and gpus else None,
     )
 
 

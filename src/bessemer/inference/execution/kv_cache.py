@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from bessemer.inference.execution.batch import Batch
+from bessemer.model.attention import variant_of_type, variants_in
+from bessemer.model.attention.base import CacheShape
 from bessemer.model.config import ModelConfig
 from bessemer.model.layers.attention_backends import alibi_slopes
 
@@ -54,15 +56,6 @@ def layer_groups(config: ModelConfig, mtp_layers: int = 0) -> list[LayerGroup]:
     return groups
 
 
-class HeadShape(NamedTuple):
-    """What a layer keeps of one token. shared: the values are the first channels of the keys (latent attention)."""
-
-    heads: int
-    key_width: int
-    value_width: int
-    shared: bool
-
-
 class HeadShare(NamedTuple):
     """Which of `ranks` equal shares of the heads lie in this process: all where it is one."""
 
@@ -70,32 +63,22 @@ class HeadShare(NamedTuple):
     ranks: int = 1
 
 
-def head_shape(config: ModelConfig, ranks: int = 1) -> HeadShape:
-    """The shape of a token in every layer's pages. ranks: processes that share the heads; all have the whole latent."""
-    if config.kv_lora_rank is not None:
-        return HeadShape(1, config.kv_lora_rank + config.qk_rope_head_dim, config.kv_lora_rank, True)
-    return HeadShape(config.num_key_value_heads // ranks, config.head_dim, config.head_dim, False)
+def page_shape(config: ModelConfig, ranks: int = 1) -> CacheShape:
+    """The shape of a token in the pages, the same in every layer that has some. ranks: processes that share the heads."""
+    shapes = [variant.cache_shape(config, ranks) for variant in variants_in(config)]
+    return next((shape for shape in shapes if shape is not None), CacheShape(0, 0, 0))
 
 
 def state_bytes(config: ModelConfig, dtype: torch.dtype, ranks: int = 1) -> int:
-    """Memory of one sequence's states in all layers of linear attention; 0 in a model without. dtype: the model's.
-
-    ranks: processes that share the heads.
-    """
-    heads, key_width = config.linear_num_value_heads, config.linear_key_head_dim
-    value_width = config.linear_value_head_dim
-    convolved = 2 * config.linear_num_key_heads * key_width + heads * value_width
-    tail = (config.linear_conv_kernel_dim - 1) * convolved * dtype.itemsize
-    wide = max(4, dtype.itemsize)
-    return config.types.count("linear_attention") * (tail + heads * key_width * value_width * wide) // ranks
+    """Memory of one sequence's states in all layers, in each of `ranks` processes that share the heads. dtype: the model's."""
+    return sum(variant_of_type(config, kind).state_bytes(config, dtype.itemsize) for kind in config.types) // ranks
 
 
 def block_bytes(config: ModelConfig, group: LayerGroup, block_size: int, dtype: torch.dtype, ranks: int = 1) -> int:
     """Memory of one block in all layers of a group, in each of the processes that share the heads."""
-    shape = head_shape(config, ranks)
-    values = shape.key_width + (0 if shape.shared else shape.value_width)
-    scales = (1 if shape.shared else 2) * 4 if dtype == torch.int8 else 0
-    return len(group.layers) * block_size * shape.heads * (values * dtype.itemsize + scales)
+    shape = page_shape(config, ranks)
+    scales = (1 if shape.shared else 2) * shape.heads * 4 if dtype == torch.int8 else 0
+    return len(group.layers) * block_size * (shape.numbers * dtype.itemsize + scales)
 
 
 class Pages(NamedTuple):
@@ -155,7 +138,7 @@ class PagedMemory:
         self.groups = layer_groups(config, mtp_layers)
         self.kept_steps = kept_steps
         self.share = share
-        self.shape = head_shape(config, share.ranks)
+        self.shape = page_shape(config, share.ranks)
         self.by_head = by_head
         self.has_spare = spare
         #: ALiBi's penalties, of the heads that lie here; None in models without.

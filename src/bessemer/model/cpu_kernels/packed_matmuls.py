@@ -16,8 +16,7 @@ from torch import Tensor
 from bessemer.model.cpu_kernels import arithmetic
 from bessemer.model.cpu_kernels.packed import PackedMatrix, kernel_weight, refusal
 from bessemer.model.decoder import Decoder
-from bessemer.model.layers.attention import LatentAttention
-from bessemer.model.quantisation.quantised_decoder import product
+from bessemer.model.quantisation.quantised_decoder import product, read_weights
 from bessemer.model.quantisation.quantised_layers import (
     PackedMatmuls,
     Product,
@@ -32,16 +31,14 @@ from bessemer.model.quantisation.schemes import Int8
 def packed_products(model: Decoder, threads: int, *, release: bool = False) -> PackedMatmuls:
     """Pack every quantised layer that the kernels know, each matrix of the experts by itself; the others go on as they are.
 
-    Latent attention needs the weights of one of its matrices and not its product: they are read out of their codes once.
+    Weights that attention reads themselves are dequantised once, and not packed.
     The codes are copied: a change of the model's shows in new products. release: packed codes are the only ones from then on.
     """
     restore_codes(model)
     products: dict[QuantisedLinear, Product] = {}
     stacks: dict[QuantisedStack, list[Product]] = {}
-    weights: dict[QuantisedLinear, Tensor] = {}
+    weights = read_weights(model)
     for part in model.modules():
-        if isinstance(part, LatentAttention) and isinstance(part.kv_b_proj, QuantisedLinear):
-            weights[part.kv_b_proj] = part.kv_b_proj.weight
         if isinstance(part, QuantisedLinear) and part not in weights and not _is_table(part, model):
             packed = _packed(part, threads)
             if packed is not None:

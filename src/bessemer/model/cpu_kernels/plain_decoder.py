@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from bessemer.model.attention import VARIANTS, variants_in
 from bessemer.model.config import ModelConfig
 from bessemer.model.cpu_kernels import library, unavailable
 from bessemer.model.cpu_kernels.attention import PagesFields, ScoresFields, scores_fields
@@ -75,17 +76,9 @@ _WITHOUT_EFFECT = frozenset(
         "bos_token_id",
         "eos_token_id",
         "num_nextn_predict_layers",
-        # latent attention
-        "q_lora_rank",
-        "qk_nope_head_dim",
-        "qk_rope_head_dim",
-        "v_head_dim",
-        # linear attention
-        "linear_num_key_heads",
-        "linear_num_value_heads",
-        "linear_key_head_dim",
-        "linear_value_head_dim",
-        "linear_conv_kernel_dim",
+        # what layers have, of which the variants that the step does not compute are refused
+        "layer_types",
+        *(name for variant in VARIANTS if not variant.in_compiled_step for name in variant.settings),
         # experts
         "num_experts_per_tok",
         "moe_intermediate_size",
@@ -205,11 +198,7 @@ def _unsupported_setting(config: ModelConfig) -> str | None:
     nothing: a new part of the architecture is refused until the step computes it."""
     reasons = {
         "num_experts": ("it has experts", any(config.is_sparse(layer) for layer in range(config.num_hidden_layers))),
-        "kv_lora_rank": ("it has latent attention", config.is_latent),
-        "layer_types": (
-            "it has linear attention",
-            not set(config.types) <= {"full_attention", "sliding_attention"},
-        ),
+        **{variant.noun: (f"it has {variant.noun}", not variant.in_compiled_step) for variant in variants_in(config)},
         "num_scores": ("it has a scalar head in place of the language head", bool(config.num_scores)),
         "attention_output_gate": ("its attention has an output gate", config.attention_output_gate),
         "position_type": (
@@ -311,7 +300,6 @@ class PlainDecoder:
         gate = [] if feed_forward.gate_proj is None else [feed_forward.gate_proj]
         sinks_H = None if attention.sinks is None else self._keep(attention.sinks.detach().float().contiguous().clone())
         scores = Scores(attention.scale, attention.softcap, sinks_H)
-        sliding = config.types[block.layer] == "sliding_attention"
         return LayerFields(
             self._norm(block.input_layernorm),
             self._norm(block.attention_output_norm),
@@ -324,7 +312,7 @@ class PlainDecoder:
             self._matrices([self._alone(layer) for layer in (feed_forward.up_proj, *gate)]),
             self._projection(feed_forward.down_proj),
             self._rotation(model, block.layer),
-            scores_fields(scores, config.sliding_window if sliding else None),
+            scores_fields(scores, config.window(config.types[block.layer])),
             pages,
             group,
         )

@@ -8,19 +8,24 @@ the value v is written back with strength β:
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from bessemer.model.attention.delta_net import CHUNK
 from bessemer.model.config import ModelConfig
+from bessemer.model.layers.attention import AttentionLayer, InitialDraw, TensorSharder, ones
+from bessemer.model.layers.attention_backends import AttentionMask
 from bessemer.model.layers.cache import Cache, Rectangle
+from bessemer.model.layers.folds import Fold, after_norm
+from bessemer.model.layers.positions import Rotation
 
 # Shapes: B batch, T time, D hidden, W width of the convolution's channels, H value heads, K key heads, C channels of a key,
 # V of a value, N chunks, M tokens of a chunk, P query, key, value and gate of all heads, G strength and fading of all, O width
 # of the output before it is projected.
-_CHUNK = 64
 
 
 class _Projected(NamedTuple):
@@ -30,8 +35,15 @@ class _Projected(NamedTuple):
     ba_BTG: Tensor
 
 
-class GatedDeltaNet(nn.Module):
+def _log_rates(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Logarithms of rates of fading that are uniform in 0 … 16."""
+    return torch.empty(shape).uniform_(0.01, 16.0, generator=generator).log()
+
+
+class GatedDeltaNet(AttentionLayer):
     """Projections, a short causal convolution, the gated delta rule, a gated norm."""
+
+    initial: ClassVar[Mapping[str, InitialDraw]] = {"linear_attn.norm.weight": ones, "A_log": _log_rates, "dt_bias": ones}
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -51,11 +63,34 @@ class GatedDeltaNet(nn.Module):
         self.norm = GatedNorm(self.value_dim, config.rms_norm_eps)
         self.out_proj = nn.Linear(value_width, config.hidden_size, bias=False)
 
-    def forward(self, hidden_BTD: Tensor, documents_BT: Tensor | None, cache: Cache | None) -> Tensor:
-        """Returns (B, T, D). documents_BT: of packed documents; the state starts from zero at each."""
+    def forward(self, hidden_BTD: Tensor, rotation: Rotation | None, mask: AttentionMask, cache: Cache | None) -> Tensor:
+        """Returns (B, T, D). The state starts from zero at each document of the mask."""
         # both products, and the one at the end, read their weights once for all rows, however those lie
         projected = _Projected(self.in_proj_qkvz(hidden_BTD), self.in_proj_ba(hidden_BTD))
-        return self.out_proj(self._mixed(projected, documents_BT, cache))
+        return self.out_proj(self._mixed(projected, mask.documents_BT, cache))
+
+    @property
+    def output(self) -> tuple[nn.Linear, int]:
+        return self.out_proj, self.value_heads
+
+    def shard(self, sharder: TensorSharder) -> None:
+        """Shard by key heads, whose rows are adjacent. The convolution has all queries, then all keys, then all values: its
+        kernels, which are small, are replicated, and a rank uses those of its heads."""
+        sharder.shard_outputs(self.in_proj_qkvz, self.in_proj_ba)
+        sharder.shard_inputs(self.out_proj)
+        sharder.shard_parameters(self, dt_bias=0, A_log=0)
+        keys, values = self.key_heads * self.key_dim, self.value_heads * self.value_dim
+        channels = torch.arange(2 * keys + values).split((keys, keys, values))
+        sharder.replicate(self.norm, self.conv1d)
+        own = torch.cat([part.chunk(sharder.ranks)[sharder.rank] for part in channels])
+        sharder.use_rows(self.conv1d, "weight", own)
+        self.key_heads //= sharder.ranks
+        self.value_heads //= sharder.ranks
+        # it computes in the dtype of its input
+        sharder.gather_inputs(self, cast=False)
+
+    def folds(self, norm: nn.Module) -> Iterator[Fold]:
+        yield from after_norm(norm, ("in_proj_qkvz",), ("in_proj_ba",))
 
     def _mixed(self, projected: _Projected, documents_BT: Tensor | None, cache: Cache | None) -> Tensor:
         if cache is None:
@@ -216,18 +251,18 @@ def delta_rule_chunked(
     w_t = β_t (v_t - g_t Sᵀ k_t - Σ_{s<t} (g_t / g_s) (k_s · k_t) w_s): a triangular system (I + A) W = β (V - g K S).
     """
     length = query_BTHC.shape[1]
-    padding = -length % _CHUNK
+    padding = -length % CHUNK
     query, key, value = (
-        functional.pad(part, (0, 0, 0, 0, 0, padding)).transpose(1, 2).unflatten(2, (-1, _CHUNK))
+        functional.pad(part, (0, 0, 0, 0, 0, padding)).transpose(1, 2).unflatten(2, (-1, CHUNK))
         for part in (query_BTHC, key_BTHC, value_BTHV)
     )  # (B, H, N, M, C or V)
     strength, log_fading = (
-        functional.pad(part, (0, 0, 0, padding)).transpose(1, 2).unflatten(2, (-1, _CHUNK))
+        functional.pad(part, (0, 0, 0, padding)).transpose(1, 2).unflatten(2, (-1, CHUNK))
         for part in (strength_BTH, log_fading_BTH)
     )  # (B, H, N, M)
     since_start = log_fading.cumsum(-1)
     between = (since_start[..., :, None] - since_start[..., None, :]).masked_fill(
-        torch.ones(_CHUNK, _CHUNK, dtype=torch.bool, device=query.device).triu(1), -torch.inf
+        torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=query.device).triu(1), -torch.inf
     )
     # of what token s wrote, seen by token t
     fading_MM = between.exp()

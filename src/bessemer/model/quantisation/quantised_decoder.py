@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from bessemer.model.decoder import Decoder
 from bessemer.model.initialisation import empty_decoder, fill
-from bessemer.model.layers.attention import LatentAttention
+from bessemer.model.layers.attention import AttentionLayer
 from bessemer.model.layers.feed_forward import Experts
 from bessemer.model.quantisation.base import Scheme
 from bessemer.model.quantisation.quantised_layers import (
@@ -131,11 +131,13 @@ def decoded_products(model: Decoder, dtype: torch.dtype) -> PackedMatmuls:
         else:
             assert isinstance(part, QuantisedLinear)
             products[part] = _product(part, dtype)
-    weights: dict[QuantisedLinear, Tensor] = {}
-    for module in model.modules():
-        if isinstance(module, LatentAttention) and isinstance(module.kv_b_proj, QuantisedLinear):
-            weights[module.kv_b_proj] = module.kv_b_proj.weight
-    return PackedMatmuls(products, stacks, weights)
+    return PackedMatmuls(products, stacks, read_weights(model))
+
+
+def read_weights(model: Decoder) -> dict[QuantisedLinear, Tensor]:
+    """Weights of quantised layers that attention reads themselves, dequantised."""
+    layers = [layer for module in model.modules() if isinstance(module, AttentionLayer) for layer in module.read_weights]
+    return {layer: layer.weight for layer in layers if isinstance(layer, QuantisedLinear)}
 
 
 def decoded_bytes(model: Decoder, dtype: torch.dtype) -> int:
