@@ -14,7 +14,8 @@ from bessemer.model.cpu_kernels import library, unavailable
 from bessemer.model.initialisation import initial_decoder
 from bessemer.scaling.hardware import find_card
 from bessemer.scaling.job import Candidate, PlannedJob
-from bessemer.scaling.memory import memory
+from bessemer.scaling.memory import assumed_states, memory
+from bessemer.scaling.planner import plan_summary, plans
 from bessemer.training import logit_chunks
 from bessemer.training.head import linear_cross_entropy
 from bessemer.training.logit_chunks import ChunkSize
@@ -100,6 +101,18 @@ def test_the_states_of_an_optimizer_have_the_planned_size(optimizer):
     states = measured(MODELS["qwen3"], settings)[1]
     planned = memory(PlannedJob(MODELS["qwen3"], settings, CPU), Candidate(Layout(), ROWS)).optimizer_states
     assert planned == pytest.approx(states, rel=0.01)
+
+
+def test_states_of_an_optimizer_that_does_not_say_are_assumed_and_the_plan_says_so():
+    known, unknown = (
+        PlannedJob(MODELS["qwen3"], PretrainConfig(**SETTINGS | {"optimizer": name}), CPU) for name in ("adamw", "own.py:build")
+    )
+    states = [memory(job, Candidate(Layout(), ROWS)).optimizer_states for job in (known, unknown)]
+    assert states[0] == states[1]
+    assert assumed_states(known) is None
+    assert assumed_states(unknown) == "assumed: 8 bytes a weight for the states of own.py:build, which does not say"
+    summaries = [plan_summary(plans(job, 1, count=1), tokens=1e6, price=1) for job in (known, unknown)]
+    assert [summary.get("assumed_states") for summary in summaries] == [None, assumed_states(unknown)]
 
 
 def test_an_average_of_the_weights_is_planned_as_large_as_it_is():

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bessemer.model.architecture import LayerType
-from bessemer.model.attention import variant_of, variant_of_type
+from bessemer.model.attention import LayerType, variant_of, variant_of_type
 from bessemer.model.config import ModelConfig
 from bessemer.model.layers.attention import AttentionLayer
 from bessemer.model.layers.attention_backends import (

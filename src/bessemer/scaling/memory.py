@@ -16,11 +16,10 @@ from bessemer.model.attention import variant_of_type
 from bessemer.model.parts import StoredActivations
 from bessemer.scaling.activations import final_norm_activations, mtp_activations
 from bessemer.scaling.job import NARROW_BYTES, WEIGHT_BYTES, Candidate, PlannedJob, Weights
+from bessemer.training.optim.registry import find_optimizer
 
-#: Bytes of optimizer state per weight.
-_STATES = {"adamw": 8.0, "sgd": 4.0, "lion": 4.0, "adafactor": 0.02}
-#: 8-bit AdamW: two bytes, and a float32 scale for every 256 of each.
-_STATES_8_BIT = 2 * (1 + 4 / 256)
+#: Bytes of state per weight of an optimizer that does not say: two means in float32, as most have that keep the most.
+_UNKNOWN_STATE = 8.0
 
 
 @dataclass(frozen=True)
@@ -60,14 +59,16 @@ def _peak(memory: Memory) -> float:
 
 
 def state_bytes(job: PlannedJob, *, matrix: bool) -> float:
-    """Bytes of optimizer state per weight, of a block's matrix or of another parameter."""
-    settings = job.settings
-    if settings.optimizer == "muon" and matrix:
-        return 4.0
-    if settings.optimizer in ("muon", "adamw"):
-        return _STATES_8_BIT if getattr(settings, "optimizer_bits", 32) == 8 else 8.0
-    # a user's own or another package's: as AdamW
-    return _STATES.get(settings.optimizer, 8.0)
+    """Bytes of optimizer state per weight, of a block's matrix or of another parameter: as the optimizer says."""
+    said = find_optimizer(job.settings.optimizer).state_bytes
+    return _UNKNOWN_STATE if said is None else said(job.settings, matrix)
+
+
+def assumed_states(job: PlannedJob) -> str | None:
+    """What the plan assumes of an optimizer that says nothing of its states; None where it does."""
+    if find_optimizer(job.settings.optimizer).state_bytes is not None:
+        return None
+    return f"assumed: {_UNKNOWN_STATE:.0f} bytes a weight for the states of {job.settings.optimizer}, which does not say"
 
 
 def average_bytes(job: PlannedJob) -> float:

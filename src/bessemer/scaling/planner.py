@@ -14,7 +14,7 @@ from bessemer.model.costs import flops_per_token
 from bessemer.scaling.activations import Recompute
 from bessemer.scaling.hardware import Card
 from bessemer.scaling.job import WEIGHT_BYTES, Candidate, PlannedJob
-from bessemer.scaling.memory import Memory, memory
+from bessemer.scaling.memory import Memory, assumed_states, memory
 from bessemer.scaling.timing import Timing, Traffic, timing, traffic
 from bessemer.training.config import LoopConfig
 
@@ -312,7 +312,7 @@ def configured_plan(job: PlannedJob, gpus: int) -> Plan:
 def plan_summary(plans: Sequence[Plan], *, tokens: float, price: float, asked: Plan | None = None) -> dict[str, Any]:
     """Plans as plain values, for JSON and the terminal. asked: the plan of the recipe's own layout."""
     job = plans[0].job
-    return {
+    summary = {
         "card": job.card.name,
         "gpus": plans[0].candidate.layout.world_size,
         "tokens": tokens,
@@ -324,6 +324,8 @@ def plan_summary(plans: Sequence[Plan], *, tokens: float, price: float, asked: P
         "plans": [_plain(plan, tokens, price) for plan in plans],
         "asked": None if asked is None else _plain(asked, tokens, price),
     }
+    assumed = assumed_states(job)
+    return summary if assumed is None else summary | {"assumed_states": assumed}
 
 
 def _plain(plan: Plan, tokens: float, price: float) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from bessemer.model.attention import variant_of
 from bessemer.model.costs import layer_parts
 from bessemer.scaling.job import NARROW_BYTES, WEIGHT_BYTES, Candidate, PlannedJob, Weights
 from bessemer.scaling.memory import average_bytes, state_bytes
+from bessemer.training.optim.registry import find_optimizer
 
 #: Bytes of an index.
 _INDEX_BYTES = 8
@@ -315,8 +316,8 @@ def bubble_share(candidate: Candidate, micro_batches: int) -> float:
 
 
 def _optimizer_seconds(job: PlannedJob, candidate: Candidate, layers: list[int]) -> float:
-    """Seconds to read and write weights, gradients and states, and of Muon's matmuls, which the ranks of a stage share: shards
-    travel to the rank of a matrix and back in bfloat16 (`distributed.whole_matrices`)."""
+    """Seconds to read and write weights, gradients and states, and of updates of whole matrices, which the ranks of a stage
+    share: shards travel to the rank of a matrix and back in bfloat16 (`distributed.whole_matrices`)."""
     blocks = job.blocks_of(layers)
     layout, card = candidate.layout, job.card
     moved = blocks.stored(layout) * (_BYTES_PER_UPDATE + 2 * state_bytes(job, matrix=True))
@@ -327,30 +328,14 @@ def _optimizer_seconds(job: PlannedJob, candidate: Candidate, layers: list[int])
     if job.settings.offload:
         # over PCIe and back
         seconds += 3 * WEIGHT_BYTES * (blocks + job.outer).stored(layout) / (32e9 * LINK_SHARE)
-    if job.settings.optimizer == "muon":
-        ranks, matrices = layout.stage_ranks, sum(_matrices(job, layer) for layer in layers)
-        flops = sum(_muon_flops(job, layer) for layer in layers) / ranks
-        seconds += flops / (card.flops * card.achievable)
+    matrix_flops = find_optimizer(job.settings.optimizer).matrix_flops
+    if matrix_flops is not None:
+        ranks = layout.stage_ranks
+        parts = [part for layer in layers for part in layer_parts(job.model, layer)]
+        matrices = [shape for part in parts for shape in part.shapes if len(shape) > 1]
+        seconds += sum(map(matrix_flops, matrices)) / ranks / (card.flops * card.achievable)
         if ranks > 1:
-            rounds = -(-matrices // ranks)
+            rounds = -(-len(matrices) // ranks)
             size = NARROW_BYTES * 2 * blocks.stored(layout)
             seconds += seconds_of(job, candidate, Traffic("data", "all-to-all", ranks, 2 * rounds, size))
     return seconds
-
-
-def _matrices(job: PlannedJob, layer: int) -> int:
-    """Tensors of a block that Muon updates."""
-    return sum(1 for part in layer_parts(job.model, layer) for shape in part.shapes if len(shape) > 1)
-
-
-def _muon_flops(job: PlannedJob, layer: int) -> float:
-    """Five Newton–Schulz iterations of every matrix: each 4 m² n + 2 m³ for the shorter side m (Jordan et al. 2024)."""
-    total = 0.0
-    for part in layer_parts(job.model, layer):
-        for shape in part.shapes:
-            if len(shape) < 2:
-                continue
-            count = shape[0] if len(shape) == 3 else 1
-            short, long = sorted(shape[-2:])
-            total += count * 5 * (4 * short**2 * long + 2 * short**3)
-    return total

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from bessemer.model.parts import Numerics, Part, StoredActivations
 
 if TYPE_CHECKING:
-    from bessemer.model.architecture import DecoderShape, LayerType
+    from bessemer.model.architecture import DecoderShape
+    from bessemer.model.attention import LayerType
 
 
 class CacheShape(NamedTuple):
@@ -59,6 +60,8 @@ class AttentionVariant(ABC):
     casts_input: ClassVar[bool] = True
     #: Whether the compiled step of `cpu_kernels` computes it.
     in_compiled_step: ClassVar[bool] = False
+    #: Whether families of Hugging Face may have it; otherwise only Bessemer's own form of a folder holds it.
+    in_families: ClassVar[bool] = False
     #: Settings of `Architecture` that only this variant reads.
     settings: ClassVar[tuple[str, ...]] = ()
     #: Settings that the tensor axis must divide.

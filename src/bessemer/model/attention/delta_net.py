@@ -8,7 +8,8 @@ from bessemer.model.attention.base import AttentionVariant
 from bessemer.model.parts import FLOAT32_BYTES, Numerics, Part, StoredActivations
 
 if TYPE_CHECKING:
-    from bessemer.model.architecture import DecoderShape, LayerType
+    from bessemer.model.architecture import DecoderShape
+    from bessemer.model.attention import LayerType
 
 #: Tokens of a chunk of the delta rule (`model/layers/delta_net.py`).
 CHUNK = 64
@@ -22,6 +23,7 @@ class DeltaNet(AttentionVariant):
     attribute = "linear_attn"
     recurrent = True
     casts_input = False
+    in_families = True
     settings = (
         "linear_num_key_heads",
         "linear_num_value_heads",

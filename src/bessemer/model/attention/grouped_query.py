@@ -8,7 +8,8 @@ from bessemer.model.attention.base import AttentionVariant, CacheShape, Training
 from bessemer.model.parts import FLOAT32_BYTES, Numerics, Part, Shape, StoredActivations
 
 if TYPE_CHECKING:
-    from bessemer.model.architecture import DecoderShape, LayerType
+    from bessemer.model.architecture import DecoderShape
+    from bessemer.model.attention import LayerType
 
 
 class GroupedQuery(AttentionVariant):
@@ -17,6 +18,7 @@ class GroupedQuery(AttentionVariant):
     noun = "grouped-query attention"
     layer = "bessemer.model.layers.attention:Attention"
     in_compiled_step = True
+    in_families = True
     divided_by_tensor = ("num_attention_heads", "num_key_value_heads")
 
     def is_used(self, config: DecoderShape, layer_type: LayerType) -> bool:

@@ -8,7 +8,8 @@ from bessemer.model.attention.base import AttentionVariant, CacheShape, Training
 from bessemer.model.parts import FLOAT32_BYTES, Numerics, Part, Shape, StoredActivations
 
 if TYPE_CHECKING:
-    from bessemer.model.architecture import DecoderShape, LayerType
+    from bessemer.model.architecture import DecoderShape
+    from bessemer.model.attention import LayerType
 
 
 class Latent(AttentionVariant):
@@ -16,6 +17,7 @@ class Latent(AttentionVariant):
 
     noun = "latent attention"
     layer = "bessemer.model.layers.attention:LatentAttention"
+    in_families = True
     settings = ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
     divided_by_tensor = ("num_attention_heads",)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bessemer.core.errors import ConfigError
+from bessemer.model.attention import variants_in
 from bessemer.model.config import ModelConfig
 from bessemer.model.families.base import SCORING, Family, Values, read_shared, stored_alike, write_shared
 from bessemer.model.families.dense import GEMMA3, GPT2, LLAMA, MISTRAL, OLMO2, OLMO3, QWEN2, QWEN3, SMOLLM3
@@ -83,6 +84,8 @@ def write_scores(family: Family, config: ModelConfig) -> dict[str, Any]:
 
 def holds(family: Family, config: ModelConfig) -> bool:
     """Whether a family has a place for everything that a config sets: it reads back the same."""
+    if family is not OWN and not all(variant.in_families for variant in variants_in(config)):
+        return False
     try:
         again = read_config(family, write_config(family, config))
     except (ConfigError, KeyError, TypeError, ZeroDivisionError):

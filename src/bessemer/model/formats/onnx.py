@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from bessemer.core.environment import install_extra
 from bessemer.core.errors import ArtefactError, ConfigError, writing_to
 from bessemer.core.store import new_folder
-from bessemer.model.architecture import LayerType
+from bessemer.model.attention import LayerType, is_recurrent
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
 from bessemer.model.layers.attention_backends import AttentionBackend, AttentionMask, Scores, alibi_slopes
@@ -53,7 +53,7 @@ def why_not(config: ModelConfig) -> str | None:
     """What of a model cannot be written as ONNX, in words; None when all can."""
     if config.is_latent:
         return "latent attention: its cache is no key and value of each head, which the names of the inputs promise"
-    if "linear_attention" in config.types:
+    if is_recurrent(config):
         return "layers of linear attention (gated DeltaNet): their state is no key and value"
     if config.rope_scaling.rope_type == "dynamic":
         return "dynamic rotary scaling: its frequencies follow the length of the text, and a graph's are fixed"

@@ -9,7 +9,7 @@ the value v is written back with strength β:
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,22 +17,13 @@ from torch.nn import functional
 
 from bessemer.model.attention.delta_net import CHUNK
 from bessemer.model.config import ModelConfig
-from bessemer.model.layers.attention import AttentionLayer, InitialDraw, TensorSharder, ones
-from bessemer.model.layers.attention_backends import AttentionMask
-from bessemer.model.layers.cache import Cache, Rectangle
+from bessemer.model.layers.attention import InitialDraw, TensorSharder, ones
 from bessemer.model.layers.folds import Fold, after_norm
-from bessemer.model.layers.positions import Rotation
+from bessemer.model.layers.recurrent import RecurrentLayer
 
 # Shapes: B batch, T time, D hidden, W width of the convolution's channels, H value heads, K key heads, C channels of a key,
 # V of a value, N chunks, M tokens of a chunk, P query, key, value and gate of all heads, G strength and fading of all, O width
 # of the output before it is projected.
-
-
-class _Projected(NamedTuple):
-    """What the layer makes of each token alone."""
-
-    qkvz_BTP: Tensor
-    ba_BTG: Tensor
 
 
 def _log_rates(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -40,7 +31,7 @@ def _log_rates(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return torch.empty(shape).uniform_(0.01, 16.0, generator=generator).log()
 
 
-class GatedDeltaNet(AttentionLayer):
+class GatedDeltaNet(RecurrentLayer):
     """Projections, a short causal convolution, the gated delta rule, a gated norm."""
 
     initial: ClassVar[Mapping[str, InitialDraw]] = {"linear_attn.norm.weight": ones, "A_log": _log_rates, "dt_bias": ones}
@@ -63,11 +54,8 @@ class GatedDeltaNet(AttentionLayer):
         self.norm = GatedNorm(self.value_dim, config.rms_norm_eps)
         self.out_proj = nn.Linear(value_width, config.hidden_size, bias=False)
 
-    def forward(self, hidden_BTD: Tensor, rotation: Rotation | None, mask: AttentionMask, cache: Cache | None) -> Tensor:
-        """Returns (B, T, D). The state starts from zero at each document of the mask."""
-        # both products, and the one at the end, read their weights once for all rows, however those lie
-        projected = _Projected(self.in_proj_qkvz(hidden_BTD), self.in_proj_ba(hidden_BTD))
-        return self.out_proj(self._mixed(projected, mask.documents_BT, cache))
+    def project(self, hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        return self.in_proj_qkvz(hidden_BTD), self.in_proj_ba(hidden_BTD)
 
     @property
     def output(self) -> tuple[nn.Linear, int]:
@@ -92,46 +80,21 @@ class GatedDeltaNet(AttentionLayer):
     def folds(self, norm: nn.Module) -> Iterator[Fold]:
         yield from after_norm(norm, ("in_proj_qkvz",), ("in_proj_ba",))
 
-    def _mixed(self, projected: _Projected, documents_BT: Tensor | None, cache: Cache | None) -> Tensor:
-        if cache is None:
-            return self._mix(projected, documents_BT, None, None)[0]
-        rectangles = cache.rectangles()
-        if rectangles is None:
-            mixed_BTO, state = self._mix(projected, documents_BT, cache.real_BT, cache.state(self.layer))
-            cache.store_state(self.layer, *state)
-            return mixed_BTO
+    def mix(
+        self,
+        projected: tuple[Tensor, ...],
+        documents_BT: Tensor | None,
+        real_BT: Tensor | None,
+        state: tuple[Tensor, ...] | None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         qkvz_BTP, ba_BTG = projected
-        mixed_BTO = qkvz_BTP.new_empty(*qkvz_BTP.shape[:2], self.value_heads * self.value_dim)
-        for rectangle in rectangles:
-            rows = _Projected(qkvz_BTP[0, rectangle.rows_BT], ba_BTG[0, rectangle.rows_BT])
-            mixed_BTO[0, rectangle.rows_BT] = self._mix_rectangle(rows, rectangle, cache)
-        return mixed_BTO
-
-    def _mix_rectangle(self, projected: _Projected, rectangle: Rectangle, cache: Cache) -> Tensor:
-        """Some sequences of a ragged batch, all with as many new tokens, (B, T, O)."""
-        state = cache.state(self.layer, rectangle)
-        if not rectangle.every_step:
-            mixed_BTO, state = self._mix(projected, None, None, state)
-            cache.store_state(self.layer, *state, rectangle=rectangle)
-            return mixed_BTO
-        mixed = []
-        for step, parts in enumerate(zip(*(part.split(1, dim=1) for part in projected), strict=True)):
-            mixed_B1O, state = self._mix(_Projected(*parts), None, None, state)
-            cache.store_state(self.layer, *state, rectangle=rectangle, step=step)
-            mixed.append(mixed_B1O)
-        return torch.cat(mixed, dim=1)
-
-    def _mix(
-        self, projected: _Projected, documents_BT: Tensor | None, real_BT: Tensor | None, stored: tuple[Tensor, ...] | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """What goes into the last product, (B, T, O), and what must be known of these tokens when the next are read."""
         group = self.value_heads // self.key_heads
-        query, key, value, gate = projected.qkvz_BTP.unflatten(-1, (self.key_heads, -1)).split(
+        query, key, value, gate = qkvz_BTP.unflatten(-1, (self.key_heads, -1)).split(
             (self.key_dim, self.key_dim, group * self.value_dim, group * self.value_dim), dim=-1
         )
-        strength, fading = projected.ba_BTG.unflatten(-1, (self.key_heads, -1)).chunk(2, dim=-1)
+        strength, fading = ba_BTG.unflatten(-1, (self.key_heads, -1)).chunk(2, dim=-1)
         mixed_BTW = torch.cat([part.flatten(2) for part in (query, key, value)], dim=-1)
-        mixed_BTW, tail = self._convolve(mixed_BTW, stored[0] if stored else None, documents_BT, real_BT)
+        mixed_BTW, tail_BTW = self._convolve(mixed_BTW, state[0] if state else None, documents_BT, real_BT)
         key_width = self.key_heads * self.key_dim
         query, key, value = mixed_BTW.split((key_width, key_width, self.value_heads * self.value_dim), dim=-1)
         query_BTHC, key_BTHC = (
@@ -145,12 +108,14 @@ class GatedDeltaNet(AttentionLayer):
             strength_BTH, log_fading_BTH = (part * real_BT[..., None] for part in (strength_BTH, log_fading_BTH))
         if documents_BT is not None:
             log_fading_BTH = log_fading_BTH.masked_fill(document_starts(documents_BT)[..., None], FORGET)
-        state = stored[1] if stored else None
-        rule = delta_rule_stepwise if projected.qkvz_BTP.shape[1] == 1 else delta_rule_chunked
-        attended_BTHV, state = rule(query_BTHC * self.key_dim**-0.5, key_BTHC, value_BTHV, strength_BTH, log_fading_BTH, state)
-        attended_BTHV = attended_BTHV.to(projected.qkvz_BTP.dtype)
+        memory_BHCV = state[1] if state else None
+        rule = delta_rule_stepwise if qkvz_BTP.shape[1] == 1 else delta_rule_chunked
+        attended_BTHV, memory_BHCV = rule(
+            query_BTHC * self.key_dim**-0.5, key_BTHC, value_BTHV, strength_BTH, log_fading_BTH, memory_BHCV
+        )
+        attended_BTHV = attended_BTHV.to(qkvz_BTP.dtype)
         normed_BTHV = self.norm(attended_BTHV, gate.reshape(attended_BTHV.shape))
-        return normed_BTHV.flatten(2), (tail, state)
+        return normed_BTHV.flatten(2), (tail_BTW, memory_BHCV)
 
     def _convolve(
         self, mixed_BTW: Tensor, tail_BTW: Tensor | None, documents_BT: Tensor | None, real_BT: Tensor | None
