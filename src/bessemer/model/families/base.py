@@ -107,6 +107,23 @@ def write_shared(config: ModelConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in SHARED} | {"pad_token_id": None}
 
 
+def same(config: ModelConfig, *names: str) -> dict[str, Any]:
+    """Settings that a family calls as we do."""
+    return {name: getattr(config, name) for name in names}
+
+
+def read_bias(values: Values, default: bool = False) -> dict[str, Any]:
+    """One setting for the biases of all projections of attention."""
+    bias = bool(values.get("attention_bias", default))
+    return {"attention_bias": bias, "attention_output_bias": bias}
+
+
+def read_types(values: Values, every: int, others: str = "sliding_attention") -> list[str]:
+    """`layer_types`; where there are none, every so-many-th layer has full attention and the others another."""
+    layers = range(values["num_hidden_layers"])
+    return values.get("layer_types") or [others if (layer + 1) % every else "full_attention" for layer in layers]
+
+
 def read_rope(values: Values, layer_type: str | None = None) -> dict[str, Any]:
     """Rotary settings from `rope_parameters` (new files) or `rope_theta` and `rope_scaling` (old ones).
 

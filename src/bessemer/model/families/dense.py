@@ -18,8 +18,11 @@ from bessemer.model.families.base import (
     Family,
     Values,
     prefixed,
+    read_bias,
     read_rope,
+    read_types,
     read_windows,
+    same,
     stored_alike,
     write_rope,
     write_windows,
@@ -30,18 +33,12 @@ from bessemer.model.families.layout import Place, Stored, transposed, whole
 
 
 def _read_llama(values: Values) -> dict[str, Any]:
-    bias = bool(values.get("attention_bias", False))
-    return {
-        "qk_norm": "none",
-        "attention_bias": bias,
-        "attention_output_bias": bias,
-        "mlp_bias": bool(values.get("mlp_bias", False)),
-        **read_rope(values),
-    }
+    mlp_bias = bool(values.get("mlp_bias", False))
+    return {"qk_norm": "none", **read_bias(values), "mlp_bias": mlp_bias, **read_rope(values)}
 
 
 def _write_llama(config: ModelConfig) -> dict[str, Any]:
-    return {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias, **write_rope(config)}
+    return {**same(config, "attention_bias", "mlp_bias"), **write_rope(config)}
 
 
 LLAMA = Family("llama", "LlamaForCausalLM", _read_llama, _write_llama, stored_alike)
@@ -83,8 +80,7 @@ QWEN2 = Family("qwen2", "Qwen2ForCausalLM", _read_qwen2, _write_qwen2, stored_al
 
 def read_qwen3(values: Values) -> dict[str, Any]:
     """Qwen3: a norm on every query and key head, and as a rule no biases."""
-    bias = bool(values.get("attention_bias", False))
-    return {"attention_bias": bias, "attention_output_bias": bias, **read_windows(values), **read_rope(values)}
+    return {**read_bias(values), **read_windows(values), **read_rope(values)}
 
 
 def write_qwen3(config: ModelConfig) -> dict[str, Any]:
@@ -141,14 +137,7 @@ def _stored_renamed(norms: dict[str, str]) -> Any:
 
 
 def _read_olmo2(values: Values) -> dict[str, Any]:
-    bias = bool(values.get("attention_bias", False))
-    return {
-        "qk_norm": "full",
-        "norm_position": "after",
-        "attention_bias": bias,
-        "attention_output_bias": bias,
-        **read_rope(values),
-    }
+    return {"qk_norm": "full", "norm_position": "after", **read_bias(values), **read_rope(values)}
 
 
 def _write_olmo2(config: ModelConfig) -> dict[str, Any]:
@@ -159,11 +148,8 @@ OLMO2 = Family("olmo2", "Olmo2ForCausalLM", _read_olmo2, _write_olmo2, _stored_r
 
 
 def _read_olmo3(values: Values) -> dict[str, Any]:
-    window, layers = values.get("sliding_window"), values["num_hidden_layers"]
-    types = values.get("layer_types") or [
-        "full_attention" if (layer + 1) % 4 == 0 else "sliding_attention" for layer in range(layers)
-    ]
-    return {**_read_olmo2(values), **read_windows({**values, "layer_types": types, "sliding_window": window}), **_local(values)}
+    windows = read_windows({**values, "layer_types": read_types(values, 4)})
+    return {**_read_olmo2(values), **windows, **_local(values)}
 
 
 def _local(values: Values) -> dict[str, Any]:
@@ -203,11 +189,7 @@ _GEMMA_NORMS = {
 
 
 def _read_gemma3(values: Values) -> dict[str, Any]:
-    layers, pattern = values["num_hidden_layers"], values.get("sliding_window_pattern") or 6
-    types = values.get("layer_types") or [
-        "sliding_attention" if (layer + 1) % pattern else "full_attention" for layer in range(layers)
-    ]
-    bias = bool(values.get("attention_bias", False))
+    types = read_types(values, values.get("sliding_window_pattern") or 6)
     return {
         "hidden_act": values.get("hidden_activation", "gelu_pytorch_tanh"),
         "tie_word_embeddings": values.get("tie_word_embeddings", True),
@@ -217,8 +199,7 @@ def _read_gemma3(values: Values) -> dict[str, Any]:
         "query_pre_attn_scalar": values.get("query_pre_attn_scalar", 256),
         "attn_logit_softcapping": values.get("attn_logit_softcapping"),
         "final_logit_softcapping": values.get("final_logit_softcapping"),
-        "attention_bias": bias,
-        "attention_output_bias": bias,
+        **read_bias(values),
         **read_windows({**values, "layer_types": types}),
         **_local(values),
     }
@@ -234,9 +215,7 @@ def _write_gemma3(config: ModelConfig) -> dict[str, Any]:
         "hidden_activation": config.hidden_act,
         # transformers takes a whole number only
         "query_pre_attn_scalar": whole_number(config.query_pre_attn_scalar),
-        "attn_logit_softcapping": config.attn_logit_softcapping,
-        "final_logit_softcapping": config.final_logit_softcapping,
-        "attention_bias": config.attention_bias,
+        **same(config, "attn_logit_softcapping", "final_logit_softcapping", "attention_bias"),
         **write_windows(config),
         **_write_local(config),
     }

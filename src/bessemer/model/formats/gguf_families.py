@@ -115,8 +115,11 @@ def _read_qwen3(head: GgufHead) -> dict[str, Any]:
 
 
 def _read_qwen3_moe(head: GgufHead) -> dict[str, Any]:
-    return _read_qwen3(head) | {
-        "model_type": "qwen3_moe",
+    return _read_qwen3(head) | {"model_type": "qwen3_moe"} | _read_experts(head)
+
+
+def _read_experts(head: GgufHead) -> dict[str, Any]:
+    return {
         "num_experts": head.whole("expert_count"),
         "num_experts_per_tok": head.whole("expert_used_count"),
         "moe_intermediate_size": head.whole("expert_feed_forward_length"),
@@ -159,11 +162,11 @@ def _read_olmo2(head: GgufHead) -> dict[str, Any]:
     return settings
 
 
-def _write_olmo2(config: ModelConfig) -> dict[str, Any]:
+def _write_with_windows(config: ModelConfig) -> dict[str, Any]:
     return write_shape(config) | write_windows(config)
 
 
-OLMO2 = GgufFamily("olmo2", _read_olmo2, _write_olmo2, stored_alike, ("olmo2", "olmo3"))
+OLMO2 = GgufFamily("olmo2", _read_olmo2, _write_with_windows, stored_alike, ("olmo2", "olmo3"))
 
 # --------------------------------------------------------------------------------------------------------------- Gemma3
 
@@ -190,10 +193,6 @@ def _read_gemma3(head: GgufHead) -> dict[str, Any]:
     return settings
 
 
-def _write_gemma3(config: ModelConfig) -> dict[str, Any]:
-    return write_shape(config) | write_windows(config)
-
-
 def _stored_gemma3(config: ModelConfig, names: Names) -> Iterator[Stored]:
     for stored in stored_alike(config, names):
         yield Plus(stored.name, stored.places) if stored.name.endswith("norm.weight") else stored
@@ -203,7 +202,7 @@ def _with_table(config: ModelConfig) -> tuple[ModelConfig, list[str]]:
     return config, ["llama.cpp looks GELU up in a half-precision table: logits differ in the third decimal"]
 
 
-GEMMA3 = GgufFamily("gemma3", _read_gemma3, _write_gemma3, _stored_gemma3, ("gemma3_text",), _with_table)
+GEMMA3 = GgufFamily("gemma3", _read_gemma3, _write_with_windows, _stored_gemma3, ("gemma3_text",), _with_table)
 
 # ---------------------------------------------------------------------------------------------------------------- GPT-2
 
@@ -262,9 +261,7 @@ def _read_gpt_oss(head: GgufHead) -> dict[str, Any]:
         "attention_bias": True,
         "attention_output_bias": True,
         "attention_sinks": True,
-        "num_experts": head.whole("expert_count"),
-        "num_experts_per_tok": head.whole("expert_used_count"),
-        "moe_intermediate_size": inner,
+        **_read_experts(head),
         "swiglu_limit": _SWIGLU_LIMIT,
         "router_bias": True,
         "expert_bias": True,
@@ -272,7 +269,7 @@ def _read_gpt_oss(head: GgufHead) -> dict[str, Any]:
 
 
 def _write_gpt_oss(config: ModelConfig) -> dict[str, Any]:
-    return write_shape(config) | write_windows(config) | _write_experts(config)
+    return _write_with_windows(config) | _write_experts(config)
 
 
 def _stored_gpt_oss(config: ModelConfig, names: Names) -> Iterator[Stored]:
@@ -333,9 +330,7 @@ def _read_deepseek(head: GgufHead) -> dict[str, Any]:
         "qk_rope_head_dim": rotary,
         "v_head_dim": value,
         "rope_interleave": True,
-        "num_experts": head.whole("expert_count"),
-        "num_experts_per_tok": head.whole("expert_used_count"),
-        "moe_intermediate_size": inner,
+        **_read_experts(head),
         "shared_expert_intermediate_size": inner * head.whole("expert_shared_count"),
         "first_k_dense_replace": head.whole("leading_dense_block_count", 0),
         "scoring_func": "sigmoid",
