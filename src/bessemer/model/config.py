@@ -15,7 +15,7 @@ from bessemer.model import costs
 from bessemer.model.architecture import Architecture, DecoderShape
 from bessemer.model.attention import variant_of
 from bessemer.model.costs import block_parts, outer_parts
-from bessemer.model.parts import Part
+from bessemer.model.parts import ModelPart
 from bessemer.model.presets import GROWING, PRESETS
 
 #: Raised whenever the weights or the folder that the stage `model` makes of the same settings change.
@@ -101,7 +101,7 @@ def layer_table(config: ModelConfig) -> list[dict[str, Any]]:
     The rows' parameters add up to the model's.
     """
     outer = outer_parts(config)
-    blocks: dict[Part, int] = {}
+    blocks: dict[ModelPart, int] = {}
     for part in block_parts(config):
         blocks[part] = blocks.get(part, 0) + 1
     first = 2 if config.position_type == "learned" else 1

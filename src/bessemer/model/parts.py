@@ -19,7 +19,7 @@ FLOAT32_BYTES = 4
 
 
 @dataclass(frozen=True)
-class Part:
+class ModelPart:
     """Tensors of one kind: where they stand in the network, their shapes, and the share of them that one token meets.
 
     replicated: whether the tensor axis replicates them; it shards the others.

@@ -15,7 +15,7 @@ from bessemer.model.attention import variant_of
 from bessemer.model.attention.base import TrainingHeads
 from bessemer.model.config import ModelConfig
 from bessemer.model.costs import all_parts, flops_per_token, layer_parts, mtp_parts, outer_parts
-from bessemer.model.parts import Numerics, Part, StoredActivations
+from bessemer.model.parts import ModelPart, Numerics, StoredActivations
 from bessemer.scaling.activations import Recompute, block_activations
 from bessemer.scaling.hardware import Card
 from bessemer.training.config import LoopConfig
@@ -68,7 +68,7 @@ class Weights:
         return dense + self.experts / (layout.tensor * layout.shard_ranks)
 
 
-def _weights(parts: list[Part], count: Callable[[Part], int] = lambda part: part.parameters) -> Weights:
+def _weights(parts: list[ModelPart], count: Callable[[ModelPart], int] = lambda part: part.parameters) -> Weights:
     return sum(
         (
             Weights(
@@ -82,7 +82,7 @@ def _weights(parts: list[Part], count: Callable[[Part], int] = lambda part: part
     )
 
 
-def _in_matrices(part: Part) -> int:
+def _in_matrices(part: ModelPart) -> int:
     """Parameters of a part of a block in matrices that only products read (`distributed.sharding.product_matrices`)."""
     if part.name == "router":
         return 0

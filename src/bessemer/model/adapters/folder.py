@@ -335,12 +335,12 @@ def _targets(model: Decoder) -> dict[str, _Target]:
     """The linear layers of the blocks that an adapter may change, by the family's names."""
     shapes, modules, found = tensor_shapes(model.config), dict(model.named_modules()), {}
     for stored in _stored(model):
-        names = tuple(place.name.removesuffix(".weight") for place in stored.places)
+        names = tuple(place.name.removesuffix(".weight") for place in stored.views)
         layers = [modules.get(name) for name in names if name.startswith("layers.")]
         is_linear = len(layers) == len(names) and all(isinstance(layer, (nn.Linear, QuantisedLinear)) for layer in layers)
-        if is_linear and all(place.name.endswith(".weight") and place.view in (whole, transposed) for place in stored.places):
-            outputs, inputs = zip(*(shapes[place.name] for place in stored.places), strict=True)
-            is_transposed = stored.places[0].view is transposed
+        if is_linear and all(place.name.endswith(".weight") and place.view in (whole, transposed) for place in stored.views):
+            outputs, inputs = zip(*(shapes[place.name] for place in stored.views), strict=True)
+            is_transposed = stored.views[0].view is transposed
             found[stored.name.removesuffix(".weight")] = _Target(names, outputs, inputs[0], is_transposed)
     return found
 

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from bessemer.model.parts import Numerics, Part, StoredActivations
+from bessemer.model.parts import ModelPart, Numerics, StoredActivations
 
 if TYPE_CHECKING:
     from bessemer.model.architecture import DecoderShape
@@ -76,7 +76,7 @@ class AttentionVariant(ABC):
         """The layer in a few words, for the table of layers."""
 
     @abstractmethod
-    def parts(self, config: DecoderShape) -> list[Part]:
+    def parts(self, config: DecoderShape) -> list[ModelPart]:
         """Its tensors."""
 
     @abstractmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from bessemer.model.attention.base import AttentionVariant
-from bessemer.model.parts import FLOAT32_BYTES, Numerics, Part, StoredActivations
+from bessemer.model.parts import FLOAT32_BYTES, ModelPart, Numerics, StoredActivations
 
 if TYPE_CHECKING:
     from bessemer.model.architecture import DecoderShape
@@ -39,11 +39,11 @@ class DeltaNet(AttentionVariant):
     def description(self, config: DecoderShape, layer_type: LayerType) -> str:
         return f"gated DeltaNet, {config.linear_num_value_heads} heads"
 
-    def parts(self, config: DecoderShape) -> list[Part]:
+    def parts(self, config: DecoderShape) -> list[ModelPart]:
         heads, key, value = config.linear_num_value_heads, *_widths(config)
         hidden, kernel = config.hidden_size, config.linear_conv_kernel_dim
         shapes = [(2 * key + 2 * value, hidden), (2 * heads, hidden), (2 * key + value, 1, kernel), (heads,), (heads,)]
-        return [Part("gated DeltaNet", (*shapes, (config.linear_value_head_dim,), (hidden, value)))]
+        return [ModelPart("gated DeltaNet", (*shapes, (config.linear_value_head_dim,), (hidden, value)))]
 
     def mixing_flops(self, config: DecoderShape, visible: int) -> int:
         return 6 * 3 * _state(config)

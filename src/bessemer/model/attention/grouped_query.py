@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from bessemer.model.attention.base import AttentionVariant, CacheShape, TrainingHeads
-from bessemer.model.parts import FLOAT32_BYTES, Numerics, Part, Shape, StoredActivations
+from bessemer.model.parts import FLOAT32_BYTES, ModelPart, Numerics, Shape, StoredActivations
 
 if TYPE_CHECKING:
     from bessemer.model.architecture import DecoderShape
@@ -29,7 +29,7 @@ class GroupedQuery(AttentionVariant):
         reach = "full attention" if window is None else f"sliding attention over {window:,} tokens"
         return f"{reach}, {heads} heads" + (f", {shared} of keys and values" if shared != heads else "")
 
-    def parts(self, config: DecoderShape) -> list[Part]:
+    def parts(self, config: DecoderShape) -> list[ModelPart]:
         hidden, (query, key_value) = config.hidden_size, _widths(config)
         gated_query = query * (2 if config.attention_output_gate else 1)
         shapes: list[Shape] = [(gated_query, hidden), (key_value, hidden), (key_value, hidden), (hidden, query)]
@@ -39,10 +39,10 @@ class GroupedQuery(AttentionVariant):
             shapes.append((hidden,))
         if config.attention_sinks:
             shapes.append((config.num_attention_heads,))
-        parts = [Part("attention", tuple(shapes))]
+        parts = [ModelPart("attention", tuple(shapes))]
         if config.qk_norm != "none":
             widths = (config.head_dim, config.head_dim) if config.qk_norm == "head" else (query, key_value)
-            parts.append(Part("query and key norm", tuple((width,) for width in widths), replicated=True))
+            parts.append(ModelPart("query and key norm", tuple((width,) for width in widths), replicated=True))
         return parts
 
     def mixing_flops(self, config: DecoderShape, visible: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from bessemer.model.attention.base import AttentionVariant, CacheShape, TrainingHeads
-from bessemer.model.parts import FLOAT32_BYTES, Numerics, Part, Shape, StoredActivations
+from bessemer.model.parts import FLOAT32_BYTES, ModelPart, Numerics, Shape, StoredActivations
 
 if TYPE_CHECKING:
     from bessemer.model.architecture import DecoderShape
@@ -27,7 +27,7 @@ class Latent(AttentionVariant):
     def description(self, config: DecoderShape, layer_type: LayerType) -> str:
         return f"latent attention, {config.num_attention_heads} heads over {config.kv_lora_rank} channels"
 
-    def parts(self, config: DecoderShape) -> list[Part]:
+    def parts(self, config: DecoderShape) -> list[ModelPart]:
         hidden, heads, latent, rank = config.hidden_size, config.num_attention_heads, _rank(config), config.q_lora_rank
         latents: list[Shape] = [(latent + config.qk_rope_head_dim, hidden), (latent,)]
         if rank is not None:
@@ -41,7 +41,7 @@ class Latent(AttentionVariant):
         ]
         if config.attention_output_bias:
             shapes.append((hidden,))
-        return [Part("latents", tuple(latents), replicated=True), Part("latent attention", tuple(shapes))]
+        return [ModelPart("latents", tuple(latents), replicated=True), ModelPart("latent attention", tuple(shapes))]
 
     def mixing_flops(self, config: DecoderShape, visible: int) -> int:
         return 6 * config.num_attention_heads * (_key_width(config) + config.v_head_dim) * visible

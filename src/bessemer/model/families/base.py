@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bessemer.model.config import ModelConfig
-from bessemer.model.families.layout import Place, Stored, rows
+from bessemer.model.families.layout import Stored, TensorView, rows
 
 Values = Mapping[str, Any]
 
@@ -199,7 +199,7 @@ def prefixed(name: str) -> str:
 def stored_alike(config: ModelConfig, names: Sequence[str]) -> Iterator[Stored]:
     """The files of families whose tensors are called as ours."""
     for name in names:
-        yield Stored(prefixed(name), (Place(name),))
+        yield Stored(prefixed(name), (TensorView(name),))
 
 
 def stored_experts(
@@ -209,7 +209,7 @@ def stored_experts(
     inner = config.moe_intermediate_size
     for expert in range(config.num_experts):
         if name.endswith("gate_up_proj"):
-            yield Stored(f"{disk}.{expert}.{gate}.weight", (Place(name, rows(0, inner, expert)),))
-            yield Stored(f"{disk}.{expert}.{up}.weight", (Place(name, rows(inner, 2 * inner, expert)),))
+            yield Stored(f"{disk}.{expert}.{gate}.weight", (TensorView(name, rows(0, inner, expert)),))
+            yield Stored(f"{disk}.{expert}.{up}.weight", (TensorView(name, rows(inner, 2 * inner, expert)),))
         else:
-            yield Stored(f"{disk}.{expert}.{down}.weight", (Place(name, rows(0, config.hidden_size, expert)),))
+            yield Stored(f"{disk}.{expert}.{down}.weight", (TensorView(name, rows(0, config.hidden_size, expert)),))

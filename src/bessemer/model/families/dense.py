@@ -27,7 +27,7 @@ from bessemer.model.families.base import (
     write_rope,
     write_windows,
 )
-from bessemer.model.families.layout import Place, Stored, transposed, whole
+from bessemer.model.families.layout import Stored, TensorView, transposed, whole
 
 # ---------------------------------------------------------------------------------------------------------- Llama
 
@@ -131,7 +131,7 @@ def _stored_renamed(norms: dict[str, str]) -> Any:
             for ours, theirs in norms.items():
                 if f".{ours}." in name:
                     disk = prefixed(name.replace(ours, theirs))
-            yield Stored(disk, (Place(name),))
+            yield Stored(disk, (TensorView(name),))
 
     return stored
 
@@ -283,21 +283,23 @@ _PARTS = {
 def _stored(config: ModelConfig, names: Sequence[str]) -> Iterator[Stored]:
     for name in names:
         if name in HEADS:
-            yield Stored(name, (Place(name),))
+            yield Stored(name, (TensorView(name),))
         elif name in _OUTER:
-            yield Stored(f"transformer.{_OUTER[name]}", (Place(name),))
+            yield Stored(f"transformer.{_OUTER[name]}", (TensorView(name),))
         elif name.startswith("norm."):
-            yield Stored(f"transformer.{name.replace('norm', 'ln_f', 1)}", (Place(name),))
+            yield Stored(f"transformer.{name.replace('norm', 'ln_f', 1)}", (TensorView(name),))
         elif found := re.fullmatch(r"layers\.(\d+)\.self_attn\.([qkv])_proj\.(\w+)", name):
             layer, which, kind = found.groups()
             if which == "q":
                 view, dim = (transposed, 1) if kind == "weight" else (whole, 0)
-                places = tuple(Place(name.replace("q_proj", f"{part}_proj"), view) for part in "qkv")
+                places = tuple(TensorView(name.replace("q_proj", f"{part}_proj"), view) for part in "qkv")
                 yield Stored(f"transformer.h.{layer}.attn.c_attn.{kind}", places, dim)
         else:
             _, layer, part, kind = re.split(r"^layers\.(\d+)\.(.+)\.(\w+)$", name)[:4]
             is_matrix = kind == "weight" and "layernorm" not in part
-            yield Stored(f"transformer.h.{layer}.{_PARTS[part]}.{kind}", (Place(name, transposed if is_matrix else whole),))
+            yield Stored(
+                f"transformer.h.{layer}.{_PARTS[part]}.{kind}", (TensorView(name, transposed if is_matrix else whole),)
+            )
 
 
 GPT2 = Family(

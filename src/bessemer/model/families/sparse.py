@@ -23,7 +23,7 @@ from bessemer.model.families.base import (
     write_windows,
 )
 from bessemer.model.families.dense import read_mistral_window, read_qwen3, write_qwen3
-from bessemer.model.families.layout import Place, Stored, each_expert
+from bessemer.model.families.layout import Stored, TensorView, each_expert
 
 # -------------------------------------------------------------------------------------------------------- Mixtral
 
@@ -56,7 +56,7 @@ def _stored_mixtral(config: ModelConfig, names: Sequence[str]) -> Iterator[Store
         if ".mlp.experts." in name:
             yield from stored_experts(name, config, disk.rpartition(".")[0], "w1", "w3", "w2")
         else:
-            yield Stored(disk.replace(".router.weight", ".gate.weight"), (Place(name),))
+            yield Stored(disk.replace(".router.weight", ".gate.weight"), (TensorView(name),))
 
 
 MIXTRAL = Family("mixtral", "MixtralForCausalLM", _read_mixtral, _write_mixtral, _stored_mixtral)
@@ -95,7 +95,7 @@ def _stored_qwen_moe(config: ModelConfig, names: Sequence[str]) -> Iterator[Stor
         if ".mlp.experts." in name:
             yield from stored_experts(name, config, prefixed(name).rpartition(".")[0])
         else:
-            yield Stored(prefixed(name).replace(".mlp.router.weight", ".mlp.gate.weight"), (Place(name),))
+            yield Stored(prefixed(name).replace(".mlp.router.weight", ".mlp.gate.weight"), (TensorView(name),))
 
 
 QWEN3_MOE = Family("qwen3_moe", "Qwen3MoeForCausalLM", _read_qwen3_moe, _write_qwen3_moe, _stored_qwen_moe, SIZES_AND_HEAD)
@@ -188,14 +188,14 @@ def _stored_gpt_oss(config: ModelConfig, names: Sequence[str]) -> Iterator[Store
     for name in names:
         disk = prefixed(name)
         if name.endswith("experts.gate_up_proj"):
-            yield Stored(disk, (Place(name, each_expert(_interleaved_rows)),), shape=(experts, hidden, 2 * inner))
+            yield Stored(disk, (TensorView(name, each_expert(_interleaved_rows)),), shape=(experts, hidden, 2 * inner))
         elif name.endswith("experts.gate_up_bias"):
             disk = disk.replace("gate_up_bias", "gate_up_proj_bias")
-            yield Stored(disk, (Place(name, each_expert(_interleaved_biases)),), shape=(experts, 2 * inner))
+            yield Stored(disk, (TensorView(name, each_expert(_interleaved_biases)),), shape=(experts, 2 * inner))
         elif name.endswith("experts.down_proj"):
-            yield Stored(disk, (Place(name, each_expert(_by_output)),))
+            yield Stored(disk, (TensorView(name, each_expert(_by_output)),))
         else:
-            yield Stored(disk.replace("experts.down_bias", "experts.down_proj_bias"), (Place(name),))
+            yield Stored(disk.replace("experts.down_bias", "experts.down_proj_bias"), (TensorView(name),))
 
 
 GPT_OSS = Family("gpt_oss", "GptOssForCausalLM", _read_gpt_oss, _write_gpt_oss, _stored_gpt_oss, SIZES_AND_HEAD)
@@ -263,7 +263,7 @@ def _stored_deepseek(config: ModelConfig, names: Sequence[str]) -> Iterator[Stor
             continue
         disk = disk.replace(".mlp.router.correction_bias", ".mlp.gate.e_score_correction_bias")
         disk = disk.replace(".mlp.router.", ".mlp.gate.").replace(".mlp.shared_expert.", ".mlp.shared_experts.")
-        yield Stored(disk, (Place(name),))
+        yield Stored(disk, (TensorView(name),))
 
 
 DEEPSEEK_V3 = Family(

@@ -17,7 +17,7 @@ from torch import Tensor
 from bessemer.core.errors import ArtefactError
 from bessemer.model.architecture import RopeScaling
 from bessemer.model.config import ModelConfig
-from bessemer.model.families.layout import Place, Stored
+from bessemer.model.families.layout import Stored, TensorView
 from bessemer.model.layers.positions import rotary_frequencies, yarn_mscale
 
 
@@ -304,27 +304,27 @@ def stored_alike(config: ModelConfig, names: Names) -> Iterator[Stored]:
             # multi-token prediction is left out
             continue
         if name in _OUTER:
-            yield Stored(_OUTER[name], (Place(name),))
+            yield Stored(_OUTER[name], (TensorView(name),))
             continue
         _, layer, rest = name.split(".", 2)
         prefix = f"blk.{layer}."
         if rest in _WHOLE_NAMES:
-            yield Stored(prefix + _WHOLE_NAMES[rest], (Place(name),))
+            yield Stored(prefix + _WHOLE_NAMES[rest], (TensorView(name),))
         elif rest.startswith("mlp.experts."):
             yield from _experts(name, rest.removeprefix("mlp.experts."), prefix, config.moe_intermediate_size)
         else:
             part, _, kind = rest.rpartition(".")
-            yield Stored(f"{prefix}{_PARTS[part]}.{kind}", (Place(name),))
+            yield Stored(f"{prefix}{_PARTS[part]}.{kind}", (TensorView(name),))
 
 
 def _experts(name: str, which: str, prefix: str, inner: int) -> Iterator[Stored]:
     """One of our expert tensors: all experts' gates and ups lie apart in the file."""
     kind = "bias" if which.endswith("bias") else "weight"
     if which.startswith("down"):
-        yield Stored(f"{prefix}ffn_down_exps.{kind}", (Place(name),))
+        yield Stored(f"{prefix}ffn_down_exps.{kind}", (TensorView(name),))
     else:
-        yield Stored(f"{prefix}ffn_gate_exps.{kind}", (Place(name, lambda tensor: tensor[:, :inner]),))
-        yield Stored(f"{prefix}ffn_up_exps.{kind}", (Place(name, lambda tensor: tensor[:, inner:]),))
+        yield Stored(f"{prefix}ffn_gate_exps.{kind}", (TensorView(name, lambda tensor: tensor[:, :inner]),))
+        yield Stored(f"{prefix}ffn_up_exps.{kind}", (TensorView(name, lambda tensor: tensor[:, inner:]),))
 
 
 def read_shape(head: GgufHead) -> dict[str, Any]:

@@ -276,10 +276,10 @@ def _block(kind: str) -> BlockType:
 
 def packed_codes(stored: Stored, ours: Mapping[str, Codes]) -> Codes:
     """The rows of our weights that a tensor of a file is made of, as codes."""
-    first = ours[stored.places[0].name]
+    first = ours[stored.views[0].name]
     found = {}
     for part in first.tensors:
-        tensors = {place.name: ours[place.name].tensors[part] for place in stored.places}
-        plain = Stored(stored.name, stored.places, stored.dim).pack(tensors)
+        tensors = {place.name: ours[place.name].tensors[part] for place in stored.views}
+        plain = Stored(stored.name, stored.views, stored.dim).pack(tensors)
         found[part] = plain.reshape(-1, plain.shape[-1])
     return Codes(first.scheme, found)

@@ -221,7 +221,7 @@ def _write(
             writer.write_tensor_data(factors.numpy())
         for one in stored:
             if one.name in kept:
-                inputs = shapes[one.places[0].name][-1]
+                inputs = shapes[one.views[0].name][-1]
                 writer.write_tensor_data(write_codes(packed_codes(one, codes), kept[one.name], inputs))
             else:
                 writer.write_tensor_data(_encoded(one.pack(ours), asked[one.name][0], f"{folder}: tensor {one.name!r}"))
@@ -232,11 +232,11 @@ def _write(
 
 def _kept(one: Stored, shapes: Mapping[str, tuple[int, ...]], codes: Mapping[str, Codes]) -> str | None:
     """The type of a tensor that takes our codes as they are: rows of quantised weights of one scheme; None for another."""
-    names = [place.name for place in one.places]
+    names = [place.name for place in one.views]
     if isinstance(one, Plus) or not all(name in codes for name in names):
         return None
     schemes = {codes[name].scheme for name in names}
-    rows = one.dim == 0 and all(keeps_rows(place.view, shapes[place.name]) for place in one.places)
+    rows = one.dim == 0 and all(keeps_rows(place.view, shapes[place.name]) for place in one.views)
     return schemes.pop().gguf_type(shapes[names[0]][-1]) if len(schemes) == 1 and rows else None
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bessemer.core.errors import ArtefactError
 from bessemer.model.config import ModelConfig
-from bessemer.model.families.layout import Place, Stored
+from bessemer.model.families.layout import Stored, TensorView
 from bessemer.model.formats.gguf_base import (
     GgufFamily,
     GgufHead,
@@ -55,7 +55,7 @@ def _stored_permuted(config: ModelConfig, names: Names) -> Iterator[Stored]:
         heads = config.num_attention_heads if found[1] == "q" else config.num_key_value_heads
         rows = heads * config.head_dim
         shape = (rows,) if found[2] == "bias" else (rows, config.hidden_size)
-        yield replace(stored, places=(Place(stored.places[0].name, _pairs_together(heads)),), shape=shape)
+        yield replace(stored, views=(TensorView(stored.views[0].name, _pairs_together(heads)),), shape=shape)
 
 
 def _read_llama(head: GgufHead) -> dict[str, Any]:
@@ -195,7 +195,7 @@ def _read_gemma3(head: GgufHead) -> dict[str, Any]:
 
 def _stored_gemma3(config: ModelConfig, names: Names) -> Iterator[Stored]:
     for stored in stored_alike(config, names):
-        yield Plus(stored.name, stored.places) if stored.name.endswith("norm.weight") else stored
+        yield Plus(stored.name, stored.views) if stored.name.endswith("norm.weight") else stored
 
 
 def _with_table(config: ModelConfig) -> tuple[ModelConfig, list[str]]:
@@ -233,8 +233,8 @@ def _stored_gpt2(config: ModelConfig, names: Names) -> Iterator[Stored]:
             continue
         # with its key and value in one
         if ".attn_q." in stored.name:
-            ours = stored.places[0].name
-            places = tuple(Place(ours.replace("q_proj", f"{part}_proj")) for part in "qkv")
+            ours = stored.views[0].name
+            places = tuple(TensorView(ours.replace("q_proj", f"{part}_proj")) for part in "qkv")
             yield Stored(stored.name.replace("attn_q", "attn_qkv"), places)
         else:
             yield stored
@@ -382,9 +382,9 @@ def _stored_deepseek(config: ModelConfig, names: Names) -> Iterator[Stored]:
 
     for stored in stored_alike(config, names):
         if ".attn_kv_b." in stored.name:
-            ours = stored.places[0].name
-            yield Stored(stored.name.replace("attn_kv_b", "attn_k_b"), (Place(ours, keys),))
-            yield Stored(stored.name.replace("attn_kv_b", "attn_v_b"), (Place(ours, values),))
+            ours = stored.views[0].name
+            yield Stored(stored.name.replace("attn_kv_b", "attn_k_b"), (TensorView(ours, keys),))
+            yield Stored(stored.name.replace("attn_kv_b", "attn_v_b"), (TensorView(ours, values),))
         else:
             yield stored
 

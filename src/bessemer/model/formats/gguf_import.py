@@ -239,7 +239,7 @@ class Wanted:
             if shape != asked:
                 raise ArtefactError(f"{file.path}: tensor {stored.name!r} has the shape {shape}, its keys ask for {asked}")
             names.add(stored.name)
-            for place in stored.places:
+            for place in stored.views:
                 self._by_place[place.name].append(stored)
         for name in file.infos.keys() - names:
             block = re.match(r"blk\.(\d+)\.", name)
@@ -250,14 +250,14 @@ class Wanted:
 
     def packed(self, targets: Sequence[Stored], dtype: torch.dtype) -> Iterator[Tensor]:
         """The tensors of another layout one after the other; what is read lives until it is last needed."""
-        last = {place.name: index for index, target in enumerate(targets) for place in target.places}
+        last = {place.name: index for index, target in enumerate(targets) for place in target.views}
         ours: dict[str, Tensor] = {}
         for index, target in enumerate(targets):
-            for place in target.places:
+            for place in target.views:
                 if place.name not in ours:
                     self.fill(place.name, ours, dtype)
             yield target.pack(ours)
-            for name in {place.name for place in target.places}:
+            for name in {place.name for place in target.views}:
                 if last[name] == index:
                     del ours[name]
 
@@ -277,7 +277,7 @@ class Wanted:
             if stored.is_whole:
                 ours[name] = values
                 continue
-            for place in stored.places:
+            for place in stored.views:
                 if place.name not in ours:
                     ours[place.name] = torch.empty(self.shapes[place.name], dtype=dtype)
             stored.unpack(values, ours)

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bessemer.model.families.layout import whole
-from bessemer.model.quantisation.base import Codes, CompressedForm, FileTensor, KernelWeight, Place, Scheme, TensorSpec
+from bessemer.model.quantisation.base import Codes, CompressedForm, FileTensor, KernelWeight, MatrixRole, Scheme, TensorSpec
 from bessemer.model.quantisation.config import GROUP_SIZES
 
 # Shapes: N outputs, K inputs, G groups of a row, P bytes of a row.
@@ -212,7 +212,7 @@ class IntegerScheme(Scheme):
         """The codes of a matrix (…, N, K)."""
 
     @abstractmethod
-    def compressed_format(self, place: Place) -> str | None:
+    def compressed_format(self, role: MatrixRole) -> str | None:
         """Name of the form in which compressed-tensors keeps a matrix; None where it has none."""
 
     @abstractmethod
@@ -253,8 +253,8 @@ class IntegerScheme(Scheme):
             return None
         return cls(given["group_size"], given["zero"])
 
-    def compressed(self, place: Place) -> CompressedForm | None:
-        name = self.compressed_format(place)
+    def compressed(self, role: MatrixRole) -> CompressedForm | None:
+        name = self.compressed_format(role)
         if name is None:
             return None
         weights = {

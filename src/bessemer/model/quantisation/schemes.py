@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bessemer.model.device import widest_float
-from bessemer.model.quantisation.base import Codes, Place, Scheme, TensorSpec
+from bessemer.model.quantisation.base import Codes, MatrixRole, Scheme, TensorSpec
 from bessemer.model.quantisation.config import GROUP_SIZES, QuantizeConfig
 from bessemer.model.quantisation.integers import (
     BLOCK,
@@ -68,9 +68,9 @@ class Int8(IntegerScheme):
         grouped = tensors["codes"].to(torch.float32).unflatten(-1, (scales.shape[-1], -1))
         return (grouped * scales[..., None]).flatten(-2)
 
-    def compressed_format(self, place: Place) -> str | None:
+    def compressed_format(self, role: MatrixRole) -> str | None:
         # a tied head shares the tensor `weight` with the embedding, and no other
-        return PACKED if place == "block" else NAIVE
+        return PACKED if role == "block" else NAIVE
 
     def packing(self, inputs: int) -> Packing:
         return words_of_int8, partial(int8_of_words, inputs=inputs)
@@ -117,8 +117,8 @@ class Int4(IntegerScheme):
         zeros = tensors["zeros"][..., None].to(torch.float32) if self.zero == "code" else MIDDLE
         return ((grouped - zeros) * scales[..., None]).flatten(-2)
 
-    def compressed_format(self, place: Place) -> str | None:
-        return None if place == "embedding" or self.zero == "offset" else PACKED
+    def compressed_format(self, role: MatrixRole) -> str | None:
+        return None if role == "embedding" or self.zero == "offset" else PACKED
 
     def packing(self, inputs: int) -> Packing:
         return words_of_bytes, bytes_of_words
@@ -176,7 +176,7 @@ class W8A8(Int8):
     def product(self, hidden: Tensor, weight: Codes, bias: Tensor | None) -> Tensor:
         return int8_product(hidden, weight, bias)
 
-    def compressed_format(self, place: Place) -> str | None:
+    def compressed_format(self, role: MatrixRole) -> str | None:
         return INTEGERS
 
     @classmethod

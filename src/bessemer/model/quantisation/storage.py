@@ -66,12 +66,12 @@ def fits_compressed_tensors(stored: Sequence[Stored], schemes: Mapping[str, Sche
     """Whether compressed-tensors has a form for every weight. weights: names of the tensors that are quantised."""
     if any(compressed_form(module, scheme) is None for module, scheme in schemes.items()):
         return False
-    return all(one.is_rows for one in stored if any(place.name in weights for place in one.places))
+    return all(one.is_rows for one in stored if any(place.name in weights for place in one.views))
 
 
 def compressed_parts(one: Stored, module: str, scheme: Scheme, shape: tuple[int, ...], tied: bool) -> Iterator[StoredPart]:
     """The tensors that take the place of `one`, a weight of ours with this shape or rows of it."""
-    form, ours, view = compressed_form(module, scheme), scheme.tensors(*shape), one.places[0].view
+    form, ours, view = compressed_form(module, scheme), scheme.tensors(*shape), one.views[0].view
     assert form is not None, scheme
     outputs, inputs = view(torch.empty(shape, device="meta")).shape
     base = one.name.removesuffix(".weight")
@@ -119,7 +119,7 @@ def compressed_settings(
     forms: dict[tuple[str, Scheme, str], CompressedForm] = {}
     ignored = []
     for one in stored:
-        name, base = one.places[0].name, one.name.removesuffix(".weight")
+        name, base = one.views[0].name, one.name.removesuffix(".weight")
         if name in modules:
             module = modules[name]
             form = compressed_form(module, schemes[module])
@@ -189,7 +189,7 @@ def read_schemes(
     ignored = settings.get("ignore") or []
     patterns = FilePatterns(path)
     for one in stored:
-        name, base = one.places[0].name, one.name.removesuffix(".weight")
+        name, base = one.views[0].name, one.name.removesuffix(".weight")
         kind = "Linear" if name in linear else "Embedding"
         if name not in modules or any(_matches(patterns, target, base, kind) for target in ignored):
             continue
@@ -304,7 +304,7 @@ def _laid_out(config: ModelConfig, names: _Names, schemes: Mapping[str, Scheme],
     plain: list[Stored] = []
     parts: list[StoredPart] = []
     for one in names.stored:
-        module = names.modules.get(one.places[0].name)
+        module = names.modules.get(one.views[0].name)
         if module is None or module not in schemes:
             plain.append(one)
         elif not own:

@@ -188,7 +188,7 @@ def save_model(model: Decoder, folder: Path, *, tokenizer: Path | None, shard_by
     else:
         config = model.config
         stored, parts, settings = list(family_of(config).stored(config, list(ours))), [], None
-    entries = [Entry(one.name, one.shape_in(shapes), ours[one.places[0].name].dtype) for one in stored]
+    entries = [Entry(one.name, one.shape_in(shapes), ours[one.views[0].name].dtype) for one in stored]
     entries += [Entry(part.name, part.shape, part.dtype) for part in parts]
     tensors = chain((one.pack(ours) for one in stored), (part.packed(ours) for part in parts))
     write_weights(folder, entries, tensors, shard_bytes)
@@ -205,7 +205,7 @@ def save_initial_model(config: ModelConfig, seed: int, folder: Path, *, tokenize
     def tensors() -> Iterator[Tensor]:
         ours: dict[str, Tensor] = {}
         for one in stored:
-            names = [place.name for place in one.places]
+            names = [place.name for place in one.views]
             # a tensor of many experts is stored in as many, one after the other
             ours = {name: tensor for name, tensor in ours.items() if name in names}
             for name in names:
@@ -284,9 +284,9 @@ def _take(
 ) -> None:
     """Put one tensor of a file where it belongs among ours."""
     if stored.is_whole:
-        weights[stored.places[0].name] = tensor.to(device, dtype)
+        weights[stored.views[0].name] = tensor.to(device, dtype)
         return
-    for place in stored.places:
+    for place in stored.views:
         if place.name not in weights:
             weights[place.name] = torch.empty(shapes[place.name], dtype=dtype or tensor.dtype, device=device)
     stored.unpack(tensor, weights)

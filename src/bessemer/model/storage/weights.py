@@ -26,7 +26,7 @@ from bessemer.core.errors import ArtefactError
 from bessemer.core.store import read_json, write_json
 from bessemer.model.config import ModelConfig
 from bessemer.model.families import family_of
-from bessemer.model.families.layout import Part, Stored, fill_part
+from bessemer.model.families.layout import Stored, TensorBox, fill_box
 from bessemer.model.initialisation import tensor_shapes
 from bessemer.model.quantisation.storage import Layout, StoredPart
 from bessemer.model.storage.library import WEIGHTS, WEIGHTS_INDEX, refuse_checkpoint
@@ -202,7 +202,7 @@ def find_tensors(folder: Path, config: ModelConfig, layout: Layout | None = None
     plain = layout.plain if layout else family.stored(config, list(shapes))
     wanted = {stored.name: stored for stored in plain}
     coded = {part.name: part for part in layout.parts} if layout else {}
-    plain_embedding = any(stored.places[0].name == EMBEDDING for stored in wanted.values())
+    plain_embedding = any(stored.views[0].name == EMBEDDING for stored in wanted.values())
     files: dict[Path, dict[str, Stored | StoredPart]] = {}
     missing = dict.fromkeys((*wanted, *(name for name, part in coded.items() if part.unpack)))
     second_head: Path | None = None
@@ -228,7 +228,7 @@ def find_tensors(folder: Path, config: ModelConfig, layout: Layout | None = None
                 here[disk_name] = stored
                 missing.pop(stored.name, None)
         files[path] = here
-    of_mtp = {name for name, stored in wanted.items() if stored.places[0].name.startswith("mtp.")}
+    of_mtp = {name for name, stored in wanted.items() if stored.views[0].name.startswith("mtp.")}
     of_mtp |= {name for name, part in coded.items() if part.ours.startswith("mtp.") and part.unpack}
     if of_mtp and of_mtp <= missing.keys():
         config = config.with_changes(num_nextn_predict_layers=0)
@@ -278,7 +278,7 @@ def _weight_files(folder: Path) -> list[Path]:
     raise ArtefactError(f"{folder / WEIGHTS}: no such file; this folder holds no weights")
 
 
-def read_parts(stored: StoredTensors, parts: Mapping[str, Sequence[Part]]) -> None:
+def read_boxes(stored: StoredTensors, parts: Mapping[str, Sequence[TensorBox]]) -> None:
     """Fill parts of the decoder's tensors, by our names, from the files of a model that is not quantised.
 
     Files are mapped, and read where a part has its numbers; memory is that of one expert at most. Raises ArtefactError when a
@@ -290,11 +290,11 @@ def read_parts(stored: StoredTensors, parts: Mapping[str, Sequence[Part]]) -> No
             file = WeightsFile(path)
             for disk_name, one in tensors.items():
                 assert isinstance(one, Stored), disk_name
-                if not any(place.name in parts for place in one.places):
+                if not any(place.name in parts for place in one.views):
                     continue
-                for place, piece in zip(one.places, one.pieces(file.passing(disk_name), stored.shapes), strict=True):
+                for place, piece in zip(one.views, one.pieces(file.passing(disk_name), stored.shapes), strict=True):
                     for part in parts.get(place.name, ()):
-                        filled[place.name] += fill_part(part, place, piece, stored.shapes[place.name])
+                        filled[place.name] += fill_box(part, place.view, piece, stored.shapes[place.name])
     for name, wanted in parts.items():
         assert filled[name] == sum(part.tensor.numel() for part in wanted), name
     if stored.second_head is not None:
@@ -307,7 +307,7 @@ def _embedding(stored: StoredTensors) -> Tensor:
         (path, disk_name)
         for path, tensors in stored.files.items()
         for disk_name, one in tensors.items()
-        if isinstance(one, Stored) and one.places[0].name == EMBEDDING
+        if isinstance(one, Stored) and one.views[0].name == EMBEDDING
     )
     with opening(path):
         return WeightsFile(path).kept(disk_name)
