@@ -104,7 +104,7 @@ class Decoder(nn.Module):
 
     #: The blocks, named by their number in the whole network; `distributed.stages` leaves some of them to other processes.
     layers: nn.ModuleList | nn.ModuleDict
-    #: How the rows lie that it reads; `distributed.context` changes it.
+    #: Whether rows are whole or spread over processes; `distributed.context` changes it.
     rows: Rows = WholeRows()
 
     def __init__(self, config: ModelConfig) -> None:
@@ -127,7 +127,7 @@ class Decoder(nn.Module):
             if config.rope_local_base_freq is not None and "sliding_attention" in config.types:
                 self.rotary_local = self._rotary(config.rope_local_base_freq, scaled=False)
         if config.num_nextn_predict_layers:
-            # MTP modules are made as the last layer is
+            # their blocks have the settings of the last layer
             layers = config.num_hidden_layers
             extra = range(layers, layers + config.num_nextn_predict_layers)
             self.mtp = nn.ModuleList(MtpModule(config, Block(config, layers - 1, cached_as=layer)) for layer in extra)
@@ -283,16 +283,16 @@ class Decoder(nn.Module):
             masks = self._masks(length, keys, hidden_BTD, slots_BT, document_ids_BT, aligned, visible_to_BT)
         else:
             masks = dict.fromkeys(self.config.types, AttentionMask())
-        # which may lie anywhere in the context
+        # given positions may lie anywhere in the context
         if positions_BT is not None and cache is None:
             self.reserve_positions(self.config.max_position_embeddings)
-        # rows of documents that share a beginning may be longer than the context: no document is
+        # documents that share a prefix make rows longer than the context; each document fits it
         longest = keys if visible_to_BT is None else min(keys, self.config.max_position_embeddings)
         rotations = self._rotations(positions_BT, longest, hidden_BTD.dtype)
         for block in self.blocks:
             if keep is not None:
                 keep(block.layer, hidden_BTD)
-            # a compiled block is made for training's shapes: samples taken in between must not recompile it
+            # blocks are compiled for training's shapes; sampling with a cache must not recompile them
             run = block if cache is None else block.forward
             kind = self.config.types[block.layer]
             rotation = rotations[kind] if self.config.has_rope(block.layer) else None
@@ -368,10 +368,10 @@ class Decoder(nn.Module):
         """What each kind of layer may see; one mask a kind, whatever the number of layers."""
         config, device = self.config, hidden_BTD.device
         slopes_H = alibi_slopes(config.num_attention_heads).to(device) if config.position_type == "alibi" else None
-        found: dict[LayerType, AttentionMask] = {}
+        masks: dict[LayerType, AttentionMask] = {}
         for kind in set(config.types):
             has_scores = not variant_of_type(config, kind).recurrent
-            found[kind] = self.rows.attention_mask(
+            masks[kind] = self.rows.attention_mask(
                 queries,
                 keys,
                 _scores_dtype(hidden_BTD),
@@ -384,24 +384,24 @@ class Decoder(nn.Module):
                 aligned=aligned,
                 dense=has_scores and self.attention_backend in DENSE_BACKENDS,
             )
-            # not for a cache, which has keys of its own, and rows in parts, which are cut again
+            # block masks need whole rows: a cache and sharded rows have other keys
             whole = slots_BT is None and isinstance(self.rows, WholeRows)
             if self.attention_backend == "flex" and whole and has_scores:
-                found[kind] = found[kind]._replace(blocks=block_mask(found[kind], queries, keys, device))
-        return found
+                masks[kind] = masks[kind]._replace(blocks=block_mask(masks[kind], queries, keys, device))
+        return masks
 
     def _rotations(self, positions_BT: Tensor | None, length: int, dtype: torch.dtype) -> dict[LayerType, Rotation | None]:
         """The rotations of each kind of layer; those of sliding layers may turn with a base of their own."""
         if self.config.position_type != "rotary":
             return dict.fromkeys(self.config.types)
         if positions_BT is not None and self.config.rope_scaling.rope_type == "dynamic":
-            # packed documents are no longer than each is alone
+            # positions restart at each document: the longest document counts, not the row
             length = int(positions_BT.max()) + 1
         rotation = self.rotary(positions_BT, length, dtype)
-        found: dict[LayerType, Rotation | None] = dict.fromkeys(self.config.types, rotation)
+        rotations: dict[LayerType, Rotation | None] = dict.fromkeys(self.config.types, rotation)
         if hasattr(self, "rotary_local"):
-            found["sliding_attention"] = self.rotary_local(positions_BT, length, dtype)
-        return found
+            rotations["sliding_attention"] = self.rotary_local(positions_BT, length, dtype)
+        return rotations
 
 
 def _scores_dtype(hidden_BTD: Tensor) -> torch.dtype:

@@ -84,7 +84,7 @@ def _expert_activations(model: ModelConfig, numerics: Numerics) -> StoredActivat
         + _INDEX * chosen
     )
     router += FLOAT32_BYTES * model.num_experts if model.router_z_loss_coef or model.router_aux_loss_coef else 0
-    # a bias is float32, and so is what it is added to
+    # biases are float32, and so are the sums
     wide = FLOAT32_BYTES if model.expert_bias else c
     between = 6 if model.swiglu_limit is not None else 3
     visits = (hidden + inner) * c + (2 * hidden + between * inner + 1) * wide + (3 if model.expert_bias else 2) * _INDEX
@@ -93,7 +93,7 @@ def _expert_activations(model: ModelConfig, numerics: Numerics) -> StoredActivat
     shared = model.shared_expert_intermediate_size
     if shared:
         own = _dense_activations(model, shared, numerics)
-        # in float32 they read what the router reads
+        # in float32 the shared expert reads the router's input, which is counted
         kept += own if numerics.autocast else StoredActivations(heads=own.heads)
     if model.shared_expert_gate:
         kept += StoredActivations(sequence=c * (hidden + 1) + (hidden * c if numerics.autocast else 0))

@@ -193,8 +193,8 @@ class PlannedJob:
 
     def training_heads(self, layers: list[int]) -> list[tuple[TrainingHeads, int]]:
         """Keys and values of a token in each kind of attention that has some, and the number of `layers` of the kind."""
-        found = Counter(variant_of(self.model, layer).training_heads(self.model) for layer in layers)
-        return [(heads, count) for heads, count in found.items() if heads is not None]
+        counts = Counter(variant_of(self.model, layer).training_heads(self.model) for layer in layers)
+        return [(heads, count) for heads, count in counts.items() if heads is not None]
 
     def activations_of(self, layers: list[int], numerics: Numerics, recompute: Recompute = "none") -> StoredActivations:
         """Stored activations of several blocks for one token."""

@@ -18,7 +18,7 @@ from bessemer.scaling.activations import final_norm_activations, mtp_activations
 from bessemer.scaling.job import NARROW_BYTES, WEIGHT_BYTES, Candidate, PlannedJob, Weights
 from bessemer.training.optim.registry import find_optimizer
 
-#: Bytes of state per weight of an optimizer that does not say: two means in float32, as most have that keep the most.
+#: Bytes of state per weight assumed of an optimizer that does not say: two float32 numbers, as AdamW.
 _UNKNOWN_STATE = 8.0
 
 

@@ -20,9 +20,9 @@ from bessemer.training.config import LoopConfig
 
 _RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
 _SECONDS_PER_DAY = 86_400
-#: Fewest tokens of a row per rank of the context axis: with fewer its matmuls are too thin.
+#: Fewest tokens of a row per rank of the context axis; smaller matmuls are inefficient.
 _SHORTEST_CHUNK = 2048
-#: Fraction of the memory of a candidate that ran out of memory which another may need.
+#: Largest memory of a suggestion, as a fraction of that of a candidate that ran out of memory.
 _LESS = 0.9
 
 
@@ -120,7 +120,7 @@ def candidates(job: PlannedJob, gpus: int) -> Iterator[Candidate]:
             if job.settings.rows_conflict(layout.data_ranks, micro_batch_size) is not None:
                 continue
             if micro_batch_size > 1 and _least_memory(job, layout) > job.card.usable_memory:
-                # a larger micro-batch does not make it fit
+                # a larger micro-batch needs more memory still
                 break
             for schedule, stages in _schedules(job, layout, rows // micro_batch_size):
                 for recompute in _RECOMPUTE:
@@ -170,8 +170,8 @@ def _schedules(job: PlannedJob, layout: Layout, micro_batches: int) -> Iterator[
     if ranks == 1:
         yield "1f1b", 1
         return
-    asked = job.settings.parallel.pipeline_schedule
-    names = {"1f1b", "interleaved"} | ({asked} if job.settings.parallel.pipeline > 1 else set())
+    configured = job.settings.parallel.pipeline_schedule
+    names = {"1f1b", "interleaved"} | ({configured} if job.settings.parallel.pipeline > 1 else set())
     for name in sorted(names):
         stages = {"gpipe": 1, "1f1b": 1}.get(name, 2)
         if ranks * stages > job.model.num_hidden_layers or micro_batches < ranks:

@@ -22,7 +22,7 @@ from bessemer.training.config import LoopConfig
 from bessemer.training.pretrain_config import PretrainConfig
 
 _SECONDS_PER_DAY = 86_400
-#: Rounds in which FLOPs and the speed of the model that they ask for are matched.
+#: Iterations of the fixed point between FLOPs and the speed of the model of that size.
 _ROUNDS = 6
 _CLOSE = 0.01
 #: Fewest optimizer steps of a run worth a law.
@@ -40,7 +40,7 @@ _COVARIANCE_ROOT = (
 )
 #: Smallest and largest compute of these points.
 _BESIROGLU_FLOPS = (1.4e18, 1.3e22)
-#: Settings of a base recipe that would contradict a suggestion's, or scale them.
+#: Settings of a base recipe that would contradict or rescale those of a suggestion.
 _REPLACED = ("steps", "minutes", "matrix_learning_rate", "warmup_steps", "decay_steps", "decay_tokens", "mup_base_width")
 
 
@@ -147,17 +147,17 @@ def suggest_for_time(
     """The compute-optimal run of some GPUs in some days, at the speed that the planner predicts for its own model."""
     flops = days * _SECONDS_PER_DAY * gpus * card.flops * card.achievable
     for _ in range(_ROUNDS):
-        found = suggest_for_flops(
+        suggestion = suggest_for_flops(
             law, flops, vocab_size=vocab_size, context_length=context_length, gpus=gpus, card=card, confidence=confidence
         )
-        assert found.plan is not None
-        tokens = found.plan.tokens_per_second * days * _SECONDS_PER_DAY
-        reached = FLOPS_PER_PARAMETER_TOKEN * found.parameters * tokens
+        assert suggestion.plan is not None
+        tokens = suggestion.plan.tokens_per_second * days * _SECONDS_PER_DAY
+        reached = FLOPS_PER_PARAMETER_TOKEN * suggestion.parameters * tokens
         if abs(reached / flops - 1) < _CLOSE:
             break
         flops = reached
-    # layouts and shapes come in steps: what is left is made up in tokens
-    return _suggestion(law, found.model, tokens, context_length, gpus, card, confidence)
+    # layouts and shapes are discrete: the number of tokens makes up the rest
+    return _suggestion(law, suggestion.model, tokens, context_length, gpus, card, confidence)
 
 
 def _suggestion(

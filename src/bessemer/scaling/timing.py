@@ -272,7 +272,7 @@ def seconds_of(job: PlannedJob, candidate: Candidate, kind: Traffic) -> float:
     if kind.axis == "data" and kind.operation == "all-reduce":
         stride = layout.tensor * layout.shard_ranks
     elif kind.axis == "data" and kind.ranks < layout.shard_ranks:
-        # weights of experts, between ranks with the same ones
+        # experts are reduced among ranks that hold the same ones
         stride = layout.tensor * layout.expert
     # ranks of a group in one node
     near = max(1, min(kind.ranks, card.cards_per_node // stride))

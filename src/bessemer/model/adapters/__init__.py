@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-#: What an adapter in training is called among the children of the layer that it changes.
+#: Name of an adapter in training among the children of its linear layer.
 CHILD = "adapter"
 
 # Shapes: N outputs, K inputs, R rank, M rows.
@@ -122,7 +122,7 @@ class Adapter:
         )
 
 
-#: An adapter and the rows that it changes, counted over all tokens of a batch; None: all of them.
+#: An adapter and the rows that it changes, as indices over all tokens of a batch; None: all rows.
 AdaptedRows = tuple[Adapter, Tensor | None]
 Hook = Callable[[nn.Module, tuple[Any, ...], Tensor], None]
 
@@ -139,8 +139,8 @@ class AdapterRows(NamedTuple):
 def adapted(model: nn.Module, adapted_rows: Sequence[AdaptedRows]) -> Iterator[None]:
     """Within it, what `model` computes has the adapters' updates, each in its rows.
 
-    It is done by forward hooks, which are there only as long: the model's parameters, their names, and what is packed of them
-    are never touched. They come before other hooks: where a layer's inputs are sharded, its output is a summand then, and the
+    Forward hooks do it, only within the context: the model's parameters, their names and packed copies are never touched. They
+    run before other hooks: where a layer's inputs are sharded, its output is a summand then, and the
     adapter's part is summed over the ranks with it. An adapter with magnitudes is to be fitted to the model before.
     """
     for adapter, _ in adapted_rows:
@@ -171,7 +171,7 @@ def _hooks(model: nn.Module, name: str, rows: list[AdapterRows]) -> Iterator[tup
 
     yield model.get_submodule(name), add
     parent, _, child = name.rpartition(".")
-    # an attention layer may use the weight without this module
+    # attention may use the weight itself, without calling this module
     others = getattr(model.get_submodule(parent), "adapter_hooks", None)
     if others is not None:
         yield from others(child, rows)

@@ -56,14 +56,14 @@ def packed_products(model: Decoder, threads: int, *, release: bool = False) -> P
 
 
 def _is_table(layer: QuantisedLinear, model: Decoder) -> bool:
-    """Whether rows are read out of a layer and nothing is multiplied by it: an embedding that is not the head's matrix too."""
+    """Whether a layer is only looked up: an embedding that is not tied to the head."""
     return isinstance(layer, QuantisedEmbedding) and layer is not model.head
 
 
 def packed_product(layer: QuantisedLinear, threads: int) -> Product | None:
     """The product of one layer by packed codes, with activations of 8 bits; None where the kernels do not know its groups."""
-    found = _packed(layer, threads)
-    return None if found is None else found[1]
+    packed = _packed(layer, threads)
+    return None if packed is None else packed[1]
 
 
 def _packed(layer: QuantisedLinear, threads: int) -> tuple[PackedMatrix, Product] | None:
@@ -75,7 +75,7 @@ def _packed(layer: QuantisedLinear, threads: int) -> tuple[PackedMatrix, Product
     return packed, partial(packed.multiply, threads=threads)
 
 
-#: Outputs and inputs of the matrix that is tried, too large for a cache.
+#: Outputs and inputs of the matrix that is timed: too large for a cache.
 _SIZE = 4096
 _TRIALS = 5
 

@@ -29,7 +29,7 @@ _TABLE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _PACKED_TABLE = 3
 
 
-#: Settings that the step computes, whatever they are.
+#: Settings of which the step computes every value.
 _COMPUTED = frozenset(
     {
         "hidden_size",
@@ -68,7 +68,7 @@ _COMPUTED = frozenset(
         "mlp_bias",
     }
 )
-#: Settings that change nothing of what a plain decoder computes: for training, for its caller, and for parts that it lacks.
+#: Settings that do not change what a plain decoder computes: of training, of its caller, and of parts that it lacks.
 _WITHOUT_EFFECT = frozenset(
     {
         "model_type",
@@ -76,7 +76,7 @@ _WITHOUT_EFFECT = frozenset(
         "bos_token_id",
         "eos_token_id",
         "num_nextn_predict_layers",
-        # what layers have, of which the variants that the step does not compute are refused
+        # of attention variants, which `_unsupported_setting` refuses by name
         "layer_types",
         *(name for variant in VARIANTS if not variant.in_compiled_step for name in variant.settings),
         # experts
@@ -187,9 +187,9 @@ def unsupported(model: Decoder) -> str | None:
     if (reason := _unsupported_setting(model.config)) is not None:
         return reason
     for layer in _linear_layers(model):
-        found = _unsupported_layer(layer)
-        if found is not None:
-            return found
+        refusal_reason = _unsupported_layer(layer)
+        if refusal_reason is not None:
+            return refusal_reason
     return None
 
 
@@ -222,13 +222,13 @@ def _unsupported_setting(config: ModelConfig) -> str | None:
 
 def _linear_layers(model: Decoder) -> list[nn.Module]:
     """Every layer that would be packed, the head among them."""
-    found: list[nn.Module] = [_head_layer(model)]
+    layers: list[nn.Module] = [_head_layer(model)]
     for block in model.blocks:
         attention, feed_forward = cast(Attention, block.self_attn), cast(FeedForward, block.mlp)
-        found += [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
-        found += [feed_forward.up_proj, feed_forward.down_proj]
-        found += [] if feed_forward.gate_proj is None else [feed_forward.gate_proj]
-    return found
+        layers += [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+        layers += [feed_forward.up_proj, feed_forward.down_proj]
+        layers += [] if feed_forward.gate_proj is None else [feed_forward.gate_proj]
+    return layers
 
 
 def _unsupported_layer(layer: Any) -> str | None:
@@ -237,7 +237,7 @@ def _unsupported_layer(layer: Any) -> str | None:
     device = (layer if isinstance(layer, QuantisedLinear) else layer.weight).device.type
     if device != "cpu":
         return f"its weights lie on {device}"
-    # an adapter in training that is switched off takes no part
+    # an adapter in training may be switched off
     if any(getattr(part, "is_on", True) for part in layer.children()):
         return "its layers have parts beside their weights, as an adapter in training"
     return None if isinstance(layer, QuantisedLinear) and layer.is_released else refusal(layer)
@@ -267,7 +267,7 @@ class PlainDecoder:
         assert reason is None, reason
         self._releases = release
         self._kept: list[Any] = [model.embed_tokens]
-        #: Of each layer, its own matrix; those that are packed as one share its memory.
+        #: The packed matrix of each layer; layers that are packed as one matrix share its memory.
         self.packed: dict[nn.Module, PackedMatrix] = {}
         config, blocks = model.config, model.blocks
         head = self.packed[model.head] = PackedMatrix.of(cast(nn.Linear, _head_layer(model)))

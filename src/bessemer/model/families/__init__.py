@@ -20,7 +20,7 @@ OWN = Family(
     stored_alike,
 )
 
-#: In the order in which they are asked to hold a new model.
+#: In order of precedence for a new model that names no family.
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
@@ -43,7 +43,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-#: Settings of training that no published family has: written only where they are set, under our names.
+#: Training settings that no published family has; written under our names where they are set.
 _TRAINING = ("router_aux_loss_coef", "router_z_loss_coef", "router_bias_update_rate")
 
 

@@ -12,7 +12,7 @@ from bessemer.model.families.layout import Stored, TensorView, rows
 Values = Mapping[str, Any]
 
 
-#: Ends of the names of architectures.
+#: Suffixes of architecture names.
 LANGUAGE_MODEL, SCORING = "ForCausalLM", "ForSequenceClassification"
 
 SIZES = (
@@ -23,7 +23,7 @@ SIZES = (
     "num_attention_heads",
     "max_position_embeddings",
 )
-#: Of families in which the width of a head does not follow from the others.
+#: Required sizes of families whose head width does not follow from the others.
 SIZES_AND_HEAD = (*SIZES, "head_dim")
 
 
@@ -45,7 +45,7 @@ class Family:
     required: tuple[str, ...] = SIZES
     #: Name of the architecture with scores in place of logits; none: it follows from `architecture`.
     scoring: str | None = None
-    #: Tensors that old files of the family hold and that mean nothing, as regular expressions.
+    #: Regular expressions of tensors in old files that are ignored.
     ignored: tuple[str, ...] = ()
 
     def architecture_of(self, num_scores: int) -> str:

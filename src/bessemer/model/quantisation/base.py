@@ -22,7 +22,7 @@ from bessemer.model.quantisation.config import QuantizeConfig
 
 # Shapes: N outputs, K inputs, G groups of a row, P bytes of a row of codes.
 
-#: Where a matrix stands: in a block, or at an end of the model.
+#: Role of a matrix: of a block, or an end of the model.
 MatrixRole = Literal["block", "embedding", "head"]
 
 

@@ -36,7 +36,7 @@ from bessemer.model.quantisation.quantised_layers import (
 )
 
 EMBEDDING, HEAD = "embed_tokens", "lm_head"
-#: The scalar head of a reward model, which stays as it is: rewards are compared.
+#: The scalar head of a reward model is not quantised: differences of rewards count.
 _SCORE = "score"
 _KEPT = ("shared_expert_gate", "in_proj_ba")
 _EXPERT_MATRICES = ("gate_up_proj", "down_proj")
@@ -167,7 +167,7 @@ def product(weight_NK: Tensor, bias_N: Tensor | None, hidden: Tensor) -> Tensor:
     wide = hidden.to(torch.float32)
     if weight_NK.dtype == torch.float16 and wide.numel() == wide.shape[-1]:
         scale = torch.linalg.vector_norm(wide, math.inf).clamp_(min=_SMALLEST)
-        found = functional.linear((wide / scale).to(torch.float16), weight_NK).to(torch.float32).mul_(scale)
+        out = functional.linear((wide / scale).to(torch.float16), weight_NK).to(torch.float32).mul_(scale)
     else:
-        found = functional.linear(wide, weight_NK.to(torch.float32))
-    return (found if bias_N is None else found + bias_N).to(hidden.dtype)
+        out = functional.linear(wide, weight_NK.to(torch.float32))
+    return (out if bias_N is None else out + bias_N).to(hidden.dtype)

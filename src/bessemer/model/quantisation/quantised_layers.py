@@ -18,7 +18,7 @@ from bessemer.model.quantisation.base import Codes, Scheme
 #: The tensors that the compiled CPU kernels pack, and give back.
 PACKED_TENSORS = frozenset({"codes", "scales", "zeros", "offsets"})
 
-#: Gives back the codes that it keeps in a form of its own: of the rows (…,) of a matrix, or all of them where None.
+#: Returns the codes that it stores in packed form: of the rows (…,) of a matrix, or of all rows when None.
 Keeper = Callable[[Tensor | None], Codes]
 
 
@@ -187,7 +187,7 @@ class PackedMatmuls:
 def using_packed_matmuls(matmuls: PackedMatmuls) -> Iterator[None]:
     """Replace the matmuls of these parts within the context, for example by those of a kernel that packed the codes."""
     parts: list[tuple[TakesPackedMatmul, Any]] = [*matmuls.products.items(), *matmuls.stacks.items()]
-    # past the modules' own setting of attributes, which would take a fifth of a small model's step
+    # not by `setattr`: nn.Module's takes a fifth of a small model's step
     for part, product in parts:
         vars(part)["packed_matmul"] = product
     for layer, weight in matmuls.weights.items():

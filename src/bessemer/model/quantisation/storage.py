@@ -78,7 +78,7 @@ def compressed_parts(one: Stored, module: str, scheme: Scheme, shape: tuple[int,
     for suffix, name, spec, pack, unpack in form.tensors(outputs, inputs):
         made_of = (f"{module}.{name}", ours[name].shape)
         yield StoredPart(f"{base}.{suffix}", *made_of, *spec, view, pack, unpack)
-        # a reader that ties the codes gives the head scales of its own
+        # readers that tie the codes still expect scales of the head
         if name == "scales" and module == EMBEDDING and tied:
             yield StoredPart(f"{HEAD}.{suffix}", *made_of, *spec, view, pack, None)
 
@@ -91,7 +91,7 @@ def own_parts(module: str, scheme: Scheme, shape: tuple[int, ...]) -> Iterator[S
 
 #: Key of `config.json`.
 QUANTIZATION = "quantization_config"
-#: The two ways of keeping codes.
+#: Values of `quant_method`.
 COMPRESSED_TENSORS, OWN_FORM = "compressed-tensors", "bessemer"
 
 
@@ -179,7 +179,7 @@ def read_schemes(
     modules: the module of each weight that can be quantised, by its tensor's name. Raises ArtefactError for a scheme that is
     not supported.
     """
-    found: dict[str, Scheme] = {}
+    schemes: dict[str, Scheme] = {}
     if settings["quant_method"] == OWN_FORM:
         try:
             return {name: _described(values, path) for name, values in settings["modules"].items()}
@@ -193,7 +193,7 @@ def read_schemes(
         kind = "Linear" if name in linear else "Embedding"
         if name not in modules or any(_matches(patterns, target, base, kind) for target in ignored):
             continue
-        # a target that names the module goes before one that names its class
+        # a target that names the module takes precedence over one that names its class
         named, classed = (
             [group for group in groups if any(_matches(patterns, target, base, each) for target in group.get("targets", ()))]
             for each in ("", kind)
@@ -201,9 +201,9 @@ def read_schemes(
         if not named and not classed:
             continue
         scheme = _scheme((named or classed)[0], base, path)
-        if found.setdefault(modules[name], scheme) != scheme:
+        if schemes.setdefault(modules[name], scheme) != scheme:
             raise ArtefactError(f"{path}: {QUANTIZATION} gives parts of {modules[name]} schemes that differ")
-    return found
+    return schemes
 
 
 def _described(values: Mapping[str, Any], path: Path) -> Scheme:
@@ -214,9 +214,9 @@ def _described(values: Mapping[str, Any], path: Path) -> Scheme:
             SCHEMES.find(values["scheme"])
     except ConfigError as error:
         raise ArtefactError(f"{path}: {QUANTIZATION}: {error}") from None
-    found = first_scheme(lambda scheme: scheme.of_described(values))
-    assert found is not None, values
-    return found
+    described = first_scheme(lambda scheme: scheme.of_described(values))
+    assert described is not None, values
+    return described
 
 
 def _matches(patterns: FilePatterns, target: Any, name: str, kind: str) -> bool:

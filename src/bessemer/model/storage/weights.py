@@ -241,26 +241,26 @@ def find_tensors(folder: Path, config: ModelConfig, layout: Layout | None = None
 
 @contextmanager
 def opening(path: Path) -> Iterator[None]:
-    """While entered, errors of reading a file of weights are told as ArtefactError."""
+    """While entered, errors of reading a file of weights become ArtefactError."""
     try:
         yield
     except (SafetensorError, OSError) as error:
         raise ArtefactError(f"{path}: this is not a whole safetensors file ({error}); fetch or make it again") from None
 
 
-def _check_plain(asked: tuple[int, ...], name: str, file: WeightsFile, path: Path) -> None:
+def _check_plain(expected: tuple[int, ...], name: str, file: WeightsFile, path: Path) -> None:
     shape, kind = file.describe(name)
-    if shape != asked:
-        raise ArtefactError(f"{path}: {name!r} has shape {shape}, config.json asks for {asked}")
+    if shape != expected:
+        raise ArtefactError(f"{path}: {name!r} has shape {shape}, config.json asks for {expected}")
     if kind not in DTYPES.values():
         raise ArtefactError(f"{path}: {name!r} has type {kind}; supported: {', '.join(DTYPES.values())}")
 
 
 def _check_codes(part: StoredPart, file: WeightsFile, path: Path) -> None:
     shape, kind = file.describe(part.name)
-    asked = (DTYPES | CODE_DTYPES)[part.dtype]
-    if shape != part.shape or (kind != asked and not (kind in DTYPES.values() and asked in DTYPES.values())):
-        raise ArtefactError(f"{path}: {part.name!r} is {kind} of shape {shape}, config.json asks for {asked} of {part.shape}")
+    wanted = (DTYPES | CODE_DTYPES)[part.dtype]
+    if shape != part.shape or (kind != wanted and not (kind in DTYPES.values() and wanted in DTYPES.values())):
+        raise ArtefactError(f"{path}: {part.name!r} is {kind} of shape {shape}, config.json asks for {wanted} of {part.shape}")
 
 
 def _weight_files(folder: Path) -> list[Path]:

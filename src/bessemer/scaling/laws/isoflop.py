@@ -113,7 +113,7 @@ def fit_loss_of_compute(points: Points) -> LossOfCompute:
     return LossOfCompute(floor, factor * float(np.exp(gamma * centre)), gamma)
 
 
-#: Computes within this factor of the smallest are one budget.
+#: Points whose compute lies within this factor of the smallest belong to one budget.
 _SAME_BUDGET = 1.15
 
 
@@ -166,11 +166,11 @@ def fit_isoflop(points: Points, *, confidence: float = 0.9) -> IsoFlop:
     """A parabola for each budget of three sizes or more. Raises DegenerateError when fewer than three have a minimum."""
     parabolas, left_out = [], []
     for group in budgets(points):
-        found = _parabola(group)
-        if isinstance(found, Parabola):
-            parabolas.append(found)
+        parabola = _parabola(group)
+        if isinstance(parabola, Parabola):
+            parabolas.append(parabola)
         else:
-            left_out.append(f"{group.flops.mean():.2g} FLOPs: {found}")
+            left_out.append(f"{group.flops.mean():.2g} FLOPs: {parabola}")
     if len(parabolas) < 3:
         raise DegenerateError(
             f"{len(parabolas)} of {len(parabolas) + len(left_out)} compute budgets have a lowest loss between their sizes; "
@@ -210,6 +210,6 @@ def isoflop_bias(points: Points, law: ParametricLaw) -> IsoFlopBias:
             for point, loss in zip(points.points, losses, strict=True)
         )
     )
-    found = fit_isoflop(noiseless).parameters
+    power_law = fit_isoflop(noiseless).parameters
     largest = float(points.flops.max())
-    return IsoFlopBias(found.exponent - law.parameters_exponent, found.predict(largest) / law.optimal(largest)[0])
+    return IsoFlopBias(power_law.exponent - law.parameters_exponent, power_law.predict(largest) / law.optimal(largest)[0])

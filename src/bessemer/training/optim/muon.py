@@ -72,8 +72,8 @@ def orthogonalised_together(
     for (short, *_), numbers in alike.items():
         stacks = [directions[number].unflatten(-2, (parts[number], -1)).flatten(0, -3) for number in numbers]
         wide = [stack if stack.shape[-2] == short else stack.mT for stack in stacks]
-        found = orthogonalise(torch.cat(wide)).split([len(stack) for stack in stacks])
-        for number, stack, one in zip(numbers, stacks, found, strict=True):
+        orthogonal = orthogonalise(torch.cat(wide)).split([len(stack) for stack in stacks])
+        for number, stack, one in zip(numbers, stacks, orthogonal, strict=True):
             results[number] = (one if stack.shape[-2] == short else one.mT).reshape(directions[number].shape)
     return [result for result in results if result is not None]
 
