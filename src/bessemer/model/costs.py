@@ -1,9 +1,9 @@
-"""Parameters, FLOPs and cache bytes of a decoder, from its shape alone: without torch and without weights."""
+"""The parts of a decoder and their sizes, from its shape alone: without PyTorch and without weights."""
 
 from __future__ import annotations
 
 from bessemer.model.architecture import DecoderShape
-from bessemer.model.attention import variant_of, variant_of_type
+from bessemer.model.attention import variant_of
 from bessemer.model.parts import ModelPart, Shape
 
 
@@ -69,43 +69,3 @@ def block_parts(config: DecoderShape) -> list[ModelPart]:
 def all_parts(config: DecoderShape) -> list[ModelPart]:
     """Every part of the network."""
     return [*outer_parts(config), *block_parts(config)]
-
-
-def parameters(config: DecoderShape) -> int:
-    """All weights, each stored number once."""
-    return sum(part.parameters for part in all_parts(config))
-
-
-def embedding_parameters(config: DecoderShape) -> int:
-    """Weights of the embedding table, and of the language head when it has its own."""
-    return config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings or config.num_scores else 2)
-
-
-def active_parameters(config: DecoderShape) -> int:
-    """Weights that one token meets: all but the experts that it does not visit."""
-    skipped = sum(part.parameters * (1 - part.active_share) for part in all_parts(config) if part.name == "experts")
-    return parameters(config) - round(skipped)
-
-
-def flops_per_token(config: DecoderShape, context_length: int) -> int:
-    """Floating-point operations of one training token, forward and backward, at a context of `context_length` tokens.
-
-    6 N + 6 T Σ heads · (key channels + value channels) (Chowdhery et al. 2022, appendix B): N weights that multiply
-    (the matrices that the token meets and the head, tied or not; the look-up and the norms are free), T context, the
-    window in sliding layers. Each weight costs a multiplication and an addition forward, twice that backward. The
-    causal half of the scores that is never needed is counted, recomputation is not. A DeltaNet layer costs
-    6 · 3 · heads · key channels · value channels, whatever the context.
-    """
-    multiplying = sum(part.multiplying for part in all_parts(config))
-    mixing = 0
-    for layer_type in config.types:
-        window = config.window(layer_type)
-        visible = context_length if window is None else min(context_length, window)
-        mixing += variant_of_type(config, layer_type).mixing_flops(config, visible)
-    return 6 * multiplying + mixing
-
-
-def kv_bytes_per_token(config: DecoderShape, bytes_per_value: int) -> int:
-    """Bytes that one token of context occupies in the cache (DeltaNet's state does not grow, and is not counted)."""
-    shapes = [variant_of_type(config, layer_type).cache_shape(config) for layer_type in config.types]
-    return bytes_per_value * sum(shape.numbers for shape in shapes if shape is not None)

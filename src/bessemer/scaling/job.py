@@ -14,7 +14,7 @@ from bessemer.distributed.layout import Layout
 from bessemer.model.attention import variant_of
 from bessemer.model.attention.base import TrainingHeads
 from bessemer.model.config import ModelConfig
-from bessemer.model.costs import all_parts, flops_per_token, layer_parts, mtp_parts, outer_parts
+from bessemer.model.costs import all_parts, layer_parts, mtp_parts, outer_parts
 from bessemer.model.parts import ModelPart, Numerics, StoredActivations
 from bessemer.scaling.activations import Recompute, block_activations
 from bessemer.scaling.hardware import Card
@@ -178,7 +178,7 @@ class PlannedJob:
     def scores_flops(self) -> float:
         """FLOPs of a token's attention scores, forward and backward, the causal half."""
         products = sum(part.multiplying for part in all_parts(self.model))
-        return (flops_per_token(self.model, self.settings.context_length) - 6 * products) / 2
+        return (self.model.flops_per_token(self.settings.context_length) - 6 * products) / 2
 
     def kept(self, layer: int, numerics: Numerics, recompute: Recompute = "none") -> StoredActivations:
         """Stored activations of a block for one token (`activations.block_activations`), cached by the kind of block.

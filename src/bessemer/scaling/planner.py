@@ -10,7 +10,6 @@ from bessemer.core.errors import BessemerError, ConfigError
 from bessemer.core.metrics import size
 from bessemer.distributed.layout import Layout
 from bessemer.model.config import ModelConfig
-from bessemer.model.costs import flops_per_token
 from bessemer.scaling.activations import Recompute
 from bessemer.scaling.hardware import Card
 from bessemer.scaling.job import WEIGHT_BYTES, Candidate, PlannedJob
@@ -49,7 +48,7 @@ class Plan:
     @property
     def model_flops_utilisation(self) -> float:
         """FLOPs of the model over the GPUs' peak in bfloat16 (Chowdhery et al. 2022, appendix B)."""
-        needed = flops_per_token(self.job.model, self.job.settings.context_length) * self.tokens_per_second
+        needed = self.job.model.flops_per_token(self.job.settings.context_length) * self.tokens_per_second
         return needed / (self.job.card.flops * self.candidate.layout.world_size)
 
     def days(self, tokens: float) -> float:
@@ -67,12 +66,8 @@ class Plan:
 
     def settings(self) -> dict[str, Any]:
         """The recipe settings of this plan."""
-        layout, candidate = self.candidate.layout, self.candidate
-        axes = {
-            name: getattr(layout, name) for name in ("data_replicate", "data_shard", "context", "tensor", "pipeline", "expert")
-        }
-        parallel: dict[str, Any] = {name: ranks for name, ranks in axes.items() if ranks > 1}
-        if layout.pipeline > 1:
+        candidate, parallel = self.candidate, dict[str, Any](_axes(self.candidate.layout))
+        if candidate.layout.pipeline > 1:
             parallel["pipeline_schedule"] = candidate.schedule
         return {
             "parallel": parallel,
@@ -228,14 +223,15 @@ def _first_fitting(job: PlannedJob, gpus: int) -> Plan | None:
     return min(possible, key=lambda plan: plan.timing.step, default=None)
 
 
+def _axes(layout: Layout) -> dict[str, int]:
+    """The axes of more than one rank."""
+    names = ("data_replicate", "data_shard", "context", "tensor", "pipeline", "expert")
+    return {name: ranks for name in names if (ranks := getattr(layout, name)) > 1}
+
+
 def describe(plan: Plan) -> str:
     """A plan in a few words: the axes above 1, the micro-batch, the recomputation."""
-    layout = plan.candidate.layout
-    axes = [
-        f"{name} {getattr(layout, name)}"
-        for name in ("data_replicate", "data_shard", "context", "tensor", "pipeline", "expert")
-        if getattr(layout, name) > 1
-    ]
+    axes = [f"{name} {ranks}" for name, ranks in _axes(plan.candidate.layout).items()]
     recompute = plan.candidate.recompute
     again = [] if recompute == "none" else [f"{recompute} checkpointing"]
     return ", ".join([*axes, f"micro-batch {plan.candidate.micro_batch_size}", *again])

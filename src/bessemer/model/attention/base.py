@@ -62,6 +62,8 @@ class AttentionVariant(ABC):
     in_compiled_step: ClassVar[bool] = False
     #: Whether families of Hugging Face may have it; otherwise only Bessemer's own form of a folder holds it.
     in_families: ClassVar[bool] = False
+    #: Why ONNX, whose caches are keys and values of heads, cannot hold it; None where it can.
+    not_in_onnx: ClassVar[str | None] = "a kind of attention that its writer does not know"
     #: Settings of `Architecture` that only this variant reads.
     settings: ClassVar[tuple[str, ...]] = ()
     #: Settings that the tensor axis must divide.

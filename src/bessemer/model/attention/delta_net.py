@@ -24,6 +24,7 @@ class DeltaNet(AttentionVariant):
     recurrent = True
     casts_input = False
     in_families = True
+    not_in_onnx = "layers of linear attention (gated DeltaNet): their state is no key and value"
     settings = (
         "linear_num_key_heads",
         "linear_num_value_heads",

@@ -19,6 +19,7 @@ class GroupedQuery(AttentionVariant):
     layer = "bessemer.model.layers.attention:Attention"
     in_compiled_step = True
     in_families = True
+    not_in_onnx = None
     divided_by_tensor = ("num_attention_heads", "num_key_value_heads")
 
     def is_used(self, config: DecoderShape, layer_type: LayerType) -> bool:

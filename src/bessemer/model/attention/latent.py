@@ -18,6 +18,7 @@ class Latent(AttentionVariant):
     noun = "latent attention"
     layer = "bessemer.model.layers.attention:LatentAttention"
     in_families = True
+    not_in_onnx = "latent attention: its cache is no key and value of each head, which the names of the inputs promise"
     settings = ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
     divided_by_tensor = ("num_attention_heads",)
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from bessemer.core.environment import install_extra
 from bessemer.core.errors import ArtefactError, ConfigError, writing_to
 from bessemer.core.store import new_folder
-from bessemer.model.attention import LayerType, is_recurrent
+from bessemer.model.attention import LayerType, variants_in
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
 from bessemer.model.layers.attention_backends import AttentionBackend, AttentionMask, Scores, alibi_slopes
@@ -51,10 +51,9 @@ _EXTERNAL_ABOVE = 1_500_000_000
 
 def why_not(config: ModelConfig) -> str | None:
     """What of a model cannot be written as ONNX, in words; None when all can."""
-    if config.is_latent:
-        return "latent attention: its cache is no key and value of each head, which the names of the inputs promise"
-    if is_recurrent(config):
-        return "layers of linear attention (gated DeltaNet): their state is no key and value"
+    for variant in variants_in(config):
+        if variant.not_in_onnx is not None:
+            return variant.not_in_onnx
     if config.rope_scaling.rope_type == "dynamic":
         return "dynamic rotary scaling: its frequencies follow the length of the text, and a graph's are fixed"
     return None
@@ -213,9 +212,8 @@ class OnnxDecoder(nn.Module):
         queries_T = keys_S[seen_tokens - new :]
         distance_TS = queries_T[:, None] - keys_S
         allowed_TS = distance_TS >= 0
-        if kind == "sliding_attention":
-            assert config.sliding_window is not None
-            allowed_TS = allowed_TS & (distance_TS < config.sliding_window)
+        if (window := config.window(kind)) is not None:
+            allowed_TS = allowed_TS & (distance_TS < window)
         allowed_BTS = (allowed_TS & (mask_BS[:, None, :] != 0)) | (distance_TS == 0)
         penalty_BHTS = torch.zeros((), dtype=torch.float32, device=mask_BS.device)
         if config.position_type == "alibi":
