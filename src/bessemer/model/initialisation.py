@@ -47,7 +47,7 @@ def _initial(name: str, shape: tuple[int, ...], config: ModelConfig, generator: 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of the decoder, in the order of the network."""
-    # its table is no tensor of the model, and takes gigabytes when the context is long
+    # without rotary tables, which are no parameters and take gigabytes for long contexts
     if config.position_type == "rotary":
         config = config.with_changes(position_type="none")
     return {name: tuple(tensor.shape) for name, tensor in empty_decoder(config).state_dict().items()}

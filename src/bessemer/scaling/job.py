@@ -105,7 +105,7 @@ class PlannedJob:
 
     @property
     def chunk_size(self) -> ChunkSize:
-        """How many logits the loss holds at a time."""
+        """Size of the chunks of logits in the loss."""
         return chunk_size("cpu" if self.on_cpu else "cuda")
 
     @property
@@ -115,7 +115,7 @@ class PlannedJob:
 
     @property
     def compiled(self) -> bool:
-        """Whether blocks are compiled; with compile: auto a GPU always gains by it."""
+        """Whether blocks are compiled; compile: auto counts as true, since a GPU always gains."""
         return self.settings.compile is not False
 
     def numerics(self, candidate: Candidate) -> Numerics:
@@ -192,7 +192,7 @@ class PlannedJob:
         return self._kept[key]
 
     def training_heads(self, layers: list[int]) -> list[tuple[TrainingHeads, int]]:
-        """Keys and values of a token in each kind of attention that has some, and the number of `layers` of the kind."""
+        """Each shape of keys and values among `layers`, with the number of layers that have it."""
         counts = Counter(variant_of(self.model, layer).training_heads(self.model) for layer in layers)
         return [(heads, count) for heads, count in counts.items() if heads is not None]
 

@@ -59,13 +59,13 @@ def _peak(memory: Memory) -> float:
 
 
 def state_bytes(job: PlannedJob, *, matrix: bool) -> float:
-    """Bytes of optimizer state per weight, of a block's matrix or of another parameter: as the optimizer says."""
+    """Bytes of optimizer state per weight, of a block's matrix or of another parameter, as the optimizer declares."""
     said = find_optimizer(job.settings.optimizer).state_bytes
     return _UNKNOWN_STATE if said is None else said(job.settings, matrix)
 
 
 def assumed_states(job: PlannedJob) -> str | None:
-    """What the plan assumes of an optimizer that says nothing of its states; None where it does."""
+    """The assumption about an optimizer that does not declare its state, for the plan; None where it does."""
     if find_optimizer(job.settings.optimizer).state_bytes is not None:
         return None
     return f"assumed: {_UNKNOWN_STATE:.0f} bytes a weight for the states of {job.settings.optimizer}, which does not say"

@@ -56,7 +56,7 @@ class LawInUse:
     fit: Fit | None = None
 
     def interval(self, parameters: float, tokens: float, confidence: float) -> Interval:
-        """Of the loss at N and D: of one further run where the law has its points, of the law alone for the published one."""
+        """Interval of the loss at N and D: of one further run where the law has its points, else of the law alone."""
         if self.fit is not None:
             return self.fit.new_run_interval(parameters, tokens, confidence)
         return quantity_interval(published_resamples(), lambda law: float(law.predict(parameters, tokens)), confidence)
@@ -100,7 +100,7 @@ class Suggestion:
 
     @property
     def extrapolation(self) -> str | None:
-        """How far the compute lies outside that of the law's points; None within."""
+        """How far the compute lies outside the range of the law's points, in words; None within."""
         smallest, largest = self.law.flops
         if self.flops > largest:
             return f"{self.flops / largest:,.3g} times the compute of the largest point that the law was fitted to"
@@ -144,7 +144,7 @@ def suggest_for_flops(
 def suggest_for_time(
     law: LawInUse, days: float, *, gpus: int, card: Card, vocab_size: int, context_length: int, confidence: float = 0.9
 ) -> Suggestion:
-    """The compute-optimal run of some GPUs in some days, at the speed that the planner predicts for its own model."""
+    """The compute-optimal run for GPUs and days, at the speed that the planner predicts for the suggested model."""
     flops = days * _SECONDS_PER_DAY * gpus * card.flops * card.achievable
     for _ in range(_ROUNDS):
         suggestion = suggest_for_flops(

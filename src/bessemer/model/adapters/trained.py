@@ -65,7 +65,7 @@ class LowRankUpdate(nn.Module):
         return Update(own["down"], own["up"], self.scale, own.get("magnitude"))
 
     def extra_repr(self) -> str:
-        """What torch prints of it."""
+        """Text in torch's printed module."""
         return f"rank={self.down.shape[0]}, scale={self.scale:g}"
 
 

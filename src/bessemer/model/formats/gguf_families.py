@@ -176,7 +176,7 @@ _GEMMA_27B_LAYERS = 62
 def _read_gemma3(head: GgufHead) -> dict[str, Any]:
     settings = read_shape(head) | read_windows(head, 6)
     hidden, heads = settings["hidden_size"], settings["num_attention_heads"]
-    # llama.cpp tells it by that too
+    # llama.cpp recognises it by its layers too
     is_27b = settings["num_hidden_layers"] == _GEMMA_27B_LAYERS
     settings |= {
         "model_type": "gemma3_text",
@@ -231,7 +231,7 @@ def _stored_gpt2(config: ModelConfig, names: Names) -> Iterator[Stored]:
     for stored in stored_alike(config, names):
         if re.fullmatch(r"blk\.\d+\.attn_[kv]\.\w+", stored.name):
             continue
-        # with its key and value in one
+        # the file has query, key and value in one tensor
         if ".attn_q." in stored.name:
             ours = stored.views[0].name
             places = tuple(TensorView(ours.replace("q_proj", f"{part}_proj")) for part in "qkv")
@@ -295,9 +295,9 @@ GPT_OSS = GgufFamily("gpt-oss", _read_gpt_oss, _write_gpt_oss, _stored_gpt_oss, 
 
 # ---------------------------------------------------------------------------------------------------------- DeepSeek-V3
 
-# of llama.cpp's gating functions
+# number of the sigmoid among llama.cpp's gating functions
 _SIGMOID = 2
-# layers
+# numbers of layers of the models that llama.cpp knows
 _WITHOUT_QUERY_LATENT = (26, 27)
 
 

@@ -61,7 +61,7 @@ def open_gguf(
         notes, tokenizer = write_tokenizer(file, config, Path(tokenizer_folder.name), split, compact=True)
         end_tokens = read_end_tokens(Path(tokenizer_folder.name))
         if tokenizer is not None:
-            # it reads some of its files when they are first needed
+            # the tokenizer reads some of its files later
             weakref.finalize(tokenizer, tokenizer_folder.cleanup)
         weights = tensors.read()
     model = replace_with_quantised_modules(empty_decoder(in_a_family(config)), tensors.schemes)
@@ -80,7 +80,7 @@ class _Tensors:
         self.schemes = {
             module: scheme for name, module in self._modules.items() if (scheme := self._scheme(name, module)) is not None
         }
-        # the matrices of an expert are kept alike
+        # both matrices of an expert are quantised, or none
         for module in [name for name in self.schemes if ".experts." in name]:
             if not all(f"{module.rpartition('.')[0]}.{part}" in self.schemes for part in ("gate_up_proj", "down_proj")):
                 del self.schemes[module]

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 # Shapes: B batch, T new tokens, P past tokens, S = P + T, K key-value heads, C channels of a head, N tokens of a batch,
 # E experts, k experts of a token, D hidden.
 OPSET = 20
-#: A model's file holds at most 2 GiB; weights above this lie beside it, in FILE.data.
+#: Bytes of weights above which they are stored in FILE.data: a file of ONNX holds at most 2 GiB.
 _EXTERNAL_ABOVE = 1_500_000_000
 
 
@@ -118,7 +118,7 @@ def write_onnx(model: Decoder, path: Path) -> list[str]:
         )
         assert program is not None
         program.save(str(Path(scratch) / path.name), external_data=external)
-        # the graph last
+        # the graph last, when its data are there
         for written in sorted(Path(scratch).iterdir(), key=lambda file: file.name == path.name):
             written.replace(path.parent / written.name)
     notes = []
@@ -286,7 +286,7 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-#: What the engine is tuned for and timed with: rows, tokens read at once, tokens in the cache.
+#: Sizes that the engine is tuned and timed for: rows, tokens of a prompt, cached tokens.
 _ROWS, _PROMPT, _PAST = 1, 512, 512
 _TIMED_STEPS = 30
 
@@ -355,11 +355,11 @@ def _timed(trt: Any, plan: bytes, config: ModelConfig) -> list[str]:
     prompt, past = (min(length, config.max_position_embeddings // 2) for length in (_PROMPT, _PAST))
     lines = []
     for what, new, before in (("a prompt", prompt, 0), ("one token", 1, past)):
-        # what the engine reads and writes, kept alive
+        # keeps the engine's buffers alive
         held = []
         for name, shape in _shapes(config, new, before).items():
             dtype = torch.float16 if name.startswith("past") else torch.int64
-            # an empty tensor has no address, and TensorRT wants one
+            # TensorRT wants an address, which an empty tensor has not
             held.append(torch.ones(shape if math.prod(shape) else (1,), dtype=dtype, device="cuda"))
             context.set_input_shape(name, shape)
             context.set_tensor_address(name, held[-1].data_ptr())

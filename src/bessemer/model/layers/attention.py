@@ -122,7 +122,7 @@ class Attention(AttentionLayer):
         query_width = config.num_attention_heads * config.head_dim
         key_value_width = config.num_key_value_heads * config.head_dim
         self.has_gate = config.attention_output_gate
-        # the gate's rows lie beside the query's, head by head
+        # each head's rows of the gate follow its rows of the query
         self.q_proj = nn.Linear(config.hidden_size, query_width * (2 if self.has_gate else 1), bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, key_value_width, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_value_width, bias=config.attention_bias)
@@ -192,7 +192,7 @@ class Attention(AttentionLayer):
 
 
 # Shapes: B batch, T time, S positions seen, D hidden, L latent, H heads, N channels without position, R with, V of a value.
-# DeepSeek-V3 fixes it, whatever the other norms use
+# fixed in DeepSeek-V3, whatever the other norms use
 _LATENT_NORM_EPS = 1e-6
 
 

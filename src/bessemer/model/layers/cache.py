@@ -102,7 +102,7 @@ class DecoderCache:
             shape = variant_of(config, layer).cache_shape(config)
             if shape is None:
                 continue
-            # zeros, because a slot that is not seen has weight 0, and 0 times what lies in fresh memory may be NaN
+            # zeros: masked slots have weight 0, and 0 times a NaN of fresh memory is NaN
             slots = (batch_size, shape.heads, capacity)
             if not shape.shared:
                 self._values[layer] = torch.zeros((*slots, shape.value_width), dtype=dtype, device=device)
@@ -175,7 +175,7 @@ class DecoderCache:
         if isinstance(self._slots, slice):
             stored_BKSC[:, :, self._slots] = new_BKTC
         else:
-            # an index put, unlike a slice, casts nothing: autocast gives bfloat16 here
+            # assignment by index, unlike by slice, does not cast, and autocast gives bfloat16 here
             rows_B1, slots_BT = self._slots
             stored_BKSC[rows_B1, :, slots_BT] = new_BKTC.transpose(1, 2).to(stored_BKSC.dtype)
         return stored_BKSC[:, :, : self.live]

@@ -29,7 +29,7 @@ from bessemer.model.quantisation.integers import Grid, IntegerScheme, as_codes, 
 
 
 def folds_of(block: Block) -> Iterator[Fold]:
-    """The places of a block, in the order in which they are passed."""
+    """The folds of a block, in the order of the forward pass."""
     attention_norm, inner_norm = block.input_layernorm, block.post_attention_layernorm
     for fold in block.attention.folds(attention_norm):
         yield fold.below(block.variant.attribute)
@@ -45,7 +45,7 @@ def _entries(feed_forward: FeedForward) -> tuple[str, ...]:
 
 
 def _up_to_down(feed_forward: FeedForward, name: str) -> Iterator[Fold]:
-    """Nothing without a gate: an activation stands between."""
+    """The product of gate and up before `down_proj`; none without a gate, since an activation stands between."""
     if feed_forward.gate_proj is not None:
         up = feed_forward.up_proj
         yield Fold(up.out_features, lambda scales: divide_outputs(up, scales), (f"{name}.down_proj",))
@@ -127,7 +127,7 @@ class _Reader(NamedTuple):
         return weight if weight.ndim == 3 else weight[None]
 
     def rounded(self, scales_K: Tensor) -> Tensor:
-        """The weight as it comes out of rounding with its columns scaled, the scales taken back."""
+        """The weight after rounding with scaled columns, divided by the scales again."""
         parts = []
         for matrix_NK, statistics in zip(self.matrices * scales_K, self.statistics, strict=True):
             grid = _clipped(matrix_NK, statistics.divided(scales_K), self.scheme, _FEW_CLIPS)
@@ -136,7 +136,7 @@ class _Reader(NamedTuple):
 
 
 def _best_scales(fold: Fold, readers: Sequence[_Reader], fed: Fed, wanted: Sequence[Tensor]) -> Tensor:
-    """Of the scales (P) of all exponents, those with the smallest error of the block's outputs, which were `wanted`."""
+    """The scales (P), over all exponents, with the smallest error of the block's outputs. wanted: the outputs before."""
     seen = [statistics for reader in readers for statistics in reader.statistics]
     total = torch.stack([statistics.magnitudes_K for statistics in seen]).sum(0)
     activations_P = fold.gathered(total / max(sum(statistics.count for statistics in seen), 1)).clamp(min=1e-4)
@@ -194,6 +194,6 @@ def _clipped(weight_NK: Tensor, statistics: Statistics, scheme: IntegerScheme, c
 
 
 def _error_beside(weight_NS: Tensor, squares_SS: Tensor, beside_NS: Tensor, scheme: IntegerScheme, grid: Grid) -> Tensor:
-    """What a group's rounding adds to the error of the outputs, (N, 1), where the other groups' errors come to `beside_NS`."""
+    """Error of the outputs due to a group's rounding, (N, 1), given the error of the other groups, `beside_NS`."""
     difference_NS = grid.rounded(weight_NS, scheme) - weight_NS
     return ((difference_NS @ squares_SS + 2 * beside_NS) * difference_NS).sum(-1, keepdim=True)

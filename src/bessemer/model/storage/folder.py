@@ -53,7 +53,7 @@ MODEL_FORMAT = 1
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
-#: What generation settings and `SamplingParams` call by the same name; the rest is of `transformers`' own methods.
+#: Generation settings with the same name in `SamplingParams`; the others belong to methods of `transformers`.
 _SAMPLING_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -206,7 +206,7 @@ def save_initial_model(config: ModelConfig, seed: int, folder: Path, *, tokenize
         ours: dict[str, Tensor] = {}
         for one in stored:
             names = [place.name for place in one.views]
-            # a tensor of many experts is stored in as many, one after the other
+            # consecutive files' tensors share one of ours: experts are stored one by one
             ours = {name: tensor for name, tensor in ours.items() if name in names}
             for name in names:
                 if name not in ours:
@@ -245,9 +245,9 @@ def load_model(
     if not on_disk.config.num_nextn_predict_layers:
         schemes = {name: scheme for name, scheme in schemes.items() if not name.startswith("mtp.")}
     model = replace_with_quantised_modules(empty_decoder(on_disk.config), schemes)
-    # norms are never quantised: they say in which type the rest of the model is
+    # norms are never quantised: their dtype is the model's
     set_dtype(model, weights["norm.weight"].dtype)
-    # the tables of rotary positions too
+    # moves the tables of rotary positions as well
     return fill(model, weights).to(device)
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 #: Record of a fine-tuning, in its folder.
 RECORD = "finetune.json"
-#: Folders in it: the model where it had to be made ready, the adapter, and whole weights.
+#: Folders in it: a converted base model, the adapter, and whole weights.
 BASE, ADAPTER, MODEL = "base", "adapter", "model"
 #: Held-out questions, as a task file.
 HELD_OUT_TASK = "held_out.yaml"
@@ -113,7 +113,7 @@ def whole_weights(out: Path) -> Path | None:
     try:
         merge_adapter(tuned.folder, tuned.adapter, out / MODEL)
     except OSError:
-        # another process may have been faster
+        # another process may have merged it meanwhile
         if not (out / MODEL / _CONFIG).is_file():
             raise
     return out / MODEL

@@ -32,7 +32,7 @@ from bessemer.model.quantisation.storage import Layout, StoredPart
 from bessemer.model.storage.library import WEIGHTS, WEIGHTS_INDEX, refuse_checkpoint
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-#: Of codes, and of what goes with them.
+#: Dtypes of codes, and of their scales and zeros.
 CODE_DTYPES = {
     torch.int8: "I8",
     torch.uint8: "U8",
@@ -42,7 +42,7 @@ CODE_DTYPES = {
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
 }
-#: Bytes of a file that stay in memory after they have been read for good.
+#: Bytes read through a mapping before it is renewed, which frees their pages.
 _MAPPED = 1 << 28
 _SHARDS = "model-*-of-*.safetensors"
 
@@ -82,7 +82,7 @@ def write_weights(folder: Path, entries: Sequence[Entry], tensors: Iterator[Tens
         places = {entry.name: name for name, shard in zip(names, shards, strict=True) for entry in shard}
         write_json(folder / WEIGHTS_INDEX, {"metadata": {"total_size": _bytes(entries)}, "weight_map": places})
     for path in (folder / WEIGHTS, *folder.glob(_SHARDS), *([folder / WEIGHTS_INDEX] if len(shards) == 1 else [])):
-        # of a model that was saved here before, in other pieces
+        # files of a model saved here before, with other shards
         if path.name not in names:
             path.unlink(missing_ok=True)
 
@@ -122,7 +122,7 @@ def _write_file(path: Path, entries: Sequence[Entry], tensors: Iterator[Tensor])
             tensor = next(tensors)
             assert tuple(tensor.shape) == entry.shape and tensor.dtype == entry.dtype, entry
             tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tofile(stream)
-            # gone before the next one is made
+            # freed before the next tensor is made
             del tensor
 
 
@@ -164,7 +164,7 @@ class WeightsFile:
 
 EMBEDDING = "embed_tokens.weight"
 HEAD = "lm_head.weight"
-#: What the names of some published files lack.
+#: Prefixes that tensor names of some published files lack.
 _PREFIXES = {"gpt2": "transformer."}
 
 

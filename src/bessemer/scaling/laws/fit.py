@@ -107,7 +107,7 @@ class Fit:
 
     @property
     def root_mean_square(self) -> float:
-        """Of the residuals of log L: about the relative error at the fitted points."""
+        """Root mean square of the residuals of log L: about the relative error at the fitted points."""
         left = residuals(self.points, self.law)
         return float(np.sqrt(np.mean(left**2)))
 

@@ -113,7 +113,7 @@ _TOGETHER = 512
 
 
 def fit_huber(points: Points) -> ParametricLaw:
-    """The law of the lowest Huber loss over all starts."""
+    """The law with the lowest Huber loss over all starting points."""
     floor, mean = points.loss.min(), np.exp(np.log(points.loss).mean())
     starts = np.array(
         [

@@ -53,7 +53,7 @@ class LossOfCompute:
 
 @dataclass(frozen=True)
 class Frontier:
-    """What the best models of growing compute say. loss: None below five points."""
+    """Power laws of the best models by compute. loss: None below five points."""
 
     parameters: PowerLaw
     tokens: PowerLaw
@@ -143,7 +143,7 @@ class IsoFlop:
 
 @dataclass(frozen=True)
 class IsoFlopBias:
-    """How far parabolas miss a law: their exponent less its own, and their N* over its own at the largest compute."""
+    """Bias of the parabolas under a law: their exponent minus the law's, and their N* over the law's at the largest compute."""
 
     exponent: float
     size: float
