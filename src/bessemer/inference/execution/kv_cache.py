@@ -42,18 +42,15 @@ class LayerGroup(NamedTuple):
 
 
 def layer_groups(config: ModelConfig, mtp_layers: int = 0) -> list[LayerGroup]:
-    """The groups of a model's layers: those with full attention, and those with a window. Linear attention has no pages.
+    """The groups of a model's layers: those with full attention, then those with a window. Layers with states have no pages.
 
     mtp_layers: MTP modules that have pages too; they are numbered on behind the layers, and are of the last layer's kind.
     """
-    types = [*config.types, *[config.types[-1]] * mtp_layers]
-    kinds = {"full_attention": None, "sliding_attention": config.sliding_window}
-    groups = []
-    for kind, window in kinds.items():
-        layers = tuple(layer for layer, its_kind in enumerate(types) if its_kind == kind)
-        if layers:
-            groups.append(LayerGroup(window, layers))
-    return groups
+    layers: dict[int | None, list[int]] = {}
+    for layer, layer_type in enumerate([*config.types, *[config.types[-1]] * mtp_layers]):
+        if variant_of_type(config, layer_type).cache_shape(config) is not None:
+            layers.setdefault(config.window(layer_type), []).append(layer)
+    return [LayerGroup(window, tuple(layers[window])) for window in sorted(layers, key=lambda window: window is not None)]
 
 
 class HeadShare(NamedTuple):
