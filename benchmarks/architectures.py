@@ -148,7 +148,7 @@ class Lstm(nn.Module):
         return self.proj(states_BTH)
 
     def flops_per_token(self) -> int:
-        """Six a weight that multiplies, as `costs.flops_per_token` counts."""
+        """Six a weight that multiplies, as `ModelConfig.flops_per_token` counts."""
         return 6 * sum(parameter.numel() for parameter in self.parameters() if parameter.ndim > 1)
 
     def optimizer(self, config: PretrainConfig) -> AdamW:

@@ -49,14 +49,14 @@ def plan(
         return
     from bessemer.pipeline.planning import planned
     from bessemer.scaling.hardware import find_card
-    from bessemer.scaling.job import TrainingJob
+    from bessemer.scaling.job import PlannedJob
     from bessemer.scaling.planner import plan_summary, plans, requested_plan
 
     asked, card = planned(recipe, overrides or [], allow_code=allow_code), find_card(gpu)
     if serve:
         _plan_serving(asked.name, asked.model, card, gpus, price, weights, prompt_tokens, answer_tokens, as_json)
         return
-    job = TrainingJob(asked.model, asked.settings, card)
+    job = PlannedJob(asked.model, asked.settings, card)
     found = plans(job, gpus, count=layouts)
     total = tokens or asked.tokens or found[0].tokens_per_second * 60 * (asked.minutes or 0)
     result = {"name": asked.name} | plan_summary(

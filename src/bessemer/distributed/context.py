@@ -27,7 +27,7 @@ from bessemer.distributed.collectives import to_autocast_dtype
 from bessemer.distributed.layout import chunks_of_rank
 from bessemer.distributed.mesh import Mesh
 from bessemer.model.decoder import Decoder
-from bessemer.model.layers.attention import Attention, LatentAttention
+from bessemer.model.layers.attention import AttentionLayer
 from bessemer.model.layers.attention_backends import (
     AttentionBackend,
     AttentionMask,
@@ -266,7 +266,7 @@ def apply_context_parallel(model: nn.Module, mesh: Mesh, method: Literal["all_ga
     for module in model.modules():
         if isinstance(module, Decoder):
             module.rows = rows
-        elif isinstance(module, (Attention, LatentAttention)):
+        elif isinstance(module, AttentionLayer) and module.backend is not None:
             # blocked attention needs whole rows
             inner = sdpa if module.backend is blocked else module.backend
             module.backend = rows.ring if method == "ring" else partial(rows.gathered, inner)

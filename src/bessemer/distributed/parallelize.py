@@ -23,8 +23,8 @@ from bessemer.distributed.sharding import apply_fsdp
 from bessemer.distributed.stages import Stage, split_into_stages
 from bessemer.distributed.tensor import apply_tensor_parallel, logits_on_rank_0, pad_vocabulary
 from bessemer.model.decoder import Decoder
-from bessemer.model.families.layout import Part
-from bessemer.model.storage.weights import StoredTensors, read_parts
+from bessemer.model.families.layout import TensorBox
+from bessemer.model.storage.weights import StoredTensors, read_boxes
 
 
 def load_shards(
@@ -37,13 +37,13 @@ def load_shards(
 
     parts: made from `empty_decoder(stored.config)` and parallelised: the model, or this rank's stages of a pipeline. They keep
     their dtype, and have the values that `load_model` gives them. added: whole tensors that the folder does not hold, such as
-    a new head. Raises ArtefactError as `read_parts`.
+    a new head. Raises ArtefactError as `read_boxes`.
     """
     for part in parts:
         # FSDP takes over the new memory when it is given this way
         part._apply(lambda tensor: _on_device(tensor, device))
     added = added or {}
-    shards: dict[str, list[Part]] = defaultdict(list)
+    shards: dict[str, list[TensorBox]] = defaultdict(list)
     for part in parts:
         for name, tensor in _weights(part, stored):
             shard = _shard(tensor)
@@ -51,7 +51,7 @@ def load_shards(
                 shard.tensor.copy_(added[name][shard.box])
             else:
                 shards[name].append(shard)
-    read_parts(stored, shards)
+    read_boxes(stored, shards)
 
 
 def _on_device(tensor: Tensor, device: torch.device | str) -> Tensor:
@@ -65,7 +65,7 @@ def _weights(part: Decoder, stored: StoredTensors) -> Iterator[tuple[str, Tensor
     yield from ((name, buffer) for name, buffer in part.named_buffers() if name in stored.shapes)
 
 
-def _shard(tensor: Tensor) -> Part:
+def _shard(tensor: Tensor) -> TensorBox:
     """This process's shard of a tensor, with its place in the whole one.
 
     A DTensor's axes are taken from the last to the first: FSDP shards what tensor or expert parallelism has sharded.
@@ -86,7 +86,7 @@ def _shard(tensor: Tensor) -> Part:
             size[sharded.dim] = min(each, size[sharded.dim] - first)
     shard = local(tensor.detach())
     assert shard.shape == torch.Size(size), (shard.shape, size)
-    return Part(shard, tuple(start))
+    return TensorBox(shard, tuple(start))
 
 
 class Parallelized(NamedTuple):

@@ -54,6 +54,7 @@ from bessemer.inference.speculation.ngram import NGramProposer
 from bessemer.inference.speculation.proposer import DraftLengthPolicy, Proposer
 from bessemer.model.adapters.folder import read_adapter
 from bessemer.model.adapters.trained import merged
+from bessemer.model.attention import is_recurrent
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
 from bessemer.model.device import choose_device, is_fast
@@ -285,7 +286,7 @@ def new_memory(model: Decoder, config: EngineConfig, mesh: Mesh = ALONE) -> tupl
         blocks,
         mtp_layers=mtp_layers,
         mtp_spare_blocks=mtp_spare_blocks,
-        state_slots=config.max_num_seqs if "linear_attention" in model.config.types else 0,
+        state_slots=config.max_num_seqs if is_recurrent(model.config) else 0,
         kept_steps=config.speculation.tokens if config.speculation else 0,
         snapshots=snapshots,
         share=share,

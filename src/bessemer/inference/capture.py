@@ -17,6 +17,7 @@ from bessemer.inference.request import ScheduledRequest
 from bessemer.inference.sampling.sampler import Sampled
 from bessemer.inference.scheduling.sequence import ScheduledChunk, TokenSequence
 from bessemer.model.adapters import Adapter
+from bessemer.model.attention import variant_of
 from bessemer.model.config import ModelConfig
 
 # Shapes: P captured positions, D hidden, S positions attended to, k experts of a token.
@@ -54,7 +55,7 @@ class Capture:
                 raise RequestError(
                     f"capture: attention ({layer}, {head}) is not of {layers} layers of {config.num_attention_heads} heads"
                 )
-            if config.types[layer] == "linear_attention":
+            if variant_of(config, layer).recurrent:
                 raise RequestError(f"capture: layer {layer} has linear attention, which has no weights")
         for layer in self.routing:
             if not 0 <= layer < layers or not config.is_sparse(layer):

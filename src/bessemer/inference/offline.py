@@ -40,6 +40,7 @@ from bessemer.inference.sampling.params import SamplingParams
 from bessemer.inference.scores import Score, ScoreItem
 from bessemer.model.adapters import Adapter
 from bessemer.model.adapters.folder import read_adapter
+from bessemer.model.attention import is_recurrent
 from bessemer.model.decoder import Decoder
 
 # Shapes: P prompts, R rows (P · n), T tokens of the longest row.
@@ -345,7 +346,7 @@ class TextScorer:
         groups, pages = layer_groups(model.config), -(-longest // config.block_size)
         memory = paged_memory(model, config, [pages] * len(groups), state_slots=1, longest=longest)
         self._tables = [list(range(pages)) for _ in groups]
-        self._slot = 0 if "linear_attention" in model.config.types else None
+        self._slot = 0 if is_recurrent(model.config) else None
         self._runner = new_runner(model, memory, config, opened=True)
 
     @property

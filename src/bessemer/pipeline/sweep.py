@@ -34,7 +34,7 @@ LOSSES = ("bits_per_byte", "validation_loss")
 @dataclass(frozen=True)
 class TrainedRun:
     """What a finished pretraining says. parameters: those that a token meets; flops: of the training, by the model's own count
-    (`model.costs.flops_per_token`), attention included. losses: those of `LOSSES` that were measured."""
+    (`ModelConfig.flops_per_token`), attention included. losses: those of `LOSSES` that were measured."""
 
     name: str
     parameters: int

@@ -12,7 +12,8 @@ from bessemer.core.environment import cxx_compiler
 from bessemer.core.errors import ConfigError
 from bessemer.core.usercode import is_user_function
 from bessemer.distributed.layout import ParallelConfig
-from bessemer.training.config_parts import GROUP, OPTIMIZERS, BatchSizes, BatchSizeWarmup, ProfileConfig
+from bessemer.training.config_parts import BatchSizes, BatchSizeWarmup, ProfileConfig
+from bessemer.training.optim.registry import GROUP, OPTIMIZERS
 
 if TYPE_CHECKING:
     from bessemer.training.adapter_config import AdapterConfig

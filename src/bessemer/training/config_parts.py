@@ -1,29 +1,18 @@
-"""Parts of the training settings that need no PyTorch: batch sizes by step, the profiled steps, the registry of optimizers.
+"""Parts of the training settings that need no PyTorch: batch sizes by step, the profiled steps.
 
 Batch sizes are constant, or grow in stages up to the run's own (batch-size warm-up). Step n reads the rows behind those of
 the steps before it, whatever the sizes: no row is read twice or left out where the size changes.
-
-An optimizer is built by a function of the parameter groups (`bessemer.training.optim.optimizers.Group`) and the run's
-settings, which returns a `torch.optim.Optimizer`, or a list of them that together update every parameter once. Another
-package adds one by an entry point of the group `bessemer.optimizers`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 from pydantic import model_validator
 
 from bessemer.core.config import Config, setting
-from bessemer.core.registry import Plugin, Registry
-
-if TYPE_CHECKING:
-    from torch.optim import Optimizer
-
-    from bessemer.training.config import LoopConfig
 
 
 class Stage(NamedTuple):
@@ -159,24 +148,3 @@ class ProfileConfig(Config):
         """The steps, as numbers."""
         first, _, last = self.steps.partition("-")
         return range(int(first), int(last or first) + 1)
-
-
-#: Entry points of other packages' optimizers.
-GROUP = "bessemer.optimizers"
-
-#: From the groups of parameters and the settings of a run to what updates them.
-OptimizerBuilder = Callable[[list[dict[str, Any]], "LoopConfig"], "Optimizer | Sequence[Optimizer]"]
-
-_BUILD = "bessemer.training.optim.optimizers"
-
-OPTIMIZERS: Registry[OptimizerBuilder] = Registry(
-    "optimizer",
-    GROUP,
-    [
-        Plugin("muon", "Muon for the matrices of the blocks and AdamW for the rest (Jordan et al. 2024)", f"{_BUILD}:muon"),
-        Plugin("adamw", "AdamW for all parameters (Loshchilov and Hutter 2019)", f"{_BUILD}:adamw"),
-        Plugin("sgd", "SGD with momentum for all parameters", f"{_BUILD}:sgd"),
-        Plugin("lion", "Lion for all parameters (Chen et al. 2023)", f"{_BUILD}:lion"),
-        Plugin("adafactor", "Adafactor for all parameters (Shazeer and Stern 2018)", f"{_BUILD}:adafactor"),
-    ],
-)

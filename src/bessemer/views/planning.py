@@ -94,6 +94,7 @@ def _memory(plan: Mapping[str, Any], best: Mapping[str, Any]) -> RenderableType:
     usable = plan["usable_memory"]
     peak = best["memory"]["peak"]
     table.add_row(literal("peak, not all at once", "bold"), literal(f"{size(peak)} of {size(usable)}", "bold"))
+    table.caption = plan.get("assumed_states")
     return table
 
 

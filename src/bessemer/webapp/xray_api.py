@@ -22,7 +22,6 @@ from bessemer.inference.engine import Engine
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.inspection.heads import without_heads
 from bessemer.inspection.inspect import inspect
-from bessemer.model.costs import parameters
 from bessemer.model.decoder import Decoder
 from bessemer.model.storage.tuned_folder import load_whole
 from bessemer.serving.runtime.bodies import ApiError, Body, read_body
@@ -149,7 +148,7 @@ class XrayApi:
     @cached_property
     def _model(self) -> Decoder:
         assert self._folder is not None
-        needed, free = 4 * parameters(self._served.engine.model.config), free_memory_bytes()
+        needed, free = 4 * self._served.engine.model.config.parameters(), free_memory_bytes()
         if free is not None and needed > free:
             raise ApiError(
                 f"an X-ray takes a copy of the model in float32, {needed / _GIB:.1f} GiB, and {free / _GIB:.1f} GiB are free",

@@ -18,6 +18,7 @@ from bessemer.inference.execution.backend import StatelessCache, StepContext
 from bessemer.inference.execution.batch import Batch, StepInputs, fill_pending
 from bessemer.inference.execution.flex_attention import FlexPages, PageAttention, PageGroup, Tiles, page_mask
 from bessemer.inference.execution.kv_cache import PagedMemory
+from bessemer.model.attention import is_recurrent
 from bessemer.model.decoder import Decoder
 from bessemer.model.layers.cache import AttentionInputs
 from bessemer.model.layers.feed_forward import SparseFeedForward
@@ -33,7 +34,7 @@ def sizes_up_to(rows: int) -> list[int]:
 
 def cannot_be_static(model: Decoder) -> str | None:
     """Why no step of a model can run on static tensors; None where it can."""
-    if "linear_attention" in model.config.types:
+    if is_recurrent(model.config):
         return "linear attention's states are found by numbers on the host"
     if model.config.rope_scaling.rope_type == "dynamic":
         return "with dynamic scaling the rotary angles hang on the longest text"

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from bessemer.inference.execution.batch import Batch
+from bessemer.model.attention import variant_of_type, variants_in
+from bessemer.model.attention.base import CacheShape
 from bessemer.model.config import ModelConfig
 from bessemer.model.layers.attention_backends import alibi_slopes
 
@@ -35,27 +37,15 @@ class LayerGroup(NamedTuple):
 
 
 def layer_groups(config: ModelConfig, mtp_layers: int = 0) -> list[LayerGroup]:
-    """The groups of a model's layers: those with full attention, and those with a window. Linear attention has no pages.
+    """The groups of a model's layers: those with full attention, then those with a window. Layers with states have no pages.
 
     mtp_layers: MTP modules that have pages too; they are numbered on behind the layers, and are of the last layer's kind.
     """
-    types = [*config.types, *[config.types[-1]] * mtp_layers]
-    kinds = {"full_attention": None, "sliding_attention": config.sliding_window}
-    groups = []
-    for kind, window in kinds.items():
-        layers = tuple(layer for layer, its_kind in enumerate(types) if its_kind == kind)
-        if layers:
-            groups.append(LayerGroup(window, layers))
-    return groups
-
-
-class HeadShape(NamedTuple):
-    """Shape of one token in a layer's pages. shared: values are the first channels of the keys (latent attention)."""
-
-    heads: int
-    key_width: int
-    value_width: int
-    shared: bool
+    layers: dict[int | None, list[int]] = {}
+    for layer, layer_type in enumerate([*config.types, *[config.types[-1]] * mtp_layers]):
+        if variant_of_type(config, layer_type).cache_shape(config) is not None:
+            layers.setdefault(config.window(layer_type), []).append(layer)
+    return [LayerGroup(window, tuple(layers[window])) for window in sorted(layers, key=lambda window: window is not None)]
 
 
 class HeadShare(NamedTuple):
@@ -65,32 +55,22 @@ class HeadShare(NamedTuple):
     ranks: int = 1
 
 
-def head_shape(config: ModelConfig, ranks: int = 1) -> HeadShape:
-    """The shape of a token in every layer's pages. ranks: processes that share the heads; all have the whole latent."""
-    if config.kv_lora_rank is not None:
-        return HeadShape(1, config.kv_lora_rank + config.qk_rope_head_dim, config.kv_lora_rank, True)
-    return HeadShape(config.num_key_value_heads // ranks, config.head_dim, config.head_dim, False)
+def page_shape(config: ModelConfig, ranks: int = 1) -> CacheShape:
+    """The shape of a token in the pages, the same in every layer that has some. ranks: processes that share the heads."""
+    shapes = [variant.cache_shape(config, ranks) for variant in variants_in(config)]
+    return next((shape for shape in shapes if shape is not None), CacheShape(0, 0, 0))
 
 
 def state_bytes(config: ModelConfig, dtype: torch.dtype, ranks: int = 1) -> int:
-    """Memory of one sequence's states in all layers of linear attention; 0 in a model without. dtype: the model's.
-
-    ranks: processes that share the heads.
-    """
-    heads, key_width = config.linear_num_value_heads, config.linear_key_head_dim
-    value_width = config.linear_value_head_dim
-    convolved = 2 * config.linear_num_key_heads * key_width + heads * value_width
-    tail = (config.linear_conv_kernel_dim - 1) * convolved * dtype.itemsize
-    wide = max(4, dtype.itemsize)
-    return config.types.count("linear_attention") * (tail + heads * key_width * value_width * wide) // ranks
+    """Memory of one sequence's states in all layers, in each of `ranks` processes that share the heads. dtype: the model's."""
+    return sum(variant_of_type(config, kind).state_bytes(config, dtype.itemsize) for kind in config.types) // ranks
 
 
 def block_bytes(config: ModelConfig, group: LayerGroup, block_size: int, dtype: torch.dtype, ranks: int = 1) -> int:
     """Memory of one block in all layers of a group, in each of the processes that share the heads."""
-    shape = head_shape(config, ranks)
-    values = shape.key_width + (0 if shape.shared else shape.value_width)
-    scales = (1 if shape.shared else 2) * 4 if dtype == torch.int8 else 0
-    return len(group.layers) * block_size * shape.heads * (values * dtype.itemsize + scales)
+    shape = page_shape(config, ranks)
+    scales = (1 if shape.shared else 2) * shape.heads * 4 if dtype == torch.int8 else 0
+    return len(group.layers) * block_size * (shape.numbers * dtype.itemsize + scales)
 
 
 class Pages(NamedTuple):
@@ -150,7 +130,7 @@ class PagedMemory:
         self.groups = layer_groups(config, mtp_layers)
         self.kept_steps = kept_steps
         self.share = share
-        self.shape = head_shape(config, share.ranks)
+        self.shape = page_shape(config, share.ranks)
         self.by_head = by_head
         self.has_spare = spare
         #: ALiBi's penalties, of the heads that lie here; None in models without.

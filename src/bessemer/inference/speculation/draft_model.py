@@ -33,6 +33,7 @@ from bessemer.inference.sampling.sampler import likeliest
 from bessemer.inference.scheduling.block_tables import BlockPool
 from bessemer.inference.speculation.proposer import AcceptanceTracker, Draft, DraftLengthPolicy, Proposer, Recent
 from bessemer.inference.speculation.verification import propose
+from bessemer.model.attention import is_recurrent
 from bessemer.model.decoder import Decoder
 from bessemer.model.quantisation.storage import read_settings
 from bessemer.model.storage.folder import CONFIG, load_model, read_model_config
@@ -111,7 +112,7 @@ def open_draft_model(folder: str, model: Decoder, tokenizer: Tokenizer, device: 
             f"speculation.model: {folder} scores {draft.config.vocab_size:,} tokens, and the model that it drafts for "
             f"{model.config.vocab_size:,}; name one with the same vocabulary"
         )
-    if "linear_attention" in draft.config.types:
+    if is_recurrent(draft.config):
         raise ConfigError(
             f"speculation.model: {folder} has linear attention, whose states cannot be taken back; name a model without"
         )

@@ -26,6 +26,7 @@ from bessemer.inference.request import Request, ScheduledRequest
 from bessemer.inference.scheduling.sequence import ScheduledChunk
 from bessemer.inference.speculation.draft_model import ModelProposer, draft_together
 from bessemer.inference.speculation.proposer import Draft, DraftLengthPolicy
+from bessemer.model.attention import variant_of
 from bessemer.model.config import ModelConfig
 
 # Shapes: N positions, D hidden, V vocabulary.
@@ -38,7 +39,7 @@ def mtp_modules(config: ModelConfig) -> int:
             "speculation: mtp: the model has no MTP modules (multi-token prediction); take ngram, or a model trained with "
             "num_nextn_predict_layers"
         )
-    if config.types[-1] == "linear_attention":
+    if variant_of(config, config.num_hidden_layers - 1).recurrent:
         raise ConfigError(
             "speculation: mtp: the model's MTP modules have linear attention, whose states cannot be taken back; take ngram"
         )

@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from bessemer.model.attention import is_recurrent, variant_of
 from bessemer.model.config import ModelConfig
 from bessemer.model.layers.attention_backends import AttentionBackend, AttentionMask, Scores
 
@@ -99,18 +100,17 @@ class DecoderCache:
         self._states: dict[int, tuple[Tensor, ...]] = {}
         self.capacity = capacity
         self._device = torch.device(device)
-        for layer, kind in enumerate(config.types):
-            if kind == "linear_attention":
+        for layer in range(config.num_hidden_layers):
+            shape = variant_of(config, layer).cache_shape(config)
+            if shape is None:
                 continue
-            # zeros, because a slot that is not seen has weight 0, and 0 times what lies in fresh memory may be NaN
-            if config.kv_lora_rank is not None:
-                shape = (batch_size, 1, capacity, config.kv_lora_rank + config.qk_rope_head_dim)
-            else:
-                shape = (batch_size, config.num_key_value_heads, capacity, config.head_dim)
-                self._values[layer] = torch.zeros(shape, dtype=dtype, device=device)
-            self._keys[layer] = torch.zeros(shape, dtype=dtype, device=device)
+            # zeros: masked slots have weight 0, and 0 times a NaN of fresh memory is NaN
+            slots = (batch_size, shape.heads, capacity)
+            if not shape.shared:
+                self._values[layer] = torch.zeros((*slots, shape.value_width), dtype=dtype, device=device)
+            self._keys[layer] = torch.zeros((*slots, shape.key_width), dtype=dtype, device=device)
         self.lengths: list[int] = [0] * batch_size
-        self._has_states = "linear_attention" in config.types
+        self._has_states = is_recurrent(config)
         self._slots: slice | tuple[Tensor, Tensor] = slice(0, 0)
         #: Of the last extension, which new tokens are real, (B, T); None when all are.
         self.real_BT: Tensor | None = None
@@ -159,7 +159,7 @@ class DecoderCache:
         if layer in self._values:
             values_BKSV = self._append(self._values[layer], inputs.value_BKTV)
         else:
-            # latent attention's values are the first channels of its keys
+            # the values are the first channels of the keys
             values_BKSV = keys_BKSC[..., : inputs.value_BKTV.shape[-1]]
         return inputs.backend(inputs.query_BHTC, keys_BKSC, values_BKSV, inputs.mask, inputs.scores)
 
@@ -168,7 +168,7 @@ class DecoderCache:
         if isinstance(self._slots, slice):
             stored_BKSC[:, :, self._slots] = new_BKTC
         else:
-            # an index put, unlike a slice, casts nothing: autocast gives bfloat16 here
+            # assignment by index, unlike by slice, does not cast, and autocast gives bfloat16 here
             rows_B1, slots_BT = self._slots
             stored_BKSC[rows_B1, :, slots_BT] = new_BKTC.transpose(1, 2).to(stored_BKSC.dtype)
         return stored_BKSC[:, :, : self.live]

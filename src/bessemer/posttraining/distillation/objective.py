@@ -18,10 +18,10 @@ from bessemer.core.errors import ConfigError
 from bessemer.core.store import follow, read_json
 from bessemer.distributed.mesh import Mesh
 from bessemer.model.decoder import Decoder
-from bessemer.model.families.layout import Part
+from bessemer.model.families.layout import TensorBox
 from bessemer.model.storage.folder import CONFIG, read_model_config
 from bessemer.model.storage.library import import_advice
-from bessemer.model.storage.weights import EMBEDDING, HEAD, find_tensors, read_parts
+from bessemer.model.storage.weights import EMBEDDING, HEAD, find_tensors, read_boxes
 from bessemer.posttraining.chat_models import place_fingerprint
 from bessemer.posttraining.distillation.config import DISTILLATION_LOSSES, DistillationConfig
 from bessemer.posttraining.distillation.losses import (
@@ -103,7 +103,7 @@ class TeacherHead:
         stored = find_tensors(teacher, read_model_config(teacher))
         name = HEAD if HEAD in stored.shapes else EMBEDDING
         weight_VD = torch.empty(stored.shapes[name])
-        read_parts(stored, {name: [Part(weight_VD, (0, 0))]})
+        read_boxes(stored, {name: [TensorBox(weight_VD, (0, 0))]})
         return cls(weight_VD.to(device), stored.config.final_logit_softcapping)
 
     def states(self, batch: Batch) -> HeadStates:

@@ -102,7 +102,7 @@ def _changes(model: ModelConfig, config: LoopConfig, runtime: Runtime, steps: in
 def _activations(decoder: Decoder, tokens_BT: Tensor) -> dict[str, Tensor]:
     modules: dict[str, nn.Module] = {"embedding": decoder.embed_tokens}
     for layer, block in enumerate(decoder.blocks):
-        modules[f"attention {layer}"] = block.linear_attn if block.is_linear else block.self_attn
+        modules[f"attention {layer}"] = block.attention
         modules[f"feed_forward {layer}"] = block.mlp
     modules["residual"] = decoder.blocks[-1]
     with _outputs(modules) as outputs:

@@ -25,9 +25,9 @@ from bessemer.core.errors import ConfigError
 from bessemer.core.usercode import is_user_function, load_user_function
 from bessemer.distributed.collectives import redistributed
 from bessemer.training.config import LoopConfig
-from bessemer.training.config_parts import OPTIMIZERS
 from bessemer.training.optim.muon import Muon
 from bessemer.training.optim.mup import rate_factor
+from bessemer.training.optim.registry import find_optimizer
 
 
 class Lion(Optimizer):
@@ -172,12 +172,13 @@ def parameter_groups(model: nn.Module, config: LoopConfig, width: float = 1.0) -
     width over the one at which the learning rate was tuned; a role whose parameters then need different rates makes several
     groups, and learning rate times decay stays the same.
     """
+    is_orthogonal = find_optimizer(config.optimizer).constant == "singular values"
     groups: dict[tuple[Role, float, float], Group] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         role = role_of(name, parameter)
-        factor = rate_factor(name, parameter.ndim, width, orthogonal=config.optimizer == "muon")
+        factor = rate_factor(name, parameter.ndim, width, orthogonal=is_orthogonal)
         own = next((own for pattern, own in config.learning_rate_factors.items() if fnmatchcase(name, pattern)), 1.0)
         if (role, factor, own) not in groups:
             rate = (config.matrix_learning_rate if role in _PARTS else None) or config.learning_rate
@@ -215,7 +216,7 @@ def build_optimizers(model: nn.Module, config: LoopConfig, folder: Path = Path()
     if is_user_function(config.optimizer):
         built = load_user_function(config.optimizer, folder)(groups)
     else:
-        built = OPTIMIZERS.find(config.optimizer).load()(groups, config)
+        built = find_optimizer(config.optimizer).load()(groups, config)
     optimizers = _checked(config.optimizer, built, groups)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
