@@ -105,24 +105,24 @@ def _show(measured: Measured, config: LoadConfig) -> None:
     from bessemer.serving.bench import MEASURES
     from bessemer.views.parts_terminal import show_parts
 
-    found = measured.figures
+    figures = measured.figures
     arrivals = f"{config.concurrency} clients" if config.rate is None else f"{config.rate:g} requests/s"
     counted = [
         ("model", measured.model),
         ("load", arrivals),
-        ("answered", f"{found['completed']:,} in {found['duration']:.1f} s"),
-        ("failed", f"{found['failed']:,}"),
-        ("tokens of prompts", f"{found['total_input_tokens']:,}"),
-        ("tokens of answers", f"{found['total_output_tokens']:,}"),
-        ("requests/s", f"{found['request_throughput']:.2f}"),
-        ("tokens/s of answers", f"{found['output_throughput']:,.1f}"),
-        ("tokens/s in all", f"{found['total_token_throughput']:,.1f}"),
+        ("answered", f"{figures['completed']:,} in {figures['duration']:.1f} s"),
+        ("failed", f"{figures['failed']:,}"),
+        ("tokens of prompts", f"{figures['total_input_tokens']:,}"),
+        ("tokens of answers", f"{figures['total_output_tokens']:,}"),
+        ("requests/s", f"{figures['request_throughput']:.2f}"),
+        ("tokens/s of answers", f"{figures['output_throughput']:,.1f}"),
+        ("tokens/s in all", f"{figures['total_token_throughput']:,.1f}"),
     ]
-    if found["request_goodput"] is not None:
-        counted.append(("good requests/s", f"{found['request_goodput']:.2f}"))
+    if figures["request_goodput"] is not None:
+        counted.append(("good requests/s", f"{figures['request_goodput']:.2f}"))
     keys = ("mean", "median", "p90", "p99")
     times = [
-        (name.upper(), *(_milliseconds(found[f"{key}_{name}_ms"]) for key in keys), meaning)
+        (name.upper(), *(_milliseconds(figures[f"{key}_{name}_ms"]) for key in keys), meaning)
         for name, meaning in MEASURES.items()
     ]
     parts = [

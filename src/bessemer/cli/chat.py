@@ -208,7 +208,7 @@ def _print_turn(assistant: Assistant, conversation: Conversation, speed: bool) -
 
     shows_thinking = sys.stdout.isatty()
     thought = False
-    asked = time.perf_counter()
+    start = time.perf_counter()
     times: list[float] = []
     before = conversation.transcript.own_tokens
     events = assistant.turn(conversation)
@@ -230,13 +230,13 @@ def _print_turn(assistant: Assistant, conversation: Conversation, speed: bool) -
     print()
     tokens = conversation.transcript.own_tokens - before
     if speed and times:
-        print(_speed(asked, times, tokens), file=sys.stderr)
+        print(_speed(start, times, tokens), file=sys.stderr)
 
 
-def _speed(asked: float, times: list[float], tokens: int) -> str:
+def _speed(start: float, times: list[float], tokens: int) -> str:
     """How fast an answer came, from when it was asked for and when each part of it was there, in seconds."""
     rest = f", the others {(tokens - 1) / (times[-1] - times[0]):.1f} a second" if tokens > 1 and times[-1] > times[0] else ""
-    return f"({tokens} tokens: the first after {times[0] - asked:.2f} s{rest})"
+    return f"({tokens} tokens: the first after {times[0] - start:.2f} s{rest})"
 
 
 # one whose answer does not hang on the last bits of an activation: of France the model begins in French as easily
@@ -284,6 +284,6 @@ def _look(model: Path, text: str, device: str) -> None:
     from bessemer.tokenization.tokenizer import load_tokenizer
     from bessemer.views.inspection_terminal import show_inspection
 
-    found = inspect(load_model(model, choose_device(device)), load_tokenizer(model), text, ablate=False)
-    Console(highlight=False).print(show_inspection(found))
+    inspection = inspect(load_model(model, choose_device(device)), load_tokenizer(model), text, ablate=False)
+    Console(highlight=False).print(show_inspection(inspection))
     print(f"\nas a page, with every head: bessemer inspect smollm2 {shlex.quote(text)} --out page.html")

@@ -154,13 +154,13 @@ def _export_checkpoint(name: str, out: Path, format: str, options: ExportOptions
 
     if format not in MODEL_FORMATS:
         raise ConfigError(f"--format: a checkpoint is a model, which is written as {', '.join(MODEL_FORMATS)}")
-    model, beside = checkpoint_model(find_checkpoint(name, Path(), where="RUN@STEP"))
+    model, tokenizer = checkpoint_model(find_checkpoint(name, Path(), where="RUN@STEP"))
     with writing_to(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         scratch = TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.", suffix=".partial")
     with scratch as folder:
         with writing_to(out):
-            save_model(model, Path(folder), tokenizer=beside)
+            save_model(model, Path(folder), tokenizer=tokenizer)
         notes = export_model(Path(folder), out, format, options)
     _say(notes, out)
 

@@ -88,7 +88,7 @@ def evaluate(
     options, progress = TaskOptions.parse(given, option_of("evaluate")), progress_for_terminal()
     if fetch:
         options = with_data(named, options, runs / ".cache" / "tasks", progress.say)
-    found = find_tasks(named, options)
+    chosen = find_tasks(named, options)
     place, documents = find_served(model, runs), _documents(corpus, model, runs)
 
     from bessemer.evaluation.evaluation_folder import model_identity
@@ -101,15 +101,15 @@ def evaluate(
     if adapter is not None:
         name = f"{name}-{adapter.resolve().name}"
     identity = model_identity(place, name, max_model_len, adapter=adapter)
-    key = hash_value([identity, [[task.name, dict(task.settings)] for task in found]], bits=32)
+    key = hash_value([identity, [[task.name, dict(task.settings)] for task in chosen]], bits=32)
     folder = out or Path("evaluations") / f"{name}-{key}"
     with (
         writing_to(folder),
         alone_in(folder),
-        connected_judges(found, device),
+        connected_judges(chosen, device),
         Engine(place, device=device, config=config, adapter=adapter) as engine,
     ):
-        results = evaluate_tasks(engine, found, folder, model=identity, progress=progress, corpus=documents)
+        results = evaluate_tasks(engine, chosen, folder, model=identity, progress=progress, corpus=documents)
     Console(highlight=False).print(show_task_results(results))
     calibrated = {name: task for name, task in results["tasks"].items() if "calibration" in task}
     if calibrated and find_spec("matplotlib") is not None:

@@ -74,22 +74,22 @@ def explain(
     if _ADDRESS.fullmatch(thing):
         if settings is not None or url is not None:
             raise RequestError(f"{thing}: this is an address; give the page's text, or its file, and --url {thing}")
-        found = explain_address(thing)
+        explanation = explain_address(thing)
     else:
         text, url = (sightings[0].row["text"], url or sightings[0].row["url"]) if sightings else (_read(thing), url)
         if settings is None:
-            found = ask(text, url=url)
+            explanation = ask(text, url=url)
         else:
-            found = explain_with(text, *settings, url=url, open_model=open_language_model)
-    pieces = _pieces(found.text, tokenizer or run, runs, asked=tokenizer is not None)
+            explanation = explain_with(text, *settings, url=url, open_model=open_language_model)
+    pieces = _pieces(explanation.text, tokenizer or run, runs, required=tokenizer is not None)
     if as_json:
         where = [{"stage": one.stage, "side": one.side, "reason": one.row.get("reason")} for one in sightings]
-        print(json.dumps({**asdict(found), "history": where, "tokens": pieces}, ensure_ascii=False, indent=2))
+        print(json.dumps({**asdict(explanation), "history": where, "tokens": pieces}, ensure_ascii=False, indent=2))
         return
     console = Console(highlight=False)
     if sightings:
         console.print(show_history(sightings))
-    console.print(show_explanation(found, pieces[:_MOST_TOKENS]))
+    console.print(show_explanation(explanation, pieces[:_MOST_TOKENS]))
 
 
 def _read(thing: str) -> str:
@@ -174,11 +174,11 @@ def _settings(
     return recorded_cleaning(RunFolder(folder.parent, folder.name), allow_code=allow_code)
 
 
-def _pieces(text: str, name: str | None, runs: Path, *, asked: bool) -> list[str]:
+def _pieces(text: str, name: str | None, runs: Path, *, required: bool) -> list[str]:
     """The text in the tokens of a tokenizer or, where the run has one, of a run."""
     from bessemer.cli.show import opened_tokenizer, tokenizer_folder
 
-    if name is None or (not asked and tokenizer_folder(name, runs) is None):
+    if name is None or (not required and tokenizer_folder(name, runs) is None):
         return []
     from bessemer.tokenization.measure import shown_tokens
 

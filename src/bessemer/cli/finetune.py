@@ -74,8 +74,8 @@ def finetune(
     result = finished(out, lambda: asked_of(config, source, data, seed))
     if result is None:
         with writing_to(out), alone_in(out):
-            found = tune(config, source, data, out, seed=seed, device=device, progress=progress_for_terminal())
-            result = _result(found)
+            tuned = tune(config, source, data, out, seed=seed, device=device, progress=progress_for_terminal())
+            result = _result(tuned)
             finish(out, result)
     if merge:
         whole_weights(out)
@@ -87,7 +87,7 @@ def _weights(given: list[str]) -> dict[str, float]:
     """What `--also FILE=TIMES` gives. Raises ConfigError for times that are no number, and a file that is named twice."""
     from bessemer.core.errors import ConfigError
 
-    found: dict[str, float] = {}
+    weights: dict[str, float] = {}
     for one in given:
         name, equals, times = one.rpartition("=")
         if not equals:
@@ -96,10 +96,10 @@ def _weights(given: list[str]) -> dict[str, float]:
             weight = float(times)
         except ValueError:
             raise ConfigError(f"--also {one}: {times!r} is not a number of times") from None
-        if not name or name in found:
+        if not name or name in weights:
             raise ConfigError(f"--also {one}: name a file, and each file once")
-        found[name] = weight
-    return found
+        weights[name] = weight
+    return weights
 
 
 def model_source(model: str, runs: Path) -> ModelSource:
@@ -107,28 +107,28 @@ def model_source(model: str, runs: Path) -> ModelSource:
     from bessemer.cli.named import find_model
     from bessemer.model.formats import ModelSource
 
-    found = find_model(model, runs)
-    return ModelSource("gguf" if found.is_file() else "folder", str(found))
+    path = find_model(model, runs)
+    return ModelSource("gguf" if path.is_file() else "folder", str(path))
 
 
-def _result(found: Finetuned) -> dict[str, Any]:
+def _result(tuned: Finetuned) -> dict[str, Any]:
     """The figures, and the end in words: better or not, by how much, how sure."""
     from bessemer.posttraining.sft.report import verdict
 
-    metrics = found.metrics
+    metrics = tuned.metrics
     learnt = metrics["conversations"] - metrics["too_long"] - metrics["nothing_learnt"]
     data = (
         f"conversations learnt: {learnt:,}, of which {metrics['cut']:,} with their beginning cut off; left out: "
         f"{metrics['too_long']:,} longer than a row, {metrics['nothing_learnt']:,} without anything to learn"
     )
-    losses = zip(found.ids_N, found.before_N.tolist(), found.after_N.tolist(), strict=True)
+    losses = zip(tuned.ids_N, tuned.before_N.tolist(), tuned.after_N.tolist(), strict=True)
     return {
         "data": data,
-        **verdict(found.before_N, found.after_N),
-        "method": found.method,
-        "answers": list(found.answers),
+        **verdict(tuned.before_N, tuned.after_N),
+        "method": tuned.method,
+        "answers": list(tuned.answers),
         "losses": {id: [before, after] for id, before, after in losses},
-        "tokenizer": found.tokenizer_hash,
+        "tokenizer": tuned.tokenizer_hash,
         "metrics": metrics,
     }
 
@@ -178,8 +178,10 @@ def label(
     if prompts is None and not held_out.exists():
         raise ConfigError(f"--prompts: {model} has no held-out conversations of its own; name a file of prompts")
     params = SamplingParams.parse({"max_tokens": max_tokens, "temperature": temperature}, option_of("label"))
-    asked = read_prompts(held_out if prompts is None else prompts, limit)
+    prompts_read = read_prompts(held_out if prompts is None else prompts, limit)
     with writing_to(out), alone_in(out), Engine(folder, device=device) as engine:
-        labels = sample_answers(engine, asked, out, count=answers, params=params, seed=seed, progress=progress_for_terminal())
+        labels = sample_answers(
+            engine, prompts_read, out, count=answers, params=params, seed=seed, progress=progress_for_terminal()
+        )
     hosts = [name.lower() for name in allow_host or ()]
     serve_labels(labels, out, host=host, port=port, hosts=hosts, browser=browser)

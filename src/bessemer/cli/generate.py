@@ -69,8 +69,8 @@ def generate(
     with Engine(find_served(model, runs), device=device, config=config) as engine:
         if adapter is not None:
             engine.load_adapter(adapter, adapter)
-        asked = prompt if suffix is None else infill_prompt(engine.tokenizer, prompt, suffix)
-        for chunk in engine.stream(asked, params_for(engine), adapter=adapter):
+        input_text = prompt if suffix is None else infill_prompt(engine.tokenizer, prompt, suffix)
+        for chunk in engine.stream(input_text, params_for(engine), adapter=adapter):
             sys.stdout.write(chunk.text)
             sys.stdout.flush()
     print()

@@ -57,7 +57,7 @@ def inspect(
     length = len(tokenizer.encode(text))
     if length > _LONGEST:
         raise RequestError(f"the text has {length:,} tokens, and pictures are drawn of at most {_LONGEST}: give a shorter one")
-    found = look(
+    inspection = look(
         load_model(folder, choose_device(device)),
         tokenizer,
         text,
@@ -70,13 +70,13 @@ def inspect(
         ablate=ablate,
         seed=seed,
     )
-    Console(highlight=False).print(show_inspection(found))
+    Console(highlight=False).print(show_inspection(inspection))
     if picture is not None:
-        save_head_picture(found, picture)
+        save_head_picture(inspection, picture)
     if arrays is not None:
-        save_arrays(found, arrays)
+        save_arrays(inspection, arrays)
     if out is not None:
-        write_text(out, inspection_page(found, model))
+        write_text(out, inspection_page(inspection, model))
     for path in (out, picture, arrays):
         if path is not None:
             print(f"written: {path}")

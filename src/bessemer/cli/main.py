@@ -205,13 +205,13 @@ def _usage_error(error: Exception, debug: bool) -> NoReturn:
         # what typer before 0.29 makes of Ctrl-C
         _stopped()
     if message is None or code is None:
-        found = as_user_error(error)
-        if found is None:
+        problem = as_user_error(error)
+        if problem is None:
             raise error
-        _fail(found.with_traceback(error.__traceback__), debug)
+        _fail(problem.with_traceback(error.__traceback__), debug)
     context = getattr(error, "ctx", None)
-    told = _with_nearest(message(), context.command if context else None)
-    print(f"error: {told} (see {context.command_path if context else 'bessemer'} --help)", file=sys.stderr)
+    text = _with_nearest(message(), context.command if context else None)
+    print(f"error: {text} (see {context.command_path if context else 'bessemer'} --help)", file=sys.stderr)
     sys.exit(code)
 
 
@@ -220,12 +220,12 @@ def _with_nearest(message: str, command: Any) -> str:
     import difflib
     import re
 
-    found = re.match(r"No such (?P<kind>command|option):? '?(?P<name>[^\s']+?)'?(?=[.\s]|$)", message)
-    if found is None or command is None:
+    unknown = re.match(r"No such (?P<kind>command|option):? '?(?P<name>[^\s']+?)'?(?=[.\s]|$)", message)
+    if unknown is None or command is None:
         return message.rstrip(".")
     options = [name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)]
     known = (
-        list(getattr(command, "commands", {})) if found["kind"] == "command" else [name for name in options if name[0] == "-"]
+        list(getattr(command, "commands", {})) if unknown["kind"] == "command" else [name for name in options if name[0] == "-"]
     )
-    close = difflib.get_close_matches(found["name"], known, n=1, cutoff=0.6)
-    return f"No such {found['kind']} {found['name']!r}" + (f"; did you mean {close[0]!r}?" if close else "")
+    close = difflib.get_close_matches(unknown["name"], known, n=1, cutoff=0.6)
+    return f"No such {unknown['kind']} {unknown['name']!r}" + (f"; did you mean {close[0]!r}?" if close else "")

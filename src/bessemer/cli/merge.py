@@ -23,8 +23,8 @@ def average(
     if len(checkpoints) < 2:
         raise ConfigError("give at least two checkpoints, RUN@STEP RUN@STEP, and then the folder to write")
     with new_folder(out) as folder:
-        model, beside = averaged_model([find_checkpoint(name, Path(), where="RUN@STEP") for name in checkpoints])
-        save_model(model, folder, tokenizer=beside)
+        model, tokenizer = averaged_model([find_checkpoint(name, Path(), where="RUN@STEP") for name in checkpoints])
+        save_model(model, folder, tokenizer=tokenizer)
     print(f"{out}: the mean of {len(checkpoints)} checkpoints, {model.config.parameters():,} parameters")
 
 

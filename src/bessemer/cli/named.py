@@ -120,8 +120,8 @@ def _nearest_run(name: str, runs: Path) -> str:
 
 def example_questions(model: Path, run: Path | None = None, count: int = 3) -> list[str]:
     """A few questions that a fine-tuned model has learned to answer, from beside its folder, or from a stage of its run."""
-    beside = [model, model.parent]
-    folders = [*beside, *(follow(stage) for stage in sorted((run / "stages").glob("*")))] if run else beside
+    near = [model, model.parent]
+    folders = [*near, *(follow(stage) for stage in sorted((run / "stages").glob("*")))] if run else near
     path = next((path for folder in folders if (path := folder / "conversations" / "train.jsonl").exists()), None)
     if path is None:
         return []
@@ -130,8 +130,8 @@ def example_questions(model: Path, run: Path | None = None, count: int = 3) -> l
     with path.open(encoding="utf-8") as lines:
         records = [json.loads(line) for line in islice(lines, count)]
     turns = [record.get("messages", record.get("prompt")) for record in records]
-    asked = [turn if isinstance(turn, str) else _first_question(turn) for turn in turns]
-    return [question for question in asked if question]
+    questions = [turn if isinstance(turn, str) else _first_question(turn) for turn in turns]
+    return [question for question in questions if question]
 
 
 def _first_question(messages: list[dict[str, Any]]) -> str:
@@ -202,14 +202,14 @@ def named_folders(given: list[str] | None, taken: str | None = None) -> dict[str
 
 def _named(option: str, what: str, given: list[str] | None, taken: Mapping[str, str], another: str) -> dict[str, str]:
     """What an option `NAME=…` gives, once or more. taken: who has a name already; another: who has it of the others given."""
-    found: dict[str, str] = {}
+    places: dict[str, str] = {}
     for one in given or ():
         name, has_name, place = one.partition("=")
         if not has_name:
             name, place = Path(one).name, one
         if not name or not place:
             raise ConfigError(f"--{option} {one}: give it as NAME={what}")
-        if name in taken or name in found:
+        if name in taken or name in places:
             raise ConfigError(f"--{option} {one}: {taken.get(name, another)} has the name {name!r} already; choose another")
-        found[name] = place
-    return found
+        places[name] = place
+    return places

@@ -47,20 +47,20 @@ def plan(
     if finetune:
         _plan_finetuning(recipe, overrides or [], method, device, runs, as_json)
         return
-    from bessemer.pipeline.planning import planned
+    from bessemer.pipeline.planning import training_plan
     from bessemer.scaling.hardware import find_card
     from bessemer.scaling.job import TrainingJob
     from bessemer.scaling.planner import plan_summary, plans, requested_plan
 
-    asked, card = planned(recipe, overrides or [], allow_code=allow_code), find_card(gpu)
+    training, card = training_plan(recipe, overrides or [], allow_code=allow_code), find_card(gpu)
     if serve:
-        _plan_serving(asked.name, asked.model, card, gpus, price, weights, prompt_tokens, answer_tokens, as_json)
+        _plan_serving(training.name, training.model, card, gpus, price, weights, prompt_tokens, answer_tokens, as_json)
         return
-    job = TrainingJob(asked.model, asked.settings, card)
-    found = plans(job, gpus, count=layouts)
-    total = tokens or asked.tokens or found[0].tokens_per_second * 60 * (asked.minutes or 0)
-    result = {"name": asked.name} | plan_summary(
-        found, tokens=total, price=card.price if price is None else price, asked=requested_plan(job, gpus)
+    job = TrainingJob(training.model, training.settings, card)
+    training_plans = plans(job, gpus, count=layouts)
+    total = tokens or training.tokens or training_plans[0].tokens_per_second * 60 * (training.minutes or 0)
+    result = {"name": training.name} | plan_summary(
+        training_plans, tokens=total, price=card.price if price is None else price, asked=requested_plan(job, gpus)
     )
     result["price_is_assumed"] = price is None
     if as_json:
@@ -89,15 +89,15 @@ def _plan_finetuning(model: str, given: list[str], method: str, device: str, run
 
     with TemporaryDirectory() as scratch:
         source = model_source(model, runs)
-        found = plan_finetuning(config, source, Path(given[0]), seed=7, device=device, scratch=Path(scratch))
+        finetune_plan = plan_finetuning(config, source, Path(given[0]), seed=7, device=device, scratch=Path(scratch))
     if as_json:
-        print(json.dumps(found.figures, indent=2))
+        print(json.dumps(finetune_plan.figures, indent=2))
         return
     from rich.console import Console
 
     from bessemer.views.planning import show_finetune_plan
 
-    Console(highlight=False).print(show_finetune_plan(model, Path(given[0]).name, found.figures))
+    Console(highlight=False).print(show_finetune_plan(model, Path(given[0]).name, finetune_plan.figures))
 
 
 def _plan_serving(
@@ -126,8 +126,8 @@ def _plan_serving(
             f"{model.max_position_embeddings:,}"
         )
     job = ServingJob(model, card, gpus, weights, prompt_tokens, answer_tokens)
-    found = {"name": name, "price_is_assumed": price is None} | serving_plan(job, card.price if price is None else price)
+    values = {"name": name, "price_is_assumed": price is None} | serving_plan(job, card.price if price is None else price)
     if as_json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(values, indent=2))
     else:
-        Console(highlight=False).print(show_serving_plan(found))
+        Console(highlight=False).print(show_serving_plan(values))

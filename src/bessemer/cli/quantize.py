@@ -79,7 +79,7 @@ def quantize(
         if evaluate is not None:
             held_out = stack.enter_context(opened_tokens(evaluate, load_tokenizer(folder)))
         unfinished = stack.enter_context(new_folder(out))
-        found = quantise_folder(
+        quality = quantise_folder(
             config,
             folder,
             unfinished,
@@ -91,8 +91,8 @@ def quantize(
             device=device,
             progress=progress_for_terminal(),
         )
-    Console().print(show_quality(found))
-    if (advice := _advice(found, config)) is not None:
+    Console().print(show_quality(quality))
+    if (advice := _advice(quality, config)) is not None:
         print(advice)
     print(f"{out}: written")
 

@@ -10,7 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from bessemer.pipeline.api import RunResult
-    from bessemer.pipeline.runner import Planned
+    from bessemer.pipeline.stage_planner import StagePlan
     from bessemer.pipeline.sweep import Outcome
 
 
@@ -81,9 +81,9 @@ def recipes(
     from bessemer.pipeline.recipe import find_recipe, load_recipe, shipped_recipes
 
     if action is None:
-        found = shipped_recipes()
-        width = max(map(len, found))
-        for recipe, path in found.items():
+        shipped = shipped_recipes()
+        width = max(map(len, shipped))
+        for recipe, path in shipped.items():
             print(f"{recipe:<{width}}  {read_yaml(path).values.get('description', '')}")
         return
     if action != "show" or name is None:
@@ -158,9 +158,9 @@ def _close(result: RunResult) -> None:
         print(f"  {line}")
 
 
-def _show_plan(planned: list[Planned]) -> None:
-    width = max(len(one.stage.name) for one in planned)
-    for one in planned:
+def _show_plan(plans: list[StagePlan]) -> None:
+    width = max(len(one.stage.name) for one in plans)
+    for one in plans:
         print(f"{one.stage.name:<{width}}  {one.action:<6}  {one.why}")
 
 

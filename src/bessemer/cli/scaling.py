@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from bessemer.pipeline.planning import Planned
+    from bessemer.pipeline.planning import TrainingPlan
     from bessemer.scaling.laws.fit import Fit
     from bessemer.scaling.laws.isoflop import IsoFlop, IsoFlopBias
     from bessemer.scaling.laws.parametric import Points
@@ -176,15 +176,15 @@ def _frontier(points: Points, confidence: float, counting: str, as_json: bool) -
     from bessemer.scaling.laws.isoflop import fit_frontier
     from bessemer.views.scaling import show_frontier
 
-    found = fit_frontier(points, confidence=confidence)
+    frontier = fit_frontier(points, confidence=confidence)
     if as_json:
         print(
             json.dumps(
-                {"points": len(points), "parameters_counted": counting, "confidence": confidence} | asdict(found), indent=2
+                {"points": len(points), "parameters_counted": counting, "confidence": confidence} | asdict(frontier), indent=2
             )
         )
         return
-    Console(highlight=False, soft_wrap=True).print(show_frontier(found, len(points), confidence, counting))
+    Console(highlight=False, soft_wrap=True).print(show_frontier(frontier, len(points), confidence, counting))
 
 
 @scaling.command(epilog="Example: bessemer scaling predict 125m --law law.json")
@@ -199,18 +199,18 @@ def predict(
     from rich.console import Console
 
     from bessemer.core.errors import ConfigError
-    from bessemer.pipeline.planning import planned
+    from bessemer.pipeline.planning import training_plan
     from bessemer.scaling.suggest import predict_loss
     from bessemer.views.scaling import prediction_values, show_prediction
 
-    base = planned(recipe, overrides or [])
+    base = training_plan(recipe, overrides or [])
     if base.tokens is None:
         raise ConfigError(f"{recipe}: a prediction needs the number of tokens; give pretrain.tokens=… instead of minutes")
-    found = predict_loss(_law(law), base.model, base.tokens, base.settings.context_length, confidence)
+    prediction = predict_loss(_law(law), base.model, base.tokens, base.settings.context_length, confidence)
     if as_json:
-        print(json.dumps(prediction_values(found, confidence), indent=2))
+        print(json.dumps(prediction_values(prediction, confidence), indent=2))
     else:
-        Console(highlight=False, soft_wrap=True).print(show_prediction(found, confidence))
+        Console(highlight=False, soft_wrap=True).print(show_prediction(prediction, confidence))
 
 
 @scaling.command(epilog="Example: bessemer scaling suggest --gpus 8 --days 2 --out recipe.yaml")
@@ -230,7 +230,7 @@ def suggest(
     from bessemer.core.errors import ConfigError
     from bessemer.core.store import write_text
     from bessemer.core.yaml_file import dump_yaml
-    from bessemer.pipeline.planning import planned
+    from bessemer.pipeline.planning import training_plan
     from bessemer.views.scaling import show_suggestion
 
     if (flops is None) == (days is None):
@@ -239,10 +239,10 @@ def suggest(
         raise ConfigError("--days needs the number of cards: --gpus")
     if out is not None and out.suffix not in (".yaml", ".yml"):
         raise ConfigError(f"{out}: a recipe's file ends in .yaml")
-    base = planned(recipe)
-    found = _suggestion(flops, days, gpus, gpu, _law(law), base, confidence)
-    Console(highlight=False, soft_wrap=True).print(show_suggestion(found, confidence))
-    text = dump_yaml(found.recipe(recipe, base.settings, out.stem if out is not None else "suggested"))
+    base = training_plan(recipe)
+    suggestion = _suggestion(flops, days, gpus, gpu, _law(law), base, confidence)
+    Console(highlight=False, soft_wrap=True).print(show_suggestion(suggestion, confidence))
+    text = dump_yaml(suggestion.recipe(recipe, base.settings, out.stem if out is not None else "suggested"))
     if out is None:
         print(f"\n{text}", end="")
         return
@@ -259,7 +259,7 @@ def _law(path: Path | None) -> LawInUse:
 
 
 def _suggestion(
-    flops: float | None, days: float | None, gpus: int | None, gpu: str, law: LawInUse, base: Planned, confidence: float
+    flops: float | None, days: float | None, gpus: int | None, gpu: str, law: LawInUse, base: TrainingPlan, confidence: float
 ) -> Suggestion:
     from bessemer.scaling.hardware import find_card
     from bessemer.scaling.suggest import suggest_for_flops, suggest_for_time

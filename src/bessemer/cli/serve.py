@@ -203,7 +203,7 @@ def serve(
     )
     if both := next((one for one in alias or [] if one == name or one in adapters), None):
         raise ConfigError(f"--alias {both}: the model or an adapter has that name already; choose another")
-    beside = {
+    others = {
         its_name: find_served(its_model, runs)
         for its_name, its_model in named_models(also, [name, *adapters, *(alias or [])]).items()
     }
@@ -238,7 +238,7 @@ def serve(
         device=device,
         engine=settings,
         adapters={its_name: Path(its_folder) for its_name, its_folder in adapters.items()},
-        beside=beside,
+        beside=others,
         max_models=max_models,
         models_memory=models_memory,
         keep_alive=keep_alive,

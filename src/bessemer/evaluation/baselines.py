@@ -73,14 +73,14 @@ def _counts(symbols: _Symbols, order: int) -> list[tuple[np.ndarray, np.ndarray]
     alike stand together, and those of one order less are the same without their lowest symbol.
     """
     newest_first, counts, _ = _runs(np.sort(symbols.newest_first()))
-    found = []
+    by_order = []
     for length in range(order, 0, -1):
         ngrams = _turned_round(newest_first, length)
         ascending = np.argsort(ngrams)
-        found.append((ngrams[ascending], counts[ascending]))
+        by_order.append((ngrams[ascending], counts[ascending]))
         newest_first, _, first = _runs(newest_first >> _BITS)
         counts = np.add.reduceat(counts, first)
-    return found[::-1]
+    return by_order[::-1]
 
 
 def _turned_round(ngrams: np.ndarray, length: int) -> np.ndarray:

@@ -167,16 +167,16 @@ def breakdown(scored: ScoredDocuments, nats: Mapping[str, np.ndarray]) -> dict[s
     """
     starts_D = np.concatenate(([0], scored.ends_D[:-1]))
     bits_D = {model: np.add.reduceat(of_model.astype(np.float64), starts_D) / math.log(2) for model, of_model in nats.items()}
-    found = {"source": _by_name(scored.sources, scored.bytes_D, bits_D)}
+    rows = {"source": _by_name(scored.sources, scored.bytes_D, bits_D)}
     if any(scored.domains):
-        found["domain"] = _by_name(_largest(scored.domains, scored.bytes_D), scored.bytes_D, bits_D)
+        rows["domain"] = _by_name(_largest(scored.domains, scored.bytes_D), scored.bytes_D, bits_D)
     if scored.bytes_N is not None:
         lengths_D = scored.ends_D - starts_D
         positions_N = np.arange(scored.ends_D[-1]) - np.repeat(starts_D, lengths_D)
         buckets_N = np.searchsorted(POSITIONS, positions_N, side="right") - 1
         bytes_by_bucket = np.bincount(buckets_N, scored.bytes_N, len(POSITIONS))
         bits = {model: np.bincount(buckets_N, of_model, len(POSITIONS)) / math.log(2) for model, of_model in nats.items()}
-        found["position"] = [
+        rows["position"] = [
             {
                 "first": first,
                 "bytes": int(size),
@@ -185,7 +185,7 @@ def breakdown(scored: ScoredDocuments, nats: Mapping[str, np.ndarray]) -> dict[s
             for number, (first, size) in enumerate(zip(POSITIONS, bytes_by_bucket, strict=True))
             if size
         ]
-    return found
+    return rows
 
 
 def _largest(names: Sequence[str], bytes_D: np.ndarray) -> list[str]:

@@ -203,7 +203,7 @@ def flips(first: Evaluation, second: Evaluation) -> list[Flip]:
 
 def _matched(evaluations: Sequence[Evaluation]) -> dict[str, _Matched]:
     """By task, in the first's order. An item's cluster is the one that the first evaluation which names one gives it."""
-    found = {}
+    matched = {}
     for task, items in evaluations[0].tasks.items():
         scores = [evaluation.tasks.get(task, {}) for evaluation in evaluations]
         common = [item for item in items if all(item in of_one for of_one in scores)]
@@ -214,11 +214,11 @@ def _matched(evaluations: Sequence[Evaluation]) -> dict[str, _Matched]:
                 named = next((of_one[item].cluster for of_one in scores if of_one[item].cluster is not None), None)
                 # a tuple, so that no name of a cluster is an item's
                 clusters.append((item,) if named is None else named)
-            found[task] = _Matched(common, scores_EN, clusters)
-    if not found:
+            matched[task] = _Matched(common, scores_EN, clusters)
+    if not matched:
         folders = ", ".join(str(evaluation.folder) for evaluation in evaluations)
         raise ArtefactError(f"{folders}: these evaluations have no item of a task in common")
-    return found
+    return matched
 
 
 def _left_out(evaluations: Sequence[Evaluation], matched: dict[str, _Matched]) -> list[str]:
@@ -248,9 +248,11 @@ def comparison_parts(comparison: Comparison) -> list[Part]:
     ]
     if len(comparison.tasks) > 1:
         overall = comparison.overall
-        found = _verdict(verdict(overall, overall.p_value))
+        verdict_cell = _verdict(verdict(overall, overall.p_value))
         means = (_mean([task.first for task in comparison.tasks]), _mean([task.second for task in comparison.tasks]))
-        rows.append(["mean of tasks", f"{overall.items:,}", *means, difference(overall), p_value(overall.p_value), "", found])
+        rows.append(
+            ["mean of tasks", f"{overall.items:,}", *means, difference(overall), p_value(overall.p_value), "", verdict_cell]
+        )
     headings = ["Items", first, second, "Difference", "p", "p, Holm"]
     columns = [Column("Task"), *(Column(heading, True) for heading in headings), Column(f"{second} is")]
     parts: list[Part] = [Heading(f"{second} beside {first}"), Table(columns, rows), Text(_legend(comparison))]
@@ -273,12 +275,12 @@ def leaderboard_parts(board: Leaderboard) -> list[Part]:
     """Evaluations, the best first, with the paired difference of each from the first."""
     rows: list[list[str | Cell]] = []
     for place, standing in enumerate(board.standings, start=1):
-        beside: list[str | Cell] = ["", "", ""]
+        comparison: list[str | Cell] = ["", "", ""]
         if standing.from_first is not None:
-            found = _verdict(verdict(standing.from_first, standing.adjusted_p))
-            beside = [difference(standing.from_first), p_value(standing.adjusted_p), found]
+            verdict_cell = _verdict(verdict(standing.from_first, standing.adjusted_p))
+            comparison = [difference(standing.from_first), p_value(standing.adjusted_p), verdict_cell]
         means = [f"{one.mean:.3f}" for one in standing.tasks.values()]
-        rows.append([str(place), Cell(standing.name, strong=place == 1), score(standing.mean), *beside, *means])
+        rows.append([str(place), Cell(standing.name, strong=place == 1), score(standing.mean), *comparison, *means])
     columns = [
         Column("", True),
         Column("Evaluation"),

@@ -116,10 +116,10 @@ def contamination(
     )
     for batch in documents:
         overlap.add(Texts.from_arrow(batch))
-    total, found = overlap.counts()
+    total, shared = overlap.counts()
     # items whose last ones have no text at all are beyond the groups
     totals = [*total.tolist(), *[0] * (len(items) - len(total))]
-    founds = [*found.tolist(), *[0] * (len(items) - len(found))]
+    founds = [*shared.tolist(), *[0] * (len(items) - len(shared))]
     return [
         ItemOverlap(item.task, item.id, ngrams, here, here > 0 and here >= least_share * ngrams)
         for item, ngrams, here in zip(items, totals, founds, strict=True)
@@ -138,13 +138,13 @@ def by_task(
 
     An item that is too short to tell counts for neither. Items without a score count, and are in no mean.
     """
-    found = []
+    results = []
     for task in dict.fromkeys(overlap.task for overlap in overlaps):
         of_task = [overlap for overlap in overlaps if overlap.task == task]
         known = [overlap for overlap in of_task if overlap.ngrams]
         clean, dirty = ([overlap for overlap in known if overlap.dirty == side] for side in (False, True))
         of_items = (scores or {}).get(task, {})
-        found.append(
+        results.append(
             TaskContamination(
                 task,
                 len(clean),
@@ -156,7 +156,7 @@ def by_task(
                 _score(dirty, of_items),
             )
         )
-    return found
+    return results
 
 
 def _score(overlaps: Sequence[ItemOverlap], scores: Mapping[str, Score]) -> Estimate | None:
@@ -180,7 +180,7 @@ def task_contamination(
     items = [TaskItem(task, id, of_item) for task, of_task in texts.items() for id, of_item in of_task.items()]
     if not items:
         return {}
-    found = by_task(contamination(items, corpus_texts(documents, progress)), scores)
+    results = by_task(contamination(items, corpus_texts(documents, progress)), scores)
     return {
         one.task: {
             "clean": one.clean,
@@ -190,7 +190,7 @@ def task_contamination(
             "clean_accuracy": None if one.clean_score is None else one.clean_score.mean,
             "dirty_accuracy": None if one.dirty_score is None else one.dirty_score.mean,
         }
-        for one in found
+        for one in results
     }
 
 

@@ -167,8 +167,8 @@ def answer_questions(
         chosen = max((CHAT, PLAIN), key=lambda form: sum(answer.rouge_l for answer in tried[form].values()))
         left = [index for index in range(len(questions)) if index not in tried[chosen]]
         answered = _answered(engine, [questions[index] for index in left], chosen, max_new_tokens, bar.advance)
-        found = tried[chosen] | dict(zip(left, answered, strict=True))
-    return chosen, [found[index] for index in range(len(questions))]
+        by_question = tried[chosen] | dict(zip(left, answered, strict=True))
+    return chosen, [by_question[index] for index in range(len(questions))]
 
 
 def _answered(

@@ -201,8 +201,8 @@ def model_identity(place: Path, name: str, max_model_len: int | None = None, *, 
     """
     weights, own = tuned_model(place) or TunedModel(place, None)
     files = [weights] if weights.is_file() else _files(weights)
-    beside = adapter or own
-    files += [] if beside is None else _files(beside)
+    adapter_folder = adapter or own
+    files += [] if adapter_folder is None else _files(adapter_folder)
     parts = []
     for path in files:
         size = path.stat().st_size

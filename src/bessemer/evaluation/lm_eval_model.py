@@ -72,9 +72,9 @@ class BessemerLM(LM):
     def apply_chat_template(self, chat_history: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
         """A conversation as text, which is known again when it comes as a context: control tokens that a user typed in it stay
         text. Without `add_generation_prompt` the last message is the beginning of the assistant's answer."""
-        asked, begun = (chat_history, "") if add_generation_prompt else (chat_history[:-1], chat_history[-1]["content"])
-        text = "".join(segment.text for segment in self._tokenizer.render_chat(asked, add_generation_prompt=True)) + begun
-        ids = self._tokenizer.apply_chat_template(asked, add_generation_prompt=True)
+        messages, begun = (chat_history, "") if add_generation_prompt else (chat_history[:-1], chat_history[-1]["content"])
+        text = "".join(segment.text for segment in self._tokenizer.render_chat(messages, add_generation_prompt=True)) + begun
+        ids = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True)
         last = max((place for place, id in enumerate(ids) if self._tokenizer.is_special(id)), default=-1)
         self._conversations[text] = ids[: last + 1], self._tokenizer.decode(ids[last + 1 :]) + begun
         return text

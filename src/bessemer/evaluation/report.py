@@ -46,10 +46,10 @@ def sentences(stage: StageReport) -> list[str]:
     lines = []
     if scores:
         by_model = ", ".join(f"{name} {score:.3f}" for name, score in scores.items())
-        beside = ", ".join(f"{baseline_label(name)} {score:.3f}" for name, score in baselines.items())
+        baseline_scores = ", ".join(f"{baseline_label(name)} {score:.3f}" for name, score in baselines.items())
         lines.append(
             f"Bits per byte on text held out of training, lower is better: {by_model}"
-            f"{f' (beside it: {beside})' if beside else ''}."
+            f"{f' (beside it: {baseline_scores})' if baseline_scores else ''}."
         )
         if is_lossy(stage.run.last_metrics("tokenize")):
             lines.append(LOSSY_NOTE)

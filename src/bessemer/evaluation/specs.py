@@ -74,7 +74,7 @@ def _quantize(context: StageContext) -> dict[str, Any]:
     from bessemer.tokenization.shards import TokenShards
 
     out = context.out / "model"
-    found = quantise_folder(
+    quality = quantise_folder(
         context.config,
         context.inputs["model"],
         out,
@@ -85,7 +85,7 @@ def _quantize(context: StageContext) -> dict[str, Any]:
         progress=context.progress,
     )
     if not context.config.speed_tokens:
-        return found
+        return quality
     context.progress.say("  measuring how fast both models answer")
     models = {"original": context.inputs["model"], "quantised": out}
     return add_speed(

@@ -98,12 +98,12 @@ def _calibration(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
     None where items are no choices. Other normalisations make no probabilities.
     """
-    found = [line for line in lines if "raw" in line["scores"] and len(line.get("log_likelihoods", [[]])[0]) > 1]
-    if not found:
+    choices = [line for line in lines if "raw" in line["scores"] and len(line.get("log_likelihoods", [[]])[0]) > 1]
+    if not choices:
         return None
-    confidences = [choice_probability(line["log_likelihoods"][0])[1] for line in found]
-    clusters = [(line["id"],) if line["cluster"] is None else line["cluster"] for line in found]
-    calibration = reliability(confidences, [line["scores"]["raw"] for line in found], clusters_N=clusters)
+    confidences = [choice_probability(line["log_likelihoods"][0])[1] for line in choices]
+    clusters = [(line["id"],) if line["cluster"] is None else line["cluster"] for line in choices]
+    calibration = reliability(confidences, [line["scores"]["raw"] for line in choices], clusters_N=clusters)
     return {
         "expected_calibration_error": calibration.expected_calibration_error,
         "bins": [

@@ -57,12 +57,12 @@ def _mean_attention(weights_HTT: np.ndarray, keys_TT: np.ndarray) -> np.ndarray:
     return (weights_HTT * keys_TT).sum(-1)[:, queries_T].mean(-1)
 
 
-def recorded_roles(found: Recording, tokens_BT: np.ndarray) -> dict[str, np.ndarray]:
+def recorded_roles(recorded: Recording, tokens_BT: np.ndarray) -> dict[str, np.ndarray]:
     """The roles of every head on a recorded batch, each (L, H), the mean over its texts; NaN in layers without weights."""
-    layers = len(found.residual) - 1
-    heads = max((record.weights_BHTT.shape[1] for record in found.heads.values()), default=0)
+    layers = len(recorded.residual) - 1
+    heads = max((record.weights_BHTT.shape[1] for record in recorded.heads.values()), default=0)
     scores = {role: np.full((layers, heads), np.nan) for role in ROLES}
-    for layer, record in found.heads.items():
+    for layer, record in recorded.heads.items():
         of_texts = [role_scores(*text) for text in zip(record.weights_BHTT, tokens_BT, strict=True)]
         for role in ROLES:
             scores[role][layer] = np.mean([of_text[role] for of_text in of_texts], axis=0)
@@ -72,9 +72,9 @@ def recorded_roles(found: Recording, tokens_BT: np.ndarray) -> dict[str, np.ndar
 def head_roles(model: Decoder, tokens_BT: np.ndarray) -> dict[str, np.ndarray]:
     """The roles of every head on a batch of texts, each (L, H); NaN in layers of linear attention."""
     tokens_BT = np.atleast_2d(tokens_BT)
-    with recording(model) as found:
+    with recording(model) as recorded:
         read(model, tokens_BT)
-    return recorded_roles(found, tokens_BT)
+    return recorded_roles(recorded, tokens_BT)
 
 
 def repeated_tokens(

@@ -150,20 +150,20 @@ class Inspection:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """All numbers by name, as `numpy.savez` takes them."""
-        found = {"tokens": self.tokens.ids, "offsets": self.tokens.offsets}
-        found |= {f"attention_{layer}": weights for layer, weights in enumerate(self.attention) if weights is not None}
-        found |= {f"lens_{name}": getattr(self.lens, name) for name in LogitLens.__dataclass_fields__}
-        found |= {f"role_{role}": scores for role, scores in self.roles.items()}
+        arrays = {"tokens": self.tokens.ids, "offsets": self.tokens.offsets}
+        arrays |= {f"attention_{layer}": weights for layer, weights in enumerate(self.attention) if weights is not None}
+        arrays |= {f"lens_{name}": getattr(self.lens, name) for name in LogitLens.__dataclass_fields__}
+        arrays |= {f"role_{role}": scores for role, scores in self.roles.items()}
         if self.head_changes_LH is not None:
-            found["head_changes"] = self.head_changes_LH
+            arrays["head_changes"] = self.head_changes_LH
         if self.opened is not None:
             steps = {name: getattr(self.opened, name) for name in OpenedHead.__dataclass_fields__}
-            found |= {f"head_{name}": np.asarray(value) for name, value in steps.items() if value is not None}
+            arrays |= {f"head_{name}": np.asarray(value) for name, value in steps.items() if value is not None}
         for layer, experts in self.experts.items():
-            found |= {f"experts_{layer}": experts.experts_BTk[0], f"expert_weights_{layer}": experts.weights_BTk[0]}
-        for asked, nearest in (self.neighbours | self.analogies).items():
-            found |= {f"nearest {asked}": nearest.tokens, f"cosines {asked}": nearest.cosines}
-        return found | {"map": self.map.coordinates_N2}
+            arrays |= {f"experts_{layer}": experts.experts_BTk[0], f"expert_weights_{layer}": experts.weights_BTk[0]}
+        for name, nearest in (self.neighbours | self.analogies).items():
+            arrays |= {f"nearest {name}": nearest.tokens, f"cosines {name}": nearest.cosines}
+        return arrays | {"map": self.map.coordinates_N2}
 
 
 def inspect(
@@ -192,23 +192,23 @@ def inspect(
     Raises RequestError for a text without tokens or too long, and whatever is asked for and is not there.
     """
     tokens = tokenized(tokenizer, text)
-    found = record(model, tokens.ids)
+    recorded = record(model, tokens.ids)
     attention = tuple(
-        found.heads[index].weights_BHTT[0] if index in found.heads else None for index in range(len(model.blocks))
+        recorded.heads[index].weights_BHTT[0] if index in recorded.heads else None for index in range(len(model.blocks))
     )
     at, towards = find_token(tokens, query), None if key is None else find_token(tokens, key)
     opened = None
-    if found.heads or layer is not None:
+    if recorded.heads or layer is not None:
         chosen = _hardest(attention, at, towards, layer)
         if head is not None and layer is None:
             raise RequestError("a head is asked for without its layer; give both")
-        opened = open_head(found, chosen[0], chosen[1] if head is None else head, at)
-    asked = {word: neighbours(model, token_id(tokenizer, word), nearest) for word in neighbours_of}
+        opened = open_head(recorded, chosen[0], chosen[1] if head is None else head, at)
+    near_words = {word: neighbours(model, token_id(tokenizer, word), nearest) for word in neighbours_of}
     solved = {formula: analogy(model, *_terms(tokenizer, formula), nearest) for formula in analogies}
     on_map = list(dict.fromkeys([*tokens.ids.tolist(), *(token_id(tokenizer, word) for word in neighbours_of)]))
-    on_map = list(dict.fromkeys([*on_map, *(int(id) for near in asked.values() for id in near.tokens)]))
+    on_map = list(dict.fromkeys([*on_map, *(int(id) for near in near_words.values() for id in near.tokens)]))
     coordinates_N2, share = planar(vectors(model, on_map))
-    lens = logit_lens(model, found, tokens.ids, top)
+    lens = logit_lens(model, recorded, tokens.ids, top)
     shown = {*on_map, *lens.tokens_LTk.ravel().tolist(), *(int(id) for near in solved.values() for id in near.tokens)}
     pieces = {id: piece_of(tokenizer, id) for id in shown}
     return Inspection(
@@ -221,8 +221,8 @@ def inspect(
         towards,
         _roles(model, tokenizer, tokens, seed),
         head_losses(model, tokens.ids)[1] if ablate and len(tokens.ids) > 1 else None,
-        found.experts,
-        asked,
+        recorded.experts,
+        near_words,
         solved,
         TokenMap(tuple(pieces[id] for id in on_map), coordinates_N2, share),
         pieces,
@@ -247,22 +247,22 @@ def piece_of(tokenizer: Tokenizer, id: int) -> str:
     return tokenizer.decode_bytes([id], skip_special=False, beginning=False).decode("utf-8", "replace")
 
 
-def find_token(tokens: Tokens, asked: int | str) -> int:
+def find_token(tokens: Tokens, token: int | str) -> int:
     """The position of a token, given by position or by its text. Raises RequestError when it is not there, or twice."""
     count = len(tokens.ids)
-    if isinstance(asked, str):
-        places = [place for place, piece in enumerate(tokens.pieces) if piece == asked]
-        places = places or [place for place, piece in enumerate(tokens.pieces) if piece.strip() == asked.strip()]
+    if isinstance(token, str):
+        places = [place for place, piece in enumerate(tokens.pieces) if piece == token]
+        places = places or [place for place, piece in enumerate(tokens.pieces) if piece.strip() == token.strip()]
         if len(places) == 1:
             return places[0]
         if places:
-            raise RequestError(f"{asked!r} stands at positions {', '.join(map(str, places))}: name the position")
-        if not asked.strip().lstrip("-").isdigit():
-            raise RequestError(f"no token of the text is {asked!r}; its tokens are: {' '.join(map(repr, tokens.pieces))}")
-        asked = int(asked)
-    if not -count <= asked < count:
-        raise RequestError(f"there is no position {asked}: the text has {count} tokens, counted from 0")
-    return asked % count
+            raise RequestError(f"{token!r} stands at positions {', '.join(map(str, places))}: name the position")
+        if not token.strip().lstrip("-").isdigit():
+            raise RequestError(f"no token of the text is {token!r}; its tokens are: {' '.join(map(repr, tokens.pieces))}")
+        token = int(token)
+    if not -count <= token < count:
+        raise RequestError(f"there is no position {token}: the text has {count} tokens, counted from 0")
+    return token % count
 
 
 def token_id(tokenizer: Tokenizer, word: str) -> int:

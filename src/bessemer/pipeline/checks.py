@@ -84,16 +84,16 @@ def memory_advice(context: StageContext) -> Iterator[None]:
     except BessemerError:
         raise
     except Exception as error:
-        asked = asked_memory(error)
-        if asked is None:
+        requested = asked_memory(error)
+        if requested is None:
             raise
-        raise OutOfMemoryError(_message(context, asked)) from error
+        raise OutOfMemoryError(_message(context, requested)) from error
 
 
-def _message(context: StageContext, asked: int) -> str:
+def _message(context: StageContext, requested: int) -> str:
     from bessemer.training.checkpoint.manager import CHECKPOINTS, newest_checkpoint
 
-    wanted = f"while it asked for {size(asked)} more" if asked else "while it asked for more"
+    wanted = f"while it asked for {size(requested)} more" if requested else "while it asked for more"
     checkpoint = newest_checkpoint(context.out / CHECKPOINTS)
     message = f"out of memory {wanted}; {_what_would_fit(context)}"
     if checkpoint is None:

@@ -188,7 +188,7 @@ def _derived(
     tainted: list[str] = []
     waiting = list(manifests)
     while waiting:
-        found = [
+        readers = [
             key
             for key in waiting
             if not _sides(store.root / key)
@@ -197,10 +197,10 @@ def _derived(
                 for source in manifests[key]["inputs"].values()
             )
         ]
-        if not found:
+        if not readers:
             break
-        tainted += found
-        waiting = [key for key in waiting if key not in found]
+        tainted += readers
+        waiting = [key for key in waiting if key not in readers]
     return [
         Derived(
             key,
@@ -218,42 +218,42 @@ def _before(created: str, forgotten: str | None) -> bool:
 
 
 def _runs_by_key(runs: Path) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
+    names: dict[str, list[str]] = {}
     for run in sorted(path.parent for path in runs.glob("*/run.json")):
         for link in sorted((run / "stages").glob("*")):
-            found.setdefault(follow(link).name, []).append(run.name)
-    return found
+            names.setdefault(follow(link).name, []).append(run.name)
+    return names
 
 
 def _copies(store: Store, manifests: Mapping[str, Mapping[str, Any]], holdings: Sequence[Holding], identity: str) -> list[Copy]:
     """Other documents in the corpora that hold this one: of the same text, or dropped as its copies; and what it copies."""
     hashes: set[str] = set()
-    found: dict[str, str] = {}
+    copies: dict[str, str] = {}
     for holding in holdings:
         if holding.forgotten is None and (row := find_document(holding.folder / holding.side, identity)):
             hashes.add(row["text_hash"])
             reason = row.get(_REASON) or ""
             if " duplicate of " in f" {reason}":
-                found.setdefault(reason.partition(" of ")[2][:32], "it stayed in the place of this one")
+                copies.setdefault(reason.partition(" of ")[2][:32], "it stayed in the place of this one")
     for key in manifests if holdings else ():
         for side in _sides(store.root / key):
             columns = ["id", "text_hash", *([_REASON] if side == "rejected" else [])]
             for batch in iterate_documents(store.root / key / side, columns, batch_rows=1 << 16):
-                _note_copies(batch, hashes, identity, found)
-    found.pop(identity, None)
-    return [Copy(other, why) for other, why in sorted(found.items())]
+                _note_copies(batch, hashes, identity, copies)
+    copies.pop(identity, None)
+    return [Copy(other, why) for other, why in sorted(copies.items())]
 
 
-def _note_copies(batch: pa.RecordBatch, hashes: set[str], identity: str, found: dict[str, str]) -> None:
+def _note_copies(batch: pa.RecordBatch, hashes: set[str], identity: str, copies: dict[str, str]) -> None:
     same = pc.is_in(batch.column("text_hash"), pa.array(sorted(hashes), pa.string()))
     for other in batch.column("id").filter(same).to_pylist():
-        found.setdefault(other, "it has the same text")
+        copies.setdefault(other, "it has the same text")
     if _REASON in batch.schema.names:
         named = pc.match_substring(batch.column(_REASON), f" of {identity}")
         for other, reason in zip(
             batch.column("id").filter(named).to_pylist(), batch.column(_REASON).filter(named).to_pylist(), strict=True
         ):
-            found.setdefault(other, f"it was dropped as a {reason.partition(' of ')[0]} of this one")
+            copies.setdefault(other, f"it was dropped as a {reason.partition(' of ')[0]} of this one")
 
 
 def _take_out(folder: Path, holdings: Sequence[Holding], identity: str, date: str) -> None:

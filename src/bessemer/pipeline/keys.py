@@ -30,7 +30,7 @@ def identity(recipe: Recipe, stage: Stage, config: Config, input_keys: Mapping[s
     `input_keys`: role → key of the artefact that feeds it.
     """
     spec = stage.spec
-    found = {
+    parts = {
         "stage": spec.kind,
         "version": spec.version,
         "settings": config.output_settings(),
@@ -41,7 +41,7 @@ def identity(recipe: Recipe, stage: Stage, config: Config, input_keys: Mapping[s
     }
     # only where there are any, so that the keys of all other stages stay
     plugins = plugin_versions([*config.plugins(), (REGISTRY.group, spec.kind)])
-    return {**found, "plugins": plugins} if plugins else found
+    return {**parts, "plugins": plugins} if plugins else parts
 
 
 def key_of(stage_identity: Mapping[str, Any]) -> str:

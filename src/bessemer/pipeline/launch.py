@@ -82,7 +82,7 @@ MISTAKE = 2
 
 
 @dataclass(frozen=True)
-class Asked:
+class RunRequest:
     """What a user asked for, so that other processes can ask for the same. Overrides are `KEY=VALUE` texts."""
 
     recipe: str
@@ -112,14 +112,16 @@ def processes_here(config: LaunchConfig) -> int:
     return max(1, torch.cuda.device_count())
 
 
-def launcher(config: LaunchConfig, asked: Asked, folder: Path, progress: Progress | None) -> Callable[[str], None] | None:
-    """What makes a stage in the processes that `launch` asks for; None when it asks for one."""
+def launcher(
+    config: LaunchConfig, request: RunRequest, folder: Path, progress: Progress | None
+) -> Callable[[str], None] | None:
+    """Makes a stage, by its name, in the processes that `launch` asks for; None when it asks for one."""
     processes = processes_here(config)
     if processes == 1 and config.nodes == 1:
         return None
 
     def launch(stage: str) -> None:
-        _launch(config, processes, asked, stage, folder, progress or Silent())
+        _launch(config, processes, request, stage, folder, progress or Silent())
 
     return launch
 
@@ -129,7 +131,7 @@ def _may_have_gpus() -> bool:
     return Path("/dev/nvidia0").exists() or bool(os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
-def _launch(config: LaunchConfig, processes: int, asked: Asked, stage: str, folder: Path, progress: Progress) -> None:
+def _launch(config: LaunchConfig, processes: int, request: RunRequest, stage: str, folder: Path, progress: Progress) -> None:
     """Start the workers and wait for them. Raises BessemerError with what stopped them, when starting again did not help."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -145,14 +147,14 @@ def _launch(config: LaunchConfig, processes: int, asked: Asked, stage: str, fold
             min_nodes=config.nodes,
             max_nodes=config.nodes,
             nproc_per_node=processes,
-            run_id=f"{asked.name}-{stage}-{attempt}",
+            run_id=f"{request.name}-{stage}-{attempt}",
             rdzv_backend="c10d",
             rdzv_endpoint=config.rendezvous or "localhost:0",
             max_restarts=0,  # we decide, by what the worker says
             # rank 0 speaks in the terminal, the others into files
             logs_specs=DefaultLogsSpecs(str(logs), redirects=dict.fromkeys(range(1, processes), Std.ALL)),
         )
-        arguments = ["-m", "bessemer.pipeline.worker", json.dumps(asdict(asked) | {"stage": stage, "mistake": str(mistake)})]
+        arguments = ["-m", "bessemer.pipeline.worker", json.dumps(asdict(request) | {"stage": stage, "mistake": str(mistake)})]
         try:
             elastic_launch(elastic, sys.executable)(*arguments)
             return

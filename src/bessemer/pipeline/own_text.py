@@ -103,8 +103,8 @@ class OwnText:
 
     def vocab_size(self) -> int:
         """Entries of a vocabulary for so much text."""
-        found = _USUAL_TEXT if self.size is None else self.size
-        return next((entries for limit, entries in _VOCABULARIES if found < limit), _LARGEST_VOCABULARY)
+        size = _USUAL_TEXT if self.size is None else self.size
+        return next((entries for limit, entries in _VOCABULARIES if size < limit), _LARGEST_VOCABULARY)
 
 
 def find_text(places: Sequence[Path], folder: Path) -> OwnText:

@@ -26,7 +26,7 @@ _LONGEST_ROW = 4096
 
 
 @dataclass(frozen=True)
-class Planned:
+class TrainingPlan:
     """A model and how it is to be trained. tokens: of the whole run; None where the recipe gives minutes."""
 
     name: str
@@ -36,7 +36,7 @@ class Planned:
     minutes: float | None = None
 
 
-def planned(name: str, overrides: Sequence[str] = (), *, allow_code: bool = False) -> Planned:
+def training_plan(name: str, overrides: Sequence[str] = (), *, allow_code: bool = False) -> TrainingPlan:
     """What the recipe or preset of this name asks for, with overrides; a recipe comes first where both have the name.
 
     Raises ConfigError when there is neither, or when the recipe trains nothing.
@@ -48,7 +48,7 @@ def planned(name: str, overrides: Sequence[str] = (), *, allow_code: bool = Fals
     raise ConfigError(f"there is no recipe or preset {name!r}{nearest(name, [*shipped_recipes(), *PRESETS])}")
 
 
-def _of_recipe(recipe: Recipe) -> Planned:
+def _of_recipe(recipe: Recipe) -> TrainingPlan:
     trained = next((stage for stage in recipe.stages if isinstance(stage.config, LoopConfig)), None)
     settings = trained.config if trained is not None and isinstance(trained.config, LoopConfig) else None
     model = model_of(recipe.folder, recipe.stages if trained is None else feeding(recipe.stages, trained))
@@ -57,7 +57,7 @@ def _of_recipe(recipe: Recipe) -> Planned:
     tokens, minutes = settings.steps and settings.tokens_before(settings.steps), None
     if isinstance(settings, PretrainConfig) and tokens is None:
         tokens, minutes = settings.tokens, settings.minutes
-    return Planned(recipe.name, model, settings, tokens, minutes)
+    return TrainingPlan(recipe.name, model, settings, tokens, minutes)
 
 
 def model_of(folder: Path, stages: Sequence[Stage]) -> ModelConfig | None:
@@ -91,7 +91,7 @@ def _vocabulary(tokenize: TokenizeConfig, folder: Path) -> int:
     return load_tokenizer(folder / tokenize.tokenizer).vocab_size
 
 
-def _of_preset(name: str, overrides: Sequence[str]) -> Planned:
+def _of_preset(name: str, overrides: Sequence[str]) -> TrainingPlan:
     """A preset as it would be pretrained: half a million tokens a step, 20 tokens a parameter, unless overrides say else."""
     model = preset_config(name, PRESET_VOCABULARIES[name])
     length = min(model.max_position_embeddings, _LONGEST_ROW)
@@ -114,4 +114,4 @@ def _of_preset(name: str, overrides: Sequence[str]) -> Planned:
         values["tokens"] = TOKENS_PER_PARAMETER * model.active_parameters()
     settings = PretrainConfig.parse(values | changes["pretrain"], "pretrain")
     tokens = settings.tokens or (settings.steps and settings.tokens_before(settings.steps))
-    return Planned(name, model, settings, tokens, settings.minutes)
+    return TrainingPlan(name, model, settings, tokens, settings.minutes)

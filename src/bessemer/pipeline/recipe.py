@@ -145,8 +145,8 @@ def _with_extended(path: Path, seen: tuple[Path, ...]) -> PlacedValues:
         return placed
     if not isinstance(parent, str):
         raise ConfigError(f"{placed.where(('extends',))}: must be a recipe's name or file")
-    beside = path.parent / parent
-    base = beside if parent.endswith((".yaml", ".yml")) and beside.is_file() else find_recipe(parent)
+    neighbour = path.parent / parent
+    base = neighbour if parent.endswith((".yaml", ".yml")) and neighbour.is_file() else find_recipe(parent)
     extended = _with_extended(base, (*seen, path.resolve()))
     inherited = set(extended.values)
     merged = _without_replaced(extended, placed.values).merged(placed)

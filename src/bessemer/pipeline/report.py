@@ -80,7 +80,7 @@ def run_report(run: RunFolder) -> RunReport:
 
 def _run_report(run: RunFolder, manifests: Mapping[str, Metrics]) -> RunReport:
     stages: list[StageReport] = []
-    found = RunReport(name=run.name, folder=run.folder, stages=stages)
+    report = RunReport(name=run.name, folder=run.folder, stages=stages)
     stages += [
         StageReport(
             name=name,
@@ -88,11 +88,11 @@ def _run_report(run: RunFolder, manifests: Mapping[str, Metrics]) -> RunReport:
             metrics=manifests[name]["metrics"],
             folder=folder,
             records=read_metrics(folder / "metrics.jsonl"),
-            run=found,
+            run=report,
         )
         for name, folder in run.stages().items()
     ]
-    return found
+    return report
 
 
 def key_figures(run: RunReport) -> list[KeyFigure]:
@@ -102,22 +102,22 @@ def key_figures(run: RunReport) -> list[KeyFigure]:
 
 def stage_section(run: RunReport, name: str) -> Section | None:
     """The section of one stage; None where it has none, or is not made yet."""
-    found = next((stage for stage in run.stages if stage.name == name), None)
-    return None if found is None else _spec(found).report(found)
+    stage_report = next((stage for stage in run.stages if stage.name == name), None)
+    return None if stage_report is None else _spec(stage_report).report(stage_report)
 
 
 def sections(run: RunReport) -> list[Section]:
     """The stages' sections, in order."""
-    found = (_spec(stage).report(stage) for stage in run.stages)
-    return [section for section in found if section is not None]
+    drawn = (_spec(stage).report(stage) for stage in run.stages)
+    return [section for section in drawn if section is not None]
 
 
 def sentences(run: RunReport) -> list[str]:
     """A finished run in a few sentences."""
-    found = [sentence for stage in run.stages for sentence in _spec(stage).sentences(stage)]
+    sentences_of_stages = [sentence for stage in run.stages for sentence in _spec(stage).sentences(stage)]
     lock = run.folder / "recipe.lock.yaml"
     resolved = read_yaml(lock).values.get("stages", {}) if lock.exists() else {}
-    return [*found, *_machine_sentence(run, resolved), *_cut_sentences(run, resolved)]
+    return [*sentences_of_stages, *_machine_sentence(run, resolved), *_cut_sentences(run, resolved)]
 
 
 def _machine_sentence(run: RunReport, resolved: Mapping[str, Any]) -> list[str]:
@@ -135,7 +135,7 @@ def _machine_sentence(run: RunReport, resolved: Mapping[str, Any]) -> list[str]:
 
 def _cut_sentences(run: RunReport, resolved: Mapping[str, Any]) -> list[str]:
     """What the limits of time have left out of the stages, and what all of it would take."""
-    found = []
+    lines = []
     for name in (stage.name for stage in run.stages):
         measured = resolved.get(name, {}).get("measured") or {}
         minutes = measured.get("minutes")
@@ -148,13 +148,13 @@ def _cut_sentences(run: RunReport, resolved: Mapping[str, Any]) -> list[str]:
             continue
         if "training_seconds" in measured:
             trained = duration(measured["training_seconds"])
-            found.append(f"{name}: {what}, in proportion to {trained} of training; {name}.minutes=null takes all.")
+            lines.append(f"{name}: {what}, in proportion to {trained} of training; {name}.minutes=null takes all.")
             continue
-        found.append(
+        lines.append(
             f"{name}: {what} fitted its {minutes:g} minutes on this machine; all take about {minutes / share:.1f} "
             f"({name}.minutes={math.ceil(10 * minutes / share) / 10:g})."
         )
-    return found
+    return lines
 
 
 def next_steps(run: RunReport) -> list[str]:

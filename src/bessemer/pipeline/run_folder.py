@@ -22,7 +22,7 @@ from bessemer.pipeline.stages import STAGES
 
 
 @dataclass(frozen=True)
-class Made:
+class StageResult:
     """A stage's artefact, and whether this run made it."""
 
     stage: Stage
@@ -87,7 +87,7 @@ class RunFolder:
             {"format": RUN_FORMAT, "name": self.name, "recipe": values, "stages": before.get("stages", {})},
         )
 
-    def finish(self, made: list[Made], seconds: float) -> None:
+    def finish(self, made: list[StageResult], seconds: float) -> None:
         """Write down which artefacts the run consists of, and gather its metrics in one file."""
         record = self.record()
         before = {name: entry for name, entry in record["stages"].items() if name in record["recipe"]}
@@ -105,7 +105,7 @@ class RunFolder:
         if lines:
             write_text(self.folder / "metrics.jsonl", "".join(lines))
 
-    def link_stage(self, one: Made) -> None:
+    def link_stage(self, one: StageResult) -> None:
         """Lead `stages/STAGE`, and the links at the top that this stage serves, to its artefact."""
         link(self.folder / "stages" / one.stage.name, one.artefact.folder)
         for name, place in one.stage.spec.links.items():
@@ -210,8 +210,8 @@ def stage_states(run: RunFolder) -> list[StageState]:
     stale: set[str] = set()
     for name, (kind, reads) in feeds.items():
         # what an earlier recipe made of what is being made anew is of no more use
-        found = None if stale.intersection(reads) else made.get(name)
-        state = _state(store, name, kind, reads, found, working)
+        folder = None if stale.intersection(reads) else made.get(name)
+        state = _state(store, name, kind, reads, folder, working)
         if state.status != "done" and (state.status != "waiting" or stale.intersection(reads)):
             stale.add(name)
         states.append(state)
@@ -273,7 +273,7 @@ def _feeds(recipe: Mapping[str, Any]) -> dict[str, tuple[str, tuple[str, ...]]]:
 def _working(path: Path) -> Mapping[str, Any]:
     """The note; empty where there is none."""
     try:
-        found = read_json(path, "note of a run")
+        note = read_json(path, "note of a run")
     except ArtefactError:
         return {}
-    return found if isinstance(found, dict) and isinstance(found.get("key"), str) else {}
+    return note if isinstance(note, dict) and isinstance(note.get("key"), str) else {}

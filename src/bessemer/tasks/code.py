@@ -98,9 +98,9 @@ class CodeTask(FileTask[CodeConfig], GenerationTask):
         return outcomes
 
     def _outcome(self, question: GenerationQuestion, texts: Sequence[str], verdicts: Sequence[Verdict]) -> Outcome:
-        found = Counter(verdicts)
-        scores = {"pass@1": found["passed"] / len(texts), **pass_at_powers(len(texts), found["passed"])}
-        counts = {"programs timed out": found["timed_out"], "programs refused": found["refused"]}
+        counted = Counter(verdicts)
+        scores = {"pass@1": counted["passed"] / len(texts), **pass_at_powers(len(texts), counted["passed"])}
+        counts = {"programs timed out": counted["timed_out"], "programs refused": counted["refused"]}
         gold = self._problems[question.item].solution or None
         return Outcome(scores, "\n\n".join(texts), list(verdicts), gold, counts=counts)
 
@@ -225,8 +225,8 @@ def _without_margin(block: str, fence: str, entry_point: str) -> str:
 
 def _definition(code: str, entry_point: str) -> int | None:
     """Where the function's definition begins; None where there is none."""
-    found = re.search(rf"^(?:async\s+)?def\s+{re.escape(entry_point)}\b", code, re.MULTILINE)
-    return None if found is None else found.start()
+    match = re.search(rf"^(?:async\s+)?def\s+{re.escape(entry_point)}\b", code, re.MULTILINE)
+    return None if match is None else match.start()
 
 
 def whole_code(problem: Problem, text: str) -> str:

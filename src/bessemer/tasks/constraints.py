@@ -75,8 +75,8 @@ class _Counted(_Constraint):
         return f"Your answer must have {amount} {self.counted.format_map(self.model_dump())}."
 
     def holds(self, answer: str) -> bool:
-        found = self.count(answer)
-        return (self.at_least is None or found >= self.at_least) and (self.at_most is None or found <= self.at_most)
+        count = self.count(answer)
+        return (self.at_least is None or count >= self.at_least) and (self.at_most is None or count <= self.at_most)
 
 
 class Words(_Counted):

@@ -295,7 +295,7 @@ def _variable_tracking_item(
     names = iter(_names(generator, chains * (hops + 1)))
     values = generator.sample(range(10_000, 100_000), chains)
     statements: list[Statement] = []
-    asked = ""
+    variable = ""
     for chain, value in enumerate(values):
         depths = sorted(generator.random() for _ in range(hops + 1))
         name = next(names)
@@ -304,11 +304,11 @@ def _variable_tracking_item(
             previous, name = name, next(names)
             statements.append(Statement(depth, f"VAR {name} = VAR {previous}."))
         if chain == 0:
-            asked = name
+            variable = name
     statements.sort(key=lambda statement: statement.depth)
 
     def frame(text: str) -> str:
-        return f"{text}\n\nQuestion: What is the value of VAR {asked}?\nAnswer:"
+        return f"{text}\n\nQuestion: What is the value of VAR {variable}?\nAnswer:"
 
     prompt = build_prompt(statements, frame, length=length, generator=generator, measure=measure, sentences=sentences)
     return GeneratedItem(prompt, str(values[0]))

@@ -116,15 +116,15 @@ class GeneratedTask(GenerationTask, Generic[C]):
 
     def questions(self) -> list[GenerationQuestion]:
         """Raises ConfigError for items that cannot be made."""
-        self._asked = {asked.item: asked for asked in self._make()}
+        self._asked = {item.item: item for item in self._make()}
         return [
             GenerationQuestion(
-                asked.item,
-                self._context(asked.made.prompt, self._examples(asked.level)),
-                id=f"{self.level_name} {asked.level}: {asked.number + 1}",
-                level=asked.level,
+                item.item,
+                self._context(item.made.prompt, self._examples(item.level)),
+                id=f"{self.level_name} {item.level}: {item.number + 1}",
+                level=item.level,
             )
-            for asked in self._asked.values()
+            for item in self._asked.values()
         ]
 
     def judge(self, question: GenerationQuestion, texts: Sequence[str]) -> Outcome:
@@ -154,12 +154,12 @@ class GeneratedTask(GenerationTask, Generic[C]):
         except ValueError as error:
             raise ConfigError(f"task {self.name}: {error}{self._remark}") from None
         places = {level: place for place, level in enumerate(self._all_levels)}
-        asked = [
+        items = [
             _Asked(number * len(places) + places[level], level, number, made[level][number])
             for number in range(count)
             for level in self._levels
         ]
-        return asked[:limit]
+        return items[:limit]
 
     def _context(self, prompt: str, examples: Sequence[GeneratedItem] = ()) -> Context:
         config = self._config

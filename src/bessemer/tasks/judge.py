@@ -153,8 +153,8 @@ class RubricJudge:
     def _criteria_score(self, text: str) -> float | None:
         """The weighted share of yes; None unless each criterion has exactly one line, in order."""
         lines = [line for each in text.splitlines() if (line := _bare(each).strip(_MARKUP))]
-        found = [_CRITERION.fullmatch(line) for line in lines[-len(self._criteria) :]]
-        said = [(int(one[1]), one[2].lower() == "yes") for one in found if one is not None]
+        matches = [_CRITERION.fullmatch(line) for line in lines[-len(self._criteria) :]]
+        said = [(int(one[1]), one[2].lower() == "yes") for one in matches if one is not None]
         if [number for number, _ in said] != list(range(1, len(self._criteria) + 1)):
             return None
         total = sum(one.weight for one in self._criteria)
@@ -181,14 +181,14 @@ def _last_line(text: str) -> str:
 
 def _preference(text: str) -> Preference | None:
     """The verdict on the last line, which is nothing but that."""
-    found = _VERDICT.fullmatch(_last_line(text))
+    match = _VERDICT.fullmatch(_last_line(text))
     places: dict[str, Preference] = {"1": "first", "2": "second", "tie": "tie"}
-    return places[found[1].lower()] if found else None
+    return places[match[1].lower()] if match else None
 
 
 def _rating(text: str) -> float | None:
-    found = _RATING.fullmatch(_last_line(text))
-    return (int(found[1]) - 1) / 4 if found else None
+    match = _RATING.fullmatch(_last_line(text))
+    return (int(match[1]) - 1) / 4 if match else None
 
 
 def _bare(line: str) -> str:

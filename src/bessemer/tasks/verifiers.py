@@ -169,10 +169,10 @@ class Pattern(_Normalising):
         return checked_pattern(pattern)
 
     def answer(self, text: str) -> str | None:
-        found = list(re.finditer(self.pattern, text))
-        if not found:
+        matches = list(re.finditer(self.pattern, text))
+        if not matches:
             return None
-        match = found[-1 if self.pick == "last" else 0]
+        match = matches[-1 if self.pick == "last" else 0]
         return self.normal((match[1] if match.re.groups else match[0]) or "") or None
 
     def accepts(self, answer: Hashable, references: Sequence[str]) -> bool:
@@ -266,10 +266,10 @@ def answered_number(text: str, pick: str) -> Fraction | None:
     None without any, and where that number has more than 1,000 characters.
     """
     _, has_mark, marked = text.rpartition(_MARK)
-    if has_mark and (found := _matches(marked)):
-        return _value(found[0])
-    found = _matches(text)
-    return _value(found[-1 if pick == "last" else 0]) if found else None
+    if has_mark and (matches := _matches(marked)):
+        return _value(matches[0])
+    matches = _matches(text)
+    return _value(matches[-1 if pick == "last" else 0]) if matches else None
 
 
 def _matches(text: str) -> list[re.Match[str]]:

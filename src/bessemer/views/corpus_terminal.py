@@ -29,10 +29,10 @@ def show_corpus(stages: corpus.Stages, *, examples: int = 2, rows: int = 12) -> 
     for name, metrics in stages.items():
         if metrics.get("by_reason"):
             parts += section(f"Dropped by {name}", _reasons(metrics["by_reason"]))
-    stage, found = corpus.scores_stage(stages)
-    if limited := [one for one in found if one.limit]:
+    stage, histograms = corpus.scores_stage(stages)
+    if limited := [one for one in histograms if one.limit]:
         parts += section(f"Thresholds of {stage}", _histograms(limited))
-    if free := [one for one in found if not one.limit]:
+    if free := [one for one in histograms if not one.limit]:
         parts += section("Scores without a threshold", _histograms(free))
     for metrics in stages.values():
         for method, duplicates in metrics.get("duplicates", {}).items():
@@ -72,17 +72,17 @@ def _kept(stages: corpus.Stages) -> Table:
 
 def _reasons(by_reason: Mapping[str, Mapping[str, int]]) -> Table:
     table = listing("Reason", "documents", "text")
-    for reason, found in sorted(by_reason.items(), key=lambda item: (-item[1]["documents"], item[0])):
-        table.add_row(literal(label(reason)), f"{found['documents']:,}", size(found["bytes"]))
+    for reason, counts in sorted(by_reason.items(), key=lambda item: (-item[1]["documents"], item[0])):
+        table.add_row(literal(label(reason)), f"{counts['documents']:,}", size(counts["bytes"]))
     return table
 
 
-def _histograms(found: Sequence[Histogram]) -> Table:
+def _histograms(histograms: Sequence[Histogram]) -> Table:
     """A line for each score: where its axis begins, a curve whose dropped part is dim, where it ends, what the limit does."""
-    limited = any(one.limit for one in found)
+    limited = any(one.limit for one in histograms)
     table = listing("Score", "from", "", "to", *(("kept", "outside", "only this") if limited else ()))
     table.columns[2].justify = table.columns[3].justify = "left"
-    for one in found:
+    for one in histograms:
         effect: list[RenderableType] = []
         if limited:
             effect = [literal(one.limit), *("–" if count is None else f"{count:,}" for count in (one.outside, one.alone))]
@@ -100,10 +100,10 @@ def spark(one: Histogram, width: int = _SPARK_WIDTH) -> Text:
     # kept, dropped
     counts = [[0, 0] for _ in range(width)]
     span = one.high - one.low
-    for found in one.bins:
-        middle = (max(found.start, one.low) + min(found.end, one.high)) / 2
+    for bin in one.bins:
+        middle = (max(bin.start, one.low) + min(bin.end, one.high)) / 2
         place = min(max(int((middle - one.low) / span * width), 0), width - 1)
-        counts[place][not found.kept] += found.count
+        counts[place][not bin.kept] += bin.count
     tallest = math.sqrt(max((sum(pair) for pair in counts), default=0) or 1)
     limits = {
         round((limit - one.low) / span * width)
@@ -120,13 +120,13 @@ def spark(one: Histogram, width: int = _SPARK_WIDTH) -> Text:
     return text.append("┊") if width in limits else text
 
 
-def _copies(found: Mapping[str, Any]) -> RenderableType:
-    if "clusters" not in found:
-        return literal(corpus.passages(found))
-    if not found["clusters"]:
+def _copies(duplicates: Mapping[str, Any]) -> RenderableType:
+    if "clusters" not in duplicates:
+        return literal(corpus.passages(duplicates))
+    if not duplicates["clusters"]:
         return literal("No copies.")
     table = listing("Documents in a cluster", "clusters", "documents in them")
-    for row in found["by_size"]:
+    for row in duplicates["by_size"]:
         table.add_row(corpus.sizes(row), f"{row['clusters']:,}", f"{row['documents']:,}")
     return table
 
@@ -155,8 +155,8 @@ def _examples(stages: corpus.Stages, wanted: int) -> list[RenderableType]:
     if not wanted:
         return parts
     for metrics in stages.values():
-        for found in metrics.get("examples", {}).get("dropped", {}).values():
-            for document in found[:wanted]:
+        for documents in metrics.get("examples", {}).get("dropped", {}).values():
+            for document in documents[:wanted]:
                 parts += section(f"Dropped: {document.get('reason')}", _document(document))
     for document in (list(stages.values())[-1].get("examples", {}).get("kept", []) if stages else [])[:wanted]:
         parts += section("Kept", _document(document))

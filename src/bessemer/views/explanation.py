@@ -19,17 +19,17 @@ _MOST_CHARACTERS = 160
 _PASSES, _FAILS = "green", "bold red"
 
 
-def show_explanation(found: Explanation, pieces: Sequence[str] = ()) -> RenderableType:
+def show_explanation(explanation: Explanation, pieces: Sequence[str] = ()) -> RenderableType:
     """The verdict, the edits with what they change, and every score beside its limit. pieces: the text in its tokens."""
-    parts: list[RenderableType] = [_verdict(found)]
-    changed = [one for one in found.edits if one.changes or any(one.counts.values())]
+    parts: list[RenderableType] = [_verdict(explanation)]
+    changed = [one for one in explanation.edits if one.changes or any(one.counts.values())]
     for one in changed:
         parts += section(f"Edit {one.name}", _edit(one))
-    unchanged = [one.name for one in found.edits if one not in changed]
+    unchanged = [one.name for one in explanation.edits if one not in changed]
     if unchanged:
         parts += section("Edits that change nothing", literal(", ".join(unchanged), "dim"))
-    if found.scores:
-        parts += section("Scores", _scores(found.scores))
+    if explanation.scores:
+        parts += section("Scores", _scores(explanation.scores))
     if pieces:
         parts += section(f"{len(pieces):,} tokens", tokens_text(pieces))
     return Group(*parts)
@@ -50,19 +50,19 @@ def show_history(sightings: Iterable[Sighting]) -> RenderableType:
     return table
 
 
-def _verdict(found: Explanation) -> Text:
+def _verdict(explanation: Explanation) -> Text:
     text = Text()
-    if found.is_kept:
+    if explanation.is_kept:
         return text.append("It is kept.", _PASSES)
-    if found.is_kept is False:
-        first, *others = found.reasons[RECIPE]
+    if explanation.is_kept is False:
+        first, *others = explanation.reasons[RECIPE]
         text.append("It is dropped: ", _FAILS).append_text(literal(first))
         if others:
             text.append("\nIt breaks as well: ").append_text(literal("; ".join(others)))
         return text
-    for preset, reasons in found.reasons.items():
+    for preset, reasons in explanation.reasons.items():
         text.append(f"{preset} drops it: ", _FAILS).append_text(literal("; ".join(reasons))).append("\n")
-    passed = dict.fromkeys(one.preset for one in found.scores if one.preset and one.preset not in found.reasons)
+    passed = dict.fromkeys(one.preset for one in explanation.scores if one.preset and one.preset not in explanation.reasons)
     return text.append("It passes ", _PASSES).append(", ".join(passed)) if passed else text
 
 

@@ -29,12 +29,12 @@ def check_suffix(path: Path) -> None:
         raise ConfigError(f"{path}: a picture ends in one of {', '.join(_SUFFIXES)}")
 
 
-def save_head_picture(found: Inspection, path: Path) -> None:
+def save_head_picture(inspection: Inspection, path: Path) -> None:
     """Draw the opened head to a file. Raises ConfigError when there is none."""
-    if found.opened is None:
+    if inspection.opened is None:
         raise ConfigError("there is no head to draw: every layer of this model is linear attention")
-    opened, names = found.opened, [visible(piece) for piece in found.tokens.pieces]
-    weights_TT = found.attention[opened.layer]
+    opened, names = inspection.opened, [visible(piece) for piece in inspection.tokens.pieces]
+    weights_TT = inspection.attention[opened.layer]
     assert weights_TT is not None
     colours = LinearSegmentedColormap.from_list("heat", ["#ffffff", _COLOUR])
     with matplotlib.rc_context(_STYLE):

@@ -57,9 +57,9 @@ def show_serving_plan(plan: Mapping[str, Any]) -> RenderableType:
             f"{load['dollars_per_million_answer_tokens']:,.2f}",
         )
     head = literal(f"{plan['name']} served on {plan['gpus']} × {plan['card']}", "bold #d9622b")
-    told = f"{short_count(plan['parameters'])} parameters; prompts of {plan['prompt_tokens']:,} tokens, answers of "
-    told += f"{plan['answer_tokens']:,}; {price}; predicted, not measured"
-    return Group(head, literal(told), *section("Memory", memory), *section("Load", loads))
+    summary = f"{short_count(plan['parameters'])} parameters; prompts of {plan['prompt_tokens']:,} tokens, answers of "
+    summary += f"{plan['answer_tokens']:,}; {price}; predicted, not measured"
+    return Group(head, literal(summary), *section("Memory", memory), *section("Load", loads))
 
 
 def show_finetune_plan(model: str, data: str, plan: Mapping[str, Any]) -> RenderableType:
@@ -120,8 +120,11 @@ def _traffic(best: Mapping[str, Any]) -> RenderableType:
 
 def _layouts(plan: Mapping[str, Any]) -> RenderableType:
     table = listing("Layout", "Step", "MFU", "Memory", "Days", "Cost")
-    asked = plan.get("asked")
-    for row in [*plan["plans"], *([asked | {"described": f"as the recipe has it: {asked['described']}"}] if asked else [])]:
+    requested = plan.get("asked")
+    for row in [
+        *plan["plans"],
+        *([requested | {"described": f"as the recipe has it: {requested['described']}"}] if requested else []),
+    ]:
         cells = (
             row["described"],
             _short(row["seconds"]["step"]),

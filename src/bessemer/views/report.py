@@ -41,7 +41,7 @@ from bessemer.views.run_data import ReportData, StageRun
 from bessemer.views.tokens import token_list, tokens_html
 
 
-def documents(found: Sequence[Document]) -> Markup:
+def documents(given: Sequence[Document]) -> Markup:
     """Documents with their source, id and the reason why they were dropped."""
     return Markup("").join(
         Markup('<article class="document"><header>{}{}{}</header><pre>{}</pre></article>').format(
@@ -50,14 +50,14 @@ def documents(found: Sequence[Document]) -> Markup:
             Markup(' <span class="reason">{}</span>').format(document.reason) if document.reason else "",
             document.text,
         )
-        for document in found
+        for document in given
     )
 
 
-def samples(found: Sequence[Sample]) -> Markup:
+def samples(given: Sequence[Sample]) -> Markup:
     """What the model wrote at several points of training, by step."""
     steps: dict[int, list[Sample]] = {}
-    for sample in found:
+    for sample in given:
         steps.setdefault(sample.step, []).append(sample)
     return Markup("").join(
         Markup('<section class="sample"><h4>Step {:,}</h4>{}</section>').format(
@@ -70,9 +70,9 @@ def samples(found: Sequence[Sample]) -> Markup:
     )
 
 
-def answers(found: Sequence[Answer]) -> Markup:
+def answers(given: Sequence[Answer]) -> Markup:
     """Questions with the expected answer and the model's; those it was trained on are marked as memorised."""
-    return Markup("").join(_answer(one) for one in found)
+    return Markup("").join(_answer(one) for one in given)
 
 
 def _answer(one: Answer) -> Markup:
@@ -117,30 +117,30 @@ def _layout(one: Histogram) -> _Layout:
     A bin that is too narrow to be seen, as that of the one value 0 under a limit of 0, is drawn wider. A limit beyond the
     axis stands between the blocks that it parts, and nowhere when it parts none.
     """
-    before = [found for found in one.bins if found.start < one.low and found.count]
-    after = [found for found in one.bins if found.end > math.nextafter(one.high, math.inf) and found.count]
-    inside = [found for found in one.bins if found.start >= one.low and found.end <= math.nextafter(one.high, math.inf)]
+    before = [bin for bin in one.bins if bin.start < one.low and bin.count]
+    after = [bin for bin in one.bins if bin.end > math.nextafter(one.high, math.inf) and bin.count]
+    inside = [bin for bin in one.bins if bin.start >= one.low and bin.end <= math.nextafter(one.high, math.inf)]
     start, end = len(before) * (_BLOCK + _GAP), _WIDTH - len(after) * (_BLOCK + _GAP)
-    natural = [(end - start) * (found.end - found.start) / (one.high - one.low) for found in inside]
-    widths = [max(width, _NARROWEST if found.count else 0.0) for found, width in zip(inside, natural, strict=True)]
+    natural = [(end - start) * (bin.end - bin.start) / (one.high - one.low) for bin in inside]
+    widths = [max(width, _NARROWEST if bin.count else 0.0) for bin, width in zip(inside, natural, strict=True)]
     ends = [start + (end - start) * width / sum(widths) for width in accumulate(widths, initial=0.0)]
 
-    bars = [(found, number * (_BLOCK + _GAP), _BLOCK) for number, found in enumerate(before)]
-    bars += [(found, left, right - left) for found, (left, right) in zip(inside, pairwise(ends), strict=True) if found.count]
-    bars += [(found, end + _GAP + number * (_BLOCK + _GAP), _BLOCK) for number, found in enumerate(after)]
+    bars = [(bin, number * (_BLOCK + _GAP), _BLOCK) for number, bin in enumerate(before)]
+    bars += [(bin, left, right - left) for bin, (left, right) in zip(inside, pairwise(ends), strict=True) if bin.count]
+    bars += [(bin, end + _GAP + number * (_BLOCK + _GAP), _BLOCK) for number, bin in enumerate(after)]
     limits = [
         left for (one_bin, left), (next_bin, _) in pairwise(zip(inside, ends[1:], strict=True)) if one_bin.kept != next_bin.kept
     ]
     if one.lowest is not None and one.lowest <= one.low:
-        limits += [x + width + _GAP / 2 for found, x, width in bars if found.start < one.lowest]
+        limits += [x + width + _GAP / 2 for bin, x, width in bars if bin.start < one.lowest]
     if one.highest is not None and one.highest >= one.high:
-        limits += [x - _GAP / 2 for found, x, _ in bars if found.start > one.highest]
+        limits += [x - _GAP / 2 for bin, x, _ in bars if bin.start > one.highest]
     return _Layout(bars, limits, start, end)
 
 
 def _drawing(one: Histogram, name: str) -> Markup:
-    layout, tallest = _layout(one), math.sqrt(max((found.count for found in one.bins), default=0) or 1)
-    bars = (_bar(x, width, _HEIGHT * math.sqrt(found.count) / tallest, found.kept) for found, x, width in layout.bars)
+    layout, tallest = _layout(one), math.sqrt(max((bin.count for bin in one.bins), default=0) or 1)
+    bars = (_bar(x, width, _HEIGHT * math.sqrt(bin.count) / tallest, bin.kept) for bin, x, width in layout.bars)
     dashes = (
         Markup('<line class="limit" x1="{0:.1f}" x2="{0:.1f}" y1="0" y2="{1:.1f}"/>').format(x, _HEIGHT) for x in layout.limits
     )
@@ -204,8 +204,8 @@ def draw(part: report.Part, ids: Iterator[str]) -> Markup:
             return Markup('<div class="heats">{}</div>').format(Markup("").join(map(_heat_map, maps)))
         case report.Tokens(pieces, listed):
             return token_list(pieces) if listed else tokens_html(pieces)
-        case report.Documents(found):
-            return documents(found)
+        case report.Documents(shown):
+            return documents(shown)
         case report.Answers(given):
             return answers(given)
         case report.Samples(written):

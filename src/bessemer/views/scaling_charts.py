@@ -114,9 +114,9 @@ def reliability_chart(tasks: Mapping[str, Mapping[str, Any]]) -> str:
     def draw(axes: Axes) -> None:
         axes.plot([0, 1], [0, 1], color=SOFT, linewidth=0.8)
         for number, (name, results) in enumerate(tasks.items()):
-            found = results["calibration"]
-            points = [(one["confidence"], one["accuracy"]) for one in found["bins"]]
-            label = f"{name}: error {found['expected_calibration_error']:.3f}"
+            calibration = results["calibration"]
+            points = [(one["confidence"], one["accuracy"]) for one in calibration["bins"]]
+            label = f"{name}: error {calibration['expected_calibration_error']:.3f}"
             axes.plot(*zip(*points, strict=True), "o-", color=LINES[number % len(LINES)], markersize=4, label=label)
         axes.legend(frameon=False, fontsize=7)
 

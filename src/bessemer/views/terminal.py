@@ -260,9 +260,9 @@ def show_task_results(results: Mapping[str, Any]) -> RenderableType:
     """What `evaluate_tasks` returns: a row for each task and for each figure of several samples, and CORE-n below."""
     table = listing("Task", "Items", "Shots", "Asked", "Score", "Mean", "±", "Chance")
     for name, task in results["tasks"].items():
-        asked = [f"{task['n']:,}", str(task["shots"]), task["form"]]
+        settings = [f"{task['n']:,}", str(task["shots"]), task["form"]]
         headline = [task["score"], _share(task["accuracy"]), _share(task["standard_error"]), _share(task["chance"])]
-        table.add_row(*map(literal, [name, *asked, *headline]))
+        table.add_row(*map(literal, [name, *settings, *headline]))
         for score, figures in task["scores"].items():
             # of choices the other normalisations are in results.json
             if score != task["score"] and "calibration" not in task:
