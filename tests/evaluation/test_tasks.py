@@ -84,7 +84,7 @@ def test_examples_are_computed_once(engine, tmp_path):
 def test_an_evaluation_that_was_stopped_goes_on(engine, tmp_path, monkeypatch):
     path, out = write_task(tmp_path, SUMS, kind="generate", answers=["answer"], max_tokens=4), tmp_path / "out"
     whole, lines = evaluated(engine, [read_task(path)], tmp_path / "whole")
-    monkeypatch.setattr("bessemer.evaluation.tasks._QUESTIONS_AT_ONCE", 1)
+    monkeypatch.setattr("bessemer.evaluation.task_answerers._QUESTIONS_AT_ONCE", 1)
     generate, asked = engine.generate, []
 
     def stopped(prompts, params):

@@ -21,6 +21,7 @@ def _bench() -> None:
 
 @bench.command(epilog=_EXAMPLE)
 def serve(
+    context: typer.Context,
     url: Annotated[str, typer.Argument(help="An OpenAI-compatible server, as http://127.0.0.1:8000.")],
     concurrency: Annotated[int | None, typer.Option(help="Clients that each wait for their answer and ask again.")] = None,
     rate: Annotated[
@@ -50,31 +51,20 @@ def serve(
 
     --concurrency: a closed loop of clients. --rate: requests that arrive by a Poisson process, however long the others take.
     """
-    from bessemer.cli.named import option_of
+    from bessemer.cli.named import given_options, option_of
     from bessemer.core.progress import progress_for_terminal
     from bessemer.core.store import write_json
     from bessemer.serving.bench import LoadConfig
     from bessemer.serving.bench import bench as load
 
-    given: dict[str, Any] = {
-        "concurrency": concurrency,
-        "rate": rate,
-        "burstiness": burstiness,
-        "requests": requests,
-        "warmup": warmup,
-        "input_tokens": input_tokens,
-        "output_tokens": output_tokens,
-        "prompts": prompts,
-        "model": model,
-        "temperature": temperature,
-        "top_p": top_p,
-        "seed": seed,
-        "extra_body": None if extra_body is None else _extra(extra_body),
-        "goodput": _goals(goodput or []) or None,
-        "api": "chat" if chat else None,
-        "ignore_eos": ignore_eos,
-    }
-    settings = {name: value for name, value in given.items() if value is not None}
+    load_shape = ("concurrency", "rate", "burstiness", "requests", "warmup", "input_tokens", "output_tokens", "prompts")
+    settings = given_options(context, *load_shape, "model", "temperature", "top_p", "seed", "ignore_eos")
+    if extra_body is not None:
+        settings["extra_body"] = _extra(extra_body)
+    if goodput:
+        settings["goodput"] = _goals(goodput)
+    if chat:
+        settings["api"] = "chat"
     config = LoadConfig.parse(settings, option_of("bench serve"))
     measured = load(url, config, key=api_key, progress=progress_for_terminal())
     if save is not None:

@@ -24,6 +24,7 @@ from bessemer.cli.options import (
     Temperature,
     TopK,
     TopP,
+    print_view,
 )
 from bessemer.core.errors import RequestError
 
@@ -51,6 +52,7 @@ _DIM, _PLAIN = "\033[2m", "\033[0m"
 
 
 def chat(
+    context: typer.Context,
     model: Model,
     system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
     max_tokens: Annotated[int, typer.Option(help="At most this many tokens an answer.", min=1)] = 256,
@@ -77,16 +79,7 @@ def chat(
 
     folder = find_served(model, runs)
     config = EngineConfig.parse(speculation(speculate, runs) | {"max_model_len": max_model_len}, option_of("chat"))
-    params_for = sampling_options(
-        "chat",
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-    )
+    params_for = sampling_options(context)
     engine = Engine(folder, device=device, config=config)
     if engine.tokenizer.chat_template is None:
         raise RequestError(
@@ -276,8 +269,6 @@ def _look(model: Path, text: str, device: str) -> None:
     """What `bessemer inspect` prints, but for what takes long."""
     import shlex
 
-    from rich.console import Console
-
     from bessemer.inspection.inspect import inspect
     from bessemer.model.device import choose_device
     from bessemer.model.storage.folder import load_model
@@ -285,5 +276,5 @@ def _look(model: Path, text: str, device: str) -> None:
     from bessemer.views.inspection_terminal import show_inspection
 
     inspection = inspect(load_model(model, choose_device(device)), load_tokenizer(model), text, ablate=False)
-    Console(highlight=False).print(show_inspection(inspection))
+    print_view(show_inspection(inspection))
     print(f"\nas a page, with every head: bessemer inspect smollm2 {shlex.quote(text)} --out page.html")

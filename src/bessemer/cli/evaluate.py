@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from bessemer.cli.options import Model
+from bessemer.cli.options import Model, print_view
 
 
 def _list_tasks(wanted: bool) -> None:
@@ -27,6 +27,7 @@ def _list_tasks(wanted: bool) -> None:
 
 
 def evaluate(
+    context: typer.Context,
     model: Model,
     tasks: Annotated[
         str | None,
@@ -64,9 +65,7 @@ def evaluate(
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
 ) -> None:
     """Evaluate a model on tasks. The same command goes on where it was stopped."""
-    from rich.console import Console
-
-    from bessemer.cli.named import find_served, option_of
+    from bessemer.cli.named import find_served, given_options, option_of
     from bessemer.core.errors import writing_to
     from bessemer.core.hashing import hash_value
     from bessemer.core.progress import progress_for_terminal
@@ -74,16 +73,7 @@ def evaluate(
     from bessemer.tasks.config import TaskOptions
     from bessemer.tasks.registry import find_tasks, with_data
 
-    given = {
-        "data": data,
-        "limit": limit,
-        "shots": shots,
-        "samples": samples,
-        "seed": seed,
-        "chat": chat,
-        "system": system,
-        "thinking_budget": thinking_budget,
-    }
+    given = given_options(context, "data", "limit", "shots", "samples", "seed", "chat", "system", "thinking_budget")
     named = [name for each in (tasks or _held_out(model)).split(",") if (name := each.strip())]
     options, progress = TaskOptions.parse(given, option_of("evaluate")), progress_for_terminal()
     if fetch:
@@ -110,7 +100,7 @@ def evaluate(
         Engine(place, device=device, config=config, adapter=adapter) as engine,
     ):
         results = evaluate_tasks(engine, chosen, folder, model=identity, progress=progress, corpus=documents)
-    Console(highlight=False).print(show_task_results(results))
+    print_view(show_task_results(results))
     calibrated = {name: task for name, task in results["tasks"].items() if "calibration" in task}
     if calibrated and find_spec("matplotlib") is not None:
         from bessemer.views.scaling_charts import reliability_chart

@@ -11,30 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bessemer.cli.options import print_view
+
 if TYPE_CHECKING:
     from bessemer.data.config import CleanConfig, SelectConfig
     from bessemer.data.corpus.reader import Sighting
 
 
 _PAGES = (".html", ".htm", ".xhtml")
-_TEXT_FILES = (
-    *_PAGES,
-    ".txt",
-    ".md",
-    ".rst",
-    ".json",
-    ".jsonl",
-    ".csv",
-    ".tsv",
-    ".xml",
-    ".pdf",
-    ".docx",
-    ".warc",
-    ".gz",
-    ".py",
-)
+_OTHER_FILES = (".txt", ".md", ".rst", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".pdf", ".docx", ".warc", ".gz", ".py")
 _ADDRESS = re.compile(r"https?://\S+", re.IGNORECASE)
-#: A path, or a name with an ending, in a word of ASCII: scripts without spaces write whole texts in one word.
+#: A path, or a name with a suffix. Of ASCII alone: scripts without spaces write whole texts in one word.
 _FILE_NAME = re.compile(r"[!-~]*[/\\][!-~]*|[!-~]*[!-.0-~]\.[A-Za-z][A-Za-z0-9]{0,6}")
 _LONGEST_NAME = 255
 #: Pieces shown of a text in its tokens.
@@ -59,8 +46,6 @@ def explain(
     Without --run or --recipe all that there is are asked, with the usual limits. An address (https://…) is judged as an
     address: what it leads to is not fetched.
     """
-    from rich.console import Console
-
     from bessemer.core.errors import RequestError
     from bessemer.data.stages.in_memory import explain as ask
     from bessemer.data.stages.in_memory import explain_address, explain_with
@@ -86,10 +71,8 @@ def explain(
         where = [{"stage": one.stage, "side": one.side, "reason": one.row.get("reason")} for one in sightings]
         print(json.dumps({**asdict(explanation), "history": where, "tokens": pieces}, ensure_ascii=False, indent=2))
         return
-    console = Console(highlight=False)
-    if sightings:
-        console.print(show_history(sightings))
-    console.print(show_explanation(explanation, pieces[:_MOST_TOKENS]))
+    history = [show_history(sightings)] if sightings else []
+    print_view(*history, show_explanation(explanation, pieces[:_MOST_TOKENS]))
 
 
 def _read(thing: str) -> str:
@@ -136,7 +119,7 @@ def _names_a_file(thing: str) -> bool:
     """Whether a text that names no file looks as if it should: its letters would be explained in silence."""
     if len(thing) > _LONGEST_NAME or "\n" in thing:
         return False
-    return thing.lower().endswith(_TEXT_FILES) or _FILE_NAME.fullmatch(thing) is not None
+    return thing.lower().endswith((*_PAGES, *_OTHER_FILES)) or _FILE_NAME.fullmatch(thing) is not None
 
 
 def _history(thing: str, run: str | None, runs: Path) -> list[Sighting]:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 def finetune(
+    context: typer.Context,
     model: Model,
     data: Annotated[Path, typer.Argument(help="Questions and answers: CSV, JSON lines, JSON or Parquet.")],
     out: Annotated[Path, typer.Argument(help="The folder to make. The same command goes on where it was stopped.")],
@@ -42,29 +43,15 @@ def finetune(
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
 ) -> None:
     """Fine-tune a model on your questions and answers, and say whether it got better."""
-    from bessemer.cli.named import option_of
+    from bessemer.cli.named import given_options, option_of
     from bessemer.core.errors import writing_to
     from bessemer.core.progress import progress_for_terminal
     from bessemer.core.store import alone_in
     from bessemer.posttraining.sft.config import FinetuneConfig
 
-    config = FinetuneConfig.parse(
-        {
-            "method": method,
-            "also": _weights(also or []),
-            "prompt_column": prompt_column,
-            "answer_column": answer_column,
-            "epochs": epochs,
-            "learning_rate": learning_rate,
-            "rank": rank,
-            "context_length": context_length,
-            "batch_size": batch_size,
-            "truncate": truncate,
-            "held_out": held_out,
-            "merge": merge,
-        },
-        option_of("finetune"),
-    )
+    columns, rows = ("prompt_column", "answer_column"), ("context_length", "batch_size", "truncate", "held_out")
+    given = given_options(context, "method", "epochs", "learning_rate", "rank", "merge", *columns, *rows)
+    config = FinetuneConfig.parse(given | {"also": _weights(also or [])}, option_of("finetune"))
     from bessemer.model.storage.tuned_folder import whole_weights
     from bessemer.posttraining.sft.finetune import asked_of, finish, finished
     from bessemer.posttraining.sft.finetune import finetune as tune

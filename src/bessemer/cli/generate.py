@@ -24,6 +24,7 @@ from bessemer.cli.options import (
 
 
 def generate(
+    context: typer.Context,
     model: Model,
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     suffix: Annotated[
@@ -55,17 +56,7 @@ def generate(
 
     given = speculation(speculate, runs) | named_numbers("parallel", parallel) | {"max_model_len": max_model_len}
     config = EngineConfig.parse(given, option_of("generate"))
-    params_for = sampling_options(
-        "generate",
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        stop=stop,
-    )
+    params_for = sampling_options(context)
     with Engine(find_served(model, runs), device=device, config=config) as engine:
         if adapter is not None:
             engine.load_adapter(adapter, adapter)

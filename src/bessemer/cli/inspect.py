@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bessemer.cli.options import Model
+from bessemer.cli.options import Model, print_view
 
 #: A page holds a picture of tokens by tokens for every head.
 _LONGEST = 512
@@ -35,8 +35,6 @@ def inspect(
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
 ) -> None:
     """Look inside a model while it reads: attention, what each layer predicts, heads, experts, embeddings."""
-    from rich.console import Console
-
     from bessemer.cli.named import find_model
     from bessemer.core.errors import RequestError
     from bessemer.core.store import write_text
@@ -70,7 +68,7 @@ def inspect(
         ablate=ablate,
         seed=seed,
     )
-    Console(highlight=False).print(show_inspection(inspection))
+    print_view(show_inspection(inspection))
     if picture is not None:
         save_head_picture(inspection, picture)
     if arrays is not None:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from bessemer.cli.options import print_view
+
 
 def pull(
     source: Annotated[str, typer.Argument(help="A GGUF file, a Hugging Face folder, a hub id (ORG/NAME), or smollm2.")],
@@ -26,8 +28,6 @@ def list_models() -> None:
     """List the models that were pulled."""
     from datetime import datetime
 
-    from rich.console import Console
-
     from bessemer.core.metrics import size
     from bessemer.core.report import Column, Table
     from bessemer.model.storage.library import kept_models, library_folder
@@ -41,9 +41,7 @@ def list_models() -> None:
         (one.name, one.kind, size(one.size), datetime.fromtimestamp(one.changed).strftime("%Y-%m-%d %H:%M")) for one in kept
     ]
     columns = [Column("Name"), Column("Kind"), Column("Size", True), Column("Changed", True)]
-    console = Console(highlight=False, soft_wrap=True)
-    for drawn in show_parts([Table(columns, rows)]):
-        console.print(drawn)
+    print_view(*show_parts([Table(columns, rows)]), soft_wrap=True)
 
 
 def rm(names: Annotated[list[str], typer.Argument(help="Models that were pulled.")]) -> None:

@@ -14,16 +14,20 @@ from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.core.store import follow
 
 if TYPE_CHECKING:
+    import typer
+
     from bessemer.inference.engine import Engine
     from bessemer.inference.sampling.params import SamplingParams
 
 
 def find_run(name: str, runs: Path) -> Path:
     """The folder of a run, given by name or path. Raises ArtefactError with the nearest name."""
+    from bessemer.pipeline import run_names
+
     for folder in (Path(name), runs / name):
         if (folder / "run.json").exists():
             return folder
-    raise ArtefactError(f"there is no run {name!r}{_nearest_run(name, runs)}")
+    raise ArtefactError(f"there is no run {name!r}{nearest(name, run_names(runs))}")
 
 
 def find_model(name: str, runs: Path, *, yes: bool = False) -> Path:
@@ -35,8 +39,9 @@ def find_model(name: str, runs: Path, *, yes: bool = False) -> Path:
     with the command that fetches it, or with the nearest name.
     """
     from bessemer.model.formats import find_model as find_source
-    from bessemer.model.storage.library import find_kept
+    from bessemer.model.storage.library import SMOLLM2, find_kept, kept_models
     from bessemer.model.storage.tuned_folder import whole_weights
+    from bessemer.pipeline import run_names
 
     if (weights := whole_weights(Path(name))) is not None:
         return weights
@@ -47,15 +52,9 @@ def find_model(name: str, runs: Path, *, yes: bool = False) -> Path:
         raise ArtefactError(f"the run {name!r} has no model yet; finish it with bessemer run")
     source = find_source(name)
     if source is None:
-        raise ArtefactError(f"there is no model {name!r}: not a folder, a run or a pulled one{_nearest_model(name, runs)}")
+        known = [*run_names(runs), *(model.name for model in kept_models()), SMOLLM2]
+        raise ArtefactError(f"there is no model {name!r}: not a folder, a run or a pulled one{nearest(name, known)}")
     return source.path if source.kind in ("gguf", "folder") else _fetched(name, yes=yes)
-
-
-def _nearest_model(name: str, runs: Path) -> str:
-    from bessemer.model.storage.library import SMOLLM2, kept_models
-    from bessemer.pipeline import run_names
-
-    return nearest(name, [*run_names(runs), *(one.name for one in kept_models()), SMOLLM2])
 
 
 def _fetched(name: str, *, yes: bool) -> Path:
@@ -112,12 +111,6 @@ def find_served(name: str, runs: Path) -> Path:
     return Path(name) if tuned is not None and tuned.adapter is not None else find_model(name, runs)
 
 
-def _nearest_run(name: str, runs: Path) -> str:
-    from bessemer.pipeline import run_names
-
-    return nearest(name, run_names(runs))
-
-
 def example_questions(model: Path, run: Path | None = None, count: int = 3) -> list[str]:
     """A few questions that a fine-tuned model has learned to answer, from beside its folder, or from a stage of its run."""
     near = [model, model.parent]
@@ -167,15 +160,21 @@ def option_of(command: str) -> Callable[[tuple[str | int, ...]], str]:
     return option
 
 
-def sampling_options(command: str, **given: Any) -> Callable[[Engine], SamplingParams]:
-    """What a command's options say of sampling, over what the model's own folder says; greedy where neither says how.
+def given_options(context: typer.Context, *names: str) -> dict[str, Any]:
+    """The options of a command by these names, without those that were not given and have no default."""
+    return {name: context.params[name] for name in names if context.params[name] is not None}
 
-    given: None for an option that is not used. Raises ConfigError, before a model is opened, for a value that is not valid.
+
+def sampling_options(context: typer.Context) -> Callable[[Engine], SamplingParams]:
+    """A command's options of sampling, over what the model's own folder says; greedy where neither says how.
+
+    Raises ConfigError, before a model is opened, for a value that is not valid.
     """
     from bessemer.inference.sampling.params import SamplingParams
 
-    stated = {name: value for name, value in given.items() if value is not None}
-    SamplingParams.parse(stated, option_of(command))
+    names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop")
+    stated = given_options(context, *(name for name in names if name in context.params))
+    SamplingParams.parse(stated, option_of(context.info_name or ""))
 
     def params_for(engine: Engine) -> SamplingParams:
         usual = {} if "temperature" in engine.sampling_settings else {"temperature": 0.0}

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bessemer.cli.options import print_view
+
 if TYPE_CHECKING:
     from bessemer.model.config import ModelConfig
     from bessemer.scaling.hardware import Card
@@ -66,11 +68,9 @@ def plan(
     if as_json:
         print(json.dumps(result, indent=2))
         return
-    from rich.console import Console
-
     from bessemer.views.planning import show_plan
 
-    Console(highlight=False).print(show_plan(result))
+    print_view(show_plan(result))
 
 
 def _plan_finetuning(model: str, given: list[str], method: str, device: str, runs: Path, as_json: bool) -> None:
@@ -93,11 +93,9 @@ def _plan_finetuning(model: str, given: list[str], method: str, device: str, run
     if as_json:
         print(json.dumps(finetune_plan.figures, indent=2))
         return
-    from rich.console import Console
-
     from bessemer.views.planning import show_finetune_plan
 
-    Console(highlight=False).print(show_finetune_plan(model, Path(given[0]).name, finetune_plan.figures))
+    print_view(show_finetune_plan(model, Path(given[0]).name, finetune_plan.figures))
 
 
 def _plan_serving(
@@ -111,8 +109,6 @@ def _plan_serving(
     answer_tokens: int,
     as_json: bool,
 ) -> None:
-    from rich.console import Console
-
     from bessemer.core.config import nearest
     from bessemer.core.errors import ConfigError
     from bessemer.scaling.serving import WEIGHT_BYTES, ServingJob, serving_plan
@@ -130,4 +126,4 @@ def _plan_serving(
     if as_json:
         print(json.dumps(values, indent=2))
     else:
-        Console(highlight=False).print(show_serving_plan(values))
+        print_view(show_serving_plan(values))

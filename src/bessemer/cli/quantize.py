@@ -17,6 +17,7 @@ _NOTABLE_LOSS = 0.01
 
 
 def quantize(
+    context: typer.Context,
     model: Model,
     out: Annotated[Path, typer.Argument(help="Folder of the quantised model.")],
     scheme: Annotated[str, typer.Option(help="int8, int4 or w8a8.")] = "int8",
@@ -50,7 +51,7 @@ def quantize(
 
     from rich.console import Console
 
-    from bessemer.cli.named import as_folder, find_model
+    from bessemer.cli.named import as_folder, find_model, given_options
     from bessemer.core.progress import progress_for_terminal
     from bessemer.core.store import new_folder
     from bessemer.evaluation.quantisation import Tokens, opened_tokens, quantise_folder
@@ -58,18 +59,8 @@ def quantize(
     from bessemer.tokenization.tokenizer import load_tokenizer
     from bessemer.views.terminal import show_quality
 
-    config = QuantizeConfig.parse(
-        {
-            "scheme": scheme,
-            "method": method,
-            "group_size": group_size,
-            "symmetric": not asymmetric,
-            "search_clip": search_clip,
-            "head": head,
-            "calibration_tokens": calibration_tokens,
-        },
-        "quantize",
-    )
+    given = given_options(context, "scheme", "method", "group_size", "search_clip", "head", "calibration_tokens")
+    config = QuantizeConfig.parse(given | {"symmetric": not asymmetric}, "quantize")
     place = find_model(model, runs)
     with ExitStack() as stack:
         folder = stack.enter_context(as_folder(place, out))

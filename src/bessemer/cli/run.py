@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bessemer.cli.options import print_view
+
 if TYPE_CHECKING:
     from bessemer.pipeline.api import RunResult
     from bessemer.pipeline.stage_planner import StagePlan
@@ -189,8 +191,6 @@ def sweep(
     Members share finished stages; one that fails does not stop the others; the same command again goes on with what is missing.
     Ends in one table, `runs/sweeps/NAME.csv` (which `bessemer scaling fit` reads) and a plot beside it.
     """
-    from rich.console import Console
-
     from bessemer.core.config import nearest
     from bessemer.core.errors import ConfigError
     from bessemer.core.progress import progress_for_terminal
@@ -219,7 +219,7 @@ def sweep(
         progress=progress_for_terminal(),
         on_outcome=lambda so_far: write_sweep(table, so_far, metric),
     )
-    Console(highlight=False, soft_wrap=True).print(show_sweep(sweep_rows(outcomes, metric), list(chosen[0].varied)))
+    print_view(show_sweep(sweep_rows(outcomes, metric), list(chosen[0].varied)), soft_wrap=True)
     print(f"\nTable: {table}")
     _plot(table.with_suffix(".svg"), outcomes, metric)
     failed = sum(one.problem is not None for one in outcomes)

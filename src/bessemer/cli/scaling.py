@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bessemer.cli.options import print_view
+
 if TYPE_CHECKING:
     from bessemer.pipeline.planning import TrainingPlan
     from bessemer.scaling.laws.fit import Fit
@@ -162,17 +164,11 @@ def _print_fits(fits: list[Fit], parabolas: IsoFlop | None, confidence: float, c
             }
         print(json.dumps(values, indent=2))
         return
-    from rich.console import Console
-
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(show_fits(fits, confidence, counting))
-    if parabolas is not None:
-        console.print(show_isoflop(parabolas, bias))
+    isoflop = [] if parabolas is None else [show_isoflop(parabolas, bias)]
+    print_view(show_fits(fits, confidence, counting), *isoflop, soft_wrap=True)
 
 
 def _frontier(points: Points, confidence: float, counting: str, as_json: bool) -> None:
-    from rich.console import Console
-
     from bessemer.scaling.laws.isoflop import fit_frontier
     from bessemer.views.scaling import show_frontier
 
@@ -184,7 +180,7 @@ def _frontier(points: Points, confidence: float, counting: str, as_json: bool) -
             )
         )
         return
-    Console(highlight=False, soft_wrap=True).print(show_frontier(frontier, len(points), confidence, counting))
+    print_view(show_frontier(frontier, len(points), confidence, counting), soft_wrap=True)
 
 
 @scaling.command(epilog="Example: bessemer scaling predict 125m --law law.json")
@@ -196,8 +192,6 @@ def predict(
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Predict the loss of a recipe's pretraining before it is run, with the interval of one run."""
-    from rich.console import Console
-
     from bessemer.core.errors import ConfigError
     from bessemer.pipeline.planning import training_plan
     from bessemer.scaling.suggest import predict_loss
@@ -210,7 +204,7 @@ def predict(
     if as_json:
         print(json.dumps(prediction_values(prediction, confidence), indent=2))
     else:
-        Console(highlight=False, soft_wrap=True).print(show_prediction(prediction, confidence))
+        print_view(show_prediction(prediction, confidence), soft_wrap=True)
 
 
 @scaling.command(epilog="Example: bessemer scaling suggest --gpus 8 --days 2 --out recipe.yaml")
@@ -225,8 +219,6 @@ def suggest(
     out: Annotated[Path | None, typer.Option(help="Write the recipe here, to run it.")] = None,
 ) -> None:
     """Size a run for a budget: parameters, tokens, batch, learning rate, the predicted loss with its interval, and a recipe."""
-    from rich.console import Console
-
     from bessemer.core.errors import ConfigError
     from bessemer.core.store import write_text
     from bessemer.core.yaml_file import dump_yaml
@@ -241,7 +233,7 @@ def suggest(
         raise ConfigError(f"{out}: a recipe's file ends in .yaml")
     base = training_plan(recipe)
     suggestion = _suggestion(flops, days, gpus, gpu, _law(law), base, confidence)
-    Console(highlight=False, soft_wrap=True).print(show_suggestion(suggestion, confidence))
+    print_view(show_suggestion(suggestion, confidence), soft_wrap=True)
     text = dump_yaml(suggestion.recipe(recipe, base.settings, out.stem if out is not None else "suggested"))
     if out is None:
         print(f"\n{text}", end="")

@@ -21,6 +21,7 @@ _File = Annotated[Path, typer.Argument(help="The file of keys that `bessemer ser
 
 @keys.command(epilog="Example: bessemer keys add keys.jsonl anna --requests-per-minute 60")
 def add(
+    context: typer.Context,
     file: _File,
     name: Annotated[str, typer.Argument(help="What the key is called in lists and logs.")],
     user: Annotated[str | None, typer.Option(help="In whose name its requests are made; the key's name.")] = None,
@@ -32,7 +33,7 @@ def add(
     tokens_per_minute: Annotated[int | None, typer.Option(help="Most tokens of prompts and answers in a minute.")] = None,
 ) -> None:
     """Make a key, and print it: it is shown this once, and the file holds its hash."""
-    from bessemer.cli.named import option_of
+    from bessemer.cli.named import given_options, option_of
     from bessemer.core.errors import ConfigError
     from bessemer.serving.runtime.clients import KeyRecord, hash_key, new_key, read_keys, write_keys
 
@@ -40,18 +41,8 @@ def add(
     if name in [record.name for record in records]:
         raise ConfigError(f"{file} has a key '{name}' already; revoke it first, or choose another name")
     key = new_key()
-    record = KeyRecord.parse(
-        {
-            "name": name,
-            "hash": hash_key(key),
-            "user": user,
-            "groups": group or [],
-            "admin": admin,
-            "requests_per_minute": requests_per_minute,
-            "tokens_per_minute": tokens_per_minute,
-        },
-        option_of("keys add"),
-    )
+    given = given_options(context, "name", "user", "admin", "requests_per_minute", "tokens_per_minute")
+    record = KeyRecord.parse(given | {"hash": hash_key(key), "groups": group or []}, option_of("keys add"))
     write_keys(file, [*records, record])
     print(key)
 
@@ -175,6 +166,7 @@ def serve(
     from bessemer.cli.named import (
         example_questions,
         find_served,
+        given_options,
         named_folders,
         named_models,
         named_numbers,
@@ -195,33 +187,24 @@ def serve(
         raise ConfigError("--replicas: of --engine ray; one engine shares a model between GPUs with --parallel")
     folder, name = find_served(model, runs), name or Path(model).name
     adapters = named_folders(adapter, taken=name)
-    given = {"kv_memory": kv_memory, "max_num_seqs": max_num_seqs, "threads": threads, "batch_invariant": batch_invariant}
-    given |= (
-        {"prefix_cache": prefix_cache, "max_model_len": max_model_len}
-        | speculation(speculate, runs)
-        | named_numbers("parallel", parallel)
-    )
+    memory = ("kv_memory", "max_num_seqs", "max_model_len", "prefix_cache")
+    given = given_options(context, *memory, "threads", "batch_invariant")
+    given |= speculation(speculate, runs) | named_numbers("parallel", parallel)
     if both := next((one for one in alias or [] if one == name or one in adapters), None):
         raise ConfigError(f"--alias {both}: the model or an adapter has that name already; choose another")
     others = {
         its_name: find_served(its_model, runs)
         for its_name, its_model in named_models(also, [name, *adapters, *(alias or [])]).items()
     }
-    settings = EngineConfig.parse({key: value for key, value in given.items() if value is not None}, option_of("serve"))
-    limits = {"max_waiting": max_waiting, "max_body": max_body, "drain_seconds": drain_seconds}
+    settings = EngineConfig.parse(given, option_of("serve"))
+    limits = ("max_waiting", "max_body", "drain_seconds", "request_log")
     config = ServingConfig.parse(
-        {
-            "host": host,
-            "port": port,
-            "api_key": api_key,
-            "keys": keys,
+        given_options(context, "host", "port", "api_key", "keys", "adapter_root", *limits)
+        | {
             "hosts": [name.lower() for name in allow_host or ()],
             "origins": [origin.lower().rstrip("/") for origin in allow_origin or ()],
-            "request_log": request_log,
-            "adapter_root": adapter_root,
             "aliases": alias or [],
-        }
-        | {name: value for name, value in limits.items() if value is not None},
+        },
         option_of("serve"),
     )
     if ask and (config.keys is not None or config.api_key is not None):

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bessemer.cli.options import print_view
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -127,21 +129,18 @@ def show(
     A corpus is a run's `corpus`, a data stage's folder, or any folder of documents. Tokenizers are measured by kind of
     text and language, alone or beside each other.
     """
-    from rich.console import Console
-
     from bessemer.model.presets import PRESETS
 
-    console = Console(highlight=False)
     if card:
         print(_card(thing, runs), end="")
     elif against or text or (Path(thing).is_file() and thing.endswith(TOKENIZER_SUFFIXES) and not _is_gguf_model(thing)):
-        console.print(_tokenizers([thing, *against], runs, text))
+        print_view(_tokenizers([thing, *against], runs, text))
     elif thing in PRESETS and not Path(thing).exists():
-        console.print(_preset(thing))
+        print_view(_preset(thing))
     elif thing == "presets" and not Path(thing).exists():
-        console.print(_presets())
+        print_view(_presets())
     else:
-        console.print(_drawn(thing, runs, examples))
+        print_view(_drawn(thing, runs, examples))
 
 
 def _folder(thing: str, runs: Path) -> Path:

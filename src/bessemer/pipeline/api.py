@@ -50,7 +50,7 @@ def prepare(
     ranks: Ranks | None = None,
     claim: bool = False,
 ) -> Runner:
-    """Check a recipe whole, with what it names and what the stages to be made need of this machine, and choose its folder.
+    """Check a recipe, the files that it names and what its stages need of this machine, and choose the run's folder.
 
     claim: make the folder, so that no other run with other overrides takes it. Without it nothing is written.
     Raises ConfigError for the recipe, SourceError for a file that is not there.

@@ -24,12 +24,12 @@ _SOURCES = {
     ".epub": ("epub", 0.5),
     ".pdf": ("pdf", 0.1),
 }
-#: How much more a compressed file holds than its bytes, roughly.
+#: Size of a compressed file's content over the file's own, roughly.
 _EXPANDS = 3.0
-#: Entries of a vocabulary by the bytes of text up to which it is chosen: each is to be met often enough to be learnt.
+#: Vocabulary size by the most bytes of text that it is chosen for: each entry must occur often enough to be learnt.
 _VOCABULARIES = ((ENOUGH_TEXT, 512), (2_000_000, 1024), (10_000_000, 2048))
 _LARGEST_VOCABULARY = 4096
-#: Bytes of text that are supposed where there is none yet.
+#: Bytes of text that are assumed where there is none yet.
 _USUAL_TEXT = 1_000_000
 
 _FROM_NOTHING = """\
@@ -142,13 +142,12 @@ def _files(place: Path) -> Iterator[Path]:
 
 
 def _suffix(path: Path) -> tuple[str, float]:
-    """A file's suffix, without that of a compression, and how much more than its bytes it holds."""
+    """A file's suffix without that of a compression, and the size of its content over its own."""
     return suffix_of(path.name), 1.0 if uncompressed_name(path.name) == path.name else _EXPANDS
 
 
 def starting_files(name: str, text: OwnText, model: str | None) -> dict[str, str]:
-    """The files of a new folder by their paths in it. model: folder of the model to go on with, as the recipe names it; None: a
-    new one is trained."""
+    """The files of a new folder by path. model: the folder of the model to continue from, for the recipe; None: a new model."""
     values = {"name": json.dumps(name), "sources": "\n".join(_source_lines(text))}
     if model is None:
         recipe = _FROM_NOTHING.format(**values, vocab_size=text.vocab_size())

@@ -1,4 +1,4 @@
-"""What a plan is about, read from a recipe or a preset: the model, the settings that train it, and on how many tokens."""
+"""Reads from a recipe or a preset what a plan is made for: the model, its training settings, and the number of tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bessemer.tokenization.config import TokenizeConfig
 from bessemer.training.config import LoopConfig
 from bessemer.training.pretrain_config import PretrainConfig
 
-#: Tokens for each parameter where nothing says how many: a compute-optimal run (Hoffmann et al. 2022, table 3).
+#: Tokens for each parameter by default: a compute-optimal run (Hoffmann et al. 2022, table 3).
 TOKENS_PER_PARAMETER = 20
 #: Tokens of an optimizer step where only a preset is given.
 _TOKENS_PER_STEP = 1 << 19
@@ -37,7 +37,7 @@ class TrainingPlan:
 
 
 def training_plan(name: str, overrides: Sequence[str] = (), *, allow_code: bool = False) -> TrainingPlan:
-    """What the recipe or preset of this name asks for, with overrides; a recipe comes first where both have the name.
+    """The training of the recipe or preset of this name, with overrides; a recipe comes first where both have the name.
 
     Raises ConfigError when there is neither, or when the recipe trains nothing.
     """
@@ -92,7 +92,7 @@ def _vocabulary(tokenize: TokenizeConfig, folder: Path) -> int:
 
 
 def _of_preset(name: str, overrides: Sequence[str]) -> TrainingPlan:
-    """A preset as it would be pretrained: half a million tokens a step, 20 tokens a parameter, unless overrides say else."""
+    """A preset's pretraining: half a million tokens a step and 20 tokens a parameter, unless overrides say otherwise."""
     model = preset_config(name, PRESET_VOCABULARIES[name])
     length = min(model.max_position_embeddings, _LONGEST_ROW)
     values = {"context_length": length, "batch_size": max(1, _TOKENS_PER_STEP // length)}

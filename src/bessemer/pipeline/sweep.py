@@ -27,14 +27,16 @@ from bessemer.pipeline.runner import Runner
 from bessemer.scaling.ladder import counted
 from bessemer.scaling.laws.parametric import DegenerateError, Point, Points
 
-#: What may be a run's loss: of the validation split, at the end of training.
+#: A run's losses on the validation split, at the end of training.
 LOSSES = ("bits_per_byte", "validation_loss")
 
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """What a finished pretraining says. parameters: those that a token meets; flops: of the training, by the model's own count
-    (`model.costs.flops_per_token`), attention included. losses: those of `LOSSES` that were measured."""
+    """Figures of a finished pretraining. parameters: those that a token meets. losses: those of `LOSSES` that were measured.
+
+    flops: of the training, by the model's own count (`ModelConfig.flops_per_token`), attention included.
+    """
 
     name: str
     parameters: int
@@ -46,10 +48,10 @@ class TrainedRun:
 
 
 def trained_run(folder: Path) -> TrainedRun:
-    """The pretraining of a run's folder; of several stages of it the last one's loss on the tokens of all.
+    """The pretraining of a run's folder: of several stages the last one's loss, with the tokens of all.
 
-    Only the end counts: losses on the way were measured before the learning rate's decay. Raises ArtefactError where no
-    pretraining is finished.
+    Earlier losses do not count: they were measured before the learning rate's decay. Raises ArtefactError where no pretraining
+    is finished.
     """
     from bessemer.model.storage.folder import read_model_config
 
@@ -109,7 +111,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a member. run: its pretraining, where it has one; problem: why it failed."""
+    """Result of a member. run: its pretraining, where it has one. problem: why it failed."""
 
     member: Member
     run: TrainedRun | None = None
@@ -143,7 +145,7 @@ def members(
         if key.strip() in axes:
             raise ConfigError(f"{text!r}: {key.strip()} is given twice")
         axes[key.strip()] = split_values(value)
-    # a value that is no setting's is found before seeds are counted
+    # loading the first combination refuses invalid values, and gives the recipe's seed
     first = load_recipe(recipe, [f"{key}={values[0]}" for key, values in axes.items()], allow_code=allow_code)
     if seeds > 1:
         if "seed" in axes:
@@ -207,7 +209,7 @@ def _member(base: str, values: Mapping[str, str], varying: Sequence[str]) -> Mem
     whole = "-".join([base, *parts])
     name = re.sub(r"[^A-Za-z0-9._-]+", "_", whole)
     if name != whole or len(name) > _LONGEST_NAME:
-        # other values may read alike
+        # different values may give the same cleaned name
         name = f"{name[: _LONGEST_NAME - 9]}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
     overrides = tuple(f"{key}={value}" for key, value in values.items())
     return Member(name, base, overrides, {key: values[key] for key in varying})
@@ -223,10 +225,10 @@ def sweep(
     progress: Progress | None = None,
     on_outcome: Callable[[list[Outcome]], None] = lambda outcomes: None,
 ) -> list[Outcome]:
-    """Run the members, one after the other; what became of each.
+    """Run the members one after the other.
 
-    All of them are checked before the first one runs, as a recipe is: a ConfigError then stops the sweep before it has begun.
-    on_outcome: is given the outcomes so far after every member.
+    All are checked before the first one runs; a ConfigError then stops the sweep. on_outcome: called with the outcomes so far
+    after every member.
     """
     report = progress or Silent()
     for member in chosen:

@@ -14,7 +14,7 @@ from bessemer.pipeline.launch import MISTAKE
 
 
 def main(request: dict[str, Any]) -> int:
-    """Make the stage that is asked for; the exit code."""
+    """Make the stage of a request; returns the exit code."""
     from bessemer.core.progress import progress_for_terminal
     from bessemer.pipeline.api import prepare
     from bessemer.pipeline.launch import Ranks

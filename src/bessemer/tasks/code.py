@@ -63,15 +63,9 @@ class CodeTask(FileTask[CodeConfig], GenerationTask):
         self._problems = [read_problem(record) for record in self._items]
 
     def questions(self) -> list[GenerationQuestion]:
-        return [
-            GenerationQuestion(
-                item,
-                self._prompter.context(item, record, self._asked(self._problems[item].prompt), self._example),
-                id=self._ids[item],
-                cluster=self._clusters[item],
-            )
-            for item, record in enumerate(self._items)
-        ]
+        return self._generation_questions(
+            lambda item, row: self._prompter.context(item, row, self._request(self._problems[item].prompt), self._example)
+        )
 
     def headline(self, form: str) -> str:
         return "pass@1"
@@ -104,7 +98,7 @@ class CodeTask(FileTask[CodeConfig], GenerationTask):
         gold = self._problems[question.item].solution or None
         return Outcome(scores, "\n\n".join(texts), list(verdicts), gold, counts=counts)
 
-    def _asked(self, prompt: str) -> str:
+    def _request(self, prompt: str) -> str:
         return f"{self._config.instruction}\n\n{prompt}" if self._config.chat else prompt
 
     def _example(self, record: Record) -> Example:
@@ -112,7 +106,7 @@ class CodeTask(FileTask[CodeConfig], GenerationTask):
         if not problem.solution:
             raise record.error("has no solution ('canonical_solution', or 'code'), which an example needs")
         block = f"```python\n{whole_code(problem, problem.solution)}\n```"
-        return Example(self._asked(problem.prompt), block if self._config.chat else problem.solution)
+        return Example(self._request(problem.prompt), block if self._config.chat else problem.solution)
 
 
 #: How a program ended. `refused`: the sandbox stopped it, or held something back that it asked for; `empty`: no code at all.

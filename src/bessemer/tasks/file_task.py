@@ -1,4 +1,4 @@
-"""Tasks over a file: their rows, the contexts of their questions, and the numbers of right options.
+"""Tasks over a file: their rows, the contexts of their questions, and the right options.
 
 A context is a description, answered examples and a question, as one text or as the turns of a conversation.
 """
@@ -16,13 +16,13 @@ from bessemer.core.errors import ArtefactError
 from bessemer.core.records import Record, read_records
 from bessemer.tasks.config import TaskConfig, fill
 from bessemer.tasks.downloads import bring
-from bessemer.tasks.questions import Context
+from bessemer.tasks.questions import Context, GenerationQuestion
 
 C = TypeVar("C", bound=TaskConfig)
 
 
 class FileTask(Generic[C]):
-    """The rows of a task and what writes its contexts, with what every task says of itself."""
+    """The rows of a task over a file, and the attributes that every task has."""
 
     def __init__(self, config: C, folders: list[Path]) -> None:
         """folders: where the task's files are looked for in turn, and in the folders in these.
@@ -40,7 +40,7 @@ class FileTask(Generic[C]):
         if config.shuffle_seed is not None:
             random.Random(config.shuffle_seed).shuffle(rows)
         others = None if config.examples is None else read_records(find_data(config.examples, folders))
-        #: Those that are asked, in the order of their numbers.
+        #: The items of the task; an item's number is its place here.
         self._items = rows[: config.limit]
         self._ids = [str(row.number) if config.id is None else row.text(config.id) for row in self._items]
         seen: set[str] = set()
@@ -54,6 +54,13 @@ class FileTask(Generic[C]):
     def item_texts(self) -> dict[str, list[str]]:
         """Every text of an item's row, whichever fields the templates name."""
         return {id: list(_texts(row.values)) for id, row in zip(self._ids, self._items, strict=True)}
+
+    def _generation_questions(self, context: Callable[[int, Record], Context]) -> list[GenerationQuestion]:
+        """A question for each item. context: of an item's number and its row."""
+        rows = zip(self._items, self._ids, self._clusters, strict=True)
+        return [
+            GenerationQuestion(item, context(item, row), id=id, cluster=cluster) for item, (row, id, cluster) in enumerate(rows)
+        ]
 
     def _read_rows(self, folders: list[Path]) -> list[Record]:
         return read_records(find_data(self._config.data, folders))

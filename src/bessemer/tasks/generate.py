@@ -23,10 +23,7 @@ class GenerateTask(FileTask[GenerateConfig], GenerationTask):
         self._references = [self._references_of(record) for record in self._items]
 
     def questions(self) -> list[GenerationQuestion]:
-        return [
-            GenerationQuestion(item, self._context(item, record), id=self._ids[item], cluster=self._clusters[item])
-            for item, record in enumerate(self._items)
-        ]
+        return self._generation_questions(self._context)
 
     def judge(self, question: GenerationQuestion, texts: Sequence[str]) -> Outcome:
         return verified_samples(self._config.verifier, texts, self._references[question.item])

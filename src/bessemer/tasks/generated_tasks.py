@@ -91,13 +91,13 @@ C = TypeVar("C", bound=GeneratedConfig)
 L = TypeVar("L", bound=LengthConfig)
 
 
-class _Asked(NamedTuple):
-    """An item: its number in the task and in its level, which does not depend on how many are asked."""
+class _NumberedItem(NamedTuple):
+    """A generated item with its number in the task and in its level; neither depends on how many items are asked for."""
 
-    item: int
-    level: int
     number: int
-    made: GeneratedItem
+    level: int
+    number_in_level: int
+    generated: GeneratedItem
 
 
 class GeneratedTask(GenerationTask, Generic[C]):
@@ -112,26 +112,26 @@ class GeneratedTask(GenerationTask, Generic[C]):
         self._delimiter = "\n\n"
         self._all_levels = list(dict.fromkeys(levels))
         self._levels = self._all_levels
-        self._asked: dict[int, _Asked] = {}
+        self._items_by_number: dict[int, _NumberedItem] = {}
 
     def questions(self) -> list[GenerationQuestion]:
         """Raises ConfigError for items that cannot be made."""
-        self._asked = {item.item: item for item in self._make()}
+        self._items_by_number = {item.number: item for item in self._make()}
         return [
             GenerationQuestion(
-                item.item,
-                self._context(item.made.prompt, self._examples(item.level)),
-                id=f"{self.level_name} {item.level}: {item.number + 1}",
+                item.number,
+                self._context(item.generated.prompt, self._examples(item.level)),
+                id=f"{self.level_name} {item.level}: {item.number_in_level + 1}",
                 level=item.level,
             )
-            for item in self._asked.values()
+            for item in self._items_by_number.values()
         ]
 
     def judge(self, question: GenerationQuestion, texts: Sequence[str]) -> Outcome:
-        return verified_samples(Numeric(), texts, [self._asked[question.item].made.answer])
+        return verified_samples(Numeric(), texts, [self._items_by_number[question.item].generated.answer])
 
     def reference(self, question: GenerationQuestion) -> str:
-        return self._asked[question.item].made.answer
+        return self._items_by_number[question.item].generated.answer
 
     @abstractmethod
     def _items(self, level: int, count: int) -> list[GeneratedItem]:
@@ -146,7 +146,7 @@ class GeneratedTask(GenerationTask, Generic[C]):
         """What stands behind the message about an item that cannot be made."""
         return ""
 
-    def _make(self) -> list[_Asked]:
+    def _make(self) -> list[_NumberedItem]:
         limit = self._config.limit or self._config.items * len(self._levels)
         count = min(self._config.items, -(-limit // len(self._levels)))
         try:
@@ -155,7 +155,7 @@ class GeneratedTask(GenerationTask, Generic[C]):
             raise ConfigError(f"task {self.name}: {error}{self._remark}") from None
         places = {level: place for place, level in enumerate(self._all_levels)}
         items = [
-            _Asked(number * len(places) + places[level], level, number, made[level][number])
+            _NumberedItem(number * len(places) + places[level], level, number, made[level][number])
             for number in range(count)
             for level in self._levels
         ]

@@ -57,15 +57,9 @@ class ConstraintsTask(FileTask[ConstraintsConfig], GenerationTask):
         self._constraints = [self._constraints_of(record) for record in self._items]
 
     def questions(self) -> list[GenerationQuestion]:
-        return [
-            GenerationQuestion(
-                item,
-                self._prompter.context(item, record, self._request(item, record), self._example),
-                id=self._ids[item],
-                cluster=self._clusters[item],
-            )
-            for item, record in enumerate(self._items)
-        ]
+        return self._generation_questions(
+            lambda item, row: self._prompter.context(item, row, self._request(item, row), self._example)
+        )
 
     def headline(self, form: str) -> str:
         return PROMPT_STRICT

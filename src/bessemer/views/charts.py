@@ -28,13 +28,10 @@ _LINES = ("#00000d", "#00000e", "#00000f", "#000010")
 _COLOURS = {_INK: "var(--ink)", _SOFT: "var(--soft)", _GRID: "var(--line)"} | {
     colour: f"var(--curve-{index})" for index, colour in enumerate(_LINES, start=1)
 }
-_STYLE: Any = {
-    "svg.hashsalt": "bessemer",
-    "svg.fonttype": "none",
-    "font.family": ["sans-serif"],
-    "font.size": 8.0,
-    "text.parse_math": False,
-}
+#: The same numbers give the same bytes; a label is never read as mathematics.
+STYLE: dict[str, Any] = {"svg.hashsalt": "bessemer", "text.parse_math": False}
+#: Text stays text in an SVG, in the reader's own font.
+TEXT_STYLE = STYLE | {"svg.fonttype": "none", "font.family": ["sans-serif"]}
 #: Curves with fewer points than this are not averaged.
 _LONG = 60
 #: Baselines nearer than this share of the axis have one label together.
@@ -50,7 +47,7 @@ def line_chart(curves: Curves, *, name: str) -> Markup:
     drawn = [one for one in drawn if one[1]]
     if not drawn:
         return Markup("")
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(TEXT_STYLE | {"font.size": 8.0}):
         figure = Figure(figsize=(7.4, 3.1) if curves.wide else (3.6, 2.1), layout="constrained")
         figure.patch.set_visible(False)
         axes = figure.add_subplot()
@@ -60,15 +57,21 @@ def line_chart(curves: Curves, *, name: str) -> Markup:
         if curves.from_zero:
             axes.set_ylim(bottom=0)
         _draw_baselines(axes, curves.baselines)
-        stream = io.StringIO()
-        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
+        drawn_svg = svg_text(figure)
     unit = curves.x_label
     ends = (f"{label}: {y[0]:.4g} at {unit} {x[0]:g}, {y[-1]:.4g} at {unit} {x[-1]:g}" for label, x, y in drawn)
     levels = (f"{label}: {value:.4g}" for label, value in curves.baselines.items())
-    svg = _inline(stream.getvalue(), name, curves.title, "; ".join([*ends, *levels]))
+    svg = _inline(drawn_svg, name, curves.title, "; ".join([*ends, *levels]))
     return Markup('<figure class="chart{}"><figcaption>{}</figcaption>{}</figure>').format(
         "" if curves.wide else " half", curves.title, Markup(svg)
     )
+
+
+def svg_text(figure: Figure) -> str:
+    """A figure as the text of an SVG file, without its date."""
+    stream = io.StringIO()
+    figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
+    return stream.getvalue()
 
 
 def _prepare(axes: Axes, x_label: str) -> None:

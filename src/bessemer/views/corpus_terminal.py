@@ -13,7 +13,7 @@ from rich.text import Text
 from bessemer.core.metrics import label, percent, short_number, size
 from bessemer.core.report import Histogram
 from bessemer.data import report as corpus
-from bessemer.views.parts_terminal import bar, listing, literal, section
+from bessemer.views.parts_terminal import bar_text, listing, literal, section
 
 _SPARKS = "▁▂▃▄▅▆▇█"
 _SPARK_WIDTH = 32
@@ -40,18 +40,14 @@ def show_corpus(stages: corpus.Stages, *, examples: int = 2, rows: int = 12) -> 
                 f"Copies found by {method}" if "clusters" in duplicates else f"Cut by {method}", _copies(duplicates)
             )
     if edits := corpus.edits(stages):
-        counted = listing("Found by the edits", "times", "in documents")
-        for what, total, documents in edits:
-            counted.add_row(literal(what), f"{total:,}", f"{documents:,}")
-        parts += section("Edits", counted)
+        counts = [(what, f"{total:,}", f"{documents:,}") for what, total, documents in edits]
+        parts += section("Edits", listing("Found by the edits", "times", "in documents", rows=counts))
     for column, (title, heading) in corpus.COUNTED.items():
         if groups := corpus.before_and_after(stages, column):
             parts += section(title, _groups(heading, groups, rows))
     if problems := corpus.set_aside(stages):
-        table = listing("Source", "", "how many")
-        for source, kind, count in problems:
-            table.add_row(literal(source), literal(label(kind)), f"{count:,}")
-        parts += section("Set aside while reading", table)
+        set_aside = [(source, label(kind), f"{count:,}") for source, kind, count in problems]
+        parts += section("Set aside while reading", listing("Source", "", "how many", rows=set_aside))
     return Group(*parts, *_examples(stages, examples))
 
 
@@ -62,7 +58,7 @@ def _kept(stages: corpus.Stages) -> Table:
         dropped = metrics["documents_in"] - metrics["documents_out"]
         table.add_row(
             literal(name),
-            bar(metrics["bytes_out"] / largest),
+            bar_text(metrics["bytes_out"] / largest),
             f"{metrics['documents_out']:,}",
             size(metrics["bytes_out"]),
             f"{dropped:,} ({percent(dropped / metrics['documents_in'])})" if dropped else "–",
@@ -71,10 +67,9 @@ def _kept(stages: corpus.Stages) -> Table:
 
 
 def _reasons(by_reason: Mapping[str, Mapping[str, int]]) -> Table:
-    table = listing("Reason", "documents", "text")
-    for reason, counts in sorted(by_reason.items(), key=lambda item: (-item[1]["documents"], item[0])):
-        table.add_row(literal(label(reason)), f"{counts['documents']:,}", size(counts["bytes"]))
-    return table
+    ordered = sorted(by_reason.items(), key=lambda item: (-item[1]["documents"], item[0]))
+    rows = [(label(reason), f"{counts['documents']:,}", size(counts["bytes"])) for reason, counts in ordered]
+    return listing("Reason", "documents", "text", rows=rows)
 
 
 def _histograms(histograms: Sequence[Histogram]) -> Table:
@@ -125,10 +120,8 @@ def _copies(duplicates: Mapping[str, Any]) -> RenderableType:
         return literal(corpus.passages(duplicates))
     if not duplicates["clusters"]:
         return literal("No copies.")
-    table = listing("Documents in a cluster", "clusters", "documents in them")
-    for row in duplicates["by_size"]:
-        table.add_row(corpus.sizes(row), f"{row['clusters']:,}", f"{row['documents']:,}")
-    return table
+    rows = [(corpus.sizes(row), f"{row['clusters']:,}", f"{row['documents']:,}") for row in duplicates["by_size"]]
+    return listing("Documents in a cluster", "clusters", "documents in them", rows=rows)
 
 
 def _groups(heading: str, groups: Sequence[corpus.Group], rows: int) -> Table:
@@ -143,7 +136,7 @@ def _groups(heading: str, groups: Sequence[corpus.Group], rows: int) -> Table:
             kept[0],
             size(group.bytes),
             kept[1],
-            bar(group.kept_bytes / largest) if group.kept_bytes else "",
+            bar_text(group.kept_bytes / largest) if group.kept_bytes else "",
         )
     if len(groups) > rows:
         table.add_row(literal(f"and {len(groups) - rows:,} more", "dim"))

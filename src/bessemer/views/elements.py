@@ -10,16 +10,27 @@ import math
 import struct
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from importlib import resources
 from typing import Any
 
 import numpy as np
+from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from bessemer.core.metrics import label, shown, simple_values
 from bessemer.core.report import Column
 
 
-def bar(share: float, rest: float = 0.0) -> Markup:
+def render_page(template: str, styles: Sequence[str], **values: Any) -> str:
+    """A whole page from a template and style sheets of this package. Every text from outside is escaped."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    files = resources.files("bessemer.views")
+    page = environment.from_string(files.joinpath(template).read_text(encoding="utf-8"))
+    style = Markup("".join(files.joinpath(sheet).read_text(encoding="utf-8") for sheet in styles))
+    return page.render(style=style, **values)
+
+
+def bar_html(share: float, rest: float = 0.0) -> Markup:
     """A horizontal bar of `share` of its place (0 … 1), and beside it a hatched one for what is gone."""
     parts = Markup('<i style="width:{:.2f}%"></i>').format(100 * max(share, 0.0))
     if rest > 0:
@@ -29,7 +40,7 @@ def bar(share: float, rest: float = 0.0) -> Markup:
 
 def measured(share: float, figure: str) -> Markup:
     """A figure with its bar before it, all bars of a column of one length."""
-    return Markup('<span class="measured">{}<span>{}</span></span>').format(bar(share), figure)
+    return Markup('<span class="measured">{}<span>{}</span></span>').format(bar_html(share), figure)
 
 
 def lead(text: str) -> Markup:
@@ -61,7 +72,7 @@ def _numeric(column: Column) -> Markup:
     return Markup(' class="number"') if column.numeric else Markup("")
 
 
-def facts(values: Mapping[str, Any]) -> Markup:
+def facts_html(values: Mapping[str, Any]) -> Markup:
     """Metrics as a list of names and values, in the units that their names tell; nested values are left out."""
     rows = (Markup("<div><dt>{}</dt><dd>{}</dd></div>").format(label(k), shown(k, v)) for k, v in simple_values(values).items())
     return Markup('<dl class="facts">{}</dl>').format(Markup("").join(rows))

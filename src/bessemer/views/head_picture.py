@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -13,10 +12,10 @@ from matplotlib.figure import Figure
 from bessemer.core.errors import ConfigError
 from bessemer.core.store import new_file
 from bessemer.inspection.inspect import Inspection
+from bessemer.views.charts import STYLE
 from bessemer.views.elements import POSITIVE, WEIGHT_EXPONENT
 from bessemer.views.tokens import visible
 
-_STYLE: Any = {"svg.hashsalt": "bessemer", "text.parse_math": False, "font.size": 8.0}
 _SUFFIXES = (".png", ".svg", ".pdf")
 _COLOUR, _SOFT = "#{:02x}{:02x}{:02x}".format(*POSITIVE), "#6d6960"
 #: Dots per inch; more tokens than this have no room for their names.
@@ -37,7 +36,7 @@ def save_head_picture(inspection: Inspection, path: Path) -> None:
     weights_TT = inspection.attention[opened.layer]
     assert weights_TT is not None
     colours = LinearSegmentedColormap.from_list("heat", ["#ffffff", _COLOUR])
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE | {"font.size": 8.0}):
         figure = Figure(figsize=(8.2, 4.1), layout="constrained")
         matrix, bars = figure.subplots(1, 2, width_ratios=(1.25, 1))
         matrix.imshow(weights_TT[opened.head] ** WEIGHT_EXPONENT, cmap=colours, vmin=0, vmax=1, interpolation="nearest")

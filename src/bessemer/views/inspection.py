@@ -7,17 +7,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from importlib import resources
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from bessemer.core.metrics import label, percent
 from bessemer.core.report import Column
 from bessemer.inspection.heads import ROLES, OpenedHead, strongest
 from bessemer.inspection.inspect import Inspection, Neighbours, TokenMap
-from bessemer.views.elements import POSITIVE, WEIGHT_EXPONENT, heat_map, lead, measured, strip, table, weights_picture
+from bessemer.views.elements import (
+    POSITIVE,
+    WEIGHT_EXPONENT,
+    heat_map,
+    lead,
+    measured,
+    render_page,
+    strip,
+    table,
+    weights_picture,
+)
 from bessemer.views.tokens import token, tokens_html, visible
 
 #: Labels along one side of a picture, and rows of the table of steps: no more than can be read.
@@ -217,15 +225,12 @@ _ON_MAP, _LENS, _HEADING = 120, 64, 160
 
 def inspection_page(inspection: Inspection, name: str) -> str:
     """The whole page. name: the model's. Every text from outside is escaped; the same numbers give the same bytes."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    files = resources.files("bessemer.views")
-    template = environment.from_string(files.joinpath("inspection.html.jinja").read_text(encoding="utf-8"))
-    style = "".join(files.joinpath(file).read_text(encoding="utf-8") for file in ("style.css", "inspection.css"))
-    return template.render(
+    return render_page(
+        "inspection.html.jinja",
+        ["style.css", "inspection.css"],
         name=name,
         heading=inspection.text if len(inspection.text) <= _HEADING else f"{inspection.text[:_HEADING]}…",
         figures=key_figures(inspection),
-        style=Markup(style),
         sections=inspection_sections(inspection),
     )
 

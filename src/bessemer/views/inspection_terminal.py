@@ -13,7 +13,7 @@ from bessemer.core.metrics import label, percent
 from bessemer.inspection.heads import ROLES, strongest
 from bessemer.inspection.inspect import Inspection, Neighbours
 from bessemer.views.inspection import key_figures, signed
-from bessemer.views.parts_terminal import bar, listing, section
+from bessemer.views.parts_terminal import bar_text, listing, section
 from bessemer.views.tokens import tokens_text, visible
 
 #: Rows of a list, things in a line, and keys of the opened head.
@@ -45,10 +45,7 @@ def show_inspection(inspection: Inspection) -> RenderableType:
 
 
 def _heads(best: list[tuple[int, int, float]], shown: Callable[[float], str]) -> Table:
-    drawn = listing("layer", "head", "")
-    for layer, head, value in best:
-        drawn.add_row(f"{layer}", f"{head}", shown(value))
-    return drawn
+    return listing("layer", "head", "", rows=[(f"{layer}", f"{head}", shown(value)) for layer, head, value in best])
 
 
 def _steps(inspection: Inspection) -> Table:
@@ -65,11 +62,13 @@ def _steps(inspection: Inspection) -> Table:
             f"{key}",
             *(f"{score[key]:.2f}" for score in scores),
             f"{weight:.3f}",
-            bar(weight),
+            bar_text(weight),
         )
     if opened.sink is not None:
         blank = [""] * (3 + (opened.softcap is not None))
-        drawn.add_row(Text("sink", "dim"), *blank, f"{opened.sink:.2f}", f"{opened.sink_share:.3f}", bar(opened.sink_share))
+        drawn.add_row(
+            Text("sink", "dim"), *blank, f"{opened.sink:.2f}", f"{opened.sink_share:.3f}", bar_text(opened.sink_share)
+        )
     return drawn
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
@@ -36,15 +36,15 @@ def _show(part: report.Part) -> list[RenderableType]:
         case report.Text(text) | report.Verbatim(text):
             return [literal(text)]
         case report.Facts(values):
-            return [facts(values)]
+            return [facts_text(values)]
         case report.Table():
             return [_table(part)]
         case report.Tokens(pieces, listed):
             return [token_words(pieces) if listed else tokens_text(pieces)]
         case report.Documents(documents):
-            return [document(one) for one in documents]
+            return [document_text(one) for one in documents]
         case report.Answers(given):
-            return [answers(given)]
+            return [answers_text(given)]
         case report.Folded(summary, parts):
             words = summary if isinstance(summary, str) else "  ".join(f"{one.text}{one.remark}" for one in summary)
             return section(words, Group(*show_parts(parts)))
@@ -65,13 +65,13 @@ def _cell(cell: str | Cell) -> Text:
         return literal(cell)
     text = literal(cell.text, "bold" if cell.strong else "yellow" if cell.warning else "")
     if cell.share is not None:
-        drawn = Text().append_text(bar(cell.share))
+        drawn = Text().append_text(bar_text(cell.share))
         drawn.pad_right(_BAR_WIDTH - len(drawn))
         text = drawn.append_text(literal(f" {cell.text}" if cell.text else ""))
     return text.append_text(literal(f" {cell.remark}", "dim")) if cell.remark else text
 
 
-def answers(given: Sequence[Answer]) -> Table:
+def answers_text(given: Sequence[Answer]) -> Table:
     """Questions with the expected answer and the model's; those it was trained on are named as memorised."""
     table = Table.grid(padding=(0, 2))
     for one in given:
@@ -84,12 +84,12 @@ def answers(given: Sequence[Answer]) -> Table:
     return table
 
 
-def document(one: report.Document) -> RenderableType:
+def document_text(one: report.Document) -> RenderableType:
     """A document's source, id, the reason why it was dropped, and its text."""
     return Group(literal(" · ".join(value for value in (one.source, one.id, one.reason) if value)), literal(one.text, "dim"))
 
 
-def facts(metrics: Metrics) -> Table:
+def facts_text(metrics: Metrics) -> Table:
     """Metrics as names and values; nested values are left out."""
     table = Table.grid(padding=(0, 2))
     for name, value in simple_values(metrics).items():
@@ -107,15 +107,20 @@ def section(title: str, body: RenderableType) -> list[RenderableType]:
     return [literal(f"\n{title}", HEADING), Padding(body, (0, 0, 0, 2))]
 
 
-def listing(first: str, *columns: str) -> Table:
-    """An empty table with these headings; all columns but the first are set to the right where they have one."""
+def listing(first: str, *columns: str, rows: Iterable[Sequence[RenderableType]] = ()) -> Table:
+    """A table with these headings and rows; all columns but the first are set to the right where they have a heading.
+
+    A text in a row is taken literally.
+    """
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column(literal(first))
     for column in columns:
         table.add_column(literal(column), justify="right" if column else "left")
+    for row in rows:
+        table.add_row(*(literal(cell) if isinstance(cell, str) else cell for cell in row))
     return table
 
 
-def bar(share: float) -> Text:
+def bar_text(share: float) -> Text:
     """A bar of a share of its place, 0 … 1."""
     return Text("━" * max(round(share * _BAR_WIDTH), 1), _BAR_STYLE)

@@ -10,11 +10,9 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from itertools import accumulate, count, pairwise
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from bessemer.core import report
@@ -36,12 +34,12 @@ from bessemer.core.report import (
     Verbatim,
 )
 from bessemer.views.charts import line_chart
-from bessemer.views.elements import bar, facts, heat_map, lead, logarithmic_shades, measured, soft, table
+from bessemer.views.elements import bar_html, facts_html, heat_map, lead, logarithmic_shades, measured, render_page, soft, table
 from bessemer.views.run_data import ReportData, StageRun
 from bessemer.views.tokens import token_list, tokens_html
 
 
-def documents(given: Sequence[Document]) -> Markup:
+def documents_html(given: Sequence[Document]) -> Markup:
     """Documents with their source, id and the reason why they were dropped."""
     return Markup("").join(
         Markup('<article class="document"><header>{}{}{}</header><pre>{}</pre></article>').format(
@@ -54,7 +52,7 @@ def documents(given: Sequence[Document]) -> Markup:
     )
 
 
-def samples(given: Sequence[Sample]) -> Markup:
+def samples_html(given: Sequence[Sample]) -> Markup:
     """What the model wrote at several points of training, by step."""
     steps: dict[int, list[Sample]] = {}
     for sample in given:
@@ -70,7 +68,7 @@ def samples(given: Sequence[Sample]) -> Markup:
     )
 
 
-def answers(given: Sequence[Answer]) -> Markup:
+def answers_html(given: Sequence[Answer]) -> Markup:
     """Questions with the expected answer and the model's; those it was trained on are marked as memorised."""
     return Markup("").join(_answer(one) for one in given)
 
@@ -193,7 +191,7 @@ def draw(part: report.Part, ids: Iterator[str]) -> Markup:
         case report.Verbatim(text):
             return Markup("<pre>{}</pre>").format(text)
         case report.Facts(values):
-            return facts(values)
+            return facts_html(values)
         case report.Table():
             return _table(part)
         case report.Curves():
@@ -205,11 +203,11 @@ def draw(part: report.Part, ids: Iterator[str]) -> Markup:
         case report.Tokens(pieces, listed):
             return token_list(pieces) if listed else tokens_html(pieces)
         case report.Documents(shown):
-            return documents(shown)
+            return documents_html(shown)
         case report.Answers(given):
-            return answers(given)
+            return answers_html(given)
         case report.Samples(written):
-            return samples(written)
+            return samples_html(written)
         case report.Folded():
             return _folded(part, ids)
     raise AssertionError(part)
@@ -224,7 +222,7 @@ def _cell(cell: str | report.Cell) -> str | Markup:
     if isinstance(cell, str):
         return cell
     if cell.share is not None:
-        return measured(cell.share, cell.text) if cell.text else bar(cell.share, cell.rest)
+        return measured(cell.share, cell.text) if cell.text else bar_html(cell.share, cell.rest)
     text: str | Markup = cell.text
     if cell.strong:
         text = Markup("<b>{}</b>").format(text)
@@ -264,11 +262,7 @@ def render_report(report: ReportData) -> str:
     sections = [section for section in (_pipeline(report), *report.sections, _environment(report), _recipe(report)) if section]
     names = _anchors([section.title for section in sections])
     drawn = [(name, section.title, draw_section(section, name)) for name, section in zip(names, sections, strict=True)]
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    files = resources.files("bessemer.views")
-    template = environment.from_string(files.joinpath("report.html.jinja").read_text(encoding="utf-8"))
-    style = Markup(files.joinpath("style.css").read_text(encoding="utf-8"))
-    return template.render(report=report, style=style, sections=drawn)
+    return render_page("report.html.jinja", ["style.css"], report=report, sections=drawn)
 
 
 def _anchors(titles: Sequence[str]) -> list[str]:

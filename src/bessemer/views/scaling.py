@@ -36,11 +36,12 @@ COUNTS = {
 def show_fits(fits: Sequence[Fit], confidence: float, counting: str) -> RenderableType:
     """The laws side by side, each number with its bootstrap interval."""
     first = fits[0]
-    table = listing("", *(_METHODS[fit.method] for fit in fits))
-    for name, number in _NUMBERS:
-        cells = [_with_interval(number(fit.law), fit.interval(number, confidence)) for fit in fits]
-        table.add_row(literal(name), *map(literal, cells))
-    table.add_row(literal("RMS of log residuals"), *(literal(percent(fit.root_mean_square)) for fit in fits))
+    rows = [
+        [name, *(_with_interval(number(fit.law), fit.interval(number, confidence)) for fit in fits)]
+        for name, number in _NUMBERS
+    ]
+    rows.append(["RMS of log residuals", *(percent(fit.root_mean_square) for fit in fits)])
+    table = listing("", *(_METHODS[fit.method] for fit in fits), rows=rows)
     words = [
         f"L = E + A/N^α + B/D^β on {len(first.points)} points; L is {first.metric}",
         f"N: {counting}",
@@ -55,10 +56,10 @@ _METHODS = {"huber": "Huber, L-BFGS", "grid": "grid, NNLS"}
 
 def show_isoflop(isoflop: IsoFlop, bias: IsoFlopBias | None) -> RenderableType:
     """The lowest points of the parabolas, the exponent, and the method's bias on these sizes."""
-    table = listing("FLOPs", "points", "N of the lowest loss", "loss")
-    for one in isoflop.parabolas:
-        cells = (f"{one.flops:.3g}", str(len(one.points)), short_count(one.parameters), f"{one.loss:.4g}")
-        table.add_row(*map(literal, cells))
+    rows = [
+        (f"{one.flops:.3g}", str(len(one.points)), short_count(one.parameters), f"{one.loss:.4g}") for one in isoflop.parabolas
+    ]
+    table = listing("FLOPs", "points", "N of the lowest loss", "loss", rows=rows)
     lines = [f"N ∝ C^a: a = {_power(isoflop.parameters)}"]
     if bias is None:
         lines.append("parabolas are biased where α ≠ β; by how much is not known: the law gives none on these sizes")
@@ -180,11 +181,11 @@ def show_sweep(rows: Sequence[Mapping[str, Any]], varied: Sequence[str]) -> Rend
 
 
 def _over_seeds(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> RenderableType:
-    table = listing(*_short_names(keys), "seeds", "mean loss", "standard deviation")
-    for values, losses in losses_by(rows, keys).items():
-        deviation = f"{stdev(losses):.2g}" if len(losses) > 1 else "–"
-        table.add_row(*map(literal, [*values, str(len(losses)), _loss(fmean(losses)), deviation]))
-    return table
+    by_setting = [
+        [*values, str(len(losses)), _loss(fmean(losses)), f"{stdev(losses):.2g}" if len(losses) > 1 else "–"]
+        for values, losses in losses_by(rows, keys).items()
+    ]
+    return listing(*_short_names(keys), "seeds", "mean loss", "standard deviation", rows=by_setting)
 
 
 def losses_by(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> dict[tuple[str, ...], list[float]]:
