@@ -62,7 +62,7 @@ def serve(
     if extra_body is not None:
         settings["extra_body"] = _extra(extra_body)
     if goodput:
-        settings["goodput"] = _goals(goodput)
+        settings["goodput"] = {name: limit for name, _, limit in (goal.partition(":") for goal in goodput)}
     if chat:
         settings["api"] = "chat"
     config = LoadConfig.parse(settings, option_of("bench serve"))
@@ -70,11 +70,6 @@ def serve(
     if save is not None:
         write_json(save, measured.as_json(url, config, label))
     _show(measured, config)
-
-
-def _goals(given: list[str]) -> dict[str, Any]:
-    pairs = (one.partition(":") for one in given)
-    return {name: limit for name, _, limit in pairs}
 
 
 def _extra(given: str) -> Any:
@@ -111,10 +106,10 @@ def _show(measured: Measured, config: LoadConfig) -> None:
     if figures["request_goodput"] is not None:
         counted.append(("good requests/s", f"{figures['request_goodput']:.2f}"))
     keys = ("mean", "median", "p90", "p99")
-    times = [
-        (name.upper(), *(_milliseconds(figures[f"{key}_{name}_ms"]) for key in keys), meaning)
-        for name, meaning in MEASURES.items()
-    ]
+    times = []
+    for name, meaning in MEASURES.items():
+        values = [figures[f"{key}_{name}_ms"] for key in keys]
+        times.append((name.upper(), *("–" if value is None else f"{value:,.1f}" for value in values), meaning))
     parts = [
         Table([Column(""), Column("", True)], counted),
         Table([Column("ms"), *(Column(key, True) for key in keys), Column("")], times),
@@ -124,7 +119,3 @@ def _show(measured: Measured, config: LoadConfig) -> None:
         console.print(drawn)
     for error, count in measured.errors.most_common(3):
         console.print(f"{count:,} failed: {error}", style="red", markup=False)
-
-
-def _milliseconds(value: float | None) -> str:
-    return "–" if value is None else f"{value:,.1f}"

@@ -43,11 +43,11 @@ _COMMANDS = {
     "/quit": "leave; /exit, /bye, Ctrl-D",
 }
 _QUIT, _ASK_HELP = ("/quit", "/exit", "/bye"), ("/help", "/?")
-#: A line that is meant as a command, and no question about a path.
+#: A line that is a command, not a question about a path.
 _COMMAND = re.compile(r"/(\w+|\?)")
-#: Stages whose models have read plain text alone.
+#: Stages whose models have been trained on plain text alone.
 _BASE_STAGES = ("model", "pretrain")
-#: A terminal's codes around what the model thinks.
+#: A terminal's codes around the model's thinking.
 _DIM, _PLAIN = "\033[2m", "\033[0m"
 
 
@@ -102,7 +102,7 @@ def chat(
 
 
 def _is_base(folder: Path) -> bool:
-    """Whether a model is the work of a stage of ours that reads plain text, and so of no conversation."""
+    """Whether a stage of ours that trains on plain text alone made the model."""
     from bessemer.core.store import MANIFEST, read_json
 
     manifest = folder.parent / MANIFEST
@@ -123,7 +123,7 @@ def converse(
     """Read questions from standard input, print answers as they come, forget the oldest turn when the context is full.
 
     system: what every conversation begins with. speed: say after each answer how fast it came. opening: a first question,
-    asked of the user at the terminal. adapter: one that the engine has, by its name.
+    asked in the user's place at a terminal. adapter: one that the engine has, by its name.
     """
     from bessemer.assistant.assistant import Assistant, EngineModel
     from bessemer.assistant.conversation import Conversation
@@ -166,7 +166,7 @@ def converse(
 
 
 def _questions(interactive: bool, opening: str | None) -> Iterator[str]:
-    """The opening, where somebody sits there to see it, and then the lines of standard input."""
+    """At a terminal the opening, then the lines of standard input."""
     prompt = "you> " if interactive else ""
     if interactive and opening is not None:
         print(f"{prompt}{opening}")
@@ -196,7 +196,7 @@ def _answer(assistant: Assistant, conversation: Conversation, start: int, speed:
 
 
 def _print_turn(assistant: Assistant, conversation: Conversation, speed: bool) -> None:
-    """Print an answer as it comes; what the model thinks too, dimmed, at a terminal. Ctrl-C ends it."""
+    """Print an answer as it comes, at a terminal with the dimmed thinking before it. Ctrl-C ends it."""
     from bessemer.assistant.messages import TextDelta, ThinkingDelta
 
     shows_thinking = sys.stdout.isatty()
@@ -227,12 +227,12 @@ def _print_turn(assistant: Assistant, conversation: Conversation, speed: bool) -
 
 
 def _speed(start: float, times: list[float], tokens: int) -> str:
-    """How fast an answer came, from when it was asked for and when each part of it was there, in seconds."""
+    """The speed of an answer. start, times: of the request, and of each part of the answer, in seconds."""
     rest = f", the others {(tokens - 1) / (times[-1] - times[0]):.1f} a second" if tokens > 1 and times[-1] > times[0] else ""
     return f"({tokens} tokens: the first after {times[0] - start:.2f} s{rest})"
 
 
-# one whose answer does not hang on the last bits of an activation: of France the model begins in French as easily
+# rounding does not change this answer; asked about France, the model begins in French about as often
 _OPENING = "What is the capital of Japan?"
 _EXAMPLES = ["Write two sentences about the sea.", "Why is the sky blue?"]
 
@@ -266,7 +266,7 @@ def demo(
 
 
 def _look(model: Path, text: str, device: str) -> None:
-    """What `bessemer inspect` prints, but for what takes long."""
+    """Print what `bessemer inspect` prints, without the slow ablation."""
     import shlex
 
     from bessemer.inspection.inspect import inspect

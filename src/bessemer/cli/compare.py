@@ -84,7 +84,7 @@ def _compare_tuned(outs: list[Path]) -> None:
 def _names(folders: list[str]) -> list[str]:
     """The last part of each path, or the whole where two would be the same."""
     short = [Path(folder).resolve().name for folder in folders]
-    return [one if short.count(one) == 1 else folder for one, folder in zip(short, folders, strict=True)]
+    return [name if short.count(name) == 1 else folder for name, folder in zip(short, folders, strict=True)]
 
 
 def _compare_runs(first: str, second: str, runs: Path) -> None:

@@ -139,12 +139,12 @@ def export(
     _say(notes, out)
 
 
-#: The formats that a file's name tells.
+#: Suffix of a file → its format.
 _OF_SUFFIX = {".gguf": "gguf", ".onnx": "onnx", ".model": "sentencepiece", ".tiktoken": "tiktoken"}
 
 
 def _export_checkpoint(name: str, out: Path, format: str, options: ExportOptions) -> None:
-    """The model as a run's checkpoint holds it, by way of a model's folder."""
+    """Export the model of a run's checkpoint, by way of a temporary folder."""
     from tempfile import TemporaryDirectory
 
     from bessemer.core.errors import ConfigError, writing_to
@@ -175,7 +175,7 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def _bytes(size: str | None) -> int | None:
-    """5GB as a number of bytes. Raises ConfigError for what is none."""
+    """Bytes of a size such as 5GB. Raises ConfigError for anything else."""
     from bessemer.core.errors import ConfigError
 
     if size is None:
@@ -187,7 +187,7 @@ def _bytes(size: str | None) -> int | None:
 
 
 def _size(out: Path) -> int:
-    """Bytes of a file and of what lies beside it under its name, or of a folder."""
+    """Bytes of a folder, or of a file and those whose names begin with its name."""
     from bessemer.core.store import folder_bytes
 
     return folder_bytes(out) if out.is_dir() else sum(path.stat().st_size for path in out.parent.glob(f"{out.name}*"))

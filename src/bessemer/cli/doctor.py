@@ -75,7 +75,7 @@ def _packages() -> Iterator[_Line]:
 
 
 def _speed() -> Iterator[_Line]:
-    """What this processor multiplies fast, and what the quickstart comes to here."""
+    """Speed of matmuls by dtype, and what to expect of the quickstart."""
     try:
         from bessemer.pipeline.expectation import expected_quickstart
 
@@ -116,7 +116,7 @@ def _sandbox() -> Iterator[_Line]:
     from bessemer.core.sandbox import Tier, strongest_tier
 
     tier, reasons = strongest_tier()
-    stronger = "; ".join(f"no {one.value}: {reason}" for one, reason in reasons.items())
+    stronger = "; ".join(f"no {weaker.value}: {reason}" for weaker, reason in reasons.items())
     if tier is None:
         yield "? ", "sandbox", f"none: generated code is not run ({stronger})"
     elif tier.at_least(Tier.LANDLOCK):
@@ -126,7 +126,7 @@ def _sandbox() -> Iterator[_Line]:
 
 
 def _index_answers() -> bool:
-    """Whether pip can look a package up, whatever index it is set up with."""
+    """Whether pip's package index answers."""
     import subprocess
 
     look = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-deps", "--ignore-installed", "--quiet", "six"]

@@ -110,7 +110,7 @@ def evaluate(
 
 
 def _held_out(model: str) -> str:
-    """The task that a fine-tuning made of what it held out; empty where there is none."""
+    """The task file of a fine-tuning's held-out data; empty where there is none."""
     from bessemer.model.storage.tuned_folder import HELD_OUT_TASK
 
     task = Path(model) / HELD_OUT_TASK
@@ -118,8 +118,10 @@ def _held_out(model: str) -> str:
 
 
 def _documents(corpus: Path | None, model: str, runs: Path) -> Path | None:
-    """The training documents: those of the folder, or of the run that the model is named by; None where there are none, or,
-    if they were not asked for, nothing to read them with."""
+    """The training documents, of --corpus or of the run that the model is named by; None where there are none.
+
+    Without --corpus also None, with a note, where the package that searches them is missing.
+    """
     from bessemer.core.environment import missing_package
     from bessemer.core.errors import ArtefactError
     from bessemer.evaluation.contamination import find_corpus

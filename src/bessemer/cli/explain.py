@@ -24,7 +24,7 @@ _ADDRESS = re.compile(r"https?://\S+", re.IGNORECASE)
 #: A path, or a name with a suffix. Of ASCII alone: scripts without spaces write whole texts in one word.
 _FILE_NAME = re.compile(r"[!-~]*[/\\][!-~]*|[!-~]*[!-.0-~]\.[A-Za-z][A-Za-z0-9]{0,6}")
 _LONGEST_NAME = 255
-#: Pieces shown of a text in its tokens.
+#: Most tokens of a text that are shown.
 _MOST_TOKENS = 600
 
 
@@ -68,7 +68,9 @@ def explain(
             explanation = explain_with(text, *settings, url=url, open_model=open_language_model)
     pieces = _pieces(explanation.text, tokenizer or run, runs, required=tokenizer is not None)
     if as_json:
-        where = [{"stage": one.stage, "side": one.side, "reason": one.row.get("reason")} for one in sightings]
+        where = [
+            {"stage": sighting.stage, "side": sighting.side, "reason": sighting.row.get("reason")} for sighting in sightings
+        ]
         print(json.dumps({**asdict(explanation), "history": where, "tokens": pieces}, ensure_ascii=False, indent=2))
         return
     history = [show_history(sightings)] if sightings else []
@@ -76,8 +78,8 @@ def explain(
 
 
 def _read(thing: str) -> str:
-    """The text that is meant. Raises SourceError for a file that is not there, cannot be read, or holds no text, and
-    RequestError for an id without its run."""
+    """The text of THING. Raises SourceError for a file that is missing, unreadable or without text, RequestError for an id
+    without its run."""
     from bessemer.core.errors import RequestError, SourceError
     from bessemer.data.corpus.reader import is_document_id
     from bessemer.data.sources.source import encodable
@@ -116,7 +118,7 @@ def _read(thing: str) -> str:
 
 
 def _names_a_file(thing: str) -> bool:
-    """Whether a text that names no file looks as if it should: its letters would be explained in silence."""
+    """Whether a text looks like the name of a missing file: that is refused, rather than explained as a text."""
     if len(thing) > _LONGEST_NAME or "\n" in thing:
         return False
     return thing.lower().endswith((*_PAGES, *_OTHER_FILES)) or _FILE_NAME.fullmatch(thing) is not None

@@ -75,16 +75,16 @@ def _weights(given: list[str]) -> dict[str, float]:
     from bessemer.core.errors import ConfigError
 
     weights: dict[str, float] = {}
-    for one in given:
-        name, equals, times = one.rpartition("=")
+    for option in given:
+        name, equals, times = option.rpartition("=")
         if not equals:
-            name, times = one, "1"
+            name, times = option, "1"
         try:
             weight = float(times)
         except ValueError:
-            raise ConfigError(f"--also {one}: {times!r} is not a number of times") from None
+            raise ConfigError(f"--also {option}: {times!r} is not a number of times") from None
         if not name or name in weights:
-            raise ConfigError(f"--also {one}: name a file, and each file once")
+            raise ConfigError(f"--also {option}: name a file, and each file once")
         weights[name] = weight
     return weights
 

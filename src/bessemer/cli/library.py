@@ -38,7 +38,8 @@ def list_models() -> None:
         print(f"there is no model in {library_folder()}; bessemer pull smollm2")
         return
     rows = [
-        (one.name, one.kind, size(one.size), datetime.fromtimestamp(one.changed).strftime("%Y-%m-%d %H:%M")) for one in kept
+        (model.name, model.kind, size(model.size), datetime.fromtimestamp(model.changed).strftime("%Y-%m-%d %H:%M"))
+        for model in kept
     ]
     columns = [Column("Name"), Column("Kind"), Column("Size", True), Column("Changed", True)]
     print_view(*show_parts([Table(columns, rows)]), soft_wrap=True)

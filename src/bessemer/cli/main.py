@@ -106,18 +106,13 @@ COMMANDS: dict[str, dict[Callable[..., None], tuple[str, ...]]] = {
         clean: ("bessemer clean --dry-run",),
     },
 }
-#: Names that Python keeps for itself.
+#: Commands whose names are keywords or builtins of Python.
 _NAMES = {help_: "help", import_: "import", list_models: "list"}
-
-
-def _epilog(examples: Sequence[str]) -> str:
-    """Examples as the end of a command's help, a line each."""
-    return "\n\n".join([f"Example: {examples[0]}", *examples[1:]])
 
 
 for _panel, _commands in COMMANDS.items():
     for _command, _examples in _commands.items():
-        app.command(_NAMES.get(_command), rich_help_panel=_panel, epilog=_epilog(_examples))(_command)
+        app.command(_NAMES.get(_command), rich_help_panel=_panel, epilog="Example: " + "\n\n".join(_examples))(_command)
 app.add_typer(keys, name="keys", rich_help_panel="Use a model")
 app.add_typer(scaling, name="scaling", rich_help_panel="Make a model")
 app.add_typer(bench, name="bench", rich_help_panel="Measure and look inside")
@@ -133,12 +128,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     debug = "--debug" in given
     given = [argument for argument in given if argument != "--debug"]
     if given[:1] == ["evaluate"] and given[-1] == "--tasks":
-        # which tasks there are is what somebody asks who names none
+        # without a name, --tasks lists the tasks
         given[-1] = "--list-tasks"
     try:
         code = app(given, standalone_mode=False, prog_name="bessemer")
         if sys.stdout is not None:
-            # at the end of the process nobody could say that it was not written
+            # at the end of the process a failed write would go unnoticed
             sys.stdout.flush()
     except BessemerError as error:
         _fail(error, debug)
@@ -156,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except Exception as error:
         _usage_error(error, debug)
     if code == 130:
-        # what typer makes of Ctrl-C since 0.29: the exit code of an interrupt, and no exception
+        # typer from 0.29 on turns Ctrl-C into this exit code, without an exception
         _stopped()
     sys.exit(code if isinstance(code, int) else 0)
 
@@ -183,7 +178,7 @@ def _fail(error: BaseException, debug: bool) -> NoReturn:
 
 
 def _settle_output() -> None:
-    """Write what waits for standard output, or drop it where that is closed or full: Python would complain of it at its end."""
+    """Flush standard output, or drop the rest where it is closed or full: Python would report that when it exits."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -202,7 +197,7 @@ def _usage_error(error: Exception, debug: bool) -> NoReturn:
         error.show()  # type: ignore[attr-defined]
         sys.exit(2)
     if isinstance(error, typer.Abort):
-        # what typer before 0.29 makes of Ctrl-C
+        # typer before 0.29 turns Ctrl-C into this
         _stopped()
     if message is None or code is None:
         problem = as_user_error(error)
@@ -216,7 +211,7 @@ def _usage_error(error: Exception, debug: bool) -> NoReturn:
 
 
 def _with_nearest(message: str, command: Any) -> str:
-    """A complaint of a command or an option that does not exist, with the nearest that does: alike in typer's versions."""
+    """The message about an unknown command or option, with the nearest known one; the same for all versions of typer."""
     import difflib
     import re
 

@@ -1,4 +1,4 @@
-"""What MODEL and RUN mean on the command line: a path, or a run's name."""
+"""Arguments of commands resolved: MODEL and RUN, options of the form NAME=VALUE, options that are settings."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def find_model(name: str, runs: Path, *, yes: bool = False) -> Path:
     model that was pulled, `smollm2`, or an id of the hub; of a fine-tuning its whole weights, into which an adapter is merged.
     Returns a folder, or a GGUF file.
 
-    What is not on this machine is fetched where the user at the terminal agrees. yes: nobody is asked. Raises ArtefactError
+    What is not on this machine is fetched where the user at the terminal agrees. yes: do not ask. Raises ArtefactError
     with the command that fetches it, or with the nearest name.
     """
     from bessemer.model.formats import find_model as find_source
@@ -86,8 +86,7 @@ def _fetched(name: str, *, yes: bool) -> Path:
 
 @contextmanager
 def as_folder(model: Path, out: Path) -> Iterator[Path]:
-    """The folder of a model for a command that reads no other form: a GGUF file is imported into one that lasts as long as the
-    context, on the disk that `out` is written to."""
+    """While entered, a model as a folder: a GGUF file is imported into a temporary one, on the disk of `out`."""
     if not model.is_file():
         yield model
         return
@@ -112,7 +111,7 @@ def find_served(name: str, runs: Path) -> Path:
 
 
 def example_questions(model: Path, run: Path | None = None, count: int = 3) -> list[str]:
-    """A few questions that a fine-tuned model has learned to answer, from beside its folder, or from a stage of its run."""
+    """A few questions that a fine-tuned model was trained on, from its folder, the one around it, or a stage of its run."""
     near = [model, model.parent]
     folders = [*near, *(follow(stage) for stage in sorted((run / "stages").glob("*")))] if run else near
     path = next((path for folder in folders if (path := folder / "conversations" / "train.jsonl").exists()), None)
@@ -128,12 +127,12 @@ def example_questions(model: Path, run: Path | None = None, count: int = 3) -> l
 
 
 def _first_question(messages: list[dict[str, Any]]) -> str:
-    """What the user says first, behind a system message."""
+    """The user's first message."""
     return next((str(message.get("content") or "") for message in messages if message["role"] == "user"), "")
 
 
 def speculation(named: str | None, runs: Path) -> dict[str, Any]:
-    """The engine's setting for what `--speculate` names: a method, or a draft model."""
+    """The engine's setting for `--speculate`: a method, or a draft model."""
     if named is None:
         return {}
     known = named in ("ngram", "mtp")
@@ -141,18 +140,18 @@ def speculation(named: str | None, runs: Path) -> dict[str, Any]:
 
 
 def named_numbers(setting: str, given: list[str] | None) -> dict[str, Any]:
-    """The engine's setting for what an option like `--parallel NAME=NUMBER` gives, once or more. Raises ConfigError."""
+    """The engine's setting for a repeated option such as `--parallel NAME=NUMBER`. Raises ConfigError."""
     numbers: dict[str, str] = {}
-    for one in given or ():
-        name, has_number, number = one.partition("=")
+    for option in given or ():
+        name, has_number, number = option.partition("=")
         if not has_number or name in numbers:
-            raise ConfigError(f"--{setting} {one}: " + ("it is given twice" if has_number else "give it as NAME=NUMBER"))
+            raise ConfigError(f"--{setting} {option}: " + ("it is given twice" if has_number else "give it as NAME=NUMBER"))
         numbers[name] = number
     return {setting: numbers} if numbers else {}
 
 
 def option_of(command: str) -> Callable[[tuple[str | int, ...]], str]:
-    """What names a command's option for an offending setting."""
+    """A function from the path of a wrong setting to the option that gave it, for messages."""
 
     def option(path: tuple[str | int, ...]) -> str:
         return " ".join([f"--{path[0]}".replace("_", "-"), *map(str, path[1:])]) if path else command
@@ -184,7 +183,7 @@ def sampling_options(context: typer.Context) -> Callable[[Engine], SamplingParam
 
 
 def named_models(given: list[str] | None, taken: Collection[str]) -> dict[str, str]:
-    """What `--also NAME=MODEL` gives, once or more; without a name it is the last part of the model's.
+    """Name → model of a repeated `--also NAME=MODEL`; the name may be left out where it is the last part of the model's.
 
     taken: the names of the first model and its adapters. Raises ConfigError for a name that means two things, or none.
     """
@@ -192,7 +191,7 @@ def named_models(given: list[str] | None, taken: Collection[str]) -> dict[str, s
 
 
 def named_folders(given: list[str] | None, taken: str | None = None) -> dict[str, str]:
-    """What `--adapter NAME=FOLDER` gives, once or more; the name may be left out where it is the folder's.
+    """Name → folder of a repeated `--adapter NAME=FOLDER`; the name may be left out where it is the folder's.
 
     taken: a name that stands for the model itself. Raises ConfigError for a name that means two things, or none.
     """
@@ -200,15 +199,17 @@ def named_folders(given: list[str] | None, taken: str | None = None) -> dict[str
 
 
 def _named(option: str, what: str, given: list[str] | None, taken: Mapping[str, str], another: str) -> dict[str, str]:
-    """What an option `NAME=…` gives, once or more. taken: who has a name already; another: who has it of the others given."""
+    """Name → value of a repeated option. taken: what has a name already; another: what has it among the values given."""
     places: dict[str, str] = {}
-    for one in given or ():
-        name, has_name, place = one.partition("=")
+    for argument in given or ():
+        name, has_name, place = argument.partition("=")
         if not has_name:
-            name, place = Path(one).name, one
+            name, place = Path(argument).name, argument
         if not name or not place:
-            raise ConfigError(f"--{option} {one}: give it as NAME={what}")
+            raise ConfigError(f"--{option} {argument}: give it as NAME={what}")
         if name in taken or name in places:
-            raise ConfigError(f"--{option} {one}: {taken.get(name, another)} has the name {name!r} already; choose another")
+            raise ConfigError(
+                f"--{option} {argument}: {taken.get(name, another)} has the name {name!r} already; choose another"
+            )
         places[name] = place
     return places

@@ -42,8 +42,8 @@ def print_view(*drawn: RenderableType, soft_wrap: bool = False) -> None:
     from rich.console import Console
 
     console = Console(highlight=False, soft_wrap=soft_wrap)
-    for one in drawn:
-        console.print(one)
+    for view in drawn:
+        console.print(view)
 
 
 def retired_option(old: str, new: str) -> Any:

@@ -83,7 +83,9 @@ def _plan_finetuning(model: str, given: list[str], method: str, device: str, run
 
     if not given or "=" in given[0]:
         raise ConfigError("--finetune: name a model and a table: bessemer plan --finetune MODEL DATA")
-    settings = {key: parse_value(value, f"override {key}") for key, _, value in (one.partition("=") for one in given[1:])}
+    settings = {
+        key: parse_value(value, f"override {key}") for key, _, value in (override.partition("=") for override in given[1:])
+    }
     config = FinetuneConfig.parse({"method": method, **settings}, "plan --finetune")
     from bessemer.posttraining.sft.finetune_plan import plan_finetuning
 

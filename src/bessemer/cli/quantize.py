@@ -12,7 +12,7 @@ from bessemer.cli.options import Model
 if TYPE_CHECKING:
     from bessemer.model.quantisation.config import QuantizeConfig
 
-#: Share of bits per byte from which a loss is no small one.
+#: Relative loss in bits per byte from which advice is printed.
 _NOTABLE_LOSS = 0.01
 
 
@@ -75,7 +75,7 @@ def quantize(
             folder,
             unfinished,
             calibration=text.train,
-            # of a text that is given to measure on, all of it will do where nothing is held out
+            # a text of --evaluate is used whole where nothing of it is held out
             held_out=held_out.held_out or (held_out.train if evaluate is not None else None),
             sample=check,
             seed=seed,
@@ -89,7 +89,7 @@ def quantize(
 
 
 def _advice(quality: dict[str, Any], config: QuantizeConfig) -> str | None:
-    """A loss that is no small one, and what loses less, in one line; None where there is no such loss, or it is not known."""
+    """A line on a notable loss, with settings that lose less; None for a small loss, or where none was measured."""
     from bessemer.model.quantisation.config import scheme_plugin
 
     if "loss" not in quality or quality["loss"] < _NOTABLE_LOSS:

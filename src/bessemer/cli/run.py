@@ -52,7 +52,7 @@ def init(
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             write_text(folder / file, content)
     except OSError:
-        # all of them or none: the same command refuses what exists
+        # all files or none: the same command would refuse those that exist
         for file in files:
             (folder / file).unlink(missing_ok=True)
         raise
@@ -63,7 +63,7 @@ def init(
         print(f"put your text (.txt, .md, .jsonl) into {folder / 'data'}")
     print(f"next:\n  cd {shlex.quote(str(folder))}")
     if from_ is not None and not there:
-        # a file is named from here, and the command is typed there
+        # the path is given from here, and the command is typed in the folder
         source = os.path.relpath(Path(from_).resolve(), folder.resolve()) if Path(from_).exists() else from_
         print(f"  bessemer import {shlex.quote(source)} base")
     print("  bessemer run recipe.yaml --dry-run\n  bessemer run recipe.yaml")
@@ -141,11 +141,11 @@ def run(
 
 
 def _close(result: RunResult) -> None:
-    """The last lines: what was made, what to type next."""
+    """Print what was made, and what to type next."""
     from bessemer.core.metrics import duration
     from bessemer.pipeline.report import next_steps, run_report, sentences
 
-    reused = sum(one.reused for one in result.made)
+    reused = sum(result_of_stage.reused for result_of_stage in result.made)
     stages = run_report(result.run)
     print(f"\n{result.run.name}: done in {duration(result.seconds)}, {reused} of {len(result.made)} stages reused.")
     for line in sentences(stages):
@@ -161,9 +161,9 @@ def _close(result: RunResult) -> None:
 
 
 def _show_plan(plans: list[StagePlan]) -> None:
-    width = max(len(one.stage.name) for one in plans)
-    for one in plans:
-        print(f"{one.stage.name:<{width}}  {one.action:<6}  {one.why}")
+    width = max(len(plan.stage.name) for plan in plans)
+    for plan in plans:
+        print(f"{plan.stage.name:<{width}}  {plan.action:<6}  {plan.why}")
 
 
 def sweep(
@@ -222,7 +222,7 @@ def sweep(
     print_view(show_sweep(sweep_rows(outcomes, metric), list(chosen[0].varied)), soft_wrap=True)
     print(f"\nTable: {table}")
     _plot(table.with_suffix(".svg"), outcomes, metric)
-    failed = sum(one.problem is not None for one in outcomes)
+    failed = sum(outcome.problem is not None for outcome in outcomes)
     if failed:
         print(f"{failed} of {len(outcomes)} failed; the same command tries them again.")
         raise typer.Exit(1)

@@ -83,13 +83,14 @@ def fit(
         _frontier(points, confidence, counting, as_json)
         return
     from bessemer.scaling.laws.fit import fit_law, write_fit
+    from bessemer.scaling.laws.isoflop import fit_isoflop
 
     methods = ("huber", "grid") if method is MethodChoice.both else (method.value,)
     fits = [
-        fit_law(points, one, resamples=resamples, seed=seed, count=count.value, metric=unit)  # type: ignore[arg-type]
-        for one in methods
+        fit_law(points, fit_method, resamples=resamples, seed=seed, count=count.value, metric=unit)  # type: ignore[arg-type]
+        for fit_method in methods
     ]
-    parabolas = _isoflop(points, confidence) if isoflop else None
+    parabolas = fit_isoflop(points, confidence=confidence) if isoflop else None
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_fit(out, fits[-1])
@@ -117,12 +118,6 @@ def _points(sources: list[str], count: CountChoice, metric: MetricChoice, runs: 
 
     folders = [find_run(name, runs) for name in sources]
     return points_of_runs(folders, count=count.value, metric=metric.value), COUNTS[count.value], metric.value
-
-
-def _isoflop(points: Points, confidence: float) -> IsoFlop:
-    from bessemer.scaling.laws.isoflop import fit_isoflop
-
-    return fit_isoflop(points, confidence=confidence)
 
 
 def _bias(fit: Fit) -> IsoFlopBias | None:
@@ -155,7 +150,7 @@ def _print_fits(fits: list[Fit], parabolas: IsoFlop | None, confidence: float, c
             "metric": fits[0].metric,
             "parameters_counted": counting,
             "confidence": confidence,
-            "fits": [fit_values(one, confidence) for one in fits],
+            "fits": [fit_values(fit, confidence) for fit in fits],
         }
         if parabolas is not None:
             values["isoflop"] = asdict(parabolas.parameters) | {
@@ -174,11 +169,8 @@ def _frontier(points: Points, confidence: float, counting: str, as_json: bool) -
 
     frontier = fit_frontier(points, confidence=confidence)
     if as_json:
-        print(
-            json.dumps(
-                {"points": len(points), "parameters_counted": counting, "confidence": confidence} | asdict(frontier), indent=2
-            )
-        )
+        head = {"points": len(points), "parameters_counted": counting, "confidence": confidence}
+        print(json.dumps(head | asdict(frontier), indent=2))
         return
     print_view(show_frontier(frontier, len(points), confidence, counting), soft_wrap=True)
 

@@ -190,7 +190,7 @@ def serve(
     memory = ("kv_memory", "max_num_seqs", "max_model_len", "prefix_cache")
     given = given_options(context, *memory, "threads", "batch_invariant")
     given |= speculation(speculate, runs) | named_numbers("parallel", parallel)
-    if both := next((one for one in alias or [] if one == name or one in adapters), None):
+    if both := next((taken for taken in alias or [] if taken == name or taken in adapters), None):
         raise ConfigError(f"--alias {both}: the model or an adapter has that name already; choose another")
     others = {
         its_name: find_served(its_model, runs)
@@ -209,10 +209,10 @@ def serve(
     )
     if ask and (config.keys is not None or config.api_key is not None):
         raise ConfigError("--ask: of a server that asks for no key")
-    # what models are made of is for this machine, or for admins
+    # training data is shown to this machine, or to admin keys
     shown_runs = runs if config.keys is not None or is_loopback(host) else None
     run = model if shown_runs is not None and model in run_names(runs) else None
-    # a copy of the model, and seconds of every core, are not for everybody who reaches the port
+    # X-rays copy the model and take seconds of every core: they need a key, or a request from this machine
     makes_xrays = config.keys is not None or config.api_key is not None or is_loopback(host)
     shown = WebSettings(folder, example_questions(folder, runs / model), feedback, shown_runs, run, makes_xrays)
     opening = Opening(

@@ -68,7 +68,7 @@ def opened_tokenizer(name: str, runs: Path) -> Iterator[Tokenizer]:
 
 
 def described(name: str, runs: Path, texts: Sequence[Path]) -> dict[str, Any]:
-    """Figures of a tokenizer: what its stage measured, where a stage made it and no texts are given; else measured now.
+    """Figures of a tokenizer: those of its stage's manifest; measured now for texts, and where no stage made it.
 
     Raises ArtefactError when there is none, SourceError for a text that cannot be read.
     """
@@ -102,7 +102,7 @@ def _read_text(path: Path) -> str:
 def column_names(names: Sequence[str]) -> list[str]:
     """Short names for columns: the last part of each path, or the whole where two would be the same."""
     short = [Path(name).name if Path(name).name != "tokenizer" else Path(name).parent.name or name for name in names]
-    return [one if short.count(one) == 1 else whole for one, whole in zip(short, names, strict=True)]
+    return [name if short.count(name) == 1 else whole for name, whole in zip(short, names, strict=True)]
 
 
 def show(
@@ -144,7 +144,7 @@ def show(
 
 
 def _folder(thing: str, runs: Path) -> Path:
-    """The folder that a path or a run's name means, or a model's folder or GGUF file. Raises ArtefactError for what is none."""
+    """The path of THING: a path, a run's name, a model's folder or GGUF file. Raises ArtefactError for anything else."""
     from bessemer.cli.named import find_model
     from bessemer.core.config import nearest
     from bessemer.core.errors import ArtefactError
@@ -194,7 +194,7 @@ def _drawn(thing: str, runs: Path, examples: int) -> RenderableType:
         return _tokenizers([str(folder)], runs, [])
     if (folder / MANIFEST).exists():
         return _stage(folder, examples)
-    # documents, rejected or tokens inside a stage's folder
+    # the folder may be `documents`, `rejected` or `tokens` of a stage
     if (folder.parent / MANIFEST).exists():
         return _stage(folder.parent, examples)
     if documents := _bare_documents(folder):
@@ -242,7 +242,7 @@ def _stage(folder: Path, examples: int) -> RenderableType:
         line = lineage(folder / "documents")
         stages: dict[str, Metrics] = {}
         for record in line:
-            # a kind may occur twice
+            # a kind of stage may occur twice
             name = record.name if record.name not in stages else f"{record.name} {len(stages) + 1}"
             stages[name] = record.metrics
         return show_corpus(stages, examples=examples)
@@ -280,7 +280,7 @@ def _model(folder: Path) -> RenderableType:
 
 
 def _tuned(out: Path) -> RenderableType:
-    """A fine-tuning: what it was worth, answers before and after, and the model."""
+    """A fine-tuning: its verdict, answers before and after, and the model."""
     from rich.console import Group
     from rich.text import Text
 

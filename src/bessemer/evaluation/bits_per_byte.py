@@ -71,10 +71,10 @@ def token_nats(
                 targets_WT[row, window.first - window.start : len(stream) - 1] = stream[1 + window.first - window.start :]
             hidden_WTD = model.hidden(torch.from_numpy(tokens_WT).to(device))
             targets_N, hidden_ND = torch.from_numpy(targets_WT.ravel()).to(device), hidden_WTD.flatten(0, 1)
-            asked_N = targets_N != IGNORE_INDEX
+            scored_N = targets_N != IGNORE_INDEX
             # most batches are asked for all of their tokens, and need no copy
-            if not asked_N.all():
-                targets_N, hidden_ND = targets_N[asked_N], hidden_ND[asked_N]
+            if not scored_N.all():
+                targets_N, hidden_ND = targets_N[scored_N], hidden_ND[scored_N]
             losses_N = token_losses(hidden_ND, model.head_weight, targets_N, model.logit_softcap)
             nats[batch[0].first : batch[-1].end] = losses_N.float().cpu().numpy()
             task.reach(batch[-1].end)

@@ -144,18 +144,18 @@ class _Matched(NamedTuple):
 def compare(first: Evaluation, second: Evaluation) -> Comparison:
     """The second beside the first, task by task. Raises ArtefactError when they have no item in common."""
     matched = _matched([first, second])
-    differences = [paired_difference(one.scores_EN[1], one.scores_EN[0], one.clusters) for one in matched.values()]
+    differences = [paired_difference(common.scores_EN[1], common.scores_EN[0], common.clusters) for common in matched.values()]
     adjusted = holm([difference.p_value for difference in differences])
     tasks = [
         TaskComparison(
             task,
-            mean_estimate(one.scores_EN[0], one.clusters),
-            mean_estimate(one.scores_EN[1], one.clusters),
+            mean_estimate(common.scores_EN[0], common.clusters),
+            mean_estimate(common.scores_EN[1], common.clusters),
             difference,
             float(p_value),
             len(first.tasks[task].keys() ^ second.tasks[task].keys()),
         )
-        for (task, one), difference, p_value in zip(matched.items(), differences, adjusted, strict=True)
+        for (task, common), difference, p_value in zip(matched.items(), differences, adjusted, strict=True)
     ]
     return Comparison((first.name, second.name), tasks, mean_of_estimates(differences), _left_out([first, second], matched))
 
@@ -164,14 +164,14 @@ def leaderboard(evaluations: Sequence[Evaluation]) -> Leaderboard:
     """Several evaluations by the mean of the tasks that all have. Raises ArtefactError when they have no item in common."""
     matched = _matched(evaluations)
     by_task = [
-        {task: mean_estimate(one.scores_EN[index], one.clusters) for task, one in matched.items()}
+        {task: mean_estimate(common.scores_EN[index], common.clusters) for task, common in matched.items()}
         for index in range(len(evaluations))
     ]
     means = [mean_of_estimates(list(tasks.values())) for tasks in by_task]
     best, *others = sorted(range(len(evaluations)), key=lambda index: -means[index].mean)
     from_first = [
         mean_of_estimates(
-            [paired_difference(one.scores_EN[index], one.scores_EN[best], one.clusters) for one in matched.values()]
+            [paired_difference(common.scores_EN[index], common.scores_EN[best], common.clusters) for common in matched.values()]
         )
         for index in others
     ]
@@ -180,7 +180,7 @@ def leaderboard(evaluations: Sequence[Evaluation]) -> Leaderboard:
         Standing(evaluations[index].name, means[index], by_task[index], difference, float(p_value))
         for index, difference, p_value in zip(others, from_first, adjusted, strict=True)
     ]
-    items = {task: len(one.items) for task, one in matched.items()}
+    items = {task: len(common.items) for task, common in matched.items()}
     return Leaderboard(standings, items, _left_out(evaluations, matched))
 
 
@@ -190,10 +190,10 @@ def flips(first: Evaluation, second: Evaluation) -> list[Flip]:
     Raises ArtefactError when the two have no item in common.
     """
     flipped: dict[tuple[str, str], bool] = {}
-    for task, one in _matched([first, second]).items():
-        right_EN = one.scores_EN >= 0.5
+    for task, common in _matched([first, second]).items():
+        right_EN = common.scores_EN >= 0.5
         for index in np.flatnonzero(right_EN[0] != right_EN[1]).tolist():
-            flipped[task, one.items[index]] = bool(right_EN[1, index])
+            flipped[task, common.items[index]] = bool(right_EN[1, index])
     before, after = (read_texts(evaluation, flipped.keys()) for evaluation in (first, second))
     return [
         Flip(task, item, gained, after[task, item].prompt, (before[task, item].answer, after[task, item].answer))
@@ -279,7 +279,7 @@ def leaderboard_parts(board: Leaderboard) -> list[Part]:
         if standing.from_first is not None:
             verdict_cell = _verdict(verdict(standing.from_first, standing.adjusted_p))
             comparison = [difference(standing.from_first), p_value(standing.adjusted_p), verdict_cell]
-        means = [f"{one.mean:.3f}" for one in standing.tasks.values()]
+        means = [f"{estimate.mean:.3f}" for estimate in standing.tasks.values()]
         rows.append([str(place), Cell(standing.name, strong=place == 1), score(standing.mean), *comparison, *means])
     columns = [
         Column("", True),
@@ -332,7 +332,7 @@ def p_value(value: float) -> str:
 
 
 def _mean(estimates: Sequence[Estimate]) -> str:
-    return f"{math.fsum(one.mean for one in estimates) / len(estimates):.3f}"
+    return f"{math.fsum(estimate.mean for estimate in estimates) / len(estimates):.3f}"
 
 
 def _verdict(text: str) -> Cell:

@@ -182,15 +182,15 @@ def task_contamination(
         return {}
     results = by_task(contamination(items, corpus_texts(documents, progress)), scores)
     return {
-        one.task: {
-            "clean": one.clean,
-            "dirty": one.dirty,
-            "unknown": one.unknown,
-            "mean_share": one.mean_share,
-            "clean_accuracy": None if one.clean_score is None else one.clean_score.mean,
-            "dirty_accuracy": None if one.dirty_score is None else one.dirty_score.mean,
+        result.task: {
+            "clean": result.clean,
+            "dirty": result.dirty,
+            "unknown": result.unknown,
+            "mean_share": result.mean_share,
+            "clean_accuracy": None if result.clean_score is None else result.clean_score.mean,
+            "dirty_accuracy": None if result.dirty_score is None else result.dirty_score.mean,
         }
-        for one in results
+        for result in results
     }
 
 
@@ -200,7 +200,7 @@ def contamination_table(tasks: Sequence[TaskContamination]) -> Table:
     for task in tasks:
         items = task.clean + task.dirty + task.unknown
         dirty = Cell(f"{task.dirty:,} of {items:,}", remark=f"{task.unknown:,} too short" if task.unknown else "")
-        scores = [score(one) if one else "–" for one in (task.score, task.clean_score, task.dirty_score)]
+        scores = [score(estimate) if estimate else "–" for estimate in (task.score, task.clean_score, task.dirty_score)]
         rows.append([task.task, dirty, f"{task.mean_share:.1%}", *scores])
     headings = ["In the corpus", "Share of n-grams", "Score", "of clean items", "of items in the corpus"]
     return Table([Column("Task"), *(Column(heading, True) for heading in headings)], rows)

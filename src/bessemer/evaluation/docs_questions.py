@@ -44,12 +44,12 @@ def rouge_l(answer: str, reference: str) -> float:
     return 2 * common / (len(answer_words) + len(reference_words)) if common else 0.0
 
 
-def longest_common_subsequence(one: Sequence[str], other: Sequence[str]) -> int:
+def longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
     """Length of the longest common subsequence."""
-    lengths = [0] * (len(other) + 1)
-    for item in one:
+    lengths = [0] * (len(second) + 1)
+    for item in first:
         diagonal = 0
-        for index, candidate in enumerate(other, start=1):
+        for index, candidate in enumerate(second, start=1):
             above = lengths[index]
             lengths[index] = diagonal + 1 if item == candidate else max(above, lengths[index - 1])
             diagonal = above

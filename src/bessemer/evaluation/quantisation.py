@@ -180,7 +180,7 @@ _LONGEST_WINDOW = 1024
 _SAMPLE_FLOPS = 2e12
 
 
-class Comparison(NamedTuple):
+class QualityComparison(NamedTuple):
     """Two models on the same text. kl: nats per token. agreement: fraction of positions with the same most likely token.
     arithmetic: of each model's computation."""
 
@@ -193,9 +193,9 @@ class Comparison(NamedTuple):
 
 
 @torch.no_grad()
-def compare(
+def compare_quality(
     original: Decoder, quantised: Decoder, shards: TokenShards, *, max_tokens: int | None, progress: Progress
-) -> Comparison:
+) -> QualityComparison:
     """Compare two models on the first documents of a stream, in the windows of `training.validation`, each computed as in
     inference: on a CPU with 8-bit activations for quantised weights, and keys and values in the dtype of the cache.
 
@@ -221,7 +221,7 @@ def compare(
             task.advance(len(stream) - 1)
     before, after = (nats / math.log(2) / scored.bytes).tolist()
     arithmetic = (scorers[0].arithmetic, scorers[1].arithmetic)
-    return Comparison((before, after), kl / scored.tokens, same / scored.tokens, scored.tokens, scored.bytes, arithmetic)
+    return QualityComparison((before, after), kl / scored.tokens, same / scored.tokens, scored.tokens, scored.bytes, arithmetic)
 
 
 def _of_targets(log_NV: Tensor, targets_N: Tensor) -> Tensor:
@@ -278,7 +278,7 @@ def quantise_folder(
             quality["compared_on"] = SAMPLE
         if held_out is not None and most_tokens:
             original = load_model(folder, choose_device(device))
-            compared = compare(original, model, held_out, max_tokens=most_tokens, progress=progress)
+            compared = compare_quality(original, model, held_out, max_tokens=most_tokens, progress=progress)
             for name, score, how in zip(("original", "quantised"), compared.bits_per_byte, compared.arithmetic, strict=True):
                 quality[name] |= {"bits_per_byte": score, "arithmetic": how}
             quality |= {

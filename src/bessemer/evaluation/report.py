@@ -163,14 +163,14 @@ def task_table(by_model: Mapping[str, Metrics]) -> Table:
 def comparisons_table(comparisons: Sequence[Metrics]) -> Table:
     """Differences a − b with their bootstrap intervals, and whether the interval excludes 0."""
     rows = []
-    for one in comparisons:
-        low, high = one["interval"]
+    for comparison in comparisons:
+        low, high = comparison["interval"]
         verdict = "no clear difference" if low <= 0 <= high else "clear: the interval excludes 0"
         rows.append(
             (
-                label(one["metric"]),
-                f"{one['a']} − {one['b']}",
-                f"{one['difference']:+.3f}",
+                label(comparison["metric"]),
+                f"{comparison['a']} − {comparison['b']}",
+                f"{comparison['difference']:+.3f}",
                 f"{low:+.3f} … {high:+.3f}",
                 verdict,
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bessemer.tasks.questions import Context, Part
+from bessemer.tasks.questions import Context, ContinuationRequest
 from bessemer.tokenization.chat import Message
 from bessemer.tokenization.prompts import encode_continuations
 from bessemer.tokenization.tokenizer import Tokenizer
@@ -34,7 +34,7 @@ class PromptEncoder:
         self._begin = missing or list(tokenizer.begin_ids)
         self._missing = missing
 
-    def part(self, part: Part) -> EncodedPart:
+    def part(self, part: ContinuationRequest) -> EncodedPart:
         """A context and its continuations: a text by the convention of `encode_continuations`, a conversation with what the
         assistant says encoded alone. The last token of a continuation is not read and needs no place in the context."""
         if isinstance(part.context, str):

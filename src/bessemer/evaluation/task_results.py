@@ -107,6 +107,6 @@ def _calibration(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     return {
         "expected_calibration_error": calibration.expected_calibration_error,
         "bins": [
-            {"n": one.accuracy.items, "confidence": one.confidence, "accuracy": one.accuracy.mean} for one in calibration.bins
+            {"n": bin.accuracy.items, "confidence": bin.confidence, "accuracy": bin.accuracy.mean} for bin in calibration.bins
         ],
     }

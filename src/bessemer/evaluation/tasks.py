@@ -182,7 +182,9 @@ def _prompt(question: Question) -> str:
 
 
 def _readable(context: Context) -> str:
-    return context if isinstance(context, str) else "\n\n".join(f"{one['role']}: {one['content']}" for one in context)
+    return (
+        context if isinstance(context, str) else "\n\n".join(f"{message['role']}: {message['content']}" for message in context)
+    )
 
 
 def _warn(task: Task, results: Mapping[str, Any], progress: Progress) -> None:

@@ -38,11 +38,13 @@ def answers_after_thinking(
     does not fit the model's context.
     """
     assistant = Assistant(EngineModel(engine), params, config=AssistantConfig(thinking_budget=budget))
-    episodes = play(assistant, [_Question() for _ in contexts], [{"context": each} for each in contexts], params, seeds=seeds)
+    episodes = play(
+        assistant, [_SingleQuestion() for _ in contexts], [{"context": each} for each in contexts], params, seeds=seeds
+    )
     return [_answer(episode) for episode in episodes]
 
 
-class _Question:
+class _SingleQuestion:
     """An environment that asks once, and rewards nothing."""
 
     tools = ()

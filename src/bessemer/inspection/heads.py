@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -125,7 +126,7 @@ def head_losses(model: Decoder, tokens_T: np.ndarray) -> tuple[float, np.ndarray
     for layer, (block, count) in enumerate(zip(model.blocks, counts, strict=True)):
         for first in range(0, count, at_once):
             heads = range(first, min(first + at_once, count))
-            part = block.register_forward_pre_hook(_rows(len(heads)))
+            part = block.register_forward_pre_hook(partial(_repeat_row, len(heads)))
             try:
                 with _silenced(model, [[(layer, head)] for head in heads]):
                     changes_LH[layer, list(heads)] = np.array(_losses(model, tokens_T)) - whole
@@ -143,13 +144,9 @@ def _losses(model: Decoder, tokens_T: np.ndarray) -> list[float]:
         return [float(functional.cross_entropy(model.logits(row[:-1]).float(), following_T)) for row in hidden_BTD]
 
 
-def _rows(count: int) -> Any:
-    """A hook that makes as many equal rows of the one that a block is given."""
-
-    def repeat(block: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-        return given[0].expand(count, -1, -1), *given[1:]
-
-    return repeat
+def _repeat_row(count: int, block: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Before a block: `count` equal rows of its one row."""
+    return given[0].expand(count, -1, -1), *given[1:]
 
 
 @contextmanager
@@ -168,16 +165,14 @@ def _silenced(model: Decoder, without: Sequence[Sequence[tuple[int, int]]]) -> I
                 if not 0 <= head < count:
                     raise RequestError(f"there is no head {head}: layer {layer} has {count}, counted from 0")
                 kept_B1H1[row, 0, head] = 0
-            stack.callback(projection.register_forward_pre_hook(_multiply(kept_B1H1)).remove)
+            stack.callback(projection.register_forward_pre_hook(partial(_multiply_heads, kept_B1H1)).remove)
         yield
 
 
-def _multiply(kept_B1H1: Tensor) -> Any:
-    def multiply(projection: nn.Module, given: tuple[Tensor]) -> tuple[Tensor]:
-        heads_BTHV = given[0].unflatten(-1, (kept_B1H1.shape[2], -1))
-        return ((heads_BTHV * kept_B1H1.to(heads_BTHV)).flatten(2),)
-
-    return multiply
+def _multiply_heads(kept_B1H1: Tensor, projection: nn.Module, given: tuple[Tensor]) -> tuple[Tensor]:
+    """Before an output projection: each head times 1 or 0."""
+    heads_BTHV = given[0].unflatten(-1, (kept_B1H1.shape[2], -1))
+    return ((heads_BTHV * kept_B1H1.to(heads_BTHV)).flatten(2),)
 
 
 def _output(block: Block) -> tuple[nn.Linear, int]:

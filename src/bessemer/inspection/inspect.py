@@ -282,13 +282,8 @@ def _terms(tokenizer: Tokenizer, formula: str) -> tuple[int, int, int]:
     if not (minus and plus and one.strip() and less.strip() and more.strip()):
         raise RequestError(f'an analogy is written "king - man + woman", got {formula!r}')
     words = [word.strip() for word in (one, less, more)]
-    ids = [next(iter(_as_word(tokenizer, word)), None) for word in words]
-    return tuple(token_id(tokenizer, word) if id is None else id for word, id in zip(words, ids, strict=True))  # type: ignore[return-value]
-
-
-def _as_word(tokenizer: Tokenizer, word: str) -> list[int]:
-    ids = tokenizer.encode(f" {word}", add_bos=False)
-    return ids if len(ids) == 1 else []
+    spaced = [tokenizer.encode(f" {word}", add_bos=False) for word in words]
+    return tuple(ids[0] if len(ids) == 1 else token_id(tokenizer, word) for word, ids in zip(words, spaced, strict=True))  # type: ignore[return-value]
 
 
 def _hardest(attention: Sequence[np.ndarray | None], query: int, key: int | None, layer: int | None) -> tuple[int, int]:

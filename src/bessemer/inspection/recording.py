@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -62,7 +63,7 @@ class Recording:
 
 @contextmanager
 def recording(model: Decoder) -> Iterator[Recording]:
-    """Record the forwards inside the `with`. The model's own backend computes the results; weights are computed beside it."""
+    """Record the forwards inside the `with`. The model's own backend computes the results; weights are computed once more."""
     recorded, blocks = Recording(), model.blocks
     with ExitStack() as stack:
         for layer, block in enumerate(blocks):
@@ -74,8 +75,8 @@ def recording(model: Decoder) -> Iterator[Recording]:
                 keep, shape_again = _keep_experts(layer, recorded)
                 stack.callback(block.mlp.router.register_forward_hook(keep).remove)
                 stack.callback(block.mlp.register_forward_hook(shape_again).remove)
-            stack.callback(block.register_forward_hook(_keep_residual(recorded)).remove)
-        stack.callback(blocks[0].register_forward_pre_hook(_begin_residual(recorded)).remove)
+            stack.callback(block.register_forward_hook(partial(_keep_residual, recorded)).remove)
+        stack.callback(blocks[0].register_forward_pre_hook(partial(_begin_residual, recorded)).remove)
         yield recorded
 
 
@@ -140,18 +141,12 @@ def _keep_experts(layer: int, recorded: Recording) -> tuple[Any, Any]:
     return keep, shape_again
 
 
-def _begin_residual(recorded: Recording) -> Any:
-    def begin(block: nn.Module, given: tuple[Any, ...]) -> None:
-        recorded.residual[:] = [as_array(given[0])]
-
-    return begin
+def _begin_residual(recorded: Recording, block: nn.Module, given: tuple[Any, ...]) -> None:
+    recorded.residual[:] = [as_array(given[0])]
 
 
-def _keep_residual(recorded: Recording) -> Any:
-    def keep(block: nn.Module, given: tuple[Any, ...], hidden_BTD: Tensor) -> None:
-        recorded.residual.append(as_array(hidden_BTD))
-
-    return keep
+def _keep_residual(recorded: Recording, block: nn.Module, given: tuple[Any, ...], hidden_BTD: Tensor) -> None:
+    recorded.residual.append(as_array(hidden_BTD))
 
 
 # Shapes: L layers, and one for the embedding before them; T time, k tokens, D hidden, V vocabulary.

@@ -89,18 +89,14 @@ class Traces:
         return any(holding.split != "validation" for holding in self.holdings)
 
 
-def _remedy(kind: str) -> str:
-    """What to do with the artefact of a kind of stage."""
-    return STAGES[kind].remedy if kind in STAGES else "make again"
-
-
 def trace(runs: Path, identity: str, *, copies: bool = True) -> Traces:
     """Find a document's traces in the store of `runs`. Nothing is changed.
 
     copies: look for copies too, which reads the ids and reasons of all documents. Raises ArtefactError for a damaged folder.
     """
     store = Store(runs / ".store")
-    manifests = {folder.name: Artefact(folder.name, folder).manifest for folder in _finished(store)}
+    finished = sorted(path.parent for path in store.root.glob(f"*/{MANIFEST}") if not path.parent.name.endswith(".partial"))
+    manifests = {folder.name: Artefact(folder.name, folder).manifest for folder in finished}
     manifests = dict(sorted(manifests.items(), key=lambda item: (str(item[1]["created"]), _generation(item[0], manifests))))
     holdings = [
         holding for key, manifest in manifests.items() for holding in _holdings(key, store.root / key, manifest, identity)
@@ -142,10 +138,6 @@ def remove_derived(runs: Path, keys: Sequence[str]) -> None:
     for key in keys:
         with store.lock(key):
             store.remove(key)
-
-
-def _finished(store: Store) -> list[Path]:
-    return sorted(path.parent for path in store.root.glob(f"*/{MANIFEST}") if not path.parent.name.endswith(".partial"))
 
 
 def _holdings(key: str, folder: Path, manifest: Mapping[str, Any], identity: str) -> Iterator[Holding]:
@@ -198,14 +190,8 @@ def _derived(
         tainted += readers
         waiting = [key for key in waiting if key not in readers]
     return [
-        Derived(
-            key,
-            store.root / key,
-            manifests[key]["stage"],
-            _remedy(manifests[key]["stage"]),
-            tuple(runs.get(key, ())),
-        )
-        for key in tainted
+        Derived(key, store.root / key, kind, STAGES[kind].remedy if kind in STAGES else "make again", tuple(runs.get(key, ())))
+        for key, kind in ((key, manifests[key]["stage"]) for key in tainted)
     ]
 
 

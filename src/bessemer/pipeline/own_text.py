@@ -118,10 +118,10 @@ def find_text(places: Sequence[Path], folder: Path) -> OwnText:
         if not place.exists():
             raise SourceError(f"--text: {place}: there is no such file or folder")
         sizes: dict[str, float] = {}
-        for path in _files(place):
-            suffix, expands = _suffix(path)
-            if suffix in _SOURCES:
+        for path in [place] if place.is_file() else sorted(filter(Path.is_file, place.rglob("*"))):
+            if (suffix := suffix_of(path.name)) in _SOURCES:
                 source, share = _SOURCES[suffix]
+                expands = 1.0 if uncompressed_name(path.name) == path.name else _EXPANDS
                 sizes[source] = sizes.get(source, 0.0) + share * expands * path.stat().st_size
         if not sizes:
             known = ", ".join(_SOURCES)
@@ -132,18 +132,6 @@ def find_text(places: Sequence[Path], folder: Path) -> OwnText:
             paths.setdefault(source, []).append(Path(os.path.relpath(place.resolve(), folder.resolve())).as_posix())
         total += sum(sizes.values())
     return OwnText(paths, round(total))
-
-
-def _files(place: Path) -> Iterator[Path]:
-    if place.is_file():
-        yield place
-        return
-    yield from (path for path in sorted(place.rglob("*")) if path.is_file())
-
-
-def _suffix(path: Path) -> tuple[str, float]:
-    """A file's suffix without that of a compression, and the size of its content over its own."""
-    return suffix_of(path.name), 1.0 if uncompressed_name(path.name) == path.name else _EXPANDS
 
 
 def starting_files(name: str, text: OwnText, model: str | None) -> dict[str, str]:

@@ -100,16 +100,15 @@ def recorded_cleaning(run: RunFolder, *, allow_code: bool = False) -> tuple[Clea
 
     Raises ArtefactError for a folder that is no run's, ConfigError for settings that name code, without `allow_code`.
     """
-    sections = {_kind(name, section): section for name, section in run.record()["recipe"].items()}
+    sections = {
+        str(section.get("kind", name)) if isinstance(section, dict) else name: section
+        for name, section in run.record()["recipe"].items()
+    }
     clean = CleanConfig.parse(_own_settings(sections["clean"]), "clean") if "clean" in sections else None
     if clean is not None and not allow_code:
         refuse_code(clean, f"{run.folder / 'run.json'}: clean")
     select = SelectConfig.parse(_own_settings(sections["select"]), "select") if "select" in sections else None
     return clean, select, Path.cwd()
-
-
-def _kind(name: str, section: Any) -> str:
-    return str(section.get("kind", name)) if isinstance(section, dict) else name
 
 
 def _own_settings(section: Any) -> Any:

@@ -178,7 +178,7 @@ def compare_runs(first: RunFolder, second: RunFolder) -> list[Part]:
         rows = [
             (stage, key, *map(_figure, values))
             for stage in dict.fromkeys([*manifests[0], *manifests[1]])
-            for key, values in _paired(*(_flat(one.get(stage, {}).get(section, {})) for one in manifests)).items()
+            for key, values in _paired(*(_flat(side.get(stage, {}).get(section, {})) for side in manifests)).items()
             if _is_figure(section, key, values)
         ]
         columns = [Column("Stage"), Column("Key"), Column(first.name, True), Column(second.name, True)]

@@ -66,7 +66,7 @@ def trained_run(folder: Path) -> TrainedRun:
         raise ArtefactError(f"{folder}: the run has no finished stage pretrain, so no point")
     place, manifest = stages[-1]
     model = read_model_config(place / "model")
-    tokens = sum(int(one["metrics"]["tokens"]) for _, one in stages)
+    tokens = sum(int(stage_manifest["metrics"]["tokens"]) for _, stage_manifest in stages)
     context = int(manifest["settings"]["context_length"])
     return TrainedRun(
         run.name,
@@ -75,7 +75,7 @@ def trained_run(folder: Path) -> TrainedRun:
         tokens,
         float(model.flops_per_token(context)) * tokens,
         {name: float(manifest["metrics"][name]) for name in LOSSES if name in manifest["metrics"]},
-        float(sum(one["seconds"] for _, one in stages)),
+        float(sum(stage_manifest["seconds"] for _, stage_manifest in stages)),
     )
 
 
@@ -273,7 +273,7 @@ def _run(recipe: str, member: Member, runs: Path, until: str | None, allow_code:
 def _finished(runner: Runner, until: str | None) -> bool:
     """Whether a run before this one has made and linked everything."""
     keys = {name: entry["key"] for name, entry in runner.run_folder.record().get("stages", {}).items()}
-    return all(one.action == "reuse" and keys.get(one.stage.name) == one.key for one in runner.plan(until))
+    return all(plan.action == "reuse" and keys.get(plan.stage.name) == plan.key for plan in runner.plan(until))
 
 
 def _line(error: Exception) -> str:
@@ -287,12 +287,12 @@ _COLUMNS = ("parameters", "non_embedding_parameters", "tokens", "flops", *LOSSES
 def sweep_rows(outcomes: Sequence[Outcome], metric: str = "bits_per_byte") -> list[dict[str, Any]]:
     """One row a member, for a table or a CSV: its name, what varied, its point of a scaling law (`loss` is `metric`)."""
     rows = []
-    for one in outcomes:
-        row: dict[str, Any] = {"run": one.member.name, "status": one.status, **one.member.varied}
-        run = one.run
+    for outcome in outcomes:
+        row: dict[str, Any] = {"run": outcome.member.name, "status": outcome.status, **outcome.member.varied}
+        run = outcome.run
         losses = {} if run is None else run.losses
         row |= {name: losses.get(name) if name in LOSSES else getattr(run, name, None) for name in _COLUMNS}
-        row |= {"loss": losses.get(metric), "seconds": None if run is None else run.seconds, "problem": one.problem}
+        row |= {"loss": losses.get(metric), "seconds": None if run is None else run.seconds, "problem": outcome.problem}
         rows.append(row)
     return rows
 

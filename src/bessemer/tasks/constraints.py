@@ -346,7 +346,7 @@ class Constraints(Config):
     @property
     def instructions(self) -> str:
         """The sentences that ask for them, to be put behind a request."""
-        return " ".join(one.instruction for one in self.constraints)
+        return " ".join(constraint.instruction for constraint in self.constraints)
 
     def follows(self, answer: str, *, loose: bool = False) -> list[bool]:
         """Whether an answer keeps to each; an empty answer keeps to none.
@@ -356,7 +356,9 @@ class Constraints(Config):
         models put "Here it is:".
         """
         answers = _variants(answer) if loose else [answer]
-        return [any(bool(one.strip()) and constraint.holds(one) for one in answers) for constraint in self.constraints]
+        return [
+            any(bool(variant.strip()) and constraint.holds(variant) for variant in answers) for constraint in self.constraints
+        ]
 
 
 def _variants(answer: str) -> Sequence[str]:

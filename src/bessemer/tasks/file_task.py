@@ -166,15 +166,16 @@ class Prompter:
         examples = [as_example(row) for row in self._examples.of(item)]
         description = fill(self._config.description, record)
         if self._config.chat:
-            return self._conversation(description, examples, question, joiner)
+            turns = [((each.question + joiner).rstrip(), each.answer.strip()) for each in examples]
+            return as_conversation(self._config.system, description, turns, (question + joiner).rstrip())
         written = [f"{each.question}{joiner}{each.answer}" for each in examples]
         return self._config.example_delimiter.join([*([description] if description else []), *written, question]) + joiner
 
-    def _conversation(self, description: str, examples: Sequence[Example], question: str, joiner: str) -> Context:
-        system = "\n\n".join(part for part in (self._config.system, description) if part)
-        messages = [{"role": "system", "content": system}] if system else []
-        for each in examples:
-            messages.append({"role": "user", "content": (each.question + joiner).rstrip()})
-            messages.append({"role": "assistant", "content": each.answer.strip()})
-        messages.append({"role": "user", "content": (question + joiner).rstrip()})
-        return tuple(messages)
+
+def as_conversation(system: str | None, description: str, examples: Sequence[tuple[str, str]], question: str) -> Context:
+    """A context of messages: system message and description, examples as turns, and the question."""
+    first = "\n\n".join(part for part in (system, description) if part)
+    messages = [{"role": "system", "content": first}] if first else []
+    for example_question, answer in examples:
+        messages += [{"role": "user", "content": example_question}, {"role": "assistant", "content": answer}]
+    return (*messages, {"role": "user", "content": question})

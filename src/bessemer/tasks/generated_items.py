@@ -52,7 +52,7 @@ LEVELS = (
 
 
 #: Items to train on, the others, or both.
-Part = Literal["all", "train", "held_out"]
+Split = Literal["all", "train", "held_out"]
 
 #: One in eight expressions is held out.
 _HELD_OUT = 8
@@ -70,7 +70,7 @@ def is_held_out(expression: str) -> bool:
     return int(hash_bytes(" ".join(words).encode())[:8], 16) % _HELD_OUT == 0
 
 
-def arithmetic_items(count: int, *, seed: int, difficulty: Difficulty | int, part: Part = "all") -> list[GeneratedItem]:
+def arithmetic_items(count: int, *, seed: int, difficulty: Difficulty | int, part: Split = "all") -> list[GeneratedItem]:
     """Different items `EXPRESSION =` and their values; products come before sums. More of them begin with the same ones.
 
     difficulty: a level from 1 to 8, or what makes one. Raises ValueError for another level, digits below 1, fewer than 2 terms,
@@ -100,7 +100,7 @@ def arithmetic_items(count: int, *, seed: int, difficulty: Difficulty | int, par
     return [item for item in made.values() if item is not None]
 
 
-_WANTED: dict[Part, Callable[[str], bool]] = {
+_WANTED: dict[Split, Callable[[str], bool]] = {
     "all": lambda text: True,
     "train": lambda text: not is_held_out(text),
     "held_out": is_held_out,

@@ -14,13 +14,14 @@ from bessemer.core.config import setting
 from bessemer.core.errors import ConfigError
 from bessemer.core.records import Record
 from bessemer.tasks.config import SampledConfig, fill
+from bessemer.tasks.file_task import as_conversation
 from bessemer.tasks.generate import verified_samples
 from bessemer.tasks.generated_items import (
     LEVELS,
     MOST_NEEDLES,
     GeneratedItem,
     Measure,
-    Part,
+    Split,
     arithmetic_items,
     count_words,
     needle_items,
@@ -52,7 +53,7 @@ class ArithmeticConfig(GeneratedConfig):
     operators: str | None = setting(
         None, "only these of `+-*`, whatever the difficulty; none: those of each difficulty", pattern=r"^[-+*]+$"
     )
-    part: Part = setting(
+    part: Split = setting(
         "all",
         "train: without one in eight expressions, by their numbers and operators, whatever the seed; held_out: these alone",
     )
@@ -167,11 +168,7 @@ class GeneratedTask(GenerationTask, Generic[C]):
         if not config.chat:
             shown = [f"{example.prompt} {example.answer}" for example in examples]
             return self._delimiter.join([*([description] if description else []), *shown, prompt])
-        system = "\n\n".join(part for part in (config.system, description) if part)
-        messages = [{"role": "system", "content": system}] if system else []
-        for example in examples:
-            messages += [{"role": "user", "content": example.prompt}, {"role": "assistant", "content": example.answer}]
-        return (*messages, {"role": "user", "content": prompt})
+        return as_conversation(config.system, description, examples, prompt)
 
 
 class ArithmeticTask(GeneratedTask[ArithmeticConfig]):

@@ -175,7 +175,7 @@ def _item(draw: random.Random) -> dict[str, Any]:
     wanted = draw.randint(1, _MOST_CONSTRAINTS)
     chosen: list[dict[str, Any]] = []
     for group in draw.sample(_GROUPS, len(_GROUPS)):
-        one = dict(draw.choice(group)(draw))
-        if len(chosen) < wanted and not any(frozenset({one["kind"], other["kind"]}) in _EXCLUDED for other in chosen):
-            chosen.append(one)
+        constraint = dict(draw.choice(group)(draw))
+        if len(chosen) < wanted and not any(frozenset({constraint["kind"], other["kind"]}) in _EXCLUDED for other in chosen):
+            chosen.append(constraint)
     return {"prompt": request, "constraints": chosen}

@@ -128,7 +128,7 @@ class RubricJudge:
 
     def scores(self, answered: Sequence[Answered]) -> list[float | None]:
         """A score for each answer; None where the judge's could not be read."""
-        said = _asked(self._ask, [self._prompt(one) for one in answered])
+        said = _asked(self._ask, [self._prompt(item) for item in answered])
         return [self._criteria_score(text) if self._criteria else _rating(text) for text in said]
 
     def _prompt(self, one: Answered) -> str:
@@ -154,11 +154,11 @@ class RubricJudge:
         """The weighted share of yes; None unless each criterion has exactly one line, in order."""
         lines = [line for each in text.splitlines() if (line := _bare(each).strip(_MARKUP))]
         matches = [_CRITERION.fullmatch(line) for line in lines[-len(self._criteria) :]]
-        said = [(int(one[1]), one[2].lower() == "yes") for one in matches if one is not None]
+        said = [(int(criterion[1]), criterion[2].lower() == "yes") for criterion in matches if criterion is not None]
         if [number for number, _ in said] != list(range(1, len(self._criteria) + 1)):
             return None
-        total = sum(one.weight for one in self._criteria)
-        return sum(one.weight for one, (_, yes) in zip(self._criteria, said, strict=True) if yes) / total
+        total = sum(criterion.weight for criterion in self._criteria)
+        return sum(criterion.weight for criterion, (_, yes) in zip(self._criteria, said, strict=True) if yes) / total
 
 
 def _asked(ask: Ask, prompts: Sequence[str]) -> Sequence[str]:

@@ -130,7 +130,10 @@ class JudgedTask(FileTask[JudgedConfig], GenerationTask):
 
     def _rubric(self, ask: Ask, answers: Sequence[tuple[Record, str]]) -> list[tuple[dict[str, float], Any]]:
         config = self._config
-        criteria = [Criterion(one) if isinstance(one, str) else Criterion(one.question, one.weight) for one in config.criteria]
+        criteria = [
+            Criterion(criterion) if isinstance(criterion, str) else Criterion(criterion.question, criterion.weight)
+            for criterion in config.criteria
+        ]
         judge = RubricJudge(ask, criteria) if config.criterion is None else RubricJudge(ask, criteria, config.criterion)
         scores = judge.scores(
             [

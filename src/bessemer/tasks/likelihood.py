@@ -16,7 +16,7 @@ from string import ascii_uppercase
 from bessemer.core.records import Record
 from bessemer.tasks.config import ChoiceConfig, ClozeConfig, SchemaConfig, fill
 from bessemer.tasks.file_task import Example, FileTask, gold_of, options_of
-from bessemer.tasks.questions import ContinuationScore, LikelihoodQuestion, LikelihoodTask, Outcome, Part
+from bessemer.tasks.questions import ContinuationRequest, ContinuationScore, LikelihoodQuestion, LikelihoodTask, Outcome
 
 
 class ChoiceTask(FileTask[ChoiceConfig], LikelihoodTask):
@@ -52,10 +52,10 @@ class ChoiceTask(FileTask[ChoiceConfig], LikelihoodTask):
     def _cloze(self, item: int, record: Record) -> LikelihoodQuestion:
         choices = tuple(self._choices[item])
         context = self._prompter.context(item, record, fill(self._config.prompt, record), self._cloze_example)
-        parts = [Part(context, choices)]
+        parts = [ContinuationRequest(context, choices)]
         if self._config.unconditional is not None:
             # a space before the choices, as behind the question
-            parts.append(Part(self._config.unconditional.rstrip() + " ", choices))
+            parts.append(ContinuationRequest(self._config.unconditional.rstrip() + " ", choices))
         return LikelihoodQuestion(item, "cloze", tuple(parts), self._ids[item], self._clusters[item])
 
     def _cloze_example(self, record: Record) -> Example:
@@ -67,7 +67,9 @@ class ChoiceTask(FileTask[ChoiceConfig], LikelihoodTask):
         context = self._prompter.context(
             item, record, self._lettered(record), self._letters_example, self._config.letter_joiner
         )
-        return LikelihoodQuestion(item, "letters", (Part(context, letters),), self._ids[item], self._clusters[item])
+        return LikelihoodQuestion(
+            item, "letters", (ContinuationRequest(context, letters),), self._ids[item], self._clusters[item]
+        )
 
     def _letters_example(self, record: Record) -> Example:
         gold = gold_of(record, self._config.gold, len(options_of(record, self._config.choices)))
@@ -113,7 +115,7 @@ class SchemaTask(FileTask[SchemaConfig], LikelihoodTask):
         if not continuation.strip():
             raise record.error("the continuation is empty")
         contexts = [self._prompter.context(item, record, option, self._example) for option in self._options[item]]
-        parts = tuple(Part(context, (continuation,)) for context in contexts)
+        parts = tuple(ContinuationRequest(context, (continuation,)) for context in contexts)
         return LikelihoodQuestion(item, "schema", parts, self._ids[item], self._clusters[item])
 
     def _example(self, record: Record) -> Example:
@@ -140,7 +142,9 @@ class ClozeTask(FileTask[ClozeConfig], LikelihoodTask):
     def _question(self, item: int, record: Record) -> LikelihoodQuestion:
         example = self._example(record)
         context = self._prompter.context(item, record, example.question, self._example)
-        return LikelihoodQuestion(item, "cloze", (Part(context, (example.answer,)),), self._ids[item], self._clusters[item])
+        return LikelihoodQuestion(
+            item, "cloze", (ContinuationRequest(context, (example.answer,)),), self._ids[item], self._clusters[item]
+        )
 
     def _example(self, record: Record) -> Example:
         continuation = fill(self._config.continuation, record)

@@ -32,7 +32,7 @@ class ContinuationScore(Protocol):
 
 
 @dataclass(frozen=True)
-class Part:
+class ContinuationRequest:
     """A context and the continuations that are scored behind it."""
 
     context: Context
@@ -49,7 +49,7 @@ class LikelihoodQuestion:
 
     item: int
     form: str
-    parts: tuple[Part, ...]
+    parts: tuple[ContinuationRequest, ...]
     id: str = ""
     cluster: str | None = None
 

@@ -80,25 +80,25 @@ def core_tasks(options: TaskOptions) -> list[Task]:
         raise ConfigError(f"CORE says how its tasks are asked: leave out {', '.join(f'--{name}' for name in fixed)}")
     folders = [options.data or Path()]
     tasks: list[Task] = []
-    for one in _TASKS:
+    for core_task in _TASKS:
         try:
-            find_data(one.data, folders)
+            find_data(core_task.data, folders)
         except ArtefactError:
             continue
         values = {
-            "name": f"{CORE}/{one.name}",
-            "data": one.data,
-            "joiner": one.joiner,
-            "shots": one.shots,
+            "name": f"{CORE}/{core_task.name}",
+            "data": core_task.data,
+            "joiner": core_task.joiner,
+            "shots": core_task.shots,
             "begin_token": True,
             "example_choice": "by_item",
             "seed": _EXAMPLES_SEED,
             "shuffle_seed": _SHUFFLE_SEED,
-            **({"score": "distinct_tokens"} if one.kind == "choice" else {}),
+            **({"score": "distinct_tokens"} if core_task.kind == "choice" else {}),
         }
-        kind = KINDS[one.kind]
-        task = kind.make(with_options(kind.config.parse(values, one.name), options), folders)
-        task.group, task.baseline = CORE, one.baseline / 100
+        kind = KINDS[core_task.kind]
+        task = kind.make(with_options(kind.config.parse(values, core_task.name), options), folders)
+        task.group, task.baseline = CORE, core_task.baseline / 100
         tasks.append(task)
     if not tasks:
         raise ArtefactError(f"{folders[0]}: holds the data of none of CORE's tasks; {CLONE}")

@@ -1,8 +1,7 @@
-"""Curves, as SVG that takes its colours from the page, so that one drawing serves light and dark.
+"""Curves as SVG in the page's own colours, so that one drawing serves light and dark.
 
-matplotlib knows no CSS variables: it draws in stand-in colours that nobody else uses, and the SVG's text is edited
-afterwards. The same numbers give the same bytes: no date, fixed ids, which carry the chart's name so that several
-charts live in one page.
+matplotlib knows no CSS variables: it draws in stand-in colours, which are replaced in the text of the SVG. The same numbers
+give the same bytes. Ids begin with the chart's name, so that several charts fit in one page.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ STYLE: dict[str, Any] = {"svg.hashsalt": "bessemer", "text.parse_math": False}
 TEXT_STYLE = STYLE | {"svg.fonttype": "none", "font.family": ["sans-serif"]}
 #: Curves with fewer points than this are not averaged.
 _LONG = 60
-#: Baselines nearer than this share of the axis have one label together.
+#: Baselines nearer to each other than this share of the axis share a label.
 _LABEL_DISTANCE = 0.06
 
 
@@ -43,8 +42,8 @@ def line_chart(curves: Curves, *, name: str) -> Markup:
 
     name: unique in the page, it begins the SVG's ids. Returns an empty string when there is no point to draw.
     """
-    drawn = [(one.label, *one.points()) for one in curves.series]
-    drawn = [one for one in drawn if one[1]]
+    drawn = [(curve.label, *curve.points()) for curve in curves.series]
+    drawn = [curve for curve in drawn if curve[1]]
     if not drawn:
         return Markup("")
     with matplotlib.rc_context(TEXT_STYLE | {"font.size": 8.0}):
@@ -112,7 +111,7 @@ def _draw(axes: Axes, label: str, x: list[float], y: list[float], colour: str, a
 
 
 def _moving_average(values: list[float]) -> list[float]:
-    """Over a fiftieth of the curve around each point: less, to both sides, in the steep beginning, so that it never lags."""
+    """Centred mean over a fiftieth of the curve, narrower near its ends: in the steep beginning it does not lag behind."""
     sums = [0.0, *accumulate(values)]
     half = len(values) // 100 + 1
     averages = []

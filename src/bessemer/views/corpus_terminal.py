@@ -30,9 +30,9 @@ def show_corpus(stages: corpus.Stages, *, examples: int = 2, rows: int = 12) -> 
         if metrics.get("by_reason"):
             parts += section(f"Dropped by {name}", _reasons(metrics["by_reason"]))
     stage, histograms = corpus.scores_stage(stages)
-    if limited := [one for one in histograms if one.limit]:
+    if limited := [histogram for histogram in histograms if histogram.limit]:
         parts += section(f"Thresholds of {stage}", _histograms(limited))
-    if free := [one for one in histograms if not one.limit]:
+    if free := [histogram for histogram in histograms if not histogram.limit]:
         parts += section("Scores without a threshold", _histograms(free))
     for metrics in stages.values():
         for method, duplicates in metrics.get("duplicates", {}).items():
@@ -74,36 +74,41 @@ def _reasons(by_reason: Mapping[str, Mapping[str, int]]) -> Table:
 
 def _histograms(histograms: Sequence[Histogram]) -> Table:
     """A line for each score: where its axis begins, a curve whose dropped part is dim, where it ends, what the limit does."""
-    limited = any(one.limit for one in histograms)
+    limited = any(histogram.limit for histogram in histograms)
     table = listing("Score", "from", "", "to", *(("kept", "outside", "only this") if limited else ()))
     table.columns[2].justify = table.columns[3].justify = "left"
-    for one in histograms:
+    for histogram in histograms:
         effect: list[RenderableType] = []
         if limited:
-            effect = [literal(one.limit), *("–" if count is None else f"{count:,}" for count in (one.outside, one.alone))]
-        table.add_row(literal(one.title), short_number(one.low), spark(one), short_number(one.high), *effect)
+            effect = [
+                literal(histogram.limit),
+                *("–" if count is None else f"{count:,}" for count in (histogram.outside, histogram.alone)),
+            ]
+        table.add_row(
+            literal(histogram.title), short_number(histogram.low), spark(histogram), short_number(histogram.high), *effect
+        )
     if limited:
         table.columns[4].justify = "left"
     return table
 
 
-def spark(one: Histogram, width: int = _SPARK_WIDTH) -> Text:
+def spark(histogram: Histogram, width: int = _SPARK_WIDTH) -> Text:
     """A histogram in one line: heights are square roots of counts, dim is what lies outside the limits, `┊` is a limit.
 
     What lies beyond the axis is counted at its ends.
     """
     # kept, dropped
     counts = [[0, 0] for _ in range(width)]
-    span = one.high - one.low
-    for bin in one.bins:
-        middle = (max(bin.start, one.low) + min(bin.end, one.high)) / 2
-        place = min(max(int((middle - one.low) / span * width), 0), width - 1)
+    span = histogram.high - histogram.low
+    for bin in histogram.bins:
+        middle = (max(bin.start, histogram.low) + min(bin.end, histogram.high)) / 2
+        place = min(max(int((middle - histogram.low) / span * width), 0), width - 1)
         counts[place][not bin.kept] += bin.count
     tallest = math.sqrt(max((sum(pair) for pair in counts), default=0) or 1)
     limits = {
-        round((limit - one.low) / span * width)
-        for limit in (one.lowest, one.highest)
-        if limit is not None and one.low < limit <= one.high
+        round((limit - histogram.low) / span * width)
+        for limit in (histogram.lowest, histogram.highest)
+        if limit is not None and histogram.low < limit <= histogram.high
     }
     text = Text()
     for place, (kept, dropped) in enumerate(counts):

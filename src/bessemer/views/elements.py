@@ -1,6 +1,6 @@
 """Elements of an HTML page: tables, lists of facts, bars, and numbers as shades (pictures of matrices, strips, heat maps).
 
-A shade is a colour's opacity, so that one picture stands on light and dark paper. Bars are drawn by the style sheet.
+A shade is a colour's opacity, so that one picture fits light and dark pages. Bars are drawn by the style sheet.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def render_page(template: str, styles: Sequence[str], **values: Any) -> str:
 
 
 def bar_html(share: float, rest: float = 0.0) -> Markup:
-    """A horizontal bar of `share` of its place (0 … 1), and beside it a hatched one for what is gone."""
+    """A horizontal bar of `share` of its width (0 … 1), followed by a hatched one of `rest`."""
     parts = Markup('<i style="width:{:.2f}%"></i>').format(100 * max(share, 0.0))
     if rest > 0:
         parts += Markup('<i class="gone" style="width:{:.2f}%"></i>').format(100 * rest)
@@ -39,12 +39,12 @@ def bar_html(share: float, rest: float = 0.0) -> Markup:
 
 
 def measured(share: float, figure: str) -> Markup:
-    """A figure with its bar before it, all bars of a column of one length."""
+    """A figure behind its bar; in a table all bars begin at one place."""
     return Markup('<span class="measured">{}<span>{}</span></span>').format(bar_html(share), figure)
 
 
 def lead(text: str) -> Markup:
-    """The paragraph that says what is seen."""
+    """The paragraph that introduces a section."""
     return Markup('<p class="lead">{}</p>').format(text)
 
 
@@ -85,7 +85,7 @@ WEIGHT_EXPONENT = 0.5
 _CELL, _LEFT, _TOP = 16, 26, 16
 #: Width of a small letter.
 _LETTER = 5.2
-#: At most; of more rows, every fifth or tenth has its number.
+#: Most rows or columns that are all numbered; of more, every second, fifth or tenth is.
 _LABELLED_ROWS = 40
 
 
@@ -123,8 +123,8 @@ def heat_map(
 ) -> Markup:
     """A matrix as cells, each with its number in its title; negative ones in the other colour, missing ones empty.
 
-    limit: of the full shade; the largest absolute number when None. marked: cells with a frame. shades_LH: of the cells, from 0
-    to 1, where they do not go with the numbers. row_names, column_names: where they are not 0, 1, 2, ….
+    limit: number of the full shade; None: the largest absolute one. marked: cells with a frame. shades_LH: 0 to 1, where shades
+    do not follow the numbers. row_names, column_names: where they are not 0, 1, 2, ….
     """
     count, width = values_LH.shape
     known = np.abs(values_LH[np.isfinite(values_LH)])
@@ -169,7 +169,7 @@ def heat_map(
 
 
 def logarithmic_shades(values_RC: np.ndarray) -> np.ndarray:
-    """0.08 for the smallest number, 1 for the largest, by their logarithms; what is no positive number has none."""
+    """Shades by logarithm: 0.08 for the smallest number, 1 for the largest, 0 for what has no logarithm."""
     with np.errstate(divide="ignore", invalid="ignore"):
         logarithms = np.log(values_RC)
     finite = np.isfinite(logarithms)

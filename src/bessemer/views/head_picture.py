@@ -1,4 +1,4 @@
-"""One head as a picture file, for documents: whom each token looks at, and where one of them looks."""
+"""One attention head as a picture file: its matrix of weights, and the weights of one query."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def save_head_picture(inspection: Inspection, path: Path) -> None:
         bars.tick_params(length=0)
         for axes in (matrix, bars):
             axes.spines[:].set_visible(False)
-        # the same bytes each time
+        # without dates the same picture has the same bytes
         dated = {".png": {"Software": None}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
         with new_file(path) as unfinished:
             figure.savefig(unfinished, format=path.suffix[1:], dpi=_RESOLUTION, metadata=dated[path.suffix])

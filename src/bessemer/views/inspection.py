@@ -28,7 +28,7 @@ from bessemer.views.elements import (
 )
 from bessemer.views.tokens import token, tokens_html, visible
 
-#: Labels along one side of a picture, and rows of the table of steps: no more than can be read.
+#: Most labels along one side of a picture, and most rows of the table of steps.
 _LABELS, _STEPS = 40, 64
 #: More heads than this have smaller pictures.
 _MANY_HEADS = 12
@@ -78,7 +78,7 @@ def attention(inspection: Inspection) -> Markup:
 
 
 def _large(inspection: Inspection) -> Markup:
-    """The place where the chosen head is drawn large, with the tokens along its sides."""
+    """The chosen head drawn large, with the tokens along its sides."""
     pieces = inspection.tokens.pieces
     every = math.ceil(len(pieces) / _LABELS)
     labels = Markup("")
@@ -98,7 +98,7 @@ def _large(inspection: Inspection) -> Markup:
 
 
 def _towards(inspection: Inspection) -> Markup:
-    """How hard each head looks from the asked query at the asked key."""
+    """The attention of each head from the chosen query to the chosen key."""
     if inspection.opened is None or inspection.key is None:
         return Markup("")
     looks_LH = inspection.towards(inspection.opened.position, inspection.key)
@@ -175,7 +175,7 @@ def _shown_keys(opened: OpenedHead) -> list[int]:
 
 
 def roles(inspection: Inspection) -> Markup:
-    """How far every head plays each role."""
+    """The score of every head in each role."""
     if not any(np.isfinite(scores).any() for scores in inspection.roles.values()):
         return Markup("")
     columns = Markup("")
@@ -194,7 +194,7 @@ def roles(inspection: Inspection) -> Markup:
 
 
 def ablation(inspection: Inspection) -> Markup:
-    """What the loss does without each head."""
+    """The change of the loss without each head."""
     changes_LH = inspection.head_changes_LH
     if changes_LH is None:
         return Markup("")
@@ -219,7 +219,7 @@ def signed(change: float) -> str:
     return f"{change:+.3f}".replace("-", "−")
 
 
-#: Words on the map, positions of the lens (the last ones), characters of the heading: no more than can be read.
+#: Most words on the map, positions of the lens (the last ones), and characters of the heading.
 _ON_MAP, _LENS, _HEADING = 120, 64, 160
 
 
@@ -384,7 +384,7 @@ def _map(tokens: TokenMap) -> Markup:
 
 
 def _apart(places: Sequence[tuple[float, float]]) -> list[float]:
-    """Heights for the names of points, moved down where they would lie on one another."""
+    """Heights of the names of points, moved down where they would overlap."""
     heights: list[float] = [y for _, y in places]
     done: list[tuple[float, float]] = []
     for index in sorted(range(len(places)), key=lambda index: places[index][1]):

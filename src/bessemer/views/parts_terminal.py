@@ -42,11 +42,11 @@ def _show(part: report.Part) -> list[RenderableType]:
         case report.Tokens(pieces, listed):
             return [token_words(pieces) if listed else tokens_text(pieces)]
         case report.Documents(documents):
-            return [document_text(one) for one in documents]
+            return [document_text(piece) for piece in documents]
         case report.Answers(given):
             return [answers_text(given)]
         case report.Folded(summary, parts):
-            words = summary if isinstance(summary, str) else "  ".join(f"{one.text}{one.remark}" for one in summary)
+            words = summary if isinstance(summary, str) else "  ".join(f"{piece.text}{piece.remark}" for piece in summary)
             return section(words, Group(*show_parts(parts)))
     return []
 
@@ -74,19 +74,22 @@ def _cell(cell: str | Cell) -> Text:
 def answers_text(given: Sequence[Answer]) -> Table:
     """Questions with the expected answer and the model's; those it was trained on are named as memorised."""
     table = Table.grid(padding=(0, 2))
-    for one in given:
+    for answer in given:
         table.add_row(
-            literal("question", "dim"), literal(one.question, "bold"), literal("memorised" if one.held_in else "", "dim")
+            literal("question", "dim"), literal(answer.question, "bold"), literal("memorised" if answer.held_in else "", "dim")
         )
-        table.add_row(literal("expected", "dim"), literal(one.expected), "")
-        table.add_row(literal(one.model or "model", "dim"), literal(one.answer, "green" if one.correct else ""), "")
+        table.add_row(literal("expected", "dim"), literal(answer.expected), "")
+        table.add_row(literal(answer.model or "model", "dim"), literal(answer.answer, "green" if answer.correct else ""), "")
         table.add_row("", "", "")
     return table
 
 
-def document_text(one: report.Document) -> RenderableType:
+def document_text(document: report.Document) -> RenderableType:
     """A document's source, id, the reason why it was dropped, and its text."""
-    return Group(literal(" · ".join(value for value in (one.source, one.id, one.reason) if value)), literal(one.text, "dim"))
+    return Group(
+        literal(" · ".join(value for value in (document.source, document.id, document.reason) if value)),
+        literal(document.text, "dim"),
+    )
 
 
 def facts_text(metrics: Metrics) -> Table:

@@ -1,4 +1,4 @@
-"""What `bessemer plan` prints: memory, traffic and time of the best layout, and the layouts beside it."""
+"""What `bessemer plan` prints: memory, traffic and time of the best layout, and the other layouts."""
 
 from __future__ import annotations
 

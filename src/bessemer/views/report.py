@@ -1,7 +1,7 @@
-"""The report of a run: one HTML file that needs nothing else, not even a network; each kind of report data as HTML.
+"""The report of a run as one HTML file that needs no network, and each kind of report data as HTML.
 
-Histograms of scores are SVG that takes its colours from the page. Their heights are square roots of counts, so that the few
-documents beside a threshold are seen next to the many far from it.
+Histograms of scores are SVG in the page's colours. Their heights are square roots of counts, so that a few documents near a
+threshold are visible next to many far from it.
 """
 
 from __future__ import annotations
@@ -70,32 +70,34 @@ def samples_html(given: Sequence[Sample]) -> Markup:
 
 def answers_html(given: Sequence[Answer]) -> Markup:
     """Questions with the expected answer and the model's; those it was trained on are marked as memorised."""
-    return Markup("").join(_answer(one) for one in given)
+    return Markup("").join(_answer(answer) for answer in given)
 
 
-def _answer(one: Answer) -> Markup:
-    verdict = {True: "exact", False: "differs", None: ""}[one.correct]
-    where = "held in: memorised" if one.held_in else "held out"
+def _answer(answer: Answer) -> Markup:
+    verdict = {True: "exact", False: "differs", None: ""}[answer.correct]
+    where = "held in: memorised" if answer.held_in else "held out"
     return Markup(
         '<article class="answer"><header>{} <span class="soft">{}</span></header><dl><dt>Expected</dt><dd>{}</dd>'
         '<dt>{}</dt><dd>{} <span class="verdict {}">{}</span></dd></dl></article>'
-    ).format(one.question, where, one.expected, one.model or "Model", one.answer, verdict, verdict)
+    ).format(answer.question, where, answer.expected, answer.model or "Model", answer.answer, verdict, verdict)
 
 
 _WIDTH, _HEIGHT, _LABELS = 240.0, 64.0, 14.0
-#: Width of the block that stands at the end of the axis for what lies beyond it, and its distance from the axis.
+#: Width of the block for values beyond the axis, and its distance from the axis.
 _BLOCK, _GAP = 9.0, 5.0
 _NARROWEST = 3.0
 
 
 def drawings(histograms: Sequence[Histogram], ids: Iterator[str]) -> Markup:
     """Histograms side by side. ids: names for the drawings, unique in the page."""
-    return Markup('<div class="histograms">{}</div>').format(Markup("").join(_figure(one, next(ids)) for one in histograms))
+    return Markup('<div class="histograms">{}</div>').format(
+        Markup("").join(_figure(histogram, next(ids)) for histogram in histograms)
+    )
 
 
-def _figure(one: Histogram, name: str) -> Markup:
+def _figure(histogram: Histogram, name: str) -> Markup:
     return Markup('<figure class="histogram"><figcaption>{} <span class="soft">{}</span></figcaption>{}</figure>').format(
-        one.title, one.effect, _drawing(one, name)
+        histogram.title, histogram.effect, _drawing(histogram, name)
     )
 
 
@@ -109,17 +111,19 @@ class _Layout:
     end: float
 
 
-def _layout(one: Histogram) -> _Layout:
-    """Bars over an axis from `low` to `high`, and what lies beyond as blocks at its ends.
+def _layout(histogram: Histogram) -> _Layout:
+    """Bars over an axis from `low` to `high`, with blocks at its ends for values beyond.
 
-    A bin that is too narrow to be seen, as that of the one value 0 under a limit of 0, is drawn wider. A limit beyond the
-    axis stands between the blocks that it parts, and nowhere when it parts none.
+    A bin too narrow to be seen is drawn wider, such as the one value 0 under a limit of 0. A limit beyond the axis is drawn
+    between the blocks that it separates.
     """
-    before = [bin for bin in one.bins if bin.start < one.low and bin.count]
-    after = [bin for bin in one.bins if bin.end > math.nextafter(one.high, math.inf) and bin.count]
-    inside = [bin for bin in one.bins if bin.start >= one.low and bin.end <= math.nextafter(one.high, math.inf)]
+    before = [bin for bin in histogram.bins if bin.start < histogram.low and bin.count]
+    after = [bin for bin in histogram.bins if bin.end > math.nextafter(histogram.high, math.inf) and bin.count]
+    inside = [
+        bin for bin in histogram.bins if bin.start >= histogram.low and bin.end <= math.nextafter(histogram.high, math.inf)
+    ]
     start, end = len(before) * (_BLOCK + _GAP), _WIDTH - len(after) * (_BLOCK + _GAP)
-    natural = [(end - start) * (bin.end - bin.start) / (one.high - one.low) for bin in inside]
+    natural = [(end - start) * (bin.end - bin.start) / (histogram.high - histogram.low) for bin in inside]
     widths = [max(width, _NARROWEST if bin.count else 0.0) for bin, width in zip(inside, natural, strict=True)]
     ends = [start + (end - start) * width / sum(widths) for width in accumulate(widths, initial=0.0)]
 
@@ -129,20 +133,21 @@ def _layout(one: Histogram) -> _Layout:
     limits = [
         left for (one_bin, left), (next_bin, _) in pairwise(zip(inside, ends[1:], strict=True)) if one_bin.kept != next_bin.kept
     ]
-    if one.lowest is not None and one.lowest <= one.low:
-        limits += [x + width + _GAP / 2 for bin, x, width in bars if bin.start < one.lowest]
-    if one.highest is not None and one.highest >= one.high:
-        limits += [x - _GAP / 2 for bin, x, _ in bars if bin.start > one.highest]
+    if histogram.lowest is not None and histogram.lowest <= histogram.low:
+        limits += [x + width + _GAP / 2 for bin, x, width in bars if bin.start < histogram.lowest]
+    if histogram.highest is not None and histogram.highest >= histogram.high:
+        limits += [x - _GAP / 2 for bin, x, _ in bars if bin.start > histogram.highest]
     return _Layout(bars, limits, start, end)
 
 
-def _drawing(one: Histogram, name: str) -> Markup:
-    layout, tallest = _layout(one), math.sqrt(max((bin.count for bin in one.bins), default=0) or 1)
+def _drawing(histogram: Histogram, name: str) -> Markup:
+    layout, tallest = _layout(histogram), math.sqrt(max((bin.count for bin in histogram.bins), default=0) or 1)
     bars = (_bar(x, width, _HEIGHT * math.sqrt(bin.count) / tallest, bin.kept) for bin, x, width in layout.bars)
     dashes = (
         Markup('<line class="limit" x1="{0:.1f}" x2="{0:.1f}" y1="0" y2="{1:.1f}"/>').format(x, _HEIGHT) for x in layout.limits
     )
-    described = f"{short_number(one.low)} to {short_number(one.high)}, {one.documents:,} documents. {one.effect}".strip()
+    axis = f"{short_number(histogram.low)} to {short_number(histogram.high)}"
+    described = f"{axis}, {histogram.documents:,} documents. {histogram.effect}".strip()
     return Markup(
         '<svg viewBox="0 0 {0:g} {1:g}" xmlns="http://www.w3.org/2000/svg" role="img" aria-labelledby="{2}-title {2}-desc">'
         '<title id="{2}-title">{3}</title><desc id="{2}-desc">{4}</desc>{5}{6}'
@@ -152,15 +157,15 @@ def _drawing(one: Histogram, name: str) -> Markup:
         _WIDTH,
         _HEIGHT + _LABELS,
         name,
-        one.title,
+        histogram.title,
         described,
         Markup("").join(bars),
         Markup("").join(dashes),
         layout.start,
         layout.end,
         _HEIGHT,
-        short_number(one.low),
-        short_number(one.high),
+        short_number(histogram.low),
+        short_number(histogram.high),
     )
 
 
@@ -239,7 +244,7 @@ def _folded(part: report.Folded, ids: Iterator[str]) -> Markup:
     if isinstance(part.summary, str):
         return Markup("<details><summary>{}</summary>{}</details>").format(part.summary, body)
     drawn = (_cell(cell) for cell in part.summary)
-    cells = Markup("").join(one if isinstance(one, Markup) else Markup("<span>{}</span>").format(one) for one in drawn)
+    cells = Markup("").join(cell if isinstance(cell, Markup) else Markup("<span>{}</span>").format(cell) for cell in drawn)
     return Markup('<details class="folded-row"><summary>{}</summary>{}</details>').format(cells, body)
 
 

@@ -57,7 +57,8 @@ _METHODS = {"huber": "Huber, L-BFGS", "grid": "grid, NNLS"}
 def show_isoflop(isoflop: IsoFlop, bias: IsoFlopBias | None) -> RenderableType:
     """The lowest points of the parabolas, the exponent, and the method's bias on these sizes."""
     rows = [
-        (f"{one.flops:.3g}", str(len(one.points)), short_count(one.parameters), f"{one.loss:.4g}") for one in isoflop.parabolas
+        (f"{parabola.flops:.3g}", str(len(parabola.points)), short_count(parabola.parameters), f"{parabola.loss:.4g}")
+        for parabola in isoflop.parabolas
     ]
     table = listing("FLOPs", "points", "N of the lowest loss", "loss", rows=rows)
     lines = [f"N ∝ C^a: a = {_power(isoflop.parameters)}"]

@@ -50,7 +50,7 @@ def isoflop_chart(parabolas: Sequence[Parabola], metric: str) -> str:
             curve = np.geomspace(sizes.min(), sizes.max(), 60)
             axes.plot(curve, [parabola.predict(float(size)) for size in curve], color=colour, linewidth=1.2)
             axes.plot([parabola.parameters], [parabola.loss], "x", color=_INK, markersize=6)
-        # beside the curves: there may be many budgets
+        # outside the axes: there may be many budgets
         axes.figure.legend(frameon=False, loc="outside right upper", fontsize=7)
 
     return _svg_chart(draw, "IsoFLOP curves", "parameters", metric)
@@ -106,7 +106,7 @@ def reliability_chart(tasks: Mapping[str, Mapping[str, Any]]) -> str:
         axes.plot([0, 1], [0, 1], color=_SOFT, linewidth=0.8)
         for number, (name, results) in enumerate(tasks.items()):
             calibration = results["calibration"]
-            points = [(one["confidence"], one["accuracy"]) for one in calibration["bins"]]
+            points = [(bin["confidence"], bin["accuracy"]) for bin in calibration["bins"]]
             label = f"{name}: error {calibration['expected_calibration_error']:.3f}"
             axes.plot(*zip(*points, strict=True), "o-", color=_LINES[number % len(_LINES)], markersize=4, label=label)
         axes.legend(frameon=False, fontsize=7)

@@ -30,9 +30,9 @@ def show_run(report: ReportData) -> RenderableType:
     parts += [literal(sentence) for sentence in report.sentences]
     if report.stages:
         parts += section("The pipeline", _stages(report.stages))
-    for one in report.sections:
-        if one.headline:
-            parts += show_section(one)
+    for part in report.sections:
+        if part.headline:
+            parts += show_section(part)
     if report.next_steps:
         parts += section("What to type next", literal("\n".join(report.next_steps)))
     return Group(*parts)
@@ -183,7 +183,7 @@ def show_model(metrics: Metrics, values: str = "float32") -> RenderableType:
 
 
 def show_presets(figures: Mapping[str, Metrics]) -> RenderableType:
-    """The named sizes beside each other."""
+    """The presets in a table."""
     rows = []
     for name, metrics in figures.items():
         total, active, kinds = metrics["parameters"], metrics["active_parameters"], metrics["layer_kinds"]
@@ -229,7 +229,7 @@ def show_facts(title: str, metrics: Metrics) -> RenderableType:
 
 
 def show_quality(quality: Metrics) -> RenderableType:
-    """What quantising cost and saved: both models in a table, and what that does not say."""
+    """A model before and after quantisation: a table, and sentences about the loss."""
     return Group(*show_parts([quality_table(quality), *map(Text, quality_sentences(quality))]))
 
 
@@ -267,7 +267,7 @@ def show_task_results(results: Mapping[str, Any]) -> RenderableType:
         headline = [task["score"], _share(task["accuracy"]), _share(task["standard_error"]), _share(task["chance"])]
         table.add_row(*map(literal, [name, *settings, *headline]))
         for score, figures in task["scores"].items():
-            # of choices the other normalisations are in results.json
+            # other normalisations of a choice's score are in results.json alone
             if score != task["score"] and "calibration" not in task:
                 cells = [*[""] * 4, score, _share(figures["mean"]), _share(figures["standard_error"]), ""]
                 table.add_row(*map(literal, cells))
