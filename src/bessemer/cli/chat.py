@@ -122,8 +122,8 @@ def converse(
 ) -> None:
     """Read questions from standard input, print answers as they come, forget the oldest turn when the context is full.
 
-    system: what every conversation begins with. speed: say after each answer how fast it came. opening: a first question,
-    asked in the user's place at a terminal. adapter: one that the engine has, by its name.
+    system: what every conversation begins with. speed: say after each answer how fast it came. opening: a first
+    question, shown as if the user had typed it, at a terminal. adapter: one that the engine has, by its name.
     """
     from bessemer.assistant.assistant import Assistant, EngineModel
     from bessemer.assistant.conversation import Conversation
@@ -245,8 +245,8 @@ def demo(
     max_tokens: Annotated[int, typer.Option(help="At most this many tokens an answer.", min=1)] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.0,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same answers.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
-    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
+    device: Device = "auto",
+    runs: Runs = Path("runs"),
 ) -> None:
     """Chat with SmolLM2, a real model of 135 million parameters. `bessemer chat smollm2` is the same model."""
     from bessemer.cli.named import find_model

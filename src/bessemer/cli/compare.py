@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bessemer.cli.options import print_view
+from bessemer.cli.options import Runs, print_view
 
 if TYPE_CHECKING:
     from bessemer.core.report import Part
@@ -22,7 +22,7 @@ def compare(
         ),
     ],
     items: Annotated[bool, typer.Option("--items", help="Of two evaluations: the items that flipped, both answers.")] = False,
-    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
+    runs: Runs = Path("runs"),
 ) -> None:
     """Compare two runs or two evaluations, rank several evaluations, or a fine-tuning with what was before or with another.
 
@@ -88,10 +88,8 @@ def _names(folders: list[str]) -> list[str]:
 
 
 def _compare_runs(first: str, second: str, runs: Path) -> None:
-    from bessemer.cli.named import find_run
+    from bessemer.cli.named import open_run
     from bessemer.pipeline.report import compare_runs
-    from bessemer.pipeline.run_folder import RunFolder
     from bessemer.views.parts_terminal import show_parts
 
-    folders = [find_run(name, runs) for name in (first, second)]
-    print_view(*show_parts(compare_runs(*(RunFolder(folder.parent, folder.name) for folder in folders))))
+    print_view(*show_parts(compare_runs(open_run(first, runs), open_run(second, runs))))

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bessemer.cli.options import Runs
+
 if TYPE_CHECKING:
     from bessemer.model.formats import ExportOptions
 
@@ -100,7 +102,7 @@ def export(
     tokenizer_only: Annotated[
         bool, typer.Option("--tokenizer-only", help="gguf: of a model's folder, write the tokenizer alone.")
     ] = False,
-    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
+    runs: Runs = Path("runs"),
 ) -> None:
     """Write a model, or a tokenizer, for another tool."""
     from bessemer.cli.named import as_folder, find_model

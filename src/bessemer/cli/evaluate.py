@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from bessemer.cli.options import Model, print_view
+from bessemer.cli.options import Device, Model, Runs, print_view
 
 
 def _list_tasks(wanted: bool) -> None:
@@ -61,8 +61,8 @@ def evaluate(
     corpus: Annotated[
         Path | None, typer.Option(help="Run or folder of the training documents, to look for the items in; of a run its own.")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
-    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
+    device: Device = "auto",
+    runs: Runs = Path("runs"),
 ) -> None:
     """Evaluate a model on tasks. The same command goes on where it was stopped."""
     from bessemer.cli.named import find_served, given_options, option_of

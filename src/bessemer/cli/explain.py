@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bessemer.cli.options import print_view
+from bessemer.cli.options import Runs, print_view
 
 if TYPE_CHECKING:
     from bessemer.data.config import CleanConfig, SelectConfig
@@ -39,7 +39,7 @@ def explain(
     tokenizer: Annotated[str | None, typer.Option(help="Show the text in its tokens: a folder, a run, a file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     allow_code: Annotated[bool, typer.Option("--allow-code", help="Let the recipe run code of its own.")] = False,
-    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
+    runs: Runs = Path("runs"),
 ) -> None:
     """Say what every edit and filter thinks of one document, and whether it would be kept.
 
@@ -126,15 +126,13 @@ def _names_a_file(thing: str) -> bool:
 
 def _history(thing: str, run: str | None, runs: Path) -> list[Sighting]:
     """What became of a run's document. Raises ArtefactError for an id that the run does not have."""
-    from bessemer.cli.named import find_run
+    from bessemer.cli.named import open_run
     from bessemer.core.errors import ArtefactError
     from bessemer.data.corpus.reader import history, is_document_id
-    from bessemer.pipeline.run_folder import RunFolder
 
     if run is None or not is_document_id(thing):
         return []
-    folder = find_run(run, runs)
-    sightings = list(history(RunFolder(folder.parent, folder.name).stages().items(), thing))
+    sightings = list(history(open_run(run, runs).stages().items(), thing))
     if not sightings:
         raise ArtefactError(f"{run}: it has no document {thing}")
     return sightings
@@ -144,10 +142,9 @@ def _settings(
     run: str | None, recipe: str | None, runs: Path, allow_code: bool
 ) -> tuple[CleanConfig | None, SelectConfig | None, Path] | None:
     """How a run or a recipe cleans and selects, and the folder that its paths start from; None where neither is given."""
-    from bessemer.cli.named import find_run
+    from bessemer.cli.named import open_run
     from bessemer.pipeline.recipe import load_recipe
     from bessemer.pipeline.recipe_settings import recorded_cleaning
-    from bessemer.pipeline.run_folder import RunFolder
 
     if recipe is not None:
         checked = load_recipe(recipe, allow_code=allow_code)
@@ -155,8 +152,7 @@ def _settings(
         return configs.get("clean"), configs.get("select"), checked.folder
     if run is None:
         return None
-    folder = find_run(run, runs)
-    return recorded_cleaning(RunFolder(folder.parent, folder.name), allow_code=allow_code)
+    return recorded_cleaning(open_run(run, runs), allow_code=allow_code)
 
 
 def _pieces(text: str, name: str | None, runs: Path, *, required: bool) -> list[str]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bessemer.cli.options import Model
+from bessemer.cli.options import Device, Model, Runs
 
 if TYPE_CHECKING:
     from bessemer.model.formats import ModelSource
@@ -39,8 +39,8 @@ def finetune(
     held_out: Annotated[float, typer.Option(help="Share of the data that is held out.")] = 0.1,
     merge: Annotated[bool, typer.Option("--merge", help="Also merge the adapter into OUT/model; later too.")] = False,
     seed: Annotated[int, typer.Option(help="Of the order, of what is held out, and of a new adapter.")] = 7,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
-    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
+    device: Device = "auto",
+    runs: Runs = Path("runs"),
 ) -> None:
     """Fine-tune a model on your questions and answers, and say whether it got better."""
     from bessemer.cli.named import given_options, option_of
@@ -147,8 +147,8 @@ def label(
         typer.Option(help="A name that browsers may call the page by; * is any; may be repeated."),
     ] = None,
     browser: Annotated[bool, typer.Option(help="Open the page in the browser.")] = True,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
-    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
+    device: Device = "auto",
+    runs: Runs = Path("runs"),
 ) -> None:
     """Rank a model's answers on a page, and get pairs to train on."""
     from bessemer.cli.named import find_model, option_of

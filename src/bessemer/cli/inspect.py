@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bessemer.cli.options import Model, print_view
+from bessemer.cli.options import Device, Model, Runs, print_view
 
 #: A page holds a picture of tokens by tokens for every head.
 _LONGEST = 512
@@ -31,8 +31,8 @@ def inspect(
     analogy: Annotated[list[str] | None, typer.Option(help='"king - man + woman"; may be repeated.')] = None,
     ablate: Annotated[bool, typer.Option(help="Also read the text without each head.")] = True,
     seed: Annotated[int, typer.Option(help="Of the random sequences on which heads' roles are scored.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
-    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
+    device: Device = "auto",
+    runs: Runs = Path("runs"),
 ) -> None:
     """Look inside a model while it reads: attention, what each layer predicts, heads, experts, embeddings."""
     from bessemer.cli.named import find_model

@@ -79,7 +79,7 @@ def clean(
         if folder in kept:
             continue
         with nullcontext(not store.is_locked(key)) if dry_run else store.try_lock(key) as free:
-            # a run links what it has made, or found, before it lets go of the key's lock
+            # a run links an artefact, made or reused, before it releases the key's lock
             if not free or not (store.root / folder).is_dir() or folder in linked_keys(runs):
                 continue
             amount, address = folder_bytes(store.root / folder), address_of(store.root / folder)

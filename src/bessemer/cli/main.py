@@ -100,11 +100,7 @@ COMMANDS: dict[str, dict[Callable[..., None], tuple[str, ...]]] = {
         train_classifier: ("bessemer train-classifier good bad classifiers/quality",),
         train_words: ("bessemer train-words texts words",),
     },
-    "Help and upkeep": {
-        help_: ("bessemer help serve",),
-        doctor: ("bessemer doctor",),
-        clean: ("bessemer clean --dry-run",),
-    },
+    "Help and upkeep": {help_: ("bessemer help serve",), doctor: ("bessemer doctor",), clean: ("bessemer clean --dry-run",)},
 }
 #: Commands whose names are keywords or builtins of Python.
 _NAMES = {help_: "help", import_: "import", list_models: "list"}

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from bessemer.inference.engine import Engine
     from bessemer.inference.sampling.params import SamplingParams
+    from bessemer.pipeline.run_folder import RunFolder
 
 
 def find_run(name: str, runs: Path) -> Path:
@@ -28,6 +29,14 @@ def find_run(name: str, runs: Path) -> Path:
         if (folder / "run.json").exists():
             return folder
     raise ArtefactError(f"there is no run {name!r}{nearest(name, run_names(runs))}")
+
+
+def open_run(name: str, runs: Path) -> RunFolder:
+    """A run, given by name or path. Raises as `find_run`."""
+    from bessemer.pipeline.run_folder import RunFolder
+
+    folder = find_run(name, runs)
+    return RunFolder(folder.parent, folder.name)
 
 
 def find_model(name: str, runs: Path, *, yes: bool = False) -> Path:

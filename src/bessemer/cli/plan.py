@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bessemer.cli.options import print_view
+from bessemer.cli.options import Runs, print_view
 
 if TYPE_CHECKING:
     from bessemer.model.config import ModelConfig
@@ -39,7 +39,7 @@ def plan(
     answer_tokens: Annotated[int, typer.Option(help="--serve: tokens of a usual answer.", min=1)] = 300,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     allow_code: Annotated[bool, typer.Option("--allow-code", help="The recipe may name code of its own.")] = False,
-    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
+    runs: Runs = Path("runs"),
 ) -> None:
     """Say what a training run would take: memory, traffic, time, cost, and the best layout over the cards. Needs no GPU.
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bessemer.cli.options import Model
+from bessemer.cli.options import Device, Model, Runs
 
 if TYPE_CHECKING:
     from bessemer.model.quantisation.config import QuantizeConfig
@@ -43,8 +43,8 @@ def quantize(
         ),
     ] = True,
     seed: Annotated[int, typer.Option(help="Chooses the calibration text.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
-    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
+    device: Device = "auto",
+    runs: Runs = Path("runs"),
 ) -> None:
     """Write a model with weights of 8 or 4 bits, and what that costs in quality."""
     from contextlib import ExitStack

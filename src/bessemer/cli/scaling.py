@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bessemer.cli.options import print_view
+from bessemer.cli.options import Runs, print_view
 
 if TYPE_CHECKING:
     from bessemer.pipeline.planning import TrainingPlan
@@ -70,7 +70,7 @@ def fit(
         Path | None, typer.Option(help="Write the law here, for `scaling suggest --law` (the grid's, of both).")
     ] = None,
     plots: Annotated[Path | None, typer.Option(help="Folder for fit.svg and isoflop.svg.")] = None,
-    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
+    runs: Runs = Path("runs"),
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Fit L = E + A/N^α + B/D^β to runs or to a CSV, with bootstrap intervals. Points that determine no law give no number."""

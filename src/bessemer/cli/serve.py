@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from bessemer.cli.options import Model, retired_option
+from bessemer.cli.options import Model, Runs, retired_option
 
 keys = typer.Typer(
     no_args_is_help=True,
@@ -152,7 +152,7 @@ def serve(
         list[str] | None,
         typer.Option(help="Ask this through the API, print the answer, and stop; may be repeated."),
     ] = None,
-    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
+    runs: Runs = Path("runs"),
 ) -> None:
     """Serve a model behind OpenAI's and Anthropic's APIs, with a web app to chat and to look inside."""
     from contextlib import ExitStack
@@ -235,12 +235,7 @@ def serve(
 
             raise ConfigError(f"--engine ray needs Ray: {install_extra('ray-serve')}") from None
         serve_on_ray(
-            opening,
-            config,
-            replicas or 1,
-            make_pages=partial(web_pages, shown),
-            public=public_paths(),
-            questions=ask or [],
+            opening, config, replicas or 1, make_pages=partial(web_pages, shown), public=public_paths(), questions=ask or []
         )
         return
     with loading, opening.open_engine() as opened:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bessemer.cli.options import print_view
+from bessemer.cli.options import Runs, print_view
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -122,7 +122,7 @@ def show(
         int, typer.Option(help="Of a corpus: texts shown that were kept, and that were dropped for each reason.", min=0)
     ] = 2,
     card: Annotated[bool, typer.Option("--card", help="Of a corpus: print its dataset card, in Markdown.")] = False,
-    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
+    runs: Runs = Path("runs"),
 ) -> None:
     """Print and draw anything: a run, a stage, a corpus, a tokenizer, token shards, a model, a preset, all presets.
 
@@ -172,20 +172,18 @@ def _is_gguf_model(thing: str) -> bool:
 
 
 def _drawn(thing: str, runs: Path, examples: int) -> RenderableType:
-    from bessemer.cli.named import find_run
+    from bessemer.cli.named import open_run
     from bessemer.core.errors import ArtefactError
     from bessemer.core.store import MANIFEST
     from bessemer.model.storage.tuned_folder import is_tuned
     from bessemer.pipeline.report import gather
-    from bessemer.pipeline.run_folder import RunFolder
     from bessemer.views import terminal
 
     folder = _folder(thing, runs)
     if folder.suffix == ".gguf" and folder.is_file():
         return _gguf(folder, runs)
     if (folder / "run.json").exists():
-        run = find_run(str(folder), runs)
-        return terminal.show_run(gather(RunFolder(run.parent, run.name)))
+        return terminal.show_run(gather(open_run(str(folder), runs)))
     if is_tuned(folder):
         return _tuned(folder)
     if (folder / "config.json").exists():

@@ -1,7 +1,6 @@
 """Comparison of evaluations on the items that they have in common: task by task, several as a leaderboard, and as report data.
 
-Differences are paired: an item's difficulty cancels. Intervals of an evaluation folder's tasks are clustered and their p values
-corrected by Holm; the `evaluate` stage compares its models by a percentile bootstrap (Efron and Tibshirani 1993, section 13.3).
+Differences are paired: an item's difficulty cancels. Intervals are clustered, and p values corrected by Holm.
 """
 
 from __future__ import annotations
@@ -17,44 +16,6 @@ from bessemer.core.errors import ArtefactError
 from bessemer.core.report import Cell, Column, Heading, Part, Table, Text
 from bessemer.core.statistics import Estimate, holm, mean_estimate, mean_of_estimates, paired_difference, score
 from bessemer.evaluation.evaluation_folder import Evaluation, read_texts
-
-_RESAMPLES_AT_ONCE = 500
-
-
-@dataclass(frozen=True)
-class Difference:
-    """The mean difference of two models' scores, and its confidence interval."""
-
-    mean: float
-    low: float
-    high: float
-
-
-def paired_bootstrap(
-    scores: Sequence[float],
-    other_scores: Sequence[float],
-    *,
-    seed: int,
-    resamples: int = 10_000,
-    confidence: float = 0.95,
-) -> Difference:
-    """Percentile bootstrap of the mean difference of scores on the same items (Efron and Tibshirani 1993, section 13.3).
-
-    Items are resampled with replacement, both models' scores of an item together, so that an item's difficulty cancels. Raises
-    ValueError when the two have different lengths or no items.
-    """
-    if len(scores) != len(other_scores) or not scores:
-        raise ValueError(f"paired scores must be as many and at least one, got {len(scores)} and {len(other_scores)}")
-    differences = np.asarray(scores, float) - np.asarray(other_scores, float)
-    random = np.random.default_rng(seed)
-    means = []
-    for start in range(0, resamples, _RESAMPLES_AT_ONCE):
-        drawn = random.integers(0, len(differences), (min(_RESAMPLES_AT_ONCE, resamples - start), len(differences)))
-        means.append(differences[drawn].mean(axis=1))
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
-    return Difference(float(differences.mean()), float(low), float(high))
-
 
 #: A difference counts when its p value, corrected for the number of tests, is at most this.
 LEVEL = 0.05
@@ -85,7 +46,7 @@ class TaskComparison:
 
     @property
     def verdict(self) -> str:
-        """Of the second beside the first."""
+        """Of the second, compared with the first."""
         return verdict(self.difference, self.adjusted_p)
 
 
@@ -142,7 +103,7 @@ class _Matched(NamedTuple):
 
 
 def compare(first: Evaluation, second: Evaluation) -> Comparison:
-    """The second beside the first, task by task. Raises ArtefactError when they have no item in common."""
+    """Compare the second with the first, task by task. Raises ArtefactError when they have no item in common."""
     matched = _matched([first, second])
     differences = [paired_difference(common.scores_EN[1], common.scores_EN[0], common.clusters) for common in matched.values()]
     adjusted = holm([difference.p_value for difference in differences])
@@ -202,7 +163,7 @@ def flips(first: Evaluation, second: Evaluation) -> list[Flip]:
 
 
 def _matched(evaluations: Sequence[Evaluation]) -> dict[str, _Matched]:
-    """By task, in the first's order. An item's cluster is the one that the first evaluation which names one gives it."""
+    """Scores by task, in the first's order. The first evaluation that names an item's cluster decides it."""
     matched = {}
     for task, items in evaluations[0].tasks.items():
         scores = [evaluation.tasks.get(task, {}) for evaluation in evaluations]
@@ -212,7 +173,7 @@ def _matched(evaluations: Sequence[Evaluation]) -> dict[str, _Matched]:
             clusters: list[Hashable] = []
             for item in common:
                 named = next((of_one[item].cluster for of_one in scores if of_one[item].cluster is not None), None)
-                # a tuple, so that no name of a cluster is an item's
+                # a tuple, which equals no name of a cluster
                 clusters.append((item,) if named is None else named)
             matched[task] = _Matched(common, scores_EN, clusters)
     if not matched:
@@ -226,7 +187,7 @@ def _left_out(evaluations: Sequence[Evaluation], matched: dict[str, _Matched]) -
 
 
 _DIFFERENCES = (-1.0, 1.0)
-#: Of a prompt, whose examples come first: the question stands at its end.
+#: Characters of a prompt that are shown, from its end: the question follows the examples.
 _PROMPT_CHARACTERS = 1_000
 
 

@@ -24,7 +24,7 @@ from bessemer.evaluation.evaluation_folder import Score
 
 @dataclass(frozen=True)
 class TaskItem:
-    """What is looked for of an item: its own texts, one by one (question, passage, choices), without examples and templates."""
+    """An item's own texts (question, passage, choices), without examples and templates."""
 
     task: str
     id: str
@@ -33,28 +33,28 @@ class TaskItem:
 
 @dataclass(frozen=True)
 class ItemOverlap:
-    """Of an item's different n-grams, how many a document has.
+    """How many of an item's distinct n-grams stand in the documents.
 
-    An item too short for an n-gram has none: nothing is known of it. dirty: the share reaches what was asked.
+    ngrams: 0 for an item too short for one, of which nothing is known. dirty: the share reaches `least_share`.
     """
 
     task: str
     id: str
     ngrams: int
-    found: int
+    shared: int
     dirty: bool
 
     @property
     def share(self) -> float:
-        """Of the n-grams that are found, 0 to 1."""
-        return self.found / self.ngrams if self.ngrams else 0.0
+        """Share of the n-grams that stand in the documents, 0 to 1."""
+        return self.shared / self.ngrams if self.ngrams else 0.0
 
 
 @dataclass(frozen=True)
 class TaskContamination:
-    """A task's items that are clean, dirty, or too short to tell; and the scores of each kind, None where no item has one.
+    """Numbers of a task's items that are clean, dirty, or too short to tell; their scores, None where no item has one.
 
-    mean_share: of the items' n-grams that are found, over the items that have some.
+    mean_share: mean of the items' `share`, over items that are not too short.
     """
 
     task: str
@@ -76,7 +76,7 @@ def find_corpus(place: Path) -> Path:
 
 
 def corpus_texts(documents: Path, progress: Progress | None = None) -> Iterator[pa.Array]:
-    """The texts that a model is trained on, in batches: the split `train` of a folder of documents."""
+    """The texts of the split `train` of a folder of documents, in batches."""
     speed = Speed()
     done, size = 0, 0
     with (progress or Silent()).task("contamination", total=count_documents(documents, TRAIN), unit="documents") as task:
@@ -117,7 +117,7 @@ def contamination(
     for batch in documents:
         overlap.add(Texts.from_arrow(batch))
     total, shared = overlap.counts()
-    # items whose last ones have no text at all are beyond the groups
+    # items without any text at the end have no counts
     totals = [*total.tolist(), *[0] * (len(items) - len(total))]
     founds = [*shared.tolist(), *[0] * (len(items) - len(shared))]
     return [
@@ -127,7 +127,7 @@ def contamination(
 
 
 def _encodable(text: str) -> str:
-    """The text with what UTF-8 cannot hold replaced: JSON may spell half of a surrogate pair."""
+    """The text with half surrogate pairs replaced, which JSON may spell and UTF-8 cannot hold."""
     return text.encode("utf-8", errors="replace").decode("utf-8")
 
 

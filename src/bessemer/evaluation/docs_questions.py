@@ -63,7 +63,7 @@ CHAT, PLAIN = "chat", "plain"
 
 #: Questions that a model answers in each prompt form, of which the better is used for all.
 TRIAL_QUESTIONS = 32
-#: How the source of a conversation begins that a task gave, which is asked as that task.
+#: Prefix of the sources of conversations that come from a task; these are evaluated as that task.
 _OF_TASKS = "task/"
 _PLAIN_STOPS = ("\n\n", "\nQuestion:")
 

@@ -138,11 +138,7 @@ def _encoded(texts: list[str], tokenizer: Tokenizer, folder: Path) -> TokenShard
     if not texts:
         return None
     writer = ShardWriter(
-        folder,
-        tokenizer_hash=tokenizer.hash,
-        vocab_size=tokenizer.vocab_size,
-        bos_id=tokenizer.bos_id,
-        shard_tokens=1 << 24,
+        folder, tokenizer_hash=tokenizer.hash, vocab_size=tokenizer.vocab_size, bos_id=tokenizer.bos_id, shard_tokens=1 << 24
     )
     ids, offsets = tokenizer.encode_flat(texts)
     sizes = np.array([len(text.encode()) for text in texts])
@@ -172,11 +168,11 @@ def calibration_rows(shards: TokenShards, *, tokens: int, length: int, seed: int
 #: File beside the weights.
 QUALITY = "quality.json"
 QUALITY_FORMAT = 1
-#: What `compared_on` says in that file where no text was given.
+#: `compared_on` in that file where no text was given.
 SAMPLE = "sample"
 
 _LONGEST_WINDOW = 1024
-#: Most work of a comparison on the small text for each model, at 2 FLOPs a parameter and token: seconds on a slow processor.
+#: Most FLOPs for each model on the small text, 2 for a parameter and token: seconds on a slow processor.
 _SAMPLE_FLOPS = 2e12
 
 
@@ -196,8 +192,9 @@ class QualityComparison(NamedTuple):
 def compare_quality(
     original: Decoder, quantised: Decoder, shards: TokenShards, *, max_tokens: int | None, progress: Progress
 ) -> QualityComparison:
-    """Compare two models on the first documents of a stream, in the windows of `training.validation`, each computed as in
-    inference: on a CPU with 8-bit activations for quantised weights, and keys and values in the dtype of the cache.
+    """Compare two models on the first documents of a stream, in the windows of `training.validation`.
+
+    Both are computed as in inference: on a CPU with 8-bit activations for quantised weights, and the KV cache in its dtype.
 
     Raises ArtefactError when the stream holds no document.
     """
@@ -292,7 +289,7 @@ def quantise_folder(
 
 
 def _obstacle(folder: Path, device: torch.device) -> str | None:
-    """Why the original cannot be opened beside the quantised model, or no text encoded for it; None where it can."""
+    """Why the two models cannot be compared here; None where they can."""
     if not (folder / TOKENIZER_FILE).exists():
         return "the folder holds no tokenizer"
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory_bytes()

@@ -17,11 +17,11 @@ import torch
 from bessemer.core.errors import ConfigError
 from bessemer.core.hashing import derive_seed
 from bessemer.core.progress import Progress
+from bessemer.core.statistics import paired_bootstrap
 from bessemer.core.store import write_json
 from bessemer.data.corpus.reader import iterate_documents
 from bessemer.evaluation.baselines import witten_bell_bits_per_byte, xz_bits_per_byte
 from bessemer.evaluation.bits_per_byte import ScoredDocuments, breakdown, scored_documents, token_nats
-from bessemer.evaluation.comparison import paired_bootstrap
 from bessemer.evaluation.config import EvaluateConfig
 from bessemer.evaluation.docs_questions import (
     CHAT,
@@ -113,7 +113,7 @@ def evaluate(
 
     Raises ArtefactError when tokens and a model have different tokenizers, or no text is held out.
     """
-    keep_freed_memory()  # each batch allocates what the last one did
+    keep_freed_memory()  # batches allocate the same sizes again and again
     shards = TokenShards(tokens / "validation")
     scored = whole_documents(shards, config.max_tokens)
     questions: list[DocsQuestion] = []
@@ -213,7 +213,7 @@ def _up_to(texts: Iterable[bytes], limit: int) -> list[bytes]:
 
 
 def _summary(answers: list[ScoredAnswer], form: str) -> dict[str, Any]:
-    """A model's means by set; a set without questions is left out."""
+    """A model's mean scores of held-in and held-out questions; a set without questions has none."""
     summary: dict[str, Any] = {"asked_as": form}
     for held in (HELD_IN, HELD_OUT):
         of_set = [answer for answer in answers if answer.question.held == held]
@@ -227,7 +227,7 @@ def _summary(answers: list[ScoredAnswer], form: str) -> dict[str, Any]:
 def _comparisons(
     answers: Mapping[str, list[ScoredAnswer]], of_tasks: Mapping[str, Mapping[str, TaskAnswers]], seed: int
 ) -> list[dict[str, Any]]:
-    """Held-out ROUGE-L, and the score of each task, of each model against the one that was trained before it."""
+    """Each model against the one trained before it: held-out ROUGE-L, and the score of each task."""
     by_metric = {
         "rouge_l_held_out": {
             name: [answer.rouge_l for answer in given if answer.question.held == HELD_OUT] for name, given in answers.items()

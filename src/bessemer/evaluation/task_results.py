@@ -77,8 +77,7 @@ def _score(lines: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
     clusters: list[Any] = []
     for line in lines:
         if name in line["scores"]:
-            # things of one item are not independent; an item without a cluster is one of its own: a tuple, so that no name of
-            # a cluster is an item's
+            # things of one item are not independent; an item without a cluster is its own: a tuple equals no name of a cluster
             weight = line.get("weights", {}).get(name, 1)
             scores += [line["scores"][name]] * weight
             clusters += [(line["id"],) if line["cluster"] is None else line["cluster"]] * weight
@@ -94,9 +93,9 @@ def _score(lines: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
 
 
 def _calibration(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Of multiple choice: whether the choice by plain log-likelihood is right as often as its share of the probability says.
+    """Calibration of multiple choice by plain log-likelihood; other normalisations give no probabilities.
 
-    None where items are no choices. Other normalisations make no probabilities.
+    None where items are no choices.
     """
     choices = [line for line in lines if "raw" in line["scores"] and len(line.get("log_likelihoods", [[]])[0]) > 1]
     if not choices:

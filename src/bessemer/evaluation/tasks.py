@@ -188,7 +188,7 @@ def _readable(context: Context) -> str:
 
 
 def _warn(task: Task, results: Mapping[str, Any], progress: Progress) -> None:
-    """Say what a reader of the accuracy should know."""
+    """Report questions that were cut, empty answers, and what the task counts."""
     if results["cut"]:
         cut = f"{results['cut_tokens']:,} tokens cut from the left"
         progress.say(f"  {task.name}: the contexts of {results['cut']:,} questions were too long, {cut}")
@@ -201,8 +201,7 @@ def _warn(task: Task, results: Mapping[str, Any], progress: Progress) -> None:
 
 
 class TaskScores:
-    """Some tasks with their data, for one model that changes. It keeps nothing of an evaluation: the engine with its KV cache
-    lives as long as one does, and the memory is training's again."""
+    """Scores a model on tasks between two steps of its training. An engine and its KV cache are freed after each evaluation."""
 
     def __init__(self, tasks: Sequence[Task]) -> None:
         self._tasks = tasks
@@ -257,8 +256,8 @@ def connected_judges(tasks: Sequence[Task], device: str = "auto") -> Iterator[No
 
 
 def engine_judge(engine: Engine, max_tokens: int = 512) -> Ask:
-    """A judge of an engine: each prompt is what the user says, the answer is greedy.
+    """A judge that an engine computes: each prompt is a user message, the answer is greedy.
 
-    A prompt that the context does not hold is answered by nothing, from which no verdict can be read.
+    A prompt too long for the context gets an empty answer, from which no verdict can be read.
     """
     return EngineChat(engine, max_tokens=max_tokens).ask

@@ -29,7 +29,7 @@ ROLES = ("previous_token", "same_token", "induction", "first_token")
 
 
 def role_scores(weights_HTT: np.ndarray, tokens_T: np.ndarray) -> dict[str, np.ndarray]:
-    """How far each head of a layer plays each role on one text: the mean attention, (H,), 0 … 1, of its queries to
+    """Each head's score in each role on one text: the mean attention, (H,), 0 … 1, of its queries to
 
     - previous_token: the token before;
     - same_token: earlier occurrences of the query's own token;
@@ -81,8 +81,7 @@ def head_roles(model: Decoder, tokens_BT: np.ndarray) -> dict[str, np.ndarray]:
 def repeated_tokens(
     ids: Sequence[int], *, begin: Sequence[int] = (), texts: int = 4, length: int = 25, seed: int = 0
 ) -> np.ndarray:
-    """Texts of random tokens that come twice in the same order, (B, T): all that can be known of the second half is that
-    it repeats the first.
+    """Texts of random tokens, (B, T), whose second half repeats the first: nothing else predicts it.
 
     ids: to draw from, without repetition; length: of one half, or as many as there are ids. begin: stands before each.
     """
@@ -115,8 +114,8 @@ def without_heads(model: Decoder, heads: Sequence[tuple[int, int]]) -> Iterator[
 def head_losses(model: Decoder, tokens_T: np.ndarray) -> tuple[float, np.ndarray]:
     """The model's mean loss on a text, and by how much it rises without each head, (L, H), nats per token.
 
-    One head at a time; NaN where a layer has fewer heads than others. The heads of a layer are rows of one batch, which
-    part where that layer begins.
+    One head at a time; NaN where a layer has fewer heads than others. The heads of a layer are rows of one batch, which is
+    expanded from one row at that layer.
     """
     tokens_T = np.asarray(tokens_T)
     counts = [_output(block)[1] for block in model.blocks]
@@ -139,7 +138,7 @@ def _losses(model: Decoder, tokens_T: np.ndarray) -> list[float]:
     """The mean loss on a text, for each row that it is read in."""
     hidden_BTD = read(model, tokens_T)
     following_T = torch.as_tensor(np.asarray(tokens_T[1:], np.int64), device=hidden_BTD.device)
-    # row by row: the logits of all would be the largest thing in memory
+    # row by row: the logits of all rows would need the most memory
     with torch.no_grad():
         return [float(functional.cross_entropy(model.logits(row[:-1]).float(), following_T)) for row in hidden_BTD]
 
@@ -216,7 +215,7 @@ class OpenedHead:
 
 
 def open_head(recording: Recording, layer: int, head: int, position: int, row: int = 0) -> OpenedHead:
-    """The steps of one head from the queries, keys and values of a recording, computed again in the open.
+    """The steps of one head, computed again from the queries, keys and values of a recording.
 
     position: of the query; -1 is the last. Raises RequestError for a layer, head or position that is not there.
     """
@@ -255,7 +254,7 @@ def heads_of(recording: Recording, layer: int) -> HeadsRecord:
 
 
 def _mask(heads: HeadsRecord, row: int, head: int, position: int) -> np.ndarray:
-    """What is added to one query's scores: 0, ALiBi's penalty, or -inf."""
+    """The mask of one query's scores: 0, ALiBi's penalty, or -inf."""
     length = heads.key_BKTC.shape[2]
     device = None if heads.mask.slopes_H is None else heads.mask.slopes_H.device
     bias_BHTS = bias(heads.mask, torch.tensor([position], device=device), torch.arange(length, device=device))

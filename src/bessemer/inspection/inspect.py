@@ -22,7 +22,7 @@ from bessemer.model.decoder import Decoder
 from bessemer.tokenization.tokenizer import Tokenizer
 
 # Shapes: V vocabulary, D hidden, N vectors.
-# of the table, normed at a time: no second copy of it in memory
+#: Rows of the table that are normed at a time, so that memory holds no second copy of it.
 _ROWS = 1 << 14
 
 
@@ -59,9 +59,8 @@ def vectors(model: Decoder, tokens: Sequence[int]) -> np.ndarray:
 def planar(vectors_ND: np.ndarray) -> tuple[np.ndarray, float]:
     """Vectors in the plane in which they vary most, (N, 2), and the share of their variance that it keeps.
 
-    Principal components through the singular value decomposition X - mean = U S Vᵀ: the coordinates are U S. Signs, which
-    the decomposition leaves open, are such that the largest entry of each direction is positive: the same vectors give the
-    same map.
+    Principal components by the singular value decomposition X - mean = U S Vᵀ: the coordinates are U S. Signs are
+    chosen so that the largest entry of each direction is positive: the same vectors give the same map.
     """
     centred_ND = np.asarray(vectors_ND, np.float64) - np.mean(vectors_ND, axis=0, dtype=np.float64)
     left_NN, singular_N, directions_ND = np.linalg.svd(centred_ND, full_matrices=False)
@@ -113,9 +112,9 @@ class Inspection:
     """The results of an inspection. Layers, heads and positions are counted from 0.
 
     attention: of each layer (H, T, T), None for linear attention. opened: one head step by step, None where no layer has
-    attention weights. key: the position that `opened`'s query was asked about. roles: (L, H) each, on random repeated
-    sequences. head_changes_LH: the rise of the loss without each head, nats per token; None when it was not asked for.
-    experts: by sparse layer, (1, T, k). neighbours, analogies: by what was asked.
+    attention weights. key: the chosen key position, if any. roles: (L, H) each, on random repeated
+    sequences. head_changes_LH: the rise of the loss without each head, nats per token; None without ablation.
+    experts: by sparse layer, (1, T, k). neighbours, analogies: by word and by formula.
     """
 
     config: ModelConfig
@@ -184,12 +183,12 @@ def inspect(
 ) -> Inspection:
     """Inspect a model's forward pass over a text.
 
-    layer, head: the head that is opened; the one that looks hardest from `query` at `key` when None (at any token other
-    than the first and the query itself, without a key). query, key: a position, or the text of a token that stands once
+    layer, head: the head that is opened; None: the one with the most attention from `query` to `key` (without a key, to any
+    token but the first and the query itself). query, key: a position, or the text of a token that stands once
     in the text. neighbours_of: tokens; analogies: "one - less + more". ablate: also try the text without each head.
     top: predictions of the lens; nearest: neighbours. seed: of the random sequences on which roles are scored.
 
-    Raises RequestError for a text without tokens or too long, and whatever is asked for and is not there.
+    Raises RequestError for a text without tokens or too long, and for a head, token or word that does not exist.
     """
     tokens = tokenized(tokenizer, text)
     recorded = record(model, tokens.ids)
@@ -240,7 +239,7 @@ def tokenized(tokenizer: Tokenizer, text: str) -> Tokens:
 
 
 def piece_of(tokenizer: Tokenizer, id: int) -> str:
-    """One token's text inside a text; control tokens as they are written."""
+    """The text of one token, control tokens included."""
     if id >= tokenizer.vocab_size:
         # a table may have more rows than there are tokens
         return f"⟨{id}⟩"

@@ -127,7 +127,7 @@ def _recorded(backend: AttentionBackend, layer: int, recorded: Recording) -> Att
 
 
 def _keep_experts(layer: int, recorded: Recording) -> tuple[Any, Any]:
-    """Hooks for a router, which gets all tokens in one row, and for the feed-forward around it, which knows the texts."""
+    """Hooks for a router, which sees all tokens in one row, and for the feed-forward around it, which sees the batch."""
 
     def keep(router: nn.Module, given: tuple[Any, ...], routing: Routing) -> None:
         weights_Nk, order = routing.weights_Nk.detach().sort(dim=-1, descending=True)

@@ -26,7 +26,7 @@ from bessemer.tasks.file_task import Example, FileTask
 from bessemer.tasks.generate import pass_at_powers
 from bessemer.tasks.questions import GenerationQuestion, GenerationTask, Outcome
 
-#: Where the function is over, in Chen et al. (2021), section 2.1, and what follows one in a file of tests or of text.
+#: What ends a function: of Chen et al. (2021), section 2.1, and what follows one in tests or in text.
 _STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\nassert", "\n@", '\n"""', "\n```")
 
 
@@ -109,7 +109,7 @@ class CodeTask(FileTask[CodeConfig], GenerationTask):
         return Example(self._request(problem.prompt), block if self._config.chat else problem.solution)
 
 
-#: How a program ended. `refused`: the sandbox stopped it, or held something back that it asked for; `empty`: no code at all.
+#: How a program ended. `refused`: the sandbox stopped it, or refused it something; `empty`: no code at all.
 Verdict = Literal["passed", "failed", "timed_out", "refused", "empty"]
 
 _FENCE = re.compile(r"^([^\S\n]*)```[^\n]*\n(.*?)(?:^[^\S\n]*```|\Z)", re.DOTALL | re.MULTILINE)
@@ -119,13 +119,13 @@ _CODE_LINE = re.compile(
     r"|(?:if|for|with)\b[^\n]*:[^\S\n]*$|[A-Za-z_]\w*(?:,[ ]*[A-Za-z_]\w*)*[^\S\n]*=(?!=))",
     re.MULTILINE,
 )
-#: A name that is called, as no method is.
+#: A name that is called, not as a method.
 _CALLED = re.compile(r"(?<![\w.])([A-Za-z_]\w*)\s*\(")
 _DEFINED = re.compile(r"^(?:async\s+)?def\s+(\w+)", re.MULTILINE)
 _NO_FUNCTIONS = {*dir(builtins), *keyword.kwlist}
 #: The file of the solution and its tests, beside the program that runs it.
 _FILE = "solution.py"
-#: Says that the tests came to their end, by a word that is not in the solution's file: `sys.exit(0)` before them says nothing.
+#: Prints a word that the solution does not know when the tests have ended: `sys.exit(0)` before them does not pass.
 _RUNNER = f"""\
 import os, sys
 word = sys.stdin.readline()
@@ -135,7 +135,7 @@ exec(code, {{"__name__": "solution"}})
 sys.stdout.flush()
 os.write(1, b"\\n" + word.encode())
 """
-#: Errors by which Python says that the sandbox held something back.
+#: Python's errors for what the sandbox refuses.
 _REFUSALS = ("PermissionError", "MemoryError", "BlockingIOError", "OSError: [Errno 1]", "RuntimeError: can't start new thread")
 
 
@@ -183,7 +183,7 @@ def _mbpp(record: Record) -> Problem:
 
 
 def _tested_name(assertion: str, code: str) -> str | None:
-    """The function that an assertion is about: of those it calls the first that the code defines, else that is no builtin."""
+    """The function that an assertion tests: the first call that the code defines, else the first that is no builtin."""
     called = _CALLED.findall(assertion)
     defined = set(_DEFINED.findall(code))
     ranked = [name for name in called if name in defined] + [name for name in called if name not in _NO_FUNCTIONS] + called

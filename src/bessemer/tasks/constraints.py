@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from bessemer.core.config import Config, setting
 
 _WORD = re.compile(r"\w+(?:['’\-]\w+)*")
-#: A full stop is one where a space follows, and then no small letter: not that of `e.g. this`.
+#: A full stop ends a sentence where white space and no small letter follow: not in `e.g. this`.
 _SENTENCE_END = re.compile(r"(?<![.!?…])[.!?…]++[\"'”’)\]]*(?=\s+[^\sa-z]|\s*$)|[。！？]+[」』”）]*")
 _PARAGRAPH_END = re.compile(r"\n[^\S\n]*\n\s*")
 _BULLET = re.compile(r"^[^\S\n]*[-*+•][^\S\n]+\S", re.MULTILINE)
@@ -351,9 +351,9 @@ class Constraints(Config):
     def follows(self, answer: str, *, loose: bool = False) -> list[bool]:
         """Whether an answer keeps to each; an empty answer keeps to none.
 
-        The mean over all constraints of a set is IFEval's accuracy by instruction, the share of answers for which `all` hold
-        that by prompt. loose: an answer also counts without asterisks, and without its first line, its last, or both, in which
-        models put "Here it is:".
+        IFEval's accuracy by instruction is the mean over all constraints of a set; by prompt, the share of answers that keep to
+        all of theirs. loose: an answer also counts without asterisks, and without its first line, its last, or both, where
+        models write "Here it is:".
         """
         answers = _variants(answer) if loose else [answer]
         return [

@@ -122,7 +122,7 @@ class Example(NamedTuple):
 
 
 class Examples:
-    """Which rows are the examples of each item."""
+    """Chooses the example rows of each item."""
 
     def __init__(self, config: TaskConfig, items: Sequence[Record], others: Sequence[Record] | None) -> None:
         """others: rows of a file of their own. Raises ArtefactError where there are too few."""
@@ -135,7 +135,7 @@ class Examples:
                 f"task {config.name}: {config.shots} examples need {needed} items, and there are {len(self._rows)}; "
                 "ask for fewer with --shots"
             )
-        # one to spare, for the item that is among them
+        # one more, in the place of the item itself where it is drawn
         spare = min(config.shots + 1, len(self._rows))
         self._fixed = random.Random(config.seed).sample(range(len(self._rows)), spare)
 
@@ -144,7 +144,7 @@ class Examples:
         shots = self._config.shots
         if self._config.example_choice == "fixed":
             *_, spare = self._fixed
-            # in its place, so that what is before it stays shared
+            # the spare one takes the item's place, so that the examples before it stay shared
             return [self._rows[spare if self._own and index == item else index] for index in self._fixed[:shots]]
         population = len(self._rows) - self._own
         drawn = random.Random(self._config.seed + item).sample(range(population), shots)

@@ -3,7 +3,7 @@
 Arithmetic on whole numbers has more digits, more terms, products and parentheses by difficulty. Needle in a haystack: one fact
 in a long text (Kamradt 2023; with others like it: RULER, Hsieh et al. 2024, section 3.1). Variable tracking: a value passed on
 through assignments scattered over a text (RULER, section 3.2). RULER asks for the names of all variables that hold a value;
-here the value of the last is asked for, so that an answer is one number.
+here the question is the value of the last, so that an answer is one number.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class GeneratedItem(NamedTuple):
     answer: str
 
 
-#: Draws in a row that give nothing new, after which there is taken to be nothing new.
+#: Draws in a row without a new item after which none is left.
 _MOST_REPEATS = 1_000
 
 
@@ -64,14 +64,16 @@ class _Factor(NamedTuple):
 
 
 def is_held_out(expression: str) -> bool:
-    """Whether an expression is one of those that no training sees, whatever the seed. Expressions of the same numbers and
-    operators are on one side, so that 3 + 4 says nothing about 4 + 3."""
+    """Whether an expression is held out of all training, whatever the seed.
+
+    It depends on the numbers and operators, not on their order: training on 3 + 4 teaches 4 + 3.
+    """
     words = sorted(re.findall(r"\d+|[-+*]", expression))
     return int(hash_bytes(" ".join(words).encode())[:8], 16) % _HELD_OUT == 0
 
 
 def arithmetic_items(count: int, *, seed: int, difficulty: Difficulty | int, part: Split = "all") -> list[GeneratedItem]:
-    """Different items `EXPRESSION =` and their values; products come before sums. More of them begin with the same ones.
+    """Different items `EXPRESSION =` and their values; products come before sums. A larger count begins with the same items.
 
     difficulty: a level from 1 to 8, or what makes one. Raises ValueError for another level, digits below 1, fewer than 2 terms,
     operators that are not of `+-*`, and where there are fewer different items.
@@ -171,9 +173,8 @@ def build_prompt(
 ) -> str:
     """`frame` around a text of statements among other sentences, as long as fits in `length`, by `measure`.
 
-    sentences: to fill the text with, in their order from a random one on, around and around; without them plain ones are made.
-    Statements of one depth stay in their order. Raises ValueError where not even the statements fit, and for sentences
-    without a word.
+    sentences: filler, repeated in order from a random one on; None: plain sentences are made. Statements of one depth stay in
+    their order. Raises ValueError where not even the statements fit, and for sentences without a word.
     """
     if sentences is not None and not any(measure(sentence) > 0 for sentence in sentences):
         raise ValueError("the sentences to fill a text with are empty")
@@ -187,7 +188,7 @@ def build_prompt(
         if room < 0:
             break
         chosen.append(sentence)
-    # a tokenizer may need more for the whole than for its sentences
+    # a tokenizer may need more tokens for the whole than for its sentences
     while measure(prompt := frame(_text(chosen, statements))) > length:
         chosen.pop()
     return prompt

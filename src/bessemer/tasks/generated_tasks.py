@@ -32,7 +32,7 @@ from bessemer.tasks.verifiers import Numeric
 
 
 class GeneratedConfig(SampledConfig):
-    """What the kinds of task whose items are made have: items of several levels, one of each asked in turn."""
+    """Settings of tasks with generated items: items of several levels, one of each in turn."""
 
     items: int = setting(50, "items of each level", unit="items", ge=1)
     max_tokens: int = setting(32, "longest answer", unit="tokens", ge=1)
@@ -62,7 +62,7 @@ class ArithmeticConfig(GeneratedConfig):
 
 
 class LengthConfig(GeneratedConfig):
-    """What tasks at growing lengths have."""
+    """Settings of tasks at growing lengths."""
 
     lengths: list[Annotated[int, Field(ge=32)]] = setting(
         default_factory=lambda: [256, 512, 1024, 2048, 4096, 8192, 16384, 32768],
@@ -144,7 +144,7 @@ class GeneratedTask(GenerationTask, Generic[C]):
 
     @property
     def _remark(self) -> str:
-        """What stands behind the message about an item that cannot be made."""
+        """The end of the message about an item that cannot be made."""
         return ""
 
     def _make(self) -> list[_NumberedItem]:
@@ -183,7 +183,7 @@ class ArithmeticTask(GeneratedTask[ArithmeticConfig]):
         self._made: dict[int, list[GeneratedItem]] = {}
 
     def _items(self, level: int, count: int) -> list[GeneratedItem]:
-        # always as many, so that a limit changes no example
+        # the same number whatever the limit, so that it changes no example
         total = self._config.items + self.shots
         difficulty = LEVELS[level - 1]
         if self._config.operators is not None:
@@ -196,7 +196,7 @@ class ArithmeticTask(GeneratedTask[ArithmeticConfig]):
 
 
 class LengthTask(GeneratedTask[L]):
-    """Items at growing lengths: in words, until `fit_to_model` says how the model counts."""
+    """Items at growing lengths: in words, after `fit_to_model` in the model's tokens."""
 
     level_name = "length"
 
@@ -219,7 +219,7 @@ class LengthTask(GeneratedTask[L]):
             )
         empty = count_tokens("")
         self._measure = lambda text: count_tokens(text) - empty
-        # what stands around the prompt: begin token, description, chat template
+        # tokens around the prompt: begin token, description, chat template
         self._around = count_tokens(self._context("x")) - self._measure("x")
         too_long = ", ".join(f"{length:,}" for length in self._all_levels if length > most)
         return [f"left out, since the model's context is {context_length:,} tokens: length {too_long}"] if too_long else []

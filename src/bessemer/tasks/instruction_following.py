@@ -30,9 +30,7 @@ class ConstraintsConfig(SampledConfig, TaskConfig):
 
     kind: Literal["constraints"] = setting("constraints", "keep to constraints that a program checks")
     data: str = setting(
-        "",
-        "file with a request and its constraints in each row; empty: items that are made by the seed",
-        affects_output=False,
+        "", "file with a request and its constraints in each row; empty: items that are made by the seed", affects_output=False
     )
     items: int = setting(100, "how many are made, without `data`", unit="items", ge=1)
     prompt: Template = setting("{prompt}", "the request, with fields in braces")
@@ -122,7 +120,7 @@ _REQUESTS = (
 )
 _WORDS = ("always", "bright", "common", "early", "morning", "quiet", "simple", "small", "water", "world")
 
-#: Kinds that can be asked for together: of each group at most one, since those of a group contradict each other.
+#: Kinds that go together, at most one of each group: those of a group contradict each other.
 _GROUPS: tuple[tuple[Callable[[random.Random], Settings], ...], ...] = (
     (
         lambda draw: {"kind": "words", "at_most": draw.choice((30, 50, 80))},
@@ -134,20 +132,14 @@ _GROUPS: tuple[tuple[Callable[[random.Random], Settings], ...], ...] = (
         lambda draw: {"kind": "numbered_items", "at_least": (count := draw.choice((2, 3, 4))), "at_most": count},
         lambda draw: {"kind": "paragraphs", "at_least": (count := draw.choice((2, 3))), "at_most": count},
     ),
-    (
-        lambda draw: {"kind": "upper_case"},
-        lambda draw: {"kind": "lower_case"},
-    ),
+    (lambda draw: {"kind": "upper_case"}, lambda draw: {"kind": "lower_case"}),
     (
         lambda draw: {"kind": "required_words", "words": draw.sample(_WORDS, 2)},
         lambda draw: {"kind": "word_frequency", "word": draw.choice(_WORDS), "at_least": draw.choice((2, 3))},
         lambda draw: {"kind": "forbidden_words", "words": ["the", draw.choice(_WORDS)]},
     ),
     (lambda draw: {"kind": "no_commas"},),
-    (
-        lambda draw: {"kind": "ends_with", "text": draw.choice(("That is all", "Good luck"))},
-        lambda draw: {"kind": "quoted"},
-    ),
+    (lambda draw: {"kind": "ends_with", "text": draw.choice(("That is all", "Good luck"))}, lambda draw: {"kind": "quoted"}),
     (
         lambda draw: {"kind": "title"},
         lambda draw: {"kind": "starts_with", "text": draw.choice(("Here is my answer", "Let us begin"))},
@@ -157,7 +149,7 @@ _GROUPS: tuple[tuple[Callable[[random.Random], Settings], ...], ...] = (
         lambda draw: {"kind": "highlights", "at_least": draw.choice((1, 2))},
     ),
 )
-#: Whole answers inside quotation marks, or that begin with given words, hold neither a title before nor words after them.
+#: An answer in quotation marks can have no title before it and cannot begin with other words.
 _EXCLUDED = frozenset({frozenset({"quoted", "title"}), frozenset({"quoted", "starts_with"})})
 _MOST_CONSTRAINTS = 3
 

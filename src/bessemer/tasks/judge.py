@@ -1,6 +1,6 @@
 """A model as judge: of two answers which is better, or how good one is by a rubric (Zheng et al. 2023, arXiv 2306.05685).
 
-The judging model is passed in as a function from prompts to answers. Pairs are asked in both orders: a verdict that changes
+The judging model is passed in as a function from prompts to answers. Pairs are judged in both orders: a verdict that changes
 with the order is a tie, and how often the first place wins is the judge's position bias. An answer from which no verdict can
 be read is None: it is never guessed.
 """
@@ -41,9 +41,9 @@ class Answered(NamedTuple):
 
 @dataclass(frozen=True)
 class PairVerdict:
-    """What a judge said about a pair, in both orders.
+    """A judge's verdicts on a pair, in both orders.
 
-    orders: the place that it preferred with `answer` first, then with `other` first; None where that could not be read.
+    orders: the preferred place with `answer` first, then with `other` first; None where that could not be read.
     """
 
     orders: tuple[Preference | None, Preference | None]
@@ -67,7 +67,7 @@ class PairVerdict:
 
     @property
     def first_place(self) -> float:
-        """The share of the two verdicts that went to the place asked first, a tie as half: 0.5 where the place is no matter."""
+        """The share of the two verdicts for the answer shown first, a tie as half: 0.5 without position bias."""
         worth = {"first": 1.0, "second": 0.0, "tie": 0.5}
         return sum(worth[preferred] for preferred in self.orders if preferred is not None) / 2
 
@@ -80,13 +80,13 @@ class PairwiseJudge:
         self._criterion = criterion
 
     def compare(self, pairs: Sequence[Pair]) -> list[PairVerdict]:
-        """A verdict for each pair; both orders of all pairs are asked in one call."""
+        """A verdict for each pair; both orders of all pairs go into one call."""
         prompts = [
             self._prompt(pair.question, *answers)
             for pair in pairs
             for answers in ((pair.answer, pair.other), (pair.other, pair.answer))
         ]
-        said = [_preference(text) for text in _asked(self._ask, prompts)]
+        said = [_preference(text) for text in _answers(self._ask, prompts)]
         return [PairVerdict((said[place], said[place + 1])) for place in range(0, len(said), 2)]
 
     def _prompt(self, question: str, first: str, second: str) -> str:
@@ -103,7 +103,7 @@ class PairwiseJudge:
 
 @dataclass(frozen=True)
 class Criterion:
-    """Something that an answer has or has not, as a question to be answered yes or no. weight: its share of the score."""
+    """A question about an answer, to be answered yes or no. weight: its share of the score."""
 
     question: str
     weight: float = 1.0
@@ -128,7 +128,7 @@ class RubricJudge:
 
     def scores(self, answered: Sequence[Answered]) -> list[float | None]:
         """A score for each answer; None where the judge's could not be read."""
-        said = _asked(self._ask, [self._prompt(item) for item in answered])
+        said = _answers(self._ask, [self._prompt(item) for item in answered])
         return [self._criteria_score(text) if self._criteria else _rating(text) for text in said]
 
     def _prompt(self, one: Answered) -> str:
@@ -161,7 +161,7 @@ class RubricJudge:
         return sum(criterion.weight for criterion, (_, yes) in zip(self._criteria, said, strict=True) if yes) / total
 
 
-def _asked(ask: Ask, prompts: Sequence[str]) -> Sequence[str]:
+def _answers(ask: Ask, prompts: Sequence[str]) -> Sequence[str]:
     answers = ask(prompts)
     assert len(answers) == len(prompts), "a judge answers each prompt"
     return answers

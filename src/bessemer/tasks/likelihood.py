@@ -20,7 +20,7 @@ from bessemer.tasks.questions import ContinuationRequest, ContinuationScore, Lik
 
 
 class ChoiceTask(FileTask[ChoiceConfig], LikelihoodTask):
-    """Multiple choice over a file. With `form: best` both forms are asked (OLMES, Gu et al. 2024, section 3.3)."""
+    """Multiple choice over a file. With `form: best` both forms are scored (OLMES, Gu et al. 2024, section 3.3)."""
 
     def __init__(self, config: ChoiceConfig, folders: list[Path]) -> None:
         super().__init__(config, folders)
@@ -105,7 +105,7 @@ class SchemaTask(FileTask[SchemaConfig], LikelihoodTask):
         return "accuracy"
 
     def judge(self, question: LikelihoodQuestion, scores: Sequence[Sequence[ContinuationScore]]) -> Outcome:
-        # per token, since a tokenizer may cut the continuation otherwise behind another context
+        # per token, since a tokenizer may split the continuation differently after another context
         chosen = greatest([score.total / len(score.token_ids) for (score,) in scores])
         gold = self._gold[question.item]
         return Outcome({"accuracy": float(chosen == gold)}, self._options[question.item][chosen], chosen, gold)
@@ -177,7 +177,7 @@ def choice_scores(
 
 
 def _common_tokens(token_ids: Sequence[Sequence[int]]) -> int:
-    """How many tokens all begin with, and at most all but one of the shortest."""
+    """Length of the common beginning, at most one less than the shortest."""
     shortest = min(map(len, token_ids))
     return next((place for place in range(shortest - 1) if len({ids[place] for ids in token_ids}) > 1), shortest - 1)
 
