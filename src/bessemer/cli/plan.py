@@ -11,8 +11,7 @@ import typer
 from bessemer.cli.options import Runs, print_view
 
 if TYPE_CHECKING:
-    from bessemer.model.config import ModelConfig
-    from bessemer.scaling.hardware import Card
+    from bessemer.scaling.serving import ServingJob
 
 
 def plan(
@@ -53,16 +52,18 @@ def plan(
     from bessemer.scaling.hardware import find_card
     from bessemer.scaling.job import TrainingJob
     from bessemer.scaling.planner import plan_summary, plans, requested_plan
+    from bessemer.scaling.serving import ServingJob
 
     training, card = training_plan(recipe, overrides or [], allow_code=allow_code), find_card(gpu)
     if serve:
-        _plan_serving(training.name, training.model, card, gpus, price, weights, prompt_tokens, answer_tokens, as_json)
+        job = ServingJob(training.model, card, gpus, weights, prompt_tokens, answer_tokens)
+        _plan_serving(training.name, job, price, as_json)
         return
-    job = TrainingJob(training.model, training.settings, card)
-    training_plans = plans(job, gpus, count=layouts)
+    training_job = TrainingJob(training.model, training.settings, card)
+    training_plans = plans(training_job, gpus, count=layouts)
     total = tokens or training.tokens or training_plans[0].tokens_per_second * 60 * (training.minutes or 0)
     result = {"name": training.name} | plan_summary(
-        training_plans, tokens=total, price=card.price if price is None else price, asked=requested_plan(job, gpus)
+        training_plans, tokens=total, price=card.price if price is None else price, asked=requested_plan(training_job, gpus)
     )
     result["price_is_assumed"] = price is None
     if as_json:
@@ -100,31 +101,21 @@ def _plan_finetuning(model: str, given: list[str], method: str, device: str, run
     print_view(show_finetune_plan(model, Path(given[0]).name, finetune_plan.figures))
 
 
-def _plan_serving(
-    name: str,
-    model: ModelConfig,
-    card: Card,
-    gpus: int,
-    price: float | None,
-    weights: str,
-    prompt_tokens: int,
-    answer_tokens: int,
-    as_json: bool,
-) -> None:
+def _plan_serving(name: str, job: ServingJob, price: float | None, as_json: bool) -> None:
     from bessemer.core.config import nearest
     from bessemer.core.errors import ConfigError
-    from bessemer.scaling.serving import WEIGHT_BYTES, ServingJob, serving_plan
+    from bessemer.scaling.serving import WEIGHT_BYTES, serving_plan
     from bessemer.views.planning import show_serving_plan
 
-    if weights not in WEIGHT_BYTES:
-        raise ConfigError(f"--weights {weights}: it is {', '.join(WEIGHT_BYTES)}{nearest(weights, list(WEIGHT_BYTES))}")
-    if prompt_tokens + answer_tokens > model.max_position_embeddings:
+    if job.weights not in WEIGHT_BYTES:
+        known = f"{', '.join(WEIGHT_BYTES)}{nearest(job.weights, list(WEIGHT_BYTES))}"
+        raise ConfigError(f"--weights {job.weights}: it is {known}")
+    tokens, context = job.prompt + job.answer, job.model.max_position_embeddings
+    if tokens > context:
         raise ConfigError(
-            f"--prompt-tokens and --answer-tokens are {prompt_tokens + answer_tokens:,} together, and the model's context is "
-            f"{model.max_position_embeddings:,}"
+            f"--prompt-tokens and --answer-tokens are {tokens:,} together, and the model's context is {context:,}"
         )
-    job = ServingJob(model, card, gpus, weights, prompt_tokens, answer_tokens)
-    values = {"name": name, "price_is_assumed": price is None} | serving_plan(job, card.price if price is None else price)
+    values = {"name": name, "price_is_assumed": price is None} | serving_plan(job, job.card.price if price is None else price)
     if as_json:
         print(json.dumps(values, indent=2))
     else:

@@ -93,7 +93,7 @@ def recipes(
     if full:
         from bessemer.pipeline.recipe_settings import recipe_settings
 
-        # nothing of it is run
+        # allowed, since showing a recipe runs none of its code
         for line in recipe_settings(load_recipe(name, overrides or [], allow_code=True)):
             print(line)
         return

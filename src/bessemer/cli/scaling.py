@@ -13,11 +13,10 @@ import typer
 from bessemer.cli.options import Runs, print_view
 
 if TYPE_CHECKING:
-    from bessemer.pipeline.planning import TrainingPlan
     from bessemer.scaling.laws.fit import Fit
     from bessemer.scaling.laws.isoflop import IsoFlop, IsoFlopBias
     from bessemer.scaling.laws.parametric import Points
-    from bessemer.scaling.suggest import LawInUse, Suggestion
+    from bessemer.scaling.suggest import LawInUse
 
 scaling = typer.Typer(
     no_args_is_help=True,
@@ -215,6 +214,8 @@ def suggest(
     from bessemer.core.store import write_text
     from bessemer.core.yaml_file import dump_yaml
     from bessemer.pipeline.planning import training_plan
+    from bessemer.scaling.hardware import find_card
+    from bessemer.scaling.suggest import suggest_for_flops, suggest_for_time
     from bessemer.views.scaling import show_suggestion
 
     if (flops is None) == (days is None):
@@ -224,7 +225,14 @@ def suggest(
     if out is not None and out.suffix not in (".yaml", ".yml"):
         raise ConfigError(f"{out}: a recipe's file ends in .yaml")
     base = training_plan(recipe)
-    suggestion = _suggestion(flops, days, gpus, gpu, _law(law), base, confidence)
+    sizes = {"vocab_size": base.model.vocab_size, "context_length": base.settings.context_length}
+    card, known = find_card(gpu), _law(law)
+    if days is not None:
+        assert gpus is not None
+        suggestion = suggest_for_time(known, days, gpus=gpus, card=card, confidence=confidence, **sizes)
+    else:
+        assert flops is not None
+        suggestion = suggest_for_flops(known, flops, gpus=gpus, card=card if gpus else None, confidence=confidence, **sizes)
     print_view(show_suggestion(suggestion, confidence), soft_wrap=True)
     text = dump_yaml(suggestion.recipe(recipe, base.settings, out.stem if out is not None else "suggested"))
     if out is None:
@@ -240,18 +248,3 @@ def _law(path: Path | None) -> LawInUse:
     from bessemer.scaling.suggest import fitted_law, published_law
 
     return published_law() if path is None else fitted_law(read_fit(path), str(path))
-
-
-def _suggestion(
-    flops: float | None, days: float | None, gpus: int | None, gpu: str, law: LawInUse, base: TrainingPlan, confidence: float
-) -> Suggestion:
-    from bessemer.scaling.hardware import find_card
-    from bessemer.scaling.suggest import suggest_for_flops, suggest_for_time
-
-    card = find_card(gpu)
-    sizes = {"vocab_size": base.model.vocab_size, "context_length": base.settings.context_length}
-    if days is not None:
-        assert gpus is not None
-        return suggest_for_time(law, days, gpus=gpus, card=card, confidence=confidence, **sizes)
-    assert flops is not None
-    return suggest_for_flops(law, flops, gpus=gpus, card=card if gpus else None, confidence=confidence, **sizes)

@@ -99,7 +99,7 @@ class BessemerLM(LM):
         return answers
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of each text, every token once, behind the begin token or as much as the context holds.
+        """Log-likelihood of each text: every token scored once, after as much of the text before it as the context holds.
 
         Unlike the harness's own models a tokenizer that writes a begin token writes one, not two.
         """

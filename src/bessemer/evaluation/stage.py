@@ -17,9 +17,11 @@ import torch
 from bessemer.core.errors import ConfigError
 from bessemer.core.hashing import derive_seed
 from bessemer.core.progress import Progress
+from bessemer.core.stage import StageContext
 from bessemer.core.statistics import paired_bootstrap
 from bessemer.core.store import write_json
 from bessemer.data.corpus.reader import iterate_documents
+from bessemer.data.corpus.remote import documents_of
 from bessemer.evaluation.baselines import witten_bell_bits_per_byte, xz_bits_per_byte
 from bessemer.evaluation.bits_per_byte import ScoredDocuments, breakdown, scored_documents, token_nats
 from bessemer.evaluation.config import EvaluateConfig
@@ -94,27 +96,24 @@ RESULTS_FORMAT = 1
 _NGRAM_ORDERS = {"witten_bell_5gram": 5, "witten_bell_6gram": 6}
 
 
-def evaluate(
-    config: EvaluateConfig,
-    models: Mapping[str, Path],
-    tokens: Path,
-    documents: Path,
-    conversations: Path | None,
-    out: Path,
-    *,
-    seed: int,
-    device: str,
-    progress: Progress,
-) -> dict[str, Any]:
-    """Evaluate the models, in the order in which they were trained, and write `results.json` and `answers.jsonl` below `out`.
+def models_of(context: StageContext) -> dict[str, Path]:
+    """The models to evaluate by stage, in the order in which they were trained."""
+    return {role.removeprefix("model:"): path for role, path in context.inputs.items() if role.startswith("model:")}
 
-    tokens: the folder with the split `validation`. documents: those of the tokens. conversations: the folder of SFT's
-    questions; without it the task `docs_questions` is left out.
 
-    Raises ArtefactError when tokens and a model have different tokenizers, or no text is held out.
+def evaluate(context: StageContext) -> dict[str, Any]:
+    """Evaluate the models and write `results.json` and `answers.jsonl`; returns the content of the former.
+
+    Inputs: `model:STAGE`, `tokens` with the split `validation`, their `documents`, and perhaps `conversations`, whose questions
+    the task `docs_questions` asks. Raises ArtefactError when tokens and a model have different tokenizers, or no text is held
+    out.
     """
+    config: EvaluateConfig = context.config
+    seed, progress = context.seed, context.progress
+    documents, conversations = documents_of(context), context.inputs.get("conversations")
+    assert documents is not None
     keep_freed_memory()  # batches allocate the same sizes again and again
-    shards = TokenShards(tokens / "validation")
+    shards = TokenShards(context.inputs["tokens"] / "validation")
     scored = whole_documents(shards, config.max_tokens)
     questions: list[DocsQuestion] = []
     if conversations is not None and DOCS_QUESTIONS in config.tasks:
@@ -124,8 +123,8 @@ def evaluate(
     answers, forms, dtypes = {}, {}, {}
     nats: dict[str, np.ndarray] = {}
     parts: ScoredDocuments | None = None
-    for name, folder in models.items():
-        engine = Engine(folder, device=device)
+    for name, folder in models_of(context).items():
+        engine = Engine(folder, device=context.device)
         shards.check_tokenizer(engine.tokenizer.hash, name)
         progress.say(f"  measuring {name}")
         model_device = engine.model.head_weight.device
@@ -163,8 +162,8 @@ def evaluate(
         "tasks": tasks,
         "comparisons": _comparisons(answers, of_tasks, seed),
     }
-    write_json(out / "results.json", results)
-    _write_answers(out / "answers.jsonl", questions, answers, generated, of_tasks)
+    write_json(context.out / "results.json", results)
+    _write_answers(context.out / "answers.jsonl", questions, answers, generated, of_tasks)
     return results
 
 

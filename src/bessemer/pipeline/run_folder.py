@@ -49,7 +49,7 @@ class RunFolder:
 
     @classmethod
     def choose(cls, runs: Path, recipe_name: str, values: dict[str, Any], *, overridden: bool, name: str | None) -> RunFolder:
-        """The folder for a recipe: `--name`, or the recipe's name; for other overrides than that run's `NAME-2`, `NAME-3`, ….
+        """The folder for a recipe: `--name`, or the recipe's name; `NAME-2`, `NAME-3`, … where that run has other overrides.
 
         The same overrides find the same folder again.
         """

@@ -13,6 +13,7 @@ import io
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -231,40 +232,31 @@ def sweep(
     after every member.
     """
     report = progress or Silent()
+    prepare_member = partial(prepare, recipe, runs=runs, until=until, allow_code=allow_code)
     for member in chosen:
         try:
-            prepare(recipe, member.overrides, name=member.name, runs=runs, until=until, allow_code=allow_code)
+            prepare_member(member.overrides, name=member.name)
         except BessemerError as error:
             raise ConfigError(f"{member.name}: {error}") from None
     outcomes: list[Outcome] = []
     for number, member in enumerate(chosen, start=1):
         report.say(f"[{number}/{len(chosen)}] {member.name}")
-        outcomes.append(_run(recipe, member, Path(runs), until, allow_code, report))
+        outcomes.append(_run(member, partial(prepare_member, progress=report, claim=True), until))
         if outcomes[-1].problem is not None:
             report.say(f"{member.name}: failed: {outcomes[-1].problem}")
         on_outcome(outcomes)
     return outcomes
 
 
-def _run(recipe: str, member: Member, runs: Path, until: str | None, allow_code: bool, progress: Progress) -> Outcome:
-    folder = RunFolder(runs, member.name)
+def _run(member: Member, prepare_member: Callable[..., Runner], until: str | None) -> Outcome:
     try:
-        runner = prepare(
-            recipe,
-            member.overrides,
-            name=member.name,
-            runs=runs,
-            until=until,
-            allow_code=allow_code,
-            progress=progress,
-            claim=True,
-        )
+        runner = prepare_member(member.overrides, name=member.name)
         if not _finished(runner, until):
             execute(runner, until=until)
     except Exception as error:  # the others go on, whatever it is
         return Outcome(member, problem=_line(error))
     try:
-        run = trained_run(folder.folder)
+        run = trained_run(runner.run_folder.folder)
     except (ArtefactError, KeyError):
         run = None
     return Outcome(member, run)

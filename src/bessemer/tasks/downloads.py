@@ -23,7 +23,7 @@ _FOLDER = "scripts/eval/local_data"
 _URL = f"https://raw.githubusercontent.com/{_REPOSITORY}/{_COMMIT}/{_FOLDER}"
 _SECONDS = 30.0
 
-#: What brings all of them at once, CORE's too.
+#: How to download all of them at once, with those of CORE.
 CLONE = f"git clone --depth 1 https://github.com/{_REPOSITORY}, then --data {_REPOSITORY.partition('/')[2]}/{_FOLDER}"
 
 

@@ -35,7 +35,7 @@ class GenerateTask(FileTask[GenerateConfig], GenerationTask):
         context = self._prompter.context(item, record, fill(self._config.prompt, record), self._example)
         if not isinstance(context, str):
             return context
-        # a tokenizer writes a space with the word after it, which is the model's to write
+        # the space before the answer is left to the model: tokenizers join it to the next word
         joiner = self._config.joiner
         return context.removesuffix(joiner) + joiner.rstrip()
 

@@ -157,7 +157,7 @@ _MOST_CONSTRAINTS = 3
 def instruction_items(count: int, *, seed: int) -> list[dict[str, Any]]:
     """Rows `{prompt, constraints}` with one to three constraints that do not contradict each other.
 
-    A row depends on the seed and its number alone, so more of them begin with the same ones.
+    A row depends on the seed and its number alone: a larger count begins with the same rows.
     """
     return [_item(random.Random(derive_seed(seed, "instructions", number))) for number in range(count)]
 

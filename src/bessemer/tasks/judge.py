@@ -73,7 +73,7 @@ class PairVerdict:
 
 
 class PairwiseJudge:
-    """Says which of two answers is better. criterion: by what, in a sentence."""
+    """Says which of two answers is better. criterion: what decides, in a sentence."""
 
     def __init__(self, ask: Ask, criterion: str = "Prefer the answer that is more correct and more helpful.") -> None:
         self._ask = ask
@@ -121,7 +121,7 @@ class RubricJudge:
         criteria: Sequence[Criterion] = (),
         criterion: str = "Judge how correct and how helpful the answer is.",
     ) -> None:
-        """criteria: without any, the answer is rated. criterion: by what, in a sentence."""
+        """criteria: where there are none, the answer is rated. criterion: what is judged, in a sentence."""
         self._ask = ask
         self._criteria = criteria
         self._criterion = criterion

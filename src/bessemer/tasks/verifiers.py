@@ -258,7 +258,7 @@ def whole_number(text: str) -> Fraction | None:
 
 
 def answered_number(text: str, pick: str) -> Fraction | None:
-    """The number that answers: of what follows the last `####` if there is one; the `last` or the `first`.
+    """The number that a text answers: the first after the last `####`, if there is one; else the `last` or the `first`.
 
     None without any, and where that number has more than 1,000 characters.
     """

@@ -28,9 +28,9 @@ _COLOURS = {_INK: "var(--ink)", _SOFT: "var(--soft)", _GRID: "var(--line)"} | {
     colour: f"var(--curve-{index})" for index, colour in enumerate(_LINES, start=1)
 }
 #: The same numbers give the same bytes; a label is never read as mathematics.
-STYLE: dict[str, Any] = {"svg.hashsalt": "bessemer", "text.parse_math": False}
+STYLE: Any = {"svg.hashsalt": "bessemer", "text.parse_math": False}
 #: Text stays text in an SVG, in the reader's own font.
-TEXT_STYLE = STYLE | {"svg.fonttype": "none", "font.family": ["sans-serif"]}
+TEXT_STYLE: Any = STYLE | {"svg.fonttype": "none", "font.family": ["sans-serif"]}
 #: Curves with fewer points than this are not averaged.
 _LONG = 60
 #: Baselines nearer to each other than this share of the axis share a label.

@@ -23,7 +23,7 @@ _RESOLUTION, _NAMED = 110, 60
 
 
 def check_suffix(path: Path) -> None:
-    """Raise ConfigError for a file that is no picture by its name."""
+    """Raise ConfigError for a file whose suffix is not that of a picture."""
     if path.suffix not in _SUFFIXES:
         raise ConfigError(f"{path}: a picture ends in one of {', '.join(_SUFFIXES)}")
 
