@@ -49,8 +49,7 @@ def evaluate(
     chat: Annotated[bool | None, typer.Option("--chat/--plain", help="Ask by the model's chat template, or not.")] = None,
     system: Annotated[str | None, typer.Option(help="System message, with --chat.")] = None,
     thinking_budget: Annotated[
-        int | None,
-        typer.Option(help="Tokens after which thinking is closed, with --chat; what follows it is judged.", min=0),
+        int | None, typer.Option(help="Tokens after which thinking is closed, with --chat; what follows it is judged.", min=0)
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the choice of examples and of samples; the task's own.")] = None,
     adapter: Annotated[Path | None, typer.Option(help="Folder of a low-rank adapter of the model.")] = None,

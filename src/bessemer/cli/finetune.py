@@ -143,8 +143,7 @@ def label(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8001,
     allow_host: Annotated[
-        list[str] | None,
-        typer.Option(help="A name that browsers may call the page by; * is any; may be repeated."),
+        list[str] | None, typer.Option(help="A name that browsers may call the page by; * is any; may be repeated.")
     ] = None,
     browser: Annotated[bool, typer.Option(help="Open the page in the browser.")] = True,
     device: Device = "auto",

@@ -42,8 +42,7 @@ def generate(
     adapter: Adapter = None,
     speculate: Speculate = None,
     parallel: Annotated[
-        list[str] | None,
-        typer.Option(help="tensor=N or expert=N: share the model between processes; may be repeated."),
+        list[str] | None, typer.Option(help="tensor=N or expert=N: share the model between processes; may be repeated.")
     ] = None,
     max_model_len: MaxModelLen = None,
     device: Device = "auto",

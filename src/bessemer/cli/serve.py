@@ -92,12 +92,10 @@ def serve(
     api_key: Annotated[str | None, _access(help="Ask clients for this key.", envvar="BESSEMER_API_KEY")] = None,
     keys: Annotated[Path | None, _access(help="File of API keys, by `bessemer keys`; asks for one of them.")] = None,
     allow_host: Annotated[
-        list[str] | None,
-        _access(help="A name that clients may call the server by; * is any; may be repeated."),
+        list[str] | None, _access(help="A name that clients may call the server by; * is any; may be repeated.")
     ] = None,
     allow_origin: Annotated[
-        list[str] | None,
-        _access(help="An origin, as https://example.org, whose pages may use the server; may be repeated."),
+        list[str] | None, _access(help="An origin, as https://example.org, whose pages may use the server; may be repeated.")
     ] = None,
     max_body: Annotated[float | None, _requests(help="MiB of a request above which it is refused; 8.")] = None,
     drain_seconds: Annotated[float | None, _requests(help="For running requests to finish after SIGTERM; 60.")] = None,
@@ -132,16 +130,14 @@ def serve(
     ] = False,
     prefix_cache: Annotated[bool, _memory(help="Reuse cached KV blocks for prompts that share a prefix.")] = True,
     adapter: Annotated[
-        list[str] | None,
-        _models(help="NAME=FOLDER: a low-rank adapter that clients ask for by its name; may be repeated."),
+        list[str] | None, _models(help="NAME=FOLDER: a low-rank adapter that clients ask for by its name; may be repeated.")
     ] = None,
     adapter_root: Annotated[
         Path | None, _models(help="Folder below which an admin key may load adapters while the server runs.")
     ] = None,
     speculate: Annotated[str | None, _speed(help="Speculative decoding: ngram, mtp, or a draft model.")] = None,
     parallel: Annotated[
-        list[str] | None,
-        _speed(help="tensor=N or expert=N: share the model between processes; may be repeated."),
+        list[str] | None, _speed(help="tensor=N or expert=N: share the model between processes; may be repeated.")
     ] = None,
     device: Annotated[str, _speed(help="auto, cpu, cuda or mps.")] = "auto",
     engine: Annotated[
@@ -149,8 +145,7 @@ def serve(
     ] = "local",
     replicas: Annotated[int | None, _speed(help="How many; with --engine ray.", min=1)] = None,
     ask: Annotated[
-        list[str] | None,
-        typer.Option(help="Ask this through the API, print the answer, and stop; may be repeated."),
+        list[str] | None, typer.Option(help="Ask this through the API, print the answer, and stop; may be repeated.")
     ] = None,
     runs: Runs = Path("runs"),
 ) -> None:

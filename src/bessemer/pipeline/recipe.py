@@ -306,24 +306,18 @@ def _checked_spec(name: str, section: Any, placed: PlacedValues) -> StageSpec:
     return STAGES[kind]
 
 
-def _sources(name: str, section: dict[str, Any], placed: PlacedValues) -> str | dict[str, str] | None:
-    """A stage's `from`, taken out of its section: a stage, or role → stage."""
-    sources = section.pop("from", None)
-    if sources is None or isinstance(sources, str):
-        return sources
-    if not isinstance(sources, dict) or not all(isinstance(stage, str) for stage in sources.values()):
-        raise ConfigError(f"{placed.where((name, 'from'))}: must be the name of a stage above, or a role and a stage each")
-    return {str(role): stage for role, stage in sources.items()}
-
-
 def _own_section(name: str, placed: PlacedValues) -> tuple[Any, str | dict[str, str] | None]:
-    """A stage's section without `kind` and `from`, and its `from`."""
+    """A stage's section without `kind` and `from`, and its `from`: a stage, or role → stage."""
     section = placed.values[name]
     if not isinstance(section, dict):
         return section, None
-    section = {key: value for key, value in section.items() if key != "kind"}
-    sources = _sources(name, section, placed)
-    return section, sources
+    sources = section.get("from")
+    section = {key: value for key, value in section.items() if key not in ("kind", "from")}
+    if sources is None or isinstance(sources, str):
+        return section, sources
+    if not isinstance(sources, dict) or not all(isinstance(stage, str) for stage in sources.values()):
+        raise ConfigError(f"{placed.where((name, 'from'))}: must be the name of a stage above, or a role and a stage each")
+    return section, {str(role): stage for role, stage in sources.items()}
 
 
 def _check_stage(

@@ -40,7 +40,7 @@ def write_report(run: RunFolder) -> Path:
 def gather(run: RunFolder) -> ReportData:
     """The data of a run's report, of its finished stages."""
     record, manifests = run.record(), _manifests(run)
-    stages = _run_report(run, manifests)
+    stages = run_report(run, manifests)
     newest: Mapping[str, Any] = max(manifests.values(), key=lambda manifest: manifest["created"], default={})
     lock = run.folder / "recipe.lock.yaml"
     return ReportData(
@@ -73,12 +73,9 @@ def _manifests(run: RunFolder) -> dict[str, Metrics]:
     return {stage: read_json(folder / MANIFEST, "manifest") for stage, folder in run.stages().items()}
 
 
-def run_report(run: RunFolder) -> RunReport:
-    """The finished stages of a run, each with what its report functions are given."""
-    return _run_report(run, _manifests(run))
-
-
-def _run_report(run: RunFolder, manifests: Mapping[str, Metrics]) -> RunReport:
+def run_report(run: RunFolder, manifests: Mapping[str, Metrics] | None = None) -> RunReport:
+    """The finished stages of a run, each with what its report functions are given. manifests: by stage, if they are read."""
+    manifests = _manifests(run) if manifests is None else manifests
     stages: list[StageReport] = []
     report = RunReport(name=run.name, folder=run.folder, stages=stages)
     stages += [

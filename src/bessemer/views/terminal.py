@@ -74,7 +74,10 @@ def show_tokenizers(described: Mapping[str, Metrics]) -> RenderableType:
         parts += section(title, _side_by_side(described, name, highest=name == "bytes_per_token"))
     if not all(mostly_written(figures) for metrics in described.values() for figures in metrics["by_domain"].values()):
         parts.append(literal(f"\n{UNKNOWN_NOTE}", "dim"))
-    lost = {name: _not_given_back(metrics["by_domain"]) for name, metrics in described.items()}
+    lost = {
+        name: [label(domain) for domain, figures in metrics["by_domain"].items() if not figures["round_trip"]]
+        for name, metrics in described.items()
+    }
     if any(lost.values()):
         lines = [f"{name}: {', '.join(domains)}" for name, domains in lost.items() if domains]
         parts += section("Decoding does not give the sample back", literal("\n".join(lines)))
@@ -114,10 +117,6 @@ def _side_by_side(described: Mapping[str, Metrics], name: str, *, highest: bool)
         ]
         table.add_row(literal(label(domain)), *cells)
     return table
-
-
-def _not_given_back(by_domain: Mapping[str, Metrics]) -> list[str]:
-    return [label(domain) for domain, figures in by_domain.items() if not figures["round_trip"]]
 
 
 def _vocabulary(metrics: Metrics, *, shares: bool = True) -> list[RenderableType]:
