@@ -44,7 +44,7 @@ from bessemer.data.stages.in_memory import refine
 
 #: Source that the result depends on: later commits to it make the result stale (`tables.py`).
 MEASURES = (
-    "src/bessemer/data/thresholds",
+    "src/bessemer/data/thresholds.py",
     "src/bessemer/data/filters",
     "src/bessemer/data/edits/line_removal.py",
     "src/bessemer/data/text",

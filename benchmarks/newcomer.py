@@ -43,7 +43,7 @@ MEASURES = (
     "src/bessemer/inference",
     "src/bessemer/serving",
     "src/bessemer/training",
-    "src/bessemer/posttraining/finetuning",
+    "src/bessemer/posttraining/sft",
     "src/bessemer/evaluation",
     "examples/tickets.csv",
 )

@@ -23,6 +23,10 @@ RECIPES = {
         "tests/model/test_gguf.py::test_every_family_is_tested_or_refused_by_name",
     ],
     "Add a filter": ["tests/data/test_shouting.py"],
+    "Add a source": ["tests/data/sources/test_todo.py"],
+    "Add a loss of preferences": ["tests/posttraining/test_exo_margin.py"],
+    "Add an evaluation task": ["tests/tasks/test_differences.py"],
+    "Add a command": ["tests/cli/test_words_command.py"],
 }
 
 

@@ -88,11 +88,11 @@ def test_an_engine_without_kernels_reads_weights_out_once_where_memory_holds_the
     with monkeypatch.context() as patch:
         patch.setenv("CXX", "no-such-compiler")
         build._outcome.cache_clear()
-        runner = runner_of(folder)
+        runner = runner_of(folder, kv_memory=0.01)
         assert runner.backend.linear.matmuls.products
         assert f"quantised weights read out of their codes once ({str(runner.backend.linear.dtype)[6:]})" in runner.arithmetic
         patch.setattr(execution_build, "free_memory_bytes", lambda: 1000)
-        assert not runner_of(folder).backend.linear.matmuls.products
+        assert not runner_of(folder, kv_memory=0.01).backend.linear.matmuls.products
     build._outcome.cache_clear()
 
 

@@ -9,7 +9,7 @@
 
 namespace bessemer {
 
-// The structs of this file are filled in by kernels/plain_decoder.py, which mirrors them.
+// The structs of this file are filled in by plain_decoder.py, which mirrors them.
 
 enum NormKind : int32_t { NO_NORM = 0, RMS_NORM = 1, LAYER_NORM = 2 };
 struct Norm {
