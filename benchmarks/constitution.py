@@ -48,7 +48,7 @@ from bessemer.core.hashing import hash_value  # noqa: E402
 from bessemer.core.policy import Policy, read_policy  # noqa: E402
 from bessemer.core.progress import progress_for_terminal  # noqa: E402
 from bessemer.core.records import json_lines  # noqa: E402
-from bessemer.evaluation.comparison import paired_bootstrap  # noqa: E402
+from bessemer.core.statistics import paired_bootstrap  # noqa: E402
 from bessemer.inference.chat import EngineChat  # noqa: E402
 from bessemer.inference.engine import Engine  # noqa: E402
 from bessemer.posttraining.chat_models import place_fingerprint  # noqa: E402

@@ -14,7 +14,7 @@ from typing import Any
 
 import recording
 from bessemer.core.metrics import duration, short_count, size
-from bessemer.pipeline.planning import planned
+from bessemer.pipeline.planning import training_plan
 from bessemer.scaling.hardware import find_card
 from bessemer.scaling.job import PlannedJob
 from bessemer.scaling.planner import Plan, configured_plan, describe
@@ -35,7 +35,7 @@ RECIPES = {
 
 def predicted(recipe: str, gpus: int, card: str) -> tuple[Plan, int]:
     """The plan of a recipe's own layout on its cards, and its number of tokens."""
-    asked = planned(recipe)
+    asked = training_plan(recipe)
     assert asked.tokens is not None
     return configured_plan(PlannedJob(asked.model, asked.settings, find_card(card)), gpus), asked.tokens
 

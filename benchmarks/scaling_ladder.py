@@ -27,7 +27,7 @@ from typing import Any
 
 import recording
 from bessemer.core.progress import progress_for_terminal
-from bessemer.pipeline.planning import planned
+from bessemer.pipeline.planning import training_plan
 from bessemer.pipeline.run_folder import RunFolder
 from bessemer.pipeline.sweep import Member, TrainedRun, members, sweep
 from bessemer.scaling.laws.fit import fit_law
@@ -133,7 +133,7 @@ def tried_rates(design: Design, runs: Path) -> list[list[float]]:
 def predicted(design: Design, ladder: Sequence[TrainedRun]) -> dict[str, Prediction]:
     """The target's loss by method."""
     points = Points(tuple(Point(one.parameters, one.tokens, one.losses["bits_per_byte"], one.flops) for one in ladder))
-    base = planned(RECIPE, design.overrides([design.target]))
+    base = training_plan(RECIPE, design.overrides([design.target]))
     assert base.tokens is not None
     return {
         method: predict_loss(

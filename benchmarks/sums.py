@@ -30,7 +30,7 @@ set_environment()  # before PyTorch reads it
 
 from bessemer.core.metrics import read_metrics  # noqa: E402
 from bessemer.core.progress import progress_for_terminal  # noqa: E402
-from bessemer.evaluation.tasks import answers  # noqa: E402
+from bessemer.evaluation.task_answerers import answers  # noqa: E402
 from bessemer.inference.engine import Engine  # noqa: E402
 from bessemer.pipeline.api import run  # noqa: E402
 from bessemer.tasks.config import TaskOptions  # noqa: E402

@@ -10,7 +10,7 @@ import planning
 from bessemer.model.config import preset_config
 from bessemer.model.decoder import Decoder
 from bessemer.model.storage.folder import save_model
-from bessemer.pipeline.planning import planned
+from bessemer.pipeline.planning import training_plan
 from bessemer.pipeline.recipe import load_recipe, shipped_recipes
 from bessemer.scaling.hardware import find_card
 from bessemer.scaling.job import PlannedJob
@@ -64,14 +64,14 @@ def test_a_mistake_is_one_line(capsys, arguments, words):
 
 @pytest.mark.parametrize("name", sorted(set(shipped_recipes()) - {"long-context", "continue"}))  # which start from a model
 def test_every_shipped_recipe_can_be_planned(name):
-    asked = planned(name)
+    asked = training_plan(name)
     assert asked.tokens or asked.minutes
     assert asked.settings.context_length <= asked.model.max_position_embeddings
 
 
 def test_a_recipe_s_vocabulary_is_its_tokenizer_s():
-    assert planned("1b").model.vocab_size == 65_536
-    assert planned("quickstart", ["tokenize.vocab_size=8192"]).model.vocab_size == 8192
+    assert training_plan("1b").model.vocab_size == 65_536
+    assert training_plan("quickstart", ["tokenize.vocab_size=8192"]).model.vocab_size == 8192
 
 
 def test_minutes_become_tokens_at_the_predicted_speed(capsys):
@@ -83,7 +83,7 @@ def test_minutes_become_tokens_at_the_predicted_speed(capsys):
 def quickstart_model(tmp_path, monkeypatch):
     """A folder with a model where `long-context` looks for the quickstart's, and a model and text where `continue` does."""
     monkeypatch.chdir(tmp_path)
-    config = preset_config("qwen3-1m", planned("quickstart").model.vocab_size).with_changes(max_position_embeddings=256)
+    config = preset_config("qwen3-1m", training_plan("quickstart").model.vocab_size).with_changes(max_position_embeddings=256)
     save_model(Decoder(config), tmp_path / "runs/quickstart/stages/pretrain", tokenizer=None)
     save_model(
         Decoder(config.with_changes(vocab_size=VOCAB_SIZE)), tmp_path / "base", tokenizer=write_small_tokenizer(tmp_path / "t")
@@ -105,7 +105,7 @@ def test_a_shipped_recipe_runs_dry_on_its_cards(capsys, monkeypatch, quickstart_
 @pytest.mark.parametrize("name", sorted(shipped_recipes()))
 def test_a_shipped_recipe_fits_its_cards_with_the_layout_it_has(quickstart_model, name):
     gpus, card = CARDS[name]
-    asked = planned(name)
+    asked = training_plan(name)
     plan = configured_plan(PlannedJob(asked.model, asked.settings, find_card(card)), gpus)
     assert plan.memory.peak <= plan.job.card.usable_memory
 

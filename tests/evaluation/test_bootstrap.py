@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from bessemer.evaluation.comparison import paired_bootstrap
+from bessemer.core.statistics import paired_bootstrap
 
 
 def test_the_interval_is_near_the_normal_one_for_many_items():

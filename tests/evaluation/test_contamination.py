@@ -25,7 +25,7 @@ QUESTION = "Which of these gases in the air do plants take in through their leav
 
 def found(texts, *batches, **options):
     (item,) = contamination([TaskItem("quiz", "1", texts)], [pa.array(batch, pa.string()) for batch in batches], **options)
-    return item.found, item.ngrams
+    return item.shared, item.ngrams
 
 
 def test_an_item_that_a_page_holds_is_found_whole_and_a_half_of_it_in_part():

@@ -12,7 +12,14 @@ from bessemer.core.hashing import hash_file
 from bessemer.core.progress import Silent
 from bessemer.core.store import read_json
 from bessemer.evaluation import quantisation
-from bessemer.evaluation.quantisation import QUALITY, add_speed, calibration_rows, compare, opened_tokens, quantise_folder
+from bessemer.evaluation.quantisation import (
+    QUALITY,
+    add_speed,
+    calibration_rows,
+    compare_quality,
+    opened_tokens,
+    quantise_folder,
+)
 from bessemer.evaluation.report import quality_sentences
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
 from bessemer.inference.offline import TextScorer
@@ -65,7 +72,7 @@ def quantised(place, tokens, out, **settings):
 
 def test_the_bits_per_byte_are_those_of_validation(place, tokens):
     model = load_model(place / "model")
-    compared = compare(model, model, tokens.held_out, max_tokens=3000, progress=Silent())
+    compared = compare_quality(model, model, tokens.held_out, max_tokens=3000, progress=Silent())
     expected = bits_per_byte(model, tokens.held_out, context_length=96, batch_size=2, max_tokens=3000)
     assert compared.bits_per_byte == pytest.approx((expected.bits_per_byte,) * 2, rel=1e-5)
     assert compared.tokens == expected.tokens
@@ -75,7 +82,7 @@ def test_the_quality_is_that_of_what_is_served(place, tokens):
     tokenizer = load_tokenizer(place / "model")
     original, other = (random_decoder(LONG) for _ in range(2))
     quantise(other, QuantizeConfig(scheme="int4"))
-    compared = compare(original, other, tokens.held_out, max_tokens=700, progress=Silent())
+    compared = compare_quality(original, other, tokens.held_out, max_tokens=700, progress=Silent())
     text = tokens.held_out.read(0, compared.tokens + 1).tolist()
     settings = EngineConfig(cpu_kernels="auto" if library() is None else "on")
     for model, score, how in zip((original, other), compared.bits_per_byte, compared.arithmetic, strict=True):
@@ -96,7 +103,7 @@ def test_the_quality_is_that_of_what_is_served(place, tokens):
 
 def test_a_model_compared_with_itself_has_no_divergence(place, tokens):
     model = load_model(place / "model")
-    compared = compare(model, model, tokens.held_out, max_tokens=3000, progress=Silent())
+    compared = compare_quality(model, model, tokens.held_out, max_tokens=3000, progress=Silent())
     assert abs(compared.kl) < 1e-6 and compared.agreement == 1
 
 
@@ -104,7 +111,7 @@ def test_the_divergence_is_that_of_the_two_distributions(place, tokens):
     original, other = load_model(place / "model"), load_model(place / "model")
     with torch.no_grad():
         other.norm.weight *= 1.5
-    compared = compare(original, other, tokens.held_out, max_tokens=1, progress=Silent())
+    compared = compare_quality(original, other, tokens.held_out, max_tokens=1, progress=Silent())
     ids = torch.from_numpy(tokens.held_out.read(0, compared.tokens).astype("int64"))
     kl, same = [], []
     with torch.no_grad():

@@ -5,10 +5,10 @@ import pytest
 
 from bessemer.core.errors import ArtefactError
 from bessemer.core.progress import Silent
-from bessemer.evaluation.docs_questions import HELD_IN, HELD_OUT, Question, answer_questions, plain_prompt, read_questions
+from bessemer.evaluation.docs_questions import HELD_IN, HELD_OUT, DocsQuestion, answer_questions, plain_prompt, read_questions
 
 QUESTIONS = [
-    Question([{"role": "user", "content": f"What does f{number} do?"}], f"It returns {number}.", held)
+    DocsQuestion([{"role": "user", "content": f"What does f{number} do?"}], f"It returns {number}.", held)
     for held in (HELD_IN, HELD_OUT)
     for number in range(3)
 ]

@@ -6,6 +6,7 @@ import torch
 from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.core.progress import Silent
 from bessemer.core.records import json_lines
+from bessemer.core.stage import StageContext
 from bessemer.data.corpus.reader import iterate_documents
 from bessemer.evaluation.baselines import witten_bell_bits_per_byte, xz_bits_per_byte
 from bessemer.evaluation.config import EVALUATE_VERSION, EvaluateConfig
@@ -54,17 +55,15 @@ def line(tmp_path_factory):
 
 def run(root, out, config=CONFIG, conversations=True, models=("pretrain", "sft")):
     out.mkdir(exist_ok=True)
-    return evaluate(
-        config,
-        {name: root / name for name in models},
-        root / "tokens",
-        root / "documents",
-        root / "conversations" if conversations else None,
-        out,
-        seed=1,
-        device="cpu",
-        progress=Silent(),
-    )
+    inputs = {f"model:{name}": root / name for name in models}
+    inputs |= {"tokens": root / "tokens", "documents": root / "documents"}
+    if conversations:
+        inputs["conversations"] = root / "conversations"
+    return evaluate(context(config, inputs, out))
+
+
+def context(config, inputs, out):
+    return StageContext(config, inputs, out, folder=out, cache=out, seed=1, device="cpu", progress=Silent())
 
 
 def test_results_hold_every_models_score_the_baselines_and_the_comparison(line, tmp_path):
@@ -173,18 +172,9 @@ def test_baselines_are_measured_on_the_documents_that_the_models_are(line, tmp_p
 def test_tokens_of_another_tokenizer_are_refused(line, tmp_path):
     root, _ = line
     tokenize(TokenizeConfig(vocab_size=290), root / "documents", tmp_path, seed=3, progress=Silent())
+    inputs = {"model:sft": root / "sft", "tokens": tmp_path / "tokens", "documents": root / "documents"}
     with pytest.raises(ArtefactError, match="made with another tokenizer than sft's"):
-        evaluate(
-            CONFIG,
-            {"sft": root / "sft"},
-            tmp_path / "tokens",
-            root / "documents",
-            None,
-            tmp_path,
-            seed=1,
-            device="cpu",
-            progress=Silent(),
-        )
+        evaluate(context(CONFIG, inputs, tmp_path))
 
 
 def test_an_unknown_baseline_is_refused():

@@ -17,7 +17,7 @@ from bessemer.evaluation.task_results import task_results
 from bessemer.evaluation.tasks import engine_judge, evaluate_tasks
 from bessemer.inference.engine import Engine, SamplingParams
 from bessemer.tasks.config import TaskOptions
-from bessemer.tasks.questions import Part
+from bessemer.tasks.questions import ContinuationRequest
 from bessemer.tasks.task_file import read_task
 from bessemer.tokenization.prompts import encode_continuations
 from tests.inference.models import small_decoder, small_tokenizer
@@ -84,7 +84,7 @@ def test_examples_are_computed_once(engine, tmp_path):
 def test_an_evaluation_that_was_stopped_goes_on(engine, tmp_path, monkeypatch):
     path, out = write_task(tmp_path, SUMS, kind="generate", answers=["answer"], max_tokens=4), tmp_path / "out"
     whole, lines = evaluated(engine, [read_task(path)], tmp_path / "whole")
-    monkeypatch.setattr("bessemer.evaluation.tasks._QUESTIONS_AT_ONCE", 1)
+    monkeypatch.setattr("bessemer.evaluation.task_answerers._QUESTIONS_AT_ONCE", 1)
     generate, asked = engine.generate, []
 
     def stopped(prompts, params):
@@ -190,7 +190,7 @@ def test_a_begin_token_that_is_not_there_or_twice_is_said(engine):
 def test_a_continuation_that_shares_a_token_with_its_context_is_scored_whole(engine):
     tokenizer = engine.tokenizer
     assert len(tokenizer.encode("the", add_bos=False)) == 1
-    part = PromptEncoder(tokenizer, engine.context_length).part(Part("in t", ("he", "o")))
+    part = PromptEncoder(tokenizer, engine.context_length).part(ContinuationRequest("in t", ("he", "o")))
     assert [tokenizer.decode(ids) for ids in part.continuations] == ["he", "o"]
     assert tokenizer.decode(part.context) == "in t"
 
@@ -199,15 +199,17 @@ def test_a_begin_token_may_be_asked_for(engine):
     tokenizer = engine.tokenizer
     encoder = PromptEncoder(tokenizer, 8, begin_token=True)
     ids = tokenizer.encode("abc", add_bos=False)
-    assert encoder.part(Part("abc", ("d",))).context == encoder.prompt("abc", 1).context == [tokenizer.bos_id, *ids]
-    assert encoder.part(Part("", ("d",))).context == [tokenizer.bos_id]
+    assert (
+        encoder.part(ContinuationRequest("abc", ("d",))).context == encoder.prompt("abc", 1).context == [tokenizer.bos_id, *ids]
+    )
+    assert encoder.part(ContinuationRequest("", ("d",))).context == [tokenizer.bos_id]
     cut = encoder.prompt("abcdefghijkl", 1)
     assert cut.context == [tokenizer.bos_id, *tokenizer.encode("abcdefghijkl", add_bos=False)[-6:]]
 
 
 def test_a_conversation_is_asked_by_the_chat_template(engine, tmp_path):
     messages = ({"role": "user", "content": "Which?"},)
-    encoded = PromptEncoder(engine.tokenizer, engine.context_length).part(Part(messages, ("a cat", "b")))
+    encoded = PromptEncoder(engine.tokenizer, engine.context_length).part(ContinuationRequest(messages, ("a cat", "b")))
     assert encoded.context == engine.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
     assert encoded.continuations == [engine.tokenizer.encode(text, add_bos=False) for text in ("a cat", "b")]
 

@@ -9,7 +9,7 @@ from bessemer.core.errors import ConfigError
 from bessemer.core.stage import Input, StageSpec
 from bessemer.pipeline import recipe as recipe_module
 from bessemer.pipeline.api import run
-from bessemer.pipeline.planning import planned
+from bessemer.pipeline.planning import training_plan
 from bessemer.pipeline.recipe import load_recipe
 from tests.plugin_package import install
 
@@ -161,7 +161,11 @@ def test_the_model_that_is_planned_with_is_the_one_that_is_trained(folder):
         "model: {preset: qwen3-1m}\npretrain: {steps: 2}\n"
     )
     recipe = load_recipe("two.yaml")
-    assert planned("two.yaml").model.hidden_size == recipe.stage("model").config.model_for(1000, None, None).hidden_size != 64
+    assert (
+        training_plan("two.yaml").model.hidden_size
+        == recipe.stage("model").config.model_for(1000, None, None).hidden_size
+        != 64
+    )
 
 
 def test_a_trained_stage_that_makes_no_model_is_not_evaluated():

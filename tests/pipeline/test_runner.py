@@ -16,7 +16,7 @@ from bessemer.pipeline import recipe as recipe_module
 from bessemer.pipeline.api import execute, prepare, run
 from bessemer.pipeline.launch import Ranks
 from bessemer.pipeline.run_folder import RunFolder, linked_keys
-from bessemer.pipeline.runner import _less
+from bessemer.pipeline.stage_maker import _less
 
 from .conftest import TrainConfig
 

@@ -3,7 +3,7 @@ import pytest
 
 from bessemer.core.errors import ConfigError
 from bessemer.core.yaml_file import dump_yaml
-from bessemer.pipeline.planning import planned
+from bessemer.pipeline.planning import training_plan
 from bessemer.pipeline.recipe import load_recipe
 from bessemer.scaling.hardware import find_card
 from bessemer.scaling.ladder import counted, ladder_settings, shape_for
@@ -65,12 +65,12 @@ def test_more_compute_than_the_law_has_seen_is_said():
 
 @pytest.mark.parametrize("base", ["125m", "quickstart"])
 def test_the_suggested_recipe_is_one_with_the_suggested_settings(base, tmp_path):
-    asked = planned(base)
+    asked = training_plan(base)
     sizes = {"vocab_size": asked.model.vocab_size, "context_length": asked.settings.context_length}
     found = suggest_for_flops(published_law(), 1e17, **sizes)
     path = tmp_path / "suggested.yaml"
     path.write_text(dump_yaml(found.recipe(base, asked.settings, "suggested")))
-    again = planned(str(path))
+    again = training_plan(str(path))
     assert load_recipe(str(path)).name == "suggested"
     assert (again.tokens, again.model.parameters()) == (found.tokens, found.model.parameters())
     assert again.settings.learning_rate == found.settings.learning_rate and again.settings.matrix_learning_rate is None

@@ -4,7 +4,7 @@ import pytest
 
 from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.tasks.config import TaskOptions
-from bessemer.tasks.questions import Part
+from bessemer.tasks.questions import ContinuationRequest
 from tests.tasks.written import ANIMALS, FakeScore, task_of, write_task
 
 WINOGRAD = [{"context_options": ["The cat chased the dog because the cat", "The cat chased the dog because the dog"],
@@ -27,8 +27,8 @@ def test_choices_are_continuations_of_the_question(tmp_path):
     task = task_of(tmp_path, ANIMALS, kind="choice", joiner="\nAnswer: ", unconditional="Answer:")
     first, *_ = task.questions()
     assert first.parts == (
-        Part("Which animal says miaow?\nAnswer: ", ("cat", "dog", "cow")),
-        Part("Answer: ", ("cat", "dog", "cow")),
+        ContinuationRequest("Which animal says miaow?\nAnswer: ", ("cat", "dog", "cow")),
+        ContinuationRequest("Answer: ", ("cat", "dog", "cow")),
     )
     assert task.chance == pytest.approx(1 / 3)
 
@@ -71,7 +71,9 @@ def test_gold_may_be_a_letter_and_choices_fields_of_their_own(tmp_path):
 def test_a_schema_scores_one_continuation_behind_each_context(tmp_path):
     task = task_of(tmp_path, WINOGRAD, kind="schema")
     question = task.questions()[0]
-    assert question.parts == tuple(Part(f"{context} ", ("was angry.",)) for context in WINOGRAD[0]["context_options"])
+    assert question.parts == tuple(
+        ContinuationRequest(f"{context} ", ("was angry.",)) for context in WINOGRAD[0]["context_options"]
+    )
     assert task.judge(question, [likelihoods(-2), likelihoods(-3)]).scores == {"accuracy": 1}
     assert task.judge(question, [likelihoods(-3), likelihoods(-2)]).scores == {"accuracy": 0}
 
@@ -79,7 +81,7 @@ def test_a_schema_scores_one_continuation_behind_each_context(tmp_path):
 def test_a_cloze_is_right_where_greedy_decoding_writes_it(tmp_path):
     task = task_of(tmp_path, SUMS, kind="cloze", joiner="")
     question = task.questions()[2]
-    assert question.parts == (Part("2+1=", ("3",)),)
+    assert question.parts == (ContinuationRequest("2+1=", ("3",)),)
     assert task.judge(question, [[FakeScore([0.0], [7], is_greedy=True)]]).scores == {"accuracy": 1, "probability": 1}
     assert task.judge(question, [[FakeScore([0.0], [7])]]).scores["accuracy"] == 0
 

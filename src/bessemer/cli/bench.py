@@ -21,6 +21,7 @@ def _bench() -> None:
 
 @bench.command(epilog=_EXAMPLE)
 def serve(
+    context: typer.Context,
     url: Annotated[str, typer.Argument(help="An OpenAI-compatible server, as http://127.0.0.1:8000.")],
     concurrency: Annotated[int | None, typer.Option(help="Clients that each wait for their answer and ask again.")] = None,
     rate: Annotated[
@@ -50,41 +51,25 @@ def serve(
 
     --concurrency: a closed loop of clients. --rate: requests that arrive by a Poisson process, however long the others take.
     """
-    from bessemer.cli.named import option_of
+    from bessemer.cli.named import given_options, option_of
     from bessemer.core.progress import progress_for_terminal
     from bessemer.core.store import write_json
     from bessemer.serving.bench import LoadConfig
     from bessemer.serving.bench import bench as load
 
-    given: dict[str, Any] = {
-        "concurrency": concurrency,
-        "rate": rate,
-        "burstiness": burstiness,
-        "requests": requests,
-        "warmup": warmup,
-        "input_tokens": input_tokens,
-        "output_tokens": output_tokens,
-        "prompts": prompts,
-        "model": model,
-        "temperature": temperature,
-        "top_p": top_p,
-        "seed": seed,
-        "extra_body": None if extra_body is None else _extra(extra_body),
-        "goodput": _goals(goodput or []) or None,
-        "api": "chat" if chat else None,
-        "ignore_eos": ignore_eos,
-    }
-    settings = {name: value for name, value in given.items() if value is not None}
+    load_shape = ("concurrency", "rate", "burstiness", "requests", "warmup", "input_tokens", "output_tokens", "prompts")
+    settings = given_options(context, *load_shape, "model", "temperature", "top_p", "seed", "ignore_eos")
+    if extra_body is not None:
+        settings["extra_body"] = _extra(extra_body)
+    if goodput:
+        settings["goodput"] = {name: limit for name, _, limit in (goal.partition(":") for goal in goodput)}
+    if chat:
+        settings["api"] = "chat"
     config = LoadConfig.parse(settings, option_of("bench serve"))
     measured = load(url, config, key=api_key, progress=progress_for_terminal())
     if save is not None:
         write_json(save, measured.as_json(url, config, label))
     _show(measured, config)
-
-
-def _goals(given: list[str]) -> dict[str, Any]:
-    pairs = (one.partition(":") for one in given)
-    return {name: limit for name, _, limit in pairs}
 
 
 def _extra(given: str) -> Any:
@@ -105,26 +90,26 @@ def _show(measured: Measured, config: LoadConfig) -> None:
     from bessemer.serving.bench import MEASURES
     from bessemer.views.parts_terminal import show_parts
 
-    found = measured.figures
+    figures = measured.figures
     arrivals = f"{config.concurrency} clients" if config.rate is None else f"{config.rate:g} requests/s"
     counted = [
         ("model", measured.model),
         ("load", arrivals),
-        ("answered", f"{found['completed']:,} in {found['duration']:.1f} s"),
-        ("failed", f"{found['failed']:,}"),
-        ("tokens of prompts", f"{found['total_input_tokens']:,}"),
-        ("tokens of answers", f"{found['total_output_tokens']:,}"),
-        ("requests/s", f"{found['request_throughput']:.2f}"),
-        ("tokens/s of answers", f"{found['output_throughput']:,.1f}"),
-        ("tokens/s in all", f"{found['total_token_throughput']:,.1f}"),
+        ("answered", f"{figures['completed']:,} in {figures['duration']:.1f} s"),
+        ("failed", f"{figures['failed']:,}"),
+        ("tokens of prompts", f"{figures['total_input_tokens']:,}"),
+        ("tokens of answers", f"{figures['total_output_tokens']:,}"),
+        ("requests/s", f"{figures['request_throughput']:.2f}"),
+        ("tokens/s of answers", f"{figures['output_throughput']:,.1f}"),
+        ("tokens/s in all", f"{figures['total_token_throughput']:,.1f}"),
     ]
-    if found["request_goodput"] is not None:
-        counted.append(("good requests/s", f"{found['request_goodput']:.2f}"))
+    if figures["request_goodput"] is not None:
+        counted.append(("good requests/s", f"{figures['request_goodput']:.2f}"))
     keys = ("mean", "median", "p90", "p99")
-    times = [
-        (name.upper(), *(_milliseconds(found[f"{key}_{name}_ms"]) for key in keys), meaning)
-        for name, meaning in MEASURES.items()
-    ]
+    times = []
+    for name, meaning in MEASURES.items():
+        values = [figures[f"{key}_{name}_ms"] for key in keys]
+        times.append((name.upper(), *("–" if value is None else f"{value:,.1f}" for value in values), meaning))
     parts = [
         Table([Column(""), Column("", True)], counted),
         Table([Column("ms"), *(Column(key, True) for key in keys), Column("")], times),
@@ -134,7 +119,3 @@ def _show(measured: Measured, config: LoadConfig) -> None:
         console.print(drawn)
     for error, count in measured.errors.most_common(3):
         console.print(f"{count:,} failed: {error}", style="red", markup=False)
-
-
-def _milliseconds(value: float | None) -> str:
-    return "–" if value is None else f"{value:,.1f}"

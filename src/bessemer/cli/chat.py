@@ -24,6 +24,7 @@ from bessemer.cli.options import (
     Temperature,
     TopK,
     TopP,
+    print_view,
 )
 from bessemer.core.errors import RequestError
 
@@ -42,15 +43,16 @@ _COMMANDS = {
     "/quit": "leave; /exit, /bye, Ctrl-D",
 }
 _QUIT, _ASK_HELP = ("/quit", "/exit", "/bye"), ("/help", "/?")
-#: A line that is meant as a command, and no question about a path.
+#: A line that is a command, not a question about a path.
 _COMMAND = re.compile(r"/(\w+|\?)")
-#: Stages whose models have read plain text alone.
+#: Stages whose models have been trained on plain text alone.
 _BASE_STAGES = ("model", "pretrain")
-#: A terminal's codes around what the model thinks.
+#: A terminal's codes around the model's thinking.
 _DIM, _PLAIN = "\033[2m", "\033[0m"
 
 
 def chat(
+    context: typer.Context,
     model: Model,
     system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
     max_tokens: Annotated[int, typer.Option(help="At most this many tokens an answer.", min=1)] = 256,
@@ -77,16 +79,7 @@ def chat(
 
     folder = find_served(model, runs)
     config = EngineConfig.parse(speculation(speculate, runs) | {"max_model_len": max_model_len}, option_of("chat"))
-    params_for = sampling_options(
-        "chat",
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-    )
+    params_for = sampling_options(context)
     engine = Engine(folder, device=device, config=config)
     if engine.tokenizer.chat_template is None:
         raise RequestError(
@@ -109,7 +102,7 @@ def chat(
 
 
 def _is_base(folder: Path) -> bool:
-    """Whether a model is the work of a stage of ours that reads plain text, and so of no conversation."""
+    """Whether a stage of ours that trains on plain text alone made the model."""
     from bessemer.core.store import MANIFEST, read_json
 
     manifest = folder.parent / MANIFEST
@@ -129,8 +122,8 @@ def converse(
 ) -> None:
     """Read questions from standard input, print answers as they come, forget the oldest turn when the context is full.
 
-    system: what every conversation begins with. speed: say after each answer how fast it came. opening: a first question,
-    asked of the user at the terminal. adapter: one that the engine has, by its name.
+    system: what every conversation begins with. speed: say after each answer how fast it came. opening: a first
+    question, shown as if the user had typed it, at a terminal. adapter: one that the engine has, by its name.
     """
     from bessemer.assistant.assistant import Assistant, EngineModel
     from bessemer.assistant.conversation import Conversation
@@ -173,7 +166,7 @@ def converse(
 
 
 def _questions(interactive: bool, opening: str | None) -> Iterator[str]:
-    """The opening, where somebody sits there to see it, and then the lines of standard input."""
+    """At a terminal the opening, then the lines of standard input."""
     prompt = "you> " if interactive else ""
     if interactive and opening is not None:
         print(f"{prompt}{opening}")
@@ -203,12 +196,12 @@ def _answer(assistant: Assistant, conversation: Conversation, start: int, speed:
 
 
 def _print_turn(assistant: Assistant, conversation: Conversation, speed: bool) -> None:
-    """Print an answer as it comes; what the model thinks too, dimmed, at a terminal. Ctrl-C ends it."""
+    """Print an answer as it comes, at a terminal with the dimmed thinking before it. Ctrl-C ends it."""
     from bessemer.assistant.messages import TextDelta, ThinkingDelta
 
     shows_thinking = sys.stdout.isatty()
     thought = False
-    asked = time.perf_counter()
+    start = time.perf_counter()
     times: list[float] = []
     before = conversation.transcript.own_tokens
     events = assistant.turn(conversation)
@@ -230,16 +223,16 @@ def _print_turn(assistant: Assistant, conversation: Conversation, speed: bool) -
     print()
     tokens = conversation.transcript.own_tokens - before
     if speed and times:
-        print(_speed(asked, times, tokens), file=sys.stderr)
+        print(_speed(start, times, tokens), file=sys.stderr)
 
 
-def _speed(asked: float, times: list[float], tokens: int) -> str:
-    """How fast an answer came, from when it was asked for and when each part of it was there, in seconds."""
+def _speed(start: float, times: list[float], tokens: int) -> str:
+    """The speed of an answer. start, times: of the request, and of each part of the answer, in seconds."""
     rest = f", the others {(tokens - 1) / (times[-1] - times[0]):.1f} a second" if tokens > 1 and times[-1] > times[0] else ""
-    return f"({tokens} tokens: the first after {times[0] - asked:.2f} s{rest})"
+    return f"({tokens} tokens: the first after {times[0] - start:.2f} s{rest})"
 
 
-# one whose answer does not hang on the last bits of an activation: of France the model begins in French as easily
+# rounding does not change this answer; asked about France, the model begins in French about as often
 _OPENING = "What is the capital of Japan?"
 _EXAMPLES = ["Write two sentences about the sea.", "Why is the sky blue?"]
 
@@ -252,8 +245,8 @@ def demo(
     max_tokens: Annotated[int, typer.Option(help="At most this many tokens an answer.", min=1)] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.0,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same answers.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
-    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
+    device: Device = "auto",
+    runs: Runs = Path("runs"),
 ) -> None:
     """Chat with SmolLM2, a real model of 135 million parameters. `bessemer chat smollm2` is the same model."""
     from bessemer.cli.named import find_model
@@ -273,10 +266,8 @@ def demo(
 
 
 def _look(model: Path, text: str, device: str) -> None:
-    """What `bessemer inspect` prints, but for what takes long."""
+    """Print what `bessemer inspect` prints, without the slow ablation."""
     import shlex
-
-    from rich.console import Console
 
     from bessemer.inspection.inspect import inspect
     from bessemer.model.device import choose_device
@@ -284,6 +275,6 @@ def _look(model: Path, text: str, device: str) -> None:
     from bessemer.tokenization.tokenizer import load_tokenizer
     from bessemer.views.inspection_terminal import show_inspection
 
-    found = inspect(load_model(model, choose_device(device)), load_tokenizer(model), text, ablate=False)
-    Console(highlight=False).print(show_inspection(found))
+    inspection = inspect(load_model(model, choose_device(device)), load_tokenizer(model), text, ablate=False)
+    print_view(show_inspection(inspection))
     print(f"\nas a page, with every head: bessemer inspect smollm2 {shlex.quote(text)} --out page.html")

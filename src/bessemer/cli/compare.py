@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bessemer.cli.options import Runs, print_view
+
 if TYPE_CHECKING:
     from bessemer.core.report import Part
 
@@ -20,7 +22,7 @@ def compare(
         ),
     ],
     items: Annotated[bool, typer.Option("--items", help="Of two evaluations: the items that flipped, both answers.")] = False,
-    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
+    runs: Runs = Path("runs"),
 ) -> None:
     """Compare two runs or two evaluations, rank several evaluations, or a fine-tuning with what was before or with another.
 
@@ -51,8 +53,6 @@ def compare(
 
 
 def _compare_evaluations(folders: list[str], *, items: bool) -> None:
-    from rich.console import Console
-
     from bessemer.evaluation.comparison import compare as compare_two
     from bessemer.evaluation.comparison import comparison_parts, flip_parts, flips, leaderboard, leaderboard_parts
     from bessemer.evaluation.evaluation_folder import read_evaluation
@@ -67,9 +67,7 @@ def _compare_evaluations(folders: list[str], *, items: bool) -> None:
         parts = comparison_parts(compare_two(first, second))
         if items:
             parts += flip_parts(flips(first, second), (first.name, second.name))
-    console = Console(highlight=False)
-    for drawn in show_parts(parts):
-        console.print(drawn)
+    print_view(*show_parts(parts))
 
 
 def _compare_tuned(outs: list[Path]) -> None:
@@ -86,18 +84,12 @@ def _compare_tuned(outs: list[Path]) -> None:
 def _names(folders: list[str]) -> list[str]:
     """The last part of each path, or the whole where two would be the same."""
     short = [Path(folder).resolve().name for folder in folders]
-    return [one if short.count(one) == 1 else folder for one, folder in zip(short, folders, strict=True)]
+    return [name if short.count(name) == 1 else folder for name, folder in zip(short, folders, strict=True)]
 
 
 def _compare_runs(first: str, second: str, runs: Path) -> None:
-    from rich.console import Console
-
-    from bessemer.cli.named import find_run
+    from bessemer.cli.named import open_run
     from bessemer.pipeline.report import compare_runs
-    from bessemer.pipeline.run_folder import RunFolder
     from bessemer.views.parts_terminal import show_parts
 
-    folders = [find_run(name, runs) for name in (first, second)]
-    console = Console(highlight=False)
-    for drawn in show_parts(compare_runs(*(RunFolder(folder.parent, folder.name) for folder in folders))):
-        console.print(drawn)
+    print_view(*show_parts(compare_runs(open_run(first, runs), open_run(second, runs))))

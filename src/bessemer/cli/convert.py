@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bessemer.cli.options import Runs
+
 if TYPE_CHECKING:
     from bessemer.model.formats import ExportOptions
 
@@ -100,7 +102,7 @@ def export(
     tokenizer_only: Annotated[
         bool, typer.Option("--tokenizer-only", help="gguf: of a model's folder, write the tokenizer alone.")
     ] = False,
-    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
+    runs: Runs = Path("runs"),
 ) -> None:
     """Write a model, or a tokenizer, for another tool."""
     from bessemer.cli.named import as_folder, find_model
@@ -139,12 +141,12 @@ def export(
     _say(notes, out)
 
 
-#: The formats that a file's name tells.
+#: Suffix of a file → its format.
 _OF_SUFFIX = {".gguf": "gguf", ".onnx": "onnx", ".model": "sentencepiece", ".tiktoken": "tiktoken"}
 
 
 def _export_checkpoint(name: str, out: Path, format: str, options: ExportOptions) -> None:
-    """The model as a run's checkpoint holds it, by way of a model's folder."""
+    """Export the model of a run's checkpoint, by way of a temporary folder."""
     from tempfile import TemporaryDirectory
 
     from bessemer.core.errors import ConfigError, writing_to
@@ -154,13 +156,13 @@ def _export_checkpoint(name: str, out: Path, format: str, options: ExportOptions
 
     if format not in MODEL_FORMATS:
         raise ConfigError(f"--format: a checkpoint is a model, which is written as {', '.join(MODEL_FORMATS)}")
-    model, beside = checkpoint_model(find_checkpoint(name, Path(), where="RUN@STEP"))
+    model, tokenizer = checkpoint_model(find_checkpoint(name, Path(), where="RUN@STEP"))
     with writing_to(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         scratch = TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.", suffix=".partial")
     with scratch as folder:
         with writing_to(out):
-            save_model(model, Path(folder), tokenizer=beside)
+            save_model(model, Path(folder), tokenizer=tokenizer)
         notes = export_model(Path(folder), out, format, options)
     _say(notes, out)
 
@@ -175,7 +177,7 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def _bytes(size: str | None) -> int | None:
-    """5GB as a number of bytes. Raises ConfigError for what is none."""
+    """Bytes of a size such as 5GB. Raises ConfigError for anything else."""
     from bessemer.core.errors import ConfigError
 
     if size is None:
@@ -187,7 +189,7 @@ def _bytes(size: str | None) -> int | None:
 
 
 def _size(out: Path) -> int:
-    """Bytes of a file and of what lies beside it under its name, or of a folder."""
+    """Bytes of a folder, or of a file and those whose names begin with its name."""
     from bessemer.core.store import folder_bytes
 
     return folder_bytes(out) if out.is_dir() else sum(path.stat().st_size for path in out.parent.glob(f"{out.name}*"))

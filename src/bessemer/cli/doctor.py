@@ -29,13 +29,13 @@ def _machine(runs: Path) -> Iterator[_Line]:
     from bessemer.core.environment import cpu_quota, host
     from bessemer.core.metrics import size
 
-    found = host()
+    machine = host()
     enough = sys.version_info >= (3, 11)
     yield ("ok" if enough else "!!", "python", f"{sys.version.split()[0]}{'' if enough else ', at least 3.11 is needed'}")
     quota = cpu_quota()
     held = "" if quota is None else f", held to the time of {quota:g} by a quota"
-    yield "ok", "processor", f"{found['processor']}, {found['cores']} cores ({found['system']}){held}"
-    memory = found["memory_bytes"]
+    yield "ok", "processor", f"{machine['processor']}, {machine['cores']} cores ({machine['system']}){held}"
+    memory = machine["memory_bytes"]
     if memory:
         yield (
             ("ok" if memory > 3e9 else "? "),
@@ -75,18 +75,22 @@ def _packages() -> Iterator[_Line]:
 
 
 def _speed() -> Iterator[_Line]:
-    """What this processor multiplies fast, and what the quickstart comes to here."""
+    """Speed of matmuls by dtype, and what to expect of the quickstart."""
     try:
         from bessemer.pipeline.expectation import expected_quickstart
 
-        found = expected_quickstart()
+        expectation = expected_quickstart()
     except ImportError:
         # without PyTorch
         return
-    speeds = ", ".join(f"{name} {flops / 1e9:,.0f} GFLOP/s" for name, flops in found.flops.items())
-    yield "ok", "matmuls", f"{speeds}; trains in {found.dtype} ({found.arithmetic})"
-    note = f"bessemer run quickstart in about {found.minutes:.0f} minutes, {found.steps:,} steps of pretraining"
-    yield "ok" if found.minutes < 12 else "? ", "quickstart", f"{note}, {found.bits_per_byte:.1f} bits per byte expected"
+    speeds = ", ".join(f"{name} {flops / 1e9:,.0f} GFLOP/s" for name, flops in expectation.flops.items())
+    yield "ok", "matmuls", f"{speeds}; trains in {expectation.dtype} ({expectation.arithmetic})"
+    note = f"bessemer run quickstart in about {expectation.minutes:.0f} minutes, {expectation.steps:,} steps of pretraining"
+    yield (
+        "ok" if expectation.minutes < 12 else "? ",
+        "quickstart",
+        f"{note}, {expectation.bits_per_byte:.1f} bits per byte expected",
+    )
 
 
 def _tools() -> Iterator[_Line]:
@@ -112,7 +116,7 @@ def _sandbox() -> Iterator[_Line]:
     from bessemer.core.sandbox import Tier, strongest_tier
 
     tier, reasons = strongest_tier()
-    stronger = "; ".join(f"no {one.value}: {reason}" for one, reason in reasons.items())
+    stronger = "; ".join(f"no {weaker.value}: {reason}" for weaker, reason in reasons.items())
     if tier is None:
         yield "? ", "sandbox", f"none: generated code is not run ({stronger})"
     elif tier.at_least(Tier.LANDLOCK):
@@ -122,7 +126,7 @@ def _sandbox() -> Iterator[_Line]:
 
 
 def _index_answers() -> bool:
-    """Whether pip can look a package up, whatever index it is set up with."""
+    """Whether pip's package index answers."""
     import subprocess
 
     look = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-deps", "--ignore-installed", "--quiet", "six"]

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from bessemer.cli.options import Model
+from bessemer.cli.options import Device, Model, Runs, print_view
 
 
 def _list_tasks(wanted: bool) -> None:
@@ -27,6 +27,7 @@ def _list_tasks(wanted: bool) -> None:
 
 
 def evaluate(
+    context: typer.Context,
     model: Model,
     tasks: Annotated[
         str | None,
@@ -48,8 +49,7 @@ def evaluate(
     chat: Annotated[bool | None, typer.Option("--chat/--plain", help="Ask by the model's chat template, or not.")] = None,
     system: Annotated[str | None, typer.Option(help="System message, with --chat.")] = None,
     thinking_budget: Annotated[
-        int | None,
-        typer.Option(help="Tokens after which thinking is closed, with --chat; what follows it is judged.", min=0),
+        int | None, typer.Option(help="Tokens after which thinking is closed, with --chat; what follows it is judged.", min=0)
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the choice of examples and of samples; the task's own.")] = None,
     adapter: Annotated[Path | None, typer.Option(help="Folder of a low-rank adapter of the model.")] = None,
@@ -60,13 +60,11 @@ def evaluate(
     corpus: Annotated[
         Path | None, typer.Option(help="Run or folder of the training documents, to look for the items in; of a run its own.")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
-    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
+    device: Device = "auto",
+    runs: Runs = Path("runs"),
 ) -> None:
     """Evaluate a model on tasks. The same command goes on where it was stopped."""
-    from rich.console import Console
-
-    from bessemer.cli.named import find_served, option_of
+    from bessemer.cli.named import find_served, given_options, option_of
     from bessemer.core.errors import writing_to
     from bessemer.core.hashing import hash_value
     from bessemer.core.progress import progress_for_terminal
@@ -74,21 +72,12 @@ def evaluate(
     from bessemer.tasks.config import TaskOptions
     from bessemer.tasks.registry import find_tasks, with_data
 
-    given = {
-        "data": data,
-        "limit": limit,
-        "shots": shots,
-        "samples": samples,
-        "seed": seed,
-        "chat": chat,
-        "system": system,
-        "thinking_budget": thinking_budget,
-    }
+    given = given_options(context, "data", "limit", "shots", "samples", "seed", "chat", "system", "thinking_budget")
     named = [name for each in (tasks or _held_out(model)).split(",") if (name := each.strip())]
     options, progress = TaskOptions.parse(given, option_of("evaluate")), progress_for_terminal()
     if fetch:
         options = with_data(named, options, runs / ".cache" / "tasks", progress.say)
-    found = find_tasks(named, options)
+    chosen = find_tasks(named, options)
     place, documents = find_served(model, runs), _documents(corpus, model, runs)
 
     from bessemer.evaluation.evaluation_folder import model_identity
@@ -101,16 +90,16 @@ def evaluate(
     if adapter is not None:
         name = f"{name}-{adapter.resolve().name}"
     identity = model_identity(place, name, max_model_len, adapter=adapter)
-    key = hash_value([identity, [[task.name, dict(task.settings)] for task in found]], bits=32)
+    key = hash_value([identity, [[task.name, dict(task.settings)] for task in chosen]], bits=32)
     folder = out or Path("evaluations") / f"{name}-{key}"
     with (
         writing_to(folder),
         alone_in(folder),
-        connected_judges(found, device),
+        connected_judges(chosen, device),
         Engine(place, device=device, config=config, adapter=adapter) as engine,
     ):
-        results = evaluate_tasks(engine, found, folder, model=identity, progress=progress, corpus=documents)
-    Console(highlight=False).print(show_task_results(results))
+        results = evaluate_tasks(engine, chosen, folder, model=identity, progress=progress, corpus=documents)
+    print_view(show_task_results(results))
     calibrated = {name: task for name, task in results["tasks"].items() if "calibration" in task}
     if calibrated and find_spec("matplotlib") is not None:
         from bessemer.views.scaling_charts import reliability_chart
@@ -120,7 +109,7 @@ def evaluate(
 
 
 def _held_out(model: str) -> str:
-    """The task that a fine-tuning made of what it held out; empty where there is none."""
+    """The task file of a fine-tuning's held-out data; empty where there is none."""
     from bessemer.model.storage.tuned_folder import HELD_OUT_TASK
 
     task = Path(model) / HELD_OUT_TASK
@@ -128,8 +117,10 @@ def _held_out(model: str) -> str:
 
 
 def _documents(corpus: Path | None, model: str, runs: Path) -> Path | None:
-    """The training documents: those of the folder, or of the run that the model is named by; None where there are none, or,
-    if they were not asked for, nothing to read them with."""
+    """The training documents, of --corpus or of the run that the model is named by; None where there are none.
+
+    Without --corpus also None, with a note, where the package that searches them is missing.
+    """
     from bessemer.core.environment import missing_package
     from bessemer.core.errors import ArtefactError
     from bessemer.evaluation.contamination import find_corpus

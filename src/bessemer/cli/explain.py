@@ -11,40 +11,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bessemer.cli.options import Runs, print_view
+
 if TYPE_CHECKING:
     from bessemer.data.config import CleanConfig, SelectConfig
     from bessemer.data.corpus.reader import Sighting
 
 
 _PAGES = (".html", ".htm", ".xhtml")
-_TEXT_FILES = (
-    *_PAGES,
-    ".txt",
-    ".md",
-    ".rst",
-    ".json",
-    ".jsonl",
-    ".csv",
-    ".tsv",
-    ".xml",
-    ".pdf",
-    ".docx",
-    ".warc",
-    ".gz",
-    ".py",
-)
+_OTHER_FILES = (".txt", ".md", ".rst", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".pdf", ".docx", ".warc", ".gz", ".py")
 _ADDRESS = re.compile(r"https?://\S+", re.IGNORECASE)
-#: A path, or a name with an ending, in a word of ASCII: scripts without spaces write whole texts in one word.
+#: A path, or a name with a suffix. Of ASCII alone: scripts without spaces write whole texts in one word.
 _FILE_NAME = re.compile(r"[!-~]*[/\\][!-~]*|[!-~]*[!-.0-~]\.[A-Za-z][A-Za-z0-9]{0,6}")
 _LONGEST_NAME = 255
-#: Pieces shown of a text in its tokens.
+#: Most tokens of a text that are shown.
 _MOST_TOKENS = 600
 
 
 def explain(
     thing: Annotated[
-        str,
-        typer.Argument(help="A text, a file (of a web page its main text), an address, - for what is typed, or an id."),
+        str, typer.Argument(help="A text, a file (of a web page its main text), an address, - for what is typed, or an id.")
     ],
     run: Annotated[str | None, typer.Option(help="Ask this run's recipe; its documents may be named by their ids.")] = None,
     recipe: Annotated[str | None, typer.Option(help="Ask this recipe: a shipped name or a .yaml file.")] = None,
@@ -52,15 +38,13 @@ def explain(
     tokenizer: Annotated[str | None, typer.Option(help="Show the text in its tokens: a folder, a run, a file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     allow_code: Annotated[bool, typer.Option("--allow-code", help="Let the recipe run code of its own.")] = False,
-    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
+    runs: Runs = Path("runs"),
 ) -> None:
     """Say what every edit and filter thinks of one document, and whether it would be kept.
 
     Without --run or --recipe all that there is are asked, with the usual limits. An address (https://…) is judged as an
     address: what it leads to is not fetched.
     """
-    from rich.console import Console
-
     from bessemer.core.errors import RequestError
     from bessemer.data.stages.in_memory import explain as ask
     from bessemer.data.stages.in_memory import explain_address, explain_with
@@ -74,27 +58,27 @@ def explain(
     if _ADDRESS.fullmatch(thing):
         if settings is not None or url is not None:
             raise RequestError(f"{thing}: this is an address; give the page's text, or its file, and --url {thing}")
-        found = explain_address(thing)
+        explanation = explain_address(thing)
     else:
         text, url = (sightings[0].row["text"], url or sightings[0].row["url"]) if sightings else (_read(thing), url)
         if settings is None:
-            found = ask(text, url=url)
+            explanation = ask(text, url=url)
         else:
-            found = explain_with(text, *settings, url=url, open_model=open_language_model)
-    pieces = _pieces(found.text, tokenizer or run, runs, asked=tokenizer is not None)
+            explanation = explain_with(text, *settings, url=url, open_model=open_language_model)
+    pieces = _pieces(explanation.text, tokenizer or run, runs, required=tokenizer is not None)
     if as_json:
-        where = [{"stage": one.stage, "side": one.side, "reason": one.row.get("reason")} for one in sightings]
-        print(json.dumps({**asdict(found), "history": where, "tokens": pieces}, ensure_ascii=False, indent=2))
+        where = [
+            {"stage": sighting.stage, "side": sighting.side, "reason": sighting.row.get("reason")} for sighting in sightings
+        ]
+        print(json.dumps({**asdict(explanation), "history": where, "tokens": pieces}, ensure_ascii=False, indent=2))
         return
-    console = Console(highlight=False)
-    if sightings:
-        console.print(show_history(sightings))
-    console.print(show_explanation(found, pieces[:_MOST_TOKENS]))
+    history = [show_history(sightings)] if sightings else []
+    print_view(*history, show_explanation(explanation, pieces[:_MOST_TOKENS]))
 
 
 def _read(thing: str) -> str:
-    """The text that is meant. Raises SourceError for a file that is not there, cannot be read, or holds no text, and
-    RequestError for an id without its run."""
+    """The text of THING. Raises SourceError for a file that is missing, unreadable or without text, RequestError for an id
+    without its run."""
     from bessemer.core.errors import RequestError, SourceError
     from bessemer.data.corpus.reader import is_document_id
     from bessemer.data.sources.source import encodable
@@ -133,23 +117,21 @@ def _read(thing: str) -> str:
 
 
 def _names_a_file(thing: str) -> bool:
-    """Whether a text that names no file looks as if it should: its letters would be explained in silence."""
+    """Whether a text looks like the name of a missing file: that is refused, rather than explained as a text."""
     if len(thing) > _LONGEST_NAME or "\n" in thing:
         return False
-    return thing.lower().endswith(_TEXT_FILES) or _FILE_NAME.fullmatch(thing) is not None
+    return thing.lower().endswith((*_PAGES, *_OTHER_FILES)) or _FILE_NAME.fullmatch(thing) is not None
 
 
 def _history(thing: str, run: str | None, runs: Path) -> list[Sighting]:
     """What became of a run's document. Raises ArtefactError for an id that the run does not have."""
-    from bessemer.cli.named import find_run
+    from bessemer.cli.named import open_run
     from bessemer.core.errors import ArtefactError
     from bessemer.data.corpus.reader import history, is_document_id
-    from bessemer.pipeline.run_folder import RunFolder
 
     if run is None or not is_document_id(thing):
         return []
-    folder = find_run(run, runs)
-    sightings = list(history(RunFolder(folder.parent, folder.name).stages().items(), thing))
+    sightings = list(history(open_run(run, runs).stages().items(), thing))
     if not sightings:
         raise ArtefactError(f"{run}: it has no document {thing}")
     return sightings
@@ -159,10 +141,9 @@ def _settings(
     run: str | None, recipe: str | None, runs: Path, allow_code: bool
 ) -> tuple[CleanConfig | None, SelectConfig | None, Path] | None:
     """How a run or a recipe cleans and selects, and the folder that its paths start from; None where neither is given."""
-    from bessemer.cli.named import find_run
+    from bessemer.cli.named import open_run
     from bessemer.pipeline.recipe import load_recipe
     from bessemer.pipeline.recipe_settings import recorded_cleaning
-    from bessemer.pipeline.run_folder import RunFolder
 
     if recipe is not None:
         checked = load_recipe(recipe, allow_code=allow_code)
@@ -170,15 +151,14 @@ def _settings(
         return configs.get("clean"), configs.get("select"), checked.folder
     if run is None:
         return None
-    folder = find_run(run, runs)
-    return recorded_cleaning(RunFolder(folder.parent, folder.name), allow_code=allow_code)
+    return recorded_cleaning(open_run(run, runs), allow_code=allow_code)
 
 
-def _pieces(text: str, name: str | None, runs: Path, *, asked: bool) -> list[str]:
+def _pieces(text: str, name: str | None, runs: Path, *, required: bool) -> list[str]:
     """The text in the tokens of a tokenizer or, where the run has one, of a run."""
     from bessemer.cli.show import opened_tokenizer, tokenizer_folder
 
-    if name is None or (not asked and tokenizer_folder(name, runs) is None):
+    if name is None or (not required and tokenizer_folder(name, runs) is None):
         return []
     from bessemer.tokenization.measure import shown_tokens
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bessemer.cli.options import Model
+from bessemer.cli.options import Device, Model, Runs
 
 if TYPE_CHECKING:
     from bessemer.model.formats import ModelSource
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 def finetune(
+    context: typer.Context,
     model: Model,
     data: Annotated[Path, typer.Argument(help="Questions and answers: CSV, JSON lines, JSON or Parquet.")],
     out: Annotated[Path, typer.Argument(help="The folder to make. The same command goes on where it was stopped.")],
@@ -38,33 +39,19 @@ def finetune(
     held_out: Annotated[float, typer.Option(help="Share of the data that is held out.")] = 0.1,
     merge: Annotated[bool, typer.Option("--merge", help="Also merge the adapter into OUT/model; later too.")] = False,
     seed: Annotated[int, typer.Option(help="Of the order, of what is held out, and of a new adapter.")] = 7,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
-    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
+    device: Device = "auto",
+    runs: Runs = Path("runs"),
 ) -> None:
     """Fine-tune a model on your questions and answers, and say whether it got better."""
-    from bessemer.cli.named import option_of
+    from bessemer.cli.named import given_options, option_of
     from bessemer.core.errors import writing_to
     from bessemer.core.progress import progress_for_terminal
     from bessemer.core.store import alone_in
     from bessemer.posttraining.sft.config import FinetuneConfig
 
-    config = FinetuneConfig.parse(
-        {
-            "method": method,
-            "also": _weights(also or []),
-            "prompt_column": prompt_column,
-            "answer_column": answer_column,
-            "epochs": epochs,
-            "learning_rate": learning_rate,
-            "rank": rank,
-            "context_length": context_length,
-            "batch_size": batch_size,
-            "truncate": truncate,
-            "held_out": held_out,
-            "merge": merge,
-        },
-        option_of("finetune"),
-    )
+    columns, rows = ("prompt_column", "answer_column"), ("context_length", "batch_size", "truncate", "held_out")
+    given = given_options(context, "method", "epochs", "learning_rate", "rank", "merge", *columns, *rows)
+    config = FinetuneConfig.parse(given | {"also": _weights(also or [])}, option_of("finetune"))
     from bessemer.model.storage.tuned_folder import whole_weights
     from bessemer.posttraining.sft.finetune import asked_of, finish, finished
     from bessemer.posttraining.sft.finetune import finetune as tune
@@ -74,8 +61,8 @@ def finetune(
     result = finished(out, lambda: asked_of(config, source, data, seed))
     if result is None:
         with writing_to(out), alone_in(out):
-            found = tune(config, source, data, out, seed=seed, device=device, progress=progress_for_terminal())
-            result = _result(found)
+            tuned = tune(config, source, data, out, seed=seed, device=device, progress=progress_for_terminal())
+            result = _result(tuned)
             finish(out, result)
     if merge:
         whole_weights(out)
@@ -87,19 +74,19 @@ def _weights(given: list[str]) -> dict[str, float]:
     """What `--also FILE=TIMES` gives. Raises ConfigError for times that are no number, and a file that is named twice."""
     from bessemer.core.errors import ConfigError
 
-    found: dict[str, float] = {}
-    for one in given:
-        name, equals, times = one.rpartition("=")
+    weights: dict[str, float] = {}
+    for option in given:
+        name, equals, times = option.rpartition("=")
         if not equals:
-            name, times = one, "1"
+            name, times = option, "1"
         try:
             weight = float(times)
         except ValueError:
-            raise ConfigError(f"--also {one}: {times!r} is not a number of times") from None
-        if not name or name in found:
-            raise ConfigError(f"--also {one}: name a file, and each file once")
-        found[name] = weight
-    return found
+            raise ConfigError(f"--also {option}: {times!r} is not a number of times") from None
+        if not name or name in weights:
+            raise ConfigError(f"--also {option}: name a file, and each file once")
+        weights[name] = weight
+    return weights
 
 
 def model_source(model: str, runs: Path) -> ModelSource:
@@ -107,28 +94,28 @@ def model_source(model: str, runs: Path) -> ModelSource:
     from bessemer.cli.named import find_model
     from bessemer.model.formats import ModelSource
 
-    found = find_model(model, runs)
-    return ModelSource("gguf" if found.is_file() else "folder", str(found))
+    path = find_model(model, runs)
+    return ModelSource("gguf" if path.is_file() else "folder", str(path))
 
 
-def _result(found: Finetuned) -> dict[str, Any]:
+def _result(tuned: Finetuned) -> dict[str, Any]:
     """The figures, and the end in words: better or not, by how much, how sure."""
     from bessemer.posttraining.sft.report import verdict
 
-    metrics = found.metrics
+    metrics = tuned.metrics
     learnt = metrics["conversations"] - metrics["too_long"] - metrics["nothing_learnt"]
     data = (
         f"conversations learnt: {learnt:,}, of which {metrics['cut']:,} with their beginning cut off; left out: "
         f"{metrics['too_long']:,} longer than a row, {metrics['nothing_learnt']:,} without anything to learn"
     )
-    losses = zip(found.ids_N, found.before_N.tolist(), found.after_N.tolist(), strict=True)
+    losses = zip(tuned.ids_N, tuned.before_N.tolist(), tuned.after_N.tolist(), strict=True)
     return {
         "data": data,
-        **verdict(found.before_N, found.after_N),
-        "method": found.method,
-        "answers": list(found.answers),
+        **verdict(tuned.before_N, tuned.after_N),
+        "method": tuned.method,
+        "answers": list(tuned.answers),
         "losses": {id: [before, after] for id, before, after in losses},
-        "tokenizer": found.tokenizer_hash,
+        "tokenizer": tuned.tokenizer_hash,
         "metrics": metrics,
     }
 
@@ -156,12 +143,11 @@ def label(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8001,
     allow_host: Annotated[
-        list[str] | None,
-        typer.Option(help="A name that browsers may call the page by; * is any; may be repeated."),
+        list[str] | None, typer.Option(help="A name that browsers may call the page by; * is any; may be repeated.")
     ] = None,
     browser: Annotated[bool, typer.Option(help="Open the page in the browser.")] = True,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
-    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
+    device: Device = "auto",
+    runs: Runs = Path("runs"),
 ) -> None:
     """Rank a model's answers on a page, and get pairs to train on."""
     from bessemer.cli.named import find_model, option_of
@@ -178,8 +164,10 @@ def label(
     if prompts is None and not held_out.exists():
         raise ConfigError(f"--prompts: {model} has no held-out conversations of its own; name a file of prompts")
     params = SamplingParams.parse({"max_tokens": max_tokens, "temperature": temperature}, option_of("label"))
-    asked = read_prompts(held_out if prompts is None else prompts, limit)
+    prompts_read = read_prompts(held_out if prompts is None else prompts, limit)
     with writing_to(out), alone_in(out), Engine(folder, device=device) as engine:
-        labels = sample_answers(engine, asked, out, count=answers, params=params, seed=seed, progress=progress_for_terminal())
+        labels = sample_answers(
+            engine, prompts_read, out, count=answers, params=params, seed=seed, progress=progress_for_terminal()
+        )
     hosts = [name.lower() for name in allow_host or ()]
     serve_labels(labels, out, host=host, port=port, hosts=hosts, browser=browser)

@@ -37,22 +37,24 @@ def forget(
         raise RequestError(f"{identity!r} is not the id of a document, which has 32 hexadecimal digits")
     if not (runs / ".store").is_dir():
         raise ArtefactError(f"{runs}: there is no store here")
-    found = [first := trace(runs, identity)]
+    all_traces = [first := trace(runs, identity)]
     if copies:
-        found += [trace(runs, copy.identity, copies=False) for copy in first.copies]
-    for traces in found:
+        all_traces += [trace(runs, copy.identity, copies=False) for copy in first.copies]
+    for traces in all_traces:
         _tell(traces)
-    if not any(traces.holdings for traces in found):
+    if not any(traces.holdings for traces in all_traces):
         raise ArtefactError(f"{runs}: no corpus here holds {identity}, and none has forgotten it")
-    to_remove = list(dict.fromkeys(derived.key for traces in found for derived in traces.derived)) if remove_derived else []
-    if dry_run or not (any(traces.present for traces in found) or to_remove):
+    to_remove = (
+        list(dict.fromkeys(derived.key for traces in all_traces for derived in traces.derived)) if remove_derived else []
+    )
+    if dry_run or not (any(traces.present for traces in all_traces) or to_remove):
         return
-    question = f"Take {'them' if len(found) > 1 else 'it'} out" + (
+    question = f"Take {'them' if len(all_traces) > 1 else 'it'} out" + (
         f" and remove {len(to_remove)} artefacts" if to_remove else ""
     )
     if not yes and not typer.confirm(f"{question}? This cannot be undone."):
         raise typer.Exit(1)
-    for traces in found:
+    for traces in all_traces:
         take_out(runs, traces)
     remove(runs, to_remove)
     print("Done." + (" The next `bessemer run` makes again what was removed." if to_remove else ""))

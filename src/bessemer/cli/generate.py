@@ -24,6 +24,7 @@ from bessemer.cli.options import (
 
 
 def generate(
+    context: typer.Context,
     model: Model,
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     suffix: Annotated[
@@ -41,8 +42,7 @@ def generate(
     adapter: Adapter = None,
     speculate: Speculate = None,
     parallel: Annotated[
-        list[str] | None,
-        typer.Option(help="tensor=N or expert=N: share the model between processes; may be repeated."),
+        list[str] | None, typer.Option(help="tensor=N or expert=N: share the model between processes; may be repeated.")
     ] = None,
     max_model_len: MaxModelLen = None,
     device: Device = "auto",
@@ -55,22 +55,12 @@ def generate(
 
     given = speculation(speculate, runs) | named_numbers("parallel", parallel) | {"max_model_len": max_model_len}
     config = EngineConfig.parse(given, option_of("generate"))
-    params_for = sampling_options(
-        "generate",
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        stop=stop,
-    )
+    params_for = sampling_options(context)
     with Engine(find_served(model, runs), device=device, config=config) as engine:
         if adapter is not None:
             engine.load_adapter(adapter, adapter)
-        asked = prompt if suffix is None else infill_prompt(engine.tokenizer, prompt, suffix)
-        for chunk in engine.stream(asked, params_for(engine), adapter=adapter):
+        input_text = prompt if suffix is None else infill_prompt(engine.tokenizer, prompt, suffix)
+        for chunk in engine.stream(input_text, params_for(engine), adapter=adapter):
             sys.stdout.write(chunk.text)
             sys.stdout.flush()
     print()

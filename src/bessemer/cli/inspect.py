@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bessemer.cli.options import Model
+from bessemer.cli.options import Device, Model, Runs, print_view
 
 #: A page holds a picture of tokens by tokens for every head.
 _LONGEST = 512
@@ -31,12 +31,10 @@ def inspect(
     analogy: Annotated[list[str] | None, typer.Option(help='"king - man + woman"; may be repeated.')] = None,
     ablate: Annotated[bool, typer.Option(help="Also read the text without each head.")] = True,
     seed: Annotated[int, typer.Option(help="Of the random sequences on which heads' roles are scored.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
-    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
+    device: Device = "auto",
+    runs: Runs = Path("runs"),
 ) -> None:
     """Look inside a model while it reads: attention, what each layer predicts, heads, experts, embeddings."""
-    from rich.console import Console
-
     from bessemer.cli.named import find_model
     from bessemer.core.errors import RequestError
     from bessemer.core.store import write_text
@@ -57,7 +55,7 @@ def inspect(
     length = len(tokenizer.encode(text))
     if length > _LONGEST:
         raise RequestError(f"the text has {length:,} tokens, and pictures are drawn of at most {_LONGEST}: give a shorter one")
-    found = look(
+    inspection = look(
         load_model(folder, choose_device(device)),
         tokenizer,
         text,
@@ -70,13 +68,13 @@ def inspect(
         ablate=ablate,
         seed=seed,
     )
-    Console(highlight=False).print(show_inspection(found))
+    print_view(show_inspection(inspection))
     if picture is not None:
-        save_head_picture(found, picture)
+        save_head_picture(inspection, picture)
     if arrays is not None:
-        save_arrays(found, arrays)
+        save_arrays(inspection, arrays)
     if out is not None:
-        write_text(out, inspection_page(found, model))
+        write_text(out, inspection_page(inspection, model))
     for path in (out, picture, arrays):
         if path is not None:
             print(f"written: {path}")

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from bessemer.cli.options import print_view
+
 
 def pull(
     source: Annotated[str, typer.Argument(help="A GGUF file, a Hugging Face folder, a hub id (ORG/NAME), or smollm2.")],
@@ -26,8 +28,6 @@ def list_models() -> None:
     """List the models that were pulled."""
     from datetime import datetime
 
-    from rich.console import Console
-
     from bessemer.core.metrics import size
     from bessemer.core.report import Column, Table
     from bessemer.model.storage.library import kept_models, library_folder
@@ -38,12 +38,11 @@ def list_models() -> None:
         print(f"there is no model in {library_folder()}; bessemer pull smollm2")
         return
     rows = [
-        (one.name, one.kind, size(one.size), datetime.fromtimestamp(one.changed).strftime("%Y-%m-%d %H:%M")) for one in kept
+        (model.name, model.kind, size(model.size), datetime.fromtimestamp(model.changed).strftime("%Y-%m-%d %H:%M"))
+        for model in kept
     ]
     columns = [Column("Name"), Column("Kind"), Column("Size", True), Column("Changed", True)]
-    console = Console(highlight=False, soft_wrap=True)
-    for drawn in show_parts([Table(columns, rows)]):
-        console.print(drawn)
+    print_view(*show_parts([Table(columns, rows)]), soft_wrap=True)
 
 
 def rm(names: Annotated[list[str], typer.Argument(help="Models that were pulled.")]) -> None:
@@ -80,7 +79,7 @@ def clean(
         if folder in kept:
             continue
         with nullcontext(not store.is_locked(key)) if dry_run else store.try_lock(key) as free:
-            # a run links what it has made, or found, before it lets go of the key's lock
+            # a run links an artefact, made or reused, before it releases the key's lock
             if not free or not (store.root / folder).is_dir() or folder in linked_keys(runs):
                 continue
             amount, address = folder_bytes(store.root / folder), address_of(store.root / folder)

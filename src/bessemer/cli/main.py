@@ -100,24 +100,15 @@ COMMANDS: dict[str, dict[Callable[..., None], tuple[str, ...]]] = {
         train_classifier: ("bessemer train-classifier good bad classifiers/quality",),
         train_words: ("bessemer train-words texts words",),
     },
-    "Help and upkeep": {
-        help_: ("bessemer help serve",),
-        doctor: ("bessemer doctor",),
-        clean: ("bessemer clean --dry-run",),
-    },
+    "Help and upkeep": {help_: ("bessemer help serve",), doctor: ("bessemer doctor",), clean: ("bessemer clean --dry-run",)},
 }
-#: Names that Python keeps for itself.
+#: Commands whose names are keywords or builtins of Python.
 _NAMES = {help_: "help", import_: "import", list_models: "list"}
-
-
-def _epilog(examples: Sequence[str]) -> str:
-    """Examples as the end of a command's help, a line each."""
-    return "\n\n".join([f"Example: {examples[0]}", *examples[1:]])
 
 
 for _panel, _commands in COMMANDS.items():
     for _command, _examples in _commands.items():
-        app.command(_NAMES.get(_command), rich_help_panel=_panel, epilog=_epilog(_examples))(_command)
+        app.command(_NAMES.get(_command), rich_help_panel=_panel, epilog="Example: " + "\n\n".join(_examples))(_command)
 app.add_typer(keys, name="keys", rich_help_panel="Use a model")
 app.add_typer(scaling, name="scaling", rich_help_panel="Make a model")
 app.add_typer(bench, name="bench", rich_help_panel="Measure and look inside")
@@ -133,12 +124,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     debug = "--debug" in given
     given = [argument for argument in given if argument != "--debug"]
     if given[:1] == ["evaluate"] and given[-1] == "--tasks":
-        # which tasks there are is what somebody asks who names none
+        # without a name, --tasks lists the tasks
         given[-1] = "--list-tasks"
     try:
         code = app(given, standalone_mode=False, prog_name="bessemer")
         if sys.stdout is not None:
-            # at the end of the process nobody could say that it was not written
+            # at the end of the process a failed write would go unnoticed
             sys.stdout.flush()
     except BessemerError as error:
         _fail(error, debug)
@@ -156,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except Exception as error:
         _usage_error(error, debug)
     if code == 130:
-        # what typer makes of Ctrl-C since 0.29: the exit code of an interrupt, and no exception
+        # typer from 0.29 on turns Ctrl-C into this exit code, without an exception
         _stopped()
     sys.exit(code if isinstance(code, int) else 0)
 
@@ -183,7 +174,7 @@ def _fail(error: BaseException, debug: bool) -> NoReturn:
 
 
 def _settle_output() -> None:
-    """Write what waits for standard output, or drop it where that is closed or full: Python would complain of it at its end."""
+    """Flush standard output, or drop the rest where it is closed or full: Python would report that when it exits."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -202,30 +193,30 @@ def _usage_error(error: Exception, debug: bool) -> NoReturn:
         error.show()  # type: ignore[attr-defined]
         sys.exit(2)
     if isinstance(error, typer.Abort):
-        # what typer before 0.29 makes of Ctrl-C
+        # typer before 0.29 turns Ctrl-C into this
         _stopped()
     if message is None or code is None:
-        found = as_user_error(error)
-        if found is None:
+        problem = as_user_error(error)
+        if problem is None:
             raise error
-        _fail(found.with_traceback(error.__traceback__), debug)
+        _fail(problem.with_traceback(error.__traceback__), debug)
     context = getattr(error, "ctx", None)
-    told = _with_nearest(message(), context.command if context else None)
-    print(f"error: {told} (see {context.command_path if context else 'bessemer'} --help)", file=sys.stderr)
+    text = _with_nearest(message(), context.command if context else None)
+    print(f"error: {text} (see {context.command_path if context else 'bessemer'} --help)", file=sys.stderr)
     sys.exit(code)
 
 
 def _with_nearest(message: str, command: Any) -> str:
-    """A complaint of a command or an option that does not exist, with the nearest that does: alike in typer's versions."""
+    """The message about an unknown command or option, with the nearest known one; the same for all versions of typer."""
     import difflib
     import re
 
-    found = re.match(r"No such (?P<kind>command|option):? '?(?P<name>[^\s']+?)'?(?=[.\s]|$)", message)
-    if found is None or command is None:
+    unknown = re.match(r"No such (?P<kind>command|option):? '?(?P<name>[^\s']+?)'?(?=[.\s]|$)", message)
+    if unknown is None or command is None:
         return message.rstrip(".")
     options = [name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)]
     known = (
-        list(getattr(command, "commands", {})) if found["kind"] == "command" else [name for name in options if name[0] == "-"]
+        list(getattr(command, "commands", {})) if unknown["kind"] == "command" else [name for name in options if name[0] == "-"]
     )
-    close = difflib.get_close_matches(found["name"], known, n=1, cutoff=0.6)
-    return f"No such {found['kind']} {found['name']!r}" + (f"; did you mean {close[0]!r}?" if close else "")
+    close = difflib.get_close_matches(unknown["name"], known, n=1, cutoff=0.6)
+    return f"No such {unknown['kind']} {unknown['name']!r}" + (f"; did you mean {close[0]!r}?" if close else "")

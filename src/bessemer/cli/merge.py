@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from bessemer.cli.options import Runs
+
 
 def average(
     checkpoints: Annotated[
@@ -23,8 +25,8 @@ def average(
     if len(checkpoints) < 2:
         raise ConfigError("give at least two checkpoints, RUN@STEP RUN@STEP, and then the folder to write")
     with new_folder(out) as folder:
-        model, beside = averaged_model([find_checkpoint(name, Path(), where="RUN@STEP") for name in checkpoints])
-        save_model(model, folder, tokenizer=beside)
+        model, tokenizer = averaged_model([find_checkpoint(name, Path(), where="RUN@STEP") for name in checkpoints])
+        save_model(model, folder, tokenizer=tokenizer)
     print(f"{out}: the mean of {len(checkpoints)} checkpoints, {model.config.parameters():,} parameters")
 
 
@@ -35,7 +37,7 @@ def merge(
     ] = None,
     adapter: Annotated[Path | None, typer.Option(help="Folder of a low-rank adapter of the model.")] = None,
     dtype: Annotated[str, typer.Option(help="Of the weights that are written: f32, f16 or bf16.")] = "f32",
-    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
+    runs: Runs = Path("runs"),
 ) -> None:
     """Write a model with an adapter merged into its weights, for tools that take one set of weights."""
     from bessemer.cli.named import find_model
@@ -83,7 +85,7 @@ def extend(
     init: Annotated[
         str, typer.Option(help="A model's new rows: mean, of all, or subtokens, of what wrote it before.")
     ] = "mean",
-    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
+    runs: Runs = Path("runs"),
 ) -> None:
     """Add tokens to a tokenizer, or to a model and its tokenizer. Ids that exist keep their tokens and their weights."""
     from bessemer.cli.named import as_folder, find_model

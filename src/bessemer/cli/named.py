@@ -1,4 +1,4 @@
-"""What MODEL and RUN mean on the command line: a path, or a run's name."""
+"""Arguments of commands resolved: MODEL and RUN, options of the form NAME=VALUE, options that are settings."""
 
 from __future__ import annotations
 
@@ -14,16 +14,29 @@ from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.core.store import follow
 
 if TYPE_CHECKING:
+    import typer
+
     from bessemer.inference.engine import Engine
     from bessemer.inference.sampling.params import SamplingParams
+    from bessemer.pipeline.run_folder import RunFolder
 
 
 def find_run(name: str, runs: Path) -> Path:
     """The folder of a run, given by name or path. Raises ArtefactError with the nearest name."""
+    from bessemer.pipeline import run_names
+
     for folder in (Path(name), runs / name):
         if (folder / "run.json").exists():
             return folder
-    raise ArtefactError(f"there is no run {name!r}{_nearest_run(name, runs)}")
+    raise ArtefactError(f"there is no run {name!r}{nearest(name, run_names(runs))}")
+
+
+def open_run(name: str, runs: Path) -> RunFolder:
+    """A run, given by name or path. Raises as `find_run`."""
+    from bessemer.pipeline.run_folder import RunFolder
+
+    folder = find_run(name, runs)
+    return RunFolder(folder.parent, folder.name)
 
 
 def find_model(name: str, runs: Path, *, yes: bool = False) -> Path:
@@ -31,12 +44,13 @@ def find_model(name: str, runs: Path, *, yes: bool = False) -> Path:
     model that was pulled, `smollm2`, or an id of the hub; of a fine-tuning its whole weights, into which an adapter is merged.
     Returns a folder, or a GGUF file.
 
-    What is not on this machine is fetched where the user at the terminal agrees. yes: nobody is asked. Raises ArtefactError
+    What is not on this machine is fetched where the user at the terminal agrees. yes: do not ask. Raises ArtefactError
     with the command that fetches it, or with the nearest name.
     """
     from bessemer.model.formats import find_model as find_source
-    from bessemer.model.storage.library import find_kept
+    from bessemer.model.storage.library import SMOLLM2, find_kept, kept_models
     from bessemer.model.storage.tuned_folder import whole_weights
+    from bessemer.pipeline import run_names
 
     if (weights := whole_weights(Path(name))) is not None:
         return weights
@@ -47,15 +61,9 @@ def find_model(name: str, runs: Path, *, yes: bool = False) -> Path:
         raise ArtefactError(f"the run {name!r} has no model yet; finish it with bessemer run")
     source = find_source(name)
     if source is None:
-        raise ArtefactError(f"there is no model {name!r}: not a folder, a run or a pulled one{_nearest_model(name, runs)}")
+        known = [*run_names(runs), *(model.name for model in kept_models()), SMOLLM2]
+        raise ArtefactError(f"there is no model {name!r}: not a folder, a run or a pulled one{nearest(name, known)}")
     return source.path if source.kind in ("gguf", "folder") else _fetched(name, yes=yes)
-
-
-def _nearest_model(name: str, runs: Path) -> str:
-    from bessemer.model.storage.library import SMOLLM2, kept_models
-    from bessemer.pipeline import run_names
-
-    return nearest(name, [*run_names(runs), *(one.name for one in kept_models()), SMOLLM2])
 
 
 def _fetched(name: str, *, yes: bool) -> Path:
@@ -87,8 +95,7 @@ def _fetched(name: str, *, yes: bool) -> Path:
 
 @contextmanager
 def as_folder(model: Path, out: Path) -> Iterator[Path]:
-    """The folder of a model for a command that reads no other form: a GGUF file is imported into one that lasts as long as the
-    context, on the disk that `out` is written to."""
+    """While entered, a model as a folder: a GGUF file is imported into a temporary one, on the disk of `out`."""
     if not model.is_file():
         yield model
         return
@@ -112,16 +119,10 @@ def find_served(name: str, runs: Path) -> Path:
     return Path(name) if tuned is not None and tuned.adapter is not None else find_model(name, runs)
 
 
-def _nearest_run(name: str, runs: Path) -> str:
-    from bessemer.pipeline import run_names
-
-    return nearest(name, run_names(runs))
-
-
 def example_questions(model: Path, run: Path | None = None, count: int = 3) -> list[str]:
-    """A few questions that a fine-tuned model has learned to answer, from beside its folder, or from a stage of its run."""
-    beside = [model, model.parent]
-    folders = [*beside, *(follow(stage) for stage in sorted((run / "stages").glob("*")))] if run else beside
+    """A few questions that a fine-tuned model was trained on, from its folder, the one around it, or a stage of its run."""
+    near = [model, model.parent]
+    folders = [*near, *(follow(stage) for stage in sorted((run / "stages").glob("*")))] if run else near
     path = next((path for folder in folders if (path := folder / "conversations" / "train.jsonl").exists()), None)
     if path is None:
         return []
@@ -130,17 +131,17 @@ def example_questions(model: Path, run: Path | None = None, count: int = 3) -> l
     with path.open(encoding="utf-8") as lines:
         records = [json.loads(line) for line in islice(lines, count)]
     turns = [record.get("messages", record.get("prompt")) for record in records]
-    asked = [turn if isinstance(turn, str) else _first_question(turn) for turn in turns]
-    return [question for question in asked if question]
+    questions = [turn if isinstance(turn, str) else _first_question(turn) for turn in turns]
+    return [question for question in questions if question]
 
 
 def _first_question(messages: list[dict[str, Any]]) -> str:
-    """What the user says first, behind a system message."""
+    """The user's first message."""
     return next((str(message.get("content") or "") for message in messages if message["role"] == "user"), "")
 
 
 def speculation(named: str | None, runs: Path) -> dict[str, Any]:
-    """The engine's setting for what `--speculate` names: a method, or a draft model."""
+    """The engine's setting for `--speculate`: a method, or a draft model."""
     if named is None:
         return {}
     known = named in ("ngram", "mtp")
@@ -148,18 +149,18 @@ def speculation(named: str | None, runs: Path) -> dict[str, Any]:
 
 
 def named_numbers(setting: str, given: list[str] | None) -> dict[str, Any]:
-    """The engine's setting for what an option like `--parallel NAME=NUMBER` gives, once or more. Raises ConfigError."""
+    """The engine's setting for a repeated option such as `--parallel NAME=NUMBER`. Raises ConfigError."""
     numbers: dict[str, str] = {}
-    for one in given or ():
-        name, has_number, number = one.partition("=")
+    for option in given or ():
+        name, has_number, number = option.partition("=")
         if not has_number or name in numbers:
-            raise ConfigError(f"--{setting} {one}: " + ("it is given twice" if has_number else "give it as NAME=NUMBER"))
+            raise ConfigError(f"--{setting} {option}: " + ("it is given twice" if has_number else "give it as NAME=NUMBER"))
         numbers[name] = number
     return {setting: numbers} if numbers else {}
 
 
 def option_of(command: str) -> Callable[[tuple[str | int, ...]], str]:
-    """What names a command's option for an offending setting."""
+    """A function from the path of a wrong setting to the option that gave it, for messages."""
 
     def option(path: tuple[str | int, ...]) -> str:
         return " ".join([f"--{path[0]}".replace("_", "-"), *map(str, path[1:])]) if path else command
@@ -167,15 +168,21 @@ def option_of(command: str) -> Callable[[tuple[str | int, ...]], str]:
     return option
 
 
-def sampling_options(command: str, **given: Any) -> Callable[[Engine], SamplingParams]:
-    """What a command's options say of sampling, over what the model's own folder says; greedy where neither says how.
+def given_options(context: typer.Context, *names: str) -> dict[str, Any]:
+    """The options of a command by these names, without those that were not given and have no default."""
+    return {name: context.params[name] for name in names if context.params[name] is not None}
 
-    given: None for an option that is not used. Raises ConfigError, before a model is opened, for a value that is not valid.
+
+def sampling_options(context: typer.Context) -> Callable[[Engine], SamplingParams]:
+    """A command's options of sampling, over what the model's own folder says; greedy where neither says how.
+
+    Raises ConfigError, before a model is opened, for a value that is not valid.
     """
     from bessemer.inference.sampling.params import SamplingParams
 
-    stated = {name: value for name, value in given.items() if value is not None}
-    SamplingParams.parse(stated, option_of(command))
+    names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop")
+    stated = given_options(context, *(name for name in names if name in context.params))
+    SamplingParams.parse(stated, option_of(context.info_name or ""))
 
     def params_for(engine: Engine) -> SamplingParams:
         usual = {} if "temperature" in engine.sampling_settings else {"temperature": 0.0}
@@ -185,7 +192,7 @@ def sampling_options(command: str, **given: Any) -> Callable[[Engine], SamplingP
 
 
 def named_models(given: list[str] | None, taken: Collection[str]) -> dict[str, str]:
-    """What `--also NAME=MODEL` gives, once or more; without a name it is the last part of the model's.
+    """Name → model of a repeated `--also NAME=MODEL`; the name may be left out where it is the last part of the model's.
 
     taken: the names of the first model and its adapters. Raises ConfigError for a name that means two things, or none.
     """
@@ -193,7 +200,7 @@ def named_models(given: list[str] | None, taken: Collection[str]) -> dict[str, s
 
 
 def named_folders(given: list[str] | None, taken: str | None = None) -> dict[str, str]:
-    """What `--adapter NAME=FOLDER` gives, once or more; the name may be left out where it is the folder's.
+    """Name → folder of a repeated `--adapter NAME=FOLDER`; the name may be left out where it is the folder's.
 
     taken: a name that stands for the model itself. Raises ConfigError for a name that means two things, or none.
     """
@@ -201,15 +208,17 @@ def named_folders(given: list[str] | None, taken: str | None = None) -> dict[str
 
 
 def _named(option: str, what: str, given: list[str] | None, taken: Mapping[str, str], another: str) -> dict[str, str]:
-    """What an option `NAME=…` gives, once or more. taken: who has a name already; another: who has it of the others given."""
-    found: dict[str, str] = {}
-    for one in given or ():
-        name, has_name, place = one.partition("=")
+    """Name → value of a repeated option. taken: what has a name already; another: what has it among the values given."""
+    places: dict[str, str] = {}
+    for argument in given or ():
+        name, has_name, place = argument.partition("=")
         if not has_name:
-            name, place = Path(one).name, one
+            name, place = Path(argument).name, argument
         if not name or not place:
-            raise ConfigError(f"--{option} {one}: give it as NAME={what}")
-        if name in taken or name in found:
-            raise ConfigError(f"--{option} {one}: {taken.get(name, another)} has the name {name!r} already; choose another")
-        found[name] = place
-    return found
+            raise ConfigError(f"--{option} {argument}: give it as NAME={what}")
+        if name in taken or name in places:
+            raise ConfigError(
+                f"--{option} {argument}: {taken.get(name, another)} has the name {name!r} already; choose another"
+            )
+        places[name] = place
+    return places

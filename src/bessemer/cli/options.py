@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share, and refusals of options of earlier versions.
+"""What several commands share: arguments and options, refusals of options of earlier versions, printing of views.
 
 Imports nothing heavy: every command's file may import it.
 """
@@ -6,9 +6,12 @@ Imports nothing heavy: every command's file may import it.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 Model = Annotated[str, typer.Argument(help="A model: a folder, a GGUF file, a run, a pulled one, or what finetune wrote.")]
 Runs = Annotated[Path, typer.Option(help="Folder of the runs.")]
@@ -32,6 +35,15 @@ Speculate = Annotated[str | None, typer.Option(help="Speculative decoding: ngram
 MaxModelLen = Annotated[
     int | None, typer.Option(help="At most this many tokens of prompt and answer together; the model's context.")
 ]
+
+
+def print_view(*drawn: RenderableType, soft_wrap: bool = False) -> None:
+    """Print what `views` drew. soft_wrap: long lines are left to the terminal, which other programs read better."""
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=soft_wrap)
+    for view in drawn:
+        console.print(view)
 
 
 def retired_option(old: str, new: str) -> Any:

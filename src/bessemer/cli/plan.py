@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bessemer.cli.options import Runs, print_view
+
 if TYPE_CHECKING:
-    from bessemer.model.config import ModelConfig
-    from bessemer.scaling.hardware import Card
+    from bessemer.scaling.serving import ServingJob
 
 
 def plan(
@@ -37,7 +38,7 @@ def plan(
     answer_tokens: Annotated[int, typer.Option(help="--serve: tokens of a usual answer.", min=1)] = 300,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     allow_code: Annotated[bool, typer.Option("--allow-code", help="The recipe may name code of its own.")] = False,
-    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
+    runs: Runs = Path("runs"),
 ) -> None:
     """Say what a training run would take: memory, traffic, time, cost, and the best layout over the cards. Needs no GPU.
 
@@ -47,30 +48,30 @@ def plan(
     if finetune:
         _plan_finetuning(recipe, overrides or [], method, device, runs, as_json)
         return
-    from bessemer.pipeline.planning import planned
+    from bessemer.pipeline.planning import training_plan
     from bessemer.scaling.hardware import find_card
     from bessemer.scaling.job import PlannedJob
     from bessemer.scaling.planner import plan_summary, plans, requested_plan
+    from bessemer.scaling.serving import ServingJob
 
-    asked, card = planned(recipe, overrides or [], allow_code=allow_code), find_card(gpu)
+    training, card = training_plan(recipe, overrides or [], allow_code=allow_code), find_card(gpu)
     if serve:
-        _plan_serving(asked.name, asked.model, card, gpus, price, weights, prompt_tokens, answer_tokens, as_json)
+        job = ServingJob(training.model, card, gpus, weights, prompt_tokens, answer_tokens)
+        _plan_serving(training.name, job, price, as_json)
         return
-    job = PlannedJob(asked.model, asked.settings, card)
-    found = plans(job, gpus, count=layouts)
-    total = tokens or asked.tokens or found[0].tokens_per_second * 60 * (asked.minutes or 0)
-    result = {"name": asked.name} | plan_summary(
-        found, tokens=total, price=card.price if price is None else price, asked=requested_plan(job, gpus)
+    training_job = PlannedJob(training.model, training.settings, card)
+    training_plans = plans(training_job, gpus, count=layouts)
+    total = tokens or training.tokens or training_plans[0].tokens_per_second * 60 * (training.minutes or 0)
+    result = {"name": training.name} | plan_summary(
+        training_plans, tokens=total, price=card.price if price is None else price, asked=requested_plan(training_job, gpus)
     )
     result["price_is_assumed"] = price is None
     if as_json:
         print(json.dumps(result, indent=2))
         return
-    from rich.console import Console
-
     from bessemer.views.planning import show_plan
 
-    Console(highlight=False).print(show_plan(result))
+    print_view(show_plan(result))
 
 
 def _plan_finetuning(model: str, given: list[str], method: str, device: str, runs: Path, as_json: bool) -> None:
@@ -83,51 +84,39 @@ def _plan_finetuning(model: str, given: list[str], method: str, device: str, run
 
     if not given or "=" in given[0]:
         raise ConfigError("--finetune: name a model and a table: bessemer plan --finetune MODEL DATA")
-    settings = {key: parse_value(value, f"override {key}") for key, _, value in (one.partition("=") for one in given[1:])}
+    settings = {
+        key: parse_value(value, f"override {key}") for key, _, value in (override.partition("=") for override in given[1:])
+    }
     config = FinetuneConfig.parse({"method": method, **settings}, "plan --finetune")
     from bessemer.posttraining.sft.finetune_plan import plan_finetuning
 
     with TemporaryDirectory() as scratch:
         source = model_source(model, runs)
-        found = plan_finetuning(config, source, Path(given[0]), seed=7, device=device, scratch=Path(scratch))
+        finetune_plan = plan_finetuning(config, source, Path(given[0]), seed=7, device=device, scratch=Path(scratch))
     if as_json:
-        print(json.dumps(found.figures, indent=2))
+        print(json.dumps(finetune_plan.figures, indent=2))
         return
-    from rich.console import Console
-
     from bessemer.views.planning import show_finetune_plan
 
-    Console(highlight=False).print(show_finetune_plan(model, Path(given[0]).name, found.figures))
+    print_view(show_finetune_plan(model, Path(given[0]).name, finetune_plan.figures))
 
 
-def _plan_serving(
-    name: str,
-    model: ModelConfig,
-    card: Card,
-    gpus: int,
-    price: float | None,
-    weights: str,
-    prompt_tokens: int,
-    answer_tokens: int,
-    as_json: bool,
-) -> None:
-    from rich.console import Console
-
+def _plan_serving(name: str, job: ServingJob, price: float | None, as_json: bool) -> None:
     from bessemer.core.config import nearest
     from bessemer.core.errors import ConfigError
-    from bessemer.scaling.serving import WEIGHT_BYTES, ServingJob, serving_plan
+    from bessemer.scaling.serving import WEIGHT_BYTES, serving_plan
     from bessemer.views.planning import show_serving_plan
 
-    if weights not in WEIGHT_BYTES:
-        raise ConfigError(f"--weights {weights}: it is {', '.join(WEIGHT_BYTES)}{nearest(weights, list(WEIGHT_BYTES))}")
-    if prompt_tokens + answer_tokens > model.max_position_embeddings:
+    if job.weights not in WEIGHT_BYTES:
+        known = f"{', '.join(WEIGHT_BYTES)}{nearest(job.weights, list(WEIGHT_BYTES))}"
+        raise ConfigError(f"--weights {job.weights}: it is {known}")
+    tokens, context = job.prompt + job.answer, job.model.max_position_embeddings
+    if tokens > context:
         raise ConfigError(
-            f"--prompt-tokens and --answer-tokens are {prompt_tokens + answer_tokens:,} together, and the model's context is "
-            f"{model.max_position_embeddings:,}"
+            f"--prompt-tokens and --answer-tokens are {tokens:,} together, and the model's context is {context:,}"
         )
-    job = ServingJob(model, card, gpus, weights, prompt_tokens, answer_tokens)
-    found = {"name": name, "price_is_assumed": price is None} | serving_plan(job, card.price if price is None else price)
+    values = {"name": name, "price_is_assumed": price is None} | serving_plan(job, job.card.price if price is None else price)
     if as_json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(values, indent=2))
     else:
-        Console(highlight=False).print(show_serving_plan(found))
+        print_view(show_serving_plan(values))

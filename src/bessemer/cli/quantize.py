@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bessemer.cli.options import Model
+from bessemer.cli.options import Device, Model, Runs
 
 if TYPE_CHECKING:
     from bessemer.model.quantisation.config import QuantizeConfig
 
-#: Share of bits per byte from which a loss is no small one.
+#: Relative loss in bits per byte from which advice is printed.
 _NOTABLE_LOSS = 0.01
 
 
 def quantize(
+    context: typer.Context,
     model: Model,
     out: Annotated[Path, typer.Argument(help="Folder of the quantised model.")],
     scheme: Annotated[str, typer.Option(help="int8, int4 or w8a8.")] = "int8",
@@ -42,15 +43,15 @@ def quantize(
         ),
     ] = True,
     seed: Annotated[int, typer.Option(help="Chooses the calibration text.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
-    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
+    device: Device = "auto",
+    runs: Runs = Path("runs"),
 ) -> None:
     """Write a model with weights of 8 or 4 bits, and what that costs in quality."""
     from contextlib import ExitStack
 
     from rich.console import Console
 
-    from bessemer.cli.named import as_folder, find_model
+    from bessemer.cli.named import as_folder, find_model, given_options
     from bessemer.core.progress import progress_for_terminal
     from bessemer.core.store import new_folder
     from bessemer.evaluation.quantisation import Tokens, opened_tokens, quantise_folder
@@ -58,18 +59,8 @@ def quantize(
     from bessemer.tokenization.tokenizer import load_tokenizer
     from bessemer.views.terminal import show_quality
 
-    config = QuantizeConfig.parse(
-        {
-            "scheme": scheme,
-            "method": method,
-            "group_size": group_size,
-            "symmetric": not asymmetric,
-            "search_clip": search_clip,
-            "head": head,
-            "calibration_tokens": calibration_tokens,
-        },
-        "quantize",
-    )
+    given = given_options(context, "scheme", "method", "group_size", "search_clip", "head", "calibration_tokens")
+    config = QuantizeConfig.parse(given | {"symmetric": not asymmetric}, "quantize")
     place = find_model(model, runs)
     with ExitStack() as stack:
         folder = stack.enter_context(as_folder(place, out))
@@ -79,26 +70,26 @@ def quantize(
         if evaluate is not None:
             held_out = stack.enter_context(opened_tokens(evaluate, load_tokenizer(folder)))
         unfinished = stack.enter_context(new_folder(out))
-        found = quantise_folder(
+        quality = quantise_folder(
             config,
             folder,
             unfinished,
             calibration=text.train,
-            # of a text that is given to measure on, all of it will do where nothing is held out
+            # a text of --evaluate is used whole where nothing of it is held out
             held_out=held_out.held_out or (held_out.train if evaluate is not None else None),
             sample=check,
             seed=seed,
             device=device,
             progress=progress_for_terminal(),
         )
-    Console().print(show_quality(found))
-    if (advice := _advice(found, config)) is not None:
+    Console().print(show_quality(quality))
+    if (advice := _advice(quality, config)) is not None:
         print(advice)
     print(f"{out}: written")
 
 
 def _advice(quality: dict[str, Any], config: QuantizeConfig) -> str | None:
-    """A loss that is no small one, and what loses less, in one line; None where there is no such loss, or it is not known."""
+    """A line on a notable loss, with settings that lose less; None for a small loss, or where none was measured."""
     from bessemer.model.quantisation.config import scheme_plugin
 
     if "loss" not in quality or quality["loss"] < _NOTABLE_LOSS:

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bessemer.cli.options import print_view
+
 if TYPE_CHECKING:
     from bessemer.pipeline.api import RunResult
-    from bessemer.pipeline.runner import Planned
+    from bessemer.pipeline.stage_planner import StagePlan
     from bessemer.pipeline.sweep import Outcome
 
 
@@ -50,7 +52,7 @@ def init(
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             write_text(folder / file, content)
     except OSError:
-        # all of them or none: the same command refuses what exists
+        # all files or none: the same command would refuse those that exist
         for file in files:
             (folder / file).unlink(missing_ok=True)
         raise
@@ -61,7 +63,7 @@ def init(
         print(f"put your text (.txt, .md, .jsonl) into {folder / 'data'}")
     print(f"next:\n  cd {shlex.quote(str(folder))}")
     if from_ is not None and not there:
-        # a file is named from here, and the command is typed there
+        # the path is given from here, and the command is typed in the folder
         source = os.path.relpath(Path(from_).resolve(), folder.resolve()) if Path(from_).exists() else from_
         print(f"  bessemer import {shlex.quote(source)} base")
     print("  bessemer run recipe.yaml --dry-run\n  bessemer run recipe.yaml")
@@ -81,9 +83,9 @@ def recipes(
     from bessemer.pipeline.recipe import find_recipe, load_recipe, shipped_recipes
 
     if action is None:
-        found = shipped_recipes()
-        width = max(map(len, found))
-        for recipe, path in found.items():
+        shipped = shipped_recipes()
+        width = max(map(len, shipped))
+        for recipe, path in shipped.items():
             print(f"{recipe:<{width}}  {read_yaml(path).values.get('description', '')}")
         return
     if action != "show" or name is None:
@@ -91,7 +93,7 @@ def recipes(
     if full:
         from bessemer.pipeline.recipe_settings import recipe_settings
 
-        # nothing of it is run
+        # allowed, since showing a recipe runs none of its code
         for line in recipe_settings(load_recipe(name, overrides or [], allow_code=True)):
             print(line)
         return
@@ -139,11 +141,11 @@ def run(
 
 
 def _close(result: RunResult) -> None:
-    """The last lines: what was made, what to type next."""
+    """Print what was made, and what to type next."""
     from bessemer.core.metrics import duration
     from bessemer.pipeline.report import next_steps, run_report, sentences
 
-    reused = sum(one.reused for one in result.made)
+    reused = sum(result_of_stage.reused for result_of_stage in result.made)
     stages = run_report(result.run)
     print(f"\n{result.run.name}: done in {duration(result.seconds)}, {reused} of {len(result.made)} stages reused.")
     for line in sentences(stages):
@@ -158,10 +160,10 @@ def _close(result: RunResult) -> None:
         print(f"  {line}")
 
 
-def _show_plan(planned: list[Planned]) -> None:
-    width = max(len(one.stage.name) for one in planned)
-    for one in planned:
-        print(f"{one.stage.name:<{width}}  {one.action:<6}  {one.why}")
+def _show_plan(plans: list[StagePlan]) -> None:
+    width = max(len(plan.stage.name) for plan in plans)
+    for plan in plans:
+        print(f"{plan.stage.name:<{width}}  {plan.action:<6}  {plan.why}")
 
 
 def sweep(
@@ -189,8 +191,6 @@ def sweep(
     Members share finished stages; one that fails does not stop the others; the same command again goes on with what is missing.
     Ends in one table, `runs/sweeps/NAME.csv` (which `bessemer scaling fit` reads) and a plot beside it.
     """
-    from rich.console import Console
-
     from bessemer.core.config import nearest
     from bessemer.core.errors import ConfigError
     from bessemer.core.progress import progress_for_terminal
@@ -219,10 +219,10 @@ def sweep(
         progress=progress_for_terminal(),
         on_outcome=lambda so_far: write_sweep(table, so_far, metric),
     )
-    Console(highlight=False, soft_wrap=True).print(show_sweep(sweep_rows(outcomes, metric), list(chosen[0].varied)))
+    print_view(show_sweep(sweep_rows(outcomes, metric), list(chosen[0].varied)), soft_wrap=True)
     print(f"\nTable: {table}")
     _plot(table.with_suffix(".svg"), outcomes, metric)
-    failed = sum(one.problem is not None for one in outcomes)
+    failed = sum(outcome.problem is not None for outcome in outcomes)
     if failed:
         print(f"{failed} of {len(outcomes)} failed; the same command tries them again.")
         raise typer.Exit(1)

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bessemer.cli.options import Runs, print_view
+
 if TYPE_CHECKING:
-    from bessemer.pipeline.planning import Planned
     from bessemer.scaling.laws.fit import Fit
     from bessemer.scaling.laws.isoflop import IsoFlop, IsoFlopBias
     from bessemer.scaling.laws.parametric import Points
-    from bessemer.scaling.suggest import LawInUse, Suggestion
+    from bessemer.scaling.suggest import LawInUse
 
 scaling = typer.Typer(
     no_args_is_help=True,
@@ -68,7 +69,7 @@ def fit(
         Path | None, typer.Option(help="Write the law here, for `scaling suggest --law` (the grid's, of both).")
     ] = None,
     plots: Annotated[Path | None, typer.Option(help="Folder for fit.svg and isoflop.svg.")] = None,
-    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
+    runs: Runs = Path("runs"),
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Fit L = E + A/N^α + B/D^β to runs or to a CSV, with bootstrap intervals. Points that determine no law give no number."""
@@ -81,13 +82,14 @@ def fit(
         _frontier(points, confidence, counting, as_json)
         return
     from bessemer.scaling.laws.fit import fit_law, write_fit
+    from bessemer.scaling.laws.isoflop import fit_isoflop
 
     methods = ("huber", "grid") if method is MethodChoice.both else (method.value,)
     fits = [
-        fit_law(points, one, resamples=resamples, seed=seed, count=count.value, metric=unit)  # type: ignore[arg-type]
-        for one in methods
+        fit_law(points, fit_method, resamples=resamples, seed=seed, count=count.value, metric=unit)  # type: ignore[arg-type]
+        for fit_method in methods
     ]
-    parabolas = _isoflop(points, confidence) if isoflop else None
+    parabolas = fit_isoflop(points, confidence=confidence) if isoflop else None
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_fit(out, fits[-1])
@@ -115,12 +117,6 @@ def _points(sources: list[str], count: CountChoice, metric: MetricChoice, runs: 
 
     folders = [find_run(name, runs) for name in sources]
     return points_of_runs(folders, count=count.value, metric=metric.value), COUNTS[count.value], metric.value
-
-
-def _isoflop(points: Points, confidence: float) -> IsoFlop:
-    from bessemer.scaling.laws.isoflop import fit_isoflop
-
-    return fit_isoflop(points, confidence=confidence)
 
 
 def _bias(fit: Fit) -> IsoFlopBias | None:
@@ -153,7 +149,7 @@ def _print_fits(fits: list[Fit], parabolas: IsoFlop | None, confidence: float, c
             "metric": fits[0].metric,
             "parameters_counted": counting,
             "confidence": confidence,
-            "fits": [fit_values(one, confidence) for one in fits],
+            "fits": [fit_values(fit, confidence) for fit in fits],
         }
         if parabolas is not None:
             values["isoflop"] = asdict(parabolas.parameters) | {
@@ -162,29 +158,20 @@ def _print_fits(fits: list[Fit], parabolas: IsoFlop | None, confidence: float, c
             }
         print(json.dumps(values, indent=2))
         return
-    from rich.console import Console
-
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(show_fits(fits, confidence, counting))
-    if parabolas is not None:
-        console.print(show_isoflop(parabolas, bias))
+    isoflop = [] if parabolas is None else [show_isoflop(parabolas, bias)]
+    print_view(show_fits(fits, confidence, counting), *isoflop, soft_wrap=True)
 
 
 def _frontier(points: Points, confidence: float, counting: str, as_json: bool) -> None:
-    from rich.console import Console
-
     from bessemer.scaling.laws.isoflop import fit_frontier
     from bessemer.views.scaling import show_frontier
 
-    found = fit_frontier(points, confidence=confidence)
+    frontier = fit_frontier(points, confidence=confidence)
     if as_json:
-        print(
-            json.dumps(
-                {"points": len(points), "parameters_counted": counting, "confidence": confidence} | asdict(found), indent=2
-            )
-        )
+        head = {"points": len(points), "parameters_counted": counting, "confidence": confidence}
+        print(json.dumps(head | asdict(frontier), indent=2))
         return
-    Console(highlight=False, soft_wrap=True).print(show_frontier(found, len(points), confidence, counting))
+    print_view(show_frontier(frontier, len(points), confidence, counting), soft_wrap=True)
 
 
 @scaling.command(epilog="Example: bessemer scaling predict 125m --law law.json")
@@ -196,21 +183,19 @@ def predict(
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Predict the loss of a recipe's pretraining before it is run, with the interval of one run."""
-    from rich.console import Console
-
     from bessemer.core.errors import ConfigError
-    from bessemer.pipeline.planning import planned
+    from bessemer.pipeline.planning import training_plan
     from bessemer.scaling.suggest import predict_loss
     from bessemer.views.scaling import prediction_values, show_prediction
 
-    base = planned(recipe, overrides or [])
+    base = training_plan(recipe, overrides or [])
     if base.tokens is None:
         raise ConfigError(f"{recipe}: a prediction needs the number of tokens; give pretrain.tokens=… instead of minutes")
-    found = predict_loss(_law(law), base.model, base.tokens, base.settings.context_length, confidence)
+    prediction = predict_loss(_law(law), base.model, base.tokens, base.settings.context_length, confidence)
     if as_json:
-        print(json.dumps(prediction_values(found, confidence), indent=2))
+        print(json.dumps(prediction_values(prediction, confidence), indent=2))
     else:
-        Console(highlight=False, soft_wrap=True).print(show_prediction(found, confidence))
+        print_view(show_prediction(prediction, confidence), soft_wrap=True)
 
 
 @scaling.command(epilog="Example: bessemer scaling suggest --gpus 8 --days 2 --out recipe.yaml")
@@ -225,12 +210,12 @@ def suggest(
     out: Annotated[Path | None, typer.Option(help="Write the recipe here, to run it.")] = None,
 ) -> None:
     """Size a run for a budget: parameters, tokens, batch, learning rate, the predicted loss with its interval, and a recipe."""
-    from rich.console import Console
-
     from bessemer.core.errors import ConfigError
     from bessemer.core.store import write_text
     from bessemer.core.yaml_file import dump_yaml
-    from bessemer.pipeline.planning import planned
+    from bessemer.pipeline.planning import training_plan
+    from bessemer.scaling.hardware import find_card
+    from bessemer.scaling.suggest import suggest_for_flops, suggest_for_time
     from bessemer.views.scaling import show_suggestion
 
     if (flops is None) == (days is None):
@@ -239,10 +224,17 @@ def suggest(
         raise ConfigError("--days needs the number of cards: --gpus")
     if out is not None and out.suffix not in (".yaml", ".yml"):
         raise ConfigError(f"{out}: a recipe's file ends in .yaml")
-    base = planned(recipe)
-    found = _suggestion(flops, days, gpus, gpu, _law(law), base, confidence)
-    Console(highlight=False, soft_wrap=True).print(show_suggestion(found, confidence))
-    text = dump_yaml(found.recipe(recipe, base.settings, out.stem if out is not None else "suggested"))
+    base = training_plan(recipe)
+    sizes = {"vocab_size": base.model.vocab_size, "context_length": base.settings.context_length}
+    card, known = find_card(gpu), _law(law)
+    if days is not None:
+        assert gpus is not None
+        suggestion = suggest_for_time(known, days, gpus=gpus, card=card, confidence=confidence, **sizes)
+    else:
+        assert flops is not None
+        suggestion = suggest_for_flops(known, flops, gpus=gpus, card=card if gpus else None, confidence=confidence, **sizes)
+    print_view(show_suggestion(suggestion, confidence), soft_wrap=True)
+    text = dump_yaml(suggestion.recipe(recipe, base.settings, out.stem if out is not None else "suggested"))
     if out is None:
         print(f"\n{text}", end="")
         return
@@ -256,18 +248,3 @@ def _law(path: Path | None) -> LawInUse:
     from bessemer.scaling.suggest import fitted_law, published_law
 
     return published_law() if path is None else fitted_law(read_fit(path), str(path))
-
-
-def _suggestion(
-    flops: float | None, days: float | None, gpus: int | None, gpu: str, law: LawInUse, base: Planned, confidence: float
-) -> Suggestion:
-    from bessemer.scaling.hardware import find_card
-    from bessemer.scaling.suggest import suggest_for_flops, suggest_for_time
-
-    card = find_card(gpu)
-    sizes = {"vocab_size": base.model.vocab_size, "context_length": base.settings.context_length}
-    if days is not None:
-        assert gpus is not None
-        return suggest_for_time(law, days, gpus=gpus, card=card, confidence=confidence, **sizes)
-    assert flops is not None
-    return suggest_for_flops(law, flops, gpus=gpus, card=card if gpus else None, confidence=confidence, **sizes)

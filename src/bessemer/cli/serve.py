@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from bessemer.cli.options import Model, retired_option
+from bessemer.cli.options import Model, Runs, retired_option
 
 keys = typer.Typer(
     no_args_is_help=True,
@@ -21,6 +21,7 @@ _File = Annotated[Path, typer.Argument(help="The file of keys that `bessemer ser
 
 @keys.command(epilog="Example: bessemer keys add keys.jsonl anna --requests-per-minute 60")
 def add(
+    context: typer.Context,
     file: _File,
     name: Annotated[str, typer.Argument(help="What the key is called in lists and logs.")],
     user: Annotated[str | None, typer.Option(help="In whose name its requests are made; the key's name.")] = None,
@@ -32,7 +33,7 @@ def add(
     tokens_per_minute: Annotated[int | None, typer.Option(help="Most tokens of prompts and answers in a minute.")] = None,
 ) -> None:
     """Make a key, and print it: it is shown this once, and the file holds its hash."""
-    from bessemer.cli.named import option_of
+    from bessemer.cli.named import given_options, option_of
     from bessemer.core.errors import ConfigError
     from bessemer.serving.runtime.clients import KeyRecord, hash_key, new_key, read_keys, write_keys
 
@@ -40,18 +41,8 @@ def add(
     if name in [record.name for record in records]:
         raise ConfigError(f"{file} has a key '{name}' already; revoke it first, or choose another name")
     key = new_key()
-    record = KeyRecord.parse(
-        {
-            "name": name,
-            "hash": hash_key(key),
-            "user": user,
-            "groups": group or [],
-            "admin": admin,
-            "requests_per_minute": requests_per_minute,
-            "tokens_per_minute": tokens_per_minute,
-        },
-        option_of("keys add"),
-    )
+    given = given_options(context, "name", "user", "admin", "requests_per_minute", "tokens_per_minute")
+    record = KeyRecord.parse(given | {"hash": hash_key(key), "groups": group or []}, option_of("keys add"))
     write_keys(file, [*records, record])
     print(key)
 
@@ -101,12 +92,10 @@ def serve(
     api_key: Annotated[str | None, _access(help="Ask clients for this key.", envvar="BESSEMER_API_KEY")] = None,
     keys: Annotated[Path | None, _access(help="File of API keys, by `bessemer keys`; asks for one of them.")] = None,
     allow_host: Annotated[
-        list[str] | None,
-        _access(help="A name that clients may call the server by; * is any; may be repeated."),
+        list[str] | None, _access(help="A name that clients may call the server by; * is any; may be repeated.")
     ] = None,
     allow_origin: Annotated[
-        list[str] | None,
-        _access(help="An origin, as https://example.org, whose pages may use the server; may be repeated."),
+        list[str] | None, _access(help="An origin, as https://example.org, whose pages may use the server; may be repeated.")
     ] = None,
     max_body: Annotated[float | None, _requests(help="MiB of a request above which it is refused; 8.")] = None,
     drain_seconds: Annotated[float | None, _requests(help="For running requests to finish after SIGTERM; 60.")] = None,
@@ -141,16 +130,14 @@ def serve(
     ] = False,
     prefix_cache: Annotated[bool, _memory(help="Reuse cached KV blocks for prompts that share a prefix.")] = True,
     adapter: Annotated[
-        list[str] | None,
-        _models(help="NAME=FOLDER: a low-rank adapter that clients ask for by its name; may be repeated."),
+        list[str] | None, _models(help="NAME=FOLDER: a low-rank adapter that clients ask for by its name; may be repeated.")
     ] = None,
     adapter_root: Annotated[
         Path | None, _models(help="Folder below which an admin key may load adapters while the server runs.")
     ] = None,
     speculate: Annotated[str | None, _speed(help="Speculative decoding: ngram, mtp, or a draft model.")] = None,
     parallel: Annotated[
-        list[str] | None,
-        _speed(help="tensor=N or expert=N: share the model between processes; may be repeated."),
+        list[str] | None, _speed(help="tensor=N or expert=N: share the model between processes; may be repeated.")
     ] = None,
     device: Annotated[str, _speed(help="auto, cpu, cuda or mps.")] = "auto",
     engine: Annotated[
@@ -158,10 +145,9 @@ def serve(
     ] = "local",
     replicas: Annotated[int | None, _speed(help="How many; with --engine ray.", min=1)] = None,
     ask: Annotated[
-        list[str] | None,
-        typer.Option(help="Ask this through the API, print the answer, and stop; may be repeated."),
+        list[str] | None, typer.Option(help="Ask this through the API, print the answer, and stop; may be repeated.")
     ] = None,
-    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
+    runs: Runs = Path("runs"),
 ) -> None:
     """Serve a model behind OpenAI's and Anthropic's APIs, with a web app to chat and to look inside."""
     from contextlib import ExitStack
@@ -175,6 +161,7 @@ def serve(
     from bessemer.cli.named import (
         example_questions,
         find_served,
+        given_options,
         named_folders,
         named_models,
         named_numbers,
@@ -195,41 +182,32 @@ def serve(
         raise ConfigError("--replicas: of --engine ray; one engine shares a model between GPUs with --parallel")
     folder, name = find_served(model, runs), name or Path(model).name
     adapters = named_folders(adapter, taken=name)
-    given = {"kv_memory": kv_memory, "max_num_seqs": max_num_seqs, "threads": threads, "batch_invariant": batch_invariant}
-    given |= (
-        {"prefix_cache": prefix_cache, "max_model_len": max_model_len}
-        | speculation(speculate, runs)
-        | named_numbers("parallel", parallel)
-    )
-    if both := next((one for one in alias or [] if one == name or one in adapters), None):
+    memory = ("kv_memory", "max_num_seqs", "max_model_len", "prefix_cache")
+    given = given_options(context, *memory, "threads", "batch_invariant")
+    given |= speculation(speculate, runs) | named_numbers("parallel", parallel)
+    if both := next((taken for taken in alias or [] if taken == name or taken in adapters), None):
         raise ConfigError(f"--alias {both}: the model or an adapter has that name already; choose another")
-    beside = {
+    others = {
         its_name: find_served(its_model, runs)
         for its_name, its_model in named_models(also, [name, *adapters, *(alias or [])]).items()
     }
-    settings = EngineConfig.parse({key: value for key, value in given.items() if value is not None}, option_of("serve"))
-    limits = {"max_waiting": max_waiting, "max_body": max_body, "drain_seconds": drain_seconds}
+    settings = EngineConfig.parse(given, option_of("serve"))
+    limits = ("max_waiting", "max_body", "drain_seconds", "request_log")
     config = ServingConfig.parse(
-        {
-            "host": host,
-            "port": port,
-            "api_key": api_key,
-            "keys": keys,
+        given_options(context, "host", "port", "api_key", "keys", "adapter_root", *limits)
+        | {
             "hosts": [name.lower() for name in allow_host or ()],
             "origins": [origin.lower().rstrip("/") for origin in allow_origin or ()],
-            "request_log": request_log,
-            "adapter_root": adapter_root,
             "aliases": alias or [],
-        }
-        | {name: value for name, value in limits.items() if value is not None},
+        },
         option_of("serve"),
     )
     if ask and (config.keys is not None or config.api_key is not None):
         raise ConfigError("--ask: of a server that asks for no key")
-    # what models are made of is for this machine, or for admins
+    # training data is shown to this machine, or to admin keys
     shown_runs = runs if config.keys is not None or is_loopback(host) else None
     run = model if shown_runs is not None and model in run_names(runs) else None
-    # a copy of the model, and seconds of every core, are not for everybody who reaches the port
+    # X-rays copy the model and take seconds of every core: they need a key, or a request from this machine
     makes_xrays = config.keys is not None or config.api_key is not None or is_loopback(host)
     shown = WebSettings(folder, example_questions(folder, runs / model), feedback, shown_runs, run, makes_xrays)
     opening = Opening(
@@ -238,7 +216,7 @@ def serve(
         device=device,
         engine=settings,
         adapters={its_name: Path(its_folder) for its_name, its_folder in adapters.items()},
-        beside=beside,
+        beside=others,
         max_models=max_models,
         models_memory=models_memory,
         keep_alive=keep_alive,
@@ -252,12 +230,7 @@ def serve(
 
             raise ConfigError(f"--engine ray needs Ray: {install_extra('ray-serve')}") from None
         serve_on_ray(
-            opening,
-            config,
-            replicas or 1,
-            make_pages=partial(web_pages, shown),
-            public=public_paths(),
-            questions=ask or [],
+            opening, config, replicas or 1, make_pages=partial(web_pages, shown), public=public_paths(), questions=ask or []
         )
         return
     with loading, opening.open_engine() as opened:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bessemer.cli.options import Runs, print_view
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -66,7 +68,7 @@ def opened_tokenizer(name: str, runs: Path) -> Iterator[Tokenizer]:
 
 
 def described(name: str, runs: Path, texts: Sequence[Path]) -> dict[str, Any]:
-    """Figures of a tokenizer: what its stage measured, where a stage made it and no texts are given; else measured now.
+    """Figures of a tokenizer: those of its stage's manifest; measured now for texts, and where no stage made it.
 
     Raises ArtefactError when there is none, SourceError for a text that cannot be read.
     """
@@ -100,7 +102,7 @@ def _read_text(path: Path) -> str:
 def column_names(names: Sequence[str]) -> list[str]:
     """Short names for columns: the last part of each path, or the whole where two would be the same."""
     short = [Path(name).name if Path(name).name != "tokenizer" else Path(name).parent.name or name for name in names]
-    return [one if short.count(one) == 1 else whole for one, whole in zip(short, names, strict=True)]
+    return [name if short.count(name) == 1 else whole for name, whole in zip(short, names, strict=True)]
 
 
 def show(
@@ -120,32 +122,29 @@ def show(
         int, typer.Option(help="Of a corpus: texts shown that were kept, and that were dropped for each reason.", min=0)
     ] = 2,
     card: Annotated[bool, typer.Option("--card", help="Of a corpus: print its dataset card, in Markdown.")] = False,
-    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
+    runs: Runs = Path("runs"),
 ) -> None:
     """Print and draw anything: a run, a stage, a corpus, a tokenizer, token shards, a model, a preset, all presets.
 
     A corpus is a run's `corpus`, a data stage's folder, or any folder of documents. Tokenizers are measured by kind of
     text and language, alone or beside each other.
     """
-    from rich.console import Console
-
     from bessemer.model.presets import PRESETS
 
-    console = Console(highlight=False)
     if card:
         print(_card(thing, runs), end="")
     elif against or text or (Path(thing).is_file() and thing.endswith(TOKENIZER_SUFFIXES) and not _is_gguf_model(thing)):
-        console.print(_tokenizers([thing, *against], runs, text))
+        print_view(_tokenizers([thing, *against], runs, text))
     elif thing in PRESETS and not Path(thing).exists():
-        console.print(_preset(thing))
+        print_view(_preset(thing))
     elif thing == "presets" and not Path(thing).exists():
-        console.print(_presets())
+        print_view(_presets())
     else:
-        console.print(_drawn(thing, runs, examples))
+        print_view(_drawn(thing, runs, examples))
 
 
 def _folder(thing: str, runs: Path) -> Path:
-    """The folder that a path or a run's name means, or a model's folder or GGUF file. Raises ArtefactError for what is none."""
+    """The path of THING: a path, a run's name, a model's folder or GGUF file. Raises ArtefactError for anything else."""
     from bessemer.cli.named import find_model
     from bessemer.core.config import nearest
     from bessemer.core.errors import ArtefactError
@@ -173,20 +172,18 @@ def _is_gguf_model(thing: str) -> bool:
 
 
 def _drawn(thing: str, runs: Path, examples: int) -> RenderableType:
-    from bessemer.cli.named import find_run
+    from bessemer.cli.named import open_run
     from bessemer.core.errors import ArtefactError
     from bessemer.core.store import MANIFEST
     from bessemer.model.storage.tuned_folder import is_tuned
     from bessemer.pipeline.report import gather
-    from bessemer.pipeline.run_folder import RunFolder
     from bessemer.views import terminal
 
     folder = _folder(thing, runs)
     if folder.suffix == ".gguf" and folder.is_file():
         return _gguf(folder, runs)
     if (folder / "run.json").exists():
-        run = find_run(str(folder), runs)
-        return terminal.show_run(gather(RunFolder(run.parent, run.name)))
+        return terminal.show_run(gather(open_run(str(folder), runs)))
     if is_tuned(folder):
         return _tuned(folder)
     if (folder / "config.json").exists():
@@ -195,7 +192,7 @@ def _drawn(thing: str, runs: Path, examples: int) -> RenderableType:
         return _tokenizers([str(folder)], runs, [])
     if (folder / MANIFEST).exists():
         return _stage(folder, examples)
-    # documents, rejected or tokens inside a stage's folder
+    # the folder may be `documents`, `rejected` or `tokens` of a stage
     if (folder.parent / MANIFEST).exists():
         return _stage(folder.parent, examples)
     if documents := _bare_documents(folder):
@@ -243,7 +240,7 @@ def _stage(folder: Path, examples: int) -> RenderableType:
         line = lineage(folder / "documents")
         stages: dict[str, Metrics] = {}
         for record in line:
-            # a kind may occur twice
+            # a kind of stage may occur twice
             name = record.name if record.name not in stages else f"{record.name} {len(stages) + 1}"
             stages[name] = record.metrics
         return show_corpus(stages, examples=examples)
@@ -281,7 +278,7 @@ def _model(folder: Path) -> RenderableType:
 
 
 def _tuned(out: Path) -> RenderableType:
-    """A fine-tuning: what it was worth, answers before and after, and the model."""
+    """A fine-tuning: its verdict, answers before and after, and the model."""
     from rich.console import Group
     from rich.text import Text
 

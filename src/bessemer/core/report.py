@@ -1,6 +1,6 @@
 """Report data: the kinds of parts that a stage's section is made of, and what a stage's report functions are given.
 
-Values only, nothing is drawn here: `views.parts` draws each kind for a page, `views.parts_terminal` for a terminal.
+Values only, nothing is drawn here: `views.report` draws each kind for a page, `views.parts_terminal` for a terminal.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Verbatim:
 
 @dataclass(frozen=True)
 class Facts:
-    """Metrics by name, shown in the units that the names tell (`figures.shown`). Nested values and hashes are left out."""
+    """Metrics by name, shown in the units that the names tell (`metrics.shown`). Nested values and hashes are left out."""
 
     values: Metrics
 

@@ -133,6 +133,45 @@ def paired_difference(scores_N: ArrayLike, other_N: ArrayLike, clusters_N: Clust
     return mean_estimate(scores - other, clusters_N)
 
 
+_RESAMPLES_AT_ONCE = 500
+
+
+@dataclass(frozen=True)
+class BootstrapDifference:
+    """The mean difference of two models' scores, and its confidence interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def paired_bootstrap(
+    scores: Sequence[float],
+    other_scores: Sequence[float],
+    *,
+    seed: int,
+    resamples: int = 10_000,
+    confidence: float = 0.95,
+) -> BootstrapDifference:
+    """Percentile bootstrap of the mean difference of scores on the same items (Efron and Tibshirani 1993, section 13.3).
+
+    Items are resampled with replacement, both models' scores of an item together, so that an item's difficulty cancels. Raises
+    ValueError when the two have different lengths or no items.
+    """
+    if len(scores) != len(other_scores) or not scores:
+        raise ValueError(f"paired scores must be as many and at least one, got {len(scores)} and {len(other_scores)}")
+    differences = np.asarray(scores, float) - np.asarray(other_scores, float)
+    random = np.random.default_rng(seed)
+    means = []
+    # some at a time, which bounds memory
+    for start in range(0, resamples, _RESAMPLES_AT_ONCE):
+        drawn = random.integers(0, len(differences), (min(_RESAMPLES_AT_ONCE, resamples - start), len(differences)))
+        means.append(differences[drawn].mean(axis=1))
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
+    return BootstrapDifference(float(differences.mean()), float(low), float(high))
+
+
 def mean_of_estimates(estimates: Sequence[Estimate]) -> Estimate:
     """Plain mean of independent estimates, those of several tasks: SE² = Σ SE_t² / T².
 

@@ -6,8 +6,8 @@ h is the n−1 symbols before w, h' is h without its oldest symbol, c counts in 
 different symbols seen after h: the more of them, the larger the weight of the shorter context (Witten and Bell 1991; Chen and
 Goodman 1998, section 2.4). P_0 is uniform. For an unseen h, P_n is P_{n−1}.
 
-The symbols are the 256 bytes and an end of document. Contexts before a document's first byte are padded with the end, so that
-documents are independent. The end counts in the bits and not in the bytes, as the model's end token in `training.validation`.
+The symbols are the 256 bytes and an end of document, which also pads the contexts before a document's first byte: documents are
+independent. The end counts in the bits and not in the bytes, as the model's end token in `training.validation`.
 """
 
 from __future__ import annotations
@@ -67,20 +67,20 @@ def witten_bell(train: Sequence[bytes], validation: Sequence[bytes], order: int)
 
 
 def _counts(symbols: _Symbols, order: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Of the orders 1, 2, … `order`: the different n-grams, sorted, and how often each occurs.
+    """Of the orders 1, 2, … `order`: the distinct n-grams, sorted, and their counts.
 
-    One sort of all positions serves every order: with their symbols the other way round, the newest highest, n-grams that end
-    alike stand together, and those of one order less are the same without their lowest symbol.
+    One sort serves every order: with the newest symbol in the highest bits, n-grams that end alike are adjacent, and dropping
+    the lowest symbol gives those of one order less.
     """
     newest_first, counts, _ = _runs(np.sort(symbols.newest_first()))
-    found = []
+    by_order = []
     for length in range(order, 0, -1):
         ngrams = _turned_round(newest_first, length)
         ascending = np.argsort(ngrams)
-        found.append((ngrams[ascending], counts[ascending]))
+        by_order.append((ngrams[ascending], counts[ascending]))
         newest_first, _, first = _runs(newest_first >> _BITS)
         counts = np.add.reduceat(counts, first)
-    return found[::-1]
+    return by_order[::-1]
 
 
 def _turned_round(ngrams: np.ndarray, length: int) -> np.ndarray:
@@ -115,7 +115,7 @@ class _Symbols:
         return int(self._predicted.sum())
 
     def newest_first(self) -> np.ndarray:
-        """The n-grams of the order, with their symbols the other way round: the newest highest."""
+        """The n-grams of the order in reverse: the newest symbol in the highest bits."""
         ngrams = np.zeros(len(self._symbols), np.uint64)
         for age in range(self._order):
             older = self._symbols[: len(self._symbols) - age].astype(np.uint64)
@@ -147,8 +147,8 @@ def _find(keys: np.ndarray, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray
 def xz_bits_per_byte(documents: Sequence[bytes]) -> float:
     """Bits per byte of `xz -9` on the documents, joined by line breaks; the bytes are the documents' own.
 
-    The compressor is adaptive: unlike a model or an n-gram it has no training text, and unlike them it has seen all documents
-    before the present one. It is a familiar reference, not a comparison on equal terms.
+    A familiar reference, not a comparison on equal terms: the compressor has no training text, and adapts to all documents
+    before the present one.
     """
     compressed = lzma.compress(b"\n".join(documents), preset=9)
     return 8 * len(compressed) / sum(map(len, documents))

@@ -34,7 +34,7 @@ from bessemer.training.validation import LanguageModel, Scored
 
 
 class _Window(NamedTuple):
-    """A window of the stream: it reads from `start`, and is asked for the tokens behind `first` up to `end`."""
+    """A window of the stream: it reads from `start`, and scores the tokens after `first` up to `end`."""
 
     start: int
     first: int
@@ -55,8 +55,8 @@ def token_nats(
 ) -> np.ndarray:
     """−log p of every token after the stream's first, up to those that are scored, in nats: (N,), float32.
 
-    stride: tokens from a window to the next, at most `context_length`; None: that, so no token is read twice. Their sum is then
-    that of `training.validation.bits_per_byte`.
+    stride: tokens from a window to the next, at most `context_length`; None: `context_length`, with the same sum as
+    `training.validation.bits_per_byte`.
     """
     windows = _windows(scored.tokens, context_length, min(stride or context_length, context_length))
     nats = np.empty(scored.tokens, np.float32)
@@ -71,10 +71,10 @@ def token_nats(
                 targets_WT[row, window.first - window.start : len(stream) - 1] = stream[1 + window.first - window.start :]
             hidden_WTD = model.hidden(torch.from_numpy(tokens_WT).to(device))
             targets_N, hidden_ND = torch.from_numpy(targets_WT.ravel()).to(device), hidden_WTD.flatten(0, 1)
-            asked_N = targets_N != IGNORE_INDEX
-            # most batches are asked for all of their tokens, and need no copy
-            if not asked_N.all():
-                targets_N, hidden_ND = targets_N[asked_N], hidden_ND[asked_N]
+            scored_N = targets_N != IGNORE_INDEX
+            # most batches score all of their tokens, which needs no copy
+            if not scored_N.all():
+                targets_N, hidden_ND = targets_N[scored_N], hidden_ND[scored_N]
             losses_N = token_losses(hidden_ND, model.head_weight, targets_N, model.logit_softcap)
             nats[batch[0].first : batch[-1].end] = losses_N.float().cpu().numpy()
             task.reach(batch[-1].end)
@@ -88,10 +88,7 @@ def _windows(tokens: int, context_length: int, stride: int) -> list[_Window]:
 
 
 def token_losses(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, softcap: float | None = None) -> Tensor:
-    """−log softmax(hidden · weightᵀ)[target] of each token, in nats, (N,), without a gradient.
-
-    What `linear_cross_entropy` sums, by the same kernels.
-    """
+    """−log softmax(hidden · weightᵀ)[target] of each token, in nats, (N,): the terms that `linear_cross_entropy` sums."""
     head, hidden_ND, weight_VD = Head.of(hidden_ND, weight_VD, softcap)
     if not head.is_compiled:
         log_probs_N, _ = token_log_probs(hidden_ND, weight_VD, targets_N, softcap=softcap)
@@ -106,7 +103,7 @@ def token_losses(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, softca
 
 # Shapes: N scored tokens, D documents.
 
-#: Tokens of a document before a token: the first of each bucket. The last has no end.
+#: Buckets of a token's position in its document, by their first positions; the last is open.
 POSITIONS = (0, 16, 64, 256, 1024, 4096)
 #: Domains with the most text are named; the others are one row.
 MOST_DOMAINS = 20
@@ -143,11 +140,7 @@ def scored_documents(shards: TokenShards, documents: Path, count: int, tokenizer
         )
         bytes_N = sizes[shards.read(1, int(ends_D[-1]))]
     return ScoredDocuments(
-        ends_D,
-        index["bytes"].to_numpy(),
-        index["source"].to_pylist(),
-        [_domain(url) for url in urls],
-        bytes_N,
+        ends_D, index["bytes"].to_numpy(), index["source"].to_pylist(), [_domain(url) for url in urls], bytes_N
     )
 
 
@@ -159,24 +152,24 @@ def _domain(url: str | None) -> str:
 
 
 def breakdown(scored: ScoredDocuments, nats: Mapping[str, np.ndarray]) -> dict[str, list[dict[str, Any]]]:
-    """Of each breakdown its rows, those with the most text first, positions in their order.
+    """Rows by `source`, `domain` and `position`: those with the most text first, positions in their order.
 
-    nats: by model, what each scored token costs it, (N,). A row has its `name`, or the `first` position of its bucket; its
-    `bytes`, and `documents` where it is made of whole ones; and by model `bits_per_byte`. `domain` is left out where no
-    document has one, `position` where the tokenizer does not give texts back.
+    nats: by model the cost of each scored token, (N,). A row has its `name`, or the `first` position of its bucket; `bytes`; of
+    whole documents their number; and `bits_per_byte` by model. `domain` is left out where no document has one, `position` where
+    the tokenizer does not give texts back.
     """
     starts_D = np.concatenate(([0], scored.ends_D[:-1]))
     bits_D = {model: np.add.reduceat(of_model.astype(np.float64), starts_D) / math.log(2) for model, of_model in nats.items()}
-    found = {"source": _by_name(scored.sources, scored.bytes_D, bits_D)}
+    rows = {"source": _by_name(scored.sources, scored.bytes_D, bits_D)}
     if any(scored.domains):
-        found["domain"] = _by_name(_largest(scored.domains, scored.bytes_D), scored.bytes_D, bits_D)
+        rows["domain"] = _by_name(_largest(scored.domains, scored.bytes_D), scored.bytes_D, bits_D)
     if scored.bytes_N is not None:
         lengths_D = scored.ends_D - starts_D
         positions_N = np.arange(scored.ends_D[-1]) - np.repeat(starts_D, lengths_D)
         buckets_N = np.searchsorted(POSITIONS, positions_N, side="right") - 1
         bytes_by_bucket = np.bincount(buckets_N, scored.bytes_N, len(POSITIONS))
         bits = {model: np.bincount(buckets_N, of_model, len(POSITIONS)) / math.log(2) for model, of_model in nats.items()}
-        found["position"] = [
+        rows["position"] = [
             {
                 "first": first,
                 "bytes": int(size),
@@ -185,11 +178,11 @@ def breakdown(scored: ScoredDocuments, nats: Mapping[str, np.ndarray]) -> dict[s
             for number, (first, size) in enumerate(zip(POSITIONS, bytes_by_bucket, strict=True))
             if size
         ]
-    return found
+    return rows
 
 
 def _largest(names: Sequence[str], bytes_D: np.ndarray) -> list[str]:
-    """The names, but those behind the first MOST_DOMAINS in text are `others`."""
+    """The names, with all but the MOST_DOMAINS with the most text replaced by `others`."""
     sizes: dict[str, int] = {}
     for name, size in zip(names, bytes_D.tolist(), strict=True):
         sizes[name] = sizes.get(name, 0) + size

@@ -1,7 +1,6 @@
 """Comparison of evaluations on the items that they have in common: task by task, several as a leaderboard, and as report data.
 
-Differences are paired: an item's difficulty cancels. Intervals of an evaluation folder's tasks are clustered and their p values
-corrected by Holm; the `evaluate` stage compares its models by a percentile bootstrap (Efron and Tibshirani 1993, section 13.3).
+Differences are paired: an item's difficulty cancels. Intervals are clustered, and p values corrected by Holm.
 """
 
 from __future__ import annotations
@@ -17,44 +16,6 @@ from bessemer.core.errors import ArtefactError
 from bessemer.core.report import Cell, Column, Heading, Part, Table, Text
 from bessemer.core.statistics import Estimate, holm, mean_estimate, mean_of_estimates, paired_difference, score
 from bessemer.evaluation.evaluation_folder import Evaluation, read_texts
-
-_RESAMPLES_AT_ONCE = 500
-
-
-@dataclass(frozen=True)
-class Difference:
-    """The mean difference of two models' scores, and its confidence interval."""
-
-    mean: float
-    low: float
-    high: float
-
-
-def paired_bootstrap(
-    scores: Sequence[float],
-    other_scores: Sequence[float],
-    *,
-    seed: int,
-    resamples: int = 10_000,
-    confidence: float = 0.95,
-) -> Difference:
-    """Percentile bootstrap of the mean difference of scores on the same items (Efron and Tibshirani 1993, section 13.3).
-
-    Items are resampled with replacement, both models' scores of an item together, so that an item's difficulty cancels. Raises
-    ValueError when the two have different lengths or no items.
-    """
-    if len(scores) != len(other_scores) or not scores:
-        raise ValueError(f"paired scores must be as many and at least one, got {len(scores)} and {len(other_scores)}")
-    differences = np.asarray(scores, float) - np.asarray(other_scores, float)
-    random = np.random.default_rng(seed)
-    means = []
-    for start in range(0, resamples, _RESAMPLES_AT_ONCE):
-        drawn = random.integers(0, len(differences), (min(_RESAMPLES_AT_ONCE, resamples - start), len(differences)))
-        means.append(differences[drawn].mean(axis=1))
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
-    return Difference(float(differences.mean()), float(low), float(high))
-
 
 #: A difference counts when its p value, corrected for the number of tests, is at most this.
 LEVEL = 0.05
@@ -85,7 +46,7 @@ class TaskComparison:
 
     @property
     def verdict(self) -> str:
-        """Of the second beside the first."""
+        """Of the second, compared with the first."""
         return verdict(self.difference, self.adjusted_p)
 
 
@@ -142,20 +103,20 @@ class _Matched(NamedTuple):
 
 
 def compare(first: Evaluation, second: Evaluation) -> Comparison:
-    """The second beside the first, task by task. Raises ArtefactError when they have no item in common."""
+    """Compare the second with the first, task by task. Raises ArtefactError when they have no item in common."""
     matched = _matched([first, second])
-    differences = [paired_difference(one.scores_EN[1], one.scores_EN[0], one.clusters) for one in matched.values()]
+    differences = [paired_difference(common.scores_EN[1], common.scores_EN[0], common.clusters) for common in matched.values()]
     adjusted = holm([difference.p_value for difference in differences])
     tasks = [
         TaskComparison(
             task,
-            mean_estimate(one.scores_EN[0], one.clusters),
-            mean_estimate(one.scores_EN[1], one.clusters),
+            mean_estimate(common.scores_EN[0], common.clusters),
+            mean_estimate(common.scores_EN[1], common.clusters),
             difference,
             float(p_value),
             len(first.tasks[task].keys() ^ second.tasks[task].keys()),
         )
-        for (task, one), difference, p_value in zip(matched.items(), differences, adjusted, strict=True)
+        for (task, common), difference, p_value in zip(matched.items(), differences, adjusted, strict=True)
     ]
     return Comparison((first.name, second.name), tasks, mean_of_estimates(differences), _left_out([first, second], matched))
 
@@ -164,14 +125,14 @@ def leaderboard(evaluations: Sequence[Evaluation]) -> Leaderboard:
     """Several evaluations by the mean of the tasks that all have. Raises ArtefactError when they have no item in common."""
     matched = _matched(evaluations)
     by_task = [
-        {task: mean_estimate(one.scores_EN[index], one.clusters) for task, one in matched.items()}
+        {task: mean_estimate(common.scores_EN[index], common.clusters) for task, common in matched.items()}
         for index in range(len(evaluations))
     ]
     means = [mean_of_estimates(list(tasks.values())) for tasks in by_task]
     best, *others = sorted(range(len(evaluations)), key=lambda index: -means[index].mean)
     from_first = [
         mean_of_estimates(
-            [paired_difference(one.scores_EN[index], one.scores_EN[best], one.clusters) for one in matched.values()]
+            [paired_difference(common.scores_EN[index], common.scores_EN[best], common.clusters) for common in matched.values()]
         )
         for index in others
     ]
@@ -180,7 +141,7 @@ def leaderboard(evaluations: Sequence[Evaluation]) -> Leaderboard:
         Standing(evaluations[index].name, means[index], by_task[index], difference, float(p_value))
         for index, difference, p_value in zip(others, from_first, adjusted, strict=True)
     ]
-    items = {task: len(one.items) for task, one in matched.items()}
+    items = {task: len(common.items) for task, common in matched.items()}
     return Leaderboard(standings, items, _left_out(evaluations, matched))
 
 
@@ -190,10 +151,10 @@ def flips(first: Evaluation, second: Evaluation) -> list[Flip]:
     Raises ArtefactError when the two have no item in common.
     """
     flipped: dict[tuple[str, str], bool] = {}
-    for task, one in _matched([first, second]).items():
-        right_EN = one.scores_EN >= 0.5
+    for task, common in _matched([first, second]).items():
+        right_EN = common.scores_EN >= 0.5
         for index in np.flatnonzero(right_EN[0] != right_EN[1]).tolist():
-            flipped[task, one.items[index]] = bool(right_EN[1, index])
+            flipped[task, common.items[index]] = bool(right_EN[1, index])
     before, after = (read_texts(evaluation, flipped.keys()) for evaluation in (first, second))
     return [
         Flip(task, item, gained, after[task, item].prompt, (before[task, item].answer, after[task, item].answer))
@@ -202,8 +163,8 @@ def flips(first: Evaluation, second: Evaluation) -> list[Flip]:
 
 
 def _matched(evaluations: Sequence[Evaluation]) -> dict[str, _Matched]:
-    """By task, in the first's order. An item's cluster is the one that the first evaluation which names one gives it."""
-    found = {}
+    """Scores by task, in the first's order. The first evaluation that names an item's cluster decides it."""
+    matched = {}
     for task, items in evaluations[0].tasks.items():
         scores = [evaluation.tasks.get(task, {}) for evaluation in evaluations]
         common = [item for item in items if all(item in of_one for of_one in scores)]
@@ -212,13 +173,13 @@ def _matched(evaluations: Sequence[Evaluation]) -> dict[str, _Matched]:
             clusters: list[Hashable] = []
             for item in common:
                 named = next((of_one[item].cluster for of_one in scores if of_one[item].cluster is not None), None)
-                # a tuple, so that no name of a cluster is an item's
+                # a tuple, which equals no name of a cluster
                 clusters.append((item,) if named is None else named)
-            found[task] = _Matched(common, scores_EN, clusters)
-    if not found:
+            matched[task] = _Matched(common, scores_EN, clusters)
+    if not matched:
         folders = ", ".join(str(evaluation.folder) for evaluation in evaluations)
         raise ArtefactError(f"{folders}: these evaluations have no item of a task in common")
-    return found
+    return matched
 
 
 def _left_out(evaluations: Sequence[Evaluation], matched: dict[str, _Matched]) -> list[str]:
@@ -226,7 +187,7 @@ def _left_out(evaluations: Sequence[Evaluation], matched: dict[str, _Matched]) -
 
 
 _DIFFERENCES = (-1.0, 1.0)
-#: Of a prompt, whose examples come first: the question stands at its end.
+#: Characters of a prompt that are shown, from its end: the question follows the examples.
 _PROMPT_CHARACTERS = 1_000
 
 
@@ -248,9 +209,11 @@ def comparison_parts(comparison: Comparison) -> list[Part]:
     ]
     if len(comparison.tasks) > 1:
         overall = comparison.overall
-        found = _verdict(verdict(overall, overall.p_value))
+        verdict_cell = _verdict(verdict(overall, overall.p_value))
         means = (_mean([task.first for task in comparison.tasks]), _mean([task.second for task in comparison.tasks]))
-        rows.append(["mean of tasks", f"{overall.items:,}", *means, difference(overall), p_value(overall.p_value), "", found])
+        rows.append(
+            ["mean of tasks", f"{overall.items:,}", *means, difference(overall), p_value(overall.p_value), "", verdict_cell]
+        )
     headings = ["Items", first, second, "Difference", "p", "p, Holm"]
     columns = [Column("Task"), *(Column(heading, True) for heading in headings), Column(f"{second} is")]
     parts: list[Part] = [Heading(f"{second} beside {first}"), Table(columns, rows), Text(_legend(comparison))]
@@ -273,12 +236,12 @@ def leaderboard_parts(board: Leaderboard) -> list[Part]:
     """Evaluations, the best first, with the paired difference of each from the first."""
     rows: list[list[str | Cell]] = []
     for place, standing in enumerate(board.standings, start=1):
-        beside: list[str | Cell] = ["", "", ""]
+        comparison: list[str | Cell] = ["", "", ""]
         if standing.from_first is not None:
-            found = _verdict(verdict(standing.from_first, standing.adjusted_p))
-            beside = [difference(standing.from_first), p_value(standing.adjusted_p), found]
-        means = [f"{one.mean:.3f}" for one in standing.tasks.values()]
-        rows.append([str(place), Cell(standing.name, strong=place == 1), score(standing.mean), *beside, *means])
+            verdict_cell = _verdict(verdict(standing.from_first, standing.adjusted_p))
+            comparison = [difference(standing.from_first), p_value(standing.adjusted_p), verdict_cell]
+        means = [f"{estimate.mean:.3f}" for estimate in standing.tasks.values()]
+        rows.append([str(place), Cell(standing.name, strong=place == 1), score(standing.mean), *comparison, *means])
     columns = [
         Column("", True),
         Column("Evaluation"),
@@ -330,7 +293,7 @@ def p_value(value: float) -> str:
 
 
 def _mean(estimates: Sequence[Estimate]) -> str:
-    return f"{math.fsum(one.mean for one in estimates) / len(estimates):.3f}"
+    return f"{math.fsum(estimate.mean for estimate in estimates) / len(estimates):.3f}"
 
 
 def _verdict(text: str) -> Cell:

@@ -24,7 +24,7 @@ from bessemer.evaluation.evaluation_folder import Score
 
 @dataclass(frozen=True)
 class TaskItem:
-    """What is looked for of an item: its own texts, one by one (question, passage, choices), without examples and templates."""
+    """An item's own texts (question, passage, choices), without examples and templates."""
 
     task: str
     id: str
@@ -33,28 +33,28 @@ class TaskItem:
 
 @dataclass(frozen=True)
 class ItemOverlap:
-    """Of an item's different n-grams, how many a document has.
+    """How many of an item's distinct n-grams stand in the documents.
 
-    An item too short for an n-gram has none: nothing is known of it. dirty: the share reaches what was asked.
+    ngrams: 0 for an item too short for one, of which nothing is known. dirty: the share reaches `least_share`.
     """
 
     task: str
     id: str
     ngrams: int
-    found: int
+    shared: int
     dirty: bool
 
     @property
     def share(self) -> float:
-        """Of the n-grams that are found, 0 to 1."""
-        return self.found / self.ngrams if self.ngrams else 0.0
+        """Share of the n-grams that stand in the documents, 0 to 1."""
+        return self.shared / self.ngrams if self.ngrams else 0.0
 
 
 @dataclass(frozen=True)
 class TaskContamination:
-    """A task's items that are clean, dirty, or too short to tell; and the scores of each kind, None where no item has one.
+    """Numbers of a task's items that are clean, dirty, or too short to tell; their scores, None where no item has one.
 
-    mean_share: of the items' n-grams that are found, over the items that have some.
+    mean_share: mean of the items' `share`, over items that are not too short.
     """
 
     task: str
@@ -76,7 +76,7 @@ def find_corpus(place: Path) -> Path:
 
 
 def corpus_texts(documents: Path, progress: Progress | None = None) -> Iterator[pa.Array]:
-    """The texts that a model is trained on, in batches: the split `train` of a folder of documents."""
+    """The texts of the split `train` of a folder of documents, in batches."""
     speed = Speed()
     done, size = 0, 0
     with (progress or Silent()).task("contamination", total=count_documents(documents, TRAIN), unit="documents") as task:
@@ -116,10 +116,10 @@ def contamination(
     )
     for batch in documents:
         overlap.add(Texts.from_arrow(batch))
-    total, found = overlap.counts()
-    # items whose last ones have no text at all are beyond the groups
+    total, shared = overlap.counts()
+    # items without any text at the end have no counts
     totals = [*total.tolist(), *[0] * (len(items) - len(total))]
-    founds = [*found.tolist(), *[0] * (len(items) - len(found))]
+    founds = [*shared.tolist(), *[0] * (len(items) - len(shared))]
     return [
         ItemOverlap(item.task, item.id, ngrams, here, here > 0 and here >= least_share * ngrams)
         for item, ngrams, here in zip(items, totals, founds, strict=True)
@@ -127,7 +127,7 @@ def contamination(
 
 
 def _encodable(text: str) -> str:
-    """The text with what UTF-8 cannot hold replaced: JSON may spell half of a surrogate pair."""
+    """The text with half surrogate pairs replaced, which JSON may spell and UTF-8 cannot hold."""
     return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
@@ -138,13 +138,13 @@ def by_task(
 
     An item that is too short to tell counts for neither. Items without a score count, and are in no mean.
     """
-    found = []
+    results = []
     for task in dict.fromkeys(overlap.task for overlap in overlaps):
         of_task = [overlap for overlap in overlaps if overlap.task == task]
         known = [overlap for overlap in of_task if overlap.ngrams]
         clean, dirty = ([overlap for overlap in known if overlap.dirty == side] for side in (False, True))
         of_items = (scores or {}).get(task, {})
-        found.append(
+        results.append(
             TaskContamination(
                 task,
                 len(clean),
@@ -156,7 +156,7 @@ def by_task(
                 _score(dirty, of_items),
             )
         )
-    return found
+    return results
 
 
 def _score(overlaps: Sequence[ItemOverlap], scores: Mapping[str, Score]) -> Estimate | None:
@@ -180,17 +180,17 @@ def task_contamination(
     items = [TaskItem(task, id, of_item) for task, of_task in texts.items() for id, of_item in of_task.items()]
     if not items:
         return {}
-    found = by_task(contamination(items, corpus_texts(documents, progress)), scores)
+    results = by_task(contamination(items, corpus_texts(documents, progress)), scores)
     return {
-        one.task: {
-            "clean": one.clean,
-            "dirty": one.dirty,
-            "unknown": one.unknown,
-            "mean_share": one.mean_share,
-            "clean_accuracy": None if one.clean_score is None else one.clean_score.mean,
-            "dirty_accuracy": None if one.dirty_score is None else one.dirty_score.mean,
+        result.task: {
+            "clean": result.clean,
+            "dirty": result.dirty,
+            "unknown": result.unknown,
+            "mean_share": result.mean_share,
+            "clean_accuracy": None if result.clean_score is None else result.clean_score.mean,
+            "dirty_accuracy": None if result.dirty_score is None else result.dirty_score.mean,
         }
-        for one in found
+        for result in results
     }
 
 
@@ -200,7 +200,7 @@ def contamination_table(tasks: Sequence[TaskContamination]) -> Table:
     for task in tasks:
         items = task.clean + task.dirty + task.unknown
         dirty = Cell(f"{task.dirty:,} of {items:,}", remark=f"{task.unknown:,} too short" if task.unknown else "")
-        scores = [score(one) if one else "–" for one in (task.score, task.clean_score, task.dirty_score)]
+        scores = [score(estimate) if estimate else "–" for estimate in (task.score, task.clean_score, task.dirty_score)]
         rows.append([task.task, dirty, f"{task.mean_share:.1%}", *scores])
     headings = ["In the corpus", "Share of n-grams", "Score", "of clean items", "of items in the corpus"]
     return Table([Column("Task"), *(Column(heading, True) for heading in headings)], rows)

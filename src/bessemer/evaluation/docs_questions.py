@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from bessemer.core.errors import ArtefactError
 from bessemer.core.hashing import derive_seed
 from bessemer.core.progress import Progress
 from bessemer.core.records import json_lines
-from bessemer.evaluation.tasks import answers
+from bessemer.evaluation.task_answerers import TaskForms, answers_in_better_form
 from bessemer.inference.engine import Engine
 from bessemer.tasks.questions import GenerationQuestion, GenerationSettings, GenerationTask, Outcome
 
@@ -44,12 +44,12 @@ def rouge_l(answer: str, reference: str) -> float:
     return 2 * common / (len(answer_words) + len(reference_words)) if common else 0.0
 
 
-def longest_common_subsequence(one: Sequence[str], other: Sequence[str]) -> int:
+def longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
     """Length of the longest common subsequence."""
-    lengths = [0] * (len(other) + 1)
-    for item in one:
+    lengths = [0] * (len(second) + 1)
+    for item in first:
         diagonal = 0
-        for index, candidate in enumerate(other, start=1):
+        for index, candidate in enumerate(second, start=1):
             above = lengths[index]
             lengths[index] = diagonal + 1 if item == candidate else max(above, lengths[index - 1])
             diagonal = above
@@ -61,14 +61,15 @@ EXACT_MATCH, ROUGE_L = "exact_match", "rouge_l"
 HELD_IN, HELD_OUT = "held_in", "held_out"
 CHAT, PLAIN = "chat", "plain"
 
-_TRIAL_QUESTIONS = 32
-#: How the source of a conversation begins that a task gave, which is asked as that task.
+#: Questions that a model answers in each prompt form, of which the better is used for all.
+TRIAL_QUESTIONS = 32
+#: Prefix of the sources of conversations that come from a task; these are evaluated as that task.
 _OF_TASKS = "task/"
 _PLAIN_STOPS = ("\n\n", "\nQuestion:")
 
 
 @dataclass(frozen=True)
-class Question:
+class DocsQuestion:
     """A conversation up to the assistant's last message, and that message."""
 
     messages: list[dict[str, str]]
@@ -77,16 +78,16 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Answer:
+class ScoredAnswer:
     """A model's answer to a question, and its scores."""
 
-    question: Question
+    question: DocsQuestion
     text: str
     exact_match: bool
     rouge_l: float
 
 
-def read_questions(conversations: Path, count: int, seed: int) -> list[Question]:
+def read_questions(conversations: Path, count: int, seed: int) -> list[DocsQuestion]:
     """At most `count` questions of each set, sampled by the seed: held-in from `train.jsonl`, held-out from `validation.jsonl`.
 
     Raises ArtefactError when a file is missing or damaged.
@@ -95,7 +96,7 @@ def read_questions(conversations: Path, count: int, seed: int) -> list[Question]
     for held, name in ((HELD_IN, "train.jsonl"), (HELD_OUT, "validation.jsonl")):
         available = _read_conversations(conversations / name)
         sampled = random.Random(derive_seed(seed, "questions", held)).sample(available, min(count, len(available)))
-        questions += [Question(messages[:-1], messages[-1]["content"], held) for messages in sampled]
+        questions += [DocsQuestion(messages[:-1], messages[-1]["content"], held) for messages in sampled]
     return questions
 
 
@@ -127,7 +128,7 @@ class DocsQuestions(GenerationTask):
 
     name = DOCS_QUESTIONS
 
-    def __init__(self, questions: Sequence[Question], form: str, max_new_tokens: int) -> None:
+    def __init__(self, questions: Sequence[DocsQuestion], form: str, max_new_tokens: int) -> None:
         """form: `chat`, or `plain`."""
         self._questions = questions
         self._form = form
@@ -152,35 +153,20 @@ class DocsQuestions(GenerationTask):
 
 
 def answer_questions(
-    engine: Engine, questions: Sequence[Question], *, max_new_tokens: int, progress: Progress, name: str
-) -> tuple[str, list[Answer]]:
+    engine: Engine, questions: Sequence[DocsQuestion], *, max_new_tokens: int, progress: Progress, name: str
+) -> tuple[str, list[ScoredAnswer]]:
     """The better prompt form of the model, and its answers in the order of the questions.
 
     A question that leaves no room for an answer of `max_new_tokens` in the model's context is cut from the left.
     """
-    trial = [index for index, question in enumerate(questions) if question.held == HELD_IN][:_TRIAL_QUESTIONS]
-    tried: dict[str, dict[int, Answer]] = {}
+    trial = [number for number, question in enumerate(questions) if question.held == HELD_IN][:TRIAL_QUESTIONS]
+    forms = TaskForms({form: DocsQuestions(questions, form, max_new_tokens) for form in (CHAT, PLAIN)})
     with progress.task(f"answer questions: {name}", total=len(trial) + len(questions), unit="answers") as bar:
-        for form in (CHAT, PLAIN):
-            of_form = list(_answered(engine, [questions[index] for index in trial], form, max_new_tokens, bar.advance))
-            tried[form] = dict(zip(trial, of_form, strict=True))
-        chosen = max((CHAT, PLAIN), key=lambda form: sum(answer.rouge_l for answer in tried[form].values()))
-        left = [index for index in range(len(questions)) if index not in tried[chosen]]
-        answered = _answered(engine, [questions[index] for index in left], chosen, max_new_tokens, bar.advance)
-        found = tried[chosen] | dict(zip(left, answered, strict=True))
-    return chosen, [found[index] for index in range(len(questions))]
-
-
-def _answered(
-    engine: Engine, questions: Sequence[Question], form: str, max_new_tokens: int, advance: Callable[[float], None]
-) -> Iterator[Answer]:
-    task = DocsQuestions(questions, form, max_new_tokens)
-    left = iter(questions)
-    for outcomes in answers(engine, task, task.questions()):
-        for outcome in outcomes:
-            scores = outcome.scores
-            yield Answer(next(left), outcome.answer, bool(scores[EXACT_MATCH]), scores[ROUGE_L])
-        advance(len(outcomes))
+        form, outcomes = answers_in_better_form(engine, forms, trial, bar.advance)
+    return form, [
+        ScoredAnswer(question, outcome.answer, bool(outcome.scores[EXACT_MATCH]), outcome.scores[ROUGE_L])
+        for question, outcome in zip(questions, outcomes, strict=True)
+    ]
 
 
 def plain_prompt(messages: Sequence[Mapping[str, str]]) -> str:

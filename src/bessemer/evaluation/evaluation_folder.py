@@ -31,7 +31,7 @@ class Score(NamedTuple):
 
 
 class ItemText(NamedTuple):
-    """What a model was asked and what it answered."""
+    """An item's prompt and a model's answer."""
 
     prompt: str
     answer: str
@@ -67,7 +67,7 @@ def read_evaluation(folder: Path, name: str | None = None) -> Evaluation:
         if not isinstance(task, str) or not isinstance(item, str):
             raise ArtefactError(f"{place}: an item has a 'task' and an 'id', both texts")
         if "score" in record and score is None:
-            # what could not be judged has no score
+            # a judgement that could not be read gives no score
             continue
         if not isinstance(score, int | float) or not 0 <= score <= 1:
             raise ArtefactError(f"{place}: the 'score' of an item is a number from 0 to 1, not {score!r}")
@@ -83,7 +83,7 @@ def read_evaluation(folder: Path, name: str | None = None) -> Evaluation:
 
 
 def read_texts(evaluation: Evaluation, items: Collection[tuple[str, str]]) -> dict[tuple[str, str], ItemText]:
-    """Prompts and answers of some items, by task and id; what the file does not tell is empty."""
+    """Prompts and answers of some items, by task and id; empty where the file lacks them."""
     return {
         (record["task"], record["id"]): ItemText(str(record.get("prompt", "")), str(record.get("answer", "")))
         for _, record in _records(evaluation.folder / ITEMS_FILE)
@@ -161,7 +161,7 @@ class TaskFolder:
         return settings
 
     def _read_items(self) -> dict[QuestionKey, Mapping[str, Any]]:
-        """The whole lines; what a stop left behind the last line break is removed."""
+        """The lines of the file. What an interruption left after the last line break is removed."""
         path = self.folder / ITEMS_FILE
         if not path.exists():
             return {}
@@ -188,21 +188,21 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return "other items"
 
 
+#: Bytes at each end of a file that are hashed.
 _ENDS = 1 << 20
 _FILES = ("*.safetensors", "*.gguf", "config.json", "tokenizer.json", "adapter_config.json")
 
 
 def model_identity(place: Path, name: str, max_model_len: int | None = None, *, adapter: Path | None = None) -> dict[str, Any]:
-    """The name of a model, a hash of its files, and the setting of the engine that changes what it reads.
+    """The name of a model, a hash of its files, and the engine's setting that changes what it reads.
 
-    place: a GGUF file, a model's folder, or a fine-tuning's with an adapter of its own. adapter: the folder of one. Of
-    each file the size and the first and last MiB are hashed: weights that were trained on differ there, and hundreds of
-    gigabytes need not be read.
+    place: a GGUF file, a model's folder, or a fine-tuning's. adapter: its folder. Of each file the size and both ends are
+    hashed: trained weights differ there, and hundreds of gigabytes need not be read.
     """
     weights, own = tuned_model(place) or TunedModel(place, None)
     files = [weights] if weights.is_file() else _files(weights)
-    beside = adapter or own
-    files += [] if beside is None else _files(beside)
+    adapter_folder = adapter or own
+    files += [] if adapter_folder is None else _files(adapter_folder)
     parts = []
     for path in files:
         size = path.stat().st_size

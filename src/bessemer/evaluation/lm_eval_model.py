@@ -20,9 +20,9 @@ from tqdm import tqdm
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams, Score, ScoreItem
 from bessemer.tokenization.prompts import encode_continuations
 
-#: Of `generate_until` where a task does not say it, as in the harness's own models.
+#: Default of `generate_until`, as in the harness's own models.
 _MAX_TOKENS = 256
-#: The names under which tasks give the longest answer, the first that is there counts.
+#: Names under which tasks give the longest answer, by priority.
 _MAX_TOKENS_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 #: Contexts, or texts, of one call of the engine.
 _AT_ONCE = 256
@@ -42,8 +42,8 @@ class BessemerLM(LM):
     ) -> None:
         """pretrained: a model's folder, a GGUF file, or an engine. max_length: of prompt and answer; none: the model's context.
 
-        batch_size: sequences computed at once; `auto` or none: the engine's own number. max_batch_size is of the harness's
-        search for the former, which is not needed here.
+        batch_size: sequences computed at once; `auto` or none: the engine's own number. max_batch_size: of the harness's
+        search for a batch size, which is not needed here.
         """
         super().__init__()
         sequences = {} if batch_size in (None, "auto") else {"max_num_seqs": batch_size}
@@ -57,7 +57,7 @@ class BessemerLM(LM):
 
     @property
     def tokenizer_name(self) -> str:
-        """What the harness keeps its caches of chats apart by."""
+        """The name by which the harness tells caches of chats apart."""
         return self._tokenizer.hash
 
     @property
@@ -70,11 +70,13 @@ class BessemerLM(LM):
         return self._tokenizer.chat_template or ""
 
     def apply_chat_template(self, chat_history: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
-        """A conversation as text, which is known again when it comes as a context: control tokens that a user typed in it stay
-        text. Without `add_generation_prompt` the last message is the beginning of the assistant's answer."""
-        asked, begun = (chat_history, "") if add_generation_prompt else (chat_history[:-1], chat_history[-1]["content"])
-        text = "".join(segment.text for segment in self._tokenizer.render_chat(asked, add_generation_prompt=True)) + begun
-        ids = self._tokenizer.apply_chat_template(asked, add_generation_prompt=True)
+        """A conversation as text. It is recognised as a later context, so that control tokens typed by a user stay text.
+
+        Without `add_generation_prompt` the last message is the beginning of the assistant's answer.
+        """
+        messages, begun = (chat_history, "") if add_generation_prompt else (chat_history[:-1], chat_history[-1]["content"])
+        text = "".join(segment.text for segment in self._tokenizer.render_chat(messages, add_generation_prompt=True)) + begun
+        ids = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True)
         last = max((place for place, id in enumerate(ids) if self._tokenizer.is_special(id)), default=-1)
         self._conversations[text] = ids[: last + 1], self._tokenizer.decode(ids[last + 1 :]) + begun
         return text
@@ -97,7 +99,7 @@ class BessemerLM(LM):
         return answers
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of each text, every token once, behind the begin token or as much as the context holds.
+        """Log-likelihood of each text: every token scored once, after as much of the text before it as the context holds.
 
         Unlike the harness's own models a tokenizer that writes a begin token writes one, not two.
         """
@@ -173,7 +175,7 @@ def _sampling_params(settings: Mapping[str, Any]) -> SamplingParams:
         "temperature": (1.0 if temperature is None else temperature) if samples else 0.0,
         "stop": [until] if isinstance(until, str) else list(until),
     }
-    # of greedy decoding the harness's tasks give others too
+    # tasks of greedy decoding may have settings of sampling, which do nothing
     return SamplingParams.parse(values | (given if samples else {}), "generation settings")
 
 

@@ -138,11 +138,7 @@ def _encoded(texts: list[str], tokenizer: Tokenizer, folder: Path) -> TokenShard
     if not texts:
         return None
     writer = ShardWriter(
-        folder,
-        tokenizer_hash=tokenizer.hash,
-        vocab_size=tokenizer.vocab_size,
-        bos_id=tokenizer.bos_id,
-        shard_tokens=1 << 24,
+        folder, tokenizer_hash=tokenizer.hash, vocab_size=tokenizer.vocab_size, bos_id=tokenizer.bos_id, shard_tokens=1 << 24
     )
     ids, offsets = tokenizer.encode_flat(texts)
     sizes = np.array([len(text.encode()) for text in texts])
@@ -172,15 +168,15 @@ def calibration_rows(shards: TokenShards, *, tokens: int, length: int, seed: int
 #: File beside the weights.
 QUALITY = "quality.json"
 QUALITY_FORMAT = 1
-#: What `compared_on` says in that file where no text was given.
+#: `compared_on` in that file where no text was given.
 SAMPLE = "sample"
 
 _LONGEST_WINDOW = 1024
-#: Most work of a comparison on the small text for each model, at 2 FLOPs a parameter and token: seconds on a slow processor.
+#: Most FLOPs for each model on the small text, 2 for a parameter and token: seconds on a slow processor.
 _SAMPLE_FLOPS = 2e12
 
 
-class Comparison(NamedTuple):
+class QualityComparison(NamedTuple):
     """Two models on the same text. kl: nats per token. agreement: fraction of positions with the same most likely token.
     arithmetic: of each model's computation."""
 
@@ -193,11 +189,12 @@ class Comparison(NamedTuple):
 
 
 @torch.no_grad()
-def compare(
+def compare_quality(
     original: Decoder, quantised: Decoder, shards: TokenShards, *, max_tokens: int | None, progress: Progress
-) -> Comparison:
-    """Compare two models on the first documents of a stream, in the windows of `training.validation`, each computed as in
-    inference: on a CPU with 8-bit activations for quantised weights, and keys and values in the dtype of the cache.
+) -> QualityComparison:
+    """Compare two models on the first documents of a stream, in the windows of `training.validation`.
+
+    Both are computed as in inference: on a CPU with 8-bit activations for quantised weights, and the KV cache in its dtype.
 
     Raises ArtefactError when the stream holds no document.
     """
@@ -221,7 +218,7 @@ def compare(
             task.advance(len(stream) - 1)
     before, after = (nats / math.log(2) / scored.bytes).tolist()
     arithmetic = (scorers[0].arithmetic, scorers[1].arithmetic)
-    return Comparison((before, after), kl / scored.tokens, same / scored.tokens, scored.tokens, scored.bytes, arithmetic)
+    return QualityComparison((before, after), kl / scored.tokens, same / scored.tokens, scored.tokens, scored.bytes, arithmetic)
 
 
 def _of_targets(log_NV: Tensor, targets_N: Tensor) -> Tensor:
@@ -278,7 +275,7 @@ def quantise_folder(
             quality["compared_on"] = SAMPLE
         if held_out is not None and most_tokens:
             original = load_model(folder, choose_device(device))
-            compared = compare(original, model, held_out, max_tokens=most_tokens, progress=progress)
+            compared = compare_quality(original, model, held_out, max_tokens=most_tokens, progress=progress)
             for name, score, how in zip(("original", "quantised"), compared.bits_per_byte, compared.arithmetic, strict=True):
                 quality[name] |= {"bits_per_byte": score, "arithmetic": how}
             quality |= {
@@ -292,7 +289,7 @@ def quantise_folder(
 
 
 def _obstacle(folder: Path, device: torch.device) -> str | None:
-    """Why the original cannot be opened beside the quantised model, or no text encoded for it; None where it can."""
+    """Why the two models cannot be compared here; None where they can."""
     if not (folder / TOKENIZER_FILE).exists():
         return "the folder holds no tokenizer"
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory_bytes()

@@ -18,7 +18,7 @@ _QUALITY_COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
 
 
 def report(stage: StageReport) -> Section | None:
-    """What `results.json` says: bits per byte, tasks, differences with their intervals."""
+    """The section of `results.json`: bits per byte, tasks, differences with their intervals."""
     results = stage.metrics
     parts: list[Part] = []
     if (models := models_table(results)) is not None:
@@ -46,10 +46,10 @@ def sentences(stage: StageReport) -> list[str]:
     lines = []
     if scores:
         by_model = ", ".join(f"{name} {score:.3f}" for name, score in scores.items())
-        beside = ", ".join(f"{baseline_label(name)} {score:.3f}" for name, score in baselines.items())
+        baseline_scores = ", ".join(f"{baseline_label(name)} {score:.3f}" for name, score in baselines.items())
         lines.append(
             f"Bits per byte on text held out of training, lower is better: {by_model}"
-            f"{f' (beside it: {beside})' if beside else ''}."
+            f"{f' (beside it: {baseline_scores})' if baseline_scores else ''}."
         )
         if is_lossy(stage.run.last_metrics("tokenize")):
             lines.append(LOSSY_NOTE)
@@ -86,8 +86,10 @@ def key_figures(stage: StageReport) -> list[KeyFigure]:
 
 
 def models_table(results: Metrics) -> Table | None:
-    """What training has made of the model, a row a stage in their order: bits per byte, and what each task found of questions
-    that no training has seen. None where there are fewer than two models or no tasks."""
+    """A row for each trained model in order: bits per byte, and task scores on questions that no training has seen.
+
+    None where there are fewer than two models or no tasks.
+    """
     tasks, bits = results.get("tasks", {}), results.get("bits_per_byte", {})
     names = list(dict.fromkeys([*bits, *(name for by_model in tasks.values() for name in by_model)]))
     if len(names) < 2 or not tasks:
@@ -121,10 +123,7 @@ def bits_per_byte_table(results: Metrics) -> Table | None:
         return None
     worst = ordered[-1][1][0]
     rows = [
-        (
-            Cell(name, strong=True) if is_model else Cell(name, remark="baseline"),
-            Cell(f"{value:.3f}", share=value / worst),
-        )
+        (Cell(name, strong=True) if is_model else Cell(name, remark="baseline"), Cell(f"{value:.3f}", share=value / worst))
         for name, (value, is_model) in ordered
     ]
     return Table([Column("Held-out text"), Column("Bits per byte, lower is better", True)], rows)
@@ -163,14 +162,14 @@ def task_table(by_model: Mapping[str, Metrics]) -> Table:
 def comparisons_table(comparisons: Sequence[Metrics]) -> Table:
     """Differences a − b with their bootstrap intervals, and whether the interval excludes 0."""
     rows = []
-    for one in comparisons:
-        low, high = one["interval"]
+    for comparison in comparisons:
+        low, high = comparison["interval"]
         verdict = "no clear difference" if low <= 0 <= high else "clear: the interval excludes 0"
         rows.append(
             (
-                label(one["metric"]),
-                f"{one['a']} − {one['b']}",
-                f"{one['difference']:+.3f}",
+                label(comparison["metric"]),
+                f"{comparison['a']} − {comparison['b']}",
+                f"{comparison['difference']:+.3f}",
                 f"{low:+.3f} … {high:+.3f}",
                 verdict,
             )
@@ -186,7 +185,7 @@ def comparisons_table(comparisons: Sequence[Metrics]) -> Table:
 
 
 def quantisation_report(stage: StageReport) -> Section:
-    """What the quantised model's own `quality.json` says, to which speed and cost may have been added since the stage ran."""
+    """The section of `quality.json`, to which speed and cost may have been added since the stage ran."""
     quality = read_json(stage.folder / "model" / "quality.json", "report of a quantised model's quality")
     lead = "The same model with weights of fewer bits: what that saves, and what it costs in quality."
     parts: list[Part] = [Text(lead, lead=True), quality_table(quality), *map(Text, quality_sentences(quality))]
@@ -210,7 +209,7 @@ def quality_table(quality: Metrics) -> Table:
 
 
 def quality_sentences(quality: Metrics) -> list[str]:
-    """What the table does not say."""
+    """Loss, divergence and notes that the table does not hold."""
     lines = []
     if "kl_per_token" in quality:
         text = "tokens of a small text that comes with Bessemer" if "compared_on" in quality else "held-out tokens"

@@ -11,7 +11,6 @@ from bessemer.core.config import Config
 from bessemer.core.progress import Silent
 from bessemer.core.stage import StageContext, StageSpec
 from bessemer.core.store import MANIFEST, read_json
-from bessemer.data.corpus.remote import documents_of
 from bessemer.evaluation import report
 from bessemer.evaluation.config import EVALUATE_VERSION, EvaluateConfig
 from bessemer.model.quantisation.config import QUANTIZE_VERSION, QuantizeConfig
@@ -21,35 +20,24 @@ from bessemer.model.specs import model_packages
 def _evaluate(context: StageContext) -> dict[str, Any]:
     from bessemer.evaluation.stage import evaluate
 
-    documents = documents_of(context)
-    assert documents is not None
-    return evaluate(
-        context.config,
-        _models(context),
-        context.inputs["tokens"],
-        documents,
-        context.inputs.get("conversations"),
-        context.out,
-        seed=context.seed,
-        device=context.device,
-        progress=context.progress,
-    )
+    return evaluate(context)
 
 
 def _resolve_evaluate(context: StageContext) -> tuple[Config, dict[str, Any]]:
+    from bessemer.evaluation.stage import evaluate, models_of
     from bessemer.evaluation.time_limit import within_minutes
     from bessemer.tokenization.shards import TokenShards
 
-    def evaluate(config: EvaluateConfig, models: Mapping[str, Path], out: Path) -> object:
+    def evaluate_some(config: EvaluateConfig, models: Mapping[str, Path], out: Path) -> object:
         inputs = {role: path for role, path in context.inputs.items() if not role.startswith("model:")}
         inputs |= {f"model:{name}": path for name, path in models.items()}
-        return _evaluate(replace(context, config=config, inputs=inputs, out=out, progress=Silent()))
+        return evaluate(replace(context, config=config, inputs=inputs, out=out, progress=Silent()))
 
-    models = _models(context)
+    models = models_of(context)
     return within_minutes(
         context.config,
         models,
-        evaluate,
+        evaluate_some,
         context.progress,
         held_out_tokens=max(1, TokenShards(context.inputs["tokens"] / "validation").tokens - 1),
         training_seconds=_training_seconds(models),
@@ -64,17 +52,13 @@ def _training_seconds(models: Mapping[str, Path]) -> float | None:
     return sum(float(read_json(manifest, "manifest")["seconds"]) for manifest in manifests)
 
 
-def _models(context: StageContext) -> dict[str, Path]:
-    return {role.removeprefix("model:"): path for role, path in context.inputs.items() if role.startswith("model:")}
-
-
 def _quantize(context: StageContext) -> dict[str, Any]:
     from bessemer.evaluation.quantisation import add_speed, quantise_folder
     from bessemer.inference.engine import tokens_per_second
     from bessemer.tokenization.shards import TokenShards
 
     out = context.out / "model"
-    found = quantise_folder(
+    quality = quantise_folder(
         context.config,
         context.inputs["model"],
         out,
@@ -85,7 +69,7 @@ def _quantize(context: StageContext) -> dict[str, Any]:
         progress=context.progress,
     )
     if not context.config.speed_tokens:
-        return found
+        return quality
     context.progress.say("  measuring how fast both models answer")
     models = {"original": context.inputs["model"], "quantised": out}
     return add_speed(

@@ -17,11 +17,13 @@ import torch
 from bessemer.core.errors import ConfigError
 from bessemer.core.hashing import derive_seed
 from bessemer.core.progress import Progress
+from bessemer.core.stage import StageContext
+from bessemer.core.statistics import paired_bootstrap
 from bessemer.core.store import write_json
 from bessemer.data.corpus.reader import iterate_documents
+from bessemer.data.corpus.remote import documents_of
 from bessemer.evaluation.baselines import witten_bell_bits_per_byte, xz_bits_per_byte
 from bessemer.evaluation.bits_per_byte import ScoredDocuments, breakdown, scored_documents, token_nats
-from bessemer.evaluation.comparison import paired_bootstrap
 from bessemer.evaluation.config import EvaluateConfig
 from bessemer.evaluation.docs_questions import (
     CHAT,
@@ -29,36 +31,26 @@ from bessemer.evaluation.docs_questions import (
     HELD_IN,
     HELD_OUT,
     PLAIN,
-    Answer,
-    Question,
+    TRIAL_QUESTIONS,
+    DocsQuestion,
+    ScoredAnswer,
     answer_questions,
     read_questions,
 )
-from bessemer.evaluation.tasks import answers
+from bessemer.evaluation.task_answerers import TaskForms, answers_in_better_form
 from bessemer.inference.engine import Engine
 from bessemer.model.device import check_dtype, is_fast
 from bessemer.tasks.config import TaskOptions
-from bessemer.tasks.questions import GenerationQuestion, GenerationTask, Outcome
+from bessemer.tasks.questions import GenerationTask, Outcome
 from bessemer.tasks.registry import find_tasks
 from bessemer.tokenization.shards import TokenShards
 from bessemer.training.runtime import keep_freed_memory, with_threads
 from bessemer.training.validation import whole_documents
 
-_TRIED = 32
-
-
-@dataclass(frozen=True)
-class AskedTask:
-    """A task by form: as messages for the chat template, and as text."""
-
-    name: str
-    forms: dict[str, GenerationTask]
-    questions: dict[str, Sequence[GenerationQuestion]]
-
 
 @dataclass(frozen=True)
 class TaskAnswers:
-    """A model's answers to the questions of a task, in their order, and the form they were asked in."""
+    """A model's answers to the questions of a task, in their order, and the prompt form that they were given in."""
 
     form: str
     outcomes: Sequence[Outcome]
@@ -75,35 +67,27 @@ class TaskAnswers:
         return {"asked_as": self.form, "n": len(self.outcomes), self.headline: fmean(self.scores)}
 
 
-def asked_task(name: str, limit: int) -> AskedTask:
-    """The first `limit` questions of a task that needs no data. Raises ConfigError for one that is asked by likelihood."""
-    forms: dict[str, GenerationTask] = {}
+def task_forms(name: str, limit: int) -> TaskForms:
+    """The first `limit` questions of a task that needs no data: as messages for the chat template, and as text.
+
+    Raises ConfigError for a task of likelihood.
+    """
+    tasks: dict[str, GenerationTask] = {}
     for form in (CHAT, PLAIN):
         (task,) = find_tasks([name], TaskOptions(chat=form == CHAT, limit=limit))
         if not isinstance(task, GenerationTask):
             raise ConfigError(f"tasks: {name} is asked by likelihood; ask it with `bessemer evaluate MODEL --tasks {name}`")
-        forms[form] = task
-    return AskedTask(name, forms, {form: task.questions() for form, task in forms.items()})
+        tasks[form] = task
+    return TaskForms(tasks)
 
 
-def task_answers(engine: Engine, asked: AskedTask, progress: Progress, model: str) -> TaskAnswers:
-    """A model's answers in the form in which it answers the first questions better."""
-    tried: dict[str, TaskAnswers] = {}
-    count = len(asked.questions[CHAT])
-    first, rest = slice(min(_TRIED, count)), slice(_TRIED, None)
-    with progress.task(f"{asked.name}: {model}", total=first.stop + count, unit="answers") as bar:
-
-        def answered(form: str, part: slice) -> list[Outcome]:
-            task, found = asked.forms[form], []
-            for outcomes in answers(engine, task, asked.questions[form][part]):
-                found += outcomes
-                bar.advance(len(outcomes))
-            return found
-
-        for form, task in asked.forms.items():
-            tried[form] = TaskAnswers(form, answered(form, first), task.headline(form))
-        best = max(tried.values(), key=lambda one: sum(one.scores))
-        return TaskAnswers(best.form, [*best.outcomes, *answered(best.form, rest)], best.headline)
+def task_answers(engine: Engine, name: str, forms: TaskForms, progress: Progress, model: str) -> TaskAnswers:
+    """A model's answers in the prompt form in which it answers the first questions better."""
+    count = len(forms.questions[CHAT])
+    trial = range(min(TRIAL_QUESTIONS, count))
+    with progress.task(f"{name}: {model}", total=len(trial) + count, unit="answers") as bar:
+        form, outcomes = answers_in_better_form(engine, forms, trial, bar.advance)
+    return TaskAnswers(form, outcomes, forms.tasks[form].headline(form))
 
 
 #: Format number of `results.json`.
@@ -112,38 +96,35 @@ RESULTS_FORMAT = 1
 _NGRAM_ORDERS = {"witten_bell_5gram": 5, "witten_bell_6gram": 6}
 
 
-def evaluate(
-    config: EvaluateConfig,
-    models: Mapping[str, Path],
-    tokens: Path,
-    documents: Path,
-    conversations: Path | None,
-    out: Path,
-    *,
-    seed: int,
-    device: str,
-    progress: Progress,
-) -> dict[str, Any]:
-    """Evaluate the models, in the order in which they were trained, and write `results.json` and `answers.jsonl` below `out`.
+def models_of(context: StageContext) -> dict[str, Path]:
+    """The models to evaluate by stage, in the order in which they were trained."""
+    return {role.removeprefix("model:"): path for role, path in context.inputs.items() if role.startswith("model:")}
 
-    tokens: the folder with the split `validation`. documents: those of the tokens. conversations: the folder of SFT's
-    questions; without it the task `docs_questions` is left out.
 
-    Raises ArtefactError when tokens and a model have different tokenizers, or no text is held out.
+def evaluate(context: StageContext) -> dict[str, Any]:
+    """Evaluate the models and write `results.json` and `answers.jsonl`; returns the content of the former.
+
+    Inputs: `model:STAGE`, `tokens` with the split `validation`, their `documents`, and perhaps `conversations`, whose questions
+    the task `docs_questions` asks. Raises ArtefactError when tokens and a model have different tokenizers, or no text is held
+    out.
     """
-    keep_freed_memory()  # each batch allocates what the last one did
-    shards = TokenShards(tokens / "validation")
+    config: EvaluateConfig = context.config
+    seed, progress = context.seed, context.progress
+    documents, conversations = documents_of(context), context.inputs.get("conversations")
+    assert documents is not None
+    keep_freed_memory()  # batches allocate the same sizes again and again
+    shards = TokenShards(context.inputs["tokens"] / "validation")
     scored = whole_documents(shards, config.max_tokens)
-    questions: list[Question] = []
+    questions: list[DocsQuestion] = []
     if conversations is not None and DOCS_QUESTIONS in config.tasks:
         questions = read_questions(conversations, config.questions, seed)
-    asked = [asked_task(name, config.questions) for name in config.tasks if name != DOCS_QUESTIONS]
-    of_tasks: dict[str, dict[str, TaskAnswers]] = {task.name: {} for task in asked}
+    generated = {name: task_forms(name, config.questions) for name in config.tasks if name != DOCS_QUESTIONS}
+    of_tasks: dict[str, dict[str, TaskAnswers]] = {name: {} for name in generated}
     answers, forms, dtypes = {}, {}, {}
     nats: dict[str, np.ndarray] = {}
     parts: ScoredDocuments | None = None
-    for name, folder in models.items():
-        engine = Engine(folder, device=device)
+    for name, folder in models_of(context).items():
+        engine = Engine(folder, device=context.device)
         shards.check_tokenizer(engine.tokenizer.hash, name)
         progress.say(f"  measuring {name}")
         model_device = engine.model.head_weight.device
@@ -166,8 +147,8 @@ def evaluate(
             forms[name], answers[name] = answer_questions(
                 engine, questions, max_new_tokens=config.max_new_tokens, progress=progress, name=name
             )
-        for task in asked:
-            of_tasks[task.name][name] = task_answers(engine, task, progress, name)
+        for task_name, forms_of_task in generated.items():
+            of_tasks[task_name][name] = task_answers(engine, task_name, forms_of_task, progress, name)
     tasks = {DOCS_QUESTIONS: {name: _summary(answers[name], forms[name]) for name in answers}} if answers else {}
     for task_name, by_model in of_tasks.items():
         tasks[task_name] = {name: of_model.summary for name, of_model in by_model.items()}
@@ -181,8 +162,8 @@ def evaluate(
         "tasks": tasks,
         "comparisons": _comparisons(answers, of_tasks, seed),
     }
-    write_json(out / "results.json", results)
-    _write_answers(out / "answers.jsonl", questions, answers, asked, of_tasks)
+    write_json(context.out / "results.json", results)
+    _write_answers(context.out / "answers.jsonl", questions, answers, generated, of_tasks)
     return results
 
 
@@ -230,8 +211,8 @@ def _up_to(texts: Iterable[bytes], limit: int) -> list[bytes]:
     return kept
 
 
-def _summary(answers: list[Answer], form: str) -> dict[str, Any]:
-    """A model's means by set; a set without questions is left out."""
+def _summary(answers: list[ScoredAnswer], form: str) -> dict[str, Any]:
+    """A model's mean scores of held-in and held-out questions; a set without questions has none."""
     summary: dict[str, Any] = {"asked_as": form}
     for held in (HELD_IN, HELD_OUT):
         of_set = [answer for answer in answers if answer.question.held == held]
@@ -243,9 +224,9 @@ def _summary(answers: list[Answer], form: str) -> dict[str, Any]:
 
 
 def _comparisons(
-    answers: Mapping[str, list[Answer]], of_tasks: Mapping[str, Mapping[str, TaskAnswers]], seed: int
+    answers: Mapping[str, list[ScoredAnswer]], of_tasks: Mapping[str, Mapping[str, TaskAnswers]], seed: int
 ) -> list[dict[str, Any]]:
-    """Held-out ROUGE-L, and the score of each task, of each model against the one that was trained before it."""
+    """Each model against the one trained before it: held-out ROUGE-L, and the score of each task."""
     by_metric = {
         "rouge_l_held_out": {
             name: [answer.rouge_l for answer in given if answer.question.held == HELD_OUT] for name, given in answers.items()
@@ -275,9 +256,9 @@ def _comparisons(
 
 def _write_answers(
     path: Path,
-    questions: list[Question],
-    answers: Mapping[str, list[Answer]],
-    asked: list[AskedTask],
+    questions: list[DocsQuestion],
+    answers: Mapping[str, list[ScoredAnswer]],
+    tasks: Mapping[str, TaskForms],
     of_tasks: Mapping[str, Mapping[str, TaskAnswers]],
 ) -> None:
     """Write one line per question: its messages, the reference, and each model's answer with its scores."""
@@ -295,17 +276,16 @@ def _write_answers(
                 },
             }
             stream.write(json.dumps(record, ensure_ascii=False) + "\n")
-        for task in asked:
-            for index, asked_question in enumerate(task.questions[CHAT]):
-                outcomes = {name: of.outcomes[index] for name, of in of_tasks[task.name].items()}
+        for task_name, forms in tasks.items():
+            for index, chat_question in enumerate(forms.questions[CHAT]):
                 record = {
-                    "task": task.name,
+                    "task": task_name,
                     "set": HELD_OUT,
-                    "messages": asked_question.context,
-                    "reference": task.forms[CHAT].reference(asked_question) or "",
+                    "messages": chat_question.context,
+                    "reference": forms.tasks[CHAT].reference(chat_question) or "",
                     "answers": {
-                        name: {"text": one.answer, "exact_match": bool(of_tasks[task.name][name].scores[index])}
-                        for name, one in outcomes.items()
+                        name: {"text": of.outcomes[index].answer, "exact_match": bool(of.scores[index])}
+                        for name, of in of_tasks[task_name].items()
                     },
                 }
                 stream.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bessemer.tasks.questions import Context, Part
+from bessemer.tasks.questions import Context, ContinuationRequest
 from bessemer.tokenization.chat import Message
 from bessemer.tokenization.prompts import encode_continuations
 from bessemer.tokenization.tokenizer import Tokenizer
@@ -34,9 +34,9 @@ class PromptEncoder:
         self._begin = missing or list(tokenizer.begin_ids)
         self._missing = missing
 
-    def part(self, part: Part) -> EncodedPart:
-        """A context and its continuations: a text by the convention of `encode_continuations`, a conversation with what the
-        assistant says encoded alone. The last token of a continuation is not read and needs no place in the context."""
+    def part(self, part: ContinuationRequest) -> EncodedPart:
+        """Encode a context and its continuations: a text as `encode_continuations` does, a conversation with the continuations
+        alone. The last token of a continuation is not read and needs no place in the context."""
         if isinstance(part.context, str):
             context, continuations = encode_continuations(self._tokenizer, part.context, part.continuations)
             context = self._begun(context)
@@ -55,7 +55,7 @@ class PromptEncoder:
         return len(self._encoded(context))
 
     def prompt(self, context: Context, max_tokens: int) -> EncodedPart:
-        """A context for a completion, which gets `max_tokens`, or half of a model's context where that is less."""
+        """A context that leaves room for `max_tokens`, or for half of the model's context where that is less."""
         ids = self._encoded(context)
         kept, cut = self._cut(
             ids or [self._tokenizer.bos_id], self._context_length - min(max_tokens, self._context_length // 2)
@@ -76,14 +76,14 @@ class PromptEncoder:
         return self._tokenizer.apply_chat_template(messages, add_generation_prompt=True)
 
     def _whole(self, text: str, ids: list[int]) -> list[int]:
-        """Tokens of all of a continuation. Where its beginning is in one token with the end of the context, as `-` is in `=-7`,
-        the convention leaves it out, and the continuation is encoded alone."""
+        """Tokens of a whole continuation. It is encoded alone where its beginning shares a token with the end of the context,
+        as `-` does in `=-7`: there the convention leaves it out."""
         if not self._tokenizer.lossless or self._tokenizer.decode_bytes(ids, beginning=False) == text.encode():
             return ids
         return self._tokenizer.encode(text, add_bos=False)
 
     def _begun(self, ids: list[int]) -> list[int]:
-        """A text's tokens with the begin token that is asked for; what was empty is the begin token already."""
+        """A text's tokens with the begin token that `begin_token` adds; an empty text is that token already."""
         return ids if ids == self._missing else self._missing + ids
 
     def _cut(self, ids: list[int], most: int) -> tuple[list[int], int]:

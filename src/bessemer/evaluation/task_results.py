@@ -77,8 +77,7 @@ def _score(lines: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
     clusters: list[Any] = []
     for line in lines:
         if name in line["scores"]:
-            # things of one item are not independent; an item without a cluster is one of its own: a tuple, so that no name of
-            # a cluster is an item's
+            # things of one item are not independent; an item without a cluster is its own: a tuple equals no name of a cluster
             weight = line.get("weights", {}).get(name, 1)
             scores += [line["scores"][name]] * weight
             clusters += [(line["id"],) if line["cluster"] is None else line["cluster"]] * weight
@@ -94,19 +93,19 @@ def _score(lines: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
 
 
 def _calibration(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Of multiple choice: whether the choice by plain log-likelihood is right as often as its share of the probability says.
+    """Calibration of multiple choice by plain log-likelihood; other normalisations give no probabilities.
 
-    None where items are no choices. Other normalisations make no probabilities.
+    None where items are no choices.
     """
-    found = [line for line in lines if "raw" in line["scores"] and len(line.get("log_likelihoods", [[]])[0]) > 1]
-    if not found:
+    choices = [line for line in lines if "raw" in line["scores"] and len(line.get("log_likelihoods", [[]])[0]) > 1]
+    if not choices:
         return None
-    confidences = [choice_probability(line["log_likelihoods"][0])[1] for line in found]
-    clusters = [(line["id"],) if line["cluster"] is None else line["cluster"] for line in found]
-    calibration = reliability(confidences, [line["scores"]["raw"] for line in found], clusters_N=clusters)
+    confidences = [choice_probability(line["log_likelihoods"][0])[1] for line in choices]
+    clusters = [(line["id"],) if line["cluster"] is None else line["cluster"] for line in choices]
+    calibration = reliability(confidences, [line["scores"]["raw"] for line in choices], clusters_N=clusters)
     return {
         "expected_calibration_error": calibration.expected_calibration_error,
         "bins": [
-            {"n": one.accuracy.items, "confidence": one.confidence, "accuracy": one.accuracy.mean} for one in calibration.bins
+            {"n": bin.accuracy.items, "confidence": bin.confidence, "accuracy": bin.accuracy.mean} for bin in calibration.bins
         ],
     }

@@ -1,4 +1,4 @@
-"""Answers of a model that thinks first, within a budget: conversations of one turn, many at once on an engine."""
+"""Answers after thinking within a budget: conversations of one turn, many at once on an engine."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ from bessemer.tasks.questions import Context
 
 @dataclass(frozen=True)
 class ThoughtAnswer:
-    """What the model said, and what it thought before. tokens: that it wrote, thinking and tags included. is_closed: whether
-    the budget closed thinking that was open."""
+    """An answer and the thinking before it. tokens: all that were generated, with thinking and tags.
+
+    is_closed: whether the budget closed the thinking.
+    """
 
     text: str
     thinking: str
@@ -38,12 +40,14 @@ def answers_after_thinking(
     does not fit the model's context.
     """
     assistant = Assistant(EngineModel(engine), params, config=AssistantConfig(thinking_budget=budget))
-    episodes = play(assistant, [_Question() for _ in contexts], [{"context": each} for each in contexts], params, seeds=seeds)
+    episodes = play(
+        assistant, [_SingleQuestion() for _ in contexts], [{"context": each} for each in contexts], params, seeds=seeds
+    )
     return [_answer(episode) for episode in episodes]
 
 
-class _Question:
-    """An environment that asks once, and rewards nothing."""
+class _SingleQuestion:
+    """An environment of one question, without rewards."""
 
     tools = ()
 

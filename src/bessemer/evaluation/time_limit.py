@@ -1,4 +1,4 @@
-"""How much of an evaluation fits the time that its settings allow."""
+"""The share of an evaluation that fits its time limit."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from bessemer.core.progress import Progress
 from bessemer.evaluation.config import EvaluateConfig
 from bessemer.training.runtime import faster_threads, thread_candidates
 
-#: Shares of the tokens and questions that are tried with one model, from which the whole is extended in a line.
+#: Shares of the tokens and questions that one model is timed with; the time of the whole is extrapolated linearly.
 _TRIALS = (1 / 16, 1 / 8)
 #: Smallest share that is evaluated, whatever the time.
 _SMALLEST_SHARE = 1 / 16
-#: The seconds below which an evaluation is short, its trials, and the smallest share of it.
+#: Seconds below which an evaluation is short; then these are its shares to time, and the smallest share.
 _SHORT, _SHORT_TRIALS, _SMALLEST_OF_SHORT = 30.0, (1 / 64, 1 / 32), 1 / 64
-#: Of the time in which the models were trained, the most that evaluating them takes; and the seconds that it may always take.
+#: Most time as a share of the models' training time, and the seconds that are always allowed.
 _OF_TRAINING, _LEAST_SECONDS = 0.5, 10.0
 
 #: Evaluates models with settings into a folder.
@@ -37,11 +37,11 @@ def within_minutes(
     held_out_tokens: int | None = None,
     training_seconds: float | None = None,
 ) -> tuple[EvaluateConfig, dict[str, Any]]:
-    """The settings with as many tokens and questions as fit `minutes`, and the measurement that they come from.
+    """The settings with as many tokens and questions as fit `minutes`, and the measurement behind them.
 
-    The last model is evaluated with two small shares, and without baselines, whose time is that of one model's whole share at
-    most; a model costs a + b × share seconds. held_out_tokens: all that could be scored. training_seconds: of the models; their
-    evaluation takes half as long at most, so that a trial of a few steps is not measured for minutes.
+    The last model is timed with two small shares: a model costs a + b × share seconds, and the baselines at most as much as a
+    model. held_out_tokens: all that could be scored. training_seconds: of the models; evaluation takes half of that at most, so
+    that a run of a few steps is not evaluated for minutes.
     """
     minutes, started = config.minutes, time.perf_counter()
     assert minutes is not None

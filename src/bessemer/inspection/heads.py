@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ ROLES = ("previous_token", "same_token", "induction", "first_token")
 
 
 def role_scores(weights_HTT: np.ndarray, tokens_T: np.ndarray) -> dict[str, np.ndarray]:
-    """How far each head of a layer plays each role on one text: the mean attention, (H,), 0 … 1, of its queries to
+    """Each head's score in each role on one text: the mean attention, (H,), 0 … 1, of its queries to
 
     - previous_token: the token before;
     - same_token: earlier occurrences of the query's own token;
@@ -56,12 +57,12 @@ def _mean_attention(weights_HTT: np.ndarray, keys_TT: np.ndarray) -> np.ndarray:
     return (weights_HTT * keys_TT).sum(-1)[:, queries_T].mean(-1)
 
 
-def recorded_roles(found: Recording, tokens_BT: np.ndarray) -> dict[str, np.ndarray]:
+def recorded_roles(recorded: Recording, tokens_BT: np.ndarray) -> dict[str, np.ndarray]:
     """The roles of every head on a recorded batch, each (L, H), the mean over its texts; NaN in layers without weights."""
-    layers = len(found.residual) - 1
-    heads = max((record.weights_BHTT.shape[1] for record in found.heads.values()), default=0)
+    layers = len(recorded.residual) - 1
+    heads = max((record.weights_BHTT.shape[1] for record in recorded.heads.values()), default=0)
     scores = {role: np.full((layers, heads), np.nan) for role in ROLES}
-    for layer, record in found.heads.items():
+    for layer, record in recorded.heads.items():
         of_texts = [role_scores(*text) for text in zip(record.weights_BHTT, tokens_BT, strict=True)]
         for role in ROLES:
             scores[role][layer] = np.mean([of_text[role] for of_text in of_texts], axis=0)
@@ -71,16 +72,15 @@ def recorded_roles(found: Recording, tokens_BT: np.ndarray) -> dict[str, np.ndar
 def head_roles(model: Decoder, tokens_BT: np.ndarray) -> dict[str, np.ndarray]:
     """The roles of every head on a batch of texts, each (L, H); NaN in layers of linear attention."""
     tokens_BT = np.atleast_2d(tokens_BT)
-    with recording(model) as found:
+    with recording(model) as recorded:
         read(model, tokens_BT)
-    return recorded_roles(found, tokens_BT)
+    return recorded_roles(recorded, tokens_BT)
 
 
 def repeated_tokens(
     ids: Sequence[int], *, begin: Sequence[int] = (), texts: int = 4, length: int = 25, seed: int = 0
 ) -> np.ndarray:
-    """Texts of random tokens that come twice in the same order, (B, T): all that can be known of the second half is that
-    it repeats the first.
+    """Texts of random tokens, (B, T), whose second half repeats the first: nothing else predicts it.
 
     ids: to draw from, without repetition; length: of one half, or as many as there are ids. begin: stands before each.
     """
@@ -113,8 +113,8 @@ def without_heads(model: Decoder, heads: Sequence[tuple[int, int]]) -> Iterator[
 def head_losses(model: Decoder, tokens_T: np.ndarray) -> tuple[float, np.ndarray]:
     """The model's mean loss on a text, and by how much it rises without each head, (L, H), nats per token.
 
-    One head at a time; NaN where a layer has fewer heads than others. The heads of a layer are rows of one batch, which
-    part where that layer begins.
+    One head at a time; NaN where a layer has fewer heads than others. The heads of a layer are rows of one batch, which is
+    expanded from one row at that layer.
     """
     tokens_T = np.asarray(tokens_T)
     counts = [block.attention.output[1] for block in model.blocks]
@@ -124,7 +124,7 @@ def head_losses(model: Decoder, tokens_T: np.ndarray) -> tuple[float, np.ndarray
     for layer, (block, count) in enumerate(zip(model.blocks, counts, strict=True)):
         for first in range(0, count, at_once):
             heads = range(first, min(first + at_once, count))
-            part = block.register_forward_pre_hook(_rows(len(heads)))
+            part = block.register_forward_pre_hook(partial(_repeat_row, len(heads)))
             try:
                 with _silenced(model, [[(layer, head)] for head in heads]):
                     changes_LH[layer, list(heads)] = np.array(_losses(model, tokens_T)) - whole
@@ -137,18 +137,14 @@ def _losses(model: Decoder, tokens_T: np.ndarray) -> list[float]:
     """The mean loss on a text, for each row that it is read in."""
     hidden_BTD = read(model, tokens_T)
     following_T = torch.as_tensor(np.asarray(tokens_T[1:], np.int64), device=hidden_BTD.device)
-    # row by row: the logits of all would be the largest thing in memory
+    # row by row: the logits of all rows would need the most memory
     with torch.no_grad():
         return [float(functional.cross_entropy(model.logits(row[:-1]).float(), following_T)) for row in hidden_BTD]
 
 
-def _rows(count: int) -> Any:
-    """A hook that makes as many equal rows of the one that a block is given."""
-
-    def repeat(block: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-        return given[0].expand(count, -1, -1), *given[1:]
-
-    return repeat
+def _repeat_row(count: int, block: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Before a block: `count` equal rows of its one row."""
+    return given[0].expand(count, -1, -1), *given[1:]
 
 
 @contextmanager
@@ -167,16 +163,14 @@ def _silenced(model: Decoder, without: Sequence[Sequence[tuple[int, int]]]) -> I
                 if not 0 <= head < count:
                     raise RequestError(f"there is no head {head}: layer {layer} has {count}, counted from 0")
                 kept_B1H1[row, 0, head] = 0
-            stack.callback(projection.register_forward_pre_hook(_multiply(kept_B1H1)).remove)
+            stack.callback(projection.register_forward_pre_hook(partial(_multiply_heads, kept_B1H1)).remove)
         yield
 
 
-def _multiply(kept_B1H1: Tensor) -> Any:
-    def multiply(projection: nn.Module, given: tuple[Tensor]) -> tuple[Tensor]:
-        heads_BTHV = given[0].unflatten(-1, (kept_B1H1.shape[2], -1))
-        return ((heads_BTHV * kept_B1H1.to(heads_BTHV)).flatten(2),)
-
-    return multiply
+def _multiply_heads(kept_B1H1: Tensor, projection: nn.Module, given: tuple[Tensor]) -> tuple[Tensor]:
+    """Before an output projection: each head times 1 or 0."""
+    heads_BTHV = given[0].unflatten(-1, (kept_B1H1.shape[2], -1))
+    return ((heads_BTHV * kept_B1H1.to(heads_BTHV)).flatten(2),)
 
 
 # Shapes: T keys, C channels of a head, V channels of a value head.
@@ -210,7 +204,7 @@ class OpenedHead:
 
 
 def open_head(recording: Recording, layer: int, head: int, position: int, row: int = 0) -> OpenedHead:
-    """The steps of one head from the queries, keys and values of a recording, computed again in the open.
+    """The steps of one head, computed again from the queries, keys and values of a recording.
 
     position: of the query; -1 is the last. Raises RequestError for a layer, head or position that is not there.
     """
@@ -249,7 +243,7 @@ def heads_of(recording: Recording, layer: int) -> HeadsRecord:
 
 
 def _mask(heads: HeadsRecord, row: int, head: int, position: int) -> np.ndarray:
-    """What is added to one query's scores: 0, ALiBi's penalty, or -inf."""
+    """The mask of one query's scores: 0, ALiBi's penalty, or -inf."""
     length = heads.key_BKTC.shape[2]
     device = None if heads.mask.slopes_H is None else heads.mask.slopes_H.device
     bias_BHTS = bias(heads.mask, torch.tensor([position], device=device), torch.arange(length, device=device))

@@ -22,7 +22,7 @@ from bessemer.model.decoder import Decoder
 from bessemer.tokenization.tokenizer import Tokenizer
 
 # Shapes: V vocabulary, D hidden, N vectors.
-# of the table, normed at a time: no second copy of it in memory
+#: Rows of the table that are normed at a time, so that memory holds no second copy of it.
 _ROWS = 1 << 14
 
 
@@ -59,9 +59,8 @@ def vectors(model: Decoder, tokens: Sequence[int]) -> np.ndarray:
 def planar(vectors_ND: np.ndarray) -> tuple[np.ndarray, float]:
     """Vectors in the plane in which they vary most, (N, 2), and the share of their variance that it keeps.
 
-    Principal components through the singular value decomposition X - mean = U S Vᵀ: the coordinates are U S. Signs, which
-    the decomposition leaves open, are such that the largest entry of each direction is positive: the same vectors give the
-    same map.
+    Principal components by the singular value decomposition X - mean = U S Vᵀ: the coordinates are U S. Signs are
+    chosen so that the largest entry of each direction is positive: the same vectors give the same map.
     """
     centred_ND = np.asarray(vectors_ND, np.float64) - np.mean(vectors_ND, axis=0, dtype=np.float64)
     left_NN, singular_N, directions_ND = np.linalg.svd(centred_ND, full_matrices=False)
@@ -113,9 +112,9 @@ class Inspection:
     """The results of an inspection. Layers, heads and positions are counted from 0.
 
     attention: of each layer (H, T, T), None for linear attention. opened: one head step by step, None where no layer has
-    attention weights. key: the position that `opened`'s query was asked about. roles: (L, H) each, on random repeated
-    sequences. head_changes_LH: the rise of the loss without each head, nats per token; None when it was not asked for.
-    experts: by sparse layer, (1, T, k). neighbours, analogies: by what was asked.
+    attention weights. key: the chosen key position, if any. roles: (L, H) each, on random repeated
+    sequences. head_changes_LH: the rise of the loss without each head, nats per token; None without ablation.
+    experts: by sparse layer, (1, T, k). neighbours, analogies: by word and by formula.
     """
 
     config: ModelConfig
@@ -150,20 +149,20 @@ class Inspection:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """All numbers by name, as `numpy.savez` takes them."""
-        found = {"tokens": self.tokens.ids, "offsets": self.tokens.offsets}
-        found |= {f"attention_{layer}": weights for layer, weights in enumerate(self.attention) if weights is not None}
-        found |= {f"lens_{name}": getattr(self.lens, name) for name in LogitLens.__dataclass_fields__}
-        found |= {f"role_{role}": scores for role, scores in self.roles.items()}
+        arrays = {"tokens": self.tokens.ids, "offsets": self.tokens.offsets}
+        arrays |= {f"attention_{layer}": weights for layer, weights in enumerate(self.attention) if weights is not None}
+        arrays |= {f"lens_{name}": getattr(self.lens, name) for name in LogitLens.__dataclass_fields__}
+        arrays |= {f"role_{role}": scores for role, scores in self.roles.items()}
         if self.head_changes_LH is not None:
-            found["head_changes"] = self.head_changes_LH
+            arrays["head_changes"] = self.head_changes_LH
         if self.opened is not None:
             steps = {name: getattr(self.opened, name) for name in OpenedHead.__dataclass_fields__}
-            found |= {f"head_{name}": np.asarray(value) for name, value in steps.items() if value is not None}
+            arrays |= {f"head_{name}": np.asarray(value) for name, value in steps.items() if value is not None}
         for layer, experts in self.experts.items():
-            found |= {f"experts_{layer}": experts.experts_BTk[0], f"expert_weights_{layer}": experts.weights_BTk[0]}
-        for asked, nearest in (self.neighbours | self.analogies).items():
-            found |= {f"nearest {asked}": nearest.tokens, f"cosines {asked}": nearest.cosines}
-        return found | {"map": self.map.coordinates_N2}
+            arrays |= {f"experts_{layer}": experts.experts_BTk[0], f"expert_weights_{layer}": experts.weights_BTk[0]}
+        for name, nearest in (self.neighbours | self.analogies).items():
+            arrays |= {f"nearest {name}": nearest.tokens, f"cosines {name}": nearest.cosines}
+        return arrays | {"map": self.map.coordinates_N2}
 
 
 def inspect(
@@ -184,31 +183,31 @@ def inspect(
 ) -> Inspection:
     """Inspect a model's forward pass over a text.
 
-    layer, head: the head that is opened; the one that looks hardest from `query` at `key` when None (at any token other
-    than the first and the query itself, without a key). query, key: a position, or the text of a token that stands once
+    layer, head: the head that is opened; None: the one with the most attention from `query` to `key` (without a key, to any
+    token but the first and the query itself). query, key: a position, or the text of a token that stands once
     in the text. neighbours_of: tokens; analogies: "one - less + more". ablate: also try the text without each head.
     top: predictions of the lens; nearest: neighbours. seed: of the random sequences on which roles are scored.
 
-    Raises RequestError for a text without tokens or too long, and whatever is asked for and is not there.
+    Raises RequestError for a text without tokens or too long, and for a head, token or word that does not exist.
     """
     tokens = tokenized(tokenizer, text)
-    found = record(model, tokens.ids)
+    recorded = record(model, tokens.ids)
     attention = tuple(
-        found.heads[index].weights_BHTT[0] if index in found.heads else None for index in range(len(model.blocks))
+        recorded.heads[index].weights_BHTT[0] if index in recorded.heads else None for index in range(len(model.blocks))
     )
     at, towards = find_token(tokens, query), None if key is None else find_token(tokens, key)
     opened = None
-    if found.heads or layer is not None:
+    if recorded.heads or layer is not None:
         chosen = _hardest(attention, at, towards, layer)
         if head is not None and layer is None:
             raise RequestError("a head is asked for without its layer; give both")
-        opened = open_head(found, chosen[0], chosen[1] if head is None else head, at)
-    asked = {word: neighbours(model, token_id(tokenizer, word), nearest) for word in neighbours_of}
+        opened = open_head(recorded, chosen[0], chosen[1] if head is None else head, at)
+    near_words = {word: neighbours(model, token_id(tokenizer, word), nearest) for word in neighbours_of}
     solved = {formula: analogy(model, *_terms(tokenizer, formula), nearest) for formula in analogies}
     on_map = list(dict.fromkeys([*tokens.ids.tolist(), *(token_id(tokenizer, word) for word in neighbours_of)]))
-    on_map = list(dict.fromkeys([*on_map, *(int(id) for near in asked.values() for id in near.tokens)]))
+    on_map = list(dict.fromkeys([*on_map, *(int(id) for near in near_words.values() for id in near.tokens)]))
     coordinates_N2, share = planar(vectors(model, on_map))
-    lens = logit_lens(model, found, tokens.ids, top)
+    lens = logit_lens(model, recorded, tokens.ids, top)
     shown = {*on_map, *lens.tokens_LTk.ravel().tolist(), *(int(id) for near in solved.values() for id in near.tokens)}
     pieces = {id: piece_of(tokenizer, id) for id in shown}
     return Inspection(
@@ -221,8 +220,8 @@ def inspect(
         towards,
         _roles(model, tokenizer, tokens, seed),
         head_losses(model, tokens.ids)[1] if ablate and len(tokens.ids) > 1 else None,
-        found.experts,
-        asked,
+        recorded.experts,
+        near_words,
         solved,
         TokenMap(tuple(pieces[id] for id in on_map), coordinates_N2, share),
         pieces,
@@ -240,29 +239,29 @@ def tokenized(tokenizer: Tokenizer, text: str) -> Tokens:
 
 
 def piece_of(tokenizer: Tokenizer, id: int) -> str:
-    """One token's text inside a text; control tokens as they are written."""
+    """The text of one token, control tokens included."""
     if id >= tokenizer.vocab_size:
         # a table may have more rows than there are tokens
         return f"⟨{id}⟩"
     return tokenizer.decode_bytes([id], skip_special=False, beginning=False).decode("utf-8", "replace")
 
 
-def find_token(tokens: Tokens, asked: int | str) -> int:
+def find_token(tokens: Tokens, token: int | str) -> int:
     """The position of a token, given by position or by its text. Raises RequestError when it is not there, or twice."""
     count = len(tokens.ids)
-    if isinstance(asked, str):
-        places = [place for place, piece in enumerate(tokens.pieces) if piece == asked]
-        places = places or [place for place, piece in enumerate(tokens.pieces) if piece.strip() == asked.strip()]
+    if isinstance(token, str):
+        places = [place for place, piece in enumerate(tokens.pieces) if piece == token]
+        places = places or [place for place, piece in enumerate(tokens.pieces) if piece.strip() == token.strip()]
         if len(places) == 1:
             return places[0]
         if places:
-            raise RequestError(f"{asked!r} stands at positions {', '.join(map(str, places))}: name the position")
-        if not asked.strip().lstrip("-").isdigit():
-            raise RequestError(f"no token of the text is {asked!r}; its tokens are: {' '.join(map(repr, tokens.pieces))}")
-        asked = int(asked)
-    if not -count <= asked < count:
-        raise RequestError(f"there is no position {asked}: the text has {count} tokens, counted from 0")
-    return asked % count
+            raise RequestError(f"{token!r} stands at positions {', '.join(map(str, places))}: name the position")
+        if not token.strip().lstrip("-").isdigit():
+            raise RequestError(f"no token of the text is {token!r}; its tokens are: {' '.join(map(repr, tokens.pieces))}")
+        token = int(token)
+    if not -count <= token < count:
+        raise RequestError(f"there is no position {token}: the text has {count} tokens, counted from 0")
+    return token % count
 
 
 def token_id(tokenizer: Tokenizer, word: str) -> int:
@@ -282,13 +281,8 @@ def _terms(tokenizer: Tokenizer, formula: str) -> tuple[int, int, int]:
     if not (minus and plus and one.strip() and less.strip() and more.strip()):
         raise RequestError(f'an analogy is written "king - man + woman", got {formula!r}')
     words = [word.strip() for word in (one, less, more)]
-    ids = [next(iter(_as_word(tokenizer, word)), None) for word in words]
-    return tuple(token_id(tokenizer, word) if id is None else id for word, id in zip(words, ids, strict=True))  # type: ignore[return-value]
-
-
-def _as_word(tokenizer: Tokenizer, word: str) -> list[int]:
-    ids = tokenizer.encode(f" {word}", add_bos=False)
-    return ids if len(ids) == 1 else []
+    spaced = [tokenizer.encode(f" {word}", add_bos=False) for word in words]
+    return tuple(ids[0] if len(ids) == 1 else token_id(tokenizer, word) for word, ids in zip(words, spaced, strict=True))  # type: ignore[return-value]
 
 
 def _hardest(attention: Sequence[np.ndarray | None], query: int, key: int | None, layer: int | None) -> tuple[int, int]:

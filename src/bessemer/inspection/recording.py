@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -62,21 +63,21 @@ class Recording:
 
 @contextmanager
 def recording(model: Decoder) -> Iterator[Recording]:
-    """Record the forwards inside the `with`. The model's own backend computes the results; weights are computed beside it."""
-    found, blocks = Recording(), model.blocks
+    """Record the forwards inside the `with`. The model's own backend computes the results; weights are computed once more."""
+    recorded, blocks = Recording(), model.blocks
     with ExitStack() as stack:
         for layer, block in enumerate(blocks):
             attention = block.attention
             if attention.backend is not None:
                 stack.callback(setattr, attention, "backend", attention.backend)
-                attention.backend = _recorded(attention.backend, layer, found)
+                attention.backend = _recorded(attention.backend, layer, recorded)
             if isinstance(block.mlp, SparseFeedForward):
-                keep, shape_again = _keep_experts(layer, found)
+                keep, shape_again = _keep_experts(layer, recorded)
                 stack.callback(block.mlp.router.register_forward_hook(keep).remove)
                 stack.callback(block.mlp.register_forward_hook(shape_again).remove)
-            stack.callback(block.register_forward_hook(_keep_residual(found)).remove)
-        stack.callback(blocks[0].register_forward_pre_hook(_begin_residual(found)).remove)
-        yield found
+            stack.callback(block.register_forward_hook(partial(_keep_residual, recorded)).remove)
+        stack.callback(blocks[0].register_forward_pre_hook(partial(_begin_residual, recorded)).remove)
+        yield recorded
 
 
 def record(model: Decoder, tokens: Sequence[int] | np.ndarray) -> Recording:
@@ -84,9 +85,9 @@ def record(model: Decoder, tokens: Sequence[int] | np.ndarray) -> Recording:
 
     Raises RequestError when there is no token, one is outside the vocabulary, or the model reads no text of this length.
     """
-    with recording(model) as found:
+    with recording(model) as recorded:
         read(model, tokens)
-    return found
+    return recorded
 
 
 @torch.no_grad()
@@ -113,45 +114,39 @@ def as_array(tensor: Tensor) -> np.ndarray:
     return tensor.detach().to("cpu", torch.float32, copy=True).numpy()
 
 
-def _recorded(backend: AttentionBackend, layer: int, found: Recording) -> AttentionBackend:
+def _recorded(backend: AttentionBackend, layer: int, recorded: Recording) -> AttentionBackend:
     def run(query_BHTC: Tensor, key_BKSC: Tensor, value_BKSV: Tensor, mask: AttentionMask, scores: Scores) -> Tensor:
         attended_BHTV = backend(query_BHTC, key_BKSC, value_BKSV, mask, scores)
         with torch.no_grad():
             weights_BHTS = attention_weights(query_BHTC, key_BKSC, mask, scores)
         query, key, value, weights, attended = map(as_array, (query_BHTC, key_BKSC, value_BKSV, weights_BHTS, attended_BHTV))
-        found.heads[layer] = HeadsRecord(query, key, value, weights, attended, mask, scores)
+        recorded.heads[layer] = HeadsRecord(query, key, value, weights, attended, mask, scores)
         return attended_BHTV
 
     return run
 
 
-def _keep_experts(layer: int, found: Recording) -> tuple[Any, Any]:
-    """Hooks for a router, which gets all tokens in one row, and for the feed-forward around it, which knows the texts."""
+def _keep_experts(layer: int, recorded: Recording) -> tuple[Any, Any]:
+    """Hooks for a router, which sees all tokens in one row, and for the feed-forward around it, which sees the batch."""
 
     def keep(router: nn.Module, given: tuple[Any, ...], routing: Routing) -> None:
         weights_Nk, order = routing.weights_Nk.detach().sort(dim=-1, descending=True)
-        found.experts[layer] = ExpertsRecord(routing.experts_Nk.gather(-1, order).cpu().numpy(), as_array(weights_Nk))
+        recorded.experts[layer] = ExpertsRecord(routing.experts_Nk.gather(-1, order).cpu().numpy(), as_array(weights_Nk))
 
     def shape_again(feed_forward: nn.Module, given: tuple[Tensor], out_BTD: Tensor) -> None:
-        experts, weights = found.experts[layer]
+        experts, weights = recorded.experts[layer]
         shape = (*out_BTD.shape[:2], -1)
-        found.experts[layer] = ExpertsRecord(experts.reshape(shape), weights.reshape(shape))
+        recorded.experts[layer] = ExpertsRecord(experts.reshape(shape), weights.reshape(shape))
 
     return keep, shape_again
 
 
-def _begin_residual(found: Recording) -> Any:
-    def begin(block: nn.Module, given: tuple[Any, ...]) -> None:
-        found.residual[:] = [as_array(given[0])]
-
-    return begin
+def _begin_residual(recorded: Recording, block: nn.Module, given: tuple[Any, ...]) -> None:
+    recorded.residual[:] = [as_array(given[0])]
 
 
-def _keep_residual(found: Recording) -> Any:
-    def keep(block: nn.Module, given: tuple[Any, ...], hidden_BTD: Tensor) -> None:
-        found.residual.append(as_array(hidden_BTD))
-
-    return keep
+def _keep_residual(recorded: Recording, block: nn.Module, given: tuple[Any, ...], hidden_BTD: Tensor) -> None:
+    recorded.residual.append(as_array(hidden_BTD))
 
 
 # Shapes: L layers, and one for the embedding before them; T time, k tokens, D hidden, V vocabulary.

@@ -1,6 +1,6 @@
 """Recipes read and checked, the stage graph, the runner, the report. Wires the other packages and computes nothing.
 
-Here stands only what web pages and the command line need without loading the stages: the names of runs.
+This file holds only what web pages and the command line need before the stages are loaded.
 """
 
 from __future__ import annotations

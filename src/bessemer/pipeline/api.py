@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from bessemer.core.environment import missing_package
 from bessemer.core.errors import writing_to
 from bessemer.core.progress import Progress
-from bessemer.pipeline.launch import Asked, Ranks, as_texts, launcher
+from bessemer.pipeline.launch import Ranks, RunRequest, as_texts, launcher
 from bessemer.pipeline.recipe import Recipe, load_recipe
 from bessemer.pipeline.report import write_report
-from bessemer.pipeline.run_folder import Made, RunFolder
+from bessemer.pipeline.run_folder import RunFolder, StageResult
 from bessemer.pipeline.runner import Runner
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class RunResult:
 
     run: RunFolder
     recipe: Recipe
-    made: list[Made]
+    made: list[StageResult]
     seconds: float
 
     @property
@@ -50,7 +50,7 @@ def prepare(
     ranks: Ranks | None = None,
     claim: bool = False,
 ) -> Runner:
-    """Check a recipe whole, with what it names and what the stages to be made need of this machine, and choose its folder.
+    """Check a recipe, the files that it names and what its stages need of this machine, and choose the run's folder.
 
     claim: make the folder, so that no other run with other overrides takes it. Without it nothing is written.
     Raises ConfigError for the recipe, SourceError for a file that is not there.
@@ -59,8 +59,8 @@ def prepare(
 
     def runner_in(choose: Callable[..., RunFolder]) -> Runner:
         run_folder = choose(Path(runs), checked.name, checked.values, overridden=bool(overrides), name=name)
-        asked = Asked(recipe, as_texts(overrides), run_folder.name, str(runs), allow_code)
-        launch = launcher(checked.head.launch, asked, run_folder.folder, progress)
+        request = RunRequest(recipe, as_texts(overrides), run_folder.name, str(runs), allow_code)
+        launch = launcher(checked.head.launch, request, run_folder.folder, progress)
         return Runner(checked, run_folder, progress=progress, ranks=ranks, launch=launch)
 
     runner = runner_in(RunFolder.choose)

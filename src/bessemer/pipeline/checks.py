@@ -1,7 +1,7 @@
 """What a stage needs of this machine: checks before any stage runs, and advice when memory runs out.
 
-Checked are packages, the user's code, a device, and a layout that fits the model. Out of memory becomes one line that says what
-was requested and which settings would fit, in place of a traceback.
+Checked are packages, the user's code, a device, and a layout that fits the model. Out of memory is
+one line with the requested bytes and settings that would fit, in place of a traceback.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _check_layout(recipe: Recipe, stage: Stage, config: LoopConfig, processes: i
         layout.micro_batches(rows.stop - rows.start, config.micro_batch_size, config.parallel.pipeline_schedule)
     model = model_of(recipe.folder, feeding(recipe.stages, stage))
     if model is not None:
-        # of how many tokens the vocabulary is to be is known, of how many it will be is not always: it stops nobody here
+        # a tokenizer may come out smaller than its settings say: the vocabulary is supposed to divide among the ranks
         layout.check(model.with_changes(vocab_size=model.vocab_size * layout.tensor), config.context_length)
 
 
@@ -78,22 +78,22 @@ class OutOfMemoryError(BessemerError):
 
 @contextmanager
 def memory_advice(context: StageContext) -> Iterator[None]:
-    """While entered, an allocation that fails raises OutOfMemoryError: what was asked, what would fit, what is kept."""
+    """While entered, a failed allocation raises OutOfMemoryError with its size, settings that would fit, and what is kept."""
     try:
         yield
     except BessemerError:
         raise
     except Exception as error:
-        asked = asked_memory(error)
-        if asked is None:
+        requested = asked_memory(error)
+        if requested is None:
             raise
-        raise OutOfMemoryError(_message(context, asked)) from error
+        raise OutOfMemoryError(_message(context, requested)) from error
 
 
-def _message(context: StageContext, asked: int) -> str:
+def _message(context: StageContext, requested: int) -> str:
     from bessemer.training.checkpoint.manager import CHECKPOINTS, newest_checkpoint
 
-    wanted = f"while it asked for {size(asked)} more" if asked else "while it asked for more"
+    wanted = f"while it asked for {size(requested)} more" if requested else "while it asked for more"
     checkpoint = newest_checkpoint(context.out / CHECKPOINTS)
     message = f"out of memory {wanted}; {_what_would_fit(context)}"
     if checkpoint is None:
@@ -123,7 +123,7 @@ def _what_would_fit(context: StageContext) -> str:
 
 
 def _device(name: str) -> tuple[Card, float]:
-    """The card that a stage runs on, or the most like it, and the bytes that tensors may take there."""
+    """The stage's device as a card of the planner, or the nearest one, and the bytes that tensors may take there."""
     import torch
 
     from bessemer.model.device import choose_device

@@ -1,4 +1,4 @@
-"""What the quickstart comes to on this machine, from a second's measurement: for `bessemer doctor`."""
+"""Minutes and bits per byte to expect of the quickstart on this machine, measured in about a second for `bessemer doctor`."""
 
 from __future__ import annotations
 
@@ -18,24 +18,26 @@ from bessemer.model.presets import PRESETS
 from bessemer.pipeline.recipe import load_recipe
 from bessemer.training.head import linear_cross_entropy
 
-#: Bits per byte after pretraining by its steps of 4,096 tokens, as runs of the quickstart gave them: the three longest are
-#: those of docs/machines.md, the others of slower machines before their products were measured.
+#: Bits per byte after pretraining by its steps of 4,096 tokens, measured in runs of the quickstart: the three longest
+#: are those of docs/machines.md, the others ran on slower machines.
 _BITS_BY_STEPS = ((39, 2.82), (86, 2.55), (133, 2.42), (207, 2.32), (395, 2.19), (758, 2.05))
 #: Seconds of an optimizer step over those of the forward and the backward pass.
 _STEP_OVER_PASSES = 1.15
 #: Time of compiled blocks over that of eager ones.
 _COMPILED = 0.88
-#: A machine on which the quickstart was measured: seconds of a step of pretraining, and of the stages that are limited by time.
+#: On the machine of these measurements: seconds of a pretraining step, and of the stages that have a time limit.
 _MEASURED_STEP = 0.24
 _MEASURED_STAGES = {"sft": 95.0, "reward": 13.0, "preference": 12.0, "rl": 40.0, "evaluate": 33.0}
-#: Seconds of all else, installing included: on two cores, and on one.
-_SECONDS_BESIDE, _SECONDS_ONE_CORE = 150.0, 240.0
+#: Seconds of the other stages and of installing: on two cores or more, and on one.
+_OTHER_SECONDS, _OTHER_SECONDS_ONE_CORE = 150.0, 240.0
 
 
 @dataclass(frozen=True)
 class Expectation:
-    """arithmetic: the kernels of PyTorch, in its words. flops: of products by dtype, FLOP/s. minutes: of the quickstart.
-    steps: of its pretraining. bits_per_byte: after it."""
+    """What the quickstart will take. arithmetic: PyTorch's name for its CPU kernels. flops: FLOP/s of matmuls by dtype.
+
+    steps: of pretraining. bits_per_byte: after pretraining.
+    """
 
     arithmetic: str
     dtype: str
@@ -55,7 +57,7 @@ def expected_quickstart() -> Expectation:
     if cxx_compiler() is not None:
         seconds *= _COMPILED
     steps = max(1, int(60 * pretrain.minutes / seconds))
-    total = 60 * pretrain.minutes + (_SECONDS_BESIDE if usable_cores() > 1 else _SECONDS_ONE_CORE)
+    total = 60 * pretrain.minutes + (_OTHER_SECONDS if usable_cores() > 1 else _OTHER_SECONDS_ONE_CORE)
     for stage in stages:
         if stage.name in _MEASURED_STAGES:
             limit = getattr(stage.config, "minutes", None) or math.inf
@@ -71,8 +73,7 @@ def expected_quickstart() -> Expectation:
 
 
 def bits_after(steps: int) -> float:
-    """Bits per byte after a number of steps: between the measured runs in a line over the logarithm of the steps, and no better
-    than the longest of them."""
+    """Bits per byte after a number of steps: linear in log(steps) between the measured runs, and no better than the longest."""
     for (few, high), (many, low) in pairwise(_BITS_BY_STEPS):
         if steps <= many:
             return high + (low - high) * max(0.0, math.log(steps / few)) / math.log(many / few)
@@ -80,7 +81,7 @@ def bits_after(steps: int) -> float:
 
 
 def _pass_seconds(dtype: torch.dtype, rows: int, columns: int) -> float:
-    """Seconds of a forward and a backward pass of the quickstart's model; the better of two, after one that allocates."""
+    """Seconds of a forward and a backward pass of the quickstart's model: the better of two, after one to warm up."""
     model = initial_decoder(ModelConfig(vocab_size=4096, **PRESETS["qwen3-1m"]), seed=0).train()
     tokens_BT = torch.zeros(rows, columns, dtype=torch.long)
     times = []

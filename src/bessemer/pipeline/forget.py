@@ -1,10 +1,8 @@
-"""Taking a document out of a store: out of every corpus that holds it, and naming what was made from it.
+"""Removes a document from every corpus of a store, and names what was made from it.
 
-A part is written again by the writer that wrote it, so that every other document stays as it is, byte for byte. What was
-made from the document (tokens, models) cannot be changed, only made again: it is named, and removed where that is asked for.
-
-The keys of artefacts stay: with the list of forgotten ids (`bessemer.data.corpus.reader`), which `collect` honours, the same
-recipe would make the same corpus without the document again.
+Parts are rewritten by their own writer: every other document keeps its bytes. Tokens and models made from the document are
+named, and removed on request; they can only be made again. Keys of artefacts stay, since `collect` honours the list of
+forgotten ids (`bessemer.data.corpus.reader`) and would make the same corpus again.
 """
 
 from __future__ import annotations
@@ -52,7 +50,7 @@ class Holding:
 
 @dataclass(frozen=True)
 class Derived:
-    """Something made, directly or not, from a corpus while it held the document; `remedy` is what has to be done about it."""
+    """An artefact made, directly or not, from a corpus while it held the document; `remedy` is what to do about it."""
 
     key: str
     folder: Path
@@ -71,13 +69,13 @@ class Copy:
 
 @dataclass(frozen=True)
 class Traces:
-    """Where a document is in a store, and where it has left marks."""
+    """Where a document is in a store, and what was made from it."""
 
     identity: str
     holdings: Sequence[Holding]
     derived: Sequence[Derived]
     copies: Sequence[Copy] = ()
-    #: Interrupted work, whose scratch may hold it.
+    #: Folders of interrupted stages, which may hold it.
     unfinished: Sequence[Path] = field(default_factory=tuple)
 
     @property
@@ -91,19 +89,14 @@ class Traces:
         return any(holding.split != "validation" for holding in self.holdings)
 
 
-def _remedy(kind: str) -> str:
-    """What to do with the artefact of a kind of stage; one that no installed package makes any more is made again."""
-    return STAGES[kind].remedy if kind in STAGES else "make again"
-
-
 def trace(runs: Path, identity: str, *, copies: bool = True) -> Traces:
     """Find a document's traces in the store of `runs`. Nothing is changed.
 
-    copies: look for its copies too, for which the ids and reasons of all documents are read. Raises ArtefactError for a
-    documents folder that is damaged.
+    copies: look for copies too, which reads the ids and reasons of all documents. Raises ArtefactError for a damaged folder.
     """
     store = Store(runs / ".store")
-    manifests = {folder.name: Artefact(folder.name, folder).manifest for folder in _finished(store)}
+    finished = sorted(path.parent for path in store.root.glob(f"*/{MANIFEST}") if not path.parent.name.endswith(".partial"))
+    manifests = {folder.name: Artefact(folder.name, folder).manifest for folder in finished}
     manifests = dict(sorted(manifests.items(), key=lambda item: (str(item[1]["created"]), _generation(item[0], manifests))))
     holdings = [
         holding for key, manifest in manifests.items() for holding in _holdings(key, store.root / key, manifest, identity)
@@ -118,10 +111,9 @@ def trace(runs: Path, identity: str, *, copies: bool = True) -> Traces:
 
 
 def forget(runs: Path, traces: Traces, *, now: datetime | None = None) -> None:
-    """Take the document out of every corpus that holds it, of the examples in manifests and reports, and see to it that it
-    does not come back.
+    """Remove the document from every corpus that holds it and from examples in manifests and reports, and keep it out.
 
-    It is written to the store's list first: whatever stops the rest, a second call goes on.
+    Its id is written to the store's list first, so that a second call continues after an interruption.
     """
     from bessemer.pipeline.report import write_report
     from bessemer.pipeline.run_folder import RunFolder
@@ -148,12 +140,8 @@ def remove_derived(runs: Path, keys: Sequence[str]) -> None:
             store.remove(key)
 
 
-def _finished(store: Store) -> list[Path]:
-    return sorted(path.parent for path in store.root.glob(f"*/{MANIFEST}") if not path.parent.name.endswith(".partial"))
-
-
 def _holdings(key: str, folder: Path, manifest: Mapping[str, Any], identity: str) -> Iterator[Holding]:
-    """Where a stage has the document, or had it. A removal without a date was begun and did not end: it is still to do."""
+    """Where a stage has or had the document. A removal without a date was interrupted and has to be repeated."""
     records = {record["side"]: record for record in manifest.get("forgotten", []) if record["id"] == identity}
     for side in _sides(folder):
         row = find_document(folder / side, identity)
@@ -164,7 +152,7 @@ def _holdings(key: str, folder: Path, manifest: Mapping[str, Any], identity: str
 
 
 def _generation(key: str, manifests: Mapping[str, Mapping[str, Any]]) -> int:
-    """How many stages lie between an artefact and one that reads nothing: what was made in the same second is in order."""
+    """Length of the longest chain of stages that led to an artefact: it orders those of the same second."""
     sources = [source["key"] for source in manifests[key]["inputs"].values() if source["key"] in manifests]
     return 1 + max((_generation(source, manifests) for source in sources), default=0)
 
@@ -176,11 +164,11 @@ def _sides(folder: Path) -> list[str]:
 def _derived(
     store: Store, manifests: Mapping[str, Mapping[str, Any]], holdings: Sequence[Holding], runs: Mapping[str, Sequence[str]]
 ) -> list[Derived]:
-    """What read the document, and what was made from that. A data stage below is none: it holds the document or does not.
+    """Artefacts that read the document, and those made from them, without data stages: these are holdings.
 
-    Of a corpus that forgot it earlier, only what was made before that.
+    A corpus that has forgotten the document counts for what was made before that.
     """
-    # key of a corpus → until when it held the document; None: to this day
+    # key of a corpus → when it forgot the document; None: it holds it still
     saw: dict[str, str | None] = {}
     for holding in holdings:
         if holding.side == "documents":
@@ -188,7 +176,7 @@ def _derived(
     tainted: list[str] = []
     waiting = list(manifests)
     while waiting:
-        found = [
+        readers = [
             key
             for key in waiting
             if not _sides(store.root / key)
@@ -197,19 +185,13 @@ def _derived(
                 for source in manifests[key]["inputs"].values()
             )
         ]
-        if not found:
+        if not readers:
             break
-        tainted += found
-        waiting = [key for key in waiting if key not in found]
+        tainted += readers
+        waiting = [key for key in waiting if key not in readers]
     return [
-        Derived(
-            key,
-            store.root / key,
-            manifests[key]["stage"],
-            _remedy(manifests[key]["stage"]),
-            tuple(runs.get(key, ())),
-        )
-        for key in tainted
+        Derived(key, store.root / key, kind, STAGES[kind].remedy if kind in STAGES else "make again", tuple(runs.get(key, ())))
+        for key, kind in ((key, manifests[key]["stage"]) for key in tainted)
     ]
 
 
@@ -218,48 +200,48 @@ def _before(created: str, forgotten: str | None) -> bool:
 
 
 def _runs_by_key(runs: Path) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
+    names: dict[str, list[str]] = {}
     for run in sorted(path.parent for path in runs.glob("*/run.json")):
         for link in sorted((run / "stages").glob("*")):
-            found.setdefault(follow(link).name, []).append(run.name)
-    return found
+            names.setdefault(follow(link).name, []).append(run.name)
+    return names
 
 
 def _copies(store: Store, manifests: Mapping[str, Mapping[str, Any]], holdings: Sequence[Holding], identity: str) -> list[Copy]:
-    """Other documents in the corpora that hold this one: of the same text, or dropped as its copies; and what it copies."""
+    """Other documents of the store: with the same text, dropped as copies of this one, or kept in its place."""
     hashes: set[str] = set()
-    found: dict[str, str] = {}
+    copies: dict[str, str] = {}
     for holding in holdings:
         if holding.forgotten is None and (row := find_document(holding.folder / holding.side, identity)):
             hashes.add(row["text_hash"])
             reason = row.get(_REASON) or ""
             if " duplicate of " in f" {reason}":
-                found.setdefault(reason.partition(" of ")[2][:32], "it stayed in the place of this one")
+                copies.setdefault(reason.partition(" of ")[2][:32], "it stayed in the place of this one")
     for key in manifests if holdings else ():
         for side in _sides(store.root / key):
             columns = ["id", "text_hash", *([_REASON] if side == "rejected" else [])]
             for batch in iterate_documents(store.root / key / side, columns, batch_rows=1 << 16):
-                _note_copies(batch, hashes, identity, found)
-    found.pop(identity, None)
-    return [Copy(other, why) for other, why in sorted(found.items())]
+                _note_copies(batch, hashes, identity, copies)
+    copies.pop(identity, None)
+    return [Copy(other, why) for other, why in sorted(copies.items())]
 
 
-def _note_copies(batch: pa.RecordBatch, hashes: set[str], identity: str, found: dict[str, str]) -> None:
+def _note_copies(batch: pa.RecordBatch, hashes: set[str], identity: str, copies: dict[str, str]) -> None:
     same = pc.is_in(batch.column("text_hash"), pa.array(sorted(hashes), pa.string()))
     for other in batch.column("id").filter(same).to_pylist():
-        found.setdefault(other, "it has the same text")
+        copies.setdefault(other, "it has the same text")
     if _REASON in batch.schema.names:
         named = pc.match_substring(batch.column(_REASON), f" of {identity}")
         for other, reason in zip(
             batch.column("id").filter(named).to_pylist(), batch.column(_REASON).filter(named).to_pylist(), strict=True
         ):
-            found.setdefault(other, f"it was dropped as a {reason.partition(' of ')[0]} of this one")
+            copies.setdefault(other, f"it was dropped as a {reason.partition(' of ')[0]} of this one")
 
 
 def _take_out(folder: Path, holdings: Sequence[Holding], identity: str, date: str) -> None:
-    """Write the parts again without the document; and in the manifest their hashes, the examples, and that this was done.
+    """Rewrite the parts without the document, and in the manifest their hashes, the examples, and a record of the removal.
 
-    The manifest is written before, with no date yet, and after: a removal that is killed in between is seen and done again.
+    The record is first written without a date: a removal that is killed in between is seen and repeated.
     """
     manifest = read_json(folder / MANIFEST, "manifest")
     manifest["metrics"] = _without(manifest["metrics"], identity)
@@ -283,7 +265,7 @@ def _take_out(folder: Path, holdings: Sequence[Holding], identity: str, date: st
 
 
 def _without(value: Any, identity: str) -> Any:
-    """A JSON value without what tells of one document: the objects that have its id, wherever they lie in a list."""
+    """A JSON value without the objects in its lists that have the document's id."""
     if isinstance(value, dict):
         return {key: _without(item, identity) for key, item in value.items()}
     if isinstance(value, list):

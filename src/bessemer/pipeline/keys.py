@@ -30,7 +30,7 @@ def identity(recipe: Recipe, stage: Stage, config: Config, input_keys: Mapping[s
     `input_keys`: role → key of the artefact that feeds it.
     """
     spec = stage.spec
-    found = {
+    parts = {
         "stage": spec.kind,
         "version": spec.version,
         "settings": config.output_settings(),
@@ -39,9 +39,9 @@ def identity(recipe: Recipe, stage: Stage, config: Config, input_keys: Mapping[s
         "sources": spec.fingerprint(config, outside),
         "code": {name: user_function_hash(name, recipe.folder) for name in stage.user_functions},
     }
-    # only where there are any, so that the keys of all other stages stay
+    # left out where there are none: a key that is empty would change the keys of all stages
     plugins = plugin_versions([*config.plugins(), (REGISTRY.group, spec.kind)])
-    return {**found, "plugins": plugins} if plugins else found
+    return {**parts, "plugins": plugins} if plugins else parts
 
 
 def key_of(stage_identity: Mapping[str, Any]) -> str:
@@ -50,11 +50,11 @@ def key_of(stage_identity: Mapping[str, Any]) -> str:
 
 
 def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """Why a stage is not the one made last time, in words: the first changes between two identities."""
+    """Why a stage is not the one made last time: the first changes between two identities, for a reader."""
     if before.get("version") != after["version"]:
         return f"its code changed (version {before.get('version')} → {after['version']})"
     changes = [
-        f"{path} {_shown(old)} → {_shown(new)}"
+        f"{path} {_shortened(old)} → {_shortened(new)}"
         for path, old, new in _changed(before.get("settings", {}), after["settings"], "")
     ]
     if before.get("seed") != after["seed"]:
@@ -88,7 +88,7 @@ def _changed(before: Any, after: Any, path: str) -> list[tuple[str, Any, Any]]:
     return [] if before == after else [(path, before, after)]
 
 
-def _shown(value: Any) -> str:
+def _shortened(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 40 else text[:37] + "…"
 
@@ -119,7 +119,7 @@ class LockFile:
             self._stages = values["stages"]
 
     def find(self, stage: str, given: str) -> Resolved | None:
-        """What was resolved for the settings and inputs of hash `given`, in this run or in another beside it."""
+        """The measured settings for settings and inputs of the hash `given`, from this run or another of the store."""
         entry = self._stages.get(stage)
         if not isinstance(entry, dict) or entry.get("given") != given:
             kept = self._store_root / f"resolved-{given}.json"

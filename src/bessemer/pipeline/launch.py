@@ -24,8 +24,10 @@ from bessemer.pipeline.recipe import LaunchConfig
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's rank among `world_size`, and among those of its host. Rank 0 hashes, locks and publishes; in a stage that
-    trains all take part, in any other they wait for what rank 0 makes."""
+    """This process's rank among `world_size`, and among those of its host.
+
+    Rank 0 hashes, locks and publishes. All ranks work in a stage that trains; in any other they wait for rank 0.
+    """
 
     rank: int = 0
     world_size: int = 1
@@ -38,13 +40,12 @@ class Ranks:
 
     @property
     def alone(self) -> bool:
-        """Whether there is no other."""
+        """Whether this is the only process."""
         return self.world_size == 1
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Ranks:
-        """Read `RANK`, `WORLD_SIZE` and `LOCAL_RANK`; one process when they are absent. Raises ConfigError when they make no
-        sense."""
+        """Read `RANK`, `WORLD_SIZE` and `LOCAL_RANK`; one process when they are absent. Raises ConfigError when they clash."""
         rank_text, world_text = environment.get("RANK", "0"), environment.get("WORLD_SIZE", "1")
         if not (rank_text.isdecimal() and world_text.isdecimal() and int(rank_text) < int(world_text)):
             raise ConfigError(f"the environment says RANK={rank_text} of WORLD_SIZE={world_text}, which is no rank")
@@ -52,7 +53,7 @@ class Ranks:
         return cls(int(rank_text), int(world_text), int(local_text) if local_text.isdecimal() else 0)
 
     def device(self, name: str) -> str:
-        """The device of this process where the recipe says `name`: of several GPUs, the one of its number."""
+        """The device of this process where the recipe says `name`: of several GPUs the one of its local rank."""
         if self.alone or name not in ("auto", "cuda"):
             return name
         import torch
@@ -61,7 +62,7 @@ class Ranks:
 
     @contextmanager
     def joined(self, device: str, config: ParallelConfig) -> Iterator[None]:
-        """While entered, the processes can talk; nothing for one alone, and where they can already."""
+        """While entered, the processes have joined; nothing is done for one alone, or where they have joined already."""
         if self.alone:
             yield
             return
@@ -82,8 +83,8 @@ MISTAKE = 2
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a user asked for, so that other processes can ask for the same. Overrides are `KEY=VALUE` texts."""
+class RunRequest:
+    """The arguments of a run, which worker processes repeat. overrides: `KEY=VALUE` texts."""
 
     recipe: str
     overrides: tuple[str, ...]
@@ -112,25 +113,27 @@ def processes_here(config: LaunchConfig) -> int:
     return max(1, torch.cuda.device_count())
 
 
-def launcher(config: LaunchConfig, asked: Asked, folder: Path, progress: Progress | None) -> Callable[[str], None] | None:
-    """What makes a stage in the processes that `launch` asks for; None when it asks for one."""
+def launcher(
+    config: LaunchConfig, request: RunRequest, folder: Path, progress: Progress | None
+) -> Callable[[str], None] | None:
+    """Makes a stage, by its name, in the processes that `launch` asks for; None when it asks for one."""
     processes = processes_here(config)
     if processes == 1 and config.nodes == 1:
         return None
 
     def launch(stage: str) -> None:
-        _launch(config, processes, asked, stage, folder, progress or Silent())
+        _launch(config, processes, request, stage, folder, progress or Silent())
 
     return launch
 
 
 def _may_have_gpus() -> bool:
-    """Whether asking PyTorch is worth its loading."""
+    """Whether it is worth loading PyTorch to count GPUs."""
     return Path("/dev/nvidia0").exists() or bool(os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
-def _launch(config: LaunchConfig, processes: int, asked: Asked, stage: str, folder: Path, progress: Progress) -> None:
-    """Start the workers and wait for them. Raises BessemerError with what stopped them, when starting again did not help."""
+def _launch(config: LaunchConfig, processes: int, request: RunRequest, stage: str, folder: Path, progress: Progress) -> None:
+    """Start the workers and wait for them. Raises BessemerError with what stopped them, after the last restart."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig as Elastic
@@ -145,14 +148,14 @@ def _launch(config: LaunchConfig, processes: int, asked: Asked, stage: str, fold
             min_nodes=config.nodes,
             max_nodes=config.nodes,
             nproc_per_node=processes,
-            run_id=f"{asked.name}-{stage}-{attempt}",
+            run_id=f"{request.name}-{stage}-{attempt}",
             rdzv_backend="c10d",
             rdzv_endpoint=config.rendezvous or "localhost:0",
-            max_restarts=0,  # we decide, by what the worker says
-            # rank 0 speaks in the terminal, the others into files
+            max_restarts=0,  # restarts are decided below
+            # rank 0 writes to the terminal, the others to files
             logs_specs=DefaultLogsSpecs(str(logs), redirects=dict.fromkeys(range(1, processes), Std.ALL)),
         )
-        arguments = ["-m", "bessemer.pipeline.worker", json.dumps(asdict(asked) | {"stage": stage, "mistake": str(mistake)})]
+        arguments = ["-m", "bessemer.pipeline.worker", json.dumps(asdict(request) | {"stage": stage, "mistake": str(mistake)})]
         try:
             elastic_launch(elastic, sys.executable)(*arguments)
             return

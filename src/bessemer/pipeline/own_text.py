@@ -24,12 +24,12 @@ _SOURCES = {
     ".epub": ("epub", 0.5),
     ".pdf": ("pdf", 0.1),
 }
-#: How much more a compressed file holds than its bytes, roughly.
+#: Size of a compressed file's content over the file's own, roughly.
 _EXPANDS = 3.0
-#: Entries of a vocabulary by the bytes of text up to which it is chosen: each is to be met often enough to be learnt.
+#: Vocabulary size by the most bytes of text that it is chosen for: each entry must occur often enough to be learnt.
 _VOCABULARIES = ((ENOUGH_TEXT, 512), (2_000_000, 1024), (10_000_000, 2048))
 _LARGEST_VOCABULARY = 4096
-#: Bytes of text that are supposed where there is none yet.
+#: Bytes of text that are assumed where there is none yet.
 _USUAL_TEXT = 1_000_000
 
 _FROM_NOTHING = """\
@@ -103,8 +103,8 @@ class OwnText:
 
     def vocab_size(self) -> int:
         """Entries of a vocabulary for so much text."""
-        found = _USUAL_TEXT if self.size is None else self.size
-        return next((entries for limit, entries in _VOCABULARIES if found < limit), _LARGEST_VOCABULARY)
+        size = _USUAL_TEXT if self.size is None else self.size
+        return next((entries for limit, entries in _VOCABULARIES if size < limit), _LARGEST_VOCABULARY)
 
 
 def find_text(places: Sequence[Path], folder: Path) -> OwnText:
@@ -118,10 +118,10 @@ def find_text(places: Sequence[Path], folder: Path) -> OwnText:
         if not place.exists():
             raise SourceError(f"--text: {place}: there is no such file or folder")
         sizes: dict[str, float] = {}
-        for path in _files(place):
-            suffix, expands = _suffix(path)
-            if suffix in _SOURCES:
+        for path in [place] if place.is_file() else sorted(filter(Path.is_file, place.rglob("*"))):
+            if (suffix := suffix_of(path.name)) in _SOURCES:
                 source, share = _SOURCES[suffix]
+                expands = 1.0 if uncompressed_name(path.name) == path.name else _EXPANDS
                 sizes[source] = sizes.get(source, 0.0) + share * expands * path.stat().st_size
         if not sizes:
             known = ", ".join(_SOURCES)
@@ -134,21 +134,8 @@ def find_text(places: Sequence[Path], folder: Path) -> OwnText:
     return OwnText(paths, round(total))
 
 
-def _files(place: Path) -> Iterator[Path]:
-    if place.is_file():
-        yield place
-        return
-    yield from (path for path in sorted(place.rglob("*")) if path.is_file())
-
-
-def _suffix(path: Path) -> tuple[str, float]:
-    """A file's suffix, without that of a compression, and how much more than its bytes it holds."""
-    return suffix_of(path.name), 1.0 if uncompressed_name(path.name) == path.name else _EXPANDS
-
-
 def starting_files(name: str, text: OwnText, model: str | None) -> dict[str, str]:
-    """The files of a new folder by their paths in it. model: folder of the model to go on with, as the recipe names it; None: a
-    new one is trained."""
+    """The files of a new folder by path. model: the folder of the model to continue from, for the recipe; None: a new model."""
     values = {"name": json.dumps(name), "sources": "\n".join(_source_lines(text))}
     if model is None:
         recipe = _FROM_NOTHING.format(**values, vocab_size=text.vocab_size())

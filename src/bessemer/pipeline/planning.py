@@ -1,4 +1,4 @@
-"""What a plan is about, read from a recipe or a preset: the model, the settings that train it, and on how many tokens."""
+"""Reads from a recipe or a preset what a plan is made for: the model, its training settings, and the number of tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bessemer.tokenization.config import TokenizeConfig
 from bessemer.training.config import LoopConfig
 from bessemer.training.pretrain_config import PretrainConfig
 
-#: Tokens for each parameter where nothing says how many: a compute-optimal run (Hoffmann et al. 2022, table 3).
+#: Tokens for each parameter by default: a compute-optimal run (Hoffmann et al. 2022, table 3).
 TOKENS_PER_PARAMETER = 20
 #: Tokens of an optimizer step where only a preset is given.
 _TOKENS_PER_STEP = 1 << 19
@@ -26,7 +26,7 @@ _LONGEST_ROW = 4096
 
 
 @dataclass(frozen=True)
-class Planned:
+class TrainingPlan:
     """A model and how it is to be trained. tokens: of the whole run; None where the recipe gives minutes."""
 
     name: str
@@ -36,8 +36,8 @@ class Planned:
     minutes: float | None = None
 
 
-def planned(name: str, overrides: Sequence[str] = (), *, allow_code: bool = False) -> Planned:
-    """What the recipe or preset of this name asks for, with overrides; a recipe comes first where both have the name.
+def training_plan(name: str, overrides: Sequence[str] = (), *, allow_code: bool = False) -> TrainingPlan:
+    """The training of the recipe or preset of this name, with overrides; a recipe comes first where both have the name.
 
     Raises ConfigError when there is neither, or when the recipe trains nothing.
     """
@@ -48,7 +48,7 @@ def planned(name: str, overrides: Sequence[str] = (), *, allow_code: bool = Fals
     raise ConfigError(f"there is no recipe or preset {name!r}{nearest(name, [*shipped_recipes(), *PRESETS])}")
 
 
-def _of_recipe(recipe: Recipe) -> Planned:
+def _of_recipe(recipe: Recipe) -> TrainingPlan:
     trained = next((stage for stage in recipe.stages if isinstance(stage.config, LoopConfig)), None)
     settings = trained.config if trained is not None and isinstance(trained.config, LoopConfig) else None
     model = model_of(recipe.folder, recipe.stages if trained is None else feeding(recipe.stages, trained))
@@ -57,7 +57,7 @@ def _of_recipe(recipe: Recipe) -> Planned:
     tokens, minutes = settings.steps and settings.tokens_before(settings.steps), None
     if isinstance(settings, PretrainConfig) and tokens is None:
         tokens, minutes = settings.tokens, settings.minutes
-    return Planned(recipe.name, model, settings, tokens, minutes)
+    return TrainingPlan(recipe.name, model, settings, tokens, minutes)
 
 
 def model_of(folder: Path, stages: Sequence[Stage]) -> ModelConfig | None:
@@ -91,8 +91,8 @@ def _vocabulary(tokenize: TokenizeConfig, folder: Path) -> int:
     return load_tokenizer(folder / tokenize.tokenizer).vocab_size
 
 
-def _of_preset(name: str, overrides: Sequence[str]) -> Planned:
-    """A preset as it would be pretrained: half a million tokens a step, 20 tokens a parameter, unless overrides say else."""
+def _of_preset(name: str, overrides: Sequence[str]) -> TrainingPlan:
+    """A preset's pretraining: half a million tokens a step and 20 tokens a parameter, unless overrides say otherwise."""
     model = preset_config(name, PRESET_VOCABULARIES[name])
     length = min(model.max_position_embeddings, _LONGEST_ROW)
     values = {"context_length": length, "batch_size": max(1, _TOKENS_PER_STEP // length)}
@@ -114,4 +114,4 @@ def _of_preset(name: str, overrides: Sequence[str]) -> Planned:
         values["tokens"] = TOKENS_PER_PARAMETER * model.active_parameters()
     settings = PretrainConfig.parse(values | changes["pretrain"], "pretrain")
     tokens = settings.tokens or (settings.steps and settings.tokens_before(settings.steps))
-    return Planned(name, model, settings, tokens, settings.minutes)
+    return TrainingPlan(name, model, settings, tokens, settings.minutes)

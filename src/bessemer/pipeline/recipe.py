@@ -145,22 +145,22 @@ def _with_extended(path: Path, seen: tuple[Path, ...]) -> PlacedValues:
         return placed
     if not isinstance(parent, str):
         raise ConfigError(f"{placed.where(('extends',))}: must be a recipe's name or file")
-    beside = path.parent / parent
-    base = beside if parent.endswith((".yaml", ".yml")) and beside.is_file() else find_recipe(parent)
+    neighbour = path.parent / parent
+    base = neighbour if parent.endswith((".yaml", ".yml")) and neighbour.is_file() else find_recipe(parent)
     extended = _with_extended(base, (*seen, path.resolve()))
     inherited = set(extended.values)
     merged = _without_replaced(extended, placed.values).merged(placed)
     for stage in [key for key, value in placed.values.items() if value is None and key not in RecipeHead.model_fields]:
-        # `sft:` with nothing behind it: without the other recipe's stage; a stage that needs no settings stays
+        # `sft:` without a value removes an inherited stage, and adds one that needs no settings
         if stage in STAGES or stage in inherited:
             del merged.values[stage]
     return merged
 
 
 def _without_replaced(inherited: PlacedValues, given: Mapping[str, Any]) -> PlacedValues:
-    """What is inherited, without the settings whose alternatives are given: `pretrain.steps` unsets `pretrain.minutes`.
+    """Inherited sections without the settings whose alternatives are given: `pretrain.steps` unsets `pretrain.minutes`.
 
-    given: stage → the settings that come on top of it.
+    given: stage → the settings that come on top.
     """
     values, gone = dict(inherited.values), set[KeyPath]()
     for stage, section in given.items():
@@ -170,7 +170,7 @@ def _without_replaced(inherited: PlacedValues, given: Mapping[str, Any]) -> Plac
             continue
         replaced = spec.config.replaced_by({name for name, value in section.items() if value is not None}) - section.keys()
         if not isinstance(below, dict):
-            # a section that is written short stands for one setting
+            # a section may be the value of one setting, its shorthand
             if spec.config.shorthand in replaced:
                 values[stage] = {}
             continue
@@ -186,8 +186,8 @@ def _with_overrides(placed: PlacedValues, overrides: Sequence[tuple[str, Any, st
         stage, _, setting_name = key.partition(".")
         given.setdefault(stage, {})[setting_name] = value
     placed = _without_replaced(placed, given)
-    # a new stage is named before its settings, wherever its kind stands
-    for key, value, source in sorted(overrides, key=lambda one: not one[0].endswith(".kind")):
+    # `NAME.kind` comes first: the other overrides of a new stage need it
+    for key, value, source in sorted(overrides, key=lambda override: not override[0].endswith(".kind")):
         placed = _overridden(placed, key, value, source)
     return placed
 
@@ -205,7 +205,7 @@ def _overrides(overrides: Sequence[str] | Mapping[str, Any]) -> Iterator[tuple[s
 
 
 def _overridden(placed: PlacedValues, key: str, value: Any, source: str) -> PlacedValues:
-    """One override on top; a number in the key picks an item of a list, and a value of null takes a key away."""
+    """A recipe with one override. A number in the key picks an item of a list; the value null removes a key."""
     parts: list[str] = key.split(".")
     spec = None if parts[0] in RecipeHead.model_fields else _spec_of(parts[0], placed.values.get(parts[0]))
     if spec is None and parts[0] not in RecipeHead.model_fields and not _names_kind(parts, value):
@@ -244,7 +244,7 @@ def _spec_of(name: str, section: Any) -> StageSpec | None:
 
 
 def _step(container: Any, part: str, path: KeyPath, source: str) -> str | int:
-    """One part of an override's key as an index into what it reaches."""
+    """One part of an override's key as an index into its container."""
     if isinstance(container, dict):
         return part
     if not isinstance(container, list):
@@ -255,7 +255,7 @@ def _step(container: Any, part: str, path: KeyPath, source: str) -> str | int:
 
 
 def _opened(value: Any, shorthand: str | None, following: str) -> Any:
-    """A value that an override's key goes on into: absent becomes an empty section, a section written short its long form."""
+    """The container that an override's key goes on into: an empty section for none, the long form of a shorthand."""
     if value is None:
         return {}
     if isinstance(value, dict) or (isinstance(value, list) and following.isdecimal()) or shorthand is None:
@@ -306,24 +306,18 @@ def _checked_spec(name: str, section: Any, placed: PlacedValues) -> StageSpec:
     return STAGES[kind]
 
 
-def _sources(name: str, section: dict[str, Any], placed: PlacedValues) -> str | dict[str, str] | None:
-    """A stage's `from`, taken out of its section: a stage, or role → stage."""
-    sources = section.pop("from", None)
-    if sources is None or isinstance(sources, str):
-        return sources
-    if not isinstance(sources, dict) or not all(isinstance(stage, str) for stage in sources.values()):
-        raise ConfigError(f"{placed.where((name, 'from'))}: must be the name of a stage above, or a role and a stage each")
-    return {str(role): stage for role, stage in sources.items()}
-
-
 def _own_section(name: str, placed: PlacedValues) -> tuple[Any, str | dict[str, str] | None]:
-    """A stage's section without `kind` and `from`, and its `from`."""
+    """A stage's section without `kind` and `from`, and its `from`: a stage, or role → stage."""
     section = placed.values[name]
     if not isinstance(section, dict):
         return section, None
-    section = {key: value for key, value in section.items() if key != "kind"}
-    sources = _sources(name, section, placed)
-    return section, sources
+    sources = section.get("from")
+    section = {key: value for key, value in section.items() if key not in ("kind", "from")}
+    if sources is None or isinstance(sources, str):
+        return section, sources
+    if not isinstance(sources, dict) or not all(isinstance(stage, str) for stage in sources.values()):
+        raise ConfigError(f"{placed.where((name, 'from'))}: must be the name of a stage above, or a role and a stage each")
+    return section, {str(role): stage for role, stage in sources.items()}
 
 
 def _check_stage(
@@ -356,9 +350,9 @@ def _check_stage(
 
 
 def recorded_stages(values: Mapping[str, Any]) -> tuple[Stage, ...]:
-    """The stages of a recipe as a run wrote it down, which nothing is run from: files that it names need not be there any more.
+    """The stages of a recipe that a run recorded. Files that it names may be gone: nothing is run from these stages.
 
-    Raises ConfigError where it is not understood here, as when the package of a stage is no longer installed.
+    Raises ConfigError for a recipe that cannot be read here, as when the package of a stage is no longer installed.
     """
     placed = PlacedValues(_copied(dict(values)), {})
     specs = {key: _checked_spec(key, section, placed) for key, section in placed.values.items() if key not in _HEAD_KEYS}
@@ -372,16 +366,16 @@ def recorded_stages(values: Mapping[str, Any]) -> tuple[Stage, ...]:
 
 
 def feeding(stages: Sequence[Stage], stage: Stage) -> list[Stage]:
-    """Of a recipe's stages those that a stage is made from, directly or through others, in the recipe's order."""
+    """The stages that a stage is made from, directly or through others, in the recipe's order."""
     names = {source.stage for source in stage.inputs.values()}
-    for one in reversed(stages):
-        if one.name in names:
-            names.update(source.stage for source in one.inputs.values())
-    return [one for one in stages if one.name in names]
+    for above in reversed(stages):
+        if above.name in names:
+            names.update(source.stage for source in above.inputs.values())
+    return [above for above in stages if above.name in names]
 
 
 def refuse_code(config: Config, where: str) -> None:
-    """Raise ConfigError when settings name code of their own, which somebody else may have written."""
+    """Raise ConfigError when settings name code, which may come from a stranger."""
     if functions := config.user_functions():
         raise ConfigError(
             f"{where}: names code of its own ({functions[0]}); read it and what it imports, then say --allow-code (in Python, "

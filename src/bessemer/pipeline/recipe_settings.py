@@ -15,15 +15,14 @@ from bessemer.model.config import ModelStageConfig
 from bessemer.pipeline.recipe import Recipe, RecipeHead, Stage, refuse_code, shipped_recipes
 from bessemer.pipeline.run_folder import RunFolder
 
-#: Comments stand in one column up to this one; behind longer lines they follow at once.
+#: Column of the comments; behind longer lines they follow directly.
 _COMMENTS_AT = 72
 #: Words that YAML reads as themselves.
 _PLAIN = re.compile(r"(?!(?:true|false|null|yes|no|on|off)$)[A-Za-z_][\w./-]*", re.IGNORECASE | re.ASCII)
 
 
 def recipe_settings(recipe: Recipe) -> Iterator[str]:
-    """The lines of a recipe that says all that this one means, each setting with its place: a file's line, an override, the
-    preset of a model, or the default."""
+    """The lines of a recipe with every setting and its origin: a file's line, an override, a model's preset, or the default."""
     settings = recipe.head
     for name in RecipeHead.model_fields:
         yield _line("", name, _plain(getattr(settings, name)), _origin(recipe, settings, (name,), name in recipe.values))
@@ -45,7 +44,7 @@ def _stage_lines(recipe: Recipe, stage: Stage) -> Iterator[str]:
     for name in type(config).model_fields:
         if existing is not None and name not in written:
             continue
-        # a section that is written short stands for one setting
+        # a section may be the value of one setting, its shorthand
         short = section is not None and not isinstance(section, Mapping) and name == config.shorthand
         origin = _origin(recipe, config, (stage.name, name), name in written or short)
         yield _line("  ", name, _plain(getattr(config, name)), origin)
@@ -55,15 +54,15 @@ def _stage_lines(recipe: Recipe, stage: Stage) -> Iterator[str]:
 
 def _origin(recipe: Recipe, config: Config, path: KeyPath, given: bool) -> str:
     if given:
-        return _shown(recipe.placed.place(path))
+        return _readable(recipe.placed.place(path))
     if path[-1] not in config.model_fields_set:
         return "default"
     preset = getattr(config, "preset", None)
     return f"preset {preset}" if preset else "follows from the others"
 
 
-def _shown(place: Place) -> str:
-    """A place as a reader looks for it: of a shipped recipe its name, not where it is installed."""
+def _readable(place: Place) -> str:
+    """A place for a reader: a shipped recipe by its name, not by the path of the installation."""
     names = {str(path): name for name, path in shipped_recipes().items()}
     if place.source not in names:
         return str(place)
@@ -99,18 +98,17 @@ def _flow(value: Any) -> str:
 def recorded_cleaning(run: RunFolder, *, allow_code: bool = False) -> tuple[CleanConfig | None, SelectConfig | None, Path]:
     """The settings of the run's `clean` and `select`, None where it has none, and the folder that their paths start from.
 
-    Raises ArtefactError for a folder that is no run's, ConfigError for settings that name code of their own without the leave.
+    Raises ArtefactError for a folder that is no run's, ConfigError for settings that name code, without `allow_code`.
     """
-    sections = {_kind(name, section): section for name, section in run.record()["recipe"].items()}
+    sections = {
+        str(section.get("kind", name)) if isinstance(section, dict) else name: section
+        for name, section in run.record()["recipe"].items()
+    }
     clean = CleanConfig.parse(_own_settings(sections["clean"]), "clean") if "clean" in sections else None
     if clean is not None and not allow_code:
         refuse_code(clean, f"{run.folder / 'run.json'}: clean")
     select = SelectConfig.parse(_own_settings(sections["select"]), "select") if "select" in sections else None
     return clean, select, Path.cwd()
-
-
-def _kind(name: str, section: Any) -> str:
-    return str(section.get("kind", name)) if isinstance(section, dict) else name
 
 
 def _own_settings(section: Any) -> Any:

@@ -20,7 +20,7 @@ from bessemer.pipeline.run_folder import RunFolder
 from bessemer.pipeline.stages import STAGES
 from bessemer.views.run_data import ReportData, StageRun
 
-#: Of a stage whose kind is not known here, as one of a package that is no longer installed.
+#: Stands for the kind of a stage whose package is no longer installed.
 _UNKNOWN = StageSpec("unknown", "", Config, 0, {}, {}, run=lambda context: {})
 
 
@@ -38,9 +38,9 @@ def write_report(run: RunFolder) -> Path:
 
 
 def gather(run: RunFolder) -> ReportData:
-    """Everything that the report shows of a run. Stages that are not there yet are left out."""
+    """The data of a run's report, of its finished stages."""
     record, manifests = run.record(), _manifests(run)
-    stages = _run_report(run, manifests)
+    stages = run_report(run, manifests)
     newest: Mapping[str, Any] = max(manifests.values(), key=lambda manifest: manifest["created"], default={})
     lock = run.folder / "recipe.lock.yaml"
     return ReportData(
@@ -73,14 +73,11 @@ def _manifests(run: RunFolder) -> dict[str, Metrics]:
     return {stage: read_json(folder / MANIFEST, "manifest") for stage, folder in run.stages().items()}
 
 
-def run_report(run: RunFolder) -> RunReport:
-    """The finished stages of a run, each with what its report functions are given."""
-    return _run_report(run, _manifests(run))
-
-
-def _run_report(run: RunFolder, manifests: Mapping[str, Metrics]) -> RunReport:
+def run_report(run: RunFolder, manifests: Mapping[str, Metrics] | None = None) -> RunReport:
+    """The finished stages of a run, each with what its report functions are given. manifests: by stage, if they are read."""
+    manifests = _manifests(run) if manifests is None else manifests
     stages: list[StageReport] = []
-    found = RunReport(name=run.name, folder=run.folder, stages=stages)
+    report = RunReport(name=run.name, folder=run.folder, stages=stages)
     stages += [
         StageReport(
             name=name,
@@ -88,40 +85,40 @@ def _run_report(run: RunFolder, manifests: Mapping[str, Metrics]) -> RunReport:
             metrics=manifests[name]["metrics"],
             folder=folder,
             records=read_metrics(folder / "metrics.jsonl"),
-            run=found,
+            run=report,
         )
         for name, folder in run.stages().items()
     ]
-    return found
+    return report
 
 
 def key_figures(run: RunReport) -> list[KeyFigure]:
-    """What the head of the report says of the stages."""
+    """The figures at the head of the report."""
     return [figure for stage in run.stages for figure in _spec(stage).key_figures(stage)]
 
 
 def stage_section(run: RunReport, name: str) -> Section | None:
     """The section of one stage; None where it has none, or is not made yet."""
-    found = next((stage for stage in run.stages if stage.name == name), None)
-    return None if found is None else _spec(found).report(found)
+    stage_report = next((stage for stage in run.stages if stage.name == name), None)
+    return None if stage_report is None else _spec(stage_report).report(stage_report)
 
 
 def sections(run: RunReport) -> list[Section]:
     """The stages' sections, in order."""
-    found = (_spec(stage).report(stage) for stage in run.stages)
-    return [section for section in found if section is not None]
+    drawn = (_spec(stage).report(stage) for stage in run.stages)
+    return [section for section in drawn if section is not None]
 
 
 def sentences(run: RunReport) -> list[str]:
     """A finished run in a few sentences."""
-    found = [sentence for stage in run.stages for sentence in _spec(stage).sentences(stage)]
+    sentences_of_stages = [sentence for stage in run.stages for sentence in _spec(stage).sentences(stage)]
     lock = run.folder / "recipe.lock.yaml"
     resolved = read_yaml(lock).values.get("stages", {}) if lock.exists() else {}
-    return [*found, *_machine_sentence(run, resolved), *_cut_sentences(run, resolved)]
+    return [*sentences_of_stages, *_machine_sentence(run, resolved), *_cut_sentences(run, resolved)]
 
 
 def _machine_sentence(run: RunReport, resolved: Mapping[str, Any]) -> list[str]:
-    """Which machine made the run, in which numbers it trained and how fast; empty where nothing was measured."""
+    """The machine of the run, its training dtype and speed; empty where nothing was measured."""
     for stage in run.stages:
         measured = resolved.get(stage.name, {}).get("measured") or {}
         if "arithmetic" in measured and "tokens_per_second" in stage.metrics:
@@ -134,8 +131,8 @@ def _machine_sentence(run: RunReport, resolved: Mapping[str, Any]) -> list[str]:
 
 
 def _cut_sentences(run: RunReport, resolved: Mapping[str, Any]) -> list[str]:
-    """What the limits of time have left out of the stages, and what all of it would take."""
-    found = []
+    """For each stage that its time limit cut: how much was done, and the minutes that all would take."""
+    lines = []
     for name in (stage.name for stage in run.stages):
         measured = resolved.get(name, {}).get("measured") or {}
         minutes = measured.get("minutes")
@@ -148,13 +145,13 @@ def _cut_sentences(run: RunReport, resolved: Mapping[str, Any]) -> list[str]:
             continue
         if "training_seconds" in measured:
             trained = duration(measured["training_seconds"])
-            found.append(f"{name}: {what}, in proportion to {trained} of training; {name}.minutes=null takes all.")
+            lines.append(f"{name}: {what}, in proportion to {trained} of training; {name}.minutes=null takes all.")
             continue
-        found.append(
+        lines.append(
             f"{name}: {what} fitted its {minutes:g} minutes on this machine; all take about {minutes / share:.1f} "
             f"({name}.minutes={math.ceil(10 * minutes / share) / 10:g})."
         )
-    return found
+    return lines
 
 
 def next_steps(run: RunReport) -> list[str]:
@@ -176,21 +173,21 @@ def compare_runs(first: RunFolder, second: RunFolder) -> list[Part]:
     parts: list[Part] = []
     for title, section in (("Settings that differ", "settings"), ("Figures", "metrics")):
         rows = [
-            (stage, key, *map(_shown, values))
+            (stage, key, *map(_figure, values))
             for stage in dict.fromkeys([*manifests[0], *manifests[1]])
-            for key, values in _sides(*(_flat(one.get(stage, {}).get(section, {})) for one in manifests)).items()
-            if _is_shown(section, key, values)
+            for key, values in _paired(*(_flat(side.get(stage, {}).get(section, {})) for side in manifests)).items()
+            if _is_figure(section, key, values)
         ]
         columns = [Column("Stage"), Column("Key"), Column(first.name, True), Column(second.name, True)]
         parts += [Heading(title), Table(columns, rows) if rows else Text("None.")]
     return parts
 
 
-def _sides(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+def _paired(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     return {key: (first.get(key), second.get(key)) for key in dict.fromkeys([*first, *second])}
 
 
-def _is_shown(section: str, key: str, values: tuple[Any, Any]) -> bool:
+def _is_figure(section: str, key: str, values: tuple[Any, Any]) -> bool:
     if section == "metrics" and (key.startswith(_DETAILS) or not any(isinstance(value, (int, float)) for value in values)):
         return False
     return values[0] != values[1] or (section == "metrics" and key in _ALWAYS)
@@ -204,7 +201,7 @@ def _flat(values: Any, path: str = "") -> dict[str, Any]:
     }
 
 
-def _shown(value: Any) -> str:
+def _figure(value: Any) -> str:
     if value is None:
         return "–"
     text = f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)

@@ -22,7 +22,7 @@ from bessemer.pipeline.stages import STAGES
 
 
 @dataclass(frozen=True)
-class Made:
+class StageResult:
     """A stage's artefact, and whether this run made it."""
 
     stage: Stage
@@ -49,10 +49,9 @@ class RunFolder:
 
     @classmethod
     def choose(cls, runs: Path, recipe_name: str, values: dict[str, Any], *, overridden: bool, name: str | None) -> RunFolder:
-        """The folder for a recipe: `--name`, or the recipe's name, or, where a run of that name was made otherwise, with
-        overrides `NAME-2`, `NAME-3`, ….
+        """The folder for a recipe: `--name`, or the recipe's name; `NAME-2`, `NAME-3`, … where that run has other overrides.
 
-        The same overrides again find their own folder again.
+        The same overrides find the same folder again.
         """
         run = cls(runs, name or recipe_name)
         if name or not overridden:
@@ -65,7 +64,7 @@ class RunFolder:
 
     @classmethod
     def claim(cls, runs: Path, recipe_name: str, values: dict[str, Any], *, overridden: bool, name: str | None) -> RunFolder:
-        """As `choose`, and the recipe is written down in the folder before another process chooses one."""
+        """As `choose`, and record the recipe in the folder before another process chooses one."""
         with Store(runs / STORE).lock(f"run-{recipe_name}"):
             run = cls.choose(runs, recipe_name, values, overridden=overridden, name=name)
             run.start(values)
@@ -79,7 +78,7 @@ class RunFolder:
         return record
 
     def start(self, values: dict[str, Any]) -> None:
-        """Write down the recipe before anything runs."""
+        """Record the recipe before anything runs."""
         self.folder.mkdir(parents=True, exist_ok=True)
         before = self.record() if (self.folder / "run.json").exists() else {}
         write_json(
@@ -87,30 +86,33 @@ class RunFolder:
             {"format": RUN_FORMAT, "name": self.name, "recipe": values, "stages": before.get("stages", {})},
         )
 
-    def finish(self, made: list[Made], seconds: float) -> None:
-        """Write down which artefacts the run consists of, and gather its metrics in one file."""
+    def finish(self, made: list[StageResult], seconds: float) -> None:
+        """Record the artefacts of the run, and gather its metrics in one file."""
         record = self.record()
         before = {name: entry for name, entry in record["stages"].items() if name in record["recipe"]}
-        record["stages"] = before | {one.stage.name: {"key": one.artefact.key, "reused": one.reused} for one in made}
+        record["stages"] = before | {
+            result.stage.name: {"key": result.artefact.key, "reused": result.reused} for result in made
+        }
         record["seconds"] = round(seconds, 3)
         write_json(self.folder / "run.json", record)
         for stale in (self.folder / "stages").iterdir() if (self.folder / "stages").exists() else ():
             if stale.name not in record["stages"]:
                 stale.unlink()
         lines = [
-            json.dumps({"stage": one.stage.name, **entry}) + "\n"
-            for one in made
-            for entry in read_metrics(one.artefact.folder / "metrics.jsonl")
+            json.dumps({"stage": result.stage.name, **entry}) + "\n"
+            for result in made
+            for entry in read_metrics(result.artefact.folder / "metrics.jsonl")
         ]
         if lines:
             write_text(self.folder / "metrics.jsonl", "".join(lines))
 
-    def link_stage(self, one: Made) -> None:
-        """Lead `stages/STAGE`, and the links at the top that this stage serves, to its artefact."""
-        link(self.folder / "stages" / one.stage.name, one.artefact.folder)
-        for name, place in one.stage.spec.links.items():
-            if (one.artefact.folder / place).exists():
-                link(self.folder / name, one.artefact.folder / place)
+    def link_stage(self, result: StageResult) -> None:
+        """Link `stages/STAGE`, and the stage's links at the top of the folder, to its artefact."""
+        made = result.artefact.folder
+        link(self.folder / "stages" / result.stage.name, made)
+        for name, place in result.stage.spec.links.items():
+            if (made / place).exists():
+                link(self.folder / name, made / place)
 
     def stages(self) -> dict[str, Path]:
         """The artefact folders of the run's stages, in the order of its recipe."""
@@ -150,8 +152,8 @@ StageStatus = Literal["done", "running", "interrupted", "failed", "waiting"]
 class StageState:
     """A stage of a run.
 
-    feeds: the stages that it reads. folder: what it has made, or so far has; None where there is nothing. steps: of its
-    training, where it trains and they are known. seconds: of the work, of a finished one. problem: why it failed.
+    feeds: the stages that it reads. folder: its artefact, finished or not; None where there is none. steps: of its training, if
+    known. seconds: of the work, once finished. problem: why it failed.
     """
 
     name: str
@@ -174,7 +176,7 @@ class WorkingNote:
         self._path = run.folder / WORKING
 
     def begin(self, stage: str, key: str, settings: Any) -> None:
-        """A stage is at work. settings: its own, which may say how many steps it trains."""
+        """A stage has begun. settings: its own, with the number of steps where it trains."""
         steps = getattr(settings, "steps", None)
         self._write({"stage": stage, "key": key, "started": datetime.now(UTC).isoformat(timespec="seconds"), "steps": steps})
 
@@ -184,7 +186,7 @@ class WorkingNote:
             self._write({**read_json(self._path, "note of a run"), "problem": problem})
 
     def end(self, stage: str | None = None) -> None:
-        """The stage is there. stage: only where the note is of this one; None: of any."""
+        """Remove the note. stage: only a note of this stage; None: of any."""
         try:
             if stage is None or _working(self._path).get("stage") == stage:
                 self._path.unlink(missing_ok=True)
@@ -209,9 +211,9 @@ def stage_states(run: RunFolder) -> list[StageState]:
     states: list[StageState] = []
     stale: set[str] = set()
     for name, (kind, reads) in feeds.items():
-        # what an earlier recipe made of what is being made anew is of no more use
-        found = None if stale.intersection(reads) else made.get(name)
-        state = _state(store, name, kind, reads, found, working)
+        # an artefact whose inputs are being made again is out of date
+        folder = None if stale.intersection(reads) else made.get(name)
+        state = _state(store, name, kind, reads, folder, working)
         if state.status != "done" and (state.status != "waiting" or stale.intersection(reads)):
             stale.add(name)
         states.append(state)
@@ -227,7 +229,7 @@ def _state(
         if store.is_locked(working["key"]):
             status = "running"
         elif store.find(working["key"]) is not None:
-            # published, and killed before the note was removed
+            # the run was killed after it published the stage
             return _finished(name, kind, reads, made or store.root / working["key"])
         return StageState(
             name,
@@ -255,8 +257,7 @@ def _finished(name: str, kind: str, reads: tuple[str, ...], folder: Path) -> Sta
 
 
 def _feeds(recipe: Mapping[str, Any]) -> dict[str, tuple[str, tuple[str, ...]]]:
-    """Stage → its kind and what feeds it. Of a recipe that is not understood here, as one of a package that is no longer
-    installed, the names alone."""
+    """Stage → its kind and what feeds it; the names alone of a recipe that cannot be read here."""
     try:
         stages = recorded_stages(recipe)
     except ConfigError:
@@ -273,7 +274,7 @@ def _feeds(recipe: Mapping[str, Any]) -> dict[str, tuple[str, tuple[str, ...]]]:
 def _working(path: Path) -> Mapping[str, Any]:
     """The note; empty where there is none."""
     try:
-        found = read_json(path, "note of a run")
+        note = read_json(path, "note of a run")
     except ArtefactError:
         return {}
-    return found if isinstance(found, dict) and isinstance(found.get("key"), str) else {}
+    return note if isinstance(note, dict) and isinstance(note.get("key"), str) else {}

@@ -33,7 +33,7 @@ REGISTRY: Registry[StageSpec] = Registry(
 
 
 class _Stages(MutableMapping[str, StageSpec]):
-    """The registry's stages by kind; those of other packages are loaded when they are asked for."""
+    """The registry's stages by kind; those of other packages are loaded on access."""
 
     def __init__(self, own: Iterable[StageSpec]) -> None:
         self._specs = {spec.kind: spec for spec in own}
@@ -67,14 +67,14 @@ STAGES: MutableMapping[str, StageSpec] = _Stages(_OWN)
 
 
 def example_of(kind: str) -> str:
-    """A line for a recipe in which no stage makes a kind of artefact; empty where none is known."""
+    """A line that adds a stage which makes a kind of artefact to a recipe; empty where none is known."""
     return next((spec.example for spec in STAGES.values() if kind in spec.makes and spec.example), "")
 
 
 def open_language_model(folder: Path, device: str = "auto") -> BitsPerByte:
-    """From texts to bits per byte under the model of a folder.
+    """A function from texts to their bits per byte under the model of a folder.
 
-    Raises ConfigError on a machine that lacks what models need, ArtefactError where the folder holds none.
+    Raises ConfigError where a package is missing, ArtefactError where the folder holds no model.
     """
     try:
         from bessemer.evaluation.perplexity import open_document_scorer
@@ -95,9 +95,9 @@ def card_flops(device_name: str) -> float | None:
 
 
 def continuations(model: Any, tokenizer_folder: Path, prompts: list[str]) -> list[str]:
-    """What a model in training writes after each prompt, the same whenever it is asked: shown in the report.
+    """A text of a model in training after each prompt, with a fixed seed, for the report.
 
-    It is sampled, since the likeliest tokens of a small model run in a circle.
+    Sampled, since greedy decoding of a small model repeats itself.
     """
     from bessemer.inference.engine import Engine
     from bessemer.inference.sampling.sampler import SamplingParams

@@ -13,6 +13,7 @@ import io
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -27,14 +28,16 @@ from bessemer.pipeline.runner import Runner
 from bessemer.scaling.ladder import counted
 from bessemer.scaling.laws.parametric import DegenerateError, Point, Points
 
-#: What may be a run's loss: of the validation split, at the end of training.
+#: A run's losses on the validation split, at the end of training.
 LOSSES = ("bits_per_byte", "validation_loss")
 
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """What a finished pretraining says. parameters: those that a token meets; flops: of the training, by the model's own count
-    (`ModelConfig.flops_per_token`), attention included. losses: those of `LOSSES` that were measured."""
+    """Figures of a finished pretraining. parameters: those that a token meets. losses: those of `LOSSES` that were measured.
+
+    flops: of the training, by the model's own count (`ModelConfig.flops_per_token`), attention included.
+    """
 
     name: str
     parameters: int
@@ -46,10 +49,10 @@ class TrainedRun:
 
 
 def trained_run(folder: Path) -> TrainedRun:
-    """The pretraining of a run's folder; of several stages of it the last one's loss on the tokens of all.
+    """The pretraining of a run's folder: of several stages the last one's loss, with the tokens of all.
 
-    Only the end counts: losses on the way were measured before the learning rate's decay. Raises ArtefactError where no
-    pretraining is finished.
+    Earlier losses do not count: they were measured before the learning rate's decay. Raises ArtefactError where no pretraining
+    is finished.
     """
     from bessemer.model.storage.folder import read_model_config
 
@@ -64,7 +67,7 @@ def trained_run(folder: Path) -> TrainedRun:
         raise ArtefactError(f"{folder}: the run has no finished stage pretrain, so no point")
     place, manifest = stages[-1]
     model = read_model_config(place / "model")
-    tokens = sum(int(one["metrics"]["tokens"]) for _, one in stages)
+    tokens = sum(int(stage_manifest["metrics"]["tokens"]) for _, stage_manifest in stages)
     context = int(manifest["settings"]["context_length"])
     return TrainedRun(
         run.name,
@@ -73,7 +76,7 @@ def trained_run(folder: Path) -> TrainedRun:
         tokens,
         float(model.flops_per_token(context)) * tokens,
         {name: float(manifest["metrics"][name]) for name in LOSSES if name in manifest["metrics"]},
-        float(sum(one["seconds"] for _, one in stages)),
+        float(sum(stage_manifest["seconds"] for _, stage_manifest in stages)),
     )
 
 
@@ -109,7 +112,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a member. run: its pretraining, where it has one; problem: why it failed."""
+    """Result of a member. run: its pretraining, where it has one. problem: why it failed."""
 
     member: Member
     run: TrainedRun | None = None
@@ -143,7 +146,7 @@ def members(
         if key.strip() in axes:
             raise ConfigError(f"{text!r}: {key.strip()} is given twice")
         axes[key.strip()] = split_values(value)
-    # a value that is no setting's is found before seeds are counted
+    # loading the first combination refuses invalid values, and gives the recipe's seed
     first = load_recipe(recipe, [f"{key}={values[0]}" for key, values in axes.items()], allow_code=allow_code)
     if seeds > 1:
         if "seed" in axes:
@@ -207,7 +210,7 @@ def _member(base: str, values: Mapping[str, str], varying: Sequence[str]) -> Mem
     whole = "-".join([base, *parts])
     name = re.sub(r"[^A-Za-z0-9._-]+", "_", whole)
     if name != whole or len(name) > _LONGEST_NAME:
-        # other values may read alike
+        # different values may give the same cleaned name
         name = f"{name[: _LONGEST_NAME - 9]}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
     overrides = tuple(f"{key}={value}" for key, value in values.items())
     return Member(name, base, overrides, {key: values[key] for key in varying})
@@ -223,46 +226,37 @@ def sweep(
     progress: Progress | None = None,
     on_outcome: Callable[[list[Outcome]], None] = lambda outcomes: None,
 ) -> list[Outcome]:
-    """Run the members, one after the other; what became of each.
+    """Run the members one after the other.
 
-    All of them are checked before the first one runs, as a recipe is: a ConfigError then stops the sweep before it has begun.
-    on_outcome: is given the outcomes so far after every member.
+    All are checked before the first one runs; a ConfigError then stops the sweep. on_outcome: called with the outcomes so far
+    after every member.
     """
     report = progress or Silent()
+    prepare_member = partial(prepare, recipe, runs=runs, until=until, allow_code=allow_code)
     for member in chosen:
         try:
-            prepare(recipe, member.overrides, name=member.name, runs=runs, until=until, allow_code=allow_code)
+            prepare_member(member.overrides, name=member.name)
         except BessemerError as error:
             raise ConfigError(f"{member.name}: {error}") from None
     outcomes: list[Outcome] = []
     for number, member in enumerate(chosen, start=1):
         report.say(f"[{number}/{len(chosen)}] {member.name}")
-        outcomes.append(_run(recipe, member, Path(runs), until, allow_code, report))
+        outcomes.append(_run(member, partial(prepare_member, progress=report, claim=True), until))
         if outcomes[-1].problem is not None:
             report.say(f"{member.name}: failed: {outcomes[-1].problem}")
         on_outcome(outcomes)
     return outcomes
 
 
-def _run(recipe: str, member: Member, runs: Path, until: str | None, allow_code: bool, progress: Progress) -> Outcome:
-    folder = RunFolder(runs, member.name)
+def _run(member: Member, prepare_member: Callable[..., Runner], until: str | None) -> Outcome:
     try:
-        runner = prepare(
-            recipe,
-            member.overrides,
-            name=member.name,
-            runs=runs,
-            until=until,
-            allow_code=allow_code,
-            progress=progress,
-            claim=True,
-        )
+        runner = prepare_member(member.overrides, name=member.name)
         if not _finished(runner, until):
             execute(runner, until=until)
     except Exception as error:  # the others go on, whatever it is
         return Outcome(member, problem=_line(error))
     try:
-        run = trained_run(folder.folder)
+        run = trained_run(runner.run_folder.folder)
     except (ArtefactError, KeyError):
         run = None
     return Outcome(member, run)
@@ -271,7 +265,7 @@ def _run(recipe: str, member: Member, runs: Path, until: str | None, allow_code:
 def _finished(runner: Runner, until: str | None) -> bool:
     """Whether a run before this one has made and linked everything."""
     keys = {name: entry["key"] for name, entry in runner.run_folder.record().get("stages", {}).items()}
-    return all(one.action == "reuse" and keys.get(one.stage.name) == one.key for one in runner.plan(until))
+    return all(plan.action == "reuse" and keys.get(plan.stage.name) == plan.key for plan in runner.plan(until))
 
 
 def _line(error: Exception) -> str:
@@ -285,12 +279,12 @@ _COLUMNS = ("parameters", "non_embedding_parameters", "tokens", "flops", *LOSSES
 def sweep_rows(outcomes: Sequence[Outcome], metric: str = "bits_per_byte") -> list[dict[str, Any]]:
     """One row a member, for a table or a CSV: its name, what varied, its point of a scaling law (`loss` is `metric`)."""
     rows = []
-    for one in outcomes:
-        row: dict[str, Any] = {"run": one.member.name, "status": one.status, **one.member.varied}
-        run = one.run
+    for outcome in outcomes:
+        row: dict[str, Any] = {"run": outcome.member.name, "status": outcome.status, **outcome.member.varied}
+        run = outcome.run
         losses = {} if run is None else run.losses
         row |= {name: losses.get(name) if name in LOSSES else getattr(run, name, None) for name in _COLUMNS}
-        row |= {"loss": losses.get(metric), "seconds": None if run is None else run.seconds, "problem": one.problem}
+        row |= {"loss": losses.get(metric), "seconds": None if run is None else run.seconds, "problem": outcome.problem}
         rows.append(row)
     return rows
 

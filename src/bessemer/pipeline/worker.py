@@ -13,16 +13,16 @@ from bessemer.core.errors import BessemerError
 from bessemer.pipeline.launch import MISTAKE
 
 
-def main(asked: dict[str, Any]) -> int:
-    """Make the stage that is asked for; the exit code."""
+def main(request: dict[str, Any]) -> int:
+    """Make the stage of a request; returns the exit code."""
     from bessemer.core.progress import progress_for_terminal
     from bessemer.pipeline.api import prepare
     from bessemer.pipeline.launch import Ranks
 
-    stage, mistake = asked.pop("stage"), Path(asked.pop("mistake"))
+    stage, mistake = request.pop("stage"), Path(request.pop("mistake"))
     ranks = Ranks.from_environment(os.environ)
     try:
-        prepare(**asked, progress=progress_for_terminal(), ranks=ranks).run(only=stage)
+        prepare(**request, progress=progress_for_terminal(), ranks=ranks).run(only=stage)
     except BessemerError as error:
         if not mistake.exists():
             mistake.write_text(str(error), encoding="utf-8")

@@ -26,7 +26,7 @@ from bessemer.tasks.file_task import Example, FileTask
 from bessemer.tasks.generate import pass_at_powers
 from bessemer.tasks.questions import GenerationQuestion, GenerationTask, Outcome
 
-#: Where the function is over, in Chen et al. (2021), section 2.1, and what follows one in a file of tests or of text.
+#: What ends a function: of Chen et al. (2021), section 2.1, and what follows one in tests or in text.
 _STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\nassert", "\n@", '\n"""', "\n```")
 
 
@@ -63,15 +63,9 @@ class CodeTask(FileTask[CodeConfig], GenerationTask):
         self._problems = [read_problem(record) for record in self._items]
 
     def questions(self) -> list[GenerationQuestion]:
-        return [
-            GenerationQuestion(
-                item,
-                self._prompter.context(item, record, self._asked(self._problems[item].prompt), self._example),
-                id=self._ids[item],
-                cluster=self._clusters[item],
-            )
-            for item, record in enumerate(self._items)
-        ]
+        return self._generation_questions(
+            lambda item, row: self._prompter.context(item, row, self._request(self._problems[item].prompt), self._example)
+        )
 
     def headline(self, form: str) -> str:
         return "pass@1"
@@ -98,13 +92,13 @@ class CodeTask(FileTask[CodeConfig], GenerationTask):
         return outcomes
 
     def _outcome(self, question: GenerationQuestion, texts: Sequence[str], verdicts: Sequence[Verdict]) -> Outcome:
-        found = Counter(verdicts)
-        scores = {"pass@1": found["passed"] / len(texts), **pass_at_powers(len(texts), found["passed"])}
-        counts = {"programs timed out": found["timed_out"], "programs refused": found["refused"]}
+        counted = Counter(verdicts)
+        scores = {"pass@1": counted["passed"] / len(texts), **pass_at_powers(len(texts), counted["passed"])}
+        counts = {"programs timed out": counted["timed_out"], "programs refused": counted["refused"]}
         gold = self._problems[question.item].solution or None
         return Outcome(scores, "\n\n".join(texts), list(verdicts), gold, counts=counts)
 
-    def _asked(self, prompt: str) -> str:
+    def _request(self, prompt: str) -> str:
         return f"{self._config.instruction}\n\n{prompt}" if self._config.chat else prompt
 
     def _example(self, record: Record) -> Example:
@@ -112,10 +106,10 @@ class CodeTask(FileTask[CodeConfig], GenerationTask):
         if not problem.solution:
             raise record.error("has no solution ('canonical_solution', or 'code'), which an example needs")
         block = f"```python\n{whole_code(problem, problem.solution)}\n```"
-        return Example(self._asked(problem.prompt), block if self._config.chat else problem.solution)
+        return Example(self._request(problem.prompt), block if self._config.chat else problem.solution)
 
 
-#: How a program ended. `refused`: the sandbox stopped it, or held something back that it asked for; `empty`: no code at all.
+#: How a program ended. `refused`: the sandbox stopped it, or refused it something; `empty`: no code at all.
 Verdict = Literal["passed", "failed", "timed_out", "refused", "empty"]
 
 _FENCE = re.compile(r"^([^\S\n]*)```[^\n]*\n(.*?)(?:^[^\S\n]*```|\Z)", re.DOTALL | re.MULTILINE)
@@ -125,13 +119,13 @@ _CODE_LINE = re.compile(
     r"|(?:if|for|with)\b[^\n]*:[^\S\n]*$|[A-Za-z_]\w*(?:,[ ]*[A-Za-z_]\w*)*[^\S\n]*=(?!=))",
     re.MULTILINE,
 )
-#: A name that is called, as no method is.
+#: A name that is called, not as a method.
 _CALLED = re.compile(r"(?<![\w.])([A-Za-z_]\w*)\s*\(")
 _DEFINED = re.compile(r"^(?:async\s+)?def\s+(\w+)", re.MULTILINE)
 _NO_FUNCTIONS = {*dir(builtins), *keyword.kwlist}
 #: The file of the solution and its tests, beside the program that runs it.
 _FILE = "solution.py"
-#: Says that the tests came to their end, by a word that is not in the solution's file: `sys.exit(0)` before them says nothing.
+#: Prints a word that the solution does not know when the tests have ended: `sys.exit(0)` before them does not pass.
 _RUNNER = f"""\
 import os, sys
 word = sys.stdin.readline()
@@ -141,7 +135,7 @@ exec(code, {{"__name__": "solution"}})
 sys.stdout.flush()
 os.write(1, b"\\n" + word.encode())
 """
-#: Errors by which Python says that the sandbox held something back.
+#: Python's errors for what the sandbox refuses.
 _REFUSALS = ("PermissionError", "MemoryError", "BlockingIOError", "OSError: [Errno 1]", "RuntimeError: can't start new thread")
 
 
@@ -189,7 +183,7 @@ def _mbpp(record: Record) -> Problem:
 
 
 def _tested_name(assertion: str, code: str) -> str | None:
-    """The function that an assertion is about: of those it calls the first that the code defines, else that is no builtin."""
+    """The function that an assertion tests: the first call that the code defines, else the first that is no builtin."""
     called = _CALLED.findall(assertion)
     defined = set(_DEFINED.findall(code))
     ranked = [name for name in called if name in defined] + [name for name in called if name not in _NO_FUNCTIONS] + called
@@ -225,8 +219,8 @@ def _without_margin(block: str, fence: str, entry_point: str) -> str:
 
 def _definition(code: str, entry_point: str) -> int | None:
     """Where the function's definition begins; None where there is none."""
-    found = re.search(rf"^(?:async\s+)?def\s+{re.escape(entry_point)}\b", code, re.MULTILINE)
-    return None if found is None else found.start()
+    match = re.search(rf"^(?:async\s+)?def\s+{re.escape(entry_point)}\b", code, re.MULTILINE)
+    return None if match is None else match.start()
 
 
 def whole_code(problem: Problem, text: str) -> str:

@@ -45,7 +45,7 @@ ChoiceScore = Literal["raw", "tokens", "characters", "bytes", "unconditional", "
 
 
 class PromptConfig(Config):
-    """What every kind of task has: how a question is written."""
+    """Settings of every kind of task: how a question is written."""
 
     name: str = setting("", "name of the task; empty: the file's", affects_output=False)
     description: Template = setting("", "text before all examples and the question")
@@ -63,7 +63,7 @@ class PromptConfig(Config):
 
 
 class TaskConfig(PromptConfig):
-    """What every kind of task over a file has."""
+    """Settings of every kind of task over a file."""
 
     data: str = setting(
         description="JSONL, CSV or Parquet file with a row for each item, in the folder of the data or beside the task file",
@@ -185,7 +185,7 @@ class GenerateConfig(SampledConfig, TaskConfig):
 
 
 class TaskOptions(Config):
-    """Settings of a call, which go before those of a task. None: the task's own."""
+    """Settings of a call, which override those of a task. None: the task's own."""
 
     data: Path | None = setting(None, "folder of the tasks' data; none: beside the task file")
     shots: int | None = setting(None, "answered examples before each question", unit="examples", ge=0)

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from bessemer.core.config import Config, setting
 
 _WORD = re.compile(r"\w+(?:['’\-]\w+)*")
-#: A full stop is one where a space follows, and then no small letter: not that of `e.g. this`.
+#: A full stop ends a sentence where white space and no small letter follow: not in `e.g. this`.
 _SENTENCE_END = re.compile(r"(?<![.!?…])[.!?…]++[\"'”’)\]]*(?=\s+[^\sa-z]|\s*$)|[。！？]+[」』”）]*")
 _PARAGRAPH_END = re.compile(r"\n[^\S\n]*\n\s*")
 _BULLET = re.compile(r"^[^\S\n]*[-*+•][^\S\n]+\S", re.MULTILINE)
@@ -32,10 +32,14 @@ _QUOTES = {'"': '"', "“": "”", "„": "“", "«": "»"}
 
 
 class _Constraint(Config):
+    #: The sentence that asks for it, with settings in braces; lists are joined by commas.
+    request: ClassVar[str]
+
     @property
-    @abstractmethod
     def instruction(self) -> str:
         """The sentence that asks for it."""
+        settings = {name: ", ".join(value) if isinstance(value, list) else value for name, value in self.model_dump().items()}
+        return self.request.format_map(settings)
 
     @abstractmethod
     def holds(self, answer: str) -> bool:
@@ -47,6 +51,8 @@ class _Counted(_Constraint):
 
     #: What is counted, as the instruction calls it; settings in braces.
     counted: ClassVar[str]
+    #: What finds the things that are counted; None where a class counts otherwise.
+    pattern: ClassVar[re.Pattern[str] | None] = None
 
     at_least: int | None = setting(None, "the fewest", ge=0)
     at_most: int | None = setting(None, "the most", ge=0)
@@ -59,9 +65,10 @@ class _Counted(_Constraint):
             raise ValueError(f"at_least {self.at_least} is more than at_most {self.at_most}")
         return self
 
-    @abstractmethod
     def count(self, answer: str) -> int:
         """How many an answer has."""
+        assert self.pattern is not None
+        return len(self.pattern.findall(answer))
 
     @property
     def instruction(self) -> str:
@@ -75,8 +82,8 @@ class _Counted(_Constraint):
         return f"Your answer must have {amount} {self.counted.format_map(self.model_dump())}."
 
     def holds(self, answer: str) -> bool:
-        found = self.count(answer)
-        return (self.at_least is None or found >= self.at_least) and (self.at_most is None or found <= self.at_most)
+        count = self.count(answer)
+        return (self.at_least is None or count >= self.at_least) and (self.at_most is None or count <= self.at_most)
 
 
 class Words(_Counted):
@@ -84,9 +91,7 @@ class Words(_Counted):
 
     kind: Literal["words"] = setting("words", "number of words")
     counted: ClassVar[str] = "words"
-
-    def count(self, answer: str) -> int:
-        return len(_WORD.findall(answer))
+    pattern: ClassVar[re.Pattern[str] | None] = _WORD
 
 
 class Characters(_Counted):
@@ -124,9 +129,7 @@ class Bullets(_Counted):
 
     kind: Literal["bullets"] = setting("bullets", "number of bullet points")
     counted: ClassVar[str] = "bullet points, lines that begin with `- `"
-
-    def count(self, answer: str) -> int:
-        return len(_BULLET.findall(answer))
+    pattern: ClassVar[re.Pattern[str] | None] = _BULLET
 
 
 class NumberedItems(_Counted):
@@ -134,9 +137,7 @@ class NumberedItems(_Counted):
 
     kind: Literal["numbered_items"] = setting("numbered_items", "number of items in numbered lists")
     counted: ClassVar[str] = "items in a numbered list, lines that begin with `1. `, `2. ` and so on"
-
-    def count(self, answer: str) -> int:
-        return len(_NUMBERED.findall(answer))
+    pattern: ClassVar[re.Pattern[str] | None] = _NUMBERED
 
 
 class Placeholders(_Counted):
@@ -154,9 +155,7 @@ class Highlights(_Counted):
 
     kind: Literal["highlights"] = setting("highlights", "number of highlighted parts")
     counted: ClassVar[str] = "parts highlighted in Markdown, *like this*"
-
-    def count(self, answer: str) -> int:
-        return len(_HIGHLIGHT.findall(answer))
+    pattern: ClassVar[re.Pattern[str] | None] = _HIGHLIGHT
 
 
 class WordFrequency(_Counted):
@@ -185,11 +184,8 @@ class RequiredWords(_Constraint):
     """Each of some words or phrases stands in the answer, in any case."""
 
     kind: Literal["required_words"] = setting("required_words", "words that must be used")
+    request: ClassVar[str] = "Your answer must have these words in it: {words}."
     words: list[str] = setting(description="words or phrases", min_length=1)
-
-    @property
-    def instruction(self) -> str:
-        return f"Your answer must have these words in it: {', '.join(self.words)}."
 
     def holds(self, answer: str) -> bool:
         return all(_occurrences(word, answer) for word in self.words)
@@ -199,11 +195,8 @@ class ForbiddenWords(_Constraint):
     """None of some words or phrases stands in the answer, in any case; in a longer word it may."""
 
     kind: Literal["forbidden_words"] = setting("forbidden_words", "words that must not be used")
+    request: ClassVar[str] = "Your answer must not have any of these words in it: {words}."
     words: list[str] = setting(description="words or phrases", min_length=1)
-
-    @property
-    def instruction(self) -> str:
-        return f"Your answer must not have any of these words in it: {', '.join(self.words)}."
 
     def holds(self, answer: str) -> bool:
         return not any(_occurrences(word, answer) for word in self.words)
@@ -213,11 +206,8 @@ class StartsWith(_Constraint):
     """The answer begins with a text, in any case, quotes before it aside."""
 
     kind: Literal["starts_with"] = setting("starts_with", "what the answer begins with")
+    request: ClassVar[str] = "Begin your answer with exactly these words: {text}"
     text: str = setting(description="the first words", min_length=1)
-
-    @property
-    def instruction(self) -> str:
-        return f"Begin your answer with exactly these words: {self.text}"
 
     def holds(self, answer: str) -> bool:
         return _bare(answer).startswith(_bare(self.text))
@@ -227,11 +217,8 @@ class EndsWith(_Constraint):
     """The answer ends with a text, in any case, and nothing comes after it but quotes."""
 
     kind: Literal["ends_with"] = setting("ends_with", "what the answer ends with")
+    request: ClassVar[str] = "End your answer with exactly these words, and nothing after them: {text}"
     text: str = setting(description="the last words", min_length=1)
-
-    @property
-    def instruction(self) -> str:
-        return f"End your answer with exactly these words, and nothing after them: {self.text}"
 
     def holds(self, answer: str) -> bool:
         return _bare(answer).endswith(_bare(self.text))
@@ -261,10 +248,7 @@ class NoCommas(_Constraint):
     """No comma in the answer, the full-width one included."""
 
     kind: Literal["no_commas"] = setting("no_commas", "no comma is used")
-
-    @property
-    def instruction(self) -> str:
-        return "Do not use any commas."
+    request: ClassVar[str] = "Do not use any commas."
 
     def holds(self, answer: str) -> bool:
         return not set(answer) & set(",，")
@@ -274,10 +258,7 @@ class UpperCase(_Constraint):
     """No small letter in the answer, and a capital."""
 
     kind: Literal["upper_case"] = setting("upper_case", "capital letters only")
-
-    @property
-    def instruction(self) -> str:
-        return "Write your whole answer in capital letters."
+    request: ClassVar[str] = "Write your whole answer in capital letters."
 
     def holds(self, answer: str) -> bool:
         return answer.isupper()
@@ -287,10 +268,7 @@ class LowerCase(_Constraint):
     """No capital in the answer, and a small letter."""
 
     kind: Literal["lower_case"] = setting("lower_case", "small letters only")
-
-    @property
-    def instruction(self) -> str:
-        return "Write your whole answer in small letters, without any capitals."
+    request: ClassVar[str] = "Write your whole answer in small letters, without any capitals."
 
     def holds(self, answer: str) -> bool:
         return answer.islower()
@@ -300,10 +278,7 @@ class Title(_Constraint):
     """A title in double angular brackets stands in the answer."""
 
     kind: Literal["title"] = setting("title", "a title in double angular brackets")
-
-    @property
-    def instruction(self) -> str:
-        return "Give your answer a title in double angular brackets, such as <<poem of joy>>."
+    request: ClassVar[str] = "Give your answer a title in double angular brackets, such as <<poem of joy>>."
 
     def holds(self, answer: str) -> bool:
         return any(_WORD.search(title) for title in _TITLE.findall(answer))
@@ -313,10 +288,7 @@ class Quoted(_Constraint):
     """The whole answer stands between double quotation marks."""
 
     kind: Literal["quoted"] = setting("quoted", "the answer stands in double quotation marks")
-
-    @property
-    def instruction(self) -> str:
-        return "Put your whole answer in double quotation marks."
+    request: ClassVar[str] = "Put your whole answer in double quotation marks."
 
     def holds(self, answer: str) -> bool:
         answer = answer.strip()
@@ -374,17 +346,19 @@ class Constraints(Config):
     @property
     def instructions(self) -> str:
         """The sentences that ask for them, to be put behind a request."""
-        return " ".join(one.instruction for one in self.constraints)
+        return " ".join(constraint.instruction for constraint in self.constraints)
 
     def follows(self, answer: str, *, loose: bool = False) -> list[bool]:
         """Whether an answer keeps to each; an empty answer keeps to none.
 
-        The mean over all constraints of a set is IFEval's accuracy by instruction, the share of answers for which `all` hold
-        that by prompt. loose: an answer also counts without asterisks, and without its first line, its last, or both, in which
-        models put "Here it is:".
+        IFEval's accuracy by instruction is the mean over all constraints of a set; by prompt, the share of answers that keep to
+        all of theirs. loose: an answer also counts without asterisks, and without its first line, its last, or both, where
+        models write "Here it is:".
         """
         answers = _variants(answer) if loose else [answer]
-        return [any(bool(one.strip()) and constraint.holds(one) for one in answers) for constraint in self.constraints]
+        return [
+            any(bool(variant.strip()) and constraint.holds(variant) for variant in answers) for constraint in self.constraints
+        ]
 
 
 def _variants(answer: str) -> Sequence[str]:

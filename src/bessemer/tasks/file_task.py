@@ -1,4 +1,4 @@
-"""Tasks over a file: their rows, the contexts of their questions, and the numbers of right options.
+"""Tasks over a file: their rows, the contexts of their questions, and the right options.
 
 A context is a description, answered examples and a question, as one text or as the turns of a conversation.
 """
@@ -16,13 +16,13 @@ from bessemer.core.errors import ArtefactError
 from bessemer.core.records import Record, read_records
 from bessemer.tasks.config import TaskConfig, fill
 from bessemer.tasks.downloads import bring
-from bessemer.tasks.questions import Context
+from bessemer.tasks.questions import Context, GenerationQuestion
 
 C = TypeVar("C", bound=TaskConfig)
 
 
 class FileTask(Generic[C]):
-    """The rows of a task and what writes its contexts, with what every task says of itself."""
+    """The rows of a task over a file, and the attributes that every task has."""
 
     def __init__(self, config: C, folders: list[Path]) -> None:
         """folders: where the task's files are looked for in turn, and in the folders in these.
@@ -40,7 +40,7 @@ class FileTask(Generic[C]):
         if config.shuffle_seed is not None:
             random.Random(config.shuffle_seed).shuffle(rows)
         others = None if config.examples is None else read_records(find_data(config.examples, folders))
-        #: Those that are asked, in the order of their numbers.
+        #: The items of the task; an item's number is its place here.
         self._items = rows[: config.limit]
         self._ids = [str(row.number) if config.id is None else row.text(config.id) for row in self._items]
         seen: set[str] = set()
@@ -54,6 +54,13 @@ class FileTask(Generic[C]):
     def item_texts(self) -> dict[str, list[str]]:
         """Every text of an item's row, whichever fields the templates name."""
         return {id: list(_texts(row.values)) for id, row in zip(self._ids, self._items, strict=True)}
+
+    def _generation_questions(self, context: Callable[[int, Record], Context]) -> list[GenerationQuestion]:
+        """A question for each item. context: of an item's number and its row."""
+        rows = zip(self._items, self._ids, self._clusters, strict=True)
+        return [
+            GenerationQuestion(item, context(item, row), id=id, cluster=cluster) for item, (row, id, cluster) in enumerate(rows)
+        ]
 
     def _read_rows(self, folders: list[Path]) -> list[Record]:
         return read_records(find_data(self._config.data, folders))
@@ -115,7 +122,7 @@ class Example(NamedTuple):
 
 
 class Examples:
-    """Which rows are the examples of each item."""
+    """Chooses the example rows of each item."""
 
     def __init__(self, config: TaskConfig, items: Sequence[Record], others: Sequence[Record] | None) -> None:
         """others: rows of a file of their own. Raises ArtefactError where there are too few."""
@@ -128,7 +135,7 @@ class Examples:
                 f"task {config.name}: {config.shots} examples need {needed} items, and there are {len(self._rows)}; "
                 "ask for fewer with --shots"
             )
-        # one to spare, for the item that is among them
+        # one more, in the place of the item itself where it is drawn
         spare = min(config.shots + 1, len(self._rows))
         self._fixed = random.Random(config.seed).sample(range(len(self._rows)), spare)
 
@@ -137,7 +144,7 @@ class Examples:
         shots = self._config.shots
         if self._config.example_choice == "fixed":
             *_, spare = self._fixed
-            # in its place, so that what is before it stays shared
+            # the spare one takes the item's place, so that the examples before it stay shared
             return [self._rows[spare if self._own and index == item else index] for index in self._fixed[:shots]]
         population = len(self._rows) - self._own
         drawn = random.Random(self._config.seed + item).sample(range(population), shots)
@@ -159,15 +166,16 @@ class Prompter:
         examples = [as_example(row) for row in self._examples.of(item)]
         description = fill(self._config.description, record)
         if self._config.chat:
-            return self._conversation(description, examples, question, joiner)
+            turns = [((each.question + joiner).rstrip(), each.answer.strip()) for each in examples]
+            return as_conversation(self._config.system, description, turns, (question + joiner).rstrip())
         written = [f"{each.question}{joiner}{each.answer}" for each in examples]
         return self._config.example_delimiter.join([*([description] if description else []), *written, question]) + joiner
 
-    def _conversation(self, description: str, examples: Sequence[Example], question: str, joiner: str) -> Context:
-        system = "\n\n".join(part for part in (self._config.system, description) if part)
-        messages = [{"role": "system", "content": system}] if system else []
-        for each in examples:
-            messages.append({"role": "user", "content": (each.question + joiner).rstrip()})
-            messages.append({"role": "assistant", "content": each.answer.strip()})
-        messages.append({"role": "user", "content": (question + joiner).rstrip()})
-        return tuple(messages)
+
+def as_conversation(system: str | None, description: str, examples: Sequence[tuple[str, str]], question: str) -> Context:
+    """A context of messages: system message and description, examples as turns, and the question."""
+    first = "\n\n".join(part for part in (system, description) if part)
+    messages = [{"role": "system", "content": first}] if first else []
+    for example_question, answer in examples:
+        messages += [{"role": "user", "content": example_question}, {"role": "assistant", "content": answer}]
+    return (*messages, {"role": "user", "content": question})

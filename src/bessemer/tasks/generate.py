@@ -23,10 +23,7 @@ class GenerateTask(FileTask[GenerateConfig], GenerationTask):
         self._references = [self._references_of(record) for record in self._items]
 
     def questions(self) -> list[GenerationQuestion]:
-        return [
-            GenerationQuestion(item, self._context(item, record), id=self._ids[item], cluster=self._clusters[item])
-            for item, record in enumerate(self._items)
-        ]
+        return self._generation_questions(self._context)
 
     def judge(self, question: GenerationQuestion, texts: Sequence[str]) -> Outcome:
         return verified_samples(self._config.verifier, texts, self._references[question.item])
@@ -38,7 +35,7 @@ class GenerateTask(FileTask[GenerateConfig], GenerationTask):
         context = self._prompter.context(item, record, fill(self._config.prompt, record), self._example)
         if not isinstance(context, str):
             return context
-        # a tokenizer writes a space with the word after it, which is the model's to write
+        # the space before the answer is left to the model: tokenizers join it to the next word
         joiner = self._config.joiner
         return context.removesuffix(joiner) + joiner.rstrip()
 

@@ -3,7 +3,7 @@
 Arithmetic on whole numbers has more digits, more terms, products and parentheses by difficulty. Needle in a haystack: one fact
 in a long text (Kamradt 2023; with others like it: RULER, Hsieh et al. 2024, section 3.1). Variable tracking: a value passed on
 through assignments scattered over a text (RULER, section 3.2). RULER asks for the names of all variables that hold a value;
-here the value of the last is asked for, so that an answer is one number.
+here the question is the value of the last, so that an answer is one number.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class GeneratedItem(NamedTuple):
     answer: str
 
 
-#: Draws in a row that give nothing new, after which there is taken to be nothing new.
+#: Draws in a row without a new item after which none is left.
 _MOST_REPEATS = 1_000
 
 
@@ -52,7 +52,7 @@ LEVELS = (
 
 
 #: Items to train on, the others, or both.
-Part = Literal["all", "train", "held_out"]
+Split = Literal["all", "train", "held_out"]
 
 #: One in eight expressions is held out.
 _HELD_OUT = 8
@@ -64,14 +64,16 @@ class _Factor(NamedTuple):
 
 
 def is_held_out(expression: str) -> bool:
-    """Whether an expression is one of those that no training sees, whatever the seed. Expressions of the same numbers and
-    operators are on one side, so that 3 + 4 says nothing about 4 + 3."""
+    """Whether an expression is held out of all training, whatever the seed.
+
+    It depends on the numbers and operators, not on their order: training on 3 + 4 teaches 4 + 3.
+    """
     words = sorted(re.findall(r"\d+|[-+*]", expression))
     return int(hash_bytes(" ".join(words).encode())[:8], 16) % _HELD_OUT == 0
 
 
-def arithmetic_items(count: int, *, seed: int, difficulty: Difficulty | int, part: Part = "all") -> list[GeneratedItem]:
-    """Different items `EXPRESSION =` and their values; products come before sums. More of them begin with the same ones.
+def arithmetic_items(count: int, *, seed: int, difficulty: Difficulty | int, part: Split = "all") -> list[GeneratedItem]:
+    """Different items `EXPRESSION =` and their values; products come before sums. A larger count begins with the same items.
 
     difficulty: a level from 1 to 8, or what makes one. Raises ValueError for another level, digits below 1, fewer than 2 terms,
     operators that are not of `+-*`, and where there are fewer different items.
@@ -100,7 +102,7 @@ def arithmetic_items(count: int, *, seed: int, difficulty: Difficulty | int, par
     return [item for item in made.values() if item is not None]
 
 
-_WANTED: dict[Part, Callable[[str], bool]] = {
+_WANTED: dict[Split, Callable[[str], bool]] = {
     "all": lambda text: True,
     "train": lambda text: not is_held_out(text),
     "held_out": is_held_out,
@@ -171,9 +173,8 @@ def build_prompt(
 ) -> str:
     """`frame` around a text of statements among other sentences, as long as fits in `length`, by `measure`.
 
-    sentences: to fill the text with, in their order from a random one on, around and around; without them plain ones are made.
-    Statements of one depth stay in their order. Raises ValueError where not even the statements fit, and for sentences
-    without a word.
+    sentences: filler, repeated in order from a random one on; None: plain sentences are made. Statements of one depth stay in
+    their order. Raises ValueError where not even the statements fit, and for sentences without a word.
     """
     if sentences is not None and not any(measure(sentence) > 0 for sentence in sentences):
         raise ValueError("the sentences to fill a text with are empty")
@@ -187,7 +188,7 @@ def build_prompt(
         if room < 0:
             break
         chosen.append(sentence)
-    # a tokenizer may need more for the whole than for its sentences
+    # a tokenizer may need more tokens for the whole than for its sentences
     while measure(prompt := frame(_text(chosen, statements))) > length:
         chosen.pop()
     return prompt
@@ -295,7 +296,7 @@ def _variable_tracking_item(
     names = iter(_names(generator, chains * (hops + 1)))
     values = generator.sample(range(10_000, 100_000), chains)
     statements: list[Statement] = []
-    asked = ""
+    variable = ""
     for chain, value in enumerate(values):
         depths = sorted(generator.random() for _ in range(hops + 1))
         name = next(names)
@@ -304,11 +305,11 @@ def _variable_tracking_item(
             previous, name = name, next(names)
             statements.append(Statement(depth, f"VAR {name} = VAR {previous}."))
         if chain == 0:
-            asked = name
+            variable = name
     statements.sort(key=lambda statement: statement.depth)
 
     def frame(text: str) -> str:
-        return f"{text}\n\nQuestion: What is the value of VAR {asked}?\nAnswer:"
+        return f"{text}\n\nQuestion: What is the value of VAR {variable}?\nAnswer:"
 
     prompt = build_prompt(statements, frame, length=length, generator=generator, measure=measure, sentences=sentences)
     return GeneratedItem(prompt, str(values[0]))

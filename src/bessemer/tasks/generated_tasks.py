@@ -14,13 +14,14 @@ from bessemer.core.config import setting
 from bessemer.core.errors import ConfigError
 from bessemer.core.records import Record
 from bessemer.tasks.config import SampledConfig, fill
+from bessemer.tasks.file_task import as_conversation
 from bessemer.tasks.generate import verified_samples
 from bessemer.tasks.generated_items import (
     LEVELS,
     MOST_NEEDLES,
     GeneratedItem,
     Measure,
-    Part,
+    Split,
     arithmetic_items,
     count_words,
     needle_items,
@@ -31,7 +32,7 @@ from bessemer.tasks.verifiers import Numeric
 
 
 class GeneratedConfig(SampledConfig):
-    """What the kinds of task whose items are made have: items of several levels, one of each asked in turn."""
+    """Settings of tasks with generated items: items of several levels, one of each in turn."""
 
     items: int = setting(50, "items of each level", unit="items", ge=1)
     max_tokens: int = setting(32, "longest answer", unit="tokens", ge=1)
@@ -52,7 +53,7 @@ class ArithmeticConfig(GeneratedConfig):
     operators: str | None = setting(
         None, "only these of `+-*`, whatever the difficulty; none: those of each difficulty", pattern=r"^[-+*]+$"
     )
-    part: Part = setting(
+    part: Split = setting(
         "all",
         "train: without one in eight expressions, by their numbers and operators, whatever the seed; held_out: these alone",
     )
@@ -61,7 +62,7 @@ class ArithmeticConfig(GeneratedConfig):
 
 
 class LengthConfig(GeneratedConfig):
-    """What tasks at growing lengths have."""
+    """Settings of tasks at growing lengths."""
 
     lengths: list[Annotated[int, Field(ge=32)]] = setting(
         default_factory=lambda: [256, 512, 1024, 2048, 4096, 8192, 16384, 32768],
@@ -91,13 +92,13 @@ C = TypeVar("C", bound=GeneratedConfig)
 L = TypeVar("L", bound=LengthConfig)
 
 
-class _Asked(NamedTuple):
-    """An item: its number in the task and in its level, which does not depend on how many are asked."""
+class _NumberedItem(NamedTuple):
+    """A generated item with its number in the task and in its level; neither depends on how many items are asked for."""
 
-    item: int
-    level: int
     number: int
-    made: GeneratedItem
+    level: int
+    number_in_level: int
+    generated: GeneratedItem
 
 
 class GeneratedTask(GenerationTask, Generic[C]):
@@ -112,26 +113,26 @@ class GeneratedTask(GenerationTask, Generic[C]):
         self._delimiter = "\n\n"
         self._all_levels = list(dict.fromkeys(levels))
         self._levels = self._all_levels
-        self._asked: dict[int, _Asked] = {}
+        self._items_by_number: dict[int, _NumberedItem] = {}
 
     def questions(self) -> list[GenerationQuestion]:
         """Raises ConfigError for items that cannot be made."""
-        self._asked = {asked.item: asked for asked in self._make()}
+        self._items_by_number = {item.number: item for item in self._make()}
         return [
             GenerationQuestion(
-                asked.item,
-                self._context(asked.made.prompt, self._examples(asked.level)),
-                id=f"{self.level_name} {asked.level}: {asked.number + 1}",
-                level=asked.level,
+                item.number,
+                self._context(item.generated.prompt, self._examples(item.level)),
+                id=f"{self.level_name} {item.level}: {item.number_in_level + 1}",
+                level=item.level,
             )
-            for asked in self._asked.values()
+            for item in self._items_by_number.values()
         ]
 
     def judge(self, question: GenerationQuestion, texts: Sequence[str]) -> Outcome:
-        return verified_samples(Numeric(), texts, [self._asked[question.item].made.answer])
+        return verified_samples(Numeric(), texts, [self._items_by_number[question.item].generated.answer])
 
     def reference(self, question: GenerationQuestion) -> str:
-        return self._asked[question.item].made.answer
+        return self._items_by_number[question.item].generated.answer
 
     @abstractmethod
     def _items(self, level: int, count: int) -> list[GeneratedItem]:
@@ -143,10 +144,10 @@ class GeneratedTask(GenerationTask, Generic[C]):
 
     @property
     def _remark(self) -> str:
-        """What stands behind the message about an item that cannot be made."""
+        """The end of the message about an item that cannot be made."""
         return ""
 
-    def _make(self) -> list[_Asked]:
+    def _make(self) -> list[_NumberedItem]:
         limit = self._config.limit or self._config.items * len(self._levels)
         count = min(self._config.items, -(-limit // len(self._levels)))
         try:
@@ -154,12 +155,12 @@ class GeneratedTask(GenerationTask, Generic[C]):
         except ValueError as error:
             raise ConfigError(f"task {self.name}: {error}{self._remark}") from None
         places = {level: place for place, level in enumerate(self._all_levels)}
-        asked = [
-            _Asked(number * len(places) + places[level], level, number, made[level][number])
+        items = [
+            _NumberedItem(number * len(places) + places[level], level, number, made[level][number])
             for number in range(count)
             for level in self._levels
         ]
-        return asked[:limit]
+        return items[:limit]
 
     def _context(self, prompt: str, examples: Sequence[GeneratedItem] = ()) -> Context:
         config = self._config
@@ -167,11 +168,7 @@ class GeneratedTask(GenerationTask, Generic[C]):
         if not config.chat:
             shown = [f"{example.prompt} {example.answer}" for example in examples]
             return self._delimiter.join([*([description] if description else []), *shown, prompt])
-        system = "\n\n".join(part for part in (config.system, description) if part)
-        messages = [{"role": "system", "content": system}] if system else []
-        for example in examples:
-            messages += [{"role": "user", "content": example.prompt}, {"role": "assistant", "content": example.answer}]
-        return (*messages, {"role": "user", "content": prompt})
+        return as_conversation(config.system, description, examples, prompt)
 
 
 class ArithmeticTask(GeneratedTask[ArithmeticConfig]):
@@ -186,7 +183,7 @@ class ArithmeticTask(GeneratedTask[ArithmeticConfig]):
         self._made: dict[int, list[GeneratedItem]] = {}
 
     def _items(self, level: int, count: int) -> list[GeneratedItem]:
-        # always as many, so that a limit changes no example
+        # the same number whatever the limit, so that it changes no example
         total = self._config.items + self.shots
         difficulty = LEVELS[level - 1]
         if self._config.operators is not None:
@@ -199,7 +196,7 @@ class ArithmeticTask(GeneratedTask[ArithmeticConfig]):
 
 
 class LengthTask(GeneratedTask[L]):
-    """Items at growing lengths: in words, until `fit_to_model` says how the model counts."""
+    """Items at growing lengths: in words, after `fit_to_model` in the model's tokens."""
 
     level_name = "length"
 
@@ -222,7 +219,7 @@ class LengthTask(GeneratedTask[L]):
             )
         empty = count_tokens("")
         self._measure = lambda text: count_tokens(text) - empty
-        # what stands around the prompt: begin token, description, chat template
+        # tokens around the prompt: begin token, description, chat template
         self._around = count_tokens(self._context("x")) - self._measure("x")
         too_long = ", ".join(f"{length:,}" for length in self._all_levels if length > most)
         return [f"left out, since the model's context is {context_length:,} tokens: length {too_long}"] if too_long else []

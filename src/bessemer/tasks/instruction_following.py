@@ -30,9 +30,7 @@ class ConstraintsConfig(SampledConfig, TaskConfig):
 
     kind: Literal["constraints"] = setting("constraints", "keep to constraints that a program checks")
     data: str = setting(
-        "",
-        "file with a request and its constraints in each row; empty: items that are made by the seed",
-        affects_output=False,
+        "", "file with a request and its constraints in each row; empty: items that are made by the seed", affects_output=False
     )
     items: int = setting(100, "how many are made, without `data`", unit="items", ge=1)
     prompt: Template = setting("{prompt}", "the request, with fields in braces")
@@ -57,15 +55,9 @@ class ConstraintsTask(FileTask[ConstraintsConfig], GenerationTask):
         self._constraints = [self._constraints_of(record) for record in self._items]
 
     def questions(self) -> list[GenerationQuestion]:
-        return [
-            GenerationQuestion(
-                item,
-                self._prompter.context(item, record, self._request(item, record), self._example),
-                id=self._ids[item],
-                cluster=self._clusters[item],
-            )
-            for item, record in enumerate(self._items)
-        ]
+        return self._generation_questions(
+            lambda item, row: self._prompter.context(item, row, self._request(item, row), self._example)
+        )
 
     def headline(self, form: str) -> str:
         return PROMPT_STRICT
@@ -128,7 +120,7 @@ _REQUESTS = (
 )
 _WORDS = ("always", "bright", "common", "early", "morning", "quiet", "simple", "small", "water", "world")
 
-#: Kinds that can be asked for together: of each group at most one, since those of a group contradict each other.
+#: Kinds that go together, at most one of each group: those of a group contradict each other.
 _GROUPS: tuple[tuple[Callable[[random.Random], Settings], ...], ...] = (
     (
         lambda draw: {"kind": "words", "at_most": draw.choice((30, 50, 80))},
@@ -140,20 +132,14 @@ _GROUPS: tuple[tuple[Callable[[random.Random], Settings], ...], ...] = (
         lambda draw: {"kind": "numbered_items", "at_least": (count := draw.choice((2, 3, 4))), "at_most": count},
         lambda draw: {"kind": "paragraphs", "at_least": (count := draw.choice((2, 3))), "at_most": count},
     ),
-    (
-        lambda draw: {"kind": "upper_case"},
-        lambda draw: {"kind": "lower_case"},
-    ),
+    (lambda draw: {"kind": "upper_case"}, lambda draw: {"kind": "lower_case"}),
     (
         lambda draw: {"kind": "required_words", "words": draw.sample(_WORDS, 2)},
         lambda draw: {"kind": "word_frequency", "word": draw.choice(_WORDS), "at_least": draw.choice((2, 3))},
         lambda draw: {"kind": "forbidden_words", "words": ["the", draw.choice(_WORDS)]},
     ),
     (lambda draw: {"kind": "no_commas"},),
-    (
-        lambda draw: {"kind": "ends_with", "text": draw.choice(("That is all", "Good luck"))},
-        lambda draw: {"kind": "quoted"},
-    ),
+    (lambda draw: {"kind": "ends_with", "text": draw.choice(("That is all", "Good luck"))}, lambda draw: {"kind": "quoted"}),
     (
         lambda draw: {"kind": "title"},
         lambda draw: {"kind": "starts_with", "text": draw.choice(("Here is my answer", "Let us begin"))},
@@ -163,7 +149,7 @@ _GROUPS: tuple[tuple[Callable[[random.Random], Settings], ...], ...] = (
         lambda draw: {"kind": "highlights", "at_least": draw.choice((1, 2))},
     ),
 )
-#: Whole answers inside quotation marks, or that begin with given words, hold neither a title before nor words after them.
+#: An answer in quotation marks can have no title before it and cannot begin with other words.
 _EXCLUDED = frozenset({frozenset({"quoted", "title"}), frozenset({"quoted", "starts_with"})})
 _MOST_CONSTRAINTS = 3
 
@@ -171,7 +157,7 @@ _MOST_CONSTRAINTS = 3
 def instruction_items(count: int, *, seed: int) -> list[dict[str, Any]]:
     """Rows `{prompt, constraints}` with one to three constraints that do not contradict each other.
 
-    A row depends on the seed and its number alone, so more of them begin with the same ones.
+    A row depends on the seed and its number alone: a larger count begins with the same rows.
     """
     return [_item(random.Random(derive_seed(seed, "instructions", number))) for number in range(count)]
 
@@ -181,7 +167,7 @@ def _item(draw: random.Random) -> dict[str, Any]:
     wanted = draw.randint(1, _MOST_CONSTRAINTS)
     chosen: list[dict[str, Any]] = []
     for group in draw.sample(_GROUPS, len(_GROUPS)):
-        one = dict(draw.choice(group)(draw))
-        if len(chosen) < wanted and not any(frozenset({one["kind"], other["kind"]}) in _EXCLUDED for other in chosen):
-            chosen.append(one)
+        constraint = dict(draw.choice(group)(draw))
+        if len(chosen) < wanted and not any(frozenset({constraint["kind"], other["kind"]}) in _EXCLUDED for other in chosen):
+            chosen.append(constraint)
     return {"prompt": request, "constraints": chosen}

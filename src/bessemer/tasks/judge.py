@@ -1,6 +1,6 @@
 """A model as judge: of two answers which is better, or how good one is by a rubric (Zheng et al. 2023, arXiv 2306.05685).
 
-The judging model is passed in as a function from prompts to answers. Pairs are asked in both orders: a verdict that changes
+The judging model is passed in as a function from prompts to answers. Pairs are judged in both orders: a verdict that changes
 with the order is a tie, and how often the first place wins is the judge's position bias. An answer from which no verdict can
 be read is None: it is never guessed.
 """
@@ -41,9 +41,9 @@ class Answered(NamedTuple):
 
 @dataclass(frozen=True)
 class PairVerdict:
-    """What a judge said about a pair, in both orders.
+    """A judge's verdicts on a pair, in both orders.
 
-    orders: the place that it preferred with `answer` first, then with `other` first; None where that could not be read.
+    orders: the preferred place with `answer` first, then with `other` first; None where that could not be read.
     """
 
     orders: tuple[Preference | None, Preference | None]
@@ -67,26 +67,26 @@ class PairVerdict:
 
     @property
     def first_place(self) -> float:
-        """The share of the two verdicts that went to the place asked first, a tie as half: 0.5 where the place is no matter."""
+        """The share of the two verdicts for the answer shown first, a tie as half: 0.5 without position bias."""
         worth = {"first": 1.0, "second": 0.0, "tie": 0.5}
         return sum(worth[preferred] for preferred in self.orders if preferred is not None) / 2
 
 
 class PairwiseJudge:
-    """Says which of two answers is better. criterion: by what, in a sentence."""
+    """Says which of two answers is better. criterion: what decides, in a sentence."""
 
     def __init__(self, ask: Ask, criterion: str = "Prefer the answer that is more correct and more helpful.") -> None:
         self._ask = ask
         self._criterion = criterion
 
     def compare(self, pairs: Sequence[Pair]) -> list[PairVerdict]:
-        """A verdict for each pair; both orders of all pairs are asked in one call."""
+        """A verdict for each pair; both orders of all pairs go into one call."""
         prompts = [
             self._prompt(pair.question, *answers)
             for pair in pairs
             for answers in ((pair.answer, pair.other), (pair.other, pair.answer))
         ]
-        said = [_preference(text) for text in _asked(self._ask, prompts)]
+        said = [_preference(text) for text in _answers(self._ask, prompts)]
         return [PairVerdict((said[place], said[place + 1])) for place in range(0, len(said), 2)]
 
     def _prompt(self, question: str, first: str, second: str) -> str:
@@ -103,7 +103,7 @@ class PairwiseJudge:
 
 @dataclass(frozen=True)
 class Criterion:
-    """Something that an answer has or has not, as a question to be answered yes or no. weight: its share of the score."""
+    """A question about an answer, to be answered yes or no. weight: its share of the score."""
 
     question: str
     weight: float = 1.0
@@ -121,14 +121,14 @@ class RubricJudge:
         criteria: Sequence[Criterion] = (),
         criterion: str = "Judge how correct and how helpful the answer is.",
     ) -> None:
-        """criteria: without any, the answer is rated. criterion: by what, in a sentence."""
+        """criteria: where there are none, the answer is rated. criterion: what is judged, in a sentence."""
         self._ask = ask
         self._criteria = criteria
         self._criterion = criterion
 
     def scores(self, answered: Sequence[Answered]) -> list[float | None]:
         """A score for each answer; None where the judge's could not be read."""
-        said = _asked(self._ask, [self._prompt(one) for one in answered])
+        said = _answers(self._ask, [self._prompt(item) for item in answered])
         return [self._criteria_score(text) if self._criteria else _rating(text) for text in said]
 
     def _prompt(self, one: Answered) -> str:
@@ -153,15 +153,15 @@ class RubricJudge:
     def _criteria_score(self, text: str) -> float | None:
         """The weighted share of yes; None unless each criterion has exactly one line, in order."""
         lines = [line for each in text.splitlines() if (line := _bare(each).strip(_MARKUP))]
-        found = [_CRITERION.fullmatch(line) for line in lines[-len(self._criteria) :]]
-        said = [(int(one[1]), one[2].lower() == "yes") for one in found if one is not None]
+        matches = [_CRITERION.fullmatch(line) for line in lines[-len(self._criteria) :]]
+        said = [(int(criterion[1]), criterion[2].lower() == "yes") for criterion in matches if criterion is not None]
         if [number for number, _ in said] != list(range(1, len(self._criteria) + 1)):
             return None
-        total = sum(one.weight for one in self._criteria)
-        return sum(one.weight for one, (_, yes) in zip(self._criteria, said, strict=True) if yes) / total
+        total = sum(criterion.weight for criterion in self._criteria)
+        return sum(criterion.weight for criterion, (_, yes) in zip(self._criteria, said, strict=True) if yes) / total
 
 
-def _asked(ask: Ask, prompts: Sequence[str]) -> Sequence[str]:
+def _answers(ask: Ask, prompts: Sequence[str]) -> Sequence[str]:
     answers = ask(prompts)
     assert len(answers) == len(prompts), "a judge answers each prompt"
     return answers
@@ -181,14 +181,14 @@ def _last_line(text: str) -> str:
 
 def _preference(text: str) -> Preference | None:
     """The verdict on the last line, which is nothing but that."""
-    found = _VERDICT.fullmatch(_last_line(text))
+    match = _VERDICT.fullmatch(_last_line(text))
     places: dict[str, Preference] = {"1": "first", "2": "second", "tie": "tie"}
-    return places[found[1].lower()] if found else None
+    return places[match[1].lower()] if match else None
 
 
 def _rating(text: str) -> float | None:
-    found = _RATING.fullmatch(_last_line(text))
-    return (int(found[1]) - 1) / 4 if found else None
+    match = _RATING.fullmatch(_last_line(text))
+    return (int(match[1]) - 1) / 4 if match else None
 
 
 def _bare(line: str) -> str:

@@ -96,15 +96,9 @@ class JudgedTask(FileTask[JudgedConfig], GenerationTask):
         self._ask = ask
 
     def questions(self) -> list[GenerationQuestion]:
-        return [
-            GenerationQuestion(
-                item,
-                self._prompter.context(item, record, fill(self._config.prompt, record), self._example),
-                id=self._ids[item],
-                cluster=self._clusters[item],
-            )
-            for item, record in enumerate(self._items)
-        ]
+        return self._generation_questions(
+            lambda item, row: self._prompter.context(item, row, fill(self._config.prompt, row), self._example)
+        )
 
     def headline(self, form: str) -> str:
         return RUBRIC if self._config.method == "rubric" else WIN_RATE
@@ -136,7 +130,10 @@ class JudgedTask(FileTask[JudgedConfig], GenerationTask):
 
     def _rubric(self, ask: Ask, answers: Sequence[tuple[Record, str]]) -> list[tuple[dict[str, float], Any]]:
         config = self._config
-        criteria = [Criterion(one) if isinstance(one, str) else Criterion(one.question, one.weight) for one in config.criteria]
+        criteria = [
+            Criterion(criterion) if isinstance(criterion, str) else Criterion(criterion.question, criterion.weight)
+            for criterion in config.criteria
+        ]
         judge = RubricJudge(ask, criteria) if config.criterion is None else RubricJudge(ask, criteria, config.criterion)
         scores = judge.scores(
             [

@@ -16,11 +16,11 @@ from string import ascii_uppercase
 from bessemer.core.records import Record
 from bessemer.tasks.config import ChoiceConfig, ClozeConfig, SchemaConfig, fill
 from bessemer.tasks.file_task import Example, FileTask, gold_of, options_of
-from bessemer.tasks.questions import ContinuationScore, LikelihoodQuestion, LikelihoodTask, Outcome, Part
+from bessemer.tasks.questions import ContinuationRequest, ContinuationScore, LikelihoodQuestion, LikelihoodTask, Outcome
 
 
 class ChoiceTask(FileTask[ChoiceConfig], LikelihoodTask):
-    """Multiple choice over a file. With `form: best` both forms are asked (OLMES, Gu et al. 2024, section 3.3)."""
+    """Multiple choice over a file. With `form: best` both forms are scored (OLMES, Gu et al. 2024, section 3.3)."""
 
     def __init__(self, config: ChoiceConfig, folders: list[Path]) -> None:
         super().__init__(config, folders)
@@ -52,10 +52,10 @@ class ChoiceTask(FileTask[ChoiceConfig], LikelihoodTask):
     def _cloze(self, item: int, record: Record) -> LikelihoodQuestion:
         choices = tuple(self._choices[item])
         context = self._prompter.context(item, record, fill(self._config.prompt, record), self._cloze_example)
-        parts = [Part(context, choices)]
+        parts = [ContinuationRequest(context, choices)]
         if self._config.unconditional is not None:
             # a space before the choices, as behind the question
-            parts.append(Part(self._config.unconditional.rstrip() + " ", choices))
+            parts.append(ContinuationRequest(self._config.unconditional.rstrip() + " ", choices))
         return LikelihoodQuestion(item, "cloze", tuple(parts), self._ids[item], self._clusters[item])
 
     def _cloze_example(self, record: Record) -> Example:
@@ -67,7 +67,9 @@ class ChoiceTask(FileTask[ChoiceConfig], LikelihoodTask):
         context = self._prompter.context(
             item, record, self._lettered(record), self._letters_example, self._config.letter_joiner
         )
-        return LikelihoodQuestion(item, "letters", (Part(context, letters),), self._ids[item], self._clusters[item])
+        return LikelihoodQuestion(
+            item, "letters", (ContinuationRequest(context, letters),), self._ids[item], self._clusters[item]
+        )
 
     def _letters_example(self, record: Record) -> Example:
         gold = gold_of(record, self._config.gold, len(options_of(record, self._config.choices)))
@@ -103,7 +105,7 @@ class SchemaTask(FileTask[SchemaConfig], LikelihoodTask):
         return "accuracy"
 
     def judge(self, question: LikelihoodQuestion, scores: Sequence[Sequence[ContinuationScore]]) -> Outcome:
-        # per token, since a tokenizer may cut the continuation otherwise behind another context
+        # per token, since a tokenizer may split the continuation differently after another context
         chosen = greatest([score.total / len(score.token_ids) for (score,) in scores])
         gold = self._gold[question.item]
         return Outcome({"accuracy": float(chosen == gold)}, self._options[question.item][chosen], chosen, gold)
@@ -113,7 +115,7 @@ class SchemaTask(FileTask[SchemaConfig], LikelihoodTask):
         if not continuation.strip():
             raise record.error("the continuation is empty")
         contexts = [self._prompter.context(item, record, option, self._example) for option in self._options[item]]
-        parts = tuple(Part(context, (continuation,)) for context in contexts)
+        parts = tuple(ContinuationRequest(context, (continuation,)) for context in contexts)
         return LikelihoodQuestion(item, "schema", parts, self._ids[item], self._clusters[item])
 
     def _example(self, record: Record) -> Example:
@@ -140,7 +142,9 @@ class ClozeTask(FileTask[ClozeConfig], LikelihoodTask):
     def _question(self, item: int, record: Record) -> LikelihoodQuestion:
         example = self._example(record)
         context = self._prompter.context(item, record, example.question, self._example)
-        return LikelihoodQuestion(item, "cloze", (Part(context, (example.answer,)),), self._ids[item], self._clusters[item])
+        return LikelihoodQuestion(
+            item, "cloze", (ContinuationRequest(context, (example.answer,)),), self._ids[item], self._clusters[item]
+        )
 
     def _example(self, record: Record) -> Example:
         continuation = fill(self._config.continuation, record)
@@ -173,7 +177,7 @@ def choice_scores(
 
 
 def _common_tokens(token_ids: Sequence[Sequence[int]]) -> int:
-    """How many tokens all begin with, and at most all but one of the shortest."""
+    """Length of the common beginning, at most one less than the shortest."""
     shortest = min(map(len, token_ids))
     return next((place for place in range(shortest - 1) if len({ids[place] for ids in token_ids}) > 1), shortest - 1)
 

@@ -1,4 +1,4 @@
-"""What a task asks of a model, what it needs back, and what it makes of that."""
+"""Tasks: the questions for a model, the answers or scores that they need, and their judgement."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Context = str | tuple[Mapping[str, str], ...]
 
 
 class ContinuationScore(Protocol):
-    """How likely a model finds a continuation: what a task needs of `inference.scores.Score`."""
+    """The likelihood of a continuation: what a task needs of the engine's `Score`."""
 
     @property
     def token_ids(self) -> Sequence[int]:
@@ -32,7 +32,7 @@ class ContinuationScore(Protocol):
 
 
 @dataclass(frozen=True)
-class Part:
+class ContinuationRequest:
     """A context and the continuations that are scored behind it."""
 
     context: Context
@@ -41,7 +41,7 @@ class Part:
 
 @dataclass(frozen=True)
 class LikelihoodQuestion:
-    """An item asked by the likelihood of continuations.
+    """An item whose continuations are scored by their likelihood.
 
     item: its number in the task. form: one of several ways to ask it. id: names the item in every evaluation, its number if
     empty. cluster: what the item shares with others, such as a passage.
@@ -49,7 +49,7 @@ class LikelihoodQuestion:
 
     item: int
     form: str
-    parts: tuple[Part, ...]
+    parts: tuple[ContinuationRequest, ...]
     id: str = ""
     cluster: str | None = None
 
@@ -71,11 +71,11 @@ class GenerationQuestion:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an answer is worth: scores from 0 to 1 by name. answer: its text. chosen, gold: plain values, for a reader.
+    """The judgement of an answer: scores from 0 to 1 by name. answer: its text. chosen, gold: plain values, for a reader.
 
-    A score that is missing was not found out, and the item is left out of its mean. weights: how many things of one kind a
-    score is the share of (the instructions of a prompt), where the mean is over these and not over items. counts: of what
-    happened that a mean does not show (programs stopped, verdicts that could not be read), summed over items.
+    An item is left out of the mean of a score that it lacks. weights: for a score that is a share of several things (the
+    instructions of a prompt), their number; the mean is then over these. counts: events that no mean shows (programs stopped,
+    verdicts that could not be read), summed over items.
     """
 
     scores: Mapping[str, float]
@@ -88,8 +88,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How answers are generated. samples: of each item. temperature 0 is greedy; seed: of the samples. thinking_budget: tokens
-    of an answer after which its thinking is closed, and what follows the thinking is judged; None: all of it is judged."""
+    """How answers are generated. samples: of each item. temperature 0 is greedy; seed: of the samples.
+
+    thinking_budget: tokens after which thinking is closed; the text after it is judged. None: the whole answer is judged.
+    """
 
     max_tokens: int = 256
     temperature: float = 0.0
@@ -105,7 +107,7 @@ CountTokens = Callable[[Context], int]
 
 
 class _Task(ABC):
-    """What both kinds of task have.
+    """Attributes of both kinds of task.
 
     name: unique in an evaluation. settings: plain JSON values, of which a change makes another task. chance: the headline score
     of guessing. shots: examples before each question. begin_token: whether a text begins with the begin token even where the
@@ -123,15 +125,14 @@ class _Task(ABC):
     level_name: str = ""
 
     def fit_to_model(self, count_tokens: CountTokens, context_length: int) -> Sequence[str]:
-        """Choose the questions for a model, before they are asked: of tasks whose items have a length in tokens.
+        """Choose the items that fit a model, for tasks whose items have a length in tokens. Called before `questions`.
 
         Returns what is left out, a sentence each. Raises ConfigError where nothing fits the context.
         """
         return ()
 
     def item_texts(self) -> Mapping[str, Sequence[str]]:
-        """By item, what may stand in a training corpus: its own texts (question, passage, choices), without examples and
-        templates. Empty for a task whose items are made anew."""
+        """By item its own texts (question, passage, choices), to look for in a training corpus; empty for generated items."""
         return {}
 
     @abstractmethod
@@ -140,7 +141,7 @@ class _Task(ABC):
 
 
 class LikelihoodTask(_Task):
-    """A task that is asked by the likelihood of continuations."""
+    """A task that is answered by the likelihood of continuations."""
 
     @abstractmethod
     def questions(self) -> Sequence[LikelihoodQuestion]:
@@ -148,7 +149,7 @@ class LikelihoodTask(_Task):
 
     @abstractmethod
     def judge(self, question: LikelihoodQuestion, scores: Sequence[Sequence[ContinuationScore]]) -> Outcome:
-        """What the scores of the continuations of each part say."""
+        """Judge an item by the scores of the continuations of each part."""
 
 
 class GenerationTask(_Task):
@@ -161,15 +162,15 @@ class GenerationTask(_Task):
         """All questions."""
 
     def reference(self, question: GenerationQuestion) -> str | None:
-        """A right answer to a question, to learn from; None where a task tells right from wrong without knowing one."""
+        """A right answer to a question, to learn from; None where a task judges without one."""
         return None
 
     @abstractmethod
     def judge(self, question: GenerationQuestion, texts: Sequence[str]) -> Outcome:
-        """What the generated answers to a question are worth, all of its samples together."""
+        """Judge the generated answers to a question, all of its samples together."""
 
     def judge_all(self, answered: Sequence[tuple[GenerationQuestion, Sequence[str]]]) -> list[Outcome]:
-        """What the answers to several questions are worth; one after the other, unless a task does it faster."""
+        """Judge the answers to several questions; a task may do that faster than one after the other."""
         return [self.judge(question, texts) for question, texts in answered]
 
     def headline(self, form: str) -> str:

@@ -1,4 +1,4 @@
-"""Task files: YAML with the settings of one task, whose `kind` names what makes a task of them."""
+"""Task files: YAML with the settings of one task, whose `kind` names its class."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def read_task_config(path: Path) -> tuple[str, PromptConfig]:
 
 
 def with_options(config: C, options: TaskOptions) -> C:
-    """The settings with those of a call in their place. Raises ConfigError where they do not go together."""
+    """The settings overridden by those of a call. Raises ConfigError where they contradict each other."""
     given = options.model_dump(exclude={"data"}, exclude_none=True)
     return type(config).parse(
         config.model_dump() | {name: value for name, value in given.items() if name in type(config).model_fields},

@@ -23,15 +23,12 @@ from bessemer.data.text.word_rules import ALONE
 
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b", re.IGNORECASE)
 _PUNCTUATION = str.maketrans("", "", string.punctuation + "“”‘’«»…")
-#: The letter A, by its case, where it may be no article: `A is right`, `(a)`, not `a right answer`.
-_LETTER_A = {
-    "A": re.compile(r"(?<![^\W_])A(?![^\W_])"),
-    "a": re.compile(r"(?<![^\W_])a(?![^\W_]|\s+[^\w\s]*\w)"),
-}
+#: The letter A as an answer, not as an article: `A is right`, `(a)`, not `a right answer`.
+_LETTER_A = {"A": re.compile(r"(?<![^\W_])A(?![^\W_])"), "a": re.compile(r"(?<![^\W_])a(?![^\W_]|\s+[^\w\s]*\w)")}
 
 
 class _Verifier(Config):
-    #: The score by which answers are compared where a text may be right in part; None: it is right or wrong.
+    #: Name of the grade, where a text may be right in part; None: it is right or wrong.
     graded: ClassVar[str | None] = None
 
     @abstractmethod
@@ -103,7 +100,7 @@ class Exact(_Normalising):
 
 @dataclass(frozen=True)
 class _Statement:
-    """A text that `contains` searches. normal: its normal form, by which texts are equal and counted."""
+    """A text that `contains` searches. normal: its normal form, which alone decides equality."""
 
     normal: str
     text: str = field(compare=False)
@@ -130,7 +127,7 @@ class Contains(_Normalising):
         searched = statement.normal
         if self.ignore_articles and _only_articles(reference):
             if reference in _LETTER_A:
-                # in running text every other `a` is an article
+                # elsewhere in running text `a` is an article
                 cases = _LETTER_A if self.ignore_case else [reference]
                 return any(_LETTER_A[case].search(statement.text) for case in cases)
             searched = self._with_articles(statement.text)
@@ -169,10 +166,10 @@ class Pattern(_Normalising):
         return checked_pattern(pattern)
 
     def answer(self, text: str) -> str | None:
-        found = list(re.finditer(self.pattern, text))
-        if not found:
+        matches = list(re.finditer(self.pattern, text))
+        if not matches:
             return None
-        match = found[-1 if self.pick == "last" else 0]
+        match = matches[-1 if self.pick == "last" else 0]
         return self.normal((match[1] if match.re.groups else match[0]) or "") or None
 
     def accepts(self, answer: Hashable, references: Sequence[str]) -> bool:
@@ -261,15 +258,15 @@ def whole_number(text: str) -> Fraction | None:
 
 
 def answered_number(text: str, pick: str) -> Fraction | None:
-    """The number that answers: of what follows the last `####` if there is one; the `last` or the `first`.
+    """The number that a text answers: the first after the last `####`, if there is one; else the `last` or the `first`.
 
     None without any, and where that number has more than 1,000 characters.
     """
     _, has_mark, marked = text.rpartition(_MARK)
-    if has_mark and (found := _matches(marked)):
-        return _value(found[0])
-    found = _matches(text)
-    return _value(found[-1 if pick == "last" else 0]) if found else None
+    if has_mark and (matches := _matches(marked)):
+        return _value(matches[0])
+    matches = _matches(text)
+    return _value(matches[-1 if pick == "last" else 0]) if matches else None
 
 
 def _matches(text: str) -> list[re.Match[str]]:

@@ -1,8 +1,7 @@
-"""Curves, as SVG that takes its colours from the page, so that one drawing serves light and dark.
+"""Curves as SVG in the page's own colours, so that one drawing serves light and dark.
 
-matplotlib knows no CSS variables: it draws in stand-in colours that nobody else uses, and the SVG's text is edited
-afterwards. The same numbers give the same bytes: no date, fixed ids, which carry the chart's name so that several
-charts live in one page.
+matplotlib knows no CSS variables: it draws in stand-in colours, which are replaced in the text of the SVG. The same numbers
+give the same bytes. Ids begin with the chart's name, so that several charts fit in one page.
 """
 
 from __future__ import annotations
@@ -28,16 +27,13 @@ _LINES = ("#00000d", "#00000e", "#00000f", "#000010")
 _COLOURS = {_INK: "var(--ink)", _SOFT: "var(--soft)", _GRID: "var(--line)"} | {
     colour: f"var(--curve-{index})" for index, colour in enumerate(_LINES, start=1)
 }
-_STYLE: Any = {
-    "svg.hashsalt": "bessemer",
-    "svg.fonttype": "none",
-    "font.family": ["sans-serif"],
-    "font.size": 8.0,
-    "text.parse_math": False,
-}
+#: The same numbers give the same bytes; a label is never read as mathematics.
+STYLE: Any = {"svg.hashsalt": "bessemer", "text.parse_math": False}
+#: Text stays text in an SVG, in the reader's own font.
+TEXT_STYLE: Any = STYLE | {"svg.fonttype": "none", "font.family": ["sans-serif"]}
 #: Curves with fewer points than this are not averaged.
 _LONG = 60
-#: Baselines nearer than this share of the axis have one label together.
+#: Baselines nearer to each other than this share of the axis share a label.
 _LABEL_DISTANCE = 0.06
 
 
@@ -46,11 +42,11 @@ def line_chart(curves: Curves, *, name: str) -> Markup:
 
     name: unique in the page, it begins the SVG's ids. Returns an empty string when there is no point to draw.
     """
-    drawn = [(one.label, *one.points()) for one in curves.series]
-    drawn = [one for one in drawn if one[1]]
+    drawn = [(curve.label, *curve.points()) for curve in curves.series]
+    drawn = [curve for curve in drawn if curve[1]]
     if not drawn:
         return Markup("")
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(TEXT_STYLE | {"font.size": 8.0}):
         figure = Figure(figsize=(7.4, 3.1) if curves.wide else (3.6, 2.1), layout="constrained")
         figure.patch.set_visible(False)
         axes = figure.add_subplot()
@@ -60,15 +56,21 @@ def line_chart(curves: Curves, *, name: str) -> Markup:
         if curves.from_zero:
             axes.set_ylim(bottom=0)
         _draw_baselines(axes, curves.baselines)
-        stream = io.StringIO()
-        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
+        drawn_svg = svg_text(figure)
     unit = curves.x_label
     ends = (f"{label}: {y[0]:.4g} at {unit} {x[0]:g}, {y[-1]:.4g} at {unit} {x[-1]:g}" for label, x, y in drawn)
     levels = (f"{label}: {value:.4g}" for label, value in curves.baselines.items())
-    svg = _inline(stream.getvalue(), name, curves.title, "; ".join([*ends, *levels]))
+    svg = _inline(drawn_svg, name, curves.title, "; ".join([*ends, *levels]))
     return Markup('<figure class="chart{}"><figcaption>{}</figcaption>{}</figure>').format(
         "" if curves.wide else " half", curves.title, Markup(svg)
     )
+
+
+def svg_text(figure: Figure) -> str:
+    """A figure as the text of an SVG file, without its date."""
+    stream = io.StringIO()
+    figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
+    return stream.getvalue()
 
 
 def _prepare(axes: Axes, x_label: str) -> None:
@@ -109,7 +111,7 @@ def _draw(axes: Axes, label: str, x: list[float], y: list[float], colour: str, a
 
 
 def _moving_average(values: list[float]) -> list[float]:
-    """Over a fiftieth of the curve around each point: less, to both sides, in the steep beginning, so that it never lags."""
+    """Centred mean over a fiftieth of the curve, narrower near its ends: in the steep beginning it does not lag behind."""
     sums = [0.0, *accumulate(values)]
     half = len(values) // 100 + 1
     averages = []

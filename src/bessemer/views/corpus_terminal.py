@@ -13,7 +13,7 @@ from rich.text import Text
 from bessemer.core.metrics import label, percent, short_number, size
 from bessemer.core.report import Histogram
 from bessemer.data import report as corpus
-from bessemer.views.parts_terminal import bar, listing, literal, section
+from bessemer.views.parts_terminal import bar_text, listing, literal, section
 
 _SPARKS = "▁▂▃▄▅▆▇█"
 _SPARK_WIDTH = 32
@@ -29,10 +29,10 @@ def show_corpus(stages: corpus.Stages, *, examples: int = 2, rows: int = 12) -> 
     for name, metrics in stages.items():
         if metrics.get("by_reason"):
             parts += section(f"Dropped by {name}", _reasons(metrics["by_reason"]))
-    stage, found = corpus.scores_stage(stages)
-    if limited := [one for one in found if one.limit]:
+    stage, histograms = corpus.scores_stage(stages)
+    if limited := [histogram for histogram in histograms if histogram.limit]:
         parts += section(f"Thresholds of {stage}", _histograms(limited))
-    if free := [one for one in found if not one.limit]:
+    if free := [histogram for histogram in histograms if not histogram.limit]:
         parts += section("Scores without a threshold", _histograms(free))
     for metrics in stages.values():
         for method, duplicates in metrics.get("duplicates", {}).items():
@@ -40,18 +40,14 @@ def show_corpus(stages: corpus.Stages, *, examples: int = 2, rows: int = 12) -> 
                 f"Copies found by {method}" if "clusters" in duplicates else f"Cut by {method}", _copies(duplicates)
             )
     if edits := corpus.edits(stages):
-        counted = listing("Found by the edits", "times", "in documents")
-        for what, total, documents in edits:
-            counted.add_row(literal(what), f"{total:,}", f"{documents:,}")
-        parts += section("Edits", counted)
+        counts = [(what, f"{total:,}", f"{documents:,}") for what, total, documents in edits]
+        parts += section("Edits", listing("Found by the edits", "times", "in documents", rows=counts))
     for column, (title, heading) in corpus.COUNTED.items():
         if groups := corpus.before_and_after(stages, column):
             parts += section(title, _groups(heading, groups, rows))
     if problems := corpus.set_aside(stages):
-        table = listing("Source", "", "how many")
-        for source, kind, count in problems:
-            table.add_row(literal(source), literal(label(kind)), f"{count:,}")
-        parts += section("Set aside while reading", table)
+        set_aside = [(source, label(kind), f"{count:,}") for source, kind, count in problems]
+        parts += section("Set aside while reading", listing("Source", "", "how many", rows=set_aside))
     return Group(*parts, *_examples(stages, examples))
 
 
@@ -62,7 +58,7 @@ def _kept(stages: corpus.Stages) -> Table:
         dropped = metrics["documents_in"] - metrics["documents_out"]
         table.add_row(
             literal(name),
-            bar(metrics["bytes_out"] / largest),
+            bar_text(metrics["bytes_out"] / largest),
             f"{metrics['documents_out']:,}",
             size(metrics["bytes_out"]),
             f"{dropped:,} ({percent(dropped / metrics['documents_in'])})" if dropped else "–",
@@ -71,44 +67,48 @@ def _kept(stages: corpus.Stages) -> Table:
 
 
 def _reasons(by_reason: Mapping[str, Mapping[str, int]]) -> Table:
-    table = listing("Reason", "documents", "text")
-    for reason, found in sorted(by_reason.items(), key=lambda item: (-item[1]["documents"], item[0])):
-        table.add_row(literal(label(reason)), f"{found['documents']:,}", size(found["bytes"]))
-    return table
+    ordered = sorted(by_reason.items(), key=lambda item: (-item[1]["documents"], item[0]))
+    rows = [(label(reason), f"{counts['documents']:,}", size(counts["bytes"])) for reason, counts in ordered]
+    return listing("Reason", "documents", "text", rows=rows)
 
 
-def _histograms(found: Sequence[Histogram]) -> Table:
+def _histograms(histograms: Sequence[Histogram]) -> Table:
     """A line for each score: where its axis begins, a curve whose dropped part is dim, where it ends, what the limit does."""
-    limited = any(one.limit for one in found)
+    limited = any(histogram.limit for histogram in histograms)
     table = listing("Score", "from", "", "to", *(("kept", "outside", "only this") if limited else ()))
     table.columns[2].justify = table.columns[3].justify = "left"
-    for one in found:
+    for histogram in histograms:
         effect: list[RenderableType] = []
         if limited:
-            effect = [literal(one.limit), *("–" if count is None else f"{count:,}" for count in (one.outside, one.alone))]
-        table.add_row(literal(one.title), short_number(one.low), spark(one), short_number(one.high), *effect)
+            effect = [
+                literal(histogram.limit),
+                *("–" if count is None else f"{count:,}" for count in (histogram.outside, histogram.alone)),
+            ]
+        table.add_row(
+            literal(histogram.title), short_number(histogram.low), spark(histogram), short_number(histogram.high), *effect
+        )
     if limited:
         table.columns[4].justify = "left"
     return table
 
 
-def spark(one: Histogram, width: int = _SPARK_WIDTH) -> Text:
+def spark(histogram: Histogram, width: int = _SPARK_WIDTH) -> Text:
     """A histogram in one line: heights are square roots of counts, dim is what lies outside the limits, `┊` is a limit.
 
     What lies beyond the axis is counted at its ends.
     """
     # kept, dropped
     counts = [[0, 0] for _ in range(width)]
-    span = one.high - one.low
-    for found in one.bins:
-        middle = (max(found.start, one.low) + min(found.end, one.high)) / 2
-        place = min(max(int((middle - one.low) / span * width), 0), width - 1)
-        counts[place][not found.kept] += found.count
+    span = histogram.high - histogram.low
+    for bin in histogram.bins:
+        middle = (max(bin.start, histogram.low) + min(bin.end, histogram.high)) / 2
+        place = min(max(int((middle - histogram.low) / span * width), 0), width - 1)
+        counts[place][not bin.kept] += bin.count
     tallest = math.sqrt(max((sum(pair) for pair in counts), default=0) or 1)
     limits = {
-        round((limit - one.low) / span * width)
-        for limit in (one.lowest, one.highest)
-        if limit is not None and one.low < limit <= one.high
+        round((limit - histogram.low) / span * width)
+        for limit in (histogram.lowest, histogram.highest)
+        if limit is not None and histogram.low < limit <= histogram.high
     }
     text = Text()
     for place, (kept, dropped) in enumerate(counts):
@@ -120,15 +120,13 @@ def spark(one: Histogram, width: int = _SPARK_WIDTH) -> Text:
     return text.append("┊") if width in limits else text
 
 
-def _copies(found: Mapping[str, Any]) -> RenderableType:
-    if "clusters" not in found:
-        return literal(corpus.passages(found))
-    if not found["clusters"]:
+def _copies(duplicates: Mapping[str, Any]) -> RenderableType:
+    if "clusters" not in duplicates:
+        return literal(corpus.passages(duplicates))
+    if not duplicates["clusters"]:
         return literal("No copies.")
-    table = listing("Documents in a cluster", "clusters", "documents in them")
-    for row in found["by_size"]:
-        table.add_row(corpus.sizes(row), f"{row['clusters']:,}", f"{row['documents']:,}")
-    return table
+    rows = [(corpus.sizes(row), f"{row['clusters']:,}", f"{row['documents']:,}") for row in duplicates["by_size"]]
+    return listing("Documents in a cluster", "clusters", "documents in them", rows=rows)
 
 
 def _groups(heading: str, groups: Sequence[corpus.Group], rows: int) -> Table:
@@ -143,7 +141,7 @@ def _groups(heading: str, groups: Sequence[corpus.Group], rows: int) -> Table:
             kept[0],
             size(group.bytes),
             kept[1],
-            bar(group.kept_bytes / largest) if group.kept_bytes else "",
+            bar_text(group.kept_bytes / largest) if group.kept_bytes else "",
         )
     if len(groups) > rows:
         table.add_row(literal(f"and {len(groups) - rows:,} more", "dim"))
@@ -155,8 +153,8 @@ def _examples(stages: corpus.Stages, wanted: int) -> list[RenderableType]:
     if not wanted:
         return parts
     for metrics in stages.values():
-        for found in metrics.get("examples", {}).get("dropped", {}).values():
-            for document in found[:wanted]:
+        for documents in metrics.get("examples", {}).get("dropped", {}).values():
+            for document in documents[:wanted]:
                 parts += section(f"Dropped: {document.get('reason')}", _document(document))
     for document in (list(stages.values())[-1].get("examples", {}).get("kept", []) if stages else [])[:wanted]:
         parts += section("Kept", _document(document))

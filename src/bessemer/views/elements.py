@@ -1,6 +1,6 @@
 """Elements of an HTML page: tables, lists of facts, bars, and numbers as shades (pictures of matrices, strips, heat maps).
 
-A shade is a colour's opacity, so that one picture stands on light and dark paper. Bars are drawn by the style sheet.
+A shade is a colour's opacity, so that one picture fits light and dark pages. Bars are drawn by the style sheet.
 """
 
 from __future__ import annotations
@@ -10,17 +10,28 @@ import math
 import struct
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from importlib import resources
 from typing import Any
 
 import numpy as np
+from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from bessemer.core.metrics import label, shown, simple_values
 from bessemer.core.report import Column
 
 
-def bar(share: float, rest: float = 0.0) -> Markup:
-    """A horizontal bar of `share` of its place (0 … 1), and beside it a hatched one for what is gone."""
+def render_page(template: str, styles: Sequence[str], **values: Any) -> str:
+    """A whole page from a template and style sheets of this package. Every text from outside is escaped."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    files = resources.files("bessemer.views")
+    page = environment.from_string(files.joinpath(template).read_text(encoding="utf-8"))
+    style = Markup("".join(files.joinpath(sheet).read_text(encoding="utf-8") for sheet in styles))
+    return page.render(style=style, **values)
+
+
+def bar_html(share: float, rest: float = 0.0) -> Markup:
+    """A horizontal bar of `share` of its width (0 … 1), followed by a hatched one of `rest`."""
     parts = Markup('<i style="width:{:.2f}%"></i>').format(100 * max(share, 0.0))
     if rest > 0:
         parts += Markup('<i class="gone" style="width:{:.2f}%"></i>').format(100 * rest)
@@ -28,12 +39,12 @@ def bar(share: float, rest: float = 0.0) -> Markup:
 
 
 def measured(share: float, figure: str) -> Markup:
-    """A figure with its bar before it, all bars of a column of one length."""
-    return Markup('<span class="measured">{}<span>{}</span></span>').format(bar(share), figure)
+    """A figure behind its bar; in a table all bars begin at one place."""
+    return Markup('<span class="measured">{}<span>{}</span></span>').format(bar_html(share), figure)
 
 
 def lead(text: str) -> Markup:
-    """The paragraph that says what is seen."""
+    """The paragraph that introduces a section."""
     return Markup('<p class="lead">{}</p>').format(text)
 
 
@@ -61,7 +72,7 @@ def _numeric(column: Column) -> Markup:
     return Markup(' class="number"') if column.numeric else Markup("")
 
 
-def facts(values: Mapping[str, Any]) -> Markup:
+def facts_html(values: Mapping[str, Any]) -> Markup:
     """Metrics as a list of names and values, in the units that their names tell; nested values are left out."""
     rows = (Markup("<div><dt>{}</dt><dd>{}</dd></div>").format(label(k), shown(k, v)) for k, v in simple_values(values).items())
     return Markup('<dl class="facts">{}</dl>').format(Markup("").join(rows))
@@ -74,7 +85,7 @@ WEIGHT_EXPONENT = 0.5
 _CELL, _LEFT, _TOP = 16, 26, 16
 #: Width of a small letter.
 _LETTER = 5.2
-#: At most; of more rows, every fifth or tenth has its number.
+#: Most rows or columns that are all numbered; of more, every second, fifth or tenth is.
 _LABELLED_ROWS = 40
 
 
@@ -112,8 +123,8 @@ def heat_map(
 ) -> Markup:
     """A matrix as cells, each with its number in its title; negative ones in the other colour, missing ones empty.
 
-    limit: of the full shade; the largest absolute number when None. marked: cells with a frame. shades_LH: of the cells, from 0
-    to 1, where they do not go with the numbers. row_names, column_names: where they are not 0, 1, 2, ….
+    limit: number of the full shade; None: the largest absolute one. marked: cells with a frame. shades_LH: 0 to 1, where shades
+    do not follow the numbers. row_names, column_names: where they are not 0, 1, 2, ….
     """
     count, width = values_LH.shape
     known = np.abs(values_LH[np.isfinite(values_LH)])
@@ -158,7 +169,7 @@ def heat_map(
 
 
 def logarithmic_shades(values_RC: np.ndarray) -> np.ndarray:
-    """0.08 for the smallest number, 1 for the largest, by their logarithms; what is no positive number has none."""
+    """Shades by logarithm: 0.08 for the smallest number, 1 for the largest, 0 for what has no logarithm."""
     with np.errstate(divide="ignore", invalid="ignore"):
         logarithms = np.log(values_RC)
     finite = np.isfinite(logarithms)

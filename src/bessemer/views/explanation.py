@@ -1,4 +1,4 @@
-"""What every edit and filter thinks of a document, for a terminal: what `bessemer explain` prints."""
+"""The verdict of every edit and filter on a document, as `bessemer explain` prints it."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _MOST_CHARACTERS = 160
 _PASSES, _FAILS = "green", "bold red"
 
 
-def show_explanation(found: Explanation, pieces: Sequence[str] = ()) -> RenderableType:
+def show_explanation(explanation: Explanation, pieces: Sequence[str] = ()) -> RenderableType:
     """The verdict, the edits with what they change, and every score beside its limit. pieces: the text in its tokens."""
-    parts: list[RenderableType] = [_verdict(found)]
-    changed = [one for one in found.edits if one.changes or any(one.counts.values())]
-    for one in changed:
-        parts += section(f"Edit {one.name}", _edit(one))
-    unchanged = [one.name for one in found.edits if one not in changed]
+    parts: list[RenderableType] = [_verdict(explanation)]
+    changed = [edit for edit in explanation.edits if edit.changes or any(edit.counts.values())]
+    for edit in changed:
+        parts += section(f"Edit {edit.name}", _edit(edit))
+    unchanged = [edit.name for edit in explanation.edits if edit not in changed]
     if unchanged:
         parts += section("Edits that change nothing", literal(", ".join(unchanged), "dim"))
-    if found.scores:
-        parts += section("Scores", _scores(found.scores))
+    if explanation.scores:
+        parts += section("Scores", _scores(explanation.scores))
     if pieces:
         parts += section(f"{len(pieces):,} tokens", tokens_text(pieces))
     return Group(*parts)
@@ -39,41 +39,43 @@ def show_history(sightings: Iterable[Sighting]) -> RenderableType:
     """What became of a document in each stage."""
     table = listing("Stage", "text", "", " ")
     table.columns[-1].justify = "left"
-    for one in sightings:
-        kept = one.side == "documents"
+    for sighting in sightings:
+        kept = sighting.side == "documents"
         table.add_row(
-            literal(one.stage),
-            size(len(one.row["text"].encode())),
+            literal(sighting.stage),
+            size(len(sighting.row["text"].encode())),
             Text("kept" if kept else "dropped", _PASSES if kept else _FAILS),
-            literal("" if kept else one.row["reason"]),
+            literal("" if kept else sighting.row["reason"]),
         )
     return table
 
 
-def _verdict(found: Explanation) -> Text:
+def _verdict(explanation: Explanation) -> Text:
     text = Text()
-    if found.is_kept:
+    if explanation.is_kept:
         return text.append("It is kept.", _PASSES)
-    if found.is_kept is False:
-        first, *others = found.reasons[RECIPE]
+    if explanation.is_kept is False:
+        first, *others = explanation.reasons[RECIPE]
         text.append("It is dropped: ", _FAILS).append_text(literal(first))
         if others:
             text.append("\nIt breaks as well: ").append_text(literal("; ".join(others)))
         return text
-    for preset, reasons in found.reasons.items():
+    for preset, reasons in explanation.reasons.items():
         text.append(f"{preset} drops it: ", _FAILS).append_text(literal("; ".join(reasons))).append("\n")
-    passed = dict.fromkeys(one.preset for one in found.scores if one.preset and one.preset not in found.reasons)
+    passed = dict.fromkeys(
+        score.preset for score in explanation.scores if score.preset and score.preset not in explanation.reasons
+    )
     return text.append("It passes ", _PASSES).append(", ".join(passed)) if passed else text
 
 
-def _edit(one: EditResult) -> RenderableType:
-    counts = {column.removeprefix(f"{one.name}_").replace("_", " "): count for column, count in one.counts.items() if count}
+def _edit(edit: EditResult) -> RenderableType:
+    counts = {column.removeprefix(f"{edit.name}_").replace("_", " "): count for column, count in edit.counts.items() if count}
     counted = ", ".join(f"{name}: {count:,}" for name, count in counts.items())
     text = literal(counted, "dim")
-    for change in one.changes[:_MOST_CHANGES]:
+    for change in edit.changes[:_MOST_CHANGES]:
         text.append("\n").append_text(_change(change))
-    if len(one.changes) > _MOST_CHANGES:
-        text.append(f"\nand {len(one.changes) - _MOST_CHANGES:,} more changes", "dim")
+    if len(edit.changes) > _MOST_CHANGES:
+        text.append(f"\nand {len(edit.changes) - _MOST_CHANGES:,} more changes", "dim")
     return text
 
 
@@ -98,21 +100,21 @@ def _scores(scores: Sequence[Score]) -> RenderableType:
     table = listing("Score", "value", "kept", "preset", "says")
     for column in table.columns[2:]:
         column.justify = "left"
-    for one in scores:
-        known = "–" if one.value is None else one.value
+    for score in scores:
+        known = "–" if score.value is None else score.value
         value = short_number(known) if isinstance(known, (int, float)) and not isinstance(known, bool) else str(known)
-        style = {True: "", False: _FAILS, None: "dim"}[one.passes]
+        style = {True: "", False: _FAILS, None: "dim"}[score.passes]
         table.add_row(
-            literal(display_name(one.column), style),
+            literal(display_name(score.column), style),
             literal(value, style),
-            literal(_kept(one)),
-            literal(one.preset, "dim"),
-            literal(one.description, "dim"),
+            literal(_kept(score)),
+            literal(score.preset, "dim"),
+            literal(score.description, "dim"),
         )
     return table
 
 
-def _kept(one: Score) -> str:
-    lowest, highest = one.limit
+def _kept(score: Score) -> str:
+    lowest, highest = score.limit
     words = [f"≥ {short_number(lowest)}"] if lowest is not None else []
     return " ".join([*words, *([f"≤ {short_number(highest)}"] if highest is not None else [])])

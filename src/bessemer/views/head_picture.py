@@ -1,9 +1,8 @@
-"""One head as a picture file, for documents: whom each token looks at, and where one of them looks."""
+"""One attention head as a picture file: its matrix of weights, and the weights of one query."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -13,10 +12,10 @@ from matplotlib.figure import Figure
 from bessemer.core.errors import ConfigError
 from bessemer.core.store import new_file
 from bessemer.inspection.inspect import Inspection
+from bessemer.views.charts import STYLE
 from bessemer.views.elements import POSITIVE, WEIGHT_EXPONENT
 from bessemer.views.tokens import visible
 
-_STYLE: Any = {"svg.hashsalt": "bessemer", "text.parse_math": False, "font.size": 8.0}
 _SUFFIXES = (".png", ".svg", ".pdf")
 _COLOUR, _SOFT = "#{:02x}{:02x}{:02x}".format(*POSITIVE), "#6d6960"
 #: Dots per inch; more tokens than this have no room for their names.
@@ -24,20 +23,20 @@ _RESOLUTION, _NAMED = 110, 60
 
 
 def check_suffix(path: Path) -> None:
-    """Raise ConfigError for a file that is no picture by its name."""
+    """Raise ConfigError for a file whose suffix is not that of a picture."""
     if path.suffix not in _SUFFIXES:
         raise ConfigError(f"{path}: a picture ends in one of {', '.join(_SUFFIXES)}")
 
 
-def save_head_picture(found: Inspection, path: Path) -> None:
+def save_head_picture(inspection: Inspection, path: Path) -> None:
     """Draw the opened head to a file. Raises ConfigError when there is none."""
-    if found.opened is None:
+    if inspection.opened is None:
         raise ConfigError("there is no head to draw: every layer of this model is linear attention")
-    opened, names = found.opened, [visible(piece) for piece in found.tokens.pieces]
-    weights_TT = found.attention[opened.layer]
+    opened, names = inspection.opened, [visible(piece) for piece in inspection.tokens.pieces]
+    weights_TT = inspection.attention[opened.layer]
     assert weights_TT is not None
     colours = LinearSegmentedColormap.from_list("heat", ["#ffffff", _COLOUR])
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE | {"font.size": 8.0}):
         figure = Figure(figsize=(8.2, 4.1), layout="constrained")
         matrix, bars = figure.subplots(1, 2, width_ratios=(1.25, 1))
         matrix.imshow(weights_TT[opened.head] ** WEIGHT_EXPONENT, cmap=colours, vmin=0, vmax=1, interpolation="nearest")
@@ -59,7 +58,7 @@ def save_head_picture(found: Inspection, path: Path) -> None:
         bars.tick_params(length=0)
         for axes in (matrix, bars):
             axes.spines[:].set_visible(False)
-        # the same bytes each time
+        # without dates the same picture has the same bytes
         dated = {".png": {"Software": None}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
         with new_file(path) as unfinished:
             figure.savefig(unfinished, format=path.suffix[1:], dpi=_RESOLUTION, metadata=dated[path.suffix])

@@ -7,20 +7,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from importlib import resources
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from bessemer.core.metrics import label, percent
 from bessemer.core.report import Column
 from bessemer.inspection.heads import ROLES, OpenedHead, strongest
 from bessemer.inspection.inspect import Inspection, Neighbours, TokenMap
-from bessemer.views.elements import POSITIVE, WEIGHT_EXPONENT, heat_map, lead, measured, strip, table, weights_picture
+from bessemer.views.elements import (
+    POSITIVE,
+    WEIGHT_EXPONENT,
+    heat_map,
+    lead,
+    measured,
+    render_page,
+    strip,
+    table,
+    weights_picture,
+)
 from bessemer.views.tokens import token, tokens_html, visible
 
-#: Labels along one side of a picture, and rows of the table of steps: no more than can be read.
+#: Most labels along one side of a picture, and most rows of the table of steps.
 _LABELS, _STEPS = 40, 64
 #: More heads than this have smaller pictures.
 _MANY_HEADS = 12
@@ -33,14 +41,14 @@ ROLE_NOTES = {
 }
 
 
-def attention(found: Inspection) -> Markup:
+def attention(inspection: Inspection) -> Markup:
     """Every head as a small picture, and the chosen one large."""
-    if not any(weights is not None for weights in found.attention):
+    if not any(weights is not None for weights in inspection.attention):
         return lead("Every layer of this model is linear attention: a state, and no attention weights to draw.")
-    chosen = (found.opened.layer, found.opened.head) if found.opened else (0, 0)
-    heads = max(len(weights) for weights in found.attention if weights is not None)
+    chosen = (inspection.opened.layer, inspection.opened.head) if inspection.opened else (0, 0)
+    heads = max(len(weights) for weights in inspection.attention if weights is not None)
     variables, shown, rows = [], [], []
-    for layer, weights in enumerate(found.attention):
+    for layer, weights in enumerate(inspection.attention):
         if weights is None:
             cells = Markup('<td class="linear" colspan="{}">linear attention: a state, no weights</td>').format(heads)
         else:
@@ -64,14 +72,14 @@ def attention(found: Inspection) -> Markup:
     note = lead(
         "Each small picture is one head (layers down, heads across): a row for each token that looks, a column for each that "
         "is looked at. Choose one to see it large. A row's weights sum to 1"
-        + (", less what the head's sink takes." if found.config.attention_sinks else ".")
+        + (", less what the head's sink takes." if inspection.config.attention_sinks else ".")
     )
-    return note + style + Markup('<div class="attention">{}{}</div>').format(grid, _large(found)) + _towards(found)
+    return note + style + Markup('<div class="attention">{}{}</div>').format(grid, _large(inspection)) + _towards(inspection)
 
 
-def _large(found: Inspection) -> Markup:
-    """The place where the chosen head is drawn large, with the tokens along its sides."""
-    pieces = found.tokens.pieces
+def _large(inspection: Inspection) -> Markup:
+    """The chosen head drawn large, with the tokens along its sides."""
+    pieces = inspection.tokens.pieces
     every = math.ceil(len(pieces) / _LABELS)
     labels = Markup("")
     for position in range(0, len(pieces), every):
@@ -89,12 +97,12 @@ def _large(found: Inspection) -> Markup:
     )
 
 
-def _towards(found: Inspection) -> Markup:
-    """How hard each head looks from the asked query at the asked key."""
-    if found.opened is None or found.key is None:
+def _towards(inspection: Inspection) -> Markup:
+    """The attention of each head from the chosen query to the chosen key."""
+    if inspection.opened is None or inspection.key is None:
         return Markup("")
-    looks_LH = found.towards(found.opened.position, found.key)
-    query, key = (token(found.tokens.pieces[place]) for place in (found.opened.position, found.key))
+    looks_LH = inspection.towards(inspection.opened.position, inspection.key)
+    query, key = (token(inspection.tokens.pieces[place]) for place in (inspection.opened.position, inspection.key))
     best = strongest(looks_LH, 8)
     rows = [(f"layer {layer}, head {head}", measured(weight, percent(weight))) for layer, head, weight in best]
     drawn = heat_map(
@@ -105,12 +113,12 @@ def _towards(found: Inspection) -> Markup:
     )
 
 
-def opened_head(found: Inspection) -> Markup:
+def opened_head(inspection: Inspection) -> Markup:
     """One head at one position: scores, mask, softmax, the weighted sum of values."""
-    opened = found.opened
+    opened = inspection.opened
     if opened is None:
         return Markup("")
-    query = found.tokens.pieces[opened.position]
+    query = inspection.tokens.pieces[opened.position]
     shown = _shown_keys(opened)
     limit = float(np.abs(opened.keys_TC[shown]).max(initial=0)) or 1.0
     values_limit = float(np.abs(opened.values_TV[shown]).max(initial=0)) or 1.0
@@ -120,7 +128,7 @@ def opened_head(found: Inspection) -> Markup:
     rows, unseen = [], []
     for key in shown:
         cells: list[str | Markup] = [
-            Markup('{} <span class="soft">{}</span>').format(token(found.tokens.pieces[key]), key),
+            Markup('{} <span class="soft">{}</span>').format(token(inspection.tokens.pieces[key]), key),
             strip(opened.keys_TC[key], limit),
             f"{opened.products_T[key]:.2f}",
             f"{opened.scaled_T[key]:.2f}",
@@ -166,16 +174,16 @@ def _shown_keys(opened: OpenedHead) -> list[int]:
     return sorted(np.argsort(-opened.weights_T, kind="stable")[:_STEPS].tolist())
 
 
-def roles(found: Inspection) -> Markup:
-    """How far every head plays each role."""
-    if not any(np.isfinite(scores).any() for scores in found.roles.values()):
+def roles(inspection: Inspection) -> Markup:
+    """The score of every head in each role."""
+    if not any(np.isfinite(scores).any() for scores in inspection.roles.values()):
         return Markup("")
     columns = Markup("")
     for role in ROLES:
-        best = strongest(found.roles[role])
+        best = strongest(inspection.roles[role])
         rows = [(f"{layer}", f"{head}", f"{score:.2f}") for layer, head, score in best]
         columns += Markup('<div>{}<p class="soft">{}</p>{}</div>').format(
-            heat_map(found.roles[role], title=label(role), shown=percent, marked=[best[0][:2]] if best else [], limit=1),
+            heat_map(inspection.roles[role], title=label(role), shown=percent, marked=[best[0][:2]] if best else [], limit=1),
             ROLE_NOTES[role],
             table([Column("Layer"), Column("Head"), Column("Score", True)], rows),
         )
@@ -185,9 +193,9 @@ def roles(found: Inspection) -> Markup:
     ) + Markup('<div class="roles">{}</div>').format(columns)
 
 
-def ablation(found: Inspection) -> Markup:
-    """What the loss does without each head."""
-    changes_LH = found.head_changes_LH
+def ablation(inspection: Inspection) -> Markup:
+    """The change of the loss without each head."""
+    changes_LH = inspection.head_changes_LH
     if changes_LH is None:
         return Markup("")
     needed, harmful = strongest(changes_LH), strongest(-changes_LH)
@@ -200,8 +208,8 @@ def ablation(found: Inspection) -> Markup:
             table([Column("Head"), Column("Loss", True)], fewer)
         )
     return lead(
-        f"The loss on this text is {found.loss:.3f} nats per token. Here is by how much it changes when one head alone adds "
-        "nothing: orange where the model needs it, blue where this text is likelier without it. On a short text this is "
+        f"The loss on this text is {inspection.loss:.3f} nats per token. Here is by how much it changes when one head alone "
+        "adds nothing: orange where the model needs it, blue where this text is likelier without it. On a short text this is "
         "what happens here, not what a head is worth in general."
     ) + Markup('<div class="heats">{}{}</div>').format(drawn, lists)
 
@@ -211,46 +219,43 @@ def signed(change: float) -> str:
     return f"{change:+.3f}".replace("-", "−")
 
 
-#: Words on the map, positions of the lens (the last ones), characters of the heading: no more than can be read.
+#: Most words on the map, positions of the lens (the last ones), and characters of the heading.
 _ON_MAP, _LENS, _HEADING = 120, 64, 160
 
 
-def inspection_page(found: Inspection, name: str) -> str:
+def inspection_page(inspection: Inspection, name: str) -> str:
     """The whole page. name: the model's. Every text from outside is escaped; the same numbers give the same bytes."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    files = resources.files("bessemer.views")
-    template = environment.from_string(files.joinpath("inspection.html.jinja").read_text(encoding="utf-8"))
-    style = "".join(files.joinpath(file).read_text(encoding="utf-8") for file in ("style.css", "inspection.css"))
-    return template.render(
+    return render_page(
+        "inspection.html.jinja",
+        ["style.css", "inspection.css"],
         name=name,
-        heading=found.text if len(found.text) <= _HEADING else f"{found.text[:_HEADING]}…",
-        figures=key_figures(found),
-        style=Markup(style),
-        sections=inspection_sections(found),
+        heading=inspection.text if len(inspection.text) <= _HEADING else f"{inspection.text[:_HEADING]}…",
+        figures=key_figures(inspection),
+        sections=inspection_sections(inspection),
     )
 
 
-def inspection_sections(found: Inspection) -> list[tuple[str, str, Markup]]:
+def inspection_sections(inspection: Inspection) -> list[tuple[str, str, Markup]]:
     """The page's sections: an anchor, a title and what stands below it."""
-    sections = [(anchor, title, Markup(draw(found))) for anchor, title, draw in _SECTIONS]
+    sections = [(anchor, title, Markup(draw(inspection))) for anchor, title, draw in _SECTIONS]
     return [section for section in sections if section[2]]
 
 
-def key_figures(found: Inspection) -> list[tuple[str, str]]:
+def key_figures(inspection: Inspection) -> list[tuple[str, str]]:
     """A few figures of the model and the text."""
-    config = found.config
+    config = inspection.config
     figures = [
-        ("tokens", f"{len(found.tokens.ids):,}"),
+        ("tokens", f"{len(inspection.tokens.ids):,}"),
         ("layers", f"{config.num_hidden_layers}"),
         ("heads of a layer", f"{config.num_attention_heads}"),
     ]
-    if found.loss is not None:
-        figures += [("loss, nats per token", f"{found.loss:.2f}")]
+    if inspection.loss is not None:
+        figures += [("loss, nats per token", f"{inspection.loss:.2f}")]
     return figures
 
 
-def _tokens(found: Inspection) -> Markup:
-    losses = [math.nan, *found.lens.losses()] if len(found.tokens.ids) > 1 else [math.nan]
+def _tokens(inspection: Inspection) -> Markup:
+    losses = [math.nan, *inspection.lens.losses()] if len(inspection.tokens.ids) > 1 else [math.nan]
     worst = max((loss for loss in losses if not math.isnan(loss)), default=0) or 1
     rows = [
         (
@@ -261,20 +266,20 @@ def _tokens(found: Inspection) -> Markup:
             "–" if math.isnan(loss) else measured(loss / worst, f"{loss:.2f}"),
         )
         for position, (piece, id, (start, end), loss) in enumerate(
-            zip(found.tokens.pieces, found.tokens.ids, found.tokens.offsets, losses, strict=True)
+            zip(inspection.tokens.pieces, inspection.tokens.ids, inspection.tokens.offsets, losses, strict=True)
         )
     ]
     columns = [Column("Position", True), Column("Token"), Column("Id", True), Column("Characters", True)]
     columns += [Column("Loss, nats", True)]
     return (
         lead("What the model reads, and how much each token surprised it: the loss is −ln of the probability it had.")
-        + tokens_html(found.tokens.pieces)
+        + tokens_html(inspection.tokens.pieces)
         + Markup("<details><summary>Ids, offsets and losses</summary>{}</details>").format(table(columns, rows))
     )
 
 
-def _lens(found: Inspection) -> Markup:
-    lens, pieces = found.lens, found.tokens.pieces
+def _lens(inspection: Inspection) -> Markup:
+    lens, pieces = inspection.lens, inspection.tokens.pieces
     shown = range(max(len(pieces) - _LENS, 0), len(pieces))
     head = Markup("").join(Markup('<th scope="col">{}</th>').format(token(pieces[position])) for position in shown)
     rows = []
@@ -283,8 +288,8 @@ def _lens(found: Inspection) -> Markup:
         for position in shown:
             best, probability = int(lens.tokens_LTk[layer, position, 0]), float(lens.probabilities_LTk[layer, position, 0])
             likeliest = zip(lens.tokens_LTk[layer, position], lens.probabilities_LTk[layer, position], strict=True)
-            title = ", ".join(f"{visible(found.pieces[int(id)])} {percent(float(share))}" for id, share in likeliest)
-            is_next = position + 1 < len(pieces) and best == found.tokens.ids[position + 1]
+            title = ", ".join(f"{visible(inspection.pieces[int(id)])} {percent(float(share))}" for id, share in likeliest)
+            is_next = position + 1 < len(pieces) and best == inspection.tokens.ids[position + 1]
             if position + 1 < len(pieces):
                 rank, share = int(lens.next_rank_LT[layer, position]), float(lens.next_probability_LT[layer, position])
                 title += f"; what comes next, {visible(pieces[position + 1])}, is number {rank:,} with {percent(share)}"
@@ -292,7 +297,7 @@ def _lens(found: Inspection) -> Markup:
                 Markup(' class="next"') if is_next else "",
                 f"{(*POSITIVE, round(0.75 * probability, 3))}",
                 title,
-                token(found.pieces[best]),
+                token(inspection.pieces[best]),
             )
         name = "embedding" if layer == 0 else f"layer {layer - 1}"
         rows.append(Markup("<tr><td>{}</td>{}</tr>").format(name, cells))
@@ -308,13 +313,13 @@ def _lens(found: Inspection) -> Markup:
         + Markup('<div class="lens scroll"><table><thead><tr><th></th>{}</tr></thead><tbody>{}</tbody></table></div>').format(
             head, body
         )
-        + _ranks(found)
+        + _ranks(inspection)
     )
 
 
-def _ranks(found: Inspection) -> Markup:
+def _ranks(inspection: Inspection) -> Markup:
     """By layer: how often the true next token is the likeliest, and its median rank."""
-    lens = found.lens
+    lens = inspection.lens
     if not lens.next_rank_LT.size:
         return Markup("")
     rows = []
@@ -332,22 +337,23 @@ def _ranks(found: Inspection) -> Markup:
     return Markup("<details><summary>How right each layer is</summary>{}</details>").format(table(columns, rows))
 
 
-def _embedding(found: Inspection) -> Markup:
+def _embedding(inspection: Inspection) -> Markup:
     parts = [
-        Markup("<div><h3>Nearest to {}</h3>{}</div>").format(token(word), _nearest(found, near))
-        for word, near in found.neighbours.items()
+        Markup("<div><h3>Nearest to {}</h3>{}</div>").format(token(word), _nearest(inspection, near))
+        for word, near in inspection.neighbours.items()
     ]
     parts += [
-        Markup("<div><h3>{}</h3>{}</div>").format(formula, _nearest(found, near)) for formula, near in found.analogies.items()
+        Markup("<div><h3>{}</h3>{}</div>").format(formula, _nearest(inspection, near))
+        for formula, near in inspection.analogies.items()
     ]
     listed = Markup('<div class="columns">{}</div>').format(Markup("").join(parts)) if parts else Markup("")
     note = lead("Each token is a vector; the cosine between two says how nearly they point the same way.") if parts else ""
-    return Markup(note) + listed + _map(found.map)
+    return Markup(note) + listed + _map(inspection.map)
 
 
-def _nearest(found: Inspection, near: Neighbours) -> Markup:
+def _nearest(inspection: Inspection, near: Neighbours) -> Markup:
     rows = [
-        (token(found.pieces[int(id)]), measured(max(float(cosine), 0.0), f"{cosine:.2f}"))
+        (token(inspection.pieces[int(id)]), measured(max(float(cosine), 0.0), f"{cosine:.2f}"))
         for id, cosine in zip(near.tokens, near.cosines, strict=True)
     ]
     return table([Column("Token"), Column("Cosine", True)], rows)
@@ -378,7 +384,7 @@ def _map(tokens: TokenMap) -> Markup:
 
 
 def _apart(places: Sequence[tuple[float, float]]) -> list[float]:
-    """Heights for the names of points, moved down where they would lie on one another."""
+    """Heights of the names of points, moved down where they would overlap."""
     heights: list[float] = [y for _, y in places]
     done: list[tuple[float, float]] = []
     for index in sorted(range(len(places)), key=lambda index: places[index][1]):
@@ -393,22 +399,22 @@ def _apart(places: Sequence[tuple[float, float]]) -> list[float]:
     return heights
 
 
-def _experts(found: Inspection) -> Markup:
-    if not found.experts:
+def _experts(inspection: Inspection) -> Markup:
+    if not inspection.experts:
         return Markup("")
     layers = Markup("")
-    for layer, (experts_BTk, weights_BTk) in found.experts.items():
+    for layer, (experts_BTk, weights_BTk) in inspection.experts.items():
         experts_Tk, weights_Tk = experts_BTk[0], weights_BTk[0]
-        share_E = np.bincount(experts_Tk.ravel(), minlength=found.config.num_experts) / experts_Tk.size
+        share_E = np.bincount(experts_Tk.ravel(), minlength=inspection.config.num_experts) / experts_Tk.size
         columns = [Column("Token"), *(Column("") for _ in range(experts_Tk.shape[1]))]
         rows = [
             (token(piece), *(_expert(int(id), float(weight)) for id, weight in zip(ids, weights, strict=True)))
-            for piece, ids, weights in zip(found.tokens.pieces, experts_Tk, weights_Tk, strict=True)
+            for piece, ids, weights in zip(inspection.tokens.pieces, experts_Tk, weights_Tk, strict=True)
         ]
         busiest = ", ".join(f"{id} ({percent(share_E[id])})" for id in np.argsort(-share_E, kind="stable")[:3].tolist())
         summary = f"Layer {layer}: busiest experts {busiest}; {int((share_E == 0).sum())} of {len(share_E)} unused"
         layers += Markup('<details{}><summary>{}</summary><div class="experts">{}</div></details>').format(
-            Markup(" open") if layer == next(iter(found.experts)) else "", summary, table(columns, rows)
+            Markup(" open") if layer == next(iter(inspection.experts)) else "", summary, table(columns, rows)
         )
     return lead("In each sparse layer, the experts that each token chose, the heaviest first, with their weights.") + layers
 

@@ -13,46 +13,43 @@ from bessemer.core.metrics import label, percent
 from bessemer.inspection.heads import ROLES, strongest
 from bessemer.inspection.inspect import Inspection, Neighbours
 from bessemer.views.inspection import key_figures, signed
-from bessemer.views.parts_terminal import bar, listing, section
+from bessemer.views.parts_terminal import bar_text, listing, section
 from bessemer.views.tokens import tokens_text, visible
 
 #: Rows of a list, things in a line, and keys of the opened head.
 _ROWS, _LIKELY, _KEYS = 5, 3, 12
 
 
-def show_inspection(found: Inspection) -> RenderableType:
+def show_inspection(inspection: Inspection) -> RenderableType:
     """Tokens, where the opened head looks, what layers predict, what heads do, experts, neighbours."""
-    facts = "   ".join(f"{name} {value}" for name, value in key_figures(found))
-    parts: list[RenderableType] = [tokens_text(found.tokens.pieces), Text(facts, "dim")]
-    if found.opened is None:
+    facts = "   ".join(f"{name} {value}" for name, value in key_figures(inspection))
+    parts: list[RenderableType] = [tokens_text(inspection.tokens.pieces), Text(facts, "dim")]
+    if inspection.opened is None:
         parts.append(Text("every layer is linear attention: a state, and no attention weights", "dim"))
     else:
-        if found.key is not None:
-            pieces = (visible(found.tokens.pieces[place]) for place in (found.opened.position, found.key))
-            best = strongest(found.towards(found.opened.position, found.key), _ROWS)
+        if inspection.key is not None:
+            pieces = (visible(inspection.tokens.pieces[place]) for place in (inspection.opened.position, inspection.key))
+            best = strongest(inspection.towards(inspection.opened.position, inspection.key), _ROWS)
             parts += section("Which heads of {} look at {}".format(*pieces), _heads(best, percent))
-        parts += section(f"Layer {found.opened.layer}, head {found.opened.head}, step by step", _steps(found))
-    parts += section("What each layer would predict after the last token", _lens(found))
-    if any(np.isfinite(scores).any() for scores in found.roles.values()):
-        parts += section("What heads look for, on random tokens that come twice (layer.head score)", _roles(found))
-    if found.head_changes_LH is not None:
-        parts += section("The loss rises most without", _heads(strongest(found.head_changes_LH, _ROWS), signed))
-    if found.experts:
-        parts += section("Experts of each token", _experts(found))
-    for asked, near in (found.neighbours | found.analogies).items():
-        parts += section(f"Nearest to {visible(asked) if asked in found.neighbours else asked}", _nearest(found, near))
+        parts += section(f"Layer {inspection.opened.layer}, head {inspection.opened.head}, step by step", _steps(inspection))
+    parts += section("What each layer would predict after the last token", _lens(inspection))
+    if any(np.isfinite(scores).any() for scores in inspection.roles.values()):
+        parts += section("What heads look for, on random tokens that come twice (layer.head score)", _roles(inspection))
+    if inspection.head_changes_LH is not None:
+        parts += section("The loss rises most without", _heads(strongest(inspection.head_changes_LH, _ROWS), signed))
+    if inspection.experts:
+        parts += section("Experts of each token", _experts(inspection))
+    for name, near in (inspection.neighbours | inspection.analogies).items():
+        parts += section(f"Nearest to {visible(name) if name in inspection.neighbours else name}", _nearest(inspection, near))
     return Group(*parts)
 
 
 def _heads(best: list[tuple[int, int, float]], shown: Callable[[float], str]) -> Table:
-    drawn = listing("layer", "head", "")
-    for layer, head, value in best:
-        drawn.add_row(f"{layer}", f"{head}", shown(value))
-    return drawn
+    return listing("layer", "head", "", rows=[(f"{layer}", f"{head}", shown(value)) for layer, head, value in best])
 
 
-def _steps(found: Inspection) -> Table:
-    opened = found.opened
+def _steps(inspection: Inspection) -> Table:
+    opened = inspection.opened
     assert opened is not None
     drawn = listing("key", "position", "q · k", "scaled", *(["capped"] if opened.softcap else []), "masked", "weight", "")
     seen = [key for key in range(len(opened.weights_T)) if not np.isneginf(opened.masked_T[key])]
@@ -61,44 +58,48 @@ def _steps(found: Inspection) -> Table:
         scores = [opened.products_T, opened.scaled_T, *([opened.capped_T] if opened.softcap else []), opened.masked_T]
         weight = float(opened.weights_T[key])
         drawn.add_row(
-            Text(visible(found.tokens.pieces[key])),
+            Text(visible(inspection.tokens.pieces[key])),
             f"{key}",
             *(f"{score[key]:.2f}" for score in scores),
             f"{weight:.3f}",
-            bar(weight),
+            bar_text(weight),
         )
     if opened.sink is not None:
         blank = [""] * (3 + (opened.softcap is not None))
-        drawn.add_row(Text("sink", "dim"), *blank, f"{opened.sink:.2f}", f"{opened.sink_share:.3f}", bar(opened.sink_share))
+        drawn.add_row(
+            Text("sink", "dim"), *blank, f"{opened.sink:.2f}", f"{opened.sink_share:.3f}", bar_text(opened.sink_share)
+        )
     return drawn
 
 
-def _lens(found: Inspection) -> Table:
-    lens = found.lens
+def _lens(inspection: Inspection) -> Table:
+    lens = inspection.lens
     drawn = Table.grid(padding=(0, 2))
     for layer in range(len(lens.tokens_LTk)):
         likeliest = zip(lens.tokens_LTk[layer, -1], lens.probabilities_LTk[layer, -1], strict=True)
-        words = "   ".join(f"{visible(found.pieces[int(id)])} {percent(float(share))}" for id, share in [*likeliest][:_LIKELY])
+        words = "   ".join(
+            f"{visible(inspection.pieces[int(id)])} {percent(float(share))}" for id, share in [*likeliest][:_LIKELY]
+        )
         drawn.add_row(Text("embedding" if layer == 0 else f"layer {layer - 1}", "dim"), Text(words))
     return drawn
 
 
-def _roles(found: Inspection) -> Table:
+def _roles(inspection: Inspection) -> Table:
     drawn = Table.grid(padding=(0, 2))
     for role in ROLES:
-        best = "   ".join(f"{layer}.{head} {score:.2f}" for layer, head, score in strongest(found.roles[role], _LIKELY))
+        best = "   ".join(f"{layer}.{head} {score:.2f}" for layer, head, score in strongest(inspection.roles[role], _LIKELY))
         drawn.add_row(Text(label(role)), Text(best))
     return drawn
 
 
-def _experts(found: Inspection) -> Table:
-    drawn = listing("token", *(f"layer {layer}" for layer in found.experts))
-    for position, piece in enumerate(found.tokens.pieces):
-        chosen = (" ".join(map(str, experts.experts_BTk[0, position].tolist())) for experts in found.experts.values())
+def _experts(inspection: Inspection) -> Table:
+    drawn = listing("token", *(f"layer {layer}" for layer in inspection.experts))
+    for position, piece in enumerate(inspection.tokens.pieces):
+        chosen = (" ".join(map(str, experts.experts_BTk[0, position].tolist())) for experts in inspection.experts.values())
         drawn.add_row(Text(visible(piece)), *chosen)
     return drawn
 
 
-def _nearest(found: Inspection, near: Neighbours) -> RenderableType:
+def _nearest(inspection: Inspection, near: Neighbours) -> RenderableType:
     pairs = zip(near.tokens, near.cosines, strict=True)
-    return Text("   ".join(f"{visible(found.pieces[int(id)])} {cosine:.2f}" for id, cosine in pairs))
+    return Text("   ".join(f"{visible(inspection.pieces[int(id)])} {cosine:.2f}" for id, cosine in pairs))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
@@ -36,17 +36,17 @@ def _show(part: report.Part) -> list[RenderableType]:
         case report.Text(text) | report.Verbatim(text):
             return [literal(text)]
         case report.Facts(values):
-            return [facts(values)]
+            return [facts_text(values)]
         case report.Table():
             return [_table(part)]
         case report.Tokens(pieces, listed):
             return [token_words(pieces) if listed else tokens_text(pieces)]
         case report.Documents(documents):
-            return [document(one) for one in documents]
+            return [document_text(piece) for piece in documents]
         case report.Answers(given):
-            return [answers(given)]
+            return [answers_text(given)]
         case report.Folded(summary, parts):
-            words = summary if isinstance(summary, str) else "  ".join(f"{one.text}{one.remark}" for one in summary)
+            words = summary if isinstance(summary, str) else "  ".join(f"{piece.text}{piece.remark}" for piece in summary)
             return section(words, Group(*show_parts(parts)))
     return []
 
@@ -65,31 +65,34 @@ def _cell(cell: str | Cell) -> Text:
         return literal(cell)
     text = literal(cell.text, "bold" if cell.strong else "yellow" if cell.warning else "")
     if cell.share is not None:
-        drawn = Text().append_text(bar(cell.share))
+        drawn = Text().append_text(bar_text(cell.share))
         drawn.pad_right(_BAR_WIDTH - len(drawn))
         text = drawn.append_text(literal(f" {cell.text}" if cell.text else ""))
     return text.append_text(literal(f" {cell.remark}", "dim")) if cell.remark else text
 
 
-def answers(given: Sequence[Answer]) -> Table:
+def answers_text(given: Sequence[Answer]) -> Table:
     """Questions with the expected answer and the model's; those it was trained on are named as memorised."""
     table = Table.grid(padding=(0, 2))
-    for one in given:
+    for answer in given:
         table.add_row(
-            literal("question", "dim"), literal(one.question, "bold"), literal("memorised" if one.held_in else "", "dim")
+            literal("question", "dim"), literal(answer.question, "bold"), literal("memorised" if answer.held_in else "", "dim")
         )
-        table.add_row(literal("expected", "dim"), literal(one.expected), "")
-        table.add_row(literal(one.model or "model", "dim"), literal(one.answer, "green" if one.correct else ""), "")
+        table.add_row(literal("expected", "dim"), literal(answer.expected), "")
+        table.add_row(literal(answer.model or "model", "dim"), literal(answer.answer, "green" if answer.correct else ""), "")
         table.add_row("", "", "")
     return table
 
 
-def document(one: report.Document) -> RenderableType:
+def document_text(document: report.Document) -> RenderableType:
     """A document's source, id, the reason why it was dropped, and its text."""
-    return Group(literal(" · ".join(value for value in (one.source, one.id, one.reason) if value)), literal(one.text, "dim"))
+    return Group(
+        literal(" · ".join(value for value in (document.source, document.id, document.reason) if value)),
+        literal(document.text, "dim"),
+    )
 
 
-def facts(metrics: Metrics) -> Table:
+def facts_text(metrics: Metrics) -> Table:
     """Metrics as names and values; nested values are left out."""
     table = Table.grid(padding=(0, 2))
     for name, value in simple_values(metrics).items():
@@ -107,15 +110,20 @@ def section(title: str, body: RenderableType) -> list[RenderableType]:
     return [literal(f"\n{title}", HEADING), Padding(body, (0, 0, 0, 2))]
 
 
-def listing(first: str, *columns: str) -> Table:
-    """An empty table with these headings; all columns but the first are set to the right where they have one."""
+def listing(first: str, *columns: str, rows: Iterable[Sequence[RenderableType]] = ()) -> Table:
+    """A table with these headings and rows; all columns but the first are set to the right where they have a heading.
+
+    A text in a row is taken literally.
+    """
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column(literal(first))
     for column in columns:
         table.add_column(literal(column), justify="right" if column else "left")
+    for row in rows:
+        table.add_row(*(literal(cell) if isinstance(cell, str) else cell for cell in row))
     return table
 
 
-def bar(share: float) -> Text:
+def bar_text(share: float) -> Text:
     """A bar of a share of its place, 0 … 1."""
     return Text("━" * max(round(share * _BAR_WIDTH), 1), _BAR_STYLE)

@@ -1,4 +1,4 @@
-"""What `bessemer plan` prints: memory, traffic and time of the best layout, and the layouts beside it."""
+"""What `bessemer plan` prints: memory, traffic and time of the best layout, and the other layouts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bessemer.views.parts_terminal import listing, literal, section
 def show_plan(plan: Mapping[str, Any]) -> RenderableType:
     """A plan, as `scaling.planner.outcome` gives it."""
     best = plan["plans"][0]
-    price = f"${plan['price_per_gpu_hour']:g} an hour each{' (assumed)' if plan['price_is_assumed'] else ''}"
+    price = _price(plan)
     active = plan["active_parameters"]
     sparse = f", {short_count(active)} active" if active != plan["parameters"] else ""
     parts: list[RenderableType] = [
@@ -36,64 +36,64 @@ def show_plan(plan: Mapping[str, Any]) -> RenderableType:
 
 def show_serving_plan(plan: Mapping[str, Any]) -> RenderableType:
     """A plan of serving, as `scaling.serving.serving_plan` gives it."""
-    price = f"${plan['price_per_gpu_hour']:g} an hour each{' (assumed)' if plan['price_is_assumed'] else ''}"
+    price = _price(plan)
     usual = plan["prompt_tokens"] + plan["answer_tokens"]
-    memory = listing("Memory", "")
-    for kind, count in (
+    memory = [
         (f"weights in {plan['weights']}", size(plan["weight_bytes"])),
         ("keys and values of a token", size(plan["kv_bytes_per_token"])),
         ("left for keys and values", size(plan["kv_memory_bytes"])),
         (f"conversations of {usual:,} tokens", f"{plan['conversations']:,}"),
         (f"conversations of {plan['context']:,} tokens, the whole context", f"{plan['conversations_of_whole_context']:,}"),
-    ):
-        memory.add_row(literal(kind), count)
-    loads = listing("Conversations at once", "tokens/s each", "tokens/s in all", "prompt", "$ / 1M tokens")
-    for load in plan["loads"]:
-        loads.add_row(
+    ]
+    loads = [
+        (
             f"{load['conversations']:,}",
             f"{load['tokens_per_second_each']:,.0f}",
             f"{load['answer_tokens_per_second']:,.0f}",
             f"{1000 * load['prompt_seconds']:,.0f} ms",
             f"{load['dollars_per_million_answer_tokens']:,.2f}",
         )
+        for load in plan["loads"]
+    ]
+    speeds = ("Conversations at once", "tokens/s each", "tokens/s in all", "prompt", "$ / 1M tokens")
     head = literal(f"{plan['name']} served on {plan['gpus']} × {plan['card']}", "bold #d9622b")
-    told = f"{short_count(plan['parameters'])} parameters; prompts of {plan['prompt_tokens']:,} tokens, answers of "
-    told += f"{plan['answer_tokens']:,}; {price}; predicted, not measured"
-    return Group(head, literal(told), *section("Memory", memory), *section("Load", loads))
+    summary = f"{short_count(plan['parameters'])} parameters; prompts of {plan['prompt_tokens']:,} tokens, answers of "
+    summary += f"{plan['answer_tokens']:,}; {price}; predicted, not measured"
+    return Group(
+        head,
+        literal(summary),
+        *section("Memory", listing("Memory", "", rows=memory)),
+        *section("Load", listing(*speeds, rows=loads)),
+    )
 
 
 def show_finetune_plan(model: str, data: str, plan: Mapping[str, Any]) -> RenderableType:
     """What a fine-tuning takes, as `FinetunePlan.figures` gives it."""
-    rows = listing("Rows", "")
-    for what, count in (
+    data_rows = [
         ("conversations to learn from", f"{plan['conversations']:,}"),
         ("held out", f"{plan['held_out']:,}"),
         ("tokens of a pass, and learnt of them", f"{plan['tokens']:,}, {plan['learnt_tokens']:,}"),
         (f"rows of {plan['context_length']:,} tokens", f"{plan['rows']:,}"),
         (f"steps of {plan['batch_size']:,} rows", f"{plan['steps']:,}"),
-    ):
-        rows.add_row(literal(what), count)
-    memory, free = listing("Method", "Memory at most", ""), plan["free_bytes"]
+    ]
+    free, methods = plan["free_bytes"], []
     for method, needed in plan["memory_bytes"].items():
         fits = "" if free is None or needed <= free else "does not fit"
-        memory.add_row(literal(method), size(needed), "chosen" if method == plan["method"] and not fits else fits)
+        methods.append((method, size(needed), "chosen" if method == plan["method"] and not fits else fits))
     usable = "" if free is None else f"{size(free)} can be used; "
     return Group(
         literal(f"{model} tuned on {data}", "bold #d9622b"),
         literal(f"{usable}predicted, not measured"),
-        *section("Data", rows),
-        *section("Memory", memory),
+        *section("Data", listing("Rows", "", rows=data_rows)),
+        *section("Memory", listing("Method", "Memory at most", "", rows=methods)),
     )
 
 
 def _memory(plan: Mapping[str, Any], best: Mapping[str, Any]) -> RenderableType:
-    table = listing("Kind", "Bytes")
-    for kind, count in best["memory"].items():
-        if kind != "peak":
-            table.add_row(literal(kind), literal(size(count)))
-    usable = plan["usable_memory"]
-    peak = best["memory"]["peak"]
-    table.add_row(literal("peak, not all at once", "bold"), literal(f"{size(peak)} of {size(usable)}", "bold"))
+    rows = [(kind, size(count)) for kind, count in best["memory"].items() if kind != "peak"]
+    peak = f"{size(best['memory']['peak'])} of {size(plan['usable_memory'])}"
+    last = (literal("peak, not all at once", "bold"), literal(peak, "bold"))
+    table = listing("Kind", "Bytes", rows=[*rows, last])
     table.caption = plan.get("assumed_states")
     return table
 
@@ -112,27 +112,33 @@ def _seconds(plan: Mapping[str, Any], best: Mapping[str, Any]) -> RenderableType
 
 
 def _traffic(best: Mapping[str, Any]) -> RenderableType:
-    table = listing("Axis", "Collective", "Ranks", "Number", "Bytes")
-    for kind in best["traffic"]:
-        cells = (kind["axis"], kind["operation"], f"{kind['ranks']:,}", f"{kind['count']:,}", size(kind["bytes_sent"]))
-        table.add_row(*map(literal, cells))
-    return table
+    rows = [
+        (kind["axis"], kind["operation"], f"{kind['ranks']:,}", f"{kind['count']:,}", size(kind["bytes_sent"]))
+        for kind in best["traffic"]
+    ]
+    return listing("Axis", "Collective", "Ranks", "Number", "Bytes", rows=rows)
 
 
 def _layouts(plan: Mapping[str, Any]) -> RenderableType:
-    table = listing("Layout", "Step", "MFU", "Memory", "Days", "Cost")
-    asked = plan.get("asked")
-    for row in [*plan["plans"], *([asked | {"described": f"as the recipe has it: {asked['described']}"}] if asked else [])]:
-        cells = (
-            row["described"],
-            _short(row["seconds"]["step"]),
-            percent(row["model_flops_utilisation"]),
-            size(row["memory"]["peak"]) + (" (does not fit)" if row["memory"]["peak"] > plan["usable_memory"] else ""),
-            _days(row["days"]),
-            _dollars(row["dollars"]),
+    plans, requested = list(plan["plans"]), plan.get("asked")
+    if requested:
+        plans.append(requested | {"described": f"as the recipe has it: {requested['described']}"})
+    rows = [
+        (
+            each["described"],
+            _short(each["seconds"]["step"]),
+            percent(each["model_flops_utilisation"]),
+            size(each["memory"]["peak"]) + (" (does not fit)" if each["memory"]["peak"] > plan["usable_memory"] else ""),
+            _days(each["days"]),
+            _dollars(each["dollars"]),
         )
-        table.add_row(*map(literal, cells))
-    return table
+        for each in plans
+    ]
+    return listing("Layout", "Step", "MFU", "Memory", "Days", "Cost", rows=rows)
+
+
+def _price(plan: Mapping[str, Any]) -> str:
+    return f"${plan['price_per_gpu_hour']:g} an hour each{' (assumed)' if plan['price_is_assumed'] else ''}"
 
 
 def _short(seconds: float) -> str:

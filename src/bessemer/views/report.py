@@ -1,7 +1,7 @@
-"""The report of a run: one HTML file that needs nothing else, not even a network; each kind of report data as HTML.
+"""The report of a run as one HTML file that needs no network, and each kind of report data as HTML.
 
-Histograms of scores are SVG that takes its colours from the page. Their heights are square roots of counts, so that the few
-documents beside a threshold are seen next to the many far from it.
+Histograms of scores are SVG in the page's colours. Their heights are square roots of counts, so that a few documents near a
+threshold are visible next to many far from it.
 """
 
 from __future__ import annotations
@@ -10,11 +10,9 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from itertools import accumulate, count, pairwise
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from bessemer.core import report
@@ -36,12 +34,12 @@ from bessemer.core.report import (
     Verbatim,
 )
 from bessemer.views.charts import line_chart
-from bessemer.views.elements import bar, facts, heat_map, lead, logarithmic_shades, measured, soft, table
+from bessemer.views.elements import bar_html, facts_html, heat_map, lead, logarithmic_shades, measured, render_page, soft, table
 from bessemer.views.run_data import ReportData, StageRun
 from bessemer.views.tokens import token_list, tokens_html
 
 
-def documents(found: Sequence[Document]) -> Markup:
+def documents_html(given: Sequence[Document]) -> Markup:
     """Documents with their source, id and the reason why they were dropped."""
     return Markup("").join(
         Markup('<article class="document"><header>{}{}{}</header><pre>{}</pre></article>').format(
@@ -50,14 +48,14 @@ def documents(found: Sequence[Document]) -> Markup:
             Markup(' <span class="reason">{}</span>').format(document.reason) if document.reason else "",
             document.text,
         )
-        for document in found
+        for document in given
     )
 
 
-def samples(found: Sequence[Sample]) -> Markup:
+def samples_html(given: Sequence[Sample]) -> Markup:
     """What the model wrote at several points of training, by step."""
     steps: dict[int, list[Sample]] = {}
-    for sample in found:
+    for sample in given:
         steps.setdefault(sample.step, []).append(sample)
     return Markup("").join(
         Markup('<section class="sample"><h4>Step {:,}</h4>{}</section>').format(
@@ -70,34 +68,36 @@ def samples(found: Sequence[Sample]) -> Markup:
     )
 
 
-def answers(found: Sequence[Answer]) -> Markup:
+def answers_html(given: Sequence[Answer]) -> Markup:
     """Questions with the expected answer and the model's; those it was trained on are marked as memorised."""
-    return Markup("").join(_answer(one) for one in found)
+    return Markup("").join(_answer(answer) for answer in given)
 
 
-def _answer(one: Answer) -> Markup:
-    verdict = {True: "exact", False: "differs", None: ""}[one.correct]
-    where = "held in: memorised" if one.held_in else "held out"
+def _answer(answer: Answer) -> Markup:
+    verdict = {True: "exact", False: "differs", None: ""}[answer.correct]
+    where = "held in: memorised" if answer.held_in else "held out"
     return Markup(
         '<article class="answer"><header>{} <span class="soft">{}</span></header><dl><dt>Expected</dt><dd>{}</dd>'
         '<dt>{}</dt><dd>{} <span class="verdict {}">{}</span></dd></dl></article>'
-    ).format(one.question, where, one.expected, one.model or "Model", one.answer, verdict, verdict)
+    ).format(answer.question, where, answer.expected, answer.model or "Model", answer.answer, verdict, verdict)
 
 
 _WIDTH, _HEIGHT, _LABELS = 240.0, 64.0, 14.0
-#: Width of the block that stands at the end of the axis for what lies beyond it, and its distance from the axis.
+#: Width of the block for values beyond the axis, and its distance from the axis.
 _BLOCK, _GAP = 9.0, 5.0
 _NARROWEST = 3.0
 
 
 def drawings(histograms: Sequence[Histogram], ids: Iterator[str]) -> Markup:
     """Histograms side by side. ids: names for the drawings, unique in the page."""
-    return Markup('<div class="histograms">{}</div>').format(Markup("").join(_figure(one, next(ids)) for one in histograms))
+    return Markup('<div class="histograms">{}</div>').format(
+        Markup("").join(_figure(histogram, next(ids)) for histogram in histograms)
+    )
 
 
-def _figure(one: Histogram, name: str) -> Markup:
+def _figure(histogram: Histogram, name: str) -> Markup:
     return Markup('<figure class="histogram"><figcaption>{} <span class="soft">{}</span></figcaption>{}</figure>').format(
-        one.title, one.effect, _drawing(one, name)
+        histogram.title, histogram.effect, _drawing(histogram, name)
     )
 
 
@@ -111,40 +111,43 @@ class _Layout:
     end: float
 
 
-def _layout(one: Histogram) -> _Layout:
-    """Bars over an axis from `low` to `high`, and what lies beyond as blocks at its ends.
+def _layout(histogram: Histogram) -> _Layout:
+    """Bars over an axis from `low` to `high`, with blocks at its ends for values beyond.
 
-    A bin that is too narrow to be seen, as that of the one value 0 under a limit of 0, is drawn wider. A limit beyond the
-    axis stands between the blocks that it parts, and nowhere when it parts none.
+    A bin too narrow to be seen is drawn wider, such as the one value 0 under a limit of 0. A limit beyond the axis is drawn
+    between the blocks that it separates.
     """
-    before = [found for found in one.bins if found.start < one.low and found.count]
-    after = [found for found in one.bins if found.end > math.nextafter(one.high, math.inf) and found.count]
-    inside = [found for found in one.bins if found.start >= one.low and found.end <= math.nextafter(one.high, math.inf)]
+    before = [bin for bin in histogram.bins if bin.start < histogram.low and bin.count]
+    after = [bin for bin in histogram.bins if bin.end > math.nextafter(histogram.high, math.inf) and bin.count]
+    inside = [
+        bin for bin in histogram.bins if bin.start >= histogram.low and bin.end <= math.nextafter(histogram.high, math.inf)
+    ]
     start, end = len(before) * (_BLOCK + _GAP), _WIDTH - len(after) * (_BLOCK + _GAP)
-    natural = [(end - start) * (found.end - found.start) / (one.high - one.low) for found in inside]
-    widths = [max(width, _NARROWEST if found.count else 0.0) for found, width in zip(inside, natural, strict=True)]
+    natural = [(end - start) * (bin.end - bin.start) / (histogram.high - histogram.low) for bin in inside]
+    widths = [max(width, _NARROWEST if bin.count else 0.0) for bin, width in zip(inside, natural, strict=True)]
     ends = [start + (end - start) * width / sum(widths) for width in accumulate(widths, initial=0.0)]
 
-    bars = [(found, number * (_BLOCK + _GAP), _BLOCK) for number, found in enumerate(before)]
-    bars += [(found, left, right - left) for found, (left, right) in zip(inside, pairwise(ends), strict=True) if found.count]
-    bars += [(found, end + _GAP + number * (_BLOCK + _GAP), _BLOCK) for number, found in enumerate(after)]
+    bars = [(bin, number * (_BLOCK + _GAP), _BLOCK) for number, bin in enumerate(before)]
+    bars += [(bin, left, right - left) for bin, (left, right) in zip(inside, pairwise(ends), strict=True) if bin.count]
+    bars += [(bin, end + _GAP + number * (_BLOCK + _GAP), _BLOCK) for number, bin in enumerate(after)]
     limits = [
         left for (one_bin, left), (next_bin, _) in pairwise(zip(inside, ends[1:], strict=True)) if one_bin.kept != next_bin.kept
     ]
-    if one.lowest is not None and one.lowest <= one.low:
-        limits += [x + width + _GAP / 2 for found, x, width in bars if found.start < one.lowest]
-    if one.highest is not None and one.highest >= one.high:
-        limits += [x - _GAP / 2 for found, x, _ in bars if found.start > one.highest]
+    if histogram.lowest is not None and histogram.lowest <= histogram.low:
+        limits += [x + width + _GAP / 2 for bin, x, width in bars if bin.start < histogram.lowest]
+    if histogram.highest is not None and histogram.highest >= histogram.high:
+        limits += [x - _GAP / 2 for bin, x, _ in bars if bin.start > histogram.highest]
     return _Layout(bars, limits, start, end)
 
 
-def _drawing(one: Histogram, name: str) -> Markup:
-    layout, tallest = _layout(one), math.sqrt(max((found.count for found in one.bins), default=0) or 1)
-    bars = (_bar(x, width, _HEIGHT * math.sqrt(found.count) / tallest, found.kept) for found, x, width in layout.bars)
+def _drawing(histogram: Histogram, name: str) -> Markup:
+    layout, tallest = _layout(histogram), math.sqrt(max((bin.count for bin in histogram.bins), default=0) or 1)
+    bars = (_bar(x, width, _HEIGHT * math.sqrt(bin.count) / tallest, bin.kept) for bin, x, width in layout.bars)
     dashes = (
         Markup('<line class="limit" x1="{0:.1f}" x2="{0:.1f}" y1="0" y2="{1:.1f}"/>').format(x, _HEIGHT) for x in layout.limits
     )
-    described = f"{short_number(one.low)} to {short_number(one.high)}, {one.documents:,} documents. {one.effect}".strip()
+    axis = f"{short_number(histogram.low)} to {short_number(histogram.high)}"
+    described = f"{axis}, {histogram.documents:,} documents. {histogram.effect}".strip()
     return Markup(
         '<svg viewBox="0 0 {0:g} {1:g}" xmlns="http://www.w3.org/2000/svg" role="img" aria-labelledby="{2}-title {2}-desc">'
         '<title id="{2}-title">{3}</title><desc id="{2}-desc">{4}</desc>{5}{6}'
@@ -154,15 +157,15 @@ def _drawing(one: Histogram, name: str) -> Markup:
         _WIDTH,
         _HEIGHT + _LABELS,
         name,
-        one.title,
+        histogram.title,
         described,
         Markup("").join(bars),
         Markup("").join(dashes),
         layout.start,
         layout.end,
         _HEIGHT,
-        short_number(one.low),
-        short_number(one.high),
+        short_number(histogram.low),
+        short_number(histogram.high),
     )
 
 
@@ -193,7 +196,7 @@ def draw(part: report.Part, ids: Iterator[str]) -> Markup:
         case report.Verbatim(text):
             return Markup("<pre>{}</pre>").format(text)
         case report.Facts(values):
-            return facts(values)
+            return facts_html(values)
         case report.Table():
             return _table(part)
         case report.Curves():
@@ -204,12 +207,12 @@ def draw(part: report.Part, ids: Iterator[str]) -> Markup:
             return Markup('<div class="heats">{}</div>').format(Markup("").join(map(_heat_map, maps)))
         case report.Tokens(pieces, listed):
             return token_list(pieces) if listed else tokens_html(pieces)
-        case report.Documents(found):
-            return documents(found)
+        case report.Documents(shown):
+            return documents_html(shown)
         case report.Answers(given):
-            return answers(given)
+            return answers_html(given)
         case report.Samples(written):
-            return samples(written)
+            return samples_html(written)
         case report.Folded():
             return _folded(part, ids)
     raise AssertionError(part)
@@ -224,7 +227,7 @@ def _cell(cell: str | report.Cell) -> str | Markup:
     if isinstance(cell, str):
         return cell
     if cell.share is not None:
-        return measured(cell.share, cell.text) if cell.text else bar(cell.share, cell.rest)
+        return measured(cell.share, cell.text) if cell.text else bar_html(cell.share, cell.rest)
     text: str | Markup = cell.text
     if cell.strong:
         text = Markup("<b>{}</b>").format(text)
@@ -241,7 +244,7 @@ def _folded(part: report.Folded, ids: Iterator[str]) -> Markup:
     if isinstance(part.summary, str):
         return Markup("<details><summary>{}</summary>{}</details>").format(part.summary, body)
     drawn = (_cell(cell) for cell in part.summary)
-    cells = Markup("").join(one if isinstance(one, Markup) else Markup("<span>{}</span>").format(one) for one in drawn)
+    cells = Markup("").join(cell if isinstance(cell, Markup) else Markup("<span>{}</span>").format(cell) for cell in drawn)
     return Markup('<details class="folded-row"><summary>{}</summary>{}</details>').format(cells, body)
 
 
@@ -264,11 +267,7 @@ def render_report(report: ReportData) -> str:
     sections = [section for section in (_pipeline(report), *report.sections, _environment(report), _recipe(report)) if section]
     names = _anchors([section.title for section in sections])
     drawn = [(name, section.title, draw_section(section, name)) for name, section in zip(names, sections, strict=True)]
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    files = resources.files("bessemer.views")
-    template = environment.from_string(files.joinpath("report.html.jinja").read_text(encoding="utf-8"))
-    style = Markup(files.joinpath("style.css").read_text(encoding="utf-8"))
-    return template.render(report=report, style=style, sections=drawn)
+    return render_page("report.html.jinja", ["style.css"], report=report, sections=drawn)
 
 
 def _anchors(titles: Sequence[str]) -> list[str]:

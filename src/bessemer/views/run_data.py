@@ -1,4 +1,4 @@
-"""What the views of a whole run are given: plain data. Nothing here reads a store."""
+"""A run as plain data, for its views. Nothing here reads a store."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bessemer.core.report import KeyFigure, Metrics, Section
 
 @dataclass(frozen=True, kw_only=True)
 class StageRun:
-    """One stage of a run: how long its work took when it was done, its peak of memory, what it made in a few words."""
+    """One stage of a run: seconds and peak memory of its work, and in a few words what it made."""
 
     name: str
     seconds: float

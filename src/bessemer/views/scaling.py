@@ -13,7 +13,7 @@ from bessemer.scaling.laws.fit import Fit, Interval
 from bessemer.scaling.laws.isoflop import Frontier, IsoFlop, IsoFlopBias, PowerLaw
 from bessemer.scaling.laws.parametric import ParametricLaw
 from bessemer.scaling.planner import describe
-from bessemer.scaling.suggest import Prediction, Suggestion
+from bessemer.scaling.suggest import LawInUse, Prediction, Suggestion
 from bessemer.views.parts_terminal import listing, literal, section
 
 #: Rows of the table of a fit: a name, and the number of the law.
@@ -36,11 +36,12 @@ COUNTS = {
 def show_fits(fits: Sequence[Fit], confidence: float, counting: str) -> RenderableType:
     """The laws side by side, each number with its bootstrap interval."""
     first = fits[0]
-    table = listing("", *(_METHODS[fit.method] for fit in fits))
-    for name, number in _NUMBERS:
-        cells = [_with_interval(number(fit.law), fit.interval(number, confidence)) for fit in fits]
-        table.add_row(literal(name), *map(literal, cells))
-    table.add_row(literal("RMS of log residuals"), *(literal(percent(fit.root_mean_square)) for fit in fits))
+    rows = [
+        [name, *(_with_interval(number(fit.law), fit.interval(number, confidence)) for fit in fits)]
+        for name, number in _NUMBERS
+    ]
+    rows.append(["RMS of log residuals", *(percent(fit.root_mean_square) for fit in fits)])
+    table = listing("", *(_METHODS[fit.method] for fit in fits), rows=rows)
     words = [
         f"L = E + A/N^α + B/D^β on {len(first.points)} points; L is {first.metric}",
         f"N: {counting}",
@@ -53,13 +54,14 @@ def show_fits(fits: Sequence[Fit], confidence: float, counting: str) -> Renderab
 _METHODS = {"huber": "Huber, L-BFGS", "grid": "grid, NNLS"}
 
 
-def show_isoflop(found: IsoFlop, bias: IsoFlopBias | None) -> RenderableType:
+def show_isoflop(isoflop: IsoFlop, bias: IsoFlopBias | None) -> RenderableType:
     """The lowest points of the parabolas, the exponent, and the method's bias on these sizes."""
-    table = listing("FLOPs", "points", "N of the lowest loss", "loss")
-    for one in found.parabolas:
-        cells = (f"{one.flops:.3g}", str(len(one.points)), short_count(one.parameters), f"{one.loss:.4g}")
-        table.add_row(*map(literal, cells))
-    lines = [f"N ∝ C^a: a = {_power(found.parameters)}"]
+    rows = [
+        (f"{parabola.flops:.3g}", str(len(parabola.points)), short_count(parabola.parameters), f"{parabola.loss:.4g}")
+        for parabola in isoflop.parabolas
+    ]
+    table = listing("FLOPs", "points", "N of the lowest loss", "loss", rows=rows)
+    lines = [f"N ∝ C^a: a = {_power(isoflop.parameters)}"]
     if bias is None:
         lines.append("parabolas are biased where α ≠ β; by how much is not known: the law gives none on these sizes")
     else:
@@ -67,20 +69,20 @@ def show_isoflop(found: IsoFlop, bias: IsoFlopBias | None) -> RenderableType:
             "parabolas are biased where α ≠ β: on these sizes, without noise, they would miss the law's a by "
             f"{bias.exponent:+.3f} and give {bias.size:.2f} times its N at the largest compute"
         )
-    lines += [f"left out: {reason}" for reason in found.left_out]
+    lines += [f"left out: {reason}" for reason in isoflop.left_out]
     return Group(*section("IsoFLOP parabolas", table), *map(literal, lines))
 
 
-def show_frontier(found: Frontier, points: int, confidence: float, counting: str) -> RenderableType:
+def show_frontier(frontier: Frontier, points: int, confidence: float, counting: str) -> RenderableType:
     """The power laws of points that are each the best of their compute."""
-    freedom = found.parameters.degrees_of_freedom
+    freedom = frontier.parameters.degrees_of_freedom
     lines = [
         f"{points} points, each taken to be the best of its compute; N: {counting}",
-        f"N ∝ C^a: a = {_power(found.parameters)}",
-        f"D ∝ C^b: b = {_power(found.tokens)}",
+        f"N ∝ C^a: a = {_power(frontier.parameters)}",
+        f"D ∝ C^b: b = {_power(frontier.tokens)}",
     ]
-    if found.loss is not None:
-        lines.append(f"L = {found.loss.E:.4g} + {found.loss.K:.4g} / C^{found.loss.gamma:.3g}")
+    if frontier.loss is not None:
+        lines.append(f"L = {frontier.loss.E:.4g} + {frontier.loss.K:.4g} / C^{frontier.loss.gamma:.3g}")
     else:
         lines.append("L of C has three numbers, and these points are too few for it: no loss is predicted")
     if freedom < 6:
@@ -92,26 +94,25 @@ def show_frontier(found: Frontier, points: int, confidence: float, counting: str
     return Group(*map(literal, lines))
 
 
-def show_suggestion(found: Suggestion, confidence: float) -> RenderableType:
+def show_suggestion(suggestion: Suggestion, confidence: float) -> RenderableType:
     """A run for a budget."""
-    model, settings = found.model, found.settings
-    unit = "" if found.law.metric == "loss" else f" ({found.law.metric})"
+    model, settings = suggestion.model, suggestion.settings
     lines = [
-        f"law: {found.law.said}",
-        f"parameters: {found.parameters:,} ({'all' if found.law.count == 'all' else 'without embeddings'}): "
+        f"law: {suggestion.law.said}",
+        f"parameters: {suggestion.parameters:,} ({_counted(suggestion.law)}): "
         f"{model.num_hidden_layers} layers of {model.hidden_size:,}, vocabulary {model.vocab_size:,}",
-        f"tokens: {found.tokens:,} ({found.tokens / found.parameters:.1f} a parameter), {found.flops:.3g} FLOPs (6 N D)",
+        f"tokens: {suggestion.tokens:,} ({suggestion.tokens / suggestion.parameters:.1f} a parameter), "
+        f"{suggestion.flops:.3g} FLOPs (6 N D)",
         f"batch: {settings.batch_size:,} rows of {settings.context_length:,} tokens; learning rate {settings.learning_rate:g}, "
         f"β₂ {settings.beta2:g}, warm-up {short_count(settings.warmup_tokens or 0)} tokens, decay over the last 10 %",
-        f"predicted loss{unit}: {found.loss:.4g}, {_share(confidence)} of "
-        f"{'runs' if found.law.fit is not None else 'the law’s resamples'} between {found.interval.low:.4g} and "
-        f"{found.interval.high:.4g}",
+        f"predicted loss{_unit(suggestion.law)}: {suggestion.loss:.4g}, {_share(confidence)} of "
+        f"{_spread(suggestion.law)} between {suggestion.interval.low:.4g} and {suggestion.interval.high:.4g}",
     ]
-    if found.extrapolation is not None:
-        lines.append(f"extrapolated: {found.extrapolation}")
-    if found.plan is not None:
-        plan = found.plan
-        days = plan.days(found.tokens)
+    if suggestion.extrapolation is not None:
+        lines.append(f"extrapolated: {suggestion.extrapolation}")
+    if suggestion.plan is not None:
+        plan = suggestion.plan
+        days = plan.days(suggestion.tokens)
         lines.append(
             f"on {plan.candidate.layout.world_size} × {plan.job.card.name}: {duration(days * 86_400)} "
             f"({days:,.2f} days), {describe(plan)}, MFU {percent(plan.model_flops_utilisation)}; predicted, not measured"
@@ -119,32 +120,42 @@ def show_suggestion(found: Suggestion, confidence: float) -> RenderableType:
     return Group(*map(literal, lines))
 
 
-def show_prediction(found: Prediction, confidence: float) -> RenderableType:
+def show_prediction(prediction: Prediction, confidence: float) -> RenderableType:
     """The predicted loss of one run."""
-    unit = "" if found.law.metric == "loss" else f" ({found.law.metric})"
     lines = [
-        f"law: {found.law.said}",
-        f"N {found.parameters:,} ({'all' if found.law.count == 'all' else 'without embeddings'}), D {found.tokens:,} tokens, "
-        f"{found.flops:.3g} FLOPs: {found.relative_flops:.3g} times the compute of the largest point of the law",
-        f"predicted loss{unit}: {found.loss:.4f}, {_share(confidence)} of "
-        f"{'runs' if found.law.fit is not None else 'the law’s resamples'} between {found.interval.low:.4f} and "
-        f"{found.interval.high:.4f}",
+        f"law: {prediction.law.said}",
+        f"N {prediction.parameters:,} ({_counted(prediction.law)}), D {prediction.tokens:,} tokens, "
+        f"{prediction.flops:.3g} FLOPs: {prediction.relative_flops:.3g} times the compute of the largest point of the law",
+        f"predicted loss{_unit(prediction.law)}: {prediction.loss:.4f}, {_share(confidence)} of "
+        f"{_spread(prediction.law)} between {prediction.interval.low:.4f} and {prediction.interval.high:.4f}",
     ]
     return Group(*map(literal, lines))
 
 
-def prediction_values(found: Prediction, confidence: float) -> dict[str, Any]:
+def _unit(law: LawInUse) -> str:
+    return "" if law.metric == "loss" else f" ({law.metric})"
+
+
+def _counted(law: LawInUse) -> str:
+    return "all" if law.count == "all" else "without embeddings"
+
+
+def _spread(law: LawInUse) -> str:
+    return "runs" if law.fit is not None else "the law’s resamples"
+
+
+def prediction_values(prediction: Prediction, confidence: float) -> dict[str, Any]:
     """A prediction as plain values."""
     return {
-        "law": found.law.said,
-        "metric": found.law.metric,
-        "parameters": found.parameters,
-        "tokens": found.tokens,
-        "flops": found.flops,
-        "relative_flops": found.relative_flops,
-        "loss": found.loss,
+        "law": prediction.law.said,
+        "metric": prediction.law.metric,
+        "parameters": prediction.parameters,
+        "tokens": prediction.tokens,
+        "flops": prediction.flops,
+        "relative_flops": prediction.relative_flops,
+        "loss": prediction.loss,
         "confidence": confidence,
-        "interval": [found.interval.low, found.interval.high],
+        "interval": [prediction.interval.low, prediction.interval.high],
     }
 
 
@@ -171,11 +182,11 @@ def show_sweep(rows: Sequence[Mapping[str, Any]], varied: Sequence[str]) -> Rend
 
 
 def _over_seeds(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> RenderableType:
-    table = listing(*_short_names(keys), "seeds", "mean loss", "standard deviation")
-    for values, losses in losses_by(rows, keys).items():
-        deviation = f"{stdev(losses):.2g}" if len(losses) > 1 else "–"
-        table.add_row(*map(literal, [*values, str(len(losses)), _loss(fmean(losses)), deviation]))
-    return table
+    by_setting = [
+        [*values, str(len(losses)), _loss(fmean(losses)), f"{stdev(losses):.2g}" if len(losses) > 1 else "–"]
+        for values, losses in losses_by(rows, keys).items()
+    ]
+    return listing(*_short_names(keys), "seeds", "mean loss", "standard deviation", rows=by_setting)
 
 
 def losses_by(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> dict[tuple[str, ...], list[float]]:

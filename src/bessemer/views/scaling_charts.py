@@ -5,7 +5,6 @@ The same numbers give the same bytes.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,16 +17,10 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from bessemer.core.metrics import short_count
 from bessemer.scaling.laws.fit import Fit
 from bessemer.scaling.laws.isoflop import Parabola
+from bessemer.views.charts import TEXT_STYLE, svg_text
 
-_INK, SOFT, _GRID = "#22262e", "#6b7280", "#dfe3e8"
-LINES = ("#d9622b", "#2f6f9f", "#4d8b4f", "#8a5aa8", "#b58900", "#5b6770")
-_STYLE: Any = {
-    "svg.hashsalt": "bessemer",
-    "svg.fonttype": "none",
-    "font.family": ["sans-serif"],
-    "font.size": 9.0,
-    "text.parse_math": False,
-}
+_INK, _SOFT, _GRID = "#22262e", "#6b7280", "#dfe3e8"
+_LINES = ("#d9622b", "#2f6f9f", "#4d8b4f", "#8a5aa8", "#b58900", "#5b6770")
 
 
 def fit_chart(fits: Sequence[Fit]) -> str:
@@ -35,14 +28,14 @@ def fit_chart(fits: Sequence[Fit]) -> str:
 
     def draw(axes: Axes) -> None:
         ends = []
-        for fit, colour in zip(fits, LINES, strict=False):
+        for fit, colour in zip(fits, _LINES, strict=False):
             predicted = fit.law.predict(fit.points.parameters, fit.points.tokens)
             axes.plot(fit.points.loss, predicted, "o", color=colour, markersize=4, label=fit.method, alpha=0.8)
             ends += [float(fit.points.loss.min()), float(fit.points.loss.max())]
-        axes.plot([min(ends), max(ends)], [min(ends), max(ends)], color=SOFT, linewidth=0.8)
+        axes.plot([min(ends), max(ends)], [min(ends), max(ends)], color=_SOFT, linewidth=0.8)
         axes.legend(frameon=False)
 
-    return svg_chart(draw, "Loss: predicted against measured", f"measured {fits[0].metric}", f"predicted {fits[0].metric}")
+    return _svg_chart(draw, "Loss: predicted against measured", f"measured {fits[0].metric}", f"predicted {fits[0].metric}")
 
 
 def isoflop_chart(parabolas: Sequence[Parabola], metric: str) -> str:
@@ -51,16 +44,16 @@ def isoflop_chart(parabolas: Sequence[Parabola], metric: str) -> str:
     def draw(axes: Axes) -> None:
         _logarithmic(axes, short_count)
         for index, parabola in enumerate(parabolas):
-            colour = LINES[index % len(LINES)]
+            colour = _LINES[index % len(_LINES)]
             sizes = parabola.points.parameters
             axes.plot(sizes, parabola.points.loss, "o", color=colour, markersize=4, label=f"{parabola.flops:.2g} FLOPs")
             curve = np.geomspace(sizes.min(), sizes.max(), 60)
             axes.plot(curve, [parabola.predict(float(size)) for size in curve], color=colour, linewidth=1.2)
             axes.plot([parabola.parameters], [parabola.loss], "x", color=_INK, markersize=6)
-        # beside the curves: there may be many budgets
+        # outside the axes: there may be many budgets
         axes.figure.legend(frameon=False, loc="outside right upper", fontsize=7)
 
-    return svg_chart(draw, "IsoFLOP curves", "parameters", metric)
+    return _svg_chart(draw, "IsoFLOP curves", "parameters", metric)
 
 
 def sweep_chart(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_label: str, metric: str) -> str:
@@ -71,12 +64,12 @@ def sweep_chart(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], x
         if min(values) > 0 and max(values) / min(values) > 5:
             _logarithmic(axes, lambda value: f"{value:g}")
         for index, (label, (x, y)) in enumerate(curves.items()):
-            colour = LINES[index % len(LINES)]
+            colour = _LINES[index % len(_LINES)]
             axes.plot(x, y, "o-", color=colour, markersize=4, linewidth=1.2, label=label or None)
         if any(curves):
             axes.legend(frameon=False)
 
-    return svg_chart(draw, f"{metric} over {x_label}", x_label, metric)
+    return _svg_chart(draw, f"{metric} over {x_label}", x_label, metric)
 
 
 def _logarithmic(axes: Axes, words: Callable[[float], str]) -> None:
@@ -86,23 +79,21 @@ def _logarithmic(axes: Axes, words: Callable[[float], str]) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def svg_chart(draw: Callable[[Axes], None], title: str, x_label: str, y_label: str) -> str:
+def _svg_chart(draw: Callable[[Axes], None], title: str, x_label: str, y_label: str) -> str:
     """An SVG file of one plot. draw: puts the data on its axes."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(TEXT_STYLE | {"font.size": 9.0}):
         figure = Figure(figsize=(6.4, 4.2), layout="constrained")
         axes = figure.add_subplot()
         axes.set_title(title, color=_INK, loc="left", fontsize=10)
-        axes.set_xlabel(x_label, color=SOFT)
-        axes.set_ylabel(y_label, color=SOFT)
+        axes.set_xlabel(x_label, color=_SOFT)
+        axes.set_ylabel(y_label, color=_SOFT)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
         axes.grid(color=_GRID, linewidth=0.6)
         axes.set_axisbelow(True)
-        axes.tick_params(colors=SOFT)
+        axes.tick_params(colors=_SOFT)
         draw(axes)
-        stream = io.StringIO()
-        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
-    return stream.getvalue()
+        return svg_text(figure)
 
 
 def reliability_chart(tasks: Mapping[str, Mapping[str, Any]]) -> str:
@@ -112,12 +103,12 @@ def reliability_chart(tasks: Mapping[str, Mapping[str, Any]]) -> str:
     """
 
     def draw(axes: Axes) -> None:
-        axes.plot([0, 1], [0, 1], color=SOFT, linewidth=0.8)
+        axes.plot([0, 1], [0, 1], color=_SOFT, linewidth=0.8)
         for number, (name, results) in enumerate(tasks.items()):
-            found = results["calibration"]
-            points = [(one["confidence"], one["accuracy"]) for one in found["bins"]]
-            label = f"{name}: error {found['expected_calibration_error']:.3f}"
-            axes.plot(*zip(*points, strict=True), "o-", color=LINES[number % len(LINES)], markersize=4, label=label)
+            calibration = results["calibration"]
+            points = [(bin["confidence"], bin["accuracy"]) for bin in calibration["bins"]]
+            label = f"{name}: error {calibration['expected_calibration_error']:.3f}"
+            axes.plot(*zip(*points, strict=True), "o-", color=_LINES[number % len(_LINES)], markersize=4, label=label)
         axes.legend(frameon=False, fontsize=7)
 
-    return svg_chart(draw, "Reliability of choices", "confidence", "accuracy")
+    return _svg_chart(draw, "Reliability of choices", "confidence", "accuracy")

@@ -17,7 +17,7 @@ from bessemer.core.metrics import baseline_label, duration, label, percent, shor
 from bessemer.core.report import Metrics, Text
 from bessemer.evaluation.report import quality_sentences, quality_table
 from bessemer.tokenization.specs import DOMAIN_FIGURES, SPLITS, UNKNOWN_NOTE, domains_of, figure, mostly_written
-from bessemer.views.parts_terminal import HEADING, bar, facts, listing, literal, section, show_parts, show_section
+from bessemer.views.parts_terminal import HEADING, bar_text, facts_text, listing, literal, section, show_parts, show_section
 from bessemer.views.run_data import ReportData, StageRun
 from bessemer.views.tokens import token_words, tokens_text
 
@@ -30,9 +30,9 @@ def show_run(report: ReportData) -> RenderableType:
     parts += [literal(sentence) for sentence in report.sentences]
     if report.stages:
         parts += section("The pipeline", _stages(report.stages))
-    for one in report.sections:
-        if one.headline:
-            parts += show_section(one)
+    for part in report.sections:
+        if part.headline:
+            parts += show_section(part)
     if report.next_steps:
         parts += section("What to type next", literal("\n".join(report.next_steps)))
     return Group(*parts)
@@ -43,10 +43,10 @@ def show_tokenizer(metrics: Metrics) -> RenderableType:
 
     metrics: those of the tokenize stage, or of `measure.describe`; what is missing is left out.
     """
-    parts: list[RenderableType] = [facts(metrics)]
+    parts: list[RenderableType] = [facts_text(metrics)]
     for split in SPLITS:
         if isinstance(metrics.get(split), Mapping):
-            parts += section(split, facts(metrics[split]))
+            parts += section(split, facts_text(metrics[split]))
     of_text = (metrics.get("validation") or {}).get("bytes_per_token")
     if of_text and metrics.get("baselines"):
         simplest = {baseline_label(name): value for name, value in metrics["baselines"].items() if value is not None}
@@ -74,7 +74,10 @@ def show_tokenizers(described: Mapping[str, Metrics]) -> RenderableType:
         parts += section(title, _side_by_side(described, name, highest=name == "bytes_per_token"))
     if not all(mostly_written(figures) for metrics in described.values() for figures in metrics["by_domain"].values()):
         parts.append(literal(f"\n{UNKNOWN_NOTE}", "dim"))
-    lost = {name: _not_given_back(metrics["by_domain"]) for name, metrics in described.items()}
+    lost = {
+        name: [label(domain) for domain, figures in metrics["by_domain"].items() if not figures["round_trip"]]
+        for name, metrics in described.items()
+    }
     if any(lost.values()):
         lines = [f"{name}: {', '.join(domains)}" for name, domains in lost.items() if domains]
         parts += section("Decoding does not give the sample back", literal("\n".join(lines)))
@@ -84,10 +87,9 @@ def show_tokenizers(described: Mapping[str, Metrics]) -> RenderableType:
             parts += section(title, tokens_text(pieces))
     shares = {name: metrics.get("embedding_shares", {}) for name, metrics in described.items()}
     if any(shares.values()):
-        table = listing("Preset", *shares)
-        for preset in dict.fromkeys(preset for of_one in shares.values() for preset in of_one):
-            table.add_row(literal(preset), *(percent(of_one[preset]) for of_one in shares.values()))
-        parts += section(_SHARES_TITLE, table)
+        presets = dict.fromkeys(preset for of_one in shares.values() for preset in of_one)
+        rows = [[preset, *(percent(of_one[preset]) for of_one in shares.values())] for preset in presets]
+        parts += section(_SHARES_TITLE, listing("Preset", *shares, rows=rows))
     return Group(*parts)
 
 
@@ -117,10 +119,6 @@ def _side_by_side(described: Mapping[str, Metrics], name: str, *, highest: bool)
     return table
 
 
-def _not_given_back(by_domain: Mapping[str, Metrics]) -> list[str]:
-    return [label(domain) for domain, figures in by_domain.items() if not figures["round_trip"]]
-
-
 def _vocabulary(metrics: Metrics, *, shares: bool = True) -> list[RenderableType]:
     parts: list[RenderableType] = []
     for name, title in (("longest_tokens", "The longest tokens"), ("unused_examples", "Some of the unused tokens")):
@@ -129,7 +127,7 @@ def _vocabulary(metrics: Metrics, *, shares: bool = True) -> list[RenderableType
     if shares and metrics.get("embedding_shares"):
         table = Table.grid(padding=(0, 2))
         for preset, share in metrics["embedding_shares"].items():
-            table.add_row(literal(preset, "dim"), bar(share), percent(share))
+            table.add_row(literal(preset, "dim"), bar_text(share), percent(share))
         parts += section(_SHARES_TITLE, table)
     return parts
 
@@ -159,12 +157,13 @@ def show_model(metrics: Metrics, values: str = "float32") -> RenderableType:
         figures.add_row(literal(label(name), "dim"), literal(shown(name, value)), literal(notes.get(name, ""), "dim"))
     parts: list[RenderableType] = [figures]
     if metrics.get("layer_kinds"):
-        kinds = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-        for column in ("Layers", "Attention", "Positions", "Feed-forward"):
-            kinds.add_column(column)
-        for kind in metrics["layer_kinds"]:
-            words = (kind[name] for name in ("attention", "positions", "feed_forward"))
-            kinds.add_row(literal(_runs(kind["layers"])), *map(literal, words))
+        rows = [
+            [_runs(kind["layers"]), kind["attention"], kind["positions"], kind["feed_forward"]]
+            for kind in metrics["layer_kinds"]
+        ]
+        kinds = listing("Layers", "Attention", "Positions", "Feed-forward", rows=rows)
+        for column in kinds.columns:
+            column.justify = "left"
         parts += section(f"{sum(len(kind['layers']) for kind in metrics['layer_kinds'])} layers", kinds)
     if metrics.get("layers"):
         table = listing("Part", "count", "parameters", "share", "")
@@ -183,20 +182,22 @@ def show_model(metrics: Metrics, values: str = "float32") -> RenderableType:
 
 
 def show_presets(figures: Mapping[str, Metrics]) -> RenderableType:
-    """The named sizes beside each other."""
-    table = listing("Preset", "parameters", "active", "context", "layers", "")
+    """The presets in a table."""
+    rows = []
     for name, metrics in figures.items():
         total, active, kinds = metrics["parameters"], metrics["active_parameters"], metrics["layer_kinds"]
         described = "; ".join(dict.fromkeys(re.split(",| over", kind["attention"])[0] for kind in kinds))
-        table.add_row(
-            literal(name),
-            short_count(total),
-            short_count(active) if active != total else "",
-            f"{metrics['context_length']:,}",
-            str(sum(len(kind["layers"]) for kind in kinds)),
-            literal(described + (", experts" if active != total else ""), "dim"),
+        rows.append(
+            (
+                name,
+                short_count(total),
+                short_count(active) if active != total else "",
+                f"{metrics['context_length']:,}",
+                str(sum(len(kind["layers"]) for kind in kinds)),
+                literal(described + (", experts" if active != total else ""), "dim"),
+            )
         )
-    return table
+    return listing("Preset", "parameters", "active", "context", "layers", "", rows=rows)
 
 
 def _runs(layers: Sequence[int]) -> str:
@@ -223,27 +224,28 @@ def _shapes(shapes: Sequence[Sequence[int]]) -> str:
 
 def show_facts(title: str, metrics: Metrics) -> RenderableType:
     """Any stage: its name and its simple figures."""
-    return Group(literal(title, HEADING), facts(metrics))
+    return Group(literal(title, HEADING), facts_text(metrics))
 
 
 def show_quality(quality: Metrics) -> RenderableType:
-    """What quantising cost and saved: both models in a table, and what that does not say."""
+    """A model before and after quantisation: a table, and sentences about the loss."""
     return Group(*show_parts([quality_table(quality), *map(Text, quality_sentences(quality))]))
 
 
 def _stages(stages: Sequence[StageRun]) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for column, right in (("Stage", False), ("time", True), ("", False), ("peak memory", True), ("what it made", False)):
-        table.add_column(column, justify="right" if right else "left")
     longest = max(stage.seconds for stage in stages) or 1
-    for stage in stages:
-        table.add_row(
-            literal(stage.name),
+    rows = [
+        (
+            stage.name,
             duration(stage.seconds),
-            bar(stage.seconds / longest),
+            bar_text(stage.seconds / longest),
             size(stage.peak_memory_bytes) if stage.peak_memory_bytes else "–",
-            literal(stage.summary),
+            stage.summary,
         )
+        for stage in stages
+    ]
+    table = listing("Stage", "time", "", "peak memory", "what it made", rows=rows)
+    table.columns[-1].justify = "left"
     return table
 
 
@@ -260,11 +262,11 @@ def show_task_results(results: Mapping[str, Any]) -> RenderableType:
     """What `evaluate_tasks` returns: a row for each task and for each figure of several samples, and CORE-n below."""
     table = listing("Task", "Items", "Shots", "Asked", "Score", "Mean", "±", "Chance")
     for name, task in results["tasks"].items():
-        asked = [f"{task['n']:,}", str(task["shots"]), task["form"]]
+        settings = [f"{task['n']:,}", str(task["shots"]), task["form"]]
         headline = [task["score"], _share(task["accuracy"]), _share(task["standard_error"]), _share(task["chance"])]
-        table.add_row(*map(literal, [name, *asked, *headline]))
+        table.add_row(*map(literal, [name, *settings, *headline]))
         for score, figures in task["scores"].items():
-            # of choices the other normalisations are in results.json
+            # other normalisations of a choice's score are in results.json alone
             if score != task["score"] and "calibration" not in task:
                 cells = [*[""] * 4, score, _share(figures["mean"]), _share(figures["standard_error"]), ""]
                 table.add_row(*map(literal, cells))
@@ -286,12 +288,13 @@ def show_task_results(results: Mapping[str, Any]) -> RenderableType:
 
 def _contamination(tasks: Mapping[str, Any]) -> RenderableType:
     """Of each task, the items that share a run of 13 words with the training corpus, and the scores with and without them."""
-    table = listing("Task", "In the corpus", "Too short to tell", "Clean items", "Score of clean", "of those in the corpus")
+    rows = []
     for name, task in tasks.items():
         items = task["clean"] + task["dirty"] + task["unknown"]
         counts = [f"{task['dirty']:,} of {items:,}", f"{task['unknown']:,}", f"{task['clean']:,}"]
-        table.add_row(*map(literal, [name, *counts, _share(task["clean_accuracy"]), _share(task["dirty_accuracy"])]))
-    return table
+        rows.append([name, *counts, _share(task["clean_accuracy"]), _share(task["dirty_accuracy"])])
+    headings = ("In the corpus", "Too short to tell", "Clean items", "Score of clean", "of those in the corpus")
+    return listing("Task", *headings, rows=rows)
 
 
 def _share(value: float | None) -> str:

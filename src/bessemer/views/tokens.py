@@ -13,8 +13,7 @@ _TERMINAL_STYLES = ("on #5c3a1e", "on #1e4a5c", "on #3f5c1e", "on #5c1e4a", "on 
 
 
 def tokens_html(pieces: Sequence[str]) -> Markup:
-    """Tokens as coloured spans. White space stays; line breaks, tabs and what else has no picture get a sign, or their
-    tokens would be invisible.
+    """Tokens as coloured spans. White space stays; line breaks, tabs and other invisible characters get a sign.
 
     pieces: the text of each token in order; joined they are the text.
     """
@@ -67,7 +66,7 @@ def _with_signs(piece: str) -> str:
 
 
 def _sign(character: str) -> str:
-    """A character that is drawn; for a control character its picture (␛), for another that is not drawn its number."""
+    """A visible character; for a control character its picture (␛), for another invisible one its number."""
     if character.isprintable():
         return character
     code = ord(character)
