@@ -16,11 +16,12 @@ from typing import Literal
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from bessemer.core.errors import ConfigError
-from bessemer.tokenization.bpe import byte_level_bpe, train_bpe
+from bessemer.tokenization.bpe import byte_level_bpe, too_small_corpus, train_bpe
 from bessemer.tokenization.config import BYTE_TOKENS, Algorithm
-from bessemer.tokenization.folder import TokenizerParts
+from bessemer.tokenization.folder import TokenizerParts, bpe_model
+from bessemer.tokenization.sentencepieces import UNKNOWN_PIECE, train_sentencepiece_bpe, train_unigram
 from bessemer.tokenization.split import SPLIT_REGEXES
+from bessemer.tokenization.vocabulary import byte_name
 
 
 def train_vocabulary(
@@ -44,10 +45,7 @@ def train_vocabulary(
         tokens = train_bpe(texts, size - BYTE_TOKENS, regex, trainer=trainer, max_piece_length=max_piece_length)
         return byte_level_bpe(tokens, split)
     if algorithm in ("unigram", "sentencepiece_bpe"):
-        # imports this module
-        from bessemer.tokenization import sentencepieces
-
-        learn = sentencepieces.train_unigram if algorithm == "unigram" else sentencepieces.train_bpe
+        learn = train_unigram if algorithm == "unigram" else train_sentencepiece_bpe
         return learn(texts, size, max_piece_length=max_piece_length)
     if algorithm == "wordpiece":
         return train_wordpiece(texts, size)
@@ -58,7 +56,6 @@ def train_vocabulary(
     return byte_level(split)
 
 
-UNKNOWN_WORD = "<unk>"
 _WHITE_SPACE = re.compile(r"\s+")
 
 
@@ -70,14 +67,14 @@ def word_level(texts: Iterable[str], size: int) -> TokenizerParts:
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(word for word in _WHITE_SPACE.split(text) if word)
-    counts.pop(UNKNOWN_WORD, None)
-    vocab = [UNKNOWN_WORD, *_most_frequent(counts, size - 1)]
+    counts.pop(UNKNOWN_PIECE, None)
+    vocab = [UNKNOWN_PIECE, *_most_frequent(counts, size - 1)]
     return TokenizerParts(
         size=len(vocab),
-        model={"type": "WordLevel", "vocab": {word: id for id, word in enumerate(vocab)}, "unk_token": UNKNOWN_WORD},
+        model={"type": "WordLevel", "vocab": {word: id for id, word in enumerate(vocab)}, "unk_token": UNKNOWN_PIECE},
         pre_tokenizer={"type": "Split", "pattern": {"Regex": r"\s+"}, "behavior": "Removed", "invert": False},
         decoder=None,
-        unk_token=UNKNOWN_WORD,
+        unk_token=UNKNOWN_PIECE,
     )
 
 
@@ -86,21 +83,10 @@ def character_level(texts: Iterable[str], size: int) -> TokenizerParts:
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(text)
-    vocab = [*map(byte_piece, range(BYTE_TOKENS)), *_most_frequent(counts, size - BYTE_TOKENS)]
+    vocab = [*map(byte_name, range(BYTE_TOKENS)), *_most_frequent(counts, size - BYTE_TOKENS)]
     return TokenizerParts(
         size=len(vocab),
-        model={
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": True,
-            "ignore_merges": False,
-            "vocab": {piece: id for id, piece in enumerate(vocab)},
-            "merges": [],
-        },
+        model=bpe_model(vocab, [], byte_fallback=True),
         pre_tokenizer=None,
         decoder={"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
     )
@@ -111,16 +97,11 @@ def byte_level(split: str) -> TokenizerParts:
     return byte_level_bpe([bytes([byte]) for byte in range(BYTE_TOKENS)], split)
 
 
-def byte_piece(byte: int) -> str:
-    """A byte as vocabularies with byte fallback name it: `<0x41>`."""
-    return f"<0x{byte:02X}>"
-
-
 def _most_frequent(counts: Counter[str], limit: int) -> list[str]:
     return sorted(counts, key=lambda entry: (-counts[entry], entry))[:limit]
 
 
-UNKNOWN = "[UNK]"
+WORDPIECE_UNKNOWN = "[UNK]"
 CONTINUATION = "##"
 MAX_WORD_CHARACTERS = 100
 
@@ -136,31 +117,28 @@ def train_wordpiece(texts: Iterable[str], size: int) -> TokenizerParts:
     the one that raises the likelihood most, as Schuster & Nakajima describe. The same texts give the same vocabulary. Raises
     ConfigError when the texts hold too few different pairs.
     """
-    words = count_words(texts)
+    words = count_bert_words(texts)
     characters = _most_frequent_characters(words, int(size * _CHARACTER_SHARE) // 2)
     spelt = {word: count for word, count in sorted(words.items()) if characters.issuperset(word)}
     continuations = {CONTINUATION + character for word in spelt for character in word[1:]}
-    tokenizer = Tokenizer(models.WordPiece(unk_token=UNKNOWN))
+    tokenizer = Tokenizer(models.WordPiece(unk_token=WORDPIECE_UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     trainer = trainers.WordPieceTrainer(
         vocab_size=size,
         # left to itself the trainer numbers `##x` in the order of a hash table, and ties between pairs go by number: the
         # vocabulary would differ from run to run
-        special_tokens=[UNKNOWN, *sorted(characters), *sorted(continuations)],
+        special_tokens=[WORDPIECE_UNKNOWN, *sorted(characters), *sorted(continuations)],
         show_progress=False,
     )
     tokenizer.train_from_iterator(_repeated(spelt), trainer)
     vocab = json.loads(tokenizer.to_str())["model"]["vocab"]
     if len(vocab) < size:
-        raise ConfigError(
-            f"tokenize.vocab_size: the corpus is too small for this vocabulary: {size:,} learned tokens are asked for and it "
-            f"yields {len(vocab):,}; lower vocab_size by {size - len(vocab):,} or more, or give more text"
-        )
+        raise too_small_corpus("learned tokens", size, len(vocab))
     return TokenizerParts(
         size=size,
         model={
             "type": "WordPiece",
-            "unk_token": UNKNOWN,
+            "unk_token": WORDPIECE_UNKNOWN,
             "continuing_subword_prefix": CONTINUATION,
             "max_input_chars_per_word": MAX_WORD_CHARACTERS,
             "vocab": vocab,
@@ -174,11 +152,11 @@ def train_wordpiece(texts: Iterable[str], size: int) -> TokenizerParts:
             "strip_accents": False,
             "lowercase": False,
         },
-        unk_token=UNKNOWN,
+        unk_token=WORDPIECE_UNKNOWN,
     )
 
 
-def count_words(texts: Iterable[str]) -> Counter[str]:
+def count_bert_words(texts: Iterable[str]) -> Counter[str]:
     """Counts of BERT's words, without those too long to be encoded."""
     between_spaces: Counter[str] = Counter()
     for text in texts:
@@ -199,7 +177,7 @@ def _most_frequent_characters(words: Counter[str], limit: int) -> set[str]:
     for word, count in words.items():
         for character in word:
             counts[character] += count
-    return set(sorted(counts, key=lambda character: (-counts[character], character))[:limit])
+    return set(_most_frequent(counts, limit))
 
 
 def _repeated(words: dict[str, int]) -> Iterator[str]:

@@ -19,7 +19,7 @@ import tokenizers
 
 from bessemer.core.errors import ConfigError
 from bessemer.tokenization.config import BYTE_TOKENS
-from bessemer.tokenization.folder import TokenizerParts
+from bessemer.tokenization.folder import BYTE_LEVEL_DECODER, TokenizerParts, bpe_model
 from bessemer.tokenization.split import APPROXIMATED_REGEXES, SPLIT_REGEXES, pre_tokenizer
 from bessemer.tokenization.vocabulary import token_from_name, vocabulary_name
 
@@ -51,12 +51,17 @@ def train_bpe(
     tokens = (_train_rustbpe if trainer == "rustbpe" else _train_tokenizers)(texts, merges, split_regex)
     reached = len(tokens) - BYTE_TOKENS
     if reached < merges:
-        # neither says anything
-        raise ConfigError(
-            f"tokenize.vocab_size: the corpus is too small for this vocabulary: {merges:,} merges are asked for and it "
-            f"yields {reached:,}; lower vocab_size by {merges - reached:,} or more, or give more text"
-        )
+        # both libraries return fewer tokens without an error
+        raise too_small_corpus("merges", merges, reached)
     return tokens
+
+
+def too_small_corpus(unit: str, wanted: int, reached: int) -> ConfigError:
+    """The error for a corpus that yields `reached` learned units (tokens, merges) of the `wanted` ones."""
+    return ConfigError(
+        f"tokenize.vocab_size: the corpus is too small for this vocabulary: {wanted:,} {unit} are asked for and it "
+        f"yields {reached:,}; lower vocab_size by {wanted - reached:,} or more, or give more text"
+    )
 
 
 def _train_rustbpe(texts: Iterator[str], merges: int, split_regex: str) -> list[bytes]:
@@ -173,18 +178,7 @@ def byte_level_bpe(tokens: Sequence[bytes], split: str) -> TokenizerParts:
     """
     return TokenizerParts(
         size=len(tokens),
-        model={
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": {vocabulary_name(token): rank for rank, token in enumerate(tokens)},
-            "merges": [[vocabulary_name(left), vocabulary_name(right)] for left, right in merges_from_ranks(tokens)],
-        },
+        model=bpe_model(list(map(vocabulary_name, tokens)), (map(vocabulary_name, pair) for pair in merges_from_ranks(tokens))),
         pre_tokenizer=pre_tokenizer(split),
-        decoder={"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
+        decoder=BYTE_LEVEL_DECODER,
     )

@@ -19,11 +19,18 @@ from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.core.hashing import hash_file
 from bessemer.core.store import follow, read_json, write_json
 from bessemer.tokenization.config import TokenizeConfig
-from bessemer.tokenization.folder import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, AddedToken
-from bessemer.tokenization.tokenizer import CHAT_TEMPLATE_FILE, SPECIAL_TOKENS_MAP_FILE, load_tokenizer
+from bessemer.tokenization.folder import (
+    CHAT_TEMPLATE_FILE,
+    SPECIAL_TOKENS_MAP_FILE,
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+    AddedToken,
+    read_settings,
+)
+from bessemer.tokenization.tokenizer import load_tokenizer
 
 #: The files of a tokenizer in a folder, which may be a model's.
-_FILES = (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, "chat_template.jinja", "special_tokens_map.json", "added_tokens.json")
+_FILES = (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, CHAT_TEMPLATE_FILE, SPECIAL_TOKENS_MAP_FILE, "added_tokens.json")
 #: Settings that have an effect with an existing tokenizer; all others are of training.
 _WITHOUT_TRAINING = {"tokenizer", "shard_tokens"}
 
@@ -93,7 +100,7 @@ def add_tokens(folder: Path, out: Path, tokens: Sequence[str] = (), special_toke
     """
     tokenizer = load_tokenizer(folder)
     content = read_json(folder / TOKENIZER_FILE, "tokenizer")
-    config = read_json(folder / TOKENIZER_CONFIG_FILE) if (folder / TOKENIZER_CONFIG_FILE).exists() else {}
+    config = read_settings(folder / TOKENIZER_CONFIG_FILE)
     names = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER_FILE)).get_vocab(with_added_tokens=True)
     controls = {entry["content"] for entry in content["added_tokens"] if entry["special"]}
     size = tokenizer.vocab_size

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -75,7 +75,7 @@ class TokenizersEncoder:
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         parts, firsts = in_parts(texts, self.split is not None)
-        encoded = [ids for batch in _batches(parts) for ids in self._encode(batch)]
+        encoded = [ids for batch in batches(parts) for ids in self._encode(batch)]
         return _joined(encoded, firsts)
 
     def _encode(self, batch: list[str]) -> list[np.ndarray]:
@@ -166,7 +166,8 @@ def certain_split(tokenizer: tokenizers.Tokenizer) -> str | None:
     return split_name(json.loads(tokenizer.pre_tokenizer.__getstate__()))
 
 
-def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
+def batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """The texts in lists of about `_CHARACTERS_AT_ONCE` characters. A text longer than `LONG_TEXT` ends its batch."""
     batch: list[str] = []
     characters = 0
     for text in texts:

@@ -6,7 +6,7 @@ tokens of English a language needs (Petrov et al. 2023, "Language model tokenize
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from bessemer.core.store import read_json
+from bessemer.tokenization.fast import batches
 from bessemer.tokenization.folder import TOKENIZER_FILE
 from bessemer.tokenization.tokenizer import Tokenizer
 
@@ -27,7 +28,6 @@ _WITHOUT_SPACES = {"chinese", "japanese", "thai"}
 _SHOWN_TOKENS = 24
 _SHOWN_RUNS = 4
 _RUN_OF = 2
-_TEXTS_AT_ONCE = 1000
 
 
 def sample_text(domain: str) -> str:
@@ -103,7 +103,7 @@ def unknown_share(tokenizer: Tokenizer, usage: np.ndarray) -> float | None:
 def token_usage(tokenizer: Tokenizer, texts: Iterable[str]) -> np.ndarray:
     """Number of occurrences of each id in the texts: int64 (vocab_size,)."""
     usage = np.zeros(tokenizer.vocab_size, np.int64)
-    for batch in _batches(texts):
+    for batch in batches(texts):
         usage += np.bincount(tokenizer.encode_flat(batch)[0], minlength=len(usage))
     return usage
 
@@ -182,17 +182,6 @@ def shown_tokens(tokenizer: Tokenizer, text: str) -> list[str]:
 def shown_token(token: bytes) -> str:
     r"""A token's text; bytes of incomplete characters are written as `\xe2`."""
     return token.decode("utf-8", "backslashreplace")
-
-
-def _batches(texts: Iterable[str]) -> Iterator[Sequence[str]]:
-    batch: list[str] = []
-    for text in texts:
-        batch.append(text)
-        if len(batch) == _TEXTS_AT_ONCE:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 def _ratio(count: float, of: float, digits: int = 4) -> float | None:

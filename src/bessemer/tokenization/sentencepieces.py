@@ -12,6 +12,7 @@ pieces, see `_sentences`. The tokenizer cuts text in the same places: encoding i
 
 from __future__ import annotations
 
+import base64
 import io
 import re
 import zlib
@@ -20,20 +21,20 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 from bessemer.core.errors import ConfigError
-from bessemer.tokenization.algorithms import byte_piece
+from bessemer.tokenization.bpe import too_small_corpus
 from bessemer.tokenization.config import BYTE_TOKENS
-from bessemer.tokenization.folder import TokenizerParts
+from bessemer.tokenization.folder import TokenizerParts, bpe_model
+from bessemer.tokenization.vocabulary import SPACE_MARK, byte_name
 
-SPACE = "\u2581"
-UNKNOWN = "<unk>"
+UNKNOWN_PIECE = "<unk>"
 
-_LETTER = rf"[^\x00-\x40\x5B-\x60\x7B-\x7F{SPACE}]"
+_LETTER = rf"[^\x00-\x40\x5B-\x60\x7B-\x7F{SPACE_MARK}]"
 _SYMBOL = r"[\x00-\x2F\x3A-\x40\x5B-\x60\x7B-\x7F]"
 #: What one piece can lie in, spaces already written `▁`: a run of them with what follows, letters (and everything that is
 #: not ASCII), a single digit, or ASCII punctuation and control characters. SentencePiece lets no piece reach from one
 #: script into another, and these three are; where punctuation is mixed, ASCII and other, only this cuts.
 #: Spaces at the end have a branch of their own, without which a long run is tried from each of them.
-WORD = rf"{SPACE}*(?:{_LETTER}+|[0-9]|{_SYMBOL}+)|{SPACE}+"
+WORD = rf"{SPACE_MARK}*(?:{_LETTER}+|[0-9]|{_SYMBOL}+)|{SPACE_MARK}+"
 
 #: ASCII is always in the vocabulary, with tab and line feed: whatever the corpus, code and JSON are not written in bytes.
 _REQUIRED = "\t\n" + "".join(map(chr, range(0x21, 0x7F)))
@@ -53,6 +54,12 @@ _THREADS = 16
 #: number up to 2¹⁸ nats (some 30,000 tokens) and the two find the same segmentation, ties included.
 _SCORE_STEP = 2.0**-6
 
+#: Steps of a normalizer that leave one space of a run, and none around the text.
+MERGE_SPACES: tuple[dict[str, Any], ...] = (
+    {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "},
+    {"type": "Replace", "pattern": {"Regex": r"\A +| +\z"}, "content": ""},
+)
+
 _Type = Literal["unigram", "bpe"]
 
 
@@ -67,7 +74,7 @@ def train_unigram(texts: Iterable[str], size: int, *, max_piece_length: int = 25
     return unigram_parts([(piece, _rounded(score)) for piece, score in _train("unigram", texts, size, max_piece_length)])
 
 
-def train_bpe(texts: Iterable[str], size: int, *, max_piece_length: int = 256) -> TokenizerParts:
+def train_sentencepiece_bpe(texts: Iterable[str], size: int, *, max_piece_length: int = 256) -> TokenizerParts:
     """SentencePiece's BPE with byte fallback, of `size` tokens: `<unk>`, the 256 bytes, merges in their order, characters.
 
     As `train_unigram` in everything else.
@@ -81,28 +88,15 @@ def unigram_parts(pieces: Sequence[tuple[str, float]]) -> TokenizerParts:
     `tokenizers` looks for the names of the bytes in the text as if they were pieces: a literal `<0x41>` is still spelt by its
     characters, because `WORD` cuts it.
     """
-    names = [UNKNOWN, *map(byte_piece, range(BYTE_TOKENS))]
+    names = [UNKNOWN_PIECE, *map(byte_name, range(BYTE_TOKENS))]
     vocab = [[piece, score] for piece, score in (*((name, 0.0) for name in names), *pieces)]
     return _parts({"type": "Unigram", "unk_id": 0, "vocab": vocab, "byte_fallback": True})
 
 
 def bpe_parts(pieces: Sequence[str]) -> TokenizerParts:
     """The parts of a BPE with `<unk>` at 0, the bytes at 1 to 256, and these pieces, the first to be merged first."""
-    vocab = [UNKNOWN, *map(byte_piece, range(BYTE_TOKENS)), *pieces]
-    return _parts(
-        {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": UNKNOWN,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "ignore_merges": False,
-            "vocab": {piece: id for id, piece in enumerate(vocab)},
-            "merges": merges_of(pieces),
-        }
-    )
+    vocab = [UNKNOWN_PIECE, *map(byte_name, range(BYTE_TOKENS)), *pieces]
+    return _parts(bpe_model(vocab, merges_of(pieces), unk_token=UNKNOWN_PIECE, byte_fallback=True))
 
 
 def merges_of(pieces: Sequence[str]) -> list[list[str]]:
@@ -127,19 +121,42 @@ def _parts(model: dict[str, Any]) -> TokenizerParts:
         pre_tokenizer={
             "type": "Sequence",
             "pretokenizers": [
-                {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "never", "split": False},
+                {"type": "Metaspace", "replacement": SPACE_MARK, "prepend_scheme": "never", "split": False},
                 {"type": "Split", "pattern": {"Regex": WORD}, "behavior": "Isolated", "invert": False},
             ],
         },
-        decoder={
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-            ],
-        },
+        decoder=meta_to_spaces(prefix=False),
     )
+
+
+def spaces_to_meta(*, prefix: bool, merge: bool = False, charsmap: bytes | None = None) -> dict[str, Any]:
+    """The `normalizer` of a published SentencePiece model: spaces become U+2581.
+
+    prefix: a space is put before the text. merge: runs of spaces become one space, and spaces around the text are dropped.
+    charsmap: SentencePiece's compiled table of normalisations.
+    """
+    steps: list[dict[str, Any]] = []
+    if charsmap:
+        steps.append({"type": "Precompiled", "precompiled_charsmap": base64.b64encode(charsmap).decode()})
+    if merge:
+        steps += MERGE_SPACES
+    if prefix:
+        steps.append({"type": "Prepend", "prepend": SPACE_MARK})
+    steps.append({"type": "Replace", "pattern": {"String": " "}, "content": SPACE_MARK})
+    return {"type": "Sequence", "normalizers": steps} if len(steps) > 1 else steps[0]
+
+
+def meta_to_spaces(*, prefix: bool) -> dict[str, Any]:
+    """The `decoder` of a SentencePiece model: U+2581 becomes a space, and byte tokens become their bytes. prefix: the space
+    that the normalizer put before the text is removed."""
+    steps: list[dict[str, Any]] = [
+        {"type": "Replace", "pattern": {"String": SPACE_MARK}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    if prefix:
+        steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    return {"type": "Sequence", "decoders": steps}
 
 
 def _rounded(score: float) -> float:
@@ -150,7 +167,7 @@ def _train(kind: _Type, texts: Iterable[str], size: int, max_piece_length: int) 
     """The pieces after the bytes with their scores, as the library returns them."""
     import sentencepiece
 
-    counts = count_words(texts, max_piece_length)
+    counts = count_sentencepiece_words(texts, max_piece_length)
     if not counts:
         raise ConfigError("tokenize: the training texts hold nothing to learn a vocabulary from; give more text")
     if kind == "unigram":
@@ -172,7 +189,7 @@ def _train(kind: _Type, texts: Iterable[str], size: int, max_piece_length: int) 
             split_digits=True,
             required_chars=_REQUIRED.translate(there),
             unk_id=0,
-            unk_piece=UNKNOWN,
+            unk_piece=UNKNOWN_PIECE,
             bos_id=-1,
             eos_id=-1,
             pad_id=-1,
@@ -190,15 +207,15 @@ def _train(kind: _Type, texts: Iterable[str], size: int, max_piece_length: int) 
     return [(processor.id_to_piece(id).translate(back), processor.get_score(id)) for id in range(first, size)]
 
 
-def count_words(texts: Iterable[str], max_piece_length: int) -> Counter[str]:
+def count_sentencepiece_words(texts: Iterable[str], max_piece_length: int) -> Counter[str]:
     """Counts of words (`WORD`), spaces written `▁`, longer runs cut, without NUL and lone surrogates."""
     limit = f"{{1,{max_piece_length}}}"
-    letter, symbol = _LETTER.replace(SPACE, rf"{SPACE}\uD800-\uDFFF"), _SYMBOL.replace(r"\x00", r"\x01")
-    spaces = f"{SPACE}{{0,{max_piece_length}}}"
-    words = re.compile(f"{spaces}(?:{letter}{limit}|[0-9]|{symbol}{limit})|{SPACE}{limit}")
+    letter, symbol = _LETTER.replace(SPACE_MARK, rf"{SPACE_MARK}\uD800-\uDFFF"), _SYMBOL.replace(r"\x00", r"\x01")
+    spaces = f"{SPACE_MARK}{{0,{max_piece_length}}}"
+    words = re.compile(f"{spaces}(?:{letter}{limit}|[0-9]|{symbol}{limit})|{SPACE_MARK}{limit}")
     counts: Counter[str] = Counter()
     for text in texts:
-        counts.update(words.findall(text.replace(" ", SPACE)))
+        counts.update(words.findall(text.replace(" ", SPACE_MARK)))
     return counts
 
 
@@ -210,10 +227,10 @@ def _sentences(counts: Counter[str]) -> Iterator[tuple[str, int]]:
     library cuts the two apart again at the space.
     """
     left = Counter(counts)
-    followers = sorted((word for word in counts if word[0] == SPACE), key=lambda word: (-counts[word], word))
+    followers = sorted((word for word in counts if word[0] == SPACE_MARK), key=lambda word: (-counts[word], word))
     spare = (word for word in followers for _ in range(counts[word] // 2))
     for word in sorted(counts):
-        if counts[word] > 1 and word[-1] != SPACE and (follower := next(spare, None)):
+        if counts[word] > 1 and word[-1] != SPACE_MARK and (follower := next(spare, None)):
             left[word] -= 1
             left[follower] -= 1
             yield word + follower, 1
@@ -245,11 +262,7 @@ def _stand_ins(words: Iterable[str]) -> dict[int, str]:
 def _explained(error: RuntimeError, size: int) -> ConfigError:
     """The library's refusal of a vocabulary size, in numbers."""
     if match := re.search(r"set it to a value <= (\d+)", str(error)):
-        reached = int(match[1])
-        return ConfigError(
-            f"tokenize.vocab_size: the corpus is too small for this vocabulary: {size:,} learned tokens are asked for and it "
-            f"yields {reached:,}; lower vocab_size by {size - reached:,} or more, or give more text"
-        )
+        return too_small_corpus("learned tokens", size, int(match[1]))
     if match := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error)):
         least = int(match[1])
         return ConfigError(

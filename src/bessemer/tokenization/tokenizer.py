@@ -14,16 +14,28 @@ import tokenizers
 
 from bessemer.core.errors import ArtefactError, RequestError
 from bessemer.core.hashing import hash_file
-from bessemer.core.store import read_json
 from bessemer.tokenization.chat import ChatEncoder, ChatTemplate, Message, Segment, Tool, check_encodable, encode_beside_others
 from bessemer.tokenization.control_tokens import END_OF_TEXT, TURN_ENDS
 from bessemer.tokenization.fast import LONG_TEXT, BulkEncoder, TokenizersEncoder, agree, bulk_encoder, slices
-from bessemer.tokenization.folder import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
-from bessemer.tokenization.vocabulary import Kind, bytes_alone, read_vocabulary, spans_of_pieces, spread_runs, without_holes
+from bessemer.tokenization.folder import (
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+    first_of,
+    read_chat_template,
+    read_configuration,
+    read_settings,
+    token_text,
+)
+from bessemer.tokenization.vocabulary import (
+    SPACE_MARK,
+    Kind,
+    bytes_alone,
+    read_vocabulary,
+    spans_of_pieces,
+    spread_runs,
+    without_holes,
+)
 
-#: Beside `tokenizer.json` in folders that others wrote; what `tokenizer_config.json` says goes before.
-SPECIAL_TOKENS_MAP_FILE = "special_tokens_map.json"
-CHAT_TEMPLATE_FILE = "chat_template.jinja"
 GENERATION_CONFIG_FILE = "generation_config.json"
 
 #: What begin and end tokens are called in published tokenizers, for a folder that does not say which they are.
@@ -121,7 +133,7 @@ class Tokenizer:
         """Whether a text surely has more than `limit` tokens, with little work for a text of any length: a token has no more
         bytes than the longest, and of the text only as much is encoded as has more tokens. False of one that may have fewer,
         or is short enough to be encoded."""
-        if self.lossless and len(text.replace("\u2581", " ").encode(errors="replace")) > limit * self._longest:
+        if self.lossless and len(text.replace(SPACE_MARK, " ").encode(errors="replace")) > limit * self._longest:
             return True
         parts = slices(text)
         if len(parts) == 1:
@@ -228,8 +240,8 @@ class Tokenizer:
     def _chat(self) -> ChatTemplate:
         if self.chat_template is None:
             raise RequestError(f"{self.folder}: it has no chat template; bessemer finetune makes a model that chats")
-        config = _read_if_there(self.folder / SPECIAL_TOKENS_MAP_FILE) | _read_if_there(self.folder / TOKENIZER_CONFIG_FILE)
-        named = {name: _content(value) for name, value in config.items() if name.endswith("_token")}
+        config = read_configuration(self.folder)
+        named = {name: token_text(value) for name, value in config.items() if name.endswith("_token")}
         variables = {name: content for name, content in named.items() if isinstance(content, str)}
         return ChatTemplate(self.chat_template, tuple(self._control_ids), variables, str(self.folder))
 
@@ -301,7 +313,7 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
     path = folder / TOKENIZER_FILE
     if not path.exists():
         raise ArtefactError(f"{path}: no such file; a tokenizer's folder holds it beside {TOKENIZER_CONFIG_FILE}")
-    config = _read_if_there(folder / SPECIAL_TOKENS_MAP_FILE) | _read_if_there(folder / TOKENIZER_CONFIG_FILE)
+    config = read_configuration(folder)
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:
@@ -313,7 +325,7 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
     _mark_special(tokenizer, config)
     bos_id, eos_ids = _begin_and_ends(folder, tokenizer, config)
     try:
-        return Tokenizer(folder, tokenizer, bos_id, eos_ids, _chat_template(folder, config))
+        return Tokenizer(folder, tokenizer, bos_id, eos_ids, read_chat_template(folder))
     except ArtefactError as error:
         raise ArtefactError(f"{path}: {error}") from None
 
@@ -322,14 +334,7 @@ def _added_text(token: tokenizers.AddedToken) -> str:
     """What an added token stands for: its own text, in which one that is found in normalised text has marks for spaces
     (SentencePiece's user-defined runs of them)."""
     content: str = token.content
-    return content.replace("\u2581", " ") if token.normalized and not token.special else content
-
-
-def _read_if_there(path: Path) -> dict[str, Any]:
-    content = read_json(path) if path.exists() else {}
-    if not isinstance(content, dict):
-        raise ArtefactError(f"{path}: this file is damaged (not a mapping)")
-    return {name: value for name, value in content.items() if value is not None}
+    return content.replace(SPACE_MARK, " ") if token.normalized and not token.special else content
 
 
 def _mark_special(tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
@@ -339,22 +344,17 @@ def _mark_special(tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any]) ->
         values = config.get(several, [])
         named += values.values() if isinstance(values, Mapping) else values
     known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    contents = [content for content in map(_content, named) if isinstance(content, str) and content not in known]
+    contents = [content for content in map(token_text, named) if isinstance(content, str) and content not in known]
     tokenizer.add_special_tokens([content for content in contents if tokenizer.token_to_id(content) is not None])
-
-
-def _content(token: Any) -> Any:
-    """The text of a special token in the configuration: a string, or an object that holds it."""
-    return token.get("content") if isinstance(token, Mapping) else token
 
 
 def _begin_and_ends(folder: Path, tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any]) -> tuple[int, list[int]]:
     """The token that begins a text, and those that end one: the end token, the begin token that follows a document in
     our shards, the ends of turns, and what the model's generation settings list."""
     special = {token.content: id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    bos, eos = (special.get(_content(config.get(name))) for name in ("bos_token", "eos_token"))
+    bos, eos = (special.get(token_text(config.get(name))) for name in ("bos_token", "eos_token"))
     if bos is None and eos is None:
-        bos, eos = (next((special[name] for name in names if name in special), None) for names in (BEGIN_NAMES, END_NAMES))
+        bos, eos = (special.get(first_of(names, special) or "") for names in (BEGIN_NAMES, END_NAMES))
     if bos is None:
         bos = special.get(END_OF_TEXT, eos)
     if eos is None:
@@ -369,20 +369,9 @@ def _begin_and_ends(folder: Path, tokenizer: tokenizers.Tokenizer, config: Mappi
 
 
 def _listed_ends(folder: Path, vocab_size: int) -> list[int]:
-    listed = _read_if_there(folder / GENERATION_CONFIG_FILE).get("eos_token_id", [])
+    listed = read_settings(folder / GENERATION_CONFIG_FILE).get("eos_token_id", [])
     ids = listed if isinstance(listed, list) else [listed]
     return [id for id in ids if isinstance(id, int) and 0 <= id < vocab_size]
-
-
-def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """The template in a file of its own goes before that in the configuration, which may list several by name."""
-    path = folder / CHAT_TEMPLATE_FILE
-    if path.exists():
-        return path.read_text(encoding="utf-8")
-    template: Any = config.get("chat_template")
-    if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    return template if isinstance(template, str) else None
 
 
 def _decoder(tokenizer: tokenizers.Tokenizer) -> Any:

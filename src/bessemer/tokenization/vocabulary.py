@@ -66,6 +66,11 @@ class Vocabulary:
         return b"".join(map(self.later.__getitem__, ids))
 
 
+def byte_name(byte: int) -> str:
+    """The name of a byte's token in vocabularies with byte fallback: `<0xE2>`."""
+    return f"<0x{byte:02X}>"
+
+
 def byte_of_name(name: str) -> int | None:
     """The byte that an entry like `<0xE2>` stands for, or None."""
     match = _BYTE_NAME.fullmatch(name)
@@ -82,7 +87,7 @@ def read_vocabulary(
     names: list[str | None] = [None] * (max(tokens.values()) + 1)
     for name, id in tokens.items():
         names[id] = name
-    steps = _steps(decoder)
+    steps = steps_of(decoder)
     types = [step["type"] for step in steps]
     if types in (["ByteLevel"], ["ByteLevel", "Fuse"]):
         return _of_pieces("byte-level", names, added, _byte_level)
@@ -102,10 +107,14 @@ def read_vocabulary(
     )
 
 
-def _steps(decoder: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
-    if decoder is None:
+def steps_of(section: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """The steps of a `normalizer`, `pre_tokenizer` or `decoder` section, nested sequences included, in their order."""
+    if section is None:
         return []
-    return [step for inner in decoder["decoders"] for step in _steps(inner)] if decoder["type"] == "Sequence" else [decoder]
+    if section["type"] != "Sequence":
+        return [section]
+    inner = section.get("normalizers") or section.get("pretokenizers") or section.get("decoders") or []
+    return [step for part in inner for step in steps_of(part)]
 
 
 def _joins_pieces(steps: Sequence[Mapping[str, Any]]) -> bool:
@@ -263,8 +272,7 @@ def spread_runs(text: str, names: Sequence[str], spans: np.ndarray, alone: token
 
 def bytes_alone(normalizer: tokenizers.normalizers.Normalizer | None) -> tokenizers.Tokenizer:
     """A tokenizer whose ids are the bytes of the normalised text, and whose spans are the characters they come from."""
-    names = {f"<0x{byte:02X}>": byte for byte in range(256)}
-    alone = tokenizers.Tokenizer(models.BPE(vocab=names, merges=[], byte_fallback=True))
+    alone = tokenizers.Tokenizer(models.BPE({byte_name(byte): byte for byte in range(256)}, merges=[], byte_fallback=True))
     if normalizer is not None:
         alone.normalizer = normalizer
     return alone

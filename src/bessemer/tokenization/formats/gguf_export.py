@@ -5,6 +5,7 @@ What llama.cpp has no equal for is refused with the reason; what differs only on
 
 from __future__ import annotations
 
+import base64
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ import tokenizers
 from bessemer.core.errors import ArtefactError
 from bessemer.core.store import new_file, read_json
 from bessemer.tokenization.control_tokens import TURN_ENDS
-from bessemer.tokenization.folder import TOKENIZER_FILE
+from bessemer.tokenization.folder import TOKENIZER_FILE, read_chat_template
 from bessemer.tokenization.formats.gguf_import import (
     NO_MERGES,
     WHOLE_PIECES,
@@ -26,9 +27,10 @@ from bessemer.tokenization.formats.gguf_import import (
     notes_of_controls,
     notes_of_split,
 )
-from bessemer.tokenization.formats.huggingface import read_chat_template, read_roles
-from bessemer.tokenization.sentencepieces import SPACE, WORD
+from bessemer.tokenization.formats.huggingface import read_roles
+from bessemer.tokenization.sentencepieces import MERGE_SPACES, WORD
 from bessemer.tokenization.split import SPLIT_REGEXES, split_name
+from bessemer.tokenization.vocabulary import SPACE_MARK, byte_of_name, steps_of
 
 if TYPE_CHECKING:
     import gguf
@@ -162,12 +164,12 @@ class _Ids:
         self.tokens = [f"[PAD{id}]" for id in range(count)]
         self.types = [int(TokenType.UNUSED)] * count
         for token, id in vocabulary.items():
-            is_byte = byte_fallback and len(token) == 6 and token.startswith("<0x")
+            is_byte = byte_fallback and byte_of_name(token) is not None
             self.tokens[id], self.types[id] = token, int(TokenType.BYTE if is_byte else TokenType.NORMAL)
         for id, added in tokenizer.get_added_tokens_decoder().items():
             # llama.cpp looks for added tokens in the text before it writes its spaces as U+2581
             looked_for_after = escapes_spaces and added.normalized and not added.special
-            self.tokens[id] = added.content.replace(SPACE, " ") if looked_for_after else added.content
+            self.tokens[id] = added.content.replace(SPACE_MARK, " ") if looked_for_after else added.content
             self.types[id] = int(TokenType.CONTROL if added.special else TokenType.USER_DEFINED)
         self.roles: dict[str, int] = {}
         for role in ("bos", "eos", "unk", "pad"):
@@ -203,7 +205,7 @@ class _Ids:
 
 
 def _is_byte_level(content: Mapping[str, Any]) -> bool:
-    return any(step["type"] == "ByteLevel" for step in _steps(content["pre_tokenizer"]))
+    return any(step["type"] == "ByteLevel" for step in steps_of(content["pre_tokenizer"]))
 
 
 def _byte_level(path: Path, content: Mapping[str, Any], ids: _Ids) -> GgufTokenizer:
@@ -214,7 +216,7 @@ def _byte_level(path: Path, content: Mapping[str, Any], ids: _Ids) -> GgufTokeni
             f"has no name for this one (it has {', '.join(SPLIT_REGEXES)})"
         )
     notes = notes_of_split(split) + notes_of_bytes(content["model"]["vocab"])
-    for step in _steps(content["normalizer"]):
+    for step in steps_of(content["normalizer"]):
         if step["type"] not in ("NFC", "NFKC", "NFD", "NFKD"):
             raise ArtefactError(
                 f"{path}: this tokenizer cannot be exported to GGUF: it changes text before splitting ({step['type']}), and "
@@ -325,40 +327,34 @@ class _Spaces:
             notes.append(
                 "llama.cpp does not cut text into words: tokens of several, which this tokenizer never writes, appear there"
             )
-        if self.splits and any(SPACE in piece[1:] for piece in pieces):
+        if self.splits and any(SPACE_MARK in piece[1:] for piece in pieces):
             notes.append(
                 "llama.cpp does not cut at spaces: tokens with a space inside, which this tokenizer never writes, appear there"
             )
         return notes
 
 
-#: Replacements that leave one space of several, and none around a text.
-_MERGE_SPACES = ({"Regex": " {2,}"}, {"Regex": r"\A +| +\z"})
-
-
 def _spaces(path: Path, content: Mapping[str, Any]) -> _Spaces:
     """What `normalizer` and `pre_tokenizer` do to spaces. Raises ArtefactError when they do what llama.cpp cannot."""
     spaces = _Spaces()
-    steps = _steps(content["normalizer"]) + _steps(content["pre_tokenizer"])
+    steps = steps_of(content["normalizer"]) + steps_of(content["pre_tokenizer"])
     for step, following in zip(steps, [*steps[1:], None], strict=False):
         kind = step["type"]
         pattern = step.get("pattern", {})
         if kind == "NFC" and following is not None and following["type"] == "Precompiled":
             # composes for `Precompiled` what SentencePiece's map composes itself
             continue
-        if kind == "Replace" and pattern == {"String": " "} and step["content"] == SPACE:
+        if kind == "Replace" and pattern == {"String": " "} and step["content"] == SPACE_MARK:
             spaces.escaped = True
-        elif kind == "Prepend" and step["prepend"] == SPACE:
+        elif kind == "Prepend" and step["prepend"] == SPACE_MARK:
             spaces.prefix = True
-        elif kind in ("Strip", "WhitespaceSplit") or (kind == "Replace" and pattern in _MERGE_SPACES):
+        elif kind in ("Strip", "WhitespaceSplit") or step in MERGE_SPACES:
             spaces.merged = True
         elif kind == "Split" and pattern == {"Regex": WORD}:
             spaces.words = True
         elif kind == "Precompiled":
-            import base64
-
             spaces.charsmap = base64.b64decode(step["precompiled_charsmap"])
-        elif kind == "Metaspace" and step["replacement"] == SPACE:
+        elif kind == "Metaspace" and step["replacement"] == SPACE_MARK:
             spaces.escaped = True
             spaces.prefix = step["prepend_scheme"] != "never"
             spaces.only_first = step["prepend_scheme"] == "first"
@@ -368,17 +364,7 @@ def _spaces(path: Path, content: Mapping[str, Any]) -> _Spaces:
                 f"{path}: this tokenizer cannot be exported to GGUF: llama.cpp has no equal for its {kind} step"
             )
     if not spaces.escaped:
-        raise ArtefactError(f"{path}: this tokenizer cannot be exported to GGUF: it does not write spaces as {SPACE}")
+        raise ArtefactError(f"{path}: this tokenizer cannot be exported to GGUF: it does not write spaces as {SPACE_MARK}")
     if spaces.merged and content["model"]["type"] == "BPE":
         raise ArtefactError(f"{path}: this tokenizer cannot be exported to GGUF: llama.cpp's BPE keeps runs of spaces")
     return spaces
-
-
-def _steps(section: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
-    """The steps of a section, one by one."""
-    if section is None:
-        return []
-    if section["type"] != "Sequence":
-        return [section]
-    inner = section.get("normalizers") or section.get("pretokenizers") or []
-    return [step for part in inner for step in _steps(part)]

@@ -14,8 +14,16 @@ from pathlib import Path
 from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.core.store import read_json, write_text
 from bessemer.tokenization.bpe import encode_piece
-from bessemer.tokenization.folder import TOKENIZER_FILE, AddedToken, ForeignTokenizer, TokenizerParts, first_of, learned_size
-from bessemer.tokenization.formats.gguf_import import bpe_model
+from bessemer.tokenization.folder import (
+    BYTE_LEVEL_DECODER,
+    TOKENIZER_FILE,
+    AddedToken,
+    TokenizerContent,
+    TokenizerParts,
+    bpe_model,
+    first_of,
+    learned_size,
+)
 from bessemer.tokenization.split import SPLIT_REGEXES, pre_tokenizer, split_name
 from bessemer.tokenization.tokenizer import BEGIN_NAMES, END_NAMES
 from bessemer.tokenization.vocabulary import token_from_name, vocabulary_name
@@ -41,7 +49,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     return ranks
 
 
-def import_tiktoken(path: Path, split: str | None, special_tokens: Sequence[str] | Mapping[str, int]) -> ForeignTokenizer:
+def import_tiktoken(path: Path, split: str | None, special_tokens: Sequence[str] | Mapping[str, int]) -> TokenizerContent:
     """A tokenizer with the ids of `tiktoken.Encoding` on this file, split regex and control tokens.
 
     split: a name of `SPLIT_REGEXES`. special_tokens: with their ids, or in order, from the first id after the file's on.
@@ -67,16 +75,15 @@ def import_tiktoken(path: Path, split: str | None, special_tokens: Sequence[str]
     names = [learned.get(id, f"<|unused_{id}|>") for id in range(max(learned) + 1)]
     size = learned_size(len(names), controls)
     merges, whole = _merges(ranks)
-    return ForeignTokenizer(
+    return TokenizerContent(
         parts=TokenizerParts(
             size=size,
             model=bpe_model(names[:size], merges, ignore_merges=whole),
             pre_tokenizer=pre_tokenizer(split),
-            decoder={"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
+            decoder=BYTE_LEVEL_DECODER,
         ),
         added=tuple(AddedToken(id, token, True) for id, token in sorted(controls.items())),
-        bos=first_of(BEGIN_NAMES, special_tokens) or eos,
-        eos=eos,
+        roles={"bos_token": first_of(BEGIN_NAMES, special_tokens) or eos, "eos_token": eos},
     )
 
 
