@@ -1,9 +1,9 @@
-"""Training of a vocabulary by the name of its algorithm; WordPiece, and baselines of words, characters and bytes.
+"""Training of a vocabulary by any algorithm; WordPiece, and the baselines word, character and byte.
 
-WordPiece as BERT has it (Schuster & Nakajima 2012; Devlin et al. 2019), trained with `tokenizers`: text is cut at white space
-and around punctuation and CJK characters; the rest of a word after its first piece is written `##rest`. Encoding takes the
-longest piece that fits, from the left; a word that the vocabulary cannot spell, or of more than 100 characters, is `[UNK]`.
-White space and unknown words are lost: decoding does not give the text back.
+WordPiece is BERT's (Schuster & Nakajima 2012; Devlin et al. 2019), trained with `tokenizers`. Text is cut at white space and
+around punctuation and CJK characters. Pieces after the first of a word begin with `##`. Encoding takes the longest piece that
+fits, from the left; a word that the vocabulary cannot spell, or of more than 100 characters, is `[UNK]`. It is lossy: white
+space and unknown words cannot be decoded.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ def train_vocabulary(
     trainer: Literal["rustbpe", "tokenizers"] = "rustbpe",
     max_piece_length: int = 256,
 ) -> TokenizerParts:
-    """The tokenizer that an algorithm learns from the texts, of `size` tokens without the control tokens.
+    """Train a tokenizer of `size` tokens, control tokens not counted.
 
-    split, trainer: of byte-level BPE, as in `TokenizeConfig`. max_piece_length: characters after which a run is cut. The texts
-    are read once and not kept: memory grows with the number of different words, not with the corpus. The same texts give the
-    same tokenizer on any machine. The vocabulary of `word`, `character` and `byte` may be smaller than `size`. Raises
-    ConfigError when the texts are too few for the vocabulary, or its size too small for their characters.
+    split, trainer: settings of byte-level BPE, as in `TokenizeConfig`. max_piece_length: longer runs are cut, in characters.
+    The texts are streamed: memory grows with the number of different words, not with the corpus. The same texts give the same
+    tokenizer on any machine. The vocabulary of `word`, `character` and `byte` may be smaller than `size`. Raises ConfigError
+    when the texts are too few for the vocabulary, or its size is too small for their characters.
     """
     if algorithm == "bpe":
         regex = SPLIT_REGEXES[split]
@@ -62,7 +62,7 @@ _WHITE_SPACE = re.compile(r"\s+")
 def word_level(texts: Iterable[str], size: int) -> TokenizerParts:
     """The most frequent words between white space; any other word is `<unk>`, and white space decodes as one space.
 
-    Of equally frequent words the one that sorts first is taken.
+    Equally frequent words are taken in sorted order.
     """
     counts: Counter[str] = Counter()
     for text in texts:
@@ -93,7 +93,7 @@ def character_level(texts: Iterable[str], size: int) -> TokenizerParts:
 
 
 def byte_level(split: str) -> TokenizerParts:
-    """The 256 bytes: byte-level BPE without a merge. The split regex changes nothing but names the tokenizer in GGUF."""
+    """The 256 bytes: byte-level BPE without merges. The split has no effect on ids; GGUF stores its name."""
     return byte_level_bpe([bytes([byte]) for byte in range(BYTE_TOKENS)], split)
 
 
@@ -105,7 +105,7 @@ WORDPIECE_UNKNOWN = "[UNK]"
 CONTINUATION = "##"
 MAX_WORD_CHARACTERS = 100
 
-#: At most this share of the vocabulary goes to single characters, with and without `##`; words with others are `[UNK]`.
+#: Largest share of the vocabulary for single characters, with and without `##`. Words with rarer ones are `[UNK]`.
 _CHARACTER_SHARE = 0.5
 _WORDS_PER_TEXT = 4096
 
@@ -125,7 +125,7 @@ def train_wordpiece(texts: Iterable[str], size: int) -> TokenizerParts:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     trainer = trainers.WordPieceTrainer(
         vocab_size=size,
-        # left to itself the trainer numbers `##x` in the order of a hash table, and ties between pairs go by number: the
+        # given because the trainer would number `##x` in the order of a hash table, and it breaks ties by number: the
         # vocabulary would differ from run to run
         special_tokens=[WORDPIECE_UNKNOWN, *sorted(characters), *sorted(continuations)],
         show_progress=False,
@@ -157,7 +157,7 @@ def train_wordpiece(texts: Iterable[str], size: int) -> TokenizerParts:
 
 
 def count_bert_words(texts: Iterable[str]) -> Counter[str]:
-    """Counts of BERT's words, without those too long to be encoded."""
+    """Counts of the words that BERT's pre-tokenizer makes, without those too long to be encoded."""
     between_spaces: Counter[str] = Counter()
     for text in texts:
         between_spaces.update(text.split(" "))
@@ -165,7 +165,7 @@ def count_bert_words(texts: Iterable[str]) -> Counter[str]:
     pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     counts: Counter[str] = Counter()
     for run, count in between_spaces.items():
-        # what BERT does to a text it does between any two spaces of it
+        # BERT always cuts at spaces, so each run between spaces is normalised and cut once, whatever stands around it
         for word, _ in pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(run)):
             if len(word) <= MAX_WORD_CHARACTERS:
                 counts[word] += count
@@ -181,7 +181,7 @@ def _most_frequent_characters(words: Counter[str], limit: int) -> set[str]:
 
 
 def _repeated(words: dict[str, int]) -> Iterator[str]:
-    """Every word as often as it was counted, since the trainer takes text and not counts."""
+    """Each word as often as it was counted: the trainer takes text, not counts."""
     for word, count in words.items():
         for start in range(0, count, _WORDS_PER_TEXT):
             yield " ".join([word] * min(_WORDS_PER_TEXT, count - start))

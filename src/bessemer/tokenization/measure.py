@@ -18,7 +18,7 @@ from bessemer.tokenization.fast import batches
 from bessemer.tokenization.folder import TOKENIZER_FILE
 from bessemer.tokenization.tokenizer import Tokenizer
 
-#: The samples in display order.
+#: The samples of kinds of text, in display order.
 DOMAINS = ("prose", "python", "rust", "maths")
 #: One passage in several languages, English first.
 LANGUAGES = ("english", "german", "french", "spanish", "russian", "arabic", "hindi", "chinese", "japanese", "korean", "thai")
@@ -27,7 +27,7 @@ _WITHOUT_SPACES = {"chinese", "japanese", "thai"}
 
 _SHOWN_TOKENS = 24
 _SHOWN_RUNS = 4
-_RUN_OF = 2
+_CHARACTERS_OF_A_RUN = 2
 
 
 def sample_text(domain: str) -> str:
@@ -113,8 +113,8 @@ def vocabulary_metrics(tokenizer: Tokenizer, usage: np.ndarray | None = None) ->
     `unused_tokens` longer than a byte, `unused_bytes` whose single-byte tokens are all unused. Without control tokens and the
     unknown token."""
     tokens = [tokenizer.token_bytes(id) for id in range(tokenizer.vocab_size)]
-    aside = {id for id in range(len(tokens)) if tokenizer.is_special(id) or not tokens[id]} | {unknown_id(tokenizer)}
-    long = [id for id in range(len(tokens)) if id not in aside and len(tokens[id]) > 1]
+    excluded = {id for id in range(len(tokens)) if tokenizer.is_special(id) or not tokens[id]} | {unknown_id(tokenizer)}
+    long = [id for id in range(len(tokens)) if id not in excluded and len(tokens[id]) > 1]
     longest = _longest({tokens[id] for id in long})
     evenly = np.linspace(0, max(len(long) - 1, 0), min(_SHOWN_TOKENS, len(long))).astype(int)
     metrics: dict[str, Any] = {
@@ -122,7 +122,7 @@ def vocabulary_metrics(tokenizer: Tokenizer, usage: np.ndarray | None = None) ->
         "vocabulary_sample": [shown_token(tokens[long[place]]) for place in evenly],
     }
     if usage is not None:
-        single = {id: tokens[id] for id in range(len(tokens)) if id not in aside and len(tokens[id]) == 1}
+        single = {id: tokens[id] for id in range(len(tokens)) if id not in excluded and len(tokens[id]) == 1}
         unused = [id for id in long if usage[id] == 0]
         metrics["unused_tokens"] = len(unused)
         metrics["unused_examples"] = [shown_token(tokens[id]) for id in unused[:: max(1, len(unused) // _SHOWN_TOKENS)]]
@@ -134,7 +134,7 @@ def vocabulary_metrics(tokenizer: Tokenizer, usage: np.ndarray | None = None) ->
 def _longest(tokens: Iterable[bytes]) -> list[bytes]:
     """The longest tokens, the longest first, with only a few of the runs of one or two characters (rules, indentation)."""
     by_length = sorted(tokens, key=lambda token: (-len(token), token))
-    runs = [token for token in by_length if len(set(token)) <= _RUN_OF][_SHOWN_RUNS:]
+    runs = [token for token in by_length if len(set(token)) <= _CHARACTERS_OF_A_RUN][_SHOWN_RUNS:]
     left_out = set(runs)
     return [token for token in by_length if token not in left_out][:_SHOWN_TOKENS]
 

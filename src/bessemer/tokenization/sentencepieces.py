@@ -1,13 +1,12 @@
 """Unigram and BPE as SentencePiece has them, trained by its library (Kudo 2018; Kudo & Richardson 2018).
 
-Text is a sequence of characters, a space among them is written `▁` (U+2581), and a character that the vocabulary lacks is
-written as its UTF-8 bytes. Nothing is normalised and no space is put before the text, so decoding gives the text back, but
-for a `▁` in it, which decodes as a space.
+A space is written `▁` (U+2581), and a character that the vocabulary lacks is written as its UTF-8 bytes. Nothing is normalised
+and no space is put before the text, so decoding restores the text, except that a `▁` in it becomes a space.
 
-The library is given words with their counts and not the text: it would count them itself, from a corpus held in memory.
-`WORD` cuts where SentencePiece lets no piece cross (before spaces, around digits, between a letter and punctuation), so
-that BPE comes out as it would from the text, but for the order of equally frequent pairs; Unigram starts from other first
-pieces, see `_sentences`. The tokenizer cuts text in the same places: encoding is faster for it, and no id changes.
+The library gets words with their counts instead of the text, which it would hold in memory to count them. `WORD` cuts where
+SentencePiece lets no piece cross (before spaces, around digits, between a letter and punctuation). So BPE gives the same
+merges as from the text, except for the order of equally frequent pairs; Unigram starts from other seed pieces, see
+`_sentences`. The trained tokenizer cuts text at the same places, which makes encoding faster and changes no id.
 """
 
 from __future__ import annotations
@@ -30,25 +29,27 @@ UNKNOWN_PIECE = "<unk>"
 
 _LETTER = rf"[^\x00-\x40\x5B-\x60\x7B-\x7F{SPACE_MARK}]"
 _SYMBOL = r"[\x00-\x2F\x3A-\x40\x5B-\x60\x7B-\x7F]"
-#: What one piece can lie in, spaces already written `▁`: a run of them with what follows, letters (and everything that is
-#: not ASCII), a single digit, or ASCII punctuation and control characters. SentencePiece lets no piece reach from one
-#: script into another, and these three are; where punctuation is mixed, ASCII and other, only this cuts.
-#: Spaces at the end have a branch of their own, without which a long run is tried from each of them.
+#: What a piece cannot reach beyond, spaces already written `▁`: spaces, then letters (with everything that is not ASCII), or a
+#: single digit, or ASCII punctuation and control characters. SentencePiece cuts at these places too, because no piece of it
+#: crosses scripts; only here punctuation is also cut between ASCII and other. Spaces at the end of a text have a branch of
+#: their own: without it the regex would try a long run from each of its spaces.
 WORD = rf"{SPACE_MARK}*(?:{_LETTER}+|[0-9]|{_SYMBOL}+)|{SPACE_MARK}+"
 
-#: ASCII is always in the vocabulary, with tab and line feed: whatever the corpus, code and JSON are not written in bytes.
+#: Characters that are always in the vocabulary, so that code and JSON need no byte tokens, whatever the corpus.
 _REQUIRED = "\t\n" + "".join(map(chr, range(0x21, 0x7F)))
-#: The library drops a sentence with U+2585, takes a tab for a separator and loses line ends: characters of the private
-#: use area that the corpus does not use stand for them.
+#: Characters that the library cannot learn: it drops a sentence with U+2585, takes a tab for a separator and loses line ends.
+#: Characters of the private use area that the corpus lacks stand in for them.
 _STAND_INS = "\t\n\r\u2585"
 _PRIVATE_USE = range(0xE000, 0xF8FF)
-#: The library writes the words out again, as often as they occur, to find the first pieces, 13 bytes of memory a character.
+#: Largest corpus for Unigram. To find seed pieces the library repeats each word as often as it was counted, and needs 13 bytes
+#: of memory a character.
 _SEED_CHARACTERS = 10_000_000
-#: First pieces, as a multiple of the vocabulary: with more (the library takes up to a million) training is slower, not better.
+#: Seed pieces, as a multiple of the vocabulary: with more (the library takes up to a million) training is slower, not better.
 _SEEDS_PER_TOKEN = 10
-#: Rounds of expectation and maximisation between two prunings. The library's two cost half the time again and gain nothing.
+#: Rounds of expectation and maximisation between two prunings. The library's default, two, takes half as long again for the
+#: same quality.
 _ROUNDS_PER_PRUNING = 1
-#: The library's sums differ with the number of its threads, by the last bits, so it does not follow the machine.
+#: Fixed, because the last bits of the library's sums depend on the number of threads.
 _THREADS = 16
 #: Scores are multiples of this, so that the float32 sums of sentencepiece and the float64 sums of tokenizers are the same
 #: number up to 2¹⁸ nats (some 30,000 tokens) and the two find the same segmentation, ties included.
@@ -85,8 +86,8 @@ def train_sentencepiece_bpe(texts: Iterable[str], size: int, *, max_piece_length
 def unigram_parts(pieces: Sequence[tuple[str, float]]) -> TokenizerParts:
     """The parts of a Unigram model with `<unk>` at 0, the bytes at 1 to 256, and these pieces with their scores after them.
 
-    `tokenizers` looks for the names of the bytes in the text as if they were pieces: a literal `<0x41>` is still spelt by its
-    characters, because `WORD` cuts it.
+    `tokenizers` also matches the names of byte tokens in the text. A typed `<0x41>` is still written by its characters, because
+    `WORD` cuts it.
     """
     names = [UNKNOWN_PIECE, *map(byte_name, range(BYTE_TOKENS))]
     vocab = [[piece, score] for piece, score in (*((name, 0.0) for name in names), *pieces)]
@@ -100,10 +101,10 @@ def bpe_parts(pieces: Sequence[str]) -> TokenizerParts:
 
 
 def merges_of(pieces: Sequence[str]) -> list[list[str]]:
-    """Every pair of pieces that makes a piece, by the place of what it makes.
+    """All pairs of pieces that together are a piece, in the order of the pieces they form.
 
-    SentencePiece has no list of merges: any two neighbours that together are a piece may be joined, the best piece first
-    and of equal ones the leftmost. Where one piece can be made in several ways, the pair with the longer left part is first.
+    SentencePiece has no list of merges: any two neighbours that form a piece may be joined, the best piece first, then the
+    leftmost. Of several pairs for one piece, the pair with the longer left part comes first.
     """
     known = set(pieces)
     return [
@@ -220,10 +221,10 @@ def count_sentencepiece_words(texts: Iterable[str], max_piece_length: int) -> Co
 
 
 def _sentences(counts: Counter[str]) -> Iterator[tuple[str, int]]:
-    """Texts with their counts that hold each word as often as it was counted, in an order of their own.
+    """Texts with their counts that hold each word as often as it was counted.
 
-    For its first pieces the Unigram trainer takes a string where two of its occurrences go on differently, and a word that
-    always stands alone would not be among them: each word is followed once by another, taken from that one's count. The
+    A string becomes a seed piece of the Unigram trainer only if two of its occurrences continue differently, which a word that
+    always stands alone never does. So each repeated word is followed once by another word, whose own count falls by one. The
     library cuts the two apart again at the space.
     """
     left = Counter(counts)
@@ -238,9 +239,9 @@ def _sentences(counts: Counter[str]) -> Iterator[tuple[str, int]]:
 
 
 def _scaled(counts: Counter[str], characters: int) -> Counter[str]:
-    """The counts of a corpus of at most about this many characters with the same words in the same proportions.
+    """The counts, scaled down in proportion to a corpus of about this many characters.
 
-    A count's fraction is rounded up or down by the word's hash, so that rare words are drawn and not all dropped.
+    A fraction is rounded up or down by the word's hash, so that some rare words stay.
     """
     total = sum(len(word) * count for word, count in counts.items())
     if total <= characters:
@@ -251,7 +252,7 @@ def _scaled(counts: Counter[str], characters: int) -> Counter[str]:
 
 
 def _stand_ins(words: Iterable[str]) -> dict[int, str]:
-    """A character that no word has for each that the library would not learn."""
+    """A private-use character that no word has, for each character of `_STAND_INS`."""
     used: set[str] = set()
     for word in words:
         used.update(word)
@@ -260,7 +261,7 @@ def _stand_ins(words: Iterable[str]) -> dict[int, str]:
 
 
 def _explained(error: RuntimeError, size: int) -> ConfigError:
-    """The library's refusal of a vocabulary size, in numbers."""
+    """The library's error as a ConfigError that says by how much to change the vocabulary size."""
     if match := re.search(r"set it to a value <= (\d+)", str(error)):
         return too_small_corpus("learned tokens", size, int(match[1]))
     if match := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error)):

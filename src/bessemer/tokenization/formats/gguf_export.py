@@ -1,6 +1,6 @@
 """A tokenizer's folder as the tokenizer keys of a GGUF file, so that llama.cpp encodes as the folder does.
 
-What llama.cpp has no equal for is refused with the reason; what differs only on rare text is said in a note.
+A tokenizer that llama.cpp has no equal for is refused with the reason; a difference on rare text becomes a note.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class GgufTokenizer:
     """The values of a GGUF's tokenizer keys.
 
     model: llama.cpp's tokenizer: gpt2, llama (SentencePiece's BPE) or t5 (Unigram). pre: the split's name, gpt2 only.
-    notes: where llama.cpp encodes otherwise, a sentence each.
+    notes: where llama.cpp encodes differently, a sentence each.
     """
 
     model: str
@@ -94,7 +94,7 @@ class GgufTokenizer:
 
 
 def write_gguf_tokenizer(folder: Path, path: Path) -> list[str]:
-    """Write a GGUF file that holds the tokenizer of a folder and no model. Returns where llama.cpp encodes otherwise.
+    """Write a GGUF file that holds the tokenizer of a folder and no model. Returns where llama.cpp encodes differently.
 
     Raises ArtefactError, with the reason, for a tokenizer that llama.cpp has no equal for.
     """
@@ -102,7 +102,7 @@ def write_gguf_tokenizer(folder: Path, path: Path) -> list[str]:
 
     values = gguf_tokenizer(folder)
     with new_file(path) as unfinished:
-        # llama.cpp wants a name that it knows, with or without a model
+        # llama.cpp requires an architecture that it knows, also without a model
         writer = gguf.GGUFWriter(unfinished, "llama")
         writer.add_type("vocab")
         writer.add_vocab_size(len(values.tokens))
@@ -152,7 +152,7 @@ _REASONS = {
 
 
 class _Ids:
-    """The tokens by id, what each of them is, and which have a role."""
+    """The tokens by id, their types, and the ids of the roles (bos, eos, unk, pad, eot)."""
 
     def __init__(
         self, tokenizer: tokenizers.Tokenizer, roles: Mapping[str, str | None], byte_fallback: bool, escapes_spaces: bool
@@ -160,16 +160,16 @@ class _Ids:
         self._tokenizer = tokenizer
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         count = max(vocabulary.values()) + 1
-        # a gap, named as other converters name it
+        # gaps get the name that other converters give them
         self.tokens = [f"[PAD{id}]" for id in range(count)]
         self.types = [int(TokenType.UNUSED)] * count
         for token, id in vocabulary.items():
             is_byte = byte_fallback and byte_of_name(token) is not None
             self.tokens[id], self.types[id] = token, int(TokenType.BYTE if is_byte else TokenType.NORMAL)
         for id, added in tokenizer.get_added_tokens_decoder().items():
-            # llama.cpp looks for added tokens in the text before it writes its spaces as U+2581
-            looked_for_after = escapes_spaces and added.normalized and not added.special
-            self.tokens[id] = added.content.replace(SPACE_MARK, " ") if looked_for_after else added.content
+            # llama.cpp matches added tokens before it writes spaces as U+2581
+            written_with_mark = escapes_spaces and added.normalized and not added.special
+            self.tokens[id] = added.content.replace(SPACE_MARK, " ") if written_with_mark else added.content
             self.types[id] = int(TokenType.CONTROL if added.special else TokenType.USER_DEFINED)
         self.roles: dict[str, int] = {}
         for role in ("bos", "eos", "unk", "pad"):
@@ -185,15 +185,15 @@ class _Ids:
         """The learned tokens and their ids, in the order of the ids."""
         return {self.tokens[id]: id for id, kind in enumerate(self.types) if kind == TokenType.NORMAL}
 
-    def unknown(self, token: str | None) -> None:
-        """Make a token the one that stands for what cannot be written."""
+    def set_unknown(self, token: str | None) -> None:
+        """Make a token the unknown token."""
         if token is not None:
             id = self.tokens.index(token)
             self.types[id] = int(TokenType.UNKNOWN)
             self.roles["unk"] = id
 
     def around(self, notes: list[str]) -> tuple[bool, bool]:
-        """Whether a begin token is put before a text, and an end token after it; anything else is told in `notes`."""
+        """Whether a begin token is put before a text, and an end token after it; anything else adds to `notes`."""
         text = self._tokenizer.encode("a", add_special_tokens=False).ids
         whole = self._tokenizer.encode("a").ids
         at = next((at for at in range(len(whole)) if whole[at : at + len(text)] == text), 0)
@@ -235,7 +235,7 @@ def _byte_level(path: Path, content: Mapping[str, Any], ids: _Ids) -> GgufTokeni
 
 
 def _note_of_unreachable(model: Mapping[str, Any], what_differs: str) -> list[str]:
-    """A note when there are tokens that no merges make: only as a whole piece can they be written."""
+    """A note when there are tokens that no merges make: they are written only where they are a whole piece."""
     by_merges = tokenizers.models.BPE(model["vocab"], _pairs(model), ignore_merges=False)
     count = sum(len(by_merges.tokenize(token)) != 1 for token in model["vocab"])
     return [f"{count:,} tokens are made by no merges: {what_differs}"] if count else []
@@ -248,7 +248,7 @@ def _sentencepiece_bpe(path: Path, content: Mapping[str, Any], ids: _Ids) -> Ggu
             f"{path}: this tokenizer cannot be exported to GGUF: BPE on characters needs its 256 byte tokens there"
         )
     spaces = _spaces(path, content)
-    ids.unknown(model["unk_token"])
+    ids.set_unknown(model["unk_token"])
     pieces = ids.pieces()
     merges = _pairs(model)
     ranks: dict[str, int] = {}
@@ -271,7 +271,7 @@ def _sentencepiece_bpe(path: Path, content: Mapping[str, Any], ids: _Ids) -> Ggu
 
 
 def _pairs(model: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The merges of a BPE model, which older files write in one string."""
+    """The merges of a BPE model as pairs; older files write a pair as one string."""
     written = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
     return [(left, right) for left, right in written]
 
@@ -284,7 +284,7 @@ def _unigram(path: Path, content: Mapping[str, Any], ids: _Ids) -> GgufTokenizer
         scores[id] = float(score)
     if model["unk_id"] is None:
         raise ArtefactError(f"{path}: this tokenizer cannot be exported to GGUF: llama.cpp's Unigram needs an unknown token")
-    ids.unknown(model["vocab"][model["unk_id"]][0])
+    ids.set_unknown(model["vocab"][model["unk_id"]][0])
     notes = spaces.notes(ids.pieces())
     if model.get("byte_fallback"):
         notes.append(
@@ -316,7 +316,7 @@ class _Spaces:
     only_first: bool = False
 
     def notes(self, pieces: Mapping[str, int]) -> list[str]:
-        """What llama.cpp does otherwise."""
+        """What llama.cpp does differently, a sentence each."""
         notes = []
         if self.only_first:
             notes.append(
@@ -342,7 +342,7 @@ def _spaces(path: Path, content: Mapping[str, Any]) -> _Spaces:
         kind = step["type"]
         pattern = step.get("pattern", {})
         if kind == "NFC" and following is not None and following["type"] == "Precompiled":
-            # composes for `Precompiled` what SentencePiece's map composes itself
+            # added on import, because `Precompiled` composes less than SentencePiece's own map
             continue
         if kind == "Replace" and pattern == {"String": " "} and step["content"] == SPACE_MARK:
             spaces.escaped = True

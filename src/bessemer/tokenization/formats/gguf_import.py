@@ -1,8 +1,8 @@
 """The tokenizer inside a GGUF file, as a Hugging Face folder.
 
-A GGUF holds the tokens by id, what each of them is, and what one of llama.cpp's tokenizers needs besides: merges for
-byte-level BPE (`gpt2`), scores for SentencePiece's BPE (`llama`) and Unigram (`t5`). It does not hold the split regex but
-a name for it, and no Unicode normalisation: the folder encodes as llama.cpp does.
+A GGUF holds the tokens by id, their types, and the merges of byte-level BPE (`gpt2`) or the scores of SentencePiece's BPE
+(`llama`) and Unigram (`t5`). It names the split regex without holding it, and has no Unicode normalisation: the folder encodes
+as llama.cpp does.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from bessemer.tokenization.split import APPROXIMATED_REGEXES, OTHER_NAMES, SPLIT
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 from bessemer.tokenization.vocabulary import byte_characters
 
-#: llama.cpp wants merges in a byte-level tokenizer. These two stand for no byte and are never found in a text.
+#: llama.cpp requires a merge in a byte-level tokenizer. These two characters stand for no byte, so this one never applies.
 NO_MERGES = ["\u2400", "\u2401"]
-#: Splits with which llama.cpp takes a piece that is a token whole, whatever the merges.
+#: Splits with which llama.cpp writes a piece that is a token as that token, whatever the merges.
 WHOLE_PIECES = frozenset({"llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken"})
 #: llama.cpp's tokenizers that are not read, and why.
 _REFUSED = {
@@ -59,7 +59,7 @@ class TokenType(IntEnum):
 
 
 def import_gguf(path: Path, split: str | None = None) -> TokenizerContent:
-    """Read the tokenizer of a GGUF file, whose ids it keeps.
+    """Read the tokenizer of a GGUF file, ids kept.
 
     split: name of the split regex, for a file that names none or one unknown here. Raises ArtefactError for a file that
     is damaged, has no tokenizer, or one of a kind that a `tokenizer.json` cannot be made of.
@@ -72,7 +72,7 @@ def open_gguf_tokenizer(path: Path) -> Tokenizer:
     scratch = TemporaryDirectory()
     import_gguf(path).write(Path(scratch.name), compact=True)
     tokenizer = load_tokenizer(scratch.name)
-    # it reads some of its files when they are first needed
+    # the tokenizer reads some files only when they are needed
     weakref.finalize(tokenizer, scratch.cleanup)
     return tokenizer
 
@@ -106,7 +106,7 @@ _KINDS_BY_NAME: dict[str, tuple[str, Callable[[Any], bool]]] = {
         ("true or false", lambda value: value in (0, 1)),
     ),
 }
-#: What is under each key that is read, and whether a value is that.
+#: Key → what its value must be, in words, and the check of a value.
 _KINDS = {f"tokenizer.ggml.{name}": kind for name, kind in _KINDS_BY_NAME.items()} | {
     "tokenizer.chat_template": ("a text", _is_text)
 }
@@ -133,7 +133,7 @@ class _Gguf:
         return self._values.get(key, default)
 
     def tokenizer(self, split: str | None) -> TokenizerContent:
-        """The tokenizer, or the reason why there is none."""
+        """The tokenizer. Raises ArtefactError with the reason why it cannot be read."""
         kind = self.get("model")
         if kind is None or (not self.tokens and kind not in _REFUSED):
             raise ArtefactError(f"{self.path}: this GGUF file holds no tokenizer")
@@ -200,8 +200,8 @@ class _Gguf:
         scores = self._scores()
         learned = [id for id in range(size) if self.types[id] in (TokenType.NORMAL, TokenType.UNUSED)]
         lowest = min((scores[id] for id in learned), default=0.0)
-        # tokenizers looks for every entry in the text, llama.cpp for learned ones only: the rest must cost more than
-        # the characters that they are made of
+        # tokenizers matches every entry in the text, llama.cpp only learned ones: the others must score below the
+        # characters that they are made of
         vocab = [
             [token, scores[id] if self.types[id] in (TokenType.NORMAL, TokenType.UNUSED) else lowest * (len(token) + 1)]
             for id, token in enumerate(self.tokens[:size])
@@ -268,14 +268,14 @@ _ROLES = {"bos": "bos_token_id", "eos": "eos_token_id", "unk": "unknown_token_id
 
 
 def notes_of_split(split: str) -> list[str]:
-    """What is to be said of a split that llama.cpp cuts otherwise than the models that it is named after."""
+    """A note on a split that llama.cpp cuts differently from the models that it is named after."""
     if split in APPROXIMATED_REGEXES:
         return [f"llama.cpp cuts the split {split} otherwise at combining marks: text that holds them gets other ids there"]
     return []
 
 
 def notes_of_bytes(vocab: Container[str]) -> list[str]:
-    """What is to be said of a byte-level vocabulary that lacks bytes."""
+    """A note on a byte-level vocabulary that lacks bytes."""
     missing = [byte for byte, name in enumerate(byte_characters()) if name not in vocab]
     if not missing:
         return []
@@ -287,7 +287,7 @@ def notes_of_bytes(vocab: Container[str]) -> list[str]:
 
 
 def notes_of_controls(tokens: Sequence[str], types: Sequence[int]) -> list[str]:
-    """What is to be said of SentencePiece's BPE in llama.cpp, which joins two neighbours whatever token they make."""
+    """A note on SentencePiece's BPE in llama.cpp, which joins two neighbours also when they form a control token."""
     pieces = {token for token, kind in zip(tokens, types, strict=True) if kind == TokenType.NORMAL}
 
     def can_be_joined(token: str) -> bool:

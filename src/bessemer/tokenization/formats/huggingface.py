@@ -34,17 +34,17 @@ from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.tokenization.vocabulary import byte_characters
 
 VOCAB_FILE, MERGES_FILE, ADDED_TOKENS_FILE = "vocab.json", "merges.txt", "added_tokens.json"
-#: What of a `tokenizer_config.json` is kept as it is: nothing that a class of its own would act upon.
+#: Settings of a `tokenizer_config.json` that are kept on import: none that depends on the tokenizer's class.
 _KEPT = ("model_max_length", "padding_side", "truncation_side", "clean_up_tokenization_spaces")
 
 
 def import_tokenizer_json(file: Path, folder: Path) -> list[str]:
-    """Copy a `tokenizer.json` byte for byte, and write a `tokenizer_config.json` with which `AutoTokenizer` keeps to it.
+    """Copy a `tokenizer.json` byte for byte, and write a `tokenizer_config.json` with which `AutoTokenizer` uses it as it is.
 
-    The files that lie beside it say which token has which role; where there are none, the names that are usual. Returns
-    what was left out. Raises ArtefactError when the tokenizer is damaged or of a kind that is not read.
+    Roles are those in the files beside it, or else the usual names. Returns what was left out, a sentence each. Raises
+    ArtefactError when the tokenizer is damaged or of a kind that is not read.
     """
-    # any other name stands alone
+    # a file of another name has no files that belong to it
     source = file.parent if file.name == TOKENIZER_FILE else file
     folder.mkdir(parents=True, exist_ok=True)
     content = read_json(file, "tokenizer")
@@ -61,7 +61,7 @@ def import_tokenizer_json(file: Path, folder: Path) -> list[str]:
     kept = {name: config[name] for name in _KEPT if name in config}
     added = {entry["id"]: {key: value for key, value in entry.items() if key != "id"} for entry in entries.values()}
     write_json(folder / TOKENIZER_CONFIG_FILE, tokenizer_config(added, roles, template) | kept)
-    # which finds the tokens that no file names
+    # loading finds begin and end tokens that no file names
     tokenizer = load_tokenizer(folder)
     for role, id in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_ids[0])):
         roles[role] = roles[role] or added[id]["content"]
@@ -77,7 +77,7 @@ def _vocabulary(model: Mapping[str, Any]) -> list[str]:
 def import_vocab_and_merges(source: Path, split: str | None) -> TokenizerContent:
     """A byte-level BPE from `vocab.json` and `merges.txt`, GPT-2's split unless another is named.
 
-    Raises ArtefactError when the two do not fit together, or the merges are not written in bytes' characters.
+    Raises ArtefactError when the two do not fit together, or the merges are not byte-level.
     """
     vocab: dict[str, int] = read_json(source / VOCAB_FILE, "vocabulary")
     added: dict[str, int] = read_settings(source / ADDED_TOKENS_FILE)

@@ -1,7 +1,7 @@
 """SentencePiece's `.model` files: read into a Hugging Face folder with their ids kept, and written from one.
 
-A `.model` holds the pieces by id, each with a score and a type, how the text is normalised, and which ids begin and end a
-text. It does not say whether they are put around one: the folder puts the begin token before a text where there is one.
+A `.model` holds the pieces by id, each with a score and a type, the normalisation, and the ids that begin and end a text. It
+does not say whether these are added to a text: the folder adds the begin token if there is one.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from bessemer.tokenization.formats.huggingface import read_roles
 from bessemer.tokenization.sentencepieces import MERGE_SPACES, WORD, meta_to_spaces, spaces_to_meta
 from bessemer.tokenization.vocabulary import SPACE_MARK, byte_of_name, steps_of
 
-#: Maps that come with SentencePiece and compose, as NFC does. `Precompiled` of tokenizers misses much of that.
+#: SentencePiece's own maps that compose characters, as NFC does. The `Precompiled` normalizer of tokenizers misses many.
 _UNICODE_MAPS = ("nmt_nfkc", "nfkc", "nmt_nfkc_cf", "nfkc_cf")
 
 
-#: What a byte of a user-defined symbol adds to a segmentation in SentencePiece's Unigram: 0.1 in float32.
+#: Score of a user-defined symbol in SentencePiece's Unigram, per byte: 0.1 in float32.
 _SCORE_OF_A_BYTE = 13421773 / 2**27
 
 
 def import_sentencepiece(path: Path) -> TokenizerContent:
-    """Read a `.model` (Unigram or BPE), whose ids and control tokens it keeps.
+    """Read a `.model` (Unigram or BPE), ids and control tokens kept.
 
     Raises ArtefactError for a file that is damaged, or of a kind that a `tokenizer.json` cannot be made of.
     """
@@ -50,9 +50,9 @@ def import_sentencepiece(path: Path) -> TokenizerContent:
     unknown = next(id for id, piece in enumerate(model.pieces) if piece.type == types.UNKNOWN)
     prefix, merged = normalizer.add_dummy_prefix, normalizer.remove_extra_whitespaces
     charsmap = normalizer.precompiled_charsmap
-    # Unigram finds user-defined symbols among the pieces, by their scores; BPE must find them before
+    # Unigram finds user-defined symbols by their scores, as pieces; for BPE they must be added tokens
     added = tuple(
-        # a prefix would come into the symbol itself; without one it is found where SentencePiece finds it
+        # matched in normalised text as in SentencePiece, unless a space prefix would become part of the symbol
         AddedToken(id, piece.piece, special=False, normalized=not prefix)
         if piece.type == types.USER_DEFINED
         else AddedToken(id, piece.piece, special=True)
@@ -114,10 +114,10 @@ def _parse(path: Path) -> Any:
 
 
 def _unigram_vocab(pieces: Sequence[Any]) -> list[list[Any]]:
-    """Pieces with their scores, as `tokenizers` must have them to find the same segmentation.
+    """Pieces with the scores by which `tokenizers` finds the same segmentation.
 
-    It looks for every entry in the text, SentencePiece for normal and user-defined ones only: the others get a score
-    so low that their characters are better. A user-defined symbol scores as SentencePiece has it, by its length.
+    It matches every entry in the text, SentencePiece only normal and user-defined ones: the others get a score so low that
+    their characters are better. A user-defined symbol scores by its length, as in SentencePiece.
     """
     types = type(pieces[0])
     normal = [piece.score for piece in pieces if piece.type == types.NORMAL]
@@ -216,7 +216,7 @@ def _pieces(path: Path, content: Mapping[str, Any]) -> list[tuple[str, float, st
     return pieces
 
 
-#: How `Split` cuts behind what its regex finds.
+#: The behaviour of `Split` that cuts after each match.
 _CUT = "MergedWithPrevious"
 _ESCAPED_SPACES = spaces_to_meta(prefix=False)
 
@@ -239,10 +239,10 @@ def _is_sentencepiece(step: Mapping[str, Any]) -> bool:
 
 
 def _names_cut(pieces: Sequence[Any]) -> dict[str, Any] | None:
-    """A pre-tokenizer that cuts the name of a byte or a control token, typed in a text, where no piece can lie across.
+    """A pre-tokenizer that cuts typed names of byte and control tokens, at a place that no piece spans. None if none needs it.
 
-    Needed where a character of the name is not in the vocabulary: unknown characters score below anything, so the name
-    would be better. None where nothing is to be cut.
+    A name needs it when one of its characters is not in the vocabulary: unknown characters score lowest, so `tokenizers` would
+    prefer the token of that name.
     """
     types = type(pieces[0])
     texts = [piece.piece for piece in pieces if piece.type in (types.NORMAL, types.USER_DEFINED)]
@@ -250,7 +250,7 @@ def _names_cut(pieces: Sequence[Any]) -> dict[str, Any] | None:
     pairs = {piece[at : at + 2] for piece in texts for at in range(len(piece) - 1)}
     cuts = []
     for name in (piece.piece for piece in pieces if piece.type not in (types.NORMAL, types.USER_DEFINED)):
-        # beside a known character, for consecutive unknown ones are one token
+        # between a known and an unknown character: consecutive unknown ones are one token
         cuttable = (at for at in range(1, len(name)) if (name[at - 1] in known) != (name[at] in known))
         at = next((at for at in cuttable if name[at - 1 : at + 1] not in pairs), None)
         if at is not None:
