@@ -24,8 +24,9 @@ from bessemer.model.storage.library import download
 from bessemer.posttraining.data.formats import ANSWERS, CONTINUE, PROMPTS, is_plain_text
 from bessemer.tokenization.chat_templates import CHAT_TEMPLATES
 from bessemer.tokenization.control_tokens import TEMPLATE_TOKENS
+from bessemer.tokenization.folder import CHAT_TEMPLATE_FILE
 from bessemer.tokenization.formats.exchange import import_tokenizer
-from bessemer.tokenization.tokenizer import CHAT_TEMPLATE_FILE, Tokenizer, load_tokenizer
+from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 
 
 def prepare_base(source: ModelSource, folder: Path, progress: Progress) -> Path:
