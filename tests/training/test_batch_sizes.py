@@ -17,7 +17,6 @@ from bessemer.training.config import LoopConfig
 from bessemer.training.config_parts import BatchSizes, growing_sizes, stages_by_rows, stages_by_steps
 from bessemer.training.data.batches import Batch, StatelessBatches, TokenBatches, WarmedUpBatches, concatenated
 from bessemer.training.job import train
-from bessemer.training.optim.lr_schedule import learning_rate_factor
 from bessemer.training.pretrain import AnnealedBatches
 from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.runtime import Runtime
@@ -147,7 +146,7 @@ def test_the_rate_grows_with_the_root_of_the_batch_where_asked():
     growing = {"batch_size": 8, "batch_size_warmup": {"start": 2, "steps": 4}, "warmup_fraction": 0.0}
     plain, scaled = LoopConfig(steps=10, **growing), LoopConfig(steps=10, **growing)
     scaled = scaled.with_changes(batch_size_warmup=growing["batch_size_warmup"] | {"scale_learning_rate": True})
-    ratios = [learning_rate_factor(scaled, step) / learning_rate_factor(plain, step) for step in range(6)]
+    ratios = [scaled.learning_rates.factor(step) / plain.learning_rates.factor(step) for step in range(6)]
     assert ratios == pytest.approx([0.5, 0.5, 0.5**0.5, 0.5**0.5, 1, 1])
 
 

@@ -31,7 +31,8 @@ from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
 from bessemer.model.device import check_dtype, choose_device, is_fast
 from bessemer.model.storage.folder import read_model_config
-from bessemer.training.config import VALIDATIONS, LoopConfig, check_compiler
+from bessemer.training.config import LoopConfig, check_compiler
+from bessemer.training.config_parts import VALIDATIONS
 from bessemer.training.data.batches import Batch, StatelessBatches
 from bessemer.training.model_setup import check_start, open_start, prepare_model
 from bessemer.training.objectives import LossFunction, Objective, build_objective

@@ -40,7 +40,7 @@ from bessemer.training.monitoring.profiler import StepProfiler, device_peak
 from bessemer.training.monitoring.run_metrics import PeriodicTasks, Throughput, ThroughputCheck, check_processes, open_tasks
 from bessemer.training.monitoring.trackers import open_trackers
 from bessemer.training.objectives import POLICY, LossFunction, Objective, as_objective, build_objective
-from bessemer.training.optim.lr_schedule import learning_rate_factor, multiples, validated_steps
+from bessemer.training.optim.lr_schedule import multiples, validated_steps
 from bessemer.training.optim.mup import width_ratio
 from bessemer.training.optim.optimizers import build_optimizers, freeze_parameters, scale_learning_rates
 from bessemer.training.optim.weight_averaging import MovingAverage
@@ -192,8 +192,9 @@ def train(
             validated = validated_steps(config)
             trainer.trainee.version = state.step
             checkpoints.kept_step = best.step if config.save == "best" else None
+            learning_rates = config.learning_rates
             while state.step < steps and not best.exhausted:
-                factor = learning_rate_factor(config, state.step)
+                factor = learning_rates.factor(state.step)
                 scale_learning_rates(optimizers, factor)
                 wait_start = time.perf_counter()
                 batch = reader.batch(state.step)

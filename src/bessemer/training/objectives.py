@@ -33,7 +33,7 @@ from bessemer.model.layers.feed_forward import (
     visits,
     visits_by_row,
 )
-from bessemer.training.config import LoopConfig
+from bessemer.training.config_parts import OptimizerSettings
 from bessemer.training.data.batches import IGNORE_INDEX, Batch
 from bessemer.training.head import linear_cross_entropy
 
@@ -266,7 +266,7 @@ class FunctionObjective(Objective):
         return token_losses(model, batch)
 
 
-def build_objective(config: LoopConfig, model: ModelConfig) -> Objective:
+def build_objective(config: OptimizerSettings, model: ModelConfig) -> Objective:
     """Next-token prediction with a run's settings."""
     return NextTokenObjective(model, config.z_loss)
 

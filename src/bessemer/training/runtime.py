@@ -29,7 +29,7 @@ from bessemer.core.errors import ConfigError
 from bessemer.core.store import read_json, write_json
 from bessemer.distributed.sharding import release_gathered
 from bessemer.model.decoder import Decoder
-from bessemer.training.config import LoopConfig
+from bessemer.training.config_parts import ComputeSettings
 
 #: Numbers of glibc's settings, from its malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -89,11 +89,11 @@ class Runtime:
     adapts_threads: bool = False
 
     @classmethod
-    def of(cls, config: LoopConfig, device: torch.device, threads: int | None = None, processes: int = 1) -> Self:
+    def of(cls, config: ComputeSettings, device: torch.device, threads: int | None = None, processes: int = 1) -> Self:
         """The runtime of resolved settings on this machine. threads: those that the run started with, kept where available.
         processes: how many share the machine's cores. Raises ConfigError when determinism is asked for too late
         (`fix_cublas_workspaces`)."""
-        assert config.resolved
+        assert config.dtype != "auto" and config.compile != "auto"
         if config.deterministic and device.type == "cuda":
             fix_cublas_workspaces()
         model = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()

@@ -25,7 +25,7 @@ from bessemer.core.errors import ConfigError
 from bessemer.core.usercode import is_user_function, load_user_function
 from bessemer.distributed.collectives import redistributed
 from bessemer.training.config import LoopConfig
-from bessemer.training.config_parts import OPTIMIZERS
+from bessemer.training.config_parts import OPTIMIZERS, OptimizerSettings
 from bessemer.training.optim.muon import Muon
 from bessemer.training.optim.mup import rate_factor
 
@@ -165,7 +165,7 @@ def role_of(name: str, parameter: Tensor) -> Role:
     return "kernels"
 
 
-def parameter_groups(model: nn.Module, config: LoopConfig, width: float = 1.0) -> list[Group]:
+def parameter_groups(model: nn.Module, config: OptimizerSettings, width: float = 1.0) -> list[Group]:
     """The model's trained parameters by role, in the model's order, with their peak learning rates and decay.
 
     A tied tensor is counted once. A parameter's learning rate is multiplied by its factor of the settings. width: the model's
@@ -187,7 +187,7 @@ def parameter_groups(model: nn.Module, config: LoopConfig, width: float = 1.0) -
     return list(groups.values())
 
 
-def freeze_parameters(model: nn.Module, config: LoopConfig) -> None:
+def freeze_parameters(model: nn.Module, config: OptimizerSettings) -> None:
     """Freeze the parameters that the settings name, before the model is sharded.
 
     Raises ConfigError when a pattern of `freeze` or `learning_rate_factors` matches none, or nothing is left to train.
