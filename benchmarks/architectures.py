@@ -41,7 +41,7 @@ from bessemer.model.device import is_fast
 from bessemer.model.initialisation import initial_decoder
 from bessemer.tokenization.shards import TokenShards
 from bessemer.training.data.batches import IGNORE_INDEX, Batch, TokenBatches
-from bessemer.training.job import train
+from bessemer.training.loop import train
 from bessemer.training.objectives import linear_cross_entropy, next_token_loss
 from bessemer.training.optim.lr_schedule import evenly_spaced
 from bessemer.training.optim.optimizers import build_optimizers, scale_learning_rates, step_optimizers

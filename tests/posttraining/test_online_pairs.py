@@ -11,10 +11,9 @@ from bessemer.distributed.mesh import ALONE
 from bessemer.posttraining.preference.objective import REFERENCE_LOG_PROBS
 from bessemer.posttraining.rl.batches import PairBatches
 from bessemer.posttraining.rl.config import RLConfig
+from bessemer.posttraining.rl.policy_sampler import Group
 from bessemer.posttraining.rl.stage import needs_reference
-from bessemer.posttraining.sampling.prompts import Prompt
-from bessemer.posttraining.sampling.sampler import Group
-from bessemer.posttraining.sampling.samples import Sample
+from bessemer.posttraining.sampling.samples import Prompt, Sample
 from tests.posttraining.test_ppo import SETTINGS, data, run  # noqa: F401
 
 

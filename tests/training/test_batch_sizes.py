@@ -16,7 +16,7 @@ from bessemer.training.checkpoint.manager import CHECKPOINTS, checkpoint_weights
 from bessemer.training.config import LoopConfig
 from bessemer.training.config_parts import BatchSizes, growing_sizes, stages_by_rows, stages_by_steps
 from bessemer.training.data.batches import Batch, StatelessBatches, TokenBatches, WarmedUpBatches, concatenated
-from bessemer.training.job import train
+from bessemer.training.loop import train
 from bessemer.training.pretrain import AnnealedBatches
 from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.runtime import Runtime
@@ -155,7 +155,7 @@ def test_minutes_hold_more_of_the_small_steps(model_folder, monkeypatch):
         # a second for each row, and one besides
         return StepTiming(config.dtype, False, (config.batch_size + 1.0,) * 3, 1.0)
 
-    monkeypatch.setattr(autotune, "_measure", measured)
+    monkeypatch.setattr(autotune, "measure_steps", measured)
     settings = {"minutes": 10, "batch_size": 8, "context_length": 32, "evaluate_every": 10**9, "diagnostics_every": 0}
     config = PretrainConfig(**settings, dtype="float32", compile=False, batch_size_warmup={"start": 2, "steps": 40})
     # 20 steps of 3 s and 20 of 5 s leave 440 s for steps of 9

@@ -18,7 +18,7 @@ from bessemer.training.checkpoint.manager import CHECKPOINTS, checkpoint_weights
 from bessemer.training.checkpoint.storage import CheckpointReader
 from bessemer.training.config_parts import OPTIMIZERS
 from bessemer.training.data.batches import Prefetcher, TokenBatches
-from bessemer.training.job import DivergenceError, train
+from bessemer.training.loop import DivergenceError, train
 from bessemer.training.objectives import next_token_loss
 from bessemer.training.pretrain import pretrain
 from bessemer.training.runtime import Runtime

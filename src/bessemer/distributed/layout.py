@@ -265,7 +265,7 @@ class Layout:
             axes = "expert × tensor" if self.tensor > 1 else "expert"
             divided.append((axes, self.expert_ranks, "num_experts", model.num_experts))
             if model.num_experts // self.expert_ranks % self.ranks_of_an_expert:
-                # FSDP then shards the matrices of the experts
+                # FSDP then shards the matrices of each expert
                 axes = "data_shard × context / expert"
                 for name, number in (
                     ("hidden_size", model.hidden_size),

@@ -108,7 +108,7 @@ class Mesh:
 
     @property
     def leads(self) -> bool:
-        """Whether this is the process that writes what is written once."""
+        """Whether this process, rank 0, writes the run's files."""
         return self.rank == 0
 
     @property
@@ -236,7 +236,7 @@ def joined(device: torch.device, timeout_seconds: float, seat: Seat | None = Non
     try:
         yield
     finally:
-        # not after `abort`
+        # the group is gone after `abort`
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -40,7 +40,7 @@ def load_shards(
     a new head. Raises ArtefactError as `read_parts`.
     """
     for part in parts:
-        # FSDP takes over the new memory when it is given this way
+        # through `_apply`, so that FSDP adopts the new memory
         part._apply(lambda tensor: _on_device(tensor, device))
     added = added or {}
     shards: dict[str, list[Part]] = defaultdict(list)
@@ -79,7 +79,7 @@ def _shard(tensor: Tensor) -> Part:
             if placement.is_replicate():
                 continue
             sharded: Any = placement
-            # as torch.chunk cuts
+            # sizes as of torch.chunk
             each = -(-size[sharded.dim] // ranks)
             first = min(rank * each, size[sharded.dim])
             start[sharded.dim] += first

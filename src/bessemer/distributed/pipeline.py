@@ -88,7 +88,7 @@ class Pipeline:
         self._set_forward(micro_batches, loss, self._auxiliary, after_forward)
         self.schedule.step(target=torch.arange(len(micro_batches)), return_outputs=False)
         self._reduce_embedding_gradient()
-        # the optimizer will change the embedding
+        # the optimizer is about to change the embedding
         self._stale = True
 
     def weights_changed(self) -> None:
@@ -220,5 +220,5 @@ def _unsplit_backward(stage: Stage) -> Callable[[], Callable[[], None]] | None:
 
 
 def _identity(output: Tensor, target: Tensor) -> Tensor:
-    """The loss of the schedule: the last stage's output, which is the loss already."""
+    """The schedule's loss function: the last stage's output is already the loss."""
     return output

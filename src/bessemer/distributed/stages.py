@@ -101,11 +101,11 @@ class Stage(Decoder):
         visible_to_BT: Tensor | None = None,
     ) -> Tensor:
         rows, self._rows = self._rows, None
-        asked = (tokens_BT, positions_BT, document_ids_BT, visible_to_BT)
+        inputs = (tokens_BT, positions_BT, document_ids_BT, visible_to_BT)
         if rows is None or any(
             one is not other
             for one, other in zip(
-                asked, (rows.tokens_BT, rows.positions_BT, rows.document_ids_BT, rows.visible_to_BT), strict=True
+                inputs, (rows.tokens_BT, rows.positions_BT, rows.document_ids_BT, rows.visible_to_BT), strict=True
             )
         ):
             raise ConfigError(
@@ -138,9 +138,9 @@ def split_into_stages(model: Decoder, layout: Layout, rank: int, *, in_a_v: bool
     stages = [Stage(model, number, layout.stages, layers[number]) for number in numbers]
     if stages[-1].is_last and needs_embedding(model):
         stages[-1].embed_tokens = copy.deepcopy(model.embed_tokens) if stages[0].is_first else model.embed_tokens
-    for names, held in ((_OF_THE_FIRST, stages[0].is_first), (_OF_THE_LAST, stages[-1].is_last)):
+    for names, is_here in ((_OF_THE_FIRST, stages[0].is_first), (_OF_THE_LAST, stages[-1].is_last)):
         for name in names:
-            if not held and hasattr(model, name):
+            if not is_here and hasattr(model, name):
                 delattr(model, name)
     model.layers = nn.ModuleDict({str(block.layer): block for stage in stages for block in stage.blocks})
     return stages

@@ -167,7 +167,7 @@ class ProfileConfig(Config):
 #: Entry points of other packages' optimizers.
 GROUP = "bessemer.optimizers"
 
-#: From the groups of parameters and the settings of a run to what updates them.
+#: Builds the optimizer, or several, from parameter groups and a run's settings.
 OptimizerBuilder = Callable[[list[dict[str, Any]], "LoopConfig"], "Optimizer | Sequence[Optimizer]"]
 
 _BUILD = "bessemer.training.optim.optimizers"

@@ -270,7 +270,7 @@ def adafactor(groups: list[Group], config: LoopConfig) -> Optimizer:
 
 
 def _checked(name: str, built: Any, groups: list[Group]) -> list[Optimizer]:
-    """What an implementation built from the groups, as a list. Raises ConfigError unless it updates each parameter once."""
+    """The optimizers that an implementation built, as a list. Raises ConfigError unless it updates each parameter once."""
     given = {id(parameter) for group in groups for parameter in group["params"]}
     optimizers: list[Any] = list(built) if isinstance(built, Sequence) else [built]
     wrong = [type(each).__name__ for each in optimizers if not isinstance(each, Optimizer)]
@@ -291,7 +291,7 @@ def scale_learning_rates(optimizers: Sequence[Optimizer], factor: float) -> None
         for group in optimizer.param_groups:
             rate = group["initial_lr"] * factor
             if isinstance(group["lr"], Tensor):
-                # torchao's step is compiled and reads the tensor
+                # torchao's compiled step reads the rate from a tensor
                 group["lr"].fill_(rate)
             else:
                 group["lr"] = rate
@@ -310,11 +310,11 @@ def keeping_hyperparameters(optimizers: Sequence[Optimizer]) -> Iterator[None]:
         for group in optimizer.param_groups
     ]
     yield
-    # loading replaces the dictionaries
+    # loading a state replaces the group dictionaries
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     for group, values in zip(groups, own, strict=True):
         group.update(values)
-    # a rate that is a tensor is loaded in place
+    # a rate in a tensor is loaded in place
     scale_learning_rates(optimizers, 1.0)
 
 
