@@ -14,7 +14,7 @@ from bessemer.training import autotune
 from bessemer.training import loop as training_loop
 from bessemer.training.adapter_config import TuningConfig
 from bessemer.training.checkpoint.manager import CHECKPOINTS, checkpoint_weights, newest_checkpoint
-from bessemer.training.job import Hooks, RunContext, TrainingJob
+from bessemer.training.job import RunContext, TrainingHooks, TrainingJob
 from bessemer.training.starting_model import StartingModel
 from tests.cases import slow
 
@@ -35,7 +35,7 @@ def trained(folder, out, parallel, *, in_half=False, **adapter):
         log_probs_BT = trainer.models.log_probs(trainer.read(source, 0))
         return {"reference": float(job.mesh.sum(log_probs_BT.sum(), job.mesh.layout.tensor))}
 
-    job.train(source, hooks=Hooks(lambda decoder: of_reference))
+    job.train(source, hooks=TrainingHooks(lambda decoder: of_reference))
 
 
 @pytest.fixture(scope="module")

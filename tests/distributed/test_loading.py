@@ -13,7 +13,7 @@ from bessemer.model.initialisation import empty_decoder, initial_decoder
 from bessemer.model.storage.folder import load_model, read_model_config, save_model
 from bessemer.model.storage.weights import find_tensors
 from bessemer.training.checkpoint.export import save_trained
-from bessemer.training.job import Hooks, RunContext, TrainingJob
+from bessemer.training.job import RunContext, TrainingHooks, TrainingJob
 from bessemer.training.loop import train
 from bessemer.training.model_setup import prepare_model
 from bessemer.training.optim.mup import scale_initial_weights, width_ratio
@@ -145,7 +145,7 @@ def trained(folder, out, parallel, model, whole):
 
     if not whole:
         job = TrainingJob.open(config, folder, RunContext(out, seed=1, device="cpu"), description="train")
-        job.train(source, hooks=Hooks(initialise=lambda decoder: initialise(decoder, job.mesh)))
+        job.train(source, hooks=TrainingHooks(initialise=lambda decoder: initialise(decoder, job.mesh)))
         return
     mesh = Mesh.here(config.parallel, "cpu")
     decoder = load_model(folder, dtype=torch.float32)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _abort_process_group, _set_pg_timeout
 
-from bessemer.distributed.layout import Layout, ParallelConfig, Place
+from bessemer.distributed.layout import Layout, ParallelConfig, RankCoordinates
 from bessemer.model.device import widest_float
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class Mesh:
         return self.rank == 0
 
     @property
-    def place(self) -> Place:
+    def place(self) -> RankCoordinates:
         """This process's index on every axis."""
         return self.layout.place(self.rank)
 

@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from bessemer.core.errors import ConfigError
 from bessemer.distributed.mesh import Mesh
-from bessemer.distributed.stages import Stage
+from bessemer.distributed.stages import DecoderStage
 from bessemer.model.decoder import Decoder
 from bessemer.model.layers.feed_forward import Experts
 
@@ -128,7 +128,7 @@ def apply_fsdp(model: Decoder, mesh: Mesh, *, dtype: torch.dtype | None = None, 
 
     A pipeline stage gathers its weights once a step and reduces its gradients once, when its schedule says so.
     """
-    is_stage = isinstance(model, Stage)
+    is_stage = isinstance(model, DecoderStage)
     policy: OffloadPolicy = CPUOffloadPolicy() if offload and torch.cuda.is_available() else OffloadPolicy()
     placement = _placement(model, mesh) if mesh.layout.expert > 1 else None
     shard = partial(

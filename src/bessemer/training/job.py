@@ -71,7 +71,7 @@ class RunContext:
 
 
 @dataclass(frozen=True)
-class Hooks:
+class TrainingHooks:
     """Functions and checks that a stage adds to a run.
 
     validate: from the model, which has its weights only when training begins, to what is called after each step. initialise:
@@ -149,7 +149,7 @@ class TrainingJob(Generic[SomeConfig]):
         *,
         objective: Objective | LossFunction | None = None,
         others: Sequence[OtherModel] = (),
-        hooks: Hooks = Hooks(),
+        hooks: TrainingHooks = TrainingHooks(),
     ) -> dict[str, Any]:
         """Train, and write `out/model`, with an adapter `out/adapter`, resuming from `out`; the headline metrics.
 

@@ -20,7 +20,7 @@ from bessemer.core.errors import ConfigError
 from bessemer.distributed.mesh import Mesh
 from bessemer.distributed.parallelize import parallelize
 from bessemer.distributed.pipeline import Pipeline
-from bessemer.distributed.stages import Stage
+from bessemer.distributed.stages import DecoderStage
 from bessemer.model.decoder import Decoder
 from bessemer.model.layers.feed_forward import Router
 from bessemer.training.config import LoopConfig
@@ -231,7 +231,7 @@ def prepare_model(model: Decoder, config: LoopConfig, runtime: Runtime, mesh: Me
     return PreparedModel(trained, pipeline)
 
 
-def _router_losses(stage: Stage, batch: Batch) -> Tensor | float:
+def _router_losses(stage: DecoderStage, batch: Batch) -> Tensor | float:
     return router_losses(stage, batch.targets_BT)
 
 

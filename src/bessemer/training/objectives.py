@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 
 from bessemer.distributed.collectives import all_reduce
 from bessemer.distributed.mesh import ALONE, Mesh
-from bessemer.distributed.stages import Stage
+from bessemer.distributed.stages import DecoderStage
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
 from bessemer.model.device import in_float64
@@ -54,7 +54,7 @@ def router_losses(model: Decoder, targets_BT: Tensor) -> Tensor | float:
     depend on how a batch is split into micro-batches, over processes, or over the ranks that share a row.
     """
     config = model.config
-    total: Tensor | float = model.earlier_losses if isinstance(model, Stage) else 0.0
+    total: Tensor | float = model.earlier_losses if isinstance(model, DecoderStage) else 0.0
     if not has_router_losses(config):
         return total
     routings = [router.last for router in routers(model).values() if router.last is not None]

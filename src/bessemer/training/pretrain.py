@@ -28,7 +28,7 @@ from bessemer.training.checkpoint.export import find_checkpoint
 from bessemer.training.data.batches import Batch, StatelessBatches, TokenBatches, concatenated, read_rows
 from bessemer.training.data.packing import DocumentBatches
 from bessemer.training.data.token_stream import DocumentSources, FillInTheMiddle
-from bessemer.training.job import Hooks, RunContext, RunOptions, TrainingJob
+from bessemer.training.job import RunContext, RunOptions, TrainingHooks, TrainingJob
 from bessemer.training.loop import OnStepEnd
 from bessemer.training.monitoring.run_metrics import ThroughputCheck
 from bessemer.training.optim.lr_schedule import log_spaced, validated_steps
@@ -211,7 +211,7 @@ def pretrain(
         samples = sample if mesh.alone else None
         return _PeriodicEvaluation(config, decoder, validation, model, out / SAMPLES, samples, held_out)
 
-    hooks = Hooks(validate, initialise, checkpoint_source, throughput_check)
+    hooks = TrainingHooks(validate, initialise, checkpoint_source, throughput_check)
     summary = job.train(source, objective=loss, hooks=hooks)
     # the report warns of too little text, which does not apply to a model that continues
     text = {"training_bytes": data.training_bytes} if checkpoint_source is None else {}

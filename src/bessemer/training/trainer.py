@@ -59,7 +59,7 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Totals:
+class LossTotals:
     """Sums and denominators of the terms, and figures, over whole batches: the same on every process. Totals of batches add
     up."""
 
@@ -93,12 +93,12 @@ class Totals:
                 metrics[f"{name}_max"] = figure.max
         return metrics
 
-    def __add__(self, other: Self) -> Totals:
+    def __add__(self, other: Self) -> LossTotals:
         figures = dict(self.figures)
         for name, figure in other.figures.items():
             before = figures.get(name, Figure(0.0, 0.0, -math.inf))
             figures[name] = Figure(before.sum + figure.sum, before.count + figure.count, max(before.max, figure.max))
-        return Totals(_added(self.sums, other.sums), _added(self.denominators, other.denominators), figures)
+        return LossTotals(_added(self.sums, other.sums), _added(self.denominators, other.denominators), figures)
 
 
 def _added(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
@@ -125,7 +125,7 @@ class TotalsReducer:
         self._mesh = mesh
         self._names: list[str] | None = None
 
-    def reduced(self, micro_batches: Sequence[Terms], denominators: Mapping[str, float]) -> Totals:
+    def reduced(self, micro_batches: Sequence[Terms], denominators: Mapping[str, float]) -> LossTotals:
         """The totals of one batch. One wait for the device, and one or two all-reduces of some numbers.
 
         Raises AssertionError when a term has no denominator.
@@ -134,7 +134,7 @@ class TotalsReducer:
 
     def reduced_with(
         self, others: Sequence[Tensor], micro_batches: Sequence[Terms], denominators: Mapping[str, float]
-    ) -> tuple[Totals, list[list[float]]]:
+    ) -> tuple[LossTotals, list[list[float]]]:
         """The totals of one batch as of `reduced`, and the numbers of other tensors, which come to the host in the same
         transfer; these are not summed."""
         names = self._figure_names(micro_batches)
@@ -164,7 +164,7 @@ class TotalsReducer:
             name: Figure(totals[len(terms) + place], totals[len(terms) + len(names) + place], most[place])
             for place, name in enumerate(names)
         }
-        return Totals(dict(zip(terms, totals, strict=False)), denominators, figures), host[: len(others)]
+        return LossTotals(dict(zip(terms, totals, strict=False)), denominators, figures), host[: len(others)]
 
     def _figure_names(self, micro_batches: Sequence[Terms]) -> list[str]:
         if self._names is None:
@@ -300,7 +300,7 @@ class Trainer:
         metrics |= routing_metrics(torch.tensor(visits, dtype=torch.float64).view_as(self.visits_LE))
         return StepResult(totals.loss, norm, updated, metrics)
 
-    def gradients(self, batch: Batch) -> Totals:
+    def gradients(self, batch: Batch) -> LossTotals:
         """Add the gradients of the step's loss to those of the parameters of every trained model; returns its totals."""
         return self._reducer.reduced(*self._accumulate(batch))
 
@@ -349,9 +349,9 @@ class Trainer:
         return [_detached(terms[number]) for number in sorted(terms)]
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch]) -> Totals:
+    def evaluate(self, batches: Iterable[Batch]) -> LossTotals:
         """The totals of the objective over batches, of which this process passes its rows, in evaluation mode."""
-        totals = Totals()
+        totals = LossTotals()
         for batch in batches:
             annotated = self.objective.annotate(self.models, batch)
             denominators = whole_denominators(self.objective.denominators(annotated), self.mesh)

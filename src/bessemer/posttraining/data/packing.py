@@ -37,7 +37,7 @@ from bessemer.training.optim.lr_schedule import validated_steps
 
 
 @dataclass(frozen=True)
-class Example:
+class EncodedExample:
     """Inputs and targets of one conversation, of equal length; a target is -100 outside the assistant's messages."""
 
     tokens: np.ndarray
@@ -59,12 +59,12 @@ def encode_conversation(conversation: Conversation, tokenizer: Tokenizer) -> Enc
 
 def fit_conversations(
     conversations: Sequence[Conversation], tokenizer: Tokenizer, context_length: int, truncate: Truncate = "drop"
-) -> tuple[list[Example], RowCounts]:
+) -> tuple[list[EncodedExample], RowCounts]:
     """Conversations as examples of at most `context_length` tokens, and what became of the others. Raises SourceError where
     longer ones are refused."""
     fitter = RowFitter(context_length, truncate)
     fitted = [fitter.fit(partial(encode_conversation, one, tokenizer)) for one in conversations]
-    return [Example(*rows[0]) for rows in fitted if rows is not None], fitter.counts("conversations")
+    return [EncodedExample(*rows[0]) for rows in fitted if rows is not None], fitter.counts("conversations")
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def pack_conversations(
     return PackedConversations(pack_examples(examples, tokenizer, context_length), counts)
 
 
-def pack_examples(examples: Sequence[Example], tokenizer: Tokenizer, context_length: int) -> Batch:
+def pack_examples(examples: Sequence[EncodedExample], tokenizer: Tokenizer, context_length: int) -> Batch:
     """Examples of at most `context_length` tokens, in as few rows as best-fit decreasing finds."""
     lengths = [len(example.tokens) for example in examples]
     row_of = best_fit(lengths, context_length)

@@ -22,7 +22,7 @@ from bessemer.model.decoder import Decoder
 from bessemer.posttraining.data.encoding import RowFitter
 from bessemer.posttraining.data.examples import Conversation, drawn, prompt_key, read_conversations, write_conversations
 from bessemer.posttraining.data.packing import (
-    Example,
+    EncodedExample,
     PackedBatches,
     PackedConversations,
     pack_conversations,
@@ -52,7 +52,7 @@ from bessemer.tokenization.shards import TokenShards
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 from bessemer.training.autotune import RunCost, seconds_per_step
 from bessemer.training.data.batches import BatchSource, TokenBatches
-from bessemer.training.job import Hooks, RunContext, RunOptions, TrainingJob
+from bessemer.training.job import RunContext, RunOptions, TrainingHooks, TrainingJob
 from bessemer.training.loop import OnStepEnd, no_metrics
 from bessemer.training.objectives import Objective
 from bessemer.training.optim.lr_schedule import validated_steps
@@ -150,7 +150,7 @@ def taught_material(config: DistillationConfig, teacher: Path, tokenizer: Tokeni
     def packed(some: Sequence[TeacherAnswer]) -> PackedConversations:
         fitter = RowFitter(config.context_length, config.truncate)
         fitted = [fitter.fit(partial(one.encoded, tokenizer)) for one in some]
-        examples = [Example(*rows[0]) for rows in fitted if rows is not None]
+        examples = [EncodedExample(*rows[0]) for rows in fitted if rows is not None]
         return PackedConversations(pack_examples(examples, tokenizer, config.context_length), fitter.counts("answers"))
 
     material = _packed_material(config, packed(sides["train"]), packed(sides["validation"]), held_out, run.seed, run.progress)
@@ -300,7 +300,7 @@ def distill(
 
         return on_step_end
 
-    summary = job.train(source, objective=_objective(config, head), others=others, hooks=Hooks(validate))
+    summary = job.train(source, objective=_objective(config, head), others=others, hooks=TrainingHooks(validate))
     without = _WITHOUT if config.answers == "student" else {"parameters"}
     return {**material.summary, **{name: value for name, value in summary.items() if name not in without}}
 

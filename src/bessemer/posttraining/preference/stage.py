@@ -49,7 +49,7 @@ from bessemer.posttraining.preference.objective import (
 from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.autotune import RunCost
 from bessemer.training.data.batches import Batch
-from bessemer.training.job import Hooks, RunContext, RunOptions, TrainingJob
+from bessemer.training.job import RunContext, RunOptions, TrainingHooks, TrainingJob
 from bessemer.training.model_roles import REFERENCE, ModelRoles
 from bessemer.training.model_setup import PreparedModel
 from bessemer.training.objectives import POLICY, Objective
@@ -254,7 +254,7 @@ def preference(
         PackedBatches(data.training, batch_size=config.batch_size, seed=derive_seed(run.seed, "batches")),
         objective=data.objective,
         others=others,
-        hooks=Hooks(lambda decoder: validation_on(data.validation, config)),
+        hooks=TrainingHooks(lambda decoder: validation_on(data.validation, config)),
     )
     return {
         data.name: data.training_examples,

@@ -228,7 +228,7 @@ Rewards: TypeAlias = Annotated[list[Reward], Field(min_length=1)]
 RewardFunction = Callable[..., Sequence[float | None]]
 
 
-class AskedTask(NamedTuple):
+class RewardTask(NamedTuple):
     """A task that prompts are of, and its questions by the number of their item."""
 
     task: GenerationTask
@@ -241,7 +241,7 @@ class RewardContext:
     folder of the one that the stage `reward` has made."""
 
     folder: Path = Path()
-    tasks: Mapping[str, AskedTask] = field(default_factory=dict)
+    tasks: Mapping[str, RewardTask] = field(default_factory=dict)
     reward_model: Path | None = None
 
 

@@ -30,7 +30,7 @@ from bessemer.posttraining.rewards.model_based import RewardModel
 from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.autotune import RunCost
 from bessemer.training.data.batches import IGNORE_INDEX, Batch
-from bessemer.training.job import Hooks, RunContext, RunOptions, TrainingJob
+from bessemer.training.job import RunContext, RunOptions, TrainingHooks, TrainingJob
 from bessemer.training.objectives import Count, LossContext, Metric, Objective, Terms
 
 
@@ -145,7 +145,7 @@ def reward(
     summary = job.train(
         PackedBatches(packed.batch, batch_size=config.batch_size, seed=derive_seed(run.seed, "batches")),
         objective=RewardObjective(config.centering),
-        hooks=Hooks(lambda decoder: validation_on(validation.batch, config)),
+        hooks=TrainingHooks(lambda decoder: validation_on(validation.batch, config)),
     )
     assessed: dict[str, Any] = {}
     if job.mesh.leads and validation.pairs:

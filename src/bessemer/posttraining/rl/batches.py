@@ -21,7 +21,7 @@ from bessemer.posttraining.rl.advantages import RewardToGo, decoupled, rewards_t
 from bessemer.posttraining.rl.config import ADVANTAGES as ADVANTAGE_PLUGINS
 from bessemer.posttraining.rl.config import RLConfig
 from bessemer.posttraining.rl.objective import OLD, TOKEN_REFERENCE_LOG_PROBS
-from bessemer.posttraining.rl.policy_sampler import Group
+from bessemer.posttraining.rl.policy_sampler import JudgedGroup
 from bessemer.posttraining.sampling.samples import ADVANTAGES, SAMPLER, Packed, Sample, of_all_rows, pack_samples
 from bessemer.training.data.batches import IGNORE_INDEX, Batch
 from bessemer.training.model_roles import REFERENCE, ModelRoles
@@ -45,7 +45,7 @@ class RolloutBatches:
 class BatchMaker(Protocol):
     """Makes the mini-batches of a rollout's groups, each of as many groups: one epoch of them in order, then those of more."""
 
-    def __call__(self, groups: Sequence[Group], models: ModelRoles, more: Sequence[Sequence[int]] = ()) -> RolloutBatches:
+    def __call__(self, groups: Sequence[JudgedGroup], models: ModelRoles, more: Sequence[Sequence[int]] = ()) -> RolloutBatches:
         """models: the policy, whose weights sampled the groups, a reference and a critic. more: the order of the groups in
         each further epoch."""
 
@@ -60,7 +60,7 @@ class AdvantageBatches:
         self._padding_id = padding_id
         self._advantage = ADVANTAGE_PLUGINS.find(config.advantage).load()
 
-    def __call__(self, groups: Sequence[Group], models: ModelRoles, more: Sequence[Sequence[int]] = ()) -> RolloutBatches:
+    def __call__(self, groups: Sequence[JudgedGroup], models: ModelRoles, more: Sequence[Sequence[int]] = ()) -> RolloutBatches:
         """Log-probabilities and advantages belong to the rollout and are the same in every epoch."""
         samples = [sample for group in groups for sample in group.samples]
         totals_R = torch.cat([group.totals_G for group in groups])
@@ -129,7 +129,7 @@ class AdvantageBatches:
         temperature = self._config.temperature
         return of_all_rows(models, batch, lambda rows: models.log_probs(rows, role, temperature=temperature))
 
-    def _advantages(self, groups: Sequence[Group], totals_R: Tensor, penalties_R: Tensor) -> Tensor:
+    def _advantages(self, groups: Sequence[JudgedGroup], totals_R: Tensor, penalties_R: Tensor) -> Tensor:
         """The advantage of each answer, from its reward less the penalty for its divergence."""
         config = self._config
         if config.reward_scale != "decoupled":
@@ -208,7 +208,7 @@ class PairBatches:
         self._padding_id = padding_id
         self._needs_reference = PAIR_LOSSES.find(str(config.pair_loss)).load().needs_reference
 
-    def __call__(self, groups: Sequence[Group], models: ModelRoles, more: Sequence[Sequence[int]] = ()) -> RolloutBatches:
+    def __call__(self, groups: Sequence[JudgedGroup], models: ModelRoles, more: Sequence[Sequence[int]] = ()) -> RolloutBatches:
         """Reference log-probabilities are computed for the pairs of each epoch. Advantages are 1 of the best completion of a
         pair, −1 of the worst, 0 of others."""
         size = self._config.batch_size // self._config.group_size
@@ -226,7 +226,7 @@ class PairBatches:
         figures = {"pairs": float(sum(one.differs for one in chosen))}
         return RolloutBatches(batches, advantages_R, torch.zeros_like(advantages_R), figures)
 
-    def _batch(self, groups: Sequence[Group], chosen: Sequence[_Best], models: ModelRoles) -> Batch:
+    def _batch(self, groups: Sequence[JudgedGroup], chosen: Sequence[_Best], models: ModelRoles) -> Batch:
         pairs = [
             PairExample(group.samples[one.best].example(), group.samples[one.worst].example(), weight=float(one.differs))
             for group, one in zip(groups, chosen, strict=True)
@@ -247,7 +247,7 @@ class PairBatches:
         return batch.with_values(per_token={REFERENCE_LOG_PROBS: log_probs_BT})
 
 
-def _best_and_worst(group: Group) -> _Best:
+def _best_and_worst(group: JudgedGroup) -> _Best:
     totals_G = group.totals_G
     if int((~totals_G.isnan()).sum()) < 2:
         return _Best(0, 0, False)

@@ -33,7 +33,7 @@ from bessemer.tokenization.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class Group:
+class JudgedGroup:
     """The samples of a prompt and what they are worth: rewards_GK, NaN where none is given, and their totals_G."""
 
     samples: Sequence[Sample]
@@ -79,7 +79,7 @@ class PolicySampler(Sampler):
         ]
         return replace(judgement, totals=totals)
 
-    def groups_of(self, samples: Sequence[Sample], judgement: Judgement, size: int) -> list[Group]:
+    def groups_of(self, samples: Sequence[Sample], judgement: Judgement, size: int) -> list[JudgedGroup]:
         """Judged samples by prompt, `size` of each, NaN where a sample is left out."""
         totals_R = torch.tensor(judgement.totals, dtype=torch.float64)
         rewards_RK = torch.tensor(
@@ -91,7 +91,7 @@ class PolicySampler(Sampler):
         rewards_RK[totals_R.isnan()] = math.nan
         extra = [{name: _readable(values[place]) for name, values in judgement.extra.items()} for place in range(len(samples))]
         places = [slice(start, start + size) for start in range(0, len(samples), size)]
-        return [Group(samples[place], rewards_RK[place], totals_R[place], extra[place]) for place in places]
+        return [JudgedGroup(samples[place], rewards_RK[place], totals_R[place], extra[place]) for place in places]
 
 
 def _readable(value: Any) -> Any:

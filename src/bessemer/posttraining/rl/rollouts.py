@@ -29,7 +29,7 @@ from bessemer.posttraining.rewards.judge import Judge, RewardError
 from bessemer.posttraining.rl.advantages import is_informative
 from bessemer.posttraining.rl.batches import AdvantageBatches, BatchMaker, PairBatches
 from bessemer.posttraining.rl.config import RLConfig
-from bessemer.posttraining.rl.policy_sampler import Group, PolicySampler
+from bessemer.posttraining.rl.policy_sampler import JudgedGroup, PolicySampler
 from bessemer.posttraining.sampling.sampler import EncodedPrompt, SamplingEngine
 from bessemer.posttraining.sampling.samples import Prompt, Sample, Share
 from bessemer.tokenization.tokenizer import Tokenizer
@@ -41,7 +41,7 @@ COMPLETIONS = "completions.jsonl"
 
 
 @dataclass
-class Tally:
+class RolloutTally:
     """Counts of one rollout. equal: groups whose rewards do not differ. refills: None without dynamic sampling. failures: of
     rewards, by what went wrong. metrics: what rewards logged."""
 
@@ -53,7 +53,7 @@ class Tally:
 
 
 def rollout_figures(
-    samples: Sequence[Sample], groups: Sequence[Group], totals_R: Tensor, tally: Tally, names: Sequence[str]
+    samples: Sequence[Sample], groups: Sequence[JudgedGroup], totals_R: Tensor, tally: RolloutTally, names: Sequence[str]
 ) -> dict[str, float]:
     """Figures of a rollout for the metrics. names: of the rewards."""
     known = totals_R[~totals_R.isnan()]
@@ -86,7 +86,7 @@ class CompletionsLog:
         self._names = names
         self._log: MetricsLog | None = None
 
-    def write(self, step: int, groups: Sequence[Group], advantages_R: Tensor) -> None:
+    def write(self, step: int, groups: Sequence[JudgedGroup], advantages_R: Tensor) -> None:
         """The rollout of a step, counted from 0; what the file holds of later ones is removed at the first call."""
         if self._log is None:
             self._log = MetricsLog(self._path, step or None)
@@ -148,7 +148,7 @@ class _Judged(NamedTuple):
     """The completions of a prompt. failures: of rewards, by what went wrong; metrics: what rewards logged; both of a share in
     its first."""
 
-    group: Group
+    group: JudgedGroup
     failures: Mapping[str, int]
     metrics: Mapping[str, Sequence[float]]
 
@@ -272,7 +272,7 @@ class RolloutSource:
         return self._batches[0]
 
     def _roll_out(self, step: int) -> None:
-        config, tally = self._config, Tally()
+        config, tally = self._config, RolloutTally()
         if step == 0:
             self._metrics |= {f"{name}_before": value for name, value in self.validate().items()}
         start = time.perf_counter()
@@ -305,11 +305,11 @@ class RolloutSource:
         seeds = [derive_seed(self._seed, "mini-batches", step, epoch) for epoch in range(1, config.rollout_epochs)]
         return [np.random.default_rng(seed).permutation(config.groups).tolist() for seed in seeds]
 
-    def _sampled_groups(self, engine: SamplingEngine, step: int, tally: Tally) -> list[Group]:
+    def _sampled_groups(self, engine: SamplingEngine, step: int, tally: RolloutTally) -> list[JudgedGroup]:
         """The rollout's groups; with dynamic sampling those whose rewards differ, as far as refills give them."""
         config = self._config
-        kept: list[Group] = []
-        equal: list[Group] = []
+        kept: list[JudgedGroup] = []
+        equal: list[JudgedGroup] = []
         for refill in range(1 + (config.most_refills if config.dynamic_sampling else 0)):
             prompts = self._next_prompts(config.groups - len(kept))
             judged = self._judged(engine, prompts, config.group_size, step, seeds=("rollout", step, refill))

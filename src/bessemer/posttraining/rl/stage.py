@@ -17,7 +17,7 @@ from bessemer.posttraining.data.examples import read_examples
 from bessemer.posttraining.data.formats import Turns
 from bessemer.posttraining.data.splitting import split_examples
 from bessemer.posttraining.preference.config import PAIR_LOSSES
-from bessemer.posttraining.rewards.config import AskedTask, RewardContext
+from bessemer.posttraining.rewards.config import RewardContext, RewardTask
 from bessemer.posttraining.rewards.judge import Judge
 from bessemer.posttraining.rl.advantages import CRITIC, ActorCriticObjective
 from bessemer.posttraining.rl.batches import pair_objective
@@ -32,7 +32,7 @@ from bessemer.tasks.registry import TASKS, find_tasks
 from bessemer.tokenization.chat import checked_messages
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 from bessemer.training.autotune import RunCost, seconds_per_step
-from bessemer.training.job import Hooks, RunContext, RunOptions, TrainingJob
+from bessemer.training.job import RunContext, RunOptions, TrainingHooks, TrainingJob
 from bessemer.training.model_roles import REFERENCE, OtherModel
 from bessemer.training.objectives import Objective
 from bessemer.training.optim.lr_schedule import validated_steps
@@ -110,7 +110,7 @@ def rl(
         return metrics | source.validate() if finished in validated else metrics
 
     try:
-        summary = job.train(source, objective=objective, others=others, hooks=Hooks(lambda decoder: on_step_end))
+        summary = job.train(source, objective=objective, others=others, hooks=TrainingHooks(lambda decoder: on_step_end))
     finally:
         source.close()
     without = {"parameters", "tokens_per_second", "gflops", "mfu"}
@@ -156,7 +156,7 @@ class Prompts:
 
     training: Sequence[Prompt]
     held_out: Sequence[Prompt]
-    tasks: Mapping[str, AskedTask]
+    tasks: Mapping[str, RewardTask]
 
 
 def gather_prompts(config: RLConfig, folder: Path, seed: int) -> Prompts:
@@ -166,7 +166,7 @@ def gather_prompts(config: RLConfig, folder: Path, seed: int) -> Prompts:
     ArtefactError for a task's data.
     """
     prompts: list[Prompt] = []
-    tasks: dict[str, AskedTask] = {}
+    tasks: dict[str, RewardTask] = {}
     for name in config.data:
         if is_table(name):
             prompts += read_examples(folder / name, partial(_prompt, config))
@@ -175,7 +175,7 @@ def gather_prompts(config: RLConfig, folder: Path, seed: int) -> Prompts:
         if task.name in tasks:
             raise ConfigError(f"data: two tasks have the name {task.name!r}; name each once")
         questions = list(task.questions())
-        tasks[task.name] = AskedTask(task, {question.item: question for question in questions})
+        tasks[task.name] = RewardTask(task, {question.item: question for question in questions})
         for question in questions:
             turns: Turns = question.context if isinstance(question.context, str) else tuple(map(dict, question.context))
             columns = {"task": task.name, "item": question.item}

@@ -30,7 +30,7 @@ from bessemer.model.quantisation.quantised_layers import is_quantised
 from bessemer.model.storage.folder import load_model
 from bessemer.model.storage.tuned_folder import ADAPTER, BASE, HELD_OUT_TASK, MODEL, RECORD, place_of_base
 from bessemer.posttraining.data.examples import Conversation
-from bessemer.posttraining.data.packing import Example
+from bessemer.posttraining.data.packing import EncodedExample
 from bessemer.posttraining.sft.config import FULL_LEARNING_RATE, FinetuneConfig, Method, SFTConfig
 from bessemer.posttraining.sft.finetune_inputs import prepare_base
 from bessemer.posttraining.sft.finetune_plan import Sizes, plan_finetuning, product_dtype
@@ -51,7 +51,12 @@ _ROWS = 4
 
 
 def conversation_losses(
-    model: Decoder, examples: Sequence[Example], context_length: int, padding_id: int, progress: Progress, description: str
+    model: Decoder,
+    examples: Sequence[EncodedExample],
+    context_length: int,
+    padding_id: int,
+    progress: Progress,
+    description: str,
 ) -> np.ndarray:
     """Mean −log p of each example's targets, (N,) float64, in nats a token, one example a row."""
     losses: list[float] = []

@@ -23,7 +23,7 @@ from bessemer.model.device import choose_device, is_fast
 from bessemer.model.formats import ModelSource
 from bessemer.posttraining.data.encoding import NothingLearntError
 from bessemer.posttraining.data.examples import Conversation
-from bessemer.posttraining.data.packing import Example, encode_conversation, fit_conversations, pack_examples
+from bessemer.posttraining.data.packing import EncodedExample, encode_conversation, fit_conversations, pack_examples
 from bessemer.posttraining.sft.config import FinetuneConfig, Method, SFTConfig
 from bessemer.posttraining.sft.finetune_inputs import BaseModel, find_columns, read_base
 from bessemer.posttraining.sft.stage import gather_conversations
@@ -161,7 +161,7 @@ class FinetunePlan:
     settings: dict[str, Any]
     training: Sequence[Conversation]
     held_out: Sequence[Conversation]
-    examples: Sequence[tuple[Conversation, Example]]
+    examples: Sequence[tuple[Conversation, EncodedExample]]
     base: BaseModel
     sizes: Sizes
     tokens: int
@@ -328,7 +328,7 @@ def _method(
 
 def _within(
     conversations: Sequence[Conversation], tokenizer: Tokenizer, context: int, config: FinetuneConfig
-) -> list[tuple[Conversation, Example]]:
+) -> list[tuple[Conversation, EncodedExample]]:
     """The conversations that have something to learn within a row."""
     fitting = [
         (one, example) for one in conversations for example in fit_conversations([one], tokenizer, context, config.truncate)[0]

@@ -38,7 +38,7 @@ from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.autotune import RunCost
 from bessemer.training.data.batches import Batch, BatchSource, StatelessBatches, TokenBatches, concatenated
 from bessemer.training.head import target_log_probs
-from bessemer.training.job import Hooks, RunContext, RunOptions, TrainingJob
+from bessemer.training.job import RunContext, RunOptions, TrainingHooks, TrainingJob
 from bessemer.training.loop import OnStepEnd, no_metrics
 from bessemer.training.objectives import NextTokenObjective
 from bessemer.training.trainer import Trainer
@@ -190,7 +190,7 @@ def sft(
     objective = None
     if config.loss == "dft":
         objective = NextTokenObjective(read_model_config(model), training_loss=dynamic_fine_tuning)
-    summary = job.train(_source(config, packed, shards, run.seed), objective=objective, hooks=Hooks(validate))
+    summary = job.train(_source(config, packed, shards, run.seed), objective=objective, hooks=TrainingHooks(validate))
     return {
         "conversations": len(training),
         "held_out": len(held_out),

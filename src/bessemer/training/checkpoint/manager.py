@@ -25,7 +25,7 @@ from bessemer.core.progress import Progress
 from bessemer.core.store import check_format, read_json, write_json
 from bessemer.distributed.mesh import ALONE, Mesh, job_timeout
 from bessemer.training.checkpoint.state import RANDOM_STATES, TrainingState, copied
-from bessemer.training.checkpoint.storage import CheckpointReader, Parts, PartWriter, check_plain, read_checkpoint
+from bessemer.training.checkpoint.storage import CheckpointReader, ProcessNotes, ShardWriter, check_plain, read_checkpoint
 
 #: Format number of a checkpoint's index; raised when its shape changes.
 CHECKPOINT_FORMAT = 2
@@ -91,9 +91,9 @@ class CheckpointManager:
         if self._mesh.leads:
             shutil.rmtree(unfinished, ignore_errors=True)
         self._check_values(values, final)
-        parts = Parts(unfinished, final, self._mesh, self._progress)
+        parts = ProcessNotes(unfinished, final, self._mesh, self._progress)
         try:
-            writer = PartWriter(unfinished)
+            writer = ShardWriter(unfinished)
             with _quietly():
                 # only plans: collectives inside the write would time out while one process is still writing
                 save(values, storage_writer=writer, no_dist=self._mesh.alone, process_group=self._group)
@@ -129,7 +129,7 @@ class CheckpointManager:
             raise CheckpointError(f"{final}: another process cannot write its part of this checkpoint: {other}")
 
     def _publish(
-        self, everyone: list[dict[str, Any]], parts: Parts, writer: PartWriter, unfinished: Path, final: Path, step: int
+        self, everyone: list[dict[str, Any]], parts: ProcessNotes, writer: ShardWriter, unfinished: Path, final: Path, step: int
     ) -> None:
         """Complete the folder that all processes have written to, and give it its name."""
         writer.complete([entry for part in everyone for entry in part["written"]])

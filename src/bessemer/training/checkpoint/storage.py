@@ -49,7 +49,7 @@ _READING = 10.0
 _FAILURE = ".failed.json"
 
 
-class PartWriter(FileSystemWriter):
+class ShardWriter(FileSystemWriter):
     """PyTorch's writer of a folder, which only plans while `save` runs its collectives.
 
     `write` writes this process's files, and `complete`, on rank 0, the metadata of all processes' files.
@@ -91,7 +91,7 @@ def _from_plain(entry: dict[str, Any]) -> WriteResult:
     return WriteResult(index, entry["bytes"], _StorageInfo(**entry["place"]))
 
 
-class Parts:
+class ProcessNotes:
     """The notes of the processes that write a checkpoint, in its unfinished folder. One process alone leaves none."""
 
     def __init__(self, unfinished: Path, final: Path, mesh: Mesh, progress: Progress) -> None:
