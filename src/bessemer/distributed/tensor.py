@@ -180,7 +180,7 @@ def _shard_delta_net(delta_net: GatedDeltaNet, activations: _ActivationLayout) -
     use_rows(delta_net.conv1d, "weight", torch.cat([part.chunk(ranks)[rank] for part in channels]))
     delta_net.key_heads //= ranks
     delta_net.value_heads //= ranks
-    # not narrowed to autocast's dtype: the layer computes in the dtype of its input
+    # not in autocast's dtype: it computes in the dtype of its input
     delta_net.register_forward_pre_hook(partial(_all_tokens, activations, narrow=False))
 
 
@@ -321,7 +321,7 @@ def logits_on_rank_0(model: Decoder, mesh: Mesh) -> None:
 def _logits_on_rank_0(model: Decoder, mesh: Mesh, hidden: Tensor) -> Tensor:
     rank, ranks = mesh.rank, mesh.layout.tensor
     if rank >= ranks:
-        # the first tensor group alone computes logits; the others are replicas
+        # replicas of the ranks of the first tensor group
         return hidden[..., :0]
     if ranks == 1:
         return Decoder.logits(model, hidden)
