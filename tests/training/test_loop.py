@@ -17,7 +17,7 @@ from bessemer.training.checkpoint.export import save_trained
 from bessemer.training.checkpoint.manager import CHECKPOINTS, checkpoint_weights, newest_checkpoint
 from bessemer.training.checkpoint.storage import CheckpointReader
 from bessemer.training.data.batches import Prefetcher, TokenBatches
-from bessemer.training.job import DivergenceError, train
+from bessemer.training.loop import DivergenceError, train
 from bessemer.training.objectives import next_token_loss
 from bessemer.training.optim.registry import OPTIMIZERS
 from bessemer.training.pretrain import pretrain

@@ -87,7 +87,7 @@ _IN_ROUNDS = ("interleaved", "zero_bubble")
 _MICRO_BATCHES_PER_RANK = 4
 
 
-class Place(NamedTuple):
+class RankCoordinates(NamedTuple):
     """A rank's index on every axis."""
 
     pipeline: int
@@ -170,14 +170,14 @@ class Layout:
         """Ranks of one pipeline stage."""
         return self.world_size // self.pipeline
 
-    def place(self, rank: int) -> Place:
+    def place(self, rank: int) -> RankCoordinates:
         """The index of a rank on every axis."""
         assert 0 <= rank < self.world_size
         rank, tensor = divmod(rank, self.tensor)
         rank, context = divmod(rank, self.context)
         rank, shard = divmod(rank, self.data_shard)
         pipeline, replicate = divmod(rank, self.data_replicate)
-        return Place(pipeline, replicate, shard, context, tensor)
+        return RankCoordinates(pipeline, replicate, shard, context, tensor)
 
     def rows(self, rank: int, batch_size: int) -> slice:
         """The rows of a batch that a rank reads. Raises ConfigError when the batch does not divide."""
@@ -266,7 +266,7 @@ class Layout:
             axes = "expert × tensor" if self.tensor > 1 else "expert"
             divided.append((axes, self.expert_ranks, "num_experts", model.num_experts))
             if model.num_experts // self.expert_ranks % self.ranks_of_an_expert:
-                # FSDP then shards the matrices of the experts
+                # FSDP then shards the matrices of each expert
                 axes = "data_shard × context / expert"
                 for name, number in (
                     ("hidden_size", model.hidden_size),

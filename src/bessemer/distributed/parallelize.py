@@ -20,7 +20,7 @@ from bessemer.distributed.expert import apply_expert_parallel, apply_expert_para
 from bessemer.distributed.layout import ParallelConfig
 from bessemer.distributed.mesh import Mesh, local
 from bessemer.distributed.sharding import apply_fsdp
-from bessemer.distributed.stages import Stage, split_into_stages
+from bessemer.distributed.stages import DecoderStage, split_into_stages
 from bessemer.distributed.tensor import apply_tensor_parallel, logits_on_rank_0, pad_vocabulary
 from bessemer.model.decoder import Decoder
 from bessemer.model.families.layout import TensorBox
@@ -40,7 +40,7 @@ def load_shards(
     a new head. Raises ArtefactError as `read_boxes`.
     """
     for part in parts:
-        # FSDP takes over the new memory when it is given this way
+        # through `_apply`, so that FSDP adopts the new memory
         part._apply(lambda tensor: _on_device(tensor, device))
     added = added or {}
     shards: dict[str, list[TensorBox]] = defaultdict(list)
@@ -79,7 +79,7 @@ def _shard(tensor: Tensor) -> TensorBox:
             if placement.is_replicate():
                 continue
             sharded: Any = placement
-            # as torch.chunk cuts
+            # sizes as of torch.chunk
             each = -(-size[sharded.dim] // ranks)
             first = min(rank * each, size[sharded.dim])
             start[sharded.dim] += first
@@ -93,7 +93,7 @@ class Parallelized(NamedTuple):
     """The model that a rank trains, and its pipeline stages in order; empty without a pipeline."""
 
     model: Decoder
-    stages: list[Stage]
+    stages: list[DecoderStage]
 
 
 def parallelize(
@@ -110,7 +110,7 @@ def parallelize(
     blocks: applied to the blocks before FSDP and context parallelism: activation checkpointing, compilation. dtype and offload:
     as for `apply_fsdp`.
     """
-    stages: list[Stage] = []
+    stages: list[DecoderStage] = []
     if mesh.layout.pipeline > 1:
         stages = split_into_stages(model, mesh.layout, mesh.place.pipeline, in_a_v=config.pipeline_schedule == "zbv")
     parts: Sequence[Decoder] = stages or [model]

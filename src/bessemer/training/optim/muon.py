@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from bessemer.distributed.mesh import local
-from bessemer.distributed.whole_matrices import Part, Sharded, WholeMatrices, of_parts
+from bessemer.distributed.whole_matrices import Sharded, Slices, WholeMatrices, of_parts
 from bessemer.training.optim.registry import MUON_ITERATIONS, newton_schulz_flops
 
 #: The quintic iteration of Jordan et al. 2024, chosen for its slope at zero: it maps singular values in 0 … 1 to about
@@ -157,15 +157,16 @@ class _Update(NamedTuple):
     momentum: float | None
     factor: float
 
-    def read(self, part: Part) -> Tensor:
+    def read(self, part: Slices) -> Tensor:
         """The direction to be orthogonalised, of a part of the shard."""
         average = self.average[part]
         return average if self.momentum is None else self.gradient[part].lerp(average, self.momentum)
 
-    def write(self, part: Part, orthogonal: Tensor) -> None:
+    def write(self, part: Slices, orthogonal: Tensor) -> None:
         """Add an orthogonalised direction to a part of the weights."""
         self.weights[part].add_(orthogonal, alpha=self.factor)
 
     def sharded(self, parameter: DTensor, parts: int, dtype: torch.dtype) -> Sharded:
-        """As an argument of `WholeMatrices`. Directions are rounded before they are sent and not after it: the same numbers."""
+        """The matrix for `WholeMatrices`. Directions are rounded before they are sent, which gives the same numbers as rounding
+        later."""
         return Sharded(parameter, _product_dtype(parameter, dtype), parts, self.read, self.write)
