@@ -184,7 +184,7 @@ def serve(
     from bessemer.inference.engine import EngineConfig
     from bessemer.pipeline import run_names
     from bessemer.serving.config import ServingConfig
-    from bessemer.serving.runtime.models import Opening
+    from bessemer.serving.runtime.models import ModelSetup
     from bessemer.serving.server import is_loopback
     from bessemer.serving.server import serve as serve_engine
     from bessemer.webapp.app import WebSettings, public_paths, web_pages
@@ -203,7 +203,7 @@ def serve(
     )
     if both := next((one for one in alias or [] if one == name or one in adapters), None):
         raise ConfigError(f"--alias {both}: the model or an adapter has that name already; choose another")
-    beside = {
+    additional = {
         its_name: find_served(its_model, runs)
         for its_name, its_model in named_models(also, [name, *adapters, *(alias or [])]).items()
     }
@@ -232,13 +232,13 @@ def serve(
     # a copy of the model, and seconds of every core, are not for everybody who reaches the port
     makes_xrays = config.keys is not None or config.api_key is not None or is_loopback(host)
     shown = WebSettings(folder, example_questions(folder, runs / model), feedback, shown_runs, run, makes_xrays)
-    opening = Opening(
+    setup = ModelSetup(
         folder,
         name,
         device=device,
         engine=settings,
         adapters={its_name: Path(its_folder) for its_name, its_folder in adapters.items()},
-        beside=beside,
+        additional=additional,
         max_models=max_models,
         models_memory=models_memory,
         keep_alive=keep_alive,
@@ -252,7 +252,7 @@ def serve(
 
             raise ConfigError(f"--engine ray needs Ray: {install_extra('ray-serve')}") from None
         serve_on_ray(
-            opening,
+            setup,
             config,
             replicas or 1,
             make_pages=partial(web_pages, shown),
@@ -260,9 +260,9 @@ def serve(
             questions=ask or [],
         )
         return
-    with loading, opening.open_engine() as opened:
+    with loading, setup.open_engine() as opened:
         print(opened.describe())
         print(opened.arithmetic)
         loading.close()
-        shelf = opening.shelf(config.max_waiting)
-        serve_engine(opened, name, config, pages=web_pages(shown), shelf=shelf, questions=ask or [])
+        pool = setup.model_pool(config.max_waiting)
+        serve_engine(opened, name, config, pages=web_pages(shown), pool=pool, questions=ask or [])
