@@ -38,7 +38,6 @@ class Transcript:
         return sum(self.is_own)
 
     def copy(self) -> Transcript:
-        """An independent copy."""
         other = Transcript()
         other.ids, other.is_own = list(self.ids), list(self.is_own)
         other.log_probs, other.weight_versions = list(self.log_probs), list(self.weight_versions)
@@ -90,16 +89,13 @@ class Conversation:
 
     @property
     def messages(self) -> Sequence[Message]:
-        """All messages in order."""
         return tuple(self._messages)
 
     @property
     def is_tainted(self) -> bool:
-        """Whether any message is tainted."""
         return any(message.is_tainted for message in self._messages)
 
     def add(self, *messages: Message) -> None:
-        """Add messages at the end."""
         self._messages += messages
 
     def add_part(self, part: MessagePart) -> None:
@@ -173,7 +169,6 @@ class Conversation:
         self._messages[-1] = message
 
     def snapshot(self) -> Snapshot:
-        """The current state."""
         return Snapshot(tuple(self._messages), self._encoded, len(self.transcript))
 
     def restore(self, snapshot: Snapshot) -> None:

@@ -96,11 +96,9 @@ class MessageDraft:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing has come yet."""
         return not (self.generated or self.thinking or self.text or self.calls)
 
     def take(self, delta: Delta) -> list[DraftEvent]:
-        """Add a delta."""
         self.generated += len(delta.token_ids)
         thinking: list[ParsedEvent] = [ThinkingDelta(delta.thinking)] if delta.thinking else []
         text = delta.text if self._text is None else self._text.feed(delta.token_ids, delta.finish_reason)

@@ -73,7 +73,6 @@ class Rules:
         return name
 
     def is_control(self, tag: str) -> bool:
-        """Whether a tag is a control token."""
         return self._control_id(tag) is not None
 
     def tag(self, text: str) -> str:

@@ -99,7 +99,6 @@ class Hooks:
         object.__setattr__(self, "holding", tuple(hook for hook in self.hooks if hook.holds_back))
 
     def before_generation(self, context: TurnContext) -> None:
-        """Call all hooks."""
         for hook in self.hooks:
             hook.before_generation(context)
 

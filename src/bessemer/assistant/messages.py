@@ -58,27 +58,22 @@ class Message:
 
     @classmethod
     def system(cls, text: str) -> Self:
-        """A system prompt."""
         return cls("system", (MessagePart(text, "system"),))
 
     @classmethod
     def user(cls, text: str) -> Self:
-        """A user's message."""
         return cls("user", (MessagePart(text, "user"),))
 
     @classmethod
     def assistant(cls, text: str) -> Self:
-        """An answer."""
         return cls("assistant", (MessagePart(text, "assistant"),))
 
     @classmethod
     def tool(cls, call_id: str, name: str, text: str) -> Self:
-        """The result of a call."""
         return cls("tool", (MessagePart(text, "tool", name),), call_id=call_id, name=name)
 
     @property
     def text(self) -> str:
-        """The texts of all parts, joined."""
         return "".join(part.text for part in self.parts)
 
     @property
@@ -87,7 +82,6 @@ class Message:
         return self.is_derived or any(part.is_tainted for part in self.parts)
 
     def with_part(self, part: MessagePart) -> Self:
-        """The message with one more part at its end."""
         return replace(self, parts=(*self.parts, part))
 
     def as_template_input(self) -> dict[str, Any]:

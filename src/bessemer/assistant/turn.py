@@ -104,7 +104,6 @@ class Turn:
 
     @property
     def wants_tools(self) -> bool:
-        """Whether `run_tools` is next."""
         return bool(self._called)
 
     @property

@@ -27,7 +27,7 @@ from bessemer.serving.responses.protocol import MemoryStore, ResponseStore
 from bessemer.serving.runtime.bodies import ApiError, read_body
 from bessemer.serving.runtime.clients import Keys, caller_of
 from bessemer.serving.runtime.gate import PUBLIC, Gate
-from bessemer.serving.runtime.metrics import CONTENT_TYPE, MeasuredEngine, Metrics
+from bessemer.serving.runtime.metrics import CONTENT_TYPE, render_metrics
 from bessemer.serving.runtime.models import IDLE_CHECK_SECONDS, ModelPool
 from bessemer.serving.runtime.served import Served
 from bessemer.serving.runtime.streams import as_api_error
@@ -130,15 +130,11 @@ def create_app(
     async def describe() -> dict[str, Any]:
         return described()
 
-    def engines() -> list[tuple[str, str, MeasuredEngine]]:
-        return [(model_name, "0", engine), *((model.name, "0", model.engine) for model in served.open_additional)]
-
-    metrics = Metrics(engines)
-
     @app.get("/metrics")
-    async def render_metrics() -> Response:
+    async def metrics() -> Response:
+        engines = [(model_name, "0", engine), *((model.name, "0", model.engine) for model in served.open_additional)]
         # in a thread: it waits for the engines' current steps
-        return Response(await asyncio.to_thread(metrics.render), media_type=CONTENT_TYPE)
+        return Response(await asyncio.to_thread(render_metrics, engines), media_type=CONTENT_TYPE)
 
     @app.post("/tokenize")
     async def tokenize_text(request: Request) -> dict[str, Any]:

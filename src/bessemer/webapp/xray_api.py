@@ -28,7 +28,7 @@ from bessemer.model.storage.tuned_folder import load_whole
 from bessemer.serving.runtime.bodies import ApiError, Body, overloaded, read_body
 from bessemer.serving.runtime.clients import caller_of
 from bessemer.serving.runtime.served import Served
-from bessemer.serving.runtime.streams import until_client_leaves
+from bessemer.serving.runtime.streams import client_left_response, until_client_leaves
 from bessemer.webapp.access import without_styles
 
 #: Most tokens of a sentence: attention is drawn as tokens × tokens.
@@ -135,7 +135,7 @@ class XrayApi:
                 )
             caller_of(request).spend(prompt=count)
             with self._served.worker.admit(1):
-                return await until_client_leaves(request, answer())
+                return await until_client_leaves(request.receive, answer()) or client_left_response()
         finally:
             self._under_way -= 1
 

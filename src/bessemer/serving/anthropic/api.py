@@ -17,7 +17,7 @@ from bessemer.serving.anthropic.protocol import CountRequest, MessagesRequest
 from bessemer.serving.runtime.bodies import ApiError, read_body, withdrawn
 from bessemer.serving.runtime.clients import Caller, caller_of
 from bessemer.serving.runtime.served import Chat, Served
-from bessemer.serving.runtime.streams import named_events, respond, server_sent_event
+from bessemer.serving.runtime.streams import Reply, named_events, respond, server_sent_event
 from bessemer.serving.runtime.worker import ChoiceEvents, Turns
 
 #: The path below which errors have Anthropic's form.
@@ -51,11 +51,10 @@ def error_body(error: ApiError) -> dict[str, Any]:
     return {"type": "error", "error": {"type": kind, "message": str(error)}, "request_id": f"req_{uuid.uuid4().hex}"}
 
 
-class MessagesReply:
-    """A message: blocks of thinking, text and tool calls in their order. `events` and the others are as `Reply` has them."""
+class MessagesReply(Reply):
+    """A message: blocks of thinking, text and tool calls in their order."""
 
     ping = server_sent_event({"type": "ping"}, "ping")
-    is_large = False
 
     def __init__(self, model: str, turns: Turns) -> None:
         self._model = model
@@ -76,9 +75,6 @@ class MessagesReply:
 
     def events(self, step: Iterable[ChoiceEvents]) -> str:
         return named_events(self._events(step))
-
-    def end(self) -> str:
-        return ""
 
     def failed(self, error: ApiError) -> str:
         return server_sent_event(error_body(error), "error")

@@ -89,8 +89,7 @@ _PERMISSION: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class _Completions:
-    """Engine requests that have not begun, one for each prompt. params: of the first; the others differ in `max_tokens`
-    alone."""
+    """Engine requests, one for each prompt, which have not begun. params: of the first; others differ in `max_tokens`."""
 
     served: Served
     caller: Caller

@@ -240,7 +240,6 @@ class GenerationRequest(Body):
 
     @property
     def wants_log_probs(self) -> bool:
-        """Whether the response has log-probabilities."""
         return False
 
     def sampling(self, max_tokens: int) -> SamplingParams:

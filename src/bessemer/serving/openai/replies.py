@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +25,7 @@ from bessemer.inference.request import Chunk, Completion, Request
 from bessemer.inference.sampling.sampler import Sampled
 from bessemer.serving.openai.protocol import ChatRequest, CompletionRequest, GenerationRequest
 from bessemer.serving.runtime.bodies import ApiError, withdrawn
-from bessemer.serving.runtime.streams import PING, server_sent_event
+from bessemer.serving.runtime.streams import Reply, server_sent_event
 from bessemer.serving.runtime.worker import ChoiceEvents, Turns
 from bessemer.tokenization.prompts import StreamingDecoder
 from bessemer.tokenization.tokenizer import Tokenizer
@@ -122,10 +122,8 @@ def _finite(value: float) -> float:
     return max(value, _LOWEST)
 
 
-class _OpenAIReply(ABC):
-    """What the streams of chat and plain completions share. `events` and the others are as `Reply` has them."""
-
-    ping = PING
+class _OpenAIReply(Reply):
+    """What the responses of chat and plain completions share."""
 
     def __init__(self, body: GenerationRequest, tokenizer: Tokenizer, prefix: str) -> None:
         """prefix: of the response's id."""
@@ -138,9 +136,6 @@ class _OpenAIReply(ABC):
     def is_large(self) -> bool:
         """Log-probabilities give each token up to twenty alternatives."""
         return self._body.wants_log_probs
-
-    def start(self) -> str:
-        return ""
 
     def events(self, step: Any) -> str:
         return "".join(map(self._sent, self._bodies(step)))
@@ -225,8 +220,7 @@ class CompletionReply(_OpenAIReply):
         return {**self._head("text_completion"), "choices": choices, "usage": self._usage(cached_tokens)}
 
     def _bodies(self, step: Iterable[tuple[int, Chunk]]) -> Iterator[dict[str, Any]]:
-        """Text of a choice, and then the reason why it ended. By its first chunk, all log-probabilities of a prompt are
-        there."""
+        """Text of a choice, and then why it ended. A prompt's log-probabilities are complete before its first chunk."""
         of_choice: dict[int, list[Chunk]] = {}
         for index, chunk in step:
             of_choice.setdefault(index, []).append(chunk)

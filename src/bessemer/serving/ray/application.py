@@ -125,14 +125,13 @@ MakePages = Callable[[], Callable[[Served], Pages]]
 
 
 class RayReplicas:
-    """The replicas behind a handle of Ray Serve."""
+    """`Replicas` behind a handle of Ray Serve."""
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
         self._streaming = handle.options(stream=True)
 
     async def send(self, request: Forwarded) -> AsyncGenerator[ResponsePart, None]:
-        """As `Replicas.send`."""
         answering = self._streaming.answer.remote(request)
         try:
             async for part in answering:
@@ -152,11 +151,9 @@ class RayReplicas:
         return responses
 
     async def measure(self) -> Sequence[Sequence[ModelStatistics]]:
-        """As `Replicas.measure`."""
         return [models for models in await self._call_all("measured") if not isinstance(models, BaseException)]
 
     async def count_ready(self) -> int:
-        """As `Replicas.count_ready`."""
         return sum(is_ready is True for is_ready in await self._call_all("is_ready"))
 
     async def _call_all(self, method: str, *arguments: Any) -> list[Any]:
@@ -185,11 +182,9 @@ class Ingress:
         self._watching = asyncio.create_task(self.entrance.watch_keys())
 
     def drain(self) -> None:
-        """Begin nothing new."""
         self.entrance.is_draining = True
 
     def requests(self) -> int:
-        """Requests under way."""
         return self.entrance.requests
 
 

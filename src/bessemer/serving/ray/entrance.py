@@ -22,8 +22,8 @@ from bessemer.serving.ray.replica import ModelStatistics
 from bessemer.serving.runtime.bodies import ApiError, overloaded
 from bessemer.serving.runtime.clients import SCOPE, Caller, Keys
 from bessemer.serving.runtime.gate import PUBLIC, Gate
-from bessemer.serving.runtime.metrics import CONTENT_TYPE, Metrics
-from bessemer.serving.runtime.streams import CLIENT_LEFT
+from bessemer.serving.runtime.metrics import CONTENT_TYPE, render_metrics
+from bessemer.serving.runtime.streams import client_left_response, until_client_leaves
 
 #: Paths whose requests go to every replica, so that all serve the same.
 _BROADCAST = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
@@ -59,7 +59,7 @@ class Entrance:
         asks_for_keys = config.keys is not None or config.api_key is not None
         self._keys = Keys(config.keys, config.api_key) if asks_for_keys else None
         gate = Middleware(Gate, config=config, keys=self._keys, error_body=error_body_of, public=PUBLIC.union(public))
-        routes = [Route("/metrics", self.render_metrics), Route("/ready", self.ready), Route("/health", self.health)]
+        routes = [Route("/metrics", self.metrics), Route("/ready", self.ready), Route("/health", self.health)]
         handlers = dict.fromkeys((ApiError, HTTPException, Exception), answer_error)
         app = Starlette(routes=routes, middleware=[gate], exception_handlers=handlers)
         app.router.redirect_slashes = False
@@ -71,18 +71,16 @@ class Entrance:
         self.is_draining = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The ASGI application."""
         await self._app(scope, receive, send)
 
     async def watch_keys(self) -> None:
-        """As `watch_keys`."""
         await watch_keys(self._keys)
 
-    async def render_metrics(self, request: Request) -> Response:
+    async def metrics(self, request: Request) -> Response:
         """Metrics of all replicas, with the replica's number as the label `engine`."""
         replicas = await self._replicas.measure()
         engines = [(model.model, str(number), model) for number, models in enumerate(replicas) for model in models]
-        return Response(Metrics(lambda: engines).render(), media_type=CONTENT_TYPE)
+        return Response(render_metrics(engines), media_type=CONTENT_TYPE)
 
     async def ready(self, request: Request) -> Response:
         """Whether new requests are accepted."""
@@ -130,20 +128,9 @@ class Entrance:
                     has_begun = has_begun or bool(part.messages)
                     await _send_parts([part], caller, send)
 
-        responding, leaving = asyncio.ensure_future(respond()), asyncio.ensure_future(_client_left(receive))
-        try:
-            await asyncio.wait({responding, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if responding.done():
-                responding.result()
-        finally:
-            leaving.cancel()
-            if not responding.done():
-                responding.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await responding
+        await until_client_leaves(receive, respond())
         if not has_begun:
-            # nobody receives it, but the ASGI server waits for a response
-            await Response(status_code=CLIENT_LEFT)(dict(request.scope), receive, send)
+            await client_left_response()(dict(request.scope), receive, send)
 
 
 async def _send_parts(parts: Sequence[ResponsePart], caller: Caller, send: Send) -> None:
@@ -160,8 +147,3 @@ def _worst(responses: Sequence[Sequence[ResponsePart]]) -> Sequence[ResponsePart
     if not responses:
         raise overloaded("no replica answers")
     return max(responses, key=lambda parts: next(int(message["status"]) for part in parts for message in part.messages))
-
-
-async def _client_left(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

@@ -99,7 +99,6 @@ class Forwarded:
 
     @classmethod
     def of(cls, scope: Scope, body: bytes, caller: Caller) -> Forwarded:
-        """The request of a scope."""
         client = caller.client
         plain = {key: scope[key] for key in _SCOPE_KEYS if key in scope}
         prompt = prompt_of(body) if scope["method"] == "POST" and scope["path"] in _PROMPT_ROUTES else ""

@@ -86,7 +86,6 @@ class EngineReplica:
         return await asyncio.to_thread(self._measure)
 
     def is_ready(self) -> bool:
-        """Whether it can answer requests."""
         return self._failure is None
 
     def _measure(self) -> list[ModelStatistics]:

@@ -18,7 +18,7 @@ from bessemer.serving.responses.protocol import ResponsesRequest, ResponseStore,
 from bessemer.serving.runtime.bodies import ApiError, read_body, withdrawn
 from bessemer.serving.runtime.clients import Caller, caller_of
 from bessemer.serving.runtime.served import Chat, Served
-from bessemer.serving.runtime.streams import PING, EventStream, named_events, respond
+from bessemer.serving.runtime.streams import EventStream, Reply, named_events, respond
 from bessemer.serving.runtime.worker import ChoiceEvents, Turns
 from bessemer.tokenization.tokenizer import Tokenizer
 
@@ -26,11 +26,8 @@ from bessemer.tokenization.tokenizer import Tokenizer
 _NamedEvent = tuple[str, dict[str, Any]]
 
 
-class ResponseReply:
-    """A response: items of thinking, text and tool calls in their order. `events` and the others are as `Reply` has them."""
-
-    ping = PING
-    is_large = False
+class ResponseReply(Reply):
+    """A response: items of thinking, text and tool calls in their order."""
 
     def __init__(self, request: ResponsesRequest, tokenizer: Tokenizer, turns: Turns | None) -> None:
         """turns: None for a probe, which has no input."""
@@ -48,7 +45,6 @@ class ResponseReply:
 
     @property
     def output(self) -> Sequence[dict[str, Any]]:
-        """The items so far."""
         return self._output
 
     @property
@@ -66,9 +62,6 @@ class ResponseReply:
 
     def events(self, step: Iterable[ChoiceEvents]) -> str:
         return named_events(self._events(step))
-
-    def end(self) -> str:
-        return ""
 
     def complete_probe(self) -> str:
         """The last event of a request without input."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 from prometheus_client import CollectorRegistry, Metric
@@ -12,7 +13,7 @@ from prometheus_client.registry import Collector
 
 from bessemer.inference.statistics import EngineStatistics, Histogram
 
-#: Content type of `Metrics.render`.
+#: Content type of `render_metrics`.
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 _LABELS = ("model_name", "engine")
 
@@ -67,19 +68,18 @@ class MeasuredEngine(Protocol):
 
 
 #: Name, replica number and engine of every open model.
-Engines: TypeAlias = Callable[[], Sequence[tuple[str, str, MeasuredEngine]]]
+Engines: TypeAlias = Sequence[tuple[str, str, MeasuredEngine]]
 
 
+@dataclass(eq=False)
 class EngineCollector(Collector):
-    """Metrics of engines, read when they are requested."""
+    """Metrics of engines."""
 
-    def __init__(self, engines: Engines) -> None:
-        self._engines = engines
+    engines: Engines
 
     def collect(self) -> Iterator[Metric]:
         """Current values. Waits for the engines' current steps."""
-        engines = self._engines()
-        measured = [((name, replica), engine.statistics) for name, replica, engine in engines]
+        measured = [((name, replica), engine.statistics) for name, replica, engine in self.engines]
         for kind, metrics in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTERS)):
             for name, (text, value) in metrics.items():
                 family = kind(f"vllm:{name}", text, labels=_LABELS)
@@ -107,21 +107,16 @@ class EngineCollector(Collector):
             "The loaded adapters, whether or not a request uses them now; always 1.",
             labels=(*_LABELS, "max_lora", "running_lora_adapters", "waiting_lora_adapters"),
         )
-        for name, replica, engine in engines:
+        for name, replica, engine in self.engines:
             adapters.add_metric((name, replica, str(len(engine.adapters)), ",".join(engine.adapters), ""), 1)
         yield adapters
 
 
-class Metrics:
-    """The metrics of a server."""
-
-    def __init__(self, engines: Engines) -> None:
-        self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(EngineCollector(engines))
-
-    def render(self) -> bytes:
-        """All metrics in Prometheus' text format. Waits as `EngineCollector.collect`."""
-        return generate_latest(self._registry)
+def render_metrics(engines: Engines) -> bytes:
+    """Metrics in Prometheus' text format. Waits for the engines' current steps."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(EngineCollector(engines))
+    return generate_latest(registry)
 
 
 def _add_histogram(family: HistogramMetricFamily, labels: tuple[str, ...], values: Histogram) -> None:

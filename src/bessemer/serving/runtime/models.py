@@ -84,7 +84,6 @@ class ModelPool:
 
     @property
     def open_models(self) -> list[OpenModel]:
-        """The models that are open now."""
         return list(self._open.values())
 
     @property
@@ -119,7 +118,6 @@ class ModelPool:
             self._awaited -= 1
 
     def drain(self) -> None:
-        """Begin nothing new."""
         self.is_draining = True
         for model in self._open.values():
             model.worker.is_draining = True

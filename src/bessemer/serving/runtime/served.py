@@ -94,12 +94,10 @@ class Served:
         return (*self.names, *(() if self.pool is None else self.pool.names))
 
     def is_additional(self, name: str) -> bool:
-        """Whether a name is of an additional model."""
         return self.pool is not None and name in self.pool.names
 
     @property
     def open_additional(self) -> Sequence[OpenModel]:
-        """The additional models that are open now."""
         return [] if self.pool is None else self.pool.open_models
 
     @property

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Coroutine, Iterable, Mapping
 from contextlib import ExitStack, aclosing, suppress
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
-from starlette.types import Message, Send
+from starlette.types import Message, Receive, Send
 
 from bessemer.core.errors import BessemerError, LostProcessError
 from bessemer.serving.runtime.bodies import ApiError
 
+Result = TypeVar("Result")
 #: nginx's status for a client that left before its response; it is never received.
 CLIENT_LEFT = 499
 #: Seconds of silence after which a stream sends a ping: reading a prompt may take minutes, and proxies close idle connections.
@@ -35,28 +37,34 @@ class Work(Protocol):
         """The whole result."""
 
 
-class Reply(Protocol):
+class Reply(ABC):
     """The response in one API's format. Texts are server-sent events, several of them joined, or ""."""
 
     #: Sent after `QUIET_SECONDS` of silence.
-    ping: str
+    ping = PING
 
     @property
     def is_large(self) -> bool:
         """Whether the body takes long to make and to write."""
+        return False
 
+    @abstractmethod
     def whole(self, result: Any, /) -> dict[str, Any]:
         """The body of a response that is not streamed. result: of `Work.finish`."""
 
     def start(self) -> str:
         """Events before the prompt is computed."""
+        return ""
 
+    @abstractmethod
     def events(self, step: Any, /) -> str:
         """Events of an item of `Work.stream`."""
 
     def end(self) -> str:
         """Events after the last step."""
+        return ""
 
+    @abstractmethod
     def failed(self, error: ApiError) -> str:
         """The event of an error: the status was sent long before."""
 
@@ -77,7 +85,8 @@ async def respond(
     are sent. `work` is cancelled when the client leaves.
     """
     if not is_streamed:
-        return await until_client_leaves(request, _whole(work, reply, headers, after_step))
+        whole = _whole(work, reply, headers, after_step)
+        return await until_client_leaves(request.receive, whole) or client_left_response()
     events = _events(work, reply, admission.pop_all(), after_step)
     # from here on, the generator holds the admission
     await anext(events)
@@ -168,21 +177,29 @@ class EventStream(StreamingResponse):
                 await send({"type": "http.response.body", "body": self._ping, "more_body": True})
 
 
-async def until_client_leaves(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
-    """The response of `work`, which is cancelled if the client disconnects. The request's body must have been read."""
-    responding = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_client_left(request))
+async def until_client_leaves(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result | None:
+    """The result of `work`; None if the client disconnects first, which cancels it. The body must have been received."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_client_left(receive))
     try:
-        await asyncio.wait({responding, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        return responding.result() if responding.done() else Response(status_code=CLIENT_LEFT)
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
     finally:
-        responding.cancel()
         leaving.cancel()
+        if not working.done():
+            working.cancel()
+            with suppress(asyncio.CancelledError):
+                await working
 
 
-async def _client_left(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
+async def _client_left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
         pass
+
+
+def client_left_response() -> Response:
+    """Nobody receives it, but the ASGI server waits for a response."""
+    return Response(status_code=CLIENT_LEFT)
 
 
 def as_api_error(error: Exception) -> ApiError:

@@ -166,7 +166,6 @@ class Turns:
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens of the prompt."""
         return len(self.prompt_ids)
 
     @property
