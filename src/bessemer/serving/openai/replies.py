@@ -125,6 +125,9 @@ def _finite(value: float) -> float:
 class _OpenAIReply(Reply):
     """What the responses of chat and plain completions share."""
 
+    #: The `object` of an event.
+    event_kind: str
+
     def __init__(self, body: GenerationRequest, tokenizer: Tokenizer, prefix: str) -> None:
         """prefix: of the response's id."""
         self._body = body
@@ -141,8 +144,10 @@ class _OpenAIReply(Reply):
         return "".join(map(self._sent, self._bodies(step)))
 
     def end(self) -> str:
-        usage = self._sent(self._usage_event()) if self._body.wants_usage else ""
-        return f"{usage}data: [DONE]\n\n"
+        done = "data: [DONE]\n\n"
+        if not self._body.wants_usage:
+            return done
+        return self._sent({**self._head(self.event_kind), "choices": [], "usage": self._usage()}) + done
 
     def failed(self, error: ApiError) -> str:
         return self._sent(error.body())
@@ -159,10 +164,10 @@ class _OpenAIReply(Reply):
         """Bodies of the events of a step."""
 
     @abstractmethod
-    def _usage_event(self) -> dict[str, Any]: ...
+    def _usage(self) -> dict[str, Any]: ...
 
 
-def _usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
+def _usage_of(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
     """Tokens as the model sees them, end tokens included; of a prompt once, however many choices."""
     return {
         "prompt_tokens": prompt_tokens,
@@ -182,6 +187,8 @@ class Echo:
 
 class CompletionReply(_OpenAIReply):
     """The response to `/v1/completions`. Completion i of prompt p is choice p · n + i."""
+
+    event_kind = "text_completion"
 
     def __init__(
         self,
@@ -216,8 +223,7 @@ class CompletionReply(_OpenAIReply):
                 text, log_probs = self._part(index, completion.text, completion.log_probs or [], first.prompt_log_probs or [])
                 self._ids[index] += completion.token_ids
                 choices.append(self._choice(index, text, log_probs, completion.finish_reason))
-        cached_tokens = sum(first.cached_tokens for first in completions)
-        return {**self._head("text_completion"), "choices": choices, "usage": self._usage(cached_tokens)}
+        return {**self._head("text_completion"), "choices": choices, "usage": self._usage()}
 
     def _bodies(self, step: Iterable[tuple[int, Chunk]]) -> Iterator[dict[str, Any]]:
         """Text of a choice, and then why it ended. A prompt's log-probabilities are complete before its first chunk."""
@@ -235,12 +241,9 @@ class CompletionReply(_OpenAIReply):
             if (finish_reason := chunks[-1].finish_reason) is not None:
                 yield self._event(index, "", None, finish_reason)
 
-    def _usage_event(self) -> dict[str, Any]:
+    def _usage(self) -> dict[str, Any]:
         cached_tokens = sum(request.cached_tokens for request in self._requests)
-        return {**self._head("text_completion"), "choices": [], "usage": self._usage(cached_tokens)}
-
-    def _usage(self, cached_tokens: int) -> dict[str, Any]:
-        return _usage(sum(map(len, self._prompts)), self._completion_tokens, cached_tokens)
+        return _usage_of(sum(map(len, self._prompts)), self._completion_tokens, cached_tokens)
 
     def _event(
         self, index: int, text: str, log_probs: dict[str, Any] | None, finish_reason: str | None = None
@@ -299,6 +302,7 @@ class _Choice:
 class ChatReply(_OpenAIReply):
     """The response to `/v1/chat/completions`: one choice for each answer."""
 
+    event_kind = "chat.completion.chunk"
     _body: ChatRequest
 
     def __init__(self, body: ChatRequest, tokenizer: Tokenizer, turns: Turns) -> None:
@@ -351,9 +355,6 @@ class ChatReply(_OpenAIReply):
             if choice.finish_reason is not None:
                 yield self._event(index, {}, None, choice.finish_reason)
 
-    def _usage_event(self) -> dict[str, Any]:
-        return {**self._head("chat.completion.chunk"), "choices": [], "usage": self._usage()}
-
     def _deltas(self, choice: _Choice, events: Sequence[Event]) -> Iterator[dict[str, Any]]:
         """The deltas of events, which are added to the choice. Raises ApiError where a hook withdraws what was sent."""
         for event in events:
@@ -382,7 +383,7 @@ class ChatReply(_OpenAIReply):
             len(self._tokenizer.encode(choice.thinking, add_bos=False)) for choice in self._choices if choice.thinking
         )
         return {
-            **_usage(turns.prompt_tokens, turns.completion_tokens, turns.cached_tokens),
+            **_usage_of(turns.prompt_tokens, turns.completion_tokens, turns.cached_tokens),
             "completion_tokens_details": {"reasoning_tokens": reasoning},
         }
 
@@ -390,7 +391,7 @@ class ChatReply(_OpenAIReply):
         self, index: int, delta: dict[str, Any], log_probs: dict[str, Any] | None = None, finish_reason: str | None = None
     ) -> dict[str, Any]:
         choice: dict[str, Any] = {"index": index, "delta": delta, "logprobs": log_probs, "finish_reason": finish_reason}
-        event = {**self._head("chat.completion.chunk"), "choices": [choice]}
+        event = {**self._head(self.event_kind), "choices": [choice]}
         if self._body.return_token_ids:
             choice["token_ids"], self._choices[index].token_ids = self._choices[index].token_ids, []
         if self._lacks_prompt_ids:
