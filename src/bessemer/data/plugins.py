@@ -181,7 +181,8 @@ class Column:
     """A column that a filter or an edit adds to the documents.
 
     description: what a value says, in a line. type: of the values. limit: the range that the preset of the filter's name
-    keeps. languages: those for which the limit is meant. by_language: the limits of languages that have another.
+    keeps. languages: those for which the limit is meant. by_language: the limits of languages that have another. value: from
+    what the filter's function counts in a batch to the column; None where the function gives the columns themselves.
     """
 
     description: str
@@ -189,6 +190,7 @@ class Column:
     limit: Limit = NO_LIMIT
     languages: MeantFor = EVERY_LANGUAGE
     by_language: Mapping[str, Limit] = field(default_factory=dict)
+    value: Callable[[Any], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -201,6 +203,26 @@ class FilterPlugin(Plugin[FilterFunction]):
 
     columns: Mapping[str, Column] = field(default_factory=dict)
     reads: str = "text"
+
+    def load(self) -> FilterFunction:
+        """The function from texts to score columns. Raises ImportError when it needs a package that is not installed."""
+        function = super().load()
+        values = {name: column.value for name, column in self.columns.items() if column.value is not None}
+        if not values:
+            return function
+        types = arrow_types(self.columns)
+
+        def scores(texts: Any, **settings: Any) -> dict[str, pa.Array]:
+            import pyarrow as pa
+
+            counted = function(texts, **settings)
+            return {name: pa.array(value(counted), types[name]) for name, value in values.items()}
+
+        return scores
+
+    def __call__(self, texts: Any) -> Mapping[str, pa.Array]:
+        """The score columns of a batch of texts, with the usual settings."""
+        return self.load()(texts, **({"settings": self.settings()} if self.settings else {}))
 
 
 @dataclass(frozen=True)

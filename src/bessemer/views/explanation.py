@@ -9,7 +9,7 @@ from rich.text import Text
 
 from bessemer.core.metrics import short_number, size
 from bessemer.data.corpus.reader import Sighting
-from bessemer.data.stages.in_memory import RECIPE, Change, EditResult, Explanation, Score
+from bessemer.data.stages.explain import RECIPE, Change, EditResult, Explanation, Score
 from bessemer.data.thresholds import display_name
 from bessemer.views.parts_terminal import listing, literal, section
 from bessemer.views.tokens import tokens_text

@@ -19,7 +19,7 @@ from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 from bessemer.webapp.access import missing, module_of, named_run, off_the_loop, shown_runs
 
 if TYPE_CHECKING:
-    from bessemer.data.stages.in_memory import Explanation
+    from bessemer.data.stages.explain import Explanation
     from bessemer.pipeline.run_folder import RunFolder
 
 _MOST = 100
@@ -167,7 +167,7 @@ class DataApi:
 
 def _explained(run: RunFolder, text: str, url: str | None) -> Explanation:
     # filters are compiled: a server that nobody asks for them starts without
-    from bessemer.data.stages.in_memory import explain, explain_with
+    from bessemer.data.stages.explain import explain, explain_with
     from bessemer.pipeline.recipe_settings import recorded_cleaning
     from bessemer.pipeline.stages import open_language_model
 

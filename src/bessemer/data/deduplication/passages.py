@@ -20,7 +20,7 @@ import numpy as np
 from bessemer.data.deduplication.corpus import Corpus, Parts, Sketch, first_of_groups, groups_of_equal
 from bessemer.data.deduplication.removals import SpanCollector, SpanRemovals, span_type
 from bessemer.data.deduplication.words import fold_table, hash_words, length_in_words, most_words, run_hash, run_hashes
-from bessemer.data.text.compiled import compiled, compiled_allocating
+from bessemer.data.text.compiled import compiled, compiled_allocating, longest_text
 from bessemer.data.text.lines import Spans
 from bessemer.data.text.texts import Texts
 
@@ -230,10 +230,7 @@ def _runs(
     places: np.ndarray,
 ) -> int:
     """Fills hashes (M,), anchors (M,) and places (M, 5) as far as they go and returns how many runs there are."""
-    longest = 0
-    for text in range(len(offsets) - 1):
-        longest = max(longest, offsets[text + 1] - offsets[text])
-    words = np.empty(most_words(longest), dtype=np.uint64)
+    words = np.empty(most_words(longest_text(offsets)), dtype=np.uint64)
     bounds = np.empty((len(words), 2), dtype=np.int64)
     long = np.empty(len(words), dtype=np.uint64)
     short = np.empty(len(words), dtype=np.uint64)

@@ -9,7 +9,7 @@ between two paragraphs and drops a lone sentence in a footer.
 from __future__ import annotations
 
 import json
-from base64 import b64decode, b64encode
+from base64 import b64decode
 from functools import cache
 from importlib import resources
 from typing import Any, NamedTuple
@@ -211,9 +211,7 @@ def add_answers(
 def describe_context(
     answers: np.ndarray,
     counts: np.ndarray,
-    tags: np.ndarray,
-    parents: np.ndarray,
-    block_elements: np.ndarray,
+    page: Page,
     headings: np.ndarray,
     traits: np.ndarray,
     sums: np.ndarray,
@@ -225,6 +223,7 @@ def describe_context(
     `sums`, (3, N) of zeros, is scratch: of each element what is answered below it, how much there is, and how many blocks;
     `groups`, (2, G) of zeros, the same of the blocks of one signature.
     """
+    tags, parents, block_elements = page.tags, page.parents, page.block_elements
     blocks = len(answers)
     elements = len(parents)
     mass, size, held = sums[0], sums[1], sums[2]
@@ -293,9 +292,7 @@ def second_rows(answers: np.ndarray, rows: np.ndarray, counts: np.ndarray, page:
     headings = (TRAITS[page.tags[page.block_elements]] & HEADING) != 0
     around = np.zeros((len(rows), len(CONTEXT)), np.float32)
     sums, groups = np.zeros((3, len(page.tags))), np.zeros((2, int(counts[:, GROUP].max(initial=0)) + 1))
-    describe_context(
-        answers, counts, page.tags, page.parents, page.block_elements, headings, TRAITS, sums, groups, around
-    )  # fmt: skip
+    describe_context(answers, counts, page, headings, TRAITS, sums, groups, around)
     return np.concatenate([rows, around], axis=1)
 
 
@@ -305,30 +302,8 @@ def judge(rows: np.ndarray, counts: np.ndarray, page: Page, model: Model) -> np.
     return probabilities(second_rows(answers, rows, counts, page), model.second)
 
 
-def to_json(model: Model) -> str:
-    """The model as text: one line a tree."""
-
-    def ensemble(trees: Trees) -> dict[str, Any]:
-        lines = [
-            [feature.tolist(), [float(f"{value:.6g}") for value in threshold], [float(f"{value:.4g}") for value in answer]]
-            for feature, threshold, answer in zip(trees.features, trees.thresholds, trees.answers, strict=True)
-        ]
-        return {"bias": float(f"{trees.bias:.6g}"), "trees": lines}
-
-    scale = max(float(np.abs(model.words).max()), 1e-6) / 127
-    content = {
-        "version": MODEL_VERSION,
-        "inputs": [*FEATURES, *CONTEXT],
-        "threshold": model.threshold,
-        "words": [float(f"{scale:.6g}"), b64encode(np.rint(model.words / scale).astype(np.int8).tobytes()).decode()],
-        "first": ensemble(model.first),
-        "second": ensemble(model.second),
-    }
-    return json.dumps(content, separators=(",", ":")).replace("[[[", "[\n[[").replace("]],[[", "]],\n[[") + "\n"
-
-
 def from_json(text: str) -> Model:
-    """The model that `to_json` wrote. Raises ArtefactError where it was fitted on other features than this code computes."""
+    """A model from its JSON. Raises ArtefactError where it was fitted on other features than this code computes."""
 
     def ensemble(content: dict[str, Any]) -> Trees:
         features, thresholds, answers = zip(*content["trees"], strict=True)

@@ -278,11 +278,7 @@ def parse_bytes(
     stack: np.ndarray,
     last_open: np.ndarray,
     inside: np.ndarray,
-    traits: np.ndarray,
-    tag_keys: np.ndarray,
-    tag_numbers: np.ndarray,
-    role_keys: np.ndarray,
-    role_bits: np.ndarray,
+    tables: tuple,
 ) -> tuple[int, int, int]:
     """Fills the arrays of `Page` from the UTF-8 bytes `data`; returns how many elements, runs and blocks there are.
 
@@ -292,6 +288,7 @@ def parse_bytes(
     tags, parents, depths, ends, roles = elements_out
     run_starts, run_ends, run_elements, run_flags = runs_out
     block_runs, block_elements, block_media = blocks_out
+    traits, tag_keys, tag_numbers, role_keys, role_bits = tables
     end = len(data)
     max_depth = stack.shape[1] - 1
     elements, runs, blocks = 1, 0, 0
@@ -441,10 +438,10 @@ def parse(data: np.ndarray, *, keep_hidden: bool = False) -> Page:
     blocks_out = tuple(np.empty(capacity + 1, np.int32) for _ in range(3))
     title, inside = np.zeros(6, np.int64), np.zeros(4, np.int32)
     stack, last_open = np.zeros((7, MAX_DEPTH + 1), np.int32), np.zeros(len(TRAITS), np.int32)
+    tables = (TRAITS, TAG_KEYS, TAG_NUMBERS, ROLE_KEYS, ROLE_BITS)
     elements, runs, blocks = parse_bytes(
-        data, keep_hidden, MAX_TAGS, elements_out, runs_out, blocks_out, title, stack, last_open, inside,
-        TRAITS, TAG_KEYS, TAG_NUMBERS, ROLE_KEYS, ROLE_BITS,
-    )  # fmt: skip
+        data, keep_hidden, MAX_TAGS, elements_out, runs_out, blocks_out, title, stack, last_open, inside, tables
+    )
     blocks_read = (blocks_out[0][: blocks + 1], blocks_out[1][:blocks], blocks_out[2][:blocks])
     parts = [*(array[:elements] for array in elements_out), *(array[:runs] for array in runs_out), *blocks_read, title[:4]]
     return Page._make(parts)

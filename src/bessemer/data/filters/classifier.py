@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from bessemer.core.errors import ArtefactError
-from bessemer.data.filters.heuristics import rounded
+from bessemer.data.filters.measures import rounded
 from bessemer.data.text.characters import in_word, small
 from bessemer.data.text.compiled import compiled, compiled_allocating, longest_text
 from bessemer.data.text.texts import Texts

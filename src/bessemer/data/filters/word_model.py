@@ -29,7 +29,7 @@ from bessemer.core.progress import Progress, Silent
 from bessemer.core.store import follow
 from bessemer.data.filters.classifier_training import read_examples
 from bessemer.data.text.characters import in_word
-from bessemer.data.text.compiled import compiled, compiled_allocating
+from bessemer.data.text.compiled import compiled, compiled_allocating, longest_text
 from bessemer.data.text.texts import Texts
 
 #: From N texts to (N,) bits per byte.
@@ -353,9 +353,7 @@ def _bits(
 ) -> np.ndarray:
     """In three loops over a text's tokens and not in one, so that the reads of memory in each do not wait for one another."""
     bits = np.zeros(len(offsets) - 1)
-    longest = 0
-    for text in range(len(bits)):
-        longest = max(longest, offsets[text + 1] - offsets[text])
+    longest = longest_text(offsets)
     numbers = np.zeros(longest + 3, np.uint64)
     missing = np.empty(longest + 1, np.int64)
     bigram_logs, trigram_logs = bigrams.view(np.float32), trigrams.view(np.float32)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import Any
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any, ClassVar
 
-from bessemer.data.sources.io.archives import ARCHIVES, Entry
-from bessemer.data.sources.io.file_source import FileSource, file_source, parse_json
+from bessemer.data.sources.io.archives import Entry
+from bessemer.data.sources.io.file_source import SettingsFormat, parse_json
 from bessemer.data.sources.registry import CodeSource
 from bessemer.data.sources.source import Document, PositionedDocument, Tally, encodable, stated_license
 
@@ -163,18 +163,16 @@ _PROSE = frozenset({"Markdown", "reStructuredText", "HTML", "Jupyter Notebook"})
 
 
 @dataclass(frozen=True)
-class Code:
+class Code(SettingsFormat):
     """One document a file. `languages` empty reads all that are known by their names."""
 
-    max_document_bytes: int
-    languages: tuple[str, ...] = ()
-    known: str = "files of known programming languages"
-    small: bool = True
-    archives: tuple[str, ...] = field(default=ARCHIVES)
+    settings: CodeSource
+    known: ClassVar[str] = "files of known programming languages"
+    small: ClassVar[bool] = True
 
     def reads(self, name: str) -> bool:
         language = language_of(name)
-        wanted = language is not None and (not self.languages or language in self.languages)
+        wanted = language is not None and (not self.settings.languages or language in self.settings.languages)
         return wanted and not _WORKING.intersection(PurePosixPath(name).parts)
 
     def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[PositionedDocument]:
@@ -187,7 +185,7 @@ class Code:
         if entry.size_bytes == 0:
             tally.counts["empty_files"] += 1
             return
-        data = entry.content(self.max_document_bytes, tally)
+        data = entry.content(self.settings.max_document_bytes, tally)
         if data is None:
             return
         language = language_of(entry.name)
@@ -207,9 +205,7 @@ class Code:
         yield 1, Document(entry.name, text, license=license, group=repository_of(entry), metadata=metadata)
 
 
-def open_code(settings: CodeSource, folder: Path, cache: Path) -> FileSource:
-    """The source `code` over the paths of its settings, relative to `folder`."""
-    return file_source(settings, folder, Code(settings.max_document_bytes, tuple(settings.languages)))
+open_code = Code.open
 
 
 def _kind_by_name(name: str) -> str | None:

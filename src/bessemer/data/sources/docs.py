@@ -18,9 +18,9 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, ClassVar
 
 from bessemer.core.config import nearest
 from bessemer.core.environment import has_pip
@@ -28,9 +28,8 @@ from bessemer.core.errors import ConfigError, SourceError, as_storage_error
 from bessemer.core.hashing import hash_file
 from bessemer.core.progress import Progress, Silent
 from bessemer.data.sources.code import repository_of
-from bessemer.data.sources.html import Extraction, page_document
-from bessemer.data.sources.io.archives import ARCHIVES, Entry
-from bessemer.data.sources.io.file_source import FileSource, file_source
+from bessemer.data.sources.html import PageFormat
+from bessemer.data.sources.io.archives import Entry
 from bessemer.data.sources.python_docs import docstrings, is_documentation_code
 from bessemer.data.sources.registry import DocsSource, WheelsSource
 from bessemer.data.sources.source import Document, PositionedDocument, Tally, Unit, counted
@@ -329,14 +328,12 @@ _BUILT = re.compile(
 
 
 @dataclass(frozen=True)
-class Docs:
+class Docs(PageFormat):
     """One document a page."""
 
-    max_document_bytes: int
-    extraction: Extraction = field(default_factory=Extraction)
-    known: str = "/".join((*_MARKUP, *_HTML)) + ", also in packages and archives"
-    small: bool = True
-    archives: tuple[str, ...] = field(default=ARCHIVES)
+    settings: DocsSource
+    known: ClassVar[str] = "/".join((*_MARKUP, *_HTML)) + ", also in packages and archives"
+    small: ClassVar[bool] = True
 
     def reads(self, name: str) -> bool:
         return name.lower().endswith((*_MARKUP, *_HTML)) and is_prose_page(name) and not _BUILT.search(name)
@@ -345,15 +342,13 @@ class Docs:
         if entry.is_link:
             tally.counts["links"] += 1
             return
-        data = None if start else entry.content(self.max_document_bytes, tally)
+        data = None if start else entry.content(self.settings.max_document_bytes, tally)
         if data is None:
             return
         license, group = entry.license_nearby(), repository_of(entry)
         metadata = {"file": entry.name}
         if entry.name.lower().endswith(_HTML):
-            document = page_document(
-                data, entry.name, entry.place, self.extraction, tally, license=license, group=group, metadata=metadata
-            )
+            document = self.page_document(data, entry.name, entry.place, tally, license=license, group=group, metadata=metadata)
             if document is not None:
                 yield 1, document
             return
@@ -363,9 +358,7 @@ class Docs:
         yield 1, Document(entry.name, text, license=license, group=group, metadata=metadata)
 
 
-def open_docs(settings: DocsSource, folder: Path, cache: Path) -> FileSource:
-    """The source `docs` over the paths of its settings, relative to `folder`."""
-    return file_source(settings, folder, Docs(settings.max_document_bytes, Extraction(settings.extractor)))
+open_docs = Docs.open
 
 
 def page_text(source: str, suffix: str) -> tuple[str, str]:

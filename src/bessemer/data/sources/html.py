@@ -6,14 +6,14 @@ import functools
 import html
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any, ClassVar
 from urllib.parse import urlsplit
 
 from bessemer.core.errors import BessemerError, SourceError
-from bessemer.data.sources.io.archives import ARCHIVES, Entry
-from bessemer.data.sources.io.file_source import FileSource, file_source
+from bessemer.data.sources.io.archives import Entry
+from bessemer.data.sources.io.file_source import SettingsFormat
 from bessemer.data.sources.registry import HtmlSource
 from bessemer.data.sources.source import LICENSE_HOSTS, TRAINING_ROBOTS, Document, PositionedDocument, Tally, license_of_address
 
@@ -192,31 +192,38 @@ HTML_SUFFIXES = (".html", ".htm", ".xhtml")
 
 
 @dataclass(frozen=True)
-class Html:
+class PageFormat(SettingsFormat):
+    """A format whose files hold web pages. extraction: how main text is found, where not by the settings' `extractor`."""
+
+    extraction: Extraction | None = None
+
+    def page_document(self, page: bytes, locator: str, place: str, tally: Tally, **known: Any) -> Document | None:
+        """The document of a page; see the function `page_document`."""
+        extraction = self.extraction or Extraction(self.settings.extractor)
+        return page_document(page, locator, place, extraction, tally, **known)
+
+
+@dataclass(frozen=True)
+class Html(PageFormat):
     """One page a file. `base_url`, where it is given, and the file's path below the root make its address."""
 
-    max_document_bytes: int
-    extraction: Extraction = field(default_factory=Extraction)
-    base_url: str | None = None
-    known: str = "/".join(HTML_SUFFIXES)
-    small: bool = True
-    archives: tuple[str, ...] = ARCHIVES
+    settings: HtmlSource
+    known: ClassVar[str] = "/".join(HTML_SUFFIXES)
+    small: ClassVar[bool] = True
 
     def reads(self, name: str) -> bool:
         return PurePosixPath(name).suffix.lower() in HTML_SUFFIXES
 
     def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[PositionedDocument]:
-        page = None if start else entry.content(self.max_document_bytes, tally)
+        page = None if start else entry.content(self.settings.max_document_bytes, tally)
         if page is not None:
-            url = f"{self.base_url.rstrip('/')}/{entry.name}" if self.base_url else None
+            url = f"{self.settings.base_url.rstrip('/')}/{entry.name}" if self.settings.base_url else None
             described = {"file": entry.name}
-            document = page_document(
-                page, entry.name, entry.place, self.extraction, tally, url=url, license=entry.license, metadata=described
+            document = self.page_document(
+                page, entry.name, entry.place, tally, url=url, license=entry.license, metadata=described
             )
             if document is not None:
                 yield 1, document
 
 
-def open_html(settings: HtmlSource, folder: Path, cache: Path) -> FileSource:
-    """The source `html` over the paths of its settings, relative to `folder`."""
-    return file_source(settings, folder, Html(settings.max_document_bytes, Extraction(settings.extractor), settings.base_url))
+open_html = Html.open

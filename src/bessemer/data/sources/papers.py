@@ -12,14 +12,14 @@ import re
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, ClassVar
 
 from bessemer.core.object_storage import Place
 from bessemer.data.limited import RefusedError
-from bessemer.data.sources.io.archives import ARCHIVES, Entry
-from bessemer.data.sources.io.file_source import FileSource, file_source
+from bessemer.data.sources.io.archives import Entry
+from bessemer.data.sources.io.file_source import SettingsFormat
 from bessemer.data.sources.registry import LatexSource, PdfSource
 from bessemer.data.sources.source import Document, PositionedDocument, Tally, encodable
 
@@ -47,28 +47,28 @@ _Lookup = Callable[[str], str | None]
 
 
 @dataclass(frozen=True)
-class Latex:
+class Latex(SettingsFormat):
     """One document a paper: a .tex file with what it inputs, or an archive of one paper (tars hold papers as members)."""
 
-    max_file_bytes: int
-    max_document_bytes: int
-    seconds: float = 20.0
-    known: str = ".tex, a paper's .tar.gz/.tgz/.zip or arXiv's .gz, or tars of them"
-    small: bool = True
-    archives: tuple[str, ...] = field(default=(".tar",))
+    settings: LatexSource
+    known: ClassVar[str] = ".tex, a paper's .tar.gz/.tgz/.zip or arXiv's .gz, or tars of them"
+    small: ClassVar[bool] = True
+    archives: ClassVar[tuple[str, ...]] = (".tar",)
 
     def reads(self, name: str) -> bool:
         suffix = PurePosixPath(name).suffix.lower()
         return suffix in (*_TEX, ".tar", ".zip") or (_ARXIV.search(name) is not None and suffix != ".pdf")
 
     def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[PositionedDocument]:
-        data = None if start else entry.content(self.max_file_bytes, tally)
+        data = None if start else entry.content(self.settings.max_file_bytes, tally)
         if data is None:
             return
         folder = entry.path.parent if entry.path and entry.name.lower().endswith(_TEX) else None
-        limits = (self.max_file_bytes, self.max_document_bytes)
+        limits = (self.settings.max_file_bytes, self.settings.max_document_bytes)
         try:
-            paper = entry.around.helpers.call(read_paper, self.seconds, data, PurePosixPath(entry.name).name, folder, limits)
+            paper = entry.around.helpers.call(
+                read_paper, self.settings.seconds, data, PurePosixPath(entry.name).name, folder, limits
+            )
         except RefusedError as refused:
             tally.set_aside(refused.kind, entry.place, str(refused))
             return
@@ -87,9 +87,7 @@ class Latex:
         yield 1, Document(identity, body, heading=title, url=url, license=entry.license, metadata=metadata)
 
 
-def open_latex(settings: LatexSource, folder: Path, cache: Path) -> FileSource:
-    """The source `latex` over the paths of its settings, relative to `folder`."""
-    return file_source(settings, folder, Latex(settings.max_file_bytes, settings.max_document_bytes, settings.seconds))
+open_latex = Latex.open
 
 
 def read_paper(data: bytes, name: str, folder: Place | None, limits: tuple[int, int]) -> tuple[str, str] | None:
@@ -252,25 +250,24 @@ _CUT_WORD = re.compile(r"(?<=[^\W\d_])(?:\ufffe|\xad|[-‐]\n(?=[a-z]))\n?")
 
 
 @dataclass(frozen=True)
-class Pdf:
+class Pdf(SettingsFormat):
     """One document a file."""
 
-    max_file_bytes: int
-    max_document_bytes: int
-    seconds: float
-    known: str = ".pdf"
-    small: bool = True
-    archives: tuple[str, ...] = ARCHIVES
+    settings: PdfSource
+    known: ClassVar[str] = ".pdf"
+    small: ClassVar[bool] = True
 
     def reads(self, name: str) -> bool:
         return name.lower().endswith(".pdf")
 
     def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[PositionedDocument]:
-        data = None if start else entry.content(self.max_file_bytes, tally)
+        data = None if start else entry.content(self.settings.max_file_bytes, tally)
         if data is None:
             return
         try:
-            pages, metadata, is_whole = entry.around.helpers.call(pages_of_pdf, self.seconds, data, self.max_document_bytes)
+            pages, metadata, is_whole = entry.around.helpers.call(
+                pages_of_pdf, self.settings.seconds, data, self.settings.max_document_bytes
+            )
         except RefusedError as refused:
             if "password" in str(refused).lower():
                 tally.set_aside("encrypted_files", entry.place, "it needs a password")
@@ -287,9 +284,7 @@ class Pdf:
         yield 1, Document(entry.name, text, license=entry.license, metadata=described)
 
 
-def open_pdf(settings: PdfSource, folder: Path, cache: Path) -> FileSource:
-    """The source `pdf` over the paths of its settings, relative to `folder`."""
-    return file_source(settings, folder, Pdf(settings.max_file_bytes, settings.max_document_bytes, settings.seconds))
+open_pdf = Pdf.open
 
 
 def pages_of_pdf(data: bytes, max_bytes: int) -> tuple[list[str], dict[str, str], bool]:

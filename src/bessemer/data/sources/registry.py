@@ -303,7 +303,7 @@ OWN_SOURCES = (
     _own("html", "html", "saved web pages", HtmlSource),
     _own("web", "urls", "addresses and sitemaps, fetched", UrlsSource),
     _own("web", "common_crawl", "pages of some domains out of a crawl of Common Crawl", CommonCrawlSource),
-    _own("markup", "epub", "electronic books", EpubSource),
+    _own("epub", "epub", "electronic books", EpubSource),
     _own("papers", "pdf", "the text layer of PDF files", PdfSource),
     _own("papers", "latex", "papers in LaTeX", LatexSource),
     _own("mediawiki", "mediawiki", "dumps of wikis", MediaWikiSource),
@@ -314,7 +314,7 @@ OWN_SOURCES = (
     _own("mbox", "mbox", "archives of mailing lists", MboxSource),
     _own("files", "chats", "conversations as JSON lines", ChatsSource),
     _own("tables", "tables", "Parquet, CSV and JSON lines", TablesSource),
-    _own("tables", "hugging_face", "data sets of the Hugging Face Hub", HuggingFaceSource),
+    _own("hugging_face", "hugging_face", "data sets of the Hugging Face Hub", HuggingFaceSource),
 )
 SOURCES: Registry[SourceOpener] = Registry("source", "bessemer.sources", OWN_SOURCES)
 
@@ -356,9 +356,9 @@ def source_fingerprint(
     own = source_plugin(settings.source).load_fingerprint()
     if own is not None:
         return own(settings, folder, cache, fetch, progress)
+    from bessemer.data.sources.hugging_face import HuggingFace
     from bessemer.data.sources.io.file_source import FileSource
     from bessemer.data.sources.io.paths import ContentFingerprints
-    from bessemer.data.sources.tables import HuggingFace
 
     source = open_source(settings, folder.absolute(), cache)
     if isinstance(source, (FileSource, HuggingFace)):

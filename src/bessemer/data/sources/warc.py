@@ -19,18 +19,18 @@ import threading
 import uuid
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from fastwarc.warc import ArchiveIterator, WarcRecord, WarcRecordType
 
-from bessemer.data.sources.html import Extraction, page_document, urlsplit_host
+from bessemer.data.sources.html import PageFormat, urlsplit_host
 from bessemer.data.sources.io.archives import Entry
 from bessemer.data.sources.io.fetch import Answer
-from bessemer.data.sources.io.file_source import FileSource, Marks, file_source
+from bessemer.data.sources.io.file_source import Marks
 from bessemer.data.sources.registry import FetchingSource, WarcSource
 from bessemer.data.sources.source import Document, PositionedDocument, Tally, Unit, encodable
 
@@ -184,22 +184,19 @@ _PAGE_TYPES = ("text/html", "application/xhtml+xml")
 
 
 @dataclass(frozen=True)
-class Warc:
-    """Web archives: .warc and .wet."""
+class Warc(PageFormat):
+    """Web archives: .warc and .wet. by_url: documents are named by their address, where each is in the archive once."""
 
-    max_document_bytes: int
-    extraction: Extraction = field(default_factory=Extraction)
-    #: Name documents by their address instead of by their record, where each is in the archive once.
+    settings: WarcSource | FetchingSource
     by_url: bool = False
-    known: str = ".warc/.wet, plain or with .gz or .zst"
-    small: bool = False
-    archives: tuple[str, ...] = ()
+    known: ClassVar[str] = ".warc/.wet, plain or with .gz or .zst"
+    archives: ClassVar[tuple[str, ...]] = ()
 
     def reads(self, name: str) -> bool:
         return name.lower().endswith((".warc", ".wet"))
 
     def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[PositionedDocument]:
-        with _Records(entry, start, self.max_document_bytes, tally) as records:
+        with _Records(entry, start, self.settings.max_document_bytes, tally) as records:
             for position, place, record in records:
                 try:
                     document = self._document(record, place, entry.license, tally)
@@ -222,9 +219,9 @@ class Warc:
         if not is_text and kind not in _PAGE_TYPES:
             tally.counts["records_that_are_not_pages"] += 1
             return None
-        content = record.reader.read(self.max_document_bytes + 1)
-        if len(content) > self.max_document_bytes:
-            tally.set_aside("too_large", place, f"over {self.max_document_bytes:,} bytes")
+        content = record.reader.read(self.settings.max_document_bytes + 1)
+        if len(content) > self.settings.max_document_bytes:
+            tally.set_aside("too_large", place, f"over {self.settings.max_document_bytes:,} bytes")
             return None
         if is_text:
             if language := record.headers.get("WARC-Identified-Content-Language"):
@@ -232,17 +229,8 @@ class Warc:
             text, group = content.decode("utf-8", errors="replace").strip(), urlsplit_host(url) if url else None
             return Document(locator, text, url=url, license=license, group=group, metadata=metadata)
         charset = record.http_charset if record.is_http_parsed else None
-        document = page_document(
-            content,
-            locator,
-            place,
-            self.extraction,
-            tally,
-            url=url,
-            charset=charset,
-            headers=headers,
-            license=license,
-            metadata=metadata,
+        document = self.page_document(
+            content, locator, place, tally, url=url, charset=charset, headers=headers, license=license, metadata=metadata
         )
         if document is not None and (said := record.headers.get(OPT_OUT_FIELD)):
             on_page = document.metadata.get("opt_out")
@@ -253,14 +241,7 @@ class Warc:
         return document
 
 
-def warc_format(settings: WarcSource | FetchingSource, *, by_url: bool = False) -> Warc:
-    """How the pages of an archive, or of a store of fetched pages, are read. by_url: documents are named by their address."""
-    return Warc(settings.max_document_bytes, Extraction(settings.extractor), by_url)
-
-
-def open_warc(settings: WarcSource, folder: Path, cache: Path) -> FileSource:
-    """The source `warc` over the paths of its settings, relative to `folder`."""
-    return file_source(settings, folder, warc_format(settings))
+open_warc = Warc.open
 
 
 def _served(record: WarcRecord) -> tuple[str, list[tuple[str, str]]]:

@@ -12,17 +12,16 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from bessemer.core.errors import BessemerError, SourceError
 from bessemer.core.hashing import hash_bytes
 from bessemer.core.object_storage import Place
 from bessemer.core.progress import Progress
 from bessemer.data.limited import Helpers
-from bessemer.data.sources.io.archives import Entry, Surroundings, entries, is_archive
+from bessemer.data.sources.io.archives import ARCHIVES, Entry, Surroundings, entries, is_archive
 from bessemer.data.sources.io.paths import ContentFingerprints, find_files, other_files, uncompressed_name, units_of
 from bessemer.data.sources.io.streams import Stream
-from bessemer.data.sources.registry import PathsSource
 from bessemer.data.sources.source import Document, PositionedDocument, Tally, Unit, encodable
 
 _BLOCK = 1 << 18
@@ -324,6 +323,22 @@ class FileSource:
         return self._is_archive(name) or self.format.reads(uncompressed_name(name))
 
 
-def file_source(settings: PathsSource, folder: Path, format: Format) -> FileSource:
-    """The files that the settings name, relative to `folder`, in one format."""
-    return FileSource(tuple(settings.paths), folder, format, settings.license)
+@dataclass(frozen=True)
+class SettingsFormat:
+    """A `Format` that holds the settings of its source. `known`, `small` and `archives` as there."""
+
+    settings: Any
+    known: ClassVar[str]
+    small: ClassVar[bool] = False
+    archives: ClassVar[tuple[str, ...]] = ARCHIVES
+
+    @classmethod
+    def open(cls, settings: Any, folder: Path, cache: Path) -> FileSource:
+        """The files that the settings name, relative to `folder`, in this format."""
+        return FileSource(tuple(settings.paths), folder, cls(settings), settings.license)
+
+    def reads(self, name: str) -> bool:
+        raise NotImplementedError
+
+    def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[PositionedDocument]:
+        raise NotImplementedError
