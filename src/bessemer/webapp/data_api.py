@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request
 from bessemer.core.environment import install_advice
 from bessemer.core.errors import ConfigError
 from bessemer.data.corpus.reader import SIDES, history, is_document_id
-from bessemer.data.corpus.search import Found, Query, duplicate_groups, facets, ranked, search, sides_of
+from bessemer.data.corpus.search import Query, SearchResult, duplicate_groups, facets, ranked, search, sides_of
 from bessemer.serving.runtime.served import Served
 from bessemer.tokenization.measure import shown_tokens
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
@@ -80,7 +80,7 @@ class DataApi:
         query = Query(text, source, split, rule, column, low, high)
         start, limit = max(0, start), max(1, min(limit, _MOST))
 
-        def looked() -> Found:
+        def looked() -> SearchResult:
             if order:
                 return ranked(folder, query, order, descending=descending, start=start, limit=limit)
             return search(folder, query, start=start, limit=limit)
@@ -177,7 +177,7 @@ def _explained(run: RunFolder, text: str, url: str | None) -> Explanation:
     return explain_with(text, clean, select, folder, url=url, open_model=open_language_model)
 
 
-def _as_json(found: Found) -> dict[str, Any]:
+def _as_json(found: SearchResult) -> dict[str, Any]:
     rows = [_finite(row | {"metadata": dict(row["metadata"] or [])}) for row in found.rows]
     return {"rows": rows, "next": found.next, "looked_at": found.looked_at, "documents": found.documents}
 

@@ -393,7 +393,7 @@ def _find(
     places = scratch.places
     # a run that begins at this word is contained up to that one
     until = np.empty(len(places), dtype=np.int64)
-    found = 0
+    spans = 0
     for text in range(len(offsets) - 1):
         base = offsets[text]
         items[text] = -1
@@ -418,8 +418,8 @@ def _find(
             while index <= end and index < count:
                 end = max(end, until[index])
                 index += 1
-            if found < len(bounds):
-                bounds[found, 0], bounds[found, 1] = places[word, 0] - base, places[end - 1, 1] - base
-            found += 1
+            if spans < len(bounds):
+                bounds[spans, 0], bounds[spans, 1] = places[word, 0] - base, places[end - 1, 1] - base
+            spans += 1
             word = index
-        ends[text + 1] = found
+        ends[text + 1] = spans

@@ -62,10 +62,10 @@ def _unite(parents: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:
 
 @compiled_allocating
 def _roots(parents: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    found = np.empty(len(numbers), dtype=np.int64)
+    roots = np.empty(len(numbers), dtype=np.int64)
     for index in range(len(numbers)):
-        found[index] = _root(parents, numbers[index])
-    return found
+        roots[index] = _root(parents, numbers[index])
+    return roots
 
 
 _LEADERS = 4
@@ -134,15 +134,15 @@ def _spill_keys(corpus: Corpus, keys: Parts, orders: Orders, ngram: int) -> np.n
     """Put every document's keys on disk, a part per band; returns the numbers of the documents in the order of their keys."""
     numbers = [np.zeros(0, dtype=np.int64)]
     for batch_numbers, texts in corpus.texts():
-        found, has_words = band_keys(texts, orders, ngram)
+        batch_keys, has_words = band_keys(texts, orders, ngram)
         for band in range(orders.bands):
-            keys.append(band, found[band, has_words])
+            keys.append(band, batch_keys[band, has_words])
         numbers.append(batch_numbers[has_words])
     return np.concatenate(numbers)
 
 
 def _groups(keys: Parts, numbers: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """For each band the documents that share a key with another, and beside each the smallest number of its group."""
+    """For each band the documents that share a key with another, and for each the smallest number of its group."""
     for band in range(keys.parts):
         rows, groups = groups_of_equal(keys[band], numbers)
         members = numbers[rows]
@@ -171,11 +171,11 @@ class _Comparison:
     def similarities(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
         """Jaccard similarity of each pair of documents, (P,) float32. Only so much of the sets is in memory at a time."""
         left, right = self._slots[left], self._slots[right]
-        found = [
+        by_chunk = [
             jaccard(self._shingles.mapped(0), self._starts, self._sizes, left[pairs], right[pairs])
             for pairs in _in_chunks(self._sizes[left] + self._sizes[right])
         ]
-        return np.concatenate(found)
+        return np.concatenate(by_chunk)
 
     def shingles_of(self, documents: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """All shingles of some documents with the number of theirs, (S,) each, in parts by ranges of shingles."""
@@ -184,11 +184,11 @@ class _Comparison:
         width = 2**64 // parts + 1
         for part in range(parts if len(slots) else 0):
             low, high = np.uint64(part * width), np.uint64(min((part + 1) * width, 2**64) - 1)
-            found = [
+            by_chunk = [
                 sets_between(self._shingles.mapped(0), self._starts, self._sizes, slots[chunk], low, high)
                 for chunk in _in_chunks(self._sizes[slots])
             ]
-            shingles, counts = (np.concatenate(column) for column in zip(*found, strict=True))
+            shingles, counts = (np.concatenate(column) for column in zip(*by_chunk, strict=True))
             yield shingles, np.repeat(documents, counts)
 
 

@@ -70,11 +70,11 @@ def _repeated(
     kind = np.dtype([("hash", "<u8"), ("number", corpus.number_type), ("start", "<u4"), ("end", "<u4")])
     with Parts(scratch / "passages", kind, _PARTS) as parts:
         for numbers, texts in corpus.texts():
-            found = passages(texts, unit, span, least_words)
-            again = sketch.repeated(found.hashes)
+            batch = passages(texts, unit, span, least_words)
+            again = sketch.repeated(batch.hashes)
             records = np.empty(int(again.sum()), dtype=kind)
-            records["hash"], records["number"] = found.hashes[again], numbers[found.rows[again]]
-            records["start"], records["end"] = found.bounds[again].T
+            records["hash"], records["number"] = batch.hashes[again], numbers[batch.rows[again]]
+            records["start"], records["end"] = batch.bounds[again].T
             parts.add(records, records["hash"] % np.uint64(_PARTS))
         for records in parts:
             rows, groups = groups_of_equal(records["hash"], records["number"])
@@ -134,7 +134,7 @@ def _passages(
     """
     span = len(ring)
     nowhere = places[:0, :2]
-    found = 0
+    filled = 0
     for text in range(len(of_text) - 1):
         count = units = 0
         for unit in range(of_text[text], of_text[text + 1]):
@@ -148,18 +148,18 @@ def _passages(
                 continue
             begin = ring[units % span, 0]
             if count >= least_words and length_in_words(data, begin, ends[unit], fold, count) >= least_words:
-                hashes[found] = run_hash(words, 0, count)
-                places[found, 0] = text
-                places[found, 1], places[found, 2] = begin - offsets[text], ends[unit] - offsets[text]
-                found += 1
-            # the run's first unit is done with
+                hashes[filled] = run_hash(words, 0, count)
+                places[filled, 0] = text
+                places[filled, 1], places[filled, 2] = begin - offsets[text], ends[unit] - offsets[text]
+                filled += 1
+            # drop the words of the run's first unit
             leaving = ring[(units + 1) % span, 1] if span > 1 else count
             for word in range(count - leaving):
                 words[word] = words[word + leaving]
             count -= leaving
             for place in range(span):
                 ring[place, 1] -= leaving
-    return found
+    return filled
 
 
 # a guess, for the size of the sketch
@@ -237,7 +237,7 @@ def _runs(
     short_length = length // 2
     # shorter runs in a run
     window = length - short_length + 1
-    found = 0
+    filled = 0
     for text in range(len(offsets) - 1):
         base = offsets[text]
         count, _ = hash_words(data, base, offsets[text + 1], fold, words, bounds, 0)
@@ -256,10 +256,10 @@ def _runs(
                         anchor = index
             elif short[last] < short[anchor]:
                 anchor = last
-            if found < len(hashes):
-                hashes[found], anchors[found] = long[run], short[anchor]
-                places[found, 0], places[found, 4] = text, anchor
-                places[found, 1], places[found, 2] = bounds[run, 0] - base, bounds[run + length - 1, 1] - base
-                places[found, 3] = (bounds[run + length, 0] if run + length < count else offsets[text + 1]) - base
-            found += 1
-    return found
+            if filled < len(hashes):
+                hashes[filled], anchors[filled] = long[run], short[anchor]
+                places[filled, 0], places[filled, 4] = text, anchor
+                places[filled, 1], places[filled, 2] = bounds[run, 0] - base, bounds[run + length - 1, 1] - base
+                places[filled, 3] = (bounds[run + length, 0] if run + length < count else offsets[text + 1]) - base
+            filled += 1
+    return filled

@@ -108,7 +108,7 @@ def decode_entities(data: np.ndarray, start: int, end: int, out: np.ndarray, siz
                 continue
         else:
             state = FNV_START
-            found = 0
+            entity = 0
             after = place
             while look < end and look - place <= 32:
                 letter = data[look]
@@ -121,15 +121,15 @@ def decode_entities(data: np.ndarray, start: int, end: int, out: np.ndarray, siz
                 while keys[slot] != 0:
                     if keys[slot] == state:
                         if closed and values[slot, 0]:
-                            found = values[slot, 0]
+                            entity = values[slot, 0]
                             after = look + 1
                         elif values[slot, 1]:
-                            found = values[slot, 1]
+                            entity = values[slot, 1]
                             after = look
                         break
                     slot = (slot + np.uint64(1)) & mask
-            if found:
-                for index in range(offsets[found], offsets[found + 1]):
+            if entity:
+                for index in range(offsets[entity], offsets[entity + 1]):
                     size = put(out, size, texts[index])
                 place = after
                 continue

@@ -16,29 +16,10 @@ from bessemer.data.extraction.parsing import BREAK, LINK, Page
 from bessemer.data.extraction.vocabulary import BLOCK, CUES, NUMBER
 from bessemer.data.text.compiled import compiled
 
-#: What is counted of a block's text, in the order of the columns of `count_text`.
-COUNTS = (
-    "characters",
-    "link_characters",
-    "words",
-    "sentence_ends",
-    "commas",
-    "digits",
-    "capitals",
-    "links",
-    "closed",
-    "title_words",
-    "text_hash",
-    "wide",
-    "function_words",
-    "symbols",
-    "strong",
-    "slanted",
-    "first_cues",
-    "group",
-)
+#: What is counted of a block: the columns of `count_text`, and the group of blocks with the same signature.
 CHARACTERS, LINK_CHARACTERS, WORDS, ENDS, COMMAS, DIGITS, CAPITALS, LINKS, CLOSED, TITLE_WORDS, HASH, WIDE = range(12)
-FUNCTION_WORDS, SYMBOLS, STRONG, SLANTED, FIRST_CUES, GROUP = range(12, len(COUNTS))
+FUNCTION_WORDS, SYMBOLS, STRONG, SLANTED, FIRST_CUES, GROUP = range(12, 18)
+N_COUNTS = 18
 N_CUES = len(CUES)
 
 _B, _BIG, _STRONG_TAG, _I, _EM, _CITE, _SMALL = (NUMBER[n] for n in ("b", "big", "strong", "i", "em", "cite", "small"))
@@ -94,7 +75,7 @@ def count_text(
     counts: np.ndarray,
     cues: np.ndarray,
 ) -> None:
-    """Fills `counts`, (B, COUNTS), with `COUNTS` of each block but the last, and `cues`, (B, cues) of zeros, with how often
+    """Fills `counts`, (B, N_COUNTS), but for the last column, and `cues`, (B, cues) of zeros, with how often
     each occurs in it.
 
     `closed` is 2 after a full stop or its like at the end, 1 after a colon, comma or closing quote, else 0. A wide
@@ -187,13 +168,13 @@ def count_text(
                 else:
                     if length:
                         words += 1
-                        found = look_up(cue_keys, cue_bits, word, 0)
-                        if found:
+                        cue_bits_here = look_up(cue_keys, cue_bits, word, 0)
+                        if cue_bits_here:
                             if words <= 2:
-                                first_cues |= found
-                            function_words += (found >> N_CUES) & 1
+                                first_cues |= cue_bits_here
+                            function_words += (cue_bits_here >> N_CUES) & 1
                             for cue in range(N_CUES):
-                                cues[block, cue] += (found >> cue) & 1
+                                cues[block, cue] += (cue_bits_here >> cue) & 1
                         in_title += length > 2 and _holds(title, word)
                         word = FNV_START
                         length = 0

@@ -14,7 +14,6 @@ from bessemer.data.extraction.blocks import (
     CHARACTERS,
     CLOSED,
     COMMAS,
-    COUNTS,
     DIGITS,
     ENDS,
     FIRST_CUES,
@@ -23,6 +22,7 @@ from bessemer.data.extraction.blocks import (
     HASH,
     LINK_CHARACTERS,
     LINKS,
+    N_COUNTS,
     N_CUES,
     SLANTED,
     STRONG,
@@ -111,7 +111,7 @@ def hand_down(
     alike: np.ndarray,
     last_child: np.ndarray,
 ) -> None:
-    """Fills what an element has from those above and beside it.
+    """Fills what an element takes from its ancestors and siblings.
 
     `near`, (N, roles + tags) uint8: how many block-level elements up the next one with a role or tag is. `best_above`,
     (N,): the highest score on the way up. `alike`, (N,) of ones: siblings with its tag and roles; `last_child`, (N,) of zeros,
@@ -177,7 +177,7 @@ def describe_text(rows: np.ndarray, counts: np.ndarray, cues: np.ndarray, repeat
 
 @compiled
 def describe_shape(rows: np.ndarray, counts: np.ndarray, media: np.ndarray) -> None:
-    """The columns about the words and marks that a block is made of, its emphasis, its first words and pictures beside it."""
+    """The columns about a block's words and marks, its emphasis, its first words, and pictures before and behind it."""
     blocks = len(rows)
     for block in range(blocks):
         length = max(1, counts[block, CHARACTERS])
@@ -362,7 +362,7 @@ def put_word_scores(rows: np.ndarray, scores: np.ndarray) -> None:
 
 
 def features(data: np.ndarray, page: Page, word_weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """`FEATURES` of each block of the page, (B, F) float32, and `COUNTS`, (B, COUNTS) int64.
+    """`FEATURES` of each block of the page, (B, F) float32, and the counts of its text (`blocks.py`), (B, N_COUNTS) int64.
 
     Without `word_weights` (`blocks.py`) the scores of words are 0.
     """
@@ -370,7 +370,7 @@ def features(data: np.ndarray, page: Page, word_weights: np.ndarray | None = Non
     start, end = (page.title[2], page.title[3]) if page.title[3] else (page.title[0], page.title[1])
     title = np.zeros(256, np.uint64)
     title_words(data, int(start), int(end), title)
-    counts, cues = np.empty((blocks, len(COUNTS)), np.int64), np.zeros((blocks, N_CUES), np.int32)
+    counts, cues = np.empty((blocks, N_COUNTS), np.int64), np.zeros((blocks, N_CUES), np.int32)
     count_text(data, page, title, CUE_KEYS, CUE_BITS, TRAITS, counts, cues)
     signatures = np.empty(blocks, np.uint64)
     sign(page, signatures)

@@ -95,7 +95,7 @@ _HASH, _DOT, _ELLIPSIS = ord("#"), ord("."), np.frombuffer("…".encode(), np.ui
 class QualityCounts(NamedTuple):
     """Counts in each text, (N,) int64."""
 
-    #: with a character beside punctuation
+    #: with a character that is no punctuation
     words: np.ndarray
     #: of those words
     characters: np.ndarray
@@ -149,7 +149,7 @@ def _measure_quality(
     counted: np.ndarray,
 ) -> None:
     for text in range(len(of_text) - 1):
-        found = 0
+        seen = 0
         for word in range(of_text[text], of_text[text + 1]):
             if traits[word] & IS_WORD:
                 counted[text, _WORDS] += 1
@@ -160,10 +160,10 @@ def _measure_quality(
             if characters[word] <= 4:
                 for number in range(len(stop_words)):
                     if hashes[word] == stop_words[number]:
-                        found |= 1 << number
-        while found:
+                        seen |= 1 << number
+        while seen:
             counted[text, _STOP_WORDS] += 1
-            found &= found - 1
+            seen &= seen - 1
 
 
 @compiled

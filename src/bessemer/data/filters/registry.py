@@ -181,10 +181,8 @@ def by_language(column: str) -> Mapping[str, Limit]:
 
 
 def declared_column(name: str) -> Column | None:
-    """What the filter or edit that adds a column declares of it; None for a column of the user's own.
-
-    Of other packages those filters and edits are asked with whose name the column begins.
-    """
+    """What the filter or edit that adds a column declares of it; None for a column of the user's own. Of other packages those
+    filters and edits are asked with whose name the column begins."""
     if name in _OWN_COLUMNS:
         return _OWN_COLUMNS[name]
     return next((plugin.columns[name] for plugin in _of_others(name) if name in plugin.columns), None)
@@ -201,7 +199,7 @@ def _of_others(column: str) -> Iterator[FilterPlugin | EditPlugin]:
 
 
 def column_description(column: str) -> str:
-    """What a column says; an empty string for one that no filter or edit declares, as a user's own."""
+    """A column's description; an empty string for one that no filter or edit declares, such as a user's own."""
     if column.startswith("language_score_"):
         # the documents of one language, which has a limit of its own
         return f"{column_description('language_score')}, of those in {column.rpartition('_')[2]}"

@@ -57,15 +57,13 @@ class Pin:
 
     @property
     def file_prefix(self) -> str:
-        """How the wheel's file name begins, in the normal form of names."""
+        """The beginning of the wheel's file name, in the normal form of names."""
         return f"{_normal(self.name)}-{self.version}-"
 
 
 def lock_path(lock: str, folder: Path) -> Path:
-    """The file of a lock: the name of one that ships with the package, or a path relative to `folder`.
-
-    Raises ConfigError when there is neither.
-    """
+    """The file of a lock: the name of one that ships with the package, or a path relative to `folder`. Raises ConfigError when
+    there is neither."""
     shipped = {path.stem: path for path in _SHIPPED.glob("*.lock")}
     if lock in shipped:
         return shipped[lock]
@@ -92,18 +90,16 @@ def read_lock(path: Path) -> list[Pin]:
 
 
 def fetch_wheels(pins: list[Pin], cache: Path, progress: Progress | None = None) -> list[Path]:
-    """The wheels of a lock, in its order, from `cache`; what is missing or damaged there is downloaded first.
-
-    Raises DownloadError when the package index cannot be reached, or has no such file.
-    """
-    found = {pin.name: cached_wheel(pin, cache) for pin in pins}
-    missing = [pin for pin in pins if found[pin.name] is None]
+    """The wheels of a lock, in its order, from `cache`; what is missing or damaged there is downloaded first. Raises
+    DownloadError when the package index cannot be reached, or has no such file."""
+    wheel_of = {pin.name: cached_wheel(pin, cache) for pin in pins}
+    missing = [pin for pin in pins if wheel_of[pin.name] is None]
     if missing:
         (progress or Silent()).say(f"  downloading {len(missing)} of {len(pins)} packages with pip")
         _download(missing, cache)
-        found.update({pin.name: cached_wheel(pin, cache) for pin in missing})
-    wheels = [found[pin.name] for pin in pins]
-    assert all(wheels), "pip reported success without leaving every wheel that was asked for"
+        wheel_of.update({pin.name: cached_wheel(pin, cache) for pin in missing})
+    wheels = [wheel_of[pin.name] for pin in pins]
+    assert all(wheels), "pip reported success without every wheel"
     return [wheel for wheel in wheels if wheel is not None]
 
 
@@ -116,7 +112,7 @@ def cached_wheel(pin: Pin, cache: Path) -> Path | None:
 
 
 def _download(pins: list[Pin], cache: Path) -> None:
-    """Fetch into a folder beside and move in what is whole, so that a killed download leaves no half wheel."""
+    """Fetch into a scratch folder and move in what is whole, so that a killed download leaves no half wheel."""
     if not has_pip():
         raise DownloadError("source wheels: this Python has no pip to download with; install pip, or drop the source")
     cache.mkdir(parents=True, exist_ok=True)
@@ -211,10 +207,8 @@ def open_wheels(settings: WheelsSource, folder: Path, cache: Path) -> Wheels:
 def wheels_fingerprint(
     settings: WheelsSource, folder: Path, cache: Path, fetch: bool, progress: Progress | None = None
 ) -> dict[str, str | None]:
-    """The hash of the lock; None for an optional source that cannot be fetched.
-
-    Whether it can be decides what is collected, so that it is fetched here; with `fetch` false only the cache is looked at.
-    """
+    """The hash of the lock; None for an optional source that cannot be fetched. Whether it can be decides what is collected, so
+    that it is fetched here; with `fetch` false only the cache is looked at."""
     path = lock_path(settings.lock, folder)
     if settings.optional and not _available(read_lock(path), cache, fetch, progress):
         return {"lock": None}
@@ -231,10 +225,8 @@ def _available(pins: list[Pin], cache: Path, fetch: bool, progress: Progress | N
 
 
 def read_wheel(wheel: Path, tally: Tally) -> Iterator[Document]:
-    """The documents of one wheel: docstrings, README pages, and the description in its metadata.
-
-    Raises SourceError when the file is not a wheel.
-    """
+    """The documents of one wheel: docstrings, README pages, and the description in its metadata. Raises SourceError when the
+    file is not a wheel."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             names = sorted(info.filename for info in archive.infolist() if not info.is_dir())
@@ -245,8 +237,8 @@ def read_wheel(wheel: Path, tally: Tally) -> Iterator[Document]:
             for name in filter(is_documentation_code, names):
                 tally.files += 1
                 try:
-                    for found in docstrings(archive.read(name), name):
-                        yield found.document(f"{package}/{name}", common, **fields)
+                    for docstring in docstrings(archive.read(name), name):
+                        yield docstring.document(f"{package}/{name}", common, **fields)
                 except (SyntaxError, ValueError) as error:
                     tally.counts["unparseable_files"] += 1
                     tally.notes.append(f"{wheel.name}: {name}: {error}")
@@ -275,9 +267,9 @@ def _metadata(archive: zipfile.ZipFile, names: list[str], wheel: Path) -> email.
     for name in names:
         if name.endswith(".dist-info/METADATA") and name.count("/") == 1:
             text = archive.read(name).decode("utf-8", errors="replace")
-            found = email.parser.Parser(policy=email.policy.compat32).parsestr(text)
-            if found["Name"] and found["Version"]:
-                return found
+            metadata = email.parser.Parser(policy=email.policy.compat32).parsestr(text)
+            if metadata["Name"] and metadata["Version"]:
+                return metadata
     raise SourceError(f"{wheel}: this is not a wheel: it has no METADATA with a name and a version")
 
 
@@ -321,7 +313,7 @@ _MACHINERY = re.compile(
     r"|^(?:import|export) .+ from ['\"].+['\"];?[ \t]*\n",
     re.M,
 )
-#: Folders and files that a documentation builder makes beside the pages.
+#: Folders and files of a documentation builder that are no pages.
 _BUILT = re.compile(
     r"(?:^|/)(?:_static|_sources|_modules|_images|__pycache__|node_modules)/|(?:genindex|search|py-modindex)\.html$"
 )

@@ -78,7 +78,7 @@ class TextFiles(SettingsFormat):
 
         while line := stream.readline(self.longest_paragraph):
             while not line.endswith(b"\n") and (following := stream.peek(1)[:1]) and 0x80 <= following[0] < 0xC0:
-                # the limit fell into a character
+                # reads on to the end of a character that the limit cut
                 line += stream.read(1)
             text = decoded(line.removeprefix(b"\xef\xbb\xbf") if offset == 0 else line, tally)
             offset += len(line)
@@ -101,7 +101,7 @@ class TextFiles(SettingsFormat):
 
 
 def _instead_of_text(record: Mapping[str, Any]) -> str:
-    """What a record has that has no text, and the setting that names the field of the longest one, as the end of a message."""
+    """End of a message about a record without `text`: its fields, and the setting that reads the longest of them."""
     if "text" in record or not record:
         return ""
     fields = ", ".join(map(repr, list(record)[:_NAMED_FIELDS]))
@@ -210,7 +210,7 @@ def conversation_text(messages: list[Any]) -> str:
         if isinstance(message, str):
             turns.append(message.strip())
         elif isinstance(message, Mapping):
-            words = next((found for key in _WORDS_KEYS if (found := _words(message.get(key)))), "")
+            words = next((value for key in _WORDS_KEYS if (value := _words(message.get(key)))), "")
             if words:
                 turns.append(f"{_speaker(message)}: {words}")
     return encodable("\n\n".join(turn for turn in turns if turn))
@@ -229,7 +229,7 @@ def _words(content: Any) -> str:
 def _speaker(message: Mapping[str, Any]) -> str:
     for key in _SPEAKER_KEYS:
         speaker = message.get(key)
-        # exports hold an author as an object
+        # some exports hold the author as an object
         if isinstance(speaker, Mapping):
             speaker = speaker.get("role") or speaker.get("name") or speaker.get("username")
         if isinstance(speaker, str) and speaker.strip():

@@ -87,7 +87,7 @@ class Discourse(SettingsFormat):
         if created := topic.get("created_at") or posts[0].get("created_at"):
             metadata["date"] = encodable(str(created))
         text = "\n\n---\n\n".join(texts)
-        # files may be of several forums, and of several pages of one topic
+        # ids repeat: files may be of several forums, or pages of one topic
         name = encodable(f"topic:{identity}")
         return Document(
             record_locator(name, text), text, heading=title, url=url, license=entry.license, group=name, metadata=metadata
@@ -148,7 +148,7 @@ _KIND = re.compile(rb'\sPostTypeId="(\d+)"')
 _PARENT = re.compile(rb'\sParentId="(\d{1,18})"')
 _SCORE = re.compile(rb'\sScore="(-?\d{1,9})"')
 _QUESTION, _ANSWER = b"1", b"2"
-#: A compressed dump is expanded in memory, for its answers are fetched from their places.
+#: Most bytes of a compressed dump, which is expanded in memory, since answers are read from their offsets.
 _MOST_COMPRESSED_BYTES = 1 << 30
 
 
@@ -228,7 +228,7 @@ open_stack_exchange = StackExchange.open
 
 
 class _Answers:
-    """Where the answers to each question stand, the best first."""
+    """Offsets of the answers to each question, the best first."""
 
     def __init__(self, posts: Any) -> None:
         parents, scores, offsets = array("q"), array("i"), array("q")
@@ -253,8 +253,8 @@ class _Answers:
 
 def _rows(posts: Any, start: int) -> Iterator[tuple[int, int]]:
     """Begin and end of each row. A `<` in a value is always escaped, so a row ends before the next `<`."""
-    for found in _ROW.finditer(posts, start):
-        begin = found.start()
+    for match in _ROW.finditer(posts, start):
+        begin = match.start()
         end = posts.find(b"<", begin + 1)
         end = posts.rfind(b"/>", begin, end if end >= 0 else len(posts))
         if end >= 0:

@@ -29,7 +29,7 @@ _FAULTLESS = b"<html><body><article><h1>Steel</h1><p>Steel is an alloy of iron a
 _HEAD = 1 << 16
 _REPLACEMENT = "\ufffd".encode()
 _LICENSE_WORDS = frozenset({"license", "licence"})
-#: Nothing is read twice: a name begins where no other ends, and what was read is not given back.
+#: Possessive quantifiers and a fixed start of names: linear time on hostile pages.
 _META = re.compile(r"<meta\b[^>]{0,4000}+>", re.I)
 _ATTRIBUTE = re.compile(r"""(?<![a-z:-])([a-z:-]++)\s*+=\s*+(?:"([^"]*+)"|'([^']*+)'|([^\s"'>]++))""", re.I)
 _LANGUAGE = re.compile(r"""<html\b[^>]{0,2000}?\blang\s*=\s*["']?([a-z]{2,3})\b""", re.I)
@@ -37,7 +37,7 @@ _TITLE = re.compile(r"<title[^>]{0,200}>([^<]{1,2000})</title", re.I)
 #: Words in `robots` rules that speak against training. `noindex` and `noarchive` do not: they are about results and copies in
 #: search engines.
 _OPT_OUT_RULES = frozenset({"noai", "noimageai", "noml", "nomlt", "notrain"})
-#: Words that speak against it where they are said to a robot that gathers for training.
+#: Rules that speak against training where they address a robot that gathers for training.
 _CLOSED_RULES = frozenset({"noindex", "none"})
 _TRAINING_ROBOTS = frozenset(name.lower() for name in TRAINING_ROBOTS)
 _SIGN = re.compile("bot|tdm-|google-|anthropic-|bessemer", re.I)
@@ -47,7 +47,7 @@ _ROBOT_NAMES = frozenset({"robots", "googlebot", "googlebot-news", "bingbot", "b
 
 @dataclass(frozen=True)
 class Extraction:
-    """How main text is found: one of Bessemer's extractors by name, or a function."""
+    """The extractor of main text: one of Bessemer's by name, or a function."""
 
     extractor: str = "bessemer"
     function: Extract | None = None
@@ -57,8 +57,8 @@ class Extraction:
         try:
             if self.function is not None:
                 return self.function(page, url)
-            found = _working_extractor(self.extractor)
-            return found(page, url, lambda error: tally.set_aside(error.kind, place, str(error)))
+            extract = _working_extractor(self.extractor)
+            return extract(page, url, lambda error: tally.set_aside(error.kind, place, str(error)))
         except BessemerError:  # an extractor that is not installed: no fault of the page
             raise
         except Exception as error:  # whatever a hostile page makes an extractor raise
@@ -69,9 +69,7 @@ class Extraction:
 @functools.cache
 def _working_extractor(name: str) -> Callable[[bytes, str | None, OnFailure | None], str]:
     """The extractor of this name, tried on a page without a fault: one that fails there would quietly empty a whole crawl.
-
-    Raises ConfigError when it is not installed, SourceError when it does not work.
-    """
+    Raises ConfigError when it is not installed, SourceError when it does not work."""
     from bessemer.data.extraction.extract import extract
 
     try:
@@ -101,11 +99,8 @@ def page_document(
     group: str | None = None,
     metadata: dict[str, str] | None = None,
 ) -> Document | None:
-    """The document of a page; None, and counted, where it has no main text.
-
-    `charset` and `headers` are what its server said, `license` what holds unless the page names another, `group`
-    what it shares its split with (its host where None is given).
-    """
+    """The document of a page; None, and counted, where it has no main text. `charset` and `headers` are what its server said,
+    `license` what holds unless the page names another, `group` what it shares its split with (its host where None is given)."""
     from bessemer.data.extraction.extract import to_utf8
 
     decoded = to_utf8(page, encoding=charset)
@@ -130,10 +125,8 @@ def page_document(
 
 
 def opt_out(head: str, headers: Iterable[tuple[str, str]] = ()) -> str | None:
-    """What a page or its server said against training on it or mining it: the signs, sorted, in one string.
-
-    Looked at are `robots` metas and `X-Robots-Tag` headers, and the TDM reservation (W3C TDM Reservation Protocol).
-    """
+    """Objections of a page or its server to training or mining: the signs, sorted, in one string. Looked at are
+    `robots` metas and `X-Robots-Tag` headers, and the TDM reservation (W3C TDM Reservation Protocol)."""
     signs = set()
     for tag in _META.finditer(head):
         if not _SIGN.search(tag[0]):

@@ -32,7 +32,7 @@ class HuggingFace:
 
     def units(self, progress: Progress | None = None) -> list[Unit]:
         count = int(getattr(self._open(), "num_shards", None) or 1)
-        # a folder may be moved
+        # the name, not the path: a folder may be moved
         name = self.place.name if self.place else self.settings.dataset
         return [Unit(f"{name}/{self.settings.split}/{number:05d}-of-{count:05d}", 0) for number in range(count)]
 
@@ -86,14 +86,12 @@ class HuggingFace:
 
     @property
     def _retries(self) -> int:
-        """What lies on this machine reads the same each time."""
+        """None for a folder on this machine, which reads the same each time."""
         return _RETRIES if self.place is None else 0
 
     def _open(self) -> Any:
-        """The data set as a stream, after growing waits where a network fails.
-
-        Raises SourceError when `datasets` is missing or the Hub cannot be reached.
-        """
+        """The data set as a stream, after growing waits where a network fails. Raises SourceError when `datasets` is missing or
+        the Hub cannot be reached."""
         try:
             import datasets
         except ImportError:

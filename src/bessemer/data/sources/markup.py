@@ -49,8 +49,8 @@ def children(element: Any, name: str) -> list[Any]:
 
 def descendant_text(element: Any, name: str) -> str | None:
     """The text of the first descendant with this local name, stripped; None where there is none with text."""
-    for found in element.iter():
-        if local_name(found) == name and (text := "".join(found.itertext()).strip()):
+    for descendant in element.iter():
+        if local_name(descendant) == name and (text := "".join(descendant.itertext()).strip()):
             return text
     return None
 
@@ -64,18 +64,16 @@ _BLOCKS = frozenset(
     | {"main", "nav", "ol", "p", "pre", "section", "summary", "table", "tbody", "td", "tfoot", "th", "thead", "tr", "ul"}
 )
 _HEADINGS = {f"h{level}": "#" * level + " " for level in range(1, 7)}
-#: More than any book's chapter or forum's post has.
+#: Most elements of a page or fragment: more than any chapter or post has.
 _MOST_ELEMENTS = 300_000
-#: White space that is not a single space already: the usual case costs nothing.
+#: White space other than single spaces, which need no replacement.
 _WHITE_SPACE = re.compile(r"[ \t\n\r\f]{2,}|[\t\n\r\f]")
 _SPACES = re.compile(" {2,}")
 
 
 def text_of_markup(data: bytes | str) -> str:
-    """The text of a page or fragment. Raises ValueError where there is none to be parsed, or far too much.
-
-    Walks without recursion, so that nesting cannot exhaust the stack; libxml2 itself stops at 255 levels.
-    """
+    """The text of a page or fragment. Raises ValueError where there is none to be parsed, or far too much. Walks without
+    recursion, so that nesting cannot exhaust the stack; libxml2 itself stops at 255 levels."""
     if isinstance(data, str):
         data = data.encode("utf-8", errors="replace")
         parser = etree.HTMLParser(encoding="utf-8", no_network=True, remove_comments=True, remove_pis=True)
@@ -103,14 +101,14 @@ def text_of_markup(data: bytes | str) -> str:
 
 
 def _declared(data: bytes) -> str | None:
-    found = re.search(rb"""(?:encoding|charset)\s*=\s*["']?\s*([A-Za-z0-9_.:-]+)""", data[:1024])
-    if found is None:
+    match = re.search(rb"""(?:encoding|charset)\s*=\s*["']?\s*([A-Za-z0-9_.:-]+)""", data[:1024])
+    if match is None:
         return "utf-8"
     try:
-        etree.HTMLParser(encoding=found[1].decode("ascii"))
+        etree.HTMLParser(encoding=match[1].decode("ascii"))
     except LookupError:
         return "utf-8"
-    return found[1].decode("ascii")
+    return match[1].decode("ascii")
 
 
 class _Writer:

@@ -145,7 +145,7 @@ def _text(message: email.message.Message) -> str:
 
 
 def _charset(part: email.message.Message) -> str:
-    """What a part says of its encoding. `get_content_charset` would decode an RFC 2231 value by the codec that it names."""
+    """The encoding that a part declares. `get_content_charset` would decode an RFC 2231 value by the codec that it names."""
     stated = part.get_param("charset") or "utf-8"
     return stated[2] if isinstance(stated, tuple) else str(stated)
 

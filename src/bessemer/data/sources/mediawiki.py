@@ -24,22 +24,8 @@ from bessemer.data.sources.registry import MediaWikiSource
 from bessemer.data.sources.source import Document, PositionedDocument, Tally, encodable
 
 #: Elements of which nothing is running text.
-_DROPPED = frozenset(
-    {
-        "ref",
-        "references",
-        "gallery",
-        "table",
-        "timeline",
-        "imagemap",
-        "graph",
-        "score",
-        "hiero",
-        "templatedata",
-        "section",
-        "style",
-    }
-)
+_WITHOUT_TEXT = "ref references gallery table timeline imagemap graph score hiero templatedata section style"
+_DROPPED = frozenset(_WITHOUT_TEXT.split())
 _CODE = frozenset({"syntaxhighlight", "source", "pre"})
 _MATHEMATICS = frozenset({"math", "chem", "ce"})
 _LISTS = {"*": "- ", "#": "1. ", ";": "", ":": "", "----": ""}
@@ -195,7 +181,7 @@ open_mediawiki = MediaWiki.open
 
 @dataclass(frozen=True)
 class _Site:
-    """What the dump's head says about the wiki."""
+    """The wiki, by the head of its dump."""
 
     name: str
     base: str | None
@@ -215,12 +201,12 @@ class _Site:
 def _site(entry: Entry) -> _Site:
     with entry.open() as stream:
         head = stream.read(_HEAD_BYTES)
-    found = re.search(rb"<siteinfo>.*?</siteinfo>", head, re.S)
+    match = re.search(rb"<siteinfo>.*?</siteinfo>", head, re.S)
     left_out = ["File", "Image", _MEDIA, "Category"]
     name, base = entry.name.rpartition("/")[2].removesuffix(".xml"), None
-    if found:
+    if match:
         try:
-            info = parse_xml(found[0])
+            info = parse_xml(match[0])
         except ValueError:
             return _Site(name, base, tuple(left_out))
         name, base = _element_text(info, "dbname") or name, _element_text(info, "base") or None
@@ -232,5 +218,5 @@ def _site(entry: Entry) -> _Site:
 
 
 def _element_text(element: Any, name: str) -> str:
-    found = children(element, name)
-    return (found[0].text or "").strip() if found else ""
+    elements = children(element, name)
+    return (elements[0].text or "").strip() if elements else ""

@@ -129,7 +129,7 @@ def _text(data: bytes) -> str:
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError:
-        # what old papers are written in
+        # the encoding of old papers
         text = data.decode("cp1252", errors="replace")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
@@ -155,7 +155,7 @@ class _Files:
     def _lies_below(self, path: Place) -> bool:
         """Whether it is a file of the paper's folder, also when links are followed."""
         if not (isinstance(path, Path) and isinstance(self.folder, Path)):
-            # a name is what it says there
+            # objects have no links
             return path.is_file()
         return path.is_file() and self.folder is not None and path.resolve().is_relative_to(self.folder.resolve())
 
@@ -165,7 +165,7 @@ def _main_file(sources: dict[str, str]) -> str | None:
     candidates = [name for name, text in sources.items() if _BEGIN.search(text) and _CLASS.search(text)]
     if not candidates:
         return None
-    inputs = {posixpath.splitext(found[1] or found[2] or "")[0] for text in sources.values() for found in _INPUT.finditer(text)}
+    inputs = {posixpath.splitext(match[1] or match[2] or "")[0] for text in sources.values() for match in _INPUT.finditer(text)}
 
     def rank(name: str) -> tuple[bool, bool, int, str]:
         stem = posixpath.splitext(posixpath.basename(name))[0].lower()
@@ -175,30 +175,28 @@ def _main_file(sources: dict[str, str]) -> str | None:
 
 
 def _inputs_replaced(text: str, folder: str, lookup: _Lookup, limit: int) -> str:
-    """The text with the files that it inputs in their places, to a depth and a size that no paper reaches.
-
-    A stack of what is left to write takes recursion's place.
-    """
+    """The text with the files that it inputs in their places, to a depth and a size that no paper reaches. A stack of what is
+    left to write takes recursion's place."""
     parts: list[str] = []
     size = inputs = 0
     waiting: list[tuple[str, int]] = [(text, 0)]
     while waiting and size <= limit:
         current, depth = waiting.pop()
-        found = _INPUT.search(current) if depth < _MOST_DEPTH and inputs < _MOST_INPUTS else None
-        if found is None:
+        match = _INPUT.search(current) if depth < _MOST_DEPTH and inputs < _MOST_INPUTS else None
+        if match is None:
             parts.append(current)
             size += len(current)
             continue
-        parts.append(current[: found.start()])
-        size += found.start()
-        waiting.append((current[found.end() :], depth))
-        braced, bare, path, imported = found.groups()
+        parts.append(current[: match.start()])
+        size += match.start()
+        waiting.append((current[match.end() :], depth))
+        braced, bare, path, imported = match.groups()
         name = (braced or bare or posixpath.join(path or "", imported or "")).strip().strip('"')
         content = lookup(name) if not folder else (lookup(posixpath.join(folder, name)) or lookup(name))
         if content is not None:
             inputs += 1
             inner = _without_comments(content)
-            # a subfile is a document of its own
+            # a subfile has a preamble of its own
             begin, end = _BEGIN.search(inner), _END.search(inner)
             waiting.append((inner[begin.end() if begin else 0 : end.start() if end else None], depth + 1))
     return "".join(parts)
@@ -231,14 +229,14 @@ def _body(text: str) -> str:
 
 def _title(text: str) -> str:
     r"""What `\title{…}` holds, its commands left out."""
-    found = _TITLE.search(text)
-    if found is None:
+    match = _TITLE.search(text)
+    if match is None:
         return ""
-    depth, end = 1, found.end()
-    while end < len(text) and depth and end - found.end() < 2000:
+    depth, end = 1, match.end()
+    while end < len(text) and depth and end - match.end() < 2000:
         depth += {"{": 1, "}": -1}.get(text[end], 0)
         end += 1
-    title = re.sub(r"\\(?:thanks|footnote)\s*\{[^{}]*\}", "", text[found.end() : end - 1])
+    title = re.sub(r"\\(?:thanks|footnote)\s*\{[^{}]*\}", "", text[match.end() : end - 1])
     title = re.sub(r"\\\\(?:\[[^\]]{0,20}\])?|\\[a-zA-Z]+\*?", " ", title)
     return encodable(" ".join(title.replace("{", "").replace("}", "").split()))
 

@@ -148,7 +148,7 @@ class Tables(SettingsFormat):
                 tally.set_aside("bad_records", entry.place, why)
                 return
             if start <= lines.end:
-                # not opened again: what is in a compressed tar is read once
+                # goes on with the open stream: members of a compressed tar can be read once
                 yield from _rows_below(header, lines, delimiter, stream, entry, tally)
                 return
         with entry.open_text(start) as stream:

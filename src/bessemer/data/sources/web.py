@@ -10,6 +10,7 @@ from __future__ import annotations
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from bessemer.core.object_storage import Place
 from bessemer.core.progress import Progress, Silent
 from bessemer.data.sources.html import urlsplit_host
 from bessemer.data.sources.io.archives import Surroundings, plain_entry
-from bessemer.data.sources.io.fetch import Answer, Clock, FetchError, Limits, Politeness, fetch, normal_url
+from bessemer.data.sources.io.fetch import Clock, FetchError, Limits, Politeness, Response, fetch, normal_url
 from bessemer.data.sources.io.file_source import bounded_lines, parse_json
 from bessemer.data.sources.io.paths import content_fingerprint, find_files
 from bessemer.data.sources.io.streams import open_stream, whole_gzip_member
@@ -33,7 +34,7 @@ from bessemer.data.sources.warc import PageStore, Warc, failures_in
 
 
 def fetch_limits(settings: FetchingSource) -> Limits:
-    """What one request may cost, and where it may go."""
+    """Limits of one request: on time, size, redirects, retries and addresses."""
     # some bytes more than a document may have: a page is larger than its text, and an archive's record than its page
     most = 4 * settings.max_document_bytes + (1 << 20)
     return Limits(settings.user_agent, settings.seconds, most, retries=settings.retries, allow_private=settings.allow_private)
@@ -60,6 +61,42 @@ def say_failures(store: PageStore, progress: Progress) -> None:
         progress.say(f"  {failures.total():,} addresses brought no page: {what}")
 
 
+@dataclass(frozen=True)
+class FetchedPages:
+    """Pages that are fetched into a store in the cache, once, and read from there; everything after `units` is offline."""
+
+    settings: Any
+    cache: Path
+    warc: Warc
+    clock: Clock = field(default_factory=Clock)
+
+    def units(self, progress: Progress | None = None) -> list[Unit]:
+        progress = progress or Silent()
+        kind = self.settings.source.replace("_", "-")
+        with closing(PageStore(self.cache / f"{kind}-{hash_value(self.fingerprint(), bits=64)}")) as store:
+            if not store.is_complete:
+                self._fetch_all(store, progress)
+                store.complete()
+            say_failures(store, progress)
+            if not (units := store.units()):
+                raise SourceError(f"{self.settings.source}: {self._nothing(store)}")
+            return units
+
+    def read(self, unit: Unit, start: int, tally: Tally) -> Iterator[PositionedDocument]:
+        yield from read_fetched(self.warc, unit, start, tally, self.settings.license)
+
+    def fingerprint(self) -> Any:
+        raise NotImplementedError
+
+    def _fetch_all(self, store: PageStore, progress: Progress) -> None:
+        """Fetch what has no outcome in the store."""
+        raise NotImplementedError
+
+    def _nothing(self, store: PageStore) -> str:
+        """The reason for having no page, for a message."""
+        raise NotImplementedError
+
+
 _LONGEST_RECORD = 64 << 20
 _PAGE_TYPES = ("text/html", "application/xhtml+xml")
 
@@ -76,35 +113,21 @@ class _Capture:
 
     @property
     def name(self) -> str:
-        """What the page store calls it."""
+        """Its name in the page store."""
         return f"{self.url} {self.timestamp}"
 
 
 @dataclass(frozen=True)
-class CommonCrawl:
+class CommonCrawl(FetchedPages):
     """The latest capture of each page of some domains in one crawl."""
 
     settings: CommonCrawlSource
-    cache: Path
-    warc: Warc
-    clock: Clock = field(default_factory=Clock)
-
-    def units(self, progress: Progress | None = None) -> list[Unit]:
-        progress = progress or Silent()
-        with PageStore(self.cache / f"common-crawl-{hash_value(self.fingerprint(), bits=64)}") as store:
-            if not store.is_complete:
-                self._fetch_all(store, progress)
-                store.complete()
-            say_failures(store, progress)
-            if not (units := store.units()):
-                raise SourceError(f"common_crawl: {self.settings.crawl} has no page of {', '.join(self.settings.domains)}")
-            return units
-
-    def read(self, unit: Unit, start: int, tally: Tally) -> Iterator[PositionedDocument]:
-        yield from read_fetched(self.warc, unit, start, tally, self.settings.license)
 
     def fingerprint(self) -> Any:
         return {"crawl": self.settings.crawl, "domains": sorted(self.settings.domains), "max_pages": self.settings.max_pages}
+
+    def _nothing(self, store: PageStore) -> str:
+        return f"{self.settings.crawl} has no page of {', '.join(self.settings.domains)}"
 
     def _fetch_all(self, store: PageStore, progress: Progress) -> None:
         captures = [capture for capture in self._captures() if capture.name not in store.outcomes]
@@ -151,8 +174,8 @@ class CommonCrawl:
                         latest[capture.url] = capture
                 if self.settings.max_pages is not None and len(latest) >= self.settings.max_pages:
                     break
-        found = sorted(latest.values(), key=lambda capture: (capture.url, capture.timestamp))
-        return found[: self.settings.max_pages]
+        captures = sorted(latest.values(), key=lambda capture: (capture.url, capture.timestamp))
+        return captures[: self.settings.max_pages]
 
     def _index_pages(self, domain: str) -> int:
         answer = self._ask(domain, {"showNumPages": "true"})
@@ -162,7 +185,7 @@ class CommonCrawl:
         except (ValueError, TypeError, KeyError):
             raise SourceError(f"common_crawl: the index {self.settings.index} gave no number of pages for {domain}") from None
 
-    def _ask(self, domain: str, more: dict[str, str]) -> Answer:
+    def _ask(self, domain: str, more: dict[str, str]) -> Response:
         """An answer of the index. Raises SourceError when it gives none; a domain that it does not know is no error."""
         query = {"url": domain, "matchType": "domain", "output": "json", "filter": "=status:200"} | more
         address = f"{self.settings.index.rstrip('/')}/{self.settings.crawl}-index?{urlencode(query)}"
@@ -170,7 +193,7 @@ class CommonCrawl:
             return fetch(address, fetch_limits(self.settings), may_visit=self._pace, clock=self.clock)
         except FetchError as error:
             if error.kind == "status_404":
-                return Answer(address, 200, [], b"0" if "showNumPages" in more else b"")
+                return Response(address, 200, [], b"0" if "showNumPages" in more else b"")
             raise SourceError(f"common_crawl: the index {self.settings.index} does not answer for {domain}: {error}") from None
 
     def _pace(self, url: str) -> None:
@@ -203,31 +226,11 @@ _DEEPEST_INDEX = 3
 
 
 @dataclass(frozen=True)
-class Urls:
-    """Pages at `urls`, in the files `lists` (an address a line) and in `sitemaps`.
-
-    `units` fetches what is not in the cache yet; everything after it is offline.
-    """
+class Urls(FetchedPages):
+    """Pages at `urls`, in the files `lists` (an address a line) and in `sitemaps`. folder: what `lists` are relative to."""
 
     settings: UrlsSource
-    cache: Path
-    folder: Path
-    warc: Warc
-    clock: Clock = field(default_factory=Clock)
-
-    def units(self, progress: Progress | None = None) -> list[Unit]:
-        progress = progress or Silent()
-        with PageStore(self._store_folder()) as store:
-            if not store.is_complete:
-                self._crawl(store, progress)
-                store.complete()
-            say_failures(store, progress)
-            if not (units := store.units()):
-                raise SourceError(f"urls: no page could be fetched{_first_failure(store)}")
-            return units
-
-    def read(self, unit: Unit, start: int, tally: Tally) -> Iterator[PositionedDocument]:
-        yield from read_fetched(self.warc, unit, start, tally, self.settings.license)
+    folder: Path = Path()
 
     def fingerprint(self) -> Any:
         lists = find_files(self.settings.lists, self.folder, _is_list, "/".join(_LIST_SUFFIXES)) if self.settings.lists else {}
@@ -238,10 +241,13 @@ class Urls:
             "max_pages": self.settings.max_pages,
         }
 
-    def _store_folder(self) -> Path:
-        return self.cache / f"urls-{hash_value(self.fingerprint(), bits=64)}"
+    def _nothing(self, store: PageStore) -> str:
+        failure = next(((url, why) for url, (kind, why) in store.outcomes.items() if kind != "page"), None)
+        return "no page could be fetched" + (
+            f"; the first address, {failure[0]}: {failure[1]}" if failure else ": no address was given"
+        )
 
-    def _crawl(self, store: PageStore, progress: Progress) -> None:
+    def _fetch_all(self, store: PageStore, progress: Progress) -> None:
         """Fetch every address without an outcome: hosts side by side, a host's pages one after the other."""
         politeness = Politeness(fetch_limits(self.settings), self.settings.delay_seconds, self.clock)
         by_host: dict[str, list[str]] = defaultdict(list)
@@ -259,7 +265,7 @@ class Urls:
                     self._fetch_into(store, url, politeness)
                     task.advance(1)
 
-            # raises what a thread raised: a full disk, say
+            # re-raises a thread's error, such as a full disk
             for _ in pool.map(visit, by_host.values()):
                 pass
 
@@ -320,12 +326,7 @@ class Urls:
 
 def open_urls(settings: UrlsSource, folder: Path, cache: Path) -> Urls:
     """The source `urls`, whose lists are relative to `folder` and whose pages lie in `cache`."""
-    return Urls(settings, cache, folder, Warc(settings, by_url=True))
-
-
-def _first_failure(store: PageStore) -> str:
-    failure = next(((url, why) for url, (kind, why) in store.outcomes.items() if kind != "page"), None)
-    return f"; the first address, {failure[0]}: {failure[1]}" if failure else ": no address was given"
+    return Urls(settings, cache, Warc(settings, by_url=True), folder=folder)
 
 
 def _is_list(name: str) -> bool:

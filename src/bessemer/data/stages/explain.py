@@ -29,7 +29,7 @@ from bessemer.data.thresholds import lowest_probabilities, rejection_reasons
 
 RECIPE = "recipe"
 _SOURCE = "explain"
-#: A line with more words than this is compared whole.
+#: Lines with more words than this are compared as a whole, not by words.
 _MOST_WORDS = 2000
 _WORDS = re.compile(r"\s+|\w+|[^\w\s]")
 
@@ -47,7 +47,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Change:
+class TextChange:
     """A span of the text that an edit replaces, from the character `start`, with a few characters of its line around it."""
 
     start: int
@@ -59,11 +59,11 @@ class Change:
 
 @dataclass(frozen=True)
 class EditResult:
-    """What an edit did: its counts, its changes, and the text that it left."""
+    """Result of an edit: its counts, its changes, and the edited text."""
 
     name: str
     counts: Mapping[str, int]
-    changes: Sequence[Change]
+    changes: Sequence[TextChange]
     text: str
 
 
@@ -83,14 +83,12 @@ class Explanation:
 
 
 def explain(text: str, *, url: str | None = None) -> Explanation:
-    """Every edit and score that there is, on this text as it is, and on its address.
-
-    Without an address, the scores that read one have no value.
-    """
+    """Every edit and score that there is, on this text as it is, and on its address. Without an address, the scores that read
+    one have no value."""
     texts = Texts.of([text])
     changed = [_edited(edit(name), texts) for name in EDITS]
     counts = {name: pa.array([count]) for one in changed for name, count in one.counts.items()}
-    scores, reasons = _beside_limits(_scored({"text": text, "url": url}), counts)
+    scores, reasons = _with_limits(_scored({"text": text, "url": url}), counts)
     by_column = {one.column: one for one in scores}
     columns = [column for name in FILTERS for column in scorer(name).columns]
     every = [by_column.get(column) or Score(column, None, column_description(column)) for column in columns]
@@ -99,13 +97,13 @@ def explain(text: str, *, url: str | None = None) -> Explanation:
 
 def explain_address(url: str) -> Explanation:
     """Every score that there is of an address, without the page that it leads to."""
-    return Explanation("", [], *_beside_limits(_scored({"url": url}), {}), None)
+    return Explanation("", [], *_with_limits(_scored({"url": url}), {}), None)
 
 
-def _beside_limits(
+def _with_limits(
     scored: Mapping[str, pa.Array], counts: Mapping[str, pa.Array]
 ) -> tuple[list[Score], dict[str, Sequence[str]]]:
-    """Scores beside the limits of the presets that have one, and by preset the limits that are broken. counts: of edits."""
+    """Scores with the limits of the presets that have one, and by preset the limits that are broken. counts: of edits."""
     columns = {**scored, **counts}
     limits: dict[str, dict[str, Limit]] = {}
     tongue: str = columns["language"][0].as_py() if "language" in columns else ""
@@ -117,7 +115,7 @@ def _beside_limits(
         if name not in COMBINED and (of_preset := preset(name))
     }
     homes = {column: (name, limit) for name, of_preset in limits.items() for column, limit in of_preset.items()}
-    # a limit on what was not scored, or that is not meant for the text's language, is none here
+    # leaves out limits on columns without a score, and those not meant for the text's language
     homes = {column: home for column, home in homes.items() if column in columns and _is_meant(meant_for(column), columns)}
     limits = {
         name: {column: limit for column, limit in of_preset.items() if column in homes} for name, of_preset in limits.items()
@@ -181,12 +179,12 @@ def explain_with(
     return Explanation(rows.column("text")[0].as_py(), edited, scores, {RECIPE: reasons} if reasons else {}, is_kept)
 
 
-def changes(before: str, after: str, *, around: int = 30) -> list[Change]:
+def changes(before: str, after: str, *, around: int = 30) -> list[TextChange]:
     """The replaced spans: lines are compared first, then the words of the lines that differ."""
     replacements = []
     for start, end, new in _replaced(before, after):
         left, right = before[max(start - around, 0) : start], before[end : end + around]
-        replacements.append(Change(start, left.rpartition("\n")[2], before[start:end], new, right.partition("\n")[0]))
+        replacements.append(TextChange(start, left.rpartition("\n")[2], before[start:end], new, right.partition("\n")[0]))
     return replacements
 
 
@@ -224,8 +222,8 @@ def _edited(step: Edit, texts: Texts) -> EditResult:
 def _scored(document: Mapping[str, str | None]) -> dict[str, pa.Array]:
     """The scores of every filter that reads a column of the document, as the stage `clean` gives it that column."""
     texts = {column: Texts.of([value]) for column, value in document.items() if value is not None}
-    asked = [one for name in FILTERS if (one := scorer(name)).reads in texts]
-    return {column: values for one in asked for column, values in one.function(texts[one.reads]).items()}
+    usable = [one for name in FILTERS if (one := scorer(name)).reads in texts]
+    return {column: values for one in usable for column, values in one.function(texts[one.reads]).items()}
 
 
 def _score(column: str, value: Any, where: str, limit: Limit) -> Score:
@@ -242,7 +240,7 @@ def _is_meant(scope: MeantFor, columns: Mapping[str, pa.Array]) -> bool:
 
 
 def _broken(columns: Mapping[str, pa.Array], limits: Mapping[str, Limit], languages: Languages) -> list[str]:
-    """Every rule that a document breaks, in the order in which they are asked; of those on languages the first."""
+    """Every rule that a document breaks, in the order of the rules; of those on languages the first."""
     of_language = rejection_reasons(columns, {}, languages)[0].as_py() if languages else None
     reasons = [of_language] if of_language else []
     for column, limit in limits.items():

@@ -163,14 +163,14 @@ class Literals:
 def _spellings(term: str) -> list[bytes]:
     """How a term looks to the automaton: lower case, words apart by one space, a space at each end that has no star."""
     open_start, open_end = term.startswith("*"), term.endswith("*")
-    found = []
+    spellings = []
     for variant in {term.lower(), term.lower().title(), term.upper()} if not term.isascii() else {term.lower()}:
         words = (_ASCII_GAP.sub(" ", variant) if variant.isascii() else "".join(map(_word_or_gap, variant))).split()
         if not words:
             raise ValueError(f"the term {term!r} has no letter or digit")
         text = ("" if open_start else " ") + " ".join(words) + ("" if open_end else " ")
-        found.append("".join(c.lower() if c.isascii() else c for c in text).encode())
-    return sorted(set(found))
+        spellings.append("".join(c.lower() if c.isascii() else c for c in text).encode())
+    return sorted(set(spellings))
 
 
 def _word_or_gap(character: str) -> str:
