@@ -203,7 +203,7 @@ def test_runs_and_documents_are_an_admins(runs, made, tmp_path):
 
 
 def test_a_server_without_pictures_or_filters_says_what_it_lacks_and_shows_the_rest(url, monkeypatch):
-    for module in ("bessemer.views.report", "bessemer.data.stages.in_memory"):
+    for module in ("bessemer.views.report", "bessemer.data.stages.explain"):
         monkeypatch.setitem(sys.modules, module, None)
     assert get(url, "runs")["runs"] and get(url, "runs/small")["stages"]
     answer = httpx.get(f"{url}/inspect/runs/small/stages/pretrain/section")

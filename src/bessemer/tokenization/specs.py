@@ -24,8 +24,9 @@ from bessemer.core.report import (
     Tokens,
 )
 from bessemer.core.stage import Outside, StageContext, StageSpec, last_of
-from bessemer.data.config import CollectConfig, source_name
+from bessemer.data.config import CollectConfig
 from bessemer.data.corpus.remote import documents_of
+from bessemer.data.sources.registry import source_name
 from bessemer.tokenization.config import TOKENIZE_VERSION, TokenizeConfig
 
 #: Figures of a sample: key in `by_domain` → heading.

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from bessemer.core.config import Config, nearest
 from bessemer.core.stage import Outside, StageContext, StageSpec, last_of
-from bessemer.data.config import CollectConfig, MixedConfig, source_name
+from bessemer.data.config import CollectConfig, MixedConfig
+from bessemer.data.sources.registry import source_name
 from bessemer.model.config import ModelStageConfig
 from bessemer.model.specs import MODEL_PACKAGES
 from bessemer.tokenization.config import TokenizeConfig

@@ -12,14 +12,14 @@ from fastapi import APIRouter, Request
 from bessemer.core.environment import install_advice
 from bessemer.core.errors import ConfigError
 from bessemer.data.corpus.reader import SIDES, history, is_document_id
-from bessemer.data.corpus.search import Found, Query, duplicate_groups, facets, ranked, search, sides_of
+from bessemer.data.corpus.search import Query, SearchResult, duplicate_groups, facets, ranked, search, sides_of
 from bessemer.serving.runtime.served import Served
 from bessemer.tokenization.measure import shown_tokens
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 from bessemer.webapp.access import missing, module_of, named_run, off_the_loop, shown_runs
 
 if TYPE_CHECKING:
-    from bessemer.data.stages.in_memory import Explanation
+    from bessemer.data.stages.explain import Explanation
     from bessemer.pipeline.run_folder import RunFolder
 
 #: Most rows, sources or rules in a response.
@@ -80,7 +80,7 @@ class DataApi:
         query = Query(text, source, split, rule, column, low, high)
         start, limit = max(0, start), max(1, min(limit, _MOST))
 
-        def results() -> Found:
+        def results() -> SearchResult:
             if order:
                 return ranked(folder, query, order, descending=descending, start=start, limit=limit)
             return search(folder, query, start=start, limit=limit)
@@ -174,7 +174,7 @@ class DataApi:
 
 def _explained(run: RunFolder, text: str, url: str | None) -> Explanation:
     # loads compiled filters: not when the server starts
-    from bessemer.data.stages.in_memory import explain, explain_with
+    from bessemer.data.stages.explain import explain, explain_with
     from bessemer.pipeline.recipe_settings import recorded_cleaning
     from bessemer.pipeline.stages import open_language_model
 

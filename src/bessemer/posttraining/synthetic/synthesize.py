@@ -20,7 +20,7 @@ from bessemer.core.chat_client import ChatModel, CutText
 from bessemer.core.errors import ConfigError, SourceError
 from bessemer.core.hashing import derive_seed, hash_value
 from bessemer.core.progress import Progress, Silent
-from bessemer.data.stages.in_memory import refine
+from bessemer.data.stages.refine import refine
 from bessemer.data.thresholds import rule_of
 from bessemer.inference.chat import EngineChat
 from bessemer.inference.engine import Engine
