@@ -19,7 +19,7 @@ from bessemer.training.checkpoint.manager import CHECKPOINTS, checkpoint_weights
 from bessemer.training.job import run_training
 from tests.cases import slow
 
-from .parity import DENSE, SETTINGS, RandomBatches
+from .parity import SETTINGS, TWO_LAYERS, RandomBatches
 
 
 def trained(folder, out, parallel, *, in_half=False, **adapter):
@@ -28,7 +28,7 @@ def trained(folder, out, parallel, *, in_half=False, **adapter):
     half = {"dtype": "bfloat16"} if in_half else {}
     settings = SETTINGS | {"steps": 3, "learning_rate": 1e-2, "parallel": parallel, "adapter": given} | half
     config = TuningConfig.parse(settings)
-    source = RandomBatches(config.batch_size, config.context_length, DENSE["vocab_size"])
+    source = RandomBatches(config.batch_size, config.context_length, TWO_LAYERS["vocab_size"])
 
     def prepare(config, decoder, mesh):
         def of_reference(finished, trainer):
@@ -44,7 +44,7 @@ def trained(folder, out, parallel, *, in_half=False, **adapter):
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     folder = tmp_path_factory.mktemp("start") / "model"
-    save_model(initial_decoder(ModelConfig(**DENSE), seed=3), folder, tokenizer=None)
+    save_model(initial_decoder(ModelConfig(**TWO_LAYERS), seed=3), folder, tokenizer=None)
     return folder
 
 
