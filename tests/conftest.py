@@ -3,6 +3,8 @@
 import gc
 import importlib.util
 import logging
+import os
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache
@@ -95,6 +97,41 @@ def _turn(item: pytest.Item) -> int:
     if item.path.parent.name == "distributed":
         return 1
     return 2 if item.path.parent == _HERE else 3
+
+
+@pytest.fixture(scope="session", autouse=True)
+def installed_packages():
+    """Read the entry points of installed packages once for each path: a run looks for them at every stage, in many files.
+    What a test installs, it puts on the path."""
+    from bessemer.core import registry
+
+    @cache
+    def found(path: tuple[str, ...], group: str) -> Any:
+        return read(group=group)
+
+    with pytest.MonkeyPatch.context() as patch:
+        read = registry.entry_points
+        patch.setattr(registry, "entry_points", lambda group: found(tuple(sys.path), group))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_power_cut():
+    """Wait for no disk: what is flushed there survives a machine without power, which no test is about."""
+    with pytest.MonkeyPatch.context() as patch:
+        # a file that is closed stays an error
+        patch.setattr(os, "fsync", lambda handle: os.fstat(handle) and None)
+        yield
+
+
+@pytest.fixture(scope="session")
+def standard_library():
+    """Look once which files of Python's library the source `python_docs` reads: that goes through all installed packages."""
+    from bessemer.data.sources import python_docs
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(python_docs, "_files", cache(python_docs._files))
+        yield
 
 
 @pytest.fixture

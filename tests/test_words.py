@@ -77,9 +77,10 @@ def names_in(path: Path) -> set[str]:
 @pytest.mark.parametrize("package", IDENTIFIERS)
 def test_a_retired_identifier_stays_out_of_the_code(package):
     retired = {name for name in IDENTIFIERS[package] if (package, name) not in ELSEWHERE}
-    found = {
-        f"{path.relative_to(SOURCE)}: {name}" for path in (SOURCE / package).rglob("*.py") for name in names_in(path) & retired
-    }
+    # few files have one of the words at all
+    words = re.compile(rf"\b(?:{'|'.join(sorted(retired))})\b")
+    files = [path for path in (SOURCE / package).rglob("*.py") if words.search(path.read_text(encoding="utf-8"))]
+    found = {f"{path.relative_to(SOURCE)}: {name}" for path in files for name in names_in(path) & retired}
     assert not found
 
 
@@ -100,11 +101,11 @@ def test_a_retired_setting_stays_out_of_pages_recipes_and_benchmarks():
 
 def test_a_retired_phrase_stays_out_of_code_and_pages():
     pages = [*SOURCE.rglob("*.py"), *(ROOT / "docs").rglob("*.md"), ROOT / "README.md"]
+    retired = re.compile(rf"\b(?:{'|'.join(map(re.escape, PHRASES))})\b")
     found = {
         f"{path.relative_to(ROOT)}: {phrase}"
         for path in pages
-        for phrase in PHRASES
-        if re.search(rf"\b{re.escape(phrase)}\b", " ".join(path.read_text(encoding="utf-8").split()))
+        for phrase in retired.findall(" ".join(path.read_text(encoding="utf-8").split()))
     }
     assert not found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from functools import cache
 
 import jsonschema
 import numpy as np
@@ -36,10 +37,22 @@ NOW = OfferedTool("now", {"type": "object", "properties": {}, "additionalPropert
 FORMATS = {name: plugin.load() for name, plugin in TOOL_FORMATS.items()}
 
 
+@cache
+def compiler_of(tokenizer):
+    """One for all tests: each has a process of its own, in which grammars are tried."""
+    return GrammarCompiler(tokenizer, tokenizer.vocab_size)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compilers_end():
+    yield
+    compiler_of.cache_clear()
+
+
 def written(tool_format, tokenizer, wanted, seed):
     """A text that a model without any knowledge writes under the grammar: every token that is allowed is as likely."""
     generator, params = np.random.default_rng(seed), SamplingParams(ebnf=tool_format.grammar(wanted, tokenizer.control_id))
-    matcher = GrammarCompiler(tokenizer, tokenizer.vocab_size).matcher(params)
+    matcher = compiler_of(tokenizer).matcher(params)
     ids = []
     for _ in range(600):
         allowed = np.flatnonzero(matcher.allowed())
@@ -107,7 +120,7 @@ def test_one_call_at_a_time_where_that_is_asked(name, tokenizer):
 def fits(tokenizer, tool_format, wanted, text):
     """Whether a model may write a text, and end behind it. Tags are their tokens where they are control tokens."""
     params = SamplingParams(ebnf=tool_format.grammar(wanted, tokenizer.control_id))
-    matcher = GrammarCompiler(tokenizer, tokenizer.vocab_size).matcher(params)
+    matcher = compiler_of(tokenizer).matcher(params)
     tags = [tag for tag in tool_format.tags(with_calls=True) if tokenizer.control_id(tag) is not None]
     ids = []
     for piece in re.split("(" + "|".join(map(re.escape, tags)) + ")", text) if tags else [text]:

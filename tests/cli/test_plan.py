@@ -18,6 +18,8 @@ from bessemer.scaling.planner import configured_plan
 from tests.cli.test_main import bessemer, one_error
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer
 
+pytestmark = pytest.mark.usefixtures("standard_library")
+
 #: Of each shipped recipe the number of its cards and their kind; those of `planning.RECIPES` are for GPUs.
 CARDS = dict.fromkeys(shipped_recipes(), (1, "cpu")) | {
     name: (gpus, card) for name, (gpus, card, _) in planning.RECIPES.items()

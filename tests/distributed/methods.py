@@ -26,9 +26,9 @@ from bessemer.training.objectives import POLICY, Count, Metric, NextTokenObjecti
 from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.runtime import Runtime
 
-from .parity import DENSE, SETTINGS, RandomBatches
+from .parity import SETTINGS, TWO_LAYERS, RandomBatches
 
-MODEL = DENSE | {"num_hidden_layers": 4}  # as many as two ranks with two stages each need
+MODEL = TWO_LAYERS
 
 
 def log_probs_of(model, batch):
@@ -250,14 +250,14 @@ def gathered(parallel):
     return found.keys() == made.keys() and all(torch.equal(found[name], weight) for name, weight in made.items())
 
 
-def run(out, method, parallel=None, stop_after=None, **changes):
+def run(out, method, parallel=None, stop_after=None, layers=2, **changes):
     """Train in a folder by a method, in float64; gives the losses, norms and figures that were logged, by step."""
     settings = {"steps": 3, "micro_batch_size": 2, "checkpoint_minutes": 1e9, "diagnostics_every": 0}
     config = PretrainConfig(**(SETTINGS | settings | changes | {"parallel": parallel or {}}))
     mesh = ALONE if parallel is None else Mesh.here(ParallelConfig(**parallel), "cpu")
     objective, source, beside, frozen = (METHODS | PREFERENCES)[method]
     seeds = {POLICY: 3, "critic": 4, "teacher": 5, "reference": 6}
-    shape = MODEL | {"num_scores": 1 if method == "reward" else 0}
+    shape = MODEL | {"num_hidden_layers": layers, "num_scores": 1 if method == "reward" else 0}
     decoders = {role: initial_decoder(ModelConfig(**shape), seed=seed).double() for role, seed in seeds.items()}
     batches = source(
         config.batch_size, config.context_length, MODEL["vocab_size"], packed=issubclass(source, (PackedBatches, RewardPairs))

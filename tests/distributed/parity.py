@@ -29,6 +29,7 @@ DENSE = {
     "max_position_embeddings": 64,
     "tie_word_embeddings": False,
 }
+TWO_LAYERS = DENSE | {"num_hidden_layers": 2}
 SETTINGS = {
     "batch_size": 8,
     "context_length": 16,
@@ -41,6 +42,11 @@ SETTINGS = {
     "learning_rate": 0.01,
     "gradient_clip": 0.5,
 }
+
+
+def shallowest(parallel):
+    """The model with a layer for each stage of a layout: two, or four where each of two ranks has two stages."""
+    return DENSE if "pipeline_schedule" in parallel else TWO_LAYERS
 
 
 @dataclass

@@ -18,7 +18,7 @@ from bessemer.training.job import RunContext, TrainingHooks, TrainingJob
 from bessemer.training.starting_model import StartingModel
 from tests.cases import slow
 
-from .parity import DENSE, SETTINGS, RandomBatches
+from .parity import SETTINGS, TWO_LAYERS, RandomBatches
 
 
 def trained(folder, out, parallel, *, in_half=False, **adapter):
@@ -27,7 +27,7 @@ def trained(folder, out, parallel, *, in_half=False, **adapter):
     half = {"dtype": "bfloat16"} if in_half else {}
     settings = SETTINGS | {"steps": 3, "learning_rate": 1e-2, "parallel": parallel, "adapter": given} | half
     config = TuningConfig.parse(settings)
-    source = RandomBatches(config.batch_size, config.context_length, DENSE["vocab_size"])
+    source = RandomBatches(config.batch_size, config.context_length, TWO_LAYERS["vocab_size"])
 
     job = TrainingJob.open(config, folder, RunContext(out, seed=1, device="cpu"), description="train")
 
@@ -41,7 +41,7 @@ def trained(folder, out, parallel, *, in_half=False, **adapter):
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     folder = tmp_path_factory.mktemp("start") / "model"
-    save_model(initial_decoder(ModelConfig(**DENSE), seed=3), folder, tokenizer=None)
+    save_model(initial_decoder(ModelConfig(**TWO_LAYERS), seed=3), folder, tokenizer=None)
     return folder
 
 

@@ -5,7 +5,7 @@ import torch
 
 from tests.cases import slow_but
 
-from .parity import DENSE, assert_equal, trained
+from .parity import assert_equal, shallowest, trained
 from .pool import pool_of
 
 EXACT = 1e-9
@@ -35,7 +35,8 @@ eight = pool_of(8, "module")
 
 @pytest.mark.parametrize("parallel", slow_but([{"context": 2, "tensor": 2}], AXES[-3:]), ids=str)
 def test_two_axes_are_one_process(four, alone, parallel):
-    assert_equal(four.run(trained, parallel=parallel)[0], alone(), EXACT)
+    model = shallowest(parallel)
+    assert_equal(four.run(trained, parallel=parallel, model=model)[0], alone(model=model), EXACT)
 
 
 @pytest.mark.slow
@@ -46,5 +47,5 @@ def test_three_axes_are_one_process(eight, alone, parallel):
 
 @pytest.mark.parametrize("parallel", slow_but([{"data_shard": 2, "pipeline": 2}], AXES), ids=str)
 def test_in_single_precision_too(four, alone, parallel):
-    model = DENSE | {"tie_word_embeddings": True}
+    model = shallowest(parallel) | {"tie_word_embeddings": True}
     assert_equal(four.run(trained, parallel=parallel, model=model, **SINGLE)[0], alone(model=model, **SINGLE), 1e-5)

@@ -19,7 +19,7 @@ from bessemer.training.objectives import next_token_loss
 from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.runtime import Runtime
 from bessemer.training.trainer import Trainer
-from tests.cases import slow, slow_but
+from tests.cases import slow_but
 
 from .parity import DENSE, SETTINGS, RandomBatches, assert_equal, trained
 
@@ -35,6 +35,7 @@ WINDOWED = DENSE | {
     "rope_local_base_freq": 500.0,
 }
 SPARSE = DENSE | {
+    "num_hidden_layers": 3,
     "num_experts": 4,
     "moe_intermediate_size": 16,
     "router_aux_loss_coef": 0.1,
@@ -80,15 +81,16 @@ def test_two_ranks_are_one(two, alone, name, method):
     assert_equal(two.run(trained, parallel=parallel, **options)[0], alone(**options), EXACT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sizes, method",
     [
         ({"context": 4}, "ring"),
         ({"context": 2, "data_shard": 2}, "all_gather"),
-        slow({"context": 4}, "all_gather"),
-        slow({"context": 2, "data_shard": 2}, "ring"),
-        slow({"context": 2, "data_replicate": 2}, "all_gather"),
-        slow({"context": 2, "data_replicate": 2}, "ring"),
+        ({"context": 4}, "all_gather"),
+        ({"context": 2, "data_shard": 2}, "ring"),
+        ({"context": 2, "data_replicate": 2}, "all_gather"),
+        ({"context": 2, "data_replicate": 2}, "ring"),
     ],
     ids=str,
 )

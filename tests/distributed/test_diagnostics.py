@@ -78,6 +78,7 @@ def test_ranks_that_share_matrices_or_rows_see_whole_ones(two, alone, axis):
     assert_same(two.run(diagnosed, parallel={axis: 2}, micro_batch_size=3), alone)
 
 
-@pytest.mark.parametrize("parallel", [{"tensor": 2, "pipeline": 2}, slow({"data_replicate": 2, "data_shard": 2})], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", [{"tensor": 2, "pipeline": 2}, {"data_replicate": 2, "data_shard": 2}], ids=str)
 def test_four_ranks_see_what_one_sees(four, alone, parallel):
     assert_same(four.run(diagnosed, parallel=parallel), alone)

@@ -11,11 +11,11 @@ from bessemer.model.config import ModelConfig
 from bessemer.model.layers.feed_forward import ExpertWeights, one_by_one
 from tests.cases import slow
 
-from .parity import DENSE, assert_equal, trained
+from .parity import TWO_LAYERS, assert_equal, trained
 from .test_resume import assert_same_end, run
 
 EXACT = 1e-9
-SPARSE = DENSE | {
+SPARSE = TWO_LAYERS | {
     "num_experts": 4,
     "moe_intermediate_size": 12,
     "router_aux_loss_coef": 0.1,
@@ -24,7 +24,7 @@ SPARSE = DENSE | {
     "router_bias_update_rate": 0.02,
     "first_k_dense_replace": 1,
 }
-GPT_OSS = DENSE | {
+GPT_OSS = TWO_LAYERS | {
     "num_experts": 4,
     "moe_intermediate_size": 12,
     "expert_bias": True,
@@ -118,7 +118,7 @@ def test_every_visit_is_made_and_comes_back(two, choices):
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_fewer_ranks_that_share_experts(two, four, tmp_path):
-    options = {"model": SPARSE | {"num_hidden_layers": 2}, "ema": 0.9}
+    options = {"model": SPARSE, "ema": 0.9}
     expected = run(tmp_path / "whole", **options)
     out = tmp_path / "moved"
     assert four.run(run, out=out, parallel={"expert": 2}, stop_after=1, **options)[0] == "stopped"

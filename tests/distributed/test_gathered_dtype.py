@@ -17,7 +17,7 @@ from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.runtime import Runtime
 from tests.cases import slow
 
-from .parity import DENSE, SETTINGS, RandomBatches, trained
+from .parity import SETTINGS, TWO_LAYERS, RandomBatches, trained
 from .test_expert import GPT_OSS, SPARSE
 from .test_tensor import CASES
 
@@ -86,9 +86,9 @@ def logged(out, dtype, parallel):
     changes = {"parallel": parallel, "diagnostics_every": 1, "ema": 0.9, "checkpoint_minutes": 1e9}
     config = PretrainConfig(**SETTINGS | BFLOAT16 | changes)
     mesh = Mesh.here(config.parallel, "cpu")
-    decoder = initial_decoder(ModelConfig(**DENSE), seed=3)
-    batches = RandomBatches(config.batch_size, config.context_length, DENSE["vocab_size"])
-    tokens_BT = torch.arange(8 * 16).reshape(8, 16) % DENSE["vocab_size"]
+    decoder = initial_decoder(ModelConfig(**TWO_LAYERS), seed=3)
+    batches = RandomBatches(config.batch_size, config.context_length, TWO_LAYERS["vocab_size"])
+    tokens_BT = torch.arange(8 * 16).reshape(8, 16) % TWO_LAYERS["vocab_size"]
 
     def score(finished, trainer):
         with trainer.averaged(), trainer.models.prepared(POLICY):

@@ -11,6 +11,7 @@ from bessemer.training.checkpoint.manager import CHECKPOINTS, checkpoint_weights
 from tests.cases import in_turn, slow, slow_but
 
 from .methods import METHODS, PREFERENCES, gathered, run
+from .parity import shallowest
 from .pool import Pool
 
 EXACT = 1e-9
@@ -34,11 +35,11 @@ def whole(tmp_path_factory):
     """Runs on one process, each made once: what was logged, and the folder."""
     made = {}
 
-    def whole(method):
-        if method not in made:
+    def whole(method, layers=2):
+        if (method, layers) not in made:
             folder = tmp_path_factory.mktemp(method)
-            made[method] = run(folder, method, micro_batch_size=None), folder
-        return made[method]
+            made[method, layers] = run(folder, method, layers=layers, micro_batch_size=None), folder
+        return made[method, layers]
 
     return whole
 
@@ -99,8 +100,9 @@ def test_preferences_of_four_ranks_are_those_of_one(four, whole, tmp_path, metho
 
 @pytest.mark.parametrize(("method", "parallel"), slow_but([("pairs", FOUR[0])], product(METHODS, FOUR)), ids=str)
 def test_four_ranks_are_one(four, whole, tmp_path, method, parallel):
-    records = four.run(run, out=tmp_path, method=method, parallel=parallel)[0]
-    assert_same(method, records, tmp_path, whole(method))
+    layers = shallowest(parallel)["num_hidden_layers"]
+    records = four.run(run, out=tmp_path, method=method, parallel=parallel, layers=layers)[0]
+    assert_same(method, records, tmp_path, whole(method, layers))
 
 
 @pytest.mark.parametrize("method", ["pairs", *map(slow, ("self-made", "critic", "packed", "teacher"))])

@@ -4,7 +4,7 @@ import pytest
 
 from tests.cases import slow
 
-from .parity import DENSE, assert_equal, trained
+from .parity import TWO_LAYERS, assert_equal, trained
 
 EXACT = 1e-9
 
@@ -22,16 +22,17 @@ EXACT = 1e-9
     ids=str,
 )
 def test_two_ranks_are_one(two, alone, parallel, settings):
-    assert_equal(two.run(trained, parallel=parallel, settings=settings)[0], alone(settings=settings), EXACT)
+    options = {"model": TWO_LAYERS, "settings": settings}
+    assert_equal(two.run(trained, parallel=parallel, **options)[0], alone(**options), EXACT)
 
 
 @pytest.mark.parametrize(
     "parallel", [{"data_replicate": 2, "data_shard": 2}, slow({"data_replicate": 4}), slow({"data_shard": 4})], ids=str
 )
 def test_four_ranks_are_one(four, alone, parallel):
-    assert_equal(four.run(trained, parallel=parallel)[0], alone(), EXACT)
+    assert_equal(four.run(trained, parallel=parallel, model=TWO_LAYERS)[0], alone(model=TWO_LAYERS), EXACT)
 
 
 def test_tied_embeddings_are_one_parameter(two, alone):
-    model = DENSE | {"tie_word_embeddings": True}
+    model = TWO_LAYERS | {"tie_word_embeddings": True}
     assert_equal(two.run(trained, parallel={}, model=model)[0], alone(model=model), EXACT)

@@ -20,11 +20,10 @@ from bessemer.training.trainer import Trainer
 from tests.cases import slow, slow_but
 
 from ..training.test_head import Largest, chunks_of, made, made_pair, weighed
-from .parity import DENSE, SETTINGS, RandomBatches, assert_equal, trained
+from .parity import DENSE, SETTINGS, TWO_LAYERS, RandomBatches, assert_equal, trained
 from .test_resume import run
 
 EXACT = 1e-9
-TWO_LAYERS = DENSE | {"num_hidden_layers": 2}
 EXPERTS = TWO_LAYERS | {
     "num_experts": 4,
     "num_experts_per_tok": 2,
@@ -116,7 +115,7 @@ def test_of_packed_documents_too(two, alone, name):
 @pytest.mark.parametrize(
     "parallel, model",
     [
-        ({"tensor": 2, "data_shard": 2}, DENSE),
+        ({"tensor": 2, "data_shard": 2}, TWO_LAYERS),
         slow({"tensor": 2, "data_replicate": 2}, EXPERTS),
         slow({"tensor": 2, "data_shard": 2}, ODD),
         slow({"tensor": 2, "context": 2}, DENSE),
@@ -132,7 +131,7 @@ def test_four_ranks_are_one(four, alone, parallel, model):
 @pytest.mark.parametrize(
     "schedule, model",
     [
-        ("1f1b", DENSE | {"tie_word_embeddings": True, "num_nextn_predict_layers": 1}),
+        ("1f1b", TWO_LAYERS | {"tie_word_embeddings": True, "num_nextn_predict_layers": 1}),
         slow("zero_bubble", EXPERTS | {"num_hidden_layers": 4, "router_aux_loss_coef": 0.1}),
         slow("zbv", DENSE),
     ],

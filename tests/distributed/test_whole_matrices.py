@@ -9,9 +9,8 @@ from torch.distributed.tensor import distribute_tensor
 
 from bessemer.training.optim import muon
 from bessemer.training.optim.registry import newton_schulz_flops
-from tests.cases import slow
 
-from .parity import DENSE, assert_equal, trained
+from .parity import TWO_LAYERS, assert_equal, trained
 from .test_optimizers import PLACEMENTS, random
 
 EXACT = 1e-9
@@ -77,17 +76,18 @@ def test_shared_products_give_the_same_bits_in_every_run_and_on_every_rank(four)
         assert all(map(torch.equal, first, weights))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "parallel",
     [
         {"tensor": 2},
-        slow({"data_replicate": 2}),
-        slow({"data_shard": 4}),
-        slow({"pipeline": 2}),
-        slow({"pipeline": 2, "data_replicate": 2}),
+        {"data_replicate": 2},
+        {"data_shard": 4},
+        {"pipeline": 2},
+        {"pipeline": 2, "data_replicate": 2},
     ],
     ids=str,
 )
 def test_a_run_with_muon_is_that_of_one_process(four, alone, parallel):
-    options = {"settings": {"optimizer": "muon"}, "model": DENSE | {"intermediate_size": 66}}
+    options = {"settings": {"optimizer": "muon"}, "model": TWO_LAYERS | {"intermediate_size": 66}}
     assert_equal(four.run(trained, parallel=parallel, **options)[0], alone(**options), EXACT)

@@ -17,6 +17,8 @@ from bessemer.tokenization.bpe import byte_level_bpe
 from bessemer.tokenization.folder import write_folder
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer
 
+pytestmark = pytest.mark.usefixtures("standard_library")
+
 
 def message(name, overrides=(), **options) -> str:
     with pytest.raises(ConfigError) as caught:

@@ -106,7 +106,7 @@ def test_a_killed_run_goes_on_bit_for_bit(model_folder, data, tmp_path):
     assert not (whole / "model").exists()
 
 
-@pytest.mark.parametrize("quantize", [None, "int4"])
+@pytest.mark.parametrize("quantize", [slow(None), "int4"])
 def test_validations_show_the_model_in_training_and_no_copy_of_it(model_folder, data, tmp_path, quantize):
     tokenizer, progress, shown = load_tokenizer(model_folder), RecordedProgress(), []
     asked = [Conversation.of([said("user", "Say 7."), said("assistant", "7 it is.")], "a.jsonl")]

@@ -33,8 +33,8 @@ deduplicate: [exact]
 select: {keep: gopher_quality, thresholds: {gopher_words: {min: 30}}}
 tokenize: {vocab_size: 320}
 model: {preset: qwen3-1m, num_hidden_layers: 2, hidden_size: 64, intermediate_size: 128, max_position_embeddings: 256}
-pretrain: {steps: 30, batch_size: 4, context_length: 64, compile: false, evaluate_every: 8, evaluate_tokens: 1024,
-  checkpoint_minutes: 0.000001, checkpoint_every: 12, sample_prompts: [The]}
+pretrain: {steps: 30, batch_size: 4, context_length: 64, dtype: float32, compile: false, threads: 1,
+  evaluate_every: 8, evaluate_tokens: 1024, checkpoint_minutes: 0.000001, checkpoint_every: 12, sample_prompts: [The]}
 """
 SENTENCE = "The furnace of the steel works has to be heated with care and the masters know of {n} ways to tell that it is hot. "
 
