@@ -16,7 +16,7 @@ needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="no shared data")
 
 CODE = """
 from bessemer.core.registry import Plugin
-from bessemer.tasks.questions import LikelihoodQuestion, LikelihoodTask, Outcome, Part
+from bessemer.tasks.questions import LikelihoodQuestion, LikelihoodTask, Outcome, ContinuationRequest
 
 
 class Count(LikelihoodTask):
@@ -26,7 +26,7 @@ class Count(LikelihoodTask):
         self.last = options.limit or 5
 
     def questions(self):
-        return [LikelihoodQuestion(n, "count", (Part("1 2 3 4 5"[: 2 * n + 2], (str(n + 2),)),)) for n in range(self.last)]
+        return [LikelihoodQuestion(n, "count", (ContinuationRequest("1 2 3 4 5"[: 2 * n + 2], (str(n + 2),)),)) for n in range(self.last)]
 
     def headline(self, form):
         return "accuracy"
