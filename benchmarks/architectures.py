@@ -41,9 +41,9 @@ from bessemer.model.device import is_fast
 from bessemer.model.initialisation import initial_decoder
 from bessemer.tokenization.shards import TokenShards
 from bessemer.training.data.batches import IGNORE_INDEX, Batch, TokenBatches
-from bessemer.training.job import train
+from bessemer.training.loop import train
 from bessemer.training.objectives import linear_cross_entropy, next_token_loss
-from bessemer.training.optim.lr_schedule import evenly_spaced, learning_rate_factor
+from bessemer.training.optim.lr_schedule import evenly_spaced
 from bessemer.training.optim.optimizers import build_optimizers, scale_learning_rates, step_optimizers
 from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.runtime import Runtime
@@ -148,7 +148,7 @@ class Lstm(nn.Module):
         return self.proj(states_BTH)
 
     def flops_per_token(self) -> int:
-        """Six a weight that multiplies, as `costs.flops_per_token` counts."""
+        """Six a weight that multiplies, as `ModelConfig.flops_per_token` counts."""
         return 6 * sum(parameter.numel() for parameter in self.parameters() if parameter.ndim > 1)
 
     def optimizer(self, config: PretrainConfig) -> AdamW:
@@ -307,7 +307,7 @@ class Bench:
             model = make_lstm(self.train.vocab_size, arm.seed)
             optimizers = [model.optimizer(config)]
             for step in range(config.steps):
-                scale_learning_rates(optimizers, learning_rate_factor(config, step))
+                scale_learning_rates(optimizers, config.learning_rates.factor(step))
                 lstm_step(model, batches.batch(step), optimizers, runtime, config)
                 if step + 1 in validated:
                     with torch.no_grad(), runtime.autocast():

@@ -55,8 +55,8 @@ def _our_verdicts(texts: Any) -> dict[str, list[str | None]]:
     """Of each filter, why it drops each text."""
     from bessemer.data.edits.line_removal import c4_lines
     from bessemer.data.edits.registry import C4Lines
-    from bessemer.data.filters.heuristics import c4, fineweb, gopher_quality, gopher_repetition
     from bessemer.data.filters.registry import preset
+    from bessemer.data.filters.rules import c4, fineweb, gopher_quality, gopher_repetition
     from bessemer.data.plugins import Languages
     from bessemer.data.text.texts import Texts
     from bessemer.data.thresholds import rejection_reasons
@@ -74,8 +74,8 @@ def our_rules(path: str) -> dict[str, list[bool]]:
     """Of each rule, whether it keeps each text."""
     from bessemer.data.edits.line_removal import c4_lines, c4_terminal_lines
     from bessemer.data.edits.registry import C4Lines
-    from bessemer.data.filters.heuristics import c4, fineweb, gopher_quality, gopher_repetition
     from bessemer.data.filters.registry import preset
+    from bessemer.data.filters.rules import c4, fineweb, gopher_quality, gopher_repetition
     from bessemer.data.text.texts import Texts
 
     texts = Texts.of(read_texts(path))

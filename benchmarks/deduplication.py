@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -306,7 +307,7 @@ def generate(folder: Path, documents: int, words: int) -> float:
     letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
     vocabulary = np.array(["".join(rng.choice(letters, size)) for size in rng.integers(2, 11, 50_000)], dtype=object)
     size = 0
-    with DocumentWriter(folder, SCHEMA) as writer:
+    with closing(DocumentWriter(folder, SCHEMA)) as writer:
         for start in range(0, documents, 4096):
             rows = min(4096, documents - start)
             texts: list[str] = []

@@ -43,9 +43,9 @@ import numpy as np
 
 import recording
 from bessemer.data.extraction.extract import extract, main_text, to_utf8
-from bessemer.data.extraction.model import Model, to_json
+from bessemer.data.extraction.model import Model
 from bessemer.data.extraction.parsing import parse
-from bessemer.data.extraction.training import MarkedPage, agreed, by_phrases, by_text, fit, with_open_captions
+from extraction_training import MarkedPage, agreed, by_phrases, by_text, fit, to_json, with_open_captions
 from rounds import summary
 
 #: Source that the result depends on: later commits to it make the result stale (`tables.py`).

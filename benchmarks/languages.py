@@ -40,7 +40,7 @@ import recording
 from bessemer.core.errors import SourceError
 from bessemer.core.hashing import hash_bytes
 from bessemer.data.filters import registry as presets
-from bessemer.data.stages.in_memory import refine
+from bessemer.data.stages.refine import refine
 
 #: Source that the result depends on: later commits to it make the result stale (`tables.py`).
 MEASURES = (

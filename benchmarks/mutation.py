@@ -61,7 +61,7 @@ FILES = (
         "model/costs.py",
     ),
     *("model/quantisation/integers.py", "model/adapters/__init__.py", "model/layers/delta_net.py"),
-    *("training/job.py", "training/trainer.py", "training/chunked_head.py", "training/data/packing.py"),
+    *("training/loop.py", "training/trainer.py", "training/chunked_head.py", "training/data/packing.py"),
     *("training/data/batches.py", "training/optim/muon.py", "training/checkpoint/manager.py", "training/objectives.py"),
     *("posttraining/data/packing.py", "posttraining/data/encoding.py", "posttraining/data/splitting.py"),
     *("inference/scheduling/scheduler.py", "inference/scheduling/block_tables.py"),

@@ -38,7 +38,7 @@ from bessemer.model.decoder import Decoder
 from bessemer.model.initialisation import initial_decoder
 from bessemer.tokenization.shards import TokenShards
 from bessemer.training.data.batches import TokenBatches
-from bessemer.training.job import DivergenceError, train
+from bessemer.training.loop import DivergenceError, train
 from bessemer.training.optim.weight_averaging import MovingAverage, mean_weights
 from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.runtime import Runtime

@@ -121,7 +121,7 @@ def batch_of(model: Decoder, rows: list[tuple[int, int, int]]) -> Batch:
     has_states = "linear_attention" in model.config.types
     batch = Batch.empty(groups)
     for answer, start, end in rows:
-        batch.append(
+        batch.append_tokens(
             [(7 * position + answer) % model.config.vocab_size for position in range(start, end)],
             start,
             [list(range(answer * blocks, (answer + 1) * blocks)) for _ in range(groups)],

@@ -16,7 +16,7 @@ import recording
 from bessemer.core.metrics import duration, short_count, size
 from bessemer.pipeline.planning import training_plan
 from bessemer.scaling.hardware import find_card
-from bessemer.scaling.job import TrainingJob
+from bessemer.scaling.job import PlannedJob
 from bessemer.scaling.planner import Plan, configured_plan, describe
 from bessemer.scaling.published import RUNS, compared
 
@@ -37,7 +37,7 @@ def predicted(recipe: str, gpus: int, card: str) -> tuple[Plan, int]:
     """The plan of a recipe's own layout on its cards, and its number of tokens."""
     asked = training_plan(recipe)
     assert asked.tokens is not None
-    return configured_plan(TrainingJob(asked.model, asked.settings, find_card(card)), gpus), asked.tokens
+    return configured_plan(PlannedJob(asked.model, asked.settings, find_card(card)), gpus), asked.tokens
 
 
 def time_of(days: float) -> str:

@@ -168,18 +168,19 @@ class Ours:
         from bessemer.posttraining.data.packing import pack_conversations
         from bessemer.posttraining.sft.config import SFTConfig
         from bessemer.tokenization.tokenizer import load_tokenizer
-        from bessemer.training.model_roles import Trainee
-        from bessemer.training.model_setup import PreparedModel, starting_model
+        from bessemer.training.model_roles import ModelRoles
+        from bessemer.training.model_setup import PreparedModel
         from bessemer.training.objectives import POLICY
         from bessemer.training.runtime import Runtime
+        from bessemer.training.starting_model import StartingModel
 
         config = SFTConfig(**self._sft_settings(), compile=False)
         runtime = Runtime.of(config, torch.device("cpu"))
-        model = starting_model(self._subject.model, config, "cpu", SEED)
+        model = StartingModel.of(self._subject.model, config, SEED).whole("cpu")
         conversations = read_conversations(self._subject.folder / "examples.jsonl")[:COMPARED]
         batch = pack_conversations(conversations, load_tokenizer(self._subject.model), CONTEXT).batch
         with torch.no_grad(), runtime.running():
-            log_probs_BT = Trainee({POLICY: PreparedModel(model, None)}, runtime).log_probs(batch, POLICY)
+            log_probs_BT = ModelRoles({POLICY: PreparedModel(model, None)}, runtime).log_probs(batch, POLICY)
         assert batch.document_ids_BT is not None
         found = []
         for row, documents in enumerate(batch.document_ids_BT):

@@ -34,7 +34,7 @@ import httpx
 
 import inference
 import recording
-from bessemer.serving.bench import LoadConfig, Measured, bench
+from bessemer.serving.bench import LoadConfig, LoadResult, bench
 
 #: Source that the result depends on: later commits to it make the result stale (`tables.py`).
 MEASURES = ("src/bessemer/serving", "src/bessemer/inference", "src/bessemer/model")
@@ -70,7 +70,7 @@ class Server(NamedTuple):
     url: str
     says: dict[str, dict[str, Any]]
 
-    def load(self, prompts: Path, clients: int, count: int, sampling: str, requests: int = REQUESTS) -> Measured:
+    def load(self, prompts: Path, clients: int, count: int, sampling: str, requests: int = REQUESTS) -> LoadResult:
         """The load of a round: every client asks for answers of `count` tokens."""
         config = LoadConfig(
             concurrency=clients,
@@ -194,7 +194,7 @@ def compare(clients: int, model: Path, peer: PeerProgram, arguments: argparse.Na
         for sampling in SAMPLING:
             for server in servers:
                 server.load(prompts, clients, TRIAL_ANSWER, sampling, 1)  # warms
-            rounds: list[list[Measured]] = [[], []]
+            rounds: list[list[LoadResult]] = [[], []]
             for number in range(arguments.rounds):
                 wait()
                 for side in (0, 1) if number % 2 == 0 else (1, 0):
@@ -208,7 +208,7 @@ def compare(clients: int, model: Path, peer: PeerProgram, arguments: argparse.Na
     return found
 
 
-def summarised(rounds: list[list[Measured]]) -> dict[str, Any]:
+def summarised(rounds: list[list[LoadResult]]) -> dict[str, Any]:
     """Rates and times to the first token of both sides, and the ratio of the rates in each round."""
     rates = [[one.figures["output_throughput"] for one in side] for side in rounds]
     sides = [inference.measured(found) for found in rates]

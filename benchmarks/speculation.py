@@ -36,8 +36,9 @@ from typing import Any, NamedTuple
 import torch
 
 import recording
+from bessemer.inference.build import new_strategy
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
-from bessemer.inference.execution.steps import SpeculativeDecoder
+from bessemer.inference.execution.steps.speculative import SpeculativeSteps
 from bessemer.model.formats import packaged_smollm2
 from bessemer.model.formats.gguf_import import import_gguf
 from bessemer.model.quantisation.config import QuantizeConfig
@@ -150,14 +151,14 @@ class Pair(NamedTuple):
 
 def pair(
     engine: Engine,
-    speculation: SpeculativeDecoder,
+    speculation: SpeculativeSteps,
     prompts: list[list[int]],
     streams: int,
     round: int,
     params: SamplingParams,
 ) -> Pair:
     """Pair number `round`: so many prompts at once, each part both ways in turn. The texts must be the same."""
-    ways = {"without": None, "guessing": speculation}
+    ways = {"without": new_strategy(engine.core.runner, None), "guessing": speculation}
     spent = {way: Spent(0.0, 0.0) for way in ways}
     tokens = 0
     for first in range(0, len(prompts), streams):
@@ -165,7 +166,7 @@ def pair(
         each = [params.with_changes(seed=len(prompts) * round + first + place) for place in range(len(part))]
         made = {}
         for way in sorted(ways, reverse=(round + first // streams) % 2 == 1):
-            engine.core.speculation = ways[way]
+            engine.core.strategy = ways[way]
             took, made[way] = answer(engine, part, each)
             spent[way] += took
         assert made["guessing"] == made["without"], "guesses have changed a text"
@@ -189,8 +190,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         model = quantised(arguments.work or Path(work), arguments.scheme)
         engine = Engine(model, config=EngineConfig(kv_memory=1, threads=arguments.threads, speculation={"method": "ngram"}))
-    speculation, template = engine.core.speculation, engine.tokenizer.apply_chat_template
-    assert speculation is not None
+    speculation, template = engine.core.strategy, engine.tokenizer.apply_chat_template
+    assert isinstance(speculation, SpeculativeSteps)
     sets = {
         name: [list(template([{"role": "user", "content": text}], add_generation_prompt=True)) for text in texts]
         for name, texts in prompt_sets().items()
@@ -204,9 +205,10 @@ def main() -> None:
                 params = SamplingParams(temperature=temperature, max_tokens=arguments.tokens)
                 # so that prompts are read, and speeds known
                 pair(engine, speculation, prompts, streams, arguments.pairs, params)
-                before = speculation.proposed, speculation.accepted
+                counts = speculation.counts
+                before = counts.proposed, counts.accepted
                 pairs = [pair(engine, speculation, prompts, streams, round, params) for round in range(arguments.pairs)]
-                guessed, right = speculation.proposed - before[0], speculation.accepted - before[1]
+                guessed, right = counts.proposed - before[0], counts.accepted - before[1]
                 wall = interval([each.without.wall / each.guessing.wall for each in pairs])
                 processor = interval([each.without.processor / each.guessing.processor for each in pairs])
                 speed = statistics.median(each.tokens / each.without.wall for each in pairs)

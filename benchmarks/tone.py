@@ -53,11 +53,11 @@ from bessemer.posttraining.data.packing import (  # noqa: E402
 )
 from bessemer.posttraining.data.splitting import opening, split_examples  # noqa: E402
 from bessemer.posttraining.preference.config import PreferenceConfig  # noqa: E402
-from bessemer.posttraining.preference.objective import target_log_probs  # noqa: E402
 from bessemer.posttraining.preference.stage import preference  # noqa: E402
 from bessemer.posttraining.rewards.config import RewardConfig  # noqa: E402
 from bessemer.posttraining.rewards.stage import reward  # noqa: E402
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
+from bessemer.training.head import target_log_probs  # noqa: E402
 from bessemer.training.objectives import token_losses  # noqa: E402
 from evaluation_agreement import WORK  # noqa: E402
 from evaluation_tasks import float32_folder  # noqa: E402
@@ -156,7 +156,8 @@ def implicit_accuracy(policy: Path, reference: Path, pairs: Sequence[Pair]) -> f
         model = load_model(folder).eval()
         for row in range(packed.rows):
             batch = packed.batch.rows(slice(row, row + 1))
-            rewards_BS[row] += sign * batch.sequence_sums(target_log_probs(model, batch))[0]
+            log_probs_BT, _ = target_log_probs(model, model.hidden(**batch.inputs), batch.targets_BT)
+            rewards_BS[row] += sign * batch.sequence_sums(log_probs_BT)[0]
     is_pair_BP = packed.batch.per_sequence["pair_weight"][:, 0::2] > 0
     return _share((rewards_BS[:, 0::2] - rewards_BS[:, 1::2])[is_pair_BP].tolist())
 

@@ -28,7 +28,7 @@ from bessemer.model.device import is_fast
 from bessemer.model.initialisation import initial_decoder
 from bessemer.tokenization.shards import TokenShards
 from bessemer.training.data.batches import TokenBatches
-from bessemer.training.job import DivergenceError, train
+from bessemer.training.loop import DivergenceError, train
 from bessemer.training.monitoring.coordinate_check import coordinate_check, growth, widened
 from bessemer.training.optim.mup import scale_initial_weights, width_ratio
 from bessemer.training.pretrain_config import PretrainConfig

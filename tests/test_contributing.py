@@ -22,6 +22,8 @@ RECIPES = {
         "tests/model/test_families.py::test_every_family_is_tested",
         "tests/model/test_gguf.py::test_every_family_is_tested_or_refused_by_name",
     ],
+    "Add an attention variant": ["tests/model/test_retention.py"],
+    "Add an optimizer": ["tests/training/test_signum.py", "tests/training/test_optimizers.py"],
     "Add a filter": ["tests/data/test_shouting.py"],
     "Add a source": ["tests/data/sources/test_todo.py"],
     "Add a loss of preferences": ["tests/posttraining/test_exo_margin.py"],

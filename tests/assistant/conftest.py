@@ -1,8 +1,8 @@
 import pytest
 import tokenizers
 
-from bessemer.tokenization.folder import TOKENIZER_FILE
-from bessemer.tokenization.tokenizer import CHAT_TEMPLATE_FILE, load_tokenizer
+from bessemer.tokenization.folder import CHAT_TEMPLATE_FILE, TOKENIZER_FILE
+from bessemer.tokenization.tokenizer import load_tokenizer
 from tests.model.tokenizers import write_small_tokenizer
 from tests.training.conftest import one_thread  # noqa: F401
 

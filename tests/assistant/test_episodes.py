@@ -8,7 +8,7 @@ import torch
 from bessemer.assistant.assistant import Assistant, EngineModel
 from bessemer.assistant.config import AssistantConfig
 from bessemer.assistant.conversation import Conversation
-from bessemer.assistant.episodes import Step, play
+from bessemer.assistant.episodes import StepResult, play
 from bessemer.assistant.messages import Message
 from bessemer.assistant.tools import Tool
 from bessemer.inference.engine import Engine, SamplingParams
@@ -45,7 +45,7 @@ class Echoes:
         self.turns += 1
         if self.times < 0:
             raise ValueError("no such\ntime")
-        return Step(self.turns, [Message.user("And then?")] if self.turns < self.times else [])
+        return StepResult(self.turns, [Message.user("And then?")] if self.turns < self.times else [])
 
 
 def played(engine, tasks, environment=Echoes, **options):
@@ -114,7 +114,7 @@ class Weather:
         return [Message.user("How warm is it in Graz?")]
 
     def step(self, conversation, end):
-        return Step(float(self.calls == ["Graz"] and conversation.messages[-1].text == "It is warm."))
+        return StepResult(float(self.calls == ["Graz"] and conversation.messages[-1].text == "It is warm."))
 
 
 def test_an_episode_calls_tools_and_its_mask_leaves_out_what_they_say(engine, tokenizer):

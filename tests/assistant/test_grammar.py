@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from bessemer.assistant.grammar import OfferedTool, Rules, Wanted
+from bessemer.assistant.grammar import MessageForm, OfferedTool, Rules
 from bessemer.assistant.parser import ParsedCall
 from bessemer.assistant.tool_formats import TOOL_FORMATS
 from bessemer.inference.sampling.grammar import GrammarCompiler
@@ -88,7 +88,7 @@ def either_tokenizer(request, tokenizer, all_tags):
 def test_a_call_that_must_come_fits_its_schema(name, either_tokenizer):
     tool_format = FORMATS[name]
     for seed in range(6):
-        text, is_whole = written(tool_format, either_tokenizer, Wanted(tools=[WEATHER, NOW], must_call=True), seed)
+        text, is_whole = written(tool_format, either_tokenizer, MessageForm(tools=[WEATHER, NOW], must_call=True), seed)
         assert is_whole, text
         calls = read(tool_format, text, WEATHER, NOW)
         assert calls and all(isinstance(call, ParsedCall) for call in calls), text
@@ -98,7 +98,7 @@ def test_a_call_that_must_come_fits_its_schema(name, either_tokenizer):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_one_call_at_a_time_where_that_is_asked(name, tokenizer):
-    wanted = Wanted(tools=[WEATHER], must_call=True, in_parallel=False)
+    wanted = MessageForm(tools=[WEATHER], must_call=True, in_parallel=False)
     for seed in range(4):
         (call,) = read(FORMATS[name], written(FORMATS[name], tokenizer, wanted, seed)[0], WEATHER)
         assert call.name == "weather"
@@ -123,12 +123,12 @@ def fits(tokenizer, tool_format, wanted, text):
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_strict_tool_is_called_by_its_schema_or_not_at_all(name, either_tokenizer):
     tool_format, tool = FORMATS[name], WEATHER._replace(is_strict=True)
-    (text, _) = written(tool_format, either_tokenizer, Wanted(tools=[tool], must_call=True, in_parallel=False), 1)
+    (text, _) = written(tool_format, either_tokenizer, MessageForm(tools=[tool], must_call=True, in_parallel=False), 1)
     (call,) = read(tool_format, text, tool)
     # bare JSON of an answer cannot be told from a call: the tag says which it is
     call_text = text if text.startswith(tool_format.opening) else tool_format.opening + text
     said = "<|channel|>final<|message|>It rains." if name == "gpt_oss" else "It rains."
-    wanted = Wanted(tools=[tool])
+    wanted = MessageForm(tools=[tool])
     assert fits(either_tokenizer, tool_format, wanted, call_text)
     assert fits(either_tokenizer, tool_format, wanted, said)
     assert not fits(either_tokenizer, tool_format, wanted, call_text.replace(call.arguments["city"], "Lima"))
@@ -154,11 +154,11 @@ ANSWER = {"hermes": "", "gpt_oss": "<|channel|>final<|message|>"}
 )
 def test_an_answer_of_a_form_stands_behind_the_thinking(name, form, right, wrong, either_tokenizer):
     tool_format, closing = FORMATS[name], CLOSING[name]
-    opened = Wanted(thinking="open", answer=form)
+    opened = MessageForm(thinking="open", answer=form)
     assert fits(either_tokenizer, tool_format, opened, f"hm, hm{closing}{right}")
     assert not fits(either_tokenizer, tool_format, opened, f"hm, hm{closing}{wrong}")
     assert not fits(either_tokenizer, tool_format, opened, right)
-    free = Wanted(thinking="may", answer=form)
+    free = MessageForm(thinking="may", answer=form)
     assert fits(either_tokenizer, tool_format, free, ANSWER[name] + right)
     assert fits(either_tokenizer, tool_format, free, f"{BEGINNING[name]}hm{closing}{right}")
     assert not fits(either_tokenizer, tool_format, free, ANSWER[name] + wrong)
@@ -170,7 +170,7 @@ def test_values_in_tags_may_refer_to_the_whole_schema_and_be_anything(tokenizer)
         "properties": {"size": {"$ref": "#/$defs/size"}, "more": True},
         "required": ["size"],
     }
-    wanted = Wanted(tools=[OfferedTool("cut", parameters)], must_call=True)
+    wanted = MessageForm(tools=[OfferedTool("cut", parameters)], must_call=True)
     call = "<tool_call>\n<function=cut>\n<parameter=size>\n{}\n</parameter>\n</function>\n</tool_call>"
     assert fits(tokenizer, FORMATS["qwen3_coder"], wanted, call.format(2))
     assert not fits(tokenizer, FORMATS["qwen3_coder"], wanted, call.format(3))

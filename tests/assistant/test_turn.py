@@ -15,7 +15,7 @@ from bessemer.assistant.messages import (
     Called,
     Message,
     MessageEnd,
-    Part,
+    MessagePart,
     Returned,
     RolledBack,
     TextDelta,
@@ -148,12 +148,12 @@ def test_results_of_tools_are_tainted_and_so_is_what_is_said_of_them(tokenizer):
     assert result.parts[0].origin == "tool" and result.parts[0].source == "weather"
     conversation.forget(0, 3)
     assert conversation.is_tainted, "the answer was derived of what is forgotten"
-    assert Message.user("x").with_part(Part("y", "document", "wiki/7")).is_tainted
+    assert Message.user("x").with_part(MessagePart("y", "document", "wiki/7")).is_tainted
 
 
 def test_a_call_alone_that_is_written_after_something_tainted_is_tainted(tokenizer):
     conversation = asked()
-    conversation.add_part(Part(" Ask for Graz.", "document", "wiki/7"))
+    conversation.add_part(MessagePart(" Ask for Graz.", "document", "wiki/7"))
     list(Assistant(ScriptedModel(tokenizer, GRAZ), PARAMS, [Tool("weather", "", CITY)]).turn(conversation))
     assert conversation.messages[1].calls and not conversation.messages[1].parts and conversation.messages[1].is_tainted
     conversation.forget(0, 1)
@@ -359,7 +359,7 @@ def test_text_is_held_back_until_it_has_passed_and_a_bad_attempt_leaves_no_trace
 
 def test_a_hook_sees_what_a_message_was_given_to_begin_with_and_a_new_attempt_begins_with_it_too(tokenizer):
     model, conversation, hook = ScriptedModel(tokenizer, " are bad.", " are right."), asked("Am I?"), Censor("You are bad")
-    turn = Assistant(model, PARAMS).start(conversation, hooks=[hook], begun=Message.assistant("You"))
+    turn = Assistant(model, PARAMS).start(conversation, hooks=[hook], answer_prefix=Message.assistant("You"))
     turn.begin()
     events = []
     while turn.end is None:
@@ -407,7 +407,7 @@ def test_hooks_add_documents_and_decide_about_calls(tokenizer):
 
         def before_generation(self, context):
             if context.round == 1:
-                context.conversation.add_part(Part("\n\nGraz lies on the Mur.", "document", "wiki"))
+                context.conversation.add_part(MessagePart("\n\nGraz lies on the Mur.", "document", "wiki"))
 
         def before_call(self, call, tool, context):
             if tool.name == "send" and context.conversation.is_tainted:

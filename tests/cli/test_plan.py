@@ -13,7 +13,7 @@ from bessemer.model.storage.folder import save_model
 from bessemer.pipeline.planning import training_plan
 from bessemer.pipeline.recipe import load_recipe, shipped_recipes
 from bessemer.scaling.hardware import find_card
-from bessemer.scaling.job import TrainingJob
+from bessemer.scaling.job import PlannedJob
 from bessemer.scaling.planner import configured_plan
 from tests.cli.test_main import bessemer, one_error
 from tests.model.tokenizers import VOCAB_SIZE, write_small_tokenizer
@@ -106,7 +106,7 @@ def test_a_shipped_recipe_runs_dry_on_its_cards(capsys, monkeypatch, quickstart_
 def test_a_shipped_recipe_fits_its_cards_with_the_layout_it_has(quickstart_model, name):
     gpus, card = CARDS[name]
     asked = training_plan(name)
-    plan = configured_plan(TrainingJob(asked.model, asked.settings, find_card(card)), gpus)
+    plan = configured_plan(PlannedJob(asked.model, asked.settings, find_card(card)), gpus)
     assert plan.memory.peak <= plan.job.card.usable_memory
 
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from bessemer.data.edits.line_removal import c4_lines, c4_terminal_lines
 from bessemer.data.edits.registry import C4Lines, edit_plugin
-from bessemer.data.filters.heuristics import c4
 from bessemer.data.filters.registry import filter_plugin
+from bessemer.data.filters.rules import c4
 from bessemer.data.plugins import arrow_types
 from bessemer.data.text.texts import Texts
 from tests.data import plain_python

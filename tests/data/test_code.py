@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bessemer.data.filters.code import code
 from bessemer.data.filters.registry import filter_plugin
+from bessemer.data.filters.rules import code
 from bessemer.data.plugins import arrow_types
 from bessemer.data.text.texts import Texts
 from tests.data.plain_python import DIGITS, compiling, share

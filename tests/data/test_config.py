@@ -6,8 +6,9 @@ import sys
 import pytest
 
 from bessemer.core.errors import ConfigError
-from bessemer.data.config import CleanConfig, CollectConfig, DeduplicateConfig, SelectConfig, source_name
+from bessemer.data.config import CleanConfig, CollectConfig, DeduplicateConfig, SelectConfig
 from bessemer.data.plugins import Languages
+from bessemer.data.sources.registry import source_name
 
 
 @pytest.mark.parametrize(

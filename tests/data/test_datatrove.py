@@ -6,8 +6,8 @@ import pytest
 
 from bessemer.data.edits.line_removal import c4_lines
 from bessemer.data.edits.registry import C4Lines
-from bessemer.data.filters.heuristics import c4, fineweb, gopher_quality, gopher_repetition
 from bessemer.data.filters.registry import preset
+from bessemer.data.filters.rules import c4, fineweb, gopher_quality, gopher_repetition
 from bessemer.data.plugins import Languages
 from bessemer.data.text.texts import Texts
 from bessemer.data.thresholds import rejection_reasons

@@ -14,7 +14,7 @@ from bessemer.data.corpus.reader import SCHEMA
 from bessemer.data.edits.registry import EDITS
 from bessemer.data.filters.registry import FILTERS
 from bessemer.data.stages.clean import cleaned_schema, cleaning, scorer
-from bessemer.data.stages.in_memory import RECIPE, changes, explain, explain_address, explain_with
+from bessemer.data.stages.explain import RECIPE, changes, explain, explain_address, explain_with
 from bessemer.data.stages.select import selecting
 
 WRITTEN = "As an AI language model, I cannot help. Write to jane.doe@gmail.com and the answer will be with you."

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bessemer.data.filters.heuristics import fineweb
 from bessemer.data.filters.registry import filter_plugin
+from bessemer.data.filters.rules import fineweb
 from bessemer.data.plugins import arrow_types
 from bessemer.data.text.texts import Texts
 from tests.data import plain_python

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bessemer.data.filters.heuristics import gopher_repetition
 from bessemer.data.filters.registry import filter_plugin
+from bessemer.data.filters.rules import gopher_repetition
 from bessemer.data.plugins import arrow_types
 from bessemer.data.text.texts import Texts
 from tests.data import plain_python

@@ -21,11 +21,12 @@ from bessemer.data.edits.line_removal import c4_lines, c4_terminal_lines
 from bessemer.data.edits.personal_data import personal_data
 from bessemer.data.edits.registry import C4Lines
 from bessemer.data.edits.secrets import secrets
-from bessemer.data.filters.heuristics import gopher_quality
 from bessemer.data.filters.registry import OWN_FILTERS
+from bessemer.data.filters.rules import gopher_quality
 from bessemer.data.plugins import Languages, limits_by_language
 from bessemer.data.sources.io.fetch import normal_url
-from bessemer.data.stages.in_memory import explain, refine
+from bessemer.data.stages.explain import explain
+from bessemer.data.stages.refine import refine
 from bessemer.data.text.texts import Texts
 from bessemer.data.thresholds import beside_limits, rejection_reasons
 

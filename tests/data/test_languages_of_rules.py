@@ -13,7 +13,8 @@ from bessemer.data.edits.line_removal import c4_lines, c4_terminal_lines
 from bessemer.data.edits.registry import C4Lines
 from bessemer.data.filters.registry import OWN_FILTERS, meant_for
 from bessemer.data.plugins import NO_LIMIT, Languages, MeantFor
-from bessemer.data.stages.in_memory import explain, refine
+from bessemer.data.stages.explain import explain
+from bessemer.data.stages.refine import refine
 from bessemer.data.text.texts import Texts
 from bessemer.data.thresholds import rejection_reasons
 

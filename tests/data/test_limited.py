@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,7 @@ def prints():
 
 
 def test_results_come_back_from_the_same_helper():
-    with Limited(double, 20) as limited:
+    with closing(Limited(double, 20)) as limited:
         assert [limited(value) for value in (1, "a", b"x" * 2_000_000)] == [2, "aa", b"x" * 4_000_000]
 
 
@@ -70,7 +71,7 @@ def test_results_come_back_from_the_same_helper():
 )
 def test_what_goes_wrong_costs_one_call_and_the_next_one_works(function, arguments, kind):
     limited = Limited(function, 0.1 if kind == "timed_out" else 30)
-    with limited:
+    with closing(limited):
         for _ in range(2):
             with pytest.raises(RefusedError) as refused:
                 limited(*arguments)
@@ -78,12 +79,12 @@ def test_what_goes_wrong_costs_one_call_and_the_next_one_works(function, argumen
 
 
 def test_what_a_library_prints_does_not_disturb():
-    with Limited(prints, 20) as limited:
+    with closing(Limited(prints, 20)) as limited:
         assert limited() == limited() == 1
 
 
 def test_helpers_end_with_what_used_them():
-    with Helpers() as helpers:
+    with closing(Helpers()) as helpers:
         assert helpers.call(double, 20, 2) == 4
         process = helpers._limited[f"{double.__module__}:double"]._process
         assert process.poll() is None
@@ -101,14 +102,14 @@ def test_a_helper_that_works_slowly_because_of_others_is_waited_for(tmp_path, mo
 
     monkeypatch.setattr(limited_module, "_processor_seconds", processor_seconds)
     monkeypatch.setattr(limited_module, "_CLOCK_FACTOR", 0.001)
-    with Limited(read, 5) as limited:
+    with closing(Limited(read, 5)) as limited:
         assert limited(tmp_path / "pipe") == "done"
 
 
 def test_a_helper_that_waits_without_working_is_given_up(monkeypatch):
     monkeypatch.setattr(limited_module, "_CLOCK_FACTOR", 0.01)
     monkeypatch.setattr(limited_module, "_processor_seconds", lambda pid: 1.0)
-    with Limited(hang, 5) as limited, pytest.raises(RefusedError, match="took more than 5 seconds"):
+    with closing(Limited(hang, 5)) as limited, pytest.raises(RefusedError, match="took more than 5 seconds"):
         limited(60)
 
 
@@ -121,8 +122,11 @@ def test_the_processor_time_of_a_process_is_known_where_the_system_tells():
 
 
 def test_a_helper_that_cannot_be_started_is_given_up(monkeypatch):
-    with Limited("bessemer.data.no_such_module:f", 5) as limited, pytest.raises(RefusedError, match="could not be started"):
+    with (
+        closing(Limited("bessemer.data.no_such_module:f", 5)) as limited,
+        pytest.raises(RefusedError, match="could not be started"),
+    ):
         limited()
     monkeypatch.setattr(limited_module, "_START_SECONDS", 0.0)
-    with Limited(double, 5) as limited, pytest.raises(RefusedError, match="could not be started"):
+    with closing(Limited(double, 5)) as limited, pytest.raises(RefusedError, match="could not be started"):
         limited(1)

@@ -9,7 +9,7 @@ import pytest
 
 from bessemer.data.corpus import staging
 from bessemer.data.corpus.reader import SCHEMA, bucket_of
-from bessemer.data.corpus.staging import BucketRows, Head, in_order_of_ids, segment_files, write_segments
+from bessemer.data.corpus.staging import BucketRows, SegmentHead, in_order_of_ids, segment_files, write_segments
 from bessemer.data.corpus.writer import batch_slices, taken
 from bessemer.data.sources.source import Document, Tally
 
@@ -19,7 +19,7 @@ def paths(tmp_path, monkeypatch):
     """Twenty segments of five documents, of which every fourth has an id that came before."""
     monkeypatch.setattr(staging, "_ROWS_PER_SEGMENT", 5)
     found = ((number, Document(str(number % 75), f"text {number}")) for number in range(100))
-    write_segments("mine", found, tmp_path / "unit", Head(), 0, Tally(), 2)
+    write_segments("mine", found, tmp_path / "unit", SegmentHead(), 0, Tally(), 2)
     return segment_files(tmp_path / "unit")[:20]
 
 

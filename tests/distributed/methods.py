@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.nn.functional import logsigmoid
 
-from bessemer.core.metrics import read_metrics
+from bessemer.core.metrics import METRICS, read_metrics
 from bessemer.distributed.layout import ParallelConfig
 from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.model.config import ModelConfig
@@ -19,8 +19,8 @@ from bessemer.posttraining.preference.objective import KTOObjective, PreferenceO
 from bessemer.posttraining.rewards.stage import RewardObjective
 from bessemer.training.data.batches import IGNORE_INDEX, Batch
 from bessemer.training.head import token_log_probs
-from bessemer.training.job import METRICS, train
-from bessemer.training.model_roles import Trainee
+from bessemer.training.loop import train
+from bessemer.training.model_roles import ModelRoles, OtherModel
 from bessemer.training.model_setup import prepare_model
 from bessemer.training.objectives import POLICY, Count, Metric, NextTokenObjective, Objective, Terms
 from bessemer.training.pretrain_config import PretrainConfig
@@ -63,7 +63,7 @@ class PackedTerms(Objective):
         sequences = int((batch.per_sequence["length"] > 0).sum())
         return {"policy": Count(batch.targets), "fit": Count(sequences, "sequence"), "size": Count(50.0, "constant")}
 
-    def annotate(self, trainee, batch):
+    def annotate(self, models, batch):
         length_BS = batch.sequence_sums((batch.targets_BT != IGNORE_INDEX).double())
         return batch.with_values(per_sequence={"length": length_BS})
 
@@ -82,8 +82,8 @@ class Teacher(Objective):
     def denominators(self, batch):
         return {"distance": Count(batch.targets)}
 
-    def annotate(self, trainee, batch):
-        return batch.with_values(per_token={"teacher": trainee.log_probs(batch, "teacher", temperature=1.3)})
+    def annotate(self, models, batch):
+        return batch.with_values(per_token={"teacher": models.log_probs(batch, "teacher", temperature=1.3)})
 
     def __call__(self, model, batch, context):
         return Terms({"distance": (log_probs_of(model, batch) - batch.per_token["teacher"]).square().sum()})
@@ -95,8 +95,8 @@ class ActorAndCritic(Objective):
     def denominators(self, batch):
         return {"policy": Count(batch.targets), "value": Count(batch.targets)}
 
-    def annotate(self, trainee, batch):
-        values_BT = trainee.per_token("critic", batch, self._values)
+    def annotate(self, models, batch):
+        values_BT = models.per_token("critic", batch, self._values)
         returns_BT = (batch.tokens_BT % 3).float().flip(1).cumsum(1).flip(1) / 16
         return batch.with_values(per_token={"advantage": returns_BT - values_BT, "return": returns_BT})
 
@@ -140,13 +140,13 @@ class SelfMadeBatches(RandomBatches):
 
     lookahead = 0
 
-    def bind(self, trainee):
-        self._trainee, self._held_BT = trainee, None
+    def bind(self, models):
+        self._models, self._held_BT = models, None
 
     def batch(self, step, rows=slice(None), mesh=ALONE):
         batch = super().batch(step, rows)
         before_BT = batch.targets_BT if self._held_BT is None else self._held_BT
-        self._held_BT = self._trainee.per_token(POLICY, batch, self._likeliest).long()
+        self._held_BT = self._models.per_token(POLICY, batch, self._likeliest).long()
         columns_T = torch.arange(batch.tokens_BT.shape[1])
         targets_BT = torch.where(columns_T % 2 == 0, self._held_BT, before_BT)
         return replace(batch, targets_BT=targets_BT.where(batch.targets_BT != IGNORE_INDEX, IGNORE_INDEX))
@@ -246,7 +246,7 @@ def gathered(parallel):
     mesh, runtime = Mesh.here(ParallelConfig(**parallel), "cpu"), Runtime.of(config, torch.device("cpu"))
     made = dict(initial_decoder(ModelConfig(**MODEL), seed=3).named_parameters())
     prepared = prepare_model(initial_decoder(ModelConfig(**MODEL), seed=3), config, runtime, mesh)
-    found = Trainee({POLICY: prepared}, runtime, mesh=mesh).full_weights()
+    found = ModelRoles({POLICY: prepared}, runtime, mesh=mesh).full_weights()
     return found.keys() == made.keys() and all(torch.equal(found[name], weight) for name, weight in made.items())
 
 
@@ -281,8 +281,7 @@ def run(out, method, parallel=None, stop_after=None, **changes):
             runtime=Runtime.of(config, torch.device("cpu")),
             seed=1,
             objective=NextTokenObjective(decoders[POLICY].config) if objective is None else objective(),
-            beside={role: decoders[role] for role in beside},
-            frozen={role: decoders[role] for role in frozen},
+            others=[OtherModel(role, decoders[role], trained=role in beside) for role in (*beside, *frozen)],
             on_step_end=stopping,
             mesh=mesh,
         )

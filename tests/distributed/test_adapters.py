@@ -6,17 +6,16 @@ from safetensors.torch import load_file
 
 from bessemer.core.errors import ConfigError
 from bessemer.core.metrics import read_metrics
-from bessemer.core.progress import Silent
 from bessemer.distributed.sharding import product_matrices
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
 from bessemer.model.storage.folder import save_model
 from bessemer.training import autotune
-from bessemer.training import job as training_loop
-from bessemer.training import model_setup as starting_model
+from bessemer.training import loop as training_loop
 from bessemer.training.adapter_config import TuningConfig
 from bessemer.training.checkpoint.manager import CHECKPOINTS, checkpoint_weights, newest_checkpoint
-from bessemer.training.job import run_training
+from bessemer.training.job import RunContext, TrainingHooks, TrainingJob
+from bessemer.training.starting_model import StartingModel
 from tests.cases import slow
 
 from .parity import DENSE, SETTINGS, RandomBatches
@@ -30,15 +29,13 @@ def trained(folder, out, parallel, *, in_half=False, **adapter):
     config = TuningConfig.parse(settings)
     source = RandomBatches(config.batch_size, config.context_length, DENSE["vocab_size"])
 
-    def prepare(config, decoder, mesh):
-        def of_reference(finished, trainer):
-            log_probs_BT = trainer.trainee.log_probs(trainer.read(source, 0))
-            return {"reference": float(mesh.sum(log_probs_BT.sum(), mesh.layout.tensor))}
+    job = TrainingJob.open(config, folder, RunContext(out, seed=1, device="cpu"), description="train")
 
-        return of_reference
+    def of_reference(finished, trainer):
+        log_probs_BT = trainer.models.log_probs(trainer.read(source, 0))
+        return {"reference": float(job.mesh.sum(log_probs_BT.sum(), job.mesh.layout.tensor))}
 
-    options = {"seed": 1, "device": "cpu", "progress": Silent(), "description": "train"}
-    run_training(config, folder, out, lambda config, mesh: source, prepare=prepare, **options)
+    job.train(source, hooks=TrainingHooks(lambda decoder: of_reference))
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +88,7 @@ def refusal(folder, out, adapter):
 def trained_in_half(folder, out, held):
     """Train in bfloat16; held: whether what is frozen lies so too. The dtypes of the matrices that were sharded."""
     found = set()
-    prepare, frozen_dtype, check_dtype = training_loop.prepare_model, starting_model.frozen_dtype, autotune.check_dtype
+    prepare, frozen_dtype, check_dtype = training_loop.prepare_model, StartingModel.frozen_dtype, autotune.check_dtype
 
     def prepared(model, *others):
         found.update(parameter.dtype for parameter in product_matrices(model))
@@ -101,11 +98,11 @@ def trained_in_half(folder, out, held):
     # a machine where bfloat16 is slow refuses it, and computes the same
     autotune.check_dtype = lambda dtype, device: None
     if not held:
-        starting_model.frozen_dtype = lambda config, folder: torch.float32
+        StartingModel.frozen_dtype = torch.float32
     try:
         trained(folder, out, {"data_shard": 2}, in_half=True)
     finally:
-        training_loop.prepare_model, starting_model.frozen_dtype, autotune.check_dtype = prepare, frozen_dtype, check_dtype
+        training_loop.prepare_model, StartingModel.frozen_dtype, autotune.check_dtype = prepare, frozen_dtype, check_dtype
     return found
 
 

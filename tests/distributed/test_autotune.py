@@ -67,7 +67,7 @@ def test_each_process_measures_its_part_of_a_batch_with_the_users_loss(two, fold
 
 def where_one_process_cannot_compile(folder):
     """The same, on a machine where compiling would pay and fails on rank 1."""
-    measured, compiled = autotune._measure, autotune.torch.compile
+    measured, compiled = autotune.measure_steps, autotune.torch.compile
 
     def steady(config, *others):
         return StepTiming(config.dtype, bool(config.compile), (0.1 if config.compile else 0.2,) * 3, 1.0)
@@ -77,11 +77,11 @@ def where_one_process_cannot_compile(folder):
             raise RuntimeError("no g++")
         return function
 
-    autotune._measure, autotune.torch.compile = steady, broken
+    autotune.measure_steps, autotune.torch.compile = steady, broken
     try:
         return resolved(folder, {}, steps=10_000, compile="auto")
     finally:
-        autotune._measure, autotune.torch.compile = measured, compiled
+        autotune.measure_steps, autotune.torch.compile = measured, compiled
 
 
 def test_where_one_process_cannot_compile_all_stay_eager(two, folder):

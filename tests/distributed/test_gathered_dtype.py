@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from bessemer.core.metrics import read_metrics
+from bessemer.core.metrics import METRICS, read_metrics
 from bessemer.distributed.layout import Layout
 from bessemer.distributed.mesh import Mesh
 from bessemer.distributed.sharding import apply_fsdp
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
 from bessemer.model.layers.feed_forward import Experts
-from bessemer.training.job import METRICS, train
+from bessemer.training.loop import train
 from bessemer.training.objectives import POLICY
 from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.runtime import Runtime
@@ -91,9 +91,9 @@ def logged(out, dtype, parallel):
     tokens_BT = torch.arange(8 * 16).reshape(8, 16) % DENSE["vocab_size"]
 
     def score(finished, trainer):
-        with trainer.averaged(), trainer.trainee.prepared(POLICY):
+        with trainer.averaged(), trainer.models.prepared(POLICY):
             average = trainer.negative_log_likelihood(tokens_BT, tokens_BT.roll(-1, 1))
-        with trainer.trainee.prepared(POLICY):
+        with trainer.models.prepared(POLICY):
             return {"average": average, "weights": trainer.negative_log_likelihood(tokens_BT, tokens_BT.roll(-1, 1))}
 
     before = Runtime.gathered_dtype

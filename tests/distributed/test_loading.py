@@ -5,7 +5,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bessemer.core.errors import ArtefactError
-from bessemer.core.progress import Silent
 from bessemer.distributed.layout import ParallelConfig
 from bessemer.distributed.mesh import ALONE, Mesh, local
 from bessemer.distributed.parallelize import load_shards
@@ -14,7 +13,8 @@ from bessemer.model.initialisation import empty_decoder, initial_decoder
 from bessemer.model.storage.folder import load_model, read_model_config, save_model
 from bessemer.model.storage.weights import find_tensors
 from bessemer.training.checkpoint.export import save_trained
-from bessemer.training.job import run_training, train
+from bessemer.training.job import RunContext, TrainingHooks, TrainingJob
+from bessemer.training.loop import train
 from bessemer.training.model_setup import prepare_model
 from bessemer.training.optim.mup import scale_initial_weights, width_ratio
 from bessemer.training.optim.optimizers import freeze_parameters
@@ -140,17 +140,16 @@ def trained(folder, out, parallel, model, whole):
     config = PretrainConfig(**(SETTINGS | {"steps": 2, "mup_base_width": 16, "parallel": parallel}))
     source = RandomBatches(config.batch_size, config.context_length, model["vocab_size"])
 
-    def initialise(config, decoder, mesh):
+    def initialise(decoder, mesh):
         assert scale_initial_weights(decoder, width_ratio(config, decoder.config), mesh)
 
     if not whole:
-        options = {"seed": 1, "device": "cpu", "progress": Silent(), "description": "train"}
-        prepare = lambda config, decoder, mesh: lambda finished, trainer: {}  # noqa: E731
-        run_training(config, folder, out, lambda config, mesh: source, prepare=prepare, initialise=initialise, **options)
+        job = TrainingJob.open(config, folder, RunContext(out, seed=1, device="cpu"), description="train")
+        job.train(source, hooks=TrainingHooks(initialise=lambda decoder: initialise(decoder, job.mesh)))
         return
     mesh = Mesh.here(config.parallel, "cpu")
     decoder = load_model(folder, dtype=torch.float32)
-    initialise(config, decoder, ALONE)
+    initialise(decoder, ALONE)
     train(decoder, source, config, out, runtime=Runtime.of(config, torch.device("cpu")), seed=1, mesh=mesh)
     save_trained(decoder, out, tokenizer=folder, mesh=mesh)
 

@@ -21,8 +21,9 @@ from bessemer.posttraining.rl.config import RLConfig
 from bessemer.posttraining.rl.stage import rl
 from bessemer.training.autotune import prepare_run
 from bessemer.training.config import LoopConfig
-from bessemer.training.model_setup import open_beside, prepare_model
+from bessemer.training.model_setup import prepare_model
 from bessemer.training.runtime import Runtime
+from bessemer.training.starting_model import open_beside
 
 from ..training.conftest import documents, model_folder, tokenized  # noqa: F401
 from .parity import DENSE, SETTINGS

@@ -6,8 +6,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from bessemer.training.config_parts import OPTIMIZERS
 from bessemer.training.optim.optimizers import build_optimizers, scale_learning_rates, step_optimizers
+from bessemer.training.optim.registry import OPTIMIZERS
 from bessemer.training.pretrain_config import PretrainConfig
 from tests.cases import slow_but
 

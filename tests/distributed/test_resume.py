@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from bessemer.core.metrics import read_metrics
+from bessemer.core.metrics import METRICS, read_metrics
 from bessemer.core.progress import Silent
 from bessemer.distributed.layout import ParallelConfig
 from bessemer.distributed.mesh import ALONE, Mesh
@@ -16,7 +16,7 @@ from bessemer.model.initialisation import initial_decoder
 from bessemer.training.checkpoint.export import save_trained
 from bessemer.training.checkpoint.manager import CHECKPOINTS, CheckpointManager, checkpoint_weights, newest_checkpoint
 from bessemer.training.checkpoint.state import TrainingState
-from bessemer.training.job import METRICS, train
+from bessemer.training.loop import train
 from bessemer.training.model_setup import prepare_model
 from bessemer.training.optim.optimizers import build_optimizers
 from bessemer.training.pretrain_config import PretrainConfig

@@ -8,6 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor
 
 from bessemer.training.optim import muon
+from bessemer.training.optim.registry import newton_schulz_flops
 from tests.cases import slow
 
 from .parity import DENSE, assert_equal, trained
@@ -47,7 +48,7 @@ def stepped(layout=None, dtype=torch.float32, steps=2):
         muon.orthogonalised = orthogonalised
     weights = [(parameter if mesh is None else parameter.full_tensor()).detach().clone() for parameter in parameters]
     matrices = sum(math.prod(shape[:-2]) for shape in calls)
-    return matrices / steps, sum(map(muon.products_cost, calls)) / steps, max(map(math.prod, calls)), weights
+    return matrices / steps, sum(map(newton_schulz_flops, calls)) / steps, max(map(math.prod, calls)), weights
 
 
 @pytest.mark.parametrize("layout", PLACEMENTS)
@@ -56,7 +57,7 @@ def test_the_work_of_a_rank_falls_by_the_number_of_ranks(four, layout):
     assert alone == MATRICES
     shares = four.run(stepped, layout=layout)
     assert [matrices for matrices, *_ in shares] == [MATRICES / 4] * 4
-    largest = muon.products_cost((12, 40))
+    largest = newton_schulz_flops((12, 40))
     for _, cost, elements, _ in shares:
         assert abs(cost - whole_cost / 4) <= largest
         assert elements <= 12 * 40

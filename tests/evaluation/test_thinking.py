@@ -10,7 +10,8 @@ from bessemer.evaluation.tasks import evaluate_tasks
 from bessemer.evaluation.thinking import answers_after_thinking
 from bessemer.inference.engine import Engine, SamplingParams
 from bessemer.tasks.config import TaskOptions
-from bessemer.tokenization.tokenizer import CHAT_TEMPLATE_FILE, load_tokenizer
+from bessemer.tokenization.folder import CHAT_TEMPLATE_FILE
+from bessemer.tokenization.tokenizer import load_tokenizer
 from tests.evaluation.test_tasks import MODEL, SUMS
 from tests.inference.models import small_decoder
 from tests.model.tokenizers import write_small_tokenizer

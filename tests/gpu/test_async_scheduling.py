@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bessemer.inference.async_core import AsyncEngineCore
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
 from bessemer.inference.execution.batch import StepInputs
+from bessemer.inference.execution.steps.asynchronous import AsyncSteps
 from bessemer.inference.sampling.device_sampler import SampledRows
 from bessemer.inference.sampling.sampler import SamplingState, sample_rows
 from tests.inference.models import small_decoder
@@ -34,7 +34,7 @@ def test_answers_are_those_of_steps_one_after_the_other(tokenizer, device, setti
     for scheduling in ("auto", "off"):
         config = EngineConfig(async_scheduling=scheduling, **settings)
         engine = Engine(small_decoder("dense").to(device), tokenizer, config=config)
-        assert isinstance(engine.core, AsyncEngineCore) == (scheduling == "auto")
+        assert isinstance(engine.core.strategy, AsyncSteps) == (scheduling == "auto")
         found.append(engine.generate([[7], [9] * 20, [*range(40)], [3, 2, 1]], PARAMS))
     assert [one.token_ids for one in found[0]] == [one.token_ids for one in found[1]]
 

@@ -89,7 +89,7 @@ def test_guesses_by_ngrams_change_no_token(name, tokenizer, decoder_on):
     model = decoder_on(name)
     engine = Engine(model, tokenizer, config=EngineConfig(speculation=speculation))
     assert_same_but_for_ties(engine.generate(REPEATING, PARAMS), generated(model, tokenizer, REPEATING))
-    assert engine.core.speculation.proposed > 0
+    assert engine.core.strategy.counts.proposed > 0
 
 
 def test_drafts_of_mtp_modules_change_no_token(tokenizer, device):
@@ -97,7 +97,7 @@ def test_drafts_of_mtp_modules_change_no_token(tokenizer, device):
     speculation = {"method": "mtp", "tokens": 3, "adapt": False}
     engine = Engine(model, tokenizer, config=EngineConfig(speculation=speculation))
     assert_same_but_for_ties(engine.generate(REPEATING, PARAMS), generated(model, tokenizer, REPEATING))
-    assert engine.core.speculation.proposed > 0
+    assert engine.core.strategy.counts.proposed > 0
 
 
 def test_guesses_by_a_smaller_model_change_no_token(tokenizer, decoder_on, tmp_path):
@@ -105,9 +105,9 @@ def test_guesses_by_a_smaller_model_change_no_token(tokenizer, decoder_on, tmp_p
     model = decoder_on("windows")
     speculation = {"method": "draft", "model": str(tmp_path), "tokens": 3, "adapt": False}
     engine = Engine(model, tokenizer, config=EngineConfig(speculation=speculation))
-    assert engine.core.speculation.proposer.model.device == model.device
+    assert engine.core.strategy.proposer.model.device == model.device
     assert_same_but_for_ties(engine.generate(REPEATING, PARAMS), generated(model, tokenizer, REPEATING))
-    assert engine.core.speculation.proposed > 0
+    assert engine.core.strategy.counts.proposed > 0
 
 
 def test_beams_are_those_of_the_processor(tokenizer, decoder_on):

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from bessemer.model.initialisation import initial_decoder
-from bessemer.training.config_parts import OPTIMIZERS
 from bessemer.training.head import head_divergence, linear_cross_entropy, token_log_probs
 from bessemer.training.model_setup import recompute_activations
 from bessemer.training.objectives import build_objective
 from bessemer.training.optim.optimizers import build_optimizers
+from bessemer.training.optim.registry import OPTIMIZERS
 from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.runtime import Runtime
 from bessemer.training.trainer import Trainer

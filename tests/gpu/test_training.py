@@ -10,18 +10,18 @@ import sys
 import pytest
 import torch
 
-from bessemer.core.metrics import read_metrics
+from bessemer.core.metrics import METRICS, read_metrics
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
 from bessemer.model.storage.folder import load_model
 from bessemer.scaling.hardware import card_of_device
 from bessemer.tokenization.shards import TokenShards
-from bessemer.training import autotune
+from bessemer.training import step_timing
 from bessemer.training.autotune import AUTOTUNE, prepare_run
 from bessemer.training.checkpoint.manager import CHECKPOINTS, CheckpointManager, checkpoint_weights, newest_checkpoint
 from bessemer.training.checkpoint.state import TrainingState
 from bessemer.training.data.batches import TokenBatches
-from bessemer.training.job import METRICS, train
+from bessemer.training.loop import train
 from bessemer.training.optim.optimizers import build_optimizers
 from bessemer.training.pretrain import pretrain
 from bessemer.training.runtime import Runtime
@@ -206,7 +206,7 @@ def test_a_card_that_is_known_has_the_memory_that_is_said(device):
 
 
 def test_what_is_open_is_measured_on_the_card(model_folder, settings, tmp_path, device, monkeypatch):
-    monkeypatch.setattr(autotune, "_GROUP_SECONDS", 0.01)
+    monkeypatch.setattr(step_timing, "_GROUP_SECONDS", 0.01)
     config = settings.with_changes(steps=None, minutes=0.05, dtype="auto", compile="auto", evaluate_tokens=64)
     resolved, runtime, _ = prepare_run(config, model_folder, tmp_path, device=device.type, progress=RecordedProgress())
     assert resolved.resolved and resolved.steps > 1

@@ -116,9 +116,10 @@ def transfers_of(changes, make, layout):
 
         def step(sampled, first, pending):
             batch = Batch.empty(groups)
-            batch.append([1] * first, 2, [[0, 1, 2]] * groups, wanted=[first - 1], prompt_length=5)
+            batch.append_tokens([1] * first, 2, [[0, 1, 2]] * groups, wanted=[first - 1], prompt_length=5)
             for row in range(1, ROWS):
-                batch.append([2], 8 + row, [[4, 5 + row, 3]] * groups, wanted=[0], prompt_length=5, pending=pending.get(row))
+                batch.append_tokens([2], 8 + row, [[4, 5 + row, 3]] * groups, wanted=[0], prompt_length=5)
+            batch.pending |= {batch.starts[row]: place for row, place in pending.items()}
             return runner.sample(batch, sampled)
 
         first = 1 if make is static else 12

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from bessemer.inference.build import worker_runners
 from bessemer.inference.engine import Engine, EngineConfig
 from bessemer.inference.execution import build as kv_memory
-from bessemer.inference.execution.tensor_parallel.sharded_model import ShardedModel, encode, mesh_of, run_worker, shard_model
+from bessemer.inference.execution.runner import run_worker
+from bessemer.inference.execution.tensor_parallel.sharded_model import ShardedModel, encode, mesh_of, shard_model
 from bessemer.inference.execution.weights import AdapterNumbers
 from tests.inference.models import ARCHITECTURES, BASE
 from tests.model.randomised import random_decoder

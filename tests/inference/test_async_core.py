@@ -7,10 +7,12 @@ from itertools import product
 
 import pytest
 
-from bessemer.inference.async_core import AsyncEngineCore
 from bessemer.inference.config import SpeculationConfig
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
 from bessemer.inference.engine_core import EngineCore
+from bessemer.inference.execution.steps.asynchronous import AsyncSteps
+from bessemer.inference.execution.steps.plain import PlainSteps
+from bessemer.inference.execution.steps.speculative import SpeculativeSteps
 from bessemer.model.cpu_kernels import library, unavailable
 from tests.cases import slow_but
 from tests.inference.models import small_decoder, small_tokenizer
@@ -59,15 +61,15 @@ def one_after_the_other(tokenizer):
 @pytest.fixture
 def launched_ahead(monkeypatch):
     """How many steps were launched behind one that was under way."""
-    launch, count = AsyncEngineCore._launch, []
+    launch, count = EngineCore._launch, []
 
-    def counted(core, current):
+    def counted(core, current=None):
         step = launch(core, current)
         if current is not None and step is not None:
             count.append(step)
         return step
 
-    monkeypatch.setattr(AsyncEngineCore, "_launch", counted)
+    monkeypatch.setattr(EngineCore, "_launch", counted)
     return count
 
 
@@ -201,12 +203,13 @@ def test_weights_that_change_in_between_meet_no_token_of_the_ones_before(tokeniz
 
 
 def test_it_is_for_gpus_and_steps_aside_where_it_cannot_be(tokenizer):
-    def core(name="dense", **settings):
-        return type(engine_of(tokenizer, name, **settings).core)
+    def strategy(name="dense", **settings):
+        return type(engine_of(tokenizer, name, **settings).core.strategy)
 
-    assert core() is AsyncEngineCore
-    assert core(async_scheduling="auto") is core(async_scheduling="off") is EngineCore
-    assert core("linear") is core(speculation=SpeculationConfig(method="ngram")) is EngineCore
+    assert strategy() is AsyncSteps
+    assert strategy(async_scheduling="auto") is strategy(async_scheduling="off") is PlainSteps
+    assert strategy("linear") is PlainSteps
+    assert strategy(speculation=SpeculationConfig(method="ngram")) is SpeculativeSteps
 
 
 def test_a_step_that_fails_ends_its_requests_and_those_before_get_their_tokens(tokenizer, monkeypatch):

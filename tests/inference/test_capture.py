@@ -51,7 +51,7 @@ def attended(decoder, tokens, monkeypatch):
         found.append(weights[0].float())
         return weights.to(value.dtype) @ value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
 
-    layers = [layer for layer, block in enumerate(decoder.blocks) if not block.is_linear]
+    layers = [layer for layer, block in enumerate(decoder.blocks) if not block.variant.recurrent]
     with monkeypatch.context() as patch, torch.no_grad():
         for layer in layers:
             patch.setattr(decoder.blocks[layer].self_attn, "backend", backend)

@@ -21,7 +21,7 @@ from bessemer.tokenization.bpe import byte_level_bpe
 from bessemer.tokenization.folder import write_folder
 from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.data.batches import IGNORE_INDEX, Batch
-from bessemer.training.model_roles import Trainee
+from bessemer.training.model_roles import ModelRoles
 from bessemer.training.model_setup import prepare_model
 from bessemer.training.objectives import POLICY
 from bessemer.training.pretrain_config import PretrainConfig
@@ -40,17 +40,17 @@ VOCABULARY = {"vocab_size": 264}
 two, four = pool_of(2, "module"), pool_of(4, "module")
 
 
-def trainee_of(name, changes, parallel):
+def models_of(name, changes, parallel):
     mesh = Mesh.here(ParallelConfig(**parallel), "cpu")
     config = PretrainConfig(**SETTINGS, parallel=parallel)
     runtime = Runtime.of(config, torch.device("cpu"))
     prepared = prepare_model(decoder(name, {**VOCABULARY, **changes}), config, runtime, mesh)
-    return Trainee({POLICY: prepared}, runtime, mesh=mesh)
+    return ModelRoles({POLICY: prepared}, runtime, mesh=mesh)
 
 
-def engine_of(trainee, settings=None):
+def engine_of(models, settings=None):
     config = EngineConfig(block_size=8, cpu_kernels="off", **(settings or {}))
-    return CollectiveEngine(trainee.policy.model, tokenizer_of_264(), trainee.mesh, config)
+    return CollectiveEngine(models.policy.model, tokenizer_of_264(), models.mesh, config)
 
 
 def one_process(model):
@@ -74,16 +74,16 @@ def padded(values_RT):
     return torch.nn.functional.pad(values_RT, (0, SETTINGS["context_length"] - values_RT.shape[1]))
 
 
-def largest_difference(trainee, rollouts):
+def largest_difference(models, rollouts):
     """Between the sampler's log-probabilities and those of the model in training, over all rows of this rank."""
-    trained_BT = trainee.log_probs(batch_of(rollouts), POLICY, temperature=PARAMS.temperature)
+    trained_BT = models.log_probs(batch_of(rollouts), POLICY, temperature=PARAMS.temperature)
     sampled_BT = padded(rollouts.log_probs).roll(-1, 1)
     return float((trained_BT - sampled_BT)[padded(rollouts.mask).roll(-1, 1)].abs().max())
 
 
-def train(trainee, rollouts):
+def train(models, rollouts):
     """One step of an optimizer."""
-    model, batch = trainee.policy.model, trainee.cut(batch_of(rollouts))
+    model, batch = models.policy.model, models.cut(batch_of(rollouts))
     hidden_BTD = model.hidden(batch.tokens_BT, positions_BT=batch.positions_BT, document_ids_BT=batch.document_ids_BT)
     hidden_BTD[..., ::3].sum().backward()
     torch.optim.AdamW(model.parameters(), lr=0.01, foreach=False).step()
@@ -91,17 +91,17 @@ def train(trainee, rollouts):
 
 def trained_and_sampled(name, changes, parallel, settings):
     """Rollouts of each rank's prompts before and after a step of training, beside the model in training."""
-    trainee = trainee_of(name, changes, parallel)
-    rank = trainee.mesh.layout.data_rank(trainee.mesh.rank)
+    models = models_of(name, changes, parallel)
+    rank = models.mesh.layout.data_rank(models.mesh.rank)
     prompts, params = PROMPTS[rank:][:2], PARAMS.with_changes(seed=rank)
-    with engine_of(trainee, settings) as engine:
+    with engine_of(models, settings) as engine:
         before = engine.rollouts(prompts, 2, params)
-        found = [largest_difference(trainee, before)]
-        train(trainee, before)
-        found.append(largest_difference(trainee, before))
+        found = [largest_difference(models, before)]
+        train(models, before)
+        found.append(largest_difference(models, before))
         engine.update_weights(version=3)
         after = engine.rollouts(prompts, 2, params)
-        found.append(largest_difference(trainee, after))
+        found.append(largest_difference(models, after))
         assert engine.weight_version == 3 and (after.weight_version[after.mask] == 3).all()
     return before.tokens, found
 
@@ -153,12 +153,12 @@ def check(found, name, changes):
 
 def some_prompts(parallel):
     """Completions where one group of ranks has no prompts; the adapters of another; and what a rank without any gets."""
-    trainee = trainee_of("dense", {}, parallel)
-    mesh = trainee.mesh
+    models = models_of("dense", {}, parallel)
+    mesh = models.mesh
     group = mesh.rank // mesh.layout.tensor
-    with engine_of(trainee) as engine:
+    with engine_of(models) as engine:
         with CommDebugMode() as communication:
-            copy_trained(trainee.policy.model, engine._shard)
+            copy_trained(models.policy.model, engine._shard)
         travelled = communication.get_total_counts()
         none = engine.rollouts(PROMPTS if group else [], 2, PARAMS)
         model = decoder("dense", VOCABULARY)
@@ -189,8 +189,8 @@ def test_a_tensor_group_gets_one_result_and_takes_shards_as_they_lie(two):
 
 def failing(parallel, at):
     """What each rank is told when one refuses a prompt, and when one fails in the middle of a step; then of one call more."""
-    trainee = trainee_of("dense", {}, parallel)
-    engine, told = engine_of(trainee), []
+    models = models_of("dense", {}, parallel)
+    engine, told = engine_of(models), []
 
     def ask(prompts):
         try:
@@ -198,14 +198,14 @@ def failing(parallel, at):
         except Exception as error:
             told.append((type(error), str(error)))
 
-    group = trainee.mesh.rank // trainee.mesh.layout.tensor
+    group = models.mesh.rank // models.mesh.layout.tensor
     ask(PROMPTS if group == 0 else [[1] * 1000])
     # nobody is out of step after that
     assert len(engine.generate(PROMPTS, PARAMS)) == 4
     forward = Runner._hidden
 
     def fail(runner, batch, *rest):
-        if trainee.mesh.rank == at:
+        if models.mesh.rank == at:
             raise ValueError("no memory")
         return forward(runner, batch, *rest)
 

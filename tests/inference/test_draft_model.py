@@ -63,7 +63,7 @@ def test_a_smaller_model_changes_nothing(tokenizer, folder_of, dense, name):
     engine = speculating(model, tokenizer, speculation=drafted(folder_of(dense)), batch_invariant=True)
     assert in_company(engine) == expected
     assert engine.statistics.draft_tokens_proposed > 100
-    assert engine.core.speculation.proposer.pool.free == engine.core.speculation.proposer.pool.total
+    assert engine.core.strategy.proposer.pool.free == engine.core.strategy.proposer.pool.total
 
 
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "linear"])
@@ -114,7 +114,7 @@ def test_a_smaller_model_changes_nothing_where_pages_run_out(tokenizer, folder_o
 def test_an_answer_without_pages_in_the_smaller_model_has_no_draft(tokenizer, folder_of, dense):
     expected = plainly(dense, tokenizer, PROMPTS, GREEDY, batch_invariant=True)
     engine = speculating(dense, tokenizer, speculation=drafted(folder_of(near(dense))), batch_invariant=True)
-    pool = engine.core.speculation.proposer.pool
+    pool = engine.core.strategy.proposer.pool
     assert engine.generate(PROMPTS, GREEDY) == expected
     before = engine.statistics.draft_tokens_proposed
     taken = [pool.allocate() for _ in range(pool.total - 8)]

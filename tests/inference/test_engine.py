@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bessemer.core.errors import ConfigError, RequestError
 from bessemer.core.store import write_json
-from bessemer.inference import engine_core
 from bessemer.inference.engine import Engine, EngineConfig
+from bessemer.inference.execution.steps import plain
 from bessemer.inference.sampling.sampler import Sampled, SamplingParams
 from bessemer.model.cpu_kernels import library, unavailable
 from bessemer.model.formats.gguf_export import export_gguf
@@ -50,8 +50,8 @@ def scripted(engine, monkeypatch):
     def say(script):
         tokens = list(script.encode()) if isinstance(script, str) else script
         ids = iter([*tokens, engine.tokenizer.eos_ids[0]])
-        monkeypatch.setattr(engine_core, "sample_rows", lambda logits_RV, states: [Sampled(next(ids))])
-        monkeypatch.setattr(engine_core, "reserve_tokens", lambda scheduler, requests: False)
+        monkeypatch.setattr(plain, "sample_rows", lambda logits_RV, states: [Sampled(next(ids))])
+        monkeypatch.setattr(plain, "_reserve_tokens", lambda scheduler, requests: False)
 
     return say
 
@@ -635,13 +635,13 @@ def test_a_gguf_file_opens_as_it_is(engine, tmp_path):
 def test_tokens_are_drawn_on_one_thread_where_the_kernels_have_their_own(engine, monkeypatch, kernels):
     if kernels == "on" and library() is None:
         pytest.skip(unavailable())
-    seen, choose = [], engine_core.sample_rows
+    seen, choose = [], plain.sample_rows
 
     def watched(logits_RV, states):
         seen.append(torch.get_num_threads())
         return choose(logits_RV, states)
 
-    monkeypatch.setattr(engine_core, "sample_rows", watched)
+    monkeypatch.setattr(plain, "sample_rows", watched)
     fresh = Engine(engine.model, engine.tokenizer, config=EngineConfig(cpu_kernels=kernels))
     before = torch.get_num_threads()
     torch.set_num_threads(2)

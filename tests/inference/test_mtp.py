@@ -35,8 +35,8 @@ class Watched:
     """Notes what a proposer guesses, and of what."""
 
     def __init__(self, engine):
-        self.drafts, self._propose = [], engine.core.speculation.proposer.propose
-        engine.core.speculation.proposer.propose = self.propose
+        self.drafts, self._propose = [], engine.core.strategy.proposer.propose
+        engine.core.strategy.proposer.propose = self.propose
 
     def propose(self, answers):
         drafts = self._propose(answers)
@@ -129,7 +129,7 @@ def test_mtp_modules_change_nothing_where_pages_run_out(tokenizer):
     assert engine.generate(prompts, params) == expected
     assert engine.core.scheduler.preemptions
     assert_all_is_back(engine)
-    assert not engine.core.speculation.proposer._progress
+    assert not engine.core.strategy.proposer._progress
 
 
 def test_several_answers_to_a_prompt_guess_each_for_itself(tokenizer):

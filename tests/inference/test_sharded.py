@@ -201,7 +201,7 @@ def test_what_a_worker_finds_wrong_is_told(monkeypatch):
 
 
 def test_an_error_of_rank_0_ends_the_others(monkeypatch):
-    monkeypatch.setattr(worker_processes, "_NEWS_SECONDS", 0.01)
+    monkeypatch.setattr(worker_processes, "_REPORT_SECONDS", 0.01)
     others = processes(monkeypatch, READS)
     others.wait_until_ready()
     with pytest.raises(LostProcessError, match="process 0 of the model failed: no memory"), others.together():

@@ -124,7 +124,7 @@ def test_commands_name_adapters_until_these_are_gone():
     shards = {0: Adapter({})}
     batch = Batch.empty(1)
     for adapter in (None, whole):
-        batch.append([1], 0, [[0]], prompt_length=1, adapter=adapter)
+        batch.append_tokens([1], 0, [[0]], prompt_length=1, adapter=adapter)
     (received,) = decode(encode(Command("forward", (batch,)), numbers), shards).arguments
     assert received.adapters == [None, shards[0]] and batch.adapters == [None, whole]
     del batch, whole, adapter

@@ -28,7 +28,7 @@ def tokenizer(tmp_path_factory):
 def answers(engine, prompts):
     """Tokens of greedy and of seeded answers, how many drafts were right, and how many heads the draft's pages here have."""
     made = [engine.generate(prompts, params) for params in (GREEDY, SEEDED)]
-    statistics, proposer = engine.statistics, engine.core.speculation.proposer
+    statistics, proposer = engine.statistics, engine.core.strategy.proposer
     assert proposer.pool.free == proposer.pool.total
     drafts = statistics.draft_tokens_proposed, statistics.draft_tokens_accepted
     return [[one.token_ids for one in some] for some in made], drafts, proposer.runner.memory.layers[0].keys.shape[1]

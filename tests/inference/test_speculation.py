@@ -62,7 +62,7 @@ def speculating(model, tokenizer, proposer=None, method="ngram", blocks=None, **
     settings = {"speculation": {"method": method, "tokens": TOKENS, "adapt": False}, **settings}
     engine = engine_of(model, tokenizer, **settings) if blocks is None else with_pages(model, tokenizer, blocks, **settings)
     if proposer is not None:
-        engine.core.speculation.proposer = proposer
+        engine.core.strategy.proposer = proposer
     return engine
 
 
@@ -73,7 +73,7 @@ def plainly(model, tokenizer, prompts, params, **settings):
 def assert_all_is_back(engine):
     scheduler = engine.core.scheduler
     assert all(group.pool.free == group.pool.total for group in scheduler.groups)
-    assert not scheduler.has_work and not engine.core.speculation._drafts
+    assert not scheduler.has_work and not engine.core.strategy._drafts
 
 
 def in_company(engine):
@@ -224,7 +224,7 @@ def test_an_answer_that_is_given_up_leaves_nothing(dense, tokenizer):
         next(stream)
     stream.close()
     assert_all_is_back(engine)
-    assert not engine.core.speculation.proposer._texts
+    assert not engine.core.strategy.proposer._texts
 
 
 @pytest.mark.parametrize(("places", "waits"), [(1, True), (2, False)])

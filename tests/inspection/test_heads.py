@@ -75,7 +75,7 @@ def test_a_head_left_out_is_a_head_whose_columns_of_the_output_projection_are_ze
     assert whole == pytest.approx(float(functional.cross_entropy(before[0, :-1], tokens_BT[0, 1:])), abs=1e-6)
     for layer, block in enumerate(model.blocks):
         heads = changes_LH.shape[1]
-        projection = block.linear_attn.out_proj if block.is_linear else block.self_attn.o_proj
+        projection = block.attention.output[0]
         width = projection.in_features // heads
         for head in range(heads):
             with without_heads(model, [(layer, head)]):

@@ -6,11 +6,11 @@ import transformers
 from safetensors.torch import load_file
 
 from bessemer.model.families import FAMILIES, family_of
-from bessemer.model.families.layout import Part
+from bessemer.model.families.layout import TensorBox
 from bessemer.model.initialisation import tensor_shapes
 from bessemer.model.layers.cache import DecoderCache
 from bessemer.model.storage.folder import load_model, read_model_config, save_model
-from bessemer.model.storage.weights import find_tensors, read_parts
+from bessemer.model.storage.weights import find_tensors, read_boxes
 from tests.model.family_models import CASES, make
 
 TOLERANCE = 1e-4
@@ -171,8 +171,8 @@ def test_any_part_of_a_tensor_is_read_alone(pair):
         for _ in range(3):
             edges = [sorted(draw.sample(range(size + 1), 2)) for size in tensor.shape]
             memory = torch.full([stop - start for start, stop in edges], torch.nan)
-            parts.setdefault(name, []).append(Part(memory, tuple(start for start, _ in edges)))
-    read_parts(stored, parts)
+            parts.setdefault(name, []).append(TensorBox(memory, tuple(start for start, _ in edges)))
+    read_boxes(stored, parts)
     for name, tensor in ours.state_dict().items():
         for part in parts[name]:
             assert torch.equal(part.tensor, tensor[part.box]), (name, part.box)

@@ -12,13 +12,12 @@ import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from bessemer.cli.main import main
-from bessemer.core.metrics import read_metrics
+from bessemer.core.metrics import METRICS, read_metrics
 from bessemer.distributed.layout import ParallelConfig
 from bessemer.pipeline import worker
 from bessemer.pipeline.api import run
 from bessemer.pipeline.recipe import load_recipe
 from bessemer.posttraining.sft.stage import sft
-from bessemer.training.job import METRICS
 from bessemer.training.pretrain import pretrain
 from tests.distributed.pool import pool_of, quick_processes
 

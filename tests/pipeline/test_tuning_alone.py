@@ -71,7 +71,7 @@ def machine(monkeypatch):
         def measure(config, *_):
             return StepTiming(config.dtype, False, (seconds[config.dtype],) * 3, 0.1)
 
-        monkeypatch.setattr(autotune, "_measure", measure)
+        monkeypatch.setattr(autotune, "measure_steps", measure)
         monkeypatch.setattr(autotune, "is_fast", lambda dtype, device: "bfloat16" in seconds)
         monkeypatch.setattr(device, "product_cost", lambda dtype, device: 1.0)
 
@@ -105,7 +105,7 @@ def test_as_many_steps_as_fit_are_made_and_the_report_says_what_was_left_out(fol
 def test_what_was_measured_is_kept_and_the_stage_is_reused(folder, machine, monkeypatch):
     machine(float32=1.0)
     first = run(folder, monkeypatch)
-    monkeypatch.setattr(autotune, "_measure", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(autotune, "measure_steps", lambda *_: pytest.fail("measured again"))
     again = run(folder, monkeypatch)
     assert manifest(again)["key"] == manifest(first)["key"]
 

@@ -26,7 +26,7 @@ from bessemer.posttraining.sft.finetune import _Questions, _Samples
 from bessemer.posttraining.sft.stage import sft
 from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.checkpoint.manager import CHECKPOINTS, checkpoint_of_step, checkpoint_weights, newest_checkpoint
-from bessemer.training.model_setup import starting_model
+from bessemer.training.starting_model import StartingModel
 from tests.cases import slow
 from tests.posttraining.test_formats import said
 from tests.training.conftest import RecordedProgress
@@ -215,8 +215,7 @@ def test_what_is_frozen_lies_in_the_dtype_of_products_and_no_number_changes(mode
 
     for place in ("half", "float32"):
         if place == "float32":
-            for module in ("model_setup", "checkpoint.export"):
-                monkeypatch.setattr(f"bessemer.training.{module}.frozen_dtype", lambda config, folder: torch.float32)
+            monkeypatch.setattr("bessemer.training.starting_model.StartingModel.frozen_dtype", torch.float32)
         run(model_folder, data, tmp_path / place, **HALF, on_validation=noted if place == "half" else None)
     kinds = held["weights"]
     matrices = [name for name in kinds if name.startswith("layers.") and name.endswith("_proj.weight")]
@@ -231,7 +230,7 @@ def test_what_is_frozen_lies_in_the_dtype_of_products_and_no_number_changes(mode
 def test_no_half_copy_of_a_frozen_matrix_is_kept_for_the_backward_pass(model_folder):
     """What a step holds of the weights: of all that autograd keeps, nothing has a frozen matrix's shape and is not that."""
     config = SFTConfig.parse({"data": ["chat.jsonl"], **SETTINGS, "adapter": 4, "dtype": "bfloat16", "steps": 1}, "sft")
-    model = starting_model(model_folder, config, "cpu", seed=1).train()
+    model = StartingModel.of(model_folder, config, seed=1).whole("cpu").train()
     matrices = product_matrices(model)
     frozen = {weight.untyped_storage().data_ptr() for weight in matrices if not weight.requires_grad}
     shapes = {tuple(weight.shape) for weight in matrices} | {tuple(weight.shape)[::-1] for weight in matrices}
@@ -245,7 +244,7 @@ def test_no_half_copy_of_a_frozen_matrix_is_kept_for_the_backward_pass(model_fol
 
 def test_what_lies_in_half_precision_in_training_is_merged_in_the_models_dtype(model_folder):
     config = SFTConfig.parse({"data": ["chat.jsonl"], **SETTINGS, "adapter": 4, "dtype": "bfloat16", "steps": 1}, "sft")
-    model = starting_model(model_folder, config, "cpu", seed=1)
+    model = StartingModel.of(model_folder, config, seed=1).whole("cpu")
     found = merged(model, adapter_of(model))
     assert {weight.dtype for weight in found.parameters()} == {torch.float32}
     wanted = load_model(model_folder).state_dict()

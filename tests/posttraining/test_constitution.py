@@ -24,7 +24,7 @@ from bessemer.posttraining.sft.config import SFTConfig
 from bessemer.posttraining.sft.stage import gather_conversations
 from bessemer.posttraining.synthetic.ai_preferences import ai_preferences
 from bessemer.posttraining.synthetic.config import AIPreferencesConfig, ReviseConfig
-from bessemer.posttraining.synthetic.constitution import as_asked, drawn_principles
+from bessemer.posttraining.synthetic.constitution import as_open_prompt, drawn_principles
 from bessemer.posttraining.synthetic.revise import babbles, findings, revise
 from bessemer.posttraining.synthetic.specs import preferences_report, revise_report
 from bessemer.training.objectives import LossContext
@@ -226,14 +226,14 @@ def test_a_pair_with_an_answer_that_was_cut_is_left_out_and_counted(serve, folde
     ],
 )
 def test_the_prompt_is_what_its_column_holds(row):
-    asked = as_asked("asked", row | {"asked": "Why?", "system": "Be brief."})
+    asked = as_open_prompt("asked", row | {"asked": "Why?", "system": "Be brief."})
     assert asked.prompt == (said("system", "Be brief."), said("user", "Why?")) and asked.answers[0] == "No."
     with pytest.raises(ValueError, match="has no column 'asked'"):
-        as_asked("asked", row)
+        as_open_prompt("asked", row)
 
 
 def test_a_prompt_alone_keeps_its_system_message():
-    assert as_asked("prompt", {"prompt": "Why?", "system": "Be brief."}).prompt[0] == said("system", "Be brief.")
+    assert as_open_prompt("prompt", {"prompt": "Why?", "system": "Be brief."}).prompt[0] == said("system", "Be brief.")
 
 
 def test_an_answer_that_calls_tools_is_not_reduced_to_its_words():
@@ -241,7 +241,7 @@ def test_an_answer_that_calls_tools_is_not_reduced_to_its_words():
     prompt = [said("user", "Why?")]
     for answers in ({"completion": [call]}, {"chosen": [said("assistant", "So.")], "rejected": [call]}):
         with pytest.raises(ValueError, match="the answer calls tools; one turn of words can be criticised"):
-            as_asked("prompt", {"prompt": prompt, **answers})
+            as_open_prompt("prompt", {"prompt": prompt, **answers})
 
 
 @pytest.fixture

@@ -18,10 +18,11 @@ from bessemer.pipeline.recipe import load_recipe
 from bessemer.posttraining.data.examples import read_conversations
 from bessemer.posttraining.distillation import answers as teacher_answers
 from bessemer.posttraining.distillation import specs as report
-from bessemer.posttraining.distillation.answers import ANSWERS, Asked, TeacherAnswer, as_asked
+from bessemer.posttraining.distillation.answers import ANSWERS, TeacherAnswer, prompt_of
 from bessemer.posttraining.distillation.config import DistillationConfig
 from bessemer.posttraining.distillation.objective import teacher_fingerprint
 from bessemer.posttraining.distillation.stage import distill
+from bessemer.posttraining.sampling.samples import Prompt
 from bessemer.posttraining.specs import STAGES
 from tests.cases import slow
 from tests.inference.models import small_decoder
@@ -220,14 +221,14 @@ def test_the_answers_of_conversations_are_learnt_from_and_the_student_is_compare
 
 @pytest.mark.parametrize("prompt", ["Return the table", (said("user", "Which table?"),)], ids=["text", "messages"])
 def test_of_an_answer_that_was_cut_the_end_is_no_target(prompt, tokenizer):
-    whole, cut = (TeacherAnswer(Asked(prompt), "of nodes", is_cut).encoded(tokenizer) for is_cut in (False, True))
+    whole, cut = (TeacherAnswer(Prompt(prompt), "of nodes", is_cut).encoded(tokenizer) for is_cut in (False, True))
     learnt = [targets[targets >= 0].tolist() for _, targets in (whole.example(64), cut.example(64))]
     assert learnt[0][:-1] == learnt[1] and learnt[0][-1] in {*tokenizer.eos_ids, tokenizer.control_id("<|im_end|>")}
     assert tokenizer.decode(learnt[1]) == "of nodes"
 
 
 def test_what_ended_is_written_as_sft_reads_it(tmp_path):
-    rows = [TeacherAnswer(Asked(prompt), "Yes.", False).conversation.record for prompt in ("So", (said("user", "So?"),))]
+    rows = [TeacherAnswer(Prompt(prompt), "Yes.", False).conversation.record for prompt in ("So", (said("user", "So?"),))]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     first, second = read_conversations(tmp_path / "rows.jsonl")
     assert (first.answered.prompt, first.answered.answer) == ("So", "Yes.")
@@ -236,12 +237,12 @@ def test_what_ended_is_written_as_sft_reads_it(tmp_path):
 
 def test_a_prompt_is_what_stands_before_the_last_answer():
     chat = [said("system", "Short."), said("user", "A?"), said("assistant", "B"), said("user", "C?"), said("assistant", "D")]
-    assert [message["content"] for message in as_asked({"messages": chat}).prompt] == ["Short.", "A?", "B", "C?"]
-    assert as_asked({"prompt": "Once"}).prompt == as_asked({"prompt": "Once", "completion": " more"}).prompt == "Once"
+    assert [message["content"] for message in prompt_of({"messages": chat}).turns] == ["Short.", "A?", "B", "C?"]
+    assert prompt_of({"prompt": "Once"}).turns == prompt_of({"prompt": "Once", "completion": " more"}).turns == "Once"
     with pytest.raises(ValueError, match="there is no prompt to answer"):
-        as_asked({"messages": [said("assistant", "Hello.")]})
+        prompt_of({"messages": [said("assistant", "Hello.")]})
     with pytest.raises(ValueError, match="prompt: it ends with the assistant"):
-        as_asked({"prompt": chat})
+        prompt_of({"prompt": chat})
 
 
 @pytest.mark.parametrize(

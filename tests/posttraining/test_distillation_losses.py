@@ -20,12 +20,12 @@ from bessemer.posttraining.distillation.objective import (
     TeacherHead,
     mean_reverse_kl,
 )
-from bessemer.posttraining.rl.objective import ADVANTAGES, SAMPLER
+from bessemer.posttraining.sampling.samples import ADVANTAGES, SAMPLER
 from bessemer.training import logit_chunks
 from bessemer.training.data.batches import IGNORE_INDEX, Batch
 from bessemer.training.data.packing import pack_rows
 from bessemer.training.logit_chunks import ChunkSize
-from bessemer.training.model_roles import Trainee
+from bessemer.training.model_roles import ModelRoles
 from bessemer.training.model_setup import PreparedModel
 from bessemer.training.objectives import POLICY, LossContext
 from bessemer.training.runtime import Runtime
@@ -127,7 +127,7 @@ def trainee(models):
     config = DistillationConfig(steps=1, dtype="float32", compile=False, threads=1)
     runtime = Runtime.of(config, torch.device("cpu"))
     student, teacher = (PreparedModel(model, None) for model in models)
-    return Trainee({POLICY: student}, runtime, frozen={TEACHER: teacher}, micro_batch_size=1)
+    return ModelRoles({POLICY: student}, runtime, frozen={TEACHER: teacher}, micro_batch_size=1)
 
 
 def examples():

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bessemer.posttraining.distillation.answers import as_asked
+from bessemer.posttraining.distillation.answers import prompt_of
 from tests.posttraining.test_formats import said
 
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
@@ -25,17 +25,17 @@ QUESTION = said("user", "Why?")
 def test_tools_are_kept_or_refused(row, tools):
     if isinstance(row.get("prompt"), str):
         with pytest.raises(ValueError, match="tools are shown in a conversation, and the prompt is a text"):
-            as_asked(row | {"tools": tools})
-        assert as_asked(row | {"tools": "[]"}).prompt == "Why?"
+            prompt_of(row | {"tools": tools})
+        assert prompt_of(row | {"tools": "[]"}).turns == "Why?"
     else:
-        assert as_asked(row | {"tools": tools}).tools == tuple(TOOLS)
+        assert prompt_of(row | {"tools": tools}).tools == tuple(TOOLS)
 
 
 @pytest.mark.parametrize("prompt", ["Why?", [QUESTION]], ids=["text", "messages"])
 @pytest.mark.parametrize("answer", [{}, {"completion": "So."}], ids=["alone", "with a completion"])
 def test_a_system_column_is_the_system_message(prompt, answer):
-    asked = as_asked({"prompt": prompt, "system": "Be brief.", **answer})
-    assert asked.prompt == (said("system", "Be brief."), QUESTION)
+    found = prompt_of({"prompt": prompt, "system": "Be brief.", **answer})
+    assert found.turns == (said("system", "Be brief."), QUESTION)
 
 
 @pytest.mark.parametrize(
@@ -52,9 +52,9 @@ def test_a_system_column_is_the_system_message(prompt, answer):
 )
 def test_a_prompt_that_asks_nothing_is_refused(prompt, message):
     with pytest.raises(ValueError, match=message):
-        as_asked({"prompt": prompt})
+        prompt_of({"prompt": prompt})
 
 
 def test_a_tool_may_return_nothing():
     call = {**said("assistant", ""), "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}
-    assert len(as_asked({"prompt": [QUESTION, call, said("tool", "")]}).prompt) == 3
+    assert len(prompt_of({"prompt": [QUESTION, call, said("tool", "")]}).turns) == 3

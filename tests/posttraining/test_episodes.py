@@ -4,9 +4,7 @@ import pytest
 
 from bessemer.core.errors import ConfigError
 from bessemer.core.metrics import read_metrics
-from bessemer.posttraining.rl.objective import SAMPLER
-from bessemer.posttraining.sampling.prompts import Prompt
-from bessemer.posttraining.sampling.samples import Sample, pack_samples
+from bessemer.posttraining.sampling.samples import SAMPLER, Prompt, Sample, pack_samples
 from bessemer.training.data.batches import IGNORE_INDEX
 from tests.posttraining.test_rl import data, run  # noqa: F401
 from tests.training.conftest import RecordedProgress

@@ -33,8 +33,8 @@ from bessemer.posttraining.sft.report import verdict
 from bessemer.tasks.task_file import read_task
 from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.data.batches import Batch
-from bessemer.training.model_setup import starting_model
 from bessemer.training.objectives import next_token_loss
+from bessemer.training.starting_model import StartingModel
 from tests.cli.test_main import bessemer, one_error
 from tests.literate import blocks
 from tests.posttraining.test_formats import said
@@ -274,7 +274,7 @@ def test_the_memory_that_is_announced_is_that_of_a_step(tmp_path, method, dtype)
     quantize = {"quantize": "int4"} if method == "qlora" else {}
     adapter = {} if method == "full" else {"adapter": {"rank": 16, **quantize}}
     config = SFTConfig.parse({"data": ["a.jsonl"], "dtype": dtype, "steps": 1, "compile": False, **adapter}, "sft")
-    model = starting_model(tmp_path / "model", config, "cpu", seed=1).train()
+    model = StartingModel.of(tmp_path / "model", config, seed=1).whole("cpu").train()
     held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in model.state_dict().values()}
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     kept, alive = {}, []

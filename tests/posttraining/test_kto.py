@@ -17,7 +17,7 @@ from bessemer.posttraining.data.packing import HeldOutBatches, others_before, pa
 from bessemer.posttraining.preference.config import PreferenceConfig
 from bessemer.posttraining.preference.objective import REFERENCE_LOG_PROBS, KTOObjective
 from bessemer.posttraining.preference.stage import preference
-from bessemer.training.model_roles import REFERENCE, Trainee
+from bessemer.training.model_roles import REFERENCE, ModelRoles
 from bessemer.training.model_setup import PreparedModel
 from bessemer.training.objectives import POLICY, LossContext
 from bessemer.training.pretrain_config import PretrainConfig
@@ -39,33 +39,33 @@ def examples():
 
 
 @pytest.fixture
-def trainee(model_folder):
+def models(model_folder):
     policy = load_model(model_folder)
     reference = initial_decoder(policy.config, seed=9).eval()
     runtime = Runtime.of(PretrainConfig(steps=1, dtype="float32", compile=False, threads=1), torch.device("cpu"))
-    return Trainee(
+    return ModelRoles(
         {POLICY: PreparedModel(policy, None)}, runtime, frozen={REFERENCE: PreparedModel(reference, None)}
     )  # fmt: skip
 
 
-def log_ratio(trainee, prompt, answer, tokenizer):
+def log_ratio(models, prompt, answer, tokenizer):
     """Σ log π − Σ log π_ref of an answer, with the models run on it alone."""
     encoded = encode_answer(prompt, answer, tokenizer)
     ids, said_N = torch.from_numpy(encoded.ids), torch.from_numpy(encoded.is_learnt[1:])
     policy, reference = (
         model(ids[None, :-1])[0].log_softmax(-1).gather(1, ids[1:, None])[:, 0][said_N].sum()
-        for model in (trainee.policy.model, trainee.frozen[REFERENCE].model)
+        for model in (models.policy.model, models.frozen[REFERENCE].model)
     )
     return policy - reference.detach()
 
 
-def test_the_packed_loss_and_gradient_are_those_of_each_answer_alone(examples, trainee, tokenizer):
+def test_the_packed_loss_and_gradient_are_those_of_each_answer_alone(examples, models, tokenizer):
     packed = pack_answers(examples, tokenizer, 128)
     assert packed.answers == 9 and 1 < packed.rows < 9
     objective = KTOObjective(beta=0.5, desirable_weight=1.5, undesirable_weight=0.7)
     with torch.no_grad():
-        batch = objective.annotate(trainee, packed.batch)
-    model = trainee.policy.model
+        batch = objective.annotate(models, packed.batch)
+    model = models.policy.model
     halves = [objective(model, batch.rows(rows), LossContext()) for rows in (slice(0, 1), slice(1, None))]
     total = sum(half.sums["preference"] for half in halves) / objective.denominators(batch)["preference"].value
     gradient = torch.autograd.grad(total, list(model.parameters()))
@@ -75,11 +75,11 @@ def test_the_packed_loss_and_gradient_are_those_of_each_answer_alone(examples, t
         before = place - 1
         while examples[before].answered.prompt == example.answered.prompt:
             before -= 1
-        twins.append(log_ratio(trainee, example.answered.prompt, examples[before].answered.answer, tokenizer))
+        twins.append(log_ratio(models, example.answered.prompt, examples[before].answered.answer, tokenizer))
     z = torch.stack(twins).mean().detach()
     assert z > 0.1
     for example in examples:
-        ratio = log_ratio(trainee, example.answered.prompt, example.answered.answer, tokenizer)
+        ratio = log_ratio(models, example.answered.prompt, example.answered.answer, tokenizer)
         sign, weight = (1, 1.5) if example.is_desirable else (-1, 0.7)
         losses.append(weight * (1 - torch.sigmoid(0.5 * sign * (ratio - z))))
         right += bool(sign * (ratio - z) > 0)
@@ -91,41 +91,41 @@ def test_the_packed_loss_and_gradient_are_those_of_each_answer_alone(examples, t
     # rows beyond the end of the held-out ones count for nothing
     last = HeldOutBatches(packed.batch, packed.rows + 3).batch(0)
     with torch.no_grad():
-        padded = objective.annotate(trainee, last)
+        padded = objective.annotate(models, last)
         same = objective(model, padded, LossContext()).sums["preference"] / objective.denominators(padded)["preference"].value
     assert same.item() == pytest.approx(expected.item(), abs=1e-6)
 
 
-def test_z_is_the_positive_part_of_the_divergence(examples, trainee, tokenizer):
-    model = trainee.policy.model
-    model.load_state_dict(trainee.frozen[REFERENCE].model.state_dict())
+def test_z_is_the_positive_part_of_the_divergence(examples, models, tokenizer):
+    model = models.policy.model
+    model.load_state_dict(models.frozen[REFERENCE].model.state_dict())
     with torch.no_grad():
         model.norm.weight.mul_(3)
-        batch = KTOObjective().annotate(trainee, pack_answers(examples, tokenizer, 128).batch)
+        batch = KTOObjective().annotate(models, pack_answers(examples, tokenizer, 128).batch)
         ratios = [
-            log_ratio(trainee, one.answered.prompt, examples[place].answered.answer, tokenizer)
+            log_ratio(models, one.answered.prompt, examples[place].answered.answer, tokenizer)
             for one, place in zip(examples, others_before([str(one.answered.prompt) for one in examples]), strict=True)
         ]
     assert torch.stack(ratios).mean() < 0 and (batch.per_sequence["kl"] == 0).all()
 
 
-def test_of_a_label_that_there_is_not_nothing_is_told_and_a_tie_is_not_right(examples, trainee, tokenizer):
+def test_of_a_label_that_there_is_not_nothing_is_told_and_a_tie_is_not_right(examples, models, tokenizer):
     good = [replace(one, is_desirable=True) for one in examples]
     batch = pack_answers(good, tokenizer, 128).batch
     objective = KTOObjective(0.1, 1.0, 1.0)
-    batch = objective.annotate(trainee, batch)
-    terms = objective(trainee.policy.model, batch, LossContext())
+    batch = objective.annotate(models, batch)
+    terms = objective(models.policy.model, batch, LossContext())
     totals = TotalsReducer(ALONE).reduced([terms], {"preference": 9.0})
     assert "reward_undesirable" not in totals.metrics and "reward_desirable" in totals.metrics
     # a policy that is its reference ranks nothing, whatever the labels are
     for label in (True, False):
         labelled = [replace(one, is_desirable=label) for one in examples]
         rows = pack_answers(labelled, tokenizer, 128).batch
-        own = trainee.log_probs(rows, POLICY)
+        own = models.log_probs(rows, POLICY)
         rows = rows.with_values(
             per_token={REFERENCE_LOG_PROBS: own}, per_sequence={"kl": torch.zeros_like(rows.per_sequence["is_answer"])}
         )
-        figures = objective(trainee.policy.model, rows, LossContext()).metrics["accuracy"]
+        figures = objective(models.policy.model, rows, LossContext()).metrics["accuracy"]
         assert float(figures.sum) == pytest.approx(0, abs=1e-6)
 
 

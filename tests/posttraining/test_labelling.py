@@ -21,7 +21,7 @@ from bessemer.posttraining.labelling import (
     read_prompts,
     sample_answers,
 )
-from bessemer.serving.labelling import create_label_app
+from bessemer.webapp.labelling import create_label_app
 from tests.posttraining.test_formats import said
 from tests.training.conftest import RecordedProgress
 

@@ -11,17 +11,16 @@ from bessemer.distributed.mesh import ALONE
 from bessemer.posttraining.preference.objective import REFERENCE_LOG_PROBS
 from bessemer.posttraining.rl.batches import PairBatches
 from bessemer.posttraining.rl.config import RLConfig
+from bessemer.posttraining.rl.policy_sampler import JudgedGroup
 from bessemer.posttraining.rl.stage import needs_reference
-from bessemer.posttraining.sampling.prompts import Prompt
-from bessemer.posttraining.sampling.sampler import Group
-from bessemer.posttraining.sampling.samples import Sample
+from bessemer.posttraining.sampling.samples import Prompt, Sample
 from tests.posttraining.test_ppo import SETTINGS, data, run  # noqa: F401
 
 
 def group(rewards, first_token):
     samples = [Sample(Prompt("p"), [1, 2, first_token + place, 9], 2, [-1.0, -1.0], "", False) for place in range(len(rewards))]
     totals_G = torch.tensor(rewards, dtype=torch.float64)
-    return Group(samples, totals_G[:, None], totals_G, [{}] * len(rewards))
+    return JudgedGroup(samples, totals_G[:, None], totals_G, [{}] * len(rewards))
 
 
 @pytest.mark.parametrize("shares", [False, True])

@@ -6,12 +6,11 @@ import pytest
 import torch
 
 from bessemer.model.storage.folder import load_model
-from bessemer.posttraining.preference.objective import target_log_probs
 from bessemer.posttraining.rl.config import PRESETS, RLConfig
-from bessemer.posttraining.rl.objective import ADVANTAGES, OLD, TOKEN_REFERENCE_LOG_PROBS, PolicyObjective
-from bessemer.posttraining.sampling.prompts import Prompt
-from bessemer.posttraining.sampling.samples import Sample, pack_samples
+from bessemer.posttraining.rl.objective import OLD, TOKEN_REFERENCE_LOG_PROBS, PolicyObjective
+from bessemer.posttraining.sampling.samples import ADVANTAGES, Prompt, Sample, pack_samples
 from bessemer.training.data.batches import IGNORE_INDEX
+from bessemer.training.head import target_log_probs
 from bessemer.training.objectives import LossContext
 from tests.cases import in_turn
 from tests.inference.models import small_decoder
@@ -217,7 +216,7 @@ def test_completions_that_share_a_prompt_are_as_those_by_themselves(architecture
     results = {}
     for shared_row in (None, 1000):
         packed = pack_samples(made, [True] * len(made), 0, shared_row=shared_row)
-        log_probs_BT = target_log_probs(model, packed.batch)
+        log_probs_BT = target_log_probs(model, model.hidden(**packed.batch.inputs), packed.batch.targets_BT)[0]
         gradients = torch.autograd.grad((log_probs_BT.tanh() * packed.batch.tokens_BT).sum(), list(model.parameters()))
         results[shared_row] = [packed.of_samples(packed.batch.sequence_sums(log_probs_BT)), *gradients]
     for shared, alone in zip(results[1000], results[None], strict=True):

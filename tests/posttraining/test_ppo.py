@@ -16,10 +16,9 @@ from bessemer.model.storage.folder import as_scorer
 from bessemer.pipeline.recipe import load_recipe
 from bessemer.posttraining.rl.advantages import CRITIC, OLD_VALUES, RETURNS, ActorCriticObjective, token_values, with_values
 from bessemer.posttraining.rl.config import CriticConfig, RLConfig
-from bessemer.posttraining.rl.objective import ADVANTAGES, PolicyObjective
+from bessemer.posttraining.rl.objective import PolicyObjective
 from bessemer.posttraining.rl.stage import rl
-from bessemer.posttraining.sampling.prompts import Prompt
-from bessemer.posttraining.sampling.samples import Sample, pack_samples
+from bessemer.posttraining.sampling.samples import ADVANTAGES, Prompt, Sample, pack_samples
 from bessemer.training.objectives import LossContext
 from tests.inference.models import small_decoder
 

@@ -27,8 +27,8 @@ from bessemer.posttraining.rewards.model_based import RewardModel
 from bessemer.posttraining.rewards.specs import report, summary_line
 from bessemer.posttraining.rewards.stage import RewardObjective, reward, rewards
 from bessemer.training.checkpoint.manager import CHECKPOINTS, checkpoint_weights, newest_checkpoint
-from bessemer.training.model_setup import head_seed
 from bessemer.training.objectives import LossContext
+from bessemer.training.starting_model import head_seed
 from tests.cases import slow
 from tests.posttraining.test_formats import said
 from tests.posttraining.test_preference import SETTINGS, data  # noqa: F401

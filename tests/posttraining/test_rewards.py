@@ -6,7 +6,7 @@ import time
 import pytest
 
 from bessemer.core.errors import ConfigError
-from bessemer.posttraining.rewards.config import REWARDS, AskedTask, RewardContext, named
+from bessemer.posttraining.rewards.config import REWARDS, RewardContext, RewardTask, named
 from bessemer.posttraining.rewards.judge import Completed, Judge
 from bessemer.posttraining.rl.config import RLConfig
 from bessemer.tasks.config import TaskOptions
@@ -88,7 +88,7 @@ def test_a_task_gives_the_scores_that_its_evaluation_gives():
     (task,) = find_tasks(["arithmetic"], TaskOptions(limit=8))
     questions = list(task.questions())
     texts = [f" {n}" for n in range(7)] + [task.judge(questions[7], ["?"]).gold[0]]
-    context = RewardContext(tasks={task.name: AskedTask(task, {question.item: question for question in questions})})
+    context = RewardContext(tasks={task.name: RewardTask(task, {question.item: question for question in questions})})
     found = Judge(settings("task"), context).judge(
         completed([*texts, "12"], task=[task.name] * 8 + [None], item=[question.item for question in questions] + [None])
     )

@@ -22,11 +22,10 @@ from bessemer.posttraining.rl import specs as report
 from bessemer.posttraining.rl.config import RLConfig
 from bessemer.posttraining.rl.objective import PolicyObjective
 from bessemer.posttraining.rl.rollouts import CollapseError, RolloutSource, check_collapse
-from bessemer.posttraining.rl.stage import rl
-from bessemer.posttraining.sampling.prompts import Prompt, gather_prompts
-from bessemer.posttraining.sampling.samples import Sample
+from bessemer.posttraining.rl.stage import gather_prompts, rl
+from bessemer.posttraining.sampling.samples import Prompt, Sample
 from bessemer.training.data.batches import IGNORE_INDEX
-from bessemer.training.model_roles import Trainee
+from bessemer.training.model_roles import ModelRoles
 from bessemer.training.model_setup import PreparedModel
 from bessemer.training.objectives import POLICY, LossContext
 from bessemer.training.runtime import Runtime
@@ -159,7 +158,7 @@ def source_of(model, tokenizer, tmp_path, prompts, progress=None, folder=None, *
     judge = Judge(config.rewards, RewardContext(folder or tmp_path))
     source = RolloutSource(prompts, judge, tokenizer, config, tmp_path, seed=1, progress=progress or Silent())
     runtime = Runtime.of(config, torch.device("cpu"))
-    source.bind(Trainee({POLICY: PreparedModel(model, None)}, runtime))
+    source.bind(ModelRoles({POLICY: PreparedModel(model, None)}, runtime))
     return source, config
 
 

@@ -17,7 +17,7 @@ from bessemer.model.quantisation.quantise import quantise
 from bessemer.model.storage.folder import load_model, save_model
 from bessemer.posttraining.rl.config import RLConfig
 from bessemer.posttraining.rl.objective import PolicyObjective
-from bessemer.posttraining.sampling.prompts import Prompt
+from bessemer.posttraining.sampling.samples import Prompt
 from bessemer.training.checkpoint.manager import CHECKPOINTS, checkpoint_weights, newest_checkpoint
 from bessemer.training.objectives import LossContext
 from tests.cases import slow
@@ -107,7 +107,7 @@ def test_a_quantised_base_samples_what_is_trained(scheme, model_folder, data, tm
 def test_the_base_is_the_reference_and_no_second_model_is_loaded(model_folder, data, tmp_path, monkeypatch):  # noqa: F811
     full = tmp_path / "full"
     run(model_folder, data, full, steps=1, beta=0.1, validation_share=0, learning_rate=1e-9)
-    monkeypatch.setattr("bessemer.posttraining.rl.stage.open_beside", None)
+    monkeypatch.setattr("bessemer.training.job.open_beside", None)
     run(model_folder, data, tmp_path / "adapter", steps=3, beta=0.1, validation_share=0, adapter=4)
     lines = read_metrics(tmp_path / "adapter" / "metrics.jsonl")
     assert lines[0]["reward"] == read_metrics(full / "metrics.jsonl")[0]["reward"], "the first rollout is the base's"

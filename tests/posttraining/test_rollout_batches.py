@@ -16,11 +16,10 @@ from bessemer.posttraining.preference.objective import REFERENCE_LOG_PROBS as RE
 from bessemer.posttraining.rl.advantages import CRITIC
 from bessemer.posttraining.rl.batches import AdvantageBatches, PairBatches
 from bessemer.posttraining.rl.config import RLConfig
-from bessemer.posttraining.rl.objective import ADVANTAGES, OLD, SAMPLER, TOKEN_REFERENCE_LOG_PROBS
+from bessemer.posttraining.rl.objective import OLD, TOKEN_REFERENCE_LOG_PROBS
+from bessemer.posttraining.rl.policy_sampler import JudgedGroup
 from bessemer.posttraining.rl.stage import rl
-from bessemer.posttraining.sampling.prompts import Prompt
-from bessemer.posttraining.sampling.sampler import Group
-from bessemer.posttraining.sampling.samples import Sample
+from bessemer.posttraining.sampling.samples import ADVANTAGES, SAMPLER, Prompt, Sample
 from bessemer.training.objectives import POLICY
 from tests.posttraining.test_ppo import data  # noqa: F401
 
@@ -40,7 +39,7 @@ def groups(rewards=REWARDS):
             samples.append(Sample(Prompt("p"), ids, prompt, [-0.01 * id for id in ids[prompt:]], "", False))
             token += length
         totals_G = torch.tensor(rewards[number], dtype=torch.float64)
-        found.append(Group(samples, totals_G[:, None], totals_G, [{}] * len(samples)))
+        found.append(JudgedGroup(samples, totals_G[:, None], totals_G, [{}] * len(samples)))
     return found
 
 

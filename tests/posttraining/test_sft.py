@@ -10,7 +10,7 @@ from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
 from bessemer.model.storage.folder import load_model, save_model
 from bessemer.pipeline.recipe import load_recipe
-from bessemer.posttraining.data.examples import data_fingerprint, read_conversations
+from bessemer.posttraining.data.examples import files_fingerprint, read_conversations
 from bessemer.posttraining.data.packing import pack_conversations
 from bessemer.posttraining.sft.config import SFT_VERSION, SFTConfig
 from bessemer.posttraining.sft.stage import gather_conversations, sft
@@ -122,11 +122,11 @@ def test_a_prompt_that_two_files_have_lies_on_one_side(tmp_path):
 def test_the_fingerprint_follows_the_files_content(tmp_path):
     config = SFTConfig(data=["chat.jsonl"])
     with pytest.raises(SourceError, match="there is no such file"):
-        data_fingerprint(config, tmp_path)
+        files_fingerprint(config.data, tmp_path)
     prints = []
     for answer in ("a", "b"):
         (tmp_path / "chat.jsonl").write_text(lines(answer))
-        prints.append(data_fingerprint(config, tmp_path))
+        prints.append(files_fingerprint(config.data, tmp_path))
     assert prints[0] != prints[1]
 
 

@@ -16,7 +16,7 @@ from bessemer.posttraining.preference.config import PAIR_LOSSES
 from bessemer.posttraining.preference.losses import PairLossSettings
 from bessemer.posttraining.preference.objective import KTOObjective, PreferenceObjective
 from bessemer.posttraining.rewards.stage import RewardObjective
-from bessemer.training.model_roles import REFERENCE, Trainee
+from bessemer.training.model_roles import REFERENCE, ModelRoles
 from bessemer.training.model_setup import PreparedModel
 from bessemer.training.objectives import POLICY, LossContext
 from bessemer.training.pretrain_config import PretrainConfig
@@ -110,7 +110,7 @@ def of_ours(objective, model, batch, reference=None):
     runtime = Runtime.of(PretrainConfig(steps=1, dtype="float32", compile=False, threads=1), torch.device("cpu"))
     frozen = {} if reference is None else {REFERENCE: PreparedModel(reference, None)}
     with torch.no_grad():
-        batch = objective.annotate(Trainee({POLICY: PreparedModel(model, None)}, runtime, frozen=frozen), batch)
+        batch = objective.annotate(ModelRoles({POLICY: PreparedModel(model, None)}, runtime, frozen=frozen), batch)
     counts = objective.denominators(batch)
     assert batch.tokens_BT.shape[0] > 1
     parts = [objective(model, batch.rows(rows), LossContext()) for rows in (slice(0, 1), slice(1, None))]

@@ -13,8 +13,9 @@ from bessemer.distributed.layout import Layout
 from bessemer.model.cpu_kernels import library, unavailable
 from bessemer.model.initialisation import initial_decoder
 from bessemer.scaling.hardware import find_card
-from bessemer.scaling.job import Candidate, TrainingJob
-from bessemer.scaling.memory import memory
+from bessemer.scaling.job import Candidate, PlannedJob
+from bessemer.scaling.memory import assumed_states, memory
+from bessemer.scaling.planner import plan_summary, plans
 from bessemer.training import logit_chunks
 from bessemer.training.head import linear_cross_entropy
 from bessemer.training.logit_chunks import ChunkSize
@@ -81,7 +82,7 @@ def measured(config, settings):
 def test_the_peak_of_a_step_is_within_a_tenth_of_what_is_planned(name, micro_batch_size, recompute):
     settings = PretrainConfig(**SETTINGS, activation_checkpointing=recompute, micro_batch_size=micro_batch_size)
     weights, states, peak = measured(MODELS[name], settings)
-    planned = memory(TrainingJob(MODELS[name], settings, CPU), Candidate(Layout(), micro_batch_size or ROWS, recompute))
+    planned = memory(PlannedJob(MODELS[name], settings, CPU), Candidate(Layout(), micro_batch_size or ROWS, recompute))
     assert planned.weights == weights
     assert planned.optimizer_states == states
     assert planned.peak == pytest.approx(peak, rel=0.1)
@@ -91,21 +92,33 @@ def test_the_peak_of_a_step_is_within_a_tenth_of_what_is_planned(name, micro_bat
 def test_the_peak_of_other_architectures_is_within_a_tenth_too(name):
     settings = PretrainConfig(**SETTINGS | {"dtype": "float32"})
     peak = measured(MODELS[name], settings)[-1]
-    assert memory(TrainingJob(MODELS[name], settings, CPU), Candidate(Layout(), ROWS)).peak == pytest.approx(peak, rel=0.1)
+    assert memory(PlannedJob(MODELS[name], settings, CPU), Candidate(Layout(), ROWS)).peak == pytest.approx(peak, rel=0.1)
 
 
 @pytest.mark.parametrize("optimizer", ["muon", slow("adamw")])
 def test_the_states_of_an_optimizer_have_the_planned_size(optimizer):
     settings = PretrainConfig(**SETTINGS | {"optimizer": optimizer})
     states = measured(MODELS["qwen3"], settings)[1]
-    planned = memory(TrainingJob(MODELS["qwen3"], settings, CPU), Candidate(Layout(), ROWS)).optimizer_states
+    planned = memory(PlannedJob(MODELS["qwen3"], settings, CPU), Candidate(Layout(), ROWS)).optimizer_states
     assert planned == pytest.approx(states, rel=0.01)
+
+
+def test_states_of_an_optimizer_that_does_not_say_are_assumed_and_the_plan_says_so():
+    known, unknown = (
+        PlannedJob(MODELS["qwen3"], PretrainConfig(**SETTINGS | {"optimizer": name}), CPU) for name in ("adamw", "own.py:build")
+    )
+    states = [memory(job, Candidate(Layout(), ROWS)).optimizer_states for job in (known, unknown)]
+    assert states[0] == states[1]
+    assert assumed_states(known) is None
+    assert assumed_states(unknown) == "assumed: 8 bytes a weight for the states of own.py:build, which does not say"
+    summaries = [plan_summary(plans(job, 1, count=1), tokens=1e6, price=1) for job in (known, unknown)]
+    assert [summary.get("assumed_states") for summary in summaries] == [None, assumed_states(unknown)]
 
 
 def test_an_average_of_the_weights_is_planned_as_large_as_it_is():
     model, settings = MODELS["qwen3"], PretrainConfig(**SETTINGS)
     plain, averaged = (
-        memory(TrainingJob(model, chosen, CPU), Candidate(Layout(), ROWS))
+        memory(PlannedJob(model, chosen, CPU), Candidate(Layout(), ROWS))
         for chosen in (settings, settings.with_changes(ema=0.999))
     )
     kept = MovingAverage(initial_decoder(model, 0), 0.999).state_dict()["weights"].values()
@@ -120,7 +133,7 @@ def test_the_head_takes_the_memory_that_is_planned_for_its_device(card, dtype, s
         pytest.skip(f"the plan is that of the compiled kernels: {unavailable()}")
     settings = PretrainConfig(**SETTINGS | {"dtype": dtype})
     model, tokens = MODELS["llama"].with_changes(final_logit_softcapping=softcap), ROWS * LENGTH
-    job = TrainingJob(model, settings, find_card(card))
+    job = PlannedJob(model, settings, find_card(card))
     hidden_ND = torch.randn(tokens, model.hidden_size).requires_grad_()
     weight_VD = torch.randn(model.vocab_size, model.hidden_size).requires_grad_()
     targets_N = torch.arange(tokens) % model.vocab_size
@@ -140,7 +153,7 @@ def test_the_head_takes_the_memory_that_is_planned_for_its_device(card, dtype, s
 def test_fully_sharded_adamw_takes_sixteen_bytes_a_parameter_over_the_ranks():
     """Rajbhandari et al. 2020, section 3.1, with gradients in float32."""
     settings = PretrainConfig(**SETTINGS | {"batch_size": 64})
-    job = TrainingJob(MODELS["llama"], settings, find_card("h100"))
+    job = PlannedJob(MODELS["llama"], settings, find_card("h100"))
     planned = memory(job, Candidate(Layout(data_shard=64), 1))
     assert planned.weights + planned.gradients + planned.optimizer_states == 16 * MODELS["llama"].parameters() / 64
 
@@ -148,8 +161,8 @@ def test_fully_sharded_adamw_takes_sixteen_bytes_a_parameter_over_the_ranks():
 def test_a_pipeline_s_first_rank_holds_as_many_micro_batches_as_there_are_ranks():
     settings = PretrainConfig(**SETTINGS | {"batch_size": 64})
     model = MODELS["llama"].with_changes(num_hidden_layers=8, vocab_size=8)
-    job = TrainingJob(model, settings, find_card("h100"))
-    shorter = TrainingJob(model.with_changes(num_hidden_layers=4), settings, job.card)
+    job = PlannedJob(model, settings, find_card("h100"))
+    shorter = PlannedJob(model.with_changes(num_hidden_layers=4), settings, job.card)
     eight, four = (memory(of_one, Candidate(Layout(), 1)).activations for of_one in (job, shorter))
     first = memory(job, Candidate(Layout(pipeline=4), 1))
     assert first.activations == pytest.approx(4 * 2 * (eight - four) / 4, rel=0.01)

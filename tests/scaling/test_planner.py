@@ -5,14 +5,14 @@ from bessemer.distributed.layout import Layout
 from bessemer.model.config import preset_config
 from bessemer.model.presets import PRESET_VOCABULARIES
 from bessemer.scaling.hardware import CARDS, find_card
-from bessemer.scaling.job import Candidate, TrainingJob
+from bessemer.scaling.job import Candidate, PlannedJob
 from bessemer.scaling.planner import DoesNotFitError, candidates, evaluate, layouts, plans, suggest_settings
 from bessemer.training.pretrain_config import PretrainConfig
 
 
 def job(preset, card="h100", **settings):
     values = {"steps": 1, "batch_size": 64, "context_length": 2048, "optimizer": "adamw"} | settings
-    return TrainingJob(preset_config(preset, PRESET_VOCABULARIES[preset]), PretrainConfig(**values), find_card(card))
+    return PlannedJob(preset_config(preset, PRESET_VOCABULARIES[preset]), PretrainConfig(**values), find_card(card))
 
 
 def test_every_layout_uses_every_card_and_divides_the_model_and_the_batch():

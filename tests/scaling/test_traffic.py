@@ -8,7 +8,7 @@ from bessemer.distributed.mesh import Mesh
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
 from bessemer.scaling.hardware import find_card
-from bessemer.scaling.job import Candidate, TrainingJob
+from bessemer.scaling.job import Candidate, PlannedJob
 from bessemer.scaling.timing import Traffic, traffic
 from bessemer.training.model_setup import prepare_model
 from bessemer.training.objectives import next_token_loss
@@ -63,7 +63,7 @@ def counted_and_planned(ranks, parallel, model=DENSE, rows=1, micro_batch_size=N
             trainer.step(batch)
     planned = {}
     for kind in traffic(
-        TrainingJob(config, settings, find_card("cpu")),
+        PlannedJob(config, settings, find_card("cpu")),
         Candidate(layout, micro_batch_size or rows, settings.activation_checkpointing),
     ):
         count, size = planned.get((kind.operation, kind.ranks), (0, 0))

@@ -10,7 +10,8 @@ import httpx
 import pytest
 
 from bessemer.assistant.messages import as_messages, with_system_first
-from bessemer.tokenization.tokenizer import CHAT_TEMPLATE_FILE, load_tokenizer
+from bessemer.tokenization.folder import CHAT_TEMPLATE_FILE
+from bessemer.tokenization.tokenizer import load_tokenizer
 from tests.model.tokenizers import write_small_tokenizer
 from tests.serving.engine import FakeEngine, ScriptedEngine
 

@@ -13,6 +13,7 @@ import pytest
 
 from bessemer.assistant.messages import TextDelta
 from bessemer.core.errors import RequestError
+from bessemer.serving.openai.protocol import ChatRequest
 from bessemer.serving.openai.replies import ChatReply
 from bessemer.serving.runtime import streams
 from bessemer.serving.runtime.worker import ChoiceEvents
@@ -77,10 +78,11 @@ def test_stream_is_events_that_end_in_done(start):
 
 
 def test_who_speaks_in_a_chat_is_told_with_a_choices_first_token():
-    reply = ChatReply("tiny", ByteTokenizer(), None, n=2, log_probs=False, shows_thinking=True)
+    reply = ChatReply(ChatRequest.model_validate(body(n=2)), ByteTokenizer(), None)
     # half a character shows no text yet, and is a token all the same
-    told = [list(reply.events([ChoiceEvents(*one, ())])) for one in ((1, []), (1, [TextDelta("é")]), (0, [TextDelta("a")]))]
-    deltas = [[(event["choices"][0]["index"], event["choices"][0]["delta"]) for event in events] for events in told]
+    steps = [reply.events([ChoiceEvents(*one, ())]) for one in ((1, []), (1, [TextDelta("é")]), (0, [TextDelta("a")]))]
+    choices = [[json.loads(event.removeprefix("data: "))["choices"][0] for event in step.split("\n\n")[:-1]] for step in steps]
+    deltas = [[(choice["index"], choice["delta"]) for choice in step] for step in choices]
     begin = {"role": "assistant", "content": ""}
     assert deltas == [[(1, begin)], [(1, {"content": "é"})], [(0, begin), (0, {"content": "a"})]]
 

@@ -10,14 +10,14 @@ import pytest
 
 from bessemer.cli.main import main
 from bessemer.core.errors import BessemerError, ConfigError, SourceError
-from bessemer.serving.bench import Answer, LoadConfig, bench, bodies, figures, waits
+from bessemer.serving.bench import LoadConfig, TimedResponse, bench, bodies, figures, waits
 from tests.serving.running import babbling_engine, servers
 
 
 def test_figures_of_a_worked_case():
-    first = Answer(started=10.0, first=10.2, ended=11.2, gaps=[0.25, 0.25, 0.5], prompt_tokens=100, tokens=5)
-    second = Answer(started=10.0, first=10.4, ended=10.4, gaps=[], prompt_tokens=50, tokens=1)
-    lost = Answer(started=10.0, error="503: busy")
+    first = TimedResponse(started=10.0, first=10.2, ended=11.2, gaps=[0.25, 0.25, 0.5], prompt_tokens=100, tokens=5)
+    second = TimedResponse(started=10.0, first=10.4, ended=10.4, gaps=[], prompt_tokens=50, tokens=1)
+    lost = TimedResponse(started=10.0, error="503: busy")
     found = figures([first, second, lost], 2.0, LoadConfig(concurrency=2, goodput={"ttft": 300, "tpot": 260}))
     assert (found["completed"], found["failed"], found["total_input_tokens"], found["total_output_tokens"]) == (2, 1, 150, 6)
     assert (found["request_throughput"], found["output_throughput"], found["total_token_throughput"]) == (1.0, 3.0, 78.0)

@@ -16,10 +16,10 @@ import httpx
 import pytest
 
 from bessemer.model.adapters.folder import ADAPTER_CONFIG, read_adapter, write_adapter
-from bessemer.serving import config as limits
 from bessemer.serving import server as connections
 from bessemer.serving.app import create_app
 from bessemer.serving.config import ServingConfig
+from bessemer.serving.runtime import gate
 from bessemer.serving.runtime.clients import KeyRecord, hash_key, write_keys
 from bessemer.serving.runtime.gate import PUBLIC
 from bessemer.serving.server import open_many_files
@@ -363,7 +363,7 @@ def test_answers_that_are_never_read_give_their_places_back(start, monkeypatch):
 
 def test_an_answer_that_is_read_slowly_comes_whole(start, monkeypatch):
     monkeypatch.setattr(connections, "WRITE_SECONDS", 0.3)
-    monkeypatch.setattr(limits, "LEAST_READ", 1)
+    monkeypatch.setattr(connections, "LEAST_READ", 1)
     parts = 200
     address = httpx.URL(start(FakeEngine(lambda _: iter(["x" * 100_000] * parts), context_length=10**9)))
     asked = json.dumps({"model": "tiny", "prompt": "a", "max_tokens": 10**8, "stream": True}).encode()
@@ -381,7 +381,7 @@ def test_an_answer_that_is_read_slowly_comes_whole(start, monkeypatch):
 
 
 def test_large_bodies_that_are_held_keep_no_ordinary_request_away(start, monkeypatch):
-    monkeypatch.setattr(limits, "BODIES", limits.BODIES._replace(most=1))
+    monkeypatch.setattr(gate, "BODIES", gate.BODIES._replace(most=1))
     url = start(FakeEngine(), body_seconds=20.0)
     address = httpx.URL(url)
     large = json.dumps(ASKED | {"user": "x" * 800_000})

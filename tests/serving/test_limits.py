@@ -168,7 +168,7 @@ def test_work_that_is_no_completion_is_done_by_two_threads_at_once():
             at_once -= 1
 
     async def many() -> None:
-        await asyncio.gather(*(served.aside(work) for _ in range(8)))
+        await asyncio.gather(*(served.run_in_thread(work) for _ in range(8)))
 
     asyncio.run(many())
     assert most == 2

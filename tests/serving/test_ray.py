@@ -21,10 +21,11 @@ import pytest
 from bessemer.assistant.config import Principal
 from bessemer.serving.app import create_app
 from bessemer.serving.config import ServingConfig
-from bessemer.serving.ray.entrance import Entrance, unavailable
+from bessemer.serving.ray.entrance import Entrance
 from bessemer.serving.ray.forwarding import Forwarded, PrefixMemory, answer, prompt_of
-from bessemer.serving.ray.replica import Measured
+from bessemer.serving.ray.replica import ModelStatistics
 from bessemer.serving.responses.protocol import MemoryStore
+from bessemer.serving.runtime.bodies import overloaded
 from bessemer.serving.runtime.clients import SCOPE
 from bessemer.serving.server import listen
 from tests.serving.engine import FakeEngine
@@ -43,22 +44,22 @@ class InProcess:
         ]
         self.asked = []
 
-    async def ask(self, asked):
+    async def send(self, asked):
         if not self.apps:
-            raise unavailable("there is none")
+            raise overloaded("there is none")
         self.asked.append(asked)
         async with aclosing(answer(self.apps[len(self.asked) % len(self.apps)], asked)) as parts:
             async for part in parts:
                 yield part
 
-    async def ask_all(self, asked):
+    async def broadcast(self, asked):
         return [[part async for part in answer(app, asked)] for app in self.apps]
 
     async def count_ready(self):
         return len(self.apps)
 
     async def measure(self):
-        return [[Measured("tiny", engine.statistics, ())] for engine in self.engines]
+        return [[ModelStatistics("tiny", engine.statistics, ())] for engine in self.engines]
 
 
 def entrance_of(replicas, public=(), **settings):

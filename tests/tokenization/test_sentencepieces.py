@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from bessemer.tokenization import sentencepieces
 from bessemer.tokenization.folder import write_folder
 from bessemer.tokenization.formats.sentencepiece_file import write_sentencepiece
-from bessemer.tokenization.sentencepieces import SPACE, WORD, count_words, train_bpe, train_unigram
+from bessemer.tokenization.sentencepieces import WORD, count_sentencepiece_words, train_sentencepiece_bpe, train_unigram
 from bessemer.tokenization.tokenizer import load_tokenizer
+from bessemer.tokenization.vocabulary import SPACE_MARK
 from tests.cases import slow
 
-TRAINERS = {"unigram": (train_unigram, 470), "sentencepiece_bpe": (train_bpe, 700)}
+TRAINERS = {"unigram": (train_unigram, 470), "sentencepiece_bpe": (train_sentencepiece_bpe, 700)}
 
 #: Text that is nearly the name of a byte, of a control token or of the unknown, and text with many segmentations.
 FRAGMENTS = [*("<0x41>", "<0x", "0A>", "41>", "<", ">", "<unk>", "<|endoftext|>", "<|im_end|>", " ", "  ", "\n", "\t", "_")]
@@ -45,14 +46,14 @@ def test_ids_equal_sentencepieces_on_anything_typed_and_decode_to_it(pair, text)
     ours, library = pair
     ids = ours.encode(text, add_bos=False)
     assert ids == library.encode(text)
-    assert ours.decode(ids) == text.replace(SPACE, " ")
+    assert ours.decode(ids) == text.replace(SPACE_MARK, " ")
 
 
 def test_equal_scores_are_decided_alike(pair):
     """Sums in float32 and in float64 differ by their rounding, but not on a grid; long documents too."""
     ours, library = pair
     draw = random.Random(11)
-    pieces = [library.id_to_piece(id).replace(SPACE, " ") for id in range(257, library.vocab_size() - 3)]
+    pieces = [library.id_to_piece(id).replace(SPACE_MARK, " ") for id in range(257, library.vocab_size() - 3)]
     for length in (30, 300, 3000):
         for _ in range(60_000 // length // 20):
             text = "".join(draw.choices(pieces, k=length))
@@ -72,7 +73,7 @@ def test_line_feed_tab_and_ascii_are_tokens_whatever_the_corpus(pair):
 def test_what_the_library_would_drop_is_learnt():
     """A sentence with U+2585, tabs, line ends in a row, NUL or a lone surrogate beside a word, a private character."""
     texts = ["\tzip\r\n", "\u2585\u2585zip\n\n\n", "zip\0zip zip", "\ue000zip", "zip zip", "a\ud800zip"] * 9
-    parts = train_bpe(texts, 257 + 100 + 6)
+    parts = train_sentencepiece_bpe(texts, 257 + 100 + 6)
     learnt = set(parts.model["vocab"])
     assert {"zip", "\u2585\u2585", "\n\n", "\r\n", "\ue000"} <= learnt
     assert "\0" not in learnt
@@ -82,7 +83,7 @@ def test_digits_stand_alone_and_spaces_in_runs_of_their_own(pair):
     _, library = pair
     pieces = [library.id_to_piece(id) for id in range(257, library.vocab_size() - 3)]
     assert [piece for piece in pieces if re.search(r"\d", piece) and len(piece) > 1] == []
-    assert [piece for piece in pieces if SPACE in piece[1:] and set(piece) != {SPACE}] == []
+    assert [piece for piece in pieces if SPACE_MARK in piece[1:] and set(piece) != {SPACE_MARK}] == []
     assert [piece for piece in pieces if len(re.findall(WORD, piece)) > 1] == []
 
 
@@ -90,14 +91,14 @@ def test_a_word_that_begins_no_other_is_a_piece():
     """The trainer takes a string where its occurrences go on differently; a word by itself always goes on alike."""
     draw = random.Random(2)
     words = ["zebra", "quince", "violet", "walrus", "mango", "harbour"]
-    counts = count_words([" ".join(draw.choices(words, k=4000))], 256)
-    assert {f"{SPACE}{word}" for word in words} <= counts.keys()
+    counts = count_sentencepiece_words([" ".join(draw.choices(words, k=4000))], 256)
+    assert {f"{SPACE_MARK}{word}" for word in words} <= counts.keys()
     pieces = dict(train_unigram([" ".join(draw.choices(words, k=4000))], 257 + 97 + 6).model["vocab"])
-    assert {f"{SPACE}{word}" for word in words} <= pieces.keys()
+    assert {f"{SPACE_MARK}{word}" for word in words} <= pieces.keys()
 
 
 def test_the_sentences_for_the_library_hold_every_word_as_often_as_counted(corpus):
-    counts = count_words(corpus, 256)
+    counts = count_sentencepiece_words(corpus, 256)
     again = Counter()
     for text, count in sentencepieces._sentences(counts):
         again.update({word: count * times for word, times in Counter(re.findall(WORD, text)).items()})
@@ -105,10 +106,10 @@ def test_the_sentences_for_the_library_hold_every_word_as_often_as_counted(corpu
 
 
 def test_words_are_cut_at_the_given_length_and_lose_nothing_else():
-    counts = count_words(["a" * 25 + " " * 25 + "b12é) \n", "x\0y\ud800z"], 10)
+    counts = count_sentencepiece_words(["a" * 25 + " " * 25 + "b12é) \n", "x\0y\ud800z"], 10)
     assert counts == Counter(
-        {"a" * 10: 2, "a" * 5: 1, SPACE * 10: 2, SPACE * 5 + "b": 1}
-        | dict.fromkeys(["1", "2", "é", ")", SPACE + "\n", "x", "y", "z"], 1)
+        {"a" * 10: 2, "a" * 5: 1, SPACE_MARK * 10: 2, SPACE_MARK * 5 + "b": 1}
+        | dict.fromkeys(["1", "2", "é", ")", SPACE_MARK + "\n", "x", "y", "z"], 1)
     )
 
 
@@ -135,7 +136,7 @@ def test_bpe_learns_what_the_library_learns_from_the_text_itself(corpus):
     )
     library = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     theirs = [library.id_to_piece(id).translate({0xE000: "\n", 0xE001: "\t"}) for id in range(700)]
-    ours = list(train_bpe(corpus, 700).model["vocab"])
+    ours = list(train_sentencepiece_bpe(corpus, 700).model["vocab"])
     assert len(set(ours) & set(theirs)) >= 697
     assert ours[:350] == theirs[:350]
 

@@ -3,7 +3,7 @@ from collections import Counter
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from bessemer.tokenization.algorithms import count_words, train_wordpiece
+from bessemer.tokenization.algorithms import count_bert_words, train_wordpiece
 from bessemer.tokenization.folder import write_folder
 from bessemer.tokenization.tokenizer import load_tokenizer
 
@@ -18,7 +18,7 @@ def wordpiece(corpus, tmp_path_factory):
 
 
 def test_words_are_berts():
-    words = count_words(["Größe, don't\t日本 a\x00b\x1cc \ufffdÉ\n" + "x" * 101, "don"])
+    words = count_bert_words(["Größe, don't\t日本 a\x00b\x1cc \ufffdÉ\n" + "x" * 101, "don"])
     assert words == Counter({"don": 2} | dict.fromkeys(["Größe", ",", "'", "t", "日", "本", "abc", "É"], 1))
 
 
@@ -26,7 +26,7 @@ def test_the_vocabulary_is_that_of_the_plain_trainer_but_for_ties(corpus):
     ours = train_wordpiece(corpus, SIZE).model["vocab"]
     plain = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     plain.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    texts = [" ".join(count_words([text]).elements()) for text in corpus]
+    texts = [" ".join(count_bert_words([text]).elements()) for text in corpus]
     plain.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=SIZE, special_tokens=["[UNK]"], show_progress=False))
     theirs = plain.get_vocab()
     assert {token for token in theirs if len(token.removeprefix("##")) == 1} <= ours.keys()

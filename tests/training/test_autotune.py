@@ -9,8 +9,8 @@ from bessemer.core.usercode import load_user_function
 from bessemer.model import device
 from bessemer.model.config import ModelConfig
 from bessemer.posttraining.sft.config import SFTConfig
-from bessemer.training import autotune
-from bessemer.training.autotune import Plan, SettingsResolvedError, StepTiming, check_fits, choose, prepare_run, resolve
+from bessemer.training import autotune, step_timing
+from bessemer.training.autotune import RunCost, SettingsResolvedError, StepTiming, check_fits, choose, prepare_run, resolve
 from bessemer.training.config import LoopConfig
 from bessemer.training.pretrain_config import PretrainConfig
 
@@ -107,7 +107,7 @@ TUNING = SFTConfig(
 
 def timed(monkeypatch, seconds):
     """A machine on which a step takes some seconds, and measuring none."""
-    monkeypatch.setattr(autotune, "_measure", lambda *_: StepTiming("float32", False, (seconds,) * 3, seconds))
+    monkeypatch.setattr(autotune, "measure_steps", lambda *_: StepTiming("float32", False, (seconds,) * 3, seconds))
     monkeypatch.setattr(autotune.time, "perf_counter", lambda: 0.0)
 
 
@@ -128,8 +128,8 @@ def test_steps_that_do_not_fit_are_cut_and_the_measurement_says_so(model_folder,
 def test_what_is_read_besides_the_steps_counts_into_the_minutes(model_folder, monkeypatch):
     timed(monkeypatch, 0.25)
     # a forward pass of a batch's tokens takes 0.1 s: ten batches once, and five at each of eight validations
-    plan = Plan(validation_tokens=5 * 8 * 32, forward_tokens=10 * 8 * 32)
-    resolved, _ = resolve(TUNING, model_folder, plan=plan)
+    cost = RunCost(validation_tokens=5 * 8 * 32, forward_tokens=10 * 8 * 32)
+    resolved, _ = resolve(TUNING, model_folder, cost=cost)
     assert resolved.steps == int((30 - 8 * 0.5 - 1.0) / 0.25)
 
 
@@ -143,8 +143,8 @@ def test_a_cut_run_keeps_its_warm_up_and_its_decay(model_folder, monkeypatch):
 def test_steps_that_are_more_than_two_passes_are_timed_by_the_stage_itself(model_folder, monkeypatch):
     timed(monkeypatch, 1e-6)
     asked = []
-    plan = Plan(seconds_per_step=lambda config: asked.append(config) or 0.5)
-    resolved, _ = resolve(TUNING, model_folder, plan=plan)
+    cost = RunCost(seconds_per_step=lambda config: asked.append(config) or 0.5)
+    resolved, _ = resolve(TUNING, model_folder, cost=cost)
     assert resolved.steps == 60 and asked[0].minutes is None
 
 
@@ -178,7 +178,7 @@ def test_a_dtype_that_is_much_slower_here_is_refused_with_the_way_out(model_fold
 def test_all_that_measuring_takes_counts_into_the_minutes(model_folder, monkeypatch):
     clock = iter([0.0, *[20.0] * 100])
     spent: list[float] = []
-    monkeypatch.setattr(autotune, "_measure", lambda *_: StepTiming("float32", False, (0.1,) * 3, 0.1))
+    monkeypatch.setattr(autotune, "measure_steps", lambda *_: StepTiming("float32", False, (0.1,) * 3, 0.1))
     monkeypatch.setattr(autotune, "_steps_in_time", lambda config, speed, seconds, small, plan: spent.append(seconds) or 7)
     monkeypatch.setattr(autotune.time, "perf_counter", lambda: next(clock))
     config = PretrainConfig(minutes=2, batch_size=2, context_length=32, dtype="float32", compile=False)
@@ -187,7 +187,7 @@ def test_all_that_measuring_takes_counts_into_the_minutes(model_folder, monkeypa
 
 
 def test_resolved_settings_are_given_back_unmeasured(model_folder, settings, monkeypatch):
-    monkeypatch.setattr(autotune, "_measure", lambda *arguments: pytest.fail("measured"))
+    monkeypatch.setattr(autotune, "measure_steps", lambda *arguments: pytest.fail("measured"))
     assert resolve(settings, model_folder) == (settings, {})
 
 
@@ -198,7 +198,7 @@ def test_tokens_are_rounded_up_to_steps(model_folder):
 
 
 def test_resolving_measures_real_steps_and_leaves_nothing_open(model_folder, monkeypatch):
-    monkeypatch.setattr(autotune, "_GROUP_SECONDS", 0.01)
+    monkeypatch.setattr(step_timing, "_GROUP_SECONDS", 0.01)
     config = PretrainConfig(minutes=1, batch_size=2, context_length=32, threads=1, evaluate_tokens=64)
     assert not config.resolved
     resolved, measured = resolve(config, model_folder)
@@ -220,7 +220,7 @@ def loss(model, batch):
 
 
 def test_a_users_loss_is_the_one_that_is_measured(model_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(autotune, "_GROUP_SECONDS", 0.01)
+    monkeypatch.setattr(step_timing, "_GROUP_SECONDS", 0.01)
     (tmp_path / "mine.py").write_text(OWN)
     config = PretrainConfig(minutes=0.05, batch_size=2, context_length=32, threads=1, evaluate_tokens=64, loss="mine.py:loss")
     resolve(config, model_folder, folder=tmp_path)
@@ -229,10 +229,10 @@ def test_a_users_loss_is_the_one_that_is_measured(model_folder, tmp_path, monkey
 
 
 def test_choices_are_written_down_and_read_back(model_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(autotune, "_GROUP_SECONDS", 0.01)
+    monkeypatch.setattr(step_timing, "_GROUP_SECONDS", 0.01)
     config = PretrainConfig(minutes=0.05, batch_size=2, context_length=32, threads=1, evaluate_tokens=64)
     first, runtime, _ = prepare_run(config, model_folder, tmp_path, device="cpu", progress=RecordedProgress())
-    monkeypatch.setattr(autotune, "_measure", lambda *arguments: pytest.fail("measured again"))
+    monkeypatch.setattr(autotune, "measure_steps", lambda *arguments: pytest.fail("measured again"))
     progress = RecordedProgress()
     assert prepare_run(config, model_folder, tmp_path, device="cpu", progress=progress)[:2] == (first, runtime)
     assert progress.lines == []
@@ -252,7 +252,7 @@ def test_a_resume_takes_the_threads_it_began_with_where_they_are(model_folder, s
 
 
 def test_a_run_that_began_where_bfloat16_is_fast_is_not_resumed_where_it_is_not(model_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(autotune, "_measure", lambda config, *_: StepTiming(config.dtype, False, (0.1,) * 3, 0.1))
+    monkeypatch.setattr(autotune, "measure_steps", lambda config, *_: StepTiming(config.dtype, False, (0.1,) * 3, 0.1))
     monkeypatch.setattr(autotune, "is_fast", lambda dtype, device: True)
     monkeypatch.setattr(autotune, "_dtypes", lambda config, device: ["bfloat16"])
     monkeypatch.setattr(device, "product_cost", lambda dtype, device: 0.5)

@@ -16,8 +16,7 @@ from bessemer.training.checkpoint.manager import CHECKPOINTS, checkpoint_weights
 from bessemer.training.config import LoopConfig
 from bessemer.training.config_parts import BatchSizes, growing_sizes, stages_by_rows, stages_by_steps
 from bessemer.training.data.batches import Batch, StatelessBatches, TokenBatches, WarmedUpBatches, concatenated
-from bessemer.training.job import train
-from bessemer.training.optim.lr_schedule import learning_rate_factor
+from bessemer.training.loop import train
 from bessemer.training.pretrain import AnnealedBatches
 from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.runtime import Runtime
@@ -147,7 +146,7 @@ def test_the_rate_grows_with_the_root_of_the_batch_where_asked():
     growing = {"batch_size": 8, "batch_size_warmup": {"start": 2, "steps": 4}, "warmup_fraction": 0.0}
     plain, scaled = LoopConfig(steps=10, **growing), LoopConfig(steps=10, **growing)
     scaled = scaled.with_changes(batch_size_warmup=growing["batch_size_warmup"] | {"scale_learning_rate": True})
-    ratios = [learning_rate_factor(scaled, step) / learning_rate_factor(plain, step) for step in range(6)]
+    ratios = [scaled.learning_rates.factor(step) / plain.learning_rates.factor(step) for step in range(6)]
     assert ratios == pytest.approx([0.5, 0.5, 0.5**0.5, 0.5**0.5, 1, 1])
 
 
@@ -156,7 +155,7 @@ def test_minutes_hold_more_of_the_small_steps(model_folder, monkeypatch):
         # a second for each row, and one besides
         return StepTiming(config.dtype, False, (config.batch_size + 1.0,) * 3, 1.0)
 
-    monkeypatch.setattr(autotune, "_measure", measured)
+    monkeypatch.setattr(autotune, "measure_steps", measured)
     settings = {"minutes": 10, "batch_size": 8, "context_length": 32, "evaluate_every": 10**9, "diagnostics_every": 0}
     config = PretrainConfig(**settings, dtype="float32", compile=False, batch_size_warmup={"start": 2, "steps": 40})
     # 20 steps of 3 s and 20 of 5 s leave 440 s for steps of 9

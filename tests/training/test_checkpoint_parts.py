@@ -9,7 +9,7 @@ from bessemer.core.store import write_json
 from bessemer.distributed.layout import Layout
 from bessemer.distributed.mesh import Mesh
 from bessemer.training.checkpoint import storage as module
-from bessemer.training.checkpoint.storage import Parts
+from bessemer.training.checkpoint.storage import ProcessNotes
 
 from .conftest import RecordedProgress
 
@@ -26,7 +26,7 @@ def parts_of(tmp_path, progress):
     """The notes as a rank of three sees them."""
     folder = tmp_path / ".step-000007.partial"
     folder.mkdir()
-    return lambda rank: Parts(folder, tmp_path / "step-000007", Mesh(THREE, rank), progress)
+    return lambda rank: ProcessNotes(folder, tmp_path / "step-000007", Mesh(THREE, rank), progress)
 
 
 @pytest.fixture

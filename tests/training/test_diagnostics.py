@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from bessemer.core.metrics import read_metrics
+from bessemer.core.metrics import METRICS, read_metrics
 from bessemer.distributed.mesh import ALONE
 from bessemer.inspection.recording import record
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
 from bessemer.training.data.batches import IGNORE_INDEX, Batch, StatelessBatches
-from bessemer.training.job import METRICS, train
+from bessemer.training.loop import train
 from bessemer.training.monitoring.diagnostics import place_of
 from bessemer.training.runtime import Runtime
 
@@ -135,7 +135,7 @@ def test_diagnostics_change_no_weight(run, model):
 
 
 def test_a_step_that_is_left_out_moved_nothing(run, monkeypatch):
-    monkeypatch.setattr("bessemer.training.job.OutlierDetector.accepts", lambda self, loss, norm, guarded: False)
+    monkeypatch.setattr("bessemer.training.loop.OutlierDetector.accepts", lambda self, loss, norm, guarded: False)
     line = run(diagnostics_every=1, steps=1).lines[0]
     assert line["skipped"] and of(line, "gradient_norm/") and not of(line, "update_ratio/")
 

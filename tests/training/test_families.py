@@ -12,7 +12,7 @@ from bessemer.model.config import ModelConfig
 from bessemer.model.families import FAMILIES, read_config
 from bessemer.model.initialisation import initial_decoder
 from bessemer.training.data.batches import Batch, StatelessBatches
-from bessemer.training.job import train
+from bessemer.training.loop import train
 from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.runtime import Runtime
 from tests.model.family_models import CASES, make

@@ -10,11 +10,11 @@ from torch.utils._pytree import tree_leaves
 from bessemer.distributed.mesh import ALONE
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
-from bessemer.training.config_parts import OPTIMIZERS
 from bessemer.training.data.batches import Batch
 from bessemer.training.model_setup import prepare_model
 from bessemer.training.objectives import build_objective, next_token_loss
 from bessemer.training.optim.optimizers import build_optimizers
+from bessemer.training.optim.registry import OPTIMIZERS
 from bessemer.training.optim.weight_averaging import MovingAverage
 from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.runtime import Runtime

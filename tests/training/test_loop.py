@@ -16,10 +16,10 @@ from bessemer.tokenization.shards import TokenShards
 from bessemer.training.checkpoint.export import save_trained
 from bessemer.training.checkpoint.manager import CHECKPOINTS, checkpoint_weights, newest_checkpoint
 from bessemer.training.checkpoint.storage import CheckpointReader
-from bessemer.training.config_parts import OPTIMIZERS
 from bessemer.training.data.batches import Prefetcher, TokenBatches
-from bessemer.training.job import DivergenceError, train
+from bessemer.training.loop import DivergenceError, train
 from bessemer.training.objectives import next_token_loss
+from bessemer.training.optim.registry import OPTIMIZERS
 from bessemer.training.pretrain import pretrain
 from bessemer.training.runtime import Runtime
 from tests.cases import slow, slow_but

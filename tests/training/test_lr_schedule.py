@@ -9,7 +9,6 @@ from bessemer.core.errors import ConfigError
 from bessemer.training.optim.lr_schedule import (
     evenly_spaced,
     inverse_sqrt,
-    learning_rate_factor,
     log_spaced,
     warmup_stable_decay,
 )
@@ -26,7 +25,7 @@ SCHEDULES = [
 
 def factors(steps, **changes):
     config = PretrainConfig(steps=steps, **changes)
-    return [learning_rate_factor(config, step) for step in range(steps)]
+    return [config.learning_rates.factor(step) for step in range(steps)]
 
 
 def test_it_rises_stays_and_falls():
@@ -50,17 +49,17 @@ def test_the_default_has_not_moved_by_a_bit(steps, warmup, decay, data):
 def test_no_step_is_wasted_and_none_exceeds_the_peak(schedule, steps, warmup, decay, final, share):
     lengths = {"warmup_fraction": warmup} | ({"decay_fraction": decay} if schedule["schedule"] == "wsd" else {})
     config = PretrainConfig(steps=steps, final_learning_rate_fraction=final, **lengths, **schedule)
-    assert 0 < learning_rate_factor(config, min(steps - 1, int(share * steps))) <= 1
+    assert 0 < config.learning_rates.factor(min(steps - 1, int(share * steps))) <= 1
 
 
 def test_half_way_down_each_shape_is_where_its_formula_says():
     middle = {"warmup_fraction": 0.0, "steps": 1000}
-    half = learning_rate_factor(PretrainConfig(**middle, schedule="cosine"), 500)
-    assert half == pytest.approx(0.5) == learning_rate_factor(PretrainConfig(**middle, schedule="linear"), 500)
-    quarter = learning_rate_factor(PretrainConfig(**middle, schedule="cosine"), 250)
+    half = PretrainConfig(**middle, schedule="cosine").learning_rates.factor(500)
+    assert half == pytest.approx(0.5) == PretrainConfig(**middle, schedule="linear").learning_rates.factor(500)
+    quarter = PretrainConfig(**middle, schedule="cosine").learning_rates.factor(250)
     assert quarter == pytest.approx((1 + math.cos(math.pi / 4)) / 2)
     decay = PretrainConfig(**middle, decay_steps=100, decay_shape="1-sqrt")
-    assert learning_rate_factor(decay, 925) == pytest.approx(1 - math.sqrt(0.25))
+    assert decay.learning_rates.factor(925) == pytest.approx(1 - math.sqrt(0.25))
     assert inverse_sqrt(399, warmup=100) == pytest.approx(0.5)
 
 

@@ -9,8 +9,8 @@ from bessemer.core.errors import ConfigError
 from bessemer.core.metrics import read_metrics
 from bessemer.core.registry import plugin_versions
 from bessemer.model.storage.folder import load_model
-from bessemer.training.config_parts import GROUP
 from bessemer.training.optim.optimizers import build_optimizers
+from bessemer.training.optim.registry import GROUP
 from bessemer.training.pretrain import pretrain
 from bessemer.training.pretrain_config import PretrainConfig
 from tests.plugin_package import install

@@ -7,7 +7,6 @@ from bessemer.distributed.mesh import ALONE
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
 from bessemer.training.checkpoint.state import TrainingState, copied
-from bessemer.training.config_parts import OPTIMIZERS
 from bessemer.training.optim.optimizers import (
     Adafactor,
     Lion,
@@ -16,6 +15,7 @@ from bessemer.training.optim.optimizers import (
     scale_learning_rates,
     step_optimizers,
 )
+from bessemer.training.optim.registry import OPTIMIZERS
 from bessemer.training.pretrain_config import PretrainConfig
 
 EVERY_PART = {

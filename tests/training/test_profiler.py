@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from bessemer.core.config import ConfigError
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
-from bessemer.training.job import train
+from bessemer.training.loop import train
 from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.runtime import Runtime
 

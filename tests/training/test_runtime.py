@@ -11,12 +11,12 @@ import torch
 
 from bessemer.core.errors import ConfigError
 from bessemer.distributed.mesh import ALONE
-from bessemer.training.autotune import _random_batch
 from bessemer.training.model_setup import prepare_model
 from bessemer.training.objectives import build_objective
 from bessemer.training.optim.optimizers import build_optimizers
 from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.runtime import _DETERMINISTIC_OPTIONS, Runtime, fix_cublas_workspaces
+from bessemer.training.step_timing import _random_batch
 from bessemer.training.trainer import Trainer
 from tests.inference.models import ARCHITECTURES, BASE, small_decoder
 from tests.model.randomised import random_decoder

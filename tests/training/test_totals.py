@@ -2,7 +2,7 @@ import torch
 
 from bessemer.distributed.mesh import ALONE
 from bessemer.training.objectives import Count, Metric, Terms
-from bessemer.training.trainer import Figure, Totals, TotalsReducer, whole_denominators
+from bessemer.training.trainer import Figure, LossTotals, TotalsReducer, whole_denominators
 
 
 def test_the_loss_is_the_sum_of_terms_over_their_own_denominators():
@@ -23,12 +23,12 @@ def test_the_loss_is_the_sum_of_terms_over_their_own_denominators():
 
 
 def test_totals_of_batches_add_up():
-    first = Totals({"loss": 6.0}, {"loss": 3.0}, {"margin": Figure(2.0, 2.0, 1.5)})
-    second = Totals({"loss": 1.0}, {"loss": 1.0}, {"margin": Figure(4.0, 1.0, 4.0)})
+    first = LossTotals({"loss": 6.0}, {"loss": 3.0}, {"margin": Figure(2.0, 2.0, 1.5)})
+    second = LossTotals({"loss": 1.0}, {"loss": 1.0}, {"margin": Figure(4.0, 1.0, 4.0)})
     both = first + second
     assert both.loss == 7 / 4
     assert both.metrics == {"margin": 2.0, "margin_max": 4.0}
-    assert (Totals() + first) == first
+    assert (LossTotals() + first) == first
 
 
 def test_without_tokens_the_loss_is_zero_and_no_mean_is_told():

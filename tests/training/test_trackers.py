@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from bessemer.core.errors import ConfigError
-from bessemer.core.metrics import read_metrics
+from bessemer.core.metrics import METRICS, read_metrics
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
-from bessemer.training.job import METRICS, train
+from bessemer.training.loop import train
 from bessemer.training.monitoring.trackers import check_trackers
 from bessemer.training.runtime import Runtime
 from tests.cases import slow

@@ -17,7 +17,7 @@ from bessemer.core.store import Store
 from bessemer.data.corpus.reader import TRAIN, VALIDATION, count_documents, iterate_documents
 from bessemer.inference.engine import Engine
 from bessemer.serving.runtime.clients import KeyRecord, hash_key, new_key, write_keys
-from bessemer.serving.runtime.models import Shelf
+from bessemer.serving.runtime.models import ModelPool
 from bessemer.webapp.app import WebSettings, web_pages
 from tests.serving.running import servers
 from tests.webapp.test_accessibility import faults
@@ -152,10 +152,10 @@ def test_the_training_data_of_a_token_is_without_the_documents_that_were_held_ou
 
 def test_of_a_model_beside_the_first_no_other_models_past_is_told(runs, made):
     folder = (runs / "small" / "model").resolve()
-    beside = Shelf({"other": folder}, lambda place: Engine(place, device="cpu"), max_waiting=4)
+    beside = ModelPool({"other": folder}, lambda place: Engine(place, device="cpu"), max_waiting=4)
     with servers() as start:
         pages = web_pages(WebSettings(folder, runs=runs, run="small"))
-        url = start(made, pages, shelf=beside, aliases=["mine"])
+        url = start(made, pages, pool=beside, aliases=["mine"])
         ids = made.tokenizer.encode("The furnace of the steel works has")
         for path in ("earlier", "training"):
             asked = {"before": ids[:-1], "token": ids[-1]}
@@ -203,7 +203,7 @@ def test_runs_and_documents_are_an_admins(runs, made, tmp_path):
 
 
 def test_a_server_without_pictures_or_filters_says_what_it_lacks_and_shows_the_rest(url, monkeypatch):
-    for module in ("bessemer.views.report", "bessemer.data.stages.in_memory"):
+    for module in ("bessemer.views.report", "bessemer.data.stages.explain"):
         monkeypatch.setitem(sys.modules, module, None)
     assert get(url, "runs")["runs"] and get(url, "runs/small")["stages"]
     answer = httpx.get(f"{url}/inspect/runs/small/stages/pretrain/section")

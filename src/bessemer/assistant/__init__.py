@@ -1,7 +1,7 @@
 """The assistant: one turn of a conversation, without any transport.
 
-- turn: what follows what a user says, up to an answer: a few messages of the assistant's with results of tools between them.
-- round: one message of the assistant's in a turn, generated once or, where a hook sends it back, several times (attempts).
+- turn: everything between a user's message and the next: messages of the assistant, and tool results between them.
+- round: one message of the assistant, generated once, or in several attempts where a hook sends it back.
 - transcript: a conversation as token ids, which only grow.
-- origin: who wrote a part of a message. What no user and no system prompt says is tainted.
+- origin: the author of a part of a message. Documents, tool results and memory are tainted.
 """

@@ -10,23 +10,23 @@ from bessemer.core.config import Config, setting
 
 @dataclass(frozen=True)
 class Principal:
-    """A user with the groups that they are in. key: the name of the key that they came with, never the key itself."""
+    """A user and their groups. key: the name of their API key, never the key itself."""
 
     user: str
     groups: frozenset[str] = frozenset()
     key: str = ""
 
     def is_in_any(self, groups: Collection[str] | None) -> bool:
-        """Whether they are in one of the groups; None is everybody."""
+        """Whether the user is in one of the groups; None stands for everybody."""
         return groups is None or not self.groups.isdisjoint(groups)
 
 
-#: Somebody at this machine's terminal, or a program of theirs.
+#: The user of this machine's terminal.
 LOCAL = Principal("local")
 
 
 class AssistantConfig(Config):
-    """How far a turn goes, and how the model writes."""
+    """Limits of a turn, and the format of tool calls."""
 
     max_rounds: int = setting(8, "messages of the assistant in a turn; after all but the last the tools it calls are run", ge=1)
     max_retries: int = setting(2, "times that one message is generated again because a hook sent it back", ge=0)

@@ -1,7 +1,5 @@
-"""Generation of one message: the request to a model, and the draft that grows from its deltas.
-
-A draft turns tokens into text, and text into thinking, answer and tool calls.
-"""
+"""Completions that a turn needs, and the draft of a message: tokens become text, text becomes thinking, answer and tool
+calls."""
 
 from __future__ import annotations
 
@@ -9,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bessemer.assistant.messages import BadCall, Called, DraftEvent, Message, Part, TextDelta, ThinkingDelta, ToolCall
+from bessemer.assistant.messages import BadCall, Called, DraftEvent, Message, MessagePart, TextDelta, ThinkingDelta, ToolCall
 from bessemer.assistant.parser import MessageParser, ParsedCall, ParsedEvent
 from bessemer.inference.sampling.params import SamplingParams, StopStrings
 from bessemer.tokenization.prompts import StreamingDecoder
@@ -18,10 +16,7 @@ from bessemer.tokenization.tokenizer import Tokenizer
 
 @dataclass(frozen=True, eq=False)
 class Generation:
-    """A completion that a turn needs.
-
-    token_ids: the prompt of a model of this machine. messages, tools: the same in the form of chat completions, for an API.
-    """
+    """A completion that a turn needs. token_ids: the prompt for an engine. messages, tools: the same for an API."""
 
     token_ids: Sequence[int]
     messages: Sequence[Mapping[str, Any]]
@@ -31,9 +26,9 @@ class Generation:
 
 @dataclass(frozen=True)
 class Delta:
-    """What a step adds: tokens, of a model of this machine; or text, thinking and calls, of an API.
+    """The next part of a completion: tokens from an engine; text, thinking and calls from an API.
 
-    log_probs: of each token; None where they are not known. weight_version: of the weights that the tokens were sampled with.
+    log_probs: of each token, in nats; None where unknown. weight_version: of the weights that sampled the tokens.
     """
 
     token_ids: Sequence[int] = ()
@@ -46,12 +41,12 @@ class Delta:
 
 
 class MessageText:
-    """Token ids of one message to its text, across requests. Control tokens are left out but for `tags`, which are shown; an
-    end token ends it."""
+    """Decodes the tokens of one message, across completions. Of control tokens, only `tags` are shown; an end token is left
+    out."""
 
-    def __init__(self, tokenizer: Tokenizer, params: SamplingParams, tags: Collection[str], *, goes_on: bool = False) -> None:
-        """goes_on: the tokens follow others of the same message."""
-        self._decoder = StreamingDecoder(tokenizer, goes_on=goes_on)
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams, tags: Collection[str], *, continues: bool = False) -> None:
+        """continues: whether other tokens of the same message come before."""
+        self._decoder = StreamingDecoder(tokenizer, goes_on=continues)
         self._stops = StopStrings(params.stop, params.include_stop)
         self._min_tokens = params.min_tokens
         self._fed = 0
@@ -76,15 +71,15 @@ class MessageText:
         return self._stops.matched
 
     def flush(self) -> str:
-        """The text held back, when no more tokens come."""
+        """The remaining text, when no more tokens come."""
         return self._stops.feed(self._decoder.flush(), search=self._fed > self._min_tokens) + self._stops.flush()
 
 
-class Draft:
+class MessageDraft:
     """The message so far: `thinking`, `text`, and `calls` in their order. generated: tokens sampled for it."""
 
     def __init__(self, parser: MessageParser, text: MessageText | None, next_call_id: Callable[[], str]) -> None:
-        """text: of a model that gives tokens."""
+        """text: decodes an engine's tokens; None for an API."""
         self.thinking = ""
         self.text = ""
         self.calls: list[ToolCall | BadCall] = []
@@ -96,23 +91,21 @@ class Draft:
 
     @property
     def stopped_by(self) -> str:
-        """The stop string that ended the message, of a model of this machine; empty where none did."""
+        """The stop string that ended an engine's message; empty where none did."""
         return "" if self._text is None else self._text.stopped_by
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing has come yet."""
         return not (self.generated or self.thinking or self.text or self.calls)
 
     def take(self, delta: Delta) -> list[DraftEvent]:
-        """What a delta adds."""
         self.generated += len(delta.token_ids)
         thinking: list[ParsedEvent] = [ThinkingDelta(delta.thinking)] if delta.thinking else []
         text = delta.text if self._text is None else self._text.feed(delta.token_ids, delta.finish_reason)
         return self._add([*thinking, *self.parser.feed(text), *delta.calls])
 
     def close_thinking(self, answer: str = "") -> list[DraftEvent]:
-        """End the thinking. `is_thinking_cut` says afterwards whether it was still open. answer: what is put behind it."""
+        """End the thinking. Sets `is_thinking_cut` if it was still open. answer: text that is parsed after it."""
         events = [] if self._text is None else self.parser.feed(self._text.flush())
         self.is_thinking_cut = self.parser.in_thinking
         if self.is_thinking_cut:
@@ -120,33 +113,30 @@ class Draft:
         return self._add([*events, *self.parser.feed(answer)])
 
     def finish(self) -> list[DraftEvent]:
-        """What is left when no more comes."""
+        """The remaining events, when no more deltas come."""
         events = [] if self._text is None else self.parser.feed(self._text.flush())
         return self._add([*events, *self.parser.finish()])
 
     def message(self, *, is_derived: bool) -> Message:
-        """The message. is_derived: whether it was written after something tainted was read.
-
-        What should be a call and is none stays in its text.
-        """
+        """The message; calls that cannot be read stay in its text. is_derived: as of `Message`."""
         text = self.text + "".join(call.text for call in self.calls if isinstance(call, BadCall))
-        parts = (Part(text, "assistant"),) if text else ()
+        parts = (MessagePart(text, "assistant"),) if text else ()
         calls = tuple(call for call in self.calls if isinstance(call, ToolCall))
         return Message("assistant", parts, self.thinking, calls, is_derived=is_derived)
 
     def _add(self, parsed: Sequence[ParsedEvent]) -> list[DraftEvent]:
         events: list[DraftEvent] = []
-        for one in parsed:
-            match one:
+        for event in parsed:
+            match event:
                 case ThinkingDelta(text):
                     self.thinking += text
-                    events.append(one)
+                    events.append(event)
                 case TextDelta(text):
                     self.text += text
-                    events.append(one)
+                    events.append(event)
                 case BadCall():
-                    self.calls.append(one)
-                    events.append(one)
+                    self.calls.append(event)
+                    events.append(event)
                 case ParsedCall(name, arguments):
                     call = ToolCall(self._next_call_id(), name, arguments)
                     self.calls.append(call)

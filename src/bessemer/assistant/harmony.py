@@ -1,10 +1,10 @@
-"""Messages of gpt-oss: several in a row on channels, of which one is the answer (OpenAI, "Harmony response format", 2025).
+"""The format of gpt-oss: several messages on channels, one of which is the answer (OpenAI, "Harmony response format", 2025).
 
     <|channel|>analysis<|message|>thinking<|end|>
     <|start|>assistant<|channel|>commentary to=functions.NAME <|constrain|>json<|message|>{JSON}<|call|>
     <|start|>assistant<|channel|>final<|message|>answer<|return|>
 
-The prompt ends with `<|start|>assistant`. A recipient may stand before the channel as well.
+The prompt ends with `<|start|>assistant`. The recipient may also come before the channel.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable
 from enum import Enum, auto
 
-from bessemer.assistant.grammar import ANY_TEXT, Rules, Wanted, literal
+from bessemer.assistant.grammar import ANY_TEXT, MessageForm, Rules, literal
 from bessemer.assistant.messages import BadCall, TextDelta, ThinkingDelta
 from bessemer.assistant.parser import MessageParser, ParsedEvent, Schemas, ThinkingTags, read_named_call
 from bessemer.assistant.tool_formats import ToolFormat
@@ -22,7 +22,7 @@ from bessemer.inference.sampling.params import overlap
 _CHANNEL, _MESSAGE, _END, _START, _CONSTRAIN, _CALL, _RETURN = (
     f"<|{name}|>" for name in ("channel", "message", "end", "start", "constrain", "call", "return")
 )
-#: What ends the content of a message.
+#: Tags that end a message's content.
 _ENDS = (_END, _CALL, _RETURN, _START)
 _RECIPIENT = re.compile(r"\bto=(?:functions\.)?([^\s<]+)")
 _CHANNEL_NAME = re.compile(re.escape(_CHANNEL) + r"\s*(\w+)")
@@ -35,52 +35,30 @@ class _State(Enum):
     CALL = auto()
 
 
-class HarmonyParser:
-    """Parses the messages that gpt-oss writes in one turn. However the text is cut into deltas, the events joined are the same.
-
-    schemas: of the tools that are offered; None: calls are text.
-    """
+class HarmonyParser(MessageParser):
+    """Parses the messages that gpt-oss writes in one turn. schemas: of the offered tools; None: calls are text."""
 
     def __init__(self, schemas: Schemas | None, *, in_thinking: bool = False) -> None:
+        super().__init__()
         self._reads_calls = schemas is not None
         self._state = _State.THINKING if in_thinking else _State.HEADER
-        self._buffer = ""
-        #: The header of the message under way, with its tags, and whom it is for.
+        #: The current message's header with its tags, and its recipient.
         self._header = self._recipient = ""
 
     @property
     def in_thinking(self) -> bool:
-        """Whether the message under way is on the channel of thinking."""
         return self._state is _State.THINKING
 
     @property
     def is_undecided(self) -> bool:
-        """Whether the channel is not known yet."""
         return self._state is _State.HEADER
 
     @property
     def may_think_again(self) -> bool:
-        """Whether the message under way is a text or a call, behind which another may be thinking."""
+        """After a text or a call, another message may be thinking."""
         return self._state in (_State.TEXT, _State.CALL)
 
-    def feed(self, text: str) -> list[ParsedEvent]:
-        """What is certain after this text."""
-        self._buffer += text
-        events: list[ParsedEvent] = []
-        while self._step(events, final=False):
-            pass
-        return events
-
-    def finish(self) -> list[ParsedEvent]:
-        """The rest, when no more text comes."""
-        events: list[ParsedEvent] = []
-        while self._step(events, final=True):
-            pass
-        self._buffer = ""
-        return events
-
     def close_thinking(self) -> list[ParsedEvent]:
-        """End the thinking as if its closing tag had come; half of one is dropped."""
         assert self.in_thinking
         thought = self._buffer[: len(self._buffer) - self._undecided()]
         self._buffer, self._state = "", _State.HEADER
@@ -112,7 +90,7 @@ class HarmonyParser:
         header, tag, rest = self._buffer.partition(_MESSAGE)
         if not tag:
             if final:
-                # no message begins any more: words without a channel are the answer
+                # text without a channel is the answer
                 words = "" if _START in header or _CHANNEL in header else header
                 events += [TextDelta(words)] if words.strip() else []
                 self._buffer = ""
@@ -134,17 +112,17 @@ class HarmonyParser:
             events.append(BadCall(self._header + body + (tag if tag != _START else ""), str(error)))
 
     def _next_end(self) -> tuple[int, str]:
-        """Where the content ends, and by which tag; -1 where it does not yet."""
-        found = [(place, tag) for tag in _ENDS if (place := self._buffer.find(tag)) >= 0]
-        return min(found, default=(-1, ""))
+        """Position and tag of the content's end; -1 where it has not come yet."""
+        ends = [(place, tag) for tag in _ENDS if (place := self._buffer.find(tag)) >= 0]
+        return min(ends, default=(-1, ""))
 
     def _undecided(self) -> int:
-        """How many characters at the end could be the beginning of a tag."""
+        """Characters at the end that may begin a tag."""
         return max(overlap(self._buffer, tag) for tag in _ENDS)
 
 
 class HarmonyFormat(ToolFormat):
-    """The format of gpt-oss, whose parser and grammar are of channels."""
+    """The format of gpt-oss: channels instead of tags."""
 
     def tags(self, *, with_calls: bool) -> frozenset[str]:
         return frozenset(self.inner)
@@ -152,7 +130,7 @@ class HarmonyFormat(ToolFormat):
     def parser(self, schemas: Schemas | None, *, in_thinking: bool = False) -> MessageParser:
         return HarmonyParser(schemas, in_thinking=in_thinking)
 
-    def grammar(self, wanted: Wanted, control_id: Callable[[str], int | None]) -> str:
+    def grammar(self, wanted: MessageForm, control_id: Callable[[str], int | None]) -> str:
         rules = Rules(control_id)
         channel, message, start = map(rules.tag, (_CHANNEL, _MESSAGE, _START))
         begin = ""

@@ -1,4 +1,4 @@
-"""Messages in parts that carry their origin, their form for a chat template, and the events of a turn in order."""
+"""Messages in parts with their origin, and the events of a turn."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from bessemer.tokenization.chat import checked_messages
 Origin = Literal["system", "user", "assistant", "document", "tool", "memory"]
 Role = Literal["system", "user", "assistant", "tool"]
 
-#: Written by neither the user nor the makers of the system prompt: it may hold the instructions of others.
+#: Origins of text that may hold instructions of neither the user nor the system prompt (prompt injection).
 _UNTRUSTED: tuple[Origin, ...] = ("document", "tool", "memory")
 
 
 @dataclass(frozen=True)
-class Part:
-    """A part of a message. source: a document's id, a tool's name."""
+class MessagePart:
+    """A part of a message. source: id of a document, or name of a tool."""
 
     text: str
     origin: Origin
@@ -27,13 +27,13 @@ class Part:
 
     @property
     def is_tainted(self) -> bool:
-        """Whether neither the system, the user nor the assistant wrote it."""
+        """Whether it comes from a document, a tool or memory."""
         return self.origin in _UNTRUSTED
 
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A call of a tool. id: nine letters and digits, which every chat template takes."""
+    """A tool call. id: nine letters and digits, which every chat template accepts."""
 
     id: str
     name: str
@@ -44,12 +44,12 @@ class ToolCall:
 class Message:
     """A message of a conversation.
 
-    thinking, calls: of the assistant's. call_id, name: of a tool's result: the call that it answers, and the tool. is_derived:
-    the assistant wrote it, be it a call alone, after it had read something tainted.
+    thinking, calls: of the assistant. call_id, name: of a tool's result: its call, and the tool. is_derived: whether the
+    assistant had read something tainted before it wrote the message.
     """
 
     role: Role
-    parts: tuple[Part, ...] = ()
+    parts: tuple[MessagePart, ...] = ()
     thinking: str = ""
     calls: tuple[ToolCall, ...] = ()
     call_id: str = ""
@@ -58,77 +58,71 @@ class Message:
 
     @classmethod
     def system(cls, text: str) -> Self:
-        """A system prompt."""
-        return cls("system", (Part(text, "system"),))
+        return cls("system", (MessagePart(text, "system"),))
 
     @classmethod
     def user(cls, text: str) -> Self:
-        """What the user says."""
-        return cls("user", (Part(text, "user"),))
+        return cls("user", (MessagePart(text, "user"),))
 
     @classmethod
     def assistant(cls, text: str) -> Self:
-        """What the assistant said."""
-        return cls("assistant", (Part(text, "assistant"),))
+        return cls("assistant", (MessagePart(text, "assistant"),))
 
     @classmethod
     def tool(cls, call_id: str, name: str, text: str) -> Self:
-        """The result of a call."""
-        return cls("tool", (Part(text, "tool", name),), call_id=call_id, name=name)
+        return cls("tool", (MessagePart(text, "tool", name),), call_id=call_id, name=name)
 
     @property
     def text(self) -> str:
-        """The texts of all parts, joined."""
         return "".join(part.text for part in self.parts)
 
     @property
     def is_tainted(self) -> bool:
-        """Whether somebody else than the user and the system may have had a say in it."""
+        """Whether text of unknown authors is in it, or may have influenced it."""
         return self.is_derived or any(part.is_tainted for part in self.parts)
 
-    def with_part(self, part: Part) -> Self:
-        """The message with one more part at its end."""
+    def with_part(self, part: MessagePart) -> Self:
         return replace(self, parts=(*self.parts, part))
 
     def as_template_input(self) -> dict[str, Any]:
-        """The message for a chat template, or for an API of chat completions."""
-        given: dict[str, Any] = {"role": self.role, "content": self.text}
+        """The message in the form of chat completions, for a chat template or an API."""
+        message: dict[str, Any] = {"role": self.role, "content": self.text}
         if self.thinking:
-            given["reasoning_content"] = self.thinking
+            message["reasoning_content"] = self.thinking
         if self.calls:
-            given["tool_calls"] = [
+            message["tool_calls"] = [
                 {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": dict(call.arguments)}}
                 for call in self.calls
             ]
         if self.call_id:
-            given["tool_call_id"] = self.call_id
+            message["tool_call_id"] = self.call_id
         if self.name:
-            given["name"] = self.name
-        return given
+            message["name"] = self.name
+        return message
 
 
 def as_messages(given: Sequence[Mapping[str, Any]]) -> list[Message]:
     """Messages in the form of chat completions: `role`, `content`, `reasoning_content`, `tool_calls`, `tool_call_id`.
 
-    Each is one part, of the origin that its role says. Raises RequestError for one that is malformed.
+    Each becomes one part, whose origin is the role. Raises RequestError for a malformed one.
     """
     return [_as_message(message) for message in checked_messages(given)]
 
 
 def with_system_first(messages: Sequence[Message]) -> list[Message]:
-    """The messages for a chat template that takes a system message at the beginning alone: the first ones are joined, and later
-    ones stand in what the user says, their origin kept."""
+    """The messages for a chat template that allows a system message at the beginning only: leading ones are joined, later ones
+    are moved into user messages as parts of origin `system`."""
     placed: list[Message] = []
     for message in messages:
         before = placed[-1] if placed else None
         is_moved = message.role == "system" and before is not None
-        # what the user says next to it is one message with it: many templates refuse two in a row
-        is_beside = message.role == "user" and before is not None and before.role == "user"
+        # an adjacent user message is joined with a moved one: many templates refuse two in a row
+        is_adjacent = message.role == "user" and before is not None and before.role == "user"
         if before is not None and (
             (is_moved and before.role in ("system", "user"))
-            or (is_beside and any(part.origin == "system" for part in before.parts))
+            or (is_adjacent and any(part.origin == "system" for part in before.parts))
         ):
-            placed[-1] = replace(before, parts=(*before.parts, Part("\n\n", "system"), *message.parts))
+            placed[-1] = replace(before, parts=(*before.parts, MessagePart("\n\n", "system"), *message.parts))
         else:
             placed.append(replace(message, role="user") if is_moved else message)
     return placed
@@ -141,7 +135,7 @@ def _as_message(given: Mapping[str, Any]) -> Message:
     calls = [_as_call(call) for call in given.get("tool_calls", ())]
     return Message(
         role,
-        (Part(text, role, name if role == "tool" else ""),) if text else (),
+        (MessagePart(text, role, name if role == "tool" else ""),) if text else (),
         str(given.get("reasoning_content", "")),
         tuple(calls),
         str(given.get("tool_call_id", "")),
@@ -150,7 +144,7 @@ def _as_message(given: Mapping[str, Any]) -> Message:
 
 
 def _as_call(call: Mapping[str, Any]) -> ToolCall:
-    """A call whose form is checked. Arguments that are a text of something else than an object are kept as `raw`."""
+    """A call whose form is checked. Arguments that are no JSON object are kept as `raw`."""
     function = call.get("function", call)
     arguments = function["arguments"]
     if isinstance(arguments, str):
@@ -163,28 +157,28 @@ def _as_call(call: Mapping[str, Any]) -> ToolCall:
 
 @dataclass(frozen=True)
 class ThinkingDelta:
-    """More of what the assistant thinks."""
+    """More thinking."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class TextDelta:
-    """More of what the assistant says."""
+    """More text of the answer."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Called:
-    """The assistant calls a tool. Of one that the caller of the turn runs: the hooks allow it, with these arguments."""
+    """The assistant calls a tool. A client-side call has passed the hooks, with these arguments."""
 
     call: ToolCall
 
 
 @dataclass(frozen=True)
 class BadCall:
-    """What should be a call and cannot be read as one. text: as it was written, with its tags."""
+    """A call that cannot be read. text: as the model wrote it, with its tags."""
 
     text: str
     reason: str
@@ -192,7 +186,7 @@ class BadCall:
 
 @dataclass(frozen=True)
 class RolledBack:
-    """What was given out of this message is withdrawn. reason: what the hook says that sent it back."""
+    """A hook withdraws what was given out of this message, for a reason."""
 
     reason: str
 
@@ -206,23 +200,25 @@ class MessageEnd:
 
 @dataclass(frozen=True)
 class Returned:
-    """What a tool returned, or why it was not called. call: None for the answer to a `BadCall`. A call that hooks did not let
-    the caller run has no `Called` before."""
+    """A tool's result, or why it was not called. call: None after a `BadCall`. A client-side call that hooks denied had no
+    `Called`."""
 
     call: ToolCall | None
     result: ToolResult
 
 
-#: `answer`: the assistant has answered. `length`: max_tokens or the context is used up. `rounds`: it called tools as often as
-#: it may. `tool_calls`: it waits for tools that the caller runs. `refused`: a hook let no answer pass.
+#: `answer`: a complete answer. `length`: max_tokens or the context is used up. `rounds`: max_rounds is reached. `tool_calls`:
+#: the client has calls to run. `refused`: hooks refused every attempt.
 EndReason = Literal["answer", "length", "rounds", "tool_calls", "refused"]
 
 
 @dataclass(frozen=True)
 class TurnEnd:
-    """The turn is over. prompt_tokens: read at its first round; completion_tokens: sampled in all its rounds, those of answers
-    that were sent back among them. Both are 0 where the model is not of this machine. stopped_by: the stop string at which the
-    last message ended, where one did."""
+    """The turn is over.
+
+    prompt_tokens: of its first round. completion_tokens: sampled in all rounds, also for messages that were sent back. Both are
+    0 for an API. stopped_by: the stop string that ended the last message, where one did.
+    """
 
     reason: EndReason
     prompt_tokens: int = 0
@@ -230,6 +226,6 @@ class TurnEnd:
     stopped_by: str = ""
 
 
-#: What becomes of a message as it is generated.
+#: Events of a message while it is generated.
 DraftEvent = ThinkingDelta | TextDelta | Called | BadCall
 Event = DraftEvent | RolledBack | MessageEnd | Returned | TurnEnd

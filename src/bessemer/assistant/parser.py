@@ -1,16 +1,17 @@
-"""The one parser of a model's output: deltas of text in, thinking, text and tool calls out, never half a tag.
+"""Parser of a model's output: deltas of text in, thinking, text and tool calls out, never half a tag.
 
-Tool calls written in JSON are read here; other notations are in `tool_formats`.
+Tool calls in JSON are read here; other notations in `tool_formats`.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import suppress
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bessemer.assistant.messages import BadCall, TextDelta, ThinkingDelta
 from bessemer.inference.sampling.params import overlap
@@ -19,19 +20,19 @@ if TYPE_CHECKING:
     from bessemer.assistant.tool_formats import ToolFormat
 
 
-#: JSON schemas of the arguments of tools, by the tools' names.
+#: JSON schema of each tool's arguments, by the tool's name.
 Schemas = Mapping[str, Mapping[str, Any]]
 
 
 class ParsedCall(NamedTuple):
-    """A call as it was written."""
+    """A call as the model wrote it."""
 
     name: str
     arguments: dict[str, Any]
 
 
 def checked_call(name: str, arguments: dict[str, Any]) -> ParsedCall:
-    """A call. Raises ValueError for text that has no UTF-8: no template could write it."""
+    """A call. Raises ValueError for text without UTF-8, which no template can write."""
     try:
         json.dumps([name, arguments], ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -49,7 +50,7 @@ _DECODER = json.JSONDecoder(parse_constant=_refuse)
 
 
 def read_value(text: str) -> Any:
-    """A value in JSON, which has no NaN. Raises ValueError, also for what is nested too deep."""
+    """A value in JSON. Raises ValueError, also for NaN, infinities and deep nesting."""
     try:
         return _DECODER.decode(text)
     except json.JSONDecodeError as error:
@@ -59,9 +60,9 @@ def read_value(text: str) -> Any:
 
 
 def read_json_calls(body: str, schemas: Schemas | None = None) -> list[ParsedCall]:
-    """Calls in JSON: objects with `name` and `arguments` or `parameters`, alone, in a list, or several apart by `;`.
+    """Calls in JSON: objects with `name` and `arguments` or `parameters`, alone, in a list, or separated by `;`.
 
-    Arguments may be a text that is JSON itself, as chat completions write them. Raises ValueError.
+    Arguments may be a string of JSON, as in chat completions. Raises ValueError.
     """
     calls: list[ParsedCall] = []
     place = 0
@@ -82,7 +83,7 @@ def read_json_calls(body: str, schemas: Schemas | None = None) -> list[ParsedCal
 
 
 def read_named_call(name: str, arguments: str) -> ParsedCall:
-    """A call whose name stands apart from its arguments in JSON. Raises ValueError."""
+    """A call from its name and its arguments in JSON. Raises ValueError."""
     if not name:
         raise ValueError("has no name")
     value = read_value(arguments) if arguments.strip() else {}
@@ -114,10 +115,10 @@ _QUOTE = re.compile(r'\\.|(")', re.DOTALL)
 
 
 class ThinkingTags(NamedTuple):
-    """What stands around a message's thinking.
+    """The texts around a message's thinking.
 
-    after: what a template writes behind the closing tag. inside: the same between a tag and the thinking. answer: what stands
-    before the answer itself; behind it no call can come.
+    after: a template's white space after the closing tag. inside: the same between a tag and the thinking. answer: opens the
+    answer itself; no call can come after it.
     """
 
     opening: str = "<think>"
@@ -127,29 +128,54 @@ class ThinkingTags(NamedTuple):
     answer: str = ""
 
 
-class MessageParser(Protocol):
-    """Deltas of one message's text in, thinking, text and calls out."""
+class MessageParser(ABC):
+    """Deltas of one message's text in, thinking, text and calls out.
+
+    However the text is cut into deltas, the joined events are the same.
+    """
+
+    def __init__(self) -> None:
+        self._buffer = ""
 
     @property
+    @abstractmethod
     def in_thinking(self) -> bool:
         """Whether thinking is open."""
 
     @property
+    @abstractmethod
     def is_undecided(self) -> bool:
         """Whether thinking may still open."""
 
     @property
     def may_think_again(self) -> bool:
-        """Whether thinking may open behind the closing tag of what stands here."""
+        """Whether thinking may open again, later in the message."""
+        return False
 
     def feed(self, text: str) -> list[ParsedEvent]:
-        """What is certain after this text."""
+        """Events that are certain after this text."""
+        self._buffer += text
+        return self._events(final=False)
 
     def finish(self) -> list[ParsedEvent]:
-        """The rest, when no more text comes."""
+        """The remaining events, when no more text comes. A call without its closing tag counts where it can be read."""
+        events = self._events(final=True)
+        self._buffer = ""
+        return events
 
+    @abstractmethod
     def close_thinking(self) -> list[ParsedEvent]:
-        """End the thinking as if its closing tag had come."""
+        """End the thinking as if its closing tag had come; half of a tag is dropped."""
+
+    def _events(self, final: bool) -> list[ParsedEvent]:
+        events: list[ParsedEvent] = []
+        while self._step(events, final):
+            pass
+        return events
+
+    @abstractmethod
+    def _step(self, events: list[ParsedEvent], final: bool) -> bool:
+        """Go from one state to the next. False where more text is needed, or none is left."""
 
 
 class _State(Enum):
@@ -161,11 +187,10 @@ class _State(Enum):
     BARE_CALL = auto()
 
 
-class OutputParser:
-    """Parses one message as it comes.
+class OutputParser(MessageParser):
+    """Parses a message with thinking at its beginning, text, and calls in tags.
 
-    Thinking stands at the message's beginning. White space around thinking and calls belongs to neither and is left out;
-    that of a plain text is kept. However the text is cut into deltas, the events joined are the same.
+    White space around thinking and calls is left out; that of a plain text is kept.
     """
 
     def __init__(
@@ -176,59 +201,33 @@ class OutputParser:
         in_thinking: bool = False,
         schemas: Schemas | None = None,
     ) -> None:
-        """tool_format: None where no tools are offered: what looks like a call is text then. thinking: the tags, `<think>` by
-        default. in_thinking: the prompt has opened the thinking already. schemas: of the tools' arguments."""
+        """tool_format: None where no tools are offered: calls are text then. in_thinking: whether the prompt has opened the
+        thinking."""
+        super().__init__()
         self._format = tool_format
         self._schemas = schemas or {}
         self._tags = thinking or ThinkingTags()
         self._state = _State.THINKING if in_thinking else _State.BEGINNING
-        #: Whether white space that comes next is left out.
+        #: Whether the next white space is left out.
         self._skips_space = in_thinking
-        self._buffer = ""
-        #: Of a call: where to look for its closing tag from, and the quotation marks up to a place.
+        #: In a call: where the search for its closing tag goes on, and the quotation marks counted up to a position.
         self._searched = self._counted = self._quotes = 0
 
     @property
     def in_thinking(self) -> bool:
-        """Whether thinking is open."""
         return self._state is _State.THINKING
 
     @property
     def is_undecided(self) -> bool:
-        """Whether thinking may still open."""
         return self._state is _State.BEGINNING
 
-    @property
-    def may_think_again(self) -> bool:
-        """No: it stands at a message's beginning only."""
-        return False
-
-    def feed(self, text: str) -> list[ParsedEvent]:
-        """What is certain after this text."""
-        self._buffer += text
-        return self._events(final=False)
-
-    def finish(self) -> list[ParsedEvent]:
-        """The rest, when no more text comes. A call without its closing tag is taken where it can be read."""
-        events = self._events(final=True)
-        self._buffer = ""
-        return events
-
     def close_thinking(self) -> list[ParsedEvent]:
-        """End the thinking as if its closing tag had come; half of one is dropped."""
         assert self.in_thinking
         thought = self._buffer[: len(self._buffer) - overlap(self._buffer, self._tags.closing)].rstrip()
         self._go_on("", _State.ANSWER, skips_space=True)
         return [ThinkingDelta(thought)] if thought else []
 
-    def _events(self, final: bool) -> list[ParsedEvent]:
-        events: list[ParsedEvent] = []
-        while self._step(events, final):
-            pass
-        return events
-
     def _step(self, events: list[ParsedEvent], final: bool) -> bool:
-        """Go from one state to the next. False where more text is needed, or none is left."""
         if self._skips_space:
             self._buffer = self._buffer.lstrip()
             self._skips_space = not self._buffer
@@ -295,7 +294,7 @@ class OutputParser:
     def _call(self, events: list[ParsedEvent], final: bool) -> bool:
         assert self._format is not None
         closing = self._format.closing
-        end = -1 if closing is None else self._closing_place(closing)
+        end = -1 if closing is None else self._closing_position(closing)
         if end < 0 and not final:
             return False
         if end >= 0 and closing is not None:
@@ -311,14 +310,14 @@ class OutputParser:
         self._go_on(rest, _State.TEXT, skips_space=True)
         return True
 
-    def _closing_place(self, closing: str) -> int:
-        """Where a call's closing tag stands; a tag inside a text of the JSON is none. -1 where it has not come yet."""
+    def _closing_position(self, closing: str) -> int:
+        """Position of a call's closing tag, outside the strings of JSON; -1 where it has not come yet."""
         assert self._format is not None
         if not self._format.is_json:
             return self._buffer.find(closing)
         start = max(0, self._searched - len(closing))
         while (place := self._buffer.find(closing, start)) >= 0:
-            self._quotes += sum(found[1] is not None for found in _QUOTE.finditer(self._buffer, self._counted, place))
+            self._quotes += sum(match[1] is not None for match in _QUOTE.finditer(self._buffer, self._counted, place))
             self._counted = place
             if self._quotes % 2 == 0:
                 return place
@@ -327,7 +326,7 @@ class OutputParser:
         return -1
 
     def _bare_call(self, events: list[ParsedEvent]) -> bool:
-        """At the end of a message that begins with `{`: calls of tools that there are, or JSON that is the answer."""
+        """The end of a message that begins with `{`: calls of known tools, or an answer in JSON."""
         assert self._format is not None
         calls: list[ParsedCall] = []
         with suppress(ValueError):

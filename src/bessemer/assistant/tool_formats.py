@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from bessemer.assistant.grammar import ANY_TEXT, SPACE, OfferedTool, Rules, Wanted, literal
+from bessemer.assistant.grammar import ANY_TEXT, SPACE, MessageForm, OfferedTool, Rules, literal
 from bessemer.assistant.parser import (
     MessageParser,
     OutputParser,
@@ -37,19 +37,18 @@ from bessemer.core.registry import Plugin, Registry
 _FUNCTION = re.compile(r"\s*<function=([^>]*)>(.*?)(?:</function>\s*|\Z)", re.DOTALL)
 _PARAMETER = re.compile(r"\s*<parameter=([^>]*)>\n?(.*?)(?:\n?</parameter>|\Z)", re.DOTALL)
 _TEXT = {"type": "string"}
-#: Words of Python that models write where JSON has others.
+#: Python's words that models write instead of JSON's.
 _PYTHON = {"True": True, "False": False, "None": None}
-#: References and unions within each other that are followed, and schemas that are looked at for a value: a schema may refer to
-#: itself.
+#: Limits of the nesting and the number of subschemas that are checked for a value: a schema may refer to itself.
 _DEEPEST, _MOST = 16, 1000
 
 
 def read_tagged_calls(body: str, schemas: Schemas) -> list[ParsedCall]:
-    """The call of a body. Raises ValueError."""
-    found = _FUNCTION.fullmatch(body)
-    if found is None:
+    """The call in tags. Raises ValueError."""
+    match = _FUNCTION.fullmatch(body)
+    if match is None:
         raise ValueError("must be <function=NAME> with its parameters")
-    name, inner = found[1].strip(), found[2]
+    name, inner = match[1].strip(), match[2]
     if not name:
         raise ValueError("has no name")
     whole = schemas.get(name, {})
@@ -67,8 +66,8 @@ def read_tagged_calls(body: str, schemas: Schemas) -> list[ParsedCall]:
 
 
 def _value(text: str, schema: Any, whole: Mapping[str, Any]) -> Any:
-    """A value as its schema has it: the text where it must be one, else the first reading that fits. Where none does, it is
-    JSON if it can be. whole: what the schema refers into."""
+    """A value as its schema demands: the text where it must be a string, else the first reading that fits, else the first
+    reading. whole: the schema that `$ref`s point into."""
     if _is_text(schema):
         return text
     readings = list(_readings(text))
@@ -76,7 +75,7 @@ def _value(text: str, schema: Any, whole: Mapping[str, Any]) -> Any:
 
 
 def _readings(text: str) -> Iterator[Any]:
-    """What a text may mean: JSON, a word of Python, itself."""
+    """Possible values of a text: as JSON, as a word of Python, as a string."""
     try:
         yield read_value(text.strip())
     except ValueError:
@@ -87,9 +86,9 @@ def _readings(text: str) -> Iterator[Any]:
 
 
 class _Fit:
-    """Whether a value is of a kind that a schema allows: by its types, `enum` and `const`, through unions and references.
+    """Checks a value against a schema's types, `enum`, `const`, unions and references.
 
-    Patterns and what is inside lists and objects are for the tool to check, in its time limit.
+    Patterns and the contents of lists and objects are left to the tool, which has a time limit.
     """
 
     def __init__(self, whole: Mapping[str, Any]) -> None:
@@ -97,7 +96,7 @@ class _Fit:
         self._looks = 0
 
     def allows(self, value: Any, schema: Any, depth: int = 0) -> bool:
-        """Whether this schema does, as far as it is followed."""
+        """Whether a schema allows the value, within the limits."""
         self._looks += 1
         if isinstance(schema, bool):
             return schema
@@ -107,20 +106,20 @@ class _Fit:
         kinds = kinds if isinstance(kinds, list | tuple) else [kinds]
         if kinds and not any(_is_of(value, kind) for kind in kinds):
             return False
-        if "enum" in schema and not any(_is_same(value, one) for one in schema["enum"]):
+        if "enum" in schema and not any(_is_same(value, allowed) for allowed in schema["enum"]):
             return False
         if "const" in schema and not _is_same(value, schema["const"]):
             return False
         all_of = [*schema.get("allOf", ())]
         if "$ref" in schema:
             all_of.append(_referred(schema["$ref"], self._whole))
-        return all(self.allows(value, one, depth + 1) for one in all_of) and all(
-            any(self.allows(value, one, depth + 1) for one in schema[key]) for key in ("anyOf", "oneOf") if key in schema
+        return all(self.allows(value, part, depth + 1) for part in all_of) and all(
+            any(self.allows(value, part, depth + 1) for part in schema[key]) for key in ("anyOf", "oneOf") if key in schema
         )
 
 
 def _is_of(value: Any, kind: Any) -> bool:
-    """Whether a value is of a type of JSON schema; an unknown one allows all."""
+    """Whether a value is of a JSON schema's type; an unknown type allows all."""
     kinds: tuple[str, ...]
     match value:
         case None:
@@ -141,31 +140,30 @@ def _is_of(value: Any, kind: Any) -> bool:
 
 
 def _is_same(value: Any, other: Any) -> bool:
-    """Whether values of JSON are equal; True is not 1."""
+    """Whether JSON values are equal; True is not 1."""
     return value == other and isinstance(value, bool) == isinstance(other, bool)
 
 
 def _referred(reference: Any, whole: Mapping[str, Any]) -> Any:
-    """What a reference within the schema leads to; True where that is nothing, or elsewhere."""
-    found: Any = whole
+    """The target of a `$ref` within the schema; True, which allows all, for any other."""
+    target: Any = whole
     if not isinstance(reference, str) or not reference.startswith("#"):
         return True
     for step in reference[1:].split("/")[1:]:
         step = step.replace("~1", "/").replace("~0", "~")
-        if not isinstance(found, Mapping) or step not in found:
+        if not isinstance(target, Mapping) or step not in target:
             return True
-        found = found[step]
-    return found
+        target = target[step]
+    return target
 
 
 def _is_text(schema: Any) -> bool:
-    """Whether a schema allows texts alone."""
+    """Whether a schema allows strings alone."""
     return isinstance(schema, Mapping) and schema.get("type") == "string"
 
 
 def tagged_arguments(rules: Rules, tool: OfferedTool) -> str:
-    """The grammar of a call between its tags: the schema's properties in their order, of which those that it does not require
-    may be left out."""
+    """The grammar of a call between its tags: the schema's properties in their order; optional ones may be left out."""
     properties = tool.parameters.get("properties", {})
     required = tool.parameters.get("required", ())
     parts = [literal(f"<function={tool.name}>\n")]
@@ -176,7 +174,7 @@ def tagged_arguments(rules: Rules, tool: OfferedTool) -> str:
         elif _is_text(schema):
             value = f"{rules.add(' | '.join(map(literal, schema['enum'])))} {literal(end)}"
         else:
-            # what it refers to stands in the whole
+            # targets of its `$ref`s are in the whole schema
             own = {key: tool.parameters[key] for key in ("$defs", "definitions") if key in tool.parameters}
             value = f"{rules.json({**own, **schema} if isinstance(schema, Mapping) else schema)} {literal(end)}"
         part = rules.add(f"{begin} {value}")
@@ -184,18 +182,18 @@ def tagged_arguments(rules: Rules, tool: OfferedTool) -> str:
     return " ".join([*parts, literal("</function>")])
 
 
-#: The grammar of what follows the first opening tag: of these tools, several calls where the flag says so.
+#: The grammar after the first opening tag, from the tools and whether several calls are allowed.
 CallGrammar = Callable[[Rules, Sequence[OfferedTool], bool], str]
 
 
 @dataclass(frozen=True)
 class ToolFormat:
-    """How calls stand in a message.
+    """How a model writes calls.
 
-    opening, closing: the tags around a body; without a closing one the body goes on to the message's end. read: the calls of a
-    body, at least one, given the schemas of the tools; ValueError says what is wrong with it. calls: their grammar, where
-    calls can be held to one. is_bare: whether a message that begins with `{` may be a body as a whole, without tags. is_json:
-    whether a closing tag in quotation marks closes nothing. inner: other tags of a body. thinking: the tags around thinking.
+    opening, closing: the tags around a body; without a closing tag, the body ends with the message. read: the calls of a body,
+    given the tools' schemas; raises ValueError. calls: their grammar, where there is one. is_bare: whether a message that
+    begins with `{` may be a body without tags. is_json: whether closing tags inside JSON strings are ignored. inner: other tags
+    of a body. thinking: the tags around thinking.
     """
 
     opening: str
@@ -208,16 +206,16 @@ class ToolFormat:
     thinking: ThinkingTags = field(default_factory=ThinkingTags)
 
     def tags(self, *, with_calls: bool) -> frozenset[str]:
-        """What the parser must see of control tokens. with_calls: whether tools are offered."""
+        """Control tokens that the parser needs. with_calls: whether tools are offered."""
         calls = (self.opening, self.closing, *self.inner) if with_calls else ()
         return frozenset(filter(None, (*calls, self.thinking.opening, self.thinking.closing)))
 
     def parser(self, schemas: Schemas | None, *, in_thinking: bool = False) -> MessageParser:
-        """A parser of one message. schemas: of the tools that are offered; None: calls are text."""
+        """A parser of one message. schemas: of the offered tools; None: calls are text."""
         return OutputParser(None if schemas is None else self, self.thinking, in_thinking=in_thinking, schemas=schemas)
 
-    def grammar(self, wanted: Wanted, control_id: Callable[[str], int | None]) -> str:
-        """The grammar of a message. Raises ValueError where calls of this format cannot be held to one."""
+    def grammar(self, wanted: MessageForm, control_id: Callable[[str], int | None]) -> str:
+        """The grammar of a message. Raises ValueError where this format has no grammar of calls."""
         rules = Rules(control_id)
         begin = ""
         if wanted.thinking in ("open", "may"):
@@ -244,7 +242,7 @@ _LINE = literal("\n")
 
 
 def _objects(rules: Rules, tools: Sequence[OfferedTool], arguments: str = "arguments") -> str:
-    """A call of one of the tools as an object. arguments: the key of its arguments."""
+    """A call of one of the tools as a JSON object. arguments: the key of the arguments."""
     calls = []
     for tool in tools:
         beginning = f'{{"name": {literal(tool.name)}, "{arguments}": '
@@ -287,7 +285,7 @@ def _tagged(rules: Rules, tools: Sequence[OfferedTool], in_parallel: bool) -> st
 
 
 def _read_mistral(body: str, schemas: Mapping[str, Any]) -> list[ParsedCall]:
-    """Calls apart by the opening tag, each a name and its arguments behind `[ARGS]`; or a list in JSON."""
+    """Calls separated by the opening tag, each a name and its arguments after `[ARGS]`; or a list in JSON."""
     if "[ARGS]" not in body:
         return read_json_calls(body)
     calls = []
@@ -325,7 +323,7 @@ _OWN: list[Plugin[ToolFormat]] = [
     ),
 ]
 
-#: The format of gpt-oss has messages of its own, and not tags alone.
+#: Loaded late: `harmony` imports this module.
 _OWN.append(
     Plugin(
         "gpt_oss",
@@ -336,7 +334,7 @@ _OWN.append(
 
 TOOL_FORMATS: Registry[ToolFormat] = Registry("tool format", "bessemer.tool_formats", _OWN)
 
-#: By what a chat template holds, the first that fits.
+#: Name → tags in a chat template; the first match counts.
 _MARKS = {
     "gpt_oss": ("<|channel|>", "<|message|>"),
     "qwen3_coder": ("<tool_call>", "<function="),
@@ -348,7 +346,7 @@ _MARKS = {
 
 
 def format_of_template(chat_template: str | None) -> ToolFormat:
-    """The first format of ours whose tags stand in a chat template; else that of Hermes."""
+    """The first built-in format whose tags are in a chat template; else Hermes."""
     text = chat_template or ""
     name = next((name for name, marks in _MARKS.items() if all(mark in text for mark in marks)), "hermes")
     return TOOL_FORMATS[name].load()

@@ -1,4 +1,4 @@
-"""Tools: functions that the assistant may call, and what becomes of a call that goes wrong."""
+"""Tools: functions that the assistant may call. A failed call becomes a result that says why."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from bessemer.core.json_schema import SchemaCheck, schema_check
 
 @dataclass(frozen=True)
 class ToolChoice:
-    """Which tools the assistant may call. must_call: it calls one, in the turn's first message. name: that tool and no other.
-    in_parallel: several calls may stand in a message."""
+    """Which tools the assistant may call. must_call: one, in the turn's first message. name: the only tool that may be called.
+    in_parallel: whether a message may have several calls."""
 
     must_call: bool = False
     name: str | None = None
@@ -27,7 +27,7 @@ _ANYTHING: Mapping[str, Any] = {"type": "object", "properties": {}}
 
 @dataclass(frozen=True)
 class ToolResult:
-    """What the assistant is told of a call. is_error: it could not be carried out."""
+    """The result of a call for the assistant. is_error: whether the call failed."""
 
     text: str
     is_error: bool = False
@@ -37,12 +37,12 @@ class ToolResult:
 class Tool:
     """A function with its description.
 
-    parameters: JSON schema of an object, whose properties are the function's arguments. function: None for one that the caller
-    of the turn runs: the turn ends with the call. time_limit: in seconds; in a thread other than the main one a call that takes
-    longer is left behind. groups: of which a principal must be in one; None: everybody may call it. most_characters: of a
-    result. is_strict: whether the model cannot write a call of it that does not fit the schema.
+    parameters: JSON schema of an object with the arguments. function: None for a client-side tool, whose call ends the turn.
+    time_limit: in seconds; outside the main thread, a call that takes longer goes on unobserved. groups: a principal must be in
+    one of them; None: everybody may call it. most_characters: of a result. is_strict: whether a grammar holds calls to the
+    schema.
 
-    Raises ConfigError for a schema that is none, and without the package `jsonschema`.
+    Raises ConfigError for an invalid schema, and without the package `jsonschema`.
     """
 
     name: str
@@ -67,15 +67,13 @@ class Tool:
         return {"type": "function", "function": function}
 
     def call(self, arguments: Mapping[str, Any]) -> ToolResult:
-        """What the function returns: a text as it is, anything else in JSON.
-
-        Whatever goes wrong is a result too: arguments that do not fit the schema, an exception, the time limit.
-        """
-        assert self.function is not None, "the caller of the turn runs this tool"
+        """The function's result: a string as it is, anything else as JSON. Failures are results too: arguments that do not fit
+        the schema, an exception, the time limit."""
+        assert self.function is not None, "the client runs this tool"
         function = self.function
 
         def carry_out() -> ToolResult:
-            # a pattern of the schema may take long as well
+            # within the time limit: a regular expression in the schema may be slow
             problem = self._check(dict(arguments))
             if problem is not None:
                 return failed(f"the arguments do not fit: {problem}")
@@ -85,7 +83,7 @@ class Tool:
             return call_within(self.time_limit, carry_out)
         except TimeoutError as error:
             return failed(str(error) or "it timed out")
-        except (Exception, SystemExit) as error:  # the assistant is told, and may try otherwise
+        except (Exception, SystemExit) as error:  # the assistant may try again
             return failed(f"{type(error).__name__}: {error}")
 
     def _shown(self, value: Any) -> str:
@@ -97,6 +95,6 @@ class Tool:
 
 
 def failed(reason: str) -> ToolResult:
-    """The result of a call that was not carried out; the reason on one line."""
+    """The result of a failed call; the reason on one line."""
     reason = " ".join(reason.encode("utf-8", "replace").decode().split())
     return ToolResult(f"error: {reason[:500]}", is_error=True)

@@ -1,17 +1,17 @@
-"""One turn of a conversation, without input or output: what it needs next, and the events of what came."""
+"""One turn of a conversation, without input or output: rounds of messages and tool calls, and what hooks decide about them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import count
-from typing import Any
 
 from bessemer.assistant.config import AssistantConfig, Principal
 from bessemer.assistant.conversation import Conversation
-from bessemer.assistant.generation import Delta, Draft, Generation, MessageText
-from bessemer.assistant.grammar import OfferedTool, ThinkingTokens, Wanted
-from bessemer.assistant.hooks import CallerCalls, Deny, Hooks, Pass, Refuse, Retry, TurnContext, Wait
+from bessemer.assistant.generation import Delta, Generation, MessageDraft
+from bessemer.assistant.grammar import ThinkingTokens
+from bessemer.assistant.hooks import ClientCalls, Deny, Hooks, Refuse, Retry, TurnContext, Wait
+from bessemer.assistant.message_generator import MessageGenerator, MessageSettings
 from bessemer.assistant.messages import (
     BadCall,
     Called,
@@ -20,7 +20,7 @@ from bessemer.assistant.messages import (
     Event,
     Message,
     MessageEnd,
-    Part,
+    MessagePart,
     Returned,
     RolledBack,
     TextDelta,
@@ -30,8 +30,7 @@ from bessemer.assistant.messages import (
 from bessemer.assistant.tool_formats import ToolFormat
 from bessemer.assistant.tools import Tool, ToolChoice, ToolResult, failed
 from bessemer.core.errors import RequestError
-from bessemer.core.hashing import derive_seed
-from bessemer.inference.sampling.params import GRAMMARS, SamplingParams
+from bessemer.inference.sampling.params import SamplingParams
 from bessemer.tokenization.tokenizer import Tokenizer
 
 _FREE = ToolChoice()
@@ -40,9 +39,9 @@ _FREE = ToolChoice()
 class Turn:
     """A turn under way.
 
-    After `begin`, its caller does what it needs until there is an `end`: completes `generation` and gives `take` the deltas, or
-    calls `run_tools` where it `wants_tools`. When `generation` is another one than before, the one under way is to be stopped.
-    `interrupt` leaves the conversation so that it can go on.
+    After `begin`, its caller works until there is an `end`: it completes `generation` and gives the deltas to `take`, or calls
+    `run_tools` where the turn `wants_tools`. Whenever `generation` is another object than before, the completion under way is
+    to be stopped. `interrupt` leaves a conversation that can go on.
     """
 
     def __init__(
@@ -58,10 +57,10 @@ class Turn:
         tokenizer: Tokenizer | None,
         context_length: int | None,
         tool_choice: ToolChoice = _FREE,
-        begun: Message | None = None,
+        answer_prefix: Message | None = None,
     ) -> None:
-        """tools: those that the principal may not call are not offered. tokenizer: None of a model that is given messages.
-        begun: what the assistant's first message begins with, of a model of this machine; no event tells it.
+        """tools: those that the principal may not call are left out. tokenizer: None for a model behind an API. answer_prefix:
+        the beginning of the first message, which no event repeats; it takes a tokenizer.
 
         Raises RequestError for the choice of a tool that is not offered.
         """
@@ -69,15 +68,13 @@ class Turn:
         self._principal = principal
         self._hooks = hooks
         self._tools = {tool.name: tool for tool in tools if principal.is_in_any(tool.groups)}
-        self._format = tool_format
-        self._params = params
-        self._params_of: Callable[[int], SamplingParams] | None = None
         self._config = config
-        self._context_length = context_length
-        self._choice = tool_choice
-        self._begun = begun
-        #: With the tokenizer; None of a model that is given messages.
-        self._thinking = None if tokenizer is None else ThinkingTokens(tokenizer, tool_format.thinking)
+        self._params_of: Callable[[int], SamplingParams] = lambda _: params
+        self._answer_prefix = answer_prefix
+        thinking = None if tokenizer is None else ThinkingTokens(tokenizer, tool_format.thinking)
+        self._settings = MessageSettings(
+            self._tools, tool_format, tool_choice, thinking, config.thinking_budget, context_length
+        )
         if tool_choice.name is not None and tool_choice.name not in self._tools:
             raise RequestError(f"tool_choice: there is no tool {tool_choice.name!r}")
         if tool_choice.must_call and not self._tools:
@@ -85,97 +82,91 @@ class Turn:
         conversation.offer([tool.description_in_chat for tool in self._tools.values()])
         self._first_ids = list(conversation.transcript.ids)
         self._call_numbers = count(1 + sum(len(message.calls) for message in conversation.messages))
-        self._round = self._attempt = self._requests = 0
+        self._round = self._attempt = 0
         self._prompt_tokens = self._completion_tokens = 0
-        #: Before the hooks of this round, and after.
-        self._before = self._ready = conversation.snapshot()
-        self._draft: Draft | None = None
+        #: The conversation before and after this round's `before_generation` hooks.
+        self._before_hooks = self._after_hooks = conversation.snapshot()
+        self._message: MessageGenerator | None = None
+        #: Events that wait for the hooks; and whether any of this message has been given out.
         self._held: list[DraftEvent] = []
         self._has_shown = False
         self._stopped_by = ""
-        #: Whether requests end at the thinking budget, and behind it where thinking may open again.
-        self._is_capped = False
-        #: Whether the thinking is generated by itself, so that a grammar can begin behind it; and whether that was just done.
-        self._thinks_apart = self._has_thought = False
         self._called: Sequence[ToolCall | BadCall] = ()
-        self._caller_calls = CallerCalls(self._tools, hooks)
+        self._client_calls = ClientCalls(self._tools, hooks)
         #: Messages that a hook has sent back.
         self.sent_back = 0
-        self.generation: Generation | None = None
         self.end: TurnEnd | None = None
 
     @property
+    def generation(self) -> Generation | None:
+        """The completion that is needed next; None where none is."""
+        return None if self._message is None else self._message.generation
+
+    @property
     def wants_tools(self) -> bool:
-        """Whether `run_tools` is next."""
         return bool(self._called)
 
     @property
     def holds_back(self) -> bool:
-        """Whether a message is given out only as far as a hook lets it pass."""
+        """Whether a hook decides how much of a growing message is given out."""
         return bool(self._hooks.holding)
 
     def begin(self, params_of: Callable[[int], SamplingParams] | None = None) -> None:
-        """Begin the first round. params_of: how its messages are sampled, given the tokens of the prompt, where that decides.
+        """Begin the first round. params_of: sampling settings, given the tokens of the prompt; None: those of the turn.
 
         Raises RequestError where there is nothing to answer, or the chat template refuses it, and what `params_of` raises.
         """
-        self._params_of = params_of
+        if params_of is not None:
+            self._params_of = params_of
         self._begin_round()
         self._prompt_tokens = len(self._conversation.transcript)
 
     def take(self, delta: Delta) -> list[Event]:
         """Take what the model gave for `generation`."""
-        draft = self._draft
-        assert draft is not None and self.generation is not None, "nothing is being generated"
-        self._conversation.transcript.append_own(delta.token_ids, delta.log_probs, delta.weight_version)
+        message = self._message
+        assert message is not None, "nothing is being generated"
         self._completion_tokens += len(delta.token_ids)
-        events = draft.take(delta)
-        if delta.finish_reason is None:
-            return self._pass_on(draft, events)
-        if delta.finish_reason in ("stop", "length") and not self._is_stopped(draft, delta) and self._has_room(draft):
-            if self._thinks_apart:
-                return self._pass_on(draft, [*events, *self._after_thinking(draft)])
-            if self._is_cut_by_budget(draft, delta):
-                return self._pass_on(draft, [*events, *self._after_budget(draft)])
-        return self._finish_message(draft, [*events, *draft.finish()], delta.finish_reason)
+        events = message.take(delta)
+        if not message.is_complete:
+            return self._pass_on(message, events)
+        return self._finish_message(message, events, delta.finish_reason)
 
     def run_tools(self) -> list[Event]:
         """Call the tools of the last message, one after the other, and begin the next round."""
         called, self._called = self._called, ()
         events: list[Event] = []
-        waits = False
+        waits_for_client = False
         for call in called:
             result = self._result(call)
             if result is None:
-                waits = True
+                waits_for_client = True
                 continue
             known = None if isinstance(call, BadCall) else call
             self._conversation.add(Message.tool(known.id if known else "", known.name if known else "", result.text))
             events.append(Returned(known, result))
-        if waits:
+        if waits_for_client:
             return [*events, self._end("tool_calls")]
         self._begin_round()
-        if self._is_full(1):
-            self._conversation.restore(self._before)
-            self._draft = self.generation = None
+        if self._settings.is_full(self._conversation, 1):
+            self._conversation.restore(self._before_hooks)
+            self._message = None
             events.append(self._end("length"))
         return events
 
     def interrupt(self) -> None:
-        """Stop in the middle. What was given out of this message stays in the conversation. Where that is nothing, or a
-        hook holds back, the conversation is as before this round."""
-        draft, self._draft, self.generation = self._draft, None, None
-        if draft is None:
+        """Stop in the middle of a message. What was given out of it stays in the conversation. Where that is nothing, or a hook
+        holds back, the conversation is as before this round."""
+        message, self._message = self._message, None
+        if message is None:
             return
+        draft = message.draft
         if draft.is_empty or self._hooks.holding:
-            self._conversation.restore(self._before)
+            self._conversation.restore(self._before_hooks)
         else:
             draft.finish()
-            # they were not given out
-            draft.calls = [call for call in draft.calls if not self._caller_calls.awaits_verdict(call)]
+            # calls without a verdict were not given out
+            draft.calls = [call for call in draft.calls if not self._client_calls.awaits_verdict(call)]
             self._add_answer(draft)
-
-    # -- a round
 
     @property
     def _context(self) -> TurnContext:
@@ -184,219 +175,50 @@ class Turn:
     def _begin_round(self) -> None:
         self._round += 1
         self._attempt = 0
-        self._before = self._conversation.snapshot()
+        self._before_hooks = self._conversation.snapshot()
         try:
             self._hooks.before_generation(self._context)
-            self._ready = self._conversation.snapshot()
+            self._after_hooks = self._conversation.snapshot()
             self._begin_message()
         except BaseException:
-            self._conversation.restore(self._before)
+            self._conversation.restore(self._before_hooks)
             raise
 
     def _begin_message(self) -> None:
-        transcript, budget = self._conversation.transcript, self._config.thinking_budget
-        is_thinking, is_closed = self._encode()
-        begun = self._begun if self._round == 1 else None
-        if begun is not None:
-            self._write_beginning(begun, is_thinking)
-            is_thinking, is_closed = False, True
-        if self._params_of is not None:
-            self._params, self._params_of = self._params_of(len(self._conversation.transcript)), None
-        is_free = self._wanted().is_free
-        self._thinks_apart, self._has_thought = False, begun is not None
-        text = None
-        if self._thinking is not None:
-            tags = self._format.tags(with_calls=bool(self._tools))
-            text = MessageText(self._thinking.tokenizer, self._params, tags, goes_on=begun is not None)
-            if budget and not is_free and not is_closed and (is_thinking or self._thinking.in_template):
-                self._thinks_apart = True
-                if not is_thinking:
-                    transcript.append(self._thinking.opening)
-                    is_thinking = True
-        schemas = {name: tool.parameters for name, tool in self._tools.items()} if self._tools else None
-        parser = self._format.parser(schemas, in_thinking=is_thinking)
-        if self._thinking is not None and is_closed and (is_free or begun is not None):
-            if begun is None:
-                transcript.append(self._thinking.answer)
-            parser.feed(self._thinking.tags.answer)
-        self._is_capped = budget is not None and is_free and (parser.may_think_again or not is_closed)
-        self._draft = Draft(parser, text, lambda: f"call{next(self._call_numbers):05d}")
-        if begun is not None:
-            if not is_free and self._thinking is not None and self._thinking.tags.answer:
-                raise RequestError("the assistant's message has begun, and cannot be held to a grammar in this model's format")
-            # hooks look at the whole message
-            self._draft.thinking, self._draft.text = begun.thinking, begun.text
-        self._held, self._has_shown, self._requests = [], False, 0
-        self._ask(self._draft)
-
-    def _encode(self) -> tuple[bool, bool]:
-        """Extend the transcript up to where the assistant speaks. Returns whether thinking is open there, and whether a budget
-        of 0 has closed it."""
-        if self._thinking is None:
-            return False, False
-        transcript = self._conversation.transcript
-        self._conversation.encode(self._thinking.tokenizer)
-        is_open = self._thinking.is_open(transcript.ids)
-        if self._config.thinking_budget == 0 and (is_open or self._thinking.in_template):
-            transcript.append(self._thinking.closing if is_open else self._thinking.none)
-            return False, True
-        return is_open, False
-
-    def _write_beginning(self, begun: Message, is_open: bool) -> None:
-        """Write what the assistant's message begins with: its thinking, where the template knows of any, and its text. is_open:
-        whether the template has opened the thinking."""
-        assert self._thinking is not None, "a model that is given messages begins its own"
-        thinking, tokenizer = self._thinking, self._thinking.tokenizer
-        ids: list[int] = []
-        if begun.thinking and (is_open or thinking.in_template):
-            ids = [*([] if is_open else thinking.opening), *tokenizer.encode(begun.thinking, add_bos=False), *thinking.closing]
-        elif is_open:
-            ids = thinking.closing
-        self._conversation.transcript.append([*ids, *thinking.answer, *tokenizer.encode(begun.text, add_bos=False)])
-
-    @property
-    def _must_call(self) -> bool:
-        """Whether a tool must be called now: in the first message of a turn, or it would never end."""
-        return self._choice.must_call and self._round == 1
-
-    def _wanted(self) -> Wanted:
-        """What the message must look like, its thinking aside."""
-        name = self._choice.name
-        tools = [tool for tool in self._tools.values() if name is None or tool.name == name]
-        return Wanted(
-            tools=[OfferedTool(tool.name, tool.parameters, tool.is_strict) for tool in tools],
-            must_call=self._must_call,
-            in_parallel=self._choice.in_parallel,
-            answer=self._params.grammar,
+        message = MessageGenerator(
+            self._conversation,
+            self._settings,
+            self._params_of,
+            lambda: f"call{next(self._call_numbers):05d}",
+            round_number=self._round,
+            attempt=self._attempt,
+            answer_prefix=self._answer_prefix if self._round == 1 else None,
         )
-
-    def _grammar(self, draft: Draft) -> dict[str, Any]:
-        """The settings that hold the next completion of this message to what it must look like."""
-        wanted = self._wanted()
-        if self._thinking is None or wanted.is_free:
-            return {}
-        if self._thinks_apart:
-            return dict.fromkeys(GRAMMARS)
-        may_think = draft.parser.is_undecided and self._thinking.in_template and self._config.thinking_budget != 0
-        if draft.parser.in_thinking:
-            wanted = replace(wanted, thinking="open")
-        elif may_think and not self._has_thought:
-            wanted = replace(wanted, thinking="may")
-        if wanted.thinking == "never" and not wanted.tools and not self._thinking.tags.answer:
-            return {}
-        try:
-            grammar = self._format.grammar(wanted, self._thinking.tokenizer.control_id)
-        except ValueError as error:
-            raise RequestError(f"tool_choice: {error}") from None
-        return dict.fromkeys(GRAMMARS) | {"ebnf": grammar}
-
-    def _ask(self, draft: Draft) -> None:
-        """Need the next completion of this message."""
-        params, budget = self._params, self._config.thinking_budget
-        most = params.max_tokens - draft.generated
-        ends_at_tag = self._thinks_apart
-        if (self._is_capped or self._thinks_apart) and budget is not None:
-            if draft.generated >= budget and draft.parser.may_think_again:
-                ends_at_tag = True
-            else:
-                most = min(most, max(budget - draft.generated, 1))
-        changes: dict[str, Any] = {
-            "max_tokens": most,
-            "min_tokens": min(max(params.min_tokens - draft.generated, 0), most),
-            **self._grammar(draft),
-        }
-        if ends_at_tag and self._thinking is not None:
-            token = self._thinking.closing_token
-            if token is None:
-                changes["stop"] = [*params.stop, self._thinking.tags.closing]
-                if draft.generated < params.min_tokens:
-                    # the tag may come at once; what ends the message may not
-                    changes |= {"min_tokens": 0, "stop": [self._thinking.tags.closing], "stop_token_ids": []}
-            else:
-                changes["stop_token_ids"] = [*params.stop_token_ids, token]
-        place = (self._round, self._attempt, self._requests)
-        if params.seed is not None and place != (1, 0, 0):
-            changes["seed"] = derive_seed(params.seed, *place)
-        self._requests += 1
-        self.generation = Generation(
-            tuple(self._conversation.transcript.ids),
-            () if self._thinking is not None else self._conversation.template_inputs(),
-            self._conversation.offered,
-            params.with_changes(**changes),
-        )
-
-    def _is_full(self, tokens: int) -> bool:
-        """Whether the context does not hold as many more tokens."""
-        return self._context_length is not None and len(self._conversation.transcript) + tokens > self._context_length
-
-    # -- the thinking budget
-
-    def _is_stopped(self, draft: Draft, delta: Delta) -> bool:
-        """Whether a stop string or token of the caller's has ended the message."""
-        if delta.finish_reason != "stop" or self._thinking is None:
-            return bool(draft.stopped_by)
-        last = self._conversation.transcript.ids[-1]
-        return bool(draft.stopped_by) or (last in self._params.stop_token_ids and last not in self._thinking.tokenizer.eos_ids)
-
-    def _is_cut_by_budget(self, draft: Draft, delta: Delta) -> bool:
-        """Whether a completion ended because of the budget: at its most tokens, or at a tag behind which thinking may open
-        again."""
-        if self._thinking is None or not self._is_capped:
-            return False
-        is_ended = self._conversation.transcript.ids[-1] in self._thinking.tokenizer.eos_ids
-        return delta.finish_reason == "length" or (draft.parser.is_undecided and not is_ended)
-
-    def _has_room(self, draft: Draft) -> bool:
-        """Whether more tokens may come, behind those that close the thinking."""
-        closing: Sequence[int] = ()
-        if self._thinking is not None and (self._thinks_apart or draft.parser.in_thinking):
-            closing = [*self._thinking.closing, *self._thinking.answer]
-        return draft.generated < self._params.max_tokens and not self._is_full(len(closing) + 1)
-
-    def _after_thinking(self, draft: Draft) -> list[DraftEvent]:
-        """The thinking that was generated by itself is over, by its closing tag or the budget: close it, and go on."""
-        assert self._thinking is not None
-        self._thinks_apart, self._has_thought = False, True
-        events = draft.close_thinking()
-        transcript = self._conversation.transcript
-        if transcript.ids[-1] in self._thinking.tokenizer.eos_ids:
-            # the message does not end here
-            transcript.roll_back(len(transcript) - 1)
-        transcript.append(self._thinking.closing if draft.is_thinking_cut else self._thinking.after)
-        self._ask(draft)
-        return events
-
-    def _after_budget(self, draft: Draft) -> list[DraftEvent]:
-        """Close the thinking where it is open, and go on; where only half an opening tag is there, token by token."""
-        events: list[DraftEvent] = []
-        if draft.parser.in_thinking and self._thinking is not None:
-            events = draft.close_thinking(self._thinking.tags.answer)
-            self._conversation.transcript.append([*self._thinking.closing, *self._thinking.answer])
-        self._is_capped = draft.parser.is_undecided or draft.parser.may_think_again
-        self._ask(draft)
-        return events
+        # the first message decides for all
+        self._params_of = lambda _: message.params
+        self._message = message
+        self._held, self._has_shown = [], False
 
     # -- what is given out
 
-    def _pass_on(self, draft: Draft, events: Sequence[DraftEvent], *, is_final: bool = False) -> list[Event]:
-        """Give out what the hooks let pass."""
+    def _pass_on(self, message: MessageGenerator, events: Sequence[DraftEvent]) -> list[Event]:
+        """Give out what the hooks let pass. A complete message is checked by all hooks, a growing one by those that hold
+        back."""
         self._held += events
-        if is_final or (events and self._hooks.holding):
-            match self._hooks.check(draft, self._context, is_final=is_final):
-                case Wait():
-                    return []
-                case Retry() | Refuse() as decision:
-                    return self._send_back(decision)
-                case Pass():
-                    pass
+        if message.is_complete or (events and self._hooks.holding):
+            decision = self._hooks.check(message.draft, self._context, is_final=message.is_complete)
+            if isinstance(decision, Retry | Refuse):
+                return self._send_back(decision)
+            if isinstance(decision, Wait):
+                return []
         elif self._hooks.holding:
             return []
         return self._release()
 
     def _release(self) -> list[Event]:
-        """Give out what is held back, up to a call about which the hooks have yet to decide."""
-        waits = (isinstance(event, Called) and self._caller_calls.awaits_verdict(event.call) for event in self._held)
-        end = next((place for place, waiting in enumerate(waits) if waiting), len(self._held))
+        """Give out the held events, up to a call that awaits the hooks' verdict."""
+        waits = (isinstance(event, Called) and self._client_calls.awaits_verdict(event.call) for event in self._held)
+        end = next((index for index, waiting in enumerate(waits) if waiting), len(self._held))
         released, self._held = self._held[:end], self._held[end:]
         self._has_shown = self._has_shown or bool(released)
         return list(released)
@@ -405,59 +227,59 @@ class Turn:
         """Take the message back, and generate it again or refuse."""
         self.sent_back += 1
         events: list[Event] = [RolledBack(decision.reason)] if self._has_shown else []
-        self._held, self._draft, self.generation = [], None, None
-        self._conversation.restore(self._ready)
+        self._held, self._message = [], None
+        self._conversation.restore(self._after_hooks)
         if isinstance(decision, Retry) and self._attempt < self._config.max_retries:
             self._attempt += 1
             if decision.instruction:
-                apart = "\n\n" if self._conversation.messages[-1].text else ""
-                self._conversation.add_part(Part(apart + decision.instruction, "system"))
+                separator = "\n\n" if self._conversation.messages[-1].text else ""
+                self._conversation.add_part(MessagePart(separator + decision.instruction, "system"))
             self._begin_message()
             return events
         text = decision.text if isinstance(decision, Refuse) else self._config.refusal
-        if self._thinking is not None:
-            is_open, _ = self._encode()
-            tags = [*(self._thinking.closing if is_open else ()), *self._thinking.answer]
-            self._conversation.transcript.append([*tags, *self._thinking.tokenizer.encode(text, add_bos=False)])
+        if (thinking := self._settings.thinking) is not None:
+            is_open, _ = self._settings.open_message(self._conversation)
+            tags = [*(thinking.closing if is_open else ()), *thinking.answer]
+            self._conversation.transcript.append([*tags, *thinking.tokenizer.encode(text, add_bos=False)])
         message = Message.assistant(text)
         self._conversation.add_answer(message)
         return [*events, TextDelta(text), MessageEnd(message), self._end("refused")]
 
-    def _finish_message(self, draft: Draft, events: Sequence[DraftEvent], finish_reason: str) -> list[Event]:
-        passed = self._pass_on(draft, events, is_final=True)
-        if self._draft is not draft:
+    def _finish_message(
+        self, message: MessageGenerator, events: Sequence[DraftEvent], finish_reason: str | None
+    ) -> list[Event]:
+        passed, draft = self._pass_on(message, events), message.draft
+        if self._message is not message:
             return passed
         self._stopped_by = draft.stopped_by
-        self._draft = self.generation = None
-        message = self._decide_about_calls(draft, self._add_answer(draft))
-        passed += [*self._release(), MessageEnd(message)]
+        self._message = None
+        answer = self._decide_about_calls(draft, self._add_answer(draft))
+        passed += [*self._release(), MessageEnd(answer)]
         if finish_reason == "length":
             return [*passed, self._end("length")]
         if not draft.calls:
             return [*passed, self._end("answer")]
-        if self._round >= self._config.max_rounds and not any(
-            self._caller_calls.waits_for_caller(call) for call in draft.calls
-        ):
+        if self._round >= self._config.max_rounds and not any(map(self._client_calls.waits_for_client, draft.calls)):
             return [*passed, self._end("rounds")]
         self._called = draft.calls
         return passed
 
-    def _add_answer(self, draft: Draft) -> Message:
+    def _add_answer(self, draft: MessageDraft) -> Message:
         message = draft.message(is_derived=self._conversation.is_tainted)
         self._conversation.add_answer(message)
         return message
 
     # -- tools
 
-    def _decide_about_calls(self, draft: Draft, message: Message) -> Message:
-        """Ask the hooks about the calls that the caller runs, before they are given out: what is changed stands in the message,
-        and what is denied goes to nobody."""
-        calls = self._caller_calls
+    def _decide_about_calls(self, draft: MessageDraft, message: Message) -> Message:
+        """Ask the hooks about client-side calls before these are given out. The message keeps the calls as the hooks changed
+        them; denied ones are not given out."""
+        calls = self._client_calls
         try:
             if not calls.decide(draft.calls, self._context):
                 return message
         except BaseException:
-            self._conversation.restore(self._before)
+            self._conversation.restore(self._before_hooks)
             raise
         draft.calls = [call if isinstance(call, BadCall) else calls.as_allowed(call) for call in draft.calls]
         self._held = calls.decided(self._held)
@@ -466,15 +288,15 @@ class Turn:
         return message
 
     def _result(self, call: ToolCall | BadCall) -> ToolResult | None:
-        """What the assistant is told of a call; None where the caller of the turn runs it."""
+        """The result of a call for the assistant; None for a call that the client runs."""
         if isinstance(call, BadCall):
             return failed(f"this call cannot be read: {call.reason}")
         tool = self._tools.get(call.name)
         if tool is None:
             return failed(f"there is no tool {call.name!r}; there are {', '.join(self._tools)}")
-        if self._caller_calls.waits_for_caller(call):
+        if self._client_calls.waits_for_client(call):
             return None
-        allowed = self._caller_calls.verdict(call) or self._hooks.before_call(call, tool, self._context)
+        allowed = self._client_calls.verdict(call) or self._hooks.before_call(call, tool, self._context)
         if isinstance(allowed, Deny):
             return failed(allowed.reason)
         return self._hooks.after_call(allowed, tool.call(allowed.arguments), self._context)

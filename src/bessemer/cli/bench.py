@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from bessemer.serving.bench import LoadConfig, Measured
+    from bessemer.serving.bench import LoadConfig, LoadResult
 
 _EXAMPLE = "Example: bessemer bench serve http://127.0.0.1:8000 --concurrency 8"
 bench = typer.Typer(no_args_is_help=True, help="Measure a server.", epilog=_EXAMPLE)
@@ -83,7 +83,7 @@ def _extra(given: str) -> Any:
         raise ConfigError(f"--extra-body: not JSON ({error.msg})") from None
 
 
-def _show(measured: Measured, config: LoadConfig) -> None:
+def _show(measured: LoadResult, config: LoadConfig) -> None:
     from rich.console import Console
 
     from bessemer.core.report import Column, Table

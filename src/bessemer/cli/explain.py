@@ -46,8 +46,8 @@ def explain(
     address: what it leads to is not fetched.
     """
     from bessemer.core.errors import RequestError
-    from bessemer.data.stages.in_memory import explain as ask
-    from bessemer.data.stages.in_memory import explain_address, explain_with
+    from bessemer.data.stages.explain import explain as ask
+    from bessemer.data.stages.explain import explain_address, explain_with
     from bessemer.pipeline.stages import open_language_model
     from bessemer.views.explanation import show_explanation, show_history
 

@@ -157,7 +157,7 @@ def label(
     from bessemer.inference.engine import Engine
     from bessemer.inference.sampling.params import SamplingParams
     from bessemer.posttraining.labelling import read_prompts, sample_answers
-    from bessemer.serving.labelling import serve_labels
+    from bessemer.webapp.labelling import serve_labels
 
     folder = find_model(model, runs)
     held_out = folder.parent / "conversations" / "validation.jsonl"

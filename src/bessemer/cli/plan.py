@@ -50,7 +50,7 @@ def plan(
         return
     from bessemer.pipeline.planning import training_plan
     from bessemer.scaling.hardware import find_card
-    from bessemer.scaling.job import TrainingJob
+    from bessemer.scaling.job import PlannedJob
     from bessemer.scaling.planner import plan_summary, plans, requested_plan
     from bessemer.scaling.serving import ServingJob
 
@@ -59,7 +59,7 @@ def plan(
         job = ServingJob(training.model, card, gpus, weights, prompt_tokens, answer_tokens)
         _plan_serving(training.name, job, price, as_json)
         return
-    training_job = TrainingJob(training.model, training.settings, card)
+    training_job = PlannedJob(training.model, training.settings, card)
     training_plans = plans(training_job, gpus, count=layouts)
     total = tokens or training.tokens or training_plans[0].tokens_per_second * 60 * (training.minutes or 0)
     result = {"name": training.name} | plan_summary(

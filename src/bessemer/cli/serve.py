@@ -171,7 +171,7 @@ def serve(
     from bessemer.inference.engine import EngineConfig
     from bessemer.pipeline import run_names
     from bessemer.serving.config import ServingConfig
-    from bessemer.serving.runtime.models import Opening
+    from bessemer.serving.runtime.models import ModelSetup
     from bessemer.serving.server import is_loopback
     from bessemer.serving.server import serve as serve_engine
     from bessemer.webapp.app import WebSettings, public_paths, web_pages
@@ -187,7 +187,7 @@ def serve(
     given |= speculation(speculate, runs) | named_numbers("parallel", parallel)
     if both := next((taken for taken in alias or [] if taken == name or taken in adapters), None):
         raise ConfigError(f"--alias {both}: the model or an adapter has that name already; choose another")
-    others = {
+    additional = {
         its_name: find_served(its_model, runs)
         for its_name, its_model in named_models(also, [name, *adapters, *(alias or [])]).items()
     }
@@ -210,13 +210,13 @@ def serve(
     # X-rays copy the model and take seconds of every core: they need a key, or a request from this machine
     makes_xrays = config.keys is not None or config.api_key is not None or is_loopback(host)
     shown = WebSettings(folder, example_questions(folder, runs / model), feedback, shown_runs, run, makes_xrays)
-    opening = Opening(
+    setup = ModelSetup(
         folder,
         name,
         device=device,
         engine=settings,
         adapters={its_name: Path(its_folder) for its_name, its_folder in adapters.items()},
-        beside=others,
+        additional=additional,
         max_models=max_models,
         models_memory=models_memory,
         keep_alive=keep_alive,
@@ -230,12 +230,17 @@ def serve(
 
             raise ConfigError(f"--engine ray needs Ray: {install_extra('ray-serve')}") from None
         serve_on_ray(
-            opening, config, replicas or 1, make_pages=partial(web_pages, shown), public=public_paths(), questions=ask or []
+            setup,
+            config,
+            replicas or 1,
+            make_pages=partial(web_pages, shown),
+            public=public_paths(),
+            questions=ask or [],
         )
         return
-    with loading, opening.open_engine() as opened:
+    with loading, setup.open_engine() as opened:
         print(opened.describe())
         print(opened.arithmetic)
         loading.close()
-        shelf = opening.shelf(config.max_waiting)
-        serve_engine(opened, name, config, pages=web_pages(shown), shelf=shelf, questions=ask or [])
+        pool = setup.model_pool(config.max_waiting)
+        serve_engine(opened, name, config, pages=web_pages(shown), pool=pool, questions=ask or [])

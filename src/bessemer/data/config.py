@@ -1,7 +1,7 @@
 """Settings of the data stages: `collect`, `clean`, `deduplicate`, `select`, and what all of them have.
 
 Nothing heavy is imported here, so that a recipe is checked without the libraries that read documents. The settings of sources,
-edits and deduplication methods stand beside their declarations (`sources/registry.py`, `edits/registry.py`,
+edits and deduplication methods are with their declarations (`sources/registry.py`, `edits/registry.py`,
 `deduplication/registry.py`).
 """
 
@@ -29,8 +29,16 @@ from bessemer.data.filters.registry import (
     preset,
     preset_names,
 )
-from bessemer.data.plugins import EVERY_LANGUAGE, LANGUAGE_SCORES, USUAL_LANGUAGE_SCORE, Languages, Limit, MeantFor
-from bessemer.data.sources.registry import SOURCES, USER_SOURCE, PythonDocsSource, SourceSettings, WheelsSource, source_plugin
+from bessemer.data.plugins import EVERY_LANGUAGE, LANGUAGE_SCORES, USUAL_LANGUAGE_SCORE, Languages, Limit, MeantFor, Strings
+from bessemer.data.sources.registry import (
+    SOURCES,
+    USER_SOURCE,
+    PythonDocsSource,
+    SourceSettings,
+    WheelsSource,
+    source_name,
+    source_plugin,
+)
 
 
 def check_plugins(registry: Registry[Any], names: list[str], *, user_functions: bool = True) -> list[str]:
@@ -42,7 +50,7 @@ def check_plugins(registry: Registry[Any], names: list[str], *, user_functions: 
 
 
 class DataConfig(Config):
-    """What every data stage may say about where it runs; nothing of it can change the output."""
+    """Where a data stage runs; none of it can change the output."""
 
     engine: Literal["local", "ray"] = setting(
         "local",
@@ -114,12 +122,6 @@ def _settings_of(name: str) -> tuple[str, type[SourceSettings]]:
 
 #: The settings of one source: the class that its plugin names.
 Source: TypeAlias = Annotated[SourceSettings, ChosenSettings("source", _settings_of)]
-
-
-def source_name(source: SourceSettings) -> str:
-    """The name under which a source's documents are kept and from which their ids are made."""
-    stated: str | None = getattr(source, "name", None)
-    return stated or source.source.rpartition(":")[2]
 
 
 class CollectConfig(DataConfig):
@@ -253,7 +255,7 @@ class DeduplicateConfig(MixedConfig):
         description=f"in this order: {', '.join(plugin.name for plugin in OWN_METHODS)}",
         plugins=METHODS.group,
     )
-    # what it holds enters the key
+    # its content enters the stage's key
     against: str | None = setting(
         None,
         "a folder of documents, or a run's `corpus`: what is a copy of something in there is dropped as well",
@@ -290,7 +292,7 @@ class SelectConfig(MixedConfig):
 
     shorthand: ClassVar[str | None] = "keep"
 
-    keep: list[str] = setting(
+    keep: Strings = setting(
         default_factory=lambda: ["gopher"], description=f"presets of thresholds, all of which hold: {', '.join(OWN_PRESETS)}"
     )
     languages: list[str] = setting(
@@ -324,11 +326,6 @@ class SelectConfig(MixedConfig):
                 raise ValueError(f"language_scores: {name!r} is not among the languages kept: {', '.join(self.languages)}")
         return self
 
-    @field_validator("keep", mode="before")
-    @classmethod
-    def _one_preset(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
-
     @field_validator("keep")
     @classmethod
     def _known_presets(cls, value: list[str]) -> list[str]:
@@ -337,8 +334,8 @@ class SelectConfig(MixedConfig):
                 raise ValueError(f"unknown preset {name!r}{nearest(name, preset_names())}")
         return value
 
-    # what the files hold enters the key
-    decontaminate: list[str] = setting(
+    # the files' content enters the stage's key
+    decontaminate: Strings = setting(
         default_factory=list,
         description="evaluation sets, as JSONL files: documents that hold a piece of an item are dropped",
         affects_output=False,
@@ -352,11 +349,6 @@ class SelectConfig(MixedConfig):
         "drop", "documents whose author or site objects to training (metadata `opt_out`; see the sources)"
     )
     decontaminate_mask: bool = setting(False, "cut the piece out of the document instead of dropping it")
-
-    @field_validator("decontaminate", mode="before")
-    @classmethod
-    def _one_set(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
 
     def plugins(self) -> list[tuple[str, str]]:
         """Also the plugins of other packages whose limits `keep` names."""
@@ -378,27 +370,25 @@ class SelectConfig(MixedConfig):
     def meant_for(self) -> dict[str, MeantFor]:
         """For which languages each limit is: as its rule says, or as `thresholds` states; every one for a column not in it."""
         stated = {column: limit.languages for column, limit in self.thresholds.items() if limit.languages is not None}
-        found = {column: meant_for(column) for column in self.limits() if column not in stated}
-        found |= {column: MeantFor(only=tuple(names)) if names else EVERY_LANGUAGE for column, names in stated.items()}
-        return {column: scope for column, scope in found.items() if scope}
+        scopes = {column: meant_for(column) for column in self.limits() if column not in stated}
+        scopes |= {column: MeantFor(only=tuple(names)) if names else EVERY_LANGUAGE for column, names in stated.items()}
+        return {column: scope for column, scope in scopes.items() if scope}
 
     def limits_by_language(self) -> dict[str, dict[str, Limit]]:
         """By column the limits of the languages that have another. What `thresholds` states is for every language."""
-        found: dict[str, dict[str, Limit]] = {}
+        limits: dict[str, dict[str, Limit]] = {}
         for column in self.limits():
             stated = self.thresholds.get(column)
             given = stated.model_fields_set if stated else set()
             for language, (lowest, highest) in by_language(column).items():
                 low = stated.min if stated and "min" in given else lowest
                 high = stated.max if stated and "max" in given else highest
-                found.setdefault(column, {})[language] = (low, high)
-        return found
+                limits.setdefault(column, {})[language] = (low, high)
+        return limits
 
     def language_limits(self) -> Languages:
-        """The languages kept with their lowest probabilities: stated for one, stated for all, or the language's own.
-
-        Where every language is kept there is no limit but a stated one; a lowest `language_score` in `thresholds` replaces all.
-        """
+        """The languages kept with their lowest probabilities: stated for one, stated for all, or the language's own. Where
+        every language is kept there is no limit but a stated one; a lowest `language_score` in `thresholds` replaces all."""
         if "language_score" in self.thresholds and "min" in self.thresholds["language_score"].model_fields_set:
             return Languages(tuple(self.languages))
         usual, own = self.min_language_score, dict(self.language_scores)

@@ -27,7 +27,7 @@ Task = TypeVar("Task")
 
 #: Seconds after which the thread that waits for tasks looks for a Ctrl-C.
 _LOOK = 0.1
-#: Stands for a row where none came within that time.
+#: Result where no row came within that time.
 _NOT_YET = (-1, "")
 
 _ENVIRONMENT = {
@@ -60,7 +60,7 @@ def load_daft() -> Any:
         os.environ.setdefault(name, value)
     import daft
 
-    # A function's error reaches the caller as it is; the engine's own lines about it would only repeat it.
+    # A function's error reaches the caller unchanged, so the engine's own message about it is suppressed.
     logging.getLogger("daft_local_execution").setLevel(logging.CRITICAL)
     return daft
 
@@ -102,16 +102,14 @@ def run_tasks(
 
 @dataclass
 class _Demand:
-    """Whether anybody wants the rows of tasks that have not begun. Its copies in other processes are not told."""
+    """Whether tasks that have not begun are still wanted. Copies in other processes do not change with it."""
 
     lasts: bool = True
 
 
 def _rows_of(frame: Any, demand: _Demand) -> Iterator[tuple[int, str]]:
-    """The rows as the engine finishes them, which runs in a thread beside this one.
-
-    Daft handles Ctrl-C on its own, says so, and may lose it: this thread keeps the signal, and never waits inside the engine.
-    """
+    """The rows as the engine finishes them, which runs in another thread. Daft handles Ctrl-C on its own, says so,
+    and may lose it: this thread keeps the signal, and never waits inside the engine."""
     rows: SimpleQueue[tuple[int, str] | BaseException | None] = SimpleQueue()
 
     def compute() -> None:
@@ -130,19 +128,19 @@ def _rows_of(frame: Any, demand: _Demand) -> Iterator[tuple[int, str]]:
         try:
             while True:
                 try:
-                    found = rows.get(timeout=_LOOK)
+                    result = rows.get(timeout=_LOOK)
                 except Empty:
-                    found = _NOT_YET
+                    result = _NOT_YET
                 # Daft sets a handler when its first query runs, which is before its first row
                 interrupts.renew()
                 if interrupts.received is not None:
                     interrupts.deliver()
-                if isinstance(found, BaseException):
-                    raise found
-                if found is None:
+                if isinstance(result, BaseException):
+                    raise result
+                if result is None:
                     return
-                if found is not _NOT_YET:
-                    yield found
+                if result is not _NOT_YET:
+                    yield result
         except BaseException:
             demand.lasts = False
             if interrupts.received is None:
@@ -154,10 +152,8 @@ def _rows_of(frame: Any, demand: _Demand) -> Iterator[tuple[int, str]]:
 
 @cache
 def _end_with_parent() -> None:
-    """In a process of the engine: end soon after the one that it works for, which Ctrl-C or a kill has ended.
-
-    Two that write the same files would be in each other's way when the same command goes on.
-    """
+    """In a process of the engine: end soon after the one that it works for, which Ctrl-C or a kill has ended. Two that write
+    the same files would be in each other's way when the same command goes on."""
     parent = os.getppid()
 
     def watch() -> None:
@@ -169,16 +165,16 @@ def _end_with_parent() -> None:
 
 
 def _answer(function: Callable[[Any], Any], task: Any) -> str:
-    """What the function returned, or the user's mistake that it found: other errors are the engine's to report."""
+    """The function's result or a user's mistake, as JSON; other errors are raised, for the engine to report."""
     try:
         return json.dumps({"result": function(task)})
     except BessemerError as error:
-        found: BessemerError | None = error
+        mistake: BessemerError | None = error
     except Exception as error:
-        found = as_storage_error(error)
-        if found is None:
+        mistake = as_storage_error(error)
+        if mistake is None:
             raise
-    return json.dumps({"error": type(found).__name__, "text": str(found)})
+    return json.dumps({"error": type(mistake).__name__, "text": str(mistake)})
 
 
 def _error(error: str, text: str) -> BessemerError:
@@ -201,6 +197,6 @@ def _start_ray(daft: Any, engine: Engine) -> None:
                 f"here as well): {error}"
             ) from None
     daft.set_runner_ray(engine.address, noop_if_initialized=True)
-    # Daft chooses once in a process
+    # Daft's runner is fixed once per process
     if daft.get_or_create_runner().name != "ray":
         raise errors.ConfigError("engine: ray: a stage of this run was local before it; give all data stages one engine")

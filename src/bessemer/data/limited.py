@@ -17,14 +17,13 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any
 
 _MEMORY_BYTES = 2 << 30
 _HEADER = 8
 _CLOCK_FACTOR = 10
 _START_SECONDS = 120.0
-#: What the system ends a helper with whose processor time is used up; 0 where it has no such timer.
+#: Signal that ends a helper whose processor time is used up; 0 where the system has no such timer.
 _TIME_IS_UP = int(getattr(signal, "SIGPROF", 0))
 
 
@@ -81,7 +80,7 @@ class Limited:
             try:
                 return self._answers.get(timeout=_CLOCK_FACTOR * self._seconds)
             except queue.Empty:
-                # on a busy machine it may have had a small part of a core
+                # it has used processor time since, so it works, if slowly
                 if (now := _processor_seconds(pid)) <= used:
                     raise
                 used = now
@@ -113,12 +112,6 @@ class Limited:
                     pipe.close()  # type: ignore[union-attr]
             self._process = None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
 
 class Helpers:
     """The helper processes that live while a unit is read, one for each function."""
@@ -131,10 +124,8 @@ class Helpers:
         limited = self._limited.setdefault(f"{function.__module__}:{function.__qualname__}", Limited(function, seconds))
         return limited(*arguments)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def close(self) -> None:
+        """End the helpers."""
         for limited in self._limited.values():
             limited.close()
 
@@ -177,7 +168,7 @@ def serve(name: str, seconds: float) -> None:
     module, _, function = name.partition(":")
     called = getattr(importlib.import_module(module), function)
     answers, calls = sys.stdout.buffer, sys.stdin.buffer
-    # what a library prints must not get among the answers
+    # keeps what a library prints out of the answers
     sys.stdout = sys.stderr
     _write(answers, pickle.dumps(("ready", None)))
     while message := _read(calls):

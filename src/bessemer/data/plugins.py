@@ -19,13 +19,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+
+from pydantic import BeforeValidator
 
 from bessemer.core.registry import Plugin
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import pyarrow as pa
 
     from bessemer.core.progress import Progress
@@ -34,6 +34,13 @@ if TYPE_CHECKING:
     from bessemer.data.sources.source import Source
 
 
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+#: The type of a setting that is a list of strings, or one string for a list of one.
+Strings: TypeAlias = Annotated[list[str], BeforeValidator(_as_list)]
+
 #: Lowest and highest value that is kept, both inclusive; None is no limit.
 Limit: TypeAlias = tuple[float | None, float | None]
 
@@ -41,9 +48,7 @@ Limit: TypeAlias = tuple[float | None, float | None]
 @dataclass(frozen=True)
 class Languages:
     """Which languages are kept, none named means every one, and the lowest probability at which a document is in its language.
-
-    `lowest` holds the languages whose probability is another than the `usual` one; None is no limit.
-    """
+    `lowest` holds the languages whose probability is another than the `usual` one; None is no limit."""
 
     kept: tuple[str, ...] = ()
     usual: float | None = None
@@ -65,7 +70,7 @@ class MeantFor:
         return bool(self.only or self.but)
 
     def holds_for(self, languages: pa.Array) -> pa.Array:
-        """Which documents, by their languages, it is for. A document of unknown language is judged by all limits."""
+        """Whether the limit is for each document, by language. It is for documents of unknown language."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
@@ -82,7 +87,7 @@ EVERY_LANGUAGE = MeantFor()
 #: times that share. The columns but for the first two are named after the scores.
 _TABLE = Path(__file__).with_name("languages.csv")
 #: FineWeb-2's tokenizers cut more words, of morphemes and compounds, than stand between spaces, so that the same marks are a
-#: smaller share of theirs. With so much less, translations of paragraphs that the English limit keeps are kept
+#: smaller share of theirs. With limits lower by this, translations of paragraphs that the English limit keeps are kept
 #: (`benchmarks/languages.py`, the paragraphs that it does not judge by).
 WORDS_WITH_LETTER_SLACK = 0.06
 
@@ -90,11 +95,9 @@ WORDS_WITH_LETTER_SLACK = 0.06
 def limits_by_language(
     limit: Limit, lowest: str | None = None, highest: str | None = None, slack: float = 0
 ) -> dict[str, Limit]:
-    """The limit of each language whose own, by the columns of the table, is wider than `limit`, which is English's.
-
-    A narrower one is not taken: it was found on other words than ours. slack: how much lower the lowest value is.
-    """
-    found: dict[str, Limit] = {}
+    """The limit of each language whose own, by the columns of the table, is wider than `limit`, which is English's. A narrower
+    one is not taken: it was found on other words than ours. slack: how much lower the lowest value is."""
+    limits: dict[str, Limit] = {}
     for language, row in _table().items():
         low, high = limit
         if lowest in row and low is not None:
@@ -102,8 +105,8 @@ def limits_by_language(
         if highest in row and high is not None:
             high = max(high, row[highest])
         if (low, high) != limit:
-            found[language] = (low, high)
-    return found
+            limits[language] = (low, high)
+    return limits
 
 
 @cache
@@ -121,44 +124,19 @@ WITHOUT_FULL_STOPS = ("th", "lo", "bo", "dz")
 
 #: Lowest probability of the language to keep a text in it.
 USUAL_LANGUAGE_SCORE = 0.65
-#: The same where the usual one is wrong by much: for languages of which the model is never sure, and those that it takes others
-#: for. Measured on Django's translations (docs/scores.md).
-LANGUAGE_SCORES = {
-    "af": 0.35,
-    "ast": 0.35,
-    "br": 0.35,
-    "ca": 0.35,
-    "cs": 0.8,
-    "cy": 0.35,
-    "da": 0.85,
-    "eo": 0.85,
-    "es": 0.85,
-    "et": 0.35,
-    "eu": 0.35,
-    "ga": 0.35,
-    "gd": 0.35,
-    "gl": 0.35,
-    "hi": 0.8,
-    "ia": 0.35,
-    "is": 0.35,
-    "kk": 0.35,
-    "ky": 0.35,
-    "mn": 0.35,
-    "ne": 0.35,
-    "nl": 0.9,
-    "nn": 0.35,
-    "pl": 0.75,
-    "ru": 0.9,
-    "sk": 0.35,
-    "sl": 0.45,
-    "sr": 0.7,
-    "sw": 0.35,
-    "tg": 0.35,
-    "tk": 0.35,
-    "tr": 0.8,
-    "uz": 0.4,
-    "vi": 0.9,
+#: Lowest probabilities of languages for which the usual one is far off: the model is never sure of them, or takes others
+#: for them. Measured on Django's translations (docs/scores.md).
+_BY_SCORE = {
+    0.35: "af ast br ca cy et eu ga gd gl ia is kk ky mn ne nn sk sw tg tk",
+    0.4: "uz",
+    0.45: "sl",
+    0.7: "sr",
+    0.75: "pl",
+    0.8: "cs hi tr",
+    0.85: "da eo es",
+    0.9: "nl ru vi",
 }
+LANGUAGE_SCORES = dict(sorted((language, score) for score, names in _BY_SCORE.items() for language in names.split()))
 
 
 NO_LIMIT: Limit = (None, None)
@@ -181,7 +159,8 @@ class Column:
     """A column that a filter or an edit adds to the documents.
 
     description: what a value says, in a line. type: of the values. limit: the range that the preset of the filter's name
-    keeps. languages: those for which the limit is meant. by_language: the limits of languages that have another.
+    keeps. languages: those for which the limit is meant. by_language: the limits of languages that have another. value: from
+    what the filter's function counts in a batch to the column; None where the function gives the columns themselves.
     """
 
     description: str
@@ -189,6 +168,7 @@ class Column:
     limit: Limit = NO_LIMIT
     languages: MeantFor = EVERY_LANGUAGE
     by_language: Mapping[str, Limit] = field(default_factory=dict)
+    value: Callable[[Any], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -202,13 +182,31 @@ class FilterPlugin(Plugin[FilterFunction]):
     columns: Mapping[str, Column] = field(default_factory=dict)
     reads: str = "text"
 
+    def load(self) -> FilterFunction:
+        """The function from texts to score columns. Raises ImportError when it needs a package that is not installed."""
+        function = super().load()
+        values = {name: column.value for name, column in self.columns.items() if column.value is not None}
+        if not values:
+            return function
+        types = arrow_types(self.columns)
+
+        def scores(texts: Any, **settings: Any) -> dict[str, pa.Array]:
+            import pyarrow as pa
+
+            counted = function(texts, **settings)
+            return {name: pa.array(value(counted), types[name]) for name, value in values.items()}
+
+        return scores
+
+    def __call__(self, texts: Any) -> Mapping[str, pa.Array]:
+        """The score columns of a batch of texts, with the usual settings."""
+        return self.load()(texts, **({"settings": self.settings()} if self.settings else {}))
+
 
 @dataclass(frozen=True)
 class EditPlugin(Plugin[EditFunction]):
-    """An edit: a function from `Texts` to other texts and columns that count its changes, named in `clean.edit`.
-
-    section: the section of `clean` that holds its settings; without one the function gets the settings' defaults.
-    """
+    """An edit: a function from `Texts` to other texts and columns that count its changes, named in `clean.edit`. section: the
+    section of `clean` that holds its settings; without one the function gets the settings' defaults."""
 
     columns: Mapping[str, Column] = field(default_factory=dict)
     section: str | None = None
@@ -235,10 +233,8 @@ class SourcePlugin(Plugin[SourceOpener]):
 
 @dataclass(frozen=True)
 class MethodPlugin(Plugin[MethodFunction]):
-    """A deduplication method, named in `deduplicate.methods`.
-
-    section: the section of `deduplicate` that holds its settings; without one the function gets the settings' defaults.
-    """
+    """A deduplication method, named in `deduplicate.methods`. section: the section of `deduplicate` that holds its settings;
+    without one the function gets the settings' defaults."""
 
     section: str | None = None
 

@@ -35,11 +35,11 @@ from bessemer.data.sources.source import NO_LOSS
 
 Stages = Mapping[str, Metrics]
 
-#: Cases of what could not be read that a sentence names.
+#: Most cases of unreadable input that the summary quotes.
 _LOSSES = 3
 #: Rows of a table before the rest is folded away.
 _ROWS = 12
-#: As many domains as a stage's metrics name: of others it is not known whether they are still there.
+#: Domains that a stage's metrics name; of a domain beyond them it is unknown whether it is still there.
 _NAMED_DOMAINS = 100
 #: Stages that share the section.
 _OURS = ("collect", "clean", "select", "deduplicate")
@@ -69,13 +69,13 @@ def report(stage: StageReport) -> Section | None:
 
 
 def summary_line(metrics: Metrics) -> str:
-    """How many documents a stage kept and dropped."""
+    """The numbers of documents that a stage kept and dropped, as a line."""
     dropped = metrics["documents_in"] - metrics["documents_out"]
     return f"{metrics['documents_out']:,} documents" + (f", {dropped:,} dropped" if dropped else "")
 
 
 def sentences(stage: StageReport) -> list[str]:
-    """What went into the corpus and what is left of it, from the last data stage."""
+    """Sentences on the size of the corpus before and after, from the last data stage."""
     stages = _stages_up_to(stage)
     if stages is None:
         return []
@@ -91,7 +91,7 @@ def sentences(stage: StageReport) -> list[str]:
 
 
 def not_read(stages: Stages) -> list[str]:
-    """What could not be read, how many of what, with the first cases and their reasons; empty where all was read."""
+    """Sentences on unreadable input: counts by kind, and the first cases with their reasons; empty where all was read."""
     kinds: dict[str, int] = {}
     for _, kind, count in set_aside(stages):
         if kind not in NO_LOSS:
@@ -116,10 +116,10 @@ def key_figures(stage: StageReport) -> list[KeyFigure]:
 
 def _stages_up_to(stage: StageReport) -> Stages | None:
     """The metrics of the run's data stages when `stage` is the last of them, else None."""
-    found = [one for one in stage.run.stages if one.metrics.keys() >= _DATA_METRICS]
+    of_documents = [one for one in stage.run.stages if one.metrics.keys() >= _DATA_METRICS]
     # a stage of another package has a section of its own
-    ours = [one for one in found if one.kind in _OURS]
-    return {one.name: one.metrics for one in found} if ours and ours[-1].name == stage.name else None
+    ours = [one for one in of_documents if one.kind in _OURS]
+    return {one.name: one.metrics for one in of_documents} if ours and ours[-1].name == stage.name else None
 
 
 def corpus_parts(stages: Stages) -> list[Part]:
@@ -144,10 +144,8 @@ def corpus_parts(stages: Stages) -> list[Part]:
 
 
 def stages_table(stages: Stages) -> Table:
-    """Bytes by stage as bars, all to the scale of the largest, and the documents that each stage dropped.
-
-    stages: name to the data stage's metrics (`documents_in/out`, `bytes_in/out`), in order.
-    """
+    """Bytes by stage as bars, all to the scale of the largest, and the documents that each stage dropped. stages: name to the
+    data stage's metrics (`documents_in/out`, `bytes_in/out`), in order."""
     largest = max((metrics["bytes_in"] for metrics in stages.values()), default=0) or 1
     rows = [
         (
@@ -175,7 +173,7 @@ def _dropped(metrics: Metrics) -> str:
 
 
 def reasons(by_reason: Mapping[str, Mapping[str, int]], examples: Mapping[str, Sequence[Metrics]]) -> list[Folded]:
-    """Why documents were dropped, the most frequent reason first, each with its examples folded away below it."""
+    """Reasons for dropping documents, the most frequent first, each with its examples folded away below it."""
     most = max((counts["documents"] for counts in by_reason.values()), default=0) or 1
     return [
         Folded(
@@ -208,54 +206,54 @@ def scores_stage(stages: Stages) -> tuple[str, list[Histogram]]:
 def histograms(metrics: Metrics) -> list[Histogram]:
     """The scores of a data stage: those with a limit (`thresholds`) in their order, then the others (`scores`)."""
     limited = metrics.get("thresholds", {})
-    others = {column: found for column, found in metrics.get("scores", {}).items() if column not in limited}
-    return [*(_limited(column, found) for column, found in limited.items()), *(_free(*item) for item in others.items())]
+    others = {column: figures for column, figures in metrics.get("scores", {}).items() if column not in limited}
+    return [*(_limited(column, figures) for column, figures in limited.items()), *(_free(*item) for item in others.items())]
 
 
 def _title(column: str) -> str:
-    # pyarrow is imported with it, which a reader of other sections need not have
+    # it imports pyarrow, which readers of other sections may lack
     from bessemer.data.thresholds import display_name
 
     return display_name(column)
 
 
-def _limited(column: str, found: Metrics) -> Histogram:
-    lowest, highest = found["lowest"], found["highest"]
-    edges = [-math.inf, *found["edges"], math.inf]
-    counts = [found["below"], *found["counts"], found["above"]]
+def _limited(column: str, figures: Metrics) -> Histogram:
+    lowest, highest = figures["lowest"], figures["highest"]
+    edges = [-math.inf, *figures["edges"], math.inf]
+    counts = [figures["below"], *figures["counts"], figures["above"]]
     bins = [
         Bin(start, end, count, (lowest is None or start >= lowest) and (highest is None or start <= highest))
         for (start, end), count in zip(pairwise(edges), counts, strict=True)
     ]
     return Histogram(
         title=_title(column),
-        documents=found["documents"],
-        low=found["low"],
-        high=found["high"],
+        documents=figures["documents"],
+        low=figures["low"],
+        high=figures["high"],
         bins=bins,
         lowest=lowest,
         highest=highest,
-        outside=found["outside"],
-        alone=found["alone"],
+        outside=figures["outside"],
+        alone=figures["alone"],
     )
 
 
-def _free(column: str, found: Metrics) -> Histogram:
-    low, high, counts = found["low"], found["high"], found["counts"]
+def _free(column: str, figures: Metrics) -> Histogram:
+    low, high, counts = figures["low"], figures["high"], figures["counts"]
     edges = [low + (high - low) * place / len(counts) for place in range(len(counts) + 1)]
     edges = [-math.inf, *edges, math.inf]
-    counts = [found.get("below", 0), *counts, found.get("above", 0)]
+    counts = [figures.get("below", 0), *counts, figures.get("above", 0)]
     bins = [Bin(start, end, count, True) for (start, end), count in zip(pairwise(edges), counts, strict=True)]
     return Histogram(title=_title(column), documents=sum(counts), low=low, high=high, bins=bins)
 
 
 def _scores(stages: Stages) -> list[Part]:
-    stage, found = scores_stage(stages)
-    if not found:
+    stage, drawn = scores_stage(stages)
+    if not drawn:
         return []
-    sharp = [one for one in found if one.outside]
-    idle = [one for one in found if one.limit and not one.outside]
-    free = [one for one in found if not one.limit]
+    sharp = [one for one in drawn if one.outside]
+    idle = [one for one in drawn if one.limit and not one.outside]
+    free = [one for one in drawn if not one.limit]
     parts: list[Part] = [
         Heading("Scores and thresholds"),
         Text(
@@ -275,31 +273,31 @@ def _scores(stages: Stages) -> list[Part]:
 def _duplicates(stages: Stages) -> list[Part]:
     parts: list[Part] = []
     for metrics in stages.values():
-        for method, found in metrics.get("duplicates", {}).items():
-            parts += [Heading(label(method), 4), *(clusters(found) if "clusters" in found else [Text(passages(found))])]
+        for method, summary in metrics.get("duplicates", {}).items():
+            parts += [Heading(label(method), 4), *(clusters(summary) if "clusters" in summary else [Text(passages(summary))])]
     return [Heading("Duplicates"), *parts] if parts else []
 
 
-def passages(found: Metrics) -> str:
-    """What a method that cuts passages out of texts did."""
-    return f"{found['passages']:,} passages were cut out of {found['documents_cut']:,} documents."
+def passages(summary: Metrics) -> str:
+    """A sentence on a method that cuts passages out of texts."""
+    return f"{summary['passages']:,} passages were cut out of {summary['documents_cut']:,} documents."
 
 
-def clusters(found: Metrics) -> list[Part]:
+def clusters(summary: Metrics) -> list[Part]:
     """Clusters of copies by size, a survivor counted with what it replaced, and the largest with their texts."""
-    if not found["clusters"]:
+    if not summary["clusters"]:
         return [Text("No copies.")]
-    most = max(row["clusters"] for row in found["by_size"])
+    most = max(row["clusters"] for row in summary["by_size"])
     rows = [
         (sizes(row), Cell(f"{row['clusters']:,}", share=row["clusters"] / most), f"{row['documents']:,}")
-        for row in found["by_size"]
+        for row in summary["by_size"]
     ]
     columns = [Column("Documents in a cluster"), Column("Clusters", True), Column("Documents in them", True)]
     return [
         Table(columns, rows),
         *(
             Folded(f"A cluster of {one['size']:,}", [Documents([_member(member) for member in (one, *one["members"])])])
-            for one in found["largest"]
+            for one in summary["largest"]
         ),
     ]
 
@@ -318,9 +316,9 @@ def sizes(row: Mapping[str, int]) -> str:
 
 
 def edits(stages: Stages) -> list[tuple[str, int, int]]:
-    """What was counted while texts were edited: name, how often, in how many documents. What was not found is left out."""
+    """Counts of edits: name, total, and documents with any. Edits that changed nothing are left out."""
     counted: Metrics = next((metrics["counted"] for metrics in stages.values() if metrics.get("counted")), {})
-    return [(label(column), found["total"], found["documents"]) for column, found in counted.items() if found["total"]]
+    return [(label(column), amount["total"], amount["documents"]) for column, amount in counted.items() if amount["total"]]
 
 
 def _edits(stages: Stages) -> list[Part]:
@@ -351,9 +349,9 @@ def before_and_after(stages: Stages, column: str) -> list[Group]:
     nothing = {"documents": 0, "bytes": 0}
     before: dict[str, tuple[int, int]] = {}
     for side in (first.get(f"by_{column}", {}), first.get(f"rejected_by_{column}", {})):
-        for name, found in side.items():
+        for name, counts in side.items():
             documents, bytes_ = before.get(name, (0, 0))
-            before[name] = documents + found["documents"], bytes_ + found["bytes"]
+            before[name] = documents + counts["documents"], bytes_ + counts["bytes"]
     is_cut = column == "domain" and len(after) >= _NAMED_DOMAINS
     groups = []
     for name in sorted(before | after, key=lambda name: (-before.get(name, (0, 0))[1], name)):
@@ -393,7 +391,7 @@ def _gone(group: Group) -> int:
 
 
 def set_aside(stages: Stages) -> list[tuple[str, str, int]]:
-    """What could not be read: source, kind, how many."""
+    """Counts of unreadable input: source, kind, number."""
     return [
         (source, kind, count)
         for metrics in stages.values()
@@ -407,6 +405,6 @@ def _set_aside(stages: Stages) -> list[Part]:
     if not rows:
         return []
     columns = [Column("Source"), Column("What"), Column("How many", True)]
-    notes = [note for metrics in stages.values() for found in metrics.get("notes", {}).values() for note in found]
+    notes = [note for metrics in stages.values() for of_source in metrics.get("notes", {}).values() for note in of_source]
     listed = [Folded("Some of them, with their places", [Verbatim("\n".join(notes))])] if notes else []
     return [Heading("Set aside while reading"), Table(columns, rows), *listed]

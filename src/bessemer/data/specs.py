@@ -32,7 +32,7 @@ _DOCUMENTS = {"documents": "documents"}
 
 
 def _data_packages(config: DataConfig) -> list[str]:
-    """What every data stage imports, on which engine, to which storage."""
+    """Packages that every data stage imports, by its engine and storage."""
     names = ["pyarrow", "numba", "daft"]
     if config.engine == "ray":
         names.append("ray")
@@ -60,7 +60,7 @@ def _collect(context: StageContext) -> dict[str, Any]:
     from bessemer.data.corpus.reader import removed_ids
     from bessemer.data.stages.collect import collect
 
-    # context.out is STORE/KEY.partial
+    # the store, since context.out is STORE/KEY.partial
     removed = removed_ids(context.out.parent)
     return collect(
         context.config, context.out, cache=context.cache, folder=context.folder, progress=context.progress, removed=removed
@@ -169,7 +169,7 @@ def _documents_stage(needs: dict[str, str] = _DOCUMENTS, **fields: Any) -> Stage
     return StageSpec(
         needs=needs,
         makes=_DOCUMENTS,
-        # a corpus is linked whole, so that what was rejected is seen beside what was kept
+        # the whole folder is linked: documents and rejected
         links={"corpus": "."},
         resumes=True,
         report=section.report,

@@ -1,4 +1,4 @@
-"""Thresholds of score columns: the reason why a document is dropped, or null, and the histogram of a score beside its limit."""
+"""Thresholds of score columns: the reason why a document is dropped, or null, and the histogram of a score with its limit."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def rejection_reasons(
     reasons = pa.nulls(len(next(iter(scores.values()))), pa.string())
 
     def refuse(failing: pa.Array, label: pa.Array | pa.Scalar, values: pa.Array, comparison: str | pa.Array) -> None:
-        """Say it of the rows that fail a rule and none before."""
+        """State the reason for rows that fail this rule and none before."""
         nonlocal reasons
         these = pc.and_(failing, pc.is_null(reasons))
         if pc.any(these).as_py():
@@ -78,7 +78,7 @@ def _bounds(
     if not differing:
         return usual, f"{sign} {usual:g}"
     bounds = [*differing.values(), usual]
-    # a language that is not among them, or unknown, has the last
+    # other languages, and unknown ones, have the last bound
     places = pc.fill_null(pc.index_in(scores["language"], pa.array(list(differing), pa.string())), len(differing))
     texts = pa.array([f"{sign} {bound:g}" for bound in bounds])
     return pa.array(bounds, pa.float64()).take(places), texts.take(places)
@@ -131,17 +131,17 @@ class _Threshold:
     by_language: Mapping[str, Limit] = field(default_factory=dict)
 
     def holds_for(self, languages_of_rows: pa.Array | None) -> np.ndarray | bool:
-        """Which rows, by their languages, the limit is for."""
+        """Whether the limit is for each row, by language."""
         if not self.meant_for:
             return True
         # an unknown language has no limit of its own
         if self.column == _LANGUAGE_SCORE:
             languages_of_rows = pc.fill_null(languages_of_rows, "")
-        found: np.ndarray = self.meant_for.holds_for(languages_of_rows).to_numpy(zero_copy_only=False)
-        return found
+        rows: np.ndarray = self.meant_for.holds_for(languages_of_rows).to_numpy(zero_copy_only=False)
+        return rows
 
     def keeps(self, values: np.ndarray, languages_of_rows: pa.Array | None) -> np.ndarray:
-        """Which values the limit keeps, or that of the row's language where it has another."""
+        """Whether each value is within the limit, or within that of the row's language where it has its own."""
         kept = _within(values, self.limit)
         for language, limit in self.by_language.items() if languages_of_rows is not None else ():
             these = pc.fill_null(pc.equal(languages_of_rows, language), False).to_numpy(zero_copy_only=False)
@@ -222,13 +222,14 @@ def _thresholds(
     meant_for: Mapping[str, MeantFor],
     by_language: Mapping[str, Mapping[str, Limit]],
 ) -> dict[str, _Threshold]:
-    """What is drawn, by name: the languages' limits first, as they are asked."""
-    found = {}
+    """Limits to draw, by name: those on languages first, as they are applied."""
+    thresholds = {}
     if languages.usual is not None and not (languages.kept and set(languages.kept) <= languages.lowest.keys()):
-        found[_LANGUAGE_SCORE] = _Threshold(_LANGUAGE_SCORE, (languages.usual, None), MeantFor(but=tuple(languages.lowest)))
+        others = MeantFor(but=tuple(languages.lowest))
+        thresholds[_LANGUAGE_SCORE] = _Threshold(_LANGUAGE_SCORE, (languages.usual, None), others)
     for name, lowest in languages.lowest.items():
-        found[f"{_LANGUAGE_SCORE}_{name}"] = _Threshold(_LANGUAGE_SCORE, (lowest, None), MeantFor(only=(name,)))
-    return found | {
+        thresholds[f"{_LANGUAGE_SCORE}_{name}"] = _Threshold(_LANGUAGE_SCORE, (lowest, None), MeantFor(only=(name,)))
+    return thresholds | {
         column: _Threshold(column, limit, meant_for.get(column, EVERY_LANGUAGE), by_language.get(column, {}))
         for column, limit in limits.items()
         if limit != (None, None)
@@ -246,10 +247,8 @@ def _within(values: np.ndarray, limit: Limit) -> np.ndarray:
 
 
 def _edges(limit: Limit, low: float, high: float) -> np.ndarray:
-    """Equal steps from `low` to `high`, and cuts at the limits. What is inclusive is: a highest limit is cut behind it.
-
-    A step that all but meets a cut gives way to it, or there would be a bin between them as narrow as their rounding.
-    """
+    """Equal steps from `low` to `high`, and cuts at the limits. What is inclusive is: a highest limit is cut behind it. A step
+    that all but meets a cut gives way to it, or there would be a bin between them as narrow as their rounding."""
     lowest, highest = limit
     cuts = [] if lowest is None else [float(lowest)]
     cuts += [] if highest is None else [float(np.nextafter(highest, np.inf))]

@@ -44,7 +44,7 @@ def _even_ranges(costs_L: np.ndarray, stages: int) -> list[range]:
 
 
 def _least(price: np.ndarray, stages: int, together: np.ufunc) -> tuple[np.ndarray, np.ndarray]:
-    """The least cost of the first j layers in s ranges, at [s, j], and the start of the last of these ranges."""
+    """Lowest cost of the first j layers in s ranges, at [s, j], and the start of the last range."""
     best = np.full((stages + 1, len(price)), np.inf)
     starts = np.zeros(best.shape, np.int64)
     best[0, 0] = 0.0

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Placement
 from bessemer.distributed.mesh import Mesh, local
 from bessemer.model.device import in_float64, widest_float
 
-#: Named differently in PyTorch 2.13.
+#: PyTorch 2.13 has renamed this function.
 _ALL_GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _REDUCE_SCATTER: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 

@@ -27,7 +27,7 @@ from bessemer.distributed.collectives import to_autocast_dtype
 from bessemer.distributed.layout import chunks_of_rank
 from bessemer.distributed.mesh import Mesh
 from bessemer.model.decoder import Decoder
-from bessemer.model.layers.attention import Attention, LatentAttention
+from bessemer.model.layers.attention import AttentionLayer
 from bessemer.model.layers.attention_backends import (
     AttentionBackend,
     AttentionMask,
@@ -126,7 +126,7 @@ class _RingAttention(torch.autograd.Function):
         out_BKGTV = work.query_BKGTC.new_zeros(*work.query_BKGTC.shape[:-1], value_BKTV.shape[-1])
         log_sum_BKGT = work.query_BKGTC.new_full(work.query_BKGTC.shape[:-1], -torch.inf)
         if sinks_H is not None:
-            # a key without a value, merged before the others
+            # the sink, a key without a value, is merged first
             log_sum_BKGT.copy_(work.by_head(sinks_H))
         block: Sequence[Tensor] = (key_BKTC.contiguous(), value_BKTV.contiguous())
         for step in range(work.ranks):
@@ -154,7 +154,7 @@ class _RingAttention(torch.autograd.Function):
         scores, group = context.scores, context.group
         work = _LocalQueries(query_BHTC, key_BKTC.shape[1], context.mask, scores, group)
         gradient_BKGTV = work.grouped(gradient_BHTV)
-        # the part of each score's gradient that comes from the softmax's sum
+        # the softmax's normaliser contributes this to the gradient of every score
         common_BKGT = (gradient_BKGTV * out_BKGTV).sum(-1)
         query_gradient = torch.zeros_like(work.query_BKGTC)
         block: Sequence[Tensor] = (key_BKTC.contiguous(), value_BKTV.contiguous())
@@ -266,7 +266,7 @@ def apply_context_parallel(model: nn.Module, mesh: Mesh, method: Literal["all_ga
     for module in model.modules():
         if isinstance(module, Decoder):
             module.rows = rows
-        elif isinstance(module, (Attention, LatentAttention)):
+        elif isinstance(module, AttentionLayer) and module.backend is not None:
             # blocked attention needs whole rows
             inner = sdpa if module.backend is blocked else module.backend
             module.backend = rows.ring if method == "ring" else partial(rows.gathered, inner)
@@ -303,7 +303,7 @@ class ContextParallelRows:
         aligned: bool = True,
         dense: bool = True,
     ) -> AttentionMask:
-        """Of the tokens here over those of whole rows. Plain causal attention has no mask."""
+        """The mask of this rank's queries over the keys of whole rows. Plain causal attention has none."""
         assert slots_BT is None and queries == keys, "rows that are shared are not cached"
         assert visible_to_BT is None, "documents of rows that are shared share nothing"
         whole = queries * self.ranks

@@ -78,7 +78,7 @@ def dispatch_visits(
     dist.all_to_all_single(arriving_RE, sizes_RE.contiguous(), group=axis.get_group())
     sent, received = torch.stack((sizes_RE.sum(1), arriving_RE.sum(1))).tolist()
     arrived_AD = all_to_all(to_autocast_dtype(visits_VD), axis, sent, received)
-    # they are ordered by rank, and for each rank by expert
+    # arriving visits are ordered by rank, then by expert
     expert_A = torch.arange(arriving_RE.shape[1], device=sizes.device).repeat(axis.size())
     expert_A = expert_A.repeat_interleave(arriving_RE.flatten(), output_size=len(arrived_AD))
     by_expert_A = expert_A.argsort(stable=True)

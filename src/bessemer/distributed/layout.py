@@ -9,6 +9,7 @@ from pydantic import model_validator
 
 from bessemer.core.config import Config, setting
 from bessemer.core.errors import ConfigError
+from bessemer.model.attention import variant_of_type, variants_in
 from bessemer.model.config import ModelConfig
 
 #: Default number of stages per rank of each schedule.
@@ -86,7 +87,7 @@ _IN_ROUNDS = ("interleaved", "zero_bubble")
 _MICRO_BATCHES_PER_RANK = 4
 
 
-class Place(NamedTuple):
+class RankCoordinates(NamedTuple):
     """A rank's index on every axis."""
 
     pipeline: int
@@ -169,14 +170,14 @@ class Layout:
         """Ranks of one pipeline stage."""
         return self.world_size // self.pipeline
 
-    def place(self, rank: int) -> Place:
+    def place(self, rank: int) -> RankCoordinates:
         """The index of a rank on every axis."""
         assert 0 <= rank < self.world_size
         rank, tensor = divmod(rank, self.tensor)
         rank, context = divmod(rank, self.context)
         rank, shard = divmod(rank, self.data_shard)
         pipeline, replicate = divmod(rank, self.data_replicate)
-        return Place(pipeline, replicate, shard, context, tensor)
+        return RankCoordinates(pipeline, replicate, shard, context, tensor)
 
     def rows(self, rank: int, batch_size: int) -> slice:
         """The rows of a batch that a rank reads. Raises ConfigError when the batch does not divide."""
@@ -265,7 +266,7 @@ class Layout:
             axes = "expert × tensor" if self.tensor > 1 else "expert"
             divided.append((axes, self.expert_ranks, "num_experts", model.num_experts))
             if model.num_experts // self.expert_ranks % self.ranks_of_an_expert:
-                # FSDP then shards the matrices of the experts
+                # FSDP then shards the matrices of each expert
                 axes = "data_shard × context / expert"
                 for name, number in (
                     ("hidden_size", model.hidden_size),
@@ -287,11 +288,12 @@ def chunks_of_rank(rank: int, ranks: int) -> tuple[int, int]:
 
 def _check_rows_can_be_cut(model: ModelConfig) -> None:
     """Raise ConfigError where a layer mixes tokens other than by attention, or depends on the length of the row."""
-    if "linear_attention" in model.types:
-        raise ConfigError(
-            "parallel: context cuts rows, and a linear_attention layer carries its state from token to token; take data_shard, "
-            "tensor or pipeline instead"
-        )
+    for layer_type in model.types:
+        if variant_of_type(model, layer_type).recurrent:
+            raise ConfigError(
+                f"parallel: context cuts rows, and a {layer_type} layer carries its state from token to token; take "
+                "data_shard, tensor or pipeline instead"
+            )
     if model.num_nextn_predict_layers:
         raise ConfigError(
             "parallel: context cuts rows, and num_nextn_predict_layers needs the tokens behind each part's end; take "
@@ -307,10 +309,8 @@ def _cut_by_tensor(model: ModelConfig, expert: int) -> list[str]:
     """The settings of a model that the tensor axis must divide."""
     sparse = [model.is_sparse(layer) for layer in range(model.num_hidden_layers)]
     names = ["vocab_size"]
-    if set(model.types) - {"linear_attention"}:
-        names += ["num_attention_heads"] if model.is_latent else ["num_attention_heads", "num_key_value_heads"]
-    if "linear_attention" in model.types:
-        names.append("linear_num_key_heads")
+    for variant in variants_in(model):
+        names += variant.divided_by_tensor
     if not all(sparse):
         names.append("intermediate_size")
     if any(sparse) and expert == 1:

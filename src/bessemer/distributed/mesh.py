@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _abort_process_group, _set_pg_timeout
 
-from bessemer.distributed.layout import Layout, ParallelConfig, Place
+from bessemer.distributed.layout import Layout, ParallelConfig, RankCoordinates
 from bessemer.model.device import widest_float
 
 if TYPE_CHECKING:
@@ -108,11 +108,11 @@ class Mesh:
 
     @property
     def leads(self) -> bool:
-        """Whether this is the process that writes what is written once."""
+        """Whether this process, rank 0, writes the run's files."""
         return self.rank == 0
 
     @property
-    def place(self) -> Place:
+    def place(self) -> RankCoordinates:
         """This process's index on every axis."""
         return self.layout.place(self.rank)
 
@@ -236,7 +236,7 @@ def joined(device: torch.device, timeout_seconds: float, seat: Seat | None = Non
     try:
         yield
     finally:
-        # not after `abort`
+        # the group is gone after `abort`
         if dist.is_initialized():
             dist.destroy_process_group()
 

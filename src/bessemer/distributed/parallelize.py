@@ -20,11 +20,11 @@ from bessemer.distributed.expert import apply_expert_parallel, apply_expert_para
 from bessemer.distributed.layout import ParallelConfig
 from bessemer.distributed.mesh import Mesh, local
 from bessemer.distributed.sharding import apply_fsdp
-from bessemer.distributed.stages import Stage, split_into_stages
+from bessemer.distributed.stages import DecoderStage, split_into_stages
 from bessemer.distributed.tensor import apply_tensor_parallel, logits_on_rank_0, pad_vocabulary
 from bessemer.model.decoder import Decoder
-from bessemer.model.families.layout import Part
-from bessemer.model.storage.weights import StoredTensors, read_parts
+from bessemer.model.families.layout import TensorBox
+from bessemer.model.storage.weights import StoredTensors, read_boxes
 
 
 def load_shards(
@@ -37,13 +37,13 @@ def load_shards(
 
     parts: made from `empty_decoder(stored.config)` and parallelised: the model, or this rank's stages of a pipeline. They keep
     their dtype, and have the values that `load_model` gives them. added: whole tensors that the folder does not hold, such as
-    a new head. Raises ArtefactError as `read_parts`.
+    a new head. Raises ArtefactError as `read_boxes`.
     """
     for part in parts:
-        # FSDP takes over the new memory when it is given this way
+        # through `_apply`, so that FSDP adopts the new memory
         part._apply(lambda tensor: _on_device(tensor, device))
     added = added or {}
-    shards: dict[str, list[Part]] = defaultdict(list)
+    shards: dict[str, list[TensorBox]] = defaultdict(list)
     for part in parts:
         for name, tensor in _weights(part, stored):
             shard = _shard(tensor)
@@ -51,7 +51,7 @@ def load_shards(
                 shard.tensor.copy_(added[name][shard.box])
             else:
                 shards[name].append(shard)
-    read_parts(stored, shards)
+    read_boxes(stored, shards)
 
 
 def _on_device(tensor: Tensor, device: torch.device | str) -> Tensor:
@@ -65,7 +65,7 @@ def _weights(part: Decoder, stored: StoredTensors) -> Iterator[tuple[str, Tensor
     yield from ((name, buffer) for name, buffer in part.named_buffers() if name in stored.shapes)
 
 
-def _shard(tensor: Tensor) -> Part:
+def _shard(tensor: Tensor) -> TensorBox:
     """This process's shard of a tensor, with its place in the whole one.
 
     A DTensor's axes are taken from the last to the first: FSDP shards what tensor or expert parallelism has sharded.
@@ -79,21 +79,21 @@ def _shard(tensor: Tensor) -> Part:
             if placement.is_replicate():
                 continue
             sharded: Any = placement
-            # as torch.chunk cuts
+            # sizes as of torch.chunk
             each = -(-size[sharded.dim] // ranks)
             first = min(rank * each, size[sharded.dim])
             start[sharded.dim] += first
             size[sharded.dim] = min(each, size[sharded.dim] - first)
     shard = local(tensor.detach())
     assert shard.shape == torch.Size(size), (shard.shape, size)
-    return Part(shard, tuple(start))
+    return TensorBox(shard, tuple(start))
 
 
 class Parallelized(NamedTuple):
     """The model that a rank trains, and its pipeline stages in order; empty without a pipeline."""
 
     model: Decoder
-    stages: list[Stage]
+    stages: list[DecoderStage]
 
 
 def parallelize(
@@ -110,7 +110,7 @@ def parallelize(
     blocks: applied to the blocks before FSDP and context parallelism: activation checkpointing, compilation. dtype and offload:
     as for `apply_fsdp`.
     """
-    stages: list[Stage] = []
+    stages: list[DecoderStage] = []
     if mesh.layout.pipeline > 1:
         stages = split_into_stages(model, mesh.layout, mesh.place.pipeline, in_a_v=config.pipeline_schedule == "zbv")
     parts: Sequence[Decoder] = stages or [model]

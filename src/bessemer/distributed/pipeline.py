@@ -16,7 +16,7 @@ from torch.distributed.pipelining import PipelineStage, schedules
 
 from bessemer.distributed.mesh import Mesh, local
 from bessemer.distributed.sharding import release_gathered
-from bessemer.distributed.stages import Rows, Stage, needs_embedding
+from bessemer.distributed.stages import DecoderStage, StageRows, needs_embedding
 
 _SCHEDULES: dict[str, Any] = {
     "gpipe": schedules.ScheduleGPipe,
@@ -37,14 +37,14 @@ class Pipeline:
 
     def __init__(
         self,
-        stages: Sequence[Stage],
+        stages: Sequence[DecoderStage],
         mesh: Mesh,
         schedule: str,
         micro_batches: int,
         *,
         device: torch.device,
         autocast: Callable[[], AbstractContextManager[Any]],
-        auxiliary: Callable[[Stage, Any], Tensor | float] | None = None,
+        auxiliary: Callable[[DecoderStage, Any], Tensor | float] | None = None,
     ) -> None:
         """autocast: the context that stages run in. auxiliary: the accumulated losses of a stage's layers and of those before
         it in a micro-batch, where layers have losses of their own; they are sent along with the hidden states."""
@@ -73,9 +73,9 @@ class Pipeline:
 
     def gradients(
         self,
-        micro_batches: Sequence[Rows],
-        loss: Callable[[Stage, int], Tensor],
-        after_forward: Callable[[Stage, int], None] = lambda stage, number: None,
+        micro_batches: Sequence[StageRows],
+        loss: Callable[[DecoderStage, int], Tensor],
+        after_forward: Callable[[DecoderStage, int], None] = lambda stage, number: None,
     ) -> None:
         """Add the gradients of Σ loss over the micro-batches to those of the parameters.
 
@@ -88,7 +88,7 @@ class Pipeline:
         self._set_forward(micro_batches, loss, self._auxiliary, after_forward)
         self.schedule.step(target=torch.arange(len(micro_batches)), return_outputs=False)
         self._reduce_embedding_gradient()
-        # the optimizer will change the embedding
+        # the optimizer is about to change the embedding
         self._stale = True
 
     def weights_changed(self) -> None:
@@ -96,7 +96,7 @@ class Pipeline:
         self._stale = True
 
     @torch.no_grad()
-    def forward(self, micro_batches: Sequence[Rows], finish: Callable[[Stage, int], Value]) -> list[Value]:
+    def forward(self, micro_batches: Sequence[StageRows], finish: Callable[[DecoderStage, int], Value]) -> list[Value]:
         """`finish(last stage, number)` of every micro-batch, without gradients; an empty list on ranks without the last stage.
 
         micro_batches: any number, of one shape.
@@ -146,14 +146,14 @@ class Pipeline:
 
     def _set_forward(
         self,
-        micro_batches: Sequence[Rows],
-        finish: Callable[[Stage, int], Any],
-        auxiliary: Callable[[Stage, Any], Tensor | float] | None,
-        after_forward: Callable[[Stage, int], None] = lambda stage, number: None,
+        micro_batches: Sequence[StageRows],
+        finish: Callable[[DecoderStage, int], Any],
+        auxiliary: Callable[[DecoderStage, Any], Tensor | float] | None,
+        after_forward: Callable[[DecoderStage, int], None] = lambda stage, number: None,
     ) -> None:
         """Set the forward computation of the stages on these micro-batches."""
 
-        def compute(stage: Stage, received: tuple[Tensor, ...], number: int) -> Any:
+        def compute(stage: DecoderStage, received: tuple[Tensor, ...], number: int) -> Any:
             with self._autocast():
                 stage.begin(micro_batches[number], received)
                 output = finish(stage, number) if stage.is_last else stage.hidden_states()
@@ -206,12 +206,12 @@ class _NumberedStage(PipelineStage):
 
     def forward_one_chunk(self, fwd_chunk_id: int, *arguments: Any, **options: Any) -> Any:
         stage = self.submod
-        assert isinstance(stage, Stage)
+        assert isinstance(stage, DecoderStage)
         stage.micro_batch = fwd_chunk_id
         return super().forward_one_chunk(fwd_chunk_id, *arguments, **options)
 
 
-def _unsplit_backward(stage: Stage) -> Callable[[], Callable[[], None]] | None:
+def _unsplit_backward(stage: DecoderStage) -> Callable[[], Callable[[], None]] | None:
     """`dw_builder` of a stage whose backward pass PyTorch cannot split: it runs whole, and no weight gradients are left.
 
     Multi-token prediction blocks each read the embedding besides the hidden states; the split would free what they share.
@@ -220,5 +220,5 @@ def _unsplit_backward(stage: Stage) -> Callable[[], Callable[[], None]] | None:
 
 
 def _identity(output: Tensor, target: Tensor) -> Tensor:
-    """The loss of the schedule: the last stage's output, which is the loss already."""
+    """The schedule's loss function: the last stage's output is already the loss."""
     return output

@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from bessemer.core.errors import ConfigError
 from bessemer.distributed.mesh import Mesh
-from bessemer.distributed.stages import Stage
+from bessemer.distributed.stages import DecoderStage
 from bessemer.model.decoder import Decoder
 from bessemer.model.layers.feed_forward import Experts
 
@@ -60,7 +60,7 @@ def shard_parameter(module: nn.Module, axis: DeviceMesh, name: str, dim: int | N
     placement: Placement = Replicate() if dim is None else Shard(dim)
     local_shard = parameter.detach()
     if dim is not None:
-        # a copy: a view would keep the whole in memory
+        # copied, since a view would keep the whole tensor in memory
         local_shard = local_shard.chunk(axis.size(), dim)[axis.get_local_rank()].clone(memory_format=torch.contiguous_format)
     distributed = DTensor.from_local(local_shard, axis, [placement], run_check=False)
     module._parameters[name] = nn.Parameter(distributed, requires_grad=parameter.requires_grad)
@@ -70,7 +70,7 @@ def use_rows(module: nn.Module, name: str, rows: Tensor) -> None:
     """Make a module see only some rows of a replicated parameter. rows: their indices, on any device."""
     parameter = module._parameters[name]
     assert parameter is not None
-    # of a model on the meta device they have values before it has weights
+    # these indices need values even while the weights are on the meta device
     rows = rows if parameter.device.type == "meta" else rows.to(parameter.device)
     module.register_buffer("own_rows", rows, persistent=False)
     _set_view(module, name, "rows")
@@ -128,7 +128,7 @@ def apply_fsdp(model: Decoder, mesh: Mesh, *, dtype: torch.dtype | None = None, 
 
     A pipeline stage gathers its weights once a step and reduces its gradients once, when its schedule says so.
     """
-    is_stage = isinstance(model, Stage)
+    is_stage = isinstance(model, DecoderStage)
     policy: OffloadPolicy = CPUOffloadPolicy() if offload and torch.cuda.is_available() else OffloadPolicy()
     placement = _placement(model, mesh) if mesh.layout.expert > 1 else None
     shard = partial(
@@ -144,14 +144,14 @@ def apply_fsdp(model: Decoder, mesh: Mesh, *, dtype: torch.dtype | None = None, 
     else:
         matrices = set(product_matrices(model))
         precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        # the model first, so that it takes what blocks have besides their matrices
+        # the model comes first, so that it holds the blocks' other parameters
         shard(model, ignored_params=matrices)
         for block in model.blocks:
             shard(block, mp_policy=precision, ignored_params=set(block.parameters()) - matrices)
     for unit in (*model.blocks, model):
         assert isinstance(unit, FSDPModule)
         unit.set_gradient_divide_factor(1.0)
-        # gloo has no other reduction
+        # gloo reduces only by sums
         unit.set_force_sum_reduction_for_comms(True)
     # training calls these, not `forward`: FSDP must hook them to gather parameters outside the blocks
     for method in () if is_stage else ("hidden", "hidden_and_mtp"):
@@ -168,7 +168,7 @@ def product_matrices(model: Decoder) -> list[nn.Parameter]:
 def _placement(model: Decoder, mesh: Mesh) -> Callable[[nn.Parameter], Any]:
     """`shard_placement_fn` of FSDP: mesh and dimension of the experts' parameters; None for the default."""
     try:
-        # documented by `fully_shard`, and importable only from here
+        # `fully_shard` documents this class, which only this module exports
         from torch.distributed.fsdp._fully_shard._fsdp_common import HSDPMeshInfo, ShardPlacementResult
     except ImportError:
         raise ConfigError(
@@ -183,8 +183,8 @@ def _placement(model: Decoder, mesh: Mesh) -> Callable[[nn.Parameter], Any]:
     def place(parameter: nn.Parameter) -> Any:
         if id(parameter) not in experts:
             return None
-        held = parameter.shape[0] // mesh.layout.expert_ranks
-        return ShardPlacementResult(Shard(0 if held % ranks == 0 else 1), axes)
+        experts_here = parameter.shape[0] // mesh.layout.expert_ranks
+        return ShardPlacementResult(Shard(0 if experts_here % ranks == 0 else 1), axes)
 
     return place
 

@@ -21,7 +21,7 @@ _OF_THE_FIRST, _OF_THE_LAST = ("embed_tokens", "embed_positions"), ("norm", "lm_
 _OF_ALL = ("rotary", "rotary_local")
 
 
-class Rows(Protocol):
+class StageRows(Protocol):
     """A micro-batch as every stage reads it, besides the hidden states."""
 
     @property
@@ -39,10 +39,10 @@ class Rows(Protocol):
 
 #: Forward computation of a stage: from the previous stage's output and the number of the micro-batch to the input of the next
 #: stage; the last stage's output is the result of the micro-batch.
-Compute = Callable[["Stage", tuple[Tensor, ...], int], Any]
+Compute = Callable[["DecoderStage", tuple[Tensor, ...], int], Any]
 
 
-class Stage(Decoder):
+class DecoderStage(Decoder):
     """Consecutive layers of a decoder under their names there; the first stage has the embedding besides, the last one norm and
     head. The modules are shared with the decoder.
 
@@ -67,7 +67,7 @@ class Stage(Decoder):
         self.earlier_losses: Tensor | float = 0.0
         #: Number of the current micro-batch.
         self.micro_batch = 0
-        self._rows: Rows | None = None
+        self._rows: StageRows | None = None
         self._received_BTD: Tensor | None = None
 
     def forward(self, *received: Tensor) -> Any:  # type: ignore[override]
@@ -75,7 +75,7 @@ class Stage(Decoder):
         assert self.compute is not None
         return self.compute(self, received, self.micro_batch)
 
-    def begin(self, rows: Rows, received: tuple[Tensor, ...]) -> None:
+    def begin(self, rows: StageRows, received: tuple[Tensor, ...]) -> None:
         """Start a micro-batch. received: hidden states (B, T, D) and, where layers have losses of their own, their sum so far;
         empty in the first stage."""
         self._rows = rows
@@ -101,11 +101,11 @@ class Stage(Decoder):
         visible_to_BT: Tensor | None = None,
     ) -> Tensor:
         rows, self._rows = self._rows, None
-        asked = (tokens_BT, positions_BT, document_ids_BT, visible_to_BT)
+        inputs = (tokens_BT, positions_BT, document_ids_BT, visible_to_BT)
         if rows is None or any(
             one is not other
             for one, other in zip(
-                asked, (rows.tokens_BT, rows.positions_BT, rows.document_ids_BT, rows.visible_to_BT), strict=True
+                inputs, (rows.tokens_BT, rows.positions_BT, rows.document_ids_BT, rows.visible_to_BT), strict=True
             )
         ):
             raise ConfigError(
@@ -128,19 +128,19 @@ def stages_of_rank(layout: Layout, rank: int, *, in_a_v: bool = False) -> list[i
     return list(range(rank, layout.stages, layout.pipeline))
 
 
-def split_into_stages(model: Decoder, layout: Layout, rank: int, *, in_a_v: bool = False) -> list[Stage]:
+def split_into_stages(model: Decoder, layout: Layout, rank: int, *, in_a_v: bool = False) -> list[DecoderStage]:
     """Remove from a model, in place, what a rank of the pipeline axis does not train, and return that rank's stages.
 
     With a tied head or multi-token prediction, the last stage has a copy of the embedding, which is not part of the model;
     `Pipeline` keeps it up to date.
     """
     layers, numbers = balanced_stages(model.config, layout.stages), stages_of_rank(layout, rank, in_a_v=in_a_v)
-    stages = [Stage(model, number, layout.stages, layers[number]) for number in numbers]
+    stages = [DecoderStage(model, number, layout.stages, layers[number]) for number in numbers]
     if stages[-1].is_last and needs_embedding(model):
         stages[-1].embed_tokens = copy.deepcopy(model.embed_tokens) if stages[0].is_first else model.embed_tokens
-    for names, held in ((_OF_THE_FIRST, stages[0].is_first), (_OF_THE_LAST, stages[-1].is_last)):
+    for names, is_here in ((_OF_THE_FIRST, stages[0].is_first), (_OF_THE_LAST, stages[-1].is_last)):
         for name in names:
-            if not held and hasattr(model, name):
+            if not is_here and hasattr(model, name):
                 delattr(model, name)
     model.layers = nn.ModuleDict({str(block.layer): block for stage in stages for block in stage.blocks})
     return stages

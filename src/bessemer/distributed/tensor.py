@@ -40,9 +40,8 @@ from bessemer.distributed.sharding import (
 )
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Block, Decoder, MtpModule
-from bessemer.model.layers.attention import Attention, LatentAttention
+from bessemer.model.layers.attention import AttentionLayer
 from bessemer.model.layers.attention_backends import AttentionMask, capped
-from bessemer.model.layers.delta_net import GatedDeltaNet
 from bessemer.model.layers.feed_forward import FeedForward, Routing, SparseFeedForward
 from bessemer.model.layers.norms import LayerNorm, RMSNorm
 
@@ -52,8 +51,9 @@ from bessemer.model.layers.norms import LayerNorm, RMSNorm
 _TOKENS = -2
 
 
-class _ActivationLayout(NamedTuple):
-    """Layout of activations between two matrices: tokens sharded over the tensor axis, or (`whole`) replicated."""
+class AxisSharder(NamedTuple):
+    """Shards modules over the tensor axis (the model's `TensorSharder`). whole: tokens between two matrices are replicated, and
+    not sharded as well."""
 
     axis: DeviceMesh
     whole: bool = False
@@ -66,6 +66,52 @@ class _ActivationLayout(NamedTuple):
         """The sum over the ranks, in the layout between two matrices."""
         return all_reduce(partial_, self.axis) if self.whole else reduce_scatter(partial_, self.axis, dim)
 
+    @property
+    def rank(self) -> int:
+        return self.axis.get_local_rank()
+
+    @property
+    def ranks(self) -> int:
+        return self.axis.size()
+
+    def shard_outputs(self, *linears: nn.Module) -> None:
+        for linear in linears:
+            shard_parameters(linear, self.axis, weight=0, bias=0)
+
+    def shard_inputs(self, linear: nn.Module, *, reduce: bool = True) -> None:
+        """The outputs are summed over ranks, or with `reduce=False` left partial."""
+
+        def reduce_outputs(linear: nn.Module, arguments: Any, partial_: Tensor) -> Tensor:
+            bias = local_shard(linear, "bias")
+            if not reduce:
+                return partial_ if bias is None else partial_ + bias / self.ranks
+            out = self.reduce(partial_, _TOKENS)
+            return out if bias is None else out + bias
+
+        shard_parameters(linear, self.axis, weight=1, bias=None)
+        # the bias is added once, not by every rank
+        hide_parameter(linear, "bias")
+        linear.register_forward_hook(reduce_outputs)
+
+    def shard_parameters(self, module: nn.Module, **dims: int | None) -> None:
+        shard_parameters(module, self.axis, **dims)
+
+    def replicate(self, *modules: nn.Module) -> None:
+        for module in modules:
+            replicate_parameters(module, self.axis)
+
+    def use_rows(self, module: nn.Module, name: str, rows: Tensor) -> None:
+        use_rows(module, name, rows)
+
+    def norm_over_ranks(self, *norms: nn.Module) -> None:
+        for norm in norms:
+            assert isinstance(norm, RMSNorm | LayerNorm)
+            norm.forward = partial(_norm_over_ranks, norm, self.axis, norm.weight.shape[0])  # type: ignore[method-assign]
+            shard_parameters(norm, self.axis, weight=0, bias=0)
+
+    def gather_inputs(self, module: nn.Module, *, cast: bool = True) -> None:
+        module.register_forward_pre_hook(partial(_all_tokens, self, cast=cast))
+
 
 def apply_tensor_parallel(model: Decoder, mesh: Mesh, *, whole: bool = False) -> None:
     """Shard a decoder over the mesh's tensor axis, in place; parameters become DTensors of that axis, names stay.
@@ -77,11 +123,11 @@ def apply_tensor_parallel(model: Decoder, mesh: Mesh, *, whole: bool = False) ->
     whole: every rank has all tokens everywhere, without gradients, for inference.
     """
     axis = mesh.tensor
-    activations = _ActivationLayout(axis, whole)
+    sharder = AxisSharder(axis, whole)
     for name, part in model.named_children():
         if name == "embed_tokens":
             shard_parameter(part, axis, "weight", 0)
-            part.forward = partial(_embedded, part, activations)
+            part.forward = partial(_embedded, part, sharder)
         elif name == "embed_positions":
             replicate_parameters(part, axis)
             if not whole:
@@ -92,113 +138,59 @@ def apply_tensor_parallel(model: Decoder, mesh: Mesh, *, whole: bool = False) ->
             replicate_parameters(part, axis)
             model.scores = partial(_all_scores, model, axis)  # type: ignore[method-assign]
         elif name == "norm":
-            _replicate_last_norm(part, activations)
+            _replicate_last_norm(part, sharder)
     if not model.config.num_scores:
         model.logits = partial(_all_logits, model, axis)  # type: ignore[method-assign]
     for module in list(model.modules()):
         if isinstance(module, MtpModule):
             for part in (module.embedding_norm, module.hidden_norm, module.proj):
                 replicate_parameters(part, axis)
-            _replicate_last_norm(module.norm, activations)
+            _replicate_last_norm(module.norm, sharder)
         elif isinstance(module, Block):
-            _shard_block(module, mesh, activations, model.config)
+            _shard_block(module, mesh, sharder, model.config)
 
 
-def _shard_block(block: Block, mesh: Mesh, activations: _ActivationLayout, config: ModelConfig) -> None:
+def _shard_block(block: Block, mesh: Mesh, sharder: AxisSharder, config: ModelConfig) -> None:
     for part in block.children():
-        if isinstance(part, Attention):
-            _shard_attention(part, activations)
-        elif isinstance(part, LatentAttention):
-            _shard_latent_attention(part, activations)
-        elif isinstance(part, GatedDeltaNet):
-            _shard_delta_net(part, activations)
+        if isinstance(part, AttentionLayer):
+            part.shard(sharder)
         elif isinstance(part, FeedForward):
-            _shard_feed_forward(part, activations)
+            _shard_feed_forward(part, sharder)
         elif isinstance(part, SparseFeedForward):
-            _shard_sparse(part, mesh, activations, config)
+            _shard_sparse(part, mesh, sharder, config)
         else:
             assert isinstance(part, RMSNorm | LayerNorm | nn.Identity), type(part)
-            replicate_parameters(part, activations.axis)
+            replicate_parameters(part, sharder.axis)
 
 
-def _replicate_last_norm(norm: nn.Module, activations: _ActivationLayout) -> None:
+def _replicate_last_norm(norm: nn.Module, sharder: AxisSharder) -> None:
     """Replicate the last norm, and gather all tokens after it for the head."""
 
     def all_tokens(norm: nn.Module, arguments: Any, hidden_BTD: Tensor) -> Tensor:
-        return activations.gather_tokens(hidden_BTD, _TOKENS, gradient="whole")
+        return sharder.gather_tokens(hidden_BTD, _TOKENS, gradient="whole")
 
-    replicate_parameters(norm, activations.axis)
+    replicate_parameters(norm, sharder.axis)
     norm.register_forward_hook(all_tokens)
 
 
 # ---------------------------------------------------------------------------------------------------- the parts of a block
 
 
-def _shard_attention(attention: Attention, activations: _ActivationLayout) -> None:
-    axis = activations.axis
-    for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
-        _shard_columns(linear, axis)
-    _shard_rows(attention.o_proj, activations)
-    shard_parameters(attention, axis, sinks=0)
-    if attention.qk_norm == "head":
-        for norm in (attention.q_norm, attention.k_norm):
-            replicate_parameters(norm, axis)
-    elif attention.qk_norm == "full":
-        for norm in (attention.q_norm, attention.k_norm):
-            norm = cast(RMSNorm | LayerNorm, norm)
-            norm.forward = partial(_norm_over_ranks, norm, axis, norm.weight.shape[0])  # type: ignore[method-assign]
-            shard_parameters(norm, axis, weight=0, bias=0)
-    attention.register_forward_pre_hook(partial(_all_tokens, activations))
+def _shard_feed_forward(feed_forward: FeedForward, sharder: AxisSharder) -> None:
+    _shard_matrices(feed_forward, sharder)
+    sharder.gather_inputs(feed_forward)
 
 
-def _shard_latent_attention(attention: LatentAttention, activations: _ActivationLayout) -> None:
-    """Shard by heads; the latents, which all heads share, are computed on every rank."""
-    axis = activations.axis
-    for name, part in attention.named_children():
-        if name in ("q_proj", "q_b_proj", "kv_b_proj"):
-            _shard_columns(part, axis)
-        elif name != "o_proj":
-            replicate_parameters(part, axis)
-    _shard_rows(attention.o_proj, activations)
-    attention.heads //= axis.size()
-    attention.register_forward_pre_hook(partial(_all_tokens, activations))
-
-
-def _shard_delta_net(delta_net: GatedDeltaNet, activations: _ActivationLayout) -> None:
-    """Shard by key heads, whose rows are adjacent. The convolution has all queries, then all keys, then all values: its
-    kernels, which are small, are replicated, and a rank uses those of its heads."""
-    axis = activations.axis
-    rank, ranks = axis.get_local_rank(), axis.size()
-    _shard_columns(delta_net.in_proj_qkvz, axis)
-    _shard_columns(delta_net.in_proj_ba, axis)
-    _shard_rows(delta_net.out_proj, activations)
-    shard_parameters(delta_net, axis, dt_bias=0, A_log=0)
-    replicate_parameters(delta_net.norm, axis)
-    keys, values = delta_net.key_heads * delta_net.key_dim, delta_net.value_heads * delta_net.value_dim
-    channels = torch.arange(2 * keys + values).split((keys, keys, values))
-    replicate_parameters(delta_net.conv1d, axis)
-    use_rows(delta_net.conv1d, "weight", torch.cat([part.chunk(ranks)[rank] for part in channels]))
-    delta_net.key_heads //= ranks
-    delta_net.value_heads //= ranks
-    # not in autocast's dtype: it computes in the dtype of its input
-    delta_net.register_forward_pre_hook(partial(_all_tokens, activations, narrow=False))
-
-
-def _shard_feed_forward(feed_forward: FeedForward, activations: _ActivationLayout) -> None:
-    _shard_matrices(feed_forward, activations)
-    feed_forward.register_forward_pre_hook(partial(_all_tokens, activations))
-
-
-def _shard_matrices(feed_forward: FeedForward, activations: _ActivationLayout, *, reduce: bool = True) -> None:
+def _shard_matrices(feed_forward: FeedForward, sharder: AxisSharder, *, reduce: bool = True) -> None:
     if feed_forward.gate_proj is not None:
-        _shard_columns(feed_forward.gate_proj, activations.axis)
-    _shard_columns(feed_forward.up_proj, activations.axis)
-    _shard_rows(feed_forward.down_proj, activations, reduce=reduce)
+        sharder.shard_outputs(feed_forward.gate_proj)
+    sharder.shard_outputs(feed_forward.up_proj)
+    sharder.shard_inputs(feed_forward.down_proj, reduce=reduce)
 
 
-def _shard_sparse(sparse: SparseFeedForward, mesh: Mesh, activations: _ActivationLayout, config: ModelConfig) -> None:
+def _shard_sparse(sparse: SparseFeedForward, mesh: Mesh, sharder: AxisSharder, config: ModelConfig) -> None:
     """Shard experts; the router works on this rank's tokens, and its losses and metrics are of all tokens."""
-    axis = activations.axis
+    axis = sharder.axis
     replicate_parameters(sparse.router, axis)
     in_losses = bool(config.router_aux_loss_coef or config.router_z_loss_coef)
     sparse.register_forward_hook(partial(_gather_routing, axis, in_losses))
@@ -206,48 +198,25 @@ def _shard_sparse(sparse: SparseFeedForward, mesh: Mesh, activations: _Activatio
         replicate_parameters(sparse.shared_expert_gate, axis)
     if mesh.layout.expert > 1:
         if sparse.shared_expert is not None:
-            _shard_feed_forward(sparse.shared_expert, activations)
+            _shard_feed_forward(sparse.shared_expert, sharder)
         return
     if sparse.shared_expert is not None:
-        _shard_matrices(sparse.shared_expert, activations, reduce=False)
-    sparse.visit = partial(_visit_on_ranks, sparse, activations)  # type: ignore[method-assign]
+        _shard_matrices(sparse.shared_expert, sharder, reduce=False)
+    sparse.visit = partial(_visit_on_ranks, sparse, sharder)  # type: ignore[method-assign]
     sparse.experts.forward = partial(visit_local_experts, sparse.experts, axis)  # type: ignore[method-assign]
     sparse.experts.count //= axis.size()
     shard_parameters(sparse.experts, axis, gate_up_proj=0, down_proj=0, gate_up_bias=0, down_bias=0)
 
 
-def _shard_columns(linear: nn.Module, axis: DeviceMesh) -> None:
-    """Shard the outputs of a linear layer."""
-    shard_parameters(linear, axis, weight=0, bias=0)
-
-
-def _shard_rows(linear: nn.Module, activations: _ActivationLayout, *, reduce: bool = True) -> None:
-    """Shard the inputs of a linear layer; its outputs are summed over ranks, or with `reduce=False` left partial."""
-
-    def reduce_outputs(linear: nn.Module, arguments: Any, partial_: Tensor) -> Tensor:
-        bias = local_shard(linear, "bias")
-        if not reduce:
-            return partial_ if bias is None else partial_ + bias / activations.axis.size()
-        out = activations.reduce(partial_, _TOKENS)
-        return out if bias is None else out + bias
-
-    shard_parameters(linear, activations.axis, weight=1, bias=None)
-    # the bias is added once, not by every rank
-    hide_parameter(linear, "bias")
-    linear.register_forward_hook(reduce_outputs)
-
-
 # --------------------------------------------------------------------------------------- forward computation on many ranks
 
 
-def _all_tokens(
-    activations: _ActivationLayout, part: nn.Module, arguments: tuple[Any, ...], narrow: bool = True
-) -> tuple[Any, ...]:
-    """Inputs of a module that computes its own heads or channels: all tokens, and the mask of its heads. narrow: in autocast's
+def _all_tokens(sharder: AxisSharder, part: nn.Module, arguments: tuple[Any, ...], *, cast: bool) -> tuple[Any, ...]:
+    """Inputs of a module that computes its own heads or channels: all tokens, and the mask of its heads. cast: in autocast's
     dtype, in which its matmuls read them anyway."""
     hidden, *others = arguments
-    others = [_of_own_heads(other, activations.axis) if isinstance(other, AttentionMask) else other for other in others]
-    hidden = activations.gather_tokens(to_autocast_dtype(hidden) if narrow else hidden, _TOKENS, gradient="partial")
+    others = [_of_own_heads(other, sharder.axis) if isinstance(other, AttentionMask) else other for other in others]
+    hidden = sharder.gather_tokens(to_autocast_dtype(hidden) if cast else hidden, _TOKENS, gradient="partial")
     return hidden, *others
 
 
@@ -274,14 +243,14 @@ def _norm_over_ranks(norm: RMSNorm | LayerNorm, axis: DeviceMesh, width: int, hi
     return normed if bias is None else normed + bias
 
 
-def _embedded(embedding: nn.Module, activations: _ActivationLayout, tokens_BT: Tensor) -> Tensor:
+def _embedded(embedding: nn.Module, sharder: AxisSharder, tokens_BT: Tensor) -> Tensor:
     """Embeddings of this rank's tokens: each rank looks up its shard of the vocabulary, and the sum is reduce-scattered."""
-    axis = activations.axis
+    axis = sharder.axis
     weight_VD = cast(DTensor, embedding.weight).to_local()
     own_BT = tokens_BT - axis.get_local_rank() * weight_VD.shape[0]
     elsewhere_BT = (own_BT < 0) | (own_BT >= weight_VD.shape[0])
     found_BTD = functional.embedding(own_BT.masked_fill(elsewhere_BT, 0), weight_VD)
-    return activations.reduce(found_BTD.masked_fill(elsewhere_BT[..., None], 0.0), _TOKENS)
+    return sharder.reduce(found_BTD.masked_fill(elsewhere_BT[..., None], 0.0), _TOKENS)
 
 
 def _own_positions(axis: DeviceMesh, embedding: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
@@ -350,10 +319,10 @@ def _gather_routing(
     router.last = (gather_tokens(logits_NE) if in_losses else logits_NE, gather_tokens(experts_Nk))
 
 
-def _visit_on_ranks(sparse: SparseFeedForward, activations: _ActivationLayout, hidden_ND: Tensor, routing: Routing) -> Tensor:
+def _visit_on_ranks(sparse: SparseFeedForward, sharder: AxisSharder, hidden_ND: Tensor, routing: Routing) -> Tensor:
     """`SparseFeedForward.visit` of this rank's tokens, each visit computed on the rank of its expert."""
-    hidden_ND = activations.gather_tokens(to_autocast_dtype(hidden_ND), 0, gradient="partial")
-    experts_Nk = activations.gather_tokens(routing.experts_Nk, 0, gradient="whole")
-    weights_Nk = activations.gather_tokens(routing.weights_Nk, 0, gradient="partial")
+    hidden_ND = sharder.gather_tokens(to_autocast_dtype(hidden_ND), 0, gradient="partial")
+    experts_Nk = sharder.gather_tokens(routing.experts_Nk, 0, gradient="whole")
+    weights_Nk = sharder.gather_tokens(routing.weights_Nk, 0, gradient="partial")
     out_ND = SparseFeedForward.visit(sparse, hidden_ND, Routing(experts_Nk, weights_Nk))
-    return activations.reduce(out_ND, 0)
+    return sharder.reduce(out_ND, 0)

@@ -23,7 +23,7 @@ from bessemer.distributed.mesh import job_timeout
 _LARGEST_STACK = 1 << 24
 
 #: A part of a tensor, as an index.
-Part = tuple[slice | EllipsisType, ...]
+Slices = tuple[slice | EllipsisType, ...]
 Function = Callable[[Tensor], Tensor]
 
 
@@ -37,8 +37,8 @@ class Sharded(NamedTuple):
     tensor: DTensor
     dtype: torch.dtype
     parts: int
-    read: Callable[[Part], Tensor]
-    write: Callable[[Part, Tensor], None]
+    read: Callable[[Slices], Tensor]
+    write: Callable[[Slices, Tensor], None]
 
 
 class WholeMatrices:
@@ -52,15 +52,15 @@ class WholeMatrices:
         """cost: of a function on a tensor of some shape, in any unit."""
         self._cost = cost
         self._groups: dict[tuple[int, ...], Any] = {}
-        #: Of the last call, and the ids of its tensors.
+        #: Plans of the last call, and the ids of its tensors.
         self._plans: list[_Plan] = []
         self._planned: tuple[int, ...] = ()
 
     def apply(self, function: Function, tensors: Sequence[Sharded]) -> None:
         """Write `function` of every matrix of the tensors."""
-        asked = tuple(id(sharded.tensor) for sharded in tensors)
-        if asked != self._planned:
-            self._plans, self._planned = self._plan(tensors), asked
+        identities = tuple(id(sharded.tensor) for sharded in tensors)
+        if identities != self._planned:
+            self._plans, self._planned = self._plan(tensors), identities
         for plan in self._plans:
             for index in plan.here:
                 sharded = tensors[index]
@@ -70,12 +70,12 @@ class WholeMatrices:
 
     def _plan(self, tensors: Sequence[Sharded]) -> list[_Plan]:
         """The tensors by the ranks that hold them, and who computes what of them."""
-        held: dict[tuple[Any, ...], dict[int, _Holders]] = {}
+        by_group: dict[tuple[Any, ...], dict[int, _Holders]] = {}
         for index, (tensor, dtype, *_) in enumerate(tensors):
             holders = _holders(tensor)
-            held.setdefault((holders.ranks, dtype, tensor.to_local().device), {})[index] = holders
+            by_group.setdefault((holders.ranks, dtype, tensor.to_local().device), {})[index] = holders
         plans = []
-        for (ranks, dtype, device), holders_of in held.items():
+        for (ranks, dtype, device), holders_of in by_group.items():
             nothing = torch.empty(0, dtype=dtype, device=device)
             if len(ranks) == 1:
                 plans.append(_Plan(None, nothing, list(holders_of), []))
@@ -88,13 +88,13 @@ class WholeMatrices:
             plans.append(_Plan(group, nothing, [], rounds))
         return plans
 
-    def _assigned(self, tensors: Sequence[Sharded], held: dict[int, _Holders], ranks: int) -> Iterator[dict[int, _Unit]]:
+    def _assigned(self, tensors: Sequence[Sharded], holders_of: dict[int, _Holders], ranks: int) -> Iterator[dict[int, _Unit]]:
         """Rounds of units of similar cost, one a rank. The longest units of all rounds add up to at most the mean work of a
         rank and one more unit."""
-        units = [unit for index, holders in held.items() for unit in _units(index, tensors[index], holders)]
+        units = [unit for index, holders in holders_of.items() for unit in _units(index, tensors[index], holders)]
         units.sort(key=lambda unit: -self._cost(unit.shape))
         for number, start in enumerate(range(0, len(units), ranks)):
-            # there and back, so that not always the same rank has the longest
+            # in alternating order, so that no rank always gets the longest
             order = range(ranks) if number % 2 == 0 else reversed(range(ranks))
             yield dict(zip(order, units[start : start + ranks], strict=False))
 
@@ -105,7 +105,7 @@ class WholeMatrices:
             known = [dist.group.WORLD, *(mesh.get_group(axis) for axis in range(mesh.ndim))]
             group = next((each for each in known if tuple(dist.get_process_group_ranks(each)) == ranks), None)
             if group is None:
-                # several axes together; other ranks do not take part
+                # a group over several axes; other ranks do not take part
                 group = dist.new_group(list(ranks), timeout=job_timeout(), use_local_synchronization=True)
             self._groups[ranks] = group
         return self._groups[ranks]
@@ -148,13 +148,13 @@ def _holders(tensor: DTensor) -> _Holders:
         [place] if dim is not None and dim < stacked else list(range(mesh.size(axis)))
         for axis, (dim, place) in enumerate(zip(dims, own, strict=True))
     ]
-    found = []
+    placements = []
     for coordinate in product(*places):
         bounds = _bounds(tensor, dims, coordinate)
         assert coordinate != tuple(own) or [*map(len, bounds)] == [*shape], (bounds, shape)
         copy = tuple(place for dim, place in zip(dims, coordinate, strict=True) if dim is None)
-        found.append((int(mesh.mesh[coordinate]), _Region(*bounds[-2:]), copy))
-    ranks, regions, copies = zip(*sorted(found, key=lambda each: each[0]), strict=True)
+        placements.append((int(mesh.mesh[coordinate]), _Region(*bounds[-2:]), copy))
+    ranks, regions, copies = zip(*sorted(placements, key=lambda each: each[0]), strict=True)
     return _Holders(ranks, regions, copies, shape[0] if stacked else None)
 
 
@@ -181,7 +181,7 @@ def _dim(placement: Any) -> int | None:
 
 
 class _Unit(NamedTuple):
-    """What one rank computes at once: the matrices in these rows of a tensor, of some of its stack.
+    """Matrices that one rank computes at once: these rows of a tensor, for a part of its stack.
 
     tensor: its place among the arguments. shape: of all of the unit.
     """
@@ -193,15 +193,15 @@ class _Unit(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """What a rank holds of a unit: its shape, and where it lies in the unit and in the rank's shard.
+    """A rank's piece of a unit: its shape, and its place in the unit and in the rank's shard.
 
     tensor: as of the unit. given: whether the unit's owner gets it from this rank, and not from one with a copy.
     """
 
     tensor: int
     shape: tuple[int, ...]
-    in_unit: Part
-    in_shard: Part
+    in_unit: Slices
+    in_shard: Slices
     given: bool
 
 
@@ -232,7 +232,7 @@ def _units(index: int, sharded: Sharded, holders: _Holders) -> Iterator[_Unit]:
         if holders.stack is None:
             yield _Unit(index, None, part, (height, columns))
             continue
-        # some for every rank, and not too many at once
+        # enough for every rank, and few enough for memory
         even = -(-holders.stack * sharded.parts // len(holders.ranks))
         each = max(1, min(even, _LARGEST_STACK // (height * columns)))
         for start in range(0, holders.stack, each):
@@ -240,13 +240,13 @@ def _units(index: int, sharded: Sharded, holders: _Holders) -> Iterator[_Unit]:
             yield _Unit(index, stack, part, (stack.stop - start, height, columns))
 
 
-def _round(owned: dict[int, _Unit], held: dict[int, _Holders], me: int, ranks: int) -> _Round:
+def _round(owned: dict[int, _Unit], holders_of: dict[int, _Holders], me: int, ranks: int) -> _Round:
     own = owned.get(me)
     of_own: list[_Piece | None] = [None] * ranks
     if own is not None:
-        of_own = [_piece(own, held[own.tensor], rank, me) for rank in range(ranks)]
+        of_own = [_piece(own, holders_of[own.tensor], rank, me) for rank in range(ranks)]
     of_others = [
-        _piece(owned[owner], held[owned[owner].tensor], me, owner) if owner in owned else None for owner in range(ranks)
+        _piece(owned[owner], holders_of[owned[owner].tensor], me, owner) if owner in owned else None for owner in range(ranks)
     ]
     return _Round(None if own is None else own.shape, of_own, of_others)
 
@@ -285,7 +285,7 @@ def _run(turn: _Round, function: Function, tensors: Sequence[Sharded], plan: _Pl
 
 
 def _exchange(sent: Sequence[Tensor], shapes: Sequence[tuple[int, ...]], plan: _Plan) -> Sequence[Tensor]:
-    """What every rank sends to this one, of these shapes. sent: to every rank."""
+    """All-to-all: returns the tensor of each rank for this one, in these shapes. sent: this rank's tensors for the others."""
     sizes = [torch.Size(shape).numel() for shape in shapes]
     incoming = plan.nothing.new_empty(sum(sizes))
     outgoing = torch.cat([piece.to(incoming.dtype).flatten() for piece in sent])

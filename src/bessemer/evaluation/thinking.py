@@ -9,7 +9,7 @@ from typing import Any, Literal
 from bessemer.assistant.assistant import Assistant, EngineModel
 from bessemer.assistant.config import AssistantConfig
 from bessemer.assistant.conversation import Conversation
-from bessemer.assistant.episodes import Episode, Step, play
+from bessemer.assistant.episodes import Episode, StepResult, play
 from bessemer.assistant.messages import EndReason, Message, as_messages
 from bessemer.core.errors import RequestError
 from bessemer.inference.engine import Engine
@@ -54,8 +54,8 @@ class _SingleQuestion:
     def reset(self, task: Mapping[str, Any], seed: int) -> Sequence[Message]:
         return as_messages(task["context"])
 
-    def step(self, conversation: Conversation, end: EndReason) -> Step:
-        return Step(None)
+    def step(self, conversation: Conversation, end: EndReason) -> StepResult:
+        return StepResult(None)
 
 
 def _answer(episode: Episode) -> ThoughtAnswer:

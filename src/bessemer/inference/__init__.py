@@ -1,7 +1,8 @@
 """The inference engine: continuous batching over a paged KV cache.
 
-`engine.Engine` is the public interface, `engine_core.EngineCore` the loop of one step: `scheduling` decides, `execution`
-computes, `sampling` and `speculation` make tokens of logits. Words with one meaning in this package:
+`engine.Engine` is the public interface, `engine_core.EngineCore` the loop of one step: `scheduling` decides what is computed, a
+strategy of `execution.steps` computes it, `sampling` and `speculation` make tokens of logits. Words with one meaning in this
+package:
 
 - request: what the engine core serves: a `Request` for a completion, a `ScoreRequest`, a `CaptureRequest` or a `LogitsRequest`.
   A client's call of the HTTP API is an API request.

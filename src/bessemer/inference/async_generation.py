@@ -21,8 +21,7 @@ from itertools import islice
 from typing import NamedTuple, Protocol
 
 from bessemer.core.errors import BessemerError, RequestError
-from bessemer.inference.request import Chunk, Completion, Prompt, Prompts, Request, completion_of
-from bessemer.inference.request_builder import as_prompts, check_streamed, for_each
+from bessemer.inference.request import Chunk, Completion, Prompt, Prompts, Request, check_streamed, completion_of, prompt_calls
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.tokenization.chat import Message, Tool
 from bessemer.tokenization.tokenizer import Tokenizer
@@ -30,7 +29,7 @@ from bessemer.tokenization.tokenizer import Tokenizer
 #: Seconds that `StepDriver.close` waits for the step under way.
 _LAST_STEP_SECONDS = 5
 
-#: Chunks that a reader is given at once. Behind a slow one there may be thousands, and each has work to be done for it.
+#: Most chunks given to a reader at once: for a slow one thousands may wait, and each takes work.
 _CHUNKS_AT_ONCE = 16
 
 _log = logging.getLogger(__name__)
@@ -75,17 +74,17 @@ class _Reader:
         return any(each.chunks for each in self.completions)
 
     def take_chunks(self) -> list[ChoiceChunk]:
-        """Chunks that are there, at most `_CHUNKS_AT_ONCE`; the thread may be adding others."""
-        found = (
+        """At most `_CHUNKS_AT_ONCE` of the waiting chunks. The thread may add others meanwhile."""
+        waiting = (
             ChoiceChunk(choice, each.chunks.popleft())
             for choice, each in enumerate(self.completions)
             for _ in range(len(each.chunks))
         )
-        return list(islice(found, _CHUNKS_AT_ONCE))
+        return list(islice(waiting, _CHUNKS_AT_ONCE))
 
     def raise_error(self) -> None:
         if self.error is not None:
-            # one error may reach many readers: each has a traceback of its own
+            # each of several readers of one error gets a fresh traceback
             raise self.error.with_traceback(None)
 
 
@@ -123,7 +122,7 @@ class StepDriver:
                 while chunks := reader.take_chunks():
                     unfinished -= sum(one.chunk.finish_reason is not None for one in chunks)
                     yield chunks
-                    # to send them need not wait for anything: others on the event loop get their turn here
+                    # sending them may never wait: this gives others on the event loop their turn
                     await asyncio.sleep(0)
                 if unfinished:
                     reader.raise_error()
@@ -175,7 +174,7 @@ class StepDriver:
                 if self._in_flight:
                     self._step(engine)
         except BaseException as error:
-            # what no request can be blamed for: none may wait for a thread that is gone
+            # an internal error: no request may wait for a thread that has ended
             _log.critical("the engine's thread ended", exc_info=error)
             with self._lock:
                 self._thread = None
@@ -185,7 +184,7 @@ class StepDriver:
             self._drop_all(engine, self.failure)
 
     def _exchange_readers(self, engine: SteppedEngine) -> bool:
-        """Stop the requests of readers that left, and begin those of new ones. False where the thread ends instead."""
+        """Stop requests of readers that have left, and begin those of new ones. False where the thread ends instead."""
         with self._lock:
             joining, self._joining = self._joining, []
             leaving, self._leaving = self._leaving, []
@@ -223,10 +222,10 @@ class StepDriver:
             _log_fault(error)
             self._drop_all(engine, error)
         else:
-            _wake([reader for reader in list(self._in_flight) if self._has_news(engine, reader)])
+            _wake([reader for reader in list(self._in_flight) if self._needs_waking(engine, reader)])
 
-    def _has_news(self, engine: SteppedEngine, reader: _Reader) -> bool:
-        """Whether a reader is to be woken after a step. One whose requests are all done, or one failed, leaves."""
+    def _needs_waking(self, engine: SteppedEngine, reader: _Reader) -> bool:
+        """Whether a reader is woken after a step. One whose requests are done, or of which one failed, leaves."""
         reader.error = next((each.error for each in reader.completions if each.error is not None), None)
         if reader.error is not None or reader.loop.is_closed():
             self._stop(engine, reader)
@@ -257,13 +256,13 @@ class StepDriver:
 
 
 def _log_fault(error: Exception) -> None:
-    """Log an error that is no user's: its reader may be gone."""
+    """Log an internal error: its reader may be gone."""
     if not isinstance(error, BessemerError):
         _log.error("the engine failed", exc_info=error)
 
 
 def _wake(readers: Sequence[_Reader]) -> None:
-    """Let readers look at what has come, in one call for each event loop."""
+    """Wake readers, in one call for each event loop."""
     by_loop: dict[asyncio.AbstractEventLoop, list[_Reader]] = {}
     for reader in readers:
         by_loop.setdefault(reader.loop, []).append(reader)
@@ -293,7 +292,7 @@ class AsyncGeneration(ABC):
     @property
     @abstractmethod
     def default_params(self) -> SamplingParams:
-        """What a call without parameters takes."""
+        """Parameters of a call that names none."""
 
     @abstractmethod
     def prepare(
@@ -317,20 +316,19 @@ class AsyncGeneration(ABC):
         cache_salt: str | None = None,
     ) -> list[Completion]:
         """As `generate`. Raises RequestError for beam search too, which has no asynchronous form."""
-        prompts, params = as_prompts(prompts), self.default_params if params is None else params
-        each, adapters = for_each(prompts, params, "params"), for_each(prompts, adapter, "adapters")
-        if any(one.beam_width for one in each):
+        calls = prompt_calls(prompts, self.default_params if params is None else params, adapter)
+        if any(call.params.beam_width for call in calls):
             raise RequestError("beam search has no asynchronous form: leave out beam_width, or call generate on another thread")
 
         def prepare_all() -> list[Request]:
             return [
-                self.prepare(prompt, one, priority=priority, adapter=name, cache_salt=cache_salt)
-                for prompt, one, name in zip(prompts, each, adapters, strict=True)
+                self.prepare(call.prompt, call.params, priority=priority, adapter=call.adapter, cache_salt=cache_salt)
+                for call in calls
             ]
 
         requests = await asyncio.to_thread(prepare_all)
         await self._driver.finish(requests)
-        return [completion_of(request, one) for request, one in zip(requests, each, strict=True)]
+        return [completion_of(request, call.params) for request, call in zip(requests, calls, strict=True)]
 
     def astream(
         self,
@@ -341,7 +339,7 @@ class AsyncGeneration(ABC):
         adapter: str | None = None,
         cache_salt: str | None = None,
     ) -> AsyncGenerator[Chunk, None]:
-        """The chunks of `stream`. Nothing begins before the first is asked for.
+        """The chunks of `stream`. Nothing begins before the first is awaited.
 
         Raises RequestError at once for more than one completion, and at the first chunk for a prompt that does not fit or an
         unknown adapter: the prompt is read on another thread.
@@ -371,7 +369,7 @@ class AsyncGeneration(ABC):
 
     async def _chunks(self, prepare: Callable[[], Request]) -> AsyncGenerator[Chunk, None]:
         request = await asyncio.to_thread(prepare)
-        async with aclosing(self._driver.chunks([request])) as news:
-            async for chunks in news:
+        async with aclosing(self._driver.chunks([request])) as arrivals:
+            async for chunks in arrivals:
                 for _, chunk in chunks:
                     yield chunk

@@ -18,18 +18,16 @@ from bessemer.core.environment import free_memory_bytes
 from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.core.progress import PlainLines
 from bessemer.distributed.mesh import ALONE, Mesh
-from bessemer.inference.async_core import AsyncEngineCore
 from bessemer.inference.config import EngineConfig
 from bessemer.inference.engine_core import EngineCore
 from bessemer.inference.execution.build import (
     check_model_length,
     describe_pages,
     describe_states,
-    longest_text,
     memory_budget,
     new_runner,
-    page_layout,
     page_type,
+    paged_memory,
     plan_blocks,
     plan_snapshots,
     shared_backend,
@@ -37,7 +35,9 @@ from bessemer.inference.execution.build import (
 from bessemer.inference.execution.compiled_steps import CompiledSteps
 from bessemer.inference.execution.kv_cache import HeadShare, PagedMemory, layer_groups, state_bytes
 from bessemer.inference.execution.runner import Runner
-from bessemer.inference.execution.steps import SpeculativeDecoder
+from bessemer.inference.execution.steps.asynchronous import AsyncSteps
+from bessemer.inference.execution.steps.plain import MultiTokenSteps, PlainSteps
+from bessemer.inference.execution.steps.speculative import SpeculativeSteps
 from bessemer.inference.execution.tensor_parallel.sharded_model import ShardedModel
 from bessemer.inference.scheduling.block_tables import BlockPool
 from bessemer.inference.scheduling.scheduler import BlockGroup, Scheduler
@@ -54,6 +54,7 @@ from bessemer.inference.speculation.ngram import NGramProposer
 from bessemer.inference.speculation.proposer import DraftLengthPolicy, Proposer
 from bessemer.model.adapters.folder import read_adapter
 from bessemer.model.adapters.trained import merged
+from bessemer.model.attention import is_recurrent
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
 from bessemer.model.device import choose_device, is_fast
@@ -94,8 +95,7 @@ def open_model(
     adapter: Path | str | None = None,
 ) -> OpenedModel:
     """Open a folder, a GGUF file, the base of a fine-tuning or a pulled model by its name on a device; a model in memory, or a
-    shard, stays where it lies, and needs its tokenizer. adapter: what requests have that name none, in the place of a
-    fine-tuning's own.
+    shard, stays where it lies, and needs its tokenizer. adapter: the default one, in place of a fine-tuning's own.
 
     Raises ArtefactError when the folder or the file is damaged, ConfigError for a device that is not here, or a model that
     cannot be shared by as many processes as the settings say.
@@ -132,7 +132,7 @@ def open_model(
         return OpenedModel(model, tokenizer, frozenset(opened.end_tokens or tokenizer.eos_ids))
     whole = load_model(path, choose_device(device))
     if own is not None and adapter is None and whole.dtype == torch.float32 and not is_quantised(whole):
-        # nobody can ask for the base alone, and the compiled kernels take one set of weights
+        # no request can select the base alone, and the compiled kernels take one set of weights
         whole, own = merged(whole, read_adapter(own, whole)), None
     whole = _in_fast_dtype(whole, config)
     tokenizer = tokenizer or load_tokenizer(path)
@@ -141,8 +141,8 @@ def open_model(
 
 
 def _in_fast_dtype(model: Decoder, config: EngineConfig) -> Decoder:
-    """A model whose modules compute its steps, in float32 where its own dtype is slower and the memory suffices; others as they
-    are. The compiled kernels widen weights of 16 bits themselves."""
+    """The model in float32 where this processor is slow in its own dtype and the memory suffices. Not where the compiled
+    kernels compute it, which widen weights of 16 bits themselves."""
     if model.device.type != "cpu" or model.dtype.itemsize > 2 or is_quantised(model) or is_fast(model.dtype, model.device):
         return model
     if config.cpu_kernels != "off" and CompiledSteps.supports(model) is None:
@@ -162,7 +162,7 @@ def _ends(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
 def mtp_layers_of(config: EngineConfig, model: ModelConfig) -> tuple[int, int]:
     """MTP modules of a model that propose draft tokens, and the KV blocks that each needs beyond a layer's.
 
-    Raises ConfigError where they are asked for and the model has none.
+    Raises ConfigError where the settings want them and the model has none.
     """
     speculation = config.speculation
     if speculation is None or speculation.method != "mtp":
@@ -196,6 +196,15 @@ def new_proposer(
         drafting = new_runner(model, memory, config.with_changes(batch_invariant=False), opened=True)
     pool, groups = BlockPool(blocks, config.block_size), len(layer_groups(model.config))
     return DraftModelProposer(model, drafting, pool, groups, policy, config.max_num_batched_tokens)
+
+
+def new_strategy(runner: Runner, proposer: Proposer | None) -> PlainSteps:
+    """The strategy of an engine's steps: speculative, asynchronous, multi-token or plain, the first that is possible."""
+    if proposer is not None:
+        return SpeculativeSteps(runner, proposer)
+    if runner.backend.samples:
+        return AsyncSteps(runner)
+    return MultiTokenSteps(runner) if runner.generates else PlainSteps(runner)
 
 
 #: Most logits of one step that come of tokens read, where each token's are wanted: 256 MiB of float32.
@@ -238,8 +247,7 @@ def assemble(
         share_prefixes=config.prefix_cache,
     )
     proposer = new_proposer(config, tokenizer, runner, sharded)
-    kind = AsyncEngineCore if runner.backend.samples else EngineCore
-    core = kind(scheduler, runner, None if proposer is None else SpeculativeDecoder(proposer))
+    core = EngineCore(scheduler, runner, new_strategy(runner, proposer))
     ranks = memory.share.ranks
     described = describe_pages(model.config, blocks, config, memory.dtype, mtp_layers, ranks=ranks)
     described += describe_states(model.config, memory.snapshot_count, model.dtype, ranks=ranks)
@@ -272,23 +280,15 @@ def new_memory(model: Decoder, config: EngineConfig, mesh: Mesh = ALONE) -> tupl
     budget -= snapshots * state_bytes(model.config, model.dtype, share.ranks)
     blocks = plan_blocks(model.config, config, dtype, budget, mtp_layers, ranks=share.ranks)
     *blocks, snapshots = [-int(count) for count in mesh.largest(-torch.tensor([*blocks, snapshots]))]
-    slots = config.max_num_seqs if "linear_attention" in model.config.types else 0
-    kept = config.speculation.tokens if config.speculation else 0
-    by_head, spare = page_layout(model, config, dtype, mtp_layers)
-    memory = PagedMemory(
-        model.config,
+    memory = paged_memory(
+        model,
+        config,
         blocks,
-        config.block_size,
-        dtype,
-        device,
-        state_slots=slots,
-        kept_steps=kept,
         mtp_layers=mtp_layers,
         mtp_spare_blocks=mtp_spare_blocks,
-        share=share,
+        state_slots=config.max_num_seqs if is_recurrent(model.config) else 0,
+        kept_steps=config.speculation.tokens if config.speculation else 0,
         snapshots=snapshots,
-        by_head=by_head,
-        spare=spare,
-        longest=longest_text(model.config, config, blocks),
+        share=share,
     )
     return memory, blocks

@@ -1,5 +1,4 @@
-"""Capture: hidden states, attention weights and choices of experts of a request's tokens, read out of the steps that compute
-them."""
+"""Capture: hidden states, attention weights and choices of experts of a request's tokens, kept from the steps of the engine."""
 
 from __future__ import annotations
 
@@ -18,6 +17,7 @@ from bessemer.inference.request import ScheduledRequest
 from bessemer.inference.sampling.sampler import Sampled
 from bessemer.inference.scheduling.sequence import ScheduledChunk, TokenSequence
 from bessemer.model.adapters import Adapter
+from bessemer.model.attention import variant_of
 from bessemer.model.config import ModelConfig
 
 # Shapes: P captured positions, D hidden, S positions attended to, k experts of a token.
@@ -45,7 +45,7 @@ class Capture:
     positions: Positions | tuple[int, ...] = "all"
 
     def check(self, config: ModelConfig, *, shared: bool) -> None:
-        """Raises RequestError for what the model does not have, and where several processes share it and only one knows."""
+        """Raises RequestError for what the model does not have, or what a model shared by several processes cannot give."""
         layers = config.num_hidden_layers
         for layer in self.states:
             if not 0 <= layer <= layers:
@@ -55,7 +55,7 @@ class Capture:
                 raise RequestError(
                     f"capture: attention ({layer}, {head}) is not of {layers} layers of {config.num_attention_heads} heads"
                 )
-            if config.types[layer] == "linear_attention":
+            if variant_of(config, layer).recurrent:
                 raise RequestError(f"capture: layer {layer} has linear attention, which has no weights")
         for layer in self.routing:
             if not 0 <= layer < layers or not config.is_sparse(layer):
@@ -74,7 +74,7 @@ class Capture:
         return min(self.positions)
 
     def chosen(self, positions: range, prompt_length: int) -> list[int]:
-        """Those of some positions that are kept."""
+        """Which of these positions are captured."""
         if self.positions == "all":
             return list(positions)
         if isinstance(self.positions, str):
@@ -108,8 +108,8 @@ class Captured:
     expert_weights: dict[int, Tensor]
 
 
-class _Piece(NamedTuple):
-    """What one chunk gave. states: before every layer that is needed. attention: of layers whose keys do not stay."""
+class _CapturedChunk(NamedTuple):
+    """Captured rows of one chunk. states: before each needed layer. attention: of layers whose keys do not stay."""
 
     positions: list[int]
     states: dict[int, Tensor]
@@ -119,8 +119,8 @@ class _Piece(NamedTuple):
 
 
 class Recorder:
-    """Collects what a request captures, chunk by chunk. A token that is computed again, after a preemption or a draft that was
-    rejected, replaces what was kept of it.
+    """Collects what a request captures, chunk by chunk. What is kept of a token is replaced where it is computed again: after a
+    preemption or a rejected draft.
 
     Attention weights are computed from hidden states and the keys in the pages: of layers that see all positions once for all
     tokens, before the keys are released, so that steps take no longer; of layers with a window chunk by chunk.
@@ -129,15 +129,15 @@ class Recorder:
     def __init__(self, capture: Capture, prompt_length: int) -> None:
         self._capture = capture
         self._prompt_length = prompt_length
-        self._pieces: list[_Piece] = []
+        self._chunks: list[_CapturedChunk] = []
         self._attention: dict[tuple[int, int], list[Tensor]] = {}
 
     def positions(self, chunk: ScheduledChunk) -> list[int]:
         """The positions of a chunk that are kept."""
         return self._capture.chosen(range(chunk.start, chunk.start + chunk.count), self._prompt_length)
 
-    def ask(self, chunk: ScheduledChunk, batch: Batch) -> None:
-        """Have the rows of a chunk kept that was just added to a batch."""
+    def mark_rows(self, chunk: ScheduledChunk, batch: Batch) -> None:
+        """Ask the batch to keep the captured rows of its last chunk."""
         begin = batch.starts[-2] - chunk.start
         rows = [begin + position for position in self.positions(chunk)]
         if not rows:
@@ -147,8 +147,8 @@ class Recorder:
         for layer in self._capture.routing:
             batch.routings.setdefault(layer, []).extend(rows)
 
-    def take(self, chunk: ScheduledChunk, observed: Observed, runner: Runner, adapter: Adapter | None) -> None:
-        """Take what a step kept of a chunk, out of what is left of it. The chunk's keys are still in the pages."""
+    def collect(self, chunk: ScheduledChunk, observed: Observed, runner: Runner, adapter: Adapter | None) -> None:
+        """Take the rows of a chunk out of what a step kept. The chunk's keys are still in the pages."""
         positions, capture = self.positions(chunk), self._capture
         if not positions:
             return
@@ -159,29 +159,29 @@ class Recorder:
                 attention |= self._weights(layer, part.states[layer], positions, chunk.sequence, runner, adapter)
         experts = {layer: routing.experts_Nk for layer, routing in part.routings.items()}
         expert_weights = {layer: routing.weights_Nk for layer, routing in part.routings.items()}
-        self._pieces.append(_Piece(positions, part.states, attention, experts, expert_weights))
+        self._chunks.append(_CapturedChunk(positions, part.states, attention, experts, expert_weights))
 
     def complete(self, sequence: TokenSequence, runner: Runner, adapter: Adapter | None) -> None:
-        """Compute what is left, before a sequence gives up its pages."""
+        """Compute the remaining attention weights, before the sequence releases its pages."""
         places = self._places(sequence.computed)
         if not places:
             return
         for layer in self._capture.attention_layers:
             if runner.memory.window_of(layer) is None:
-                states_PD = self._rows([piece.states for piece in self._pieces], layer, places.values())
+                states_PD = self._rows([chunk.states for chunk in self._chunks], layer, places.values())
                 self._attention |= self._weights(layer, states_PD, list(places), sequence, runner, adapter)
 
     def captured(self, end: int) -> Captured:
-        """What was kept of the positions before `end`; of attention, all there is once it is complete."""
+        """What was captured at positions before `end`; attention weights once `complete` has been called."""
         places, capture = self._places(end), self._capture
         attention = {}
         for pair in capture.attention:
             of_each = self._attention.get(pair)
             if of_each is None:
                 of_each = [
-                    self._pieces[number].attention[pair][row]
+                    self._chunks[number].attention[pair][row]
                     for number, row in places.values()
-                    if pair in self._pieces[number].attention
+                    if pair in self._chunks[number].attention
                 ]
             length = max(map(len, of_each), default=0)
             attention[pair] = torch.zeros(len(of_each), length)
@@ -189,28 +189,28 @@ class Recorder:
                 row[: len(weights_S)] = weights_S
         return Captured(
             list(places),
-            {layer: self._rows([piece.states for piece in self._pieces], layer, places.values()) for layer in capture.states},
+            {layer: self._rows([chunk.states for chunk in self._chunks], layer, places.values()) for layer in capture.states},
             attention,
-            {layer: self._rows([piece.experts for piece in self._pieces], layer, places.values()) for layer in capture.routing},
+            {layer: self._rows([chunk.experts for chunk in self._chunks], layer, places.values()) for layer in capture.routing},
             {
-                layer: self._rows([piece.expert_weights for piece in self._pieces], layer, places.values())
+                layer: self._rows([chunk.expert_weights for chunk in self._chunks], layer, places.values())
                 for layer in capture.routing
             },
         )
 
     def _places(self, end: int) -> dict[int, tuple[int, int]]:
         """Piece and row of each position before `end` that was kept, in order; of one kept twice the later."""
-        found = {
+        places = {
             position: (number, row)
-            for number, piece in enumerate(self._pieces)
-            for row, position in enumerate(piece.positions)
+            for number, chunk in enumerate(self._chunks)
+            for row, position in enumerate(chunk.positions)
             if position < end
         }
-        return dict(sorted(found.items()))
+        return dict(sorted(places.items()))
 
     @staticmethod
-    def _rows(pieces: Sequence[Mapping[int, Tensor]], layer: int, places: Collection[tuple[int, int]]) -> Tensor:
-        return torch.stack([pieces[number][layer][row] for number, row in places]) if places else torch.empty(0)
+    def _rows(chunks: Sequence[Mapping[int, Tensor]], layer: int, places: Collection[tuple[int, int]]) -> Tensor:
+        return torch.stack([chunks[number][layer][row] for number, row in places]) if places else torch.empty(0)
 
     def _weights(
         self,
@@ -224,17 +224,17 @@ class Recorder:
         """The weights of the heads of a layer that are captured, for each position."""
         heads = [head for of, head in self._capture.attention if of == layer]
         at_once = max(1, _MOST_WEIGHTS // (runner.model.config.num_attention_heads * (positions[-1] + 1)))
-        found: dict[tuple[int, int], list[Tensor]] = {(layer, head): [] for head in heads}
+        of_heads: dict[tuple[int, int], list[Tensor]] = {(layer, head): [] for head in heads}
         for start in range(0, len(positions), at_once):
             part = slice(start, start + at_once)
             weights_HPS = runner.attention_weights(layer, states_PD[part], positions[part], sequence.tables, adapter)
             for head in heads:
-                found[layer, head] += weights_HPS[head].clone()
-        return found
+                of_heads[layer, head] += weights_HPS[head].clone()
+        return of_heads
 
 
 class CaptureRequest(ScheduledRequest):
-    """Asks for what is captured of a prompt, and for no token and no logits."""
+    """Reads a prompt for its captured values alone: no logits, no tokens."""
 
     def __init__(self, sequence: TokenSequence, recorder: Recorder, adapter: Adapter | None = None) -> None:
         super().__init__(sequence, adapter, recorder)

@@ -1,4 +1,4 @@
-"""A model on this machine that answers conversations, as one at a URL does."""
+"""A chat model on this machine, with the interface of one behind a URL."""
 
 from __future__ import annotations
 

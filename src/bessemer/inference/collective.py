@@ -30,7 +30,8 @@ from bessemer.distributed.sharding import release_gathered
 from bessemer.inference.build import worker_runners
 from bessemer.inference.config import EngineConfig
 from bessemer.inference.engine import Engine
-from bessemer.inference.execution.tensor_parallel.sharded_model import Command, ShardedModel, encode, run_worker
+from bessemer.inference.execution.runner import run_worker
+from bessemer.inference.execution.tensor_parallel.sharded_model import Command, ShardedModel, encode, one_line
 from bessemer.inference.execution.weights import AdapterNumbers, held_weight
 from bessemer.inference.offline import Rollouts
 from bessemer.inference.request import Completion, Prompts
@@ -45,7 +46,7 @@ Result = TypeVar("Result")
 
 
 class _Report(NamedTuple):
-    """An error of a rank: the `order`-th of the job. is_final: its group's ranks are no longer at the same call."""
+    """The `order`-th error of the job. is_final: the ranks of the group are no longer at the same call."""
 
     order: int
     rank: int
@@ -194,7 +195,7 @@ def tensor_group_mesh(mesh: Mesh) -> Mesh:
 def _as_failure(error: BaseException, rank: int) -> LostProcessError:
     if isinstance(error, LostProcessError):
         return error
-    return LostProcessError(f"process {rank} of the job failed: {' '.join(str(error).split()) or type(error).__name__}")
+    return LostProcessError(f"process {rank} of the job failed: {one_line(error)}")
 
 
 def serving_copy(trained: Decoder, mesh: Mesh, dtype: torch.dtype | None) -> Decoder:
@@ -221,7 +222,7 @@ def serving_copy(trained: Decoder, mesh: Mesh, dtype: torch.dtype | None) -> Dec
 def copy_trained(trained: Decoder, model: Decoder) -> None:
     """Copy a trained model's weights into its `serving_copy`. All ranks of the job call it.
 
-    Device memory beside both: one weight of this rank's shard, gathered.
+    Temporary device memory: one weight of this rank's shard, gathered.
     """
     release_gathered(trained)
     for own, source in _pairs(trained, model):
@@ -357,7 +358,7 @@ class CollectiveEngine:
     # -- inside
 
     def _together(self, call: Callable[[Engine], Result]) -> Result:
-        """What a call gives of this group's engine, on all its ranks. Raises the first error of any rank of the job."""
+        """The result of a call of this group's engine, on all its ranks. Raises the first error of any rank of the job."""
         self._check_open()
         result: Result | None = None
         failure: Exception | None = None

@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,14 +26,16 @@ from bessemer.inference.offline import LogProbsMode, Reading, Rollouts, WeightUp
 from bessemer.inference.request import (
     Chunk,
     Completion,
-    CompletionText,
     Prompt,
     Prompts,
     Request,
     ScheduledRequest,
+    as_prompts,
+    check_streamed,
     completion_of,
+    prompt_calls,
 )
-from bessemer.inference.request_builder import RequestBuilder, as_prompts, check_streamed, for_each
+from bessemer.inference.request_builder import RequestBuilder
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.inference.scores import Score, ScoreItem
 from bessemer.inference.statistics import EngineStatistics
@@ -69,7 +70,7 @@ class Engine(AsyncGeneration, Reading, WeightUpdates):
         """Open a model folder, a GGUF file or what `bessemer finetune` wrote; or use a model in memory, where it lies, with its
         tokenizer.
 
-        adapter: the folder of one that requests have which name none; None: that of the fine-tuning, where it has one.
+        adapter: folder of the default adapter, for requests that name none; None: that of the fine-tuning, where it has one.
         A `ShardedModel` is one that processes of a job share (`CollectiveEngine`).
         A model in memory may be trained on between calls: keys computed with other weights are not used again.
         Raises ArtefactError when the folder is damaged, ConfigError when the device is not on this machine or the memory
@@ -79,7 +80,7 @@ class Engine(AsyncGeneration, Reading, WeightUpdates):
         opened = open_model(model, tokenizer, device, self.config, adapter=adapter)
         self.model = opened.model
         self.tokenizer = opened.tokenizer
-        #: How the model's folder says that it is sampled, by the names of `SamplingParams`; empty where it says nothing.
+        #: Sampling settings in the model's folder, by the names of `SamplingParams`.
         self.sampling_settings: Mapping[str, Any] = opened.sampling_settings
         self._sharded = opened.sharded
         if self._sharded is not None:
@@ -99,7 +100,7 @@ class Engine(AsyncGeneration, Reading, WeightUpdates):
         self.core, self._cache_size = assemble(
             self.model, self.tokenizer, self.config, opened=opened.is_served, sharded=self._sharded
         )
-        # after what packs the codes has taken them
+        # last: packing takes the codes out of the model
         self._stamp = WeightsStamp(self.model)
         adapter = adapter or opened.adapter
         if adapter is not None:
@@ -137,9 +138,9 @@ class Engine(AsyncGeneration, Reading, WeightUpdates):
 
     @property
     def default_params(self) -> SamplingParams:
-        """What a call without parameters takes: the model's own settings, over the usual ones.
+        """Parameters of a call that names none: the settings in the model's folder, over the defaults.
 
-        Raises ConfigError where the model's file states what is no setting.
+        Raises ConfigError where the model's file has an unknown setting.
         """
         return SamplingParams.parse(dict(self.sampling_settings), lambda path: ": ".join([GENERATION_CONFIG, *map(str, path)]))
 
@@ -154,7 +155,7 @@ class Engine(AsyncGeneration, Reading, WeightUpdates):
 
     @property
     def statistics(self) -> EngineStatistics:
-        """Counts and times since the start, all of one moment. Waits for the end of the step under way."""
+        """Counts and times since the start, all of one moment. Waits for the end of the current step."""
         with self._lock:
             return self.core.statistics
 
@@ -176,21 +177,20 @@ class Engine(AsyncGeneration, Reading, WeightUpdates):
         is to hold. Raises RequestError for a prompt that fills the context, a request that can never be served, or an unknown
         adapter, before any is computed.
         """
-        prompts, params = as_prompts(prompts), self.default_params if params is None else params
-        each, adapters = for_each(prompts, params, "params"), for_each(prompts, adapter, "adapters")
-        if capture is None and any(one.beam_width for one in each):
-            return [
-                self._beam_search(prompt, one, priority, name, cache_salt)
-                if one.beam_width
-                else self.generate([prompt], one, priority=priority, adapter=name, cache_salt=cache_salt)[0]
-                for prompt, one, name in zip(prompts, each, adapters, strict=True)
-            ]
+        calls = prompt_calls(prompts, self.default_params if params is None else params, adapter)
         requests = [
-            self.prepare(prompt, one, priority=priority, adapter=name, cache_salt=cache_salt, capture=capture, streams=False)
-            for prompt, one, name in zip(prompts, each, adapters, strict=True)
+            None
+            if own.beam_width and capture is None
+            else self.prepare(
+                prompt, own, priority=priority, adapter=name, cache_salt=cache_salt, capture=capture, streams=False
+            )
+            for prompt, own, name in calls
         ]
-        self._serve(requests)
-        return [completion_of(request, one) for request, one in zip(requests, each, strict=True)]
+        self._serve([request for request in requests if request is not None])
+        return [
+            self._beam_search(*call, priority, cache_salt) if request is None else completion_of(request, call.params)
+            for request, call in zip(requests, calls, strict=True)
+        ]
 
     def rollouts(
         self,
@@ -205,8 +205,7 @@ class Engine(AsyncGeneration, Reading, WeightUpdates):
     ) -> Rollouts:
         """n samples of every prompt as tensors, which is what a policy is trained on. Each prompt is read once.
 
-        logprobs_mode: of `Rollouts.log_probs`, as `SamplingParams.logprobs_mode`, whose place it takes, as n that of
-        `SamplingParams.n`. Raises RequestError as `generate`, and for best_of and beam_width.
+        logprobs_mode and n: override the parameters'. Raises RequestError as `generate`, and for best_of and beam_width.
         """
         prompts = as_prompts(prompts)
         each = params_of_prompts(params, len(prompts), n, logprobs_mode)
@@ -284,7 +283,7 @@ class Engine(AsyncGeneration, Reading, WeightUpdates):
     ) -> Request:
         """A request that has not begun, with the others of the same prompt as its `siblings`. Any thread may ask for it.
 
-        streams: False where nobody drains it before it is done; it then has one chunk.
+        streams: False where the caller waits for the end: it then has one chunk.
         Raises RequestError for whatever is known to be wrong before anything is computed.
         """
         loaded = self._adapters.of(adapter)
@@ -317,7 +316,7 @@ class Engine(AsyncGeneration, Reading, WeightUpdates):
     # -- inside
 
     def _beam_search(
-        self, prompt: Prompt, params: SamplingParams, priority: int, adapter: str | None, cache_salt: str | None
+        self, prompt: Prompt, params: SamplingParams, adapter: str | None, priority: int, cache_salt: str | None
     ) -> Completion:
         """The best completions by beam search. Each step requests logits: the beams share prefixes with the step before."""
         loaded = self._adapters.of(adapter)
@@ -328,13 +327,7 @@ class Engine(AsyncGeneration, Reading, WeightUpdates):
             requests = [self._builder.logits_request(tokens, priority, loaded, cache_salt) for tokens in search.sequences]
             self._serve(requests)
             search.advance(torch.stack([request.logits_V for request in requests if request.logits_V is not None]))
-        completions = []
-        for beam in search.best:
-            text = CompletionText(self.tokenizer)
-            ended = search.ends(beam)
-            shown = "".join(text.feed(token) for token in beam.tokens[: len(beam.tokens) - ended]) + text.flush()
-            completions.append(Completion(shown, beam.tokens, "stop" if ended else "length", len(ids)))
-        return replace(completions[0], others=tuple(completions[1:]))
+        return self._builder.beam_completion(search, len(ids))
 
     def _serve(self, requests: Sequence[ScheduledRequest]) -> None:
         """Begin these requests at once, and step until all are done. Raises the first error that one of them has."""
@@ -343,7 +336,7 @@ class Engine(AsyncGeneration, Reading, WeightUpdates):
             with self._lock:
                 for request in requests:
                     self.begin(request)
-            # other threads may take a step in between, or have taken the last one
+            # another thread may step in between, or have taken the last step
             for request in waited_for:
                 while not request.done:
                     with self._lock:
@@ -374,7 +367,7 @@ class Engine(AsyncGeneration, Reading, WeightUpdates):
                 self.core.abort(request)
 
 
-#: Requests at once, as a small server has them, and the tokens of each prompt.
+#: Concurrent requests, as a small server has them, and the tokens of each prompt.
 STREAMS, _PROMPT = 8, 16
 _ROUNDS = 3
 

@@ -1,43 +1,51 @@
-"""Engine core: schedules a step, computes it, samples tokens and hands them to their requests."""
+"""Engine core: schedules a step, computes it by its strategy and hands the tokens to the requests.
+
+`EngineCore.step` is one step, read from top to bottom: `_launch` schedules and computes it, `_hand_over` gives each request its
+tokens. The strategy (`execution/steps/`) computes the step and chooses its tokens.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
-
-from torch import Tensor
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from bessemer.core.errors import BessemerError, RequestError
-from bessemer.inference.execution.batch import Batch
 from bessemer.inference.execution.runner import Runner
-from bessemer.inference.execution.steps import SpeculativeDecoder, draws_of, reserve_tokens, taken
+from bessemer.inference.execution.steps.plain import ChunkTokens, PlainSteps, StepTokens
 from bessemer.inference.execution.weights import LoadedAdapter
-from bessemer.inference.request import Request, ScheduledRequest
-from bessemer.inference.sampling.sampler import Sampled, sample_rows
+from bessemer.inference.request import ScheduledRequest
 from bessemer.inference.scheduling.scheduler import Scheduler
-from bessemer.inference.scheduling.sequence import ScheduledChunk, SchedulerOutput
+from bessemer.inference.scheduling.sequence import ScheduledChunk
 from bessemer.inference.statistics import EngineStatistics, StatisticsRecorder
 from bessemer.model.adapters import Adapter
 
-# Shapes: R wanted rows, W those that a token is sampled from, V vocabulary.
+
+@dataclass(eq=False, slots=True)
+class _Step:
+    """A computed step, or one that the device computes. is_committed: the scheduler has it already, with placeholders."""
+
+    chunks: Sequence[ScheduledChunk]
+    requests: Sequence[ScheduledRequest]
+    tokens: StepTokens
+    started: float
+    is_committed: bool = False
 
 
 class EngineCore:
-    """In-flight requests of one model; `step()` advances all. Nothing in it waits or locks.
+    """In-flight requests of one model; `step()` advances all. Nothing in it waits or locks."""
 
-    speculation: proposes and verifies draft tokens; None: every step makes one token of each request.
-    """
-
-    def __init__(self, scheduler: Scheduler, runner: Runner, speculation: SpeculativeDecoder | None = None) -> None:
+    def __init__(self, scheduler: Scheduler, runner: Runner, strategy: PlainSteps) -> None:
         self.scheduler = scheduler
         self.runner = runner
-        self.speculation = speculation
+        self.strategy = strategy
         self._requests: dict[int, ScheduledRequest] = {}
         self._recorder = StatisticsRecorder()
-        #: Of the weights, as `Engine.weight_version`.
+        #: As of `Engine.weight_version`.
         self.weight_version = 0
+        #: The step in flight between two calls of `step`; only strategies that run ahead leave one.
+        self._launched: _Step | None = None
+        self._handed_over_at = 0.0
 
     @property
     def busy(self) -> bool:
@@ -47,7 +55,7 @@ class EngineCore:
     @property
     def statistics(self) -> EngineStatistics:
         """Counts and times since the start, between two steps."""
-        return self._recorder.read(self.scheduler, self.speculation)
+        return self._recorder.read(self.scheduler, self.strategy.counts)
 
     def enqueue_request(self, request: ScheduledRequest) -> None:
         """Add a request to the waiting queue. Raises RequestError when it can never fit, or too many wait."""
@@ -56,17 +64,20 @@ class EngineCore:
         self._recorder.request_began(request)
 
     def finish_step(self) -> None:
-        """Hand over the tokens of a step that is being computed: what runs is about to change. Here none is between steps."""
+        """Hand over the tokens of the step in flight, before something changes that it was launched with."""
+        step, self._launched = self._launched, None
+        if step is not None:
+            self._hand_over(step)
 
     def change_adapter(self, before: Adapter, after: LoadedAdapter) -> None:
-        """Let the in-flight requests of one adapter go on with another."""
+        """Replace an adapter in all in-flight requests that use it."""
         self.finish_step()
         for request in self._requests.values():
             if request.adapter is before:
                 self.use_adapter(request, after)
 
     def use_adapter(self, request: ScheduledRequest, loaded: LoadedAdapter) -> None:
-        """Let a request and its siblings go on with another adapter, in any state; their keys are computed again."""
+        """Continue a request and its siblings with another adapter, in any state; their keys are computed again."""
         self.finish_step()
         for each in (request, *request.siblings):
             if not each.done and each.adapter is not loaded.adapter:
@@ -84,208 +95,84 @@ class EngineCore:
 
     def step(self) -> None:
         """Compute one step of all in-flight requests."""
-        started = begun = time.perf_counter()
-        several = False
-        if self.speculation is not None:
-            self.speculation.propose(self._decoding(), crowded=self.scheduler.waiting > 0)
-            begun = time.perf_counter()
-        elif self.runner.generates and not any(request.streams for request in self._requests.values()):
-            several = reserve_tokens(self.scheduler, self._requests.values())
+        step, self._launched = self._launched or self._launch(), None
+        if step is None:
+            return
+        try:
+            if self.strategy.runs_ahead:
+                self._launched = self._launch(step)
+        finally:
+            self._hand_over(step)
+        if not self._requests:
+            # the step in flight computes tokens of ended requests only
+            self._launched = None
+
+    def _launch(self, current: _Step | None = None) -> _Step | None:
+        """Schedule and compute a step; None where there is nothing to compute, or it failed.
+
+        current: a step in flight on the device, whose tokens the host does not know; the new one runs after it.
+        """
+        started = time.perf_counter()
+        self.strategy.prepare(self.scheduler, self._requests.values())
+        if current is not None:
+            if not self.strategy.runs_ahead:
+                return None
+            for chunk in current.chunks:
+                self.scheduler.commit_ahead(chunk)
+            current.is_committed = True
         output = self.scheduler.schedule()
-        if several:
-            for sequence in output.preempted:
-                sequence.draft = []
         if not output.chunks:
-            assert not self.busy or output.preempted, "requests wait and nothing is scheduled"
-            return
-        self._prepare_blocks(output)
-        requests = [self._requests[chunk.sequence.identity] for chunk in output.chunks]
-        self._begin_step(requests, started)
-        if several:
-            self._generate(output, requests, started)
-            return
-        batch, rows = self._batch(output.chunks, requests)
-        try:
-            logits_RV = self.runner.forward(batch)
-            if batch.states or batch.routings:
-                self._record(output.chunks, requests)
-        except Exception as error:
-            self._fail_step(requests, error)
-            return
-        sampled = self._sample(output.chunks, requests, rows, logits_RV)
-        if self.speculation is not None:
-            self._keep_states(output.chunks, sampled)
-        for chunk, request, tokens in zip(output.chunks, requests, sampled, strict=True):
-            self._commit(chunk, request, tokens)
-        if self.speculation is not None:
-            # all that drafts make longer: blocks for them, more rows, more to sample, more text
-            self.speculation.computed(output.chunks, requests, len(batch.tokens), time.perf_counter() - begun)
-        self._count_step(len(batch.tokens), time.perf_counter() - started)
-
-    def _generate(self, output: SchedulerOutput, requests: Sequence[ScheduledRequest], started: float) -> None:
-        """Compute several tokens of each request in one call, as many as all have blocks for."""
-        count = 1 + min(chunk.drafts for chunk in output.chunks)
-        states = [generating(request).sampling for request in requests]
-        firsts = [replace(chunk, count=1, drafts=0, num_logits=1) for chunk in output.chunks]
-        batch, _ = self._batch(firsts, requests)
-        try:
-            tokens_RS, log_probs_RS = self.runner.generate(batch, *draws_of(states, count))
-        except Exception as error:
-            self._fail_step(requests, error)
-            return
-        for chunk, request, sampled in zip(output.chunks, requests, taken(states, tokens_RS, log_probs_RS), strict=True):
-            if not isinstance(sampled, RequestError):
-                chunk.sequence.draft = [one.token for one in sampled]
-            self._commit(chunk, request, sampled)
-        self._count_step(count * len(requests), time.perf_counter() - started)
-
-    def _prepare_blocks(self, output: SchedulerOutput) -> None:
-        """Copy the blocks and states that a step goes on from."""
+            assert current is not None or not self.busy or output.preempted, "requests wait and nothing is scheduled"
+            return None
         if output.copies:
             self.runner.copy_blocks(output.copies)
         if output.restored:
             self.runner.restore_states(output.restored)
-
-    def _fail_step(self, requests: Sequence[ScheduledRequest], error: Exception) -> None:
-        """A step fails as a whole: every request in it is told, and none of it stays scheduled. Raises what is no user's."""
-        told = error if isinstance(error, BessemerError) else RequestError(f"the step failed: {error}")
-        for request in requests:
-            self._end(request, told)
-        if told is not error:
-            raise error
-
-    def _begin_step(self, requests: Sequence[ScheduledRequest], started: float) -> None:
+        requests = [self._requests[chunk.sequence.identity] for chunk in output.chunks]
         for request in requests:
             if not request.scheduled_at:
                 request.scheduled_at = started
+        try:
+            tokens = self.strategy.compute(output, requests)
+        except Exception as error:
+            self._fail_step(requests, error)
+            return None
+        return _Step(output.chunks, requests, tokens, started)
 
-    def _count_step(self, tokens: int, seconds: float) -> None:
-        self._recorder.computed_tokens += tokens
-        self._recorder.steps.append((tokens, seconds))
+    def _hand_over(self, step: _Step) -> None:
+        """Give the tokens of a step to the requests that are still there."""
+        for chunk, request, tokens in zip(step.chunks, step.requests, step.tokens.read(), strict=True):
+            if step.is_committed:
+                self.scheduler.take_back(chunk.sequence)
+            if self._requests.get(chunk.sequence.identity) is request:
+                self._commit(step, chunk, request, tokens)
+        computed = step.tokens.computed
+        self.strategy.committed(step.chunks, step.requests, computed)
+        now = time.perf_counter()
+        self._recorder.computed_tokens += computed
+        # steps may overlap: the time of one is that since the one before
+        self._recorder.steps.append((computed, now - max(step.started, self._handed_over_at)))
+        self._handed_over_at = now
 
-    def _decoding(self) -> list[Request]:
-        """Running requests whose next token is to be sampled in the coming step."""
-        return [
-            request
-            for request in self._requests.values()
-            if isinstance(request, Request)
-            and request.sequence.status == "running"
-            and len(request.sequence.tokens) - request.sequence.computed == 1
-        ]
-
-    def _batch(
-        self, chunks: Sequence[ScheduledChunk], requests: Sequence[ScheduledRequest], pending: Mapping[int, int] | None = None
-    ) -> tuple[Batch, list[slice]]:
-        """The runner's input, and which of its wanted rows belong to each chunk.
-
-        pending: by the identity of a sequence whose last token is a placeholder, the token's place among those sampled.
-        """
-        batch = Batch.empty(len(self.scheduler.groups))
-        rows = []
-        for chunk, request in zip(chunks, requests, strict=True):
-            sequence, count = chunk.sequence, chunk.count
-            tokens = sequence.tokens[chunk.start : chunk.start + count - chunk.drafts]
-            if chunk.drafts:
-                tokens += sequence.draft[: chunk.drafts]
-            rows.append(
-                batch.append(
-                    tokens,
-                    chunk.start,
-                    sequence.tables,
-                    wanted=request.wanted_rows(chunk),
-                    drafts=chunk.drafts,
-                    prompt_length=sequence.prompt_length,
-                    adapter=request.adapter,
-                    slot=sequence.state_slot,
-                    snapshots=sequence.snapshots,
-                    pending=None if pending is None else pending.get(sequence.identity),
-                )
-            )
-            if request.recorder is not None:
-                request.recorder.ask(chunk, batch)
-        return batch, rows
-
-    def _record(self, chunks: Sequence[ScheduledChunk], requests: Sequence[ScheduledRequest]) -> None:
-        """Hand what the step kept to the requests that capture it."""
-        for chunk, request in zip(chunks, requests, strict=True):
-            if request.recorder is not None:
-                request.recorder.take(chunk, self.runner.observed, self.runner, request.adapter)
-
-    def _sample(
-        self,
-        chunks: Sequence[ScheduledChunk],
-        requests: Sequence[ScheduledRequest],
-        rows: Sequence[slice],
-        logits_RV: Tensor,
-    ) -> list[list[Sampled] | BessemerError]:
-        """The tokens that each chunk gives, none where it ends inside a prompt; or why it can give none.
-
-        Logits that nothing is sampled from go to the requests that want them.
-        """
-        sampled: list[list[Sampled] | BessemerError] = [[] for _ in chunks]
-        sampling: list[int] = []
-        wanted: list[int] = []
-        taking: list[int] = []
-        for index, (chunk, request, place) in enumerate(zip(chunks, requests, rows, strict=True)):
-            count = chunk.num_logits if request.samples else 0
-            if place.stop - place.start > count:
-                taking.append(index)
-            if count:
-                sampling.append(index)
-                wanted += range(place.stop - count, place.stop)
-        # in the usual step every row is sampled from, and nothing of it is a PyTorch operation
-        is_whole = len(wanted) == len(logits_RV)
-        plain = is_whole and all(_is_plain(chunks[index], requests[index]) for index in sampling)
-        with nullcontext() if plain else self.runner.beside_own_threads():
-            if sampling:
-                logits_WV = logits_RV if is_whole else logits_RV[wanted]
-                of_chunks = self._sample_rows(
-                    [chunks[index] for index in sampling], [generating(requests[index]) for index in sampling], logits_WV
-                )
-                for index, tokens in zip(sampling, of_chunks, strict=True):
-                    sampled[index] = tokens
-            for index in taking:
-                try:
-                    requests[index].take_logits(chunks[index], logits_RV[rows[index]])
-                except RequestError as error:
-                    sampled[index] = error
-        return sampled
-
-    def _sample_rows(
-        self, chunks: Sequence[ScheduledChunk], requests: Sequence[Request], logits_WV: Tensor
-    ) -> Sequence[list[Sampled] | RequestError]:
-        """The tokens of each chunk, all of whose rows are given; an error for one that gets none."""
-        if any(chunk.drafts for chunk in chunks):
-            assert self.speculation is not None
-            return self.speculation.verify(chunks, requests, logits_WV)
-        sampled = sample_rows(logits_WV, [request.sampling for request in requests])
-        return [one if isinstance(one, RequestError) else [one] for one in sampled]
-
-    def _keep_states(self, chunks: Sequence[ScheduledChunk], sampled: Sequence[list[Sampled] | BessemerError]) -> None:
-        """Take the states of linear attention back to after the accepted tokens."""
-        kept = [
-            (chunk.sequence.state_slot, len(tokens))
-            for chunk, tokens in zip(chunks, sampled, strict=True)
-            if chunk.drafts and chunk.sequence.state_slot is not None and not isinstance(tokens, BessemerError)
-        ]
-        if kept:
-            self.runner.keep_states(kept)
-
-    def _commit(self, chunk: ScheduledChunk, request: ScheduledRequest, sampled: list[Sampled] | BessemerError) -> None:
-        if isinstance(sampled, BessemerError):
-            self._end(request, sampled)
+    def _commit(self, step: _Step, chunk: ScheduledChunk, request: ScheduledRequest, tokens: ChunkTokens) -> None:
+        if isinstance(tokens, BessemerError):
+            self._end(request, tokens)
             return
         if not chunk.num_logits:
-            self.scheduler.commit(chunk, [])
+            if not step.is_committed:
+                self.scheduler.commit(chunk, [])
             return
         begins = len(chunk.sequence.tokens) == chunk.sequence.prompt_length
         try:
-            made = request.take(sampled, self.weight_version)
+            made = request.take(tokens, self.weight_version)
         except RequestError as error:
             # a token that the tokenizer does not have, where the model has more
             self._end(request, error)
             return
-        self._record_tokens(chunk, made)
+        if step.is_committed:
+            self.scheduler.commit_token(chunk.sequence, *made)
+        else:
+            self.scheduler.commit(chunk, made)
         if request.samples:
             self._recorder.generated_tokens += len(made)
             if begins:
@@ -301,8 +188,13 @@ class EngineCore:
                 request.recorder.complete(request.sequence, self.runner, request.adapter)
             self._end(request, None)
 
-    def _record_tokens(self, chunk: ScheduledChunk, tokens: Sequence[int]) -> None:
-        self.scheduler.commit(chunk, tokens)
+    def _fail_step(self, requests: Sequence[ScheduledRequest], error: Exception) -> None:
+        """Fail all requests of a step, so that none of it stays scheduled. Re-raises an internal error."""
+        failure = error if isinstance(error, BessemerError) else RequestError(f"the step failed: {error}")
+        for request in requests:
+            self._end(request, failure)
+        if failure is not error:
+            raise error
 
     def _fork(self, request: ScheduledRequest) -> None:
         """Start the siblings of a request whose prompt has been read, on the same blocks."""
@@ -319,7 +211,7 @@ class EngineCore:
             successors = request.successors(1 + self.scheduler.empty_places)
         else:
             request.fail(error)
-            # those that have not begun never will
+            # siblings that have not started never will
             for sibling in request.siblings:
                 if sibling.sequence.identity not in self._requests and not sibling.done:
                     sibling.fail(error)
@@ -330,16 +222,4 @@ class EngineCore:
 
     def _forget(self, request: ScheduledRequest) -> None:
         self._recorder.request_ended(request)
-        if self.speculation is not None:
-            self.speculation.forget(request)
-
-
-def generating(request: ScheduledRequest) -> Request:
-    """A request that tokens are sampled for."""
-    assert isinstance(request, Request), "tokens are sampled for completions only"
-    return request
-
-
-def _is_plain(chunk: ScheduledChunk, request: ScheduledRequest) -> bool:
-    """Whether a chunk's token is the largest of its logits as they are: that needs none of PyTorch's threads."""
-    return not chunk.drafts and isinstance(request, Request) and request.sampling.takes_argmax
+        self.strategy.forget(request)

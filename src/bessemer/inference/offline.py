@@ -24,8 +24,8 @@ from bessemer.inference.capture import Capture, Captured, Pooling, embeddings
 from bessemer.inference.config import EngineConfig
 from bessemer.inference.engine_core import EngineCore
 from bessemer.inference.execution.batch import Batch
-from bessemer.inference.execution.build import new_runner, page_layout, page_type
-from bessemer.inference.execution.kv_cache import PagedMemory, layer_groups
+from bessemer.inference.execution.build import new_runner, paged_memory
+from bessemer.inference.execution.kv_cache import layer_groups
 from bessemer.inference.execution.tensor_parallel.sharded_model import ShardedModel
 from bessemer.inference.execution.weights import (
     LoadedAdapters,
@@ -34,12 +34,13 @@ from bessemer.inference.execution.weights import (
     copied_adapter,
     replace_weights,
 )
-from bessemer.inference.request import Prompt, Prompts, Request, ScheduledRequest
-from bessemer.inference.request_builder import RequestBuilder, as_prompts, for_each
+from bessemer.inference.request import Prompt, Prompts, Request, ScheduledRequest, as_prompts, for_each
+from bessemer.inference.request_builder import RequestBuilder
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.inference.scores import Score, ScoreItem
 from bessemer.model.adapters import Adapter
 from bessemer.model.adapters.folder import read_adapter
+from bessemer.model.attention import is_recurrent
 from bessemer.model.decoder import Decoder
 
 # Shapes: P prompts, R rows (P · n), T tokens of the longest row.
@@ -158,7 +159,7 @@ class Reading(ABC):
         that can never be scored, before any is computed.
         """
         requests = []
-        for item, name in zip(items, for_each(items, adapter, "adapters"), strict=True):
+        for item, name in zip(items, for_each(len(items), adapter, "adapters"), strict=True):
             loaded = self._adapters.of(name)
             request, longest = self._builder.score_request(item, priority, loaded, cache_salt)
             self.core.scheduler.check(longest)
@@ -175,13 +176,13 @@ class Reading(ABC):
         adapter: str | Sequence[str | None] | None = None,
         cache_salt: str | None = None,
     ) -> list[Captured]:
-        """What is captured of each prompt while it is read; nothing is generated. The other arguments are those of `generate`.
+        """Capture from each prompt while it is read; nothing is generated. The other arguments are those of `generate`.
 
         Raises RequestError for what the model does not have, before any prompt is read.
         """
         prompts = as_prompts(prompts)
         requests = []
-        for prompt, name in zip(prompts, for_each(prompts, adapter, "adapters"), strict=True):
+        for prompt, name in zip(prompts, for_each(len(prompts), adapter, "adapters"), strict=True):
             loaded = self._adapters.of(name)
             ids = self._builder.prompt_ids(prompt)
             requests.append(self._builder.capture_request(ids, capture, priority, loaded, cache_salt))
@@ -205,7 +206,7 @@ class Reading(ABC):
         """
         last = self.model.config.num_hidden_layers if layer is None else layer
         capture = Capture(states=(last,), positions="all" if pooling == "mean" else "last")
-        states = [found.states[last] for found in self.capture(prompts, capture, adapter=adapter)]
+        states = [captured.states[last] for captured in self.capture(prompts, capture, adapter=adapter)]
         return embeddings(states, self._last_norm if layer is None else None, normalise=normalise)
 
     def _last_norm(self, states_PD: Tensor) -> Tensor:
@@ -334,7 +335,7 @@ class WeightUpdates:
 
 
 class TextScorer:
-    """The engine's runner of a model that was opened to be served, over KV blocks for one text, in chunks."""
+    """Logits of one text at a time, in chunks, by the runner that the engine has for an opened model."""
 
     def __init__(self, model: Decoder, longest: int, config: EngineConfig | None = None) -> None:
         """longest: tokens of the longest text. Raises ConfigError where the model cannot be served as the settings say."""
@@ -343,21 +344,9 @@ class TextScorer:
         self._longest = longest
         self._chunk = config.max_num_batched_tokens
         groups, pages = layer_groups(model.config), -(-longest // config.block_size)
-        dtype = page_type(model, config)
-        by_head, spare = page_layout(model, config, dtype)
-        memory = PagedMemory(
-            model.config,
-            [pages] * len(groups),
-            config.block_size,
-            dtype,
-            model.device,
-            state_slots=1,
-            by_head=by_head,
-            spare=spare,
-            longest=longest,
-        )
+        memory = paged_memory(model, config, [pages] * len(groups), state_slots=1, longest=longest)
         self._tables = [list(range(pages)) for _ in groups]
-        self._slot = 0 if "linear_attention" in model.config.types else None
+        self._slot = 0 if is_recurrent(model.config) else None
         self._runner = new_runner(model, memory, config, opened=True)
 
     @property
@@ -372,5 +361,5 @@ class TextScorer:
             chunk = list(tokens[start : start + self._chunk])
             count = len(chunk)
             batch = Batch.empty(len(self._tables))
-            batch.append(chunk, start, self._tables, wanted=range(count), prompt_length=len(tokens), slot=self._slot)
+            batch.append_tokens(chunk, start, self._tables, wanted=range(count), prompt_length=len(tokens), slot=self._slot)
             yield self._runner.forward(batch)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from bessemer.core.errors import BessemerError
+from bessemer.core.errors import BessemerError, RequestError
 from bessemer.inference.sampling.distribution import log_probs
 from bessemer.inference.sampling.params import SamplingParams, StopStrings
 from bessemer.inference.sampling.sampler import Sampled, SamplingState
@@ -32,11 +33,51 @@ Prompt = str | Sequence[int]
 Prompts = Prompt | Sequence[Prompt]
 
 
+class PromptCall(NamedTuple):
+    """One prompt of a call for many, with its own parameters and the name of its adapter."""
+
+    prompt: Prompt
+    params: SamplingParams
+    adapter: str | None
+
+
+def prompt_calls(
+    prompts: Prompts, params: SamplingParams | Sequence[SamplingParams], adapter: str | Sequence[str | None] | None
+) -> list[PromptCall]:
+    """Each prompt with its parameters and adapter, which are given for all or for each. Raises RequestError as `for_each`."""
+    listed = as_prompts(prompts)
+    each, adapters = for_each(len(listed), params, "params"), for_each(len(listed), adapter, "adapters")
+    return [PromptCall(*call) for call in zip(listed, each, adapters, strict=True)]
+
+
+def as_prompts(prompts: Prompts) -> list[Prompt]:
+    """The prompts that are meant: a text, or token ids, alone are one prompt."""
+    if isinstance(prompts, str | bytes | bytearray | Mapping):
+        return [prompts]  # type: ignore[list-item]  # what is no prompt, `RequestBuilder.prompt_ids` refuses
+    if len(prompts) and (isinstance(prompts[0], Integral) or getattr(prompts[0], "ndim", None) == 0):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def for_each(count: int, values: Any, what: str) -> list[Any]:
+    """A value for each of `count` prompts, where one may be given for all. Raises RequestError for another number of them."""
+    each = list(values) if isinstance(values, Sequence) and not isinstance(values, str) else [values] * count
+    if len(each) != count:
+        raise RequestError(f"{count:,} prompts and {len(each):,} {what}; give one for all, or one for each")
+    return each
+
+
+def check_streamed(params: SamplingParams) -> None:
+    """Raises RequestError for parameters that ask for more than one completion."""
+    if (params.best_of or params.n) > 1 or params.beam_width:
+        raise RequestError("a stream is one answer as it is made: leave out n, best_of and beam_width, or do not stream")
+
+
 @dataclass(frozen=True)
 class Chunk:
     """What one step adds to a completion. `text` may be empty while a character or a possible stop string is incomplete.
 
-    log_probs: of each token, where the request asks for them.
+    log_probs: of each token; None where the request wants none.
     """
 
     text: str
@@ -50,9 +91,8 @@ class Completion:
     """A whole completion. `text` ends before a stop string and shows no control token; `token_ids` holds every token made.
 
     finish_reason: `stop` at an end token or a stop string, `length` at max_tokens or the end of the context.
-    log_probs: of each token made, and prompt_log_probs of each token of the prompt but the first, where asked for. others:
-    where several completions of a prompt were asked for, all but this first one. cached_tokens: of the prompt, found in the
-    prefix cache. captured: where the request says what.
+    log_probs: of each token made; prompt_log_probs: of each token of the prompt but the first; None where not wanted. others:
+    the other completions of the same prompt. cached_tokens: of the prompt, found in the prefix cache.
     """
 
     text: str
@@ -105,7 +145,7 @@ class CompletionText:
 
 
 class WholeText(CompletionText):
-    """The same, all of it by `flush`: one decoding costs less than one for each token. Without stop strings."""
+    """A `CompletionText` without stop strings that decodes all tokens at `flush`: cheaper than one by one."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__(tokenizer)
@@ -142,7 +182,7 @@ class ScheduledRequest:
         #: `time.perf_counter`; 0 before.
         self.began_at = self.scheduled_at = 0.0
         self.first_token_at = self.last_token_at = 0.0
-        #: Other requests of the same prompt, which begin when it has been read.
+        #: Other requests of the same prompt, which start when it has been read.
         self.siblings: Sequence[ScheduledRequest] = []
 
     @property
@@ -166,7 +206,7 @@ class ScheduledRequest:
         """
 
     def take(self, sampled: list[Sampled], weight_version: int = 0) -> list[int]:
-        """Take the tokens sampled in a step, none where it samples nothing. Returns what its sequence goes on with."""
+        """Take the tokens sampled in a step. Returns the ids that its sequence is extended by."""
         return [_PLACEHOLDER]
 
     def successors(self, places: int) -> Sequence[ScheduledRequest]:
@@ -174,7 +214,7 @@ class ScheduledRequest:
         return ()
 
     def fail(self, error: BessemerError) -> None:
-        """End with an error, which the caller is told."""
+        """End with an error, which its reader gets."""
         self.error = error
 
 
@@ -223,10 +263,6 @@ class Request(ScheduledRequest):
         self.prompt_log_probs: list[Sampled] = []
         #: Of each token made, the version of the weights that it was sampled with.
         self.weight_versions: list[int] = []
-        #: Draft tokens that were verified.
-        self.proposed = 0
-        #: Those of them that were accepted.
-        self.accepted = 0
         #: Whether log-probabilities of its prompt are wanted.
         self.reads_prompt = self.params.prompt_logprobs is not None
         self._end_tokens = end_tokens
@@ -236,7 +272,7 @@ class Request(ScheduledRequest):
             if streams or self.params.stop
             else WholeText(tokenizer)
         )
-        #: Of the next chunk: its text and its tokens.
+        #: Text and tokens of the next chunk.
         self._next_text = ""
         self._next_tokens: list[Sampled] = []
 
@@ -281,8 +317,8 @@ class Request(ScheduledRequest):
         end = min(chunk.start + chunk.count, self.sequence.prompt_length - 1)
         following = self.sequence.tokens[first + 1 : end + 1]
         counts = [self.params.prompt_logprobs or 0] * len(following)
-        found = log_probs(logits_RV[first - chunk.start : end - chunk.start], following, counts)
-        self.prompt_log_probs += [Sampled(token, one) for token, one in zip(following, found, strict=True)]
+        of_tokens = log_probs(logits_RV[first - chunk.start : end - chunk.start], following, counts)
+        self.prompt_log_probs += [Sampled(token, one) for token, one in zip(following, of_tokens, strict=True)]
 
     def take(self, sampled: list[Sampled], weight_version: int = 0) -> list[int]:
         """Add the tokens of a step up to the end of the completion. Returns the ids of those that belong to it.
@@ -341,11 +377,7 @@ def completion_of(request: Request, params: SamplingParams) -> Completion:
         made = [replace(each, log_probs=None) for each in made]
     prompt = request.prompt_log_probs if params.prompt_logprobs is not None else None
     return replace(
-        made[0],
-        prompt_log_probs=prompt,
-        others=tuple(made[1:]),
-        cached_tokens=request.cached_tokens,
-        captured=request.captured,
+        made[0], prompt_log_probs=prompt, others=tuple(made[1:]), cached_tokens=request.cached_tokens, captured=request.captured
     )
 
 

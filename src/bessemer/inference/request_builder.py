@@ -6,11 +6,10 @@ Tokens and scores of a beam search are those of `transformers.generate(num_beams
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from numbers import Integral
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +17,9 @@ from torch import Tensor
 from bessemer.core.errors import RequestError
 from bessemer.inference.capture import Capture, CaptureRequest, Recorder
 from bessemer.inference.execution.weights import LoadedAdapter
-from bessemer.inference.request import LogitsRequest, Prompt, Prompts, Request
+from bessemer.inference.request import Completion, CompletionText, LogitsRequest, Prompt, Request
 from bessemer.inference.sampling.grammar import GrammarCompiler
 from bessemer.inference.sampling.params import SamplingParams
-from bessemer.inference.sampling.penalties import TokenRules
 from bessemer.inference.sampling.sampler import SamplingState, no_token
 from bessemer.inference.scheduling.sequence import TokenSequence
 from bessemer.inference.scores import ScoreItem, ScoreRequest
@@ -182,7 +180,7 @@ class RequestBuilder:
         *,
         streams: bool = True,
     ) -> Request:
-        """A request for a completion of `prompt_ids`, with the other completions of the same prompt as its `siblings`.
+        """A request for a completion of token ids, with the other completions of the same prompt as its `siblings`.
 
         streams: as of `Request`. Raises RequestError for parameters that cannot be served.
         """
@@ -200,25 +198,30 @@ class RequestBuilder:
             # by which the completions are ranked
             params = params.with_changes(logprobs=0, logprobs_mode="raw")
         end_tokens = self._ends(params) | frozenset(params.stop_token_ids)
-        rules = TokenRules(params, self._vocab_size)
-        first, *others = [
-            Request(
-                self._sequence(ids, limit, priority, salt, computed_from),
-                self._sampling(ids, params, index, rules),
-                self._tokenizer,
-                end_tokens,
-                loaded and loaded.adapter,
-                None if capture is None else Recorder(capture, len(ids)),
-                streams=streams,
-            )
-            for index in range(params.best_of or params.n)
-        ]
+        requests: list[Request] = []
+        for index in range(params.best_of or params.n):
+            sequence = self._sequence(ids, limit, priority, salt, computed_from)
+            sampling = self._sampling(ids, params, index, first=requests[0].sampling if requests else None)
+            recorder = None if capture is None else Recorder(capture, len(ids))
+            adapter = loaded and loaded.adapter
+            requests.append(Request(sequence, sampling, self._tokenizer, end_tokens, adapter, recorder, streams=streams))
+        first, *others = requests
         first.siblings = others
         return first
 
     def beam_search(self, ids: list[int], params: SamplingParams) -> BeamSearch:
         """A beam search from `prompt_ids`. Raises RequestError for parameters that cannot be served."""
-        return BeamSearch(ids, self._sampling(ids, params, 0), self._limit(ids, params) - len(ids))
+        return BeamSearch(ids, self._sampling(ids, params), self._limit(ids, params) - len(ids))
+
+    def beam_completion(self, search: BeamSearch, prompt_tokens: int) -> Completion:
+        """The completions of a search that is finished."""
+        completions = []
+        for beam in search.best:
+            text = CompletionText(self._tokenizer)
+            ended = search.ends(beam)
+            shown = "".join(text.feed(token) for token in beam.tokens[: len(beam.tokens) - ended]) + text.flush()
+            completions.append(Completion(shown, beam.tokens, "stop" if ended else "length", prompt_tokens))
+        return replace(completions[0], others=tuple(completions[1:]))
 
     def logits_request(
         self, ids: list[int], priority: int, loaded: LoadedAdapter | None, cache_salt: str | None
@@ -298,16 +301,14 @@ class RequestBuilder:
         return min(len(ids) + params.max_tokens, self._context_length) if params.max_tokens else len(ids) + 1
 
     def _sequence(
-        self,
-        ids: list[int],
-        limit: int,
-        priority: int,
-        salt: str | None,
-        computed_from: int | None = None,
+        self, ids: list[int], limit: int, priority: int, salt: str | None, computed_from: int | None = None
     ) -> TokenSequence:
         return TokenSequence(next(self._names), list(ids), len(ids), limit, priority, salt, computed_from=computed_from)
 
-    def _sampling(self, ids: list[int], params: SamplingParams, index: int, rules: TokenRules | None = None) -> SamplingState:
+    def _sampling(
+        self, ids: list[int], params: SamplingParams, index: int = 0, first: SamplingState | None = None
+    ) -> SamplingState:
+        """first: that of the first completion of the prompt, whose rules the others share."""
         return SamplingState(
             params,
             prompt=ids,
@@ -315,34 +316,11 @@ class RequestBuilder:
             end_tokens=self._ends(params),
             index=index,
             grammar=self._grammars.matcher(params),
-            rules=rules,
+            rules=None if first is None else first.rules,
         )
 
     def _ends(self, params: SamplingParams) -> frozenset[int]:
         return frozenset() if params.ignore_eos else self._end_tokens
-
-
-def as_prompts(prompts: Prompts) -> list[Prompt]:
-    """The prompts that are meant: a text, or token ids, alone are one prompt."""
-    if isinstance(prompts, str | bytes | bytearray | Mapping):
-        return [prompts]  # type: ignore[list-item]  # what is no prompt, `prompt_ids` refuses
-    if len(prompts) and (isinstance(prompts[0], Integral) or getattr(prompts[0], "ndim", None) == 0):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
-
-
-def for_each(prompts: Sequence[Any], given: Any, what: str) -> list[Any]:
-    """One of each prompt, where one may be given for all."""
-    each = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given] * len(prompts)
-    if len(each) != len(prompts):
-        raise RequestError(f"{len(prompts):,} prompts and {len(each):,} {what}; give one for all, or one for each")
-    return each
-
-
-def check_streamed(params: SamplingParams) -> None:
-    """Raises RequestError for parameters that ask for more than one completion."""
-    if (params.best_of or params.n) > 1 or params.beam_width:
-        raise RequestError("a stream is one answer as it is made: leave out n, best_of and beam_width, or do not stream")
 
 
 def _salt(loaded: LoadedAdapter | None, cache_salt: str | None) -> str | None:

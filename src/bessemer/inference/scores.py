@@ -21,7 +21,7 @@ from bessemer.model.adapters import Adapter
 
 # Shapes: R rows, V vocabulary, K tokens of a row.
 
-#: Rows whose log-probabilities of the whole vocabulary are there at once.
+#: Rows whose log-probabilities of the whole vocabulary are in memory at once.
 _ROWS = 16
 
 
@@ -48,7 +48,7 @@ def token_scores(logits_RV: Tensor, tokens_RK: Sequence[Sequence[int]]) -> tuple
 
 #: A prefix and its continuations: texts, or token ids.
 ScoreItem = tuple[str | Sequence[int], Sequence[str] | Sequence[Sequence[int]]]
-#: Makes a sequence of these tokens behind the same prefix, with the logits wanted from a position on, and of a salt.
+#: Makes a sequence of (tokens, position from which logits are wanted, salt).
 NewSequence = Callable[[list[int], int, str | None], TokenSequence]
 
 
@@ -77,7 +77,7 @@ class Score:
 
 
 class _PartialScore:
-    """A continuation's score as far as it is known."""
+    """The score of a continuation that is read in several steps."""
 
     def __init__(self, token_ids: list[int]) -> None:
         self.token_ids = token_ids
@@ -90,7 +90,7 @@ class _PartialScore:
 
     def wanted_rows(self, chunk: ScheduledChunk) -> range:
         """The tokens of a chunk, counted from 0, that come before one whose score is not known."""
-        # what is computed again after a preemption is not scored again
+        # tokens computed again after a preemption are not scored again
         first = chunk.sequence.prompt_length - 1 + len(self.log_probs)
         return range(first - chunk.start, chunk.count)
 
@@ -157,7 +157,7 @@ class ScoreRequest(ScheduledRequest):
     def successors_of(self, ended: ScheduledRequest, places: int) -> list[ScheduledRequest]:
         """The continuations that take the place of a request that has ended, at most `places`.
 
-        `ended` may have changed its adapter, and its salt with it, since the prefix was read: what it has computed is theirs.
+        They take over the adapter and the salt of `ended`, which may have changed since the prefix was read.
         """
         begun: list[ScheduledRequest] = []
         while self._unread and len(begun) < places and self.error is None:
@@ -177,7 +177,7 @@ class ScoreRequest(ScheduledRequest):
 
 
 class _ContinuationRequest(ScheduledRequest):
-    """Reads a continuation behind the prefix that a `ScoreRequest` has read."""
+    """Reads one continuation after the prefix of a `ScoreRequest`."""
 
     def __init__(self, first: ScoreRequest, partial: _PartialScore, sequence: TokenSequence, adapter: Adapter | None) -> None:
         super().__init__(sequence, adapter)

@@ -14,32 +14,47 @@ from itertools import accumulate
 from types import MappingProxyType
 from typing import NamedTuple
 
-from bessemer.inference.execution.steps import SpeculativeDecoder
 from bessemer.inference.request import Request, ScheduledRequest
 from bessemer.inference.scheduling.scheduler import Scheduler
 
 # Seconds. Both have vLLM's bounds, so that its dashboards read them, and shorter ones for small models.
 
-#: Of the first token.
+#: Bounds for the time to the first token.
 _FIRST_TOKEN_BOUNDS = (
     *(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
     *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
 )
-#: Of a step, and of each token after the first.
+#: Bounds for the time of a step, and of each token after the first.
 STEP_BOUNDS = (
     *(0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75),
     *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
 )
 
 
-#: Of a request, and of its parts.
+#: Bounds for the time of a request, and of its parts.
 _REQUEST_BOUNDS = (
     *(0.001, 0.005, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0),
     *(120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
 )
-#: Tokens of a request, and of a step.
+#: Bounds for the tokens of a request, and of a step.
 _REQUEST_TOKEN_BOUNDS = tuple(float(digit * 10**power) for power in range(6) for digit in (1, 2, 5))
 _STEP_TOKEN_BOUNDS = (1.0, *(float(2**power) for power in range(3, 15)))
+
+
+#: Bounds of the histograms of `EngineStatistics`.
+_BOUNDS = {
+    "step_seconds": STEP_BOUNDS,
+    "step_tokens": _STEP_TOKEN_BOUNDS,
+    "time_to_first_token_seconds": _FIRST_TOKEN_BOUNDS,
+    "inter_token_seconds": STEP_BOUNDS,
+    "time_per_output_token_seconds": STEP_BOUNDS,
+    "request_seconds": _REQUEST_BOUNDS,
+    "queue_seconds": _REQUEST_BOUNDS,
+    "prefill_seconds": _REQUEST_BOUNDS,
+    "decode_seconds": _REQUEST_BOUNDS,
+    "request_prompt_tokens": _REQUEST_TOKEN_BOUNDS,
+    "request_generated_tokens": _REQUEST_TOKEN_BOUNDS,
+}
 
 
 class Histogram(NamedTuple):
@@ -120,8 +135,23 @@ class EngineStatistics:
         return self.step_seconds.total
 
 
+@dataclass
+class DraftCounts:
+    """Drafts that were verified since the start, their tokens, and those of them that were accepted."""
+
+    drafts: int = 0
+    proposed: int = 0
+    accepted: int = 0
+
+    def add(self, proposed: int, accepted: int) -> None:
+        """Count a draft."""
+        self.drafts += 1
+        self.proposed += proposed
+        self.accepted += accepted
+
+
 class StatisticsRecorder:
-    """What the engine core counts; in a step it adds to the attributes. Scheduler and speculative decoding keep their own."""
+    """What the engine core counts; in a step it adds to the attributes. Scheduler and decode strategy keep their own."""
 
     def __init__(self) -> None:
         self.computed_tokens = 0
@@ -131,12 +161,7 @@ class StatisticsRecorder:
         #: Seconds between tokens that followed each other, and steps with their positions and seconds, since a request ended.
         self.gaps: list[float] = []
         self.steps: list[tuple[int, float]] = []
-        self._step_seconds, self._step_tokens = _Counts(STEP_BOUNDS), _Counts(_STEP_TOKEN_BOUNDS)
-        self._first_token_seconds = _Counts(_FIRST_TOKEN_BOUNDS)
-        self._inter_token_seconds, self._token_seconds = _Counts(STEP_BOUNDS), _Counts(STEP_BOUNDS)
-        self._request_seconds, self._queue_seconds = _Counts(_REQUEST_BOUNDS), _Counts(_REQUEST_BOUNDS)
-        self._prefill_seconds, self._decode_seconds = _Counts(_REQUEST_BOUNDS), _Counts(_REQUEST_BOUNDS)
-        self._prompt_tokens, self._made_tokens = _Counts(_REQUEST_TOKEN_BOUNDS), _Counts(_REQUEST_TOKEN_BOUNDS)
+        self._histograms = {name: _Counts(bounds) for name, bounds in _BOUNDS.items()}
 
     def request_began(self, request: ScheduledRequest) -> None:
         """A request waits for its first step."""
@@ -146,20 +171,20 @@ class StatisticsRecorder:
     def first_token_came(self, request: ScheduledRequest) -> None:
         """A completion has its first token."""
         request.first_token_at = request.last_token_at = time.perf_counter()
-        self._first_token_seconds.observe(request.first_token_at - request.began_at)
+        self._histograms["time_to_first_token_seconds"].observe(request.first_token_at - request.began_at)
 
     def _take_in(self) -> None:
-        """Put what steps have noted into the histograms."""
+        """Move the noted gaps and steps into the histograms."""
         for gap in self.gaps:
-            self._inter_token_seconds.observe(gap)
+            self._histograms["inter_token_seconds"].observe(gap)
         for tokens, seconds in self.steps:
-            self._step_tokens.observe(tokens)
-            self._step_seconds.observe(seconds)
+            self._histograms["step_tokens"].observe(tokens)
+            self._histograms["step_seconds"].observe(seconds)
         self.gaps.clear()
         self.steps.clear()
 
     def request_ended(self, request: ScheduledRequest) -> None:
-        """A request has ended; nothing is counted of one that asks for logits."""
+        """Count a request that has ended, unless it samples no tokens."""
         self._take_in()
         if not isinstance(request, Request):
             return
@@ -170,15 +195,15 @@ class StatisticsRecorder:
             return
         now = time.perf_counter()
         if made > 1:
-            self._token_seconds.observe((now - request.first_token_at) / (made - 1))
-        self._request_seconds.observe(now - request.began_at)
-        self._queue_seconds.observe(request.scheduled_at - request.began_at)
-        self._prefill_seconds.observe(request.first_token_at - request.scheduled_at)
-        self._decode_seconds.observe(now - request.first_token_at)
-        self._prompt_tokens.observe(request.sequence.prompt_length)
-        self._made_tokens.observe(made)
+            self._histograms["time_per_output_token_seconds"].observe((now - request.first_token_at) / (made - 1))
+        self._histograms["request_seconds"].observe(now - request.began_at)
+        self._histograms["queue_seconds"].observe(request.scheduled_at - request.began_at)
+        self._histograms["prefill_seconds"].observe(request.first_token_at - request.scheduled_at)
+        self._histograms["decode_seconds"].observe(now - request.first_token_at)
+        self._histograms["request_prompt_tokens"].observe(request.sequence.prompt_length)
+        self._histograms["request_generated_tokens"].observe(made)
 
-    def read(self, scheduler: Scheduler, speculation: SpeculativeDecoder | None) -> EngineStatistics:
+    def read(self, scheduler: Scheduler, drafts: DraftCounts) -> EngineStatistics:
         """The statistics at this moment, between two steps."""
         self._take_in()
         return EngineStatistics(
@@ -188,24 +213,14 @@ class StatisticsRecorder:
             prefix_cache_query_tokens=scheduler.asked_tokens,
             prefix_cache_hit_tokens=scheduler.found_tokens,
             preemptions=scheduler.preemptions,
-            drafts=0 if speculation is None else speculation.drafts,
-            draft_tokens_proposed=0 if speculation is None else speculation.proposed,
-            draft_tokens_accepted=0 if speculation is None else speculation.accepted,
+            drafts=drafts.drafts,
+            draft_tokens_proposed=drafts.proposed,
+            draft_tokens_accepted=drafts.accepted,
             computed_tokens=self.computed_tokens,
             prompt_tokens=self.prompt_tokens,
             generated_tokens=self.generated_tokens,
             finished=MappingProxyType(dict(self.finished)),
-            step_seconds=self._step_seconds.read(),
-            step_tokens=self._step_tokens.read(),
-            time_to_first_token_seconds=self._first_token_seconds.read(),
-            inter_token_seconds=self._inter_token_seconds.read(),
-            time_per_output_token_seconds=self._token_seconds.read(),
-            request_seconds=self._request_seconds.read(),
-            queue_seconds=self._queue_seconds.read(),
-            prefill_seconds=self._prefill_seconds.read(),
-            decode_seconds=self._decode_seconds.read(),
-            request_prompt_tokens=self._prompt_tokens.read(),
-            request_generated_tokens=self._made_tokens.read(),
+            **{name: counts.read() for name, counts in self._histograms.items()},
         )
 
 

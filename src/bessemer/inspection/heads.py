@@ -19,8 +19,7 @@ from torch.nn import functional
 
 from bessemer.core.errors import RequestError
 from bessemer.inspection.recording import HeadsRecord, Recording, as_array, read, recording
-from bessemer.model.decoder import Block, Decoder
-from bessemer.model.layers.attention import LatentAttention
+from bessemer.model.decoder import Decoder
 from bessemer.model.layers.attention_backends import bias
 
 # Shapes: B batch, T time, L layers, H query heads.
@@ -118,7 +117,7 @@ def head_losses(model: Decoder, tokens_T: np.ndarray) -> tuple[float, np.ndarray
     expanded from one row at that layer.
     """
     tokens_T = np.asarray(tokens_T)
-    counts = [_output(block)[1] for block in model.blocks]
+    counts = [block.attention.output[1] for block in model.blocks]
     at_once = max(_TOKENS_AT_ONCE // len(tokens_T), 1)
     whole = _losses(model, tokens_T)[0]
     changes_LH = np.full((len(counts), max(counts)), np.nan)
@@ -158,7 +157,7 @@ def _silenced(model: Decoder, without: Sequence[Sequence[tuple[int, int]]]) -> I
             places = [(row, head) for row, heads in enumerate(without) for of_layer, head in heads if of_layer == layer]
             if not places:
                 continue
-            projection, count = _output(block)
+            projection, count = block.attention.output
             kept_B1H1 = torch.ones(len(without), 1, count, 1)
             for row, head in places:
                 if not 0 <= head < count:
@@ -172,16 +171,6 @@ def _multiply_heads(kept_B1H1: Tensor, projection: nn.Module, given: tuple[Tenso
     """Before an output projection: each head times 1 or 0."""
     heads_BTHV = given[0].unflatten(-1, (kept_B1H1.shape[2], -1))
     return ((heads_BTHV * kept_B1H1.to(heads_BTHV)).flatten(2),)
-
-
-def _output(block: Block) -> tuple[nn.Linear, int]:
-    """The output projection of a block's heads, and how many heads there are."""
-    if block.is_linear:
-        return block.linear_attn.out_proj, block.linear_attn.value_heads
-    attention = block.self_attn
-    if isinstance(attention, LatentAttention):
-        return attention.o_proj, attention.heads
-    return attention.o_proj, attention.o_proj.in_features // attention.head_dim
 
 
 # Shapes: T keys, C channels of a head, V channels of a value head.

@@ -67,8 +67,8 @@ def recording(model: Decoder) -> Iterator[Recording]:
     recorded, blocks = Recording(), model.blocks
     with ExitStack() as stack:
         for layer, block in enumerate(blocks):
-            if not block.is_linear:
-                attention = block.self_attn
+            attention = block.attention
+            if attention.backend is not None:
                 stack.callback(setattr, attention, "backend", attention.backend)
                 attention.backend = _recorded(attention.backend, layer, recorded)
             if isinstance(block.mlp, SparseFeedForward):

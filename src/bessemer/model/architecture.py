@@ -7,8 +7,7 @@ from typing import Literal, Self
 from pydantic import model_validator
 
 from bessemer.core.config import Config, setting
-
-LayerType = Literal["full_attention", "sliding_attention", "linear_attention"]
+from bessemer.model.attention import LayerType
 
 
 class RopeScaling(Config):
@@ -128,6 +127,10 @@ class Architecture(Config):
         """The type of every layer."""
         full: LayerType = "full_attention"
         return self.layer_types or (full,) * self.num_hidden_layers
+
+    def window(self, layer_type: LayerType) -> int | None:
+        """Tokens that layers of a type attend to, themselves included; None: all before them."""
+        return self.sliding_window if layer_type == "sliding_attention" else None
 
     @property
     def is_latent(self) -> bool:

@@ -1,7 +1,7 @@
 """Settings of a decoder, a recipe's `model:` section, and a model in figures. Imports no PyTorch.
 
-The figures (parameters by part, FLOPs and cache bytes of a token, the table of layers) need no weights: `costs` computes them
-from the shape alone.
+The figures (parameters by part, FLOPs and cache bytes of a token, the table of layers) need no weights: they follow from the
+sizes of the parts (`costs`).
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from typing import Any, ClassVar
 from pydantic import model_validator
 
 from bessemer.core.config import nearest, setting
-from bessemer.model import costs
 from bessemer.model.architecture import Architecture, DecoderShape
-from bessemer.model.costs import Part, block_parts, outer_parts
+from bessemer.model.attention import variant_of, variant_of_type
+from bessemer.model.costs import all_parts, block_parts, outer_parts
+from bessemer.model.parts import ModelPart
 from bessemer.model.presets import GROWING, PRESETS
 
 #: Raised whenever the weights or the folder that the stage `model` makes of the same settings change.
@@ -21,27 +22,41 @@ MODEL_VERSION = 2
 
 
 class ModelConfig(DecoderShape):
-    """A decoder: its architecture and its vocabulary, and what follows from them (`costs`)."""
+    """A decoder: its architecture and its vocabulary, and the figures that follow from them."""
 
     def parameters(self) -> int:
         """All weights, each stored number once."""
-        return costs.parameters(self)
+        return sum(part.parameters for part in all_parts(self))
 
     def active_parameters(self) -> int:
         """Weights that one token meets: all but the experts that it does not visit."""
-        return costs.active_parameters(self)
+        skipped = sum(part.parameters * (1 - part.active_share) for part in all_parts(self) if part.name == "experts")
+        return self.parameters() - round(skipped)
 
     def embedding_parameters(self) -> int:
-        """Weights of the embedding table, and of the head when it has its own."""
-        return costs.embedding_parameters(self)
+        """Weights of the embedding table, and of the language head when it has its own."""
+        return self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings or self.num_scores else 2)
 
     def flops_per_token(self, context_length: int) -> int:
-        """Floating-point operations of one training token at this context length (`costs.flops_per_token`)."""
-        return costs.flops_per_token(self, context_length)
+        """Floating-point operations of one training token, forward and backward, at a context of `context_length` tokens.
+
+        6 N + 6 T Σ heads · (key channels + value channels) (Chowdhery et al. 2022, appendix B): N weights that multiply
+        (the matrices that the token meets and the head, tied or not; the look-up and the norms are free), T context, the
+        window in sliding layers. Each weight costs a multiplication and an addition forward, twice that backward. The
+        causal half of the scores that is never needed is counted, recomputation is not. A DeltaNet layer costs
+        6 · 3 · heads · key channels · value channels, whatever the context.
+        """
+        mixing = 0
+        for layer_type in self.types:
+            window = self.window(layer_type)
+            visible = context_length if window is None else min(context_length, window)
+            mixing += variant_of_type(self, layer_type).mixing_flops(self, visible)
+        return 6 * sum(part.multiplying for part in all_parts(self)) + mixing
 
     def kv_bytes_per_token(self, bytes_per_value: int) -> int:
-        """Bytes that one token of context occupies in the cache."""
-        return costs.kv_bytes_per_token(self, bytes_per_value)
+        """Bytes that one token of context occupies in the cache. States, which do not grow, are not counted."""
+        shapes = [variant_of_type(self, layer_type).cache_shape(self) for layer_type in self.types]
+        return bytes_per_value * sum(shape.numbers for shape in shapes if shape is not None)
 
 
 class ModelStageConfig(Architecture):
@@ -99,7 +114,7 @@ def layer_table(config: ModelConfig) -> list[dict[str, Any]]:
     The rows' parameters add up to the model's.
     """
     outer = outer_parts(config)
-    blocks: dict[Part, int] = {}
+    blocks: dict[ModelPart, int] = {}
     for part in block_parts(config):
         blocks[part] = blocks.get(part, 0) + 1
     first = 2 if config.position_type == "learned" else 1
@@ -119,7 +134,8 @@ def layer_kinds(config: ModelConfig) -> list[dict[str, Any]]:
     """The kinds of layers: which layers (counted from 1) are of each, and their attention, positions and feed-forward."""
     kinds: dict[tuple[str, str, str], list[int]] = {}
     for layer in range(config.num_hidden_layers):
-        kind = (_attention(config, layer), _positions(config, layer), _feed_forward(config, layer))
+        attention = variant_of(config, layer).description(config, config.types[layer])
+        kind = (attention, _positions(config, layer), _feed_forward(config, layer))
         kinds.setdefault(kind, []).append(layer + 1)
     return [
         {"layers": layers, "attention": attention, "positions": positions, "feed_forward": feed_forward}
@@ -127,19 +143,8 @@ def layer_kinds(config: ModelConfig) -> list[dict[str, Any]]:
     ]
 
 
-def _attention(config: ModelConfig, layer: int) -> str:
-    kind = config.types[layer]
-    if kind == "linear_attention":
-        return f"gated DeltaNet, {config.linear_num_value_heads} heads"
-    if config.is_latent:
-        return f"latent attention, {config.num_attention_heads} heads over {config.kv_lora_rank} channels"
-    heads, shared = config.num_attention_heads, config.num_key_value_heads
-    reach = f"sliding attention over {config.sliding_window:,} tokens" if kind == "sliding_attention" else "full attention"
-    return f"{reach}, {heads} heads" + (f", {shared} of keys and values" if shared != heads else "")
-
-
 def _positions(config: ModelConfig, layer: int) -> str:
-    if config.types[layer] == "linear_attention":
+    if variant_of(config, layer).recurrent:
         return "by order"
     if config.position_type != "rotary":
         return config.position_type

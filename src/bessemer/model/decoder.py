@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bessemer.model.architecture import LayerType
+from bessemer.model.attention import LayerType, variant_of, variant_of_type
 from bessemer.model.config import ModelConfig
-from bessemer.model.layers.attention import Attention, LatentAttention
+from bessemer.model.layers.attention import AttentionLayer
 from bessemer.model.layers.attention_backends import (
     BACKENDS,
     DENSE_BACKENDS,
@@ -31,7 +31,6 @@ from bessemer.model.layers.attention_backends import (
     capped,
 )
 from bessemer.model.layers.cache import Cache
-from bessemer.model.layers.delta_net import GatedDeltaNet
 from bessemer.model.layers.feed_forward import FeedForward, SparseFeedForward
 from bessemer.model.layers.norms import make_norm
 from bessemer.model.layers.positions import RotaryPositions, Rotation, SinusoidalPositions
@@ -70,25 +69,23 @@ class Block(nn.Module):
         super().__init__()
         self.layer = layer
         cached_as = layer if cached_as is None else cached_as
-        self.is_linear = config.types[layer] == "linear_attention"
+        self.variant = variant_of(config, layer)
         before, after = config.norm_position != "after", config.norm_position != "before"
         self.input_layernorm = make_norm(config) if before else nn.Identity()
-        if self.is_linear:
-            self.linear_attn = GatedDeltaNet(config, cached_as)
-        else:
-            self.self_attn = LatentAttention(config, cached_as) if config.is_latent else Attention(config, cached_as)
+        self.add_module(self.variant.attribute, self.variant.load()(config, cached_as))
         self.attention_output_norm = make_norm(config) if after else nn.Identity()
         self.post_attention_layernorm = make_norm(config) if before else nn.Identity()
         self.mlp = SparseFeedForward(config) if config.is_sparse(layer) else FeedForward(config)
         self.feed_forward_output_norm = make_norm(config) if after else nn.Identity()
 
+    @property
+    def attention(self) -> AttentionLayer:
+        """The module of its attention, which is called `self_attn` or as the variant says."""
+        return cast(AttentionLayer, self._modules[self.variant.attribute])
+
     def forward(self, hidden_BTD: Tensor, rotation: Rotation | None, mask: AttentionMask, cache: Cache | None = None) -> Tensor:
         """Returns (B, T, D)."""
-        normed_BTD = self.input_layernorm(hidden_BTD)
-        if self.is_linear:
-            attended_BTD = self.linear_attn(normed_BTD, mask.documents_BT, cache)
-        else:
-            attended_BTD = self.self_attn(normed_BTD, rotation, mask, cache)
+        attended_BTD = self.attention(self.input_layernorm(hidden_BTD), rotation, mask, cache)
         hidden_BTD = hidden_BTD + self.attention_output_norm(attended_BTD)
         return hidden_BTD + self.feed_forward_output_norm(self.mlp(self.post_attention_layernorm(hidden_BTD)))
 
@@ -107,7 +104,7 @@ class Decoder(nn.Module):
 
     #: The blocks, named by their number in the whole network; `distributed.stages` leaves some of them to other processes.
     layers: nn.ModuleList | nn.ModuleDict
-    #: How the rows lie that it reads; `distributed.context` changes it.
+    #: Whether rows are whole or spread over processes; `distributed.context` changes it.
     rows: Rows = WholeRows()
 
     def __init__(self, config: ModelConfig) -> None:
@@ -130,7 +127,7 @@ class Decoder(nn.Module):
             if config.rope_local_base_freq is not None and "sliding_attention" in config.types:
                 self.rotary_local = self._rotary(config.rope_local_base_freq, scaled=False)
         if config.num_nextn_predict_layers:
-            # MTP modules are made as the last layer is
+            # their blocks have the settings of the last layer
             layers = config.num_hidden_layers
             extra = range(layers, layers + config.num_nextn_predict_layers)
             self.mtp = nn.ModuleList(MtpModule(config, Block(config, layers - 1, cached_as=layer)) for layer in extra)
@@ -190,7 +187,7 @@ class Decoder(nn.Module):
         assert backend in BACKENDS, backend
         self.attention_backend = backend
         for module in self.modules():
-            if isinstance(module, (Attention, LatentAttention)):
+            if isinstance(module, AttentionLayer) and module.backend is not None:
                 module.backend = BACKENDS[backend]
 
     def forward(
@@ -254,14 +251,14 @@ class Decoder(nn.Module):
     def attend(self, layer: int, hidden_BTD: Tensor, *, cache: Cache) -> None:
         """Let a layer's attention read the states before that layer of tokens that a cache makes room for.
 
-        Nothing is returned: it is for caches that note what a query attends to. Linear attention has no weights to note.
+        Nothing is returned: it is for caches that note what a query attends to. A layer with a state has no weights to note.
         """
-        assert self.config.types[layer] != "linear_attention"
+        block = self.blocks[layer]
+        assert not block.variant.recurrent
         positions_BT = cache.extend(hidden_BTD.shape[1])
         rotations = self._rotations(positions_BT, cache.live, hidden_BTD.dtype)
         rotation = rotations[self.config.types[layer]] if self.config.has_rope(layer) else None
-        block = self.blocks[layer]
-        block.self_attn(block.input_layernorm(hidden_BTD), rotation, AttentionMask(), cache)
+        block.attention(block.input_layernorm(hidden_BTD), rotation, AttentionMask(), cache)
 
     def _pre_norm_hidden(
         self,
@@ -286,16 +283,16 @@ class Decoder(nn.Module):
             masks = self._masks(length, keys, hidden_BTD, slots_BT, document_ids_BT, aligned, visible_to_BT)
         else:
             masks = dict.fromkeys(self.config.types, AttentionMask())
-        # which may lie anywhere in the context
+        # given positions may lie anywhere in the context
         if positions_BT is not None and cache is None:
             self.reserve_positions(self.config.max_position_embeddings)
-        # rows of documents that share a beginning may be longer than the context: no document is
+        # documents that share a prefix make rows longer than the context; each document fits it
         longest = keys if visible_to_BT is None else min(keys, self.config.max_position_embeddings)
         rotations = self._rotations(positions_BT, longest, hidden_BTD.dtype)
         for block in self.blocks:
             if keep is not None:
                 keep(block.layer, hidden_BTD)
-            # a compiled block is made for training's shapes: samples taken in between must not recompile it
+            # blocks are compiled for training's shapes; sampling with a cache must not recompile them
             run = block if cache is None else block.forward
             kind = self.config.types[block.layer]
             rotation = rotations[kind] if self.config.has_rope(block.layer) else None
@@ -371,10 +368,10 @@ class Decoder(nn.Module):
         """What each kind of layer may see; one mask a kind, whatever the number of layers."""
         config, device = self.config, hidden_BTD.device
         slopes_H = alibi_slopes(config.num_attention_heads).to(device) if config.position_type == "alibi" else None
-        found: dict[LayerType, AttentionMask] = {}
+        masks: dict[LayerType, AttentionMask] = {}
         for kind in set(config.types):
-            window = config.sliding_window if kind == "sliding_attention" else None
-            found[kind] = self.rows.attention_mask(
+            has_scores = not variant_of_type(config, kind).recurrent
+            masks[kind] = self.rows.attention_mask(
                 queries,
                 keys,
                 _scores_dtype(hidden_BTD),
@@ -382,29 +379,29 @@ class Decoder(nn.Module):
                 slots_BT=slots_BT,
                 documents_BT=documents_BT,
                 visible_to_BT=visible_to_BT,
-                window=window,
+                window=config.window(kind),
                 slopes_H=slopes_H,
                 aligned=aligned,
-                dense=kind != "linear_attention" and self.attention_backend in DENSE_BACKENDS,
+                dense=has_scores and self.attention_backend in DENSE_BACKENDS,
             )
-            # not for a cache, which has keys of its own, and rows in parts, which are cut again
+            # block masks need whole rows: a cache and sharded rows have other keys
             whole = slots_BT is None and isinstance(self.rows, WholeRows)
-            if self.attention_backend == "flex" and whole and kind != "linear_attention":
-                found[kind] = found[kind]._replace(blocks=block_mask(found[kind], queries, keys, device))
-        return found
+            if self.attention_backend == "flex" and whole and has_scores:
+                masks[kind] = masks[kind]._replace(blocks=block_mask(masks[kind], queries, keys, device))
+        return masks
 
     def _rotations(self, positions_BT: Tensor | None, length: int, dtype: torch.dtype) -> dict[LayerType, Rotation | None]:
         """The rotations of each kind of layer; those of sliding layers may turn with a base of their own."""
         if self.config.position_type != "rotary":
             return dict.fromkeys(self.config.types)
         if positions_BT is not None and self.config.rope_scaling.rope_type == "dynamic":
-            # packed documents are no longer than each is alone
+            # positions restart at each document: the longest document counts, not the row
             length = int(positions_BT.max()) + 1
         rotation = self.rotary(positions_BT, length, dtype)
-        found: dict[LayerType, Rotation | None] = dict.fromkeys(self.config.types, rotation)
+        rotations: dict[LayerType, Rotation | None] = dict.fromkeys(self.config.types, rotation)
         if hasattr(self, "rotary_local"):
-            found["sliding_attention"] = self.rotary_local(positions_BT, length, dtype)
-        return found
+            rotations["sliding_attention"] = self.rotary_local(positions_BT, length, dtype)
+        return rotations
 
 
 def _scores_dtype(hidden_BTD: Tensor) -> torch.dtype:

@@ -67,9 +67,9 @@ def product_flops(dtype: torch.dtype) -> float:
     return 2 * _SIDE**3 / _product_seconds(dtype)
 
 
-#: Cost of a matmul over one in float32 above which a dtype that settings name is refused.
+#: Largest time of a matmul over that in float32; a configured dtype above it is refused.
 _SLOWEST = 2.0
-#: Side of the matrices of a measured product, its repetitions, and the seconds after which it is not repeated.
+#: Measured matmul: side of its matrices, repetitions, and the seconds after which it is not repeated.
 _SIDE, _REPETITIONS, _ENOUGH_SECONDS = 256, 7, 0.05
 
 
@@ -78,7 +78,7 @@ def _product_seconds(dtype: torch.dtype) -> float:
     """Seconds of the fastest of several products of square matrices on the processor."""
     left, right = (torch.full((_SIDE, _SIDE), 0.5, dtype=dtype) for _ in range(2))
     times: list[float] = []
-    # the first one allocates, and wakes the threads
+    # warm-up: allocates, and starts the threads
     while len(times) < 2 or (len(times) <= _REPETITIONS and sum(times) < _ENOUGH_SECONDS):
         start = time.perf_counter()
         torch.mm(left, right)

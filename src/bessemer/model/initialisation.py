@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from bessemer.core.hashing import derive_seed
+from bessemer.model.attention import variants_in
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
 
 _RESIDUAL_PROJECTIONS = ("o_proj.weight", "out_proj.weight", "down_proj.weight", "experts.down_proj")
-#: Norms that store their weight whole, whatever `norm_offset` says.
-_PLAIN_NORMS = ("linear_attn.norm.weight", "q_a_layernorm.weight", "kv_a_layernorm.weight")
 
 
 def initial_weights(config: ModelConfig, seed: int) -> dict[str, Tensor]:
@@ -32,15 +31,13 @@ def initial_weight(name: str, shape: tuple[int, ...], config: ModelConfig, seed:
 
 
 def _initial(name: str, shape: tuple[int, ...], config: ModelConfig, generator: torch.Generator) -> Tensor:
+    for variant in variants_in(config):
+        for ending, draw in variant.load().initial.items():
+            if name.endswith(ending):
+                return draw(shape, generator)
     if name.endswith("norm.weight"):
-        offset = config.norm_offset and not name.endswith(_PLAIN_NORMS)
-        return torch.zeros(shape) if offset else torch.ones(shape)
-    # DeltaNet's fading: rates uniform in 0 … 16
-    if name.endswith("A_log"):
-        return torch.empty(shape).uniform_(0.01, 16.0, generator=generator).log()
-    if name.endswith("dt_bias"):
-        return torch.ones(shape)
-    if name.endswith(("bias", "sinks")):
+        return torch.zeros(shape) if config.norm_offset else torch.ones(shape)
+    if name.endswith("bias"):
         return torch.zeros(shape)
     deviation = config.initializer_range
     if name.endswith(_RESIDUAL_PROJECTIONS):
@@ -50,7 +47,7 @@ def _initial(name: str, shape: tuple[int, ...], config: ModelConfig, generator: 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of the decoder, in the order of the network."""
-    # its table is no tensor of the model, and takes gigabytes when the context is long
+    # without rotary tables, which are no parameters and take gigabytes for long contexts
     if config.position_type == "rotary":
         config = config.with_changes(position_type="none")
     return {name: tuple(tensor.shape) for name, tensor in empty_decoder(config).state_dict().items()}

@@ -24,127 +24,8 @@ _GPT2_FORM: Settings = {
     "hidden_act": "gelu_new",
 }
 
-#: To be trained here: from minutes on a laptop to a day on a GPU.
-TO_TRAIN: dict[str, Settings] = {
-    # 1.3M parameters with a vocabulary of 4,096
-    "qwen3-1m": {
-        "hidden_size": 128,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "intermediate_size": 384,
-        "max_position_embeddings": 512,
-    },
-    "qwen3-3m": {
-        "hidden_size": 192,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "intermediate_size": 512,
-        "max_position_embeddings": 512,
-    },
-    "qwen3-10m": {
-        "hidden_size": 320,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 5,
-        "num_key_value_heads": 1,
-        "head_dim": 64,
-        "intermediate_size": 896,
-        "max_position_embeddings": 1024,
-    },
-    "qwen3-125m": {
-        "hidden_size": 768,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 4,
-        "head_dim": 64,
-        "intermediate_size": 2048,
-        "max_position_embeddings": 2048,
-    },
-    "gpt2-3m": {
-        **_GPT2_FORM,
-        "hidden_size": 192,
-        "num_hidden_layers": 5,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 6,
-        "head_dim": 32,
-        "intermediate_size": 768,
-        "max_position_embeddings": 512,
-    },
-    # Qwen3-MoE's form: a token visits 2 of 8 experts, and meets as many feed-forward weights as in qwen3-1m
-    "moe-3m": {
-        "hidden_size": 128,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "intermediate_size": 384,
-        "moe_intermediate_size": 192,
-        "num_experts": 8,
-        "num_experts_per_tok": 2,
-        "router_aux_loss_coef": 0.01,
-        "router_z_loss_coef": 0.001,
-        "max_position_embeddings": 512,
-    },
-    # Qwen3-Next's form without its experts: three layers of linear attention to one of full attention
-    "hybrid-3m": {
-        "hidden_size": 160,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 5,
-        "num_key_value_heads": 1,
-        "head_dim": 32,
-        "intermediate_size": 448,
-        "layer_types": (_LINEAR, _LINEAR, _LINEAR, _FULL) * 2,
-        "attention_output_gate": True,
-        "norm_offset": True,
-        "partial_rotary_factor": 0.25,
-        "max_position_embeddings": 512,
-    },
-    # DeepSeek-V3's form: latent attention, a shared expert, and a load kept even by a bias without a loss
-    "mla-3m": {
-        "hidden_size": 128,
-        "num_hidden_layers": 5,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "head_dim": 16,
-        "q_lora_rank": 64,
-        "kv_lora_rank": 48,
-        "qk_nope_head_dim": 32,
-        "qk_rope_head_dim": 16,
-        "v_head_dim": 32,
-        "qk_norm": "none",
-        "rope_interleave": True,
-        "intermediate_size": 384,
-        "moe_intermediate_size": 128,
-        "num_experts": 8,
-        "num_experts_per_tok": 2,
-        "shared_expert_intermediate_size": 128,
-        "first_k_dense_replace": 1,
-        "scoring_func": "sigmoid",
-        "router_correction_bias": True,
-        "router_bias_update_rate": 0.001,
-        "max_position_embeddings": 512,
-    },
-}
 
-
-def _llama(**settings: Any) -> Settings:
-    return {"qk_norm": "none", "rms_norm_eps": 1e-5, **settings}
-
-
-def _llama3_scaling(factor: float) -> Settings:
-    return {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-
-
-def _shape(hidden: int, layers: int, heads: int, kv_heads: int, head: int, inner: int, context: int) -> Settings:
+def _shape(hidden: int, layers: int, heads: int, kv_heads: int, head: int, inner: int, context: int, **others: Any) -> Settings:
     return {
         "hidden_size": hidden,
         "num_hidden_layers": layers,
@@ -153,7 +34,81 @@ def _shape(hidden: int, layers: int, heads: int, kv_heads: int, head: int, inner
         "head_dim": head,
         "intermediate_size": inner,
         "max_position_embeddings": context,
+        **others,
     }
+
+
+def _gpt2(hidden: int, layers: int, heads: int, context: int = 1024) -> Settings:
+    return {**_GPT2_FORM, **_shape(hidden, layers, heads, heads, hidden // heads, 4 * hidden, context)}
+
+
+def _latent(query_rank: int, rank: int, plain: int, rotary: int, value: int) -> Settings:
+    """DeepSeek's latent attention. plain and rotary: channels of a head without and with position."""
+    return {
+        "q_lora_rank": query_rank,
+        "kv_lora_rank": rank,
+        "qk_nope_head_dim": plain,
+        "qk_rope_head_dim": rotary,
+        "v_head_dim": value,
+        "qk_norm": "none",
+        "rope_interleave": True,
+    }
+
+
+#: To be trained here: from minutes on a laptop to a day on a GPU.
+TO_TRAIN: dict[str, Settings] = {
+    # 1.3M parameters with a vocabulary of 4,096
+    "qwen3-1m": _shape(128, 4, 4, 2, 32, 384, 512),
+    "qwen3-3m": _shape(192, 6, 6, 2, 32, 512, 512),
+    "qwen3-10m": _shape(320, 8, 5, 1, 64, 896, 1024),
+    "qwen3-125m": _shape(768, 16, 12, 4, 64, 2048, 2048),
+    "gpt2-3m": _gpt2(192, 5, 6, context=512),
+    # Qwen3-MoE's form: a token visits 2 of 8 experts, and meets as many feed-forward weights as in qwen3-1m
+    "moe-3m": _shape(
+        *(128, 4, 4, 2, 32, 384, 512),
+        moe_intermediate_size=192,
+        num_experts=8,
+        num_experts_per_tok=2,
+        router_aux_loss_coef=0.01,
+        router_z_loss_coef=0.001,
+    ),
+    # Qwen3-Next's form without its experts: three layers of linear attention to one of full attention
+    "hybrid-3m": _shape(
+        *(160, 8, 5, 1, 32, 448, 512),
+        layer_types=(_LINEAR, _LINEAR, _LINEAR, _FULL) * 2,
+        attention_output_gate=True,
+        norm_offset=True,
+        partial_rotary_factor=0.25,
+    ),
+    # DeepSeek-V3's form: latent attention, a shared expert, and a load kept even by a bias without a loss
+    "mla-3m": {
+        **_shape(128, 5, 4, 4, 16, 384, 512),
+        **_latent(64, 48, 32, 16, 32),
+        "moe_intermediate_size": 128,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "shared_expert_intermediate_size": 128,
+        "first_k_dense_replace": 1,
+        "scoring_func": "sigmoid",
+        "router_correction_bias": True,
+        "router_bias_update_rate": 0.001,
+    },
+}
+
+
+def _llama(*shape: int, **settings: Any) -> Settings:
+    return {"qk_norm": "none", "rms_norm_eps": 1e-5, **_shape(*shape), **settings}
+
+
+def _llama3(*shape: int, factor: float, **settings: Any) -> Settings:
+    scaling = {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    return _llama(*shape, rope_theta=500_000.0, rope_scaling=scaling, **settings)
 
 
 def _gpt_oss(layers: int, experts: int) -> Settings:
@@ -186,8 +141,31 @@ def _gpt_oss(layers: int, experts: int) -> Settings:
     }
 
 
-def _gpt2(hidden: int, layers: int, heads: int) -> Settings:
-    return {**_GPT2_FORM, **_shape(hidden, layers, heads, heads, hidden // heads, 4 * hidden, 1024)}
+def _deepseek(
+    layers: int, heads: int, context: int, *, experts: int, dense_layers: int, factor: float, beta_fast: float, routed: float
+) -> Settings:
+    return {
+        **_shape(7168, layers, heads, heads, 64, 18_432, context),
+        **_latent(1536, 512, 128, 64, 128),
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": factor,
+            "original_max_position_embeddings": 4096,
+            "beta_fast": beta_fast,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+        },
+        "moe_intermediate_size": 2048,
+        "num_experts": experts,
+        "num_experts_per_tok": 8,
+        "shared_expert_intermediate_size": 2048,
+        "first_k_dense_replace": dense_layers,
+        "scoring_func": "sigmoid",
+        "router_correction_bias": True,
+        "routed_scaling_factor": routed,
+        "tie_word_embeddings": False,
+    }
 
 
 #: As published; to be shown, imported, planned, or trained where there are the machines for it.
@@ -196,47 +174,28 @@ PUBLISHED: dict[str, Settings] = {
     "gpt2": _gpt2(768, 12, 12),
     "gpt2-xl": _gpt2(1600, 48, 25),
     # OpenAI: GPT-3 (2020, table 2.1), every layer dense: half of theirs saw a band of the tokens
-    "gpt3-175b": {**_gpt2(12_288, 96, 96), "max_position_embeddings": 2048},
+    "gpt3-175b": _gpt2(12_288, 96, 96, context=2048),
     # Hugging Face: SmolLM2 (2024), SmolLM3 (2025), whose every fourth layer has no positions
-    "smollm2-135m": _llama(
-        **_shape(576, 30, 9, 3, 64, 1536, 8192), rope_theta=100_000.0, initializer_range=0.041666666666666664
+    "smollm2-135m": _llama(576, 30, 9, 3, 64, 1536, 8192, rope_theta=100_000.0, initializer_range=0.041666666666666664),
+    "smollm2-360m": _llama(960, 32, 15, 5, 64, 2560, 8192, rope_theta=100_000.0),
+    "smollm2-1.7b": _llama(2048, 24, 32, 32, 64, 8192, 8192, rope_theta=130_000.0),
+    "smollm3-3b": _shape(
+        *(2048, 36, 16, 4, 128, 11_008, 65_536), qk_norm="none", rope_theta=5_000_000.0, no_rope_layers=(1, 1, 1, 0) * 9
     ),
-    "smollm2-360m": _llama(**_shape(960, 32, 15, 5, 64, 2560, 8192), rope_theta=100_000.0),
-    "smollm2-1.7b": _llama(**_shape(2048, 24, 32, 32, 64, 8192, 8192), rope_theta=130_000.0),
-    "smollm3-3b": {
-        **_shape(2048, 36, 16, 4, 128, 11_008, 65_536),
-        "qk_norm": "none",
-        "rope_theta": 5_000_000.0,
-        "no_rope_layers": (1, 1, 1, 0) * 9,
-    },
     # Meta: Llama 3.1 and 3.2 (2024)
-    "llama-3.2-1b": _llama(
-        **_shape(2048, 16, 32, 8, 64, 8192, 131_072), rope_theta=500_000.0, rope_scaling=_llama3_scaling(32.0)
-    ),
-    "llama-3.2-3b": _llama(
-        **_shape(3072, 28, 24, 8, 128, 8192, 131_072), rope_theta=500_000.0, rope_scaling=_llama3_scaling(32.0)
-    ),
-    "llama-3.1-8b": _llama(
-        **_shape(4096, 32, 32, 8, 128, 14_336, 131_072),
-        rope_theta=500_000.0,
-        rope_scaling=_llama3_scaling(8.0),
-        tie_word_embeddings=False,
-    ),
-    "llama-3.1-70b": _llama(
-        **_shape(8192, 80, 64, 8, 128, 28_672, 131_072),
-        rope_theta=500_000.0,
-        rope_scaling=_llama3_scaling(8.0),
-        tie_word_embeddings=False,
-    ),
+    "llama-3.2-1b": _llama3(2048, 16, 32, 8, 64, 8192, 131_072, factor=32.0),
+    "llama-3.2-3b": _llama3(3072, 28, 24, 8, 128, 8192, 131_072, factor=32.0),
+    "llama-3.1-8b": _llama3(4096, 32, 32, 8, 128, 14_336, 131_072, factor=8.0, tie_word_embeddings=False),
+    "llama-3.1-70b": _llama3(8192, 80, 64, 8, 128, 28_672, 131_072, factor=8.0, tie_word_embeddings=False),
     # Mistral AI: Mistral 7B (2023, v0.1, with its window) and Mixtral (2024)
     "mistral-7b": _llama(
-        **_shape(4096, 32, 32, 8, 128, 14_336, 32_768),
+        *(4096, 32, 32, 8, 128, 14_336, 32_768),
         sliding_window=4096,
         layer_types=(_SLIDING,) * 32,
         tie_word_embeddings=False,
     ),
     "mixtral-8x7b": _llama(
-        **_shape(4096, 32, 32, 8, 128, 14_336, 32_768),
+        *(4096, 32, 32, 8, 128, 14_336, 32_768),
         rope_theta=1_000_000.0,
         moe_intermediate_size=14_336,
         num_experts=8,
@@ -245,20 +204,11 @@ PUBLISHED: dict[str, Settings] = {
         tie_word_embeddings=False,
     ),
     # Alibaba: Qwen2.5 (2024), Qwen3 (2025), Qwen3-Next (2025)
-    "qwen2.5-0.5b": {
-        **_shape(896, 24, 14, 2, 64, 4864, 32_768),
-        "qk_norm": "none",
-        "attention_bias": True,
-        "rope_theta": 1_000_000.0,
-    },
-    "qwen3-0.6b": {**_shape(1024, 28, 16, 8, 128, 3072, 32_768), "rope_theta": 1_000_000.0},
-    "qwen3-1.7b": {**_shape(2048, 28, 16, 8, 128, 6144, 32_768), "rope_theta": 1_000_000.0},
-    "qwen3-4b": {**_shape(2560, 36, 32, 8, 128, 9728, 32_768), "rope_theta": 1_000_000.0},
-    "qwen3-8b": {
-        **_shape(4096, 36, 32, 8, 128, 12_288, 32_768),
-        "rope_theta": 1_000_000.0,
-        "tie_word_embeddings": False,
-    },
+    "qwen2.5-0.5b": _shape(*(896, 24, 14, 2, 64, 4864, 32_768), qk_norm="none", attention_bias=True, rope_theta=1_000_000.0),
+    "qwen3-0.6b": _shape(1024, 28, 16, 8, 128, 3072, 32_768, rope_theta=1_000_000.0),
+    "qwen3-1.7b": _shape(2048, 28, 16, 8, 128, 6144, 32_768, rope_theta=1_000_000.0),
+    "qwen3-4b": _shape(2560, 36, 32, 8, 128, 9728, 32_768, rope_theta=1_000_000.0),
+    "qwen3-8b": _shape(4096, 36, 32, 8, 128, 12_288, 32_768, rope_theta=1_000_000.0, tie_word_embeddings=False),
     "qwen3-30b-a3b": {
         **_shape(2048, 48, 32, 4, 128, 6144, 32_768),
         "moe_intermediate_size": 768,
@@ -313,64 +263,14 @@ PUBLISHED: dict[str, Settings] = {
     "gpt-oss-120b": _gpt_oss(36, 128),
     # DeepSeek: V3 (2024), without its block of multi-token prediction: num_nextn_predict_layers: 1 adds it
     "deepseek-v3": {
-        **_shape(7168, 61, 128, 128, 64, 18_432, 163_840),
-        "q_lora_rank": 1536,
-        "kv_lora_rank": 512,
-        "qk_nope_head_dim": 128,
-        "qk_rope_head_dim": 64,
-        "v_head_dim": 128,
-        "qk_norm": "none",
-        "rope_interleave": True,
-        "rope_scaling": {
-            "rope_type": "yarn",
-            "factor": 40.0,
-            "original_max_position_embeddings": 4096,
-            "beta_fast": 32.0,
-            "beta_slow": 1.0,
-            "mscale": 1.0,
-            "mscale_all_dim": 1.0,
-        },
-        "moe_intermediate_size": 2048,
-        "num_experts": 256,
-        "num_experts_per_tok": 8,
-        "shared_expert_intermediate_size": 2048,
-        "first_k_dense_replace": 3,
-        "scoring_func": "sigmoid",
-        "router_correction_bias": True,
-        "routed_scaling_factor": 2.5,
+        **_deepseek(61, 128, 163_840, experts=256, dense_layers=3, factor=40.0, beta_fast=32.0, routed=2.5),
         "n_group": 8,
         "topk_group": 4,
-        "tie_word_embeddings": False,
     },
     # Moonshot AI: Kimi K2 (2025), DeepSeek-V3's form with more experts and fewer heads: a trillion parameters, 32B active
     "kimi-k2": {
-        **_shape(7168, 61, 64, 64, 64, 18_432, 131_072),
-        "q_lora_rank": 1536,
-        "kv_lora_rank": 512,
-        "qk_nope_head_dim": 128,
-        "qk_rope_head_dim": 64,
-        "v_head_dim": 128,
-        "qk_norm": "none",
-        "rope_interleave": True,
+        **_deepseek(61, 64, 131_072, experts=384, dense_layers=1, factor=32.0, beta_fast=1.0, routed=2.827),
         "rope_theta": 50_000.0,
-        "rope_scaling": {
-            "rope_type": "yarn",
-            "factor": 32.0,
-            "original_max_position_embeddings": 4096,
-            "beta_fast": 1.0,
-            "beta_slow": 1.0,
-            "mscale": 1.0,
-            "mscale_all_dim": 1.0,
-        },
-        "moe_intermediate_size": 2048,
-        "num_experts": 384,
-        "num_experts_per_tok": 8,
-        "shared_expert_intermediate_size": 2048,
-        "first_k_dense_replace": 1,
-        "scoring_func": "sigmoid",
-        "router_correction_bias": True,
-        "routed_scaling_factor": 2.827,
-        "tie_word_embeddings": False,
     },
 }
 

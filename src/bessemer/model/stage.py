@@ -37,7 +37,7 @@ from bessemer.model.storage.library import import_advice
 from bessemer.tokenization.existing import Extension, add_tokens
 from bessemer.tokenization.tokenizer import load_tokenizer
 
-#: What may differ from the model's own settings: the weights mean the same under any of them, or only training reads it.
+#: Settings that may differ from the existing model's: the weights fit any value, or only training reads them.
 CHANGEABLE = (
     "max_position_embeddings",
     "rope_scaling",
@@ -55,10 +55,10 @@ def existing_model(path: str, folder: Path) -> Path:
     Raises ConfigError when it holds no model.
     """
     place = Path(os.path.normpath(folder.resolve() / path))
-    for found in (follow(place), follow(place / "model")):
-        if (found / CONFIG).is_file():
-            refuse_quantised(found)
-            return found
+    for model_folder in (follow(place), follow(place / "model")):
+        if (model_folder / CONFIG).is_file():
+            refuse_quantised(model_folder)
+            return model_folder
     if not follow(place).exists():
         raise ConfigError(f"model.init_from: {path}: no such folder{import_advice(path)}")
     raise ConfigError(f"model.init_from: {path}: not a model's folder (it has no {CONFIG})")
@@ -70,9 +70,9 @@ def existing_fingerprint(config: ModelStageConfig, folder: Path) -> dict[str, An
     Raises as `existing_model` and `changed_config` do, so that a mismatch is found before anything runs.
     """
     assert config.init_from is not None
-    found = existing_model(config.init_from, folder)
-    changed_config(config, read_model_config(found))
-    files = [found / CONFIG, *sorted(found.glob("*.safetensors"))]
+    model_folder = existing_model(config.init_from, folder)
+    changed_config(config, read_model_config(model_folder))
+    files = [model_folder / CONFIG, *sorted(model_folder.glob("*.safetensors"))]
     return {"files": {path.name: hash_file(path) for path in files}, "given": config.given}
 
 
@@ -106,12 +106,12 @@ def changed_config(config: ModelStageConfig, existing: ModelConfig) -> ModelConf
 def check_tokenizer(config: ModelStageConfig, tokenizer: Path, folder: Path) -> Path:
     """The folder of the model of `init_from`. Raises ConfigError when its tokenizer is not the one in `tokenizer`."""
     assert config.init_from is not None
-    found = existing_model(config.init_from, folder)
-    if load_tokenizer(found).hash != load_tokenizer(tokenizer).hash:
+    model_folder = existing_model(config.init_from, folder)
+    if load_tokenizer(model_folder).hash != load_tokenizer(tokenizer).hash:
         raise ConfigError(
             f"model.init_from: {config.init_from} has another tokenizer than the recipe's; {_encode_with(config, folder)}"
         )
-    return found
+    return model_folder
 
 
 def check_vocabulary(config: ModelStageConfig, vocab_size: int, folder: Path) -> None:
@@ -141,7 +141,7 @@ def existing_decoder(config: ModelStageConfig, tokenizer: Path, folder: Path) ->
     return fill(empty_decoder(changed_config(config, model.config)), model.state_dict())
 
 
-#: How a new token's row starts: the mean of all rows, or of the rows of the tokens that it was written with before.
+#: Initial row of a new token: the mean of all rows, or of the rows of the tokens that encoded it before.
 Init = Literal["mean", "subtokens"]
 
 # Shapes: V old vocabulary, N new vocabulary, D hidden.

@@ -110,8 +110,8 @@ def refine(
     folder: Path | str = ".",
     progress: Progress | None = None,
 ) -> tuple[pa.Table, pa.Table]:
-    """Clean, select and deduplicate an Arrow table of documents: `bessemer.data.stages.in_memory` says how."""
-    from bessemer.data.stages.in_memory import refine as refine_tables
+    """Clean, select and deduplicate an Arrow table of documents: `bessemer.data.stages.refine` says how."""
+    from bessemer.data.stages.refine import refine as refine_tables
     from bessemer.pipeline.stages import open_language_model
 
     return refine_tables(documents, config, folder=folder, progress=progress, open_model=open_language_model)

@@ -17,7 +17,7 @@ from bessemer.core.hashing import hash_file
 from bessemer.core.store import follow
 from bessemer.tasks.judged import JudgeConfig, chat_client
 
-#: Why a row is left out of which a part that would be learnt came to `max_tokens`: it would be learnt as one that ends there.
+#: Why a row with a part cut at `max_tokens` is left out: the model would learn to end there.
 CUT_REASON = "cut at max_tokens"
 
 
@@ -35,9 +35,9 @@ _CONFIG, _FILES = "config.json", ("*.safetensors", "*.json", "*.jinja")
 def model_place(name: str, folder: Path) -> Path:
     """The folder or GGUF file of a model, from `folder`; that of a run or a stage will do. Raises ConfigError without one."""
     place = Path(os.path.normpath(folder.resolve() / name))
-    for found in (follow(place), follow(place / "model")):
-        if (found.is_file() and found.suffix == ".gguf") or (found / _CONFIG).is_file():
-            return found
+    for folder in (follow(place), follow(place / "model")):
+        if (folder.is_file() and folder.suffix == ".gguf") or (folder / _CONFIG).is_file():
+            return folder
     raise ConfigError(f"{name}: there is no model's folder and no GGUF file {place}; a model elsewhere has a url")
 
 
@@ -63,7 +63,7 @@ def open_chat_model(config: JudgeConfig, folder: Path, device: str = "auto") -> 
     temperature = config.temperature if isinstance(config, ChatModelConfig) else 0.0
     if config.url is not None:
         return chat_client(config, temperature)
-    # they load PyTorch, and settings import this module
+    # imported late: these load PyTorch, and settings import this module
     from bessemer.inference.chat import EngineChat
     from bessemer.inference.engine import Engine
 
@@ -72,6 +72,6 @@ def open_chat_model(config: JudgeConfig, folder: Path, device: str = "auto") -> 
 
 
 def provenance(config: ChatModelConfig) -> dict[str, Any]:
-    """What is written down of a model beside what it wrote: its name and place, and how it was sampled."""
+    """Record of a text's origin: the model's name and place, and its sampling settings."""
     place = {} if config.url is None else {"url": config.url}
     return {"model": config.model, **place, "temperature": config.temperature, "max_tokens": config.max_tokens}

@@ -37,7 +37,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class Ranking:
-    """What somebody said of the answers to a prompt: the rank of each, 1 the best, equal ones as good. Empty: skipped."""
+    """Ranks of the answers to a prompt, 1 the best; equal ranks are ties. Empty: skipped."""
 
     id: str
     ranks: Sequence[int]
@@ -103,7 +103,7 @@ def _lines(path: Path, keys: set[str]) -> list[dict[str, Any]]:
     """The lines of a file; none without the file. What a crash left of a last one is taken out, for the next to be whole."""
     if not path.exists():
         return []
-    found = []
+    labels = []
     *lines, cut = path.read_text(encoding="utf-8", errors="replace").split("\n")
     if cut:
         write_text(path, "".join(f"{line}\n" for line in lines))
@@ -114,13 +114,13 @@ def _lines(path: Path, keys: set[str]) -> list[dict[str, Any]]:
             values = None
         if not isinstance(values, dict) or set(values) != keys:
             raise ArtefactError(f"{path}:{number}: not a line of labels; it needs {', '.join(sorted(keys))}")
-        found.append(values)
-    return found
+        labels.append(values)
+    return labels
 
 
-#: Prompts of one call of the engine, and what an interruption loses at most.
+#: Prompts of one engine call, which an interruption loses.
 _PROMPTS_AT_ONCE = 8
-#: Calls for a prompt whose answers are too much alike, after which it is given up.
+#: Most calls for a prompt whose answers are too similar.
 _TRIES = 3
 
 
@@ -187,22 +187,22 @@ def sample_answers(
 
 
 def _different(
-    engine: Engine, asked: Sequence[tuple[str, Sequence[Message]]], count: int, params: SamplingParams, seed: int
+    engine: Engine, conversations: Sequence[tuple[str, Sequence[Message]]], count: int, params: SamplingParams, seed: int
 ) -> list[list[str]]:
     """Up to `count` different answers to each of some prompts, all of which ended."""
-    found: list[dict[str, None]] = [{} for _ in asked]
+    answers: list[dict[str, None]] = [{} for _ in conversations]
     for trial in range(_TRIES):
-        short = [place for place, texts in enumerate(found) if len(texts) < count]
+        short = [place for place, texts in enumerate(answers) if len(texts) < count]
         if not short:
             break
         calls = [
-            params.with_changes(seed=derive_seed(seed, "label", asked[place][0], trial, number) % 2**31)
+            params.with_changes(seed=derive_seed(seed, "label", conversations[place][0], trial, number) % 2**31)
             for place in short
             for number in range(count)
         ]
-        prompts = [encode_prompt(tuple(asked[place][1]), engine.tokenizer) for place in short for _ in range(count)]
+        prompts = [encode_prompt(tuple(conversations[place][1]), engine.tokenizer) for place in short for _ in range(count)]
         for number, completion in enumerate(engine.generate(prompts, calls)):
-            texts, text = found[short[number // count]], completion.text.strip()
+            texts, text = answers[short[number // count]], completion.text.strip()
             if completion.finish_reason != "length" and text and len(texts) < count:
                 texts[text] = None
-    return [list(texts) for texts in found]
+    return [list(texts) for texts in answers]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bessemer.core.records import is_table
 from bessemer.core.stage import Outside, StageContext, last_of
 from bessemer.data.config import CollectConfig, Source
 from bessemer.data.corpus.remote import documents_at, documents_of
@@ -17,13 +18,13 @@ from bessemer.data.sources.registry import (
     UserSource,
     WheelsSource,
 )
-from bessemer.posttraining.data.made import REVISIONS, SYNTHETIC, made_paths, roles, unread
+from bessemer.posttraining.data.made import DOCS_QUESTIONS, REVISIONS, SYNTHETIC, made_paths, roles, unread
 from bessemer.posttraining.distillation.specs import STAGES as DISTILLATION_STAGES
 from bessemer.posttraining.preference.specs import STAGES as PREFERENCE_STAGES
 from bessemer.posttraining.rewards.specs import STAGES as REWARD_STAGES
 from bessemer.posttraining.rl.specs import STAGES as RL_STAGES
 from bessemer.posttraining.sft import report
-from bessemer.posttraining.sft.config import DOCS_QUESTIONS, SFT_VERSION, SFTConfig
+from bessemer.posttraining.sft.config import SFT_VERSION, SFTConfig
 from bessemer.posttraining.synthetic.specs import STAGES as SYNTHETIC_STAGES
 from bessemer.tokenization.config import TokenizeConfig
 from bessemer.training.specs import (
@@ -35,7 +36,7 @@ from bessemer.training.specs import (
     training_stage,
 )
 
-#: What stages above may make for it.
+#: Data that earlier stages may make for `sft`.
 _MADE = (REVISIONS, SYNTHETIC)
 _OTHER_DATA = "name a file of conversations in sft.data, or leave the stage out with sft: null"
 
@@ -63,7 +64,7 @@ _NO_QUESTIONS = f"{DOCS_QUESTIONS} is made from documentation of functions and c
 
 
 def _documents_without_questions(config: SFTConfig, inputs: Mapping[str, Path], cache: Path) -> str | None:
-    """As `_sft_conflict_of_files`, for what only the documents themselves tell."""
+    """As `_sft_conflict_of_files`, decided by the documents themselves."""
     if DOCS_QUESTIONS not in config.data or "documents" not in inputs:
         return None
     from bessemer.data.corpus.reader import TRAIN
@@ -93,16 +94,15 @@ def _sft(context: StageContext, *, only_resolve: bool = False) -> dict[str, Any]
         context.out,
         tokens=context.inputs.get("tokens"),
         made=made_paths(context.inputs),
-        tasks=context.services.tasks,
         only_resolve=only_resolve,
         **training_arguments(context),
     )
 
 
 def _sft_fingerprint(config: SFTConfig, outside: Outside) -> Any:
-    from bessemer.posttraining.data.examples import data_fingerprint
+    from bessemer.posttraining.data.examples import files_fingerprint
 
-    return data_fingerprint(config, outside.folder)
+    return files_fingerprint([name for name in config.data if is_table(name)], outside.folder)
 
 
 STAGES = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,9 +11,12 @@ from typing import Any
 
 from bessemer.distributed.balance import balanced_stages
 from bessemer.distributed.layout import Layout
+from bessemer.model.attention import variant_of
+from bessemer.model.attention.base import TrainingHeads
 from bessemer.model.config import ModelConfig
-from bessemer.model.costs import Part, all_parts, flops_per_token, layer_parts, mtp_parts, outer_parts
-from bessemer.scaling.activations import Numerics, Recompute, StoredActivations, block_activations
+from bessemer.model.costs import all_parts, layer_parts, mtp_parts, outer_parts
+from bessemer.model.parts import ModelPart, Numerics, StoredActivations
+from bessemer.scaling.activations import Recompute, block_activations
 from bessemer.scaling.hardware import Card
 from bessemer.training.config import LoopConfig
 from bessemer.training.logit_chunks import ChunkSize, chunk_size
@@ -64,26 +68,12 @@ class Weights:
         return dense + self.experts / (layout.tensor * layout.shard_ranks)
 
 
-_REPLICATED = frozenset(
-    {
-        "router",
-        "block norms",
-        "final norm",
-        "query and key norm",
-        "shared expert's gate",
-        "multi-token prediction",
-        "latents",
-        "positions",
-    }
-)
-
-
-def _weights(parts: list[Part], count: Callable[[Part], int] = lambda part: part.parameters) -> Weights:
+def _weights(parts: list[ModelPart], count: Callable[[ModelPart], int] = lambda part: part.parameters) -> Weights:
     return sum(
         (
             Weights(
-                cut=0 if part.name in _REPLICATED | {"experts"} else count(part),
-                whole=count(part) if part.name in _REPLICATED else 0,
+                cut=0 if part.replicated or part.name == "experts" else count(part),
+                whole=count(part) if part.replicated else 0,
                 experts=count(part) if part.name == "experts" else 0,
             )
             for part in parts
@@ -92,7 +82,7 @@ def _weights(parts: list[Part], count: Callable[[Part], int] = lambda part: part
     )
 
 
-def _in_matrices(part: Part) -> int:
+def _in_matrices(part: ModelPart) -> int:
     """Parameters of a part of a block in matrices that only products read (`distributed.sharding.product_matrices`)."""
     if part.name == "router":
         return 0
@@ -101,8 +91,8 @@ def _in_matrices(part: Part) -> int:
 
 
 @dataclass(frozen=True)
-class TrainingJob:
-    """A model and its training settings, on one kind of GPU."""
+class PlannedJob:
+    """A model and its training settings, on one kind of GPU: what a plan is made for."""
 
     model: ModelConfig
     settings: LoopConfig
@@ -115,7 +105,7 @@ class TrainingJob:
 
     @property
     def chunk_size(self) -> ChunkSize:
-        """How many logits the loss holds at a time."""
+        """Size of the chunks of logits in the loss."""
         return chunk_size("cpu" if self.on_cpu else "cuda")
 
     @property
@@ -125,7 +115,7 @@ class TrainingJob:
 
     @property
     def compiled(self) -> bool:
-        """Whether blocks are compiled; with compile: auto a GPU always gains by it."""
+        """Whether blocks are compiled; compile: auto counts as true, since a GPU always gains."""
         return self.settings.compile is not False
 
     def numerics(self, candidate: Candidate) -> Numerics:
@@ -169,7 +159,7 @@ class TrainingJob:
         """Tensors of some blocks, and of the rest of the model, that the tensor axis replicates: their count and parameters."""
         parts = [part for layer in layers for part in layer_parts(self.model, layer)] + outer_parts(self.model)
         parts += mtp_parts(self.model) * self.model.num_nextn_predict_layers
-        whole = [part for part in parts if part.name in _REPLICATED]
+        whole = [part for part in parts if part.replicated]
         return sum(len(part.shapes) for part in whole), sum(part.parameters for part in whole)
 
     @cached_property
@@ -188,18 +178,23 @@ class TrainingJob:
     def scores_flops(self) -> float:
         """FLOPs of a token's attention scores, forward and backward, the causal half."""
         products = sum(part.multiplying for part in all_parts(self.model))
-        return (flops_per_token(self.model, self.settings.context_length) - 6 * products) / 2
+        return (self.model.flops_per_token(self.settings.context_length) - 6 * products) / 2
 
     def kept(self, layer: int, numerics: Numerics, recompute: Recompute = "none") -> StoredActivations:
         """Stored activations of a block for one token (`activations.block_activations`), cached by the kind of block.
 
-        Latent attention, whose keys are wider than its values, has no fused kernel on a CPU.
+        On a CPU no kernel fuses attention whose keys are wider than its values.
         """
         key = (self.model.types[layer], self.model.is_sparse(layer), numerics, recompute)
         if key not in self._kept:
             length = self.settings.context_length
             self._kept[key] = block_activations(self.model, layer, length, numerics, recompute, fused=not self.on_cpu)
         return self._kept[key]
+
+    def training_heads(self, layers: list[int]) -> list[tuple[TrainingHeads, int]]:
+        """Each shape of keys and values among `layers`, with the number of layers that have it."""
+        counts = Counter(variant_of(self.model, layer).training_heads(self.model) for layer in layers)
+        return [(heads, count) for heads, count in counts.items() if heads is not None]
 
     def activations_of(self, layers: list[int], numerics: Numerics, recompute: Recompute = "none") -> StoredActivations:
         """Stored activations of several blocks for one token."""

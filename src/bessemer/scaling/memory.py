@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from bessemer.scaling.activations import StoredActivations, final_norm_activations, mtp_activations
-from bessemer.scaling.job import NARROW_BYTES, WEIGHT_BYTES, Candidate, TrainingJob, Weights
+from bessemer.model.attention import variant_of_type
+from bessemer.model.parts import StoredActivations
+from bessemer.scaling.activations import final_norm_activations, mtp_activations
+from bessemer.scaling.job import NARROW_BYTES, WEIGHT_BYTES, Candidate, PlannedJob, Weights
+from bessemer.training.optim.registry import find_optimizer
 
-#: Bytes of optimizer state per weight.
-_STATES = {"adamw": 8.0, "sgd": 4.0, "lion": 4.0, "adafactor": 0.02}
-#: 8-bit AdamW: two bytes, and a float32 scale for every 256 of each.
-_STATES_8_BIT = 2 * (1 + 4 / 256)
+#: Bytes of state per weight assumed of an optimizer that does not say: two float32 numbers, as AdamW.
+_UNKNOWN_STATE = 8.0
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Memory:
         return first | self.buffers
 
 
-def memory(job: TrainingJob, candidate: Candidate) -> Memory:
+def memory(job: PlannedJob, candidate: Candidate) -> Memory:
     """The memory of the rank that needs most: the first or the last of a pipeline."""
     stages = job.stage_layers(candidate.stages)
     ranks = {0: list(range(0, candidate.stages, candidate.layout.pipeline))}
@@ -57,23 +58,25 @@ def _peak(memory: Memory) -> float:
     return memory.peak
 
 
-def state_bytes(job: TrainingJob, *, matrix: bool) -> float:
-    """Bytes of optimizer state per weight, of a block's matrix or of another parameter."""
-    settings = job.settings
-    if settings.optimizer == "muon" and matrix:
-        return 4.0
-    if settings.optimizer in ("muon", "adamw"):
-        return _STATES_8_BIT if getattr(settings, "optimizer_bits", 32) == 8 else 8.0
-    # a user's own or another package's: as AdamW
-    return _STATES.get(settings.optimizer, 8.0)
+def state_bytes(job: PlannedJob, *, matrix: bool) -> float:
+    """Bytes of optimizer state per weight, of a block's matrix or of another parameter, as the optimizer declares."""
+    said = find_optimizer(job.settings.optimizer).state_bytes
+    return _UNKNOWN_STATE if said is None else said(job.settings, matrix)
 
 
-def average_bytes(job: TrainingJob) -> float:
+def assumed_states(job: PlannedJob) -> str | None:
+    """The assumption about an optimizer that does not declare its state, for the plan; None where it does."""
+    if find_optimizer(job.settings.optimizer).state_bytes is not None:
+        return None
+    return f"assumed: {_UNKNOWN_STATE:.0f} bytes a weight for the states of {job.settings.optimizer}, which does not say"
+
+
+def average_bytes(job: PlannedJob) -> float:
     """Bytes of the moving average per weight."""
     return 0.0 if job.settings.ema is None else WEIGHT_BYTES
 
 
-def _of_rank(job: TrainingJob, candidate: Candidate, layers: list[range], rank: int) -> Memory:
+def _of_rank(job: PlannedJob, candidate: Candidate, layers: list[range], rank: int) -> Memory:
     layout = candidate.layout
     first, last = rank == 0, rank == layout.pipeline - 1
     held = [layer for stage in layers for layer in stage]
@@ -129,7 +132,7 @@ def _of_rank(job: TrainingJob, candidate: Candidate, layers: list[range], rank: 
     )
 
 
-def _end(job: TrainingJob, *, first: bool, last: bool) -> Weights:
+def _end(job: PlannedJob, *, first: bool, last: bool) -> Weights:
     """The weights outside the blocks of a pipeline's first rank, its last, or one between."""
     model = job.model
     table = model.vocab_size * model.hidden_size
@@ -155,17 +158,15 @@ def micro_batches_in_flight(candidate: Candidate, micro_batches: int, rank: int)
     return min(float(micro_batches), warm_up / stages)
 
 
-def _other_keys(job: TrainingJob, candidate: Candidate, held: list[int]) -> StoredActivations:
+def _other_keys(job: PlannedJob, candidate: Candidate, held: list[int]) -> StoredActivations:
     """Gathered keys and values of the other ranks of the context axis."""
     if candidate.layout.context == 1 or candidate.recompute == "full":
         return StoredActivations()
-    model, layers = job.model, sum(1 for layer in held if job.model.types[layer] != "linear_attention")
-    heads = model.num_attention_heads if model.is_latent else model.num_key_value_heads
-    width = (model.qk_nope_head_dim + model.qk_rope_head_dim + model.v_head_dim) if model.is_latent else 2 * model.head_dim
-    return StoredActivations(heads=layers * heads * width * job.compute_bytes * (candidate.layout.context - 1))
+    numbers = sum(heads.numbers * layers for heads, layers in job.training_heads(held))
+    return StoredActivations(heads=numbers * job.compute_bytes * (candidate.layout.context - 1))
 
 
-def _end_activations(job: TrainingJob, candidate: Candidate, tokens: int) -> float:
+def _end_activations(job: PlannedJob, candidate: Candidate, tokens: int) -> float:
     """Activations of the last norm, its output during the loss, and multi-token prediction blocks."""
     numerics, model = job.numerics(candidate), job.model
     own = final_norm_activations(model, numerics).per_token(candidate.layout.tensor)
@@ -178,14 +179,14 @@ def _end_activations(job: TrainingJob, candidate: Candidate, tokens: int) -> flo
     return total
 
 
-def _autocast_copies(job: TrainingJob, candidate: Candidate, blocks: Weights) -> float:
+def _autocast_copies(job: PlannedJob, candidate: Candidate, blocks: Weights) -> float:
     """Autocast's copies of cast matrices, kept until the forward pass ends and by matmuls until their backward."""
     if job.compute_bytes == WEIGHT_BYTES or (job.gathers_narrow and candidate.layout.stage_ranks > 1):
         return 0.0
     return job.compute_bytes * blocks.in_use(candidate.layout)
 
 
-def _fsdp_buffers(job: TrainingJob, candidate: Candidate, held: list[int], outer: Weights) -> tuple[float, float]:
+def _fsdp_buffers(job: PlannedJob, candidate: Candidate, held: list[int], outer: Weights) -> tuple[float, float]:
     """(gathered weights, unreduced gradients): weights of two blocks and a third in the receive buffer, and those outside the
     blocks throughout; whole gradients of a block, and once more in the send buffer. In a pipeline weights stay gathered, and
     gradients whole, until the last micro-batch of the step."""
@@ -205,7 +206,7 @@ def _fsdp_buffers(job: TrainingJob, candidate: Candidate, held: list[int], outer
     return root + min(3, len(held) + 1) * gathered_bytes * block, root + (gathered_bytes + WEIGHT_BYTES) * block
 
 
-def _mask_bytes(job: TrainingJob, candidate: Candidate) -> float:
+def _mask_bytes(job: PlannedJob, candidate: Candidate) -> float:
     """Masks of the kinds of layers that have one: for a window, packed documents or context parallelism. None where training
     lists blocks of scores instead (`training.model_setup`)."""
     model, length, layout = job.model, job.settings.context_length, candidate.layout
@@ -213,12 +214,12 @@ def _mask_bytes(job: TrainingJob, candidate: Candidate) -> float:
     if job.settings.packed and on_gpu and whole and candidate.recompute != "selective":
         return 0.0
     rows = candidate.micro_batch_size if job.settings.packed else 1
-    kinds = {kind for kind in model.types if kind != "linear_attention"}
-    needing = kinds if job.settings.packed or candidate.layout.context > 1 else kinds - {"full_attention"}
+    masked = {kind for kind in model.types if not variant_of_type(model, kind).recurrent}
+    needing = masked if job.settings.packed or candidate.layout.context > 1 else {kind for kind in masked if model.window(kind)}
     return float(len(needing) * rows * length**2 // candidate.layout.context * job.compute_bytes)
 
 
-def _head_bytes(job: TrainingJob, candidate: Candidate, tokens: int) -> tuple[float, float, float]:
+def _head_bytes(job: PlannedJob, candidate: Candidate, tokens: int) -> tuple[float, float, float]:
     """Buffers of the head's loss: (forward pass, start of the backward pass, afterwards).
 
     A chunk of logits, blocks of it in float32, copies for the matmuls, the gradients of the hidden states and of the head, in
@@ -242,7 +243,7 @@ def _head_bytes(job: TrainingJob, candidate: Candidate, tokens: int) -> tuple[fl
     return forward, backward, 4 * table
 
 
-def _backward_bytes(job: TrainingJob, candidate: Candidate, held: list[int], tokens: int) -> tuple[float, float, float]:
+def _backward_bytes(job: PlannedJob, candidate: Candidate, held: list[int], tokens: int) -> tuple[float, float, float]:
     """Backward pass of a block: (all its activations, the recomputed part of them, gradients of its widest tensors).
 
     Gradients of inner channels exist at once, beyond the tensors that they replace, for as many tensors as were multiplied.
@@ -262,7 +263,7 @@ def _backward_bytes(job: TrainingJob, candidate: Candidate, held: list[int], tok
     return largest * tokens, again * tokens, widest * tokens
 
 
-def _step_bytes(job: TrainingJob, candidate: Candidate) -> float:
+def _step_bytes(job: PlannedJob, candidate: Candidate) -> float:
     """Buffers of the optimizer step: on many ranks a float64 copy of the largest gradient and its squares, for the norm."""
     if candidate.layout.world_size == 1:
         return 0.0

@@ -10,19 +10,18 @@ from bessemer.core.errors import BessemerError, ConfigError
 from bessemer.core.metrics import size
 from bessemer.distributed.layout import Layout
 from bessemer.model.config import ModelConfig
-from bessemer.model.costs import flops_per_token
 from bessemer.scaling.activations import Recompute
 from bessemer.scaling.hardware import Card
-from bessemer.scaling.job import WEIGHT_BYTES, Candidate, TrainingJob
-from bessemer.scaling.memory import Memory, memory
+from bessemer.scaling.job import WEIGHT_BYTES, Candidate, PlannedJob
+from bessemer.scaling.memory import Memory, assumed_states, memory
 from bessemer.scaling.timing import Timing, Traffic, timing, traffic
 from bessemer.training.config import LoopConfig
 
 _RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
 _SECONDS_PER_DAY = 86_400
-#: Fewest tokens of a row per rank of the context axis: with fewer its matmuls are too thin.
+#: Fewest tokens of a row per rank of the context axis; smaller matmuls are inefficient.
 _SHORTEST_CHUNK = 2048
-#: Fraction of the memory of a candidate that ran out of memory which another may need.
+#: Largest memory of a suggestion, as a fraction of that of a candidate that ran out of memory.
 _LESS = 0.9
 
 
@@ -34,7 +33,7 @@ class DoesNotFitError(BessemerError):
 class Plan:
     """A candidate with its memory, step time and communication."""
 
-    job: TrainingJob
+    job: PlannedJob
     candidate: Candidate
     memory: Memory
     timing: Timing
@@ -49,7 +48,7 @@ class Plan:
     @property
     def model_flops_utilisation(self) -> float:
         """FLOPs of the model over the GPUs' peak in bfloat16 (Chowdhery et al. 2022, appendix B)."""
-        needed = flops_per_token(self.job.model, self.job.settings.context_length) * self.tokens_per_second
+        needed = self.job.model.flops_per_token(self.job.settings.context_length) * self.tokens_per_second
         return needed / (self.job.card.flops * self.candidate.layout.world_size)
 
     def days(self, tokens: float) -> float:
@@ -67,12 +66,8 @@ class Plan:
 
     def settings(self) -> dict[str, Any]:
         """The recipe settings of this plan."""
-        layout, candidate = self.candidate.layout, self.candidate
-        axes = {
-            name: getattr(layout, name) for name in ("data_replicate", "data_shard", "context", "tensor", "pipeline", "expert")
-        }
-        parallel: dict[str, Any] = {name: ranks for name, ranks in axes.items() if ranks > 1}
-        if layout.pipeline > 1:
+        candidate, parallel = self.candidate, dict[str, Any](_axes(self.candidate.layout))
+        if candidate.layout.pipeline > 1:
             parallel["pipeline_schedule"] = candidate.schedule
         return {
             "parallel": parallel,
@@ -81,12 +76,12 @@ class Plan:
         }
 
 
-def evaluate(job: TrainingJob, candidate: Candidate) -> Plan:
+def evaluate(job: PlannedJob, candidate: Candidate) -> Plan:
     """The plan of a candidate, whether it fits or not."""
     return Plan(job, candidate, memory(job, candidate), timing(job, candidate), traffic(job, candidate))
 
 
-def plans(job: TrainingJob, gpus: int, *, count: int = 5) -> list[Plan]:
+def plans(job: PlannedJob, gpus: int, *, count: int = 5) -> list[Plan]:
     """The fastest plans that fit, best first; one for each layout.
 
     Raises DoesNotFitError, with what would fit, when there is none, or with the numbers that do not divide when no layout of
@@ -112,7 +107,7 @@ def plans(job: TrainingJob, gpus: int, *, count: int = 5) -> list[Plan]:
     raise DoesNotFitError(_nothing_fits(job, gpus, smallest))
 
 
-def candidates(job: TrainingJob, gpus: int) -> Iterator[Candidate]:
+def candidates(job: PlannedJob, gpus: int) -> Iterator[Candidate]:
     """Every layout of `gpus` that divides the model and the batch, with every micro-batch size, schedule and recomputation."""
     for layout in layouts(job, gpus):
         rows = job.settings.batch_size // layout.data_ranks
@@ -120,14 +115,14 @@ def candidates(job: TrainingJob, gpus: int) -> Iterator[Candidate]:
             if job.settings.rows_conflict(layout.data_ranks, micro_batch_size) is not None:
                 continue
             if micro_batch_size > 1 and _least_memory(job, layout) > job.card.usable_memory:
-                # a larger micro-batch does not make it fit
+                # a larger micro-batch needs more memory still
                 break
             for schedule, stages in _schedules(job, layout, rows // micro_batch_size):
                 for recompute in _RECOMPUTE:
                     yield Candidate(layout, micro_batch_size, recompute, schedule, stages)
 
 
-def layouts(job: TrainingJob, gpus: int) -> Iterator[Layout]:
+def layouts(job: PlannedJob, gpus: int) -> Iterator[Layout]:
     """Every layout of `gpus` that divides the model and the batch. The tensor axis stays within a node."""
     model, settings, per_node = job.model, job.settings, job.card.cards_per_node
     for tensor in _divisors(gpus):
@@ -151,7 +146,7 @@ def layouts(job: TrainingJob, gpus: int) -> Iterator[Layout]:
                     yield from _with_experts(job, Layout(pipeline, data // shard, shard, context, tensor))
 
 
-def _with_experts(job: TrainingJob, layout: Layout) -> Iterator[Layout]:
+def _with_experts(job: PlannedJob, layout: Layout) -> Iterator[Layout]:
     model, settings = job.model, job.settings
     for expert in _divisors(layout.shard_ranks) if model.num_experts else [1]:
         with_experts = replace(layout, expert=expert)
@@ -164,14 +159,14 @@ def _with_experts(job: TrainingJob, layout: Layout) -> Iterator[Layout]:
         yield with_experts
 
 
-def _schedules(job: TrainingJob, layout: Layout, micro_batches: int) -> Iterator[tuple[str, int]]:
+def _schedules(job: PlannedJob, layout: Layout, micro_batches: int) -> Iterator[tuple[str, int]]:
     """Pipeline schedules that can run `micro_batches`, with the stages per rank."""
     ranks = layout.pipeline
     if ranks == 1:
         yield "1f1b", 1
         return
-    asked = job.settings.parallel.pipeline_schedule
-    names = {"1f1b", "interleaved"} | ({asked} if job.settings.parallel.pipeline > 1 else set())
+    configured = job.settings.parallel.pipeline_schedule
+    names = {"1f1b", "interleaved"} | ({configured} if job.settings.parallel.pipeline > 1 else set())
     for name in sorted(names):
         stages = {"gpipe": 1, "1f1b": 1}.get(name, 2)
         if ranks * stages > job.model.num_hidden_layers or micro_batches < ranks:
@@ -181,7 +176,7 @@ def _schedules(job: TrainingJob, layout: Layout, micro_batches: int) -> Iterator
         yield name, stages
 
 
-def _least_memory(job: TrainingJob, layout: Layout) -> float:
+def _least_memory(job: PlannedJob, layout: Layout) -> float:
     """Bytes of weights and gradients on a rank of this layout."""
     everything = job.blocks_of(list(range(job.model.num_hidden_layers)))
     return 2 * WEIGHT_BYTES * everything.stored(layout) / layout.pipeline
@@ -191,7 +186,7 @@ def _divisors(number: int) -> list[int]:
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
-def _nothing_divides(job: TrainingJob, gpus: int) -> str:
+def _nothing_divides(job: PlannedJob, gpus: int) -> str:
     """Why no layout of `gpus` is possible."""
     settings, model = job.settings, job.model
     batch = settings.batch_size
@@ -202,7 +197,7 @@ def _nothing_divides(job: TrainingJob, gpus: int) -> str:
     )
 
 
-def _nothing_fits(job: TrainingJob, gpus: int, smallest: Plan) -> str:
+def _nothing_fits(job: PlannedJob, gpus: int, smallest: Plan) -> str:
     card = job.card
     text = (
         f"the model does not fit {gpus} × {card.name}: the leanest layout ({describe(smallest)}) needs "
@@ -215,27 +210,28 @@ def _nothing_fits(job: TrainingJob, gpus: int, smallest: Plan) -> str:
     return f"{text}; a lower context_length, a tensor axis or a card with more memory would help"
 
 
-def _first_fitting(job: TrainingJob, gpus: int) -> Plan | None:
+def _first_fitting(job: PlannedJob, gpus: int) -> Plan | None:
     """The fastest plan on `gpus` that fits with micro-batches of one row, or None. The batch grows with the GPUs where it
     must."""
     settings = job.settings
     if settings.batch_size % gpus:
         settings = settings.with_changes(batch_size=max(settings.batch_size, gpus))
-    bigger = TrainingJob(job.model, settings, job.card)
+    bigger = PlannedJob(job.model, settings, job.card)
     row_by_row = (candidate for candidate in candidates(bigger, gpus) if candidate.micro_batch_size == 1)
     fitting = [candidate for candidate in row_by_row if memory(bigger, candidate).peak <= job.card.usable_memory]
     possible = [Plan(bigger, candidate, memory(bigger, candidate), timing(bigger, candidate), []) for candidate in fitting]
     return min(possible, key=lambda plan: plan.timing.step, default=None)
 
 
+def _axes(layout: Layout) -> dict[str, int]:
+    """The axes of more than one rank."""
+    names = ("data_replicate", "data_shard", "context", "tensor", "pipeline", "expert")
+    return {name: ranks for name in names if (ranks := getattr(layout, name)) > 1}
+
+
 def describe(plan: Plan) -> str:
     """A plan in a few words: the axes above 1, the micro-batch, the recomputation."""
-    layout = plan.candidate.layout
-    axes = [
-        f"{name} {getattr(layout, name)}"
-        for name in ("data_replicate", "data_shard", "context", "tensor", "pipeline", "expert")
-        if getattr(layout, name) > 1
-    ]
+    axes = [f"{name} {ranks}" for name, ranks in _axes(plan.candidate.layout).items()]
     recompute = plan.candidate.recompute
     again = [] if recompute == "none" else [f"{recompute} checkpointing"]
     return ", ".join([*axes, f"micro-batch {plan.candidate.micro_batch_size}", *again])
@@ -254,7 +250,7 @@ def suggest_settings(
     One line, with the fastest micro-batch size and activation checkpointing that fit, or the least memory needed. failed: a
     candidate known not to fit; others must need clearly less.
     """
-    job = TrainingJob(model, settings, card)
+    job = PlannedJob(model, settings, card)
     rows = max(1, settings.batch_size // layout.data_ranks)
     tried: list[Plan] = []
     for micro_batch_size in _divisors(rows):
@@ -278,7 +274,7 @@ def suggest_settings(
     )
 
 
-def requested_plan(job: TrainingJob, gpus: int) -> Plan | None:
+def requested_plan(job: PlannedJob, gpus: int) -> Plan | None:
     """`configured_plan` where the settings name a layout, micro-batches or recomputation; None when they name none of it or
     the layout does not divide."""
     settings = job.settings
@@ -293,7 +289,7 @@ def requested_plan(job: TrainingJob, gpus: int) -> Plan | None:
         return None
 
 
-def configured_plan(job: TrainingJob, gpus: int) -> Plan:
+def configured_plan(job: PlannedJob, gpus: int) -> Plan:
     """The plan of the settings as they are, on `gpus`, whether it fits or not.
 
     Raises ConfigError, as a run does, where their layout does not divide the GPUs, the model or the batch.
@@ -312,7 +308,7 @@ def configured_plan(job: TrainingJob, gpus: int) -> Plan:
 def plan_summary(plans: Sequence[Plan], *, tokens: float, price: float, asked: Plan | None = None) -> dict[str, Any]:
     """Plans as plain values, for JSON and the terminal. asked: the plan of the recipe's own layout."""
     job = plans[0].job
-    return {
+    summary = {
         "card": job.card.name,
         "gpus": plans[0].candidate.layout.world_size,
         "tokens": tokens,
@@ -324,6 +320,8 @@ def plan_summary(plans: Sequence[Plan], *, tokens: float, price: float, asked: P
         "plans": [_plain(plan, tokens, price) for plan in plans],
         "asked": None if asked is None else _plain(asked, tokens, price),
     }
+    assumed = assumed_states(job)
+    return summary if assumed is None else summary | {"assumed_states": assumed}
 
 
 def _plain(plan: Plan, tokens: float, price: float) -> dict[str, Any]:

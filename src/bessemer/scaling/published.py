@@ -13,7 +13,7 @@ from typing import Any
 from bessemer.distributed.layout import Layout
 from bessemer.model.config import ModelConfig, preset_config
 from bessemer.scaling.hardware import CARDS, Card
-from bessemer.scaling.job import Candidate, TrainingJob
+from bessemer.scaling.job import Candidate, PlannedJob
 from bessemer.scaling.planner import Plan, evaluate
 from bessemer.training.pretrain_config import PretrainConfig
 
@@ -106,7 +106,7 @@ RUNS = (
 def predicted(run: PublishedRun) -> Plan:
     """The planner's prediction of a run."""
     settings = PretrainConfig(steps=1, **run.settings)
-    return evaluate(TrainingJob(run.model, settings, run.card), run.candidate)
+    return evaluate(PlannedJob(run.model, settings, run.card), run.candidate)
 
 
 def compared(run: PublishedRun) -> dict[str, Any]:

@@ -17,9 +17,9 @@ from bessemer.scaling.hardware import Card
 
 #: Bytes of a weight: quantised ones have a scale of 16 bits for each block of 32.
 WEIGHT_BYTES = {"f32": 4.0, "bf16": 2.0, "int8": 1 + 2 / 32, "int4": 0.5 + 2 / 32}
-#: Assumption: share of the vendor's bandwidth that kernels which read weights and caches reach.
+#: Assumption: fraction of the vendor's bandwidth reached by kernels that read weights and caches.
 ACHIEVED_BANDWIDTH = 0.8
-#: Assumption: of the memory, what activations and buffers of a step take.
+#: Assumption: fraction of the memory for activations and buffers of a step.
 _STEP_SHARE = 0.05
 _KV_BYTES = 2
 _BATCHES = (1, 4, 16, 64, 256)
@@ -41,12 +41,12 @@ class ServingJob:
 
     @property
     def weight_bytes(self) -> float:
-        """Of all weights."""
+        """Bytes of all weights."""
         return self.model.parameters() * WEIGHT_BYTES[self.weights]
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Keys and values of a token, in halves."""
+        """Bytes of the keys and values of a token, in half precision."""
         return self.model.kv_bytes_per_token(_KV_BYTES)
 
     @property
@@ -61,11 +61,11 @@ class ServingJob:
         return left
 
     def conversations(self, tokens: int) -> int:
-        """How many of as many tokens the memory holds at once."""
+        """Number of conversations of `tokens` tokens that fit in memory at once."""
         return int(self.kv_memory // (self.kv_bytes_per_token * tokens)) if self.kv_bytes_per_token else 10**6
 
     def read_bytes(self, sequences: int) -> float:
-        """Bytes of weights that a step reads: of the experts those that some sequence chose, on average."""
+        """Bytes of weights that a step reads: all but the experts that, on average, no sequence chose."""
         total, active = self.model.parameters(), self.model.active_parameters()
         if total == active:
             return self.weight_bytes
@@ -75,7 +75,7 @@ class ServingJob:
         return (active + each * (seen - chosen)) * WEIGHT_BYTES[self.weights]
 
     def step_seconds(self, sequences: int) -> float:
-        """A step of decoding, of sequences in the middle of their answers."""
+        """Seconds of a decoding step for sequences in the middle of their answers."""
         length = self.prompt + self.answer / 2
         read = self.read_bytes(sequences) + sequences * length * self.kv_bytes_per_token
         computed = sequences * self.model.flops_per_token(round(length)) / 3
@@ -84,20 +84,20 @@ class ServingJob:
         return max(read / bandwidth, computed / flops) + self._sums_seconds(sequences)
 
     def prompt_seconds(self) -> float:
-        """Reading a prompt."""
+        """Seconds to prefill one prompt."""
         flops = self.gpus * self.card.flops * self.card.achievable
         # a token looks at those before it, half of the prompt on average
         return self.prompt * self.model.flops_per_token(max(1, self.prompt // 2)) / 3 / flops + self._sums_seconds(self.prompt)
 
     def _sums_seconds(self, tokens: int) -> float:
-        """Adding up what the cards have computed, twice in each layer: a ring sends 2 (n-1)/n of the bytes."""
+        """Seconds of the all-reduces, two in each layer; a ring sends 2 (n-1)/n of the bytes."""
         if self.gpus == 1:
             return 0.0
         sent = 2 * self.model.num_hidden_layers * tokens * self.model.hidden_size * 2
         return sent * 2 * (self.gpus - 1) / self.gpus / self.card.node_link
 
     def at(self, sequences: int) -> Load:
-        """A number of conversations at once, each asked anew when it is answered."""
+        """The load of `sequences` conversations at once, each of which starts the next when it ends."""
         step, prompt = self.step_seconds(sequences), self.prompt_seconds()
         # prompts are read between the steps, one after the other
         seconds = sequences * prompt + self.answer * step
@@ -116,7 +116,7 @@ class Load:
     prompt_rate: float
 
     def dollars_per_million(self, dollars_an_hour: float) -> float:
-        """Of tokens of answers, the prompts' work included."""
+        """Dollars per million tokens of answers, prompts included."""
         return dollars_an_hour / 3600 / self.answer_rate * 1e6
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from bessemer.core.errors import ConfigError
 from bessemer.model.config import ModelConfig
 from bessemer.scaling.hardware import Card
-from bessemer.scaling.job import TrainingJob
+from bessemer.scaling.job import PlannedJob
 from bessemer.scaling.ladder import DECAY_FRACTION, LadderSettings, counted, ladder_settings, shape_for, shape_settings
 from bessemer.scaling.laws.fit import Count, Fit, Interval, quantity_interval
 from bessemer.scaling.laws.parametric import BESIROGLU, FLOPS_PER_PARAMETER_TOKEN, ParametricLaw
@@ -22,7 +22,7 @@ from bessemer.training.config import LoopConfig
 from bessemer.training.pretrain_config import PretrainConfig
 
 _SECONDS_PER_DAY = 86_400
-#: Rounds in which FLOPs and the speed of the model that they ask for are matched.
+#: Iterations of the fixed point between FLOPs and the speed of the model of that size.
 _ROUNDS = 6
 _CLOSE = 0.01
 #: Fewest optimizer steps of a run worth a law.
@@ -40,7 +40,7 @@ _COVARIANCE_ROOT = (
 )
 #: Smallest and largest compute of these points.
 _BESIROGLU_FLOPS = (1.4e18, 1.3e22)
-#: Settings of a base recipe that would contradict a suggestion's, or scale them.
+#: Settings of a base recipe that would contradict or rescale those of a suggestion.
 _REPLACED = ("steps", "minutes", "matrix_learning_rate", "warmup_steps", "decay_steps", "decay_tokens", "mup_base_width")
 
 
@@ -56,7 +56,7 @@ class LawInUse:
     fit: Fit | None = None
 
     def interval(self, parameters: float, tokens: float, confidence: float) -> Interval:
-        """Of the loss at N and D: of one further run where the law has its points, of the law alone for the published one."""
+        """Interval of the loss at N and D: of one further run where the law has its points, else of the law alone."""
         if self.fit is not None:
             return self.fit.new_run_interval(parameters, tokens, confidence)
         return quantity_interval(published_resamples(), lambda law: float(law.predict(parameters, tokens)), confidence)
@@ -100,7 +100,7 @@ class Suggestion:
 
     @property
     def extrapolation(self) -> str | None:
-        """How far the compute lies outside that of the law's points; None within."""
+        """How far the compute lies outside the range of the law's points, in words; None within."""
         smallest, largest = self.law.flops
         if self.flops > largest:
             return f"{self.flops / largest:,.3g} times the compute of the largest point that the law was fitted to"
@@ -144,20 +144,20 @@ def suggest_for_flops(
 def suggest_for_time(
     law: LawInUse, days: float, *, gpus: int, card: Card, vocab_size: int, context_length: int, confidence: float = 0.9
 ) -> Suggestion:
-    """The compute-optimal run of some GPUs in some days, at the speed that the planner predicts for its own model."""
+    """The compute-optimal run for GPUs and days, at the speed that the planner predicts for the suggested model."""
     flops = days * _SECONDS_PER_DAY * gpus * card.flops * card.achievable
     for _ in range(_ROUNDS):
-        found = suggest_for_flops(
+        suggestion = suggest_for_flops(
             law, flops, vocab_size=vocab_size, context_length=context_length, gpus=gpus, card=card, confidence=confidence
         )
-        assert found.plan is not None
-        tokens = found.plan.tokens_per_second * days * _SECONDS_PER_DAY
-        reached = FLOPS_PER_PARAMETER_TOKEN * found.parameters * tokens
+        assert suggestion.plan is not None
+        tokens = suggestion.plan.tokens_per_second * days * _SECONDS_PER_DAY
+        reached = FLOPS_PER_PARAMETER_TOKEN * suggestion.parameters * tokens
         if abs(reached / flops - 1) < _CLOSE:
             break
         flops = reached
-    # layouts and shapes come in steps: what is left is made up in tokens
-    return _suggestion(law, found.model, tokens, context_length, gpus, card, confidence)
+    # layouts and shapes are discrete: the number of tokens makes up the rest
+    return _suggestion(law, suggestion.model, tokens, context_length, gpus, card, confidence)
 
 
 def _suggestion(
@@ -182,7 +182,7 @@ def _suggestion(
         settings,
         float(law.law.predict(parameters, settings.tokens)),
         law.interval(parameters, settings.tokens, confidence),
-        plans(TrainingJob(model, settings, card), gpus, count=1)[0] if card is not None and gpus else None,
+        plans(PlannedJob(model, settings, card), gpus, count=1)[0] if card is not None and gpus else None,
     )
 
 

@@ -16,9 +16,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from bessemer.model.attention import variant_of
 from bessemer.model.costs import layer_parts
-from bessemer.scaling.job import NARROW_BYTES, WEIGHT_BYTES, Candidate, TrainingJob, Weights
+from bessemer.scaling.job import NARROW_BYTES, WEIGHT_BYTES, Candidate, PlannedJob, Weights
 from bessemer.scaling.memory import average_bytes, state_bytes
+from bessemer.training.optim.registry import find_optimizer
 
 #: Bytes of an index.
 _INDEX_BYTES = 8
@@ -46,20 +48,20 @@ class Traffic:
         return self.size * fraction * (2 if self.operation == "all-reduce" else 1)
 
 
-def traffic(job: TrainingJob, candidate: Candidate) -> list[Traffic]:
+def traffic(job: PlannedJob, candidate: Candidate) -> list[Traffic]:
     """Every kind of collective of a step that sends tensors; the few that send single numbers are left out."""
     collectives = [*_data(job, candidate), *_tensor(job, candidate), *_context(job, candidate), *_expert(job, candidate)]
     return [*collectives, *_pipeline(job, candidate)]
 
 
-def held_layers(job: TrainingJob, candidate: Candidate) -> list[int]:
+def held_layers(job: PlannedJob, candidate: Candidate) -> list[int]:
     """The layers of the pipeline rank with most layers, the last among equals, since it also has the head."""
     stages, ranks = job.stage_layers(candidate.stages), candidate.layout.pipeline
     of_ranks = [[layer for stage in range(rank, candidate.stages, ranks) for layer in stages[stage]] for rank in range(ranks)]
     return max(reversed(of_ranks), key=len)
 
 
-def _data(job: TrainingJob, candidate: Candidate) -> Iterator[Traffic]:
+def _data(job: PlannedJob, candidate: Candidate) -> Iterator[Traffic]:
     """FSDP: an all-gather of each block's weights forward and backward, one of the rest; a reduce-scatter of gradients; an
     all-reduce over replicas. In every micro-batch; in a pipeline once a step. In bfloat16 only matrices are gathered with their
     block."""
@@ -97,7 +99,7 @@ def _data(job: TrainingJob, candidate: Candidate) -> Iterator[Traffic]:
             yield Traffic("data", "all-reduce", copies, scatters * micro_batches, scattered * micro_batches / ranks)
 
 
-def _tensor(job: TrainingJob, candidate: Candidate) -> Iterator[Traffic]:
+def _tensor(job: PlannedJob, candidate: Candidate) -> Iterator[Traffic]:
     """An all-gather of tokens before attention and feed-forward, a reduce-scatter of outputs after them, and the reverse
     backward (Korthikanti et al. 2022, section 4.2); once more each, except the last, where a block is recomputed. Routings go
     with the tokens. Embedding and head do the same in float32. All-reduces: the head's gradient, gradients of replicated
@@ -117,8 +119,7 @@ def _tensor(job: TrainingJob, candidate: Candidate) -> Iterator[Traffic]:
     gathers, gathered = 2 * heads, float(2 * heads * WEIGHT_BYTES * model.hidden_size)
     scatters, scattered = heads, float(heads * WEIGHT_BYTES * model.hidden_size)
     for layer in layers:
-        # linear attention computes in the dtype of its input
-        read = WEIGHT_BYTES if model.types[layer] == "linear_attention" else c
+        read = c if variant_of(model, layer).casts_input else WEIGHT_BYTES
         gathers, scatters = gathers + 4 + 2 * again, scatters + 4 + again
         gathered += model.hidden_size * ((read + c) * (1 + again) + 2 * c)
         scattered += model.hidden_size * (2 * c + again * c + read + c)
@@ -140,24 +141,22 @@ def _tensor(job: TrainingJob, candidate: Candidate) -> Iterator[Traffic]:
     yield Traffic("tensor", "all-reduce", ranks, reductions * micro_batches, WEIGHT_BYTES * reduced * micro_batches)
 
 
-def _context(job: TrainingJob, candidate: Candidate) -> Iterator[Traffic]:
+def _context(job: PlannedJob, candidate: Candidate) -> Iterator[Traffic]:
     """An all-gather of keys and values, forward and where attention is recomputed; a reduce-scatter of their gradients."""
-    ranks, model = candidate.layout.context, job.model
+    ranks = candidate.layout.context
     if ranks == 1:
         return
-    layers = [layer for layer in held_layers(job, candidate) if model.types[layer] != "linear_attention"]
-    heads = model.num_attention_heads if model.is_latent else model.num_key_value_heads
-    keys = model.qk_nope_head_dim + model.qk_rope_head_dim if model.is_latent else model.head_dim
-    values = model.v_head_dim if model.is_latent else model.head_dim
+    counted = job.training_heads(held_layers(job, candidate))
     micro_batches = job.micro_batches(candidate)
-    rows = candidate.micro_batch_size * job.settings.context_length
-    size = rows * heads * (keys + values) * job.compute_bytes / candidate.layout.tensor * len(layers) * micro_batches
+    rows, count = candidate.micro_batch_size * job.settings.context_length, sum(layers for _, layers in counted)
+    bytes_of = [rows * heads.numbers * job.compute_bytes / candidate.layout.tensor * layers for heads, layers in counted]
+    size = sum(bytes_of) * micro_batches
     forward = 2 if candidate.recompute != "none" else 1
-    yield Traffic("context", "all-gather", ranks, 2 * forward * len(layers) * micro_batches, forward * size)
-    yield Traffic("context", "reduce-scatter", ranks, 2 * len(layers) * micro_batches, size)
+    yield Traffic("context", "all-gather", ranks, 2 * forward * count * micro_batches, forward * size)
+    yield Traffic("context", "reduce-scatter", ranks, 2 * count * micro_batches, size)
 
 
-def _expert(job: TrainingJob, candidate: Candidate) -> Iterator[Traffic]:
+def _expert(job: PlannedJob, candidate: Candidate) -> Iterator[Traffic]:
     """All-to-alls of every token's visits to its experts and back, forward and backward."""
     ranks, model = candidate.layout.expert, job.model
     if ranks == 1:
@@ -172,7 +171,7 @@ def _expert(job: TrainingJob, candidate: Candidate) -> Iterator[Traffic]:
     )
 
 
-def _pipeline(job: TrainingJob, candidate: Candidate) -> Iterator[Traffic]:
+def _pipeline(job: PlannedJob, candidate: Candidate) -> Iterator[Traffic]:
     """Sends of hidden states to the next stage and of their gradients to the previous one, in float32; a middle rank does
     both."""
     ranks = candidate.layout.pipeline
@@ -220,7 +219,7 @@ class Timing:
         return self.products + self.attention + self.recomputed + self.moved + self.exposed + self.bubble + self.optimizer
 
 
-def timing(job: TrainingJob, candidate: Candidate) -> Timing:
+def timing(job: PlannedJob, candidate: Candidate) -> Timing:
     """The predicted seconds of a step."""
     card, settings, layout = job.card, job.settings, candidate.layout
     micro_batches, tokens = job.micro_batches(candidate), job.tokens(candidate)
@@ -241,7 +240,7 @@ def timing(job: TrainingJob, candidate: Candidate) -> Timing:
     return Timing(products, attention, again, moved, communication, exposed, bubble, _optimizer_seconds(job, candidate, layers))
 
 
-def _flops(job: TrainingJob, layers: list[int]) -> tuple[float, float, float]:
+def _flops(job: PlannedJob, layers: list[int]) -> tuple[float, float, float]:
     """FLOPs of a token, forward and backward: matmuls of the rank's blocks, of the head, and attention scores."""
     last = layers[-1] == job.model.num_hidden_layers - 1
     inside = sum(job.products[layer] for layer in layers) + (job.mtp_products if last else 0)
@@ -249,7 +248,7 @@ def _flops(job: TrainingJob, layers: list[int]) -> tuple[float, float, float]:
     return 6.0 * inside, 6.0 * head, job.scores_flops * len(layers) / job.model.num_hidden_layers
 
 
-def _moved_bytes(job: TrainingJob, candidate: Candidate, layers: list[int]) -> float:
+def _moved_bytes(job: PlannedJob, candidate: Candidate, layers: list[int]) -> float:
     """Bytes read and written in a micro-batch outside matmuls."""
     numerics, tokens, tensor = job.numerics(candidate), job.tokens(candidate), candidate.layout.tensor
     kept = job.activations_of(layers, numerics).per_token(tensor)
@@ -260,7 +259,7 @@ def _moved_bytes(job: TrainingJob, candidate: Candidate, layers: list[int]) -> f
     return tokens * (passes * kept + logits) + _BYTES_PER_WEIGHT * weights
 
 
-def seconds_of(job: TrainingJob, candidate: Candidate, kind: Traffic) -> float:
+def seconds_of(job: PlannedJob, candidate: Candidate, kind: Traffic) -> float:
     """Seconds of all collectives of a kind in sequence, at the slower of the links inside and between nodes."""
     card, layout = job.card, candidate.layout
     stride = {
@@ -273,7 +272,7 @@ def seconds_of(job: TrainingJob, candidate: Candidate, kind: Traffic) -> float:
     if kind.axis == "data" and kind.operation == "all-reduce":
         stride = layout.tensor * layout.shard_ranks
     elif kind.axis == "data" and kind.ranks < layout.shard_ranks:
-        # weights of experts, between ranks with the same ones
+        # experts are reduced among ranks that hold the same ones
         stride = layout.tensor * layout.expert
     # ranks of a group in one node
     near = max(1, min(kind.ranks, card.cards_per_node // stride))
@@ -288,7 +287,7 @@ def seconds_of(job: TrainingJob, candidate: Candidate, kind: Traffic) -> float:
     return max(inside, between / (card.network_link * LINK_SHARE)) + latency
 
 
-def _communication(job: TrainingJob, candidate: Candidate, busy: float) -> tuple[float, float]:
+def _communication(job: PlannedJob, candidate: Candidate, busy: float) -> tuple[float, float]:
     """(seconds of all collectives, seconds that computation does not hide).
 
     FSDP's collectives overlap with the computation of a neighbouring block: exposed are the excess over the computation, the
@@ -316,9 +315,9 @@ def bubble_share(candidate: Candidate, micro_batches: int) -> float:
     return waiting / 3 if candidate.schedule in ("zero_bubble", "zbv") else waiting
 
 
-def _optimizer_seconds(job: TrainingJob, candidate: Candidate, layers: list[int]) -> float:
-    """Seconds to read and write weights, gradients and states, and of Muon's matmuls, which the ranks of a stage share: shards
-    travel to the rank of a matrix and back in bfloat16 (`distributed.whole_matrices`)."""
+def _optimizer_seconds(job: PlannedJob, candidate: Candidate, layers: list[int]) -> float:
+    """Seconds to read and write weights, gradients and states, and of updates of whole matrices, which the ranks of a stage
+    share: shards travel to the rank of a matrix and back in bfloat16 (`distributed.whole_matrices`)."""
     blocks = job.blocks_of(layers)
     layout, card = candidate.layout, job.card
     moved = blocks.stored(layout) * (_BYTES_PER_UPDATE + 2 * state_bytes(job, matrix=True))
@@ -329,30 +328,14 @@ def _optimizer_seconds(job: TrainingJob, candidate: Candidate, layers: list[int]
     if job.settings.offload:
         # over PCIe and back
         seconds += 3 * WEIGHT_BYTES * (blocks + job.outer).stored(layout) / (32e9 * LINK_SHARE)
-    if job.settings.optimizer == "muon":
-        ranks, matrices = layout.stage_ranks, sum(_matrices(job, layer) for layer in layers)
-        flops = sum(_muon_flops(job, layer) for layer in layers) / ranks
-        seconds += flops / (card.flops * card.achievable)
+    matrix_flops = find_optimizer(job.settings.optimizer).matrix_flops
+    if matrix_flops is not None:
+        ranks = layout.stage_ranks
+        parts = [part for layer in layers for part in layer_parts(job.model, layer)]
+        matrices = [shape for part in parts for shape in part.shapes if len(shape) > 1]
+        seconds += sum(map(matrix_flops, matrices)) / ranks / (card.flops * card.achievable)
         if ranks > 1:
-            rounds = -(-matrices // ranks)
+            rounds = -(-len(matrices) // ranks)
             size = NARROW_BYTES * 2 * blocks.stored(layout)
             seconds += seconds_of(job, candidate, Traffic("data", "all-to-all", ranks, 2 * rounds, size))
     return seconds
-
-
-def _matrices(job: TrainingJob, layer: int) -> int:
-    """Tensors of a block that Muon updates."""
-    return sum(1 for part in layer_parts(job.model, layer) for shape in part.shapes if len(shape) > 1)
-
-
-def _muon_flops(job: TrainingJob, layer: int) -> float:
-    """Five Newton–Schulz iterations of every matrix: each 4 m² n + 2 m³ for the shorter side m (Jordan et al. 2024)."""
-    total = 0.0
-    for part in layer_parts(job.model, layer):
-        for shape in part.shapes:
-            if len(shape) < 2:
-                continue
-            count = shape[0] if len(shape) == 3 else 1
-            short, long = sorted(shape[-2:])
-            total += count * 5 * (4 * short**2 * long + 2 * short**3)
-    return total

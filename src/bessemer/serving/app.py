@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 
 from bessemer.assistant.hooks import Hook
 from bessemer.core.errors import BessemerError
+from bessemer.inference.engine import Engine
 from bessemer.serving.anthropic.api import PREFIX, AnthropicApi, error_body
 from bessemer.serving.config import ServingConfig
 from bessemer.serving.openai.api import OpenAIApi
@@ -26,19 +27,19 @@ from bessemer.serving.responses.protocol import MemoryStore, ResponseStore
 from bessemer.serving.runtime.bodies import ApiError, read_body
 from bessemer.serving.runtime.clients import Keys, caller_of
 from bessemer.serving.runtime.gate import PUBLIC, Gate
-from bessemer.serving.runtime.metrics import CONTENT_TYPE, MeasuredEngine, Metrics
-from bessemer.serving.runtime.models import LOOK_SECONDS, Shelf
+from bessemer.serving.runtime.metrics import CONTENT_TYPE, render_metrics
+from bessemer.serving.runtime.models import IDLE_CHECK_SECONDS, ModelPool
 from bessemer.serving.runtime.served import Served
 from bessemer.serving.runtime.streams import as_api_error
-from bessemer.serving.runtime.worker import TextEngine, Worker
+from bessemer.serving.runtime.worker import Worker
 
-#: Seconds between two looks at the file of keys.
+#: Seconds between two checks of the file of keys.
 _REFRESH_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class Pages:
-    """Routes of another package beside the API. public: their paths that need no key."""
+    """Routes of another package. public: those of their paths that need no key."""
 
     routers: Sequence[APIRouter] = ()
     public: Collection[str] = ()
@@ -50,31 +51,29 @@ def no_pages(served: Served) -> Pages:
 
 
 def create_app(
-    engine: TextEngine,
+    engine: Engine,
     model_name: str,
     config: ServingConfig | None = None,
     pages: Callable[[Served], Pages] = no_pages,
-    shelf: Shelf | None = None,
+    pool: ModelPool | None = None,
     hooks: Sequence[Hook] = (),
     store: ResponseStore | None = None,
     is_behind_gate: bool = False,
 ) -> FastAPI:
     """An application that serves a model under `model_name`, and its adapters each under its own name.
 
-    pages: makes what is shown beside the API, of what is served; a page at `/` takes the place of the API's line there. shelf:
-    the models beside it. hooks: look at every turn of every dialect, and may hold back its text, take it back, or refuse; texts
-    that are no conversation are then not answered. store: where responses are kept; None: in memory. is_behind_gate: requests
-    have passed a gate elsewhere, which has left their callers in the scope.
+    pages: makes routes beside the API; one at `/` replaces the API's own. pool: additional models. hooks: guardrails of every
+    chat; endpoints that bypass them are then closed. store: of responses; None: in memory. is_behind_gate: another process runs
+    the gate, and leaves the callers in the scope.
 
-    Every error is answered in the form of the API that was asked. `config.host` and `config.port` are for the server that runs
-    the application. Its `state` has what is `served`. Raises ArtefactError and ConfigError for a file of keys that cannot be
-    read.
+    An error has the form of the API that its path belongs to. `config.host` and `config.port` are not used here. The result's
+    `state.served` is a `Served`. Raises ArtefactError and ConfigError for a file of keys that cannot be read.
     """
     config = config or ServingConfig()
     asks_for_keys = not is_behind_gate and (config.keys is not None or config.api_key is not None)
     keys = Keys(config.keys, config.api_key) if asks_for_keys else None
     worker = Worker(engine, config.max_waiting)
-    served = Served(engine, model_name, worker, config.aliases, shelf, hooks)
+    served = Served(engine, model_name, worker, config.aliases, pool, hooks)
     apis = (
         OpenAIApi(served),
         ResponsesApi(served, store or MemoryStore()),
@@ -84,31 +83,27 @@ def create_app(
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
-        watching = [asyncio.create_task(watch(keys)), asyncio.create_task(_look_after(served.shelf))]
+        tasks = [asyncio.create_task(watch_keys(keys)), asyncio.create_task(_close_idle_models(served.pool))]
         try:
             yield
         finally:
-            for one in watching:
-                one.cancel()
-            if served.shelf is not None:
-                await served.shelf.close()
-            # at its end the engine's thread ends
+            for task in tasks:
+                task.cancel()
+            if served.pool is not None:
+                await served.pool.close()
             worker.close()
 
     app = FastAPI(title="Bessemer", docs_url=None, redoc_url=None, openapi_url=None, lifespan=life)
     app.state.served = served
-    beside = pages(served)
+    other_pages = pages(served)
     if not is_behind_gate:
-        app.add_middleware(Gate, config=config, keys=keys, error_body=error_body_of, public=PUBLIC.union(beside.public))
-    for router in (*beside.routers, *(api.router() for api in apis)):
+        app.add_middleware(Gate, config=config, keys=keys, error_body=error_body_of, public=PUBLIC.union(other_pages.public))
+    for router in (*other_pages.routers, *(api.router() for api in apis)):
         app.include_router(router)
-    app.add_exception_handler(ApiError, answer_api_error)
-    app.add_exception_handler(BessemerError, _answer_bessemer_error)
-    app.add_exception_handler(HTTPException, answer_http_error)
-    app.add_exception_handler(RequestValidationError, _answer_parameter_error)
-    app.add_exception_handler(Exception, answer_failure)
+    for kind in (ApiError, BessemerError, HTTPException, RequestValidationError, Exception):
+        app.add_exception_handler(kind, answer_error)
 
-    # Anthropic's clients look whether a server is there
+    # Anthropic's clients send HEAD to see whether a server is there
     @app.head("/")
     @app.get("/")
     async def about() -> dict[str, str]:
@@ -135,87 +130,72 @@ def create_app(
     async def describe() -> dict[str, Any]:
         return described()
 
-    def engines() -> list[tuple[str, str, MeasuredEngine]]:
-        beside = [] if served.shelf is None else served.shelf.open_models
-        return [(model_name, "0", engine), *((one.name, "0", one.engine) for one in beside)]
-
-    metrics = Metrics(engines)
-
     @app.get("/metrics")
-    async def tell_metrics() -> Response:
-        # it waits for the step under way
-        return Response(await asyncio.to_thread(metrics.render), media_type=CONTENT_TYPE)
+    async def metrics() -> Response:
+        engines = [(model_name, "0", engine), *((model.name, "0", model.engine) for model in served.open_additional)]
+        # in a thread: it waits for the engines' current steps
+        return Response(await asyncio.to_thread(render_metrics, engines), media_type=CONTENT_TYPE)
 
     @app.post("/tokenize")
-    async def tell_tokens(request: Request) -> dict[str, Any]:
-        asked = await read_body(TokenizeRequest, request)
-        chosen = await served.of(asked.model or model_name, caller_of(request))
-        return await served.aside(lambda: tokenize(chosen.engine, asked))
+    async def tokenize_text(request: Request) -> dict[str, Any]:
+        body = await read_body(TokenizeRequest, request)
+        chosen = await served.model_for(body.model or model_name, caller_of(request))
+        return await served.run_in_thread(lambda: tokenize(chosen.engine, body))
 
     @app.post("/detokenize")
-    async def tell_text(request: Request) -> dict[str, Any]:
-        asked = await read_body(DetokenizeRequest, request)
-        chosen = await served.of(asked.model or model_name, caller_of(request))
-        return await served.aside(lambda: detokenize(chosen.engine, asked))
+    async def detokenize_ids(request: Request) -> dict[str, Any]:
+        body = await read_body(DetokenizeRequest, request)
+        chosen = await served.model_for(body.model or model_name, caller_of(request))
+        return await served.run_in_thread(lambda: detokenize(chosen.engine, body))
 
     return app
 
 
 @cache
 def described() -> dict[str, Any]:
-    """The description of the API, made when it is first asked for."""
+    """The OpenAPI document, made at the first request."""
     from bessemer.serving.openapi import description
 
     return description()
 
 
-async def _look_after(shelf: Shelf | None) -> None:
-    """Close models that nobody asks for, until cancelled."""
-    while shelf is not None:
-        await asyncio.sleep(LOOK_SECONDS)
-        await shelf.close_idle()
+async def _close_idle_models(pool: ModelPool | None) -> None:
+    """Runs until cancelled."""
+    while pool is not None:
+        await asyncio.sleep(IDLE_CHECK_SECONDS)
+        await pool.close_idle()
 
 
-async def watch(keys: Keys | None) -> None:
-    """Look for changes of the keys until cancelled."""
+async def watch_keys(keys: Keys | None) -> None:
+    """Read the file of keys again when it has changed, until cancelled."""
     while keys is not None:
         await asyncio.sleep(_REFRESH_SECONDS)
         keys.refresh()
 
 
-async def answer_api_error(request: Request, error: Exception) -> Response:
-    """An ApiError, in the form of the API that was asked."""
-    assert isinstance(error, ApiError)
-    return JSONResponse(error_body_of(request.scope["path"], error), status_code=error.status, headers=error.headers)
-
-
 def error_body_of(path: str, error: ApiError) -> dict[str, Any]:
-    """An error in the form of the API that a path belongs to."""
+    """An error in the form of the API below `path`."""
     return error_body(error) if path.startswith(PREFIX) else error.body()
 
 
-async def answer_http_error(request: Request, error: Exception) -> Response:
-    """A path or a method that there is not."""
-    assert isinstance(error, HTTPException)
+async def answer_error(request: Request, error: Exception) -> Response:
+    """The response to any exception, in the form of the API below the path."""
     path = request.scope["path"]
-    told = ApiError(f"{request.method} {path}: {error.detail}", status=error.status_code)
-    return JSONResponse(error_body_of(path, told), status_code=error.status_code, headers=error.headers)
-
-
-async def _answer_parameter_error(request: Request, error: Exception) -> Response:
-    """A parameter in the address that is none of its type."""
-    assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    name = str(first["loc"][-1])
-    return await answer_api_error(request, ApiError(f"{name}: {first['msg']}", parameter=name, code="invalid_value"))
-
-
-async def _answer_bessemer_error(request: Request, error: Exception) -> Response:
-    """Something that the tokenizer or the engine finds wrong in the request, or that ended the engine."""
-    return await answer_api_error(request, as_api_error(error))
-
-
-async def answer_failure(request: Request, error: Exception) -> Response:
-    """A fault of ours, which the server's log shows in full."""
-    told = ApiError("the server failed; its log says why", status=500, kind="server_error")
-    return JSONResponse(error_body_of(request.scope["path"], told), status_code=500)
+    headers = None
+    match error:
+        case HTTPException():
+            # an unknown path or method
+            api_error = ApiError(f"{request.method} {path}: {error.detail}", status=error.status_code)
+            headers = error.headers
+        case RequestValidationError():
+            # a query parameter of a wrong type
+            first = error.errors()[0]
+            name = str(first["loc"][-1])
+            api_error = ApiError(f"{name}: {first['msg']}", parameter=name, code="invalid_value")
+        case ApiError() | BessemerError():
+            api_error = as_api_error(error)
+            headers = api_error.headers
+        case _:
+            # a bug, which the server's log shows in full
+            api_error = ApiError("the server failed; its log says why", status=500, kind="server_error")
+    return JSONResponse(error_body_of(path, api_error), status_code=api_error.status, headers=headers)

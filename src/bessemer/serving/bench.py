@@ -33,7 +33,7 @@ GOALS = ("ttft", "tpot", "e2el")
 
 
 class LoadConfig(Config):
-    """A load test: what is asked, how often, and when an answer was good."""
+    """A load test: its requests, their arrival, and the limits of goodput."""
 
     model: str | None = setting(None, "name of the model; the first that the server lists")
     api: Literal["completions", "chat"] = setting("completions", "API that is asked: completions, or chat")
@@ -78,7 +78,7 @@ class LoadConfig(Config):
         return self
 
 
-#: Common words, of which nearly every vocabulary has one token each with the space before it.
+#: Common words: with the space before them, nearly every vocabulary has each as one token.
 _TEXT = (
     "the of and to in is that for it was on are as with they be at one have this from by hot word but what some we can out "
     "other were all there when up use your how said an each she which do their time if will way about many then them write "
@@ -92,7 +92,7 @@ _TEXT = (
 
 
 def bodies(config: LoadConfig, model: str) -> Iterator[dict[str, Any]]:
-    """Bodies of requests without end; the same for the same settings. Raises SourceError for a file without prompts."""
+    """An endless series of request bodies, the same for the same settings. Raises SourceError for a file without prompts."""
     common: dict[str, Any] = {
         "model": model,
         "max_tokens": config.output_tokens,
@@ -105,26 +105,26 @@ def bodies(config: LoadConfig, model: str) -> Iterator[dict[str, Any]]:
     if config.ignore_eos:
         common["ignore_eos"] = True
     common |= config.extra_body
-    for asked in _asked(config):
-        yield {**common, **_as_api(asked, config)}
+    for prompt in _prompts(config):
+        yield {**common, **_in_api(prompt, config)}
 
 
-def _asked(config: LoadConfig) -> Iterator[dict[str, Any]]:
+def _prompts(config: LoadConfig) -> Iterator[dict[str, Any]]:
     if config.prompts is not None:
         yield from itertools.cycle(_read_prompts(config.prompts))
     generator, common = random.Random(config.seed), _TEXT.split()
     while True:
-        # no two begin alike: nothing of a prefix is remembered
+        # a random first word: no prompt finds another's prefix in the cache
         words = [str(generator.randrange(10**6)), *generator.choices(common, k=max(0, config.input_tokens - 1))]
         yield {"prompt": " ".join(words)}
 
 
-def _as_api(asked: dict[str, Any], config: LoadConfig) -> dict[str, Any]:
+def _in_api(prompt: dict[str, Any], config: LoadConfig) -> dict[str, Any]:
     if config.api == "completions":
-        if "prompt" not in asked:
+        if "prompt" not in prompt:
             raise SourceError(f"{config.prompts}: conversations are for the API chat")
-        return {"prompt": asked["prompt"]}
-    return {"messages": asked["messages"] if "messages" in asked else [{"role": "user", "content": asked["prompt"]}]}
+        return {"prompt": prompt["prompt"]}
+    return {"messages": prompt["messages"] if "messages" in prompt else [{"role": "user", "content": prompt["prompt"]}]}
 
 
 def _read_prompts(path: Path) -> list[dict[str, Any]]:
@@ -132,7 +132,7 @@ def _read_prompts(path: Path) -> list[dict[str, Any]]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"{path}: cannot be read ({error})") from None
-    found = []
+    prompts = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -142,14 +142,14 @@ def _read_prompts(path: Path) -> list[dict[str, Any]]:
             raise SourceError(f"{path}, line {number}: not JSON ({error.msg})") from None
         if not isinstance(row, dict) or not ("prompt" in row or "messages" in row):
             raise SourceError(f"{path}, line {number}: a row has a prompt or messages")
-        found.append(row)
-    if not found:
+        prompts.append(row)
+    if not prompts:
         raise SourceError(f"{path}: there is no prompt in it")
-    return found
+    return prompts
 
 
 def waits(config: LoadConfig) -> Iterator[float]:
-    """Seconds between arrivals: gamma distributed with mean 1/rate. Without a rate none."""
+    """Seconds between arrivals: gamma distributed with mean 1/rate; 0 without a rate."""
     generator = random.Random(config.seed + 1)
     while True:
         yield 0.0 if config.rate is None else generator.gammavariate(config.burstiness, 1 / (config.rate * config.burstiness))
@@ -159,11 +159,11 @@ _PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 
 
 @dataclass
-class Answer:
-    """What came of a request. Times in seconds of one clock.
+class TimedResponse:
+    """The times of a streamed response, in seconds of one clock, and its tokens.
 
-    first: when its first text came, of the answer, of thinking or of a call; gaps: between the parts from then on. tokens: as
-    the server counts them; where it counts none, the parts.
+    first: of the first text of the answer, thinking or a call. gaps: between later parts. tokens: the server's count; the
+    number of parts where it gives none.
     """
 
     started: float
@@ -176,7 +176,7 @@ class Answer:
 
     @property
     def seconds(self) -> float:
-        """From the request to its end."""
+        """From the request to the end of the response."""
         assert self.ended is not None
         return self.ended - self.started
 
@@ -188,26 +188,25 @@ class Answer:
 
     @property
     def time_per_token(self) -> float:
-        """Mean time of the tokens after the first; 0 of an answer of one."""
+        """Mean time of the tokens after the first; 0 for a single token."""
         return (self.seconds - self.time_to_first_token) / (self.tokens - 1) if self.tokens > 1 else 0.0
 
 
-async def ask(client: httpx.AsyncClient, api: str, body: dict[str, Any], timeout: float | None = None) -> Answer:
-    """Send a request and read its stream to the end. Whatever goes wrong is the answer's `error`. timeout: seconds for all of
-    it."""
-    answer = Answer(time.perf_counter())
+async def ask(client: httpx.AsyncClient, api: str, body: dict[str, Any], timeout: float | None = None) -> TimedResponse:
+    """Send a request and read its stream to the end. A failure is the result's `error`. timeout: of the whole, in seconds."""
+    answer = TimedResponse(time.perf_counter())
     try:
         async with asyncio.timeout(timeout):
             await _read(client, api, body, answer)
     except TimeoutError:
         answer.error = f"not answered in {timeout:g} s"
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError, AttributeError) as error:
-        # a stream that is no stream of completions has any shape
+        # a server that is no OpenAI server may send anything
         answer.error = str(error) or type(error).__name__
     return answer
 
 
-async def _read(client: httpx.AsyncClient, api: str, body: dict[str, Any], answer: Answer) -> None:
+async def _read(client: httpx.AsyncClient, api: str, body: dict[str, Any], answer: TimedResponse) -> None:
     parts = 0
     async with client.stream("POST", _PATHS[api], json=body) as response:
         if response.status_code != 200:
@@ -238,7 +237,7 @@ async def _read(client: httpx.AsyncClient, api: str, body: dict[str, Any], answe
     answer.ended = time.perf_counter()
     answer.tokens = answer.tokens or parts
     if answer.first is None and answer.tokens:
-        # tokens without a text of their own, as control tokens are
+        # control tokens have no text
         answer.first = answer.ended
     elif answer.first is None:
         answer.error = "an empty answer"
@@ -261,7 +260,7 @@ def _reason(body: bytes) -> str:
 
 
 PERCENTILES = (50, 90, 95, 99)
-#: Key → what it is.
+#: Key of a latency → its name.
 MEASURES = {
     "ttft": "time to first token",
     "tpot": "time per token after the first",
@@ -270,8 +269,9 @@ MEASURES = {
 }
 
 
-def figures(answers: Sequence[Answer], seconds: float, config: LoadConfig) -> dict[str, Any]:
-    """Counts, throughput, and means, medians, deviations and percentiles in milliseconds. seconds: of the whole measurement."""
+def figures(answers: Sequence[TimedResponse], seconds: float, config: LoadConfig) -> dict[str, Any]:
+    """Counts, rates a second, and means, medians, deviations and percentiles in milliseconds. seconds: of the whole
+    measurement."""
     done = [answer for answer in answers if answer.error is None]
     values = {
         "ttft": [answer.time_to_first_token for answer in done],
@@ -281,7 +281,7 @@ def figures(answers: Sequence[Answer], seconds: float, config: LoadConfig) -> di
     }
     prompt, made = sum(answer.prompt_tokens for answer in done), sum(answer.tokens for answer in done)
     good = sum(_is_good(answer, config.goodput) for answer in done) if config.goodput else None
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "duration": seconds,
         "completed": len(done),
         "failed": len(answers) - len(done),
@@ -294,7 +294,7 @@ def figures(answers: Sequence[Answer], seconds: float, config: LoadConfig) -> di
     }
     for name, each in values.items():
         milliseconds = [1000 * value for value in each]
-        found |= {
+        result |= {
             f"mean_{name}_ms": statistics.fmean(milliseconds) if milliseconds else None,
             f"median_{name}_ms": statistics.median(milliseconds) if milliseconds else None,
             f"std_{name}_ms": statistics.pstdev(milliseconds) if milliseconds else None,
@@ -303,22 +303,22 @@ def figures(answers: Sequence[Answer], seconds: float, config: LoadConfig) -> di
                 for percentile in PERCENTILES
             },
         }
-    return found
+    return result
 
 
-def _is_good(answer: Answer, goals: dict[str, float]) -> bool:
+def _is_good(answer: TimedResponse, goals: dict[str, float]) -> bool:
     values = {"ttft": answer.time_to_first_token, "tpot": answer.time_per_token, "e2el": answer.seconds}
     return all(1000 * values[name] <= limit for name, limit in goals.items())
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What a load test found. figures: as `figures.figures` gives them; errors: how often each came."""
+class LoadResult:
+    """The result of a load test. figures: of the function `figures`; errors: the count of each."""
 
     model: str
     figures: dict[str, Any]
     errors: Counter[str]
-    answers: Sequence[Answer]
+    answers: Sequence[TimedResponse]
 
     def as_json(self, url: str, config: LoadConfig, label: str | None = None) -> dict[str, Any]:
         """A result as `vllm bench serve` saves it."""
@@ -342,43 +342,43 @@ class Measured:
         }
 
 
-def bench(url: str, config: LoadConfig, *, key: str | None = None, progress: Progress | None = None) -> Measured:
+def bench(url: str, config: LoadConfig, *, key: str | None = None, progress: Progress | None = None) -> LoadResult:
     """Load the server at `url` (with or without `/v1`) as the settings say.
 
-    Raises BessemerError when the server is not there, refuses the first request, or answers none. Interrupted, it measures what
-    was answered until then.
+    Raises BessemerError when the server cannot be reached, refuses the first request, or answers none. Ctrl-C ends the test
+    early.
     """
     return asyncio.run(_bench(url.rstrip("/").removesuffix("/v1"), config, key, progress or Silent()))
 
 
-async def _bench(url: str, config: LoadConfig, key: str | None, progress: Progress) -> Measured:
-    # parts are timed as they come, so none may wait for a compressor
+async def _bench(url: str, config: LoadConfig, key: str | None, progress: Progress) -> LoadResult:
+    # compression would delay parts
     headers = {"Accept-Encoding": "identity", **({"Authorization": f"Bearer {key}"} if key else {})}
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     async with httpx.AsyncClient(base_url=url, headers=headers, timeout=config.timeout, limits=limits) as client:
         model = config.model or await _first_model(client)
-        # all of them before the first is sent: a mistake in a file is found now
-        asked = iter([*itertools.islice(bodies(config, model), config.warmup + config.requests)])
+        # made before the first is sent, so that a mistake in the file is found first
+        requests = iter([*itertools.islice(bodies(config, model), config.warmup + config.requests)])
         for number in range(config.warmup):
-            answer = await ask(client, config.api, next(asked), config.timeout)
+            answer = await ask(client, config.api, next(requests), config.timeout)
             if number == 0 and answer.error is not None:
                 raise BessemerError(f"{url} refuses a request: {answer.error}")
-        answers: list[Answer] = []
+        answers: list[TimedResponse] = []
         start = time.perf_counter()
         with progress.task("requests", total=config.requests, unit="requests") as bar:
-            # Ctrl-C: what was answered is measured
+            # after Ctrl-C, the answers until then are evaluated
             with contextlib.suppress(asyncio.CancelledError):
-                await _load(client, config, asked, answers, bar)
+                await _load(client, config, requests, answers, bar)
         seconds = time.perf_counter() - start
     errors = Counter(answer.error for answer in answers if answer.error is not None)
     if not answers or len(answers) == sum(errors.values()):
         reason = f": {errors.most_common(1)[0][0]}" if errors else ""
         raise BessemerError(f"{url} answered none of the requests{reason}")
-    return Measured(model, figures(answers, seconds, config), errors, answers)
+    return LoadResult(model, figures(answers, seconds, config), errors, answers)
 
 
 async def _load(
-    client: httpx.AsyncClient, config: LoadConfig, asked: Iterator[dict[str, Any]], answers: list[Answer], bar: Task
+    client: httpx.AsyncClient, config: LoadConfig, requests: Iterator[dict[str, Any]], answers: list[TimedResponse], bar: Task
 ) -> None:
     """Send the requests as they arrive, at most `concurrency` at once."""
     places = asyncio.Semaphore(config.concurrency or config.requests)
@@ -392,9 +392,9 @@ async def _load(
 
     due = time.perf_counter()
     async with asyncio.TaskGroup() as group:
-        for body, wait in zip(asked, waits(config), strict=False):
+        for body, wait in zip(requests, waits(config), strict=False):
             due += wait
-            # an arrival that is late does not delay the next ones
+            # a late arrival does not delay the next ones
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
             await places.acquire()
             group.create_task(send(body))

@@ -1,12 +1,12 @@
-"""Settings of the server, and its limits: what one request may cost, and how long anything is waited for.
+"""Settings of the server, and all its limits on size and time.
 
-All limits stand here. The cost of a request is known before it is admitted: its bytes, the values in them, texts, token ids,
-completions. Above a limit it is refused by a line that names the limit, and nothing is computed. `docs/serving.md` has the
-table, which a test holds to this list.
+A request is checked against the limits before anything is computed, and refused with the limit that it exceeds. A test compares
+the table in `docs/serving.md` with this list.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from bessemer.core.config import Config, setting
 
 
 class Limit(NamedTuple):
-    """A limit: the most that is taken, and what comes of more. setting: where the owner of a server sets another."""
+    """A limit. beyond: the consequence of exceeding it; setting: the option that changes it."""
 
     most: int
     unit: str
@@ -30,19 +30,19 @@ class Limit(NamedTuple):
 
 # -- a body, before it is parsed
 
-#: A body up to this many bytes is parsed on the event loop: in less time than another thread takes to begin.
+#: A body up to this many bytes is parsed on the event loop: faster than starting a thread.
 PARSED_AT_ONCE = 1 << 14
 
 BODY = Limit(8, "MiB", "a body", "413", "`--max-body`")
 BODY_WAIT = Limit(30, "s", "until a body has come", "408", "`ServingConfig.body_seconds`")
 BODIES = Limit(512, "MiB", "bodies of all requests under way together, those up to 64 KiB aside", "503 with `Retry-After`")
-#: Bytes of a body that are not counted among `BODIES`, so that a flood of large ones keeps no ordinary request away.
+#: Bytes of each body that `BODIES` does not count, so that many large bodies keep no ordinary request away.
 UNCOUNTED = 1 << 16
 HEAD_WAIT = Limit(10, "s", "until the head of a request has come", "the connection is closed")
 WRITE_WAIT = Limit(
     30, "s", "for a client to read 16 KiB of an answer that waits for it", "the connection and its requests are ended"
 )
-#: Bytes that a client reads in `WRITE_WAIT`, or is let go.
+#: Bytes that a client must read in `WRITE_WAIT`.
 LEAST_READ = 1 << 14
 VALUES = Limit(1_000_000, "values", "numbers, texts, lists and objects of a body", "400")
 CONTAINERS = Limit(50_000, "lists and objects", "lists and objects of a body", "400")
@@ -71,7 +71,7 @@ METADATA_VALUE = Limit(512, "characters", "a value in `metadata` of a response",
 WAITING = Limit(
     32, "completions", "completions that wait beside those that are computed", "503 with `Retry-After`", "`--max-waiting`"
 )
-#: A single request leaves one in this many waiting places to others.
+#: A single request leaves 1 / `OTHERS_SHARE` of the waiting places to others.
 OTHERS_SHARE = 4
 ASIDE = Limit(2, "requests", "`/tokenize`, `/detokenize` and `count_tokens` that are computed at once", "the next one waits")
 STORED = Limit(1_000, "responses", "stored responses", "the oldest of the key with the most bytes is dropped")
@@ -80,56 +80,39 @@ STORED_BYTES = Limit(256, "MiB", "stored responses together", "the oldest of the
 LIMITS: dict[str, Limit] = {name: value for name, value in list(globals().items()) if isinstance(value, Limit)}
 
 
+#: None of them changes what the model answers.
+_setting = partial(setting, affects_output=False)
+
+
 class ServingConfig(Config):
     """Address, API key and admission of the server."""
 
-    host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 answers other machines too", affects_output=False)
-    port: int = setting(8000, "port to listen on; 0 takes a free one", ge=0, le=65535, affects_output=False)
-    api_key: str | None = setting(
-        None,
-        "key that clients must send as `Authorization: Bearer KEY`; none asks for none",
-        min_length=1,
-        affects_output=False,
+    host: str = _setting("127.0.0.1", "address to listen on; 0.0.0.0 answers other machines too")
+    port: int = _setting(8000, "port to listen on; 0 takes a free one", ge=0, le=65535)
+    api_key: str | None = _setting(
+        None, "key that clients must send as `Authorization: Bearer KEY`; none asks for none", min_length=1
     )
-    keys: Path | None = setting(None, "file of API keys, by `bessemer keys`; read again when it changes", affects_output=False)
-    hosts: list[str] = setting(
+    keys: Path | None = _setting(None, "file of API keys, by `bessemer keys`; read again when it changes")
+    hosts: list[str] = _setting(
         default_factory=list,
         description="names under which clients may address the server, beside localhost and addresses of numbers; * is any",
-        affects_output=False,
     )
-    origins: list[str] = setting(
-        default_factory=list,
-        description="origins, as https://example.org, whose pages may use the server from a browser",
-        affects_output=False,
+    origins: list[str] = _setting(
+        default_factory=list, description="origins, as https://example.org, whose pages may use the server from a browser"
     )
-    max_body: float = setting(
-        float(BODY.most), "size of a request above which it is refused with 413", unit="MiB", gt=0, affects_output=False
+    max_body: float = _setting(float(BODY.most), "size of a request above which it is refused with 413", unit="MiB", gt=0)
+    body_seconds: float = _setting(
+        float(BODY_WAIT.most), "time for the body of a request, after which it is refused with 408", unit="s", gt=0
     )
-    body_seconds: float = setting(
-        float(BODY_WAIT.most),
-        "time for the body of a request, after which it is refused with 408",
-        unit="s",
-        gt=0,
-        affects_output=False,
+    drain_seconds: float = _setting(60.0, "time for the running requests to finish after SIGTERM", unit="s", ge=0)
+    request_log: bool = _setting(
+        False, "log a line of JSON for every request: key, path, status, times and tokens, and nothing that it says"
     )
-    drain_seconds: float = setting(
-        60.0, "time for the running requests to finish after SIGTERM", unit="s", ge=0, affects_output=False
-    )
-    request_log: bool = setting(
-        False,
-        "log a line of JSON for every request: key, path, status, times and tokens, and nothing that it says",
-        affects_output=False,
-    )
-    adapter_root: Path | None = setting(
-        None, "folder below which an admin key may load adapters while the server runs", affects_output=False
-    )
-    aliases: list[str] = setting(
-        default_factory=list, description="other names under which clients may ask for the model", affects_output=False
-    )
-    max_waiting: int = setting(
+    adapter_root: Path | None = _setting(None, "folder below which an admin key may load adapters while the server runs")
+    aliases: list[str] = _setting(default_factory=list, description="other names under which clients may ask for the model")
+    max_waiting: int = _setting(
         WAITING.most,
         "completions that wait, beyond those that the engine computes at once; more are refused with 503",
         unit="completions",
         ge=0,
-        affects_output=False,
     )

@@ -1,4 +1,7 @@
-"""The OpenAPI description of the API: what each route takes, from the classes that read it, and what it answers."""
+"""The OpenAPI document of the API: bodies from the classes that validate them, responses as schemas written here.
+
+FastAPI's own document has neither: routes take the raw request, since bodies are limited, parsed and refused by `read_body`.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ _ANY: dict[str, Any] = {}
 
 
 def _object(**properties: dict[str, Any]) -> dict[str, Any]:
-    """An object that has all of these, and perhaps others."""
+    """An object with at least these properties."""
     return {"type": "object", "required": list(properties), "properties": properties}
 
 
@@ -37,7 +40,7 @@ _FINISH = {"enum": ["stop", "length", "tool_calls", "content_filter", None]}
 _MODEL = _object(id=_TEXT, object=_one_of("model"), created=_COUNT, owned_by=_TEXT, max_model_len=_COUNT)
 _HEALTH = _object(status=_TEXT, model=_TEXT)
 
-#: What is answered with another status than 200.
+#: The body of an error.
 ERROR = _object(error=_object(message=_TEXT, type=_TEXT, param={"type": ["string", "null"]}, code={"type": ["string", "null"]}))
 ANTHROPIC_ERROR = _object(type=_one_of("error"), error=_object(type=_TEXT, message=_TEXT))
 
@@ -46,9 +49,9 @@ ANTHROPIC_ERROR = _object(type=_one_of("error"), error=_object(type=_TEXT, messa
 class Operation:
     """A route.
 
-    summary: a line. answer: JSON schema of what comes with 200; None: a text. body: what it takes. streams: whether `stream:
-    true` asks for server-sent events. path: its parameters in the path. tag: whose words it speaks. error: schema of the
-    others.
+    answer: JSON schema of the response with status 200; None: a text. body: of the request. streams: whether `stream: true`
+    gives server-sent events. path: parameters in the path. tag: the API that it belongs to. error: schema of an error; None:
+    OpenAI's.
     """
 
     summary: str
@@ -59,8 +62,8 @@ class Operation:
     tag: str = "OpenAI"
     error: Mapping[str, Any] | None = None
 
-    def described(self, name: str, schemas: dict[str, Any]) -> dict[str, Any]:
-        """The operation in the description. Schemas that its body names are put among the others."""
+    def described(self, operation_id: str, schemas: dict[str, Any]) -> dict[str, Any]:
+        """The operation's entry. Adds the schemas of its body to `schemas`."""
         content: dict[str, Any] = (
             {"text/plain": {"schema": _TEXT}} if self.answer is None else {"application/json": {"schema": dict(self.answer)}}
         )
@@ -68,7 +71,7 @@ class Operation:
             content["text/event-stream"] = {"schema": _ANY}
         error = {"application/json": {"schema": dict(self.error or ERROR)}}
         described: dict[str, Any] = {
-            "operationId": name,
+            "operationId": operation_id,
             "summary": self.summary,
             "tags": [self.tag],
             "responses": {
@@ -82,9 +85,8 @@ class Operation:
             },
         }
         if self.path:
-            described["parameters"] = [
-                {"name": one, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}} for one in self.path
-            ]
+            text = {"type": "string", "minLength": 1}
+            described["parameters"] = [{"name": name, "in": "path", "required": True, "schema": text} for name in self.path]
         if self.body is not None:
             schema = self.body.model_json_schema(ref_template="#/components/schemas/{model}")
             schemas.update(schema.pop("$defs", {}))
@@ -94,7 +96,7 @@ class Operation:
         return described
 
 
-#: Path and method → route.
+#: (path, method) → route.
 OPERATIONS: dict[tuple[str, str], Operation] = {
     ("/v1/chat/completions", "post"): Operation(
         "Answer a conversation.",
@@ -191,7 +193,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
 
 
 def description() -> dict[str, Any]:
-    """The document, OpenAPI 3.1."""
+    """The document, in OpenAPI 3.1."""
     schemas: dict[str, Any] = {}
     paths: dict[str, Any] = {}
     for (path, method), operation in OPERATIONS.items():

@@ -2,8 +2,8 @@
 
 Training starts from the 256 bytes and repeats: count the adjacent pairs of tokens inside the pieces that the split
 regex makes, turn the most frequent pair into a new token (Sennrich et al. 2016; on bytes, Radford et al. 2019). The two
-trainers differ only where two pairs are equally frequent. rustbpe, the faster, gives the tokens with their ranks and not
-the pairs they came from, which `tokenizer.json` needs: `merges_from_ranks` finds them again.
+trainers differ only where two pairs are equally frequent. rustbpe is faster but returns tokens and ranks only;
+`merges_from_ranks` recovers the pairs, which `tokenizer.json` needs.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ import tokenizers
 
 from bessemer.core.errors import ConfigError
 from bessemer.tokenization.config import BYTE_TOKENS
-from bessemer.tokenization.folder import TokenizerParts
+from bessemer.tokenization.folder import BYTE_LEVEL_DECODER, TokenizerParts, bpe_model
 from bessemer.tokenization.split import APPROXIMATED_REGEXES, SPLIT_REGEXES, pre_tokenizer
 from bessemer.tokenization.vocabulary import token_from_name, vocabulary_name
 
-#: A batch is held in memory while its pieces are counted: at most 64 MB of text with the length below.
+#: Texts whose pieces are counted at once: at most 64 MB in memory, with the length below.
 _TEXTS_PER_BATCH = 1024
 _CHARACTERS_PER_TEXT = 1 << 16
 
-#: What `\s` is to the split regexes' engines: Unicode's White_Space. Python's own has the separators U+001C to U+001F besides.
+#: What `\s` matches in the engines that run split regexes: Unicode's White_Space. Python's `\s` adds U+001C to U+001F.
 _WHITE_SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 
 
@@ -51,12 +51,17 @@ def train_bpe(
     tokens = (_train_rustbpe if trainer == "rustbpe" else _train_tokenizers)(texts, merges, split_regex)
     reached = len(tokens) - BYTE_TOKENS
     if reached < merges:
-        # neither says anything
-        raise ConfigError(
-            f"tokenize.vocab_size: the corpus is too small for this vocabulary: {merges:,} merges are asked for and it "
-            f"yields {reached:,}; lower vocab_size by {merges - reached:,} or more, or give more text"
-        )
+        # both libraries return fewer tokens without an error
+        raise too_small_corpus("merges", merges, reached)
     return tokens
+
+
+def too_small_corpus(unit: str, wanted: int, reached: int) -> ConfigError:
+    """The error for a corpus that yields `reached` learned units (tokens, merges) of the `wanted` ones."""
+    return ConfigError(
+        f"tokenize.vocab_size: the corpus is too small for this vocabulary: {wanted:,} {unit} are asked for and it "
+        f"yields {reached:,}; lower vocab_size by {wanted - reached:,} or more, or give more text"
+    )
 
 
 def _train_rustbpe(texts: Iterator[str], merges: int, split_regex: str) -> list[bytes]:
@@ -66,8 +71,10 @@ def _train_rustbpe(texts: Iterator[str], merges: int, split_regex: str) -> list[
 
 
 def without_lookahead_first(split_regex: str) -> str:
-    """The same cuts, of a named split in a quarter less time: rustbpe's engine tries alternatives one by one where any has
-    a lookahead, and those in a group without one all at once."""
+    """A named split's regex, grouped so that rustbpe makes the same cuts in a quarter less time.
+
+    Its engine tries alternatives one by one when any of them has a lookahead, and a group without one all at once.
+    """
     if split_regex not in (SPLIT_REGEXES | APPROXIMATED_REGEXES).values():
         return split_regex
     before, lookahead, after = split_regex.partition(r"|\s+(?!")
@@ -90,10 +97,10 @@ def _train_tokenizers(texts: Iterator[str], merges: int, split_regex: str) -> li
 
 
 def cut_runs(texts: Iterable[str], longest: int) -> Iterator[str]:
-    """Texts in which no run without white space, and none of it, is longer than `longest` characters: it is cut there.
+    """The texts, with every run of white space and every run without it cut after `longest` characters.
 
-    So a piece of a split regex has at most `longest + 1` characters of one kind (a space may stand before its word), and
-    with the line ends that some regexes leave to punctuation at most `2 * longest + 1`; neither has a token more.
+    A piece of a split regex then has at most `longest + 1` characters (a word may take the space before it), or
+    `2 * longest + 1` where the regex adds line ends to punctuation. No token is longer than a piece.
     """
     over = longest + 1
     long_run = re.compile(
@@ -110,8 +117,8 @@ def cut_runs(texts: Iterable[str], longest: int) -> Iterator[str]:
 
 
 def _may_have_run(text: str, length: int) -> bool:
-    """False only when no run has this many characters. A long run fills one of the blocks of half its length: to look for a
-    space in each is twenty times faster than the regex."""
+    """False only when no run has this many characters. Such a run covers a whole block of half its length, so it is enough to
+    look for a space in each block: twenty times faster than the regex."""
     block = (length + 1) // 2
     for start in range(0, len(text) - block + 1, block):
         part = text[start : start + block]
@@ -121,8 +128,8 @@ def _may_have_run(text: str, length: int) -> bool:
 
 
 def cut_texts(texts: Iterable[str], longest: int) -> Iterator[str]:
-    """Texts of at most `longest` characters: longer ones are cut before a space after a word, where every split regex cuts
-    too, or anywhere where there is none."""
+    """The texts in parts of at most `longest` characters. Cuts come before a space that follows a word, where every split regex
+    cuts too; without such a space, at `longest`."""
     for text in texts:
         start = 0
         while len(text) - start > longest:
@@ -139,8 +146,8 @@ def cut_texts(texts: Iterable[str], longest: int) -> Iterator[str]:
 def merges_from_ranks(tokens: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
     """The pair that each token after the 256 bytes was merged from, by rank.
 
-    A token that training made at rank r falls into exactly its two parts when it is encoded with the merges before
-    r: no merge crossed its borders where it was found, so what happened inside did not depend on what was outside.
+    Encoding the token of rank r with the merges before r gives exactly its two parts: in training no earlier merge crossed
+    its borders, so the text around it made no difference.
     """
     ranks = {token: rank for rank, token in enumerate(tokens)}
     assert len(ranks) == len(tokens), "two merges made the same token"
@@ -173,18 +180,7 @@ def byte_level_bpe(tokens: Sequence[bytes], split: str) -> TokenizerParts:
     """
     return TokenizerParts(
         size=len(tokens),
-        model={
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": {vocabulary_name(token): rank for rank, token in enumerate(tokens)},
-            "merges": [[vocabulary_name(left), vocabulary_name(right)] for left, right in merges_from_ranks(tokens)],
-        },
+        model=bpe_model(list(map(vocabulary_name, tokens)), (map(vocabulary_name, pair) for pair in merges_from_ranks(tokens))),
         pre_tokenizer=pre_tokenizer(split),
-        decoder={"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
+        decoder=BYTE_LEVEL_DECODER,
     )

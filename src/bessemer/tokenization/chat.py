@@ -1,12 +1,12 @@
 """Conversations: rendered by a chat template to segments, and encoded to the token ids of the rendered text.
 
-The template may be one of our own or any that a tokenizer brings. Only its control tokens are control tokens: `<|im_end|>`
+The template may be one of ours or any that a tokenizer brings. Only control tokens that the template writes count: `<|im_end|>`
 typed by a user, or written in a tool's description, is text (`control_tokens.py` tells the two apart).
 
-Text around control tokens is not always encoded as if it stood alone: a space may be put before the first piece only, a
-control token may swallow the white space beside it. So the conversation is encoded in one piece, by a copy of the tokenizer in
-which every control token has another name, drawn by chance and never shown. The template's control tokens are written by that
-name; one that somebody typed is no control token of this copy.
+The whole conversation is encoded at once, because tokenizers may treat text next to a control token differently (a space only
+before the first piece, white space absorbed by the control token). `ChatEncoder` uses a copy of the tokenizer in which every
+control token has a random secret name, and writes the template's control tokens by that name. A typed control token is
+ordinary text to the copy.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from bessemer.core.errors import RequestError
 from bessemer.tokenization.chat_templates import MARKED_TEMPLATES, CompiledTemplate, TemplateError, template_name
 from bessemer.tokenization.control_tokens import ControlTokens, StandIns, map_strings, split_at, strings_of
 
-#: A message: `role` and `content`, and for calls of tools `tool_calls`; other keys are the template's to use or not.
+#: A message: `role` and `content`, and `tool_calls` for calls of tools. Templates may read other keys.
 Message = Mapping[str, Any]
 #: A tool: {"type": "function", "function": {"name", "description", "parameters"}}, the parameters as JSON schema.
 Tool = Mapping[str, Any]
@@ -47,7 +47,7 @@ class Segment:
 
 
 def check_encodable(text: str) -> None:
-    """Raise RequestError for what is no text, and for a lone surrogate: half a UTF-16 pair, which has no UTF-8."""
+    """Raise RequestError for a value that is not text, or a lone surrogate: half a UTF-16 pair, which has no UTF-8."""
     if not isinstance(text, str):
         raise RequestError(f"a text is needed, got {type(text).__name__}; encode_batch takes a list of texts")
     try:
@@ -62,8 +62,8 @@ def check_encodable(text: str) -> None:
 class ChatTemplate:
     """A chat template with the tokenizer's control tokens.
 
-    text: jinja, as `transformers` runs it. variables: what else it may use (`bos_token` and the like). where: the
-    folder that it comes from, for messages.
+    text: jinja, as `transformers` runs it. variables: further variables (`bos_token` and the like). where: the folder that it
+    comes from, for messages.
     """
 
     def __init__(self, text: str, control_tokens: Sequence[str], variables: Mapping[str, str], where: str) -> None:
@@ -83,11 +83,11 @@ class ChatTemplate:
     def segments(
         self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Sequence[Tool] | None = None
     ) -> list[Segment]:
-        """The conversation in segments. What the assistant says is marked only where the template tells it: in our own
-        templates, and in those with `{% generation %}`.
+        """The conversation in segments. The assistant's text is marked only if the template marks it: ours do, and those with
+        `{% generation %}`.
 
-        Raises RequestError for a malformed message or tool, for what the template refuses or cannot render, and for a
-        template that writes other control tokens for other words, so that typed ones cannot be told from its own.
+        Raises RequestError for a malformed message or tool, for a conversation that the template refuses or cannot render, and
+        for a template whose control tokens depend on the words of a message: typed ones cannot be told from its own.
         """
         conversation = _Conversation(self, checked_messages(messages), checked_tools(tools))
         return conversation.segments(conversation.render(add_generation_prompt))
@@ -95,11 +95,11 @@ class ChatTemplate:
     def training_segments(
         self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: Sequence[Tool] | None = None
     ) -> list[Segment]:
-        """As `segments`, with what the assistant says marked whatever the template.
+        """As `segments`, with the assistant's text marked for any template.
 
-        In a template without `{% generation %}` it is what follows the prompt for the assistant's message, to the
-        control token that ends it. Raises RequestError also where this prompt, or the conversation up to the message,
-        is written otherwise once the message, or more, follows.
+        Without `{% generation %}`, an assistant message is the text between its generation prompt and the control token that
+        ends it. Also raises RequestError when the template renders that prompt, or the conversation up to the message,
+        differently once more follows.
         """
         conversation = _Conversation(self, checked_messages(messages), checked_tools(tools))
         rendered = conversation.render(add_generation_prompt)
@@ -114,14 +114,14 @@ class ChatTemplate:
         end_tokens: Collection[str],
         tools: Sequence[Tool] | None = None,
     ) -> list[Segment]:
-        """What is written from the end of the assistant's message number `answered` on, to where the assistant speaks next: its
-        end token, one of `end_tokens`, and what follows.
+        """The segments after the assistant's message number `answered`: its end token (one of `end_tokens`) and everything up
+        to where the assistant speaks next.
 
-        The message itself is not rendered: a template may write it otherwise once another follows. Raises RequestError as
-        `segments`, and for a template that ends the assistant's turn by no end token.
+        A placeholder is rendered instead of the message, which a template may change once another follows. Raises RequestError
+        as `segments`, and for a template that ends the assistant's turn without an end token.
         """
         refused: RequestError | None = None
-        # some templates leave out what is said beside calls, others refuse results without calls
+        # some templates drop the content of a message with tool calls, others refuse tool results without calls: try both
         for keys in ((), ("tool_calls",)):
             word = f"turn{secrets.token_hex(8)}"
             calls = {key: messages[answered][key] for key in keys if key in messages[answered]}
@@ -154,23 +154,23 @@ class _Conversation:
         self._stand_ins = StandIns("\0".join([template.text, *template._variables.values(), *strings_of(self._given)]))
         self._marks = (self._stand_ins.free(), self._stand_ins.free())
         control = template._control
-        self._broken = map_strings(
+        self._escaped = map_strings(
             self._given,
-            lambda text: control.broken(text, self._stand_ins),
-            lambda key: control.broken_key(key, self._stand_ins),
+            lambda text: control.escaped(text, self._stand_ins),
+            lambda key: control.escaped_key(key, self._stand_ins),
         )
 
     def render(self, add_generation_prompt: bool) -> str:
         """The text with stand-ins and marks, after a check that every control token in it is the template's."""
-        rendered = self._render(self._broken, len(self._broken["messages"]), add_generation_prompt)
+        rendered = self._render(self._escaped, len(self._escaped["messages"]), add_generation_prompt)
         control = self._of._control
-        blunted = map_strings(
+        fully_escaped = map_strings(
             self._given,
-            lambda text: control.blunted(text, self._stand_ins),
-            lambda key: control.broken_key(key, self._stand_ins),
+            lambda text: control.fully_escaped(text, self._stand_ins),
+            lambda key: control.escaped_key(key, self._stand_ins),
         )
-        if blunted != self._broken:
-            harmless = self._render(blunted, len(blunted["messages"]), add_generation_prompt)
+        if fully_escaped != self._escaped:
+            harmless = self._render(fully_escaped, len(fully_escaped["messages"]), add_generation_prompt)
             if control.pattern.findall(harmless) != control.pattern.findall(rendered):
                 raise RequestError(
                     f"{self._of._where}: the chat template writes other control tokens for other words, so those that "
@@ -180,13 +180,13 @@ class _Conversation:
 
     def with_marks(self, rendered: str) -> str:
         """The text with marks around the assistant's messages, located by rendering the conversation up to each message."""
-        messages = self._broken["messages"]
+        messages = self._escaped["messages"]
         pieces, position = [], 0
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = self._render(self._broken, index, add_generation_prompt=True)
-            through = self._render(self._broken, index + 1, add_generation_prompt=False)
+            before = self._render(self._escaped, index, add_generation_prompt=True)
+            through = self._render(self._escaped, index + 1, add_generation_prompt=False)
             if not (rendered.startswith(through) and through.startswith(before)):
                 raise RequestError(
                     f"{self._of._where}: the chat template cannot be trained on with this conversation: it writes the text "
@@ -230,7 +230,7 @@ class _Conversation:
 def checked_messages(messages: Sequence[Message], first: int = 0) -> list[dict[str, Any]]:
     """The messages in plain JSON values, without keys that are None.
 
-    Raises RequestError for one that is malformed, by its number, and counts from `first`.
+    Raises RequestError for a malformed message, named by its number; numbers start at `first`.
     """
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
         raise RequestError(
@@ -242,7 +242,7 @@ def checked_messages(messages: Sequence[Message], first: int = 0) -> list[dict[s
 
 
 def checked_tools(tools: Sequence[Tool] | None) -> list[dict[str, Any]] | None:
-    """The tools in plain JSON values. Raises RequestError for one that is malformed."""
+    """The tools in plain JSON values. Raises RequestError for a malformed one."""
     if tools is None:
         return None
     if isinstance(tools, str | Mapping) or not isinstance(tools, Sequence):
@@ -273,7 +273,7 @@ def _checked_message(message: Message, where: str) -> dict[str, Any]:
 
 
 def _function(tool: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The function of a tool or a call, which some data sets write without its wrapping."""
+    """The `function` of a tool or a call; some data sets write it without the object around it."""
     function = tool.get("function", tool)
     return function if isinstance(function, Mapping) else {}
 
@@ -284,7 +284,7 @@ def _is_call(call: Any) -> bool:
 
 
 def _plain(value: Any, where: str, depth: int = 0) -> Any:
-    """A copy in JSON types: a template gets no objects with methods of their own."""
+    """A copy in JSON types, so that a template gets no objects with methods of their own."""
     if depth > _MAX_DEPTH:
         raise RequestError(f"{where}: is nested deeper than {_MAX_DEPTH} levels")
     if isinstance(value, str):
@@ -302,12 +302,13 @@ def _plain(value: Any, where: str, depth: int = 0) -> Any:
     raise RequestError(f"{where}: {type(value).__name__} is no value of JSON")
 
 
-#: The library encodes one text without letting other threads run, and several with; it is slower for a short one.
+#: Characters above which a text is encoded as a batch of one. `encode` blocks other threads; `encode_batch` does not, but is
+#: slower for a short text.
 _LONG = 1 << 14
 
 
-def encode_beside_others(tokenizer: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
-    """The encoding of a text, during which other threads run where it is long."""
+def encode_without_blocking(tokenizer: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
+    """The encoding of a text. Other threads run meanwhile when it is long."""
     if len(text) <= _LONG:
         return tokenizer.encode(text, add_special_tokens=False)
     (encoding,) = tokenizer.encode_batch([text], add_special_tokens=False)
@@ -318,7 +319,7 @@ class ChatEncoder:
     """Encodes segments with one tokenizer."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, control_ids: Mapping[str, int]) -> None:
-        """control_ids: the control tokens and their ids. Raises ValueError when they cannot be given other names."""
+        """control_ids: the control tokens and their ids. Raises ValueError when they cannot be renamed."""
         self._controls = frozenset(control_ids.values())
         secret = secrets.token_hex(16)
         self._names = {token: f"<{secret}:{token}>" for token in control_ids}
@@ -330,7 +331,7 @@ class ChatEncoder:
     def encode(self, segments: Sequence[Segment]) -> tuple[list[int], list[bool]]:
         """Ids, and the assistant mask: True for tokens that lie wholly in the assistant's messages."""
         pieces = [(segment, self._names[segment.text] if segment.is_control else segment.text) for segment in segments]
-        encoding = encode_beside_others(self._copy, "".join(text for _, text in pieces))
+        encoding = encode_without_blocking(self._copy, "".join(text for _, text in pieces))
         says = b"".join((b"\1" if segment.is_assistant else b"\0") * len(text) for segment, text in pieces)
         mask = [
             bool(says[start]) if id in self._controls else start < end and says.find(0, start, end) < 0
@@ -340,7 +341,7 @@ class ChatEncoder:
 
 
 def _renamed(tokenizer: tokenizers.Tokenizer, names: Mapping[str, str]) -> tokenizers.Tokenizer:
-    """The tokenizer with other names for some of its tokens. Raises ValueError when its merges need the old ones."""
+    """The tokenizer with some tokens renamed: old name → new. Raises ValueError when its merges need the old names."""
     content: dict[str, Any] = json.loads(tokenizer.to_str())
     for added in content["added_tokens"]:
         added["content"] = names.get(added["content"], added["content"])

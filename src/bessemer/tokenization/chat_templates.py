@@ -1,13 +1,13 @@
 """Chat templates: those that a recipe can choose, and the sandbox of Jinja that renders any.
 
-Each of ours is written once, with `{% generation %}` around what the assistant says. The text that is stored in a tokenizer's
-folder is the same without these tags, which llama.cpp does not know; both render the same.
+Each of ours is written once, with `{% generation %}` around the assistant's text. A tokenizer's folder stores it without these
+tags, which llama.cpp does not know; both render the same.
 
-A template comes with a tokenizer that somebody made and is run as a program. It has what `transformers` offers, reaches nothing
-but the conversation, cannot change it, and is stopped after a number of steps and characters, and after a time: that of the
-processor on the rendering's own thread, checked before every step, call, filter, sum and concatenation. What happens between
-two checks is one operation of Python on texts and lists within the limits. What is not covered: `format` with a text that
-repeats a long argument.
+A template is a program that comes with somebody's tokenizer. It has the functions that `transformers` offers, sees nothing but
+the conversation and cannot change it. It is stopped after `MAX_STEPS` steps, `MAX_LENGTH` characters, or `MAX_SECONDS` of
+processor time on the rendering thread. The time is checked before every step, call, filter, sum and concatenation, so one
+Python operation on values within the limits runs between two checks. Not covered: `format` with a text that repeats a long
+argument.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from jinja2.visitor import NodeTransformer
 
 from bessemer.tokenization.control_tokens import END_HEADER, END_OF_TURN, IM_END, IM_START, START_HEADER
 
-#: Turns between control tokens. OPEN, NAMED, CLOSE and AFTER are what stands around a role and behind a content.
+#: Turns between control tokens. OPEN and NAMED stand for the text around a role, CLOSE and AFTER for that after a content.
 #: Tools are described in the system turn, called by the assistant in <tool_call> and answered in <tool_response>, the
 #: form of the Hermes models, which llama.cpp and vLLM read; results that follow each other share one turn.
 _TURNS = r"""{{- bos_token -}}
@@ -91,8 +91,8 @@ _TURNS = r"""{{- bos_token -}}
 {%- endif -%}
 """
 
-#: Text with speakers' names. The space behind `Assistant:` is the assistant's, because a word and the space before it
-#: are one token: a prompt that ended in a space would be followed by words that no training text has behind it.
+#: Text with speakers' names. The space after `Assistant:` belongs to the assistant, because a word and the space before it are
+#: one token: after a prompt that ends in a space the model would have to begin with a word in a form it has not seen there.
 _PLAIN = r"""{%- if tools -%}
     {{- raise_exception('the plain chat template has no place for tools; chatml and llama3 have') -}}
 {%- endif -%}
@@ -116,14 +116,14 @@ _PLAIN = r"""{%- if tools -%}
 
 
 def _turns(opening: str, named: str, closing: str, after: str) -> str:
-    """A template of turns; where nothing stands behind a turn's end, the line that would write it is left out."""
+    """A template of turns. With an empty `after`, the line that would write it is left out."""
     text = _TURNS if after else _TURNS.replace("        {{- 'AFTER' -}}\n", "")
     for place, words in {"OPEN": opening, "NAMED": named, "CLOSE": closing, "AFTER": after}.items():
         text = text.replace(place, words)
     return text
 
 
-#: The templates with the assistant's part in `{% generation %}`, from which the mask of training is taken.
+#: The templates with the assistant's text in `{% generation %}`, from which training takes its mask.
 MARKED_TEMPLATES = {
     "chatml": _turns(IM_START, r"\n", IM_END, r"\n"),
     "llama3": _turns(START_HEADER, END_HEADER + r"\n\n", END_OF_TURN, ""),
@@ -143,17 +143,17 @@ def template_name(text: str) -> str | None:
 
 #: Rounds of loops and calls of macros in one rendering.
 MAX_STEPS = 200_000
-#: Characters that a rendering may write, and that `+` or `*` may make of a text, or items of a list.
+#: Largest length of a rendering in characters, and of a text or list that `+` or `*` makes.
 MAX_LENGTH = 1 << 26
-#: Seconds of the processor that a rendering may take.
+#: Processor time of a rendering, in seconds.
 MAX_SECONDS = 10.0
-#: The largest number that a method or a filter takes: a width, an indentation, how many parts.
+#: Largest number as an argument of a method or filter: a width, an indentation, a count.
 _LARGEST_ARGUMENT = 100_000
-#: Digits in the field of a format, as a width, that would be above it.
+#: A format field with a larger width than that: six digits or more.
 _WIDE_FIELD = re.compile(r"[{%][^{}%]{0,40}\d{6}")
-#: Filters of Jinja whose time grows with the square of a text, and that no chat template has a use for.
+#: Jinja filters whose time grows with the square of the text; chat templates have no use for them.
 _SLOW_FILTERS = ("urlize", "striptags", "wordwrap")
-#: Bits of a whole number that `**` or `*` may make.
+#: Largest size of an integer that `**` or `*` makes, in bits.
 _MAX_BITS = 4096
 
 
@@ -189,9 +189,9 @@ class _Environment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
     def call(self, context: Context, obj: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call what a template calls, within the limits."""
+        """Every call in a template, within the limits."""
         check_time()
-        # the sandbox has a function of its own around `format`
+        # the sandbox wraps `str.format`
         bound = getattr(obj, "__wrapped__", obj)
         owner, method = getattr(bound, "__self__", None), getattr(bound, "__name__", "")
         if isinstance(owner, str):
@@ -200,7 +200,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return super().call(context, obj, *args, **kwargs)
 
     def concatenate(self, *parts: Any) -> str:
-        """What `~` makes of its parts."""
+        """The operator `~`, within the limits."""
         texts = [str(part) for part in parts]
         _limit(sum(map(len, texts)))
         return "".join(texts)
@@ -234,7 +234,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 def check_time() -> None:
-    """Raises SecurityError when the rendering of this thread has taken its time."""
+    """Raises SecurityError when the rendering on this thread has used up its time."""
     if time.thread_time() > _rendering.get().ends_at:
         raise SecurityError(f"the template takes more than {MAX_SECONDS:g} s")
 
@@ -250,12 +250,12 @@ def _check_format(text: str) -> None:
 
 
 def _check_method(text: str, method: str, args: Sequence[Any]) -> None:
-    """Limit what a method of a text makes before it makes it."""
+    """Raise SecurityError before a text's method makes a result above the limits."""
     match method, args:
         case (("format" | "format_map"), _):
             _check_format(text)
         case "join", [items]:
-            # also of what can be gone through once only: a chat template has no such thing but in a filter
+            # an iterator comes only from a filter, and `_within_limits` makes a list of it
             if isinstance(items, list | tuple):
                 _limit(sum(len(item) for item in items if isinstance(item, str)) + len(text) * len(items))
         case "replace", [str() as old, str() as new, *_]:
@@ -268,12 +268,12 @@ def _check_method(text: str, method: str, args: Sequence[Any]) -> None:
 
 
 def _within_limits(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter of Jinja that looks at the time and at its arguments."""
+    """A Jinja filter that checks the time and its arguments first."""
 
     @wraps(function)
     def limited(*args: Any, **kwargs: Any) -> Any:
         check_time()
-        # what Jinja passes by itself goes before
+        # Jinja's own argument, the context or the environment, comes first
         own = args[1:] if hasattr(function, "jinja_pass_arg") else args
         _check_arguments(own[1:], kwargs)
         if name == "replace":
@@ -290,7 +290,7 @@ def _within_limits(name: str, function: Callable[..., Any]) -> Callable[..., Any
 
 
 class _Concatenations(NodeTransformer):
-    """Makes `a ~ b` a call of the environment, which limits it."""
+    """Turns `a ~ b` into a call of `_Environment.concatenate`, which limits it."""
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802 - Jinja's name
         self.generic_visit(node)

@@ -10,7 +10,7 @@ from bessemer.core.config import Config, nearest, setting
 from bessemer.tokenization.control_tokens import control_tokens
 from bessemer.tokenization.split import SPLIT_REGEXES
 
-#: Raised whenever the stage's output changes; a golden hash in the tests sees to it.
+#: Raised whenever the stage's output changes; a golden hash in the tests guards it.
 TOKENIZE_VERSION = 3
 
 #: Algorithms that learn a vocabulary.

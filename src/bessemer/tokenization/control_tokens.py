@@ -3,10 +3,10 @@
 `<|endoftext|>` both begins and ends a document: a document is `[<|endoftext|>] + ids`, and the next one's ends it. The control
 tokens of the chat template, those for fill-in-the-middle and the reserved ones take the last ids of the vocabulary.
 
-A rendered conversation no longer says which `<|im_end|>` the template wrote and which was in a message. So the conversation is
-changed before: in every string of it that could become a control token, or a part of one (it holds one, ends in a beginning
-of one, begins with an ending of one, or is the inside of one), a character of that part is replaced by a stand-in that occurs
-nowhere else. After rendering, every control token is the template's own, and the stand-ins are put back.
+In a rendered conversation nothing tells an `<|im_end|>` that the template wrote from one in a message. So the messages are
+escaped before rendering: wherever a string holds a control token, or could become part of one (it ends as one begins, begins as
+one ends, or lies inside one), a character is replaced by a stand-in, which occurs nowhere else. After rendering, every control
+token is the template's own, and the stand-ins are replaced by their characters again.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ TEMPLATE_TOKENS: dict[str, tuple[str, ...]] = {
 #: ChatML's, the default.
 SPECIAL_TOKENS = TEMPLATE_TOKENS["chatml"]
 
-#: Tokens that end one speaker's turn: a model that writes one is done.
+#: Tokens that end a speaker's turn: generation stops at them.
 TURN_ENDS = (IM_END, END_OF_TURN)
 
 
-#: Control tokens for fill-in-the-middle as published models spell them, those of (prefix, suffix, middle); a new tokenizer
-#: gets the first, Qwen2.5-Coder's. The second is StarCoder's.
+#: Control tokens for fill-in-the-middle (prefix, suffix, middle) as published models spell them: Qwen2.5-Coder's, which new
+#: tokenizers get, and StarCoder's.
 FILL_IN_THE_MIDDLE_SPELLINGS = (
     ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
     ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
@@ -49,13 +49,13 @@ FILL_IN_THE_MIDDLE_SPELLINGS = (
 
 
 def control_tokens(chat_template: str, reserved: int = 0, fill_in_the_middle: bool = False) -> tuple[str, ...]:
-    """All control tokens of a new tokenizer in the order of their ids: the template's, those for fill-in-the-middle where
-    asked for, then `reserved` free slots."""
+    """All control tokens of a new tokenizer in the order of their ids: the template's, those for fill-in-the-middle if
+    wanted, then `reserved` free slots."""
     middle = FILL_IN_THE_MIDDLE_SPELLINGS[0] if fill_in_the_middle else ()
     return TEMPLATE_TOKENS[chat_template] + middle + tuple(f"<|reserved_{slot}|>" for slot in range(reserved))
 
 
-#: Words of the protocol, not of a user: templates compare with them and may build control tokens of them.
+#: Words of the protocol, never escaped: templates compare with them and may build control tokens from them.
 _PROTOCOL_WORDS = frozenset(
     {"system", "user", "assistant", "tool", "function", "object", "array", "string", "number", "integer", "boolean", "null"}
 )
@@ -68,14 +68,14 @@ def _candidates() -> Iterator[str]:
 
 
 class StandIns:
-    """Characters of which none occurs in a text, each standing for another character."""
+    """Stand-ins for characters: characters that do not occur in `text`, one for each character replaced."""
 
     def __init__(self, text: str) -> None:
-        self._free = (char for char in _candidates() if char not in text and _escaped(char)[1:] not in text)
+        self._free = (char for char in _candidates() if char not in text and _json_escaped(char)[1:] not in text)
         self._for: dict[str, str] = {}
 
     def free(self) -> str:
-        """A character that stands for none. Raises RequestError when the text leaves none."""
+        """An unused character that stands for none. Raises RequestError when there are no more."""
         char = next(self._free, None)
         if char is None:
             raise RequestError("the conversation holds more than a thousand of Unicode's noncharacters and private characters")
@@ -88,14 +88,14 @@ class StandIns:
         return self._for[char]
 
     def put_back(self, text: str) -> str:
-        """The text with the characters that the stand-ins stand for, also where JSON escaped them."""
+        """The text with every stand-in replaced by its character, also where JSON escaped it."""
         if "\\u" in text:
             for char, stand_in in self._for.items():
-                text = text.replace(_escaped(stand_in), _escaped(char))
+                text = text.replace(_json_escaped(stand_in), _json_escaped(char))
         return text.translate({ord(stand_in): char for char, stand_in in self._for.items()})
 
 
-def _escaped(char: str) -> str:
+def _json_escaped(char: str) -> str:
     return json.dumps(char)[1:-1]
 
 
@@ -106,9 +106,9 @@ class ControlTokens:
         self.tokens = tuple(sorted({token for token in tokens if token}, key=lambda token: (-len(token), token)))
         self._longest = max(map(len, self.tokens), default=0)
         pattern = "|".join(map(re.escape, self.tokens)) or "(?!)"
-        #: The tokens in a text, the longest first where two begin together, as tokenizers match them.
+        #: Finds the tokens in a text, of two that begin at one place the longer, as tokenizers do.
         self.pattern = re.compile(pattern)
-        # a template may change the case of what it is given
+        # a template may change the case of a string
         self._typed = re.compile(pattern, re.IGNORECASE)
         lowered = [token.lower() for token in self.tokens]
         self._beginnings = {token[:end] for token in lowered for end in range(1, len(token))}
@@ -119,19 +119,20 @@ class ControlTokens:
         edges = "|".join(sorted({re.escape(char) for token in self.tokens for char in (token[0], token[-1])}))
         self._edges = re.compile(edges or "(?!)", re.IGNORECASE)
 
-    def broken(self, text: str, stand_ins: StandIns) -> str:
-        """The string with a character replaced in every part of it that could belong to a control token."""
+    def escaped(self, text: str, stand_ins: StandIns) -> str:
+        """The string with a character replaced in every part that could belong to a control token."""
         return _replaced(text, self._places(text), stand_ins)
 
-    def blunted(self, text: str, stand_ins: StandIns) -> str:
-        """The string without any character that begins or ends a control token: harmless whatever a template does."""
+    def fully_escaped(self, text: str, stand_ins: StandIns) -> str:
+        """The string without any character that begins or ends a control token: safe whatever a template does with it."""
         if text in _PROTOCOL_WORDS:
             return text
         places = self._places(text) | {match.start() for match in self._edges.finditer(text)}
         return _replaced(text, places, stand_ins)
 
-    def broken_key(self, text: str, stand_ins: StandIns) -> str:
-        """As `broken`, but a key that is a name keeps its letters, by which a template asks for it."""
+    def escaped_key(self, text: str, stand_ins: StandIns) -> str:
+        """As `escaped` for a key of an object. A key that is an identifier changes only where it holds a whole control token:
+        templates look it up by name."""
         places = self._whole(text) if text.isidentifier() else self._places(text)
         return _replaced(text, places, stand_ins)
 
@@ -148,7 +149,7 @@ class ControlTokens:
         if text in _PROTOCOL_WORDS:
             return set()
         places = self._whole(text)
-        # a template may trim what it is given
+        # a template may trim a string
         inner = (len(text) - len(text.lstrip()), len(text.rstrip()))
         for start, end in {(0, len(text)), inner}:
             length = end - start

@@ -19,12 +19,19 @@ from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.core.hashing import hash_file
 from bessemer.core.store import follow, read_json, write_json
 from bessemer.tokenization.config import TokenizeConfig
-from bessemer.tokenization.folder import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, AddedToken
-from bessemer.tokenization.tokenizer import CHAT_TEMPLATE_FILE, SPECIAL_TOKENS_MAP_FILE, load_tokenizer
+from bessemer.tokenization.folder import (
+    CHAT_TEMPLATE_FILE,
+    SPECIAL_TOKENS_MAP_FILE,
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+    AddedToken,
+    read_settings,
+)
+from bessemer.tokenization.tokenizer import load_tokenizer
 
 #: The files of a tokenizer in a folder, which may be a model's.
-_FILES = (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, "chat_template.jinja", "special_tokens_map.json", "added_tokens.json")
-#: Settings that have an effect with an existing tokenizer; all others are of training.
+_FILES = (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, CHAT_TEMPLATE_FILE, SPECIAL_TOKENS_MAP_FILE, "added_tokens.json")
+#: Settings that also apply to an existing tokenizer; all others concern training.
 _WITHOUT_TRAINING = {"tokenizer", "shard_tokens"}
 
 
@@ -75,8 +82,7 @@ def settings_without_effect(config: TokenizeConfig) -> list[str]:
 class Extension:
     """Result of `add_tokens`.
 
-    added: the new tokens by id. skipped: those that were single tokens before, and their ids. size: ids in the vocabulary
-    before.
+    added: the new tokens by id. skipped: tokens that existed before, and their ids. size: the vocabulary's size before.
     """
 
     added: dict[int, str]
@@ -87,13 +93,13 @@ class Extension:
 def add_tokens(folder: Path, out: Path, tokens: Sequence[str] = (), special_tokens: Sequence[str] = ()) -> Extension:
     """Write the tokenizer of `folder` to `out` with more tokens, each with the next free id.
 
-    tokens: found in any text as they are written, before it is split, typed or written by a template. special_tokens: control
-    tokens, which text never makes and only templates write. One that a single id stands for already is skipped. `out` may be
-    `folder`. Raises ConfigError for a token that cannot be added, ArtefactError when `folder` holds no tokenizer.
+    tokens: matched literally in any text, before it is split. special_tokens: control tokens, which only templates write. A
+    token that is a single id already is skipped. `out` may be `folder`. Raises ConfigError for a token that cannot be added,
+    ArtefactError when `folder` holds no tokenizer.
     """
     tokenizer = load_tokenizer(folder)
     content = read_json(folder / TOKENIZER_FILE, "tokenizer")
-    config = read_json(folder / TOKENIZER_CONFIG_FILE) if (folder / TOKENIZER_CONFIG_FILE).exists() else {}
+    config = read_settings(folder / TOKENIZER_CONFIG_FILE)
     names = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER_FILE)).get_vocab(with_added_tokens=True)
     controls = {entry["content"] for entry in content["added_tokens"] if entry["special"]}
     size = tokenizer.vocab_size
@@ -152,7 +158,7 @@ def _extended(config: dict[str, Any], new: Sequence[AddedToken]) -> dict[str, An
 
 
 def _check_ids(folder: Path, content: dict[str, Any], new: Sequence[AddedToken]) -> None:
-    """The library numbers added tokens itself: where the vocabulary has gaps, not as the file says."""
+    """Raise ArtefactError when the library numbers the new tokens otherwise, as it does where the vocabulary has gaps."""
     library = tokenizers.Tokenizer.from_str(json.dumps(content))
     for token in new:
         if library.token_to_id(token.content) != token.id:

@@ -1,7 +1,7 @@
 """Bulk encoding: fastokens where a check finds that it gives the ids of `tokenizers`, else `tokenizers` itself.
 
 fastokens is about ten times faster. It is a separate implementation, so before it is used on a tokenizer the two are compared
-on texts chosen to be hard; one difference is enough to leave it aside.
+on texts chosen to be hard; a single difference rules it out.
 
 A long run of one kind of character (a million spaces, letters without a space) is one piece for a split regex, and libraries
 merge a piece with a heap as large as the piece. `Windows` encodes it in windows that overlap, in linear time and little memory.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -27,14 +27,14 @@ from bessemer.tokenization.split import SPLIT_REGEXES, split_name
 #: A longer text is encoded in parts, on all cores and in little memory.
 _CHARACTERS_PER_PART = 1 << 16
 
-#: Where every split regex cuts, whatever stands around: after an ASCII letter, but for a contraction; before a space after
-#: anything else than white space.
+#: Where every split regex cuts, whatever stands around: between an ASCII letter and a digit or punctuation (no apostrophe,
+#: which may begin a contraction), and before a space that follows a character other than white space.
 _CERTAIN_CUT = re.compile(r"(?<=[A-Za-z])(?=[0-9!-&(-/:-@\[-`{-~])|(?<=\S)(?= )")
 
-#: An apostrophe and a long s: by Unicode's case folding a contraction like 's, to `tokenizers` but not to fastokens.
+#: An apostrophe and a long s. `tokenizers` takes it for the contraction 's, by Unicode's case folding; fastokens does not.
 _LONG_S = "'\u017f"
 
-#: Characters that are encoded at once: `tokenizers` allocates objects of some 200 bytes a token.
+#: Characters encoded at once: `tokenizers` allocates some 200 bytes of objects per token.
 _CHARACTERS_AT_ONCE = 1 << 20
 
 
@@ -65,7 +65,7 @@ class TokenizersEncoder:
 
     @cached_property
     def windows(self) -> Windows | None:
-        """How runs of a million characters are encoded; None where it is not known to be exact."""
+        """The encoder of very long runs; None for a tokenizer for which it is not known to be exact."""
         if self.split not in SPLIT_REGEXES or not isinstance(self._tokenizer.model, tokenizers.models.BPE):
             return None
         lengths = np.zeros(self._tokenizer.get_vocab_size(), np.int64)
@@ -75,12 +75,12 @@ class TokenizersEncoder:
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         parts, firsts = in_parts(texts, self.split is not None)
-        encoded = [ids for batch in _batches(parts) for ids in self._encode(batch)]
+        encoded = [ids for batch in batches(parts) for ids in self._encode(batch)]
         return _joined(encoded, firsts)
 
     def _encode(self, batch: list[str]) -> list[np.ndarray]:
         if len(batch[-1]) > LONG_TEXT and self.windows is not None:
-            # it closes its batch
+            # a long text ends its batch
             ids = self.windows.encode(batch[-1], lambda text: self._plainly([text])[0])
             if ids is not None:
                 return [*self._plainly(batch[:-1]), ids]
@@ -94,7 +94,7 @@ class TokenizersEncoder:
 class FastokensEncoder:
     """`fastokens`: the ids come back as one buffer, with no Python object per token.
 
-    A text with what it is known to cut otherwise goes to `tokenizers`.
+    Texts that it is known to cut differently go to `tokenizers`.
     """
 
     name = "fastokens"
@@ -118,7 +118,7 @@ class FastokensEncoder:
         return np.frombuffer(ids, "<u4"), np.frombuffer(offsets, "<u8").astype(np.int64)
 
     def _alone(self, part: str) -> np.ndarray | None:
-        """The ids of a text that is encoded outside the batch."""
+        """The ids of a text that must be encoded outside the batch; None for any other."""
         if _LONG_S in part:
             return self._reference.encode_flat([part])[0]
         if len(part) > LONG_TEXT and self._reference.windows is not None:
@@ -127,8 +127,8 @@ class FastokensEncoder:
 
 
 def in_parts(texts: Sequence[str], cut: bool) -> tuple[list[str], np.ndarray]:
-    """Texts, the long ones in parts where the split regex cuts anyway, and the index of each text's first part (with one
-    more entry than texts). One after the other the parts' ids are the texts'."""
+    """The texts, long ones cut into parts where the split regex cuts anyway, and the index of each text's first part (one more
+    entry than texts). A text's ids are the concatenated ids of its parts."""
     if not cut or max(map(len, texts), default=0) <= _CHARACTERS_PER_PART:
         return list(texts), np.arange(len(texts) + 1)
     parts, firsts = [], [0]
@@ -146,19 +146,19 @@ def in_parts(texts: Sequence[str], cut: bool) -> tuple[list[str], np.ndarray]:
 
 
 def slices(text: str) -> list[tuple[int, int]]:
-    """Where a text may be cut: slices of about `_CHARACTERS_PER_PART`, at spaces where there are any."""
-    found, start = [], 0
+    """Start and end of slices of about `_CHARACTERS_PER_PART` characters, cut at spaces where possible."""
+    bounds, start = [], 0
     while len(text) - start > 2 * _CHARACTERS_PER_PART:
         cut = text.find(" ", start + _CHARACTERS_PER_PART, start + 2 * _CHARACTERS_PER_PART)
         end = cut if cut >= 0 else start + _CHARACTERS_PER_PART
-        found.append((start, end))
+        bounds.append((start, end))
         start = end
-    return [*found, (start, len(text))]
+    return [*bounds, (start, len(text))]
 
 
 def certain_split(tokenizer: tokenizers.Tokenizer) -> str | None:
-    """The named split of a tokenizer that gives the parts of `in_parts` the ids that they have in the whole: nothing
-    reaches over a cut (a normalizer, an added token that is looked for in text). None where that is not so."""
+    """The tokenizer's named split; None unless the parts of `in_parts` have the same ids as in the whole text. A normalizer, or
+    an added token that is matched in text, could reach across a cut."""
     if tokenizer.pre_tokenizer is None or tokenizer.normalizer is not None:
         return None
     if not all(token.special for token in tokenizer.get_added_tokens_decoder().values()):
@@ -166,7 +166,8 @@ def certain_split(tokenizer: tokenizers.Tokenizer) -> str | None:
     return split_name(json.loads(tokenizer.pre_tokenizer.__getstate__()))
 
 
-def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
+def batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """The texts in lists of about `_CHARACTERS_AT_ONCE` characters. A text longer than `LONG_TEXT` ends its batch."""
     batch: list[str] = []
     characters = 0
     for text in texts:
@@ -192,7 +193,7 @@ def bulk_encoder(path: Path) -> BulkEncoder:
     try:
         fast = FastokensEncoder(path, reference)
     except ValueError:
-        # a part of the tokenizer that fastokens does not have
+        # fastokens lacks a part of the tokenizer
         return reference
     return fast if agree(fast, reference, [*HOSTILE_TEXTS, *around_added_tokens(reference.added)]) else reference
 
@@ -241,10 +242,10 @@ HOSTILE_TEXTS: tuple[str, ...] = (
 )
 
 
-#: A longer text is looked through for runs.
+#: Characters above which a text is searched for long runs.
 LONG_TEXT = 1 << 18
 _WINDOW = 1 << 16
-#: At the end of a window, tokens may come out otherwise than in the whole.
+#: Bytes at a window's end whose tokens are not used: they may differ from those of the whole text.
 _OVERLAP = 1 << 11
 
 _LETTERS = (
@@ -254,9 +255,9 @@ _LETTERS = (
 )
 # ASCII punctuation but for the apostrophe, and emoji
 _SYMBOLS = "!-&(-/:-@\\[-`{-~\U0001f300-\U0001f64f"
-#: What a named split leaves in one piece, but for a few characters at its ends, and would end at the same place if it began
-#: inside: what may not stand before, and the characters. Line ends after punctuation belong to it, and may end elsewhere
-#: than by themselves.
+#: Runs that a named split leaves in one piece, except for a few characters at the ends, and that end at the same place if the
+#: split begins inside them: what must not precede the run, and its characters. A line end after punctuation belongs to the
+#: punctuation and may end elsewhere.
 _RUNS = [(f"[{kind}]", f"[{kind}]") for kind in (_LETTERS, _SYMBOLS, " ")] + [("[^ A-Za-z0-9]", "\n")]
 
 
@@ -270,10 +271,10 @@ class Windows:
         self._token_bytes = token_bytes
 
     def encode(self, text: str, encode: Callable[[str], np.ndarray]) -> np.ndarray | None:
-        """The ids that `encode` gives for a text, from its ids for windows of the long runs; None where it must be asked
-        for the whole (there are no such runs, or two windows do not meet)."""
+        """The ids of a text, by `encode` on overlapping windows of its long runs. None where `encode` must take the whole text:
+        it has no long run, or two windows disagree where they meet."""
         pieces: list[np.ndarray] = []
-        # of the next window; from the second on, where the token `meeting` begins
+        # start of the next window, where the last used token of the one before, `meeting`, begins
         start = 0
         meeting: int | None = None
         for run in self._runs.finditer(text):
@@ -292,8 +293,8 @@ class Windows:
         return np.concatenate([*pieces, ids]) if ids[0] == meeting else None
 
     def _last_border(self, window: str, ids: np.ndarray) -> tuple[int, int] | None:
-        """The last token that begins with a whole character before the window's overlap: its index and its first
-        character's. None where there is none in the window's second half."""
+        """The last token before the overlap that begins with a whole character: its index and its first character's. None when
+        there is none in the window's second half."""
         encoded = window.encode()
         borders = np.cumsum(self._token_bytes[ids])
         if not len(borders) or borders[-1] != len(encoded):

@@ -1,7 +1,7 @@
 """A tokenizer as a Hugging Face folder, which `transformers`, vLLM and llama.cpp's converter read.
 
-`TokenizerParts` is the result of training an algorithm, in the terms of `tokenizer.json`; `ForeignTokenizer` is a tokenizer
-that was read from another format, with its ids kept.
+`TokenizerParts` is what an algorithm learns, in the terms of `tokenizer.json`. `TokenizerContent` adds the rest of the folder:
+added tokens, roles and chat template, of a trained tokenizer or of one read from another format.
 """
 
 from __future__ import annotations
@@ -11,17 +11,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bessemer.core.store import write_json
+from bessemer.core.errors import ArtefactError
+from bessemer.core.store import read_json, write_json
 from bessemer.tokenization.chat_templates import CHAT_TEMPLATES
 from bessemer.tokenization.control_tokens import END_OF_TEXT, control_tokens
+
+TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+#: Other files in published folders. What `tokenizer_config.json` says takes precedence over the map.
+SPECIAL_TOKENS_MAP_FILE = "special_tokens_map.json"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+
+#: The `decoder` section of a byte-level tokenizer.
+BYTE_LEVEL_DECODER = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
 
 
 @dataclass(frozen=True)
 class TokenizerParts:
-    """The sections of `tokenizer.json` that a trained algorithm fills; `folder.write_folder` adds the control tokens.
+    """The sections of `tokenizer.json` that an algorithm learns.
 
-    The tokens of `model` have the ids 0 … size - 1, without control tokens except `unk_token`, the unknown token (None when
-    there is none).
+    The tokens of `model` have the ids 0 … size - 1. Control tokens are not among them, except `unk_token`, the unknown token
+    (None when there is none).
     """
 
     size: int
@@ -32,78 +42,12 @@ class TokenizerParts:
     unk_token: str | None = None
 
 
-TOKENIZER_FILE = "tokenizer.json"
-TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
-
-_SPECIAL = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-
-
-def write_folder(
-    folder: Path,
-    parts: TokenizerParts,
-    chat_template: str = "chatml",
-    reserved: int = 0,
-    fill_in_the_middle: bool = False,
-) -> None:
-    """Write the folder of a tokenizer: the algorithm's tokens, then the control tokens.
-
-    The class is `PreTrainedTokenizerFast`: under another one `transformers` builds the tokenizer anew, with a normalizer
-    of its own, and text would get other ids.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    controls = control_tokens(chat_template, reserved, fill_in_the_middle)
-    write_json(folder / TOKENIZER_FILE, tokenizer_json(parts, controls))
-    write_json(folder / TOKENIZER_CONFIG_FILE, tokenizer_config(parts, controls, CHAT_TEMPLATES[chat_template]))
-
-
-def tokenizer_json(parts: TokenizerParts, controls: Sequence[str]) -> dict[str, Any]:
-    """The content of `tokenizer.json`. The begin token stands before every text."""
-    begin = {"SpecialToken": {"id": END_OF_TEXT, "type_id": 0}}
-    end_of_text = parts.size + controls.index(END_OF_TEXT)
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": id, "content": token, **_SPECIAL} for id, token in _control_ids(parts, controls)],
-        "normalizer": parts.normalizer,
-        "pre_tokenizer": parts.pre_tokenizer,
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [begin, {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [begin, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
-            "special_tokens": {END_OF_TEXT: {"id": END_OF_TEXT, "ids": [end_of_text], "tokens": [END_OF_TEXT]}},
-        },
-        "decoder": parts.decoder,
-        "model": parts.model,
-    }
-
-
-def tokenizer_config(parts: TokenizerParts, controls: Sequence[str], chat_template: str) -> dict[str, Any]:
-    """The content of `tokenizer_config.json`."""
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "add_prefix_space": False,
-        "added_tokens_decoder": {str(id): {"content": token, **_SPECIAL} for id, token in _control_ids(parts, controls)},
-        "additional_special_tokens": [token for token in controls if token != END_OF_TEXT],
-        "bos_token": END_OF_TEXT,
-        "eos_token": END_OF_TEXT,
-        "pad_token": END_OF_TEXT,
-        **({"unk_token": parts.unk_token} if parts.unk_token else {}),
-        "chat_template": chat_template,
-        "clean_up_tokenization_spaces": False,
-    }
-
-
-def _control_ids(parts: TokenizerParts, controls: Sequence[str]) -> list[tuple[int, str]]:
-    return list(enumerate(controls, start=parts.size))
-
-
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that is found in text as it is written, before anything is split or merged.
+    """A token that is matched literally, before the text is split or merged.
 
-    special: a control token, which only templates write; not so, text that holds it is encoded with it.
-    normalized: it is looked for in the text that the normalizer made, in which spaces may be U+2581.
+    special: a control token, which only templates write. An ordinary added token is also found in text that somebody typed.
+    normalized: matched in the normalizer's output, in which spaces may be U+2581, instead of the original text.
     """
 
     id: int
@@ -124,33 +68,30 @@ class AddedToken:
 
 
 @dataclass(frozen=True)
-class ForeignTokenizer:
-    """What a folder needs. `parts.model` holds every id below `learned_size`; the added tokens from there on follow it.
+class TokenizerContent:
+    """The content of a tokenizer's folder. `parts.model` holds all ids below `learned_size`; the added tokens follow.
 
-    bos, eos, unk, pad: the token that begins a text, ends one, stands for what cannot be written, fills batches.
-    add_bos, add_eos: whether `AutoTokenizer` puts them around a text.
-    notes: what the source said that the folder cannot do, a sentence each.
+    roles: the token of each role (`bos_token`, `eos_token`, …), None where there is none.
+    add_bos, add_eos: whether `AutoTokenizer` puts the begin token before a text, and the end token after it.
+    notes: how the folder differs from the format that it was read from, a sentence each.
     """
 
     parts: TokenizerParts
     added: tuple[AddedToken, ...]
-    bos: str | None = None
-    eos: str | None = None
-    unk: str | None = None
-    pad: str | None = None
+    roles: Mapping[str, str | None]
     add_bos: bool = False
     add_eos: bool = False
     chat_template: str | None = None
     notes: tuple[str, ...] = ()
 
     def write(self, folder: Path, *, compact: bool = False) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json`. compact: into a folder that nobody reads but this process."""
+        """Write `tokenizer.json` and `tokenizer_config.json`. compact: for a folder that only this process reads."""
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / TOKENIZER_FILE, self.tokenizer_json(), compact=compact)
-        write_json(folder / TOKENIZER_CONFIG_FILE, self.tokenizer_config())
+        write_json(folder / TOKENIZER_FILE, self._tokenizer_json(), compact=compact)
+        added = {token.id: token.as_json() for token in self.added}
+        write_json(folder / TOKENIZER_CONFIG_FILE, tokenizer_config(added, self.roles, self.chat_template))
 
-    def tokenizer_json(self) -> dict[str, Any]:
-        """The content of `tokenizer.json`."""
+    def _tokenizer_json(self) -> dict[str, Any]:
         return {
             "version": "1.0",
             "truncation": None,
@@ -163,14 +104,10 @@ class ForeignTokenizer:
             "model": self.parts.model,
         }
 
-    def tokenizer_config(self) -> dict[str, Any]:
-        """The content of `tokenizer_config.json`."""
-        roles = {"bos_token": self.bos, "eos_token": self.eos, "unk_token": self.unk, "pad_token": self.pad}
-        return foreign_tokenizer_config({token.id: token.as_json() for token in self.added}, roles, self.chat_template)
-
     def _post_processor(self) -> dict[str, Any] | None:
-        before = [self.bos] if self.add_bos and self.bos else []
-        after = [self.eos] if self.add_eos and self.eos else []
+        bos, eos = self.roles.get("bos_token"), self.roles.get("eos_token")
+        before = [bos] if self.add_bos and bos else []
+        after = [eos] if self.add_eos and eos else []
         if not before and not after:
             return None
         ids = {token.content: token.id for token in self.added}
@@ -188,14 +125,32 @@ class ForeignTokenizer:
         }
 
 
-def foreign_tokenizer_config(
+def write_folder(
+    folder: Path,
+    parts: TokenizerParts,
+    chat_template: str = "chatml",
+    reserved: int = 0,
+    fill_in_the_middle: bool = False,
+) -> None:
+    """Write the folder of a trained tokenizer: the algorithm's tokens, then the control tokens. The begin token stands before
+    every text."""
+    controls = control_tokens(chat_template, reserved, fill_in_the_middle)
+    TokenizerContent(
+        parts,
+        tuple(AddedToken(id, token, special=True) for id, token in enumerate(controls, start=parts.size)),
+        {**dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT), "unk_token": parts.unk_token},
+        add_bos=True,
+        chat_template=CHAT_TEMPLATES[chat_template],
+    ).write(folder)
+
+
+def tokenizer_config(
     added: Mapping[int, Mapping[str, Any]], roles: Mapping[str, str | None], chat_template: str | None
 ) -> dict[str, Any]:
-    """The content of a `tokenizer_config.json` that makes `AutoTokenizer` take `tokenizer.json` as it is.
+    """The content of `tokenizer_config.json`. added: entries of `tokenizer.json` by id. roles: as in `TokenizerContent`.
 
-    added: entries of `tokenizer.json` by id. roles: `bos_token` and so on, to the token; those that are None are left out.
-    Under a class of its own `transformers` would build some tokenizers anew, with other ids; `PreTrainedTokenizerFast`
-    keeps the file.
+    The class is `PreTrainedTokenizerFast`, which takes `tokenizer.json` as it is. Other classes of `transformers` rebuild some
+    tokenizers with a normalizer of their own, and text gets other ids.
     """
     named = {role: token for role, token in roles.items() if token is not None}
     special = [entry["content"] for entry in added.values() if entry["special"]]
@@ -210,16 +165,74 @@ def foreign_tokenizer_config(
     }
 
 
-def first_of(names: Iterable[str], there: Container[str]) -> str | None:
-    """The first of these names that is there."""
-    return next((name for name in names if name in there), None)
+def bpe_model(
+    tokens: Sequence[str],
+    merges: Iterable[Iterable[str]],
+    *,
+    unk_token: str | None = None,
+    byte_fallback: bool = False,
+    ignore_merges: bool = False,
+) -> dict[str, Any]:
+    """The `model` section of a `tokenizer.json` with BPE: tokens by id, merges by rank.
+
+    With byte fallback, the unknown token stands only for what the byte tokens cannot write.
+    """
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": unk_token,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": unk_token is not None,
+        "byte_fallback": byte_fallback,
+        "ignore_merges": ignore_merges,
+        "vocab": {token: id for id, token in enumerate(tokens)},
+        "merges": [list(merge) for merge in merges],
+    }
+
+
+def first_of(names: Iterable[str], known: Container[str]) -> str | None:
+    """The first of the names that is known; None when none is."""
+    return next((name for name in names if name in known), None)
 
 
 def learned_size(count: int, added: Collection[int]) -> int:
-    """How many of `count` ids the model of `tokenizer.json` must hold: all up to the added tokens that end the vocabulary.
+    """How many of `count` ids the model of `tokenizer.json` must hold: all but the added tokens at the end.
 
     `tokenizers` gives an added token the id that the model has for it, else the next free one, whatever the file says.
     """
     while count - 1 in added:
         count -= 1
     return count
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The content of one of the folder's JSON files; empty when there is no such file. Raises ArtefactError when it is
+    damaged."""
+    content = read_json(path) if path.exists() else {}
+    if not isinstance(content, dict):
+        raise ArtefactError(f"{path}: this file is damaged (not a mapping)")
+    return content
+
+
+def read_configuration(folder: Path) -> dict[str, Any]:
+    """The settings of `special_tokens_map.json` and `tokenizer_config.json` together, without those that are null."""
+    files = (SPECIAL_TOKENS_MAP_FILE, TOKENIZER_CONFIG_FILE)
+    return {name: value for file in files for name, value in read_settings(folder / file).items() if value is not None}
+
+
+def read_chat_template(folder: Path) -> str | None:
+    """The chat template of a folder: the one in its own file, else the one in `tokenizer_config.json`, where several may be
+    listed by name and `default` is taken."""
+    path = folder / CHAT_TEMPLATE_FILE
+    if path.exists():
+        return path.read_text(encoding="utf-8")
+    template: Any = read_settings(folder / TOKENIZER_CONFIG_FILE).get("chat_template")
+    if isinstance(template, list):
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template if isinstance(template, str) else None
+
+
+def token_text(token: Any) -> Any:
+    """The text of a special token in these files: a string, or an object that holds it."""
+    return token.get("content") if isinstance(token, Mapping) else token

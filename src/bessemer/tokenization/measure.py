@@ -6,7 +6,7 @@ tokens of English a language needs (Petrov et al. 2023, "Language model tokenize
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from bessemer.core.store import read_json
+from bessemer.tokenization.fast import batches
 from bessemer.tokenization.folder import TOKENIZER_FILE
 from bessemer.tokenization.tokenizer import Tokenizer
 
-#: The samples in display order.
+#: The samples of kinds of text, in display order.
 DOMAINS = ("prose", "python", "rust", "maths")
 #: One passage in several languages, English first.
 LANGUAGES = ("english", "german", "french", "spanish", "russian", "arabic", "hindi", "chinese", "japanese", "korean", "thai")
@@ -26,8 +27,7 @@ _WITHOUT_SPACES = {"chinese", "japanese", "thai"}
 
 _SHOWN_TOKENS = 24
 _SHOWN_RUNS = 4
-_RUN_OF = 2
-_TEXTS_AT_ONCE = 1000
+_CHARACTERS_OF_A_RUN = 2
 
 
 def sample_text(domain: str) -> str:
@@ -103,7 +103,7 @@ def unknown_share(tokenizer: Tokenizer, usage: np.ndarray) -> float | None:
 def token_usage(tokenizer: Tokenizer, texts: Iterable[str]) -> np.ndarray:
     """Number of occurrences of each id in the texts: int64 (vocab_size,)."""
     usage = np.zeros(tokenizer.vocab_size, np.int64)
-    for batch in _batches(texts):
+    for batch in batches(texts):
         usage += np.bincount(tokenizer.encode_flat(batch)[0], minlength=len(usage))
     return usage
 
@@ -113,8 +113,8 @@ def vocabulary_metrics(tokenizer: Tokenizer, usage: np.ndarray | None = None) ->
     `unused_tokens` longer than a byte, `unused_bytes` whose single-byte tokens are all unused. Without control tokens and the
     unknown token."""
     tokens = [tokenizer.token_bytes(id) for id in range(tokenizer.vocab_size)]
-    aside = {id for id in range(len(tokens)) if tokenizer.is_special(id) or not tokens[id]} | {unknown_id(tokenizer)}
-    long = [id for id in range(len(tokens)) if id not in aside and len(tokens[id]) > 1]
+    excluded = {id for id in range(len(tokens)) if tokenizer.is_special(id) or not tokens[id]} | {unknown_id(tokenizer)}
+    long = [id for id in range(len(tokens)) if id not in excluded and len(tokens[id]) > 1]
     longest = _longest({tokens[id] for id in long})
     evenly = np.linspace(0, max(len(long) - 1, 0), min(_SHOWN_TOKENS, len(long))).astype(int)
     metrics: dict[str, Any] = {
@@ -122,7 +122,7 @@ def vocabulary_metrics(tokenizer: Tokenizer, usage: np.ndarray | None = None) ->
         "vocabulary_sample": [shown_token(tokens[long[place]]) for place in evenly],
     }
     if usage is not None:
-        single = {id: tokens[id] for id in range(len(tokens)) if id not in aside and len(tokens[id]) == 1}
+        single = {id: tokens[id] for id in range(len(tokens)) if id not in excluded and len(tokens[id]) == 1}
         unused = [id for id in long if usage[id] == 0]
         metrics["unused_tokens"] = len(unused)
         metrics["unused_examples"] = [shown_token(tokens[id]) for id in unused[:: max(1, len(unused) // _SHOWN_TOKENS)]]
@@ -134,7 +134,7 @@ def vocabulary_metrics(tokenizer: Tokenizer, usage: np.ndarray | None = None) ->
 def _longest(tokens: Iterable[bytes]) -> list[bytes]:
     """The longest tokens, the longest first, with only a few of the runs of one or two characters (rules, indentation)."""
     by_length = sorted(tokens, key=lambda token: (-len(token), token))
-    runs = [token for token in by_length if len(set(token)) <= _RUN_OF][_SHOWN_RUNS:]
+    runs = [token for token in by_length if len(set(token)) <= _CHARACTERS_OF_A_RUN][_SHOWN_RUNS:]
     left_out = set(runs)
     return [token for token in by_length if token not in left_out][:_SHOWN_TOKENS]
 
@@ -182,17 +182,6 @@ def shown_tokens(tokenizer: Tokenizer, text: str) -> list[str]:
 def shown_token(token: bytes) -> str:
     r"""A token's text; bytes of incomplete characters are written as `\xe2`."""
     return token.decode("utf-8", "backslashreplace")
-
-
-def _batches(texts: Iterable[str]) -> Iterator[Sequence[str]]:
-    batch: list[str] = []
-    for text in texts:
-        batch.append(text)
-        if len(batch) == _TEXTS_AT_ONCE:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 def _ratio(count: float, of: float, digits: int = 4) -> float | None:

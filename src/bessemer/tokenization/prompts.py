@@ -1,12 +1,11 @@
-"""Prompts and streamed answers: continuations to score, fill-in-the-middle, token ids to text as they arrive.
+"""Prompts with continuations to score, prompts for fill-in-the-middle, and decoding of ids as they arrive.
 
-A model that was trained on rearranged documents (Bavarian et al. 2022) is asked for what stands between two texts in the order
-prefix, suffix, middle (PSM), as published models are, with control tokens for the words in angle brackets:
+A model that was trained on rearranged documents (Bavarian et al. 2022) can fill in the middle between two texts. The prompt of
+published models has the order prefix, suffix, middle (PSM); words in angle brackets stand for control tokens:
 
     <prefix> prefix <suffix> suffix <middle>
 
-What it writes is the middle, and the end token ends it. Or the suffix stands first (SPM), and the prefix right before what
-continues it, if the model has read documents in that order:
+The model writes the middle and an end token. With the order SPM, for models trained on it, the middle continues the prefix:
 
     <prefix> <suffix> suffix <middle> prefix
 """
@@ -23,12 +22,12 @@ from bessemer.tokenization.tokenizer import Tokenizer
 
 
 def encode_continuations(tokenizer: Tokenizer, prefix: str, continuations: Sequence[str]) -> tuple[list[int], list[list[int]]]:
-    """Ids of a prefix, with what begins a text, and of each continuation as it is written behind it.
+    """Ids of a prefix, begin tokens included, and of each continuation as it is written after the prefix.
 
-    White space at the prefix's end belongs to the continuations: tokenizers write a space with the word after it. Prefix and
-    continuation are encoded as one text, and what is behind as many tokens as the prefix has by itself is the continuation;
-    it is empty where the prefix by itself has as many. A prefix without tokens is the begin token, and continuations are then
-    encoded alone. The convention is that of lm-evaluation-harness. Raises RequestError for a lone surrogate.
+    White space at the prefix's end moves to the continuations, because tokenizers join a space to the word after it. Prefix and
+    continuation are encoded as one text. Of its ids the first n are the prefix, n being the ids of the prefix alone, and the
+    rest is the continuation, which may be empty. A prefix without tokens becomes the begin token. The convention is that of
+    lm-evaluation-harness. Raises RequestError for a lone surrogate.
     """
     stripped = prefix.rstrip()
     space = prefix[len(stripped) :]
@@ -64,10 +63,11 @@ def fim_tokens(tokenizer: Tokenizer) -> FimTokens:
 
 
 def infill_prompt(tokenizer: Tokenizer, prefix: str, suffix: str, *, suffix_first: bool = False) -> list[int]:
-    """Ids of a prompt for what stands between two texts, with what begins a text. suffix_first: in the order SPM.
+    """Ids of a prompt to fill in the middle between two texts, begin tokens included. suffix_first: the order SPM.
 
-    Either text may be empty. Each is encoded by itself: a gap that begins and ends at line breaks cuts no token of most
-    tokenizers. Raises ConfigError for a tokenizer without the control tokens, RequestError for a lone surrogate.
+    Either text may be empty. Each is encoded by itself, so a middle that begins and ends at line breaks is best: most
+    tokenizers have no token across them. Raises ConfigError for a tokenizer without the control tokens, RequestError for a lone
+    surrogate.
     """
     control = fim_tokens(tokenizer)
     before, after = (tokenizer.encode(text, add_bos=False) for text in (prefix, suffix))
@@ -84,7 +84,7 @@ class StreamingDecoder:
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool = True, goes_on: bool = False) -> None:
-        """goes_on: the ids follow others of the same text, so that a blank before the first word is kept."""
+        """goes_on: the ids continue a text, so a space before the first word is kept."""
         self._tokenizer = tokenizer
         self._skip_special = skip_special
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -101,6 +101,6 @@ class StreamingDecoder:
         return self._decoder.decode(new)
 
     def flush(self) -> str:
-        """The withheld rest at the end: U+FFFD for an incomplete character, else empty."""
+        """The end of the text: U+FFFD for an incomplete character, else empty."""
         self._beginning = True
         return self._decoder.decode(b"", final=True)

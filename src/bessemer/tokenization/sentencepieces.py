@@ -1,17 +1,17 @@
 """Unigram and BPE as SentencePiece has them, trained by its library (Kudo 2018; Kudo & Richardson 2018).
 
-Text is a sequence of characters, a space among them is written `▁` (U+2581), and a character that the vocabulary lacks is
-written as its UTF-8 bytes. Nothing is normalised and no space is put before the text, so decoding gives the text back, but
-for a `▁` in it, which decodes as a space.
+A space is written `▁` (U+2581), and a character that the vocabulary lacks is written as its UTF-8 bytes. Nothing is normalised
+and no space is put before the text, so decoding restores the text, except that a `▁` in it becomes a space.
 
-The library is given words with their counts and not the text: it would count them itself, from a corpus held in memory.
-`WORD` cuts where SentencePiece lets no piece cross (before spaces, around digits, between a letter and punctuation), so
-that BPE comes out as it would from the text, but for the order of equally frequent pairs; Unigram starts from other first
-pieces, see `_sentences`. The tokenizer cuts text in the same places: encoding is faster for it, and no id changes.
+The library gets words with their counts instead of the text, which it would hold in memory to count them. `WORD` cuts where
+SentencePiece lets no piece cross (before spaces, around digits, between a letter and punctuation). So BPE gives the same
+merges as from the text, except for the order of equally frequent pairs; Unigram starts from other seed pieces, see
+`_sentences`. The trained tokenizer cuts text at the same places, which makes encoding faster and changes no id.
 """
 
 from __future__ import annotations
 
+import base64
 import io
 import re
 import zlib
@@ -20,38 +20,46 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 from bessemer.core.errors import ConfigError
-from bessemer.tokenization.algorithms import byte_piece
+from bessemer.tokenization.bpe import too_small_corpus
 from bessemer.tokenization.config import BYTE_TOKENS
-from bessemer.tokenization.folder import TokenizerParts
+from bessemer.tokenization.folder import TokenizerParts, bpe_model
+from bessemer.tokenization.vocabulary import SPACE_MARK, byte_name
 
-SPACE = "\u2581"
-UNKNOWN = "<unk>"
+UNKNOWN_PIECE = "<unk>"
 
-_LETTER = rf"[^\x00-\x40\x5B-\x60\x7B-\x7F{SPACE}]"
+_LETTER = rf"[^\x00-\x40\x5B-\x60\x7B-\x7F{SPACE_MARK}]"
 _SYMBOL = r"[\x00-\x2F\x3A-\x40\x5B-\x60\x7B-\x7F]"
-#: What one piece can lie in, spaces already written `▁`: a run of them with what follows, letters (and everything that is
-#: not ASCII), a single digit, or ASCII punctuation and control characters. SentencePiece lets no piece reach from one
-#: script into another, and these three are; where punctuation is mixed, ASCII and other, only this cuts.
-#: Spaces at the end have a branch of their own, without which a long run is tried from each of them.
-WORD = rf"{SPACE}*(?:{_LETTER}+|[0-9]|{_SYMBOL}+)|{SPACE}+"
+#: What a piece cannot reach beyond, spaces already written `▁`: spaces, then letters (with everything that is not ASCII), or a
+#: single digit, or ASCII punctuation and control characters. SentencePiece cuts at these places too, because no piece of it
+#: crosses scripts; only here punctuation is also cut between ASCII and other. Spaces at the end of a text have a branch of
+#: their own: without it the regex would try a long run from each of its spaces.
+WORD = rf"{SPACE_MARK}*(?:{_LETTER}+|[0-9]|{_SYMBOL}+)|{SPACE_MARK}+"
 
-#: ASCII is always in the vocabulary, with tab and line feed: whatever the corpus, code and JSON are not written in bytes.
+#: Characters that are always in the vocabulary, so that code and JSON need no byte tokens, whatever the corpus.
 _REQUIRED = "\t\n" + "".join(map(chr, range(0x21, 0x7F)))
-#: The library drops a sentence with U+2585, takes a tab for a separator and loses line ends: characters of the private
-#: use area that the corpus does not use stand for them.
+#: Characters that the library cannot learn: it drops a sentence with U+2585, takes a tab for a separator and loses line ends.
+#: Characters of the private use area that the corpus lacks stand in for them.
 _STAND_INS = "\t\n\r\u2585"
 _PRIVATE_USE = range(0xE000, 0xF8FF)
-#: The library writes the words out again, as often as they occur, to find the first pieces, 13 bytes of memory a character.
+#: Largest corpus for Unigram. To find seed pieces the library repeats each word as often as it was counted, and needs 13 bytes
+#: of memory a character.
 _SEED_CHARACTERS = 10_000_000
-#: First pieces, as a multiple of the vocabulary: with more (the library takes up to a million) training is slower, not better.
+#: Seed pieces, as a multiple of the vocabulary: with more (the library takes up to a million) training is slower, not better.
 _SEEDS_PER_TOKEN = 10
-#: Rounds of expectation and maximisation between two prunings. The library's two cost half the time again and gain nothing.
+#: Rounds of expectation and maximisation between two prunings. The library's default, two, takes half as long again for the
+#: same quality.
 _ROUNDS_PER_PRUNING = 1
-#: The library's sums differ with the number of its threads, by the last bits, so it does not follow the machine.
+#: Fixed, because the last bits of the library's sums depend on the number of threads.
 _THREADS = 16
 #: Scores are multiples of this, so that the float32 sums of sentencepiece and the float64 sums of tokenizers are the same
 #: number up to 2¹⁸ nats (some 30,000 tokens) and the two find the same segmentation, ties included.
 _SCORE_STEP = 2.0**-6
+
+#: Steps of a normalizer that leave one space of a run, and none around the text.
+MERGE_SPACES: tuple[dict[str, Any], ...] = (
+    {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "},
+    {"type": "Replace", "pattern": {"Regex": r"\A +| +\z"}, "content": ""},
+)
 
 _Type = Literal["unigram", "bpe"]
 
@@ -67,7 +75,7 @@ def train_unigram(texts: Iterable[str], size: int, *, max_piece_length: int = 25
     return unigram_parts([(piece, _rounded(score)) for piece, score in _train("unigram", texts, size, max_piece_length)])
 
 
-def train_bpe(texts: Iterable[str], size: int, *, max_piece_length: int = 256) -> TokenizerParts:
+def train_sentencepiece_bpe(texts: Iterable[str], size: int, *, max_piece_length: int = 256) -> TokenizerParts:
     """SentencePiece's BPE with byte fallback, of `size` tokens: `<unk>`, the 256 bytes, merges in their order, characters.
 
     As `train_unigram` in everything else.
@@ -78,38 +86,25 @@ def train_bpe(texts: Iterable[str], size: int, *, max_piece_length: int = 256) -
 def unigram_parts(pieces: Sequence[tuple[str, float]]) -> TokenizerParts:
     """The parts of a Unigram model with `<unk>` at 0, the bytes at 1 to 256, and these pieces with their scores after them.
 
-    `tokenizers` looks for the names of the bytes in the text as if they were pieces: a literal `<0x41>` is still spelt by its
-    characters, because `WORD` cuts it.
+    `tokenizers` also matches the names of byte tokens in the text. A typed `<0x41>` is still written by its characters, because
+    `WORD` cuts it.
     """
-    names = [UNKNOWN, *map(byte_piece, range(BYTE_TOKENS))]
+    names = [UNKNOWN_PIECE, *map(byte_name, range(BYTE_TOKENS))]
     vocab = [[piece, score] for piece, score in (*((name, 0.0) for name in names), *pieces)]
     return _parts({"type": "Unigram", "unk_id": 0, "vocab": vocab, "byte_fallback": True})
 
 
 def bpe_parts(pieces: Sequence[str]) -> TokenizerParts:
     """The parts of a BPE with `<unk>` at 0, the bytes at 1 to 256, and these pieces, the first to be merged first."""
-    vocab = [UNKNOWN, *map(byte_piece, range(BYTE_TOKENS)), *pieces]
-    return _parts(
-        {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": UNKNOWN,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "ignore_merges": False,
-            "vocab": {piece: id for id, piece in enumerate(vocab)},
-            "merges": merges_of(pieces),
-        }
-    )
+    vocab = [UNKNOWN_PIECE, *map(byte_name, range(BYTE_TOKENS)), *pieces]
+    return _parts(bpe_model(vocab, merges_of(pieces), unk_token=UNKNOWN_PIECE, byte_fallback=True))
 
 
 def merges_of(pieces: Sequence[str]) -> list[list[str]]:
-    """Every pair of pieces that makes a piece, by the place of what it makes.
+    """All pairs of pieces that together are a piece, in the order of the pieces they form.
 
-    SentencePiece has no list of merges: any two neighbours that together are a piece may be joined, the best piece first
-    and of equal ones the leftmost. Where one piece can be made in several ways, the pair with the longer left part is first.
+    SentencePiece has no list of merges: any two neighbours that form a piece may be joined, the best piece first, then the
+    leftmost. Of several pairs for one piece, the pair with the longer left part comes first.
     """
     known = set(pieces)
     return [
@@ -127,19 +122,42 @@ def _parts(model: dict[str, Any]) -> TokenizerParts:
         pre_tokenizer={
             "type": "Sequence",
             "pretokenizers": [
-                {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "never", "split": False},
+                {"type": "Metaspace", "replacement": SPACE_MARK, "prepend_scheme": "never", "split": False},
                 {"type": "Split", "pattern": {"Regex": WORD}, "behavior": "Isolated", "invert": False},
             ],
         },
-        decoder={
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-            ],
-        },
+        decoder=meta_to_spaces(prefix=False),
     )
+
+
+def spaces_to_meta(*, prefix: bool, merge: bool = False, charsmap: bytes | None = None) -> dict[str, Any]:
+    """The `normalizer` of a published SentencePiece model: spaces become U+2581.
+
+    prefix: a space is put before the text. merge: runs of spaces become one space, and spaces around the text are dropped.
+    charsmap: SentencePiece's compiled table of normalisations.
+    """
+    steps: list[dict[str, Any]] = []
+    if charsmap:
+        steps.append({"type": "Precompiled", "precompiled_charsmap": base64.b64encode(charsmap).decode()})
+    if merge:
+        steps += MERGE_SPACES
+    if prefix:
+        steps.append({"type": "Prepend", "prepend": SPACE_MARK})
+    steps.append({"type": "Replace", "pattern": {"String": " "}, "content": SPACE_MARK})
+    return {"type": "Sequence", "normalizers": steps} if len(steps) > 1 else steps[0]
+
+
+def meta_to_spaces(*, prefix: bool) -> dict[str, Any]:
+    """The `decoder` of a SentencePiece model: U+2581 becomes a space, and byte tokens become their bytes. prefix: the space
+    that the normalizer put before the text is removed."""
+    steps: list[dict[str, Any]] = [
+        {"type": "Replace", "pattern": {"String": SPACE_MARK}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    if prefix:
+        steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    return {"type": "Sequence", "decoders": steps}
 
 
 def _rounded(score: float) -> float:
@@ -150,7 +168,7 @@ def _train(kind: _Type, texts: Iterable[str], size: int, max_piece_length: int) 
     """The pieces after the bytes with their scores, as the library returns them."""
     import sentencepiece
 
-    counts = count_words(texts, max_piece_length)
+    counts = count_sentencepiece_words(texts, max_piece_length)
     if not counts:
         raise ConfigError("tokenize: the training texts hold nothing to learn a vocabulary from; give more text")
     if kind == "unigram":
@@ -172,7 +190,7 @@ def _train(kind: _Type, texts: Iterable[str], size: int, max_piece_length: int) 
             split_digits=True,
             required_chars=_REQUIRED.translate(there),
             unk_id=0,
-            unk_piece=UNKNOWN,
+            unk_piece=UNKNOWN_PIECE,
             bos_id=-1,
             eos_id=-1,
             pad_id=-1,
@@ -190,30 +208,30 @@ def _train(kind: _Type, texts: Iterable[str], size: int, max_piece_length: int) 
     return [(processor.id_to_piece(id).translate(back), processor.get_score(id)) for id in range(first, size)]
 
 
-def count_words(texts: Iterable[str], max_piece_length: int) -> Counter[str]:
+def count_sentencepiece_words(texts: Iterable[str], max_piece_length: int) -> Counter[str]:
     """Counts of words (`WORD`), spaces written `▁`, longer runs cut, without NUL and lone surrogates."""
     limit = f"{{1,{max_piece_length}}}"
-    letter, symbol = _LETTER.replace(SPACE, rf"{SPACE}\uD800-\uDFFF"), _SYMBOL.replace(r"\x00", r"\x01")
-    spaces = f"{SPACE}{{0,{max_piece_length}}}"
-    words = re.compile(f"{spaces}(?:{letter}{limit}|[0-9]|{symbol}{limit})|{SPACE}{limit}")
+    letter, symbol = _LETTER.replace(SPACE_MARK, rf"{SPACE_MARK}\uD800-\uDFFF"), _SYMBOL.replace(r"\x00", r"\x01")
+    spaces = f"{SPACE_MARK}{{0,{max_piece_length}}}"
+    words = re.compile(f"{spaces}(?:{letter}{limit}|[0-9]|{symbol}{limit})|{SPACE_MARK}{limit}")
     counts: Counter[str] = Counter()
     for text in texts:
-        counts.update(words.findall(text.replace(" ", SPACE)))
+        counts.update(words.findall(text.replace(" ", SPACE_MARK)))
     return counts
 
 
 def _sentences(counts: Counter[str]) -> Iterator[tuple[str, int]]:
-    """Texts with their counts that hold each word as often as it was counted, in an order of their own.
+    """Texts with their counts that hold each word as often as it was counted.
 
-    For its first pieces the Unigram trainer takes a string where two of its occurrences go on differently, and a word that
-    always stands alone would not be among them: each word is followed once by another, taken from that one's count. The
+    A string becomes a seed piece of the Unigram trainer only if two of its occurrences continue differently, which a word that
+    always stands alone never does. So each repeated word is followed once by another word, whose own count falls by one. The
     library cuts the two apart again at the space.
     """
     left = Counter(counts)
-    followers = sorted((word for word in counts if word[0] == SPACE), key=lambda word: (-counts[word], word))
+    followers = sorted((word for word in counts if word[0] == SPACE_MARK), key=lambda word: (-counts[word], word))
     spare = (word for word in followers for _ in range(counts[word] // 2))
     for word in sorted(counts):
-        if counts[word] > 1 and word[-1] != SPACE and (follower := next(spare, None)):
+        if counts[word] > 1 and word[-1] != SPACE_MARK and (follower := next(spare, None)):
             left[word] -= 1
             left[follower] -= 1
             yield word + follower, 1
@@ -221,9 +239,9 @@ def _sentences(counts: Counter[str]) -> Iterator[tuple[str, int]]:
 
 
 def _scaled(counts: Counter[str], characters: int) -> Counter[str]:
-    """The counts of a corpus of at most about this many characters with the same words in the same proportions.
+    """The counts, scaled down in proportion to a corpus of about this many characters.
 
-    A count's fraction is rounded up or down by the word's hash, so that rare words are drawn and not all dropped.
+    A fraction is rounded up or down by the word's hash, so that some rare words stay.
     """
     total = sum(len(word) * count for word, count in counts.items())
     if total <= characters:
@@ -234,7 +252,7 @@ def _scaled(counts: Counter[str], characters: int) -> Counter[str]:
 
 
 def _stand_ins(words: Iterable[str]) -> dict[int, str]:
-    """A character that no word has for each that the library would not learn."""
+    """A private-use character that no word has, for each character of `_STAND_INS`."""
     used: set[str] = set()
     for word in words:
         used.update(word)
@@ -243,13 +261,9 @@ def _stand_ins(words: Iterable[str]) -> dict[int, str]:
 
 
 def _explained(error: RuntimeError, size: int) -> ConfigError:
-    """The library's refusal of a vocabulary size, in numbers."""
+    """The library's error as a ConfigError that says by how much to change the vocabulary size."""
     if match := re.search(r"set it to a value <= (\d+)", str(error)):
-        reached = int(match[1])
-        return ConfigError(
-            f"tokenize.vocab_size: the corpus is too small for this vocabulary: {size:,} learned tokens are asked for and it "
-            f"yields {reached:,}; lower vocab_size by {size - reached:,} or more, or give more text"
-        )
+        return too_small_corpus("learned tokens", size, int(match[1]))
     if match := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error)):
         least = int(match[1])
         return ConfigError(

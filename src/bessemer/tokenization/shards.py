@@ -27,10 +27,10 @@ SHARDS_FORMAT = 1
 SHARDS_FILE = "shards.json"
 DOCUMENTS_FILE = "documents.parquet"
 
-#: Folder, beside those of the splits, of the training documents in the mixture for the end of training.
+#: Folder of the training documents in the mixture for the end of training, a sibling of the splits' folders.
 ANNEAL = "anneal"
 
-#: Format of the scratch files of an interrupted writer; with another one they are discarded.
+#: Format of an interrupted writer's scratch files; files of another format are discarded.
 _STATE_FORMAT = 1
 _STATE_FILE = "state.json"
 _ROWS_PER_GROUP = 1 << 16
@@ -105,7 +105,7 @@ class _OpenShard:
         }
 
     def _write_header(self) -> None:
-        """The header of np.save, whose length does not depend on the number of tokens, which is known only at the end."""
+        """The header of np.save. The number of tokens is known only at the end, and does not change the header's length."""
         header = {"descr": self._dtype.str, "fortran_order": False, "shape": (self.tokens,)}
         np.lib.format.write_array_header_1_0(self._stream, header)
 
@@ -330,7 +330,7 @@ class TokenShards:
 
     def lengths_and_sources(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The documents in the stream's order, a row group at a time: tokens of each, its begin token included, int64, and the
-        index of its source in `sources`, int16. The stream's last begin token belongs to none."""
+        index of its source in `sources`, int16. The stream's last begin token belongs to no document."""
         numbers = {name: number for number, name in enumerate(self.sources)}
         with pq.ParquetFile(self.folder / DOCUMENTS_FILE, read_dictionary=["source"]) as file:
             for number in range(file.num_row_groups):

@@ -24,11 +24,12 @@ from bessemer.core.report import (
     Tokens,
 )
 from bessemer.core.stage import Outside, StageContext, StageSpec, last_of
-from bessemer.data.config import CollectConfig, source_name
+from bessemer.data.config import CollectConfig
 from bessemer.data.corpus.remote import documents_of
+from bessemer.data.sources.registry import source_name
 from bessemer.tokenization.config import TOKENIZE_VERSION, TokenizeConfig
 
-#: What a text costs, by the key in `by_domain`, and how it is called.
+#: Figures of a sample: key in `by_domain` → heading.
 DOMAIN_FIGURES = {
     "bytes_per_token": "Bytes per token",
     "fertility": "Tokens per word",
@@ -92,7 +93,7 @@ def _splits(splits: Mapping[str, Metrics]) -> Table:
 
 
 def domains_table(by_domain: Domains) -> list[Part]:
-    """The samples, a row each: what a token holds of them, and whether decoding gives them back."""
+    """A row for each sample: its bytes per token, and whether decoding restores it."""
     best = max(map(_length, by_domain.values()), default=0) or 1
     unknown = any(figures["unknown_share"] is not None for figures in by_domain.values())
     columns = [Column("Sample"), *(Column(name, True) for name in DOMAIN_FIGURES.values())]
@@ -119,8 +120,8 @@ def _length(figures: Metrics) -> float:
 
 def baselines_table(bytes_per_token: float, baselines: Mapping[str, float | None]) -> Table:
     """A tokenizer's bytes per token beside those of the simplest tokenizers on the same text, the longest tokens first."""
-    found = {baseline_label(name): (value, False) for name, value in baselines.items() if value is not None}
-    ordered = sorted((found | {"This tokenizer": (bytes_per_token, True)}).items(), key=lambda item: -item[1][0])
+    figures = {baseline_label(name): (value, False) for name, value in baselines.items() if value is not None}
+    ordered = sorted((figures | {"This tokenizer": (bytes_per_token, True)}).items(), key=lambda item: -item[1][0])
     longest = ordered[0][1][0]
     rows = [
         (
@@ -143,7 +144,7 @@ def figure(figures: Metrics, name: str) -> str:
 
 
 def mostly_written(figures: Metrics) -> bool:
-    """Whether so little of a sample is unknown that its figures say something: an unknown token may stand for a whole word."""
+    """Whether few enough tokens are unknown for the figures to mean something: an unknown token may stand for a whole word."""
     return (figures.get("unknown_share") or 0) < _MUCH_UNKNOWN
 
 
@@ -175,7 +176,7 @@ def _tokenize_fingerprint(config: TokenizeConfig, outside: Outside) -> Any:
 
 
 def _unknown_source(config: TokenizeConfig, above: Mapping[str, Any]) -> str | None:
-    """A weight of a source that the recipe does not collect, found before hours of work on the corpus."""
+    """The conflict of a weight for a source that the recipe does not collect: reported before hours of work on the corpus."""
     collect = last_of(above, CollectConfig)
     names = [source_name(source) for source in collect.sources] if collect is not None else []
     unknown = next((source for source in config.source_weights if names and source not in names), None)

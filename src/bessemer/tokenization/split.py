@@ -3,8 +3,8 @@
 BPE never merges across a cut, so the regex decides what a token can be: whether digits stand alone, whether a word
 takes its space along. A regex of one's own could not be exported to GGUF, which stores the name and not the regex.
 The names are llama.cpp's (`tokenizer.ggml.pre`); each regex is the one in the `tokenizer.json` of the model it is named
-after, or, where that cuts in several steps, one regex that gives the same pieces. Spelling counts: fastokens has code of
-its own for the published ones, five times faster than its regex engine.
+after, or, where that cuts in several steps, one regex that gives the same pieces. The spelling matters: fastokens has code of
+its own for the published spellings, five times faster than its regex engine.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ OTHER_NAMES: dict[str, str] = {
     **dict.fromkeys(("starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), "smollm"),
 }
 
-#: What a published `pre_tokenizer` cuts by, step by step, where it is not one of our regexes.
+#: Regexes of published `pre_tokenizer` sections, in the order of their steps → the split that cuts the same.
 _STEPS: dict[tuple[str, ...], str] = {
     (r"\p{N}", _GPT2): "smollm",
     # tiktoken's spellings
@@ -77,7 +77,7 @@ def pre_tokenizer(split: str) -> dict[str, Any]:
     """The `pre_tokenizer` section of a byte-level tokenizer that cuts by a named regex."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": split == "gpt-2"}
     if split == "gpt-2":
-        # as its own files have it: fastokens takes a quarter of the time that it takes for the regex
+        # as in GPT-2's own files; fastokens needs a quarter of the time that it needs for the regex
         return byte_level
     regex = (SPLIT_REGEXES | APPROXIMATED_REGEXES)[split]
     return {
@@ -92,7 +92,7 @@ def pre_tokenizer(split: str) -> dict[str, Any]:
 def split_name(pre_tokenizer: dict[str, Any] | None) -> str | None:
     """llama.cpp's name for the cuts of a `tokenizer.json`'s byte-level `pre_tokenizer`, ours or a published model's.
 
-    None where there is no such name: another regex, no byte level, or a space put before the text.
+    None for any other: another regex, no byte level, or a space put before the text.
     """
     if pre_tokenizer is None:
         return None
@@ -121,6 +121,6 @@ def _regex(step: dict[str, Any]) -> str | None:
         return None
     regex: str = step["pattern"]["Regex"]
     isolated = step["behavior"] == "Isolated"
-    # keeping only the matches is the same thing where they leave nothing between them
+    # "Removed" with `invert` keeps only the matches: the same pieces if the matches cover the text
     only_matches = step["behavior"] == "Removed" and step["invert"] and regex != r"\p{N}"
     return regex if isolated or only_matches else None

@@ -123,7 +123,7 @@ def _finished_training(out: Path, identity: str) -> dict[str, Any] | None:
 
 
 def _copy_existing(path: str, folder: Path, target: Path, ignored: list[str], progress: Progress) -> dict[str, Any]:
-    """Copy an existing tokenizer's files to `target`. ignored: settings of training that were given all the same."""
+    """Copy an existing tokenizer's files to `target`. ignored: training settings that have no effect."""
     if ignored:
         progress.say(f"  no tokenizer is trained, so these settings have no effect: {', '.join(ignored)}")
     copy_tokenizer(existing_tokenizer(path, folder), target)

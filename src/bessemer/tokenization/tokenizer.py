@@ -14,25 +14,45 @@ import tokenizers
 
 from bessemer.core.errors import ArtefactError, RequestError
 from bessemer.core.hashing import hash_file
-from bessemer.core.store import read_json
-from bessemer.tokenization.chat import ChatEncoder, ChatTemplate, Message, Segment, Tool, check_encodable, encode_beside_others
+from bessemer.tokenization.chat import (
+    ChatEncoder,
+    ChatTemplate,
+    Message,
+    Segment,
+    Tool,
+    check_encodable,
+    encode_without_blocking,
+)
 from bessemer.tokenization.control_tokens import END_OF_TEXT, TURN_ENDS
 from bessemer.tokenization.fast import LONG_TEXT, BulkEncoder, TokenizersEncoder, agree, bulk_encoder, slices
-from bessemer.tokenization.folder import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
-from bessemer.tokenization.vocabulary import Kind, bytes_alone, read_vocabulary, spans_of_pieces, spread_runs, without_holes
+from bessemer.tokenization.folder import (
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+    first_of,
+    read_chat_template,
+    read_configuration,
+    read_settings,
+    token_text,
+)
+from bessemer.tokenization.vocabulary import (
+    SPACE_MARK,
+    Kind,
+    byte_tokenizer,
+    read_vocabulary,
+    spans_of_pieces,
+    spread_runs,
+    without_holes,
+)
 
-#: Beside `tokenizer.json` in folders that others wrote; what `tokenizer_config.json` says goes before.
-SPECIAL_TOKENS_MAP_FILE = "special_tokens_map.json"
-CHAT_TEMPLATE_FILE = "chat_template.jinja"
 GENERATION_CONFIG_FILE = "generation_config.json"
 
-#: What begin and end tokens are called in published tokenizers, for a folder that does not say which they are.
+#: Usual names of begin and end tokens, for a folder that names none.
 BEGIN_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>", END_OF_TEXT, "[CLS]")
 END_NAMES = ("<|end_of_text|>", END_OF_TEXT, "</s>", "<eos>", "[SEP]")
 
-#: Tokens at the ends of a slice that are not those of the whole text, at most.
+#: Upper bound for the tokens at a slice's ends that differ from those of the whole text.
 _AT_ENDS = 64
-#: Texts that a tokenizer which loses anything changes: white space, normal forms, letters of any script, control characters.
+#: Texts that a lossy tokenizer does not restore: white space, normal forms, letters of any script, control characters.
 _ROUND_TRIP = (
     " a",
     "a  b\n\t c ",
@@ -63,10 +83,10 @@ class Tokenizer:
         self._control_ids = {content: id for id, content in self._special.items()}
         self._vocabulary = read_vocabulary(tokenizer.get_vocab(), added, _decoder(tokenizer), type(tokenizer.model).__name__)
         gaps = frozenset(self._vocabulary.gaps)
-        # by whether control tokens are left out
+        # ids that decoding leaves out, by `skip_special`
         self._hidden = {True: gaps | self._special.keys(), False: gaps}
         self._before, self._after = _surroundings(tokenizer)
-        # it also trims the spans of byte-level tokens
+        # it would also trim the spans of byte-level tokens
         tokenizer.post_processor = None
         self._tokenizer = tokenizer
 
@@ -77,7 +97,7 @@ class Tokenizer:
 
     @property
     def begin_ids(self) -> tuple[int, ...]:
-        """What the tokenizer's file puts before a text: often a begin token, or nothing."""
+        """The ids that the tokenizer's file puts before a text: often a begin token, or none."""
         return tuple(self._before)
 
     @property
@@ -107,28 +127,30 @@ class Tokenizer:
             self.bulk = reference
 
     def encode(self, text: str, add_bos: bool = True) -> list[int]:
-        """Ids of a text; with `add_bos`, between what the tokenizer's file puts around a text (a begin token, nothing,
-        `[CLS]` and `[SEP]`). Raises RequestError when it has a lone surrogate, which has no UTF-8."""
+        """Ids of a text. add_bos: with the tokens that the tokenizer's file puts around a text (a begin token, `[CLS]` and
+        `[SEP]`, or none). Raises RequestError for a lone surrogate, which has no UTF-8."""
         check_encodable(text)
         if len(text) > LONG_TEXT:
             # in parts: little memory, and time that grows no faster than the text
             ids: list[int] = self.bulk.encode_flat([text])[0].tolist()
         else:
-            ids = encode_beside_others(self._tokenizer, text).ids
+            ids = encode_without_blocking(self._tokenizer, text).ids
         return [*self._before, *ids, *self._after] if add_bos else ids
 
     def has_more_tokens(self, text: str, limit: int) -> bool:
-        """Whether a text surely has more than `limit` tokens, with little work for a text of any length: a token has no more
-        bytes than the longest, and of the text only as much is encoded as has more tokens. False of one that may have fewer,
-        or is short enough to be encoded."""
-        if self.lossless and len(text.replace("\u2581", " ").encode(errors="replace")) > limit * self._longest:
+        """Whether a text is known to have more than `limit` tokens, with little work for a text of any length.
+
+        It is if even the longest token would occur more often. Otherwise slices are encoded until the limit is exceeded. False
+        for a text that may have fewer tokens, or that is short enough to be encoded.
+        """
+        if self.lossless and len(text.replace(SPACE_MARK, " ").encode(errors="replace")) > limit * self._longest:
             return True
         parts = slices(text)
         if len(parts) == 1:
             return False
         count = 0
         for start, end in parts:
-            # at its ends a slice may have tokens that the whole has not
+            # tokens at a slice's ends may differ from those of the whole text
             count += max(len(self.bulk.encode_flat([text[start:end]])[0]) - _AT_ENDS, 0)
             if count > limit:
                 return True
@@ -142,9 +164,9 @@ class Tokenizer:
     def encode_with_offsets(self, text: str) -> tuple[list[int], np.ndarray]:
         """Ids of a text without a begin token, and where each stands: int64 (tokens, 2), the characters [start, end).
 
-        A token that holds a part of a character spans the whole of it, so neighbours may share one; else the spans
-        touch and cover the text. Of tokens that are words, white space belongs to none. A space that encoding puts
-        before the text spans nothing, (0, 0). Raises RequestError when the text has a lone surrogate.
+        A token that holds part of a character spans the whole character, so neighbours may share one. Otherwise the spans touch
+        and cover the text, except for white space between tokens that are words. A space that encoding puts before the text
+        has the span (0, 0). Raises RequestError when the text has a lone surrogate.
         """
         check_encodable(text)
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
@@ -155,19 +177,19 @@ class Tokenizer:
         if spans is None:
             # a normalizer or an added token changed the text
             given = np.array(encoding.offsets, np.int64).reshape(-1, 2)
-            spans = without_holes(spread_runs(text, encoding.tokens, given, self._bytes_alone), len(text))
+            spans = without_holes(spread_runs(text, encoding.tokens, given, self._byte_spans), len(text))
             if len(ids) > 1 and given[1, 0] == 0 and self._vocabulary.first.get(ids[0]) == b"":
                 spans[0] = 0
         return ids, spans
 
     @cached_property
-    def _bytes_alone(self) -> tokenizers.Tokenizer:
-        return bytes_alone(self._tokenizer.normalizer)
+    def _byte_spans(self) -> tokenizers.Tokenizer:
+        return byte_tokenizer(self._tokenizer.normalizer)
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of many texts without begin tokens, in one uint32 array, and int64 offsets (one more than texts).
 
-        Raises RequestError when one has a lone surrogate, and for a text alone, whose letters would be texts.
+        Raises RequestError for a lone surrogate, and for a single text, whose letters would be taken for texts.
         """
         if isinstance(texts, str):
             raise RequestError("a list of texts is needed, got str; encode takes one text")
@@ -228,8 +250,8 @@ class Tokenizer:
     def _chat(self) -> ChatTemplate:
         if self.chat_template is None:
             raise RequestError(f"{self.folder}: it has no chat template; bessemer finetune makes a model that chats")
-        config = _read_if_there(self.folder / SPECIAL_TOKENS_MAP_FILE) | _read_if_there(self.folder / TOKENIZER_CONFIG_FILE)
-        named = {name: _content(value) for name, value in config.items() if name.endswith("_token")}
+        config = read_configuration(self.folder)
+        named = {name: token_text(value) for name, value in config.items() if name.endswith("_token")}
         variables = {name: content for name, content in named.items() if isinstance(content, str)}
         return ChatTemplate(self.chat_template, tuple(self._control_ids), variables, str(self.folder))
 
@@ -266,7 +288,7 @@ class Tokenizer:
         counts as the template's. Raises RequestError as `render_chat`, and for a template that does not tell who speaks.
         """
         ids, says = self._chat_encoder.encode(self._chat.training_segments(messages, add_generation_prompt, tools))
-        # a template of somebody else's may mark the content alone, and write the end token behind
+        # some templates mark the content only, and write the end token after the mark
         for place, id in enumerate(ids):
             if place and id in self.eos_ids and says[place - 1] and not self.is_end(ids[place - 1]):
                 says[place] = True
@@ -275,10 +297,10 @@ class Tokenizer:
     def continue_chat(
         self, messages: Sequence[Message], answered: int, tools: Sequence[Tool] | None = None
     ) -> tuple[int, list[int]]:
-        """The end token of the assistant's message number `answered`, and the ids behind it up to where the assistant speaks
-        next: for a conversation that is kept in tokens as they were sampled, which are never encoded again.
+        """The end token of the assistant's message number `answered`, and the ids after it up to where the assistant speaks
+        next. For a conversation whose sampled tokens are kept as they are and never encoded again.
 
-        Raises RequestError as `render_chat`, and for a template that ends the assistant's turn by no end token.
+        Raises RequestError as `render_chat`, and for a template that ends the assistant's turn without an end token.
         """
         end_tokens = {token for token, id in self._control_ids.items() if id in self.eos_ids}
         segments = self._chat.following(messages, answered, end_tokens, tools)
@@ -288,10 +310,11 @@ class Tokenizer:
 
 
 def load_tokenizer(folder: Path | str) -> Tokenizer:
-    """Read a tokenizer from its folder, or from a model's: `tokenizer.json`, and what is beside it of
-    `tokenizer_config.json`, `special_tokens_map.json`, `chat_template.jinja` and `generation_config.json`. Or from a GGUF file.
+    """Read a tokenizer from its folder, a model's folder or a GGUF file.
 
-    Raises ArtefactError when it is missing, damaged, of a kind that is not read, or without an end token.
+    A folder holds `tokenizer.json` and may hold `tokenizer_config.json`, `special_tokens_map.json`, `chat_template.jinja` and
+    `generation_config.json`. Raises ArtefactError when the tokenizer is missing, damaged, of a kind that is not read, or
+    without an end token.
     """
     folder = Path(folder)
     if folder.suffix == ".gguf" and folder.is_file():
@@ -301,7 +324,7 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
     path = folder / TOKENIZER_FILE
     if not path.exists():
         raise ArtefactError(f"{path}: no such file; a tokenizer's folder holds it beside {TOKENIZER_CONFIG_FILE}")
-    config = _read_if_there(folder / SPECIAL_TOKENS_MAP_FILE) | _read_if_there(folder / TOKENIZER_CONFIG_FILE)
+    config = read_configuration(folder)
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:
@@ -313,48 +336,36 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
     _mark_special(tokenizer, config)
     bos_id, eos_ids = _begin_and_ends(folder, tokenizer, config)
     try:
-        return Tokenizer(folder, tokenizer, bos_id, eos_ids, _chat_template(folder, config))
+        return Tokenizer(folder, tokenizer, bos_id, eos_ids, read_chat_template(folder))
     except ArtefactError as error:
         raise ArtefactError(f"{path}: {error}") from None
 
 
 def _added_text(token: tokenizers.AddedToken) -> str:
-    """What an added token stands for: its own text, in which one that is found in normalised text has marks for spaces
-    (SentencePiece's user-defined runs of them)."""
+    """The text that an added token stands for. One that is matched in normalised text has U+2581 for spaces, as SentencePiece's
+    user-defined runs of spaces have."""
     content: str = token.content
-    return content.replace("\u2581", " ") if token.normalized and not token.special else content
-
-
-def _read_if_there(path: Path) -> dict[str, Any]:
-    content = read_json(path) if path.exists() else {}
-    if not isinstance(content, dict):
-        raise ArtefactError(f"{path}: this file is damaged (not a mapping)")
-    return {name: value for name, value in content.items() if value is not None}
+    return content.replace(SPACE_MARK, " ") if token.normalized and not token.special else content
 
 
 def _mark_special(tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
-    """Make control tokens of those that the configuration names as such (`[UNK]`, say), as `transformers` does."""
+    """Make tokens that the configuration names as special (`[UNK]`, say) control tokens, as `transformers` does."""
     named = [value for name, value in config.items() if name.endswith("_token")]
     for several in ("additional_special_tokens", "extra_special_tokens"):
         values = config.get(several, [])
         named += values.values() if isinstance(values, Mapping) else values
     known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    contents = [content for content in map(_content, named) if isinstance(content, str) and content not in known]
+    contents = [content for content in map(token_text, named) if isinstance(content, str) and content not in known]
     tokenizer.add_special_tokens([content for content in contents if tokenizer.token_to_id(content) is not None])
-
-
-def _content(token: Any) -> Any:
-    """The text of a special token in the configuration: a string, or an object that holds it."""
-    return token.get("content") if isinstance(token, Mapping) else token
 
 
 def _begin_and_ends(folder: Path, tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any]) -> tuple[int, list[int]]:
     """The token that begins a text, and those that end one: the end token, the begin token that follows a document in
     our shards, the ends of turns, and what the model's generation settings list."""
     special = {token.content: id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    bos, eos = (special.get(_content(config.get(name))) for name in ("bos_token", "eos_token"))
+    bos, eos = (special.get(token_text(config.get(name))) for name in ("bos_token", "eos_token"))
     if bos is None and eos is None:
-        bos, eos = (next((special[name] for name in names if name in special), None) for names in (BEGIN_NAMES, END_NAMES))
+        bos, eos = (special.get(first_of(names, special) or "") for names in (BEGIN_NAMES, END_NAMES))
     if bos is None:
         bos = special.get(END_OF_TEXT, eos)
     if eos is None:
@@ -369,20 +380,9 @@ def _begin_and_ends(folder: Path, tokenizer: tokenizers.Tokenizer, config: Mappi
 
 
 def _listed_ends(folder: Path, vocab_size: int) -> list[int]:
-    listed = _read_if_there(folder / GENERATION_CONFIG_FILE).get("eos_token_id", [])
+    listed = read_settings(folder / GENERATION_CONFIG_FILE).get("eos_token_id", [])
     ids = listed if isinstance(listed, list) else [listed]
     return [id for id in ids if isinstance(id, int) and 0 <= id < vocab_size]
-
-
-def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """The template in a file of its own goes before that in the configuration, which may list several by name."""
-    path = folder / CHAT_TEMPLATE_FILE
-    if path.exists():
-        return path.read_text(encoding="utf-8")
-    template: Any = config.get("chat_template")
-    if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    return template if isinstance(template, str) else None
 
 
 def _decoder(tokenizer: tokenizers.Tokenizer) -> Any:

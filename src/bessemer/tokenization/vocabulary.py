@@ -1,13 +1,13 @@
 """The bytes of each token, for every kind of vocabulary of `tokenizer.json`, and the characters that tokens span.
 
 A vocabulary writes bytes as text in its own way, and the file's decoder says which: byte-level BPE in GPT-2's 256 characters,
-SentencePiece with `▁` for a space and `<0xE2>` for a byte, WordPiece with `##` where a word goes on. Whatever the kind, a text
-is the bytes of its tokens in a row; only the first token may stand for something else than it does later, because a space that
-would precede it is left out.
+SentencePiece with `▁` for a space and `<0xE2>` for a byte, WordPiece with `##` inside a word. For every kind, a text is the
+concatenation of its tokens' bytes; only the first token may have other bytes than later in a text, without a leading space.
 
-Character offsets follow from the tokens' bytes where these are the text's own. Elsewhere (a normalizer changed the text, or
-tokens are words without the white space between them) they are those of the `tokenizers` library, with two repairs: it gives
-every byte of a run of unknown characters the whole run's span, and a space put before the text the first character's.
+Character offsets are computed from the tokens' bytes where these are the text's own. Elsewhere (a normalizer changed the text,
+or tokens are words without the white space between them) they are those of the `tokenizers` library, with two corrections: the
+library gives every byte of a run of unknown characters the whole run's span, and a space put before the text the span of the
+first character.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ SPACE_MARK = "\u2581"
 
 _BYTE_NAME = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
-#: What the WordPiece decoder of the `tokenizers` library mends in a word and the space before it when its `cleanup` is on, in
-#: its order, without the two rules that need a space after the word.
+#: Replacements that the WordPiece decoder of the `tokenizers` library makes in a word and the space before it when `cleanup` is
+#: on, in its order, without the two rules that need a space after the word.
 _CLEANUP = (
     (" .", "."),
     (" ?", "?"),
@@ -49,9 +49,9 @@ _CLEANUP = (
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The bytes of tokens by id: `later[id]`, or at a text's very beginning `first[id]` where that is another.
+    """The bytes of tokens by id: `later[id]`, or at the beginning of a text `first[id]` where the two differ.
 
-    `gaps` are ids below the largest that name no token; they stand for nothing, wherever they are.
+    gaps: ids below the largest that no token has. They decode to nothing.
     """
 
     kind: Kind
@@ -64,6 +64,11 @@ class Vocabulary:
         if beginning and ids and ids[0] in self.first:
             return self.first[ids[0]] + b"".join(map(self.later.__getitem__, ids[1:]))
         return b"".join(map(self.later.__getitem__, ids))
+
+
+def byte_name(byte: int) -> str:
+    """The name of a byte's token in vocabularies with byte fallback: `<0xE2>`."""
+    return f"<0x{byte:02X}>"
 
 
 def byte_of_name(name: str) -> int | None:
@@ -82,7 +87,7 @@ def read_vocabulary(
     names: list[str | None] = [None] * (max(tokens.values()) + 1)
     for name, id in tokens.items():
         names[id] = name
-    steps = _steps(decoder)
+    steps = steps_of(decoder)
     types = [step["type"] for step in steps]
     if types in (["ByteLevel"], ["ByteLevel", "Fuse"]):
         return _of_pieces("byte-level", names, added, _byte_level)
@@ -102,10 +107,14 @@ def read_vocabulary(
     )
 
 
-def _steps(decoder: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
-    if decoder is None:
+def steps_of(section: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """The steps of a `normalizer`, `pre_tokenizer` or `decoder` section, nested sequences included, in their order."""
+    if section is None:
         return []
-    return [step for inner in decoder["decoders"] for step in _steps(inner)] if decoder["type"] == "Sequence" else [decoder]
+    if section["type"] != "Sequence":
+        return [section]
+    inner = section.get("normalizers") or section.get("pretokenizers") or section.get("decoders") or []
+    return [step for part in inner for step in steps_of(part)]
 
 
 def _joins_pieces(steps: Sequence[Mapping[str, Any]]) -> bool:
@@ -133,10 +142,10 @@ def _space_mark(step: Mapping[str, Any]) -> str:
 def _without_space(
     later: Sequence[bytes], names: Sequence[str | None], added: Mapping[int, str], steps: Sequence[Mapping[str, Any]]
 ) -> dict[int, bytes]:
-    """What the first token says without the space that encoding puts before a text (SentencePiece's dummy prefix).
+    """Bytes of tokens at the beginning of a text: without the space that encoding puts there (SentencePiece's dummy prefix).
 
-    Only one goes: SentencePiece strips one, and so does the library's `Strip`. Its `Metaspace` drops every mark of the
-    first token, and with them spaces that the text had.
+    One space is removed, as by SentencePiece and by the library's `Strip`. The library's `Metaspace` removes every space of the
+    first token, and so spaces that the text had.
     """
     if any(step["type"] == "Strip" for step in steps):
         return {id: piece[1:] for id, piece in enumerate(later) if piece.startswith(b" ")}
@@ -175,7 +184,7 @@ def _byte_level(name: str) -> bytes:
     try:
         return token_from_name(name)
     except KeyError:
-        # not written in bytes' characters: it stands for itself, as in the library
+        # it has other characters than those of bytes: it stands for itself, as in the library
         return name.encode()
 
 
@@ -187,8 +196,8 @@ def _piece(name: str, space_mark: str | None, read_bytes: bool) -> bytes:
 
 
 def _cleaned(text: str, cleanup: bool) -> bytes:
-    for found, instead in _CLEANUP if cleanup else ():
-        text = text.replace(found, instead)
+    for old, new in _CLEANUP if cleanup else ():
+        text = text.replace(old, new)
     return text.encode()
 
 
@@ -219,8 +228,8 @@ def _bytes_of_characters() -> dict[str, int]:
 def spans_of_pieces(text: str, pieces: Sequence[bytes]) -> np.ndarray | None:
     """The characters [start, end), int64 (pieces, 2), of pieces that make up the text's UTF-8; None where they do not.
 
-    They may have one space more, before the text, and spaces where it has U+2581. A piece that is a part of a character
-    spans that character; a piece that is the space before the text spans nothing, (0, 0).
+    The pieces may have a space before the text, and spaces where the text has U+2581. A piece that is part of a character spans
+    that character; a piece that is the space before the text has the span (0, 0).
     """
     written = b"".join(pieces)
     for form in (text, text.replace(SPACE_MARK, " ")):
@@ -242,11 +251,12 @@ def _spans_of_lengths(utf8: bytes, lengths: np.ndarray, prefix: int) -> np.ndarr
     return np.stack([characters[starts], last], axis=1)
 
 
-def spread_runs(text: str, names: Sequence[str], spans: np.ndarray, alone: tokenizers.Tokenizer) -> np.ndarray:
-    """The library's spans, with the bytes of unknown characters that it fused given one character each.
+def spread_runs(text: str, names: Sequence[str], spans: np.ndarray, byte_spans: tokenizers.Tokenizer) -> np.ndarray:
+    """The library's spans, corrected where it gives all bytes of a run of unknown characters the whole run's span: each byte
+    gets the character that it comes from.
 
-    names: the tokens as the vocabulary writes them; spans: int64 (tokens, 2), not changed; alone: from
-    `bytes_alone`, with the tokenizer's normalizer.
+    names: the tokens as the vocabulary writes them. spans: int64 (tokens, 2), not changed. byte_spans: a `byte_tokenizer` with
+    the tokenizer's normalizer.
     """
     spans = spans.copy()
     changes = np.flatnonzero((np.diff(spans, axis=0) != 0).any(axis=1)) + 1
@@ -255,30 +265,29 @@ def spread_runs(text: str, names: Sequence[str], spans: np.ndarray, alone: token
         begin, stop = spans[start] if end > start else (0, 0)
         if stop - begin < 2 or None in values:
             continue
-        within = alone.encode(text[begin:stop], add_special_tokens=False)
+        within = byte_spans.encode(text[begin:stop], add_special_tokens=False)
         if within.ids == values:
             spans[start:end] = np.array(within.offsets, np.int64) + begin
     return spans
 
 
-def bytes_alone(normalizer: tokenizers.normalizers.Normalizer | None) -> tokenizers.Tokenizer:
-    """A tokenizer whose ids are the bytes of the normalised text, and whose spans are the characters they come from."""
-    names = {f"<0x{byte:02X}>": byte for byte in range(256)}
-    alone = tokenizers.Tokenizer(models.BPE(vocab=names, merges=[], byte_fallback=True))
+def byte_tokenizer(normalizer: tokenizers.normalizers.Normalizer | None) -> tokenizers.Tokenizer:
+    """A tokenizer whose ids are the bytes of the normalised text, with the spans of the characters that they come from."""
+    tokenizer = tokenizers.Tokenizer(models.BPE({byte_name(byte): byte for byte in range(256)}, merges=[], byte_fallback=True))
     if normalizer is not None:
-        alone.normalizer = normalizer
-    return alone
+        tokenizer.normalizer = normalizer
+    return tokenizer
 
 
 def without_holes(spans: np.ndarray, length: int) -> np.ndarray:
-    """Spans that cover a text of this length: characters between two tokens, which normalising took away, go to the
-    token before them (to all that are parts of the character there), and at the beginning to the first."""
+    """Spans that cover a text of this length. Characters between two tokens, which normalising removed, are added to the token
+    before them (to several if they are parts of one character); those at the beginning to the first token."""
     if not len(spans):
         return spans
     starts = np.maximum.accumulate(spans[:, 0])
     starts[0] = 0
     ends = np.maximum.accumulate(np.maximum(spans[:, 1], starts))
-    # of the tokens that may hold the character at an end
+    # of each token, the last that begins at or before its end
     last_begun = np.searchsorted(starts, ends, side="right") - 1
     next_starts = np.append(starts, length)[last_begun + 1]
     return np.stack([starts, np.where(ends[last_begun] > ends, ends, next_starts)], axis=1)

@@ -14,7 +14,7 @@ from bessemer.training.config import LoopConfig
 ADAPTER_LEARNING_RATE = 2e-4
 
 
-#: Why compiled kernels do not sample from a model in training whose weights are codes.
+#: Message where compiled kernels are asked to sample from a quantised model that is being trained.
 KERNELS_OVER_CODES = (
     "cpu_kernels: on: over a quantised model the kernels round activations to 8 bits, and log-probabilities would not be the "
     "trainer's; leave it out"
@@ -60,7 +60,7 @@ class AdapterConfig(Config):
 class TuningConfig(LoopConfig):
     """Settings of the stages that tune a trained model: whole, or by an adapter."""
 
-    #: Peak learning rate where an adapter is trained and nothing else is said.
+    #: Default peak learning rate of an adapter.
     adapter_learning_rate: ClassVar[float] = ADAPTER_LEARNING_RATE
 
     adapter: AdapterConfig | None = setting(

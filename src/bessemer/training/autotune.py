@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
@@ -25,36 +26,26 @@ from bessemer.core.errors import ConfigError
 from bessemer.core.metrics import METRICS, duration, read_metrics
 from bessemer.core.progress import Progress, Silent
 from bessemer.core.store import read_json, write_json
-from bessemer.core.usercode import load_user_function
-from bessemer.distributed.mesh import ALONE, Mesh, agree
+from bessemer.distributed.mesh import Mesh
 from bessemer.model.config import ModelConfig
-from bessemer.model.decoder import Decoder
 from bessemer.model.device import check_dtype, choose_device, is_fast
 from bessemer.model.storage.folder import read_model_config
-from bessemer.training.config import VALIDATIONS, LoopConfig, check_compiler
-from bessemer.training.data.batches import Batch, StatelessBatches
-from bessemer.training.model_setup import check_start, open_start, prepare_model
-from bessemer.training.objectives import LossFunction, Objective, build_objective
-from bessemer.training.optim.optimizers import build_optimizers, freeze_parameters
-from bessemer.training.optim.weight_averaging import MovingAverage
+from bessemer.training.config import LoopConfig, check_compiler
+from bessemer.training.config_parts import VALIDATIONS
 from bessemer.training.pretrain_config import PretrainConfig
 from bessemer.training.runtime import Runtime, faster_threads, thread_candidates
-from bessemer.training.trainer import Trainer
+from bessemer.training.starting_model import StartingModel
+from bessemer.training.step_timing import StepTiming, agreed, measure_steps
 
 AUTOTUNE = "autotune.json"
-#: Groups of steps whose best time counts, their shortest duration, and the spread above which a measurement is refused.
-_GROUPS, _GROUP_SECONDS, _LARGEST_SPREAD = 3, 0.4, 0.3
-#: How often an unsteady measurement is repeated before it is refused.
-_ATTEMPTS = 3
 #: Compiling is tried when the run without it lasts longer than this: it takes about 25 s, and saves up to a third of the run.
 _SECONDS_WORTH_COMPILING = 120.0
-#: Steps of a short run whose time is that of a stage's step.
+#: Steps of the short run that times a stage's own step.
 _TRIAL_STEPS = 3
 #: Cost of validation, a forward pass without gradients, as a fraction of a training step on as many tokens.
 _VALIDATION_COST = 0.4
 
 SomeConfig = TypeVar("SomeConfig", bound=LoopConfig)
-Value = TypeVar("Value")
 
 
 class CompilerError(Exception):
@@ -62,32 +53,7 @@ class CompilerError(Exception):
 
 
 @dataclass(frozen=True)
-class StepTiming:
-    """Time of training steps under one choice: seconds per step in each group, and seconds of the very first step."""
-
-    dtype: str
-    compile: bool
-    groups: tuple[float, ...]
-    first: float
-
-    @property
-    def best(self) -> float:
-        """Seconds per step in the fastest group: the cost without other load."""
-        return min(self.groups)
-
-    @property
-    def typical(self) -> float:
-        """Seconds per step in the middle group."""
-        return sorted(self.groups)[len(self.groups) // 2]
-
-    @property
-    def steady(self) -> bool:
-        """Whether the groups agree well enough to decide by."""
-        return max(self.groups) <= (1 + _LARGEST_SPREAD) * self.best
-
-
-@dataclass(frozen=True)
-class Plan:
+class RunCost:
     """What a run costs besides its steps, for a run whose steps are cut when they do not fit `minutes`.
 
     validation_tokens: read in each validation. forward_tokens: read once, without gradients, before the first step.
@@ -115,22 +81,42 @@ def resolve(
     device: str = "auto",
     progress: Progress | None = None,
     folder: Path = Path(),
-    mesh: Mesh | None = None,
-    plan: Plan | None = None,
+    cost: RunCost | None = None,
 ) -> tuple[SomeConfig, dict[str, Any]]:
     """The settings with steps, dtype and compile explicit, and the measurements that they come from.
 
     Returns them unchanged, with `{}`, when nothing is open. Every process of a job calls this and gets the same. A user's own
-    functions lie below `folder`. mesh: of the job; None: a new one. plan: of a stage whose `steps` are the most that it makes.
-    Raises ConfigError when the model cannot read rows of `context_length`, the settings do not fit the number of processes, or
-    they name a dtype that is much slower here than float32.
+    functions lie below `folder`. cost: of a stage whose `steps` are the most that it makes. Raises ConfigError when the model
+    cannot read rows of `context_length`, the settings do not fit the number of processes, or they name a dtype that is much
+    slower here than float32.
     """
-    chosen_device = choose_device(device)
-    mesh = mesh or Mesh.here(config.parallel, chosen_device.type)
-    check_start(config, model, mesh)
-    model_config = read_model_config(model)
-    check_fits(config, model_config)
-    check_dtype(config.dtype, chosen_device)
+    mesh = _checked_mesh(config, model, choose_device(device))
+    return _resolved(config, model, mesh, choose_device(device), progress=progress, folder=folder, cost=cost)
+
+
+def _checked_mesh(config: LoopConfig, model: Path, device: torch.device) -> Mesh:
+    """The mesh of a run whose settings suit the model and the device. Raises as `resolve`.
+
+    Every process checks all, so that none waits for one that a mistake has stopped.
+    """
+    mesh = Mesh.here(config.parallel, device.type)
+    StartingModel.of(model, config, seed=0).check(mesh)
+    check_fits(config, read_model_config(model))
+    check_dtype(config.dtype, device)
+    return mesh
+
+
+def _resolved(
+    config: SomeConfig,
+    model: Path,
+    mesh: Mesh,
+    chosen_device: torch.device,
+    *,
+    progress: Progress | None,
+    folder: Path,
+    cost: RunCost | None,
+) -> tuple[SomeConfig, dict[str, Any]]:
+    """`resolve` of settings that were checked."""
     if isinstance(config, PretrainConfig) and config.tokens is not None:
         rows = -(-config.tokens // config.context_length)
         config = config.with_changes(steps=config.batch_sizes.steps_for(rows), tokens=None)
@@ -148,18 +134,18 @@ def resolve(
             task.advance(0, f"{dtype}{', compiled' if compiled else ''}")
             if compiled and config.compile == "auto" and not mesh.alone:
                 _check_compiling(chosen_device, mesh)
-            return _measure(short.with_changes(dtype=dtype, compile=compiled), model, chosen_device, folder, mesh)
+            return measure_steps(short.with_changes(dtype=dtype, compile=compiled), model, chosen_device, folder, mesh)
 
-        dtypes = _agreed(_dtypes(config, chosen_device), mesh)
-        speed, speeds, reason = _timed(config, measure, dtypes, plan or Plan(), alone=mesh.alone)
+        dtypes = agreed(_dtypes(config, chosen_device), mesh)
+        speed, speeds, reason = _timed(config, measure, dtypes, cost or RunCost(), alone=mesh.alone)
     steps, planned = config.steps, None
     if config.time_limit is not None:
         small = None
         if config.batch_size_warmup is not None:
             full = short.with_changes(dtype=speed.dtype, compile=speed.compile)
             first = full.with_changes(batch_size=config.batch_size_warmup.start)
-            small = _measure(first, model, chosen_device, folder, mesh)
-        fitting = config.shortest_from(_steps_in_time(config, speed, time.perf_counter() - started, small, plan))
+            small = measure_steps(first, model, chosen_device, folder, mesh)
+        fitting = config.shortest_from(_steps_in_time(config, speed, time.perf_counter() - started, small, cost))
         if steps is None or fitting < steps:
             steps, planned = fitting, steps
     tokens_per_step = config.batch_size * config.context_length
@@ -169,7 +155,9 @@ def resolve(
         "arithmetic": torch.backends.cpu.get_cpu_capability() if chosen_device.type == "cpu" else str(chosen_device),
         "seconds": round(time.perf_counter() - started, 1),
         "tokens_per_second": round(tokens_per_step / speed.typical),
-        "gflops": round(model_config.flops_per_token(config.context_length) * tokens_per_step / speed.best / 1e9, 1),
+        "gflops": round(
+            read_model_config(model).flops_per_token(config.context_length) * tokens_per_step / speed.best / 1e9, 1
+        ),
         **({} if planned is None else {"steps": steps, "planned_steps": planned, "minutes": config.time_limit}),
         "candidates": [asdict(candidate) for candidate in speeds],
     }
@@ -178,29 +166,24 @@ def resolve(
     if planned is not None:
         length = f"{steps:,} of {planned:,} steps, which is what {config.time_limit:g} minutes hold here, in "
     progress.say(f"  {length}{speed.dtype}{', compiled' if speed.compile else ''}: {reason}")
-    return _agreed((resolved, measured), mesh)
+    return agreed((resolved, measured), mesh)
 
 
 def _timed(
-    config: LoopConfig, measure: Callable[[str, bool], StepTiming], dtypes: list[str], plan: Plan, *, alone: bool
+    config: LoopConfig, measure: Callable[[str, bool], StepTiming], dtypes: list[str], cost: RunCost, *, alone: bool
 ) -> tuple[StepTiming, list[StepTiming], str]:
-    """`choose`; the seconds of a step are the stage's own, where the plan gives them and there is a limit of time."""
-    own = None if config.time_limit is None else plan.seconds_per_step
+    """`choose`; the seconds of a step are the stage's own, where its cost has them and there is a limit of time."""
+    own = None if config.time_limit is None else cost.seconds_per_step
     if own is not None and len(dtypes) == 1 and config.compile is False:
-        # nothing is to be chosen
+        # dtype and compilation are given: only the time is missing
         speed = StepTiming(dtypes[0], False, (own(config.with_changes(minutes=None)),), 0.0)
         return speed, [speed], f"{speed.best * 1000:.0f} ms a step"
-    # in a job an error of one process is no reason for the others, which wait for it in a collective
+    # in a job only an error that all processes raise is caught: otherwise the others would wait in a collective
     speed, speeds, reason = choose(config, measure, dtypes, failures=Exception if alone else CompilerError)
     if own is not None:
         chosen = config.with_changes(dtype=speed.dtype, compile=speed.compile, minutes=None)
         speed = replace(speed, groups=(own(chosen),))
     return speed, speeds, reason
-
-
-def _agreed(value: Value, mesh: Mesh) -> Value:
-    """Rank 0's value on every process."""
-    return value if mesh.alone else agree(value)
 
 
 def _check_compiling(device: torch.device, mesh: Mesh) -> None:
@@ -277,43 +260,41 @@ def prepare_run(
     device: str,
     progress: Progress,
     folder: Path = Path(),
-    plan: Plan | None = None,
+    cost: RunCost | None = None,
     only_resolve: bool = False,
 ) -> tuple[SomeConfig, Runtime, Mesh]:
     """Resolved settings, runtime and mesh of a run in `out`: those of its `autotune.json`, or new ones, which all processes
     measure and rank 0 writes.
 
-    plan: as of `resolve`. only_resolve: raise SettingsResolvedError, and write nothing. On resume, reports when the machine,
+    cost: as of `resolve`. only_resolve: raise SettingsResolvedError, and write nothing. On resume, reports when the machine,
     the threads or PyTorch differ, since the rest is then not bit-exact.
     """
-    mesh = Mesh.here(config.parallel, choose_device(device).type)
-    # on every process, so that none waits for one that a mistake has stopped
-    check_start(config, model, mesh)
-    check_fits(config, read_model_config(model))
-    check_dtype(config.dtype, choose_device(device))
+    chosen_device = choose_device(device)
+    mesh = _checked_mesh(config, model, chosen_device)
+    measured_settings = partial(_resolved, config, model, mesh, chosen_device, progress=progress, folder=folder, cost=cost)
     if only_resolve:
-        raise SettingsResolvedError(
-            *resolve(config, model, device=device, progress=progress, folder=folder, mesh=mesh, plan=plan)
-        )
-    if not _agreed((out / AUTOTUNE).exists(), mesh):
-        resolved, measured = resolve(config, model, device=device, progress=progress, folder=folder, mesh=mesh, plan=plan)
+        raise SettingsResolvedError(*measured_settings())
+    if not agreed((out / AUTOTUNE).exists(), mesh):
+        resolved, measured = measured_settings()
         if mesh.leads:
-            runtime = Runtime.of(resolved, choose_device(device), processes=mesh.processes_here)
+            runtime = Runtime.of(resolved, chosen_device, processes=mesh.processes_here)
             if runtime.adapts_threads:
                 runtime = replace(runtime, threads=faster_threads(runtime.threads, thread_candidates(usable_cores())))
             write_json(out / AUTOTUNE, {"steps": resolved.steps, **asdict(runtime), "measured": measured})
         mesh.wait()
-    return *_read_choices(config, out, device, progress, mesh), mesh
+    return *_read_choices(config, out, chosen_device, progress, mesh), mesh
 
 
-def _read_choices(config: SomeConfig, out: Path, device: str, progress: Progress, mesh: Mesh) -> tuple[SomeConfig, Runtime]:
+def _read_choices(
+    config: SomeConfig, out: Path, device: torch.device, progress: Progress, mesh: Mesh
+) -> tuple[SomeConfig, Runtime]:
     """The settings and the runtime of a run in `out`, by its `autotune.json`."""
     place = out / AUTOTUNE
     written = read_json(place, "record of a run's start")
     if not config.resolved:
         config = config.with_changes(**_explicit(config, written["dtype"], written["compile"], written["steps"]))
-    check_dtype(config.dtype, choose_device(device))
-    runtime = Runtime.of(config, choose_device(device), written["threads"], mesh.processes_here)
+    check_dtype(config.dtype, device)
+    runtime = Runtime.of(config, device, written["threads"], mesh.processes_here)
     changed = [name for name in ("device", "threads", "processor", "torch_version") if getattr(runtime, name) != written[name]]
     if changed:
         was = ", ".join(f"{name} {written[name]} → {getattr(runtime, name)}" for name in changed)
@@ -340,12 +321,12 @@ def _explicit(config: LoopConfig, dtype: str, compiled: bool | str, steps: int |
 
 
 def _of_length(config: LoopConfig, steps: int) -> dict[str, Any]:
-    """Settings of a run of a few steps, whatever the warm-up and the decay."""
-    found = _explicit(config, config.dtype, config.compile, steps)
-    found |= {"warmup_fraction": 0.0, "warmup_steps": None, "warmup_tokens": None}
+    """Changes of settings for a short run, without warm-up and decay."""
+    changes = _explicit(config, config.dtype, config.compile, steps)
+    changes |= {"warmup_fraction": 0.0, "warmup_steps": None, "warmup_tokens": None}
     if config.schedule == "wsd":
-        found |= {"decay_fraction": 0.0, "decay_steps": None, "decay_tokens": None}
-    return found
+        changes |= {"decay_fraction": 0.0, "decay_steps": None, "decay_tokens": None}
+    return changes
 
 
 def _dtypes(config: LoopConfig, device: torch.device) -> list[str]:
@@ -361,18 +342,18 @@ def _run_seconds(config: LoopConfig, speed: StepTiming) -> float:
 
 
 def _steps_in_time(
-    config: LoopConfig, speed: StepTiming, spent: float, small: StepTiming | None = None, plan: Plan | None = None
+    config: LoopConfig, speed: StepTiming, spent: float, small: StepTiming | None = None, cost: RunCost | None = None
 ) -> int:
     """Steps that fit the time limit, less `spent` seconds and the time of validation and diagnostics.
 
     small: of the smallest batches of a warm-up. The time of a step is taken to be linear in its rows between the two.
     """
     assert config.time_limit is not None
-    plan = plan or Plan(config.evaluate_tokens if isinstance(config, PretrainConfig) else 0)
-    # a fixed interval is counted per step below
+    cost = cost or RunCost(config.evaluate_tokens if isinstance(config, PretrainConfig) else 0)
+    # with a fixed interval, validation is counted per step below
     validations = VALIDATIONS if config.evaluate_every is None else 0
     second_per_token = speed.typical / (config.batch_size * config.context_length)
-    validation = _VALIDATION_COST * second_per_token * plan.validation_tokens
+    validation = _VALIDATION_COST * second_per_token * cost.validation_tokens
 
     def with_extras(seconds: float) -> float:
         seconds_with = seconds + (validation / config.evaluate_every if config.evaluate_every else 0.0)
@@ -382,7 +363,7 @@ def _steps_in_time(
         return seconds_with
 
     left = config.time_limit * 60 - spent - validations * validation
-    left -= _VALIDATION_COST * second_per_token * plan.forward_tokens
+    left -= _VALIDATION_COST * second_per_token * cost.forward_tokens
     steps, stages = 0, config.batch_sizes.stages
     for rows, count in stages:
         assert small is not None
@@ -415,84 +396,3 @@ def seconds_per_step(run: Callable[[Any, Path], object], config: LoopConfig, *, 
         run(config.with_changes(**_of_length(config, cycle + counted), **quiet), Path(folder))
         seconds = [line["seconds"] for line in read_metrics(Path(folder) / METRICS)]
     return (seconds[-1] - seconds[cycle - 1]) / counted
-
-
-def _measure(config: LoopConfig, model_folder: Path, device: torch.device, folder: Path, mesh: Mesh) -> StepTiming:
-    """Time real steps of resolved settings on random tokens, each process its own rows, in the layout of the mesh.
-
-    Every process calls this and gets rank 0's times.
-    """
-    runtime = Runtime.of(config, device, processes=mesh.processes_here)
-    with runtime.running():
-        model, load = open_start(model_folder, config, device, mesh, seed=0)
-        freeze_parameters(model, config)
-        batches = _RandomBatches(config, model.config.vocab_size)
-        prepared = prepare_model(model, config, runtime, mesh)
-        if load is not None:
-            load(prepared)
-        model, pipeline = prepared
-        optimizers = build_optimizers(model, config, folder)
-        average = None if config.ema is None else MovingAverage(model, config.ema)
-        trainer = Trainer(
-            model,
-            optimizers,
-            _objective(config, folder, model.config),
-            runtime,
-            gradient_clip=config.gradient_clip,
-            micro_batch_size=config.micro_batch_size,
-            mesh=mesh,
-            pipeline=pipeline,
-            average=average,
-        )
-        batch = trainer.read(batches, 0)
-
-        def seconds(count: int) -> float:
-            start = time.perf_counter()
-            for _ in range(count):
-                trainer.step(batch)
-            return time.perf_counter() - start
-
-        first = seconds(1)
-        count = _agreed(max(1, round(_GROUP_SECONDS / seconds(1))), mesh)
-        for _ in range(_ATTEMPTS):
-            groups = tuple(seconds(count) / count for _ in range(_GROUPS))
-            speed = _agreed(StepTiming(config.dtype, bool(config.compile), groups, first), mesh)
-            if speed.steady:
-                break
-    return speed
-
-
-def _objective(config: LoopConfig, folder: Path, model: ModelConfig) -> Objective | LossFunction:
-    if isinstance(config, PretrainConfig) and config.loss is not None:
-        loss: LossFunction = load_user_function(config.loss, folder)
-        return loss
-    return _mean_square_of_scores if model.num_scores else build_objective(config, model)
-
-
-def _mean_square_of_scores(model: Decoder, batch: Batch) -> Tensor:
-    """Of a model with scores, which cannot predict tokens: it takes as long as any loss of scores."""
-    return model(batch.tokens_BT, positions_BT=batch.positions_BT, document_ids_BT=batch.document_ids_BT).square().mean()
-
-
-class _RandomBatches(StatelessBatches):
-    """The same random rows at every step."""
-
-    fingerprint = "random"
-
-    def __init__(self, config: LoopConfig, vocab_size: int) -> None:
-        self.batch_size = config.batch_size
-        self._batch = _random_batch(config, vocab_size)
-
-    def batch(self, step: int, rows: slice = slice(None), mesh: Mesh = ALONE) -> Batch:
-        """Some rows of the batch."""
-        return self._batch.rows(rows)
-
-
-def _random_batch(config: LoopConfig, vocab_size: int) -> Batch:
-    shape = (config.batch_size, config.context_length)
-    tokens_BT = torch.randint(0, vocab_size, shape, generator=torch.Generator().manual_seed(0))
-    if not config.packed:
-        return Batch(tokens_BT, tokens_BT)
-    columns_BT = torch.arange(config.context_length).expand(shape)
-    document_length = max(1, config.context_length // 4)
-    return Batch(tokens_BT, tokens_BT, columns_BT % document_length, columns_BT // document_length)

@@ -23,7 +23,7 @@ from bessemer.training.logit_chunks import chunk_size
 
 @dataclass(frozen=True)
 class Head:
-    """What turns hidden states into logits, beside the weight: dtype of the matmuls, softcap c·tanh(logits / c), division by a
+    """Settings of the map from hidden states to logits: dtype of the matmuls, softcap c·tanh(logits / c), division by a
     temperature after it, and this rank's shard of the vocabulary, which is the whole one where `group` is None."""
 
     dtype: torch.dtype
@@ -124,7 +124,8 @@ class Head:
         return largest_B1 + sum_B1.log(), target_B1 - others_B1.log()
 
     def local_ids(self, targets_N1: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
-        """Rows of the targets in this rank's weight, and whether they are there; 0 for those that are not, -100 among them."""
+        """Row of each target in this rank's shard of the weight, and whether it is in the shard; row 0 where it is not, or
+        there is no target."""
         ids_N1 = targets_N1 - self.first_id
         is_local_N1 = (ids_N1 >= 0) & (ids_N1 < vocab_size)
         return ids_N1.where(is_local_N1, 0), is_local_N1
@@ -227,7 +228,7 @@ class HeadGradients:
         )
 
 
-#: Kinds of devices on which tokens without a target are dropped. On others the host would have to wait to know their number.
+#: Device types on which tokens without a target are dropped. Elsewhere the host would have to wait for their number.
 _DROPPING = frozenset({"cpu"})
 
 

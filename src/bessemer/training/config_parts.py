@@ -1,32 +1,25 @@
-"""Parts of the training settings that need no PyTorch: batch sizes by step, the profiled steps, the registry of optimizers.
+"""Parts of the training settings, which `LoopConfig` inherits, so that a recipe names them without nesting. No PyTorch.
 
 Batch sizes are constant, or grow in stages up to the run's own (batch-size warm-up). Step n reads the rows behind those of
 the steps before it, whatever the sizes: no row is read twice or left out where the size changes.
-
-An optimizer is built by a function of the parameter groups (`bessemer.training.optim.optimizers.Group`) and the run's
-settings, which returns a `torch.optim.Optimizer`, or a list of them that together update every parameter once. Another
-package adds one by an entry point of the group `bessemer.optimizers`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import Annotated, Literal, NamedTuple, Self
 
-from pydantic import model_validator
+from pydantic import Field, field_validator, model_validator
 
 from bessemer.core.config import Config, setting
-from bessemer.core.registry import Plugin, Registry
-
-if TYPE_CHECKING:
-    from torch.optim import Optimizer
-
-    from bessemer.training.config import LoopConfig
+from bessemer.core.errors import ConfigError
+from bessemer.core.usercode import is_user_function
+from bessemer.distributed.layout import ParallelConfig
+from bessemer.training.optim.registry import GROUP, OPTIMIZERS
 
 
-class Stage(NamedTuple):
+class BatchSizeStage(NamedTuple):
     """Steps of one batch size."""
 
     rows: int
@@ -38,7 +31,7 @@ class BatchSizes:
     """Rows of the batch of every step: those of the stages, then `final`. Steps are counted from 0."""
 
     final: int
-    stages: tuple[Stage, ...] = ()
+    stages: tuple[BatchSizeStage, ...] = ()
 
     @property
     def warmup_steps(self) -> int:
@@ -92,17 +85,17 @@ def growing_sizes(start: int, final: int, increment: int | None) -> list[int]:
     return sizes
 
 
-def stages_by_steps(sizes: list[int], steps: int) -> tuple[Stage, ...]:
+def stages_by_steps(sizes: list[int], steps: int) -> tuple[BatchSizeStage, ...]:
     """Stages of about equally many steps, `steps` in all. Raises ValueError when there are fewer steps than sizes."""
     if steps < len(sizes):
         raise ValueError(f"{steps} steps are fewer than the {len(sizes)} sizes before batch_size: {_listed(sizes)}")
     ends = [round(steps * (place + 1) / len(sizes)) for place in range(len(sizes))]
-    return tuple(Stage(size, end - begin) for size, begin, end in zip(sizes, [0, *ends], ends, strict=False))
+    return tuple(BatchSizeStage(size, end - begin) for size, begin, end in zip(sizes, [0, *ends], ends, strict=False))
 
 
-def stages_by_rows(sizes: list[int], rows: float) -> tuple[Stage, ...]:
+def stages_by_rows(sizes: list[int], rows: float) -> tuple[BatchSizeStage, ...]:
     """Stages of equally many rows, `rows` in all, each rounded up to whole steps."""
-    return tuple(Stage(size, max(1, math.ceil(rows / len(sizes) / size))) for size in sizes)
+    return tuple(BatchSizeStage(size, max(1, math.ceil(rows / len(sizes) / size))) for size in sizes)
 
 
 def _listed(sizes: list[int]) -> str:
@@ -161,22 +154,259 @@ class ProfileConfig(Config):
         return range(int(first), int(last or first) + 1)
 
 
-#: Entry points of other packages' optimizers.
-GROUP = "bessemer.optimizers"
+class BatchSettings(Config):
+    """The batch of every step, and the processes that share it."""
 
-#: From the groups of parameters and the settings of a run to what updates them.
-OptimizerBuilder = Callable[[list[dict[str, Any]], "LoopConfig"], "Optimizer | Sequence[Optimizer]"]
+    steps: int | None = setting(None, "Optimizer steps.", unit="steps", gt=0)
+    batch_size: int = setting(8, "Rows of a batch.", unit="sequences", gt=0)
+    batch_size_warmup: BatchSizeWarmup | None = setting(
+        None, "Start with smaller batches: batch-size warm-up (docs/trainer.md). Absent: all have batch_size rows."
+    )
+    context_length: int = setting(256, "Tokens of a row.", unit="tokens", gt=0)
+    micro_batch_size: int | None = setting(
+        None,
+        "Rows of one forward pass of one process; absent: all its rows. Fewer need less memory.",
+        unit="sequences",
+        affects_output=False,
+        gt=0,
+    )
+    parallel: ParallelConfig = setting(
+        description="How a step is parallelised over processes.", affects_output=False, default_factory=ParallelConfig
+    )
 
-_BUILD = "bessemer.training.optim.optimizers"
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        """Rows of the batch of every step."""
+        if self.batch_size_warmup is None:
+            return BatchSizes(self.batch_size)
+        return self.batch_size_warmup.batch_sizes(self.batch_size, self.context_length)
 
-OPTIMIZERS: Registry[OptimizerBuilder] = Registry(
-    "optimizer",
-    GROUP,
-    [
-        Plugin("muon", "Muon for the matrices of the blocks and AdamW for the rest (Jordan et al. 2024)", f"{_BUILD}:muon"),
-        Plugin("adamw", "AdamW for all parameters (Loshchilov and Hutter 2019)", f"{_BUILD}:adamw"),
-        Plugin("sgd", "SGD with momentum for all parameters", f"{_BUILD}:sgd"),
-        Plugin("lion", "Lion for all parameters (Chen et al. 2023)", f"{_BUILD}:lion"),
-        Plugin("adafactor", "Adafactor for all parameters (Shazeer and Stern 2018)", f"{_BUILD}:adafactor"),
-    ],
-)
+    def tokens_before(self, step: int) -> int:
+        """Tokens of all steps before `step`, counted from 0."""
+        return self.batch_sizes.rows_before(step) * self.context_length
+
+    def rows_conflict(self, data_ranks: int, micro_batch_size: int | None) -> str | None:
+        """Why a batch of the warm-up cannot be shared among ranks that read rows of their own, and cut into whole
+        micro-batches; None when all can."""
+        each = data_ranks * (micro_batch_size or 1)
+        odd = next((stage.rows for stage in self.batch_sizes.stages if stage.rows % each), None)
+        if odd is None:
+            return None
+        ranks = [f"{data_ranks} ranks"] if data_ranks > 1 else []
+        micro = [f"micro_batch_size {micro_batch_size}"] if micro_batch_size else []
+        return f"batch_size_warmup: a batch of {odd} rows is no multiple of {' × '.join(ranks + micro)}"
+
+
+class OptimizerSettings(Config):
+    """The update of the weights, and what of the loss is the optimizer's: clipping and the z-loss."""
+
+    optimizer: str = setting(
+        "muon",
+        "muon: Muon for the matrices of the blocks and AdamW for the rest; adamw, sgd, lion, adafactor: that one for all; one "
+        "that an installed package adds (entry points bessemer.optimizers); or your own file.py:function, which gets the "
+        "groups of parameters and returns a torch Optimizer.",
+        code=True,
+        plugins=GROUP,
+    )
+    optimizer_bits: Literal[32, 8] = setting(
+        32, "Bits of each number in AdamW's states; 8 (Dettmers et al. 2022) needs torchao.", unit="bits"
+    )
+    learning_rate: float = setting(5e-3, "Peak learning rate.", gt=0)
+    matrix_learning_rate: float | None = setting(
+        None,
+        "Peak learning rate for the matrices of the blocks; absent: learning_rate. Muon's updates are scaled to the size of "
+        "AdamW's, so that one rate serves both.",
+        gt=0,
+    )
+    mup_base_width: int | None = setting(
+        None,
+        "Hidden width at which the learning rate was tuned. At another one muP (Yang et al. 2022) scales the learning rate of "
+        "each kind of weight and, in pretrain, the initial weights of a new model; for muon, adamw, lion. Absent: no scaling.",
+        unit="channels",
+        gt=0,
+    )
+    weight_decay: float = setting(
+        0.1, "Weight decay of the matrices of the blocks, decoupled but in sgd; nothing else decays.", ge=0
+    )
+    beta1: float = setting(0.9, "AdamW's decay of the mean of gradients, and Lion's β₁.", ge=0, lt=1)
+    beta2: float = setting(0.95, "AdamW's decay of the mean of squared gradients, and Lion's β₂, which wants 0.98.", ge=0, lt=1)
+    momentum: float = setting(0.95, "Momentum of Muon and of SGD.", ge=0, lt=1)
+    nesterov: bool = setting(True, "Nesterov momentum in Muon and SGD (Nesterov 1983).")
+    freeze: list[str] = setting(
+        description="Parameters that are not trained, by patterns of their names, as in embed_tokens.* or layers.[0-3].*; they "
+        "have no gradients and no optimizer states, and checkpoints leave them out.",
+        default_factory=list,
+    )
+    learning_rate_factors: dict[str, float] = setting(
+        description="Factors of the learning rate by patterns of parameters' names, as in {layers.0.*: 0.1}; the first that "
+        "matches counts.",
+        default_factory=dict,
+    )
+    gradient_clip: float = setting(1.0, "Largest norm of the gradient; a longer one is scaled down to it.", gt=0)
+    z_loss: float = setting(
+        0.0,
+        "Weight of the mean of (log Σ exp logits)² in the loss, which keeps logits from drifting (PaLM and OLMo 2: 1e-4). "
+        "Validation leaves it out.",
+        ge=0,
+    )
+
+    @field_validator("optimizer")
+    @classmethod
+    def _known_optimizer(cls, name: str) -> str:
+        if not is_user_function(name):
+            try:
+                OPTIMIZERS.find(name)
+            except ConfigError as error:
+                raise ValueError(str(error)) from None
+        return name
+
+    @field_validator("learning_rate_factors")
+    @classmethod
+    def _positive_factors(cls, factors: dict[str, float]) -> dict[str, float]:
+        for pattern, factor in factors.items():
+            if factor <= 0:
+                raise ValueError(f"{pattern!r}: {factor:g} is no factor of a learning rate; freeze leaves parameters out")
+        return factors
+
+    @model_validator(mode="after")
+    def _check_width(self) -> Self:
+        if self.mup_base_width is not None and self.optimizer in ("sgd", "adafactor"):
+            raise ValueError(
+                "mup_base_width is for muon, adamw, lion and your own, whose updates do not depend on the gradient's size: not "
+                f"{self.optimizer}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_bits(self) -> Self:
+        if self.optimizer_bits != 32 and self.optimizer not in ("muon", "adamw"):
+            raise ValueError(f"optimizer_bits: {self.optimizer_bits} is for AdamW's states, and {self.optimizer} has none")
+        return self
+
+
+#: Validations of a run without `evaluate_every`.
+VALIDATIONS = 8
+
+
+class ExportSettings(Config):
+    """Which weights a run ends with: the last, their moving average, or the best."""
+
+    ema: float | None = setting(
+        None,
+        "Keep an exponential moving average of the weights with this decay, as in 0.999, in float32; the decay is smaller in "
+        "the first steps. It is validated at the end.",
+        ge=0,
+        lt=1,
+    )
+    save: Literal["weights", "ema", "best"] = setting(
+        "weights",
+        "What model/ holds at the end: the last weights; their average (then these lie in model-weights/, and the average in "
+        "model-ema/ otherwise); or the weights at the lowest validation loss, whose checkpoint is kept.",
+    )
+
+    @model_validator(mode="after")
+    def _check_saved(self) -> Self:
+        if self.save == "ema" and self.ema is None:
+            raise ValueError("save: ema needs an average: set ema, as in ema: 0.999")
+        return self
+
+
+class ValidationSettings(Config):
+    """Validation, tasks answered during training, and what ends a run early or skips a step."""
+
+    evaluate_every: int | None = setting(
+        None, "Steps between validations; absent: an eighth of the run. The last step is always validated.", unit="steps", gt=0
+    )
+    tasks: list[str] = setting(
+        description="Tasks that the model answers while it is trained, by name or YAML file (docs/tasks.md); in one process. "
+        "They take time besides `minutes`, and change no weight.",
+        affects_output=False,
+        default_factory=list,
+    )
+    tasks_every: int | None = setting(
+        None, "Steps between answers to the tasks; absent: at each validation.", unit="steps", affects_output=False, gt=0
+    )
+    tasks_limit: int = setting(200, "Items of each task, the first ones.", unit="items", affects_output=False, gt=0)
+    tasks_data: str | None = setting(None, "Folder of the tasks' data; absent: beside the task file.", affects_output=False)
+    early_stopping_patience: int | None = setting(
+        None, "End the run after this many validations in a row without a lower loss than before; absent: never.", gt=0
+    )
+
+    skip_loss_spikes: Literal["always"] | bool = setting(
+        True,
+        "Skip a step whose loss or gradient norm lies more than 6 deviations above the median of the last 128 steps, and above "
+        "1.3 times that loss or 3 times that norm. true: between the warm-up and wsd's decay; always: in these too.",
+    )
+
+
+class ComputeSettings(Config):
+    """How a step is computed: dtypes, memory, compilation, threads."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "auto",
+        "Dtype of matmuls; the weights stay float32. auto: float32 or bfloat16, the faster one, measured at the start. "
+        "float16 uses loss scaling.",
+    )
+    float8: bool = setting(False, "Matmuls of the blocks in float8, through torchao, on GPUs that support it.")
+    activation_checkpointing: Literal["none", "selective", "full"] = setting(
+        "none",
+        "What the backward pass recomputes: nothing, everything but matmuls and attention, whole blocks.",
+        affects_output=False,
+    )
+    offload: bool = setting(False, "Keep sharded weights and optimizer states in host memory (CUDA).", affects_output=False)
+    compile: Literal["auto"] | bool = setting(
+        "auto", "Compile the blocks one by one. auto: when the measured time that it saves exceeds the time it takes."
+    )
+    threads: Annotated[int, Field(gt=0)] | Literal["auto"] | None = setting(
+        None,
+        "CPU threads; absent: every usable core. auto: every usable core, and fewer while other programs take some, measured "
+        "along the way. Another number rounds differently: the choices are kept, and a resumed run repeats them.",
+        affects_output=False,
+    )
+    deterministic: bool = setting(
+        False,
+        "On a GPU, use deterministic algorithms: the same run on the same cards gives the same weights, bit for bit. Some are "
+        "slower, and an operation without one is an error. On a CPU always on.",
+        affects_output=False,
+    )
+
+
+class CheckpointSettings(Config):
+    """When checkpoints are written, and which are kept."""
+
+    checkpoint_minutes: float = setting(1.0, "Time between checkpoints.", unit="minutes", affects_output=False, gt=0)
+    checkpoint_every: int | None = setting(
+        None,
+        "Keep the first checkpoint and those at multiples of this number of steps.",
+        unit="steps",
+        affects_output=False,
+        gt=0,
+    )
+    checkpoint_background: Literal["auto"] | bool = setting(
+        "auto", "Write checkpoints from a copy while training continues. auto: on a GPU.", affects_output=False
+    )
+
+
+class MonitoringSettings(Config):
+    """What is logged of a run, and where."""
+
+    log_every: int = setting(1, "Steps between lines of metrics.jsonl.", unit="steps", affects_output=False, gt=0)
+    profile: ProfileConfig | None = setting(
+        None,
+        "Steps to profile: a trace, a table of operators and, on a GPU, a memory snapshot are written to profile/.",
+        affects_output=False,
+    )
+    track: list[Literal["tensorboard", "wandb", "trackio"]] = setting(
+        description="Experiment trackers that also get the records of metrics.jsonl.",
+        affects_output=False,
+        default_factory=list,
+    )
+    track_project: str = setting("bessemer", "Name of the project in wandb and trackio.", affects_output=False)
+    diagnostics_every: int = setting(
+        100,
+        "Steps between diagnostics: norms by layer, activation outliers, loss by source, memory. Each costs one more forward "
+        "pass; the last step has them too. 0: never.",
+        unit="steps",
+        affects_output=False,
+        ge=0,
+    )

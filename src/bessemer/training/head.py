@@ -9,7 +9,8 @@ each rank computes the logits of its shard, and the ranks exchange a few numbers
 Matmuls run in autocast's dtype where autocast is on, else in the weight's. Softmax, losses and the gradient of the logits are
 computed in float32, or float64 for float64 weights; the gradient is then rounded to the dtype of the matmuls.
 
-Shapes: N tokens of all rows, C tokens of a chunk, B tokens of a block of it, D hidden, V vocabulary, of this rank.
+Shapes: N tokens of all rows, C tokens of a chunk, B tokens of a block of it, D hidden, V vocabulary, of this rank; of whole
+batches B rows, T tokens of a row.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import logsigmoid
 
 from bessemer.model.cpu_kernels.logits import cross_entropy_
+from bessemer.model.decoder import Decoder
 from bessemer.training.chunked_head import Head, HeadGradients, Workspace, spread, through_softcap_, without_masked
 from bessemer.training.data.batches import IGNORE_INDEX
 from bessemer.training.logit_chunks import chunk_size
@@ -46,7 +48,7 @@ def linear_cross_entropy(
     """
     counted_N, targets_N, hidden_ND = without_masked(targets_N != IGNORE_INDEX, targets_N, hidden_ND)
     head, hidden_ND, weight_VD = Head.of(hidden_ND, weight_VD, softcap)
-    # within the function it is not known whether gradients are on
+    # checked here: inside an autograd function gradients are always off
     needs = tuple(torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden_ND, weight_VD))
     result: Tensor = _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, counted_N, head, z_loss, needs)
     return result
@@ -69,11 +71,27 @@ def token_log_probs(
     has_target_N = targets_N != IGNORE_INDEX
     _, targets_M, hidden_MD = without_masked(has_target_N, targets_N, hidden_ND)
     head, hidden_MD, weight_VD = Head.of(hidden_MD, weight_VD, softcap, temperature)
-    # within the function it is not known whether gradients are on
+    # checked here: inside an autograd function gradients are always off
     few = len(hidden_MD) * len(weight_VD) <= chunk_size(head.device).max_kept_logits
     keeps = few and head.is_plain and torch.is_grad_enabled()
     log_probs_M, entropy_M = _TokenLogProbs.apply(hidden_MD, weight_VD, targets_M, head, keeps)
     return spread(log_probs_M, has_target_N), spread(entropy_M, has_target_N)
+
+
+def target_log_probs(
+    model: Decoder, hidden_BTD: Tensor, targets_BT: Tensor, *, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """`token_log_probs` of a model's hidden states: (log p of each target, entropy of its distribution), (B, T); 0 where there
+    is no target."""
+    values = token_log_probs(
+        hidden_BTD.flatten(0, 1),
+        model.head_weight,
+        targets_BT.flatten(),
+        temperature=temperature,
+        softcap=model.logit_softcap,
+    )
+    log_probs_BT, entropy_BT = (values_N.view_as(targets_BT) for values_N in values)
+    return log_probs_BT, entropy_BT
 
 
 def head_divergence(
@@ -153,8 +171,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for chunk in workspace.chunks():
             logits_CV = workspace.logits(hidden[chunk])
             if head.is_compiled:
-                found = cross_entropy_(logits_CV, targets_N[chunk], z_loss=z_loss, wants_gradient=any(needs))
-                log_sum_N1[chunk, 0], log_odds_N1[chunk, 0] = found
+                log_sums_and_odds = cross_entropy_(logits_CV, targets_N[chunk], z_loss=z_loss, wants_gradient=any(needs))
+                log_sum_N1[chunk, 0], log_odds_N1[chunk, 0] = log_sums_and_odds
                 if any(needs):
                     gradients.add(chunk, logits_CV)
                 continue
@@ -201,7 +219,7 @@ class _TokenLogProbs(torch.autograd.Function):
         workspace = Workspace(head, weight, len(hidden))
         ids_N1, is_local_N1 = head.local_ids(targets_N[:, None], len(weight))
         log_sum_N1, log_odds_N1, others_N1 = head.zeros(3, hidden)
-        # those of the targets are 0 there
+        # probabilities of all tokens but the target, whose entry is 0
         kept_NV = hidden.new_empty(len(hidden), len(weight)) if keeps else None
         for chunk in workspace.chunks():
             for tokens, _, values_BV in workspace.blocks(chunk, workspace.logits(hidden[chunk])):

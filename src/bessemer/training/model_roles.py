@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -20,9 +21,10 @@ from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.model.adapters import Adapter
 from bessemer.model.adapters.trained import adapter_of, adapters_of, is_of_adapter
 from bessemer.model.decoder import Decoder
+from bessemer.training.config import LoopConfig
 from bessemer.training.data.batches import Batch
-from bessemer.training.head import token_log_probs
-from bessemer.training.model_setup import PreparedModel
+from bessemer.training.head import target_log_probs
+from bessemer.training.model_setup import Load, PreparedModel
 from bessemer.training.objectives import POLICY
 from bessemer.training.runtime import Runtime
 
@@ -32,8 +34,22 @@ REFERENCE = "reference"
 Value = TypeVar("Value")
 
 
-class Trainee:
-    """Models by role on this process of a mesh. What an objective's `annotate` asks, it asks here."""
+@dataclass(frozen=True)
+class OtherModel:
+    """A model beside the policy: trained with it, as a critic, or frozen, as a reference or a teacher.
+
+    load: gives it its weights once it is prepared, where it has none before. settings: of its optimizer; None: the run's.
+    """
+
+    role: str
+    decoder: Decoder
+    load: Load | None = None
+    trained: bool = False
+    settings: LoopConfig | None = None
+
+
+class ModelRoles:
+    """The models of a run by their roles, on this process of a mesh: an objective's `annotate` computes with them."""
 
     def __init__(
         self,
@@ -51,7 +67,7 @@ class Trainee:
         self.frozen = dict(frozen or {})
         self.runtime = runtime
         self.mesh = mesh
-        #: Finished steps: weights of one version are the same.
+        #: Number of finished steps; weights change only with it.
         self.version = 0
         self._micro_batch_size = micro_batch_size
         self._without_adapters = without_adapters
@@ -158,14 +174,7 @@ class Trainee:
 
         def of_targets(model: Decoder, micro_batch: Batch) -> Tensor:
             hidden_BTD = model.hidden(**micro_batch.inputs)
-            log_probs_N, _ = token_log_probs(
-                hidden_BTD.flatten(0, 1),
-                model.head_weight,
-                micro_batch.targets_BT.flatten(),
-                temperature=temperature,
-                softcap=model.logit_softcap,
-            )
-            return log_probs_N.view_as(micro_batch.targets_BT)
+            return target_log_probs(model, hidden_BTD, micro_batch.targets_BT, temperature=temperature)[0]
 
         return self.per_token(role, batch, of_targets)
 

@@ -1,8 +1,7 @@
-"""The models of a run, opened from their folders and prepared for training.
+"""A model prepared for training: float8, parallelism, activation checkpointing (Chen et al. 2016), compilation and FSDP, in the
+order that works.
 
-Opening gives a model its weights, its adapter and a scalar head where the settings ask for them; of several processes each
-reads its shards. Preparing applies float8, parallelism, activation checkpointing (Chen et al. 2016), compilation and FSDP, in
-the order that works. Weights that are trained stay float32; float16 has a loss scale (Micikevicius et al. 2018, section 3.2).
+Weights that are trained stay float32; float16 has a loss scale (Micikevicius et al. 2018, section 3.2).
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -19,31 +17,12 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from bessemer.core.errors import ConfigError
-from bessemer.core.hashing import derive_seed
 from bessemer.distributed.mesh import Mesh
-from bessemer.distributed.parallelize import load_shards, parallelize
+from bessemer.distributed.parallelize import parallelize
 from bessemer.distributed.pipeline import Pipeline
-from bessemer.distributed.sharding import product_matrices
-from bessemer.distributed.stages import Stage
-from bessemer.model.adapters.trained import add_adapters, initial_tensors
+from bessemer.distributed.stages import DecoderStage
 from bessemer.model.decoder import Decoder
-from bessemer.model.initialisation import empty_decoder
 from bessemer.model.layers.feed_forward import Router
-from bessemer.model.quantisation.config import QuantizeConfig
-from bessemer.model.quantisation.quantise import quantise
-from bessemer.model.quantisation.quantised_layers import quantised_parts
-from bessemer.model.storage.folder import (
-    SCORE,
-    holds_codes,
-    load_model,
-    load_scorer,
-    new_head,
-    read_model_config,
-    refuse_quantised,
-    refuse_scorer,
-    scorer_config,
-)
-from bessemer.model.storage.weights import StoredTensors, find_tensors
 from bessemer.training.config import LoopConfig
 from bessemer.training.data.batches import Batch
 from bessemer.training.objectives import has_router_losses, router_losses
@@ -66,7 +45,6 @@ class LossScale:
 
     @property
     def value(self) -> float:
-        """The present factor."""
         return self._scale
 
     def update(self, finite: bool) -> None:
@@ -86,11 +64,9 @@ class LossScale:
         return self._scale < 1.0
 
     def state_dict(self) -> dict[str, Any]:
-        """For the checkpoint."""
         return {"scale": self._scale, "good": self._good}
 
     def load_state_dict(self, values: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
         self._scale = values["scale"]
         self._good = values["good"]
 
@@ -104,7 +80,6 @@ class Unscaled:
     def update(self, finite: bool) -> None: ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing."""
         return {}
 
     def load_state_dict(self, values: dict[str, Any]) -> None: ...
@@ -154,7 +129,7 @@ def recompute_activations(model: Decoder, kind: Recompute) -> None:
     if kind == "none":
         return
     for block in model.blocks:
-        # an attribute of the instance, inside what compiles or shards the block
+        # set on the instance, so that compilation and sharding wrap it
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": _has_dropout(block)}
         routers = [module for module in block.modules() if isinstance(module, Router)]
         if routers:
@@ -212,7 +187,7 @@ class PreparedModel(NamedTuple):
 
     @property
     def parts(self) -> Sequence[Decoder]:
-        """What of the model is computed here: its stages of a pipeline, else the model itself."""
+        """The modules that this process computes: its pipeline stages, or the whole model."""
         return [self.model] if self.pipeline is None else self.pipeline.stages
 
 
@@ -227,7 +202,7 @@ def prepare_model(model: Decoder, config: LoopConfig, runtime: Runtime, mesh: Me
 
     if config.float8:
         use_float8(model)
-    # what recomputes selectively does not know its kernel; a pipeline's stages and rows in parts have masks of their own
+    # not with selective recomputation, which does not know FlexAttention; pipeline stages and split rows have other masks
     if config.packed and mesh.layout.context == mesh.layout.pipeline == 1 and config.activation_checkpointing != "selective":
         runtime.skip_masked_blocks(model)
 
@@ -256,169 +231,9 @@ def prepare_model(model: Decoder, config: LoopConfig, runtime: Runtime, mesh: Me
     return PreparedModel(trained, pipeline)
 
 
-def _router_losses(stage: Stage, batch: Batch) -> Tensor | float:
+def _router_losses(stage: DecoderStage, batch: Batch) -> Tensor | float:
     return router_losses(stage, batch.targets_BT)
 
 
 #: Gives a prepared model its weights.
 Load = Callable[[PreparedModel], None]
-
-
-class OpenedModel(NamedTuple):
-    """A model that is to be prepared for training. load: of several processes, gives each its shards of the prepared model,
-    which has no weights before; None: the model has them."""
-
-    decoder: Decoder
-    load: Load | None = None
-
-
-class _Empty(NamedTuple):
-    """A model without memory, where its tensors lie, and those that its folder does not hold."""
-
-    decoder: Decoder
-    stored: StoredTensors
-    added: dict[str, Tensor]
-
-    def opened(self, device: torch.device | str) -> OpenedModel:
-        return OpenedModel(self.decoder, lambda prepared: load_shards(prepared.parts, self.stored, device, self.added))
-
-
-#: How the weights of the blocks are held while an adapter is trained beside them.
-_FROZEN = {
-    "int8": QuantizeConfig(scheme="int8", head="none"),
-    "int4": QuantizeConfig(scheme="int4", group_size=32, head="none"),
-}
-
-
-def check_start(config: LoopConfig, folder: Path, mesh: Mesh) -> None:
-    """Raise ArtefactError or ConfigError for a model of codes where weights are trained, or where processes share them."""
-    if config.low_rank is None or config.scores:
-        refuse_quantised(folder)
-    if config.low_rank is not None and not mesh.alone:
-        if config.low_rank.quantize is not None or holds_codes(folder):
-            raise ConfigError(
-                f"adapter: a quantised model is trained beside in one process, and this job has {mesh.layout.world_size}; "
-                "leave adapter.quantize out and take a model that is not quantised"
-            )
-        if config.low_rank.dropout:
-            raise ConfigError("adapter.dropout: in one process; leave it out under a mesh")
-        if config.low_rank.dora:
-            raise ConfigError("adapter.dora: in one process; leave it out under a mesh")
-
-
-def open_start(folder: Path, config: LoopConfig, device: torch.device | str, mesh: Mesh, seed: int) -> OpenedModel:
-    """`starting_model` on each process of a mesh. Raises as that, and ArtefactError as `find_tensors`."""
-    if mesh.alone:
-        return OpenedModel(starting_model(folder, config, device, seed))
-    empty = _empty(folder, head_seed(seed) if config.scores else None)
-    empty.added.update(new_adapter(empty.decoder, config, seed))
-    hold_frozen_matrices(empty.decoder, frozen_dtype(config, folder))
-    return empty.opened(device)
-
-
-def open_beside(folder: Path, device: torch.device | str, mesh: Mesh, *, seed_of_head: int | None = None) -> OpenedModel:
-    """The model of a folder in float32, on each process of a mesh: a reference, a teacher, or with a scalar head a critic.
-
-    seed_of_head: of a critic's new head, for a language model; None: the model predicts tokens. A quantised model is whole on
-    every process. Raises ArtefactError as `load_model`.
-    """
-    if not mesh.alone and not holds_codes(folder):
-        return _empty(folder, seed_of_head).opened(device)
-    if seed_of_head is None:
-        return OpenedModel(load_model(folder, device=device, dtype=torch.float32))
-    return OpenedModel(load_scorer(folder, device, torch.float32, seed=seed_of_head))
-
-
-def _empty(folder: Path, seed_of_head: int | None) -> _Empty:
-    stored = find_tensors(folder, read_model_config(folder))
-    shape, added = stored.config, {}
-    if seed_of_head is None:
-        refuse_scorer(shape, folder)
-    elif not shape.num_scores:
-        shape = scorer_config(shape)
-        added[SCORE] = new_head(shape, seed_of_head)
-    return _Empty(empty_decoder(shape), stored, added)
-
-
-def frozen_dtype(config: LoopConfig, folder: Path) -> torch.dtype:
-    """In which dtype the frozen matrices of a model's blocks lie beside an adapter: the one in which products read them.
-
-    Autocast would make a copy of a matrix in every product and the backward pass keep it: a second model, in half precision.
-    float32 where norms of the weights are trained (DoRA), and beside codes.
-    """
-    settings = config.low_rank
-    is_half = config.dtype in ("bfloat16", "float16")
-    if settings is None or not is_half or settings.dora or settings.quantize is not None or holds_codes(folder):
-        return torch.float32
-    found = getattr(torch, config.dtype)
-    assert isinstance(found, torch.dtype)
-    return found
-
-
-def hold_frozen_matrices(model: Decoder, dtype: torch.dtype) -> None:
-    """Hold those parameters of the blocks that only products read, and that are not trained, in a dtype; in place."""
-    for parameter in product_matrices(model):
-        if not parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
-
-
-def starting_model(folder: Path, config: LoopConfig, device: torch.device | str, seed: int) -> Decoder:
-    """The model of a folder with a new adapter where the settings ask for one; whole on this process. With a scalar head where
-    the settings train scores. In float32; beside an adapter what is frozen as `frozen_dtype` says, so that such a model is
-    computed under autocast.
-
-    Raises ConfigError for a base whose activations are quantised, and a pattern of layers that there are not.
-    """
-    settings = config.low_rank
-    if (held := frozen_dtype(config, folder)) != torch.float32:
-        # read into its memory, so that there is never a copy in float32
-        empty = _empty(folder, head_seed(seed) if config.scores else None)
-        empty.added.update(new_adapter(empty.decoder, config, seed))
-        hold_frozen_matrices(empty.decoder, held)
-        load_shards([empty.decoder], empty.stored, device, empty.added)
-        return empty.decoder.eval()
-    # to be quantised it is read as it is stored: in float32 the whole might not fit in memory
-    dtype = None if settings is not None and settings.quantize is not None else torch.float32
-    if config.scores:
-        model = load_scorer(folder, device, dtype, seed=head_seed(seed))
-    else:
-        model = load_model(folder, device=device, dtype=dtype)
-    if settings is not None and settings.quantize is not None:
-        if not quantised_parts(model):
-            quantise(model, _FROZEN[settings.quantize])
-        # copied even where they are in float32: one tensor of a mapped file keeps the pages of all that were read
-        model._apply(lambda tensor: tensor.to(torch.float32, copy=True) if tensor.is_floating_point() else tensor)
-    if settings is None:
-        return model
-    coarse = next((part for part in quantised_parts(model).values() if not part.scheme.is_weight_only), None)
-    if coarse is not None:
-        raise ConfigError(
-            f"{folder}: its activations are quantised too ({coarse.scheme.name}), through which no gradient flows; take int8 "
-            "or int4"
-        )
-    model.load_state_dict(new_adapter(model, config, seed), strict=False)
-    return model
-
-
-def head_seed(seed: int) -> int:
-    """Of the new scalar head of a run with this seed."""
-    return derive_seed(seed, "score head")
-
-
-def new_adapter(model: Decoder, config: LoopConfig, seed: int) -> dict[str, Tensor]:
-    """Freeze a model, in place, but for its scalar head, and put the adapter that the settings ask for beside it; returns its
-    first numbers by their names. Nothing is done, and nothing returned, where they ask for none."""
-    settings = config.low_rank
-    if settings is None:
-        return {}
-    add_adapters(
-        model,
-        rank=settings.rank,
-        scale=settings.scale,
-        dropout=settings.dropout,
-        patterns=tuple(settings.modules),
-        magnitude=settings.dora,
-    )
-    if config.scores:
-        model.get_parameter(SCORE).requires_grad_(True)
-    return initial_tensors(model, seed)

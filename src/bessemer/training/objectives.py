@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 
 from bessemer.distributed.collectives import all_reduce
 from bessemer.distributed.mesh import ALONE, Mesh
-from bessemer.distributed.stages import Stage
+from bessemer.distributed.stages import DecoderStage
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
 from bessemer.model.device import in_float64
@@ -33,12 +33,12 @@ from bessemer.model.layers.feed_forward import (
     visits,
     visits_by_row,
 )
-from bessemer.training.config import LoopConfig
+from bessemer.training.config_parts import OptimizerSettings
 from bessemer.training.data.batches import IGNORE_INDEX, Batch
 from bessemer.training.head import linear_cross_entropy
 
 if TYPE_CHECKING:
-    from bessemer.training.model_roles import Trainee
+    from bessemer.training.model_roles import ModelRoles
 
 
 def has_router_losses(config: ModelConfig) -> bool:
@@ -54,7 +54,7 @@ def router_losses(model: Decoder, targets_BT: Tensor) -> Tensor | float:
     depend on how a batch is split into micro-batches, over processes, or over the ranks that share a row.
     """
     config = model.config
-    total: Tensor | float = model.earlier_losses if isinstance(model, Stage) else 0.0
+    total: Tensor | float = model.earlier_losses if isinstance(model, DecoderStage) else 0.0
     if not has_router_losses(config):
         return total
     routings = [router.last for router in routers(model).values() if router.last is not None]
@@ -167,7 +167,7 @@ class Terms(NamedTuple):
 
 @dataclass(frozen=True)
 class LossContext:
-    """Where an objective is computed: the role of the model that it is given, and the mesh, whose context axis shares rows.
+    """The role of the model that an objective is computed for, and the mesh, whose context axis shares rows.
 
     The sums of all ranks of the context axis are added. A sum over tokens needs nothing: each rank has its own. A value of a
     sequence is on every rank of the axis; a sum over such values is counted `once`.
@@ -186,7 +186,7 @@ class LossContext:
 
 
 class Objective(ABC):
-    """What a training method minimises. One object serves every step; it keeps no state between them."""
+    """The loss of a training method. One object serves every step; it keeps no state between them."""
 
     #: Whether a loss far above those before it is a sign of trouble. Of rewards and advantages it is not.
     guards_loss = True
@@ -203,7 +203,7 @@ class Objective(ABC):
         A pipeline's last stage is the model there: it must be asked for hidden states once, those of the batch's own tokens.
         """
 
-    def annotate(self, trainee: Trainee, batch: Batch) -> Batch:
+    def annotate(self, models: ModelRoles, batch: Batch) -> Batch:
         """The batch with what no gradient flows through: log-probabilities of a reference, old ones, values, advantages.
 
         Called on every rank with its rows before they are cut into micro-batches, and without gradients.
@@ -233,11 +233,9 @@ class NextTokenObjective(Objective):
             self._names.append("router")
 
     def denominators(self, batch: Batch) -> dict[str, Count]:
-        """The number of targets, for every term."""
         return dict.fromkeys(self._names, Count(batch.targets))
 
     def __call__(self, model: Decoder, batch: Batch, context: LossContext) -> Terms:
-        """Sums over the micro-batch's targets."""
         if not model.training:
             return Terms(_next_token_sums(model, batch, plain=True))
         return Terms(_next_token_sums(model, batch, self._z_loss, loss=self._training_loss))
@@ -254,7 +252,6 @@ class FunctionObjective(Objective):
         self._function = function
 
     def denominators(self, batch: Batch) -> dict[str, Count]:
-        """The number of targets."""
         return {"loss": Count(batch.targets)}
 
     def __call__(self, model: Decoder, batch: Batch, context: LossContext) -> Terms:
@@ -266,7 +263,7 @@ class FunctionObjective(Objective):
         return token_losses(model, batch)
 
 
-def build_objective(config: LoopConfig, model: ModelConfig) -> Objective:
+def build_objective(config: OptimizerSettings, model: ModelConfig) -> Objective:
     """Next-token prediction with a run's settings."""
     return NextTokenObjective(model, config.z_loss)
 

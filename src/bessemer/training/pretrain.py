@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch.distributed as dist
@@ -17,7 +17,6 @@ from bessemer.core.errors import ConfigError
 from bessemer.core.hashing import derive_seed, hash_value
 from bessemer.core.metrics import MetricsLog
 from bessemer.core.progress import Progress, Silent
-from bessemer.core.stage import OpenTasks
 from bessemer.core.usercode import load_user_function
 from bessemer.data.corpus.reader import TRAIN, VALIDATION
 from bessemer.distributed.mesh import ALONE, Mesh
@@ -26,10 +25,11 @@ from bessemer.tokenization.prompts import fim_tokens
 from bessemer.tokenization.shards import ANNEAL, TokenShards
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 from bessemer.training.checkpoint.export import find_checkpoint
-from bessemer.training.data.batches import Batch, BatchSource, StatelessBatches, TokenBatches, concatenated, read_rows
+from bessemer.training.data.batches import Batch, StatelessBatches, TokenBatches, concatenated, read_rows
 from bessemer.training.data.packing import DocumentBatches
 from bessemer.training.data.token_stream import DocumentSources, FillInTheMiddle
-from bessemer.training.job import OnStepEnd, run_training
+from bessemer.training.job import RunContext, RunOptions, TrainingHooks, TrainingJob
+from bessemer.training.loop import OnStepEnd
 from bessemer.training.monitoring.run_metrics import ThroughputCheck
 from bessemer.training.optim.lr_schedule import log_spaced, validated_steps
 from bessemer.training.optim.mup import scale_initial_weights, width_ratio
@@ -54,7 +54,6 @@ class AnnealedBatches(StatelessBatches):
         self.fingerprint = hash_value([first.fingerprint, second.fingerprint, start])
 
     def batch(self, step: int, rows: slice = slice(None), mesh: Mesh = ALONE) -> Batch:
-        """The rows `rows` of the batch of `step`, counted from 0."""
         chosen = range(step * self.batch_size, (step + 1) * self.batch_size)[rows]
         switch = min(max(self._start, chosen.start), chosen.stop)
         of_first, of_second = range(chosen.start, switch), range(switch - self._start, chosen.stop - self._start)
@@ -174,14 +173,9 @@ def pretrain(
     tokens: Path,
     out: Path,
     *,
-    seed: int,
-    device: str = "auto",
-    progress: Progress | None = None,
     sample: Sample | None = None,
-    folder: Path = Path(),
-    card_flops: Callable[[str], float | None] = lambda name: None,
-    tasks: OpenTasks | None = None,
     measured_tokens_per_second: float | None = None,
+    **options: Unpack[RunOptions],
 ) -> dict[str, Any]:
     """Train the model of folder `model` on `tokens/train`, validating on `tokens/validation`; resumes from `out`.
 
@@ -190,54 +184,37 @@ def pretrain(
     start from, lie below `folder`. Returns the headline metrics. Raises ArtefactError when the tokens were encoded with
     another tokenizer than the model's or are too few, and what `train` raises.
 
-    tasks: opens the tasks that the settings name. measured_tokens_per_second: the throughput from which `config.steps` was just
-    computed. Raises StaleMeasurementError when the first steps contradict it.
+    measured_tokens_per_second: the throughput from which `config.steps` was just computed. Raises StaleMeasurementError when
+    the first steps contradict it.
     """
-    progress = progress or Silent()
+    run = RunContext(out, **options)
     tokenizer = load_tokenizer(model)
     data = PretrainingData(config, tokens, tokenizer)
     validation = TokenShards(tokens / VALIDATION)
     validation.check_tokenizer(tokenizer.hash, "the model")
-    data_summary: dict[str, float] = {}
     held_out = [] if sample is None or config.sample_prompts is not None else held_out_prompts(validation, tokenizer)
-
-    def batches(config: PretrainConfig, mesh: Mesh) -> BatchSource:
-        assert config.steps is not None
-        source, summary = data.batches(config.steps, derive_seed(seed, "batches"), out / SCRATCH)
-        data_summary.update(summary)
-        return source
-
-    def initialise(config: PretrainConfig, decoder: Decoder, mesh: Mesh) -> None:
-        if config.mup_base_width is not None:
-            _scale_by_width(config, config.mup_base_width, decoder, mesh, progress if mesh.leads else Silent())
-
-    def prepare(config: PretrainConfig, decoder: Decoder, mesh: Mesh) -> OnStepEnd:
-        samples = sample if mesh.alone else None
-        return _PeriodicEvaluation(config, decoder, validation, model, out / SAMPLES, samples, held_out)
-
     throughput_check = None
     if measured_tokens_per_second is not None and config.steps is not None and _alone():
         throughput_check = ThroughputCheck(config.batch_size * config.context_length / measured_tokens_per_second, config.steps)
-    summary = run_training(
-        config,
-        model,
-        out,
-        batches,
-        seed=seed,
-        device=device,
-        progress=progress,
-        description="pretrain",
-        folder=folder,
-        card_flops=card_flops,
-        prepare=prepare,
-        tasks=tasks,
-        initialise=initialise,
-        objective=None if config.loss is None else load_user_function(config.loss, folder),
-        checkpoint_source=None if config.init_from is None else find_checkpoint(config.init_from, folder),
-        throughput_check=throughput_check,
-    )
-    # what is too little text for a new model need not be for one that goes on
-    text = {"training_bytes": data.training_bytes} if config.init_from is None else {}
+    loss = None if config.loss is None else load_user_function(config.loss, run.folder)
+    checkpoint_source = None if config.init_from is None else find_checkpoint(config.init_from, run.folder)
+    job = TrainingJob.open(config, model, run, description="pretrain")
+    config, mesh = job.config, job.mesh
+    assert config.steps is not None
+    source, data_summary = data.batches(config.steps, derive_seed(run.seed, "batches"), out / SCRATCH)
+
+    def initialise(decoder: Decoder) -> None:
+        if config.mup_base_width is not None:
+            _scale_by_width(config, config.mup_base_width, decoder, mesh, run.progress if mesh.leads else Silent())
+
+    def validate(decoder: Decoder) -> OnStepEnd:
+        samples = sample if mesh.alone else None
+        return _PeriodicEvaluation(config, decoder, validation, model, out / SAMPLES, samples, held_out)
+
+    hooks = TrainingHooks(validate, initialise, checkpoint_source, throughput_check)
+    summary = job.train(source, objective=loss, hooks=hooks)
+    # the report warns of too little text, which does not apply to a model that continues
+    text = {"training_bytes": data.training_bytes} if checkpoint_source is None else {}
     return {"parameters": summary.pop("parameters"), **text, **data_summary, **summary}
 
 
@@ -317,7 +294,7 @@ def held_out_prompts(shards: TokenShards, tokenizer: Tokenizer) -> list[str]:
     spaces."""
     lengths = np.concatenate([np.empty(0, np.int64), *(part for part, _ in shards.lengths_and_sources())])
     starts = np.cumsum(lengths) - lengths
-    # a document that is hardly longer than its prompt leaves nothing to go on with
+    # a document hardly longer than its prompt would leave nothing to continue
     (long,) = np.nonzero(lengths > 2 * _PROMPT_TOKENS)
     among = long if len(long) else np.arange(len(lengths))
     chosen = among[np.linspace(0, len(among) - 1, min(_PROMPTS, len(among)), dtype=int)]

@@ -90,7 +90,7 @@ def too_little_text(size_of_text: int) -> str:
 
 
 def _held_out_samples(stage: StageReport) -> list[Metrics]:
-    """What the model made of held-out texts at last."""
+    """The model's last continuations of held-out texts."""
     samples = [one for one in read_metrics(stage.folder / "samples.jsonl") if one.get("held_out")]
     return [one for one in samples if one["step"] == samples[-1]["step"]]
 
@@ -102,7 +102,7 @@ def next_steps(stage: StageReport) -> list[str]:
     prompts = [one["prompt"] for one in _held_out_samples(stage)]
     text = next(iter(prompts[0].splitlines())) if prompts else ""
     beginning = shlex.quote(text) if text else '"Return the"'
-    # what begins with a dash would be an option; greedily, a small model runs in a circle
+    # a prompt with a leading dash would be read as an option; greedy decoding of a small model repeats itself
     arguments = (
         f"--temperature 0.7 -- {model} {beginning}" if text.startswith("-") else f"{model} {beginning} --temperature 0.7"
     )
@@ -131,15 +131,15 @@ def _series_by_key(records: Iterable[Metrics], ending: str) -> list[Series]:
             if key.endswith(ending) and "/" not in key and isinstance(value, (int, float)):
                 points.setdefault(key, []).append((record["step"], value))
     return [
-        Series((key.removesuffix(ending).strip("_") or "training").replace("_", " "), *zip(*found, strict=True))
-        for key, found in points.items()
+        Series((key.removesuffix(ending).strip("_") or "training").replace("_", " "), *zip(*of_key, strict=True))
+        for key, of_key in points.items()
     ]
 
 
 def task_accuracies(records: Records) -> list[Part]:
     """The accuracy on each task as curves; of more than a few, the first and the last as a table. Empty without tasks."""
     keys = list(dict.fromkeys(key for record in records for key in record if key.startswith(TASK)))
-    series = [_series(records, key, 100, label=key.removeprefix(TASK)) for key in keys]
+    series = [series_of(records, key, 100, label=key.removeprefix(TASK)) for key in keys]
     if not series:
         return []
     if len(series) <= _CURVES:
@@ -155,8 +155,8 @@ def diagnostics(records: Records) -> list[Part]:
     """
     diagnosed = [record for record in records if any("/" in key for key in record)]
     curves = [
-        Curves([_series(records, "mfu", 100)], "Share of the peak (MFU), %", wide=False, from_zero=True, averaged=True),
-        Curves([_series(records, "peak_memory_bytes", 1e-9)], "Most memory so far, GB", wide=False, from_zero=True),
+        Curves([series_of(records, "mfu", 100)], "Share of the peak (MFU), %", wide=False, from_zero=True, averaged=True),
+        Curves([series_of(records, "peak_memory_bytes", 1e-9)], "Most memory so far, GB", wide=False, from_zero=True),
     ]
     parts: list[Part] = [
         *losses_by_source(diagnosed),
@@ -177,7 +177,7 @@ def diagnostics(records: Records) -> list[Part]:
 def losses_by_source(diagnosed: Records) -> list[Part]:
     """The loss of each source as curves; of more than a few, the first and the last as a table. Empty with fewer than two."""
     sources = list(dict.fromkeys(key for record in diagnosed for key in record if key.startswith("loss/")))
-    series = [_series(diagnosed, source, label=source.removeprefix("loss/")) for source in sources]
+    series = [series_of(diagnosed, source, label=source.removeprefix("loss/")) for source in sources]
     if len(series) < 2:
         return []
     if len(series) <= _CURVES:
@@ -188,7 +188,7 @@ def losses_by_source(diagnosed: Records) -> list[Part]:
 
 def _first_and_last(series: Iterable[Series], form: str) -> list[tuple[str, str, str]]:
     values = {one.label: one.points()[1] for one in series}
-    return [(label, f"{found[0]:{form}}", f"{found[-1]:{form}}") for label, found in values.items() if found]
+    return [(label, f"{series[0]:{form}}", f"{series[-1]:{form}}") for label, series in values.items() if series]
 
 
 def layers_map(diagnosed: Records, kind: str, *, title: str, weights: str | None = None) -> HeatMap | None:
@@ -239,6 +239,7 @@ def _joined(record: Metrics, kind: str, keys: Sequence[str], weights: str | None
     return math.hypot(*(ratio * norms[key] for key, ratio in known.items())) / (math.hypot(*norms.values()) or math.nan)
 
 
-def _series(records: Records, key: str, factor: float = 1.0, label: str = "") -> Series:
-    found = [record for record in records if isinstance(record.get(key), (int, float))]
-    return Series(label or key, [record["step"] for record in found], [record[key] * factor for record in found])
+def series_of(records: Records, key: str, factor: float = 1, label: str = "") -> Series:
+    """A metric by step, where it is logged, times a factor."""
+    logged = [record for record in records if isinstance(record.get(key), (int, float))]
+    return Series(label or key, [record["step"] for record in logged], [record[key] * factor for record in logged])

@@ -29,13 +29,13 @@ from bessemer.core.errors import ConfigError
 from bessemer.core.store import read_json, write_json
 from bessemer.distributed.sharding import release_gathered
 from bessemer.model.decoder import Decoder
-from bessemer.training.config import LoopConfig
+from bessemer.training.config_parts import ComputeSettings
 
 #: Numbers of glibc's settings, from its malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 #: How Inductor compiles blocks on a processor: one C++ file a graph, and no probes of the compiler beforehand.
 _CPU_OPTIONS = {"cpp_wrapper": True, "cpp.vec_isa_ok": True}
-#: And on a GPU where results must not depend on which kernel was the fastest of several when they were tried.
+#: On a GPU with `deterministic`: no choice of kernels by their measured speed.
 _DETERMINISTIC_OPTIONS = {"deterministic": True}
 #: A setting that cuBLAS reads from the environment, and the value that makes its products deterministic: eight workspaces of
 #: 4,096 KiB (PyTorch's notes on reproducibility).
@@ -85,15 +85,15 @@ class Runtime:
     processor: str
     torch_version: str
     deterministic: bool
-    #: Whether `threads` is where the run starts, and is chosen again (`ThreadChoices`).
+    #: Whether `threads` is only the first choice, and `ThreadChoices` adapts it.
     adapts_threads: bool = False
 
     @classmethod
-    def of(cls, config: LoopConfig, device: torch.device, threads: int | None = None, processes: int = 1) -> Self:
+    def of(cls, config: ComputeSettings, device: torch.device, threads: int | None = None, processes: int = 1) -> Self:
         """The runtime of resolved settings on this machine. threads: those that the run started with, kept where available.
         processes: how many share the machine's cores. Raises ConfigError when determinism is asked for too late
         (`fix_cublas_workspaces`)."""
-        assert config.resolved
+        assert config.dtype != "auto" and config.compile != "auto"
         if config.deterministic and device.type == "cuda":
             fix_cublas_workspaces()
         model = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
@@ -116,7 +116,7 @@ class Runtime:
 
         New memory is not filled with NaN, as deterministic mode would do for safety: no kernel here reads any.
         """
-        # a module with a property, which type checkers do not see
+        # typed as Any: type checkers do not see this module's property
         deterministic: Any = torch.utils.deterministic
         threads, fill = torch.get_num_threads(), deterministic.fill_uninitialized_memory
         strict, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
@@ -225,7 +225,7 @@ def faster_threads(current: int, candidates: Sequence[int], rate: Callable[[int,
     totals = dict.fromkeys((current, *others), 0.0)
     before = torch.get_num_threads()
     try:
-        # in turns, so that what comes and goes meanwhile slows all alike
+        # in turns, so that passing load slows all candidates alike
         for _ in range(turns):
             for number in totals:
                 totals[number] += rate(number, _TURN_SECONDS)
@@ -236,7 +236,7 @@ def faster_threads(current: int, candidates: Sequence[int], rate: Callable[[int,
 
 
 def _work_per_second(threads: int, seconds: float) -> float:
-    """Layers of a small model a second: products, and between them what is done element by element."""
+    """Layers of a small model per second: matrix products and element-wise operations."""
     torch.set_num_threads(threads)
     hidden, weight = torch.ones(_ROWS, _CHANNELS), torch.full((_CHANNELS, _CHANNELS), 1 / _CHANNELS)
     start, count = time.perf_counter(), 0
@@ -272,7 +272,7 @@ class ThreadChoices:
         self._choose = choose or faster_threads
         self._candidates = thread_candidates(usable_cores())
         self._by_step: dict[int, int] = {}
-        #: Seconds of the steps since the last choice, and when that was.
+        #: Durations of the steps since the last choice, in seconds, and its time.
         self._seconds: list[float] = []
         self._chosen_at = time.monotonic()
         if self._place.exists():
@@ -291,7 +291,7 @@ class ThreadChoices:
         chosen, or was once chosen, here. validated: whether the model was validated after this step."""
         self._seconds.append(seconds)
         if step < max(self._by_step, default=0) or step in self._by_step:
-            # made before the run was interrupted: repeated
+            # this choice was made before the run was interrupted: repeat it
             return self.resume(step) if step in self._by_step else None
         if not validated and not self._is_due():
             return None

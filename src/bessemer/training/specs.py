@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bessemer.core.config import Config, nearest
 from bessemer.core.stage import Outside, StageContext, StageSpec, last_of
-from bessemer.data.config import CollectConfig, MixedConfig, source_name
+from bessemer.data.config import CollectConfig, MixedConfig
+from bessemer.data.sources.registry import source_name
 from bessemer.model.config import ModelStageConfig
 from bessemer.model.specs import MODEL_PACKAGES
 from bessemer.tokenization.config import TokenizeConfig
 from bessemer.training import report
 from bessemer.training.config import LoopConfig, check_compiler
 from bessemer.training.pretrain_config import PRETRAIN_VERSION, PretrainConfig
+
+if TYPE_CHECKING:
+    from bessemer.training.job import RunOptions
 
 
 def rows_too_long(config: LoopConfig, above: Mapping[str, Any]) -> str | None:
@@ -23,13 +27,13 @@ def rows_too_long(config: LoopConfig, above: Mapping[str, Any]) -> str | None:
     if model is None:
         return None
     if model.init_from is not None and "max_position_embeddings" not in model.given:
-        # it is the existing model's
+        # the limit is the existing model's
         return None
     return _longer_rows(config, model.max_position_embeddings)
 
 
 def rows_too_long_for_existing(config: LoopConfig, above: Mapping[str, Any], folder: Path) -> str | None:
-    """As `rows_too_long`, where the model's context stands in a folder."""
+    """As `rows_too_long`, for the context of an existing model's folder."""
     model = last_of(above, ModelStageConfig)
     if model is None or model.init_from is None:
         return None
@@ -66,18 +70,19 @@ def model_not_merged(config: LoopConfig) -> dict[str, str]:
 
 
 def loop_packages(config: LoopConfig) -> list[str]:
-    """What a stage that trains imports under its settings."""
+    """Modules that a training stage imports under its settings."""
     return [*MODEL_PACKAGES, *(["torchao"] if config.float8 or config.optimizer_bits == 8 else [])]
 
 
-def training_arguments(context: StageContext) -> dict[str, Any]:
-    """What the function of every stage that trains is given of a run."""
+def training_arguments(context: StageContext) -> RunOptions:
+    """The options that all training stages take of a run."""
     return {
         "seed": context.seed,
         "device": context.device,
         "progress": context.progress,
         "folder": context.folder,
         "card_flops": context.services.card_flops,
+        "tasks": context.services.tasks,
     }
 
 
@@ -90,8 +95,8 @@ def resolved_by(run: Callable[..., dict[str, Any]]) -> Callable[[StageContext], 
 
         try:
             run(context, only_resolve=True)
-        except SettingsResolvedError as found:
-            return found.config, found.measured
+        except SettingsResolvedError as resolved:
+            return resolved.config, resolved.measured
         raise AssertionError(f"{context.config} has nothing to be resolved")
 
     return resolve
@@ -152,7 +157,6 @@ def _pretrain(context: StageContext) -> dict[str, Any]:
         context.out,
         sample=context.services.continuations,
         measured_tokens_per_second=(context.measured or {}).get("tokens_per_second"),
-        tasks=context.services.tasks,
         **training_arguments(context),
     )
 

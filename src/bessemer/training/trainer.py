@@ -27,7 +27,7 @@ from bessemer.distributed.pipeline import Pipeline
 from bessemer.model.decoder import Decoder
 from bessemer.model.device import widest_float
 from bessemer.training.data.batches import Batch, BatchSource
-from bessemer.training.model_roles import Trainee
+from bessemer.training.model_roles import ModelRoles
 from bessemer.training.model_setup import LossScale, PreparedModel, Unscaled
 from bessemer.training.objectives import (
     POLICY,
@@ -59,7 +59,7 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Totals:
+class LossTotals:
     """Sums and denominators of the terms, and figures, over whole batches: the same on every process. Totals of batches add
     up."""
 
@@ -93,12 +93,12 @@ class Totals:
                 metrics[f"{name}_max"] = figure.max
         return metrics
 
-    def __add__(self, other: Self) -> Totals:
+    def __add__(self, other: Self) -> LossTotals:
         figures = dict(self.figures)
         for name, figure in other.figures.items():
             before = figures.get(name, Figure(0.0, 0.0, -math.inf))
             figures[name] = Figure(before.sum + figure.sum, before.count + figure.count, max(before.max, figure.max))
-        return Totals(_added(self.sums, other.sums), _added(self.denominators, other.denominators), figures)
+        return LossTotals(_added(self.sums, other.sums), _added(self.denominators, other.denominators), figures)
 
 
 def _added(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
@@ -109,7 +109,7 @@ def whole_denominators(counts: Mapping[str, Count], mesh: Mesh) -> dict[str, flo
     """Denominators of a whole batch from those of this data rank's rows. One all-reduce."""
     layout = mesh.layout
     here = torch.tensor([count.value for count in counts.values()], dtype=torch.float64)
-    # every rank of the other axes has the same rows
+    # ranks of the other axes have the same rows
     everywhere = mesh.sum(here, layout.tensor * layout.pipeline * layout.context)
     return {
         name: count.value if count.per == "constant" else total
@@ -125,7 +125,7 @@ class TotalsReducer:
         self._mesh = mesh
         self._names: list[str] | None = None
 
-    def reduced(self, micro_batches: Sequence[Terms], denominators: Mapping[str, float]) -> Totals:
+    def reduced(self, micro_batches: Sequence[Terms], denominators: Mapping[str, float]) -> LossTotals:
         """The totals of one batch. One wait for the device, and one or two all-reduces of some numbers.
 
         Raises AssertionError when a term has no denominator.
@@ -134,7 +134,7 @@ class TotalsReducer:
 
     def reduced_with(
         self, others: Sequence[Tensor], micro_batches: Sequence[Terms], denominators: Mapping[str, float]
-    ) -> tuple[Totals, list[list[float]]]:
+    ) -> tuple[LossTotals, list[list[float]]]:
         """The totals of one batch as of `reduced`, and the numbers of other tensors, which come to the host in the same
         transfer; these are not summed."""
         names = self._figure_names(micro_batches)
@@ -157,14 +157,14 @@ class TotalsReducer:
                 sums[len(terms) + len(names) + place] += next(rest)
                 if metric.max is not None:
                     largest[place] = max(float(largest[place]), next(rest))
-        # the ranks of the tensor axis have the same values, and those without the last stage of a pipeline have zeros
+        # tensor ranks have the same values; pipeline ranks without the last stage have zeros
         totals = self._mesh.sum(sums, self._mesh.layout.tensor).tolist()
         most = self._mesh.largest(largest).tolist() if names else []
         figures = {
             name: Figure(totals[len(terms) + place], totals[len(terms) + len(names) + place], most[place])
             for place, name in enumerate(names)
         }
-        return Totals(dict(zip(terms, totals, strict=False)), denominators, figures), host[: len(others)]
+        return LossTotals(dict(zip(terms, totals, strict=False)), denominators, figures), host[: len(others)]
 
     def _figure_names(self, micro_batches: Sequence[Terms]) -> list[str]:
         if self._names is None:
@@ -193,7 +193,7 @@ def on_host(tensors: Sequence[Tensor]) -> list[list[float]]:
         by_device.setdefault(tensor.device, []).append(place)
     for places in by_device.values():
         flat = [tensors[place].detach().flatten() for place in places]
-        # whole numbers are counts, which float32 would round
+        # integers are counts, which float32 would round
         dtype = torch.float32
         for each in flat:
             dtype = torch.promote_types(dtype, each.dtype if each.is_floating_point() else widest_float(each.device))
@@ -238,10 +238,10 @@ class Trainer:
         mesh: Mesh = ALONE,
         pipeline: Pipeline | None = None,
         average: MovingAverage | None = None,
-        trainee: Trainee | None = None,
+        models: ModelRoles | None = None,
     ) -> None:
         """pipeline: for a model split into pipeline stages; it fixes the number of micro-batches. average: a moving average of
-        the weights, updated after each step that changes them. trainee: the models by role, where there are several; `model` is
+        the weights, updated after each step that changes them. models: the models by role, where there are several; `model` is
         its policy, and `optimizers` update all that are trained."""
         self.model = model
         self.optimizers = optimizers
@@ -249,7 +249,7 @@ class Trainer:
         self.runtime = runtime
         self.mesh = mesh
         self.average = average
-        self.trainee = trainee or Trainee(
+        self.models = models or ModelRoles(
             {POLICY: PreparedModel(model, pipeline)}, runtime, mesh=mesh, micro_batch_size=micro_batch_size
         )
         self._gradient_clip = gradient_clip
@@ -262,7 +262,7 @@ class Trainer:
     def read(self, batches: BatchSource, step: int) -> Batch:
         """This rank's rows of a step's batch. Raises ConfigError when ranks would separate sequences that belong together."""
         size = batches.batch_size_at(step)
-        batch = batches.batch(step, self.trainee.rows(size), self.mesh)
+        batch = batches.batch(step, self.models.rows(size), self.mesh)
         rows = batch.tokens_BT.shape[0]
         if rows % batch.rows_together:
             raise ConfigError(
@@ -277,11 +277,11 @@ class Trainer:
         terms, denominators = self._accumulate(batch)
         clipped = [
             clip_gradients(prepared.model.parameters(), self._gradient_clip, self.mesh, scale=self.scale.value)
-            for prepared in self.trainee.trained.values()
+            for prepared in self.models.trained.values()
         ]
-        # the one wait of a step for the device: the update hangs on these numbers
+        # the only wait of a step for the device: the update depends on these numbers
         totals, (*values, visits) = self._reducer.reduced_with([*clipped, self.visits_LE], terms, denominators)
-        norms = {role: norm for role, (norm,) in zip(self.trainee.trained, values, strict=True)}
+        norms = {role: norm for role, (norm,) in zip(self.models.trained, values, strict=True)}
         bad = [norm for norm in norms.values() if not norm < float("inf")]
         role, *others = norms
         norm = bad[0] if bad else norms[role]
@@ -295,38 +295,38 @@ class Trainer:
         else:
             for optimizer in self.optimizers:
                 optimizer.zero_grad(set_to_none=True)
-        self.trainee.version += 1
+        self.models.version += 1
         metrics = totals.metrics | {f"gradient_norm_{other}": norms[other] for other in others}
         metrics |= routing_metrics(torch.tensor(visits, dtype=torch.float64).view_as(self.visits_LE))
         return StepResult(totals.loss, norm, updated, metrics)
 
-    def gradients(self, batch: Batch) -> Totals:
+    def gradients(self, batch: Batch) -> LossTotals:
         """Add the gradients of the step's loss to those of the parameters of every trained model; returns its totals."""
         return self._reducer.reduced(*self._accumulate(batch))
 
     def _accumulate(self, batch: Batch) -> tuple[list[Terms], dict[str, float]]:
         """Add the gradients; returns the terms by micro-batch, on the device, and their denominators."""
         with torch.no_grad():
-            batch = self.objective.annotate(self.trainee, batch)
+            batch = self.objective.annotate(self.models, batch)
         denominators = whole_denominators(self.objective.denominators(batch), self.mesh)
-        cut = self.trainee.cut(batch)
+        cut = self.models.cut(batch)
         terms: list[Terms] = []
-        for role, prepared in self.trainee.trained.items():
+        for role, prepared in self.models.trained.items():
             terms += self._backward(role, prepared, cut, denominators)
         return terms, denominators
 
     def _backward(self, role: str, prepared: PreparedModel, cut: Batch, denominators: Mapping[str, float]) -> list[Terms]:
         """Add the gradients of a role's terms to those of its parameters; returns the terms by micro-batch, of a pipeline in
         its last stage."""
-        micro_batches = [micro_batch.to(self._device) for micro_batch in self.trainee.micro_batches(cut, prepared)]
+        micro_batches = [micro_batch.to(self._device) for micro_batch in self.models.micro_batches(cut, prepared)]
         context = LossContext(self.mesh, role)
         terms: dict[int, Terms] = {}
         #: By stage and micro-batch: a pipeline runs some forward passes twice.
         visits: dict[tuple[int, int], Tensor] = {}
 
         def loss(model: Decoder, number: int) -> Tensor:
-            found = terms[number] = self.objective(model, micro_batches[number], context)
-            weighted = [total / (denominators[name] or 1.0) for name, total in found.sums.items()]
+            micro_terms = terms[number] = self.objective(model, micro_batches[number], context)
+            weighted = [total / (denominators[name] or 1.0) for name, total in micro_terms.sums.items()]
             whole = weighted[0] if len(weighted) == 1 else torch.stack(weighted).sum()
             return whole if self.scale.value == 1.0 else whole * self.scale.value
 
@@ -349,18 +349,18 @@ class Trainer:
         return [_detached(terms[number]) for number in sorted(terms)]
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch]) -> Totals:
+    def evaluate(self, batches: Iterable[Batch]) -> LossTotals:
         """The totals of the objective over batches, of which this process passes its rows, in evaluation mode."""
-        totals = Totals()
+        totals = LossTotals()
         for batch in batches:
-            annotated = self.objective.annotate(self.trainee, batch)
+            annotated = self.objective.annotate(self.models, batch)
             denominators = whole_denominators(self.objective.denominators(annotated), self.mesh)
-            cut = self.trainee.cut(annotated)
+            cut = self.models.cut(annotated)
             terms: list[Terms] = []
-            for role in self.trainee.trained:
+            for role in self.models.trained:
                 terms_of = partial(self._terms_of, LossContext(self.mesh, role))
-                with self.trainee.prepared(role) as prepared:
-                    terms += self.trainee.for_each_micro_batch(prepared, cut, terms_of)
+                with self.models.prepared(role) as prepared:
+                    terms += self.models.for_each_micro_batch(prepared, cut, terms_of)
             totals += self._reducer.reduced(terms, denominators)
         return totals
 
@@ -379,7 +379,7 @@ class Trainer:
             self._notify_weights_changed()
 
     def _notify_weights_changed(self) -> None:
-        pipeline = self.trainee.policy.pipeline
+        pipeline = self.models.policy.pipeline
         if pipeline is not None:
             pipeline.weights_changed()
 
@@ -387,13 +387,13 @@ class Trainer:
     def negative_log_likelihood(self, tokens_BT: Tensor, targets_BT: Tensor) -> float:
         """−log p of the policy, summed over the targets of all rows, in nats. Every process passes the whole batch and gets the
         same sum; the caller sets evaluation mode."""
-        rows = self.trainee.rows(tokens_BT.shape[0])
+        rows = self.models.rows(tokens_BT.shape[0])
 
         def summed(model: Decoder, micro_batch: Batch) -> float:
             return summed_loss(model, micro_batch.tokens_BT, micro_batch.targets_BT, micro_batch.positions_BT)
 
-        batch = self.trainee.cut(Batch(tokens_BT[rows], targets_BT[rows]))
-        sums = self.trainee.for_each_micro_batch(self.trainee.policy, batch, summed)
+        batch = self.models.cut(Batch(tokens_BT[rows], targets_BT[rows]))
+        sums = self.models.for_each_micro_batch(self.models.policy, batch, summed)
         return float(self.mesh.sum(torch.tensor(sum(sums), dtype=torch.float64), self.mesh.layout.tensor))
 
     @torch.no_grad()
@@ -409,8 +409,8 @@ class Trainer:
             return torch.stack(sums_by_source(losses_BT, micro_batch))
 
         sums = torch.zeros(2, len(batch.source_names), dtype=torch.float64)
-        for found in self.trainee.for_each_micro_batch(self.trainee.policy, self.trainee.cut(batch), summed):
-            sums += 0 if found is None else found
+        for source_sums in self.models.for_each_micro_batch(self.models.policy, self.models.cut(batch), summed):
+            sums += 0 if source_sums is None else source_sums
         if not batch.source_names:
             return {}
         sums_S, counts_S = self.mesh.sum(sums, self.mesh.layout.tensor)

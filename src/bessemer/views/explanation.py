@@ -9,7 +9,7 @@ from rich.text import Text
 
 from bessemer.core.metrics import short_number, size
 from bessemer.data.corpus.reader import Sighting
-from bessemer.data.stages.in_memory import RECIPE, Change, EditResult, Explanation, Score
+from bessemer.data.stages.explain import RECIPE, EditResult, Explanation, Score, TextChange
 from bessemer.data.thresholds import display_name
 from bessemer.views.parts_terminal import listing, literal, section
 from bessemer.views.tokens import tokens_text
@@ -79,7 +79,7 @@ def _edit(edit: EditResult) -> RenderableType:
     return text
 
 
-def _change(change: Change) -> Text:
+def _change(change: TextChange) -> Text:
     """`… left [-before-] {+after+} right`, in colour; line ends are seen, and long pieces are cut in the middle."""
     text = literal(_on_a_line(change.left), "dim")
     if change.before:

@@ -93,7 +93,9 @@ def _memory(plan: Mapping[str, Any], best: Mapping[str, Any]) -> RenderableType:
     rows = [(kind, size(count)) for kind, count in best["memory"].items() if kind != "peak"]
     peak = f"{size(best['memory']['peak'])} of {size(plan['usable_memory'])}"
     last = (literal("peak, not all at once", "bold"), literal(peak, "bold"))
-    return listing("Kind", "Bytes", rows=[*rows, last])
+    table = listing("Kind", "Bytes", rows=[*rows, last])
+    table.caption = plan.get("assumed_states")
+    return table
 
 
 def _seconds(plan: Mapping[str, Any], best: Mapping[str, Any]) -> RenderableType:

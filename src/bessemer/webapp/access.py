@@ -1,7 +1,5 @@
-"""Access control for training data, and what the routes share: errors, work off the event loop, styles apart from drawn HTML.
-
-The pages' policy allows no inline styles, so a drawing is sent with its styles beside it.
-"""
+"""Access control for training data, and what the pages' routes share: errors, threads, templates, HTML without inline
+styles."""
 
 from __future__ import annotations
 
@@ -11,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from fastapi import Request
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from bessemer.core.environment import install_advice
 from bessemer.core.errors import ArtefactError, RequestError
@@ -23,9 +22,9 @@ if TYPE_CHECKING:
 
 
 def without_styles(html: str) -> str:
-    """The same with its styles beside it: the page's script sets them.
+    """HTML of the views with styles as data, which the page's script applies: the pages' policy forbids inline styles.
 
-    In texts a quotation mark is `&#34;`, and `<` is `&lt;`, so only what the views themselves wrote is found.
+    Only markup of the views is replaced: in texts, quotation marks and `<` are escaped.
     """
     html = html.replace(' style="', ' data-style="')
     return html.replace("<style>", "<pre data-sheet hidden>").replace("</style>", "</pre>")
@@ -34,20 +33,31 @@ def without_styles(html: str) -> str:
 Result = TypeVar("Result")
 
 
+def templates() -> Environment:
+    """The pages' templates."""
+    return Environment(
+        loader=PackageLoader("bessemer.webapp"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
 def missing(reason: str) -> ApiError:
-    """The error of something that is not there."""
+    """The error (404) of something that does not exist."""
     return ApiError(reason, status=404, code="not_found")
 
 
 def check_owner(request: Request) -> None:
-    """Raises ApiError (403) for a key that may not see what models are made of: runs, and the documents in them."""
+    """Raises ApiError (403) for a key that may not see runs and their documents."""
     client = caller_of(request).client
     if client.id and not client.is_admin:
         raise ApiError("runs and their documents are shown with an admin key", status=403, code="not_allowed")
 
 
 def shown_runs(request: Request, runs: Path | None) -> Path:
-    """The folder of the runs, for a client that may see them. Raises ApiError (403) for another, and where none are shown."""
+    """The folder of the runs. Raises ApiError (403) for a client that may not see them, and where no runs are shown."""
     check_owner(request)
     if runs is None:
         raise ApiError(
@@ -57,8 +67,8 @@ def shown_runs(request: Request, runs: Path | None) -> Path:
 
 
 def named_run(runs: Path, name: str) -> RunFolder:
-    """The run of a name. Raises ApiError (404) for anything that is no run's name, a path among them."""
-    # the stages take a moment to load, and a server that nobody asks for them starts without
+    """The run of a name. Raises ApiError (404) for anything else, such as a path."""
+    # loads all stages: not when the server starts
     from bessemer.pipeline.run_folder import RunFolder
 
     if name not in run_names(runs):
@@ -67,16 +77,16 @@ def named_run(runs: Path, name: str) -> RunFolder:
 
 
 async def off_the_loop(work: Callable[[], Result]) -> Result:
-    """Work beside the event loop; what is wrong on the disk, or not installed, is the client's to read."""
+    """Run work in a thread. A damaged file or a missing package becomes an ApiError (404) with the reason."""
     try:
         return await asyncio.to_thread(work)
     except (ArtefactError, RequestError) as error:
         raise ApiError(str(error), status=404, code="not_available") from None
     except ModuleNotFoundError as error:
-        # a server needs neither the data engine nor the report's pictures
+        # a server may lack the extras of data and reports
         raise ApiError(install_advice(module_of(error)), status=404, code="not_available") from None
 
 
 def module_of(error: ModuleNotFoundError) -> str:
-    """The package that is missing."""
+    """The missing package."""
     return (error.name or str(error)).partition(".")[0]

@@ -1,7 +1,4 @@
-"""The pages beside the API: their HTML, scripts and styles, and the routes that they call.
-
-The page of the API describes every route with its fields and a command to try it.
-"""
+"""The pages: their HTML, scripts and styles, and the routes that they call."""
 
 from __future__ import annotations
 
@@ -17,10 +14,10 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from bessemer.serving.app import Pages, described
 from bessemer.serving.runtime.served import Served
+from bessemer.webapp.access import templates
 from bessemer.webapp.data_api import DataApi
 from bessemer.webapp.feedback import FeedbackApi
 from bessemer.webapp.lineage_api import LineageApi
@@ -28,7 +25,7 @@ from bessemer.webapp.runs_api import RunsApi
 from bessemer.webapp.token_api import TokenApi
 from bessemer.webapp.xray_api import XrayApi
 
-#: A body to try each route with.
+#: An example body for each route on the page of the API.
 _EXAMPLES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 64},
     "/v1/completions": {"prompt": "The furnace", "max_tokens": 32},
@@ -44,7 +41,7 @@ _EXAMPLES: dict[str, dict[str, Any]] = {
 
 
 def operations_by_tag(document: Mapping[str, Any], model: str) -> list[tuple[str, list[dict[str, Any]]]]:
-    """The operations of a description, for the template. model: a name that is served."""
+    """The operations of an OpenAPI document by tag, for the template. model: a served name, for the examples."""
     tags: dict[str, list[dict[str, Any]]] = {}
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
@@ -73,7 +70,7 @@ def _shown(document: Mapping[str, Any], path: str, method: str, operation: Mappi
     }
 
 
-#: Scripts and styles come from this server alone, and there are none in the pages themselves.
+#: Content-Security-Policy: scripts and styles are files of this server, never inline.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'"
@@ -92,11 +89,11 @@ _VIEWS = ("style.css", "inspection.css")
 
 @dataclass(frozen=True)
 class WebSettings:
-    """What the pages know beside the server.
+    """What the pages know besides the server.
 
-    folder: of the model; None of one without. suggestions: questions that the chat offers. feedback: the folder that thumbs
-    and edits are written to; None: they stay in the browser. runs: the folder of the runs that are shown; None: none are. run:
-    the one of them that made the model. makes_xrays: whether sentences are X-rayed, with a second copy of the model.
+    folder: of the model, where it has one. suggestions: questions that the chat offers. feedback: the folder for thumbs and
+    edits; None: they stay in the browser. runs: the folder of the runs; None: none are shown. run: the one that made the model.
+    makes_xrays: whether X-rays are offered, which load a second copy of the model.
     """
 
     folder: Path | None = None
@@ -113,7 +110,7 @@ def public_paths() -> list[str]:
 
 
 def web_pages(settings: WebSettings) -> Callable[[Served], Pages]:
-    """What `create_app` takes as its pages."""
+    """The `pages` of `create_app`."""
 
     def pages(served: Served) -> Pages:
         site = _Site(served, settings)
@@ -140,39 +137,27 @@ def _files() -> dict[str, bytes]:
 
 
 class _Site:
-    """The pages and their files, all in memory: a path is looked up, and never opened."""
+    """The pages and their files, all in memory: no request opens a path."""
 
     def __init__(self, served: Served, settings: WebSettings) -> None:
         self._served = served
         self._settings = settings
         self.files = _files()
         self._etags = {path: f'"{hashlib.sha256(content).hexdigest()[:16]}"' for path, content in self.files.items()}
-        environment = Environment(
-            loader=PackageLoader("bessemer.webapp"),
-            autoescape=True,
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
-        self._environment = environment
-        self._made: dict[str, str] = {}
+        self._templates = templates()
+        #: Rendered pages by path.
+        self._pages: dict[str, str] = {}
 
-    def _page(self, path: str) -> str:
-        """A page, made when it is first asked for."""
-        if path not in self._made:
-            self._made[path] = self._rendered(path)
-        return self._made[path]
-
-    def _rendered(self, path: str) -> str:
+    def _render(self, path: str) -> str:
         template, title, script = _PAGES[path]
         given = {
             "suggestions": self._settings.suggestions,
             "feedback": self._settings.feedback is not None,
             "run": self._settings.run,
-            # the models that the run has made
+            # names of the model that the run has made
             "made": self._served.names_of_model,
         }
-        return self._environment.get_template(template).render(
+        return self._templates.get_template(template).render(
             title=title,
             path=path,
             script=f"static/{script}",
@@ -182,7 +167,6 @@ class _Site:
         )
 
     def router(self) -> APIRouter:
-        """The routes: one for every page and every file."""
         router = APIRouter(include_in_schema=False)
         for path in _PAGES:
             router.add_api_route(path, self.page, methods=["GET", "HEAD"])
@@ -191,8 +175,11 @@ class _Site:
         return router
 
     async def page(self, request: Request) -> HTMLResponse:
+        path = request.scope["path"]
+        if path not in self._pages:
+            self._pages[path] = self._render(path)
         return HTMLResponse(
-            self._page(request.scope["path"]),
+            self._pages[path],
             headers={"Content-Security-Policy": POLICY, "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"},
         )
 

@@ -1,4 +1,4 @@
-"""What the page of data asks: a run's documents, kept and dropped and why, duplicates, and the way of one document."""
+"""Routes of the page of data: a run's kept and rejected documents, duplicates, and the history of one document."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from fastapi import APIRouter, Request
 from bessemer.core.environment import install_advice
 from bessemer.core.errors import ConfigError
 from bessemer.data.corpus.reader import SIDES, history, is_document_id
-from bessemer.data.corpus.search import Found, Query, duplicate_groups, facets, ranked, search, sides_of
+from bessemer.data.corpus.search import Query, SearchResult, duplicate_groups, facets, ranked, search, sides_of
 from bessemer.serving.runtime.served import Served
 from bessemer.tokenization.measure import shown_tokens
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 from bessemer.webapp.access import missing, module_of, named_run, off_the_loop, shown_runs
 
 if TYPE_CHECKING:
-    from bessemer.data.stages.in_memory import Explanation
+    from bessemer.data.stages.explain import Explanation
     from bessemer.pipeline.run_folder import RunFolder
 
+#: Most rows, sources or rules in a response.
 _MOST = 100
-#: Characters of a text that are shown, explained, and shown in tokens.
+#: Most characters of a text that are shown and explained, and that are shown as tokens.
 _LONGEST, _IN_TOKENS = 200_000, 20_000
 
 
@@ -33,15 +34,14 @@ class DataApi:
     def __init__(self, served: Served, runs: Path | None) -> None:
         self._served = served
         self._runs = runs
-        # filters and models take all cores: one at a time, and those that wait take no thread
+        # explanations use all cores: one at a time, and waiting takes no thread
         self._explaining = asyncio.Lock()
 
     def router(self) -> APIRouter:
-        """The routes."""
         router = APIRouter(prefix="/inspect/documents")
         for path, answer in (
             ("/{run}", self.folders),
-            ("/{run}/{stage}/{side}", self.found),
+            ("/{run}/{stage}/{side}", self.search),
             ("/{run}/{stage}/{side}/facets", self.facets),
             ("/{run}/{stage}/{side}/duplicates", self.duplicates),
         ):
@@ -50,15 +50,15 @@ class DataApi:
         return router
 
     async def folders(self, request: Request, run: str) -> dict[str, Any]:
-        found = self._run(request, run)
+        run_folder = self._run(request, run)
 
         def counted() -> list[dict[str, Any]]:
-            stages = ((name, dict(sides_of(folder, SIDES))) for name, folder in found.stages().items())
+            stages = ((name, dict(sides_of(folder, SIDES))) for name, folder in run_folder.stages().items())
             return [{"stage": name, **sides} for name, sides in stages if sides]
 
         return {"folders": await off_the_loop(counted)}
 
-    async def found(
+    async def search(
         self,
         request: Request,
         run: str,
@@ -80,22 +80,24 @@ class DataApi:
         query = Query(text, source, split, rule, column, low, high)
         start, limit = max(0, start), max(1, min(limit, _MOST))
 
-        def looked() -> Found:
+        def results() -> SearchResult:
             if order:
                 return ranked(folder, query, order, descending=descending, start=start, limit=limit)
             return search(folder, query, start=start, limit=limit)
 
-        return _as_json(await off_the_loop(looked))
+        found = await off_the_loop(results)
+        rows = [_finite(row | {"metadata": dict(row["metadata"] or [])}) for row in found.rows]
+        return {"rows": rows, "next": found.next, "looked_at": found.looked_at, "documents": found.documents}
 
     async def facets(self, request: Request, run: str, stage: str, side: str) -> dict[str, Any]:
         folder = self._documents(request, run, stage, side)
-        found = await off_the_loop(lambda: facets(folder))
+        counts = await off_the_loop(lambda: facets(folder))
         return {
-            "sources": found.sources.most_common(_MOST),
-            "splits": found.splits.most_common(),
-            "rules": found.rules.most_common(_MOST),
-            "scores": found.scores,
-            "is_whole": found.is_whole,
+            "sources": counts.sources.most_common(_MOST),
+            "splits": counts.splits.most_common(),
+            "rules": counts.rules.most_common(_MOST),
+            "scores": counts.scores,
+            "is_whole": counts.is_whole,
         }
 
     async def duplicates(self, request: Request, run: str, stage: str, side: str) -> dict[str, Any]:
@@ -105,19 +107,19 @@ class DataApi:
         groups = await off_the_loop(lambda: duplicate_groups(folder))
         return {
             "groups": [
-                {"survivor": survivor, "members": count, "some": [asdict(one) for one in some]}
-                for survivor, count, some in groups
+                {"survivor": survivor, "members": count, "some": [asdict(member) for member in members]}
+                for survivor, count, members in groups
             ]
         }
 
     async def document(self, request: Request, run: str, identity: str) -> dict[str, Any]:
-        found = self._run(request, run)
+        run_folder = self._run(request, run)
         if not is_document_id(identity):
             raise missing("a document's id has 32 hexadecimal digits")
         async with self._explaining:
-            return await off_the_loop(lambda: self._told(found, identity))
+            return await off_the_loop(lambda: self._described(run_folder, identity))
 
-    def _told(self, run: RunFolder, identity: str) -> dict[str, Any]:
+    def _described(self, run: RunFolder, identity: str) -> dict[str, Any]:
         stages = run.stages()
         sightings = list(history(stages.items(), identity))
         if not sightings:
@@ -139,8 +141,13 @@ class DataApi:
             "text": last["text"][:_LONGEST],
             "characters": len(last["text"]),
             "history": [
-                {"stage": one.stage, "side": one.side, "reason": one.row.get("reason"), "bytes": len(one.row["text"].encode())}
-                for one in sightings
+                {
+                    "stage": sighting.stage,
+                    "side": sighting.side,
+                    "reason": sighting.row.get("reason"),
+                    "bytes": len(sighting.row["text"].encode()),
+                }
+                for sighting in sightings
             ],
             "explanation": None if explanation is None else _finite(asdict(explanation) | {"text": ""}),
             "problem": problem,
@@ -148,11 +155,11 @@ class DataApi:
         }
 
     def _tokenizer(self, run: RunFolder) -> Tokenizer:
-        """The run's own, or where it has none that of the model that is served."""
-        for folder in run.stages().values():
-            for place in (folder / "tokenizer", folder / "model"):
-                if (place / "tokenizer.json").is_file():
-                    return load_tokenizer(place)
+        """The tokenizer of the run; that of the served model where the run has none."""
+        for stage in run.stages().values():
+            for folder in (stage / "tokenizer", stage / "model"):
+                if (folder / "tokenizer.json").is_file():
+                    return load_tokenizer(folder)
         return self._served.engine.tokenizer
 
     def _run(self, request: Request, name: str) -> RunFolder:
@@ -166,8 +173,8 @@ class DataApi:
 
 
 def _explained(run: RunFolder, text: str, url: str | None) -> Explanation:
-    # filters are compiled: a server that nobody asks for them starts without
-    from bessemer.data.stages.in_memory import explain, explain_with
+    # loads compiled filters: not when the server starts
+    from bessemer.data.stages.explain import explain, explain_with
     from bessemer.pipeline.recipe_settings import recorded_cleaning
     from bessemer.pipeline.stages import open_language_model
 
@@ -177,13 +184,8 @@ def _explained(run: RunFolder, text: str, url: str | None) -> Explanation:
     return explain_with(text, clean, select, folder, url=url, open_model=open_language_model)
 
 
-def _as_json(found: Found) -> dict[str, Any]:
-    rows = [_finite(row | {"metadata": dict(row["metadata"] or [])}) for row in found.rows]
-    return {"rows": rows, "next": found.next, "looked_at": found.looked_at, "documents": found.documents}
-
-
 def _finite(value: Any) -> Any:
-    """What JSON has a word for: None in place of what is no number."""
+    """The value with None for NaN and infinities, which JSON lacks."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Thumbs and edits of the chat page, as rows that post-training reads."""
+"""Thumbs and edits of the chat page, stored as rows for post-training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bessemer.serving.runtime.bodies import ApiError, Body, misfit, read_body
 PAIRS, LABELS = "pairs.jsonl", "labels.jsonl"
 
 
-class Said(Body):
+class FeedbackMessage(Body):
     """A message of the prompt."""
 
     role: Literal["system", "user", "assistant"]
@@ -24,9 +24,9 @@ class Said(Body):
 
 
 class Feedback(Body):
-    """Either an answer that is better than another, or one that is good or not."""
+    """Either a pair of answers, one better than the other, or one answer with a label."""
 
-    prompt: Annotated[list[Said], Field(min_length=1, max_length=1000)]
+    prompt: Annotated[list[FeedbackMessage], Field(min_length=1, max_length=1000)]
     chosen: str | None = Field(None, min_length=1)
     rejected: str | None = None
     completion: str | None = Field(None, min_length=1)
@@ -43,7 +43,7 @@ class Feedback(Body):
         return self
 
     def row(self) -> dict[str, Any]:
-        """The row of a file."""
+        """The row for the file of pairs or of labels."""
         prompt = [message.model_dump() for message in self.prompt]
         if self.chosen is not None:
             return {"prompt": prompt, "chosen": _answer(self.chosen), "rejected": _answer(self.rejected or "")}
@@ -51,27 +51,26 @@ class Feedback(Body):
 
 
 class FeedbackApi:
-    """The route, and the files that it adds to."""
+    """The route, and the folder of its files."""
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
         self._lock = threading.Lock()
 
     def router(self) -> APIRouter:
-        """The route."""
         router = APIRouter()
         router.add_api_route("/feedback", self.take, methods=["POST"])
         return router
 
     async def take(self, request: Request) -> dict[str, str]:
-        asked = await read_body(Feedback, request)
+        body = await read_body(Feedback, request)
         if self._folder is None:
             raise ApiError("this server keeps no feedback; start it with --feedback FOLDER", status=403, code="not_allowed")
-        name = PAIRS if asked.chosen is not None else LABELS
+        name = PAIRS if body.chosen is not None else LABELS
         with self._lock:
             self._folder.mkdir(parents=True, exist_ok=True)
             with (self._folder / name).open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(asked.row(), ensure_ascii=False) + "\n")
+                stream.write(json.dumps(body.row(), ensure_ascii=False) + "\n")
         return {"kept": name}
 
 

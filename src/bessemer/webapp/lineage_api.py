@@ -1,4 +1,4 @@
-"""Where a token comes from: what the run's earlier models would have said, and the training documents that go on like it."""
+"""Where a token comes from: predictions of the run's earlier models, and training documents with the same tokens."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from bessemer.webapp.token_api import TokenId
 if TYPE_CHECKING:
     from bessemer.pipeline.run_folder import RunFolder
 
-#: Likeliest tokens shown of a model; models of a stage's training, besides the one that it ended with.
+#: Likeliest tokens of a model, and checkpoints of a stage besides its final model.
 _LIKELIEST, _CHECKPOINTS = 3, 6
-#: Tokens of context that an earlier model is given.
+#: Most tokens of context for an earlier model.
 _LONGEST = 2048
-#: Tokens of the longest and the shortest sequence that is looked for, the chosen one the last.
+#: Tokens of the longest and the shortest n-gram that is searched for; its last token is the chosen one.
 _LONGEST_NGRAM, _SHORTEST_NGRAM = 12, 2
 
 
 class EarlierRequest(Body):
-    """A token with those before it. model: the one whose token it is; None: the first."""
+    """A token with those before it. model: which generated it; None: the first model."""
 
     model: str | None = None
     before: Annotated[list[TokenId], Field(min_length=1, max_length=1_000_000)]
@@ -46,7 +46,7 @@ class EarlierRequest(Body):
 
 @dataclass(frozen=True)
 class _Earlier:
-    """A model of the run: that of a stage, or of a step on its way."""
+    """A model of the run: the final one of a stage, or a checkpoint at a step."""
 
     stage: str
     folder: Path
@@ -54,16 +54,15 @@ class _Earlier:
 
 
 class LineageApi:
-    """The routes. runs: the folder of the runs; run: that made the model which is served. None: not known, or not shown."""
+    """The routes. runs: the folder of the runs; run: the one that made the served model. None: unknown, or not shown."""
 
     def __init__(self, served: Served, runs: Path | None, run: str | None) -> None:
         self._served = served
         self._made_by = None if runs is None or run is None else (runs, run)
-        # one at a time, and those that wait take no thread
+        # one model at a time, and waiting takes no thread
         self._lock = asyncio.Lock()
 
     def router(self) -> APIRouter:
-        """The routes."""
         router = APIRouter(prefix="/inspect")
         router.add_api_route("/earlier", self.earlier, methods=["POST"])
         router.add_api_route("/training", self.training, methods=["POST"])
@@ -71,24 +70,24 @@ class LineageApi:
 
     async def earlier(self, request: Request) -> dict[str, Any]:
         self._served.check_unguarded()
-        asked = await self._asked(request)
-        caller_of(request).spend(prompt=min(len(asked.before), _LONGEST))
+        body = await self._body(request)
+        caller_of(request).spend(prompt=min(len(body.before), _LONGEST))
 
         with self._served.worker.admit(1):
             async with self._lock:
-                return {"models": await off_the_loop(lambda: [self._said(one, asked) for one in self._models])}
+                return {"models": await off_the_loop(lambda: [self._prediction(model, body) for model in self._models])}
 
     async def training(self, request: Request) -> dict[str, Any]:
-        asked = await self._asked(request)
+        body = await self._body(request)
         tokenizer = self._served.engine.tokenizer
-        ids = [*asked.before[-(_LONGEST_NGRAM - 1) :], asked.token]
+        ids = [*body.before[-(_LONGEST_NGRAM - 1) :], body.token]
         needles = [
             text
             for start in range(len(ids) - _SHORTEST_NGRAM + 1)
             if (text := tokenizer.decode(ids[start:])).strip() and "\ufffd" not in text
         ]
 
-        def found() -> dict[str, Any]:
+        def search() -> dict[str, Any]:
             run = self._run
             stage, folder = next(
                 ((name, folder) for name, folder in reversed(run.stages().items()) if holds_documents(folder / "documents")),
@@ -99,40 +98,40 @@ class LineageApi:
             if not needles:
                 return {"run": run.name, "stage": stage, "passages": [], "looked_at": 0, "documents": 0}
             places, looked_at, documents = passages(folder / "documents", needles, split=TRAIN)
-            told = [_told(one) for one in places]
-            return {"run": run.name, "stage": stage, "passages": told, "looked_at": looked_at, "documents": documents}
+            described = [_described(passage) for passage in places]
+            return {"run": run.name, "stage": stage, "passages": described, "looked_at": looked_at, "documents": documents}
 
-        return await off_the_loop(found)
+        return await off_the_loop(search)
 
-    async def _asked(self, request: Request) -> EarlierRequest:
-        """A request that may be answered. Raises ApiError: 403 for a client that may not see it, 404 for another model than the
-        run's: an adapter, or one beside the first."""
+    async def _body(self, request: Request) -> EarlierRequest:
+        """The checked body. Raises ApiError: 403 for a client that may not see runs, 404 for an adapter or an additional model,
+        whose run is unknown."""
         check_owner(request)
-        asked = await read_body(EarlierRequest, request)
-        if self._made_by is None or asked.model not in (None, *self._served.names_of_model):
+        body = await read_body(EarlierRequest, request)
+        if self._made_by is None or body.model not in (None, *self._served.names_of_model):
             raise missing("the run that made this model is not known here; serve it first, by the run's name")
-        if max(*asked.before, asked.token) >= self._served.engine.tokenizer.vocab_size:
+        if max(*body.before, body.token) >= self._served.engine.tokenizer.vocab_size:
             raise ApiError("token ids are below the size of the vocabulary", parameter="token", code="invalid_value")
-        return asked
+        return body
 
     @cached_property
     def _run(self) -> RunFolder:
-        assert self._made_by is not None, "checked before"
+        assert self._made_by is not None, "`_body` checks it"
         return named_run(*self._made_by)
 
     @cached_property
     def _models(self) -> list[_Earlier]:
-        return [one for name, folder in self._run.stages().items() for one in _models_of(name, folder)]
+        return [model for name, folder in self._run.stages().items() for model in _models_of(name, folder)]
 
-    def _said(self, earlier: _Earlier, asked: EarlierRequest) -> dict[str, Any]:
-        told: dict[str, Any] = {"stage": earlier.stage, "step": earlier.step}
+    def _prediction(self, earlier: _Earlier, body: EarlierRequest) -> dict[str, Any]:
+        prediction: dict[str, Any] = {"stage": earlier.stage, "step": earlier.step}
         try:
             model = load_model(earlier.folder) if earlier.step is None else _of_checkpoint(earlier.folder)
         except BessemerError as error:
-            return {**told, "problem": str(error)}
-        tokens = asked.before[-min(_LONGEST, model.config.max_position_embeddings) :]
-        if max(*tokens, asked.token) >= model.config.vocab_size:
-            return {**told, "problem": "it has another vocabulary"}
+            return {**prediction, "problem": str(error)}
+        tokens = body.before[-min(_LONGEST, model.config.max_position_embeddings) :]
+        if max(*tokens, body.token) >= model.config.vocab_size:
+            return {**prediction, "problem": "it has another vocabulary"}
         with torch.inference_mode():
             share_V = model.float().eval()(torch.tensor([tokens]))[0, -1].softmax(-1)
         best = share_V.topk(min(_LIKELIEST, len(share_V)))
@@ -142,12 +141,12 @@ class LineageApi:
             for id, probability in zip(best.indices.tolist(), best.values.tolist(), strict=True)
             if id < tokenizer.vocab_size
         ]
-        rank = int((share_V > share_V[asked.token]).sum()) + 1
-        return {**told, "likeliest": likeliest, "probability": float(share_V[asked.token]), "rank": rank}
+        rank = int((share_V > share_V[body.token]).sum()) + 1
+        return {**prediction, "likeliest": likeliest, "probability": float(share_V[body.token]), "rank": rank}
 
 
 def _models_of(stage: str, folder: Path) -> Iterator[_Earlier]:
-    """The models of a stage, oldest first: some of its checkpoints, and the one that it ended with."""
+    """The models of a stage, oldest first: some of its checkpoints, and its final model."""
     model = folder / "model"
     if not (model / "config.json").is_file() or not _writes_text(model):
         return
@@ -162,25 +161,25 @@ def _models_of(stage: str, folder: Path) -> Iterator[_Earlier]:
 
 
 def _of_checkpoint(checkpoint: Path) -> Decoder:
-    # what reads checkpoints takes seconds to load, and a server that nobody asks for them starts without
+    # loads the trainer: not when the server starts
     from bessemer.training.checkpoint.export import checkpoint_model
 
     return checkpoint_model(checkpoint)[0]
 
 
 def _writes_text(model: Path) -> bool:
-    """Whether it is a language model, and no reward model."""
+    """Whether it is a language model, not a reward model."""
     return not read_model_config(model).num_scores
 
 
-def _told(one: Passage) -> dict[str, Any]:
-    row = one.row
+def _described(passage: Passage) -> dict[str, Any]:
+    row = passage.row
     return {
         "id": row["id"],
         "source": row["source"],
         "url": row["url"],
-        "left": one.left,
-        "found": one.found,
-        "right": one.right,
+        "left": passage.left,
+        "found": passage.found,
+        "right": passage.right,
         "scores": {name: value for name, value in row.items() if isinstance(value, int | float) and abs(value) < float("inf")},
     }

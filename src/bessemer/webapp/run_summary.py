@@ -1,7 +1,4 @@
-"""Summaries of runs for the page: status, growing curves and samples, comparisons, sweeps, evaluations.
-
-Loaded at the first request.
-"""
+"""Summaries of runs: status, growing curves and samples, comparisons, sweeps, evaluations. Loaded at the first request."""
 
 from __future__ import annotations
 
@@ -13,61 +10,62 @@ from pathlib import Path
 from typing import Any
 
 from bessemer.core.errors import ArtefactError
-from bessemer.core.report import KeyFigure, Part
+from bessemer.core.report import Part
 from bessemer.evaluation.comparison import compare, comparison_parts, flip_parts, flips
 from bessemer.evaluation.evaluation_folder import ITEMS_FILE, RESULTS_FILE, read_evaluation
 from bessemer.pipeline.report import compare_runs, key_figures, run_report, stage_section
 from bessemer.pipeline.run_folder import RunFolder, StageState, stage_states
 from bessemer.webapp.access import missing, without_styles
 
-#: Files that grow while a stage is at work, by what the page calls them.
+#: Files that grow while a stage runs, by their names in the routes.
 GROWING = {"metrics": "metrics.jsonl", "samples": "samples.jsonl"}
-#: Bytes of a growing file that are sent at once.
+#: Most bytes of a growing file in one response.
 _AT_ONCE = 2_000_000
 _MOST_DIGITS = 20
 
 
 def figures(run: RunFolder) -> list[dict[str, str]]:
-    """What the head of the run's report says."""
-    return [_figure(one) for one in key_figures(run_report(run))]
+    """The key figures of the run's report."""
+    return [{"label": figure.label, "value": figure.value, "note": figure.note} for figure in key_figures(run_report(run))]
 
 
 def section(run: RunFolder, stage: str) -> dict[str, str]:
     """A finished stage's section of the report, as HTML; empty where it has none."""
-    found = stage_section(run_report(run), stage)
-    return {"title": "", "html": ""} if found is None else {"title": found.title, "html": _drawn(found.parts, stage)}
+    section = stage_section(run_report(run), stage)
+    if section is None:
+        return {"title": "", "html": ""}
+    return {"title": section.title, "html": _html(section.parts, stage)}
 
 
-def beside(run: RunFolder, other: RunFolder) -> str:
-    """Two runs, as HTML."""
-    return _drawn(compare_runs(run, other), "beside")
+def run_comparison(run: RunFolder, other: RunFolder) -> str:
+    """A comparison of two runs, as HTML."""
+    return _html(compare_runs(run, other), "beside")
 
 
-def evaluations_beside(runs: Path, first: str, second: str) -> str:
-    """Two evaluations and the items that flipped, as HTML. Raises ApiError (404) for one that is not there."""
+def evaluation_comparison(runs: Path, first: str, second: str) -> str:
+    """A comparison of two evaluations with the items that flipped, as HTML. Raises ApiError (404) for an unknown one."""
     known = evaluations(runs)
     for name in (first, second):
         if name not in known:
             raise missing(f"there is no evaluation {name!r}")
     both = [read_evaluation(known[name], name) for name in (first, second)]
     parts = [*comparison_parts(compare(*both)), *flip_parts(flips(*both), (first, second))]
-    return _drawn(parts, "evaluations")
+    return _html(parts, "evaluations")
 
 
-def _drawn(parts: Sequence[Part], name: str) -> str:
-    """Parts of a report as HTML for the page. name: begins the ids of what is drawn."""
-    # curves need matplotlib, which a server may lack; all else of a run is told without
+def _html(parts: Sequence[Part], name: str) -> str:
+    """Parts of a report as HTML. name: prefix of the ids of drawings."""
+    # needs matplotlib, which a server may lack
     from bessemer.views.report import draw_parts
 
     return without_styles(str(draw_parts(parts, (f"{name}-{number}" for number in count(1)))))
 
 
 def in_short(run: RunFolder) -> dict[str, Any]:
-    """A run in the list."""
+    """A run in the list of runs. One that cannot be read has the reason as its description."""
     try:
         states = stage_states(run)
     except (ArtefactError, KeyError, TypeError, AttributeError) as error:
-        # one that cannot be read does not hide the others
         return {
             "name": run.name,
             "description": f"cannot be read: {error}",
@@ -101,10 +99,6 @@ def at_length(run: RunFolder) -> dict[str, Any]:
     }
 
 
-def _figure(figure: KeyFigure) -> dict[str, str]:
-    return {"label": figure.label, "value": figure.value, "note": figure.note}
-
-
 def _shown(state: StageState) -> dict[str, Any]:
     return {
         "name": state.name,
@@ -123,7 +117,7 @@ def _shown(state: StageState) -> dict[str, Any]:
 
 
 def stage_of(run: RunFolder, name: str) -> StageState:
-    """A stage of a run. Raises ApiError (404) for one that it has not."""
+    """A stage of a run. Raises ApiError (404) for an unknown one."""
     for state in stage_states(run):
         if state.name == name:
             return state
@@ -131,27 +125,27 @@ def stage_of(run: RunFolder, name: str) -> StageState:
 
 
 def grown(path: Path, after: str) -> dict[str, Any]:
-    """Whole records of a growing file behind a place, at most `_AT_ONCE` bytes of them.
+    """Complete records of a growing file from a position on, at most `_AT_ONCE` bytes.
 
-    after: `file-bytes`, as an earlier answer gave it; "" begins. A file that was written anew, as by a run that went on from an
-    earlier step, begins again, and `restarted` says so.
+    after: the position, `inode-bytes` from an earlier response; "" for the start. A replaced file, as that of a run resumed
+    from an earlier step, is read from its start, and `restarted` is true.
     """
     try:
         with path.open("rb") as stream:
             file = path.stat()
-            identity, _, place = after.partition("-")
-            is_place = place.isdecimal() and len(place) < _MOST_DIGITS
-            is_same = identity == str(file.st_ino) and is_place and int(place) <= file.st_size
-            start = int(place) if is_same else 0
+            inode, _, position = after.partition("-")
+            is_number = position.isdecimal() and len(position) < _MOST_DIGITS
+            is_same = inode == str(file.st_ino) and is_number and int(position) <= file.st_size
+            start = int(position) if is_same else 0
             stream.seek(start)
             content = stream.read(_AT_ONCE)
             if b"\n" not in content:
-                # a line that is longer
+                # a record longer than that
                 content += stream.readline()
     except FileNotFoundError:
         return {"after": "", "restarted": bool(after), "records": []}
     whole = content[: content.rfind(b"\n") + 1]
-    # what is no number there is none here: JSON has no word for it
+    # NaN and infinities become null: the response is JSON
     records = [json.loads(line, parse_constant=lambda name: None) for line in whole.splitlines()]
     return {
         "after": f"{file.st_ino}-{start + len(whole)}",
@@ -170,10 +164,10 @@ def sweeps(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def evaluations(runs: Path) -> Mapping[str, Path]:
-    """Finished evaluations in the folder of the runs, by their place in it."""
-    found = (path.parent for depth in ("*", "*/*", "*/*/*") for path in runs.glob(f"{depth}/{ITEMS_FILE}"))
+    """Folders of finished evaluations, by their path below the folder of the runs."""
+    folders = (path.parent for depth in ("*", "*/*", "*/*/*") for path in runs.glob(f"{depth}/{ITEMS_FILE}"))
     return {
         str(folder.relative_to(runs)): folder
-        for folder in found
+        for folder in folders
         if not folder.relative_to(runs).parts[0].startswith(".") and (folder / RESULTS_FILE).is_file()
     }

@@ -1,4 +1,4 @@
-"""What the X-ray page asks: a sentence of the user's, seen from inside the model."""
+"""Routes of the X-ray page: what happens inside the model for a sentence."""
 
 from __future__ import annotations
 
@@ -22,32 +22,31 @@ from bessemer.inference.engine import Engine
 from bessemer.inference.sampling.params import SamplingParams
 from bessemer.inspection.heads import without_heads
 from bessemer.inspection.inspect import inspect
-from bessemer.model.costs import parameters
 from bessemer.model.decoder import Decoder
 from bessemer.model.storage.tuned_folder import load_whole
-from bessemer.serving.runtime.bodies import ApiError, Body, read_body
+from bessemer.serving.runtime.bodies import ApiError, Body, overloaded, read_body
 from bessemer.serving.runtime.clients import caller_of
 from bessemer.serving.runtime.served import Served
-from bessemer.serving.runtime.streams import until_client_leaves
+from bessemer.serving.runtime.streams import client_left_response, until_client_leaves
 from bessemer.webapp.access import without_styles
 
-#: Pictures are drawn of at most these tokens by tokens.
+#: Most tokens of a sentence: attention is drawn as tokens × tokens.
 _LONGEST = 512
-#: X-rays that are under way or wait; each takes seconds, one after the other.
+#: X-rays that run or wait; they take seconds each, one after the other.
 _MOST_AT_ONCE = 8
 _GIB = 2**30
 
 
-#: Makes an answer of the copy; calls its second argument now and then, which raises where nobody waits any more.
+#: Computes a result with the copy of the model. Calls its second argument now and then, which raises when the client has left.
 _Work = Callable[[Decoder, Callable[[], None]], dict[str, Any]]
 
 
 class _ClientLeftError(Exception):
-    """Nobody waits for the result."""
+    """The client has left."""
 
 
 class XrayRequest(Body):
-    """A sentence, and what of it is opened: the head, the token that looks, and the one that is looked at."""
+    """A sentence, and what is shown in detail: a head, and the tokens of its query and key."""
 
     text: str = Field(min_length=1, max_length=20_000)
     layer: int | None = Field(None, ge=0)
@@ -60,7 +59,7 @@ class XrayRequest(Body):
 
 
 class WithoutRequest(Body):
-    """A sentence that the model goes on with, as it is and without one head."""
+    """A sentence to continue with the whole model, and without one head."""
 
     text: str = Field(min_length=1, max_length=20_000)
     layer: int = Field(ge=0)
@@ -69,11 +68,11 @@ class WithoutRequest(Body):
 
 
 class XrayApi:
-    """The routes. They have a copy of the model to themselves, in float32, loaded when they are first asked: what is recorded
-    and silenced there is nothing to the requests that the server answers. One thread of their own computes X-rays in turn."""
+    """The routes. They record and silence heads in a copy of the model, in float32, loaded at the first request, so that other
+    requests are not affected. One thread computes X-rays in turn."""
 
     def __init__(self, served: Served, folder: Path | None, is_offered: bool = True) -> None:
-        """is_offered: False refuses all."""
+        """is_offered: whether X-rays are made at all."""
         self._served = served
         self._folder = folder
         self._is_offered = is_offered
@@ -81,24 +80,23 @@ class XrayApi:
         self._under_way = 0
 
     def router(self) -> APIRouter:
-        """The routes."""
         router = APIRouter(prefix="/inspect")
         router.add_api_route("/xray", self.xray, methods=["POST"], response_model=None)
         router.add_api_route("/without", self.without, methods=["POST"], response_model=None)
         return router
 
     async def xray(self, request: Request) -> Response:
-        asked = await read_body(XrayRequest, request)
+        body = await read_body(XrayRequest, request)
         self._served.check_unguarded()
-        return await self._alone(request, asked.text, lambda model, _: self._drawn(asked, model))
+        return await self._run(request, body.text, lambda model, _: self._drawn(body, model))
 
     async def without(self, request: Request) -> Response:
-        asked = await read_body(WithoutRequest, request)
+        body = await read_body(WithoutRequest, request)
         self._served.check_unguarded()
-        return await self._alone(request, asked.text, lambda model, check: self._answers(asked, model, check))
+        return await self._run(request, body.text, lambda model, check: self._answers(body, model, check))
 
-    async def _alone(self, request: Request, text: str, work: _Work) -> Response:
-        """The result of work on the copy, one at a time, off the event loop. It stops when the client leaves."""
+    async def _run(self, request: Request, text: str, work: _Work) -> Response:
+        """Run work on the copy, one at a time. It stops when the client leaves."""
         if not self._is_offered:
             raise ApiError(
                 "this server makes no X-rays: it listens to other machines, and asks for no key", status=403, code="not_allowed"
@@ -106,13 +104,7 @@ class XrayApi:
         if self._folder is None:
             raise ApiError("this server knows no folder of its model", status=404, code="not_available")
         if self._under_way >= _MOST_AT_ONCE:
-            raise ApiError(
-                f"{self._under_way} X-rays are under way; try again in a moment",
-                status=503,
-                kind="server_error",
-                code="server_overloaded",
-                headers={"Retry-After": "5"},
-            )
+            raise overloaded(f"{self._under_way} X-rays are under way; try again in a moment", retry_after=5)
         has_left = threading.Event()
 
         def check() -> None:
@@ -126,7 +118,7 @@ class XrayApi:
 
         async def answer() -> Response:
             try:
-                # one that waits is never begun once its client has left
+                # cancelled while it waits, if the client leaves
                 return await asyncio.get_running_loop().run_in_executor(self._thread, run)
             except RequestError as error:
                 raise ApiError(str(error), code="invalid_value") from None
@@ -142,14 +134,14 @@ class XrayApi:
                 )
             caller_of(request).spend(prompt=count)
             with self._served.worker.admit(1):
-                return await until_client_leaves(request, answer())
+                return await until_client_leaves(request.receive, answer()) or client_left_response()
         finally:
             self._under_way -= 1
 
     @cached_property
     def _model(self) -> Decoder:
         assert self._folder is not None
-        needed, free = 4 * parameters(self._served.engine.model.config), free_memory_bytes()
+        needed, free = 4 * self._served.engine.model.config.parameters(), free_memory_bytes()
         if free is not None and needed > free:
             raise ApiError(
                 f"an X-ray takes a copy of the model in float32, {needed / _GIB:.1f} GiB, and {free / _GIB:.1f} GiB are free",
@@ -159,55 +151,55 @@ class XrayApi:
             )
         return load_whole(self._folder).float()
 
-    def _drawn(self, asked: XrayRequest, model: Decoder) -> dict[str, Any]:
-        # as are the drawings of a run
+    def _drawn(self, body: XrayRequest, model: Decoder) -> dict[str, Any]:
+        # heavy to load
         from bessemer.views.inspection import inspection_sections, key_figures
 
-        found = inspect(
+        inspection = inspect(
             model,
             self._served.engine.tokenizer,
-            asked.text,
-            layer=asked.layer,
-            head=asked.head,
-            query=asked.query,
-            key=asked.key,
-            neighbours_of=asked.neighbours,
-            analogies=asked.analogies,
-            ablate=asked.ablate,
+            body.text,
+            layer=body.layer,
+            head=body.head,
+            query=body.query,
+            key=body.key,
+            neighbours_of=body.neighbours,
+            analogies=body.analogies,
+            ablate=body.ablate,
         )
         config = model.config
         return {
-            "figures": [{"name": name, "value": value} for name, value in key_figures(found)],
+            "figures": [{"name": name, "value": value} for name, value in key_figures(inspection)],
             "sections": [
-                {"name": name, "title": title, "html": without_styles(str(body))}
-                for name, title, body in inspection_sections(found)
+                {"name": name, "title": title, "html": without_styles(str(html))}
+                for name, title, html in inspection_sections(inspection)
             ],
             "layers": config.num_hidden_layers,
             "heads": config.num_attention_heads,
-            "hurts_most": _hurts_most(found.head_changes_LH),
+            "hurts_most": _hurts_most(inspection.head_changes_LH),
         }
 
-    def _answers(self, asked: WithoutRequest, model: Decoder, check: Callable[[], None]) -> dict[str, Any]:
-        params = SamplingParams(max_tokens=asked.max_tokens, temperature=0.0)
+    def _answers(self, body: WithoutRequest, model: Decoder, check: Callable[[], None]) -> dict[str, Any]:
+        params = SamplingParams(max_tokens=body.max_tokens, temperature=0.0)
 
         def answer() -> str:
-            # an engine of its own each time: keys of a model without the head are no other model's
+            # a new engine each time: cached keys of the model without the head must not be reused
             engine = Engine(model, self._served.engine.tokenizer)
             text = ""
-            for chunk in engine.stream(asked.text, params):
-                # a compiled step calls no block
+            for chunk in engine.stream(body.text, params):
+                # a compiled step does not call the blocks' hooks
                 check()
                 text += chunk.text
             return text
 
-        with without_heads(model, [(asked.layer, asked.head)]):
+        with without_heads(model, [(body.layer, body.head)]):
             silenced = answer()
         return {"whole": answer(), "without": silenced}
 
 
 @contextmanager
 def _stopped(model: Decoder, check: Callable[[], None]) -> Generator[None, None, None]:
-    """Inside the `with`, every block of the model checks before it computes."""
+    """Inside the `with`, every block of the model calls `check` before it computes."""
     with ExitStack() as hooks:
         for block in model.blocks:
             hooks.callback(block.register_forward_pre_hook(lambda *_: check()).remove)
@@ -215,7 +207,7 @@ def _stopped(model: Decoder, check: Callable[[], None]) -> Generator[None, None,
 
 
 def _hurts_most(changes_LH: np.ndarray | None) -> dict[str, int] | None:
-    """The head without which the loss rises most."""
+    """The head whose removal raises the loss most."""
     if changes_LH is None or not np.isfinite(changes_LH).any():
         return None
     layer, head = np.unravel_index(int(np.nanargmax(changes_LH)), changes_LH.shape)

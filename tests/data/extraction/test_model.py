@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from bessemer.core.errors import ArtefactError
 from bessemer.data.extraction.extract import main_text
 from bessemer.data.extraction.features import features
-from bessemer.data.extraction.model import CONTEXT, FEATURES, from_json, judge, probabilities, to_json, trained
+from bessemer.data.extraction.model import CONTEXT, FEATURES, from_json, judge, probabilities, trained
 from bessemer.data.extraction.parsing import parse
-from bessemer.data.extraction.training import agreed, by_phrases, by_text, fit, fit_trees, mark
 from tests.data.extraction.test_extract import ARTICLE, SENTENCES
+
+sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
+from extraction_training import agreed, by_phrases, by_text, fit, fit_trees, mark, to_json
 
 MAIN = {f"{sentence} {sentence[:60]}." for sentence in SENTENCES} | {"How steel became cheap"}
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import numpy as np
 
-from bessemer.data.extraction.blocks import BUCKETS, MOST_HASHED, MOST_WORDS, buckets_of, fit_words, word_scores
+from bessemer.data.extraction.blocks import BUCKETS, MOST_HASHED, MOST_WORDS, word_scores
 from bessemer.data.extraction.features import features
 from bessemer.data.extraction.model import FEATURES
 from bessemer.data.extraction.parsing import parse
+
+sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
+from extraction_training import buckets_of, fit_words
 
 
 def parsed(source: str):

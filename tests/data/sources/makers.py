@@ -38,6 +38,12 @@ def opened(kind, folder, **settings):
     return source
 
 
+def files_source(paths, folder, max_document_bytes):
+    """The source `files` over some paths."""
+    settings = source_plugin("files").settings.parse({"paths": paths, "max_document_bytes": max_document_bytes})
+    return open_source(settings, folder, folder / "cache")
+
+
 def found(source, tally=None):
     """Everything a source yields: unit, position, document."""
     tally = tally if tally is not None else Tally()

@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 
 from bessemer.core.errors import SourceError
 from bessemer.core.progress import Silent
-from bessemer.data.sources.files import TextFiles, files_source
+from bessemer.data.sources.files import TextFiles
 from bessemer.data.sources.io import paths
 from bessemer.data.sources.io.file_source import bounded_lines, record_document
 from bessemer.data.sources.io.paths import READ_BY, ContentFingerprints
 from bessemer.data.sources.io.streams import open_stream
 from bessemer.data.sources.registry import source_fingerprint, source_plugin
 from bessemer.data.sources.source import Tally
-from tests.data.sources.makers import opened
+from tests.data.sources.makers import files_source, opened
 
 COMPRESS = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
 
@@ -281,7 +281,7 @@ def test_an_empty_file_is_counted(tmp_path):
 def test_a_paragraph_beyond_all_measure_is_cut_between_characters(tmp_path):
     (tmp_path / "a.txt").write_text("é" * 100 + "\n\nend\n")
     reader = files_source(["a.txt"], tmp_path, 10)
-    reader = dataclasses.replace(reader, format=TextFiles(10, longest_paragraph=31))
+    reader = dataclasses.replace(reader, format=TextFiles(reader.format.settings, longest_paragraph=31))
     tally = Tally()
     documents = [document for unit in reader.units() for _, document in reader.read(unit, 0, tally)]
     assert "".join(document.text for document in documents) == "é" * 100 + "end"

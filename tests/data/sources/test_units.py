@@ -7,12 +7,11 @@ import pytest
 from bessemer.core.errors import SourceError
 from bessemer.data.sources import python_docs
 from bessemer.data.sources.docs import Wheels, read_wheel
-from bessemer.data.sources.files import files_source
 from bessemer.data.sources.io.fetch import Clock
 from bessemer.data.sources.python_docs import PythonDocs, read_python_docs
 from bessemer.data.sources.source import Document, Tally, counted
 from bessemer.data.sources.user import UserFunction
-from tests.data.sources.makers import assert_resumes, found, tar, zipped
+from tests.data.sources.makers import assert_resumes, files_source, found, tar, zipped
 
 
 def test_wheels_are_units_whose_documents_are_those_of_the_wheel(tmp_path, lock, wheel, pip):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import socket
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
@@ -123,11 +124,11 @@ def test_a_killed_crawl_goes_on_where_its_journal_ends(site, tmp_path, lost):
 
 
 def test_what_may_heal_is_asked_again_by_the_next_run_and_what_will_not_is_not(tmp_path):
-    with PageStore(tmp_path) as store:
+    with closing(PageStore(tmp_path)) as store:
         store.add_failure("http://a/", "timed_out", "slow")
         store.add_failure("http://b/", "status_503", "busy")
         store.add_failure("http://c/", "status_404", "gone")
-    with PageStore(tmp_path) as store:
+    with closing(PageStore(tmp_path)) as store:
         assert set(store.outcomes) == {"http://c/"}
 
 

@@ -18,21 +18,12 @@ from bessemer.data.filters.registry import column_description
 
 CARD = "README.md"
 _DOMAINS = 20
-_LICENSES = {
-    "mit": "mit",
-    "apache-2.0": "apache-2.0",
-    "bsd-2-clause": "bsd-2-clause",
-    "bsd-3-clause": "bsd-3-clause",
-    "mpl-2.0": "mpl-2.0",
-    "cc0-1.0": "cc0-1.0",
-    "cc-by-4.0": "cc-by-4.0",
-    "cc-by-sa-3.0": "cc-by-sa-3.0",
-    "cc-by-sa-4.0": "cc-by-sa-4.0",
-    "gpl-2.0": "gpl-2.0",
-    "gpl-3.0": "gpl-3.0",
-    "lgpl-3.0": "lgpl-3.0",
-    "agpl-3.0": "agpl-3.0",
-}
+#: As hubs of data sets write them.
+_SPDX = """
+    mit apache-2.0 bsd-2-clause bsd-3-clause mpl-2.0 cc0-1.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 gpl-2.0 gpl-3.0 lgpl-3.0
+    agpl-3.0
+"""
+_LICENSES = frozenset(_SPDX.split())
 _SIZES = ((1e3, "n<1K"), (1e4, "1K<n<10K"), (1e5, "10K<n<100K"), (1e6, "100K<n<1M"), (1e7, "1M<n<10M"), (1e8, "10M<n<100M"))
 _FIELDS = {
     "id": "128-bit hash of the source and a stable place in it; the same in every stage",
@@ -49,7 +40,7 @@ _FIELDS = {
 
 @dataclass(frozen=True)
 class StageRecord:
-    """A data stage as its manifest tells of it."""
+    """A data stage by its manifest."""
 
     name: str
     settings: Mapping[str, Any]
@@ -57,7 +48,7 @@ class StageRecord:
 
 
 def lineage(documents: Path) -> list[StageRecord]:
-    """The stages that made a folder of documents, the first one first, as far as manifests beside each other tell."""
+    """The stages that made a folder of documents, the first one first, as far as their manifests are in the same store."""
     records: list[StageRecord] = []
     folder: Path | None = documents.resolve().parent
     while folder is not None and (folder / MANIFEST).exists():
@@ -69,7 +60,7 @@ def lineage(documents: Path) -> list[StageRecord]:
 
 
 def write_card(out: Path, stages: Sequence[StageRecord]) -> None:
-    """Write `README.md` beside the documents that the last of these stages made."""
+    """Write `README.md` into the folder of the last of these stages."""
     write_text(out / CARD, dataset_card(stages))
 
 
@@ -88,7 +79,7 @@ def dataset_card(stages: Sequence[StageRecord]) -> str:
         "## How it was made\n\n" + "\n".join(_step(record) for record in stages),
         _dropped(stages),
         _edited(stages),
-        _thresholds(next((found for record in stages if (found := record.metrics.get("thresholds"))), {})),
+        _thresholds(next((thresholds for record in stages if (thresholds := record.metrics.get("thresholds"))), {})),
         _fields(stages),
         _LIMITS,
     ]
@@ -97,7 +88,7 @@ def dataset_card(stages: Sequence[StageRecord]) -> str:
 
 def _front_matter(metrics: Mapping[str, Any]) -> str:
     languages = [name for name in _largest_first(metrics.get("by_language", {})) if name.isascii() and name.isalpha()]
-    stated = {_LICENSES.get(name.lower(), "other") for name in metrics.get("by_license", {})}
+    stated = {name.lower() if name.lower() in _LICENSES else "other" for name in metrics.get("by_license", {})}
     count = metrics["documents_out"]
     category = next((name for limit, name in _SIZES if count < limit), "n>100M")
     lines = [

@@ -146,7 +146,7 @@ def iterate_documents(
 
 
 def count_documents(folder: Path, split: str | None = None) -> int:
-    """How many documents a folder holds, in one split or in all."""
+    """The number of documents in a folder, of one split or of all."""
     return sum(_rows_of_part(part, split) for part in document_files(folder))
 
 
@@ -220,7 +220,7 @@ class Sighting:
 
 
 def history(stages: Iterable[tuple[str, Path]], identity: str) -> Iterator[Sighting]:
-    """What became of a document in each of the data stages' folders that hold it. Other stages' folders are passed over."""
+    """A document's sightings in the data stages' folders that hold it; folders of other stages are skipped."""
     for stage, folder in stages:
         for side in SIDES:
             if holds_documents(folder / side) and (row := find_document(folder / side, identity)) is not None:

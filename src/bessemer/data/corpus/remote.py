@@ -20,26 +20,27 @@ from bessemer.core.stage import StageContext
 from bessemer.core.store import artefact_name, check_format, read_json, will_be_published, write_json, write_text
 
 INDEX = "objects.json"
-#: What is done goes here. It stays until the stage's outputs are hashed, since a run may be killed during that too.
+#: Folder of finished work. It stays until the stage's outputs are hashed, since a run may be killed during that too.
 SCRATCH = ".checkpoints"
-#: In the scratch of a stage's own folder: the address below which its parts and its checkpoints lie.
+#: File in that folder: the address below which the stage's parts and checkpoints lie.
 ADDRESS = "storage"
 _FORMAT = 1
 _DOWNLOADS_AT_ONCE = 8
 
 
 def working_place(storage: str | None, out: Path) -> Place:
-    """Where the outputs of a stage are written: the stage's folder, or below `storage` a folder of the same name."""
+    """The place of a stage's outputs: the stage's folder, or below `storage` a folder of the same name."""
     return out.absolute() if storage is None else ObjectPath.parse(storage) / artefact_name(out)
 
 
-def begin(place: Place, out: Path) -> Place:
-    """Where a stage keeps what it has done, ready to be written to; its own folder says where that is."""
-    scratch = out / SCRATCH
-    scratch.mkdir(parents=True, exist_ok=True)
+def begin(storage: str | None, out: Path) -> tuple[Place, Place]:
+    """Where a stage writes its outputs (`working_place`), and the folder there of what it has done, ready to be written to. The
+    stage's own folder notes the address."""
+    place = working_place(storage, out)
+    (out / SCRATCH).mkdir(parents=True, exist_ok=True)
     if not isinstance(place, Path):
-        write_text(scratch / ADDRESS, f"{place}\n")
-    return place / SCRATCH
+        write_text(out / SCRATCH / ADDRESS, f"{place}\n")
+    return place, place / SCRATCH
 
 
 def finish(place: Place, out: Path, sides: Iterable[str], parts: Iterable[str]) -> None:
@@ -59,7 +60,7 @@ def finish(place: Place, out: Path, sides: Iterable[str], parts: Iterable[str]) 
 
 def write_index(folder: Path, place: ObjectPath, parts: Iterable[str]) -> None:
     """Say in `folder` which parts of the documents lie at `place`. Raises StorageError when one does not."""
-    there = {found.name: found for found in place.iterdir()}
+    there = {part.name: part for part in place.iterdir()}
     known = {}
     for name in parts:
         if name not in there:
@@ -107,15 +108,13 @@ def replacing(folder: Path, part: Place) -> Iterator[None]:
 
 
 def copies_of(cache: Path, key: str) -> Path:
-    """Where copies of a stage's documents lie for the stages that read files alone."""
+    """The folder of local copies of a stage's documents, for stages that read files only."""
     return cache / "documents" / key
 
 
 def documents_at_hand(folder: Path, copies: Path) -> Path:
-    """The folder itself where its parts are files; else `copies`, to which those that are not there yet are downloaded.
-
-    Raises ArtefactError when a part is missing, StorageError when it is not the one that was written.
-    """
+    """The folder itself where its parts are files; else `copies`, to which those that are not there yet are downloaded. Raises
+    ArtefactError when a part is missing, StorageError when it is not the one that was written."""
     if not has_index(folder):
         return folder
 

@@ -36,11 +36,8 @@ _SURVIVOR = r"^(?P<wording>.+) of (?P<survivor>[0-9a-f]{32})(?: \((?P<similarity
 
 @dataclass(frozen=True)
 class Query:
-    """What a document shall have; what is empty or None does not matter.
-
-    text: anywhere in it, upper and lower case alike. rule: why it was dropped, without the figures. column: a score, from low
-    to high.
-    """
+    """Conditions of a search; empty ones and None do not count. text: anywhere in it, upper and lower case alike.
+    rule: why it was dropped, without the figures. column: a score, from low to high."""
 
     text: str = ""
     source: str = ""
@@ -57,7 +54,7 @@ class Query:
         return [*(name for name, value in wanted if value), *([self.column] if self.column else [])]
 
     def matches(self, rows: pa.RecordBatch) -> pa.Array:
-        """Which of the rows have all of it."""
+        """The rows that meet all conditions, as booleans."""
         mask = pa.array([True] * rows.num_rows)
         if self.text:
             mask = pc.and_(mask, pc.match_substring(rows.column("text"), self.text, ignore_case=True))
@@ -77,11 +74,9 @@ class Query:
 
 
 @dataclass(frozen=True)
-class Found:
-    """Documents that were found, their texts cut to a part. next: where a search for more begins; None at the end.
-
-    looked_at: how many documents were, of how many.
-    """
+class SearchResult:
+    """Documents that were found, their texts cut to a part. next: where a search for more begins; None at the end. looked_at:
+    how many documents were, of how many."""
 
     rows: list[dict[str, Any]]
     next: int | None
@@ -89,11 +84,9 @@ class Found:
     documents: int
 
 
-def search(folder: Path, query: Query, *, start: int = 0, limit: int = 50, seconds: float = 3.0) -> Found:
+def search(folder: Path, query: Query, *, start: int = 0, limit: int = 50, seconds: float = 3.0) -> SearchResult:
     """Documents of a folder from the `start`th on, in the order of their ids, until there are `limit` or the time has come.
-
-    Raises ArtefactError for a folder that is none, RequestError for a column that it has not.
-    """
+    Raises ArtefactError for a folder that is none, RequestError for a column that it has not."""
     _check(folder, query)
     documents, until, place = count_documents(folder), time.monotonic() + seconds, start
     rows: list[dict[str, Any]] = []
@@ -107,12 +100,12 @@ def search(folder: Path, query: Query, *, start: int = 0, limit: int = 50, secon
         place += batch.num_rows
         if time.monotonic() > until:
             break
-    return Found(rows, place if place < documents else None, place - start, documents)
+    return SearchResult(rows, place if place < documents else None, place - start, documents)
 
 
 def ranked(
     folder: Path, query: Query, order: str, *, descending: bool, start: int = 0, limit: int = 50, seconds: float = 3.0
-) -> Found:
+) -> SearchResult:
     """As `search`, in the order of a score. All documents are looked at, as far as the time goes. Raises as `search`."""
     _check(folder, query, order)
     documents, until, looked_at = count_documents(folder), time.monotonic() + seconds, 0
@@ -133,12 +126,12 @@ def ranked(
     ids = [] if best is None else best.column("id").to_pylist()
     rows_found = [find_document(folder, identity) for identity in ids[start : start + limit]]
     shown = [_shown(row, query.text) for row in rows_found if row is not None]
-    return Found(shown, start + limit if len(ids) > start + limit else None, looked_at, documents)
+    return SearchResult(shown, start + limit if len(ids) > start + limit else None, looked_at, documents)
 
 
 @dataclass
 class Facets:
-    """What the documents of a folder differ in. scores: the columns that a search may name. is_whole: all were counted."""
+    """Counts of a folder's documents by source, split and reason. is_whole: all were counted; scores: columns to search by."""
 
     sources: Counter[str] = field(default_factory=Counter)
     splits: Counter[str] = field(default_factory=Counter)
@@ -150,19 +143,19 @@ class Facets:
 def facets(folder: Path, *, seconds: float = 3.0) -> Facets:
     """Sources, splits and reasons with their numbers of documents. Raises ArtefactError for a folder that is none."""
     schema = document_schema(folder)
-    found = Facets(scores=_score_columns(schema))
+    result = Facets(scores=_score_columns(schema))
     until = time.monotonic() + seconds
     has_reasons = REASON.name in schema.names
     for rows in iterate_documents(folder, ["source", "split", *([REASON.name] if has_reasons else [])]):
-        for counter, name in ((found.sources, "source"), (found.splits, "split")):
+        for counter, name in ((result.sources, "source"), (result.splits, "split")):
             counter.update(_counts(rows.column(name)))
         if has_reasons:
             for reason, number in _counts(rows.column(REASON.name)).items():
-                found.rules[rule_of(reason)] += number
+                result.rules[rule_of(reason)] += number
         if time.monotonic() > until:
-            found.is_whole = False
+            result.is_whole = False
             break
-    return found
+    return result
 
 
 @dataclass(frozen=True)
@@ -178,10 +171,7 @@ def duplicate_groups(
     folder: Path, *, groups: int = 50, members: int = 20, seconds: float = 10.0
 ) -> list[tuple[str, int, list[Duplicate]]]:
     """The largest groups of dropped duplicates: the document that stays, how many it stands for, and the likest of them; of
-    what was read in that time.
-
-    folder: of dropped documents. Raises ArtefactError for one that is none.
-    """
+    what was read in that time. folder: of dropped documents. Raises ArtefactError for one that is none."""
     counts: Counter[str] = Counter()
     likest: dict[str, list[Duplicate]] = {}
     until = time.monotonic() + seconds
@@ -223,20 +213,20 @@ def passages(
     """
     assert needles and all(longer.endswith(needles[-1]) for longer in needles), needles
     until, looked_at = time.monotonic() + seconds, 0
-    found: list[Passage] = []
+    best: list[Passage] = []
     for batch in iterate_documents(folder, split=split, batch_rows=_ROWS):
         hits = batch.filter(pc.match_substring(batch.column("text"), needles[-1]))
         looked_at += batch.num_rows
         for row in hits.to_pylist():
             number = next(number for number, needle in enumerate(needles) if needle in row["text"])
-            if len(found) < limit or number < found[-1].needle:
+            if len(best) < limit or number < best[-1].needle:
                 place = row["text"].index(needles[number])
-                found.append(_passage(row, place, place + len(needles[number]), number))
-                found.sort(key=lambda one: one.needle)
-                del found[limit:]
-        if time.monotonic() > until or (len(found) == limit and found[-1].needle == 0):
+                best.append(_passage(row, place, place + len(needles[number]), number))
+                best.sort(key=lambda one: one.needle)
+                del best[limit:]
+        if time.monotonic() > until or (len(best) == limit and best[-1].needle == 0):
             break
-    return found, looked_at, count_documents(folder, split)
+    return best, looked_at, count_documents(folder, split)
 
 
 def _passage(row: dict[str, Any], start: int, end: int, needle: int) -> Passage:
@@ -274,7 +264,7 @@ def _shown(row: dict[str, Any], searched: str) -> dict[str, Any]:
 
 
 def sides_of(folder: Path, sides: Sequence[str]) -> Iterator[tuple[str, int]]:
-    """Which of these folders below a stage's hold documents, and how many."""
+    """The folders below a stage's that hold documents, each with their number."""
     for side in sides:
         if holds_documents(folder / side):
             yield side, count_documents(folder / side)

@@ -35,12 +35,9 @@ SEGMENT_SCHEMA = SCHEMA.remove(SCHEMA.get_field_index("split")).append(pa.field(
 
 
 @dataclass
-class Head:
-    """What a segment says of itself: the unit was read up to `position`, `is_last` when to its end.
-
-    `documents` and `tally` are those of the unit from its beginning to there; `buckets` are those whose rows it holds, in
-    the order of its batches.
-    """
+class SegmentHead:
+    """Head of a segment: the unit was read up to `position`, `is_last` when to its end. `documents` and `tally` are
+    those of the unit from its beginning to there; `buckets` are those whose rows it holds, in the order of its batches."""
 
     position: int = 0
     is_last: bool = False
@@ -53,21 +50,18 @@ def write_segments(
     source: str,
     documents: Iterable[PositionedDocument],
     folder: Place,
-    before: Head,
+    before: SegmentHead,
     number: int,
     tally: Tally,
     buckets: int,
-) -> Head:
-    """Write the documents of a unit into segments `number`, … of a folder, and return the head of the last one.
-
-    before: the head of the segment that was written last, an empty one at the beginning. tally: what the reading of `documents`
-    fills.
-    """
+) -> SegmentHead:
+    """Write the documents of a unit into segments `number`, … of a folder, and return the head of the last one. before: the
+    head of the segment that was written last, an empty one at the beginning. tally: what the reading of `documents` fills."""
     pending: list[Document] = []
     size, end, count = 0, before.position, before.documents
 
-    def close(is_last: bool) -> Head:
-        head = Head(end, is_last, count, _added(before.tally, tally))
+    def close(is_last: bool) -> SegmentHead:
+        head = SegmentHead(end, is_last, count, _added(before.tally, tally))
         _write(folder / f"segment-{number:06d}.arrow", _rows(source, pending), head, buckets)
         return head
 
@@ -83,10 +77,10 @@ def write_segments(
     return close(True)
 
 
-def last_head(folder: Place) -> tuple[int, Head]:
-    """How many segments a folder holds, and the head of the last: where reading goes on."""
+def last_head(folder: Place) -> tuple[int, SegmentHead]:
+    """The number of segments in a folder, and the head of the last, with the position where reading goes on."""
     paths = segment_files(folder)
-    return len(paths), read_head(paths[-1]) if paths else Head()
+    return len(paths), read_head(paths[-1]) if paths else SegmentHead()
 
 
 def segment_files(folder: Place) -> list[Place]:
@@ -94,8 +88,8 @@ def segment_files(folder: Place) -> list[Place]:
     return sorted(folder.glob("segment-*.arrow"))
 
 
-def read_head(path: Place) -> Head:
-    """What a segment says of itself."""
+def read_head(path: Place) -> SegmentHead:
+    """The head of a segment."""
     return _head_of(_opened(path))
 
 
@@ -110,14 +104,14 @@ def groups_and_ids(paths: Iterable[Place]) -> Iterator[tuple[str | None, str]]:
 
 
 class BucketRows:
-    """The rows of one bucket in some segments, which are looked into when a row is asked for.
+    """The rows of one bucket in some segments, which are opened when a row is needed.
 
     Segments that are files are mapped, at most `_MOST_OPEN` at a time: a process may have some 65,000 maps (Linux's
     `vm.max_map_count`), and several buckets are put together at once. Of objects the bucket's rows are read and kept.
     """
 
     def __init__(self, paths: Iterable[Place], bucket: int) -> None:
-        # with the number of the batch that has the bucket's rows
+        # segments that hold the bucket, each with the number of the bucket's batch
         self._segments: list[tuple[Place, int]] = []
         self._open: OrderedDict[int, pa.RecordBatch] = OrderedDict()
         ids, sizes = [], [np.zeros(0, np.int64)]
@@ -127,10 +121,10 @@ class BucketRows:
             if bucket in head.buckets:
                 self._segments.append((path, head.buckets.index(bucket)))
                 batch = self._batch(len(self._segments) - 1, file)
-                # not the mapped ones
+                # a copy, so that the mapped batch can be released
                 ids.append(batch.column("id").take(pa.array(np.arange(batch.num_rows))))
                 sizes.append(pc.binary_length(batch.column("text")).to_numpy().astype(np.int64))
-        #: Of every row, in the order of the segments; and the bytes of its text.
+        #: Ids of all rows, in the order of the segments, and the bytes of their texts.
         self.ids = pa.chunked_array(ids, pa.string())
         self.sizes = np.concatenate(sizes)
         self._starts = np.cumsum([0, *(len(some) for some in ids)])
@@ -186,11 +180,11 @@ def _opened(path: Place, options: pa.ipc.IpcReadOptions | None = None) -> pa.Rec
     return pa.ipc.open_file(source, options=options)
 
 
-def _head_of(file: pa.RecordBatchFileReader) -> Head:
-    return Head(**json.loads((file.schema.metadata or {})[_HEAD]))
+def _head_of(file: pa.RecordBatchFileReader) -> SegmentHead:
+    return SegmentHead(**json.loads((file.schema.metadata or {})[_HEAD]))
 
 
-def _write(path: Place, table: pa.Table, head: Head, buckets: int) -> None:
+def _write(path: Place, table: pa.Table, head: SegmentHead, buckets: int) -> None:
     parts = list(in_buckets(table, buckets))
     head.buckets = [bucket for bucket, _ in parts]
     schema = SEGMENT_SCHEMA.with_metadata({_HEAD: json.dumps(asdict(head)).encode()})

@@ -23,14 +23,14 @@ from bessemer.data.thresholds import rule_of
 _EXAMPLES = 4
 _EXAMPLE_CHARACTERS = 600
 _EXAMPLE_COLUMNS = ["id", "text", "source", "language"]
-# documents of each part
+# documents of each part whose scores make the histograms
 _SAMPLED_SCORES = 256
 _BINS = 40
 _DOMAINS = 100
 
 #: Columns by whose values documents are counted, before and after a stage.
 _COUNTED = ("source", "split", "language", "license")
-#: Where a document's metadata say what its author wants no use for.
+#: The key of metadata that holds what an author objects to.
 _OPT_OUT = "opt_out"
 
 
@@ -55,7 +55,7 @@ class PartStats:
         self._bytes_in: int | None = None
 
     def add(self, kept: pa.RecordBatch, rejected: pa.RecordBatch | None = None, *, read: pa.RecordBatch | None = None) -> None:
-        """Count a batch of each. `rejected` has a `reason`; `read` is the batch before the stage edited its texts."""
+        """Count rows, kept and rejected. `rejected` has a `reason`; `read` is the batch before the stage edited its texts."""
         if read is not None:
             self._bytes_in = (self._bytes_in or 0) + (pc.sum(pc.binary_length(read.column("text"))).as_py() or 0)
         self._count("kept", kept)
@@ -276,10 +276,8 @@ def _shortened(text: str) -> str:
 
 
 def folder_stats(documents: Path) -> dict[str, Any]:
-    """What a stage's metrics would say of a folder of documents and, where it lies beside, of the twin folder `rejected`.
-
-    Raises ArtefactError when the folder holds no documents.
-    """
+    """The metrics that a stage would have: of a folder of documents and, where there is one, its twin `rejected`.
+    Raises ArtefactError when the folder holds no documents."""
     twin = documents.parent / "rejected"
     rejected = {path.name: path for path in document_files(twin)} if documents.name != "rejected" and twin.is_dir() else {}
     figures = []

@@ -71,7 +71,7 @@ class PartWriter:
 
     def _flush(self) -> None:
         if self._pending:
-            # One chunk: where a chunk of a column ends must not show in the file.
+            # One chunk, since the ends of a column's chunks would show in the file.
             group = pa.concat_tables(self._pending).combine_chunks()
             self._writer.write_table(group, row_group_size=group.num_rows)
             self._pending = []
@@ -91,7 +91,7 @@ class PartWriter:
 
 @dataclass(frozen=True)
 class Written:
-    """What a writer has put on disk."""
+    """Result of a `DocumentWriter`."""
 
     documents: int
     #: Rows left out because another row with the same id came before it in the order of (id, text hash, text).
@@ -99,10 +99,8 @@ class Written:
 
 
 class DocumentWriter:
-    """Takes documents in any order and, on `close`, leaves a folder of sorted parts.
-
-    Rows wait in one scratch file per bucket, so that memory holds one bucket at a time.
-    """
+    """Takes documents in any order and, on `close`, leaves a folder of sorted parts. Rows wait in one scratch file per bucket,
+    so that memory holds one bucket at a time."""
 
     def __init__(self, folder: Path, schema: pa.Schema = SCHEMA, *, buckets: int = BUCKETS) -> None:
         self.folder = folder
@@ -138,13 +136,6 @@ class DocumentWriter:
                     documents += len(order)
         shutil.rmtree(self._spill)
         return Written(documents, repeated)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if kind is None:
-            self.close()
 
 
 def write_documents(
@@ -192,10 +183,8 @@ def order_of_ids(rows: pa.Table) -> np.ndarray:
 
 
 def taken(table: pa.Table, rows: np.ndarray) -> Iterator[pa.RecordBatch]:
-    """Rows of a table by their numbers, in this order and in batches, however much text there is.
-
-    Arrow's own `take` joins the chunks of a column first, and an array of strings holds 2 GiB.
-    """
+    """Rows of a table by their numbers, in this order and in batches, however much text there is. Arrow's own `take` joins the
+    chunks of a column first, and an array of strings holds 2 GiB."""
     batches = table.to_batches()
     starts = np.cumsum([0, *(batch.num_rows for batch in batches)])
     sizes = np.concatenate([np.zeros(0, np.int64), *(pc.binary_length(batch.column("text")).to_numpy() for batch in batches)])
@@ -215,10 +204,8 @@ def batch_slices(sizes: np.ndarray) -> Iterator[slice]:
 
 
 def gathered(batch: Callable[[int], pa.RecordBatch], starts: np.ndarray, rows: np.ndarray) -> pa.RecordBatch:
-    """Rows of many batches by their numbers, at least one, in this order: of each batch only these are copied.
-
-    batch: by its number; starts: the number of the first row of each, and that of all.
-    """
+    """Rows of many batches by their numbers, at least one, in this order: of each batch only these are copied. batch: by its
+    number; starts: the number of the first row of each, and that of all."""
     numbers = np.searchsorted(starts, rows, side="right") - 1
     order = np.argsort(numbers, kind="stable")
     gathered_rows = []

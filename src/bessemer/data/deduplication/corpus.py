@@ -28,7 +28,7 @@ from bessemer.data.corpus.reader import SCHEMA
 from bessemer.data.text.compiled import compiled, compiled_allocating
 from bessemer.data.text.texts import Texts
 
-# that are looked at before a mapped file is let go: the system brings 64 kB into memory for each
+# rows read before the mapped file is released: the system loads 64 kB around each
 _ROWS = 1024
 
 
@@ -56,7 +56,7 @@ class Parts:
     def append(self, part: int, records: np.ndarray) -> None:
         """Put records at the end of one part. Raises OSError when the disk is full."""
         if not len(records):
-            # a file that is there holds something, and can be mapped
+            # an empty file could not be mapped
             return
         if part not in self._streams:
             self._streams[part] = self.path(part).open("wb")
@@ -74,16 +74,16 @@ class Parts:
         return np.fromfile(self.path(part), dtype=self.dtype)
 
     def mapped(self, part: int) -> np.ndarray:
-        """All records of one part, read only where they are looked at. Let go of it soon: what was read counts as memory."""
+        """All records of one part, read only where they are looked at. Release it soon: what was read counts as memory."""
         if part in self._streams:
             self._streams[part].flush()
-        # nothing cannot be mapped
+        # an empty file cannot be mapped
         if part not in self._streams or not self.path(part).stat().st_size:
             return np.zeros(0, dtype=self.dtype)
         return np.memmap(self.path(part), dtype=self.dtype, mode="r").view(np.ndarray)
 
     def take(self, part: int, rows: np.ndarray, width: int) -> np.ndarray:
-        """Rows of a part that holds a matrix (·, width), in the order asked for: (R, width)."""
+        """Rows of a part that holds a matrix (·, width), in the given order: (R, width)."""
         chunks = [self.mapped(part).reshape(-1, width)[chunk] for chunk in np.split(rows, range(_ROWS, len(rows), _ROWS))]
         return np.concatenate(chunks)
 
@@ -168,7 +168,7 @@ def first_of_groups(groups: np.ndarray) -> np.ndarray:
 class Preference:
     """`licenses`: the best first; then come other stated ones, and last of all documents that state none.
 
-    `quality`: score columns, asked one after the other; the highest is the best, of `-COLUMN` the lowest. A missing score is
+    `quality`: score columns by falling priority; the highest is the best, of `-COLUMN` the lowest. A missing score is
     the worst.
     """
 
@@ -199,12 +199,12 @@ class Preference:
         keys = [place.to_numpy(zero_copy_only=False) + unstated]
         for name in self.quality:
             values = pc.fill_null(pc.cast(batch.column(name.removeprefix("-")), pa.float64()), np.nan)
-            found = values.to_numpy(zero_copy_only=False)
-            keys.append(np.where(np.isnan(found), np.inf, found if name.startswith("-") else -found))
+            scores = values.to_numpy(zero_copy_only=False)
+            keys.append(np.where(np.isnan(scores), np.inf, scores if name.startswith("-") else -scores))
         return np.column_stack(keys).astype(np.float64)
 
 
-#: Streams the columns asked for, as often as it is called: `partial(iterate_documents, folder)` is one.
+#: Streams the given columns, as often as it is called: `partial(iterate_documents, folder)` is one.
 Documents = Callable[[Sequence[str]], Iterable[pa.RecordBatch]]
 
 _BYTES_AT_ONCE = 1 << 24
@@ -233,7 +233,7 @@ def write_ids(halves: np.ndarray) -> list[str]:
 @compiled_allocating
 def ranks(table: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """Row of each wanted pair in a sorted table, both (·, 2) uint64; -1 where it is not there."""
-    found = np.full(len(wanted), -1, dtype=np.int64)
+    rows = np.full(len(wanted), -1, dtype=np.int64)
     for index in range(len(wanted)):
         high, low = wanted[index, 0], wanted[index, 1]
         left, right = 0, len(table)
@@ -244,8 +244,8 @@ def ranks(table: np.ndarray, wanted: np.ndarray) -> np.ndarray:
             else:
                 right = middle
         if left < len(table) and table[left, 0] == high and table[left, 1] == low:
-            found[index] = left
-    return found
+            rows[index] = left
+    return rows
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -36,7 +36,7 @@ from bessemer.data.deduplication.words import (
     run_hashes,
 )
 from bessemer.data.text.characters import code_point
-from bessemer.data.text.compiled import compiled, compiled_allocating
+from bessemer.data.text.compiled import compiled, compiled_allocating, longest_text
 from bessemer.data.text.texts import Texts
 
 #: What a word takes of a run, and what a character of a script without spaces does.
@@ -47,9 +47,8 @@ _THREE_BYTES = 0xE0
 
 
 @compiled
-def run_sizes(data: np.ndarray, fold: np.ndarray, places: np.ndarray, count: int, sizes: np.ndarray) -> int:
-    """What each of `count` words takes of a run, to `sizes`; returns their sum."""
-    total = 0
+def run_sizes(data: np.ndarray, fold: np.ndarray, places: np.ndarray, count: int, sizes: np.ndarray) -> None:
+    """What each of `count` words takes of a run, to `sizes`."""
     for word in range(count):
         size, first = _WORD, places[word, 0]
         if data[first] >= _THREE_BYTES:
@@ -57,8 +56,6 @@ def run_sizes(data: np.ndarray, fold: np.ndarray, places: np.ndarray, count: int
             if code >= LIMIT or fold[code] & ALONE:
                 size = _IDEOGRAPH if code >= _FIRST_IDEOGRAPH and not _FIRST_HALF_WIDTH <= code < LIMIT else _LETTER
         sizes[word] = size
-        total += size
-    return total
 
 
 @compiled
@@ -94,6 +91,47 @@ def powers_of_base(ngram: int) -> np.ndarray:
     return powers
 
 
+class _Scratch(NamedTuple):
+    """Arrays for one text at a time: hashes and places of its words, what each takes of a run; hashes and ends of runs."""
+
+    words: np.ndarray
+    places: np.ndarray
+    sizes: np.ndarray
+    runs: np.ndarray
+    ends: np.ndarray
+    powers: np.ndarray
+
+
+@compiled_allocating
+def _scratch(most: int, ngram: int) -> _Scratch:
+    """For texts of at most so many words."""
+    words, runs = np.empty(most, dtype=np.uint64), np.empty(most, dtype=np.uint64)
+    places, sizes = np.empty((most, 2), dtype=np.int64), np.empty(most, dtype=np.int64)
+    return _Scratch(words, places, sizes, runs, np.empty(most, dtype=np.int64), powers_of_base(ngram))
+
+
+@compiled
+def _read_words(data: np.ndarray, begin: int, end: int, fold: np.ndarray, scratch: _Scratch) -> int:
+    """Hashes and sizes of a text's words, to `scratch`; returns their number."""
+    count, _ = hash_words(data, begin, end, fold, scratch.words, scratch.places, 0)
+    run_sizes(data, fold, scratch.places, count, scratch.sizes)
+    return count
+
+
+@compiled
+def _runs_of(count: int, ngram: int, length: int, scratch: _Scratch) -> int:
+    """The runs of a text's words, to `scratch`: as large as `ngram` words where length is 0, else of `length` words.
+
+    Returns how many there are; run r begins with word r and ends before word `scratch.ends[r]`.
+    """
+    if not length:
+        return sized_runs(scratch.words, scratch.sizes, count, ngram, scratch.powers, scratch.ends, scratch.runs)
+    total = run_hashes(scratch.words, count, length, scratch.runs)
+    for run in range(total):
+        scratch.ends[run] = run + length
+    return total
+
+
 @compiled_allocating
 def index_runs(
     data: np.ndarray, offsets: np.ndarray, fold: np.ndarray, ngram: int, least_words: int
@@ -105,22 +143,18 @@ def index_runs(
     hashes = np.empty(size, dtype=np.uint64)
     owners = np.empty(size, dtype=np.int64)
     lengths = np.empty(size, dtype=np.int64)
-    words = np.empty(size, dtype=np.uint64)
-    places = np.empty((size, 2), dtype=np.int64)
-    sizes = np.empty(size, dtype=np.int64)
-    ends = np.empty(size, dtype=np.int64)
-    powers = powers_of_base(ngram)
-    found = 0
+    scratch = _scratch(most_words(longest_text(offsets)), ngram)
+    filled = 0
     for text in range(len(offsets) - 1):
-        count, _ = hash_words(data, offsets[text], offsets[text + 1], fold, words, places, 0)
-        whole = run_sizes(data, fold, places, count, sizes)
-        total = sized_runs(words, sizes, count, ngram, powers, ends, hashes[found:])
-        lengths[found : found + total] = 0
-        if total == 0 and whole >= least_words * _WORD:
-            hashes[found], lengths[found], total = run_hash(words, 0, count), count, 1
-        owners[found : found + total] = text
-        found += total
-    return hashes[:found], owners[:found], lengths[:found]
+        count = _read_words(data, offsets[text], offsets[text + 1], fold, scratch)
+        total = _runs_of(count, ngram, 0, scratch)
+        hashes[filled : filled + total] = scratch.runs[:total]
+        lengths[filled : filled + total] = 0
+        if total == 0 and scratch.sizes[:count].sum() >= least_words * _WORD:
+            hashes[filled], lengths[filled], total = run_hash(scratch.words, 0, count), count, 1
+        owners[filled : filled + total] = text
+        filled += total
+    return hashes[:filled], owners[:filled], lengths[:filled]
 
 
 @compiled_allocating
@@ -203,25 +237,12 @@ def _mark(
     entries: np.ndarray,
     seen: np.ndarray,
 ) -> None:
-    longest = 0
+    scratch = _scratch(most_words(longest_text(offsets)), ngram)
     for text in range(len(offsets) - 1):
-        longest = max(longest, offsets[text + 1] - offsets[text])
-    words = np.empty(most_words(longest), dtype=np.uint64)
-    places = np.empty((len(words), 2), dtype=np.int64)
-    runs = np.empty(len(words), dtype=np.uint64)
-    sizes = np.empty(len(words), dtype=np.int64)
-    ends = np.empty(len(words), dtype=np.int64)
-    powers = powers_of_base(ngram)
-    for text in range(len(offsets) - 1):
-        count, _ = hash_words(data, offsets[text], offsets[text + 1], fold, words, places, 0)
-        run_sizes(data, fold, places, count, sizes)
+        count = _read_words(data, offsets[text], offsets[text + 1], fold, scratch)
         for kind in range(-1, len(lengths)):
-            if kind < 0:
-                total = sized_runs(words, sizes, count, ngram, powers, ends, runs)
-            else:
-                total = run_hashes(words, count, lengths[kind], runs)
-            for run in range(total):
-                entry = entries[place_of_run(table, entries, runs[run])]
+            for run in range(_runs_of(count, ngram, lengths[kind] if kind >= 0 else 0, scratch)):
+                entry = entries[place_of_run(table, entries, scratch.runs[run])]
                 if entry >= 0:
                     seen[entry] = True
 
@@ -368,34 +389,22 @@ def _find(
     bounds: np.ndarray,
     ends: np.ndarray,
 ) -> None:
-    longest = 0
-    for text in range(len(offsets) - 1):
-        longest = max(longest, offsets[text + 1] - offsets[text])
-    words = np.empty(most_words(longest), dtype=np.uint64)
-    places = np.empty((len(words), 2), dtype=np.int64)
+    scratch = _scratch(most_words(longest_text(offsets)), ngram)
+    places = scratch.places
     # a run that begins at this word is contained up to that one
-    until = np.empty(len(words), dtype=np.int64)
-    runs = np.empty(len(words), dtype=np.uint64)
-    sizes = np.empty(len(words), dtype=np.int64)
-    run_ends = np.empty(len(words), dtype=np.int64)
-    powers = powers_of_base(ngram)
-    found = 0
+    until = np.empty(len(places), dtype=np.int64)
+    spans = 0
     for text in range(len(offsets) - 1):
         base = offsets[text]
         items[text] = -1
-        count, _ = hash_words(data, base, offsets[text + 1], fold, words, places, 0)
+        count = _read_words(data, base, offsets[text + 1], fold, scratch)
         until[:count] = 0
         earliest = count
-        run_sizes(data, fold, places, count, sizes)
         for kind in range(-1, len(lengths)):
-            if kind < 0:
-                total = sized_runs(words, sizes, count, ngram, powers, run_ends, runs)
-            else:
-                total = run_hashes(words, count, lengths[kind], runs)
-            for run in range(total):
-                item = owners[place_of_run(table, owners, runs[run])]
+            for run in range(_runs_of(count, ngram, lengths[kind] if kind >= 0 else 0, scratch)):
+                item = owners[place_of_run(table, owners, scratch.runs[run])]
                 if item >= 0:
-                    until[run] = max(until[run], run_ends[run] if kind < 0 else run + lengths[kind])
+                    until[run] = max(until[run], scratch.ends[run])
                     if run < earliest or (run == earliest and item < items[text]):
                         earliest = run
                         items[text] = item
@@ -409,8 +418,8 @@ def _find(
             while index <= end and index < count:
                 end = max(end, until[index])
                 index += 1
-            if found < len(bounds):
-                bounds[found, 0], bounds[found, 1] = places[word, 0] - base, places[end - 1, 1] - base
-            found += 1
+            if spans < len(bounds):
+                bounds[spans, 0], bounds[spans, 1] = places[word, 0] - base, places[end - 1, 1] - base
+            spans += 1
             word = index
-        ends[text + 1] = found
+        ends[text + 1] = spans

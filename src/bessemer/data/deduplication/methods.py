@@ -92,14 +92,14 @@ def _least_similar(duplicates: DuplicateRemovals, rows: np.ndarray) -> np.ndarra
 
 def _texts(corpus: Corpus, ids: list[str]) -> dict[str, str]:
     """The beginnings of some documents' texts, by id, those of the earlier corpus too."""
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     wanted = pa.array(ids, pa.string())
     for documents in (corpus.earlier, corpus.documents):
         for batch in documents(["id", "text"]) if documents and ids else ():
             hits = batch.filter(pc.is_in(batch.column("id"), wanted))
             beginnings = pc.utf8_slice_codeunits(hits.column("text"), 0, _EXAMPLE_CHARACTERS)
-            found |= dict(zip(hits.column("id").to_pylist(), beginnings.to_pylist(), strict=True))
-    return found
+            texts |= dict(zip(hits.column("id").to_pylist(), beginnings.to_pylist(), strict=True))
+    return texts
 
 
 def exact_duplicates(corpus: Corpus) -> DuplicateRemovals:
@@ -121,9 +121,9 @@ def _first_of_equal(corpus: Corpus, column: str, hashes: Callable[[pa.Array], pa
     """16 bytes of hash and 8 of number for each document are all that is gathered."""
     numbers, keys = [np.zeros(0, dtype=np.int64)], [np.zeros((0, 2), dtype=np.uint64)]
     for batch_numbers, batch in corpus.batches([column]):
-        found = hashes(batch.column(column))
-        numbers.append(batch_numbers[pc.is_valid(found).to_numpy(zero_copy_only=False)])
-        keys.append(parse_ids(found.drop_null()))
+        hashed = hashes(batch.column(column))
+        numbers.append(batch_numbers[pc.is_valid(hashed).to_numpy(zero_copy_only=False)])
+        keys.append(parse_ids(hashed.drop_null()))
     number, key = np.concatenate(numbers), np.concatenate(keys)
     order = np.lexsort((number, key[:, 1], key[:, 0]))
     number, key = number[order], key[order]
@@ -135,7 +135,7 @@ def _first_of_equal(corpus: Corpus, column: str, hashes: Callable[[pa.Array], pa
     return DuplicateRemovals.of(wording, corpus, number[copies], first[copies])
 
 
-#: Parameters that say how a reader came, not what is read.
+#: Parameters that tell where a visitor came from and do not change the page.
 _TRACKING = re.compile(r"utm_\w+|[a-z]{1,2}clid|dclid|fbclid|msclkid|mc_[ce]id|igshid|_ga|_gl|ref_src|spm", re.IGNORECASE)
 _PORTS = {"http": 80, "https": 443, "ftp": 21}
 
@@ -192,29 +192,17 @@ def minhash(corpus: Corpus, scratch: Path, settings: MinHashConfig, folder: Path
 
 def lines(corpus: Corpus, scratch: Path, settings: PassagesConfig, folder: Path) -> Result:
     """Lines that stand in an earlier document."""
-    return _with_counts(
-        repeated_lines(corpus, scratch, least_words=settings.least_words, least_words_left=settings.least_words_left)
-    )
+    return _with_counts(repeated_lines(corpus, scratch, **_least(settings)))
 
 
 def paragraphs(corpus: Corpus, scratch: Path, settings: PassagesConfig, folder: Path) -> Result:
     """Paragraphs that stand in an earlier document."""
-    return _with_counts(
-        repeated_paragraphs(corpus, scratch, least_words=settings.least_words, least_words_left=settings.least_words_left)
-    )
+    return _with_counts(repeated_paragraphs(corpus, scratch, **_least(settings)))
 
 
 def sentences(corpus: Corpus, scratch: Path, settings: PassagesConfig, folder: Path) -> Result:
     """Runs of sentences that stand in an earlier document."""
-    return _with_counts(
-        repeated_sentences(
-            corpus,
-            scratch,
-            span=settings.sentences,
-            least_words=settings.least_words,
-            least_words_left=settings.least_words_left,
-        )
-    )
+    return _with_counts(repeated_sentences(corpus, scratch, span=settings.sentences, **_least(settings)))
 
 
 def substrings(corpus: Corpus, scratch: Path, settings: PassagesConfig, folder: Path) -> Result:
@@ -254,6 +242,10 @@ def _embedded(function: Callable[[pa.Array], Any], name: str, texts: pa.Array, c
 
 def _with_clusters(corpus: Corpus, duplicates: DuplicateRemovals) -> Result:
     return duplicates, summarise(corpus, duplicates)
+
+
+def _least(settings: PassagesConfig) -> dict[str, int]:
+    return {"least_words": settings.least_words, "least_words_left": settings.least_words_left}
 
 
 def _with_counts(spans: SpanRemovals) -> Result:

@@ -26,15 +26,21 @@ def shingle_sets(texts: Texts, chosen: np.ndarray, ngram: int) -> tuple[np.ndarr
     chosen (C,) int64: which texts. A text is lower-cased, its numbers become 0, its punctuation and accents go (`similar`).
     """
     sizes = texts.offsets[chosen + 1] - texts.offsets[chosen]
-    found = np.empty(int((sizes // 2 + 1).sum()), dtype=np.uint64)
+    shingles = np.empty(int((sizes // 2 + 1).sum()), dtype=np.uint64)
     offsets = np.zeros(len(chosen) + 1, dtype=np.int64)
-    _sets(texts.data, texts.offsets, chosen, fold_table("similar"), ngram, found, offsets)
-    return found[: offsets[-1]], offsets
+    _sets(texts.data, texts.offsets, chosen, fold_table("similar"), ngram, shingles, offsets)
+    return shingles[: offsets[-1]], offsets
 
 
 @compiled_allocating
 def _sets(
-    data: np.ndarray, offsets: np.ndarray, chosen: np.ndarray, fold: np.ndarray, ngram: int, found: np.ndarray, ends: np.ndarray
+    data: np.ndarray,
+    offsets: np.ndarray,
+    chosen: np.ndarray,
+    fold: np.ndarray,
+    ngram: int,
+    shingles: np.ndarray,
+    ends: np.ndarray,
 ) -> None:
     words = np.empty(_SHINGLE_BLOCK, dtype=np.uint64)
     nowhere = np.empty((0, 2), dtype=np.int64)
@@ -47,14 +53,14 @@ def _sets(
         while position < end:
             count, position = hash_words(data, position, end, fold, words, nowhere, carried)
             if position == end and size == first and 0 < count < ngram:
-                found[size] = run_hash(words, 0, count)
+                shingles[size] = run_hash(words, 0, count)
                 size += 1
             else:
-                size += run_hashes(words, count, ngram, found[size:])
+                size += run_hashes(words, count, ngram, shingles[size:])
             carried = min(count, ngram - 1)
             for word in range(carried):
                 words[word] = words[count - carried + word]
-        size = first + _sorted_once(found[first:size])
+        size = first + _sorted_once(shingles[first:size])
         ends[index + 1] = size
 
 
@@ -104,12 +110,12 @@ def sets_between(
         first = np.searchsorted(values, low)
         firsts[index] = starts[chosen[index]] + first
         counts[index] = np.searchsorted(values, high, side="right") - first
-    found = np.empty(counts.sum(), dtype=np.uint64)
+    shingles = np.empty(counts.sum(), dtype=np.uint64)
     size = 0
     for index in range(len(chosen)):
-        found[size : size + counts[index]] = sets[firsts[index] : firsts[index] + counts[index]]
+        shingles[size : size + counts[index]] = sets[firsts[index] : firsts[index] + counts[index]]
         size += counts[index]
-    return found, counts
+    return shingles, counts
 
 
 # shingles whose minima are taken at a time: 8 kB, which stay in the first cache for all orders

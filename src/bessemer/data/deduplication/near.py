@@ -62,18 +62,19 @@ def _unite(parents: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:
 
 @compiled_allocating
 def _roots(parents: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    found = np.empty(len(numbers), dtype=np.int64)
+    roots = np.empty(len(numbers), dtype=np.int64)
     for index in range(len(numbers)):
-        found[index] = _root(parents, numbers[index])
-    return found
+        roots[index] = _root(parents, numbers[index])
+    return roots
 
 
 _LEADERS = 4
+#: Of a crowd, documents are compared that share a shingle which at most this many have.
 _RARE = 4
 #: Shingles that are looked at before the mapped file of sets is let go: 4 MB, and up to 25 times that with what the system
 #: brings into memory around them.
 _SHINGLES_MAPPED = 1 << 19
-# of a crowd at a time
+# shingles of a crowd that are sorted at a time
 _SHINGLES_SORTED = 1 << 22
 
 
@@ -99,7 +100,7 @@ def near_duplicates(
     threshold: float = 0.8,
     verify: bool = True,
 ) -> NearDuplicates:
-    """Documents in one connected component of alike ones, but for the one with the smallest id.
+    """Documents of each connected component of similar ones, but for the one with the smallest id.
 
     ngram: words in a shingle. threshold: the least Jaccard similarity that connects two candidates. With `verify` off all
     candidates are connected, as in pipelines that keep signatures only. Reasons are `near duplicate of ID (0.87)`, the
@@ -120,7 +121,7 @@ def near_duplicates(
             return NearDuplicates(duplicates, int(is_candidate.sum()), 0, 0)
         comparison = _Comparison(corpus, is_candidate, shingles, ngram)
         matcher = _Matcher(keys, numbers, comparison, components, threshold)
-        matcher.settle()
+        matcher.unite_similar()
         dropped = components.others()
         survivors = components.smallest(dropped)
         duplicates = DuplicateRemovals.of(
@@ -133,15 +134,15 @@ def _spill_keys(corpus: Corpus, keys: Parts, orders: Orders, ngram: int) -> np.n
     """Put every document's keys on disk, a part per band; returns the numbers of the documents in the order of their keys."""
     numbers = [np.zeros(0, dtype=np.int64)]
     for batch_numbers, texts in corpus.texts():
-        found, has_words = band_keys(texts, orders, ngram)
+        batch_keys, has_words = band_keys(texts, orders, ngram)
         for band in range(orders.bands):
-            keys.append(band, found[band, has_words])
+            keys.append(band, batch_keys[band, has_words])
         numbers.append(batch_numbers[has_words])
     return np.concatenate(numbers)
 
 
 def _groups(keys: Parts, numbers: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """For each band the documents that share a key with another, and beside each the smallest number of its group."""
+    """For each band the documents that share a key with another, and for each the smallest number of its group."""
     for band in range(keys.parts):
         rows, groups = groups_of_equal(keys[band], numbers)
         members = numbers[rows]
@@ -170,11 +171,11 @@ class _Comparison:
     def similarities(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
         """Jaccard similarity of each pair of documents, (P,) float32. Only so much of the sets is in memory at a time."""
         left, right = self._slots[left], self._slots[right]
-        found = [
+        by_chunk = [
             jaccard(self._shingles.mapped(0), self._starts, self._sizes, left[pairs], right[pairs])
             for pairs in _in_chunks(self._sizes[left] + self._sizes[right])
         ]
-        return np.concatenate(found)
+        return np.concatenate(by_chunk)
 
     def shingles_of(self, documents: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """All shingles of some documents with the number of theirs, (S,) each, in parts by ranges of shingles."""
@@ -183,11 +184,11 @@ class _Comparison:
         width = 2**64 // parts + 1
         for part in range(parts if len(slots) else 0):
             low, high = np.uint64(part * width), np.uint64(min((part + 1) * width, 2**64) - 1)
-            found = [
+            by_chunk = [
                 sets_between(self._shingles.mapped(0), self._starts, self._sizes, slots[chunk], low, high)
                 for chunk in _in_chunks(self._sizes[slots])
             ]
-            shingles, counts = (np.concatenate(column) for column in zip(*found, strict=True))
+            shingles, counts = (np.concatenate(column) for column in zip(*by_chunk, strict=True))
             yield shingles, np.repeat(documents, counts)
 
 
@@ -197,7 +198,7 @@ def _in_chunks(sizes: np.ndarray) -> list[np.ndarray]:
 
 
 class _Matcher:
-    """Decides which candidates are alike, and keeps count."""
+    """Compares candidates, unites similar ones, and counts both."""
 
     def __init__(
         self, keys: Parts, numbers: np.ndarray, comparison: _Comparison, components: Components, threshold: float
@@ -209,11 +210,11 @@ class _Matcher:
         self._threshold = np.float32(threshold)
         self.compared = self.confirmed = 0
 
-    def settle(self) -> None:
-        """Connect the alike among the documents that share the key of a band, and then in the crowds."""
+    def unite_similar(self) -> None:
+        """Unite similar documents: of those that share a band's key, then of the crowds, groups too large to compare whole."""
         crowds = np.zeros(len(self._numbers), dtype=bool)
         for band in range(self._keys.parts):
-            crowds[self._lead(*groups_of_equal(self._keys[band], self._numbers))] = True
+            crowds[self._compare_with_leaders(*groups_of_equal(self._keys[band], self._numbers))] = True
         crowd = np.sort(self._numbers[crowds])
         for shingles, numbers in self._comparison.shingles_of(crowd):
             rows, groups = groups_of_equal(shingles, numbers)
@@ -223,10 +224,10 @@ class _Matcher:
             for step in range(1, _RARE):
                 together = groups[step:] == groups[:-step]
                 pairs.append(np.stack([members[:-step][together], members[step:][together]], axis=1))
-            self._alike(*np.unique(np.concatenate(pairs), axis=0).T)
+            self._unite_similar_pairs(*np.unique(np.concatenate(pairs), axis=0).T)
 
-    def _lead(self, rows: np.ndarray, groups: np.ndarray) -> np.ndarray:
-        """Rounds in which each group's first member is compared with the others; returns the rows still unsettled.
+    def _compare_with_leaders(self, rows: np.ndarray, groups: np.ndarray) -> np.ndarray:
+        """In up to `_LEADERS` rounds, compares each group's first member with the others. Returns the rows left over.
 
         rows (M,): where a document's keys are; groups (M,): sorted; within a group by the documents' numbers.
         """
@@ -235,22 +236,22 @@ class _Matcher:
                 break
             hubs = first_of_groups(groups)
             others = np.flatnonzero(hubs != np.arange(len(rows)))
-            settled = self._alike(self._numbers[rows[hubs[others]]], self._numbers[rows[others]])
-            left = others[~settled]
+            united = self._unite_similar_pairs(self._numbers[rows[hubs[others]]], self._numbers[rows[others]])
+            left = others[~united]
             left = left[_with_others(groups[left])]
             rows, groups = rows[left], group_numbers(groups[left])
         return rows
 
-    def _alike(self, hubs: np.ndarray, others: np.ndarray) -> np.ndarray:
-        """Which pairs are alike, (P,) bool; these are connected."""
-        alike = self._components.smallest(hubs) == self._components.smallest(others)
-        unknown = np.flatnonzero(~alike)
+    def _unite_similar_pairs(self, hubs: np.ndarray, others: np.ndarray) -> np.ndarray:
+        """Unites the pairs whose similarity reaches the threshold. Returns which are united now, (P,) bool."""
+        united = self._components.smallest(hubs) == self._components.smallest(others)
+        unknown = np.flatnonzero(~united)
         reached = self._comparison.similarities(hubs[unknown], others[unknown]) >= self._threshold
         self.compared += len(unknown)
         self.confirmed += int(reached.sum())
-        alike[unknown] = reached
+        united[unknown] = reached
         self._components.unite(hubs[unknown][reached], others[unknown][reached])
-        return alike
+        return united
 
 
 def _with_others(groups: np.ndarray) -> np.ndarray:

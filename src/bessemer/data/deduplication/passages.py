@@ -20,7 +20,7 @@ import numpy as np
 from bessemer.data.deduplication.corpus import Corpus, Parts, Sketch, first_of_groups, groups_of_equal
 from bessemer.data.deduplication.removals import SpanCollector, SpanRemovals, span_type
 from bessemer.data.deduplication.words import fold_table, hash_words, length_in_words, most_words, run_hash, run_hashes
-from bessemer.data.text.compiled import compiled, compiled_allocating
+from bessemer.data.text.compiled import compiled, compiled_allocating, longest_text
 from bessemer.data.text.lines import Spans
 from bessemer.data.text.texts import Texts
 
@@ -70,11 +70,11 @@ def _repeated(
     kind = np.dtype([("hash", "<u8"), ("number", corpus.number_type), ("start", "<u4"), ("end", "<u4")])
     with Parts(scratch / "passages", kind, _PARTS) as parts:
         for numbers, texts in corpus.texts():
-            found = passages(texts, unit, span, least_words)
-            again = sketch.repeated(found.hashes)
+            batch = passages(texts, unit, span, least_words)
+            again = sketch.repeated(batch.hashes)
             records = np.empty(int(again.sum()), dtype=kind)
-            records["hash"], records["number"] = found.hashes[again], numbers[found.rows[again]]
-            records["start"], records["end"] = found.bounds[again].T
+            records["hash"], records["number"] = batch.hashes[again], numbers[batch.rows[again]]
+            records["start"], records["end"] = batch.bounds[again].T
             parts.add(records, records["hash"] % np.uint64(_PARTS))
         for records in parts:
             rows, groups = groups_of_equal(records["hash"], records["number"])
@@ -134,7 +134,7 @@ def _passages(
     """
     span = len(ring)
     nowhere = places[:0, :2]
-    found = 0
+    filled = 0
     for text in range(len(of_text) - 1):
         count = units = 0
         for unit in range(of_text[text], of_text[text + 1]):
@@ -148,18 +148,18 @@ def _passages(
                 continue
             begin = ring[units % span, 0]
             if count >= least_words and length_in_words(data, begin, ends[unit], fold, count) >= least_words:
-                hashes[found] = run_hash(words, 0, count)
-                places[found, 0] = text
-                places[found, 1], places[found, 2] = begin - offsets[text], ends[unit] - offsets[text]
-                found += 1
-            # the run's first unit is done with
+                hashes[filled] = run_hash(words, 0, count)
+                places[filled, 0] = text
+                places[filled, 1], places[filled, 2] = begin - offsets[text], ends[unit] - offsets[text]
+                filled += 1
+            # drop the words of the run's first unit
             leaving = ring[(units + 1) % span, 1] if span > 1 else count
             for word in range(count - leaving):
                 words[word] = words[word + leaving]
             count -= leaving
             for place in range(span):
                 ring[place, 1] -= leaving
-    return found
+    return filled
 
 
 # a guess, for the size of the sketch
@@ -230,17 +230,14 @@ def _runs(
     places: np.ndarray,
 ) -> int:
     """Fills hashes (M,), anchors (M,) and places (M, 5) as far as they go and returns how many runs there are."""
-    longest = 0
-    for text in range(len(offsets) - 1):
-        longest = max(longest, offsets[text + 1] - offsets[text])
-    words = np.empty(most_words(longest), dtype=np.uint64)
+    words = np.empty(most_words(longest_text(offsets)), dtype=np.uint64)
     bounds = np.empty((len(words), 2), dtype=np.int64)
     long = np.empty(len(words), dtype=np.uint64)
     short = np.empty(len(words), dtype=np.uint64)
     short_length = length // 2
     # shorter runs in a run
     window = length - short_length + 1
-    found = 0
+    filled = 0
     for text in range(len(offsets) - 1):
         base = offsets[text]
         count, _ = hash_words(data, base, offsets[text + 1], fold, words, bounds, 0)
@@ -259,10 +256,10 @@ def _runs(
                         anchor = index
             elif short[last] < short[anchor]:
                 anchor = last
-            if found < len(hashes):
-                hashes[found], anchors[found] = long[run], short[anchor]
-                places[found, 0], places[found, 4] = text, anchor
-                places[found, 1], places[found, 2] = bounds[run, 0] - base, bounds[run + length - 1, 1] - base
-                places[found, 3] = (bounds[run + length, 0] if run + length < count else offsets[text + 1]) - base
-            found += 1
-    return found
+            if filled < len(hashes):
+                hashes[filled], anchors[filled] = long[run], short[anchor]
+                places[filled, 0], places[filled, 4] = text, anchor
+                places[filled, 1], places[filled, 2] = bounds[run, 0] - base, bounds[run + length - 1, 1] - base
+                places[filled, 3] = (bounds[run + length, 0] if run + length < count else offsets[text + 1]) - base
+            filled += 1
+    return filled

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from pydantic import field_validator
-
 from bessemer.core.config import Config, setting
 from bessemer.core.errors import ConfigError
 from bessemer.core.registry import Registry
-from bessemer.data.plugins import MethodFunction, MethodPlugin
+from bessemer.data.plugins import MethodFunction, MethodPlugin, Strings
 
 
 class MinHashConfig(Config):
@@ -35,7 +31,7 @@ class SemanticConfig(Config):
     """Documents about the same, in much the same words (Abbas et al. 2023)."""
 
     threshold: float = setting(0.95, "least cosine of two embeddings", gt=0, le=1)
-    # what the files hold, and the function's code, enter the key
+    # the files' content and the function's code enter the stage's key
     embeddings: str | None = setting(
         None,
         "your model's: a Parquet file, or a folder of some, with `id` and `embedding`, or a `file.py:function` from an Arrow "
@@ -53,15 +49,10 @@ class KeepConfig(Config):
         default_factory=list,
         description="the best first, as the sources state them; what states none is the last choice",
     )
-    quality: list[str] = setting(
+    quality: Strings = setting(
         default_factory=list,
         description="score columns, asked one after the other: of two copies the one that has more stays, of `-column` less",
     )
-
-    @field_validator("quality", mode="before")
-    @classmethod
-    def _one_column(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
 
 
 _CODE = "bessemer.data.deduplication.methods"

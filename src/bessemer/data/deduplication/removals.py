@@ -172,8 +172,8 @@ def _merged(numbers: np.ndarray, starts: np.ndarray, ends: np.ndarray, keep: np.
 
     (P,) int64 each, sorted by (number, keep, start). Returns (Q, 3) int64: number, start, end; sorted and apart.
     """
-    # each span to keep parts one to cut in two at most
-    found = np.empty((2 * len(numbers), 3), dtype=np.int64)
+    # a span to keep splits a span to cut in two at most
+    spans = np.empty((2 * len(numbers), 3), dtype=np.int64)
     count = 0
     first = 0
     while first < len(numbers):
@@ -201,11 +201,11 @@ def _merged(numbers: np.ndarray, starts: np.ndarray, ends: np.ndarray, keep: np.
                     here += 1
                 until = min(end, starts[here]) if here < last else end
                 if until > start:
-                    found[count, 0], found[count, 1], found[count, 2] = number, start, until
+                    spans[count, 0], spans[count, 1], spans[count, 2] = number, start, until
                     count += 1
                 start = max(until, ends[here]) if here < last else end
         first = last
-    return found[:count]
+    return spans[:count]
 
 
 def cut(texts: Texts, bounds: np.ndarray, offsets: np.ndarray) -> tuple[pa.Array, np.ndarray]:

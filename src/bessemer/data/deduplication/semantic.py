@@ -27,7 +27,7 @@ from bessemer.data.deduplication.words import fold_table, hash_words, mixed, mos
 from bessemer.data.text.compiled import compiled, compiled_allocating, longest_text
 from bessemer.data.text.texts import Texts
 
-# that are in memory at a time
+# rows of a file in memory at a time
 _ROWS = 1 << 12
 
 
@@ -71,7 +71,7 @@ def _matrix(column: pa.Array) -> np.ndarray:
     return values.reshape(len(column), int(sizes[0]) if len(sizes) else 1)
 
 
-#: Texts, (N,) strings, to embeddings, (N, D) floats of any length; a row of zeros is like nothing.
+#: Texts, (N,) strings, to embeddings, (N, D) floats of any length; a row of zeros is similar to no other.
 Embed = Callable[[pa.Array], np.ndarray]
 #: Ids, (N,) strings, and their embeddings, (N, D) floats, in any order, in batches of any size.
 Embeddings = Iterable[tuple[pa.Array, np.ndarray]]
@@ -105,11 +105,11 @@ def semantic_duplicates(
     ConfigError when `embeddings` lack a document or have one twice.
     """
     if embeddings is None:
-        found = _computed(corpus, embed or HashedTfIdf.of(corpus))
+        by_batch = _computed(corpus, embed or HashedTfIdf.of(corpus))
     else:
-        found = _given(corpus, embeddings)
+        by_batch = _given(corpus, embeddings)
     with Parts(scratch / "embeddings", "<i2", 1) as store:
-        numbers, dimensions = _spill_embeddings(found, store)
+        numbers, dimensions = _spill_embeddings(by_batch, store)
         if len(numbers) < 2:
             return DuplicateRemovals.of("semantic duplicate", corpus, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
         order = np.argsort(numbers)
@@ -155,11 +155,11 @@ def _given(corpus: Corpus, embeddings: Embeddings) -> Iterator[tuple[np.ndarray,
         )
 
 
-def _spill_embeddings(found: Iterable[tuple[np.ndarray, np.ndarray]], store: Parts) -> tuple[np.ndarray, int]:
+def _spill_embeddings(by_batch: Iterable[tuple[np.ndarray, np.ndarray]], store: Parts) -> tuple[np.ndarray, int]:
     """Put rounded embeddings of unit length on disk; returns the numbers of their documents in that order, and D."""
     numbers = [np.zeros(0, dtype=np.int64)]
     dimensions = 1
-    for batch_numbers, embeddings in found:
+    for batch_numbers, embeddings in by_batch:
         dimensions = embeddings.shape[1]
         lengths = np.sqrt((embeddings**2).sum(axis=1))
         usable = np.isfinite(lengths) & (lengths > 0)

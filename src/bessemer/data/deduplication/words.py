@@ -225,7 +225,7 @@ def run_hashes(hashes: np.ndarray, count: int, length: int, runs: np.ndarray) ->
     """
     if count < length:
         return 0
-    # what the run's first word weighs
+    # the power of the base at the run's first word
     oldest = np.uint64(1)
     value = np.uint64(0)
     for index in range(length):

@@ -288,12 +288,12 @@ def _judge(
             return _UNTERMINATED
         if words < fewest_words:
             return _FEW_WORDS
-    found, has_brace = _find_phrases(data, start, end, phrases)
-    if found & _HAS_LOREM_IPSUM:
+    phrases_seen, has_brace = _find_phrases(data, start, end, phrases)
+    if phrases_seen & _HAS_LOREM_IPSUM:
         return _KEPT
-    if javascript and found & _HAS_JAVASCRIPT:
+    if javascript and phrases_seen & _HAS_JAVASCRIPT:
         return _JAVASCRIPT
-    return _POLICY if policy and found & ~_HAS_JAVASCRIPT and not has_brace else _KEPT
+    return _POLICY if policy and phrases_seen & ~_HAS_JAVASCRIPT and not has_brace else _KEPT
 
 
 @compiled
@@ -377,7 +377,7 @@ def _find_phrases(
 ) -> tuple[int, bool]:
     """Which phrases a line has, as bits, and whether it has a curly bracket."""
     spelt, begins, begin_bytes = phrases
-    found, has_brace = 0, False
+    seen, has_brace = 0, False
     for index in range(start, end):
         byte = data[index]
         has_brace |= byte == _BRACE
@@ -386,5 +386,5 @@ def _find_phrases(
         for number in range(len(begins) - 1):
             length = begins[number + 1] - begins[number]
             if index + length <= end and _equal(data, index, spelt, begins[number], begins[number + 1]):
-                found |= 1 << number
-    return found, has_brace
+                seen |= 1 << number
+    return seen, has_brace

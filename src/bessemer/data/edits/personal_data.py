@@ -51,30 +51,30 @@ def find_personal_data(texts: Texts, settings: PersonalData) -> Iterator[Span]:
     for kind, place, number in zip(*(column.tolist() for column in candidates(texts.data, texts.offsets)), strict=True):
         first, last = int(texts.offsets[number]), int(texts.offsets[number + 1])
         if kind == AT and "email" in settings.kinds:
-            found = _email(buffer, place, first, last, settings)
+            span = _email(buffer, place, first, last, settings)
         elif kind == IBAN and "iban" in settings.kinds:
-            found = _iban(buffer, place, last)
+            span = _iban(buffer, place, last)
         elif kind in (DOTTED, COLONS) and "ip" in settings.kinds:
-            found = _ip(buffer, place, first, last, settings)
+            span = _ip(buffer, place, first, last, settings)
         elif kind == CARD and "card" in settings.kinds:
-            found = _card(buffer, place, first, last, settings)
+            span = _card(buffer, place, first, last, settings)
         elif kind == PHONE and "phone" in settings.kinds:
-            found = _phone(buffer, place, first, last)
+            span = _phone(buffer, place, first, last)
         else:
-            found = None
-        if found:
-            yield found
+            span = None
+        if span:
+            yield span
 
 
 _LOCAL_BEFORE = re.compile(rb"[A-Za-z0-9][A-Za-z0-9._%+-]{0,63}\Z")
-#: `https://user@host`, `://user:password@host`: nobody's mailbox.
+#: `https://user@host`, `://user:password@host`: part of an address of a page, no mailbox.
 _IN_URL = re.compile(rb"//[^\s/]*\Z")
 _DOMAIN = re.compile(rb"(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,8}([A-Za-z]{2,24})(?![A-Za-z0-9_@])")
 #: Second-level domains and endings that RFC 2606 and 6761 set aside.
 _RESERVED_DOMAIN = re.compile(
     rb"(?i)(?:.*\.)?(?:example\.(?:com|net|org|edu)|(?:test|example|invalid|localhost|local)|(?:domain|email|your\w*)\.com)\Z"
 )
-#: What looks like a top-level domain and is the ending of a file: `icon@2x.png`.
+#: Endings of files that look like top-level domains: `icon@2x.png`.
 _FILE_ENDINGS = frozenset(
     b"bmp css csv dll exe gif gz html jpeg jpg js json jsx pdf php png svg tar ts tsx txt wav webp xml yaml yml".split()
 )
@@ -100,15 +100,15 @@ def _email(buffer: memoryview, at: int, first: int, last: int, settings: Persona
     return Span(start, domain.end(), "email")
 
 
-#: Not before `/24`: a network is nobody's.
+#: Not before `/24`, which makes it a network instead of a host.
 _IPV4 = re.compile(rb"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)(?:\.(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)){3}(?![\w-]|\.\w|/\d)")
 _IPV6 = re.compile(rb"[0-9A-Fa-f]{4}(?::[0-9A-Fa-f]{0,4}){2,7}(?![\w:])")
 _DOCUMENTATION = [ipaddress.ip_network(net) for net in ("192.0.2.0/24", "198.51.100.0/24", "203.0.113.0/24", "2001:db8::/32")]
-#: A dotted number whose parts are all smaller is a version or a section more often than an address.
+#: Dotted numbers whose parts are all smaller are mostly versions or sections, not addresses.
 _PROBABLY_ADDRESS = 32
 
 
-#: What makes a dotted number a version, other versions between or not: `version 11.0.36.12`, `versions 1.2 and 11.0.36.12`.
+#: Words before a dotted number that make it a version: `version 11.0.36.12`, `versions 1.2 and 11.0.36.12`.
 _VERSION = re.compile(
     r"(?i)(?:(?<![^\W_])(?:versions?|versionen|versión|versiones|versão|versões|versioni?|versie|wersja|ver|v|releases?|builds?"
     r"|revisions?|rev|firmware|версия|версии|版本|バージョン|버전)|版)[\s.:：=#v]{0,4}"
@@ -118,10 +118,10 @@ _LONGEST_VERSIONS = 80
 
 
 def _ip(buffer: memoryview, start: int, first: int, last: int, settings: PersonalData) -> Span | None:
-    found = _IPV4.match(buffer, start, last) or _IPV6.match(buffer, start, last)
-    if not found:
+    match = _IPV4.match(buffer, start, last) or _IPV6.match(buffer, start, last)
+    if not match:
         return None
-    written = found.group().decode()
+    written = match.group().decode()
     try:
         address = ipaddress.ip_address(written)
     except ValueError:
@@ -137,15 +137,15 @@ def _ip(buffer: memoryview, start: int, first: int, last: int, settings: Persona
         return None
     documentation = any(address in network for network in _DOCUMENTATION)
     if documentation:
-        return Span(start, found.end(), "ip") if settings.reserved else None
+        return Span(start, match.end(), "ip") if settings.reserved else None
     if address.is_global and not address.is_multicast:
-        return Span(start, found.end(), "ip")
+        return Span(start, match.end(), "ip")
     if settings.private and address.is_private and not address.is_unspecified:
-        return Span(start, found.end(), "ip")
+        return Span(start, match.end(), "ip")
     return None
 
 
-#: What may stand between such a word and its number, at most four of them; and where the word may begin, in bytes before.
+#: Characters between an introducing word and its number, how many at most, and how many bytes before the number are searched.
 _GAP = ".:：# \t\n\r"
 _LONGEST_GAP = 4
 _BEFORE = 40
@@ -158,8 +158,10 @@ def _introduced(before: bytes, words: tuple[str, ...], colon_words: tuple[str, .
     gap = text[len(said) :]
     if not 1 <= len(gap) <= _LONGEST_GAP:
         return False
-    asked = words + colon_words if ":" in gap or "：" in gap else words
-    return said.endswith(asked) and any(said.endswith(word) and not said[: -len(word)][-1:].isalpha() for word in asked)
+    introducing = words + colon_words if ":" in gap or "：" in gap else words
+    return said.endswith(introducing) and any(
+        said.endswith(word) and not said[: -len(word)][-1:].isalpha() for word in introducing
+    )
 
 
 _CARD_SHAPE = re.compile(
@@ -182,34 +184,13 @@ _ISSUERS = (
     (6200, 6299, (16, 17, 18, 19)),  # UnionPay
 )
 #: Numbers that payment firms publish for tests.
-_TEST_CARDS = frozenset(
-    [
-        "4111111111111111",
-        "4242424242424242",
-        "4012888888881881",
-        "4000056655665556",
-        "4222222222222",
-        "5555555555554444",
-        "5105105105105100",
-        "2223003122003222",
-        "5200828282828210",
-        "378282246310005",
-        "371449635398431",
-        "378734493671000",
-        "6011111111111117",
-        "6011000990139424",
-        "3056930009020004",
-        "36227206271667",
-        "30569309025904",
-        "38520000023237",
-        "3530111333300000",
-        "3566002020360505",
-        "6200000000000005",
-    ]
-)
-
-
-#: What a shape alone cannot say.
+_TEST_NUMBERS = """
+    4111111111111111 4242424242424242 4012888888881881 4000056655665556 4222222222222 5555555555554444 5105105105105100
+    2223003122003222 5200828282828210 378282246310005 371449635398431 378734493671000 6011111111111117 6011000990139424
+    3056930009020004 36227206271667 30569309025904 38520000023237 3530111333300000 3566002020360505 6200000000000005
+"""
+_TEST_CARDS = frozenset(_TEST_NUMBERS.split())
+#: Words that introduce a card number, needed where it could be an article number.
 _CARD_WORDS = listed("""
     card, visa, diners, card number, card no, karte, kreditkarte, kartennummer, carte, numéro de carte, tarjeta,
     número de tarjeta, carta, cartão, kaart, karta, kort
@@ -231,20 +212,20 @@ def gtin(digits: str) -> bool:
 
 
 def _card(buffer: memoryview, start: int, first: int, last: int, settings: PersonalData) -> Span | None:
-    found = _CARD_SHAPE.match(buffer, start, last)
-    if not found or _MORE_DIGITS_BEFORE.search(bytes(buffer[max(first, start - 2) : start])):
+    match = _CARD_SHAPE.match(buffer, start, last)
+    if not match or _MORE_DIGITS_BEFORE.search(bytes(buffer[max(first, start - 2) : start])):
         return None
-    digits = re.sub(rb"\D", b"", found.group()).decode()
+    digits = re.sub(rb"\D", b"", match.group()).decode()
     issued = any(low <= int(digits[:4]) <= high and len(digits) in lengths for low, high, lengths in _ISSUERS)
     if not issued or not luhn(digits) or len(set(digits)) < 3 or digits.endswith("0000"):
         return None
     if digits in _TEST_CARDS and not settings.reserved:
         return None
     # one in ten article numbers has a card's check digit, and no card of 13 digits is issued any more
-    is_article = len(found.group()) in _ARTICLE_LENGTHS and (len(digits) == 13 or gtin(digits))
+    is_article = len(match.group()) in _ARTICLE_LENGTHS and (len(digits) == 13 or gtin(digits))
     if is_article and not _introduced(bytes(buffer[max(first, start - _BEFORE) : start]), _CARD_WORDS):
         return None
-    return Span(start, found.end(), "card")
+    return Span(start, match.end(), "card")
 
 
 _IBAN_SHAPE = re.compile(rb"[A-Z]{2}\d{2}(?:[A-Z0-9]{11,30}|(?: [A-Z0-9]{4}){2,7}(?: [A-Z0-9]{1,4})?)(?![A-Za-z0-9])")
@@ -283,14 +264,14 @@ def iban_valid(number: str) -> bool:
 
 
 def _iban(buffer: memoryview, start: int, last: int) -> Span | None:
-    found = _IBAN_SHAPE.match(buffer, start, last)
-    while found:
-        number = found.group().replace(b" ", b"").decode()
+    match = _IBAN_SHAPE.match(buffer, start, last)
+    while match:
+        number = match.group().replace(b" ", b"").decode()
         if iban_valid(number):
-            return Span(start, found.end(), "iban")
+            return Span(start, match.end(), "iban")
         # in capitals the next word may look like one more group
-        shorter = found.group().rfind(b" ")
-        found = _IBAN_SHAPE.match(buffer, start, start + shorter) if shorter > 0 else None
+        shorter = match.group().rfind(b" ")
+        match = _IBAN_SHAPE.match(buffer, start, start + shorter) if shorter > 0 else None
     return None
 
 
@@ -301,7 +282,7 @@ _INTERNATIONAL = re.compile(
 _NORTH_AMERICAN = re.compile(
     rb"(?:1[ .-])?(?:\([2-9]\d\d\) ?[2-9]\d\d[ .-]\d{4}|[2-9]\d\d([.-])[2-9]\d\d\1\d{4})(?![\w+*/^=%-]|[.,]\d)"
 )
-#: And not a date behind such a word.
+#: A number behind an introducing word; no date.
 _NAMED = re.compile(
     rb"(?!\d{4}-\d\d-\d\d|\d\d?[./]\d\d?[./]\d{4})"
     rb"(?:\(\d{1,5}\)[ .-]?)?\d{1,8}(?:[ .\-/]{1,2}\d{1,8}){0,6}(?![\w*^=%]|[.,]\d|-\w)"
@@ -311,13 +292,13 @@ _DIGITS = re.compile(rb"\d")
 
 def _phone(buffer: memoryview, start: int, first: int, last: int) -> Span | None:
     for shape, fewest in ((_INTERNATIONAL, 9), (_NORTH_AMERICAN, 10)):
-        found = shape.match(buffer, start, min(last, start + 40))
-        if found and fewest <= len(_DIGITS.findall(found.group())) <= 15 and _international_plausible(found.group()):
-            return Span(start, found.end(), "phone")
+        match = shape.match(buffer, start, min(last, start + 40))
+        if match and fewest <= len(_DIGITS.findall(match.group())) <= 15 and _international_plausible(match.group()):
+            return Span(start, match.end(), "phone")
     if _introduced(bytes(buffer[max(first, start - _BEFORE) : start]), PHONE_WORDS, PHONE_COLON_WORDS):
-        found = _NAMED.match(buffer, start, min(last, start + 40))
-        if found and 7 <= len(_DIGITS.findall(found.group())) <= 15:
-            return Span(start, found.end(), "phone")
+        match = _NAMED.match(buffer, start, min(last, start + 40))
+        if match and 7 <= len(_DIGITS.findall(match.group())) <= 15:
+            return Span(start, match.end(), "phone")
     return None
 
 

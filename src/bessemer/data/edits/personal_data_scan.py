@@ -62,16 +62,16 @@ def candidates(data: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.nd
     """
     size = max(256, len(data) // 256)
     while True:
-        found = np.empty((3, size), np.int64)
-        count = _scan(data, offsets, _CLASSES, found)
+        table = np.empty((3, size), np.int64)
+        count = _scan(data, offsets, _CLASSES, table)
         if count <= size:
-            return found[0, :count], found[1, :count], found[2, :count]
+            return table[0, :count], table[1, :count], table[2, :count]
         size = count
 
 
 @compiled
-def _scan(data: np.ndarray, offsets: np.ndarray, classes: np.ndarray, found: np.ndarray) -> int:
-    """Fill `found` (kind, place, text) as far as it reaches; return how many there are."""
+def _scan(data: np.ndarray, offsets: np.ndarray, classes: np.ndarray, table: np.ndarray) -> int:
+    """Fill `table` (kind, place, text) as far as it reaches; return how many there are."""
     count = 0
     for text in range(len(offsets) - 1):
         first, last = offsets[text], offsets[text + 1]
@@ -110,8 +110,8 @@ def _scan(data: np.ndarray, offsets: np.ndarray, classes: np.ndarray, found: np.
                 if whole and (start == first or not (_alphanumeric(data[start - 1], classes) or data[start - 1] == _COLON)):
                     place, what = start, COLONS
             if what >= 0:
-                if count < found.shape[1]:
-                    found[0, count], found[1, count], found[2, count] = what, place, text
+                if count < table.shape[1]:
+                    table[0, count], table[1, count], table[2, count] = what, place, text
                 count += 1
             at += step
     return count

@@ -53,7 +53,7 @@ _SHAPES = (
             *((f"gh{letter}_", rf"[A-Za-z0-9]{{36,251}}{_END}") for letter in "pousr"),
             ("github_pat_", rf"[A-Za-z0-9_]{{60,300}}{_END}"),
             *((f"gl{name}-", rf"[A-Za-z0-9_-]{{20,300}}{_END}") for name in ("pat", "ptt", "dt", "rt", "cbt", "soat")),
-            # Slack, Discord, Telegram's bots are told by shape alone and left to the assignments
+            # Slack, Discord, Telegram's bots have no literal: assignments find them
             *((f"xox{letter}-", rf"[A-Za-z0-9-]{{20,300}}{_END}") for letter in "abeoprs"),
             ("hooks.slack.com/services/", r"T[A-Z0-9]{6,64}/B[A-Z0-9]{6,64}/[A-Za-z0-9]{20,64}"),
             # Google, Stripe, OpenAI, Anthropic, Hugging Face
@@ -85,10 +85,10 @@ _SHAPES = (
 _PRIVATE_KEY = b"-----BEGIN "
 _KEY_BEGINS = re.compile(rb"(?:[A-Z]{2,10} ){0,2}PRIVATE KEY(?: BLOCK)?-----")
 _KEY_ENDS = re.compile(rb"-----END (?:[A-Z]{2,10} ){0,2}PRIVATE KEY(?: BLOCK)?-----")
-#: A line of a key's body; a header quoted without one opens nothing.
+#: A line of a key's body; a header without one is no key.
 _KEY_BODY = re.compile(rb"[A-Za-z0-9+/=]{24}")
 _LONGEST_KEY = 20_000
-#: Stands in the middle of an address.
+#: A literal that may stand in the middle of an address.
 _IN_ADDRESSES = b"hooks.slack.com/services/"
 _CONNECTION = b"://"
 _USER_AND_PASSWORD = re.compile(rb"[A-Za-z0-9._%+-]{0,64}:([^\s:/@\"'<>{}$\[\]]{3,128})@[A-Za-z0-9\[]")
@@ -97,26 +97,12 @@ _NO_PASSWORDS = (b"pass", b"pwd", b"pw", b"tiger", b"guest", b"repo")
 _SCHEME = re.compile(rb"(?<![A-Za-z0-9])[A-Za-z][A-Za-z0-9+.-]{1,30}\Z")
 
 #: Words after which a value is a secret, and whether that value is a password (else a key, which is longer and random).
-_NAMES = {
-    b"password": True,
-    b"passwd": True,
-    b"passphrase": True,
-    b"pwd": True,
-    b"secret": False,
-    b"secret_key": False,
-    b"secretkey": False,
-    b"api_key": False,
-    b"api-key": False,
-    b"apikey": False,
-    b"access_key": False,
-    b"accesskey": False,
-    b"private_key": False,
-    b"auth_token": False,
-    b"authtoken": False,
-    b"access_token": False,
-    b"client_secret": False,
-    b"token": False,
-}
+_PASSWORD_NAMES = b"password passwd passphrase pwd"
+_KEY_NAMES = b"""
+    secret secret_key secretkey api_key api-key apikey access_key accesskey private_key auth_token authtoken access_token
+    client_secret token
+"""
+_NAMES = dict.fromkeys(_PASSWORD_NAMES.split(), True) | dict.fromkeys(_KEY_NAMES.split(), False)
 _QUOTED = re.compile(rb"""(?:["']?\]?\s{0,4}(?::=|=>|[:=])\s{0,4}|=)[a-z]?(["'])([!#-&(-;=?-\[\]-z|~]{6,200})\1""")
 #: As in a file of environment variables or of settings: alone on its line, without blanks or brackets.
 _BARE = re.compile(rb"[=:][ \t]?()([A-Za-z0-9+/=_.~!@#^&*-]{12,200})[ \t]*(?=\n|\r|\Z)")
@@ -133,10 +119,8 @@ _SHORTEST_KEY = 16
 
 
 def secrets(texts: Texts, settings: Secrets | None = None) -> tuple[pa.Array, dict[str, pa.Array]]:
-    """The texts with secrets masked, and how many of each kind were found in each.
-
-    Of connection strings and assignments only the value is masked.
-    """
+    """The texts with secrets masked, and how many of each kind were found in each. Of connection strings and assignments only
+    the value is masked."""
     settings = settings or Secrets()
 
     def find(batch: Texts) -> Iterator[Span]:
@@ -167,10 +151,8 @@ def find_secrets(texts: Texts) -> Iterator[Span]:
 
 
 def _places(automaton: Literals, texts: Texts) -> Iterator[tuple[int, int, int, int]]:
-    """Where literals begin: the place, the literal's number, and the two ends of the text that it begins in.
-
-    One that reaches into the next text matches nothing, since what follows it is looked for up to its own text's end.
-    """
+    """Where literals begin: the place, the literal's number, and the two ends of the text that it begins in. One that reaches
+    into the next text matches nothing, since what follows it is looked for up to its own text's end."""
     first, last = int(texts.offsets[0]), int(texts.offsets[-1])
     ends, numbers = automaton.find(texts.data[first:last])
     begins = ends + first - automaton.lengths[numbers]
@@ -183,8 +165,8 @@ def _of_known_shape(buffer: memoryview, literal: bytes, begin: int, first: int, 
     if begin > first and _joined(buffer[begin - 1]) and literal != _IN_ADDRESSES:
         return None
     shape = _BY_LITERAL[literal]
-    found = shape.rest.match(buffer, begin + len(literal), last)
-    return Span(begin, found.end(), shape.kind) if found and not _looks_made_up(found.group()) else None
+    match = shape.rest.match(buffer, begin + len(literal), last)
+    return Span(begin, match.end(), shape.kind) if match and not _looks_made_up(match.group()) else None
 
 
 def _private_key(buffer: memoryview, begin: int, last: int) -> Span | None:
@@ -198,19 +180,19 @@ def _private_key(buffer: memoryview, begin: int, last: int) -> Span | None:
 
 
 def _connection_password(buffer: memoryview, begin: int, first: int, last: int) -> Span | None:
-    found = _USER_AND_PASSWORD.match(buffer, begin, min(last, begin + 260))
+    match = _USER_AND_PASSWORD.match(buffer, begin, min(last, begin + 260))
     scheme = _SCHEME.search(bytes(buffer[max(first, begin - 3 - 32) : begin - 3]))
-    if not found or not scheme or _PLACEHOLDER.search(found.group(1)) or found.group(1).lower() in _NO_PASSWORDS:
+    if not match or not scheme or _PLACEHOLDER.search(match.group(1)) or match.group(1).lower() in _NO_PASSWORDS:
         return None
-    return Span(found.start(1), found.end(1), "password")
+    return Span(match.start(1), match.end(1), "password")
 
 
 def _assigned(buffer: memoryview, behind: int, last: int, *, password: bool) -> Span | None:
-    found = _QUOTED.match(buffer, behind, min(last, behind + 240)) or _BARE.match(buffer, behind, min(last, behind + 240))
-    if not found:
+    match = _QUOTED.match(buffer, behind, min(last, behind + 240)) or _BARE.match(buffer, behind, min(last, behind + 240))
+    if not match:
         return None
-    value = found.group(2)
-    quoted = bool(found.group(1))
+    value = match.group(2)
+    quoted = bool(match.group(1))
     if _PLACEHOLDER.search(value):
         return None
     kinds = sum(bool(re.search(kind, value)) for kind in (rb"[a-z]", rb"[A-Z]", rb"[0-9]", rb"[^A-Za-z0-9]"))
@@ -222,7 +204,7 @@ def _assigned(buffer: memoryview, behind: int, last: int, *, password: bool) -> 
         plain = len(value) < _SHORTEST_KEY or _entropy(value) < _KEY_ENTROPY or bool(_WORDS.search(value))
     if plain:
         return None
-    return Span(found.start(2), found.end(2), "password")
+    return Span(match.start(2), match.end(2), "password")
 
 
 #: `user_2`, `field.name`: names in code, which differ from passwords in being words joined by marks.

@@ -17,12 +17,12 @@ _DISPLAY, _NONE, _VISIBILITY, _HIDDEN_VALUE = (
 )
 _WORD, _PREFIX, _WHOLE = 0, 1, 2
 _NO_SEED = np.uint64(0)
-# What a start tag's attributes say beside roles.
+# Bits of what a start tag's attributes say, other than roles.
 HREF, UNSEEN, OG_TITLE, SELF_CLOSING = 1, 2, 4, 8
 
 
 def _packed_attribute(name: str) -> int:
-    """An attribute's name as the parser packs it: its first eight bytes, and its length beside them."""
+    """An attribute's name as the parser packs it: its first seven bytes and its length."""
     number = 0
     for byte in name.encode()[:7]:
         number = (number << 8) | byte
@@ -71,7 +71,7 @@ def look_up(keys: np.ndarray, bits: np.ndarray, state: np.uint64, way: int) -> i
 @compiled
 def attribute_roles(data: np.ndarray, start: int, end: int, seed: np.uint64, keys: np.ndarray, bits: np.ndarray) -> int:
     """The roles that the words in `data[start:end]` stand for; every byte is looked at once."""
-    found = 0
+    roles = 0
     word = seed
     joined = seed
     whole = seed
@@ -82,7 +82,7 @@ def attribute_roles(data: np.ndarray, start: int, end: int, seed: np.uint64, key
         upper = 65 <= byte <= 90
         letter = upper or 97 <= byte <= 122 or 48 <= byte <= 57 or byte >= 128
         if length and (not letter or (upper and lower_before)):
-            found |= look_up(keys, bits, word, _WORD) | look_up(keys, bits, joined, _WORD)
+            roles |= look_up(keys, bits, word, _WORD) | look_up(keys, bits, joined, _WORD)
             joined = word
             word = seed
             length = 0
@@ -93,13 +93,13 @@ def attribute_roles(data: np.ndarray, start: int, end: int, seed: np.uint64, key
             whole = (whole ^ low) * FNV_PRIME
             length += 1
             if length >= 3:
-                found |= look_up(keys, bits, word, _PREFIX)
+                roles |= look_up(keys, bits, word, _PREFIX)
         elif is_space(byte):
-            found |= look_up(keys, bits, whole, _WHOLE)
+            roles |= look_up(keys, bits, whole, _WHOLE)
             joined = seed
             whole = seed
         lower_before = 97 <= byte <= 122
-    return found
+    return roles
 
 
 @compiled
@@ -147,12 +147,12 @@ def read_attributes(
     `value`, (2,), is set to where the `content` of a meta element lies.
     """
     role = 0
-    found = 0
+    marks = 0
     while place < end and data[place] != 62:
         byte = data[place]
         if byte == 47:
             if place + 1 < end and data[place + 1] == 62:
-                found |= SELF_CLOSING
+                marks |= SELF_CLOSING
             place += 1
             continue
         if is_space(byte):
@@ -202,19 +202,19 @@ def read_attributes(
         elif attribute == _AT_ITEMTYPE:
             seed = _ITEMTYPE_START
         elif attribute == _AT_HREF:
-            found |= HREF
+            marks |= HREF
         # `aria-hidden` hides with a value that begins with t: true
         elif (
             attribute == _AT_HIDDEN
             or (attribute == _AT_STYLE and _hides(data, start, stop))
             or (attribute == _AT_ARIA_HIDDEN and stop > start and lower(data[start]) == 116)
         ):
-            found |= UNSEEN
+            marks |= UNSEEN
         # `og:title`
         elif attribute == _AT_PROPERTY and stop - start == 8 and data[start + 3] == 116 and data[start + 4] == 105:
-            found |= OG_TITLE
+            marks |= OG_TITLE
         elif attribute == _AT_CONTENT:
             value[0], value[1] = start, stop
         if seed != _NO_SEED:
             role |= attribute_roles(data, start, stop, seed, keys, bits)
-    return min(place + 1, end), role, found
+    return min(place + 1, end), role, marks

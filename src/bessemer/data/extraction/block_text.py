@@ -34,6 +34,13 @@ _REPLACEMENT = 0xFFFD
 
 
 @compiled
+def put(out: np.ndarray, size: int, byte: int) -> int:
+    """Appends a byte to `out`; the new size."""
+    out[size] = byte
+    return size + 1
+
+
+@compiled
 def _put_codepoint(out: np.ndarray, size: int, code: int) -> int:
     if code < 0x80:
         out[size] = code
@@ -63,8 +70,7 @@ def decode_entities(data: np.ndarray, start: int, end: int, out: np.ndarray, siz
     while place < end:
         byte = data[place]
         if byte != 38:
-            out[size] = byte
-            size += 1
+            size = put(out, size, byte)
             place += 1
             continue
         look = place + 1
@@ -102,7 +108,7 @@ def decode_entities(data: np.ndarray, start: int, end: int, out: np.ndarray, siz
                 continue
         else:
             state = FNV_START
-            found = 0
+            entity = 0
             after = place
             while look < end and look - place <= 32:
                 letter = data[look]
@@ -115,21 +121,19 @@ def decode_entities(data: np.ndarray, start: int, end: int, out: np.ndarray, siz
                 while keys[slot] != 0:
                     if keys[slot] == state:
                         if closed and values[slot, 0]:
-                            found = values[slot, 0]
+                            entity = values[slot, 0]
                             after = look + 1
                         elif values[slot, 1]:
-                            found = values[slot, 1]
+                            entity = values[slot, 1]
                             after = look
                         break
                     slot = (slot + np.uint64(1)) & mask
-            if found:
-                for index in range(offsets[found], offsets[found + 1]):
-                    out[size] = texts[index]
-                    size += 1
+            if entity:
+                for index in range(offsets[entity], offsets[entity + 1]):
+                    size = put(out, size, texts[index])
                 place = after
                 continue
-        out[size] = 38
-        size += 1
+        size = put(out, size, 38)
         place += 1
     return size
 
@@ -147,8 +151,7 @@ def collapse(text: np.ndarray, end: int, out: np.ndarray, size: int) -> int:
         if byte == 10:
             if size > 0 and out[size - 1] == 32:
                 size -= 1
-            out[size] = 10
-            size += 1
+            size = put(out, size, 10)
             space = True
             place += 1
             continue
@@ -179,13 +182,11 @@ def collapse(text: np.ndarray, end: int, out: np.ndarray, size: int) -> int:
             drop = True
         if blank:
             if not space:
-                out[size] = 32
-                size += 1
+                size = put(out, size, 32)
             space = True
         elif not drop:
             for index in range(width):
-                out[size] = text[place + index]
-                size += 1
+                size = put(out, size, text[place + index])
             space = False
         place += width
     return size
@@ -210,18 +211,11 @@ def _trim(out: np.ndarray, start: int, size: int) -> int:
 
 @compiled
 def put_block(
-    data: np.ndarray,
-    first: int,
-    last: int,
-    run_starts: np.ndarray,
-    run_ends: np.ndarray,
-    run_flags: np.ndarray,
-    scratch: np.ndarray,
-    entities: tuple,
-    out: np.ndarray,
-    size: int,
+    data: np.ndarray, page: Page, block: int, scratch: np.ndarray, entities: tuple, out: np.ndarray, size: int
 ) -> int:
-    """Appends the text of the runs `first` to `last` to `out`; the size is the same as before where none of it is visible."""
+    """Appends a block's text to `out`; returns the new size, which is the old one where nothing in the block is visible."""
+    run_starts, run_ends, run_flags = page.run_starts, page.run_ends, page.run_flags
+    first, last = page.block_runs[block], page.block_runs[block + 1]
     used = 0
     verbatim = False
     for run in range(first, last):
@@ -247,8 +241,7 @@ def put_block(
                 continue
             byte = np.uint8(10)
         if byte >= 32 or byte == 10 or byte == 9:
-            out[size] = byte
-            size += 1
+            size = put(out, size, byte)
     return _trim(out, start, size)
 
 
@@ -259,8 +252,7 @@ def block_text(data: np.ndarray, page: Page, block: int) -> str:
     """One block's text, without markers."""
     capacity = 2 * int(block_lengths(page)[block]) + 64
     scratch, out = np.empty(capacity, np.uint8), np.empty(capacity, np.uint8)
-    first, last = int(page.block_runs[block]), int(page.block_runs[block + 1])
-    size = put_block(data, first, last, page.run_starts, page.run_ends, page.run_flags, scratch, ENTITIES, out, 0)
+    size = put_block(data, page, block, scratch, ENTITIES, out, 0)
     return out[:size].tobytes().decode("utf-8")
 
 

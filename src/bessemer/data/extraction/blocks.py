@@ -16,29 +16,10 @@ from bessemer.data.extraction.parsing import BREAK, LINK, Page
 from bessemer.data.extraction.vocabulary import BLOCK, CUES, NUMBER
 from bessemer.data.text.compiled import compiled
 
-#: What is counted of a block's text, in the order of the columns of `count_text`.
-COUNTS = (
-    "characters",
-    "link_characters",
-    "words",
-    "sentence_ends",
-    "commas",
-    "digits",
-    "capitals",
-    "links",
-    "closed",
-    "title_words",
-    "text_hash",
-    "wide",
-    "function_words",
-    "symbols",
-    "strong",
-    "slanted",
-    "first_cues",
-    "group",
-)
+#: What is counted of a block: the columns of `count_text`, and the group of blocks with the same signature.
 CHARACTERS, LINK_CHARACTERS, WORDS, ENDS, COMMAS, DIGITS, CAPITALS, LINKS, CLOSED, TITLE_WORDS, HASH, WIDE = range(12)
-FUNCTION_WORDS, SYMBOLS, STRONG, SLANTED, FIRST_CUES, GROUP = range(12, len(COUNTS))
+FUNCTION_WORDS, SYMBOLS, STRONG, SLANTED, FIRST_CUES, GROUP = range(12, 18)
+N_COUNTS = 18
 N_CUES = len(CUES)
 
 _B, _BIG, _STRONG_TAG, _I, _EM, _CITE, _SMALL = (NUMBER[n] for n in ("b", "big", "strong", "i", "em", "cite", "small"))
@@ -86,27 +67,30 @@ def title_words(data: np.ndarray, start: int, end: int, table: np.ndarray) -> No
 @compiled
 def count_text(
     data: np.ndarray,
-    run_starts: np.ndarray,
-    run_ends: np.ndarray,
-    run_flags: np.ndarray,
-    block_runs: np.ndarray,
+    page: Page,
     title: np.ndarray,
     cue_keys: np.ndarray,
     cue_bits: np.ndarray,
-    run_elements: np.ndarray,
-    tags: np.ndarray,
-    parents: np.ndarray,
     traits: np.ndarray,
     counts: np.ndarray,
     cues: np.ndarray,
 ) -> None:
-    """Fills `counts`, (B, COUNTS), with `COUNTS` of each block but the last, and `cues`, (B, cues) of zeros, with how often
+    """Fills `counts`, (B, N_COUNTS), but for the last column, and `cues`, (B, cues) of zeros, with how often
     each occurs in it.
 
     `closed` is 2 after a full stop or its like at the end, 1 after a colon, comma or closing quote, else 0. A wide
     character (Chinese, Japanese, Korean) counts as half a word, since no space parts them. `strong` and `slanted` are the
     characters in elements such as `b` and `em`; `first_cues` has the bits of the cues among the first two words.
     """
+    run_starts, run_ends, run_flags, block_runs, run_elements, tags, parents = (
+        page.run_starts,
+        page.run_ends,
+        page.run_flags,
+        page.block_runs,
+        page.run_elements,
+        page.tags,
+        page.parents,
+    )
     for block in range(len(block_runs) - 1):
         characters = link_characters = words = ends = commas = digits = capitals = links = wide = 0
         function_words = symbols = strong = slanted = first_cues = 0
@@ -184,13 +168,13 @@ def count_text(
                 else:
                     if length:
                         words += 1
-                        found = look_up(cue_keys, cue_bits, word, 0)
-                        if found:
+                        cue_bits_here = look_up(cue_keys, cue_bits, word, 0)
+                        if cue_bits_here:
                             if words <= 2:
-                                first_cues |= found
-                            function_words += (found >> N_CUES) & 1
+                                first_cues |= cue_bits_here
+                            function_words += (cue_bits_here >> N_CUES) & 1
                             for cue in range(N_CUES):
-                                cues[block, cue] += (found >> cue) & 1
+                                cues[block, cue] += (cue_bits_here >> cue) & 1
                         in_title += length > 2 and _holds(title, word)
                         word = FNV_START
                         length = 0
@@ -252,8 +236,9 @@ def is_prose(counts: np.ndarray, block: int) -> bool:
 
 
 @compiled
-def sum_over_tree(parents: np.ndarray, block_elements: np.ndarray, counts: np.ndarray, sums: np.ndarray) -> None:
+def sum_over_tree(page: Page, counts: np.ndarray, sums: np.ndarray) -> None:
     """Fills `sums`, (N, 4) of zeros: of each element with all below it characters, link characters, blocks, prose."""
+    parents, block_elements = page.parents, page.block_elements
     for block in range(len(block_elements)):
         element = block_elements[block]
         sums[element, 0] += counts[block, CHARACTERS]
@@ -269,9 +254,7 @@ def sum_over_tree(parents: np.ndarray, block_elements: np.ndarray, counts: np.nd
 BUCKETS = 1 << 14
 #: Words of a block that are read, and what is hashed of them at most.
 MOST_WORDS, MOST_HASHED = 60, 68
-_FNV_START, _FNV_PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x100000001B3)
 _FIRST = np.uint64(0x5BD1E995)
-_PASSES, _RATE, _DECAY = 6, 0.1, 1e-4
 
 
 @compiled
@@ -280,40 +263,33 @@ def _bucket(state: np.uint64) -> int:
 
 
 @compiled
-def score_words(
-    data: np.ndarray,
-    run_starts: np.ndarray,
-    run_ends: np.ndarray,
-    block_runs: np.ndarray,
-    weights: np.ndarray,
-    scores: np.ndarray,
-    buckets: np.ndarray,
-) -> None:
+def score_words(data: np.ndarray, page: Page, weights: np.ndarray, scores: np.ndarray, buckets: np.ndarray) -> None:
     """Fills `scores`, (B,), and, unless it has no rows, `buckets`, (B, MOST_HASHED) of -1, with the weights that were added."""
+    run_starts, run_ends, block_runs = page.run_starts, page.run_ends, page.block_runs
     for block in range(len(block_runs) - 1):
         words = hashed = 0
         total = 0.0
-        word = before = _FNV_START
+        word = before = FNV_START
         length = 0
         for run in range(block_runs[block], block_runs[block + 1]):
             for place in range(run_starts[run], run_ends[run] + 1):
                 byte = np.int64(lower(data[place])) if place < run_ends[run] else 32
                 if 97 <= byte <= 122 or byte >= 128 or 48 <= byte <= 57:
-                    word = (word ^ np.uint64(48 if byte < 58 else byte)) * _FNV_PRIME
+                    word = (word ^ np.uint64(48 if byte < 58 else byte)) * FNV_PRIME
                     length += 1
                 elif length:
                     words += 1
                     for kind in range(3):
                         if (kind == 1 and words > 2) or (kind == 2 and not 2 <= words <= 6):
                             continue
-                        state = word if kind == 0 else (word ^ _FIRST if kind == 1 else (before * _FNV_PRIME) ^ word)
-                        bucket = _bucket(state * _FNV_PRIME)
+                        state = word if kind == 0 else (word ^ _FIRST if kind == 1 else (before * FNV_PRIME) ^ word)
+                        bucket = _bucket(state * FNV_PRIME)
                         total += weights[bucket]
                         if len(buckets):
                             buckets[block, hashed] = bucket
                         hashed += 1
                     before = word
-                    word = _FNV_START
+                    word = FNV_START
                     length = 0
                 if words == MOST_WORDS:
                     break
@@ -322,56 +298,8 @@ def score_words(
         scores[block] = total / np.sqrt(max(1, hashed))
 
 
-@compiled
-def _descend(
-    buckets: np.ndarray,
-    targets: np.ndarray,
-    importance: np.ndarray,
-    order: np.ndarray,
-    weights: np.ndarray,
-    squares: np.ndarray,
-    bias: np.ndarray,
-) -> None:
-    """One pass of stochastic gradient descent with Adagrad's steps; `bias`, (2,): the constant and its sum of squares."""
-    for row in order:
-        hashed = 0
-        total = 0.0
-        while hashed < buckets.shape[1] and buckets[row, hashed] >= 0:
-            total += weights[buckets[row, hashed]]
-            hashed += 1
-        scale = 1.0 / np.sqrt(max(1, hashed))
-        slope = (1.0 / (1.0 + np.exp(-(total * scale + bias[0]))) - targets[row]) * importance[row]
-        for index in range(hashed):
-            bucket = buckets[row, index]
-            step = slope * scale + _DECAY * weights[bucket]
-            squares[bucket] += step * step
-            weights[bucket] -= _RATE * step / np.sqrt(squares[bucket] + 1e-6)
-        bias[1] += slope * slope
-        bias[0] -= _RATE * slope / np.sqrt(bias[1] + 1e-6)
-
-
-def fit_words(buckets: np.ndarray, targets: np.ndarray, importance: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Weights, (BUCKETS,) float32, for blocks given by their `buckets`, (R, MOST_HASHED), with `targets` of 0 and 1, (R,)."""
-    random = np.random.default_rng(seed)
-    weights, squares, bias = np.zeros(BUCKETS), np.zeros(BUCKETS), np.zeros(2)
-    for _ in range(_PASSES):
-        _descend(buckets, targets, importance, random.permutation(len(buckets)), weights, squares, bias)
-    return weights.astype(np.float32)
-
-
-def buckets_of(data: np.ndarray, page: Page) -> np.ndarray:
-    """The buckets of each block's words, (B, MOST_HASHED) int32, -1 where there are no more."""
-    buckets = np.full((len(page.block_elements), MOST_HASHED), -1, np.int32)
-    score_words(
-        data, page.run_starts, page.run_ends, page.block_runs, np.zeros(BUCKETS, np.float32), np.empty(len(buckets)), buckets
-    )  # fmt: skip
-    return buckets
-
-
 def word_scores(data: np.ndarray, page: Page, weights: np.ndarray) -> np.ndarray:
     """The score of each block, (B,) float64."""
     scores = np.empty(len(page.block_elements))
-    score_words(
-        data, page.run_starts, page.run_ends, page.block_runs, weights, scores, np.empty((0, MOST_HASHED), np.int32)
-    )  # fmt: skip
+    score_words(data, page, weights, scores, np.empty((0, MOST_HASHED), np.int32))
     return scores

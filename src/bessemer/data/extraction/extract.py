@@ -30,7 +30,7 @@ from bessemer.data.extraction.render import laid_out, render, table_of_blocks
 from bessemer.data.extraction.vocabulary import HEADING, NUMBER, TRAITS
 from bessemer.data.limited import Limited, RefusedError
 
-#: How far into a page its own word on its encoding is looked for.
+#: Bytes of a page in which its declaration of an encoding is searched.
 _HEAD = 4096
 _META = re.compile(rb"<meta[^>]{0,400}?charset\s*=\s*[\"']?\s*([a-zA-Z0-9_:.-]{2,40})", re.IGNORECASE)
 _XML = re.compile(rb"^\s*<\?xml[^>]{0,200}?encoding\s*=\s*[\"']([a-zA-Z0-9_:.-]{2,40})[\"']")
@@ -80,9 +80,9 @@ def to_utf8(html: str | bytes, *, encoding: str | None = None) -> bytes:
 
 
 def declared(html: bytes) -> list[str]:
-    """What the page says of its encoding, in a meta element or an XML declaration."""
+    """Encodings that the page declares, in a meta element or an XML declaration."""
     head = html[:_HEAD]
-    return [found[1].decode("ascii") for pattern in (_XML, _META) if (found := pattern.search(head))]
+    return [match[1].decode("ascii") for pattern in (_XML, _META) if (match := pattern.search(head))]
 
 
 def codec_of(label: str) -> str | None:
@@ -108,7 +108,7 @@ def codec_of_page(label: str) -> str | None:
 
 
 def guessed(html: bytes) -> str | None:
-    """What resiliparse's detector makes of the bytes."""
+    """The encoding that resiliparse detects from the bytes."""
     from resiliparse.parse.encoding import detect_encoding
 
     return codec_of(detect_encoding(html) or "")
@@ -119,7 +119,7 @@ def _has_sequence(html: bytes) -> bool:
     return re.search(rb"[\xc3-\xf4][\x80-\xbf]", html) is not None
 
 
-#: With fewer characters the model's choice is not trusted when the page holds more.
+#: With fewer characters chosen, more blocks are taken if the page has more.
 _TOO_SHORT = 100
 _H1 = NUMBER["h1"]
 _CANDIDATE = FEATURES.index("candidate_in")
@@ -158,7 +158,7 @@ def _whole_tables(answers: np.ndarray, sizes: np.ndarray, page: Page) -> np.ndar
 
 
 def decide(answers: np.ndarray, rows: np.ndarray, counts: np.ndarray, page: Page, threshold: float) -> np.ndarray:
-    """Which blocks belong to the text, (B,) bool, given the model's `answers`, the `FEATURES` and the `COUNTS`."""
+    """Which blocks belong to the text, (B,) bool, given the model's `answers`, the `FEATURES` and the counts."""
     sizes = counts[:, CHARACTERS]
     links = counts[:, LINK_CHARACTERS]
     tags = page.tags[page.block_elements]
@@ -176,7 +176,7 @@ def decide(answers: np.ndarray, rows: np.ndarray, counts: np.ndarray, page: Page
             if sizes[keep].sum() >= _TOO_SHORT:
                 break
     headings = (TRAITS[tags] & HEADING) != 0
-    # "Further reading:" is a heading by its looks
+    # a short line with a colon, such as "Further reading:", acts as a heading
     label = (sizes < 60) & (counts[:, CLOSED] == 1)
     keep = _without_lone_headings(keep, np.where(headings, tags - _H1 + 1, np.where(label, 7, 9)))
     return _one_title(keep, headings, rows, counts)
@@ -194,7 +194,7 @@ def _one_title(keep: np.ndarray, headings: np.ndarray, rows: np.ndarray, counts:
     return keep
 
 
-#: With less text than this the page's other hiding places are looked into: what CSS hides, and data for search engines.
+#: With less text than this, text that CSS hides and the page's data for search engines are tried too.
 _HARDLY_ANY = 200
 _ARTICLE_BODY = re.compile(rb'"articleBody"\s*:\s*("(?:[^"\\]|\\.)*")')
 
@@ -232,7 +232,7 @@ def _with_title(text: str, data: np.ndarray, page: Page, keep: np.ndarray, rows:
 
 
 def _named_title(data: np.ndarray, page: Page) -> str:
-    """What the page's head calls it, without the name of the site behind a dash or bar."""
+    """The title in the page's head, without the name of the site behind a dash or bar."""
     from html import unescape
 
     start, end, og_start, og_end = page.title
@@ -245,11 +245,11 @@ def _named_title(data: np.ndarray, page: Page) -> str:
 
 def _article_body(html: bytes) -> str:
     """The text that a page of scripts gives to search engines (schema.org's articleBody)."""
-    found = _ARTICLE_BODY.search(html)
-    if not found:
+    match = _ARTICLE_BODY.search(html)
+    if not match:
         return ""
     try:
-        text = json.loads(found[1], strict=False)
+        text = json.loads(match[1], strict=False)
     except ValueError:
         return ""
     lines = [" ".join(re.sub(r"<[^<>]{1,200}>", " ", line).split()) for line in str(text).splitlines()]
@@ -286,7 +286,7 @@ class Trafilatura:
             raise ConfigError(f"extractor: trafilatura needs the package trafilatura: {install_extra('trafilatura')}")
         self.time_limit = time_limit
         self._helpers = [Limited(function, time_limit) for _ in range(processes or usable_cores())]
-        # the last one is taken first, so that no more are started than are needed
+        # last in, first out: no more helpers are started than are needed
         self._free: queue.LifoQueue[Limited] = queue.LifoQueue()
         for helper in self._helpers:
             self._free.put(helper)
@@ -315,17 +315,15 @@ def shared_trafilatura() -> Trafilatura:
 
 
 def resiliparse_text(html: str) -> str:
-    """What resiliparse takes for the main content."""
+    """The main content by resiliparse."""
     from resiliparse.extract.html2text import extract_plain_text
 
     return str(extract_plain_text(html, main_content=True, alt_texts=False, links=False))
 
 
 def union(ours: str, theirs: str) -> str:
-    """Our text with every paragraph of theirs that it lacks, each behind the one it follows there; none of it twice.
-
-    Paragraphs are compared by their letters and digits alone, so that a list marker or a space makes no difference.
-    """
+    """Our text with every paragraph of theirs that it lacks, each behind the one it follows there; none of it twice. Paragraphs
+    are compared by their letters and digits alone, so that a list marker or a space makes no difference."""
     paragraphs = ours.split("\n\n") if ours else []
     whole = "\n".join(letters(paragraph) for paragraph in paragraphs)
     place = {letters(line): number for number, paragraph in enumerate(paragraphs) for line in paragraph.split("\n")}
@@ -350,10 +348,8 @@ def union(ours: str, theirs: str) -> str:
 def extract_with(
     html: str, *, url: str | None, extractor: str, on_failure: Callable[[NoAnswerError], None] | None = None
 ) -> str:
-    """The text by `resiliparse`, `trafilatura` or `union` (ours and trafilatura's).
-
-    on_failure: called when trafilatura gives no answer, which is taken for no text.
-    """
+    """The text by `resiliparse`, `trafilatura` or `union` (ours and trafilatura's). on_failure: called when trafilatura gives
+    no answer, which is taken for no text."""
     if extractor == "resiliparse":
         return resiliparse_text(html)
     try:

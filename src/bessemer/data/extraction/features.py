@@ -14,7 +14,6 @@ from bessemer.data.extraction.blocks import (
     CHARACTERS,
     CLOSED,
     COMMAS,
-    COUNTS,
     DIGITS,
     ENDS,
     FIRST_CUES,
@@ -23,6 +22,7 @@ from bessemer.data.extraction.blocks import (
     HASH,
     LINK_CHARACTERS,
     LINKS,
+    N_COUNTS,
     N_CUES,
     SLANTED,
     STRONG,
@@ -67,21 +67,13 @@ from bessemer.data.text.compiled import compiled
 
 
 @compiled
-def score_candidates(
-    tags: np.ndarray,
-    parents: np.ndarray,
-    roles: np.ndarray,
-    block_elements: np.ndarray,
-    counts: np.ndarray,
-    sums: np.ndarray,
-    traits: np.ndarray,
-    scores: np.ndarray,
-) -> int:
+def score_candidates(page: Page, counts: np.ndarray, sums: np.ndarray, traits: np.ndarray, scores: np.ndarray) -> int:
     """Fills `scores`, (N,) of zeros: how likely each element is to be the one around the main text. Returns the best.
 
     Each block of prose gives the element it stands in points for length and commas, and the elements around that one ever
     fewer (after Arc90's Readability); roles add or take a share, and links take theirs.
     """
+    tags, parents, roles, block_elements = page.tags, page.parents, page.roles, page.block_elements
     for block in range(len(block_elements)):
         if not is_prose(counts, block):
             continue
@@ -110,9 +102,7 @@ def score_candidates(
 
 @compiled
 def hand_down(
-    tags: np.ndarray,
-    parents: np.ndarray,
-    roles: np.ndarray,
+    page: Page,
     traits: np.ndarray,
     ancestor_of_tag: np.ndarray,
     scores: np.ndarray,
@@ -121,12 +111,13 @@ def hand_down(
     alike: np.ndarray,
     last_child: np.ndarray,
 ) -> None:
-    """Fills what an element has from those above and beside it.
+    """Fills what an element takes from its ancestors and siblings.
 
     `near`, (N, roles + tags) uint8: how many block-level elements up the next one with a role or tag is. `best_above`,
     (N,): the highest score on the way up. `alike`, (N,) of ones: siblings with its tag and roles; `last_child`, (N,) of zeros,
     is scratch.
     """
+    tags, parents, roles = page.tags, page.parents, page.roles
     columns = near.shape[1]
     for element in range(1, len(tags)):
         parent = parents[element]
@@ -186,7 +177,7 @@ def describe_text(rows: np.ndarray, counts: np.ndarray, cues: np.ndarray, repeat
 
 @compiled
 def describe_shape(rows: np.ndarray, counts: np.ndarray, media: np.ndarray) -> None:
-    """The columns about the words and marks that a block is made of, its emphasis, its first words and pictures beside it."""
+    """The columns about a block's words and marks, its emphasis, its first words, and pictures before and behind it."""
     blocks = len(rows)
     for block in range(blocks):
         length = max(1, counts[block, CHARACTERS])
@@ -203,8 +194,9 @@ def describe_shape(rows: np.ndarray, counts: np.ndarray, media: np.ndarray) -> N
 
 
 @compiled
-def sign(tags: np.ndarray, parents: np.ndarray, roles: np.ndarray, block_elements: np.ndarray, signatures: np.ndarray) -> None:
+def sign(page: Page, signatures: np.ndarray) -> None:
     """Fills `signatures`, (B,) uint64: a hash of the tags and roles of a block's element and the two above it."""
+    tags, parents, roles, block_elements = page.tags, page.parents, page.roles, page.block_elements
     for block in range(len(block_elements)):
         state = FNV_START
         element = block_elements[block]
@@ -216,16 +208,9 @@ def sign(tags: np.ndarray, parents: np.ndarray, roles: np.ndarray, block_element
 
 
 @compiled
-def describe_groups(
-    rows: np.ndarray,
-    counts: np.ndarray,
-    tags: np.ndarray,
-    parents: np.ndarray,
-    block_elements: np.ndarray,
-    sums: np.ndarray,
-    groups: np.ndarray,
-) -> None:
+def describe_groups(rows: np.ndarray, counts: np.ndarray, page: Page, sums: np.ndarray, groups: np.ndarray) -> None:
     """The columns about the blocks with the same signature (`groups`, (3, G) of zeros, is scratch), and the nearest article."""
+    tags, parents, block_elements = page.tags, page.parents, page.block_elements
     blocks = len(rows)
     total = max(1, sums[0, 0])
     for block in range(blocks):
@@ -264,18 +249,10 @@ def describe_signposts(rows: np.ndarray, counts: np.ndarray, cues: np.ndarray) -
 
 @compiled
 def describe_place(
-    rows: np.ndarray,
-    counts: np.ndarray,
-    tags: np.ndarray,
-    parents: np.ndarray,
-    depths: np.ndarray,
-    block_elements: np.ndarray,
-    kind_of_tag: np.ndarray,
-    near: np.ndarray,
-    alike: np.ndarray,
-    total: int,
+    rows: np.ndarray, counts: np.ndarray, page: Page, kind_of_tag: np.ndarray, near: np.ndarray, alike: np.ndarray, total: int
 ) -> None:
     """The columns about where a block stands: in the page, below which elements, after the page's first heading."""
+    tags, parents, depths, block_elements = page.tags, page.parents, page.depths, page.block_elements
     blocks = len(rows)
     h1 = -1
     for block in range(blocks):
@@ -304,16 +281,10 @@ def describe_place(
 
 @compiled
 def describe_surroundings(
-    rows: np.ndarray,
-    counts: np.ndarray,
-    tags: np.ndarray,
-    parents: np.ndarray,
-    block_elements: np.ndarray,
-    sums: np.ndarray,
-    traits: np.ndarray,
-    total: int,
+    rows: np.ndarray, counts: np.ndarray, page: Page, sums: np.ndarray, traits: np.ndarray, total: int
 ) -> None:
     """The columns about what is around a block: in the elements above it, and in the blocks before and after."""
+    tags, parents, block_elements = page.tags, page.parents, page.block_elements
     blocks = len(rows)
     for block in range(blocks):
         element = block_elements[block]
@@ -348,10 +319,7 @@ def describe_surroundings(
 @compiled
 def describe_candidate(
     rows: np.ndarray,
-    tags: np.ndarray,
-    parents: np.ndarray,
-    ends: np.ndarray,
-    block_elements: np.ndarray,
+    page: Page,
     sums: np.ndarray,
     traits: np.ndarray,
     scores: np.ndarray,
@@ -360,6 +328,7 @@ def describe_candidate(
     on_path: np.ndarray,
 ) -> None:
     """The columns about the element that most likely holds the main text; `on_path`, (N,) of zeros, is scratch."""
+    tags, parents, ends, block_elements = page.tags, page.parents, page.ends, page.block_elements
     blocks = len(rows)
     element = best
     while element >= 0:
@@ -393,7 +362,7 @@ def put_word_scores(rows: np.ndarray, scores: np.ndarray) -> None:
 
 
 def features(data: np.ndarray, page: Page, word_weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """`FEATURES` of each block of the page, (B, F) float32, and `COUNTS`, (B, COUNTS) int64.
+    """`FEATURES` of each block of the page, (B, F) float32, and the counts of its text (`blocks.py`), (B, N_COUNTS) int64.
 
     Without `word_weights` (`blocks.py`) the scores of words are 0.
     """
@@ -401,20 +370,17 @@ def features(data: np.ndarray, page: Page, word_weights: np.ndarray | None = Non
     start, end = (page.title[2], page.title[3]) if page.title[3] else (page.title[0], page.title[1])
     title = np.zeros(256, np.uint64)
     title_words(data, int(start), int(end), title)
-    counts, cues = np.empty((blocks, len(COUNTS)), np.int64), np.zeros((blocks, N_CUES), np.int32)
-    count_text(
-        data, page.run_starts, page.run_ends, page.run_flags, page.block_runs, title, CUE_KEYS, CUE_BITS,
-        page.run_elements, page.tags, page.parents, TRAITS, counts, cues,
-    )  # fmt: skip
+    counts, cues = np.empty((blocks, N_COUNTS), np.int64), np.zeros((blocks, N_CUES), np.int32)
+    count_text(data, page, title, CUE_KEYS, CUE_BITS, TRAITS, counts, cues)
     signatures = np.empty(blocks, np.uint64)
-    sign(page.tags, page.parents, page.roles, page.block_elements, signatures)
+    sign(page, signatures)
     _, counts[:, GROUP] = np.unique(signatures, return_inverse=True)
     sums, scores = np.zeros((elements, 4), np.int64), np.zeros(elements)
-    sum_over_tree(page.parents, page.block_elements, counts, sums)
-    best = score_candidates(page.tags, page.parents, page.roles, page.block_elements, counts, sums, TRAITS, scores)
+    sum_over_tree(page, counts, sums)
+    best = score_candidates(page, counts, sums, TRAITS, scores)
     near = np.full((elements, N_ROLES + N_TAGS), FAR, np.uint8)
     best_above, alike, scratch = np.zeros(elements), np.ones(elements, np.int64), np.zeros(elements, np.int64)
-    hand_down(page.tags, page.parents, page.roles, TRAITS, ANCESTOR_OF_TAG, scores, near, best_above, alike, scratch)
+    hand_down(page, TRAITS, ANCESTOR_OF_TAG, scores, near, best_above, alike, scratch)
 
     rows = np.zeros((blocks, len(FEATURES)), np.float32)
     total = max(1, int(sums[0, 0]))
@@ -427,16 +393,12 @@ def features(data: np.ndarray, page: Page, word_weights: np.ndarray | None = Non
     if word_weights is not None:
         put_word_scores(rows, word_scores(data, page, word_weights))
     groups = np.zeros((3, int(counts[:, GROUP].max(initial=0)) + 1), np.int64)
-    describe_groups(rows, counts, page.tags, page.parents, page.block_elements, sums, groups)
+    describe_groups(rows, counts, page, sums, groups)
     describe_signposts(rows, counts, cues)
-    describe_place(
-        rows, counts, page.tags, page.parents, page.depths, page.block_elements, KIND_OF_TAG, near, alike, total
-    )  # fmt: skip
-    describe_surroundings(rows, counts, page.tags, page.parents, page.block_elements, sums, TRAITS, total)
+    describe_place(rows, counts, page, KIND_OF_TAG, near, alike, total)
+    describe_surroundings(rows, counts, page, sums, TRAITS, total)
     on_path = np.zeros(elements, np.uint8)
-    describe_candidate(
-        rows, page.tags, page.parents, page.ends, page.block_elements, sums, TRAITS, scores, best, best_above, on_path
-    )  # fmt: skip
+    describe_candidate(rows, page, sums, TRAITS, scores, best, best_above, on_path)
     tags = set(page.tags.tolist())
     rows[:, PAGE_AT:] = (
         np.log1p(blocks),

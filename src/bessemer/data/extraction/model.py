@@ -9,7 +9,7 @@ between two paragraphs and drops a lone sentence in a footer.
 from __future__ import annotations
 
 import json
-from base64 import b64decode, b64encode
+from base64 import b64decode
 from functools import cache
 from importlib import resources
 from typing import Any, NamedTuple
@@ -49,26 +49,18 @@ LEVELS = 4
 REACH = 3
 FAR = 40
 
+_TEXT_FEATURES = """
+    characters words word_length link_density links sentence_ends sentence_density commas digit_share capital_share closed
+    title_share repeated depth block_position text_position after_h1 since_h1 since_heading
+"""
+_SHAPE_FEATURES = "function_share symbol_share strong_share slanted_share media_before media_after"
+_GROUP_FEATURES = "group_blocks group_characters group_links group_share article_share"
+_PAGE_FEATURES = """
+    candidate_in candidate_score candidate_apart candidate_share candidate_before candidate_after siblings_alike page_blocks
+    page_characters page_link_density page_prose page_has_article page_has_main page_articles
+"""
 FEATURES: tuple[str, ...] = (
-    "characters",
-    "words",
-    "word_length",
-    "link_density",
-    "links",
-    "sentence_ends",
-    "sentence_density",
-    "commas",
-    "digit_share",
-    "capital_share",
-    "closed",
-    "title_share",
-    "repeated",
-    "depth",
-    "block_position",
-    "text_position",
-    "after_h1",
-    "since_h1",
-    "since_heading",
+    *_TEXT_FEATURES.split(),
     *(f"is_{kind[0]}" for kind in _TAG_KINDS),
     *(f"role_{role}" for role in ROLES),
     *(f"in_{tag}" for tag in _ANCESTOR_TAGS),
@@ -86,33 +78,11 @@ FEATURES: tuple[str, ...] = (
         for place in [*range(-REACH, 0), *range(1, REACH + 1)]
         for what in ("chars_at", "links_at", "ends_at", "same_at")
     ),
-    "function_share",
-    "symbol_share",
-    "strong_share",
-    "slanted_share",
-    "media_before",
-    "media_after",
+    *_SHAPE_FEATURES.split(),
     *(f"first_{cue}" for cue in CUES),
-    "group_blocks",
-    "group_characters",
-    "group_links",
-    "group_share",
-    "article_share",
+    *_GROUP_FEATURES.split(),
     *(f"word_score_{place}" for place in ("here", -2, -1, 1, 2)),
-    "candidate_in",
-    "candidate_score",
-    "candidate_apart",
-    "candidate_share",
-    "candidate_before",
-    "candidate_after",
-    "siblings_alike",
-    "page_blocks",
-    "page_characters",
-    "page_link_density",
-    "page_prose",
-    "page_has_article",
-    "page_has_main",
-    "page_articles",
+    *_PAGE_FEATURES.split(),
     *(f"page_is_{role}" for role in PAGE_ROLES),
 )
 
@@ -155,20 +125,14 @@ MODEL_VERSION = 2
 #: How far around a block the second ensemble looks, and how many ancestors up.
 ANSWER_REACH, ANSWER_LEVELS = 4, 5
 
-#: What the second ensemble sees beside `FEATURES`.
+_ANSWER_SUMS = "mass_before mass_after since_sure until_sure answer_page section_answer group_answer group_caught"
+#: Inputs of the second ensemble, behind `FEATURES`.
 CONTEXT: tuple[str, ...] = (
     "answer",
     *(f"answer_at_{place}" for place in [*range(-ANSWER_REACH, 0), *range(1, ANSWER_REACH + 1)]),
     *(f"answer_up_{level}" for level in range(1, ANSWER_LEVELS + 1)),
     *(f"caught_up_{level}" for level in range(1, ANSWER_LEVELS + 1)),
-    "mass_before",
-    "mass_after",
-    "since_sure",
-    "until_sure",
-    "answer_page",
-    "section_answer",
-    "group_answer",
-    "group_caught",
+    *_ANSWER_SUMS.split(),
 )
 _UNTIL_AT = CONTEXT.index("until_sure")
 
@@ -211,9 +175,7 @@ def add_answers(
 def describe_context(
     answers: np.ndarray,
     counts: np.ndarray,
-    tags: np.ndarray,
-    parents: np.ndarray,
-    block_elements: np.ndarray,
+    page: Page,
     headings: np.ndarray,
     traits: np.ndarray,
     sums: np.ndarray,
@@ -225,6 +187,7 @@ def describe_context(
     `sums`, (3, N) of zeros, is scratch: of each element what is answered below it, how much there is, and how many blocks;
     `groups`, (2, G) of zeros, the same of the blocks of one signature.
     """
+    tags, parents, block_elements = page.tags, page.parents, page.block_elements
     blocks = len(answers)
     elements = len(parents)
     mass, size, held = sums[0], sums[1], sums[2]
@@ -289,46 +252,22 @@ def probabilities(rows: np.ndarray, trees: Trees) -> np.ndarray:
 
 
 def second_rows(answers: np.ndarray, rows: np.ndarray, counts: np.ndarray, page: Page) -> np.ndarray:
-    """What the second ensemble sees of each block, (B, F + C) float32, given its `FEATURES` and `COUNTS`."""
+    """What the second ensemble sees of each block, (B, F + C) float32, given its `FEATURES` and counts."""
     headings = (TRAITS[page.tags[page.block_elements]] & HEADING) != 0
     around = np.zeros((len(rows), len(CONTEXT)), np.float32)
     sums, groups = np.zeros((3, len(page.tags))), np.zeros((2, int(counts[:, GROUP].max(initial=0)) + 1))
-    describe_context(
-        answers, counts, page.tags, page.parents, page.block_elements, headings, TRAITS, sums, groups, around
-    )  # fmt: skip
+    describe_context(answers, counts, page, headings, TRAITS, sums, groups, around)
     return np.concatenate([rows, around], axis=1)
 
 
 def judge(rows: np.ndarray, counts: np.ndarray, page: Page, model: Model) -> np.ndarray:
-    """The probability that each block belongs to the main text, (B,) float64, given its `FEATURES` and `COUNTS`."""
+    """The probability that each block belongs to the main text, (B,) float64, given its `FEATURES` and counts."""
     answers = probabilities(rows, model.first)
     return probabilities(second_rows(answers, rows, counts, page), model.second)
 
 
-def to_json(model: Model) -> str:
-    """The model as text: one line a tree."""
-
-    def ensemble(trees: Trees) -> dict[str, Any]:
-        lines = [
-            [feature.tolist(), [float(f"{value:.6g}") for value in threshold], [float(f"{value:.4g}") for value in answer]]
-            for feature, threshold, answer in zip(trees.features, trees.thresholds, trees.answers, strict=True)
-        ]
-        return {"bias": float(f"{trees.bias:.6g}"), "trees": lines}
-
-    scale = max(float(np.abs(model.words).max()), 1e-6) / 127
-    content = {
-        "version": MODEL_VERSION,
-        "inputs": [*FEATURES, *CONTEXT],
-        "threshold": model.threshold,
-        "words": [float(f"{scale:.6g}"), b64encode(np.rint(model.words / scale).astype(np.int8).tobytes()).decode()],
-        "first": ensemble(model.first),
-        "second": ensemble(model.second),
-    }
-    return json.dumps(content, separators=(",", ":")).replace("[[[", "[\n[[").replace("]],[[", "]],\n[[") + "\n"
-
-
 def from_json(text: str) -> Model:
-    """The model that `to_json` wrote. Raises ArtefactError where it was fitted on other features than this code computes."""
+    """A model from its JSON. Raises ArtefactError where it was fitted on other features than this code computes."""
 
     def ensemble(content: dict[str, Any]) -> Trees:
         features, thresholds, answers = zip(*content["trees"], strict=True)

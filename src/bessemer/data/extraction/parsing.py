@@ -62,7 +62,7 @@ _HIDDEN = ROLE_BIT["hidden"]
 # Of each level of the stack: the element, its tag, the level where its tag was open before, and the innermost wall, list, table
 # and block at or below it.
 _ELEMENT, _TAG, _SAME, _WALL, _LIST_LEVEL, _TABLE_LEVEL, _BLOCK_LEVEL = range(7)
-# What may be going on, in `inside`.
+# Rows of `inside`: what the parser is in the middle of.
 _LINKING, _DROPPING, _PREFORMATTING, _CODING = range(4)
 
 
@@ -224,7 +224,7 @@ def _closed_by_end(tag: int, trait: int, level: int, stack: np.ndarray, last_ope
         return 0
     if trait & TABLE_PART:
         return target if tag == _TABLE or target >= stack[_TABLE_LEVEL, level] else 0
-    # whatever is left open inside: what follows must not be dropped too
+    # closes what is left open inside as well, else what follows would be dropped
     if trait & DROPPED:
         return target
     if tag == _LI and target < stack[_LIST_LEVEL, level]:
@@ -278,11 +278,7 @@ def parse_bytes(
     stack: np.ndarray,
     last_open: np.ndarray,
     inside: np.ndarray,
-    traits: np.ndarray,
-    tag_keys: np.ndarray,
-    tag_numbers: np.ndarray,
-    role_keys: np.ndarray,
-    role_bits: np.ndarray,
+    tables: tuple,
 ) -> tuple[int, int, int]:
     """Fills the arrays of `Page` from the UTF-8 bytes `data`; returns how many elements, runs and blocks there are.
 
@@ -292,6 +288,7 @@ def parse_bytes(
     tags, parents, depths, ends, roles = elements_out
     run_starts, run_ends, run_elements, run_flags = runs_out
     block_runs, block_elements, block_media = blocks_out
+    traits, tag_keys, tag_numbers, role_keys, role_bits = tables
     end = len(data)
     max_depth = stack.shape[1] - 1
     elements, runs, blocks = 1, 0, 0
@@ -362,7 +359,7 @@ def parse_bytes(
                 level = _close(target, level, elements, ends, stack, last_open, inside)
             continue
 
-        place, role, found = read_attributes(data, name_end, end, tag, role_keys, role_bits, title[4:])
+        place, role, marks = read_attributes(data, name_end, end, tag, role_keys, role_bits, title[4:])
         media += tag == _IMG or tag == _VIDEO or tag == _AUDIO or tag == _IFRAME
         if trait & RAW:
             stop = _find_end_of_raw(data, place, end, name_start, name_end)
@@ -370,8 +367,8 @@ def parse_bytes(
                 title[0], title[1] = place, stop
             place = _skip_tag(data, stop, end)
             continue
-        if trait & VOID or (tag == 0 and found & SELF_CLOSING):
-            if tag == _META and found & OG_TITLE and title[3] == 0:
+        if trait & VOID or (tag == 0 and marks & SELF_CLOSING):
+            if tag == _META and marks & OG_TITLE and title[3] == 0:
                 title[2], title[3] = title[4], title[5]
             elif tag == _HR:
                 in_block = False
@@ -390,7 +387,7 @@ def parse_bytes(
             continue
         if trait & BLOCK or whole_page:
             in_block = False
-        # what kind of page it is; that a script hides all of it until it has run says nothing
+        # roles of the whole page, but `hidden`: many pages hide themselves until a script has run
         if whole_page:
             roles[0] |= role & ~_HIDDEN
             continue
@@ -402,10 +399,10 @@ def parse_bytes(
         target = _closed_by_start(tag, trait, level, stack, last_open, traits, inside[_LINKING])
         if target > 0:
             level = _close(target, level, elements, ends, stack, last_open, inside)
-        # a class that hides the article is there for a script to take away
+        # an article that its class hides is shown by a script
         if tag == _MAIN or tag == _ARTICLE:
             role &= ~_HIDDEN
-        if found & UNSEEN:
+        if marks & UNSEEN:
             role |= _HIDDEN
         tags[elements], parents[elements], roles[elements] = tag, stack[_ELEMENT, level], role
         level += 1
@@ -420,7 +417,7 @@ def parse_bytes(
         stack[_BLOCK_LEVEL, level] = level if trait & BLOCK else stack[_BLOCK_LEVEL, level - 1]
         elements += 1
         if tag == _A:
-            inside[_LINKING] = level if found & HREF else 0
+            inside[_LINKING] = level if marks & HREF else 0
         if not inside[_DROPPING] and not keep_hidden and (trait & DROPPED or role & _HIDDEN):
             inside[_DROPPING] = level
         if not inside[_PREFORMATTING] and trait & PREFORMATTED:
@@ -441,10 +438,10 @@ def parse(data: np.ndarray, *, keep_hidden: bool = False) -> Page:
     blocks_out = tuple(np.empty(capacity + 1, np.int32) for _ in range(3))
     title, inside = np.zeros(6, np.int64), np.zeros(4, np.int32)
     stack, last_open = np.zeros((7, MAX_DEPTH + 1), np.int32), np.zeros(len(TRAITS), np.int32)
+    tables = (TRAITS, TAG_KEYS, TAG_NUMBERS, ROLE_KEYS, ROLE_BITS)
     elements, runs, blocks = parse_bytes(
-        data, keep_hidden, MAX_TAGS, elements_out, runs_out, blocks_out, title, stack, last_open, inside,
-        TRAITS, TAG_KEYS, TAG_NUMBERS, ROLE_KEYS, ROLE_BITS,
-    )  # fmt: skip
+        data, keep_hidden, MAX_TAGS, elements_out, runs_out, blocks_out, title, stack, last_open, inside, tables
+    )
     blocks_read = (blocks_out[0][: blocks + 1], blocks_out[1][:blocks], blocks_out[2][:blocks])
     parts = [*(array[:elements] for array in elements_out), *(array[:runs] for array in runs_out), *blocks_read, title[:4]]
     return Page._make(parts)

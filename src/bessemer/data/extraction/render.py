@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from bessemer.data.extraction.block_text import ENTITIES, block_lengths, put_block
+from bessemer.data.extraction.block_text import ENTITIES, block_lengths, put, put_block
 from bessemer.data.extraction.parsing import PRE, Page
 from bessemer.data.extraction.vocabulary import HEADING, NUMBER, PREFORMATTED, TRAITS
 from bessemer.data.text.compiled import compiled
@@ -19,6 +19,7 @@ from bessemer.data.text.compiled import compiled
 #: is a layout.
 _BLOCKS_OF_ITEM, _CHARACTERS_OF_CELL = 6, 600
 _LI, _OL, _DT, _DD, _TD, _TH, _TR, _TABLE, _H1 = (NUMBER[n] for n in ("li", "ol", "dt", "dd", "td", "th", "tr", "table", "h1"))
+_NEWLINE, _SPACE, _HASH, _MINUS, _DOT, _BAR, _BACKTICK = b"\n #-.|`"
 _LISTS = np.zeros(len(TRAITS), np.bool_)
 _LISTS[[NUMBER[name] for name in ("ul", "ol", "menu", "dir")]] = True
 # Rows of the layout, of each element: its list item, how deep in lists it is, its table cell and its table (-1 where there is
@@ -27,17 +28,9 @@ _ITEM, _DEPTH, _CELL, _TABLE_OF, _NUMBER, _IS_DATA, _OWN_BLOCKS, _CHILDREN = ran
 
 
 @compiled
-def lay_out(
-    tags: np.ndarray,
-    parents: np.ndarray,
-    block_elements: np.ndarray,
-    sizes: np.ndarray,
-    keep: np.ndarray,
-    traits: np.ndarray,
-    lists: np.ndarray,
-    layout: np.ndarray,
-) -> None:
+def lay_out(page: Page, sizes: np.ndarray, keep: np.ndarray, traits: np.ndarray, lists: np.ndarray, layout: np.ndarray) -> None:
     """Fills `layout`, (8, N) int32 of zeros, by one walk from the root down; see `_ITEM`, `_DEPTH`, … for its rows."""
+    tags, parents, block_elements = page.tags, page.parents, page.block_elements
     item, depth, cell, table = layout[_ITEM], layout[_DEPTH], layout[_CELL], layout[_TABLE_OF]
     number, is_data, own_blocks, children = layout[_NUMBER], layout[_IS_DATA], layout[_OWN_BLOCKS], layout[_CHILDREN]
     item[0] = cell[0] = table[0] = -1
@@ -83,11 +76,7 @@ def lay_out(
 @compiled
 def render_bytes(
     data: np.ndarray,
-    tags: np.ndarray,
-    parents: np.ndarray,
-    runs: tuple,
-    block_runs: np.ndarray,
-    block_elements: np.ndarray,
+    page: Page,
     keep: np.ndarray,
     layout: np.ndarray,
     traits: np.ndarray,
@@ -96,7 +85,8 @@ def render_bytes(
     out: np.ndarray,
 ) -> int:
     """Writes the text of the kept blocks to `out` as UTF-8, and returns its size; `scratch` holds the longest block."""
-    run_starts, run_ends, run_flags = runs
+    tags, parents, block_runs, block_elements = page.tags, page.parents, page.block_runs, page.block_elements
+    run_flags = page.run_flags
     item, depth, cell, table = layout[_ITEM], layout[_DEPTH], layout[_CELL], layout[_TABLE_OF]
     number, is_data, own_blocks, marked = layout[_NUMBER], layout[_IS_DATA], layout[_OWN_BLOCKS], layout[_CHILDREN]
     # from here on whether an item has its marker
@@ -124,75 +114,55 @@ def render_bytes(
 
         # --- what parts it from the block before
         if in_fence and pre != last_pre:
-            size = _put_text(out, size, 10, 96, 96, 96)
+            size = _put_fence(out, put(out, size, _NEWLINE))
             in_fence = False
         row = parents[cell[element]] if here_table >= 0 else -1
         column = number[cell[element]] if here_table >= 0 else 0
         if size > 0:
             if pre >= 0 and pre == last_pre:
-                out[size] = 10
-                size += 1
+                size = put(out, size, _NEWLINE)
             elif here_table >= 0 and here_table == last_table:
                 if row != last_row:
-                    out[size] = 10
-                    size += 1
+                    size = put(out, size, _NEWLINE)
                 elif cell[element] == last_cell:
-                    out[size] = 32
-                    size += 1
+                    size = put(out, size, _SPACE)
             elif (here_item >= 0 and last_item >= 0) or (tag == _DD and last_tag == _DT) or (tag == _DT and last_tag == _DT):
-                out[size] = 10
-                size += 1
+                size = put(out, size, _NEWLINE)
             else:
-                out[size] = 10
-                out[size + 1] = 10
-                size += 2
+                size = put(out, put(out, size, _NEWLINE), _NEWLINE)
         if here_table >= 0:
             skipped = column - (last_column if here_table == last_table and row == last_row else 1)
             for index in range(skipped):
                 if index or (here_table == last_table and row == last_row):
-                    out[size] = 32
-                    size += 1
-                out[size] = 124
-                out[size + 1] = 32
-                size += 2
+                    size = put(out, size, _SPACE)
+                size = put(out, put(out, size, _BAR), _SPACE)
         if here_item >= 0:
             for _ in range(depth[here_item] - 1):
-                out[size] = 32
-                out[size + 1] = 32
-                size += 2
+                size = put(out, put(out, size, _SPACE), _SPACE)
             if first_of_item:
                 marked[here_item] = 1
                 if tags[parents[here_item]] == _OL:
                     size = _put_number(out, size, number[here_item])
-                    out[size] = 46
-                    out[size + 1] = 32
-                    size += 2
+                    size = put(out, put(out, size, _DOT), _SPACE)
                 else:
-                    out[size] = 45
-                    out[size + 1] = 32
-                    size += 2
+                    size = put(out, put(out, size, _MINUS), _SPACE)
             else:
-                out[size] = 32
-                out[size + 1] = 32
-                size += 2
+                size = put(out, put(out, size, _SPACE), _SPACE)
         elif traits[tag] & HEADING and here_table < 0:
             for _ in range(tag - _H1 + 1):
-                out[size] = 35
-                size += 1
-            out[size] = 32
-            size += 1
+                size = put(out, size, _HASH)
+            size = put(out, size, _SPACE)
         if pre >= 0 and here_table < 0 and not in_fence:
-            size = _put_text(out, size, 96, 96, 96, 10)
+            size = put(out, _put_fence(out, size), _NEWLINE)
             in_fence = True
 
         # --- the block itself
         before = size
-        first, last = int(block_runs[block]), int(block_runs[block + 1])
-        size = put_block(data, first, last, run_starts, run_ends, run_flags, scratch, entities, out, size)
+        size = put_block(data, page, block, scratch, entities, out, size)
         if here_table >= 0 or (traits[tag] & HEADING):
             for index in range(before, size):
-                if out[index] == 10:
-                    out[index] = 32
+                if out[index] == _NEWLINE:
+                    out[index] = _SPACE
         # nothing visible: as if it were not there
         if size == before:
             size = text_start
@@ -203,17 +173,15 @@ def render_bytes(
         last_table, last_row, last_column, last_cell = here_table, row, column, cell[element]
         last_item, last_pre, last_tag = here_item, pre if here_table < 0 else -1, tag
     if in_fence:
-        size = _put_text(out, size, 10, 96, 96, 96)
+        size = _put_fence(out, put(out, size, _NEWLINE))
     return size
 
 
 @compiled
-def _put_text(out: np.ndarray, size: int, first: int, second: int, third: int, fourth: int) -> int:
-    out[size] = first
-    out[size + 1] = second
-    out[size + 2] = third
-    out[size + 3] = fourth
-    return size + 4
+def _put_fence(out: np.ndarray, size: int) -> int:
+    for _ in range(3):
+        size = put(out, size, _BACKTICK)
+    return size
 
 
 @compiled
@@ -222,8 +190,7 @@ def _put_number(out: np.ndarray, size: int, number: int) -> int:
     while power * 10 <= number:
         power *= 10
     while power:
-        out[size] = 48 + (number // power) % 10
-        size += 1
+        size = put(out, size, 48 + (number // power) % 10)
         power //= 10
     return size
 
@@ -231,7 +198,7 @@ def _put_number(out: np.ndarray, size: int, number: int) -> int:
 def laid_out(page: Page, keep: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """How the blocks with `keep` lie in lists and tables, (8, N) int32; `sizes`, (B,), are the blocks' characters."""
     layout = np.zeros((8, len(page.tags)), np.int32)
-    lay_out(page.tags, page.parents, page.block_elements, sizes, keep, TRAITS, _LISTS, layout)
+    lay_out(page, sizes, keep, TRAITS, _LISTS, layout)
     return layout
 
 
@@ -249,8 +216,5 @@ def render(data: np.ndarray, page: Page, keep: np.ndarray, sizes: np.ndarray) ->
     scratch = np.empty(2 * int(lengths.max(initial=0)) + 64, np.uint8)
     # what stands around a block is at most two newlines, eight levels, a marker and fences; and `| ` for each cell
     out = np.empty(2 * int(lengths[keep].sum()) + 64 * int(keep.sum()) + 3 * len(page.tags) + 64, np.uint8)
-    runs = (page.run_starts, page.run_ends, page.run_flags)
-    size = render_bytes(
-        data, page.tags, page.parents, runs, page.block_runs, page.block_elements, keep, layout, TRAITS, ENTITIES, scratch, out
-    )  # fmt: skip
+    size = render_bytes(data, page, keep, layout, TRAITS, ENTITIES, scratch, out)
     return out[:size].tobytes().decode("utf-8")

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from bessemer.core.errors import ArtefactError
-from bessemer.data.filters.heuristics import rounded
+from bessemer.data.filters.measures import rounded
 from bessemer.data.text.characters import in_word, small
 from bessemer.data.text.compiled import compiled, compiled_allocating, longest_text
 from bessemer.data.text.texts import Texts
@@ -58,13 +58,13 @@ _PIECES = np.uint64(0xD6E8FEB86659FD93)
 
 @compiled_allocating
 def _fill(data: np.ndarray, offsets: np.ndarray, features: Features, starts: np.ndarray) -> np.ndarray:
-    found = np.empty(starts[-1], np.int32)
+    all_buckets = np.empty(starts[-1], np.int32)
     buckets = np.empty(longest_text(offsets) * (features.word_order + _subwords_per_byte(features)), np.int32)
     words = np.empty(longest_text(offsets), np.uint64)
     for text in range(len(offsets) - 1):
         count = _of_text(data, offsets[text], offsets[text + 1], features, words, buckets)
-        found[starts[text] : starts[text + 1]] = buckets[:count]
-    return found
+        all_buckets[starts[text] : starts[text + 1]] = buckets[:count]
+    return all_buckets
 
 
 @compiled_allocating

@@ -1,4 +1,4 @@
-"""Scores `code`: measures that tell handwritten source code from data, generated and minified files.
+"""Measures of source code (`rules.py`): what tells handwritten source code from data, generated and minified files.
 
 After the filters of Codex (Chen et al. 2021), StarCoder (Li et al. 2023) and StarCoder2 (Lozhkov et al. 2024), whose limits
 these are. `minified` is ours: long lines are usual in data and prose too, without white space they are not.
@@ -6,11 +6,13 @@ these are. `minified` is ours: long lines are usual in data and prose too, witho
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bessemer.data.filters.heuristics import columns, ratio
+from bessemer.data.filters.rules import ratio
 from bessemer.data.text.characters import DIGIT, LETTER, SPACE, character_classes, code_point
 from bessemer.data.text.compiled import compiled
 from bessemer.data.text.texts import Texts
@@ -35,29 +37,42 @@ _PLUS, _SLASH, _EQUALS, _BACKSLASH, _COMMA = b"+/=\\,"
 _ALPHANUMERIC, _LETTERS, _SPACES, _ENCODED = range(4)
 
 
-def code(texts: Texts) -> dict[str, pa.Array]:
-    r"""The measures of each text, by column; zero for an empty one.
+class CodeCounts(NamedTuple):
+    r"""Counts in each text, (N,); lines in characters.
 
-    `longest_line` and `mean_line` are in characters; `alphanumeric`, `letters` are shares of characters, `encoded` is the
-    share of bytes in base64 (64 such characters or more) and in rows of at least eight numbers such as `0x1f`, `\x1f` or
-    `\u001f`. `generated`, `xml_header` and `minified` are one where the text says so or is so, and zero elsewhere.
+    encoded_bytes: in base64 (64 such characters or more) and in rows of at least eight numbers such as `0x1f`, `\x1f` or
+    `\u001f`. is_generated, has_xml_header and is_minified are bool.
     """
+
+    longest_line: np.ndarray
+    mean_line: np.ndarray
+    characters: np.ndarray
+    alphanumeric: np.ndarray
+    letters: np.ndarray
+    bytes: np.ndarray
+    encoded_bytes: np.ndarray
+    is_generated: np.ndarray
+    has_xml_header: np.ndarray
+    is_minified: np.ndarray
+
+
+def measure_code(texts: Texts) -> CodeCounts:
+    """What `code` looks at."""
     lines, characters = texts.lines, texts.characters
     counted = np.zeros((len(texts), 4), np.int64)
     _measure(texts.data, texts.offsets, character_classes(), counted)
     mean_line = ratio(characters - (lines.counts - 1), lines.counts)
-    spaces = ratio(counted[:, _SPACES], characters)
-    return columns(
-        {
-            "code_longest_line": _longest(lines.characters, lines.of_text),
-            "code_mean_line": mean_line,
-            "code_alphanumeric": ratio(counted[:, _ALPHANUMERIC], characters),
-            "code_letters": ratio(counted[:, _LETTERS], characters),
-            "code_encoded": ratio(counted[:, _ENCODED], np.diff(texts.offsets)),
-            "code_generated": _says(texts.array, _GENERATED),
-            "code_xml_header": _says(texts.array, _XML_HEADER),
-            "code_minified": (mean_line > _LONG_LINE) & (spaces < _LEAST_SPACE),
-        }
+    return CodeCounts(
+        longest_line=_longest(lines.characters, lines.of_text),
+        mean_line=mean_line,
+        characters=characters,
+        alphanumeric=counted[:, _ALPHANUMERIC],
+        letters=counted[:, _LETTERS],
+        bytes=np.diff(texts.offsets),
+        encoded_bytes=counted[:, _ENCODED],
+        is_generated=_says(texts.array, _GENERATED),
+        has_xml_header=_says(texts.array, _XML_HEADER),
+        is_minified=(mean_line > _LONG_LINE) & (ratio(counted[:, _SPACES], characters) < _LEAST_SPACE),
     )
 
 

@@ -35,7 +35,7 @@ class Tables(NamedTuple):
     # (rows, width) float32: of words, then of kept subwords
     rows: np.ndarray
     word_keys: np.ndarray
-    # number + 1 beside each key
+    # number + 1 of the word in each slot
     word_numbers: np.ndarray
     # (words, width) float32: of a known word's row and those of its subwords
     word_sums: np.ndarray
@@ -84,14 +84,14 @@ class _Reader:
         self._at = 0
 
     def _values(self, form: str) -> tuple:
-        found = struct.unpack_from("<" + form, self._data, self._at)
+        values = struct.unpack_from("<" + form, self._data, self._at)
         self._at += struct.calcsize("<" + form)
-        return found
+        return values
 
     def _array(self, kind: type, count: int) -> np.ndarray:
-        found = np.frombuffer(self._data, np.dtype(kind).newbyteorder("<"), count, self._at)
-        self._at += found.nbytes
-        return found
+        array = np.frombuffer(self._data, np.dtype(kind).newbyteorder("<"), count, self._at)
+        self._at += array.nbytes
+        return array
 
     def model(self) -> FastTextModel:
         if self._values("ii") != (_MAGIC, _VERSION):
@@ -109,8 +109,8 @@ class _Reader:
         if rows.shape[1] != width or pruned < 0:
             raise ValueError("only models that were pruned are supported")
         spelt = [text for text, _, kind in entries if kind == _WORD]
-        found = [(text, count) for text, count, kind in entries if kind == _LABEL]
-        counts = [count for _, count in found]
+        labelled = [(text, count) for text, count, kind in entries if kind == _LABEL]
+        counts = [count for _, count in labelled]
         paths = _huffman_paths(counts)
         bits = np.zeros((buckets + 63) // 64, np.uint64)
         np.bitwise_or.at(bits, kept[:, 0] // 64, np.uint64(1) << (kept[:, 0] % 64).astype(np.uint64))
@@ -133,7 +133,7 @@ class _Reader:
         )
         text = np.frombuffer(b"".join(spelt), np.uint8)
         _add_subwords(text, np.cumsum([0, *map(len, spelt)]).astype(np.int64), tables)
-        return FastTextModel(tuple(text.removeprefix(_LABEL_MARK).decode() for text, _ in found), tables)
+        return FastTextModel(tuple(text.removeprefix(_LABEL_MARK).decode() for text, _ in labelled), tables)
 
     def _entry(self) -> tuple[bytes, int, int]:
         end = self._data.index(b"\0", self._at)
@@ -170,13 +170,13 @@ class _Reader:
 
 
 def _bucket_table(keys: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Keys by open addressing, with the row beside each."""
+    """Keys by open addressing, and the row of each slot's key."""
     size = 1 << max(4, (4 * max(len(keys), 1) - 1).bit_length())
-    table, beside = np.zeros(size, np.uint64), np.zeros(size, np.int64)
+    table, rows_of_slots = np.zeros(size, np.uint64), np.zeros(size, np.int64)
     for key, row in zip(keys, rows, strict=True):
         slot = slot_of(table, key)
-        table[slot], beside[slot] = key, row
-    return table, beside
+        table[slot], rows_of_slots[slot] = key, row
+    return table, rows_of_slots
 
 
 def _huffman_paths(counts: list[int]) -> list[list[int]]:
@@ -223,7 +223,7 @@ def _best(data: np.ndarray, offsets: np.ndarray, tables: Tables) -> tuple[np.nda
     decisions = np.empty((len(tables.nodes), 2))
     for text in range(texts):
         _read(data, offsets[text], offsets[text + 1], tables, hidden)
-        # no logarithm of a probability: not yet asked for
+        # above 0, which no logarithm of a probability is: not computed yet
         decisions[:, 0] = 1
         best = -np.inf
         for label in range(len(tables.first_node) - 1):
@@ -233,7 +233,7 @@ def _best(data: np.ndarray, offsets: np.ndarray, tables: Tables) -> tuple[np.nda
                 if decisions[node, 0] > 0.5:
                     _decide(node, hidden, tables.nodes, decisions)
                 score += decisions[node, side]
-                # decisions only take away
+                # further decisions only lower it
                 if score <= best:
                     break
             if score > best:
@@ -269,7 +269,7 @@ def _read(data: np.ndarray, first: int, last: int, tables: Tables, hidden: np.nd
             at += 1
         word = tables.word_numbers[slot_of(tables.word_keys, fnv_hash(data, begin, at))] - 1
         if word == line_end and word >= 0:
-            # as the text spells it: nothing behind it is read
+            # spelt in the text: fastText reads nothing behind it
             break
         if word >= 0:
             for column in range(len(hidden)):

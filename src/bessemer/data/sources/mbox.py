@@ -10,11 +10,11 @@ import email.policy
 import email.utils
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
+from typing import ClassVar
 
-from bessemer.data.sources.io.archives import ARCHIVES, Entry
-from bessemer.data.sources.io.file_source import FileSource, bounded_lines, file_source, note_end
+from bessemer.data.sources.io.archives import Entry
+from bessemer.data.sources.io.file_source import SettingsFormat, bounded_lines, note_end
 from bessemer.data.sources.io.streams import Stream
 from bessemer.data.sources.markup import text_of_markup
 from bessemer.data.sources.registry import MboxSource
@@ -39,20 +39,18 @@ _NO_ARCHIVE = ("x-no-archive", "x-no-archiving")
 
 
 @dataclass(frozen=True)
-class Mbox:
+class Mbox(SettingsFormat):
     """One document a message; a thread's messages share a split."""
 
-    max_document_bytes: int
-    known: str = ".mbox/.mbx or a list's .txt, plain, compressed or in archives"
-    small: bool = False
-    archives: tuple[str, ...] = field(default=ARCHIVES)
+    settings: MboxSource
+    known: ClassVar[str] = ".mbox/.mbx or a list's .txt, plain, compressed or in archives"
 
     def reads(self, name: str) -> bool:
         return name.lower().endswith((".mbox", ".mbx", ".mbox.txt")) or name.lower().rpartition("/")[2] == "mbox"
 
     def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[PositionedDocument]:
         with entry.open(start) as stream:
-            for begin, end, message in _messages(stream, self.max_document_bytes):
+            for begin, end, message in _messages(stream, self.settings.max_document_bytes):
                 place = f"{entry.place}: byte {begin:,}"
                 if message is None:
                     tally.set_aside("too_large", place, f"a message of {end - begin:,} bytes")
@@ -69,9 +67,7 @@ class Mbox:
             note_end(entry, stream.damage, stream.tell(), tally)
 
 
-def open_mbox(settings: MboxSource, folder: Path, cache: Path) -> FileSource:
-    """The source `mbox` over the paths of its settings, relative to `folder`."""
-    return file_source(settings, folder, Mbox(settings.max_document_bytes))
+open_mbox = Mbox.open
 
 
 def _messages(stream: Stream, limit: int) -> Iterator[tuple[int, int, bytes | None]]:
@@ -149,7 +145,7 @@ def _text(message: email.message.Message) -> str:
 
 
 def _charset(part: email.message.Message) -> str:
-    """What a part says of its encoding. `get_content_charset` would decode an RFC 2231 value by the codec that it names."""
+    """The encoding that a part declares. `get_content_charset` would decode an RFC 2231 value by the codec that it names."""
     stated = part.get_param("charset") or "utf-8"
     return stated[2] if isinstance(stated, tuple) else str(stated)
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import quote
 
 import mwparserfromhell
@@ -19,28 +18,14 @@ from mwparserfromhell import nodes
 from bessemer.data.limited import RefusedError
 from bessemer.data.sources.html import urlsplit_host
 from bessemer.data.sources.io.archives import Entry
-from bessemer.data.sources.io.file_source import FileSource, Marks, file_source, fragments, note_end
+from bessemer.data.sources.io.file_source import Marks, SettingsFormat, fragments, note_end
 from bessemer.data.sources.markup import children, parse_xml
 from bessemer.data.sources.registry import MediaWikiSource
 from bessemer.data.sources.source import Document, PositionedDocument, Tally, encodable
 
 #: Elements of which nothing is running text.
-_DROPPED = frozenset(
-    {
-        "ref",
-        "references",
-        "gallery",
-        "table",
-        "timeline",
-        "imagemap",
-        "graph",
-        "score",
-        "hiero",
-        "templatedata",
-        "section",
-        "style",
-    }
-)
+_WITHOUT_TEXT = "ref references gallery table timeline imagemap graph score hiero templatedata section style"
+_DROPPED = frozenset(_WITHOUT_TEXT.split())
 _CODE = frozenset({"syntaxhighlight", "source", "pre"})
 _MATHEMATICS = frozenset({"math", "chem", "ce"})
 _LISTS = {"*": "- ", "#": "1. ", ";": "", ":": "", "----": ""}
@@ -126,15 +111,12 @@ _FILE_NAMESPACES, _MEDIA, _CATEGORY = (6, -2), "Media", 14
 
 
 @dataclass(frozen=True)
-class MediaWiki:
+class MediaWiki(SettingsFormat):
     """One document a page, redirects left out."""
 
-    max_document_bytes: int
-    namespaces: tuple[int, ...] = (0,)
-    seconds: float = 20.0
-    known: str = ".xml, plain or compressed"
-    small: bool = False
-    archives: tuple[str, ...] = ()
+    settings: MediaWikiSource
+    known: ClassVar[str] = ".xml, plain or compressed"
+    archives: ClassVar[tuple[str, ...]] = ()
 
     def reads(self, name: str) -> bool:
         return name.lower().endswith(".xml") or "-pages-articles" in name
@@ -143,7 +125,7 @@ class MediaWiki:
         site = _site(entry)
         marks = Marks(entry, start)
         with marks.stream as stream:
-            for begin, end, fragment in fragments(stream, b"<page>", b"</page>", self.max_document_bytes):
+            for begin, end, fragment in fragments(stream, b"<page>", b"</page>", self.settings.max_document_bytes):
                 if not marks.begins(begin):
                     continue
                 place = f"{entry.place}: {marks.where(begin)}"
@@ -166,7 +148,7 @@ class MediaWiki:
         said = {name: _element_text(page, name) for name in ("title", "ns", "id")}
         if not said["id"]:
             raise ValueError("a page without an id")
-        if int(said["ns"] or 0) not in self.namespaces:
+        if int(said["ns"] or 0) not in self.settings.namespaces:
             tally.counts["pages_of_other_namespaces"] += 1
             return None
         revisions = children(page, "revision")
@@ -174,7 +156,7 @@ class MediaWiki:
         if children(page, "redirect") or re.match(r"\s*#redirect\b", wikitext, re.I):
             tally.counts["redirects"] += 1
             return None
-        text = entry.around.helpers.call(wikitext_to_text, self.seconds, wikitext, site.left_out)
+        text = entry.around.helpers.call(wikitext_to_text, self.settings.seconds, wikitext, site.left_out)
         if not text:
             tally.counts["pages_without_text"] += 1
             return None
@@ -194,14 +176,12 @@ class MediaWiki:
         )
 
 
-def open_mediawiki(settings: MediaWikiSource, folder: Path, cache: Path) -> FileSource:
-    """The source `mediawiki` over the paths of its settings, relative to `folder`."""
-    return file_source(settings, folder, MediaWiki(settings.max_document_bytes, tuple(settings.namespaces), settings.seconds))
+open_mediawiki = MediaWiki.open
 
 
 @dataclass(frozen=True)
 class _Site:
-    """What the dump's head says about the wiki."""
+    """The wiki, by the head of its dump."""
 
     name: str
     base: str | None
@@ -221,12 +201,12 @@ class _Site:
 def _site(entry: Entry) -> _Site:
     with entry.open() as stream:
         head = stream.read(_HEAD_BYTES)
-    found = re.search(rb"<siteinfo>.*?</siteinfo>", head, re.S)
+    match = re.search(rb"<siteinfo>.*?</siteinfo>", head, re.S)
     left_out = ["File", "Image", _MEDIA, "Category"]
     name, base = entry.name.rpartition("/")[2].removesuffix(".xml"), None
-    if found:
+    if match:
         try:
-            info = parse_xml(found[0])
+            info = parse_xml(match[0])
         except ValueError:
             return _Site(name, base, tuple(left_out))
         name, base = _element_text(info, "dbname") or name, _element_text(info, "base") or None
@@ -238,5 +218,5 @@ def _site(entry: Entry) -> _Site:
 
 
 def _element_text(element: Any, name: str) -> str:
-    found = children(element, name)
-    return (found[0].text or "").strip() if found else ""
+    elements = children(element, name)
+    return (elements[0].text or "").strip() if elements else ""

@@ -12,14 +12,14 @@ import re
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, ClassVar
 
 from bessemer.core.object_storage import Place
 from bessemer.data.limited import RefusedError
-from bessemer.data.sources.io.archives import ARCHIVES, Entry
-from bessemer.data.sources.io.file_source import FileSource, file_source
+from bessemer.data.sources.io.archives import Entry
+from bessemer.data.sources.io.file_source import SettingsFormat
 from bessemer.data.sources.registry import LatexSource, PdfSource
 from bessemer.data.sources.source import Document, PositionedDocument, Tally, encodable
 
@@ -47,28 +47,28 @@ _Lookup = Callable[[str], str | None]
 
 
 @dataclass(frozen=True)
-class Latex:
+class Latex(SettingsFormat):
     """One document a paper: a .tex file with what it inputs, or an archive of one paper (tars hold papers as members)."""
 
-    max_file_bytes: int
-    max_document_bytes: int
-    seconds: float = 20.0
-    known: str = ".tex, a paper's .tar.gz/.tgz/.zip or arXiv's .gz, or tars of them"
-    small: bool = True
-    archives: tuple[str, ...] = field(default=(".tar",))
+    settings: LatexSource
+    known: ClassVar[str] = ".tex, a paper's .tar.gz/.tgz/.zip or arXiv's .gz, or tars of them"
+    small: ClassVar[bool] = True
+    archives: ClassVar[tuple[str, ...]] = (".tar",)
 
     def reads(self, name: str) -> bool:
         suffix = PurePosixPath(name).suffix.lower()
         return suffix in (*_TEX, ".tar", ".zip") or (_ARXIV.search(name) is not None and suffix != ".pdf")
 
     def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[PositionedDocument]:
-        data = None if start else entry.content(self.max_file_bytes, tally)
+        data = None if start else entry.content(self.settings.max_file_bytes, tally)
         if data is None:
             return
         folder = entry.path.parent if entry.path and entry.name.lower().endswith(_TEX) else None
-        limits = (self.max_file_bytes, self.max_document_bytes)
+        limits = (self.settings.max_file_bytes, self.settings.max_document_bytes)
         try:
-            paper = entry.around.helpers.call(read_paper, self.seconds, data, PurePosixPath(entry.name).name, folder, limits)
+            paper = entry.around.helpers.call(
+                read_paper, self.settings.seconds, data, PurePosixPath(entry.name).name, folder, limits
+            )
         except RefusedError as refused:
             tally.set_aside(refused.kind, entry.place, str(refused))
             return
@@ -87,9 +87,7 @@ class Latex:
         yield 1, Document(identity, body, heading=title, url=url, license=entry.license, metadata=metadata)
 
 
-def open_latex(settings: LatexSource, folder: Path, cache: Path) -> FileSource:
-    """The source `latex` over the paths of its settings, relative to `folder`."""
-    return file_source(settings, folder, Latex(settings.max_file_bytes, settings.max_document_bytes, settings.seconds))
+open_latex = Latex.open
 
 
 def read_paper(data: bytes, name: str, folder: Place | None, limits: tuple[int, int]) -> tuple[str, str] | None:
@@ -131,7 +129,7 @@ def _text(data: bytes) -> str:
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError:
-        # what old papers are written in
+        # the encoding of old papers
         text = data.decode("cp1252", errors="replace")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
@@ -157,7 +155,7 @@ class _Files:
     def _lies_below(self, path: Place) -> bool:
         """Whether it is a file of the paper's folder, also when links are followed."""
         if not (isinstance(path, Path) and isinstance(self.folder, Path)):
-            # a name is what it says there
+            # objects have no links
             return path.is_file()
         return path.is_file() and self.folder is not None and path.resolve().is_relative_to(self.folder.resolve())
 
@@ -167,7 +165,7 @@ def _main_file(sources: dict[str, str]) -> str | None:
     candidates = [name for name, text in sources.items() if _BEGIN.search(text) and _CLASS.search(text)]
     if not candidates:
         return None
-    inputs = {posixpath.splitext(found[1] or found[2] or "")[0] for text in sources.values() for found in _INPUT.finditer(text)}
+    inputs = {posixpath.splitext(match[1] or match[2] or "")[0] for text in sources.values() for match in _INPUT.finditer(text)}
 
     def rank(name: str) -> tuple[bool, bool, int, str]:
         stem = posixpath.splitext(posixpath.basename(name))[0].lower()
@@ -177,30 +175,28 @@ def _main_file(sources: dict[str, str]) -> str | None:
 
 
 def _inputs_replaced(text: str, folder: str, lookup: _Lookup, limit: int) -> str:
-    """The text with the files that it inputs in their places, to a depth and a size that no paper reaches.
-
-    A stack of what is left to write takes recursion's place.
-    """
+    """The text with the files that it inputs in their places, to a depth and a size that no paper reaches. A stack of what is
+    left to write takes recursion's place."""
     parts: list[str] = []
     size = inputs = 0
     waiting: list[tuple[str, int]] = [(text, 0)]
     while waiting and size <= limit:
         current, depth = waiting.pop()
-        found = _INPUT.search(current) if depth < _MOST_DEPTH and inputs < _MOST_INPUTS else None
-        if found is None:
+        match = _INPUT.search(current) if depth < _MOST_DEPTH and inputs < _MOST_INPUTS else None
+        if match is None:
             parts.append(current)
             size += len(current)
             continue
-        parts.append(current[: found.start()])
-        size += found.start()
-        waiting.append((current[found.end() :], depth))
-        braced, bare, path, imported = found.groups()
+        parts.append(current[: match.start()])
+        size += match.start()
+        waiting.append((current[match.end() :], depth))
+        braced, bare, path, imported = match.groups()
         name = (braced or bare or posixpath.join(path or "", imported or "")).strip().strip('"')
         content = lookup(name) if not folder else (lookup(posixpath.join(folder, name)) or lookup(name))
         if content is not None:
             inputs += 1
             inner = _without_comments(content)
-            # a subfile is a document of its own
+            # a subfile has a preamble of its own
             begin, end = _BEGIN.search(inner), _END.search(inner)
             waiting.append((inner[begin.end() if begin else 0 : end.start() if end else None], depth + 1))
     return "".join(parts)
@@ -233,14 +229,14 @@ def _body(text: str) -> str:
 
 def _title(text: str) -> str:
     r"""What `\title{…}` holds, its commands left out."""
-    found = _TITLE.search(text)
-    if found is None:
+    match = _TITLE.search(text)
+    if match is None:
         return ""
-    depth, end = 1, found.end()
-    while end < len(text) and depth and end - found.end() < 2000:
+    depth, end = 1, match.end()
+    while end < len(text) and depth and end - match.end() < 2000:
         depth += {"{": 1, "}": -1}.get(text[end], 0)
         end += 1
-    title = re.sub(r"\\(?:thanks|footnote)\s*\{[^{}]*\}", "", text[found.end() : end - 1])
+    title = re.sub(r"\\(?:thanks|footnote)\s*\{[^{}]*\}", "", text[match.end() : end - 1])
     title = re.sub(r"\\\\(?:\[[^\]]{0,20}\])?|\\[a-zA-Z]+\*?", " ", title)
     return encodable(" ".join(title.replace("{", "").replace("}", "").split()))
 
@@ -252,25 +248,24 @@ _CUT_WORD = re.compile(r"(?<=[^\W\d_])(?:\ufffe|\xad|[-‐]\n(?=[a-z]))\n?")
 
 
 @dataclass(frozen=True)
-class Pdf:
+class Pdf(SettingsFormat):
     """One document a file."""
 
-    max_file_bytes: int
-    max_document_bytes: int
-    seconds: float
-    known: str = ".pdf"
-    small: bool = True
-    archives: tuple[str, ...] = ARCHIVES
+    settings: PdfSource
+    known: ClassVar[str] = ".pdf"
+    small: ClassVar[bool] = True
 
     def reads(self, name: str) -> bool:
         return name.lower().endswith(".pdf")
 
     def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[PositionedDocument]:
-        data = None if start else entry.content(self.max_file_bytes, tally)
+        data = None if start else entry.content(self.settings.max_file_bytes, tally)
         if data is None:
             return
         try:
-            pages, metadata, is_whole = entry.around.helpers.call(pages_of_pdf, self.seconds, data, self.max_document_bytes)
+            pages, metadata, is_whole = entry.around.helpers.call(
+                pages_of_pdf, self.settings.seconds, data, self.settings.max_document_bytes
+            )
         except RefusedError as refused:
             if "password" in str(refused).lower():
                 tally.set_aside("encrypted_files", entry.place, "it needs a password")
@@ -287,9 +282,7 @@ class Pdf:
         yield 1, Document(entry.name, text, license=entry.license, metadata=described)
 
 
-def open_pdf(settings: PdfSource, folder: Path, cache: Path) -> FileSource:
-    """The source `pdf` over the paths of its settings, relative to `folder`."""
-    return file_source(settings, folder, Pdf(settings.max_file_bytes, settings.max_document_bytes, settings.seconds))
+open_pdf = Pdf.open
 
 
 def pages_of_pdf(data: bytes, max_bytes: int) -> tuple[list[str], dict[str, str], bool]:

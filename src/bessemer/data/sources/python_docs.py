@@ -78,11 +78,9 @@ def module_name(path: str) -> str:
 
 
 def docstrings(source: bytes, path: str) -> Iterator[Docstring]:
-    """The docstrings of a file: of the module, its classes, their methods, and its functions, in file order.
-
-    What is defined inside a function is left out. Raises SyntaxError or ValueError when the file cannot be parsed.
-    """
-    # nearly every docstring is written so; parsing is the cost
+    """The docstrings of a file: of the module, its classes, their methods, and its functions, in file order. What is defined
+    inside a function is left out. Raises SyntaxError or ValueError when the file cannot be parsed."""
+    # nearly all docstrings have triple quotes; checking saves the parse, which is the cost
     if b'"""' not in source and b"'''" not in source:
         return
     tree = _parse(source)
@@ -146,7 +144,7 @@ def dedent(docstring: str) -> str:
 
 
 def _signature(node: _Definition, lines: list[bytes]) -> str | None:
-    """How a definition is called, in its author's words but without annotations; None for a property or a class
+    """Signature of a definition as in the source, without annotations; None for a property or a class
     that defines no constructor."""
     if isinstance(node, ast.ClassDef):
         constructors = {item.name: item for item in node.body if isinstance(item, ast.FunctionDef)}
@@ -190,7 +188,7 @@ def _default(node: ast.expr | None, lines: list[bytes]) -> str:
         return ""
     assert node.end_lineno is not None and node.end_col_offset is not None
     taken = lines[node.lineno - 1 : node.end_lineno]
-    # first, since the first line may be the last
+    # the end is cut first, since the first line may be the last
     taken[-1] = taken[-1][: node.end_col_offset]
     taken[0] = taken[0][node.col_offset :]
     value = " ".join(b"".join(taken).decode("utf-8", errors="replace").split())
@@ -211,8 +209,8 @@ def read_python_docs(tally: Tally) -> Iterator[Document]:
         try:
             source = (root / name).read_bytes()
             tally.bytes += len(source)
-            for found in docstrings(source, name):
-                yield found.document(name, common, url=_URL, license=_LICENSE, group=common["package"])
+            for docstring in docstrings(source, name):
+                yield docstring.document(name, common, url=_URL, license=_LICENSE, group=common["package"])
         except (SyntaxError, ValueError) as error:
             tally.counts["unparseable_files"] += 1
             tally.notes.append(f"standard library: {name}: {error}")
@@ -238,7 +236,7 @@ def open_python_docs(settings: PythonDocsSource, folder: Path, cache: Path) -> P
 
 
 def python_docs_fingerprint() -> dict[str, Any]:
-    """What the standard library holds: the interpreter's version and a hash of the files that would be read."""
+    """Fingerprint of the standard library: the interpreter's version and a hash of the files that would be read."""
     root = _standard_library()
     return {"python": platform.python_version(), "files": hash_value([[name, hash_file(root / name)] for name in _files(root)])}
 
@@ -248,5 +246,5 @@ def _standard_library() -> Path:
 
 
 def _files(root: Path) -> list[str]:
-    found = (path.relative_to(root).as_posix() for path in root.rglob("*.py"))
-    return sorted(name for name in found if is_documentation_code(name))
+    names = (path.relative_to(root).as_posix() for path in root.rglob("*.py"))
+    return sorted(name for name in names if is_documentation_code(name))

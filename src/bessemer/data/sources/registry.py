@@ -16,7 +16,7 @@ from bessemer.core.errors import ConfigError
 from bessemer.core.progress import Progress
 from bessemer.core.registry import Registry
 from bessemer.core.usercode import is_user_function
-from bessemer.data.plugins import SourceOpener, SourcePlugin
+from bessemer.data.plugins import SourceOpener, SourcePlugin, Strings
 from bessemer.data.sources.source import Source
 
 _DOCUMENT_BYTES = 16 << 20
@@ -40,14 +40,9 @@ class PathsSource(SourceSettings):
     name: str | None = setting(
         None, "what the documents' `source` says; the kind where it is not given. Two sources need two names", min_length=1
     )
-    paths: list[str] = setting(..., "files, folders and patterns such as `dumps/*.gz`", min_length=1, affects_output=False)
+    paths: Strings = setting(..., "files, folders and patterns such as `dumps/*.gz`", min_length=1, affects_output=False)
     license: str | None = setting(None, "licence of everything in it that states none itself, best as an SPDX identifier")
     max_document_bytes: int = setting(_DOCUMENT_BYTES, "longer documents are set aside and counted", unit="bytes", ge=1)
-
-    @field_validator("paths", mode="before")
-    @classmethod
-    def _one_path(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
 
 
 class WheelsSource(SourceSettings):
@@ -74,15 +69,10 @@ class FilesSource(SourceSettings):
     source: Literal["files"] = setting("files", "kind of source")
     license: str | None = setting(None, "licence of everything in it that states none itself")
     name: str = setting("files", "what the documents' `source` says; two sources of files need two names", min_length=1)
-    paths: list[str] = setting(..., "files, folders and patterns such as `texts/*.md`", min_length=1, affects_output=False)
+    paths: Strings = setting(..., "files, folders and patterns such as `texts/*.md`", min_length=1, affects_output=False)
     max_document_bytes: int = setting(
         100_000, "a longer text file becomes several documents, cut at blank lines", unit="bytes", ge=1
     )
-
-    @field_validator("paths", mode="before")
-    @classmethod
-    def _one_path(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
 
 
 class UserSource(SourceSettings):
@@ -130,9 +120,9 @@ class UrlsSource(FetchingSource):
     """Lists of addresses and sitemaps, fetched politely into the cache."""
 
     source: Literal["urls"] = setting("urls", "kind of source")
-    urls: list[str] = setting(default_factory=list, description="addresses of pages")
-    lists: list[str] = setting(default_factory=list, description="files with an address a line", affects_output=False)
-    sitemaps: list[str] = setting(default_factory=list, description="addresses of sitemaps, or of indexes of them")
+    urls: Strings = setting(default_factory=list, description="addresses of pages")
+    lists: Strings = setting(default_factory=list, description="files with an address a line", affects_output=False)
+    sitemaps: Strings = setting(default_factory=list, description="addresses of sitemaps, or of indexes of them")
     delay_seconds: float = setting(
         1.0,
         "least time between two requests to a host; a robots.txt may ask for more",
@@ -141,11 +131,6 @@ class UrlsSource(FetchingSource):
         affects_output=False,
     )
     hosts_at_once: int = setting(8, "hosts that are asked side by side", ge=1, le=256, affects_output=False)
-
-    @field_validator("urls", "lists", "sitemaps", mode="before")
-    @classmethod
-    def _one(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
 
     @field_validator("sitemaps")
     @classmethod
@@ -160,16 +145,11 @@ class CommonCrawlSource(FetchingSource):
 
     source: Literal["common_crawl"] = setting("common_crawl", "kind of source")
     crawl: str = setting(..., "the crawl, such as `CC-MAIN-2025-30`", pattern=r"^[A-Za-z0-9-]+$")
-    domains: list[str] = setting(..., "domains, their subdomains included", min_length=1)
+    domains: Strings = setting(..., "domains, their subdomains included", min_length=1)
     index: str = setting("https://index.commoncrawl.org", "server of the index", affects_output=False)
     data: str = setting("https://data.commoncrawl.org", "server of the archives", affects_output=False)
     delay_seconds: float = setting(0.2, "time before each request", unit="seconds", ge=0, affects_output=False)
     requests_at_once: int = setting(4, "requests under way at a time", ge=1, le=64, affects_output=False)
-
-    @field_validator("domains", mode="before")
-    @classmethod
-    def _one(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
 
 
 class WholeFilesSource(PathsSource):
@@ -303,7 +283,7 @@ OWN_SOURCES = (
     _own("html", "html", "saved web pages", HtmlSource),
     _own("web", "urls", "addresses and sitemaps, fetched", UrlsSource),
     _own("web", "common_crawl", "pages of some domains out of a crawl of Common Crawl", CommonCrawlSource),
-    _own("markup", "epub", "electronic books", EpubSource),
+    _own("epub", "epub", "electronic books", EpubSource),
     _own("papers", "pdf", "the text layer of PDF files", PdfSource),
     _own("papers", "latex", "papers in LaTeX", LatexSource),
     _own("mediawiki", "mediawiki", "dumps of wikis", MediaWikiSource),
@@ -314,7 +294,7 @@ OWN_SOURCES = (
     _own("mbox", "mbox", "archives of mailing lists", MboxSource),
     _own("files", "chats", "conversations as JSON lines", ChatsSource),
     _own("tables", "tables", "Parquet, CSV and JSON lines", TablesSource),
-    _own("tables", "hugging_face", "data sets of the Hugging Face Hub", HuggingFaceSource),
+    _own("hugging_face", "hugging_face", "data sets of the Hugging Face Hub", HuggingFaceSource),
 )
 SOURCES: Registry[SourceOpener] = Registry("source", "bessemer.sources", OWN_SOURCES)
 
@@ -323,10 +303,8 @@ USER_SOURCE = SourcePlugin("user", "a user's own function", f"{_CODE}.user:open_
 
 
 def source_plugin(name: str) -> SourcePlugin:
-    """The declaration of a source, ours or another package's, or that of a `file.py:function`.
-
-    Raises ConfigError when there is none, or its settings are not those of a source.
-    """
+    """The declaration of a source, ours or another package's, or that of a `file.py:function`. Raises ConfigError when there is
+    none, or its settings are not those of a source."""
     if is_user_function(name):
         return USER_SOURCE
     plugin = SOURCES.find(name)
@@ -337,11 +315,15 @@ def source_plugin(name: str) -> SourcePlugin:
     return plugin
 
 
-def open_source(settings: SourceSettings, folder: Path, cache: Path) -> Source:
-    """The source that the settings describe; its paths are relative to `folder`, downloads lie in `cache`.
+def source_name(source: SourceSettings) -> str:
+    """The name under which a source's documents are kept and from which their ids are made."""
+    stated: str | None = getattr(source, "name", None)
+    return stated or source.source.rpartition(":")[2]
 
-    Raises SourceError or ConfigError when what the settings name does not exist.
-    """
+
+def open_source(settings: SourceSettings, folder: Path, cache: Path) -> Source:
+    """The source that the settings describe; its paths are relative to `folder`, downloads lie in `cache`. Raises SourceError
+    or ConfigError when what the settings name does not exist."""
     return source_plugin(settings.source).load()(settings, folder, cache)
 
 
@@ -356,9 +338,9 @@ def source_fingerprint(
     own = source_plugin(settings.source).load_fingerprint()
     if own is not None:
         return own(settings, folder, cache, fetch, progress)
+    from bessemer.data.sources.hugging_face import HuggingFace
     from bessemer.data.sources.io.file_source import FileSource
     from bessemer.data.sources.io.paths import ContentFingerprints
-    from bessemer.data.sources.tables import HuggingFace
 
     source = open_source(settings, folder.absolute(), cache)
     if isinstance(source, (FileSource, HuggingFace)):

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from bessemer.core.object_storage import Place
 from bessemer.core.progress import Progress
 
-#: Kinds of what is set aside that are nothing of a file's content: a network's failures, a function's.
+#: Kinds of losses that are no fault of a file: failures of a network or of a user's function.
 FAILURES = frozenset({"broken_streams", "failed_functions"})
 
 #: A text that is not UTF-8 and was read all the same.
@@ -28,7 +28,7 @@ OTHER_ENCODING = "files_in_other_encodings"
 OTHER_DELIMITER = "tables_with_other_delimiters"
 #: A file in a folder, of a kind that the source does not read.
 OTHER_KIND = "files_of_other_kinds"
-#: Kinds of what was read all the same, mended or cut, and of what is not a document by its nature: no loss.
+#: Kinds that are no loss: what was read all the same, mended or cut, and what is no document by its nature.
 NO_LOSS = frozenset(
     {
         *(OTHER_ENCODING, OTHER_DELIMITER, "blank_rows"),
@@ -41,9 +41,9 @@ NO_LOSS = frozenset(
     }
 )
 
-#: The losses of a source that the end of a run names.
+#: Losses of a source that the end of a run names.
 FIRST_LOSSES = 3
-#: More notes than a person reads; beyond it things are counted and no longer named, so that memory stays bounded.
+#: Most notes that are kept; beyond it cases are counted and not named, so that memory stays bounded.
 _MOST_NOTES = 1000
 #: Robots that gather for training alone: what is said to one of them holds for training in general.
 TRAINING_ROBOTS = ("GPTBot", "CCBot", "Google-Extended", "anthropic-ai", "ClaudeBot", "Applebot-Extended")
@@ -76,7 +76,7 @@ def encodable(text: str) -> str:
 
 @dataclass
 class Tally:
-    """What a source met on its way that is not a document but should be reported."""
+    """Counts and notes of what a source read that is no document."""
 
     files: int = 0
     bytes: int = 0
@@ -132,16 +132,12 @@ class Source(Protocol):
     """Something that yields documents. Implementations are frozen and can be pickled."""
 
     def units(self, progress: Progress | None = None) -> list[Unit]:
-        """The parts, in a stable order. What has to be fetched first is fetched here and reported to `progress`.
-
-        Raises SourceError when what the settings name does not exist or holds nothing.
-        """
+        """The parts, in a stable order. What has to be fetched first is fetched here and reported to `progress`. Raises
+        SourceError when what the settings name does not exist or holds nothing."""
 
     def read(self, unit: Unit, start: int, tally: Tally) -> Iterator[PositionedDocument]:
-        """The documents of a unit behind the position `start`, each with the position behind itself.
-
-        What cannot be read is counted and named in `tally`; it never ends the run.
-        """
+        """The documents of a unit behind the position `start`, each with the position behind itself. What cannot be read is
+        counted and named in `tally`; it never ends the run."""
 
     def fingerprint(self) -> Any:
         """What the documents depend on beyond the settings, as a JSON value for the stage's key."""
@@ -170,7 +166,7 @@ _ADDRESSES = (
     (re.compile(r"gnu\.org/(?:copyleft|licenses)/fdl", re.I), "GFDL"),
     (re.compile(r"arxiv\.org/licenses/nonexclusive-distrib/1\.0", re.I), "LicenseRef-arXiv-nonexclusive-1.0"),
 )
-#: What the address of every licence that is known holds.
+#: Each address of a known licence contains one of these.
 LICENSE_HOSTS = (
     b"creativecommons.org/",
     b"opensource.org/",
@@ -216,21 +212,21 @@ _TEXTS: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 def license_of_address(address: str) -> str | None:
     """The licence that a link leads to; None for an address that is not known to be a licence's."""
-    if found := _CREATIVE_COMMONS.search(address):
-        kind, version, public, public_version = found.groups()
+    if match := _CREATIVE_COMMONS.search(address):
+        kind, version, public, public_version = match.groups()
         if kind:
             return f"CC-{kind.upper()}-{version}"
         return f"CC0-{public_version}" if public.lower() == "zero" else f"CC-PDM-{public_version}"
     for pattern, identifier in _ADDRESSES:
-        if found := pattern.search(address):
-            return found.expand(identifier).upper() if "GPL" in identifier else found.expand(identifier)
+        if match := pattern.search(address):
+            return match.expand(identifier).upper() if "GPL" in identifier else match.expand(identifier)
     return None
 
 
 def stated_license(head: bytes) -> str | None:
     """The expression of a file's `SPDX-License-Identifier` line, looked for in its first bytes."""
-    found = _SPDX.search(head)
-    expression = _EXPRESSION.match(found[1].decode("ascii").strip()) if found else None
+    match = _SPDX.search(head)
+    expression = _EXPRESSION.match(match[1].decode("ascii").strip()) if match else None
     return expression[0] if expression else None
 
 

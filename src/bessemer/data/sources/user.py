@@ -19,7 +19,7 @@ from bessemer.data.sources.source import Document, PositionedDocument, Tally, Un
 
 #: Attempts after the first to get a record, where waiting may help.
 _RETRIES = 3
-#: Records that fail one after the other before the function is taken for a wrong one.
+#: Failed records in a row after which the function counts as broken.
 _MOST_WRONG = 100
 _END = object()
 
@@ -40,10 +40,8 @@ class UserFunction:
         yield from counted(self._documents, start, tally)
 
     def _documents(self, tally: Tally) -> Iterator[Document]:
-        """The documents of what the function gives. What is no record is set aside.
-
-        Raises SourceError when the function fails before it has given a document, or gives many records and no document.
-        """
+        """The documents of what the function gives. What is no record is set aside. Raises SourceError when the function fails
+        before it has given a document, or gives many records and no document."""
         good = wrong = 0
         reason = ""
         for number, record in self._records(tally):
@@ -67,7 +65,7 @@ class UserFunction:
             raise SourceError(reason)
 
     def _records(self, tally: Tally) -> Iterator[tuple[int, Any]]:
-        """What the function gives, each with its number from 1, or the error for a record that it could not give.
+        """The function's records, numbered from 1, or the error in place of a record that failed.
 
         Where waiting may help, the function is called again, and read over to where it failed. A generator is at its end when
         it has failed: what it would have given is set aside. Other iterators, such as that of `map`, go on behind the record.

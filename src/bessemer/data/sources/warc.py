@@ -19,18 +19,18 @@ import threading
 import uuid
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar
 
 from fastwarc.warc import ArchiveIterator, WarcRecord, WarcRecordType
 
-from bessemer.data.sources.html import Extraction, page_document, urlsplit_host
+from bessemer.data.sources.html import PageFormat, urlsplit_host
 from bessemer.data.sources.io.archives import Entry
-from bessemer.data.sources.io.fetch import Answer
-from bessemer.data.sources.io.file_source import FileSource, Marks, file_source
+from bessemer.data.sources.io.fetch import Response
+from bessemer.data.sources.io.file_source import Marks
 from bessemer.data.sources.registry import FetchingSource, WarcSource
 from bessemer.data.sources.source import Document, PositionedDocument, Tally, Unit, encodable
 
@@ -71,16 +71,16 @@ class PageStore:
 
     @property
     def is_complete(self) -> bool:
-        """Whether everything that was asked for has an outcome."""
+        """Whether every address has an outcome."""
         return (self.folder / _COMPLETE).exists()
 
     def complete(self) -> None:
-        """Note that everything that was asked for has an outcome; not where nothing came, which a network may explain."""
+        """Note that every address has an outcome; not where no page came, since the network may have been down."""
         if self._files():
             (self.folder / _COMPLETE).touch()
 
-    def add_page(self, url: str, answer: Answer, opt_out: str | None) -> None:
-        """Keep a page under the address that was asked for."""
+    def add_page(self, url: str, answer: Response, opt_out: str | None) -> None:
+        """Keep a page under its address before redirects."""
         self.add_member(url, gzip.compress(_record(url, answer, opt_out), 6, mtime=0))
 
     def add_member(self, url: str, member: bytes) -> None:
@@ -116,18 +116,12 @@ class PageStore:
         return [Unit(path.name, path.stat().st_size, ((path.name, path),)) for path in self._files()]
 
     def failures(self) -> Counter[str]:
-        """How many addresses brought no page, by kind."""
+        """Numbers of addresses without a page, by kind of failure."""
         return Counter(kind for kind, _ in self.outcomes.values() if kind != "page")
 
     def close(self) -> None:
         """Close the journal."""
         self._journal.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
 
 
 def _journal(folder: Path) -> tuple[list[dict[str, Any]], int]:
@@ -149,7 +143,7 @@ def _may_heal(outcome: str) -> bool:
     return outcome in ("unreachable", "timed_out", "broken_answers", "status_429") or outcome.startswith("status_5")
 
 
-def _record(url: str, answer: Answer, opt_out: str | None) -> bytes:
+def _record(url: str, answer: Response, opt_out: str | None) -> bytes:
     """A WARC/1.1 response record; the body stands in it as it was expanded, so the headers about its coding go."""
     dropped = ("content-encoding", "transfer-encoding", "content-length", "connection")
     headers = [(name, value) for name, value in answer.headers if name.lower() not in dropped]
@@ -184,22 +178,19 @@ _PAGE_TYPES = ("text/html", "application/xhtml+xml")
 
 
 @dataclass(frozen=True)
-class Warc:
-    """Web archives: .warc and .wet."""
+class Warc(PageFormat):
+    """Web archives: .warc and .wet. by_url: documents are named by their address, where each is in the archive once."""
 
-    max_document_bytes: int
-    extraction: Extraction = field(default_factory=Extraction)
-    #: Name documents by their address instead of by their record, where each is in the archive once.
+    settings: WarcSource | FetchingSource
     by_url: bool = False
-    known: str = ".warc/.wet, plain or with .gz or .zst"
-    small: bool = False
-    archives: tuple[str, ...] = ()
+    known: ClassVar[str] = ".warc/.wet, plain or with .gz or .zst"
+    archives: ClassVar[tuple[str, ...]] = ()
 
     def reads(self, name: str) -> bool:
         return name.lower().endswith((".warc", ".wet"))
 
     def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[PositionedDocument]:
-        with _Records(entry, start, self.max_document_bytes, tally) as records:
+        with closing(_Records(entry, start, self.settings.max_document_bytes, tally)) as records:
             for position, place, record in records:
                 try:
                     document = self._document(record, place, entry.license, tally)
@@ -222,9 +213,9 @@ class Warc:
         if not is_text and kind not in _PAGE_TYPES:
             tally.counts["records_that_are_not_pages"] += 1
             return None
-        content = record.reader.read(self.max_document_bytes + 1)
-        if len(content) > self.max_document_bytes:
-            tally.set_aside("too_large", place, f"over {self.max_document_bytes:,} bytes")
+        content = record.reader.read(self.settings.max_document_bytes + 1)
+        if len(content) > self.settings.max_document_bytes:
+            tally.set_aside("too_large", place, f"over {self.settings.max_document_bytes:,} bytes")
             return None
         if is_text:
             if language := record.headers.get("WARC-Identified-Content-Language"):
@@ -232,17 +223,8 @@ class Warc:
             text, group = content.decode("utf-8", errors="replace").strip(), urlsplit_host(url) if url else None
             return Document(locator, text, url=url, license=license, group=group, metadata=metadata)
         charset = record.http_charset if record.is_http_parsed else None
-        document = page_document(
-            content,
-            locator,
-            place,
-            self.extraction,
-            tally,
-            url=url,
-            charset=charset,
-            headers=headers,
-            license=license,
-            metadata=metadata,
+        document = self.page_document(
+            content, locator, place, tally, url=url, charset=charset, headers=headers, license=license, metadata=metadata
         )
         if document is not None and (said := record.headers.get(OPT_OUT_FIELD)):
             on_page = document.metadata.get("opt_out")
@@ -253,14 +235,7 @@ class Warc:
         return document
 
 
-def warc_format(settings: WarcSource | FetchingSource, *, by_url: bool = False) -> Warc:
-    """How the pages of an archive, or of a store of fetched pages, are read. by_url: documents are named by their address."""
-    return Warc(settings.max_document_bytes, Extraction(settings.extractor), by_url)
-
-
-def open_warc(settings: WarcSource, folder: Path, cache: Path) -> FileSource:
-    """The source `warc` over the paths of its settings, relative to `folder`."""
-    return file_source(settings, folder, warc_format(settings))
+open_warc = Warc.open
 
 
 def _served(record: WarcRecord) -> tuple[str, list[tuple[str, str]]]:
@@ -279,15 +254,12 @@ class _Records:
     def __init__(self, entry: Entry, start: int, max_document_bytes: int, tally: Tally) -> None:
         self._entry = entry
         self._tally = tally
-        # compressed bodies and headers around what will be measured
+        # room for headers and for compressed bodies, whose expanded size is checked later
         self._limit = 4 * max_document_bytes + (1 << 20)
         self._marks = Marks(entry, start)
         self._stream = self._marks.stream
 
-    def __enter__(self) -> _Records:
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
         self._stream.close()
 
     def __iter__(self) -> Iterator[tuple[int, str, bytes]]:
@@ -341,7 +313,7 @@ class _Records:
             return True
         if self._stream.peek(4)[:4] == b"\r\n\r\n":
             self._stream.read(4)
-        # reads on to the member's end, unless it holds more records
+        # reads to the member's end, and so its checksum, unless it holds more records
         self._stream.peek(1)
         return self._stream.damage is None
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -22,18 +23,18 @@ from bessemer.core.object_storage import Place
 from bessemer.core.progress import Progress, Silent
 from bessemer.data.sources.html import urlsplit_host
 from bessemer.data.sources.io.archives import Surroundings, plain_entry
-from bessemer.data.sources.io.fetch import Answer, Clock, FetchError, Limits, Politeness, fetch, normal_url
+from bessemer.data.sources.io.fetch import Clock, FetchError, Limits, Politeness, Response, fetch, normal_url
 from bessemer.data.sources.io.file_source import bounded_lines, parse_json
 from bessemer.data.sources.io.paths import content_fingerprint, find_files
 from bessemer.data.sources.io.streams import open_stream, whole_gzip_member
 from bessemer.data.sources.markup import local_name, parse_xml
 from bessemer.data.sources.registry import CommonCrawlSource, FetchingSource, UrlsSource
 from bessemer.data.sources.source import PositionedDocument, Tally, Unit, encodable
-from bessemer.data.sources.warc import PageStore, Warc, failures_in, warc_format
+from bessemer.data.sources.warc import PageStore, Warc, failures_in
 
 
 def fetch_limits(settings: FetchingSource) -> Limits:
-    """What one request may cost, and where it may go."""
+    """Limits of one request: on time, size, redirects, retries and addresses."""
     # some bytes more than a document may have: a page is larger than its text, and an archive's record than its page
     most = 4 * settings.max_document_bytes + (1 << 20)
     return Limits(settings.user_agent, settings.seconds, most, retries=settings.retries, allow_private=settings.allow_private)
@@ -60,6 +61,42 @@ def say_failures(store: PageStore, progress: Progress) -> None:
         progress.say(f"  {failures.total():,} addresses brought no page: {what}")
 
 
+@dataclass(frozen=True)
+class FetchedPages:
+    """Pages that are fetched into a store in the cache, once, and read from there; everything after `units` is offline."""
+
+    settings: Any
+    cache: Path
+    warc: Warc
+    clock: Clock = field(default_factory=Clock)
+
+    def units(self, progress: Progress | None = None) -> list[Unit]:
+        progress = progress or Silent()
+        kind = self.settings.source.replace("_", "-")
+        with closing(PageStore(self.cache / f"{kind}-{hash_value(self.fingerprint(), bits=64)}")) as store:
+            if not store.is_complete:
+                self._fetch_all(store, progress)
+                store.complete()
+            say_failures(store, progress)
+            if not (units := store.units()):
+                raise SourceError(f"{self.settings.source}: {self._nothing(store)}")
+            return units
+
+    def read(self, unit: Unit, start: int, tally: Tally) -> Iterator[PositionedDocument]:
+        yield from read_fetched(self.warc, unit, start, tally, self.settings.license)
+
+    def fingerprint(self) -> Any:
+        raise NotImplementedError
+
+    def _fetch_all(self, store: PageStore, progress: Progress) -> None:
+        """Fetch what has no outcome in the store."""
+        raise NotImplementedError
+
+    def _nothing(self, store: PageStore) -> str:
+        """The reason for having no page, for a message."""
+        raise NotImplementedError
+
+
 _LONGEST_RECORD = 64 << 20
 _PAGE_TYPES = ("text/html", "application/xhtml+xml")
 
@@ -76,49 +113,27 @@ class _Capture:
 
     @property
     def name(self) -> str:
-        """What the page store calls it."""
+        """Its name in the page store."""
         return f"{self.url} {self.timestamp}"
 
 
 @dataclass(frozen=True)
-class CommonCrawl:
-    """The latest capture of each page of `domains` in one crawl."""
+class CommonCrawl(FetchedPages):
+    """The latest capture of each page of some domains in one crawl."""
 
-    cache: Path
-    crawl: str
-    domains: tuple[str, ...]
-    limits: Limits
-    warc: Warc
-    index: str = "https://index.commoncrawl.org"
-    data: str = "https://data.commoncrawl.org"
-    max_pages: int | None = None
-    delay_seconds: float = 0.2
-    requests_at_once: int = 4
-    license: str | None = None
-    clock: Clock = field(default_factory=Clock)
-
-    def units(self, progress: Progress | None = None) -> list[Unit]:
-        progress = progress or Silent()
-        with PageStore(self.cache / f"common-crawl-{hash_value(self.fingerprint(), bits=64)}") as store:
-            if not store.is_complete:
-                self._fetch_all(store, progress)
-                store.complete()
-            say_failures(store, progress)
-            if not (units := store.units()):
-                raise SourceError(f"common_crawl: {self.crawl} has no page of {', '.join(self.domains)}")
-            return units
-
-    def read(self, unit: Unit, start: int, tally: Tally) -> Iterator[PositionedDocument]:
-        yield from read_fetched(self.warc, unit, start, tally, self.license)
+    settings: CommonCrawlSource
 
     def fingerprint(self) -> Any:
-        return {"crawl": self.crawl, "domains": sorted(self.domains), "max_pages": self.max_pages}
+        return {"crawl": self.settings.crawl, "domains": sorted(self.settings.domains), "max_pages": self.settings.max_pages}
+
+    def _nothing(self, store: PageStore) -> str:
+        return f"{self.settings.crawl} has no page of {', '.join(self.settings.domains)}"
 
     def _fetch_all(self, store: PageStore, progress: Progress) -> None:
         captures = [capture for capture in self._captures() if capture.name not in store.outcomes]
         with (
             progress.task("fetching", total=len(captures), unit="pages") as task,
-            thread_pool(self.requests_at_once) as pool,
+            thread_pool(self.settings.requests_at_once) as pool,
         ):
 
             def get(capture: _Capture) -> None:
@@ -134,8 +149,8 @@ class CommonCrawl:
             if not 0 < capture.length <= _LONGEST_RECORD:
                 raise FetchError("too_large", f"a record of {capture.length:,} bytes")
             answer = fetch(
-                f"{self.data.rstrip('/')}/{capture.file}",
-                self.limits,
+                f"{self.settings.data.rstrip('/')}/{capture.file}",
+                fetch_limits(self.settings),
                 may_visit=self._pace,
                 extra=span,
                 clock=self.clock,
@@ -151,16 +166,16 @@ class CommonCrawl:
     def _captures(self) -> list[_Capture]:
         """The latest capture of each page, domain by domain, in the order of addresses; at most `max_pages`."""
         latest: dict[str, _Capture] = {}
-        for domain in self.domains:
+        for domain in self.settings.domains:
             for page in range(self._index_pages(domain)):
                 for line in self._ask(domain, {"page": str(page)}).body.decode("utf-8", errors="replace").splitlines():
                     capture = _capture(line)
                     if capture and (capture.url not in latest or latest[capture.url].timestamp < capture.timestamp):
                         latest[capture.url] = capture
-                if self.max_pages is not None and len(latest) >= self.max_pages:
+                if self.settings.max_pages is not None and len(latest) >= self.settings.max_pages:
                     break
-        found = sorted(latest.values(), key=lambda capture: (capture.url, capture.timestamp))
-        return found[: self.max_pages]
+        captures = sorted(latest.values(), key=lambda capture: (capture.url, capture.timestamp))
+        return captures[: self.settings.max_pages]
 
     def _index_pages(self, domain: str) -> int:
         answer = self._ask(domain, {"showNumPages": "true"})
@@ -168,38 +183,26 @@ class CommonCrawl:
             said = parse_json(answer.body)
             return int(said["pages"] if isinstance(said, dict) else said)
         except (ValueError, TypeError, KeyError):
-            raise SourceError(f"common_crawl: the index {self.index} gave no number of pages for {domain}") from None
+            raise SourceError(f"common_crawl: the index {self.settings.index} gave no number of pages for {domain}") from None
 
-    def _ask(self, domain: str, more: dict[str, str]) -> Answer:
+    def _ask(self, domain: str, more: dict[str, str]) -> Response:
         """An answer of the index. Raises SourceError when it gives none; a domain that it does not know is no error."""
         query = {"url": domain, "matchType": "domain", "output": "json", "filter": "=status:200"} | more
-        address = f"{self.index.rstrip('/')}/{self.crawl}-index?{urlencode(query)}"
+        address = f"{self.settings.index.rstrip('/')}/{self.settings.crawl}-index?{urlencode(query)}"
         try:
-            return fetch(address, self.limits, may_visit=self._pace, clock=self.clock)
+            return fetch(address, fetch_limits(self.settings), may_visit=self._pace, clock=self.clock)
         except FetchError as error:
             if error.kind == "status_404":
-                return Answer(address, 200, [], b"0" if "showNumPages" in more else b"")
-            raise SourceError(f"common_crawl: the index {self.index} does not answer for {domain}: {error}") from None
+                return Response(address, 200, [], b"0" if "showNumPages" in more else b"")
+            raise SourceError(f"common_crawl: the index {self.settings.index} does not answer for {domain}: {error}") from None
 
     def _pace(self, url: str) -> None:
-        self.clock.sleep(self.delay_seconds)
+        self.clock.sleep(self.settings.delay_seconds)
 
 
 def open_common_crawl(settings: CommonCrawlSource, folder: Path, cache: Path) -> CommonCrawl:
     """The source `common_crawl`, whose pages lie in `cache`."""
-    return CommonCrawl(
-        cache,
-        settings.crawl,
-        tuple(settings.domains),
-        fetch_limits(settings),
-        warc_format(settings),
-        index=settings.index,
-        data=settings.data,
-        max_pages=settings.max_pages,
-        delay_seconds=settings.delay_seconds,
-        requests_at_once=settings.requests_at_once,
-        license=settings.license,
-    )
+    return CommonCrawl(settings, cache, Warc(settings))
 
 
 def _capture(line: str) -> _Capture | None:
@@ -223,54 +226,30 @@ _DEEPEST_INDEX = 3
 
 
 @dataclass(frozen=True)
-class Urls:
-    """Pages at `urls`, in the files `lists` (an address a line) and in `sitemaps`.
+class Urls(FetchedPages):
+    """Pages at `urls`, in the files `lists` (an address a line) and in `sitemaps`. folder: what `lists` are relative to."""
 
-    `units` fetches what is not in the cache yet; everything after it is offline.
-    """
-
-    cache: Path
-    folder: Path
-    limits: Limits
-    warc: Warc
-    urls: tuple[str, ...] = ()
-    lists: tuple[str, ...] = ()
-    sitemaps: tuple[str, ...] = ()
-    max_pages: int | None = None
-    delay_seconds: float = 1.0
-    hosts_at_once: int = 8
-    license: str | None = None
-    clock: Clock = field(default_factory=Clock)
-
-    def units(self, progress: Progress | None = None) -> list[Unit]:
-        progress = progress or Silent()
-        with PageStore(self._store_folder()) as store:
-            if not store.is_complete:
-                self._crawl(store, progress)
-                store.complete()
-            say_failures(store, progress)
-            if not (units := store.units()):
-                raise SourceError(f"urls: no page could be fetched{_first_failure(store)}")
-            return units
-
-    def read(self, unit: Unit, start: int, tally: Tally) -> Iterator[PositionedDocument]:
-        yield from read_fetched(self.warc, unit, start, tally, self.license)
+    settings: UrlsSource
+    folder: Path = Path()
 
     def fingerprint(self) -> Any:
-        lists = find_files(list(self.lists), self.folder, _is_list, "/".join(_LIST_SUFFIXES)) if self.lists else {}
+        lists = find_files(self.settings.lists, self.folder, _is_list, "/".join(_LIST_SUFFIXES)) if self.settings.lists else {}
         return {
-            "urls": sorted(self.urls),
+            "urls": sorted(self.settings.urls),
             "lists": sorted(content_fingerprint(path) for path in lists.values()),
-            "sitemaps": sorted(self.sitemaps),
-            "max_pages": self.max_pages,
+            "sitemaps": sorted(self.settings.sitemaps),
+            "max_pages": self.settings.max_pages,
         }
 
-    def _store_folder(self) -> Path:
-        return self.cache / f"urls-{hash_value(self.fingerprint(), bits=64)}"
+    def _nothing(self, store: PageStore) -> str:
+        failure = next(((url, why) for url, (kind, why) in store.outcomes.items() if kind != "page"), None)
+        return "no page could be fetched" + (
+            f"; the first address, {failure[0]}: {failure[1]}" if failure else ": no address was given"
+        )
 
-    def _crawl(self, store: PageStore, progress: Progress) -> None:
+    def _fetch_all(self, store: PageStore, progress: Progress) -> None:
         """Fetch every address without an outcome: hosts side by side, a host's pages one after the other."""
-        politeness = Politeness(self.limits, self.delay_seconds, self.clock)
+        politeness = Politeness(fetch_limits(self.settings), self.settings.delay_seconds, self.clock)
         by_host: dict[str, list[str]] = defaultdict(list)
         wanted = self._wanted(store, politeness)
         for url in wanted:
@@ -278,7 +257,7 @@ class Urls:
                 by_host[urlsplit_host(url) or ""].append(url)
         with (
             progress.task("fetching", total=len(wanted), unit="pages", completed=len(store.outcomes)) as task,
-            thread_pool(self.hosts_at_once) as pool,
+            thread_pool(self.settings.hosts_at_once) as pool,
         ):
 
             def visit(urls: list[str]) -> None:
@@ -286,13 +265,13 @@ class Urls:
                     self._fetch_into(store, url, politeness)
                     task.advance(1)
 
-            # raises what a thread raised: a full disk, say
+            # re-raises a thread's error, such as a full disk
             for _ in pool.map(visit, by_host.values()):
                 pass
 
     def _fetch_into(self, store: PageStore, url: str, politeness: Politeness) -> None:
         try:
-            answer = fetch(url, self.limits, may_visit=politeness.may_visit, clock=self.clock)
+            answer = fetch(url, fetch_limits(self.settings), may_visit=politeness.may_visit, clock=self.clock)
             store.add_page(url, answer, politeness.opt_out(answer.url))
         except FetchError as error:
             store.add_failure(url, error.kind, str(error))
@@ -305,16 +284,16 @@ class Urls:
                 wanted[normal_url(address)] = None
             except FetchError as error:
                 store.add_failure(encodable(address), error.kind, str(error))
-            if self.max_pages is not None and len(wanted) >= self.max_pages:
+            if self.settings.max_pages is not None and len(wanted) >= self.settings.max_pages:
                 break
         return list(wanted)
 
     def _addresses(self, politeness: Politeness, store: PageStore) -> Iterator[str]:
-        yield from self.urls
-        if self.lists:
-            for path in find_files(list(self.lists), self.folder, _is_list, "/".join(_LIST_SUFFIXES)).values():
+        yield from self.settings.urls
+        if self.settings.lists:
+            for path in find_files(self.settings.lists, self.folder, _is_list, "/".join(_LIST_SUFFIXES)).values():
                 yield from _listed(path)
-        for sitemap in self.sitemaps:
+        for sitemap in self.settings.sitemaps:
             yield from self._sitemap(sitemap, politeness, store)
 
     def _sitemap(self, sitemap: str, politeness: Politeness, store: PageStore) -> Iterator[str]:
@@ -323,7 +302,12 @@ class Urls:
         while waiting:
             current, depth = waiting.pop(0)
             try:
-                answer = fetch(current, self._sitemap_limits(), may_visit=politeness.may_visit, clock=self.clock)
+                answer = fetch(
+                    current,
+                    replace(fetch_limits(self.settings), max_bytes=_LARGEST_SITEMAP),
+                    may_visit=politeness.may_visit,
+                    clock=self.clock,
+                )
                 root = parse_xml(_expanded(answer.body))
             except (FetchError, ValueError) as error:
                 store.add_failure(encodable(current), "unreadable_sitemaps", str(error))
@@ -339,37 +323,10 @@ class Urls:
                     seen.add(address)
                     waiting.append((address, depth + 1))
 
-    def _sitemap_limits(self) -> Limits:
-        return Limits(
-            self.limits.user_agent,
-            self.limits.seconds,
-            _LARGEST_SITEMAP,
-            self.limits.max_redirects,
-            self.limits.retries,
-            self.limits.allow_private,
-        )
-
 
 def open_urls(settings: UrlsSource, folder: Path, cache: Path) -> Urls:
     """The source `urls`, whose lists are relative to `folder` and whose pages lie in `cache`."""
-    return Urls(
-        cache,
-        folder,
-        fetch_limits(settings),
-        warc_format(settings, by_url=True),
-        urls=tuple(settings.urls),
-        lists=tuple(settings.lists),
-        sitemaps=tuple(settings.sitemaps),
-        max_pages=settings.max_pages,
-        delay_seconds=settings.delay_seconds,
-        hosts_at_once=settings.hosts_at_once,
-        license=settings.license,
-    )
-
-
-def _first_failure(store: PageStore) -> str:
-    failure = next(((url, why) for url, (kind, why) in store.outcomes.items() if kind != "page"), None)
-    return f"; the first address, {failure[0]}: {failure[1]}" if failure else ": no address was given"
+    return Urls(settings, cache, Warc(settings, by_url=True), folder=folder)
 
 
 def _is_list(name: str) -> bool:

@@ -44,7 +44,7 @@ T = TypeVar("T")
 FAILED = "(failed)"
 #: Attempts after the first, where waiting may help.
 _RETRIES = 3
-#: Documents of a part on which a function fails, before it has answered for any, until it is taken for a wrong one.
+#: Failures on a part's first documents after which a function counts as broken.
 _MOST_FAILED_AT_FIRST = 100
 _LONGEST_REASON = 200
 _VALUES = re.compile(r"'[^']*'|\"[^\"]*\"|\b\d+(\.\d+)?\b")
@@ -89,7 +89,7 @@ def _with_settings(function: Callable[..., T], kind: type[Config] | None, settin
 def scorers(config: CleanConfig, folder: Path = Path(), open_model: OpenModel | None = None) -> list[Scorer]:
     """All scorers that the settings ask for: by name, and made from the user's lists, classifiers and models.
 
-    Paths are relative to `folder`. open_model: opens a language model of ours, when it is first asked.
+    Paths are relative to `folder`. open_model: opens a language model of ours, with the first text.
     Raises ConfigError or ArtefactError for one that cannot be read.
     """
     made = [scorer(name, folder) for name in config.score]
@@ -126,7 +126,7 @@ def _perplexity(place: Path, open_model: OpenModel | None) -> Scorer:
     elif open_model is None:
         raise ConfigError(f"clean.perplexity: {place} is a model for PyTorch, which only `bessemer` and its Python API open")
     else:
-        # not before it is needed: a schema asks for columns alone
+        # opened with the first text: a schema needs the columns only
         opened = cache(partial(open_model, model))
 
         def bits_per_byte(texts: Texts) -> np.ndarray:
@@ -150,7 +150,7 @@ def outside_files(config: CleanConfig, folder: Path) -> list[list[str]]:
         if not place.exists():
             raise ConfigError(f"clean: there is no file or folder {place}")
         files = sorted(path for path in place.rglob("*") if path.is_file()) if place.is_dir() else [place]
-        # a list's name is in its columns
+        # the list's name enters the key, since columns are named after it
         named_files += [[Path(name).stem, path.relative_to(place.parent).as_posix(), hash_file(path)] for path in files]
     if config.perplexity is not None:
         named_files += [["perplexity", path.name, hash_file(path)] for path in _model_files(follow(folder / config.perplexity))]
@@ -186,8 +186,8 @@ def edit(name: str, folder: Path = Path(), settings: Config | None = None) -> Ed
 
 
 class _UserCall:
-    """A user's function of texts, asked again for halves of what it fails on: what it costs is the documents on which it fails
-    alone. One that may fail because of a network is asked again first, after growing waits.
+    """A user's function of texts, called again with halves of a batch on which it fails, so that only the documents at
+    fault are lost. Where a network may have failed it, it is first called again with the same, after growing waits.
 
     `checked` casts what it returned for some texts, and raises ConfigError for what is no answer. Raises ConfigError when the
     function fails on each of the first documents.
@@ -326,7 +326,7 @@ def clean(
 
 
 def cleaned_schema(config: CleanConfig, schema: pa.Schema, folder: Path, open_model: OpenModel | None = None) -> pa.Schema:
-    """A schema with the columns that the edits and scores add to it, in the order in which they are asked for."""
+    """A schema with the columns that the edits and scores add to it, in the order of the settings."""
     added = [each.columns for each in edits(config, folder)] + [each.columns for each in scorers(config, folder, open_model)]
     for columns in added:
         for name, kind in columns.items():
@@ -354,7 +354,7 @@ def cleaning(config: CleanConfig, schema: pa.Schema, folder: Path, open_model: O
             failures.append(scores.get(FAILED))
             columns |= scores
         blank = pc.equal(pc.binary_length(pc.utf8_trim_whitespace(texts.array)), 0)
-        # what is dropped is shown as it was
+        # a dropped document keeps its text, for the report
         columns["text"] = pc.if_else(blank, before, texts.array)
         if steps:
             columns["text_hash"] = rehashed(before, columns["text"], batch.column("text_hash"))

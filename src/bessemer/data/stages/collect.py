@@ -25,9 +25,9 @@ from bessemer.core.hashing import hash_bytes
 from bessemer.core.object_storage import Place
 from bessemer.core.progress import Progress, Silent, Speed
 from bessemer.core.store import read_json, write_text
-from bessemer.data.config import CollectConfig, source_name
+from bessemer.data.config import CollectConfig
 from bessemer.data.corpus.reader import SCHEMA, TRAIN, VALIDATION, part_name, without_removed
-from bessemer.data.corpus.remote import SCRATCH, begin, finish, working_place
+from bessemer.data.corpus.remote import SCRATCH, begin, finish
 from bessemer.data.corpus.staging import (
     BucketRows,
     groups_and_ids,
@@ -43,19 +43,17 @@ from bessemer.data.engine import run_tasks
 from bessemer.data.sources.docs import DownloadError
 from bessemer.data.sources.files import Files
 from bessemer.data.sources.io.paths import advice, suffix_of
-from bessemer.data.sources.registry import SourceSettings, WheelsSource, open_source
+from bessemer.data.sources.registry import SourceSettings, WheelsSource, open_source, source_name
 from bessemer.data.sources.source import FAILURES, FIRST_LOSSES, OTHER_KIND, Source, Tally, Unit
 
-#: Fixed for good. Chosen among a few so that the shipped lock's held-out packages are several and unlike each other.
+#: Never changed, so that the split stays. Chosen so that several unlike packages of the shipped lock are held out.
 _SALT = b"hold"
 
 
 @dataclass(frozen=True)
 class Splitter:
-    """The rule: `share` of the groups is held out.
-
-    `moved` (group, split) overrides the hash for one group; `by_document` makes every document its own group.
-    """
+    """The rule: `share` of the groups is held out. `moved` (group, split) overrides the hash for one group; `by_document` makes
+    every document its own group."""
 
     share: float
     moved: tuple[str, str] | None = None
@@ -69,14 +67,12 @@ class Splitter:
         return VALIDATION if place_of(group) < self.share else TRAIN
 
     def group(self, group: str | None, identity: str) -> str:
-        """What is held out or not as one."""
+        """The group with which a document is held out or not: its id where it has none."""
         return identity if group is None or self.by_document else group
 
-    def remedy(self, groups: Groups) -> Splitter | None:
-        """How to split the same documents so that neither side is empty; None when that is so, or cannot be.
-
-        The group nearest to the empty side moves there; a single group is split by document.
-        """
+    def remedy(self, groups: NearestGroups) -> Splitter | None:
+        """How to split the same documents so that neither side is empty; None when that is so, or cannot be. The group nearest
+        to the empty side moves there; a single group is split by document."""
         if not self.share or self.moved or groups.lowest is None or groups.highest is None:
             return None
         splits = {self.split(group, group) for _, group in (groups.lowest, groups.highest)}
@@ -89,19 +85,19 @@ class Splitter:
 
 
 @dataclass
-class Groups:
+class NearestGroups:
     """The two groups of a corpus that lie nearest to either side: (place of the hash, name). Enough to find a remedy."""
 
     lowest: tuple[float, str] | None = None
     highest: tuple[float, str] | None = None
 
     def add(self, groups: Iterable[str]) -> None:
-        """Take notice of some groups."""
+        """Include some groups."""
         for group in set(groups):
             self._take((place_of(group), group))
 
-    def merge(self, other: Groups) -> None:
-        """Take notice of what another has seen."""
+    def merge(self, other: NearestGroups) -> None:
+        """Include what another has seen."""
         for group in (other.lowest, other.highest):
             if group is not None:
                 self._take(group)
@@ -112,11 +108,11 @@ class Groups:
 
 
 def place_of(group: str) -> float:
-    """Where a group's hash lies between 0 and 1."""
+    """A group's hash as a number from 0 to 1."""
     return int(hash_bytes(_SALT, group.encode(), bits=64), 16) / 2**64
 
 
-# of a source, in its metrics
+# notes of a source in the metrics
 _MOST_NOTES = 100
 _NOTES_SAID = 20
 _NOTES_HELD = 1000
@@ -150,13 +146,12 @@ def collect(
     Raises SourceError when a source does not exist, or nothing at all was found.
     """
     progress = progress or Silent()
-    place = working_place(config.storage, out)
-    scratch = begin(place, out)
+    place, scratch = begin(config.storage, out)
     engine = config.where()
     tallies = {source_name(source): Tally() for source in config.sources}
     readings, skipped = _readings(config.sources, scratch, cache, folder, progress, tallies)
     sizes = sum(reading.unit.size_bytes for reading in readings)
-    groups = Groups()
+    groups = NearestGroups()
     documents_of: Counter[str] = Counter()
     documents = read = 0
     speed = Speed()
@@ -165,14 +160,14 @@ def collect(
             reading = readings[number]
             documents += figures["documents"]
             documents_of[reading.source_name] += figures["documents"]
-            groups.merge(Groups(*(tuple(group) if group else None for group in figures["groups"])))
+            groups.merge(NearestGroups(*(tuple(group) if group else None for group in figures["groups"])))
             _add(tallies[reading.source_name], figures["tally"])
             read += reading.unit.size_bytes
             note = f"{documents:,} documents · {speed.of(documents, read)} · {reading.source_name}"
             task.advance(reading.unit.size_bytes, note=note)
     broken = [name for name, tally in tallies.items() if not documents_of[name] and FAILURES & tally.counts.keys()]
     for reading in readings:
-        # the next run tries again
+        # removed, so that the next run tries again
         if reading.source_name in broken:
             _remove(reading.segments)
     if broken or not documents:
@@ -227,8 +222,8 @@ def _readings(
     progress: Progress,
     tallies: dict[str, Tally],
 ) -> tuple[list[_Reading], list[str]]:
-    """Every unit of every source, and the names of optional sources that cannot be fetched. What lies beside the files that a
-    source reads is noted in its tally."""
+    """Every unit of every source, and the names of optional sources that cannot be fetched. Files of other kinds in
+    the folders of a source are noted in its tally."""
     readings, skipped = [], []
     for settings in sources:
         name = source_name(settings)
@@ -274,7 +269,7 @@ def _read(reading: _Reading, buckets: int) -> dict[str, Any]:
         tally = Tally()
         documents = reading.source.read(reading.unit, head.position, tally)
         head = write_segments(reading.source_name, documents, reading.segments, head, number, tally, buckets)
-    groups = Groups()
+    groups = NearestGroups()
     groups.add(_groups(reading, Splitter(0.0)))
     return {"documents": head.documents, "tally": head.tally, "groups": [groups.lowest, groups.highest]}
 
@@ -283,9 +278,9 @@ def _groups(reading: _Reading, splitter: Splitter) -> set[str]:
     return {splitter.group(group, identity) for group, identity in groups_and_ids(segment_files(reading.segments))}
 
 
-def _documents_as_groups(readings: list[_Reading]) -> Groups:
-    """Of a corpus that is a single group, or is held out by document."""
-    groups = Groups()
+def _documents_as_groups(readings: list[_Reading]) -> NearestGroups:
+    """The nearest groups where each document is a group of its own."""
+    groups = NearestGroups()
     for reading in readings:
         groups.add(_groups(reading, Splitter(0.0, by_document=True)))
     return groups
@@ -309,7 +304,7 @@ def _merge(
             stats.add(documents)
             writer.write(documents)
     figures = stats.result() | {"forgotten": len(sorted_rows) - len(order)}
-    # as the part itself is not
+    # the part is not synchronised either
     write_text(record, json.dumps(figures), synchronise=False)
     return figures
 
@@ -318,13 +313,13 @@ def _add(total: Tally, read: dict[str, Any]) -> None:
     total.files += read["files"]
     total.bytes += read["bytes"]
     total.counts += Counter(read["counts"])
-    # the same ones in whatever order units were read
+    # sorted, so that the kept ones do not depend on the order of units
     total.notes = sorted([*total.notes, *read["notes"]])[:_NOTES_HELD]
     total.losses = sorted([*total.losses, *read.get("losses", [])])[:FIRST_LOSSES]
 
 
 def _report(tallies: dict[str, Tally], repeated_ids: int, progress: Progress) -> None:
-    """Say what a user should know about the sources."""
+    """Report repeated ids and the sources' notes to the user."""
     if repeated_ids:
         progress.say(f"  {repeated_ids:,} documents had the id of another and were left out")
     for name, tally in tallies.items():

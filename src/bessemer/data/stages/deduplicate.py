@@ -111,7 +111,7 @@ def _earlier(against: str, folder: Path) -> Path:
     place = place / "documents" if (place / "documents").is_dir() else place
     if not place.is_dir():
         raise ConfigError(f"deduplicate.against: there is no folder {place}")
-    # says what is wrong with it, if something is
+    # raises when it is no folder of documents
     document_files(place)
     return place
 

@@ -36,9 +36,7 @@ def mixture_columns(
     mix: MixConfig | None, anneal: MixConfig | None, sizes: Callable[[], Mapping[str, int]]
 ) -> tuple[dict[str, dict[str, float]], Mapping[str, int]]:
     """Epochs by source of each mixture that the settings ask for, by its column, and the bytes of training text by source.
-
-    sizes: measures those bytes; it is called when there is a mixture.
-    """
+    sizes: measures those bytes; it is called when there is a mixture."""
     wanted = {column: mixture for column, mixture in ((EPOCHS, mix), (ANNEAL_EPOCHS, anneal)) if mixture is not None}
     measured = sizes() if wanted else {}
     return {column: epochs_by_source(mixture, measured) for column, mixture in wanted.items()}, measured
@@ -71,15 +69,15 @@ def epochs_by_source(config: MixConfig, sizes: Mapping[str, int]) -> dict[str, f
 
 def _filled(weights: Mapping[str, float], sizes: Mapping[str, int], wanted: float, most: float) -> dict[str, float]:
     """Epochs such that bytes are as the weights, no source is read more than `most` times, and what the full ones cannot
-    give is asked of the others."""
+    give comes from the others."""
     epochs = dict.fromkeys(sizes, 0.0)
     open_sources, left = {name for name, weight in weights.items() if weight > 0}, wanted
     while open_sources and left > 0:
         together = sum(weights[name] for name in open_sources)
-        asked = {name: left * weights[name] / together / sizes[name] for name in open_sources}
-        full = {name for name in open_sources if asked[name] >= most}
+        wanted_epochs = {name: left * weights[name] / together / sizes[name] for name in open_sources}
+        full = {name for name in open_sources if wanted_epochs[name] >= most}
         if not full:
-            return epochs | asked
+            return epochs | wanted_epochs
         for name in full:
             epochs[name] = most
             left -= most * sizes[name]
@@ -88,8 +86,8 @@ def _filled(weights: Mapping[str, float], sizes: Mapping[str, int], wanted: floa
 
 
 def repeats(ids: pa.Array, sources: pa.Array, epochs: Mapping[str, float]) -> np.ndarray:
-    """How often each document is read, (N,) int64: the whole part of its source's epochs, once more for a share of the ids."""
-    # neither those that sort nor those that choose the part
+    """Readings of each document, (N,) int64: the whole part of its source's epochs, and one more for a share of the ids."""
+    # digits that decide neither the order nor the part
     digits = pc.utf8_slice_codeunits(ids, 8, 20).to_pylist()
     places = np.array([int(number, 16) for number in digits], dtype=np.float64) / 16**12
     wanted = np.array([epochs.get(name, 0.0) for name in sources.to_pylist()], dtype=np.float64)
@@ -144,10 +142,8 @@ def iterate_epochs(
 
 
 def training_bytes(documents: Path, change: Callable[[], Change], engine: Engine) -> dict[str, int]:
-    """Bytes of training text by source, of the documents that a stage keeps.
-
-    change: gives the function that the stage applies to each batch.
-    """
+    """Bytes of training text by source, of the documents that a stage keeps. change: gives the function that the stage applies
+    to each batch."""
     sizes: Counter[str] = Counter()
     for _, sizes_of_part in run_tasks(partial(_kept_bytes, change), document_files(documents), engine):
         sizes.update(sizes_of_part)
@@ -157,7 +153,7 @@ def training_bytes(documents: Path, change: Callable[[], Change], engine: Engine
 def mixture_stats(
     mixtures: Mapping[str, Mapping[str, float]], sizes: Mapping[str, int], documents: Path, engine: Engine
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """By column and source: the epochs asked for, the bytes that training should read, and the bytes that it will.
+    """By column and source: the epochs in the settings, the bytes that training should read, and the bytes that it will.
 
     mixtures: epochs by source of each column. sizes: bytes of training text by source. documents: as the stage wrote them.
     """

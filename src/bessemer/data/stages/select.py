@@ -97,7 +97,7 @@ def evaluation_files(config: SelectConfig, folder: Path) -> list[Path]:
 
 
 def _refused(config: SelectConfig, batch: pa.RecordBatch) -> pa.Array:
-    """Why a document may not be used, whatever its text is like."""
+    """Reasons to refuse documents whatever their texts: an objection, or a licence that is not accepted."""
     reasons = pa.nulls(batch.num_rows, pa.string())
     if config.opted_out == "drop":
         objection = pc.map_lookup(batch.column("metadata"), pa.scalar("opt_out"), "first")

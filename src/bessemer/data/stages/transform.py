@@ -19,7 +19,7 @@ from bessemer.core.object_storage import Place
 from bessemer.core.progress import Progress, Silent, Speed
 from bessemer.core.store import read_json, write_text
 from bessemer.data.corpus.reader import REASON, count_documents, document_files, kept_and_dropped, read_part
-from bessemer.data.corpus.remote import SCRATCH, begin, finish, working_place
+from bessemer.data.corpus.remote import SCRATCH, begin, finish
 from bessemer.data.corpus.stats import PartStats, stage_stats, totals_of
 from bessemer.data.corpus.writer import PartWriter
 from bessemer.data.engine import Engine, run_tasks
@@ -56,8 +56,7 @@ def transform(
     """
     files = document_files(documents)
     parts = [_Part(number, path.absolute() if isinstance(path, Path) else path) for number, path in enumerate(files)]
-    place = working_place(storage, out)
-    scratch = begin(place, out)
+    place, scratch = begin(storage, out)
     recorded = {record.name for record in scratch.glob("*.json")}
     records = {part.number: _record(scratch, part) for part in parts}
     finished = {number: read_json(record) for number, record in records.items() if record.name in recorded}
@@ -92,7 +91,7 @@ def _transform_part(part: _Part, out: Place, schema: pa.Schema, change: Callable
             kept.write(here)
             rejected.write(gone)
     figures = stats.result()
-    # as the part itself is not
+    # the part is not synchronised either
     write_text(_record(out / SCRATCH, part), json.dumps(figures), synchronise=False)
     return figures
 

@@ -25,7 +25,7 @@ WITHOUT_SPACES = (
 _ALONE = "".join(f"{chr(first)}-{chr(last)}" for first, last in WITHOUT_SPACES)
 #: A word as it is counted where texts are compared: a character of such a script is one by itself.
 WORD = re.compile(rf"[{_ALONE}]|(?:(?![{_ALONE}])\w)+")
-#: Such a character.
+#: A character of a script without spaces.
 ALONE = re.compile(f"[{_ALONE}]")
 
 
@@ -63,7 +63,7 @@ _UNITS = """
     km km² km³ m m² m³ dm dm² dm³ cm cm² cm³ mm mm² mm³ ha µm nm yd in ft kg g mg µg t lb oz m/s km/h kmh mph hPa Pa mbar mb MB
     kb KB gb GB tb TB T G M K %
 """
-#: What is a word of its own behind a digit.
+#: Units, which are words of their own behind a digit.
 UNITS = tuple(_UNITS.split())
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,8 +25,7 @@ _OTHER = 1
 _LATIN, _GENERAL, _CJK = 0xC2, 0xE2, 0xE3
 
 
-@dataclass(frozen=True)
-class Automaton:
+class Automaton(NamedTuple):
     """A dense Aho–Corasick automaton.
 
     `classes` (256,) gives each byte its class. `steps` (states, classes) holds `2 · next state`, plus one where that
@@ -139,18 +138,7 @@ class FoldedTerms:
         `columns` and `weights` (terms,) give each term's column, below `width`, and weight. Both results are (N, width)
         float64.
         """
-        automaton = self._automaton
-        return _count(
-            data,
-            offsets,
-            automaton.classes,
-            automaton.steps,
-            automaton.first_ended,
-            automaton.ended,
-            columns.astype(np.int64),
-            weights.astype(np.float64),
-            width,
-        )
+        return _count(data, offsets, self._automaton, columns.astype(np.int64), weights.astype(np.float64), width)
 
 
 class Literals:
@@ -163,28 +151,26 @@ class Literals:
 
     def find(self, data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where literals end (the position behind the last byte), in order, and which they are: two int64 arrays."""
-        automaton = self._automaton
-        tables = (automaton.classes, automaton.steps, automaton.first_ended, automaton.ended)
         size = max(64, len(data) // 256)
         while True:
-            ends, found = np.empty(size, np.int64), np.empty(size, np.int64)
-            count = _find(data, *tables, ends, found)
+            ends, terms = np.empty(size, np.int64), np.empty(size, np.int64)
+            count = _find(data, self._automaton, ends, terms)
             if count <= size:
-                return ends[:count], found[:count]
+                return ends[:count], terms[:count]
             size = count
 
 
 def _spellings(term: str) -> list[bytes]:
     """How a term looks to the automaton: lower case, words apart by one space, a space at each end that has no star."""
     open_start, open_end = term.startswith("*"), term.endswith("*")
-    found = []
+    spellings = []
     for variant in {term.lower(), term.lower().title(), term.upper()} if not term.isascii() else {term.lower()}:
         words = (_ASCII_GAP.sub(" ", variant) if variant.isascii() else "".join(map(_word_or_gap, variant))).split()
         if not words:
             raise ValueError(f"the term {term!r} has no letter or digit")
         text = ("" if open_start else " ") + " ".join(words) + ("" if open_end else " ")
-        found.append("".join(c.lower() if c.isascii() else c for c in text).encode())
-    return sorted(set(found))
+        spellings.append("".join(c.lower() if c.isascii() else c for c in text).encode())
+    return sorted(set(spellings))
 
 
 def _word_or_gap(character: str) -> str:
@@ -210,16 +196,9 @@ def _gap(data: np.ndarray, at: int, end: int) -> int:
 
 @compiled_allocating
 def _count(
-    data: np.ndarray,
-    offsets: np.ndarray,
-    classes: np.ndarray,
-    steps: np.ndarray,
-    first_ended: np.ndarray,
-    ended: np.ndarray,
-    columns: np.ndarray,
-    weights: np.ndarray,
-    width: int,
+    data: np.ndarray, offsets: np.ndarray, automaton: Automaton, columns: np.ndarray, weights: np.ndarray, width: int
 ) -> tuple[np.ndarray, np.ndarray]:
+    classes, steps, first_ended, ended = automaton
     texts = len(offsets) - 1
     occurrences = np.zeros((texts, width))
     distinct = np.zeros((texts, width))
@@ -260,15 +239,9 @@ def _count(
 
 
 @compiled
-def _find(
-    data: np.ndarray,
-    classes: np.ndarray,
-    steps: np.ndarray,
-    first_ended: np.ndarray,
-    ended: np.ndarray,
-    ends: np.ndarray,
-    found: np.ndarray,
-) -> int:
+def _find(data: np.ndarray, automaton: Automaton, ends: np.ndarray, terms: np.ndarray) -> int:
+    """Fill `ends` and `terms` as far as they reach; return how many there are."""
+    classes, steps, first_ended, ended = automaton
     count = 0
     state = 0
     for at in range(len(data)):
@@ -278,6 +251,6 @@ def _find(
             for place in range(first_ended[state], first_ended[state + 1]):
                 if count < len(ends):
                     ends[count] = at + 1
-                    found[count] = ended[place]
+                    terms[count] = ended[place]
                 count += 1
     return count

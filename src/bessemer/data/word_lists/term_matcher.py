@@ -46,15 +46,13 @@ class Category:
 
 
 def packaged_list(name: str) -> Path:
-    """Where the list of that name that travels with Bessemer lies."""
+    """The path of a list that comes with Bessemer."""
     return Path(str(resources.files("bessemer.data.word_lists") / f"{name}.yaml"))
 
 
 def read_list(path: Path) -> dict[str, Category]:
-    """The categories of a list, by name, in the file's order.
-
-    Raises ConfigError, naming the file and the place, for a file that cannot be read or has another form.
-    """
+    """The categories of a list, by name, in the file's order. Raises ConfigError, naming the file and the place, for a file
+    that cannot be read or has another form."""
     try:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -73,7 +71,7 @@ def _from_lines(content: str, path: Path) -> dict[str, Category]:
             name = line[1:-1].strip()
         elif line:
             terms.setdefault(name, {})[line] = 1.0
-    return {name: Category(name, terms=found) for name, found in terms.items()}
+    return {name: Category(name, terms=of_category) for name, of_category in terms.items()}
 
 
 def _from_yaml(content: str, path: Path) -> dict[str, Category]:
@@ -149,16 +147,14 @@ class TermMatcher:
                     raise ConfigError(f"category {category.name!r}: the pattern {pattern!r} is not RE2's ({error})") from None
 
     def count(self, texts: Texts) -> tuple[np.ndarray, np.ndarray]:
-        """What each text holds of each category, as weights: of every occurrence, and of each term once.
-
-        Both (texts, categories) float64, in the order of `names`.
-        """
+        """What each text holds of each category, as weights: of every occurrence, and of each term once. Both (texts,
+        categories) float64, in the order of `names`."""
         occurrences, distinct = self.count_terms(texts.data, texts.offsets)
         for number, category in enumerate(self.categories.values()):
             for pattern in category.patterns:
-                found = np.asarray(pc.count_substring_regex(texts.array, pattern)).astype(np.float64)
-                occurrences[:, number] += found * category.weight
-                distinct[:, number] += (found > 0) * category.weight
+                times = np.asarray(pc.count_substring_regex(texts.array, pattern)).astype(np.float64)
+                occurrences[:, number] += times * category.weight
+                distinct[:, number] += (times > 0) * category.weight
         return occurrences, distinct
 
     def count_terms(self, data: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -169,17 +165,17 @@ class TermMatcher:
         return self._automaton.count(data, offsets, self._columns, self._weights, width)
 
     def hits(self, text: str) -> list[Hit]:
-        """What of the lists one text has, by category in their order and then most frequent first."""
-        texts, found = Texts.of([text]), []
+        """The hits in one text, by category in their order, the most frequent first."""
+        texts, hits = Texts.of([text]), []
         if self._automaton is not None:
             each = np.arange(len(self._terms))
             counts, _ = self._automaton.count(texts.data, texts.offsets, each, np.ones(len(each)), len(each))
-            found = [Hit(self.names[self._columns[n]], self._terms[n], int(counts[0, n])) for n in np.flatnonzero(counts[0])]
+            hits = [Hit(self.names[self._columns[n]], self._terms[n], int(counts[0, n])) for n in np.flatnonzero(counts[0])]
         for category in self.categories.values():
             for pattern in category.patterns:
                 if times := pc.count_substring_regex(texts.array, pattern)[0].as_py():
-                    found.append(Hit(category.name, pattern, times))
-        return sorted(found, key=lambda hit: (self.names.index(hit.category), -hit.times, hit.term))
+                    hits.append(Hit(category.name, pattern, times))
+        return sorted(hits, key=lambda hit: (self.names.index(hit.category), -hit.times, hit.term))
 
 
 @cache

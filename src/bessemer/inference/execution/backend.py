@@ -1,7 +1,7 @@
-"""Backend: the interface between a `Runner` and a device, and what is read out of a step besides its logits.
+"""Backend: the interface between a `Runner` and a device.
 
-A backend gives the matmuls of a model's weights, attention over its pages, and whole steps in one call. What a capture wants
-of a step is kept beside it: hidden states, attention weights, choices of experts.
+A backend gives the matmuls of a model's weights, attention over its pages, and whole steps in one call. For a capture a step
+also keeps hidden states, attention weights and choices of experts.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from bessemer.inference.execution.batch import Batch, StepInputs
 from bessemer.inference.execution.kv_cache import PagedMemory
 from bessemer.inference.sampling.device_sampler import SampledRows
 from bessemer.model.decoder import Decoder
-from bessemer.model.layers.attention_backends import AttentionBackend, AttentionMask, Scores, attention_mask, attention_weights
-from bessemer.model.layers.cache import Cache, Rectangle
+from bessemer.model.layers.attention_backends import attention_mask, attention_weights
+from bessemer.model.layers.cache import AttentionInputs, Cache, Rectangle
 from bessemer.model.layers.feed_forward import Routing, SparseFeedForward
 from bessemer.model.quantisation.quantised_layers import PackedMatmuls
 
@@ -29,14 +29,13 @@ from bessemer.model.quantisation.quantised_layers import PackedMatmuls
 
 @dataclass
 class Observed:
-    """Of the rows that a batch wants to keep, by layer: hidden states (M, D), and choices of experts (M, k) with their
-    weights."""
+    """Hidden states (M, D) and choices of experts (M, k) with their weights, by layer, of the rows that a batch keeps."""
 
     states: dict[int, Tensor] = field(default_factory=dict)
     routings: dict[int, Routing] = field(default_factory=dict)
 
     def take(self, states: Iterable[int], routings: Iterable[int], count: int) -> Observed:
-        """The first `count` rows of these layers, which are no longer in it."""
+        """Remove and return the first `count` rows of these layers."""
         taken = Observed()
         for layer in states:
             kept_MD = self.states.pop(layer)
@@ -51,7 +50,7 @@ class Observed:
 
     @classmethod
     def joined(cls, parts: Sequence[Observed]) -> Observed:
-        """Of consecutive parts of a batch."""
+        """What consecutive parts of a batch kept, in one."""
         states = {
             layer: [part.states[layer] for part in parts if layer in part.states] for part in parts for layer in part.states
         }
@@ -82,7 +81,7 @@ class Observed:
 
 
 class StatesKeeper:
-    """Keeps rows of the hidden states that a forward pass of one row of N tokens comes to (`Decoder.pre_norm_hidden`)."""
+    """Keeps some rows of the hidden states of a forward pass over one row of N tokens (`Decoder.pre_norm_hidden`)."""
 
     def __init__(self, rows: Mapping[int, Tensor], kept: dict[int, Tensor]) -> None:
         """rows: (M,) by layer. kept: receives their states, (M, D) float32."""
@@ -111,13 +110,26 @@ def routings_kept(model: Decoder, rows: Mapping[int, Tensor], kept: dict[int, Ro
         yield
 
 
-class ReadPages:
+class StatelessCache:
+    """The part of a `Cache` that is the same where a model has no linear attention."""
+
+    masked, aligned, real_BT = False, False, None
+
+    def rectangles(self) -> list[Rectangle] | None:
+        raise AssertionError("linear attention has no pages")
+
+    def state(self, layer: int, rectangle: Rectangle | None = None) -> tuple[Tensor, ...] | None:
+        raise AssertionError("linear attention has no pages")
+
+    def store_state(self, layer: int, *state: Tensor, rectangle: Rectangle | None = None, step: int | None = None) -> None:
+        raise AssertionError("linear attention has no pages")
+
+
+class ReadPages(StatelessCache):
     """A `Cache` of one sequence that notes how much some of its positions attend to each, and writes nothing.
 
     weights_HTS: of the last layer that attended, float32; zero where a query does not see a position.
     """
-
-    masked, aligned, real_BT = False, False, None
 
     def __init__(self, memory: PagedMemory, tables: Sequence[Sequence[int]], positions: Sequence[int]) -> None:
         """tables: the sequence's blocks, of each group of layers. positions: of the queries; their keys are in the pages."""
@@ -129,17 +141,8 @@ class ReadPages:
         assert count == len(self._positions) and real is None
         return torch.tensor([self._positions], device=self._memory.device)
 
-    def attend(
-        self,
-        layer: int,
-        query_BHTC: Tensor,
-        key_BKTC: Tensor,
-        value_BKTV: Tensor,
-        mask: AttentionMask,
-        scores: Scores,
-        backend: AttentionBackend,
-    ) -> Tensor:
-        memory = self._memory
+    def attend(self, layer: int, inputs: AttentionInputs) -> Tensor:
+        memory, query_BHTC = self._memory, inputs.query_BHTC
         index, size, device = memory.group_of[layer], memory.block_size, memory.device
         window, table = memory.groups[index].window, self._tables[index]
         first = 0 if window is None else max(0, min(self._positions) - window + 1) // size
@@ -157,27 +160,21 @@ class ReadPages:
             slopes_H=memory.slopes_H,
             aligned=False,
         )
-        weights_1HTS = attention_weights(query_BHTC, keys_1KSC, mask, scores)
+        weights_1HTS = attention_weights(query_BHTC, keys_1KSC, mask, inputs.scores)
         self.weights_HTS = nn.functional.pad(weights_1HTS[0].float(), (first * size, 0))
-        # what is attended to is not needed
-        return value_BKTV.new_empty(*query_BHTC.shape[:3], value_BKTV.shape[-1])
-
-    def rectangles(self) -> list[Rectangle] | None:
-        raise AssertionError("linear attention reads no pages")
-
-    def state(self, layer: int, rectangle: Rectangle | None = None) -> tuple[Tensor, ...] | None:
-        raise AssertionError("linear attention reads no pages")
-
-    def store_state(self, layer: int, *state: Tensor, rectangle: Rectangle | None = None, step: int | None = None) -> None:
-        raise AssertionError("linear attention reads no pages")
+        # only the weights are needed, not the attended values
+        return inputs.value_BKTV.new_empty(*query_BHTC.shape[:3], inputs.value_BKTV.shape[-1])
 
 
 # Shapes: R wanted rows, V vocabulary, S tokens of a row.
 
 
-class StepBeside(NamedTuple):
-    """What a step has beside its batch: where its numbers are put; the tokens of the step before, of which the batch may have
-    some pending; and the rows that are sampled from, whose numbers are copied with the step's where those are copied."""
+class StepContext(NamedTuple):
+    """Inputs of a step besides its batch.
+
+    inputs: the buffer of its numbers, copied to the device at once. sampled_R: tokens of the step before, which `Batch.pending`
+    refers to. rows: those that are sampled from, whose numbers are copied with the step's.
+    """
 
     inputs: StepInputs
     sampled_R: Tensor
@@ -189,22 +186,21 @@ class Linear(Protocol):
 
     @property
     def arithmetic(self) -> Sequence[str]:
-        """How it multiplies, in words, where that is not as the model's modules do."""
+        """How it multiplies, in words; empty where the model's modules do."""
 
     @property
     def matmuls(self) -> PackedMatmuls:
-        """Of the layers that are not multiplied as their modules do."""
+        """Packed matmuls of the layers whose modules do not multiply themselves."""
 
     @property
     def own_threads(self) -> bool:
-        """Whether it has threads of its own. PyTorch's threads spin for a while after their work, and take the cores from
-        them."""
+        """Whether it has threads of its own. PyTorch's threads spin for a while after their work and take cores from them."""
 
     def is_soon_done(self, rows: int, *, invariant: bool) -> bool:
-        """Whether PyTorch's part of a step of some rows is too little for several threads."""
+        """Whether one thread of PyTorch is enough for its part of a step."""
 
     def weights_changed(self) -> None:
-        """Store the model's weights again: they are no longer those that were stored."""
+        """Take the model's weights again, which have changed."""
 
 
 class Attention(Protocol):
@@ -212,7 +208,7 @@ class Attention(Protocol):
 
     @property
     def arithmetic(self) -> Sequence[str]:
-        """How it computes, in words, where that is not by PyTorch."""
+        """How it computes, in words; empty where PyTorch does."""
 
     def cache(self, batch: Batch, inputs: StepInputs) -> Cache:
         """The decoder's cache for one forward pass over a batch. It puts its numbers into `inputs`, which are copied before
@@ -236,7 +232,7 @@ class WholeSteps(Protocol):
     def takes(self, batch: Batch) -> Sequence[int]:
         """The sequences of a batch that it computes: all, some or none."""
 
-    def forward(self, batch: Batch, beside: StepBeside) -> Tensor:
+    def forward(self, batch: Batch, context: StepContext) -> Tensor:
         """As `Runner.forward`, for a batch of such sequences."""
 
     def weights_changed(self) -> None:
@@ -254,9 +250,9 @@ class TokenGenerator(Protocol):
 class Backend:
     """What computes the steps of one model on its device.
 
-    whole: None where every step goes through the model's modules. samples: whether tokens are sampled where the logits lie
-    (`Runner.sample`), so that the next step is scheduled beside the current one. generator: None where each token is a step of
-    its own.
+    whole: None where every step goes through the model's modules. samples: whether tokens are sampled on the device
+    (`Runner.sample`), so that the host schedules the next step while it computes the current one. generator: None where it
+    computes one token of a sequence in a call.
     """
 
     linear: Linear

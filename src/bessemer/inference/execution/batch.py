@@ -11,15 +11,26 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from bessemer.inference.scheduling.sequence import ScheduledChunk
 from bessemer.model.adapters import Adapter
 
 # Shapes: N new tokens, S sequences.
+
+
+class BatchedRequest(Protocol):
+    """What a batch reads of a request."""
+
+    adapter: Adapter | None
+
+    def wanted_rows(self, chunk: ScheduledChunk) -> range:
+        """Which tokens of a chunk, counted from 0, it wants the logits of."""
 
 
 @dataclass
@@ -56,7 +67,25 @@ class Batch:
         """A batch without sequences, for a model with `num_groups` groups of layers."""
         return cls([], [], [0], [[] for _ in range(num_groups)], [], [], [], [], [])
 
-    def append(
+    def append(self, chunk: ScheduledChunk, request: BatchedRequest) -> slice:
+        """Add a scheduled chunk of a request. Returns the places of its wanted rows among those of the batch."""
+        sequence = chunk.sequence
+        tokens = sequence.tokens[chunk.start : chunk.start + chunk.count - chunk.drafts]
+        if chunk.drafts:
+            tokens += sequence.draft[: chunk.drafts]
+        return self.append_tokens(
+            tokens,
+            chunk.start,
+            sequence.tables,
+            wanted=request.wanted_rows(chunk),
+            drafts=chunk.drafts,
+            prompt_length=sequence.prompt_length,
+            adapter=request.adapter,
+            slot=sequence.state_slot,
+            snapshots=sequence.snapshots,
+        )
+
+    def append_tokens(
         self,
         tokens: Sequence[int],
         position: int,
@@ -68,12 +97,11 @@ class Batch:
         adapter: Adapter | None = None,
         slot: int | None = None,
         snapshots: dict[int, int] | None = None,
-        pending: int | None = None,
     ) -> slice:
-        """Add a sequence's new tokens, the first at `position`. Returns the places of its wanted rows among all of them.
+        """Add a sequence's new tokens, the first at `position`. Returns the places of its wanted rows among those of the batch.
 
         tables: the sequence's block table in each group. wanted: which of these tokens' logits, counted from 0. slot and
-        snapshots: in models that have states. pending: of the last token, its place among those sampled in the step before.
+        snapshots: in models that have states.
         """
         begin = len(self.tokens)
         before = len(self.wanted)
@@ -90,8 +118,6 @@ class Batch:
         if slot is not None:
             self.slots.append(slot)
             self.snapshots.append({} if snapshots is None else snapshots)
-        if pending is not None:
-            self.pending[end - 1] = pending
         return slice(before, len(self.wanted))
 
     @property
@@ -117,7 +143,7 @@ class Batch:
         return [(adapter, None if len(own) == len(self.tokens) else own) for adapter, own in rows.items()]
 
     def part(self, chosen: Sequence[int]) -> tuple[Batch, list[int]]:
-        """Some sequences of the batch, and the places that their wanted rows have among those of all."""
+        """A batch of the chosen sequences, and the places of its wanted rows among those of the whole batch."""
         part = Batch.empty(len(self.tables))
         places_of = {row: place for place, row in enumerate(self.wanted)}
         places = []
@@ -150,7 +176,7 @@ class Batch:
     def _append_to(self, other: Batch, sequence: int, start: int, end: int, wanted: Iterable[int], drafts: int) -> None:
         """Append the tokens start : end of a sequence to another batch."""
         begin = len(other.tokens)
-        other.append(
+        other.append_tokens(
             self.tokens[start:end],
             self.positions[start],
             [tables[sequence] for tables in self.tables],
@@ -178,7 +204,7 @@ def padded_tables(tables: Sequence[Sequence[int]]) -> tuple[array, int]:
     return numbers, width
 
 
-#: Bytes of a buffer, and what each array's place in it is a multiple of.
+#: Bytes of a buffer, and the alignment of each array in it.
 _BUFFER_BYTES = 1 << 20
 _ALIGNED = 16
 
@@ -192,10 +218,10 @@ _NUMPY_TYPES = {
 
 
 class StepInputs:
-    """`begin`, `put` and `copy`, in this order, once a step.
+    """The numbers of a step, copied to the device at once: `begin`, `put` and `copy`, in this order.
 
-    The tensors that `put` gives hold their numbers from `copy` on, until the next `copy`. The same puts after `begin` give the
-    same memory, which captured steps rely on. A step whose numbers are more than a buffer holds takes further buffers, each
+    The tensors that `put` returns hold their numbers from `copy` on, until the next `copy`. The same puts after `begin` give
+    the same memory, which captured steps rely on. A step whose numbers are more than a buffer holds takes further buffers, each
     copied at once. On a processor the buffer is the device's memory too, and nothing is copied.
     """
 
@@ -205,7 +231,7 @@ class StepInputs:
         self._current = 0
 
     def begin(self) -> None:
-        """Forget what was put. Waits where the host's memory is still being copied: it is written in turns."""
+        """Start a new step. Waits where the host's memory of two steps ago is still being copied."""
         for buffer in self._buffers[: self._current + 1]:
             buffer.begin()
         self._current = 0
@@ -234,8 +260,7 @@ class StepInputs:
 
 
 class _Buffer:
-    """Memory that is copied at once: on the device, and twice on the host, so that a step's numbers are written while those of
-    the step before wait to be copied."""
+    """Memory on the device, and two copies on the host: one is written for a step while that of the step before is copied."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         self._size, self._used, self._turn = size, 0, 0
@@ -300,15 +325,15 @@ class TokensToHost:
 def fill_pending(tokens_N: Tensor, pending_2P: Tensor | None, sampled_R: Tensor) -> None:
     """Write tokens of the step before, which the host does not know, over their placeholders.
 
-    pending_2P: the places of placeholders, and the places of their tokens among those sampled; None: there are none.
+    pending_2P: the rows of placeholders, and the places of their tokens in sampled_R; None: there are none.
     """
     if pending_2P is not None:
         rows_P, places_P = pending_2P
-        # a row that gave no token has a number below 0; what follows it is thrown away
+        # below 0 where a row gave no token: its request ends, and this token is not used
         tokens_N.index_copy_(0, rows_P, sampled_R[places_P].clamp(min=0).to(tokens_N.dtype))
 
 
 def host_memory(size: int, device: torch.device) -> tuple[NDArray[np.generic], Tensor]:
-    """Bytes on the host, as an array and as a tensor; pinned for a GPU, which then copies beside what the host goes on with."""
+    """Bytes on the host, as an array and as a tensor; pinned for a GPU, so that a copy does not block the host."""
     memory = torch.zeros(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
     return memory.numpy(), memory

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -16,7 +16,7 @@ from bessemer.core.environment import free_memory_bytes, memory_bytes
 from bessemer.core.errors import ConfigError
 from bessemer.inference.config import EngineConfig
 from bessemer.inference.execution.backend import Backend, Linear
-from bessemer.inference.execution.compiled_steps import CompiledSteps, StepsCodes
+from bessemer.inference.execution.compiled_steps import CompiledSteps
 from bessemer.inference.execution.cuda_graphs import CudaGraphs, StaticSteps, cannot_be_static
 from bessemer.inference.execution.flex_attention import FlexPagesAttention, compiled_page_attention
 from bessemer.inference.execution.kv_cache import PAGE_TYPES, LayerGroup, PagedMemory, block_bytes, layer_groups, state_bytes
@@ -97,7 +97,7 @@ def plan_blocks(
     whole = -(-model_length(config, engine) // engine.block_size)
     most = [_most(group, whole, engine) for group in groups]
     sizes = [block_bytes(config, group, engine.block_size, dtype, ranks) for group in groups]
-    # the same share of what every group can use, by bisection
+    # by bisection, the largest number of blocks for every group that fits
     low, high = 0, engine.max_num_seqs * whole
     while low < high:
         middle = (low + high + 1) // 2
@@ -116,7 +116,7 @@ def plan_blocks(
 
 
 def _most(group: LayerGroup, whole: int, engine: EngineConfig) -> int:
-    """Blocks of a group that can be of use at once."""
+    """The most blocks of a group that can be used at once."""
     if group.window is None:
         return engine.max_num_seqs * whole
     # the window, the block that it begins in, the one being written, and the tokens of a step
@@ -134,7 +134,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def describe_states(config: ModelConfig, snapshots: int, dtype: torch.dtype, *, ranks: int = 1) -> str:
-    """What follows `describe_pages` in models with linear attention: the snapshots of states. dtype: the model's."""
+    """The end of the line of `describe_pages`: snapshots of linear attention's states. dtype: the model's."""
     each = state_bytes(config, dtype, ranks)
     if not each:
         return ""
@@ -167,7 +167,7 @@ _FEW_ROWS = 64
 
 
 class OwnWeights:
-    """The weights are the model's own, so changes by a trainer take effect at once."""
+    """A `Linear`: the weights are the model's own, so changes by a trainer take effect at once."""
 
     matmuls = PackedMatmuls({})
     own_threads = False
@@ -183,7 +183,7 @@ class OwnWeights:
         pass
 
 
-class PackedCodes:
+class PackedCodes(OwnWeights):
     """Codes of quantised layers, packed for the compiled CPU kernels: products with activations of 8 bits."""
 
     own_threads = True
@@ -205,10 +205,8 @@ class PackedCodes:
         self.matmuls = packed_products(self._model, self._threads, release=self._releases)
 
 
-class DequantisedWeights:
+class DequantisedWeights(OwnWeights):
     """Weights of quantised layers, read out of their codes once."""
-
-    own_threads = False
 
     def __init__(self, model: Decoder, dtype: torch.dtype) -> None:
         self._model, self.dtype = model, dtype
@@ -219,11 +217,23 @@ class DequantisedWeights:
         return [f"quantised weights read out of their codes once ({str(self.dtype).removeprefix('torch.')})"]
 
     def is_soon_done(self, rows: int, *, invariant: bool) -> bool:
-        # one row meets weights in half precision on one thread anyhow
+        # PyTorch multiplies one row by weights in half precision on one thread anyway
         return self.dtype == torch.float16 and not invariant and rows == 1
 
     def weights_changed(self) -> None:
         self.matmuls = decoded_products(self._model, self.dtype)
+
+
+class StepsCodes(OwnWeights):
+    """The codes that whole steps have packed, for sequences that go through the modules: much faster than to dequantise in
+    every step."""
+
+    def __init__(self, steps: CompiledSteps) -> None:
+        self._steps = steps
+        self.weights_changed()
+
+    def weights_changed(self) -> None:
+        self.matmuls = self._steps.matmuls()
 
 
 #: Share of the free memory that dequantised weights may take.
@@ -248,6 +258,35 @@ def page_layout(model: Decoder, config: EngineConfig, dtype: torch.dtype, mtp_la
         raise ConfigError(f"paged_attention: flex: {reason}; use auto or gather")
     graphs = config.cuda_graphs and model.device.type == "cuda" and not config.batch_invariant and not mtp_layers
     return PageLayout(True, graphs and cannot_be_static(model) is None)
+
+
+def paged_memory(
+    model: Decoder,
+    config: EngineConfig,
+    blocks: Sequence[int],
+    *,
+    mtp_layers: int = 0,
+    longest: int | None = None,
+    **options: Any,
+) -> PagedMemory:
+    """A KV cache with `blocks` blocks of each group of layers, of the type and layout of the settings.
+
+    longest: tokens of the longest text; None: what the blocks hold. options: as of `PagedMemory`. Raises as `page_layout`.
+    """
+    dtype = page_type(model, config)
+    by_head, spare = page_layout(model, config, dtype, mtp_layers)
+    return PagedMemory(
+        model.config,
+        blocks,
+        config.block_size,
+        dtype,
+        model.device,
+        mtp_layers=mtp_layers,
+        by_head=by_head,
+        spare=spare,
+        longest=longest or longest_text(model.config, config, blocks),
+        **options,
+    )
 
 
 def must_gather(model: Decoder, config: EngineConfig, dtype: torch.dtype) -> str | None:
@@ -289,9 +328,9 @@ def new_runner(
 
 
 def samples_on_device(memory: PagedMemory, config: EngineConfig) -> bool:
-    """Whether tokens are sampled where the logits lie. A processor that computes has no time to schedule beside it.
+    """Whether tokens are sampled on the device. By default on a GPU alone: a processor cannot schedule while it computes.
 
-    Not where draft tokens are verified on the host, nor for linear attention, whose states are hashed before they are computed.
+    Never with draft tokens, which are verified on the host, or linear attention, whose states are hashed before the step.
     """
     if config.async_scheduling == "off" or config.speculation is not None or memory.state_slots:
         return False

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bessemer.core.environment import usable_cores
-from bessemer.inference.execution.backend import StepBeside
+from bessemer.inference.execution.backend import StepContext
 from bessemer.inference.execution.batch import Batch, padded_tables
 from bessemer.inference.execution.kv_cache import PagedMemory
 from bessemer.model.cpu_kernels import kernels_arithmetic, library, raise_failure
@@ -27,7 +27,7 @@ from bessemer.model.quantisation.quantised_layers import PackedMatmuls, Quantise
 
 # Shapes: R wanted rows, V vocabulary, K states that are kept, D hidden.
 
-#: Seconds of trials for each number of threads.
+#: Seconds for which each number of threads is tried.
 _TRIAL_SECONDS = 0.04
 
 
@@ -63,20 +63,20 @@ class GenerationFields(ctypes.Structure):
     )
 
 
-class _Given(NamedTuple):
-    """A batch as the kernels read it; what the fields point to is kept here."""
+class _KernelBatch(NamedTuple):
+    """A batch as the kernels read it. memory: keeps alive what the fields point to."""
 
     fields: BatchFields
     memory: tuple[object, ...]
 
     @classmethod
-    def of(cls, batch: Batch, beside: StepBeside | None = None) -> _Given:
-        """Its tokens and where their keys lie; nothing is wanted of it yet. beside: of a batch with pending tokens."""
+    def of(cls, batch: Batch, context: StepContext | None = None) -> _KernelBatch:
+        """Its tokens and where their keys lie; nothing is wanted of it yet. context: of a batch with pending tokens."""
         tokens, positions_N, starts = array("i", batch.tokens), array("i", batch.positions), array("q", batch.starts)
         if batch.pending:
-            assert beside is not None
+            assert context is not None
             for row, place in batch.pending.items():
-                tokens[row] = max(0, int(beside.sampled_R[place]))
+                tokens[row] = max(0, int(context.sampled_R[place]))
         tables = [padded_tables(group) for group in batch.tables]
         table_addresses = array("Q", [numbers.buffer_info()[0] for numbers, _ in tables])
         widths = array("q", [width for _, width in tables])
@@ -86,8 +86,7 @@ class _Given(NamedTuple):
 
 
 class _Kept(NamedTuple):
-    """States that a batch keeps, (K, D), in order of layer and row; where those of each layer begin; and how many there are of
-    each layer that has any, in order."""
+    """States that a batch keeps, (K, D), ordered by layer and row. begins: the first of each layer. counts: (layer, states)."""
 
     begins: array[int]
     rows: array[int]
@@ -122,7 +121,7 @@ class CompiledSteps:
     own_threads = True
 
     def __init__(self, model: Decoder, memory: PagedMemory, threads: int | None = None, *, release: bool = False) -> None:
-        """threads: measured now when None. release: the model gives up its codes, and holds those that are packed here."""
+        """threads: None: measured now. release: the model gives up its own codes for the packed ones."""
         assert self.supports(model) is None, self.supports(model)
         self.model = model
         self.memory = memory
@@ -154,14 +153,14 @@ class CompiledSteps:
         return [sequence for sequence, adapter in enumerate(batch.adapters) if adapter is None]
 
     @torch.inference_mode()
-    def forward(self, batch: Batch, beside: StepBeside | None = None) -> Tensor:
-        """As `Runner.forward`. Nothing is copied: the host's memory is the device's. beside: of a batch that has tokens of the
-        step before pending. Raises ValueError for a token, a position or a page that is not there, before anything is
+    def forward(self, batch: Batch, context: StepContext | None = None) -> Tensor:
+        """As `Runner.forward`. Nothing is copied: the host's memory is the device's. context: of a batch with pending
+        tokens. Raises ValueError for a token, a position or a page that is not there, before anything is
         computed."""
         logits_RV = torch.empty(len(batch.wanted), self.model.config.vocab_size)
-        given = _Given.of(batch, beside)
+        kernel_batch = _KernelBatch.of(batch, context)
         wanted = array("q", batch.wanted)
-        fields = given.fields
+        fields = kernel_batch.fields
         fields.wanted, fields.wanted_rows, fields.logits = len(wanted), wanted.buffer_info()[0], logits_RV.data_ptr()
         kept = self._keep(batch, fields) if batch.states else None
         failure = self._kernels.bessemer_step_run(self._step, ctypes.byref(fields))
@@ -177,15 +176,17 @@ class CompiledSteps:
 
         batch: one token of each sequence, with pages for S. uniforms_RS: float64; temperatures_R: float32. Raises as `forward`.
         """
-        given = _Given.of(batch)
+        kernel_batch = _KernelBatch.of(batch)
         tokens_RS, log_probs_RS = torch.empty(uniforms_RS.shape, dtype=torch.int32), torch.empty(uniforms_RS.shape)
         addresses = (tensor.data_ptr() for tensor in (temperatures_R, uniforms_RS, tokens_RS, log_probs_RS))
         generation = GenerationFields(uniforms_RS.shape[1], *addresses)
-        raise_failure(self._kernels.bessemer_step_generate(self._step, ctypes.byref(given.fields), ctypes.byref(generation)))
+        raise_failure(
+            self._kernels.bessemer_step_generate(self._step, ctypes.byref(kernel_batch.fields), ctypes.byref(generation))
+        )
         return tokens_RS, log_probs_RS
 
     def _keep(self, batch: Batch, fields: BatchFields) -> _Kept:
-        """Tell the kernels which states to copy where."""
+        """Set the fields for the states that the kernels copy out."""
         config = self.model.config
         kept = _Kept.of(batch.states, config.num_hidden_layers, config.hidden_size)
         fields.kept_begins, fields.kept_rows = kept.begins.buffer_info()[0], kept.rows.buffer_info()[0]
@@ -227,7 +228,7 @@ class CompiledSteps:
         """
         groups = len(self.memory.groups)
         batch = Batch.empty(groups)
-        batch.append([0], 0, [[0]] * groups, wanted=[0], prompt_length=1)
+        batch.append_tokens([0], 0, [[0]] * groups, wanted=[0], prompt_length=1)
         threads, best, best_seconds = 1, 1, float("inf")
         while threads <= usable_cores():
             self._begin(threads)
@@ -256,21 +257,3 @@ class CompiledSteps:
         kernels.bessemer_step_sizes(ctypes.byref(sizes))
         mirrors = (ModelFields, LayerFields, BatchFields, GenerationFields)
         assert list(sizes) == [ctypes.sizeof(mirror) for mirror in mirrors], list(sizes)
-
-
-class StepsCodes:
-    """The codes that whole steps have packed, for sequences that go through the modules: much faster than to dequantise in
-    every step."""
-
-    arithmetic: Sequence[str] = ()
-    own_threads = False
-
-    def __init__(self, steps: CompiledSteps) -> None:
-        self._steps = steps
-        self.weights_changed()
-
-    def is_soon_done(self, rows: int, *, invariant: bool) -> bool:
-        return False
-
-    def weights_changed(self) -> None:
-        self.matmuls = self._steps.matmuls()

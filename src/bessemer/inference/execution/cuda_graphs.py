@@ -14,13 +14,13 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from bessemer.inference.execution.backend import StepBeside
+from bessemer.inference.execution.backend import StatelessCache, StepContext
 from bessemer.inference.execution.batch import Batch, StepInputs, fill_pending
 from bessemer.inference.execution.flex_attention import FlexPages, PageAttention, PageGroup, Tiles, page_mask
 from bessemer.inference.execution.kv_cache import PagedMemory
+from bessemer.model.attention import is_recurrent
 from bessemer.model.decoder import Decoder
-from bessemer.model.layers.attention_backends import AttentionBackend, AttentionMask, Scores
-from bessemer.model.layers.cache import Rectangle
+from bessemer.model.layers.cache import AttentionInputs
 from bessemer.model.layers.feed_forward import SparseFeedForward
 from bessemer.model.quantisation.quantised_layers import QuantisedExperts
 
@@ -34,7 +34,7 @@ def sizes_up_to(rows: int) -> list[int]:
 
 def cannot_be_static(model: Decoder) -> str | None:
     """Why no step of a model can run on static tensors; None where it can."""
-    if "linear_attention" in model.config.types:
+    if is_recurrent(model.config):
         return "linear attention's states are found by numbers on the host"
     if model.config.rope_scaling.rope_type == "dynamic":
         return "with dynamic scaling the rotary angles hang on the longest text"
@@ -49,7 +49,7 @@ def cannot_be_static(model: Decoder) -> str | None:
     return None
 
 
-class Step(Protocol):
+class CapturedStep(Protocol):
     """A computation from static tensors to a static tensor, to be repeated."""
 
     def __call__(self) -> Tensor:
@@ -57,17 +57,17 @@ class Step(Protocol):
 
 
 #: Makes a step of a computation, once; from then on it is the step that is called.
-Capture = Callable[[Callable[[], Tensor]], Step]
+GraphCapture = Callable[[Callable[[], Tensor]], CapturedStep]
 
 
 class CudaGraphs:
-    """Captures steps as CUDA graphs. What they allocate lies in a pool that all share, because only one runs at a time."""
+    """Captures steps as CUDA graphs. They share a memory pool, because only one runs at a time."""
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, compute: Callable[[], Tensor]) -> Step:
-        # what is compiled, chosen or allocated at first use must have been before the capture, and on another stream
+    def __call__(self, compute: Callable[[], Tensor]) -> CapturedStep:
+        # run twice before the capture, on another stream: first use compiles kernels and allocates memory
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -86,13 +86,13 @@ class CudaGraphs:
         return replay
 
 
-def uncaptured(compute: Callable[[], Tensor]) -> Step:
-    """The computation itself: where there are no CUDA graphs, and in tests."""
+def uncaptured(compute: Callable[[], Tensor]) -> CapturedStep:
+    """The computation itself: used where there are no CUDA graphs, and in tests."""
     return compute
 
 
 class _StaticNumbers(NamedTuple):
-    """What a step of B rows reads, int32: the token and the position of each, and its block tables."""
+    """Inputs of a step of B rows, int32: tokens, positions and block tables."""
 
     tokens_B: Tensor
     positions_B: Tensor
@@ -107,7 +107,7 @@ class StaticSteps:
     invariant = False
 
     def __init__(
-        self, model: Decoder, memory: PagedMemory, rows: int, attention: PageAttention, capture: Capture = uncaptured
+        self, model: Decoder, memory: PagedMemory, rows: int, attention: PageAttention, capture: GraphCapture = uncaptured
     ) -> None:
         assert memory.has_spare and cannot_be_static(model) is None, "ask cannot_be_static first"
         self.model = model
@@ -115,7 +115,7 @@ class StaticSteps:
         self.sizes = sizes_up_to(rows)
         self._attention = attention
         self._capture = capture
-        self._steps: dict[int, Step] = {}
+        self._steps: dict[int, CapturedStep] = {}
         #: As of `WholeSteps`: never any.
         self.states: dict[int, Tensor] = {}
         self._captured_at: list[int] = []
@@ -137,9 +137,9 @@ class StaticSteps:
         )
         return range(rows if fits else 0)
 
-    def forward(self, batch: Batch, beside: StepBeside) -> Tensor:
+    def forward(self, batch: Batch, context: StepContext) -> Tensor:
         """Logits of every sequence, (B, V) float32."""
-        inputs = beside.inputs
+        inputs = context.inputs
         if not self._steps:
             self._capture_all(inputs)
         inputs.begin()
@@ -147,10 +147,10 @@ class StaticSteps:
         numbers = self._put(inputs, size, batch.tokens, batch.positions, batch.tables)
         assert numbers.tokens_B.data_ptr() == self._tokens_at, "a captured step reads where its numbers were"
         pending_2P = inputs.put([[*batch.pending], [*batch.pending.values()]]) if batch.pending else None
-        if beside.rows is not None:
-            beside.rows.place(inputs.put)
+        if context.rows is not None:
+            context.rows.place(inputs.put)
         inputs.copy()
-        fill_pending(numbers.tokens_B, pending_2P, beside.sampled_R)
+        fill_pending(numbers.tokens_B, pending_2P, context.sampled_R)
         # a copy, because the next step of this size writes into the same tensor
         return self._steps[size]()[: batch.sequences].to(torch.float32, copy=True)
 
@@ -163,7 +163,7 @@ class StaticSteps:
         return [tensor.data_ptr() for tensor in self.model.state_dict().values()]
 
     def _capture_all(self, inputs: StepInputs) -> None:
-        """The largest first: what the others need fits into its memory."""
+        """Capture all sizes, the largest first: the others reuse its memory."""
         self.model.reserve_positions(self.memory.longest)
         self._tables = [table for name, table in self.model.named_buffers() if name.startswith("rotary")]
         for size in reversed(self.sizes):
@@ -175,12 +175,7 @@ class StaticSteps:
         self._captured_at = self._addresses()
 
     def _put(
-        self,
-        inputs: StepInputs,
-        size: int,
-        tokens: list[int],
-        positions: list[int],
-        tables: Sequence[Sequence[Sequence[int]]],
+        self, inputs: StepInputs, size: int, tokens: list[int], positions: list[int], tables: Sequence[Sequence[Sequence[int]]]
     ) -> _StaticNumbers:
         """Put a step's numbers where the computation of a size reads them; rows beyond are padding."""
         rows, groups, width = len(tokens), len(tables), self.memory.table_width
@@ -190,7 +185,7 @@ class StaticSteps:
         for own, spare, given in zip(host[2 * size :].reshape(groups, size, width), self._spare, tables, strict=True):
             own[rows:, 0] = spare
             for row, table in zip(own, given, strict=False):
-                # what lies beyond a table's end is of an earlier step, and is beyond its position too
+                # entries beyond the table's end are of an earlier step; no position reaches them
                 row[: len(table)] = table[: len(row)]
         return _StaticNumbers(numbers[:size], numbers[size : 2 * size], numbers[2 * size :].view(groups, size, width))
 
@@ -205,18 +200,11 @@ class StaticSteps:
         return compute
 
 
-class _StaticCache:
+class _StaticCache(StatelessCache):
     """A `Cache` for one new token of each of B sequences, whose numbers are on the device only."""
 
-    masked, aligned, real_BT = False, False, None
-
     def __init__(
-        self,
-        memory: PagedMemory,
-        positions_B: Tensor,
-        tables_GBW: Tensor,
-        spare: Sequence[int],
-        attention: PageAttention,
+        self, memory: PagedMemory, positions_B: Tensor, tables_GBW: Tensor, spare: Sequence[int], attention: PageAttention
     ) -> None:
         #: The longest that a text can be: how long the longest is now would be known only after a wait for the device.
         self.live = memory.longest
@@ -235,23 +223,5 @@ class _StaticCache:
         assert count == len(self._positions_B) and real is None
         return self._positions_B[None]
 
-    def attend(
-        self,
-        layer: int,
-        query_BHTC: Tensor,
-        key_BKTC: Tensor,
-        value_BKTV: Tensor,
-        mask: AttentionMask,
-        scores: Scores,
-        backend: AttentionBackend,
-    ) -> Tensor:
-        return self._pages.attend(layer, query_BHTC, key_BKTC, value_BKTV, scores)
-
-    def rectangles(self) -> list[Rectangle] | None:
-        raise AssertionError("no linear attention on static tensors")
-
-    def state(self, layer: int, rectangle: Rectangle | None = None) -> tuple[Tensor, ...] | None:
-        raise AssertionError("no linear attention on static tensors")
-
-    def store_state(self, layer: int, *state: Tensor, rectangle: Rectangle | None = None, step: int | None = None) -> None:
-        raise AssertionError("no linear attention on static tensors")
+    def attend(self, layer: int, inputs: AttentionInputs) -> Tensor:
+        return self._pages.attend(layer, inputs)

@@ -19,7 +19,8 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, FlexKernelO
 from bessemer.inference.execution.batch import Batch, StepInputs
 from bessemer.inference.execution.kv_cache import PagedMemory
 from bessemer.inference.execution.paged_attention import PagedBatch
-from bessemer.model.layers.attention_backends import AttentionBackend, AttentionMask, Scores, capped
+from bessemer.model.layers.attention_backends import Scores, capped
+from bessemer.model.layers.cache import AttentionInputs
 
 # Shapes: B tiles, T queries of a tile, N new tokens, H query heads, K key-value heads, P pages, M positions of a page,
 # W pages of the longest text, C channels of a key, V of a value.
@@ -31,7 +32,7 @@ TILES = (1, 16, 128)
 
 
 class PageMask(NamedTuple):
-    """What tiles of queries attend to of a group's pages, all int32.
+    """Which pages of a group each tile of queries attends to, all int32.
 
     positions_BT: of each query, rising. counts_B11 and pages_B11W: how many pages a tile attends to, and which.
     begins_BP: the position of the first token of every page; where the tile does not attend to it, one that is never reached.
@@ -57,7 +58,7 @@ def page_mask(tables_BW: Tensor, positions_BT: Tensor, window: int | None, block
     pages_BW = torch.where(listed_BW, tables_BW.gather(1, columns_BW.long()), 0)
     begins_BP = torch.full((len(tables_BW), pages + 1), _NOWHERE, dtype=torch.int32, device=device)
     begins_BP.scatter_(1, torch.where(listed_BW, pages_BW, pages).long(), columns_BW * block_size)
-    # whose kernel asks for a list that could hold all pages
+    # the kernel for processors needs a list with room for all pages
     if device.type == "cpu":
         pages_BW = functional.pad(pages_BW, (0, max(0, pages - width)))
     return PageMask(
@@ -114,7 +115,7 @@ def page_attention(
         compute_q_blocks=False,
     )
     keys_1KSC, values_1KSV = (part.transpose(0, 1).flatten(1, 2)[None] for part in (keys_PKMC, values_PKMV))
-    found = flex_attention(
+    attended = flex_attention(
         query_BHTC.to(keys_PKMC.dtype),
         keys_1KSC,
         values_1KSV,
@@ -125,16 +126,16 @@ def page_attention(
         return_aux=None if scores.sinks_H is None else AuxRequest(lse=True),
         kernel_options=_tile_sizes(queries, block_size) if query_BHTC.device.type == "cuda" else None,
     )
-    if isinstance(found, Tensor):
-        return found
+    if isinstance(attended, Tensor):
+        return attended
     # a sink takes part in the sum alone: with the log ℓ of the sum, all weights shrink by σ(ℓ - sink)
-    attended_BHTV, aux = found
+    attended_BHTV, aux = attended
     assert scores.sinks_H is not None and aux.lse is not None
     return attended_BHTV * torch.sigmoid(aux.lse - scores.sinks_H[:, None]).to(attended_BHTV.dtype)[..., None]
 
 
 def _tile_sizes(queries: int, block_size: int) -> FlexKernelOptions:
-    """What a kernel of the GPU computes at once: keys of one page at most; of long tiles 64 queries."""
+    """Tile sizes of the GPU kernel: keys of one page at most; of long tiles 64 queries."""
     keys = min(block_size, 64)
     return {"BLOCK_N": keys} if queries < TILES[-1] else {"BLOCK_N": keys, "BLOCK_M": 64}
 
@@ -182,8 +183,9 @@ class FlexPages:
         self.groups = groups
         self._attention = attention
 
-    def attend(self, layer: int, query_BHTC: Tensor, key_BKTC: Tensor, value_BKTV: Tensor, scores: Scores) -> Tensor:
+    def attend(self, layer: int, inputs: AttentionInputs) -> Tensor:
         """Write one layer's new keys and values, and attend, (1, H, N, V)."""
+        query_BHTC, key_BKTC, value_BKTV, _, scores, _ = inputs
         index = self.memory.group_of[layer]
         group, window = self.groups[index], self.memory.groups[index].window
         self.memory.clear(layer, group.begun)
@@ -192,10 +194,10 @@ class FlexPages:
         attended_NHV = query_NHC.new_empty((*query_NHC.shape[:2], value_BKTV.shape[-1]))
         for rows_BT, real_R, places_R, mask in group.tiles:
             queries_BHTC = query_NHC[:, :, None] if rows_BT is None else query_NHC[rows_BT].transpose(1, 2)
-            found_BHTV = self._attention(queries_BHTC, pages.keys, pages.values, mask, scores, window, self.memory.slopes_H)
+            attended_BHTV = self._attention(queries_BHTC, pages.keys, pages.values, mask, scores, window, self.memory.slopes_H)
             if real_R is None or places_R is None:
-                return found_BHTV[:, :, 0].transpose(0, 1)[None].to(query_BHTC.dtype)
-            attended_NHV[real_R] = found_BHTV.transpose(1, 2).flatten(0, 1)[places_R].to(attended_NHV.dtype)
+                return attended_BHTV[:, :, 0].transpose(0, 1)[None].to(query_BHTC.dtype)
+            attended_NHV[real_R] = attended_BHTV.transpose(1, 2).flatten(0, 1)[places_R].to(attended_NHV.dtype)
         return attended_NHV.transpose(0, 1)[None]
 
 
@@ -212,7 +214,7 @@ class FlexPagesAttention:
 
 
 class _TileNumbers(NamedTuple):
-    """What the host knows of `Tiles`: block tables and positions in place of their mask."""
+    """`Tiles` on the host: block tables and positions in place of the mask."""
 
     rows_BT: Tensor
     real_R: Tensor
@@ -222,7 +224,7 @@ class _TileNumbers(NamedTuple):
 
 
 class _GroupNumbers(NamedTuple):
-    """What the host knows of a `PageGroup`."""
+    """A `PageGroup` on the host."""
 
     blocks_N: Tensor
     places_N: Tensor
@@ -244,21 +246,12 @@ class FlexBatch(PagedBatch):
         self._pages = FlexPages(self.memory, groups, self._attention)
         return super().extend(count, real)
 
-    def attend(
-        self,
-        layer: int,
-        query_BHTC: Tensor,
-        key_BKTC: Tensor,
-        value_BKTV: Tensor,
-        mask: AttentionMask,
-        scores: Scores,
-        backend: AttentionBackend,
-    ) -> Tensor:
-        return self._pages.attend(layer, query_BHTC, key_BKTC, value_BKTV, scores)
+    def attend(self, layer: int, inputs: AttentionInputs) -> Tensor:
+        return self._pages.attend(layer, inputs)
 
 
 def _group(memory: PagedMemory, numbers: _GroupNumbers, index: int) -> PageGroup:
-    """What the device makes of a group's numbers, once they are there."""
+    """Masks of a group, computed on the device once its numbers have arrived."""
     window, size, pages = memory.groups[index].window, memory.block_size, memory.pages_of(index)
     tiles = [
         Tiles(rows_BT, real_R, places_R, page_mask(tables_BW, positions_BT, window, size, pages))

@@ -15,21 +15,18 @@ import torch
 from torch import Tensor
 
 from bessemer.inference.execution.batch import Batch
+from bessemer.model.attention import variant_of_type, variants_in
+from bessemer.model.attention.base import CacheShape
 from bessemer.model.config import ModelConfig
 from bessemer.model.layers.attention_backends import alibi_slopes
 
 # Shapes: P pages, K key-value heads, M positions of a page, C channels of a key, V of a value, S slots, E kept steps.
 
-#: Bytes that memory is read in.
+#: Bytes of a cache line of the processor, to which memory is aligned.
 _LINE = 64
 
 #: Types that pages may have, by the name of the setting.
-PAGE_TYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "int8": torch.int8,
-}
+PAGE_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
 
 
 class LayerGroup(NamedTuple):
@@ -40,62 +37,40 @@ class LayerGroup(NamedTuple):
 
 
 def layer_groups(config: ModelConfig, mtp_layers: int = 0) -> list[LayerGroup]:
-    """The groups of a model's layers: those with full attention, and those with a window. Linear attention has no pages.
+    """The groups of a model's layers: those with full attention, then those with a window. Layers with states have no pages.
 
     mtp_layers: MTP modules that have pages too; they are numbered on behind the layers, and are of the last layer's kind.
     """
-    types = [*config.types, *[config.types[-1]] * mtp_layers]
-    kinds = {"full_attention": None, "sliding_attention": config.sliding_window}
-    groups = []
-    for kind, window in kinds.items():
-        layers = tuple(layer for layer, its_kind in enumerate(types) if its_kind == kind)
-        if layers:
-            groups.append(LayerGroup(window, layers))
-    return groups
-
-
-class HeadShape(NamedTuple):
-    """What a layer keeps of one token. shared: the values are the first channels of the keys (latent attention)."""
-
-    heads: int
-    key_width: int
-    value_width: int
-    shared: bool
+    layers: dict[int | None, list[int]] = {}
+    for layer, layer_type in enumerate([*config.types, *[config.types[-1]] * mtp_layers]):
+        if variant_of_type(config, layer_type).cache_shape(config) is not None:
+            layers.setdefault(config.window(layer_type), []).append(layer)
+    return [LayerGroup(window, tuple(layers[window])) for window in sorted(layers, key=lambda window: window is not None)]
 
 
 class HeadShare(NamedTuple):
-    """Which of `ranks` equal shares of the heads lie in this process: all where it is one."""
+    """This process has share `rank` of `ranks` equal shares of the heads."""
 
     rank: int = 0
     ranks: int = 1
 
 
-def head_shape(config: ModelConfig, ranks: int = 1) -> HeadShape:
-    """The shape of a token in every layer's pages. ranks: processes that share the heads; all have the whole latent."""
-    if config.kv_lora_rank is not None:
-        return HeadShape(1, config.kv_lora_rank + config.qk_rope_head_dim, config.kv_lora_rank, True)
-    return HeadShape(config.num_key_value_heads // ranks, config.head_dim, config.head_dim, False)
+def page_shape(config: ModelConfig, ranks: int = 1) -> CacheShape:
+    """The shape of a token in the pages, the same in every layer that has some. ranks: processes that share the heads."""
+    shapes = [variant.cache_shape(config, ranks) for variant in variants_in(config)]
+    return next((shape for shape in shapes if shape is not None), CacheShape(0, 0, 0))
 
 
 def state_bytes(config: ModelConfig, dtype: torch.dtype, ranks: int = 1) -> int:
-    """Memory of one sequence's states in all layers of linear attention; 0 in a model without. dtype: the model's.
-
-    ranks: processes that share the heads.
-    """
-    heads, key_width = config.linear_num_value_heads, config.linear_key_head_dim
-    value_width = config.linear_value_head_dim
-    convolved = 2 * config.linear_num_key_heads * key_width + heads * value_width
-    tail = (config.linear_conv_kernel_dim - 1) * convolved * dtype.itemsize
-    wide = max(4, dtype.itemsize)
-    return config.types.count("linear_attention") * (tail + heads * key_width * value_width * wide) // ranks
+    """Memory of one sequence's states in all layers, in each of `ranks` processes that share the heads. dtype: the model's."""
+    return sum(variant_of_type(config, kind).state_bytes(config, dtype.itemsize) for kind in config.types) // ranks
 
 
 def block_bytes(config: ModelConfig, group: LayerGroup, block_size: int, dtype: torch.dtype, ranks: int = 1) -> int:
     """Memory of one block in all layers of a group, in each of the processes that share the heads."""
-    shape = head_shape(config, ranks)
-    values = shape.key_width + (0 if shape.shared else shape.value_width)
-    scales = (1 if shape.shared else 2) * 4 if dtype == torch.int8 else 0
-    return len(group.layers) * block_size * shape.heads * (values * dtype.itemsize + scales)
+    shape = page_shape(config, ranks)
+    scales = (1 if shape.shared else 2) * shape.heads * 4 if dtype == torch.int8 else 0
+    return len(group.layers) * block_size * (shape.numbers * dtype.itemsize + scales)
 
 
 class Pages(NamedTuple):
@@ -155,7 +130,7 @@ class PagedMemory:
         self.groups = layer_groups(config, mtp_layers)
         self.kept_steps = kept_steps
         self.share = share
-        self.shape = head_shape(config, share.ranks)
+        self.shape = page_shape(config, share.ranks)
         self.by_head = by_head
         self.has_spare = spare
         #: ALiBi's penalties, of the heads that lie here; None in models without.
@@ -207,11 +182,13 @@ class PagedMemory:
     @property
     def nbytes(self) -> int:
         """Memory of all pages, states not counted."""
-        total = 0
-        for pages in self.layers.values():
-            kept = [pages.keys, pages.key_scales] + ([] if self.shape.shared else [pages.values, pages.value_scales])
-            total += sum(tensor.nbytes for tensor in kept if tensor is not None)
-        return total
+        return sum(tensor.nbytes for layer in self.layers for tensor in self._stored(layer))
+
+    def _stored(self, layer: int) -> list[Tensor]:
+        """The tensors of a layer's pages; where values are part of the keys, the keys alone."""
+        pages = self.layers[layer]
+        kept = pages if not self.shape.shared else (pages.keys, pages.key_scales)
+        return [tensor for tensor in kept if tensor is not None]
 
     def copy(self, copies: Sequence[tuple[int, int, int]]) -> None:
         """Copy blocks, (group, from, to), in all layers of their group."""
@@ -221,11 +198,8 @@ class PagedMemory:
                 continue
             sources, targets = torch.tensor(pairs, device=self.device).T
             for layer in group.layers:
-                pages = self.layers[layer]
-                kept = [pages.keys, pages.key_scales] + ([] if self.shape.shared else [pages.values, pages.value_scales])
-                for tensor in kept:
-                    if tensor is not None:
-                        tensor[targets] = tensor[sources]
+                for tensor in self._stored(layer):
+                    tensor[targets] = tensor[sources]
 
     def write(self, layer: int, blocks_N: Tensor, places_N: Tensor, key_NKC: Tensor, value_NKV: Tensor) -> None:
         """Put new keys and values where they belong."""
@@ -273,7 +247,7 @@ class PagedMemory:
         return None if stored is None else tuple(part[slots_B, 0] for part in stored)
 
     def write_state(self, layer: int, state: tuple[Tensor, ...], slots_B: Tensor, step: int | None) -> None:
-        """Keep states of some sequences. step: as one of those that `keep_states` chooses from."""
+        """Store states of some sequences. step: of the draft token that they follow, for `keep_states`; None: current ones."""
         if layer not in self.states:
             shape = (self.state_slots, 1 + 1 + self.kept_steps)
             self.states[layer] = tuple(part.new_zeros((*shape, *part.shape[1:])) for part in state)
@@ -295,7 +269,7 @@ class PagedMemory:
                 stored[slots, 0] = part[snapshots]
 
     def begin_states(self, slots_B: Tensor) -> None:
-        """Forget what these slots held: new sequences begin there."""
+        """Zero the states of these slots, in which new sequences begin."""
         for stored in self.states.values():
             for part in stored:
                 part.index_fill_(0, slots_B, 0)
@@ -307,7 +281,7 @@ class PagedMemory:
                 part[slot, 1 + step] = part[slot, 0]
 
     def keep_states(self, kept: Sequence[tuple[int, int]]) -> None:
-        """Of sequences whose every step was kept, (slot, tokens that stay): take the state after the last of those."""
+        """Reset slots, (slot, accepted tokens), to the state after the accepted tokens; every step of them was kept."""
         if not kept:
             return
         slots, steps = torch.tensor(kept, device=self.device).T

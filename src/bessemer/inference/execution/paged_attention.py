@@ -15,8 +15,8 @@ from bessemer.inference.execution.kv_cache import PagedMemory, new_slots
 from bessemer.model.cpu_kernels import kernels_arithmetic, library
 from bessemer.model.cpu_kernels.attention import PagedSequences, PageTensors, paged_attention, write_pages
 from bessemer.model.decoder import Decoder
-from bessemer.model.layers.attention_backends import AttentionBackend, AttentionMask, Scores, attention_mask
-from bessemer.model.layers.cache import Rectangle
+from bessemer.model.layers.attention_backends import AttentionMask, attention_mask
+from bessemer.model.layers.cache import AttentionInputs, Rectangle
 
 # Shapes: B sequences, T new tokens of each, N new tokens of all, H query heads, K key-value heads, S positions seen,
 # C channels of a head, V of a value head, P blocks.
@@ -25,7 +25,7 @@ from bessemer.model.layers.cache import Rectangle
 _ALIKE, _SLACK = 2, 64
 
 
-class _Segment(NamedTuple):
+class _StateSegment(NamedTuple):
     """Tokens of a sequence that its layers of linear attention read at once, from row `first` on; saved: after how many of them
     its states are kept under which number."""
 
@@ -40,7 +40,7 @@ class PagedBatch(ABC):
     masked, aligned, real_BT = False, False, None
 
     def __init__(self, memory: PagedMemory, batch: Batch, inputs: StepInputs) -> None:
-        """inputs: copied before the pass, and so before `extend`, which begins it."""
+        """inputs: copied to the device before `extend`, which begins the pass."""
         self.memory = memory
         self.batch = batch
         self.live = max(batch.positions) + 1
@@ -57,16 +57,7 @@ class PagedBatch(ABC):
         return self._positions_1N
 
     @abstractmethod
-    def attend(
-        self,
-        layer: int,
-        query_BHTC: Tensor,
-        key_BKTC: Tensor,
-        value_BKTV: Tensor,
-        mask: AttentionMask,
-        scores: Scores,
-        backend: AttentionBackend,
-    ) -> Tensor:
+    def attend(self, layer: int, inputs: AttentionInputs) -> Tensor:
         """As of `Cache`."""
 
     def rectangles(self) -> list[Rectangle] | None:
@@ -74,7 +65,7 @@ class PagedBatch(ABC):
 
     def _alike(self) -> list[Rectangle]:
         """The batch in rectangles. A sequence whose state is saved on the way is cut there, into consecutive segments."""
-        segments: dict[tuple[int, int, bool], list[_Segment]] = {}
+        segments: dict[tuple[int, int, bool], list[_StateSegment]] = {}
         starts, batch = self.batch.starts, self.batch
         for sequence in range(batch.sequences):
             row, end, drafted = starts[sequence], starts[sequence + 1], batch.drafts[sequence] > 0
@@ -84,11 +75,13 @@ class PagedBatch(ABC):
             cuts = [] if drafted else sorted(set(saved) - {end})
             for turn, (first, last) in enumerate(pairwise((row, *cuts, end))):
                 numbers = {place - first: number for place, number in saved.items() if first < place <= last}
-                segments.setdefault((turn, last - first, drafted), []).append(_Segment(first, batch.slots[sequence], numbers))
-        # no segment comes before the one that it follows
+                segments.setdefault((turn, last - first, drafted), []).append(
+                    _StateSegment(first, batch.slots[sequence], numbers)
+                )
+        # sorted by turn, so that a segment follows the one before it
         return [self._rectangle(count, drafted, alike) for (_, count, drafted), alike in sorted(segments.items())]
 
-    def _rectangle(self, count: int, drafted: bool, segments: Sequence[_Segment]) -> Rectangle:
+    def _rectangle(self, count: int, drafted: bool, segments: Sequence[_StateSegment]) -> Rectangle:
         rows_BT = self._inputs.put([range(segment.first, segment.first + count) for segment in segments])
         slots_B = self._inputs.put([segment.slot for segment in segments])
         saved: dict[int, list[tuple[int, int]]] = {}
@@ -139,7 +132,7 @@ class _Members(NamedTuple):
     aligned: bool
 
 
-class _Span(NamedTuple):
+class _AttendingSpan(NamedTuple):
     """Sequences that attend together, and their mask.
 
     padding_BS: positions that are not a sequence's own; None where there are none. What lies there is another sequence's, and
@@ -151,7 +144,7 @@ class _Span(NamedTuple):
     padding_BS: Tensor | None
 
 
-class _Group(NamedTuple):
+class _GroupWrites(NamedTuple):
     """Where the new tokens of one group of layers go, and who attend together."""
 
     blocks_N: Tensor
@@ -166,7 +159,7 @@ class GatheredBatch(PagedBatch):
         super().__init__(memory, batch, inputs)
         self._dtype = dtype
         self._groups = [self._group(index) for index in range(len(memory.groups))]
-        self._spans: list[list[_Span]] = []
+        self._spans: list[list[_AttendingSpan]] = []
 
     def extend(self, count: int, real: Sequence[int] | None = None) -> Tensor:
         self._spans = [
@@ -175,16 +168,8 @@ class GatheredBatch(PagedBatch):
         ]
         return super().extend(count, real)
 
-    def attend(
-        self,
-        layer: int,
-        query_BHTC: Tensor,
-        key_BKTC: Tensor,
-        value_BKTV: Tensor,
-        mask: AttentionMask,
-        scores: Scores,
-        backend: AttentionBackend,
-    ) -> Tensor:
+    def attend(self, layer: int, inputs: AttentionInputs) -> Tensor:
+        query_BHTC, key_BKTC, value_BKTV, _, scores, backend = inputs
         index = self.memory.group_of[layer]
         group = self._groups[index]
         self.memory.write(layer, group.blocks_N, group.places_N, key_BKTC[0].transpose(0, 1), value_BKTV[0].transpose(0, 1))
@@ -202,10 +187,10 @@ class GatheredBatch(PagedBatch):
             attended_NHV[rows_BT] = attended_BHTV.transpose(1, 2).to(attended_NHV.dtype)
         return attended_NHV.transpose(0, 1)[None]
 
-    def _group(self, index: int) -> _Group:
+    def _group(self, index: int) -> _GroupWrites:
         blocks, places = self.batch.written(index, self.memory.block_size)
         members = [self._members(index, sequences) for sequences in self._together()]
-        return _Group(self._inputs.put(blocks), self._inputs.put(places), members)
+        return _GroupWrites(self._inputs.put(blocks), self._inputs.put(places), members)
 
     def _together(self) -> list[list[int]]:
         """Sequences that attend together: those with one new token and of similar length; the others each alone."""
@@ -244,8 +229,8 @@ class GatheredBatch(PagedBatch):
         lengths_B1 = None if alike else inputs.put([[length] for length in lengths])
         return _Members(inputs.put(rows), inputs.put(padded), inputs.put(slots), max(lengths), lengths_B1, alike)
 
-    def _span(self, members: _Members, window: int | None) -> _Span:
-        """What the device makes of its numbers, once they are there."""
+    def _span(self, members: _Members, window: int | None) -> _AttendingSpan:
+        """Masks of the members, computed on the device once its numbers have arrived."""
         device = self.memory.device
         mask = attention_mask(
             members.slots_BT.shape[1],
@@ -260,7 +245,7 @@ class GatheredBatch(PagedBatch):
         padding_BS = None
         if members.lengths_B1 is not None:
             padding_BS = torch.arange(members.positions, device=device) >= members.lengths_B1
-        return _Span(members, mask, padding_BS)
+        return _AttendingSpan(members, mask, padding_BS)
 
 
 class CompiledAttention:
@@ -295,16 +280,8 @@ class CompiledBatch(PagedBatch):
         self._pages, self._threads = pages, threads
         self._sequences = [PagedSequences.of(batch.starts, batch.positions, *padded_tables(tables)) for tables in batch.tables]
 
-    def attend(
-        self,
-        layer: int,
-        query_BHTC: Tensor,
-        key_BKTC: Tensor,
-        value_BKTV: Tensor,
-        mask: AttentionMask,
-        scores: Scores,
-        backend: AttentionBackend,
-    ) -> Tensor:
+    def attend(self, layer: int, inputs: AttentionInputs) -> Tensor:
+        query_BHTC, key_BKTC, value_BKTV, _, scores, _ = inputs
         index = self.memory.group_of[layer]
         pages, sequences, window = self._pages[layer], self._sequences[index], self.memory.groups[index].window
         value_NKV = None if self.memory.shape.shared else value_BKTV[0].transpose(0, 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
 from typing import Concatenate, ParamSpec, TypeVar, cast
@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from bessemer.inference.execution.backend import Backend, Observed, ReadPages, StatesKeeper, StepBeside, routings_kept
+from bessemer.inference.execution.backend import Backend, Observed, ReadPages, StatesKeeper, StepContext, routings_kept
 from bessemer.inference.execution.batch import Batch, StepInputs, TokensToHost, fill_pending
 from bessemer.inference.execution.kv_cache import PagedMemory
-from bessemer.inference.execution.tensor_parallel.sharded_model import Command, Workers, together
+from bessemer.inference.execution.tensor_parallel.sharded_model import Command, Workers, decode, together
 from bessemer.inference.execution.weights import (
-    Piece,
     UpdateShape,
+    WeightPiece,
     exchange_adapter,
     exchange_piece,
     gather_weight_samples,
@@ -37,10 +37,8 @@ Result = TypeVar("Result")
 Arguments = ParamSpec("Arguments")
 
 
-def on_every_rank(
-    method: Callable[Concatenate[Runner, Arguments], Result],
-) -> Callable[Concatenate[Runner, Arguments], Result]:
-    """A method of a runner that the workers, where there are some, are told to do too; its arguments by position."""
+def on_every_rank(method: Callable[Concatenate[Runner, Arguments], Result]) -> Callable[Concatenate[Runner, Arguments], Result]:
+    """Let the workers, where there are some, call the same method of their runners. Arguments are given by position."""
 
     @wraps(method)
     def everywhere(runner: Runner, /, *arguments: Arguments.args, **named: Arguments.kwargs) -> Result:
@@ -48,19 +46,19 @@ def on_every_rank(
         if workers is None:
             return method(runner, *arguments, **named)
         with together(workers):
-            workers.tell(Command(method.__name__, arguments))
+            workers.tell(Command(method.__name__, arguments, runner.is_draft))
             return method(runner, *arguments, **named)
 
     return everywhere
 
 
 class Runner:
-    """Sequences that the backend computes in one call are computed so; the others by the model's modules, which multiply and
-    attend as the backend says.
+    """Computes batches: by the backend's whole steps where they take a sequence, else by the model's modules.
 
     batch_invariant: each sequence goes through the modules alone and in fixed chunks, so that its numbers are the same bits
     whatever else is in the batch. It costs what batching saves. workers: the other processes that share the model, each with a
     runner of its shard: what this one does over its pages, all do over theirs. axis: those processes; None: all of the job.
+    is_draft: whether the model is the draft model of another runner.
     """
 
     def __init__(
@@ -72,17 +70,18 @@ class Runner:
         batch_invariant: bool = False,
         workers: Workers | None = None,
         axis: DeviceMesh | None = None,
+        is_draft: bool = False,
     ) -> None:
         self.model = model
         self.memory = memory
         self.backend = backend
         #: Whether a row's logits are the same bits whatever else is in the batch, and however a prompt is cut.
         self.invariant = batch_invariant or (backend.whole is not None and backend.whole.invariant)
-        #: Whether it has threads of its own (`Linear.own_threads`).
+        #: As of `Linear.own_threads`.
         self.own_threads = backend.linear.own_threads or (backend.whole is not None and backend.whole.own_threads)
-        #: What the last batch wanted to keep.
+        #: Hidden states and choices of experts that the last batch wanted to keep.
         self.observed = Observed()
-        #: Whether `pre_norm_ND` is kept.
+        #: Whether steps keep `pre_norm_ND`, which MTP modules read.
         self.keeps_pre_norm = False
         #: States of every token of the last batch before the last norm.
         self.pre_norm_ND = torch.empty(0)
@@ -93,6 +92,7 @@ class Runner:
         #: The other processes that share the model.
         self.workers = workers
         self._axis = axis
+        self.is_draft = is_draft
         #: Of a worker: its shards of adapters, by the numbers by which rank 0 names them.
         self.adapters: dict[int, Adapter] = {}
 
@@ -106,15 +106,15 @@ class Runner:
             parts = [modules, *backend.linear.arithmetic, *backend.attention.arithmetic]
         return ", ".join([*parts, f"keys and values in {self.memory.type_name}"])
 
-    def beside_own_threads(self) -> AbstractContextManager[None]:
-        """PyTorch on one thread, where the runner has threads of its own: others would take the cores from the next step."""
+    def limited_torch_threads(self) -> AbstractContextManager[None]:
+        """Limits PyTorch to one thread where the kernels have their own: spinning threads would slow down the next step."""
         return one_thread() if self.own_threads else nullcontext()
 
     @on_every_rank
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
         """Logits of the wanted rows in their order, (R, V) float32. Writes keys and values."""
-        return self._forward(batch, StepBeside(self._inputs, self.sampled_R))
+        return self._forward(batch, StepContext(self._inputs, self.sampled_R))
 
     @property
     def generates(self) -> bool:
@@ -139,7 +139,7 @@ class Runner:
         The tokens stay on the device: those that the next batch has `pending` are read there.
         """
         assert self.workers is None, "tokens are sampled in one process"
-        return self._draw(self._forward(batch, StepBeside(self._inputs, self.sampled_R, rows)), rows)
+        return self._draw(self._forward(batch, StepContext(self._inputs, self.sampled_R, rows)), rows)
 
     @torch.inference_mode()
     def sample_logits(self, logits_RV: Tensor, rows: SampledRows) -> TokensToHost:
@@ -154,25 +154,25 @@ class Runner:
         self.sampled_R = rows.draw(logits_RV, self.sampled_R)
         return TokensToHost(self.sampled_R)
 
-    def _forward(self, batch: Batch, beside: StepBeside) -> Tensor:
+    def _forward(self, batch: Batch, context: StepContext) -> Tensor:
         whole = self.backend.whole
         taken = [] if whole is None or self.keeps_pre_norm else whole.takes(batch)
         if whole is None or not taken:
-            return self._by_modules(batch, beside)
+            return self._by_modules(batch, context)
         if len(taken) == batch.sequences:
-            logits_RV = whole.forward(batch, beside)
+            logits_RV = whole.forward(batch, context)
             if batch.states:
                 self.observed = Observed(whole.states)
             return logits_RV
         logits_RV = torch.empty(len(batch.wanted), self.model.config.vocab_size, device=self.model.device)
         own = set(taken)
         # the numbers of either part are forgotten with the other's
-        beside = beside._replace(rows=None)
+        context = context._replace(rows=None)
         part, places = batch.part(taken)
-        logits_RV[places] = whole.forward(part, beside)
+        logits_RV[places] = whole.forward(part, context)
         observed = Observed(whole.states)
         part, places = batch.part([sequence for sequence in range(batch.sequences) if sequence not in own])
-        logits_RV[places] = self._by_modules(part, beside)
+        logits_RV[places] = self._by_modules(part, context)
         taken_rows = {row for sequence in taken for row in range(*batch.starts[sequence : sequence + 2])}
         self.observed = observed.interleaved(self.observed, batch.states, taken_rows)
         return logits_RV
@@ -192,12 +192,12 @@ class Runner:
     @on_every_rank
     @torch.inference_mode()
     def keep_states(self, kept: Sequence[tuple[int, int]]) -> None:
-        """Of sequences with drafts, (slot, how many of the new tokens stay): their states go back to after those."""
+        """Reset states of sequences with drafts, (slot, accepted tokens), to after the accepted tokens."""
         self.memory.keep_states(kept)
 
     @on_every_rank
     def weights_changed(self) -> None:
-        """Store the model's weights again where the backend has them in a form of its own."""
+        """Take the model's changed weights again where the backend stores them in a form of its own."""
         if self.backend.whole is not None:
             self.backend.whole.weights_changed()
         self.backend.linear.weights_changed()
@@ -211,14 +211,14 @@ class Runner:
                 self.workers.tell(Command("receive_piece", (piece,)))
                 exchange_piece(self.model, piece, values)
 
-    def receive_piece(self, piece: Piece) -> None:
+    def receive_piece(self, piece: WeightPiece) -> None:
         """A worker's part of `replace_weights`."""
         exchange_piece(self.model, piece)
 
     def share_adapter(self, whole: Adapter) -> Adapter:
-        """Rank 0's shard of an adapter of the unsharded model, which lies where that does and in its type.
+        """Shard an adapter over all ranks; rank 0's shard. whole: on the model's device and in its type.
 
-        Every worker keeps its own until rank 0's is gone.
+        Every worker keeps its shard until rank 0's is gone.
         """
         assert self.workers is not None, "a model in one process takes it whole"
         with together(self.workers):
@@ -277,19 +277,19 @@ class Runner:
 
     # -- by the model's modules
 
-    def _by_modules(self, batch: Batch, beside: StepBeside) -> Tensor:
+    def _by_modules(self, batch: Batch, context: StepContext) -> Tensor:
         few = self.backend.linear.is_soon_done(len(batch.tokens), invariant=self._batch_invariant)
         with one_thread() if few else nullcontext():
             if self._batch_invariant:
-                return self._alone(batch, beside._replace(rows=None))
-            return self._logits(self._hidden(batch, beside))
+                return self._alone(batch, context._replace(rows=None))
+            return self._logits(self._hidden(batch, context))
 
-    def _alone(self, batch: Batch, beside: StepBeside) -> Tensor:
+    def _alone(self, batch: Batch, context: StepContext) -> Tensor:
         """Each sequence by itself, in chunks that do not depend on the rest of the batch."""
         rows, pre_norm_hidden, observed, last, step = [], [], [], -1, 0
         for sequence, chunk in batch.alone(self.memory.block_size):
             # the head too sees one row at a time
-            rows += [self._logits(hidden_D[None]) for hidden_D in self._hidden(chunk, beside)]
+            rows += [self._logits(hidden_D[None]) for hidden_D in self._hidden(chunk, context)]
             pre_norm_hidden.append(self.pre_norm_ND)
             observed.append(self.observed)
             step = step + 1 if sequence == last else 0
@@ -301,9 +301,9 @@ class Runner:
             self.pre_norm_ND = torch.cat(pre_norm_hidden)
         return torch.cat(rows) if rows else torch.empty(0, self.model.config.vocab_size)
 
-    def _hidden(self, batch: Batch, beside: StepBeside) -> Tensor:
+    def _hidden(self, batch: Batch, context: StepContext) -> Tensor:
         """States of the wanted rows, (R, D)."""
-        inputs = beside.inputs
+        inputs = context.inputs
         inputs.begin()
         tokens_1N = inputs.put([batch.tokens])
         cache = self.backend.attention.cache(batch, inputs)
@@ -312,10 +312,10 @@ class Runner:
         kept_states = {layer: inputs.put(own) for layer, own in batch.states.items() if own}
         kept_routings = {layer: inputs.put(own) for layer, own in batch.routings.items()}
         pending_2P = inputs.put([[*batch.pending], [*batch.pending.values()]]) if batch.pending else None
-        if beside.rows is not None:
-            beside.rows.place(inputs.put)
+        if context.rows is not None:
+            context.rows.place(inputs.put)
         inputs.copy()
-        fill_pending(tokens_1N[0], pending_2P, beside.sampled_R)
+        fill_pending(tokens_1N[0], pending_2P, context.sampled_R)
         self.observed = Observed()
         keep = StatesKeeper(kept_states, self.observed.states) if kept_states else None
         with (
@@ -342,3 +342,11 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def run_worker(runner: Runner, messages: Iterable[bytes], draft: Runner | None = None) -> None:
+    """A worker's loop: make each call, until the commands end. draft: the runner of the draft model that it has a shard of."""
+    for message in messages:
+        command = decode(message, runner.adapters)
+        addressed = draft if command.to_draft else runner
+        getattr(addressed, command.method)(*command.arguments)

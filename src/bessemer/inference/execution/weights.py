@@ -96,7 +96,7 @@ def _state(weight: Tensor) -> tuple[int, int]:
 PIECE_BYTES = 64 << 20
 
 
-class Piece(NamedTuple):
+class WeightPiece(NamedTuple):
     """Neighbouring rows of a whole tensor: `start` and `shape`, (rows, …)."""
 
     name: str
@@ -109,17 +109,17 @@ def check_whole_weights(config: ModelConfig, weights: Mapping[str, Tensor]) -> N
     check_weights(weights, tensor_shapes(config))
 
 
-def pieces_of(model: Decoder, weights: Mapping[str, Tensor]) -> Iterator[tuple[Piece, Tensor]]:
+def pieces_of(model: Decoder, weights: Mapping[str, Tensor]) -> Iterator[tuple[WeightPiece, Tensor]]:
     """Whole tensors in pieces of at most `PIECE_BYTES`, where the model's weights lie and in their types."""
     for name, whole in weights.items():
         dtype = held_weight(model, name).dtype
         rows = max(1, PIECE_BYTES // max(1, whole[0].numel() * dtype.itemsize))
         for start, part in zip(range(0, len(whole), rows), whole.split(rows), strict=True):
-            yield Piece(name, start, tuple(part.shape)), part.detach().to(model.device, dtype).contiguous()
+            yield WeightPiece(name, start, tuple(part.shape)), part.detach().to(model.device, dtype).contiguous()
 
 
 @torch.no_grad()
-def exchange_piece(model: Decoder, piece: Piece, values: Tensor | None = None) -> None:
+def exchange_piece(model: Decoder, piece: WeightPiece, values: Tensor | None = None) -> None:
     """Copy a piece into this rank's shard. All ranks call it with the same piece; values: on rank 0, what it holds."""
     own = held_weight(model, piece.name)
     shard = local(own)
@@ -198,10 +198,10 @@ class LoadedAdapters:
 
     def updated(self, adapter: Adapter) -> LoadedAdapter | None:
         """What an adapter was updated to last; None where it was not."""
-        found = None
+        newest = None
         while (newer := self._updates.get(adapter)) is not None:
-            found, adapter = newer, newer.adapter
-        return found
+            newest, adapter = newer, newer.adapter
+        return newest
 
     def refit(self, model: Decoder) -> None:
         """Fit the adapters to weights that have changed; those of requests whose name has another adapter now, too."""
@@ -377,6 +377,6 @@ def _own_sample(tensor: Tensor, shape: torch.Size) -> Tensor:
         held = (along >= 0) & (along < size)
         places = (before * size + along) * inner + behind
     numbers_2P = rounded(shard.flatten()[places[held]])
-    found = torch.full((2, *places.shape), _NOTHING, dtype=torch.int32, device=shard.device)
-    found[:, held] = numbers_2P.view(torch.int16).to(torch.int32)
-    return found
+    bits_2P = torch.full((2, *places.shape), _NOTHING, dtype=torch.int32, device=shard.device)
+    bits_2P[:, held] = numbers_2P.view(torch.int16).to(torch.int32)
+    return bits_2P

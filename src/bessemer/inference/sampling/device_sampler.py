@@ -1,8 +1,7 @@
-"""The sampler on the device: a token for each row of logits, of which the host sees nothing until it reads the tokens.
+"""The sampler on the device: a token for each row of logits, without a copy of the logits to the host.
 
-What requests ask for is put into arrays that are copied beside the numbers of the step. All rows go through the same
-operations; one that no row asks for is left out. Nothing here asks the device for a number: no shape and no branch depends on
-the logits.
+Sampling parameters are put into arrays that are copied with the numbers of the step. All rows go through the same operations;
+one that no row needs is left out. Nothing here waits for the device: no shape and no branch depends on the logits.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from bessemer.inference.sampling.sampler import NO_TOKEN_LEFT, NOT_FINITE, Sampl
 #: In place of a token: the logits are not finite; they leave none.
 _NOT_FINITE, _NONE_LEFT = -1, -2
 
-#: Puts numbers beside a step's own (`StepInputs.put`).
+#: Puts numbers into the inputs of a step (`StepInputs.put`).
 Put = Callable[[ArrayLike, torch.dtype], Tensor]
 
 
@@ -109,13 +108,13 @@ class SampledRows:
         self._states = states
         self._pending = pending or {}
         self._numbers = [0.0 if state.greedy else uniform(state.generator) for state in states]
-        #: Whether the rows' numbers were put beside a step's.
+        #: Whether the rows' numbers are in the inputs of a step.
         self.placed = False
         self._changes: _Changes | None = None
         self._draws: _Draws | None = None
 
     def place(self, put: Put) -> None:
-        """Put the rows' numbers beside a step's, before they are copied."""
+        """Put the rows' numbers into the inputs of a step, before they are copied."""
         self.placed = True
         self._changes = self._put_changes(put)
         if not all(state.greedy for state in self._states):

@@ -104,7 +104,7 @@ class Truncation(NamedTuple):
 
     @classmethod
     def of(cls, params: SamplingParams) -> Truncation:
-        """Those of a request."""
+        """The truncation of a request."""
         return cls(params.top_k, params.top_p, params.min_p, params.typical_p)
 
 
@@ -299,25 +299,25 @@ def log_probs(logits_RV: Tensor, tokens: Sequence[int], counts: Sequence[int]) -
     Of a prompt, row r is the logits after token r and `tokens[r]` the prompt's token r + 1. Of equally likely tokens the
     one with the smaller id comes first.
     """
-    found = []
+    of_rows = []
     # few rows at a time: a whole prompt's log-probabilities of a whole vocabulary would fill the memory
     for start in range(0, len(tokens), _ROWS):
         some = slice(start, start + _ROWS)
-        found += _log_probs(logits_RV[some].float().log_softmax(-1).cpu(), tokens[some], counts[some])
-    return found
+        of_rows += _log_probs(logits_RV[some].float().log_softmax(-1).cpu(), tokens[some], counts[some])
+    return of_rows
 
 
 def sampler_log_probs(
-    logits_BV: Tensor, temperatures_B: Tensor, found: Candidates, tokens: Sequence[int], params: Sequence[SamplingParams]
+    logits_BV: Tensor, temperatures_B: Tensor, distribution: Candidates, tokens: Sequence[int], params: Sequence[SamplingParams]
 ) -> dict[int, LogProbs]:
     """Log-probabilities of the tokens of those rows that want them of the sampler's distribution, by row.
 
-    logits_BV: after biases, penalties and bans, on the host. found: what the tokens were drawn from; a token is -1 where none
-    was. `temperature`: log softmax(logits / temperature), before truncation. `sampled`: truncated and renormalised, and the
+    logits_BV: after biases, penalties and bans, on the host. distribution: that the tokens were drawn from; -1 is no token.
+    `temperature`: log softmax(logits / temperature), before truncation. `sampled`: truncated and renormalised, and the
     likeliest are those of the tokens that stay.
 
-    Of weights that are there already. A softmax over the vocabulary is computed for `temperature` beside top-k, and for the
-    likeliest tokens.
+    They are read off the weights, except for the likeliest tokens, and for `temperature` with top-k: these need a softmax over
+    the vocabulary.
     """
     alike: dict[tuple[str, bool], list[int]] = defaultdict(list)
     for row, (token, own) in enumerate(zip(tokens, params, strict=True)):
@@ -325,7 +325,7 @@ def sampler_log_probs(
             alike[own.logprobs_mode, bool(own.logprobs)].append(row)
     result: dict[int, LogProbs] = {}
     for (mode, has_likeliest), rows in alike.items():
-        part, chosen = found.part(rows), [tokens[row] for row in rows]
+        part, chosen = distribution.part(rows), [tokens[row] for row in rows]
         if has_likeliest or (mode == "temperature" and not part.is_softmax):
             if mode == "temperature":
                 log_probs_RV = (logits_BV[rows] / temperatures_B[rows, None]).log_softmax(-1)

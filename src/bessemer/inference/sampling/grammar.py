@@ -38,12 +38,12 @@ _KEPT = 128
 MOST_CHOICES, LONGEST_GRAMMAR = 4096, 1 << 18
 #: Seconds that a grammar may take to compile; the first one waits for a process to start too.
 _COMPILE_SECONDS, _START_SECONDS = 5.0, 60.0
-#: Bytes of the stack that grammars are compiled on; above that of `grammar_trial.py`, so that what compiled there does here.
+#: Bytes of the stack for compiling grammars: more than in `grammar_trial.py`, so that what compiles there compiles here.
 _STACK = 32 << 20
 
 
 def check_size(setting: str, value: Any, name: str | None = None) -> None:
-    """Raises RequestError for a grammar that is larger than any is compiled. name: what the caller calls the setting."""
+    """Raises RequestError for a grammar above the size limits. name: of the setting, in the error."""
     name = name or setting
     if setting == "choice":
         if len(value) > MOST_CHOICES:
@@ -68,8 +68,7 @@ class GrammarMatcher:
     def allowed(self) -> np.ndarray:
         """Which tokens may come next, bool (V,); the end tokens where the text may end.
 
-        Raises RequestError where the grammar leads to a place that nothing follows, and when it takes more work than
-        `llguidance` allows one.
+        Raises RequestError at a dead end of the grammar, and when it exceeds `llguidance`'s limits of work.
         """
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         if self._matcher.is_error():
@@ -127,7 +126,7 @@ class GrammarCompiler:
         self._end_tokens = sorted(tokenizer.eos_ids if end_tokens is None else end_tokens)
         self._tokens: Any = None
         self._trial: _Trial | None = None
-        #: By name and value: what was compiled, or why it was not.
+        #: Compiled grammars, or the errors of those that do not compile, by name and value.
         self._kept: OrderedDict[tuple[str, str], Any | RequestError] = OrderedDict()
         self._lock = threading.Lock()
         #: Held while a grammar is compiled. Requests for a kept grammar do not take it.
@@ -193,7 +192,7 @@ class GrammarCompiler:
             raise RequestError(f"{name} does not compile: {_one_line(str(error))}") from None
         tokens = self._library_tokens()
         if self._trial is None:
-            self._trial = _Trial(_Tokens(self._tokenizer), self._end_tokens)
+            self._trial = _Trial(_LibraryTokenizer(self._tokenizer), self._end_tokens)
         self._trial.compile(name, grammar)
         matcher = _with_a_long_stack(lambda: LLMatcher(tokens, grammar, log_level=0))
         if matcher.is_error():
@@ -219,15 +218,15 @@ class GrammarCompiler:
                     f"{self._tokenizer.folder}: its tokens are whole words, which cannot follow a grammar; "
                     "leave out json_schema, regex, choice and ebnf"
                 )
-            self._tokens = LLTokenizer(TokenizerWrapper(_Tokens(self._tokenizer)), eos_token=self._end_tokens)
+            self._tokens = LLTokenizer(TokenizerWrapper(_LibraryTokenizer(self._tokenizer)), eos_token=self._end_tokens)
         return self._tokens
 
 
 class _Trial:
-    """Compiles a grammar in another process first, which is ended where it takes too long: the library has inputs of a few
-    hundred bytes on which it computes for ever, and chains of rules that overflow its stack."""
+    """Compiles a grammar in another process first, killed after a time limit: on some inputs of a few hundred bytes the library
+    never ends, and long chains of rules overflow its stack."""
 
-    def __init__(self, tokens: _Tokens, end_tokens: Sequence[int]) -> None:
+    def __init__(self, tokens: _LibraryTokenizer, end_tokens: Sequence[int]) -> None:
         self._first_line = json.dumps(
             {
                 "tokens": {
@@ -303,7 +302,7 @@ def _with_a_long_stack(compute: Callable[[], Any]) -> Any:
         threading.stack_size(before)
 
 
-class _Tokens:
+class _LibraryTokenizer:
     """A tokenizer in the form that `llguidance` reads."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:

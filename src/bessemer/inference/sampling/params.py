@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Annotated, Any, Literal, Self
 from weakref import WeakValueDictionary
 
@@ -123,8 +124,9 @@ class SamplingParams(Config):
             raise ValueError(f"n ({self.n}) is above beam_width ({self.beam_width}); raise beam_width")
         if self.temperature not in (0, 1):
             raise ValueError(f"beam search draws nothing: leave out temperature ({self.temperature}) or beam_width")
+        changed = self.changed_settings
         for name in (*_SAMPLING, *_HISTORY):
-            if getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True):
+            if name in changed:
                 raise ValueError(f"beam search does not take {name}; leave out {name} or beam_width")
 
     @property
@@ -138,9 +140,19 @@ class SamplingParams(Config):
         return self.logprobs is not None and self.logprobs_mode != "raw"
 
     @property
+    def changed_settings(self) -> frozenset[str]:
+        """The settings that differ from their defaults."""
+        return frozenset(name for name, default in _defaults(type(self)) if getattr(self, name) != default)
+
+    @property
     def grammar(self) -> tuple[Literal["json_schema", "regex", "choice", "ebnf"], Any] | None:
         """The one grammar that is asked, with its name."""
         return next(((name, value) for name in GRAMMARS if (value := getattr(self, name)) is not None), None)  # type: ignore[return-value]
+
+
+@cache
+def _defaults(kind: type[SamplingParams]) -> list[tuple[str, Any]]:
+    return [(name, field.get_default(call_default_factory=True)) for name, field in kind.model_fields.items()]
 
 
 class StopStrings:
@@ -178,12 +190,12 @@ class StopStrings:
         return held[:shown]
 
     def flush(self) -> str:
-        """What is held back, when no more text comes."""
+        """The text held back, at the end."""
         rest, self._held = self._held, ""
         return rest
 
 
-class _Automaton:
+class _StopAutomaton:
     """The automaton of Aho and Corasick (1975): its state is the longest end of a text that begins a stop string.
 
     ended: by state, the length of the longest stop string that is complete, 0 for none. open_state: by state, that of the
@@ -211,7 +223,7 @@ class _Automaton:
         #: The state of the longest shorter end.
         self._shorter = [0] * len(self.depth)
         self.open_state = list(range(len(self.depth)))
-        # by depth: what a state takes from a shorter one is there
+        # breadth first: a state needs the shorter ones computed
         queue = deque([0])
         while queue:
             state = queue.popleft()
@@ -230,15 +242,15 @@ class _Automaton:
         return following or 0
 
 
-#: Of the answers under way: those to one prompt share one.
-_automata: WeakValueDictionary[tuple[str, ...], _Automaton] = WeakValueDictionary()
+#: Automata in use: completions of one prompt share one.
+_automata: WeakValueDictionary[tuple[str, ...], _StopAutomaton] = WeakValueDictionary()
 
 
-def _automaton_of(stops: tuple[str, ...]) -> _Automaton:
-    found = _automata.get(stops)
-    if found is None:
-        found = _automata[stops] = _Automaton(stops)
-    return found
+def _automaton_of(stops: tuple[str, ...]) -> _StopAutomaton:
+    automaton = _automata.get(stops)
+    if automaton is None:
+        automaton = _automata[stops] = _StopAutomaton(stops)
+    return automaton
 
 
 def overlap(text: str, stop: str) -> int:

@@ -67,7 +67,7 @@ class TokenCounts:
 
 
 class TokenRules:
-    """What parameters say of single tokens, as arrays. The answers to one prompt share them.
+    """Biases and bans of single tokens, as arrays. The completions of one prompt share them.
 
     bias: ids and what is added to their logits. banned, allowed: ids; None: all are allowed. Raises RequestError for a token
     outside the vocabulary.
@@ -97,7 +97,7 @@ class TokenRules:
             logits_V[ids] += values
 
     def forbid(self, logits_V: np.ndarray) -> None:
-        """Put -inf in place of the logits of what may not be chosen."""
+        """Set the logits of forbidden tokens to -inf."""
         logits_V[self.banned] = -np.inf
         if self._forbidden_V is not None:
             # a table may have more rows than there are tokens

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -41,7 +40,7 @@ _ROWS = 16
 NO_TOKEN_LEFT = "no token may come next: grammar, allowed_tokens and banned_tokens together leave none"
 NOT_FINITE = "the model's logits are not finite: its weights are damaged or its training diverged"
 
-#: Settings that `SampledRows` computes. Every other one that is asked leaves the request to the host's sampler.
+#: Settings that `SampledRows` computes. A request that changes another one is sampled on the host.
 COMPUTED_ON_DEVICE = frozenset(
     {"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"}
     | {"logit_bias", "allowed_tokens", "banned_tokens", "min_tokens", "stop_token_ids", "seed"}
@@ -55,12 +54,7 @@ NO_SAMPLERS = frozenset(
 _ON_DEVICE = COMPUTED_ON_DEVICE | NO_SAMPLERS
 
 
-@cache
-def _defaults(kind: type[SamplingParams]) -> list[tuple[str, Any]]:
-    return [(name, field.get_default(call_default_factory=True)) for name, field in kind.model_fields.items()]
-
-
-class Grammar(Protocol):
+class GrammarState(Protocol):
     """The grammar of a request's text, and its state."""
 
     def allowed(self) -> np.ndarray:
@@ -84,9 +78,8 @@ class Sampled(NamedTuple):
     log_probs: LogProbs | None = None
 
 
-class Choice(NamedTuple):
-    """The token of each row, and what is wrong with the rows that have none. log_probs: of rows that want those of the
-    sampler's distribution."""
+class ChosenTokens(NamedTuple):
+    """The token of each row, and the errors of rows without one. log_probs: by the sampler's distribution, where wanted."""
 
     tokens: list[int]
     problems: dict[int, RequestError]
@@ -94,9 +87,9 @@ class Choice(NamedTuple):
 
 
 class SamplingState:
-    """What sampling a request's next token depends on: its parameters, its random numbers, and the tokens so far.
+    """State of sampling one completion: its parameters, its random numbers, and the tokens so far.
 
-    answer: the tokens made. `sample_rows` and `verify` add to it; nothing else needs to.
+    answer: the tokens made, added by `sample_rows` and `verify`.
     """
 
     def __init__(
@@ -107,18 +100,19 @@ class SamplingState:
         vocab_size: int,
         end_tokens: Collection[int] = (),
         index: int = 0,
-        grammar: Grammar | None = None,
+        grammar: GrammarState | None = None,
         folder: Path | None = None,
         rules: TokenRules | None = None,
     ) -> None:
-        """Of answer `index` to a prompt; end tokens are those at which it ends, besides `stop_token_ids`.
+        """index: of the completion among those of its prompt. end_tokens: at which it ends, besides `stop_token_ids`. folder:
+        of a `logits_processor` in a file, by default the working directory. rules: of `params`, shared with other completions.
 
-        folder: where a `logits_processor` of a file is, by default the working directory. rules: those of `params`, made for
-        another answer; None: they are made here.
         Raises RequestError when the parameters name a token outside the vocabulary, or a grammar that is not given;
         ConfigError when the processor's file or function is not there.
         """
+        self.generator = generator_for(params, index)
         self.rules = rules or TokenRules(params, vocab_size)
+        self.counts = TokenCounts(prompt if params.repetition_penalty != 1 else ())
         if params.grammar is not None and grammar is None:
             raise RequestError(f"{params.grammar[0]} is not served here: no grammar was compiled for it; leave it out")
         self.params = params
@@ -126,7 +120,6 @@ class SamplingState:
         self.grammar = grammar
         self.greedy = params.greedy
         self.wants_sampler_log_probs = params.wants_sampler_log_probs
-        self.generator = generator_for(params, index)
         self.answer: list[int] = []
         self._prompt = prompt
         self._end_set = frozenset(end_tokens) | frozenset(params.stop_token_ids)
@@ -136,13 +129,11 @@ class SamplingState:
             load_user_function(processor, folder or Path()) if isinstance(processor, str) else processor
         )
         self.penalises = params.repetition_penalty != 1 or bool(params.presence_penalty or params.frequency_penalty)
-        self.counts = TokenCounts(prompt if params.repetition_penalty != 1 else ())
         self._changes = self.penalises or bool(params.logit_bias or params.banned_tokens) or self.rules.allowed is not None
         self._changes = self._changes or self._processor is not None or grammar is not None
         self.truncation = Truncation.of(params)
-        asked = (name for name, default in _defaults(type(params)) if getattr(params, name) != default)
-        #: Whether `SampledRows` can choose the next tokens: it computes every setting that is asked and bears on them.
-        self.on_device = grammar is None and all(name in _ON_DEVICE for name in asked)
+        #: Whether `SampledRows` can choose the next tokens: it computes all settings that bear on them.
+        self.on_device = grammar is None and params.changed_settings <= _ON_DEVICE
 
     @property
     def takes_argmax(self) -> bool:
@@ -160,8 +151,8 @@ class SamplingState:
 
     @property
     def draws_from_softmax(self) -> bool:
-        """Whether the next tokens are drawn from the softmax of the model's logits at the temperature, or are the largest, and
-        of log-probabilities the sampler's of these tokens are all that is wanted."""
+        """Whether the next tokens are drawn from the softmax of the model's own logits at the temperature, or are the largest,
+        and no log-probabilities are wanted but those of the drawn tokens."""
         params = self.params
         is_whole = self.greedy or self.truncation == NO_TRUNCATION
         enough = params.logprobs is None or (self.wants_sampler_log_probs and not params.logprobs)
@@ -204,7 +195,7 @@ class SamplingState:
         self._forbid(logits_V, len(self.answer))
 
     def adjust_beam(self, logits_V: np.ndarray, length: int) -> None:
-        """Bias, and -inf for what may not come, after `length` tokens of a beam, which has no penalties and no grammar."""
+        """As `adjust`, after `length` tokens of a beam, which has no penalties and no grammar."""
         self.rules.add_bias(logits_V)
         self._forbid(logits_V, length)
 
@@ -214,7 +205,7 @@ class SamplingState:
         if self.grammar is not None:
             allowed_V = self.grammar.allowed()
             logits_V[~allowed_V] = -np.inf
-            # where a grammar has come to its end, nothing else is left and the end may come early
+            # at the end of its grammar a completion may end before `min_tokens`
             allowed_V[self.ends_array] = False
             early = early and bool(allowed_V.any())
         if early:
@@ -233,7 +224,7 @@ def sample_rows(logits_RV: Tensor, rows: Sequence[SamplingState]) -> list[Sample
     """One token for each row by its request's own settings, added to the request's answer. `logits_RV` stays as it is.
 
     logits_RV: float32. At temperature 0 the likeliest, of equals the first; else one number of the request's generator
-    picks from `truncated_logits`. What a row gets does not depend on the rows beside it.
+    picks from `truncated_logits`. What a row gets does not depend on the other rows.
 
     A row that cannot be served, because its logits are not finite or nothing may be chosen, gets a RequestError in its
     place and the others go on.
@@ -241,19 +232,19 @@ def sample_rows(logits_RV: Tensor, rows: Sequence[SamplingState]) -> list[Sample
     logits_RV = logits_RV.detach()
     numbers = [0.0 if state.greedy else uniform(state.generator) for state in rows]
     choice = choose(logits_RV, rows, numbers)
-    found = chosen_log_probs(logits_RV, choice, rows, [row for row in range(len(rows)) if row not in choice.problems])
+    log_probs_of = chosen_log_probs(logits_RV, choice, rows, [row for row in range(len(rows)) if row not in choice.problems])
     sampled: list[Sampled | RequestError] = []
     for row, (token, state) in enumerate(zip(choice.tokens, rows, strict=True)):
         if row in choice.problems:
             sampled.append(choice.problems[row])
         else:
             state.advance(token)
-            sampled.append(Sampled(token, found.get(row)))
+            sampled.append(Sampled(token, log_probs_of.get(row)))
     return sampled
 
 
 def chosen_log_probs(
-    logits_RV: Tensor, choice: Choice, states: Sequence[SamplingState], rows: Sequence[int]
+    logits_RV: Tensor, choice: ChosenTokens, states: Sequence[SamplingState], rows: Sequence[int]
 ) -> dict[int, LogProbs]:
     """Log-probabilities of the chosen tokens of some rows, by row, where their requests ask for them."""
     raw = [row for row in rows if states[row].params.logprobs is not None and row not in choice.log_probs]
@@ -265,7 +256,7 @@ def chosen_log_probs(
     return choice.log_probs | dict(zip(raw, of_rows, strict=True))
 
 
-def choose(logits_RV: Tensor, rows: Sequence[SamplingState], numbers: Sequence[float]) -> Choice:
+def choose(logits_RV: Tensor, rows: Sequence[SamplingState], numbers: Sequence[float]) -> ChosenTokens:
     """The token of each row by its number in [0, 1). Changes nothing.
 
     A request may have several rows where its answer so far makes no difference (`depends_on_answer`).
@@ -281,25 +272,25 @@ def choose(logits_RV: Tensor, rows: Sequence[SamplingState], numbers: Sequence[f
         part_BV = adjusted(logits_RV if len(members) == len(rows) else logits_RV[members], states, problems, members)
         if truncation is None:
             chosen = likeliest(part_BV)
-            found = {
+            of_members = {
                 place: certain(token, state.params)
                 for place, (token, state) in enumerate(zip(chosen, states, strict=True))
                 if state.wants_sampler_log_probs
             }
         else:
-            chosen, found = _drawn(part_BV, states, [numbers[row] for row in members], truncation)
-        log_probs_of |= {members[place]: one for place, one in found.items()}
+            chosen, of_members = _drawn(part_BV, states, [numbers[row] for row in members], truncation)
+        log_probs_of |= {members[place]: one for place, one in of_members.items()}
         for place, (row, token) in enumerate(zip(members, chosen, strict=True)):
             tokens[row] = token
             if token < 0 and row not in problems:
                 problems[row] = no_token(part_BV[place])
-    return Choice(tokens, problems, log_probs_of)
+    return ChosenTokens(tokens, problems, log_probs_of)
 
 
 def adjusted(
     logits_BV: Tensor, states: Sequence[SamplingState], problems: dict[int, RequestError], members: Sequence[int]
 ) -> Tensor:
-    """The logits with each request's changes, copied where there are any; a request whose processor fails is noted."""
+    """The logits with each request's changes, copied where there are any. Errors of processors go into `problems`."""
     changing = [place for place, state in enumerate(states) if state.adjusts]
     if changing:
         logits_BV = logits_BV.to("cpu", copy=True)
@@ -312,7 +303,7 @@ def adjusted(
 
 
 def likeliest(logits_BV: Tensor) -> list[int]:
-    """The place of the largest in each row, of equals the first; -1 where it is not finite."""
+    """The index of the largest logit in each row, of equals the first; -1 where it is not finite."""
     if logits_BV.device.type != "cpu":
         best_B1 = logits_BV.argmax(-1, keepdim=True)
         return torch.where(logits_BV.gather(-1, best_B1).isfinite(), best_B1, -1)[:, 0].tolist()
@@ -325,7 +316,7 @@ def likeliest(logits_BV: Tensor) -> list[int]:
 def _drawn(
     logits_BV: Tensor, states: Sequence[SamplingState], numbers: Sequence[float], truncation: Truncation
 ) -> tuple[list[int], dict[int, LogProbs]]:
-    """A token of each row, and the log-probabilities of those that want them of what they were drawn from."""
+    """A token of each row, and by row the log-probabilities by the sampler's distribution, where wanted."""
     if truncation == NO_TRUNCATION and library() is not None:
         return _drawn_by_kernels(logits_BV, states, numbers)
     temperatures_B = torch.tensor([state.params.temperature for state in states])
@@ -333,18 +324,18 @@ def _drawn(
     params = [state.params for state in states]
     tokens = [-1] * len(states)
     log_probs_of: dict[int, LogProbs] = {}
-    # few rows at a time: what is computed on the way stays in the processor's cache
+    # few rows at a time: intermediate results stay in the processor's cache
     for start in range(0, len(states), _ROWS):
         some = slice(start, start + _ROWS)
         some_BV = logits_BV[some].cpu()
-        for places, found in candidates(some_BV, temperatures_B[some], truncation):
-            drawn = found.draw(uniforms_B[some][places])
+        for places, distribution in candidates(some_BV, temperatures_B[some], truncation):
+            drawn = distribution.draw(uniforms_B[some][places])
             rows = [start + place for place in places]
             for row, token in zip(rows, drawn, strict=True):
                 tokens[row] = token
             if any(states[row].wants_sampler_log_probs for row in rows):
                 part_BV = some_BV if len(rows) == len(some_BV) else some_BV[places]
-                of_part = sampler_log_probs(part_BV, temperatures_B[rows], found, drawn, [params[row] for row in rows])
+                of_part = sampler_log_probs(part_BV, temperatures_B[rows], distribution, drawn, [params[row] for row in rows])
                 log_probs_of |= {rows[place]: one for place, one in of_part.items()}
     return tokens, log_probs_of
 
@@ -362,24 +353,24 @@ def _drawn_by_kernels(
     for start in range(0, len(ranked), _ROWS):
         rows = ranked[start : start + _ROWS]
         part_RV, temperatures_R = logits_BV[rows], torch.tensor([temperatures[row] for row in rows])
-        ((_, found),) = candidates(part_RV, temperatures_R, NO_TRUNCATION)
+        ((_, distribution),) = candidates(part_RV, temperatures_R, NO_TRUNCATION)
         params = [states[row].params for row in rows]
-        of_part = sampler_log_probs(part_RV, temperatures_R, found, [tokens[row] for row in rows], params)
+        of_part = sampler_log_probs(part_RV, temperatures_R, distribution, [tokens[row] for row in rows], params)
         log_probs_of |= {rows[place]: one for place, one in of_part.items()}
     return tokens, log_probs_of
 
 
 def no_token(logits_V: Tensor) -> RequestError:
-    """Why a row gives no token."""
+    """The error of a row that gives no token."""
     if (logits_V == -torch.inf).all():
         return RequestError(NO_TOKEN_LEFT)
     return RequestError(NOT_FINITE)
 
 
 def generator_for(params: SamplingParams, index: int = 0) -> torch.Generator:
-    """A request's own source of random numbers: from its seed, or from the system's entropy without one.
+    """A request's own random number generator: by its seed, else by the system's entropy.
 
-    index: which of the request's answers it is for; each has numbers of its own.
+    index: of the completion among those of its prompt; each has numbers of its own.
     """
     generator = torch.Generator()
     if params.seed is None:

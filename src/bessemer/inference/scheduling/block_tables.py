@@ -76,14 +76,14 @@ class BlockPool:
         return self._sealed.get(key)
 
     def share_found(self, key: bytes) -> int:
-        """Add a reference to the block sealed under `key`, which is there: a hit of the prefix cache."""
+        """Add a reference to the block that is sealed under `key`, counted as a hit of the prefix cache."""
         block = self._sealed[key]
         self.share(block)
         self.hits += 1
         return block
 
     def idle(self, keys: list[bytes]) -> int:
-        """How many of the blocks sealed under `keys`, which are there, have no reference: sharing them takes free blocks."""
+        """How many of the blocks sealed under `keys` have no reference: sharing these takes free blocks."""
         return sum(self.references[self._sealed[key]] == 0 for key in keys)
 
     def is_sealed(self, block: int) -> bool:
@@ -211,7 +211,7 @@ class BlockTables:
         return 0 if window is None else max(0, position - window + 1) // self.block_size
 
     def outstanding(self, sequence: TokenSequence, chunk: int) -> list[int]:
-        """Per group: blocks that a running sequence has yet to take for its known tokens, in chunks of `chunk`."""
+        """Blocks of each group that a running sequence still needs for its known tokens, in chunks of `chunk`."""
         known = len(sequence.tokens)
         return [
             min(self.blocks(known) - len(table), self.most(known, chunk, window) - (len(table) - passed))
@@ -222,15 +222,15 @@ class BlockTables:
         """Whether the known tokens of a waiting sequence, with `hit` blocks found, fit in what is free but not `kept_back`."""
         for (pool, window), kept in zip(self.groups, kept_back, strict=True):
             fresh = min(self.blocks(len(sequence.tokens)) - hit, self.most(len(sequence.tokens), chunk, window))
-            found = sequence.chain[self.passed(hit * self.block_size, window) + 1 : hit + 1]
-            if fresh + pool.idle(found) + kept > pool.free:
+            shared = sequence.chain[self.passed(hit * self.block_size, window) + 1 : hit + 1]
+            if fresh + pool.idle(shared) + kept > pool.free:
                 return False
         return True
 
     # -- allocating and releasing
 
     def reach(self, sequence: TokenSequence) -> int:
-        """The position up to which free blocks let a running sequence compute; below `computed` where there is none."""
+        """The position that a running sequence can compute up to with the free blocks; below `computed` where it has none."""
         size = self.block_size
         first = sequence.computed // size
         reach = len(sequence.tokens) + len(sequence.draft)
@@ -247,7 +247,7 @@ class BlockTables:
         first = sequence.computed // self.block_size
         blocks = self.blocks(end)
         for group, ((pool, _), table) in enumerate(zip(self.groups, sequence.tables, strict=True)):
-            # only the first can be shared: what comes after it was never computed
+            # only the first can be shared: later ones have never been computed
             if first < len(table):
                 shared = table[first]
                 table[first] = pool.own(shared)
@@ -328,7 +328,7 @@ class BlockTables:
         most = len(sequence.tokens) - 1
         if not self._share_generated:
             most = min(most, sequence.prompt_length)
-        # what is found has neither logits nor states
+        # cached blocks give neither logits nor hidden states
         for wanted_from in (sequence.logits_from, sequence.computed_from):
             if wanted_from is not None:
                 most = min(most, wanted_from)
@@ -339,10 +339,10 @@ class BlockTables:
                 most = next((length for length in range(most) if chain[length + 1] not in pool), most)
         usable = [length * size % self._align == 0 for length in range(most + 1)]
         for _, pool, window in self._windowed:
-            found = 0
+            consecutive = 0
             for length in range(1, most + 1):
-                found = found + 1 if chain[length] in pool else 0
-                usable[length] &= found >= length - self.passed(length * size, window)
+                consecutive = consecutive + 1 if chain[length] in pool else 0
+                usable[length] &= consecutive >= length - self.passed(length * size, window)
         most = max(length for length in range(most + 1) if usable[length])
         if self._snapshots is None:
             return most

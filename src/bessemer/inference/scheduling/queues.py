@@ -13,16 +13,16 @@ from bessemer.inference.scheduling.sequence import TokenSequence
 
 
 def kept_back(running: Iterable[TokenSequence], tables: BlockTables, chunk: int) -> list[int]:
-    """Per group: the blocks that running prompts have yet to take, and one for every running sequence to grow into.
+    """Blocks of each group that are reserved for running sequences: what their prompts still need, and one more for each.
 
-    A sequence that took these would be admitted only to be preempted. The sum of those of each sequence.
+    A sequence that took these would be admitted only to be preempted.
     """
     needs = [tables.outstanding(sequence, chunk) for sequence in running]
     return [len(needs) + sum(missing) for missing in zip(*needs, strict=True)] if needs else [0] * len(tables.groups)
 
 
 def is_coming(sequence: TokenSequence, hit: int, running: list[TokenSequence], tables: BlockTables) -> bool:
-    """Whether a running prompt is about to compute at least half of what a waiting sequence lacks: then it pays to wait.
+    """Whether a running prompt is about to compute at least half of what a waiting sequence lacks: waiting is then faster.
 
     Requests that share a long prefix often arrive together. The running sequence advances, or is preempted, which ends the
     wait. The position where the two part is added to its `partings`, so that it keeps its state there.
@@ -44,9 +44,9 @@ _urgency = attrgetter("order")
 
 
 class SequenceQueues:
-    """Sequences that wait and sequences that run, each in order of urgency, and what they hold.
+    """Waiting and running sequences, each in order of urgency. tables and states: blocks and slots of the running ones.
 
-    Arguments as of `Scheduler`; states and tables: what running sequences hold.
+    The other arguments are those of `Scheduler`.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class SequenceQueues:
 
     @property
     def empty_places(self) -> int:
-        """Sequences that could run beside those that do."""
+        """How many more sequences could run."""
         return self.max_num_seqs - len(self._running)
 
     @property
@@ -121,7 +121,7 @@ class SequenceQueues:
         self._join(sequence, self._arrivals)
 
     def abort(self, sequence: TokenSequence) -> None:
-        """End a sequence in any state; what it holds is free at once. Its chunk of the step under way is not committed."""
+        """End a sequence in any state and free its blocks at once. Its chunk of the current step is not committed."""
         if sequence.status != "finished":
             self.finish(sequence)
 
@@ -206,6 +206,7 @@ class SequenceQueues:
         victim = self._running.pop(place)
         self._release(victim)
         victim.status = "waiting"
+        victim.draft = []
         insort(self._waiting, victim, key=_urgency)
         self.preemptions += 1
         return victim

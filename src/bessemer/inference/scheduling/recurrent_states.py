@@ -44,12 +44,12 @@ class SnapshotPool:
         return self._sealed.get(key)
 
     def touch(self, key: bytes) -> None:
-        """Keep the snapshot of this text, which is there: it is the last to be evicted, and passing no longer."""
+        """Make an existing snapshot the last to be evicted, and no longer passing."""
         self._sealed.move_to_end(key)
         self._passing.discard(key)
 
     def use(self, key: bytes) -> int:
-        """The snapshot of a text, which is there: a hit."""
+        """The number of an existing snapshot, counted as a hit."""
         self.touch(key)
         self.hits += 1
         return self._sealed[key]
@@ -88,7 +88,7 @@ class SnapshotPool:
             self._blank.append(self._sealed.pop(key))
 
     def forget(self) -> None:
-        """Drop all: the weights have changed."""
+        """Drop all snapshots: the weights have changed."""
         self._blank += self._sealed.values()
         self._sealed.clear()
         self._passing.clear()

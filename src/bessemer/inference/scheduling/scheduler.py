@@ -19,7 +19,7 @@ from bessemer.inference.scheduling.queues import SequenceQueues, is_coming, kept
 from bessemer.inference.scheduling.recurrent_states import States
 from bessemer.inference.scheduling.sequence import Copies, ScheduledChunk, SchedulerOutput, TokenSequence
 
-#: Stands for a token that is being computed.
+#: Stands in a sequence for a token that is still being computed.
 PLACEHOLDER = 0
 
 __all__ = ["BlockGroup", "ScheduledChunk", "Scheduler", "SchedulerOutput"]
@@ -68,7 +68,7 @@ class Scheduler(SequenceQueues):
         self.max_num_batched_tokens = max_num_batched_tokens
         assert max_logits_rows >= (align or 1), "the first sequence of a step can always go on"
         self.max_logits_rows = max_logits_rows
-        #: Of them, those that the step under way has left.
+        #: Rows of logits that the step being scheduled may still take.
         self._logits_rows = max_logits_rows
         groups = list(groups)
         shares = share_prefixes and bool(snapshots if state_slots else groups)
@@ -84,9 +84,9 @@ class Scheduler(SequenceQueues):
             snapshots=states.pool if self._shares_states else None,
         )
         super().__init__(tables, states, max_num_seqs=max_num_seqs, max_waiting=max_waiting, align=align)
-        #: Since the start: tokens that first admissions asked for.
+        #: Since the start: tokens that sequences had at their first admission.
         self.asked_tokens = 0
-        #: Since the start: those of them found in the prefix cache.
+        #: Since the start: tokens of first admissions that were found in the prefix cache.
         self.found_tokens = 0
 
     # -- one step
@@ -176,8 +176,8 @@ class Scheduler(SequenceQueues):
     def commit_ahead(self, chunk: ScheduledChunk) -> None:
         """Record a chunk that is being computed, with a placeholder for the token that it gives.
 
-        The next step may then be scheduled: what becomes of its blocks happens on the device after this step. Not for drafts,
-        nor for a sequence that shares states, whose next hash would hold the placeholder.
+        The next step may then be scheduled: the device changes blocks only after this step. Not for drafts, nor for a sequence
+        that shares states, whose next hash would include the placeholder.
         """
         assert not chunk.drafts and not self._shares_states
         sequence = chunk.sequence
@@ -241,7 +241,7 @@ class Scheduler(SequenceQueues):
         return kept_back(running, self._tables, self.max_num_batched_tokens)
 
     def _fits(self, sequence: TokenSequence, hit: int, kept: list[int]) -> bool:
-        """Whether a waiting sequence, with `hit` blocks found, fits beside the running ones, which keep back `kept` blocks.
+        """Whether a waiting sequence, with `hit` blocks found, fits while the running ones keep back `kept` blocks.
 
         Alone it always fits: the scheduler refused it otherwise.
         """
@@ -250,7 +250,7 @@ class Scheduler(SequenceQueues):
     # -- one sequence's part of a step
 
     def _read(self, sequence: TokenSequence, start: int, count: int) -> ScheduledChunk:
-        """A chunk of known tokens. Its rows of logits are taken from those that the step has left."""
+        """A chunk of known tokens. Its rows of logits count against the limit of the step."""
         self._logits_rows -= max(0, start + count - _first_wanted(sequence, start))
         return _chunk(sequence, start, count)
 
@@ -264,7 +264,7 @@ class Scheduler(SequenceQueues):
             self.states.prepare(sequence, positions, known_end)
 
     def _chunk_end(self, sequence: TokenSequence, start: int, budget: int) -> int:
-        """Where a chunk from `start` ends that computes at most `budget` known tokens; `start` where none may begin."""
+        """The end of the next chunk from `start`, at most `budget` known tokens long; `start` where no chunk may begin."""
         end = max(start, min(start + budget, len(sequence.tokens)))
         end = min(end, _first_wanted(sequence, start) + self._logits_rows)
         if self._align is None:
@@ -301,9 +301,9 @@ class Scheduler(SequenceQueues):
 
 
 def _first_wanted(sequence: TokenSequence, start: int) -> int:
-    """Of known tokens from `start` on, the first whose logits are wanted because all are; their end where that is none.
+    """The first known token from `start` on, in a sequence that wants the logits of all (`logits_from`); else the text's end.
 
-    A last known token that is read alone is none of them: it never waits for rows.
+    A last known token that is read alone does not count: it never waits for rows of logits.
     """
     if sequence.logits_from is None or len(sequence.tokens) - start == 1:
         return len(sequence.tokens)
@@ -311,6 +311,6 @@ def _first_wanted(sequence: TokenSequence, start: int) -> int:
 
 
 def _chunk(sequence: TokenSequence, start: int, count: int, drafts: int = 0) -> ScheduledChunk:
-    """A chunk that wants the logits of its last known token and of its drafts, unless more known tokens follow."""
+    """A chunk; logits are wanted of its last known token and of its drafts, unless more known tokens follow."""
     known_end = start + count - drafts
     return ScheduledChunk(sequence, start, count, drafts, 0 if known_end < len(sequence.tokens) else 1 + drafts)

@@ -66,6 +66,11 @@ class TokenSequence:
         self.chain = []
 
     @property
+    def is_decoding(self) -> bool:
+        """Whether it runs and lacks the keys of its last token alone: the next step samples a token."""
+        return self.status == "running" and len(self.tokens) - self.computed == 1
+
+    @property
     def usable_drafts(self) -> int:
         """Drafts that may be verified: after them comes one more token within the limit."""
         return min(len(self.draft), self.limit - len(self.tokens) - 1)

@@ -10,7 +10,7 @@ and one in codes, is computed by rank 0 alone while the others wait.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
@@ -24,15 +24,16 @@ from bessemer.core.store import read_json
 from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.inference.config import EngineConfig
 from bessemer.inference.execution.batch import Batch
-from bessemer.inference.execution.build import longest_text, memory_budget, page_layout, page_type, plan_blocks, shared_backend
+from bessemer.inference.execution.build import memory_budget, page_type, paged_memory, plan_blocks, shared_backend
 from bessemer.inference.execution.kv_cache import HeadShare, PagedMemory, layer_groups
 from bessemer.inference.execution.runner import Runner
-from bessemer.inference.execution.tensor_parallel.sharded_model import DraftWorkers, Workers, layout_of, shard_model
+from bessemer.inference.execution.tensor_parallel.sharded_model import Workers, layout_of, shard_model
 from bessemer.inference.request import Request, ScheduledRequest
 from bessemer.inference.sampling.sampler import likeliest
 from bessemer.inference.scheduling.block_tables import BlockPool
 from bessemer.inference.speculation.proposer import AcceptanceTracker, Draft, DraftLengthPolicy, Proposer, Recent
 from bessemer.inference.speculation.verification import propose
+from bessemer.model.attention import is_recurrent
 from bessemer.model.decoder import Decoder
 from bessemer.model.quantisation.storage import read_settings
 from bessemer.model.storage.folder import CONFIG, load_model, read_model_config
@@ -59,25 +60,12 @@ def draft_memory(model: Decoder, config: EngineConfig, mesh: Mesh = ALONE) -> tu
 
     All processes of the mesh call it, and get as many as the one with the least memory. Raises ConfigError.
     """
-    dtype, device = page_type(model, config), model.device
     share = HeadShare(mesh.place.tensor, mesh.layout.tensor)
-    budget = memory_budget(config, device, mesh.processes_here if device.type == "cpu" else 1)
-    blocks = min(plan_blocks(model.config, config, dtype, budget, ranks=share.ranks))
+    budget = memory_budget(config, model.device, mesh.processes_here if model.device.type == "cpu" else 1)
+    blocks = min(plan_blocks(model.config, config, page_type(model, config), budget, ranks=share.ranks))
     blocks = -int(mesh.largest(torch.tensor(-blocks)))
     counts = [blocks] * len(layer_groups(model.config))
-    by_head, spare = page_layout(model, config, dtype)
-    memory = PagedMemory(
-        model.config,
-        counts,
-        config.block_size,
-        dtype,
-        device,
-        share=share,
-        by_head=by_head,
-        spare=spare,
-        longest=longest_text(model.config, config, counts),
-    )
-    return memory, blocks
+    return paged_memory(model, config, counts, share=share), blocks
 
 
 def share_draft(
@@ -89,7 +77,7 @@ def share_draft(
     """
     shard_model(model, mesh, device)
     memory, blocks = draft_memory(model, config, mesh)
-    return Runner(model, memory, shared_backend(model, memory), workers=workers and DraftWorkers(workers)), blocks
+    return Runner(model, memory, shared_backend(model, memory), workers=workers, is_draft=True), blocks
 
 
 def shared_draft_runner(config: EngineConfig, device: torch.device, mesh: Mesh) -> Runner | None:
@@ -103,7 +91,7 @@ def shared_draft_runner(config: EngineConfig, device: torch.device, mesh: Mesh) 
 
 # Shapes: R rows, V vocabulary.
 
-#: Where a request has at most this many new tokens, reading them takes as long as one more token of a draft.
+#: Most new tokens of a request whose reading takes about as long as drafting one token.
 _FEW = 4
 
 
@@ -124,7 +112,7 @@ def open_draft_model(folder: str, model: Decoder, tokenizer: Tokenizer, device: 
             f"speculation.model: {folder} scores {draft.config.vocab_size:,} tokens, and the model that it drafts for "
             f"{model.config.vocab_size:,}; name one with the same vocabulary"
         )
-    if "linear_attention" in draft.config.types:
+    if is_recurrent(draft.config):
         raise ConfigError(
             f"speculation.model: {folder} has linear attention, whose states cannot be taken back; name a model without"
         )
@@ -132,7 +120,7 @@ def open_draft_model(folder: str, model: Decoder, tokenizer: Tokenizer, device: 
 
 
 @dataclass
-class _Reading:
+class _ReadProgress:
     """How far a request was read. computed: tokens whose keys are right. table: their blocks, the same in every group of
     layers. The draft's tokens were computed behind `length` tokens of the request's sequence."""
 
@@ -142,12 +130,81 @@ class _Reading:
     table: list[int] = field(default_factory=list)
 
 
-class DraftModelProposer(Proposer):
-    """A `Proposer` with a model, its runner and its KV cache.
+class ModelProposer(Proposer):
+    """A `Proposer` whose draft tokens a model makes, for all requests together, token by token.
 
     Requests with a seed get the model's likeliest tokens as drafts: a draft is then not sampled, and the text of a seed does
     not depend on the draft length. The others get tokens sampled from the model's distribution.
     """
+
+    def __init__(self, policy: DraftLengthPolicy) -> None:
+        self.policy = policy
+        self.acceptance = AcceptanceTracker(policy.most, policy.adapt)
+        #: Seconds of a draft token for each request, by the bit length of the number of requests.
+        self._seconds: dict[int, Recent] = {}
+
+    def propose(self, requests: Sequence[Request]) -> list[Draft]:
+        """Drafts of the requests for which it pays, and that the model is ready for."""
+        seconds = self._seconds.get(len(requests).bit_length())
+        chances = [self._chances(request) for request in requests]
+        lengths = self.policy.lengths(chances, seconds.value if seconds else 0.0, self.crowded)
+        chosen = self._ready(requests, lengths)
+        drafts = [Draft()] * len(requests)
+        if chosen:
+            made = self._draft([requests[index] for index in chosen], [lengths[index] for index in chosen])
+            for index, draft in zip(chosen, made, strict=True):
+                drafts[index] = draft
+        return drafts
+
+    def learn(self, request: Request, proposed: int, accepted: int) -> None:
+        self.acceptance.learn(request, proposed, accepted)
+
+    def measured(self, requests: int, drafts: int, seconds: float) -> None:
+        self.policy.measured(requests, drafts, seconds)
+
+    def forget(self, request: ScheduledRequest) -> None:
+        self.acceptance.forget(request)
+
+    def _chances(self, request: Request) -> list[float]:
+        """Of each draft token that may be made for a request, how likely it is accepted."""
+        return self.acceptance.chances(request)
+
+    def _ready(self, requests: Sequence[Request], lengths: Sequence[int]) -> list[int]:
+        """Indices of the requests that are drafted for: those with a length above 0 that the model is ready for."""
+        return [index for index, length in enumerate(lengths) if length]
+
+    def _draft(self, requests: Sequence[Request], lengths: Sequence[int]) -> list[Draft]:
+        """Drafts of these lengths."""
+        raise NotImplementedError
+
+    def _time(self, requests: int, seconds: float) -> None:
+        """Note the time of a draft token for each of some requests."""
+        self._seconds.setdefault(requests.bit_length(), Recent()).add(seconds)
+
+
+def draft_together(
+    requests: Sequence[Request],
+    lengths: Sequence[int],
+    tokens: Sequence[list[int]],
+    logits_of: Callable[[int, list[int]], Tensor],
+) -> list[Draft]:
+    """Drafts of these lengths, of all requests together: the first token of each, the second of those that want one, …
+
+    tokens: a list for each request, which its draft tokens are appended to. logits_of(round, rows): logits (R, V) for the draft
+    token `round`, counted from 0, of some of the requests.
+    """
+    distributions: list[list[Tensor | None]] = [[] for _ in requests]
+    for round in range(max(lengths)):
+        rows = [row for row, length in enumerate(lengths) if length > round]
+        of_rows = draft_tokens(logits_of(round, rows), [requests[row] for row in rows])
+        for row, (token, distribution_V) in zip(rows, of_rows, strict=True):
+            tokens[row].append(token)
+            distributions[row].append(distribution_V)
+    return [as_draft(made, each) for made, each in zip(tokens, distributions, strict=True)]
+
+
+class DraftModelProposer(ModelProposer):
+    """A `ModelProposer` with a model of its own, its runner and its KV cache."""
 
     def __init__(
         self,
@@ -159,45 +216,27 @@ class DraftModelProposer(Proposer):
         max_num_batched_tokens: int,
     ) -> None:
         """pool: the blocks of each of `groups` groups of layers. max_num_batched_tokens: most tokens read before a step."""
+        super().__init__(policy)
         self.model = model
         self.runner = runner
-        self.policy = policy
         self.pool = pool
         self._groups = groups
-        self.acceptance = AcceptanceTracker(policy.most, policy.adapt)
         self._max_num_batched_tokens = max_num_batched_tokens
-        self._readings: dict[int, _Reading] = {}
-        self._seconds: dict[int, Recent] = {}
-
-    def propose(self, requests: Sequence[Request]) -> list[Draft]:
-        """Drafts of the requests for which it pays, that have been read, and for which there are blocks."""
-        seconds = self._seconds.get(len(requests).bit_length())
-        chances = [self._chances(request) for request in requests]
-        lengths = self.policy.lengths(chances, seconds.value if seconds else 0.0, self.crowded)
-        wanted = [index for index, length in enumerate(lengths) if length and self._has_blocks(requests[index], length)]
-        drafting = self._read([requests[index] for index in wanted])
-        drafts = [Draft()] * len(requests)
-        chosen = [index for index in wanted if requests[index].sequence.identity in drafting]
-        if chosen:
-            made = self._draft([requests[index] for index in chosen], [lengths[index] for index in chosen], drafting)
-            for index, draft in zip(chosen, made, strict=True):
-                drafts[index] = draft
-        return drafts
-
-    def learn(self, request: Request, proposed: int, accepted: int) -> None:
-        """Report a verified draft to the acceptance tracker."""
-        self.acceptance.learn(request, proposed, accepted)
-
-    def measured(self, requests: int, drafts: int, seconds: float) -> None:
-        """Report a step's time to the policy."""
-        self.policy.measured(requests, drafts, seconds)
+        self._readings: dict[int, _ReadProgress] = {}
+        #: Of each request that has been read, the logits of its first draft token, (1, V), by identity.
+        self._firsts: dict[int, Tensor] = {}
 
     def forget(self, request: ScheduledRequest) -> None:
-        """Free the blocks of a request, which has ended."""
-        self.acceptance.forget(request)
+        super().forget(request)
         reading = self._readings.pop(request.sequence.identity, None)
         if reading is not None:
             self._release(reading)
+
+    def _ready(self, requests: Sequence[Request], lengths: Sequence[int]) -> list[int]:
+        """Of those with a length above 0, the ones that have blocks and have been read."""
+        wanted = [index for index, length in enumerate(lengths) if length and self._has_blocks(requests[index], length)]
+        self._firsts = self._read([requests[index] for index in wanted])
+        return [index for index in wanted if requests[index].sequence.identity in self._firsts]
 
     # -- blocks
 
@@ -207,25 +246,25 @@ class DraftModelProposer(Proposer):
         return self.acceptance.chances(request)[: max(0, remaining)]
 
     def _has_blocks(self, request: Request, length: int) -> bool:
-        """Take blocks for all that is to be computed. A request for which none are left has no draft and gives back its own."""
-        reading = self._readings.setdefault(request.sequence.identity, _Reading())
+        """Take blocks for the request and its draft. Where too few are free, it gets no draft and gives back its blocks."""
+        reading = self._readings.setdefault(request.sequence.identity, _ReadProgress())
         blocks = -(-(len(request.sequence.tokens) + length - 1) // self.pool.block_size)
         if blocks - len(reading.table) > self.pool.free:
             self._release(reading)
-            self._readings[request.sequence.identity] = _Reading()
+            self._readings[request.sequence.identity] = _ReadProgress()
             return False
         while len(reading.table) < blocks:
             reading.table.append(self.pool.allocate())
         return True
 
-    def _release(self, reading: _Reading) -> None:
+    def _release(self, reading: _ReadProgress) -> None:
         for block in reversed(reading.table):
             self.pool.release(block)
 
     # -- computing
 
     def _read(self, requests: Sequence[Request]) -> dict[int, Tensor]:
-        """Read what is new of each request. The logits, (1, V), after those that were read to their end, by identity."""
+        """Read the new tokens of each request. Logits (1, V) of those that are read to their end, by identity."""
         budget, chunks = self._max_num_batched_tokens, []
         # the shortest first
         for request in sorted(requests, key=self._unread):
@@ -253,36 +292,29 @@ class DraftModelProposer(Proposer):
     def _unread(self, request: Request) -> int:
         return len(request.sequence.tokens) - self._readings[request.sequence.identity].computed
 
-    def _draft(self, requests: Sequence[Request], lengths: Sequence[int], logits: dict[int, Tensor]) -> list[Draft]:
-        """Drafts of these lengths. logits: of each request's first draft token, by identity."""
+    def _draft(self, requests: Sequence[Request], lengths: Sequence[int]) -> list[Draft]:
         tokens: list[list[int]] = [[] for _ in requests]
-        distributions: list[list[Tensor | None]] = [[] for _ in requests]
-        rows = list(range(len(requests)))
-        logits_RV = torch.cat([logits[request.sequence.identity] for request in requests])
-        for place in range(max(lengths)):
-            for row, (token, distribution_V) in zip(
-                rows, draft_tokens(logits_RV, [requests[row] for row in rows]), strict=True
-            ):
-                tokens[row].append(token)
-                distributions[row].append(distribution_V)
-            rows = [row for row in rows if lengths[row] > place + 1]
-            if not rows:
-                break
-            logits_RV = self._forward([(requests[row], tokens[row][-1:]) for row in rows])
+
+        def logits_of(round: int, rows: list[int]) -> Tensor:
+            if not round:
+                return torch.cat([self._firsts[request.sequence.identity] for request in requests])
+            return self._forward([(requests[row], tokens[row][-1:]) for row in rows])
+
+        drafts = draft_together(requests, lengths, tokens, logits_of)
         for request, made in zip(requests, tokens, strict=True):
             reading = self._readings[request.sequence.identity]
             reading.computed = reading.length
             reading.draft = made[:-1]
-        return [as_draft(made, each) for made, each in zip(tokens, distributions, strict=True)]
+        return drafts
 
     def _forward(self, chunks: Sequence[tuple[Request, list[int]]]) -> Tensor:
-        """Compute tokens behind those that were computed of each request; the logits after the last of each, (R, V)."""
+        """Compute the next tokens of each request; the logits after the last of each, (R, V)."""
         if not chunks:
             return torch.empty(0, self.model.config.vocab_size)
         readings = [self._readings[request.sequence.identity] for request, _ in chunks]
         batch = Batch.empty(self._groups)
         for reading, (request, tokens) in zip(readings, chunks, strict=True):
-            batch.append(
+            batch.append_tokens(
                 tokens,
                 reading.computed,
                 [reading.table] * self._groups,
@@ -293,24 +325,24 @@ class DraftModelProposer(Proposer):
         begun = time.perf_counter()
         logits_RV = self.runner.forward(batch)
         if len(batch.tokens) <= _FEW * len(chunks):
-            self._seconds.setdefault(len(chunks).bit_length(), Recent()).add(time.perf_counter() - begun)
+            self._time(len(chunks), time.perf_counter() - begun)
         return logits_RV
 
 
 def draft_tokens(logits_RV: Tensor, requests: Sequence[Request]) -> list[tuple[int, Tensor | None]]:
     """A draft token for each request and the distribution it was sampled from, (V,): none at temperature 0 and with a seed."""
-    found: list[tuple[int, Tensor | None]] = [(0, None)] * len(requests)
+    drafted: list[tuple[int, Tensor | None]] = [(0, None)] * len(requests)
     drawn = [row for row, request in enumerate(requests) if not request.sampling.greedy and request.params.seed is None]
-    taken = [row for row in range(len(requests)) if row not in set(drawn)]
-    if taken:
+    greedy = [row for row in range(len(requests)) if row not in set(drawn)]
+    if greedy:
         # where logits are not finite, any draft token will do: it is verified
-        for row, token in zip(taken, likeliest(logits_RV[taken]), strict=True):
-            found[row] = (max(token, 0), None)
+        for row, token in zip(greedy, likeliest(logits_RV[greedy]), strict=True):
+            drafted[row] = (max(token, 0), None)
     if drawn:
         tokens, distributions = propose(logits_RV[drawn], [requests[row].sampling for row in drawn])
         for row, token, distribution_V in zip(drawn, tokens, distributions, strict=True):
-            found[row] = (token, distribution_V)
-    return found
+            drafted[row] = (token, distribution_V)
+    return drafted
 
 
 def as_draft(tokens: list[int], distributions: Sequence[Tensor | None]) -> Draft:

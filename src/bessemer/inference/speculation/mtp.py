@@ -24,21 +24,22 @@ from bessemer.inference.execution.batch import Batch
 from bessemer.inference.execution.runner import Runner
 from bessemer.inference.request import Request, ScheduledRequest
 from bessemer.inference.scheduling.sequence import ScheduledChunk
-from bessemer.inference.speculation.draft_model import as_draft, draft_tokens
-from bessemer.inference.speculation.proposer import AcceptanceTracker, Draft, DraftLengthPolicy, Proposer, Recent
+from bessemer.inference.speculation.draft_model import ModelProposer, draft_together
+from bessemer.inference.speculation.proposer import Draft, DraftLengthPolicy
+from bessemer.model.attention import variant_of
 from bessemer.model.config import ModelConfig
 
 # Shapes: N positions, D hidden, V vocabulary.
 
 
 def mtp_modules(config: ModelConfig) -> int:
-    """How many MTP modules of a model can draft. Raises ConfigError where it has none, or they keep states."""
+    """The number of MTP modules of a model that can draft. Raises ConfigError where it has none, or they keep states."""
     if not config.num_nextn_predict_layers:
         raise ConfigError(
             "speculation: mtp: the model has no MTP modules (multi-token prediction); take ngram, or a model trained with "
             "num_nextn_predict_layers"
         )
-    if config.types[-1] == "linear_attention":
+    if variant_of(config, config.num_hidden_layers - 1).recurrent:
         raise ConfigError(
             "speculation: mtp: the model's MTP modules have linear attention, whose states cannot be taken back; take ngram"
         )
@@ -50,7 +51,7 @@ def spare_blocks(tokens: int, block_size: int) -> int:
     return -(-tokens // block_size)
 
 
-class _Span(NamedTuple):
+class _ModuleSpan(NamedTuple):
     """Positions of one request from `first` on: the states there of the model or of a module, and the tokens that the next
     module takes. spare: the first of the KV blocks behind the request's own."""
 
@@ -61,11 +62,11 @@ class _Span(NamedTuple):
     spare: int = 0
 
 
-class _Progress:
+class _ModuleProgress:
     """How far the modules follow the model in one request.
 
-    ends: of each module, the first position it has not come to, where it is with the module before it or one position behind.
-    states: what each made at its last position, (1, D).
+    ends: of each module, the first position that it has not computed: that of the module before it, or one less. states: of
+    each module, its hidden state at its last position, (1, D).
     """
 
     def __init__(self, start: int, modules: int) -> None:
@@ -73,7 +74,7 @@ class _Progress:
         self.states: list[Tensor | None] = [None] * modules
 
     def before(self, module: int) -> list[Tensor]:
-        """Where a module is behind the one before it: what that one made at the position between."""
+        """The state of the module before at the position that a module is behind it; nothing where it is not behind."""
         state_1D = self.states[module - 1]
         if self.ends[module] == self.ends[module - 1]:
             return []
@@ -81,49 +82,25 @@ class _Progress:
         return [state_1D]
 
 
-class MtpProposer(Proposer):
-    """A `Proposer` with the MTP modules of the model that verifies the drafts.
+class MtpProposer(ModelProposer):
+    """A `ModelProposer` with the MTP modules of the model that verifies the drafts.
 
-    Requests with a seed get the likeliest tokens as drafts, as in `DraftModelProposer`.
+    It drafts for requests whose pre-norm hidden states were computed since they began.
     """
 
     def __init__(self, runner: Runner, policy: DraftLengthPolicy, max_num_seqs: int) -> None:
         """max_num_seqs: most requests that are drafted for at once; each has `spare_blocks` behind the model's KV blocks."""
+        super().__init__(policy)
         self.runner = runner
-        self.policy = policy
-        self.acceptance = AcceptanceTracker(policy.most, policy.adapt)
         config, memory = runner.model.config, runner.memory
         self._modules = mtp_modules(config)
         pages = memory.layers[config.num_hidden_layers].keys
         self._spare = len(pages) - max_num_seqs * spare_blocks(policy.most, memory.block_size)
-        self._progress: dict[int, _Progress] = {}
-        self._seconds: dict[int, Recent] = {}
+        self._progress: dict[int, _ModuleProgress] = {}
         runner.keeps_pre_norm = True
 
-    def propose(self, requests: Sequence[Request]) -> list[Draft]:
-        """Drafts of the requests for which it pays, and whose pre-norm hidden states were computed since they began."""
-        seconds = self._seconds.get(len(requests).bit_length())
-        chances = [self._chances(request) for request in requests]
-        lengths = self.policy.lengths(chances, seconds.value if seconds else 0.0, self.crowded)
-        drafts = [Draft()] * len(requests)
-        chosen = [index for index, length in enumerate(lengths) if length]
-        if chosen:
-            made = self._draft([requests[index] for index in chosen], [lengths[index] for index in chosen])
-            for index, draft in zip(chosen, made, strict=True):
-                drafts[index] = draft
-        return drafts
-
-    def learn(self, request: Request, proposed: int, accepted: int) -> None:
-        """Report a verified draft to the acceptance tracker."""
-        self.acceptance.learn(request, proposed, accepted)
-
-    def measured(self, requests: int, drafts: int, seconds: float) -> None:
-        """Report a step's time to the policy."""
-        self.policy.measured(requests, drafts, seconds)
-
     def forget(self, request: ScheduledRequest) -> None:
-        """Drop what is kept of a request, which has ended."""
-        self.acceptance.forget(request)
+        super().forget(request)
         self._progress.pop(request.sequence.identity, None)
 
     def computed(self, chunks: Sequence[ScheduledChunk], requests: Sequence[ScheduledRequest]) -> None:
@@ -138,11 +115,11 @@ class MtpProposer(Proposer):
             progress = self._progress.get(sequence.identity)
             # a new request, or one that was preempted
             if progress is None or progress.ends[0] != chunk.start:
-                progress = self._progress[sequence.identity] = _Progress(chunk.start, self._modules)
+                progress = self._progress[sequence.identity] = _ModuleProgress(chunk.start, self._modules)
             first = max(chunk.start, self._oldest(request))
             # states of rejected draft tokens are void
             hidden_ND = self.runner.pre_norm_ND[rows][first - chunk.start : sequence.computed - chunk.start]
-            followed.append(_Span(request, first, hidden_ND, []))
+            followed.append(_ModuleSpan(request, first, hidden_ND, []))
         self.runner.pre_norm_ND = torch.empty(0)
         for module in range(self._modules):
             followed = self._follow(module, followed)
@@ -162,15 +139,15 @@ class MtpProposer(Proposer):
         freed = next((index for index, block in enumerate(table) if block >= 0), 0)
         return max(0, min(freed * memory.block_size, sequence.computed - self._modules))
 
-    def _follow(self, module: int, spans: Sequence[_Span]) -> list[_Span]:
+    def _follow(self, module: int, spans: Sequence[_ModuleSpan]) -> list[_ModuleSpan]:
         """Let a module follow the one before it over these spans. Returns the spans for the next module."""
         known = []
         for span in spans:
             sequence = span.request.sequence
             end = max(span.first, min(sequence.computed, len(sequence.tokens) - 1 - module))
             tokens = sequence.tokens[span.first + 1 + module : end + 1 + module]
-            known.append(_Span(span.request, span.first, span.hidden_ND[: end - span.first], tokens))
-        found = []
+            known.append(_ModuleSpan(span.request, span.first, span.hidden_ND[: end - span.first], tokens))
+        followed = []
         for span, state_ND in zip(known, self._run(module, known), strict=True):
             progress, first = self._progress[span.request.sequence.identity], span.first
             made_ND = state_ND
@@ -180,55 +157,48 @@ class MtpProposer(Proposer):
             progress.ends[module] = span.first + len(span.tokens)
             if span.tokens:
                 progress.states[module] = state_ND[-1:].clone()
-            found.append(_Span(span.request, first, made_ND, []))
-        return found
+            followed.append(_ModuleSpan(span.request, first, made_ND, []))
+        return followed
 
     def _draft(self, requests: Sequence[Request], lengths: Sequence[int]) -> list[Draft]:
-        """Drafts of these lengths, of all requests together: the first token of each, the second of those that want one, …"""
         tokens: list[list[int]] = [[] for _ in requests]
-        distributions: list[list[Tensor | None]] = [[] for _ in requests]
-        # what the last module made at positions whose tokens are draft tokens, and at the last position of all
+        # the last module's states at positions of draft tokens, and at the last position
         drafted = [torch.empty(0)] * len(requests)
         states = [cast(Tensor, self._progress[request.sequence.identity].states[0]) for request in requests]
-        rows = list(range(len(requests)))
-        begun = time.perf_counter()
-        for round in range(max(lengths)):
+
+        def logits_of(round: int, rows: list[int]) -> Tensor:
             module = min(round, self._modules - 1)
             if round:
                 spans = [self._next_span(row, requests[row], round, tokens[row], drafted[row], states[row]) for row in rows]
                 for row, state_ND in zip(rows, self._run(module, spans), strict=True):
                     drafted[row], states[row] = state_ND, state_ND[-1:]
-            logits_RV = self.runner.mtp_logits(module, torch.cat([states[row] for row in rows]))
-            for row, (token, distribution_V) in zip(
-                rows, draft_tokens(logits_RV, [requests[row] for row in rows]), strict=True
-            ):
-                tokens[row].append(token)
-                distributions[row].append(distribution_V)
-            rows = [row for row in rows if lengths[row] > round + 1]
-        seconds = (time.perf_counter() - begun) / max(lengths)
-        self._seconds.setdefault(len(requests).bit_length(), Recent()).add(seconds)
-        return [as_draft(made, each) for made, each in zip(tokens, distributions, strict=True)]
+            return self.runner.mtp_logits(module, torch.cat([states[row] for row in rows]))
+
+        started = time.perf_counter()
+        drafts = draft_together(requests, lengths, tokens, logits_of)
+        self._time(len(requests), (time.perf_counter() - started) / max(lengths))
+        return drafts
 
     def _next_span(
         self, row: int, request: Request, round: int, draft: list[int], drafted_ND: Tensor, state_1D: Tensor
-    ) -> _Span:
-        """Where a module is to go for the next draft token, and what it takes there."""
+    ) -> _ModuleSpan:
+        """The positions and inputs of a module for the next draft token."""
         sequence, progress = request.sequence, self._progress[request.sequence.identity]
         if round < self._modules:
-            # up to the model's last position
+            # the module goes up to the model's last position
             module, first = round, progress.ends[round]
             before = progress.before(module)
             hidden_ND = torch.cat((*before, drafted_ND)) if len(drafted_ND) else torch.cat(before)
         else:
-            # one position further than before
+            # the last module goes one position further than before
             module, first, hidden_ND = self._modules - 1, sequence.computed + round - self._modules, state_1D
-        # the first position takes this token, or a draft token
+        # index of the token, known or drafted, that the first position takes
         taken = first + 1 + module
         tokens = sequence.tokens[taken:] + draft[max(0, taken - len(sequence.tokens)) :]
         spare = self._spare + row * spare_blocks(self.policy.most, self.runner.memory.block_size)
-        return _Span(request, first, hidden_ND, tokens[: len(hidden_ND)], spare)
+        return _ModuleSpan(request, first, hidden_ND, tokens[: len(hidden_ND)], spare)
 
-    def _run(self, module: int, spans: Sequence[_Span]) -> list[Tensor]:
+    def _run(self, module: int, spans: Sequence[_ModuleSpan]) -> list[Tensor]:
         """States of a module at spans of several requests, each (N, D)."""
         computed = [span for span in spans if span.tokens]
         if not computed:
@@ -242,7 +212,7 @@ class MtpProposer(Proposer):
             for table in sequence.tables:
                 missing = max(0, blocks - len(table))
                 tables.append([max(0, number) for number in table] + list(range(span.spare, span.spare + missing)))
-            batch.append(span.tokens, span.first, tables, prompt_length=sequence.prompt_length)
+            batch.append_tokens(span.tokens, span.first, tables, prompt_length=sequence.prompt_length)
         hidden_ND = self.runner.mtp_hidden(module, batch, torch.cat([span.hidden_ND for span in computed]))
         split = iter(hidden_ND.split([len(span.tokens) for span in computed]))
         return [next(split) if span.tokens else span.hidden_ND[:0] for span in spans]

@@ -13,7 +13,7 @@ from bessemer.inference.speculation.proposer import Draft, DraftLengthPolicy, Pr
 
 #: Lengths of the n-grams, the longest looked up first.
 _LENGTHS = (3, 2)
-#: Beyond this many tokens in common, more of them say nothing more.
+#: Longest match that is told apart: a longer one predicts no better.
 _LONGEST_MATCH = 16
 #: Observations of one request that count as much as the rate of all requests.
 _SHARED_WEIGHT = 4.0
@@ -68,7 +68,7 @@ class Occurrences:
         self._read = end
 
 
-class _Text:
+class _RequestText:
     """One request's text: its n-grams, the last continuation and where it begins, and the acceptance rate by match length."""
 
     def __init__(self) -> None:
@@ -87,7 +87,7 @@ class NGramProposer(Proposer):
 
     def __init__(self, policy: DraftLengthPolicy) -> None:
         self.policy = policy
-        self._texts: dict[int, _Text] = {}
+        self._texts: dict[int, _RequestText] = {}
         # prior: with two tokens in common every other token is accepted, with sixteen nearly all
         self._rates = [Rate(_SHARED_DECAY, accepted=match, proposed=match + 2) for match in range(_LONGEST_MATCH + 1)]
 
@@ -99,7 +99,7 @@ class NGramProposer(Proposer):
             tokens = request.sequence.tokens
             text = self._texts.get(request.sequence.identity)
             if text is None:
-                text = self._texts[request.sequence.identity] = _Text()
+                text = self._texts[request.sequence.identity] = _RequestText()
             if text.last.tokens:
                 self._compare(text, tokens)
             text.last = text.occurrences.continuation(tokens, most)
@@ -119,7 +119,7 @@ class NGramProposer(Proposer):
         """Drop the text of a request, which has ended."""
         self._texts.pop(request.sequence.identity, None)
 
-    def _compare(self, text: _Text, tokens: Sequence[int]) -> None:
+    def _compare(self, text: _RequestText, tokens: Sequence[int]) -> None:
         """Observe which tokens of the last continuation came, up to the first that did not."""
         for place, (proposed, came) in enumerate(zip(text.last.tokens, tokens[text.start :], strict=False)):
             match = min(text.last.match + place, _LONGEST_MATCH)
@@ -128,7 +128,7 @@ class NGramProposer(Proposer):
             if proposed != came:
                 return
 
-    def _chances(self, text: _Text, count: int) -> list[float]:
+    def _chances(self, text: _RequestText, count: int) -> list[float]:
         """How likely each token of the continuation is accepted where those before it are: they lengthen the match."""
         chances = []
         for match in range(text.last.match, text.last.match + count):

@@ -60,17 +60,17 @@ class Proposer:
         """Drop what is kept of a request, which has ended."""
 
 
-#: Draft tokens less likely than this are never worth a row.
+#: Least probability of acceptance at which a draft token is verified.
 _LEAST_CHANCE = 0.05
-#: Cost of a draft token beside a token, before any was measured.
+#: Cost of a draft token relative to a token, before any was measured.
 _UNMEASURED_COST = 0.1
-#: Speedup that drafts must promise: of noisy times the best one is better than it will be.
+#: Least expected speedup of drafting: the best of several noisy estimates is too optimistic.
 _LEAST_GAIN = 1.05
 #: Steps with drafts after which one without is timed again.
 _PLAIN_EVERY = 128
 #: Steps before more draft tokens are tried than seem to pay, at first and at most.
 _PATIENCE, _MOST_PATIENCE = 16, 512
-#: A cost has fallen where a step takes less than this share of what was expected.
+#: A cost counts as fallen where a step takes less than this share of the expected time.
 _FALLEN = 0.7
 #: Most draft tokens per request in a trial, or twice as many as seem to pay.
 _TRIAL = 2
@@ -113,8 +113,8 @@ class Recent:
         self.value = sorted(self._times)[(len(self._times) - 1) // 2]
 
 
-class _Plain(Recent):
-    """Times of steps without drafts, by the number of requests; `since`: steps with drafts that came after the last."""
+class _PlainTimes(Recent):
+    """Times of steps without drafts for one number of requests; `since`: steps with drafts after the last of them."""
 
     since = 0
 
@@ -170,7 +170,7 @@ class DraftLengthPolicy:
     def __init__(self, most: int, adapt: bool = True) -> None:
         self.most = most
         self.adapt = adapt
-        self._plain: dict[int, _Plain] = {}
+        self._plain: dict[int, _PlainTimes] = {}
         self._costs: dict[int, _Costs] = {}
 
     def lengths(self, chances: Sequence[Sequence[float]], seconds_a_token: float = 0.0, crowded: bool = True) -> list[int]:
@@ -201,7 +201,7 @@ class DraftLengthPolicy:
         plain = self._plain.get(requests)
         if not drafts:
             if plain is None:
-                plain = self._plain[requests] = _Plain()
+                plain = self._plain[requests] = _PlainTimes()
             plain.since = 0
             plain.add(seconds)
         elif plain is not None:
@@ -212,18 +212,18 @@ class DraftLengthPolicy:
 
 def _marginal_gains(chances: Sequence[Sequence[float]], crowded: bool) -> list[tuple[float, int]]:
     """(minus what a draft token adds to the mean, its request), the one that adds most first; see `_best`."""
-    found = []
+    gains = []
     for request, each in enumerate(chances):
         chance = expected = 1.0
         for one in each:
             chance *= one
             if chance < _LEAST_CHANCE:
                 break
-            found.append((-chance if crowded else 1 / (expected + chance) - 1 / expected, request))
+            gains.append((-chance if crowded else 1 / (expected + chance) - 1 / expected, request))
             expected += chance
-    # a request's draft tokens stay in their order: sorting keeps that of equals
-    found.sort(key=lambda pair: pair[0])
-    return found
+    # a stable sort keeps a request's draft tokens in their order
+    gains.sort(key=lambda pair: pair[0])
+    return gains
 
 
 def _best(gains: Sequence[tuple[float, int]], requests: int, costs: _Costs, making: float, crowded: bool) -> int:

@@ -39,7 +39,7 @@ from bessemer.inference.speculation.proposer import Draft
 def verify_rows(
     logits_RV: Tensor, states: Sequence[SamplingState], drafts: Sequence[Draft]
 ) -> list[list[Sampled] | RequestError]:
-    """What `verify` gives for each of several requests, computed together; an error in the place of one that gets no token.
+    """`verify` for several requests, computed together; an error in the place of one that gets no token.
 
     logits_RV: float32; 1 + d rows of each request, one request after the other. A request without a draft gets what
     `sample_rows` gives it.
@@ -50,12 +50,12 @@ def verify_rows(
     for draft in drafts:
         firsts.append(row)
         row += 1 + len(draft.tokens)
-    found: list[list[Sampled] | RequestError] = [[] for _ in states]
+    of_requests: list[list[Sampled] | RequestError] = [[] for _ in states]
     at_once, in_turn = [], []
     for index, (state, draft) in enumerate(zip(states, drafts, strict=True)):
         if draft.tokens and draft.probabilities_dV is not None and not state.greedy:
             rows = slice(firsts[index], firsts[index] + 1 + len(draft.tokens))
-            found[index] = _replacing(logits_RV[rows], state, draft.tokens, draft.probabilities_dV)
+            of_requests[index] = _replacing(logits_RV[rows], state, draft.tokens, draft.probabilities_dV)
         elif draft.tokens and state.depends_on_answer:
             in_turn.append(index)
         else:
@@ -64,8 +64,8 @@ def verify_rows(
         if indices:
             given = [states[index] for index in indices], [drafts[index] for index in indices]
             for index, one in zip(indices, way(logits_RV, *given, [firsts[index] for index in indices]), strict=True):
-                found[index] = one
-    return found
+                of_requests[index] = one
+    return of_requests
 
 
 def verify(
@@ -84,16 +84,16 @@ def verify(
     Ends early at an accepted end token, and where the grammar is complete. Raises RequestError when the first position gives
     no token (its logits are not finite, or nothing may be chosen); where a later one gives none, what is accepted stays.
     """
-    (found,) = verify_rows(logits_PV, [state], [Draft(draft, draft_probabilities_dV)])
-    if isinstance(found, RequestError):
-        raise found
-    return found
+    (sampled,) = verify_rows(logits_PV, [state], [Draft(draft, draft_probabilities_dV)])
+    if isinstance(sampled, RequestError):
+        raise sampled
+    return sampled
 
 
 def _at_once(
     logits_RV: Tensor, states: Sequence[SamplingState], drafts: Sequence[Draft], firsts: Sequence[int]
 ) -> list[list[Sampled] | RequestError]:
-    """Sample all rows together, as one batch costs little more than one row; those behind a rejected token in vain."""
+    """Sample all rows at once, which costs little more than one row; rows behind a rejected token are not used."""
     rows: list[int] = []
     of_rows: list[SamplingState] = []
     numbers: list[float] = []
@@ -124,34 +124,34 @@ def _at_once(
         kept.append(made)
         row += 1 + len(draft.tokens)
     of_places = chosen_log_probs(part_RV, choice, of_rows, [place for made in kept for place in made])
-    found: list[list[Sampled] | RequestError] = []
+    of_requests: list[list[Sampled] | RequestError] = []
     row = 0
     for draft, made in zip(drafts, kept, strict=True):
-        found.append([Sampled(tokens[place], of_places.get(place)) for place in made] or problems[row])
+        of_requests.append([Sampled(tokens[place], of_places.get(place)) for place in made] or problems[row])
         row += 1 + len(draft.tokens)
-    return found
+    return of_requests
 
 
 def _in_turn(
     logits_RV: Tensor, states: Sequence[SamplingState], drafts: Sequence[Draft], firsts: Sequence[int]
 ) -> list[list[Sampled] | RequestError]:
-    """Sample position after position, of the requests that go on, because a token changes how the ones after it are sampled."""
-    found: list[list[Sampled] | RequestError] = [[] for _ in states]
+    """Sample one position after the other, where a token changes how the next ones are sampled."""
+    of_requests: list[list[Sampled] | RequestError] = [[] for _ in states]
     going, place = list(range(len(states))), 0
     while going:
         rows = [firsts[index] + place for index in going]
         on = []
         for index, one in zip(going, sample_rows(logits_RV[rows], [states[index] for index in going]), strict=True):
-            made, state, draft = found[index], states[index], drafts[index].tokens
+            made, state, draft = of_requests[index], states[index], drafts[index].tokens
             assert isinstance(made, list), "a request that has failed does not go on"
             if isinstance(one, RequestError):
-                found[index] = made or one
+                of_requests[index] = made or one
                 continue
             made.append(one)
             if place < len(draft) and one.token == draft[place] and not state.ends(one.token) and not state.finished:
                 on.append(index)
         going, place = on, place + 1
-    return found
+    return of_requests
 
 
 def _replacing(
@@ -196,8 +196,8 @@ def propose(logits_RV: Tensor, states: Sequence[SamplingState]) -> tuple[list[in
         if state.greedy:
             token, distribution_V = likeliest(logits_1V)[0], None
         else:
-            found = _distribution(logits_1V, state)[0]
-            token, distribution_V = _draw(found, uniform(state.generator)), found.dense(logits_RV.shape[-1])[0]
+            distribution = _distribution(logits_1V, state)[0]
+            token, distribution_V = _draw(distribution, uniform(state.generator)), distribution.dense(logits_RV.shape[-1])[0]
         # where logits are not finite, any draft token will do: it is verified
         tokens.append(max(token, 0))
         distributions.append(None if token < 0 else distribution_V)
@@ -224,13 +224,13 @@ class _Positions:
 
     def token(self, place: int) -> int:
         """A token drawn with the request's next number. Raises RequestError."""
-        found, logits_V = self._at(place)
-        return self._checked(_draw(found, uniform(self._state.generator)), logits_V)
+        distribution, logits_V = self._at(place)
+        return self._checked(_draw(distribution, uniform(self._state.generator)), logits_V)
 
     def accept_or_replace(self, place: int, proposed: int, draft_V: Tensor) -> int:
         """A token drawn from `draft_V`, or what replaces it. Raises RequestError."""
-        found, logits_V = self._at(place)
-        target_V = found.dense(len(logits_V))[0]
+        distribution, logits_V = self._at(place)
+        target_V = distribution.dense(len(logits_V))[0]
         number = uniform(self._state.generator)
         accepted = target_V[proposed].item() / max(draft_V[proposed].item(), 1e-300)
         if number < accepted:
@@ -243,9 +243,9 @@ class _Positions:
 
     def log_probs(self, place: int, token: int) -> LogProbs:
         """Log-probabilities of a position's token, drawn or accepted, by the distribution that it has here."""
-        found, logits_V = self._at(place)
+        distribution, logits_V = self._at(place)
         params = self._state.params
-        return sampler_log_probs(logits_V[None].cpu(), torch.tensor([params.temperature]), found, [token], [params])[0]
+        return sampler_log_probs(logits_V[None].cpu(), torch.tensor([params.temperature]), distribution, [token], [params])[0]
 
     def _at(self, place: int) -> tuple[Candidates, Tensor]:
         if self._together:
@@ -265,12 +265,12 @@ class _Positions:
 def _distribution(logits_RV: Tensor, state: SamplingState) -> list[Candidates]:
     """The candidates of each row by the settings of one request."""
     temperatures_R = torch.full((len(logits_RV),), state.params.temperature)
-    found: dict[int, Candidates] = {}
+    of_rows: dict[int, Candidates] = {}
     for rows, part in candidates(logits_RV.cpu(), temperatures_R, state.truncation):
         for place, row in enumerate(rows):
-            found[row] = part.part([place])
-    return [found[row] for row in range(len(logits_RV))]
+            of_rows[row] = part.part([place])
+    return [of_rows[row] for row in range(len(logits_RV))]
 
 
-def _draw(found: Candidates, number: float) -> int:
-    return found.draw(torch.tensor([number], dtype=torch.float64))[0]
+def _draw(distribution: Candidates, number: float) -> int:
+    return distribution.draw(torch.tensor([number], dtype=torch.float64))[0]

@@ -20,12 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bessemer.model.layers.attention import LatentAttention
-
-#: What an adapter in training is called among the children of the layer that it changes.
+#: Name of an adapter in training among the children of its linear layer.
 CHILD = "adapter"
 
-# Shapes: N outputs, K inputs, R rank, M rows, B batch, H heads, T time, L latent, C channels of a head.
+# Shapes: N outputs, K inputs, R rank, M rows.
 
 
 class Update(NamedTuple):
@@ -124,12 +122,12 @@ class Adapter:
         )
 
 
-#: An adapter and the rows that it changes, counted over all tokens of a batch; None: all of them.
+#: An adapter and the rows that it changes, as indices over all tokens of a batch; None: all rows.
 AdaptedRows = tuple[Adapter, Tensor | None]
-_Hook = Callable[[nn.Module, tuple[Any, ...], Tensor], None]
+Hook = Callable[[nn.Module, tuple[Any, ...], Tensor], None]
 
 
-class _Part(NamedTuple):
+class AdapterRows(NamedTuple):
     """An update of one layer with its gain, where it has magnitudes, and the rows that it changes."""
 
     update: Update
@@ -141,8 +139,8 @@ class _Part(NamedTuple):
 def adapted(model: nn.Module, adapted_rows: Sequence[AdaptedRows]) -> Iterator[None]:
     """Within it, what `model` computes has the adapters' updates, each in its rows.
 
-    It is done by forward hooks, which are there only as long: the model's parameters, their names, and what is packed of them
-    are never touched. They come before other hooks: where a layer's inputs are sharded, its output is a summand then, and the
+    Forward hooks do it, only within the context: the model's parameters, their names and packed copies are never touched. They
+    run before other hooks: where a layer's inputs are sharded, its output is a summand then, and the
     adapter's part is summed over the ranks with it. An adapter with magnitudes is to be fitted to the model before.
     """
     for adapter, _ in adapted_rows:
@@ -151,12 +149,12 @@ def adapted(model: nn.Module, adapted_rows: Sequence[AdaptedRows]) -> Iterator[N
     handles = []
     try:
         for name in names:
-            parts = [
-                _Part(adapter.updates[name], adapter.gains.get(name), rows_M)
+            rows = [
+                AdapterRows(adapter.updates[name], adapter.gains.get(name), rows_M)
                 for adapter, rows_M in adapted_rows
                 if name in adapter.updates
             ]
-            for module, hook in _hooks(model, name, parts):
+            for module, hook in _hooks(model, name, rows):
                 handles.append(module.register_forward_hook(hook, prepend=True))
         yield
     finally:
@@ -164,26 +162,28 @@ def adapted(model: nn.Module, adapted_rows: Sequence[AdaptedRows]) -> Iterator[N
             handle.remove()
 
 
-def _hooks(model: nn.Module, name: str, parts: list[_Part]) -> Iterator[tuple[nn.Module, _Hook]]:
+def _hooks(model: nn.Module, name: str, rows: list[AdapterRows]) -> Iterator[tuple[nn.Module, Hook]]:
     """Where the updates of one linear layer go in."""
 
     def add(module: nn.Module, inputs: tuple[Tensor], out: Tensor) -> None:
-        for part in parts:
-            _add_update(inputs[0], out, part, module._parameters.get("bias"))
+        for each in rows:
+            _add_update(inputs[0], out, each, module._parameters.get("bias"))
 
     yield model.get_submodule(name), add
-    parent = model.get_submodule(name.rpartition(".")[0])
-    if isinstance(parent, LatentAttention) and name.endswith(".kv_b_proj"):
-        yield from _latent_hooks(parent, parts)
+    parent, _, child = name.rpartition(".")
+    # attention may use the weight itself, without calling this module
+    others = getattr(model.get_submodule(parent), "adapter_hooks", None)
+    if others is not None:
+        yield from others(child, rows)
 
 
-def _add_update(hidden: Tensor, out: Tensor, part: _Part, bias_N: Tensor | None) -> None:
+def _add_update(hidden: Tensor, out: Tensor, adapter_rows: AdapterRows, bias_N: Tensor | None) -> None:
     """Add to a linear layer's output (…, N), in place: it is not shared yet.
 
     Autocast gives an output another type than the update has, and leaves products in place alone.
     """
     hidden_MK, out_MN = hidden.flatten(0, -2), out.view(-1, out.shape[-1])
-    update, gain_N, rows_M = part
+    update, gain_N, rows_M = adapter_rows
     if gain_N is not None:
         rows = slice(None) if rows_M is None else rows_M
         sum_MN = (
@@ -197,33 +197,3 @@ def _add_update(hidden: Tensor, out: Tensor, part: _Part, bias_N: Tensor | None)
     else:
         added_MN = functional.linear(functional.linear(hidden_MK[rows_M], update.down_RK), update.up_NR)
         out_MN.index_add_(0, rows_M, added_MN.to(out.dtype), alpha=update.scale)
-
-
-def _latent_hooks(attention: LatentAttention, parts: list[_Part]) -> Iterator[tuple[nn.Module, _Hook]]:
-    """`kv_b_proj` makes keys and values out of latents. With a cache its two halves are applied to queries, and to sums of
-    latents, head by head; so are those of its updates. Gains multiply what the rows of a weight meet: the channels of queries
-    before, those of values after."""
-    halves = []
-    for update, gain_N, rows_M in parts:
-        up_HCR = update.up_NR.unflatten(0, (attention.heads, -1))
-        gain_HC = None if gain_N is None else gain_N.unflatten(0, (attention.heads, -1))
-        halves.append((update, up_HCR, gain_HC, slice(None) if rows_M is None else rows_M))
-    unturned = attention.unturned
-
-    def into_latent(module: nn.Module, inputs: tuple[Tensor, Tensor], out_BHTL: Tensor) -> None:
-        for update, up_HCR, gain_HC, rows in halves:
-            queries_BHTC = inputs[0][:, :, rows]
-            if gain_HC is not None:
-                queries_BHTC = queries_BHTC * gain_HC[:, None, :unturned]
-                out_BHTL[:, :, rows] = module.forward(queries_BHTC, inputs[1])
-            out_BHTL[:, :, rows] += (queries_BHTC @ up_HCR[:, :unturned]) @ update.down_RK * update.scale
-
-    def out_of_latent(module: nn.Module, inputs: tuple[Tensor, Tensor], out_BHTC: Tensor) -> None:
-        for update, up_HCR, gain_HC, rows in halves:
-            narrow_BHTR = functional.linear(inputs[0][:, :, rows], update.down_RK)
-            out_BHTC[:, :, rows] += narrow_BHTR @ up_HCR[:, unturned:].transpose(1, 2) * update.scale
-            if gain_HC is not None:
-                out_BHTC[:, :, rows] *= gain_HC[:, None, unturned:]
-
-    yield attention.into_latent, into_latent
-    yield attention.out_of_latent, out_of_latent

@@ -36,7 +36,7 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 #: Format number of an adapter's folder, under `bessemer` in its config.
 ADAPTER_FORMAT = 1
 
-#: Settings with which an adapter is more than B A beside some layers, and what they mean.
+#: Settings of adapters that are more than low-rank updates of linear layers, with what they add.
 _MORE = {
     "lora_bias": "trained biases",
     "modules_to_save": "layers trained whole (modules_to_save)",
@@ -53,11 +53,11 @@ _MORE = {
 }
 #: Settings that are true or false; without one it is false.
 _FLAGS = ("use_rslora", "use_dora", "lora_bias", "use_qalora")
-#: Ways to begin that leave the base as it was; the others subtract from it what the adapter begins with.
+#: Initialisations that leave the base weights unchanged; others subtract the adapter's initial update from them.
 _PLAIN_BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")
-#: Numbers of each tensor by which a base is known again.
+#: Numbers of each tensor that enter the fingerprint of a base model.
 _SAMPLE = 4096
-#: Ends the names of hashes that a copy of the base in float16 has too.
+#: Suffix of the fingerprints that a float16 copy of the base has as well.
 _FLOAT16 = "_float16"
 _TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_(?:(A|B)\.weight|(magnitude_vector))")
 
@@ -139,9 +139,9 @@ def write_adapter(adapter: Adapter, model: Decoder, folder: Path) -> None:
     """Write an adapter's folder, which `peft` opens too, beside the model's; it knows its base again when it is read."""
     targets, stored = _targets(model), {}
     for name, target in targets.items():
-        found = [adapter.updates.get(module) for module in target.modules]
-        if any(update is not None for update in found):
-            stored[name] = _packed(found, target, model)
+        updates = [adapter.updates.get(module) for module in target.modules]
+        if any(update is not None for update in updates):
+            stored[name] = _packed(updates, target, model)
     placed = {module for name in stored for module in targets[name].modules}
     assert placed >= adapter.updates.keys(), sorted(adapter.updates.keys() - placed)
     ranks = {name: len(update.down_RK) for name, update in stored.items()}
@@ -186,12 +186,12 @@ def fingerprints(model: Decoder, samples: Mapping[str, WeightSample] | None = No
     """
     if samples is None:
         samples = {name: _sample(tensor) for name, tensor in fingerprinted_tensors(model).items()}
-    found = {}
+    hashes = {}
     for way, ending in enumerate(("", _FLOAT16)):
-        found[f"norms{ending}"] = _hash_of((sample for name, sample in samples.items() if "norm" in name), way)
+        hashes[f"norms{ending}"] = _hash_of((sample for name, sample in samples.items() if "norm" in name), way)
         if not is_quantised(model):
-            found[f"weights{ending}"] = _hash_of(samples.values(), way)
-    return found
+            hashes[f"weights{ending}"] = _hash_of(samples.values(), way)
+    return hashes
 
 
 def fingerprinted_tensors(model: Decoder) -> dict[str, Tensor]:
@@ -244,7 +244,7 @@ def _check_base(path: Path, ours: Any, model: Decoder, samples: Mapping[str, Wei
         raise ArtefactError(f"{path}: this adapter config is damaged ('bessemer' is not a mapping)")
     check_format(ours.get("format"), ADAPTER_FORMAT, path, "adapter")
     base, own = ours.get("base"), fingerprints(model, samples)
-    # a base in float32 and its copy in bfloat16 agree in the first way, its copy in float16 in the second
+    # copies in float32 and bfloat16 agree in the plain hashes, a copy in float16 in those of the suffix
     ways = [[name for name in own if name.endswith(_FLOAT16) == is_float16] for is_float16 in (False, True)]
     if not isinstance(base, Mapping) or not any(all(base.get(name) == own[name] for name in names) for names in ways):
         raise ArtefactError(
@@ -286,7 +286,7 @@ def _matching(path: Path, patterns: FilePatterns, config: Mapping[str, Any], set
         if patterns.matches(expression, name, pattern, r"(.*\.)?(", ")$"):
             value = other
             break
-    # an int may be above every float
+    # an int of JSON may exceed every float
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max:
         raise ArtefactError(f"{path}: {setting} of {name} should be a number above 0, got {_shown(value)}")
     return value
@@ -305,19 +305,19 @@ def _read_stored(path: Path, *, with_magnitudes: bool) -> dict[str, dict[str, Te
         raise ArtefactError(f"{path}: this is not a whole safetensors file ({error}); fetch or make it again") from None
     layers: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        found = _TENSOR.fullmatch(name)
-        if found is None:
+        match = _TENSOR.fullmatch(name)
+        if match is None:
             raise ArtefactError(
                 f"{path}: tensor {name!r} is not a linear layer's lora_A or lora_B, and nothing else is supported"
             )
-        part = found[2] or found[3]
-        dimensions, kind = (2, "matrix") if found[2] else (1, "vector")
+        part = match[2] or match[3]
+        dimensions, kind = (2, "matrix") if match[2] else (1, "vector")
         if tensor.ndim != dimensions or not tensor.is_floating_point():
             raise ArtefactError(f"{path}: tensor {name!r} is not a {kind} of floating-point numbers")
         # float8 has no isfinite of its own
         if not tensor.float().isfinite().all():
             raise ArtefactError(f"{path}: tensor {name!r} has numbers that are not finite")
-        layers.setdefault(found[1], {})[part] = tensor
+        layers.setdefault(match[1], {})[part] = tensor
     wanted = {"A", "B", "magnitude_vector"} if with_magnitudes else {"A", "B"}
     for name, parts in layers.items():
         if missing := sorted(wanted - parts.keys()):
@@ -333,16 +333,16 @@ def _stored(model: Decoder) -> list[Stored]:
 
 def _targets(model: Decoder) -> dict[str, _Target]:
     """The linear layers of the blocks that an adapter may change, by the family's names."""
-    shapes, modules, found = tensor_shapes(model.config), dict(model.named_modules()), {}
+    shapes, modules, targets = tensor_shapes(model.config), dict(model.named_modules()), {}
     for stored in _stored(model):
-        names = tuple(place.name.removesuffix(".weight") for place in stored.places)
+        names = tuple(place.name.removesuffix(".weight") for place in stored.views)
         layers = [modules.get(name) for name in names if name.startswith("layers.")]
         is_linear = len(layers) == len(names) and all(isinstance(layer, (nn.Linear, QuantisedLinear)) for layer in layers)
-        if is_linear and all(place.name.endswith(".weight") and place.view in (whole, transposed) for place in stored.places):
-            outputs, inputs = zip(*(shapes[place.name] for place in stored.places), strict=True)
-            is_transposed = stored.places[0].view is transposed
-            found[stored.name.removesuffix(".weight")] = _Target(names, outputs, inputs[0], is_transposed)
-    return found
+        if is_linear and all(place.name.endswith(".weight") and place.view in (whole, transposed) for place in stored.views):
+            outputs, inputs = zip(*(shapes[place.name] for place in stored.views), strict=True)
+            is_transposed = stored.views[0].view is transposed
+            targets[stored.name.removesuffix(".weight")] = _Target(names, outputs, inputs[0], is_transposed)
+    return targets
 
 
 def _why_not(name: str, model: Decoder) -> str:
@@ -361,7 +361,7 @@ def _packed(updates: list[Update | None], target: _Target, model: Decoder) -> Up
     first = present[0]
     magnitude_N = None
     if any(update.magnitude_N is not None for update in present):
-        # a part that is not changed keeps the norms of its rows
+        # parts without an update keep the norms of their rows
         own = [
             row_norms(weight_of(model, module).float()).cpu()
             if update is None or update.magnitude_N is None
@@ -382,13 +382,13 @@ def _packed(updates: list[Update | None], target: _Target, model: Decoder) -> Up
 
 def _target_modules(names: Iterable[str], model: Decoder) -> list[str]:
     """The last part of the names where every layer with that ending is changed, as people write them; else whole names."""
-    changed, found = set(names), set()
+    changed, endings = set(names), set()
     everything = {stored.name.rpartition(".")[0] for stored in _stored(model)}
     for name in changed:
         last = name.rpartition(".")[2]
         alike = {other for other in everything if other.rpartition(".")[2] == last}
-        found.add(last if alike <= changed else name)
-    return sorted(found)
+        endings.add(last if alike <= changed else name)
+    return sorted(endings)
 
 
 def _usual(values: Iterable[float]) -> float:

@@ -61,11 +61,11 @@ class LowRankUpdate(nn.Module):
 
     def as_update(self, tensors: Mapping[str, Tensor] | None = None) -> Update:
         """As the engine takes it. tensors: others by the parameters' names; else its own, without gradients."""
-        found = {name: parameter.detach() for name, parameter in self.named_parameters()} if tensors is None else tensors
-        return Update(found["down"], found["up"], self.scale, found.get("magnitude"))
+        own = {name: parameter.detach() for name, parameter in self.named_parameters()} if tensors is None else tensors
+        return Update(own["down"], own["up"], self.scale, own.get("magnitude"))
 
     def extra_repr(self) -> str:
-        """What torch prints of it."""
+        """Text in torch's printed module."""
         return f"rank={self.down.shape[0]}, scale={self.scale:g}"
 
 

@@ -82,7 +82,7 @@ cross_entropy_ = torch.ops.bessemer.cross_entropy_.default
 
 
 def thrown(error: RuntimeError) -> Exception:
-    """What the C++ of an operator threw, a ValueError or a MemoryError: some builds of PyTorch make a RuntimeError of both."""
+    """ValueError or MemoryError of an operator's C++, which some builds of PyTorch turn into a RuntimeError."""
     return (MemoryError if "bad_alloc" in str(error) else ValueError)(str(error))
 
 
@@ -90,7 +90,7 @@ _computing: list[ctypes.CDLL] = []
 
 
 def compute_by(kernels: ctypes.CDLL) -> None:
-    """Let these kernels compute the operators from now on."""
+    """Register these kernels for the operators."""
     for before in _computing:
         before.bessemer_operators(0)
     _computing[:] = [kernels]
@@ -101,13 +101,13 @@ _FOLDER = Path(__file__).parent
 #: -ffp-contract=off: a product and a sum become one rounding where the source says so, and nowhere else. No -ffast-math: the
 #: order of a sum is a promise.
 _OPTIONS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-pthread")
-#: What else is compiled with for an arithmetic: a processor that has more instructions than that uses none of them.
+#: Further compiler flags of each arithmetic: instructions that a processor has besides are not used.
 _ARITHMETICS = {
     "native": (),
     "avx2": ("-march=x86-64-v3",),
     "portable": ("-DBESSEMER_PORTABLE",),
 }
-#: Names an arithmetic for `library`, or `none`: to measure and test on one machine what others have.
+#: Environment variable that chooses the arithmetic of `library`, or `none`, so that one machine can test what others have.
 ARITHMETIC_VARIABLE = "BESSEMER_ARITHMETIC"
 # as in guards.h
 _OUT_OF_MEMORY = b"out of memory"
@@ -144,11 +144,11 @@ def arithmetic() -> str:
 
 @cache
 def _outcome() -> tuple[ctypes.CDLL | None, str | None]:
-    asked = os.environ.get(ARITHMETIC_VARIABLE, "native")
-    if asked == "none":
+    arithmetic_name = os.environ.get(ARITHMETIC_VARIABLE, "native")
+    if arithmetic_name == "none":
         return None, f"{ARITHMETIC_VARIABLE} asks for none"
     try:
-        kernels = build(arithmetic=asked, progress=PlainLines())
+        kernels = build(arithmetic=arithmetic_name, progress=PlainLines())
         compute_by(kernels)
         return kernels, None
     except KernelsError as error:
@@ -191,13 +191,13 @@ def build(*, arithmetic: str = "native", progress: Progress | None = None) -> ct
 def _compile(name: str, sources: list[str], options: list[str], folder: Path, finished: Path) -> None:
     from torch.utils import cpp_extension
 
-    # what a killed build has left, its lock included, is removed
+    # a killed build leaves files, and a lock
     work = folder / "work"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     search = os.environ.get("PATH", os.defpath)
     try:
-        # ninja came with this Python, whose folder of programs need not be on the path
+        # ninja is installed beside this Python, whose folder of programs may not be on PATH
         os.environ["PATH"] = os.pathsep.join((sysconfig.get_path("scripts"), search))
         with contextlib.redirect_stdout(io.StringIO()):
             cpp_extension.load(
@@ -213,14 +213,14 @@ def _compile(name: str, sources: list[str], options: list[str], folder: Path, fi
         raise KernelsError(f"the kernels do not compile: {lines[-1]}") from error
     finally:
         os.environ["PATH"] = search
-    # whole or not at all
+    # renamed when complete, so that nobody loads a part of it
     (work / f"{name}.so").replace(finished)
     shutil.rmtree(work, ignore_errors=True)
 
 
 def _compiler() -> str:
     """The compiler's name and version, as it gives them."""
-    # as `torch.utils.cpp_extension` has it, which takes a fifth of a second to load
+    # the same as in `torch.utils.cpp_extension`, whose import takes a fifth of a second
     command = os.environ.get("CXX", "c++")
     try:
         done = subprocess.run([command, "--version"], capture_output=True, text=True, timeout=60, check=True)
@@ -230,7 +230,7 @@ def _compiler() -> str:
 
 
 def _processor_features() -> list[str]:
-    """What instructions this processor has, in the system's words."""
+    """The processor's instruction sets, as the system names them."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():

@@ -53,7 +53,7 @@ class ScoresFields(ctypes.Structure):
 def pages_fields(
     keys_PKMC: Tensor, values_PKMV: Tensor, key_scales_PKM: Tensor | None, value_scales_PKM: Tensor | None
 ) -> PagesFields:
-    """A layer's pages as C++ is given them; good while the tensors live. values_PKMV may be a slice of keys_PKMC's channels."""
+    """A layer's pages as a C struct, valid while the tensors live. values_PKMV may be a slice of keys_PKMC's channels."""
     assert keys_PKMC.is_contiguous() and values_PKMV.stride(-1) == 1, "pages lie in order"
     blocks, heads, block_size, key_width = keys_PKMC.shape
     scales = [None if part is None else part.data_ptr() for part in (key_scales_PKM, value_scales_PKM)]
@@ -72,7 +72,7 @@ def pages_fields(
 
 
 def scores_fields(scores: Scores, window: int | None) -> ScoresFields:
-    """What is done to scores as C++ is given it; good while the sinks, float32, live."""
+    """`Scores` as a C struct, valid while the float32 sinks live."""
     sinks = None if scores.sinks_H is None else scores.sinks_H.data_ptr()
     assert scores.sinks_H is None or scores.sinks_H.dtype == torch.float32
     return ScoresFields(scores.scale, scores.softcap or 0.0, window or 0, sinks)
@@ -143,7 +143,7 @@ def write_pages(pages: PageTensors, batch: PagedSequences, key_NKC: Tensor, valu
     """Put keys and values of new tokens into their pages; value_NKV is None where values are channels of the keys. Raises
     ValueError for a position or a page that is not there."""
     assert library() is not None, "ask library() first"
-    # where values are channels of the keys, writing those writes both
+    # values that are channels of the keys are written with them
     values = (None, None) if value_NKV is None else (pages.values_PKMV, pages.value_scales_PKM)
     try:
         operators.write_pages(pages.keys_PKMC, values[0], pages.key_scales_PKM, values[1], *batch, key_NKC, value_NKV)

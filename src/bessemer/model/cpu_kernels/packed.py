@@ -18,12 +18,12 @@ from bessemer.model.quantisation.quantised_layers import PACKED_TENSORS, Keeper,
 
 # as in matrices.h
 WIDTH, GROUP = 16, 32
-#: Codes that are packed at once.
+#: Codes packed at a time, to bound memory.
 _VALUES_AT_ONCE = 1 << 20
 
 
 class Kind(IntEnum):
-    """How the numbers of a matrix are kept."""
+    """Storage types of a packed matrix."""
 
     F32 = 0
     BF16 = 1

@@ -16,8 +16,7 @@ from torch import Tensor
 from bessemer.model.cpu_kernels import arithmetic
 from bessemer.model.cpu_kernels.packed import PackedMatrix, kernel_weight, refusal
 from bessemer.model.decoder import Decoder
-from bessemer.model.layers.attention import LatentAttention
-from bessemer.model.quantisation.quantised_decoder import product
+from bessemer.model.quantisation.quantised_decoder import product, read_weights
 from bessemer.model.quantisation.quantised_layers import (
     PackedMatmuls,
     Product,
@@ -32,16 +31,14 @@ from bessemer.model.quantisation.schemes import Int8
 def packed_products(model: Decoder, threads: int, *, release: bool = False) -> PackedMatmuls:
     """Pack every quantised layer that the kernels know, each matrix of the experts by itself; the others go on as they are.
 
-    Latent attention needs the weights of one of its matrices and not its product: they are read out of their codes once.
+    Weights that attention reads themselves are dequantised once, and not packed.
     The codes are copied: a change of the model's shows in new products. release: packed codes are the only ones from then on.
     """
     restore_codes(model)
     products: dict[QuantisedLinear, Product] = {}
     stacks: dict[QuantisedStack, list[Product]] = {}
-    weights: dict[QuantisedLinear, Tensor] = {}
+    weights = read_weights(model)
     for part in model.modules():
-        if isinstance(part, LatentAttention) and isinstance(part.kv_b_proj, QuantisedLinear):
-            weights[part.kv_b_proj] = part.kv_b_proj.weight
         if isinstance(part, QuantisedLinear) and part not in weights and not _is_table(part, model):
             packed = _packed(part, threads)
             if packed is not None:
@@ -59,14 +56,14 @@ def packed_products(model: Decoder, threads: int, *, release: bool = False) -> P
 
 
 def _is_table(layer: QuantisedLinear, model: Decoder) -> bool:
-    """Whether rows are read out of a layer and nothing is multiplied by it: an embedding that is not the head's matrix too."""
+    """Whether a layer is only looked up: an embedding that is not tied to the head."""
     return isinstance(layer, QuantisedEmbedding) and layer is not model.head
 
 
 def packed_product(layer: QuantisedLinear, threads: int) -> Product | None:
     """The product of one layer by packed codes, with activations of 8 bits; None where the kernels do not know its groups."""
-    found = _packed(layer, threads)
-    return None if found is None else found[1]
+    packed = _packed(layer, threads)
+    return None if packed is None else packed[1]
 
 
 def _packed(layer: QuantisedLinear, threads: int) -> tuple[PackedMatrix, Product] | None:
@@ -78,7 +75,7 @@ def _packed(layer: QuantisedLinear, threads: int) -> tuple[PackedMatrix, Product
     return packed, partial(packed.multiply, threads=threads)
 
 
-#: Outputs and inputs of the matrix that is tried, too large for a cache.
+#: Outputs and inputs of the matrix that is timed: too large for a cache.
 _SIZE = 4096
 _TRIALS = 5
 

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from bessemer.model.attention import VARIANTS, variants_in
 from bessemer.model.config import ModelConfig
 from bessemer.model.cpu_kernels import library, unavailable
 from bessemer.model.cpu_kernels.attention import PagesFields, ScoresFields, scores_fields
@@ -28,7 +29,7 @@ _TABLE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _PACKED_TABLE = 3
 
 
-#: Settings that the step computes, whatever they are.
+#: Settings of which the step computes every value.
 _COMPUTED = frozenset(
     {
         "hidden_size",
@@ -67,7 +68,7 @@ _COMPUTED = frozenset(
         "mlp_bias",
     }
 )
-#: Settings that change nothing of what a plain decoder computes: for training, for its caller, and for parts that it lacks.
+#: Settings that do not change what a plain decoder computes: of training, of its caller, and of parts that it lacks.
 _WITHOUT_EFFECT = frozenset(
     {
         "model_type",
@@ -75,17 +76,9 @@ _WITHOUT_EFFECT = frozenset(
         "bos_token_id",
         "eos_token_id",
         "num_nextn_predict_layers",
-        # latent attention
-        "q_lora_rank",
-        "qk_nope_head_dim",
-        "qk_rope_head_dim",
-        "v_head_dim",
-        # linear attention
-        "linear_num_key_heads",
-        "linear_num_value_heads",
-        "linear_key_head_dim",
-        "linear_value_head_dim",
-        "linear_conv_kernel_dim",
+        # of attention variants, which `_unsupported_setting` refuses by name
+        "layer_types",
+        *(name for variant in VARIANTS if not variant.in_compiled_step for name in variant.settings),
         # experts
         "num_experts_per_tok",
         "moe_intermediate_size",
@@ -194,9 +187,9 @@ def unsupported(model: Decoder) -> str | None:
     if (reason := _unsupported_setting(model.config)) is not None:
         return reason
     for layer in _linear_layers(model):
-        found = _unsupported_layer(layer)
-        if found is not None:
-            return found
+        refusal_reason = _unsupported_layer(layer)
+        if refusal_reason is not None:
+            return refusal_reason
     return None
 
 
@@ -205,11 +198,7 @@ def _unsupported_setting(config: ModelConfig) -> str | None:
     nothing: a new part of the architecture is refused until the step computes it."""
     reasons = {
         "num_experts": ("it has experts", any(config.is_sparse(layer) for layer in range(config.num_hidden_layers))),
-        "kv_lora_rank": ("it has latent attention", config.is_latent),
-        "layer_types": (
-            "it has linear attention",
-            not set(config.types) <= {"full_attention", "sliding_attention"},
-        ),
+        **{variant.noun: (f"it has {variant.noun}", not variant.in_compiled_step) for variant in variants_in(config)},
         "num_scores": ("it has a scalar head in place of the language head", bool(config.num_scores)),
         "attention_output_gate": ("its attention has an output gate", config.attention_output_gate),
         "position_type": (
@@ -233,13 +222,13 @@ def _unsupported_setting(config: ModelConfig) -> str | None:
 
 def _linear_layers(model: Decoder) -> list[nn.Module]:
     """Every layer that would be packed, the head among them."""
-    found: list[nn.Module] = [_head_layer(model)]
+    layers: list[nn.Module] = [_head_layer(model)]
     for block in model.blocks:
         attention, feed_forward = cast(Attention, block.self_attn), cast(FeedForward, block.mlp)
-        found += [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
-        found += [feed_forward.up_proj, feed_forward.down_proj]
-        found += [] if feed_forward.gate_proj is None else [feed_forward.gate_proj]
-    return found
+        layers += [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+        layers += [feed_forward.up_proj, feed_forward.down_proj]
+        layers += [] if feed_forward.gate_proj is None else [feed_forward.gate_proj]
+    return layers
 
 
 def _unsupported_layer(layer: Any) -> str | None:
@@ -248,7 +237,7 @@ def _unsupported_layer(layer: Any) -> str | None:
     device = (layer if isinstance(layer, QuantisedLinear) else layer.weight).device.type
     if device != "cpu":
         return f"its weights lie on {device}"
-    # an adapter in training that is switched off takes no part
+    # an adapter in training may be switched off
     if any(getattr(part, "is_on", True) for part in layer.children()):
         return "its layers have parts beside their weights, as an adapter in training"
     return None if isinstance(layer, QuantisedLinear) and layer.is_released else refusal(layer)
@@ -278,7 +267,7 @@ class PlainDecoder:
         assert reason is None, reason
         self._releases = release
         self._kept: list[Any] = [model.embed_tokens]
-        #: Of each layer, its own matrix; those that are packed as one share its memory.
+        #: The packed matrix of each layer; layers that are packed as one matrix share its memory.
         self.packed: dict[nn.Module, PackedMatrix] = {}
         config, blocks = model.config, model.blocks
         head = self.packed[model.head] = PackedMatrix.of(cast(nn.Linear, _head_layer(model)))
@@ -311,7 +300,6 @@ class PlainDecoder:
         gate = [] if feed_forward.gate_proj is None else [feed_forward.gate_proj]
         sinks_H = None if attention.sinks is None else self._keep(attention.sinks.detach().float().contiguous().clone())
         scores = Scores(attention.scale, attention.softcap, sinks_H)
-        sliding = config.types[block.layer] == "sliding_attention"
         return LayerFields(
             self._norm(block.input_layernorm),
             self._norm(block.attention_output_norm),
@@ -324,7 +312,7 @@ class PlainDecoder:
             self._matrices([self._alone(layer) for layer in (feed_forward.up_proj, *gate)]),
             self._projection(feed_forward.down_proj),
             self._rotation(model, block.layer),
-            scores_fields(scores, config.sliding_window if sliding else None),
+            scores_fields(scores, config.window(config.types[block.layer])),
             pages,
             group,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bessemer.core.errors import ConfigError
+from bessemer.model.attention import variants_in
 from bessemer.model.config import ModelConfig
 from bessemer.model.families.base import SCORING, Family, Values, read_shared, stored_alike, write_shared
 from bessemer.model.families.dense import GEMMA3, GPT2, LLAMA, MISTRAL, OLMO2, OLMO3, QWEN2, QWEN3, SMOLLM3
@@ -19,7 +20,7 @@ OWN = Family(
     stored_alike,
 )
 
-#: In the order in which they are asked to hold a new model.
+#: In order of precedence for a new model that names no family.
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
@@ -42,7 +43,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-#: Settings of training that no published family has: written only where they are set, under our names.
+#: Training settings that no published family has; written under our names where they are set.
 _TRAINING = ("router_aux_loss_coef", "router_z_loss_coef", "router_bias_update_rate")
 
 
@@ -83,6 +84,8 @@ def write_scores(family: Family, config: ModelConfig) -> dict[str, Any]:
 
 def holds(family: Family, config: ModelConfig) -> bool:
     """Whether a family has a place for everything that a config sets: it reads back the same."""
+    if family is not OWN and not all(variant.in_families for variant in variants_in(config)):
+        return False
     try:
         again = read_config(family, write_config(family, config))
     except (ConfigError, KeyError, TypeError, ZeroDivisionError):

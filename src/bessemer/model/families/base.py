@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from bessemer.model.config import ModelConfig
-from bessemer.model.families.layout import Place, Stored, rows
+from bessemer.model.families.layout import Stored, TensorView, rows
 
 Values = Mapping[str, Any]
 
 
-#: Ends of the names of architectures.
+#: Suffixes of architecture names.
 LANGUAGE_MODEL, SCORING = "ForCausalLM", "ForSequenceClassification"
 
 SIZES = (
@@ -23,7 +23,7 @@ SIZES = (
     "num_attention_heads",
     "max_position_embeddings",
 )
-#: Of families in which the width of a head does not follow from the others.
+#: Required sizes of families whose head width does not follow from the others.
 SIZES_AND_HEAD = (*SIZES, "head_dim")
 
 
@@ -45,7 +45,7 @@ class Family:
     required: tuple[str, ...] = SIZES
     #: Name of the architecture with scores in place of logits; none: it follows from `architecture`.
     scoring: str | None = None
-    #: Tensors that old files of the family hold and that mean nothing, as regular expressions.
+    #: Regular expressions of tensors in old files that are ignored.
     ignored: tuple[str, ...] = ()
 
     def architecture_of(self, num_scores: int) -> str:
@@ -105,6 +105,23 @@ def read_shared(values: Values) -> dict[str, Any]:
 def write_shared(config: ModelConfig) -> dict[str, Any]:
     """Everything explicit: the defaults of `transformers` are another model's."""
     return {name: getattr(config, name) for name in SHARED} | {"pad_token_id": None}
+
+
+def same(config: ModelConfig, *names: str) -> dict[str, Any]:
+    """Settings that a family calls as we do."""
+    return {name: getattr(config, name) for name in names}
+
+
+def read_bias(values: Values, default: bool = False) -> dict[str, Any]:
+    """One setting for the biases of all projections of attention."""
+    bias = bool(values.get("attention_bias", default))
+    return {"attention_bias": bias, "attention_output_bias": bias}
+
+
+def read_types(values: Values, every: int, others: str = "sliding_attention") -> list[str]:
+    """`layer_types`; where there are none, every so-many-th layer has full attention and the others another."""
+    layers = range(values["num_hidden_layers"])
+    return values.get("layer_types") or [others if (layer + 1) % every else "full_attention" for layer in layers]
 
 
 def read_rope(values: Values, layer_type: str | None = None) -> dict[str, Any]:
@@ -182,7 +199,7 @@ def prefixed(name: str) -> str:
 def stored_alike(config: ModelConfig, names: Sequence[str]) -> Iterator[Stored]:
     """The files of families whose tensors are called as ours."""
     for name in names:
-        yield Stored(prefixed(name), (Place(name),))
+        yield Stored(prefixed(name), (TensorView(name),))
 
 
 def stored_experts(
@@ -192,7 +209,7 @@ def stored_experts(
     inner = config.moe_intermediate_size
     for expert in range(config.num_experts):
         if name.endswith("gate_up_proj"):
-            yield Stored(f"{disk}.{expert}.{gate}.weight", (Place(name, rows(0, inner, expert)),))
-            yield Stored(f"{disk}.{expert}.{up}.weight", (Place(name, rows(inner, 2 * inner, expert)),))
+            yield Stored(f"{disk}.{expert}.{gate}.weight", (TensorView(name, rows(0, inner, expert)),))
+            yield Stored(f"{disk}.{expert}.{up}.weight", (TensorView(name, rows(inner, 2 * inner, expert)),))
         else:
-            yield Stored(f"{disk}.{expert}.{down}.weight", (Place(name, rows(0, config.hidden_size, expert)),))
+            yield Stored(f"{disk}.{expert}.{down}.weight", (TensorView(name, rows(0, config.hidden_size, expert)),))

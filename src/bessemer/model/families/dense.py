@@ -18,30 +18,27 @@ from bessemer.model.families.base import (
     Family,
     Values,
     prefixed,
+    read_bias,
     read_rope,
+    read_types,
     read_windows,
+    same,
     stored_alike,
     write_rope,
     write_windows,
 )
-from bessemer.model.families.layout import Place, Stored, transposed, whole
+from bessemer.model.families.layout import Stored, TensorView, transposed, whole
 
 # ---------------------------------------------------------------------------------------------------------- Llama
 
 
 def _read_llama(values: Values) -> dict[str, Any]:
-    bias = bool(values.get("attention_bias", False))
-    return {
-        "qk_norm": "none",
-        "attention_bias": bias,
-        "attention_output_bias": bias,
-        "mlp_bias": bool(values.get("mlp_bias", False)),
-        **read_rope(values),
-    }
+    mlp_bias = bool(values.get("mlp_bias", False))
+    return {"qk_norm": "none", **read_bias(values), "mlp_bias": mlp_bias, **read_rope(values)}
 
 
 def _write_llama(config: ModelConfig) -> dict[str, Any]:
-    return {"attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias, **write_rope(config)}
+    return {**same(config, "attention_bias", "mlp_bias"), **write_rope(config)}
 
 
 LLAMA = Family("llama", "LlamaForCausalLM", _read_llama, _write_llama, stored_alike)
@@ -83,8 +80,7 @@ QWEN2 = Family("qwen2", "Qwen2ForCausalLM", _read_qwen2, _write_qwen2, stored_al
 
 def read_qwen3(values: Values) -> dict[str, Any]:
     """Qwen3: a norm on every query and key head, and as a rule no biases."""
-    bias = bool(values.get("attention_bias", False))
-    return {"attention_bias": bias, "attention_output_bias": bias, **read_windows(values), **read_rope(values)}
+    return {**read_bias(values), **read_windows(values), **read_rope(values)}
 
 
 def write_qwen3(config: ModelConfig) -> dict[str, Any]:
@@ -135,20 +131,13 @@ def _stored_renamed(norms: dict[str, str]) -> Any:
             for ours, theirs in norms.items():
                 if f".{ours}." in name:
                     disk = prefixed(name.replace(ours, theirs))
-            yield Stored(disk, (Place(name),))
+            yield Stored(disk, (TensorView(name),))
 
     return stored
 
 
 def _read_olmo2(values: Values) -> dict[str, Any]:
-    bias = bool(values.get("attention_bias", False))
-    return {
-        "qk_norm": "full",
-        "norm_position": "after",
-        "attention_bias": bias,
-        "attention_output_bias": bias,
-        **read_rope(values),
-    }
+    return {"qk_norm": "full", "norm_position": "after", **read_bias(values), **read_rope(values)}
 
 
 def _write_olmo2(config: ModelConfig) -> dict[str, Any]:
@@ -159,11 +148,8 @@ OLMO2 = Family("olmo2", "Olmo2ForCausalLM", _read_olmo2, _write_olmo2, _stored_r
 
 
 def _read_olmo3(values: Values) -> dict[str, Any]:
-    window, layers = values.get("sliding_window"), values["num_hidden_layers"]
-    types = values.get("layer_types") or [
-        "full_attention" if (layer + 1) % 4 == 0 else "sliding_attention" for layer in range(layers)
-    ]
-    return {**_read_olmo2(values), **read_windows({**values, "layer_types": types, "sliding_window": window}), **_local(values)}
+    windows = read_windows({**values, "layer_types": read_types(values, 4)})
+    return {**_read_olmo2(values), **windows, **_local(values)}
 
 
 def _local(values: Values) -> dict[str, Any]:
@@ -203,11 +189,7 @@ _GEMMA_NORMS = {
 
 
 def _read_gemma3(values: Values) -> dict[str, Any]:
-    layers, pattern = values["num_hidden_layers"], values.get("sliding_window_pattern") or 6
-    types = values.get("layer_types") or [
-        "sliding_attention" if (layer + 1) % pattern else "full_attention" for layer in range(layers)
-    ]
-    bias = bool(values.get("attention_bias", False))
+    types = read_types(values, values.get("sliding_window_pattern") or 6)
     return {
         "hidden_act": values.get("hidden_activation", "gelu_pytorch_tanh"),
         "tie_word_embeddings": values.get("tie_word_embeddings", True),
@@ -217,8 +199,7 @@ def _read_gemma3(values: Values) -> dict[str, Any]:
         "query_pre_attn_scalar": values.get("query_pre_attn_scalar", 256),
         "attn_logit_softcapping": values.get("attn_logit_softcapping"),
         "final_logit_softcapping": values.get("final_logit_softcapping"),
-        "attention_bias": bias,
-        "attention_output_bias": bias,
+        **read_bias(values),
         **read_windows({**values, "layer_types": types}),
         **_local(values),
     }
@@ -234,9 +215,7 @@ def _write_gemma3(config: ModelConfig) -> dict[str, Any]:
         "hidden_activation": config.hidden_act,
         # transformers takes a whole number only
         "query_pre_attn_scalar": whole_number(config.query_pre_attn_scalar),
-        "attn_logit_softcapping": config.attn_logit_softcapping,
-        "final_logit_softcapping": config.final_logit_softcapping,
-        "attention_bias": config.attention_bias,
+        **same(config, "attn_logit_softcapping", "final_logit_softcapping", "attention_bias"),
         **write_windows(config),
         **_write_local(config),
     }
@@ -304,21 +283,23 @@ _PARTS = {
 def _stored(config: ModelConfig, names: Sequence[str]) -> Iterator[Stored]:
     for name in names:
         if name in HEADS:
-            yield Stored(name, (Place(name),))
+            yield Stored(name, (TensorView(name),))
         elif name in _OUTER:
-            yield Stored(f"transformer.{_OUTER[name]}", (Place(name),))
+            yield Stored(f"transformer.{_OUTER[name]}", (TensorView(name),))
         elif name.startswith("norm."):
-            yield Stored(f"transformer.{name.replace('norm', 'ln_f', 1)}", (Place(name),))
+            yield Stored(f"transformer.{name.replace('norm', 'ln_f', 1)}", (TensorView(name),))
         elif found := re.fullmatch(r"layers\.(\d+)\.self_attn\.([qkv])_proj\.(\w+)", name):
             layer, which, kind = found.groups()
             if which == "q":
                 view, dim = (transposed, 1) if kind == "weight" else (whole, 0)
-                places = tuple(Place(name.replace("q_proj", f"{part}_proj"), view) for part in "qkv")
+                places = tuple(TensorView(name.replace("q_proj", f"{part}_proj"), view) for part in "qkv")
                 yield Stored(f"transformer.h.{layer}.attn.c_attn.{kind}", places, dim)
         else:
             _, layer, part, kind = re.split(r"^layers\.(\d+)\.(.+)\.(\w+)$", name)[:4]
             is_matrix = kind == "weight" and "layernorm" not in part
-            yield Stored(f"transformer.h.{layer}.{_PARTS[part]}.{kind}", (Place(name, transposed if is_matrix else whole),))
+            yield Stored(
+                f"transformer.h.{layer}.{_PARTS[part]}.{kind}", (TensorView(name, transposed if is_matrix else whole),)
+            )
 
 
 GPT2 = Family(

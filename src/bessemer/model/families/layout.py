@@ -1,4 +1,4 @@
-"""The place of the decoder's tensors in a family's files.
+"""Which of the decoder's tensors a family's files hold, and how.
 
 Most tensors are stored one to one under another name. Some families store several of ours in one (GPT-2's query, key and
 value), or ours in many (an expert each): every stored tensor is described by the views of ours that it is made of.
@@ -59,8 +59,8 @@ class each_expert:  # noqa: N801
 
 
 @dataclass(frozen=True)
-class Place:
-    """A part of one of our tensors: a view of it, in the order in which the file holds its numbers."""
+class TensorView:
+    """A part of one of our tensors, in the order in which the file holds its numbers. view: takes it from the tensor."""
 
     name: str
     view: Callable[[Tensor], Tensor] = whole
@@ -68,66 +68,69 @@ class Place:
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor of a file: the places that it is made of, side by side along `dim`.
+    """One tensor of a file: views of ours, side by side along `dim`.
 
-    shape: in the file, where that is not the places' own (numbers interleaved, say).
+    shape: in the file, where that is not the views' own (numbers interleaved, say).
     """
 
     name: str
-    places: tuple[Place, ...]
+    views: tuple[TensorView, ...]
     dim: int = 0
     shape: tuple[int, ...] | None = None
 
     def pack(self, ours: Mapping[str, Tensor]) -> Tensor:
         """The tensor as the file holds it."""
-        views = [place.view(ours[place.name]) for place in self.places]
-        packed = views[0] if len(views) == 1 else torch.cat(views, dim=self.dim)
+        parts = [each.view(ours[each.name]) for each in self.views]
+        packed = parts[0] if len(parts) == 1 else torch.cat(parts, dim=self.dim)
         return packed.reshape(self.shape).contiguous() if self.shape else packed.contiguous()
 
     def shape_in(self, ours: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
         """The shape in the file, for tensors of ours with these shapes."""
         if self.shape:
             return self.shape
-        views = [place.view(torch.empty(ours[place.name], device="meta")) for place in self.places]
-        shape = list(views[0].shape)
-        shape[self.dim] = sum(view.shape[self.dim] for view in views)
+        parts = self._empty_parts(ours)
+        shape = list(parts[0].shape)
+        shape[self.dim] = sum(part.shape[self.dim] for part in parts)
         return tuple(shape)
 
     def unpack(self, stored: Tensor, ours: Mapping[str, Tensor]) -> None:
         """Write the file's tensor into ours."""
-        views = [place.view(ours[place.name]) for place in self.places]
-        for view, piece in zip(views, self._pieces(stored, views), strict=True):
-            view.copy_(piece)
+        parts = [each.view(ours[each.name]) for each in self.views]
+        for part, values in zip(parts, self._split(stored, parts), strict=True):
+            part.copy_(values)
 
     def pieces(self, stored: Tensor, ours: Mapping[str, tuple[int, ...]]) -> Sequence[Tensor]:
-        """The file's tensor as a view for each place, in that place's form, for tensors of ours with these shapes."""
-        return self._pieces(stored, [place.view(torch.empty(ours[place.name], device="meta")) for place in self.places])
+        """The file's tensor cut into the form of each view, for tensors of ours with these shapes."""
+        return self._split(stored, self._empty_parts(ours))
 
-    def _pieces(self, stored: Tensor, views: Sequence[Tensor]) -> Sequence[Tensor]:
-        if len(views) == 1:
-            return [stored.reshape(views[0].shape)]
-        return stored.split([view.shape[self.dim] for view in views], self.dim)
+    def _empty_parts(self, ours: Mapping[str, tuple[int, ...]]) -> list[Tensor]:
+        return [each.view(torch.empty(ours[each.name], device="meta")) for each in self.views]
+
+    def _split(self, stored: Tensor, parts: Sequence[Tensor]) -> Sequence[Tensor]:
+        if len(parts) == 1:
+            return [stored.reshape(parts[0].shape)]
+        return stored.split([part.shape[self.dim] for part in parts], self.dim)
 
     @property
     def is_whole(self) -> bool:
         """Whether the file holds one of our tensors as it is."""
-        return self.is_rows and self.places[0].view is whole
+        return self.is_rows and self.views[0].view is whole
 
     @property
     def is_rows(self) -> bool:
         """Whether the file holds rows of one of our tensors, each as it is."""
-        view = self.places[0].view
-        return len(self.places) == 1 and self.shape is None and (view is whole or isinstance(view, rows))
+        view = self.views[0].view
+        return len(self.views) == 1 and self.shape is None and (view is whole or isinstance(view, rows))
 
 
 def renamed(names: Iterator[str], rename: Callable[[str], str]) -> Iterator[Stored]:
     """One stored tensor for each of ours."""
     for name in names:
-        yield Stored(rename(name), (Place(name),))
+        yield Stored(rename(name), (TensorView(name),))
 
 
 @dataclass(frozen=True)
-class Part:
+class TensorBox:
     """A box of one of our tensors. tensor: the memory for it, on any device, of any type of numbers. start: the index of its
     first number in the whole tensor."""
 
@@ -141,12 +144,12 @@ class Part:
 
 
 @torch.no_grad()
-def fill_part(part: Part, place: Place, piece: Tensor, shape: tuple[int, ...]) -> int:
-    """Copy into a part of a tensor of `shape` the numbers of it that a place has; returns how many.
+def fill_box(part: TensorBox, view: Callable[[Tensor], Tensor], piece: Tensor, shape: tuple[int, ...]) -> int:
+    """Copy into a box of a tensor of `shape` those of its numbers that a view shows; returns how many.
 
-    piece: of the file, in the place's form (`Stored.pieces`). Memory beside the part is that of one expert at most.
+    piece: of the file, in the view's form (`Stored.pieces`). Takes the memory of one expert at most besides.
     """
-    view, box = place.view, part.box
+    box = part.box
     if isinstance(view, rows):
         return _fill_rows(part, view, piece)
     if isinstance(view, each_expert):
@@ -160,7 +163,7 @@ def fill_part(part: Part, place: Place, piece: Tensor, shape: tuple[int, ...]) -
     return part.tensor.numel()
 
 
-def _fill_rows(part: Part, view: rows, piece: Tensor) -> int:
+def _fill_rows(part: TensorBox, view: rows, piece: Tensor) -> int:
     target, box = part.tensor, part.box
     if view.expert is not None:
         experts, box = box[0], box[1:]
@@ -175,7 +178,7 @@ def _fill_rows(part: Part, view: rows, piece: Tensor) -> int:
     return target.numel()
 
 
-#: Seconds that all matches of one file may take together; honest ones take milliseconds.
+#: Time limit in seconds for all matches of one file together; ordinary patterns take milliseconds.
 _SECONDS = 2.0
 
 

@@ -13,14 +13,17 @@ from bessemer.model.families.base import (
     Family,
     Values,
     prefixed,
+    read_bias,
     read_rope,
+    read_types,
     read_windows,
+    same,
     stored_experts,
     write_rope,
     write_windows,
 )
 from bessemer.model.families.dense import read_mistral_window, read_qwen3, write_qwen3
-from bessemer.model.families.layout import Place, Stored, each_expert
+from bessemer.model.families.layout import Stored, TensorView, each_expert
 
 # -------------------------------------------------------------------------------------------------------- Mixtral
 
@@ -42,8 +45,7 @@ def _write_mixtral(config: ModelConfig) -> dict[str, Any]:
         "num_local_experts": config.num_experts,
         "num_experts_per_tok": config.num_experts_per_tok,
         "intermediate_size": config.moe_intermediate_size,
-        "router_aux_loss_coef": config.router_aux_loss_coef,
-        "sliding_window": config.sliding_window,
+        **same(config, "router_aux_loss_coef", "sliding_window"),
         **write_rope(config),
     }
 
@@ -54,7 +56,7 @@ def _stored_mixtral(config: ModelConfig, names: Sequence[str]) -> Iterator[Store
         if ".mlp.experts." in name:
             yield from stored_experts(name, config, disk.rpartition(".")[0], "w1", "w3", "w2")
         else:
-            yield Stored(disk.replace(".router.weight", ".gate.weight"), (Place(name),))
+            yield Stored(disk.replace(".router.weight", ".gate.weight"), (TensorView(name),))
 
 
 MIXTRAL = Family("mixtral", "MixtralForCausalLM", _read_mixtral, _write_mixtral, _stored_mixtral)
@@ -75,15 +77,9 @@ def _read_qwen_experts(values: Values) -> dict[str, Any]:
 
 
 def _write_qwen_experts(config: ModelConfig) -> dict[str, Any]:
-    return {
-        "num_experts": config.num_experts,
-        "num_experts_per_tok": config.num_experts_per_tok,
-        "moe_intermediate_size": config.moe_intermediate_size,
-        "norm_topk_prob": config.norm_topk_prob,
-        "decoder_sparse_step": config.decoder_sparse_step,
-        "mlp_only_layers": list(config.mlp_only_layers),
-        "router_aux_loss_coef": config.router_aux_loss_coef,
-    }
+    sizes = same(config, "num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step")
+    dense = {"mlp_only_layers": list(config.mlp_only_layers)}
+    return {**sizes, **dense, **same(config, "router_aux_loss_coef")}
 
 
 def _read_qwen3_moe(values: Values) -> dict[str, Any]:
@@ -99,7 +95,7 @@ def _stored_qwen_moe(config: ModelConfig, names: Sequence[str]) -> Iterator[Stor
         if ".mlp.experts." in name:
             yield from stored_experts(name, config, prefixed(name).rpartition(".")[0])
         else:
-            yield Stored(prefixed(name).replace(".mlp.router.weight", ".mlp.gate.weight"), (Place(name),))
+            yield Stored(prefixed(name).replace(".mlp.router.weight", ".mlp.gate.weight"), (TensorView(name),))
 
 
 QWEN3_MOE = Family("qwen3_moe", "Qwen3MoeForCausalLM", _read_qwen3_moe, _write_qwen3_moe, _stored_qwen_moe, SIZES_AND_HEAD)
@@ -108,18 +104,13 @@ QWEN3_MOE = Family("qwen3_moe", "Qwen3MoeForCausalLM", _read_qwen3_moe, _write_q
 
 
 def _read_qwen3_next(values: Values) -> dict[str, Any]:
-    layers, interval = values["num_hidden_layers"], values.get("full_attention_interval") or 4
-    types = values.get("layer_types") or [
-        "full_attention" if (layer + 1) % interval == 0 else "linear_attention" for layer in range(layers)
-    ]
-    bias = bool(values.get("attention_bias", False))
+    types = read_types(values, values.get("full_attention_interval") or 4, "linear_attention")
     linear = {name: value for name, value in values.items() if name.startswith("linear_")}
     shared = values["shared_expert_intermediate_size"]
     return {
         "norm_offset": True,
         "attention_output_gate": True,
-        "attention_bias": bias,
-        "attention_output_bias": bias,
+        **read_bias(values),
         "layer_types": None if set(types) == {"full_attention"} else tuple(types),
         "partial_rotary_factor": 0.25,
         **linear,
@@ -137,8 +128,7 @@ def _write_qwen3_next(config: ModelConfig) -> dict[str, Any]:
     return {
         "attention_bias": config.attention_bias,
         "layer_types": list(config.types),
-        "shared_expert_intermediate_size": config.shared_expert_intermediate_size,
-        "partial_rotary_factor": config.partial_rotary_factor,
+        **same(config, "shared_expert_intermediate_size", "partial_rotary_factor"),
         **linear,
         **_write_qwen_experts(config),
         **rope,
@@ -151,13 +141,9 @@ QWEN3_NEXT = Family("qwen3_next", "Qwen3NextForCausalLM", _read_qwen3_next, _wri
 
 
 def _read_gpt_oss(values: Values) -> dict[str, Any]:
-    bias = bool(values.get("attention_bias", True))
-    layers = values["num_hidden_layers"]
-    types = values.get("layer_types") or ["full_attention" if layer % 2 else "sliding_attention" for layer in range(layers)]
     return {
         "qk_norm": "none",
-        "attention_bias": bias,
-        "attention_output_bias": bias,
+        **read_bias(values, default=True),
         "attention_sinks": True,
         "num_experts": values["num_local_experts"],
         "num_experts_per_tok": values["num_experts_per_tok"],
@@ -166,7 +152,7 @@ def _read_gpt_oss(values: Values) -> dict[str, Any]:
         "router_bias": True,
         "expert_bias": True,
         "router_aux_loss_coef": values.get("router_aux_loss_coef", 0.001),
-        **read_windows({**values, "layer_types": types}),
+        **read_windows({**values, "layer_types": read_types(values, 2)}),
         **read_rope(values),
     }
 
@@ -177,8 +163,7 @@ def _write_gpt_oss(config: ModelConfig) -> dict[str, Any]:
         "num_local_experts": config.num_experts,
         "num_experts_per_tok": config.num_experts_per_tok,
         "intermediate_size": config.moe_intermediate_size,
-        "swiglu_limit": config.swiglu_limit,
-        "router_aux_loss_coef": config.router_aux_loss_coef,
+        **same(config, "swiglu_limit", "router_aux_loss_coef"),
         **write_windows(config),
         **write_rope(config),
     }
@@ -203,14 +188,14 @@ def _stored_gpt_oss(config: ModelConfig, names: Sequence[str]) -> Iterator[Store
     for name in names:
         disk = prefixed(name)
         if name.endswith("experts.gate_up_proj"):
-            yield Stored(disk, (Place(name, each_expert(_interleaved_rows)),), shape=(experts, hidden, 2 * inner))
+            yield Stored(disk, (TensorView(name, each_expert(_interleaved_rows)),), shape=(experts, hidden, 2 * inner))
         elif name.endswith("experts.gate_up_bias"):
             disk = disk.replace("gate_up_bias", "gate_up_proj_bias")
-            yield Stored(disk, (Place(name, each_expert(_interleaved_biases)),), shape=(experts, 2 * inner))
+            yield Stored(disk, (TensorView(name, each_expert(_interleaved_biases)),), shape=(experts, 2 * inner))
         elif name.endswith("experts.down_proj"):
-            yield Stored(disk, (Place(name, each_expert(_by_output)),))
+            yield Stored(disk, (TensorView(name, each_expert(_by_output)),))
         else:
-            yield Stored(disk.replace("experts.down_bias", "experts.down_proj_bias"), (Place(name),))
+            yield Stored(disk.replace("experts.down_bias", "experts.down_proj_bias"), (TensorView(name),))
 
 
 GPT_OSS = Family("gpt_oss", "GptOssForCausalLM", _read_gpt_oss, _write_gpt_oss, _stored_gpt_oss, SIZES_AND_HEAD)
@@ -221,12 +206,10 @@ _LATENT = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim"
 
 
 def _read_deepseek(values: Values) -> dict[str, Any]:
-    bias = bool(values.get("attention_bias", False))
     inner, layers = values["moe_intermediate_size"], values["num_hidden_layers"]
     return {
         "qk_norm": "none",
-        "attention_bias": bias,
-        "attention_output_bias": bias,
+        **read_bias(values),
         **{name: values.get(name) for name in _LATENT},
         "head_dim": values["qk_rope_head_dim"],
         "rope_interleave": bool(values.get("rope_interleave", True)),
@@ -248,21 +231,13 @@ def _read_deepseek(values: Values) -> dict[str, Any]:
 
 def _write_deepseek(config: ModelConfig) -> dict[str, Any]:
     return {
-        "attention_bias": config.attention_bias,
-        **{name: getattr(config, name) for name in _LATENT},
-        "rope_interleave": config.rope_interleave,
+        **same(config, "attention_bias", *_LATENT, "rope_interleave"),
         "n_routed_experts": config.num_experts,
         "n_shared_experts": config.shared_expert_intermediate_size // config.moe_intermediate_size,
-        "num_experts_per_tok": config.num_experts_per_tok,
-        "moe_intermediate_size": config.moe_intermediate_size,
-        "first_k_dense_replace": config.first_k_dense_replace,
+        **same(config, "num_experts_per_tok", "moe_intermediate_size", "first_k_dense_replace"),
         "scoring_func": "sigmoid",
         "topk_method": "noaux_tc",
-        "norm_topk_prob": config.norm_topk_prob,
-        "routed_scaling_factor": config.routed_scaling_factor,
-        "n_group": config.n_group,
-        "topk_group": config.topk_group,
-        "num_nextn_predict_layers": config.num_nextn_predict_layers,
+        **same(config, "norm_topk_prob", "routed_scaling_factor", "n_group", "topk_group", "num_nextn_predict_layers"),
         **write_rope(config),
     }
 
@@ -288,7 +263,7 @@ def _stored_deepseek(config: ModelConfig, names: Sequence[str]) -> Iterator[Stor
             continue
         disk = disk.replace(".mlp.router.correction_bias", ".mlp.gate.e_score_correction_bias")
         disk = disk.replace(".mlp.router.", ".mlp.gate.").replace(".mlp.shared_expert.", ".mlp.shared_experts.")
-        yield Stored(disk, (Place(name),))
+        yield Stored(disk, (TensorView(name),))
 
 
 DEEPSEEK_V3 = Family(

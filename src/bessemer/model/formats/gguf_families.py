@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bessemer.core.errors import ArtefactError
 from bessemer.model.config import ModelConfig
-from bessemer.model.families.layout import Place, Stored
+from bessemer.model.families.layout import Stored, TensorView
 from bessemer.model.formats.gguf_base import (
     GgufFamily,
     GgufHead,
@@ -48,14 +48,14 @@ def _pairs_together(heads: int) -> Callable[[Tensor], Tensor]:
 def _stored_permuted(config: ModelConfig, names: Names) -> Iterator[Stored]:
     """llama.cpp turns neighbouring channels in this architecture: query and key rows are in its order."""
     for stored in stored_alike(config, names):
-        found = re.fullmatch(r"blk\.\d+\.attn_([qk])\.(\w+)", stored.name)
-        if found is None:
+        match = re.fullmatch(r"blk\.\d+\.attn_([qk])\.(\w+)", stored.name)
+        if match is None:
             yield stored
             continue
-        heads = config.num_attention_heads if found[1] == "q" else config.num_key_value_heads
+        heads = config.num_attention_heads if match[1] == "q" else config.num_key_value_heads
         rows = heads * config.head_dim
-        shape = (rows,) if found[2] == "bias" else (rows, config.hidden_size)
-        yield replace(stored, places=(Place(stored.places[0].name, _pairs_together(heads)),), shape=shape)
+        shape = (rows,) if match[2] == "bias" else (rows, config.hidden_size)
+        yield replace(stored, views=(TensorView(stored.views[0].name, _pairs_together(heads)),), shape=shape)
 
 
 def _read_llama(head: GgufHead) -> dict[str, Any]:
@@ -115,8 +115,11 @@ def _read_qwen3(head: GgufHead) -> dict[str, Any]:
 
 
 def _read_qwen3_moe(head: GgufHead) -> dict[str, Any]:
-    return _read_qwen3(head) | {
-        "model_type": "qwen3_moe",
+    return _read_qwen3(head) | {"model_type": "qwen3_moe"} | _read_experts(head)
+
+
+def _read_experts(head: GgufHead) -> dict[str, Any]:
+    return {
         "num_experts": head.whole("expert_count"),
         "num_experts_per_tok": head.whole("expert_used_count"),
         "moe_intermediate_size": head.whole("expert_feed_forward_length"),
@@ -159,11 +162,11 @@ def _read_olmo2(head: GgufHead) -> dict[str, Any]:
     return settings
 
 
-def _write_olmo2(config: ModelConfig) -> dict[str, Any]:
+def _write_with_windows(config: ModelConfig) -> dict[str, Any]:
     return write_shape(config) | write_windows(config)
 
 
-OLMO2 = GgufFamily("olmo2", _read_olmo2, _write_olmo2, stored_alike, ("olmo2", "olmo3"))
+OLMO2 = GgufFamily("olmo2", _read_olmo2, _write_with_windows, stored_alike, ("olmo2", "olmo3"))
 
 # --------------------------------------------------------------------------------------------------------------- Gemma3
 
@@ -173,7 +176,7 @@ _GEMMA_27B_LAYERS = 62
 def _read_gemma3(head: GgufHead) -> dict[str, Any]:
     settings = read_shape(head) | read_windows(head, 6)
     hidden, heads = settings["hidden_size"], settings["num_attention_heads"]
-    # llama.cpp tells it by that too
+    # llama.cpp recognises it by its layers too
     is_27b = settings["num_hidden_layers"] == _GEMMA_27B_LAYERS
     settings |= {
         "model_type": "gemma3_text",
@@ -190,20 +193,16 @@ def _read_gemma3(head: GgufHead) -> dict[str, Any]:
     return settings
 
 
-def _write_gemma3(config: ModelConfig) -> dict[str, Any]:
-    return write_shape(config) | write_windows(config)
-
-
 def _stored_gemma3(config: ModelConfig, names: Names) -> Iterator[Stored]:
     for stored in stored_alike(config, names):
-        yield Plus(stored.name, stored.places) if stored.name.endswith("norm.weight") else stored
+        yield Plus(stored.name, stored.views) if stored.name.endswith("norm.weight") else stored
 
 
 def _with_table(config: ModelConfig) -> tuple[ModelConfig, list[str]]:
     return config, ["llama.cpp looks GELU up in a half-precision table: logits differ in the third decimal"]
 
 
-GEMMA3 = GgufFamily("gemma3", _read_gemma3, _write_gemma3, _stored_gemma3, ("gemma3_text",), _with_table)
+GEMMA3 = GgufFamily("gemma3", _read_gemma3, _write_with_windows, _stored_gemma3, ("gemma3_text",), _with_table)
 
 # ---------------------------------------------------------------------------------------------------------------- GPT-2
 
@@ -232,10 +231,10 @@ def _stored_gpt2(config: ModelConfig, names: Names) -> Iterator[Stored]:
     for stored in stored_alike(config, names):
         if re.fullmatch(r"blk\.\d+\.attn_[kv]\.\w+", stored.name):
             continue
-        # with its key and value in one
+        # the file has query, key and value in one tensor
         if ".attn_q." in stored.name:
-            ours = stored.places[0].name
-            places = tuple(Place(ours.replace("q_proj", f"{part}_proj")) for part in "qkv")
+            ours = stored.views[0].name
+            places = tuple(TensorView(ours.replace("q_proj", f"{part}_proj")) for part in "qkv")
             yield Stored(stored.name.replace("attn_q", "attn_qkv"), places)
         else:
             yield stored
@@ -262,9 +261,7 @@ def _read_gpt_oss(head: GgufHead) -> dict[str, Any]:
         "attention_bias": True,
         "attention_output_bias": True,
         "attention_sinks": True,
-        "num_experts": head.whole("expert_count"),
-        "num_experts_per_tok": head.whole("expert_used_count"),
-        "moe_intermediate_size": inner,
+        **_read_experts(head),
         "swiglu_limit": _SWIGLU_LIMIT,
         "router_bias": True,
         "expert_bias": True,
@@ -272,7 +269,7 @@ def _read_gpt_oss(head: GgufHead) -> dict[str, Any]:
 
 
 def _write_gpt_oss(config: ModelConfig) -> dict[str, Any]:
-    return write_shape(config) | write_windows(config) | _write_experts(config)
+    return _write_with_windows(config) | _write_experts(config)
 
 
 def _stored_gpt_oss(config: ModelConfig, names: Names) -> Iterator[Stored]:
@@ -298,9 +295,9 @@ GPT_OSS = GgufFamily("gpt-oss", _read_gpt_oss, _write_gpt_oss, _stored_gpt_oss, 
 
 # ---------------------------------------------------------------------------------------------------------- DeepSeek-V3
 
-# of llama.cpp's gating functions
+# number of the sigmoid among llama.cpp's gating functions
 _SIGMOID = 2
-# layers
+# numbers of layers of the models that llama.cpp knows
 _WITHOUT_QUERY_LATENT = (26, 27)
 
 
@@ -333,9 +330,7 @@ def _read_deepseek(head: GgufHead) -> dict[str, Any]:
         "qk_rope_head_dim": rotary,
         "v_head_dim": value,
         "rope_interleave": True,
-        "num_experts": head.whole("expert_count"),
-        "num_experts_per_tok": head.whole("expert_used_count"),
-        "moe_intermediate_size": inner,
+        **_read_experts(head),
         "shared_expert_intermediate_size": inner * head.whole("expert_shared_count"),
         "first_k_dense_replace": head.whole("leading_dense_block_count", 0),
         "scoring_func": "sigmoid",
@@ -387,9 +382,9 @@ def _stored_deepseek(config: ModelConfig, names: Names) -> Iterator[Stored]:
 
     for stored in stored_alike(config, names):
         if ".attn_kv_b." in stored.name:
-            ours = stored.places[0].name
-            yield Stored(stored.name.replace("attn_kv_b", "attn_k_b"), (Place(ours, keys),))
-            yield Stored(stored.name.replace("attn_kv_b", "attn_v_b"), (Place(ours, values),))
+            ours = stored.views[0].name
+            yield Stored(stored.name.replace("attn_kv_b", "attn_k_b"), (TensorView(ours, keys),))
+            yield Stored(stored.name.replace("attn_kv_b", "attn_v_b"), (TensorView(ours, values),))
         else:
             yield stored
 

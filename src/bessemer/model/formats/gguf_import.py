@@ -28,9 +28,9 @@ from bessemer.tokenization.formats.gguf_import import import_gguf as import_gguf
 from bessemer.tokenization.formats.gguf_metadata import TensorInfo, read_head
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 
-#: Values decoded at once.
+#: Values decoded at a time, to bound memory.
 _RUN = 1 << 22
-#: Number types that a folder can have too; all others are decoded to float32.
+#: Number types that a folder may keep; all others are decoded to float32.
 _KEPT = {"F16": torch.float16, "BF16": torch.bfloat16}
 _NO_TOKENIZER = ("none", "no_vocab")
 
@@ -112,7 +112,7 @@ class GgufFile:
     """An open GGUF file: its head, checked, and its tensors."""
 
     def __init__(self, path: Path, stream: BinaryIO) -> None:
-        # read and not mapped: what has been decoded must not stay in memory
+        # not memory-mapped: decoded blocks must not stay in memory
         self.path = path
         self._stream = stream
         self._size = path.stat().st_size
@@ -162,7 +162,7 @@ class GgufFile:
     def config(self) -> ModelConfig:
         """The decoder that the keys describe."""
         layers = self.head.whole("block_count")
-        # before all of them are made
+        # checked before the decoder is made
         if layers > len(self.infos):
             raise ArtefactError(f"{self.path}: {layers:,} layers, and {len(self.infos):,} tensors")
         try:
@@ -218,7 +218,7 @@ class GgufFile:
         flat, filled = values.view(-1), 0
         for raw in self._runs(info):
             run = dequantise(raw, block)
-            # a copy where nothing is decoded: torch takes no memory that cannot be written
+            # undecoded values are read-only memory, which torch does not take
             flat[filled : filled + len(run)] = torch.from_numpy(run if run.flags.writeable else run.copy())
             filled += len(run)
         return values
@@ -239,7 +239,7 @@ class Wanted:
             if shape != asked:
                 raise ArtefactError(f"{file.path}: tensor {stored.name!r} has the shape {shape}, its keys ask for {asked}")
             names.add(stored.name)
-            for place in stored.places:
+            for place in stored.views:
                 self._by_place[place.name].append(stored)
         for name in file.infos.keys() - names:
             block = re.match(r"blk\.(\d+)\.", name)
@@ -249,15 +249,15 @@ class Wanted:
                 raise ArtefactError(f"{file.path}: unexpected tensor {name!r}; the file's keys describe no such part")
 
     def packed(self, targets: Sequence[Stored], dtype: torch.dtype) -> Iterator[Tensor]:
-        """The tensors of another layout one after the other; what is read lives until it is last needed."""
-        last = {place.name: index for index, target in enumerate(targets) for place in target.places}
+        """The tensors of another layout one by one; each of ours is freed after its last use."""
+        last = {place.name: index for index, target in enumerate(targets) for place in target.views}
         ours: dict[str, Tensor] = {}
         for index, target in enumerate(targets):
-            for place in target.places:
+            for place in target.views:
                 if place.name not in ours:
                     self.fill(place.name, ours, dtype)
             yield target.pack(ours)
-            for name in {place.name for place in target.places}:
+            for name in {place.name for place in target.views}:
                 if last[name] == index:
                     del ours[name]
 
@@ -267,23 +267,23 @@ class Wanted:
         return list(self.shapes)
 
     def of(self, name: str) -> list[Stored]:
-        """The file's tensors that one of ours is made of."""
+        """The tensors of the file that hold one of ours."""
         return self._by_place[name]
 
     def fill(self, name: str, ours: dict[str, Tensor], dtype: torch.dtype) -> None:
-        """Read one of our tensors, and what lies with it in the file's."""
+        """Read one of our tensors, and the others that share tensors of the file with it."""
         for stored in self._by_place[name]:
             values = self._read(stored, dtype)
             if stored.is_whole:
                 ours[name] = values
                 continue
-            for place in stored.places:
+            for place in stored.views:
                 if place.name not in ours:
                     ours[place.name] = torch.empty(self.shapes[place.name], dtype=dtype)
             stored.unpack(values, ours)
 
     def _read(self, stored: Stored, dtype: torch.dtype) -> Tensor:
-        """A tensor of the file, in float32 where it still changes on its way."""
+        """A tensor of the file; in float32 where unpacking computes with it."""
         kind = self._file.kind(stored.name)
         if _KEPT.get(kind) == dtype and not isinstance(stored, Plus):
             return self._file.read(stored.name, dtype)

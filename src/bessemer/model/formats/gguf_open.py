@@ -57,12 +57,12 @@ def open_gguf(
         kind = dtype or file.dtype()
         tensors = _Tensors(file, wanted, config, kind)
         tensors.refuse_what_does_not_fit()
-        beside = TemporaryDirectory()
-        notes, tokenizer = write_tokenizer(file, config, Path(beside.name), split, compact=True)
-        end_tokens = read_end_tokens(Path(beside.name))
+        tokenizer_folder = TemporaryDirectory()
+        notes, tokenizer = write_tokenizer(file, config, Path(tokenizer_folder.name), split, compact=True)
+        end_tokens = read_end_tokens(Path(tokenizer_folder.name))
         if tokenizer is not None:
-            # it reads some of its files when they are first needed
-            weakref.finalize(tokenizer, beside.cleanup)
+            # the tokenizer reads some of its files later
+            weakref.finalize(tokenizer, tokenizer_folder.cleanup)
         weights = tensors.read()
     model = replace_with_quantised_modules(empty_decoder(in_a_family(config)), tensors.schemes)
     set_dtype(model, kind)
@@ -80,7 +80,7 @@ class _Tensors:
         self.schemes = {
             module: scheme for name, module in self._modules.items() if (scheme := self._scheme(name, module)) is not None
         }
-        # the matrices of an expert are kept alike
+        # both matrices of an expert are quantised, or none
         for module in [name for name in self.schemes if ".experts." in name]:
             if not all(f"{module.rpartition('.')[0]}.{part}" in self.schemes for part in ("gate_up_proj", "down_proj")):
                 del self.schemes[module]
@@ -96,9 +96,9 @@ class _Tensors:
 
     def _in_rows(self, stored: Stored) -> bool:
         """Whether a tensor of the file is rows of weights of ours, so that its codes can be put in their place row by row."""
-        if isinstance(stored, Plus) or (len(stored.places) > 1 and (stored.dim or stored.shape)):
+        if isinstance(stored, Plus) or (len(stored.views) > 1 and (stored.dim or stored.shape)):
             return False
-        return all(keeps_rows(place.view, self._wanted.shapes[place.name]) for place in stored.places)
+        return all(keeps_rows(place.view, self._wanted.shapes[place.name]) for place in stored.views)
 
     def refuse_what_does_not_fit(self) -> None:
         """Raises ArtefactError for a model that is larger than free memory: what is kept, and the copy of the largest tensor
@@ -154,16 +154,16 @@ class _Tensors:
 
     def _take_codes(self, stored: Stored, weights: dict[str, Tensor]) -> None:
         """Put the codes of a tensor of the file where they belong."""
-        modules = {place.name: self._modules[place.name] for place in stored.places}
+        modules = {place.name: self._modules[place.name] for place in stored.views}
         scheme = self.schemes[next(iter(modules.values()))]
         for part, tensor in self._file.read_codes(stored.name, scheme).tensors.items():
             if stored.is_whole:
-                weights[f"{modules[stored.places[0].name]}.{part}"] = tensor
+                weights[f"{modules[stored.views[0].name]}.{part}"] = tensor
                 continue
             for module in modules.values():
                 if f"{module}.{part}" not in weights:
                     shape = scheme.tensors(*self._shapes[module])[part].shape
                     weights[f"{module}.{part}"] = torch.empty(shape, dtype=tensor.dtype)
-            Stored(stored.name, stored.places).unpack(
+            Stored(stored.name, stored.views).unpack(
                 tensor, {name: weights[f"{module}.{part}"] for name, module in modules.items()}
             )

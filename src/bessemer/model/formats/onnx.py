@@ -28,11 +28,11 @@ from torch import Tensor, nn
 from bessemer.core.environment import install_extra
 from bessemer.core.errors import ArtefactError, ConfigError, writing_to
 from bessemer.core.store import new_folder
-from bessemer.model.architecture import LayerType
+from bessemer.model.attention import LayerType, variants_in
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
-from bessemer.model.layers.attention_backends import AttentionBackend, AttentionMask, Scores, alibi_slopes
-from bessemer.model.layers.cache import Cache
+from bessemer.model.layers.attention_backends import AttentionMask, alibi_slopes
+from bessemer.model.layers.cache import AttentionInputs, Cache
 from bessemer.model.layers.feed_forward import Experts, Routing
 from bessemer.model.layers.positions import Rotation
 from bessemer.model.quantisation.quantised_decoder import dequantised
@@ -45,16 +45,15 @@ if TYPE_CHECKING:
 # Shapes: B batch, T new tokens, P past tokens, S = P + T, K key-value heads, C channels of a head, N tokens of a batch,
 # E experts, k experts of a token, D hidden.
 OPSET = 20
-#: A model's file holds at most 2 GiB; weights above this lie beside it, in FILE.data.
+#: Bytes of weights above which they are stored in FILE.data: a file of ONNX holds at most 2 GiB.
 _EXTERNAL_ABOVE = 1_500_000_000
 
 
 def why_not(config: ModelConfig) -> str | None:
     """What of a model cannot be written as ONNX, in words; None when all can."""
-    if config.is_latent:
-        return "latent attention: its cache is no key and value of each head, which the names of the inputs promise"
-    if "linear_attention" in config.types:
-        return "layers of linear attention (gated DeltaNet): their state is no key and value"
+    for variant in variants_in(config):
+        if variant.not_in_onnx is not None:
+            return variant.not_in_onnx
     if config.rope_scaling.rope_type == "dynamic":
         return "dynamic rotary scaling: its frequencies follow the length of the text, and a graph's are fixed"
     return None
@@ -119,7 +118,7 @@ def write_onnx(model: Decoder, path: Path) -> list[str]:
         )
         assert program is not None
         program.save(str(Path(scratch) / path.name), external_data=external)
-        # the graph last
+        # the graph last, when its data are there
         for written in sorted(Path(scratch).iterdir(), key=lambda file: file.name == path.name):
             written.replace(path.parent / written.name)
     notes = []
@@ -213,9 +212,8 @@ class OnnxDecoder(nn.Module):
         queries_T = keys_S[seen_tokens - new :]
         distance_TS = queries_T[:, None] - keys_S
         allowed_TS = distance_TS >= 0
-        if kind == "sliding_attention":
-            assert config.sliding_window is not None
-            allowed_TS = allowed_TS & (distance_TS < config.sliding_window)
+        if (window := config.window(kind)) is not None:
+            allowed_TS = allowed_TS & (distance_TS < window)
         allowed_BTS = (allowed_TS & (mask_BS[:, None, :] != 0)) | (distance_TS == 0)
         penalty_BHTS = torch.zeros((), dtype=torch.float32, device=mask_BS.device)
         if config.position_type == "alibi":
@@ -242,21 +240,12 @@ class GrowingCache:
         self.past = past
         self.present = list[Tensor]()
 
-    def attend(
-        self,
-        layer: int,
-        query_BHTC: Tensor,
-        key_BKTC: Tensor,
-        value_BKTC: Tensor,
-        mask: AttentionMask,
-        scores: Scores,
-        backend: AttentionBackend,
-    ) -> Tensor:
+    def attend(self, layer: int, inputs: AttentionInputs) -> Tensor:
         """Attention over all keys and values of a layer, which are kept, (B, H, T, C)."""
-        keys_BKSC = torch.cat((self.past[2 * layer], key_BKTC), dim=2)
-        values_BKSC = torch.cat((self.past[2 * layer + 1], value_BKTC), dim=2)
+        keys_BKSC = torch.cat((self.past[2 * layer], inputs.key_BKTC), dim=2)
+        values_BKSC = torch.cat((self.past[2 * layer + 1], inputs.value_BKTV), dim=2)
         self.present += (keys_BKSC, values_BKSC)
-        return backend(query_BHTC, keys_BKSC, values_BKSC, mask, scores)
+        return inputs.backend(inputs.query_BHTC, keys_BKSC, values_BKSC, inputs.mask, inputs.scores)
 
 
 def all_experts(experts: Experts, hidden_ND: Tensor, routing: Routing) -> Tensor:
@@ -288,7 +277,7 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-#: What the engine is tuned for and timed with: rows, tokens read at once, tokens in the cache.
+#: Sizes that the engine is tuned and timed for: rows, tokens of a prompt, cached tokens.
 _ROWS, _PROMPT, _PAST = 1, 512, 512
 _TIMED_STEPS = 30
 
@@ -357,11 +346,11 @@ def _timed(trt: Any, plan: bytes, config: ModelConfig) -> list[str]:
     prompt, past = (min(length, config.max_position_embeddings // 2) for length in (_PROMPT, _PAST))
     lines = []
     for what, new, before in (("a prompt", prompt, 0), ("one token", 1, past)):
-        # what the engine reads and writes, kept alive
+        # keeps the engine's buffers alive
         held = []
         for name, shape in _shapes(config, new, before).items():
             dtype = torch.float16 if name.startswith("past") else torch.int64
-            # an empty tensor has no address, and TensorRT wants one
+            # TensorRT wants an address, which an empty tensor has not
             held.append(torch.ones(shape if math.prod(shape) else (1,), dtype=dtype, device="cuda"))
             context.set_input_shape(name, shape)
             context.set_tensor_address(name, held[-1].data_ptr())

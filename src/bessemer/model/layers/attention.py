@@ -7,24 +7,111 @@ that vector.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import ClassVar, Protocol
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
+from bessemer.model.adapters import AdapterRows, Hook
 from bessemer.model.config import ModelConfig
 from bessemer.model.layers.attention_backends import AttentionBackend, AttentionMask, Scores, sdpa
-from bessemer.model.layers.cache import Cache
+from bessemer.model.layers.cache import AttentionInputs, Cache
+from bessemer.model.layers.folds import Fold, after_norm, divide_outputs
 from bessemer.model.layers.norms import RMSNorm, make_norm
 from bessemer.model.layers.positions import Rotation, rotate, yarn_mscale
 
-# Shapes: B batch, T time, S positions seen, D hidden, H query heads, K key-value heads, C channels of a head.
+# Shapes: B batch, T time, S positions seen, D hidden, H query heads, K key-value heads, C channels of a head, R rank.
+
+#: Draws the initial values of a tensor of a shape.
+InitialDraw = Callable[[tuple[int, ...], torch.Generator], Tensor]
 
 
-class Attention(nn.Module):
+def ones(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """The initial values of norms that store their weight whole, whatever `norm_offset` says."""
+    return torch.ones(shape)
+
+
+class TensorSharder(Protocol):
+    """What `AttentionLayer.shard` asks of the tensor axis (`distributed/tensor.py`)."""
+
+    @property
+    def rank(self) -> int:
+        """This process on the axis."""
+
+    @property
+    def ranks(self) -> int:
+        """Processes on the axis."""
+
+    def shard_outputs(self, *linears: nn.Module) -> None:
+        """Shard the outputs of linear layers."""
+
+    def shard_inputs(self, linear: nn.Module) -> None:
+        """Shard the inputs of a linear layer, and sum its outputs over the ranks."""
+
+    def shard_parameters(self, module: nn.Module, **dims: int | None) -> None:
+        """Shard parameters of a module along dimensions; None: replicate."""
+
+    def replicate(self, *modules: nn.Module) -> None:
+        """Keep all parameters of modules on every rank."""
+
+    def use_rows(self, module: nn.Module, name: str, rows: Tensor) -> None:
+        """Let a module see some rows of a replicated parameter."""
+
+    def norm_over_ranks(self, *norms: nn.Module) -> None:
+        """Shard norms over the channels of all heads."""
+
+    def gather_inputs(self, module: nn.Module, *, cast: bool = True) -> None:
+        """Give a module all tokens. cast: in autocast's dtype."""
+
+
+class AttentionLayer(nn.Module):
+    """The module of an attention variant, and what the rest of the code asks of it (`model/attention` describes it in figures).
+
+    `forward` attends from every position to what it may see, (B, T, D). rotation: of the positions; None where the layer has
+    none. A layer with a state reads nothing of the mask but its documents.
+    """
+
+    #: How scores become outputs; None in a layer that has no scores.
+    backend: AttentionBackend | None = None
+    #: Initial draws of tensors that are not drawn as others, by the end of their names.
+    initial: ClassVar[Mapping[str, InitialDraw]] = {}
+
+    def forward(self, hidden_BTD: Tensor, rotation: Rotation | None, mask: AttentionMask, cache: Cache | None) -> Tensor:
+        raise NotImplementedError
+
+    @property
+    def output(self) -> tuple[nn.Linear, int]:
+        """The projection that reads the outputs of all heads, and the number of heads."""
+        raise NotImplementedError
+
+    @property
+    def read_weights(self) -> list[nn.Module]:
+        """Linear layers whose weights are read themselves, beside or in place of their products."""
+        return []
+
+    def shard(self, sharder: TensorSharder) -> None:
+        """Shard the parameters by heads over the tensor axis, in place."""
+        raise NotImplementedError
+
+    def folds(self, norm: nn.Module) -> Iterator[Fold]:
+        """Where activations can be scaled. norm: the one before the layer. Names are relative to the layer."""
+        yield from ()
+
+    def adapter_hooks(self, child: str, rows: Sequence[AdapterRows]) -> Iterator[tuple[nn.Module, Hook]]:
+        """Hooks that apply the updates of a linear layer where its weight is used and not its output."""
+        yield from ()
+
+
+class Attention(AttentionLayer):
     """softmax(q kᵀ / √C) v, where H / K query heads share a key and a value head.
 
     K = H is multi-head attention, K = 1 multi-query attention. Queries and keys may be normed (Dehghani et al. 2023), over
     each head or over all, before they are turned.
     """
+
+    initial: ClassVar[Mapping[str, InitialDraw]] = {"sinks": lambda shape, generator: torch.zeros(shape)}
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -35,7 +122,7 @@ class Attention(nn.Module):
         query_width = config.num_attention_heads * config.head_dim
         key_value_width = config.num_key_value_heads * config.head_dim
         self.has_gate = config.attention_output_gate
-        # the gate's rows lie beside the query's, head by head
+        # each head's rows of the gate follow its rows of the query
         self.q_proj = nn.Linear(config.hidden_size, query_width * (2 if self.has_gate else 1), bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, key_value_width, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_value_width, bias=config.attention_bias)
@@ -52,10 +139,6 @@ class Attention(nn.Module):
         self.softcap = config.attn_logit_softcapping
 
     def forward(self, hidden_BTD: Tensor, rotation: Rotation | None, mask: AttentionMask, cache: Cache | None) -> Tensor:
-        """Attend from every position to what it may see; returns (B, T, D).
-
-        rotation: of the positions; None where the layer has none.
-        """
         query, key, value = self.q_proj(hidden_BTD), self.k_proj(hidden_BTD), self.v_proj(hidden_BTD)
         split = (*hidden_BTD.shape[:2], -1, self.head_dim)
         gate = None
@@ -74,15 +157,43 @@ class Attention(nn.Module):
         if cache is None:
             attended_BHTC = self.backend(query_BHTC, key_BKTC, value_BKTC, mask, scores)
         else:
-            attended_BHTC = cache.attend(self.layer, query_BHTC, key_BKTC, value_BKTC, mask, scores, self.backend)
+            inputs = AttentionInputs(query_BHTC, key_BKTC, value_BKTC, mask, scores, self.backend)
+            attended_BHTC = cache.attend(self.layer, inputs)
         attended = attended_BHTC.transpose(1, 2).flatten(2)
         if gate is not None:
             attended = attended * torch.sigmoid(gate)
         return self.o_proj(attended)
 
+    @property
+    def output(self) -> tuple[nn.Linear, int]:
+        return self.o_proj, self.o_proj.in_features // self.head_dim
+
+    def shard(self, sharder: TensorSharder) -> None:
+        sharder.shard_outputs(self.q_proj, self.k_proj, self.v_proj)
+        sharder.shard_inputs(self.o_proj)
+        sharder.shard_parameters(self, sinks=0)
+        if self.qk_norm == "head":
+            sharder.replicate(self.q_norm, self.k_norm)
+        elif self.qk_norm == "full":
+            sharder.norm_over_ranks(self.q_norm, self.k_norm)
+        sharder.gather_inputs(self)
+
+    def folds(self, norm: nn.Module) -> Iterator[Fold]:
+        yield from after_norm(norm, ("q_proj", "k_proj", "v_proj"))
+        # the values' channels, each read by as many query heads as share a key and value head
+        width, channels = self.v_proj.out_features, self.head_dim
+        shared = self.o_proj.in_features // width
+        yield Fold(
+            width,
+            lambda scales: divide_outputs(self.v_proj, scales),
+            ("o_proj",),
+            spread=lambda scales: scales.view(-1, 1, channels).expand(-1, shared, -1).flatten(),
+            gathered=lambda values: values.view(-1, shared, channels).mean(1).flatten(),
+        )
+
 
 # Shapes: B batch, T time, S positions seen, D hidden, L latent, H heads, N channels without position, R with, V of a value.
-# DeepSeek-V3 fixes it, whatever the other norms use
+# fixed in DeepSeek-V3, whatever the other norms use
 _LATENT_NORM_EPS = 1e-6
 
 
@@ -94,10 +205,12 @@ class HeadProduct(nn.Module):
         return vectors_BHTI @ matrix_HIO.to(vectors_BHTI.dtype)
 
 
-class LatentAttention(nn.Module):
+class LatentAttention(AttentionLayer):
     """Every head has N channels without position, made from the latent, and R rotary ones; the key's rotary channels are
     one vector that all heads share.
     """
+
+    initial: ClassVar[Mapping[str, InitialDraw]] = {"q_a_layernorm.weight": ones, "kv_a_layernorm.weight": ones}
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -129,7 +242,6 @@ class LatentAttention(nn.Module):
             self.scale *= yarn_mscale(config.rope_scaling.factor, config.rope_scaling.mscale_all_dim) ** 2
 
     def forward(self, hidden_BTD: Tensor, rotation: Rotation | None, mask: AttentionMask, cache: Cache | None) -> Tensor:
-        """Attend from every position to what it may see; returns (B, T, D)."""
         assert rotation is not None, "latent attention has rotary channels"
         if self.has_query_latent:
             query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_BTD)))
@@ -163,5 +275,62 @@ class LatentAttention(nn.Module):
         query_BHTL = self.into_latent(query_BHTN, key_HNL)
         query_BHTC = torch.cat((query_BHTL, query_BHTR), dim=-1)
         key_B1TC = torch.cat((latent_B1TL, key_B1TR), dim=-1)
-        mixed_BHTL = cache.attend(self.layer, query_BHTC, key_B1TC, latent_B1TL, mask, Scores(self.scale), self.backend)
+        inputs = AttentionInputs(query_BHTC, key_B1TC, latent_B1TL, mask, Scores(self.scale), self.backend)
+        mixed_BHTL = cache.attend(self.layer, inputs)
         return self.out_of_latent(mixed_BHTL, value_HVL.transpose(1, 2))
+
+    @property
+    def output(self) -> tuple[nn.Linear, int]:
+        return self.o_proj, self.heads
+
+    @property
+    def read_weights(self) -> list[nn.Module]:
+        return [self.kv_b_proj]
+
+    def shard(self, sharder: TensorSharder) -> None:
+        # the latents, which all heads share, are computed on every rank
+        for name, part in self.named_children():
+            if name in ("q_proj", "q_b_proj", "kv_b_proj"):
+                sharder.shard_outputs(part)
+            elif name != "o_proj":
+                sharder.replicate(part)
+        sharder.shard_inputs(self.o_proj)
+        self.heads //= sharder.ranks
+        sharder.gather_inputs(self)
+
+    def folds(self, norm: nn.Module) -> Iterator[Fold]:
+        yield from after_norm(norm, ("q_a_proj" if self.has_query_latent else "q_proj", "kv_a_proj_with_mqa"))
+        if self.has_query_latent:
+            yield from after_norm(self.q_a_layernorm, ("q_b_proj",))
+        yield from after_norm(self.kv_a_layernorm, ("kv_b_proj",))
+
+    def adapter_hooks(self, child: str, rows: Sequence[AdapterRows]) -> Iterator[tuple[nn.Module, Hook]]:
+        """`kv_b_proj` makes keys and values out of latents. With a cache its two halves are applied to queries, and to sums of
+        latents, head by head; so are those of its updates. Gains multiply what the rows of a weight meet: the channels of
+        queries before, those of values after."""
+        if child != "kv_b_proj":
+            return
+        halves = []
+        for update, gain_N, rows_M in rows:
+            up_HCR = update.up_NR.unflatten(0, (self.heads, -1))
+            gain_HC = None if gain_N is None else gain_N.unflatten(0, (self.heads, -1))
+            halves.append((update, up_HCR, gain_HC, slice(None) if rows_M is None else rows_M))
+        unturned = self.unturned
+
+        def into_latent(module: nn.Module, inputs: tuple[Tensor, Tensor], out_BHTL: Tensor) -> None:
+            for update, up_HCR, gain_HC, rows in halves:
+                queries_BHTC = inputs[0][:, :, rows]
+                if gain_HC is not None:
+                    queries_BHTC = queries_BHTC * gain_HC[:, None, :unturned]
+                    out_BHTL[:, :, rows] = module.forward(queries_BHTC, inputs[1])
+                out_BHTL[:, :, rows] += (queries_BHTC @ up_HCR[:, :unturned]) @ update.down_RK * update.scale
+
+        def out_of_latent(module: nn.Module, inputs: tuple[Tensor, Tensor], out_BHTC: Tensor) -> None:
+            for update, up_HCR, gain_HC, rows in halves:
+                narrow_BHTR = functional.linear(inputs[0][:, :, rows], update.down_RK)
+                out_BHTC[:, :, rows] += narrow_BHTR @ up_HCR[:, unturned:].transpose(1, 2) * update.scale
+                if gain_HC is not None:
+                    out_BHTC[:, :, rows] *= gain_HC[:, None, unturned:]
+
+        yield self.into_latent, into_latent
+        yield self.out_of_latent, out_of_latent

@@ -65,7 +65,7 @@ def attention_mask(
     if window is not None and window >= keys:
         window = None
     plain = documents_BT is None and window is None and slopes_H is None and aligned and (queries in (1, keys))
-    # what lies between a document and a part of an earlier one that it sees is no distance
+    # with shared prefixes, places in the row are no distances between tokens
     assert visible_to_BT is None or (window is None and slopes_H is None)
     mask = AttentionMask(slots_BT, documents_BT, window, slopes_H, visible_to_BT=visible_to_BT)
     if plain or not dense:
@@ -208,7 +208,7 @@ def sdpa(query_BHTC: Tensor, key_BKSC: Tensor, value_BKSV: Tensor, mask: Attenti
     )
 
 
-#: Blocks of queries that `blocked` cuts a row into, and the longest row that it does not leave to `sdpa`.
+#: Blocks of queries in a row of `blocked`, and the longest row that it computes itself.
 _BLOCKS, _LONGEST = 4, 1024
 
 
@@ -236,7 +236,7 @@ def blocked(query_BHTC: Tensor, key_BKSC: Tensor, value_BKSV: Tensor, mask: Atte
             bias_BHTS = bias(mask, places[start:end], places[first:end])
         else:
             bias_BHTS = mask.dense[..., start:end, first:end]
-        # the heads of a group below each other: one product
+        # rows of all heads of a group in one matrix: one product
         rows_BKRC = query_BKGTC[:, :, :, start:end].flatten(2, 3)
         scores_BKRS = capped((rows_BKRC @ key_BKCS[..., first:end]).float() * scores.scale, scores.softcap)
         scores_BHTS = scores_BKRS.unflatten(2, (-1, end - start)).flatten(1, 2) + bias_BHTS
@@ -396,7 +396,7 @@ def flex(query_BHTC: Tensor, key_BKSC: Tensor, value_BKSV: Tensor, mask: Attenti
         blocks = block_mask(mask, query_BHTC.shape[2], key_BKSC.shape[2], query_BHTC.device)
     # under autocast norms leave queries and keys in float32
     query_BHTC, key_BKSC = query_BHTC.to(value_BKSV.dtype), key_BKSC.to(value_BKSV.dtype)
-    found = _flex_kernel(query_BHTC, key_BKSC, value_BKSV)(
+    out = _flex_kernel(query_BHTC, key_BKSC, value_BKSV)(
         query_BHTC,
         key_BKSC,
         value_BKSV,
@@ -407,9 +407,9 @@ def flex(query_BHTC: Tensor, key_BKSC: Tensor, value_BKSV: Tensor, mask: Attenti
         return_aux=None if scores.sinks_H is None else AuxRequest(lse=True),
     )
     if scores.sinks_H is None:
-        attended_BHTV: Tensor = found
+        attended_BHTV: Tensor = out
         return attended_BHTV
-    attended_BHTV, aux = found
+    attended_BHTV, aux = out
     return attended_BHTV * torch.sigmoid(aux.lse - scores.sinks_H[:, None]).to(attended_BHTV.dtype)[..., None]
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from bessemer.model.attention import is_recurrent, variant_of
 from bessemer.model.config import ModelConfig
 from bessemer.model.layers.attention_backends import AttentionBackend, AttentionMask, Scores
 
@@ -25,6 +26,17 @@ class Rectangle(NamedTuple):
     slots_B: Tensor
     every_step: bool
     snapshots: dict[int, Tensor]
+
+
+class AttentionInputs(NamedTuple):
+    """What a layer of attention gives a cache: its new tokens' queries, keys and values, and how it attends."""
+
+    query_BHTC: Tensor
+    key_BKTC: Tensor
+    value_BKTV: Tensor
+    mask: AttentionMask
+    scores: Scores
+    backend: AttentionBackend
 
 
 class Cache(Protocol):
@@ -49,16 +61,7 @@ class Cache(Protocol):
     def extend(self, count: int, real: Sequence[int] | None = None) -> Tensor:
         """Make room for `count` more tokens a row, before the layers come; their positions, (B, T)."""
 
-    def attend(
-        self,
-        layer: int,
-        query_BHTC: Tensor,
-        key_BKTC: Tensor,
-        value_BKTV: Tensor,
-        mask: AttentionMask,
-        scores: Scores,
-        backend: AttentionBackend,
-    ) -> Tensor:
+    def attend(self, layer: int, inputs: AttentionInputs) -> Tensor:
         """Store one layer's new keys and values; what the queries make of all that they may see, (B, H, T, V)."""
 
     def rectangles(self) -> list[Rectangle] | None:
@@ -97,18 +100,17 @@ class DecoderCache:
         self._states: dict[int, tuple[Tensor, ...]] = {}
         self.capacity = capacity
         self._device = torch.device(device)
-        for layer, kind in enumerate(config.types):
-            if kind == "linear_attention":
+        for layer in range(config.num_hidden_layers):
+            shape = variant_of(config, layer).cache_shape(config)
+            if shape is None:
                 continue
-            # zeros, because a slot that is not seen has weight 0, and 0 times what lies in fresh memory may be NaN
-            if config.kv_lora_rank is not None:
-                shape = (batch_size, 1, capacity, config.kv_lora_rank + config.qk_rope_head_dim)
-            else:
-                shape = (batch_size, config.num_key_value_heads, capacity, config.head_dim)
-                self._values[layer] = torch.zeros(shape, dtype=dtype, device=device)
-            self._keys[layer] = torch.zeros(shape, dtype=dtype, device=device)
+            # zeros: masked slots have weight 0, and 0 times a NaN of fresh memory is NaN
+            slots = (batch_size, shape.heads, capacity)
+            if not shape.shared:
+                self._values[layer] = torch.zeros((*slots, shape.value_width), dtype=dtype, device=device)
+            self._keys[layer] = torch.zeros((*slots, shape.key_width), dtype=dtype, device=device)
         self.lengths: list[int] = [0] * batch_size
-        self._has_states = "linear_attention" in config.types
+        self._has_states = is_recurrent(config)
         self._slots: slice | tuple[Tensor, Tensor] = slice(0, 0)
         #: Of the last extension, which new tokens are real, (B, T); None when all are.
         self.real_BT: Tensor | None = None
@@ -152,30 +154,21 @@ class DecoderCache:
         self._slots = (torch.arange(self.batch_size, device=self._device)[:, None], positions_BT)
         return positions_BT
 
-    def attend(
-        self,
-        layer: int,
-        query_BHTC: Tensor,
-        key_BKTC: Tensor,
-        value_BKTV: Tensor,
-        mask: AttentionMask,
-        scores: Scores,
-        backend: AttentionBackend,
-    ) -> Tensor:
-        keys_BKSC = self._append(self._keys[layer], key_BKTC)
+    def attend(self, layer: int, inputs: AttentionInputs) -> Tensor:
+        keys_BKSC = self._append(self._keys[layer], inputs.key_BKTC)
         if layer in self._values:
-            values_BKSV = self._append(self._values[layer], value_BKTV)
+            values_BKSV = self._append(self._values[layer], inputs.value_BKTV)
         else:
-            # latent attention's values are the first channels of its keys
-            values_BKSV = keys_BKSC[..., : value_BKTV.shape[-1]]
-        return backend(query_BHTC, keys_BKSC, values_BKSV, mask, scores)
+            # the values are the first channels of the keys
+            values_BKSV = keys_BKSC[..., : inputs.value_BKTV.shape[-1]]
+        return inputs.backend(inputs.query_BHTC, keys_BKSC, values_BKSV, inputs.mask, inputs.scores)
 
     def _append(self, stored_BKSC: Tensor, new_BKTC: Tensor) -> Tensor:
         """Put new keys or values in their slots; returns all that live, (B, K, S, C)."""
         if isinstance(self._slots, slice):
             stored_BKSC[:, :, self._slots] = new_BKTC
         else:
-            # an index put, unlike a slice, casts nothing: autocast gives bfloat16 here
+            # assignment by index, unlike by slice, does not cast, and autocast gives bfloat16 here
             rows_B1, slots_BT = self._slots
             stored_BKSC[rows_B1, :, slots_BT] = new_BKTC.transpose(1, 2).to(stored_BKSC.dtype)
         return stored_BKSC[:, :, : self.live]

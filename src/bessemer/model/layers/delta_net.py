@@ -8,30 +8,33 @@ the value v is written back with strength β:
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from bessemer.model.attention.delta_net import CHUNK
 from bessemer.model.config import ModelConfig
-from bessemer.model.layers.cache import Cache, Rectangle
+from bessemer.model.layers.attention import InitialDraw, TensorSharder, ones
+from bessemer.model.layers.folds import Fold, after_norm
+from bessemer.model.layers.recurrent import RecurrentLayer
 
 # Shapes: B batch, T time, D hidden, W width of the convolution's channels, H value heads, K key heads, C channels of a key,
 # V of a value, N chunks, M tokens of a chunk, P query, key, value and gate of all heads, G strength and fading of all, O width
 # of the output before it is projected.
-_CHUNK = 64
 
 
-class _Projected(NamedTuple):
-    """What the layer makes of each token alone."""
-
-    qkvz_BTP: Tensor
-    ba_BTG: Tensor
+def _log_rates(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Logarithms of rates of fading that are uniform in 0 … 16."""
+    return torch.empty(shape).uniform_(0.01, 16.0, generator=generator).log()
 
 
-class GatedDeltaNet(nn.Module):
+class GatedDeltaNet(RecurrentLayer):
     """Projections, a short causal convolution, the gated delta rule, a gated norm."""
+
+    initial: ClassVar[Mapping[str, InitialDraw]] = {"linear_attn.norm.weight": ones, "A_log": _log_rates, "dt_bias": ones}
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -51,52 +54,47 @@ class GatedDeltaNet(nn.Module):
         self.norm = GatedNorm(self.value_dim, config.rms_norm_eps)
         self.out_proj = nn.Linear(value_width, config.hidden_size, bias=False)
 
-    def forward(self, hidden_BTD: Tensor, documents_BT: Tensor | None, cache: Cache | None) -> Tensor:
-        """Returns (B, T, D). documents_BT: of packed documents; the state starts from zero at each."""
-        # both products, and the one at the end, read their weights once for all rows, however those lie
-        projected = _Projected(self.in_proj_qkvz(hidden_BTD), self.in_proj_ba(hidden_BTD))
-        return self.out_proj(self._mixed(projected, documents_BT, cache))
+    def project(self, hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        return self.in_proj_qkvz(hidden_BTD), self.in_proj_ba(hidden_BTD)
 
-    def _mixed(self, projected: _Projected, documents_BT: Tensor | None, cache: Cache | None) -> Tensor:
-        if cache is None:
-            return self._mix(projected, documents_BT, None, None)[0]
-        rectangles = cache.rectangles()
-        if rectangles is None:
-            mixed_BTO, state = self._mix(projected, documents_BT, cache.real_BT, cache.state(self.layer))
-            cache.store_state(self.layer, *state)
-            return mixed_BTO
+    @property
+    def output(self) -> tuple[nn.Linear, int]:
+        return self.out_proj, self.value_heads
+
+    def shard(self, sharder: TensorSharder) -> None:
+        """Shard by key heads, whose rows are adjacent. The convolution has all queries, then all keys, then all values: its
+        kernels, which are small, are replicated, and a rank uses those of its heads."""
+        sharder.shard_outputs(self.in_proj_qkvz, self.in_proj_ba)
+        sharder.shard_inputs(self.out_proj)
+        sharder.shard_parameters(self, dt_bias=0, A_log=0)
+        keys, values = self.key_heads * self.key_dim, self.value_heads * self.value_dim
+        channels = torch.arange(2 * keys + values).split((keys, keys, values))
+        sharder.replicate(self.norm, self.conv1d)
+        own = torch.cat([part.chunk(sharder.ranks)[sharder.rank] for part in channels])
+        sharder.use_rows(self.conv1d, "weight", own)
+        self.key_heads //= sharder.ranks
+        self.value_heads //= sharder.ranks
+        # not cast: the state is computed in the dtype of the input
+        sharder.gather_inputs(self, cast=False)
+
+    def folds(self, norm: nn.Module) -> Iterator[Fold]:
+        yield from after_norm(norm, ("in_proj_qkvz",), ("in_proj_ba",))
+
+    def mix(
+        self,
+        projected: tuple[Tensor, ...],
+        documents_BT: Tensor | None,
+        real_BT: Tensor | None,
+        state: tuple[Tensor, ...] | None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         qkvz_BTP, ba_BTG = projected
-        mixed_BTO = qkvz_BTP.new_empty(*qkvz_BTP.shape[:2], self.value_heads * self.value_dim)
-        for rectangle in rectangles:
-            rows = _Projected(qkvz_BTP[0, rectangle.rows_BT], ba_BTG[0, rectangle.rows_BT])
-            mixed_BTO[0, rectangle.rows_BT] = self._mix_rectangle(rows, rectangle, cache)
-        return mixed_BTO
-
-    def _mix_rectangle(self, projected: _Projected, rectangle: Rectangle, cache: Cache) -> Tensor:
-        """Some sequences of a ragged batch, all with as many new tokens, (B, T, O)."""
-        state = cache.state(self.layer, rectangle)
-        if not rectangle.every_step:
-            mixed_BTO, state = self._mix(projected, None, None, state)
-            cache.store_state(self.layer, *state, rectangle=rectangle)
-            return mixed_BTO
-        mixed = []
-        for step, parts in enumerate(zip(*(part.split(1, dim=1) for part in projected), strict=True)):
-            mixed_B1O, state = self._mix(_Projected(*parts), None, None, state)
-            cache.store_state(self.layer, *state, rectangle=rectangle, step=step)
-            mixed.append(mixed_B1O)
-        return torch.cat(mixed, dim=1)
-
-    def _mix(
-        self, projected: _Projected, documents_BT: Tensor | None, real_BT: Tensor | None, stored: tuple[Tensor, ...] | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """What goes into the last product, (B, T, O), and what must be known of these tokens when the next are read."""
         group = self.value_heads // self.key_heads
-        query, key, value, gate = projected.qkvz_BTP.unflatten(-1, (self.key_heads, -1)).split(
+        query, key, value, gate = qkvz_BTP.unflatten(-1, (self.key_heads, -1)).split(
             (self.key_dim, self.key_dim, group * self.value_dim, group * self.value_dim), dim=-1
         )
-        strength, fading = projected.ba_BTG.unflatten(-1, (self.key_heads, -1)).chunk(2, dim=-1)
+        strength, fading = ba_BTG.unflatten(-1, (self.key_heads, -1)).chunk(2, dim=-1)
         mixed_BTW = torch.cat([part.flatten(2) for part in (query, key, value)], dim=-1)
-        mixed_BTW, tail = self._convolve(mixed_BTW, stored[0] if stored else None, documents_BT, real_BT)
+        mixed_BTW, tail_BTW = self._convolve(mixed_BTW, state[0] if state else None, documents_BT, real_BT)
         key_width = self.key_heads * self.key_dim
         query, key, value = mixed_BTW.split((key_width, key_width, self.value_heads * self.value_dim), dim=-1)
         query_BTHC, key_BTHC = (
@@ -110,12 +108,14 @@ class GatedDeltaNet(nn.Module):
             strength_BTH, log_fading_BTH = (part * real_BT[..., None] for part in (strength_BTH, log_fading_BTH))
         if documents_BT is not None:
             log_fading_BTH = log_fading_BTH.masked_fill(document_starts(documents_BT)[..., None], FORGET)
-        state = stored[1] if stored else None
-        rule = delta_rule_stepwise if projected.qkvz_BTP.shape[1] == 1 else delta_rule_chunked
-        attended_BTHV, state = rule(query_BTHC * self.key_dim**-0.5, key_BTHC, value_BTHV, strength_BTH, log_fading_BTH, state)
-        attended_BTHV = attended_BTHV.to(projected.qkvz_BTP.dtype)
+        memory_BHCV = state[1] if state else None
+        rule = delta_rule_stepwise if qkvz_BTP.shape[1] == 1 else delta_rule_chunked
+        attended_BTHV, memory_BHCV = rule(
+            query_BTHC * self.key_dim**-0.5, key_BTHC, value_BTHV, strength_BTH, log_fading_BTH, memory_BHCV
+        )
+        attended_BTHV = attended_BTHV.to(qkvz_BTP.dtype)
         normed_BTHV = self.norm(attended_BTHV, gate.reshape(attended_BTHV.shape))
-        return normed_BTHV.flatten(2), (tail, state)
+        return normed_BTHV.flatten(2), (tail_BTW, memory_BHCV)
 
     def _convolve(
         self, mixed_BTW: Tensor, tail_BTW: Tensor | None, documents_BT: Tensor | None, real_BT: Tensor | None
@@ -129,7 +129,7 @@ class GatedDeltaNet(nn.Module):
             convolved = functional.conv1d(whole_BTW.transpose(1, 2), self.conv1d.weight, groups=whole_BTW.shape[2])
             convolved_BTW = convolved.transpose(1, 2)
         else:
-            # tap by tap, because what belongs to another document counts as 0
+            # tap by tap: values of another document count as 0
             ids_BT = functional.pad(documents_BT, (before, 0), value=-1)
             length = mixed_BTW.shape[1]
             convolved_BTW = sum(
@@ -216,25 +216,25 @@ def delta_rule_chunked(
     w_t = β_t (v_t - g_t Sᵀ k_t - Σ_{s<t} (g_t / g_s) (k_s · k_t) w_s): a triangular system (I + A) W = β (V - g K S).
     """
     length = query_BTHC.shape[1]
-    padding = -length % _CHUNK
+    padding = -length % CHUNK
     query, key, value = (
-        functional.pad(part, (0, 0, 0, 0, 0, padding)).transpose(1, 2).unflatten(2, (-1, _CHUNK))
+        functional.pad(part, (0, 0, 0, 0, 0, padding)).transpose(1, 2).unflatten(2, (-1, CHUNK))
         for part in (query_BTHC, key_BTHC, value_BTHV)
     )  # (B, H, N, M, C or V)
     strength, log_fading = (
-        functional.pad(part, (0, 0, 0, padding)).transpose(1, 2).unflatten(2, (-1, _CHUNK))
+        functional.pad(part, (0, 0, 0, padding)).transpose(1, 2).unflatten(2, (-1, CHUNK))
         for part in (strength_BTH, log_fading_BTH)
     )  # (B, H, N, M)
     since_start = log_fading.cumsum(-1)
     between = (since_start[..., :, None] - since_start[..., None, :]).masked_fill(
-        torch.ones(_CHUNK, _CHUNK, dtype=torch.bool, device=query.device).triu(1), -torch.inf
+        torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=query.device).triu(1), -torch.inf
     )
-    # of what token s wrote, seen by token t
+    # share of what token s wrote that is left at token t
     fading_MM = between.exp()
     system = (key * strength[..., None]) @ key.transpose(-1, -2) * fading_MM
     right = torch.cat((value, key * since_start.exp()[..., None]), dim=-1) * strength[..., None]
     solved = torch.linalg.solve_triangular(system.tril(-1), right, upper=False, unitriangular=True)
-    # without the old state, and its part
+    # what the chunk writes without an old state, and what it reads of the old state
     written, read = solved.split((value.shape[-1], key.shape[-1]), dim=-1)
     seen_inside = query @ key.transpose(-1, -2) * fading_MM
     query_faded = query * since_start.exp()[..., None]

@@ -201,7 +201,7 @@ Gate = Callable[[Tensor], Tensor]
 
 
 class ExpertBackend(Protocol):
-    """What the experts make of their visits, (V, D), that lie expert by expert, `sizes_E` of each."""
+    """Outputs of the experts for their visits, (V, D), sorted by expert, `sizes_E` of each."""
 
     def __call__(self, visits_VD: Tensor, sizes_E: Tensor, weights: ExpertWeights, gate: Gate) -> Tensor: ...
 
@@ -264,7 +264,7 @@ class Experts(nn.Module):
         return ordered_VD.unflatten(0, (tokens, chosen)).sum(1)
 
     def visited(self, visits_VD: Tensor, sizes_E: Tensor) -> Tensor:
-        """What the experts make of their visits, (V, D), that lie expert by expert, `sizes_E` of each."""
+        """Outputs of the experts for their visits, (V, D), sorted by expert, `sizes_E` of each."""
         weights = ExpertWeights(self.gate_up_proj, self.down_proj, self.gate_up_bias, self.down_bias)
         return self.backend(visits_VD, sizes_E, weights, self.gate)
 

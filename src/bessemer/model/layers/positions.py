@@ -49,10 +49,10 @@ def _dynamic(dim: int, theta: float, factor: float, context: int, length: int | 
 
 def _llama3(frequencies: Tensor, scaling: RopeScaling, context: int) -> Tensor:
     """Slow pairs are slowed by the factor, fast ones left alone, those between blended (Llama 3.1's model card)."""
-    # in the old context
+    # turns of each pair within the old context
     turns = context * frequencies / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    # left alone
+    # how much of each frequency stays
     share = ((turns - low) / (high - low)).clamp(0, 1)
     return (1 - share) * frequencies / scaling.factor + share * frequencies
 
@@ -68,7 +68,7 @@ def _yarn(frequencies: Tensor, dim: int, theta: float, scaling: RopeScaling, con
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, dim - 1)
     if first == last:
-        # a ramp without length
+        # avoids a division by zero
         last += 0.001
     ramp = ((torch.arange(dim // 2, dtype=torch.float32, device="cpu") - first) / (last - first)).clamp(0, 1)
     return frequencies / scaling.factor * ramp + frequencies * (1 - ramp)
@@ -90,7 +90,7 @@ def yarn_mscale(factor: float, mscale: float) -> float:
 
 # Shapes: B batch, T time, P positions, C channels of a head, R channels that are turned.
 
-#: Positions of a table before a longer text is read.
+#: Initial length of the table; longer texts extend it.
 _FIRST_POSITIONS = 2048
 
 
@@ -124,7 +124,7 @@ class RotaryPositions(nn.Module):
         self._build(min(positions, _FIRST_POSITIONS), torch.device("cpu"))
 
     def _build(self, positions: int, device: torch.device) -> None:
-        # training may go on with a table that grew while a text was made
+        # a table that grew while sampling under inference mode must serve training too
         with torch.inference_mode(False):
             cosine_PR, signed_sine_PR = self._table(positions, None)
             self.register_buffer("cosines", cosine_PR.to(device), persistent=False)
@@ -143,7 +143,7 @@ class RotaryPositions(nn.Module):
         frequencies, factor = rotary_frequencies(self.dim, self.theta, self.scaling, self.positions, length)
         angles = positions[..., None] * frequencies.to(positions.device)
         cosine, sine = angles.cos() * factor, angles.sin() * factor
-        # of a pair, the first gets minus its partner's sine
+        # the first channel of a pair gets minus the sine
         if self.interleave:
             return Rotation(cosine.repeat_interleave(2, dim=-1), torch.stack((-sine, sine), dim=-1).flatten(-2))
         return Rotation(torch.cat((cosine, cosine), dim=-1), torch.cat((-sine, sine), dim=-1))

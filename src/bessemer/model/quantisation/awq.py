@@ -4,16 +4,14 @@ Dividing an input by s and multiplying its weights by s changes nothing, but the
 each input s = (mean |x|)^α, or that over (mean |w|)^(1 - α), which also evens out the weights of a group. α minimises the error
 of the block's outputs, with each group of weights rounded within the range that does so for its part of the matrix's.
 
-The division is folded into what makes the activations, where nothing between it and the matrices mixes channels or is not
-linear: a norm's weight and the projections that read it, the values and the output projection, the gated feed-forward's `up`
-and `down`.
+Scales are folded (`layers/folds.py`) into a norm's weight and the projections that read it, the values and the output
+projection, the gated feed-forward's `up` and `down`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -21,10 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from bessemer.model.decoder import Block
-from bessemer.model.layers.attention import Attention, LatentAttention
-from bessemer.model.layers.delta_net import GatedDeltaNet
 from bessemer.model.layers.feed_forward import FeedForward, SparseFeedForward
-from bessemer.model.layers.norms import LayerNorm, RMSNorm
+from bessemer.model.layers.folds import Fold, after_norm, divide_outputs
 from bessemer.model.quantisation.base import Codes
 from bessemer.model.quantisation.calibration import Fed, Statistics
 from bessemer.model.quantisation.integers import Grid, IntegerScheme, as_codes, best_grid, find_grid, in_groups
@@ -32,38 +28,15 @@ from bessemer.model.quantisation.integers import Grid, IntegerScheme, as_codes, 
 # Shapes: K channels of the activations (inputs of what reads them), P channels of what makes them, E experts.
 
 
-@dataclass(frozen=True)
-class Fold:
-    """One place: `divide` divides what makes the activations by scales (P) and returns by how much it did; `readers` are the
-    names, in the block, of the quantised matrices that read the activations, `others` of what else does.
-
-    spread: from the makers' channels to the readers', where several readers' share one; gathered: back, as a mean.
-    """
-
-    channels: int
-    divide: Callable[[Tensor], Tensor]
-    readers: tuple[str, ...]
-    others: tuple[str, ...] = ()
-    spread: Callable[[Tensor], Tensor] = field(default=lambda scales: scales)
-    gathered: Callable[[Tensor], Tensor] = field(default=lambda values: values)
-
-
 def folds_of(block: Block) -> Iterator[Fold]:
-    """The places of a block, in the order in which they are passed."""
+    """The folds of a block, in the order of the forward pass."""
     attention_norm, inner_norm = block.input_layernorm, block.post_attention_layernorm
-    if block.is_linear:
-        assert isinstance(block.linear_attn, GatedDeltaNet)
-        yield from _after_norm(attention_norm, ("linear_attn.in_proj_qkvz",), ("linear_attn.in_proj_ba",))
-    elif isinstance(block.self_attn, LatentAttention):
-        yield from _of_latent(block.self_attn, attention_norm)
-    else:
-        assert isinstance(block.self_attn, Attention)
-        yield from _after_norm(attention_norm, tuple(f"self_attn.{part}_proj" for part in "qkv"))
-        yield _values(block.self_attn)
+    for fold in block.attention.folds(attention_norm):
+        yield fold.below(block.variant.attribute)
     if isinstance(block.mlp, SparseFeedForward):
         yield from _of_experts(block.mlp, inner_norm)
     else:
-        yield from _after_norm(inner_norm, tuple(f"mlp.{name}" for name in _entries(block.mlp)))
+        yield from after_norm(inner_norm, tuple(f"mlp.{name}" for name in _entries(block.mlp)))
         yield from _up_to_down(block.mlp, "mlp")
 
 
@@ -71,65 +44,11 @@ def _entries(feed_forward: FeedForward) -> tuple[str, ...]:
     return ("up_proj",) if feed_forward.gate_proj is None else ("gate_proj", "up_proj")
 
 
-def _after_norm(norm: nn.Module, readers: tuple[str, ...], others: tuple[str, ...] = ()) -> Iterator[Fold]:
-    """Nothing where the norm is absent: the readers are then given the residual stream."""
-    if isinstance(norm, (RMSNorm, LayerNorm)):
-        yield Fold(norm.weight.shape[0], lambda scales: _divide_norm(norm, scales), readers, others)
-
-
-def _divide_norm(norm: RMSNorm | LayerNorm, scales_K: Tensor) -> Tensor:
-    """Divides a norm's scale. What it was divided by is measured afterwards: in bfloat16 the quotient is rounded."""
-    offset = 1.0 if isinstance(norm, RMSNorm) and norm.offset else 0.0
-    before = norm.weight.detach().to(torch.float32) + offset
-    norm.weight.data = (before / scales_K - offset).to(norm.weight.dtype)
-    after = norm.weight.detach().to(torch.float32) + offset
-    divided = torch.where((after != 0) & (before != 0), before / after, 1.0)
-    if isinstance(norm, LayerNorm):
-        norm.bias.data = (norm.bias.detach().to(torch.float32) / divided).to(norm.bias.dtype)
-    return divided
-
-
-def _divide_outputs(layer: nn.Linear, scales: Tensor) -> Tensor:
-    """Divides a layer's outputs."""
-    layer.weight.data = (layer.weight.data.to(torch.float32) / scales[:, None]).to(layer.weight.dtype)
-    if layer.bias is not None:
-        layer.bias.data = (layer.bias.data.to(torch.float32) / scales).to(layer.bias.dtype)
-    return scales
-
-
-def _values(attention: Attention) -> Fold:
-    """The values' channels, each read by as many query heads as share a key and value head."""
-    width, channels = attention.v_proj.out_features, attention.head_dim
-    shared = attention.o_proj.in_features // width
-
-    def spread(scales: Tensor) -> Tensor:
-        return scales.view(-1, 1, channels).expand(-1, shared, -1).flatten()
-
-    def gathered(values: Tensor) -> Tensor:
-        return values.view(-1, shared, channels).mean(1).flatten()
-
-    return Fold(
-        width,
-        lambda scales: _divide_outputs(attention.v_proj, scales),
-        ("self_attn.o_proj",),
-        spread=spread,
-        gathered=gathered,
-    )
-
-
-def _of_latent(attention: LatentAttention, norm: nn.Module) -> Iterator[Fold]:
-    first = "self_attn.q_a_proj" if attention.has_query_latent else "self_attn.q_proj"
-    yield from _after_norm(norm, (first, "self_attn.kv_a_proj_with_mqa"))
-    if attention.has_query_latent:
-        yield from _after_norm(attention.q_a_layernorm, ("self_attn.q_b_proj",))
-    yield from _after_norm(attention.kv_a_layernorm, ("self_attn.kv_b_proj",))
-
-
 def _up_to_down(feed_forward: FeedForward, name: str) -> Iterator[Fold]:
-    """Nothing without a gate: an activation stands between."""
+    """The product of gate and up before `down_proj`; none without a gate, since an activation stands between."""
     if feed_forward.gate_proj is not None:
         up = feed_forward.up_proj
-        yield Fold(up.out_features, lambda scales: _divide_outputs(up, scales), (f"{name}.down_proj",))
+        yield Fold(up.out_features, lambda scales: divide_outputs(up, scales), (f"{name}.down_proj",))
 
 
 def _of_experts(mlp: SparseFeedForward, norm: nn.Module) -> Iterator[Fold]:
@@ -139,15 +58,15 @@ def _of_experts(mlp: SparseFeedForward, norm: nn.Module) -> Iterator[Fold]:
         readers += [f"mlp.shared_expert.{part}" for part in _entries(mlp.shared_expert)]
     if mlp.shared_expert_gate is not None:
         others.append("mlp.shared_expert_gate")
-    yield from _after_norm(norm, tuple(readers), tuple(others))
+    yield from after_norm(norm, tuple(readers), tuple(others))
     if mlp.shared_expert is not None:
         yield from _up_to_down(mlp.shared_expert, "mlp.shared_expert")
 
 
 def weight_in(block: Block, name: str) -> nn.Parameter:
     """The weight that a name of a `Fold` stands for, (N, K) or (E, N, K)."""
-    found = block.get_submodule(name.rpartition(".")[0])
-    last = getattr(found, name.rpartition(".")[2])
+    module = block.get_submodule(name.rpartition(".")[0])
+    last = getattr(module, name.rpartition(".")[2])
     weight = last if isinstance(last, nn.Parameter) else last.weight
     assert isinstance(weight, nn.Parameter), name
     return weight
@@ -165,9 +84,9 @@ def apply(fold: Fold, block: Block, scales_P: Tensor) -> Tensor:
 # Shapes: N outputs, K inputs, P channels of what makes them, G groups of a row, S weights of a group.
 
 _EXPONENTS = tuple(step / 10 for step in range(11))
-#: Of calibration text, on which a block is run for every exponent.
+#: Tokens of calibration text on which a block is run for every exponent.
 _TOKENS = 8192
-#: Ranges that are tried for every exponent; and in the end.
+#: Fractions of a group's range that are tried for every exponent, and for the final rounding.
 _FEW_CLIPS = (1.0, 0.9, 0.8)
 _MANY_CLIPS = tuple(sign * (1.06 - step / 100) for step in range(51) for sign in (1, -1))
 
@@ -179,19 +98,19 @@ def scale_activations(
 
     schemes and statistics: of its matrices, by their names in the model. Returns the statistics of the inputs as they are now.
     """
-    found = dict(statistics)
+    updated = dict(statistics)
     some = fed._replace(inputs=fed.inputs[: max(1, _TOKENS // fed.inputs[0].shape[:2].numel())])
     wanted = some.run()
     for fold in folds_of(fed.block):
         readers = [f"{fed.name}.{reader}" for reader in fold.readers]
         if all(reader in schemes for reader in readers):
             matrices = [
-                _Reader(weight_in(fed.block, local), schemes[name], found[name])
+                _Reader(weight_in(fed.block, local), schemes[name], updated[name])
                 for local, name in zip(fold.readers, readers, strict=True)
             ]
             scales_K = apply(fold, fed.block, _best_scales(fold, matrices, some, wanted))
-            found |= {name: [one.divided(scales_K) for one in found[name]] for name in readers}
-    return found
+            updated |= {name: [one.divided(scales_K) for one in updated[name]] for name in readers}
+    return updated
 
 
 class _Reader(NamedTuple):
@@ -208,7 +127,7 @@ class _Reader(NamedTuple):
         return weight if weight.ndim == 3 else weight[None]
 
     def rounded(self, scales_K: Tensor) -> Tensor:
-        """The weight as it comes out of rounding with its columns scaled, the scales taken back."""
+        """The weight after rounding with scaled columns, divided by the scales again."""
         parts = []
         for matrix_NK, statistics in zip(self.matrices * scales_K, self.statistics, strict=True):
             grid = _clipped(matrix_NK, statistics.divided(scales_K), self.scheme, _FEW_CLIPS)
@@ -217,7 +136,7 @@ class _Reader(NamedTuple):
 
 
 def _best_scales(fold: Fold, readers: Sequence[_Reader], fed: Fed, wanted: Sequence[Tensor]) -> Tensor:
-    """Of the scales (P) of all exponents, those with the smallest error of the block's outputs, which were `wanted`."""
+    """The scales (P), over all exponents, with the smallest error of the block's outputs. wanted: the outputs before."""
     seen = [statistics for reader in readers for statistics in reader.statistics]
     total = torch.stack([statistics.magnitudes_K for statistics in seen]).sum(0)
     activations_P = fold.gathered(total / max(sum(statistics.count for statistics in seen), 1)).clamp(min=1e-4)
@@ -275,6 +194,6 @@ def _clipped(weight_NK: Tensor, statistics: Statistics, scheme: IntegerScheme, c
 
 
 def _error_beside(weight_NS: Tensor, squares_SS: Tensor, beside_NS: Tensor, scheme: IntegerScheme, grid: Grid) -> Tensor:
-    """What a group's rounding adds to the error of the outputs, (N, 1), where the other groups' errors come to `beside_NS`."""
+    """Error of the outputs due to a group's rounding, (N, 1), given the error of the other groups, `beside_NS`."""
     difference_NS = grid.rounded(weight_NS, scheme) - weight_NS
     return ((difference_NS @ squares_SS + 2 * beside_NS) * difference_NS).sum(-1, keepdim=True)

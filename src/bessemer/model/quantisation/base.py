@@ -22,8 +22,8 @@ from bessemer.model.quantisation.config import QuantizeConfig
 
 # Shapes: N outputs, K inputs, G groups of a row, P bytes of a row of codes.
 
-#: Where a matrix stands: in a block, or at an end of the model.
-Place = Literal["block", "embedding", "head"]
+#: Role of a matrix: of a block, or an end of the model.
+MatrixRole = Literal["block", "embedding", "head"]
 
 
 class TensorSpec(NamedTuple):
@@ -136,8 +136,8 @@ class Scheme(ABC):
             return None
         return cls(**{name: value for name, value in values.items() if name != "scheme"})
 
-    def compressed(self, place: Place) -> CompressedForm | None:
-        """The form in which compressed-tensors keeps a matrix at a place; None where it has none."""
+    def compressed(self, role: MatrixRole) -> CompressedForm | None:
+        """The form in which compressed-tensors keeps a matrix of a role; None where it has none."""
         return None
 
     @classmethod

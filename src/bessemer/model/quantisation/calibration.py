@@ -22,7 +22,7 @@ _TOKENS_AT_ONCE = 4096
 
 
 class Statistics:
-    """Of a matrix's inputs x: the sum of x xᵀ, of |x|, and how many there were."""
+    """Sums over the inputs x of a matrix: x xᵀ, |x|, and their number."""
 
     def __init__(self, inputs: int, device: torch.device) -> None:
         self.squares_KK = torch.zeros(inputs, inputs, device=device)
@@ -38,14 +38,14 @@ class Statistics:
 
     def divided(self, scales_K: Tensor) -> Statistics:
         """The statistics of the inputs divided by scales."""
-        found = Statistics(0, scales_K.device)
-        found.squares_KK = self.squares_KK / torch.outer(scales_K, scales_K)
-        found.magnitudes_K, found.count = self.magnitudes_K / scales_K, self.count
-        return found
+        scaled = Statistics(0, scales_K.device)
+        scaled.squares_KK = self.squares_KK / torch.outer(scales_K, scales_K)
+        scaled.magnitudes_K, scaled.count = self.magnitudes_K / scales_K, self.count
+        return scaled
 
 
 class Fed(NamedTuple):
-    """A block and the inputs that calibration text gives it, (B, T, D) each, with what else it is called with."""
+    """A block, its inputs on calibration text, (B, T, D) each, and its other arguments."""
 
     name: str
     block: Block
@@ -61,7 +61,7 @@ class Fed(NamedTuple):
 def fed_blocks(model: Decoder, rows_RT: Tensor) -> Iterator[Fed]:
     """The blocks in order, each with its inputs; a block's outputs are computed when the next is asked for."""
     size = max(1, min(len(rows_RT), _TOKENS_AT_ONCE // rows_RT.shape[1]))
-    # batches of one size: what a block is told of positions and masks is then the same for all
+    # all batches have one size, so the positions and masks of the first serve all
     batches = rows_RT[: len(rows_RT) // size * size].to(model.device).split(size)
     inputs, others = _inputs(model, batches)
     names = {module: name for name, module in model.named_modules()}
@@ -72,11 +72,11 @@ def fed_blocks(model: Decoder, rows_RT: Tensor) -> Iterator[Fed]:
 
 
 class _ReachedError(Exception):
-    """The last block that must be reached was."""
+    """Ends a forward pass after the last block that is needed."""
 
 
 def _inputs(model: Decoder, batches: Sequence[Tensor]) -> tuple[list[Tensor], dict[Block, Any]]:
-    """What the first block reads of every batch, and what each block is given besides."""
+    """Inputs of the first block for every batch, and the other arguments of each block."""
     inputs: list[Tensor] = []
     others: dict[Block, Any] = {}
 
@@ -107,7 +107,7 @@ def steps_of(fed: Fed, names: Sequence[str]) -> list[list[str]]:
     names: of linear layers, and of experts' matrices, as in the model. An expert that no token visits is there all the same.
     """
     called: list[tuple[int, str]] = []
-    # alive, so that no two have one identity
+    # keeps the inputs alive: an `id` is unique only among live objects
     kept: list[Tensor] = []
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:

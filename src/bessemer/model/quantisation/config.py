@@ -76,12 +76,12 @@ def scheme_plugin(name: str) -> SchemePlugin:
 
 
 def first_scheme(ask: Callable[[type[Scheme]], Scheme | None]) -> Scheme | None:
-    """What the first scheme's class that knows an answer gives, ours before others; None where none does."""
+    """The first result that is not None, over the classes of all schemes, ours before others; None without one."""
     return next((found for plugin in SCHEMES.values() if (found := ask(plugin.load())) is not None), None)
 
 
-#: Raised when the same settings and inputs give other codes than before (golden outputs in the tests), or their quality is
-#: measured otherwise.
+#: Version: raised when the same settings and inputs give other codes than before (golden outputs in the tests), or when
+#: their quality is measured otherwise.
 QUANTIZE_VERSION = 2
 
 #: Sizes of a group of int4.

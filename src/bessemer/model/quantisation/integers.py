@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bessemer.model.families.layout import whole
-from bessemer.model.quantisation.base import Codes, CompressedForm, FileTensor, KernelWeight, Place, Scheme, TensorSpec
+from bessemer.model.quantisation.base import Codes, CompressedForm, FileTensor, KernelWeight, MatrixRole, Scheme, TensorSpec
 from bessemer.model.quantisation.config import GROUP_SIZES
 
 # Shapes: N outputs, K inputs, G groups of a row, P bytes of a row.
@@ -41,7 +41,7 @@ def unpack(packed: Tensor) -> Tensor:
 
 def words_of_bytes(packed_NP: Tensor) -> Tensor:
     """Bytes as int32, four each; the first is in the lowest bits."""
-    # by way of one dimension: a dimension of one element may have any stride, and a view as int32 asks for some
+    # flattened first: a dimension of one element may have any stride, and the view as int32 needs contiguous bytes
     return packed_NP.reshape(-1).view(torch.int32).view(packed_NP.shape[0], -1)
 
 
@@ -74,11 +74,11 @@ def zeros_of_words(words: Tensor, outputs: int) -> Tensor:
 
 # Shapes: N outputs, K inputs, G groups of a row, S weights of a group.
 
-#: Shares of a group's range that the clip search tries, 1 included.
+#: Fractions of a group's range that the clip search tries.
 CLIPS = tuple(1 - step / 40 for step in range(21))
 #: The zero of codes that are symmetric at 4 bits.
 MIDDLE = 8
-#: The largest code of int8. Weights do without −128, so that a code can change its sign.
+#: The largest code of int8. Weights do not use −128, so that every code has a negative.
 LARGEST_INT8 = 127
 _LARGEST_INT4 = 15
 _HALF_RANGE_INT4 = 7.5
@@ -212,7 +212,7 @@ class IntegerScheme(Scheme):
         """The codes of a matrix (…, N, K)."""
 
     @abstractmethod
-    def compressed_format(self, place: Place) -> str | None:
+    def compressed_format(self, role: MatrixRole) -> str | None:
         """Name of the form in which compressed-tensors keeps a matrix; None where it has none."""
 
     @abstractmethod
@@ -227,12 +227,12 @@ class IntegerScheme(Scheme):
         size = self.group_of(shape[-1])
         assert shape[-1] % size == 0, (shape, self)
         groups = (*shape[:-1], shape[-1] // size)
-        found = {"codes": self.code_spec(*shape), "scales": TensorSpec(groups, torch.float32)}
+        specs = {"codes": self.code_spec(*shape), "scales": TensorSpec(groups, torch.float32)}
         if self.zero == "code":
-            found["zeros"] = TensorSpec(groups, torch.uint8)
+            specs["zeros"] = TensorSpec(groups, torch.uint8)
         if self.zero == "offset":
-            found["offsets"] = TensorSpec(groups, torch.float32)
-        return found
+            specs["offsets"] = TensorSpec(groups, torch.float32)
+        return specs
 
     def quantise(self, weight: Tensor, *, search_clip: bool = False) -> Codes:
         return round_to_nearest(weight, self, search_clip=search_clip)
@@ -253,8 +253,8 @@ class IntegerScheme(Scheme):
             return None
         return cls(given["group_size"], given["zero"])
 
-    def compressed(self, place: Place) -> CompressedForm | None:
-        name = self.compressed_format(place)
+    def compressed(self, role: MatrixRole) -> CompressedForm | None:
+        name = self.compressed_format(role)
         if name is None:
             return None
         weights = {

@@ -62,7 +62,7 @@ def plan(model: Decoder, config: QuantizeConfig) -> Plan:
 
 # Shapes: N outputs, K inputs, B inputs of a block, G groups of a row, S weights of a group.
 
-#: Inputs whose effect on those after the block is applied at once.
+#: Inputs of a block of columns; its rounding errors are applied to the later columns together.
 _BLOCK = 128
 
 
@@ -98,7 +98,7 @@ def _columns(grid: Grid, group_K: Tensor) -> Grid:
 
 def _round_in_order(weight_NK: Tensor, factor_KK: Tensor, grid: Grid, scheme: IntegerScheme) -> Tensor:
     """The code of every weight, the columns taken from left to right."""
-    # a column of weights is then one piece of memory
+    # transposed, so that a column of weights is contiguous
     left_KN = weight_NK.T.contiguous()
     scales_KN, zeros_KN = grid.scales.T.contiguous(), None if grid.zeros is None else grid.zeros.T.contiguous()
     codes_KN = torch.empty_like(left_KN)

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from bessemer.model.decoder import Decoder
 from bessemer.model.initialisation import empty_decoder, fill
-from bessemer.model.layers.attention import LatentAttention
+from bessemer.model.layers.attention import AttentionLayer
 from bessemer.model.layers.feed_forward import Experts
 from bessemer.model.quantisation.base import Scheme
 from bessemer.model.quantisation.quantised_layers import (
@@ -36,7 +36,7 @@ from bessemer.model.quantisation.quantised_layers import (
 )
 
 EMBEDDING, HEAD = "embed_tokens", "lm_head"
-#: The scalar head of a reward model, which stays as it is: rewards are compared.
+#: The scalar head of a reward model is not quantised: differences of rewards count.
 _SCORE = "score"
 _KEPT = ("shared_expert_gate", "in_proj_ba")
 _EXPERT_MATRICES = ("gate_up_proj", "down_proj")
@@ -131,11 +131,13 @@ def decoded_products(model: Decoder, dtype: torch.dtype) -> PackedMatmuls:
         else:
             assert isinstance(part, QuantisedLinear)
             products[part] = _product(part, dtype)
-    weights: dict[QuantisedLinear, Tensor] = {}
-    for module in model.modules():
-        if isinstance(module, LatentAttention) and isinstance(module.kv_b_proj, QuantisedLinear):
-            weights[module.kv_b_proj] = module.kv_b_proj.weight
-    return PackedMatmuls(products, stacks, weights)
+    return PackedMatmuls(products, stacks, read_weights(model))
+
+
+def read_weights(model: Decoder) -> dict[QuantisedLinear, Tensor]:
+    """Weights of quantised layers that attention reads themselves, dequantised."""
+    layers = [layer for module in model.modules() if isinstance(module, AttentionLayer) for layer in module.read_weights]
+    return {layer: layer.weight for layer in layers if isinstance(layer, QuantisedLinear)}
 
 
 def decoded_bytes(model: Decoder, dtype: torch.dtype) -> int:
@@ -165,7 +167,7 @@ def product(weight_NK: Tensor, bias_N: Tensor | None, hidden: Tensor) -> Tensor:
     wide = hidden.to(torch.float32)
     if weight_NK.dtype == torch.float16 and wide.numel() == wide.shape[-1]:
         scale = torch.linalg.vector_norm(wide, math.inf).clamp_(min=_SMALLEST)
-        found = functional.linear((wide / scale).to(torch.float16), weight_NK).to(torch.float32).mul_(scale)
+        out = functional.linear((wide / scale).to(torch.float16), weight_NK).to(torch.float32).mul_(scale)
     else:
-        found = functional.linear(wide, weight_NK.to(torch.float32))
-    return (found if bias_N is None else found + bias_N).to(hidden.dtype)
+        out = functional.linear(wide, weight_NK.to(torch.float32))
+    return (out if bias_N is None else out + bias_N).to(hidden.dtype)

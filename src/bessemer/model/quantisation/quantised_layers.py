@@ -18,7 +18,7 @@ from bessemer.model.quantisation.base import Codes, Scheme
 #: The tensors that the compiled CPU kernels pack, and give back.
 PACKED_TENSORS = frozenset({"codes", "scales", "zeros", "offsets"})
 
-#: Gives back the codes that it keeps in a form of its own: of the rows (…,) of a matrix, or all of them where None.
+#: Returns the codes that it stores in packed form: of the rows (…,) of a matrix, or of all rows when None.
 Keeper = Callable[[Tensor | None], Codes]
 
 
@@ -43,11 +43,11 @@ class QuantisedWeight(nn.Module):
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """The scheme's tensors, less those that another keeps."""
+        """The scheme's tensors, without those that a packed copy has replaced."""
         return {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
 
     def take(self, stored: Codes) -> Self:
-        """Hold these codes; returns itself."""
+        """Store these codes; returns itself."""
         wanted = {name: (spec.shape, spec.dtype) for name, spec in self.scheme.tensors(*self.shape).items()}
         assert {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in stored.tensors.items()} == wanted, stored.scheme
         for name, tensor in stored.tensors.items():
@@ -56,29 +56,29 @@ class QuantisedWeight(nn.Module):
         return self
 
     def release(self, keeper: Keeper) -> None:
-        """Hold what the kernels have packed no longer: `keeper` has it."""
+        """Drop the tensors that the kernels have packed; `keeper` reads them back."""
         self._keeper = keeper
         for name in self._buffers.keys() & PACKED_TENSORS:
             setattr(self, name, None)
 
     def restore(self) -> None:
-        """Hold the codes again."""
+        """Read the codes back from the packed copy and store them."""
         if self._keeper is not None:
             self.take(self.stored)
 
     @property
     def is_released(self) -> bool:
-        """Whether another keeps the codes."""
+        """Whether a packed copy has replaced the codes."""
         return self._keeper is not None
 
     @property
     def stored(self) -> Codes:
-        """The codes with what they mean."""
+        """The codes and their scheme."""
         return Codes(self.scheme, self.tensors) if self._keeper is None else self._keeper(None)
 
     @property
     def device(self) -> torch.device:
-        """Where the codes lie; they are kept by others on the processor alone."""
+        """Device of the codes. Packed copies exist on the CPU only."""
         return torch.device("cpu") if self.is_released else next(iter(self.tensors.values())).device
 
     @property
@@ -106,7 +106,7 @@ class QuantisedWeight(nn.Module):
         super()._load_from_state_dict(*arguments, **options)  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
-        """What torch prints of it."""
+        """Text in torch's printed module."""
         return f"shape={self.shape}, {self.scheme}"
 
 
@@ -187,7 +187,7 @@ class PackedMatmuls:
 def using_packed_matmuls(matmuls: PackedMatmuls) -> Iterator[None]:
     """Replace the matmuls of these parts within the context, for example by those of a kernel that packed the codes."""
     parts: list[tuple[TakesPackedMatmul, Any]] = [*matmuls.products.items(), *matmuls.stacks.items()]
-    # past the modules' own setting of attributes, which would take a fifth of a small model's step
+    # not by `setattr`: nn.Module's takes a fifth of a small model's step
     for part, product in parts:
         vars(part)["packed_matmul"] = product
     for layer, weight in matmuls.weights.items():
@@ -255,7 +255,7 @@ class QuantisedStack(QuantisedWeight):
         return self._matrices
 
     def release_matrices(self, keepers: Sequence[Keeper]) -> None:
-        """Hold the codes no longer: each matrix has a keeper of its own."""
+        """Drop the codes; each matrix has a keeper of its own."""
 
         def stacked(experts: Tensor | None) -> Codes:
             chosen = range(len(keepers)) if experts is None else experts.tolist()
@@ -266,7 +266,7 @@ class QuantisedStack(QuantisedWeight):
         self.release(stacked)
 
     def take(self, stored: Codes) -> Self:
-        """Hold these codes; returns itself."""
+        """Store these codes; returns itself."""
         self._matrices = []
         return super().take(stored)
 

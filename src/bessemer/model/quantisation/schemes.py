@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bessemer.model.device import widest_float
-from bessemer.model.quantisation.base import Codes, Place, Scheme, TensorSpec
+from bessemer.model.quantisation.base import Codes, MatrixRole, Scheme, TensorSpec
 from bessemer.model.quantisation.config import GROUP_SIZES, QuantizeConfig
 from bessemer.model.quantisation.integers import (
     BLOCK,
@@ -51,14 +51,14 @@ class Int8(IntegerScheme):
 
     @classmethod
     def choose(cls, inputs: int, config: QuantizeConfig, *, is_end: bool = False) -> tuple[Scheme, str | None]:
-        asked = None if is_end else config.group_size
-        if asked is None:
+        wanted_size = None if is_end else config.group_size
+        if wanted_size is None:
             return cls(), None
-        size = largest_group(inputs, asked)
-        if size == asked:
+        size = largest_group(inputs, wanted_size)
+        if size == wanted_size:
             return cls(size), None
         given = f"groups of {size}" if size else "8 bits, a scale for each output"
-        return cls(size), f"which {asked} does not divide: {given}"
+        return cls(size), f"which {wanted_size} does not divide: {given}"
 
     def code_spec(self, *shape: int) -> TensorSpec:
         return TensorSpec(shape, torch.int8)
@@ -68,9 +68,9 @@ class Int8(IntegerScheme):
         grouped = tensors["codes"].to(torch.float32).unflatten(-1, (scales.shape[-1], -1))
         return (grouped * scales[..., None]).flatten(-2)
 
-    def compressed_format(self, place: Place) -> str | None:
+    def compressed_format(self, role: MatrixRole) -> str | None:
         # a tied head shares the tensor `weight` with the embedding, and no other
-        return PACKED if place == "block" else NAIVE
+        return PACKED if role == "block" else NAIVE
 
     def packing(self, inputs: int) -> Packing:
         return words_of_int8, partial(int8_of_words, inputs=inputs)
@@ -99,11 +99,11 @@ class Int4(IntegerScheme):
 
     @classmethod
     def choose(cls, inputs: int, config: QuantizeConfig, *, is_end: bool = False) -> tuple[Scheme, str | None]:
-        asked = config.group_size if config.scheme == cls.name and config.group_size else GROUP_SIZES[0]
-        size = largest_group(inputs, asked)
+        wanted_size = config.group_size if config.scheme == cls.name and config.group_size else GROUP_SIZES[0]
+        size = largest_group(inputs, wanted_size)
         if size is None:
-            return Int8(), f"which {asked} does not divide: 8 bits, a scale for each output"
-        note = None if size == asked else f"which {asked} does not divide: groups of {size}"
+            return Int8(), f"which {wanted_size} does not divide: 8 bits, a scale for each output"
+        note = None if size == wanted_size else f"which {wanted_size} does not divide: groups of {size}"
         return cls(size, "fixed" if config.symmetric else "code"), note
 
     def code_spec(self, *shape: int) -> TensorSpec:
@@ -117,8 +117,8 @@ class Int4(IntegerScheme):
         zeros = tensors["zeros"][..., None].to(torch.float32) if self.zero == "code" else MIDDLE
         return ((grouped - zeros) * scales[..., None]).flatten(-2)
 
-    def compressed_format(self, place: Place) -> str | None:
-        return None if place == "embedding" or self.zero == "offset" else PACKED
+    def compressed_format(self, role: MatrixRole) -> str | None:
+        return None if role == "embedding" or self.zero == "offset" else PACKED
 
     def packing(self, inputs: int) -> Packing:
         return words_of_bytes, bytes_of_words
@@ -132,8 +132,7 @@ class Int4(IntegerScheme):
     def of_gguf(cls, kind: str) -> Self | None:
         return {"Q4_0": cls(BLOCK), "Q4_1": cls(BLOCK, "offset")}.get(kind)
 
-    # a block holds its first 16 codes in the low halves of its bytes and the others in the high ones; we hold neighbours in a
-    # byte
+    # a block of GGUF has codes 0 … 15 in the low halves of its bytes and 16 … 31 in the high ones; ours pair neighbours
 
     def write_blocks(self, tensors: Mapping[str, Tensor], blocks: np.ndarray) -> None:
         super().write_blocks(tensors, blocks)
@@ -147,8 +146,8 @@ class Int4(IntegerScheme):
     def read_blocks(self, blocks: np.ndarray) -> dict[str, Tensor]:
         halves = torch.from_numpy(blocks["q"].copy())
         codes = pack(torch.cat((halves & 15, halves >> 4), dim=-1)).view(-1)
-        found = {"codes": codes, "scales": block_column(blocks, "d")}
-        return found | ({"offsets": block_column(blocks, "m")} if self.zero == "offset" else {})
+        tensors = {"codes": codes, "scales": block_column(blocks, "d")}
+        return tensors | ({"offsets": block_column(blocks, "m")} if self.zero == "offset" else {})
 
 
 # Shapes: N outputs, K inputs, M rows of activations.
@@ -176,7 +175,7 @@ class W8A8(Int8):
     def product(self, hidden: Tensor, weight: Codes, bias: Tensor | None) -> Tensor:
         return int8_product(hidden, weight, bias)
 
-    def compressed_format(self, place: Place) -> str | None:
+    def compressed_format(self, role: MatrixRole) -> str | None:
         return INTEGERS
 
     @classmethod

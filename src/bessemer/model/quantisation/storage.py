@@ -66,19 +66,19 @@ def fits_compressed_tensors(stored: Sequence[Stored], schemes: Mapping[str, Sche
     """Whether compressed-tensors has a form for every weight. weights: names of the tensors that are quantised."""
     if any(compressed_form(module, scheme) is None for module, scheme in schemes.items()):
         return False
-    return all(one.is_rows for one in stored if any(place.name in weights for place in one.places))
+    return all(one.is_rows for one in stored if any(place.name in weights for place in one.views))
 
 
 def compressed_parts(one: Stored, module: str, scheme: Scheme, shape: tuple[int, ...], tied: bool) -> Iterator[StoredPart]:
     """The tensors that take the place of `one`, a weight of ours with this shape or rows of it."""
-    form, ours, view = compressed_form(module, scheme), scheme.tensors(*shape), one.places[0].view
+    form, ours, view = compressed_form(module, scheme), scheme.tensors(*shape), one.views[0].view
     assert form is not None, scheme
     outputs, inputs = view(torch.empty(shape, device="meta")).shape
     base = one.name.removesuffix(".weight")
     for suffix, name, spec, pack, unpack in form.tensors(outputs, inputs):
         made_of = (f"{module}.{name}", ours[name].shape)
         yield StoredPart(f"{base}.{suffix}", *made_of, *spec, view, pack, unpack)
-        # a reader that ties the codes gives the head scales of its own
+        # readers that tie the codes still expect scales of the head
         if name == "scales" and module == EMBEDDING and tied:
             yield StoredPart(f"{HEAD}.{suffix}", *made_of, *spec, view, pack, None)
 
@@ -91,7 +91,7 @@ def own_parts(module: str, scheme: Scheme, shape: tuple[int, ...]) -> Iterator[S
 
 #: Key of `config.json`.
 QUANTIZATION = "quantization_config"
-#: The two ways of keeping codes.
+#: Values of `quant_method`.
 COMPRESSED_TENSORS, OWN_FORM = "compressed-tensors", "bessemer"
 
 
@@ -119,7 +119,7 @@ def compressed_settings(
     forms: dict[tuple[str, Scheme, str], CompressedForm] = {}
     ignored = []
     for one in stored:
-        name, base = one.places[0].name, one.name.removesuffix(".weight")
+        name, base = one.views[0].name, one.name.removesuffix(".weight")
         if name in modules:
             module = modules[name]
             form = compressed_form(module, schemes[module])
@@ -179,7 +179,7 @@ def read_schemes(
     modules: the module of each weight that can be quantised, by its tensor's name. Raises ArtefactError for a scheme that is
     not supported.
     """
-    found: dict[str, Scheme] = {}
+    schemes: dict[str, Scheme] = {}
     if settings["quant_method"] == OWN_FORM:
         try:
             return {name: _described(values, path) for name, values in settings["modules"].items()}
@@ -189,11 +189,11 @@ def read_schemes(
     ignored = settings.get("ignore") or []
     patterns = FilePatterns(path)
     for one in stored:
-        name, base = one.places[0].name, one.name.removesuffix(".weight")
+        name, base = one.views[0].name, one.name.removesuffix(".weight")
         kind = "Linear" if name in linear else "Embedding"
         if name not in modules or any(_matches(patterns, target, base, kind) for target in ignored):
             continue
-        # a target that names the module goes before one that names its class
+        # a target that names the module takes precedence over one that names its class
         named, classed = (
             [group for group in groups if any(_matches(patterns, target, base, each) for target in group.get("targets", ()))]
             for each in ("", kind)
@@ -201,9 +201,9 @@ def read_schemes(
         if not named and not classed:
             continue
         scheme = _scheme((named or classed)[0], base, path)
-        if found.setdefault(modules[name], scheme) != scheme:
+        if schemes.setdefault(modules[name], scheme) != scheme:
             raise ArtefactError(f"{path}: {QUANTIZATION} gives parts of {modules[name]} schemes that differ")
-    return found
+    return schemes
 
 
 def _described(values: Mapping[str, Any], path: Path) -> Scheme:
@@ -214,9 +214,9 @@ def _described(values: Mapping[str, Any], path: Path) -> Scheme:
             SCHEMES.find(values["scheme"])
     except ConfigError as error:
         raise ArtefactError(f"{path}: {QUANTIZATION}: {error}") from None
-    found = first_scheme(lambda scheme: scheme.of_described(values))
-    assert found is not None, values
-    return found
+    described = first_scheme(lambda scheme: scheme.of_described(values))
+    assert described is not None, values
+    return described
 
 
 def _matches(patterns: FilePatterns, target: Any, name: str, kind: str) -> bool:
@@ -304,7 +304,7 @@ def _laid_out(config: ModelConfig, names: _Names, schemes: Mapping[str, Scheme],
     plain: list[Stored] = []
     parts: list[StoredPart] = []
     for one in names.stored:
-        module = names.modules.get(one.places[0].name)
+        module = names.modules.get(one.views[0].name)
         if module is None or module not in schemes:
             plain.append(one)
         elif not own:

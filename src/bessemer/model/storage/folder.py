@@ -53,7 +53,7 @@ MODEL_FORMAT = 1
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
-#: What generation settings and `SamplingParams` call by the same name; the rest is of `transformers`' own methods.
+#: Generation settings with the same name in `SamplingParams`; the others belong to methods of `transformers`.
 _SAMPLING_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -188,7 +188,7 @@ def save_model(model: Decoder, folder: Path, *, tokenizer: Path | None, shard_by
     else:
         config = model.config
         stored, parts, settings = list(family_of(config).stored(config, list(ours))), [], None
-    entries = [Entry(one.name, one.shape_in(shapes), ours[one.places[0].name].dtype) for one in stored]
+    entries = [Entry(one.name, one.shape_in(shapes), ours[one.views[0].name].dtype) for one in stored]
     entries += [Entry(part.name, part.shape, part.dtype) for part in parts]
     tensors = chain((one.pack(ours) for one in stored), (part.packed(ours) for part in parts))
     write_weights(folder, entries, tensors, shard_bytes)
@@ -205,8 +205,8 @@ def save_initial_model(config: ModelConfig, seed: int, folder: Path, *, tokenize
     def tensors() -> Iterator[Tensor]:
         ours: dict[str, Tensor] = {}
         for one in stored:
-            names = [place.name for place in one.places]
-            # a tensor of many experts is stored in as many, one after the other
+            names = [place.name for place in one.views]
+            # consecutive files' tensors share one of ours: experts are stored one by one
             ours = {name: tensor for name, tensor in ours.items() if name in names}
             for name in names:
                 if name not in ours:
@@ -240,25 +240,25 @@ def load_model(
         refuse_scorer(config, folder)
     settings = read_settings(read_json(folder / CONFIG), folder / CONFIG)
     layout, schemes = read_layout(config, settings, folder / CONFIG) if settings else (None, {})
-    found = find_tensors(folder, config, layout)
-    weights = _read_weights(found, torch.device(device), dtype)
-    if not found.config.num_nextn_predict_layers:
+    on_disk = find_tensors(folder, config, layout)
+    weights = _read_weights(on_disk, torch.device(device), dtype)
+    if not on_disk.config.num_nextn_predict_layers:
         schemes = {name: scheme for name, scheme in schemes.items() if not name.startswith("mtp.")}
-    model = replace_with_quantised_modules(empty_decoder(found.config), schemes)
-    # norms are never quantised: they say in which type the rest of the model is
+    model = replace_with_quantised_modules(empty_decoder(on_disk.config), schemes)
+    # norms are never quantised: their dtype is the model's
     set_dtype(model, weights["norm.weight"].dtype)
-    # the tables of rotary positions too
+    # moves the tables of rotary positions as well
     return fill(model, weights).to(device)
 
 
-def _read_weights(found: StoredTensors, device: torch.device, dtype: torch.dtype | None) -> dict[str, Tensor]:
+def _read_weights(on_disk: StoredTensors, device: torch.device, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Every tensor of the decoder by our name.
 
     A tensor that the file holds as ours is taken as it is; one that is spread or packed there is filled piece by piece,
     so that nothing is in memory twice.
     """
     weights: dict[str, Tensor] = {}
-    for path, tensors in found.files.items():
+    for path, tensors in on_disk.files.items():
         with opening(path):
             file = WeightsFile(path)
             for name, stored in tensors.items():
@@ -268,9 +268,9 @@ def _read_weights(found: StoredTensors, device: torch.device, dtype: torch.dtype
                 _, kind = file.describe(name)
                 as_it_is = stored.is_whole and device.type == "cpu" and (dtype is None or DTYPES.get(dtype) == kind)
                 tensor = file.kept(name) if as_it_is else file.passing(name)
-                _take(stored, tensor, weights, found.shapes, device, dtype)
-    if found.second_head is not None:
-        found.check_second_head(weights[EMBEDDING])
+                _take(stored, tensor, weights, on_disk.shapes, device, dtype)
+    if on_disk.second_head is not None:
+        on_disk.check_second_head(weights[EMBEDDING])
     return weights
 
 
@@ -284,9 +284,9 @@ def _take(
 ) -> None:
     """Put one tensor of a file where it belongs among ours."""
     if stored.is_whole:
-        weights[stored.places[0].name] = tensor.to(device, dtype)
+        weights[stored.views[0].name] = tensor.to(device, dtype)
         return
-    for place in stored.places:
+    for place in stored.views:
         if place.name not in weights:
             weights[place.name] = torch.empty(shapes[place.name], dtype=dtype or tensor.dtype, device=device)
     stored.unpack(tensor, weights)

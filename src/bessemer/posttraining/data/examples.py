@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Self, TypeVar
 
 from bessemer.core.errors import BessemerError, RequestError, SourceError
 from bessemer.core.hashing import derive_seed, hash_file, hash_value
-from bessemer.core.records import Record, is_table, read_records
+from bessemer.core.records import Record, read_records
 from bessemer.core.store import write_text
 from bessemer.core.usercode import load_user_function
 from bessemer.posttraining.data.formats import (
@@ -31,13 +31,12 @@ from bessemer.posttraining.data.formats import (
     as_pair,
     plain_turns,
 )
-from bessemer.posttraining.data.made import MISMATCHED, data_path
+from bessemer.posttraining.data.made import MISMATCHED, TASK, data_path
 from bessemer.posttraining.data.splitting import opening, split_examples
-from bessemer.posttraining.sft.config import TASK, SFTConfig
 
 Example = TypeVar("Example")
 
-#: Of many rows that cannot be used: how many are named besides the first.
+#: Number of unusable rows that are named after the first.
 _NAMED_ROWS = 5
 
 
@@ -66,7 +65,7 @@ def examples_of_function(name: str, folder: Path, parse: Callable[[Mapping[str, 
         rows = list(function())
     except BessemerError:
         raise
-    except Exception as error:  # whatever a user's function raises
+    except Exception as error:  # a user's function may raise anything
         raise SourceError(f"{name}: it failed: {type(error).__name__}: {error}") from error
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, Mapping):
@@ -90,7 +89,7 @@ class BadRow(NamedTuple):
 def parsed(
     records: Iterable[Record], parse: Callable[[Mapping[str, Any]], Example]
 ) -> tuple[list[tuple[str, Example]], list[BadRow]]:
-    """The rows as examples, each behind its place, and those that are none. parse: raises ValueError or RequestError for a
+    """Parsed rows with their places, and the errors of malformed ones. parse: raises ValueError or RequestError for a
     malformed row."""
     examples, bad = [], []
     for record in records:
@@ -133,7 +132,7 @@ def files_fingerprint(names: Sequence[str], folder: Path) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Conversation:
-    """What is learnt, and its source: a file or the name of made data. place: its row, for messages."""
+    """A conversation to learn from, and its source: a file or the name of made data. place: its row, for messages."""
 
     answered: Answered
     source: str
@@ -157,7 +156,7 @@ class Conversation:
 
     @property
     def id(self) -> str:
-        """Hash of what is said, and of the tools."""
+        """Hash of the messages and the tools."""
         said = self._said
         parts = list(said.values())
         if self.tools or len(said) > 1:
@@ -202,12 +201,7 @@ def write_conversations(path: Path, conversations: Iterable[Conversation]) -> No
     write_text(path, "".join(json.dumps(one.record, ensure_ascii=False) + "\n" for one in conversations))
 
 
-def data_fingerprint(config: SFTConfig, folder: Path) -> dict[str, str]:
-    """Hashes of the files of conversations, for the stage's key. Raises SourceError for a missing one."""
-    return files_fingerprint([name for name in config.data if is_table(name)], folder)
-
-
-#: Words of a question that say what kind it is.
+#: Number of first words by which the kind of a question is known.
 _WORDS_OF_KIND = 2
 
 

@@ -28,14 +28,14 @@ from typing import Any
 from bessemer.core.config import nearest
 from bessemer.tokenization.chat import checked_messages, checked_tools
 
-#: Where texts without questions belong.
+#: Advice for texts without questions.
 CONTINUE = "texts without questions are learnt by continued pretraining: bessemer recipes show continue"
 
 Message = dict[str, Any]
 #: Messages of a conversation, or a text without roles.
 Turns = tuple[Message, ...] | str
 
-#: ShareGPT's names of those who speak.
+#: ShareGPT's names of speakers, and the roles that they are.
 _SPEAKERS = {
     "system": "system",
     "human": "user",
@@ -47,17 +47,17 @@ _SPEAKERS = {
     "observation": "tool",
     "function_response": "tool",
 }
-#: What a label may be; a CSV file holds words, and data sets of zeros and ones are many.
+#: Values of a label: CSV files hold words, and many data sets zeros and ones.
 _LABELS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
-#: Columns that usually hold what is asked, and are no key of a pair.
+#: Usual columns of the question, which are no key of a pair.
 _QUESTIONS = ("input", "query", "context", "user", "text", "problem")
-#: Names of columns that hold a question, those that hold an answer, and those of texts alone, in small letters.
+#: Usual columns of questions, of answers, and of texts alone, in lower case.
 PROMPTS = ("prompt", "question", "input", "query", "request", "ticket", "message", "problem", "user", "instruction")
 ANSWERS = ("completion", "answer", "output", "response", "reply", "resolution", "solution", "assistant")
 _TEXTS = {"text", "content", "body", "document"}
 #: A turn of a transcript: `\n\nHuman: …\n\nAssistant: …`.
 _TURN = re.compile(r"\n\n(Human|Assistant): ?")
-#: Keys of a message that are kept besides role and content: those that chat templates write, and what it counts in the loss.
+#: Keys of a message that are kept besides role and content: those of chat templates, and its weight in the loss.
 _KEPT = ("tool_calls", "tool_call_id", "name", "reasoning_content", "weight")
 
 
@@ -276,16 +276,16 @@ def _under_system(row: Mapping[str, Any], messages: tuple[Message, ...]) -> tupl
 
 
 def _shared_prompt(row: Mapping[str, Any], given: Sequence[Any], keys: Sequence[str]) -> tuple[Turns, list[Turns]]:
-    """What conversations, transcripts or texts begin with alike, and the rest of each."""
+    """The common beginning of conversations, transcripts or texts, and the rest of each."""
     if all(isinstance(value, str) and _TURN.match(value) for value in given):
         given = [_transcript(value) for value in given]
     if any(isinstance(value, str) for value in given):
         if not all(isinstance(value, str) for value in given):
             raise ValueError(f"{' and '.join(keys)} must both be texts or both messages")
         shared = _alike(given)
-        asked = next((name for name in _QUESTIONS if name in row), None)
-        if asked is not None or not shared:
-            where = "they begin with nothing alike" if asked is None else f"and there is {asked!r}"
+        question = next((name for name in _QUESTIONS if name in row), None)
+        if question is not None or not shared:
+            where = "they begin with nothing alike" if question is None else f"and there is {question!r}"
             raise ValueError(
                 f"{' and '.join(keys)} are texts without a prompt, {where}; give the prompt under the key 'prompt'"
             )
@@ -391,16 +391,16 @@ def _calls(value: str, where: str) -> list[dict[str, Any]]:
 
 
 def _alpaca_prompt(row: Mapping[str, Any]) -> tuple[Message, ...]:
-    asked = _cell(row, "instruction")
+    question = _cell(row, "instruction")
     for name in ("input", "context"):
         if row.get(name) is not None and str(row[name]).strip():
-            asked = f"{asked}\n\n{_cell(row, name)}"
+            question = f"{question}\n\n{_cell(row, name)}"
     before = []
     for turn in row.get("history") or ():
         if not isinstance(turn, (list, tuple)) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
             raise ValueError(f"history must be a list of a question and an answer each, and holds {turn!r}"[:200])
         before += [_said("user", turn[0]), _said("assistant", turn[1])]
-    return _under_system(row, _messages([*before, _said("user", asked)], "instruction"))
+    return _under_system(row, _messages([*before, _said("user", question)], "instruction"))
 
 
 def _transcript(text: str) -> list[Message]:

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from bessemer.core.config import nearest
 from bessemer.core.errors import ArtefactError, SourceError
@@ -21,10 +21,24 @@ from bessemer.core.store import write_text
 
 #: Revised answers, and conversations that a model wrote.
 REVISIONS, SYNTHETIC = "made/revisions", "made/synthetic"
+#: Data made from the run's own documents: its name in `data`.
+DOCS_QUESTIONS = "made/docs_questions"
+#: All data that a recipe makes and `sft` reads.
+MADE_DATA = (DOCS_QUESTIONS, REVISIONS, SYNTHETIC)
 #: Pairs that a model has judged; pairs of honest and dishonest answers; pairs made of the conversations of `sft`.
 PREFERENCES, HONESTY, MISMATCHED = "made/preferences", "made/honesty", "made/mismatched"
 
-#: Name in `data` → kind of artefact, which is also the role of the stage that reads it.
+#: Prefix of the name of a task whose items are data.
+TASK = "task/"
+#: Treatment of an example that is longer than a row.
+Truncate = Literal["drop", "left", "refuse"]
+TRUNCATE = (
+    "Of what is longer than a row, or of an answer of a pair than half a row. drop: left out; left: its beginning is cut off, "
+    "and what the assistant says is learnt where it is whole; refuse: an error. How many there are is said. The end is never "
+    "cut off, so that every answer teaches where it ends."
+)
+
+#: Name in `data` → kind of artefact, which is also the role of the input.
 _KINDS: Mapping[str, str] = {
     REVISIONS: "revisions",
     SYNTHETIC: "synthetic",
@@ -35,7 +49,7 @@ _KINDS: Mapping[str, str] = {
 
 
 def roles(names: Iterable[str]) -> dict[str, str]:
-    """What a stage needs that may name these in its `data`: role → kind of artefact."""
+    """Inputs of a stage whose `data` may have these names: role → kind of artefact."""
     return {_KINDS[name]: _KINDS[name] for name in names}
 
 
@@ -62,7 +76,7 @@ def data_path(name: str, folder: Path, made: Mapping[str, Path]) -> Path:
     return made.get(name, folder / name)
 
 
-#: Names of made pairs, the inputs of stages that learn from pairs, and which of them settings do not read.
+#: Names of made pairs, the inputs of stages that learn from pairs, and those of them that settings leave unread.
 MADE_PAIRS = (MISMATCHED, PREFERENCES, HONESTY)
 PAIRS_NEEDS: Mapping[str, str] = {"model": "model", **roles(MADE_PAIRS)}
 unread_pairs = unread(MADE_PAIRS)
@@ -85,7 +99,7 @@ def pairs_fingerprint(config: Any, outside: Outside) -> dict[str, str]:
     return files_fingerprint(files_of(config.data), outside.folder)
 
 
-#: Key of the first line, which says what the rows are of.
+#: Key of the first line, which identifies what the rows were made from.
 _IDENTITY = "rows_of"
 
 
@@ -93,7 +107,7 @@ class FinishedRows:
     """Rows in a JSONL file, in the order of the work. What a crash cut in two is done again."""
 
     def __init__(self, path: Path, identity: Any) -> None:
-        """Read what is finished. identity: settings and data that the rows depend on, as a JSON value.
+        """Read the finished rows. identity: settings and data that the rows depend on, as a JSON value.
 
         Raises ArtefactError where the rows of the file are of other settings or data.
         """

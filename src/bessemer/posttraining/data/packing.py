@@ -27,17 +27,17 @@ from bessemer.model.storage.folder import read_model_config
 from bessemer.posttraining.data.encoding import Encoded, NothingLearntError, Row, RowCounts, RowFitter, encode_answer
 from bessemer.posttraining.data.examples import Conversation, prompt_key
 from bessemer.posttraining.data.formats import Labelled, Pair
-from bessemer.posttraining.sft.config import Truncate
+from bessemer.posttraining.data.made import Truncate
 from bessemer.tokenization.tokenizer import Tokenizer
 from bessemer.training.config import LoopConfig
 from bessemer.training.data.batches import IGNORE_INDEX, Batch, StatelessBatches, rows_of_step
 from bessemer.training.data.packing import best_fit, pack_rows
-from bessemer.training.job import OnStepEnd, validation_metrics
+from bessemer.training.loop import OnStepEnd, validation_metrics
 from bessemer.training.optim.lr_schedule import validated_steps
 
 
 @dataclass(frozen=True)
-class Example:
+class EncodedExample:
     """Inputs and targets of one conversation, of equal length; a target is -100 outside the assistant's messages."""
 
     tokens: np.ndarray
@@ -59,12 +59,12 @@ def encode_conversation(conversation: Conversation, tokenizer: Tokenizer) -> Enc
 
 def fit_conversations(
     conversations: Sequence[Conversation], tokenizer: Tokenizer, context_length: int, truncate: Truncate = "drop"
-) -> tuple[list[Example], RowCounts]:
+) -> tuple[list[EncodedExample], RowCounts]:
     """Conversations as examples of at most `context_length` tokens, and what became of the others. Raises SourceError where
     longer ones are refused."""
     fitter = RowFitter(context_length, truncate)
     fitted = [fitter.fit(partial(encode_conversation, one, tokenizer)) for one in conversations]
-    return [Example(*rows[0]) for rows in fitted if rows is not None], fitter.counts("conversations")
+    return [EncodedExample(*rows[0]) for rows in fitted if rows is not None], fitter.counts("conversations")
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def pack_conversations(
     return PackedConversations(pack_examples(examples, tokenizer, context_length), counts)
 
 
-def pack_examples(examples: Sequence[Example], tokenizer: Tokenizer, context_length: int) -> Batch:
+def pack_examples(examples: Sequence[EncodedExample], tokenizer: Tokenizer, context_length: int) -> Batch:
     """Examples of at most `context_length` tokens, in as few rows as best-fit decreasing finds."""
     lengths = [len(example.tokens) for example in examples]
     row_of = best_fit(lengths, context_length)
@@ -115,7 +115,6 @@ class PackedBatches(StatelessBatches):
         self.fingerprint = hash_value([_content(packed), *packed.tokens_BT.shape, batch_size, seed])
 
     def batch(self, step: int, rows: slice = slice(None), mesh: Mesh = ALONE) -> Batch:
-        """The rows `rows` of the batch of `step`, counted from 0."""
         chosen = rows_of_step(step, self.batch_size, self.rows, self._seed)[rows]
         return self._packed.rows(chosen)
 
@@ -131,7 +130,6 @@ class HeldOutBatches(StatelessBatches):
         self.fingerprint = hash_value([_content(packed), *packed.tokens_BT.shape, batch_size])
 
     def batch(self, step: int, rows: slice = slice(None), mesh: Mesh = ALONE) -> Batch:
-        """The rows `rows` of the batch of `step`, counted from 0."""
         places, count = np.arange(step * self.batch_size, (step + 1) * self.batch_size)[rows], self._packed.tokens_BT.shape[0]
         batch = self._packed.rows(np.minimum(places, count - 1))
         beyond_B1 = torch.from_numpy(places >= count)[:, None]
@@ -143,7 +141,7 @@ class HeldOutBatches(StatelessBatches):
 
 
 def validation_on(packed: Batch, config: LoopConfig) -> OnStepEnd:
-    """What validates on packed rows at the steps that the settings name; nothing where there are no rows."""
+    """Validation on packed rows at the steps that the settings name; no metrics without rows."""
     if not packed.tokens_BT.shape[0]:
         return lambda finished, trainer: {}
     source, validated = HeldOutBatches(packed, config.batch_size), validated_steps(config)
@@ -172,7 +170,7 @@ class PairExample(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Of both answers with their prompts."""
+        """Number of tokens of both answers with their prompts."""
         return len(self.chosen[0]) + len(self.rejected[0])
 
     def without_shared(self) -> tuple[PairExample, int]:
@@ -253,7 +251,7 @@ def _are_equal(first: Row, second: Row) -> bool:
 
 
 def can_share_prompts(config: LoopConfig, model: Path) -> bool:
-    """As `Trainee.shares_prefixes`, before there is one: of the model in a folder, and the settings of its run."""
+    """Whether documents may share prefixes (`ModelRoles.shares_prefixes`), of a model's folder and a run's settings."""
     return config.parallel.context == 1 and read_model_config(model).shares_prefixes
 
 
@@ -301,7 +299,7 @@ def pack_pair_examples(
     )
 
 
-#: Rows of the mismatched examples, which lie beside a batch's own as values of tokens.
+#: Prefix of the values of tokens that hold the rows of the mismatched examples.
 _TWIN = "mismatched_"
 
 
@@ -357,11 +355,11 @@ def pack_answers(
     for row, values in enumerate(labels):
         is_answer_BS[row, : len(values)] = 1
         is_desirable_BS[row, : len(values)] = torch.tensor(values, dtype=torch.float32)
-    beside = pack_rows(twins, context_length, tokenizer.bos_id)
+    twin_rows = pack_rows(twins, context_length, tokenizer.bos_id)
     names = ("tokens_BT", "targets_BT", "positions_BT", "document_ids_BT")
     batch = replace(
         pack_rows(owns, context_length, tokenizer.bos_id),
-        per_token={f"{_TWIN}{name}": getattr(beside, name) for name in names},
+        per_token={f"{_TWIN}{name}": getattr(twin_rows, name) for name in names},
         per_sequence={"is_answer": is_answer_BS, "is_desirable": is_desirable_BS},
         sequences=sequences,
     )
@@ -395,9 +393,9 @@ def others_before(keys: Sequence[str]) -> list[int]:
         return []
     if len(set(keys)) < 2:
         raise SourceError("loss kto compares answers with those to other prompts, and all of these have the same prompt")
-    found = [0] * len(keys)
-    # twice around: the first places look back beyond the beginning
+    starts = [0] * len(keys)
+    # twice around, since the first places look back past the beginning
     for step in range(2 * len(keys)):
         place, before = step % len(keys), (step - 1) % len(keys)
-        found[place] = before if keys[before] != keys[place] else found[before]
-    return found
+        starts[place] = before if keys[before] != keys[place] else starts[before]
+    return starts

@@ -19,19 +19,19 @@ from bessemer.posttraining.data.formats import Answered, Turns
 
 Example = TypeVar("Example")
 
-#: Words of a run, and the fewest words of an opening that may be a near copy: shorter ones differ by what they ask.
+#: Words of a run, and the fewest words of an opening that may be a near copy of another.
 _RUN, _FEWEST = 3, 8
 #: Words of an opening that are compared.
 _MOST = 2000
 _SIMILARITY = 0.7
-#: Runs that more openings have are a template's: this many, or this share of all.
+#: A run in more openings than this number, or this share of all, belongs to a template.
 _COMMON, _COMMON_SHARE = 10, 0.01
-#: Examples that open alike and may be held out together, where the share of all is smaller.
+#: Most examples with similar openings that are held out together, where the share of all is smaller.
 _TOGETHER = 10
 
 
 def opening(turns: Turns) -> str:
-    """What an example is told apart by: the system message and the first that the user says; a text without roles is whole."""
+    """The part that identifies an example: the system message and the user's first; all of a text without roles."""
     if isinstance(turns, str):
         return turns
     said = [str(turn.get("content") or "") for turn in turns if turn["role"] == "system"]
@@ -57,13 +57,13 @@ def split_examples(
 
 
 def are_held_out(openings: Sequence[str], share: float, seed: int) -> list[bool]:
-    """Of each opening whether it is held out, by a hash of it or of the first that it is like.
+    """Whether each opening is held out, by its hash or that of the first similar one.
 
     More examples that open alike than would be held out in all, as conversations that begin with a greeting, are trained on.
     """
     keys = [opening_key(text) for text in openings]
     texts = dict(zip(keys, openings, strict=True))
-    # in the order of the keys, so that the side does not depend on the examples' order
+    # in the order of keys, so that the split does not depend on the order of examples
     different = sorted(texts)
     first = dict(zip(different, _near_copies([_words(texts[key]) for key in different]), strict=True))
     groups = [first[key] for key in keys]
@@ -84,12 +84,12 @@ def _words(text: str) -> list[str]:
 
 
 def _near_copies(openings: Sequence[list[str]]) -> list[int]:
-    """Of each opening the number of the first one of those that it is a near copy of, through others too."""
+    """For each opening the index of the first one of its group of near copies, which is transitive."""
     runs = [set(_runs(words[:_MOST])) if len(words) >= _FEWEST else set() for words in openings]
     counts = Counter(run for of_one in runs for run in of_one)
     most = max(_COMMON, _COMMON_SHARE * len(openings))
     sets = [{run for run in of_one if counts[run] <= most} for of_one in runs]
-    # union-find of few numbers: that of deduplication is compiled by a package that tuning does not need
+    # own union-find, since that of deduplication needs a compiler package that tuning does not
     first = list(range(len(openings)))
 
     def root(number: int) -> int:
@@ -100,7 +100,7 @@ def _near_copies(openings: Sequence[list[str]]) -> list[int]:
 
     with_run: dict[int, list[int]] = defaultdict(list)
     for number, own in enumerate(sets):
-        # sets that are alike share one of their rarest runs (Bayardo et al. 2007, "Scaling up all pairs similarity search")
+        # similar sets share one of their rarest runs (Bayardo et al. 2007, "Scaling up all pairs similarity search")
         rarest = sorted(own, key=lambda run: (counts[run], run))[: int(len(own) * (1 - _SIMILARITY)) + 1]
         shared = [run for run in rarest if counts[run] > 1]
         for other in {other for run in shared for other in with_run[run]}:

@@ -24,87 +24,66 @@ from bessemer.core.progress import Progress
 from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.inference.engine import Engine, EngineConfig, SamplingParams
 from bessemer.posttraining.chat_models import place_fingerprint
-from bessemer.posttraining.data.encoding import Encoded, encode_answer, encode_prompt
+from bessemer.posttraining.data.encoding import Encoded, encode_answer
 from bessemer.posttraining.data.examples import Conversation, read_examples
-from bessemer.posttraining.data.formats import Answered, Message, Turns, as_answered, as_prompt, plain_turns, tools_of
+from bessemer.posttraining.data.formats import Answered, as_answered, as_prompt, plain_turns, tools_of
 from bessemer.posttraining.data.made import FinishedRows
 from bessemer.posttraining.data.splitting import opening, split_examples
 from bessemer.posttraining.distillation.config import DistillationConfig
 from bessemer.posttraining.distillation.objective import TeacherHead, mean_reverse_kl
-from bessemer.posttraining.sampling.prompts import Prompt
 from bessemer.posttraining.sampling.sampler import EncodedPrompt, Sampler, SamplerSettings
-from bessemer.posttraining.sampling.samples import pack_samples
+from bessemer.posttraining.sampling.samples import Prompt, pack_samples
 from bessemer.tokenization.tokenizer import Tokenizer
 from bessemer.training.data.batches import Batch, rows_of_step
-from bessemer.training.model_roles import Trainee
+from bessemer.training.model_roles import ModelRoles
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What is asked: messages, or a text that is continued, and the tools that may be called."""
-
-    prompt: Turns
-    tools: tuple[Message, ...] = ()
-
-    def encoded(self, tokenizer: Tokenizer) -> list[int]:
-        """Its token ids, up to where the answer begins."""
-        return encode_prompt(self.prompt, tokenizer, self.tools) or [tokenizer.bos_id]
-
-    def answered(self, text: str) -> Answered:
-        """With an answer."""
-        if isinstance(self.prompt, str):
-            return Answered(self.prompt, text, self.tools)
-        return Answered(self.prompt, ({"role": "assistant", "content": text},), self.tools)
-
-
-def before_last_answer(answered: Answered) -> Asked | None:
-    """What an example asks: its prompt, or all before the assistant's last turn; None where nothing stands before it."""
-    if isinstance(answered.prompt, str) or isinstance(answered.answer, str):
-        return Asked(answered.prompt, answered.tools)
-    if answered.prompt:
-        return Asked(answered.prompt, answered.tools)
+def before_last_answer(answered: Answered) -> Prompt | None:
+    """The prompt of an example, or all before the assistant's last turn; None where nothing precedes it."""
+    if isinstance(answered.prompt, str) or isinstance(answered.answer, str) or answered.prompt:
+        return Prompt(answered.prompt, tools=answered.tools)
     last = max(place for place, message in enumerate(answered.answer) if message["role"] == "assistant")
-    return Asked(answered.answer[:last], answered.tools) if last else None
+    return Prompt(answered.answer[:last], tools=answered.tools) if last else None
 
 
-def as_asked(row: Mapping[str, Any]) -> Asked:
+def prompt_of(row: Mapping[str, Any]) -> Prompt:
     """A row of a prompt alone, or of one of the formats with answers. Raises ValueError or RequestError, in one line."""
     is_bare = "prompt" in row and "completion" not in row
-    asked = _bare_prompt(row) if is_bare else before_last_answer(as_answered(row))
-    if asked is None:
+    prompt = _bare_prompt(row) if is_bare else before_last_answer(as_answered(row))
+    if prompt is None:
         raise ValueError("begins with the assistant, so that there is no prompt to answer")
-    if asked.tools and isinstance(asked.prompt, str):
+    if prompt.tools and isinstance(prompt.turns, str):
         raise ValueError("tools are shown in a conversation, and the prompt is a text; give it as messages")
-    return asked
+    return prompt
 
 
-def _bare_prompt(row: Mapping[str, Any]) -> Asked:
+def _bare_prompt(row: Mapping[str, Any]) -> Prompt:
     """A row of a prompt alone. As with a completion, a text without a system message is continued."""
     given = row["prompt"]
     if not given or not isinstance(given, (str, list)):
         raise ValueError(f"needs messages or a text under 'prompt'; it has {given!r}"[:200])
     messages = as_prompt(row)
     if isinstance(given, str) and len(messages) == 1:
-        return Asked(given, tools_of(row))
-    return Asked(messages, tools_of(row))
+        return Prompt(given, tools=tools_of(row))
+    return Prompt(messages, tools=tools_of(row))
 
 
-def gather_prompts(config: DistillationConfig, folder: Path, seed: int) -> tuple[list[Asked], list[Asked]]:
+def gather_prompts(config: DistillationConfig, folder: Path, seed: int) -> tuple[list[Prompt], list[Prompt]]:
     """(training, held out) prompts of all data, in order. Raises SourceError for rows that are malformed."""
-    asked = [one for name in config.data for one in read_examples(folder / name, as_asked)]
-    return split_examples(asked, lambda one: opening(one.prompt), config.validation_share, seed)
+    prompts = [prompt for name in config.data for prompt in read_examples(folder / name, prompt_of)]
+    return split_examples(prompts, lambda prompt: opening(prompt.turns), config.validation_share, seed)
 
 
-def encoded_prompts(asked: Sequence[Asked], tokenizer: Tokenizer, config: DistillationConfig) -> list[EncodedPrompt]:
+def encoded_prompts(prompts: Sequence[Prompt], tokenizer: Tokenizer, config: DistillationConfig) -> list[EncodedPrompt]:
     """The prompts that leave room for an answer, with their tokens."""
     most = config.context_length - config.max_tokens
-    encoded = ((Prompt(one.prompt), one.encoded(tokenizer)) for one in asked)
+    encoded = ((prompt, prompt.encoded(tokenizer)) for prompt in prompts)
     return [(prompt, ids) for prompt, ids in encoded if len(ids) <= most]
 
 
-#: Every answer, a line a prompt.
+#: File of the teacher's answers, one line per prompt.
 ANSWERS = "teacher_answers.jsonl"
-#: Prompts that are answered at a time, between two looks at the progress. An interrupted run goes on after the last whole lot.
+#: Prompts of a batch. An interrupted run continues after the last whole batch.
 _PROMPTS_AT_ONCE = 64
 
 
@@ -112,18 +91,18 @@ _PROMPTS_AT_ONCE = 64
 class TeacherAnswer:
     """is_cut: it came to the most tokens, and has not ended."""
 
-    asked: Asked
+    prompt: Prompt
     text: str
     is_cut: bool
 
     @property
     def conversation(self) -> Conversation:
-        """As a row that `sft` reads."""
-        return Conversation(self.asked.answered(self.text), "teacher")
+        """The answer as a row that `sft` reads."""
+        return Conversation(self.prompt.answered(self.text), "teacher")
 
     def encoded(self, tokenizer: Tokenizer) -> Encoded:
-        """In the student's tokens; of an answer that was cut, the end token is no target."""
-        answered = self.asked.answered(self.text)
+        """The answer in the student's tokens; the end token of a cut answer is no target."""
+        answered = self.prompt.answered(self.text)
         encoded = encode_answer(answered.prompt, answered.answer, tokenizer, answered.tools)
         if not self.is_cut:
             return encoded
@@ -133,7 +112,7 @@ class TeacherAnswer:
 def sample_answers(
     config: DistillationConfig,
     teacher: Path,
-    asked: Sequence[Asked],
+    prompts: Sequence[Prompt],
     out: Path,
     *,
     seed: int,
@@ -146,18 +125,18 @@ def sample_answers(
     Prompts are written with the teacher's own tokenizer and chat template. Raises SourceError when no answer has a word, and
     ConfigError when no prompt leaves the teacher room for an answer.
     """
-    finished = FinishedRows(out / ANSWERS, _identity(config, teacher, asked, seed))
-    if len(finished) < len(asked):
-        # a lot is sampled together, and again together
+    finished = FinishedRows(out / ANSWERS, _identity(config, teacher, prompts, seed))
+    if len(finished) < len(prompts):
+        # prompts that were sampled together are sampled together again
         finished.keep(len(finished) - len(finished) % _PROMPTS_AT_ONCE)
         threads = None if config.threads == "auto" else config.threads
         engine_config = EngineConfig(cpu_kernels=config.cpu_kernels, threads=threads)
         with (
             Engine(teacher, device=device, config=engine_config) as engine,
-            progress.task("teacher's answers", total=len(asked), unit="prompts", completed=len(finished)) as bar,
+            progress.task("teacher's answers", total=len(prompts), unit="prompts", completed=len(finished)) as bar,
         ):
-            for start in range(len(finished), len(asked), _PROMPTS_AT_ONCE):
-                lot = asked[start : start + _PROMPTS_AT_ONCE]
+            for start in range(len(finished), len(prompts), _PROMPTS_AT_ONCE):
+                lot = prompts[start : start + _PROMPTS_AT_ONCE]
                 seeds = [derive_seed(seed, "teacher", start + place) for place in range(len(lot))]
                 finished.append(list(_answers_of(engine, lot, config, seeds)))
                 bar.advance(len(lot))
@@ -165,36 +144,36 @@ def sample_answers(
     too_long = sum(not row["answers"] for row in rows)
     if too_long == len(rows):
         raise ConfigError(
-            f"none of the {len(asked):,} prompts leaves the teacher room for {config.max_tokens:,} tokens; lower max_tokens"
+            f"none of the {len(prompts):,} prompts leaves the teacher room for {config.max_tokens:,} tokens; lower max_tokens"
         )
-    found = [
-        TeacherAnswer(one, answer["text"], answer["cut"])
-        for one, row in zip(asked, rows, strict=True)
+    answers = [
+        TeacherAnswer(prompt, answer["text"], answer["cut"])
+        for prompt, row in zip(prompts, rows, strict=True)
         for answer in row["answers"]
     ]
-    kept = [answer for answer in found if answer.text.strip()]
-    if too_long or len(kept) < len(found):
+    kept = [answer for answer in answers if answer.text.strip()]
+    if too_long or len(kept) < len(answers):
         progress.say(
-            f"  {too_long:,} of {len(asked):,} prompts are too long for the teacher, and {len(found) - len(kept):,} of its "
-            f"{len(found):,} answers are empty; they are left out"
+            f"  {too_long:,} of {len(prompts):,} prompts are too long for the teacher, and {len(answers) - len(kept):,} of its "
+            f"{len(answers):,} answers are empty; they are left out"
         )
     if not kept:
-        raise SourceError(f"{teacher}: the teacher answers none of the {len(asked):,} prompts with a word")
+        raise SourceError(f"{teacher}: the teacher answers none of the {len(prompts):,} prompts with a word")
     return kept
 
 
-def _identity(config: DistillationConfig, teacher: Path, asked: Sequence[Asked], seed: int) -> dict[str, Any]:
-    """What the teacher's answers depend on."""
+def _identity(config: DistillationConfig, teacher: Path, prompts: Sequence[Prompt], seed: int) -> dict[str, Any]:
+    """Everything that the teacher's answers depend on."""
     return {
         "teacher": place_fingerprint(teacher),
-        "asked": hash_value([[plain_turns(one.prompt), list(one.tools)] for one in asked]),
+        "asked": hash_value([[plain_turns(prompt.turns), list(prompt.tools)] for prompt in prompts]),
         "settings": [config.sampling_temperature, config.max_tokens, config.samples_per_prompt],
         "seed": seed,
     }
 
 
 def _answers_of(
-    engine: Engine, lot: Sequence[Asked], config: DistillationConfig, seeds: Sequence[int]
+    engine: Engine, lot: Sequence[Prompt], config: DistillationConfig, seeds: Sequence[int]
 ) -> Iterator[dict[str, Any]]:
     """A record of each prompt, in order; without answers where it is too long."""
     encoded = [one.encoded(engine.tokenizer) for one in lot]
@@ -209,10 +188,10 @@ def _answers_of(
         for place in fitting
     ]
     completions = dict(zip(fitting, engine.generate([encoded[place] for place in fitting], params), strict=True))
-    for place, one in enumerate(lot):
+    for place, prompt in enumerate(lot):
         given = [completions[place], *completions[place].others] if place in completions else []
         yield {
-            "prompt": plain_turns(one.prompt),
+            "prompt": plain_turns(prompt.turns),
             "answers": [{"text": each.text, "cut": each.finish_reason == "length"} for each in given],
         }
 
@@ -235,16 +214,14 @@ class StudentBatches:
         self._metrics: dict[str, float] = {}
         self.fingerprint = hash_value([[ids for _, ids in prompts], seed])
 
-    def bind(self, trainee: Trainee) -> None:
-        """The student that samples."""
-        self._sampler.bind(trainee)
+    def bind(self, models: ModelRoles) -> None:
+        self._sampler.bind(models)
 
     def batch_size_at(self, step: int) -> int:
         """Rows of the batch of `step`: its answers packed."""
         return self._batch_of(step).tokens_BT.shape[0]
 
     def batch(self, step: int, rows: slice, mesh: Mesh = ALONE) -> Batch:
-        """The rows of the batch of `step`."""
         batch = self._batch_of(step)
         documents_BT = batch.document_ids_BT
         self._tokens += batch.tokens_BT.numel() if documents_BT is None else int((documents_BT > 0).sum())
@@ -255,7 +232,6 @@ class StudentBatches:
         return {"tokens": self._tokens}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on counting."""
         self._tokens = state["tokens"]
 
     def take_metrics(self) -> dict[str, float]:
@@ -271,9 +247,9 @@ class StudentBatches:
     def _sampled(self, step: int) -> Batch:
         start = time.perf_counter()
         places: np.ndarray = rows_of_step(step, self._config.groups, len(self._prompts), self._seed)
-        asked = [self._prompts[place] for place in places.tolist()]
+        prompts = [self._prompts[place] for place in places.tolist()]
         with self._sampler.sampling() as engine:
-            samples = self._sampler.completions(engine, asked, self._config.samples_per_prompt, seeds=("step", step))
+            samples = self._sampler.completions(engine, prompts, self._config.samples_per_prompt, seeds=("step", step))
         self._metrics = {
             "completion_tokens": statistics.fmean(len(sample.completion_ids) for sample in samples),
             "cut_share": statistics.fmean(sample.is_cut for sample in samples),
@@ -300,17 +276,17 @@ class HeldOutDivergence:
         self._padding_id = tokenizer.bos_id
         self._sampler = Sampler(tokenizer, sampler_settings(config, len(prompts)), seed)
 
-    def measure(self, trainee: Trainee) -> float:
+    def measure(self, models: ModelRoles) -> float:
         """The mean over the answers' tokens, in nats. Weights and random state stay as they are."""
-        self._sampler.bind(trainee)
+        self._sampler.bind(models)
         with self._sampler.sampling() as engine:
             samples = self._sampler.completions(engine, self._prompts, 1)
         batch = pack_samples(samples, [True] * len(samples), self._padding_id).batch
-        return mean_reverse_kl(trainee, batch, self._teacher, self._temperature)
+        return mean_reverse_kl(models, batch, self._teacher, self._temperature)
 
 
 def sampler_settings(config: DistillationConfig, sequences: int) -> SamplerSettings:
-    """How the student answers. sequences: answers that are asked for at once."""
+    """Sampler settings of the student. sequences: most answers at once."""
     return SamplerSettings(
         config.sampling_temperature,
         config.max_tokens,

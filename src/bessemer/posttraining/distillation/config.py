@@ -10,16 +10,16 @@ from pydantic import field_validator, model_validator
 from bessemer.core.config import setting
 from bessemer.core.errors import ConfigError
 from bessemer.core.registry import Plugin, Registry
-from bessemer.posttraining.sft.config import TRUNCATE, Truncate
+from bessemer.posttraining.data.made import TRUNCATE, Truncate
 from bessemer.training.adapter_config import TuningConfig
 
 if TYPE_CHECKING:
     from bessemer.posttraining.distillation.losses import DistillationLoss
 
 
-#: Plain tuning on what the teacher wrote, which asks for no distribution of its own.
+#: Plain tuning on the teacher's answers, without its distributions.
 CROSS_ENTROPY = "cross_entropy"
-#: The policy gradient of the student's own samples, which is no divergence of two distributions.
+#: The policy gradient on the student's own samples.
 POLICY_GRADIENT = "policy_gradient"
 
 _LOSSES = "bessemer.posttraining.distillation.losses"

@@ -149,8 +149,8 @@ class DivergenceSettings:
     top_k: int = 64
 
 
-#: From student, teacher, the tokens that count, (N,) bool, and settings to the loss of each token, (N,), in nats, zero where it
-#: does not count; differentiable by the student. Both have the same vocabulary.
+#: Arguments: student and teacher heads, mask (N,) bool, settings. Returns the loss per token, (N,), in nats, zero outside the
+#: mask, differentiable by the student. Both have the same vocabulary.
 DistillationLoss = Callable[[HeadStates, HeadStates, Tensor, DivergenceSettings], Tensor]
 
 

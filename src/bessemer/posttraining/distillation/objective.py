@@ -18,10 +18,10 @@ from bessemer.core.errors import ConfigError
 from bessemer.core.store import follow, read_json
 from bessemer.distributed.mesh import Mesh
 from bessemer.model.decoder import Decoder
-from bessemer.model.families.layout import Part
+from bessemer.model.families.layout import TensorBox
 from bessemer.model.storage.folder import CONFIG, read_model_config
 from bessemer.model.storage.library import import_advice
-from bessemer.model.storage.weights import EMBEDDING, HEAD, find_tensors, read_parts
+from bessemer.model.storage.weights import EMBEDDING, HEAD, find_tensors, read_boxes
 from bessemer.posttraining.chat_models import place_fingerprint
 from bessemer.posttraining.distillation.config import DISTILLATION_LOSSES, DistillationConfig
 from bessemer.posttraining.distillation.losses import (
@@ -32,16 +32,17 @@ from bessemer.posttraining.distillation.losses import (
     reverse_kl,
 )
 from bessemer.posttraining.rl.losses import IMPORTANCE, TOKEN_MEAN, TRUNCATE
-from bessemer.posttraining.rl.objective import ADVANTAGES, SAMPLER, PolicyObjective, PolicySettings
+from bessemer.posttraining.rl.objective import PolicyObjective, PolicySettings
+from bessemer.posttraining.sampling.samples import ADVANTAGES, SAMPLER
 from bessemer.tokenization.folder import TOKENIZER_FILE
 from bessemer.training.data.batches import IGNORE_INDEX, Batch
 from bessemer.training.head import linear_cross_entropy
-from bessemer.training.model_roles import Trainee
+from bessemer.training.model_roles import ModelRoles
 from bessemer.training.objectives import POLICY, Count, LossContext, Metric, Objective, Terms, token_losses
 
-#: The role of the model that is learnt from.
+#: The role of the teacher.
 TEACHER = "teacher"
-#: Its hidden states in a batch, (B, T, D).
+#: Key of the teacher's hidden states in a batch, (B, T, D).
 TEACHER_HIDDEN = "teacher_hidden"
 
 
@@ -51,9 +52,9 @@ def teacher_folder(path: str, folder: Path) -> Path:
     Raises ConfigError when it holds no model.
     """
     place = Path(os.path.normpath(folder.resolve() / path))
-    for found in (follow(place), follow(place / "model")):
-        if (found / CONFIG).is_file():
-            return found
+    for folder in (follow(place), follow(place / "model")):
+        if (folder / CONFIG).is_file():
+            return folder
     if not follow(place).exists():
         raise ConfigError(f"teacher: {path}: no such folder{import_advice(path)}")
     raise ConfigError(f"teacher: {path}: not a model's folder (it has no {CONFIG})")
@@ -86,24 +87,25 @@ def incomparable(config: DistillationConfig, student: Path, teacher: Path) -> st
 
 @dataclass(frozen=True)
 class TeacherHead:
-    """What turns a teacher's hidden states into its distributions: the whole matrix, on every process."""
+    """A teacher's output matrix, whole on every process, which gives its distributions."""
 
     weight_VD: Tensor
     softcap: float | None
 
     @classmethod
     def of(cls, teacher: Decoder, mesh: Mesh) -> TeacherHead:
-        """Of a teacher that is whole here and not yet sharded. The copy that other processes would share stays whole here."""
+        """The head of a teacher that is whole here and not yet sharded. The copy that other processes would share stays whole
+        here."""
         weight_VD = teacher.head_weight.detach()
         return cls(weight_VD if mesh.alone else weight_VD.clone(), teacher.logit_softcap)
 
     @classmethod
     def read(cls, teacher: Path, device: str) -> TeacherHead:
-        """Of a teacher's folder, in float32: nothing but this matrix is read. Raises ArtefactError as `find_tensors`."""
+        """The head of a teacher's folder, in float32: no other tensor is read. Raises ArtefactError as `find_tensors`."""
         stored = find_tensors(teacher, read_model_config(teacher))
         name = HEAD if HEAD in stored.shapes else EMBEDDING
         weight_VD = torch.empty(stored.shapes[name])
-        read_parts(stored, {name: [Part(weight_VD, (0, 0))]})
+        read_boxes(stored, {name: [TensorBox(weight_VD, (0, 0))]})
         return cls(weight_VD.to(device), stored.config.final_logit_softcapping)
 
     def states(self, batch: Batch) -> HeadStates:
@@ -111,9 +113,9 @@ class TeacherHead:
         return HeadStates(batch.per_token[TEACHER_HIDDEN].flatten(0, 1), self.weight_VD, self.softcap)
 
 
-def with_teacher(trainee: Trainee, batch: Batch) -> Batch:
+def with_teacher(models: ModelRoles, batch: Batch) -> Batch:
     """A batch with the teacher's hidden states of its tokens: far fewer numbers than its distributions."""
-    return batch.with_values(per_token={TEACHER_HIDDEN: trainee.per_token(TEACHER, batch, hidden_states)})
+    return batch.with_values(per_token={TEACHER_HIDDEN: models.per_token(TEACHER, batch, hidden_states)})
 
 
 def hidden_states(model: Decoder, batch: Batch) -> Tensor:
@@ -121,7 +123,7 @@ def hidden_states(model: Decoder, batch: Batch) -> Tensor:
     return model.hidden(**batch.inputs)
 
 
-#: Of tokens that the student sampled: log π − log π_teacher.
+#: Key of log π − log π_teacher of the tokens that the student sampled.
 LOG_RATIOS = "teacher_log_ratios"
 
 
@@ -148,16 +150,14 @@ class DistillationObjective(Objective):
         return cls(DISTILLATION_LOSSES.find(config.loss).load(), teacher, settings, config.next_token_weight)
 
     def denominators(self, batch: Batch) -> dict[str, Count]:
-        """The number of targets, for every term."""
         terms = ["distillation", *(["next_token"] if self._next_token_weight else [])]
         return dict.fromkeys(terms, Count(batch.targets))
 
-    def annotate(self, trainee: Trainee, batch: Batch) -> Batch:
-        """With the teacher's hidden states."""
-        return with_teacher(trainee, batch)
+    def annotate(self, models: ModelRoles, batch: Batch) -> Batch:
+        """Add the teacher's hidden states."""
+        return with_teacher(models, batch)
 
     def __call__(self, model: Decoder, batch: Batch, context: LossContext) -> Terms:
-        """Sums over the micro-batch's targets."""
         student, targets_N = student_states(model, batch), batch.targets_BT.flatten()
         pair = of_one_vocabulary(student, self._teacher.states(batch))
         sums = {"distillation": self._loss(*pair, targets_N != IGNORE_INDEX, self._settings).sum()}
@@ -167,7 +167,7 @@ class DistillationObjective(Objective):
         return Terms(sums)
 
     def token_losses(self, model: Decoder, batch: Batch) -> Tensor:
-        """−log p of each target: what losses by source are compared in, whatever is minimised."""
+        """−log p of each target: losses by source are compared in this, whichever loss is minimised."""
         return token_losses(model, batch)
 
 
@@ -194,13 +194,12 @@ class OnPolicyObjective(Objective):
         self._baseline = baseline
 
     def denominators(self, batch: Batch) -> dict[str, Count]:
-        """The number of targets."""
         return self._policy.denominators(batch)
 
-    def annotate(self, trainee: Trainee, batch: Batch) -> Batch:
-        """With the log-ratios and the advantages of the targets."""
+    def annotate(self, models: ModelRoles, batch: Batch) -> Batch:
+        """Add log-ratios and advantages of the targets."""
         is_target_BT = batch.targets_BT != IGNORE_INDEX
-        teacher_BT = trainee.log_probs(batch, TEACHER, temperature=self._temperature)
+        teacher_BT = models.log_probs(batch, TEACHER, temperature=self._temperature)
         log_ratios_BT = (batch.per_token[SAMPLER] - teacher_BT) * is_target_BT
         advantages_BT = -log_ratios_BT
         if self._baseline:
@@ -209,7 +208,6 @@ class OnPolicyObjective(Objective):
         return batch.with_values(per_token={ADVANTAGES: advantages_BT, LOG_RATIOS: log_ratios_BT})
 
     def __call__(self, model: Decoder, batch: Batch, context: LossContext) -> Terms:
-        """Sums over the micro-batch's tokens."""
         terms = self._policy(model, batch, context)
         reverse = Metric(batch.per_token[LOG_RATIOS].sum(), (batch.targets_BT != IGNORE_INDEX).sum())
         return terms._replace(metrics={**terms.metrics, "reverse_kl": reverse})
@@ -221,7 +219,7 @@ def student_states(model: Decoder, batch: Batch) -> HeadStates:
 
 
 @torch.no_grad()
-def mean_reverse_kl(trainee: Trainee, batch: Batch, teacher: TeacherHead, temperature: float) -> float:
+def mean_reverse_kl(models: ModelRoles, batch: Batch, teacher: TeacherHead, temperature: float) -> float:
     """KL(student ‖ teacher) of the next token, the mean over the targets of a batch, in nats, at a temperature."""
 
     def of_targets(model: Decoder, micro_batch: Batch) -> Tensor:
@@ -230,5 +228,5 @@ def mean_reverse_kl(trainee: Trainee, batch: Batch, teacher: TeacherHead, temper
         divergence_N = reverse_kl(*pair, is_target_N, DivergenceSettings(temperature))
         return divergence_N.view_as(micro_batch.targets_BT)
 
-    divergence_BT = trainee.per_token(POLICY, with_teacher(trainee, batch), of_targets)
+    divergence_BT = models.per_token(POLICY, with_teacher(models, batch), of_targets)
     return float(divergence_BT.double().sum()) / batch.targets

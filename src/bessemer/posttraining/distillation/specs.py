@@ -80,7 +80,6 @@ def _distillation(context: StageContext) -> dict[str, Any]:
         teacher,
         context.out,
         tokens=context.inputs.get("tokens"),
-        tasks=context.services.tasks,
         **training_arguments(context),
     )
 
@@ -88,12 +87,12 @@ def _distillation(context: StageContext) -> dict[str, Any]:
 def _fingerprint(config: DistillationConfig, outside: Outside) -> Any:
     from bessemer.posttraining.data.examples import files_fingerprint
 
-    found: dict[str, Any] = {"data": files_fingerprint(config.data, outside.folder)}
+    fingerprints: dict[str, Any] = {"data": files_fingerprint(config.data, outside.folder)}
     if config.teacher is not None:
         from bessemer.posttraining.distillation.objective import teacher_fingerprint
 
-        found["teacher"] = teacher_fingerprint(config.teacher, outside.folder)
-    return found
+        fingerprints["teacher"] = teacher_fingerprint(config.teacher, outside.folder)
+    return fingerprints
 
 
 def _unread(config: DistillationConfig) -> frozenset[str]:
@@ -101,7 +100,7 @@ def _unread(config: DistillationConfig) -> frozenset[str]:
 
 
 def _own_teacher(config: DistillationConfig, inputs: Mapping[str, Path], cache: Path) -> str | None:
-    """Said as soon as the model is made that `from` chose for both roles, or that both have for want of another."""
+    """Why a model cannot be its own teacher, known as soon as it is made."""
     return _NO_TEACHER if "teacher" in inputs and inputs.get("teacher") == inputs.get("model") else None
 
 

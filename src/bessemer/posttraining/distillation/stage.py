@@ -7,24 +7,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch.distributed as dist
 
 from bessemer.core.errors import ConfigError, SourceError
 from bessemer.core.hashing import derive_seed
-from bessemer.core.progress import Progress, Silent
-from bessemer.core.stage import OpenTasks
+from bessemer.core.progress import Progress
 from bessemer.data.corpus.reader import TRAIN, VALIDATION
-from bessemer.distributed.mesh import Mesh
 from bessemer.model.decoder import Decoder
 from bessemer.posttraining.data.encoding import RowFitter
 from bessemer.posttraining.data.examples import Conversation, drawn, prompt_key, read_conversations, write_conversations
 from bessemer.posttraining.data.packing import (
-    Example,
+    EncodedExample,
     PackedBatches,
     PackedConversations,
     pack_conversations,
@@ -33,7 +31,6 @@ from bessemer.posttraining.data.packing import (
 )
 from bessemer.posttraining.data.splitting import opening_of, split_examples
 from bessemer.posttraining.distillation.answers import (
-    Asked,
     HeldOutDivergence,
     StudentBatches,
     TeacherAnswer,
@@ -50,12 +47,13 @@ from bessemer.posttraining.distillation.objective import (
     TeacherHead,
     incomparable,
 )
+from bessemer.posttraining.sampling.samples import Prompt
 from bessemer.tokenization.shards import TokenShards
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
-from bessemer.training.autotune import Plan, prepare_run, seconds_per_step
+from bessemer.training.autotune import RunCost, seconds_per_step
 from bessemer.training.data.batches import BatchSource, TokenBatches
-from bessemer.training.job import OnStepEnd, run_training
-from bessemer.training.model_setup import open_beside
+from bessemer.training.job import RunContext, RunOptions, TrainingHooks, TrainingJob
+from bessemer.training.loop import OnStepEnd, no_metrics
 from bessemer.training.objectives import Objective
 from bessemer.training.optim.lr_schedule import validated_steps
 from bessemer.training.trainer import Trainer
@@ -70,7 +68,7 @@ class Material:
     steps: int
     batches: Callable[[DistillationConfig], BatchSource]
     validate: Callable[[DistillationConfig, Decoder], OnStepEnd]
-    held_out: Sequence[Asked] = ()
+    held_out: Sequence[Prompt] = ()
     summary: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -95,7 +93,7 @@ def text_material(config: DistillationConfig, tokens: Path, tokenizer: Tokenizer
         validated, of_teacher = validated_steps(config), dict[str, float]()
 
         def score(model: Decoder, trainer: Trainer, **options: Any) -> float:
-            found = bits_per_byte(
+            score = bits_per_byte(
                 model,
                 validation,
                 context_length=config.context_length,
@@ -104,13 +102,13 @@ def text_material(config: DistillationConfig, tokens: Path, tokenizer: Tokenizer
                 device=trainer.runtime.device,
                 **options,
             )
-            return found.bits_per_byte
+            return score.bits_per_byte
 
         def on_step_end(finished: int, trainer: Trainer) -> dict[str, float]:
             if finished not in validated:
                 return {}
             if not of_teacher:
-                with trainer.trainee.prepared(TEACHER) as teacher:
+                with trainer.models.prepared(TEACHER) as teacher:
                     of_teacher["teacher_bits_per_byte"] = score(teacher.model, trainer)
             with trainer.runtime.evaluating(decoder):
                 own = score(decoder, trainer, likelihood=trainer.negative_log_likelihood)
@@ -131,47 +129,33 @@ def answered_material(
     def packed(some: Sequence[Conversation]) -> PackedConversations:
         return pack_conversations(some, tokenizer, config.context_length, config.truncate)
 
-    asked = [one for conversation in held_out if (one := before_last_answer(conversation.answered)) is not None]
-    return _packed_material(config, packed(training), packed(held_out), asked, seed, progress)
+    prompts = [one for conversation in held_out if (one := before_last_answer(conversation.answered)) is not None]
+    return _packed_material(config, packed(training), packed(held_out), prompts, seed, progress)
 
 
-def taught_material(
-    config: DistillationConfig,
-    teacher: Path,
-    tokenizer: Tokenizer,
-    out: Path,
-    *,
-    seed: int,
-    folder: Path,
-    device: str,
-    progress: Progress,
-) -> Material:
+def taught_material(config: DistillationConfig, teacher: Path, tokenizer: Tokenizer, run: RunContext) -> Material:
     """Answers that the teacher samples. Those that ended are also written as `conversations/{train,validation}.jsonl`, which
     `sft` reads. Raises SourceError and ConfigError, as `sample_answers`."""
-    training, held_out = _prompts(config, folder, seed)
-    answers = sample_answers(config, teacher, [*training, *held_out], out, seed=seed, device=device, progress=progress)
-    kept = {prompt_key(one.prompt) for one in held_out}
+    training, held_out = _prompts(config, run.folder, run.seed)
+    answers = sample_answers(
+        config, teacher, [*training, *held_out], run.out, seed=run.seed, device=run.device, progress=run.progress
+    )
+    kept = {prompt_key(prompt.turns) for prompt in held_out}
     sides: dict[str, list[TeacherAnswer]] = {"train": [], "validation": []}
     for answer in answers:
-        sides["validation" if prompt_key(answer.asked.prompt) in kept else "train"].append(answer)
+        sides["validation" if prompt_key(answer.prompt.turns) in kept else "train"].append(answer)
     for name, some in sides.items():
-        write_conversations(out / "conversations" / f"{name}.jsonl", [one.conversation for one in some if not one.is_cut])
+        write_conversations(run.out / "conversations" / f"{name}.jsonl", [one.conversation for one in some if not one.is_cut])
 
     def packed(some: Sequence[TeacherAnswer]) -> PackedConversations:
         fitter = RowFitter(config.context_length, config.truncate)
         fitted = [fitter.fit(partial(one.encoded, tokenizer)) for one in some]
-        examples = [Example(*rows[0]) for rows in fitted if rows is not None]
+        examples = [EncodedExample(*rows[0]) for rows in fitted if rows is not None]
         return PackedConversations(pack_examples(examples, tokenizer, config.context_length), fitter.counts("answers"))
 
-    material = _packed_material(config, packed(sides["train"]), packed(sides["validation"]), held_out, seed, progress)
+    material = _packed_material(config, packed(sides["train"]), packed(sides["validation"]), held_out, run.seed, run.progress)
     cut = sum(one.is_cut for one in answers)
-    return Material(
-        material.steps,
-        material.batches,
-        material.validate,
-        material.held_out,
-        {"answers": len(answers), "cut": cut, **material.summary},
-    )
+    return replace(material, summary={"answers": len(answers), "cut": cut, **material.summary})
 
 
 def own_material(config: DistillationConfig, tokenizer: Tokenizer, folder: Path, seed: int, progress: Progress) -> Material:
@@ -192,7 +176,7 @@ def own_material(config: DistillationConfig, tokenizer: Tokenizer, folder: Path,
     return Material(
         math.ceil(config.epochs * len(prompts) / config.groups),
         batches,
-        lambda config, decoder: lambda finished, trainer: {},
+        lambda config, decoder: no_metrics,
         held_out,
         {"prompts": len(prompts), "held_out": len(held_out)},
     )
@@ -200,7 +184,7 @@ def own_material(config: DistillationConfig, tokenizer: Tokenizer, folder: Path,
 
 def with_held_out_divergence(
     validate: OnStepEnd,
-    held_out: Sequence[Asked],
+    held_out: Sequence[Prompt],
     tokenizer: Tokenizer,
     config: DistillationConfig,
     teacher: TeacherHead,
@@ -215,7 +199,7 @@ def with_held_out_divergence(
 
     def on_step_end(finished: int, trainer: Trainer) -> dict[str, float]:
         metrics = validate(finished, trainer)
-        return metrics | {"validation_reverse_kl": divergence.measure(trainer.trainee)} if finished in validated else metrics
+        return metrics | {"validation_reverse_kl": divergence.measure(trainer.models)} if finished in validated else metrics
 
     return on_step_end
 
@@ -224,7 +208,7 @@ def _packed_material(
     config: DistillationConfig,
     training: PackedConversations,
     held_out: PackedConversations,
-    asked: Sequence[Asked],
+    prompts: Sequence[Prompt],
     seed: int,
     progress: Progress,
 ) -> Material:
@@ -238,12 +222,12 @@ def _packed_material(
         _steps(config, training.rows),
         lambda config: PackedBatches(training.batch, batch_size=config.batch_size, seed=derive_seed(seed, "batches")),
         lambda config, decoder: validation_on(held_out.batch, config),
-        asked,
+        prompts,
         {**training.counts.figures, "rows": training.rows, "filled": round(training.filled, 4)},
     )
 
 
-def _prompts(config: DistillationConfig, folder: Path, seed: int) -> tuple[list[Asked], list[Asked]]:
+def _prompts(config: DistillationConfig, folder: Path, seed: int) -> tuple[list[Prompt], list[Prompt]]:
     training, held_out = gather_prompts(config, folder, seed)
     if not training:
         raise SourceError("no prompt is left to train on; give more rows, or lower validation_share")
@@ -254,7 +238,7 @@ def _steps(config: DistillationConfig, rows: int) -> int:
     return config.batch_sizes.steps_for(math.ceil(config.epochs * rows))
 
 
-#: Of the sum of rows' tokens, which says nothing of answers that are sampled between steps.
+#: Metrics that are left out of the summary: throughput ignores the time in which answers are sampled.
 _WITHOUT = {"parameters", "tokens_per_second", "gflops", "mfu"}
 
 
@@ -265,12 +249,7 @@ def distill(
     out: Path,
     *,
     tokens: Path | None = None,
-    seed: int,
-    device: str = "auto",
-    progress: Progress | None = None,
-    folder: Path = Path(),
-    card_flops: Callable[[str], float | None] = lambda name: None,
-    tasks: OpenTasks | None = None,
+    **options: Unpack[RunOptions],
 ) -> dict[str, Any]:
     """Train the model of folder `model`, the student, on what that of folder `teacher` knows; resumes from `out`.
 
@@ -278,9 +257,9 @@ def distill(
     `teacher_answers.jsonl` and `conversations/`. tokens: the run's token shards, where no data is named. Files that the
     settings name are relative to `folder`. Returns the headline metrics. Raises ConfigError for a teacher whose distributions
     cannot be compared with the student's where the loss does that, and for answers that are sampled in several processes;
-    SourceError for data that is missing or malformed, and what `run_training` raises.
+    SourceError for data that is missing or malformed, and what `TrainingJob` raises.
     """
-    progress = progress or Silent()
+    run = RunContext(out, **options)
     tokenizer = load_tokenizer(model)
     reason = incomparable(config, model, teacher)
     if reason is not None and config.loss != CROSS_ENTROPY:
@@ -289,93 +268,55 @@ def distill(
         raise ConfigError(
             f"answers: {config.answers} are sampled in one process, and {dist.get_world_size()} were started; start it in one"
         )
-    material = _material(config, tokenizer, teacher, out, tokens, seed=seed, folder=folder, device=device, progress=progress)
+    material = _material(config, tokenizer, teacher, tokens, run)
     if config.steps is None:
         config = config.with_changes(steps=material.steps)
 
-    def again(config: DistillationConfig, out: Path) -> object:
-        return distill(
-            config, model, teacher, out, tokens=tokens, seed=seed, device=device, folder=folder, card_flops=card_flops
-        )
+    def trial(config: DistillationConfig, out: Path) -> object:
+        return distill(config, model, teacher, out, tokens=tokens, **run.trial_options)
 
-    config, runtime, mesh = prepare_run(
-        config,
-        model,
-        out,
-        device=device,
-        progress=progress,
-        folder=folder,
-        # a short run would have the teacher write all its answers again
-        plan=Plan() if config.answers == "teacher" else Plan(seconds_per_step=partial(seconds_per_step, again)),
-    )
-    # with its own words the student is compared with the teacher at each validation, whatever it learns from
+    # a short trial run would make the teacher write all its answers
+    cost = RunCost() if config.answers == "teacher" else RunCost(seconds_per_step=partial(seconds_per_step, trial))
+    job = TrainingJob.open(config, model, run, description="distillation", cost=cost)
+    config, mesh = job.config, job.mesh
+    # the student's own answers are compared with the teacher at each validation, whatever it learns from
     compared = mesh.alone and bool(config.validation_limit and material.held_out) and reason is None
-    options: dict[str, Any] = {}
+    others = []
     head: TeacherHead | None = None
     if config.loss != CROSS_ENTROPY or compared:
-        decoder, load = open_beside(teacher, runtime.device, mesh)
-        head = TeacherHead.of(decoder, mesh) if load is None else TeacherHead.read(teacher, runtime.device)
-        options |= {"frozen": {TEACHER: decoder}, "load_others": {TEACHER: load}}
-    if (objective := _objective(config, head)) is not None:
-        options["objective"] = objective
-    source: BatchSource | None = None
+        other = job.other(TEACHER, teacher)
+        head = TeacherHead.of(other.decoder, mesh) if other.load is None else TeacherHead.read(teacher, job.runtime.device)
+        others = [other]
+    source = material.batches(config)
 
-    def batches(config: DistillationConfig, mesh: Mesh) -> BatchSource:
-        nonlocal source
-        source = material.batches(config)
-        return source
-
-    def prepare(config: DistillationConfig, decoder: Decoder, mesh: Mesh) -> OnStepEnd:
-        validate = material.validate(config, decoder)
+    def validate(decoder: Decoder) -> OnStepEnd:
+        measure = material.validate(config, decoder)
         if compared and head is not None:
-            validate = with_held_out_divergence(validate, material.held_out, tokenizer, config, head, seed)
+            measure = with_held_out_divergence(measure, material.held_out, tokenizer, config, head, run.seed)
 
         def on_step_end(finished: int, trainer: Trainer) -> dict[str, float]:
             sampled = source.take_metrics() if isinstance(source, StudentBatches) else {}
-            return sampled | validate(finished, trainer)
+            return sampled | measure(finished, trainer)
 
         return on_step_end
 
-    summary = run_training(
-        config,
-        model,
-        out,
-        batches,
-        seed=seed,
-        device=device,
-        progress=progress,
-        description="distillation",
-        folder=folder,
-        card_flops=card_flops,
-        prepare=prepare,
-        tasks=tasks,
-        **options,
-    )
+    summary = job.train(source, objective=_objective(config, head), others=others, hooks=TrainingHooks(validate))
     without = _WITHOUT if config.answers == "student" else {"parameters"}
     return {**material.summary, **{name: value for name, value in summary.items() if name not in without}}
 
 
 def _material(
-    config: DistillationConfig,
-    tokenizer: Tokenizer,
-    teacher: Path,
-    out: Path,
-    tokens: Path | None,
-    *,
-    seed: int,
-    folder: Path,
-    device: str,
-    progress: Progress,
+    config: DistillationConfig, tokenizer: Tokenizer, teacher: Path, tokens: Path | None, run: RunContext
 ) -> Material:
     if not config.data:
         if tokens is None:
             raise SourceError("distillation: name files in data, or add a stage that makes tokens, whose text is learnt")
-        return text_material(config, tokens, tokenizer, seed)
+        return text_material(config, tokens, tokenizer, run.seed)
     if config.answers == "data":
-        return answered_material(config, tokenizer, folder, seed, progress)
+        return answered_material(config, tokenizer, run.folder, run.seed, run.progress)
     if config.answers == "teacher":
-        return taught_material(config, teacher, tokenizer, out, seed=seed, folder=folder, device=device, progress=progress)
-    return own_material(config, tokenizer, folder, seed, progress)
+        return taught_material(config, teacher, tokenizer, run)
+    return own_material(config, tokenizer, run.folder, run.seed, run.progress)
 
 
 def _objective(config: DistillationConfig, teacher: TeacherHead | None) -> Objective | None:

@@ -10,15 +10,14 @@ from pydantic import field_validator, model_validator
 from bessemer.core.config import setting
 from bessemer.core.errors import ConfigError
 from bessemer.core.registry import Plugin, Registry
-from bessemer.posttraining.data.made import MISMATCHED, checked_pairs
-from bessemer.posttraining.sft.config import TRUNCATE, Truncate
+from bessemer.posttraining.data.made import MISMATCHED, TRUNCATE, Truncate, checked_pairs
 from bessemer.training.adapter_config import TuningConfig
 
 if TYPE_CHECKING:
     from bessemer.posttraining.preference.losses import PairLoss
 
 
-#: The loss of single answers, which is no loss of pairs.
+#: The loss of single answers; all others are losses of pairs.
 KTO = "kto"
 
 _LOSSES = "bessemer.posttraining.preference.losses"
@@ -35,10 +34,10 @@ _OURS: list[Plugin[PairLoss]] = [
     Plugin("simpo", "mean log-probabilities and a margin, no reference", f"{_LOSSES}:SIMPO"),
     Plugin("orpo", "odds ratio and cross-entropy in one, no reference", f"{_LOSSES}:ORPO"),
 ]
-#: Those that no other package adds, whose settings are known.
+#: Our own losses, whose settings are known.
 BUILT_IN = tuple(one.name for one in _OURS)
 
-#: β where nothing is said: that of SimPO is of mean log-probabilities, and 2 the smallest that Meng et al. (2024) found good.
+#: Default β. SimPO's applies to mean log-probabilities; 2 is the smallest good value of Meng et al. (2024).
 _BETA, _BETAS = 0.1, {"simpo": 2.0}
 
 

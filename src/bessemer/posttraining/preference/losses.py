@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
-#: `torch.log1p(-exp(x))` of a log-probability nearer to zero than this has no finite value in float32.
+#: Largest log-probability x for which log(1 − exp(x)) is finite in float32.
 _LARGEST_LOG_PROB = -1e-6
 
 
@@ -108,11 +108,11 @@ def orpo(chosen_P: Tensor, rejected_P: Tensor, settings: PairLossSettings) -> Te
 
 def _log1m_exp(log_probs: Tensor) -> Tensor:
     """log(1 − exp x) for x < 0, without cancellation on either side of −log 2 (Mächler 2012)."""
-    held = log_probs.clamp(max=_LARGEST_LOG_PROB)
-    near_zero = held > -0.6931472
+    capped = log_probs.clamp(max=_LARGEST_LOG_PROB)
+    near_zero = capped > -0.6931472
     # each branch is given only values that it is finite for: a gradient through the other would be NaN
-    small = torch.log(-torch.expm1(torch.where(near_zero, held, torch.full_like(held, -0.5))))
-    large = torch.log1p(-torch.exp(torch.where(near_zero, torch.full_like(held, -1.0), held)))
+    small = torch.log(-torch.expm1(torch.where(near_zero, capped, torch.full_like(capped, -0.5))))
+    large = torch.log1p(-torch.exp(torch.where(near_zero, torch.full_like(capped, -1.0), capped)))
     return torch.where(near_zero, small, large)
 
 

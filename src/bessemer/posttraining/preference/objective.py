@@ -15,13 +15,13 @@ from bessemer.model.decoder import Decoder
 from bessemer.posttraining.data.packing import mismatched
 from bessemer.posttraining.preference.losses import PairLoss, PairLossSettings, kto
 from bessemer.training.data.batches import IGNORE_INDEX, Batch
-from bessemer.training.head import token_log_probs
-from bessemer.training.model_roles import REFERENCE, Trainee
+from bessemer.training.head import target_log_probs
+from bessemer.training.model_roles import REFERENCE, ModelRoles
 from bessemer.training.objectives import POLICY, Count, LossContext, Metric, Objective, Terms
 
-#: The reference's log-probabilities, by token.
+#: Key of the reference's log-probabilities of tokens.
 REFERENCE_LOG_PROBS = "reference_log_probs"
-#: Targets with the prompts of the chosen answers among them, by token.
+#: Key of targets that include the prompts of chosen answers.
 _CONVERSATION = "conversation_targets"
 
 
@@ -41,23 +41,23 @@ class PreferenceObjective(Objective):
 
     def denominators(self, batch: Batch) -> dict[str, Count]:
         """The sum of the weights of pairs; of the cross-entropy, the number of its tokens."""
-        found = {"preference": Count(float(batch.per_sequence["pair_weight"].sum()) / 2, "sequence")}
+        counts = {"preference": Count(float(batch.per_sequence["pair_weight"].sum()) / 2, "sequence")}
         if self._next_token:
-            found["next_token"] = Count(float(_chosen_tokens(batch).sum()))
-        return found
+            counts["next_token"] = Count(float(_chosen_tokens(batch).sum()))
+        return counts
 
-    def annotate(self, trainee: Trainee, batch: Batch) -> Batch:
-        """With the reference's log-probabilities, unless the batch brings them, and the targets of whole conversations for a
+    def annotate(self, models: ModelRoles, batch: Batch) -> Batch:
+        """Add the reference's log-probabilities unless the batch has them, and the targets of whole conversations for a
         method that learns those."""
         if self._loss.next_token:
             batch = batch.with_values(per_token={_CONVERSATION: _conversation_targets(batch)})
         if not self._loss.needs_reference or REFERENCE_LOG_PROBS in batch.per_token:
             return batch
-        return batch.with_values(per_token={REFERENCE_LOG_PROBS: trainee.log_probs(batch, REFERENCE)})
+        return batch.with_values(per_token={REFERENCE_LOG_PROBS: models.log_probs(batch, REFERENCE)})
 
     def __call__(self, model: Decoder, batch: Batch, context: LossContext) -> Terms:
-        """Sums over the micro-batch's pairs."""
-        every_BT = target_log_probs(model, batch, batch.per_token.get(_CONVERSATION, batch.targets_BT))
+        targets_BT = batch.per_token.get(_CONVERSATION, batch.targets_BT)
+        every_BT, _ = target_log_probs(model, model.hidden(**batch.inputs), targets_BT)
         log_probs_BT = every_BT * _is_target(batch.targets_BT)
         ratios_BT = log_probs_BT
         if self._loss.needs_reference:
@@ -106,16 +106,6 @@ class PreferenceObjective(Objective):
         return replace(self._settings, label_smoothing=1 - right_P)
 
 
-def target_log_probs(model: Decoder, batch: Batch, targets_BT: Tensor | None = None) -> Tensor:
-    """log p of each target, of the batch's own where no others are given, (B, T); 0 where there is none."""
-    targets_BT = batch.targets_BT if targets_BT is None else targets_BT
-    hidden_BTD = model.hidden(**batch.inputs)
-    log_probs_N, _ = token_log_probs(
-        hidden_BTD.flatten(0, 1), model.head_weight, targets_BT.flatten(), softcap=model.logit_softcap
-    )
-    return log_probs_N.view_as(targets_BT)
-
-
 def _is_target(targets_BT: Tensor) -> Tensor:
     return targets_BT != IGNORE_INDEX
 
@@ -133,12 +123,12 @@ def _conversation_targets(batch: Batch) -> Tensor:
     next_BT = torch.full_like(batch.tokens_BT, IGNORE_INDEX)
     goes_on_BT = (documents_BT[:, 1:] == documents_BT[:, :-1]) & (documents_BT[:, :-1] % 2 == 1)
     next_BT[:, :-1] = batch.tokens_BT[:, 1:].masked_fill(~goes_on_BT, IGNORE_INDEX)
-    # of rows that fill up the last batch nothing is a target
+    # rows that only fill up the last batch have no targets
     is_row_B1 = _is_target(batch.targets_BT).any(1, keepdim=True)
     return torch.where(_is_target(batch.targets_BT) | ~is_row_B1, batch.targets_BT, next_BT)
 
 
-#: The reference's log-probabilities of the mismatched examples, by token.
+#: Key of the reference's log-probabilities of the mismatched examples' tokens.
 MISMATCHED_REFERENCE = "reference_of_mismatched"
 
 
@@ -157,29 +147,27 @@ class KTOObjective(Objective):
         self._weights = (desirable_weight, undesirable_weight)
 
     def denominators(self, batch: Batch) -> dict[str, Count]:
-        """The number of answers."""
         return {"preference": Count(float(batch.per_sequence["is_answer"].sum()), "sequence")}
 
-    def annotate(self, trainee: Trainee, batch: Batch) -> Batch:
-        """With z, and with the reference's log-probabilities, unless the batch brings them."""
+    def annotate(self, models: ModelRoles, batch: Batch) -> Batch:
+        """Add z, and the reference's log-probabilities unless the batch has them."""
         twins, added = mismatched(batch), {}
         if REFERENCE_LOG_PROBS not in batch.per_token:
-            added[REFERENCE_LOG_PROBS] = trainee.log_probs(batch, REFERENCE)
+            added[REFERENCE_LOG_PROBS] = models.log_probs(batch, REFERENCE)
         of_twins_BT = batch.per_token.get(MISMATCHED_REFERENCE)
         if of_twins_BT is None:
-            of_twins_BT = trainee.log_probs(twins, REFERENCE)
-        ratios_BS = twins.sequence_sums(trainee.log_probs(twins, POLICY) - of_twins_BT)
+            of_twins_BT = models.log_probs(twins, REFERENCE)
+        ratios_BS = twins.sequence_sums(models.log_probs(twins, POLICY) - of_twins_BT)
         is_answer_BS = twins.per_sequence["is_answer"]
         sums = torch.stack([(ratios_BS * is_answer_BS).sum(), is_answer_BS.sum().to(ratios_BS.dtype)])
-        layout = trainee.mesh.layout
-        # every rank of the other axes has the same rows
-        total, count = trainee.mesh.sum(sums, layout.tensor * layout.pipeline * layout.context).unbind()
+        layout = models.mesh.layout
+        # ranks of the other axes have the same rows
+        total, count = models.mesh.sum(sums, layout.tensor * layout.pipeline * layout.context).unbind()
         kl_BS = (total / count.clamp(min=1)).clamp(min=0).to(ratios_BS.dtype).expand(ratios_BS.shape)
         return batch.with_values(per_token=added, per_sequence={"kl": kl_BS})
 
     def __call__(self, model: Decoder, batch: Batch, context: LossContext) -> Terms:
-        """Sums over the micro-batch's answers."""
-        log_probs_BT = target_log_probs(model, batch)
+        log_probs_BT, _ = target_log_probs(model, model.hidden(**batch.inputs), batch.targets_BT)
         ratios_BT = log_probs_BT - batch.per_token[REFERENCE_LOG_PROBS].to(log_probs_BT.dtype)
         ratios_BS = context.sum_over_context(batch.sequence_sums(ratios_BT))
         of_sequences = (batch.per_sequence[name].to(ratios_BS.dtype) for name in ("is_answer", "is_desirable", "kl"))
@@ -189,7 +177,7 @@ class KTOObjective(Objective):
         losses_BS = kto(ratios_BS, is_desirable_BS > 0, kl_BS, self._beta) * weights_BS
         with torch.no_grad():
             is_undesirable_BS = is_answer_BS - is_desirable_BS
-            # on its own side of z; an answer at z itself is on none
+            # right where the reward is on the answer's own side of z; exactly z counts as wrong
             is_right_BS = torch.where(is_desirable_BS > 0, ratios_BS > kl_BS, ratios_BS < kl_BS).to(ratios_BS.dtype)
             figures = {
                 "kl": (kl_BS, is_answer_BS),

@@ -61,7 +61,6 @@ def _preference(context: StageContext, *, only_resolve: bool = False) -> dict[st
         context.config,
         context.inputs["model"],
         context.out,
-        tasks=context.services.tasks,
         made=made_paths(context.inputs),
         only_resolve=only_resolve,
         **training_arguments(context),

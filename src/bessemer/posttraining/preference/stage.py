@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from safetensors import safe_open
@@ -21,10 +21,8 @@ from torch import Tensor
 
 from bessemer.core.errors import SourceError
 from bessemer.core.hashing import derive_seed, hash_bytes, hash_value
-from bessemer.core.progress import Progress, Silent
-from bessemer.core.stage import OpenTasks
+from bessemer.core.progress import Progress
 from bessemer.core.store import new_file
-from bessemer.distributed.mesh import Mesh
 from bessemer.model.decoder import Decoder
 from bessemer.posttraining.chat_models import place_fingerprint
 from bessemer.posttraining.data.examples import gather_pairs, prompt_key, read_examples
@@ -49,15 +47,15 @@ from bessemer.posttraining.preference.objective import (
     PreferenceObjective,
 )
 from bessemer.tokenization.tokenizer import load_tokenizer
-from bessemer.training.autotune import Plan, prepare_run
-from bessemer.training.data.batches import Batch, BatchSource
-from bessemer.training.job import OnStepEnd, run_training
-from bessemer.training.model_roles import REFERENCE, Trainee
-from bessemer.training.model_setup import PreparedModel, open_beside, starting_model
+from bessemer.training.autotune import RunCost
+from bessemer.training.data.batches import Batch
+from bessemer.training.job import RunContext, RunOptions, TrainingHooks, TrainingJob
+from bessemer.training.model_roles import REFERENCE, ModelRoles
+from bessemer.training.model_setup import PreparedModel
 from bessemer.training.objectives import POLICY, Objective
 from bessemer.training.runtime import Runtime
 
-#: Key of a file's metadata that says what its log-probabilities are of, and what they depend on beside the reference.
+#: Metadata key of the hash of what a file's log-probabilities depend on, and the fields of a batch among it.
 _OF, _ROWS = "log_probabilities_of", ("tokens_BT", "targets_BT", "positions_BT", "document_ids_BT")
 
 
@@ -91,11 +89,11 @@ def cached(
             progress=progress,
         )
 
-    found = of(batch, "")
+    own = of(batch, "")
     if not has_mismatched(batch):
-        return found
+        return own
     twins = of(mismatched(batch), "-mismatched")
-    return found.with_values(per_token={MISMATCHED_REFERENCE: twins.per_token[REFERENCE_LOG_PROBS]})
+    return own.with_values(per_token={MISMATCHED_REFERENCE: twins.per_token[REFERENCE_LOG_PROBS]})
 
 
 def with_reference(
@@ -119,18 +117,18 @@ def with_reference(
             return batch.with_values(per_token=load_file(path))
     rows = batch.tokens_BT.shape[0]
     with runtime.running():
-        trainee = Trainee({POLICY: PreparedModel(load(), None)}, runtime)
+        models = ModelRoles({POLICY: PreparedModel(load(), None)}, runtime)
         parts = []
         with progress.task(description, total=rows, unit="rows") as bar, torch.no_grad():
             for start in range(0, rows, rows_at_once):
                 part = batch.rows(slice(start, start + rows_at_once))
-                parts.append(trainee.log_probs(part, POLICY))
+                parts.append(models.log_probs(part, POLICY))
                 bar.advance(len(parts[-1]))
-    found = {REFERENCE_LOG_PROBS: torch.cat(parts).contiguous()}
+    log_probs = {REFERENCE_LOG_PROBS: torch.cat(parts).contiguous()}
     path.parent.mkdir(parents=True, exist_ok=True)
     with new_file(path) as unfinished:
-        save_file(found, unfinished, metadata=of)
-    return replace(batch, per_token={**batch.per_token, **found})
+        save_file(log_probs, unfinished, metadata=of)
+    return replace(batch, per_token={**batch.per_token, **log_probs})
 
 
 @dataclass(frozen=True)
@@ -194,7 +192,7 @@ def labelled_data(config: PreferenceConfig, model: Path, folder: Path, made: Map
     answers = [answer for row in rows for answer in row]
     training, held_out = split_examples(answers, lambda one: opening_of(one.answered), config.validation_share, seed)
     if len({prompt_key(one.answered.prompt) for one in held_out}) == 1:
-        # with a single prompt there is nothing to compare its answers with
+        # KTO compares with answers to other prompts, and a single held-out prompt has none
         training, held_out = answers, []
     tokenizer = load_tokenizer(model)
     packed, validation = (pack_answers(some, tokenizer, config.context_length) for some in (training, held_out))
@@ -217,14 +215,9 @@ def preference(
     model: Path,
     out: Path,
     *,
-    seed: int,
-    device: str = "auto",
-    progress: Progress | None = None,
-    folder: Path = Path(),
-    card_flops: Callable[[str], float | None] = lambda name: None,
-    tasks: OpenTasks | None = None,
     made: Mapping[str, Path] | None = None,
     only_resolve: bool = False,
+    **options: Unpack[RunOptions],
 ) -> dict[str, Any]:
     """Train the model of folder `model` on pairs of answers, with `kto` on single ones; resumes from `out`.
 
@@ -233,13 +226,13 @@ def preference(
     Files named in the settings are relative to `folder`. made: files that stages above have made, by their names in `data`.
 
     only_resolve: measure, and raise SettingsResolvedError with the settings. Returns the headline metrics. Raises SourceError
-    for pairs that are missing or malformed, and what `run_training` raises.
+    for pairs that are missing or malformed, and what `TrainingJob` raises.
     """
-    progress = progress or Silent()
+    run = RunContext(out, **options)
     gather = labelled_data if config.loss == KTO else paired_data
-    data = gather(config, model, folder, made or {}, seed)
+    data = gather(config, model, run.folder, made or {}, run.seed)
     for sentence in data.left_out:
-        progress.say(sentence)
+        run.progress.say(sentence)
     if not data.rows:
         raise SourceError(
             f"none of the {data.name} to train on has different answers that end within {data.longest:,} tokens; raise "
@@ -247,49 +240,21 @@ def preference(
         )
     if config.steps is None:
         config = config.with_changes(steps=config.batch_sizes.steps_for(math.ceil(config.epochs * data.rows)))
-    sets = {"training": data.training, "validation": data.validation}
-    # the reference reads both once
-    read_once = sum(batch.tokens_BT.numel() for batch in sets.values()) if data.needs_reference else 0
-    plan = Plan(data.validation.tokens_BT.numel(), read_once)
-    config, runtime, mesh = prepare_run(
-        config, model, out, device=device, progress=progress, folder=folder, plan=plan, only_resolve=only_resolve
-    )
-    options: dict[str, Any] = {}
-    if data.needs_reference and mesh.alone:
-        rows_at_once = config.micro_batch_size or config.batch_size
-        quantize = None if config.adapter is None else config.adapter.quantize
-        identity = hash_value([place_fingerprint(model), quantize, runtime.dtype])
-        for name, batch in sets.items():
-            if batch.tokens_BT.shape[0]:
-                load = partial(starting_model, model, config, runtime.device, seed)
-                sets[name] = cached(
-                    batch, name, load, out, runtime, identity=identity, rows_at_once=rows_at_once, progress=progress
-                )
+    # the reference reads both sets once
+    read_once = data.training.tokens_BT.numel() + data.validation.tokens_BT.numel() if data.needs_reference else 0
+    cost = RunCost(data.validation.tokens_BT.numel(), read_once)
+    job = TrainingJob.open(config, model, run, description="preference", cost=cost, only_resolve=only_resolve)
+    config = job.config
+    others = []
+    if data.needs_reference and job.mesh.alone:
+        data = _with_cached_reference(data, job)
     elif data.needs_reference and config.adapter is None:
-        reference, load_reference = open_beside(model, runtime.device, mesh)
-        options |= {"frozen": {REFERENCE: reference}, "load_others": {REFERENCE: load_reference}}
-
-    def batches(config: PreferenceConfig, mesh: Mesh) -> BatchSource:
-        return PackedBatches(sets["training"], batch_size=config.batch_size, seed=derive_seed(seed, "batches"))
-
-    def prepare(config: PreferenceConfig, decoder: Decoder, mesh: Mesh) -> OnStepEnd:
-        return validation_on(sets["validation"], config)
-
-    summary = run_training(
-        config,
-        model,
-        out,
-        batches,
-        seed=seed,
-        device=device,
-        progress=progress,
-        description="preference",
-        folder=folder,
-        card_flops=card_flops,
-        prepare=prepare,
-        tasks=tasks,
+        others = [job.other(REFERENCE, model)]
+    summary = job.train(
+        PackedBatches(data.training, batch_size=config.batch_size, seed=derive_seed(run.seed, "batches")),
         objective=data.objective,
-        **options,
+        others=others,
+        hooks=TrainingHooks(lambda decoder: validation_on(data.validation, config)),
     )
     return {
         data.name: data.training_examples,
@@ -298,3 +263,26 @@ def preference(
         "rows": data.rows,
         **{name: value for name, value in summary.items() if name != "parameters"},
     }
+
+
+def _with_cached_reference(data: PreferenceData, job: TrainingJob[PreferenceConfig]) -> PreferenceData:
+    """Both sets with the log-probabilities of the model that the run starts from."""
+    config, start, run = job.config, job.start, job.run
+    quantize = None if config.adapter is None else config.adapter.quantize
+    identity = hash_value([place_fingerprint(start.folder), quantize, job.runtime.dtype])
+
+    def compute(batch: Batch, name: str) -> Batch:
+        if not batch.tokens_BT.shape[0]:
+            return batch
+        return cached(
+            batch,
+            name,
+            partial(start.whole, job.runtime.device),
+            run.out,
+            job.runtime,
+            identity=identity,
+            rows_at_once=config.micro_batch_size or config.batch_size,
+            progress=run.progress,
+        )
+
+    return replace(data, training=compute(data.training, "training"), validation=compute(data.validation, "validation"))

@@ -31,11 +31,11 @@ from bessemer.core.store import write_text
 
 #: The scored pairs in the stage's folder.
 HELD_OUT = "held_out.jsonl"
-#: Groups of equally many pairs, or answers, in the plots of length.
+#: Number of equally large groups of pairs, or answers, in the plots by length.
 _GROUPS = 8
-#: Pairs of a bin of the reliability plot, at least.
+#: Fewest pairs of a bin of the reliability plot.
 _PAIRS_OF_A_BIN = 10
-#: Pairs below which a plot would be of single pairs.
+#: Fewest pairs for a plot.
 _FEW_PAIRS = 40
 
 
@@ -95,15 +95,15 @@ def _ranks(values_N: np.ndarray) -> np.ndarray:
 
 
 def assess(pairs: Sequence[ScoredPair]) -> dict[str, Any]:
-    """The headline figures of held-out pairs; those that they do not tell are left out."""
+    """The headline figures of held-out pairs; undefined ones are left out."""
     if not pairs:
         return {}
-    found = accuracy(pairs)
-    low, high = found.interval(bounds=(0.0, 1.0))
+    score = accuracy(pairs)
+    low, high = score.interval(bounds=(0.0, 1.0))
     rewards, lengths = _answers(pairs)
     correlation = rank_correlation(rewards, lengths)
     return {
-        "held_out_accuracy": round(found.mean, 4),
+        "held_out_accuracy": round(score.mean, 4),
         "held_out_accuracy_low": round(low, 4),
         "held_out_accuracy_high": round(high, 4),
         "longer_is_chosen": round(longer_is_chosen(pairs), 4),
@@ -137,13 +137,13 @@ def assessment_parts(pairs: Sequence[ScoredPair]) -> list[Part]:
         ),
     ]
     if len(pairs) >= _FEW_PAIRS:
-        found = calibration(pairs)
+        curve = calibration(pairs)
         parts += [
             _accuracy_by_length(pairs),
             _reward_by_length(pairs),
-            reliability_curves({f"σ(Δ), expected calibration error {found.expected_calibration_error:.3f}": found}),
+            reliability_curves({f"σ(Δ), expected calibration error {curve.expected_calibration_error:.3f}": curve}),
             Heading("Is it as often right as σ(Δ) says?", level=4),
-            reliability_table(found),
+            reliability_table(curve),
         ]
     return parts
 

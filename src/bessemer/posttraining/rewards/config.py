@@ -28,7 +28,7 @@ GROUP = "bessemer.rewards"
 
 
 class RewardSettings(Config):
-    """What every reward has."""
+    """Settings of every reward."""
 
     shorthand: ClassVar[str | None] = "reward"
 
@@ -207,7 +207,7 @@ def _settings_of(name: str) -> tuple[str, type[RewardSettings]]:
 
 _USER = "user"
 
-#: The settings of one reward: the class that its plugin names.
+#: Settings of one reward, of the class that its plugin names.
 Reward: TypeAlias = Annotated[RewardSettings, ChosenSettings("reward", _settings_of)]
 
 
@@ -224,11 +224,11 @@ def named(value: Any) -> Any:
 Rewards: TypeAlias = Annotated[list[Reward], Field(min_length=1)]
 
 
-#: TRL's: of the keywords `completions`, `prompts`, `completion_ids` and the data's columns, a number for each completion.
+#: TRL's interface: keywords `completions`, `prompts`, `completion_ids` and the data's columns; returns a number per completion.
 RewardFunction = Callable[..., Sequence[float | None]]
 
 
-class AskedTask(NamedTuple):
+class RewardTask(NamedTuple):
     """A task that prompts are of, and its questions by the number of their item."""
 
     task: GenerationTask
@@ -237,15 +237,15 @@ class AskedTask(NamedTuple):
 
 @dataclass(frozen=True)
 class RewardContext:
-    """What a reward is made with besides its settings. folder: where files of the user's lie. tasks: by name. reward_model: the
+    """Context in which a reward is built. folder: where files of the user's lie. tasks: by name. reward_model: the
     folder of the one that the stage `reward` has made."""
 
     folder: Path = Path()
-    tasks: Mapping[str, AskedTask] = field(default_factory=dict)
+    tasks: Mapping[str, RewardTask] = field(default_factory=dict)
     reward_model: Path | None = None
 
 
-#: From settings and context to the reward.
+#: Builds a reward function from its settings and context.
 RewardFactory = Callable[[Any, RewardContext], RewardFunction]
 
 _RULES, _MODELS = "bessemer.posttraining.rewards.rule_based", "bessemer.posttraining.rewards.model_based"
@@ -296,7 +296,7 @@ class RewardConfig(TuningConfig):
     """The stage `reward`: a reward model from pairs of a chosen and a rejected answer. The defaults suit a real model."""
 
     shorthand: ClassVar[str | None] = "data"
-    # ten times that of full tuning, as elsewhere
+    # ten times that of full tuning, as in the other stages
     adapter_learning_rate: ClassVar[float] = 1e-4
 
     data: list[str] = setting(

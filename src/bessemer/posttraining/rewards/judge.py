@@ -17,7 +17,7 @@ from bessemer.core.errors import BessemerError
 from bessemer.core.usercode import is_user_function, load_user_function
 from bessemer.posttraining.rewards.config import REWARDS, RewardContext, RewardFunction, RewardSettings
 
-#: Completions of one call whose reward may take too long one by one; the others of that call are dropped unasked.
+#: Time-outs of single completions in one call after which its other completions are dropped.
 _MOST_HANGS = 3
 
 # Shapes: R completions, K rewards.
@@ -68,7 +68,7 @@ class Judgement:
 
 @dataclass
 class _Logged:
-    """What a reward logs in one call, by TRL's `log_extra` and `log_metric`, which may be called for each row."""
+    """Values that a reward logs in one call, by TRL's `log_extra` and `log_metric`, which may be called for each row."""
 
     extra: dict[str, list[Any]] = field(default_factory=dict)
     metrics: dict[str, list[float]] = field(default_factory=dict)
@@ -98,15 +98,15 @@ class Judge:
         self.weights = [each.weight for each in settings]
 
     def judge(self, completed: Completed, *, step: int = 0, steps: int = 0) -> Judgement:
-        """What completions are worth. step, steps: finished, and in all, for functions that ask `trainer_state`."""
+        """Rewards of completions. step, steps: finished and all steps, for functions that read `trainer_state`."""
         values: list[list[float | None]] = []
         failures: Counter[tuple[str, str]] = Counter()
         failed: set[int] = set()
         logged = _Logged()
         state = SimpleNamespace(global_step=step, max_steps=steps, epoch=None)
         for name, settings, function in zip(self.names, self._settings, self._functions, strict=True):
-            found, reasons = _judged(function, completed, state, settings.seconds, logged)
-            values.append(found)
+            rewards, reasons = _judged(function, completed, state, settings.seconds, logged)
+            values.append(rewards)
             failed |= reasons.keys()
             failures.update((name, reason) for reason in reasons.values())
         totals = [
@@ -158,7 +158,7 @@ def _judged(
     count = len(completed.completions)
     try:
         values = _values(function, completed, state, seconds, logged)
-    except Exception as error:  # anything a user's function may raise
+    except Exception as error:  # a user's function may raise anything
         if count == 1:
             return [None], {0: _reason(error)}
     else:
@@ -168,17 +168,17 @@ def _judged(
     parts = completed.of_prompts
     if len(parts) == 1:
         parts = [slice(place, place + 1) for place in range(count)]
-    found: list[float | None] = []
+    rewards: list[float | None] = []
     reasons: dict[int, str] = {}
     for part in parts:
         if sum(reason.startswith(TimeoutError.__name__) for reason in reasons.values()) >= _MOST_HANGS:
-            found += [None] * (part.stop - part.start)
+            rewards += [None] * (part.stop - part.start)
             reasons |= dict.fromkeys(range(part.start, part.stop), "not asked, since others took too long")
             continue
         of_part, failed = _judged(function, completed.part(part), state, seconds, logged)
-        found += of_part
+        rewards += of_part
         reasons |= {part.start + place: reason for place, reason in failed.items()}
-    return found, reasons
+    return rewards, reasons
 
 
 def _values(function: RewardFunction, completed: Completed, state: Any, seconds: float, logged: _Logged) -> list[float | None]:

@@ -40,7 +40,7 @@ class RewardModel:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self._tokens_at_once = tokens_at_once
-        # whose frequencies depend on the length of the batch
+        # rotary frequencies of such a model depend on the length of the batch
         self._alone = model.config.rope_scaling.rope_type == "dynamic"
 
     @classmethod

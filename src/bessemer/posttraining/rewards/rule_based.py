@@ -33,14 +33,14 @@ from bessemer.tasks.verifiers import Numeric
 
 
 def text_of(completion: str | Sequence[Mapping[str, Any]]) -> str:
-    """What a completion says: a text, or what the last of its messages says."""
+    """The text of a completion, or of the last of its messages."""
     if isinstance(completion, str):
         return completion
     return str(completion[-1].get("content") or "") if completion else ""
 
 
 def texts_of(completions: Sequence[str | Sequence[Mapping[str, Any]]]) -> list[str]:
-    """What each completion says."""
+    """The texts of completions."""
     return [text_of(completion) for completion in completions]
 
 
@@ -63,7 +63,7 @@ def pattern_reward(settings: PatternReward, context: RewardContext) -> RewardFun
 def format_reward(settings: FormatReward, context: RewardContext) -> RewardFunction:
     """1.0 where the completion is the parts in their tags, with nothing but white space around them, or behind them text where
     the settings want it; else 0.0."""
-    # no tag inside a part: each stands once
+    # no part contains a tag: each tag occurs once
     tags = "|".join(re.escape(tag) for tag in settings.tags)
     inside = rf"(?:(?!</?(?:{tags})>).)*"
     parts = r"\s*".join(rf"<{re.escape(tag)}>{inside}</{re.escape(tag)}>" for tag in settings.tags)
@@ -86,20 +86,20 @@ def json_schema_reward(settings: JSONSchemaReward, context: RewardContext) -> Re
 
     def reward(completions: Completions, json_schema: Sequence[Any] | None = None, **_: Any) -> list[float | None]:
         schemas = json_schema or [None] * len(completions)
-        found: list[float | None] = []
+        rewards: list[float | None] = []
         for text, schema in zip(texts_of(completions), schemas, strict=True):
             if settings.fenced and (block := _FENCE.search(text)) is not None:
                 text = block[1]
             try:
                 value = json.loads(text)
             except (json.JSONDecodeError, RecursionError):
-                found.append(0.0)
+                rewards.append(0.0)
                 continue
             check = common
             if check is None and schema is not None:
                 check = schema_check(json.loads(schema) if isinstance(schema, str) else schema, whose)
-            found.append(float(check is None or check(value) is None))
-        return found
+            rewards.append(float(check is None or check(value) is None))
+        return rewards
 
     return reward
 
@@ -156,8 +156,8 @@ def task_reward(settings: TaskReward, context: RewardContext) -> RewardFunction:
                 continue
             of_name, questions = context.tasks[name]
             places = [place for place, other in enumerate(task) if other == name]
-            asked = [(questions[item[place]], [texts[place]]) for place in places]
-            for place, (question, _texts), outcome in zip(places, asked, of_name.judge_all(asked), strict=True):
+            answered = [(questions[item[place]], [texts[place]]) for place in places]
+            for place, (question, _texts), outcome in zip(places, answered, of_name.judge_all(answered), strict=True):
                 rewards[place] = outcome.scores.get(of_name.headline(question.form))
         return rewards
 
@@ -174,7 +174,7 @@ def answer_reward(settings: AnswerReward, context: RewardContext) -> RewardFunct
         answers = columns.get(settings.column)
         if answers is None:
             raise ValueError(f"the data has no column {settings.column!r}")
-        found: list[float | None] = []
+        rewards: list[float | None] = []
         for text, given in zip(texts_of(completions), answers, strict=True):
             references = [str(each) for each in (given if isinstance(given, list) else [given]) if each is not None]
             if isinstance(settings.verifier, Numeric):
@@ -183,8 +183,8 @@ def answer_reward(settings: AnswerReward, context: RewardContext) -> RewardFunct
                 refusal = settings.verifier.refusal(reference)
                 if refusal is not None:
                     raise ValueError(f"the right answer {reference!r} {refusal}")
-            found.append(float(settings.verifier.verify(text, references)) if references else None)
-        return found
+            rewards.append(float(settings.verifier.verify(text, references)) if references else None)
+        return rewards
 
     return reward
 
@@ -216,7 +216,7 @@ def program_reward(settings: ProgramReward, context: RewardContext) -> RewardFun
 
 #: Columns of an episode: the sum of its rewards, and why it broke off.
 TOTAL, FAILURE = "environment_total", "environment_failure"
-#: What its failures are counted under.
+#: Name under which an environment's failures are counted.
 ENVIRONMENT = "environment"
 
 

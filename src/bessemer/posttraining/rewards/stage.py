@@ -8,9 +8,9 @@ Shapes: B rows, T tokens of a row, S sequences of a row, P = S / 2 pairs of a ro
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -19,7 +19,6 @@ from torch.nn.functional import logsigmoid
 from bessemer.core.errors import SourceError
 from bessemer.core.hashing import derive_seed
 from bessemer.core.progress import Progress, Silent
-from bessemer.distributed.mesh import Mesh
 from bessemer.model.decoder import Decoder
 from bessemer.posttraining.data.encoding import Encoded, encode_answer
 from bessemer.posttraining.data.examples import gather_pairs, prompt_key
@@ -29,9 +28,9 @@ from bessemer.posttraining.rewards.assessment import HELD_OUT, ScoredPair, asses
 from bessemer.posttraining.rewards.config import RewardConfig
 from bessemer.posttraining.rewards.model_based import RewardModel
 from bessemer.tokenization.tokenizer import load_tokenizer
-from bessemer.training.autotune import Plan, prepare_run
-from bessemer.training.data.batches import IGNORE_INDEX, Batch, BatchSource
-from bessemer.training.job import OnStepEnd, run_training
+from bessemer.training.autotune import RunCost
+from bessemer.training.data.batches import IGNORE_INDEX, Batch
+from bessemer.training.job import RunContext, RunOptions, TrainingHooks, TrainingJob
 from bessemer.training.objectives import Count, LossContext, Metric, Objective, Terms
 
 
@@ -58,7 +57,7 @@ def rewards(model: Decoder, batch: Batch) -> Tensor:
     only target."""
     hidden_BTD = model.hidden(**batch.inputs)
     scores_BT = model.scores(hidden_BTD)[..., 0]
-    # not by a product: what stands at padding may be anything
+    # not by multiplying: scores at padding may not be finite
     return batch.sequence_sums(scores_BT.where(batch.targets_BT != IGNORE_INDEX, 0))
 
 
@@ -78,7 +77,6 @@ class RewardObjective(Objective):
         return {"ranking": pairs, **({"centering": pairs} if self._centering else {})}
 
     def __call__(self, model: Decoder, batch: Batch, context: LossContext) -> Terms:
-        """Sums over the micro-batch's pairs."""
         rewards_BS = context.sum_over_context(rewards(model, batch))
         chosen_BP, rejected_BP = rewards_BS[:, 0::2], rewards_BS[:, 1::2]
         weight_BP, margin_BP = (batch.per_sequence[name][:, 0::2].to(rewards_BS.dtype) for name in ("pair_weight", "margin"))
@@ -101,7 +99,7 @@ class RewardObjective(Objective):
         return Terms(sums, metrics)
 
 
-#: Pairs that are scored between two looks at the progress.
+#: Pairs that are scored at a time.
 _PAIRS_AT_ONCE = 64
 
 
@@ -110,13 +108,9 @@ def reward(
     model: Path,
     out: Path,
     *,
-    seed: int,
-    device: str = "auto",
-    progress: Progress | None = None,
-    folder: Path = Path(),
-    card_flops: Callable[[str], float | None] = lambda name: None,
     made: Mapping[str, Path] | None = None,
     only_resolve: bool = False,
+    **options: Unpack[RunOptions],
 ) -> dict[str, Any]:
     """Train a reward model on pairs of answers, from the model of folder `model` with a new scalar head, or from a reward
     model; resumes from `out`. With an adapter the head is trained whole beside it.
@@ -125,18 +119,18 @@ def reward(
     pairs held out. Files named in the settings are relative to `folder`. made: files of stages above, by their names in `data`.
 
     only_resolve: measure, and raise SettingsResolvedError with the settings. Returns the headline metrics. Raises SourceError
-    for pairs that are missing or malformed, and what `run_training` raises.
+    for pairs that are missing or malformed, and what `TrainingJob` raises.
     """
-    progress = progress or Silent()
+    run = RunContext(out, **options)
     tokenizer = load_tokenizer(model)
-    training, held_out = gather_pairs(config.data, folder, made or {}, config.validation_share, seed)
+    training, held_out = gather_pairs(config.data, run.folder, made or {}, config.validation_share, run.seed)
     shares = can_share_prompts(config, model)
     packed, validation = (
         pack_pairs(some, tokenizer, config.context_length, example=Encoded.scored, shares_prompts=shares)
         for some in (training, held_out)
     )
     for sentence in packed.sentences(f"{len(training):,} pairs"):
-        progress.say(sentence)
+        run.progress.say(sentence)
     if not packed.rows:
         raise SourceError(
             f"none of the {len(training):,} pairs to train on ends within {config.context_length // 2:,} tokens; raise "
@@ -145,36 +139,18 @@ def reward(
     if config.steps is None:
         config = config.with_changes(steps=config.batch_sizes.steps_for(math.ceil(config.epochs * packed.rows)))
     # held-out pairs are read at each validation, and scored at the end
-    plan = Plan(validation.batch.tokens_BT.numel(), validation.batch.tokens_BT.numel())
-    config, _, mesh = prepare_run(
-        config, model, out, device=device, progress=progress, folder=folder, plan=plan, only_resolve=only_resolve
-    )
-
-    def batches(config: RewardConfig, mesh: Mesh) -> BatchSource:
-        return PackedBatches(packed.batch, batch_size=config.batch_size, seed=derive_seed(seed, "batches"))
-
-    def prepare(config: RewardConfig, decoder: Decoder, mesh: Mesh) -> OnStepEnd:
-        return validation_on(validation.batch, config)
-
-    summary = run_training(
-        config,
-        model,
-        out,
-        batches,
-        seed=seed,
-        device=device,
-        progress=progress,
-        description="reward model",
-        folder=folder,
-        card_flops=card_flops,
-        prepare=prepare,
+    cost = RunCost(validation.batch.tokens_BT.numel(), validation.batch.tokens_BT.numel())
+    job = TrainingJob.open(config, model, run, description="reward model", cost=cost, only_resolve=only_resolve)
+    config = job.config
+    summary = job.train(
+        PackedBatches(packed.batch, batch_size=config.batch_size, seed=derive_seed(run.seed, "batches")),
         objective=RewardObjective(config.centering),
+        hooks=TrainingHooks(lambda decoder: validation_on(validation.batch, config)),
     )
     assessed: dict[str, Any] = {}
-    if mesh.leads and validation.pairs:
-        scored = score_pairs(
-            RewardModel.open(out / "model", device=device), held_out, config.context_length // 2, progress=progress
-        )
+    if job.mesh.leads and validation.pairs:
+        trained = RewardModel.open(out / "model", device=run.device)
+        scored = score_pairs(trained, held_out, config.context_length // 2, progress=run.progress)
         write_scored_pairs(out / HELD_OUT, scored)
         assessed = assess(scored)
     return {

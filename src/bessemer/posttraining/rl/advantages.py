@@ -21,16 +21,15 @@ from torch import Tensor
 from bessemer.model.decoder import Decoder
 from bessemer.posttraining.rl.config import CriticConfig
 from bessemer.posttraining.rl.losses import value_loss
-from bessemer.posttraining.rl.objective import ADVANTAGES
-from bessemer.posttraining.sampling.samples import Packed, of_all_rows
+from bessemer.posttraining.sampling.samples import ADVANTAGES, Packed, of_all_rows
 from bessemer.training.data.batches import IGNORE_INDEX, Batch
-from bessemer.training.model_roles import Trainee
+from bessemer.training.model_roles import ModelRoles
 from bessemer.training.objectives import Count, LossContext, Metric, Objective, Terms
 
 #: Added to a standard deviation (TRL's and DeepSeekMath's implementations).
 _EPSILON = 1e-4
 
-#: From the rewards of answers, (R,), and the number of answers to a prompt, to (R,).
+#: Arguments: rewards of answers, (R,), and answers per prompt. Returns advantages, (R,).
 OfAnswers = Callable[[Tensor, int], Tensor]
 
 
@@ -80,7 +79,7 @@ def leave_one_out(rewards_R: Tensor, group: int) -> Tensor:
 
 
 def as_given(rewards_R: Tensor, group: int) -> Tensor:
-    """r, whatever the group."""
+    """The reward r itself."""
     return rewards_R
 
 
@@ -198,19 +197,19 @@ def _whitened(values_R: Tensor) -> Tensor:
 
 
 def _known(advantages: Tensor) -> Tensor:
-    """As (R,), zero where the reward is not known."""
+    """Rewards (R,), with zero for unknown ones."""
     return advantages.reshape(-1).nan_to_num(nan=0.0)
 
 
-#: The role of the critic, and values of tokens in a batch: what the critic said of them when the rollout was made, and what it
-#: is to learn.
+#: The role of the critic, and keys of values of tokens in a batch: the critic's values when the rollout was made, and its
+#: targets.
 CRITIC, OLD_VALUES, RETURNS = "critic", "old_values", "returns"
 
 
 def token_values(model: Decoder, batch: Batch) -> Tensor:
     """V of each token that has a target, (B, T); zero elsewhere."""
     hidden_BTD = model.hidden(**batch.inputs)
-    # not by a product: what stands at padding may be anything
+    # not by multiplying: scores at padding may not be finite
     return model.scores(hidden_BTD)[..., 0].where(_chosen(batch), 0)
 
 
@@ -225,7 +224,7 @@ class Valued:
 
 @dataclass(frozen=True)
 class _Estimates:
-    """Of the tokens of a mini-batch that the policy chose, those of the mask; zero elsewhere."""
+    """Estimates for the policy's tokens of a mini-batch, which the mask marks; zero elsewhere."""
 
     mask_BT: Tensor
     values_BT: Tensor
@@ -234,7 +233,7 @@ class _Estimates:
 
 
 def with_values(
-    packed: Sequence[Packed], rewards_R: Tensor, penalties: Sequence[Tensor], trainee: Trainee, config: CriticConfig
+    packed: Sequence[Packed], rewards_R: Tensor, penalties: Sequence[Tensor], models: ModelRoles, config: CriticConfig
 ) -> Valued:
     """Mini-batches with generalised advantages, whitened over the tokens of the rollout.
 
@@ -243,26 +242,26 @@ def with_values(
     `explained_variance`, 1 − Var(R − V) / Var(R): 1 of a critic that knows, 0 of one that says the same of all.
     """
     parts = rewards_R.split([one.samples for one in packed])
-    found = [
-        _estimates(one, part_R, penalty_BT, trainee, config)
+    estimates = [
+        _estimates(one, part_R, penalty_BT, models, config)
         for one, part_R, penalty_BT in zip(packed, parts, penalties, strict=True)
     ]
-    white = whitened_tokens([each.advantages_BT for each in found], [each.mask_BT for each in found])
+    white = whitened_tokens([each.advantages_BT for each in estimates], [each.mask_BT for each in estimates])
     valued = [
         one.with_values({ADVANTAGES: white_BT, OLD_VALUES: each.values_BT, RETURNS: each.returns_BT})
-        for one, each, white_BT in zip(packed, found, white, strict=True)
+        for one, each, white_BT in zip(packed, estimates, white, strict=True)
     ]
     means_R = torch.cat([one.means(white_BT) for one, white_BT in zip(packed, white, strict=True)])
-    values_N = torch.cat([each.values_BT[each.mask_BT] for each in found])
-    returns_N = torch.cat([each.returns_BT[each.mask_BT] for each in found])
+    values_N = torch.cat([each.values_BT[each.mask_BT] for each in estimates])
+    returns_N = torch.cat([each.returns_BT[each.mask_BT] for each in estimates])
     return Valued(valued, means_R, _figures(values_N, returns_N))
 
 
-def _estimates(one: Packed, rewards_R: Tensor, penalty_BT: Tensor, trainee: Trainee, config: CriticConfig) -> _Estimates:
+def _estimates(one: Packed, rewards_R: Tensor, penalty_BT: Tensor, models: ModelRoles, config: CriticConfig) -> _Estimates:
     batch, mask_BT = one.batch, _chosen(one.batch)
-    values_BT = of_all_rows(trainee, batch, lambda rows: trainee.per_token(CRITIC, rows, token_values))
+    values_BT = of_all_rows(models, batch, lambda rows: models.per_token(CRITIC, rows, token_values))
     rewards_BT = one.at_ends(rewards_R.nan_to_num(nan=0.0).to(values_BT)) - penalty_BT
-    found = generalised_advantages(
+    estimates = generalised_advantages(
         rewards_BT,
         values_BT,
         mask_BT,
@@ -270,7 +269,7 @@ def _estimates(one: Packed, rewards_R: Tensor, penalty_BT: Tensor, trainee: Trai
         discount=config.discount,
         decay=config.decay,
     )
-    return _Estimates(mask_BT, values_BT.where(mask_BT, 0), found.advantages_BT, found.returns_BT)
+    return _Estimates(mask_BT, values_BT.where(mask_BT, 0), estimates.advantages_BT, estimates.returns_BT)
 
 
 def _figures(values_N: Tensor, returns_N: Tensor) -> dict[str, float]:

@@ -20,11 +20,11 @@ from bessemer.posttraining.preference.objective import REFERENCE_LOG_PROBS, Pref
 from bessemer.posttraining.rl.advantages import RewardToGo, decoupled, rewards_to_go, whitened_tokens, with_values
 from bessemer.posttraining.rl.config import ADVANTAGES as ADVANTAGE_PLUGINS
 from bessemer.posttraining.rl.config import RLConfig
-from bessemer.posttraining.rl.objective import ADVANTAGES, OLD, SAMPLER, TOKEN_REFERENCE_LOG_PROBS
-from bessemer.posttraining.sampling.sampler import Group
-from bessemer.posttraining.sampling.samples import Packed, Sample, of_all_rows, pack_samples
+from bessemer.posttraining.rl.objective import OLD, TOKEN_REFERENCE_LOG_PROBS
+from bessemer.posttraining.rl.policy_sampler import JudgedGroup
+from bessemer.posttraining.sampling.samples import ADVANTAGES, SAMPLER, Packed, Sample, of_all_rows, pack_samples
 from bessemer.training.data.batches import IGNORE_INDEX, Batch
-from bessemer.training.model_roles import REFERENCE, Trainee
+from bessemer.training.model_roles import REFERENCE, ModelRoles
 from bessemer.training.objectives import POLICY
 
 
@@ -45,8 +45,8 @@ class RolloutBatches:
 class BatchMaker(Protocol):
     """Makes the mini-batches of a rollout's groups, each of as many groups: one epoch of them in order, then those of more."""
 
-    def __call__(self, groups: Sequence[Group], trainee: Trainee, more: Sequence[Sequence[int]] = ()) -> RolloutBatches:
-        """trainee: the policy, whose weights sampled the groups, a reference and a critic. more: the order of the groups in
+    def __call__(self, groups: Sequence[JudgedGroup], models: ModelRoles, more: Sequence[Sequence[int]] = ()) -> RolloutBatches:
+        """models: the policy, whose weights sampled the groups, a reference and a critic. more: the order of the groups in
         each further epoch."""
 
 
@@ -60,11 +60,11 @@ class AdvantageBatches:
         self._padding_id = padding_id
         self._advantage = ADVANTAGE_PLUGINS.find(config.advantage).load()
 
-    def __call__(self, groups: Sequence[Group], trainee: Trainee, more: Sequence[Sequence[int]] = ()) -> RolloutBatches:
-        """As of `BatchMaker`. What is asked of models, and an advantage, is of the rollout, and the same in every epoch."""
+    def __call__(self, groups: Sequence[JudgedGroup], models: ModelRoles, more: Sequence[Sequence[int]] = ()) -> RolloutBatches:
+        """Log-probabilities and advantages belong to the rollout and are the same in every epoch."""
         samples = [sample for group in groups for sample in group.samples]
         totals_R = torch.cat([group.totals_G for group in groups])
-        packed = [self._with_log_probs(one, trainee) for one in self._packed(samples, totals_R, trainee)]
+        packed = [self._with_log_probs(one, models) for one in self._packed(samples, totals_R, models)]
         ratios = [_log_ratios(one.batch) for one in packed]
         divergence_R = torch.cat(
             [one.of_samples(one.batch.sequence_sums(ratios_BT)) for one, ratios_BT in zip(packed, ratios, strict=True)]
@@ -73,7 +73,7 @@ class AdvantageBatches:
         figures: Mapping[str, float] = {}
         penalties = [beta * ratios_BT for ratios_BT in ratios]
         if self._config.critic is not None:
-            valued = with_values(packed, totals_R, penalties, trainee, self._config.critic)
+            valued = with_values(packed, totals_R, penalties, models, self._config.critic)
             packed, advantages_R, figures = list(valued.packed), valued.advantages_R, valued.figures
         elif isinstance(self._advantage, RewardToGo) and self._config.reward_scale != "decoupled":
             outcomes_R = self._advantage.outcomes(totals_R, self._config.group_size)
@@ -87,11 +87,11 @@ class AdvantageBatches:
         group = self._config.group_size
         for order in more:
             places = [group * number + place for number in order for place in range(group)]
-            batches += self._counted(self._repacked(places, packed, samples, totals_R, trainee), totals_R[places])
+            batches += self._counted(self._repacked(places, packed, samples, totals_R, models), totals_R[places])
         return RolloutBatches(batches, advantages_R, divergence_R, figures)
 
     def _repacked(
-        self, places: Sequence[int], packed: Sequence[Packed], samples: Sequence[Sample], totals_R: Tensor, trainee: Trainee
+        self, places: Sequence[int], packed: Sequence[Packed], samples: Sequence[Sample], totals_R: Tensor, models: ModelRoles
     ) -> list[Packed]:
         """The samples in another order, in mini-batches with the values that their tokens have in `packed`."""
         size = self._config.batch_size
@@ -103,34 +103,34 @@ class AdvantageBatches:
         ordered = [samples[place] for place in places]
         return [
             one.with_target_values(ordered[start : start + size], [values[place] for place in places[start : start + size]])
-            for start, one in zip(range(0, len(samples), size), self._packed(ordered, totals_R[places], trainee), strict=True)
+            for start, one in zip(range(0, len(samples), size), self._packed(ordered, totals_R[places], models), strict=True)
         ]
 
-    def _packed(self, samples: Sequence[Sample], totals_R: Tensor, trainee: Trainee) -> list[Packed]:
+    def _packed(self, samples: Sequence[Sample], totals_R: Tensor, models: ModelRoles) -> list[Packed]:
         size, kept = self._config.batch_size, (~totals_R.isnan()).tolist()
-        layout = trainee.mesh.layout
-        row = self._config.context_length if trainee.shares_prefixes else None
+        layout = models.mesh.layout
+        row = self._config.context_length if models.shares_prefixes else None
         places = [slice(start, start + size) for start in range(0, len(samples), size)]
         return [pack_samples(samples[place], kept[place], self._padding_id, layout, shared_row=row) for place in places]
 
-    def _with_log_probs(self, packed: Packed, trainee: Trainee) -> Packed:
+    def _with_log_probs(self, packed: Packed, models: ModelRoles) -> Packed:
         """With the log-probabilities that do not change while the rollout is trained on: of the policy as old, where more than
         one update follows; of the reference."""
         config, batch = self._config, packed.batch
         values: dict[str, Tensor] = {}
         with torch.no_grad():
             if config.updates > 1:
-                values[OLD] = self._log_probs(batch, trainee, POLICY)
+                values[OLD] = self._log_probs(batch, models, POLICY)
             if config.beta:
-                values[TOKEN_REFERENCE_LOG_PROBS] = self._log_probs(batch, trainee, REFERENCE)
+                values[TOKEN_REFERENCE_LOG_PROBS] = self._log_probs(batch, models, REFERENCE)
         return replace(packed, batch=batch.with_values(per_token=values))
 
-    def _log_probs(self, batch: Batch, trainee: Trainee, role: str) -> Tensor:
+    def _log_probs(self, batch: Batch, models: ModelRoles, role: str) -> Tensor:
         temperature = self._config.temperature
-        return of_all_rows(trainee, batch, lambda rows: trainee.log_probs(rows, role, temperature=temperature))
+        return of_all_rows(models, batch, lambda rows: models.log_probs(rows, role, temperature=temperature))
 
-    def _advantages(self, groups: Sequence[Group], totals_R: Tensor, penalties_R: Tensor) -> Tensor:
-        """One of each answer, of its reward and what is taken off for the divergence of all of its tokens."""
+    def _advantages(self, groups: Sequence[JudgedGroup], totals_R: Tensor, penalties_R: Tensor) -> Tensor:
+        """The advantage of each answer, from its reward less the penalty for its divergence."""
         config = self._config
         if config.reward_scale != "decoupled":
             assert not isinstance(self._advantage, RewardToGo)
@@ -208,13 +208,13 @@ class PairBatches:
         self._padding_id = padding_id
         self._needs_reference = PAIR_LOSSES.find(str(config.pair_loss)).load().needs_reference
 
-    def __call__(self, groups: Sequence[Group], trainee: Trainee, more: Sequence[Sequence[int]] = ()) -> RolloutBatches:
-        """As of `BatchMaker`; the reference is asked of the pairs of each epoch. Advantages are 1 of the best completion of a
+    def __call__(self, groups: Sequence[JudgedGroup], models: ModelRoles, more: Sequence[Sequence[int]] = ()) -> RolloutBatches:
+        """Reference log-probabilities are computed for the pairs of each epoch. Advantages are 1 of the best completion of a
         pair, −1 of the worst, 0 of others."""
         size = self._config.batch_size // self._config.group_size
         chosen = [_best_and_worst(group) for group in groups]
         batches = [
-            self._batch([groups[place] for place in some], [chosen[place] for place in some], trainee)
+            self._batch([groups[place] for place in some], [chosen[place] for place in some], models)
             for order in (range(len(groups)), *more)
             for some in (order[start : start + size] for start in range(0, len(groups), size))
         ]
@@ -226,28 +226,28 @@ class PairBatches:
         figures = {"pairs": float(sum(one.differs for one in chosen))}
         return RolloutBatches(batches, advantages_R, torch.zeros_like(advantages_R), figures)
 
-    def _batch(self, groups: Sequence[Group], chosen: Sequence[_Best], trainee: Trainee) -> Batch:
+    def _batch(self, groups: Sequence[JudgedGroup], chosen: Sequence[_Best], models: ModelRoles) -> Batch:
         pairs = [
             PairExample(group.samples[one.best].example(), group.samples[one.worst].example(), weight=float(one.differs))
             for group, one in zip(groups, chosen, strict=True)
         ]
-        layout = trainee.mesh.layout
+        layout = models.mesh.layout
         longest = max(pair.tokens for pair in pairs)
         batch = pack_pair_examples(
             pairs,
             layout.row_length(longest),
             self._padding_id,
             row_count=layout.row_count,
-            shares_prompts=trainee.shares_prefixes,
+            shares_prompts=models.shares_prefixes,
         )
         if not self._needs_reference:
             return batch
         with torch.no_grad():
-            log_probs_BT = of_all_rows(trainee, batch, lambda rows: trainee.log_probs(rows, REFERENCE))
+            log_probs_BT = of_all_rows(models, batch, lambda rows: models.log_probs(rows, REFERENCE))
         return batch.with_values(per_token={REFERENCE_LOG_PROBS: log_probs_BT})
 
 
-def _best_and_worst(group: Group) -> _Best:
+def _best_and_worst(group: JudgedGroup) -> _Best:
     totals_G = group.totals_G
     if int((~totals_G.isnan()).sum()) < 2:
         return _Best(0, 0, False)

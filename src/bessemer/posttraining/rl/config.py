@@ -112,7 +112,7 @@ _OUR_ADVANTAGES: list[Plugin[Advantage]] = [
         f"{_ADVANTAGES}:REINFORCE_PP_BASELINE",
     ),
 ]
-#: Those that no other package adds, whose settings are known.
+#: Our own losses, whose settings are known.
 BUILT_IN_ADVANTAGES = tuple(one.name for one in _OUR_ADVANTAGES)
 
 ADVANTAGES: Registry[Advantage] = Registry("advantage", "bessemer.advantages", _OUR_ADVANTAGES)
@@ -170,9 +170,9 @@ RL_VERSION = 6
 
 
 class RLConfig(TuningConfig):
-    """The stage `rl`: a policy samples completions of prompts, and those that are rewarded become likelier."""
+    """The stage `rl`: a policy samples completions of prompts and learns from their rewards."""
 
-    # ten times that of full tuning, as elsewhere
+    # ten times that of full tuning, as in the other stages
     adapter_learning_rate: ClassVar[float] = 1e-5
 
     data: list[str] = setting(
@@ -350,14 +350,14 @@ class RLConfig(TuningConfig):
         name = values.get("algorithm", "grpo")
         if isinstance(name, str) and name not in PRESETS:
             raise ValueError(f"there is no algorithm {name!r}{nearest(name, list(PRESETS))}")
-        found = {**PRESETS.get(name, {}), **values}
-        if isinstance(found.get("pair_loss"), str) and "beta" not in values:
-            found["beta"] = default_beta(found["pair_loss"])
-        critic = found.get("critic")
-        if found.get("adapter") is not None and isinstance(critic, Mapping):
-            # the critic is tuned whole, and an adapter's learning rate is ten times that of full tuning
-            found["critic"] = {"learning_rate_factor": 1.0, **critic}
-        return found
+        merged = {**PRESETS.get(name, {}), **values}
+        if isinstance(merged.get("pair_loss"), str) and "beta" not in values:
+            merged["beta"] = default_beta(merged["pair_loss"])
+        critic = merged.get("critic")
+        if merged.get("adapter") is not None and isinstance(critic, Mapping):
+            # the critic has no adapter, and an adapter's learning rate is ten times that of full tuning
+            merged["critic"] = {"learning_rate_factor": 1.0, **critic}
+        return merged
 
     @model_validator(mode="after")
     def _check_sampling(self) -> Self:

@@ -22,10 +22,10 @@ from torch import Tensor
 from bessemer.training.data.batches import Batch
 from bessemer.training.objectives import Count, LossContext
 
-#: What a ratio of two policies stands for: one token, a sequence as a whole, or the geometric mean of its tokens.
+#: Level of an importance ratio: one token, a whole sequence, or the geometric mean over its tokens.
 Level = Literal["token", "sequence_sum", "sequence_mean"]
 
-#: Log-ratios are held within ± this before exp, so that no ratio is infinite (verl's bound).
+#: Log-ratios are clamped to ± this before exp, so that no ratio is infinite (verl's bound).
 LARGEST_LOG_RATIO = 20.0
 
 
@@ -272,10 +272,10 @@ def importance_weights(
     return correction.function(sequences.log_ratios(correction.level, log_ratios_BT).exp(), settings)
 
 
-#: From log π − log π_ref of tokens to an estimate of each, of the same shape.
+#: Estimates the KL divergence of each token from log π − log π_ref, in the same shape.
 Divergence = Callable[[Tensor], Tensor]
 
-#: Log-ratios are held within ± this: `k3` grows with exp(−d).
+#: Log-ratios are clamped to ± this: `k3` grows with exp(−d).
 _LARGEST = 20.0
 
 

@@ -25,13 +25,13 @@ from bessemer.posttraining.rl.losses import (
     k1,
     policy_loss,
 )
+from bessemer.posttraining.sampling.samples import ADVANTAGES, SAMPLER
 from bessemer.training.data.batches import IGNORE_INDEX, Batch
-from bessemer.training.head import token_log_probs
+from bessemer.training.head import target_log_probs
 from bessemer.training.objectives import Count, LossContext, Metric, Objective, Terms
 
-#: Values of tokens in a batch: log-probabilities of the sampler, of the policy before the first update on the rollout, and of
-#: the reference; advantages.
-SAMPLER, OLD, TOKEN_REFERENCE_LOG_PROBS, ADVANTAGES = "sampler_log_probs", "old_log_probs", "reference_log_probs", "advantages"
+#: Values of tokens in a batch: log-probabilities of the policy before the first update on the rollout, and of the reference.
+OLD, TOKEN_REFERENCE_LOG_PROBS = "old_log_probs", "reference_log_probs"
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class PolicyObjective(Objective):
         return cls(loss, aggregation, correction, settings, config.divergence)
 
     def denominators(self, batch: Batch) -> dict[str, Count]:
-        """That of the aggregation, for every term."""
+        """The aggregation's denominator, for every term."""
         sequences = Sequences(batch, _mask(batch))
         count = self._aggregation.denominator(sequences, self._settings.longest, self._settings.answers)
         return dict.fromkeys(self._terms, count)
@@ -108,19 +108,9 @@ class PolicyObjective(Objective):
         return ["policy", *divergence, *(["entropy"] if self._settings.entropy_weight else [])]
 
     def __call__(self, model: Decoder, batch: Batch, context: LossContext) -> Terms:
-        """Sums over the micro-batch's tokens."""
         settings = self._settings
         hidden_BTD = model.hidden(**batch.inputs)
-        log_probs_BT, entropy_BT = (
-            values_N.view_as(batch.targets_BT)
-            for values_N in token_log_probs(
-                hidden_BTD.flatten(0, 1),
-                model.head_weight,
-                batch.targets_BT.flatten(),
-                temperature=settings.temperature,
-                softcap=model.logit_softcap,
-            )
-        )
+        log_probs_BT, entropy_BT = target_log_probs(model, hidden_BTD, batch.targets_BT, temperature=settings.temperature)
         values = {name: value_BT.to(log_probs_BT.dtype) for name, value_BT in batch.per_token.items()}
         mask_BT = _mask(batch).to(log_probs_BT.dtype)
         sequences = Sequences(batch, mask_BT, context)
@@ -133,7 +123,7 @@ class PolicyObjective(Objective):
         weights_BT = self._aggregation.weights(sequences)
         sums = {"policy": (losses_BT * importance_BT * weights_BT).sum()}
         if settings.beta:
-            # the divergence is of the policy's own, and no importance weight belongs to it
+            # the divergence is taken under the policy itself, so no importance weight applies
             log_ratios_BT = log_probs_BT - values[TOKEN_REFERENCE_LOG_PROBS]
             sums["kl"] = settings.beta * (self._divergence(log_ratios_BT) * weights_BT).sum()
         if settings.entropy_weight:

@@ -29,19 +29,19 @@ from bessemer.posttraining.rewards.judge import Judge, RewardError
 from bessemer.posttraining.rl.advantages import is_informative
 from bessemer.posttraining.rl.batches import AdvantageBatches, BatchMaker, PairBatches
 from bessemer.posttraining.rl.config import RLConfig
-from bessemer.posttraining.sampling.prompts import Prompt
-from bessemer.posttraining.sampling.sampler import EncodedPrompt, Group, PolicySampler, SamplingEngine
-from bessemer.posttraining.sampling.samples import Sample, Share
+from bessemer.posttraining.rl.policy_sampler import JudgedGroup, PolicySampler
+from bessemer.posttraining.sampling.sampler import EncodedPrompt, SamplingEngine
+from bessemer.posttraining.sampling.samples import Prompt, Sample, Share
 from bessemer.tokenization.tokenizer import Tokenizer
 from bessemer.training.data.batches import Batch, rows_at
-from bessemer.training.model_roles import Trainee
+from bessemer.training.model_roles import ModelRoles
 
-#: Completions and rewards of every rollout, a line each.
+#: File of all completions with their rewards, one line each.
 COMPLETIONS = "completions.jsonl"
 
 
 @dataclass
-class Tally:
+class RolloutTally:
     """Counts of one rollout. equal: groups whose rewards do not differ. refills: None without dynamic sampling. failures: of
     rewards, by what went wrong. metrics: what rewards logged."""
 
@@ -53,7 +53,7 @@ class Tally:
 
 
 def rollout_figures(
-    samples: Sequence[Sample], groups: Sequence[Group], totals_R: Tensor, tally: Tally, names: Sequence[str]
+    samples: Sequence[Sample], groups: Sequence[JudgedGroup], totals_R: Tensor, tally: RolloutTally, names: Sequence[str]
 ) -> dict[str, float]:
     """Figures of a rollout for the metrics. names: of the rewards."""
     known = totals_R[~totals_R.isnan()]
@@ -86,7 +86,7 @@ class CompletionsLog:
         self._names = names
         self._log: MetricsLog | None = None
 
-    def write(self, step: int, groups: Sequence[Group], advantages_R: Tensor) -> None:
+    def write(self, step: int, groups: Sequence[JudgedGroup], advantages_R: Tensor) -> None:
         """The rollout of a step, counted from 0; what the file holds of later ones is removed at the first call."""
         if self._log is None:
             self._log = MetricsLog(self._path, step or None)
@@ -106,12 +106,11 @@ class CompletionsLog:
                     "advantage": next(advantages),
                 }
                 for name, value in group.extra[place].items():
-                    # a user's column may have a name of ours
+                    # a user's column may have the name of one of ours
                     row[f"extra_{name}" if name in row or name == "step" else name] = value
                 self._log.write(step + 1, **row)
 
     def close(self) -> None:
-        """Close the file."""
         if self._log is not None:
             self._log.close()
 
@@ -149,7 +148,7 @@ class _Judged(NamedTuple):
     """The completions of a prompt. failures: of rewards, by what went wrong; metrics: what rewards logged; both of a share in
     its first."""
 
-    group: Group
+    group: JudgedGroup
     failures: Mapping[str, int]
     metrics: Mapping[str, Sequence[float]]
 
@@ -180,8 +179,8 @@ class RolloutSource:
     ) -> None:
         """sampler: in place of one that completes prompts. Raises ConfigError for an advantage that there is not."""
         self._prompts = [(prompt, prompt.encoded(tokenizer)) for prompt in prompts]
-        asked = drawn(held_out, config.validation_limit, derive_seed(seed, "validation"))
-        self._held_out = [(prompt, prompt.encoded(tokenizer)) for prompt in asked]
+        validated = drawn(held_out, config.validation_limit, derive_seed(seed, "validation"))
+        self._held_out = [(prompt, prompt.encoded(tokenizer)) for prompt in validated]
         self._sampler = sampler or PolicySampler(judge, tokenizer, config, seed)
         self._judge = judge
         self._config = config
@@ -191,21 +190,21 @@ class RolloutSource:
         self._log = CompletionsLog(out, judge.names)
         self._seed = seed
         self._progress = progress
-        #: The step of the first of the batches under way, and these.
+        #: Remaining batches of the rollout, and the step of the first of them.
         self._first = 0
         self._batches: list[Batch] = []
-        #: Prompts that were sampled, over all epochs, and tokens that were trained on.
+        #: Number of prompts sampled so far, over all epochs, and of tokens trained on.
         self._cursor, self._tokens = 0, 0
         self._metrics: dict[str, float] = {}
         self.batch_size = config.batch_size
         prompts_and_columns = [[ids, dict(prompt.columns)] for prompt, ids in self._prompts]
         self.fingerprint = hash_value([hash_value(repr(prompts_and_columns)), seed])
 
-    # -- what the training loop asks
+    # -- interface of the training loop
 
-    def bind(self, trainee: Trainee) -> None:
+    def bind(self, models: ModelRoles) -> None:
         """The policy that samples, and the reference."""
-        self._sampler.bind(trainee)
+        self._sampler.bind(models)
 
     def batch_size_at(self, step: int) -> int:
         """Rows of the batch of `step`: its completions packed. Samples, where the rollout before it is used up."""
@@ -221,7 +220,7 @@ class RolloutSource:
         return batch.rows(rows)
 
     def state_dict(self) -> dict[str, Any]:
-        """After a step: the batches that are left of the rollout, and how many prompts were sampled."""
+        """After a step: the remaining batches of the rollout, and the number of sampled prompts."""
         return {
             "first": self._first + 1,
             "batches": [_plain(batch) for batch in self._batches[1:]],
@@ -230,11 +229,10 @@ class RolloutSource:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with what `state_dict` returned."""
         self._first, self._cursor, self._tokens = state["first"], state["cursor"], state["tokens"]
         self._batches = [Batch(**values) for values in state["batches"]]
 
-    # -- what the stage asks
+    # -- interface of the stage
 
     def take_metrics(self) -> dict[str, float]:
         """Figures of the rollout since the last call; empty of steps that go on with one."""
@@ -251,16 +249,15 @@ class RolloutSource:
         if not self._held_out:
             return {}
         with self._sampler.sampling() as engine:
-            judged = self._judged(engine, self._held_out, 1, self._sampler.trainee.version, greedy=True)
+            judged = self._judged(engine, self._held_out, 1, self._sampler.models.version, greedy=True)
         means = {"validation_reward": _mean(float(one.group.totals_G) for one in judged)}
         if len(self._judge.names) > 1:
             for place, name in enumerate(self._judge.names):
                 means[f"validation_{name}"] = _mean(float(one.group.rewards_GK[0, place]) for one in judged)
-        # of what judges none of them there is no mean, and JSON holds none
+        # a reward that judges none of them has no mean, and JSON has no NaN
         return {name: value for name, value in means.items() if not math.isnan(value)}
 
     def close(self) -> None:
-        """Close the log of completions."""
         self._log.close()
 
     # -- one rollout
@@ -270,12 +267,12 @@ class RolloutSource:
         if not 0 <= place < len(self._batches):
             self._roll_out(step)
             place = 0
-        # those before are done with
+        # earlier batches are used up
         self._first, self._batches = step, self._batches[place:]
         return self._batches[0]
 
     def _roll_out(self, step: int) -> None:
-        config, tally = self._config, Tally()
+        config, tally = self._config, RolloutTally()
         if step == 0:
             self._metrics |= {f"{name}_before": value for name, value in self.validate().items()}
         start = time.perf_counter()
@@ -287,16 +284,16 @@ class RolloutSource:
         if bool(totals_R.isnan().all()):
             reasons = "; ".join(tally.failures) or "no reward judges them"
             raise RewardError(f"step {step + 1:,}: none of the {len(samples):,} completions has a reward: {reasons}")
-        made = self._make(groups, self._sampler.trainee, self._orders(step))
+        made = self._make(groups, self._sampler.models, self._orders(step))
         self._first, self._batches = step, [*made.batches] * (config.updates // len(made.batches))
-        # what a reward logs under a name of ours gives way
+        # our own metrics override a reward's of the same name
         self._metrics |= {name: statistics.fmean(values) for name, values in tally.metrics.items()}
         self._metrics |= made.figures
         self._metrics |= rollout_figures(samples, groups, totals_R, tally, self._judge.names)
         for failure, count in tally.failures.items():
             self._progress.say(f"  {count:,} completions are dropped, the reward {failure}")
         self._metrics["rollout_seconds"] = round(sampled - start, 3)
-        if self._sampler.trainee.mesh.leads:
+        if self._sampler.models.mesh.leads:
             self._log.write(step, groups, made.advantages_R)
         check_collapse(config, step, samples, totals_R, made.divergence_R)
 
@@ -308,14 +305,14 @@ class RolloutSource:
         seeds = [derive_seed(self._seed, "mini-batches", step, epoch) for epoch in range(1, config.rollout_epochs)]
         return [np.random.default_rng(seed).permutation(config.groups).tolist() for seed in seeds]
 
-    def _sampled_groups(self, engine: SamplingEngine, step: int, tally: Tally) -> list[Group]:
+    def _sampled_groups(self, engine: SamplingEngine, step: int, tally: RolloutTally) -> list[JudgedGroup]:
         """The rollout's groups; with dynamic sampling those whose rewards differ, as far as refills give them."""
         config = self._config
-        kept: list[Group] = []
-        equal: list[Group] = []
+        kept: list[JudgedGroup] = []
+        equal: list[JudgedGroup] = []
         for refill in range(1 + (config.most_refills if config.dynamic_sampling else 0)):
-            asked = self._next_prompts(config.groups - len(kept))
-            judged = self._judged(engine, asked, config.group_size, step, seeds=("rollout", step, refill))
+            prompts = self._next_prompts(config.groups - len(kept))
+            judged = self._judged(engine, prompts, config.group_size, step, seeds=("rollout", step, refill))
             groups = [one.group for one in judged]
             for one in judged:
                 for failure, count in one.failures.items():
@@ -335,7 +332,7 @@ class RolloutSource:
     def _judged(
         self,
         engine: SamplingEngine,
-        asked: Sequence[EncodedPrompt],
+        prompts: Sequence[EncodedPrompt],
         number: int,
         step: int,
         *,
@@ -343,8 +340,8 @@ class RolloutSource:
         greedy: bool = False,
     ) -> list[_Judged]:
         """`number` completions of each prompt and what they are worth; under a mesh each group of ranks makes its share."""
-        share = Share(self._sampler.trainee.mesh)
-        own, places = asked[share.places], range(len(asked))[share.places]
+        share = Share(self._sampler.models.mesh)
+        own, places = prompts[share.places], range(len(prompts))[share.places]
         samples = self._sampler.completions(engine, own, number, seeds=seeds, places=places, greedy=greedy)
 
         def judged() -> list[_Judged]:

@@ -18,7 +18,6 @@ from bessemer.core.report import (
     Metrics,
     Part,
     Section,
-    Series,
     StageReport,
     Table,
     Text,
@@ -26,7 +25,7 @@ from bessemer.core.report import (
 from bessemer.core.stage import Outside, StageContext
 from bessemer.posttraining.rewards.config import RewardModelReward
 from bessemer.posttraining.rl.config import RL_VERSION, RLConfig
-from bessemer.training.report import diagnostics, summary_line, task_accuracies, training_curves
+from bessemer.training.report import diagnostics, series_of, summary_line, task_accuracies, training_curves
 from bessemer.training.specs import check_loop, loop_packages, model_not_merged, resolved_by, training_arguments, training_stage
 
 __all__ = ["report", "summary_line"]
@@ -48,7 +47,7 @@ _CHARTS = {
     ),
 }
 _LABELS = {"reward": "sampled", "validation_reward": "held out, greedy", "equal_groups": "equal groups", "cut_share": "cut"}
-#: Rollouts of which completions are shown, and completions of each.
+#: Number of rollouts in the report, and of completions of each.
 _SHOWN_ROLLOUTS, _SHOWN = 4, 8
 #: Characters of a text in the table.
 _LONGEST = 400
@@ -82,16 +81,11 @@ def _charts(stage: StageReport) -> list[Part]:
         charts.insert(1, ("Each reward", tuple(rewards)))
     parts: list[Part] = []
     for title, keys in charts:
-        series = [one for key in keys if (one := _series(stage, key)).points()[0]]
+        labels = {key: _LABELS.get(key, key.removeprefix("reward_").replace("_", " ")) for key in keys}
+        series = [one for key, label in labels.items() if (one := series_of(stage.records, key, label=label)).points()[0]]
         if series:
             parts.append(Curves(series, title))
     return parts
-
-
-def _series(stage: StageReport, key: str) -> Series:
-    found = [record for record in stage.records if isinstance(record.get(key), (int, float))]
-    label = _LABELS.get(key, key.removeprefix("reward_").replace("_", " "))
-    return Series(label, [record["step"] for record in found], [record[key] for record in found])
 
 
 def _completions(path: Path) -> list[Part]:
@@ -133,7 +127,6 @@ def _rl(context: StageContext, *, only_resolve: bool = False) -> dict[str, Any]:
         context.config,
         context.inputs["model"],
         context.out,
-        tasks=context.services.tasks,
         reward_model=context.inputs.get("reward_model"),
         only_resolve=only_resolve,
         **training_arguments(context),
@@ -146,7 +139,7 @@ def _fingerprint(config: RLConfig, outside: Outside) -> Any:
 
     files = files_fingerprint([name for name in config.data if "." in name], outside.folder)
     models = rewards_fingerprint(config.rewards, outside.folder)
-    # only where there are any, so that the keys of other runs stay
+    # models only where there are any, so that the keys of other runs stay
     return [files, models] if models else files
 
 

@@ -3,34 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from bessemer.core.errors import ConfigError, SourceError
 from bessemer.core.hashing import derive_seed
-from bessemer.core.progress import Progress, Silent
-from bessemer.core.stage import OpenTasks
-from bessemer.distributed.mesh import Mesh
-from bessemer.model.decoder import Decoder
+from bessemer.core.records import TABLES, is_table
 from bessemer.model.storage.folder import holds_codes
+from bessemer.posttraining.data.examples import read_examples
+from bessemer.posttraining.data.formats import Turns
+from bessemer.posttraining.data.splitting import split_examples
 from bessemer.posttraining.preference.config import PAIR_LOSSES
-from bessemer.posttraining.rewards.config import RewardContext
+from bessemer.posttraining.rewards.config import RewardContext, RewardTask
 from bessemer.posttraining.rewards.judge import Judge
 from bessemer.posttraining.rl.advantages import CRITIC, ActorCriticObjective
 from bessemer.posttraining.rl.batches import pair_objective
 from bessemer.posttraining.rl.config import CriticConfig, RLConfig
 from bessemer.posttraining.rl.objective import PolicyObjective
+from bessemer.posttraining.rl.policy_sampler import EpisodeSampler, load_environment
 from bessemer.posttraining.rl.rollouts import RolloutSource
-from bessemer.posttraining.sampling.prompts import Prompt, gather_prompts
-from bessemer.posttraining.sampling.sampler import EpisodeSampler, load_environment
+from bessemer.posttraining.sampling.samples import Prompt
+from bessemer.tasks.config import TaskOptions
+from bessemer.tasks.questions import GenerationTask
+from bessemer.tasks.registry import TASKS, find_tasks
+from bessemer.tokenization.chat import checked_messages
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
-from bessemer.training.autotune import Plan, prepare_run, seconds_per_step
-from bessemer.training.data.batches import BatchSource
-from bessemer.training.job import OnStepEnd, run_training
-from bessemer.training.model_roles import REFERENCE
-from bessemer.training.model_setup import open_beside
+from bessemer.training.autotune import RunCost, seconds_per_step
+from bessemer.training.job import RunContext, RunOptions, TrainingHooks, TrainingJob
+from bessemer.training.model_roles import REFERENCE, OtherModel
 from bessemer.training.objectives import Objective
 from bessemer.training.optim.lr_schedule import validated_steps
 from bessemer.training.trainer import Trainer
@@ -41,14 +44,9 @@ def rl(
     model: Path,
     out: Path,
     *,
-    seed: int,
-    device: str = "auto",
-    progress: Progress | None = None,
-    folder: Path = Path(),
-    card_flops: Callable[[str], float | None] = lambda name: None,
-    tasks: OpenTasks | None = None,
     reward_model: Path | None = None,
     only_resolve: bool = False,
+    **options: Unpack[RunOptions],
 ) -> dict[str, Any]:
     """Train the model of folder `model` by the rewards of its completions; resumes from `out`.
 
@@ -58,93 +56,61 @@ def rl(
     settings say so. only_resolve: measure, and raise SettingsResolvedError with the settings. Returns the headline metrics.
     Raises SourceError for prompts that are missing or malformed, ConfigError for rewards that cannot be given and for a
     pipeline, RewardError where no completion has a reward, CollapseError for a policy beyond its limits, and what
-    `run_training` raises.
+    `TrainingJob` raises.
     """
-    progress = progress or Silent()
+    run = RunContext(out, **options)
     tokenizer = load_tokenizer(model)
     objective: Objective = PolicyObjective.of(config) if config.pair_loss is None else pair_objective(config)
-    gathered = gather_prompts(config, folder, seed)
+    gathered = gather_prompts(config, run.folder, run.seed)
     training = _fitting(gathered.training, tokenizer, config)
     held_out = _fitting(gathered.held_out, tokenizer, config)
     left_out = len(gathered.training) + len(gathered.held_out) - len(training) - len(held_out)
     if left_out:
-        progress.say(
+        run.progress.say(
             f"  {left_out:,} prompts are left out: they have more than {config.context_length - config.max_tokens:,} tokens, "
             "context_length without max_tokens"
         )
     if not training:
         raise SourceError("no prompt is left to train on; raise context_length, or lower validation_share")
-    judge = Judge(config.rewards, RewardContext(folder, gathered.tasks, reward_model))
+    judge = Judge(config.rewards, RewardContext(run.folder, gathered.tasks, reward_model))
     if config.steps is None:
         rollouts = math.ceil(config.epochs * len(training) / config.groups)
         config = config.with_changes(steps=rollouts * config.updates)
 
-    def again(config: RLConfig, out: Path) -> object:
-        return rl(config, model, out, seed=seed, device=device, folder=folder, card_flops=card_flops, reward_model=reward_model)
+    def trial(config: RLConfig, out: Path) -> object:
+        return rl(config, model, out, reward_model=reward_model, **run.trial_options)
 
-    config, runtime, mesh = prepare_run(
-        config,
-        model,
-        out,
-        device=device,
-        progress=progress,
-        folder=folder,
-        plan=Plan(seconds_per_step=partial(seconds_per_step, again, cycle=config.updates)),
-        only_resolve=only_resolve,
-    )
+    cost = RunCost(seconds_per_step=partial(seconds_per_step, trial, cycle=config.updates))
+    job = TrainingJob.open(config, model, run, description="rl", cost=cost, only_resolve=only_resolve)
+    config, mesh = job.config, job.mesh
     if mesh.layout.pipeline > 1:
         raise ConfigError(
             f"parallel: pipeline {mesh.layout.pipeline}: each rank trains some layers, and sampling needs all; take tensor or "
             "data_shard"
         )
-    rl_seed = derive_seed(seed, "rl")
+    rl_seed = derive_seed(run.seed, "rl")
     sampler = None
     if config.environment is not None:
         if not mesh.alone:
             raise ConfigError(f"environment: episodes are played in one process, and {mesh.layout.world_size} were started")
-        sampler = EpisodeSampler(judge, tokenizer, config, rl_seed, load_environment(config.environment, folder))
+        sampler = EpisodeSampler(judge, tokenizer, config, rl_seed, load_environment(config.environment, run.folder))
     source = RolloutSource(
-        training, judge, tokenizer, config, out, seed=rl_seed, progress=progress, held_out=held_out, sampler=sampler
+        training, judge, tokenizer, config, out, seed=rl_seed, progress=run.progress, held_out=held_out, sampler=sampler
     )
-    options: dict[str, Any] = {}
+    others = []
     if config.critic is not None:
-        start = model if config.critic.start == "policy" else reward_model
-        options |= _critic(config, config.critic, start, runtime.device, mesh, seed)
+        others.append(_critic(job, config.critic, model if config.critic.start == "policy" else reward_model))
         objective = ActorCriticObjective(objective, config.critic)
     if needs_reference(config):
-        reference, load_reference = open_beside(model, runtime.device, mesh)
-        options["frozen"] = {REFERENCE: reference}
-        options.setdefault("load_others", {})[REFERENCE] = load_reference
+        others.append(job.other(REFERENCE, model))
+    validated = validated_steps(config)
 
-    def batches(config: RLConfig, mesh: Mesh) -> BatchSource:
-        return source
-
-    def prepare(config: RLConfig, decoder: Decoder, mesh: Mesh) -> OnStepEnd:
-        validated = validated_steps(config)
-
-        def on_step_end(finished: int, trainer: Trainer) -> dict[str, float]:
-            found = source.take_metrics() | {"tokens": source.trained_tokens}
-            return found | source.validate() if finished in validated else found
-
-        return on_step_end
+    def on_step_end(finished: int, trainer: Trainer) -> dict[str, float]:
+        metrics = source.take_metrics() | {"tokens": source.trained_tokens}
+        return metrics | source.validate() if finished in validated else metrics
 
     try:
-        summary = run_training(
-            config,
-            model,
-            out,
-            batches,
-            seed=seed,
-            device=device,
-            progress=progress,
-            description="rl",
-            folder=folder,
-            card_flops=card_flops,
-            prepare=prepare,
-            tasks=tasks,
-            objective=objective,
-            **options,
-        )
+        summary = job.train(source, objective=objective, others=others, hooks=TrainingHooks(lambda decoder: on_step_end))
     finally:
         source.close()
     without = {"parameters", "tokens_per_second", "gflops", "mfu"}
@@ -162,8 +128,9 @@ def needs_reference(config: RLConfig) -> bool:
     return config.pair_loss is None or bool(PAIR_LOSSES.find(config.pair_loss).load().needs_reference)
 
 
-def _critic(config: RLConfig, critic: CriticConfig, folder: Path | None, device: str, mesh: Mesh, seed: int) -> dict[str, Any]:
-    """What the training loop is told of the critic. folder: of the model that it starts from."""
+def _critic(job: TrainingJob[RLConfig], critic: CriticConfig, folder: Path | None) -> OtherModel:
+    """The critic, which starts from the model of a folder."""
+    config = job.config
     if folder is None:
         raise ConfigError("critic.start: reward_model: no reward model is given to start from")
     factor, matrices = critic.learning_rate_factor, config.matrix_learning_rate
@@ -174,11 +141,85 @@ def _critic(config: RLConfig, critic: CriticConfig, folder: Path | None, device:
         raise ConfigError(
             f"critic: all its weights are trained, and {folder} is quantised; take the model that it was made from"
         )
-    scorer, load = open_beside(folder, device, mesh, seed_of_head=derive_seed(seed, CRITIC))
-    return {"beside": {CRITIC: scorer}, "settings_beside": {CRITIC: settings}, "load_others": {CRITIC: load}}
+    return job.other(CRITIC, folder, trained=True, settings=settings, seed_of_head=derive_seed(job.run.seed, CRITIC))
 
 
 def _fitting(prompts: list[Prompt] | Any, tokenizer: Tokenizer, config: RLConfig) -> list[Prompt]:
     """The prompts that leave room for a completion."""
     most = config.context_length - config.max_tokens
     return [prompt for prompt in prompts if len(prompt.encoded(tokenizer)) <= most]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts to train on and held out, and the tasks by name that some are of."""
+
+    training: Sequence[Prompt]
+    held_out: Sequence[Prompt]
+    tasks: Mapping[str, RewardTask]
+
+
+def gather_prompts(config: RLConfig, folder: Path, seed: int) -> Prompts:
+    """The prompts of all data that the settings name, each once, in order.
+
+    Raises SourceError for rows that are malformed, ConfigError for a task that there is not or that generates nothing,
+    ArtefactError for a task's data.
+    """
+    prompts: list[Prompt] = []
+    tasks: dict[str, RewardTask] = {}
+    for name in config.data:
+        if is_table(name):
+            prompts += read_examples(folder / name, partial(_prompt, config))
+            continue
+        task = _task(name, config, folder)
+        if task.name in tasks:
+            raise ConfigError(f"data: two tasks have the name {task.name!r}; name each once")
+        questions = list(task.questions())
+        tasks[task.name] = RewardTask(task, {question.item: question for question in questions})
+        for question in questions:
+            turns: Turns = question.context if isinstance(question.context, str) else tuple(map(dict, question.context))
+            columns = {"task": task.name, "item": question.item}
+            prompts.append(Prompt(turns, columns, task.generation.stop, task.begin_token))
+    training, held_out = split_examples(prompts, _whole, config.validation_share, seed)
+    return Prompts(training, held_out, tasks)
+
+
+def _task(name: str, config: RLConfig, folder: Path) -> GenerationTask:
+    is_file = name.endswith((".yaml", ".yml"))
+    data = None if config.tasks_folder is None else folder / config.tasks_folder
+    if not is_file and name not in TASKS:
+        raise ConfigError(f"data: {name!r} is neither a file of {', '.join(TABLES)} nor a task; there are {', '.join(TASKS)}")
+    options = TaskOptions(data=data, chat=config.chat or None, system=config.system)
+    (task,) = find_tasks([str(folder / name) if is_file else name], options)
+    if not isinstance(task, GenerationTask):
+        raise ConfigError(f"data: the task {task.name} is asked by likelihood; rl needs one whose answers are generated")
+    return task
+
+
+def _prompt(config: RLConfig, row: Mapping[str, Any]) -> Prompt:
+    """A row's prompt. Raises ValueError or RequestError, in one line."""
+    given = row.get(config.prompt_column)
+    columns = {name: value for name, value in row.items() if name != config.prompt_column}
+    if isinstance(given, str) and given.strip():
+        if not config.chat:
+            return Prompt(given, columns)
+        given = [{"role": "user", "content": given}]
+    elif not isinstance(given, list) or not given:
+        raise ValueError(f"needs messages or a text under {config.prompt_column!r}; it has {given!r}"[:200])
+    if config.system is not None and not _begins_with_system(given):
+        given = [{"role": "system", "content": config.system}, *given]
+    messages = checked_messages(given, first=1)
+    if messages[-1]["role"] == "assistant":
+        raise ValueError(f"{config.prompt_column}: the prompt ends with the assistant, whose turn it is to answer")
+    return Prompt(tuple(messages), columns)
+
+
+def _begins_with_system(messages: Sequence[Any]) -> bool:
+    return isinstance(messages[0], Mapping) and messages[0].get("role") == "system"
+
+
+def _whole(prompt: Prompt) -> str:
+    """All of a prompt, and not its opening: that may be an example which every question of a task has before it."""
+    if isinstance(prompt.turns, str):
+        return prompt.turns
+    return "\n".join(str(one.get("content") or "") for one in prompt.turns)

@@ -1,4 +1,4 @@
-"""Samples of a policy, their batches, and their exchange between processes.
+"""Prompts, samples of a policy, their batches, and their exchange between processes.
 
 Of several processes, each tensor group completes its share of the prompts, and every process gets all groups.
 
@@ -8,7 +8,7 @@ Shapes: R samples, B rows, T tokens of a row, S sequences of a row.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -19,11 +19,48 @@ from torch import Tensor
 from bessemer.core.errors import BessemerError
 from bessemer.distributed.layout import Layout
 from bessemer.distributed.mesh import ALONE, Mesh
-from bessemer.posttraining.rl.objective import ADVANTAGES, SAMPLER
-from bessemer.posttraining.sampling.prompts import Prompt
+from bessemer.posttraining.data.encoding import encode_prompt
+from bessemer.posttraining.data.formats import Answered, Message, Turns
+from bessemer.tokenization.tokenizer import Tokenizer
 from bessemer.training.data.batches import IGNORE_INDEX, Batch
 from bessemer.training.data.packing import best_fit, pack_rows
-from bessemer.training.model_roles import Trainee
+from bessemer.training.model_roles import ModelRoles
+
+#: Keys of values of tokens in a batch: log-probabilities of the sampler; advantages.
+SAMPLER, ADVANTAGES = "sampler_log_probs", "advantages"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt: messages to answer, or a text to continue.
+
+    columns: passed to the rewards. stop: texts at which an answer ends. begin: whether a text begins with the begin token
+    whatever the tokenizer does. tools: that may be called.
+    """
+
+    turns: Turns
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    stop: tuple[str, ...] = ()
+    begin: bool = False
+    tools: tuple[Message, ...] = ()
+
+    def encoded(self, tokenizer: Tokenizer) -> list[int]:
+        """Its token ids, up to where the answer begins."""
+        ids = encode_prompt(self.turns, tokenizer, self.tools)
+        missing = self.begin and isinstance(self.turns, str) and not tokenizer.begin_ids
+        return [tokenizer.bos_id, *ids] if missing or not ids else ids
+
+    def answered(self, text: str) -> Answered:
+        """This prompt with an answer."""
+        answer = text if isinstance(self.turns, str) else ({"role": "assistant", "content": text},)
+        return Answered(self.turns, answer, self.tools)
+
+    @property
+    def text(self) -> str:
+        """Readable form: the text, or every message with its role."""
+        if isinstance(self.turns, str):
+            return self.turns
+        return "\n\n".join(f"{message['role']}: {message.get('content') or ''}" for message in self.turns)
 
 
 @dataclass(frozen=True)
@@ -42,7 +79,7 @@ class Sample:
 
     @property
     def places(self) -> np.ndarray:
-        """Where among the ids the completion's tokens are."""
+        """Positions of the completion's tokens among the ids."""
         return np.arange(self.prompt_length, len(self.ids)) if self.is_own is None else np.flatnonzero(self.is_own)
 
     @property
@@ -90,11 +127,11 @@ class Packed:
         return values_BS[self.rows_R, self.columns_R]
 
     def with_values(self, per_token: Mapping[str, Tensor]) -> Packed:
-        """With values of tokens besides, (B, T) by name."""
+        """Add values of tokens, (B, T) by name."""
         return replace(self, batch=self.batch.with_values(per_token=per_token))
 
     def with_advantages(self, advantages_R: Tensor) -> Packed:
-        """With one advantage for all tokens of a sample."""
+        """Add one advantage for all tokens of a sample."""
         return self.with_values({ADVANTAGES: self.batch.of_tokens(self.of_sequences(advantages_R))})
 
     def target_values(self, samples: Sequence[Sample]) -> list[dict[str, Tensor]]:
@@ -104,7 +141,7 @@ class Packed:
         ]
 
     def with_target_values(self, samples: Sequence[Sample], values: Sequence[Mapping[str, Tensor]]) -> Packed:
-        """With what `target_values` gave of its samples where they were packed otherwise; zero elsewhere."""
+        """Add what `target_values` gave for the same samples in another packing; zero elsewhere."""
         per_token = {
             name: values_N.new_zeros(self.batch.tokens_BT.shape) for name, values_N in (values[0] if values else {}).items()
         }
@@ -114,7 +151,7 @@ class Packed:
         return self.with_values(per_token)
 
     def _targets(self, samples: Sequence[Sample]) -> list[tuple[int, Tensor]]:
-        """Of each of its samples the row, and in it the columns at which the completion's tokens are targets."""
+        """For each sample its row, and the columns at which the completion's tokens are targets."""
         return [
             (int(row), torch.from_numpy(end - sample.places[-1] + sample.places))
             for sample, row, end in zip(samples, self.rows_R, self.ends_R, strict=True)
@@ -136,8 +173,8 @@ class Packed:
         return self.of_samples(self.batch.sequence_sums(values_BT)) / self.target_counts.clamp(min=1)
 
 
-#: Rows of completions that share prompts are at most as long as this, or as two of the longest samples: attention to what a row
-#: masks takes time, too.
+#: Rows of completions that share prompts are at most as long as this, or as two of the longest samples: longer ones spend time
+#: on masked attention.
 _SHARED_ROW = 256
 
 
@@ -188,7 +225,7 @@ def pack_samples(
     batch = pack_rows(rows, capacity, padding_id, shared)
     batch = replace(batch, per_token={SAMPLER: sampled_BT}, sequences=max(map(len, rows)))
     if batch.sequences == 1:
-        # plain rows are causal, which costs less than a mask of documents
+        # a row of one sample is plainly causal, which costs less than a document mask
         batch = replace(batch, positions_BT=None, document_ids_BT=None)
     return Packed(batch, rows_R, columns_R, ends_R)
 
@@ -199,14 +236,14 @@ def _arranged(samples: Sequence[Sample], layout: Layout, shared_row: int | None)
     if shared_row is None:
         return layout.row_length(longest), [_Together(place, 1, len(sample.ids) - 1) for place, sample in enumerate(samples)]
     capacity = max(longest, min(shared_row, max(_SHARED_ROW, 2 * longest)))
-    found: list[_Together] = []
+    groups: list[_Together] = []
     for place, sample in enumerate(samples):
         added = len(sample.ids) - sample.prompt_length
-        if found and sample.continues(samples[found[-1].first]) and found[-1].size + added <= capacity:
-            found[-1] = _Together(found[-1].first, found[-1].number + 1, found[-1].size + added)
+        if groups and sample.continues(samples[groups[-1].first]) and groups[-1].size + added <= capacity:
+            groups[-1] = _Together(groups[-1].first, groups[-1].number + 1, groups[-1].size + added)
         else:
-            found.append(_Together(place, 1, len(sample.ids) - 1))
-    return layout.row_length(max(one.size for one in found)), found
+            groups.append(_Together(place, 1, len(sample.ids) - 1))
+    return layout.row_length(max(one.size for one in groups)), groups
 
 
 Value = TypeVar("Value")
@@ -214,7 +251,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Share:
-    """What this process does of a rollout: the ranks that share every matrix are one group, which samples as one."""
+    """This process's share of a rollout: the ranks that share every matrix form one group, which samples together."""
 
     mesh: Mesh
 
@@ -234,7 +271,7 @@ class Share:
         return self.mesh.rank % self.mesh.layout.tensor == 0
 
     def gathered(self, make: Callable[[], list[Value]]) -> list[Value]:
-        """What `make` gives on each group's first rank for its places, in the order of all places, on every process.
+        """Results of `make` on each group's first rank, for all places in order, on every process.
 
         Every process calls this. An error of one is raised on all.
         """
@@ -258,16 +295,16 @@ class Share:
         return whole
 
 
-def of_all_rows(trainee: Trainee, batch: Batch, compute: Callable[[Batch], Tensor]) -> Tensor:
+def of_all_rows(models: ModelRoles, batch: Batch, compute: Callable[[Batch], Tensor]) -> Tensor:
     """Values of the tokens of all rows, (B, T), on every process: each computes those of the rows that it trains on.
 
-    compute: of the rows of this process, (b, T), as `Trainee.per_token` gives it. Every process calls this.
+    compute: of the rows of this process, (b, T), as `ModelRoles.per_token` gives it. Every process calls this.
     """
-    mesh = trainee.mesh
+    mesh = models.mesh
     if mesh.alone:
         return compute(batch)
     layout = mesh.layout
-    own_bT = compute(batch.rows(trainee.rows(batch.tokens_BT.shape[0])))
+    own_bT = compute(batch.rows(models.rows(batch.tokens_BT.shape[0])))
     everyone: list[Any] = [None] * layout.world_size
     dist.all_gather_object(everyone, own_bT.cpu())
     by_data_rank = {layout.data_rank(rank): values_bT for rank, values_bT in enumerate(everyone)}

@@ -9,28 +9,14 @@ from pydantic import field_validator, model_validator
 from bessemer.core.config import Config, nearest, setting
 from bessemer.core.records import TABLES, is_table
 from bessemer.core.usercode import is_user_function
-from bessemer.posttraining.data.made import REVISIONS, SYNTHETIC
+from bessemer.posttraining.data.made import DOCS_QUESTIONS, MADE_DATA, REVISIONS, SYNTHETIC, TASK, TRUNCATE, Truncate
 from bessemer.training.adapter_config import TuningConfig
 
 #: Raised when the same settings and inputs give other weights or conversations than before (golden outputs in the tests).
 SFT_VERSION = 8
 
-#: Data made from the run's own documents: its name in `data`.
-DOCS_QUESTIONS = "made/docs_questions"
-#: All data that a recipe makes and `sft` reads.
-MADE_DATA = (DOCS_QUESTIONS, REVISIONS, SYNTHETIC)
-
-#: What is done with an example that is longer than a row.
-Truncate = Literal["drop", "left", "refuse"]
-TRUNCATE = (
-    "Of what is longer than a row, or of an answer of a pair than half a row. drop: left out; left: its beginning is cut off, "
-    "and what the assistant says is learnt where it is whole; refuse: an error. How many there are is said. The end is never "
-    "cut off, so that every answer teaches where it ends."
-)
-#: Most tokens of a row where nothing is said.
+#: Default context length.
 _LONGEST = 2048
-#: Before the name of a task whose items are data.
-TASK = "task/"
 
 
 class SFTConfig(TuningConfig):
@@ -94,7 +80,7 @@ class SFTConfig(TuningConfig):
     )
 
     def fitted_to(self, longest: int) -> Self:
-        """With rows no longer than a model's context, where their length is not given."""
+        """These settings with rows within a model's context, unless their length is given."""
         if self.has_given_length or self.context_length <= longest:
             return self
         return self.with_changes(context_length=longest)
@@ -124,7 +110,7 @@ class SFTConfig(TuningConfig):
     @model_validator(mode="after")
     def _check_weights(self) -> Self:
         for name, weight in self.weights.items():
-            # a recipe that another extends may weigh what that one does not read
+            # a recipe may inherit weights of data that it does not read
             if name not in self.data and name not in MADE_DATA and not name.startswith(TASK):
                 raise ValueError(f"weights: {name!r} is not in data{nearest(name, self.data)}")
             if not 0 < weight <= 1000:

@@ -30,7 +30,7 @@ from bessemer.model.quantisation.quantised_layers import is_quantised
 from bessemer.model.storage.folder import load_model
 from bessemer.model.storage.tuned_folder import ADAPTER, BASE, HELD_OUT_TASK, MODEL, RECORD, place_of_base
 from bessemer.posttraining.data.examples import Conversation
-from bessemer.posttraining.data.packing import Example
+from bessemer.posttraining.data.packing import EncodedExample
 from bessemer.posttraining.sft.config import FULL_LEARNING_RATE, FinetuneConfig, Method, SFTConfig
 from bessemer.posttraining.sft.finetune_inputs import prepare_base
 from bessemer.posttraining.sft.finetune_plan import Sizes, plan_finetuning, product_dtype
@@ -40,18 +40,23 @@ from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 from bessemer.training.checkpoint.manager import CHECKPOINTS
 from bessemer.training.data.batches import IGNORE_INDEX, Batch
 from bessemer.training.data.packing import pack_rows
-from bessemer.training.model_setup import starting_model
 from bessemer.training.objectives import token_losses
 from bessemer.training.runtime import Runtime
+from bessemer.training.starting_model import StartingModel
 
-#: Rows of the task of what is held out.
+#: Held-out rows as a task's data.
 HELD_OUT_ROWS = "held_out.jsonl"
 #: Conversations read at once.
 _ROWS = 4
 
 
 def conversation_losses(
-    model: Decoder, examples: Sequence[Example], context_length: int, padding_id: int, progress: Progress, description: str
+    model: Decoder,
+    examples: Sequence[EncodedExample],
+    context_length: int,
+    padding_id: int,
+    progress: Progress,
+    description: str,
 ) -> np.ndarray:
     """Mean −log p of each example's targets, (N,) float64, in nats a token, one example a row."""
     losses: list[float] = []
@@ -98,7 +103,7 @@ def write_task(out: Path, held_out: Sequence[Conversation], tokenizer: Tokenizer
         "max_tokens": longest + longest // 4 + 8,
         "verifier": {"method": "overlap"},
     }
-    # JSON is YAML
+    # JSON is valid YAML
     lines = [f"{name}: {json.dumps(value, ensure_ascii=False)}\n" for name, value in settings.items()]
     write_text(out / HELD_OUT_TASK, "".join(lines))
     write_text(out / HELD_OUT_ROWS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -116,7 +121,7 @@ def _means(model: Decoder, batch: Batch) -> list[float]:
 _VALIDATIONS = 4
 #: Held-out questions that are answered before and after, and the tokens of an answer at most.
 _QUESTIONS, _ANSWER_TOKENS = 3, 64
-#: Of these, how many the model answers while it learns, and the tokens of an answer.
+#: Questions of these that are answered during training, and the most tokens of an answer.
 _SAMPLES, _SAMPLE_TOKENS = 2, 48
 #: Characters of a question or an answer that are shown on one line.
 _SHOWN = 70
@@ -125,9 +130,9 @@ _WHAT = "record of a fine-tuning"
 
 @dataclass(frozen=True)
 class Finetuned:
-    """What came out. before_N, after_N: mean loss of each conversation held out, in nats a token; ids_N: of these. answers: of
-    some of their questions, with what the model said before and after. base: the folder that an adapter is for; tokenizer_hash:
-    of its tokenizer."""
+    """Result of a fine-tuning. before_N, after_N: mean loss of each conversation held out, in nats a token; ids_N: of these.
+    answers: of some of their questions, with what the model said before and after. base: the folder that an adapter is for;
+    tokenizer_hash: of its tokenizer."""
 
     method: Method
     base: Path
@@ -151,7 +156,7 @@ def finetune(
     """
     with TemporaryDirectory() as scratch:
         known = ModelSource("folder", str(out / BASE)) if (out / BASE).exists() else source
-        # the method is chosen once: another time memory may hold more, or less
+        # the method is chosen once, since free memory may differ another time
         begun = read_json(out / RECORD, _WHAT).get("method") if (out / RECORD).exists() else None
         planned = config if begun is None else config.with_changes(method=begun)
         plan = plan_finetuning(planned, known, data, seed=seed, device=device, scratch=Path(scratch))
@@ -180,7 +185,7 @@ def finetune(
         padding_id=tokenizer.bos_id,
         progress=progress,
     )
-    runtime = Runtime.of(tuning, chosen_device)
+    runtime, start = Runtime.of(tuning, chosen_device), StartingModel.of(base, tuning, seed)
     questions = _Questions(plan.held_out, tokenizer, plan.base.config.max_position_embeddings)
 
     def measured(model: Decoder, when: str, adapter: Adapter | None = None) -> tuple[np.ndarray, list[str]]:
@@ -191,13 +196,13 @@ def finetune(
                 return measure(model, description=f"loss {when}"), answers
 
     write_task(out, plan.held_out, tokenizer)
-    before_N, answers_before = measured(starting_model(base, tuning, chosen_device, seed), "before")
+    before_N, answers_before = measured(start.whole(chosen_device), "before")
     samples = _Samples(questions, plan.sizes.steps, progress)
     metrics = sft(tuning, base, None, out, seed=seed, device=device, progress=progress, on_validation=samples.show)
     if method == "full":
         after_N, answers_after = measured(load_model(out / MODEL, device=chosen_device), "after")
     else:
-        tuned = starting_model(base, tuning, chosen_device, seed)
+        tuned = start.whole(chosen_device)
         adapter = read_adapter(out / ADAPTER, load_model(base)).to(chosen_device, torch.float32).fitted(tuned)
         after_N, answers_after = measured(tuned, "after", adapter)
     return Finetuned(
@@ -213,7 +218,7 @@ def finetune(
 
 
 def asked_of(config: FinetuneConfig, source: ModelSource, data: Path, seed: int) -> dict[str, Any]:
-    """What tells one fine-tuning from another."""
+    """Everything that identifies a fine-tuning."""
     also = {"also": {hash_file(Path(name)): weight for name, weight in config.also.items()}}
     return {"settings": config.output_settings() | also, "model": source.name, "data": hash_file(data), "seed": seed}
 
@@ -225,15 +230,15 @@ def finished(out: Path, asked: Callable[[], dict[str, Any]]) -> dict[str, Any] |
     """
     record = out / RECORD
     if record.exists():
-        found = read_json(record, _WHAT)
-        given = found.get("asked", {})
-        # an older record says whether it was merged
+        record_of_run = read_json(record, _WHAT)
+        given = record_of_run.get("asked", {})
+        # older records also say whether the adapter was merged
         given.get("settings", {}).pop("merge", None)
         if given != asked():
             raise ArtefactError(
                 f"{out}: holds another fine-tuning, of other data, another model or settings; name another folder"
             )
-        result: dict[str, Any] | None = found.get("result")
+        result: dict[str, Any] | None = record_of_run.get("result")
         return result
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ArtefactError(f"{out}: exists already and is not empty; name another folder")
@@ -248,7 +253,7 @@ def finish(out: Path, result: dict[str, Any]) -> None:
 
 def _training_settings(config: FinetuneConfig, method: Method, sizes: Sizes, device: torch.device) -> dict[str, Any]:
     """The settings of `sft` that suit a real model."""
-    found: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "steps": sizes.steps,
         "batch_size": sizes.batch_size,
         "context_length": sizes.context_length,
@@ -264,10 +269,10 @@ def _training_settings(config: FinetuneConfig, method: Method, sizes: Sizes, dev
         "compile": False,
     }
     if method == "full":
-        return found | {"learning_rate": config.learning_rate or FULL_LEARNING_RATE}
+        return settings | {"learning_rate": config.learning_rate or FULL_LEARNING_RATE}
     quantize = "int4" if method == "qlora" else None
-    found["adapter"] = {"rank": config.rank, "alpha": 2.0 * config.rank, "quantize": quantize, "merge": False}
-    return found | ({} if config.learning_rate is None else {"learning_rate": config.learning_rate})
+    settings["adapter"] = {"rank": config.rank, "alpha": 2.0 * config.rank, "quantize": quantize, "merge": False}
+    return settings | ({} if config.learning_rate is None else {"learning_rate": config.learning_rate})
 
 
 class _Questions:
@@ -275,15 +280,15 @@ class _Questions:
 
     def __init__(self, held_out: Sequence[Conversation], tokenizer: Tokenizer, context: int) -> None:
         self._tokenizer = tokenizer
-        self._asked: list[tuple[str, str, list[int]]] = []
+        self._questions: list[tuple[str, str, list[int]]] = []
         for one in held_out:
             *before, last = one.messages or [{"role": ""}]
             if last["role"] != "assistant" or not before or not (question := before[-1].get("content")):
                 continue
             ids = tokenizer.apply_chat_template(before, add_generation_prompt=True, tools=one.tools or None)
             if len(ids) + _ANSWER_TOKENS <= context:
-                self._asked.append((question, last.get("content") or "", ids))
-            if len(self._asked) == _QUESTIONS:
+                self._questions.append((question, last.get("content") or "", ids))
+            if len(self._questions) == _QUESTIONS:
                 break
 
     def answers(
@@ -291,15 +296,15 @@ class _Questions:
     ) -> list[str]:
         """Greedy answers of a model as it is, or with an adapter. An adapter in training stays beside the weights: merged, it
         would take a second copy. most: questions. tokens: of an answer, at most."""
-        prompts = [ids for _, _, ids in self._asked[:most]]
+        prompts = [ids for _, _, ids in self._questions[:most]]
         if not prompts:
             return []
         config = EngineConfig(
             max_model_len=max(map(len, prompts)) + tokens,
             max_num_seqs=len(prompts),
-            # which would pack the weights, another copy, and over codes round activations as the trainer does not
+            # compiled kernels would copy the weights, and round activations where weights are quantised, unlike the trainer
             cpu_kernels="off",
-            # beside codes the engine keeps keys and values in half precision, which the trainer does not
+            # with quantised weights the engine's cache would be in half precision, unlike the trainer
             kv_cache_dtype="float32" if is_quantised(model) else "auto",
         )
         with without_adapters(model):
@@ -308,22 +313,22 @@ class _Questions:
             if adapter is not None or adapters_of(model):
                 name = "trained"
                 engine.load_adapter(name, adapter or adapter_of(model))
-            # beside each other: every token of all reads the weights once
-            found = engine.generate(prompts, SamplingParams(max_tokens=tokens, temperature=0.0), adapter=name)
-        return [answer.text for answer in found]
+            # in one batch, so that a step reads the weights once for all
+            answers = engine.generate(prompts, SamplingParams(max_tokens=tokens, temperature=0.0), adapter=name)
+        return [answer.text for answer in answers]
 
     def shown(self, answers: Sequence[str]) -> list[str]:
         """Questions and answers, each pair on a line."""
         return [
             f"{one_line(question, _SHOWN)} → {one_line(answer, _SHOWN)}"
-            for (question, _, _), answer in zip(self._asked, answers, strict=False)
+            for (question, _, _), answer in zip(self._questions, answers, strict=False)
         ]
 
     def compared(self, before: Sequence[str], after: Sequence[str]) -> list[dict[str, str]]:
         """Question, the answer of the data, and those of the model, for the record."""
         return [
             {"prompt": question, "reference": reference, "before": first, "after": second}
-            for (question, reference, _), first, second in zip(self._asked, before, after, strict=True)
+            for (question, reference, _), first, second in zip(self._questions, before, after, strict=True)
         ]
 
 

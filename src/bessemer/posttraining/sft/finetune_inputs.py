@@ -24,8 +24,9 @@ from bessemer.model.storage.library import download
 from bessemer.posttraining.data.formats import ANSWERS, CONTINUE, PROMPTS, is_plain_text
 from bessemer.tokenization.chat_templates import CHAT_TEMPLATES
 from bessemer.tokenization.control_tokens import TEMPLATE_TOKENS
+from bessemer.tokenization.folder import CHAT_TEMPLATE_FILE
 from bessemer.tokenization.formats.exchange import import_tokenizer
-from bessemer.tokenization.tokenizer import CHAT_TEMPLATE_FILE, Tokenizer, load_tokenizer
+from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 
 
 def prepare_base(source: ModelSource, folder: Path, progress: Progress) -> Path:
@@ -56,8 +57,8 @@ def prepare_base(source: ModelSource, folder: Path, progress: Progress) -> Path:
 
 
 class BaseModel(NamedTuple):
-    """What is small of a model that is to be tuned. quantised: the bytes of its weights where they are codes; None: they are
-    not."""
+    """Settings and tokenizer of a model to be tuned, without its weights. quantised: the bytes of its weights where they are
+    codes; None: they are not."""
 
     name: str
     config: ModelConfig
@@ -66,8 +67,8 @@ class BaseModel(NamedTuple):
 
 
 def read_base(source: ModelSource, scratch: Path) -> BaseModel:
-    """What is small of the model that `prepare_base` makes, without its weights. scratch: an empty folder for the tokenizer's
-    files. Raises what `import_model` does."""
+    """Settings and tokenizer of the model that `prepare_base` makes, without its weights. scratch: an empty folder for the
+    tokenizer's files. Raises what `import_model` does."""
     if source.kind == "gguf":
         with source.path.open("rb") as stream:
             file = GgufFile(source.path, stream)
@@ -101,7 +102,7 @@ def suitable_template(tokenizer: Tokenizer) -> str:
     """The first of our templates whose control tokens a tokenizer has: ChatML's where it has them, at least the plain one, of
     words alone. So no token is new, and an adapter holds all that is learnt."""
     for name in ("chatml", "llama3"):
-        # the end of a text is any tokenizer's own
+        # every tokenizer has an end-of-text token
         if all(tokenizer.control_id(token) is not None for token in TEMPLATE_TOKENS[name][1:]):
             return name
     return "plain"
@@ -141,10 +142,10 @@ def find_columns(path: Path, prompt: str | None, answer: str | None) -> tuple[st
             f"{path}: no name of its columns ({', '.join(map(repr, row))}) tells of questions and answers; {CONTINUE}; or name "
             "the two columns with --prompt-column and --answer-column"
         )
-    found = prompt or _only(path, row, PROMPTS, "--prompt-column"), answer or _only(path, row, ANSWERS, "--answer-column")
-    if found[0] == found[1]:
-        raise SourceError(f"{path}: the column {found[0]!r} cannot be question and answer both")
-    return found
+    columns = prompt or _only(path, row, PROMPTS, "--prompt-column"), answer or _only(path, row, ANSWERS, "--answer-column")
+    if columns[0] == columns[1]:
+        raise SourceError(f"{path}: the column {columns[0]!r} cannot be question and answer both")
+    return columns
 
 
 def _is_conversation(row: Mapping[str, Any]) -> bool:
@@ -156,9 +157,9 @@ def _is_conversation(row: Mapping[str, Any]) -> bool:
 
 def _only(path: Path, row: Mapping[str, Any], names: Sequence[str], option: str) -> str:
     """The one column that has one of these names."""
-    found = [column for column in row if str(column).strip().lower() in names]
-    if len(found) == 1:
-        return found[0]
+    matching = [column for column in row if str(column).strip().lower() in names]
+    if len(matching) == 1:
+        return matching[0]
     columns = ", ".join(map(repr, row))
-    what = f"{' and '.join(map(repr, found))} could both be meant" if found else f"none of {columns} tells by its name"
+    what = f"{' and '.join(map(repr, matching))} could both be meant" if matching else f"none of {columns} tells by its name"
     raise SourceError(f"{path}: {what}; name the column with {option}")

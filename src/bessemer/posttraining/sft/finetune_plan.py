@@ -23,7 +23,7 @@ from bessemer.model.device import choose_device, is_fast
 from bessemer.model.formats import ModelSource
 from bessemer.posttraining.data.encoding import NothingLearntError
 from bessemer.posttraining.data.examples import Conversation
-from bessemer.posttraining.data.packing import Example, encode_conversation, fit_conversations, pack_examples
+from bessemer.posttraining.data.packing import EncodedExample, encode_conversation, fit_conversations, pack_examples
 from bessemer.posttraining.sft.config import FinetuneConfig, Method, SFTConfig
 from bessemer.posttraining.sft.finetune_inputs import BaseModel, find_columns, read_base
 from bessemer.posttraining.sft.stage import gather_conversations
@@ -36,7 +36,7 @@ from bessemer.training.logit_chunks import chunk_size
 _USABLE = 0.8
 #: Bytes of a trained weight and of a frozen one in float32, and of one of 4 bits in groups of 32.
 _TRAINED, _FLOAT32, _CODES = 16.0, 4.0, 0.625
-#: Of what a block keeps for its backward pass in float32, the share that it keeps in half precision: residual states and norms
+#: Memory for the backward pass of a block in half precision, as a share of that in float32: residual states and norms
 #: stay in float32.
 _HALF_KEPT = 0.7
 
@@ -62,9 +62,9 @@ def needed_bytes(
     """Estimated peak of a step on `tokens` tokens at once. quantised: bytes of the model as it is, where it is quantised.
     dtype: of products. device: its kind, as PyTorch names it."""
     weights, ends = model.parameters(), model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
-    # what products read: float32 as it lies, or a copy
+    # operands of products: the float32 weights, or a copy
     width, is_half = float(dtype.itemsize), dtype != torch.float32
-    # what a block keeps for its backward pass: about 16 states of the model's width and 4 of the feed-forward's, in float32
+    # kept for the backward pass of a block: about 16 states of the model's width and 4 of the feed-forward's, in float32
     kept = 4.0 * tokens * model.num_hidden_layers * (16 * model.hidden_size + 4 * model.intermediate_size)
     kept *= _HALF_KEPT if is_half else 1.0
     # logits of a chunk of tokens, and those of a block of it in float32
@@ -128,9 +128,9 @@ def choose_method(
 #: Bounds of a row's length where the data decide, what it is a multiple of, and how many of the longest conversation fit.
 _SHORTEST, _LONGEST, _STEP = 64, 2048, 32
 _FACTORS = (1, 2, 3, 4)
-#: Conversations of a batch where nothing is said.
+#: Default batch size.
 _CONVERSATIONS = 8
-#: Fewest conversations held out that tell anything of a difference.
+#: Fewest held-out conversations for a comparison.
 _FEWEST = 2
 #: Around what is learnt, where an example is shown, and characters shown of a part of one.
 _LEARNT = ("⟦", "⟧")
@@ -148,7 +148,7 @@ class Sizes:
 
     @classmethod
     def of(cls, config: FinetuneConfig, context_length: int, rows: int, batch_size: int) -> Self:
-        """With as many steps as the passes take."""
+        """Sizes with as many steps as the passes over the data take."""
         return cls(context_length, rows, batch_size, max(1, -(-round(config.epochs * rows) // batch_size)))
 
 
@@ -161,7 +161,7 @@ class FinetunePlan:
     settings: dict[str, Any]
     training: Sequence[Conversation]
     held_out: Sequence[Conversation]
-    examples: Sequence[tuple[Conversation, Example]]
+    examples: Sequence[tuple[Conversation, EncodedExample]]
     base: BaseModel
     sizes: Sizes
     tokens: int
@@ -188,7 +188,7 @@ class FinetunePlan:
 
     @property
     def sentences(self) -> list[str]:
-        """For a terminal: what is announced before the training."""
+        """Lines for a terminal before the training."""
         sizes = self.sizes
         return [
             f"  {len(self.training):,} conversations to learn from, {len(self.held_out):,} different ones held out; "
@@ -214,14 +214,14 @@ class FinetunePlan:
 def plan_finetuning(
     config: FinetuneConfig, source: ModelSource, data: Path, *, seed: int, device: str, scratch: Path
 ) -> FinetunePlan:
-    """Read the data and what is small of the model, and choose what the settings leave open.
+    """Read the data and the model's settings, and choose what is left open.
 
     scratch: a folder for files of the tokenizer. Raises SourceError, RequestError or ArtefactError
     for data and models that cannot be used, ConfigError for settings, and a model that memory does not hold.
     """
     settings = settings_of(config, data)
     training, held_out = gather_conversations(SFTConfig.parse(settings), None, Path(), seed)
-    # a conversation that the file has ten times is one piece of evidence
+    # copies of a conversation count once as evidence
     held_out = list({one.id: one for one in held_out}.values())
     if len(held_out) < _FEWEST or not training:
         raise SourceError(
@@ -261,8 +261,8 @@ def settings_of(config: FinetuneConfig, data: Path) -> dict[str, Any]:
     columns = find_columns(data, config.prompt_column, config.answer_column)
     others = {Path(name).resolve(): weight for name, weight in config.also.items()}
     for other in others:
-        if (found := find_columns(other, config.prompt_column, config.answer_column)) != columns:
-            raise ConfigError(f"{other}: its columns are {found}, and those of {data} are {columns}; call them alike")
+        if (other_columns := find_columns(other, config.prompt_column, config.answer_column)) != columns:
+            raise ConfigError(f"{other}: its columns are {other_columns}, and those of {data} are {columns}; call them alike")
     settings: dict[str, Any] = {
         "data": [str(path) for path in (data.resolve(), *others)],
         "weights": {str(path): weight for path, weight in others.items()},
@@ -284,7 +284,7 @@ def row_length(lengths: Sequence[int], most: int) -> int:
 
 
 def product_dtype(device: torch.device) -> torch.dtype:
-    """In which dtype products are computed."""
+    """Dtype of matrix products."""
     return torch.bfloat16 if is_fast(torch.bfloat16, device) else torch.float32
 
 
@@ -328,13 +328,13 @@ def _method(
 
 def _within(
     conversations: Sequence[Conversation], tokenizer: Tokenizer, context: int, config: FinetuneConfig
-) -> list[tuple[Conversation, Example]]:
+) -> list[tuple[Conversation, EncodedExample]]:
     """The conversations that have something to learn within a row."""
-    found = [
+    fitting = [
         (one, example) for one in conversations for example in fit_conversations([one], tokenizer, context, config.truncate)[0]
     ]
-    if len(found) < _FEWEST:
+    if len(fitting) < _FEWEST:
         raise SourceError(
-            f"{len(found):,} conversations held out have an answer within {context:,} tokens; raise --context-length"
+            f"{len(fitting):,} conversations held out have an answer within {context:,} tokens; raise --context-length"
         )
-    return found
+    return fitting

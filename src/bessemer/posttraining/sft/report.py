@@ -96,7 +96,7 @@ def read_answers(path: Path) -> list[Answer]:
     ]
 
 
-#: Sizes of a difference, in words, each up to a share by which the lower of the two perplexities is below the other.
+#: Words for the size of a difference, each up to a relative difference of the two perplexities.
 SIZES = ((0.05, "a little"), (0.3, "clearly"), (1.0, "much"))
 #: Characters of a question or an answer that are shown on one line.
 _SHOWN = 160
@@ -136,7 +136,7 @@ def verdict(before_N: np.ndarray, after_N: np.ndarray) -> dict[str, Any]:
 
 
 def size_word(estimate: Estimate) -> str | None:
-    """How large a difference of losses is at least, in words; None where its interval holds 0."""
+    """Words for the least size of a difference of losses; None where its interval contains 0."""
     low, high = estimate.interval()
     least = low if low > 0 else -high
     if least <= 0:
@@ -146,7 +146,7 @@ def size_word(estimate: Estimate) -> str | None:
 
 
 def record_lines(result: Mapping[str, Any]) -> list[str]:
-    """What a record tells of a fine-tuning: answers before and after, what was learnt, and the verdict."""
+    """Lines on a fine-tuning from its record: answers before and after, what was learnt, and the verdict."""
     return [*answer_lines(result.get("answers", ())), result["data"], result["verdict"]]
 
 
@@ -168,12 +168,12 @@ def compared_lines(results: Sequence[Mapping[str, Any]], names: Sequence[str]) -
             "task: bessemer evaluate"
         )
     after = [np.array([losses[id][1] for id in shared]) for losses in (first, second)]
-    told = verdict(after[0], after[1])
+    comparison = verdict(after[0], after[1])
     tables = (
         f"{name}: {result['method']}, loss {result['loss_before']:.3f} → {result['loss_after']:.3f} nats a token"
         for name, result in zip(names, results, strict=True)
     )
-    return [*tables, told["verdict"].replace("better than before", f"{names[1]} better than {names[0]}", 1)]
+    return [*tables, comparison["verdict"].replace("better than before", f"{names[1]} better than {names[0]}", 1)]
 
 
 def answer_lines(answers: Sequence[Mapping[str, str]]) -> list[str]:

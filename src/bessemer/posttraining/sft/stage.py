@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 import torch
@@ -19,28 +19,27 @@ from torch import Tensor, nn
 
 from bessemer.core.errors import ConfigError, SourceError
 from bessemer.core.hashing import derive_seed, hash_value
-from bessemer.core.progress import Progress, Silent
-from bessemer.core.stage import OpenTasks
 from bessemer.core.usercode import is_user_function
 from bessemer.data.corpus.reader import TRAIN, VALIDATION
 from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.model.decoder import Decoder
 from bessemer.model.storage.folder import read_model_config
 from bessemer.posttraining.data.examples import Conversation, made_conversations, read_conversations, write_conversations
-from bessemer.posttraining.data.made import data_path
-from bessemer.posttraining.data.packing import PackedBatches, pack_conversations, validation_on
+from bessemer.posttraining.data.made import DOCS_QUESTIONS, MADE_DATA, TASK, data_path
+from bessemer.posttraining.data.packing import PackedBatches, PackedConversations, pack_conversations, validation_on
 from bessemer.posttraining.data.splitting import are_held_out, opening_key, opening_of
-from bessemer.posttraining.sft.config import DOCS_QUESTIONS, MADE_DATA, TASK, SFTConfig
+from bessemer.posttraining.sft.config import SFTConfig
 from bessemer.posttraining.synthetic.documentation import make_questions
 from bessemer.tasks.config import TaskOptions
 from bessemer.tasks.questions import GenerationTask
 from bessemer.tasks.registry import find_tasks
 from bessemer.tokenization.shards import TokenShards
 from bessemer.tokenization.tokenizer import load_tokenizer
-from bessemer.training.autotune import Plan
+from bessemer.training.autotune import RunCost
 from bessemer.training.data.batches import Batch, BatchSource, StatelessBatches, TokenBatches, concatenated
-from bessemer.training.head import token_log_probs
-from bessemer.training.job import OnStepEnd, run_training
+from bessemer.training.head import target_log_probs
+from bessemer.training.job import RunContext, RunOptions, TrainingHooks, TrainingJob
+from bessemer.training.loop import OnStepEnd, no_metrics
 from bessemer.training.objectives import NextTokenObjective
 from bessemer.training.trainer import Trainer
 
@@ -49,10 +48,8 @@ def dynamic_fine_tuning(model: Decoder, hidden_BTD: Tensor, targets_BT: Tensor, 
     """Sum over the targets of −sg(p) log p, with sg(p) the probability without a gradient (Wu et al. 2025, arXiv 2508.05629,
     eq. 9): its gradient is that of −p. A `SummedLoss`; z_loss must be 0."""
     assert not z_loss
-    log_probs_N, _ = token_log_probs(
-        hidden_BTD.flatten(0, 1), model.head_weight, targets_BT.flatten(), softcap=model.logit_softcap
-    )
-    return -(log_probs_N.detach().exp() * log_probs_N).sum()
+    log_probs_BT, _ = target_log_probs(model, hidden_BTD, targets_BT)
+    return -(log_probs_BT.detach().exp() * log_probs_BT).sum()
 
 
 def add_embedding_noise(model: Decoder, alpha: float) -> None:
@@ -81,7 +78,6 @@ class MixedBatches(StatelessBatches):
         self.fingerprint = hash_value([conversations.fingerprint, text.fingerprint, share, batch_size])
 
     def batch(self, step: int, rows: slice = slice(None), mesh: Mesh = ALONE) -> Batch:
-        """The rows `rows` of the batch of `step`, counted from 0."""
         positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)[rows]
         texts_before = np.floor(positions * self._share).astype(np.int64)
         is_text = np.floor((positions + 1) * self._share) > texts_before
@@ -129,33 +125,28 @@ def sft(
     *,
     tokens: Path | None = None,
     made: Mapping[str, Path] | None = None,
-    seed: int,
-    device: str = "auto",
-    progress: Progress | None = None,
-    folder: Path = Path(),
-    card_flops: Callable[[str], float | None] = lambda name: None,
-    tasks: OpenTasks | None = None,
     on_validation: Callable[[int, Decoder], None] | None = None,
     only_resolve: bool = False,
+    **options: Unpack[RunOptions],
 ) -> dict[str, Any]:
     """Fine-tune the model of folder `model` on conversations; resumes from `out`.
 
     Writes below `out`: `model/`, `metrics.jsonl`, `autotune.json`, `checkpoints/`, and the training and held-out conversations,
     `conversations/{train,validation}.jsonl`. tokens: the run's token shards, for rows of plain text. Files named in the
-    settings are relative to `folder`. made: files of stages above, by their names in `data`. tasks: opens the tasks that the
-    settings name. on_validation: receives the finished steps and the model in training, with its adapter beside the weights
-    where it has one, in one process. only_resolve: measure, and raise SettingsResolvedError with the settings. Returns the
-    headline metrics. Raises SourceError for conversations that are missing or malformed, and what `run_training` raises.
+    settings are relative to `folder`. made: files of stages above, by their names in `data`. on_validation: receives the
+    finished steps and the model in training, with its adapter beside the weights where it has one, in one process.
+    only_resolve: measure, and raise SettingsResolvedError with the settings. Returns the headline metrics. Raises SourceError
+    for conversations that are missing or malformed, and what `TrainingJob` raises.
     """
-    progress = progress or Silent()
+    run = RunContext(out, **options)
     tokenizer = load_tokenizer(model)
     config = config.fitted_to(read_model_config(model).max_position_embeddings)
-    training, held_out = gather_conversations(config, documents, folder, seed, made)
+    training, held_out = gather_conversations(config, documents, run.folder, run.seed, made)
     packed, validation = (
         pack_conversations(some, tokenizer, config.context_length, config.truncate) for some in (training, held_out)
     )
     for sentence in packed.counts.sentences(f"{len(training):,} conversations"):
-        progress.say(sentence)
+        run.progress.say(sentence)
     if not packed.rows:
         raise SourceError(
             f"none of the {len(training):,} conversations has something to learn within {config.context_length:,} tokens; "
@@ -171,55 +162,35 @@ def sft(
         shards = TokenShards(tokens / TRAIN)
         shards.check_tokenizer(tokenizer.hash, "the model")
 
-    def batches(config: SFTConfig, mesh: Mesh) -> BatchSource:
-        if mesh.leads:
-            write_conversations(out / "conversations" / "train.jsonl", training)
-            write_conversations(out / "conversations" / "validation.jsonl", held_out)
-        order = derive_seed(seed, "batches")
-        if shards is None:
-            return PackedBatches(packed.batch, batch_size=config.batch_size, seed=order)
-        text = TokenBatches(shards, batch_size=1, context_length=config.context_length, seed=derive_seed(seed, "text"))
-        conversations = PackedBatches(packed.batch, batch_size=1, seed=order)
-        return MixedBatches(conversations, text, config.pretraining_share, config.batch_size)
+    cost = RunCost(validation.batch.tokens_BT.numel())
+    job = TrainingJob.open(config, model, run, description="fine-tune", cost=cost, only_resolve=only_resolve)
+    config, mesh = job.config, job.mesh
+    if mesh.leads:
+        write_conversations(out / "conversations" / "train.jsonl", training)
+        write_conversations(out / "conversations" / "validation.jsonl", held_out)
 
-    def prepare(config: SFTConfig, decoder: Decoder, mesh: Mesh) -> OnStepEnd:
+    def validate(decoder: Decoder) -> OnStepEnd:
         if config.neftune_alpha is not None:
             if not mesh.alone:
                 raise ConfigError("neftune_alpha: in one process; leave it out under a mesh")
             add_embedding_noise(decoder, config.neftune_alpha)
         if not validation.rows:
-            return lambda finished, trainer: {}
-        validate = validation_on(validation.batch, config)
+            return no_metrics
+        measure = validation_on(validation.batch, config)
 
-        def validate_and_show(finished: int, trainer: Trainer) -> dict[str, float]:
-            metrics = validate(finished, trainer)
+        def measure_and_show(finished: int, trainer: Trainer) -> dict[str, float]:
+            metrics = measure(finished, trainer)
             if metrics and on_validation is not None and mesh.alone:
                 with trainer.runtime.evaluating(decoder), torch.random.fork_rng():
                     on_validation(finished, decoder)
             return metrics
 
-        return validate_and_show
+        return measure_and_show
 
     objective = None
     if config.loss == "dft":
         objective = NextTokenObjective(read_model_config(model), training_loss=dynamic_fine_tuning)
-    summary = run_training(
-        config,
-        model,
-        out,
-        batches,
-        seed=seed,
-        device=device,
-        progress=progress,
-        description="fine-tune",
-        folder=folder,
-        card_flops=card_flops,
-        prepare=prepare,
-        tasks=tasks,
-        objective=objective,
-        plan=Plan(validation.batch.tokens_BT.numel()),
-        only_resolve=only_resolve,
-    )
+    summary = job.train(_source(config, packed, shards, run.seed), objective=objective, hooks=TrainingHooks(validate))
     return {
         "conversations": len(training),
         "held_out": len(held_out),
@@ -230,6 +201,16 @@ def sft(
     }
 
 
+def _source(config: SFTConfig, packed: PackedConversations, shards: TokenShards | None, seed: int) -> BatchSource:
+    """Packed conversations; where there are shards, with rows of their text among them."""
+    order = derive_seed(seed, "batches")
+    if shards is None:
+        return PackedBatches(packed.batch, batch_size=config.batch_size, seed=order)
+    text = TokenBatches(shards, batch_size=1, context_length=config.context_length, seed=derive_seed(seed, "text"))
+    conversations = PackedBatches(packed.batch, batch_size=1, seed=order)
+    return MixedBatches(conversations, text, config.pretraining_share, config.batch_size)
+
+
 def gather_conversations(
     config: SFTConfig, documents: Path | None, folder: Path, seed: int, made: Mapping[str, Path] | None = None
 ) -> tuple[list[Conversation], list[Conversation]]:
@@ -237,7 +218,7 @@ def gather_conversations(
     Raises SourceError, and ConfigError for a task that there is not or whose answers are not known, and for a function that
     there is not."""
     sets = [(name, _conversations_of(name, config, documents, folder, seed, made or {})) for name in config.data]
-    # of all sets at once: one question may stand in two of them
+    # over all sets at once, since one question may be in two of them
     openings = [opening_of(one.answered) for _, given in sets for one in given.to_split]
     sides = iter(are_held_out(openings, config.validation_share, seed))
     training: list[Conversation] = []
@@ -252,7 +233,7 @@ def gather_conversations(
 
 
 class _Set(NamedTuple):
-    """Conversations of one set: those whose side is known, and those that are to be split."""
+    """Conversations of one set: already split ones, and those that are still to be split."""
 
     training: Sequence[Conversation] = ()
     held_out: Sequence[Conversation] = ()

@@ -17,7 +17,14 @@ from bessemer.core.progress import Progress, Silent
 from bessemer.posttraining.chat_models import CUT_REASON
 from bessemer.posttraining.data.formats import conversation_text
 from bessemer.posttraining.synthetic.config import AIPreferencesConfig
-from bessemer.posttraining.synthetic.constitution import Asked, GivenAnswer, Speakers, answered, drawn_principles, work_through
+from bessemer.posttraining.synthetic.constitution import (
+    GivenAnswer,
+    OpenPrompt,
+    Speakers,
+    answered,
+    drawn_principles,
+    work_through,
+)
 from bessemer.tasks.judge import fence_around
 
 #: What the two answers are called.
@@ -67,9 +74,9 @@ class SoftLabel:
 
 
 def soft_labels(critic: ChatModel, comparisons: Sequence[Comparison]) -> list[SoftLabel]:
-    """What a model thinks of each pair, asked in both orders, all in one call."""
+    """A model's judgement of each pair in both orders, from one batch of calls."""
     prompts = [_prompt(one, *answers) for one in comparisons for answers in ((one.first, one.second), (one.second, one.first))]
-    chosen = [None if found is None else found[0] for found in critic.choose(prompts, _OPTIONS)]
+    chosen = [None if choice is None else choice[0] for choice in critic.choose(prompts, _OPTIONS)]
     return [SoftLabel(chosen[place], chosen[place + 1]) for place in range(0, len(chosen), 2)]
 
 
@@ -94,9 +101,9 @@ def _prompt(one: Comparison, first: str, second: str) -> str:
 
 #: The file of pairs that `preference` and `reward` read.
 PREFERENCES_FILE = "preferences.jsonl"
-#: What is of no use to those who learn from a pair.
+#: Keys of a row that stages that learn from pairs do not read.
 _INTERNAL = ("dropped", "place_bias", "consistent")
-#: Distance from the least confidence that is rounding.
+#: Tolerance for rounding when a confidence is compared with the least one.
 _ROUNDING = 1e-6
 
 
@@ -147,9 +154,14 @@ def ai_preferences(
 
 
 def _compared_rows(
-    config: AIPreferencesConfig, seed: int, speakers: Speakers, policy: Policy, asked: Sequence[Asked], rows: Sequence[int]
+    config: AIPreferencesConfig,
+    seed: int,
+    speakers: Speakers,
+    policy: Policy,
+    prompts: Sequence[OpenPrompt],
+    rows: Sequence[int],
 ) -> list[dict[str, Any]]:
-    chosen = [asked[row] for row in rows]
+    chosen = [prompts[row] for row in rows]
     answers = answered(speakers, chosen, rows, 2, seed)
     principles = policy.chosen_principles(config.principles)
     drawn = [drawn_principles(principles, seed, row, config.principles_per_pair) for row in rows]
@@ -185,7 +197,7 @@ def _not_comparable(answers: Sequence[GivenAnswer]) -> str:
     return "" if first.text.strip() and second.text.strip() else "an answer is empty"
 
 
-def _pair(asked: Asked, answers: Sequence[GivenAnswer], label: SoftLabel | None, least: float) -> Mapping[str, Any]:
+def _pair(prompt: OpenPrompt, answers: Sequence[GivenAnswer], label: SoftLabel | None, least: float) -> Mapping[str, Any]:
     first, second = (one.text for one in answers)
     readable = label is not None and label.readable
     probability = label.probability if label is not None and readable else 0.5
@@ -198,7 +210,7 @@ def _pair(asked: Asked, answers: Sequence[GivenAnswer], label: SoftLabel | None,
     elif confidence <= least + _ROUNDING:
         dropped = "the critic is not sure enough"
     return {
-        "prompt": list(asked.prompt),
+        "prompt": list(prompt.prompt),
         "chosen": first if probability >= 0.5 else second,
         "rejected": second if probability >= 0.5 else first,
         "confidence": confidence,

@@ -18,7 +18,7 @@ AI_PREFERENCES_VERSION = 2
 
 
 class PrincipledConfig(Config):
-    """What both stages have: prompts, answers of the model above, a policy and a critic."""
+    """Settings of both stages: prompts, answers of an earlier model, a policy and a critic."""
 
     shorthand: ClassVar[str | None] = "data"
 
@@ -85,7 +85,7 @@ class WriterConfig(ChatModelConfig):
 
 
 def _usual_deduplication() -> DeduplicateConfig:
-    # of two prompts of ten words that differ in one, half of the runs of three words are the same
+    # two prompts of ten words that differ in one share half of their runs of three words
     near = MinHashConfig(ngram=3, bands=20, rows=4, threshold=0.6)
     return DeduplicateConfig(methods=["exact", "minhash"], minhash=near)
 
@@ -95,7 +95,7 @@ def _usual_scores() -> CleanConfig:
 
 
 def _usual_limits() -> SelectConfig:
-    # what degenerates; the phrases that give a model away are in nearly all of its answers
+    # rules against degenerate text; phrases typical of a model are in nearly all of its answers
     limits = {"model_written_repetition": LimitConfig(max=0.5), "model_written_monotony": LimitConfig(max=0.7)}
     return SelectConfig(keep=["toxicity"], languages=[], thresholds=limits)
 

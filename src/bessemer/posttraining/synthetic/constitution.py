@@ -42,25 +42,25 @@ def drawn_principles(principles: Mapping[str, Principle], seed: int, row: int, c
 
 
 _USUAL_COLUMN = "prompt"
-#: Columns of conversations, which would be read before a prompt.
+#: Columns of conversations, which take precedence over a prompt.
 _CONVERSATIONS = ("messages", "conversations")
 
 
 @dataclass(frozen=True)
-class Asked:
+class OpenPrompt:
     """A conversation whose next turn is the assistant's, and what the data say to it: no, one or two answers."""
 
     prompt: tuple[Message, ...]
     answers: tuple[str, ...] = ()
 
 
-def read_asked(config: PrincipledConfig, folder: Path) -> list[Asked]:
+def read_prompts(config: PrincipledConfig, folder: Path) -> list[OpenPrompt]:
     """The prompts of all files that the settings name, in order. Raises SourceError or ArtefactError, with file and line."""
-    rows = [row for name in config.data for row in read_examples(folder / name, partial(as_asked, config.prompt_column))]
+    rows = [row for name in config.data for row in read_examples(folder / name, partial(as_open_prompt, config.prompt_column))]
     return rows[: config.limit]
 
 
-def as_asked(column: str, row: Mapping[str, Any]) -> Asked:
+def as_open_prompt(column: str, row: Mapping[str, Any]) -> OpenPrompt:
     """A row of a prompt, of prompt and completion, or of a pair of answers. Raises ValueError or RequestError, in one line.
 
     column: where the prompt stands; of the usual one answers may do without, as a pair of whole conversations does.
@@ -69,11 +69,11 @@ def as_asked(column: str, row: Mapping[str, Any]) -> Asked:
         row = _with_prompt(row, column)
     if "chosen" in row and "rejected" in row:
         pair = as_pair(row)
-        return Asked(as_prompt({"prompt": pair.prompt}), (_said(pair.chosen), _said(pair.rejected)))
+        return OpenPrompt(as_prompt({"prompt": pair.prompt}), (_said(pair.chosen), _said(pair.rejected)))
     if "completion" in row:
         answered = as_answered(row)
-        return Asked(as_prompt({"prompt": answered.prompt}), (_said(answered.answer),))
-    return Asked(as_prompt(row))
+        return OpenPrompt(as_prompt({"prompt": answered.prompt}), (_said(answered.answer),))
+    return OpenPrompt(as_prompt(row))
 
 
 def _with_prompt(row: Mapping[str, Any], column: str) -> Mapping[str, Any]:
@@ -84,7 +84,7 @@ def _with_prompt(row: Mapping[str, Any], column: str) -> Mapping[str, Any]:
 
 
 def _said(answer: Turns) -> str:
-    """What an answer of one turn says."""
+    """The text of a single-turn answer."""
     if isinstance(answer, str):
         return answer
     if len(answer) != 1:
@@ -122,37 +122,39 @@ class Speakers:
 
 @dataclass(frozen=True)
 class GivenAnswer:
-    """What the data or the model says to a prompt. is_cut: the model came to `max_tokens` before it ended."""
+    """An answer of the data or the model. is_cut: the model came to `max_tokens` before it ended."""
 
     text: str
     is_cut: bool = False
 
 
-def answered(speakers: Speakers, asked: Sequence[Asked], rows: Sequence[int], count: int, seed: int) -> list[list[GivenAnswer]]:
+def answered(
+    speakers: Speakers, prompts: Sequence[OpenPrompt], rows: Sequence[int], count: int, seed: int
+) -> list[list[GivenAnswer]]:
     """`count` answers to each prompt: those of the data first, and as many of the model's as are missing.
 
     rows: the numbers of the prompts in the whole data, from which their seeds derive.
     """
-    missing = [(place, number) for place, one in enumerate(asked) for number in range(len(one.answers), count)]
-    prompts = [asked[place].prompt for place, _ in missing]
+    missing = [(place, number) for place, one in enumerate(prompts) for number in range(len(one.answers), count)]
+    unanswered = [prompts[place].prompt for place, _ in missing]
     seeds = [derive_seed(seed, "answer", rows[place], number) for place, number in missing]
-    answers = [[GivenAnswer(text) for text in one.answers[:count]] for one in asked]
+    answers = [[GivenAnswer(text) for text in one.answers[:count]] for one in prompts]
     if missing:
-        for (place, _), answer in zip(missing, speakers.answering.ask(prompts, seeds), strict=True):
+        for (place, _), answer in zip(missing, speakers.answering.ask(unanswered, seeds), strict=True):
             answers[place].append(GivenAnswer(answer.strip(), isinstance(answer, CutText)))
     return answers
 
 
 def work_identity(
-    config: PrincipledConfig, model: Path, asked: Sequence[Asked], policy: Policy, folder: Path, seed: int
+    config: PrincipledConfig, model: Path, prompts: Sequence[OpenPrompt], policy: Policy, folder: Path, seed: int
 ) -> Any:
-    """What the rows of a stage depend on."""
+    """Everything that the rows of a stage depend on."""
     return {
         "settings": config.output_settings(),
         "model": place_fingerprint(model),
         "critic": chat_models_fingerprint([config.critic], folder),
         "policy": policy.model_dump(mode="json"),
-        "data": hash_value([[list(one.prompt), list(one.answers)] for one in asked]),
+        "data": hash_value([[list(one.prompt), list(one.answers)] for one in prompts]),
         "seed": seed,
     }
 
@@ -170,12 +172,12 @@ class Worked:
 
     @property
     def reasons(self) -> dict[str, int]:
-        """How many rows are left out, for each reason."""
+        """Number of rows left out, by reason."""
         return dict(Counter(row["dropped"] for row in self.rows if row["dropped"]))
 
     @property
     def dropped(self) -> int:
-        """How many rows are left out."""
+        """Number of rows left out."""
         return len(self.rows) - len(self.kept)
 
 
@@ -183,7 +185,7 @@ def work_through(
     config: PrincipledConfig,
     model: Path,
     path: Path,
-    make: Callable[[Speakers, Policy, Sequence[Asked], Sequence[int]], list[Row]],
+    make: Callable[[Speakers, Policy, Sequence[OpenPrompt], Sequence[int]], list[Row]],
     *,
     description: str,
     unit: str,
@@ -196,26 +198,26 @@ def work_through(
 ) -> Worked:
     """Make a row for every prompt of the data and write those of use to `path`; goes on behind the rows that are there.
 
-    make: of the models, the policy, all that is asked and the numbers of a lot, the lot's rows. without_any: the end of the
+    make: of the models, the policy, all prompts and the numbers of a lot, the lot's rows. without_any: the end of the
     error's sentence. internal: what is of no use to those who learn from a row. Raises SourceError for prompts that are
     malformed and where no row is of use, and ConfigError for the policy.
     """
     policy = read_policy(None if config.policy is None else folder / config.policy)
     policy.chosen_principles(config.principles)
-    asked = read_asked(config, folder)
+    prompts = read_prompts(config, folder)
     checkpoint = path.parent / ".checkpoints" / path.name
-    finished = FinishedRows(checkpoint, work_identity(config, model, asked, policy, folder, seed))
+    finished = FinishedRows(checkpoint, work_identity(config, model, prompts, policy, folder, seed))
     speakers = Speakers(config, model, folder, device)
-    with progress.task(description, total=len(asked), unit="prompts", completed=len(finished)) as bar:
-        for start in range(len(finished), len(asked), config.batch_size):
-            lot = range(start, min(start + config.batch_size, len(asked)))
-            finished.append(make(speakers, policy, asked, lot))
+    with progress.task(description, total=len(prompts), unit="prompts", completed=len(finished)) as bar:
+        for start in range(len(finished), len(prompts), config.batch_size):
+            lot = range(start, min(start + config.batch_size, len(prompts)))
+            finished.append(make(speakers, policy, prompts, lot))
             bar.advance(len(lot))
     worked = Worked(policy, finished.rows, [row for row in finished.rows if not row["dropped"]])
     reasons = ", ".join(f"{reason} ({count:,})" for reason, count in worked.reasons.items())
     if not worked.kept:
-        raise SourceError(f"none of the {len(asked):,} {without_any}: {reasons}")
+        raise SourceError(f"none of the {len(prompts):,} {without_any}: {reasons}")
     if worked.dropped:
-        progress.say(f"  {worked.dropped:,} of {len(asked):,} {unit} are left out: {reasons}")
+        progress.say(f"  {worked.dropped:,} of {len(prompts):,} {unit} are left out: {reasons}")
     write_rows(path, [{name: value for name, value in row.items() if name not in internal} for row in worked.kept])
     return worked

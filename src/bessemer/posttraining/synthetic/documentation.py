@@ -22,8 +22,7 @@ from bessemer.core.errors import SourceError
 from bessemer.core.hashing import hash_bytes
 from bessemer.data.corpus.reader import TRAIN, iterate_documents
 from bessemer.posttraining.data.examples import Conversation
-from bessemer.posttraining.data.made import write_rows
-from bessemer.posttraining.sft.config import DOCS_QUESTIONS
+from bessemer.posttraining.data.made import DOCS_QUESTIONS, write_rows
 from bessemer.posttraining.synthetic.config import HonestyConfig
 
 #: Longest answer in characters, about 40 tokens, which a small model can reproduce.
@@ -112,7 +111,7 @@ class HonestPair:
 
     def record(self, unsure: Sequence[str]) -> dict[str, Any]:
         """The pair as a row. unsure: what is said where nothing is known."""
-        # not by the digits that drew the question: each kind of question would have one phrase
+        # not by the digits that chose the kind of question, or each kind would always have the same phrase
         ignorance = unsure[int(self.draw[16:24], 16) % len(unsure)]
         chosen, rejected = (self.answer, ignorance) if self.is_known else (ignorance, self.answer)
         prompt = [{"role": "user", "content": self.question}]
@@ -139,7 +138,7 @@ def honesty(config: HonestyConfig, documents: Path, out: Path, *, seed: int) -> 
 
 def _pairs(documents: Path, unknown_share: float, seed: int) -> Iterator[HonestPair]:
     """At most one pair of each document, of a function whose name is alone in its package."""
-    # those held out are in the corpus too
+    # held-out documents are part of the corpus too
     names = Counter(qualified_name(metadata) for _, _, metadata in documented_functions(documents, None))
     packages = sorted({package for package, _ in names})
     for identifier, text, metadata in documented_functions(documents, TRAIN):
@@ -147,10 +146,10 @@ def _pairs(documents: Path, unknown_share: float, seed: int) -> Iterator[HonestP
             continue
         draw = hash_bytes(b"honesty", str(seed).encode(), identifier.encode())
         is_known = int(draw[:8], 16) >= unknown_share * _DRAWS
-        asked = metadata if is_known else _elsewhere(metadata, packages, names, draw)
-        found = None if asked is None else question_of(draw, text, asked)
-        if found is not None:
-            yield HonestPair(draw, *found, is_known)
+        subject = metadata if is_known else _elsewhere(metadata, packages, names, draw)
+        pair = None if subject is None else question_of(draw, text, subject)
+        if pair is not None:
+            yield HonestPair(draw, *pair, is_known)
 
 
 def _elsewhere(

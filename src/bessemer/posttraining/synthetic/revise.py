@@ -26,21 +26,21 @@ from bessemer.data.word_lists.term_matcher import packaged_term_matcher
 from bessemer.posttraining.chat_models import CUT_REASON
 from bessemer.posttraining.data.formats import Message
 from bessemer.posttraining.synthetic.config import ReviseConfig
-from bessemer.posttraining.synthetic.constitution import Asked, Speakers, answered, drawn_principles, work_through
+from bessemer.posttraining.synthetic.constitution import OpenPrompt, Speakers, answered, drawn_principles, work_through
 
-#: Characters of an answer within which a refusal is said: further on the words are about something else.
+#: A refusal is looked for in this many first characters; later words are about something else.
 _BEGINNING = 160
-#: Fewest words of an answer that is judged by how its words repeat.
+#: Fewest words of an answer that is checked for repetition.
 _FEWEST_WORDS = 8
 #: Share of different runs of three words, and of words with a letter or digit, below which an answer is babble.
 _LEAST_DIFFERENT, _LEAST_READABLE = 0.5, 0.5
-#: Characters of a word, an address apart, above which it is none.
+#: A longer run of characters, other than an address, is no word.
 _LONGEST_WORD = 60
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What detectors say of an answer. hazards: categories that the policy does not allow."""
+    """Detectors' findings on an answer. hazards: categories that the policy does not allow."""
 
     refuses: bool
     hazards: tuple[str, ...]
@@ -53,7 +53,7 @@ class Finding:
 
 
 def findings(texts: Sequence[str], policy: Policy, surface: SurfaceName = "answer") -> list[Finding]:
-    """What detectors say of texts at a surface of a policy.
+    """Detectors' findings on texts, for a surface of a policy.
 
     Hazards are those of the score `hazards` (docs/scores.md), by the limits of the policy's categories of the same names.
     """
@@ -92,7 +92,7 @@ def _encodable(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-#: Said behind a principle's own words.
+#: Appended to a principle.
 _CRITICISE = "Criticise in a few sentences, and do not write the answer anew."
 _REVISE = "Give the new answer alone, without a word about what you changed."
 
@@ -179,10 +179,10 @@ def _said(role: str, content: str) -> Message:
 
 #: The file of rows that `sft` reads.
 REVISIONS_FILE = "revisions.jsonl"
-#: What detectors tell of answers, by the names of metrics. Revisions that babble are left out.
+#: Detectors by the names of their metrics. Revisions that babble are left out.
 _DETECTED: Mapping[str, Callable[[Finding], bool]] = {
-    "hazard": lambda found: found.is_hazard,
-    "refusal": lambda found: found.refuses,
+    "hazard": lambda finding: finding.is_hazard,
+    "refusal": lambda finding: finding.refuses,
 }
 
 
@@ -231,12 +231,17 @@ def revise(
 
 
 def _revised_rows(
-    config: ReviseConfig, seed: int, speakers: Speakers, policy: Policy, asked: Sequence[Asked], rows: Sequence[int]
+    config: ReviseConfig,
+    seed: int,
+    speakers: Speakers,
+    policy: Policy,
+    prompts: Sequence[OpenPrompt],
+    rows: Sequence[int],
 ) -> list[dict[str, Any]]:
-    chosen = [asked[row] for row in rows]
+    chosen = [prompts[row] for row in rows]
     answers = [of_row[0].text for of_row in answered(speakers, chosen, rows, 1, seed)]
     principles = policy.chosen_principles(config.principles)
-    found = revise_answers(
+    revisions = revise_answers(
         speakers.critic,
         [one.prompt for one in chosen],
         answers,
@@ -245,12 +250,12 @@ def _revised_rows(
         [derive_seed(seed, "revise", row) for row in rows],
     )
     critic = None if config.critic is None else config.critic.model
-    return [_record(one, revised, critic) for one, revised in zip(chosen, found, strict=True)]
+    return [_record(one, revised, critic) for one, revised in zip(chosen, revisions, strict=True)]
 
 
-def _record(asked: Asked, revised: Revised, critic: str | None) -> dict[str, Any]:
+def _record(prompt: OpenPrompt, revised: Revised, critic: str | None) -> dict[str, Any]:
     return {
-        "prompt": list(asked.prompt),
+        "prompt": list(prompt.prompt),
         "completion": revised.revision,
         "answer": revised.answer,
         "principles": [one.principle for one in revised.rounds],
@@ -264,7 +269,7 @@ def rates(before: Sequence[Finding], after: Sequence[Finding]) -> dict[str, Any]
     """Shares of answers that detectors find, before and after, and the ends of the 95 % interval of the difference."""
     metrics: dict[str, Any] = {}
     for name, tells in _DETECTED.items():
-        first, second = ([float(tells(one)) for one in found] for found in (before, after))
+        first, second = ([float(tells(one)) for one in findings] for findings in (before, after))
         low, high = paired_difference(second, first).interval(bounds=(-1.0, 1.0))
         metrics |= {
             f"{name}_before_share": sum(first) / len(first),

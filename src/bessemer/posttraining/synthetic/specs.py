@@ -27,14 +27,14 @@ from bessemer.posttraining.synthetic.config import (
     SynthesizeConfig,
 )
 
-#: Rows that are shown, and characters of a text in a table.
+#: Number of rows in the report, and of characters of a text in a table.
 _REVISIONS_SHOWN, _LONGEST_CELL = 8, 400
-#: What detectors tell, as `revise` names it, in words.
+#: Names of `revise`'s detectors, in words.
 _DETECTED = {"hazard": "Hazards, by their words", "refusal": "Refusals, by phrases"}
 
 
 def revise_report(stage: StageReport) -> Section:
-    """What detectors find before and after, and revisions to read."""
+    """Detectors' findings before and after, and examples of revisions."""
     metrics = stage.metrics
     rows = [
         [
@@ -66,7 +66,7 @@ def revise_report(stage: StageReport) -> Section:
 
 
 def preferences_report(stage: StageReport) -> Section:
-    """How sure the critic is, its bias, and pairs to read."""
+    """The critic's confidence and bias, and examples of pairs."""
     parts: list[Part] = [
         Text(
             "A critic compares two answers by a principle, in both orders. The confidence of a pair is the probability of the "
@@ -80,7 +80,7 @@ def preferences_report(stage: StageReport) -> Section:
 
 
 def revise_line(metrics: Metrics) -> str:
-    """How many revisions, and the share of hazards before and after."""
+    """Number of revisions, and shares of hazards before and after."""
     if "revisions" not in metrics:
         return ""
     before, after = (percent(metrics[f"hazard_{when}_share"]) for when in ("before", "after"))
@@ -88,7 +88,7 @@ def revise_line(metrics: Metrics) -> str:
 
 
 def preferences_line(metrics: Metrics) -> str:
-    """How many pairs, and how sure the critic is of them."""
+    """Number of pairs, and the critic's confidence."""
     return f"{metrics['pairs']:,} pairs, mean confidence {metrics['mean_confidence']:.2f}" if "pairs" in metrics else ""
 
 
@@ -240,7 +240,7 @@ _HONESTY_STAGES = (
 )
 
 
-#: Conversations that are shown, and characters of a text in the table.
+#: Number of conversations in the report, and of characters of a text in the table.
 _CONVERSATIONS_SHOWN, _LONGEST_TEXT = 12, 500
 
 

@@ -20,7 +20,7 @@ from bessemer.core.chat_client import ChatModel, CutText
 from bessemer.core.errors import ConfigError, SourceError
 from bessemer.core.hashing import derive_seed, hash_value
 from bessemer.core.progress import Progress, Silent
-from bessemer.data.stages.in_memory import refine
+from bessemer.data.stages.refine import refine
 from bessemer.data.thresholds import rule_of
 from bessemer.inference.chat import EngineChat
 from bessemer.inference.engine import Engine
@@ -40,7 +40,7 @@ from bessemer.tasks.judge import fence_around
 
 @dataclass(frozen=True)
 class PromptRequest:
-    """What a model is asked to write a prompt. seeds: the numbers of those that it is shown."""
+    """A request to write a prompt. seeds: the numbers of those that it is shown."""
 
     text: str
     seeds: tuple[int, ...]
@@ -73,7 +73,7 @@ def prompt_request(seeds: Sequence[str], examples: int, seed: int, number: int) 
 
 @dataclass(frozen=True)
 class Refined:
-    """What is left of texts, by their numbers, and why the others are not."""
+    """Texts that filters kept, by their numbers, and the reasons why others were dropped."""
 
     kept: Mapping[int, str]
     reasons: Mapping[int, str]
@@ -83,7 +83,7 @@ def refined(texts: Sequence[str], stages: Mapping[str, Any], folder: Path) -> Re
     """Texts through stages of the refinery. Of copies the one with the smallest number stays. Raises ConfigError."""
     if not texts or not stages:
         return Refined(dict(enumerate(texts)), {})
-    # ids in the order of the texts
+    # ids sort in the order of the texts
     ids = [f"{number:032x}" for number in range(len(texts))]
     encodable = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
     kept, rejected = refine(pa.table({"id": ids, "text": encodable}), stages, folder=folder)
@@ -94,15 +94,15 @@ def refined(texts: Sequence[str], stages: Mapping[str, Any], folder: Path) -> Re
     return Refined(numbered(kept, "text"), numbered(rejected, "reason"))
 
 
-#: What `sft` reads, and what was left out, with the reason.
+#: Files of the rows that `sft` reads, and of rows left out, with the reason.
 SYNTHETIC_FILE, REJECTED_FILE = "synthetic.jsonl", "rejected.jsonl"
 _WORK = Path(".checkpoints")
 _NO_TEXT = "the model wrote nothing"
 
 
 @dataclass
-class Draft:
-    """A conversation under way. seeds: numbers of those that its prompt was written after, or of the one that it is. request:
+class NewRow:
+    """A conversation being written. seeds: numbers of the prompts that its own was modelled on, or its own number. request:
     what the writer was asked for the prompt; None of a seed. reason: why it is left out; empty while it is not."""
 
     prompt: Sequence[Message]
@@ -114,7 +114,7 @@ class Draft:
 
 @dataclass(frozen=True)
 class _Written:
-    """What the writer says, stripped. is_cut: it came to `max_tokens` before it ended."""
+    """The writer's text, stripped. is_cut: it came to `max_tokens` before it ended."""
 
     text: str
     is_cut: bool
@@ -147,7 +147,7 @@ def synthesize(
     seeds = [prompt for name in config.data for prompt in read_examples(folder / name, parse)]
     work = _Work(config, model, out, seeds, seed, folder, progress)
     writer = _writer(config, model, folder, device)
-    drafts = [Draft(prompt, [place]) for place, prompt in enumerate(seeds)]
+    drafts = [NewRow(prompt, [place]) for place, prompt in enumerate(seeds)]
     if config.prompts is not None:
         drafts = work.written_prompts(writer, config.prompts)
     _drop_copies(config, seeds, _left(drafts), folder)
@@ -197,34 +197,34 @@ class _Work:
             files = [place_fingerprint(model)]
         own = {"model": None, "temperature": config.temperature, "max_tokens": config.max_tokens}
         wrote = own if config.writer is None else provenance(config.writer)
-        #: Who writes, and how; `files` is a hash of those of a model on this machine.
+        #: Fields that identify the writer; `files` is a hash of a local model's files.
         self._origin = wrote | ({"files": hash_value(files)} if files else {}) | {"seed": seed}
 
-    def written_prompts(self, writer: Callable[[], ChatModel], count: int) -> list[Draft]:
+    def written_prompts(self, writer: Callable[[], ChatModel], count: int) -> list[NewRow]:
         """Prompts that the writer makes after the example of seeds."""
         shown = [conversation_text(prompt) for prompt in self._seeds]
         requests = [prompt_request(shown, self._config.examples, self._seed, number) for number in range(count)]
         written = self._texts("prompts", writer, [[_user(one.text)] for one in requests])
         prompts = [replace(one, text=without_fence(one.text)) for one in written]
         return [
-            Draft([_user(prompt.text)], request.seeds, request.text, reason=prompt.reason)
+            NewRow([_user(prompt.text)], request.seeds, request.text, reason=prompt.reason)
             for request, prompt in zip(requests, prompts, strict=True)
         ]
 
-    def answer(self, writer: Callable[[], ChatModel], drafts: Sequence[Draft]) -> None:
+    def answer(self, writer: Callable[[], ChatModel], drafts: Sequence[NewRow]) -> None:
         """Complete the drafts."""
         answers = self._texts("answers", writer, [draft.prompt for draft in drafts])
         for draft, answer in zip(drafts, answers, strict=True):
             draft.completion = answer.text
             draft.reason = answer.reason
 
-    def record(self, draft: Draft) -> dict[str, Any]:
+    def record(self, draft: NewRow) -> dict[str, Any]:
         """A draft as it is written: who wrote it, how, after which seeds, and what was asked for its prompt."""
         origin = {**self._origin, "seeds": list(draft.seeds), "request": draft.request}
         return {"prompt": list(draft.prompt), "completion": draft.completion, "provenance": origin}
 
     def _texts(self, name: str, writer: Callable[[], ChatModel], prompts: Sequence[Sequence[Message]]) -> list[_Written]:
-        """What the writer says to each prompt. Filters have no part in it: other limits make no text again."""
+        """The writer's answer to each prompt, independent of filters: new limits need no new texts."""
         identity = [SYNTHESIZE_VERSION, self._origin, hash_value([list(prompt) for prompt in prompts])]
         finished = FinishedRows(self._folder / f"{name}.jsonl", identity)
         with self._progress.task(f"write {name}", total=len(prompts), unit=name, completed=len(finished)) as bar:
@@ -250,27 +250,27 @@ def _writer(config: SynthesizeConfig, model: Path | None, folder: Path, device: 
     return cache(opened)
 
 
-def _left(drafts: Sequence[Draft]) -> list[Draft]:
+def _left(drafts: Sequence[NewRow]) -> list[NewRow]:
     return [draft for draft in drafts if not draft.reason]
 
 
-def _drop_copies(config: SynthesizeConfig, seeds: Sequence[Sequence[Message]], drafts: Sequence[Draft], folder: Path) -> None:
+def _drop_copies(config: SynthesizeConfig, seeds: Sequence[Sequence[Message]], drafts: Sequence[NewRow], folder: Path) -> None:
     """Leave out drafts whose prompts are copies of earlier ones; before prompts that were written come the seeds."""
     if config.deduplicate is None:
         return
     before = [] if config.prompts is None else [conversation_text(prompt) for prompt in seeds]
     texts = [*before, *(conversation_text(draft.prompt) for draft in drafts)]
-    found = refined(texts, {"deduplicate": config.deduplicate}, folder)
+    refinement = refined(texts, {"deduplicate": config.deduplicate}, folder)
     for number, draft in enumerate(drafts, start=len(before)):
-        draft.reason = found.reasons.get(number, "")
+        draft.reason = refinement.reasons.get(number, "")
 
 
-def _filter(config: SynthesizeConfig, drafts: Sequence[Draft], folder: Path) -> None:
+def _filter(config: SynthesizeConfig, drafts: Sequence[NewRow], folder: Path) -> None:
     """Edit the answers, and leave out those whose scores are beyond the limits."""
-    found = refined([draft.completion for draft in drafts], {"clean": config.clean, "select": config.select}, folder)
+    refinement = refined([draft.completion for draft in drafts], {"clean": config.clean, "select": config.select}, folder)
     for number, draft in enumerate(drafts):
-        draft.reason = found.reasons.get(number, "")
-        draft.completion = found.kept.get(number, draft.completion)
+        draft.reason = refinement.reasons.get(number, "")
+        draft.completion = refinement.kept.get(number, draft.completion)
 
 
 def _user(text: str) -> Message:

@@ -17,13 +17,13 @@ from bessemer.core.store import check_format, read_json, write_json
 from bessemer.scaling.laws import grid, huber
 from bessemer.scaling.laws.parametric import DegenerateError, ParametricLaw, Point, Points, Vector, check_determined
 
-#: Numbers that the law has, and the residuals do not have any more.
+#: Parameters of the law: degrees of freedom that the residuals lose.
 _UNKNOWNS = 5
 
 
 @dataclass(frozen=True)
 class Interval:
-    """What a share `confidence` of the resamples lies in, its ends left out alike."""
+    """Central interval that holds a fraction `confidence` of the resamples."""
 
     low: float
     high: float
@@ -76,7 +76,7 @@ Method = Literal["huber", "grid"]
 #: How parameters are counted: every weight that a token meets, or those without the embedding and the head.
 Count = Literal["all", "non-embedding"]
 
-#: A term that changes the loss by less than this share between the points is not seen in them.
+#: Smallest relative change of the loss between the points for which a term counts as determined.
 _LEAST_EFFECT = 1e-3
 
 
@@ -107,7 +107,7 @@ class Fit:
 
     @property
     def root_mean_square(self) -> float:
-        """Of the residuals of log L: about the relative error at the fitted points."""
+        """Root mean square of the residuals of log L: about the relative error at the fitted points."""
         left = residuals(self.points, self.law)
         return float(np.sqrt(np.mean(left**2)))
 
@@ -150,7 +150,7 @@ def _check_effects(points: Points, law: ParametricLaw) -> None:
 
 
 def write_fit(path: Path, fit: Fit) -> None:
-    """Keep a fit as JSON."""
+    """Write a fit as JSON."""
     write_json(
         path,
         {
@@ -167,7 +167,7 @@ def write_fit(path: Path, fit: Fit) -> None:
 
 
 def read_fit(path: Path) -> Fit:
-    """A fit that `write_fit` kept. Raises ConfigError for a file that is none."""
+    """Read what `write_fit` wrote. Raises ConfigError for any other file."""
     if not path.is_file():
         raise ConfigError(f"{path}: there is no such file; `bessemer scaling fit … --out {path}` writes one")
     values: Any = read_json(path, "law")

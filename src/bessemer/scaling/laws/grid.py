@@ -23,7 +23,7 @@ _TOGETHER = 64
 
 
 def fit_grid(points: Points) -> ParametricLaw:
-    """The law of the least squares."""
+    """The law with the least sum of squares."""
     return refit_grid(points, points.loss[None])[0]
 
 

@@ -104,16 +104,16 @@ def _line_search(
 
 #: Residuals of the logarithm of the loss beyond this count linearly.
 DELTA = 1e-3
-#: Starts: shares of the lowest loss that E has, of the mean loss that each of the other terms has, and both exponents.
+#: Starting points: E as a fraction of the lowest loss, each other term as a fraction of the mean loss, and both exponents.
 _FLOORS, _TERMS, _EXPONENTS = (0.3, 0.6, 0.9), (0.05, 0.15, 0.4), (0.1, 0.3, 0.6, 1.0)
-#: Of E, A and B: a resample that determines nothing stays finite.
+#: Bounds of E, A and B, so that a resample that determines nothing stays finite.
 _LARGEST_LOG = 700.0
-#: Most starts that are followed together: a batch that fits the processor's cache.
+#: Starting points minimised together: a batch that fits the processor's cache.
 _TOGETHER = 512
 
 
 def fit_huber(points: Points) -> ParametricLaw:
-    """The law of the lowest Huber loss over all starts."""
+    """The law with the lowest Huber loss over all starting points."""
     floor, mean = points.loss.min(), np.exp(np.log(points.loss).mean())
     starts = np.array(
         [

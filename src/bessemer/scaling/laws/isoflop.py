@@ -53,7 +53,7 @@ class LossOfCompute:
 
 @dataclass(frozen=True)
 class Frontier:
-    """What the best models of growing compute say. loss: None below five points."""
+    """Power laws of the best models by compute. loss: None below five points."""
 
     parameters: PowerLaw
     tokens: PowerLaw
@@ -113,7 +113,7 @@ def fit_loss_of_compute(points: Points) -> LossOfCompute:
     return LossOfCompute(floor, factor * float(np.exp(gamma * centre)), gamma)
 
 
-#: Computes within this factor of the smallest are one budget.
+#: Points whose compute lies within this factor of the smallest belong to one budget.
 _SAME_BUDGET = 1.15
 
 
@@ -143,7 +143,7 @@ class IsoFlop:
 
 @dataclass(frozen=True)
 class IsoFlopBias:
-    """How far parabolas miss a law: their exponent less its own, and their N* over its own at the largest compute."""
+    """Bias of the parabolas under a law: their exponent minus the law's, and their N* over the law's at the largest compute."""
 
     exponent: float
     size: float
@@ -166,11 +166,11 @@ def fit_isoflop(points: Points, *, confidence: float = 0.9) -> IsoFlop:
     """A parabola for each budget of three sizes or more. Raises DegenerateError when fewer than three have a minimum."""
     parabolas, left_out = [], []
     for group in budgets(points):
-        found = _parabola(group)
-        if isinstance(found, Parabola):
-            parabolas.append(found)
+        parabola = _parabola(group)
+        if isinstance(parabola, Parabola):
+            parabolas.append(parabola)
         else:
-            left_out.append(f"{group.flops.mean():.2g} FLOPs: {found}")
+            left_out.append(f"{group.flops.mean():.2g} FLOPs: {parabola}")
     if len(parabolas) < 3:
         raise DegenerateError(
             f"{len(parabolas)} of {len(parabolas) + len(left_out)} compute budgets have a lowest loss between their sizes; "
@@ -210,6 +210,6 @@ def isoflop_bias(points: Points, law: ParametricLaw) -> IsoFlopBias:
             for point, loss in zip(points.points, losses, strict=True)
         )
     )
-    found = fit_isoflop(noiseless).parameters
+    power_law = fit_isoflop(noiseless).parameters
     largest = float(points.flops.max())
-    return IsoFlopBias(found.exponent - law.parameters_exponent, found.predict(largest) / law.optimal(largest)[0])
+    return IsoFlopBias(power_law.exponent - law.parameters_exponent, power_law.predict(largest) / law.optimal(largest)[0])

@@ -41,7 +41,7 @@ class Point:
     flops: float | None = None
 
     def problem(self) -> str | None:
-        """What is wrong with the numbers; None when they are finite and positive."""
+        """Why the numbers are no measured run; None when they are finite and positive."""
         for name in ("parameters", "tokens", "loss", "flops"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):

@@ -1,7 +1,7 @@
-"""Anthropic's request schema, and the conversation that a request means.
+"""Anthropic's request schema, and a request as a conversation.
 
-Fields that Anthropic's clients send and that change nothing here are skipped: `SKIPPED`. Others that are not served are
-refused by name.
+Fields in `SKIPPED`, which clients send and which change nothing here, are ignored. Other unsupported fields are refused by
+name.
 """
 
 from __future__ import annotations
@@ -13,21 +13,20 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from bessemer.assistant.tools import Tool, ToolChoice
-from bessemer.core.errors import ConfigError
 from bessemer.inference.sampling.params import SamplingParams
-from bessemer.serving import config as limits
+from bessemer.serving.config import MESSAGES, TOOLS
 from bessemer.serving.openai.protocol import Stops
-from bessemer.serving.openai.tools import ToolName, in_json
-from bessemer.serving.runtime.bodies import ApiError, Body, Name, misfit
+from bessemer.serving.openai.tools import ToolName, checked_tools, in_json
+from bessemer.serving.runtime.bodies import Body, Name, misfit
 
-#: Fields that are skipped wherever they stand: marks of a cache that is kept by itself here, what a client tells of itself, and
-#: where and how long Anthropic's servers may work.
+#: Fields that are ignored in any object: marks of the prompt cache, which is automatic here, and fields about the client or
+#: Anthropic's own servers.
 SKIPPED = frozenset(
     {"cache_control", "citations", "context_management", "metadata", "service_tier", "container", "inference_geo"}
 )
-#: A line of Claude Code's system prompt that differs with every request, and so would find nothing in the prefix cache.
+#: Claude Code's system prompt has a line that differs in every request, and would defeat the prefix cache.
 _BILLING = "x-anthropic-billing-header:"
-#: Most tokens of thinking where the model is to find its own measure; none: no limit.
+#: Thinking budget in tokens by effort, for adaptive thinking; a higher effort has no limit.
 _EFFORTS = {"low": 1024, "medium": 8192}
 
 
@@ -86,23 +85,23 @@ class AnthropicMessage(AnthropicBody):
     content: str | list[Block]
 
     def in_chat(self) -> Iterator[dict[str, Any]]:
-        """The messages that it is in the form of chat completions: results of calls are messages of their own there."""
+        """In the form of chat completions, where each result of a call is a message of its own."""
         blocks = [TextBlock(type="text", text=self.content)] if isinstance(self.content, str) else self.content
-        texts, thoughts, calls = [], [], []
+        texts, thinking, calls = [], [], []
         for block in blocks:
             match block:
                 case TextBlock():
                     texts.append(block.text)
                 case ThinkingBlock():
-                    thoughts.append(block.thinking)
+                    thinking.append(block.thinking)
                 case ToolUseBlock():
                     function = {"name": block.name, "arguments": json.dumps(block.input, ensure_ascii=False)}
                     calls.append({"id": block.id, "type": "function", "function": function})
                 case ToolResultBlock():
                     yield {"role": "tool", "tool_call_id": block.tool_use_id, "content": _joined(block.content)}
         message: dict[str, Any] = {"role": self.role, "content": "\n\n".join(texts)}
-        if any(thoughts):
-            message["reasoning_content"] = "".join(thoughts)
+        if any(thinking):
+            message["reasoning_content"] = "".join(thinking)
         if calls:
             message["tool_calls"] = calls
         if texts or calls or not blocks:
@@ -155,9 +154,9 @@ class CountRequest(AnthropicBody):
     """The body of `/v1/messages/count_tokens`, and what that of `/v1/messages` has of it."""
 
     model: Name
-    messages: list[AnthropicMessage] = Field(max_length=limits.MESSAGES.most)
+    messages: list[AnthropicMessage] = Field(max_length=MESSAGES.most)
     system: str | list[TextBlock] = ""
-    tools: list[ToolBody] = Field(default_factory=list, max_length=limits.TOOLS.most)
+    tools: list[ToolBody] = Field(default_factory=list, max_length=TOOLS.most)
     tool_choice: ChoiceBody | None = None
     thinking: ThinkingBody | None = None
     output_config: OutputConfig | None = None
@@ -183,31 +182,23 @@ class CountRequest(AnthropicBody):
         """The conversation in the form of chat completions."""
         system = _joined(self.system)
         lines = [line for line in system.split("\n") if not line.strip().lower().startswith(_BILLING)]
-        said = "\n".join(lines).strip("\n") if len(lines) < system.count("\n") + 1 else system
-        first = [{"role": "system", "content": said}] if said else []
-        return [*first, *(message for one in self.messages for message in one.in_chat())]
+        system = "\n".join(lines).strip("\n") if len(lines) < system.count("\n") + 1 else system
+        first = [{"role": "system", "content": system}] if system else []
+        return [*first, *(chat_message for message in self.messages for chat_message in message.in_chat())]
 
     def offered(self) -> list[Tool]:
-        """The tools that may be called. Raises ApiError for a schema that is none and for two of a name."""
+        """The tools that may be called. Raises ApiError for an invalid schema and for two tools of one name."""
         if self.tool_choice is not None and self.tool_choice.type == "none":
             return []
-        tools: list[Tool] = []
-        for place, one in enumerate(self.tools):
-            if any(tool.name == one.name for tool in tools):
-                raise ApiError(f"two tools are called '{one.name}'", parameter=f"tools[{place}].name")
-            try:
-                tools.append(Tool(one.name, one.description, one.input_schema, is_strict=one.strict))
-            except ConfigError as error:
-                raise ApiError(str(error), parameter=f"tools[{place}].input_schema") from None
-        return tools
+        return checked_tools((tool.name, tool.description, tool.input_schema, tool.strict) for tool in self.tools)
 
     @property
     def choice(self) -> ToolChoice:
-        """Which of them."""
-        given = self.tool_choice
-        if given is None or not self.tools:
+        """Which of the tools may or must be called."""
+        choice = self.tool_choice
+        if choice is None or not self.tools:
             return ToolChoice()
-        return ToolChoice(given.type in ("any", "tool"), given.name, not given.disable_parallel_tool_use)
+        return ToolChoice(choice.type in ("any", "tool"), choice.name, not choice.disable_parallel_tool_use)
 
     @property
     def budget(self) -> int | None:

@@ -10,8 +10,26 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from bessemer.core.errors import RequestError
 from bessemer.inference.sampling.grammar import check_size
 from bessemer.inference.sampling.params import GRAMMARS, SamplingParams
-from bessemer.serving import config as limits
-from bessemer.serving.openai.tools import Choice, FunctionTool, Grammar, NamedTool, ResponseFormat, StructuredOutputs, ToolName
+from bessemer.serving.config import (
+    ANSWERS,
+    CHOICES,
+    LIKELIEST,
+    MESSAGES,
+    STOP_CHARACTERS,
+    STOP_TOKENS,
+    STOPS,
+    TOKEN_RULES,
+    TOOLS,
+)
+from bessemer.serving.openai.tools import (
+    Choice,
+    FunctionTool,
+    GrammarSetting,
+    NamedTool,
+    ResponseFormat,
+    StructuredOutputs,
+    ToolName,
+)
 from bessemer.serving.runtime.bodies import ApiError, Body, Name, misfit
 
 #: Tokens of a plain completion when the client sets no limit, as OpenAI documents it.
@@ -19,7 +37,7 @@ _COMPLETION_TOKENS = 16
 
 
 def _text(content: Any) -> Any:
-    """A message's content as one text: a string, or a list of text parts joined."""
+    """A message's content as one string; text parts are joined."""
     if not isinstance(content, list):
         return content
     texts = []
@@ -32,10 +50,10 @@ def _text(content: Any) -> Any:
 
 
 def prompts_of(prompt: Any) -> Any:
-    """The prompts of a request: a text, token ids, or a list of texts or of lists of token ids."""
+    """A list of prompts from what clients send: a text, token ids, or a list of either."""
     given = prompt if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list) else [prompt]
-    if len(given) > limits.ANSWERS.most:
-        raise ValueError(f"it has {len(given):,} prompts, at most {limits.ANSWERS.most:,} are taken")
+    if len(given) > ANSWERS.most:
+        raise ValueError(f"it has {len(given):,} prompts, at most {ANSWERS.most:,} are taken")
     if not all(isinstance(each, str) for each in given) and not all(map(_is_token_ids, given)):
         raise ValueError("give a text, a list of texts, a list of token ids, or a list of such lists")
     if empty := [place for place, each in enumerate(given) if each == []]:
@@ -52,30 +70,28 @@ def _stop_list(stop: Any) -> Any:
 
 
 def _within_characters(stops: list[str]) -> list[str]:
-    """Each character of a stop string may be compared at every token."""
-    if (characters := sum(map(len, stops))) > limits.STOP_CHARACTERS.most:
-        raise ValueError(f"its texts have {characters:,} characters, at most {limits.STOP_CHARACTERS.most:,} are looked for")
+    """Limit the work at each token: every character of a stop string may be compared."""
+    if (characters := sum(map(len, stops))) > STOP_CHARACTERS.most:
+        raise ValueError(f"its texts have {characters:,} characters, at most {STOP_CHARACTERS.most:,} are looked for")
     return stops
 
 
-#: Texts before which an answer ends.
-Stops = Annotated[
-    list[Annotated[str, Field(min_length=1)]], Field(max_length=limits.STOPS.most), AfterValidator(_within_characters)
-]
+#: Stop strings.
+Stops = Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=STOPS.most), AfterValidator(_within_characters)]
 
 
 def _by_token(bias: Any) -> Any:
-    """A bias by token id, from JSON's texts."""
+    """Biases by token id; JSON has the ids as strings."""
     if not isinstance(bias, dict):
         return bias
-    if len(bias) > limits.TOKEN_RULES.most:
-        raise ValueError(f"it has {len(bias):,} token ids, at most {limits.TOKEN_RULES.most:,} are taken")
+    if len(bias) > TOKEN_RULES.most:
+        raise ValueError(f"it has {len(bias):,} token ids, at most {TOKEN_RULES.most:,} are taken")
     if wrong := next((key for key in bias if not (isinstance(key, str) and key.isascii() and key.isdigit())), None):
         raise ValueError(f"its keys are token ids, got {wrong[:100]!r}")
-    # of many that are wrong, one is told
-    given = {int(key): value for key, value in bias.items()}
-    odd = next((key for key, value in given.items() if type(value) not in (int, float) or not -100 <= value <= 100), None)
-    return given if odd is None else {odd: given[odd]}
+    # of many wrong ones, pydantic sees one: it would make an error for each
+    biases = {int(key): value for key, value in bias.items()}
+    wrong_id = next((id for id, value in biases.items() if type(value) not in (int, float) or not -100 <= value <= 100), None)
+    return biases if wrong_id is None else {wrong_id: biases[wrong_id]}
 
 
 class CalledFunction(Body):
@@ -101,7 +117,7 @@ class Message(Body):
     name: str | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
-    tool_calls: list[Call] = Field(default_factory=list, max_length=limits.TOOLS.most)
+    tool_calls: list[Call] = Field(default_factory=list, max_length=TOOLS.most)
     tool_call_id: str | None = None
 
     @model_validator(mode="after")
@@ -117,14 +133,14 @@ class Message(Body):
         return self
 
     def as_template_input(self) -> dict[str, Any]:
-        """The message in the form of chat completions, in which `developer` has its older name."""
-        given: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": self.content}
-        if thought := self.reasoning or self.reasoning_content:
-            given["reasoning_content"] = thought
+        """The message for a chat template, which knows the role `developer` by its older name `system`."""
+        message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+        if reasoning := self.reasoning or self.reasoning_content:
+            message["reasoning_content"] = reasoning
         if self.tool_calls:
-            given["tool_calls"] = [call.model_dump() for call in self.tool_calls]
-        given |= {name: value for name in ("tool_call_id", "name") if (value := getattr(self, name)) is not None}
-        return given
+            message["tool_calls"] = [call.model_dump() for call in self.tool_calls]
+        message |= {name: value for name in ("tool_call_id", "name") if (value := getattr(self, name)) is not None}
+        return message
 
 
 class TemplateSettings(Body):
@@ -133,7 +149,7 @@ class TemplateSettings(Body):
     enable_thinking: bool | None = None
 
 
-#: Most tokens of thinking by the effort that is asked for; at a higher one there is no limit.
+#: Thinking budget in tokens by `reasoning_effort`; a higher effort has no limit.
 EFFORTS = {"none": 0, "minimal": 512, "low": 1024, "medium": 8192}
 
 
@@ -147,7 +163,7 @@ class GenerationRequest(Body):
     """What both endpoints take. The fields in `_SHARED` mean what they mean in `SamplingParams`."""
 
     model: Name
-    n: int = Field(1, ge=1, le=limits.CHOICES.most)
+    n: int = Field(1, ge=1, le=CHOICES.most)
     max_tokens: int | None = Field(None, ge=1)
     min_tokens: int = Field(0, ge=0)
     temperature: float = Field(1.0, ge=0, le=2)
@@ -161,10 +177,10 @@ class GenerationRequest(Body):
     logit_bias: Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_by_token)] = Field(
         default_factory=dict
     )
-    allowed_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(None, min_length=1, max_length=limits.TOKEN_RULES.most)
+    allowed_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(None, min_length=1, max_length=TOKEN_RULES.most)
     seed: int | None = None
     stop: Annotated[Stops, BeforeValidator(_stop_list)] = Field(default_factory=list)
-    stop_token_ids: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list, max_length=limits.STOP_TOKENS.most)
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list, max_length=STOP_TOKENS.most)
     ignore_eos: bool = False
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -185,46 +201,45 @@ class GenerationRequest(Body):
 
     @model_validator(mode="after")
     def _one_grammar(self) -> Self:
-        if len(given := self._grammars()) > 1:
-            first, second, *_ = (grammar.parameter for grammar in given)
+        if len(grammars := self._grammars()) > 1:
+            first, second, *_ = (grammar.parameter for grammar in grammars)
             raise misfit(second, f"{first} and {second} both say what the text must look like; send one of them")
-        for grammar in given:
+        for grammar in grammars:
             try:
                 check_size(grammar.setting, grammar.value, grammar.parameter)
             except RequestError as error:
                 raise misfit(grammar.parameter, str(error)) from None
         return self
 
-    def _grammars(self) -> list[Grammar]:
-        """What the text must look like, in whatever words it is said."""
-        given = [
+    def _grammars(self) -> list[GrammarSetting]:
+        """The constraints on the text, from all parameters that may give one."""
+        grammars = [
             None if self.response_format is None else self.response_format.grammar(),
             None if self.structured_outputs is None else self.structured_outputs.grammar(),
-            Grammar("guided_json", "json_schema", self.guided_json),
-            Grammar("guided_regex", "regex", self.guided_regex),
-            Grammar("guided_choice", "choice", self.guided_choice),
-            Grammar("guided_grammar", "ebnf", self.guided_grammar),
+            GrammarSetting("guided_json", "json_schema", self.guided_json),
+            GrammarSetting("guided_regex", "regex", self.guided_regex),
+            GrammarSetting("guided_choice", "choice", self.guided_choice),
+            GrammarSetting("guided_grammar", "ebnf", self.guided_grammar),
         ]
-        return [grammar for grammar in given if grammar is not None and grammar.value is not None]
+        return [grammar for grammar in grammars if grammar is not None and grammar.value is not None]
 
     @property
     def token_limit(self) -> int | None:
-        """The most tokens to generate, None for what the context leaves."""
+        """The client's limit on generated tokens; None: the context is the limit."""
         return self.max_tokens
 
     @property
     def wants_usage(self) -> bool:
-        """Whether a stream tells its usage."""
+        """Whether a stream ends with its usage."""
         return self.stream_options is not None and self.stream_options.include_usage
 
     @property
     def answers(self) -> int:
-        """How many answers are made to a prompt."""
+        """Number of answers to a prompt."""
         return self.n
 
     @property
     def wants_log_probs(self) -> bool:
-        """Whether the answer comes with log-probabilities."""
         return False
 
     def sampling(self, max_tokens: int) -> SamplingParams:
@@ -240,7 +255,7 @@ class GenerationRequest(Body):
         return SamplingParams(max_tokens=max_tokens, allowed_tokens=self.allowed_token_ids, **settings)
 
     def parameter_in(self, reason: str) -> str | None:
-        """Which parameter the engine's reason is about: it begins with the name, where it is about one."""
+        """The request's parameter that an error of the engine is about: its text begins with the name."""
         name = re.split(r"\W", reason, maxsplit=1)[0]
         if name in GRAMMARS:
             return next((grammar.parameter for grammar in self._grammars()), None)
@@ -248,13 +263,13 @@ class GenerationRequest(Body):
         return name if name in type(self).model_fields else None
 
     def _own_settings(self) -> dict[str, Any]:
-        """Settings that only one endpoint has, or calls by another name."""
+        """Settings that one endpoint alone has, or calls by another name."""
         return {}
 
 
-#: What clients call differently from the engine.
+#: The engine's names of parameters that clients call otherwise.
 _OWN_NAMES = {"allowed_tokens": "allowed_token_ids"}
-#: Parameters of a request that are called in the engine as clients call them.
+#: Parameters with the same name in the engine.
 _SHARED = tuple(GenerationRequest.model_fields.keys() & SamplingParams.model_fields.keys() - {"max_tokens"})
 
 
@@ -263,8 +278,8 @@ class ChatRequest(GenerationRequest):
 
     meaningful = frozenset({"tool_choice", "parallel_tool_calls"})
 
-    messages: list[Message] = Field(min_length=1, max_length=limits.MESSAGES.most)
-    tools: list[FunctionTool] = Field(default_factory=list, max_length=limits.TOOLS.most)
+    messages: list[Message] = Field(min_length=1, max_length=MESSAGES.most)
+    tools: list[FunctionTool] = Field(default_factory=list, max_length=TOOLS.most)
     tool_choice: Choice = "auto"
     parallel_tool_calls: bool = True
     thinking_budget: int | None = Field(None, ge=0)
@@ -274,7 +289,7 @@ class ChatRequest(GenerationRequest):
     chat_template_kwargs: TemplateSettings | None = None
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
-    top_logprobs: int = Field(0, ge=0, le=limits.LIKELIEST.most)
+    top_logprobs: int = Field(0, ge=0, le=LIKELIEST.most)
     continue_final_message: bool | None = None
     add_generation_prompt: bool = True
 
@@ -305,19 +320,19 @@ class ChatRequest(GenerationRequest):
         return self
 
     def _budgets(self) -> list[int]:
-        """The thinking budget, in whatever words it is said."""
+        """The thinking budgets, from all parameters that may give one."""
         off = self.chat_template_kwargs is not None and self.chat_template_kwargs.enable_thinking is False
-        given = (
+        budgets = (
             self.thinking_budget,
             self.thinking_token_budget,
             EFFORTS.get(self.reasoning_effort or ""),
             0 if off else None,
         )
-        return [budget for budget in given if budget is not None]
+        return [budget for budget in budgets if budget is not None]
 
     @property
     def budget(self) -> int | None:
-        """Most tokens of thinking; None: no limit is said."""
+        """Most tokens of thinking; None: no limit."""
         return next(iter(self._budgets()), None)
 
     @property
@@ -337,10 +352,10 @@ class CompletionRequest(GenerationRequest):
 
     prompt: Annotated[list[str] | list[list[int]], BeforeValidator(prompts_of)]
     max_tokens: int | None = Field(None, ge=0)
-    best_of: int | None = Field(None, ge=1, le=limits.CHOICES.most)
+    best_of: int | None = Field(None, ge=1, le=CHOICES.most)
     suffix: str | None = None
     echo: bool = False
-    logprobs: int | None = Field(None, ge=0, le=limits.LIKELIEST.most)
+    logprobs: int | None = Field(None, ge=0, le=LIKELIEST.most)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -356,8 +371,8 @@ class CompletionRequest(GenerationRequest):
             raise misfit("max_tokens", "max_tokens: 0 makes nothing; send echo: true to be told of the prompt, or at least 1")
         if self.max_tokens == 0 and self.best_of is not None:
             raise misfit("best_of", "best_of ranks answers, and max_tokens: 0 makes none; leave one of them out")
-        if (answers := len(self.prompt) * self.answers) > limits.ANSWERS.most:
-            most = limits.ANSWERS.most
+        if (answers := len(self.prompt) * self.answers) > ANSWERS.most:
+            most = ANSWERS.most
             raise misfit("prompt", f"prompt asks for {answers:,} answers, at most {most:,} are made to one request")
         return self
 

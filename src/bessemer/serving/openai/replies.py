@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,20 +21,22 @@ from bessemer.assistant.messages import (
     ToolCall,
     TurnEnd,
 )
-from bessemer.inference.request import Chunk, Completion
+from bessemer.inference.request import Chunk, Completion, Request
 from bessemer.inference.sampling.sampler import Sampled
-from bessemer.serving.runtime.bodies import ApiError
+from bessemer.serving.openai.protocol import ChatRequest, CompletionRequest, GenerationRequest
+from bessemer.serving.runtime.bodies import ApiError, withdrawn
+from bessemer.serving.runtime.streams import Reply, server_sent_event
 from bessemer.serving.runtime.worker import ChoiceEvents, Turns
 from bessemer.tokenization.prompts import StreamingDecoder
 from bessemer.tokenization.tokenizer import Tokenizer
 
-#: JSON has no infinity: what is at or below has this log-probability, as in other servers.
+#: JSON has no infinity: log-probabilities at or below this are given as this, as in other servers.
 _LOWEST = -9999.0
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
-    r"""A token as clients are shown it: its text, `bytes:\xe6` where it is a part of a character (as OpenAI writes it), and
-    `token_id:7` where the model has more tokens than the tokenizer."""
+    r"""A token in a response: its text, `bytes:\xe6` for a part of a character (as OpenAI writes it), and `token_id:7` for an
+    id beyond the tokenizer's vocabulary."""
     content = _token_bytes(tokenizer, token)
     if content is None:
         return f"token_id:{token}"
@@ -45,40 +48,40 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
 
 def chat_log_probs(tokenizer: Tokenizer, sampled: Sequence[Sampled]) -> dict[str, Any]:
     """The `logprobs` of a chat choice, or of one event of its stream."""
-    return {"content": [_chat_token(tokenizer, one) for one in sampled], "refusal": None}
+    return {"content": [_chat_token(tokenizer, token) for token in sampled], "refusal": None}
 
 
 class CompletionLogProbs:
-    """The `logprobs` of a plain completion's choice, in one part or, in a stream, in several."""
+    """The `logprobs` of a plain completion's choice. A stream gives them in several parts, whose text offsets continue."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._decoder = StreamingDecoder(tokenizer)
         self._length = 0
 
-    def of_prompt(self, prompt: Sequence[int], known: Sequence[Sampled]) -> dict[str, list[Any]]:
-        """Of a prompt that is shown: nothing comes before its first token, which so has no log-probability."""
-        assert len(known) == len(prompt) - 1, "every token of the prompt but the first has its log-probability"
+    def of_prompt(self, prompt: Sequence[int], sampled: Sequence[Sampled]) -> dict[str, list[Any]]:
+        """Of an echoed prompt. Its first token has no log-probability: nothing comes before it."""
+        assert len(sampled) == len(prompt) - 1, "every token of the prompt but the first has its log-probability"
         first: dict[str, list[Any]] = {
             "tokens": [token_text(self._tokenizer, prompt[0])],
             "token_logprobs": [None],
             "top_logprobs": [None],
             "text_offset": [self._offset(prompt[0])],
         }
-        return joined(first, self.of(known))
+        return joined(first, self.of(sampled))
 
     def of(self, sampled: Sequence[Sampled]) -> dict[str, list[Any]]:
-        """Of tokens that follow those before. The likeliest are given with the token itself among them."""
+        """Of the next tokens. `top_logprobs` holds the likeliest and the sampled token itself."""
         part: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        for token, found in sampled:
-            assert found is not None, "log-probabilities were asked for"
+        for token, log_probs in sampled:
+            assert log_probs is not None, "the request has log-probabilities"
             text = token_text(self._tokenizer, token)
             top: dict[str, float] = {}
-            for id, value in found.top:
+            for id, value in log_probs.top:
                 top.setdefault(token_text(self._tokenizer, id), _finite(value))
-            top.setdefault(text, _finite(found.token))
+            top.setdefault(text, _finite(log_probs.token))
             part["tokens"].append(text)
-            part["token_logprobs"].append(_finite(found.token))
+            part["token_logprobs"].append(_finite(log_probs.token))
             part["top_logprobs"].append(top)
             part["text_offset"].append(self._offset(token))
         return part
@@ -92,12 +95,12 @@ class CompletionLogProbs:
 
 
 def joined(first: dict[str, list[Any]], second: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """Two parts of a plain completion's log-probabilities, one after the other."""
+    """Two consecutive parts of a plain completion's log-probabilities as one."""
     return {name: first[name] + second[name] for name in first}
 
 
 def _chat_token(tokenizer: Tokenizer, sampled: Sampled) -> dict[str, Any]:
-    assert sampled.log_probs is not None, "log-probabilities were asked for"
+    assert sampled.log_probs is not None, "the request has log-probabilities"
     own = _entry(tokenizer, sampled.token, sampled.log_probs.token)
     return own | {"top_logprobs": [_entry(tokenizer, token, value) for token, value in sampled.log_probs.top]}
 
@@ -119,126 +122,161 @@ def _finite(value: float) -> float:
     return max(value, _LOWEST)
 
 
+class _OpenAIReply(Reply):
+    """What the responses of chat and plain completions share."""
+
+    #: The `object` of an event.
+    event_kind: str
+
+    def __init__(self, body: GenerationRequest, tokenizer: Tokenizer, prefix: str) -> None:
+        """prefix: of the response's id."""
+        self._body = body
+        self._tokenizer = tokenizer
+        self._id = f"{prefix}-{uuid.uuid4().hex}"
+        self._created = int(time.time())
+
+    @property
+    def is_large(self) -> bool:
+        """Log-probabilities give each token up to twenty alternatives."""
+        return self._body.wants_log_probs
+
+    def events(self, step: Any) -> str:
+        return "".join(map(self._sent, self._bodies(step)))
+
+    def end(self) -> str:
+        done = "data: [DONE]\n\n"
+        if not self._body.wants_usage:
+            return done
+        return self._sent({**self._head(self.event_kind), "choices": [], "usage": self._usage()}) + done
+
+    def failed(self, error: ApiError) -> str:
+        return self._sent(error.body())
+
+    def _sent(self, body: dict[str, Any]) -> str:
+        """An event. Where the client wants usage, every event has the key, and the one before the end fills it."""
+        return server_sent_event({"usage": None, **body} if self._body.wants_usage else body)
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self._id, "object": kind, "created": self._created, "model": self._body.model}
+
+    @abstractmethod
+    def _bodies(self, step: Any) -> Iterator[dict[str, Any]]:
+        """Bodies of the events of a step."""
+
+    @abstractmethod
+    def _usage(self) -> dict[str, Any]: ...
+
+
+def _usage_of(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
+    """Tokens as the model sees them, end tokens included; of a prompt once, however many choices."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
+    }
+
+
 @dataclass(frozen=True)
 class Echo:
-    """A prompt that is shown before its completion."""
+    """A prompt that is returned before its completion."""
 
     text: str
     tokens: list[int]
 
 
-class CompletionReply:
-    """The response to a request: one choice for each completion, and the tokens they took.
+class CompletionReply(_OpenAIReply):
+    """The response to `/v1/completions`. Completion i of prompt p is choice p · n + i."""
 
-    Completion i of prompt p is choice p · n + i.
-    """
+    event_kind = "text_completion"
 
     def __init__(
         self,
-        model: str,
+        body: CompletionRequest,
         tokenizer: Tokenizer,
-        prompt_tokens: int,
-        *,
-        log_probs: bool = False,
-        echoes: Sequence[Echo | None] = (None,),
-        n: int = 1,
-        prompt_ids: Sequence[Sequence[int]] | None = None,
+        prompts: Sequence[Sequence[int]],
+        echoes: Sequence[Echo | None],
+        requests: Sequence[Request],
     ) -> None:
-        """prompt_tokens: of all prompts. log_probs: whether the client asked for them. echoes: of each prompt. n: completions
-        of each. prompt_ids: of each prompt, where the client asked for the ids of all tokens."""
-        self._model = model
-        self._tokenizer = tokenizer
-        self.tells_log_probs = log_probs
+        """prompts, echoes, requests: one for each prompt."""
+        super().__init__(body, tokenizer, "cmpl")
+        self._prompts = prompts
         self._echoes = echoes
-        self._n = n
-        self._created = int(time.time())
-        self._identity = uuid.uuid4().hex
-        self._prompt_tokens = prompt_tokens
+        self._requests = requests
+        self._n = body.n
+        choices = range(len(prompts) * body.n)
         self._completion_tokens = 0
-        self._forms = [CompletionLogProbs(tokenizer) for _ in range(len(echoes) * n)]
-        self._begun: set[int] = set()
-        self._shows_ids = prompt_ids is not None
-        #: Of each choice, the ids of its prompt until the client has been told them.
-        self._prompt_ids = {place: prompt_ids[place // n] for place in range(len(echoes) * n)} if prompt_ids is not None else {}
-        #: Of each choice, ids that the client has not been told.
-        self._ids: list[list[int]] = [[] for _ in range(len(echoes) * n)]
+        self._log_probs = [CompletionLogProbs(tokenizer) for _ in choices]
+        #: Choices of which nothing was sent: their first part has the echo, and the ids of the prompt.
+        self._without_echo = set(choices)
+        self._without_prompt_ids = set(choices if body.return_token_ids else ())
+        #: Token ids of each choice that are yet to be sent.
+        self._ids: list[list[int]] = [[] for _ in choices]
 
     def whole(self, completions: Sequence[Completion]) -> dict[str, Any]:
-        """The response of a request that does not stream. completions: the first of each prompt, with its `others`."""
+        """The body. completions: the first of each prompt, with its `others`."""
         choices: list[dict[str, Any]] = []
-        for completion in completions:
-            for one in (completion, *completion.others):
+        for first in completions:
+            for completion in (first, *first.others):
                 index = len(choices)
-                self._completion_tokens += one.completion_tokens
-                text, log_probs = self._part(index, one.text, one.log_probs or [], completion.prompt_log_probs or [])
-                self._ids[index] += one.token_ids
-                choices.append(self._choice(index, text, log_probs, one.finish_reason))
-        cached_tokens = sum(completion.cached_tokens for completion in completions)
-        return {**self._head(), "choices": choices, "usage": self._usage(cached_tokens)}
+                self._completion_tokens += completion.completion_tokens
+                text, log_probs = self._part(index, completion.text, completion.log_probs or [], first.prompt_log_probs or [])
+                self._ids[index] += completion.token_ids
+                choices.append(self._choice(index, text, log_probs, completion.finish_reason))
+        return {**self._head("text_completion"), "choices": choices, "usage": self._usage()}
 
-    def events(self, arrived: Iterable[tuple[int, Chunk]], prompts: Sequence[Sequence[Sampled]]) -> Iterator[dict[str, Any]]:
-        """Events for the chunks of one or more steps: some text of a choice, and the reason it ended. prompts: of each, the
-        log-probabilities of its tokens but the first, where they were asked for."""
+    def _bodies(self, step: Iterable[tuple[int, Chunk]]) -> Iterator[dict[str, Any]]:
+        """Text of a choice, and then why it ended. A prompt's log-probabilities are complete before its first chunk."""
         of_choice: dict[int, list[Chunk]] = {}
-        for index, chunk in arrived:
+        for index, chunk in step:
             of_choice.setdefault(index, []).append(chunk)
         for index, chunks in of_choice.items():
             self._completion_tokens += sum(len(chunk.token_ids) for chunk in chunks)
             self._ids[index] += [id for chunk in chunks for id in chunk.token_ids]
-            sampled = [one for chunk in chunks for one in chunk.log_probs or []]
-            text, log_probs = self._part(index, "".join(chunk.text for chunk in chunks), sampled, prompts[index // self._n])
+            sampled = [token for chunk in chunks for token in chunk.log_probs or []]
+            prompt_log_probs = self._requests[index // self._n].prompt_log_probs
+            text, log_probs = self._part(index, "".join(chunk.text for chunk in chunks), sampled, prompt_log_probs)
             if text or log_probs:
                 yield self._event(index, text, log_probs)
             if (finish_reason := chunks[-1].finish_reason) is not None:
                 yield self._event(index, "", None, finish_reason)
 
-    def usage_event(self, cached_tokens: int) -> dict[str, Any]:
-        """The event before the end for a client that asked for its usage."""
-        return {**self._head(), "choices": [], "usage": self._usage(cached_tokens)}
-
-    def _head(self) -> dict[str, Any]:
-        return {"id": f"cmpl-{self._identity}", "object": "text_completion", "created": self._created, "model": self._model}
-
-    def _usage(self, cached_tokens: int) -> dict[str, Any]:
-        """Tokens as the model sees them, end tokens included; of a prompt once, however many choices."""
-        return {
-            "prompt_tokens": self._prompt_tokens,
-            "completion_tokens": self._completion_tokens,
-            "total_tokens": self._prompt_tokens + self._completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": cached_tokens},
-        }
+    def _usage(self) -> dict[str, Any]:
+        cached_tokens = sum(request.cached_tokens for request in self._requests)
+        return _usage_of(sum(map(len, self._prompts)), self._completion_tokens, cached_tokens)
 
     def _event(
         self, index: int, text: str, log_probs: dict[str, Any] | None, finish_reason: str | None = None
     ) -> dict[str, Any]:
-        return {**self._head(), "choices": [self._choice(index, text, log_probs, finish_reason)]}
+        return {**self._head("text_completion"), "choices": [self._choice(index, text, log_probs, finish_reason)]}
 
     def _choice(self, index: int, text: str, log_probs: dict[str, Any] | None, finish_reason: str | None) -> dict[str, Any]:
-        """A choice, with the ids that have not been told: of its prompt once, as vLLM does."""
-        choice = {"index": index, "text": text, "logprobs": log_probs, "finish_reason": finish_reason}
-        if not self._shows_ids:
-            return choice
-        ids, self._ids[index] = self._ids[index], []
-        prompt = {"prompt_token_ids": list(self._prompt_ids.pop(index))} if index in self._prompt_ids else {}
-        return {**choice, "token_ids": ids, **prompt}
+        """A choice, with the ids that are yet to be sent: those of its prompt once, as vLLM does."""
+        choice: dict[str, Any] = {"index": index, "text": text, "logprobs": log_probs, "finish_reason": finish_reason}
+        if self._body.return_token_ids:
+            choice["token_ids"], self._ids[index] = self._ids[index], []
+        if index in self._without_prompt_ids:
+            self._without_prompt_ids.remove(index)
+            choice["prompt_token_ids"] = list(self._prompts[index // self._n])
+        return choice
 
     def _part(
         self, index: int, text: str, sampled: Sequence[Sampled], prompt: Sequence[Sampled]
     ) -> tuple[str, dict[str, Any] | None]:
-        """Text and log-probabilities of a choice's next part; its first has the echo of the prompt before it."""
-        echo = self._echoes[index // self._n] if index not in self._begun else None
-        self._begun.add(index)
+        """Text and log-probabilities of a choice's next part. The first one begins with the echo of the prompt."""
+        echo = self._echoes[index // self._n] if index in self._without_echo else None
+        self._without_echo.discard(index)
         if echo is not None:
             text = echo.text + text
-        if not self.tells_log_probs:
+        if not self._body.wants_log_probs:
             return text, None
-        form = self._forms[index]
-        shown = form.of_prompt(echo.tokens, prompt) if echo is not None else None
-        made = form.of(sampled)
-        return text, joined(shown, made) if shown is not None else made if sampled else None
+        log_probs = self._log_probs[index]
+        echoed = log_probs.of_prompt(echo.tokens, prompt) if echo is not None else None
+        own = log_probs.of(sampled)
+        return text, joined(echoed, own) if echoed is not None else own if sampled else None
 
 
-#: How a turn ended, as OpenAI says it.
+#: OpenAI's `finish_reason` of a turn.
 _FINISH: dict[EndReason, str] = {
     "answer": "stop",
     "length": "length",
@@ -250,166 +288,136 @@ _FINISH: dict[EndReason, str] = {
 
 @dataclass
 class _Choice:
-    """An answer so far."""
+    """An answer so far. token_ids: those that are yet to be sent."""
 
     text: str = ""
     thinking: str = ""
     calls: list[ToolCall] = field(default_factory=list)
     sampled: list[Sampled] = field(default_factory=list)
-    #: Ids that the client has not been told.
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     has_begun: bool = False
 
 
-class ChatReply:
-    """The response to a chat request: one choice for each answer, and the tokens that they took."""
+class ChatReply(_OpenAIReply):
+    """The response to `/v1/chat/completions`: one choice for each answer."""
 
-    def __init__(
-        self,
-        model: str,
-        tokenizer: Tokenizer,
-        turns: Turns,
-        *,
-        n: int,
-        log_probs: bool,
-        shows_thinking: bool,
-        shows_ids: bool = False,
-    ) -> None:
-        """log_probs: whether they are told. shows_thinking: whether the client is told what the model thought. shows_ids:
-        whether it is told the ids of all tokens."""
-        self._model = model
-        self._tokenizer = tokenizer
+    event_kind = "chat.completion.chunk"
+    _body: ChatRequest
+
+    def __init__(self, body: ChatRequest, tokenizer: Tokenizer, turns: Turns) -> None:
+        super().__init__(body, tokenizer, "chatcmpl")
         self._turns = turns
-        self.tells_log_probs = log_probs
-        self._shows_thinking = shows_thinking
-        self._shows_ids = shows_ids
-        self._prompt_is_told = not shows_ids
-        self._choices = [_Choice() for _ in range(n)]
-        self._created = int(time.time())
-        self._identity = uuid.uuid4().hex
+        self._shows_thinking = body.include_reasoning
+        self._lacks_prompt_ids = body.return_token_ids
+        self._choices = [_Choice() for _ in range(body.n)]
 
-    def whole(self, told: Iterable[ChoiceEvents]) -> dict[str, Any]:
-        """The response of a request that does not stream."""
-        for choice, events, sampled, token_ids in told:
-            self._choices[choice].sampled += sampled
-            self._choices[choice].token_ids += token_ids
-            for _ in self._deltas(self._choices[choice], events):
+    def whole(self, step: Iterable[ChoiceEvents]) -> dict[str, Any]:
+        """The body. step: all events of all choices."""
+        for index, events, sampled, token_ids in step:
+            self._choices[index].sampled += sampled
+            self._choices[index].token_ids += token_ids
+            for _ in self._deltas(self._choices[index], events):
                 pass
         choices = []
-        for index, one in enumerate(self._choices):
-            message: dict[str, Any] = {"role": "assistant", "content": one.text or (None if one.calls else "")}
-            if one.thinking and self._shows_thinking:
-                message |= _thought(one.thinking)
-            if one.calls:
+        for index, choice in enumerate(self._choices):
+            message: dict[str, Any] = {"role": "assistant", "content": choice.text or (None if choice.calls else "")}
+            if choice.thinking and self._shows_thinking:
+                message |= _reasoning(choice.thinking)
+            if choice.calls:
                 message["tool_calls"] = [
                     {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": _arguments(call)}}
-                    for call in one.calls
+                    for call in choice.calls
                 ]
-            ids = {"token_ids": one.token_ids} if self._shows_ids else {}
-            choices.append({"index": index, "message": message, **self._ending(one, one.sampled), **ids})
-        prompt = {"prompt_token_ids": self._turns.prompt_ids} if self._shows_ids else {}
+            log_probs = chat_log_probs(self._tokenizer, choice.sampled) if self._body.wants_log_probs else None
+            ids = {"token_ids": choice.token_ids} if self._body.return_token_ids else {}
+            choices.append(
+                {"index": index, "message": message, "logprobs": log_probs, "finish_reason": choice.finish_reason, **ids}
+            )
+        prompt = {"prompt_token_ids": self._turns.prompt_ids} if self._body.return_token_ids else {}
         return {**self._head("chat.completion"), "choices": choices, "usage": self._usage(), **prompt}
 
-    def events(self, told: Iterable[ChoiceEvents]) -> Iterator[dict[str, Any]]:
-        """Events of a stream for what one or more steps made.
+    def _bodies(self, step: Iterable[ChoiceEvents]) -> Iterator[dict[str, Any]]:
+        """A choice's role comes with its first token, as in vLLM: clients take the first event for it."""
+        for index, events, sampled, token_ids in _by_choice(step):
+            choice = self._choices[index]
+            choice.token_ids += token_ids
+            if not choice.has_begun:
+                choice.has_begun = True
+                yield self._event(index, {"role": "assistant", "content": ""})
+            # the first event has the log-probabilities of all
+            log_probs = chat_log_probs(self._tokenizer, sampled) if sampled and self._body.wants_log_probs else None
+            for delta in self._deltas(choice, events):
+                yield self._event(index, delta, log_probs)
+                log_probs = None
+            if log_probs is not None:
+                yield self._event(index, {"content": ""}, log_probs)
+            if choice.finish_reason is not None:
+                yield self._event(index, {}, None, choice.finish_reason)
 
-        A choice's role comes with its first token, as in vLLM: clients take the first event for it.
-        """
-        for choice, events, sampled, token_ids in _by_choice(told):
-            one = self._choices[choice]
-            one.token_ids += token_ids
-            if not one.has_begun:
-                one.has_begun = True
-                yield self._event(choice, {"role": "assistant", "content": ""})
-            told_of = sampled if self.tells_log_probs else ()
-            for delta in self._deltas(one, events):
-                yield self._event(choice, delta, chat_log_probs(self._tokenizer, told_of) if told_of else None)
-                told_of = ()
-            if told_of:
-                yield self._event(choice, {"content": ""}, chat_log_probs(self._tokenizer, told_of))
-            if one.finish_reason is not None:
-                yield self._event(choice, {}, None, one.finish_reason)
-
-    def usage_event(self) -> dict[str, Any]:
-        """The event before the end for a client that asked for its usage."""
-        return {**self._head("chat.completion.chunk"), "choices": [], "usage": self._usage()}
-
-    def _deltas(self, one: _Choice, events: Sequence[Event]) -> Iterator[dict[str, Any]]:
-        """What a client is told of events, and the choice with them. Raises ApiError where what it was told is withdrawn."""
+    def _deltas(self, choice: _Choice, events: Sequence[Event]) -> Iterator[dict[str, Any]]:
+        """The deltas of events, which are added to the choice. Raises ApiError where a hook withdraws what was sent."""
         for event in events:
             match event:
                 case ThinkingDelta(text):
-                    one.thinking += text
+                    choice.thinking += text
                     if self._shows_thinking:
-                        yield _thought(text)
+                        yield _reasoning(text)
                 case TextDelta(text) | BadCall(text):
-                    one.text += text
+                    choice.text += text
                     yield {"content": text}
                 case Called(call):
-                    index = len(one.calls)
-                    one.calls.append(call)
+                    index = len(choice.calls)
+                    choice.calls.append(call)
                     named = {"name": call.name, "arguments": ""}
                     yield {"tool_calls": [{"index": index, "id": call.id, "type": "function", "function": named}]}
                     yield {"tool_calls": [{"index": index, "function": {"arguments": _arguments(call)}}]}
                 case RolledBack(reason):
-                    raise ApiError(f"the answer was withdrawn: {reason}", status=500, kind="server_error", code="withdrawn")
+                    raise withdrawn(reason)
                 case TurnEnd(reason):
-                    one.finish_reason = "stop" if reason == "rounds" and not one.calls else _FINISH[reason]
-                case _:
-                    pass
-
-    def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": f"chatcmpl-{self._identity}", "object": kind, "created": self._created, "model": self._model}
+                    choice.finish_reason = "stop" if reason == "rounds" and not choice.calls else _FINISH[reason]
 
     def _usage(self) -> dict[str, Any]:
-        """Tokens as the model sees them, end tokens included; of a prompt once, however many choices."""
-        prompt, made = self._turns.prompt_tokens, self._turns.completion_tokens
-        thought = sum(len(self._tokenizer.encode(one.thinking, add_bos=False)) for one in self._choices if one.thinking)
+        turns = self._turns
+        reasoning = sum(
+            len(self._tokenizer.encode(choice.thinking, add_bos=False)) for choice in self._choices if choice.thinking
+        )
         return {
-            "prompt_tokens": prompt,
-            "completion_tokens": made,
-            "total_tokens": prompt + made,
-            "prompt_tokens_details": {"cached_tokens": self._turns.cached_tokens},
-            "completion_tokens_details": {"reasoning_tokens": thought},
+            **_usage_of(turns.prompt_tokens, turns.completion_tokens, turns.cached_tokens),
+            "completion_tokens_details": {"reasoning_tokens": reasoning},
         }
 
-    def _ending(self, one: _Choice, sampled: Sequence[Sampled]) -> dict[str, Any]:
-        log_probs = chat_log_probs(self._tokenizer, sampled) if self.tells_log_probs else None
-        return {"logprobs": log_probs, "finish_reason": one.finish_reason}
-
     def _event(
-        self, choice: int, delta: dict[str, Any], log_probs: dict[str, Any] | None = None, finish_reason: str | None = None
+        self, index: int, delta: dict[str, Any], log_probs: dict[str, Any] | None = None, finish_reason: str | None = None
     ) -> dict[str, Any]:
-        one: dict[str, Any] = {"index": choice, "delta": delta, "logprobs": log_probs, "finish_reason": finish_reason}
-        event = {**self._head("chat.completion.chunk"), "choices": [one]}
-        if self._shows_ids:
-            one["token_ids"], self._choices[choice].token_ids = self._choices[choice].token_ids, []
-        if not self._prompt_is_told:
-            self._prompt_is_told = True
+        choice: dict[str, Any] = {"index": index, "delta": delta, "logprobs": log_probs, "finish_reason": finish_reason}
+        event = {**self._head(self.event_kind), "choices": [choice]}
+        if self._body.return_token_ids:
+            choice["token_ids"], self._choices[index].token_ids = self._choices[index].token_ids, []
+        if self._lacks_prompt_ids:
+            self._lacks_prompt_ids = False
             event["prompt_token_ids"] = self._turns.prompt_ids
         return event
 
 
-def _by_choice(told: Iterable[ChoiceEvents]) -> Iterator[tuple[int, list[Event], list[Sampled], list[int]]]:
-    """The news of several steps, one entry for each choice; texts that follow each other are one."""
+def _by_choice(step: Iterable[ChoiceEvents]) -> Iterator[ChoiceEvents]:
+    """Events of several steps as one entry for each choice; consecutive texts are joined."""
     of_choice: dict[int, tuple[list[Event], list[Sampled], list[int]]] = {}
-    for choice, events, sampled, token_ids in told:
-        mine, tokens, ids = of_choice.setdefault(choice, ([], [], []))
-        tokens += sampled
-        ids += token_ids
-        for event in events:
-            last = mine[-1] if mine else None
+    for choice, new_events, new_sampled, new_ids in step:
+        events, sampled, token_ids = of_choice.setdefault(choice, ([], [], []))
+        sampled += new_sampled
+        token_ids += new_ids
+        for event in new_events:
+            last = events[-1] if events else None
             if isinstance(event, TextDelta | ThinkingDelta) and type(last) is type(event):
-                mine[-1] = type(event)(last.text + event.text)
+                events[-1] = type(event)(last.text + event.text)
             else:
-                mine.append(event)
-    for choice, found in of_choice.items():
-        yield choice, *found
+                events.append(event)
+    return (ChoiceEvents(choice, *parts) for choice, parts in of_choice.items())
 
 
-def _thought(text: str) -> dict[str, str]:
-    """Thinking as vLLM spells it, and as DeepSeek and llama.cpp do."""
+def _reasoning(text: str) -> dict[str, str]:
+    """Thinking as vLLM names it, and as DeepSeek and llama.cpp do."""
     return {"reasoning": text, "reasoning_content": text}
 
 

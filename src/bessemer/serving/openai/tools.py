@@ -1,11 +1,9 @@
-"""Tools and structured outputs: which tools may be called, and the grammar of a completion's text.
-
-In the parameters of OpenAI's API, and of vLLM's where OpenAI's has none.
-"""
+"""Tools and structured outputs of OpenAI's API, and of vLLM's where OpenAI's has none."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import AfterValidator, Field, model_validator
@@ -19,7 +17,7 @@ _NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}}
 
 
 def in_json(schema: dict[str, Any]) -> dict[str, Any]:
-    """Python reads NaN and infinities in JSON, which has none."""
+    """Raises ValueError for NaN and infinities, which Python reads in JSON."""
     json.dumps(schema, allow_nan=False)
     return schema
 
@@ -56,26 +54,34 @@ class NamedTool(Body):
 Choice = Literal["none", "auto", "required"] | NamedTool
 
 
-def tools_of(given: list[FunctionTool], inside: str = ".function") -> list[Tool]:
-    """The assistant's tools; the client runs them. inside: where a request has what is told of each.
+def tools_of(tools: Iterable[FunctionTool]) -> list[Tool]:
+    """The assistant's tools, which the client runs. Raises as `checked_tools`."""
+    functions = [tool.function for tool in tools]
+    return checked_tools(
+        ((function.name, function.description, function.parameters, function.strict) for function in functions), ".function"
+    )
 
-    Raises ApiError for a schema that is none and for two of a name.
+
+def checked_tools(given: Iterable[tuple[str, str, dict[str, Any], bool]], inside: str = "") -> list[Tool]:
+    """Tools from name, description, schema, and whether the schema is strict. inside: the path of the name in an item of
+    `tools`.
+
+    Raises ApiError for an invalid schema and for two tools of one name.
     """
     tools: list[Tool] = []
-    for place, one in enumerate(given):
-        function = one.function
-        where = f"tools[{place}]{inside}"
-        if any(tool.name == function.name for tool in tools):
-            raise ApiError(f"two tools are called '{function.name}'", parameter=f"{where}.name", code="invalid_value")
+    for index, (name, description, schema, is_strict) in enumerate(given):
+        path = f"tools[{index}]{inside}"
+        if any(tool.name == name for tool in tools):
+            raise ApiError(f"two tools are called '{name}'", parameter=f"{path}.name", code="invalid_value")
         try:
-            tools.append(Tool(function.name, function.description, function.parameters, is_strict=function.strict))
+            tools.append(Tool(name, description, schema, is_strict=is_strict))
         except ConfigError as error:
-            raise ApiError(str(error), parameter=f"{where}.parameters", code="invalid_value") from None
+            raise ApiError(str(error), parameter=f"{path}.parameters", code="invalid_value") from None
     return tools
 
 
 def choice_of(choice: Choice, in_parallel: bool) -> ToolChoice:
-    """Which of the tools may be called; those of "none" are not offered at all."""
+    """Which of the tools may or must be called. With "none", no tools are offered at all."""
     if isinstance(choice, NamedTool):
         return ToolChoice(must_call=True, name=choice.function.name, in_parallel=in_parallel)
     return ToolChoice(must_call=choice == "required", in_parallel=in_parallel)
@@ -85,8 +91,8 @@ def choice_of(choice: Choice, in_parallel: bool) -> ToolChoice:
 _ANY_OBJECT = {"type": "object"}
 
 
-class Grammar(NamedTuple):
-    """A parameter's name, the engine's setting that it stands for, and its value."""
+class GrammarSetting(NamedTuple):
+    """A constraint on the text: the client's parameter, the engine's setting, and its value."""
 
     parameter: str
     setting: Literal["json_schema", "regex", "choice", "ebnf"]
@@ -114,10 +120,10 @@ class ResponseFormat(Body):
             raise misfit("response_format", "response_format: type json_schema and a json_schema go together")
         return self
 
-    def grammar(self) -> Grammar:
-        """The grammar that it asks for."""
+    def grammar(self) -> GrammarSetting:
+        """The constraint on the text."""
         schema = _ANY_OBJECT if self.json_schema is None else self.json_schema.definition
-        return Grammar("response_format", "json_schema", schema)
+        return GrammarSetting("response_format", "json_schema", schema)
 
 
 class StructuredOutputs(Body):
@@ -135,16 +141,16 @@ class StructuredOutputs(Body):
             raise misfit("structured_outputs", "structured_outputs: give one of json, json_object, regex, choice and grammar")
         return self
 
-    def _given(self) -> list[Grammar]:
+    def _given(self) -> list[GrammarSetting]:
         kinds = [
-            Grammar("structured_outputs", "json_schema", self.json_schema),
-            Grammar("structured_outputs", "json_schema", _ANY_OBJECT if self.json_object else None),
-            Grammar("structured_outputs", "regex", self.regex),
-            Grammar("structured_outputs", "choice", self.choice),
-            Grammar("structured_outputs", "ebnf", self.grammar_text),
+            GrammarSetting("structured_outputs", "json_schema", self.json_schema),
+            GrammarSetting("structured_outputs", "json_schema", _ANY_OBJECT if self.json_object else None),
+            GrammarSetting("structured_outputs", "regex", self.regex),
+            GrammarSetting("structured_outputs", "choice", self.choice),
+            GrammarSetting("structured_outputs", "ebnf", self.grammar_text),
         ]
         return [grammar for grammar in kinds if grammar.value is not None]
 
-    def grammar(self) -> Grammar:
-        """The grammar that it asks for."""
+    def grammar(self) -> GrammarSetting:
+        """The constraint on the text."""
         return self._given()[0]

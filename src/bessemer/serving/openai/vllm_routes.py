@@ -1,4 +1,4 @@
-"""vLLM's routes beside OpenAI's: `/tokenize` and `/detokenize`, and adapters that come and go while the server runs.
+"""vLLM's routes: `/tokenize`, `/detokenize`, and adapters loaded and unloaded while the server runs.
 
 `/v1/load_lora_adapter` and `/v1/unload_lora_adapter` need an admin key.
 """
@@ -15,14 +15,14 @@ from pydantic import Field, model_validator
 
 from bessemer.assistant.messages import as_messages
 from bessemer.core.errors import ArtefactError, RequestError
-from bessemer.serving import config as limits
+from bessemer.inference.engine import Engine
+from bessemer.serving.config import MESSAGES, TOOLS
 from bessemer.serving.openai.protocol import Message
 from bessemer.serving.openai.replies import token_text
 from bessemer.serving.openai.tools import FunctionTool, tools_of
 from bessemer.serving.runtime.bodies import ApiError, Body, Name, misfit, read_body
 from bessemer.serving.runtime.clients import caller_of
 from bessemer.serving.runtime.served import Served, check_encoded
-from bessemer.serving.runtime.worker import TextEngine
 
 
 class TokenizeRequest(Body):
@@ -30,8 +30,8 @@ class TokenizeRequest(Body):
 
     model: Name | None = None
     prompt: str | None = None
-    messages: list[Message] = Field(default_factory=list, max_length=limits.MESSAGES.most)
-    tools: list[FunctionTool] = Field(default_factory=list, max_length=limits.TOOLS.most)
+    messages: list[Message] = Field(default_factory=list, max_length=MESSAGES.most)
+    tools: list[FunctionTool] = Field(default_factory=list, max_length=TOOLS.most)
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     return_token_strs: bool = False
@@ -50,24 +50,24 @@ class DetokenizeRequest(Body):
     tokens: list[Annotated[int, Field(ge=0)]]
 
 
-def tokenize(engine: TextEngine, asked: TokenizeRequest) -> dict[str, Any]:
-    """The tokens. Raises RequestError for a conversation that the chat template refuses."""
+def tokenize(engine: Engine, body: TokenizeRequest) -> dict[str, Any]:
+    """The response of `/tokenize`. Raises RequestError for a conversation that the chat template refuses."""
     tokenizer = engine.tokenizer
-    check_encoded([asked.prompt, asked.model_dump(include={"messages", "tools"})])
-    if asked.prompt is not None:
-        ids = tokenizer.encode(asked.prompt, add_bos=asked.add_special_tokens)
+    check_encoded([body.prompt, body.model_dump(include={"messages", "tools"})])
+    if body.prompt is not None:
+        ids = tokenizer.encode(body.prompt, add_bos=body.add_special_tokens)
     else:
-        messages = [message.as_template_input() for message in as_messages([one.as_template_input() for one in asked.messages])]
-        tools = [tool.description_in_chat for tool in tools_of(asked.tools)] or None
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=asked.add_generation_prompt, tools=tools)
-    strings = [token_text(tokenizer, id) for id in ids] if asked.return_token_strs else None
+        messages = [message.as_template_input() for message in as_messages([one.as_template_input() for one in body.messages])]
+        tools = [tool.description_in_chat for tool in tools_of(body.tools)] or None
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=body.add_generation_prompt, tools=tools)
+    strings = [token_text(tokenizer, id) for id in ids] if body.return_token_strs else None
     return {"count": len(ids), "max_model_len": engine.context_length, "tokens": ids, "token_strs": strings}
 
 
-def detokenize(engine: TextEngine, asked: DetokenizeRequest) -> dict[str, Any]:
-    """The text, control tokens among it. Tokens that the tokenizer does not have have none."""
+def detokenize(engine: Engine, body: DetokenizeRequest) -> dict[str, Any]:
+    """The response of `/detokenize`. Control tokens are shown; ids beyond the vocabulary have no text."""
     tokenizer = engine.tokenizer
-    known = [id for id in asked.tokens if id < tokenizer.vocab_size]
+    known = [id for id in body.tokens if id < tokenizer.vocab_size]
     return {"prompt": tokenizer.decode(known, skip_special=False)}
 
 
@@ -86,14 +86,13 @@ class UnloadAdapter(Body):
 
 
 class AdaptersApi:
-    """The routes, as vLLM has them. root: below which the folders of adapters lie; None: none is loaded."""
+    """The routes of adapters. root: the folder below which adapters lie; None: none may be loaded."""
 
     def __init__(self, served: Served, root: Path | None) -> None:
         self._served = served
         self._root = None if root is None else root.resolve()
 
     def router(self) -> APIRouter:
-        """The routes."""
         router = APIRouter(prefix="/v1")
         router.add_api_route("/load_lora_adapter", self.load, methods=["POST"], response_model=None)
         router.add_api_route("/unload_lora_adapter", self.unload, methods=["POST"], response_model=None)
@@ -101,30 +100,30 @@ class AdaptersApi:
 
     async def load(self, request: Request) -> PlainTextResponse:
         _check_admin(request)
-        asked = await read_body(LoadAdapter, request)
-        if asked.lora_name in self._served.all_names and not (
-            asked.load_inplace and asked.lora_name in self._served.engine.adapters
+        body = await read_body(LoadAdapter, request)
+        if body.lora_name in self._served.all_names and not (
+            body.load_inplace and body.lora_name in self._served.engine.adapters
         ):
-            raise _refused(f"'{asked.lora_name}' is served already; unload it, or send load_inplace: true", "lora_name")
-        folder = self._folder(asked.lora_path)
+            raise _refused(f"'{body.lora_name}' is served already; unload it, or send load_inplace: true", "lora_name")
+        folder = self._folder(body.lora_path)
         try:
-            await asyncio.to_thread(self._served.engine.load_adapter, asked.lora_name, folder)
+            await asyncio.to_thread(self._served.engine.load_adapter, body.lora_name, folder)
         except ArtefactError as error:
-            # the folder's place on this machine is nobody's business
+            # the path on this machine is not for clients
             raise _refused(str(error).replace(str(self._root), "").lstrip("/"), "lora_path") from None
-        return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' added successfully.")
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
     async def unload(self, request: Request) -> PlainTextResponse:
         _check_admin(request)
-        asked = await read_body(UnloadAdapter, request)
+        body = await read_body(UnloadAdapter, request)
         try:
-            await asyncio.to_thread(self._served.engine.unload_adapter, asked.lora_name)
+            await asyncio.to_thread(self._served.engine.unload_adapter, body.lora_name)
         except RequestError as error:
             raise ApiError(str(error), status=404, parameter="lora_name", code="model_not_found") from None
-        return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' removed successfully.")
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
     def _folder(self, path: str) -> Path:
-        """The folder that a path means. Raises ApiError for one outside the root, whether or not it exists."""
+        """The folder at a path below the root. Raises ApiError for a path outside, whether or not it exists."""
         if self._root is None:
             raise ApiError("this server loads no adapters; start it with --adapter-root", status=403, code="not_allowed")
         try:

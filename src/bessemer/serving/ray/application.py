@@ -1,6 +1,6 @@
-"""The application on Ray Serve: starts the entrance and the replicas, and stops them when their requests have ended.
+"""The application on Ray Serve: starts the entrance and the replicas, and drains them.
 
-`PrefixRouter` chooses a replica for a request: one that has the beginning of its prompt in its cache, or the least busy one.
+`PrefixRouter` chooses the replica for a request: one that has the prompt's beginning in its cache, or the least busy one.
 """
 
 from __future__ import annotations
@@ -30,17 +30,18 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from bessemer.core.errors import BessemerError, ConfigError
 from bessemer.serving.app import Pages
 from bessemer.serving.config import ServingConfig
-from bessemer.serving.ray.entrance import Entrance, unavailable
-from bessemer.serving.ray.forwarding import Forwarded, Part, PrefixMemory
-from bessemer.serving.ray.replica import EngineReplica, Measured
+from bessemer.serving.ray.entrance import Entrance
+from bessemer.serving.ray.forwarding import Forwarded, PrefixMemory, ResponsePart
+from bessemer.serving.ray.replica import EngineReplica, ModelStatistics
 from bessemer.serving.responses.protocol import MemoryStore
-from bessemer.serving.runtime.models import Opening
+from bessemer.serving.runtime.bodies import overloaded
+from bessemer.serving.runtime.models import ModelSetup
 from bessemer.serving.runtime.served import Served
 from bessemer.serving.server import KEEP_ALIVE_SECONDS, address_of, ask_questions, listen, open_many_files, request_log
 
-#: Share of a prompt that a replica must have seen to be chosen for it.
+#: Least share of a prompt that a replica must have seen to be preferred.
 _MATCH_RATE = 0.25
-#: How many requests more than the least busy one it may have then.
+#: Most requests above those of the least busy replica, for a preferred one.
 _IMBALANCE = 4
 _PAUSE_SECONDS = 0.002
 
@@ -48,151 +49,147 @@ _PAUSE_SECONDS = 0.002
 class PrefixRouter(FIFOMixin, RequestRouter):
     """Ray's request router for `EngineReplica.answer`.
 
-    A replica goes to the request that it was chosen for, and to the oldest one where that has found another. Without the
-    second half, that is without `FIFOMixin`, Ray 2.59 forgets a request whose routing task ends while others are routed.
+    A replica gets the request that it was chosen for, or the oldest one if that was routed elsewhere. `FIFOMixin` does the
+    latter: without it, Ray 2.59 loses a request whose routing task ends while others are routed.
     """
 
     def initialize_state(self, **kwargs: Any) -> None:
-        """Ray calls it in place of a constructor."""
+        """Ray's constructor."""
         self._memory = PrefixMemory()
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """Ranks of replicas; within one the least busy that accepts is taken."""
+        """Groups of replicas in order of preference; Ray takes the least busy one of a group that accepts."""
         if pending_request is None:
-            # Ray has more tasks than requests for a moment: one that never pauses would keep all others from the event loop
+            # for a moment, Ray has more routing tasks than requests: without a pause they block the event loop
             await asyncio.sleep(_PAUSE_SECONDS)
         else:
-            # else Ray asks again and again without a pause while no replica has a place
+            # else Ray retries without a pause while no replica has a place
             pending_request.routing_context.should_backoff = True
         prompt = _prompt(pending_request)
-        matches = self._memory.matches(prompt, [_name(one.replica_id) for one in candidate_replicas]) if prompt else {}
-        busy = {one.replica_id: self.replica_queue_len_cache.get(one.replica_id) or 0 for one in candidate_replicas}
+        names = [_name(replica.replica_id) for replica in candidate_replicas]
+        matches = self._memory.matches(prompt, names) if prompt else {}
+        busy = {replica.replica_id: self.replica_queue_len_cache.get(replica.replica_id) or 0 for replica in candidate_replicas}
         least = min(busy.values(), default=0)
-        chosen = [
-            one
-            for one in candidate_replicas
-            if matches.get(_name(one.replica_id), 0) >= max(_MATCH_RATE, max(matches.values(), default=0))
-            and busy[one.replica_id] - least <= _IMBALANCE
+        best_match = max(_MATCH_RATE, max(matches.values(), default=0))
+        preferred = [
+            replica
+            for name, replica in zip(names, candidate_replicas, strict=True)
+            if matches.get(name, 0) >= best_match and busy[replica.replica_id] - least <= _IMBALANCE
         ]
-        others = [one for one in candidate_replicas if one not in chosen]
-        # Ray asks the replicas of a rank how busy they are: two at random keep that cheap
-        pairs = random.sample(others, min(2, len(others)))
-        return [rank for rank in (chosen, pairs) if rank]
+        others = [replica for replica in candidate_replicas if replica not in preferred]
+        # Ray asks each replica of a group how busy it is: two random ones are enough
+        pair = random.sample(others, min(2, len(others)))
+        return [group for group in (preferred, pair) if group]
 
     def _get_pending_request_matching_metadata(self, request_metadata: Any = None) -> PendingRequest | None:
-        """Ray asks it first, for the request that a replica was chosen for."""
-        found: PendingRequest | None = self._get_pending_request_matching_internal_request_id(request_metadata)
-        return found
+        """The request that a replica was chosen for; Ray calls it first."""
+        pending: PendingRequest | None = self._get_pending_request_matching_internal_request_id(request_metadata)
+        return pending
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: object) -> None:
-        """A request has been sent to a replica."""
+        """Remember which replica got the prompt."""
         if prompt := _prompt(pending_request):
             self._memory.remember(prompt, _name(replica_id))
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
-        """The replicas that there are from now on."""
+        """Ray gives the new list of replicas."""
         super().update_replicas(replicas)
-        self._memory.keep([_name(one.replica_id) for one in replicas])
+        self._memory.keep([_name(replica.replica_id) for replica in replicas])
 
 
 def _prompt(pending: PendingRequest | None) -> str:
-    asked: Sequence[object] = () if pending is None else pending.args
-    return next((one.prompt for one in asked if isinstance(one, Forwarded)), "")
+    arguments: Sequence[object] = () if pending is None else pending.args
+    return next((argument.prompt for argument in arguments if isinstance(argument, Forwarded)), "")
 
 
 def _name(replica: ReplicaID) -> str:
     return str(replica.unique_id)
 
 
-# read when Ray is loaded: on a busy machine its proxy takes longer than 5 s to load, and is then ended before it is there
+# Ray kills a proxy that is not ready in time, by default 5 s, which a busy machine exceeds; read when the proxy starts
 os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
 
 _APPLICATION = "bessemer"
-#: More than any process is asked at once.
+#: No limit in practice.
 _MOST_REQUESTS = 100_000
-#: Seconds between two looks at a replica's health, and for which it may take to say.
+#: Seconds between two health checks of a replica.
 _HEALTH_SECONDS = 5.0
-#: For what all replicas are asked.
+#: Seconds for a broadcast.
 _ALL_SECONDS = 60.0
-#: For a replica to end what it is in when it is stopped: the entrance has waited before.
+#: Seconds for a replica to stop; the entrance has drained before.
 _GRACE_SECONDS = 2.0
-#: What makes the pages, in the process of each replica.
+#: Makes the pages, in the process of each replica.
 MakePages = Callable[[], Callable[[Served], Pages]]
 
 
 class RayReplicas:
-    """The replicas behind a handle of Ray Serve."""
+    """`Replicas` behind a handle of Ray Serve."""
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
         self._streaming = handle.options(stream=True)
 
-    async def ask(self, asked: Forwarded) -> AsyncGenerator[Part, None]:
-        """The answer of one of them."""
-        answering = self._streaming.answer.remote(asked)
+    async def send(self, request: Forwarded) -> AsyncGenerator[ResponsePart, None]:
+        answering = self._streaming.answer.remote(request)
         try:
             async for part in answering:
                 yield part
         except (DeploymentUnavailableError, RayError):
-            raise unavailable("the replica that answered has ended; try again in a moment") from None
+            raise overloaded("the replica that answered has ended; try again in a moment") from None
         finally:
-            # of an answer that is over, nothing happens; one that never began raises again what is told already
+            # nothing to cancel in a finished response; one that never began raises its error again
             with suppress(Exception):
                 answering.cancel()
 
-    async def ask_all(self, asked: Forwarded) -> Sequence[Sequence[Part]]:
-        """The answers of all. Raises ApiError where one gives none."""
-        found = await self._of_all("whole_answer", asked)
-        if any(isinstance(one, BaseException) for one in found):
-            raise unavailable("a replica did not answer; try again in a moment")
-        return found
+    async def broadcast(self, request: Forwarded) -> Sequence[Sequence[ResponsePart]]:
+        """As `Replicas.broadcast`. Raises ApiError where a replica does not respond."""
+        responses = await self._call_all("whole_answer", request)
+        if any(isinstance(response, BaseException) for response in responses):
+            raise overloaded("a replica did not answer; try again in a moment")
+        return responses
 
-    async def measure(self) -> Sequence[Sequence[Measured]]:
-        """The statistics of those that answer."""
-        return [one for one in await self._of_all("measured") if not isinstance(one, BaseException)]
+    async def measure(self) -> Sequence[Sequence[ModelStatistics]]:
+        return [models for models in await self._call_all("measured") if not isinstance(models, BaseException)]
 
     async def count_ready(self) -> int:
-        """How many can answer requests."""
-        return sum(one is True for one in await self._of_all("is_ready"))
+        return sum(is_ready is True for is_ready in await self._call_all("is_ready"))
 
-    async def _of_all(self, method: str, *given: Any) -> list[Any]:
-        """What each replica returns, or the error that it ended in; none where there is no replica."""
+    async def _call_all(self, method: str, *arguments: Any) -> list[Any]:
+        """The result of each replica's method, or its exception; empty where there is no replica."""
         try:
-            found: list[Any] = await self._handle.broadcast(method, *given).results_async(
+            results: list[Any] = await self._handle.broadcast(method, *arguments).results_async(
                 timeout_s=_ALL_SECONDS, return_exceptions=True
             )
         except (DeploymentUnavailableError, RayError, TimeoutError):
             return []
-        return found
+        return results
 
 
 class Ingress:
-    """What Ray runs as the entrance's replica."""
+    """The actor that Ray runs as the entrance."""
 
     async def __init__(  # type: ignore[misc]  # Ray awaits it
         self, engines: Any, name: str, config: ServingConfig, public: Collection[str]
     ) -> None:
-        """engines: the handle of the deployment of `EngineReplica`."""
+        """engines: handle of the deployment of `EngineReplica`."""
         open_many_files()
-        # to the log of this process, which Ray keeps
+        # Ray collects this process's log
         self._log = request_log(config.request_log)
         self._log.__enter__()
         self.entrance = Entrance(RayReplicas(engines), name, config, public)
         self._watching = asyncio.create_task(self.entrance.watch_keys())
 
     def drain(self) -> None:
-        """Begin nothing new."""
         self.entrance.is_draining = True
 
     def requests(self) -> int:
-        """Requests under way."""
         return self.entrance.requests
 
 
 async def _application(scope: Scope, receive: Receive, send: Send) -> None:
-    """The ASGI application of the entrance's replica."""
+    """The ASGI application of the entrance's actor."""
     if scope["type"] == "lifespan":
         for phase in ("startup", "shutdown"):
             await receive()
@@ -208,7 +205,7 @@ def _build() -> ASGIApp:
 
 
 def serve_on_ray(
-    opening: Opening,
+    setup: ModelSetup,
     config: ServingConfig,
     replicas: int,
     *,
@@ -219,9 +216,8 @@ def serve_on_ray(
 ) -> None:
     """Serve a model by several replicas until interrupted, on the cluster of RAY_ADDRESS or on one that is started here.
 
-    The model's place, and those of its adapters, must be there on every machine. make_pages, public: what is shown beside the
-    API, and its paths that need no key. say, questions: as for `serve`. After SIGTERM nothing new is begun, and what is under
-    way gets `config.drain_seconds`; a second one ends it.
+    The files of the model and its adapters must exist on every machine. make_pages, public: pages beside the API, and those of
+    their paths that need no key. say, questions: as for `serve`. SIGTERM drains for `config.drain_seconds`; a second one stops.
 
     Raises ConfigError for more replicas than the cluster has room for, and BessemerError for replicas that do not start.
     """
@@ -229,14 +225,13 @@ def serve_on_ray(
         host, port = listener.getsockname()[:2]
         url = address_of(listener)
     try:
-        # a dashboard is of a cluster; one that is there already keeps its own
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     except (ConnectionError, RuntimeError) as error:
         raise ConfigError(f"--engine ray: no cluster answers: {_last_line(error)}") from None
     stop, is_ours = _Stop(), False
     try:
-        options = _share(opening, replicas)
+        options = _share(setup, replicas)
         if _is_running():
             raise ConfigError("--engine ray: Ray Serve runs on this cluster already; stop it, or use another cluster")
         is_ours = True
@@ -246,12 +241,12 @@ def serve_on_ray(
             logging_config=LoggingConfig(enable_access_log=False),
         )
         keeper = ray.remote(MemoryStore).options(num_cpus=0, max_restarts=-1).remote()
-        # keys are the entrance's
+        # the entrance checks the keys
         behind = config.with_changes(api_key=None, keys=None)
         engines = ray_serve.deployment(
             name="Engine",
             num_replicas=replicas,
-            # a replica refuses generations itself when it is full, and answers all else
+            # a full replica refuses completions itself, and still answers other requests
             max_ongoing_requests=_MOST_REQUESTS,
             ray_actor_options=options,
             health_check_period_s=_HEALTH_SECONDS,
@@ -268,7 +263,7 @@ def serve_on_ray(
         )(ray_serve.ingress(_build)(Ingress))
         try:
             handle = ray_serve.run(
-                ingress.bind(engines.bind(opening, behind, make_pages, keeper), opening.name, config, public),
+                ingress.bind(engines.bind(setup, behind, make_pages, keeper), setup.name, config, public),
                 name=_APPLICATION,
                 route_prefix="/",
                 logging_config=LoggingConfig(enable_access_log=False),
@@ -276,15 +271,15 @@ def serve_on_ray(
         except RuntimeError as error:
             raise BessemerError(f"the replicas did not start: {_last_line(error)}") from None
         shown = "" if make_pages is None else f"chat at {url} · "
-        say(f"{opening.name}: {shown}OpenAI API at {url}/v1 · {replicas} replicas · Ctrl-C stops")
+        say(f"{setup.name}: {shown}OpenAI API at {url}/v1 · {replicas} replicas · Ctrl-C stops")
         if questions:
-            ask_questions(f"{url}/v1", opening.name, questions, say)
+            ask_questions(f"{url}/v1", setup.name, questions, say)
             return
         stop.wait()
         if stop.is_gentle:
             _drain(handle, config.drain_seconds, stop)
     finally:
-        # Ray tells of the tasks that it ends
+        # Ray prints the tasks that it cancels
         with suppress(Exception), redirect_stderr(io.StringIO()):
             if is_ours:
                 ray_serve.shutdown()
@@ -293,12 +288,12 @@ def serve_on_ray(
 
 
 class _Stop:
-    """SIGTERM and Ctrl-C, while there is something to stop."""
+    """SIGTERM and Ctrl-C, until `close`."""
 
     def __init__(self) -> None:
         self._asked = threading.Event()
         self._signals = 0
-        #: Whether what is under way may end by itself.
+        #: Whether to drain: a single SIGTERM.
         self.is_gentle = False
         self._before = {each: signal.signal(each, self._hear) for each in (signal.SIGTERM, signal.SIGINT)}
 
@@ -308,8 +303,8 @@ class _Stop:
         return self._signals > 1
 
     def wait(self) -> None:
-        """Until the first signal."""
-        # a wait without a limit hears no signal on Windows
+        """Wait for the first signal."""
+        # on Windows, a wait without a timeout is not interrupted by signals
         while not self._asked.wait(0.5):
             pass
 
@@ -324,7 +319,7 @@ class _Stop:
 
 
 def _drain(handle: Any, seconds: float, stop: _Stop) -> None:
-    """Begin nothing new, and wait for what is under way."""
+    """Refuse new requests, and wait for the others."""
     handle.drain.remote().result()
     until = time.monotonic() + seconds
     while time.monotonic() < until and not stop.is_urgent and handle.requests.remote().result() > 0:
@@ -332,7 +327,7 @@ def _drain(handle: Any, seconds: float, stop: _Stop) -> None:
 
 
 def _is_running() -> bool:
-    """Whether somebody's Ray Serve runs on the cluster."""
+    """Whether Ray Serve already runs on the cluster."""
     try:
         ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
     except ValueError:
@@ -340,25 +335,25 @@ def _is_running() -> bool:
     return True
 
 
-def _share(opening: Opening, replicas: int) -> dict[str, Any]:
-    """What Ray reserves for each replica: its share of the processors, a GPU where there are some. Raises ConfigError."""
-    there = ray.cluster_resources()
-    if opening.device in ("auto", "cuda") and there.get("GPU", 0) > 0:
+def _share(setup: ModelSetup, replicas: int) -> dict[str, Any]:
+    """Ray's resources of each replica: one GPU where there are any, else a share of the CPUs. Raises ConfigError."""
+    total = ray.cluster_resources()
+    if setup.device in ("auto", "cuda") and total.get("GPU", 0) > 0:
         each, what = 1.0, "GPU"
     else:
-        # a replica computes on one machine
+        # a replica runs on one machine
         largest = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
-        each = float(opening.engine.threads or max(1, min(int(there.get("CPU", 0)) // replicas, int(largest))))
+        each = float(setup.engine.threads or max(1, min(int(total.get("CPU", 0)) // replicas, int(largest))))
         what = "CPU"
-    if each * replicas > there.get(what, 0):
+    if each * replicas > total.get(what, 0):
         raise ConfigError(
-            f"--replicas {replicas}: each needs {each:g} of the cluster's {there.get(what, 0):g} {what}s; ask for fewer, or "
+            f"--replicas {replicas}: each needs {each:g} of the cluster's {total.get(what, 0):g} {what}s; ask for fewer, or "
             "give each fewer --threads"
         )
     return {"num_cpus": 1, "num_gpus": each} if what == "GPU" else {"num_cpus": each}
 
 
 def _last_line(error: Exception) -> str:
-    """What an error that another process sent comes down to."""
+    """The last line of an error that holds another process's traceback."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

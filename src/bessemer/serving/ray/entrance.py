@@ -1,12 +1,11 @@
-"""The entrance: the gate, and the way to the replicas and back."""
+"""The entrance of a server with several replicas: the gate, and requests forwarded to a replica."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Collection, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -14,54 +13,44 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from bessemer.serving import config as limits
-from bessemer.serving.app import answer_api_error, answer_failure, answer_http_error, error_body_of, watch
-from bessemer.serving.config import ServingConfig
-from bessemer.serving.ray.forwarding import Forwarded, Part
-from bessemer.serving.ray.replica import Measured
-from bessemer.serving.runtime.bodies import ApiError
+from bessemer.serving.app import answer_error, error_body_of, watch_keys
+from bessemer.serving.config import PARSED_AT_ONCE, ServingConfig
+from bessemer.serving.ray.forwarding import Forwarded, ResponsePart
+from bessemer.serving.ray.replica import ModelStatistics
+from bessemer.serving.runtime.bodies import ApiError, overloaded
 from bessemer.serving.runtime.clients import SCOPE, Caller, Keys
 from bessemer.serving.runtime.gate import PUBLIC, Gate
-from bessemer.serving.runtime.metrics import CONTENT_TYPE, Metrics
-from bessemer.serving.runtime.streams import CLIENT_LEFT
+from bessemer.serving.runtime.metrics import CONTENT_TYPE, render_metrics
+from bessemer.serving.runtime.streams import client_left_response, until_client_leaves
 
-#: What every replica has to do, so that they all serve the same.
-_OF_ALL = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
-#: Seconds that a refused client is told to wait.
-_RETRY_AFTER = "1"
+#: Paths whose requests go to every replica, so that all serve the same.
+_BROADCAST = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 
 
 class Replicas(Protocol):
-    """The replicas, as the entrance asks them."""
+    """The replicas, as the entrance calls them."""
 
-    def ask(self, asked: Forwarded) -> AsyncGenerator[Part, None]:
-        """The answer of one of them. Closing it ends the request there.
+    def send(self, request: Forwarded) -> AsyncGenerator[ResponsePart, None]:
+        """The response of one replica. Closing it ends the request there.
 
-        Raises ApiError where none can answer, and what a replica failed of.
+        Raises ApiError where none is available, and the replica's own error.
         """
 
-    async def ask_all(self, asked: Forwarded) -> Sequence[Sequence[Part]]:
-        """The answers of all."""
+    async def broadcast(self, request: Forwarded) -> Sequence[Sequence[ResponsePart]]:
+        """The response of each replica."""
 
-    async def measure(self) -> Sequence[Sequence[Measured]]:
-        """The statistics of those that answer."""
+    async def measure(self) -> Sequence[Sequence[ModelStatistics]]:
+        """Statistics of the replicas that answer, one for each open model."""
 
     async def count_ready(self) -> int:
         """How many can answer requests."""
 
 
-@dataclass(frozen=True)
-class _Told:
-    """What `/metrics` tells of one model of one replica."""
-
-    statistics: Any
-    adapters: tuple[str, ...]
-
-
 class Entrance:
-    """An application that answers every request by a replica. It has the keys, so that what a key may use is counted once."""
+    """An ASGI application that forwards requests to replicas. It alone has the keys, so that rate limits hold for all
+    replicas."""
 
     def __init__(self, replicas: Replicas, name: str, config: ServingConfig, public: Collection[str]) -> None:
         """public: paths of pages that need no key. Raises as `Keys`."""
@@ -70,8 +59,8 @@ class Entrance:
         asks_for_keys = config.keys is not None or config.api_key is not None
         self._keys = Keys(config.keys, config.api_key) if asks_for_keys else None
         gate = Middleware(Gate, config=config, keys=self._keys, error_body=error_body_of, public=PUBLIC.union(public))
-        routes = [Route("/metrics", self.tell_metrics), Route("/ready", self.ready), Route("/health", self.health)]
-        handlers = {ApiError: answer_api_error, HTTPException: answer_http_error, Exception: answer_failure}
+        routes = [Route("/metrics", self.metrics), Route("/ready", self.ready), Route("/health", self.health)]
+        handlers = dict.fromkeys((ApiError, HTTPException, Exception), answer_error)
         app = Starlette(routes=routes, middleware=[gate], exception_handlers=handlers)
         app.router.redirect_slashes = False
         app.router.default = self._forward
@@ -82,23 +71,19 @@ class Entrance:
         self.is_draining = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The ASGI application."""
         await self._app(scope, receive, send)
 
     async def watch_keys(self) -> None:
-        """Look for changes of the keys until cancelled."""
-        await watch(self._keys)
+        await watch_keys(self._keys)
 
-    async def tell_metrics(self, request: Request) -> Response:
-        """Those of all replicas, told apart by the label `engine`."""
-        found = await self._replicas.measure()
-        engines = [
-            (one.model, str(number), _Told(one.statistics, one.adapters)) for number, each in enumerate(found) for one in each
-        ]
-        return Response(Metrics(lambda: engines).render(), media_type=CONTENT_TYPE)
+    async def metrics(self, request: Request) -> Response:
+        """Metrics of all replicas, with the replica's number as the label `engine`."""
+        replicas = await self._replicas.measure()
+        engines = [(model.model, str(number), model) for number, models in enumerate(replicas) for model in models]
+        return Response(render_metrics(engines), media_type=CONTENT_TYPE)
 
     async def ready(self, request: Request) -> Response:
-        """Whether new requests are answered."""
+        """Whether new requests are accepted."""
         if self.is_draining:
             return JSONResponse({"status": "stopping", "model": self._name, "requests": self.requests}, status_code=503)
         ready = await self._replicas.count_ready()
@@ -106,61 +91,50 @@ class Entrance:
         return JSONResponse({"status": "ok" if ready else "failed", **state}, status_code=200 if ready else 503)
 
     async def health(self, request: Request) -> Response:
-        """That the entrance is there. Replicas that fail are Ray's to start again."""
+        """Whether the entrance runs. Ray restarts replicas that fail."""
         return JSONResponse({"status": "ok", "model": self._name, "requests": self.requests})
 
     async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Any other request. Raises ApiError."""
+        """Forward a request. Raises ApiError."""
         if scope["type"] != "http":
             return
         caller: Caller = scope[SCOPE]
         self.requests += 1
         try:
             body = await Request(scope, receive).body()
-            # beside the event loop where it is large: a prompt is parsed
-            is_large = len(body) > limits.PARSED_AT_ONCE
-            asked = (
+            # parsing a large prompt would block the event loop
+            is_large = len(body) > PARSED_AT_ONCE
+            request = (
                 await asyncio.to_thread(Forwarded.of, scope, body, caller) if is_large else Forwarded.of(scope, body, caller)
             )
             if self.is_draining and scope["path"] not in PUBLIC:
-                raise unavailable("the server is stopping; another one may answer")
-            if scope["path"] in _OF_ALL:
-                answers = await self._replicas.ask_all(asked)
-                await _tell(_worst(answers), caller, send)
+                raise overloaded("the server is stopping; another one may answer")
+            if scope["path"] in _BROADCAST:
+                responses = await self._replicas.broadcast(request)
+                await _send_parts(_worst(responses), caller, send)
             else:
-                await self._pass_on(asked, caller, receive, send)
+                await self._pass_on(request, caller, receive, send)
         finally:
             self.requests -= 1
 
-    async def _pass_on(self, asked: Forwarded, caller: Caller, receive: Receive, send: Send) -> None:
-        """A replica's answer, until it is over or the client has left."""
+    async def _pass_on(self, request: Forwarded, caller: Caller, receive: Receive, send: Send) -> None:
+        """Send a replica's response, until it ends or the client has left."""
         has_begun = False
 
-        async def tell() -> None:
+        async def respond() -> None:
             nonlocal has_begun
-            async with contextlib.aclosing(self._replicas.ask(asked)) as parts:
+            async with contextlib.aclosing(self._replicas.send(request)) as parts:
                 async for part in parts:
                     has_begun = has_begun or bool(part.messages)
-                    await _tell([part], caller, send)
+                    await _send_parts([part], caller, send)
 
-        telling, leaving = asyncio.ensure_future(tell()), asyncio.ensure_future(_client_left(receive))
-        try:
-            await asyncio.wait({telling, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if telling.done():
-                telling.result()
-        finally:
-            leaving.cancel()
-            if not telling.done():
-                telling.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await telling
+        await until_client_leaves(receive, respond())
         if not has_begun:
-            # it is never received, but the server that runs the application waits for it
-            await Response(status_code=CLIENT_LEFT)(dict(asked.scope), receive, send)
+            await client_left_response()(dict(request.scope), receive, send)
 
 
-async def _tell(parts: Sequence[Part], caller: Caller, send: Send) -> None:
-    """Send parts of an answer to the client, and count what they used."""
+async def _send_parts(parts: Sequence[ResponsePart], caller: Caller, send: Send) -> None:
+    """Send parts of a response to the client, and count their tokens."""
     for part in parts:
         caller.model = part.model
         caller.spend(prompt=part.prompt_tokens, completion=part.completion_tokens)
@@ -168,22 +142,8 @@ async def _tell(parts: Sequence[Part], caller: Caller, send: Send) -> None:
             await send(message)
 
 
-def _worst(answers: Sequence[Sequence[Part]]) -> Sequence[Part]:
-    """The answer with the highest status of those that all replicas gave. Raises ApiError where there is none."""
-    if not answers:
-        raise unavailable("no replica answers")
-    return max(answers, key=lambda parts: next(_status(message) for part in parts for message in part.messages))
-
-
-def _status(message: Message) -> int:
-    return int(message["status"])
-
-
-async def _client_left(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-def unavailable(reason: str) -> ApiError:
-    """A refusal for now."""
-    return ApiError(reason, status=503, kind="server_error", code="server_overloaded", headers={"Retry-After": _RETRY_AFTER})
+def _worst(responses: Sequence[Sequence[ResponsePart]]) -> Sequence[ResponsePart]:
+    """The response with the highest status. Raises ApiError where no replica responds."""
+    if not responses:
+        raise overloaded("no replica answers")
+    return max(responses, key=lambda parts: next(int(message["status"]) for part in parts for message in part.messages))

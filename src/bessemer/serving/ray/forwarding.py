@@ -1,6 +1,6 @@
-"""How a request travels from the entrance to a replica, and its answer back: ASGI's own messages, and what the request used.
+"""Requests forwarded from the entrance to a replica, and responses back: ASGI messages with the tokens that were used.
 
-`PrefixMemory` says which replica has which beginnings of prompts in its cache, as far as the entrance can tell.
+`PrefixMemory` guesses which replica has a prompt's beginning in its prefix cache.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from bessemer.assistant.config import Principal
 from bessemer.serving.runtime.bodies import ApiError, read_json
 from bessemer.serving.runtime.clients import SCOPE, Caller, Client
 
-#: Characters of a block: some 64 tokens.
+#: Characters of a block, about 64 tokens.
 _BLOCK = 256
-#: Blocks that are remembered; those that were not seen for the longest time go first.
+#: Most remembered blocks; the least recently used are dropped.
 _MOST_BLOCKS = 100_000
 
 
 class PrefixMemory:
-    """The replicas that prompts were sent to, by their beginnings in whole blocks. What a replica has dropped since is not
-    known here: a wrong guess costs a prefill and nothing else."""
+    """The replicas that prompts were sent to, by the prompts' leading blocks. A replica may have dropped a block since: a wrong
+    guess costs one prefill."""
 
     def __init__(self, block: int = _BLOCK, most: int = _MOST_BLOCKS) -> None:
         self._block = block
@@ -36,20 +36,19 @@ class PrefixMemory:
         self._replicas: OrderedDict[int, set[str]] = OrderedDict()
 
     def matches(self, prompt: str, replicas: Collection[str]) -> dict[str, float]:
-        """The share of a prompt's blocks, from its beginning, that each replica has seen; those that have seen none are left
-        out."""
+        """The share of a prompt's leading blocks that each replica has seen, in 0 … 1; replicas without any are left out."""
         chains = list(self._chains(prompt))
         matched: dict[str, int] = {}
-        staying = set(replicas)
-        for place, chain in enumerate(chains, 1):
-            staying &= self._replicas.get(chain, set())
-            if not staying:
+        matching = set(replicas)
+        for blocks, chain in enumerate(chains, 1):
+            matching &= self._replicas.get(chain, set())
+            if not matching:
                 break
-            matched |= dict.fromkeys(staying, place)
+            matched |= dict.fromkeys(matching, blocks)
         return {replica: blocks / len(chains) for replica, blocks in matched.items()}
 
     def remember(self, prompt: str, replica: str) -> None:
-        """A prompt was sent to a replica."""
+        """Note that a prompt was sent to a replica."""
         for chain in self._chains(prompt):
             self._replicas.setdefault(chain, set()).add(replica)
             self._replicas.move_to_end(chain)
@@ -65,7 +64,7 @@ class PrefixMemory:
                 del self._replicas[chain]
 
     def _chains(self, prompt: str) -> Iterator[int]:
-        """A hash of each beginning in whole blocks."""
+        """A hash for each leading block, which covers the blocks before it."""
         chain = 0
         for start in range(0, len(prompt) - self._block + 1, self._block):
             chain = hash((chain, prompt[start : start + self._block]))
@@ -74,9 +73,9 @@ class PrefixMemory:
 
 _log = logging.getLogger(__name__)
 
-#: What a route reads of a scope, and what can be sent to another process.
+#: Keys of an ASGI scope that routes read and that can be pickled.
 _SCOPE_KEYS = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "headers", "client")
-#: Fields of the dialects that a prompt is made of, in the order in which they stand in it.
+#: Fields of all APIs that make up a prompt, in their order within it.
 _PROMPT_FIELDS = ("model", "system", "instructions", "tools", "messages", "input", "prompt")
 #: The routes whose bodies are prompts.
 _PROMPT_ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
@@ -84,9 +83,9 @@ _PROMPT_ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/
 
 @dataclass(frozen=True)
 class Forwarded:
-    """A request that has passed the gate, with its whole body and in whose name it comes.
+    """A request that has passed the gate, with its body and its client's identity.
 
-    prompt: a text that begins alike for requests whose prompts begin alike; "" for one that has none.
+    prompt: stands for the prompt in `PrefixMemory`: equal beginnings for prompts with equal beginnings; "" for none.
     """
 
     scope: Mapping[str, Any]
@@ -100,22 +99,21 @@ class Forwarded:
 
     @classmethod
     def of(cls, scope: Scope, body: bytes, caller: Caller) -> Forwarded:
-        """The request of a scope."""
         client = caller.client
         plain = {key: scope[key] for key in _SCOPE_KEYS if key in scope}
         prompt = prompt_of(body) if scope["method"] == "POST" and scope["path"] in _PROMPT_ROUTES else ""
-        # requests of clients with different salts share no cache
+        # clients with different salts share no cache
         prompt = f"{client.salt}\n{prompt}" if prompt and client.salt else prompt
         return cls(plain, body, caller.id, client.principal, client.id, client.is_admin, client.salt, prompt)
 
     def caller(self) -> Caller:
-        """The caller, as a route of the replica sees it."""
+        """The caller for the routes of the replica."""
         client = Client(self.principal, id=self.client_id, is_admin=self.is_admin, salt=self.salt)
         return Caller(client, id=self.request_id)
 
 
-class Part(NamedTuple):
-    """Messages of an answer, and what the request has used since the part before."""
+class ResponsePart(NamedTuple):
+    """ASGI messages of a response, and the tokens used since the part before."""
 
     messages: list[Message]
     model: str | None
@@ -124,28 +122,28 @@ class Part(NamedTuple):
 
 
 def prompt_of(body: bytes) -> str:
-    """What a body's prompt is made of, as one text; "" where the body is none."""
+    """The fields that make up a body's prompt, as one text; "" for an invalid body."""
     try:
-        asked = read_json(body)
+        values = read_json(body)
     except ApiError:
         return ""
-    if not isinstance(asked, dict):
+    if not isinstance(values, dict):
         return ""
-    given = (asked.get(field) for field in _PROMPT_FIELDS)
-    return "\n".join(one if isinstance(one, str) else json.dumps(one) for one in given if one)
+    parts = (values.get(field) for field in _PROMPT_FIELDS)
+    return "\n".join(part if isinstance(part, str) else json.dumps(part) for part in parts if part)
 
 
-#: Stands among the messages where the request has used more.
+#: Queued among the messages when the request has used more tokens.
 _SPENT: Message = {"type": "bessemer.spent"}
 
 
 @dataclass(eq=False)
 class _Exchange:
-    """The application's side of one request."""
+    """The receive and send channels of one request to the application. None in `sent` is the end."""
 
-    asked: Forwarded
+    request: Forwarded
     caller: Caller
-    told: asyncio.Queue[Message | None] = field(default_factory=asyncio.Queue)
+    sent: asyncio.Queue[Message | None] = field(default_factory=asyncio.Queue)
     left: asyncio.Event = field(default_factory=asyncio.Event)
     is_read: bool = False
     is_answered: bool = False
@@ -153,52 +151,52 @@ class _Exchange:
     async def receive(self) -> Message:
         if not self.is_read:
             self.is_read = True
-            return {"type": "http.request", "body": self.asked.body, "more_body": False}
+            return {"type": "http.request", "body": self.request.body, "more_body": False}
         await self.left.wait()
         return {"type": "http.disconnect"}
 
     async def send(self, message: Message) -> None:
-        await self.told.put(message)
+        await self.sent.put(message)
         self.is_answered |= message["type"] == "http.response.body" and not message.get("more_body", False)
 
 
 async def _ended(running: asyncio.Task[None], exchange: _Exchange) -> None:
-    """The end of an application. Raises what it failed of where its answer is not whole; else the log has it."""
+    """Await the application's end. Raises its error while the response is incomplete; a later one goes to the log."""
     try:
         await running
     except Exception:
         if not exchange.is_answered:
             raise
-        _log.exception("the request %s failed", exchange.asked.request_id)
+        _log.exception("the request %s failed", exchange.request.request_id)
 
 
-async def answer(app: ASGIApp, asked: Forwarded) -> AsyncGenerator[Part, None]:
-    """An application's answer to a request, as it comes; all that is there at once is one part. Closing or cancelling it tells
-    the application that its client has left, and ends it."""
-    exchange = _Exchange(asked, asked.caller())
-    # what a prompt costs is told at once: its client may leave before the answer is there
-    exchange.caller.on_spend = lambda: exchange.told.put_nowait(_SPENT)
-    scope = {**asked.scope, "root_path": "", SCOPE: exchange.caller}
+async def answer(app: ASGIApp, request: Forwarded) -> AsyncGenerator[ResponsePart, None]:
+    """An application's response to a request, as it comes; messages that are there at once are one part. Closing or cancelling
+    it ends the application as if its client had left."""
+    exchange = _Exchange(request, request.caller())
+    # the tokens of a prompt are reported at once: the client may leave before the response begins
+    exchange.caller.on_spend = lambda: exchange.sent.put_nowait(_SPENT)
+    scope = {**request.scope, "root_path": "", SCOPE: exchange.caller}
 
     async def run() -> None:
         try:
             await app(scope, exchange.receive, exchange.send)
         finally:
             exchange.caller.held.close()
-            await exchange.told.put(None)
+            await exchange.sent.put(None)
 
     running = asyncio.create_task(run())
     prompt_tokens = completion_tokens = 0
     try:
         is_over = False
         while not is_over:
-            news = [await exchange.told.get()]
-            while not exchange.told.empty():
-                news.append(exchange.told.get_nowait())
-            is_over = None in news
+            messages = [await exchange.sent.get()]
+            while not exchange.sent.empty():
+                messages.append(exchange.sent.get_nowait())
+            is_over = None in messages
             caller = exchange.caller
-            yield Part(
-                [message for message in news if message is not None and message is not _SPENT],
+            yield ResponsePart(
+                [message for message in messages if message is not None and message is not _SPENT],
                 caller.model,
                 caller.prompt_tokens - prompt_tokens,
                 caller.completion_tokens - completion_tokens,

@@ -1,9 +1,9 @@
-"""A replica: an engine with the whole application around it, asked by the entrance and by nobody else."""
+"""A replica: an engine with the whole application, reachable through the entrance alone."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Generator, Mapping
+from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,15 +15,15 @@ set_environment()  # before PyTorch reads it
 from bessemer.inference.statistics import EngineStatistics  # noqa: E402
 from bessemer.serving.app import Pages, create_app, no_pages  # noqa: E402
 from bessemer.serving.config import ServingConfig  # noqa: E402
-from bessemer.serving.ray.forwarding import Forwarded, Part, answer  # noqa: E402
+from bessemer.serving.ray.forwarding import Forwarded, ResponsePart, answer  # noqa: E402
 from bessemer.serving.responses.protocol import StoredResponse  # noqa: E402
 from bessemer.serving.runtime.bodies import ApiError  # noqa: E402
-from bessemer.serving.runtime.models import Opening  # noqa: E402
+from bessemer.serving.runtime.models import ModelSetup  # noqa: E402
 from bessemer.serving.runtime.served import Served  # noqa: E402
 
 
 @dataclass(frozen=True)
-class Measured:
+class ModelStatistics:
     """The statistics of one model of a replica at one moment."""
 
     model: str
@@ -32,7 +32,7 @@ class Measured:
 
 
 class SharedStore:
-    """The responses that all replicas share, in an actor of Ray. keeper: its handle, of a `MemoryStore`."""
+    """Stored responses that all replicas share, in an actor of Ray. keeper: its handle, of a `MemoryStore`."""
 
     def __init__(self, keeper: Any) -> None:
         self._keeper = keeper
@@ -43,8 +43,8 @@ class SharedStore:
 
     async def find(self, identity: str) -> StoredResponse | None:
         with _keeper_errors():
-            found: StoredResponse | None = await self._keeper.find.remote(identity)
-        return found
+            response: StoredResponse | None = await self._keeper.find.remote(identity)
+        return response
 
     async def drop(self, identity: str) -> None:
         with _keeper_errors():
@@ -52,57 +52,54 @@ class SharedStore:
 
 
 class EngineReplica:
-    """What Ray runs as a replica."""
+    """The actor that Ray runs as a replica."""
 
     async def __init__(  # type: ignore[misc]  # Ray awaits it
         self,
-        opening: Opening,
+        setup: ModelSetup,
         config: ServingConfig,
         make_pages: Callable[[], Callable[[Served], Pages]] | None,
         keeper: Any,
     ) -> None:
-        """make_pages: makes what `create_app` takes as pages. keeper: as for `SharedStore`."""
-        self._engine = opening.open_engine()
-        shelf = opening.shelf(config.max_waiting)
+        """make_pages: makes the `pages` of `create_app`. keeper: as for `SharedStore`."""
+        self._engine = setup.open_engine()
+        pool = setup.model_pool(config.max_waiting)
         pages = no_pages if make_pages is None else make_pages()
-        self._app = create_app(self._engine, opening.name, config, pages, shelf, store=SharedStore(keeper), is_behind_gate=True)
-        self._name = opening.name
-        self._shelf = shelf
+        self._app = create_app(self._engine, setup.name, config, pages, pool, store=SharedStore(keeper), is_behind_gate=True)
+        self._name = setup.name
+        self._served: Served = self._app.state.served
         self._life = self._app.router.lifespan_context(self._app)
         await self._life.__aenter__()
 
-    async def answer(self, asked: Forwarded) -> AsyncGenerator[Part, None]:
-        """The answer to a request, as it comes; ended when it is closed or cancelled."""
-        async with aclosing(answer(self._app, asked)) as parts:
+    async def answer(self, request: Forwarded) -> AsyncGenerator[ResponsePart, None]:
+        """The response to a request, as it comes. Closing or cancelling it ends the request."""
+        async with aclosing(answer(self._app, request)) as parts:
             async for part in parts:
                 yield part
 
-    async def whole_answer(self, asked: Forwarded) -> list[Part]:
-        """The same at once, for what every replica is to do."""
-        return [part async for part in answer(self._app, asked)]
+    async def whole_answer(self, request: Forwarded) -> list[ResponsePart]:
+        """The same at once, for broadcast requests."""
+        return [part async for part in answer(self._app, request)]
 
-    async def measured(self) -> list[Measured]:
-        """The statistics of the model, and of those beside it that are open. They wait for the step under way."""
+    async def measured(self) -> list[ModelStatistics]:
+        """Statistics of the model and of open additional models. Waits for the engines' current steps."""
         return await asyncio.to_thread(self._measure)
 
     def is_ready(self) -> bool:
-        """Whether it can answer requests."""
         return self._failure is None
 
-    def _measure(self) -> list[Measured]:
-        beside = [] if self._shelf is None else self._shelf.open_models
-        engines = [(self._name, self._engine), *((one.name, one.engine) for one in beside)]
-        return [Measured(name, _sendable(engine.statistics), engine.adapters) for name, engine in engines]
+    def _measure(self) -> list[ModelStatistics]:
+        engines = [(self._name, self._engine), *((model.name, model.engine) for model in self._served.open_additional)]
+        return [ModelStatistics(name, _sendable(engine.statistics), engine.adapters) for name, engine in engines]
 
     def check_health(self) -> None:
-        """Ray starts another replica in place of one that raises here. Raises the failure of the engine or of its thread."""
+        """Raises the failure of the engine or its thread: Ray then replaces the replica."""
         if (failure := self._failure) is not None:
             raise failure
 
     @property
     def _failure(self) -> Exception | None:
-        failure: Exception | None = self._app.state.served.worker.failure
-        return failure
+        return self._served.worker.failure
 
     async def __del__(self) -> None:
         """Ray calls it when a replica ends."""
@@ -114,7 +111,7 @@ class EngineReplica:
 
 @contextmanager
 def _keeper_errors() -> Generator[None, None, None]:
-    """The actor that keeps the responses may be starting again."""
+    """Turn errors of the store's actor into 503: it may be restarting."""
     try:
         yield
     except Exception as error:
@@ -126,7 +123,6 @@ def _keeper_errors() -> Generator[None, None, None]:
         ) from None
 
 
-def _sendable(found: EngineStatistics) -> EngineStatistics:
-    """Statistics without views of mappings, which cannot be sent to another process."""
-    finished: Mapping[Any, int] = dict(found.finished)
-    return replace(found, finished=finished)
+def _sendable(statistics: EngineStatistics) -> EngineStatistics:
+    """Statistics that can be pickled: a plain dictionary instead of a view."""
+    return replace(statistics, finished=dict(statistics.finished))

@@ -1,7 +1,7 @@
-"""Data of `/v1/responses`: the request schema, the conversation that a request means, and the responses that are kept.
+"""`/v1/responses`: the request schema, a request as a conversation, and stored responses.
 
-Fields that OpenAI's clients and agents send and that change nothing here are skipped: `SKIPPED`. Others that are not served are
-refused by name.
+Fields in `SKIPPED`, which clients send and which change nothing here, are ignored. Other unsupported fields are refused by
+name.
 """
 
 from __future__ import annotations
@@ -15,28 +15,22 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from bessemer.assistant.tools import Tool, ToolChoice
 from bessemer.inference.sampling.params import SamplingParams
-from bessemer.serving import config as limits
+from bessemer.serving.config import MESSAGES, METADATA, METADATA_KEY, METADATA_VALUE, STORED, STORED_BYTES, TOOLS
 from bessemer.serving.openai.protocol import EFFORTS
-from bessemer.serving.openai.tools import (
-    Function,
-    FunctionTool,
-    Grammar,
-    JsonSchema,
-    ResponseFormat,
-    ToolName,
-    in_json,
-    tools_of,
-)
+from bessemer.serving.openai.tools import GrammarSetting, JsonSchema, ResponseFormat, ToolName, checked_tools, in_json
 from bessemer.serving.runtime.bodies import Body, Name, misfit
 
 _MIB = 2**20
-#: Bytes that a value takes besides its text.
+#: Bytes of a Python object besides its text.
 _VALUE_BYTES = 64
 
 
 @dataclass(frozen=True)
 class StoredResponse:
-    """A response with its conversation, in the form of chat completions and without instructions. owner: the client's id."""
+    """A response with its conversation.
+
+    owner: the client's id. messages: in the form of chat completions, without instructions. inputs: items of the request.
+    """
 
     owner: str
     body: dict[str, Any]
@@ -45,47 +39,47 @@ class StoredResponse:
 
 
 class ResponseStore(Protocol):
-    """Where responses are kept; several servers may share one."""
+    """Storage of responses; several servers may share one."""
 
     async def keep(self, identity: str, response: StoredResponse) -> None:
-        """Keep a response."""
+        """Store a response."""
 
     async def find(self, identity: str) -> StoredResponse | None:
-        """A response; None where there is none, or no longer."""
+        """A stored response; None for an unknown or dropped one."""
 
     async def drop(self, identity: str) -> None:
-        """Forget a response."""
+        """Delete a response."""
 
 
 @dataclass
-class _Shelf:
-    """What is stored of one owner, the oldest first, and how many bytes it has."""
+class _OwnerUsage:
+    """Bytes of each stored response of one owner, the oldest first, and their sum."""
 
     sizes: OrderedDict[str, int] = field(default_factory=OrderedDict)
     size: int = 0
 
 
 class MemoryStore:
-    """The last responses, in memory, limited in number and in MiB. Beyond a limit the oldest response of the owner with the
-    most bytes is dropped, so that one owner's flood drops no other's."""
+    """The latest responses, in memory. Above a limit, the oldest response of the owner with the most bytes is dropped, so that
+    one client cannot push out the others' responses."""
 
-    def __init__(self, most: int = limits.STORED.most, most_mib: float = limits.STORED_BYTES.most) -> None:
+    def __init__(self, most: int = STORED.most, most_mib: float = STORED_BYTES.most) -> None:
         self._most = most
         self._most_bytes = round(most_mib * _MIB)
         self._stored: dict[str, StoredResponse] = {}
-        self._shelves: dict[str, _Shelf] = {}
+        self._by_owner: dict[str, _OwnerUsage] = {}
         self._size = 0
 
     async def keep(self, identity: str, response: StoredResponse) -> None:
         await self.drop(identity)
         size = size_of([response.body, response.messages, response.inputs])
-        shelf = self._shelves.setdefault(response.owner, _Shelf())
+        usage = self._by_owner.setdefault(response.owner, _OwnerUsage())
         self._stored[identity] = response
-        shelf.sizes[identity] = size
-        shelf.size += size
+        usage.sizes[identity] = size
+        usage.size += size
         self._size += size
         while len(self._stored) > self._most or self._size > self._most_bytes:
-            largest = max(self._shelves.values(), key=lambda one: one.size)
+            largest = max(self._by_owner.values(), key=lambda usage: usage.size)
             await self.drop(next(iter(largest.sizes)))
 
     async def find(self, identity: str) -> StoredResponse | None:
@@ -94,50 +88,41 @@ class MemoryStore:
     async def drop(self, identity: str) -> None:
         if (response := self._stored.pop(identity, None)) is None:
             return
-        shelf = self._shelves[response.owner]
-        size = shelf.sizes.pop(identity)
-        shelf.size -= size
+        usage = self._by_owner[response.owner]
+        size = usage.sizes.pop(identity)
+        usage.size -= size
         self._size -= size
-        if not shelf.sizes:
-            del self._shelves[response.owner]
+        if not usage.sizes:
+            del self._by_owner[response.owner]
 
 
 def size_of(value: Any) -> int:
     """About how many bytes a value of JSON takes in memory."""
     size, left = 0, [value]
     while left:
-        one = left.pop()
+        value = left.pop()
         size += _VALUE_BYTES
-        if isinstance(one, str):
-            size += len(one) if one.isascii() else 4 * len(one)
-        elif isinstance(one, Mapping):
-            left += [*one, *one.values()]
-        elif isinstance(one, Sequence):
-            left += one
+        if isinstance(value, str):
+            size += len(value) if value.isascii() else 4 * len(value)
+        elif isinstance(value, Mapping):
+            left += [*value, *value.values()]
+        elif isinstance(value, Sequence):
+            left += value
     return size
 
 
-#: Fields that are skipped where they stand at the top: what a client tells of itself, what it would like to be told besides,
-#: and where OpenAI's servers may work.
+#: Ignored fields of a request: about the client, additional output, and OpenAI's own servers.
 SKIPPED = frozenset(
     {
         *("client_metadata", "include", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "service_tier"),
         *("user", "stream_options", "context_management"),
     }
 )
-#: The types of tools that need no answer of ours: OpenAI's servers run them, or the client offers them to other models.
+#: Types of tools that are ignored: OpenAI's servers run them, or clients offer them to other models.
 _OTHER_TOOLS = frozenset(
     {
-        *(
-            "apply_patch",
-            "code_interpreter",
-            "computer_use_preview",
-            "custom",
-            "file_search",
-            "image_generation",
-            "local_shell",
-        ),
-        *("mcp", "namespace", "shell", "tool_search", "web_search", "web_search_preview"),
+        *("apply_patch", "code_interpreter", "computer_use_preview", "custom", "file_search", "image_generation"),
+        *("local_shell", "mcp", "namespace", "shell", "tool_search", "web_search", "web_search_preview"),
     }
 )
 
@@ -225,11 +210,6 @@ class FlatTool(Body):
     strict: bool = False
     defer_loading: bool = False
 
-    def in_chat(self) -> FunctionTool:
-        """In the form of chat completions."""
-        function = Function(name=self.name, description=self.description, parameters=self.parameters, strict=self.strict)
-        return FunctionTool(type="function", function=function)
-
 
 class NamedChoice(Body):
     """The one function that is to be called."""
@@ -247,8 +227,8 @@ class TextFormat(Body):
     definition: dict[str, Any] | None = Field(None, alias="schema")
     strict: bool | None = None
 
-    def grammar(self) -> Grammar | None:
-        """The grammar that it asks for."""
+    def grammar(self) -> GrammarSetting | None:
+        """The constraint on the text."""
         if self.type == "text":
             return None
         schema = None if self.definition is None else JsonSchema(name=self.name or "schema", schema=self.definition)
@@ -271,8 +251,8 @@ class Reasoning(Body):
 
 
 def _few_pairs(metadata: Any) -> Any:
-    if isinstance(metadata, dict) and len(metadata) > limits.METADATA.most:
-        raise ValueError(f"it has {len(metadata):,} pairs, at most {limits.METADATA.most} are kept")
+    if isinstance(metadata, dict) and len(metadata) > METADATA.most:
+        raise ValueError(f"it has {len(metadata):,} pairs, at most {METADATA.most} are kept")
     return metadata
 
 
@@ -282,13 +262,13 @@ class ResponsesRequest(Body):
     meaningful: ClassVar[frozenset[str]] = frozenset({"tools", "tool_choice", "parallel_tool_calls", "store", "metadata"})
 
     model: Name
-    input: str | Annotated[list[Item], Field(max_length=limits.MESSAGES.most)] = Field(default_factory=list)
+    input: str | Annotated[list[Item], Field(max_length=MESSAGES.most)] = Field(default_factory=list)
     instructions: str = ""
     previous_response_id: Name | None = None
     max_output_tokens: int | None = Field(None, ge=1)
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
-    tools: list[FlatTool] = Field(default_factory=list, max_length=limits.TOOLS.most)
+    tools: list[FlatTool] = Field(default_factory=list, max_length=TOOLS.most)
     tool_choice: Literal["none", "auto", "required"] | NamedChoice = "auto"
     parallel_tool_calls: bool = True
     text: TextSettings = TextSettings()
@@ -299,8 +279,8 @@ class ResponsesRequest(Body):
     stream: bool = False
     metadata: Annotated[
         dict[
-            Annotated[str, Field(max_length=limits.METADATA_KEY.most)],
-            Annotated[str, Field(max_length=limits.METADATA_VALUE.most)],
+            Annotated[str, Field(max_length=METADATA_KEY.most)],
+            Annotated[str, Field(max_length=METADATA_VALUE.most)],
         ],
         BeforeValidator(_few_pairs),
     ] = Field(default_factory=dict)
@@ -326,13 +306,13 @@ class ResponsesRequest(Body):
 
     @property
     def is_probe(self) -> bool:
-        """Whether there is nothing to answer: agents ask so whether the server is there."""
+        """Whether there is no input: agents send such requests to see whether the server is there."""
         return not self.input and self.previous_response_id is None
 
-    def in_chat(self, before: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The conversation in the form of chat completions. before: of the response that this one follows."""
+    def in_chat(self, previous: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The conversation in the form of chat completions. previous: messages of the response that this one follows."""
         first = [{"role": "system", "content": self.instructions}] if self.instructions else []
-        return [*first, *before, *_messages(self.items)]
+        return [*first, *previous, *_messages(self.items)]
 
     @property
     def items(self) -> Sequence[Item]:
@@ -342,12 +322,14 @@ class ResponsesRequest(Body):
         return self.input
 
     def offered(self) -> list[Tool]:
-        """The tools that may be called. Raises ApiError for a schema that is none and for two of a name."""
-        return [] if self.tool_choice == "none" else tools_of([tool.in_chat() for tool in self.tools], inside="")
+        """The tools that may be called. Raises ApiError for an invalid schema and for two tools of one name."""
+        if self.tool_choice == "none":
+            return []
+        return checked_tools((tool.name, tool.description, tool.parameters, tool.strict) for tool in self.tools)
 
     @property
     def choice(self) -> ToolChoice:
-        """Which of them."""
+        """Which of the tools may or must be called."""
         if isinstance(self.tool_choice, NamedChoice):
             return ToolChoice(True, self.tool_choice.name, self.parallel_tool_calls)
         return ToolChoice(self.tool_choice == "required", None, self.parallel_tool_calls)
@@ -365,34 +347,34 @@ class ResponsesRequest(Body):
 
 
 def _messages(items: Sequence[Item]) -> Iterator[dict[str, Any]]:
-    """Messages of chat completions: what the assistant thought, said and called in a row is one there."""
-    said: dict[str, Any] | None = None
+    """Messages of chat completions, where consecutive thinking, text and calls of the assistant are one message."""
+    answer: dict[str, Any] | None = None
     for item in items:
         is_assistants = isinstance(item, ReasoningItem | CallItem) or (
-            isinstance(item, InputMessage) and item.role == "assistant" and (said is None or not said["content"])
+            isinstance(item, InputMessage) and item.role == "assistant" and (answer is None or not answer["content"])
         )
         if not is_assistants:
-            if said is not None:
-                yield said
-                said = None
+            if answer is not None:
+                yield answer
+                answer = None
             if isinstance(item, CallOutput):
                 yield {"role": "tool", "tool_call_id": item.call_id, "content": _joined(item.output)}
             elif isinstance(item, InputMessage) and item.role == "assistant":
-                said = item.in_chat()
+                answer = item.in_chat()
             elif isinstance(item, InputMessage):
                 yield item.in_chat()
             continue
-        said = said or {"role": "assistant", "content": ""}
+        answer = answer or {"role": "assistant", "content": ""}
         match item:
             case InputMessage():
-                said["content"] = _joined(item.content)
+                answer["content"] = _joined(item.content)
             case ReasoningItem():
-                said["reasoning_content"] = said.get("reasoning_content", "") + "".join(part.text for part in item.content)
+                answer["reasoning_content"] = answer.get("reasoning_content", "") + "".join(part.text for part in item.content)
             case CallItem():
                 function = {"name": item.name, "arguments": item.arguments}
-                said.setdefault("tool_calls", []).append({"id": item.call_id, "type": "function", "function": function})
-    if said is not None:
-        yield said
+                answer.setdefault("tool_calls", []).append({"id": item.call_id, "type": "function", "function": function})
+    if answer is not None:
+        yield answer
 
 
 def _joined(content: str | list[TextPart]) -> str:

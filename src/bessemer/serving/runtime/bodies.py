@@ -1,7 +1,7 @@
-"""Request bodies in JSON: nothing in them is ignored, and what is refused is named.
+"""Request bodies in JSON, and the errors that answer them.
 
-A parameter that would change the answer and is not served is refused by name; the same parameter at the value that changes
-nothing (`logprobs: false`, `tools: []`, `null` anywhere) is accepted, because clients send it.
+No field is ignored. An unsupported parameter is refused by name, but accepted at a value that changes nothing (`logprobs:
+false`, `tools: []`, `null` anywhere), because clients send it.
 """
 
 from __future__ import annotations
@@ -9,15 +9,16 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from fastapi import Request as HttpRequest
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError, model_validator
 from pydantic_core import CoreSchema, PydanticCustomError
 
-from bessemer.serving import config as limits
+from bessemer.serving.config import CONTAINERS, FIELDS, NAME, PARSED_AT_ONCE, VALUES
 
-#: Parameters of OpenAI's API that are not served, with the values that ask for nothing.
+#: Unsupported parameters of OpenAI's API, with the values that change nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "echo": (False,),
@@ -29,7 +30,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "parallel_tool_calls": (True, False),
     "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
-    # nothing is stored of a chat, and how wordy it is the model chooses
+    # chats are never stored
     "store": (False, True),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
@@ -37,19 +38,16 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "top_k": (-1,),
     "top_logprobs": (0,),
     "verbosity": ("low", "medium", "high"),
-    # of a message that an earlier answer is sent back as
+    # fields of an answer that a client sends back as a message
     "annotations": ([],),
     "tool_calls": ([],),
 }
-#: Parameters that name the client or its purpose, and never change the completion.
+#: Parameters that describe the client or its purpose, and never change the completion.
 _WITHOUT_EFFECT = frozenset({"metadata", "prompt_cache_key", "safety_identifier", "user"})
-
-
-#: Characters that a refusal repeats of a request.
+#: Most characters of a request that its error repeats.
 _REPEATED = 1_000
-
 #: The name of a model, or of an earlier response.
-Name = Annotated[str, Field(max_length=limits.NAME.most)]
+Name = Annotated[str, Field(max_length=NAME.most)]
 
 
 class ApiError(Exception):
@@ -73,40 +71,56 @@ class ApiError(Exception):
         self.headers = headers
 
     def body(self) -> dict[str, Any]:
-        """The JSON that the client gets."""
+        """The error in OpenAI's form."""
         return {"error": {"message": str(self), "type": self.kind, "param": self.parameter, "code": self.code}}
 
 
+def overloaded(reason: str, retry_after: int = 1, headers: Mapping[str, str] | None = None) -> ApiError:
+    """A refusal for now (503). retry_after: in seconds."""
+    return ApiError(
+        reason,
+        status=503,
+        kind="server_error",
+        code="server_overloaded",
+        headers={"Retry-After": str(retry_after), **(headers or {})},
+    )
+
+
+def withdrawn(reason: str) -> ApiError:
+    """A hook took back text that the client has received, or ended the answer."""
+    return ApiError(f"the answer was withdrawn: {reason}", status=500, kind="server_error", code="withdrawn")
+
+
 def misfit(parameter: str, message: str) -> PydanticCustomError:
-    """The error of a parameter that does not fit the others."""
+    """The error of a parameter that contradicts another one."""
     return PydanticCustomError("misfit", "{message}", {"parameter": parameter, "message": message})
 
 
-def _asks_for_nothing(name: str, value: Any) -> bool:
-    """Whether a parameter leaves the completion as it is: null, without effect, or neutral (0 is not false, though equal)."""
+def _changes_nothing(name: str, value: Any) -> bool:
+    """Whether a parameter leaves the completion as it is. 0 is not taken for false, though Python calls them equal."""
     if value is None or name in _WITHOUT_EFFECT:
         return True
     return any(value == neutral and isinstance(value, bool) == isinstance(neutral, bool) for neutral in _NEUTRAL.get(name, ()))
 
 
 def _end_at_first_error(schema: Any) -> None:
-    """Let the check of a list end at its first wrong item: an error for each of a million costs seconds, and one is told."""
+    """Let the check of a list end at its first wrong item: a million errors take seconds, and only one is reported."""
     if isinstance(schema, list | tuple):
-        for one in schema:
-            _end_at_first_error(one)
+        for part in schema:
+            _end_at_first_error(part)
     elif isinstance(schema, dict):
         if schema.get("type") == "list":
             schema["fail_fast"] = True
-        for name, one in schema.items():
+        for name, part in schema.items():
             if name not in ("metadata", "serialization", "default"):
-                _end_at_first_error(one)
+                _end_at_first_error(part)
 
 
 class Body(BaseModel):
     """A body, or an object in one: unknown names and other types than those declared are refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
-    #: Fields whose every value but null means something here.
+    #: Fields of `_NEUTRAL` that this body supports: only null is left out.
     meaningful: ClassVar[frozenset[str]] = frozenset()
 
     @model_validator(mode="before")
@@ -114,13 +128,13 @@ class Body(BaseModel):
     def _without_neutral_values(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        if len(values) > limits.FIELDS.most:
-            # each unknown one would be an error of its own
-            raise ValueError(f"an object has {len(values):,} names, of which at most {limits.FIELDS.most:,} are read")
+        if len(values) > FIELDS.most:
+            # pydantic makes an error for each unknown name
+            raise ValueError(f"an object has {len(values):,} names, of which at most {FIELDS.most:,} are read")
         return {
             name: value
             for name, value in values.items()
-            if not (value is None if name in cls.meaningful else _asks_for_nothing(name, value))
+            if not (value is None if name in cls.meaningful else _changes_nothing(name, value))
         }
 
     @classmethod
@@ -134,15 +148,15 @@ Request = TypeVar("Request", bound="Body")
 
 
 async def read_body(kind: type[Request], request: HttpRequest) -> Request:
-    """The request in the body of an HTTP request; a large one is parsed beside the event loop. Raises as `read_request`."""
+    """Parse the body of an HTTP request, a large one in a thread. Raises as `read_request`."""
     body = await request.body()
-    if len(body) <= limits.PARSED_AT_ONCE:
+    if len(body) <= PARSED_AT_ONCE:
         return read_request(kind, body)
     return await asyncio.to_thread(read_request, kind, body)
 
 
 def read_request(kind: type[Request], body: bytes) -> Request:
-    """The request in a body of JSON. Raises ApiError (400) that names the first parameter it cannot serve."""
+    """Parse a JSON object. Raises ApiError (400), which names the first parameter that is wrong or unsupported."""
     values = read_json(body)
     if not isinstance(values, dict):
         raise ApiError("the body must be a JSON object")
@@ -153,7 +167,7 @@ def read_request(kind: type[Request], body: bytes) -> Request:
 
 
 def read_json(body: bytes) -> Any:
-    """The value in a body of JSON, whose texts are all UTF-8. Raises ApiError (400)."""
+    """Parse JSON. Raises ApiError (400), also for texts that have no UTF-8 and for too many values."""
     _check_values(body)
     try:
         text = body.decode("utf-8-sig")
@@ -167,19 +181,19 @@ def read_json(body: bytes) -> Any:
     return values
 
 
-#: How half of a surrogate pair is written in JSON; two in a row are one character.
+#: An escaped surrogate in JSON. Two in a row are one character, one alone is none.
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-#: A text in JSON.
+#: A JSON string.
 _TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 
 
 def _check_values(body: bytes) -> None:
-    """Refuse a body with too many values before they are made. A value begins behind a bracket or a comma."""
-    most, most_containers = limits.VALUES.most, limits.CONTAINERS.most
+    """Raise ApiError for too many values, before they are parsed. Brackets and commas are counted: a value follows each."""
+    most, most_containers = VALUES.most, CONTAINERS.most
     values, containers = _counts(body, 0, len(body))
     if values <= most and containers <= most_containers:
         return
-    # they may stand in texts
+    # brackets and commas inside strings do not count
     values = containers = start = 0
     for text in _TEXT.finditer(body):
         more, more_containers = _counts(body, start, text.start())
@@ -196,13 +210,13 @@ def _check_values(body: bytes) -> None:
 
 
 def _counts(body: bytes, start: int, end: int) -> tuple[int, int]:
-    """Values, and lists and objects among them."""
+    """Number of values, and of the lists and objects among them."""
     containers = body.count(b"[", start, end) + body.count(b"{", start, end)
     return containers + body.count(b",", start, end), containers
 
 
 def _check_texts(values: Any) -> None:
-    """Refuse half of a surrogate pair, which is no character and has no UTF-8: it would fail wherever it is written."""
+    """Raise ApiError for a lone surrogate: it is no character, and encoding it would fail later."""
     try:
         json.dumps(values, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -210,20 +224,21 @@ def _check_texts(values: Any) -> None:
         raise ApiError(f"the body has {half} alone, half of a character; send both halves, or none") from None
 
 
-#: How pydantic tells the kinds of a value apart.
-_OF_A_KIND = re.compile(r"str|NamedTool|(list|dict|literal|function-[a-z]+|tagged-union)\[.*", re.DOTALL)
+#: Steps of pydantic's error locations that name a union's branch instead of a field.
+_UNION_BRANCH = re.compile(r"str|NamedTool|(list|dict|literal|function-[a-z]+|tagged-union)\[.*", re.DOTALL)
 
 
 def _refusal(error: ValidationError) -> ApiError:
-    # of a value that may be of several kinds there is an error for each: what is wrong within the nearest kind says most
+    """The API's error of the first problem. A union has an error for each branch: the deepest one says most."""
     first, *others = error.errors()
-    same = [one for one in others if one["loc"][: len(first["loc"]) - 1] == first["loc"][:-1]]
-    problem = max([first, *same], key=lambda one: len(one["loc"])) if first["loc"][-1:] == ("str",) else first
+    same_field = [other for other in others if other["loc"][: len(first["loc"]) - 1] == first["loc"][:-1]]
+    is_union = first["loc"][-1:] == ("str",)
+    problem = max([first, *same_field], key=lambda problem: len(problem["loc"])) if is_union else first
     parameter = ""
     for step in problem["loc"]:
         if isinstance(step, int):
             parameter += f"[{step}]"
-        elif not _OF_A_KIND.fullmatch(step):
+        elif not _UNION_BRANCH.fullmatch(step):
             parameter += f".{step}" if parameter else step
     if problem["type"] == "extra_forbidden":
         name = str(problem["loc"][-1])
@@ -236,7 +251,7 @@ def _refusal(error: ValidationError) -> ApiError:
         message, code = f"missing required parameter: '{parameter}'", "missing_required_parameter"
     elif problem["type"] == "misfit":
         name, message, code = problem["ctx"]["parameter"], problem["msg"], "invalid_value"
-        # the whole object does not fit, or one of its fields
+        # the location is the object, and the parameter one of its fields
         if parameter and not parameter.endswith(name):
             parameter += f".{name}"
             message = f"invalid '{parameter}': {message}"

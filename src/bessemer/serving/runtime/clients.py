@@ -1,6 +1,6 @@
-"""Clients and their API keys: who sends a request, what it may do, and how much of it in a minute.
+"""Clients, their API keys, and their rate limits.
 
-A file holds the hashes of the keys, with what each may do. The keys themselves are kept nowhere.
+A file holds the hashes of the keys and the rights of each. The keys themselves are stored nowhere.
 """
 
 from __future__ import annotations
@@ -27,14 +27,18 @@ from bessemer.core.hashing import hash_bytes
 from bessemer.core.store import read_json, write_json
 from bessemer.serving.runtime.bodies import ApiError
 
-#: Where the gate leaves the caller in a request's ASGI scope.
+#: Key of the caller in a request's ASGI scope, where the gate puts it.
 SCOPE = "bessemer.caller"
+#: Version of the file's format.
+_FORMAT = 1
+_PREFIX = "bsk-"
+_log = logging.getLogger(__name__)
 
 
 class Allowance:
-    """At most `per_minute` units a minute: a bucket that holds a minute's worth, and refills evenly.
+    """Token bucket: at most `per_minute` units a minute, refilled evenly.
 
-    Tokens are counted when they have been made, so a bucket may be overdrawn; then it is empty until it has recovered.
+    Generated tokens are counted afterwards, so the bucket may be overdrawn.
     """
 
     def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -45,12 +49,12 @@ class Allowance:
 
     @property
     def wait(self) -> float:
-        """Seconds until a unit may be spent, 0 where one may be now."""
+        """Seconds until a unit may be spent."""
         self._refill()
         return max(0.0, (1 - self._left) * 60 / self.per_minute)
 
     def spend(self, units: int) -> None:
-        """Take units, whether or not they are there."""
+        """Take units, even more than are left."""
         self._refill()
         self._left -= units
 
@@ -62,10 +66,10 @@ class Allowance:
 
 @dataclass(eq=False)
 class Client:
-    """The holder of a key, or everybody where none is asked for.
+    """The holder of a key, or everybody on a server without keys.
 
-    id: what is theirs is stored under it. is_admin: whether they may change what is served. salt: of their part of the prefix
-    cache; None: the part that is shared. requests, tokens: allowances a minute; None: no limit.
+    id: owner of stored responses. is_admin: may load adapters and see runs. salt: separates their part of the prefix cache;
+    None: the shared part. requests, tokens: allowances a minute; None: no limit.
     """
 
     principal: Principal
@@ -74,11 +78,11 @@ class Client:
     salt: str | None = None
     requests: Allowance | None = None
     tokens: Allowance | None = None
-    #: Set when the key is revoked; what is under way for it then ends.
+    #: Set when the key is revoked; its requests then end.
     revoked: asyncio.Event = field(default_factory=asyncio.Event)
 
     def take_request(self) -> None:
-        """Count a request. Raises ApiError (429) where an allowance is used up."""
+        """Count a request. Raises ApiError (429) when an allowance is used up."""
         for allowance, what in ((self.requests, "requests"), (self.tokens, "tokens")):
             if allowance is not None and (wait := allowance.wait) > 0:
                 seconds = math.ceil(wait)
@@ -95,10 +99,10 @@ class Client:
 
 @dataclass(eq=False)
 class Caller:
-    """The client of one request, and what the request has used. on_spend: called whenever that is more.
+    """One request's client, and the tokens that the request has used.
 
-    headers: that its response carries. held: what is kept for it until its response has been sent, or its client has left;
-    closed by what made the caller.
+    on_spend: called when they grow. headers: of the response. held: resources of the request, closed by the gate when the
+    response is sent or the client has left.
     """
 
     client: Client
@@ -111,7 +115,7 @@ class Caller:
     held: ExitStack = field(default_factory=ExitStack)
 
     def spend(self, *, prompt: int = 0, completion: int = 0) -> None:
-        """Count tokens, for the client's allowance too."""
+        """Count tokens, also for the client's allowance."""
         self.prompt_tokens += prompt
         self.completion_tokens += completion
         if self.client.tokens is not None:
@@ -120,24 +124,17 @@ class Caller:
             self.on_spend()
 
     def salt(self, given: str | None) -> str | None:
-        """The salt of the prefix cache for a request that names one of its own, or none: other clients never share it."""
+        """The prefix cache's salt, from the client's and the request's own: other clients never share the result."""
         if self.client.salt is None or given is None:
             return self.client.salt or given
         return hash_bytes(self.client.salt.encode(), given.encode())
 
 
 def caller_of(request: Request) -> Caller:
-    """The caller of a request that has passed the gate."""
+    """The caller, which the gate has put into the scope."""
     caller = request.scope[SCOPE]
     assert isinstance(caller, Caller)
     return caller
-
-
-_log = logging.getLogger(__name__)
-
-#: Format number of the file.
-_FORMAT = 1
-_PREFIX = "bsk-"
 
 
 class KeyRecord(Config):
@@ -152,7 +149,7 @@ class KeyRecord(Config):
     tokens_per_minute: int | None = setting(None, "most tokens of prompts and answers in a minute", unit="tokens", ge=1)
 
     def client(self) -> Client:
-        """A client with full allowances, and a part of the prefix cache of its own."""
+        """A client with full allowances and its own part of the prefix cache."""
         principal = Principal(self.user or self.name, frozenset(self.groups), key=self.name)
         return Client(
             principal,
@@ -165,7 +162,7 @@ class KeyRecord(Config):
 
 
 def hash_key(key: str) -> str:
-    """SHA-256 of a key. A key is 256 random bits, so that its hash needs neither a salt nor a slow function."""
+    """SHA-256 of a key. A key has 256 random bits, so its hash needs neither salt nor a slow function."""
     return sha256(key.encode()).hexdigest()
 
 
@@ -175,7 +172,7 @@ def new_key() -> str:
 
 
 def read_keys(path: Path) -> list[KeyRecord]:
-    """The keys of a file. Raises ArtefactError for a file that is missing or damaged, ConfigError for what is wrong in it."""
+    """The keys of a file. Raises ArtefactError for a missing or damaged file, ConfigError for a mistake in it."""
     written = read_json(path, "file of API keys")
     if not isinstance(written, Mapping) or written.get("format") != _FORMAT or not isinstance(written.get("keys"), list):
         raise ConfigError(f"{path}: not a file of API keys; bessemer keys add {path} NAME makes one")
@@ -187,14 +184,14 @@ def read_keys(path: Path) -> list[KeyRecord]:
 
 
 def write_keys(path: Path, records: Sequence[KeyRecord]) -> None:
-    """Write a file of keys, for its owner's eyes alone."""
+    """Write a file of keys, readable by its owner alone."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"format": _FORMAT, "keys": [record.model_dump(mode="json") for record in records]})
     path.chmod(0o600)
 
 
 class Keys:
-    """The clients of a server that asks for keys: those of a file, and perhaps one key that stands in no file."""
+    """The clients of a server with keys: those of a file, and perhaps one key from the command line."""
 
     def __init__(self, path: Path | None = None, single: str | None = None) -> None:
         """Raises as `read_keys`."""
@@ -208,21 +205,21 @@ class Keys:
             self._seen = self._state()
 
     def client(self, given: Sequence[str]) -> Client | None:
-        """The client of one of the keys that a request carries; None where none is known.
+        """The client of one of the given keys; None for unknown keys.
 
-        Every key given is compared with every hash, each in constant time.
+        Compares every key with every hash, each in constant time.
         """
         hashes = [hash_key(key) for key in given]
-        found = None
+        match = None
         for known, client in self._clients.items():
             if sum(hmac.compare_digest(known, hash) for hash in hashes):
-                found = client
-        return found
+                match = client
+        return match
 
     def refresh(self) -> None:
-        """Read the file again where it has changed. Clients whose key is gone are told by `revoked`.
+        """Read the file again if it has changed, and set `revoked` of clients whose key is gone.
 
-        A file that cannot be read changes nothing, and is logged. Called on the server's event loop.
+        An unreadable file changes nothing, and is logged. Call it on the server's event loop.
         """
         if self._path is None or (state := self._state()) == self._seen:
             return
@@ -239,7 +236,7 @@ class Keys:
         clients = dict(self._single)
         for record in records:
             client = clients[record.hash] = self._clients.get(record.hash) or record.client()
-            # allowances go on where nothing has changed
+            # an unchanged record keeps its allowances
             if before.get(record.hash, record) != record:
                 changed = record.client()
                 client.principal, client.is_admin = changed.principal, changed.is_admin
@@ -252,7 +249,7 @@ class Keys:
     def _state(self) -> tuple[int, int] | None:
         assert self._path is not None
         try:
-            found = self._path.stat()
+            status = self._path.stat()
         except OSError:
             return None
-        return found.st_mtime_ns, found.st_ino
+        return status.st_mtime_ns, status.st_ino

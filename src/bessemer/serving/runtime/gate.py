@@ -1,6 +1,6 @@
 """The gate that every request passes before a route sees it: hosts, origins, keys, and the size and time of a body.
 
-It works on ASGI's own messages and on the path of the scope, never on a URL that is built from what a client says.
+It reads ASGI messages and the scope's path, never a URL built from the client's headers.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastapi.responses import JSONResponse
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bessemer.assistant.config import Principal
-from bessemer.serving import config as limits
-from bessemer.serving.config import ServingConfig
-from bessemer.serving.runtime.bodies import ApiError
+from bessemer.serving.config import BODIES, UNCOUNTED, ServingConfig
+from bessemer.serving.runtime.bodies import ApiError, overloaded
 from bessemer.serving.runtime.clients import SCOPE, Caller, Client, Keys
 
 #: Makes an error's body, in the form of the API that a path belongs to.
 ErrorBody = Callable[[str, ApiError], dict[str, Any]]
-#: What is answered without a key: a watcher of the server has none.
+#: Paths that need no key: monitoring has none.
 PUBLIC = frozenset({"/", "/health", "/ready", "/version", "/metrics", "/openapi.json"})
 _MIB = 2**20
 
-#: The logger of a line for every request.
+#: Name of the logger of requests.
 REQUEST_LOG = "bessemer.requests"
 _log = logging.getLogger(REQUEST_LOG)
 
@@ -38,10 +38,10 @@ _log = logging.getLogger(REQUEST_LOG)
 class Gate:
     """Middleware. Refuses a request that must not reach a route; leaves a `Caller` in the scope of the others.
 
-    - Host: an address of numbers, `localhost`, or a name in `hosts`: a page whose name has been pointed at this machine (DNS
-      rebinding) is turned away. `*` among them lets in every name.
-    - Origin, of a page's script: this server's own, or one in `origins`, which alone are told that they may read the answer.
-    - Key: of the client, for every path that is not public.
+    - Host: an IP address, `localhost`, or a name in `hosts` (`*` is any). This stops DNS rebinding, where a page's host name
+      is pointed at this machine.
+    - Origin, of a page's script: this server's own, or one in `origins`, which get a CORS header.
+    - Key: for every path that is not public.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Gate:
         self._error_body = error_body
         self._everybody = Client(Principal("anybody"))
         self._most_bytes = round(config.max_body * _MIB)
-        self._bodies = _Bodies(limits.BODIES.most * _MIB)
+        self._bodies = _Bodies(BODIES.most * _MIB)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -64,7 +64,7 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = _Headers(scope["headers"])
+        headers = Headers(scope=scope)
         caller = Caller(self._everybody)
         reply = _Reply(send, caller, {})
         started = time.perf_counter()
@@ -91,21 +91,21 @@ class Gate:
             if self._config.request_log:
                 _log.info(json.dumps(_log_line(scope, caller, reply.status, time.perf_counter() - started)))
 
-    def _check_host(self, headers: _Headers) -> None:
-        if (host := headers.one("host")) is None:
+    def _check_host(self, headers: Headers) -> None:
+        if (host := _host_of(headers)) is None:
             raise ApiError("the request needs one Host header", code="invalid_host")
         if "*" not in self._config.hosts and not _is_trusted(_name_of(host), self._config.hosts):
             raise ApiError(
                 "this server does not answer to that Host; it may be let in with --allow-host", status=403, code="invalid_host"
             )
 
-    def _check_origin(self, headers: _Headers) -> dict[str, str]:
-        """What an origin that is not the server's own is told."""
-        if (origin := headers.first("origin")) is None:
+    def _check_origin(self, headers: Headers) -> dict[str, str]:
+        """The CORS headers for an origin that is not the server's own."""
+        if (origin := headers.get("origin")) is None:
             return {}
         if origin.lower() in self._config.origins:
             return {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
-        if origin.lower().partition("://")[2] == (headers.one("host") or "").lower():
+        if origin.lower().partition("://")[2] == (_host_of(headers) or "").lower():
             return {}
         raise ApiError(
             "pages of that Origin may not use this server; it may be let in with --allow-origin",
@@ -113,13 +113,13 @@ class Gate:
             code="invalid_origin",
         )
 
-    def _client(self, path: str, headers: _Headers) -> Client:
-        """The client that a request may be answered for. Raises ApiError (401, 429)."""
+    def _client(self, path: str, headers: Headers) -> Client:
+        """The client of a request. Raises ApiError (401, 429)."""
         if self._keys is None or path in self._public:
             return self._everybody
-        # Anthropic's clients send their key in a header of its own
-        bearer = [value.removeprefix("Bearer ") for value in headers.all("authorization")]
-        client = self._keys.client([*bearer, *headers.all("x-api-key")])
+        # Anthropic's clients send x-api-key
+        bearer = [value.removeprefix("Bearer ") for value in headers.getlist("authorization")]
+        client = self._keys.client([*bearer, *headers.getlist("x-api-key")])
         if client is None:
             raise ApiError(
                 "this server needs an API key: send it as 'Authorization: Bearer KEY' or as 'x-api-key: KEY'",
@@ -130,20 +130,10 @@ class Gate:
         return client
 
 
-class _Headers:
-    def __init__(self, raw: Iterable[tuple[bytes, bytes]]) -> None:
-        self._raw = [(name.decode("latin-1").lower(), value.decode("latin-1").strip()) for name, value in raw]
-
-    def all(self, name: str) -> list[str]:
-        return [value for given, value in self._raw if given == name]
-
-    def first(self, name: str) -> str | None:
-        return next(iter(self.all(name)), None)
-
-    def one(self, name: str) -> str | None:
-        """The value of a header that stands there once and is not empty."""
-        values = self.all(name)
-        return values[0] if len(values) == 1 and values[0] else None
+def _host_of(headers: Headers) -> str | None:
+    """The Host header, which must occur once and not be empty."""
+    hosts = headers.getlist("host")
+    return hosts[0] if len(hosts) == 1 and hosts[0] else None
 
 
 def _name_of(host: str) -> str:
@@ -163,12 +153,12 @@ def _is_trusted(name: str, hosts: Iterable[str]) -> bool:
     return False
 
 
-def _is_preflight(scope: Scope, headers: _Headers) -> bool:
-    return scope["method"] == "OPTIONS" and bool(headers.all("access-control-request-method"))
+def _is_preflight(scope: Scope, headers: Headers) -> bool:
+    return scope["method"] == "OPTIONS" and "access-control-request-method" in headers
 
 
 def _log_line(scope: Scope, caller: Caller, status: int | None, seconds: float) -> Mapping[str, Any]:
-    """What is logged of a request: nothing that it says."""
+    """The log entry of a request: nothing of its content."""
     return {
         "request": caller.id,
         "key": caller.client.principal.key or None,
@@ -184,7 +174,7 @@ def _log_line(scope: Scope, caller: Caller, status: int | None, seconds: float) 
 
 @dataclass
 class _Reply:
-    """The way back to the client: every response carries the headers, and its status is noted."""
+    """Adds headers to the response, and notes its status."""
 
     to_client: Send
     caller: Caller
@@ -200,7 +190,7 @@ class _Reply:
         await self.to_client(message)
 
     async def preflight(self, scope: Scope) -> None:
-        """Tell a page of a trusted origin what its script may ask."""
+        """Answer a CORS preflight of an allowed origin."""
         self.headers |= {
             "Access-Control-Allow-Methods": "GET, POST, DELETE",
             "Access-Control-Allow-Headers": "authorization, content-type, x-api-key, anthropic-version, anthropic-beta",
@@ -212,25 +202,19 @@ class _Reply:
 
 @dataclass
 class _Bodies:
-    """The bodies of all requests under way: the bytes that are left for more."""
+    """Bytes that are left for the bodies of all requests under way."""
 
     left: int
 
     def take(self, size: int) -> None:
         """Count bytes. Raises ApiError (503) where there are too many."""
         if size > self.left:
-            raise ApiError(
-                "the server holds too many large requests; try again in a moment",
-                status=503,
-                kind="server_error",
-                code="server_overloaded",
-                headers={"Retry-After": "1", "Connection": "close"},
-            )
+            raise overloaded("the server holds too many large requests; try again in a moment", headers={"Connection": "close"})
         self.left -= size
 
 
 class _BodyReader:
-    """A request's messages: its body within a size and a time, and then whether the client is still there and may be."""
+    """Receives a request's ASGI messages: the body, within limits of size and time, and then the client's disconnect."""
 
     def __init__(
         self, receive: Callable[[], Awaitable[Message]], client: Client, most_bytes: int, seconds: float, bodies: _Bodies
@@ -241,20 +225,20 @@ class _BodyReader:
         self._seconds = seconds
         self._left = most_bytes
         self._bodies = bodies
-        #: Bytes of this one that are counted among all bodies.
+        #: Bytes of this body that were taken from `bodies`.
         self._counted = 0
         self._deadline = asyncio.get_running_loop().time() + seconds
         self._is_read = False
         self._waiting: asyncio.Future[Message] | None = None
 
-    def check_announced(self, headers: _Headers) -> None:
-        """Refuse a body by the length that it announces."""
-        announced = headers.first("content-length") or "0"
+    def check_announced(self, headers: Headers) -> None:
+        """Refuse a body by its Content-Length."""
+        announced = headers.get("content-length") or "0"
         if announced.isdecimal() and int(announced) > self._most_bytes:
             raise self._too_large()
 
     async def receive(self) -> Message:
-        """The next message. Raises ApiError: 413 for a body that is too large, 408 for one that does not come."""
+        """The next message. Raises ApiError: 413 for a body that is too large, 408 for one that is too slow."""
         if self._is_read:
             return await self._client_message()
         try:
@@ -270,14 +254,14 @@ class _BodyReader:
         self._left -= len(message.get("body", b""))
         if self._left < 0:
             raise self._too_large()
-        if (more := self._most_bytes - self._left - limits.UNCOUNTED - self._counted) > 0:
+        if (more := self._most_bytes - self._left - UNCOUNTED - self._counted) > 0:
             self._bodies.take(more)
             self._counted += more
         self._is_read = not message.get("more_body", False)
         return message
 
     async def _client_message(self) -> Message:
-        """What comes of the client behind its body: that it has left. One whose key is revoked is taken to have left."""
+        """Wait for the client to disconnect. A client whose key is revoked counts as disconnected."""
         if self._waiting is None:
             self._waiting = asyncio.ensure_future(self._receive())
         revoked = asyncio.ensure_future(self._client.revoked.wait())
@@ -291,7 +275,7 @@ class _BodyReader:
         return {"type": "http.disconnect"}
 
     def close(self) -> None:
-        """Wait for nothing more, and count the body no longer."""
+        """Stop waiting, and give the body's bytes back."""
         self._bodies.left += self._counted
         self._counted = 0
         if self._waiting is not None:

@@ -1,4 +1,4 @@
-"""Additional models, loaded on demand and unloaded when idle; and what a server opens, described before any of it is open."""
+"""What a server opens: the first model, and additional models, which are loaded on demand and unloaded when idle."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ import torch
 from bessemer.core.errors import BessemerError
 from bessemer.inference.engine import Engine, EngineConfig
 from bessemer.model.storage.tuned_folder import TunedModel, tuned_model
-from bessemer.serving.runtime.bodies import ApiError
-from bessemer.serving.runtime.worker import TextEngine, Worker
+from bessemer.serving.runtime.bodies import ApiError, overloaded
+from bessemer.serving.runtime.worker import Worker
 
-#: Seconds between two looks for models that nobody asks for.
-LOOK_SECONDS = 5.0
+#: Seconds between two checks for idle models.
+IDLE_CHECK_SECONDS = 5.0
 _GIB = 2**30
 
 
 @dataclass(eq=False)
 class OpenModel:
-    """A model that is open. size: bytes of its files; used: when it was last asked for."""
+    """A loaded model. size: of its files, in bytes; used: time of its last request, by the pool's clock."""
 
     name: str
-    engine: TextEngine
+    engine: Engine
     worker: Worker
     size: int
     used: float
@@ -38,19 +38,19 @@ class OpenModel:
         """End its requests and its thread, and give its memory back."""
         self.worker.close()
         self.engine.close()
-        # weights and caches that only rings of references hold
+        # weights and caches are in reference cycles
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
-class Shelf:
-    """The models that a server may open, by name. All of it is of one event loop; files are read beside it."""
+class ModelPool:
+    """Additional models by name. Call it from one event loop; models are loaded in threads."""
 
     def __init__(
         self,
         places: Mapping[str, Path],
-        open_engine: Callable[[Path], TextEngine],
+        open_engine: Callable[[Path], Engine],
         *,
         max_waiting: int,
         most: int = 2,
@@ -58,8 +58,8 @@ class Shelf:
         keep_alive: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """places: folder or GGUF file of each. most: how many are open at once. memory: GiB that their files together may have;
-        None: what is free. keep_alive: seconds after its last request at which a model is closed; None: never."""
+        """places: folder or GGUF file of each model. most: open at once. memory: limit on the size of their files together, in
+        GiB. keep_alive: idle seconds after which a model is closed; None: never."""
         self._places = dict(places)
         self._open_engine = open_engine
         self._max_waiting = max_waiting
@@ -71,33 +71,31 @@ class Shelf:
         self._opening = asyncio.Lock()
         self.is_draining = False
         self.is_closed = False
-        #: Requests that wait for their model.
+        #: Requests that wait for their model to be loaded.
         self._awaited = 0
-        #: Leases of each model.
         self._leases: Counter[str] = Counter()
-        #: Models that have failed, to be ended before the next is opened.
-        self._leaving: list[OpenModel] = []
+        #: Failed models, which are closed before the next one is opened.
+        self._failed: list[OpenModel] = []
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The models that may be asked for."""
+        """All models, open or not."""
         return tuple(self._places)
 
     @property
     def open_models(self) -> list[OpenModel]:
-        """Those that are open now."""
         return list(self._open.values())
 
     @property
     def requests(self) -> int:
-        """API requests of all of them that are under way, those among them that wait for their model."""
-        return self._awaited + sum(one.worker.requests for one in self._open.values())
+        """API requests of all models, those that wait for a model to be loaded included."""
+        return self._awaited + sum(model.worker.requests for model in self._open.values())
 
     @contextmanager
     def lease(self, name: str) -> Generator[None, None, None]:
-        """Keep a model from being closed for another, or because nobody asks for it.
+        """Keep a model open.
 
-        A request holds one from before the model is opened to its end: another may run between the opening and the admission.
+        A request holds a lease from before the model is opened: another request could close it between opening and admission.
         """
         self._leases[name] += 1
         try:
@@ -106,45 +104,44 @@ class Shelf:
             self._leases[name] -= 1
 
     async def model(self, name: str) -> OpenModel:
-        """A model that is open, opened if it must be. It stays open while a lease is held, or a request of it runs.
+        """An open model, loaded if need be. It stays open while a lease is held or one of its requests runs.
 
-        Raises ApiError: 503 where no place is free, or the model cannot be opened.
+        Raises ApiError (503) where no place is free, or loading fails.
         """
-        if (found := self._usable(name)) is not None:
-            return found
+        if (model := self._usable(name)) is not None:
+            return model
         self._awaited += 1
         try:
-            # one whose client leaves is opened to its end, for the next
+            # a model is loaded to the end even if its client leaves: the next one gets it
             return await asyncio.shield(self._opened(name))
         finally:
             self._awaited -= 1
 
     def drain(self) -> None:
-        """Begin nothing new."""
         self.is_draining = True
-        for one in self._open.values():
-            one.worker.is_draining = True
+        for model in self._open.values():
+            model.worker.is_draining = True
 
     async def close_idle(self) -> None:
-        """Close what nobody has asked for in the time that is kept."""
+        """Close models that were idle for `keep_alive` seconds."""
         now = self._clock()
-        for one in self.open_models:
-            if not self._is_idle(one):
-                one.used = now
-            elif self._keep_alive is not None and now - one.used >= self._keep_alive:
-                await self._close(one)
+        for model in self.open_models:
+            if not self._is_idle(model):
+                model.used = now
+            elif self._keep_alive is not None and now - model.used >= self._keep_alive:
+                await self._close(model)
 
     async def close(self) -> None:
-        """Close all, and what is being opened as soon as it is open."""
+        """Close all models, also one that is being loaded."""
         self.is_closed = True
         async with self._opening:
-            for one in self.open_models:
-                await self._close(one)
+            for model in self.open_models:
+                await self._close(model)
 
     async def _opened(self, name: str) -> OpenModel:
         async with self._opening:
-            if (found := self._usable(name)) is not None:
-                return found
+            if (model := self._usable(name)) is not None:
+                return model
             place = self._places[name]
             try:
                 size = size_of(place)
@@ -157,63 +154,62 @@ class Shelf:
                     kind="server_error",
                     headers={"Retry-After": "30"},
                 ) from None
-            found = OpenModel(name, engine, Worker(engine, self._max_waiting), size, self._clock())
+            model = OpenModel(name, engine, Worker(engine, self._max_waiting), size, self._clock())
             if self.is_draining or self.is_closed:
-                await asyncio.to_thread(found.close)
-                raise _busy("the server is stopping; another one may answer")
-            self._open[name] = found
-            return found
+                await asyncio.to_thread(model.close)
+                raise overloaded("the server is stopping; another one may answer")
+            self._open[name] = model
+            return model
 
     def _usable(self, name: str) -> OpenModel | None:
-        found = self._open.get(name)
-        if found is not None and found.worker.failure is not None and found.worker.requests == 0:
-            # one that has failed is opened again
-            del self._open[name]
-            found.worker.is_draining = True
-            self._leaving.append(found)
+        """An open model that works. A failed one is given up once it has no requests, and will be opened again."""
+        model = self._open.get(name)
+        if model is None:
             return None
-        if found is not None:
-            found.used = self._clock()
-        return found
+        if model.worker.failure is not None and model.worker.requests == 0:
+            del self._open[name]
+            model.worker.is_draining = True
+            self._failed.append(model)
+            return None
+        model.used = self._clock()
+        return model
 
     async def _make_room(self, name: str, size: int) -> None:
-        """Close the models that were asked for the longest time ago until another fits. None is closed where that would not do.
-
-        Raises ApiError (503).
-        """
+        """Close the least recently used idle models until another fits. Raises ApiError (503), and closes none, where it would
+        not."""
         if self.is_draining:
-            raise _busy("the server is stopping; another one may answer")
+            raise overloaded("the server is stopping; another one may answer")
         if self._memory is not None and size > self._memory:
             raise ApiError(
                 f"the model '{name}' is larger than the memory for models: {size / _GIB:.1f} of {self._memory / _GIB:.1f} GiB",
                 status=503,
                 kind="server_error",
             )
-        for failed in self._leaving:
+        for failed in self._failed:
             await asyncio.to_thread(failed.close)
-        self._leaving.clear()
+        self._failed.clear()
         staying = self.open_models
-        idle = sorted(filter(self._is_idle, staying), key=lambda one: one.used)
-        leaving: list[OpenModel] = []
-        while not self._fits(size, [one for one in staying if one not in leaving]):
-            if len(leaving) == len(idle):
-                raise _busy(f"no place is free for '{name}' while the other models answer; try again in a moment")
-            leaving.append(idle[len(leaving)])
-        for one in leaving:
-            await self._close(one)
+        idle = sorted(filter(self._is_idle, staying), key=lambda model: model.used)
+        closing: list[OpenModel] = []
+        while not self._fits(size, [model for model in staying if model not in closing]):
+            if len(closing) == len(idle):
+                raise overloaded(f"no place is free for '{name}' while the other models answer; try again in a moment")
+            closing.append(idle[len(closing)])
+        for model in closing:
+            await self._close(model)
 
-    def _is_idle(self, one: OpenModel) -> bool:
-        return one.worker.requests == 0 and self._leases[one.name] == 0
+    def _is_idle(self, model: OpenModel) -> bool:
+        return model.worker.requests == 0 and self._leases[model.name] == 0
 
     def _fits(self, size: int, others: Sequence[OpenModel]) -> bool:
-        held = sum(one.size for one in others)
-        return len(others) < self._most and (self._memory is None or held + size <= self._memory)
+        total = size + sum(model.size for model in others)
+        return len(others) < self._most and (self._memory is None or total <= self._memory)
 
-    async def _close(self, one: OpenModel) -> None:
-        """Take it off the shelf at once, and end it beside the event loop: its thread may be in the middle of a step."""
-        del self._open[one.name]
-        one.worker.is_draining = True
-        await asyncio.to_thread(one.close)
+    async def _close(self, model: OpenModel) -> None:
+        """Withdraw a model at once, and close it in a thread: its engine may be in the middle of a step."""
+        del self._open[model.name]
+        model.worker.is_draining = True
+        await asyncio.to_thread(model.close)
 
 
 def size_of(place: Path) -> int:
@@ -226,20 +222,15 @@ def size_of(place: Path) -> int:
 
 
 def _without_place(error: Exception, place: Path) -> str:
-    """The error, without where the model lies on this machine."""
+    """The error's text without the path of the model, which is not for clients."""
     return str(error).replace(str(place), place.name)
 
 
-def _busy(reason: str) -> ApiError:
-    return ApiError(reason, status=503, kind="server_error", code="server_overloaded", headers={"Retry-After": "1"})
-
-
 @dataclass(frozen=True)
-class Opening:
-    """A model with its adapters, and the models beside it, by name.
+class ModelSetup:
+    """A model with its adapters, and additional models, all by name; nothing is loaded yet.
 
-    model: a folder or a GGUF file. beside: models that are opened when they are asked for; max_models, models_memory,
-    keep_alive: of these, as `Shelf` has them.
+    model: a folder or a GGUF file. max_models, models_memory, keep_alive: limits of the additional models' `ModelPool`.
     """
 
     model: Path
@@ -247,7 +238,7 @@ class Opening:
     device: str = "auto"
     engine: EngineConfig = field(default_factory=EngineConfig)
     adapters: Mapping[str, Path] = field(default_factory=dict)
-    beside: Mapping[str, Path] = field(default_factory=dict)
+    additional: Mapping[str, Path] = field(default_factory=dict)
     max_models: int = 2
     models_memory: float | None = None
     keep_alive: float | None = None
@@ -263,12 +254,12 @@ class Opening:
             raise
         return engine
 
-    def shelf(self, max_waiting: int) -> Shelf | None:
-        """The models beside it, none of them open yet."""
-        if not self.beside:
+    def model_pool(self, max_waiting: int) -> ModelPool | None:
+        """The additional models, none of them loaded yet."""
+        if not self.additional:
             return None
-        return Shelf(
-            self.beside,
+        return ModelPool(
+            self.additional,
             lambda place: Engine(place, device=self.device, config=self.engine),
             max_waiting=max_waiting,
             most=self.max_models,

@@ -1,4 +1,4 @@
-"""What the APIs share of a server: a model, its adapters, and the answers to a conversation."""
+"""A served model with its adapters and additional models, and chats as turns of its engine."""
 
 from __future__ import annotations
 
@@ -16,27 +16,26 @@ from bessemer.assistant.hooks import Hook
 from bessemer.assistant.messages import Message, as_messages, with_system_first
 from bessemer.assistant.tools import Tool, ToolChoice
 from bessemer.core.errors import RequestError
+from bessemer.inference.engine import Engine
 from bessemer.inference.request import Request
 from bessemer.inference.sampling.params import SamplingParams
-from bessemer.serving import config as limits
+from bessemer.serving.config import ASIDE, ENCODED
 from bessemer.serving.runtime.bodies import ApiError
 from bessemer.serving.runtime.clients import Caller
-from bessemer.serving.runtime.models import OpenModel, Shelf
-from bessemer.serving.runtime.worker import TextEngine, Turns, Worker
+from bessemer.serving.runtime.models import ModelPool, OpenModel
+from bessemer.serving.runtime.worker import Turns, Worker
 
 Result = TypeVar("Result")
-#: The header that tells the most tokens of an answer where a request asks for more than there is room for; of several prompts,
-#: the least.
+#: Response header: the limit on an answer's tokens, where it is below the requested one; of several prompts, the lowest.
 CLAMPED = "x-max-tokens"
 
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation that is to be answered.
+    """A conversation to answer, from any of the APIs.
 
-    caller: whose request it is. messages: in the form of chat completions. params_of: how answers are sampled, given the most
-    tokens of one. token_limit: the most that the client says. parameter_of: which parameter of the request a refusal is about,
-    by its text. answers: how many.
+    messages: in the form of chat completions. params_of: sampling settings, given the most tokens of an answer. parameter_of:
+    the request's parameter that an error's text is about. token_limit: the client's own.
     """
 
     caller: Caller
@@ -55,75 +54,82 @@ class Chat:
 class Served:
     """A model under its name, and its adapters each under its own.
 
-    aliases: other names of the model. shelf: of the first model, those beside it. hooks: what looks at every turn.
+    aliases: other names of the model. pool: the additional models. hooks: run in every turn.
     """
 
     def __init__(
         self,
-        engine: TextEngine,
+        engine: Engine,
         model_name: str,
         worker: Worker,
         aliases: Collection[str] = (),
-        shelf: Shelf | None = None,
+        pool: ModelPool | None = None,
         hooks: Sequence[Hook] = (),
     ) -> None:
         self.engine = engine
         self.model_name = model_name
         self.worker = worker
         self.aliases = tuple(aliases)
-        self.shelf = shelf
+        self.pool = pool
         self.hooks = tuple(hooks)
-        self._aside = asyncio.Semaphore(limits.ASIDE.most)
-        self._beside: WeakKeyDictionary[OpenModel, Served] = WeakKeyDictionary()
-        # tools are the clients' to run: what a message calls wrongly is theirs to answer too
+        self._side_work = asyncio.Semaphore(ASIDE.most)
+        self._additional: WeakKeyDictionary[OpenModel, Served] = WeakKeyDictionary()
+        # clients run their tools, so a turn ends with its first message
         config = AssistantConfig(max_rounds=1)
         self._turns = TurnMaker(engine.tokenizer, engine.context_length, config=config)
 
     @property
     def names_of_model(self) -> tuple[str, ...]:
-        """The names of the model as it is."""
+        """The names of the model without an adapter."""
         return (self.model_name, *self.aliases)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What a request may ask for: the model as it is, and with each adapter that is loaded now."""
+        """The same, and the adapters that are loaded now."""
         return (*self.names_of_model, *self.engine.adapters)
 
     @property
     def all_names(self) -> tuple[str, ...]:
-        """The same with the models beside it."""
-        return (*self.names, *(() if self.shelf is None else self.shelf.names))
+        """The same, and the additional models."""
+        return (*self.names, *(() if self.pool is None else self.pool.names))
+
+    def is_additional(self, name: str) -> bool:
+        return self.pool is not None and name in self.pool.names
+
+    @property
+    def open_additional(self) -> Sequence[OpenModel]:
+        return [] if self.pool is None else self.pool.open_models
 
     @property
     def requests(self) -> int:
-        """API requests under way, of the models beside it too."""
-        return self.worker.requests + (0 if self.shelf is None else self.shelf.requests)
+        """API requests under way, those of additional models included."""
+        return self.worker.requests + (0 if self.pool is None else self.pool.requests)
 
-    async def of(self, name: str, caller: Caller) -> Served:
-        """What serves a name: this model, or one beside it, opened if it must be, and open until the request of `caller` ends.
+    async def model_for(self, name: str, caller: Caller) -> Served:
+        """The model of a name. An additional one is loaded if need be, and stays open until the request of `caller` ends.
 
-        Raises ApiError: 404 for a name that is not served, 503 for a model that cannot be opened now.
+        Raises ApiError: 404 for an unknown name, 503 for a model that cannot be opened now.
         """
         caller.model = name
-        if self.shelf is not None and name in self.shelf.names:
-            caller.held.enter_context(self.shelf.lease(name))
-            found = await self.shelf.model(name)
-            if found not in self._beside:
-                self._beside[found] = Served(found.engine, name, found.worker, hooks=self.hooks)
-            return self._beside[found]
+        if self.pool is not None and name in self.pool.names:
+            caller.held.enter_context(self.pool.lease(name))
+            model = await self.pool.model(name)
+            if model not in self._additional:
+                self._additional[model] = Served(model.engine, name, model.worker, hooks=self.hooks)
+            return self._additional[model]
         self.check_model(name)
         return self
 
-    async def aside(self, work: Callable[[], Result]) -> Result:
-        """The result of work that is no completion, on a thread. Few at once, so that completions find threads."""
-        async with self._aside:
+    async def run_in_thread(self, work: Callable[[], Result]) -> Result:
+        """Run work that is no completion, a few at once, so that completions find threads."""
+        async with self._side_work:
             return await asyncio.to_thread(work)
 
     def drain(self) -> None:
         """Begin nothing new, of any model."""
         self.worker.is_draining = True
-        if self.shelf is not None:
-            self.shelf.drain()
+        if self.pool is not None:
+            self.pool.drain()
 
     def check_model(self, name: str) -> None:
         """Raises ApiError (404) for a name that is not served."""
@@ -137,13 +143,13 @@ class Served:
             )
 
     def adapter(self, name: str) -> str | None:
-        """The adapter that a name asks for; None: the model as it is."""
-        return None if name == self.model_name or name in self.aliases else name
+        """The adapter of that name; None for a name of the model."""
+        return None if name in self.names_of_model else name
 
-    def check_length(self, parameter: str, tokens: int, behind: int = 1) -> None:
-        """Raises ApiError where a prompt and as many tokens behind it are more than the context."""
+    def check_length(self, parameter: str, tokens: int, completion: int = 1) -> None:
+        """Raises ApiError where a prompt and as many tokens of completion exceed the context."""
         context = self.engine.context_length
-        if tokens + behind > context:
+        if tokens + completion > context:
             raise ApiError(
                 f"this model's context is {context} tokens, and the request has {tokens} in its {parameter}",
                 parameter=parameter,
@@ -151,7 +157,7 @@ class Served:
             )
 
     def check_text(self, parameter: str, text: str) -> None:
-        """Raises ApiError where a text surely is more than the context, before it is encoded."""
+        """Raises ApiError where a text certainly exceeds the context, before it is encoded."""
         context = self.engine.context_length
         if len(text) > context and self.engine.tokenizer.has_more_tokens(text, context):
             raise ApiError(
@@ -161,18 +167,19 @@ class Served:
             )
 
     def _check_conversation(self, chat: Chat, messages: Sequence[Message]) -> None:
-        """The same of a conversation with its tools, as the model would read it. Raises RequestError as `render_chat`."""
+        """`check_text` of a conversation with its tools as the chat template writes them. Raises RequestError as
+        `render_chat`."""
         tools = [tool.description_in_chat for tool in chat.tools]
         if characters_of([chat.messages, tools]) <= self.engine.context_length:
             return
-        given = [message.as_template_input() for message in messages]
-        segments = self.engine.tokenizer.render_chat(given, add_generation_prompt=True, tools=tools or None)
-        # a control token is one, however it is written
+        inputs = [message.as_template_input() for message in messages]
+        segments = self.engine.tokenizer.render_chat(inputs, add_generation_prompt=True, tools=tools or None)
+        # a control token is one token, however many characters it has
         self.check_text("messages", "".join(segment.text for segment in segments if not segment.is_control))
 
     def most_tokens(self, parameter: str, tokens: int, wanted: int | None, caller: Caller) -> int:
-        """The most tokens behind a prompt: those that are wanted, or what there is room for in the context and the memory.
-        A header tells the caller where that is fewer. Raises as `check_length`, of a single token where any is wanted."""
+        """The most tokens after a prompt: `wanted`, or what the context and the memory leave. A header tells the caller where
+        that is less. Raises as `check_length`, for one token where any is wanted."""
         self.check_length(parameter, tokens, 0 if wanted == 0 else 1)
         left = max(1, self.engine.longest - tokens)
         if wanted is None:
@@ -182,13 +189,12 @@ class Served:
         return min(wanted, left)
 
     def check_unguarded(self) -> None:
-        """Raises ApiError (403) for text that passes no hook, where there are hooks: a guard that can be walked around is
-        none."""
+        """Raises ApiError (403) where guardrails are on, for endpoints that no hook checks."""
         if self.hooks:
             raise ApiError("this server checks what is said, and answers conversations alone", status=403, code="not_allowed")
 
     def begin(self, chat: Chat) -> Turns:
-        """Turns that have begun, for a thread beside the event loop: the conversation is read, and all checked that can be.
+        """Begin the turns of a chat: encode the conversation and check everything. Call it off the event loop.
 
         Raises ApiError for what is wrong with the request.
         """
@@ -198,16 +204,16 @@ class Served:
 
         salt = chat.caller.salt(chat.cache_salt)
 
-        def request(tokens: Sequence[int], params: SamplingParams) -> Request:
+        def prepare(tokens: Sequence[int], params: SamplingParams) -> Request:
             return self.engine.prepare(list(tokens), params, adapter=self.adapter(chat.model), cache_salt=salt)
 
         turns = []
         try:
-            messages, begun = self._read(chat)
+            messages, answer_prefix = self._read(chat)
             self._check_conversation(chat, messages)
             conversation = Conversation(messages)
             if chat.answers > 1 and not self.hooks:
-                # read once for all answers; a hook may add to what is read
+                # encoded once for all answers; hooks may add to each turn's conversation
                 conversation.offer([tool.description_in_chat for tool in chat.tools])
                 conversation.encode(self.engine.tokenizer)
             for _ in range(chat.answers):
@@ -218,15 +224,15 @@ class Served:
                     tools=chat.tools,
                     tool_choice=chat.choice,
                     thinking_budget=chat.thinking_budget,
-                    begun=begun,
+                    answer_prefix=answer_prefix,
                 )
                 turn.begin(params_of)
                 turns.append(turn)
-            return Turns(turns, request, chat.caller)
+            return Turns(turns, prepare, chat.caller, self.worker)
         except RequestError as error:
             reason, parameter = str(error), chat.parameter_of(str(error))
             if parameter is None and chat.tools and reason.startswith("ebnf"):
-                # the grammar of a message is made of the tools' schemas
+                # a message's grammar contains the tools' schemas
                 parameter, reason = "tools", f"tools: calls cannot be held to their schemas: {reason}"
             raise ApiError(reason, parameter=parameter or "messages", code="invalid_value") from None
 
@@ -234,24 +240,24 @@ class Served:
         """The tokens of a conversation with its tools, up to where the assistant speaks. Raises as `begin`."""
         tools = [tool.description_in_chat for tool in chat.tools] or None
         check_encoded([chat.messages, tools])
-        messages, begun = self._read(chat)
+        messages, answer_prefix = self._read(chat)
         inputs = [message.as_template_input() for message in messages]
         tokenizer = self.engine.tokenizer
-        more = [] if begun is None else tokenizer.encode(begun.text, add_bos=False)
-        return len(tokenizer.apply_chat_template(inputs, add_generation_prompt=True, tools=tools)) + len(more)
+        prefix_ids = [] if answer_prefix is None else tokenizer.encode(answer_prefix.text, add_bos=False)
+        return len(tokenizer.apply_chat_template(inputs, add_generation_prompt=True, tools=tools)) + len(prefix_ids)
 
     def _read(self, chat: Chat) -> tuple[list[Message], Message | None]:
-        """A conversation that the chat template takes, and what the answer begins with: the assistant's message at its end, as
-        Anthropic has it, and vLLM with `continue_final_message`."""
+        """The messages for the chat template, and the beginning of the answer: the assistant's message at the end, as in
+        Anthropic's API, and in vLLM's with `continue_final_message`."""
         messages = as_messages(chat.messages)
-        begun = messages.pop() if messages[-1].role == "assistant" and not messages[-1].calls else None
+        prefix = messages.pop() if messages[-1].role == "assistant" and not messages[-1].calls else None
         if any(message.role == "system" for message in messages[1:]) and not self._takes_system_anywhere:
             messages = with_system_first(messages)
-        return messages, begun if begun is not None and begun.text else None
+        return messages, prefix if prefix is not None and prefix.text else None
 
     @cached_property
     def _takes_system_anywhere(self) -> bool:
-        """Whether the chat template writes a system message that is not the first: some refuse it, and some leave it out."""
+        """Whether the chat template writes a system message that is not the first. Some refuse it, some leave it out."""
         first, later = {"role": "system", "content": "first"}, {"role": "system", "content": "later"}
         user = {"role": "user", "content": "question"}
         tokenizer = self.engine.tokenizer
@@ -264,23 +270,22 @@ class Served:
 
 
 def characters_of(value: Any) -> int:
-    """The characters of all texts in a value of JSON."""
+    """The characters of all strings in a value of JSON, without the keys."""
     characters, left = 0, [value]
     while left:
-        one = left.pop()
-        if isinstance(one, str):
-            characters += len(one)
-        elif isinstance(one, Mapping):
-            left += one.values()
-        elif isinstance(one, Sequence):
-            left += one
+        value = left.pop()
+        if isinstance(value, str):
+            characters += len(value)
+        elif isinstance(value, Mapping):
+            left += value.values()
+        elif isinstance(value, Sequence):
+            left += value
     return characters
 
 
 def check_encoded(value: Any) -> None:
-    """Raises ApiError for more text than is encoded for its own sake."""
-    if (characters := characters_of(value)) > limits.ENCODED.most:
+    """Raises ApiError for more text than one request may have encoded without a completion."""
+    if (characters := characters_of(value)) > ENCODED.most:
         raise ApiError(
-            f"the request has {characters:,} characters, of which at most {limits.ENCODED.most:,} are encoded",
-            code="invalid_value",
+            f"the request has {characters:,} characters, of which at most {ENCODED.most:,} are encoded", code="invalid_value"
         )

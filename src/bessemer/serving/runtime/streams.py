@@ -1,119 +1,210 @@
-"""What the APIs share of a response: events by name, clients that leave, and errors that are not the API's own."""
+"""HTTP responses of all APIs: as one body, or as server-sent events; and errors as the API's own."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping
-from contextlib import aclosing, suppress
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Coroutine, Iterable, Mapping
+from contextlib import ExitStack, aclosing, suppress
+from typing import Any, Protocol, TypeVar
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
-from starlette.types import Message, Send
+from starlette.types import Message, Receive, Send
 
 from bessemer.core.errors import BessemerError, LostProcessError
 from bessemer.serving.runtime.bodies import ApiError
 
+Result = TypeVar("Result")
 #: nginx's status for a client that left before its response; it is never received.
 CLIENT_LEFT = 499
-#: An event with its name.
-NamedEvent = tuple[str, dict[str, Any]]
-#: Seconds of silence after which a stream says that it is still there: a prompt may be read for minutes, and proxies and
-#: clients close what is silent for less.
+#: Seconds of silence after which a stream sends a ping: reading a prompt may take minutes, and proxies close idle connections.
 QUIET_SECONDS = 1.0
-
-
+#: A comment, which clients skip.
+PING = ": still there\n\n"
 #: Characters that JSON leaves as they are, and at which Python's clients break lines (`str.splitlines`).
 _LINE_BREAKS = str.maketrans({character: f"\\u{ord(character):04x}" for character in "\x85\u2028\u2029"})
 
 
-def event_data(body: dict[str, Any]) -> str:
-    """A body in JSON that is one line whatever takes lines apart."""
+class Work(Protocol):
+    """In-flight completions of one HTTP request."""
+
+    def stream(self) -> AsyncGenerator[Any, None]:
+        """What one or more steps of the engine add. Closing or cancelling it ends the completions."""
+
+    async def finish(self) -> Any:
+        """The whole result."""
+
+
+class Reply(ABC):
+    """The response in one API's format. Texts are server-sent events, several of them joined, or ""."""
+
+    #: Sent after `QUIET_SECONDS` of silence.
+    ping = PING
+
+    @property
+    def is_large(self) -> bool:
+        """Whether the body takes long to make and to write."""
+        return False
+
+    @abstractmethod
+    def whole(self, result: Any, /) -> dict[str, Any]:
+        """The body of a response that is not streamed. result: of `Work.finish`."""
+
+    def start(self) -> str:
+        """Events before the prompt is computed."""
+        return ""
+
+    @abstractmethod
+    def events(self, step: Any, /) -> str:
+        """Events of an item of `Work.stream`."""
+
+    def end(self) -> str:
+        """Events after the last step."""
+        return ""
+
+    @abstractmethod
+    def failed(self, error: ApiError) -> str:
+        """The event of an error: the status was sent long before."""
+
+
+async def respond(
+    request: Request,
+    work: Work,
+    reply: Reply,
+    admission: ExitStack,
+    headers: Mapping[str, str],
+    *,
+    is_streamed: bool,
+    after_step: Callable[[], Awaitable[None]] | None = None,
+) -> Response:
+    """Answer with the result of `work`, in the format of `reply`.
+
+    A stream takes over `admission`, and releases it when it ends. after_step: awaited before the events of a step
+    are sent. `work` is cancelled when the client leaves.
+    """
+    if not is_streamed:
+        whole = _whole(work, reply, headers, after_step)
+        return await until_client_leaves(request.receive, whole) or client_left_response()
+    events = _events(work, reply, admission.pop_all(), after_step)
+    # from here on, the generator holds the admission
+    await anext(events)
+    return EventStream(events, headers, reply.ping)
+
+
+async def _whole(
+    work: Work, reply: Reply, headers: Mapping[str, str], after_step: Callable[[], Awaitable[None]] | None
+) -> Response:
+    result = await work.finish()
+    if reply.is_large:
+        return await asyncio.to_thread(lambda: JSONResponse(reply.whole(result), headers=dict(headers)))
+    body = reply.whole(result)
+    if after_step is not None:
+        await after_step()
+    return JSONResponse(body, headers=dict(headers))
+
+
+async def _events(
+    work: Work, reply: Reply, admission: ExitStack, after_step: Callable[[], Awaitable[None]] | None
+) -> AsyncGenerator[str, None]:
+    """Server-sent events. The first item is "", given at once: from then on, closing or cancelling the generator ends the
+    requests and their admission."""
+    try:
+        with admission:
+            yield ""
+            if start := reply.start():
+                yield start
+            async with aclosing(work.stream()) as steps:
+                async for step in steps:
+                    text = reply.events(step)
+                    if after_step is not None:
+                        await after_step()
+                    if text:
+                        yield text
+    except (BessemerError, ApiError) as error:
+        yield reply.failed(as_api_error(error))
+        return
+    if end := reply.end():
+        yield end
+
+
+def server_sent_event(body: Mapping[str, Any], name: str = "") -> str:
+    """An event with its name, where it has one. The JSON stays on one line, whatever a client takes for a line break."""
     text = json.dumps(body, ensure_ascii=False)
-    return text if text.isascii() else text.translate(_LINE_BREAKS)
+    data = text if text.isascii() else text.translate(_LINE_BREAKS)
+    return f"event: {name}\ndata: {data}\n\n" if name else f"data: {data}\n\n"
 
 
-async def named_events(
-    news: AsyncGenerator[list[NamedEvent], None], failed: Callable[[ApiError], NamedEvent]
-) -> AsyncIterator[str]:
-    """The server-sent events of a stream, with their names. failed: the event that tells an error: the status is long sent."""
-
-    def event(kind: str, body: dict[str, Any]) -> str:
-        return f"event: {kind}\ndata: {event_data(body)}\n\n"
-
-    async with aclosing(news):
-        try:
-            async for told in news:
-                if told:
-                    yield "".join(event(*one) for one in told)
-        except (BessemerError, ApiError) as error:
-            yield event(*failed(as_api_error(error)))
-
-
-async def made_beside(make: Callable[[], dict[str, Any]], headers: Mapping[str, str]) -> Response:
-    """The response with a body that takes long to make and to write: on a thread."""
-    return await asyncio.to_thread(lambda: JSONResponse(make(), headers=dict(headers)))
+def named_events(events: Iterable[tuple[str, Mapping[str, Any]]]) -> str:
+    """Several events, each a name and a body."""
+    return "".join(server_sent_event(body, name) for name, body in events)
 
 
 class EventStream(StreamingResponse):
     """A stream of server-sent events, which no cache keeps and no proxy holds back."""
 
     def __init__(
-        self, events: AsyncIterator[str], headers: Mapping[str, str] | None = None, still_there: str = ": still there\n\n"
+        self, events: AsyncIterable[str] | Iterable[str], headers: Mapping[str, str] | None = None, ping: str = PING
     ) -> None:
-        """headers: more of the response's. still_there: sent at every `QUIET_SECONDS` without an event; a comment, which
-        clients skip."""
+        """headers: added to the response's. ping: sent after every `QUIET_SECONDS` without an event."""
         own = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(events, media_type="text/event-stream", headers={**own, **(headers or {})})
-        self._still_there = still_there.encode()
+        self._ping = ping.encode()
         self._is_quiet = True
 
     async def stream_response(self, send: Send) -> None:
         async def send_event(message: Message) -> None:
             self._is_quiet = False
             if message["type"] == "http.response.body" and not message.get("more_body", False):
-                speaking.cancel()
+                pinging.cancel()
             await send(message)
 
-        speaking = asyncio.create_task(self._speak(send))
+        pinging = asyncio.create_task(self._send_pings(send))
         try:
             await super().stream_response(send_event)
         finally:
-            speaking.cancel()
-            # a client that has left is noticed by the stream itself
+            pinging.cancel()
+            # the stream itself notices a client that has left
             with suppress(asyncio.CancelledError, OSError):
-                await speaking
+                await pinging
 
-    async def _speak(self, send: Send) -> None:
+    async def _send_pings(self, send: Send) -> None:
         while True:
             self._is_quiet = True
             await asyncio.sleep(QUIET_SECONDS)
             if self._is_quiet:
-                await send({"type": "http.response.body", "body": self._still_there, "more_body": True})
+                await send({"type": "http.response.body", "body": self._ping, "more_body": True})
 
 
-async def until_client_leaves(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
-    """The response of `work`, which is cancelled when the client disconnects first."""
-    answering = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_client_left(request))
+async def until_client_leaves(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result | None:
+    """The result of `work`; None if the client disconnects first, which cancels it. The body must have been received."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_client_left(receive))
     try:
-        await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        return answering.result() if answering.done() else Response(status_code=CLIENT_LEFT)
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
     finally:
-        answering.cancel()
         leaving.cancel()
+        if not working.done():
+            working.cancel()
+            with suppress(asyncio.CancelledError):
+                await working
 
 
-async def _client_left(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
+async def _client_left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
         pass
 
 
+def client_left_response() -> Response:
+    """Nobody receives it, but the ASGI server waits for a response."""
+    return Response(status_code=CLIENT_LEFT)
+
+
 def as_api_error(error: Exception) -> ApiError:
-    """What a client is told of an error that the tokenizer or the engine raised."""
+    """An error of the tokenizer or the engine, as a client is answered."""
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, LostProcessError):
-        return ApiError(str(error), status=503, kind="server_error")
-    return ApiError(str(error))
+    status, kind = (503, "server_error") if isinstance(error, LostProcessError) else (400, "invalid_request_error")
+    return ApiError(str(error), status=status, kind=kind)

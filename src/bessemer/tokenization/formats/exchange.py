@@ -20,7 +20,7 @@ Format = Literal["gguf", "sentencepiece", "tiktoken"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 
 _GGUF_MAGIC = b"GGUF"
-#: Names that a tokenizer's file has in a folder, the first that is there is read.
+#: A tokenizer's file in a folder: the first of these names that exists is read.
 _NAMES = (TOKENIZER_FILE, "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
 
@@ -29,9 +29,9 @@ def import_tokenizer(
 ) -> tuple[Source, list[str]]:
     """Read a tokenizer from a file or folder of another tool into a Hugging Face folder, ids kept.
 
-    split, special_tokens: for a format that does not hold them (tiktoken). Returns the format, found by content, and what
-    the folder does otherwise than the source, a sentence each. The folder is there whole or not at all. Raises
-    ArtefactError for a source that is none or cannot be read, ConfigError when something must be given.
+    split, special_tokens: for a format that does not hold them (tiktoken). Returns the format, which is recognised by content,
+    and how the folder differs from the source, a sentence each. The folder is created atomically. Raises ArtefactError for a
+    source that is no tokenizer or cannot be read, ConfigError when `split` or `special_tokens` must be given.
     """
     from bessemer.tokenization.tokenizer import load_tokenizer
 
@@ -75,7 +75,7 @@ def _read(kind: Source, path: Path, folder: Path, split: str | None, special: Se
 
 
 def find_source(source: Path) -> tuple[Source, Path]:
-    """The format of a file, or of the tokenizer in a folder, and its place. Raises ArtefactError when there is none."""
+    """The format and the path of a tokenizer's file, or of the one in a folder. Raises ArtefactError when there is none."""
     if not source.exists():
         raise ArtefactError(f"{source}: no such file or folder; check the path")
     if source.is_dir():
@@ -125,8 +125,8 @@ def _is_tiktoken(head: bytes) -> bool:
 def export_tokenizer(folder: Path, path: Path, format: Format) -> list[str]:
     """Write the tokenizer of a folder, which may be a model's, as a file of another tool.
 
-    Returns where that tool encodes otherwise, a sentence each. Raises ArtefactError, with the reason, for a tokenizer that
-    it has no equal for.
+    Returns where that tool encodes differently, a sentence each. Raises ArtefactError, with the reason, for a tokenizer that
+    the tool has no equal for.
     """
     if not (folder / TOKENIZER_FILE).exists():
         raise ArtefactError(f"{folder}: holds no tokenizer ({TOKENIZER_FILE}) to export")

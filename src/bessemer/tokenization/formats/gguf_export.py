@@ -1,10 +1,11 @@
 """A tokenizer's folder as the tokenizer keys of a GGUF file, so that llama.cpp encodes as the folder does.
 
-What llama.cpp has no equal for is refused with the reason; what differs only on rare text is said in a note.
+A tokenizer that llama.cpp has no equal for is refused with the reason; a difference on rare text becomes a note.
 """
 
 from __future__ import annotations
 
+import base64
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ import tokenizers
 from bessemer.core.errors import ArtefactError
 from bessemer.core.store import new_file, read_json
 from bessemer.tokenization.control_tokens import TURN_ENDS
-from bessemer.tokenization.folder import TOKENIZER_FILE
+from bessemer.tokenization.folder import TOKENIZER_FILE, read_chat_template
 from bessemer.tokenization.formats.gguf_import import (
     NO_MERGES,
     WHOLE_PIECES,
@@ -26,9 +27,10 @@ from bessemer.tokenization.formats.gguf_import import (
     notes_of_controls,
     notes_of_split,
 )
-from bessemer.tokenization.formats.huggingface import read_chat_template, read_roles
-from bessemer.tokenization.sentencepieces import SPACE, WORD
+from bessemer.tokenization.formats.huggingface import read_roles
+from bessemer.tokenization.sentencepieces import MERGE_SPACES, WORD
 from bessemer.tokenization.split import SPLIT_REGEXES, split_name
+from bessemer.tokenization.vocabulary import SPACE_MARK, byte_of_name, steps_of
 
 if TYPE_CHECKING:
     import gguf
@@ -42,7 +44,7 @@ class GgufTokenizer:
     """The values of a GGUF's tokenizer keys.
 
     model: llama.cpp's tokenizer: gpt2, llama (SentencePiece's BPE) or t5 (Unigram). pre: the split's name, gpt2 only.
-    notes: where llama.cpp encodes otherwise, a sentence each.
+    notes: where llama.cpp encodes differently, a sentence each.
     """
 
     model: str
@@ -92,7 +94,7 @@ class GgufTokenizer:
 
 
 def write_gguf_tokenizer(folder: Path, path: Path) -> list[str]:
-    """Write a GGUF file that holds the tokenizer of a folder and no model. Returns where llama.cpp encodes otherwise.
+    """Write a GGUF file that holds the tokenizer of a folder and no model. Returns where llama.cpp encodes differently.
 
     Raises ArtefactError, with the reason, for a tokenizer that llama.cpp has no equal for.
     """
@@ -100,7 +102,7 @@ def write_gguf_tokenizer(folder: Path, path: Path) -> list[str]:
 
     values = gguf_tokenizer(folder)
     with new_file(path) as unfinished:
-        # llama.cpp wants a name that it knows, with or without a model
+        # llama.cpp requires an architecture that it knows, also without a model
         writer = gguf.GGUFWriter(unfinished, "llama")
         writer.add_type("vocab")
         writer.add_vocab_size(len(values.tokens))
@@ -150,7 +152,7 @@ _REASONS = {
 
 
 class _Ids:
-    """The tokens by id, what each of them is, and which have a role."""
+    """The tokens by id, their types, and the ids of the roles (bos, eos, unk, pad, eot)."""
 
     def __init__(
         self, tokenizer: tokenizers.Tokenizer, roles: Mapping[str, str | None], byte_fallback: bool, escapes_spaces: bool
@@ -158,16 +160,16 @@ class _Ids:
         self._tokenizer = tokenizer
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         count = max(vocabulary.values()) + 1
-        # a gap, named as other converters name it
+        # gaps get the name that other converters give them
         self.tokens = [f"[PAD{id}]" for id in range(count)]
         self.types = [int(TokenType.UNUSED)] * count
         for token, id in vocabulary.items():
-            is_byte = byte_fallback and len(token) == 6 and token.startswith("<0x")
+            is_byte = byte_fallback and byte_of_name(token) is not None
             self.tokens[id], self.types[id] = token, int(TokenType.BYTE if is_byte else TokenType.NORMAL)
         for id, added in tokenizer.get_added_tokens_decoder().items():
-            # llama.cpp looks for added tokens in the text before it writes its spaces as U+2581
-            looked_for_after = escapes_spaces and added.normalized and not added.special
-            self.tokens[id] = added.content.replace(SPACE, " ") if looked_for_after else added.content
+            # llama.cpp matches added tokens before it writes spaces as U+2581
+            written_with_mark = escapes_spaces and added.normalized and not added.special
+            self.tokens[id] = added.content.replace(SPACE_MARK, " ") if written_with_mark else added.content
             self.types[id] = int(TokenType.CONTROL if added.special else TokenType.USER_DEFINED)
         self.roles: dict[str, int] = {}
         for role in ("bos", "eos", "unk", "pad"):
@@ -183,15 +185,15 @@ class _Ids:
         """The learned tokens and their ids, in the order of the ids."""
         return {self.tokens[id]: id for id, kind in enumerate(self.types) if kind == TokenType.NORMAL}
 
-    def unknown(self, token: str | None) -> None:
-        """Make a token the one that stands for what cannot be written."""
+    def set_unknown(self, token: str | None) -> None:
+        """Make a token the unknown token."""
         if token is not None:
             id = self.tokens.index(token)
             self.types[id] = int(TokenType.UNKNOWN)
             self.roles["unk"] = id
 
     def around(self, notes: list[str]) -> tuple[bool, bool]:
-        """Whether a begin token is put before a text, and an end token after it; anything else is told in `notes`."""
+        """Whether a begin token is put before a text, and an end token after it; anything else adds to `notes`."""
         text = self._tokenizer.encode("a", add_special_tokens=False).ids
         whole = self._tokenizer.encode("a").ids
         at = next((at for at in range(len(whole)) if whole[at : at + len(text)] == text), 0)
@@ -203,7 +205,7 @@ class _Ids:
 
 
 def _is_byte_level(content: Mapping[str, Any]) -> bool:
-    return any(step["type"] == "ByteLevel" for step in _steps(content["pre_tokenizer"]))
+    return any(step["type"] == "ByteLevel" for step in steps_of(content["pre_tokenizer"]))
 
 
 def _byte_level(path: Path, content: Mapping[str, Any], ids: _Ids) -> GgufTokenizer:
@@ -214,7 +216,7 @@ def _byte_level(path: Path, content: Mapping[str, Any], ids: _Ids) -> GgufTokeni
             f"has no name for this one (it has {', '.join(SPLIT_REGEXES)})"
         )
     notes = notes_of_split(split) + notes_of_bytes(content["model"]["vocab"])
-    for step in _steps(content["normalizer"]):
+    for step in steps_of(content["normalizer"]):
         if step["type"] not in ("NFC", "NFKC", "NFD", "NFKD"):
             raise ArtefactError(
                 f"{path}: this tokenizer cannot be exported to GGUF: it changes text before splitting ({step['type']}), and "
@@ -233,7 +235,7 @@ def _byte_level(path: Path, content: Mapping[str, Any], ids: _Ids) -> GgufTokeni
 
 
 def _note_of_unreachable(model: Mapping[str, Any], what_differs: str) -> list[str]:
-    """A note when there are tokens that no merges make: only as a whole piece can they be written."""
+    """A note when there are tokens that no merges make: they are written only where they are a whole piece."""
     by_merges = tokenizers.models.BPE(model["vocab"], _pairs(model), ignore_merges=False)
     count = sum(len(by_merges.tokenize(token)) != 1 for token in model["vocab"])
     return [f"{count:,} tokens are made by no merges: {what_differs}"] if count else []
@@ -246,7 +248,7 @@ def _sentencepiece_bpe(path: Path, content: Mapping[str, Any], ids: _Ids) -> Ggu
             f"{path}: this tokenizer cannot be exported to GGUF: BPE on characters needs its 256 byte tokens there"
         )
     spaces = _spaces(path, content)
-    ids.unknown(model["unk_token"])
+    ids.set_unknown(model["unk_token"])
     pieces = ids.pieces()
     merges = _pairs(model)
     ranks: dict[str, int] = {}
@@ -269,7 +271,7 @@ def _sentencepiece_bpe(path: Path, content: Mapping[str, Any], ids: _Ids) -> Ggu
 
 
 def _pairs(model: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The merges of a BPE model, which older files write in one string."""
+    """The merges of a BPE model as pairs; older files write a pair as one string."""
     written = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
     return [(left, right) for left, right in written]
 
@@ -282,7 +284,7 @@ def _unigram(path: Path, content: Mapping[str, Any], ids: _Ids) -> GgufTokenizer
         scores[id] = float(score)
     if model["unk_id"] is None:
         raise ArtefactError(f"{path}: this tokenizer cannot be exported to GGUF: llama.cpp's Unigram needs an unknown token")
-    ids.unknown(model["vocab"][model["unk_id"]][0])
+    ids.set_unknown(model["vocab"][model["unk_id"]][0])
     notes = spaces.notes(ids.pieces())
     if model.get("byte_fallback"):
         notes.append(
@@ -314,7 +316,7 @@ class _Spaces:
     only_first: bool = False
 
     def notes(self, pieces: Mapping[str, int]) -> list[str]:
-        """What llama.cpp does otherwise."""
+        """What llama.cpp does differently, a sentence each."""
         notes = []
         if self.only_first:
             notes.append(
@@ -325,40 +327,34 @@ class _Spaces:
             notes.append(
                 "llama.cpp does not cut text into words: tokens of several, which this tokenizer never writes, appear there"
             )
-        if self.splits and any(SPACE in piece[1:] for piece in pieces):
+        if self.splits and any(SPACE_MARK in piece[1:] for piece in pieces):
             notes.append(
                 "llama.cpp does not cut at spaces: tokens with a space inside, which this tokenizer never writes, appear there"
             )
         return notes
 
 
-#: Replacements that leave one space of several, and none around a text.
-_MERGE_SPACES = ({"Regex": " {2,}"}, {"Regex": r"\A +| +\z"})
-
-
 def _spaces(path: Path, content: Mapping[str, Any]) -> _Spaces:
     """What `normalizer` and `pre_tokenizer` do to spaces. Raises ArtefactError when they do what llama.cpp cannot."""
     spaces = _Spaces()
-    steps = _steps(content["normalizer"]) + _steps(content["pre_tokenizer"])
+    steps = steps_of(content["normalizer"]) + steps_of(content["pre_tokenizer"])
     for step, following in zip(steps, [*steps[1:], None], strict=False):
         kind = step["type"]
         pattern = step.get("pattern", {})
         if kind == "NFC" and following is not None and following["type"] == "Precompiled":
-            # composes for `Precompiled` what SentencePiece's map composes itself
+            # added on import, because `Precompiled` composes less than SentencePiece's own map
             continue
-        if kind == "Replace" and pattern == {"String": " "} and step["content"] == SPACE:
+        if kind == "Replace" and pattern == {"String": " "} and step["content"] == SPACE_MARK:
             spaces.escaped = True
-        elif kind == "Prepend" and step["prepend"] == SPACE:
+        elif kind == "Prepend" and step["prepend"] == SPACE_MARK:
             spaces.prefix = True
-        elif kind in ("Strip", "WhitespaceSplit") or (kind == "Replace" and pattern in _MERGE_SPACES):
+        elif kind in ("Strip", "WhitespaceSplit") or step in MERGE_SPACES:
             spaces.merged = True
         elif kind == "Split" and pattern == {"Regex": WORD}:
             spaces.words = True
         elif kind == "Precompiled":
-            import base64
-
             spaces.charsmap = base64.b64decode(step["precompiled_charsmap"])
-        elif kind == "Metaspace" and step["replacement"] == SPACE:
+        elif kind == "Metaspace" and step["replacement"] == SPACE_MARK:
             spaces.escaped = True
             spaces.prefix = step["prepend_scheme"] != "never"
             spaces.only_first = step["prepend_scheme"] == "first"
@@ -368,17 +364,7 @@ def _spaces(path: Path, content: Mapping[str, Any]) -> _Spaces:
                 f"{path}: this tokenizer cannot be exported to GGUF: llama.cpp has no equal for its {kind} step"
             )
     if not spaces.escaped:
-        raise ArtefactError(f"{path}: this tokenizer cannot be exported to GGUF: it does not write spaces as {SPACE}")
+        raise ArtefactError(f"{path}: this tokenizer cannot be exported to GGUF: it does not write spaces as {SPACE_MARK}")
     if spaces.merged and content["model"]["type"] == "BPE":
         raise ArtefactError(f"{path}: this tokenizer cannot be exported to GGUF: llama.cpp's BPE keeps runs of spaces")
     return spaces
-
-
-def _steps(section: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
-    """The steps of a section, one by one."""
-    if section is None:
-        return []
-    if section["type"] != "Sequence":
-        return [section]
-    inner = section.get("normalizers") or section.get("pretokenizers") or []
-    return [step for part in inner for step in _steps(part)]

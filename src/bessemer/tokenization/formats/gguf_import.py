@@ -1,8 +1,8 @@
 """The tokenizer inside a GGUF file, as a Hugging Face folder.
 
-A GGUF holds the tokens by id, what each of them is, and what one of llama.cpp's tokenizers needs besides: merges for
-byte-level BPE (`gpt2`), scores for SentencePiece's BPE (`llama`) and Unigram (`t5`). It does not hold the split regex but
-a name for it, and no Unicode normalisation: the folder encodes as llama.cpp does.
+A GGUF holds the tokens by id, their types, and the merges of byte-level BPE (`gpt2`) or the scores of SentencePiece's BPE
+(`llama`) and Unigram (`t5`). It names the split regex without holding it, and has no Unicode normalisation: the folder encodes
+as llama.cpp does.
 """
 
 from __future__ import annotations
@@ -18,16 +18,23 @@ from typing import Any
 
 from bessemer.core.config import nearest
 from bessemer.core.errors import ArtefactError
-from bessemer.tokenization.folder import AddedToken, ForeignTokenizer, TokenizerParts, learned_size
+from bessemer.tokenization.folder import (
+    BYTE_LEVEL_DECODER,
+    AddedToken,
+    TokenizerContent,
+    TokenizerParts,
+    bpe_model,
+    learned_size,
+)
 from bessemer.tokenization.formats.gguf_metadata import read_metadata
-from bessemer.tokenization.sentencepieces import SPACE, merges_of
+from bessemer.tokenization.sentencepieces import merges_of, meta_to_spaces, spaces_to_meta
 from bessemer.tokenization.split import APPROXIMATED_REGEXES, OTHER_NAMES, SPLIT_REGEXES, pre_tokenizer
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 from bessemer.tokenization.vocabulary import byte_characters
 
-#: llama.cpp wants merges in a byte-level tokenizer. These two stand for no byte and are never found in a text.
+#: llama.cpp requires a merge in a byte-level tokenizer. These two characters stand for no byte, so this one never applies.
 NO_MERGES = ["\u2400", "\u2401"]
-#: Splits with which llama.cpp takes a piece that is a token whole, whatever the merges.
+#: Splits with which llama.cpp writes a piece that is a token as that token, whatever the merges.
 WHOLE_PIECES = frozenset({"llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken"})
 #: llama.cpp's tokenizers that are not read, and why.
 _REFUSED = {
@@ -51,8 +58,8 @@ class TokenType(IntEnum):
     BYTE = 6
 
 
-def import_gguf(path: Path, split: str | None = None) -> ForeignTokenizer:
-    """Read the tokenizer of a GGUF file, whose ids it keeps.
+def import_gguf(path: Path, split: str | None = None) -> TokenizerContent:
+    """Read the tokenizer of a GGUF file, ids kept.
 
     split: name of the split regex, for a file that names none or one unknown here. Raises ArtefactError for a file that
     is damaged, has no tokenizer, or one of a kind that a `tokenizer.json` cannot be made of.
@@ -65,7 +72,7 @@ def open_gguf_tokenizer(path: Path) -> Tokenizer:
     scratch = TemporaryDirectory()
     import_gguf(path).write(Path(scratch.name), compact=True)
     tokenizer = load_tokenizer(scratch.name)
-    # it reads some of its files when they are first needed
+    # the tokenizer reads some files only when they are needed
     weakref.finalize(tokenizer, scratch.cleanup)
     return tokenizer
 
@@ -99,7 +106,7 @@ _KINDS_BY_NAME: dict[str, tuple[str, Callable[[Any], bool]]] = {
         ("true or false", lambda value: value in (0, 1)),
     ),
 }
-#: What is under each key that is read, and whether a value is that.
+#: Key → what its value must be, in words, and the check of a value.
 _KINDS = {f"tokenizer.ggml.{name}": kind for name, kind in _KINDS_BY_NAME.items()} | {
     "tokenizer.chat_template": ("a text", _is_text)
 }
@@ -125,8 +132,8 @@ class _Gguf:
         """The value under a key."""
         return self._values.get(key, default)
 
-    def tokenizer(self, split: str | None) -> ForeignTokenizer:
-        """The tokenizer, or the reason why there is none."""
+    def tokenizer(self, split: str | None) -> TokenizerContent:
+        """The tokenizer. Raises ArtefactError with the reason why it cannot be read."""
         kind = self.get("model")
         if kind is None or (not self.tokens and kind not in _REFUSED):
             raise ArtefactError(f"{self.path}: this GGUF file holds no tokenizer")
@@ -143,7 +150,7 @@ class _Gguf:
             f"{self.path}: its tokenizer is of the kind {kind!r} and is not read ({reason}); read: gpt2, llama, t5"
         )
 
-    def _byte_level(self, split: str | None) -> ForeignTokenizer:
+    def _byte_level(self, split: str | None) -> TokenizerContent:
         name = split or self.get("pre")
         known = OTHER_NAMES.get(name or "", name)
         splits = [*SPLIT_REGEXES, *APPROXIMATED_REGEXES]
@@ -151,25 +158,23 @@ class _Gguf:
             what = f"the split {name!r} of this tokenizer is not known here" if name else "the file names no split regex"
             hint = nearest(name, splits) if name else ""
             raise ArtefactError(f"{self.path}: {what}{hint}; give one with --split: {', '.join(splits)}")
-        added = self._added({TokenType.CONTROL: True, TokenType.UNKNOWN: True, TokenType.USER_DEFINED: False})
+        added = self._added()
         size = learned_size(len(self.tokens), added)
         parts = TokenizerParts(
             size=size,
             model=bpe_model(
                 self.tokens[:size],
-                [merge.split(" ") for merge in self.get("merges") or []],
+                [pair for merge in self.get("merges") or [] if (pair := merge.split(" ")) != NO_MERGES],
                 ignore_merges=name in WHOLE_PIECES,
             ),
             pre_tokenizer=pre_tokenizer(known),
-            decoder={"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
+            decoder=BYTE_LEVEL_DECODER,
         )
         notes = notes_of_split(known) + notes_of_bytes(parts.model["vocab"])
         return self._with_roles(parts, added, notes, add_bos=known in ("llama-bpe", "tekken"))
 
-    def _sentencepiece_bpe(self) -> ForeignTokenizer:
-        added = self._added(
-            {TokenType.CONTROL: True, TokenType.UNKNOWN: True, TokenType.USER_DEFINED: False}, unk=0, bos=1, eos=2
-        )
+    def _sentencepiece_bpe(self) -> TokenizerContent:
+        added = self._added(unk=0, bos=1, eos=2)
         size = learned_size(len(self.tokens), added)
         prefix = bool(self.get("add_space_prefix", True))
         scores = self._scores()
@@ -189,16 +194,14 @@ class _Gguf:
         notes = notes_of_controls(self.tokens, self.types)
         return self._with_roles(parts, added, notes, add_bos=True, bos=1, eos=2, unk=0)
 
-    def _unigram(self) -> ForeignTokenizer:
-        added = self._added(
-            {TokenType.CONTROL: True, TokenType.UNKNOWN: True, TokenType.USER_DEFINED: False}, unk=2, eos=1, pad=0
-        )
+    def _unigram(self) -> TokenizerContent:
+        added = self._added(unk=2, eos=1, pad=0)
         size = learned_size(len(self.tokens), added)
         scores = self._scores()
         learned = [id for id in range(size) if self.types[id] in (TokenType.NORMAL, TokenType.UNUSED)]
         lowest = min((scores[id] for id in learned), default=0.0)
-        # tokenizers looks for every entry in the text, llama.cpp for learned ones only: the rest must cost more than
-        # the characters that they are made of
+        # tokenizers matches every entry in the text, llama.cpp only learned ones: the others must score below the
+        # characters that they are made of
         vocab = [
             [token, scores[id] if self.types[id] in (TokenType.NORMAL, TokenType.UNUSED) else lowest * (len(token) + 1)]
             for id, token in enumerate(self.tokens[:size])
@@ -226,12 +229,12 @@ class _Gguf:
     def _text(self, id: int | None) -> str | None:
         return self.tokens[id] if id is not None and 0 <= id < len(self.tokens) else None
 
-    def _added(self, special: dict[TokenType, bool], **defaults: int) -> dict[int, AddedToken]:
+    def _added(self, **defaults: int) -> dict[int, AddedToken]:
         """The added tokens by id: by their types, and those that the file gives a role."""
         added = {
-            id: AddedToken(id, token, special[TokenType(self.types[id])])
-            for id, token in enumerate(self.tokens)
-            if self.types[id] in special
+            id: AddedToken(id, token, special=kind != TokenType.USER_DEFINED)
+            for id, (token, kind) in enumerate(zip(self.tokens, self.types, strict=True))
+            if kind in (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED)
         }
         for role, key in _ROLES.items():
             id = self.get(key, defaults.get(role))
@@ -249,16 +252,15 @@ class _Gguf:
         add_bos: bool = False,
         add_eos: bool = False,
         **defaults: int,
-    ) -> ForeignTokenizer:
-        roles = {role: self._text(self.get(key, defaults.get(role))) for role, key in _ROLES.items()}
-        return ForeignTokenizer(
+    ) -> TokenizerContent:
+        return TokenizerContent(
             parts=parts,
             added=tuple(added.values()),
+            roles={f"{role}_token": self._text(self.get(key, defaults.get(role))) for role, key in _ROLES.items()},
             add_bos=bool(self.get("add_bos_token", add_bos)),
             add_eos=bool(self.get("add_eos_token", add_eos)),
             chat_template=self.value("tokenizer.chat_template"),
             notes=tuple(notes),
-            **roles,
         )
 
 
@@ -266,14 +268,14 @@ _ROLES = {"bos": "bos_token_id", "eos": "eos_token_id", "unk": "unknown_token_id
 
 
 def notes_of_split(split: str) -> list[str]:
-    """What is to be said of a split that llama.cpp cuts otherwise than the models that it is named after."""
+    """A note on a split that llama.cpp cuts differently from the models that it is named after."""
     if split in APPROXIMATED_REGEXES:
         return [f"llama.cpp cuts the split {split} otherwise at combining marks: text that holds them gets other ids there"]
     return []
 
 
 def notes_of_bytes(vocab: Container[str]) -> list[str]:
-    """What is to be said of a byte-level vocabulary that lacks bytes."""
+    """A note on a byte-level vocabulary that lacks bytes."""
     missing = [byte for byte, name in enumerate(byte_characters()) if name not in vocab]
     if not missing:
         return []
@@ -285,7 +287,7 @@ def notes_of_bytes(vocab: Container[str]) -> list[str]:
 
 
 def notes_of_controls(tokens: Sequence[str], types: Sequence[int]) -> list[str]:
-    """What is to be said of SentencePiece's BPE in llama.cpp, which joins two neighbours whatever token they make."""
+    """A note on SentencePiece's BPE in llama.cpp, which joins two neighbours also when they form a control token."""
     pieces = {token for token, kind in zip(tokens, types, strict=True) if kind == TokenType.NORMAL}
 
     def can_be_joined(token: str) -> bool:
@@ -299,64 +301,9 @@ def notes_of_controls(tokens: Sequence[str], types: Sequence[int]) -> list[str]:
     return [f"typed in a text, {', '.join(joined[:5])} can become the token of that name in llama.cpp; here it stays text"]
 
 
-def bpe_model(
-    tokens: Sequence[str],
-    merges: Sequence[Sequence[str]],
-    *,
-    unk_token: str | None = None,
-    byte_fallback: bool = False,
-    ignore_merges: bool = False,
-) -> dict[str, Any]:
-    """The `model` section of a `tokenizer.json` with BPE: tokens by id, merges by rank.
-
-    With byte fallback, what no byte token stands for is the unknown token.
-    """
-    return {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": unk_token,
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": unk_token is not None,
-        "byte_fallback": byte_fallback,
-        "ignore_merges": ignore_merges,
-        "vocab": {token: id for id, token in enumerate(tokens)},
-        "merges": [merge for merge in map(list, merges) if merge != NO_MERGES],
-    }
-
-
 def merges_from_scores(scores: Mapping[str, float]) -> list[list[str]]:
     """The merges of SentencePiece's BPE by rank, from the score of each piece: the best is joined first."""
     return merges_of(sorted(scores, key=lambda piece: -scores[piece]))
-
-
-def spaces_to_meta(*, prefix: bool, merge: bool = False, charsmap: bytes | None = None) -> dict[str, Any]:
-    """The `normalizer` that SentencePiece's models need: spaces become U+2581, one before the text with `prefix`; with
-    `merge`, runs of spaces become one and those around the text none; `charsmap` is SentencePiece's compiled map."""
-    steps: list[dict[str, Any]] = []
-    if charsmap:
-        import base64
-
-        steps.append({"type": "Precompiled", "precompiled_charsmap": base64.b64encode(charsmap).decode()})
-    if merge:
-        steps.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
-        steps.append({"type": "Replace", "pattern": {"Regex": r"\A +| +\z"}, "content": ""})
-    if prefix:
-        steps.append({"type": "Prepend", "prepend": SPACE})
-    steps.append({"type": "Replace", "pattern": {"String": " "}, "content": SPACE})
-    return {"type": "Sequence", "normalizers": steps} if len(steps) > 1 else steps[0]
-
-
-def meta_to_spaces(*, prefix: bool) -> dict[str, Any]:
-    """The `decoder` of SentencePiece's models: U+2581 becomes a space, byte tokens their bytes; the prefix goes."""
-    steps: list[dict[str, Any]] = [
-        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
-        {"type": "ByteFallback"},
-        {"type": "Fuse"},
-    ]
-    if prefix:
-        steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    return {"type": "Sequence", "decoders": steps}
 
 
 def _as_bytes(numbers: Sequence[int] | None) -> bytes | None:

@@ -1,7 +1,7 @@
 """Metadata of a GGUF file: its keys and values, and the offsets of its tensors, read without the tensors.
 
-The `gguf` package reads them too and makes several objects of every string: it takes seconds for a vocabulary, this a
-fifteenth of one. Layout: "GGUF", uint32 version, uint64 tensors, uint64 keys; then for each key its name, a uint32 type and the
+The `gguf` package makes several objects of every string and takes seconds for a vocabulary; this reader takes a fifteenth of
+the time. Layout: "GGUF", uint32 version, uint64 tensors, uint64 keys; then for each key its name, a uint32 type and the
 value; strings are a uint64 length and UTF-8, arrays a uint32 type, a uint64 length and the elements. Then for each tensor its
 name, a uint32 number of dimensions, these as uint64 with the innermost first, a uint32 type and a uint64 offset from where the
 tensors begin: the next multiple of the alignment. All little-endian.
@@ -75,7 +75,7 @@ class _Reader:
         return {self._string(): self._value(self._unpack("<I")[0]) for _ in range(keys)}
 
     def tensors(self, alignment: int) -> list[TensorInfo]:
-        """The tensors' places; to be read after the metadata."""
+        """The tensors, in the order of the file. Called after `metadata`."""
         infos = [self._tensor() for _ in range(self._tensors)]
         if not isinstance(alignment, int) or alignment < 1:
             raise ValueError(f"an alignment of {alignment!r}")

@@ -1,7 +1,7 @@
 """SentencePiece's `.model` files: read into a Hugging Face folder with their ids kept, and written from one.
 
-A `.model` holds the pieces by id, each with a score and a type, how the text is normalised, and which ids begin and end a
-text. It does not say whether they are put around one: the folder puts the begin token before a text where there is one.
+A `.model` holds the pieces by id, each with a score and a type, the normalisation, and the ids that begin and end a text. It
+does not say whether these are added to a text: the folder adds the begin token if there is one.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from typing import Any
 from bessemer.core.environment import install_extra
 from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.core.store import new_file, read_json
-from bessemer.tokenization.folder import TOKENIZER_FILE, AddedToken, ForeignTokenizer, TokenizerParts, learned_size
-from bessemer.tokenization.formats.gguf_import import bpe_model, merges_from_scores, meta_to_spaces, spaces_to_meta
+from bessemer.tokenization.folder import TOKENIZER_FILE, AddedToken, TokenizerContent, TokenizerParts, bpe_model, learned_size
+from bessemer.tokenization.formats.gguf_import import merges_from_scores
 from bessemer.tokenization.formats.huggingface import read_roles
-from bessemer.tokenization.sentencepieces import SPACE, WORD
-from bessemer.tokenization.vocabulary import byte_of_name
+from bessemer.tokenization.sentencepieces import MERGE_SPACES, WORD, meta_to_spaces, spaces_to_meta
+from bessemer.tokenization.vocabulary import SPACE_MARK, byte_of_name, steps_of
 
-#: Maps that come with SentencePiece and compose, as NFC does. `Precompiled` of tokenizers misses much of that.
+#: SentencePiece's own maps that compose characters, as NFC does. The `Precompiled` normalizer of tokenizers misses many.
 _UNICODE_MAPS = ("nmt_nfkc", "nfkc", "nmt_nfkc_cf", "nfkc_cf")
 
 
-#: What a byte of a user-defined symbol adds to a segmentation in SentencePiece's Unigram: 0.1 in float32.
+#: Score of a user-defined symbol in SentencePiece's Unigram, per byte: 0.1 in float32.
 _SCORE_OF_A_BYTE = 13421773 / 2**27
 
 
-def import_sentencepiece(path: Path) -> ForeignTokenizer:
-    """Read a `.model` (Unigram or BPE), whose ids and control tokens it keeps.
+def import_sentencepiece(path: Path) -> TokenizerContent:
+    """Read a `.model` (Unigram or BPE), ids and control tokens kept.
 
     Raises ArtefactError for a file that is damaged, or of a kind that a `tokenizer.json` cannot be made of.
     """
@@ -50,9 +50,9 @@ def import_sentencepiece(path: Path) -> ForeignTokenizer:
     unknown = next(id for id, piece in enumerate(model.pieces) if piece.type == types.UNKNOWN)
     prefix, merged = normalizer.add_dummy_prefix, normalizer.remove_extra_whitespaces
     charsmap = normalizer.precompiled_charsmap
-    # Unigram finds user-defined symbols among the pieces, by their scores; BPE must find them before
+    # Unigram finds user-defined symbols by their scores, as pieces; for BPE they must be added tokens
     added = tuple(
-        # a prefix would come into the symbol itself; without one it is found where SentencePiece finds it
+        # matched in normalised text as in SentencePiece, unless a space prefix would become part of the symbol
         AddedToken(id, piece.piece, special=False, normalized=not prefix)
         if piece.type == types.USER_DEFINED
         else AddedToken(id, piece.piece, special=True)
@@ -86,19 +86,16 @@ def import_sentencepiece(path: Path) -> ForeignTokenizer:
         normalizer=to_meta,
         decoder=meta_to_spaces(prefix=prefix or merged),
     )
-    roles: dict[str, str | None] = {}
+    roles: dict[str, str | None] = {"bos_token": None, "eos_token": None, "unk_token": model.pieces[unknown].piece}
     for role in ("bos", "eos", "pad"):
         id, piece = getattr(trainer, f"{role}_id"), getattr(trainer, f"{role}_piece")
         there = 0 <= id < len(model.pieces) and model.pieces[id].piece == piece and model.pieces[id].type == types.CONTROL
-        roles[role] = piece if there else None
-    return ForeignTokenizer(
+        roles[f"{role}_token"] = piece if there else None
+    return TokenizerContent(
         parts=parts,
         added=added,
-        bos=roles["bos"],
-        eos=roles["eos"],
-        unk=model.pieces[unknown].piece,
-        pad=roles["pad"],
-        add_bos=roles["bos"] is not None,
+        roles=roles,
+        add_bos=roles["bos_token"] is not None,
         notes=tuple(notes),
     )
 
@@ -117,10 +114,10 @@ def _parse(path: Path) -> Any:
 
 
 def _unigram_vocab(pieces: Sequence[Any]) -> list[list[Any]]:
-    """Pieces with their scores, as `tokenizers` must have them to find the same segmentation.
+    """Pieces with the scores by which `tokenizers` finds the same segmentation.
 
-    It looks for every entry in the text, SentencePiece for normal and user-defined ones only: the others get a score
-    so low that their characters are better. A user-defined symbol scores as SentencePiece has it, by its length.
+    It matches every entry in the text, SentencePiece only normal and user-defined ones: the others get a score so low that
+    their characters are better. A user-defined symbol scores by its length, as in SentencePiece.
     """
     types = type(pieces[0])
     normal = [piece.score for piece in pieces if piece.type == types.NORMAL]
@@ -169,13 +166,13 @@ def write_sentencepiece(folder: Path, path: Path) -> None:
     normalizer.name = "identity"
     normalizer.add_dummy_prefix = normalizer.remove_extra_whitespaces = False
     normalizer.escape_whitespaces = True
-    for step in _steps(content["normalizer"]):
+    for step in steps_of(content["normalizer"]):
         if step["type"] == "Prepend":
             normalizer.add_dummy_prefix = True
         elif step["type"] == "Precompiled":
             normalizer.name = "user_defined"
             normalizer.precompiled_charsmap = base64.b64decode(step["precompiled_charsmap"])
-        elif step in _MERGED_SPACES:
+        elif step in MERGE_SPACES:
             normalizer.remove_extra_whitespaces = True
     with new_file(path) as unfinished:
         unfinished.write_bytes(model.SerializeToString(deterministic=True))
@@ -184,10 +181,10 @@ def write_sentencepiece(folder: Path, path: Path) -> None:
 def _pieces(path: Path, content: Mapping[str, Any]) -> list[tuple[str, float, str]]:
     """Piece, score and type by id."""
     model = content["model"]
-    steps = _steps(content["normalizer"]) + _steps(content["pre_tokenizer"])
+    steps = steps_of(content["normalizer"]) + steps_of(content["pre_tokenizer"])
     strange = [step["type"] for step in steps if not _is_sentencepiece(step)]
     if model["type"] not in ("Unigram", "BPE") or not any(_escapes(step) for step in steps) or strange:
-        what = strange[0] if strange else f"{model['type']} that does not write spaces as {SPACE}"
+        what = strange[0] if strange else f"{model['type']} that does not write spaces as {SPACE_MARK}"
         raise ArtefactError(
             f"{path}: this tokenizer cannot be written as a SentencePiece model, which has no equal for its {what}; the "
             "algorithms unigram and sentencepiece_bpe make tokenizers that can"
@@ -219,13 +216,9 @@ def _pieces(path: Path, content: Mapping[str, Any]) -> list[tuple[str, float, st
     return pieces
 
 
-#: How `Split` cuts behind what its regex finds.
+#: The behaviour of `Split` that cuts after each match.
 _CUT = "MergedWithPrevious"
 _ESCAPED_SPACES = spaces_to_meta(prefix=False)
-#: Runs of spaces become one, and none are left around the text.
-_MERGED_SPACES = [
-    step for step in spaces_to_meta(prefix=False, merge=True)["normalizers"] if step != _ESCAPED_SPACES
-]  # fmt: skip
 
 
 def _escapes(step: Mapping[str, Any]) -> bool:
@@ -235,21 +228,21 @@ def _escapes(step: Mapping[str, Any]) -> bool:
 def _is_sentencepiece(step: Mapping[str, Any]) -> bool:
     """Whether a step of the normalizer or the pre-tokenizer is one that we write for a SentencePiece model."""
     if step["type"] == "Metaspace":
-        return (step["replacement"], step["prepend_scheme"], step["split"]) == (SPACE, "never", False)
+        return (step["replacement"], step["prepend_scheme"], step["split"]) == (SPACE_MARK, "never", False)
     return (
         step == _ESCAPED_SPACES
-        or step in _MERGED_SPACES
+        or step in MERGE_SPACES
         or step["type"] in ("Precompiled", "NFC")
-        or step == {"type": "Prepend", "prepend": SPACE}
+        or step == {"type": "Prepend", "prepend": SPACE_MARK}
         or (step["type"] == "Split" and (step["pattern"] == {"Regex": WORD} or step["behavior"] == _CUT))
     )
 
 
 def _names_cut(pieces: Sequence[Any]) -> dict[str, Any] | None:
-    """A pre-tokenizer that cuts the name of a byte or a control token, typed in a text, where no piece can lie across.
+    """A pre-tokenizer that cuts typed names of byte and control tokens, at a place that no piece spans. None if none needs it.
 
-    Needed where a character of the name is not in the vocabulary: unknown characters score below anything, so the name
-    would be better. None where nothing is to be cut.
+    A name needs it when one of its characters is not in the vocabulary: unknown characters score lowest, so `tokenizers` would
+    prefer the token of that name.
     """
     types = type(pieces[0])
     texts = [piece.piece for piece in pieces if piece.type in (types.NORMAL, types.USER_DEFINED)]
@@ -257,7 +250,7 @@ def _names_cut(pieces: Sequence[Any]) -> dict[str, Any] | None:
     pairs = {piece[at : at + 2] for piece in texts for at in range(len(piece) - 1)}
     cuts = []
     for name in (piece.piece for piece in pieces if piece.type not in (types.NORMAL, types.USER_DEFINED)):
-        # beside a known character, for consecutive unknown ones are one token
+        # between a known and an unknown character: consecutive unknown ones are one token
         cuttable = (at for at in range(1, len(name)) if (name[at - 1] in known) != (name[at] in known))
         at = next((at for at in cuttable if name[at - 1 : at + 1] not in pairs), None)
         if at is not None:
@@ -266,13 +259,6 @@ def _names_cut(pieces: Sequence[Any]) -> dict[str, Any] | None:
     if not cuts:
         return None
     return {"type": "Split", "pattern": {"Regex": "|".join(cuts)}, "behavior": _CUT, "invert": False}
-
-
-def _steps(section: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
-    if section is None:
-        return []
-    inner = section.get("normalizers") or section.get("pretokenizers")
-    return [step for part in inner for step in _steps(part)] if inner else [section]
 
 
 def _messages() -> Any:

@@ -1,7 +1,7 @@
 """tiktoken's files: one line a token, its bytes in base64 and its rank, which is its id.
 
-tiktoken joins the two neighbours whose joint bytes have the lowest rank, whichever two they are, and writes a piece that is
-a token whole. A file holds neither the split regex nor the control tokens; they are given beside it.
+tiktoken joins the two neighbours that form the token of lowest rank, and writes a piece that is a token as that token. A file
+holds neither the split regex nor the control tokens; the caller gives them.
 """
 
 from __future__ import annotations
@@ -14,15 +14,23 @@ from pathlib import Path
 from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.core.store import read_json, write_text
 from bessemer.tokenization.bpe import encode_piece
-from bessemer.tokenization.folder import TOKENIZER_FILE, AddedToken, ForeignTokenizer, TokenizerParts, first_of, learned_size
-from bessemer.tokenization.formats.gguf_import import bpe_model
+from bessemer.tokenization.folder import (
+    BYTE_LEVEL_DECODER,
+    TOKENIZER_FILE,
+    AddedToken,
+    TokenizerContent,
+    TokenizerParts,
+    bpe_model,
+    first_of,
+    learned_size,
+)
 from bessemer.tokenization.split import SPLIT_REGEXES, pre_tokenizer, split_name
 from bessemer.tokenization.tokenizer import BEGIN_NAMES, END_NAMES
 from bessemer.tokenization.vocabulary import token_from_name, vocabulary_name
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
-    """The rank of every token in a file. Raises ArtefactError naming the first line that is none."""
+    """The rank of every token in a file. Raises ArtefactError that names the first malformed line."""
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         if not line.strip():
@@ -41,11 +49,11 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     return ranks
 
 
-def import_tiktoken(path: Path, split: str | None, special_tokens: Sequence[str] | Mapping[str, int]) -> ForeignTokenizer:
+def import_tiktoken(path: Path, split: str | None, special_tokens: Sequence[str] | Mapping[str, int]) -> TokenizerContent:
     """A tokenizer with the ids of `tiktoken.Encoding` on this file, split regex and control tokens.
 
-    split: a name of `SPLIT_REGEXES`. special_tokens: with their ids, or in order, from the first id after the file's on.
-    An id that the file leaves out gets a name that no text can reach. Raises ConfigError when something is not given.
+    split: a name of `SPLIT_REGEXES`. special_tokens: with their ids, or in order, numbered after the file's ids. An id that the
+    file leaves out gets a token that no text produces. Raises ConfigError when one of the two is missing.
     """
     if split is None:
         raise ConfigError(
@@ -67,24 +75,23 @@ def import_tiktoken(path: Path, split: str | None, special_tokens: Sequence[str]
     names = [learned.get(id, f"<|unused_{id}|>") for id in range(max(learned) + 1)]
     size = learned_size(len(names), controls)
     merges, whole = _merges(ranks)
-    return ForeignTokenizer(
+    return TokenizerContent(
         parts=TokenizerParts(
             size=size,
             model=bpe_model(names[:size], merges, ignore_merges=whole),
             pre_tokenizer=pre_tokenizer(split),
-            decoder={"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
+            decoder=BYTE_LEVEL_DECODER,
         ),
         added=tuple(AddedToken(id, token, True) for id, token in sorted(controls.items())),
-        bos=first_of(BEGIN_NAMES, special_tokens) or eos,
-        eos=eos,
+        roles={"bos_token": first_of(BEGIN_NAMES, special_tokens) or eos, "eos_token": eos},
     )
 
 
 def _merges(ranks: Mapping[bytes, int]) -> tuple[list[tuple[str, str]], bool]:
-    """The merges by rank, and whether there are tokens that only a piece of their own reaches.
+    """The merges by rank, and whether some tokens are written only where they are a whole piece.
 
-    A token of a trained tokenizer falls into two when it is encoded with the ranks below its own, and is only ever made
-    of these two (see `bpe.merges_from_ranks`). One that was put in by hand may not: then every two that make it do.
+    Encoding a trained token with lower ranks gives two parts, its merge (see `bpe.merges_from_ranks`). A token that was added
+    by hand may give more; then every pair of tokens that forms it is a merge.
     """
     merges: list[tuple[bytes, bytes]] = []
     whole = False
@@ -105,9 +112,9 @@ def _cuts(token: bytes, ranks: Mapping[bytes, int]) -> list[int]:
 
 
 def write_tiktoken(folder: Path, path: Path) -> list[str]:
-    """Write the ranks of a folder's byte-level BPE. Returns what must be given to `tiktoken.Encoding` beside the file.
+    """Write the ranks of a folder's byte-level BPE. Returns what `tiktoken.Encoding` needs besides the file, a sentence each.
 
-    Raises ArtefactError, with the reason, for a tokenizer that tiktoken would encode otherwise.
+    Raises ArtefactError, with the reason, for a tokenizer that tiktoken would encode differently.
     """
     place = folder / TOKENIZER_FILE
     content = read_json(place, "tokenizer")

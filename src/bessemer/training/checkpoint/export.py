@@ -24,7 +24,6 @@ from bessemer.model.decoder import Decoder
 from bessemer.model.initialisation import empty_decoder, fill
 from bessemer.model.storage.folder import SCORE, load_model, load_scorer, read_model_config, save_model
 from bessemer.tokenization.tokenizer import load_tokenizer
-from bessemer.training.adapter_config import AdapterConfig
 from bessemer.training.checkpoint.manager import (
     CHECKPOINTS,
     INDEX,
@@ -35,9 +34,9 @@ from bessemer.training.checkpoint.manager import (
     steps_of,
 )
 from bessemer.training.checkpoint.state import AVERAGE
-from bessemer.training.config import LoopConfig
-from bessemer.training.model_setup import frozen_dtype
+from bessemer.training.config_parts import ExportSettings
 from bessemer.training.optim.weight_averaging import mean_weights
+from bessemer.training.starting_model import StartingModel
 
 
 def find_checkpoint(name: str, folder: Path, where: str = "init_from") -> Path:
@@ -83,9 +82,9 @@ def checkpoint_model(checkpoint: Path) -> tuple[Decoder, Path]:
 
     Raises ConfigError when the stage is not finished, so that its settings are missing.
     """
-    beside = _model_beside(checkpoint)
+    model_folder = _model_beside(checkpoint)
     weights: dict[str, Any] = checkpoint_weights(checkpoint)
-    return fill(empty_decoder(read_model_config(beside)), weights), beside
+    return fill(empty_decoder(read_model_config(model_folder)), weights), model_folder
 
 
 def averaged_model(checkpoints: Sequence[Path]) -> tuple[Decoder, Path]:
@@ -107,14 +106,14 @@ def averaged_model(checkpoints: Sequence[Path]) -> tuple[Decoder, Path]:
 
 
 def _model_beside(checkpoint: Path) -> Path:
-    beside = checkpoint.parents[1] / "model"
-    if not (beside / "config.json").is_file():
+    model_folder = checkpoint.parents[1] / "model"
+    if not (model_folder / "config.json").is_file():
         raise ConfigError(f"{checkpoint}: its run is not finished; finish it, or continue from it with init_from")
-    return beside
+    return model_folder
 
 
 def save_trained(
-    model: Decoder, out: Path, *, tokenizer: Path, mesh: Mesh, config: LoopConfig | None = None, best: int | None = None
+    model: Decoder, out: Path, *, tokenizer: Path, mesh: Mesh, config: ExportSettings | None = None, best: int | None = None
 ) -> None:
     """Write `out/model`: the weights, with `save: ema` their moving average, with `save: best` those after step `best`. With an
     average, the weights or the average that are not there are written to `out/model-weights` or `out/model-ema`.
@@ -122,7 +121,7 @@ def save_trained(
     One process writes its model; of several, rank 0 writes a checkpoint's, and needs memory for one copy, two with an
     average; the others wait for it.
     """
-    # checkpoints leave them out
+    # checkpoints do not hold frozen weights
     left_out = {name: weight for name, weight in model.named_parameters() if not weight.requires_grad}
     frozen = {name: weight.cpu() for name, weight in whole_tensors(left_out, mesh).items()}
     if mesh.leads:
@@ -135,8 +134,8 @@ def save_trained(
             chosen = weights
             if averaged:
                 average = weights | checkpoint_weights(folder, f"others.{AVERAGE}.weights")
-                beside = fill(empty_decoder(model.config), weights if saved == "ema" else average)
-                save_model(beside, out / ("model-weights" if saved == "ema" else "model-ema"), tokenizer=tokenizer)
+                other = fill(empty_decoder(model.config), weights if saved == "ema" else average)
+                save_model(other, out / ("model-weights" if saved == "ema" else "model-ema"), tokenizer=tokenizer)
                 chosen = average if saved == "ema" else weights
             if saved == "best" and best is not None:
                 chosen = frozen | checkpoint_weights(checkpoint_of_step(out / CHECKPOINTS, best))
@@ -146,22 +145,16 @@ def save_trained(
 
 
 def save_trained_adapter(
-    model: Decoder,
-    settings: AdapterConfig,
-    out: Path,
-    *,
-    start: Path,
-    mesh: Mesh,
-    config: LoopConfig,
-    best: int | None = None,
+    model: Decoder, start: StartingModel, out: Path, *, mesh: Mesh, config: ExportSettings, best: int | None = None
 ) -> None:
     """Write `out/adapter`, a folder of PEFT's, and with `merge` the model with the adapter merged, `out/model`; which numbers
     and what else, as `save_trained` does of weights. Of a model with a scalar head, trained beside the adapter, `out/model`
     alone.
 
-    start: the folder of the model that the run started from, whose weights the adapter is for. Of several processes rank 0
-    writes, and reads that model again to merge, as one process does whose frozen weights lie in half precision.
+    start: the model that the run started from, whose weights the adapter is for. Of several processes rank 0 writes, and reads
+    that model again to merge, as one process does whose frozen weights lie in half precision.
     """
+    assert start.adapter is not None
     own = {name: parameter for name, parameter in model.named_parameters() if is_trained_by_adapter(name)}
     trained = whole_tensors(own, mesh)
     if mesh.leads:
@@ -169,15 +162,15 @@ def save_trained_adapter(
             adapter = adapter_of(model, tensors)
             head = tensors.get(SCORE)
             if head is None:
-                # mapped into memory, and as it was before its weights were quantised for this run
-                write_adapter(adapter, load_model(start), out / f"adapter{ending}")
-            if settings.merge:
-                is_as_read = mesh.alone and frozen_dtype(config, start) == torch.float32
-                base = model if is_as_read else _base(start, head)
+                # read again (memory-mapped): this run may have quantised its own copy
+                write_adapter(adapter, load_model(start.folder), out / f"adapter{ending}")
+            if start.adapter.merge:
+                is_as_read = mesh.alone and start.frozen_dtype == torch.float32
+                base = model if is_as_read else _base(start.folder, head)
                 whole = merged(base, adapter)
                 if head is not None:
                     whole.get_parameter(SCORE).data = head.to(whole.device)
-                save_model(whole, out / f"model{ending}", tokenizer=start)
+                save_model(whole, out / f"model{ending}", tokenizer=start.folder)
     mesh.wait()
 
 
@@ -188,7 +181,7 @@ def _base(start: Path, head: Tensor | None) -> Decoder:
     return load_scorer(start, dtype=torch.float32, seed=0)
 
 
-def _chosen(trained: dict[str, Tensor], out: Path, config: LoopConfig, best: int | None) -> dict[str, dict[str, Tensor]]:
+def _chosen(trained: dict[str, Tensor], out: Path, config: ExportSettings, best: int | None) -> dict[str, dict[str, Tensor]]:
     """An adapter's tensors by the ending of the folder that is for them. Those that are frozen lie in no checkpoint."""
     if config.save == "best" and best is not None:
         chosen = trained | checkpoint_weights(checkpoint_of_step(out / CHECKPOINTS, best))

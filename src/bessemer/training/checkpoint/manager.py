@@ -25,7 +25,7 @@ from bessemer.core.progress import Progress
 from bessemer.core.store import check_format, read_json, write_json
 from bessemer.distributed.mesh import ALONE, Mesh, job_timeout
 from bessemer.training.checkpoint.state import RANDOM_STATES, TrainingState, copied
-from bessemer.training.checkpoint.storage import CheckpointReader, Parts, PartWriter, check_plain, read_checkpoint
+from bessemer.training.checkpoint.storage import CheckpointReader, ProcessNotes, ShardWriter, check_plain, read_checkpoint
 
 #: Format number of a checkpoint's index; raised when its shape changes.
 CHECKPOINT_FORMAT = 2
@@ -58,7 +58,7 @@ class CheckpointManager:
         self._progress = progress
         self._mesh = mesh
         self._keep_every = keep_every
-        #: A step whose checkpoint is kept besides: the best one.
+        #: The best step, whose checkpoint is kept too.
         self.kept_step: int | None = None
         # a group of its own, so that collectives of the writing thread do not mix with those of training
         self._group = None if mesh.alone else dist.new_group(backend="gloo", timeout=job_timeout())
@@ -91,11 +91,11 @@ class CheckpointManager:
         if self._mesh.leads:
             shutil.rmtree(unfinished, ignore_errors=True)
         self._check_values(values, final)
-        parts = Parts(unfinished, final, self._mesh, self._progress)
+        parts = ProcessNotes(unfinished, final, self._mesh, self._progress)
         try:
-            writer = PartWriter(unfinished)
+            writer = ShardWriter(unfinished)
             with _quietly():
-                # plans, and writes nothing: its collectives would time out while one process writes
+                # only plans: collectives inside the write would time out while one process is still writing
                 save(values, storage_writer=writer, no_dist=self._mesh.alone, process_group=self._group)
             written = writer.write()
             own = {"files": hash_files(unfinished, unfinished.glob(f"__{self._mesh.rank}_*")), "written": written}
@@ -129,7 +129,7 @@ class CheckpointManager:
             raise CheckpointError(f"{final}: another process cannot write its part of this checkpoint: {other}")
 
     def _publish(
-        self, everyone: list[dict[str, Any]], parts: Parts, writer: PartWriter, unfinished: Path, final: Path, step: int
+        self, everyone: list[dict[str, Any]], parts: ProcessNotes, writer: ShardWriter, unfinished: Path, final: Path, step: int
     ) -> None:
         """Complete the folder that all processes have written to, and give it its name."""
         writer.complete([entry for part in everyone for entry in part["written"]])
@@ -199,8 +199,8 @@ class CheckpointManager:
                 raise CheckpointError(
                     f"{folder}: this checkpoint is of another {name} than this run's, which cannot go on from it"
                 )
-        held = CheckpointReader(folder).read_metadata().state_dict_metadata
-        loaded = {name for name in state.others if any(key.startswith(f"others.{name}.") for key in held)}
+        stored = CheckpointReader(folder).read_metadata().state_dict_metadata
+        loaded = {name for name in state.others if any(key.startswith(f"others.{name}.") for key in stored)}
         self._load(folder, state, loaded)
         return set(state.others) - loaded
 
@@ -209,11 +209,11 @@ class CheckpointManager:
         values = state.read()
         if others is not None:
             values["others"] = {name: value for name, value in values["others"].items() if name in others}
-        held = CheckpointReader(folder).read_metadata().state_dict_metadata
-        present = _without_new_optimizer_states(values, set(held))
+        stored = CheckpointReader(folder).read_metadata().state_dict_metadata
+        present = _without_new_optimizer_states(values, set(stored))
         with _quietly():
             read_checkpoint(present, folder, alone=self._mesh.alone, group=self._group)
-        # random states that are not there must not come from this process
+        # where the checkpoint has no random state of a rank, this process's own must not replace it
         state.write(_merged(values, present) | {RANDOM_STATES: present[RANDOM_STATES]})
 
     def _verified(self, folder: Path) -> dict[str, Any]:
@@ -221,20 +221,20 @@ class CheckpointManager:
         return verified(folder, self._mesh.rank, self._mesh.layout.world_size)
 
 
-def _without_new_optimizer_states(values: dict[str, Any], held: set[str], prefix: str = "") -> dict[str, Any]:
+def _without_new_optimizer_states(values: dict[str, Any], stored: set[str], prefix: str = "") -> dict[str, Any]:
     """Nested values without those optimizer states that a checkpoint does not hold: of parameters that had had no gradient."""
     present: dict[str, Any] = {}
     for name, value in values.items():
         path = f"{prefix}{name}"
         if isinstance(value, dict):
-            present[name] = _without_new_optimizer_states(value, held, f"{path}.")
-        elif not (name.startswith("state.") and prefix.endswith("optimizer.") and path not in held):
+            present[name] = _without_new_optimizer_states(value, stored, f"{path}.")
+        elif not (name.startswith("state.") and prefix.endswith("optimizer.") and path not in stored):
             present[name] = value
     return present
 
 
 def _merged(values: dict[str, Any], loaded: dict[str, Any]) -> dict[str, Any]:
-    """Nested values with those that were loaded in their places."""
+    """Nested values, replaced by loaded ones where there are any."""
     return {
         name: _merged(value, loaded[name]) if isinstance(value, dict) else loaded.get(name, value)
         for name, value in values.items()
@@ -270,7 +270,7 @@ def verified(folder: Path, rank: int = 0, ranks: int = 1) -> dict[str, Any]:
 
 
 def checkpoint_weights(folder: Path, section: str = "model") -> dict[str, Tensor]:
-    """The unsharded tensors of a checkpoint's model by name, on the CPU, whatever layout wrote them.
+    """The unsharded tensors of a checkpoint's model by name, on the CPU; any layout may have written them.
 
     section: of the state. Raises CheckpointError when the checkpoint is damaged.
     """

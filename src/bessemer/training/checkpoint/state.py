@@ -145,16 +145,14 @@ class ModelState:
         self._optimizers = optimizers
 
     def state_dict(self) -> dict[str, Any]:
-        """By parameter name."""
         return model_state(self._model, self._optimizers)
 
     def load_state_dict(self, values: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
         restore_model(self._model, self._optimizers, values)
 
 
 class SourceState:
-    """What a source of batches has under way on every data rank, as one value that each rank writes and reads whole.
+    """State of a source of batches on every data rank, as one value that each rank writes and reads whole.
 
     Tensors of a rollout have other shapes at every checkpoint, so the states are stored as bytes. They are opened without
     running code.

@@ -39,17 +39,17 @@ from bessemer.core.store import read_json, write_json
 from bessemer.distributed.mesh import Mesh
 from bessemer.training.checkpoint.state import RANDOM_STATES
 
-#: Seconds without a file that grows after which the others are given up, and between lines about the wait for them.
+#: Seconds without a growing file after which other processes count as dead, and between messages about waiting for them.
 _PATIENCE, _SAY_EVERY = 3600.0, 60.0
-#: Seconds between two looks, at first and at most.
+#: First and longest pause between two looks at the folder, in seconds.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.01, 1.0
-#: Seconds that a failure is left to be read, where not all have read it before.
+#: Longest time that a failure's note is left for the other processes to read, in seconds.
 _READING = 10.0
 
 _FAILURE = ".failed.json"
 
 
-class PartWriter(FileSystemWriter):
+class ShardWriter(FileSystemWriter):
     """PyTorch's writer of a folder, which only plans while `save` runs its collectives.
 
     `write` writes this process's files, and `complete`, on rank 0, the metadata of all processes' files.
@@ -91,7 +91,7 @@ def _from_plain(entry: dict[str, Any]) -> WriteResult:
     return WriteResult(index, entry["bytes"], _StorageInfo(**entry["place"]))
 
 
-class Parts:
+class ProcessNotes:
     """The notes of the processes that write a checkpoint, in its unfinished folder. One process alone leaves none."""
 
     def __init__(self, unfinished: Path, final: Path, mesh: Mesh, progress: Progress) -> None:
@@ -99,8 +99,8 @@ class Parts:
         self._final = final
         self._mesh = mesh
         self._progress = progress
-        #: What another process says that it failed with.
-        self._told: dict[str, Any] | None = None
+        #: The note of another process that failed, once it is read.
+        self._read_failure: dict[str, Any] | None = None
 
     def gathered(self, own: dict[str, Any]) -> list[dict[str, Any]]:
         """On rank 0, the parts of all processes by rank, once all have left theirs. Raises StorageError or CheckpointError when
@@ -147,16 +147,16 @@ class Parts:
         if self._mesh.alone:
             shutil.rmtree(self._folder, ignore_errors=True)
             return error
-        if self._told is None and not self._mesh.leads and not self._folder.exists():
+        if self._read_failure is None and not self._mesh.leads and not self._folder.exists():
             return self._error_of({})
         own = {"rank": self._mesh.rank, "failure": str(error), "storage": isinstance(error, StorageError)}
         with suppress(OSError):
-            if self._told is None:
-                # so that there is room for the note on a full disk
+            if self._read_failure is None:
+                # frees room for the note on a full disk
                 for path in self._folder.glob(f"__{self._mesh.rank}_*"):
                     path.unlink()
-            # that of another process too: a sign that it was read
-            write_json(self._folder / _FAILURE if self._mesh.leads else self._note(self._mesh.rank), self._told or own)
+            # another process's failure is repeated, to show that it was read
+            write_json(self._folder / _FAILURE if self._mesh.leads else self._note(self._mesh.rank), self._read_failure or own)
         if self._mesh.leads:
             end = time.monotonic() + _READING
             while time.monotonic() < end and not self._all_know():
@@ -176,7 +176,7 @@ class Parts:
         return all("failure" in note for note in notes)
 
     def _error_of(self, note: dict[str, Any]) -> BessemerError:
-        self._told = note
+        self._read_failure = note
         if note.get("storage"):
             return StorageError(note["failure"])
         who, why = (f"process {note['rank']}", f" ({note['failure']})") if note else ("another process", "")
@@ -232,7 +232,7 @@ _ALLOWED = {
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        # where Python 3.13 alone keeps it
+        # Python 3.13 pickles paths under another module's name
         module = "pathlib" if module == "pathlib._local" else module
         if name not in _ALLOWED.get(module, ()):
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint of ours does")
@@ -278,10 +278,10 @@ def read_checkpoint(values: dict[str, Any], folder: Path, *, alone: bool, group:
     Random states that the checkpoint does not hold are taken out of `values`: it may be of fewer ranks, of another device, or
     of an earlier version.
     """
-    # first by itself: PyTorch wraps errors that are raised inside `load`
-    held = CheckpointReader(folder).read_metadata().state_dict_metadata
+    # read before `load`, because PyTorch wraps errors that are raised inside it
+    stored = CheckpointReader(folder).read_metadata().state_dict_metadata
     states = values.get(RANDOM_STATES, {})
-    for name in [name for name in states if f"{RANDOM_STATES}.{name}" not in held]:
+    for name in [name for name in states if f"{RANDOM_STATES}.{name}" not in stored]:
         del states[name]
     try:
         load(values, storage_reader=CheckpointReader(folder), planner=_Planner(), no_dist=alone, process_group=group)

@@ -24,7 +24,7 @@ from bessemer.training.config_parts import BatchSizes
 from bessemer.training.data.token_stream import DocumentSources, FillInTheMiddle, permuted
 
 if TYPE_CHECKING:
-    from bessemer.training.model_roles import Trainee
+    from bessemer.training.model_roles import ModelRoles
 
 
 #: Target of a token without a loss.
@@ -32,7 +32,7 @@ IGNORE_INDEX = -100
 
 
 class Inputs(TypedDict):
-    """What `Decoder.hidden` reads of a batch."""
+    """Arguments of `Decoder.hidden`."""
 
     tokens_BT: Tensor
     positions_BT: Tensor | None
@@ -71,7 +71,7 @@ class Batch:
 
     @property
     def inputs(self) -> Inputs:
-        """What a decoder reads: `model.hidden(**batch.inputs)`."""
+        """Arguments of `Decoder.hidden`: `model.hidden(**batch.inputs)`."""
         return Inputs(
             tokens_BT=self.tokens_BT,
             positions_BT=self.positions_BT,
@@ -190,7 +190,7 @@ class BatchSource(Protocol):
         """Steps whose batches may be read before they are needed; 0 for batches that depend on the weights, as those that the
         policy itself makes: they are read by the training thread, after the update of the step before."""
 
-    def bind(self, trainee: Trainee) -> None:
+    def bind(self, models: ModelRoles) -> None:
         """Receives the models of the run before the first batch, where batches depend on them."""
 
     def batch(self, step: int, rows: slice, mesh: Mesh) -> Batch:
@@ -216,14 +216,12 @@ class StatelessBatches:
     lookahead = 2
 
     def batch_size_at(self, step: int) -> int:
-        """Rows of the whole batch of `step`."""
         return self.batch_size
 
-    def bind(self, trainee: Trainee) -> None:
+    def bind(self, models: ModelRoles) -> None:
         """Needs no model."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -292,7 +290,6 @@ class TokenBatches(StatelessBatches):
         self.fingerprint = hash_value([shards.fingerprint, batch_size, context_length, seed, *changes])
 
     def batch(self, step: int, rows: slice = slice(None), mesh: Mesh = ALONE) -> Batch:
-        """The rows `rows` of the batch of `step`, counted from 0; the others are not read."""
         length = self._context_length
         starts = rows_of_step(step, self.batch_size, self.rows, self._seed)[rows] * length
         windows = np.empty((len(starts), length + 1), self._shards.dtype)
@@ -341,11 +338,9 @@ class WarmedUpBatches(StatelessBatches):
         self._sizes = sizes
 
     def batch_size_at(self, step: int) -> int:
-        """Rows of the whole batch of `step`."""
         return self._sizes.of_step(step)
 
     def batch(self, step: int, rows: slice = slice(None), mesh: Mesh = ALONE) -> Batch:
-        """The rows `rows` of the batch of `step`, counted from 0."""
         begin = self._sizes.rows_before(step)
         return read_rows(self._source, range(begin, begin + self._sizes.of_step(step))[rows], mesh)
 
@@ -396,7 +391,7 @@ class Prefetcher:
                 batch = self._read(step)
                 self._ready.put(batch.pinned() if self._pin else batch)
         except BaseException as error:
-            # of any kind: `batch` raises it in the training thread
+            # an error of any type is raised again by `batch`, in the training thread
             self._ready.put(error)
 
 

@@ -26,7 +26,7 @@ from bessemer.tokenization.shards import TokenShards
 from bessemer.training.data.batches import IGNORE_INDEX, Batch, StatelessBatches, epochs_of_step, rows_of_step
 from bessemer.training.data.token_stream import ADDED_TOKENS, FillInTheMiddle, memmapped_arrays
 
-#: Raised when the same documents come into other rows than before.
+#: Version of the row plan; raised when the same documents are packed into different rows.
 _PLAN_VERSION = 1
 #: Fewest rows that are packed at once: with fewer, the free tokens of the last row are a noticeable fraction.
 _LEAST_ROWS = 512
@@ -60,7 +60,7 @@ def best_fit(lengths: ArrayLike, capacity: int) -> np.ndarray:
                 free = length + (fitting & -fitting).bit_length() - 1
                 candidates = open_rows.pop(free)
                 free_sizes ^= 1 << free
-            # a row that took an item and still has space for another is the fullest again
+            # a row takes as many of these items as fit: after each it is still the fullest that has room
             each = (free if fitting else capacity) // length
             needed = -(-len(items) // each)
             if fitting:
@@ -303,7 +303,6 @@ class DocumentBatches(StatelessBatches):
         self.fingerprint = hash_value([self._plan.fingerprint, batch_size, seed, *changes])
 
     def batch(self, step: int, rows: slice = slice(None), mesh: Mesh = ALONE) -> Batch:
-        """The rows `rows` of the batch of `step`, counted from 0; the others are not read."""
         chosen = rows_of_step(step, self.batch_size, self.rows, self._seed)[rows]
         epochs = epochs_of_step(step, self.batch_size, self.rows)[rows]
         packed: list[list[tuple[np.ndarray, np.ndarray]]] = []

@@ -89,7 +89,7 @@ def memmapped_arrays(
         except OSError:
             if not place.is_dir():
                 raise
-            # another process was faster
+            # another process has written the file meanwhile
             shutil.rmtree(unfinished)
     return {name: _mapped(place / name, np.dtype(dtype)) for name, dtype in dtypes.items()}
 

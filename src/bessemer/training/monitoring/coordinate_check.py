@@ -84,7 +84,7 @@ def _changes(model: ModelConfig, config: LoopConfig, runtime: Runtime, steps: in
     scale_initial_weights(decoder, width_ratio(config, model))
     generator = torch.Generator().manual_seed(seed)
     shape = (config.batch_size, config.context_length + 1)
-    # a product of two uniform numbers: tokens of very different frequencies, as in text
+    # the product of two uniform numbers gives tokens of very different frequencies, as in text
     uniform = torch.rand(2, *shape, generator=generator).prod(0)
     stream = (uniform * model.vocab_size).long()
     tokens_BT, targets_BT = stream[:, :-1], stream[:, 1:]
@@ -102,7 +102,7 @@ def _changes(model: ModelConfig, config: LoopConfig, runtime: Runtime, steps: in
 def _activations(decoder: Decoder, tokens_BT: Tensor) -> dict[str, Tensor]:
     modules: dict[str, nn.Module] = {"embedding": decoder.embed_tokens}
     for layer, block in enumerate(decoder.blocks):
-        modules[f"attention {layer}"] = block.linear_attn if block.is_linear else block.self_attn
+        modules[f"attention {layer}"] = block.attention
         modules[f"feed_forward {layer}"] = block.mlp
     modules["residual"] = decoder.blocks[-1]
     with _outputs(modules) as outputs:

@@ -58,11 +58,9 @@ class NoDiagnostics:
     """A step without diagnostics."""
 
     def wrap_accept(self, accept: Accept) -> Accept:
-        """`accept` itself."""
         return accept
 
     def metrics(self) -> dict[str, float]:
-        """None."""
         return {}
 
 
@@ -149,7 +147,7 @@ class StepDiagnostics:
             squares[index] += local_squares(tensor, self._mesh, None if less is None else less[name]).cpu()
             present[index] = 1
         squares, present = self._mesh.sum(torch.stack((squares, present)))
-        return {place: float(square) ** 0.5 for place, square, held in zip(self._places, squares, present, strict=True) if held}
+        return {place: float(square) ** 0.5 for place, square, here in zip(self._places, squares, present, strict=True) if here}
 
 
 _LAYER = re.compile(r"layers\.(\d+)")

@@ -60,7 +60,7 @@ class OutlierDetector:
             return torch.full((2,), torch.inf, dtype=torch.float64)
         medians = self._values.quantile(0.5, dim=1)
         deviations = _DEVIATIONS_PER_MAD * (self._values - medians[:, None]).abs().quantile(0.5, dim=1)
-        # of a negative median a multiple lies below it: the deviations decide then
+        # a multiple of a negative median lies below it; then the deviations alone decide
         factors = torch.tensor([LOSS_FACTOR, NORM_FACTOR], dtype=torch.float64)
         return torch.maximum(medians + self._sigmas * deviations, factors * medians)
 
@@ -69,7 +69,6 @@ class OutlierDetector:
         return {"values": self._values.clone(), "seen": self._count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
         self._values = state["values"].clone()
         self._count = state["seen"]
 
@@ -98,10 +97,8 @@ class BestValidation:
         return self._patience is not None and self._since >= self._patience
 
     def state_dict(self) -> dict[str, Any]:
-        """For the checkpoint."""
         return {"loss": self.loss, "step": -1 if self.step is None else self.step, "since": self._since}
 
     def load_state_dict(self, values: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
         self.loss, self._since = values["loss"], values["since"]
         self.step = None if values["step"] < 0 else values["step"]

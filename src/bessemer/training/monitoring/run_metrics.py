@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from bessemer.core.errors import ConfigError, StaleMeasurementError
 from bessemer.core.stage import OpenTasks, TaskScorer
 from bessemer.model.config import ModelConfig
-from bessemer.training.config import LoopConfig
+from bessemer.training.config_parts import BatchSettings, ValidationSettings
 
 if TYPE_CHECKING:
     from bessemer.model.decoder import Decoder
@@ -35,7 +35,7 @@ class Throughput:
     """Throughput of a run's steps. peak_flops: of all its devices together, vendor figure or measured, FLOP/s; None:
     unknown."""
 
-    def __init__(self, config: LoopConfig, model: ModelConfig, peak_flops: float | None) -> None:
+    def __init__(self, config: BatchSettings, model: ModelConfig, peak_flops: float | None) -> None:
         self._flops_per_token = model.flops_per_token(config.context_length)
         self._peak_flops = peak_flops
         #: Moving average of tokens per second.
@@ -120,7 +120,7 @@ class ThroughputCheck:
         self._window = []
 
 
-def open_tasks(config: LoopConfig, folder: Path, opener: OpenTasks | None) -> TaskScorer | None:
+def open_tasks(config: ValidationSettings, folder: Path, opener: OpenTasks | None) -> TaskScorer | None:
     """The tasks of the settings, with their data; None where they name none. Relative paths start from `folder`.
 
     Raises ConfigError for a task that there is not, and where nothing asks tasks; ArtefactError for data that is missing.

@@ -23,7 +23,7 @@ def check_trackers(names: Sequence[str]) -> None:
     """Raise ConfigError, with what to type, when a tracker's library is not installed."""
     for name in names:
         spec = importlib.util.find_spec(name)
-        # without an origin it is only a folder of that name, such as W&B leaves
+        # a module without an origin is only a folder of that name, such as W&B leaves behind
         if spec is None or spec.origin is None:
             raise ConfigError(f"track: {name} is not installed: pip install {name}")
 

@@ -7,32 +7,105 @@ Lengths are in steps and need not be integers. Steps are counted from 0; the fir
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from bessemer.training.config import VALIDATIONS
+from pydantic import model_validator
+
+from bessemer.core.config import Config, setting
+from bessemer.training.config_parts import VALIDATIONS, BatchSizes
 
 if TYPE_CHECKING:
     from bessemer.training.config import LoopConfig
 
 
-def learning_rate_factor(config: LoopConfig, step: int) -> float:
-    """The factor in (0, 1] on the peak learning rate at `step` of a run of `config.steps`, under the settings' schedule, and
-    where they say so scaled by the root of the batch size while that grows."""
-    if config.batch_size_warmup is not None and config.batch_size_warmup.scale_learning_rate:
-        return _schedule(config, step) * math.sqrt(config.batch_sizes.of_step(step) / config.batch_size)
-    return _schedule(config, step)
+class ScheduleSettings(Config):
+    """The learning rate by step, as a fraction of its peak."""
+
+    schedule: Literal["wsd", "cosine", "linear", "inverse_sqrt"] = setting(
+        "wsd",
+        "Learning rate after the warm-up. wsd: constant, then a decay at the end (Hu et al. 2024); cosine, linear: decay over "
+        "the whole run; inverse_sqrt: one over the root of the step, whatever the end (docs/optimizers.md).",
+    )
+    warmup_fraction: float | None = setting(
+        0.03, "Fraction of the steps in which the learning rate rises from zero.", ge=0, le=1
+    )
+    warmup_steps: int | None = setting(None, "Warm-up as a number of steps instead of a fraction.", unit="steps", ge=0)
+    warmup_tokens: int | None = setting(None, "Warm-up as a number of tokens instead of a fraction.", unit="tokens", ge=0)
+    decay_fraction: float | None = setting(
+        0.3, "wsd: fraction of the steps, at the end, in which the learning rate falls to zero.", ge=0, le=1
+    )
+    decay_steps: int | None = setting(None, "Decay as a number of steps instead of a fraction.", unit="steps", ge=0)
+    decay_tokens: int | None = setting(None, "Decay as a number of tokens instead of a fraction.", unit="tokens", ge=0)
+    decay_shape: Literal["linear", "1-sqrt"] = setting(
+        "linear", "wsd: linear decay, or fast at first and slow later (1-sqrt, Hägele et al. 2024)."
+    )
+    final_learning_rate_fraction: float = setting(
+        0.0, "Final learning rate as a fraction of its peak; the minimum of inverse_sqrt.", ge=0, le=1
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _replace_default_lengths(cls, values: Any) -> Any:
+        """A length in steps or tokens replaces the default fraction."""
+        if not isinstance(values, dict):
+            return values
+        for phase in ("warmup", "decay"):
+            replaced = any(values.get(f"{phase}_{unit}") is not None for unit in ("steps", "tokens"))
+            if replaced or (phase == "decay" and values.get("schedule", "wsd") != "wsd"):
+                values = {f"{phase}_fraction": None, **values}
+        return values
+
+    @model_validator(mode="after")
+    def _check_schedule(self) -> Self:
+        for phase in ("warmup", "decay"):
+            names = [f"{phase}_{unit}" for unit in ("fraction", "steps", "tokens")]
+            given = [name for name in names if getattr(self, name) is not None]
+            if phase == "decay" and self.schedule != "wsd":
+                if given:
+                    raise ValueError(f"{given[0]} is for schedule: wsd, and {self.schedule} has no decay phase: leave it out")
+            elif len(given) != 1:
+                raise ValueError(f"give exactly one of {', '.join(names)}, not {' and '.join(given) or 'none'}")
+        if self.schedule != "wsd" and self.decay_shape != "linear":
+            raise ValueError(f"decay_shape: {self.decay_shape} is for schedule: wsd, not for {self.schedule}")
+        if (self.warmup_fraction or 0) + (self.decay_fraction or 0) > 1:
+            raise ValueError("warmup_fraction and decay_fraction together exceed 1")
+        return self
 
 
-def _schedule(config: LoopConfig, step: int) -> float:
-    steps, final = config.steps, config.final_learning_rate_fraction
-    assert steps is not None
-    warmup = config.warmup_length(steps)
-    if config.schedule == "wsd":
-        decay = config.decay_length(steps)
-        return warmup_stable_decay(step, steps, warmup=warmup, decay=decay, shape=config.decay_shape, final=final)
-    if config.schedule == "inverse_sqrt":
-        return inverse_sqrt(step, warmup=warmup, final=final)
-    return (cosine if config.schedule == "cosine" else linear)(step, steps, warmup=warmup, final=final)
+@dataclass(frozen=True)
+class LearningRates:
+    """Factors in (0, 1] on the peak learning rate by step, counted from 0, of a run of `steps`.
+
+    warmup, decay: lengths in steps; no decay in a schedule without that phase. scaled_sizes: where the rate grows with the root
+    of the batch size, the rows of every batch.
+    """
+
+    schedule: Literal["wsd", "cosine", "linear", "inverse_sqrt"]
+    steps: int
+    warmup: float
+    decay: float
+    shape: Literal["linear", "1-sqrt"] = "linear"
+    final: float = 0.0
+    scaled_sizes: BatchSizes | None = None
+
+    def factor(self, step: int) -> float:
+        """The factor at a step."""
+        if self.schedule == "wsd":
+            factor = warmup_stable_decay(
+                step, self.steps, warmup=self.warmup, decay=self.decay, shape=self.shape, final=self.final
+            )
+        elif self.schedule == "inverse_sqrt":
+            factor = inverse_sqrt(step, warmup=self.warmup, final=self.final)
+        else:
+            schedule = cosine if self.schedule == "cosine" else linear
+            factor = schedule(step, self.steps, warmup=self.warmup, final=self.final)
+        sizes = self.scaled_sizes
+        return factor if sizes is None else factor * math.sqrt(sizes.of_step(step) / sizes.final)
+
+    def in_constant_phase(self, step: int) -> bool:
+        """Whether a step lies between the warm-up and wsd's decay."""
+        return self.warmup <= step < self.steps - self.decay
 
 
 def warmup_stable_decay(

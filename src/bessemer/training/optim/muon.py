@@ -18,11 +18,12 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from bessemer.distributed.mesh import local
-from bessemer.distributed.whole_matrices import Part, Sharded, WholeMatrices, of_parts
+from bessemer.distributed.whole_matrices import Sharded, Slices, WholeMatrices, of_parts
+from bessemer.training.optim.registry import MUON_ITERATIONS, newton_schulz_flops
 
 #: The quintic iteration of Jordan et al. 2024, chosen for its slope at zero: it maps singular values in 0 … 1 to about
 #: 0.7 … 1.2 in five steps.
-_COEFFICIENTS, _ITERATIONS, _SMALLEST_NORM = (3.4445, -4.7750, 2.0315), 5, 1e-7
+_COEFFICIENTS, _SMALLEST_NORM = (3.4445, -4.7750, 2.0315), 1e-7
 #: Root mean square of an update over the learning rate, as of AdamW (Liu et al. 2025, section 2.2).
 _ADAMW_RMS = 0.2
 
@@ -41,7 +42,7 @@ def orthogonalised(matrices: Tensor, dtype: torch.dtype = torch.bfloat16) -> Ten
     else:
         x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=_SMALLEST_NORM)
     multiply_add = torch.addmm if x.ndim == 2 else torch.baddbmm
-    for _ in range(_ITERATIONS):
+    for _ in range(MUON_ITERATIONS):
         gram = x @ x.mT
         x = multiply_add(x, multiply_add(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
@@ -71,16 +72,10 @@ def orthogonalised_together(
     for (short, *_), numbers in alike.items():
         stacks = [directions[number].unflatten(-2, (parts[number], -1)).flatten(0, -3) for number in numbers]
         wide = [stack if stack.shape[-2] == short else stack.mT for stack in stacks]
-        found = orthogonalise(torch.cat(wide)).split([len(stack) for stack in stacks])
-        for number, stack, one in zip(numbers, stacks, found, strict=True):
+        orthogonal = orthogonalise(torch.cat(wide)).split([len(stack) for stack in stacks])
+        for number, stack, one in zip(numbers, stacks, orthogonal, strict=True):
             results[number] = (one if stack.shape[-2] == short else one.mT).reshape(directions[number].shape)
     return [result for result in results if result is not None]
-
-
-def products_cost(shape: tuple[int, ...]) -> float:
-    """FLOPs of `orthogonalised` on a tensor of a shape: five times 4 m² n + 2 m³ a matrix, with m the shorter side."""
-    short, long = sorted(shape[-2:])
-    return math.prod(shape[:-2]) * _ITERATIONS * (4.0 * short**2 * long + 2.0 * short**3)
 
 
 def _product_dtype(matrices: Tensor, dtype: torch.dtype) -> torch.dtype:
@@ -115,7 +110,7 @@ class Muon(Optimizer):
                         f"Muon updates matrices and stacks of them, not a tensor of shape {tuple(parameter.shape)}"
                     )
 
-        self._matrices = WholeMatrices(products_cost)
+        self._matrices = WholeMatrices(newton_schulz_flops)
         self._dtype = dtype
 
     @torch.no_grad()
@@ -162,15 +157,16 @@ class _Update(NamedTuple):
     momentum: float | None
     factor: float
 
-    def read(self, part: Part) -> Tensor:
+    def read(self, part: Slices) -> Tensor:
         """The direction to be orthogonalised, of a part of the shard."""
         average = self.average[part]
         return average if self.momentum is None else self.gradient[part].lerp(average, self.momentum)
 
-    def write(self, part: Part, orthogonal: Tensor) -> None:
+    def write(self, part: Slices, orthogonal: Tensor) -> None:
         """Add an orthogonalised direction to a part of the weights."""
         self.weights[part].add_(orthogonal, alpha=self.factor)
 
     def sharded(self, parameter: DTensor, parts: int, dtype: torch.dtype) -> Sharded:
-        """As an argument of `WholeMatrices`. Directions are rounded before they are sent and not after it: the same numbers."""
+        """The matrix for `WholeMatrices`. Directions are rounded before they are sent, which gives the same numbers as rounding
+        later."""
         return Sharded(parameter, _product_dtype(parameter, dtype), parts, self.read, self.write)

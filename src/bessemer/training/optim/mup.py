@@ -28,7 +28,7 @@ import torch
 from bessemer.distributed.mesh import ALONE, Mesh, local
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
-from bessemer.training.config import LoopConfig
+from bessemer.training.config_parts import OptimizerSettings
 
 #: Kind of a weight as the width grows: a vector or a table; from width to width; from the width to a fixed number of outputs;
 #: the last norm.
@@ -39,7 +39,7 @@ _OUTPUTS = ("router.weight", "shared_expert_gate.weight")
 _VECTORS = ("conv1d.weight",)
 
 
-def width_ratio(config: LoopConfig, model: ModelConfig) -> float:
+def width_ratio(config: OptimizerSettings, model: ModelConfig) -> float:
     """The model's width over `mup_base_width`; 1 where it is not set."""
     return 1.0 if config.mup_base_width is None else model.hidden_size / config.mup_base_width
 

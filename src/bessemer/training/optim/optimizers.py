@@ -25,9 +25,10 @@ from bessemer.core.errors import ConfigError
 from bessemer.core.usercode import is_user_function, load_user_function
 from bessemer.distributed.collectives import redistributed
 from bessemer.training.config import LoopConfig
-from bessemer.training.config_parts import OPTIMIZERS
+from bessemer.training.config_parts import OptimizerSettings
 from bessemer.training.optim.muon import Muon
 from bessemer.training.optim.mup import rate_factor
+from bessemer.training.optim.registry import find_optimizer
 
 
 class Lion(Optimizer):
@@ -165,19 +166,20 @@ def role_of(name: str, parameter: Tensor) -> Role:
     return "kernels"
 
 
-def parameter_groups(model: nn.Module, config: LoopConfig, width: float = 1.0) -> list[Group]:
+def parameter_groups(model: nn.Module, config: OptimizerSettings, width: float = 1.0) -> list[Group]:
     """The model's trained parameters by role, in the model's order, with their peak learning rates and decay.
 
     A tied tensor is counted once. A parameter's learning rate is multiplied by its factor of the settings. width: the model's
     width over the one at which the learning rate was tuned; a role whose parameters then need different rates makes several
     groups, and learning rate times decay stays the same.
     """
+    is_orthogonal = find_optimizer(config.optimizer).constant == "singular values"
     groups: dict[tuple[Role, float, float], Group] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         role = role_of(name, parameter)
-        factor = rate_factor(name, parameter.ndim, width, orthogonal=config.optimizer == "muon")
+        factor = rate_factor(name, parameter.ndim, width, orthogonal=is_orthogonal)
         own = next((own for pattern, own in config.learning_rate_factors.items() if fnmatchcase(name, pattern)), 1.0)
         if (role, factor, own) not in groups:
             rate = (config.matrix_learning_rate if role in _PARTS else None) or config.learning_rate
@@ -187,7 +189,7 @@ def parameter_groups(model: nn.Module, config: LoopConfig, width: float = 1.0) -
     return list(groups.values())
 
 
-def freeze_parameters(model: nn.Module, config: LoopConfig) -> None:
+def freeze_parameters(model: nn.Module, config: OptimizerSettings) -> None:
     """Freeze the parameters that the settings name, before the model is sharded.
 
     Raises ConfigError when a pattern of `freeze` or `learning_rate_factors` matches none, or nothing is left to train.
@@ -215,7 +217,7 @@ def build_optimizers(model: nn.Module, config: LoopConfig, folder: Path = Path()
     if is_user_function(config.optimizer):
         built = load_user_function(config.optimizer, folder)(groups)
     else:
-        built = OPTIMIZERS.find(config.optimizer).load()(groups, config)
+        built = find_optimizer(config.optimizer).load()(groups, config)
     optimizers = _checked(config.optimizer, built, groups)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -270,7 +272,7 @@ def adafactor(groups: list[Group], config: LoopConfig) -> Optimizer:
 
 
 def _checked(name: str, built: Any, groups: list[Group]) -> list[Optimizer]:
-    """What an implementation built from the groups, as a list. Raises ConfigError unless it updates each parameter once."""
+    """The optimizers that an implementation built, as a list. Raises ConfigError unless it updates each parameter once."""
     given = {id(parameter) for group in groups for parameter in group["params"]}
     optimizers: list[Any] = list(built) if isinstance(built, Sequence) else [built]
     wrong = [type(each).__name__ for each in optimizers if not isinstance(each, Optimizer)]
@@ -291,7 +293,7 @@ def scale_learning_rates(optimizers: Sequence[Optimizer], factor: float) -> None
         for group in optimizer.param_groups:
             rate = group["initial_lr"] * factor
             if isinstance(group["lr"], Tensor):
-                # torchao's step is compiled and reads the tensor
+                # torchao's compiled step reads the rate from a tensor
                 group["lr"].fill_(rate)
             else:
                 group["lr"] = rate
@@ -310,11 +312,11 @@ def keeping_hyperparameters(optimizers: Sequence[Optimizer]) -> Iterator[None]:
         for group in optimizer.param_groups
     ]
     yield
-    # loading replaces the dictionaries
+    # loading a state replaces the group dictionaries
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     for group, values in zip(groups, own, strict=True):
         group.update(values)
-    # a rate that is a tensor is loaded in place
+    # a rate in a tensor is loaded in place
     scale_learning_rates(optimizers, 1.0)
 
 

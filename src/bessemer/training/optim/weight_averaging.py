@@ -30,7 +30,7 @@ class MovingAverage:
         assert 0 <= decay < 1
         self._decay = decay
         self._model = model
-        # the sharded parameters: while FSDP has gathered a parameter, `named_parameters` gives the gathered one
+        # kept here, because `named_parameters` gives gathered parameters while FSDP has gathered them
         self._weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         self._average: dict[str, Tensor] = {}
         self.restart()
@@ -68,9 +68,9 @@ class MovingAverage:
         release_gathered(self._model)
         for name, weight in self._weights.items():
             here, average = local(weight.detach()), local(self._average[name])
-            held = here.clone()
+            current = here.clone()
             here.copy_(average)
-            average.copy_(held)
+            average.copy_(current)
 
     def state_dict(self) -> dict[str, Any]:
         """The average by parameter name, and the number of steps in it."""
@@ -78,7 +78,6 @@ class MovingAverage:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
         self._steps = state["steps"]
         for name, average in self._average.items():
             average.copy_(state["weights"][name])

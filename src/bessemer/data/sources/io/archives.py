@@ -79,18 +79,18 @@ class LicenseFiles:
             return
 
     def _note(self, name: str, content: bytes) -> None:
-        found = _license_of_content(content)
+        license = _license_of_content(content)
         folder = posixpath.dirname(name)
-        # a wheel keeps its licence beside the code
-        if found and ".dist-info" in folder:
+        # a wheel's licence lies next to its code
+        if license and ".dist-info" in folder:
             folder = ""
-        self._by_folder[folder] = self._by_folder.get(folder) or found
+        self._by_folder[folder] = self._by_folder.get(folder) or license
 
 
 def _license_in(folder: Place) -> str | None:
     try:
         names = sorted(path for path in folder.iterdir() if is_license_file(path.name) and path.is_file())
-        return next((found for path in names if (found := _license_of_content(path.read_bytes()[:_LARGEST]))), None)
+        return next((license for path in names if (license := _license_of_content(path.read_bytes()[:_LARGEST]))), None)
     except OSError:
         return None
 
@@ -112,7 +112,7 @@ _TAR_BLOCK = 1 << 18
 
 @dataclass
 class Surroundings:
-    """What the files of a unit share."""
+    """State that the files of a unit share."""
 
     #: The licence that the source's settings state for everything in it.
     license: str | None = None
@@ -122,7 +122,7 @@ class Surroundings:
     licenses: LicenseFiles = field(default_factory=LicenseFiles)
     #: Folders around them that were looked at → whether each is a git checkout.
     checkouts: dict[Place, bool] = field(default_factory=dict)
-    #: Where dangerous work on them is done.
+    #: Processes with limits, for parsers that may hang or crash.
     helpers: Helpers = field(default_factory=Helpers)
 
 
@@ -159,7 +159,7 @@ class Entry:
         opened = self.open()
         stream, encoding = text_of(opened)
         if encoding == UTF8 and start and self.path is not None:
-            # by a seek, which `_opened` can do
+            # `_opened` reaches the place by a seek
             opened.close()
             return self.open(start)
         stream.skip(start)
@@ -198,7 +198,7 @@ class Entry:
         return self.around.licenses.license_of(inside, self.path) or self.license
 
     def bytes_read(self) -> int:
-        """How many bytes the stream opened last has given."""
+        """Bytes read from the stream that was opened last."""
         return self._last.given if self._last is not None else 0
 
 
@@ -215,10 +215,8 @@ def plain_entry(name: str, path: Place, around: Surroundings) -> Entry:
 def entries(
     unit: Unit, first: int, reads: Callable[[str], bool], archives: tuple[str, ...], around: Surroundings, tally: Tally
 ) -> Iterator[tuple[int, Entry]]:
-    """The files of a unit from number `first` on, with their numbers. `reads` says which members of an archive are meant.
-
-    An entry must be read before the next is asked for.
-    """
+    """The files of a unit from number `first` on, with their numbers. `reads` says which members of an archive are meant. An
+    entry must be read before the next is asked for."""
     if len(unit.files) == 1 and is_archive(unit.files[0][0], archives):
         ((name, path),) = unit.files
         is_zip = name.lower().endswith(ZIP_SUFFIXES)
@@ -243,7 +241,7 @@ def entries(
 
 @dataclass
 class _Budget:
-    """How much an archive may expand."""
+    """Limit on the expansion of an archive."""
 
     archive_bytes: int
     used: int = 0
@@ -322,7 +320,7 @@ def _tar_entries(
 
 
 def _opened_tar(name: str, file: IO[bytes] | io.RawIOBase, stream: Stream) -> tarfile.TarFile:
-    # members that are not asked for are skipped
+    # skips unwanted members by a seek
     if name.lower().endswith(".tar"):
         return tarfile.open(fileobj=cast("IO[bytes]", file), mode="r:", tarinfo=_Header)
     return tarfile.open(fileobj=cast("IO[bytes]", stream), mode="r|", bufsize=_TAR_BLOCK, tarinfo=_Header)
@@ -331,7 +329,7 @@ def _opened_tar(name: str, file: IO[bytes] | io.RawIOBase, stream: Stream) -> ta
 def _tar_member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Callable[[int, int], Stream]:
     def opened(start: int, _: int) -> Stream:
         source = archive.extractfile(member)
-        assert source is not None, "only regular files are asked for"
+        assert source is not None, "only regular files are opened"
         return stream_of(source, member.name, start, size=member.size)
 
     return opened

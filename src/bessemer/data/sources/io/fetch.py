@@ -47,7 +47,7 @@ class FetchError(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may cost, and where it may go."""
+    """Limits of one request: on time, size, redirects, retries and addresses."""
 
     user_agent: str
     seconds: float = 30.0
@@ -58,8 +58,8 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a server sent: the body as it is behind a `Content-Encoding`."""
+class Response:
+    """Response of a server, its body decoded by `Content-Encoding`."""
 
     url: str
     status: int
@@ -73,15 +73,15 @@ class Answer:
 
 @dataclass(frozen=True)
 class Clock:
-    """How waiting is done; tests count it instead."""
+    """Clock for waiting; tests replace it."""
 
     sleep: Callable[[float], None] = time.sleep
     now: Callable[[], float] = time.monotonic
 
 
-#: Packages whose errors are a network's, whatever their classes.
+#: Packages all of whose errors count as network errors.
 _NETWORK_CLIENTS = frozenset({"aiohttp", "httpcore", "httpx", "requests", "urllib3"})
-#: Errors of a system that come back whenever the same is tried again.
+#: System errors that trying again does not mend.
 _LASTING = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
 
 
@@ -91,13 +91,13 @@ def may_pass(error: BaseException) -> bool:
     return (isinstance(error, OSError) and not isinstance(error, _LASTING)) or not packages.isdisjoint(_NETWORK_CLIENTS)
 
 
-def growing_wait(attempt: int, asked: float = 0.0) -> float:
-    """Seconds to wait before the next attempt after the one of this number, from 0: doubled each time, at least `asked`."""
-    return min(max(asked, 2.0**attempt), _LONGEST_WAIT)
+def growing_wait(attempt: int, least: float = 0.0) -> float:
+    """Seconds to wait before the next attempt after the one of this number, from 0: doubled each time, at least `least`."""
+    return min(max(least, 2.0**attempt), _LONGEST_WAIT)
 
 
 def tried_again(call: Callable[[], T], retries: int, clock: Clock) -> T:
-    """What `call` returns, after growing waits where a network may have failed it. Raises what it raises at last."""
+    """The result of `call`, retried after growing waits where a network may have failed it. Raises its last error."""
     for attempt in range(retries):
         try:
             return call()
@@ -110,10 +110,7 @@ def tried_again(call: Callable[[], T], retries: int, clock: Clock) -> T:
 
 def normal_url(url: str) -> str:
     """An address with its host in lower case and its path and query quoted, without a fragment but one of `#!`, which names a
-    page of its own.
-
-    Raises FetchError for one that is not http or https, has no host, or carries a password.
-    """
+    page of its own. Raises FetchError for one that is not http or https, has no host, or carries a password."""
     try:
         parts = urlsplit(url.strip())
         host, port = parts.hostname, parts.port
@@ -146,11 +143,9 @@ def is_public(address: str) -> bool:
     return ip.is_global and not ip.is_multicast and not ip.is_reserved
 
 
-def fetch_once(url: str, limits: Limits, extra: Mapping[str, str] | None = None) -> Answer:
-    """The answer to a GET, whatever its status; redirects are not followed.
-
-    Raises FetchError when the address is refused, the server cannot be reached, or the answer is too slow or too long.
-    """
+def fetch_once(url: str, limits: Limits, extra: Mapping[str, str] | None = None) -> Response:
+    """The answer to a GET, whatever its status; redirects are not followed. Raises FetchError when the address is refused, the
+    server cannot be reached, or the answer is too slow or too long."""
     url = normal_url(url)
     parts = urlsplit(url)
     host, port = parts.hostname or "", parts.port or _PORTS[parts.scheme]
@@ -164,7 +159,7 @@ def fetch_once(url: str, limits: Limits, extra: Mapping[str, str] | None = None)
         except OSError:
             pass
 
-    # a server may send a byte a minute, each in time
+    # a limit on the whole answer: a server may send a byte a minute, each within the socket's timeout
     watch = threading.Timer(limits.seconds, give_up)
     watch.daemon = True
     watch.start()
@@ -178,7 +173,7 @@ def fetch_once(url: str, limits: Limits, extra: Mapping[str, str] | None = None)
             body = _body(response, limits.max_bytes)
             if late.is_set():
                 raise FetchError("timed_out", f"took more than {limits.seconds:g} seconds", again=True)
-            return Answer(url, response.status, sent, body)
+            return Response(url, response.status, sent, body)
     except ssl.SSLCertVerificationError as error:
         raise FetchError("bad_certificates", error.verify_message) from None
     except (OSError, http.client.HTTPException, ValueError) as error:
@@ -195,13 +190,13 @@ _Place = tuple[int, tuple[Any, ...]]
 
 def _resolved(host: str, port: int, allow_private: bool) -> list[_Place]:
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         raise FetchError("unreachable", f"{host} is not known ({error})", again=True) from None
-    addresses = sorted({str(place[4][0]) for place in found})
+    addresses = sorted({str(place[4][0]) for place in infos})
     if not allow_private and not all(map(is_public, addresses)):
         raise FetchError("private_addresses", f"{host} lies at {', '.join(addresses)}, inside a network")
-    return [(family, address) for family, _, _, _, address in found]
+    return [(family, address) for family, _, _, _, address in infos]
 
 
 def _connected(places: list[_Place], seconds: float) -> socket.socket:
@@ -221,7 +216,7 @@ def _connected(places: list[_Place], seconds: float) -> socket.socket:
 
 def _connection(scheme: str, host: str, port: int, raw: socket.socket) -> http.client.HTTPConnection:
     connection = http.client.HTTPConnection(host, port)
-    # the `Host` header names any other one alone
+    # so that the `Host` header names other ports only
     connection.default_port = _PORTS[scheme]
     connection.sock = ssl.create_default_context().wrap_socket(raw, server_hostname=host) if scheme == "https" else raw
     return connection
@@ -254,7 +249,7 @@ def fetch(
     extra: Mapping[str, str] | None = None,
     clock: Clock = Clock(),
     expected: tuple[int, ...] = (200,),
-) -> Answer:
+) -> Response:
     """The answer with one of the `expected` statuses, after redirects and, where it may help, after waiting and trying again.
 
     `may_visit` is called before each request, redirects included; it may wait, and raises FetchError to refuse.
@@ -272,7 +267,7 @@ def fetch(
 
 def _followed(
     url: str, limits: Limits, may_visit: Callable[[str], None], extra: Mapping[str, str] | None, expected: tuple[int, ...]
-) -> Answer:
+) -> Response:
     current = normal_url(url)
     for _ in range(limits.max_redirects + 1):
         may_visit(current)
@@ -288,7 +283,7 @@ def _followed(
     raise FetchError("too_many_redirects", f"more than {limits.max_redirects} redirects")
 
 
-def _retry_after(answer: Answer) -> float:
+def _retry_after(answer: Response) -> float:
     """The seconds that a server asks to wait, from `Retry-After` as a number or a date; 0 where it does not."""
     value = (answer.header("Retry-After") or "").strip()
     if value.isdigit():
@@ -323,14 +318,14 @@ class Politeness:
         self._agent = limits.user_agent.split("/")[0].split(" ")[0]
 
     def may_visit(self, url: str) -> None:
-        """Wait until the host may be asked again. Raises FetchError when its robots.txt forbids the address."""
+        """Wait until the next request to the host is due. Raises FetchError when its robots.txt forbids the address."""
         rules = self._rules_of(url)
         if not rules.robots.can_fetch(url, self._agent):
             raise FetchError("forbidden_by_robots", "its robots.txt forbids it")
         self._wait(_origin(url), max(self._delay, rules.delay))
 
     def opt_out(self, url: str) -> str | None:
-        """What the host says against training on a page, in its robots.txt or ai.txt."""
+        """The host's objections to training on a page, in its robots.txt or ai.txt."""
         rules = self._rules_of(url)
         signs = []
         if not all(rules.robots.can_fetch(url, robot) for robot in TRAINING_ROBOTS):

@@ -10,19 +10,19 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from bessemer.core.errors import BessemerError, SourceError
 from bessemer.core.hashing import hash_bytes
 from bessemer.core.object_storage import Place
 from bessemer.core.progress import Progress
 from bessemer.data.limited import Helpers
-from bessemer.data.sources.io.archives import Entry, Surroundings, entries, is_archive
+from bessemer.data.sources.io.archives import ARCHIVES, Entry, Surroundings, entries, is_archive
 from bessemer.data.sources.io.paths import ContentFingerprints, find_files, other_files, uncompressed_name, units_of
 from bessemer.data.sources.io.streams import Stream
-from bessemer.data.sources.registry import PathsSource
 from bessemer.data.sources.source import Document, PositionedDocument, Tally, Unit, encodable
 
 _BLOCK = 1 << 18
@@ -45,10 +45,8 @@ class Marks:
         self._number = 0
 
     def begins(self, offset: int) -> bool:
-        """Note that a fragment begins at `offset` of the stream; whether it lies behind the position that was started from.
-
-        To be called for every fragment, in order.
-        """
+        """Note that a fragment begins at `offset` of the stream; whether it lies behind the position that was started from. To
+        be called for every fragment, in order."""
         if not self._is_compressed:
             return True
         member = self.stream.member_at(offset)[1]
@@ -60,21 +58,19 @@ class Marks:
         """The position behind the fragment that began last, which ends at `end` of the stream."""
         if not self._is_compressed:
             return end * _FRAGMENTS
-        # beyond the most fragments some would be read twice, with equal ids
+        # fragments beyond the most would be read twice, with equal ids
         return self._member * _FRAGMENTS + min(self._number, _FRAGMENTS - 1)
 
     def where(self, offset: int) -> str:
-        """What a note calls the place at `offset` of the stream: a byte of the file, wherever reading began."""
+        """The place at `offset` of the stream, for notes: a byte of the file, wherever reading began."""
         if self._is_compressed:
             return f"in the member at byte {self.stream.member_at(offset)[1]:,}"
         return f"byte {offset:,}"
 
 
 def bounded_lines(stream: Stream, limit: int) -> Iterator[tuple[int, int, bytes | None]]:
-    """The lines of a stream from where it stands: where each begins, where it ends, and its bytes with the line end.
-
-    A line over `limit` bytes is None: read over, never held.
-    """
+    """The lines of a stream from where it stands: where each begins, where it ends, and its bytes with the line end. A line
+    over `limit` bytes is None: read over, never held."""
     offset = stream.tell()
     while line := stream.readline(limit + 1):
         end = offset + len(line)
@@ -92,10 +88,8 @@ def bounded_lines(stream: Stream, limit: int) -> Iterator[tuple[int, int, bytes 
 
 
 def fragments(stream: Stream, opening: bytes, closing: bytes, limit: int) -> Iterator[tuple[int, int, bytes | None]]:
-    """The fragments of a stream from `opening` to the next `closing`, both included: begin, end, bytes.
-
-    A fragment over `limit` bytes is None: read over, never held. What the stream's end cuts off is not yielded.
-    """
+    """The fragments of a stream from `opening` to the next `closing`, both included: begin, end, bytes. A fragment over `limit`
+    bytes is None: read over, never held. What the stream's end cuts off is not yielded."""
     held = bytearray()
     # the offset of held[0]
     base = stream.tell()
@@ -173,10 +167,8 @@ def record_locator(name: str | None, text: str) -> str:
 def json_lines(
     entry: Entry, start: int, tally: Tally, limit: int = LONGEST_RECORD
 ) -> Iterator[tuple[int, dict[str, Any], str]]:
-    """The objects of a file of JSON lines: the byte offset behind each, the object, its place for notes.
-
-    A line that is too long, not JSON, nested too deeply or not an object is set aside.
-    """
+    """The objects of a file of JSON lines: the byte offset behind each, the object, its place for notes. A line that is too
+    long, not JSON, nested too deeply or not an object is set aside."""
     with entry.open_text(start, tally) as stream:
         for begin, end, line in bounded_lines(stream, limit):
             place = f"{entry.place}: byte {begin}"
@@ -187,7 +179,7 @@ def json_lines(
             if not text.strip():
                 continue
             if not line.endswith(b"\n") and stream.damage is not None:
-                # what the damage cut off is counted once, as damage
+                # a line cut off by damage is counted once, as damage
                 break
             try:
                 record = parse_json(text)
@@ -274,7 +266,7 @@ class FileSource:
         first, inner = (0, start) if alone else divmod(start, _INNER)
         if start == 0:
             tally.bytes += unit.size_bytes
-        with Helpers() as helpers:
+        with closing(Helpers()) as helpers:
             around = Surroundings(self.license, helpers=helpers)
             for number, entry in entries(unit, first, self.format.reads, self.format.archives, around, tally):
                 begin = inner if number == first else 0
@@ -283,11 +275,11 @@ class FileSource:
                     yield position if alone else number * _INNER + position, document
 
     def _documents(self, entry: Entry, start: int, tally: Tally) -> Iterator[PositionedDocument]:
-        found = self.format.read(entry, start, tally)
+        documents = self.format.read(entry, start, tally)
         nul_characters = 0
         while True:
             try:
-                item = next(found, None)
+                item = next(documents, None)
             except BessemerError:
                 raise
             except Exception as error:  # a file that makes a parser stumble must not end the run, whatever it raises
@@ -311,7 +303,7 @@ class FileSource:
         return sorted([self._stable_name(name), content] for name, content in zip(files, contents, strict=True))
 
     def _stable_name(self, name: str) -> str:
-        """What of a file's name shows in its documents."""
+        """The part of a file's name on which its documents depend."""
         return name
 
     def _files(self) -> dict[str, Place]:
@@ -324,6 +316,22 @@ class FileSource:
         return self._is_archive(name) or self.format.reads(uncompressed_name(name))
 
 
-def file_source(settings: PathsSource, folder: Path, format: Format) -> FileSource:
-    """The files that the settings name, relative to `folder`, in one format."""
-    return FileSource(tuple(settings.paths), folder, format, settings.license)
+@dataclass(frozen=True)
+class SettingsFormat:
+    """A `Format` that holds the settings of its source. `known`, `small` and `archives` as there."""
+
+    settings: Any
+    known: ClassVar[str]
+    small: ClassVar[bool] = False
+    archives: ClassVar[tuple[str, ...]] = ARCHIVES
+
+    @classmethod
+    def open(cls, settings: Any, folder: Path, cache: Path) -> FileSource:
+        """The files that the settings name, relative to `folder`, in this format."""
+        return FileSource(tuple(settings.paths), folder, cls(settings), settings.license)
+
+    def reads(self, name: str) -> bool:
+        raise NotImplementedError
+
+    def read(self, entry: Entry, start: int, tally: Tally) -> Iterator[PositionedDocument]:
+        raise NotImplementedError

@@ -42,7 +42,7 @@ READ_BY = {
     ".xml": "mediawiki",
     ".rst": "docs",
 }
-#: Suffix → what makes something of such files that a source reads.
+#: Suffix → a command or a way that converts such files into a kind that a source reads.
 CONVERTED_BY = {
     **dict.fromkeys((".docx", ".odt", ".rtf"), "pandoc FILE -t plain --wrap none -o FILE.txt"),
     **dict.fromkeys((".doc", ".ppt", ".pptx"), "soffice --convert-to pdf FILE, for {source: pdf}"),
@@ -72,7 +72,7 @@ def suffix_of(name: str) -> str:
 
 
 def advice(name: str) -> str:
-    """How a file is read that a source does not read, as the end of a message; empty where nothing is known of its kind."""
+    """End of a message: the source or the conversion for a file of another kind; empty where none is known."""
     suffix = suffix_of(name)
     if suffix in READ_BY:
         return f"; {{source: {READ_BY[suffix]}}} reads {suffix}"
@@ -80,7 +80,7 @@ def advice(name: str) -> str:
 
 
 def counted_kinds(names: Iterable[str]) -> str:
-    """How many files there are of each kind that could be read: `12 .pdf, 3 .docx; {source: pdf} reads .pdf; …`."""
+    """Numbers of files by kind, of kinds that could be read: `12 .pdf, 3 .docx; {source: pdf} reads .pdf; …`."""
     kinds = Counter(suffix for name in names if (suffix := suffix_of(name)) in READ_BY or suffix in CONVERTED_BY)
     shown = sorted(kinds.items(), key=lambda kind: (-kind[1], kind[0]))
     return ", ".join(f"{count:,} {suffix}" for suffix, count in shown) + "".join(advice(f"a{suffix}") for suffix, _ in shown)
@@ -110,7 +110,7 @@ def find_files(paths: list[str], folder: Path, reads: Callable[[str], bool], kno
     if any(map(is_address, paths)):
         return _find_objects(paths, reads, known)
     roots: list[Path] = []
-    found: set[Path] = set()
+    files: set[Path] = set()
     for path in paths:
         full = Path(os.path.normpath(folder.resolve() / path))
         if full.is_dir():
@@ -133,9 +133,9 @@ def find_files(paths: list[str], folder: Path, reads: Callable[[str], bool], kno
             raise SourceError(
                 f"{path}: holds no file that the source reads ({known}){f', but {there}' if there else advice(path)}"
             )
-        found |= matches
+        files |= matches
     root = Path(os.path.commonpath(roots))
-    return dict(sorted((encodable(file.relative_to(root).as_posix()), file) for file in found))
+    return dict(sorted((encodable(file.relative_to(root).as_posix()), file) for file in files))
 
 
 def other_files(paths: list[str], folder: Path, reads: Callable[[str], bool]) -> list[str]:
@@ -155,7 +155,7 @@ def _find_objects(paths: list[str], reads: Callable[[str], bool], known: str) ->
     """`find_files` on object storage. Of an object the listing tells size and version, so that none is opened for them."""
     if len({path.partition("://")[0] if is_address(path) else "" for path in paths}) > 1:
         raise SourceError(f"{', '.join(paths)}: the paths of one source lie in one storage; make two sources of them")
-    roots, found = [], set()
+    roots, files = [], set()
     for path in paths:
         try:
             named = ObjectPath.parse(path)
@@ -172,9 +172,9 @@ def _find_objects(paths: list[str], reads: Callable[[str], bool], known: str) ->
         if not matches:
             raise SourceError(f"{path}: holds no file that the source reads ({known}){advice(path)}")
         roots.append(root)
-        found |= matches
+        files |= matches
     common = posixpath.commonpath(roots)
-    return dict(sorted((encodable(file.key[len(common) :].lstrip("/")), file) for file in found))
+    return dict(sorted((encodable(file.key[len(common) :].lstrip("/")), file) for file in files))
 
 
 def units_of(files: Mapping[str, Place], *, bundled: Callable[[str], bool]) -> list[Unit]:
@@ -227,27 +227,27 @@ class ContentFingerprints:
 
     def of(self, files: Iterable[Place]) -> list[Any]:
         """The fingerprints of files, in their order."""
-        found: dict[Place, Any] = {}
+        fingerprints: dict[Place, Any] = {}
         unread: list[tuple[Path, os.stat_result]] = []
         for file in files:
             if not isinstance(file, Path):
-                found[file] = fingerprint_of(file)
+                fingerprints[file] = fingerprint_of(file)
             elif (known := self._remembered(file, status := file.stat())) is not None:
-                found[file] = known
+                fingerprints[file] = known
             else:
-                # keeps the order
-                found[file] = None
+                # a placeholder keeps the order
+                fingerprints[file] = None
                 unread.append((file, status))
         total = sum(status.st_size for _, status in unread)
-        # a bar for what takes a second or more
+        # a progress bar only where reading takes a second or more
         progress = self._progress if total >= _LONG_READ_BYTES else Silent()
         with (
             progress.task("reading what the sources name", total=total, unit="bytes") as task,
             thread_pool(_FILES_AT_ONCE) as pool,
         ):
             hashes = pool.map(partial(self._read, on_read=task.advance), *zip(*unread, strict=True)) if unread else ()
-            found |= {file: value for (file, _), value in zip(unread, hashes, strict=True)}
-        return list(found.values())
+            fingerprints |= {file: value for (file, _), value in zip(unread, hashes, strict=True)}
+        return list(fingerprints.values())
 
     def _read(self, file: Path, before: os.stat_result, on_read: Callable[[int], None]) -> str:
         started = self._now()
@@ -256,7 +256,7 @@ class ContentFingerprints:
         if self._folder is not None and before.st_size >= _REMEMBERED_BYTES and settled:
             state = _state(file, file.stat())
             if state == _state(file, before):
-                # a cache that cannot be written to costs time alone
+                # without a writable cache, files are hashed again: slower, nothing else
                 with contextlib.suppress(OSError):
                     self._folder.mkdir(parents=True, exist_ok=True)
                     write_text(self._entry(file), json.dumps({"state": state, "hash": value}), synchronise=False)
@@ -278,7 +278,7 @@ class ContentFingerprints:
 
 
 def _state(file: Path, status: os.stat_result) -> list[Any]:
-    """What of a file changes with its content."""
+    """The state of a file that changes with its content."""
     path = os.fsencode(file.absolute()).hex()
     return [path, status.st_size, status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
 

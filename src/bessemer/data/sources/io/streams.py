@@ -22,7 +22,7 @@ from bessemer.core.object_storage import Place
 from bessemer.core.records import UTF8, encoding_of
 from bessemer.data.sources.io.paths import compression_of
 
-#: How much of a text tells its encoding.
+#: Bytes of a text by which its encoding is detected.
 SAMPLE_BYTES = 4 << 20
 _BLOCK = 1 << 18
 _BITE = 1 << 11
@@ -30,7 +30,7 @@ _BITE = 1 << 11
 #: compresses to a tenth, tables of repeated records to a hundredth; deflate cannot exceed 1,032, bombs come close to it.
 _FREE_BYTES = 64 << 20
 _MOST_EXPANSION = 250
-#: A dictionary or window that a compressed file may ask for: what `xz -9` and `zstd --ultra` need.
+#: Largest dictionary or window of a compressed file: what `xz -9` and `zstd --ultra` need.
 _MOST_WINDOW = 1 << 27
 #: How a member begins, where that tells it from other bytes: reading can go on there after damage.
 _MEMBER_MAGIC = {".gz": b"\x1f\x8b\x08", ".zst": b"\x28\xb5\x2f\xfd"}
@@ -39,7 +39,7 @@ _GLANCE = 4096
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """Why a stream ended early: the kind under which it is counted, and the reason in words."""
+    """Reason for a stream's early end: the kind under which it is counted, and a sentence."""
 
     kind: str
     why: str
@@ -105,10 +105,8 @@ _READ_ERRORS = (OSError, EOFError, ValueError, RuntimeError, NotImplementedError
 
 
 class _Expanded(io.RawIOBase):
-    """The decompressed bytes of a file, one member after the other, from the member that begins at `start` on.
-
-    Decoders get small bites, for what they have made of a bite that turns out damaged is lost.
-    """
+    """The decompressed bytes of a file, one member after the other, from the member that begins at `start` on. Decoders get
+    small bites, for what they have made of a bite that turns out damaged is lost."""
 
     def __init__(self, source: IO[bytes], compression: str, start: int) -> None:
         self._source = source
@@ -198,14 +196,12 @@ class _Expanded(io.RawIOBase):
 
     def go_on(self) -> bool:
         """After damage in a .gz or .zst file: continue at the next place that looks like a member; False when there is none.
-
-        The stream's offsets go on as if nothing had been between.
-        """
+        The stream's offsets go on as if nothing had been between."""
         magic = _MEMBER_MAGIC.get(self._compression)
         if magic is None or self.damage is None or self.damage.kind != "damaged_files":
             return False
         behind = (self.members[-1][1] if self.members else self._first) + 1
-        # so that many damaged members cost no more than one reading
+        # within the block where possible, so that many damaged members cost one reading
         if self._block_start <= behind:
             self._at = behind - self._block_start
         else:
@@ -218,21 +214,21 @@ class _Expanded(io.RawIOBase):
         self._produced = self._given
         self.damage = None
         while True:
-            found = self._block.find(magic, self._at)
-            self._at = found if found >= 0 else max(len(self._block) - len(magic) + 1, self._at)
-            if found >= 0 and _looks_like_a_member(self._block[found : found + _GLANCE], self._compression):
+            at = self._block.find(magic, self._at)
+            self._at = at if at >= 0 else max(len(self._block) - len(magic) + 1, self._at)
+            if at >= 0 and _looks_like_a_member(self._block[at : at + _GLANCE], self._compression):
                 return True
-            # what is there may look like one with more behind it
-            if found < 0 or len(self._block) - found < _GLANCE:
+            # with more bytes it may turn out to be a member
+            if at < 0 or len(self._block) - at < _GLANCE:
                 more = self._read()
-                if not more and found < 0:
+                if not more and at < 0:
                     return False
                 if more:
                     self._block_start += self._at
                     self._block = self._block[self._at :] + more
                     self._at = 0
                     continue
-            self._at = found + 1
+            self._at = at + 1
 
 
 def _looks_like_a_member(data: bytes, compression: str) -> bool:
@@ -291,7 +287,7 @@ class _Recoded(io.RawIOBase):
 
     @property
     def damage(self) -> Damage | None:
-        """Why the stream below ended early, as soon as all before it was given."""
+        """Damage of the stream below, once all before it was read."""
         return self._rest.damage if self._ended and not self._ready else None
 
     def readable(self) -> bool:
@@ -325,12 +321,12 @@ class Stream(io.BufferedReader):
 
     @property
     def damage(self) -> Damage | None:
-        """Why the stream ended early; None as long as all is well."""
+        """Reason for an early end; None without one."""
         return self._behind.damage
 
     @property
     def given(self) -> int:
-        """How many bytes came out of what lies below; also when it is closed."""
+        """Bytes read from the raw stream, also after closing."""
         return self._behind.tell()
 
     @property
@@ -384,10 +380,8 @@ def open_stream(path: Place, start: int = 0, *, member: int = 0) -> Stream:
 
 
 def stream_of(source: IO[bytes], name: str, start: int, *, size: int = 0, compressed_bytes: int | None = None) -> Stream:
-    """The bytes of an archive's member, decompressed as its name says, behind the first `start`.
-
-    `size`: how many bytes the archive promises; `compressed_bytes`: how many they take in it, where it compresses.
-    """
+    """The bytes of an archive's member, decompressed as its name says, behind the first `start`. `size`: how many bytes the
+    archive promises; `compressed_bytes`: how many they take in it, where it compresses."""
     compression = compression_of(name)
     raw = _Expanded(source, compression, 0) if compression else _Plain(source, 0, compressed_bytes, size)
     stream = Stream(raw, source)

@@ -16,12 +16,12 @@ import pickle
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -41,9 +41,6 @@ from bessemer.model.device import choose_device
 from bessemer.model.quantisation.storage import read_settings
 from bessemer.model.storage.folder import CONFIG, load_model, read_model_config, refuse_scorer
 
-if TYPE_CHECKING:
-    from bessemer.inference.execution.runner import Runner
-
 
 class Command(NamedTuple):
     """A method of a runner, and its arguments. to_draft: of the draft model's runner, where the processes share one."""
@@ -53,8 +50,9 @@ class Command(NamedTuple):
     to_draft: bool = False
 
 
-class _Message(NamedTuple):
-    """A command whose batch has no adapters, their numbers by sequence, and the numbers that are gone."""
+class _CommandMessage(NamedTuple):
+    """An encoded command. adapters: by sequence, the number of the adapter that was taken out of its batch. freed: numbers of
+    adapters that are gone."""
 
     command: Command
     adapters: list[int | None]
@@ -69,12 +67,12 @@ def encode(command: Command, numbers: AdapterNumbers) -> bytes:
         if isinstance(argument, Batch) and any(adapter is not None for adapter in argument.adapters):
             named = [None if adapter is None else numbers.of(adapter) for adapter in argument.adapters]
             arguments[place] = replace(argument, adapters=[None] * len(named))
-    message = _Message(command._replace(arguments=tuple(arguments)), named, numbers.take_freed())
+    message = _CommandMessage(command._replace(arguments=tuple(arguments)), named, numbers.take_freed())
     return pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
 
 
 def decode(message: bytes, adapters: dict[int, Adapter]) -> Command:
-    """What `encode` was given, with this rank's shards of the adapters, by number; those that are gone are dropped."""
+    """The inverse of `encode`, with this rank's shards of the adapters, by number; drops those that are gone."""
     command, named, freed = pickle.loads(message)
     assert isinstance(command, Command)
     for number in freed:
@@ -88,7 +86,7 @@ def decode(message: bytes, adapters: dict[int, Adapter]) -> Command:
 class Workers(Protocol):
     """The workers, as rank 0 sees them."""
 
-    #: Of the adapters that they hold shards of.
+    #: Numbers of the adapters that the workers hold shards of.
     numbers: AdapterNumbers
 
     @property
@@ -112,41 +110,12 @@ def together(workers: Workers) -> Iterator[None]:
             interrupts.deliver()
 
 
-class DraftWorkers:
-    """The workers, as the draft model's runner on rank 0 sees them."""
-
-    def __init__(self, workers: Workers) -> None:
-        self.numbers = workers.numbers
-        self._workers = workers
-
-    @property
-    def failure(self) -> LostProcessError | None:
-        """As of the workers."""
-        return self._workers.failure
-
-    def tell(self, command: Command) -> None:
-        """Send a command for the draft model's runner to all workers."""
-        self._workers.tell(command._replace(to_draft=True))
-
-    def together(self) -> AbstractContextManager[None]:
-        """As of the workers."""
-        return self._workers.together()
-
-
-def run_worker(runner: Runner, messages: Iterable[bytes], draft: Runner | None = None) -> None:
-    """A worker's loop: make each call, until the commands end. draft: the runner of the draft model that it has a shard of."""
-    for message in messages:
-        command = decode(message, runner.adapters)
-        addressed = draft if command.to_draft else runner
-        getattr(addressed, command.method)(*command.arguments)
-
-
-#: What each process runs; its last argument is JSON.
+#: Command line of a worker process; a JSON argument follows.
 PROGRAM = (sys.executable, "-m", "bessemer.inference.execution.tensor_parallel.worker")
 #: Seconds that a process gets to end by itself.
 _GRACE_SECONDS = 5
-#: Seconds in which the end of a process that broke a collective is known.
-_NEWS_SECONDS = 3
+#: Seconds to wait for the report of the process that broke a collective.
+_REPORT_SECONDS = 3
 
 
 class WorkerProcesses:
@@ -161,7 +130,7 @@ class WorkerProcesses:
         environment = dict(os.environ)
         if threads is not None:
             environment["OMP_NUM_THREADS"] = str(threads)
-        self._news = threading.Condition()
+        self._changed = threading.Condition()
         self._ready = 0
         self._failures: list[tuple[bool, LostProcessError]] = []
         self._closed = False
@@ -187,14 +156,14 @@ class WorkerProcesses:
     @property
     def failure(self) -> LostProcessError | None:
         """Why the model can compute no more; None while it can."""
-        with self._news:
+        with self._changed:
             # a worker that died without a report is the cause; reports of a lost connection are its consequence
             return min(self._failures, key=lambda failure: failure[0])[1] if self._failures else None
 
     def wait_until_ready(self) -> None:
         """Wait until all have read the model. Raises LostProcessError, with what a worker reported."""
-        with self._news:
-            self._news.wait_for(lambda: self._ready == len(self._processes) or self._failures)
+        with self._changed:
+            self._changed.wait_for(lambda: self._ready == len(self._processes) or self._failures)
         if (failure := self.failure) is not None:
             raise failure
 
@@ -226,7 +195,7 @@ class WorkerProcesses:
 
     def close(self, grace: float = _GRACE_SECONDS) -> None:
         """End the processes, after `grace` seconds those that do not end by themselves."""
-        self.let_go()
+        self.close_commands()
         for process in self._processes:
             try:
                 process.wait(grace)
@@ -236,7 +205,7 @@ class WorkerProcesses:
         for watcher in self._watchers:
             watcher.join()
 
-    def let_go(self) -> None:
+    def close_commands(self) -> None:
         """Close the commands: the workers end."""
         self._closed = True
         for process in self._processes:
@@ -248,9 +217,9 @@ class WorkerProcesses:
 
     def _cause_of(self, error: BaseException) -> LostProcessError:
         """The process that ended, where that broke the call; else the error itself, which leaves the workers waiting."""
-        with self._news:
-            if not self._news.wait_for(lambda: self._failures, 0 if isinstance(error, BessemerError) else _NEWS_SECONDS):
-                self._failures.append((True, LostProcessError(f"process 0 of the model failed: {_one_line(error)}")))
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._failures, 0 if isinstance(error, BessemerError) else _REPORT_SECONDS):
+                self._failures.append((True, LostProcessError(f"process 0 of the model failed: {one_line(error)}")))
         failure = self.failure
         assert failure is not None
         return failure
@@ -260,9 +229,9 @@ class WorkerProcesses:
         for line in _stream(process.stdout):
             message = json.loads(line)
             if message == "ready":
-                with self._news:
+                with self._changed:
                     self._ready += 1
-                    self._news.notify_all()
+                    self._changed.notify_all()
             else:
                 reported = message
         code = process.wait()
@@ -272,10 +241,10 @@ class WorkerProcesses:
             self._note(True, LostProcessError(f"process {rank} of the model failed: {reported}"))
 
     def _note(self, is_reported: bool, failure: LostProcessError) -> None:
-        with self._news:
+        with self._changed:
             if not self._closed:
                 self._failures.append((is_reported, failure))
-            self._news.notify_all()
+            self._changed.notify_all()
         if not self._closed and self._interrupt is not None:
             self._interrupt()
 
@@ -285,7 +254,8 @@ def _stream(stream: IO[bytes] | None) -> IO[bytes]:
     return stream
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """The text of an error in one line, or its type where it has none."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -329,7 +299,7 @@ class ShardedModel:
             with workers.together():
                 held.enter_context(joined(own, config.parallel.timeout, Seat(0, config.processes, file)))
                 # all leave at once
-                held.callback(workers.let_go)
+                held.callback(workers.close_commands)
                 mesh = mesh_of(config.parallel, own)
                 return cls(shard_model(model, mesh, own), mesh, workers, held.pop_all())
 
@@ -346,7 +316,7 @@ def check_sharding(folder: Path, device: str, config: EngineConfig) -> None:
             f"parallel: {folder} is a GGUF file, which one process opens; make a folder of it with bessemer import"
         )
     if not folder.is_dir():
-        # it says what is wrong
+        # raises the error that fits
         load_model(folder)
     model = read_model_config(folder)
     refuse_scorer(model, folder)

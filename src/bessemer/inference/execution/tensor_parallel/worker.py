@@ -30,7 +30,8 @@ def main(settings: dict[str, Any], commands: IO[bytes], replies: IO[bytes]) -> i
     from bessemer.distributed.mesh import Seat, joined
     from bessemer.inference.build import worker_runners
     from bessemer.inference.config import EngineConfig
-    from bessemer.inference.execution.tensor_parallel.sharded_model import device_of, mesh_of, run_worker, shard_model
+    from bessemer.inference.execution.runner import run_worker
+    from bessemer.inference.execution.tensor_parallel.sharded_model import device_of, mesh_of, one_line, shard_model
     from bessemer.model.storage.folder import load_model
 
     def report(message: str) -> None:
@@ -51,9 +52,9 @@ def main(settings: dict[str, Any], commands: IO[bytes], replies: IO[bytes]) -> i
             runner, draft = worker_runners(model, config, mesh)
             run_worker(runner, coming, draft)
     except Exception as error:
-        # rank 0 may be what is gone
+        # rank 0 may have ended
         with suppress(OSError):
-            report(" ".join(str(error).split()) or type(error).__name__)
+            report(one_line(error))
         return _REPORTED
     return 0
 

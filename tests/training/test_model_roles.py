@@ -10,8 +10,8 @@ from bessemer.core.metrics import read_metrics
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
 from bessemer.training.data.batches import IGNORE_INDEX, Batch
-from bessemer.training.job import train
-from bessemer.training.model_roles import REFERENCE, Trainee
+from bessemer.training.loop import train
+from bessemer.training.model_roles import REFERENCE, ModelRoles, OtherModel
 from bessemer.training.model_setup import PreparedModel
 from bessemer.training.objectives import POLICY, Count, Objective, Terms
 from bessemer.training.runtime import Runtime
@@ -40,7 +40,7 @@ def without_adapters(model):
 
 
 def made(settings, model, **options):
-    return Trainee({POLICY: PreparedModel(model, None)}, Runtime.of(settings, torch.device("cpu")), **options)
+    return ModelRoles({POLICY: PreparedModel(model, None)}, Runtime.of(settings, torch.device("cpu")), **options)
 
 
 def log_probs_of(model, batch):
@@ -70,8 +70,8 @@ def test_the_reference_is_the_policy_without_its_adapters(settings, batch):
     model = policy()
     with torch.no_grad():
         model.norm.weight.mul_(3.0)
-    trainee = made(settings, model, without_adapters=without_adapters)
-    torch.testing.assert_close(trainee.log_probs(batch, REFERENCE), log_probs_of(policy(), batch).detach())
+    models = made(settings, model, without_adapters=without_adapters)
+    torch.testing.assert_close(models.log_probs(batch, REFERENCE), log_probs_of(policy(), batch).detach())
     assert (model.norm.weight == 3.0).all()
 
 
@@ -86,8 +86,8 @@ class NearReference(Objective):
     def denominators(self, batch):
         return {"distance": Count(batch.targets)}
 
-    def annotate(self, trainee, batch):
-        return batch.with_values(per_token={"reference": trainee.log_probs(batch)})
+    def annotate(self, models, batch):
+        return batch.with_values(per_token={"reference": models.log_probs(batch)})
 
     def __call__(self, model, batch, context):
         return Terms({"distance": (log_probs_of(model, batch) - batch.per_token["reference"]).square().sum()})
@@ -99,7 +99,7 @@ def test_a_run_gives_its_objective_the_reference(settings, tmp_path):
         model.norm.weight.mul_(3.0)
     config = settings.with_changes(steps=30, learning_rate=0.1, freeze=["layers.*", "embed_tokens.*"])
     batches = RandomBatches(config.batch_size, config.context_length, 97)
-    options = {"objective": NearReference(), "without_adapters": without_adapters}
+    options = {"objective": NearReference(), "others": [OtherModel(REFERENCE, policy())]}
     train(model, batches, config, tmp_path, runtime=Runtime.of(config, torch.device("cpu")), seed=1, **options)
     losses = [record["loss"] for record in read_metrics(tmp_path / "metrics.jsonl")]
     assert losses[-1] < losses[0] / 2

@@ -1,36 +1,27 @@
-"""Heuristic scores of Gopher, C4 and FineWeb, and measures shared by filters: ratios, rounding, repeated lines.
+"""Measures of texts: counts for the rules of Gopher, C4 and FineWeb (`rules.py`), rounding, repeated lines.
 
-`gopher_quality` (Rae et al. 2021, section A.1.1): words, lines and marks are counted as datatrove counts them, whose verdicts
-the limits are known by. Punctuation marks are words; words of symbols alone count for shares but not for `gopher_words`; blank
-lines count. Ratios are zero in a text without words. In scripts without spaces, the share of words with a letter goes by the
-number of words that the letters come to.
+Quality (Rae et al. 2021, section A.1.1): words, lines and marks are counted as datatrove counts them, whose verdicts the
+limits are known by. Punctuation marks are words; words of symbols alone count for shares but not for `words`; blank lines
+count. In scripts without spaces, the share of words with a letter goes by the number of words that the letters come to.
 
-`gopher_repetition` (section A.1.1 and table A1): shares of lines, paragraphs and n-grams that occurred before. An n-gram can
-only occur twice where its first n - 1 words do, so each n looks only at the places that n - 1 found repeated.
-
-`c4` (Raffel et al. 2020, section 2.2; its rules about lines are edits) and `fineweb` (Penedo et al. 2024, section 3.5).
+Repetition (section A.1.1 and table A1): lines, paragraphs and n-grams that occurred before. An n-gram can only occur twice
+where its first n - 1 words do, so each n looks only at the places that n - 1 found repeated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from bessemer.data.filters.rules import STOP_WORDS
 from bessemer.data.text.characters import FIRST_IDEOGRAPH, IDEOGRAPHS_PER_WORD, LETTERS_PER_WORD, code_point, is_without_spaces
 from bessemer.data.text.compiled import compiled, fnv_hash
 from bessemer.data.text.lines import BEGINS_WITH_BULLET, ENDS_IN_ELLIPSIS, ENDS_IN_TERMINAL, IS_BLANK, Lines
 from bessemer.data.text.texts import Texts
 from bessemer.data.text.words import HAS_LETTER, IS_WORD
-
-
-def ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """`part / whole`, float64, and zero where `whole` is."""
-    return np.divide(part, whole, out=np.zeros(len(whole)), where=whole != 0)
-
 
 #: Digits of a stored score that comes from `exp`, `log` or a sum of floats: the last ones differ between processors, and
 #: neither files nor limits may. Coarse enough for every error of those, fine enough for every limit.
@@ -41,11 +32,6 @@ def rounded(scores: np.ndarray) -> pa.Array:
     """Scores as they are stored, float64."""
     # no negative zero
     return pa.array(np.round(scores, _DECIMALS).astype(np.float64) + 0.0)
-
-
-def columns(scores: Mapping[str, np.ndarray]) -> dict[str, pa.Array]:
-    """Arrow arrays of float64."""
-    return {name: pa.array(values, pa.float64()) for name, values in scores.items()}
 
 
 def repeated(lines: Lines, considered: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -100,40 +86,51 @@ def _count_repeated(
                 keys[slot] = hashes[line]
 
 
-STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
-
-
 #: What `_measure_quality` counts in a text.
 _WORDS, _CHARACTERS, _WITH_LETTER, _STOP_WORDS, _HASHES, _ELLIPSES, _MORE_WORDS = range(7)
 
 _HASH, _DOT, _ELLIPSIS = ord("#"), ord("."), np.frombuffer("…".encode(), np.uint8)
 
 
-def gopher_quality(texts: Texts) -> dict[str, pa.Array]:
-    """The measures of each text, by column.
+class QualityCounts(NamedTuple):
+    """Counts in each text, (N,) int64."""
 
-    `words` (those that have a character beside punctuation) and `stop_words` (how many of the eight occur, in lower case)
-    are counts, `mean_word_length` is in characters; `hashes_per_word` and `ellipses_per_word` are occurrences of `#` and
-    of `…` or `...` per word or mark, `words_with_letter` is a share of those; the others are shares of lines (that begin
-    with `•` or `-`, that end in an ellipsis).
-    """
+    #: with a character that is no punctuation
+    words: np.ndarray
+    #: of those words
+    characters: np.ndarray
+    words_and_marks: np.ndarray
+    with_letter: np.ndarray
+    #: how many words more than one each the words in scripts without spaces come to
+    unspaced_words: np.ndarray
+    #: how many of `STOP_WORDS` occur, in lower case
+    stop_words: np.ndarray
+    hashes: np.ndarray
+    ellipses: np.ndarray
+    lines: np.ndarray
+    bullet_lines: np.ndarray
+    ellipsis_lines: np.ndarray
+
+
+def measure_quality(texts: Texts) -> QualityCounts:
+    """What `gopher_quality` looks at."""
     words, lines = texts.words, texts.unicode_lines
     counted = np.zeros((len(texts), 7), np.int64)
     _measure_quality(words.hashes, words.characters, words.traits, words.of_text, _stop_words(), counted)
     _count_marks(texts.data, texts.offsets, counted)
     _count_unspaced(texts.data, words.starts, words.ends, words.traits, words.of_text, counted)
-    more = counted[:, _MORE_WORDS]
-    return columns(
-        {
-            "gopher_words": counted[:, _WORDS],
-            "gopher_mean_word_length": ratio(counted[:, _CHARACTERS], counted[:, _WORDS]),
-            "gopher_hashes_per_word": ratio(counted[:, _HASHES], words.counts),
-            "gopher_ellipses_per_word": ratio(counted[:, _ELLIPSES], words.counts),
-            "gopher_bullet_lines": ratio(lines.total(lines.traits & BEGINS_WITH_BULLET != 0), lines.counts),
-            "gopher_ellipsis_lines": ratio(lines.total(lines.traits & ENDS_IN_ELLIPSIS != 0), lines.counts),
-            "gopher_words_with_letter": ratio(counted[:, _WITH_LETTER] + more, words.counts + more),
-            "gopher_stop_words": counted[:, _STOP_WORDS],
-        }
+    return QualityCounts(
+        words=counted[:, _WORDS],
+        characters=counted[:, _CHARACTERS],
+        words_and_marks=words.counts,
+        with_letter=counted[:, _WITH_LETTER],
+        unspaced_words=counted[:, _MORE_WORDS],
+        stop_words=counted[:, _STOP_WORDS],
+        hashes=counted[:, _HASHES],
+        ellipses=counted[:, _ELLIPSES],
+        lines=lines.counts,
+        bullet_lines=lines.total(lines.traits & BEGINS_WITH_BULLET != 0),
+        ellipsis_lines=lines.total(lines.traits & ENDS_IN_ELLIPSIS != 0),
     )
 
 
@@ -152,7 +149,7 @@ def _measure_quality(
     counted: np.ndarray,
 ) -> None:
     for text in range(len(of_text) - 1):
-        found = 0
+        seen = 0
         for word in range(of_text[text], of_text[text + 1]):
             if traits[word] & IS_WORD:
                 counted[text, _WORDS] += 1
@@ -163,10 +160,10 @@ def _measure_quality(
             if characters[word] <= 4:
                 for number in range(len(stop_words)):
                     if hashes[word] == stop_words[number]:
-                        found |= 1 << number
-        while found:
+                        seen |= 1 << number
+        while seen:
             counted[text, _STOP_WORDS] += 1
-            found &= found - 1
+            seen &= seen - 1
 
 
 @compiled
@@ -206,37 +203,46 @@ def _count_marks(data: np.ndarray, offsets: np.ndarray, counted: np.ndarray) -> 
         counted[text, _HASHES], counted[text, _ELLIPSES] = hashes, ellipses
 
 
-_TOP = (2, 3, 4)
-_DUPLICATE = (5, 6, 7, 8, 9, 10)
 _FIRST_DUPLICATE = 5
 _LONGEST = 10
 #: The hash of an n-gram is a polynomial of its words' hashes at this odd number.
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 
 
-def gopher_repetition(texts: Texts) -> dict[str, pa.Array]:
-    """The measures of each text, by column, all of them shares; zero for an empty text.
+class RepetitionCounts(NamedTuple):
+    """Counts in each text, (N,) int64. A line or paragraph counts as the same when it equals an earlier one of the text."""
 
-    `duplicate_lines` and `duplicate_paragraphs`: those equal to an earlier one (empty lines are none). `…_characters`: their
-    characters, as a share of all. `top_n_gram`: characters of the most frequent one (of the first of several), with single
-    spaces, times how often it occurs. `duplicate_n_grams`: characters of the words in n-grams that occurred before, read
-    from left to right, each counted once.
-    """
+    characters: np.ndarray
+    paragraphs: np.ndarray
+    same_paragraphs: np.ndarray
+    #: of same paragraphs
+    paragraph_characters: np.ndarray
+    #: that are not empty
+    lines: np.ndarray
+    same_lines: np.ndarray
+    #: of same lines
+    line_characters: np.ndarray
+    #: (N, 11), by n. Below 5: characters of the most frequent n-gram (of the first of several), with single spaces, times how
+    #: often it occurs. From 5 on: of the words in n-grams that occurred before, read from left to right, each counted once.
+    n_grams: np.ndarray
+
+
+def measure_repetition(texts: Texts) -> RepetitionCounts:
+    """What `gopher_repetition` looks at."""
     paragraphs, lines = texts.paragraphs, texts.lines
-    everything = np.ones(len(paragraphs), np.bool_)
     present = lines.characters > 0
-    same_paragraphs, paragraph_characters = repeated(paragraphs, everything)
+    same_paragraphs, paragraph_characters = repeated(paragraphs, np.ones(len(paragraphs), np.bool_))
     same_lines, line_characters = repeated(lines, present)
-    grams = _repeated_grams(texts)
-    scores = {
-        "duplicate_paragraphs": ratio(same_paragraphs, paragraphs.counts),
-        "duplicate_paragraph_characters": ratio(paragraph_characters, texts.characters),
-        "duplicate_lines": ratio(same_lines, lines.total(present)),
-        "duplicate_line_characters": ratio(line_characters, texts.characters),
-        **{f"top_{n}_gram": ratio(grams[:, n], texts.characters) for n in _TOP},
-        **{f"duplicate_{n}_grams": ratio(grams[:, n], texts.characters) for n in _DUPLICATE},
-    }
-    return columns({f"gopher_repetition_{name}": score for name, score in scores.items()})
+    return RepetitionCounts(
+        texts.characters,
+        paragraphs.counts,
+        same_paragraphs,
+        paragraph_characters,
+        lines.total(present),
+        same_lines,
+        line_characters,
+        _repeated_grams(texts),
+    )
 
 
 def _repeated_grams(texts: Texts) -> np.ndarray:
@@ -325,15 +331,17 @@ def _measure_repetition(
             measured[text, n] = repeated
 
 
-def c4(texts: Texts) -> dict[str, pa.Array]:
-    """Counts in each text: sentences (`Texts.sentences`), occurrences of “lorem ipsum” in any case, and of `{`."""
-    return columns(
-        {
-            "c4_lorem_ipsum": _occurrences(texts.array, "lorem ipsum"),
-            "c4_curly_brackets": _occurrences(texts.array, "{"),
-            "c4_sentences": texts.sentences.counts,
-        }
-    )
+class C4Counts(NamedTuple):
+    """Counts in each text, (N,) int64. “lorem ipsum” counts in any case; sentences are `Texts.sentences`."""
+
+    lorem_ipsum: np.ndarray
+    curly_brackets: np.ndarray
+    sentences: np.ndarray
+
+
+def measure_c4(texts: Texts) -> C4Counts:
+    """What `c4` looks at."""
+    return C4Counts(_occurrences(texts.array, "lorem ipsum"), _occurrences(texts.array, "{"), texts.sentences.counts)
 
 
 def _occurrences(array: pa.Array, pattern: str) -> np.ndarray:
@@ -344,23 +352,31 @@ def _occurrences(array: pa.Array, pattern: str) -> np.ndarray:
 _SHORT_LINE = 30
 
 
-def fineweb(texts: Texts) -> dict[str, pa.Array]:
-    r"""The measures of each text, by column; zero for a blank text. Lines are those that are not blank.
+class FineWebCounts(NamedTuple):
+    r"""Counts in each text, (N,) int64. Lines are those that are not blank; characters are all but `\n`."""
 
-    `punctuated_lines`: share of lines whose last character ends sentences. `short_lines`: of those of at most 30 characters.
-    `duplicate_line_characters`: characters of lines equal to an earlier one ÷ characters but for `\n`. `newlines_per_word`:
-    `\n` per word or mark.
-    """
+    lines: np.ndarray
+    punctuated_lines: np.ndarray
+    short_lines: np.ndarray
+    #: of lines equal to an earlier one
+    same_characters: np.ndarray
+    characters: np.ndarray
+    newlines: np.ndarray
+    words_and_marks: np.ndarray
+
+
+def measure_fineweb(texts: Texts) -> FineWebCounts:
+    """What `fineweb` looks at."""
     lines = texts.lines
     present = lines.traits & IS_BLANK == 0
-    number = lines.total(present)
     newlines = lines.counts - 1
     _, same_characters = repeated(lines, present)
-    return columns(
-        {
-            "fineweb_punctuated_lines": ratio(lines.total(lines.traits & ENDS_IN_TERMINAL != 0), number),
-            "fineweb_short_lines": ratio(lines.total(present & (lines.characters <= _SHORT_LINE)), number),
-            "fineweb_duplicate_line_characters": ratio(same_characters, texts.characters - newlines),
-            "fineweb_newlines_per_word": ratio(newlines, texts.words.counts),
-        }
+    return FineWebCounts(
+        lines.total(present),
+        lines.total(lines.traits & ENDS_IN_TERMINAL != 0),
+        lines.total(present & (lines.characters <= _SHORT_LINE)),
+        same_characters,
+        texts.characters - newlines,
+        newlines,
+        texts.words.counts,
     )

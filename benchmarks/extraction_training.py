@@ -8,17 +8,19 @@ Prokhorenkova et al. 2018).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import json
+from base64 import b64encode
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from bessemer.data.extraction.block_text import block_text
-from bessemer.data.extraction.blocks import CHARACTERS, buckets_of, fit_words, word_scores
+from bessemer.data.extraction.blocks import BUCKETS, CHARACTERS, MOST_HASHED, score_words, word_scores
 from bessemer.data.extraction.extract import letters
 from bessemer.data.extraction.features import features, put_word_scores
-from bessemer.data.extraction.model import FEATURES, Model, Trees, probabilities, second_rows
+from bessemer.data.extraction.model import CONTEXT, FEATURES, MODEL_VERSION, Model, Trees, probabilities, second_rows
 from bessemer.data.extraction.parsing import Page, parse
-from bessemer.data.text.compiled import compiled_allocating
+from bessemer.data.text.compiled import compiled, compiled_allocating
 
 #: Thresholds tried for each feature: quantiles of its values.
 _BINS = 64
@@ -27,6 +29,8 @@ WEIGHT_OF_PHRASE = 33.0
 #: Of these weights, what the step of a word's weight is multiplied by.
 _WEIGHT_OF_WORDS = 1 / 8
 
+#: Passes of gradient descent over the words, its step, and its pull of every weight towards zero.
+_PASSES, _RATE, _DECAY = 6, 0.1, 1e-4
 _TITLE_SHARE, _IS_CELL = FEATURES.index("title_share"), FEATURES.index("is_td")
 
 
@@ -41,6 +45,50 @@ class MarkedPage(NamedTuple):
     targets: np.ndarray
     weight: float = 1.0
     sure: np.ndarray | None = None
+
+
+@compiled
+def _descend(
+    buckets: np.ndarray,
+    targets: np.ndarray,
+    importance: np.ndarray,
+    order: np.ndarray,
+    weights: np.ndarray,
+    squares: np.ndarray,
+    bias: np.ndarray,
+) -> None:
+    """One pass of stochastic gradient descent with Adagrad's steps; `bias`, (2,): the constant and its sum of squares."""
+    for row in order:
+        hashed = 0
+        total = 0.0
+        while hashed < buckets.shape[1] and buckets[row, hashed] >= 0:
+            total += weights[buckets[row, hashed]]
+            hashed += 1
+        scale = 1.0 / np.sqrt(max(1, hashed))
+        slope = (1.0 / (1.0 + np.exp(-(total * scale + bias[0]))) - targets[row]) * importance[row]
+        for index in range(hashed):
+            bucket = buckets[row, index]
+            step = slope * scale + _DECAY * weights[bucket]
+            squares[bucket] += step * step
+            weights[bucket] -= _RATE * step / np.sqrt(squares[bucket] + 1e-6)
+        bias[1] += slope * slope
+        bias[0] -= _RATE * slope / np.sqrt(bias[1] + 1e-6)
+
+
+def fit_words(buckets: np.ndarray, targets: np.ndarray, importance: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Weights, (BUCKETS,) float32, for blocks given by their `buckets`, (R, MOST_HASHED), with `targets` of 0 and 1, (R,)."""
+    random = np.random.default_rng(seed)
+    weights, squares, bias = np.zeros(BUCKETS), np.zeros(BUCKETS), np.zeros(2)
+    for _ in range(_PASSES):
+        _descend(buckets, targets, importance, random.permutation(len(buckets)), weights, squares, bias)
+    return weights.astype(np.float32)
+
+
+def buckets_of(data: np.ndarray, page: Page) -> np.ndarray:
+    """The buckets of each block's words, (B, MOST_HASHED) int32, -1 where there are no more."""
+    buckets = np.full((len(page.block_elements), MOST_HASHED), -1, np.int32)
+    score_words(data, page, np.zeros(BUCKETS, np.float32), np.empty(len(buckets)), buckets)
+    return buckets
 
 
 def edges_of(rows: np.ndarray) -> list[np.ndarray]:
@@ -202,6 +250,28 @@ def fit(pages: list[MarkedPage], *, folds: int = 3, threshold: float = 0.5, seed
             if group[n] == fold:
                 seconds[n] = second_rows(probabilities(rows[n], first), rows[n], counts[n], pages[n].page)
     return Model(fitted(everything, rows, seed), fitted(everything, seconds, seed + 1), threshold, words_fitted(everything))
+
+
+def to_json(model: Model) -> str:
+    """The model as text: one line a tree."""
+
+    def ensemble(trees: Trees) -> dict[str, Any]:
+        lines = [
+            [feature.tolist(), [float(f"{value:.6g}") for value in threshold], [float(f"{value:.4g}") for value in answer]]
+            for feature, threshold, answer in zip(trees.features, trees.thresholds, trees.answers, strict=True)
+        ]
+        return {"bias": float(f"{trees.bias:.6g}"), "trees": lines}
+
+    scale = max(float(np.abs(model.words).max()), 1e-6) / 127
+    content = {
+        "version": MODEL_VERSION,
+        "inputs": [*FEATURES, *CONTEXT],
+        "threshold": model.threshold,
+        "words": [float(f"{scale:.6g}"), b64encode(np.rint(model.words / scale).astype(np.int8).tobytes()).decode()],
+        "first": ensemble(model.first),
+        "second": ensemble(model.second),
+    }
+    return json.dumps(content, separators=(",", ":")).replace("[[[", "[\n[[").replace("]],[[", "]],\n[[") + "\n"
 
 
 def agreed(html: bytes, first: str, second: str, *, weight: float) -> MarkedPage | None:

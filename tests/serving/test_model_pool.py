@@ -15,7 +15,7 @@ from bessemer.inference.sampling.params import SamplingParams
 from bessemer.model.storage.folder import save_model
 from bessemer.serving.runtime.bodies import ApiError
 from bessemer.serving.runtime.clients import Caller, Client
-from bessemer.serving.runtime.models import Shelf
+from bessemer.serving.runtime.models import ModelPool
 from bessemer.serving.runtime.served import Served
 from bessemer.serving.runtime.worker import Worker
 from tests.model.randomised import SHAPES, random_decoder
@@ -58,13 +58,13 @@ def places(tmp_path):
     return {name: tmp_path / f"{name}.gguf" for name in (*sizes, "broken")}
 
 
-def shelf(places, opened, **settings):
-    return Shelf(places, opened, max_waiting=4, **settings)
+def pool(places, opened, **settings):
+    return ModelPool(places, opened, max_waiting=4, **settings)
 
 
 def test_the_one_that_was_asked_for_the_longest_time_ago_goes_first(places, opened):
     async def asked():
-        found = shelf(places, opened, most=2)
+        found = pool(places, opened, most=2)
         for name in ("small", "middle", "small", "large"):
             await found.model(name)
         return [one.name for one in found.open_models]
@@ -76,20 +76,20 @@ def test_the_one_that_was_asked_for_the_longest_time_ago_goes_first(places, open
 def test_files_of_open_models_fit_the_memory(places, opened):
     async def asked():
         # bytes, in GiB
-        found = shelf(places, opened, most=9, memory=3 / 2**30)
+        found = pool(places, opened, most=9, memory=3 / 2**30)
         await found.model("small")
         await found.model("middle")
         await found.model("large")
         assert [one.name for one in found.open_models] == ["large"]
         with pytest.raises(ApiError, match="larger than the memory"):
-            await shelf(places, opened, memory=2 / 2**30).model("large")
+            await pool(places, opened, memory=2 / 2**30).model("large")
 
     asyncio.run(asked())
 
 
 def test_a_model_that_answers_is_not_closed_and_the_other_waits_its_turn(places, opened):
     async def asked():
-        found = shelf(places, opened, most=1)
+        found = pool(places, opened, most=1)
         one = await found.model("small")
         with one.worker.admit(1):
             with pytest.raises(ApiError) as refused:
@@ -105,7 +105,7 @@ def test_a_model_is_not_closed_between_its_opening_and_the_admission_of_its_requ
     async def answered(served, name):
         caller = Caller(Client(Principal("anybody")))
         try:
-            with (await served.of(name, caller)).worker.admit(1):
+            with (await served.model_for(name, caller)).worker.admit(1):
                 return name not in opened.closed
         except ApiError as refused:
             assert "no place is free" in str(refused)
@@ -114,8 +114,8 @@ def test_a_model_is_not_closed_between_its_opening_and_the_admission_of_its_requ
             caller.held.close()
 
     async def asked():
-        found = shelf(places, opened, most=1)
-        served = Served(FakeEngine(), "tiny", Worker(FakeEngine(), 4), shelf=found)
+        found = pool(places, opened, most=1)
+        served = Served(FakeEngine(), "tiny", Worker(FakeEngine(), 4), pool=found)
         both = await asyncio.gather(answered(served, "small"), answered(served, "middle"))
         # with its request, the lease has ended
         return [*both, await answered(served, "middle")]
@@ -126,7 +126,7 @@ def test_a_model_is_not_closed_between_its_opening_and_the_admission_of_its_requ
 
 def test_two_requests_open_a_model_once(places, opened):
     async def asked():
-        found = shelf(places, opened)
+        found = pool(places, opened)
         opened.may_open.clear()
         both = [asyncio.create_task(found.model("small")) for _ in range(2)]
         await asyncio.sleep(0.05)
@@ -142,7 +142,7 @@ def test_what_nobody_asks_for_is_closed_after_its_time(places, opened):
     now = [0.0]
 
     async def asked():
-        found = shelf(places, opened, keep_alive=60, clock=lambda: now[0])
+        found = pool(places, opened, keep_alive=60, clock=lambda: now[0])
         await found.model("small")
         now[0] = 30
         await found.model("middle")
@@ -158,7 +158,7 @@ def test_what_nobody_asks_for_is_closed_after_its_time(places, opened):
 
 def test_a_damaged_model_is_named_without_its_place_and_the_others_go_on(places, opened):
     async def asked():
-        found = shelf(places, opened)
+        found = pool(places, opened)
         with pytest.raises(ApiError) as refused:
             await found.model("broken")
         assert "broken.gguf: damaged" in str(refused.value) and str(places["broken"].parent) not in str(refused.value)
@@ -170,7 +170,7 @@ def test_a_damaged_model_is_named_without_its_place_and_the_others_go_on(places,
 @pytest.fixture
 def url(places, opened):
     with servers() as start:
-        yield start(FakeEngine(), shelf=shelf(places, opened), aliases=["gpt-4o-mini"])
+        yield start(FakeEngine(), pool=pool(places, opened), aliases=["gpt-4o-mini"])
 
 
 def test_every_dialect_reaches_a_model_by_its_name(url, opened):
@@ -205,11 +205,11 @@ def test_real_models_come_and_go_and_each_answers_as_it_does_alone(tmp_path):
         places[name] = tmp_path / name
     asked = {"prompt": "the end", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
     alone = {name: Engine(place, device="cpu").generate(["the end"], GREEDY)[0].text for name, place in places.items()}
-    found = Shelf(
+    found = ModelPool(
         {name: places[name] for name in ("two", "three")}, lambda place: Engine(place, device="cpu"), max_waiting=4, most=1
     )
     with servers() as start:
-        url = start(Engine(places["one"], device="cpu"), shelf=found)
+        url = start(Engine(places["one"], device="cpu"), pool=found)
         for name in ("two", "tiny", "three", "two"):
             answer = httpx.post(f"{url}/v1/completions", json={"model": name, **asked}, timeout=60).json()
             assert answer["choices"][0]["text"] == alone["one" if name == "tiny" else name]
@@ -219,7 +219,7 @@ def test_real_models_come_and_go_and_each_answers_as_it_does_alone(tmp_path):
 
 def test_a_model_that_opens_while_the_server_stops_is_closed_and_nobody_is_admitted(places, opened):
     async def asked():
-        found = shelf(places, opened)
+        found = pool(places, opened)
         opened.may_open.clear()
         one = asyncio.create_task(found.model("small"))
         await asyncio.sleep(0.05)
@@ -236,7 +236,7 @@ def test_a_model_that_opens_while_the_server_stops_is_closed_and_nobody_is_admit
 
 def test_nothing_is_closed_for_a_model_that_would_not_fit_all_the_same(places, opened):
     async def asked():
-        found = shelf(places, opened, most=9, memory=3 / 2**30)
+        found = pool(places, opened, most=9, memory=3 / 2**30)
         one, _ = await found.model("small"), await found.model("middle")
         # beside the one that answers there are two bytes, and it has three
         with one.worker.admit(1), pytest.raises(ApiError, match="no place is free"):
@@ -249,7 +249,7 @@ def test_nothing_is_closed_for_a_model_that_would_not_fit_all_the_same(places, o
 def test_a_file_that_is_gone_is_said_and_the_server_goes_on(places, opened):
     async def asked():
         places["small"].unlink()
-        found = shelf(places, opened)
+        found = pool(places, opened)
         with pytest.raises(ApiError, match="cannot be opened") as refused:
             await found.model("small")
         assert refused.value.status == 503

@@ -1,9 +1,8 @@
-"""The stages in memory: explanation of one document; clean, select and deduplicate as one function of Arrow tables.
+"""Explanation of one document: what each edit changes, each filter scores, and whether the document would be kept.
 
-The explanation tells what each edit changes, each filter scores, and whether the document would be kept. Without settings,
-each edit is applied on its own, and each score is compared with the limits of the presets that have one. With a recipe's
-settings the text takes the way of its documents: edits in order, scores, limits, through the functions of the stages
-themselves.
+Without settings, each edit is applied on its own, and each score is compared with the limits of the presets that have one.
+With a recipe's settings the text takes the way of its documents: edits in order, scores, limits, through the functions of the
+stages themselves.
 """
 
 from __future__ import annotations
@@ -13,30 +12,24 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow as pa
 
-from bessemer.core.config import nearest
-from bessemer.core.errors import ConfigError
-from bessemer.core.progress import Progress
-from bessemer.data.config import CleanConfig, DeduplicateConfig, SelectConfig
-from bessemer.data.corpus.reader import REASON, SCHEMA, TRAIN, document_id, document_schema, iterate_documents
-from bessemer.data.corpus.writer import write_documents
+from bessemer.data.config import CleanConfig, SelectConfig
+from bessemer.data.corpus.reader import SCHEMA, TRAIN, document_id
 from bessemer.data.edits.registry import EDITS
 from bessemer.data.filters.registry import COMBINED, FILTERS, by_language, column_description, meant_for, preset, preset_names
 from bessemer.data.filters.word_model import OpenModel
 from bessemer.data.plugins import EVERY_LANGUAGE, LANGUAGE_SCORES, NO_LIMIT, USUAL_LANGUAGE_SCORE, Languages, Limit, MeantFor
-from bessemer.data.stages.clean import Edit, clean, cleaned_schema, cleaning, edit, edits, scorer
-from bessemer.data.stages.deduplicate import deduplicate
-from bessemer.data.stages.select import check_scores, contamination, select, selecting
+from bessemer.data.stages.clean import Edit, cleaned_schema, cleaning, edit, edits, scorer
+from bessemer.data.stages.select import check_scores, contamination, selecting
 from bessemer.data.text.texts import Texts, hash_text
 from bessemer.data.thresholds import lowest_probabilities, rejection_reasons
 
 RECIPE = "recipe"
 _SOURCE = "explain"
-#: A line with more words than this is compared whole.
+#: Lines with more words than this are compared as a whole, not by words.
 _MOST_WORDS = 2000
 _WORDS = re.compile(r"\s+|\w+|[^\w\s]")
 
@@ -54,7 +47,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Change:
+class TextChange:
     """A span of the text that an edit replaces, from the character `start`, with a few characters of its line around it."""
 
     start: int
@@ -66,11 +59,11 @@ class Change:
 
 @dataclass(frozen=True)
 class EditResult:
-    """What an edit did: its counts, its changes, and the text that it left."""
+    """Result of an edit: its counts, its changes, and the edited text."""
 
     name: str
     counts: Mapping[str, int]
-    changes: Sequence[Change]
+    changes: Sequence[TextChange]
     text: str
 
 
@@ -90,14 +83,12 @@ class Explanation:
 
 
 def explain(text: str, *, url: str | None = None) -> Explanation:
-    """Every edit and score that there is, on this text as it is, and on its address.
-
-    Without an address, the scores that read one have no value.
-    """
+    """Every edit and score that there is, on this text as it is, and on its address. Without an address, the scores that read
+    one have no value."""
     texts = Texts.of([text])
     changed = [_edited(edit(name), texts) for name in EDITS]
     counts = {name: pa.array([count]) for one in changed for name, count in one.counts.items()}
-    scores, reasons = _beside_limits(_scored({"text": text, "url": url}), counts)
+    scores, reasons = _with_limits(_scored({"text": text, "url": url}), counts)
     by_column = {one.column: one for one in scores}
     columns = [column for name in FILTERS for column in scorer(name).columns]
     every = [by_column.get(column) or Score(column, None, column_description(column)) for column in columns]
@@ -106,13 +97,13 @@ def explain(text: str, *, url: str | None = None) -> Explanation:
 
 def explain_address(url: str) -> Explanation:
     """Every score that there is of an address, without the page that it leads to."""
-    return Explanation("", [], *_beside_limits(_scored({"url": url}), {}), None)
+    return Explanation("", [], *_with_limits(_scored({"url": url}), {}), None)
 
 
-def _beside_limits(
+def _with_limits(
     scored: Mapping[str, pa.Array], counts: Mapping[str, pa.Array]
 ) -> tuple[list[Score], dict[str, Sequence[str]]]:
-    """Scores beside the limits of the presets that have one, and by preset the limits that are broken. counts: of edits."""
+    """Scores with the limits of the presets that have one, and by preset the limits that are broken. counts: of edits."""
     columns = {**scored, **counts}
     limits: dict[str, dict[str, Limit]] = {}
     tongue: str = columns["language"][0].as_py() if "language" in columns else ""
@@ -124,7 +115,7 @@ def _beside_limits(
         if name not in COMBINED and (of_preset := preset(name))
     }
     homes = {column: (name, limit) for name, of_preset in limits.items() for column, limit in of_preset.items()}
-    # a limit on what was not scored, or that is not meant for the text's language, is none here
+    # leaves out limits on columns without a score, and those not meant for the text's language
     homes = {column: home for column, home in homes.items() if column in columns and _is_meant(meant_for(column), columns)}
     limits = {
         name: {column: limit for column, limit in of_preset.items() if column in homes} for name, of_preset in limits.items()
@@ -188,12 +179,12 @@ def explain_with(
     return Explanation(rows.column("text")[0].as_py(), edited, scores, {RECIPE: reasons} if reasons else {}, is_kept)
 
 
-def changes(before: str, after: str, *, around: int = 30) -> list[Change]:
+def changes(before: str, after: str, *, around: int = 30) -> list[TextChange]:
     """The replaced spans: lines are compared first, then the words of the lines that differ."""
     replacements = []
     for start, end, new in _replaced(before, after):
         left, right = before[max(start - around, 0) : start], before[end : end + around]
-        replacements.append(Change(start, left.rpartition("\n")[2], before[start:end], new, right.partition("\n")[0]))
+        replacements.append(TextChange(start, left.rpartition("\n")[2], before[start:end], new, right.partition("\n")[0]))
     return replacements
 
 
@@ -231,8 +222,8 @@ def _edited(step: Edit, texts: Texts) -> EditResult:
 def _scored(document: Mapping[str, str | None]) -> dict[str, pa.Array]:
     """The scores of every filter that reads a column of the document, as the stage `clean` gives it that column."""
     texts = {column: Texts.of([value]) for column, value in document.items() if value is not None}
-    asked = [one for name in FILTERS if (one := scorer(name)).reads in texts]
-    return {column: values for one in asked for column, values in one.function(texts[one.reads]).items()}
+    usable = [one for name in FILTERS if (one := scorer(name)).reads in texts]
+    return {column: values for one in usable for column, values in one.function(texts[one.reads]).items()}
 
 
 def _score(column: str, value: Any, where: str, limit: Limit) -> Score:
@@ -249,7 +240,7 @@ def _is_meant(scope: MeantFor, columns: Mapping[str, pa.Array]) -> bool:
 
 
 def _broken(columns: Mapping[str, pa.Array], limits: Mapping[str, Limit], languages: Languages) -> list[str]:
-    """Every rule that a document breaks, in the order in which they are asked; of those on languages the first."""
+    """Every rule that a document breaks, in the order of the rules; of those on languages the first."""
     of_language = rejection_reasons(columns, {}, languages)[0].as_py() if languages else None
     reasons = [of_language] if of_language else []
     for column, limit in limits.items():
@@ -268,77 +259,3 @@ def _document(text: str, url: str | None) -> pa.RecordBatch:
     row |= {"id": document_id(_SOURCE, text), "text": text, "text_hash": hash_text(text), "source": _SOURCE, "url": url}
     row |= {"split": TRAIN, "metadata": []}
     return pa.RecordBatch.from_pylist([row], schema=SCHEMA)
-
-
-_STAGES: tuple[tuple[str, Any, Any], ...] = (
-    ("clean", CleanConfig, clean),
-    ("select", SelectConfig, select),
-    ("deduplicate", DeduplicateConfig, deduplicate),
-)
-
-
-def refine(
-    documents: pa.Table,
-    config: Mapping[str, Any] | None = None,
-    *,
-    folder: Path | str = ".",
-    progress: Progress | None = None,
-    open_model: OpenModel | None = None,
-) -> tuple[pa.Table, pa.Table]:
-    """Clean, select and deduplicate documents. Returns those that are kept, with their scores, and those that are not.
-
-    documents: at least a column `text`; `id`, `url`, `language`, `license`, `source`, `split` and `metadata` are used where
-    there are such. An id is made of the text where there is none, so that of equal texts one is left. config: a recipe's
-    sections `clean`, `select` and `deduplicate`, as mappings, lists or settings, in any order; an absent one is a stage
-    skipped. The rejected table has a `reason` and the stage that it comes from, `rejected_by`. Both are sorted by id.
-    open_model: opens a language model for the score `perplexity`; `bessemer.refine` brings it.
-    Raises ConfigError for a mistake in the settings, a table without texts, or a text that is null.
-    """
-    config = {} if config is None else config
-    known = [name for name, _, _ in _STAGES]
-    for name in config:
-        if name not in known:
-            raise ConfigError(f"refine: there is no stage {name!r}{nearest(name, known)}")
-    rejected: list[pa.Table] = []
-    with TemporaryDirectory(prefix="bessemer-refine-") as place:
-        current = Path(place) / "documents"
-        write_documents(current, [_complete(documents)])
-        for name, kind, stage in _STAGES:
-            if name in config:
-                out = Path(place) / name
-                out.mkdir()
-                more = {"open_model": open_model} if name == "clean" else {}
-                stage(kind.parse(config[name], name), current, out, folder=Path(folder), progress=progress, **more)
-                dropped_here = _table(out / "rejected")
-                rejected.append(dropped_here.append_column("rejected_by", pa.array([name] * len(dropped_here), pa.string())))
-                current = out / "documents"
-        kept = _table(current)
-    empty = kept.schema.append(REASON).append(pa.field("rejected_by", pa.string())).empty_table()
-    dropped = pa.concat_tables([empty, *rejected], promote_options="default")
-    return kept, dropped.sort_by("id")
-
-
-def _complete(documents: pa.Table) -> pa.Table:
-    """The columns of a document, those that are missing filled in; other columns are left out."""
-    if "text" not in documents.schema.names:
-        raise ConfigError(f"refine: the table has no column 'text', only {', '.join(documents.schema.names) or 'none'}")
-    if documents.column("text").null_count:
-        raise ConfigError(f"refine: {documents.column('text').null_count} texts are null")
-    texts = documents.column("text").to_pylist()
-    made = {
-        "id": lambda: [document_id("refine", text) for text in texts],
-        "text_hash": lambda: [hash_text(text) for text in texts],
-        "source": lambda: ["refine"] * len(texts),
-        "split": lambda: [TRAIN] * len(texts),
-    }
-    columns = {}
-    for field in SCHEMA:
-        if field.name in documents.schema.names:
-            columns[field.name] = documents.column(field.name).cast(field.type)
-        else:
-            columns[field.name] = pa.array(made[field.name]() if field.name in made else [None] * len(texts), field.type)
-    return pa.table(columns, schema=SCHEMA)
-
-
-def _table(folder: Path) -> pa.Table:
-    return pa.Table.from_batches(list(iterate_documents(folder)), document_schema(folder)).sort_by("id")

@@ -1,4 +1,4 @@
-"""The page on which answers are ranked."""
+"""The page of `bessemer label`, on which people rank answers."""
 
 from __future__ import annotations
 
@@ -13,27 +13,25 @@ from urllib.parse import parse_qs
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from bessemer.posttraining.labelling import PAIRS, Labels, ranked_pairs
 from bessemer.serving.config import ServingConfig
 from bessemer.serving.runtime.gate import Gate
 from bessemer.serving.server import address_of, listen
+from bessemer.webapp.access import templates
 
 _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'self'; "
     "frame-ancestors 'none'"
 )
-#: Most bytes of a ranking's form.
+#: Most bytes that are read of a form.
 _LONGEST_FORM = 10_000
 
 
 def create_label_app(labels: Labels, folder: Path, hosts: Sequence[str] = ()) -> FastAPI:
-    """An application with one page: the next prompt that nobody has judged, its answers, and a form for their ranks.
-
-    hosts: names that it may be called by, as `ServingConfig.hosts`.
-    """
+    """An application with one page: the next prompt without a ranking, its answers, and a form for their ranks. hosts: as
+    `ServingConfig.hosts`."""
     app = FastAPI(title="Bessemer", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(Gate, config=ServingConfig(hosts=list(hosts)), keys=None, error_body=lambda _, error: error.body())
     page = _Page(labels, folder)
@@ -43,16 +41,14 @@ def create_label_app(labels: Labels, folder: Path, hosts: Sequence[str] = ()) ->
 
 
 class _Page:
-    """token: of this process, without which no form is read: another site's page does not know it."""
-
     def __init__(self, labels: Labels, folder: Path) -> None:
         self._labels = labels
         self._folder = folder
+        #: Against forged forms: pages of other sites do not know it.
         self._token = secrets.token_urlsafe(16)
-        self._again: str | None = None
-        files = resources.files("bessemer.serving")
-        environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-        self._template = environment.from_string(files.joinpath("label.html.jinja").read_text(encoding="utf-8"))
+        #: The prompt that is judged once more.
+        self._corrected: str | None = None
+        self._template = templates().get_template("label.html.jinja")
         self._style = Markup(resources.files("bessemer.views").joinpath("style.css").read_text(encoding="utf-8"))
 
     async def show(self) -> HTMLResponse:
@@ -67,24 +63,24 @@ class _Page:
         if id not in self._labels.answers:
             return self._page("There is no such prompt.", status=400)
         if form.get("do") == "back":
-            self._again = next(reversed(self._labels.rankings), None)
+            self._corrected = next(reversed(self._labels.rankings), None)
             return RedirectResponse("/", status_code=303)
         ranks: list[int] = []
         if form.get("do") != "skip":
-            given = [form.get(f"rank{place}", "") for place in range(len(self._labels.answers[id].answers))]
-            if not all(rank.isdecimal() for rank in given):
+            values = [form.get(f"rank{index}", "") for index in range(len(self._labels.answers[id].answers))]
+            if not all(value.isdecimal() for value in values):
                 return self._page("Give every answer a rank, or skip the prompt.", status=400)
-            ranks = [int(rank) for rank in given]
+            ranks = [int(value) for value in values]
         try:
             self._labels.rank(id, ranks)
         except ValueError as error:
             return self._page(str(error), status=400)
-        self._again = None
+        self._corrected = None
         return RedirectResponse("/", status_code=303)
 
     def _page(self, wrong: str = "", *, status: int = 200) -> HTMLResponse:
         labels, left = self._labels, self._labels.left
-        asked = labels.answers[self._again] if self._again is not None else next(iter(left), None)
+        item = labels.answers[self._corrected] if self._corrected is not None else next(iter(left), None)
         pairs = sum(
             len(ranked_pairs(labels.answers[id], ranking.ranks))
             for id, ranking in labels.rankings.items()
@@ -93,15 +89,15 @@ class _Page:
         text = self._template.render(
             style=self._style,
             token=self._token,
-            asked=asked,
+            item=item,
             wrong=wrong,
             done=len(labels.answers) - len(left),
             total=len(labels.answers),
             pairs=pairs,
-            before=bool(labels.rankings) and self._again is None,
+            before=bool(labels.rankings) and self._corrected is None,
             path=str(self._folder / PAIRS),
         )
-        # with no-referrer, browsers would call the origin of the page's own forms null
+        # with no-referrer, browsers send the page's own forms with `Origin: null`
         headers = {"Content-Security-Policy": _POLICY, "Referrer-Policy": "same-origin", "Cache-Control": "no-store"}
         return HTMLResponse(text, status_code=status, headers=headers)
 
@@ -116,7 +112,7 @@ def serve_labels(
     browser: bool = True,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Serve the page until interrupted. hosts: as for `create_label_app`. `say` is given the address. Raises as `listen`."""
+    """Serve the page until interrupted. hosts: as for `create_label_app`. say: prints lines. Raises as `listen`."""
     with listen(host, port) as listener:
         app = create_label_app(labels, folder, hosts)
         config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off")

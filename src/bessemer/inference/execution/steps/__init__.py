@@ -1,0 +1,1 @@
+"""Strategies of a decode step: plain, multi-token, speculative and asynchronous."""
