@@ -16,7 +16,7 @@ needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="no shared data")
 
 CODE = """
 from bessemer.core.registry import Plugin
-from bessemer.tasks.questions import LikelihoodQuestion, LikelihoodTask, Outcome, Part
+from bessemer.tasks.questions import ContinuationRequest, LikelihoodQuestion, LikelihoodTask, Outcome
 
 
 class Count(LikelihoodTask):
@@ -26,7 +26,8 @@ class Count(LikelihoodTask):
         self.last = options.limit or 5
 
     def questions(self):
-        return [LikelihoodQuestion(n, "count", (Part("1 2 3 4 5"[: 2 * n + 2], (str(n + 2),)),)) for n in range(self.last)]
+        requests = [ContinuationRequest("1 2 3 4 5"[: 2 * n + 2], (str(n + 2),)) for n in range(self.last)]
+        return [LikelihoodQuestion(n, "count", (request,)) for n, request in enumerate(requests)]
 
     def headline(self, form):
         return "accuracy"
