@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bessemer.core.config import Config
-from bessemer.core.yaml_file import KeyPath, Place
+from bessemer.core.yaml_file import KeyPath, Location
 from bessemer.data.config import CleanConfig, SelectConfig
 from bessemer.model.config import ModelStageConfig
 from bessemer.pipeline.recipe import Recipe, RecipeHead, Stage, refuse_code, shipped_recipes
@@ -62,7 +62,7 @@ def _origin(recipe: Recipe, config: Config, path: KeyPath, given: bool) -> str:
     return f"preset {preset}" if preset else "follows from the others"
 
 
-def _shown(place: Place) -> str:
+def _shown(place: Location) -> str:
     """A place as a reader looks for it: of a shipped recipe its name, not where it is installed."""
     names = {str(path): name for name, path in shipped_recipes().items()}
     if place.source not in names:
