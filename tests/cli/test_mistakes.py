@@ -18,7 +18,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
-from bessemer.core.store import alone_in
+from bessemer.core.store import locked_folder
 from bessemer.model.adapters.folder import write_adapter
 from bessemer.model.config import ModelConfig
 from bessemer.model.formats.gguf_export import export_gguf
@@ -265,7 +265,7 @@ def test_a_package_that_is_missing_is_named_with_what_installs_it(capsys, here, 
 
 def test_a_second_process_in_a_folder_is_refused(capsys, here):
     (here / "data.csv").write_text("question,answer\n" + "".join(f"Who is {n}?,It is {n}.\n" for n in range(40)))
-    with alone_in(here / "out"):
+    with locked_folder(here / "out"):
         code, _, err = bessemer(capsys, "finetune", "model", "data.csv", "out")
     assert (code, one_error(err)) == (
         2,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from bessemer.core.errors import ArtefactError, StorageError, as_storage_error, as_user_error, asked_memory, writing_to
+from bessemer.core.errors import ArtefactError, StorageError, as_storage_error, as_user_error, failed_allocation, writing_to
 from bessemer.core.store import new_file, new_folder
 
 
@@ -23,14 +23,14 @@ from bessemer.core.store import new_file, new_folder
     ],
 )  # fmt: skip
 def test_the_amount_is_read_from_what_libraries_say(error, bytes_asked):
-    assert asked_memory(error) == bytes_asked
+    assert failed_allocation(error) == bytes_asked
 
 
 def test_real_refusals_are_known():
     for allocate in (lambda: torch.empty(1 << 58), lambda: np.empty(1 << 57)):
         with pytest.raises((RuntimeError, MemoryError)) as caught:
             allocate()
-        assert asked_memory(caught.value) > 1 << 59
+        assert failed_allocation(caught.value) > 1 << 59
 
 
 def test_the_cause_is_looked_at_too():
@@ -40,7 +40,7 @@ def test_the_cause_is_looked_at_too():
         except MemoryError as error:
             raise ValueError("a layer failed") from error
     except ValueError as error:
-        assert asked_memory(error) == 8192
+        assert failed_allocation(error) == 8192
 
 
 FULL = "the disk is full while writing to {}; free some space and run the same command again, finished work is kept"

@@ -68,7 +68,7 @@ def evaluate(
     from bessemer.core.errors import writing_to
     from bessemer.core.hashing import hash_value
     from bessemer.core.progress import progress_for_terminal
-    from bessemer.core.store import alone_in, write_text
+    from bessemer.core.store import locked_folder, write_text
     from bessemer.tasks.config import TaskOptions
     from bessemer.tasks.registry import find_tasks, with_data
 
@@ -94,7 +94,7 @@ def evaluate(
     folder = out or Path("evaluations") / f"{name}-{key}"
     with (
         writing_to(folder),
-        alone_in(folder),
+        locked_folder(folder),
         connected_judges(chosen, device),
         Engine(place, device=device, config=config, adapter=adapter) as engine,
     ):

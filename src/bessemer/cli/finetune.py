@@ -46,7 +46,7 @@ def finetune(
     from bessemer.cli.named import given_options, option_of
     from bessemer.core.errors import writing_to
     from bessemer.core.progress import progress_for_terminal
-    from bessemer.core.store import alone_in
+    from bessemer.core.store import locked_folder
     from bessemer.posttraining.sft.config import FinetuneConfig
 
     columns, rows = ("prompt_column", "answer_column"), ("context_length", "batch_size", "truncate", "held_out")
@@ -60,7 +60,7 @@ def finetune(
     source = model_source(model, runs)
     result = finished(out, lambda: asked_of(config, source, data, seed))
     if result is None:
-        with writing_to(out), alone_in(out):
+        with writing_to(out), locked_folder(out):
             tuned = tune(config, source, data, out, seed=seed, device=device, progress=progress_for_terminal())
             result = _result(tuned)
             finish(out, result)
@@ -153,7 +153,7 @@ def label(
     from bessemer.cli.named import find_model, option_of
     from bessemer.core.errors import ConfigError, writing_to
     from bessemer.core.progress import progress_for_terminal
-    from bessemer.core.store import alone_in
+    from bessemer.core.store import locked_folder
     from bessemer.inference.engine import Engine
     from bessemer.inference.sampling.params import SamplingParams
     from bessemer.posttraining.labelling import read_prompts, sample_answers
@@ -165,7 +165,7 @@ def label(
         raise ConfigError(f"--prompts: {model} has no held-out conversations of its own; name a file of prompts")
     params = SamplingParams.parse({"max_tokens": max_tokens, "temperature": temperature}, option_of("label"))
     prompts_read = read_prompts(held_out if prompts is None else prompts, limit)
-    with writing_to(out), alone_in(out), Engine(folder, device=device) as engine:
+    with writing_to(out), locked_folder(out), Engine(folder, device=device) as engine:
         labels = sample_answers(
             engine, prompts_read, out, count=answers, params=params, seed=seed, progress=progress_for_terminal()
         )

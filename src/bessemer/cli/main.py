@@ -153,10 +153,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def _stopped() -> NoReturn:
-    from bessemer.core.concurrency import are_threads_left
+    from bessemer.core.concurrency import threads_abandoned
 
     print("\nstopped; the same command goes on from here", file=sys.stderr)
-    if are_threads_left():
+    if threads_abandoned():
         _settle_output()
         sys.stderr.flush()
         os._exit(130)

@@ -18,24 +18,24 @@ from urllib.parse import urlsplit
 
 from bessemer.core.errors import BessemerError, ConfigError
 
-#: Answers of a server that another try may change: too many requests, and faults of its own.
-_PASSING = (408, 409, 429, 500, 502, 503, 504)
+#: Status codes after which a request is sent again: too many requests, conflicts, timeouts and faults of the server.
+_TRANSIENT = (408, 409, 429, 500, 502, 503, 504)
 _LONGEST_WAIT = 60.0
 _MOST_BYTES = 16 << 20
-#: Characters of what a server or a connection says that are shown.
+#: Most characters of a server's or a connection's reason that a message shows.
 _LONGEST_REASON = 300
-#: Likeliest first tokens that are asked for where an option is chosen: the most that common servers give.
+#: `top_logprobs` of a request that chooses an option: the most that common servers return.
 _LIKELIEST = 20
-#: Signs around a letter that is the whole answer: `(A)`, `A.`, `**A**`.
+#: Characters that may surround an answer of one letter: `(A)`, `A.`, `**A**`.
 _MARKUP = " \t\n*_`().:\"'"
 
-#: What a model is asked: what the user says, or a conversation.
+#: A prompt: the text of one user message, or a conversation.
 ChatPrompt: TypeAlias = str | Sequence[Mapping[str, Any]]
 Read = TypeVar("Read")
 
 
 class CutText(str):
-    """An answer that came to the most tokens before it ended. What is made of it, as by `strip`, is a plain text."""
+    """An answer that was cut at the token limit. Methods such as `strip` return a plain `str`."""
 
     __slots__ = ()
 
@@ -44,24 +44,24 @@ class ChatModel(Protocol):
     """A model that answers conversations: at a URL (`ChatClient`), or on this machine (`inference.chat.EngineChat`)."""
 
     def ask(self, prompts: Sequence[ChatPrompt], seeds: Sequence[int] | None = None) -> list[str]:
-        """The answer to each prompt, each a conversation of its own; a `CutText` where it was cut at the most tokens.
+        """The answer to each prompt, each a conversation of its own; a `CutText` where it was cut at the token limit.
 
-        seeds: of sampled answers, one for each.
+        seeds: one for each prompt, for sampled answers.
         """
 
     def choose(self, prompts: Sequence[ChatPrompt], options: Sequence[str]) -> list[list[float] | None]:
-        """How probable each option is as the beginning of the answer to a prompt, beside the others: they add up to 1.
+        """The probability of each option as the beginning of the answer to a prompt, normalised over the options.
 
-        options: short, such as letters. None where the model gives no option a probability.
+        options: short texts, such as letters. None where the model gives no option a probability.
         """
 
 
 class ApiError(BessemerError):
-    """An API that cannot be reached, refuses, or answers something else than it should."""
+    """An API that cannot be reached, refuses a request, or sends an unexpected answer."""
 
 
-class _PassingError(Exception):
-    """A failure that may pass. wait: seconds that the server asks for."""
+class _TransientError(Exception):
+    """A failure after which the request is sent again. wait: seconds, from the server's `Retry-After`."""
 
     def __init__(self, reason: str, wait: float | None = None) -> None:
         super().__init__(reason)
@@ -69,7 +69,7 @@ class _PassingError(Exception):
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A redirect would take the key to another place."""
+    """Refuses redirects, which would send the key to another server."""
 
     def redirect_request(
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Message, newurl: str
@@ -81,8 +81,8 @@ class ChatClient:
     """Answers prompts by `POST url/chat/completions`.
 
     url: with the version in it, `https://api.example.com/v1`. key_variable: environment variable that holds the key; empty:
-    none is sent. workers: requests at once. attempts: tries of one request; between them it waits `first_wait` seconds, twice
-    as long each time, a random part less, or as long as the server asks for.
+    none is sent. workers: requests at once. attempts: of one request. Between attempts it waits as long as the server says, or
+    else `first_wait` seconds, doubled each time and shortened at random.
 
     Raises ConfigError for a URL that is none or holds a password or a query, and for a variable that is not set.
     """
@@ -107,13 +107,13 @@ class ChatClient:
             raise ConfigError("the URL of an API holds no password: name the environment variable of the key instead")
         if parts.query or parts.fragment:
             raise ConfigError("the URL of an API ends in its path: what stands behind ? or # would not be sent")
-        self._place = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
+        self._url = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
         self._request = {"model": model, "max_tokens": max_tokens, "temperature": temperature}
         self._headers = {"Content-Type": "application/json"}
         if key_variable:
             key = os.environ.get(key_variable, "").strip()
             if not key:
-                raise ConfigError(f"the environment variable {key_variable} is not set: it holds the key of {self._place}")
+                raise ConfigError(f"the environment variable {key_variable} is not set: it holds the key of {self._url}")
             self._headers["Authorization"] = f"Bearer {key}"
         self._timeout = timeout
         self._attempts = attempts
@@ -122,10 +122,10 @@ class ChatClient:
         self._opener = urllib.request.build_opener(_NoRedirects)
 
     def ask(self, prompts: Sequence[ChatPrompt], seeds: Sequence[int] | None = None) -> list[str]:
-        """As of `ChatModel`; "" where there is no answer in words.
+        """As of `ChatModel`; "" for an answer without text.
 
-        seeds: of sampled answers, one for each, of which servers take 31 bits. Raises ApiError, in one line, for a request
-        that fails for good; those that wait are then not sent.
+        seeds: one for each prompt; servers get the lower 31 bits. Raises ApiError, in one line, when a request fails for good;
+        waiting requests are then not sent.
         """
         of_prompts = [{}] * len(prompts) if seeds is None else [{"seed": seed % 2**31} for seed in seeds]
         bodies = [
@@ -134,14 +134,14 @@ class ChatClient:
         return self._all(bodies, self._text)
 
     def choose(self, prompts: Sequence[ChatPrompt], options: Sequence[str]) -> list[list[float] | None]:
-        """As of `ChatModel`, by the log-probabilities of the first token. A server that tells none is taken at its word: the
-        option that it answers has probability 1. Raises as `ask`."""
-        asked = {**self._request, "max_tokens": 1, "temperature": 0.0, "logprobs": True, "top_logprobs": _LIKELIEST}
-        bodies = [{**asked, "messages": messages_of(prompt)} for prompt in prompts]
+        """As of `ChatModel`, by the log-probabilities of the first token. If the server returns none, the option that it
+        answers has probability 1. Raises as `ask`."""
+        request = {**self._request, "max_tokens": 1, "temperature": 0.0, "logprobs": True, "top_logprobs": _LIKELIEST}
+        bodies = [{**request, "messages": messages_of(prompt)} for prompt in prompts]
         return self._all(bodies, lambda content: self._probabilities(content, options))
 
     def _all(self, bodies: Sequence[Mapping[str, Any]], read: Callable[[bytes], Read]) -> list[Read]:
-        """What is read of the response to each request, some under way at once."""
+        """`read` of the response to each request; `workers` of them are in flight at once."""
         stop = threading.Event()
         failures: list[BaseException] = []
 
@@ -157,7 +157,7 @@ class ChatClient:
             try:
                 answers = list(pool.map(answer, bodies))
             finally:
-                # after an interruption nothing more is sent, and nobody waits to try again
+                # after an interruption no request is sent, and waits between attempts end
                 stop.set()
         if failures:
             raise failures[0]
@@ -165,49 +165,49 @@ class ChatClient:
 
     def answer(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
         """The answer to a conversation as the API gives it: `message`, an object, and `finish_reason`. Raises ApiError."""
-        asked = {**self._request, "messages": list(messages), **({"tools": list(tools)} if tools else {})}
-        return self._choice(self._response(json.dumps(asked).encode(), threading.Event()))
+        request = {**self._request, "messages": list(messages), **({"tools": list(tools)} if tools else {})}
+        return self._choice(self._response(json.dumps(request).encode(), threading.Event()))
 
     def _response(self, body: bytes, stop: threading.Event) -> bytes:
         for attempt in range(1, self._attempts + 1):
             try:
                 return self._sent(body)
-            except _PassingError as error:
+            except _TransientError as error:
                 tries = f", {attempt} times" if attempt > 1 else ""
-                failure = ApiError(f"{self._place}: {error}{tries}")
+                failure = ApiError(f"{self._url}: {error}{tries}")
                 wait = self._first_wait * 2 ** (attempt - 1) * random.uniform(0.5, 1) if error.wait is None else error.wait
             if attempt == self._attempts or stop.wait(min(wait, _LONGEST_WAIT)):
                 raise failure
         raise AssertionError("unreachable")
 
     def _sent(self, body: bytes) -> bytes:
-        request = urllib.request.Request(f"{self._place}/chat/completions", body, self._headers)
+        request = urllib.request.Request(f"{self._url}/chat/completions", body, self._headers)
         try:
             with self._opener.open(request, timeout=self._timeout) as response:
                 content: bytes = response.read(_MOST_BYTES)
-                # a bounded read does not tell that the connection ended before the length that was announced
+                # a bounded read does not notice a connection that ends before Content-Length
                 if response.length and len(content) < _MOST_BYTES:
-                    raise _PassingError(f"broke off ({response.length:,} bytes are missing)")
+                    raise _TransientError(f"broke off ({response.length:,} bytes are missing)")
                 return content
         except urllib.error.HTTPError as error:
-            reason = f"answered {error.code} {error.reason}{_said(error)}"
-            if error.code in _PASSING:
-                raise _PassingError(reason, _retry_after(error.headers)) from None
-            raise ApiError(f"{self._place}: {reason}") from None
+            reason = f"answered {error.code} {error.reason}{_reason(error)}"
+            if error.code in _TRANSIENT:
+                raise _TransientError(reason, _retry_after(error.headers)) from None
+            raise ApiError(f"{self._url}: {reason}") from None
         except urllib.error.URLError as error:
-            raise _PassingError(f"cannot be reached ({error.reason})") from None
+            raise _TransientError(f"cannot be reached ({error.reason})") from None
         except (OSError, ValueError) as error:
-            raise _PassingError(f"broke off ({error or type(error).__name__})") from None
+            raise _TransientError(f"broke off ({error or type(error).__name__})") from None
         except http.client.InvalidURL as error:
-            raise ApiError(f"{self._place}: {error}") from None
+            raise ApiError(f"{self._url}: {error}") from None
         except http.client.HTTPException as error:
-            # it quotes what came instead of HTTP, of which the representation escapes the control characters
-            raise _PassingError(f"broke off ({repr(error)[:_LONGEST_REASON]})") from None
+            # the error quotes the bytes that came instead of HTTP; `repr` escapes their control characters
+            raise _TransientError(f"broke off ({repr(error)[:_LONGEST_REASON]})") from None
 
     def _text(self, content: bytes) -> str:
         choice = self._choice(content)
         given = choice["message"].get("content")
-        # half of a surrogate pair, which JSON can hold, has no bytes
+        # JSON can hold half of a surrogate pair, which has no UTF-8
         text = given.encode("utf-8", "replace").decode("utf-8") if isinstance(given, str) else ""
         return CutText(text) if choice.get("finish_reason") == "length" else text
 
@@ -218,7 +218,7 @@ class ChatClient:
                 return dict(choice)
         except (ValueError, LookupError, TypeError):
             pass
-        raise ApiError(f"{self._place}: answered something else than a chat completion: {_start(content)}")
+        raise ApiError(f"{self._url}: answered something else than a chat completion: {_start(content)}")
 
     def _probabilities(self, content: bytes, options: Sequence[str]) -> list[float] | None:
         said = self._text(content).strip(_MARKUP)
@@ -235,16 +235,16 @@ class ChatClient:
 
 
 def messages_of(prompt: ChatPrompt) -> list[dict[str, Any]]:
-    """A prompt as messages: a text is what the user says."""
+    """A prompt as messages: a text becomes one user message."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(message) for message in prompt]
 
 
-def _said(error: urllib.error.HTTPError) -> str:
-    """What the body of an error says."""
+def _reason(error: urllib.error.HTTPError) -> str:
+    """The reason in an error's body, in brackets; empty when there is none."""
     try:
         content = error.read(_MOST_BYTES)
-        found: Any = json.loads(content)
-        message = found["error"]["message"] if isinstance(found["error"], Mapping) else found["error"]
+        error_object: Any = json.loads(content)["error"]
+        message = error_object["message"] if isinstance(error_object, Mapping) else error_object
         return f" ({' '.join(str(message).split())[:_LONGEST_REASON]})"
     except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError):
         return ""

@@ -16,29 +16,29 @@ from typing import Any, Self, TypeVar
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-_threads_left = threading.Event()
+_threads_abandoned = threading.Event()
 
 
-def leave_threads() -> None:
-    """Say that a library's threads are left in the middle of their work, since the user does not want to wait for them."""
-    _threads_left.set()
+def abandon_threads() -> None:
+    """Record that a library's threads are still at work and that the user does not wait for them."""
+    _threads_abandoned.set()
 
 
-def are_threads_left() -> bool:
-    """Whether the process must end without taking Python down: threads that come back from native code into an interpreter
-    that is gone abort it, with noise."""
-    return _threads_left.is_set()
+def threads_abandoned() -> bool:
+    """Whether the process must end by `os._exit`: a thread that returns from native code into a finalised interpreter aborts
+    the process with an error message."""
+    return _threads_abandoned.is_set()
 
 
 @contextmanager
 def thread_pool(threads: int) -> Iterator[ThreadPoolExecutor]:
-    """A pool whose threads Ctrl-C does not wait for: one may read a large file, or a slow server."""
+    """A thread pool that Ctrl-C does not wait for: a thread may be reading a large file or from a slow server."""
     pool = ThreadPoolExecutor(threads)
     try:
         yield pool
     except KeyboardInterrupt:
         pool.shutdown(wait=False, cancel_futures=True)
-        leave_threads()
+        abandon_threads()
         raise
     except BaseException:
         pool.shutdown(cancel_futures=True)
@@ -49,8 +49,8 @@ def thread_pool(threads: int) -> Iterator[ThreadPoolExecutor]:
 class DeferredInterrupts:
     """While entered, notes a first Ctrl-C or SIGTERM in `received` and lets the step finish; a second one acts at once.
 
-    `deliver` passes a noted signal to the handler that was there before. Does nothing outside the main thread, where Python
-    lets nobody handle signals.
+    `deliver` passes a noted signal to the previous handler. Does nothing outside the main thread, where Python does not allow
+    signal handlers.
     """
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ class DeferredInterrupts:
         return self
 
     def renew(self) -> None:
-        """Take the signals back from a library that has set handlers of its own since: they never hear of one."""
+        """Install the handlers again after a library has replaced them by its own."""
         for number in self._before:
             signal.signal(number, self._note)
 
@@ -71,7 +71,7 @@ class DeferredInterrupts:
         self._restore()
 
     def deliver(self) -> None:
-        """Raise the noted signal again: KeyboardInterrupt after Ctrl-C, the end of the process after SIGTERM or without one."""
+        """Raise the noted signal again: KeyboardInterrupt after Ctrl-C, the end of the process after SIGTERM or no signal."""
         self._restore()
         signal.raise_signal(self.received or signal.SIGTERM)
 
@@ -87,19 +87,19 @@ class DeferredInterrupts:
 
 Value = TypeVar("Value")
 
-#: Seconds after which a call that caught the first interruption gets the next.
+#: Seconds between interruptions, for a call that catches the first one.
 _AGAIN = 0.5
 
 
 class _TimeUp(BaseException):
-    """No `except Exception` in the function catches it."""
+    """The time is up. A BaseException, so that no `except Exception` in the function catches it."""
 
 
 def call_within(seconds: float, function: Callable[[], Value]) -> Value:
-    """What a function returns. Raises TimeoutError when it takes longer, and what it raises.
+    """The function's result. Raises TimeoutError after `seconds`, or what the function raises.
 
-    In the main thread the function is interrupted, regular expressions and waits included. Elsewhere, and where the system has
-    no such timer, it runs in a thread of its own, which is left behind when the time is up.
+    In the main thread the function is interrupted, even inside a regular expression or a wait. In other threads, and on systems
+    without `setitimer`, it runs in a thread of its own, which keeps running after a timeout.
     """
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         return _in_thread(seconds, function)
@@ -147,14 +147,14 @@ def _in_thread(seconds: float, function: Callable[[], Value]) -> Value:
 
 
 class FairLock:
-    """A reentrant lock. A thread that releases it and asks again comes after those that waited meanwhile.
+    """A reentrant lock whose waiting threads take turns.
 
-    `threading.RLock` gives no turns: a thread that releases it in a loop mostly takes it again before the others wake.
+    With `threading.RLock`, a thread that releases and takes it in a loop mostly gets it again before the others wake.
     """
 
     def __init__(self) -> None:
-        # the next holder has `_next`, so that no later thread overtakes it. Both are reentrant: a generator that is
-        # collected while a thread waits here is closed on that thread, and asks for the lock too
+        # the next holder holds `_next`, so that no later thread overtakes it. Both locks are reentrant: a generator that is
+        # garbage-collected while a thread waits here is closed on that thread, and takes the lock too
         self._lock = threading.RLock()
         self._next = threading.RLock()
         self._holder: int | None = None

@@ -7,7 +7,7 @@ page, so a field is declared once, with its description and unit, through `setti
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SerializationInfo, ValidationError
@@ -55,8 +55,8 @@ class Config(BaseModel):
     shorthand: ClassVar[str | None] = None
     #: Settings of earlier versions, each with what to write now: `{"max_running": "max_num_seqs"}`.
     retired: ClassVar[Mapping[str, str]] = {}
-    #: Groups of settings of which one at most is given. In a recipe that extends another, and in an override, the one that is
-    #: given takes the place of an inherited one: `steps` of an inherited `minutes`.
+    #: Groups of settings of which at most one is given. In an override, or a recipe that extends another, the given one
+    #: replaces an inherited one: `steps` replaces `minutes`.
     alternatives: ClassVar[tuple[tuple[str, ...], ...]] = ()
 
     @classmethod
@@ -79,7 +79,7 @@ class Config(BaseModel):
 
     @classmethod
     def replaced_by(cls, given: Collection[str]) -> set[str]:
-        """Inherited settings that have no place beside those that are given, as alternatives of them."""
+        """The inherited settings that the given ones replace, as their `alternatives`."""
         names = set(given)
         return {name for group in cls.alternatives if not names.isdisjoint(group) for name in group} - names
 
@@ -100,22 +100,28 @@ class Config(BaseModel):
 
     def user_functions(self) -> list[str]:
         """Every `file.py:function` in the fields that may name one, nested settings included; sorted, each once."""
-        found: set[str] = set()
+        functions: set[str] = set()
         for name, field in type(self).model_fields.items():
             extra = field.json_schema_extra
-            found.update(_user_functions(getattr(self, name), code=isinstance(extra, dict) and extra.get("code") is True))
-        return sorted(found)
+            may_name = isinstance(extra, dict) and extra.get("code") is True
+            configs, texts = _configs_and_texts(getattr(self, name))
+            functions.update(function for config in configs for function in config.user_functions())
+            functions.update(text for text in texts if may_name and is_user_function(text))
+        return sorted(functions)
 
     def plugins(self) -> list[tuple[str, str]]:
         """(entry-point group, name) of every plugin that the settings name, nested settings included; our own too."""
-        found: set[tuple[str, str]] = set()
+        plugins: set[tuple[str, str]] = set()
         for name, field in type(self).model_fields.items():
             extra = field.json_schema_extra
-            found.update(_plugins(getattr(self, name), extra.get("plugins") if isinstance(extra, dict) else None))
-        return sorted(found)
+            group = extra.get("plugins") if isinstance(extra, dict) else None
+            configs, texts = _configs_and_texts(getattr(self, name))
+            plugins.update(plugin for config in configs for plugin in config.plugins())
+            plugins.update((group, text) for text in texts if isinstance(group, str))
+        return sorted(plugins)
 
     def with_changes(self, **changes: Any) -> Self:
-        """A checked copy with some fields changed. A field that was not given, and is not changed, is not given in it."""
+        """A checked copy with some fields changed. Fields that are neither given nor changed count as not given in the copy."""
         changed = type(self).parse(self.model_dump() | changes)
         changed.model_fields_set.intersection_update(self.model_fields_set | changes.keys())
         return changed
@@ -125,8 +131,8 @@ class ChosenSettings:
     """Annotation of a field whose class of settings depends on a key: `Annotated[Config, ChosenSettings("source", …)]`.
 
     Unlike a tagged union it takes classes that are not known when the field is declared: those of plugins.
-    key: of the settings; its value is a name. choose: from the name to a tag, under which errors are placed as pydantic places
-    those of a union's member, and the class; raises ValueError or ConfigError for a name that is none.
+    key: the settings' key whose value is the name. choose: returns a name's tag, which stands in the path of errors as that of
+    a union's member does in pydantic, and its class; raises ValueError or ConfigError for an unknown name.
     """
 
     def __init__(self, key: str, choose: Callable[[str], tuple[str, type[Config]]]) -> None:
@@ -134,12 +140,12 @@ class ChosenSettings:
         self._choose = choose
 
     def settings_class(self, tag: str) -> type[Config] | None:
-        """The class of a tag; None for another word."""
+        """The class of a tag; None for an unknown tag."""
         try:
-            found, kind = self._choose(tag)
+            known, kind = self._choose(tag)
         except (ValueError, ConfigError):
             return None
-        return kind if found == tag else None
+        return kind if known == tag else None
 
     def _validated(self, value: Any) -> Config:
         if isinstance(value, Config):
@@ -175,30 +181,15 @@ class ChosenSettings:
         return core_schema.no_info_plain_validator_function(self._validated, serialization=serialization)
 
 
-def _user_functions(value: Any, *, code: bool) -> Iterator[str]:
+def _configs_and_texts(value: Any) -> tuple[list[Config], list[str]]:
+    """The settings objects and the texts in a value, in mappings and lists too. Those inside the objects are not included."""
     if isinstance(value, Config):
-        yield from value.user_functions()
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _user_functions(item, code=code)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _user_functions(item, code=code)
-    elif code and isinstance(value, str) and is_user_function(value):
-        yield value
-
-
-def _plugins(value: Any, group: Any) -> Iterator[tuple[str, str]]:
-    if isinstance(value, Config):
-        yield from value.plugins()
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _plugins(item, group)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _plugins(item, group)
-    elif isinstance(group, str) and isinstance(value, str):
-        yield group, value
+        return [value], []
+    if isinstance(value, str):
+        return [], [value]
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    inner = [_configs_and_texts(item) for item in items]
+    return [config for configs, _ in inner for config in configs], [text for _, texts in inner for text in texts]
 
 
 def _plain(value: Any) -> Any:
@@ -213,12 +204,12 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-#: Names that are still read to the end in an error message.
+#: Most names that an error message lists.
 _MOST_SHOWN = 12
 
 
 def nearest(name: str, known: list[str]) -> str:
-    """A hint for a misspelt name: `; did you mean 'x'?`, or what is known, the first of many."""
+    """A hint for a misspelt name: `; did you mean 'x'?`, or the first of the known names."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if close:
         return f"; did you mean {close[0]!r}?"
@@ -254,7 +245,7 @@ def explain(error: ValidationError, cls: type[BaseModel], where: Callable[[tuple
 
 
 def _retired(cls: type[BaseModel], path: tuple[str | int, ...]) -> str | None:
-    """What is written now instead of the key at `path` below `cls`; None when no earlier version knew it."""
+    """The setting that replaces the key at `path` below `cls`; None when no earlier version had that key."""
     models = (model for model in _candidates(cls, path[:-1]) if issubclass(model, Config))
     return next((model.retired[str(path[-1])] for model in models if str(path[-1]) in model.retired), None)
 
@@ -275,7 +266,7 @@ def _candidates(cls: type[BaseModel], path: tuple[str | int, ...]) -> list[type[
         fields = [model.model_fields[step] for model in candidates if step in model.model_fields]
         if fields:
             candidates = _models_in(fields[0].annotation)
-            # on a field itself, pydantic moves it from the annotation into the metadata
+            # pydantic moves a field's own annotation into its metadata
             of_field = [one for one in fields[0].metadata if isinstance(one, ChosenSettings)]
             choices = of_field + _choices_in(fields[0].annotation)
         else:  # the tag that stands in the path of a union's member

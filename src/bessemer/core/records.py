@@ -1,8 +1,8 @@
 """Rows of a table in a file (JSONL, JSON, CSV, TSV, Parquet), each with its place for messages.
 
 The encoding of a text file is detected: UTF-8 where that is possible, UTF-16 and UTF-32, and the code pages of older programs.
-A byte order mark decides; then NUL bytes, which tell UTF-16; then whether the bytes are UTF-8, which other encodings hardly
-ever are by chance; then `charset_normalizer`, asked for the code pages that people save tables and texts in.
+It is decided by, in this order: a byte order mark; NUL bytes, which mean UTF-16; valid UTF-8, which other encodings hardly ever
+are by chance; `charset_normalizer`, limited to common code pages.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Record:
 
 @dataclass(frozen=True)
 class RecordTable:
-    """The rows of a file, and what a user should know of how it was read, in words.
+    """The rows of a file, and notes for the user on how it was read.
 
     blank_rows: how many rows without a value were left out.
     """
@@ -81,18 +81,18 @@ def is_table(name: str) -> bool:
 def read_records(path: Path) -> list[Record]:
     """The rows of a JSONL, JSON (a list of objects), CSV, TSV or Parquet file; rows without a value are left out.
 
-    Text may have any encoding, and the columns of CSV be separated by commas, semicolons, tabs or bars: what is found is logged
-    as a warning, once for a file. Raises ArtefactError when it is missing, damaged, empty or of another kind.
+    Text may have any encoding, and the columns of CSV may be separated by commas, semicolons, tabs or bars; an unusual choice
+    is logged as a warning, once for a file. Raises ArtefactError when it is missing, damaged, empty or of another kind.
     """
     table = read_table(path)
-    if table.notes and (said := (str(path.resolve()), *table.notes)) not in _SAID:
-        _SAID.add(said)
+    if table.notes and (warning := (str(path.resolve()), *table.notes)) not in _LOGGED:
+        _LOGGED.add(warning)
         _log.warning("note: %s: %s", path, "; ".join(table.notes))
     return table.records
 
 
-#: What was logged of which file: a command reads some files several times.
-_SAID: set[tuple[str, ...]] = set()
+#: Warnings that were logged, with their file: a command may read a file several times.
+_LOGGED: set[tuple[str, ...]] = set()
 
 
 def read_table(path: Path) -> RecordTable:
@@ -102,11 +102,11 @@ def read_table(path: Path) -> RecordTable:
         raise ArtefactError(f"{path}: {_why_no_table(path)}")
     notes: list[str] = []
     try:
-        found = list(reader(path, notes))
+        rows = list(reader(path, notes))
     except FileNotFoundError:
         raise ArtefactError(f"{path}: no such file; check the path") from None
-    records = [record for record in found if not _is_blank(record.values)]
-    blank_rows = len(found) - len(records)
+    records = [record for record in rows if not _is_blank(record.values)]
+    blank_rows = len(rows) - len(records)
     if blank_rows:
         notes.append(f"{blank_rows:,} blank {'row' if blank_rows == 1 else 'rows'} left out")
     if not records:
@@ -124,7 +124,7 @@ def _why_no_table(path: Path) -> str:
     return f"{wanted}, not {path.suffix or 'a file without a suffix'}{f'; {remedy}' if remedy else ''}"
 
 
-#: What to do with files that hold tables in a form that is not read here.
+#: Advice for tables in formats that are not read.
 _REMEDIES = {
     **dict.fromkeys((".xlsx", ".xls", ".xlsm", ".ods", ".numbers"), "save the sheet as CSV, best as “CSV UTF-8”"),
     **dict.fromkeys((".gz", ".zst", ".bz2", ".xz", ".zip"), "decompress it first"),
@@ -132,12 +132,12 @@ _REMEDIES = {
 
 
 def _is_blank(values: Mapping[str, Any]) -> bool:
-    """Whether a row holds nothing, as the rows do below the last one that was filled in."""
+    """Whether a row has no values, as the empty rows at the end of a spreadsheet."""
     return all(value is None or (isinstance(value, str) and not value.strip()) for value in values.values())
 
 
 def _text_of(path: Path, notes: list[str]) -> str:
-    """A file's text. Notes the encoding where it is not UTF-8, and bytes that it does not know."""
+    """A file's text. Notes an encoding other than UTF-8, and bytes that it cannot decode."""
     data = path.read_bytes()
     text, encoding = decoded_text(data)
     if encoding != UTF8:
@@ -161,7 +161,7 @@ def _read_jsonl(path: Path, notes: list[str]) -> Iterator[Record]:
 
 
 def _why_no_json(error: Exception) -> str:
-    """What keeps a text from being read as JSON: not its grammar alone, but also a number of thousands of digits."""
+    """Why a text cannot be read as JSON: its syntax, its depth, or a number of thousands of digits."""
     if isinstance(error, RecursionError):
         return "is nested too deeply"
     return f"is not JSON ({error.msg if isinstance(error, json.JSONDecodeError) else error})"
@@ -185,7 +185,7 @@ def _read_json(path: Path, notes: list[str]) -> Iterator[Record]:
 
 
 def _read_csv(path: Path, notes: list[str]) -> Iterator[Record]:
-    # by default a cell ends at 131,072 characters, which is a setting of the whole process
+    # the default limit, 131,072 characters a cell, is one of the whole process
     csv.field_size_limit(2**31 - 1)
     text = _text_of(path, notes)
     usual = DELIMITERS_OF.get(path.suffix.lower(), ",")
@@ -222,25 +222,25 @@ def _read_csv(path: Path, notes: list[str]) -> Iterator[Record]:
         raise ArtefactError(f"{path}:{start}: is not CSV ({error})") from None
 
 
-#: What may separate the columns of a table, in words.
+#: Characters that may separate the columns of a table → their names.
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
-#: Suffix → what separates the columns by it, where nothing tells otherwise.
+#: Suffix of a file → its usual delimiter.
 DELIMITERS_OF = {".csv": ",", ".tsv": "\t"}
-#: How many rows tell what separates the columns.
+#: Rows from which the delimiter is detected.
 _ROWS_LOOKED_AT = 200
 
 
 def delimiter_of(text: str, usual: str) -> tuple[str, int]:
-    """What separates the columns of a table, and how many lines before the header say so (Excel's `sep=;`).
+    """The delimiter of a table, and how many lines before the header declare it (Excel's `sep=;`).
 
-    The sign by which the most rows have as many cells as the header, which has at least two; of equals the usual one, then the
-    one that makes the most columns. `csv.Sniffer` looks at counts of characters instead, and takes commas inside German
-    numbers, or letters, for delimiters.
+    It is the one by which the most rows have as many cells as the header, at least two; of several the usual one, then the one
+    that gives the most columns. `csv.Sniffer` compares counts of characters instead, and takes commas inside German numbers, or
+    letters, for delimiters.
     """
     first = text[: text.find("\n") + 1].strip("\r\n").strip('"')
     if len(first) == 5 and first.lower().startswith("sep=") and first[4] in DELIMITERS:
         return first[4], 1
-    found: list[tuple[float, bool, int, str]] = []
+    candidates: list[tuple[float, bool, int, str]] = []
     for delimiter in DELIMITERS:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
         try:
@@ -249,8 +249,8 @@ def delimiter_of(text: str, usual: str) -> tuple[str, int]:
             continue
         if rows and len(rows[0]) > 1:
             alike = sum(len(row) == len(rows[0]) for row in rows) / len(rows)
-            found.append((alike, delimiter == usual, len(rows[0]), delimiter))
-    return (max(found)[-1] if found else usual), 0
+            candidates.append((alike, delimiter == usual, len(rows[0]), delimiter))
+    return (max(candidates)[-1] if candidates else usual), 0
 
 
 def _read_parquet(path: Path, notes: list[str]) -> Iterator[Record]:
@@ -268,7 +268,7 @@ def _read_parquet(path: Path, notes: list[str]) -> Iterator[Record]:
 
 
 def _without_absent(value: Any) -> Any:
-    """A value without the keys that its struct has because another row has them: Parquet holds them as None."""
+    """A value without the keys that are None: Parquet gives every row the keys of all rows."""
     if isinstance(value, dict):
         return {name: _without_absent(item) for name, item in value.items() if item is not None}
     return [_without_absent(item) for item in value] if isinstance(value, list) else value
@@ -297,7 +297,7 @@ def json_lines(text: str) -> list[Any]:
 
 UTF8 = "utf-8"
 
-#: Marks, the longer first: that of UTF-32 begins as that of UTF-16. These codecs read the mark and leave it out.
+#: Byte order marks, the longer first, since UTF-32's begins with UTF-16's; and codecs that skip the mark.
 _MARKS = (
     (codecs.BOM_UTF8, UTF8),
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -305,16 +305,16 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-#: How much is looked at for NUL bytes, and for the code page.
+#: Bytes that are examined for NUL bytes, and for the code page.
 _HEAD, _MOST_LINES_BYTES = 4096, 1 << 16
 #: Code pages of Windows and of East Asia, the commonest first: what Excel's "CSV" and Notepad's "ANSI" mean, by country.
 _CODE_PAGES = (
     *("cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp1256", "cp1257"),
     *("cp932", "euc_jp", "gb18030", "big5", "cp949", "koi8_r", "mac_roman", "cp850", "cp874"),
 )
-#: Characters that only texts in some encoding have whole, and those that only Japanese has.
+#: Runs of characters beyond ASCII, Japanese kana, and the share of kana among them from which a text is Japanese.
 _BEYOND_ASCII, _KANA, _KANA_SHARE = re.compile(r"[^\x00-\x7f\ufffd]+"), re.compile("[\u3041-\u30fe]"), 0.2
-#: Shares of mess and of a language's letters that do not tell one code page from another.
+#: Differences in `charset_normalizer`'s chaos and coherence that are too small to choose a code page by.
 _ALIKE = 0.01
 
 
@@ -370,16 +370,16 @@ def _utf16(head: bytes) -> str | None:
 def _code_page(data: bytes) -> str:
     """The code page of a text that is not Unicode, by its lines that are not ASCII.
 
-    Of those that make about as much sense as the best one, in characters and in letters of a language, the commonest: Western
-    European and Central European texts of a few words are often text in both.
+    Of the code pages that fit about as well as the best one, the commonest is taken: a few words often fit both the Western and
+    the Central European one.
     """
     from charset_normalizer import from_bytes
 
     lines = b"".join(_lines_beyond_ascii(data))
     for name in ("cp932", "euc_jp"):
-        # of a few words the library takes them for Korean or Chinese
-        found = "".join(_BEYOND_ASCII.findall(lines.decode(name, "replace")))
-        if len(_KANA.findall(found)) > _KANA_SHARE * len(found):
+        # the library takes a few Japanese words for Korean or Chinese
+        characters = "".join(_BEYOND_ASCII.findall(lines.decode(name, "replace")))
+        if len(_KANA.findall(characters)) > _KANA_SHARE * len(characters):
             return name
     matches = list(from_bytes(lines, cp_isolation=list(_CODE_PAGES), enable_fallback=False))
     if not matches:
@@ -389,7 +389,7 @@ def _code_page(data: bytes) -> str:
         name
         for match in matches
         if match.chaos <= best.chaos + _ALIKE and match.coherence >= best.coherence - _ALIKE
-        # pages by which the text is the same are one match
+        # code pages that decode the text alike are one match
         for name in (match.encoding, *match.could_be_from_charset)
     }
     return next(name for name in _CODE_PAGES if name in likely)

@@ -1,7 +1,7 @@
 """Registry: the implementations that a recipe may name, our own and those of other packages.
 
-An implementation is described by a `Plugin`: its name, a line about it, its settings, and where its code lies. The code is
-imported when it is first asked for, so that a recipe is checked without it. Other packages add plugins by an entry point
+A `Plugin` describes an implementation: its name, a line about it, its settings, and its code. The code is imported when it is
+first used, so that a recipe is checked without it. Other packages add plugins by an entry point
 whose object is a `Plugin`:
 
     [project.entry-points."bessemer.filters"]
@@ -45,8 +45,8 @@ class Plugin(Generic[T]):
 class Registry(Mapping[str, Plugin[T]]):
     """Plugins of one kind by name: our own in their order, then those that installed packages add.
 
-    kind: what one is called in a message. group: the entry points that are read. Entry points are listed when a name is
-    asked for that is not our own, or all names are, and their modules imported when they are chosen.
+    kind: the word for one in messages. group: the entry points' group. Entry points are listed only for a name that is not our
+    own, or for all names; a module is imported when its plugin is looked up.
     """
 
     def __init__(self, kind: str, group: str, plugins: Iterable[Plugin[T]]) -> None:
@@ -56,7 +56,7 @@ class Registry(Mapping[str, Plugin[T]]):
 
     @property
     def _others(self) -> dict[str, EntryPoint]:
-        return {found.name: found for found in entry_points(group=self.group) if found.name not in self._own}
+        return {entry.name: entry for entry in entry_points(group=self.group) if entry.name not in self._own}
 
     def __getitem__(self, name: str) -> Plugin[T]:
         if name in self._own:
@@ -87,15 +87,15 @@ class Registry(Mapping[str, Plugin[T]]):
 
 
 def plugin_versions(named: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Of the plugins that other packages add, the package and version of each: what a stage's output depends on.
+    """Package and version of the plugins that other packages add, for the key of a stage: its output depends on them.
 
-    named: (group, name) of plugins. A name that no package adds is one of ours, and has no version here.
+    named: (group, name) of plugins. Our own have no entry.
     """
     versions: dict[str, str] = {}
     wanted = set(named)
     for group in sorted({group for group, _ in wanted}):
-        for found in entry_points(group=group):
-            if (group, found.name) in wanted:
-                package = found.dist
-                versions[f"{group}:{found.name}"] = f"{package.name} {package.version}" if package else found.value
+        for entry in entry_points(group=group):
+            if (group, entry.name) in wanted:
+                package = entry.dist
+                versions[f"{group}:{entry.name}"] = f"{package.name} {package.version}" if package else entry.value
     return versions

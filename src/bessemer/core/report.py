@@ -1,4 +1,4 @@
-"""Report data: the kinds of parts that a stage's section is made of, and what a stage's report functions are given.
+"""Report data: the parts of a stage's section, and the input of a stage's report functions.
 
 Values only, nothing is drawn here: `views.report` draws each kind for a page, `views.parts_terminal` for a terminal.
 """
@@ -128,10 +128,10 @@ class Bin:
 
 @dataclass(frozen=True)
 class Histogram:
-    """How one score of a number of documents lies, those without one among them.
+    """The distribution of one score. documents: their number, those without a score included.
 
-    low, high: the ends of the axis; bins may lie beyond them, the outermost without end. lowest, highest: the limits.
-    outside: documents that break the limits. alone: those that break no other; None where it was not counted.
+    low, high: the ends of the axis; the outermost bins may extend beyond them without end. lowest, highest: the score's limits.
+    outside: documents that break them. alone: documents that break no other limit; None when they were not counted.
     """
 
     title: str
@@ -192,7 +192,7 @@ class HeatMaps:
 
 @dataclass(frozen=True)
 class Tokens:
-    """A text cut into tokens, joined they are the text; `listed`: single tokens side by side."""
+    """A text cut into tokens, which joined are the text. listed: unrelated tokens, shown side by side."""
 
     pieces: Sequence[str]
     listed: bool = False
@@ -252,7 +252,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Folded:
-    """Parts that are opened when they are wanted. summary: a line, or cells in one."""
+    """Parts that are folded until a reader opens them. summary: the visible line, as text or cells."""
 
     summary: str | Sequence[Cell]
     parts: Sequence[Part]
@@ -275,7 +275,7 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True)
 class KeyFigure:
-    """A figure to show large: `1.31M`, `parameters`."""
+    """A figure shown large: `1.31M`, `parameters`."""
 
     value: str
     label: str
@@ -284,7 +284,7 @@ class KeyFigure:
 
 @dataclass(frozen=True, kw_only=True)
 class StageReport:
-    """What the report functions of a finished stage are given.
+    """The input of a finished stage's report functions.
 
     name: as in the recipe. kind: of the stage. metrics: the manifest's. folder: the artefact's. records: the lines of its
     `metrics.jsonl`. run: the run that the stage belongs to, with its other stages.
@@ -316,8 +316,8 @@ class RunReport:
 
     def last_metrics(self, kind: str) -> Metrics:
         """The metrics of the last stage of a kind; empty when the run has none."""
-        found = self.of_kind(kind)
-        return found[-1].metrics if found else {}
+        stages = self.of_kind(kind)
+        return stages[-1].metrics if stages else {}
 
 
 #: A stage's section; None when the stage has nothing to show.

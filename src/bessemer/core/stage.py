@@ -21,7 +21,7 @@ SomeConfig = TypeVar("SomeConfig", bound=Config)
 
 @dataclass(frozen=True)
 class Input:
-    """One artefact that a stage reads: what the stage `stage` makes of kind `kind`."""
+    """An artefact that a stage reads: the one of kind `kind` that the stage named `stage` makes."""
 
     stage: str
     kind: str
@@ -29,9 +29,9 @@ class Input:
 
 @dataclass(frozen=True)
 class Outside:
-    """Where a stage looks up its sources: the folder that their paths start from, and the download cache.
+    """Access to sources outside the pipeline, for a stage's fingerprint: the folder of relative paths, the download cache.
 
-    `fetch=False`: a dry run, which downloads nothing and supposes that what can be fetched will be.
+    fetch: False in a dry run, which downloads nothing and assumes that downloads will succeed.
     """
 
     folder: Path
@@ -41,17 +41,17 @@ class Outside:
 
 
 class TaskScorer(Protocol):
-    """Tasks with their data, asked of a model between two steps of its training."""
+    """Evaluates a model on tasks between two steps of its training."""
 
     def check(self, tokenizer: Path, context_length: int) -> None:
         """Raise ConfigError when their prompts cannot be written with the tokenizer of a folder."""
 
     def accuracies(self, model: Any, tokenizer: Path) -> dict[str, float]:
-        """Accuracy by task of a model with its present weights, whose tokenizer lies in a folder."""
+        """Accuracy by task of a model with its current weights. tokenizer: its folder."""
 
 
-#: Opens tasks by names or files, with the folder of their data (None: their own) and the most items of each. Raises
-#: ConfigError for a task that there is not, ArtefactError for data that is missing.
+#: Opens tasks: (names or files, folder of their data or None for their own, most items of each). Raises ConfigError for an
+#: unknown task, ArtefactError for missing data.
 OpenTasks = Callable[[Sequence[str], Path | None, int], TaskScorer]
 
 
@@ -61,10 +61,10 @@ class Services:
 
     None where a stage runs without the pipeline.
 
-    open_language_model: from a model's folder and a device to a scorer of documents, texts → bits per byte.
-    continuations: from a model in training, the folder of its tokenizer and prompts to what it writes after them.
-    card_flops: FLOP/s that a GPU of a name promises in bfloat16, None for an unknown one.
-    tasks: opens the tasks that a model answers while it is trained.
+    open_language_model: (model folder, device) → a scorer of documents, texts → bits per byte.
+    continuations: (model in training, folder of its tokenizer, prompts) → the texts that it generates.
+    card_flops: name of a GPU → the vendor's FLOP/s in bfloat16, None for an unknown GPU.
+    tasks: opens the tasks that evaluate a model during training.
     """
 
     open_language_model: Callable[[Path, str], Any] | None = None
@@ -75,11 +75,11 @@ class Services:
 
 @dataclass(frozen=True)
 class StageContext:
-    """What a stage's function is given.
+    """The input of a stage's function.
 
     inputs: role → path of the artefact that feeds it. out: the folder to write into.
     folder: where relative paths of the settings start.
-    measured: the figures by which the settings were resolved a moment ago; None where they were explicit, or measured in an
+    measured: the measurements by which `resolve` has just chosen settings; None for explicit settings, or ones measured in an
     earlier run.
     """
 
@@ -102,26 +102,24 @@ class StageSpec:
     kind: the key in a recipe, or the `kind` of a stage with a name of its own. summary: one line for the reference.
     needs: role → kind of artefact; a kind that ends in "?" may be missing. The first role is the one that `from: STAGE`
     chooses; `from: {ROLE: STAGE}` chooses any.
-    unread: the roles of these that the stage does not read under its settings.
-    makes: kind of artefact → where it lies in the stage's folder. lacks: kinds of these that it does not make under its
-    settings → why not.
-    links: link at the top of a run's folder → where it leads in the stage's folder.
-    example: a line to add to a recipe that lacks what this stage makes.
-    remedy: what to do with what this stage made of a document that is removed from the corpus.
+    unread: roles of `needs` that the stage does not read under its settings.
+    makes: kind of artefact → its path in the stage's folder. lacks: kinds of `makes` that it does not make under its settings →
+    why not.
+    links: name of a link at the top of a run's folder → its target in the stage's folder.
+    example: a line that adds this stage to a recipe.
+    remedy: what to do with this stage's output after a document is removed from the corpus.
     budget_seconds: its share of the quickstart's ten minutes on two quiet cores.
 
-    report: its section of the report; the figures in its manifest where it has no other. summary_line: from the manifest's
-    metrics to what it made, for the table of stages. sentences, key_figures: what the head of the report says. next_steps:
-    commands that go on from it.
+    report: its section of the report, by default the figures in its manifest. summary_line: manifest's metrics → a line for the
+    table of stages. sentences, key_figures: for the head of the report. next_steps: commands that continue from it.
 
-    resolve: for a stage whose settings may say `auto` or `minutes` (their `resolved` is then False): measures once and gives
-    settings without them. fingerprint: what, besides settings and inputs, the output depends on (the files of a source).
+    resolve: for a stage whose settings may say `auto` or `minutes` (their `resolved` is then False): measures once and returns
+    settings without these. fingerprint: what, besides settings and inputs, the output depends on (the files of a source).
     models_named: the stages whose models the settings name, for a stage that compares them; an empty list means every trained
-    model above. conflict: what in the settings cannot go with those of the stages above, by name, in words; None when all
-    is well. conflict_of_files: the same where files that the settings name decide it; their paths start from the folder.
-    unusable: what makes an input (role → path; the cache) of no use to the stage, looked at as soon as that input is
-    there. packages: the modules that the stage imports under its settings and that may not be installed. check: raises
-    ConfigError when the machine lacks anything else that the settings need.
+    model above. conflict: why the settings do not fit those of the stages above (name → settings); None when they do.
+    conflict_of_files: the same, decided by files that the settings name; their paths start from the folder.
+    unusable: why an input (role → path; cache) cannot be used, checked as soon as it exists. packages: optional modules that
+    the stage imports under its settings. check: raises ConfigError when the machine lacks anything else that the settings need.
     """
 
     kind: str

@@ -25,8 +25,8 @@ Clusters = Sequence[Hashable] | np.ndarray
 class Estimate:
     """A mean over N items in C clusters, its standard error and the degrees of freedom of that.
 
-    clusters is N where items are independent. standard_error is infinite where there is one cluster alone: nothing tells how
-    far another would lie.
+    clusters is N where items are independent. standard_error is infinite for a single cluster, which says nothing about the
+    spread.
     """
 
     mean: float
@@ -38,29 +38,29 @@ class Estimate:
     def interval(self, confidence: float = 0.95, bounds: tuple[float, float] | None = None) -> tuple[float, float]:
         """mean ± t · standard error, with Student's t at `degrees_of_freedom`.
 
-        bounds: the least and the greatest score there can be; the interval is cut to them. Where all clusters are equal the
-        standard error is 0, and says nothing: with bounds, the interval then reaches as far as the mean can lie when a share
-        1 − ((1 − confidence) / 2)^(1/C) of all clusters has another score: C clusters may miss it (Clopper and Pearson 1934).
+        bounds: the lowest and the highest possible score; the interval is cut to them. When all clusters are equal, the
+        standard error is 0 although other clusters may differ. With bounds, the interval then allows a share of
+        1 − ((1 − confidence) / 2)^(1/C) of all clusters to have the extreme score: a sample of C clusters may contain none of
+        them (Clopper and Pearson 1934).
 
         Raises ValueError for a confidence outside (0, 1).
         """
         if math.isinf(self.standard_error):
             return bounds or (-math.inf, math.inf)
+        half = two_sided_quantile(confidence, self.degrees_of_freedom) * self.standard_error
         if bounds is None:
-            half = two_sided_quantile(confidence, self.degrees_of_freedom) * self.standard_error
             return self.mean - half, self.mean + half
         low, high = bounds
         if self.standard_error == 0:
             unseen = 1 - ((1 - confidence) / 2) ** (1 / self.clusters)
             return self.mean - unseen * (self.mean - low), self.mean + unseen * (high - self.mean)
-        half = two_sided_quantile(confidence, self.degrees_of_freedom) * self.standard_error
         return max(self.mean - half, low), min(self.mean + half, high)
 
     @property
     def p_value(self) -> float:
         """Two-sided p value of the mean being 0, by the t test.
 
-        Where all clusters are equal and not 0, that of the sign test, 2^(1 − C): the t test would say 0 from two clusters on.
+        When all clusters are equal and not 0, it is that of the sign test, 2^(1 − C): the t test would give 0.
         """
         if self.mean == 0 or math.isinf(self.standard_error):
             return 1.0
@@ -81,7 +81,7 @@ def mean_estimate(scores_N: ArrayLike, clusters_N: Clusters | None = None) -> Es
     and fewer for others (Bell and McCaffrey 2002): one passage with half of all questions leaves little to learn the spread
     from.
 
-    scores may be means over several samples of an item, or its pass@k: the variance between items holds that within them.
+    scores may be means over several samples of an item, or its pass@k: the variance between items includes that within them.
     Raises ValueError for no scores, for one that is not finite, and for clusters of another number.
     """
     scores = np.asarray(scores_N, dtype=np.float64)
@@ -90,7 +90,7 @@ def mean_estimate(scores_N: ArrayLike, clusters_N: Clusters | None = None) -> Es
     if not np.isfinite(scores).all():
         raise ValueError("scores must be finite")
     mean = float(scores.mean())
-    # exact where all are equal, whatever the rounding of the mean
+    # exactly 0 when all scores are equal, whatever the rounding of the mean
     residuals_N = np.zeros_like(scores) if (scores == scores[0]).all() else scores - mean
     sums_C = residuals_N if clusters_N is None else _cluster_sums(residuals_N, clusters_N)
     count = len(sums_C)
@@ -122,9 +122,9 @@ def _cluster_sums(values_N: np.ndarray, clusters_N: Clusters) -> np.ndarray:
 
 
 def paired_difference(scores_N: ArrayLike, other_N: ArrayLike, clusters_N: Clusters | None = None) -> Estimate:
-    """Mean of `scores − other` over the same items (Miller 2024, section 4.2): what both find hard cancels.
+    """Mean of `scores − other` over the same items (Miller 2024, section 4.2): the difficulty of items cancels.
 
-    Its standard error is never that of two independent means, which is larger by what the scores have in common:
+    The standard error of two independent means would be too large, because it ignores the covariance:
     Var(a − b) = Var(a) + Var(b) − 2 Cov(a, b). Raises ValueError for scores of different numbers, and as `mean_estimate`.
     """
     scores, other = np.asarray(scores_N, dtype=np.float64), np.asarray(other_N, dtype=np.float64)
@@ -231,7 +231,7 @@ class ReliabilityBin:
 
 @dataclass(frozen=True)
 class Reliability:
-    """Expected calibration error, and the bins that it is of, from the least confident."""
+    """Expected calibration error, and its bins, from the least confident."""
 
     expected_calibration_error: float
     bins: Sequence[ReliabilityBin]
@@ -270,32 +270,32 @@ def reliability(
     if bins < 1:
         raise ValueError(f"at least one bin, not {bins}")
     _, of_equal, counts = np.unique(confidences, return_inverse=True, return_counts=True)
-    # by the middle of the places that equal confidences take
+    # items of equal confidence go to the bin of their middle rank
     bin_of_equal = ((np.cumsum(counts) - counts / 2) * bins / len(confidences)).astype(np.int64)
     bin_N = bin_of_equal[of_equal]
-    error, found = 0.0, []
+    error, filled = 0.0, []
     for number in np.unique(bin_N):
         inside = np.flatnonzero(bin_N == number)
         names = None if clusters_N is None else [clusters_N[index] for index in inside.tolist()]
         accuracy, confidence = mean_estimate(correct[inside], names), float(confidences[inside].mean())
         error += len(inside) / len(confidences) * abs(accuracy.mean - confidence)
-        found.append(ReliabilityBin(confidence, accuracy))
-    return Reliability(error, found)
+        filled.append(ReliabilityBin(confidence, accuracy))
+    return Reliability(error, filled)
 
 
-def reliability_table(found: Reliability) -> Table:
+def reliability_table(result: Reliability) -> Table:
     """A row a bin: items, mean confidence, accuracy with its interval."""
     rows: list[list[str | Cell]] = [
         [f"{one.accuracy.items:,}", f"{one.confidence:.3f}", score(one.accuracy), f"{one.accuracy.mean - one.confidence:+.3f}"]
-        for one in found.bins
+        for one in result.bins
     ]
     return Table([Column(heading, True) for heading in ("Items", "Confidence", "Accuracy", "Difference")], rows)
 
 
-def reliability_curves(found: dict[str, Reliability]) -> Curves:
+def reliability_curves(results: dict[str, Reliability]) -> Curves:
     """The reliability plot of some models, by name: accuracy over confidence, beside the diagonal where both are equal."""
     series = [Series("calibrated", [0.0, 1.0], [0.0, 1.0])]
-    for name, of_one in found.items():
+    for name, of_one in results.items():
         series.append(Series(name, [one.confidence for one in of_one.bins], [one.accuracy.mean for one in of_one.bins]))
     return Curves(series, "accuracy", x_label="confidence", wide=False, from_zero=True)
 

@@ -44,21 +44,21 @@ def key_of_folder(name: str) -> str:
 
 
 def will_be_published(folder: Path) -> bool:
-    """Whether a folder is one in which a stage works until `Store.publish` hashes it, takes its scratch away and renames it."""
+    """Whether a folder is a stage's `KEY.partial`, which `Store.publish` later hashes, clears of scratch files and renames."""
     return folder.name.endswith(_UNFINISHED)
 
 
 def write_json(path: Path, value: Any, *, compact: bool = False) -> None:
-    """Write a JSON file that is whole or absent, whatever happens: to a temporary name, synchronised, renamed.
+    """Write a JSON file atomically: to a temporary name, synchronised, renamed.
 
-    compact: on one line, ten times as fast, where nobody reads it and its bytes do not count.
+    compact: on one line, ten times as fast, for files that no person reads.
     """
     write_text(path, json.dumps(value, indent=None if compact else 2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_text(path: Place, text: str, *, synchronise: bool = True) -> None:
-    """Write a text file that is whole or absent, whatever happens; without `synchronise`, whatever happens to the process
-    and not to the machine. The system's errors name the file."""
+    """Write a text file atomically; without `synchronise`, a crash of the machine may still damage it. The system's errors name
+    the file."""
     if not isinstance(path, Path):
         path.write_text(text)
         return
@@ -72,7 +72,7 @@ def write_text(path: Place, text: str, *, synchronise: bool = True) -> None:
         temporary.replace(path)
     except BaseException as error:
         if isinstance(error, OSError) and error.filename is None:
-            # those of writing do not say where
+            # errors of writing name no file
             error.filename = str(path)
         temporary.unlink(missing_ok=True)
         raise
@@ -85,7 +85,7 @@ def read_json(path: Place, what: str = "file") -> Any:
     except FileNotFoundError:
         raise ArtefactError(f"{path}: no such {what}") from None
     except (ValueError, RecursionError) as error:
-        # no JSON, no UTF-8, an int of thousands of digits, brackets within brackets without end
+        # no JSON, no UTF-8, an integer of thousands of digits, or nested too deeply
         raise ArtefactError(f"{path}: this {what} is damaged ({error})") from None
 
 
@@ -112,7 +112,7 @@ class Artefact:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """What made this artefact and what came out."""
+        """The manifest: how the artefact was made, its metrics, and the hashes of its files."""
         manifest: dict[str, Any] = read_json(self.folder / MANIFEST, "manifest")
         check_format(manifest.get("format"), MANIFEST_FORMAT, self.folder / MANIFEST, "manifest")
         return manifest
@@ -139,7 +139,7 @@ class Store:
         return Artefact(key, folder) if (folder / MANIFEST).exists() else None
 
     def partial(self, key: str) -> Path:
-        """Where the stage of this key works until it is finished."""
+        """The folder of an unfinished stage of this key."""
         return self.root / f"{key}{_UNFINISHED}"
 
     @contextmanager
@@ -158,7 +158,7 @@ class Store:
 
     @contextmanager
     def try_lock(self, key: str) -> Iterator[bool]:
-        """Hold the key's lock where nobody else has it; whether it is held."""
+        """Hold the key's lock if no other process holds it; yields whether it is held."""
         with self._lock(key, wait=False) as held:
             yield held
 
@@ -180,7 +180,7 @@ class Store:
             lock.release()
 
     def _mark(self, key: str) -> Path:
-        """A second file that the holder of the key's lock locks too: others look at this one."""
+        """A second file that the holder locks too, so that others can check it without touching the lock itself."""
         return self.root / f"{key}.held"
 
     def is_locked(self, key: str) -> bool:
@@ -190,8 +190,8 @@ class Store:
     def publish(self, key: str, manifest: dict[str, Any]) -> Artefact:
         """Finish `KEY.partial`: hash its files into the manifest, write that last, rename the folder to `KEY`.
 
-        Entries whose name starts with a dot are the stage's scratch and are removed, as late as can be: hashing takes
-        minutes where there is much, and a run killed during it goes on from them. Call it under the lock.
+        Entries whose name starts with a dot are the stage's scratch and are removed after hashing, which may take minutes: a
+        run killed meanwhile resumes from them. Call it under the lock.
         """
         partial, folder = self.partial(key), self.root / key
         scratch = [path for path in partial.iterdir() if path.name.startswith(".")]
@@ -203,7 +203,7 @@ class Store:
         for path in scratch:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         write_json(partial / MANIFEST, {"format": MANIFEST_FORMAT, "key": key, **manifest, "outputs": outputs})
-        # an unfinished copy made by hand: a finished one would have been found
+        # it has no manifest (else `find` had returned it): an incomplete copy, made by hand
         if folder.exists():
             shutil.rmtree(folder)
         partial.replace(folder)
@@ -225,10 +225,10 @@ class Store:
 
 @contextmanager
 def _marked(path: Path) -> Iterator[None]:
-    """Hold a file open and, where the system has such locks, locked, for `_is_marked` to see."""
+    """Hold a file open, and locked where the system can, so that `_is_marked` is true."""
     with path.open("a") as stream:
         if fcntl is not None:
-            # waits for the moment in which somebody looks
+            # may wait for a process that is just in `_is_marked`
             fcntl.flock(stream, fcntl.LOCK_EX)
         try:
             yield
@@ -238,10 +238,10 @@ def _marked(path: Path) -> Iterator[None]:
 
 
 def _is_marked(path: Path) -> bool:
-    """Whether a process that lives holds a file so. Those who look share it, and are not in each other's way."""
+    """Whether a living process holds a file by `_marked`. Checks share the lock, so that they do not disturb each other."""
     try:
         if fcntl is None:
-            # refused while it is open
+            # Windows refuses to delete a file that is open
             path.unlink()
             return False
         with path.open() as stream:
@@ -254,7 +254,7 @@ def _is_marked(path: Path) -> bool:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of the files below a folder, links not followed; what vanishes meanwhile is not counted."""
+    """Bytes of the files below a folder, links not followed. Files that vanish meanwhile are not counted."""
     total = 0
     for place, _, names in os.walk(folder):
         for path in (Path(place) / name for name in names):
@@ -266,7 +266,7 @@ def folder_bytes(folder: Path) -> int:
 
 
 def _synchronise(path: Path) -> None:
-    """Ask the system to put a file or a folder's entries on the disk (where it can: Windows opens no folders)."""
+    """Flush a file, or a folder's entries, to the disk. Windows cannot open folders, so nothing happens there."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except OSError:
@@ -327,18 +327,18 @@ class Stopwatch:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A place to work in, which becomes `folder` when the block ends well and vanishes when it does not.
+    """A temporary folder that becomes `folder` when the block succeeds, and is deleted when it fails.
 
-    Raises ArtefactError when `folder` is there already and holds something, StorageError when it cannot be written.
+    Raises ArtefactError when `folder` exists and is not empty, StorageError when it cannot be written.
     """
-    refuse_full(folder)
+    refuse_nonempty(folder)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     with writing_to(folder):
         try:
             partial.mkdir(parents=True)
             yield partial
-            # another process may have made it meanwhile
-            refuse_full(folder)
+            # another process may have written it meanwhile
+            refuse_nonempty(folder)
             if folder.exists():
                 folder.rmdir()
             partial.rename(folder)
@@ -347,16 +347,16 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Work in a folder that no other process works in meanwhile, and that goes on where an earlier one stopped.
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Lock a folder against other processes during the block.
 
-    Raises ArtefactError where another process is at work there.
+    Raises ArtefactError when another process holds it.
     """
     import filelock
 
     place = folder.resolve()
     place.parent.mkdir(parents=True, exist_ok=True)
-    # beside it: a folder is refused that holds something else
+    # not inside the folder, which may have to be empty
     lock = filelock.FileLock(place.with_name(f".{place.name}.lock"))
     try:
         lock.acquire(timeout=0)
@@ -373,7 +373,7 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A name to write under, which becomes `path`, over what was there, when the block ends well and vanishes when it does not.
+    """A temporary file that replaces `path` when the block succeeds, and is deleted when it fails.
 
     Raises StorageError when it cannot be written.
     """
@@ -386,7 +386,7 @@ def new_file(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def refuse_full(folder: Path) -> None:
-    """Raise ArtefactError when `folder` is there and holds something, or is a file: asked before long work as well."""
+def refuse_nonempty(folder: Path) -> None:
+    """Raise ArtefactError when `folder` is a file, or a folder with something in it. Also called before long work."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ArtefactError(f"{folder}: exists already and is not empty; name another folder")

@@ -1,6 +1,6 @@
 """A user's own function in a recipe: `my_rewards.py:brief`, found beside the recipe.
 
-Its file, and every file beside it that it imports, enter the stage's key. What is imported is exactly what is in the key.
+Its file, and every file beside it that it imports, enter the stage's key. No other file can be imported.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def user_file(name: str, folder: Path) -> Path:
 def user_function_hash(name: str, folder: Path) -> str:
     """Hash of the file of `file.py:function` and of what it imports from beside it, which enters the stage's key.
 
-    What the file opens, and a module whose name it puts together when it runs, are not seen.
+    Files that it opens, and modules that it imports by a computed name, are not included.
     """
     return _code_hash(user_file(name, folder))
 
@@ -50,20 +50,20 @@ def load_user_function(name: str, folder: Path) -> Callable[..., Any]:
     """Import the file and return its function. Raises ConfigError when the file fails to import or has no such function."""
     path, function = user_file(name, folder), name.rpartition(":")[2]
     module = _module(path)
-    found = getattr(module, function, None)
-    if not callable(found):
+    loaded = getattr(module, function, None)
+    if not callable(loaded):
         known = sorted(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
         raise ConfigError(f"{path}: has no function {function!r}; it has: {', '.join(known) or 'none'}")
-    return found  # type: ignore[no-any-return]
+    return loaded  # type: ignore[no-any-return]
 
 
 def local_imports(path: Path) -> dict[str, Path]:
     """Module name → file of all that a file imports from its own folder, directly or through another such file.
 
-    Names of the standard library, and `bessemer`, are not local. A file that is not Python imports nothing; loading it
-    says why.
+    Names of the standard library, and `bessemer`, are not local. A file with a syntax error has no imports here; loading it
+    raises the error.
     """
-    found: dict[str, Path] = {}
+    modules: dict[str, Path] = {}
     waiting = [(path, "")]
     while waiting:
         file, package = waiting.pop()
@@ -71,16 +71,16 @@ def local_imports(path: Path) -> dict[str, Path]:
             parts = imported.split(".")
             for length in range(1, len(parts) + 1):
                 name = ".".join(parts[:length])
-                if name in found or parts[0] in _RESERVED:
+                if name in modules or parts[0] in _RESERVED:
                     continue
-                place = _beside(path.parent, parts[:length])
+                place = _local_module(path.parent, parts[:length])
                 if place is not None:
-                    found[name] = place
+                    modules[name] = place
                     waiting.append((place, name if place.name == _PACKAGE else name.rpartition(".")[0]))
-    return dict(sorted(found.items()))
+    return dict(sorted(modules.items()))
 
 
-def _beside(folder: Path, parts: Sequence[str]) -> Path | None:
+def _local_module(folder: Path, parts: Sequence[str]) -> Path | None:
     place = folder.joinpath(*parts)
     return next((file for file in (place / _PACKAGE, place.with_name(f"{place.name}.py")) if file.is_file()), None)
 
@@ -108,7 +108,7 @@ def _code_hash(path: Path) -> str:
 
 
 class _Source(SourceFileLoader):
-    """Compiles a file each time: Python's caches tell files apart by second and size, and an edit may change neither."""
+    """Compiles a file each time: Python's caches compare the second of writing and the size, and an edit may change neither."""
 
     def get_code(self, fullname: str) -> CodeType:
         path = self.get_filename(fullname)
@@ -116,14 +116,14 @@ class _Source(SourceFileLoader):
 
 
 class _LocalModules(MetaPathFinder):
-    """Finds the modules that users' files import from beside them: those that are in their keys."""
+    """Finds the modules that users' files import from their own folders."""
 
     def __init__(self) -> None:
         self._files: dict[str, Path] = {}
         self._hashes: dict[str, str] = {}
 
     def offer(self, files: dict[str, Path]) -> None:
-        """Let these be imported by their names; all are imported anew where one is another file, or has changed."""
+        """Make these modules importable. All are imported again when one has changed or is a different file."""
         hashes = {name: hash_value([str(file), hash_file(file)]) for name, file in files.items()}
         if any(self._hashes.get(name) != value for name, value in hashes.items()):
             for name in files:
@@ -141,7 +141,7 @@ class _LocalModules(MetaPathFinder):
             inside = [str(file.parent)] if file.name == _PACKAGE else None
             loader = _Source(fullname, str(file))
             return importlib.util.spec_from_file_location(fullname, file, loader=loader, submodule_search_locations=inside)
-        # a folder without __init__.py
+        # a package without __init__.py
         if any(name.startswith(f"{fullname}.") for name in self._files):
             spec = ModuleSpec(fullname, None, is_package=True)
             spec.submodule_search_locations = []
@@ -154,7 +154,7 @@ _LOADING = threading.RLock()
 
 
 def _module(path: Path) -> ModuleType:
-    """The module of a user's file; the one that is loaded already where neither it nor what it imports has changed."""
+    """The module of a user's file. It is loaded again only when the file, or a local module that it imports, has changed."""
     with _LOADING:
         name = f"bessemer_user_{hash_bytes(str(path).encode(), _code_hash(path).encode(), bits=64)}"
         if name in sys.modules:
@@ -163,7 +163,7 @@ def _module(path: Path) -> ModuleType:
         spec = importlib.util.spec_from_file_location(name, path, loader=_Source(name, str(path)))
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        # dataclasses and type hints look their module up there
+        # dataclasses and type hints look up their module in `sys.modules`
         sys.modules[name] = module
         try:
             spec.loader.exec_module(module)

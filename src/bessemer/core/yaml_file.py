@@ -13,15 +13,15 @@ from bessemer.core.errors import ConfigError
 #: A key's path inside a file: ("pretrain", "steps"), ("collect", 0, "lock").
 KeyPath = tuple[str | int, ...]
 
-#: What ruamel lets through where a text is not what its tag says: `!!int abc`, `!!bool abc`, `!!omap abc`, 2020-13-45.
+#: Errors that ruamel raises as they are when a text does not fit its tag: `!!int abc`, `!!bool abc`, `!!omap abc`, 2020-13-45.
 _UNREADABLE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 #: Characters of an unreadable value that a message shows.
 _SHOWN = 40
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a value was written: a file's line, or an override on the command line."""
+class Location:
+    """Where a value is written: a line of a file, or an override on the command line."""
 
     source: str
     line: int | None = None
@@ -35,14 +35,14 @@ class PlacedValues:
     """Plain values with the place of every key that was written."""
 
     values: dict[str, Any] = field(default_factory=dict)
-    places: dict[KeyPath, Place] = field(default_factory=dict)
+    places: dict[KeyPath, Location] = field(default_factory=dict)
 
-    def place(self, path: KeyPath) -> Place:
-        """The place of a key, or of the nearest thing around it that was written."""
+    def place(self, path: KeyPath) -> Location:
+        """The place of a key, or of the nearest key around it that was written."""
         for length in range(len(path), -1, -1):
             if path[:length] in self.places:
                 return self.places[path[:length]]
-        return Place("recipe")
+        return Location("recipe")
 
     def where(self, section: KeyPath, path: KeyPath = ()) -> str:
         """A key named for an error: `recipe.yaml:12: pretrain.steps`. A line break in a key is escaped."""
@@ -101,9 +101,9 @@ def dump_yaml(values: dict[str, Any]) -> str:
     return stream.getvalue()
 
 
-def _load(text: str, source: str) -> tuple[Any, dict[KeyPath, Place]]:
+def _load(text: str, source: str) -> tuple[Any, dict[KeyPath, Location]]:
     """A text's value as plain Python, and the places of its keys and items."""
-    places: dict[KeyPath, Place] = {(): Place(source, 1)}
+    places: dict[KeyPath, Location] = {(): Location(source, 1)}
     try:
         return _plain(_constructed(text, source), source, (), places), places
     except RecursionError:
@@ -133,7 +133,7 @@ def _constructed(text: str, source: str) -> Any:
 
 @cache
 def _located_constructor() -> type:
-    """ruamel's constructor, which here says the line of a value that it cannot construct."""
+    """ruamel's constructor, with the line of a value that it cannot construct in the error."""
     from ruamel.yaml.constructor import ConstructorError, RoundTripConstructor
     from ruamel.yaml.nodes import Node
 
@@ -150,7 +150,7 @@ def _located_constructor() -> type:
     return LocatedConstructor
 
 
-def _plain(value: Any, source: str, path: KeyPath, places: dict[KeyPath, Place]) -> Any:
+def _plain(value: Any, source: str, path: KeyPath, places: dict[KeyPath, Location]) -> Any:
     """ruamel's value as plain Python, noting the line of each key and item below it."""
     if hasattr(value, "lc") and hasattr(value, "keys"):
         result = {}
@@ -175,14 +175,18 @@ def _plain(value: Any, source: str, path: KeyPath, places: dict[KeyPath, Place])
     return str(value)
 
 
-def _place(collection: Any, key: Any, source: str) -> Place:
+def _place(collection: Any, key: Any, source: str) -> Location:
     """The place of a key or an item; without a line where ruamel knows none, as for keys that are merged from elsewhere."""
     lines = getattr(getattr(collection, "lc", None), "data", None) or {}
-    return Place(source, lines[key][0] + 1 if key in lines else None)
+    return Location(source, lines[key][0] + 1 if key in lines else None)
 
 
 def _merge(
-    values: dict[str, Any], over: dict[str, Any], path: KeyPath, places: dict[KeyPath, Place], over_places: dict[KeyPath, Place]
+    values: dict[str, Any],
+    over: dict[str, Any],
+    path: KeyPath,
+    places: dict[KeyPath, Location],
+    over_places: dict[KeyPath, Location],
 ) -> None:
     for key, value in over.items():
         child = (*path, key)

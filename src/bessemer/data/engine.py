@@ -19,7 +19,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, Literal, TypeVar
 
 import bessemer.core.errors as errors
-from bessemer.core.concurrency import DeferredInterrupts, leave_threads
+from bessemer.core.concurrency import DeferredInterrupts, abandon_threads
 from bessemer.core.environment import install_extra
 from bessemer.core.errors import BessemerError, as_storage_error
 
@@ -146,7 +146,7 @@ def _rows_of(frame: Any, demand: _Demand) -> Iterator[tuple[int, str]]:
             if interrupts.received is None:
                 computing.join()
             else:
-                leave_threads()
+                abandon_threads()
             raise
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from bessemer.core.errors import ArtefactError, ConfigError
 from bessemer.core.hashing import hash_file
 from bessemer.core.progress import Progress, Silent
-from bessemer.core.store import follow, new_folder, refuse_full, write_json
+from bessemer.core.store import follow, new_folder, refuse_nonempty, write_json
 from bessemer.model.config import ModelConfig, ModelStageConfig, model_metrics
 from bessemer.model.decoder import Decoder
 from bessemer.model.initialisation import empty_decoder, fill
@@ -198,7 +198,7 @@ def extend_model(
     `out` must be another folder: a model's files fit together only as a whole. Raises ConfigError for a token that cannot
     be added, ArtefactError when `folder` holds no model with a tokenizer or `out` is not empty.
     """
-    refuse_full(out)
+    refuse_nonempty(out)
     refuse_quantised(folder)
     model = load_model(folder)
     before = load_tokenizer(folder)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from bessemer.core.environment import available_memory_bytes, missing_package
-from bessemer.core.errors import BessemerError, ConfigError, asked_memory
+from bessemer.core.errors import BessemerError, ConfigError, failed_allocation
 from bessemer.core.metrics import size
 from bessemer.core.stage import StageContext
 from bessemer.core.store import read_json
@@ -84,7 +84,7 @@ def memory_advice(context: StageContext) -> Iterator[None]:
     except BessemerError:
         raise
     except Exception as error:
-        requested = asked_memory(error)
+        requested = failed_allocation(error)
         if requested is None:
             raise
         raise OutOfMemoryError(_message(context, requested)) from error

@@ -21,7 +21,7 @@ from bessemer.core.config import Config, nearest, setting
 from bessemer.core.errors import ConfigError
 from bessemer.core.stage import Input, StageSpec
 from bessemer.core.usercode import user_file
-from bessemer.core.yaml_file import KeyPath, Place, PlacedValues, parse_value, read_yaml
+from bessemer.core.yaml_file import KeyPath, Location, PlacedValues, parse_value, read_yaml
 from bessemer.pipeline.stages import STAGES, example_of
 
 
@@ -227,7 +227,7 @@ def _overridden(placed: PlacedValues, key: str, value: Any, source: str) -> Plac
         else:
             container[step] = value
     places = {known: place for known, place in placed.places.items() if known[: len(path)] != path}
-    return PlacedValues(values, {**places, path: Place(source)})
+    return PlacedValues(values, {**places, path: Location(source)})
 
 
 def _names_kind(parts: list[str], value: Any) -> bool:

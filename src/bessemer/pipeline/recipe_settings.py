@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bessemer.core.config import Config
-from bessemer.core.yaml_file import KeyPath, Place
+from bessemer.core.yaml_file import KeyPath, Location
 from bessemer.data.config import CleanConfig, SelectConfig
 from bessemer.model.config import ModelStageConfig
 from bessemer.pipeline.recipe import Recipe, RecipeHead, Stage, refuse_code, shipped_recipes
@@ -61,7 +61,7 @@ def _origin(recipe: Recipe, config: Config, path: KeyPath, given: bool) -> str:
     return f"preset {preset}" if preset else "follows from the others"
 
 
-def _readable(place: Place) -> str:
+def _readable(place: Location) -> str:
     """A place for a reader: a shipped recipe by its name, not by the path of the installation."""
     names = {str(path): name for name, path in shipped_recipes().items()}
     if place.source not in names:

@@ -1,7 +1,7 @@
-"""Where code is run that nobody has read: generated programs, tests of them, tools.
+"""Sandbox for untrusted code: generated programs, their tests, tools.
 
-Three sides: the caller (`execution.py`) starts a launcher for each run and keeps the clock; the launcher (`launcher/`) confines
-a process and waits for it; the program knows nothing of either.
+For each run the caller (`execution.py`) starts a launcher and enforces time limits. The launcher (`launcher/`) confines a
+process, which becomes the program, and waits for it.
 """
 
 from bessemer.core.sandbox.execution import Result

@@ -1,6 +1,6 @@
 """The caller's side of one run: the Python interpreter, the launcher's process, its streams and limits, the result.
 
-The launcher is started, fed and read. Limits that the kernel does not keep are checked from here, and end the run.
+Limits that the kernel does not enforce are checked here, and end the run.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bessemer.core.sandbox.launcher.job import Job
 from bessemer.core.sandbox.resources import ControlGroup, Limits, folder_bytes, memory_of, processes_below, threads_of
 from bessemer.core.sandbox.tiers import SandboxError
 
-#: A limit for which a program is ended. Address space, open files and single files have none: the program gets an error.
+#: A limit that ends the program. Beyond those on address space, open files and file size, the program only gets an error.
 Limit = Literal["seconds", "cpu_seconds", "memory", "disk", "output", "processes"]
 
 
@@ -67,14 +67,14 @@ _SECONDS_TO_DRAIN = 0.2
 
 
 class Execution:
-    """One run. group: where the kernel counts all of it, or None."""
+    """One run. group: the control group that counts its resources, or None."""
 
     def __init__(self, job: Job, limits: Limits, group: ControlGroup | None) -> None:
         self._job = job
         self._limits = limits
         self._group = group
         self._limit: Limit | None = None
-        #: When to stop reading, whatever is still open.
+        #: Time after which reading stops, whatever is still open.
         self._give_up = math.inf
         self._peak_memory = 0
         self._written: dict[str, bytearray] = {"stdout": bytearray(), "stderr": bytearray(), "status": bytearray()}
@@ -173,7 +173,7 @@ class Execution:
                 self._stop(process, "output")
 
     def _look(self, process: subprocess.Popen[bytes]) -> None:
-        """End the run when all of it together is over a limit."""
+        """End the run when its processes together exceed a limit."""
         pids = processes_below(process.pid)
         if self._job.isolation == "namespaces":
             pids = pids[1:]
@@ -193,7 +193,7 @@ class Execution:
             process.terminate()
 
     def _end(self, process: subprocess.Popen[bytes]) -> None:
-        """Have the launcher end everything; do it for a launcher that does not."""
+        """Let the launcher kill all processes, or kill them here if it does not end in time."""
         if process.poll() is None and self._limit is None:
             process.terminate()
         try:
@@ -206,7 +206,7 @@ class Execution:
                     continue
 
     def _result(self, seconds: float) -> Result:
-        # the first line: a program that was not started ends as well
+        # only the first line counts: after an error the launcher also reports the end
         kind, _, text = self._written["status"].decode(errors="replace").partition("\n")[0].partition(" ")
         if kind == "error":
             raise SandboxError(f"the sandbox ({self._job.isolation}) did not start: {text}")
@@ -244,7 +244,7 @@ _SYSTEM = tuple(
         "/etc/ld.so.cache", "/etc/localtime", "/usr/share/zoneinfo",
     )
 )  # fmt: skip
-#: What Python has below its prefix, which may hold more than Python: `/usr`, `~/.local`.
+#: Python's own parts of its prefix, which may hold more than Python: `/usr`, `~/.local`.
 _BELOW_PREFIX = ("bin", "lib", "lib64", "share/zoneinfo", "pyvenv.cfg")
 #: Prefixes whose libraries are in the folders above, and whose programs are the system's.
 _SYSTEM_PREFIXES = (Path("/"), Path("/usr"), Path("/usr/local"))
@@ -266,7 +266,7 @@ def base_executable() -> str:
 
 
 def interpreter(*, packages: bool, readable: Iterable[Path] = ()) -> Interpreter:
-    """The Python to run programs with, with `readable` beside what it needs.
+    """The Python that runs programs, with the paths that it needs and those in `readable`.
 
     packages: whether programs may import what is installed in this environment; else they have the standard library alone.
     """

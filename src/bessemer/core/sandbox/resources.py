@@ -1,9 +1,8 @@
 """Resources of a run: its limits, the control group in which the kernel counts them, and usage read from /proc.
 
-A control group (cgroup v2) is made where an ancestor of the caller's own group, or that group itself, hands on the controllers
-of memory and processes and can be written to: under systemd as root or in a user's own session, in a container with such a
-folder. Version 1 is not used. Without a group the caller reads memory and threads of all processes of the run, and the size of
-the scratch folder.
+A control group (cgroup v2) is created if the caller's own group, or one above it, delegates the controllers of memory and
+processes and is writable: under systemd as root or in a user's session, or in a container set up for it. Version 1 is not used.
+Without a group the caller measures memory and threads of all processes of the run. It always measures the scratch folder.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from bessemer.core.sandbox.launcher.job import descendants
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of a run, each kept by the kernel or by the caller. Raises ConfigError when one is not positive.
+    """Limits of a run, each enforced by the kernel or by the caller. Raises ConfigError when one is not positive.
 
     seconds: wall-clock time.
     cpu_seconds: processor time of one process, rounded up to whole seconds.
@@ -97,7 +96,7 @@ class ControlGroup:
         return int(events.get("oom_kill", 0)) > 0
 
     def remove(self) -> None:
-        """End what is left in the group, and the group."""
+        """Kill the processes that are left in the group, and remove the group."""
         kill = self.folder / "cgroup.kill"
         if kill.exists():
             kill.write_text("1")
@@ -115,7 +114,7 @@ class ControlGroup:
 
 
 _PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
-#: More entries than this in a scratch folder count as a full disk, and so do paths that the system finds too long.
+#: More entries than this in a scratch folder count as exceeding the disk limit, and so do paths that are too long.
 MAX_ENTRIES = 16_384
 
 

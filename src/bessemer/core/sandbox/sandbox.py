@@ -1,6 +1,6 @@
-"""`Sandbox`: runs code that nobody has read, in the strongest tier that this machine offers.
+"""`Sandbox`: runs untrusted code in the strongest tier that this machine offers.
 
-A run without a root of its own has a scratch folder, which is removed whatever the program left in it.
+Below the strongest tier, a run has a scratch folder of the host, which is removed afterwards.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from bessemer.core.sandbox.tiers import Gap, SandboxError, Tier, gaps
 
 #: The file that holds the code of a run.
 CODE_FILE = "main.py"
-#: Users that no account has: from here on where all users exist, else below those that systemd gives away.
+#: First user ids that no account has: with a full map of ids, and with a small one (a container's), below systemd's own.
 _SPARE_USERS, _SPARE_USERS_OF_SMALL_MAPS, _SMALL_MAP = 1_900_000_000, 20_000, 40_000
 #: What the sandbox itself needs beside a program: the launcher and the first process of a namespace.
 _OWN_PROCESSES, _OWN_MEMORY = 3, 64 << 20
@@ -68,7 +68,7 @@ class Sandbox:
 
     @property
     def gaps(self) -> list[Gap]:
-        """What this tier does not hold back here."""
+        """Known gaps of this tier on this machine."""
         return gaps(self.tier, own_user=_user() != 0, macos=sys.platform == "darwin")
 
     def run(
@@ -80,7 +80,7 @@ class Sandbox:
     ) -> Result:
         """Run Python code, or a program with its arguments, in an empty folder that only `files` are in.
 
-        files: name below the folder → content. Raises ConfigError for a name that leads out of it or is that of the code, and
+        files: name below the folder → content. Raises ConfigError for a name outside the folder or that of the code, and
         SandboxError when the program cannot be started.
         """
         program = Program(code, stdin, files or {})
@@ -94,7 +94,7 @@ class Sandbox:
 
 
 def strongest_tier() -> tuple[Tier | None, dict[Tier, str]]:
-    """The strongest tier that works here, None where none does, and why each stronger one does not."""
+    """The strongest tier that works here, None when none does, and why each stronger one does not."""
     reasons: dict[Tier, str] = {}
     for tier in Tier.NAMESPACES.and_weaker():
         reason = _why_not(tier, interpreter(packages=False))
@@ -120,7 +120,7 @@ def _choose(minimum: Tier, maximum: Tier, python: Interpreter) -> Tier:
 
 @cache
 def _why_not(tier: Tier, python: Interpreter) -> str | None:
-    """Why a tier does not work on this machine, by a program that does nothing; None when it does."""
+    """Why a tier does not work on this machine, tried with an empty program; None when it works."""
     if sys.platform == "win32":
         return "not on Windows"
     if sys.platform != "linux" and tier is not Tier.RLIMITS:
@@ -219,7 +219,7 @@ def scratch_folder() -> Iterator[Path]:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a tree; by `rm` where it is closed or too deep for a recursion in Python."""
+    """Remove a tree; by `rm` when folders in it are closed, or it is too deep for Python's recursion."""
     try:
         shutil.rmtree(folder)
         return

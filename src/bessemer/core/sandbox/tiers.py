@@ -1,4 +1,4 @@
-"""How strongly code is confined: tiers in order, and what each lets pass."""
+"""Tiers of confinement, in order, and the known gaps of each."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from bessemer.core.errors import BessemerError, ConfigError
 
 
 class SandboxError(BessemerError):
-    """No sandbox here that is strong enough, or one that could not start the program."""
+    """This machine has no sandbox that is strong enough, or the sandbox could not start the program."""
 
 
 class Tier(StrEnum):
-    """A way to confine, by the strongest mechanism in it. Each has those after it as well.
+    """A tier, named after its strongest mechanism. Each includes the mechanisms of those after it.
 
     NAMESPACES: user, PID, network, IPC and mount namespaces; a root that holds the Python installation and a scratch tmpfs.
     LANDLOCK: Landlock, over the machine's own files.
@@ -27,7 +27,7 @@ class Tier(StrEnum):
     RLIMITS = "rlimits"
 
     def at_least(self, other: Tier) -> bool:
-        """Whether this tier holds back all that `other` does."""
+        """Whether this tier is as strong as `other` or stronger."""
         return _ORDER.index(self) <= _ORDER.index(other)
 
     def and_weaker(self) -> list[Tier]:
@@ -48,7 +48,7 @@ _ORDER = list(Tier)
 
 @dataclass(frozen=True)
 class Gap:
-    """Something that a tier does not hold back.
+    """Something that a tier does not prevent.
 
     hazard: one word for it. text: what a program can do. tiers: where.
     own_user: only where the program runs as the caller's own user, because the caller is not root. macos_only: only there.
@@ -88,5 +88,5 @@ GAPS = (
 
 
 def gaps(tier: Tier, *, own_user: bool, macos: bool) -> list[Gap]:
-    """What `tier` lets pass for such a caller on such a system."""
+    """The gaps of a tier for a caller and a system of this kind."""
     return [gap for gap in GAPS if tier in gap.tiers and (own_user or not gap.own_user) and (macos or not gap.macos_only)]

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from bessemer.core.errors import ArtefactError
 from bessemer.core.hashing import hash_bytes
-from bessemer.core.object_storage import IN_PLACES, Place
+from bessemer.core.object_storage import RANDOM_ACCESS_BYTES, Place
 from bessemer.core.store import write_text
 from bessemer.data.corpus.remote import has_index, stored_parts
 
@@ -97,7 +97,7 @@ def part_source(part: Place) -> Iterator[Path | io.RawIOBase]:
         yield part
         return
     try:
-        stream = part.open(ahead=IN_PLACES)
+        stream = part.open(ahead=RANDOM_ACCESS_BYTES)
     except FileNotFoundError:
         raise ArtefactError(f"{part}: this part of the documents is missing; delete the stage's folder and run again") from None
     with stream:

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from bessemer.core.object_storage import IN_PLACES, Place, publish, unfinished
+from bessemer.core.object_storage import RANDOM_ACCESS_BYTES, Place, publish, unfinished
 from bessemer.data.corpus.reader import SCHEMA, document_id
 from bessemer.data.corpus.writer import gathered, in_buckets
 from bessemer.data.sources.source import FIRST_LOSSES, Document, PositionedDocument, Tally
@@ -176,7 +176,9 @@ def _runs(same: np.ndarray) -> Iterator[tuple[int, int]]:
 
 
 def _opened(path: Place, options: pa.ipc.IpcReadOptions | None = None) -> pa.RecordBatchFileReader:
-    source = pa.memory_map(str(path)) if isinstance(path, Path) else pa.PythonFile(path.open(ahead=IN_PLACES), mode="r")
+    source = (
+        pa.memory_map(str(path)) if isinstance(path, Path) else pa.PythonFile(path.open(ahead=RANDOM_ACCESS_BYTES), mode="r")
+    )
     return pa.ipc.open_file(source, options=options)
 
 

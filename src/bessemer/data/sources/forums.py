@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from bessemer.core.object_storage import at_hand
+from bessemer.core.object_storage import local_copy
 from bessemer.data.sources.io.archives import Entry
 from bessemer.data.sources.io.file_source import SettingsFormat, json_lines, parse_json, record_locator
 from bessemer.data.sources.markup import parse_xml, text_of_markup
@@ -266,7 +266,7 @@ def _content(entry: Entry, tally: Tally) -> Iterator[Any]:
     """The file's bytes, mapped where they lie on disk as they are."""
     if entry.path is not None and not entry.is_compressed and entry.size_bytes:
         with (
-            at_hand(entry.path) as path,
+            local_copy(entry.path) as path,
             path.open("rb") as file,
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
         ):

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from bessemer.core.errors import SourceError
-from bessemer.core.object_storage import IN_PLACES
+from bessemer.core.object_storage import RANDOM_ACCESS_BYTES
 from bessemer.core.records import DELIMITERS, DELIMITERS_OF, delimiter_of
 from bessemer.data.sources.io.archives import Entry
 from bessemer.data.sources.io.file_source import (
@@ -128,7 +128,7 @@ class Tables(SettingsFormat):
         if entry.is_compressed or entry.path is None:
             data = entry.content(self.settings.max_file_bytes, tally)
             return None if data is None else pa.BufferReader(data)
-        return pa.OSFile(str(entry.path)) if isinstance(entry.path, Path) else entry.path.open(ahead=IN_PLACES)
+        return pa.OSFile(str(entry.path)) if isinstance(entry.path, Path) else entry.path.open(ahead=RANDOM_ACCESS_BYTES)
 
     def _delimited_rows(self, entry: Entry, start: int, usual: str, tally: Tally) -> Iterator[tuple[int, dict[str, Any], str]]:
         csv.field_size_limit(max(csv.field_size_limit(), self.settings.max_document_bytes + 1))

@@ -1,4 +1,4 @@
-"""What a forked process does to itself before it becomes the program: user, limits, rights, Landlock, seccomp."""
+"""Confinement of a forked process before it becomes the program: user, limits, rights, Landlock, seccomp."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sys
 
 from .job import Job, threads_of_user
 
-# before the root changes: afterwards they are out of reach
+# imported before the root changes: afterwards these files cannot be read
 if sys.platform == "linux":
     from .linux import (
         LEAST_ABI,
@@ -38,7 +38,7 @@ _STACK = 8 << 20
 
 
 def become_program(job: Job, scratch: str, helpers: int) -> None:
-    """Confine this process and execute the program. Returns never, or raises OSError.
+    """Confine this process and execute the program. Never returns; raises OSError.
 
     helpers: processes of the same user that are the sandbox's own.
     """
@@ -71,7 +71,7 @@ def become_program(job: Job, scratch: str, helpers: int) -> None:
 
 
 def drop_user(user: int, *, keep_traversing: bool = False) -> None:
-    """Become a user without groups or capabilities; keep_traversing: but for passing through and reading closed folders."""
+    """Become a user without groups or capabilities. keep_traversing: keep the capability to pass through closed folders."""
     if keep_traversing:
         prctl(PR_SET_KEEPCAPS, 1)
     os.setgroups([])
@@ -116,7 +116,7 @@ def _set_limits(job: Job, helpers: int) -> None:
         _lower(resource.RLIMIT_AS, job.memory)
         _lower(resource.RLIMIT_MEMLOCK, 0)
         _lower(resource.RLIMIT_MSGQUEUE, 0)
-        # a user of its own, or a user namespace, starts at 0; else all that the user runs counts
+        # counted per user: a spare user, or a user namespace, starts at 0; else the user's other threads count too
         own = job.spare_uid or job.isolation == "namespaces"
         _lower(resource.RLIMIT_NPROC, job.processes + (helpers if own else threads_of_user(os.getuid())))
 

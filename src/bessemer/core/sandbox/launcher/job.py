@@ -1,4 +1,4 @@
-"""A job: what the launcher is asked to do, as it travels through a pipe, and the processes that it becomes.
+"""The launcher's job, which it reads from a pipe, and the job's processes.
 
 Trees of processes are read from /proc; all of them end with the job.
 """
@@ -105,10 +105,10 @@ def threads_of_user(user: int) -> int:
 
 
 def end_descendants(spare_uid: int) -> None:
-    """Kill what is below this process until nothing is. spare_uid: a user that has no other processes, or 0.
+    """Kill all processes below this one. spare_uid: a user that has no other processes, or 0.
 
-    Orphans come to this process, their subreaper. With a user of its own they all die at one moment; else tree by tree, again
-    and again, so that what is forked meanwhile dies next.
+    Orphans become children of this process, their subreaper. With a spare user all are killed at once. Otherwise the tree is
+    killed again and again, until no process that was forked meanwhile is left.
     """
     while True:
         if spare_uid:

@@ -1,7 +1,7 @@
-"""From a job to its end: start the program confined, wait, kill what is left of it, report.
+"""The launcher: starts the program confined, waits, kills its remaining processes, reports.
 
-Two shapes. With namespaces this process starts the first process of a PID namespace, which starts the program; with the first
-process all others die. Without, this process is the subreaper of the program's orphans and kills its descendants itself.
+With namespaces this process starts the first process of a PID namespace, which starts the program; when the first process ends,
+the kernel kills all others. Without, this process is the subreaper of the program's orphans and kills its descendants itself.
 
 The status pipe carries one line: `exit CODE CPU_SECONDS PEAK` or `error WHAT`.
 """
@@ -83,7 +83,7 @@ def _run_below(job: Job, status: int) -> None:
     program = 0
     try:
         program = _fork(job, job.scratch, status, 0)
-        _let_go_of_streams()
+        _close_streams()
         ending = wait_for(program)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -120,7 +120,7 @@ def _run_in_namespaces(job: Job, status: int) -> None:
     first = os.fork()
     if first == 0:
         _be_first_process(job, status, owner)
-    _let_go_of_streams()
+    _close_streams()
     try:
         _hold_signals(False)
         os.waitpid(first, 0)
@@ -143,7 +143,7 @@ def _enter_user_namespace(others: int) -> None:
 
 
 def _be_first_process(job: Job, status: int, owner: int) -> None:
-    """The PID namespace's init: make the root, give up all rights, start the program, reap, report. Returns never."""
+    """The PID namespace's init: make the root, give up all rights, start the program, reap, report. Never returns."""
     try:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
@@ -157,7 +157,7 @@ def _be_first_process(job: Job, status: int, owner: int) -> None:
             drop_user(job.spare_uid)
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         program = _fork(job, SCRATCH, status, 2 if in_user_namespace else 1)
-        _let_go_of_streams()
+        _close_streams()
         _report(status, "exit {} {} {}".format(*wait_for(program)))
     except Exception as error:
         _report_error(status, error)
@@ -192,7 +192,7 @@ def _hold_signals(hold: bool) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK if hold else signal.SIG_UNBLOCK, [signal.SIGTERM])
 
 
-def _let_go_of_streams() -> None:
-    """Close the program's streams here, so that their end is its end."""
+def _close_streams() -> None:
+    """Close the program's streams in this process, so that they end when the program does."""
     for stream in (0, 1, 2):
         os.close(stream)
