@@ -7,7 +7,6 @@ from functools import partial
 import pytest
 import torch
 
-from bessemer.inference import build as engine_build
 from bessemer.inference.engine import EngineConfig
 from bessemer.inference.execution import build as execution_build
 from bessemer.inference.execution.build import PageLayout, page_layout
@@ -164,7 +163,7 @@ def tokenizer(tmp_path_factory):
 )
 def test_an_engine_on_static_tensors_makes_the_same_tokens_but_for_ties(name, way, tokenizer, monkeypatch):
     monkeypatch.setattr(execution_build, "compiled_page_attention", lambda: listed_attention)
-    monkeypatch.setattr(engine_build, "page_layout", lambda *_: PageLayout(True, True))
+    monkeypatch.setattr(execution_build, "page_layout", lambda *_: PageLayout(True, True))
     capture = Repeated()
     monkeypatch.setattr(execution_build, "CudaGraphs", lambda: capture)
     model = small_decoder(name)
