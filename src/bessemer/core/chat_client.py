@@ -221,7 +221,7 @@ class ChatClient:
         raise ApiError(f"{self._url}: answered something else than a chat completion: {_start(content)}")
 
     def _probabilities(self, content: bytes, options: Sequence[str]) -> list[float] | None:
-        said = self._text(content).strip(_MARKUP)
+        answer = self._text(content).strip(_MARKUP)
         totals = [0.0] * len(options)
         try:
             for likely in json.loads(content)["choices"][0]["logprobs"]["content"][0]["top_logprobs"]:
@@ -229,7 +229,7 @@ class ChatClient:
                 if token in options:
                     totals[options.index(token)] += math.exp(likely["logprob"])
         except (LookupError, TypeError):
-            totals = [float(option == said) for option in options]
+            totals = [float(option == answer) for option in options]
         whole = sum(totals)
         return [total / whole for total in totals] if whole else None
 

@@ -298,7 +298,7 @@ def own_temporary_folder() -> Path:
 def set_environment() -> None:
     """Set environment variables that libraries read when they are loaded, except those that the user has set."""
     # a thread that waits spins for some 20 µs, which bridges the gaps within a step, then sleeps: a longer spin
-    # slows a step four- to tenfold beside one busy neighbour, none slows it by a third on a quiet machine
+    # slows a step four- to tenfold while one core is busy, none slows it by a third on a quiet machine
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "passive"
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -337,10 +337,10 @@ EXTRAS = {
 def is_installed(module: str) -> bool:
     """Whether a module can be imported. A folder of that name without Python code does not count."""
     try:
-        found = importlib.util.find_spec(module)
+        spec = importlib.util.find_spec(module)
     except ValueError:  # imported by a program that gave it no spec
         return True
-    return found is not None and found.origin is not None
+    return spec is not None and spec.origin is not None
 
 
 def has_pip() -> bool:

@@ -128,8 +128,8 @@ class ObjectPath:
         assert mode == "rb", "objects are written by `write_text` and `upload`"
         with _explained(self):
             stream = self._storage().open(self.key, "rb", block_size=ahead, cache_type="readahead")
-        found = self._known(stream.details)
-        if self.version is not None and (found.size, found.version) != (self.size, self.version):
+        current = self._known(stream.details)
+        if self.version is not None and (current.size, current.version) != (self.size, self.version):
             stream.close()
             raise StorageError(f"{self}: it was replaced while it was in use; run again")
         return _Reader(self, stream)
@@ -186,20 +186,20 @@ class ObjectPath:
         pattern, also with `**`."""
         with _explained(self):
             if has_pattern(self.key):
-                found = self._storage().glob(self.key, detail=True)
+                entries = self._storage().glob(self.key, detail=True)
             else:
-                found = self._storage().find(self.key, detail=True)
-        return list(self._objects(found.values()))
+                entries = self._storage().find(self.key, detail=True)
+        return list(self._objects(entries.values()))
 
     def remove_all(self) -> None:
         """Remove all objects below this folder."""
-        if found := self.find():
+        if objects := self.find():
             with _explained(self, writing=True):
-                self._storage().rm([place.key for place in found])
+                self._storage().rm([place.key for place in objects])
 
     def _objects(self, entries: Any) -> Iterator[ObjectPath]:
-        found = (self._known(entry) for entry in entries if entry["type"] == "file" and not entry["name"].endswith("/"))
-        yield from sorted(found)
+        files = (entry for entry in entries if entry["type"] == "file" and not entry["name"].endswith("/"))
+        yield from sorted(map(self._known, files))
 
     def _known(self, entry: dict[str, Any]) -> ObjectPath:
         tags = (entry.get(name) for name in ("ETag", "etag", "LastModified", "last_modified", "updated", "mtime"))

@@ -100,8 +100,8 @@ class Policy(Config):
 
     def action(self, surface: SurfaceName, category: str) -> Action:
         """What is done at a surface about a category."""
-        found: Surface = getattr(self.surfaces, surface)
-        return found.action(category)
+        settings: Surface = getattr(self.surfaces, surface)
+        return settings.action(category)
 
     def acted_on(self, surface: SurfaceName) -> dict[str, Category]:
         """The categories that a surface logs or refuses, by name."""

@@ -58,7 +58,7 @@ class Column:
 class Cell:
     """A cell with more than text.
 
-    share: length of a bar, 0 to 1, before the text. rest: length of the hatched bar beside it, for what is gone.
+    share: length of a bar, 0 to 1, before the text. rest: length of the hatched bar after it, for the removed part.
     remark: added in a soft colour. warning: the text names a fault.
     """
 
@@ -74,7 +74,7 @@ class Cell:
 class Table:
     """Rows of cells, as many in each as there are columns.
 
-    bars: size of the bars where the second column holds nothing else; "" for bars beside figures.
+    bars: size of the bars where the second column holds nothing else; "" for bars next to figures.
     """
 
     columns: Sequence[Column]

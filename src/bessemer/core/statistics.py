@@ -293,7 +293,7 @@ def reliability_table(result: Reliability) -> Table:
 
 
 def reliability_curves(results: dict[str, Reliability]) -> Curves:
-    """The reliability plot of some models, by name: accuracy over confidence, beside the diagonal where both are equal."""
+    """The reliability plot of some models, by name: accuracy over confidence, with the diagonal where both are equal."""
     series = [Series("calibrated", [0.0, 1.0], [0.0, 1.0])]
     for name, of_one in results.items():
         series.append(Series(name, [one.confidence for one in of_one.bins], [one.accuracy.mean for one in of_one.bins]))

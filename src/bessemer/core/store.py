@@ -89,17 +89,17 @@ def read_json(path: Place, what: str = "file") -> Any:
         raise ArtefactError(f"{path}: this {what} is damaged ({error})") from None
 
 
-def check_format(found: Any, known: int, place: Path, what: str) -> None:
+def check_format(format: Any, readable: int, place: Path, what: str) -> None:
     """Refuse an artefact whose `format` number this version does not read. Raises ArtefactError."""
-    if not isinstance(found, int):
+    if not isinstance(format, int):
         raise ArtefactError(f"{place}: this is not a {what}: it has no 'format' number")
-    if found > known:
+    if format > readable:
         raise ArtefactError(
-            f"{place}: this {what} has format {found}, newer than the {known} that this version reads; update bessemer"
+            f"{place}: this {what} has format {format}, newer than the {readable} that this version reads; update bessemer"
         )
-    if found < known:
+    if format < readable:
         raise ArtefactError(
-            f"{place}: this {what} has the old format {found}, this version reads {known}; run its recipe again"
+            f"{place}: this {what} has the old format {format}, this version reads {readable}; run its recipe again"
         )
 
 
@@ -128,7 +128,7 @@ class Artefact:
 
 
 class Store:
-    """Content-addressed folders below one root, shared by every run beside it."""
+    """Content-addressed folders below one root, shared by all runs in the same folder."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -144,7 +144,7 @@ class Store:
 
     @contextmanager
     def lock(self, key: str, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
-        """Hold the key's lock, alone among processes. `on_wait` is called once if somebody else has it.
+        """Hold the key's lock, exclusively among processes. `on_wait` is called once if another process holds it.
 
         The system frees the lock when its holder dies, so a killed run never blocks the next.
         """

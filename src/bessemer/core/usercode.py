@@ -1,6 +1,6 @@
-"""A user's own function in a recipe: `my_rewards.py:brief`, found beside the recipe.
+"""A user's own function in a recipe: `my_rewards.py:brief`, a path relative to the recipe.
 
-Its file, and every file beside it that it imports, enter the stage's key. No other file can be imported.
+Its file, and every file of its folder that it imports, enter the stage's key. No other file can be imported.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def user_file(name: str, folder: Path) -> Path:
 
 
 def user_function_hash(name: str, folder: Path) -> str:
-    """Hash of the file of `file.py:function` and of what it imports from beside it, which enters the stage's key.
+    """Hash of the file of `file.py:function` and of the files of its folder that it imports, for the stage's key.
 
     Files that it opens, and modules that it imports by a computed name, are not included.
     """

@@ -87,7 +87,7 @@ class ChatTemplate:
         `{% generation %}`.
 
         Raises RequestError for a malformed message or tool, for a conversation that the template refuses or cannot render, and
-        for a template whose control tokens depend on the words of a message: typed ones cannot be told from its own.
+        for a template whose control tokens depend on the words of a message: typed ones cannot be distinguished from its own.
         """
         conversation = _Conversation(self, checked_messages(messages), checked_tools(tools))
         return conversation.segments(conversation.render(add_generation_prompt))
@@ -125,9 +125,9 @@ class ChatTemplate:
         for keys in ((), ("tool_calls",)):
             word = f"turn{secrets.token_hex(8)}"
             calls = {key: messages[answered][key] for key in keys if key in messages[answered]}
-            said = {"role": "assistant", "content": word, **calls}
+            placeholder = {"role": "assistant", "content": word, **calls}
             try:
-                segments = self.segments([*messages[:answered], said, *messages[answered + 1 :]], True, tools)
+                segments = self.segments([*messages[:answered], placeholder, *messages[answered + 1 :]], True, tools)
             except RequestError as error:
                 refused = refused or error
                 continue

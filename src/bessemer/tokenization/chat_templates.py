@@ -3,11 +3,11 @@
 Each of ours is written once, with `{% generation %}` around the assistant's text. A tokenizer's folder stores it without these
 tags, which llama.cpp does not know; both render the same.
 
-A template is a program that comes with somebody's tokenizer. It has the functions that `transformers` offers, sees nothing but
-the conversation and cannot change it. It is stopped after `MAX_STEPS` steps, `MAX_LENGTH` characters, or `MAX_SECONDS` of
-processor time on the rendering thread. The time is checked before every step, call, filter, sum and concatenation, so one
-Python operation on values within the limits runs between two checks. Not covered: `format` with a text that repeats a long
-argument.
+A template is a program that comes with a tokenizer, from any author. It has the functions that `transformers` offers, sees
+nothing but the conversation and cannot change it. It is stopped after `MAX_STEPS` steps, `MAX_LENGTH` characters, or
+`MAX_SECONDS` of processor time on the rendering thread. The time is checked before every step, call, filter, sum and
+concatenation, so one Python operation on values within the limits runs between two checks. Not covered: `format` with a text
+that repeats a long argument.
 """
 
 from __future__ import annotations

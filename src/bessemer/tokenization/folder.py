@@ -46,7 +46,7 @@ class TokenizerParts:
 class AddedToken:
     """A token that is matched literally, before the text is split or merged.
 
-    special: a control token, which only templates write. An ordinary added token is also found in text that somebody typed.
+    special: a control token, which only templates write. An ordinary added token is also matched in typed text.
     normalized: matched in the normalizer's output, in which spaces may be U+2581, instead of the original text.
     """
 

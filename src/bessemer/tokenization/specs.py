@@ -119,7 +119,7 @@ def _length(figures: Metrics) -> float:
 
 
 def baselines_table(bytes_per_token: float, baselines: Mapping[str, float | None]) -> Table:
-    """A tokenizer's bytes per token beside those of the simplest tokenizers on the same text, the longest tokens first."""
+    """Bytes per token of a tokenizer and of the simplest tokenizers on the same text, the longest tokens first."""
     figures = {baseline_label(name): (value, False) for name, value in baselines.items() if value is not None}
     ordered = sorted((figures | {"This tokenizer": (bytes_per_token, True)}).items(), key=lambda item: -item[1][0])
     longest = ordered[0][1][0]

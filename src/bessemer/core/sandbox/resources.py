@@ -155,8 +155,8 @@ def folder_bytes(folder: Path, most: int) -> int:
     waiting = [os.fspath(folder)]
     while waiting and total <= most:
         try:
-            with os.scandir(waiting.pop()) as found:
-                for entry in found:
+            with os.scandir(waiting.pop()) as entries_here:
+                for entry in entries_here:
                     entries += 1
                     if entries > MAX_ENTRIES:
                         return most + 1

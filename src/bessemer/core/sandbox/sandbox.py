@@ -30,7 +30,7 @@ from bessemer.core.sandbox.tiers import Gap, SandboxError, Tier, gaps
 CODE_FILE = "main.py"
 #: First user ids that no account has: with a full map of ids, and with a small one (a container's), below systemd's own.
 _SPARE_USERS, _SPARE_USERS_OF_SMALL_MAPS, _SMALL_MAP = 1_900_000_000, 20_000, 40_000
-#: What the sandbox itself needs beside a program: the launcher and the first process of a namespace.
+#: Processes and memory of the sandbox itself: the launcher and the first process of a namespace.
 _OWN_PROCESSES, _OWN_MEMORY = 3, 64 << 20
 
 
@@ -44,12 +44,12 @@ class Program:
 
 
 class Sandbox:
-    """Runs programs confined by the strongest tier from `maximum` down that this machine offers, found by trial.
+    """Runs programs confined by the strongest tier from `maximum` down that this machine offers, determined by trial.
 
     limits: of each run, unless it says otherwise.
     minimum: the weakest tier to accept. maximum: the strongest to try.
     packages: whether programs may import this environment's packages.
-    readable: files and folders that programs may read, and programs in them execute, beside the Python installation.
+    readable: further files and folders that programs may read and execute, besides the Python installation.
     Raises SandboxError when no tier from `minimum` up works here, with the reason of each; ConfigError for an unknown tier.
     """
 

@@ -41,8 +41,8 @@ _KEPT = ("model_max_length", "padding_side", "truncation_side", "clean_up_tokeni
 def import_tokenizer_json(file: Path, folder: Path) -> list[str]:
     """Copy a `tokenizer.json` byte for byte, and write a `tokenizer_config.json` with which `AutoTokenizer` uses it as it is.
 
-    Roles are those in the files beside it, or else the usual names. Returns what was left out, a sentence each. Raises
-    ArtefactError when the tokenizer is damaged or of a kind that is not read.
+    Roles are those in the other files of its folder, or else the usual names. Returns what was left out, a sentence each.
+    Raises ArtefactError when the tokenizer is damaged or of a kind that is not read.
     """
     # a file of another name has no files that belong to it
     source = file.parent if file.name == TOKENIZER_FILE else file

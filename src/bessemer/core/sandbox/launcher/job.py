@@ -73,22 +73,22 @@ class Job:
 
 def children(pid: int) -> list[int]:
     """Direct children of a process; none where the system does not say."""
-    found: list[int] = []
+    pids: list[int] = []
     try:
         for task in os.listdir(f"/proc/{pid}/task"):
             with open(f"/proc/{pid}/task/{task}/children", encoding="utf-8") as file:
-                found += map(int, file.read().split())
+                pids += map(int, file.read().split())
     except OSError:
         pass
-    return found
+    return pids
 
 
 def descendants(pid: int) -> list[int]:
     """All processes below one, parents first."""
-    found = children(pid)
-    for one in found:
-        found += children(one)
-    return found
+    pids = children(pid)
+    for below in pids:
+        pids += children(below)
+    return pids
 
 
 def threads_of_user(user: int) -> int:

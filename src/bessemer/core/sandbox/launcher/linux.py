@@ -102,7 +102,7 @@ def landlock_abi() -> int:
 
 
 def scopes_signals() -> bool:
-    """Whether a confined process can signal nobody outside its domain."""
+    """Whether a confined process is kept from signalling processes outside its domain."""
     return landlock_abi() >= _ABI_OF_SCOPES
 
 
@@ -323,7 +323,7 @@ def _when(number: int, then: list[_Instruction]) -> list[_Instruction]:
 
 
 def _stream_pair_only() -> list[_Instruction]:
-    """A pair of connected stream sockets reaches nobody, and event loops wake up by one. Datagrams can be sent elsewhere."""
+    """Allow pairs of connected stream sockets only, which event loops need. A datagram socket could send to other processes."""
     return [
         _argument(0),
         (_JUMP_EQUAL, 0, 4, _AF_UNIX),
