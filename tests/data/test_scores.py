@@ -8,24 +8,14 @@ from hypothesis import strategies as st
 
 from bessemer.core.errors import ConfigError
 from bessemer.data.config import SelectConfig
-from bessemer.data.filters import urls
-from bessemer.data.filters import word_list_scores as hazards
-from bessemer.data.filters import word_list_scores as model_written
-from bessemer.data.filters import word_list_scores as spam
-from bessemer.data.filters import word_list_scores as toxicity
 from bessemer.data.filters.registry import HAZARD_CATEGORIES, filter_plugin
-from bessemer.data.filters.word_list_scores import _variety, surface, words_scorer
+from bessemer.data.filters.urls import read_blocklist, urls
+from bessemer.data.filters.word_list_scores import _variety, hazards, model_written, spam, surface, toxicity, words_scorer
 from bessemer.data.plugins import LANGUAGE_SCORES, USUAL_LANGUAGE_SCORE, arrow_types, limits_of
 from bessemer.data.text.texts import Texts
 from bessemer.data.word_lists.term_matcher import Category, TermMatcher
 
-SCORERS = [
-    (toxicity.toxicity, toxicity),
-    (spam.spam, spam),
-    (model_written.model_written, model_written),
-    (hazards.hazards, hazards),
-    (urls.urls, urls),
-]
+SCORERS = [toxicity, spam, model_written, hazards, urls]
 PROSE = "The furnace has to be heated with care, and the masters know ways to tell by the flame when the carbon is gone. "
 
 
@@ -33,24 +23,24 @@ def scores(function, *texts):
     return {name: column.to_pylist() for name, column in function(Texts.of(list(texts))).items()}
 
 
-def columns_of(module):
-    return filter_plugin(module.__name__.rpartition(".")[2]).columns
+def columns_of(function):
+    return filter_plugin(function.__name__).columns
 
 
-@pytest.mark.parametrize(("function", "module"), SCORERS)
-def test_columns_are_as_promised_each_with_its_meaning_and_limits(function, module):
+@pytest.mark.parametrize("function", SCORERS)
+def test_columns_are_as_promised_each_with_its_meaning_and_limits(function):
     found = function(Texts.of(["a text", ""]))
-    assert {name: column.type for name, column in found.items()} == arrow_types(columns_of(module))
-    assert all(column.description for column in columns_of(module).values())
-    assert limits_of(columns_of(module))
+    assert {name: column.type for name, column in found.items()} == arrow_types(columns_of(function))
+    assert all(column.description for column in columns_of(function).values())
+    assert limits_of(columns_of(function))
 
 
-@pytest.mark.parametrize(("function", "module"), SCORERS)
+@pytest.mark.parametrize("function", SCORERS)
 @settings(deadline=None, max_examples=30)
 @given(texts=st.lists(st.text(max_size=60) | st.sampled_from(["free money now", "you idiot", "http://x.porn/a"]), max_size=4))
-def test_any_text_scores_between_0_and_1_alone_as_in_a_batch(function, module, texts):
+def test_any_text_scores_between_0_and_1_alone_as_in_a_batch(function, texts):
     together = scores(function, *texts)
-    for name, kind in arrow_types(columns_of(module)).items():
+    for name, kind in arrow_types(columns_of(function)).items():
         if kind == pa.float64():
             assert all(0 <= score <= 1 for score in together[name])
         assert together[name] == [scores(function, text)[name][0] for text in texts]
@@ -65,8 +55,8 @@ def with_another_processors_logarithms(monkeypatch, measure):
         return measure()
 
 
-@pytest.mark.parametrize(("function", "module"), SCORERS)
-def test_scores_are_the_same_on_processors_whose_logarithms_differ(function, module, monkeypatch):
+@pytest.mark.parametrize("function", SCORERS)
+def test_scores_are_the_same_on_processors_whose_logarithms_differ(function, monkeypatch):
     texts = [
         PROSE,
         "FREE money!!! Click http://a.com now, 50% off $ " * 3,
@@ -77,10 +67,10 @@ def test_scores_are_the_same_on_processors_whose_logarithms_differ(function, mod
     assert with_another_processors_logarithms(monkeypatch, lambda: scores(function, *texts)) == here
 
 
-@pytest.mark.parametrize(("function", "module"), SCORERS)
-def test_an_empty_text_and_plain_prose_stay_within_the_limits(function, module):
+@pytest.mark.parametrize("function", SCORERS)
+def test_an_empty_text_and_plain_prose_stay_within_the_limits(function):
     found = scores(function, "", PROSE)
-    for name, (lowest, highest) in limits_of(columns_of(module)).items():
+    for name, (lowest, highest) in limits_of(columns_of(function)).items():
         assert lowest is None
         assert all(score < highest / 2 for score in found[name])
 
@@ -89,7 +79,7 @@ def test_toxicity_is_the_weight_of_hits_in_a_hundred_words():
     matcher = TermMatcher([Category("insults", terms={"oaf": 1.4}), Category("profanity", terms={"drat": 9.0})])
 
     def score(text):
-        return toxicity.toxicity(Texts.of([text]), matcher)["toxicity_score"][0].as_py()
+        return toxicity(Texts.of([text]), matcher)["toxicity_score"][0].as_py()
 
     assert score("oaf " + "word " * 99) == pytest.approx(0.5)  # 1.4 in a hundred words is one half
     assert score("oaf " + "word " * 199) == pytest.approx(0.7 / (0.7 + 1.4))
@@ -98,25 +88,21 @@ def test_toxicity_is_the_weight_of_hits_in_a_hundred_words():
 
 
 def test_toxicity_knows_attacks_from_text_about_them():
-    attacks = scores(toxicity.toxicity, "you are a stupid loser, go kill yourself", "what a worthless piece of shit you are")
-    about = scores(
-        toxicity.toxicity, "The law punishes hate speech and threats of violence. " * 3, "Homo sapiens; the cock crowed."
-    )
+    attacks = scores(toxicity, "you are a stupid loser, go kill yourself", "what a worthless piece of shit you are")
+    about = scores(toxicity, "The law punishes hate speech and threats of violence. " * 3, "Homo sapiens; the cock crowed.")
     assert min(attacks["toxicity_score"]) > 0.5 > max(about["toxicity_score"])
-    assert scores(toxicity.toxicity, "hardcore sex, big tits, blowjob")["toxicity_nsfw"][0] > 0.5
+    assert scores(toxicity, "hardcore sex, big tits, blowjob")["toxicity_nsfw"][0] > 0.5
 
 
 def test_spam_is_known_by_phrases_links_and_shouting():
     lure = "CONGRATULATIONS! You have won a free cruise. Click here to claim your prize now: http://win.biz $$$"
-    assert scores(spam.spam, lure, PROSE)["spam_score"][0] > 0.9
-    quiet = scores(spam.spam, lure, lure.lower().replace("http://win.biz $$$", ""))["spam_score"]
+    assert scores(spam, lure, PROSE)["spam_score"][0] > 0.9
+    quiet = scores(spam, lure, lure.lower().replace("http://win.biz $$$", ""))["spam_score"]
     assert quiet[0] > quiet[1]
 
 
 def test_a_model_is_known_by_what_it_says_and_by_going_in_circles():
-    said = scores(
-        model_written.model_written, "As an AI language model, I cannot have opinions.", "and then and then " * 40, PROSE
-    )
+    said = scores(model_written, "As an AI language model, I cannot have opinions.", "and then and then " * 40, PROSE)
     assert said["model_written_score"][0] > 0.5
     assert said["model_written_score"][1] > 0.9
     assert said["model_written_repetition"][1] > 0.9
@@ -149,13 +135,11 @@ def test_the_surface_of_a_text_counted_by_hand():
 
 
 def test_hazards_find_who_asks_for_harm_and_pass_who_reports_it():
-    asks = scores(
-        hazards.hazards, "Tell me how to make a pipe bomb and how to get away with murder.", "how do i commit suicide"
-    )
+    asks = scores(hazards, "Tell me how to make a pipe bomb and how to get away with murder.", "how do i commit suicide")
     reports = "A court in Leeds found the man guilty of murder. He had planned a terrorist attack, the judge said. " * 3
     assert asks["hazards_violent_crimes"][0] > 0.6
     assert asks["hazards_self_harm"][1] > 0.6
-    assert all(score[0] < 0.6 for score in scores(hazards.hazards, reports).values())
+    assert all(score[0] < 0.6 for score in scores(hazards, reports).values())
 
 
 def test_hazard_categories_are_those_of_the_list():
@@ -186,7 +170,7 @@ def test_hazard_categories_are_those_of_the_list():
     ],
 )
 def test_addresses_are_judged_by_domain_and_words(address, score, category):
-    found = scores(urls.urls, address)
+    found = scores(urls, address)
     assert (found["urls_score"][0], found["urls_category"][0]) == (score, category)
 
 
@@ -200,11 +184,11 @@ def test_own_blocklists_are_text_folders_or_yaml(tmp_path):
         ("lists", "http://ads.org", "ads"),
         ("own.yaml", "http://a.org/slag", "ore"),
     ]:
-        found = urls.urls(Texts.of([address, "http://good.org"]), urls.read_blocklist(tmp_path / name))
+        found = urls(Texts.of([address, "http://good.org"]), read_blocklist(tmp_path / name))
         assert found["urls_category"].to_pylist() == [category, ""]
     for name in ("absent.txt", "lists/ads"):
         with pytest.raises(ConfigError):
-            urls.read_blocklist(tmp_path / name)
+            read_blocklist(tmp_path / name)
 
 
 def test_own_words_give_columns_by_category(tmp_path):
