@@ -10,15 +10,7 @@ from bessemer.core.errors import ConfigError
 from bessemer.data.config import SelectConfig
 from bessemer.data.filters.registry import HAZARD_CATEGORIES, filter_plugin
 from bessemer.data.filters.urls import read_blocklist, urls
-from bessemer.data.filters.word_list_scores import (
-    _variety,
-    hazards,
-    model_written,
-    spam,
-    surface,
-    toxicity,
-    words_scorer,
-)
+from bessemer.data.filters.word_list_scores import _variety, hazards, model_written, spam, surface, toxicity, words_scorer
 from bessemer.data.plugins import LANGUAGE_SCORES, USUAL_LANGUAGE_SCORE, arrow_types, limits_of
 from bessemer.data.text.texts import Texts
 from bessemer.data.word_lists.term_matcher import Category, TermMatcher

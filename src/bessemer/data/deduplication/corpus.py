@@ -116,7 +116,7 @@ class Sketch:
         _count(self._cells, self._shift, hashes)
 
     def repeated(self, hashes: np.ndarray) -> np.ndarray:
-        """Which hashes, (N,) bool, came at least twice, or share a cell with another."""
+        """Whether each hash was added at least twice, or shares a cell with another: (N,) bool."""
         cells = hashes >> self._shift
         return (self._cells[(cells >> np.uint64(2)).astype(np.int64)] >> (cells & np.uint64(3)) * np.uint64(2)) & 2 != 0
 
@@ -151,14 +151,14 @@ def groups_of_equal(keys: np.ndarray, *order: np.ndarray) -> tuple[np.ndarray, n
 
 
 def group_numbers(keys: np.ndarray) -> np.ndarray:
-    """Of sorted keys, (N,): 0 for the first and its equals, 1 for the next, and so on."""
+    """Group numbers of sorted keys, (N,): 0 for the first and its equals, 1 for the next, and so on."""
     new = np.zeros(len(keys), dtype=np.int64)
     new[1:] = keys[1:] != keys[:-1]
     return np.cumsum(new)
 
 
 def first_of_groups(groups: np.ndarray) -> np.ndarray:
-    """Of sorted group numbers, (N,): for each row the index of its group's first row."""
+    """For each row the index of its group's first row, given sorted group numbers, (N,)."""
     starts = np.ones(len(groups), dtype=bool)
     starts[1:] = groups[1:] != groups[:-1]
     return np.flatnonzero(starts)[np.cumsum(starts) - 1] if len(groups) else np.zeros(0, dtype=np.int64)
@@ -325,7 +325,7 @@ class Corpus:
 
 
 def _limits(rows: pa.RecordBatch) -> list[int]:
-    """Where to cut a batch: 0, the first row of each further chunk, and the number of rows."""
+    """Limits of a batch's chunks: 0, the first row of each further chunk, and the number of rows."""
     if "text" not in rows.schema.names or rows.num_rows == 0:
         return [0, rows.num_rows]
     before = np.concatenate([[0], np.cumsum(pc.binary_length(rows.column("text")).to_numpy(), dtype=np.int64)[:-1]])

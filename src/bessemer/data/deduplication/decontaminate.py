@@ -39,7 +39,7 @@ from bessemer.data.text.characters import code_point
 from bessemer.data.text.compiled import compiled, compiled_allocating, longest_text
 from bessemer.data.text.texts import Texts
 
-#: What a word takes of a run, and what a character of a script without spaces does.
+#: Sizes within a run: of a word, an ideograph, and a letter of a script without spaces.
 _WORD, _IDEOGRAPH, _LETTER = 4, 2, 1
 _FIRST_IDEOGRAPH, _FIRST_HALF_WIDTH = 0x3400, 0xFF66
 #: The first byte of a character beyond U+07FF.
@@ -48,7 +48,7 @@ _THREE_BYTES = 0xE0
 
 @compiled
 def run_sizes(data: np.ndarray, fold: np.ndarray, places: np.ndarray, count: int, sizes: np.ndarray) -> None:
-    """What each of `count` words takes of a run, to `sizes`."""
+    """The size of each of `count` words within a run, to `sizes`."""
     for word in range(count):
         size, first = _WORD, places[word, 0]
         if data[first] >= _THREE_BYTES:
@@ -62,7 +62,7 @@ def run_sizes(data: np.ndarray, fold: np.ndarray, places: np.ndarray, count: int
 def sized_runs(
     hashes: np.ndarray, sizes: np.ndarray, count: int, ngram: int, powers: np.ndarray, ends: np.ndarray, runs: np.ndarray
 ) -> int:
-    """Of the run that begins with each word the word behind its last, to `ends`, and its hash, that of `run_hash`, to `runs`.
+    """For the run that begins with each word: one past its last word, to `ends`, and its hash as of `run_hash`, to `runs`.
 
     A run is the fewest words that are as large as `ngram` words. Returns how many runs there are. powers: of `BASE`.
     """
@@ -174,7 +174,7 @@ def hash_table(runs: np.ndarray, items: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 @compiled
 def place_of_run(table: np.ndarray, owners: np.ndarray, run: np.uint64) -> np.int64:
-    """Where a run's hash lies in the table, or the empty place where it would."""
+    """The slot of a run's hash in the table, or the free slot where it belongs."""
     place = np.int64(run & np.uint64(len(table) - 1))
     while owners[place] >= 0 and table[place] != run:
         place = (place + 1) & (len(table) - 1)
@@ -207,7 +207,7 @@ class NgramOverlap:
         self._group_R, self._entry_R = pairs_R[0], pairs_R[1]
 
     def add(self, documents: Texts) -> None:
-        """Take notice of a batch of documents."""
+        """Mark the n-grams of a batch of documents."""
         _mark(
             documents.data,
             documents.offsets,
@@ -220,7 +220,7 @@ class NgramOverlap:
         )
 
     def counts(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of each group its different n-grams, and how many of them a document had: (G,) int64 each."""
+        """Different n-grams of each group, and those of them that a document had: (G,) int64 each."""
         total_G = np.bincount(self._group_R, minlength=self._groups)
         seen_G = np.bincount(self._group_R[self._seen_E[self._entry_R]], minlength=self._groups)
         return total_G, seen_G
@@ -256,7 +256,7 @@ class Item:
     text: str
 
 
-#: What evaluation prompts put before a text and no page does.
+#: Labels of evaluation prompts, which stand before a text there and on no page.
 _LABEL = re.compile(r"^\s*(question|q|answer|a|context|passage)\s*:\s*|\s*\b(answer|a)\s*:\s*$", re.IGNORECASE)
 
 
@@ -367,7 +367,7 @@ class Contamination:
         remaining, words = cut(Texts.from_arrow(texts), bounds, offsets)
         short = (items >= 0) & (words < self.least_words_left)
         reason = pa.array([text if drop else None for text, drop in zip(said, short.tolist(), strict=True)], pa.string())
-        # what is dropped is shown as it was
+        # a dropped document keeps its text, for the report
         return pc.if_else(pc.is_null(reason), remaining, texts), reason
 
 
@@ -391,7 +391,7 @@ def _find(
 ) -> None:
     scratch = _scratch(most_words(longest_text(offsets)), ngram)
     places = scratch.places
-    # a run that begins at this word is contained up to that one
+    # by first word: where the longest contained run ends, 0 for none
     until = np.empty(len(places), dtype=np.int64)
     spans = 0
     for text in range(len(offsets) - 1):

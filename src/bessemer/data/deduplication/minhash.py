@@ -120,7 +120,7 @@ def sets_between(
 
 # shingles whose minima are taken at a time: 8 kB, which stay in the first cache for all orders
 _MINHASH_BLOCK = 2048
-# the orders are fixed for good
+# never changed, so that signatures stay comparable
 _SEED = 0x6265_7373
 
 

@@ -71,8 +71,8 @@ def _roots(parents: np.ndarray, numbers: np.ndarray) -> np.ndarray:
 _LEADERS = 4
 #: Of a crowd, documents are compared that share a shingle which at most this many have.
 _RARE = 4
-#: Shingles that are looked at before the mapped file of sets is let go: 4 MB, and up to 25 times that with what the system
-#: brings into memory around them.
+#: Shingles read before the mapped file of sets is released: 4 MB, and up to 25 times that with what the system
+#: loads around them.
 _SHINGLES_MAPPED = 1 << 19
 # shingles of a crowd that are sorted at a time
 _SHINGLES_SORTED = 1 << 22
@@ -154,7 +154,7 @@ class _Comparison:
 
     def __init__(self, corpus: Corpus, is_candidate: np.ndarray, shingles: Parts, ngram: int) -> None:
         self._shingles = shingles
-        # of a document's number: where its set is described
+        # by document number: its row in `_sizes` and `_starts`
         self._slots = np.cumsum(is_candidate) - 1
         self._sizes = np.zeros(int(is_candidate.sum()), dtype=np.int64)
         self._starts = np.zeros_like(self._sizes)
@@ -255,7 +255,7 @@ class _Matcher:
 
 
 def _with_others(groups: np.ndarray) -> np.ndarray:
-    """Of sorted group numbers, (M,): which rows, (M,) bool, are not alone in their group."""
+    """Whether each row shares its group with another, (M,) bool, given sorted group numbers, (M,)."""
     paired = np.zeros(len(groups), dtype=bool)
     equal = groups[1:] == groups[:-1]
     paired[1:] |= equal

@@ -27,7 +27,7 @@ from bessemer.data.text.texts import Texts
 Unit = Literal["line", "paragraph", "sentence"]
 
 _PARTS = 64
-# a guess, for the size of the sketch
+# an estimate, for the size of the sketch
 _PASSAGES_PER_DOCUMENT = 64
 
 
@@ -162,7 +162,7 @@ def _passages(
     return filled
 
 
-# a guess, for the size of the sketch
+# an estimate, for the size of the sketch
 _ANCHORS_PER_DOCUMENT = 64
 
 
@@ -189,7 +189,7 @@ def repeated_substrings(corpus: Corpus, scratch: Path, *, length: int = 50, leas
             spans = np.zeros(len(rows), dtype=span_type(corpus))
             is_first = first_of_groups(groups) == np.arange(len(rows))
             spans["number"], spans["start"], spans["keep"] = records["number"][rows], records["start"][rows], is_first
-            # what is kept ends where the next word begins: between two kept spans nothing is to be cut, not even a space
+            # a kept span ends where the next word begins, so that nothing between two kept spans is cut, not even a space
             spans["end"] = np.where(is_first, records["after"][rows], records["end"][rows])
             collector.add(spans)
     return collector.close("too little left without repeated substrings", least_words_left)
@@ -235,7 +235,7 @@ def _runs(
     long = np.empty(len(words), dtype=np.uint64)
     short = np.empty(len(words), dtype=np.uint64)
     short_length = length // 2
-    # shorter runs in a run
+    # how many shorter runs a run has
     window = length - short_length + 1
     filled = 0
     for text in range(len(offsets) - 1):
@@ -248,7 +248,7 @@ def _runs(
         anchor = -1
         for run in range(total):
             last = run + window - 1
-            # it has left the window
+            # the anchor has left the window
             if anchor < run:
                 anchor = run
                 for index in range(run + 1, last + 1):

@@ -105,7 +105,7 @@ class SpanRemovals:
 
     @property
     def spans(self) -> int:
-        """How many spans are cut out."""
+        """The number of spans to cut."""
         return int(self.offsets[-1])
 
     def apply(self, ids: pa.Array, texts: pa.Array) -> tuple[pa.Array, pa.Array]:
@@ -120,7 +120,7 @@ class SpanRemovals:
         for row in hits[words[hits] < self.least_words].tolist():
             reasons[row] = self.wording
         reason = pa.array(reasons, pa.string())
-        # what is dropped is shown as it was
+        # a dropped document keeps its text, for the report
         return pc.if_else(pc.is_null(reason), remaining, texts), reason
 
     def _bounds_of(self, rows: np.ndarray) -> np.ndarray:
@@ -146,7 +146,7 @@ class SpanCollector:
         spans = spans[spans["number"] >= self._corpus.first]
         rows = self._corpus.rows_of(spans["number"].astype(np.int64))
         spans["number"] = rows
-        # by ranges of rows, so that the parts one after the other are in the order of ids
+        # by ranges of rows, so that the parts in sequence are in the order of ids
         self._parts.add(spans, rows * _PARTS // len(self._corpus))
 
     def close(self, wording: str, least_words: int) -> SpanRemovals:
@@ -184,7 +184,7 @@ def _merged(numbers: np.ndarray, starts: np.ndarray, ends: np.ndarray, keep: np.
         kept = first
         while kept < last and keep[kept] == 0:
             kept += 1
-        # the first span to keep that can still matter
+        # the first span to keep that does not end before the current span
         protected = kept
         index = first
         while index < kept:
@@ -233,9 +233,9 @@ def _closed(data: np.ndarray, position: int, stop: int, out: np.ndarray, begin: 
         while size > begin and (out[size - 1] == _SPACE or out[size - 1] == _TAB):
             size -= 1
         if position < stop and size > begin and out[size - 1] == _NEWLINE:
-            # a whole line went, and this ended it
+            # the cut took a whole line; this is its line break
             position += 1
-    # at a text's beginning: where the first line begins, whose indentation stays if the span was all before it
+    # at a text's beginning: where the first remaining line begins; its indentation stays
     line = position
     while position < stop and is_white(data[position]):
         newline = data[position] == _NEWLINE

@@ -79,9 +79,9 @@ Embeddings = Iterable[tuple[pa.Array, np.ndarray]]
 _UNIT = 4096.0
 #: Digits of a logarithm that are kept: the last ones differ between processors.
 _DECIMALS = 6
-# embeddings from which clusters are made
+# embeddings from which the centroids are computed
 _SAMPLE = 1 << 14
-# embeddings in memory when all are assigned
+# embeddings in memory while all are assigned to clusters
 _AT_ONCE = 1 << 12
 
 
@@ -183,7 +183,7 @@ def _k_means(store: Parts, dimensions: int, order: np.ndarray, clusters: int, it
         sums = np.zeros((len(centroids), dimensions), dtype=np.int64)
         np.add.at(sums, _nearest(vectors, centroids), vectors)
         lengths = np.sqrt((sums**2).sum(axis=1).astype(np.float64))
-        # an empty cluster stays where it is
+        # the centroid of an empty cluster stays
         moved = lengths > 0
         centroids[moved] = np.rint(sums[moved] / lengths[moved, None] * _UNIT).astype(np.int16)
     return centroids
@@ -191,7 +191,7 @@ def _k_means(store: Parts, dimensions: int, order: np.ndarray, clusters: int, it
 
 @compiled
 def _dot(left: np.ndarray, right: np.ndarray) -> np.int32:
-    """Of vectors of length 4,096: below 2^25, so 32 bits hold it."""
+    """Product of vectors of length 4,096; it is below 2^25, so that 32 bits hold it."""
     total = np.int32(0)
     for index in range(len(left)):
         total += np.int32(left[index]) * np.int32(right[index])

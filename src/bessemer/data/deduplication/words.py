@@ -18,7 +18,7 @@ from bessemer.data.text.word_rules import WITHOUT_SPACES
 
 #: Code points below have an entry. Beyond lie rare ideographs, each a word of its own, and private use.
 LIMIT = IDEOGRAPHIC_PLANES
-#: What an entry may say besides the code point that is hashed.
+#: Entries that are no code point to hash.
 SEPARATOR, IGNORED = 0, -1
 # a word by itself: scripts that put no space between words
 ALONE = 1 << 24
@@ -102,7 +102,7 @@ def hash_words(
     data (bytes,) uint8 of valid UTF-8; fold from `fold_table`; hashes (M,) uint64; places (M, 2) int64 takes each word's first
     byte and the one after its last, unless it has no rows. Returns how many hashes there are now and where to go on.
     """
-    # of the word that is being read; -1 between words
+    # first byte of the current word; -1 between words
     begin = -1
     word = _OFFSET
     # -1 outside a number, 0 in its whole part, 1 in its decimal part
@@ -198,7 +198,7 @@ def most_words(size: int) -> int:
 
 @compiled_allocating
 def count_words(data: np.ndarray, position: int, end: int, fold: np.ndarray) -> int:
-    """How many words `data[position:end]` has."""
+    """The number of words in `data[position:end]`."""
     block = np.empty(64, dtype=np.uint64)
     nowhere = np.empty((0, 2), dtype=np.int64)
     total = 0

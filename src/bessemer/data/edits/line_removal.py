@@ -68,7 +68,7 @@ def boilerplate(texts: Texts, settings: Boilerplate | None = None) -> tuple[pa.A
 
 @compiled_allocating
 def _lines(data: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where each line begins, (lines + 1,), its newline within it, and the text that it belongs to, (lines,)."""
+    """First byte of each line, (lines + 1,), newlines belonging to their lines, and the text of each line, (lines,)."""
     count = 1
     for text in range(len(offsets) - 1):
         begin = offsets[text]
@@ -104,7 +104,7 @@ def _only_labels(line: str) -> bool:
 
 @compiled_allocating
 def _repeats(data: np.ndarray, starts: np.ndarray, owners: np.ndarray, repeats: int) -> np.ndarray:
-    """Which lines to drop so that of more than `repeats` equal ones in a row the first stays. Blank lines are no lines."""
+    """The lines to drop, so that of more than `repeats` equal ones in a row the first stays; blank lines do not count."""
     lines = len(owners)
     dropped = np.zeros(lines, np.bool_)
     at = 0
@@ -149,7 +149,7 @@ def _trimmed(data: np.ndarray, first: int, behind: int) -> tuple[int, int]:
     return first, behind
 
 
-#: A count for each rule, in the order of the rules, then that of the citations.
+#: Columns of counts: one a rule, in the order of the rules, then the citations.
 _COLUMNS = tuple(edit_plugin("c4_lines").columns)
 
 _KEPT = -1
@@ -238,7 +238,7 @@ def _edit(
     starts, stops, of_text = lines
     index = 0
     for text in range(len(offsets) - 1):
-        # where the last line kept ends, without its break
+        # end of the last kept line, without its line break
         content = index
         dropped_last = False
         for line in range(of_text[text], of_text[text + 1]):
@@ -298,7 +298,7 @@ def _judge(
 
 @compiled
 def _words(data: np.ndarray, start: int, end: int, classes: np.ndarray) -> tuple[int, int, bool]:
-    """How many words white space separates, the characters of the longest, and whether the line's script has such spaces."""
+    """Words by white space, characters of the longest, and whether the line's script puts spaces between words."""
     words, longest, characters, total, unspaced = 0, 0, 0, 0, 0
     index = start
     while index < end:
@@ -318,7 +318,7 @@ def _words(data: np.ndarray, start: int, end: int, classes: np.ndarray) -> tuple
 @compiled
 def _is_terminated(data: np.ndarray, start: int, end: int, classes: np.ndarray, as_the_peer: bool) -> bool:
     """Whether a line ends as a sentence does, citations behind it left out; as_the_peer: in a mark of `_TERMINALS`."""
-    # behind the last byte that belongs to no citation
+    # one past the last byte that belongs to no citation
     stop, at = start, start
     while at < end:
         citation = _citation(data, at, end)
@@ -375,7 +375,7 @@ def _equal(data: np.ndarray, start: int, other: np.ndarray, first: int, last: in
 def _find_phrases(
     data: np.ndarray, start: int, end: int, phrases: tuple[np.ndarray, np.ndarray, np.ndarray]
 ) -> tuple[int, bool]:
-    """Which phrases a line has, as bits, and whether it has a curly bracket."""
+    """The phrases in a line, as bits, and whether it has a curly bracket."""
     spelt, begins, begin_bytes = phrases
     seen, has_brace = 0, False
     for index in range(start, end):

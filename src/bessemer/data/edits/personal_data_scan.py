@@ -26,7 +26,7 @@ PHONE_WORDS = listed("""
     telefón, telefonszám, numer telefonu, nr telefonu, nr tel, telefonní číslo, telefónne číslo,
     τηλ, τηλέφωνο, тел, телефон, факс
 """)
-#: And those that mean other things too.
+#: Words that have other meanings too and count only before a colon.
 PHONE_COLON_WORDS = listed("fon, mobil, mobiel, durchwahl, portable, celular, cellulare, cep, моб, мобильный")
 
 AT, IBAN, DOTTED, COLONS, CARD, PHONE = range(6)
@@ -93,7 +93,7 @@ def _scan(data: np.ndarray, offsets: np.ndarray, classes: np.ndarray, table: np.
                     what = PHONE if byte == _PLUS or (classes[data[at + 3]] == _DIGIT and data[at + 4] == _CLOSE) else -1
                 if what < 0 and byte == _OPEN and at + 7 < last and classes[data[at + 1]] == _DIGIT:
                     what = PHONE if _named(data, at, first) else -1
-                # past its digits, which would else be looked at again
+                # past the number's digits, so that they are not scanned again
                 if what == PHONE:
                     while at + step < last and classes[data[at + step]] == _DIGIT:
                         step += 1
@@ -119,13 +119,13 @@ def _scan(data: np.ndarray, offsets: np.ndarray, classes: np.ndarray, table: np.
 
 @compiled
 def _number(data: np.ndarray, at: int, first: int, last: int, classes: np.ndarray, joined: bool) -> tuple[int, int]:
-    """What a number that begins here may be, and how many digits its first group has."""
+    """The kind of number that may begin here, and the digits of its first group."""
     group = at
     while group < last and classes[data[group]] == _DIGIT:
         group += 1
     length = group - at
     before = data[at - 1] if at > first else np.uint8(_SPACE)
-    # inside a word, a decimal fraction, a path, a date: nothing that we look for
+    # part of a word, a decimal fraction, a path or a date
     if joined or before in (_DOT, _MINUS, _SLASH, _COMMA):
         return -1, length
     if 13 <= length <= 19:

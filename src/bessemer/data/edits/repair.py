@@ -29,7 +29,7 @@ _MOJIBAKE = (
 _MOJIBAKE_LINE = re.compile(
     _MOJIBAKE.replace(r"\x{C2}", "\xc2").replace(r"\x{F4}", "\xf4").replace(r"\x{80}", "\x80").replace(r"\x{BF}", "\xbf")
 )
-#: Encoding alone: what else ftfy can do (quotes, ligatures, entities, width) changes how an author wrote.
+#: ftfy repairs encodings alone: its other repairs (quotes, ligatures, entities, width) change what an author wrote.
 _ENCODING_ALONE = ftfy.TextFixerConfig(
     unescape_html=False,
     remove_terminal_escapes=False,
@@ -133,7 +133,7 @@ _CONTROL, _INVISIBLE, _LINE_END, _LOST, _KEPT = 0, 1, 2, 3, 4
 
 @compiled
 def _unwanted(data: np.ndarray, at: int, end: int) -> tuple[int, int]:
-    """How many bytes the character (or the pair of carriage return and newline) here has, and what is to be done about it."""
+    """The bytes of the character here (or of a carriage return with its newline), and what is to be done with it."""
     byte = data[at]
     if byte == 0x0D:
         return (2 if at + 1 < end and data[at + 1] == 0x0A else 1), _LINE_END

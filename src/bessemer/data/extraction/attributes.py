@@ -11,7 +11,7 @@ from bessemer.data.text.compiled import compiled
 
 FNV_START, FNV_PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x100000001B3)
 _ROLE_START, _ITEMPROP_START, _ITEMTYPE_START = (np.uint64(fnv(word)) for word in ("role_", "itemprop_", "itemtype_"))
-# What a `style` says of an element that is not shown.
+# Words of a `style` that hides its element.
 _DISPLAY, _NONE, _VISIBILITY, _HIDDEN_VALUE = (
     np.frombuffer(word, np.uint8) for word in (b"display", b"none", b"visibility", b"hidden")
 )
@@ -142,7 +142,7 @@ def _hides(data: np.ndarray, start: int, end: int) -> bool:
 def read_attributes(
     data: np.ndarray, place: int, end: int, tag: int, keys: np.ndarray, bits: np.ndarray, value: np.ndarray
 ) -> tuple[int, int, int]:
-    """What matters of a start tag's attributes: where the tag ends, the roles, and `HREF`, `UNSEEN`, … as bits.
+    """Relevant attributes of a start tag: where the tag ends, the roles, and `HREF`, `UNSEEN`, … as bits.
 
     `value`, (2,), is set to where the `content` of a meta element lies.
     """

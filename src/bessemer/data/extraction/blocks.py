@@ -153,7 +153,7 @@ def count_text(
                         ends += 1
                         last = 46
                     elif byte >= 128 and byte < 192:
-                        # the third byte of “ ” ’ … tells closing marks apart from letters closely enough
+                        # the third byte of “ ” ’ … is enough to tell closing marks from letters
                         if place > 1 and data[place - 2] == 0xE2 and data[place - 1] == 0x80:
                             last = 46 if byte == 0xA6 else (34 if (byte == 0x9D or byte == 0x9C) else last)
                         else:
@@ -252,7 +252,7 @@ def sum_over_tree(page: Page, counts: np.ndarray, sums: np.ndarray) -> None:
 
 
 BUCKETS = 1 << 14
-#: Words of a block that are read, and what is hashed of them at most.
+#: Most words of a block that are read, and most hashes made of them.
 MOST_WORDS, MOST_HASHED = 60, 68
 _FIRST = np.uint64(0x5BD1E995)
 

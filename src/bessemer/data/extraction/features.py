@@ -292,7 +292,7 @@ def describe_surroundings(
         column = UP_AT
         above = element
         for _ in range(LEVELS):
-            # up to the next block-level ancestor that holds more than what is below it
+            # up to the next block-level ancestor with more blocks than `inner`
             inner = above
             while above > 0 and (not traits[tags[above]] & BLOCK or sums[above, 2] == sums[inner, 2]):
                 above = parents[above]

@@ -252,7 +252,7 @@ def probabilities(rows: np.ndarray, trees: Trees) -> np.ndarray:
 
 
 def second_rows(answers: np.ndarray, rows: np.ndarray, counts: np.ndarray, page: Page) -> np.ndarray:
-    """What the second ensemble sees of each block, (B, F + C) float32, given its `FEATURES` and counts."""
+    """Inputs of the second ensemble for each block, (B, F + C) float32, given its `FEATURES` and counts."""
     headings = (TRAITS[page.tags[page.block_elements]] & HEADING) != 0
     around = np.zeros((len(rows), len(CONTEXT)), np.float32)
     sums, groups = np.zeros((3, len(page.tags))), np.zeros((2, int(counts[:, GROUP].max(initial=0)) + 1))

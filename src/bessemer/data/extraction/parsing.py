@@ -45,7 +45,7 @@ from bessemer.data.extraction.vocabulary import (
 )
 from bessemer.data.text.compiled import compiled
 
-#: Elements open at once; what lies deeper counts to the last of them.
+#: Most elements open at once; deeper ones count as part of the deepest.
 MAX_DEPTH = 512
 #: Tags read of one page: what follows is not read. A page of 50 MB of nothing but tags would fill gigabytes otherwise.
 MAX_TAGS = 1_000_000

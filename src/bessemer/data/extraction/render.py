@@ -58,7 +58,7 @@ def lay_out(page: Page, sizes: np.ndarray, keep: np.ndarray, traits: np.ndarray,
         elif tag == _LI:
             children[parent] += 1
             number[element] = children[parent]
-    # from here on the characters of a cell
+    # from here on: the characters of each cell
     children[:] = 0
     for block in range(len(block_elements)):
         element = block_elements[block]
@@ -89,10 +89,10 @@ def render_bytes(
     run_flags = page.run_flags
     item, depth, cell, table = layout[_ITEM], layout[_DEPTH], layout[_CELL], layout[_TABLE_OF]
     number, is_data, own_blocks, marked = layout[_NUMBER], layout[_IS_DATA], layout[_OWN_BLOCKS], layout[_CHILDREN]
-    # from here on whether an item has its marker
+    # from here on: whether each item has its marker
     marked[:] = 0
     size = 0
-    # of the block before: its table, row and column, its item, its element, its pre
+    # the previous block's table, row, column, item, tag and `pre`
     last_table = last_row = last_pre = last_item = -1
     last_column = last_tag = 0
     last_cell = -1
@@ -163,7 +163,7 @@ def render_bytes(
             for index in range(before, size):
                 if out[index] == _NEWLINE:
                     out[index] = _SPACE
-        # nothing visible: as if it were not there
+        # nothing visible: undo what was written for the block
         if size == before:
             size = text_start
             in_fence = fence_before
@@ -196,7 +196,7 @@ def _put_number(out: np.ndarray, size: int, number: int) -> int:
 
 
 def laid_out(page: Page, keep: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """How the blocks with `keep` lie in lists and tables, (8, N) int32; `sizes`, (B,), are the blocks' characters."""
+    """Layout in lists and tables of the blocks with `keep`, (8, N) int32; `sizes`, (B,), are the blocks' characters."""
     layout = np.zeros((8, len(page.tags)), np.int32)
     lay_out(page, sizes, keep, TRAITS, _LISTS, layout)
     return layout
@@ -214,7 +214,7 @@ def render(data: np.ndarray, page: Page, keep: np.ndarray, sizes: np.ndarray) ->
     lengths = block_lengths(page)
     layout = laid_out(page, keep, sizes)
     scratch = np.empty(2 * int(lengths.max(initial=0)) + 64, np.uint8)
-    # what stands around a block is at most two newlines, eight levels, a marker and fences; and `| ` for each cell
+    # around a block: at most two newlines, eight levels of indentation, a marker and fences, and `| ` for each cell
     out = np.empty(2 * int(lengths[keep].sum()) + 64 * int(keep.sum()) + 3 * len(page.tags) + 64, np.uint8)
     size = render_bytes(data, page, keep, layout, TRAITS, ENTITIES, scratch, out)
     return out[:size].tobytes().decode("utf-8")

@@ -45,7 +45,7 @@ def features_of(texts: Texts, features: Features) -> tuple[np.ndarray, np.ndarra
 
 
 def summed(texts: Texts, features: Features, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of each text the sum of its features' weights, float64, and how many features it has."""
+    """Sum of the weights of each text's features, float64, and the number of its features."""
     return _summed(texts.data, texts.offsets, features, weights)
 
 
@@ -162,7 +162,7 @@ class Classifier:
         return sums / np.sqrt(np.maximum(sizes, 1)) + self.bias
 
     def probabilities(self, texts: Texts) -> np.ndarray:
-        """Of each text how probably it is good, float64 in [0, 1]."""
+        """Probability that each text is good, float64 in [0, 1]."""
         return sigmoid(self.slope * self.logits(texts) + self.intercept)
 
     def save(self, folder: Path) -> None:
@@ -202,7 +202,7 @@ def classifier_columns(classifier: Classifier) -> dict[str, pa.DataType]:
 
 
 def classifier_meaning(classifier: Classifier) -> dict[str, str]:
-    """What that column says, in one line."""
+    """The description of that column."""
     (column,) = classifier_columns(classifier)
     return {column: f"how probably the text is {classifier.name!r}, by the classifier trained on examples (0 to 1)"}
 

@@ -150,7 +150,7 @@ def fit(texts: list[str], labels: np.ndarray, config: ClassifierConfig, *, progr
     weights, bias, passes = _trained(split, features, config, progress or Silent())
     raw = Classifier(config.name, features, weights, bias, 1.0, 0.0, {})
     slope, intercept = _calibrated(raw.logits(split["calibrating"][0]), split["calibrating"][1])
-    # by Bayes, from the one half that it was fitted for
+    # shifts the prior from one half, for which the slope was fitted (Bayes)
     intercept += float(np.log(config.prior / (1 - config.prior)))
     classifier = Classifier(config.name, features, weights, bias, slope, intercept, {})
     kept, kept_labels = split["held_out"]
@@ -192,7 +192,7 @@ def judged(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:
 
 
 def area_under_curve(good: np.ndarray, scores: np.ndarray) -> float:
-    """How often a good one scores above a bad one, ties counting half (Mann and Whitney's U); one half without both."""
+    """Share of pairs whose good one scores higher, ties counting half (Mann and Whitney); one half without pairs."""
     if good.all() or not good.any():
         return 0.5
     _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
@@ -216,7 +216,7 @@ def _trained(
     """Weights, bias and the number of passes with the lowest loss on the texts that calibrate."""
     texts, labels = split["training"]
     buckets, starts = features_of(texts, features)
-    # as if both were as many
+    # weighs both labels as one half
     importance = np.where(labels == 1, 0.5 / labels.mean(), 0.5 / (1 - labels.mean()))
     weights, squares = np.zeros(1 << config.bits), np.zeros(1 << config.bits)
     bias = np.zeros(2)

@@ -30,7 +30,7 @@ _EPSILON = 1e-5
 
 
 class Tables(NamedTuple):
-    """What the compiled loop reads."""
+    """The model's tables, for compiled loops."""
 
     # (rows, width) float32: of words, then of kept subwords
     rows: np.ndarray

@@ -18,7 +18,7 @@ from bessemer.data.text.characters import SPACE, character_classes, code_point, 
 from bessemer.data.text.compiled import compiled, compiled_allocating
 from bessemer.data.text.texts import Texts, strings
 
-#: More text does not change the verdict and costs time.
+#: Characters that are read: more do not change the verdict.
 _CHARACTERS = 2000
 #: With fewer characters of words left the whole text is judged.
 _FEWEST_CHARACTERS = 20

@@ -35,7 +35,7 @@ def rounded(scores: np.ndarray) -> pa.Array:
 
 
 def repeated(lines: Lines, considered: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of each text, how many of the lines `considered` (K,) bool were there before in it, and their characters: (N,) int64."""
+    """Repeated lines of each text, of those `considered` (K,) bool, and their characters: (N,) int64 each."""
     texts = len(lines.of_text) - 1
     size = table_size(int(lines.counts.max(initial=0)))
     keys, owners = np.empty(size, np.uint64), np.zeros(size, np.int64)
@@ -101,7 +101,7 @@ class QualityCounts(NamedTuple):
     characters: np.ndarray
     words_and_marks: np.ndarray
     with_letter: np.ndarray
-    #: how many words more than one each the words in scripts without spaces come to
+    #: further words that the words in scripts without spaces stand for
     unspaced_words: np.ndarray
     #: how many of `STOP_WORDS` occur, in lower case
     stop_words: np.ndarray
@@ -113,7 +113,7 @@ class QualityCounts(NamedTuple):
 
 
 def measure_quality(texts: Texts) -> QualityCounts:
-    """What `gopher_quality` looks at."""
+    """The counts for `gopher_quality`."""
     words, lines = texts.words, texts.unicode_lines
     counted = np.zeros((len(texts), 7), np.int64)
     _measure_quality(words.hashes, words.characters, words.traits, words.of_text, _stop_words(), counted)
@@ -170,7 +170,7 @@ def _measure_quality(
 def _count_unspaced(
     data: np.ndarray, starts: np.ndarray, ends: np.ndarray, traits: np.ndarray, of_text: np.ndarray, counted: np.ndarray
 ) -> None:
-    """How many words more than one each the words in scripts without spaces come to."""
+    """Adds, for words in scripts without spaces, the number of words that each stands for, less one."""
     for text in range(len(of_text) - 1):
         for word in range(of_text[text], of_text[text + 1]):
             if not traits[word] & HAS_LETTER:
@@ -228,7 +228,7 @@ class RepetitionCounts(NamedTuple):
 
 
 def measure_repetition(texts: Texts) -> RepetitionCounts:
-    """What `gopher_repetition` looks at."""
+    """The counts for `gopher_repetition`."""
     paragraphs, lines = texts.paragraphs, texts.lines
     present = lines.characters > 0
     same_paragraphs, paragraph_characters = repeated(paragraphs, np.ones(len(paragraphs), np.bool_))
@@ -340,7 +340,7 @@ class C4Counts(NamedTuple):
 
 
 def measure_c4(texts: Texts) -> C4Counts:
-    """What `c4` looks at."""
+    """The counts for `c4`."""
     return C4Counts(_occurrences(texts.array, "lorem ipsum"), _occurrences(texts.array, "{"), texts.sentences.counts)
 
 
@@ -366,7 +366,7 @@ class FineWebCounts(NamedTuple):
 
 
 def measure_fineweb(texts: Texts) -> FineWebCounts:
-    """What `fineweb` looks at."""
+    """The counts for `fineweb`."""
     lines = texts.lines
     present = lines.traits & IS_BLANK == 0
     newlines = lines.counts - 1

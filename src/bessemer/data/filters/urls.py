@@ -38,7 +38,7 @@ class Blocklist:
 
     @classmethod
     def of(cls, entries: Mapping[str, Mapping[str, Iterable[str]]]) -> Blocklist:
-        """Of lists of `domains`, `hard` and `soft` words by category. A domain stays with the category that names it first."""
+        """From lists of `domains`, `hard` and `soft` words by category. A domain gets the first category naming it."""
         domains: dict[str, int] = {}
         for number, entry in enumerate(entries.values()):
             for domain in entry.get("domains") or ():
@@ -61,7 +61,7 @@ def urls(texts: Texts, blocklist: Blocklist | None = None) -> dict[str, pa.Array
     # (texts, categories)
     scores = np.minimum(hits[:, 0::2] + hits[:, 1::2] / _SOFT_WORDS, 1.0)
     on_list = np.flatnonzero(listed)
-    # before any word
+    # a listed domain decides before any word
     scores[on_list, listed[on_list] - 1] = 2.0
     best = scores.argmax(1) if scores.shape[1] else np.zeros(len(texts), np.int64)
     score = np.minimum(scores.max(1, initial=0.0), 1.0)
@@ -130,13 +130,13 @@ def _listed(data: np.ndarray, offsets: np.ndarray, keys: np.ndarray, values: np.
 
 @compiled
 def _host(data: np.ndarray, first: int, last: int) -> tuple[int, int]:
-    """Where the host of an address begins and ends: behind `//` and `user:password@`, before the port and the path."""
+    """Begin and end of an address's host: behind `//` and `user:password@`, before the port and the path."""
     start = first
     for at in range(first, last - 1):
         if data[at] == _SLASH and data[at + 1] == _SLASH:
             start = at + 2
             break
-        # a path comes first: there is no scheme
+        # the path begins, so there was no scheme
         if data[at] == _SLASH or data[at] == _QUERY:
             break
     end = start

@@ -35,7 +35,7 @@ class Surface(NamedTuple):
     words: np.ndarray
     #: of ASCII
     letters: np.ndarray
-    #: letters in words of three capitals or more without a small letter
+    #: letters of words with at least three capitals and no small letter
     shouted: np.ndarray
     #: $ £ €, and % behind a digit
     currency: np.ndarray
@@ -112,7 +112,7 @@ _TOXICITY_MIN_WORDS = 40
 #: Weight in a hundred words that makes a score of one half.
 _HALF_ATTACK = 1.4
 _HALF_EXPLICIT = 1.6
-#: However much a text swears, that alone attacks nobody.
+#: Most that swearing adds, since swearing alone attacks nobody.
 _MOST_SWEARING = 1.1
 
 
@@ -218,7 +218,7 @@ _MODEL_WRITTEN_MIN_WORDS = 50
 _HALF_PHRASES = 1.3
 _SEQUENCE = 5
 _BLANK = ord(" ")
-#: Repetition and monotony below this are found in any text: lists, tables, refrains.
+#: Repetition and monotony up to here are usual in human text: lists, tables, refrains.
 _USUAL_REPETITION = 0.35
 _USUAL_MONOTONY = 0.55
 #: Words of the entropy that ordinary English has at n words: bits ≈ a + b · log2 n (fitted on documentation and prose).
@@ -274,7 +274,7 @@ def _variety(data: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndar
         words[:used] = 0
         counts[:used] = 0
         mask = np.uint64(used - 1)
-        # up to which word repeated sequences reach, and how many words they have
+        # end of the last repeated sequence, and the words in repeated sequences
         covered, repeated = 0, 0
         for place in range(count):
             slot = hashes[place] & mask

@@ -42,7 +42,7 @@ _DECIMALS = 4
 
 
 def language_model_folder(place: Path) -> Path | None:
-    """Where the language model of a folder, a run's or a stage's too, lies; None where there is none."""
+    """The folder of the language model in a folder, a run or a stage; None where there is none."""
     return next((folder for folder in (place, follow(place / "model")) if (folder / "config.json").is_file()), None)
 
 
@@ -56,9 +56,9 @@ def perplexity_scores(bits_per_byte: BitsPerByte) -> Callable[[Texts], dict[str,
 
 
 FORMAT = 1
-#: Of tokens by number: 0 stands before the first and behind the last, 1 for all that are not in the vocabulary.
+#: Numbers of special tokens: 0 before the first and behind the last, 1 for tokens outside the vocabulary.
 _EDGE, _UNKNOWN, _FIRST_KNOWN = 0, 1, 2
-# of a token's number in a packed n-gram
+# bits of a token's number in a packed n-gram
 _BITS = 21
 _LARGEST_VOCABULARY = (1 << _BITS) - 1 - _FIRST_KNOWN
 _SPELLING_EDGE = 256
@@ -209,7 +209,7 @@ def _kneser_ney(
     kept = trigram_counts >= fewest
 
     contexts, gammas = gamma_two
-    # a context at a text's beginning is no bigram that was predicted
+    # contexts at a text's beginning are no predicted bigrams
     pairs = np.union1d(bigrams, contexts)
     values = np.zeros((len(pairs), 2))
     values[:, 0] = np.nan
@@ -275,7 +275,7 @@ _SPREAD = np.uint64(0x9E3779B97F4A7C15)
 
 @compiled
 def _slot(table: np.ndarray, key: np.uint64) -> int:
-    """Where a key stands, or the free slot where it would."""
+    """The slot of a key, or the free slot where it belongs."""
     mask = np.uint64(len(table) - 1)
     mixed = key * _SPREAD
     slot = (mixed ^ (mixed >> np.uint64(32))) & mask
@@ -293,7 +293,7 @@ def _insert(table: np.ndarray, keys: np.ndarray, values: np.ndarray) -> None:
 
 @compiled
 def _token(data: np.ndarray, at: int, end: int) -> tuple[int, np.uint64]:
-    """Where the token that begins here ends, and its hash (never 0): a word with one space before it, or one byte."""
+    """End and hash (never 0) of the token that begins here: a word with one space before it, or one byte."""
     behind = at + 1
     if in_word(data[at]) or (data[at] == _SPACE and behind < end and in_word(data[behind])):
         while behind < end and in_word(data[behind]):
@@ -330,7 +330,7 @@ def _tokens(data: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 @compiled_allocating
 def _byte_pairs(data: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """How often each byte (row; 256 is the beginning) has each byte (column; 256 is the end) behind it in the tokens."""
+    """Counts of pairs of bytes in the tokens: row, the first (256: the beginning); column, the second (256: the end)."""
     counts = np.zeros((257, 257), np.int64)
     for token in range(len(begins)):
         before = _SPELLING_EDGE

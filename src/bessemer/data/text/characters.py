@@ -49,10 +49,10 @@ CURRENCY = 1 << 12
 HYPHEN = 1 << 13
 #: may stand in a domain's name
 HOST = 1 << 14
-#: no rule about the insides of a word looks at it: letters, and characters without a rule
+#: has no rule that cuts inside words: letters, and characters without a rule
 PLAIN = 1 << 15
 
-#: Unicode's property Sentence_Terminal, and the full stops of a few scripts beside it.
+#: Unicode's property Sentence_Terminal, and further full stops of a few scripts.
 _TERMINALS = """
     21 2E 3F 589 61D-61F 6D4 700-702 7F9 837 839 83D-83E 964-965 104A-104B 1362 1367-1368 166E 1735-1736 17D4-17D6
     17D9-17DA 1803 1809 1944-1945 1AA8-1AAB 1B5A-1B5B 1B5E-1B5F 1B7D-1B7E 1C3B-1C3C 1C7E-1C7F 203C-203D 2047-2049 2E2E 2E3C
@@ -72,7 +72,7 @@ _HYPHENS = "-–—~"
 _SYMBOLS = "—”：％１〈、━【「」，】；“《„’«∶´（–～»〉》…►፣፤፥፦"
 #: Zero-width joiners end words of Malayalam, Persian and others.
 _JOINERS = (0x200C, 0x200D)
-#: What rules look at besides affixes, currencies and hyphens.
+#: Characters with rules of their own, other than affixes, currencies and hyphens.
 _OPERATORS = "%§=+^/|²°"
 
 #: Of the planes above these no code point is a letter, a space or a mark.
@@ -126,7 +126,7 @@ def _by_category(category: str) -> int:
 
 
 def _code_points(ranges: str) -> list[int]:
-    """Of hexadecimal numbers and ranges: `21 589 61D-61F`."""
+    """Code points from hexadecimal numbers and ranges: `21 589 61D-61F`."""
     found: list[int] = []
     for item in ranges.split():
         first, _, last = item.partition("-")
@@ -151,7 +151,7 @@ def code_point(data: np.ndarray, index: int) -> Any:
 
 @compiled
 def previous(data: np.ndarray, index: int) -> Any:
-    """Where the character begins that ends before `index`."""
+    """The first byte of the character that ends before `index`."""
     index -= 1
     while data[index] & 0xC0 == 0x80:
         index -= 1

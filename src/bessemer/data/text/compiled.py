@@ -26,9 +26,9 @@ from numba.core.compiler_lock import global_compiler_lock
 
 from bessemer.core.hashing import hash_bytes
 
-#: Seconds. The longest of ours takes a few.
+#: Seconds to wait for another process's compilation; the longest takes a few.
 _LONGEST_COMPILATION = 60
-#: A file whose presence says that somebody was told.
+#: Marker file: the compilation was announced to a user.
 _ANNOUNCED = "compiling.announced"
 _IMPORT = re.compile(r"^from (bessemer\.data\.[\w.]+) import", re.MULTILINE)
 
@@ -128,7 +128,7 @@ _HALF = np.uint64(32)
 
 @compiled
 def fnv_hash(data: np.ndarray, start: int, end: int) -> Any:
-    """Of `data[start:end]`, uint64: FNV-1a (Fowler, Noll and Vo), its bits mixed at the end so that any of them may be used."""
+    """FNV-1a (Fowler, Noll and Vo) of `data[start:end]`, uint64, mixed at the end so that all bits are usable."""
     value = _SEED
     for index in range(start, end):
         value = (value ^ np.uint64(data[index])) * _PRIME
@@ -138,7 +138,7 @@ def fnv_hash(data: np.ndarray, start: int, end: int) -> Any:
 
 @compiled
 def slot_of(keys: np.ndarray, key: Any) -> Any:
-    """Where `key` is in an open-addressing table of 2^k keys, or the free slot (a zero) where it belongs."""
+    """The slot of `key` in an open-addressing table of 2^k keys, or the free slot (a zero) where it belongs."""
     mask = np.uint64(len(keys) - 1)
     slot = key & mask
     while keys[slot] != key and keys[slot] != 0:

@@ -40,7 +40,7 @@ class Spans:
 
     @cached_property
     def counts(self) -> np.ndarray:
-        """How many spans each text has, (N,) int64."""
+        """The number of spans of each text, (N,) int64."""
         return np.diff(self.of_text)
 
     def total(self, values: np.ndarray) -> np.ndarray:
@@ -73,7 +73,7 @@ class Lines(Spans):
 
     @cached_property
     def hashes(self) -> np.ndarray:
-        """Of each, (K,) uint64."""
+        """Hash of each line, (K,) uint64."""
         hashes = np.empty(len(self), np.uint64)
         _hash(self.data, self.starts, self.ends, hashes)
         return hashes
@@ -98,12 +98,12 @@ def find_lines(data: np.ndarray, offsets: np.ndarray, *, unicode: bool) -> Lines
 
 
 def find_paragraphs(data: np.ndarray, offsets: np.ndarray) -> Lines:
-    """What stands between empty lines, white space around the text left out; of a blank text none."""
+    """The text between empty lines, without white space around the whole; a blank text has no paragraph."""
     return _spans_of(_cut_paragraphs, data, offsets, False)
 
 
 def _spans_of(cut: Callable[..., int], data: np.ndarray, offsets: np.ndarray, unicode: bool) -> Lines:
-    # what is never written takes no memory
+    # untouched pages of these arrays take no memory
     most = int(offsets[-1] - offsets[0]) + len(offsets)
     found = _Found(*(np.empty(most, kind) for kind in (np.int64, np.int64, np.int32)))
     of_text = np.zeros(len(offsets), np.int64)
@@ -215,7 +215,7 @@ def _describe(data: np.ndarray, starts: np.ndarray, ends: np.ndarray, classes: n
 
 @compiled
 def characters_of(data: np.ndarray, start: int, end: int) -> int:
-    """How many characters `data[start:end]` has."""
+    """The number of characters in `data[start:end]`."""
     count = 0
     for index in range(start, end):
         count += data[index] & 0xC0 != 0x80

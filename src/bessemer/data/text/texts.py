@@ -81,7 +81,7 @@ class Texts:
 
     @classmethod
     def from_arrow(cls, array: pa.Array) -> Texts:
-        """Of an array of strings without nulls; the bytes are not copied."""
+        """From an Arrow array of strings without nulls; the bytes are not copied."""
         assert pa.types.is_string(array.type) or pa.types.is_large_string(array.type)
         assert not array.null_count
         _, offset_buffer, data_buffer = array.buffers()
@@ -92,13 +92,13 @@ class Texts:
             stored = np.frombuffer(offset_buffer, dtype=np.int64 if wide else np.int32)
             offsets = stored[array.offset : array.offset + len(array) + 1].astype(np.int64)
         data = np.frombuffer(data_buffer or b"", dtype=np.uint8)
-        # as most of Arrow's are; for the others all loops would be compiled again
+        # most of Arrow's buffers are read-only; for writable ones all loops would be compiled again
         data.flags.writeable = False
         return cls(array, data, offsets)
 
     @classmethod
     def of(cls, texts: list[str]) -> Texts:
-        """Of Python strings. Raises UnicodeEncodeError for a lone surrogate, TypeError for a text alone."""
+        """From Python strings. Raises UnicodeEncodeError for a lone surrogate, TypeError for a single string."""
         if isinstance(texts, str):
             raise TypeError("a list of texts is needed, got str: [text] is the list of one")
         return cls.from_arrow(pa.array(texts, pa.string()))
@@ -118,17 +118,17 @@ class Texts:
 
     @cached_property
     def lines(self) -> Lines:
-        r"""What `str.split("\n")` gives: of an empty text one empty line."""
+        r"""Lines as `str.split("\n")` cuts them: an empty text has one empty line."""
         return find_lines(self.data, self.offsets, unicode=False)
 
     @cached_property
     def unicode_lines(self) -> Lines:
-        r"""What `str.splitlines` gives: cut at every line break that Unicode knows, `\r\n` being one."""
+        r"""Lines as `str.splitlines` cuts them: at every line break of Unicode; `\r\n` is one."""
         return find_lines(self.data, self.offsets, unicode=True)
 
     @cached_property
     def paragraphs(self) -> Lines:
-        """What stands between empty lines."""
+        """Paragraphs: text between empty lines."""
         return find_paragraphs(self.data, self.offsets)
 
     @cached_property
@@ -197,7 +197,7 @@ def _single_spaced(
         ends[text + 1] = index
 
 
-#: More are needed only by texts made for it, whose passes would cost their length squared.
+#: Most passes: only texts made for it need more, and would cost their length squared.
 _PASSES = 8
 
 

@@ -87,7 +87,7 @@ class _Rules(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """Where the loops that cut write the words."""
+    """Columns into which the cutting loops write words."""
 
     starts: np.ndarray
     ends: np.ndarray
@@ -96,7 +96,7 @@ class _Found(NamedTuple):
 
 def find_words(data: np.ndarray, offsets: np.ndarray) -> Words:
     """The words of texts n, `data[offsets[n]:offsets[n + 1]]`: valid UTF-8, (bytes,) uint8 and (N + 1,) int64."""
-    # what is never written takes no memory
+    # untouched pages of these arrays take no memory
     most = int(offsets[-1] - offsets[0])
     found = _Found(np.empty(most, np.int64), np.empty(most, np.int64), np.empty(most, np.uint8))
     of_text, suffixes = np.zeros(len(offsets), np.int64), np.empty(max(np.diff(offsets), default=0), np.int64)
@@ -267,7 +267,7 @@ def _unite(data: np.ndarray, first: int, count: int, rules: _Rules, found: _Foun
 
 @compiled
 def _dots(data: np.ndarray, start: int, end: int) -> int:
-    """How many full stops stand from `start` on."""
+    """The number of full stops in a row from `start` on."""
     index = start
     while index < end and data[index] == _DOT:
         index += 1
@@ -430,7 +430,7 @@ def _describe(
             known |= ENDS_SENTENCE
         if data[starts[word]] == _COLON:
             first = word
-            # not beyond the line, before which another text may end
+            # stays within the line, before which another text may end
             while word - first < _WORDS_NEAR and not traits[first] & BEGINS_LINE:
                 first -= 1
             if is_colon_full_stop(data, starts[first], ends[word]):

@@ -15,9 +15,9 @@ import numpy as np
 
 from bessemer.data.text.compiled import compiled, compiled_allocating
 
-# the class of whatever separates words
+# class of bytes that separate words
 _GAP = 0
-# the class of bytes that no term has
+# class of bytes that occur in no term
 _OTHER = 1
 
 #: Leading bytes and ranges of the code points beyond ASCII that separate words: C1 controls and Latin-1 punctuation
@@ -77,7 +77,7 @@ def _table(
     steps = steps[:states].copy()
 
     own = np.bincount(last_state, minlength=states)
-    # with those of the state to fall back to, which is a shorter end of the same text
+    # plus the terms of the fallback state, whose text is a suffix of this one's
     ends = own.copy()
     fallback = np.zeros(states, np.int64)
     waiting = np.empty(states, np.int64)
@@ -126,7 +126,7 @@ class FoldedTerms:
     """
 
     def __init__(self, terms: Sequence[str]) -> None:
-        """Of terms by number. Raises ValueError for a term without a letter or digit."""
+        """From terms, numbered in their order. Raises ValueError for a term without a letter or digit."""
         spellings = [(spelling, number) for number, term in enumerate(terms) for spelling in _spellings(term)]
         self._automaton = Automaton.of(spellings, fold_case=True, words=True)
 
@@ -150,7 +150,7 @@ class Literals:
         self.lengths = np.array([len(text) for text in literals], np.int64)
 
     def find(self, data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where literals end (the position behind the last byte), in order, and which they are: two int64 arrays."""
+        """Ends of literals (one past the last byte), in order, and the literals' numbers: two int64 arrays."""
         size = max(64, len(data) // 256)
         while True:
             ends, terms = np.empty(size, np.int64), np.empty(size, np.int64)
@@ -181,7 +181,7 @@ def _word_or_gap(character: str) -> str:
 
 @compiled
 def _gap(data: np.ndarray, at: int, end: int) -> int:
-    """How many bytes the character beyond ASCII that begins at `at` has if it separates words, else 0."""
+    """The bytes of the non-ASCII character at `at` if it separates words, else 0."""
     lead = data[at]
     if at + 1 < end:
         second = data[at + 1]
