@@ -12,7 +12,7 @@ from typing import Any
 from bessemer.distributed.balance import balanced_stages
 from bessemer.distributed.layout import Layout
 from bessemer.model.attention import variant_of
-from bessemer.model.attention.base import TrainingHeads
+from bessemer.model.attention.base import KeyValueShape
 from bessemer.model.config import ModelConfig
 from bessemer.model.costs import all_parts, layer_parts, mtp_parts, outer_parts
 from bessemer.model.parts import ModelPart, Numerics, StoredActivations
@@ -191,9 +191,9 @@ class PlannedJob:
             self._kept[key] = block_activations(self.model, layer, length, numerics, recompute, fused=not self.on_cpu)
         return self._kept[key]
 
-    def training_heads(self, layers: list[int]) -> list[tuple[TrainingHeads, int]]:
+    def training_shapes(self, layers: list[int]) -> list[tuple[KeyValueShape, int]]:
         """Each shape of keys and values among `layers`, with the number of layers that have it."""
-        counts = Counter(variant_of(self.model, layer).training_heads(self.model) for layer in layers)
+        counts = Counter(variant_of(self.model, layer).training_shape(self.model) for layer in layers)
         return [(heads, count) for heads, count in counts.items() if heads is not None]
 
     def activations_of(self, layers: list[int], numerics: Numerics, recompute: Recompute = "none") -> StoredActivations:

@@ -162,7 +162,7 @@ def _other_keys(job: PlannedJob, candidate: Candidate, held: list[int]) -> Store
     """Gathered keys and values of the other ranks of the context axis."""
     if candidate.layout.context == 1 or candidate.recompute == "full":
         return StoredActivations()
-    numbers = sum(heads.numbers * layers for heads, layers in job.training_heads(held))
+    numbers = sum(heads.numbers * layers for heads, layers in job.training_shapes(held))
     return StoredActivations(heads=numbers * job.compute_bytes * (candidate.layout.context - 1))
 
 

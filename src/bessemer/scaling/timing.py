@@ -146,7 +146,7 @@ def _context(job: PlannedJob, candidate: Candidate) -> Iterator[Traffic]:
     ranks = candidate.layout.context
     if ranks == 1:
         return
-    counted = job.training_heads(held_layers(job, candidate))
+    counted = job.training_shapes(held_layers(job, candidate))
     micro_batches = job.micro_batches(candidate)
     rows, count = candidate.micro_batch_size * job.settings.context_length, sum(layers for _, layers in counted)
     bytes_of = [rows * heads.numbers * job.compute_bytes / candidate.layout.tensor * layers for heads, layers in counted]

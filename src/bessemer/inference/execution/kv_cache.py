@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bessemer.inference.execution.batch import Batch
 from bessemer.model.attention import variant_of_type, variants_in
-from bessemer.model.attention.base import CacheShape
+from bessemer.model.attention.base import KeyValueShape
 from bessemer.model.config import ModelConfig
 from bessemer.model.layers.attention_backends import alibi_slopes
 
@@ -55,10 +55,10 @@ class HeadShare(NamedTuple):
     ranks: int = 1
 
 
-def page_shape(config: ModelConfig, ranks: int = 1) -> CacheShape:
+def page_shape(config: ModelConfig, ranks: int = 1) -> KeyValueShape:
     """The shape of a token in the pages, the same in every layer that has some. ranks: processes that share the heads."""
     shapes = [variant.cache_shape(config, ranks) for variant in variants_in(config)]
-    return next((shape for shape in shapes if shape is not None), CacheShape(0, 0, 0))
+    return next((shape for shape in shapes if shape is not None), KeyValueShape(0, 0, 0))
 
 
 def state_bytes(config: ModelConfig, dtype: torch.dtype, ranks: int = 1) -> int:

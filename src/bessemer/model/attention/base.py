@@ -13,8 +13,11 @@ if TYPE_CHECKING:
     from bessemer.model.attention import LayerType
 
 
-class CacheShape(NamedTuple):
-    """What a cache keeps of one token in one layer. shared: the values are the first channels of the keys."""
+class KeyValueShape(NamedTuple):
+    """Keys and values of one token in one layer: heads, and channels of a key and of a value.
+
+    shared: the values are the first channels of the keys.
+    """
 
     heads: int
     key_width: int
@@ -27,23 +30,10 @@ class CacheShape(NamedTuple):
         return self.heads * (self.key_width + (0 if self.shared else self.value_width))
 
 
-class TrainingHeads(NamedTuple):
-    """Keys and values of one token in training, where nothing is cached: heads, and channels of a key and of a value."""
-
-    heads: int
-    key_width: int
-    value_width: int
-
-    @property
-    def numbers(self) -> int:
-        """Keys and values of a token, all heads."""
-        return self.heads * (self.key_width + self.value_width)
-
-
 class AttentionVariant(ABC):
     """One kind of attention: its tensors, costs, cache and place in a layout. `layer` names the module that computes it.
 
-    Attention with keys and values overrides `cache_shape` and `training_heads`; attention with a state, which is `recurrent`,
+    Attention with keys and values overrides `cache_shape` and `training_shape`; attention with a state, which is `recurrent`,
     overrides `state_bytes`.
     """
 
@@ -97,11 +87,11 @@ class AttentionVariant(ABC):
     def recomputed_from(self, config: DecoderShape, visible: int, numerics: Numerics, *, fused: bool) -> StoredActivations:
         """What selective recomputation stores: outputs of matmuls and of attention."""
 
-    def cache_shape(self, config: DecoderShape, ranks: int = 1) -> CacheShape | None:
+    def cache_shape(self, config: DecoderShape, ranks: int = 1) -> KeyValueShape | None:
         """What a cache keeps of a token, on one of `ranks` processes that share the heads; None where it keeps a state."""
         return None
 
-    def training_heads(self, config: DecoderShape) -> TrainingHeads | None:
+    def training_shape(self, config: DecoderShape) -> KeyValueShape | None:
         """Keys and values of a token in training; None where there are none."""
         return None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from bessemer.model.attention.base import AttentionVariant, CacheShape, TrainingHeads
+from bessemer.model.attention.base import AttentionVariant, KeyValueShape
 from bessemer.model.parts import FLOAT32_BYTES, ModelPart, Numerics, Shape, StoredActivations
 
 if TYPE_CHECKING:
@@ -49,11 +49,11 @@ class GroupedQuery(AttentionVariant):
     def mixing_flops(self, config: DecoderShape, visible: int) -> int:
         return 6 * config.num_attention_heads * 2 * config.head_dim * visible
 
-    def cache_shape(self, config: DecoderShape, ranks: int = 1) -> CacheShape:
-        return CacheShape(config.num_key_value_heads // ranks, config.head_dim, config.head_dim)
+    def cache_shape(self, config: DecoderShape, ranks: int = 1) -> KeyValueShape:
+        return KeyValueShape(config.num_key_value_heads // ranks, config.head_dim, config.head_dim)
 
-    def training_heads(self, config: DecoderShape) -> TrainingHeads:
-        return TrainingHeads(config.num_key_value_heads, config.head_dim, config.head_dim)
+    def training_shape(self, config: DecoderShape) -> KeyValueShape:
+        return KeyValueShape(config.num_key_value_heads, config.head_dim, config.head_dim)
 
     def activations(self, config: DecoderShape, visible: int, numerics: Numerics, *, fused: bool) -> StoredActivations:
         query, key_value = _widths(config)

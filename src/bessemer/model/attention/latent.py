@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from bessemer.model.attention.base import AttentionVariant, CacheShape, TrainingHeads
+from bessemer.model.attention.base import AttentionVariant, KeyValueShape
 from bessemer.model.parts import FLOAT32_BYTES, ModelPart, Numerics, Shape, StoredActivations
 
 if TYPE_CHECKING:
@@ -47,12 +47,12 @@ class Latent(AttentionVariant):
     def mixing_flops(self, config: DecoderShape, visible: int) -> int:
         return 6 * config.num_attention_heads * (_key_width(config) + config.v_head_dim) * visible
 
-    def cache_shape(self, config: DecoderShape, ranks: int = 1) -> CacheShape:
+    def cache_shape(self, config: DecoderShape, ranks: int = 1) -> KeyValueShape:
         # every process has the whole latent
-        return CacheShape(1, _rank(config) + config.qk_rope_head_dim, _rank(config), shared=True)
+        return KeyValueShape(1, _rank(config) + config.qk_rope_head_dim, _rank(config), shared=True)
 
-    def training_heads(self, config: DecoderShape) -> TrainingHeads:
-        return TrainingHeads(config.num_attention_heads, _key_width(config), config.v_head_dim)
+    def training_shape(self, config: DecoderShape) -> KeyValueShape:
+        return KeyValueShape(config.num_attention_heads, _key_width(config), config.v_head_dim)
 
     def activations(self, config: DecoderShape, visible: int, numerics: Numerics, *, fused: bool) -> StoredActivations:
         compute, heads, key, value = numerics.compute, config.num_attention_heads, _key_width(config), config.v_head_dim
