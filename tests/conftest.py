@@ -120,7 +120,7 @@ def no_power_cut():
     """Wait for no disk: what is flushed there survives a machine without power, which no test is about."""
     with pytest.MonkeyPatch.context() as patch:
         # a file that is closed stays an error
-        patch.setattr(os, "fsync", lambda handle: os.fstat(handle) and None)
+        patch.setattr(os, "fsync", lambda file: os.fstat(file if isinstance(file, int) else file.fileno()) and None)
         yield
 
 

@@ -112,12 +112,13 @@ def test_what_was_measured_is_kept_and_the_stage_is_reused(folder, machine, monk
 
 def test_what_another_machine_makes_in_another_dtype_is_another_artefact(folder, machine, monkeypatch, tmp_path):
     machine(float32=0.001)
-    first = manifest(run(folder, monkeypatch))
+    few = ("sft.steps", 8)
+    first = manifest(run(folder, monkeypatch, few))
     for kept in (folder / "runs" / ".store").glob("resolved-*.json"):
         kept.unlink()
     (folder / "runs" / "tuned" / "recipe.lock.yaml").unlink()
     machine(float32=0.001, bfloat16=0.0005)
-    second = manifest(run(folder, monkeypatch))
-    assert first["metrics"]["steps"] == second["metrics"]["steps"] == 40
+    second = manifest(run(folder, monkeypatch, few))
+    assert first["metrics"]["steps"] == second["metrics"]["steps"] == 8
     assert first["key"] != second["key"]
     assert [json.dumps(one["settings"]["dtype"]) for one in (first, second)] == ['"float32"', '"bfloat16"']
