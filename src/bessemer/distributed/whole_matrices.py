@@ -69,7 +69,7 @@ class WholeMatrices:
                 _run(turn, function, tensors, plan)
 
     def _plan(self, tensors: Sequence[Sharded]) -> list[_Plan]:
-        """The tensors by the ranks that hold them, and who computes what of them."""
+        """Tensors grouped by the ranks that hold them, and the rank that computes each of their parts."""
         by_group: dict[tuple[Any, ...], dict[int, _Holders]] = {}
         for index, (tensor, dtype, *_) in enumerate(tensors):
             holders = _holders(tensor)

@@ -100,7 +100,8 @@ class Labels:
 
 
 def _lines(path: Path, keys: set[str]) -> list[dict[str, Any]]:
-    """The lines of a file; none without the file. What a crash left of a last one is taken out, for the next to be whole."""
+    """The lines of a file; none without the file. A last line that a crash cut off is removed, so that the next one is
+    whole."""
     if not path.exists():
         return []
     labels = []
@@ -156,7 +157,7 @@ def sample_answers(
     seed: int,
     progress: Progress,
 ) -> Labels:
-    """`count` different answers to each prompt, kept in `out`; those that are there already are not sampled again.
+    """`count` different answers to each prompt, kept in `out`; existing ones are not sampled again.
 
     An answer that was cut at the most tokens is none. A prompt that the model answers in fewer ways has as many answers as were
     found; with a single one there is nothing to rank, and it is left out. Raises RequestError for a prompt that is too long.

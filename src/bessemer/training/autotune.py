@@ -49,7 +49,7 @@ SomeConfig = TypeVar("SomeConfig", bound=LoopConfig)
 
 
 class CompilerError(Exception):
-    """Compiling fails on a process of a job; raised on every one of them."""
+    """Compiling fails on a process of a job; raised on all of its processes."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class RunCost:
 
 
 class SettingsResolvedError(Exception):
-    """Raised in place of training where only the settings are wanted: they, and the measurements that they come from."""
+    """Raised instead of training where only the settings are wanted; holds them and their measurements."""
 
     def __init__(self, config: LoopConfig, measured: dict[str, Any]) -> None:
         super().__init__("settings are resolved")

@@ -138,7 +138,7 @@ class Head:
 
 
 def through_softcap_(grad_BV: Tensor, tanh_BV: Tensor | None) -> None:
-    """Make a gradient by capped logits one by the logits: times 1 − tanh². Overwrites the tanh."""
+    """Turn the gradient by capped logits into that by logits, in place: times 1 − tanh². Overwrites the tanh."""
     if tanh_BV is not None:
         grad_BV.addcmul_(grad_BV, tanh_BV.square_(), value=-1)
 

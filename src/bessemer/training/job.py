@@ -66,7 +66,7 @@ class RunContext:
 
     @property
     def trial_options(self) -> RunOptions:
-        """Options of a short run that is only timed: it says nothing and opens no tasks."""
+        """Options of a short run that is only timed: without progress and tasks."""
         return RunOptions(seed=self.seed, device=self.device, folder=self.folder, card_flops=self.card_flops)
 
 

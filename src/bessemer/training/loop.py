@@ -191,7 +191,7 @@ def _optimizers(
 
 @dataclass(frozen=True)
 class Guards:
-    """What skips a step or ends a run: loss spikes, and validations that are no longer better."""
+    """Detectors that skip a step, at a loss spike, or end a run whose validations no longer improve."""
 
     outliers: OutlierDetector
     best: BestValidation
@@ -228,7 +228,7 @@ class FinishedStep(NamedTuple):
 
 @dataclass
 class TrainingLoop:
-    """The steps of a run that are left: each is computed, recorded, and saved where a checkpoint is due."""
+    """Runs the remaining steps: each is computed, logged, and followed by a checkpoint where one is due."""
 
     config: LoopConfig
     trainer: Trainer
@@ -256,7 +256,7 @@ class TrainingLoop:
         self._latest: dict[str, Any] = {}
 
     def restore(self, checkpoint_source: Path | None) -> None:
-        """Go on from the run's newest checkpoint; where it has none, from that of another run."""
+        """Resume from the run's newest checkpoint, or start from another run's."""
         state, progress = self.state, self.progress
         if self.checkpoints.restore(state):
             progress.say(f"  resuming from step {state.step:,} of {self._steps:,}")

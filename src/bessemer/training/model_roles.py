@@ -82,7 +82,7 @@ class ModelRoles:
 
     @property
     def shares_prefixes(self) -> bool:
-        """Whether documents of a row may share what they begin with: the trained models read it so, and no context axis splits
+        """Whether documents of a row may share a prefix: the trained models support it, and no context axis splits
         the rows, whose masks know a row's documents but not what these share."""
         return self.mesh.layout.context == 1 and all(one.model.config.shares_prefixes for one in self.trained.values())
 

@@ -140,7 +140,7 @@ def recompute_activations(model: Decoder, kind: Recompute) -> None:
 
 
 def _has_dropout(block: nn.Module) -> bool:
-    """Whether a block draws random numbers in training: it holds a dropout module, or one that drops out by itself and says so
+    """Whether a block draws random numbers in training: it holds a dropout module, or one with a dropout of its own, given
     by an attribute `dropout`, as `nn.MultiheadAttention` does."""
     for module in block.modules():
         probability = module.p if isinstance(module, _DropoutNd) else getattr(module, "dropout", 0.0)

@@ -290,7 +290,7 @@ class _PeriodicEvaluation:
 
 
 def held_out_prompts(shards: TokenShards, tokenizer: Tokenizer) -> list[str]:
-    """Beginnings of a few documents, spread over all, for a model to go on from; each ends with a word where words have
+    """Beginnings of a few documents, spread over all, for a model to continue; each ends after a whole word where words have
     spaces."""
     lengths = np.concatenate([np.empty(0, np.int64), *(part for part, _ in shards.lengths_and_sources())])
     starts = np.cumsum(lengths) - lengths

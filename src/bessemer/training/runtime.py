@@ -208,7 +208,7 @@ _ROWS, _CHANNELS = 1024, 256
 
 
 def thread_candidates(cores: int) -> tuple[int, ...]:
-    """The numbers of threads that are compared: all cores, all but one, half of them."""
+    """The numbers of threads that are compared: all cores, all but one, half."""
     return tuple(sorted({cores, max(1, cores - 1), max(1, cores // 2)}, reverse=True))
 
 

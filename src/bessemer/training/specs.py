@@ -87,7 +87,7 @@ def training_arguments(context: StageContext) -> RunOptions:
 
 
 def resolved_by(run: Callable[..., dict[str, Any]]) -> Callable[[StageContext], tuple[Config, dict[str, Any]]]:
-    """`StageSpec.resolve` of a stage whose `run` takes `only_resolve`: it gathers what it learns from, as in its run, and
+    """`StageSpec.resolve` of a stage whose `run` takes `only_resolve`: it gathers its data, as in its run, and
     measures steps of it."""
 
     def resolve(context: StageContext) -> tuple[Config, dict[str, Any]]:

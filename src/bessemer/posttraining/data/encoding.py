@@ -115,7 +115,7 @@ class RowCounts:
 
 
 class RowFitter:
-    """Fits examples into rows of at most `longest` tokens by a rule, and counts what became of them.
+    """Fits examples into rows of at most `longest` tokens by a rule, and counts the results.
 
     example: inputs and targets of what is encoded, or None where that is not within a number of tokens; `Encoded.example` by
     the rule where nothing is said.
@@ -220,7 +220,7 @@ def _is_weightless(message: Message) -> bool:
 
 
 def _check_calls(messages: Sequence[Message], learnt_ids: np.ndarray, tokenizer: Tokenizer) -> None:
-    """Every call of a tool stands, by its name, in what the template writes for the assistant."""
+    """Check that the template writes every tool call, by its name, into the assistant's turn."""
     if not any(message.get("tool_calls") for message in messages):
         return
     written, place = tokenizer.decode(learnt_ids.tolist(), skip_special=False), 0

@@ -118,7 +118,7 @@ def prompt_key(prompt: Turns) -> str:
 
 
 def drawn(examples: Sequence[Example], most: int, seed: int) -> Sequence[Example]:
-    """At most `most` of the examples, drawn from all of them: the first would all be of the first file."""
+    """At most `most` examples, drawn at random, since the first ones would all come from the first file."""
     return examples if len(examples) <= most else random.Random(seed).sample(examples, most)
 
 

@@ -219,7 +219,7 @@ def plain_turns(turns: Turns) -> str | list[Message]:
 
 
 def conversation_text(messages: Sequence[Message]) -> str:
-    """Messages for a reader: the user's words where that is all, else who says what."""
+    """Readable form of messages: the user's text alone, or every message with its role."""
     if len(messages) == 1:
         return str(messages[0].get("content") or "")
     return "\n\n".join(f"{message['role']}: {message.get('content') or ''}" for message in messages)
@@ -324,7 +324,7 @@ def _answer(value: Any, key: str) -> tuple[Message, ...]:
 
 
 def _spoken(value: Any, key: str) -> tuple[Message, ...]:
-    """Messages in which the assistant says something."""
+    """The messages, if the assistant says something in them."""
     messages = _messages(value, key)
     if not any(
         one["role"] == "assistant" and ((one.get("content") or "").strip() or one.get("tool_calls")) for one in messages

@@ -119,7 +119,7 @@ def sample_answers(
     device: str,
     progress: Progress,
 ) -> list[TeacherAnswer]:
-    """`samples_per_prompt` answers of the teacher to each prompt, those without a word left out; goes on with what an earlier
+    """`samples_per_prompt` answers of the teacher to each prompt, without empty ones; continues with what an earlier
     start has left in `out`.
 
     Prompts are written with the teacher's own tokenizer and chat template. Raises SourceError when no answer has a word, and

@@ -160,8 +160,8 @@ def forward_kl(student: HeadStates, teacher: HeadStates, mask_N: Tensor, setting
 
 
 def reverse_kl(student: HeadStates, teacher: HeadStates, mask_N: Tensor, settings: DivergenceSettings) -> Tensor:
-    """KL(S ‖ T) (Gu et al. 2024, MiniLLM): it costs to say what the teacher finds unlikely, and nothing to leave out a part of
-    what it may say."""
+    """KL(S ‖ T) (Gu et al. 2024, MiniLLM): it penalises tokens that the teacher finds unlikely, and not the absence of some of
+    the teacher's."""
     return _divergence("reverse_kl", student, teacher, mask_N, settings)
 
 

@@ -145,7 +145,7 @@ class DistillationObjective(Objective):
 
     @classmethod
     def of(cls, config: DistillationConfig, teacher: TeacherHead) -> DistillationObjective:
-        """The objective of a stage's settings. Raises ConfigError for a loss that there is not."""
+        """The objective of a stage's settings. Raises ConfigError for an unknown loss."""
         settings = DivergenceSettings(config.temperature, config.beta, config.top_k)
         return cls(DISTILLATION_LOSSES.find(config.loss).load(), teacher, settings, config.next_token_weight)
 

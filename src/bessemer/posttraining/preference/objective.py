@@ -111,7 +111,7 @@ def _is_target(targets_BT: Tensor) -> Tensor:
 
 
 def _chosen_tokens(batch: Batch) -> Tensor:
-    """Whether a token has a target that the cross-entropy of chosen answers, or their conversations, is of: (B, T)."""
+    """Whether a token's target counts in the cross-entropy of chosen answers, or of their conversations: (B, T)."""
     is_chosen_BT = batch.sequence_of_token_BT % 2 == 0
     return is_chosen_BT & _is_target(batch.per_token.get(_CONVERSATION, batch.targets_BT))
 

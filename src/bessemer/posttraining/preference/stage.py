@@ -74,8 +74,8 @@ def cached(
     rows_at_once: int,
     progress: Progress,
 ) -> Batch:
-    """A packed data set, training or validation, with what its objective asks of the reference, which `load` gives, from files
-    in `out`. identity: of the reference; what was computed with another one, or for other rows, is computed again."""
+    """A packed data set, training or validation, with the reference's log-probabilities for its objective, kept in files
+    in `out`. load: opens the reference. identity: its hash; with another one, or other rows, all is computed again."""
 
     def of(rows: Batch, kind: str) -> Batch:
         return with_reference(

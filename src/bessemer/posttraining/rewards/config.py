@@ -42,7 +42,7 @@ class RewardSettings(Config):
 
 
 class TaskReward(RewardSettings):
-    """What the task that a prompt is of says of the answer: its headline score, from 0 to 1."""
+    """The headline score, from 0 to 1, that the prompt's task gives the answer."""
 
     reward: Literal["task"] = setting("task", "kind of reward")
     seconds: float = setting(600.0, "time for one call, programs that the task runs included", unit="seconds", gt=0)
@@ -62,7 +62,7 @@ class PatternReward(RewardSettings):
 
 
 class AnswerReward(RewardSettings):
-    """1 where the completion gives the answer that stands in a column of the data, else 0."""
+    """1 where the completion gives the answer of a column of the data, else 0."""
 
     reward: Literal["answer"] = setting("answer", "kind of reward")
     column: str = setting("answer", "column of the right answer, a text or a list of them; a text may end in GSM8K's `#### 7`")
@@ -124,7 +124,7 @@ class OverlongReward(RewardSettings):
 
 
 class RepetitionReward(RewardSettings):
-    """Minus the share of a completion's runs of tokens that are there already (Yeo et al. 2025)."""
+    """Minus the share of a completion's runs of tokens that repeat earlier ones (Yeo et al. 2025)."""
 
     reward: Literal["repetition"] = setting("repetition", "kind of reward")
     run: int = setting(3, "tokens of a run", unit="tokens", ge=1)
@@ -185,7 +185,7 @@ class RewardModelReward(RewardSettings):
 
 
 class EnvironmentReward(RewardSettings):
-    """What the environment of an episode says it was worth."""
+    """The reward that the environment gave the episode."""
 
     reward: Literal["environment"] = setting("environment", "kind of reward")
 
@@ -229,7 +229,7 @@ RewardFunction = Callable[..., Sequence[float | None]]
 
 
 class RewardTask(NamedTuple):
-    """A task that prompts are of, and its questions by the number of their item."""
+    """A task whose questions are prompts, and these by the number of their item."""
 
     task: GenerationTask
     questions: Mapping[int, GenerationQuestion]

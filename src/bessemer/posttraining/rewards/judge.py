@@ -37,7 +37,7 @@ class Completed:
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     def part(self, places: slice) -> Completed:
-        """Some of them."""
+        """The completions of a slice."""
         return Completed(
             self.prompts[places],
             self.completions[places],

@@ -188,7 +188,7 @@ def _column(columns: Mapping[str, Any], name: str | None, count: int) -> Sequenc
 
 
 def _criteria(given: Any) -> list[Criterion]:
-    """A row's own criteria. Raises ValueError for what is no list of them."""
+    """A row's own criteria. Raises ValueError for anything but a list of criteria."""
     if given is None:
         return []
     if not isinstance(given, list):

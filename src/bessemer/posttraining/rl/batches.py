@@ -54,7 +54,7 @@ class AdvantageBatches:
     """Mini-batches of `batch_size` completions with their advantages; those without a reward have no targets."""
 
     def __init__(self, config: RLConfig, weights: Sequence[float], padding_id: int) -> None:
-        """weights: of the rewards. Raises ConfigError for an advantage that there is not."""
+        """weights: of the rewards. Raises ConfigError for an unknown advantage."""
         self._config = config
         self._weights_K = torch.tensor(weights)
         self._padding_id = padding_id

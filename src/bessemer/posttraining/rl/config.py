@@ -321,7 +321,7 @@ class RLConfig(TuningConfig):
 
     @property
     def _has_rewards_to_go(self) -> bool:
-        """Whether the advantages may be those of tokens without a critic: another package's may."""
+        """Whether advantages may differ by token without a critic, as those of another package may."""
         others = {*BUILT_IN_ADVANTAGES} - {"reinforce_pp", "reinforce_pp_baseline"}
         replaced = self.critic is not None or self.pair_loss is not None or self.reward_scale == "decoupled"
         return not replaced and self.advantage not in others

@@ -34,7 +34,7 @@ from bessemer.tokenization.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class JudgedGroup:
-    """The samples of a prompt and what they are worth: rewards_GK, NaN where none is given, and their totals_G."""
+    """The samples of a prompt and their rewards: rewards_GK, NaN where none is given, and the totals_G."""
 
     samples: Sequence[Sample]
     rewards_GK: Tensor
@@ -43,7 +43,7 @@ class JudgedGroup:
 
 
 class PolicySampler(Sampler):
-    """Completes prompts with the policy's weights of now, and judges what it completed."""
+    """Completes prompts with the policy's current weights, and judges the completions."""
 
     def __init__(self, judge: Judge, tokenizer: Tokenizer, config: RLConfig, seed: int) -> None:
         settings = SamplerSettings(
@@ -99,7 +99,7 @@ def _readable(value: Any) -> Any:
 
 
 class EpisodeSampler(PolicySampler):
-    """Plays episodes with the policy's weights of now.
+    """Plays episodes with the policy's current weights.
 
     A prompt's row is the task: its columns, and `prompt`. What the environment said it was worth, and why it broke off, are
     columns for the rewards, which are asked about the assistant's last message.

@@ -177,7 +177,7 @@ class RolloutSource:
         held_out: Sequence[Prompt] = (),
         sampler: PolicySampler | None = None,
     ) -> None:
-        """sampler: in place of one that completes prompts. Raises ConfigError for an advantage that there is not."""
+        """sampler: in place of one that completes prompts. Raises ConfigError for an unknown advantage."""
         self._prompts = [(prompt, prompt.encoded(tokenizer)) for prompt in prompts]
         validated = drawn(held_out, config.validation_limit, derive_seed(seed, "validation"))
         self._held_out = [(prompt, prompt.encoded(tokenizer)) for prompt in validated]
@@ -235,7 +235,7 @@ class RolloutSource:
     # -- interface of the stage
 
     def take_metrics(self) -> dict[str, float]:
-        """Figures of the rollout since the last call; empty of steps that go on with one."""
+        """Metrics of the rollout since the last call; empty for further steps on the same rollout."""
         metrics, self._metrics = self._metrics, {}
         return metrics
 
@@ -298,7 +298,7 @@ class RolloutSource:
         check_collapse(config, step, samples, totals_R, made.divergence_R)
 
     def _orders(self, step: int) -> list[list[int]]:
-        """The groups' order in each epoch of a rollout after the first; none where all of them are one mini-batch."""
+        """The order of groups in each epoch of a rollout after the first; none where all groups form one mini-batch."""
         config = self._config
         if config.mini_batches == 1:
             return []
@@ -339,7 +339,7 @@ class RolloutSource:
         seeds: tuple[str | int, ...] = (),
         greedy: bool = False,
     ) -> list[_Judged]:
-        """`number` completions of each prompt and what they are worth; under a mesh each group of ranks makes its share."""
+        """`number` judged completions of each prompt; under a mesh each group of ranks makes its share."""
         share = Share(self._sampler.models.mesh)
         own, places = prompts[share.places], range(len(prompts))[share.places]
         samples = self._sampler.completions(engine, own, number, seeds=seeds, places=places, greedy=greedy)

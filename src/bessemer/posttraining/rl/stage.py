@@ -152,7 +152,7 @@ def _fitting(prompts: list[Prompt] | Any, tokenizer: Tokenizer, config: RLConfig
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts to train on and held out, and the tasks by name that some are of."""
+    """Prompts to train on and held-out ones, and by name the tasks from which some of them come."""
 
     training: Sequence[Prompt]
     held_out: Sequence[Prompt]

@@ -50,10 +50,10 @@ class SamplerSettings:
 
 
 class Sampler:
-    """Completes prompts with the policy's weights of now.
+    """Completes prompts with the policy's current weights.
 
     An adapter in training is merged into the weights while compiled kernels sample, since they pack the weights in any case.
-    Elsewhere the engine has it beside the weights, of which there is no second copy in one process.
+    Otherwise the engine applies it as an adapter, and in one process the weights are not copied.
     """
 
     def __init__(self, tokenizer: Tokenizer, settings: SamplerSettings, seed: int) -> None:
@@ -75,7 +75,7 @@ class Sampler:
 
     @contextmanager
     def sampling(self) -> Iterator[SamplingEngine]:
-        """The engine with the policy's weights of now, of all processes of a mesh. The random state is left as it is."""
+        """The engine with the policy's current weights, of all processes of a mesh. Leaves the random state unchanged."""
         models = self.models
         with models.prepared(POLICY) as prepared, torch.random.fork_rng(), ExitStack() as entered:
             model = prepared.model

@@ -147,7 +147,7 @@ class Finetuned:
 def finetune(
     config: FinetuneConfig, source: ModelSource, data: Path, out: Path, *, seed: int, device: str, progress: Progress
 ) -> Finetuned:
-    """Fine-tune a model on a file of questions and answers; the same call goes on where it was stopped.
+    """Fine-tune a model on a file of questions and answers; the same call continues where it was stopped.
 
     Writes below `out`: `adapter/` or `model/`, what `sft` writes, `base/` where the model had to be made ready, the task
     `held_out.yaml`, and `finetune.json`. Raises SourceError, RequestError or ArtefactError for data and models that cannot be
@@ -224,7 +224,7 @@ def asked_of(config: FinetuneConfig, source: ModelSource, data: Path, seed: int)
 
 
 def finished(out: Path, asked: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
-    """The result of a fine-tuning that has ended in a folder; None where it is still to be made.
+    """The result of a finished fine-tuning in a folder; None where it is not finished.
 
     Raises ArtefactError where the folder holds another fine-tuning, or something else.
     """

@@ -42,7 +42,7 @@ _HALF_KEPT = 0.7
 
 
 def free_bytes(device: torch.device) -> float:
-    """Memory that tensors may take on a device; infinite where nothing tells."""
+    """Memory that tensors may take on a device; infinite where it is unknown."""
     if device.type == "cuda":
         return _USABLE * torch.cuda.mem_get_info(device)[0]
     free = free_memory_bytes()
@@ -173,7 +173,7 @@ class FinetunePlan:
 
     @property
     def figures(self) -> dict[str, Any]:
-        """Plain values, for JSON. free: None where nothing tells."""
+        """Plain values, for JSON. free: None where it is unknown."""
         return {
             "conversations": len(self.training),
             "held_out": len(self.held_out),

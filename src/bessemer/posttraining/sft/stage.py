@@ -215,8 +215,8 @@ def gather_conversations(
     config: SFTConfig, documents: Path | None, folder: Path, seed: int, made: Mapping[str, Path] | None = None
 ) -> tuple[list[Conversation], list[Conversation]]:
     """(training, held-out) conversations of all data that the settings name; none of the second opens as one of the first.
-    Raises SourceError, and ConfigError for a task that there is not or whose answers are not known, and for a function that
-    there is not."""
+    Raises SourceError, and ConfigError for an unknown task or function, and for a task whose answers are
+    not known."""
     sets = [(name, _conversations_of(name, config, documents, folder, seed, made or {})) for name in config.data]
     # over all sets at once, since one question may be in two of them
     openings = [opening_of(one.answered) for _, given in sets for one in given.to_split]
@@ -262,7 +262,7 @@ def _conversations_of(
 
 
 def _weighted(conversations: list[Conversation], weight: float, seed: int) -> list[Conversation]:
-    """Each conversation as often as the weight says; of a fraction those with the smallest hashes once more."""
+    """Conversations repeated by a weight; its fraction repeats those with the smallest hashes once more."""
     whole = int(weight)
     more = round(len(conversations) * (weight - whole))
     by_chance = sorted(conversations, key=lambda one: derive_seed(seed, "weights", one.id)) if more else []

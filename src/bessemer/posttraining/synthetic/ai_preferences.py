@@ -81,7 +81,7 @@ def soft_labels(critic: ChatModel, comparisons: Sequence[Comparison]) -> list[So
 
 
 def mean_label(labels: Sequence[SoftLabel]) -> SoftLabel:
-    """One label of several, by as many principles; unreadable where one of them is."""
+    """The mean of labels by several principles; unreadable where one of them is."""
     firsts = [one.first_at_a for one in labels if one.first_at_a is not None]
     seconds = [one.second_at_a for one in labels if one.second_at_a is not None]
     if not len(firsts) == len(seconds) == len(labels):
@@ -117,7 +117,7 @@ def ai_preferences(
     progress: Progress | None = None,
     folder: Path = Path(),
 ) -> dict[str, Any]:
-    """Write pairs of answers of the model of a folder, or of the data, with a critic's preference; goes on behind the rows in
+    """Write pairs of answers of the model of a folder, or of the data, with a critic's preference; continues after the rows in
     `out`.
 
     Writes `preferences.jsonl` below `out`: {prompt, chosen, rejected, confidence}, the confidence being the probability that

@@ -164,7 +164,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Worked:
-    """The rows of all prompts, and those that are of use, at least one: the others have a reason under `dropped`."""
+    """The rows of all prompts, and the useful ones, at least one: the others have a reason under `dropped`."""
 
     policy: Policy
     rows: Sequence[Row]
@@ -196,7 +196,7 @@ def work_through(
     progress: Progress,
     folder: Path,
 ) -> Worked:
-    """Make a row for every prompt of the data and write those of use to `path`; goes on behind the rows that are there.
+    """Make a row for every prompt of the data and write the useful ones to `path`; continues after existing rows.
 
     make: of the models, the policy, all prompts and the numbers of a lot, the lot's rows. without_any: the end of the
     error's sentence. internal: what is of no use to those who learn from a row. Raises SourceError for prompts that are

@@ -76,7 +76,7 @@ def findings(texts: Sequence[str], policy: Policy, surface: SurfaceName = "answe
 
 
 def babbles(text: str) -> bool:
-    """Whether a text says nothing: without letters and digits, with words that are none, or the same over and over."""
+    """Whether a text is babble: without letters and digits, with impossible words, or repeating itself."""
     words = text.split()
     readable = [any(sign.isalnum() for sign in word) for word in words]
     if not any(readable) or any(len(word) > _LONGEST_WORD and "://" not in word for word in words):
@@ -196,7 +196,7 @@ def revise(
     progress: Progress | None = None,
     folder: Path = Path(),
 ) -> dict[str, Any]:
-    """Write answers of the model of a folder, revised by a policy's principles; goes on behind the rows in `out`.
+    """Write answers of the model of a folder, revised by a policy's principles; continues after the rows in `out`.
 
     Writes `revisions.jsonl` below `out`: {prompt, completion} with the revision as the completion, and beside it the first
     answer, the principles, the critiques and the critic. Files that the settings name are relative to `folder`. Returns the

@@ -57,7 +57,7 @@ def without_fence(text: str) -> str:
 
 
 def prompt_request(seeds: Sequence[str], examples: int, seed: int, number: int) -> PromptRequest:
-    """The request of the prompt `number`: for one more like the seeds drawn for it."""
+    """Request number `number`, for a prompt similar to the seeds drawn for it."""
     draw = random.Random(derive_seed(seed, "examples", number))
     chosen = tuple(draw.sample(range(len(seeds)), min(examples, len(seeds))))
     shown = [seeds[place] for place in chosen]
@@ -121,7 +121,7 @@ class _Written:
 
     @property
     def reason(self) -> str:
-        """Why it is of no use; empty where it is of use."""
+        """Why the text is left out; empty where it is used."""
         return CUT_REASON if self.is_cut else "" if self.text else _NO_TEXT
 
 
@@ -135,7 +135,7 @@ def synthesize(
     progress: Progress | None = None,
     folder: Path = Path(),
 ) -> dict[str, Any]:
-    """Write conversations of a writer, or of the model of a folder; goes on behind the texts in `out`.
+    """Write conversations of a writer, or of the model of a folder; continues after the texts in `out`.
 
     Writes below `out`: `synthetic.jsonl`, {prompt, completion, provenance}, and `rejected.jsonl`, the same with a `reason`.
     Files that the settings name are relative to `folder`. Returns the headline metrics. Raises SourceError for seeds that are

@@ -180,7 +180,7 @@ class BatchSource(Protocol):
 
     @property
     def batch_size(self) -> int:
-        """Rows of the whole batch of a step; the most that one has, where they grow."""
+        """Rows of a whole batch; of growing ones the final number."""
 
     def batch_size_at(self, step: int) -> int:
         """Rows of the whole batch of `step`."""
