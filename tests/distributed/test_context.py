@@ -13,7 +13,8 @@ from bessemer.distributed.layout import Layout, ParallelConfig
 from bessemer.distributed.mesh import ALONE, Mesh
 from bessemer.model.config import ModelConfig
 from bessemer.model.initialisation import initial_decoder
-from bessemer.model.layers.attention_backends import Scores, attention_mask, explicit
+from bessemer.model.layers.attention_backends import Scores, explicit
+from bessemer.model.layers.attention_mask import attention_mask
 from bessemer.training.model_setup import prepare_model
 from bessemer.training.objectives import next_token_loss
 from bessemer.training.pretrain_config import PretrainConfig

@@ -10,7 +10,8 @@ from bessemer.inspection.inspect import inspect
 from bessemer.model.config import ModelConfig
 from bessemer.model.device import choose_device
 from bessemer.model.formats.gguf_export import export_gguf
-from bessemer.model.layers.attention_backends import BACKENDS, Scores, attention_mask, explicit, flex
+from bessemer.model.layers.attention_backends import BACKENDS, Scores, explicit, flex
+from bessemer.model.layers.attention_mask import attention_mask
 from bessemer.model.layers.feed_forward import SparseFeedForward, grouped, one_by_one
 from bessemer.model.storage.folder import load_model, save_model
 from tests.gpu.comparison import KINDS, relative_difference

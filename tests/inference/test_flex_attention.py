@@ -14,7 +14,8 @@ from bessemer.inference.execution import build as execution_build
 from bessemer.inference.execution.build import page_layout
 from bessemer.inference.execution.flex_attention import compiled_page_attention, page_attention, page_mask
 from bessemer.inference.execution.kv_cache import PagedMemory
-from bessemer.model.layers.attention_backends import Scores, alibi_slopes
+from bessemer.model.layers.attention_backends import Scores
+from bessemer.model.layers.attention_mask import alibi_slopes
 from tests.inference.listed_attention import listed_attention
 from tests.inference.models import ARCHITECTURES, small_decoder, small_tokenizer
 from tests.inference.steps import BLOCK, Steps, by_modules, mixed_steps

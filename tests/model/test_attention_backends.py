@@ -13,18 +13,8 @@ from torch.nn.attention.flex_attention import create_mask
 
 from bessemer.model import decoder as decoder_module
 from bessemer.model.layers import attention_backends
-from bessemer.model.layers.attention_backends import (
-    BACKENDS,
-    AttentionMask,
-    Scores,
-    alibi_slopes,
-    attention_mask,
-    bias,
-    block_mask,
-    explicit,
-    flex,
-    tiled,
-)
+from bessemer.model.layers.attention_backends import BACKENDS, Scores, block_mask, explicit, flex, tiled
+from bessemer.model.layers.attention_mask import AttentionMask, alibi_slopes, attention_mask, bias
 from tests.inference.models import ARCHITECTURES, BASE
 from tests.model.randomised import random_decoder, random_tokens
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from bessemer.inference.execution.batch import padded_tables
 from bessemer.model import cpu_kernels as builds
 from bessemer.model.cpu_kernels.attention import PAGE_TYPES, PagedSequences, PageTensors, paged_attention, write_pages
-from bessemer.model.layers.attention_backends import Scores, attention_mask, explicit
+from bessemer.model.layers.attention_backends import Scores, explicit
+from bessemer.model.layers.attention_mask import attention_mask
 
 # Shapes: N new tokens, P blocks, K key-value heads, M positions of a block, H query heads, C channels of a key, V of a value.
 

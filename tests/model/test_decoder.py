@@ -9,7 +9,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
 from bessemer.model.families.base import prefixed
-from bessemer.model.layers.attention_backends import attention_mask
+from bessemer.model.layers.attention_mask import attention_mask
 from bessemer.model.layers.cache import DecoderCache
 from bessemer.model.storage.folder import huggingface_config
 from tests.model.randomised import SHAPES, random_decoder, random_tokens

@@ -13,7 +13,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from bessemer.model.architecture import RopeScaling
 from bessemer.model.config import ModelConfig
-from bessemer.model.layers.attention_backends import alibi_slopes, attention_mask, bias
+from bessemer.model.layers.attention_mask import alibi_slopes, attention_mask, bias
 from bessemer.model.layers.cache import DecoderCache
 from bessemer.model.layers.positions import RotaryPositions, SinusoidalPositions, rotary_frequencies, rotate
 from bessemer.model.storage.folder import load_model, save_model

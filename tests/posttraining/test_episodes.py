@@ -10,7 +10,7 @@ from tests.posttraining.test_rl import data, run  # noqa: F401
 from tests.training.conftest import RecordedProgress
 
 ENVIRONMENT = """
-from bessemer.assistant.episodes import Step
+from bessemer.assistant.episodes import StepResult
 from bessemer.assistant.messages import Message
 
 
@@ -23,7 +23,7 @@ class Letters:
 
     def step(self, conversation, end):
         self.turns += 1
-        return Step(conversation.messages[-1].text.count("e") / 16, [Message.user("More")] if self.turns < 2 else ())
+        return StepResult(conversation.messages[-1].text.count("e") / 16, [Message.user("More")] if self.turns < 2 else ())
 
 
 class Fails(Letters):

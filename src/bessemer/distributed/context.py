@@ -28,16 +28,8 @@ from bessemer.distributed.layout import chunks_of_rank
 from bessemer.distributed.mesh import Mesh
 from bessemer.model.decoder import Decoder
 from bessemer.model.layers.attention import AttentionLayer
-from bessemer.model.layers.attention_backends import (
-    AttentionBackend,
-    AttentionMask,
-    Scores,
-    attention_mask,
-    bias,
-    blocked,
-    capped,
-    sdpa,
-)
+from bessemer.model.layers.attention_backends import AttentionBackend, Scores, blocked, capped, sdpa
+from bessemer.model.layers.attention_mask import AttentionMask, attention_mask, bias
 
 #: Queries and keys of a tile; the scores of a tile are in memory at once.
 _TILE = 512

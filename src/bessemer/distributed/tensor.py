@@ -39,9 +39,11 @@ from bessemer.distributed.sharding import (
     use_rows,
 )
 from bessemer.model.config import ModelConfig
-from bessemer.model.decoder import Block, Decoder, MtpModule
+from bessemer.model.decoder import Decoder
 from bessemer.model.layers.attention import AttentionLayer
-from bessemer.model.layers.attention_backends import AttentionMask, capped
+from bessemer.model.layers.attention_backends import capped
+from bessemer.model.layers.attention_mask import AttentionMask
+from bessemer.model.layers.block import Block, MtpModule
 from bessemer.model.layers.feed_forward import FeedForward, Routing, SparseFeedForward
 from bessemer.model.layers.norms import LayerNorm, RMSNorm
 

@@ -20,7 +20,7 @@ from torch.nn import functional
 from bessemer.core.errors import RequestError
 from bessemer.inspection.recording import HeadsRecord, Recording, as_array, read, recording
 from bessemer.model.decoder import Decoder
-from bessemer.model.layers.attention_backends import bias
+from bessemer.model.layers.attention_mask import bias
 
 # Shapes: B batch, T time, L layers, H query heads.
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from bessemer.core.errors import RequestError
 from bessemer.model.decoder import Decoder
-from bessemer.model.layers.attention_backends import AttentionBackend, AttentionMask, Scores, attention_weights
+from bessemer.model.layers.attention_backends import AttentionBackend, Scores, attention_weights
+from bessemer.model.layers.attention_mask import AttentionMask
 from bessemer.model.layers.feed_forward import Routing, SparseFeedForward
 
 # Shapes: B batch, T time, D hidden, H query heads, K key-value heads, C channels of a head, V channels of a value head,

@@ -170,24 +170,6 @@ def _batches_of_part(file: pq.ParquetFile, columns: list[str] | None, batch_rows
         yield from file.iter_batches(batch_size=batch_rows, row_groups=[group], columns=columns, use_threads=False)
 
 
-REASON = pa.field("reason", pa.string())
-
-
-def with_reasons(batch: pa.RecordBatch, reasons: pa.Array) -> pa.RecordBatch:
-    """The batch with the reason for each document, null for one that is kept."""
-    return batch.append_column(REASON, reasons)
-
-
-def kept_and_dropped(rows: pa.RecordBatch) -> tuple[pa.RecordBatch, pa.RecordBatch]:
-    """The rows without a reason and those with one. Nothing is copied where all are of one kind."""
-    reasons = rows.column("reason")
-    if reasons.null_count == rows.num_rows:
-        return rows, rows.slice(0, 0)
-    if not reasons.null_count:
-        return rows.slice(0, 0), rows
-    return rows.filter(pc.is_null(reasons)), rows.filter(pc.is_valid(reasons))
-
-
 #: Where a stage leaves documents: those that go on, and those that it dropped.
 SIDES = ("documents", "rejected")
 

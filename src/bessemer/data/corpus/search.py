@@ -18,14 +18,8 @@ import pyarrow.compute as pc
 
 from bessemer.core.config import nearest
 from bessemer.core.errors import RequestError
-from bessemer.data.corpus.reader import (
-    REASON,
-    count_documents,
-    document_schema,
-    find_document,
-    holds_documents,
-    iterate_documents,
-)
+from bessemer.data.corpus.reader import count_documents, document_schema, find_document, holds_documents, iterate_documents
+from bessemer.data.corpus.stats import REASON
 from bessemer.data.thresholds import rule_of
 
 _ROWS = 1024

@@ -34,6 +34,24 @@ _COUNTED = ("source", "split", "language", "license")
 _OPT_OUT = "opt_out"
 
 
+REASON = pa.field("reason", pa.string())
+
+
+def with_reasons(batch: pa.RecordBatch, reasons: pa.Array) -> pa.RecordBatch:
+    """The batch with the reason for each document, null for one that is kept."""
+    return batch.append_column(REASON, reasons)
+
+
+def kept_and_dropped(rows: pa.RecordBatch) -> tuple[pa.RecordBatch, pa.RecordBatch]:
+    """The rows without a reason and those with one. Nothing is copied where all are of one kind."""
+    reasons = rows.column("reason")
+    if reasons.null_count == rows.num_rows:
+        return rows, rows.slice(0, 0)
+    if not reasons.null_count:
+        return rows.slice(0, 0), rows
+    return rows.filter(pc.is_null(reasons)), rows.filter(pc.is_valid(reasons))
+
+
 class Totals(NamedTuple):
     """Totals of a part, which the stage's progress shows."""
 

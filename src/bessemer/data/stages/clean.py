@@ -24,7 +24,8 @@ from bessemer.core.progress import Progress
 from bessemer.core.store import follow
 from bessemer.core.usercode import is_user_function, load_user_function
 from bessemer.data.config import CleanConfig
-from bessemer.data.corpus.reader import document_schema, with_reasons
+from bessemer.data.corpus.reader import document_schema
+from bessemer.data.corpus.stats import with_reasons
 from bessemer.data.corpus.writer import as_type
 from bessemer.data.edits.registry import edit_plugin
 from bessemer.data.filters.registry import PERPLEXITY, filter_plugin

@@ -24,8 +24,9 @@ from bessemer.core.store import follow
 from bessemer.core.usercode import is_user_function
 from bessemer.data.config import DeduplicateConfig
 from bessemer.data.corpus.dataset_card import StageRecord, lineage, write_card
-from bessemer.data.corpus.reader import document_files, document_schema, iterate_documents, with_reasons
+from bessemer.data.corpus.reader import document_files, document_schema, iterate_documents
 from bessemer.data.corpus.remote import SCRATCH, documents_at_hand, working_place
+from bessemer.data.corpus.stats import with_reasons
 from bessemer.data.deduplication.corpus import Corpus, Preference
 from bessemer.data.deduplication.registry import KeepConfig, method_plugin
 from bessemer.data.deduplication.removals import Removals, SpanRemovals, after, apply

@@ -13,7 +13,8 @@ from bessemer.core.config import nearest
 from bessemer.core.errors import ConfigError
 from bessemer.core.progress import Progress
 from bessemer.data.config import CleanConfig, DeduplicateConfig, SelectConfig
-from bessemer.data.corpus.reader import REASON, SCHEMA, TRAIN, document_id, document_schema, iterate_documents
+from bessemer.data.corpus.reader import SCHEMA, TRAIN, document_id, document_schema, iterate_documents
+from bessemer.data.corpus.stats import REASON
 from bessemer.data.corpus.writer import write_documents
 from bessemer.data.filters.word_model import OpenModel
 from bessemer.data.stages.clean import clean

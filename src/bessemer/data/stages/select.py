@@ -15,7 +15,8 @@ from bessemer.core.errors import ConfigError, SourceError
 from bessemer.core.progress import Progress
 from bessemer.data.config import SelectConfig
 from bessemer.data.corpus.dataset_card import StageRecord, lineage, write_card
-from bessemer.data.corpus.reader import SCHEMA, document_schema, with_reasons
+from bessemer.data.corpus.reader import SCHEMA, document_schema
+from bessemer.data.corpus.stats import with_reasons
 from bessemer.data.deduplication.decontaminate import Contamination, read_items
 from bessemer.data.deduplication.removals import apply
 from bessemer.data.stages.mixture import mixed, mixture_columns, mixture_stats, training_bytes

@@ -18,9 +18,9 @@ import pyarrow as pa
 from bessemer.core.object_storage import Place
 from bessemer.core.progress import Progress, Silent, Speed
 from bessemer.core.store import read_json, write_text
-from bessemer.data.corpus.reader import REASON, count_documents, document_files, kept_and_dropped, read_part
+from bessemer.data.corpus.reader import count_documents, document_files, read_part
 from bessemer.data.corpus.remote import SCRATCH, begin, finish
-from bessemer.data.corpus.stats import PartStats, stage_stats, totals_of
+from bessemer.data.corpus.stats import REASON, PartStats, kept_and_dropped, stage_stats, totals_of
 from bessemer.data.corpus.writer import PartWriter
 from bessemer.data.engine import Engine, run_tasks
 

@@ -19,7 +19,8 @@ from bessemer.inference.execution.batch import Batch, StepInputs
 from bessemer.inference.execution.kv_cache import PagedMemory
 from bessemer.inference.sampling.device_sampler import SampledRows
 from bessemer.model.decoder import Decoder
-from bessemer.model.layers.attention_backends import attention_mask, attention_weights
+from bessemer.model.layers.attention_backends import attention_weights
+from bessemer.model.layers.attention_mask import attention_mask
 from bessemer.model.layers.cache import AttentionInputs, Cache, Rectangle
 from bessemer.model.layers.feed_forward import Routing, SparseFeedForward
 from bessemer.model.quantisation.quantised_layers import PackedMatmuls

@@ -18,7 +18,7 @@ from bessemer.inference.execution.batch import Batch
 from bessemer.model.attention import variant_of_type, variants_in
 from bessemer.model.attention.base import KeyValueShape
 from bessemer.model.config import ModelConfig
-from bessemer.model.layers.attention_backends import alibi_slopes
+from bessemer.model.layers.attention_mask import alibi_slopes
 
 # Shapes: P pages, K key-value heads, M positions of a page, C channels of a key, V of a value, S slots, E kept steps.
 

@@ -15,7 +15,7 @@ from bessemer.inference.execution.kv_cache import PagedMemory, new_slots
 from bessemer.model.cpu_kernels import kernels_arithmetic, library
 from bessemer.model.cpu_kernels.attention import PagedSequences, PageTensors, paged_attention, write_pages
 from bessemer.model.decoder import Decoder
-from bessemer.model.layers.attention_backends import AttentionMask, attention_mask
+from bessemer.model.layers.attention_mask import AttentionMask, attention_mask
 from bessemer.model.layers.cache import AttentionInputs, Rectangle
 
 # Shapes: B sequences, T new tokens of each, N new tokens of all, H query heads, K key-value heads, S positions seen,

@@ -27,7 +27,8 @@ from bessemer.inference.execution.weights import (
 from bessemer.inference.sampling.device_sampler import SampledRows
 from bessemer.model.adapters import Adapter, adapted
 from bessemer.model.adapters.folder import WeightSample
-from bessemer.model.decoder import Decoder, MtpModule
+from bessemer.model.decoder import Decoder
+from bessemer.model.layers.block import MtpModule
 from bessemer.model.quantisation.quantised_layers import using_packed_matmuls
 
 # Shapes: N new tokens, R wanted rows, V vocabulary, D hidden, H heads, T and S positions.

@@ -14,9 +14,10 @@ from bessemer.model.config import ModelConfig
 from bessemer.model.cpu_kernels import library, unavailable
 from bessemer.model.cpu_kernels.attention import PagesFields, ScoresFields, scores_fields
 from bessemer.model.cpu_kernels.packed import WIDTH, MatrixFields, PackedMatrix, refusal
-from bessemer.model.decoder import Block, Decoder
+from bessemer.model.decoder import Decoder
 from bessemer.model.layers.attention import Attention
 from bessemer.model.layers.attention_backends import Scores
+from bessemer.model.layers.block import Block
 from bessemer.model.layers.feed_forward import FeedForward
 from bessemer.model.layers.norms import LayerNorm, RMSNorm
 from bessemer.model.layers.positions import RotaryPositions

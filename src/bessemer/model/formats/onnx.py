@@ -31,7 +31,7 @@ from bessemer.core.store import new_folder
 from bessemer.model.attention import LayerType, variants_in
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
-from bessemer.model.layers.attention_backends import AttentionMask, alibi_slopes
+from bessemer.model.layers.attention_mask import AttentionMask, alibi_slopes
 from bessemer.model.layers.cache import AttentionInputs, Cache
 from bessemer.model.layers.feed_forward import Experts, Routing
 from bessemer.model.layers.positions import Rotation

@@ -16,7 +16,8 @@ from torch.nn import functional
 
 from bessemer.model.adapters import AdapterRows, Hook
 from bessemer.model.config import ModelConfig
-from bessemer.model.layers.attention_backends import AttentionBackend, AttentionMask, Scores, sdpa
+from bessemer.model.layers.attention_backends import AttentionBackend, Scores, sdpa
+from bessemer.model.layers.attention_mask import AttentionMask
 from bessemer.model.layers.cache import AttentionInputs, Cache
 from bessemer.model.layers.folds import Fold, after_norm, divide_outputs
 from bessemer.model.layers.norms import RMSNorm, make_norm

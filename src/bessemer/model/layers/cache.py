@@ -10,7 +10,8 @@ from torch import Tensor
 
 from bessemer.model.attention import is_recurrent, variant_of
 from bessemer.model.config import ModelConfig
-from bessemer.model.layers.attention_backends import AttentionBackend, AttentionMask, Scores
+from bessemer.model.layers.attention_backends import AttentionBackend, Scores
+from bessemer.model.layers.attention_mask import AttentionMask
 
 # Shapes: B batch, H query heads, K key-value heads, S slots (cached positions), T new tokens, C channels of a head, V of a
 # value head.

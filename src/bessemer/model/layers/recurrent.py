@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bessemer.model.layers.attention import AttentionLayer
-from bessemer.model.layers.attention_backends import AttentionMask
+from bessemer.model.layers.attention_mask import AttentionMask
 from bessemer.model.layers.cache import Cache, Rectangle
 from bessemer.model.layers.positions import Rotation
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bessemer.model.decoder import Block
+from bessemer.model.layers.block import Block
 from bessemer.model.layers.feed_forward import FeedForward, SparseFeedForward
 from bessemer.model.layers.folds import Fold, after_norm, divide_outputs
 from bessemer.model.quantisation.base import Codes

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bessemer.model.decoder import Block, Decoder
+from bessemer.model.decoder import Decoder
+from bessemer.model.layers.block import Block
 from bessemer.model.layers.feed_forward import Experts, ExpertWeights, Gate
 
 # Shapes: R rows of calibration text, B rows at a time, T time, D hidden, K inputs of a matrix, M vectors of inputs, E experts.
