@@ -28,6 +28,8 @@ RECIPES = {
     "Add a source": ["tests/data/sources/test_todo.py"],
     "Add a loss of preferences": ["tests/posttraining/test_exo_margin.py"],
     "Add an evaluation task": ["tests/tasks/test_differences.py"],
+    "Add an endpoint": ["tests/serving/test_load_endpoint.py"],
+    "Add a page": ["tests/webapp/test_about.py"],
     "Add a command": ["tests/cli/test_words_command.py"],
 }
 
