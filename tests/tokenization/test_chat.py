@@ -478,6 +478,9 @@ def test_a_template_that_makes_control_tokens_of_words_gets_none_through(text, t
         ("{{ ('x' * 99999).replace('', 'y' * 99999) }}", "more than 67,108,864 characters"),
         ("{{ ('x' * 99999) | replace('x', 'y' * 99999) }}", "more than 67,108,864 characters"),
         ("{{ (['x' * 99999] * 9999) | join }}", "more than 67,108,864 characters"),
+        ("{{ ('x' * 99999).join(['y'] * 9999) }}", "more than 67,108,864 characters"),
+        ("{{ ('x' * 99999).join((['y'] * 9999) | map('string')) | length }}", "more than 67,108,864 characters"),
+        ("{{ ('x' * 99999).join('y' * 9999) | length }}", "more than 67,108,864 characters"),
         ("{% set x = 'x' * 2 ** 26 %}{{ x ~ x }}", "more than 67,108,864 characters"),
         (
             "{% set x = 'x' * 2 ** 24 %}{% for a in range(9) %}{% for b in range(9999) %}{% if x.count('y') %}{% endif %}"

@@ -16,7 +16,7 @@ import json
 import re
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -195,6 +195,9 @@ class _Environment(ImmutableSandboxedEnvironment):
         bound = getattr(obj, "__wrapped__", obj)
         owner, method = getattr(bound, "__self__", None), getattr(bound, "__name__", "")
         if isinstance(owner, str):
+            if method == "join" and len(args) == 1 and isinstance(args[0], Iterator):
+                # what is measured must still be there for the call
+                args = (list(args[0]),)
             _check_arguments(args, kwargs)
             _check_method(owner, method, args)
         return super().call(context, obj, *args, **kwargs)
@@ -255,8 +258,7 @@ def _check_method(text: str, method: str, args: Sequence[Any]) -> None:
         case (("format" | "format_map"), _):
             _check_format(text)
         case "join", [items]:
-            # an iterator comes only from a filter, and `_within_limits` makes a list of it
-            if isinstance(items, list | tuple):
+            if isinstance(items, Collection):
                 _limit(sum(len(item) for item in items if isinstance(item, str)) + len(text) * len(items))
         case "replace", [str() as old, str() as new, *_]:
             _limit(len(text) + text.count(old) * len(new))
