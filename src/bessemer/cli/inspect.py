@@ -9,7 +9,7 @@ import typer
 
 from bessemer.cli.options import Device, Model, Runs, print_view
 
-#: A page holds a picture of tokens by tokens for every head.
+#: Most tokens of an inspected text: the page holds a picture of tokens × tokens for every head.
 _LONGEST = 512
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 #: Files that hold a tokenizer in the formats of others.
 TOKENIZER_SUFFIXES = (".json", ".gguf", ".model", ".tiktoken")
 
-#: Characters of a user's text that are shown in their tokens.
+#: Characters at the beginning of a user's text whose tokens are shown.
 _SHOWN_CHARACTERS = 2000
 
 _SAMPLE = (

@@ -197,7 +197,7 @@ def _read_csv(path: Path, notes: list[str]) -> Iterator[Record]:
         next(stream)
     rows = csv.reader(stream, delimiter=delimiter, strict=True)
     header: list[str] = []
-    # a row ends at `line_num`, and may span several lines
+    # `start` is the first line of a row; `line_num` is the last, since a row may span several lines
     start = 1 + skipped
     try:
         for row in rows:

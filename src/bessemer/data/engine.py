@@ -131,7 +131,7 @@ def _rows_of(frame: Any, demand: _Demand) -> Iterator[tuple[int, str]]:
                     result = rows.get(timeout=_LOOK)
                 except Empty:
                     result = _NOT_YET
-                # Daft sets a handler when its first query runs, which is before its first row
+                # Daft installs its own signal handler when its first query runs, before the first row; `renew` puts ours back
                 interrupts.renew()
                 if interrupts.received is not None:
                     interrupts.deliver()

@@ -195,7 +195,7 @@ class RequestBuilder:
             if computed_from is None:
                 computed_from = capture.first(len(ids))
         if params.best_of is not None and params.best_of > params.n and params.logprobs is None:
-            # by which the completions are ranked
+            # `best_of` ranks the completions by their log-probabilities
             params = params.with_changes(logprobs=0, logprobs_mode="raw")
         end_tokens = self._ends(params) | frozenset(params.stop_token_ids)
         requests: list[Request] = []

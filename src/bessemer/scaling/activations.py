@@ -21,7 +21,7 @@ from bessemer.model.parts import FLOAT32_BYTES, Numerics, StoredActivations
 
 Recompute = Literal["none", "selective", "full"]
 
-#: Bytes of an index.
+#: Bytes of an int64 index, of a chosen expert or of a visit.
 _INDEX = 8
 
 

@@ -25,7 +25,7 @@ _SECONDS_PER_DAY = 86_400
 #: Iterations of the fixed point between FLOPs and the speed of the model of that size.
 _ROUNDS = 6
 _CLOSE = 0.01
-#: Fewest optimizer steps of a run worth a law.
+#: Fewest optimizer steps of a suggested run. A budget for fewer is refused as too small for the ladder's rules.
 _FEWEST_STEPS = 10
 #: Lower triangle whose square is the covariance of (log E, log A, log B, α, β) of `BESIROGLU`: of 400 samples, with
 #: replacement, of the points that the authors published (github.com/epoch-research/analyzing-chinchilla, without the five of

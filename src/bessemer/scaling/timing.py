@@ -22,7 +22,7 @@ from bessemer.scaling.job import NARROW_BYTES, WEIGHT_BYTES, Candidate, PlannedJ
 from bessemer.scaling.memory import average_bytes, state_bytes
 from bessemer.training.optim.registry import find_optimizer
 
-#: Bytes of an index.
+#: Bytes of the int64 index of a chosen expert.
 _INDEX_BYTES = 8
 
 Axis = Literal["data", "tensor", "context", "pipeline", "expert"]
@@ -111,7 +111,7 @@ def _tensor(job: PlannedJob, candidate: Candidate) -> Iterator[Traffic]:
     layers, micro_batches = held_layers(job, candidate), job.micro_batches(candidate)
     heads = 1
     if model.num_hidden_layers - 1 in layers:
-        # multi-token prediction blocks are built as the last layer is
+        # a multi-token prediction block contains a layer of the same kind as the last one
         layers = [*layers, *[model.num_hidden_layers - 1] * model.num_nextn_predict_layers]
         heads += model.num_nextn_predict_layers
     again = 1 if candidate.recompute != "none" else 0

@@ -112,7 +112,7 @@ _TOXICITY_MIN_WORDS = 40
 #: Weight in a hundred words that makes a score of one half.
 _HALF_ATTACK = 1.4
 _HALF_EXPLICIT = 1.6
-#: Most that swearing adds, since swearing alone attacks nobody.
+#: Most that swearing adds to the attack weight in a hundred words; below `_HALF_ATTACK`, since swearing alone attacks nobody.
 _MOST_SWEARING = 1.1
 
 

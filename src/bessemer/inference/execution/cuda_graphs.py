@@ -206,7 +206,8 @@ class _StaticCache(StatelessCache):
     def __init__(
         self, memory: PagedMemory, positions_B: Tensor, tables_GBW: Tensor, spare: Sequence[int], attention: PageAttention
     ) -> None:
-        #: The longest that a text can be: how long the longest is now would be known only after a wait for the device.
+        #: Most tokens that any text can have. The length of the longest current text is only on the device, and the host would
+        #: have to wait for it.
         self.live = memory.longest
         self._positions_B = positions_B
         groups = []

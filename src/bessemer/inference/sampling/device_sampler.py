@@ -77,7 +77,7 @@ class _Changes(NamedTuple):
     bias: tuple[Tensor, Tensor] | None
     penalties: _Penalties | None
     banned: tuple[Tensor, Tensor] | None
-    #: A rows, and the tokens that each of them, counted from 0, may have.
+    #: The rows with allowed tokens, (A,), and the entries that are allowed, (2, E): a place among the A rows and a token each.
     allowed: tuple[Tensor, tuple[Tensor, Tensor]] | None
     #: End tokens that may not come yet.
     early: tuple[Tensor, Tensor] | None

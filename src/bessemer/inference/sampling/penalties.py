@@ -17,7 +17,7 @@ from bessemer.inference.sampling.params import SamplingParams
 
 # Shapes: V vocabulary, N some tokens.
 
-#: Biases of more than the vocabulary by this are added to all of it: in order, a logit costs a tenth.
+#: More biases than the vocabulary's size by this are added as one vector: an element of a vector costs a tenth of one by index.
 _DENSE = 10
 
 

@@ -202,7 +202,7 @@ class BlockTables:
         whole = self.blocks(tokens)
         if window is None:
             return whole
-        # neighbouring positions that begin at the end of a block lie in the most blocks
+        # consecutive positions span the most blocks when the first of them is the last slot of a block
         positions = window - 1 + chunk
         return min(whole, (positions + self.block_size - 2) // self.block_size + 1)
 

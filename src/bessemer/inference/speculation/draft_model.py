@@ -140,7 +140,7 @@ class ModelProposer(Proposer):
     def __init__(self, policy: DraftLengthPolicy) -> None:
         self.policy = policy
         self.acceptance = AcceptanceTracker(policy.most, policy.adapt)
-        #: Seconds of a draft token for each request, by the bit length of the number of requests.
+        #: Seconds in which every request of a step gets one draft token. The key is the bit length of the number of requests.
         self._seconds: dict[int, Recent] = {}
 
     def propose(self, requests: Sequence[Request]) -> list[Draft]:

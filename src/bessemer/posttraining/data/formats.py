@@ -49,7 +49,7 @@ _SPEAKERS = {
 }
 #: Values of a label: CSV files hold words, and many data sets zeros and ones.
 _LABELS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
-#: Usual columns of the question, which are no key of a pair.
+#: Columns that usually hold the question. A pair of texts with one of them is refused: its prompt belongs under `prompt`.
 _QUESTIONS = ("input", "query", "context", "user", "text", "problem")
 #: Usual columns of questions, of answers, and of texts alone, in lower case.
 PROMPTS = ("prompt", "question", "input", "query", "request", "ticket", "message", "problem", "user", "instruction")

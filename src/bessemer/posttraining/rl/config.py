@@ -80,7 +80,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     },
     # arXiv 2511.20347
     "sapo": {"advantage": "grpo", "aggregation": "sequence_mean", "loss": "sapo"},
-    # Ahmadian et al. 2024, as TRL has it
+    # Ahmadian et al. 2024, as implemented in TRL
     "rloo": {
         "advantage": "rloo",
         "aggregation": "sequence_mean",

@@ -246,7 +246,7 @@ def serve_on_ray(
         engines = ray_serve.deployment(
             name="Engine",
             num_replicas=replicas,
-            # a full replica refuses completions itself, and still answers other requests
+            # Ray must not limit requests: a full replica refuses completions itself, and must still answer other requests
             max_ongoing_requests=_MOST_REQUESTS,
             ray_actor_options=options,
             health_check_period_s=_HEALTH_SECONDS,

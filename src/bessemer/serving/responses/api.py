@@ -22,7 +22,7 @@ from bessemer.serving.runtime.streams import EventStream, Reply, named_events, r
 from bessemer.serving.runtime.worker import ChoiceEvents, Turns
 from bessemer.tokenization.tokenizer import Tokenizer
 
-#: A name and a body.
+#: Name and body of a server-sent event.
 _NamedEvent = tuple[str, dict[str, Any]]
 
 

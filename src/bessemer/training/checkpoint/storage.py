@@ -39,7 +39,8 @@ from bessemer.core.store import read_json, write_json
 from bessemer.distributed.mesh import Mesh
 from bessemer.training.checkpoint.state import RANDOM_STATES
 
-#: Seconds without a growing file after which other processes count as dead, and between messages about waiting for them.
+#: `_PATIENCE`: seconds without a growing file after which other processes count as dead.
+#: `_SAY_EVERY`: seconds between two messages about the wait.
 _PATIENCE, _SAY_EVERY = 3600.0, 60.0
 #: First and longest pause between two looks at the folder, in seconds.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.01, 1.0

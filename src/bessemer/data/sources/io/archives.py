@@ -134,7 +134,7 @@ class Entry:
     ) -> None:
         #: Full name below the source's root, an archive's name first: what notes say.
         self.place = name
-        #: The same without the suffix of its compression: what documents are named after.
+        #: `place` without the suffix of a compression. Documents are named after it.
         self.name = uncompressed_name(name)
         self.size_bytes = size_bytes
         #: Where it lies, None inside an archive.

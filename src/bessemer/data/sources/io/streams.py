@@ -218,7 +218,7 @@ class _Expanded(io.RawIOBase):
             self._at = at if at >= 0 else max(len(self._block) - len(magic) + 1, self._at)
             if at >= 0 and _looks_like_a_member(self._block[at : at + _GLANCE], self._compression):
                 return True
-            # with more bytes it may turn out to be a member
+            # the block has no magic, or too few bytes after it to recognise a member: read more
             if at < 0 or len(self._block) - at < _GLANCE:
                 more = self._read()
                 if not more and at < 0:
