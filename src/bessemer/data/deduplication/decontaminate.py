@@ -104,7 +104,7 @@ class _Scratch(NamedTuple):
 
 @compiled_allocating
 def _scratch(most: int, ngram: int) -> _Scratch:
-    """For texts of at most so many words."""
+    """Working memory of one call, for texts of at most `most` words."""
     words, runs = np.empty(most, dtype=np.uint64), np.empty(most, dtype=np.uint64)
     places, sizes = np.empty((most, 2), dtype=np.int64), np.empty(most, dtype=np.int64)
     return _Scratch(words, places, sizes, runs, np.empty(most, dtype=np.int64), powers_of_base(ngram))
