@@ -11,7 +11,8 @@ from typing import Any, Protocol
 from bessemer.core.hashing import derive_seed
 from bessemer.evaluation.task_prompts import PromptEncoder
 from bessemer.evaluation.thinking import answers_after_thinking
-from bessemer.inference.engine import Engine, SamplingParams
+from bessemer.inference.engine import Engine
+from bessemer.inference.sampling.params import SamplingParams
 from bessemer.tasks.questions import GenerationQuestion, GenerationTask, LikelihoodQuestion, LikelihoodTask, Outcome, Task
 
 #: Questions, and samples, of one call of the engine: enough to fill its steps, and what an interruption loses at most.

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from bessemer.tasks.questions import Context, ContinuationRequest
-from bessemer.tokenization.chat import Message
 from bessemer.tokenization.prompts import encode_continuations
 from bessemer.tokenization.tokenizer import Tokenizer
 
@@ -72,7 +72,7 @@ class PromptEncoder:
     def _encoded(self, context: Context) -> list[int]:
         return self._begun(self._tokenizer.encode(context)) if isinstance(context, str) else self._conversation(context)
 
-    def _conversation(self, messages: Sequence[Message]) -> list[int]:
+    def _conversation(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         return self._tokenizer.apply_chat_template(messages, add_generation_prompt=True)
 
     def _whole(self, text: str, ids: list[int]) -> list[int]:
