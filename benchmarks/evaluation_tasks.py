@@ -28,7 +28,7 @@ from bessemer.inference.engine import Engine
 from bessemer.tasks.config import ChoiceConfig, GenerateConfig, SchemaConfig, fill
 from bessemer.tasks.likelihood import ChoiceTask
 from bessemer.tasks.questions import Task
-from bessemer.tasks.task_file import KINDS, read_task_config
+from bessemer.tasks.registry import KINDS, read_task_config
 
 #: Where the data of tasks lies, beside the repository.
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "eval"

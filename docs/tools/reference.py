@@ -112,13 +112,13 @@ def _default(parameter: Any) -> str:
 
 def settings_page() -> str:
     """Every setting of a recipe, stage by stage, then those of the engine, of a request, of the server, and of a task file."""
-    from bessemer.assistant.config import AssistantConfig
+    from bessemer.assistant.conversation import AssistantConfig
     from bessemer.inference.config import EngineConfig
     from bessemer.inference.sampling.params import SamplingParams
     from bessemer.pipeline.recipe import RecipeHead
     from bessemer.pipeline.stages import STAGES
     from bessemer.serving.config import ServingConfig
-    from bessemer.tasks.task_file import KINDS
+    from bessemer.tasks.registry import KINDS
 
     # the registry that no stage loads: the page is the same whatever ran before
     import_module("bessemer.assistant.tool_formats")

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from statistics import fmean
 
-from bessemer.evaluation.thinking import answers_after_thinking
+from bessemer.evaluation.task_answerers import answers_after_thinking
 from bessemer.inference.engine import Engine, SamplingParams
 from bessemer.tasks.config import TaskOptions
 from bessemer.tasks.registry import find_tasks

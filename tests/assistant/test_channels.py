@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from bessemer.assistant.assistant import Assistant, EngineModel
-from bessemer.assistant.config import AssistantConfig
-from bessemer.assistant.conversation import Conversation
+from bessemer.assistant.conversation import AssistantConfig, Conversation
 from bessemer.assistant.hooks import Hook, Refuse
 from bessemer.assistant.messages import Called, Message, MessageEnd, TextDelta, ThinkingDelta, TurnEnd
 from bessemer.assistant.tools import Tool, ToolChoice

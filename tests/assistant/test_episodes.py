@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from bessemer.assistant.assistant import Assistant, EngineModel
-from bessemer.assistant.config import AssistantConfig
-from bessemer.assistant.conversation import Conversation
+from bessemer.assistant.conversation import AssistantConfig, Conversation
 from bessemer.assistant.episodes import StepResult, play
 from bessemer.assistant.messages import Message
 from bessemer.assistant.tools import Tool

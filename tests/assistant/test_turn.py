@@ -6,8 +6,7 @@ import re
 import pytest
 
 from bessemer.assistant.assistant import ApiModel, Assistant
-from bessemer.assistant.config import AssistantConfig, Principal
-from bessemer.assistant.conversation import Conversation
+from bessemer.assistant.conversation import AssistantConfig, Conversation, Principal
 from bessemer.assistant.grammar import ThinkingTokens
 from bessemer.assistant.hooks import Deny, Hook, Pass, Refuse, Retry, Wait
 from bessemer.assistant.messages import (

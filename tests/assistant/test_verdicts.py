@@ -6,8 +6,7 @@ import itertools
 import pytest
 
 from bessemer.assistant.assistant import Assistant
-from bessemer.assistant.config import AssistantConfig
-from bessemer.assistant.conversation import Conversation
+from bessemer.assistant.conversation import AssistantConfig, Conversation
 from bessemer.assistant.hooks import Deny, Hook
 from bessemer.assistant.messages import Called, Message, MessageEnd, Returned, TextDelta, ToolCall, TurnEnd
 from bessemer.assistant.tools import Tool

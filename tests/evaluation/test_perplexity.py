@@ -15,8 +15,8 @@ from bessemer.data.config import CleanConfig
 from bessemer.data.corpus.reader import iterate_documents
 from bessemer.data.stages.clean import outside_files
 from bessemer.data.text.texts import Texts
-from bessemer.evaluation import perplexity
-from bessemer.evaluation.perplexity import open_document_scorer
+from bessemer.evaluation import bits_per_byte as perplexity
+from bessemer.evaluation.bits_per_byte import open_document_scorer
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
 from bessemer.model.storage.folder import save_model

@@ -12,13 +12,13 @@ from bessemer.core.records import json_lines
 from bessemer.core.statistics import reliability
 from bessemer.evaluation.comparison import compare
 from bessemer.evaluation.evaluation_folder import ITEMS_FILE, RESULTS_FILE, Score, model_identity, read_evaluation
-from bessemer.evaluation.task_prompts import PromptEncoder
+from bessemer.evaluation.task_answerers import PromptEncoder
 from bessemer.evaluation.task_results import task_results
 from bessemer.evaluation.tasks import engine_judge, evaluate_tasks
 from bessemer.inference.engine import Engine, SamplingParams
 from bessemer.tasks.config import TaskOptions
 from bessemer.tasks.questions import ContinuationRequest
-from bessemer.tasks.task_file import read_task
+from bessemer.tasks.registry import read_task
 from bessemer.tokenization.prompts import encode_continuations
 from tests.inference.models import small_decoder, small_tokenizer
 from tests.tasks.written import ANIMALS, task_of, write_task

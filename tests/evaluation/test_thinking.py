@@ -6,8 +6,8 @@ from bessemer.assistant.grammar import ThinkingTokens
 from bessemer.core.errors import ConfigError, RequestError
 from bessemer.core.progress import Silent
 from bessemer.core.records import json_lines
+from bessemer.evaluation.task_answerers import answers_after_thinking
 from bessemer.evaluation.tasks import evaluate_tasks
-from bessemer.evaluation.thinking import answers_after_thinking
 from bessemer.inference.engine import Engine, SamplingParams
 from bessemer.tasks.config import TaskOptions
 from bessemer.tokenization.folder import CHAT_TEMPLATE_FILE

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from bessemer.core.progress import Silent
-from bessemer.evaluation import time_limit
+from bessemer.evaluation import stage as time_limit
 from bessemer.evaluation.config import EvaluateConfig
-from bessemer.evaluation.time_limit import with_share, within_minutes
+from bessemer.evaluation.stage import with_share, within_minutes
 
 CONFIG = EvaluateConfig(minutes=1.0, max_tokens=160_000, questions=160)
 MODELS = {name: Path(name) for name in ("pretrain", "sft", "rl")}

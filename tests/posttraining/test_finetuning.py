@@ -30,7 +30,7 @@ from bessemer.posttraining.sft.finetune import Finetuned, _Questions, _Samples, 
 from bessemer.posttraining.sft.finetune_inputs import find_columns, prepare_base
 from bessemer.posttraining.sft.finetune_plan import Sizes, choose_method, needed_bytes, row_length, settings_of
 from bessemer.posttraining.sft.report import verdict
-from bessemer.tasks.task_file import read_task
+from bessemer.tasks.registry import read_task
 from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.training.data.batches import Batch
 from bessemer.training.objectives import next_token_loss

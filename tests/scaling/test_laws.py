@@ -16,10 +16,11 @@ from bessemer.scaling.laws.parametric import (
     ParametricLaw,
     Point,
     Points,
+    TaskLaw,
     check_determined,
+    fit_task_law,
     read_points,
 )
-from bessemer.scaling.laws.task_law import TaskLaw, fit_task_law
 from tests.cases import slow
 
 SIZES, RATIOS = np.geomspace(1e7, 1e9, 6), np.geomspace(4, 120, 5)

@@ -1,7 +1,6 @@
 import pytest
 
-from bessemer.distributed.balance import balanced_stages
-from bessemer.distributed.layout import Layout
+from bessemer.distributed.layout import Layout, balanced_stages
 from bessemer.model.config import preset_config
 from bessemer.model.presets import PRESET_VOCABULARIES
 from bessemer.scaling.hardware import CARDS, find_card

@@ -8,7 +8,7 @@ import threading
 import httpx
 import pytest
 
-from bessemer.assistant.config import Principal
+from bessemer.assistant.conversation import Principal
 from bessemer.core.errors import ArtefactError
 from bessemer.inference.engine import Engine
 from bessemer.inference.sampling.params import SamplingParams

@@ -18,7 +18,7 @@ import httpx
 import openai
 import pytest
 
-from bessemer.assistant.config import Principal
+from bessemer.assistant.conversation import Principal
 from bessemer.serving.app import create_app
 from bessemer.serving.config import ServingConfig
 from bessemer.serving.ray.entrance import Entrance

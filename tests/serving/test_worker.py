@@ -8,7 +8,7 @@ import threading
 import httpx
 import pytest
 
-from bessemer.assistant.config import LOCAL
+from bessemer.assistant.conversation import LOCAL
 from bessemer.core.errors import LostProcessError, RequestError
 from bessemer.inference.sampling.sampler import SamplingParams
 from bessemer.serving.app import create_app

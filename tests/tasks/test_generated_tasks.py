@@ -6,7 +6,7 @@ import pytest
 
 from bessemer.core.errors import ConfigError
 from bessemer.tasks.config import TaskOptions
-from bessemer.tasks.task_file import read_task
+from bessemer.tasks.registry import read_task
 
 
 def task_of(folder, options=None, **settings):

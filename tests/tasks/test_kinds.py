@@ -215,7 +215,7 @@ def test_data_that_is_not_there_is_looked_for_in_the_folder_of_the_data(tmp_path
     path = write_task(tmp_path, ANIMALS, kind="choice")
     (tmp_path / "data" / "deeper").mkdir(parents=True)
     (tmp_path / "task.jsonl").rename(tmp_path / "data" / "deeper" / "task.jsonl")
-    from bessemer.tasks.task_file import read_task
+    from bessemer.tasks.registry import read_task
 
     assert len(read_task(path, TaskOptions(data=tmp_path / "data")).questions()) == 3
     with pytest.raises(ArtefactError, match=r"there is no task.jsonl in .*; say where the data of tasks lies with --data"):

@@ -10,7 +10,7 @@ from typing import Any
 
 from bessemer.tasks.config import TaskOptions
 from bessemer.tasks.questions import Task
-from bessemer.tasks.task_file import read_task
+from bessemer.tasks.registry import read_task
 
 ANIMALS = [
     {"query": f"Which animal says {sound}?", "choices": ["cat", "dog", "cow"], "gold": gold}

@@ -10,7 +10,7 @@ from bessemer.evaluation.tasks import evaluate_tasks
 from bessemer.inference.engine import Engine
 from bessemer.model.config import ModelConfig
 from bessemer.pipeline.stages import open_tasks
-from bessemer.tasks.task_file import read_task
+from bessemer.tasks.registry import read_task
 from bessemer.training.config import LoopConfig
 from bessemer.training.monitoring.run_metrics import Throughput, check_processes
 from bessemer.training.pretrain import pretrain

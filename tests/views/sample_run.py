@@ -10,10 +10,9 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from bessemer.core.report import KeyFigure
+from bessemer.core.report import KeyFigure, ReportData
 from bessemer.pipeline.report import gather
 from bessemer.pipeline.run_folder import RunFolder
-from bessemer.views.run_data import ReportData
 
 #: Must never reach a page as it is.
 HOSTILE = "<script>alert('furnace')</script>"

@@ -11,9 +11,8 @@ from xml.etree import ElementTree
 import pytest
 
 from bessemer.core.metrics import LOSSY_NOTE
-from bessemer.core.report import Section, Text
+from bessemer.core.report import ReportData, Section, Text
 from bessemer.views.report import render_report
-from bessemer.views.run_data import ReportData
 from tests.views.sample_run import HOSTILE, run_of, sample_metrics, sample_records, sample_run
 
 _VOID = {"meta", "br", "hr", "img", "input", "link"}

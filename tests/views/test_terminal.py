@@ -10,11 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from bessemer.core.report import Answer, Answers
+from bessemer.core.report import Answer, Answers, ReportData
 from bessemer.views import terminal
+from bessemer.views.elements import tokens_text
 from bessemer.views.parts_terminal import show_parts
-from bessemer.views.run_data import ReportData
-from bessemer.views.tokens import tokens_text
 from tests.views.sample_run import sample_metrics, sample_run
 
 

@@ -7,8 +7,7 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from typing import Any, Protocol
 
-from bessemer.assistant.config import LOCAL, AssistantConfig, Principal
-from bessemer.assistant.conversation import Conversation
+from bessemer.assistant.conversation import LOCAL, AssistantConfig, Conversation, Principal
 from bessemer.assistant.generation import Delta, Generation
 from bessemer.assistant.hooks import Hook, Hooks
 from bessemer.assistant.messages import BadCall, Event, Message

@@ -1,4 +1,4 @@
-"""A conversation: its messages, and the transcript of the encoded ones as token ids.
+"""A conversation: its settings, on whose behalf it runs, its messages, and their transcript as token ids.
 
 The transcript is only appended to: sampled tokens are never decoded and encoded again.
 """
@@ -6,13 +6,48 @@ The transcript is only appended to: sampled tokens are never decoded and encoded
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from bessemer.assistant.messages import Message, MessagePart
+from bessemer.core.config import Config, setting
 from bessemer.core.errors import RequestError
 from bessemer.tokenization.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Principal:
+    """A user and their groups. key: the name of their API key, never the key itself."""
+
+    user: str
+    groups: frozenset[str] = frozenset()
+    key: str = ""
+
+    def is_in_any(self, groups: Collection[str] | None) -> bool:
+        """Whether the user is in one of the groups; None stands for everybody."""
+        return groups is None or not self.groups.isdisjoint(groups)
+
+
+#: The user of this machine's terminal.
+LOCAL = Principal("local")
+
+
+class AssistantConfig(Config):
+    """Limits of a turn, and the format of tool calls."""
+
+    max_rounds: int = setting(8, "messages of the assistant in a turn; after all but the last the tools it calls are run", ge=1)
+    max_retries: int = setting(2, "times that one message is generated again because a hook sent it back", ge=0)
+    refusal: str = setting("I can't help with that.", "answer where every attempt was sent back", min_length=1)
+    thinking_budget: int | None = setting(
+        None,
+        "tokens of a message after which its thinking is closed and the answer begins; none: no limit",
+        unit="tokens",
+        ge=0,
+    )
+    tool_format: str | None = setting(
+        None, "how the model writes calls of tools; none: as its chat template says", plugins="bessemer.tool_formats"
+    )
 
 
 class Transcript:

@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from bessemer.assistant.assistant import Assistant, EngineModel
-from bessemer.assistant.config import LOCAL, Principal
-from bessemer.assistant.conversation import Conversation, Transcript
+from bessemer.assistant.conversation import LOCAL, Conversation, Principal, Transcript
 from bessemer.assistant.generation import Generation
 from bessemer.assistant.hooks import Hook
 from bessemer.assistant.messages import EndReason, Message

@@ -6,8 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeGuard
 
-from bessemer.assistant.config import Principal
-from bessemer.assistant.conversation import Conversation
+from bessemer.assistant.conversation import Conversation, Principal
 from bessemer.assistant.generation import MessageDraft
 from bessemer.assistant.messages import BadCall, Called, DraftEvent, ToolCall
 from bessemer.assistant.tools import Tool, ToolResult

@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import count
 
-from bessemer.assistant.config import AssistantConfig, Principal
-from bessemer.assistant.conversation import Conversation
+from bessemer.assistant.conversation import AssistantConfig, Conversation, Principal
 from bessemer.assistant.generation import Delta, Generation, MessageDraft
 from bessemer.assistant.grammar import ThinkingTokens
 from bessemer.assistant.hooks import ClientCalls, Deny, Hooks, Refuse, Retry, TurnContext, Wait

@@ -30,8 +30,7 @@ from bessemer.core.errors import RequestError
 
 if TYPE_CHECKING:
     from bessemer.assistant.assistant import Assistant
-    from bessemer.assistant.config import AssistantConfig
-    from bessemer.assistant.conversation import Conversation
+    from bessemer.assistant.conversation import AssistantConfig, Conversation
     from bessemer.inference.engine import Engine
     from bessemer.inference.sampling.sampler import SamplingParams
 
@@ -73,7 +72,7 @@ def chat(
     runs: Runs = Path("runs"),
 ) -> None:
     """Talk with a model in the terminal."""
-    from bessemer.assistant.config import AssistantConfig
+    from bessemer.assistant.conversation import AssistantConfig
     from bessemer.cli.named import example_questions, find_served, option_of, sampling_options, speculation
     from bessemer.inference.engine import Engine, EngineConfig
 

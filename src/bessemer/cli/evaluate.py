@@ -102,7 +102,7 @@ def evaluate(
     print_view(show_task_results(results))
     calibrated = {name: task for name, task in results["tasks"].items() if "calibration" in task}
     if calibrated and find_spec("matplotlib") is not None:
-        from bessemer.views.scaling_charts import reliability_chart
+        from bessemer.views.charts import reliability_chart
 
         write_text(folder / "reliability.svg", reliability_chart(calibrated))
     print(folder)

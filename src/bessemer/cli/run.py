@@ -237,7 +237,7 @@ def _plot(path: Path, outcomes: list[Outcome], metric: str) -> None:
     curves = sweep_curves(sweep_rows(outcomes, metric), list(outcomes[0].member.varied))
     if curves is None or missing_package(["matplotlib"]) is not None:
         return
-    from bessemer.views.scaling_charts import sweep_chart
+    from bessemer.views.charts import sweep_chart
 
     axis, lines = curves
     write_text(path, sweep_chart(lines, axis, metric))

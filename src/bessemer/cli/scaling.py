@@ -131,7 +131,7 @@ def _bias(fit: Fit) -> IsoFlopBias | None:
 
 def _plot(folder: Path, fits: list[Fit], parabolas: IsoFlop | None) -> None:
     from bessemer.core.store import write_text
-    from bessemer.views.scaling_charts import fit_chart, isoflop_chart
+    from bessemer.views.charts import fit_chart, isoflop_chart
 
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "fit.svg", fit_chart(fits))

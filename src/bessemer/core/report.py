@@ -327,3 +327,37 @@ ReportFunction: TypeAlias = Callable[[StageReport], Section | None]
 def facts_section(stage: StageReport) -> Section:
     """The section of a stage that has none of its own: its figures."""
     return Section(label(stage.name), [Facts(stage.metrics)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageRun:
+    """One stage of a run: seconds and peak memory of its work, and in a few words what it made."""
+
+    name: str
+    seconds: float
+    peak_memory_bytes: int | None = None
+    summary: str = ""
+    key: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportData:
+    """A run. What is absent has no section in the report.
+
+    sentences: what was made, in plain words. next_steps: commands to type. sections: the stages' own, in order.
+    versions, host, commit: the manifests'. made: when, in UTC. recipe, lock: the files' text.
+    """
+
+    name: str
+    description: str = ""
+    sentences: Sequence[str] = ()
+    figures: Sequence[KeyFigure] = ()
+    next_steps: Sequence[str] = ()
+    stages: Sequence[StageRun] = ()
+    sections: Sequence[Section] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+    host: Metrics = field(default_factory=dict)
+    commit: str | None = None
+    made: str = ""
+    recipe: str = ""
+    lock: str = ""

@@ -11,8 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from bessemer.core.errors import ConfigError
-from bessemer.distributed.balance import balanced_stages
-from bessemer.distributed.layout import Layout
+from bessemer.distributed.layout import Layout, balanced_stages
 from bessemer.model.decoder import Decoder
 from bessemer.model.layers.cache import Cache
 

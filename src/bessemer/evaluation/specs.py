@@ -24,8 +24,7 @@ def _evaluate(context: StageContext) -> dict[str, Any]:
 
 
 def _resolve_evaluate(context: StageContext) -> tuple[Config, dict[str, Any]]:
-    from bessemer.evaluation.stage import evaluate, models_of
-    from bessemer.evaluation.time_limit import within_minutes
+    from bessemer.evaluation.stage import evaluate, models_of, within_minutes
     from bessemer.tokenization.shards import TokenShards
 
     def evaluate_some(config: EvaluateConfig, models: Mapping[str, Path], out: Path) -> object:

@@ -1,4 +1,7 @@
-"""A model's answers to questions of a task, in calls of bounded size: by likelihood, by generation, and with thinking."""
+"""A model's answers to questions of a task: the questions as tokens; answers by likelihood, by generation, after thinking.
+
+A question that the context does not hold is cut from the left. Calls of the engine are of bounded size.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,170 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
+from bessemer.assistant.assistant import Assistant, EngineModel
+from bessemer.assistant.conversation import AssistantConfig, Conversation
+from bessemer.assistant.episodes import Episode, StepResult, play
+from bessemer.assistant.messages import EndReason, Message, as_messages
+from bessemer.core.errors import RequestError
 from bessemer.core.hashing import derive_seed
-from bessemer.evaluation.task_prompts import PromptEncoder
-from bessemer.evaluation.thinking import answers_after_thinking
 from bessemer.inference.engine import Engine
 from bessemer.inference.sampling.params import SamplingParams
-from bessemer.tasks.questions import GenerationQuestion, GenerationTask, LikelihoodQuestion, LikelihoodTask, Outcome, Task
+from bessemer.tasks.questions import (
+    Context,
+    ContinuationRequest,
+    GenerationQuestion,
+    GenerationTask,
+    LikelihoodQuestion,
+    LikelihoodTask,
+    Outcome,
+    Task,
+)
+from bessemer.tokenization.prompts import encode_continuations
+from bessemer.tokenization.tokenizer import Tokenizer
+
+#: Tokens that are shown of the beginning of a task's prompts.
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class EncodedPart:
+    """Tokens of a context and of its continuations. cut: tokens of the context that were left out."""
+
+    context: list[int]
+    continuations: list[list[int]]
+    cut: int = 0
+
+
+class PromptEncoder:
+    """Encodes for one model. context_length: the most tokens that it reads."""
+
+    def __init__(self, tokenizer: Tokenizer, context_length: int, begin_token: bool = False) -> None:
+        """begin_token: whether a text begins with the begin token even where the tokenizer writes none."""
+        self._tokenizer = tokenizer
+        self._context_length = context_length
+        missing = [tokenizer.bos_id] if begin_token and not tokenizer.begin_ids else []
+        self._begin = missing or list(tokenizer.begin_ids)
+        self._missing = missing
+
+    def part(self, part: ContinuationRequest) -> EncodedPart:
+        """Encode a context and its continuations: a text as `encode_continuations` does, a conversation with the continuations
+        alone. The last token of a continuation is not read and needs no place in the context."""
+        if isinstance(part.context, str):
+            context, continuations = encode_continuations(self._tokenizer, part.context, part.continuations)
+            context = self._begun(context)
+            space = part.context[len(part.context.rstrip()) :]
+            continuations = [
+                self._whole(space + text, ids) for text, ids in zip(part.continuations, continuations, strict=True)
+            ]
+        else:
+            context = self._conversation(part.context)
+            continuations = [self._tokenizer.encode(each, add_bos=False) for each in part.continuations]
+        context, cut = self._cut(context, self._context_length + 1 - max(map(len, continuations)))
+        return EncodedPart(context, continuations, cut)
+
+    def count(self, context: Context) -> int:
+        """How many tokens a context has, all of it."""
+        return len(self._encoded(context))
+
+    def prompt(self, context: Context, max_tokens: int) -> EncodedPart:
+        """A context that leaves room for `max_tokens`, or for half of the model's context where that is less."""
+        ids = self._encoded(context)
+        kept, cut = self._cut(
+            ids or [self._tokenizer.bos_id], self._context_length - min(max_tokens, self._context_length // 2)
+        )
+        return EncodedPart(kept, [], cut)
+
+    def beginning(self, ids: Sequence[int]) -> str:
+        """The first tokens of a prompt, for a reader, and whether a begin token is among them."""
+        shown = " ".join(repr(self._tokenizer.decode([id], skip_special=False)) for id in ids[:_SHOWN])
+        begins = bool(ids) and self._tokenizer.is_special(ids[0])
+        doubled = len(ids) > 1 and ids[0] == ids[1] and begins
+        return shown + (" (the begin token twice)" if doubled else "" if begins else " (no begin token)")
+
+    def _encoded(self, context: Context) -> list[int]:
+        return self._begun(self._tokenizer.encode(context)) if isinstance(context, str) else self._conversation(context)
+
+    def _conversation(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        return self._tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+
+    def _whole(self, text: str, ids: list[int]) -> list[int]:
+        """Tokens of a whole continuation. It is encoded alone where its beginning shares a token with the end of the context,
+        as `-` does in `=-7`: there the convention leaves it out."""
+        if not self._tokenizer.lossless or self._tokenizer.decode_bytes(ids, beginning=False) == text.encode():
+            return ids
+        return self._tokenizer.encode(text, add_bos=False)
+
+    def _begun(self, ids: list[int]) -> list[int]:
+        """A text's tokens with the begin token that `begin_token` adds; an empty text is that token already."""
+        return ids if ids == self._missing else self._missing + ids
+
+    def _cut(self, ids: list[int], most: int) -> tuple[list[int], int]:
+        """The last `most` tokens behind the begin token, and how many were left out."""
+        if len(ids) <= most:
+            return ids, 0
+        begin = self._begin
+        if ids[: len(begin)] != begin or len(begin) >= most:
+            begin = []
+        kept = begin + ids[len(ids) - max(most - len(begin), 1) :]
+        return kept, len(ids) - len(kept)
+
+
+@dataclass(frozen=True)
+class ThoughtAnswer:
+    """An answer and the thinking before it. tokens: all that were generated, with thinking and tags.
+
+    is_closed: whether the budget closed the thinking.
+    """
+
+    text: str
+    thinking: str
+    tokens: int
+    is_closed: bool
+    finish_reason: Literal["stop", "length"]
+
+
+def answers_after_thinking(
+    engine: Engine, contexts: Sequence[Context], params: SamplingParams, budget: int, seeds: Sequence[int]
+) -> list[ThoughtAnswer]:
+    """An answer to each conversation, whose thinking is closed where it reaches `budget` tokens.
+
+    params: `max_tokens` is of thinking and answer together. seeds: of each answer. Raises RequestError for a conversation that
+    does not fit the model's context.
+    """
+    assistant = Assistant(EngineModel(engine), params, config=AssistantConfig(thinking_budget=budget))
+    episodes = play(
+        assistant, [_SingleQuestion() for _ in contexts], [{"context": each} for each in contexts], params, seeds=seeds
+    )
+    return [_answer(episode) for episode in episodes]
+
+
+class _SingleQuestion:
+    """An environment of one question, without rewards."""
+
+    tools = ()
+
+    def reset(self, task: Mapping[str, Any], seed: int) -> Sequence[Message]:
+        return as_messages(task["context"])
+
+    def step(self, conversation: Conversation, end: EndReason) -> StepResult:
+        return StepResult(None)
+
+
+def _answer(episode: Episode) -> ThoughtAnswer:
+    if episode.failure:
+        raise RequestError(episode.failure)
+    said, transcript = episode.conversation.messages[-1], episode.transcript
+    first = transcript.is_own.index(True)
+    return ThoughtAnswer(
+        said.text,
+        said.thinking,
+        transcript.own_tokens,
+        not all(transcript.is_own[first:]),
+        "length" if episode.end == "length" else "stop",
+    )
+
 
 #: Questions, and samples, of one call of the engine: enough to fill its steps, and what an interruption loses at most.
 _QUESTIONS_AT_ONCE = 128

@@ -18,8 +18,7 @@ from bessemer.core.hashing import hash_value
 from bessemer.core.progress import Progress
 from bessemer.evaluation.contamination import task_contamination
 from bessemer.evaluation.evaluation_folder import Score, TaskFolder
-from bessemer.evaluation.task_answerers import Line, Question, answerer_of, batches
-from bessemer.evaluation.task_prompts import PromptEncoder
+from bessemer.evaluation.task_answerers import Line, PromptEncoder, Question, answerer_of, batches
 from bessemer.evaluation.task_results import task_results
 from bessemer.inference.chat import EngineChat
 from bessemer.inference.engine import Engine

@@ -12,13 +12,25 @@ from typing import Any
 
 from bessemer.core.config import Config
 from bessemer.core.metrics import duration, read_metrics
-from bessemer.core.report import Column, Heading, KeyFigure, Metrics, Part, RunReport, Section, StageReport, Table, Text
+from bessemer.core.report import (
+    Column,
+    Heading,
+    KeyFigure,
+    Metrics,
+    Part,
+    ReportData,
+    RunReport,
+    Section,
+    StageReport,
+    StageRun,
+    Table,
+    Text,
+)
 from bessemer.core.stage import StageSpec
 from bessemer.core.store import MANIFEST, read_json, write_text
 from bessemer.core.yaml_file import dump_yaml, read_yaml
 from bessemer.pipeline.run_folder import RunFolder
 from bessemer.pipeline.stages import STAGES
-from bessemer.views.run_data import ReportData, StageRun
 
 #: Stands for the kind of a stage whose package is no longer installed.
 _UNKNOWN = StageSpec("unknown", "", Config, 0, {}, {}, run=lambda context: {})

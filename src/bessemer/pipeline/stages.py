@@ -77,7 +77,7 @@ def open_language_model(folder: Path, device: str = "auto") -> BitsPerByte:
     Raises ConfigError where a package is missing, ArtefactError where the folder holds no model.
     """
     try:
-        from bessemer.evaluation.perplexity import open_document_scorer
+        from bessemer.evaluation.bits_per_byte import open_document_scorer
     except ImportError as error:
         raise ConfigError(
             f"clean.perplexity: {folder} is a model for PyTorch, and the package {error.name} is missing on this machine: "

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from bessemer.distributed.balance import balanced_stages
-from bessemer.distributed.layout import Layout
+from bessemer.distributed.layout import Layout, balanced_stages
 from bessemer.model.attention import variant_of
 from bessemer.model.attention.base import KeyValueShape
 from bessemer.model.config import ModelConfig

@@ -11,8 +11,8 @@ from bessemer.core.metrics import short_number, size
 from bessemer.data.corpus.reader import Sighting
 from bessemer.data.stages.explain import RECIPE, EditResult, Explanation, Score, TextChange
 from bessemer.data.thresholds import display_name
+from bessemer.views.elements import tokens_text
 from bessemer.views.parts_terminal import listing, literal, section
-from bessemer.views.tokens import tokens_text
 
 _MOST_CHANGES = 12
 _MOST_CHARACTERS = 160

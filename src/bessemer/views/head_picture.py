@@ -13,8 +13,7 @@ from bessemer.core.errors import ConfigError
 from bessemer.core.store import new_file
 from bessemer.inspection.inspect import Inspection
 from bessemer.views.charts import STYLE
-from bessemer.views.elements import POSITIVE, WEIGHT_EXPONENT
-from bessemer.views.tokens import visible
+from bessemer.views.elements import POSITIVE, WEIGHT_EXPONENT, visible
 
 _SUFFIXES = (".png", ".svg", ".pdf")
 _COLOUR, _SOFT = "#{:02x}{:02x}{:02x}".format(*POSITIVE), "#6d6960"

@@ -24,9 +24,11 @@ from bessemer.views.elements import (
     render_page,
     strip,
     table,
+    token,
+    tokens_html,
+    visible,
     weights_picture,
 )
-from bessemer.views.tokens import token, tokens_html, visible
 
 #: Most labels along one side of a picture, and most rows of the table of steps.
 _LABELS, _STEPS = 40, 64

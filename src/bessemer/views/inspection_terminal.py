@@ -12,9 +12,9 @@ from rich.text import Text
 from bessemer.core.metrics import label, percent
 from bessemer.inspection.heads import ROLES, strongest
 from bessemer.inspection.inspect import Inspection, Neighbours
+from bessemer.views.elements import tokens_text, visible
 from bessemer.views.inspection import key_figures, signed
 from bessemer.views.parts_terminal import bar_text, listing, section
-from bessemer.views.tokens import tokens_text, visible
 
 #: Rows of a list, things in a line, and keys of the opened head.
 _ROWS, _LIKELY, _KEYS = 5, 3, 12

@@ -12,7 +12,7 @@ from rich.text import Text
 from bessemer.core import report
 from bessemer.core.metrics import label, shown, simple_values
 from bessemer.core.report import Answer, Cell, Metrics
-from bessemer.views.tokens import printable, token_words, tokens_text
+from bessemer.views.elements import printable, token_words, tokens_text
 
 HEADING = "bold #d9622b"
 _BAR_STYLE = "#d9622b"

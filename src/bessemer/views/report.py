@@ -27,16 +27,28 @@ from bessemer.core.report import (
     Heading,
     Histogram,
     Part,
+    ReportData,
     Sample,
     Section,
+    StageRun,
     Table,
     Text,
     Verbatim,
 )
 from bessemer.views.charts import line_chart
-from bessemer.views.elements import bar_html, facts_html, heat_map, lead, logarithmic_shades, measured, render_page, soft, table
-from bessemer.views.run_data import ReportData, StageRun
-from bessemer.views.tokens import token_list, tokens_html
+from bessemer.views.elements import (
+    bar_html,
+    facts_html,
+    heat_map,
+    lead,
+    logarithmic_shades,
+    measured,
+    render_page,
+    soft,
+    table,
+    token_list,
+    tokens_html,
+)
 
 
 def documents_html(given: Sequence[Document]) -> Markup:

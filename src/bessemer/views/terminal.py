@@ -14,12 +14,11 @@ from rich.padding import Padding
 from rich.table import Table
 
 from bessemer.core.metrics import baseline_label, duration, label, percent, short_count, shown, simple_values, size
-from bessemer.core.report import Metrics, Text
+from bessemer.core.report import Metrics, ReportData, StageRun, Text
 from bessemer.evaluation.report import quality_sentences, quality_table
 from bessemer.tokenization.specs import DOMAIN_FIGURES, SPLITS, UNKNOWN_NOTE, domains_of, figure, mostly_written
+from bessemer.views.elements import token_words, tokens_text
 from bessemer.views.parts_terminal import HEADING, bar_text, facts_text, listing, literal, section, show_parts, show_section
-from bessemer.views.run_data import ReportData, StageRun
-from bessemer.views.tokens import token_words, tokens_text
 
 
 def show_run(report: ReportData) -> RenderableType:

@@ -19,8 +19,7 @@ from bessemer.model.config import ModelConfig
 from bessemer.model.layers.attention_backends import AttentionBackend, Scores, sdpa
 from bessemer.model.layers.attention_mask import AttentionMask
 from bessemer.model.layers.cache import AttentionInputs, Cache
-from bessemer.model.layers.folds import Fold, after_norm, divide_outputs
-from bessemer.model.layers.norms import RMSNorm, make_norm
+from bessemer.model.layers.norms import Fold, RMSNorm, after_norm, divide_outputs, make_norm
 from bessemer.model.layers.positions import Rotation, rotate, yarn_mscale
 
 # Shapes: B batch, T time, S positions seen, D hidden, H query heads, K key-value heads, C channels of a head, R rank.

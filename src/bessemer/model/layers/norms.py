@@ -1,6 +1,14 @@
-"""Norms: root mean square (Zhang and Sennrich 2019) and LayerNorm (Ba et al. 2016)."""
+"""Norms (root mean square, Zhang and Sennrich 2019; LayerNorm, Ba et al. 2016), and the scales that can be folded into them.
+
+A fold is a place of a block where activations can be scaled down and the weights that read them up, without a change of the
+outputs: nothing between what makes the activations and the matrices mixes channels or is not linear
+(`quantisation/awq.py` chooses the scales).
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -48,3 +56,53 @@ def make_norm(config: Architecture, width: int | None = None) -> nn.Module:
     if config.norm_type == "layer":
         return LayerNorm(width, config.rms_norm_eps)
     return RMSNorm(width, config.rms_norm_eps, config.norm_offset)
+
+
+# Shapes: K channels of the activations (inputs of what reads them), P channels of what makes them.
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One place. divide: divides what makes the activations by scales (P), and returns by how much it did. readers: names of
+    the quantised matrices that read the activations; others: names of what else does.
+
+    spread: from the makers' channels to the readers', where several readers' share one; gathered: back, as a mean.
+    """
+
+    channels: int
+    divide: Callable[[Tensor], Tensor]
+    readers: tuple[str, ...]
+    others: tuple[str, ...] = ()
+    spread: Callable[[Tensor], Tensor] = field(default=lambda scales: scales)
+    gathered: Callable[[Tensor], Tensor] = field(default=lambda values: values)
+
+    def below(self, parent: str) -> Fold:
+        """The same with names that begin at the parent of the module."""
+        readers, others = (tuple(f"{parent}.{name}" for name in names) for names in (self.readers, self.others))
+        return replace(self, readers=readers, others=others)
+
+
+def after_norm(norm: nn.Module, readers: tuple[str, ...], others: tuple[str, ...] = ()) -> Iterator[Fold]:
+    """Nothing where the norm is absent: the readers are then given the residual stream."""
+    if isinstance(norm, (RMSNorm, LayerNorm)):
+        yield Fold(norm.weight.shape[0], lambda scales: _divide_norm(norm, scales), readers, others)
+
+
+def _divide_norm(norm: RMSNorm | LayerNorm, scales_K: Tensor) -> Tensor:
+    """Divides a norm's scale. What it was divided by is measured afterwards: in bfloat16 the quotient is rounded."""
+    offset = 1.0 if isinstance(norm, RMSNorm) and norm.offset else 0.0
+    before = norm.weight.detach().to(torch.float32) + offset
+    norm.weight.data = (before / scales_K - offset).to(norm.weight.dtype)
+    after = norm.weight.detach().to(torch.float32) + offset
+    divided = torch.where((after != 0) & (before != 0), before / after, 1.0)
+    if isinstance(norm, LayerNorm):
+        norm.bias.data = (norm.bias.detach().to(torch.float32) / divided).to(norm.bias.dtype)
+    return divided
+
+
+def divide_outputs(layer: nn.Linear, scales: Tensor) -> Tensor:
+    """Divides a layer's outputs."""
+    layer.weight.data = (layer.weight.data.to(torch.float32) / scales[:, None]).to(layer.weight.dtype)
+    if layer.bias is not None:
+        layer.bias.data = (layer.bias.data.to(torch.float32) / scales).to(layer.bias.dtype)
+    return scales

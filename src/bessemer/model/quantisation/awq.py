@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from bessemer.model.layers.block import Block
 from bessemer.model.layers.feed_forward import FeedForward, SparseFeedForward
-from bessemer.model.layers.folds import Fold, after_norm, divide_outputs
+from bessemer.model.layers.norms import Fold, after_norm, divide_outputs
 from bessemer.model.quantisation.base import Codes
 from bessemer.model.quantisation.calibration import Fed, Statistics
 from bessemer.model.quantisation.integers import Grid, IntegerScheme, as_codes, best_grid, find_grid, in_groups

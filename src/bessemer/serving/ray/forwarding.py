@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from starlette.types import ASGIApp, Message, Scope
 
-from bessemer.assistant.config import Principal
+from bessemer.assistant.conversation import Principal
 from bessemer.serving.runtime.bodies import ApiError, read_json
 from bessemer.serving.runtime.clients import SCOPE, Caller, Client
 

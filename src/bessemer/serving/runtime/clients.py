@@ -20,7 +20,7 @@ from pathlib import Path
 
 from fastapi import Request
 
-from bessemer.assistant.config import Principal
+from bessemer.assistant.conversation import Principal
 from bessemer.core.config import Config, setting
 from bessemer.core.errors import BessemerError, ConfigError
 from bessemer.core.hashing import hash_bytes

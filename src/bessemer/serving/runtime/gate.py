@@ -19,7 +19,7 @@ from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bessemer.assistant.config import Principal
+from bessemer.assistant.conversation import Principal
 from bessemer.serving.config import BODIES, UNCOUNTED, ServingConfig
 from bessemer.serving.runtime.bodies import ApiError, overloaded
 from bessemer.serving.runtime.clients import SCOPE, Caller, Client, Keys

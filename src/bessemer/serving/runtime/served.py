@@ -10,8 +10,7 @@ from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from bessemer.assistant.assistant import TurnMaker
-from bessemer.assistant.config import AssistantConfig
-from bessemer.assistant.conversation import Conversation
+from bessemer.assistant.conversation import AssistantConfig, Conversation
 from bessemer.assistant.hooks import Hook
 from bessemer.assistant.messages import Message, as_messages, with_system_first
 from bessemer.assistant.tools import Tool, ToolChoice
