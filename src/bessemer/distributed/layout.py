@@ -1,4 +1,4 @@
-"""Parallel layout: the settings of its axes, a rank's index on each, and the layers of its stage. Plain numbers: no processes, no PyTorch."""
+"""Parallel layout: the settings of its axes, a rank's index on each, the layers of its stage. No processes, no PyTorch."""
 
 from __future__ import annotations
 
