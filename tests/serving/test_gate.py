@@ -112,6 +112,21 @@ def test_a_key_comes_in_either_header(start, tmp_path, headers):
     assert status(url, "/v1/models", authorization="Bearer guess") == status(url, "/v1/models") == 401
 
 
+def test_a_request_before_all_others_needs_an_admins_key_where_there_are_keys(start, tmp_path):
+    engine = FakeEngine()
+    url = start(engine, keys=keys_file(tmp_path / "keys.json"))
+    asked = [("ann", 3), ("boss", -3), ("ann", -3)]
+    answers = [
+        httpx.post(url + "/v1/chat/completions", json=ASKED | {"priority": priority}, headers={"X-Api-Key": key})
+        for key, priority in asked
+    ]
+    assert [answer.status_code for answer in answers] == [200, 200, 403] and engine.priorities == [3, -3]
+    assert answers[-1].json()["error"]["param"] == "priority"
+    open_engine = FakeEngine()
+    body = {"model": "tiny", "prompt": "a", "priority": -1}
+    assert httpx.post(start(open_engine) + "/v1/completions", json=body).status_code == 200 and open_engine.priorities == [-1]
+
+
 def test_a_client_has_its_requests_and_tokens_of_a_minute(start, tmp_path):
     url = start(FakeEngine(), keys=keys_file(tmp_path / "keys.json", requests_per_minute=2))
     ann = {"Authorization": "Bearer ann"}

@@ -200,6 +200,7 @@ class GenerationRequest(_ServedSettings):
     guided_choice: list[str] | None = Field(None, min_length=1)
     guided_grammar: str | None = None
     cache_salt: str | None = Field(None, min_length=1)
+    priority: int = Field(0, ge=-(2**31), lt=2**31)
     return_token_ids: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None

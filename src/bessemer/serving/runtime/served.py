@@ -34,7 +34,7 @@ class Chat:
     """A conversation to answer, from any of the APIs.
 
     messages: in the form of chat completions. params_of: sampling settings, given the most tokens of an answer. parameter_of:
-    the request's parameter that an error's text is about. token_limit: the client's own.
+    the request's parameter that an error's text is about. token_limit: the client's own. priority: lower is more urgent.
     """
 
     caller: Caller
@@ -48,6 +48,7 @@ class Chat:
     thinking_budget: int | None = None
     answers: int = 1
     cache_salt: str | None = None
+    priority: int = 0
 
 
 class Served:
@@ -204,7 +205,8 @@ class Served:
         salt = chat.caller.salt(chat.cache_salt)
 
         def prepare(tokens: Sequence[int], params: SamplingParams) -> Request:
-            return self.engine.prepare(list(tokens), params, adapter=self.adapter(chat.model), cache_salt=salt)
+            adapter, priority = self.adapter(chat.model), chat.priority
+            return self.engine.prepare(list(tokens), params, priority=priority, adapter=adapter, cache_salt=salt)
 
         turns = []
         try:
