@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bessemer.core.errors import ArtefactError
+from bessemer.core.hashing import hash_bytes
 from bessemer.core.store import read_json, write_json
 from bessemer.tokenization.chat_templates import CHAT_TEMPLATES
 from bessemer.tokenization.control_tokens import END_OF_TEXT, control_tokens
@@ -21,6 +22,9 @@ TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 #: Other files in published folders. What `tokenizer_config.json` says takes precedence over the map.
 SPECIAL_TOKENS_MAP_FILE = "special_tokens_map.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
+
+#: Key of `tokenizer_config.json` for the name of the format in which a model was trained to call tools.
+TOOL_FORMAT = "bessemer_tool_format"
 
 #: The `decoder` section of a byte-level tokenizer.
 BYTE_LEVEL_DECODER = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
@@ -231,6 +235,11 @@ def read_chat_template(folder: Path) -> str | None:
     if isinstance(template, list):
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     return template if isinstance(template, str) else None
+
+
+def template_hash(template: str) -> str:
+    """Hash of a chat template, but for white space around it."""
+    return hash_bytes(template.strip().encode())
 
 
 def token_text(token: Any) -> Any:

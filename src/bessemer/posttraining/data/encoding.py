@@ -7,25 +7,27 @@ what it says in the answer. Of texts without roles it is the answer and the end 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from bessemer.assistant.tool_formats import format_of
 from bessemer.core.errors import RequestError, SourceError
 from bessemer.posttraining.data.formats import Message, Turns
 from bessemer.posttraining.data.made import Truncate
+from bessemer.posttraining.data.turns import (
+    NothingLearntError,
+    RowError,
+    TrainedConversation,
+    served_messages,
+    template_inputs,
+)
 from bessemer.tokenization.tokenizer import Tokenizer
 from bessemer.training.data.batches import IGNORE_INDEX
 
 #: Inputs and targets, of equal length; -100 marks a token without a target.
 Row = tuple[np.ndarray, np.ndarray]
-
-
-class NothingLearntError(RequestError):
-    """An example in which the chat template, or the messages' weights, leave the assistant no word to learn."""
 
 
 @dataclass(frozen=True)
@@ -161,39 +163,50 @@ class RowFitter:
 
 
 def encode_answer(prompt: Turns, answer: Turns, tokenizer: Tokenizer, tools: Sequence[Message] = ()) -> Encoded:
-    """A prompt and an answer, both messages or both texts.
+    """A prompt and an answer, both messages or both texts, as one example: the prompt as it is served, and all that the assistant
+    says in the answer.
 
-    Messages with `"weight": 0` are read and not learnt. Raises RequestError where the template cannot be trained on, ends no
-    turn, or leaves out a call of a tool; NothingLearntError where nothing is learnt.
+    Of several turns in an answer, each after the first follows the one before it as in a conversation that is kept in tokens.
+    Messages with `"weight": 0` are read and not learnt. Raises RowError for what the model's template cannot write or refuses,
+    NothingLearntError where nothing is learnt.
     """
     if isinstance(prompt, str) or isinstance(answer, str):
         if not (isinstance(prompt, str) and isinstance(answer, str)):
             raise TypeError("prompt and answer must both be texts or both messages")
-        before, after = tokenizer.encode(prompt), [*_continuation(prompt, answer, tokenizer), tokenizer.eos_ids[0]]
-        return Encoded(np.array(before + after, np.int64), np.arange(len(before) + len(after)) >= len(before))
-    ids, is_learnt = _marked([*prompt, *answer], tokenizer, tools)
-    _check_calls([*prompt, *answer], ids[is_learnt], tokenizer)
-    turns = _beginnings(is_learnt)
+        return _encode_text(prompt, answer, tokenizer)
+    (encoded,) = _encode_messages(prompt, answer, tokenizer, tools, at_once=True)
+    return encoded
 
-    def turns_in(messages: Sequence[Message]) -> int:
-        """Not the number of its messages: a template marks nothing in an empty one."""
-        return len(_beginnings(_marked(messages, tokenizer, tools)[1])) if any(map(_speaks, messages)) else 0
 
-    spoken = turns_in(prompt)
-    if len(turns) <= spoken:
-        raise NothingLearntError(
-            "nothing in this conversation would be learnt: the chat template marks no word of the assistant's in the answer"
-        )
-    is_learnt[: turns[spoken]] = False
-    messages, edges = [*prompt, *answer], [*turns, len(ids)]
-    for number, message in enumerate(messages):
-        if _is_weightless(message):
-            begin, end = turns_in(messages[:number]), turns_in(messages[: number + 1])
-            is_learnt[edges[begin] : edges[end]] = False
-    _check_ends(ids, is_learnt, tokenizer)
-    if not is_learnt.any():
-        raise NothingLearntError("nothing in this conversation would be learnt: all that the assistant says has weight 0")
-    return Encoded(ids, is_learnt)
+def encode_turns(prompt: Turns, answer: Turns, tokenizer: Tokenizer, tools: Sequence[Message] = ()) -> list[Encoded]:
+    """As `encode_answer`, in as many examples as the contexts that the model is served: one where the template only appends, one
+    for each turn where it rewrites earlier ones."""
+    if isinstance(prompt, str) or isinstance(answer, str):
+        return [encode_answer(prompt, answer, tokenizer, tools)]
+    return _encode_messages(prompt, answer, tokenizer, tools, at_once=False)
+
+
+def _encode_text(prompt: str, answer: str, tokenizer: Tokenizer) -> Encoded:
+    before, after = tokenizer.encode(prompt), [*_continuation(prompt, answer, tokenizer), tokenizer.eos_ids[0]]
+    return Encoded(np.array(before + after, np.int64), np.arange(len(before) + len(after)) >= len(before))
+
+
+def _encode_messages(
+    prompt: Sequence[Message], answer: Sequence[Message], tokenizer: Tokenizer, tools: Sequence[Message], *, at_once: bool
+) -> list[Encoded]:
+    messages = [*prompt, *answer]
+    learnt = {
+        number
+        for number, message in enumerate(messages)
+        if number >= len(prompt) and message["role"] == "assistant" and message.get("weight", 1) != 0
+    }
+    if not learnt:
+        said = any(message["role"] == "assistant" for message in answer)
+        why = "all that the assistant says has weight 0" if said else "the assistant says nothing in the answer"
+        raise NothingLearntError(f"nothing in this conversation would be learnt: {why}")
+    conversation = TrainedConversation(messages, tokenizer, tools)
+    examples = conversation.examples(learnt.__contains__, at_once=at_once)
+    return [Encoded(*example.encoded(tokenizer)) for example in examples]
 
 
 def _continuation(prompt: str, answer: str, tokenizer: Tokenizer) -> list[int]:
@@ -203,63 +216,13 @@ def _continuation(prompt: str, answer: str, tokenizer: Tokenizer) -> list[int]:
     return joint[len(before) :] if is_continued else tokenizer.encode(answer, add_bos=False)
 
 
-def _marked(messages: Sequence[Message], tokenizer: Tokenizer, tools: Sequence[Message]) -> tuple[np.ndarray, np.ndarray]:
-    """The ids of a conversation, and which of them the template marks as the assistant's."""
-    # beside calls the content may be null, which templates that write no calls cannot add to a text
-    ids, said = tokenizer.encode_chat([{"content": "", **message} for message in messages], tools=tools or None)
-    return np.array(ids, np.int64), np.array(said, bool)
-
-
-def _beginnings(is_marked: np.ndarray) -> np.ndarray:
-    """Positions at which runs of marked tokens begin."""
-    return np.flatnonzero(np.diff(is_marked, prepend=False) & is_marked)
-
-
-def _is_weightless(message: Message) -> bool:
-    return _speaks(message) and message.get("weight", 1) == 0
-
-
-def _check_calls(messages: Sequence[Message], learnt_ids: np.ndarray, tokenizer: Tokenizer) -> None:
-    """Check that the template writes every tool call, by its name, into the assistant's turn."""
-    if not any(message.get("tool_calls") for message in messages):
-        return
-    written, place = tokenizer.decode(learnt_ids.tolist(), skip_special=False), 0
-    for number, message in enumerate(messages, start=1):
-        if not _speaks(message):
-            continue
-        # a name that the text only mentions is no call
-        content = (message.get("content") or "").strip()
-        if content and (begin := written.find(content, place)) >= 0:
-            place = begin + len(content)
-        for call in message.get("tool_calls") or ():
-            name = call.get("function", call)["name"]
-            places = [written.find(form, place) for form in (name, json.dumps(name)[1:-1])]
-            if max(places) < 0:
-                raise RequestError(
-                    f"message {number} calls the tool {name!r}, and the model's chat template shows no such calls, so that an "
-                    "answer without it would be learnt; take a model whose template has tools, or leave the row out"
-                )
-            place = max(places) + len(name)
-
-
-def _check_ends(ids: np.ndarray, is_learnt: np.ndarray, tokenizer: Tokenizer) -> None:
-    """Every turn that is learnt ends in a control token, behind which a template may write white space."""
-    for begin, end in zip(_beginnings(is_learnt), np.flatnonzero(np.diff(is_learnt, append=False) & is_learnt), strict=True):
-        turn = ids[begin : end + 1].tolist()
-        while turn and not tokenizer.is_end(turn[-1]) and not tokenizer.decode(turn[-1:]).strip():
-            turn.pop()
-        if not turn or not tokenizer.is_end(turn[-1]):
-            raise RequestError(
-                "the chat template ends what the assistant says by no control token, so that a model would not learn to stop"
-            )
-
-
-def _speaks(message: Any) -> bool:
-    return bool(message["role"] == "assistant")
-
-
 def encode_prompt(prompt: Turns, tokenizer: Tokenizer, tools: Sequence[Message] = ()) -> list[int]:
-    """The ids of a prompt, up to where the answer begins."""
+    """The ids of a prompt, up to where the answer begins, as a server renders it. Raises RowError for messages that the model's
+    template refuses."""
     if isinstance(prompt, str):
         return tokenizer.encode(prompt)
-    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tools=tools or None)
+    messages = template_inputs(served_messages(prompt, format_of(tokenizer)))
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tools=tools or None)
+    except RequestError as error:
+        raise RowError(str(error)) from None
