@@ -101,6 +101,13 @@ class Transcript:
         self.weight_versions += [weight_version] * len(ids)
 
 
+def takes_tools(chat_template: str | None) -> bool:
+    """Whether a chat template describes tools, or writes calls of them at least, as DeepSeek's do: these have the tools described
+    in the system message."""
+    text = chat_template or ""
+    return "tools" in text or "tool_calls" in text
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """A state of a conversation, for `restore`."""
@@ -175,7 +182,7 @@ class Conversation:
         if self._encoded == len(messages):
             return
         tools = self._tools or None
-        if tools and "tools" not in (tokenizer.chat_template or ""):
+        if tools and not takes_tools(tokenizer.chat_template):
             raise RequestError(f"{tokenizer.folder}: the chat template has no place for tools; offer none to this model")
         if not transcript.ids:
             transcript.append(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tools=tools))

@@ -312,20 +312,17 @@ class Tokenizer:
         """The turns of a conversation, to be rendered one by one. Raises RequestError for malformed messages or tools."""
         return ChatTurns(self._chat, messages, tools)
 
-    def encode_parts(self, parts: Sequence[Sequence[Segment]]) -> list[list[int]]:
-        """The ids of a context, as `apply_chat_template` gives them, and of the parts behind it.
+    def encode_together(self, parts: Sequence[Sequence[Segment]]) -> list[list[int]] | None:
+        """The ids of each of some parts of a conversation, encoded as one text, as `apply_chat_template` does. None where a token
+        would hold text of two parts."""
+        return self._chat_encoder.encode_parts(parts)
 
-        They are those of the whole text, unless a token would hold text of two parts: the parts are then encoded one by one, as a
-        model writes them behind a context that is encoded already.
-        """
-        together = self._chat_encoder.encode_parts(parts)
-        if together is not None:
-            return together
-        (end, *_), _ = self._chat_encoder.encode([self._any_end])
+    def encode_apart(self, parts: Sequence[Sequence[Segment]]) -> list[list[int]]:
+        """The ids of a context, as `apply_chat_template` gives them, and of the parts behind it, each as it is written behind tokens
+        that stand already."""
         first, *others = parts
         # behind a control token, since some tokenizers put a space before a text
         behind = [self._chat_encoder.encode([self._any_end, *part])[0] for part in others]
-        assert all(ids[0] == end for ids in behind), "a control token is one id"
         return [self._chat_encoder.encode(first)[0], *(ids[1:] for ids in behind)]
 
     @cached_property

@@ -205,8 +205,7 @@ def _encode_messages(
         why = "all that the assistant says has weight 0" if said else "the assistant says nothing in the answer"
         raise NothingLearntError(f"nothing in this conversation would be learnt: {why}")
     conversation = TrainedConversation(messages, tokenizer, tools)
-    examples = conversation.examples(learnt.__contains__, at_once=at_once)
-    return [Encoded(*example.encoded(tokenizer)) for example in examples]
+    return [Encoded(*ids) for ids in conversation.encoded(learnt.__contains__, at_once=at_once)]
 
 
 def _continuation(prompt: str, answer: str, tokenizer: Tokenizer) -> list[int]:

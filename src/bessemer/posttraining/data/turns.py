@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bessemer.assistant.conversation import takes_tools
 from bessemer.assistant.messages import Message, MessagePart, as_messages, with_call_ids, with_short_ids
 from bessemer.assistant.tool_formats import ToolFormat, format_of
 from bessemer.assistant.written import Piece, calls_of, reads_back, schemas_of
@@ -42,34 +43,60 @@ class Turn(NamedTuple):
     target: Sequence[Segment]
 
 
-#: Runs of segments, and whether each is learnt.
-Parts = list[tuple[list[Segment], bool]]
+class Part(NamedTuple):
+    """A run of segments, and whether it is learnt."""
+
+    segments: list[Segment]
+    is_learnt: bool
+
+
+#: (ids, whether each is learnt), (N,) int64 and bool.
+LearntIds = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass
 class Example:
-    """Turns whose contexts extend each other."""
+    """Turns whose contexts extend each other. turns: each by itself; parts: of all of them, in order."""
 
-    parts: Parts = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
 
     @property
     def segments(self) -> list[Segment]:
-        return [segment for part, _ in self.parts for segment in part]
+        return [segment for part in self.parts for segment in part.segments]
 
     def add(self, before: Sequence[Segment], turn: Turn) -> None:
         """Add a turn. before: the segments between the last one and its target."""
-        self.parts.append((list(before), False))
+        self.turns.append(turn)
+        self.parts.append(Part(list(before), False))
         for segment in turn.target:
-            if self.parts[-1][1] != segment.is_assistant:
-                self.parts.append(([], segment.is_assistant))
-            self.parts[-1][0].append(segment)
+            self.append(segment, segment.is_assistant)
 
-    def encoded(self, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-        """(ids, whether each is learnt), (N,) int64 and bool."""
-        parts = [(part, is_learnt) for part, is_learnt in self.parts if part]
-        ids = tokenizer.encode_parts([part for part, _ in parts])
-        learnt = [np.full(len(of_part), is_learnt) for of_part, (_, is_learnt) in zip(ids, parts, strict=True)]
-        return np.concatenate([np.array(of_part, np.int64) for of_part in ids]), np.concatenate(learnt)
+    def append(self, segment: Segment, is_learnt: bool) -> None:
+        """Add a segment to the last part, or begin another where that is of the other kind."""
+        if not self.parts or self.parts[-1].is_learnt != is_learnt:
+            self.parts.append(Part([], is_learnt))
+        self.parts[-1].segments.append(segment)
+
+    def encoded(self, tokenizer: Tokenizer) -> LearntIds | None:
+        """As one text; None where a token would hold text of two parts, so that contexts of later turns have other ids."""
+        parts = self._filled
+        ids = tokenizer.encode_together([part.segments for part in parts])
+        return None if ids is None else _joined(ids, parts)
+
+    def encoded_apart(self, tokenizer: Tokenizer) -> LearntIds:
+        """The first context as one text, and each further part as it is written behind tokens that stand already."""
+        parts = self._filled
+        return _joined(tokenizer.encode_apart([part.segments for part in parts]), parts)
+
+    @property
+    def _filled(self) -> list[Part]:
+        return [part for part in self.parts if part.segments]
+
+
+def _joined(ids: Sequence[Sequence[int]], parts: Sequence[Part]) -> LearntIds:
+    learnt = [np.full(len(of_part), part.is_learnt) for of_part, part in zip(ids, parts, strict=True)]
+    return np.concatenate([np.array(of_part, np.int64) for of_part in ids]), np.concatenate(learnt)
 
 
 class TrainedConversation:
@@ -90,15 +117,31 @@ class TrainedConversation:
         inputs = template_inputs(self._messages)
         return self._tokenizer.chat_turns(inputs, self._tools or None)
 
-    def examples(self, is_learnt: Callable[[int], bool], *, at_once: bool = False) -> list[Example]:
+    def encoded(self, is_learnt: Callable[[int], bool], *, at_once: bool = False) -> list[LearntIds]:
         """The examples of the turns that are learnt, in order. is_learnt: of the number of a message.
 
         at_once: one example of them all: a turn whose context does not extend the one before it follows it as in a server that
         keeps a conversation's tokens and appends to them. Raises RowError for what cannot be rendered, and NothingLearntError
         where `{% generation %}` marks nothing.
         """
-        if (whole := self._marked_whole(is_learnt)) is not None:
-            return [whole]
+        if (whole := self._marked_whole(is_learnt)) is not None and (ids := whole.encoded(self._tokenizer)) is not None:
+            return [ids]
+        found: list[LearntIds] = []
+        for example in self._rendered(is_learnt, at_once):
+            together = example.encoded(self._tokenizer)
+            if together is not None:
+                found.append(together)
+            elif at_once:
+                found.append(example.encoded_apart(self._tokenizer))
+            else:
+                for turn in example.turns:
+                    alone = Example()
+                    alone.add(turn.context, turn)
+                    found.append(alone.encoded_apart(self._tokenizer))
+        return found
+
+    def _rendered(self, is_learnt: Callable[[int], bool], at_once: bool) -> list[Example]:
+        """The examples. Calls have the ids of the data, and those of ours where the template refuses them."""
         try:
             return self._examples(is_learnt, at_once)
         except RowError:
@@ -144,7 +187,7 @@ class TrainedConversation:
             examples[-1].add(before, turn)
             last = index
         if len(examples) == 1 and (rest := self._rest(examples[0])):
-            examples[0].parts.append((rest, False))
+            examples[0].parts.append(Part(rest, False))
         return examples
 
     def _marked_whole(self, is_learnt: Callable[[int], bool]) -> Example | None:
@@ -156,13 +199,11 @@ class TrainedConversation:
             segments = self._turns.whole()
         except RequestError as error:
             raise RowError(str(error)) from None
-        example, number = Example(), -1
+        example, number, was_assistant = Example(), -1, False
         for segment in segments:
-            if not example.parts or segment.is_assistant != example.parts[-1][0][-1].is_assistant:
-                number += segment.is_assistant
-                learns = segment.is_assistant and is_learnt(self._places[number])
-                example.parts.append(([], learns))
-            example.parts[-1][0].append(segment)
+            number += segment.is_assistant and not was_assistant
+            was_assistant = segment.is_assistant
+            example.append(segment, was_assistant and is_learnt(self._places[number]))
         return example
 
     def _rest(self, example: Example) -> list[Segment]:
@@ -222,7 +263,7 @@ class TrainedConversation:
             ) from None
 
     def _check_tools(self) -> None:
-        if "tools" in (self._tokenizer.chat_template or ""):
+        if takes_tools(self._tokenizer.chat_template):
             return
         for number, message in enumerate(self._messages, start=1):
             for call in message.calls:
