@@ -9,7 +9,7 @@ from bessemer.assistant.grammar import ThinkingTokens
 from bessemer.assistant.messages import as_messages
 from bessemer.assistant.tool_formats import format_of
 from bessemer.inference.sampling.params import SamplingParams
-from bessemer.posttraining.data.encoding import encode_answer, encode_prompt, encode_turns
+from bessemer.posttraining.data.encoding import encode_prompt, encode_turns
 from tests.posttraining.model_families import FAMILIES, write_family
 
 TOOLS = [
@@ -51,7 +51,12 @@ THINKING = [
 CALLS = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "How is the weather in Paris?"},
-    {"role": "assistant", "content": "", "tool_calls": [called("call00000", place="Paris", days=2)], "reasoning_content": "I look."},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [called("call00000", place="Paris", days=2)],
+        "reasoning_content": "I look.",
+    },
     returned("call00000", '{"sky": "blue"}'),
     {"role": "assistant", "content": "The sky is blue.", "reasoning_content": "It is blue."},
     {"role": "user", "content": "And in Köln?"},
@@ -106,7 +111,9 @@ def turns_of(examples):
     for example in examples:
         begins = np.flatnonzero(np.diff(example.is_learnt, prepend=False) & example.is_learnt)
         ends = np.flatnonzero(np.diff(example.is_learnt, append=False) & example.is_learnt) + 1
-        found += [(example.ids[:begin].tolist(), example.ids[begin:end].tolist()) for begin, end in zip(begins, ends, strict=True)]
+        found += [
+            (example.ids[:begin].tolist(), example.ids[begin:end].tolist()) for begin, end in zip(begins, ends, strict=True)
+        ]
     return found
 
 

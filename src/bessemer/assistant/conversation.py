@@ -102,8 +102,8 @@ class Transcript:
 
 
 def takes_tools(chat_template: str | None) -> bool:
-    """Whether a chat template describes tools, or writes calls of them at least, as DeepSeek's do: these have the tools described
-    in the system message."""
+    """Whether a chat template describes tools, or writes calls of them at least. DeepSeek's do that alone: the system message
+    describes them."""
     text = chat_template or ""
     return "tools" in text or "tool_calls" in text
 

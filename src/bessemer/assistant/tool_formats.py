@@ -321,6 +321,55 @@ def _tagged(rules: Rules, tools: Sequence[OfferedTool], in_parallel: bool) -> st
     return _repeated(call, f"{SPACE} {rules.tag('<tool_call>')} {call}", in_parallel)
 
 
+def _glm(rules: Rules, tools: Sequence[OfferedTool], in_parallel: bool) -> str:
+    call = rules.add(" | ".join(_keyed_arguments(rules, tool) for tool in tools))
+    call = f"{call} {rules.tag('</tool_call>')}"
+    return _repeated(call, f"{SPACE} {rules.tag('<tool_call>')} {call}", in_parallel)
+
+
+def _keyed_arguments(rules: Rules, tool: OfferedTool) -> str:
+    """As `tagged_arguments`, for GLM."""
+    required = tool.parameters.get("required", ())
+    parts = [literal(f"{tool.name}\n")]
+    for key, schema in tool.parameters.get("properties", {}).items():
+        begin, end = f"{rules.tag('<arg_key>')} {literal(key)} {rules.tag('</arg_key>')} {_LINE}", rules.tag("</arg_value>")
+        if _is_text(schema) and "enum" not in schema:
+            value = rules.up_to("</arg_value>")
+        elif _is_text(schema):
+            value = f"{rules.add(' | '.join(map(literal, schema['enum'])))} {end}"
+        else:
+            # targets of its `$ref`s are in the whole schema
+            own = {key: tool.parameters[key] for key in ("$defs", "definitions") if key in tool.parameters}
+            value = f"{rules.json({**own, **schema} if isinstance(schema, Mapping) else schema)} {end}"
+        part = rules.add(f"{begin} {rules.tag('<arg_value>')} {value} {_LINE}")
+        parts.append(part if key in required else f"{part}?")
+    return " ".join(parts)
+
+
+def _deepseek(rules: Rules, tools: Sequence[OfferedTool], in_parallel: bool) -> str:
+    _, end, begin, separator, call_end = map(rules.tag, DEEPSEEK)
+    fence = literal("\n```")
+    call = rules.add(
+        " | ".join(
+            f"{begin} {literal('function')} {separator} {literal(f'{tool.name}{_JSON_FENCE}')} {rules.json(tool.parameters)} "
+            f"{fence} {call_end}"
+            for tool in tools
+        )
+    )
+    return f"{_repeated(call, f'{_LINE} {call}', in_parallel)} {end}"
+
+
+def _deepseek_v31(rules: Rules, tools: Sequence[OfferedTool], in_parallel: bool) -> str:
+    _, end, begin, separator, call_end = map(rules.tag, DEEPSEEK)
+    call = rules.add(
+        " | ".join(f"{begin} {literal(tool.name)} {separator} {rules.json(tool.parameters)} {call_end}" for tool in tools)
+    )
+    return f"{_repeated(call, call, in_parallel)} {end}"
+
+
+#: What DeepSeek writes before arguments.
+_JSON_FENCE = "\n```json\n"
+
 # -- formats
 
 _KEYED = re.compile(r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)(?:</arg_value>|\Z)", re.DOTALL)
@@ -417,7 +466,9 @@ _OWN: list[Plugin[ToolFormat]] = [
             "<tool_call>",
             "</tool_call>",
             read_keyed_calls,
+            _glm,
             is_json=False,
+            inner=("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
             thinking=ThinkingTags(after="\n", inside=""),
             write=in_tags("<tool_call>", "</tool_call>", glm_body),
         ),
@@ -426,14 +477,14 @@ _OWN: list[Plugin[ToolFormat]] = [
         "deepseek",
         "`<｜tool▁calls▁begin｜>…function<｜tool▁sep｜>name` and JSON within ```: DeepSeek-V3, R1",
         ToolFormat(
-            DEEPSEEK[0], DEEPSEEK[1], read_deepseek_calls, inner=DEEPSEEK[2:], write=write_deepseek(fenced=True)
+            DEEPSEEK[0], DEEPSEEK[1], read_deepseek_calls, _deepseek, inner=DEEPSEEK[2:], write=write_deepseek(fenced=True)
         ),
     ),
     Plugin(
         "deepseek_v31",
         "`<｜tool▁calls▁begin｜>…name<｜tool▁sep｜>{JSON}`: DeepSeek-V3.1",
         ToolFormat(
-            DEEPSEEK[0], DEEPSEEK[1], read_deepseek_calls, inner=DEEPSEEK[2:], write=write_deepseek(fenced=False)
+            DEEPSEEK[0], DEEPSEEK[1], read_deepseek_calls, _deepseek_v31, inner=DEEPSEEK[2:], write=write_deepseek(fenced=False)
         ),
     ),
 ]
@@ -474,7 +525,12 @@ def format_of_template(chat_template: str | None) -> ToolFormat:
     return TOOL_FORMATS[format_name(chat_template)].load()
 
 
-def format_of(tokenizer: Tokenizer) -> ToolFormat:
-    """The format that a model was trained on, which is written with its tokenizer; else that of its chat template."""
+def format_name_of(tokenizer: Tokenizer) -> str:
+    """The name of the format that a model was trained on, as its tokenizer's folder says; else that of its chat template."""
     name = tokenizer.tool_format
-    return TOOL_FORMATS.find(name).load() if name in TOOL_FORMATS else format_of_template(tokenizer.chat_template)
+    return name if name in TOOL_FORMATS else format_name(tokenizer.chat_template)
+
+
+def format_of(tokenizer: Tokenizer) -> ToolFormat:
+    """The format of `format_name_of`."""
+    return TOOL_FORMATS[format_name_of(tokenizer)].load()

@@ -7,7 +7,6 @@ context of a turn is rendered by itself, as a server renders it, and the turn is
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -26,8 +25,8 @@ from bessemer.tokenization.chat import (
 class Reply(NamedTuple):
     """What the template writes for an assistant's message, behind the context of its turn.
 
-    segments: with the token that ends the turn, where the template writes one. opened: the text at the end of the context that the
-    template leaves out before a finished message, because it opens thinking; empty for most.
+    segments: with the token that ends the turn, where the template writes one. opened: the text at the end of the context that
+    the template leaves out before a finished message, because it opens thinking; empty for most.
     """
 
     segments: tuple[Segment, ...]
@@ -73,9 +72,7 @@ class ChatTurns:
         segments = through.segments(begin)
         end = self._end(segments, inner)
         kept = segments if end is None else segments[: end + 1]
-        put_back = [
-            one if one.is_control else one._replace(text=self._conversation.put_back(one.text)) for one in kept
-        ]
+        put_back = [one if one.is_control else one._replace(text=self._conversation.put_back(one.text)) for one in kept]
         return Reply(tuple(put_back), end is not None, self._conversation.put_back(opened))
 
     def end(self, index: int, end_tokens: Collection[str]) -> Segment:
@@ -106,7 +103,8 @@ class ChatTurns:
             other = self._conversation.rendered_with(index, placeholder)
         except RequestError:
             return None
-        same = len(os.path.commonprefix([through, _Plain.of(self._conversation, other).text]))
+        pairs = zip(through, _Plain.of(self._conversation, other).text, strict=False)
+        same = next((place for place, (one, another) in enumerate(pairs) if one != another), len(through))
         tail = context[self._conversation.last_control(context) :]
         place = through.rfind(tail, 0, same) if tail else -1
         return None if place < 0 else place + len(tail)

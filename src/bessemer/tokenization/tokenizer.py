@@ -313,13 +313,13 @@ class Tokenizer:
         return ChatTurns(self._chat, messages, tools)
 
     def encode_together(self, parts: Sequence[Sequence[Segment]]) -> list[list[int]] | None:
-        """The ids of each of some parts of a conversation, encoded as one text, as `apply_chat_template` does. None where a token
-        would hold text of two parts."""
+        """The ids of each of some parts of a conversation, encoded as one text, as `apply_chat_template` does. None where a
+        token would hold text of two parts."""
         return self._chat_encoder.encode_parts(parts)
 
     def encode_apart(self, parts: Sequence[Sequence[Segment]]) -> list[list[int]]:
-        """The ids of a context, as `apply_chat_template` gives them, and of the parts behind it, each as it is written behind tokens
-        that stand already."""
+        """The ids of a context, as `apply_chat_template` gives them, and of the parts behind it, each as it is written behind
+        tokens that stand already."""
         first, *others = parts
         # behind a control token, since some tokenizers put a space before a text
         behind = [self._chat_encoder.encode([self._any_end, *part])[0] for part in others]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -85,25 +86,44 @@ class Encoded:
         return ids, targets
 
 
+class Unrendered(NamedTuple):
+    """A row that the model's template cannot write, or refuses. place: its file and line, empty where unknown."""
+
+    place: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.reason}" if self.place else self.reason
+
+
+#: Share of the rows that may be left out because the template cannot write them; one or two may always be.
+MOST_UNRENDERED, _FEW_UNRENDERED = 0.05, 2
+
+
 @dataclass(frozen=True)
 class RowCounts:
-    """Counts of examples. too_long, nothing_learnt: left out. cut: kept without their beginning.
-    longest: tokens of a row."""
+    """Counts of examples. too_long, nothing_learnt, unrendered: left out. cut: kept without their beginning. turns_left_out: of
+    examples that are kept, whose other turns are within a row. longest: tokens of a row. total: of all examples."""
 
     longest: int
     too_long: int = 0
     nothing_learnt: int = 0
     cut: int = 0
+    turns_left_out: int = 0
+    unrendered: tuple[Unrendered, ...] = ()
+    total: int = 0
 
     @property
     def left_out(self) -> int:
-        """Number of examples left out, for either reason."""
-        return self.too_long + self.nothing_learnt
+        """Number of examples left out, for any reason."""
+        return self.too_long + self.nothing_learnt + len(self.unrendered)
 
     @property
     def figures(self) -> dict[str, int]:
         """For a stage's metrics."""
-        return {"too_long": self.too_long, "nothing_learnt": self.nothing_learnt, "cut": self.cut}
+        more = {"turns_left_out": self.turns_left_out, "unrendered": len(self.unrendered)}
+        figures = {"too_long": self.too_long, "nothing_learnt": self.nothing_learnt, "cut": self.cut}
+        return figures | {name: number for name, number in more.items() if number}
 
     def sentences(self, of: str) -> list[str]:
         """A sentence for each count above zero. of: all examples, as in `1,000 conversations`."""
@@ -113,7 +133,40 @@ class RowCounts:
             "are left out: the assistant says nothing in them that is learnt": self.nothing_learnt,
             f"are longer than {within}, and their beginning is cut off (truncate: left)": self.cut,
         }
-        return [f"  {number:,} of {of} {what}" for what, number in said.items() if number]
+        sentences = [f"  {number:,} of {of} {what}" for what, number in said.items() if number]
+        if self.turns_left_out:
+            sentences.append(f"  {self.turns_left_out:,} turns of others are left out: longer than {within} with their context")
+        if self.unrendered:
+            sentences.append(f"  {len(self.unrendered):,} of {of} are left out: {self._reasons()}")
+        return sentences
+
+    def _reasons(self) -> str:
+        """The first row that was not rendered with its reason, and the places of some others."""
+        first, *others = self.unrendered
+        if not others:
+            return str(first)
+        places = ", ".join(one.place for one in others[:_NAMED_ROWS] if one.place)
+        more = ", …" if len(others) > _NAMED_ROWS else ""
+        return f"{first}; {len(others):,} more{f' ({places}{more})' if places else ''}"
+
+    def check(self, name: str) -> None:
+        """Raise SourceError where too many cannot be rendered, or nothing is learnt of any. name: of an example, in the
+        plural."""
+        if self.total and self.nothing_learnt == self.total:
+            raise SourceError(
+                f"nothing would be learnt of any of the {self.total:,} {name}: the mask of what the assistant says is empty; "
+                "look at the weights of messages, and at {% generation %} in the model's chat template"
+            )
+        number = len(self.unrendered)
+        if number and (number == self.total or number > max(_FEW_UNRENDERED, MOST_UNRENDERED * self.total)):
+            raise SourceError(
+                f"{number:,} of {self.total:,} {name} cannot be written by the model's chat template: {self._reasons()}; take "
+                "them out, or take another model"
+            )
+
+
+#: Rows left out that are named after the first.
+_NAMED_ROWS = 5
 
 
 class RowFitter:
@@ -129,42 +182,82 @@ class RowFitter:
         self._longest = longest
         self._truncate: Truncate = truncate
         self._example = example or (lambda encoded, longest: encoded.example(longest, truncate))
-        self._too_long, self._nothing_learnt, self._cut = 0, 0, 0
+        self._too_long, self._nothing_learnt, self._cut, self._turns, self._total = 0, 0, 0, 0, 0
+        self._unrendered: list[Unrendered] = []
         self._most = 0
 
-    def fit(self, *encode: Callable[[], Encoded]) -> list[Row] | None:
-        """Rows of encoded examples; None unless all of them fit."""
+    def fit(self, *encode: Callable[[], Encoded], place: str = "") -> list[Row] | None:
+        """Rows of encoded examples; None unless all of them fit. place: of the row that they are of."""
+        encoded = self._encoded(lambda: [one() for one in encode], place)
+        if encoded is None:
+            return None
+        rows = self._rows(encoded)
+        if len(rows) < len(encoded):
+            self._count_missing(encoded)
+            return None
+        self._cut += max(one.inputs for one in encoded) > self._longest
+        return rows
+
+    def fit_turns(self, encode: Callable[[], list[Encoded]], place: str = "") -> list[Row]:
+        """Rows of the examples that one conversation gives; those that fit."""
+        encoded = self._encoded(encode, place)
+        if encoded is None:
+            return []
+        rows = self._rows(encoded)
+        if not rows:
+            self._count_missing(encoded)
+            return []
+        self._turns += len(encoded) - len(rows)
+        self._cut += len(rows) == len(encoded) and max(one.inputs for one in encoded) > self._longest
+        return rows
+
+    def _encoded(self, encode: Callable[[], list[Encoded]], place: str) -> list[Encoded] | None:
+        """What is encoded; None, and counted, where it cannot be, or nothing is learnt."""
+        self._total += 1
         try:
-            encoded = [one() for one in encode]
+            encoded = encode()
         except NothingLearntError:
             self._nothing_learnt += 1
             return None
-        rows = [row for one in encoded if (row := self._example(one, self._longest)) is not None]
-        most = max(one.inputs for one in encoded)
-        self._most = max(self._most, most)
-        if len(rows) < len(encoded):
-            if all(one.is_learnt.any() for one in encoded):
-                self._too_long += 1
-            else:
-                self._nothing_learnt += 1
+        except RowError as error:
+            self._unrendered.append(Unrendered(place, str(error)))
             return None
-        self._cut += most > self._longest
-        return rows
+        self._most = max(self._most, *(one.inputs for one in encoded))
+        return encoded
+
+    def _rows(self, encoded: Sequence[Encoded]) -> list[Row]:
+        return [row for one in encoded if (row := self._example(one, self._longest)) is not None]
+
+    def _count_missing(self, encoded: Sequence[Encoded]) -> None:
+        if all(one.is_learnt.any() for one in encoded):
+            self._too_long += 1
+        else:
+            self._nothing_learnt += 1
 
     def counts(self, name: str) -> RowCounts:
         """Counts of all examples so far. name: of an example, in the plural. Raises SourceError where the rule is to refuse
-        long ones."""
+        long ones, and as `RowCounts.check`."""
         if self._too_long and self._truncate == "refuse":
             raise SourceError(
                 f"{self._too_long:,} {name} have more than {self._longest:,} tokens, the longest {self._most:,}; raise "
                 "context_length, or say truncate: drop, or truncate: left"
             )
-        return RowCounts(self._longest, self._too_long, self._nothing_learnt, self._cut)
+        counts = RowCounts(
+            self._longest,
+            self._too_long,
+            self._nothing_learnt,
+            self._cut,
+            self._turns,
+            tuple(self._unrendered),
+            self._total,
+        )
+        counts.check(name)
+        return counts
 
 
 def encode_answer(prompt: Turns, answer: Turns, tokenizer: Tokenizer, tools: Sequence[Message] = ()) -> Encoded:
-    """A prompt and an answer, both messages or both texts, as one example: the prompt as it is served, and all that the assistant
-    says in the answer.
+    """A prompt and an answer, both messages or both texts, as one example: the prompt as it is served, and all that the
+    assistant says in the answer.
 
     Of several turns in an answer, each after the first follows the one before it as in a conversation that is kept in tokens.
     Messages with `"weight": 0` are read and not learnt. Raises RowError for what the model's template cannot write or refuses,
@@ -179,7 +272,7 @@ def encode_answer(prompt: Turns, answer: Turns, tokenizer: Tokenizer, tools: Seq
 
 
 def encode_turns(prompt: Turns, answer: Turns, tokenizer: Tokenizer, tools: Sequence[Message] = ()) -> list[Encoded]:
-    """As `encode_answer`, in as many examples as the contexts that the model is served: one where the template only appends, one
+    """As `encode_answer`, in as many examples as there are contexts that are served: one where the template only appends, one
     for each turn where it rewrites earlier ones."""
     if isinstance(prompt, str) or isinstance(answer, str):
         return [encode_answer(prompt, answer, tokenizer, tools)]

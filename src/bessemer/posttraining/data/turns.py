@@ -1,10 +1,10 @@
 """A conversation as a model is trained on it: each turn of the assistant's behind the context that is served before it.
 
 The context of a turn is what the server renders when the turn is asked for, thinking of earlier turns kept or dropped as the
-model's template does. The target is what the model then has to write, up to its end token: in the template's own words where the
-parser of answers reads them as the message, else as the model's format of calls and thinking is written. Turns whose
-contexts extend each other are one example, so that with a template that only appends a conversation is one; with
-one that rewrites earlier turns, such as Qwen3's, each turn is an example of its own.
+model's template does. The target is what the model then has to write, up to its end token: in the template's own words where
+the parser of answers reads them as the message, else as the model's format of calls and thinking is written. Turns whose
+contexts extend each other are one example, so that a conversation is one with a template that only appends; with one that
+rewrites earlier turns, such as Qwen3's, each turn is an example of its own.
 """
 
 from __future__ import annotations
@@ -248,11 +248,7 @@ class TrainedConversation:
         return reads_back(written, message, self._format, schemas, is_thinking=is_open)
 
     def _segments(self, pieces: Sequence[Piece]) -> list[Segment]:
-        return [
-            Segment(text, is_tag and self._tokenizer.control_id(text) is not None, True)
-            for text, is_tag in pieces
-            if text
-        ]
+        return [Segment(text, is_tag and self._tokenizer.control_id(text) is not None, True) for text, is_tag in pieces if text]
 
     def _end(self, index: int) -> Segment:
         try:
@@ -268,11 +264,13 @@ class TrainedConversation:
         for number, message in enumerate(self._messages, start=1):
             for call in message.calls:
                 raise RowError(
-                    f"message {number} calls the tool {call.name!r}, and the model's chat template shows no such calls, so that an "
-                    "answer without it would be learnt; take a model whose template has tools, or leave the row out"
+                    f"message {number} calls the tool {call.name!r}, and the model's chat template shows no such calls, so "
+                    "that an answer without it would be learnt; take a model whose template has tools, or leave the row out"
                 )
         if self._tools:
-            raise RowError("the model's chat template has no place for tools; take a model whose template has, or leave the row out")
+            raise RowError(
+                "the model's chat template has no place for tools; take a model whose template has, or leave the row out"
+            )
 
 
 #: Segments at a context's end that may open thinking.

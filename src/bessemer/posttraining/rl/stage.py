@@ -25,7 +25,7 @@ from bessemer.posttraining.rl.config import CriticConfig, RLConfig
 from bessemer.posttraining.rl.objective import PolicyObjective
 from bessemer.posttraining.rl.policy_sampler import EpisodeSampler, load_environment
 from bessemer.posttraining.rl.rollouts import RolloutSource
-from bessemer.posttraining.sampling.samples import Prompt
+from bessemer.posttraining.sampling.samples import Prompt, fitting_prompts
 from bessemer.tasks.config import TaskOptions
 from bessemer.tasks.questions import GenerationTask
 from bessemer.tasks.registry import TASKS, find_tasks
@@ -68,7 +68,7 @@ def rl(
     if left_out:
         run.progress.say(
             f"  {left_out:,} prompts are left out: they have more than {config.context_length - config.max_tokens:,} tokens, "
-            "context_length without max_tokens"
+            "context_length without max_tokens, or the model's chat template refuses them"
         )
     if not training:
         raise SourceError("no prompt is left to train on; raise context_length, or lower validation_share")
@@ -147,7 +147,7 @@ def _critic(job: TrainingJob[RLConfig], critic: CriticConfig, folder: Path | Non
 def _fitting(prompts: list[Prompt] | Any, tokenizer: Tokenizer, config: RLConfig) -> list[Prompt]:
     """The prompts that leave room for a completion."""
     most = config.context_length - config.max_tokens
-    return [prompt for prompt in prompts if len(prompt.encoded(tokenizer)) <= most]
+    return [prompt for prompt, _ in fitting_prompts(prompts, tokenizer, most)]
 
 
 @dataclass(frozen=True)
