@@ -23,9 +23,6 @@ TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS_MAP_FILE = "special_tokens_map.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 
-#: Key of `tokenizer_config.json` for the name of the format in which a model was trained to call tools.
-TOOL_FORMAT = "bessemer_tool_format"
-
 #: The `decoder` section of a byte-level tokenizer.
 BYTE_LEVEL_DECODER = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
 

@@ -29,7 +29,6 @@ from bessemer.tokenization.fast import LONG_TEXT, BulkEncoder, TokenizersEncoder
 from bessemer.tokenization.folder import (
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
-    TOOL_FORMAT,
     first_of,
     read_chat_template,
     read_configuration,
@@ -37,6 +36,7 @@ from bessemer.tokenization.folder import (
     template_hash,
     token_text,
 )
+from bessemer.tokenization.trained_template import read_trained_template
 from bessemer.tokenization.vocabulary import (
     SPACE_MARK,
     Kind,
@@ -126,8 +126,8 @@ class Tokenizer:
     @cached_property
     def tool_format(self) -> str:
         """The name of the format in which the model was trained to call tools, where its folder says so; else empty."""
-        name = read_settings(self.folder / TOKENIZER_CONFIG_FILE).get(TOOL_FORMAT)
-        return name if isinstance(name, str) else ""
+        record = read_trained_template(self.folder)
+        return "" if record is None else record.tool_format
 
     @cached_property
     def bulk(self) -> BulkEncoder:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from bessemer.assistant.tool_formats import format_name_of
 from bessemer.core.errors import SourceError
 from bessemer.core.hashing import derive_seed
 from bessemer.core.progress import Progress, Silent
@@ -29,6 +30,7 @@ from bessemer.posttraining.rewards.assessment import HELD_OUT, ScoredPair, asses
 from bessemer.posttraining.rewards.config import RewardConfig
 from bessemer.posttraining.rewards.model_based import RewardModel
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
+from bessemer.tokenization.trained_template import record_training
 from bessemer.training.autotune import RunCost
 from bessemer.training.data.batches import IGNORE_INDEX, Batch
 from bessemer.training.job import RunContext, RunOptions, TrainingHooks, TrainingJob
@@ -148,6 +150,8 @@ def reward(
         objective=RewardObjective(config.centering),
         hooks=TrainingHooks(lambda decoder: validation_on(validation.batch, config)),
     )
+    if job.mesh.leads:
+        record_training(out, model, format_name_of(tokenizer))
     assessed: dict[str, Any] = {}
     if job.mesh.leads and validation.pairs:
         trained = RewardModel.open(out / "model", device=run.device)

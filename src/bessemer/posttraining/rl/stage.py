@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
+from bessemer.assistant.tool_formats import format_name_of
 from bessemer.core.errors import ConfigError, SourceError
 from bessemer.core.hashing import derive_seed
 from bessemer.core.records import TABLES, is_table
@@ -31,6 +32,7 @@ from bessemer.tasks.questions import GenerationTask
 from bessemer.tasks.registry import TASKS, find_tasks
 from bessemer.tokenization.chat import checked_messages
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
+from bessemer.tokenization.trained_template import record_training
 from bessemer.training.autotune import RunCost, seconds_per_step
 from bessemer.training.job import RunContext, RunOptions, TrainingHooks, TrainingJob
 from bessemer.training.model_roles import REFERENCE, OtherModel
@@ -113,6 +115,8 @@ def rl(
         summary = job.train(source, objective=objective, others=others, hooks=TrainingHooks(lambda decoder: on_step_end))
     finally:
         source.close()
+    if mesh.leads:
+        record_training(out, model, format_name_of(tokenizer))
     without = {"parameters", "tokens_per_second", "gflops", "mfu"}
     return {
         "prompts": len(training),
