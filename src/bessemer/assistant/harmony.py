@@ -180,6 +180,7 @@ HARMONY = HarmonyFormat(
     _CALL,
     lambda body, schemas: [],
     inner=(_CHANNEL, _MESSAGE, _END, _START, _CONSTRAIN, _CALL, _RETURN),
+    one_call=True,
     thinking=ThinkingTags(
         f"{_CHANNEL}analysis{_MESSAGE}", _END, after=f"{_START}assistant", inside="", answer=f"{_CHANNEL}final{_MESSAGE}"
     ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import count
+from itertools import count, takewhile
 from typing import Any, Literal, Self
 
 from bessemer.assistant.tools import ToolResult
@@ -148,6 +148,31 @@ def with_short_ids(messages: Sequence[Message]) -> list[Message]:
         )
         for message in messages
     ]
+
+
+def with_one_call_each(messages: Sequence[Message]) -> list[tuple[int, Message]]:
+    """The messages, each behind its number, for a model that calls one tool in a turn: a message with several calls becomes one
+    for each, followed by the result of its call."""
+    placed: list[tuple[int, Message]] = []
+    place = 0
+    while place < len(messages):
+        message = messages[place]
+        results = takewhile(lambda one: one[1].role == "tool", enumerate(messages[place + 1 :], start=place + 1))
+        waiting = list(results) if len(message.calls) > 1 else []
+        place += 1 + len(waiting)
+        if len(message.calls) < 2:
+            placed.append((place - 1, message))
+            continue
+        number = place - 1 - len(waiting)
+        for nth, call in enumerate(message.calls):
+            own = replace(message, calls=(call,)) if nth == 0 else Message("assistant", calls=(call,))
+            placed.append((number, own))
+            result = next((one for one in waiting if one[1].call_id == call.id), None)
+            if result is not None:
+                waiting.remove(result)
+                placed.append(result)
+        placed += waiting
+    return placed
 
 
 def with_system_first(messages: Sequence[Message]) -> list[Message]:

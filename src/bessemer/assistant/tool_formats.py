@@ -208,7 +208,7 @@ class ToolFormat:
     given the tools' schemas; raises ValueError. calls: their grammar, where there is one. is_bare: whether a message that
     begins with `{` may be a body without tags. is_json: whether closing tags inside JSON strings are ignored. inner: other tags
     of a body. thinking: the tags around thinking. write: its calls as a model writes them; None: they are trained on only as
-    the chat template writes them.
+    the chat template writes them. one_call: whether a turn has one call at most.
     """
 
     opening: str
@@ -220,6 +220,7 @@ class ToolFormat:
     inner: tuple[str, ...] = ()
     thinking: ThinkingTags = field(default_factory=ThinkingTags)
     write: CallWriter | None = None
+    one_call: bool = False
 
     @property
     def inner_tags(self) -> frozenset[str]:
@@ -435,7 +436,7 @@ _OWN: list[Plugin[ToolFormat]] = [
     Plugin(
         "llama3",
         "`<|python_tag|>{JSON}`, or JSON alone: Llama 3.1 and later",
-        ToolFormat("<|python_tag|>", None, read_json_calls, _llama3, is_bare=True, write=write_llama3),
+        ToolFormat("<|python_tag|>", None, read_json_calls, _llama3, is_bare=True, write=write_llama3, one_call=True),
     ),
     Plugin(
         "mistral",

@@ -1,50 +1,35 @@
-"""`bessemer data preview`: what a model would learn of a file, token by token, before a run."""
+"""The view of `bessemer data preview --model`: what a model would learn of rows, token by token."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from bessemer.cli.options import Runs, print_view
+from bessemer.cli.options import print_view
 
 if TYPE_CHECKING:
     from bessemer.posttraining.data.examples import Conversation
     from bessemer.tokenization.tokenizer import Tokenizer
 
-data = typer.Typer(
-    no_args_is_help=True,
-    help="Look at what is learnt from, before a run.",
-    epilog="Example: bessemer data preview tickets.csv --model smollm2",
-)
 
-
-@data.callback()
-def _group() -> None:
-    """A group, though it has one command."""
-
-
-@data.command(epilog="Example: bessemer data preview chats.jsonl --model Qwen/Qwen3-0.6B --rows 2,7")
-def preview(
-    file: Annotated[Path, typer.Argument(help="Rows for fine-tuning: conversations, or questions and answers.")],
-    model: Annotated[str, typer.Option(help="The model that would be trained.")],
-    rows: Annotated[str, typer.Option(help="Which rows to show, from 1: 1, or 1,5,9.")] = "1",
-    context_length: Annotated[int | None, typer.Option(help="Tokens of a row; the model's context.", min=8)] = None,
-    prompt_column: Annotated[str | None, typer.Option(help="Column of the questions; found by its name.")] = None,
-    answer_column: Annotated[str | None, typer.Option(help="Column of the answers; found by its name.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
-    runs: Runs = Path("runs"),
+def print_masks(
+    conversations: Sequence[Conversation],
+    model: str,
+    rows: str,
+    runs: Path,
+    *,
+    context_length: int | None = None,
+    as_json: bool = False,
 ) -> None:
-    """Show the tokens of rows as a model is trained on them: what is learnt in colour, and where the turns end.
+    """Print the tokens of some rows as a model is trained on them, and the counts of all.
 
-    Counts all rows of the file, and refuses it as a run would: where nothing is learnt, or the model's chat template cannot
-    write the rows.
+    rows: their numbers from 1, separated by commas. context_length: tokens of a row; None: the model's context. Raises
+    ConfigError for numbers that no row has, SourceError for data that a run would refuse.
     """
     from bessemer.posttraining.data.mask import preview_masks
 
-    conversations = _conversations(file, prompt_column, answer_column)
     shown = _numbers(rows, len(conversations))
     tokenizer, longest = _model(model, runs)
     found = preview_masks(conversations, tokenizer, shown, context_length or longest)
@@ -54,13 +39,6 @@ def preview(
     from bessemer.views.masks import show_masks
 
     print_view(show_masks(found), soft_wrap=True)
-
-
-def _conversations(file: Path, prompt_column: str | None, answer_column: str | None) -> list[Conversation]:
-    from bessemer.posttraining.data.examples import read_conversations
-    from bessemer.posttraining.sft.finetune_inputs import find_columns
-
-    return read_conversations(file, find_columns(file, prompt_column, answer_column))
 
 
 def _numbers(rows: str, count: int) -> list[int]:

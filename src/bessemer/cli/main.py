@@ -14,7 +14,7 @@ from bessemer.cli.bench import bench
 from bessemer.cli.chat import chat, demo
 from bessemer.cli.compare import compare
 from bessemer.cli.convert import export, import_
-from bessemer.cli.data_preview import data
+from bessemer.cli.data import data
 from bessemer.cli.doctor import doctor
 from bessemer.cli.evaluate import evaluate
 from bessemer.cli.explain import explain, train_classifier, train_words

@@ -66,7 +66,8 @@ def check_trained_template(folders: Iterable[Path], chat_template: str | None) -
         if record is not None and record.hash != now:
             raise ArtefactError(
                 f"{folder}: was trained with another chat template than the one that it would be served with (then "
-                f"{record.hash}, now {now or 'none'}); put that template back, train again, or serve it so with --other-template"
+                f"{record.hash}, now {now or 'none'}); put that template back, train again, or serve it so with "
+                "--other-template"
             )
 
 

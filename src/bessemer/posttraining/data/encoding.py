@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bessemer.assistant.tool_formats import format_of
 from bessemer.core.errors import RequestError, SourceError
 from bessemer.posttraining.data.formats import Message, Turns
 from bessemer.posttraining.data.made import Truncate
@@ -21,8 +20,7 @@ from bessemer.posttraining.data.turns import (
     NothingLearntError,
     RowError,
     TrainedConversation,
-    served_messages,
-    template_inputs,
+    prompt_inputs,
 )
 from bessemer.tokenization.tokenizer import Tokenizer
 from bessemer.training.data.batches import IGNORE_INDEX
@@ -313,8 +311,8 @@ def encode_prompt(prompt: Turns, tokenizer: Tokenizer, tools: Sequence[Message] 
     template refuses."""
     if isinstance(prompt, str):
         return tokenizer.encode(prompt)
-    messages = template_inputs(served_messages(prompt, format_of(tokenizer)))
     try:
+        messages = prompt_inputs(prompt, tokenizer)
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tools=tools or None)
     except RequestError as error:
         raise RowError(str(error)) from None

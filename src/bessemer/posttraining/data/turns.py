@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bessemer.assistant.conversation import takes_tools
-from bessemer.assistant.messages import Message, MessagePart, as_messages, with_call_ids, with_short_ids
+from bessemer.assistant.conversation import takes_tools, with_system_in_place
+from bessemer.assistant.messages import Message, MessagePart, as_messages, with_call_ids, with_one_call_each, with_short_ids
 from bessemer.assistant.tool_formats import ToolFormat, format_of
 from bessemer.assistant.written import Piece, calls_of, reads_back, schemas_of
 from bessemer.core.errors import RequestError
@@ -108,7 +108,13 @@ class TrainedConversation:
         self._tokenizer = tokenizer
         self._format: ToolFormat = format_of(tokenizer)
         self._tools = list(tools)
-        self._messages = served_messages(messages, self._format)
+        spoken = iter([number for number, message in enumerate(messages) if message["role"] == "assistant"])
+        before = served_messages(messages, tokenizer)
+        numbers = {place: next(spoken) for place, message in enumerate(before) if message.role == "assistant"}
+        placed = with_one_call_each(before) if self._format.one_call else list(enumerate(before))
+        self._messages = [message for _, message in placed]
+        #: The number of each message of the assistant's among those that were given.
+        self._numbers = [numbers.get(place, -1) for place, _ in placed]
         self._places = [place for place, message in enumerate(self._messages) if message.role == "assistant"]
         self._check_tools()
 
@@ -176,7 +182,11 @@ class TrainedConversation:
     def _examples(self, is_learnt: Callable[[int], bool], at_once: bool) -> list[Example]:
         examples: list[Example] = []
         last = -1
-        for index in filter(is_learnt, self._places):
+        learnt = [place for place in self._places if is_learnt(self._numbers[place])]
+        if learnt[0] == 0 and len(learnt) > 1 and not self._may_begin:
+            # nothing is served before it
+            del learnt[0]
+        for index in learnt:
             turn = self.turn(index)
             before = _behind(examples[-1].segments, turn.context) if examples else None
             if before is None and examples and at_once:
@@ -189,6 +199,15 @@ class TrainedConversation:
         if len(examples) == 1 and (rest := self._rest(examples[0])):
             examples[0].parts.append(Part(rest, False))
         return examples
+
+    @property
+    def _may_begin(self) -> bool:
+        """Whether the template renders a prompt without messages, so that the assistant may speak first."""
+        try:
+            self._turns.context(0)
+        except RequestError:
+            return False
+        return True
 
     def _marked_whole(self, is_learnt: Callable[[int], bool]) -> Example | None:
         """The whole conversation at once, where the template is ours: it only appends, and writes all but thinking."""
@@ -203,7 +222,7 @@ class TrainedConversation:
         for segment in segments:
             number += segment.is_assistant and not was_assistant
             was_assistant = segment.is_assistant
-            example.append(segment, was_assistant and is_learnt(self._places[number]))
+            example.append(segment, was_assistant and is_learnt(self._numbers[self._places[number]]))
         return example
 
     def _rest(self, example: Example) -> list[Segment]:
@@ -277,18 +296,27 @@ class TrainedConversation:
 _END_OF_CONTEXT = 4
 
 
-def served_messages(given: Sequence[Row], tool_format: ToolFormat) -> list[Message]:
-    """Messages as a server holds them: arguments of calls as objects, ids for calls, and thinking apart from the text.
-
-    Raises RequestError for malformed messages.
-    """
-    messages = as_messages([{"content": "", **message} for message in given])
-    return with_call_ids([_with_thinking_apart(message, tool_format) for message in messages])
+def served_messages(given: Sequence[Row], tokenizer: Tokenizer) -> list[Message]:
+    """Messages as a server holds them: arguments of calls as objects, ids for calls, thinking apart from the text, system
+    messages where the template takes them. Raises RequestError for malformed messages."""
+    tool_format = format_of(tokenizer)
+    messages = [
+        _with_thinking_apart(message, tool_format) for message in as_messages([{"content": "", **one} for one in given])
+    ]
+    return with_call_ids(with_system_in_place(messages, tokenizer))
 
 
 def template_inputs(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """Messages for a chat template."""
     return [message.as_template_input() for message in messages]
+
+
+def prompt_inputs(given: Sequence[Row], tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """The messages of a prompt for the chat template, as a server gives them. Raises RequestError for malformed messages."""
+    messages = served_messages(given, tokenizer)
+    if format_of(tokenizer).one_call:
+        messages = [message for _, message in with_one_call_each(messages)]
+    return template_inputs(messages)
 
 
 def _with_thinking_apart(message: Message, tool_format: ToolFormat) -> Message:
