@@ -80,7 +80,7 @@ def create_app(
         ResponsesApi(served, store or MemoryStore()),
         AnthropicApi(served),
         ollama.OllamaApi(served),
-        AdaptersApi(served, config.adapter_root),
+        AdaptersApi(served, config.adapter_root, other_template=config.other_template),
     )
 
     @asynccontextmanager
