@@ -103,6 +103,11 @@ def is_table(name: str) -> bool:
     return _suffix(name) in _READERS or (PART in name and _suffix(name.rpartition(PART)[0]) in _READERS)
 
 
+def is_text_file(name: str) -> bool:
+    """Whether a file is one of text, by its name, plain or compressed."""
+    return _suffix(name) in TEXTS
+
+
 def split_part(path: Path) -> tuple[Path, str]:
     """A file, and the part of it that the path names behind `#`; no part where a file has that name."""
     name, mark, part = path.name.rpartition(PART)
@@ -164,23 +169,8 @@ class _Reading:
         self.notes: list[str] = []
 
     def data(self) -> bytes:
-        """The file's bytes, decompressed. Raises ArtefactError for a damaged one."""
-        compression = self.path.suffix.lower()
-        try:
-            match compression:
-                case ".gz":
-                    return gzip.decompress(self.path.read_bytes())
-                case ".bz2":
-                    return bz2.decompress(self.path.read_bytes())
-                case ".xz":
-                    return lzma.decompress(self.path.read_bytes())
-                case ".zst":
-                    return _zstandard(self.path.read_bytes())
-        except FileNotFoundError:
-            raise
-        except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
-            raise ArtefactError(f"{self.path}: is damaged, cut off, or no {compression} ({error}); fetch it again") from None
-        return self.path.read_bytes()
+        """The file's bytes, decompressed. Raises ArtefactError as `read_bytes`."""
+        return read_bytes(self.path)
 
     def text(self) -> str:
         """The file's text. Notes an encoding other than UTF-8, and bytes that it cannot decode."""
@@ -199,6 +189,30 @@ class _Reading:
     def row(self, number: int) -> str:
         """The place of a row, from 0."""
         return f"{self.path}, row {number}"
+
+
+def read_bytes(path: Path) -> bytes:
+    """The bytes of a file, decompressed where its name ends in one of `COMPRESSIONS`. Raises ArtefactError for one that is
+    missing or damaged."""
+    compression = path.suffix.lower()
+    try:
+        data = path.read_bytes()
+        match compression:
+            case ".gz":
+                return gzip.decompress(data)
+            case ".bz2":
+                return bz2.decompress(data)
+            case ".xz":
+                return lzma.decompress(data)
+            case ".zst":
+                return _zstandard(data)
+    except FileNotFoundError:
+        raise ArtefactError(f"{path}: no such file; check the path") from None
+    except (EOFError, ValueError, zlib.error, lzma.LZMAError, OSError) as error:
+        if compression not in COMPRESSIONS:
+            raise
+        raise ArtefactError(f"{path}: is damaged, cut off, or no {compression} ({error}); fetch it again") from None
+    return data
 
 
 def _zstandard(data: bytes) -> bytes:
@@ -450,6 +464,8 @@ _READERS: dict[str, _Reader] = {
 #: Forms of which a part may be named: a sheet, a key.
 _WITH_PARTS = frozenset({".json", ".xlsx", ".xlsm"})
 
+#: Endings of files of text.
+TEXTS = (".txt", ".text", ".md", ".markdown", ".mdx", ".rst")
 #: Endings of the files that `read_records` reads.
 TABLES = tuple(_READERS)
 

@@ -60,11 +60,17 @@ def encode_conversation(conversation: Conversation, tokenizer: Tokenizer) -> Enc
 def fit_conversations(
     conversations: Sequence[Conversation], tokenizer: Tokenizer, context_length: int, truncate: Truncate = "drop"
 ) -> tuple[list[EncodedExample], RowCounts]:
-    """Conversations as examples of at most `context_length` tokens, and what became of the others. Raises SourceError where
-    longer ones are refused."""
+    """Conversations as examples of at most `context_length` tokens, and what became of the others; a longer document is several
+    examples. Raises SourceError where longer conversations are refused."""
     fitter = RowFitter(context_length, truncate)
-    fitted = [fitter.fit(partial(encode_conversation, one, tokenizer)) for one in conversations]
-    return [EncodedExample(*rows[0]) for rows in fitted if rows is not None], fitter.counts("conversations")
+    examples: list[EncodedExample] = []
+    for one in conversations:
+        if one.is_document:
+            encoded = encode_conversation(one, tokenizer)
+            examples += [EncodedExample(*row) for row in encoded.windows(context_length)]
+        elif (rows := fitter.fit(partial(encode_conversation, one, tokenizer))) is not None:
+            examples.append(EncodedExample(*rows[0]))
+    return examples, fitter.counts("conversations")
 
 
 @dataclass(frozen=True)
