@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 def finetune(
     context: typer.Context,
     model: Model,
-    data: Annotated[Path, typer.Argument(help="Questions and answers: CSV, JSON lines, JSON or Parquet.")],
+    data: Annotated[
+        str, typer.Argument(help="What is learnt: a table, a folder of tables or texts, or hub:ORGANISATION/NAME#SPLIT.")
+    ],
     out: Annotated[Path, typer.Argument(help="The folder to make. The same command goes on where it was stopped.")],
     also: Annotated[
         list[str] | None,
@@ -36,6 +38,9 @@ def finetune(
     truncate: Annotated[
         str, typer.Option(help="What is longer than a row. drop: left out; left: its beginning is cut off; refuse: an error.")
     ] = "drop",
+    on_bad_row: Annotated[
+        str, typer.Option(help="Rows that cannot be used. skip: left out, at most a twentieth; stop: an error.")
+    ] = "skip",
     held_out: Annotated[float, typer.Option(help="Share of the data that is held out.")] = 0.1,
     merge: Annotated[bool, typer.Option("--merge", help="Also merge the adapter into OUT/model; later too.")] = False,
     seed: Annotated[int, typer.Option(help="Of the order, of what is held out, and of a new adapter.")] = 7,
@@ -49,7 +54,7 @@ def finetune(
     from bessemer.core.store import locked_folder
     from bessemer.posttraining.sft.config import FinetuneConfig
 
-    columns, rows = ("prompt_column", "answer_column"), ("context_length", "batch_size", "truncate", "held_out")
+    columns, rows = ("prompt_column", "answer_column"), ("context_length", "batch_size", "truncate", "on_bad_row", "held_out")
     given = given_options(context, "method", "epochs", "learning_rate", "rank", "merge", *columns, *rows)
     config = FinetuneConfig.parse(given | {"also": _weights(also or [])}, option_of("finetune"))
     from bessemer.model.storage.tuned_folder import whole_weights

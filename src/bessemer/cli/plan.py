@@ -92,7 +92,7 @@ def _plan_finetuning(model: str, given: list[str], method: str, device: str, run
 
     with TemporaryDirectory() as scratch:
         source = model_source(model, runs)
-        finetune_plan = plan_finetuning(config, source, Path(given[0]), seed=7, device=device, scratch=Path(scratch))
+        finetune_plan = plan_finetuning(config, source, given[0], seed=7, device=device, scratch=Path(scratch))
     if as_json:
         print(json.dumps(finetune_plan.figures, indent=2))
         return

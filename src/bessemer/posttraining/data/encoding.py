@@ -61,6 +61,14 @@ class Encoded:
             return None
         return ids[:-1], np.where(is_learnt, ids, IGNORE_INDEX)[1:]
 
+    def windows(self, longest: int) -> list[Row]:
+        """(inputs, targets) of a text that is learnt whole, in windows of at most `longest` tokens, one behind the other."""
+        targets = np.where(self.is_learnt, self.ids, IGNORE_INDEX)[1:]
+        return [
+            (self.ids[begin : min(begin + longest, len(targets))], targets[begin : begin + longest])
+            for begin in range(0, len(targets), longest)
+        ]
+
     def through_end(self) -> np.ndarray:
         """The ids up to the answer's last learnt token, which is its end token: a template may write more behind it."""
         return self.ids[: self.inputs + 1]

@@ -22,7 +22,7 @@ from bessemer.core.hashing import derive_seed
 from bessemer.core.progress import Progress, Silent
 from bessemer.model.decoder import Decoder
 from bessemer.posttraining.data.encoding import Encoded, encode_answer
-from bessemer.posttraining.data.examples import gather_pairs, prompt_key
+from bessemer.posttraining.data.examples import BAD_ROWS, RowReader, gather_pairs, prompt_key
 from bessemer.posttraining.data.formats import Pair
 from bessemer.posttraining.data.packing import PackedBatches, can_share_prompts, pack_pairs, validation_on
 from bessemer.posttraining.data.turns import NothingLearntError, RowError
@@ -126,7 +126,8 @@ def reward(
     """
     run = RunContext(out, **options)
     tokenizer = load_tokenizer(model)
-    training, held_out = gather_pairs(config.data, run.folder, made or {}, config.validation_share, run.seed)
+    reader = RowReader(config.on_bad_row, run.progress.say)
+    training, held_out = gather_pairs(config.data, run.folder, made or {}, config.validation_share, run.seed, reader)
     shares = can_share_prompts(config, model)
     packed, validation = (
         pack_pairs(some, tokenizer, config.context_length, example=Encoded.scored, shares_prompts=shares)
@@ -145,6 +146,8 @@ def reward(
     cost = RunCost(validation.batch.tokens_BT.numel(), validation.batch.tokens_BT.numel())
     job = TrainingJob.open(config, model, run, description="reward model", cost=cost, only_resolve=only_resolve)
     config = job.config
+    if job.mesh.leads:
+        reader.write_bad_rows(out / BAD_ROWS)
     summary = job.train(
         PackedBatches(packed.batch, batch_size=config.batch_size, seed=derive_seed(run.seed, "batches")),
         objective=RewardObjective(config.centering),
@@ -161,6 +164,7 @@ def reward(
     return {
         "pairs": packed.pairs,
         "held_out": validation.pairs,
+        **reader.figures,
         **packed.figures,
         "rows": packed.rows,
         **assessed,

@@ -14,6 +14,7 @@ from pydantic import field_validator, model_validator
 
 from bessemer.core.config import Config, nearest, setting
 from bessemer.core.registry import Plugin, Registry
+from bessemer.posttraining.data.made import ON_BAD_ROW, PLACES, OnBadRow
 from bessemer.posttraining.preference.config import default_beta
 from bessemer.posttraining.rewards.config import Rewards, named
 from bessemer.training.adapter_config import TuningConfig
@@ -176,7 +177,7 @@ class RLConfig(TuningConfig):
     adapter_learning_rate: ClassVar[float] = 1e-5
 
     data: list[str] = setting(
-        description="Prompts: files of rows (JSON lines, JSON, CSV, Parquet), or tasks whose answers are generated, by name or "
+        description="Prompts: " + PLACES + ", or tasks whose answers are generated, by name or "
         "YAML file, as in arithmetic. Columns beside the prompt are passed to the rewards.",
         min_length=1,
     )
@@ -187,6 +188,7 @@ class RLConfig(TuningConfig):
     validation_share: float = setting(
         0.05, "Fraction of the prompts held out; prompts of the same words, in whichever order, are on one side.", ge=0, lt=1
     )
+    on_bad_row: OnBadRow = setting("skip", ON_BAD_ROW)
     validation_limit: int = setting(500, "Most held-out prompts that are answered at each validation.", unit="prompts", ge=1)
     rewards: Rewards = setting(
         description="What completions are worth: task, answer, program, regex, json_schema, format, length, overlong, "

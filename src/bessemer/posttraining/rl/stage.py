@@ -12,10 +12,11 @@ from typing import Any, Unpack
 from bessemer.assistant.tool_formats import format_name_of
 from bessemer.core.errors import ConfigError, SourceError
 from bessemer.core.hashing import derive_seed
-from bessemer.core.records import TABLES, is_table
+from bessemer.core.records import TABLES
 from bessemer.model.storage.folder import holds_codes
-from bessemer.posttraining.data.examples import read_examples
-from bessemer.posttraining.data.formats import Turns
+from bessemer.posttraining.data.examples import BAD_ROWS, RowReader, read_examples
+from bessemer.posttraining.data.formats import Turns, messages_of
+from bessemer.posttraining.data.made import data_path, is_data_name
 from bessemer.posttraining.data.splitting import split_examples
 from bessemer.posttraining.preference.config import PAIR_LOSSES
 from bessemer.posttraining.rewards.config import RewardContext, RewardTask
@@ -30,7 +31,6 @@ from bessemer.posttraining.sampling.samples import Prompt, fitting_prompts
 from bessemer.tasks.config import TaskOptions
 from bessemer.tasks.questions import GenerationTask
 from bessemer.tasks.registry import TASKS, find_tasks
-from bessemer.tokenization.chat import checked_messages
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 from bessemer.tokenization.trained_template import record_training
 from bessemer.training.autotune import RunCost, seconds_per_step
@@ -63,7 +63,8 @@ def rl(
     run = RunContext(out, **options)
     tokenizer = load_tokenizer(model)
     objective: Objective = PolicyObjective.of(config) if config.pair_loss is None else pair_objective(config)
-    gathered = gather_prompts(config, run.folder, run.seed)
+    reader = RowReader(config.on_bad_row, run.progress.say)
+    gathered = gather_prompts(config, run.folder, run.seed, reader)
     training = _fitting(gathered.training, tokenizer, config)
     held_out = _fitting(gathered.held_out, tokenizer, config)
     left_out = len(gathered.training) + len(gathered.held_out) - len(training) - len(held_out)
@@ -85,6 +86,8 @@ def rl(
     cost = RunCost(seconds_per_step=partial(seconds_per_step, trial, cycle=config.updates))
     job = TrainingJob.open(config, model, run, description="rl", cost=cost, only_resolve=only_resolve)
     config, mesh = job.config, job.mesh
+    if mesh.leads:
+        reader.write_bad_rows(out / BAD_ROWS)
     if mesh.layout.pipeline > 1:
         raise ConfigError(
             f"parallel: pipeline {mesh.layout.pipeline}: each rank trains some layers, and sampling needs all; take tensor or "
@@ -121,6 +124,7 @@ def rl(
     return {
         "prompts": len(training),
         "held_out": len(held_out),
+        **reader.figures,
         **{name: value for name, value in summary.items() if name not in without},
     }
 
@@ -163,17 +167,18 @@ class Prompts:
     tasks: Mapping[str, RewardTask]
 
 
-def gather_prompts(config: RLConfig, folder: Path, seed: int) -> Prompts:
+def gather_prompts(config: RLConfig, folder: Path, seed: int, reader: RowReader | None = None) -> Prompts:
     """The prompts of all data that the settings name, each once, in order.
 
     Raises SourceError for rows that are malformed, ConfigError for a task that there is not or that generates nothing,
     ArtefactError for a task's data.
     """
+    reader = reader or RowReader(config.on_bad_row)
     prompts: list[Prompt] = []
     tasks: dict[str, RewardTask] = {}
     for name in config.data:
-        if is_table(name):
-            prompts += read_examples(folder / name, partial(_prompt, config))
+        if is_data_name(name):
+            prompts += read_examples(data_path(name, folder, {}), partial(_prompt, config), reader)
             continue
         task = _task(name, config, folder)
         if task.name in tasks:
@@ -210,16 +215,12 @@ def _prompt(config: RLConfig, row: Mapping[str, Any]) -> Prompt:
         given = [{"role": "user", "content": given}]
     elif not isinstance(given, list) or not given:
         raise ValueError(f"needs messages or a text under {config.prompt_column!r}; it has {given!r}"[:200])
-    if config.system is not None and not _begins_with_system(given):
-        given = [{"role": "system", "content": config.system}, *given]
-    messages = checked_messages(given, first=1)
+    messages = list(messages_of(given, config.prompt_column))
+    if config.system is not None and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": config.system}, *messages]
     if messages[-1]["role"] == "assistant":
         raise ValueError(f"{config.prompt_column}: the prompt ends with the assistant, whose turn it is to answer")
     return Prompt(tuple(messages), columns)
-
-
-def _begins_with_system(messages: Sequence[Any]) -> bool:
-    return isinstance(messages[0], Mapping) and messages[0].get("role") == "system"
 
 
 def _whole(prompt: Prompt) -> str:

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from bessemer.core.errors import ArtefactError
-from bessemer.core.hashing import hash_file
 from bessemer.core.progress import Progress
 from bessemer.core.store import read_json, write_json, write_text
 from bessemer.inference.engine import Engine, EngineConfig
@@ -29,7 +28,7 @@ from bessemer.model.formats import ModelSource
 from bessemer.model.quantisation.quantised_layers import is_quantised
 from bessemer.model.storage.folder import load_model
 from bessemer.model.storage.tuned_folder import ADAPTER, BASE, HELD_OUT_TASK, MODEL, RECORD, place_of_base
-from bessemer.posttraining.data.examples import Conversation
+from bessemer.posttraining.data.examples import Conversation, data_hash
 from bessemer.posttraining.data.packing import EncodedExample
 from bessemer.posttraining.sft.config import FULL_LEARNING_RATE, FinetuneConfig, Method, SFTConfig
 from bessemer.posttraining.sft.finetune_inputs import prepare_base
@@ -145,7 +144,7 @@ class Finetuned:
 
 
 def finetune(
-    config: FinetuneConfig, source: ModelSource, data: Path, out: Path, *, seed: int, device: str, progress: Progress
+    config: FinetuneConfig, source: ModelSource, data: str, out: Path, *, seed: int, device: str, progress: Progress
 ) -> Finetuned:
     """Fine-tune a model on a file of questions and answers; the same call continues where it was stopped.
 
@@ -164,8 +163,8 @@ def finetune(
     out.mkdir(parents=True, exist_ok=True)
     if not (out / RECORD).exists():
         write_json(out / RECORD, {"asked": asked_of(config, source, data, seed)})
-    if "prompt_column" in plan.settings:
-        progress.say(f"{data}: questions in {plan.settings['prompt_column']!r}, answers in {plan.settings['answer_column']!r}")
+    for line in plan.understood:
+        progress.say(line)
     base = prepare_base(source, out / BASE, progress)
     chosen = {"method": plan.method, "reason": plan.reason, "base": place_of_base(base, out)}
     record = chosen | read_json(out / RECORD, _WHAT)
@@ -198,7 +197,9 @@ def finetune(
     write_task(out, plan.held_out, tokenizer)
     before_N, answers_before = measured(start.whole(chosen_device), "before")
     samples = _Samples(questions, plan.sizes.steps, progress)
-    metrics = sft(tuning, base, None, out, seed=seed, device=device, progress=progress, on_validation=samples.show)
+    metrics = sft(
+        tuning, base, None, out, seed=seed, device=device, progress=progress, on_validation=samples.show, shows_data=False
+    )
     if method == "full":
         after_N, answers_after = measured(load_model(out / MODEL, device=chosen_device), "after")
     else:
@@ -217,10 +218,10 @@ def finetune(
     )
 
 
-def asked_of(config: FinetuneConfig, source: ModelSource, data: Path, seed: int) -> dict[str, Any]:
+def asked_of(config: FinetuneConfig, source: ModelSource, data: str, seed: int) -> dict[str, Any]:
     """Everything that identifies a fine-tuning."""
-    also = {"also": {hash_file(Path(name)): weight for name, weight in config.also.items()}}
-    return {"settings": config.output_settings() | also, "model": source.name, "data": hash_file(data), "seed": seed}
+    also = {"also": {data_hash(name): weight for name, weight in config.also.items()}}
+    return {"settings": config.output_settings() | also, "model": source.name, "data": data_hash(data), "seed": seed}
 
 
 def finished(out: Path, asked: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
