@@ -80,8 +80,14 @@ class _Target(NamedTuple):
     is_transposed: bool
 
 
-def read_adapter(folder: Path | str, model: Decoder, samples: Mapping[str, WeightSample] | None = None) -> Adapter:
-    """The adapter in a folder, for `model`: where its weights lie and in their type.
+def read_adapter(
+    folder: Path | str,
+    model: Decoder,
+    samples: Mapping[str, WeightSample] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Adapter:
+    """The adapter in a folder, for `model`: where its weights lie, and in their type unless `dtype` says another.
 
     samples: of the whole model, where `model` holds shards of it; the adapter is the whole one.
 
@@ -126,13 +132,14 @@ def read_adapter(folder: Path | str, model: Decoder, samples: Mapping[str, Weigh
     if not updates:
         raise ArtefactError(f"{path}: it holds no update of any layer")
     adapter = Adapter(updates)
+    dtype = dtype or model.dtype
     if not adapter.has_magnitudes:
-        return adapter.to(model.device, model.dtype)
+        return adapter.to(model.device, dtype)
     if samples is not None:
         raise ArtefactError(
             f"{path}: DoRA, whose norms are of whole weights, beside a sharded model; merge it, or serve it whole"
         )
-    return adapter.fitted(model).to(model.device, model.dtype)
+    return adapter.fitted(model).to(model.device, dtype)
 
 
 def write_adapter(adapter: Adapter, model: Decoder, folder: Path) -> None:
