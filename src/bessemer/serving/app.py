@@ -22,6 +22,7 @@ from bessemer.serving.anthropic.api import PREFIX, AnthropicApi, error_body
 from bessemer.serving.config import ServingConfig
 from bessemer.serving.openai.api import OpenAIApi
 from bessemer.serving.openai.vllm_routes import AdaptersApi, DetokenizeRequest, TokenizeRequest, detokenize, tokenize
+from bessemer.serving.openai.weight_routes import WeightsApi
 from bessemer.serving.responses.api import ResponsesApi
 from bessemer.serving.responses.protocol import MemoryStore, ResponseStore
 from bessemer.serving.runtime.bodies import ApiError, read_body
@@ -79,6 +80,7 @@ def create_app(
         ResponsesApi(served, store or MemoryStore()),
         AnthropicApi(served),
         AdaptersApi(served, config.adapter_root),
+        WeightsApi(served, config),
     )
 
     @asynccontextmanager

@@ -16,6 +16,7 @@ from bessemer.core.config import Config, nearest, setting
 from bessemer.core.registry import Plugin, Registry
 from bessemer.posttraining.preference.config import default_beta
 from bessemer.posttraining.rewards.config import Rewards, named
+from bessemer.posttraining.sampling.server_config import RolloutServers
 from bessemer.training.adapter_config import TuningConfig
 
 if TYPE_CHECKING:
@@ -202,6 +203,17 @@ class RLConfig(TuningConfig):
         code=True,
     )
     max_turns: int = setting(1, "Most turns of an episode.", ge=1)
+    environment_threads: int | None = setting(
+        None,
+        "Environments that wait at the same time, for a network or a program; 0: none, so that a rollout is the same to the "
+        "last bit at each run; absent: those whose environment says that it `waits`.",
+        affects_output=False,
+        ge=0,
+    )
+    rollouts: RolloutServers | None = setting(
+        None,
+        "Servers that sample in place of this process, as [http://127.0.0.1:8000], with `max_staleness` ahead of the training.",
+    )
     reward_scale: Literal["sum", "decoupled"] = setting(
         "sum",
         "How several rewards become one advantage: of their weighted sum, or the weighted sum of each one's z-score in its "
@@ -314,6 +326,13 @@ class RLConfig(TuningConfig):
     )
     compile: Literal["auto"] | bool = setting(False, "Compile the blocks; rows have a new length at each rollout.")
 
+    def output_settings(self) -> dict[str, Any]:
+        """As of `Config`; without servers as before there were any, so that stages that are made keep their keys."""
+        settings = super().output_settings()
+        if self.rollouts is None:
+            del settings["rollouts"]
+        return settings
+
     @property
     def packed(self) -> bool:
         """Whether rows hold several completions that do not attend to each other."""
@@ -335,6 +354,11 @@ class RLConfig(TuningConfig):
     def updates(self) -> int:
         """Steps that use one rollout."""
         return self.mini_batches * self.rollout_epochs
+
+    @field_validator("rollouts", mode="before")
+    @classmethod
+    def _listed_servers(cls, value: Any) -> Any:
+        return {"servers": [value] if isinstance(value, str) else value} if isinstance(value, str | list) else value
 
     @field_validator("rewards", mode="before")
     @classmethod
@@ -395,6 +419,10 @@ class RLConfig(TuningConfig):
             for what, is_given in unused.items():
                 if is_given:
                     raise ValueError(f"{what}: not with pair_loss, which has neither advantages nor a divergence of its own")
+        if self.rollouts is not None and self.rollouts.max_staleness and self.correction == "none" and self.pair_loss is None:
+            raise ValueError(
+                "rollouts: max_staleness: older weights than those that are trained take a correction; truncate is the default"
+            )
         if self.critic is not None and self.reward_scale == "decoupled":
             raise ValueError("reward_scale: decoupled makes one advantage of a completion; a critic makes those of tokens")
         return self

@@ -23,9 +23,11 @@ from bessemer.posttraining.rl.advantages import CRITIC, ActorCriticObjective
 from bessemer.posttraining.rl.batches import pair_objective
 from bessemer.posttraining.rl.config import CriticConfig, RLConfig
 from bessemer.posttraining.rl.objective import PolicyObjective
-from bessemer.posttraining.rl.policy_sampler import EpisodeSampler, load_environment
+from bessemer.posttraining.rl.policy_sampler import EpisodeSampler, PolicySampler, load_environment
 from bessemer.posttraining.rl.rollouts import RolloutSource
+from bessemer.posttraining.rl.served_rollouts import ServedRolloutSource
 from bessemer.posttraining.sampling.samples import Prompt
+from bessemer.posttraining.sampling.served_policy import ServedPolicy
 from bessemer.tasks.config import TaskOptions
 from bessemer.tasks.questions import GenerationTask
 from bessemer.tasks.registry import TASKS, find_tasks
@@ -89,14 +91,22 @@ def rl(
             "data_shard"
         )
     rl_seed = derive_seed(run.seed, "rl")
-    sampler = None
+    servers = _servers(config, tokenizer, model, run)
+    sampler = PolicySampler(judge, tokenizer, config, rl_seed, servers)
     if config.environment is not None:
-        if not mesh.alone:
-            raise ConfigError(f"environment: episodes are played in one process, and {mesh.layout.world_size} were started")
-        sampler = EpisodeSampler(judge, tokenizer, config, rl_seed, load_environment(config.environment, run.folder))
-    source = RolloutSource(
-        training, judge, tokenizer, config, out, seed=rl_seed, progress=run.progress, held_out=held_out, sampler=sampler
-    )
+        if not mesh.alone and servers is None:
+            raise ConfigError(
+                f"environment: episodes are played in one process, and {mesh.layout.world_size} were started; with rollouts, "
+                "servers sample for all"
+            )
+        new_environment = load_environment(config.environment, run.folder)
+        sampler = EpisodeSampler(judge, tokenizer, config, rl_seed, new_environment, servers)
+    sources = {"seed": rl_seed, "progress": run.progress, "held_out": held_out, "sampler": sampler}
+    source: RolloutSource
+    if servers is None:
+        source = RolloutSource(training, judge, tokenizer, config, out, **sources)
+    else:
+        source = ServedRolloutSource(training, judge, tokenizer, config, out, **sources, servers=servers)
     others = []
     if config.critic is not None:
         others.append(_critic(job, config.critic, model if config.critic.start == "policy" else reward_model))
@@ -111,6 +121,7 @@ def rl(
 
     try:
         summary = job.train(source, objective=objective, others=others, hooks=TrainingHooks(lambda decoder: on_step_end))
+        source.finish()
     finally:
         source.close()
     without = {"parameters", "tokens_per_second", "gflops", "mfu"}
@@ -119,6 +130,17 @@ def rl(
         "held_out": len(held_out),
         **{name: value for name, value in summary.items() if name not in without},
     }
+
+
+def _servers(config: RLConfig, tokenizer: Tokenizer, model: Path, run: RunContext) -> ServedPolicy | None:
+    """The servers that the settings name."""
+    settings = config.rollouts
+    if settings is None:
+        return None
+    folder = run.out / "served" if settings.folder is None else run.folder / settings.folder
+    return ServedPolicy(
+        settings, tokenizer, model, folder, run.progress.say, temperature=config.temperature, longest=config.context_length
+    )
 
 
 def needs_reference(config: RLConfig) -> bool:
