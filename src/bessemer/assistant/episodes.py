@@ -44,7 +44,8 @@ class Environment(Protocol):
     """The world of one episode at a time. Its tools may change its state.
 
     Where it has an attribute `waits` that is true, it mostly waits for something else (a network, another process), and its
-    calls are made by threads; those of one episode come one after the other in any case.
+    calls are made by threads; those of one episode come one after the other in any case. Where it has a method `close`, that is
+    called at the end.
     """
 
     @property
@@ -163,6 +164,7 @@ def play(
     finally:
         for player in players:
             player.stop()
+            player.close()
     return [player.episode for player in players]
 
 
@@ -253,6 +255,17 @@ class _Player:
         completing, self._completing, self._generation = self._completing, None, None
         if completing is not None:
             completing.stop()
+
+    def close(self) -> None:
+        """Let the environment go, when its last call has ended."""
+        close = getattr(self.environment, "close", None)
+        if close is None:
+            return
+        if self._call is not None:
+            # the play was broken off: nobody waits for that call
+            self._call.add_done_callback(lambda _: close())
+        else:
+            close()
 
     def _advance_once(self) -> bool:
         """Do one thing. False where something else comes first."""

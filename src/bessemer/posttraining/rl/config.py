@@ -14,6 +14,7 @@ from pydantic import field_validator, model_validator
 
 from bessemer.core.config import Config, nearest, setting
 from bessemer.core.registry import Plugin, Registry
+from bessemer.core.usercode import is_user_function
 from bessemer.posttraining.preference.config import default_beta
 from bessemer.posttraining.rewards.config import Rewards, named
 from bessemer.posttraining.sampling.server_config import RolloutServers
@@ -178,7 +179,8 @@ class RLConfig(TuningConfig):
 
     data: list[str] = setting(
         description="Prompts: files of rows (JSON lines, JSON, CSV, Parquet), or tasks whose answers are generated, by name or "
-        "YAML file, as in arithmetic. Columns beside the prompt are passed to the rewards.",
+        "YAML file, as in arithmetic; environment: the tasks that the environment has. Columns beside the prompt are passed to "
+        "the rewards.",
         min_length=1,
     )
     prompt_column: str = setting("prompt", "Column of a file's prompts: messages, or a text.")
@@ -198,9 +200,13 @@ class RLConfig(TuningConfig):
     )
     environment: str | None = setting(
         None,
-        "Your own file.py:function that makes an environment: a sample is an episode of it, with several turns and tools, in "
-        "place of one completion; the reward environment is what it says. A row of the data is its task.",
+        "Your own file.py:function that makes an environment, or verifiers:NAME, openenv:URL: a sample is an episode of it, "
+        "with several turns and tools, in place of one completion; the reward environment is what it says. A row of the data "
+        "is its task.",
         code=True,
+    )
+    environment_options: dict[str, Any] = setting(
+        default_factory=dict, description="Settings of an environment of verifiers or OpenEnv, as that package has them."
     )
     max_turns: int = setting(1, "Most turns of an episode.", ge=1)
     environment_threads: int | None = setting(
@@ -327,11 +333,21 @@ class RLConfig(TuningConfig):
     compile: Literal["auto"] | bool = setting(False, "Compile the blocks; rows have a new length at each rollout.")
 
     def output_settings(self) -> dict[str, Any]:
-        """As of `Config`; without servers as before there were any, so that stages that are made keep their keys."""
+        """As of `Config`; without servers and options of environments as before there were any, so that stages that are made
+        keep their keys."""
         settings = super().output_settings()
-        if self.rollouts is None:
-            del settings["rollouts"]
+        for name, is_default in {
+            "rollouts": self.rollouts is None,
+            "environment_options": not self.environment_options,
+        }.items():
+            if is_default:
+                del settings[name]
         return settings
+
+    def plugins(self) -> list[tuple[str, str]]:
+        """As of `Config`, with the source of the environment."""
+        source = "" if self.environment is None or is_user_function(self.environment) else self.environment.partition(":")[0]
+        return sorted([*super().plugins(), *([("bessemer.environments", source)] if source else [])])
 
     @property
     def packed(self) -> bool:

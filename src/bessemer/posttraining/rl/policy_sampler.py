@@ -11,7 +11,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,9 +19,7 @@ from torch import Tensor
 from bessemer.assistant.assistant import Assistant, EngineModel
 from bessemer.assistant.episodes import Environment, Episode, play
 from bessemer.core.concurrency import DaemonThreads
-from bessemer.core.errors import ConfigError
 from bessemer.core.hashing import derive_seed
-from bessemer.core.usercode import load_user_function
 from bessemer.inference.collective import CollectiveEngine
 from bessemer.inference.engine import Engine, SamplingParams
 from bessemer.posttraining.data.formats import plain_turns
@@ -184,19 +181,6 @@ class EpisodeSampler(PolicySampler):
 def _numbered(each_of: Sequence[tuple[int, int]], places: Sequence[int] | None) -> list[tuple[int, int]]:
     """Of each episode the place of its prompt among all, and its number."""
     return [(place if places is None else places[place], each) for place, each in each_of]
-
-
-def load_environment(name: str, folder: Path) -> Callable[[], Environment]:
-    """The user's function that makes an environment, tried once. Raises ConfigError where it cannot be loaded, or fails."""
-    function = load_user_function(name, folder)
-    try:
-        made = function()
-    except Exception as error:  # a user's function may raise anything
-        raise ConfigError(f"environment: {name} fails: {type(error).__name__}: {error}") from None
-    missing = [method for method in ("tools", "reset", "step") if not hasattr(made, method)]
-    if missing:
-        raise ConfigError(f"environment: what {name} makes has no {' and no '.join(missing)}")
-    return function
 
 
 def _task(encoded: EncodedPrompt) -> dict[str, Any]:

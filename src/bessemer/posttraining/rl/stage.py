@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
-from bessemer.core.errors import ConfigError, SourceError
+from bessemer.core.errors import ConfigError, RequestError, SourceError
 from bessemer.core.hashing import derive_seed
 from bessemer.core.records import TABLES, is_table
 from bessemer.model.storage.folder import holds_codes
@@ -22,8 +22,9 @@ from bessemer.posttraining.rewards.judge import Judge
 from bessemer.posttraining.rl.advantages import CRITIC, ActorCriticObjective
 from bessemer.posttraining.rl.batches import pair_objective
 from bessemer.posttraining.rl.config import CriticConfig, RLConfig
+from bessemer.posttraining.rl.environments.registry import OWN_TASKS, Environments, load_environments
 from bessemer.posttraining.rl.objective import PolicyObjective
-from bessemer.posttraining.rl.policy_sampler import EpisodeSampler, PolicySampler, load_environment
+from bessemer.posttraining.rl.policy_sampler import EpisodeSampler, PolicySampler
 from bessemer.posttraining.rl.rollouts import RolloutSource
 from bessemer.posttraining.rl.served_rollouts import ServedRolloutSource
 from bessemer.posttraining.sampling.samples import Prompt
@@ -63,7 +64,10 @@ def rl(
     run = RunContext(out, **options)
     tokenizer = load_tokenizer(model)
     objective: Objective = PolicyObjective.of(config) if config.pair_loss is None else pair_objective(config)
-    gathered = gather_prompts(config, run.folder, run.seed)
+    environments = None
+    if config.environment is not None:
+        environments = load_environments(config.environment, run.folder, config.environment_options, config.max_turns)
+    gathered = gather_prompts(config, run.folder, run.seed, environments)
     training = _fitting(gathered.training, tokenizer, config)
     held_out = _fitting(gathered.held_out, tokenizer, config)
     left_out = len(gathered.training) + len(gathered.held_out) - len(training) - len(held_out)
@@ -93,14 +97,13 @@ def rl(
     rl_seed = derive_seed(run.seed, "rl")
     servers = _servers(config, tokenizer, model, run)
     sampler = PolicySampler(judge, tokenizer, config, rl_seed, servers)
-    if config.environment is not None:
+    if environments is not None:
         if not mesh.alone and servers is None:
             raise ConfigError(
                 f"environment: episodes are played in one process, and {mesh.layout.world_size} were started; with rollouts, "
                 "servers sample for all"
             )
-        new_environment = load_environment(config.environment, run.folder)
-        sampler = EpisodeSampler(judge, tokenizer, config, rl_seed, new_environment, servers)
+        sampler = EpisodeSampler(judge, tokenizer, config, rl_seed, environments.new, servers)
     sources = {"seed": rl_seed, "progress": run.progress, "held_out": held_out, "sampler": sampler}
     source: RolloutSource
     if servers is None:
@@ -181,15 +184,18 @@ class Prompts:
     tasks: Mapping[str, RewardTask]
 
 
-def gather_prompts(config: RLConfig, folder: Path, seed: int) -> Prompts:
+def gather_prompts(config: RLConfig, folder: Path, seed: int, environments: Environments | None = None) -> Prompts:
     """The prompts of all data that the settings name, each once, in order.
 
-    Raises SourceError for rows that are malformed, ConfigError for a task that there is not or that generates nothing,
-    ArtefactError for a task's data.
+    environments: that may have tasks of their own. Raises SourceError for rows that are malformed, ConfigError for a task that
+    there is not or that generates nothing, ArtefactError for a task's data.
     """
     prompts: list[Prompt] = []
     tasks: dict[str, RewardTask] = {}
     for name in config.data:
+        if name == OWN_TASKS:
+            prompts += _own_tasks(config, environments)
+            continue
         if is_table(name):
             prompts += read_examples(folder / name, partial(_prompt, config))
             continue
@@ -204,6 +210,17 @@ def gather_prompts(config: RLConfig, folder: Path, seed: int) -> Prompts:
             prompts.append(Prompt(turns, columns, task.generation.stop, task.begin_token))
     training, held_out = split_examples(prompts, _whole, config.validation_share, seed)
     return Prompts(training, held_out, tasks)
+
+
+def _own_tasks(config: RLConfig, environments: Environments | None) -> list[Prompt]:
+    if environments is None or environments.tasks is None:
+        raise ConfigError(f"data: {OWN_TASKS}: the environment has no tasks of its own; name a file of rows")
+    try:
+        # the names of columns are the source's, whatever the setting for files says
+        own = config.with_changes(prompt_column="prompt")
+        return [_prompt(own, row) for row in environments.tasks]
+    except (ValueError, RequestError) as error:
+        raise SourceError(f"data: {OWN_TASKS}: {error}") from None
 
 
 def _task(name: str, config: RLConfig, folder: Path) -> GenerationTask:
