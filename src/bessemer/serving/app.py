@@ -23,6 +23,7 @@ from bessemer.serving.config import ServingConfig
 from bessemer.serving.ollama import api as ollama
 from bessemer.serving.openai.api import OpenAIApi
 from bessemer.serving.openai.vllm_routes import AdaptersApi, DetokenizeRequest, TokenizeRequest, detokenize, tokenize
+from bessemer.serving.openai.weight_routes import WeightsApi
 from bessemer.serving.responses.api import ResponsesApi
 from bessemer.serving.responses.protocol import MemoryStore, ResponseStore
 from bessemer.serving.runtime.bodies import ApiError, read_body
@@ -81,6 +82,7 @@ def create_app(
         AnthropicApi(served),
         ollama.OllamaApi(served),
         AdaptersApi(served, config.adapter_root, other_template=config.other_template),
+        WeightsApi(served, config),
     )
 
     @asynccontextmanager

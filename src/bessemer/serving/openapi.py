@@ -16,6 +16,7 @@ from bessemer.serving.ollama.protocol import ChatBody, EmbedBody, GenerateBody, 
 from bessemer.serving.openai.api import EmbeddingsRequest
 from bessemer.serving.openai.protocol import ChatRequest, CompletionRequest
 from bessemer.serving.openai.vllm_routes import DetokenizeRequest, LoadAdapter, TokenizeRequest, UnloadAdapter
+from bessemer.serving.openai.weight_routes import BeginUpdate, CommitUpdate
 from bessemer.serving.responses.protocol import ResponsesRequest
 from bessemer.serving.runtime.bodies import Body
 from bessemer.serving.runtime.streams import Reply
@@ -218,6 +219,16 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("/detokenize", "post"): Operation("The text of tokens.", _object(prompt=_TEXT), DetokenizeRequest, tag="Tokens"),
     ("/v1/load_lora_adapter", "post"): Operation("Load an adapter, by an admin.", None, LoadAdapter, tag="Server"),
     ("/v1/unload_lora_adapter", "post"): Operation("Unload an adapter, by an admin.", None, UnloadAdapter, tag="Server"),
+    ("/v1/weights", "get"): Operation(
+        "The version of the weights, for a trainer.", _object(weight_version=_COUNT, adapters=_list(_TEXT)), tag="Server"
+    ),
+    ("/v1/weights/begin", "post"): Operation(
+        "Begin to replace the weights or an adapter.", _object(update=_TEXT), BeginUpdate, tag="Server"
+    ),
+    ("/v1/weights/piece", "post"): Operation("Send a piece of an update, as bytes.", _object(bytes=_COUNT), tag="Server"),
+    ("/v1/weights/commit", "post"): Operation(
+        "Take an update that has come whole.", _object(weight_version=_COUNT), CommitUpdate, tag="Server"
+    ),
     ("/health", "get"): Operation("Whether requests can be answered.", _HEALTH, tag="Server", error=_HEALTH),
     ("/ready", "get"): Operation("Whether new requests should come here.", _HEALTH, tag="Server", error=_HEALTH),
     ("/version", "get"): Operation("Of the package.", _object(version=_TEXT), tag="Server"),

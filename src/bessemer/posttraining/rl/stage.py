@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from bessemer.assistant.tool_formats import format_name_of
-from bessemer.core.errors import ConfigError, SourceError
+from bessemer.core.errors import ConfigError, RequestError, SourceError
 from bessemer.core.hashing import derive_seed
 from bessemer.core.records import TABLES
 from bessemer.model.storage.folder import holds_codes
@@ -24,10 +24,13 @@ from bessemer.posttraining.rewards.judge import Judge
 from bessemer.posttraining.rl.advantages import CRITIC, ActorCriticObjective
 from bessemer.posttraining.rl.batches import pair_objective
 from bessemer.posttraining.rl.config import CriticConfig, RLConfig
+from bessemer.posttraining.rl.environments.registry import OWN_TASKS, Environments, load_environments
 from bessemer.posttraining.rl.objective import PolicyObjective
-from bessemer.posttraining.rl.policy_sampler import EpisodeSampler, load_environment
+from bessemer.posttraining.rl.policy_sampler import EpisodeSampler, PolicySampler
 from bessemer.posttraining.rl.rollouts import RolloutSource
+from bessemer.posttraining.rl.served_rollouts import ServedRolloutSource
 from bessemer.posttraining.sampling.samples import Prompt, fitting_prompts
+from bessemer.posttraining.sampling.served_policy import ServedPolicy
 from bessemer.tasks.config import TaskOptions
 from bessemer.tasks.questions import GenerationTask
 from bessemer.tasks.registry import TASKS, find_tasks
@@ -63,8 +66,11 @@ def rl(
     run = RunContext(out, **options)
     tokenizer = load_tokenizer(model)
     objective: Objective = PolicyObjective.of(config) if config.pair_loss is None else pair_objective(config)
+    environments = None
+    if config.environment is not None:
+        environments = load_environments(config.environment, run.folder, config.environment_options, config.max_turns)
     reader = RowReader(config.on_bad_row, run.progress.say)
-    gathered = gather_prompts(config, run.folder, run.seed, reader)
+    gathered = gather_prompts(config, run.folder, run.seed, reader, environments)
     training = _fitting(gathered.training, tokenizer, config)
     held_out = _fitting(gathered.held_out, tokenizer, config)
     left_out = len(gathered.training) + len(gathered.held_out) - len(training) - len(held_out)
@@ -94,14 +100,21 @@ def rl(
             "data_shard"
         )
     rl_seed = derive_seed(run.seed, "rl")
-    sampler = None
-    if config.environment is not None:
-        if not mesh.alone:
-            raise ConfigError(f"environment: episodes are played in one process, and {mesh.layout.world_size} were started")
-        sampler = EpisodeSampler(judge, tokenizer, config, rl_seed, load_environment(config.environment, run.folder))
-    source = RolloutSource(
-        training, judge, tokenizer, config, out, seed=rl_seed, progress=run.progress, held_out=held_out, sampler=sampler
-    )
+    servers = _servers(config, tokenizer, model, run)
+    sampler = PolicySampler(judge, tokenizer, config, rl_seed, servers)
+    if environments is not None:
+        if not mesh.alone and servers is None:
+            raise ConfigError(
+                f"environment: episodes are played in one process, and {mesh.layout.world_size} were started; with rollouts, "
+                "servers sample for all"
+            )
+        sampler = EpisodeSampler(judge, tokenizer, config, rl_seed, environments.new, servers)
+    sources = {"seed": rl_seed, "progress": run.progress, "held_out": held_out, "sampler": sampler}
+    source: RolloutSource
+    if servers is None:
+        source = RolloutSource(training, judge, tokenizer, config, out, **sources)
+    else:
+        source = ServedRolloutSource(training, judge, tokenizer, config, out, **sources, servers=servers)
     others = []
     if config.critic is not None:
         others.append(_critic(job, config.critic, model if config.critic.start == "policy" else reward_model))
@@ -116,6 +129,7 @@ def rl(
 
     try:
         summary = job.train(source, objective=objective, others=others, hooks=TrainingHooks(lambda decoder: on_step_end))
+        source.finish()
     finally:
         source.close()
     if mesh.leads:
@@ -127,6 +141,17 @@ def rl(
         **reader.figures,
         **{name: value for name, value in summary.items() if name not in without},
     }
+
+
+def _servers(config: RLConfig, tokenizer: Tokenizer, model: Path, run: RunContext) -> ServedPolicy | None:
+    """The servers that the settings name."""
+    settings = config.rollouts
+    if settings is None:
+        return None
+    folder = run.out / "served" if settings.folder is None else run.folder / settings.folder
+    return ServedPolicy(
+        settings, tokenizer, model, folder, run.progress.say, temperature=config.temperature, longest=config.context_length
+    )
 
 
 def needs_reference(config: RLConfig) -> bool:
@@ -167,16 +192,25 @@ class Prompts:
     tasks: Mapping[str, RewardTask]
 
 
-def gather_prompts(config: RLConfig, folder: Path, seed: int, reader: RowReader | None = None) -> Prompts:
+def gather_prompts(
+    config: RLConfig,
+    folder: Path,
+    seed: int,
+    reader: RowReader | None = None,
+    environments: Environments | None = None,
+) -> Prompts:
     """The prompts of all data that the settings name, each once, in order.
 
-    Raises SourceError for rows that are malformed, ConfigError for a task that there is not or that generates nothing,
-    ArtefactError for a task's data.
+    environments: that may have tasks of their own. Raises SourceError for rows that are malformed, ConfigError for a task that
+    there is not or that generates nothing, ArtefactError for a task's data.
     """
     reader = reader or RowReader(config.on_bad_row)
     prompts: list[Prompt] = []
     tasks: dict[str, RewardTask] = {}
     for name in config.data:
+        if name == OWN_TASKS:
+            prompts += _own_tasks(config, environments)
+            continue
         if is_data_name(name):
             prompts += read_examples(data_path(name, folder, {}), partial(_prompt, config), reader)
             continue
@@ -191,6 +225,17 @@ def gather_prompts(config: RLConfig, folder: Path, seed: int, reader: RowReader 
             prompts.append(Prompt(turns, columns, task.generation.stop, task.begin_token))
     training, held_out = split_examples(prompts, _whole, config.validation_share, seed)
     return Prompts(training, held_out, tasks)
+
+
+def _own_tasks(config: RLConfig, environments: Environments | None) -> list[Prompt]:
+    if environments is None or environments.tasks is None:
+        raise ConfigError(f"data: {OWN_TASKS}: the environment has no tasks of its own; name a file of rows")
+    try:
+        # the names of columns are the source's, whatever the setting for files says
+        own = config.with_changes(prompt_column="prompt")
+        return [_prompt(own, row) for row in environments.tasks]
+    except (ValueError, RequestError) as error:
+        raise SourceError(f"data: {OWN_TASKS}: {error}") from None
 
 
 def _task(name: str, config: RLConfig, folder: Path) -> GenerationTask:

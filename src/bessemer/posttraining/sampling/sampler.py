@@ -19,6 +19,8 @@ from bessemer.model.adapters.trained import adapters_of, merged_in_place, withou
 from bessemer.model.decoder import Decoder
 from bessemer.model.quantisation.quantised_layers import is_quantised
 from bessemer.posttraining.sampling.samples import Prompt, Sample
+from bessemer.posttraining.sampling.served_policy import ServedPolicy
+from bessemer.posttraining.sampling.server_pool import ServerPool
 from bessemer.tokenization.tokenizer import Tokenizer
 from bessemer.training.adapter_config import KERNELS_OVER_CODES
 from bessemer.training.model_roles import ModelRoles
@@ -27,7 +29,7 @@ from bessemer.training.objectives import POLICY
 #: Most sequences of the engine, and fewest tokens of its step.
 _MOST_SEQUENCES, _LEAST_BATCHED_TOKENS = 256, 512
 
-SamplingEngine = Engine | CollectiveEngine
+SamplingEngine = Engine | CollectiveEngine | ServerPool
 
 #: The engine's name for the adapter in training.
 _ADAPTER = "policy"
@@ -53,10 +55,12 @@ class Sampler:
     """Completes prompts with the policy's current weights.
 
     An adapter in training is merged into the weights while compiled kernels sample, since they pack the weights in any case.
-    Otherwise the engine applies it as an adapter, and in one process the weights are not copied.
+    Otherwise the engine applies it as an adapter, and in one process the weights are not copied. Servers get a copy of either.
     """
 
-    def __init__(self, tokenizer: Tokenizer, settings: SamplerSettings, seed: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, settings: SamplerSettings, seed: int, servers: ServedPolicy | None = None) -> None:
+        """servers: that sample in place of an engine of this process; of several processes the first one asks them."""
+        self._servers = servers
         self._tokenizer = tokenizer
         self._settings = settings
         self._seed = seed
@@ -77,6 +81,9 @@ class Sampler:
     def sampling(self) -> Iterator[SamplingEngine]:
         """The engine with the policy's current weights, of all processes of a mesh. Leaves the random state unchanged."""
         models = self.models
+        if self._servers is not None:
+            yield self._servers.with_weights_of(models)
+            return
         with models.prepared(POLICY) as prepared, torch.random.fork_rng(), ExitStack() as entered:
             model = prepared.model
             entered.enter_context(without_adapters(model))
@@ -175,6 +182,7 @@ class Sampler:
                     rollouts.log_probs[row, first:end].tolist(),
                     rollouts.texts[row],
                     rollouts.finish_reasons[row] == "length",
+                    versions=rollouts.weight_version[row, first:end].tolist(),
                 )
             )
         return samples

@@ -85,7 +85,8 @@ def fitting_prompts(prompts: Sequence[Prompt], tokenizer: Tokenizer, longest: in
 class Sample:
     """A completion. ids: of prompt and completion; log_probs: of the completion's tokens, as sampled, an end token among them.
     is_cut: it came to the most tokens, and has not ended. is_own: of each of the ids, whether the policy wrote it; None: all of
-    the completion. Others, results of tools for example, are no targets."""
+    the completion. Others, results of tools for example, are no targets. versions: of the weights that each of the completion's
+    tokens was sampled with; None: those of the rollout."""
 
     prompt: Prompt
     ids: Sequence[int]
@@ -94,6 +95,7 @@ class Sample:
     text: str
     is_cut: bool
     is_own: Sequence[bool] | None = None
+    versions: Sequence[int] | None = None
 
     @property
     def places(self) -> np.ndarray:
@@ -269,24 +271,33 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Share:
-    """This process's share of a rollout: the ranks that share every matrix form one group, which samples together."""
+    """This process's share of a rollout: the ranks that share every matrix form one group, which samples together.
+
+    of_first: the first rank has all of it, since it alone asks servers.
+    """
 
     mesh: Mesh
+    of_first: bool = False
+
+    @property
+    def _ranks(self) -> int:
+        """Ranks of a group."""
+        return self.mesh.layout.world_size if self.of_first else self.mesh.layout.tensor
 
     @property
     def groups(self) -> int:
-        """Tensor groups of the job."""
-        return self.mesh.layout.world_size // self.mesh.layout.tensor
+        """Groups of the job, each with a share."""
+        return self.mesh.layout.world_size // self._ranks
 
     @property
     def places(self) -> slice:
         """The prompts of this group: every n-th of n groups."""
-        return slice(self.mesh.rank // self.mesh.layout.tensor, None, self.groups)
+        return slice(self.mesh.rank // self._ranks, None, self.groups)
 
     @property
     def leads(self) -> bool:
         """Whether this process judges for its group."""
-        return self.mesh.rank % self.mesh.layout.tensor == 0
+        return self.mesh.rank % self._ranks == 0
 
     def gathered(self, make: Callable[[], list[Value]]) -> list[Value]:
         """Results of `make` on each group's first rank, for all places in order, on every process.
@@ -303,7 +314,7 @@ class Share:
                 report = ([], error)
         everyone: list[Any] = [None] * self.mesh.layout.world_size
         dist.all_gather_object(everyone, report)
-        parts = everyone[:: self.mesh.layout.tensor]
+        parts = everyone[:: self._ranks]
         for _, failure in parts:
             if failure is not None:
                 raise failure

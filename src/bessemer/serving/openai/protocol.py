@@ -368,9 +368,14 @@ class CompletionRequest(GenerationRequest):
     suffix: str | None = None
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=LIKELIEST.most)
+    logprobs_mode: Literal["raw", "temperature", "sampled"] = "raw"
+    return_weight_versions: bool = False
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
+        if self.return_weight_versions and (self.stream or self.best_of is not None):
+            name = "stream" if self.stream else "best_of"
+            raise misfit("return_weight_versions", f"return_weight_versions: of whole answers as they were sampled; no {name}")
         if self.best_of is not None and self.best_of < self.n:
             raise misfit("best_of", f"best_of ({self.best_of}) is below n ({self.n}); raise it or leave it out")
         if self.stream and self.answers > self.n:
@@ -404,5 +409,6 @@ class CompletionRequest(GenerationRequest):
         return {
             "best_of": self.best_of,
             "logprobs": self.logprobs,
+            "logprobs_mode": self.logprobs_mode,
             "prompt_logprobs": self.logprobs if self.echo else None,
         }
