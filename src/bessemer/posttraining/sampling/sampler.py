@@ -82,7 +82,8 @@ class Sampler:
             entered.enter_context(without_adapters(model))
             kernels = self._kernels(model)
             if adapters_of(model):
-                merges = kernels == "on" and models.mesh.alone
+                # a merged weight is rounded, and so is another model than the trainer's
+                merges = kernels == "on" and models.mesh.alone and not model.is_batch_invariant
                 self.adapter = None if merges else _ADAPTER
                 if merges:
                     entered.enter_context(merged_in_place(model))
@@ -122,6 +123,8 @@ class Sampler:
         Raises ConfigError where they would multiply by codes, for which they round activations to 8 bits: the trainer does not.
         """
         setting = self._settings.cpu_kernels
+        if model.is_batch_invariant:
+            return "on"
         if is_quantised(model):
             if setting == "on":
                 raise ConfigError(KERNELS_OVER_CODES)
