@@ -79,7 +79,7 @@ class _ByKernel(torch.autograd.Function):
         ]
         with torch.enable_grad():
             out = context.formula(*tensors)
-        wanted = [tensor for tensor, need in zip(tensors, needs, strict=True) if need]
+        wanted = [tensor for tensor, need in zip(tensors, needs, strict=True) if need and tensor is not None]
         gradients = iter(torch.autograd.grad(out, wanted, gradient))
         return None, None, *(next(gradients) if need else None for need in needs)
 

@@ -18,7 +18,7 @@ from bessemer.inference.execution.steps.plain import MOST_TOKENS
 from bessemer.model.adapters.trained import adapters_of, merged_in_place, without_adapters
 from bessemer.model.decoder import Decoder
 from bessemer.model.quantisation.quantised_layers import is_quantised
-from bessemer.posttraining.sampling.samples import Prompt, Sample
+from bessemer.posttraining.sampling.samples import Prompt, Sample, Share
 from bessemer.tokenization.tokenizer import Tokenizer
 from bessemer.training.adapter_config import KERNELS_OVER_CODES
 from bessemer.training.model_roles import ModelRoles
@@ -181,3 +181,22 @@ class Sampler:
                 )
             )
         return samples
+
+    def all_completions(
+        self,
+        engine: SamplingEngine,
+        prompts: Sequence[EncodedPrompt],
+        number: int,
+        *,
+        seeds: tuple[str | int, ...] = (),
+    ) -> list[Sample]:
+        """`completions` of all prompts, on every process: under a mesh each group of ranks samples its share of the prompts.
+
+        Every process calls this with the same prompts. What is sampled does not depend on the number of processes, beyond
+        rounding.
+        """
+        share = Share(self.models.mesh)
+        places = range(len(prompts))[share.places]
+        samples = self.completions(engine, prompts[share.places], number, seeds=seeds, places=places)
+        groups = share.gathered(lambda: [samples[start : start + number] for start in range(0, len(samples), number)])
+        return [sample for group in groups for sample in group]
