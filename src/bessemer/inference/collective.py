@@ -215,6 +215,8 @@ def serving_copy(trained: Decoder, mesh: Mesh, dtype: torch.dtype | None) -> Dec
 
     # tables of positions have values already, and stay in their type
     model._apply(placed)
+    if trained.is_batch_invariant:
+        model.use_batch_invariant_kernels()
     return model.requires_grad_(False).eval()
 
 

@@ -13,7 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from bessemer.core.errors import ConfigError
 from bessemer.model.attention import LayerType, variant_of_type
+from bessemer.model.batch_invariance import DocumentKeys, unsupported, within_batch_invariance
+from bessemer.model.batch_invariance import attention as batch_invariant_attention
+from bessemer.model.batch_invariance import logits as batch_invariant_logits
 from bessemer.model.config import ModelConfig
 from bessemer.model.layers.attention import AttentionLayer
 from bessemer.model.layers.attention_backends import BACKENDS, DENSE_BACKENDS, block_mask, capped
@@ -22,7 +26,7 @@ from bessemer.model.layers.block import Block, MtpModule
 from bessemer.model.layers.cache import Cache
 from bessemer.model.layers.norms import make_norm
 from bessemer.model.layers.positions import RotaryPositions, Rotation, SinusoidalPositions
-from bessemer.model.quantisation.quantised_layers import QuantisedLinear
+from bessemer.model.quantisation.quantised_layers import QuantisedLinear, is_quantised
 
 # Shapes: B batch, T time, D hidden, V vocabulary, H query heads.
 
@@ -127,6 +131,36 @@ class Decoder(nn.Module):
             if isinstance(module, AttentionLayer) and module.backend is not None:
                 module.backend = BACKENDS[backend]
 
+    def use_batch_invariant_kernels(self) -> None:
+        """Compute by kernels that give a token the same bits whatever is beside it, here and in an engine that serves this
+        model (`model/batch_invariance.py`), from now on.
+
+        Raises ConfigError for a model that they cannot compute, and where they cannot be built.
+        """
+        if (reason := unsupported(self.config)) is not None:
+            raise ConfigError(f"batch-invariant kernels cannot compute this model: {reason}")
+        # without a device the weights are still to be loaded
+        if self.dtype != torch.float32 or self.device.type not in ("cpu", "meta") or is_quantised(self):
+            raise ConfigError("batch-invariant kernels compute models whose weights lie in float32 on a processor")
+        # a table that grows would be computed again, in other parts
+        self.reserve_positions(self.config.max_position_embeddings)
+        self.attention_backend = "batch_invariant"
+        for block in self.blocks:
+            block.attention.backend = batch_invariant_attention
+            # on the instance, so that recomputation wraps it
+            block.forward = within_batch_invariance(block.forward)  # type: ignore[method-assign]
+
+    @property
+    def is_batch_invariant(self) -> bool:
+        """Whether it computes by `use_batch_invariant_kernels`."""
+        return self.attention_backend == "batch_invariant"
+
+    def normed(self, pre_norm_BTD: Tensor) -> Tensor:
+        """States after the last norm from those before it."""
+        norm = within_batch_invariance(self.norm) if self.is_batch_invariant else self.norm
+        normed_BTD: Tensor = norm(pre_norm_BTD)
+        return normed_BTD
+
     def forward(
         self,
         tokens_BT: Tensor,
@@ -142,6 +176,8 @@ class Decoder(nn.Module):
         """What `hidden` gives as logits, (…, V), or as scores, (…, num_scores)."""
         if self.config.num_scores:
             return self.scores(hidden_BTD)
+        if self.is_batch_invariant:
+            return batch_invariant_logits(hidden_BTD, self.head_weight, self.logit_softcap)
         head = self.head
         if isinstance(head, QuantisedLinear):
             return capped(head.product(hidden_BTD), self.logit_softcap)
@@ -174,7 +210,7 @@ class Decoder(nn.Module):
         cache: holds the tokens before these and is extended by them; not together with the other three.
         real: with a cache, how many of a row's new tokens are no padding on the right; all when None.
         """
-        return self.norm(
+        return self.normed(
             self._pre_norm_hidden(tokens_BT, positions_BT, document_ids_BT, cache, real, visible_to_BT=visible_to_BT)
         )
 
@@ -325,6 +361,8 @@ class Decoder(nn.Module):
             whole = slots_BT is None and isinstance(self.rows, WholeRows)
             if self.attention_backend == "flex" and whole and has_scores:
                 masks[kind] = masks[kind]._replace(blocks=block_mask(masks[kind], queries, keys, device))
+            if self.is_batch_invariant:
+                masks[kind] = masks[kind]._replace(keys=DocumentKeys(masks[kind], len(hidden_BTD), keys))
         return masks
 
     def _rotations(self, positions_BT: Tensor | None, length: int, dtype: torch.dtype) -> dict[LayerType, Rotation | None]:

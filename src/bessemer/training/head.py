@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import logsigmoid
 
+from bessemer.model import batch_invariance
 from bessemer.model.cpu_kernels.logits import cross_entropy_
 from bessemer.model.decoder import Decoder
 from bessemer.training.chunked_head import Head, HeadGradients, Workspace, spread, through_softcap_, without_masked
@@ -82,16 +83,28 @@ def target_log_probs(
     model: Decoder, hidden_BTD: Tensor, targets_BT: Tensor, *, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """`token_log_probs` of a model's hidden states: (log p of each target, entropy of its distribution), (B, T); 0 where there
-    is no target."""
-    values = token_log_probs(
-        hidden_BTD.flatten(0, 1),
-        model.head_weight,
-        targets_BT.flatten(),
-        temperature=temperature,
-        softcap=model.logit_softcap,
-    )
-    log_probs_BT, entropy_BT = (values_N.view_as(targets_BT) for values_N in values)
-    return log_probs_BT, entropy_BT
+    is no target. Of a model that computes by batch-invariant kernels, log p has the bits of the engine's sampler."""
+    hidden_ND, targets_N, softcap = hidden_BTD.flatten(0, 1), targets_BT.flatten(), model.logit_softcap
+    log_probs_N, entropy_N = token_log_probs(hidden_ND, model.head_weight, targets_N, temperature=temperature, softcap=softcap)
+    if model.is_batch_invariant:
+        has_target_N = targets_N != IGNORE_INDEX
+        exact_M = batch_invariance.target_log_probs(
+            hidden_ND[has_target_N], model.head_weight, targets_N[has_target_N], temperature=temperature, softcap=softcap
+        )
+        log_probs_N = _WithValue.apply(log_probs_N, spread(exact_M, has_target_N))
+    return log_probs_N.view_as(targets_BT), entropy_N.view_as(targets_BT)
+
+
+class _WithValue(torch.autograd.Function):
+    """The value of one computation with the derivative of another."""
+
+    @staticmethod
+    def forward(context: Any, differentiable: Tensor, value: Tensor) -> Tensor:
+        return value
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
 
 
 def head_divergence(

@@ -27,6 +27,7 @@ from bessemer.inference.execution.weights import (
 from bessemer.inference.sampling.device_sampler import SampledRows
 from bessemer.model.adapters import Adapter, adapted
 from bessemer.model.adapters.folder import WeightSample
+from bessemer.model.batch_invariance import keeping_packed_weights
 from bessemer.model.decoder import Decoder
 from bessemer.model.layers.block import MtpModule
 from bessemer.model.quantisation.quantised_layers import using_packed_matmuls
@@ -89,6 +90,8 @@ class Runner:
         #: Tokens of the last `sample`, on the device.
         self.sampled_R = torch.empty(0, dtype=torch.int64)
         self._inputs = StepInputs(memory.device)
+        #: Of a model that is computed by batch-invariant kernels.
+        self._packed_weights: dict[object, object] = {}
         self._batch_invariant = batch_invariant
         #: The other processes that share the model.
         self.workers = workers
@@ -202,6 +205,7 @@ class Runner:
         if self.backend.whole is not None:
             self.backend.whole.weights_changed()
         self.backend.linear.weights_changed()
+        self._packed_weights.clear()
 
     def replace_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Give every process its shard of other weights, by the names and with the shapes of the unsharded model."""
@@ -322,15 +326,16 @@ class Runner:
         with (
             adapted(self.model, rows_of_adapters),
             using_packed_matmuls(self.backend.linear.matmuls),
+            keeping_packed_weights(self._packed_weights),
             routings_kept(self.model, kept_routings, self.observed.routings),
         ):
             pre_norm_ND = self.model.pre_norm_hidden(tokens_1N, cache=cache, keep=keep)[0]
         if self.keeps_pre_norm:
             self.pre_norm_ND = pre_norm_ND
-        return self.model.norm(pre_norm_ND[wanted_R])
+        return self.model.normed(pre_norm_ND[wanted_R])
 
     def _logits(self, hidden_RD: Tensor) -> Tensor:
-        with using_packed_matmuls(self.backend.linear.matmuls):
+        with using_packed_matmuls(self.backend.linear.matmuls), keeping_packed_weights(self._packed_weights):
             return self.model.logits(hidden_RD).float()
 
 

@@ -43,6 +43,10 @@ for _schema in (
     "write_pages(Tensor(a!) keys, Tensor(b!)? values, Tensor(c!)? key_scales, Tensor(d!)? value_scales, "
     f"{_BATCH}, Tensor key, Tensor? value) -> ()",
     "cross_entropy_(Tensor(a!) logits, Tensor targets, float z_loss, bool wants_gradient, int threads) -> (Tensor, Tensor)",
+    "norm_rows(Tensor x, Tensor weight, Tensor? bias, float eps, bool centres, int threads) -> Tensor",
+    "rotate_rows_(Tensor(a!) heads, Tensor cosines, Tensor signed_sines, bool interleaved, int threads) -> ()",
+    "pointwise(Tensor x, int function, int threads) -> Tensor",
+    "target_log_probs(Tensor logits, Tensor targets, float temperature, int threads) -> Tensor",
 ):
     _LIBRARY.define(_schema, tags=torch.Tag.pt2_compliant_tag)
 
@@ -75,10 +79,30 @@ def _(logits: Tensor, *others: object) -> tuple[Tensor, Tensor]:
     return logits.new_empty(len(logits), dtype=torch.float32), logits.new_empty(len(logits), dtype=torch.float32)
 
 
+@torch.library.register_fake("bessemer::norm_rows", lib=_LIBRARY)
+@torch.library.register_fake("bessemer::pointwise", lib=_LIBRARY)
+def _(x: Tensor, *others: object) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.register_fake("bessemer::rotate_rows_", lib=_LIBRARY)
+def _(*arguments: object) -> None:
+    return None
+
+
+@torch.library.register_fake("bessemer::target_log_probs", lib=_LIBRARY)
+def _(logits: Tensor, *others: object) -> Tensor:
+    return logits.new_empty(len(logits))
+
+
 packed_linear = torch.ops.bessemer.packed_linear.default
 paged_attention = torch.ops.bessemer.paged_attention.default
 write_pages = torch.ops.bessemer.write_pages.default
 cross_entropy_ = torch.ops.bessemer.cross_entropy_.default
+norm_rows = torch.ops.bessemer.norm_rows.default
+rotate_rows_ = torch.ops.bessemer.rotate_rows_.default
+pointwise = torch.ops.bessemer.pointwise.default
+target_log_probs = torch.ops.bessemer.target_log_probs.default
 
 
 def thrown(error: RuntimeError) -> Exception:

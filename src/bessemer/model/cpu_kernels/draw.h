@@ -23,6 +23,8 @@ struct Drawn {
 
 // The first token whose cumulative share exceeds the uniform number; never one of probability 0.
 Drawn draw_row(const float* logits, int64_t vocabulary, float temperature, double uniform, Scratch& scratch);
+// log softmax(logits / temperature)[token], the bits that `draw_row` gives for it; NaN where the logits are not finite.
+float row_log_prob(const float* logits, int64_t vocabulary, float temperature, int64_t token, Scratch& scratch);
 
 }  // namespace bessemer
 

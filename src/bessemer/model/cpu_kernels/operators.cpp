@@ -11,6 +11,7 @@
 #include <tuple>
 
 #include "attention.h"
+#include "batch_invariant.h"
 #include "cross_entropy.h"
 #include "guards.h"
 #include "matrices.h"
@@ -171,6 +172,60 @@ std::tuple<Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& tar
     return {log_sums, log_odds};
 }
 
+// An uninitialised float32 tensor of the same shape.
+Tensor like(const Tensor& given) {
+    constexpr int64_t MOST_DIMENSIONS = 16;
+    require(given.dim() <= MOST_DIMENSIONS, "tensors have at most 16 dimensions");
+    int64_t shape[MOST_DIMENSIONS];
+    for (int64_t i = 0; i < given.dim(); ++i) shape[i] = given.size(i);
+    return torch::stable::empty({shape, size_t(given.dim())}, ScalarType::Float);
+}
+
+Tensor normed(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, double eps, bool centres, int64_t threads) {
+    const int64_t width = weight.numel();
+    require(x.dim() > 0 && x.size(x.dim() - 1) == width && width > 0, "the rows are not as wide as the norm's weight");
+    require(x.scalar_type() == ScalarType::Float && weight.scalar_type() == ScalarType::Float, "rows and weight are in float32");
+    require(!bias || (bias->numel() == width && bias->scalar_type() == ScalarType::Float), "the bias is not that of the norm");
+    const Tensor values = contiguous(x, ScalarType::Float), scale = contiguous(weight, ScalarType::Float), out = like(values);
+    const Norm norm{read<float>(scale), read<float>(bias), float(eps), centres ? LAYER_NORM : RMS_NORM};
+    norm_rows(norm, read<float>(values), values.numel() / width, width, static_cast<float*>(out.mutable_data_ptr()), int(threads));
+    return out;
+}
+
+// heads (rows, heads, channels) are turned in place.
+void rotate(const Tensor& heads, const Tensor& cosines, const Tensor& signed_sines, bool interleaved, int64_t threads) {
+    require(heads.dim() == 3 && heads.is_contiguous() && heads.scalar_type() == ScalarType::Float, "heads are (rows, heads, channels)");
+    require(cosines.dim() == 2 && cosines.is_contiguous() && signed_sines.is_contiguous() &&
+                cosines.scalar_type() == ScalarType::Float && signed_sines.scalar_type() == ScalarType::Float,
+            "cosines and sines are (rows, channels) in float32, in order");
+    const int64_t rows = heads.size(0), width = cosines.size(1);
+    require(cosines.size(0) == rows && signed_sines.size(0) == rows && signed_sines.size(1) == width && width % 2 == 0 &&
+                width <= heads.size(2),
+            "the rotations do not fit the heads");
+    const Rotation rotation{read<float>(cosines), read<float>(signed_sines), width, rows, interleaved};
+    rotate_rows(rotation, rows, heads.size(1), heads.size(2), static_cast<float*>(heads.mutable_data_ptr()), int(threads));
+}
+
+Tensor pointwise(const Tensor& x, int64_t function, int64_t threads) {
+    require(function >= SILU && function <= SIGMOID && x.scalar_type() == ScalarType::Float, "a known function of float32 numbers");
+    const Tensor values = contiguous(x, ScalarType::Float), out = like(values);
+    apply_pointwise(int32_t(function), read<float>(values), values.numel(), static_cast<float*>(out.mutable_data_ptr()), int(threads));
+    return out;
+}
+
+Tensor log_probs(const Tensor& logits, const Tensor& targets, double temperature, int64_t threads) {
+    require(logits.dim() == 2 && logits.scalar_type() == ScalarType::Float && targets.numel() == logits.size(0) && temperature > 0,
+            "logits are (rows, vocabulary) in float32, with a target for each row and a positive temperature");
+    const Tensor values = contiguous(logits, ScalarType::Float), ids = contiguous(targets, ScalarType::Long);
+    const int64_t rows = logits.size(0), vocabulary = logits.size(1);
+    for (int64_t row = 0; row < rows; ++row)
+        require(read<int64_t>(ids)[row] >= 0 && read<int64_t>(ids)[row] < vocabulary, "a target is none of the vocabulary");
+    const Tensor out = torch::stable::empty({&rows, 1}, ScalarType::Float);
+    target_log_probs(read<float>(values), rows, vocabulary, float(temperature), read<int64_t>(ids),
+                     static_cast<float*>(out.mutable_data_ptr()), int(threads));
+    return out;
+}
+
 std::unique_ptr<torch::stable::detail::StableLibrary> operators;
 
 }  // namespace
@@ -187,4 +242,8 @@ extern "C" void bessemer_operators(int32_t computes) {
     operators->impl("paged_attention", TORCH_BOX(&paged_attention));
     operators->impl("write_pages", TORCH_BOX(&write_pages));
     operators->impl("cross_entropy_", TORCH_BOX(&cross_entropy));
+    operators->impl("norm_rows", TORCH_BOX(&normed));
+    operators->impl("rotate_rows_", TORCH_BOX(&rotate));
+    operators->impl("pointwise", TORCH_BOX(&pointwise));
+    operators->impl("target_log_probs", TORCH_BOX(&log_probs));
 }

@@ -10,6 +10,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
+    from bessemer.model.batch_invariance import DocumentKeys
+
 # Shapes: B batch, T queries, S keys, H query heads.
 
 
@@ -22,7 +24,8 @@ class AttentionMask(NamedTuple):
     window: most tokens attended to, the query included. slopes_H: ALiBi's, taken off the scores per step of distance.
     dense: all of this in one tensor that is added to the scores, (B, 1 or H, T, S); None where plain causal attention (or
     one new token that attends to every key) is right, and for backends that go by the other fields (`dense=False`).
-    blocks: all but the slopes, for the backend `flex`, which else makes them in every layer.
+    blocks: all but the slopes, for the backend `flex`, which else makes them in every layer. keys: where each document's keys
+    lie, for batch-invariant kernels, likewise.
     """
 
     slots_BT: Tensor | None = None
@@ -32,6 +35,7 @@ class AttentionMask(NamedTuple):
     dense: Tensor | None = None
     visible_to_BT: Tensor | None = None
     blocks: BlockMask | None = None
+    keys: DocumentKeys | None = None
 
 
 def attention_mask(

@@ -13,6 +13,7 @@ from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from bessemer.model.architecture import RopeScaling
 
@@ -176,14 +177,23 @@ class RotaryPositions(nn.Module):
 
 def rotate(heads_BHTC: Tensor, rotation: Rotation, interleave: bool = False) -> Tensor:
     """Turns every pair of channels by its position's angle; channels beyond the table's stay. Same shape."""
-    turned = rotation.cosine.shape[-1]
-    if turned < heads_BHTC.shape[-1]:
-        head_BHTR, rest = heads_BHTC[..., :turned], heads_BHTC[..., turned:]
-        return torch.cat((rotate(head_BHTR, rotation, interleave), rest), dim=-1)
+    if has_torch_function_unary(heads_BHTC):
+        # as PyTorch's own functions, for `model/batch_invariance.py`
+        result: Tensor = handle_torch_function(rotate, (heads_BHTC,), heads_BHTC, rotation, interleave)
+        return result
+    return turned(heads_BHTC, rotation, interleave)
+
+
+def turned(heads_BHTC: Tensor, rotation: Rotation, interleave: bool) -> Tensor:
+    """The formula of `rotate`."""
+    width = rotation.cosine.shape[-1]
+    if width < heads_BHTC.shape[-1]:
+        head_BHTR, rest = heads_BHTC[..., :width], heads_BHTC[..., width:]
+        return torch.cat((turned(head_BHTR, rotation, interleave), rest), dim=-1)
     if interleave:
         partner_BHTC = heads_BHTC.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     else:
-        partner_BHTC = heads_BHTC.roll(turned // 2, dims=-1)
+        partner_BHTC = heads_BHTC.roll(width // 2, dims=-1)
     return heads_BHTC * rotation.cosine + partner_BHTC * rotation.signed_sine
 
 

@@ -199,7 +199,7 @@ def _answers_of(
 
 class StudentBatches:
     """Batches of answers that the student samples with the weights of the step: a function of these and of the step's
-    number."""
+    number. Of several processes each samples its share of the prompts, and all get all answers."""
 
     lookahead = 0
 
@@ -250,13 +250,14 @@ class StudentBatches:
         places: np.ndarray = rows_of_step(step, self._config.groups, len(self._prompts), self._seed)
         prompts = [self._prompts[place] for place in places.tolist()]
         with self._sampler.sampling() as engine:
-            samples = self._sampler.completions(engine, prompts, self._config.samples_per_prompt, seeds=("step", step))
+            samples = self._sampler.all_completions(engine, prompts, self._config.samples_per_prompt, seeds=("step", step))
         self._metrics = {
             "completion_tokens": statistics.fmean(len(sample.completion_ids) for sample in samples),
             "cut_share": statistics.fmean(sample.is_cut for sample in samples),
             "rollout_seconds": round(time.perf_counter() - start, 3),
         }
-        return pack_samples(samples, [True] * len(samples), self._padding_id).batch
+        layout = self._sampler.models.mesh.layout
+        return pack_samples(samples, [True] * len(samples), self._padding_id, layout).batch
 
 
 class HeldOutDivergence:
@@ -278,11 +279,11 @@ class HeldOutDivergence:
         self._sampler = Sampler(tokenizer, sampler_settings(config, len(prompts)), seed)
 
     def measure(self, models: ModelRoles) -> float:
-        """The mean over the answers' tokens, in nats. Weights and random state stay as they are."""
+        """The mean over the answers' tokens, in nats, on every process. Weights and random state stay as they are."""
         self._sampler.bind(models)
         with self._sampler.sampling() as engine:
-            samples = self._sampler.completions(engine, self._prompts, 1)
-        batch = pack_samples(samples, [True] * len(samples), self._padding_id).batch
+            samples = self._sampler.all_completions(engine, self._prompts, 1)
+        batch = pack_samples(samples, [True] * len(samples), self._padding_id, models.mesh.layout).batch
         return mean_reverse_kl(models, batch, self._teacher, self._temperature)
 
 

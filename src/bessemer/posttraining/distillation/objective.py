@@ -33,7 +33,7 @@ from bessemer.posttraining.distillation.losses import (
 )
 from bessemer.posttraining.rl.losses import IMPORTANCE, TOKEN_MEAN, TRUNCATE
 from bessemer.posttraining.rl.objective import PolicyObjective, PolicySettings
-from bessemer.posttraining.sampling.samples import ADVANTAGES, SAMPLER
+from bessemer.posttraining.sampling.samples import ADVANTAGES, SAMPLER, of_all_rows
 from bessemer.tokenization.folder import TOKENIZER_FILE
 from bessemer.training.data.batches import IGNORE_INDEX, Batch
 from bessemer.training.head import linear_cross_entropy
@@ -203,7 +203,10 @@ class OnPolicyObjective(Objective):
         log_ratios_BT = (batch.per_token[SAMPLER] - teacher_BT) * is_target_BT
         advantages_BT = -log_ratios_BT
         if self._baseline:
-            mean = log_ratios_BT.sum() / is_target_BT.sum().clamp(min=1)
+            # of the whole batch, whose rows lie on several processes
+            sums_2 = torch.stack((log_ratios_BT.sum().double(), is_target_BT.sum().double()))
+            total, count = models.mesh.sum(sums_2)
+            mean = (total / count.clamp(min=1)).to(log_ratios_BT.dtype).to(log_ratios_BT.device)
             advantages_BT = (mean - log_ratios_BT) * is_target_BT
         return batch.with_values(per_token={ADVANTAGES: advantages_BT, LOG_RATIOS: log_ratios_BT})
 
@@ -220,7 +223,8 @@ def student_states(model: Decoder, batch: Batch) -> HeadStates:
 
 @torch.no_grad()
 def mean_reverse_kl(models: ModelRoles, batch: Batch, teacher: TeacherHead, temperature: float) -> float:
-    """KL(student ‖ teacher) of the next token, the mean over the targets of a batch, in nats, at a temperature."""
+    """KL(student ‖ teacher) of the next token, the mean over the targets of a batch, in nats, at a temperature. batch: the same
+    on every process, each of which computes its rows."""
 
     def of_targets(model: Decoder, micro_batch: Batch) -> Tensor:
         pair = of_one_vocabulary(student_states(model, micro_batch), teacher.states(micro_batch))
@@ -228,5 +232,5 @@ def mean_reverse_kl(models: ModelRoles, batch: Batch, teacher: TeacherHead, temp
         divergence_N = reverse_kl(*pair, is_target_N, DivergenceSettings(temperature))
         return divergence_N.view_as(micro_batch.targets_BT)
 
-    divergence_BT = models.per_token(POLICY, with_teacher(models, batch), of_targets)
+    divergence_BT = of_all_rows(models, batch, lambda rows: models.per_token(POLICY, with_teacher(models, rows), of_targets))
     return float(divergence_BT.double().sum()) / batch.targets

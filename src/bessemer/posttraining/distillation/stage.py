@@ -267,7 +267,7 @@ def distill(
     Writes below `out`: `model/`, `metrics.jsonl`, `autotune.json`, `checkpoints/`; with the teacher's answers also
     `teacher_answers.jsonl` and `conversations/`. tokens: the run's token shards, where no data is named. Files that the
     settings name are relative to `folder`. Returns the headline metrics. Raises ConfigError for a teacher whose distributions
-    cannot be compared with the student's where the loss does that, and for answers that are sampled in several processes;
+    cannot be compared with the student's where the loss does that, and for a teacher that is to answer in several processes;
     SourceError for data that is missing or malformed, and what `TrainingJob` raises.
     """
     run = RunContext(out, **options)
@@ -275,9 +275,10 @@ def distill(
     reason = incomparable(config, model, teacher)
     if reason is not None and config.loss != CROSS_ENTROPY:
         raise ConfigError(reason)
-    if config.answers != "data" and dist.is_initialized() and dist.get_world_size() > 1:
+    if config.answers == "teacher" and dist.is_initialized() and dist.get_world_size() > 1:
         raise ConfigError(
-            f"answers: {config.answers} are sampled in one process, and {dist.get_world_size()} were started; start it in one"
+            f"answers: teacher are sampled in one process, before training, and {dist.get_world_size()} were started; start it "
+            "in one"
         )
     material = _material(config, tokenizer, teacher, tokens, run)
     if config.steps is None:
@@ -291,7 +292,7 @@ def distill(
     job = TrainingJob.open(config, model, run, description="distillation", cost=cost)
     config, mesh = job.config, job.mesh
     # the student's own answers are compared with the teacher at each validation, whatever it learns from
-    compared = mesh.alone and bool(config.validation_limit and material.held_out) and reason is None
+    compared = bool(config.validation_limit and material.held_out) and reason is None
     others = []
     head: TeacherHead | None = None
     if config.loss != CROSS_ENTROPY or compared:

@@ -315,6 +315,11 @@ class RLConfig(TuningConfig):
         "Compiled kernels of the engine that samples. auto: where they compute the whole model, and dtype is float32; off: the "
         "model's own modules.",
     )
+    bitwise_consistent: bool = setting(
+        False,
+        "Compute sampler and trainer by the same batch-invariant kernels, and stop the run at a step where a log-probability "
+        "differs in a single bit: of dense models in float32 on a processor (docs/batch-invariance.md).",
+    )
 
     epochs: float = setting(1.0, "Passes over the prompts; without effect when steps is given.", gt=0)
     optimizer: str = setting("adamw", "As in pretrain.", code=True)
@@ -399,6 +404,28 @@ class RLConfig(TuningConfig):
             # the critic has no adapter, and an adapter's learning rate is ten times that of full tuning
             merged["critic"] = {"learning_rate_factor": 1.0, **critic}
         return merged
+
+    @model_validator(mode="after")
+    def _check_bitwise(self) -> Self:
+        if not self.bitwise_consistent:
+            return self
+        parallel = self.parallel
+        split = next((axis for axis in ("context", "tensor", "pipeline", "expert") if getattr(parallel, axis) > 1), None)
+        refused = {
+            f"dtype {self.dtype}: take float32": self.dtype != "float32",
+            "compile: true: a compiler chooses the order of sums; take false": self.compile is not False,
+            "cpu_kernels: off: they are the kernels that both compute by": self.cpu_kernels == "off",
+            "adapter.dora: norms of rows have no fixed order": self.adapter is not None and self.adapter.dora,
+            "adapter.quantize: weights in codes are rounded otherwise": self.adapter is not None
+            and self.adapter.quantize is not None,
+            "activation_checkpointing: selective: take full or none": self.activation_checkpointing == "selective",
+            f"parallel.{split}: take data_replicate or data_shard": split is not None,
+            "pair_loss: no ratio of policies is in it": self.pair_loss is not None,
+        }
+        for reason, holds in refused.items():
+            if holds:
+                raise ValueError(f"bitwise_consistent and {reason}")
+        return self
 
     @model_validator(mode="after")
     def _check_sampling(self) -> Self:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from bessemer.core.errors import BessemerError
 from bessemer.model.decoder import Decoder
 from bessemer.posttraining.rl.config import AGGREGATIONS, CORRECTIONS, DIVERGENCES, POLICY_LOSSES, RLConfig
 from bessemer.posttraining.rl.losses import (
@@ -39,7 +40,7 @@ class PolicySettings:
     """Numbers of the objective.
 
     temperature: of the samples. beta: weight of the divergence in the loss. answers, longest: of a whole step, for the
-    aggregation that divides by a constant.
+    aggregation that divides by a constant. bitwise_consistent: whether log-probabilities must be the sampler's to the bit.
     """
 
     temperature: float
@@ -47,6 +48,7 @@ class PolicySettings:
     longest: int
     beta: float = 0.0
     entropy_weight: float = 0.0
+    bitwise_consistent: bool = False
     level: Level | None = None
     policy: PolicyLossSettings = field(default_factory=PolicyLossSettings)
     correction: CorrectionSettings = field(default_factory=CorrectionSettings)
@@ -89,6 +91,7 @@ class PolicyObjective(Objective):
             longest=config.max_tokens,
             beta=config.beta if config.kl == "loss" else 0.0,
             entropy_weight=config.entropy_weight,
+            bitwise_consistent=config.bitwise_consistent,
             level=config.level,
             policy=PolicyLossSettings(config.clip_low, config.clip_high, config.dual_clip),
             correction=correction.settings(config.correction_low, config.correction_high),
@@ -130,6 +133,8 @@ class PolicyObjective(Objective):
             sums["entropy"] = -settings.entropy_weight * (entropy_BT * weights_BT).sum()
         with torch.no_grad():
             mismatch_BT = (old_BT - values[SAMPLER]) * mask_BT
+            if settings.bitwise_consistent:
+                check_bitwise(mismatch_BT)
             tokens = mask_BT.sum()
             importance_raw_BT = sequences.log_ratios(self._correction.level, mismatch_BT).exp()
             bounds = settings.correction
@@ -142,6 +147,21 @@ class PolicyObjective(Objective):
             metrics = {name: Metric((one_BT * mask_BT).sum(), tokens) for name, one_BT in figures_BT.items()}
             metrics["log_ratio"] = Metric(mismatch_BT.abs().sum(), tokens, mismatch_BT.abs().max())
         return Terms(sums, metrics)
+
+
+class MismatchError(BessemerError):
+    """The trainer's log-probabilities are not those that the sampler gave."""
+
+
+def check_bitwise(mismatch_BT: Tensor) -> None:
+    """Raise MismatchError unless each difference of log-probabilities, trainer less sampler, is zero."""
+    differs_BT = mismatch_BT != 0
+    if bool(differs_BT.any()):
+        largest = float(mismatch_BT.abs().max())
+        raise MismatchError(
+            f"bitwise_consistent: {int(differs_BT.sum()):,} of {differs_BT.numel():,} log-probabilities are not the sampler's, "
+            f"by up to {largest:.3g} nats; the checkpoints are kept; train without it, and tell us the model and the settings"
+        )
 
 
 def _mask(batch: Batch) -> Tensor:

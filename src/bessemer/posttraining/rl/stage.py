@@ -13,6 +13,7 @@ from bessemer.assistant.tool_formats import format_name_of
 from bessemer.core.errors import ConfigError, RequestError, SourceError
 from bessemer.core.hashing import derive_seed
 from bessemer.core.records import TABLES
+from bessemer.model.decoder import Decoder
 from bessemer.model.storage.folder import holds_codes
 from bessemer.posttraining.data.examples import BAD_ROWS, RowReader, read_examples
 from bessemer.posttraining.data.formats import Turns, messages_of
@@ -38,6 +39,7 @@ from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 from bessemer.tokenization.trained_template import record_training
 from bessemer.training.autotune import RunCost, seconds_per_step
 from bessemer.training.job import RunContext, RunOptions, TrainingHooks, TrainingJob
+from bessemer.training.loop import OnStepEnd
 from bessemer.training.model_roles import REFERENCE, OtherModel
 from bessemer.training.objectives import Objective
 from bessemer.training.optim.lr_schedule import validated_steps
@@ -60,8 +62,8 @@ def rl(
     name are relative to `folder`. reward_model: the folder of the one that judges, or that a critic starts from, where the
     settings say so. only_resolve: measure, and raise SettingsResolvedError with the settings. Returns the headline metrics.
     Raises SourceError for prompts that are missing or malformed, ConfigError for rewards that cannot be given and for a
-    pipeline, RewardError where no completion has a reward, CollapseError for a policy beyond its limits, and what
-    `TrainingJob` raises.
+    pipeline, RewardError where no completion has a reward, CollapseError for a policy beyond its limits, MismatchError where
+    sampler and trainer must agree and do not, and what `TrainingJob` raises.
     """
     run = RunContext(out, **options)
     tokenizer = load_tokenizer(model)
@@ -127,8 +129,13 @@ def rl(
         metrics = source.take_metrics() | {"tokens": source.trained_tokens}
         return metrics | source.validate() if finished in validated else metrics
 
+    def begin(decoder: Decoder) -> OnStepEnd:
+        if config.bitwise_consistent:
+            decoder.use_batch_invariant_kernels()
+        return on_step_end
+
     try:
-        summary = job.train(source, objective=objective, others=others, hooks=TrainingHooks(lambda decoder: on_step_end))
+        summary = job.train(source, objective=objective, others=others, hooks=TrainingHooks(begin))
         source.finish()
     finally:
         source.close()

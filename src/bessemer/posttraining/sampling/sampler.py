@@ -18,7 +18,7 @@ from bessemer.inference.execution.steps.plain import MOST_TOKENS
 from bessemer.model.adapters.trained import adapters_of, merged_in_place, without_adapters
 from bessemer.model.decoder import Decoder
 from bessemer.model.quantisation.quantised_layers import is_quantised
-from bessemer.posttraining.sampling.samples import Prompt, Sample
+from bessemer.posttraining.sampling.samples import Prompt, Sample, Share
 from bessemer.posttraining.sampling.served_policy import ServedPolicy
 from bessemer.posttraining.sampling.server_pool import ServerPool
 from bessemer.tokenization.tokenizer import Tokenizer
@@ -89,7 +89,8 @@ class Sampler:
             entered.enter_context(without_adapters(model))
             kernels = self._kernels(model)
             if adapters_of(model):
-                merges = kernels == "on" and models.mesh.alone
+                # a merged weight is rounded, and so is another model than the trainer's
+                merges = kernels == "on" and models.mesh.alone and not model.is_batch_invariant
                 self.adapter = None if merges else _ADAPTER
                 if merges:
                     entered.enter_context(merged_in_place(model))
@@ -129,6 +130,8 @@ class Sampler:
         Raises ConfigError where they would multiply by codes, for which they round activations to 8 bits: the trainer does not.
         """
         setting = self._settings.cpu_kernels
+        if model.is_batch_invariant:
+            return "on"
         if is_quantised(model):
             if setting == "on":
                 raise ConfigError(KERNELS_OVER_CODES)
@@ -186,3 +189,22 @@ class Sampler:
                 )
             )
         return samples
+
+    def all_completions(
+        self,
+        engine: SamplingEngine,
+        prompts: Sequence[EncodedPrompt],
+        number: int,
+        *,
+        seeds: tuple[str | int, ...] = (),
+    ) -> list[Sample]:
+        """`completions` of all prompts, on every process: under a mesh each group of ranks samples its share of the prompts.
+
+        Every process calls this with the same prompts. What is sampled does not depend on the number of processes, beyond
+        rounding.
+        """
+        share = Share(self.models.mesh)
+        places = range(len(prompts))[share.places]
+        samples = self.completions(engine, prompts[share.places], number, seeds=seeds, places=places)
+        groups = share.gathered(lambda: [samples[start : start + number] for start in range(0, len(samples), number)])
+        return [sample for group in groups for sample in group]

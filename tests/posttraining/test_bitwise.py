@@ -1,0 +1,62 @@
+"""`bitwise_consistent`: at every step the trainer of `rl` finds the log-probabilities of its sampler, to the last bit."""
+
+import pytest
+import torch
+
+from bessemer.core.errors import ConfigError
+from bessemer.core.metrics import read_metrics
+from bessemer.model.cpu_kernels import library
+from bessemer.posttraining.rl import objective
+from bessemer.posttraining.rl.config import RLConfig
+from bessemer.posttraining.rl.objective import MismatchError
+
+from .test_rl import SETTINGS, data, run  # noqa: F401
+
+pytestmark = pytest.mark.skipif(library() is None, reason="there are no compiled kernels here")
+
+METHODS = {
+    "grpo": {},
+    "mini-batches, epochs, a reference": {"mini_batches": 2, "rollout_epochs": 2, "beta": 0.05, "batch_size": 8},
+    "ppo": {"algorithm": "ppo"},
+    "an adapter": {"adapter": {"rank": 4, "alpha": 64}, "beta": 0.05, "learning_rate": 1e-1},
+    "recomputed blocks, micro-batches": {"activation_checkpointing": "full", "micro_batch_size": 2, "temperature": 0.7},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_log_probability_differs_in_a_bit(method, model_folder, data, tmp_path):  # noqa: F811
+    changes = {**METHODS[method], "validation_share": 0, "bitwise_consistent": True, "threads": 2}
+    run(model_folder, data, tmp_path, **changes)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert len(lines) == SETTINGS["steps"]
+    assert [line["log_ratio_max"] for line in lines] == [0.0] * len(lines)
+    # without it they differ, by roundings
+    plain = run(model_folder, data, tmp_path / "plain", **{**changes, "bitwise_consistent": False})
+    assert plain["steps"] == SETTINGS["steps"]
+    assert max(line["log_ratio_max"] for line in read_metrics(tmp_path / "plain" / "metrics.jsonl")) > 0
+
+
+def test_one_bit_of_difference_stops_the_run(model_folder, data, tmp_path, monkeypatch):  # noqa: F811
+    exact = objective.target_log_probs
+
+    def in_error(*arguments, **named):
+        log_probs_BT, entropy_BT = exact(*arguments, **named)
+        return torch.nextafter(log_probs_BT, torch.zeros(())), entropy_BT
+
+    monkeypatch.setattr(objective, "target_log_probs", in_error)
+    with pytest.raises(MismatchError, match="log-probabilities are not the sampler's, by up to"):
+        run(model_folder, data, tmp_path, bitwise_consistent=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": "bfloat16"}, "bitwise_consistent and dtype bfloat16: take float32"),
+        ({"compile": True}, "bitwise_consistent and compile: true"),
+        ({"adapter": {"rank": 4, "dora": True}}, "bitwise_consistent and adapter.dora"),
+        ({"parallel": {"tensor": 2}}, "bitwise_consistent and parallel.tensor: take data_replicate or data_shard"),
+    ],
+)
+def test_what_cannot_agree_is_refused_before_the_run(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        RLConfig.parse({"data": ["prompts.jsonl"], **SETTINGS, "bitwise_consistent": True, **changes}, "rl")
