@@ -33,6 +33,7 @@ from bessemer.tokenization.chat import checked_messages
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 from bessemer.training.autotune import RunCost, seconds_per_step
 from bessemer.training.job import RunContext, RunOptions, TrainingHooks, TrainingJob
+from bessemer.training.keeping import HeldOut
 from bessemer.training.model_roles import REFERENCE, OtherModel
 from bessemer.training.objectives import Objective
 from bessemer.training.optim.lr_schedule import validated_steps
@@ -109,8 +110,10 @@ def rl(
         metrics = source.take_metrics() | {"tokens": source.trained_tokens}
         return metrics | source.validate() if finished in validated else metrics
 
+    rewards = HeldOut("held-out reward", source.held_out_rewards) if held_out else None
+    hooks = TrainingHooks(lambda decoder: on_step_end, held_out=rewards)
     try:
-        summary = job.train(source, objective=objective, others=others, hooks=TrainingHooks(lambda decoder: on_step_end))
+        summary = job.train(source, objective=objective, others=others, hooks=hooks)
     finally:
         source.close()
     without = {"parameters", "tokens_per_second", "gflops", "mfu"}
