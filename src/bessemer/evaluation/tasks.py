@@ -7,7 +7,7 @@ judge of this machine get it from `connected_judges`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from bessemer.core.errors import BessemerError, ConfigError
 from bessemer.core.hashing import hash_value
 from bessemer.core.progress import Progress
+from bessemer.core.stage import ItemScore
 from bessemer.evaluation.contamination import task_contamination
 from bessemer.evaluation.evaluation_folder import Score, TaskFolder
 from bessemer.evaluation.task_answerers import Line, PromptEncoder, Question, answerer_of, batches
@@ -84,18 +85,33 @@ def evaluate_tasks(
 
 def score_tasks(engine: Engine, tasks: Sequence[Task]) -> dict[str, dict[str, Any]]:
     """`task_results` by task of a model as it is now; nothing is written."""
-    results = {}
+    return {task.name: task_results(task, _answered(engine, task)) for task in tasks}
+
+
+def score_items(engine: Engine, tasks: Sequence[Task]) -> dict[str, dict[str, ItemScore]]:
+    """The scores of a model as it is now, by task and item, of several forms those of the better one; nothing is written."""
+    scores = {}
     for task in tasks:
-        questions: Sequence[Question] = list(task.questions())
-        names = _names(task, questions)
-        answerer = answerer_of(engine, task)
-        lines = [
-            _line(task, names, question, *answer)
-            for batch in batches(questions, answerer.at_once)
-            for question, answer in zip(batch, answerer.answer(batch), strict=True)
-        ]
-        results[task.name] = task_results(task, lines)
-    return results
+        lines = _answered(engine, task)
+        form = task_results(task, lines)["form"]
+        scores[task.name] = {
+            line["id"]: ItemScore(float(line["score"]), line["cluster"])
+            for line in lines
+            if line["form"] == form and line["score"] is not None
+        }
+    return scores
+
+
+def _answered(engine: Engine, task: Task) -> list[Line]:
+    """The lines of a task's questions."""
+    questions: Sequence[Question] = list(task.questions())
+    names = _names(task, questions)
+    answerer = answerer_of(engine, task)
+    return [
+        _line(task, names, question, *answer)
+        for batch in batches(questions, answerer.at_once)
+        for question, answer in zip(batch, answerer.answer(batch), strict=True)
+    ]
 
 
 def task_identity(task: Task, questions: Sequence[Question]) -> dict[str, Any]:
@@ -221,15 +237,24 @@ class TaskScores:
 
     def accuracies(self, model: Any, tokenizer: Path) -> dict[str, float]:
         """Accuracy by task of a decoder with its present weights, in evaluation mode."""
-        device = model.head_weight.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with _unchanged_random_state(model):
             results = score_tasks(Engine(model, self._load(tokenizer)), self._tasks)
         return {name: float(figures["accuracy"]) for name, figures in results.items()}
+
+    def item_scores(self, model: Any, tokenizer: Path) -> dict[str, dict[str, ItemScore]]:
+        """The same by task and item."""
+        with _unchanged_random_state(model):
+            return score_items(Engine(model, self._load(tokenizer)), self._tasks)
 
     def _load(self, folder: Path) -> Tokenizer:
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(folder)
         return self._tokenizer
+
+
+def _unchanged_random_state(model: Any) -> AbstractContextManager[None]:
+    device = model.head_weight.device
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 def open_tasks(names: Sequence[str], data: Path | None, limit: int) -> TaskScores:

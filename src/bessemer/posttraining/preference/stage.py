@@ -52,6 +52,7 @@ from bessemer.tokenization.trained_template import record_training
 from bessemer.training.autotune import RunCost
 from bessemer.training.data.batches import Batch
 from bessemer.training.job import RunContext, RunOptions, TrainingHooks, TrainingJob
+from bessemer.training.keeping import losses_held_out
 from bessemer.training.model_roles import REFERENCE, ModelRoles
 from bessemer.training.model_setup import PreparedModel
 from bessemer.training.objectives import POLICY, Objective
@@ -273,7 +274,10 @@ def preference(
         PackedBatches(data.training, batch_size=config.batch_size, seed=derive_seed(run.seed, "batches")),
         objective=data.objective,
         others=others,
-        hooks=TrainingHooks(lambda decoder: validation_on(data.validation, config)),
+        hooks=TrainingHooks(
+            lambda decoder: validation_on(data.validation, config),
+            held_out=losses_held_out(data.validation, config, data.objective),
+        ),
     )
     if job.mesh.leads:
         record_training(out, model, format_name_of(load_tokenizer(model)))

@@ -349,6 +349,8 @@ class RewardConfig(TuningConfig):
             raise ValueError("adapter.merge: false: a reward model is its adapter and its head, merged in model/; leave it out")
         if self.z_loss:
             raise ValueError("z_loss is of losses of the next token, which a reward model has not; leave it out")
+        if self.keep_better is not None:
+            raise ValueError("keep_better: a reward model starts from one that has no scores to compare with; leave it out")
         return self
 
     @field_validator("tasks")

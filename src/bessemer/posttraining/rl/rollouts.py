@@ -255,14 +255,24 @@ class RolloutSource:
         """`validation_reward` and `validation_NAME` of each reward: means over greedy completions of the held-out prompts."""
         if not self._held_out:
             return {}
-        with self._sampler.sampling() as engine:
-            judged = self._judged(engine, self._held_out, 1, self._sampler.models.version, greedy=True)
+        judged = self._judged_held_out(self._held_out)
         means = {"validation_reward": _mean(float(one.group.totals_G) for one in judged)}
         if len(self._judge.names) > 1:
             for place, name in enumerate(self._judge.names):
                 means[f"validation_{name}"] = _mean(float(one.group.rewards_GK[0, place]) for one in judged)
         # a reward that judges none of them has no mean, and JSON has no NaN
         return {name: value for name, value in means.items() if not math.isnan(value)}
+
+    def held_out_rewards(self, models: ModelRoles, limit: int) -> list[float]:
+        """The reward of a greedy completion of each held-out prompt by another policy than the trained one, which is bound from
+        then on; NaN where none is given."""
+        models.version = self._config.steps or 0
+        self.bind(models)
+        return [float(one.group.totals_G) for one in self._judged_held_out(self._held_out[:limit])]
+
+    def _judged_held_out(self, prompts: Sequence[EncodedPrompt]) -> list[_Judged]:
+        with self._sampler.sampling() as engine:
+            return self._judged(engine, prompts, 1, self._sampler.models.version, greedy=True)
 
     def finish(self) -> None:
         """The run is over: forget what is kept for a resumed one."""

@@ -39,6 +39,7 @@ from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
 from bessemer.tokenization.trained_template import record_training
 from bessemer.training.autotune import RunCost, seconds_per_step
 from bessemer.training.job import RunContext, RunOptions, TrainingHooks, TrainingJob
+from bessemer.training.keeping import HeldOut
 from bessemer.training.loop import OnStepEnd
 from bessemer.training.model_roles import REFERENCE, OtherModel
 from bessemer.training.objectives import Objective
@@ -134,8 +135,10 @@ def rl(
             decoder.use_batch_invariant_kernels()
         return on_step_end
 
+    rewards = HeldOut("held-out reward", source.held_out_rewards) if held_out else None
     try:
-        summary = job.train(source, objective=objective, others=others, hooks=TrainingHooks(begin))
+        hooks = TrainingHooks(begin, held_out=rewards)
+        summary = job.train(source, objective=objective, others=others, hooks=hooks)
         source.finish()
     finally:
         source.close()

@@ -70,7 +70,9 @@ class Sampler:
         self.adapter: str | None = None
 
     def bind(self, models: ModelRoles) -> None:
-        self._models = models
+        """Sample with the policy of these models from now on."""
+        if models is not self._models:
+            self._models, self._engine, self.adapter = models, None, None
 
     @property
     def models(self) -> ModelRoles:

@@ -48,6 +48,7 @@ from bessemer.training.autotune import RunCost
 from bessemer.training.data.batches import Batch, BatchSource, StatelessBatches, TokenBatches, concatenated
 from bessemer.training.head import target_log_probs
 from bessemer.training.job import RunContext, RunOptions, TrainingHooks, TrainingJob
+from bessemer.training.keeping import losses_held_out
 from bessemer.training.loop import OnStepEnd, no_metrics
 from bessemer.training.objectives import NextTokenObjective
 from bessemer.training.trainer import Trainer
@@ -203,7 +204,8 @@ def sft(
     objective = None
     if config.loss == "dft":
         objective = NextTokenObjective(read_model_config(model), training_loss=dynamic_fine_tuning)
-    summary = job.train(_source(config, packed, shards, run.seed), objective=objective, hooks=TrainingHooks(validate))
+    hooks = TrainingHooks(validate, held_out=losses_held_out(validation.batch, config))
+    summary = job.train(_source(config, packed, shards, run.seed), objective=objective, hooks=hooks)
     if mesh.leads:
         record_training(out, model, format_name_of(tokenizer))
     return {
