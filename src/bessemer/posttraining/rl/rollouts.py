@@ -270,7 +270,7 @@ class RolloutSource:
         self.bind(models)
         return [float(one.group.totals_G) for one in self._judged_held_out(self._held_out[:limit])]
 
-    def _judged_held_out(self, prompts: Sequence[EncodedPrompt]) -> list[_Judged]:
+    def _judged_held_out(self, prompts: Sequence[EncodedPrompt]) -> list[Judged]:
         with self._sampler.sampling() as engine:
             return self._judged(engine, prompts, 1, self._sampler.models.version, greedy=True)
 

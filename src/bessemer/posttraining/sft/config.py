@@ -157,6 +157,12 @@ Method = Literal["full", "lora", "qlora"]
 FULL_LEARNING_RATE = 1e-5
 
 
+#: General tasks that are asked where none are named; they bring their data.
+GENERAL_TASKS = ("general_knowledge", "general_texts")
+#: Items of each at most, so that the time is bounded.
+GENERAL_LIMIT = 100
+
+
 class FinetuneConfig(Config):
     """How a model is fine-tuned on questions and answers."""
 
@@ -180,6 +186,16 @@ class FinetuneConfig(Config):
     truncate: Truncate = setting("drop", TRUNCATE)
     on_bad_row: OnBadRow = setting("skip", ON_BAD_ROW)
     held_out: float = setting(0.1, "Share of the data that is held out, to see whether the model got better.", gt=0, lt=1)
+    general: list[str] = setting(
+        default_factory=lambda: list(GENERAL_TASKS),
+        description="General tasks, answered by likelihood before and after: what was forgotten; empty: none.",
+    )
+    general_limit: int = setting(GENERAL_LIMIT, "Items of each general task, the first ones.", unit="items", ge=2)
+    track: list[Literal["tensorboard", "wandb", "trackio"]] = setting(
+        description="Experiment trackers that also get the records of metrics.jsonl.",
+        affects_output=False,
+        default_factory=list,
+    )
     merge: bool = setting(
         False, "Also write model/, the weights with the adapter merged into them; at any time later too.", affects_output=False
     )
