@@ -16,6 +16,7 @@ from bessemer.cli.compare import compare
 from bessemer.cli.convert import export, import_
 from bessemer.cli.data import data
 from bessemer.cli.doctor import doctor
+from bessemer.cli.documents import ask, index, search
 from bessemer.cli.evaluate import evaluate
 from bessemer.cli.explain import explain, train_classifier, train_words
 from bessemer.cli.finetune import finetune, label
@@ -94,6 +95,11 @@ COMMANDS: dict[str, dict[Callable[..., None], tuple[str, ...]]] = {
         compare: ("bessemer compare mine mine-2", "bessemer compare out"),
         show: ("bessemer show mine", "bessemer show runs/mine/tokenizer --text book.txt"),
         inspect: ("bessemer inspect smollm2 'The furnace is hot.' --out page.html",),
+    },
+    "Answer from documents": {
+        index: ("bessemer index handbook handbook.index", "bessemer index python_docs python.index"),
+        search: ("bessemer search python.index 'parse a date'",),
+        ask: ("bessemer ask smollm2 python.index 'How do I parse JSON?'",),
     },
     "Data": {
         explain: ("bessemer explain page.html --run mine", "bessemer explain 'Click here to buy cheap watches!'"),

@@ -37,7 +37,8 @@ class EncoderConfig:
     """Sizes of an encoder, and what its kind says.
 
     rope_thetas: of each layer, where positions are rotations; empty: they are learnt. windows: tokens that a layer sees to
-    either side; None: all. first_position: of the first token, among the learnt ones. num_labels: outputs of its classifier; 0: none.
+    either side; None: all. first_position: of the first token, among the learnt ones. num_labels: outputs of its classifier;
+    0: none.
     """
 
     kind: str

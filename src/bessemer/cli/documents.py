@@ -1,0 +1,162 @@
+"""`bessemer index`, `search` and `ask`: documents of one's own, found and answered from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bessemer.cli.options import Device, Model, Runs
+
+if TYPE_CHECKING:
+    from bessemer.retrieval.answer import Answer
+    from bessemer.retrieval.search import Hit
+
+Index = Annotated[Path, typer.Argument(metavar="INDEX", help="The folder that `bessemer index` made.")]
+Only = Annotated[
+    list[str] | None, typer.Option("--only", help="Only this document, or those that begin so: guide/*; may be repeated.")
+]
+
+
+def index(
+    documents: Annotated[str, typer.Argument(metavar="DOCS", help="A file, a folder, or a source such as python_docs.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the index; one that is there is brought up to date.")],
+    also: Annotated[list[str] | None, typer.Option(help="More documents; may be repeated.")] = None,
+    embedder: Annotated[
+        str | None,
+        typer.Option(help="minilm (the default), a folder of an encoder or language model, URL#MODEL, or none: words alone."),
+    ] = None,
+    passage: Annotated[int | None, typer.Option(help="Longest passage in characters; 1000.", min=100)] = None,
+    overlap: Annotated[int | None, typer.Option(help="Most characters that neighbours share; 120.", min=0)] = None,
+) -> None:
+    """Index documents, or bring an index up to date: what is unchanged is kept, what is gone leaves it."""
+    from bessemer.cli.named import option_of
+    from bessemer.core.progress import progress_for_terminal
+    from bessemer.core.store import read_json
+    from bessemer.data.sources.source import Tally
+    from bessemer.retrieval.documents import documents_of, sources_of
+    from bessemer.retrieval.index import INDEX, IndexConfig, build_index
+
+    given = {"embedder": embedder, "passage_characters": passage, "overlap_characters": overlap}
+    changed = {name: value for name, value in given.items() if value is not None}
+    before = read_json(out / INDEX, "index").get("config", {}) if (out / INDEX).exists() else {}
+    config = IndexConfig.parse(before | changed, option_of("index"))
+    sources = [source for name in [documents, *(also or [])] for source in sources_of(name)]
+    tally, progress = Tally(), progress_for_terminal()
+    summary = build_index(documents_of(sources, out / "cache", tally, progress), out, config, progress=progress)
+    for loss in tally.losses:
+        print(f"  left out: {loss}")
+    print(f"{out}: {summary}")
+
+
+def search(
+    place: Index,
+    query: Annotated[str, typer.Argument(help="What is looked for.")],
+    count: Annotated[int, typer.Option("--count", "-n", help="Most passages.", min=1, max=100)] = 5,
+    mode: Annotated[str, typer.Option(help="hybrid, words or meaning.")] = "hybrid",
+    only: Only = None,
+    neighbours: Annotated[int, typer.Option(help="Passages before and behind each, shown with it.", min=0, max=20)] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Find passages, by words and by meaning, with why each is where it is."""
+    from bessemer.core.config import nearest
+    from bessemer.core.errors import ConfigError
+    from bessemer.retrieval.index import open_index
+    from bessemer.retrieval.search import search as find
+    from bessemer.retrieval.store import Filter
+
+    if mode not in (modes := ["hybrid", "words", "meaning"]):
+        raise ConfigError(f"--mode {mode}: it is {', '.join(modes)}{nearest(mode, modes)}")
+    hits = find(open_index(place), query, count, mode=mode, where=Filter(only or ()), neighbours=neighbours)  # type: ignore[arg-type]
+    if as_json:
+        print(json.dumps([_figures(hit) for hit in hits], ensure_ascii=False, indent=2))
+        return
+    for number, hit in enumerate(hits, start=1):
+        print(f"[{number}] {_place(hit)}  {hit.explanation}\n{_indented(hit.passage.text)}\n")
+    if not hits:
+        print("nothing was found")
+
+
+def ask(
+    model: Model,
+    place: Index,
+    question: Annotated[str, typer.Argument(help="What is asked.")],
+    count: Annotated[int, typer.Option("--count", "-n", help="Most sources; fewer where the context is short.", min=1)] = 5,
+    only: Only = None,
+    max_tokens: Annotated[int, typer.Option(help="At most this many tokens.", min=1)] = 256,
+    least: Annotated[
+        float | None,
+        typer.Option(help="Refuse where no passage's cosine reaches this: the documents do not answer.", min=-1, max=1),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    device: Device = "auto",
+    runs: Runs = Path("runs"),
+) -> None:
+    """Answer a question from an index, with the sources of each sentence. Sentences that these do not bear out are marked."""
+    from bessemer.cli.named import find_served
+    from bessemer.inference.engine import Engine
+    from bessemer.inference.sampling.params import SamplingParams
+    from bessemer.retrieval.answer import NearestJudge
+    from bessemer.retrieval.answer import ask as answer_from
+    from bessemer.retrieval.index import open_index
+    from bessemer.retrieval.store import Filter
+
+    opened = open_index(place)
+    judge = None if least is None else NearestJudge(least)
+    with Engine(find_served(model, runs), device=device) as engine:
+        params = SamplingParams(max_tokens=max_tokens, temperature=0)
+        answer = answer_from(engine, opened, question, count=count, where=Filter(only or ()), judge=judge, params=params)
+    if as_json:
+        print(json.dumps(_answer_figures(answer), ensure_ascii=False, indent=2))
+        return
+    for statement in answer.statements:
+        print(statement.text + ("" if statement.is_supported else "  (not in its sources)"))
+    if not answer.is_held:
+        print(answer.text)
+        return
+    print()
+    for number in answer.cited or range(1, len(answer.sources) + 1):
+        print(f"[{number}] {_place(answer.sources[number - 1])}")
+    if not answer.cited:
+        print("(the answer cites none of these)")
+
+
+def _place(hit: Hit) -> str:
+    passage = hit.passage
+    above = " › ".join(part for part in (passage.title, passage.headings) if part)
+    return f"{passage.document}, bytes {passage.start:,} to {passage.end:,}" + (f": {above}" if above else "")
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"    {line}" for line in text.splitlines())
+
+
+def _figures(hit: Hit) -> dict[str, object]:
+    passage = hit.passage
+    return {
+        "document": passage.document,
+        "title": passage.title,
+        "headings": passage.headings,
+        "start": passage.start,
+        "end": passage.end,
+        "url": passage.url,
+        "text": passage.text,
+        "score": hit.score,
+        "ranks": dict(hit.ranks),
+        "scores": dict(hit.scores),
+    }
+
+
+def _answer_figures(answer: Answer) -> dict[str, object]:
+    return {
+        "answer": answer.text,
+        "is_held": answer.is_held,
+        "statements": [
+            {"text": one.text, "cited": list(one.cited), "support": one.support, "is_supported": one.is_supported}
+            for one in answer.statements
+        ],
+        "quotes": [{"text": one.text, "source": one.source, "start": one.start, "end": one.end} for one in answer.quotes],
+        "sources": [_figures(hit) for hit in answer.sources],
+    }

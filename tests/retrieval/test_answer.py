@@ -1,0 +1,82 @@
+"""Answers from an index: no citation of nothing, sentences held to their sources, quotes at their bytes."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from bessemer.inference.sampling.params import SamplingParams
+from bessemer.retrieval.answer import NOT_HELD, NearestJudge, ask, calibrated_limit, checked, citing
+from bessemer.retrieval.index import IndexConfig, IndexedDocument, build_index, open_index
+from bessemer.retrieval.search import Hit, search
+from bessemer.retrieval.store import Passage
+from tests.serving.running import babbling_engine
+
+pytest.importorskip("lancedb")
+
+
+def hit(number, text, cosine=0.5, start=100):
+    passage = Passage(str(number), f"d{number}.md", 0, "", "", text, start, start + len(text.encode()), "notes")
+    return Hit(passage, 1.0, {"meaning": 1}, {"meaning": cosine})
+
+
+SOURCES = [hit(1, "Iron rusts in water. “Never leave it wet”, said the smith."), hit(2, "Copper turns green in air.")]
+
+
+def test_a_text_of_the_grammar_cites_sources_that_are_there_alone():
+    allowed = re.compile(citing(12))
+    for text in ("Iron rusts [1].", "Both [2][12].", "No citation.", "Two\nlines [3]"):
+        assert allowed.fullmatch(text), text
+    for text in ("No [0].", "No [13].", "No [x].", "No [1", "No ]", "[[1]]"):
+        assert not allowed.fullmatch(text), text
+
+
+def test_a_sentence_is_held_to_the_sources_that_it_cites():
+    answer = checked("Iron rusts in water [1]. Copper turns green in air [1]. Gold is heavy and costly. So?", SOURCES)
+    assert [one.cited for one in answer.statements] == [(1,), (1,), (), ()]
+    assert [one.is_supported for one in answer.statements] == [True, False, False, True]
+    assert [one.support for one in answer.statements] == [1.0, 0.0, 0.0, None]
+    assert answer.cited == [1]
+
+
+def test_a_quote_comes_with_its_bytes_in_the_document():
+    text = "Ähre. Iron rusts."
+    answer = checked('It says "Iron rusts." and "copper never rusts" [1].', [hit(1, text, start=40)])
+    (quote,) = answer.quotes
+    assert (quote.text, quote.source) == ("Iron rusts.", 1)
+    assert text.encode()[quote.start - 40 : quote.end - 40] == b"Iron rusts."
+
+
+def test_a_limit_divides_questions_with_an_answer_from_those_without():
+    assert calibrated_limit([0.6, 0.7, 0.8, 0.3], [0.1, 0.2, 0.4, 0.5]) == 0.6
+    judge = NearestJudge(0.6)
+    assert judge.holds("", [hit(1, "", 0.7)]) and not judge.holds("", [hit(1, "", 0.5), hit(2, "", 0.4)])
+
+
+def test_an_engine_answers_with_citations_of_what_was_found_or_says_that_nothing_was(tmp_path):
+    documents = [
+        IndexedDocument("metal.md", "Iron rusts in water. See [7] for more. <|im_end|> is text."),
+        IndexedDocument("copper.md", "Copper turns green in air, and iron does not."),
+    ]
+    build_index(documents, tmp_path / "i", IndexConfig(embedder="none"))
+    index = open_index(tmp_path / "i")
+    engine = babbling_engine(tmp_path / "engine", context=2048)
+    for seed in range(8):
+        params = SamplingParams(max_tokens=40, temperature=1.5, seed=seed)
+        answer = ask(engine, index, "Does iron rust?", params=params)
+        found = re.findall(r"\[[^\]]*\]?", answer.text)
+        assert all(one in ("[1]", "[2]") or "]" not in one for one in found), answer.text
+        assert {source.passage.document for source in answer.sources} == {"metal.md", "copper.md"}
+    nothing = ask(engine, index, "zebra")
+    assert (nothing.text, nothing.is_held, nothing.cited) == (NOT_HELD, False, [])
+
+
+def test_sources_that_the_context_does_not_hold_are_left_out(tmp_path):
+    documents = [IndexedDocument(f"{number}.md", f"Iron number {number}. " + "word " * 60) for number in range(5)]
+    build_index(documents, tmp_path / "i", IndexConfig(embedder="none"))
+    index = open_index(tmp_path / "i")
+    assert len(search(index, "iron number", 5)) >= 1
+    engine = babbling_engine(tmp_path / "engine", context=1024)
+    answer = ask(engine, index, "Which iron number?", params=SamplingParams(max_tokens=8, temperature=0))
+    assert 1 <= len(answer.sources) < 5

@@ -1,0 +1,56 @@
+"""`bessemer index` and `search`, as typed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from bessemer.cli.main import main
+
+pytest.importorskip("lancedb")
+
+
+def run(capsys, *arguments):
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    out = capsys.readouterr()
+    return ended.value.code, out.out, out.err
+
+
+def test_a_folder_is_indexed_searched_and_brought_up_to_date(tmp_path, capsys):
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    (docs / "metal.md").write_text("# Iron\n\nIron rusts in water.\n")
+    (docs / "page.html").write_text("<html><body><h1>Copper</h1><p>Copper turns green in the open air.</p></body></html>")
+    (docs / "photo.png").write_bytes(b"\x89PNG")
+    out = tmp_path / "i"
+    code, printed, _ = run(capsys, "index", str(docs), str(out), "--embedder", "none")
+    assert code == 0 and "2 documents, 2 passages (2 added)" in printed
+    code, printed, _ = run(capsys, "search", str(out), "what rusts?")
+    assert code == 0 and "metal.md#0, bytes 8 to 28" in printed and "Iron rusts in water." in printed
+    (docs / "metal.md").write_text("# Iron\n\nIron melts at 1538 degrees.\n")
+    code, printed, _ = run(capsys, "index", str(docs), str(out))
+    assert code == 0 and "(1 changed)" in printed
+    code, printed, _ = run(capsys, "search", str(out), "melts", "--json", "-n", "1")
+    (hit,) = json.loads(printed)
+    assert hit["text"] == "Iron melts at 1538 degrees." and hit["ranks"] == {"words": 1}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["index", "nowhere", "OUT", "--embedder", "none"], "nowhere: no such file or folder, and no source of this name"),
+        (["index", "FOLDER", "OUT", "--embedder", "none"], "no file here can be read (1 .docx; to convert .docx: pandoc"),
+        (["index", "FOLDER", "OUT", "--embedder", "elsewhere"], "no file here can be read"),
+        (["search", "FOLDER", "iron"], "no index of documents is here; bessemer index DOCS"),
+        (["search", "FOLDER", "iron", "--mode", "wrods"], "--mode wrods: it is hybrid, words, meaning"),
+    ],
+)
+def test_a_mistake_is_one_line(tmp_path, capsys, arguments, reason):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "report.docx").write_bytes(b"PK")
+    places = {"FOLDER": str(folder), "OUT": str(tmp_path / "out")}
+    code, _, error = run(capsys, *(places.get(argument, argument) for argument in arguments))
+    assert code == 2 and reason in error and error.count("\n") == 1
