@@ -13,7 +13,7 @@ from bessemer.posttraining.data.made import DOCS_QUESTIONS, MADE_DATA, REVISIONS
 from bessemer.training.adapter_config import TuningConfig
 
 #: Raised when the same settings and inputs give other weights or conversations than before (golden outputs in the tests).
-SFT_VERSION = 8
+SFT_VERSION = 9
 
 #: Default context length.
 _LONGEST = 2048
