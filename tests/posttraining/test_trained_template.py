@@ -4,18 +4,20 @@ import json
 import shutil
 
 import pytest
+from transformers import AutoTokenizer
 
 from bessemer.assistant.tool_formats import TOOL_FORMATS, format_of
 from bessemer.core.errors import ArtefactError
 from bessemer.core.progress import Silent
 from bessemer.inference.engine import EngineConfig
 from bessemer.model.storage.tuned_folder import merge_adapter
+from bessemer.posttraining.data.encoding import encode_turns
 from bessemer.posttraining.sft.config import SFTConfig
 from bessemer.posttraining.sft.stage import sft
 from bessemer.serving.runtime.models import ModelSetup
 from bessemer.tokenization.tokenizer import load_tokenizer
 from bessemer.tokenization.trained_template import TrainedTemplate, read_trained_template, write_trained_template
-from tests.posttraining.test_turns import PLAIN
+from tests.posttraining.test_turns import CALLS, PLAIN, TOOLS, parsed, turns_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -74,3 +76,13 @@ def test_calls_are_read_by_the_format_that_was_trained(model_folder, tmp_path):
     assert format_of(tokenizer) is TOOL_FORMATS["hermes"].load()
     write_trained_template(folder, TrainedTemplate(tokenizer.template_hash, "mistral"))
     assert format_of(load_tokenizer(folder)) is TOOL_FORMATS["mistral"].load()
+
+
+def test_transformers_parses_answers_by_what_is_written_beside_the_model(trained):
+    tokenizer = load_tokenizer(trained / "model")
+    peer = AutoTokenizer.from_pretrained(trained / "model")
+    for context, learnt in turns_of(encode_turns((), CALLS, tokenizer, TOOLS)):
+        thinking, text, calls = parsed(tokenizer, context, learnt, TOOLS)
+        theirs = peer.parse_response(tokenizer.decode(learnt, skip_special=False), prefix=tokenizer.decode(context, False))
+        assert (theirs.get("reasoning_content", "").strip(), theirs.get("content", "").strip()) == (thinking, text)
+        assert [(call["function"]["name"], call["function"]["arguments"]) for call in theirs.get("tool_calls", ())] == calls
