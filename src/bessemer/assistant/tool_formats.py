@@ -20,7 +20,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from bessemer.assistant.grammar import ANY_TEXT, SPACE, MessageForm, OfferedTool, Rules, literal
+from bessemer.assistant.call_grammars import (
+    deepseek_calls,
+    deepseek_v31_calls,
+    glm_calls,
+    hermes_calls,
+    is_text,
+    llama3_calls,
+    mistral_calls,
+    mistral_named_calls,
+    tagged_calls,
+)
+from bessemer.assistant.grammar import ANY_TEXT, SPACE, MessageForm, OfferedTool, Rules
 from bessemer.assistant.parser import (
     MessageParser,
     OutputParser,
@@ -82,7 +93,7 @@ def read_tagged_calls(body: str, schemas: Schemas) -> list[ParsedCall]:
 def _value(text: str, schema: Any, whole: Mapping[str, Any]) -> Any:
     """A value as its schema demands: the text where it must be a string, else the first reading that fits, else the first
     reading. whole: the schema that `$ref`s point into."""
-    if _is_text(schema):
+    if is_text(schema):
         return text
     readings = list(_readings(text))
     return next((value for value in readings if _Fit(whole).allows(value, schema)), readings[0])
@@ -171,31 +182,6 @@ def _referred(reference: Any, whole: Mapping[str, Any]) -> Any:
     return target
 
 
-def _is_text(schema: Any) -> bool:
-    """Whether a schema allows strings alone."""
-    return isinstance(schema, Mapping) and schema.get("type") == "string"
-
-
-def tagged_arguments(rules: Rules, tool: OfferedTool) -> str:
-    """The grammar of a call between its tags: the schema's properties in their order; optional ones may be left out."""
-    properties = tool.parameters.get("properties", {})
-    required = tool.parameters.get("required", ())
-    parts = [literal(f"<function={tool.name}>\n")]
-    for key, schema in properties.items():
-        begin, end = literal(f"<parameter={key}>\n"), "\n</parameter>\n"
-        if _is_text(schema) and "enum" not in schema:
-            value = rules.add(ANY_TEXT, f"[suffix={literal(end)}]")
-        elif _is_text(schema):
-            value = f"{rules.add(' | '.join(map(literal, schema['enum'])))} {literal(end)}"
-        else:
-            # targets of its `$ref`s are in the whole schema
-            own = {key: tool.parameters[key] for key in ("$defs", "definitions") if key in tool.parameters}
-            value = f"{rules.json({**own, **schema} if isinstance(schema, Mapping) else schema)} {literal(end)}"
-        part = rules.add(f"{begin} {value}")
-        parts.append(part if key in required else f"{part}?")
-    return " ".join([*parts, literal("</function>")])
-
-
 #: The grammar after the first opening tag, from the tools and whether several calls are allowed.
 CallGrammar = Callable[[Rules, Sequence[OfferedTool], bool], str]
 
@@ -277,100 +263,6 @@ class ToolFormat:
         return rules.text(f"{begin} ({answer} | {rules.up_to(self.opening)} {calls})")
 
 
-# -- grammars
-
-_LINE = literal("\n")
-
-
-def _objects(rules: Rules, tools: Sequence[OfferedTool], arguments: str = "arguments") -> str:
-    """A call of one of the tools as a JSON object. arguments: the key of the arguments."""
-    calls = []
-    for tool in tools:
-        beginning = f'{{"name": {literal(tool.name)}, "{arguments}": '
-        calls.append(f"{literal(beginning)} {rules.json(tool.parameters)} {literal('}')}")
-    return rules.add(" | ".join(calls))
-
-
-def _repeated(first: str, again: str, in_parallel: bool) -> str:
-    return f"{first} ({again})*" if in_parallel else first
-
-
-def _hermes(rules: Rules, tools: Sequence[OfferedTool], in_parallel: bool) -> str:
-    call = f"{_LINE} {_objects(rules, tools)} {_LINE} {rules.tag('</tool_call>')}"
-    return _repeated(call, f"{SPACE} {rules.tag('<tool_call>')} {call}", in_parallel)
-
-
-def _llama3(rules: Rules, tools: Sequence[OfferedTool], in_parallel: bool) -> str:
-    call = _objects(rules, tools, "parameters")
-    return _repeated(call, f"{literal('; ')} {call}", in_parallel)
-
-
-def _mistral(rules: Rules, tools: Sequence[OfferedTool], in_parallel: bool) -> str:
-    call = _objects(rules, tools)
-    calls = _repeated(call, f"{literal(', ')} {call}", in_parallel)
-    return f"{literal('[')} {calls} {literal(']')}"
-
-
-def _mistral_named(rules: Rules, tools: Sequence[OfferedTool], in_parallel: bool) -> str:
-    call = rules.add(" | ".join(f"{literal(tool.name)} {rules.tag('[ARGS]')} {rules.json(tool.parameters)}" for tool in tools))
-    return _repeated(call, f"{rules.tag('[TOOL_CALLS]')} {call}", in_parallel)
-
-
-def _tagged(rules: Rules, tools: Sequence[OfferedTool], in_parallel: bool) -> str:
-    call = rules.add(" | ".join(tagged_arguments(rules, tool) for tool in tools))
-    call = f"{_LINE} {call} {_LINE} {rules.tag('</tool_call>')}"
-    return _repeated(call, f"{SPACE} {rules.tag('<tool_call>')} {call}", in_parallel)
-
-
-def _glm(rules: Rules, tools: Sequence[OfferedTool], in_parallel: bool) -> str:
-    call = rules.add(" | ".join(_keyed_arguments(rules, tool) for tool in tools))
-    call = f"{call} {rules.tag('</tool_call>')}"
-    return _repeated(call, f"{SPACE} {rules.tag('<tool_call>')} {call}", in_parallel)
-
-
-def _keyed_arguments(rules: Rules, tool: OfferedTool) -> str:
-    """As `tagged_arguments`, for GLM."""
-    required = tool.parameters.get("required", ())
-    parts = [literal(f"{tool.name}\n")]
-    for key, schema in tool.parameters.get("properties", {}).items():
-        begin, end = f"{rules.tag('<arg_key>')} {literal(key)} {rules.tag('</arg_key>')} {_LINE}", rules.tag("</arg_value>")
-        if _is_text(schema) and "enum" not in schema:
-            value = rules.up_to("</arg_value>")
-        elif _is_text(schema):
-            value = f"{rules.add(' | '.join(map(literal, schema['enum'])))} {end}"
-        else:
-            # targets of its `$ref`s are in the whole schema
-            own = {key: tool.parameters[key] for key in ("$defs", "definitions") if key in tool.parameters}
-            value = f"{rules.json({**own, **schema} if isinstance(schema, Mapping) else schema)} {end}"
-        part = rules.add(f"{begin} {rules.tag('<arg_value>')} {value} {_LINE}")
-        parts.append(part if key in required else f"{part}?")
-    return " ".join(parts)
-
-
-def _deepseek(rules: Rules, tools: Sequence[OfferedTool], in_parallel: bool) -> str:
-    _, end, begin, separator, call_end = map(rules.tag, DEEPSEEK)
-    fence = literal("\n```")
-    call = rules.add(
-        " | ".join(
-            f"{begin} {literal('function')} {separator} {literal(f'{tool.name}{_JSON_FENCE}')} {rules.json(tool.parameters)} "
-            f"{fence} {call_end}"
-            for tool in tools
-        )
-    )
-    return f"{_repeated(call, f'{_LINE} {call}', in_parallel)} {end}"
-
-
-def _deepseek_v31(rules: Rules, tools: Sequence[OfferedTool], in_parallel: bool) -> str:
-    _, end, begin, separator, call_end = map(rules.tag, DEEPSEEK)
-    call = rules.add(
-        " | ".join(f"{begin} {literal(tool.name)} {separator} {rules.json(tool.parameters)} {call_end}" for tool in tools)
-    )
-    return f"{_repeated(call, call, in_parallel)} {end}"
-
-
-#: What DeepSeek writes before arguments.
-_JSON_FENCE = "\n```json\n"
-
 # -- formats
 
 _KEYED = re.compile(r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)(?:</arg_value>|\Z)", re.DOTALL)
@@ -430,23 +322,27 @@ _OWN: list[Plugin[ToolFormat]] = [
         "hermes",
         "`<tool_call>{JSON}</tool_call>`: ours, Hermes, Qwen",
         ToolFormat(
-            "<tool_call>", "</tool_call>", read_json_calls, _hermes, write=in_tags("<tool_call>", "</tool_call>", json_body)
+            "<tool_call>",
+            "</tool_call>",
+            read_json_calls,
+            hermes_calls,
+            write=in_tags("<tool_call>", "</tool_call>", json_body),
         ),
     ),
     Plugin(
         "llama3",
         "`<|python_tag|>{JSON}`, or JSON alone: Llama 3.1 and later",
-        ToolFormat("<|python_tag|>", None, read_json_calls, _llama3, is_bare=True, write=write_llama3, one_call=True),
+        ToolFormat("<|python_tag|>", None, read_json_calls, llama3_calls, is_bare=True, write=write_llama3, one_call=True),
     ),
     Plugin(
         "mistral",
         "`[TOOL_CALLS][{JSON}, …]`: Mistral until 2025",
-        ToolFormat("[TOOL_CALLS]", None, read_json_calls, _mistral, write=write_mistral),
+        ToolFormat("[TOOL_CALLS]", None, read_json_calls, mistral_calls, write=write_mistral),
     ),
     Plugin(
         "mistral_named",
         "`[TOOL_CALLS]name[ARGS]{JSON}`: Mistral since",
-        ToolFormat("[TOOL_CALLS]", None, _read_mistral, _mistral_named, inner=("[ARGS]",), write=write_mistral_named),
+        ToolFormat("[TOOL_CALLS]", None, _read_mistral, mistral_named_calls, inner=("[ARGS]",), write=write_mistral_named),
     ),
     Plugin(
         "qwen3_coder",
@@ -455,7 +351,7 @@ _OWN: list[Plugin[ToolFormat]] = [
             "<tool_call>",
             "</tool_call>",
             read_tagged_calls,
-            _tagged,
+            tagged_calls,
             is_json=False,
             write=in_tags("<tool_call>", "</tool_call>", parameters_body),
         ),
@@ -467,7 +363,7 @@ _OWN: list[Plugin[ToolFormat]] = [
             "<tool_call>",
             "</tool_call>",
             read_keyed_calls,
-            _glm,
+            glm_calls,
             is_json=False,
             inner=("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
             thinking=ThinkingTags(after="\n", inside=""),
@@ -478,14 +374,19 @@ _OWN: list[Plugin[ToolFormat]] = [
         "deepseek",
         "`<｜tool▁calls▁begin｜>…function<｜tool▁sep｜>name` and JSON within ```: DeepSeek-V3, R1",
         ToolFormat(
-            DEEPSEEK[0], DEEPSEEK[1], read_deepseek_calls, _deepseek, inner=DEEPSEEK[2:], write=write_deepseek(fenced=True)
+            DEEPSEEK[0], DEEPSEEK[1], read_deepseek_calls, deepseek_calls, inner=DEEPSEEK[2:], write=write_deepseek(fenced=True)
         ),
     ),
     Plugin(
         "deepseek_v31",
         "`<｜tool▁calls▁begin｜>…name<｜tool▁sep｜>{JSON}`: DeepSeek-V3.1",
         ToolFormat(
-            DEEPSEEK[0], DEEPSEEK[1], read_deepseek_calls, _deepseek_v31, inner=DEEPSEEK[2:], write=write_deepseek(fenced=False)
+            DEEPSEEK[0],
+            DEEPSEEK[1],
+            read_deepseek_calls,
+            deepseek_v31_calls,
+            inner=DEEPSEEK[2:],
+            write=write_deepseek(fenced=False),
         ),
     ),
 ]
