@@ -14,7 +14,7 @@ from bessemer.posttraining.sft.config import FinetuneConfig, SFTConfig
 from bessemer.posttraining.sft.finetune_plan import settings_of
 from bessemer.posttraining.sft.stage import gather_conversations
 from tests.cli.test_main import bessemer, one_error
-from tests.posttraining.brought_files import ROWS, TABLES, notes
+from tests.posttraining.brought_files import CALLING, ROWS, TABLES, notes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -37,15 +37,16 @@ def test_the_same_is_learnt_whatever_form_a_table_has(tmp_path, make, caplog):
 
 def test_openai_messages_keep_all_that_they_say(tmp_path):
     (make,) = (one for one in TABLES if one.__name__ == "openai_messages")
-    first, second = read_conversations(make(tmp_path))[:2]
+    conversations = read_conversations(make(tmp_path))
+    first, calling = conversations[0], conversations[CALLING[0]]
     assert [one["role"] for one in first.messages] == ["system", "user", "assistant", "user", "assistant"]
     assert first.messages[2]["weight"] == 0 and first.messages[1]["content"] == ROWS[0][0]
-    call = {"type": "function", "function": {"name": "find_order", "arguments": {"order": 1}}}
-    assert second.messages[2:4] == (
-        {"role": "assistant", "content": "", "tool_calls": [call]},
+    call = {"type": "function", "function": {"name": "find_order", "arguments": {"order": CALLING[0]}}}
+    assert calling.messages[2:4] == (
+        {"role": "assistant", "tool_calls": [call]},
         {"role": "tool", "content": "found", "name": "find_order"},
-    ) or second.messages[2]["tool_calls"] == [call]
-    assert [tool["function"]["name"] for tool in second.tools] == ["find_order"]
+    )
+    assert [tool["function"]["name"] for tool in calling.tools] == ["find_order"]
 
 
 def test_a_folder_of_texts_is_passages_that_are_learnt_whole(tmp_path):
