@@ -110,6 +110,10 @@ def serve(
         _models(help="NAME=MODEL: another model, opened when clients ask for it by its name; may be repeated."),
     ] = None,
     alias: Annotated[list[str] | None, _models(help="Another name of the first model; may be repeated.")] = None,
+    other_template: Annotated[
+        bool,
+        _models("--other-template", help="Serve with a chat template other than that of training; without it, it is refused."),
+    ] = False,
     max_models: Annotated[int, _models(help="Models of --also that are open at once.", min=1)] = 2,
     models_memory: Annotated[
         float | None, _models(help="GiB that the files of the open models of --also may have together.", min=0.001)
@@ -192,7 +196,7 @@ def serve(
         for its_name, its_model in named_models(also, [name, *adapters, *(alias or [])]).items()
     }
     settings = EngineConfig.parse(given, option_of("serve"))
-    limits = ("max_waiting", "max_body", "drain_seconds", "request_log")
+    limits = ("max_waiting", "max_body", "drain_seconds", "request_log", "other_template")
     config = ServingConfig.parse(
         given_options(context, "host", "port", "api_key", "keys", "adapter_root", *limits)
         | {
@@ -220,6 +224,7 @@ def serve(
         max_models=max_models,
         models_memory=models_memory,
         keep_alive=keep_alive,
+        other_template=other_template,
     )
     if engine == "ray":
         loading.close()

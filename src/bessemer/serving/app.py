@@ -78,7 +78,7 @@ def create_app(
         OpenAIApi(served),
         ResponsesApi(served, store or MemoryStore()),
         AnthropicApi(served),
-        AdaptersApi(served, config.adapter_root),
+        AdaptersApi(served, config.adapter_root, other_template=config.other_template),
     )
 
     @asynccontextmanager

@@ -109,6 +109,9 @@ class ServingConfig(Config):
         False, "log a line of JSON for every request: key, path, status, times and tokens, and nothing that it says"
     )
     adapter_root: Path | None = _setting(None, "folder below which an admin key may load adapters while the server runs")
+    other_template: bool = _setting(
+        False, "serve a model or an adapter with a chat template other than that of its training, whose prompts it has not seen"
+    )
     aliases: list[str] = _setting(default_factory=list, description="other names under which clients may ask for the model")
     max_waiting: int = _setting(
         WAITING.most,

@@ -229,7 +229,7 @@ def shown(example: Any) -> list[str]:
             return [*shown(example.answered), "good" if example.is_desirable else "bad"]
         case list() | tuple() if example and isinstance(example[0], Labelled):
             return [line for one in example for line in shown(one)]
-    turns = getattr(example, "turns", example)
+    turns = getattr(example, "turns", getattr(example, "prompt", example))
     return _few(_said(turns)) if isinstance(turns, (str, tuple, list)) else [_short(str(turns))]
 
 

@@ -32,7 +32,7 @@ from bessemer.posttraining.data.splitting import opening, split_examples
 from bessemer.posttraining.distillation.config import DistillationConfig
 from bessemer.posttraining.distillation.objective import TeacherHead, mean_reverse_kl
 from bessemer.posttraining.sampling.sampler import EncodedPrompt, Sampler, SamplerSettings
-from bessemer.posttraining.sampling.samples import Prompt, pack_samples
+from bessemer.posttraining.sampling.samples import Prompt, fitting_prompts, pack_samples
 from bessemer.tokenization.tokenizer import Tokenizer
 from bessemer.training.data.batches import Batch, rows_of_step
 from bessemer.training.model_roles import ModelRoles
@@ -79,9 +79,7 @@ def gather_prompts(
 
 def encoded_prompts(prompts: Sequence[Prompt], tokenizer: Tokenizer, config: DistillationConfig) -> list[EncodedPrompt]:
     """The prompts that leave room for an answer, with their tokens."""
-    most = config.context_length - config.max_tokens
-    encoded = ((prompt, prompt.encoded(tokenizer)) for prompt in prompts)
-    return [(prompt, ids) for prompt, ids in encoded if len(ids) <= most]
+    return fitting_prompts(prompts, tokenizer, config.context_length - config.max_tokens)
 
 
 #: File of the teacher's answers, one line per prompt.

@@ -14,6 +14,7 @@ from typing import Any, Unpack
 
 import torch.distributed as dist
 
+from bessemer.assistant.tool_formats import format_name_of
 from bessemer.core.errors import ConfigError, SourceError
 from bessemer.core.hashing import derive_seed
 from bessemer.core.progress import Progress
@@ -58,6 +59,7 @@ from bessemer.posttraining.distillation.objective import (
 from bessemer.posttraining.sampling.samples import Prompt
 from bessemer.tokenization.shards import TokenShards
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
+from bessemer.tokenization.trained_template import record_training
 from bessemer.training.autotune import RunCost, seconds_per_step
 from bessemer.training.data.batches import BatchSource, TokenBatches
 from bessemer.training.job import RunContext, RunOptions, TrainingHooks, TrainingJob
@@ -310,6 +312,8 @@ def distill(
         return on_step_end
 
     summary = job.train(source, objective=_objective(config, head), others=others, hooks=TrainingHooks(validate))
+    if mesh.leads and config.data:
+        record_training(out, model, format_name_of(tokenizer))
     without = _WITHOUT if config.answers == "student" else {"parameters"}
     return {**material.summary, **{name: value for name, value in summary.items() if name not in without}}
 

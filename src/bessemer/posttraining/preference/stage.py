@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from bessemer.assistant.tool_formats import format_name_of
 from bessemer.core.errors import SourceError
 from bessemer.core.hashing import derive_seed, hash_bytes, hash_value
 from bessemer.core.progress import Progress
@@ -47,6 +48,7 @@ from bessemer.posttraining.preference.objective import (
     PreferenceObjective,
 )
 from bessemer.tokenization.tokenizer import load_tokenizer
+from bessemer.tokenization.trained_template import record_training
 from bessemer.training.autotune import RunCost
 from bessemer.training.data.batches import Batch
 from bessemer.training.job import RunContext, RunOptions, TrainingHooks, TrainingJob
@@ -273,6 +275,8 @@ def preference(
         others=others,
         hooks=TrainingHooks(lambda decoder: validation_on(data.validation, config)),
     )
+    if job.mesh.leads:
+        record_training(out, model, format_name_of(load_tokenizer(model)))
     return {
         data.name: data.training_examples,
         "held_out": data.validation_examples,

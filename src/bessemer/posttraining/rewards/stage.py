@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from bessemer.assistant.tool_formats import format_name_of
 from bessemer.core.errors import SourceError
 from bessemer.core.hashing import derive_seed
 from bessemer.core.progress import Progress, Silent
@@ -24,10 +25,12 @@ from bessemer.posttraining.data.encoding import Encoded, encode_answer
 from bessemer.posttraining.data.examples import BAD_ROWS, RowReader, gather_pairs, prompt_key
 from bessemer.posttraining.data.formats import Pair
 from bessemer.posttraining.data.packing import PackedBatches, can_share_prompts, pack_pairs, validation_on
+from bessemer.posttraining.data.turns import NothingLearntError, RowError
 from bessemer.posttraining.rewards.assessment import HELD_OUT, ScoredPair, assess, write_scored_pairs
 from bessemer.posttraining.rewards.config import RewardConfig
 from bessemer.posttraining.rewards.model_based import RewardModel
-from bessemer.tokenization.tokenizer import load_tokenizer
+from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
+from bessemer.tokenization.trained_template import record_training
 from bessemer.training.autotune import RunCost
 from bessemer.training.data.batches import IGNORE_INDEX, Batch
 from bessemer.training.job import RunContext, RunOptions, TrainingHooks, TrainingJob
@@ -150,6 +153,8 @@ def reward(
         objective=RewardObjective(config.centering),
         hooks=TrainingHooks(lambda decoder: validation_on(validation.batch, config)),
     )
+    if job.mesh.leads:
+        record_training(out, model, format_name_of(tokenizer))
     assessed: dict[str, Any] = {}
     if job.mesh.leads and validation.pairs:
         trained = RewardModel.open(out / "model", device=run.device)
@@ -167,6 +172,14 @@ def reward(
     }
 
 
+def _sides(pair: Pair, tokenizer: Tokenizer) -> list[Encoded]:
+    """Both answers of a pair; none where the model's template cannot write one, or nothing is said in it."""
+    try:
+        return [encode_answer(pair.prompt, answer, tokenizer, pair.tools) for answer in (pair.chosen, pair.rejected)]
+    except (RowError, NothingLearntError):
+        return []
+
+
 def score_pairs(
     model: RewardModel, pairs: Sequence[Pair], longest: int, *, progress: Progress | None = None
 ) -> list[ScoredPair]:
@@ -175,11 +188,10 @@ def score_pairs(
     with (progress or Silent()).task("score held-out pairs", total=len(pairs), unit="pairs") as bar:
         for start in range(0, len(pairs), _PAIRS_AT_ONCE):
             some = pairs[start : start + _PAIRS_AT_ONCE]
-            sides = [
-                [encode_answer(pair.prompt, answer, model.tokenizer, pair.tools) for answer in (pair.chosen, pair.rejected)]
-                for pair in some
+            sides = [_sides(pair, model.tokenizer) for pair in some]
+            fitting = [
+                number for number, both in enumerate(sides) if both and all(one.scored(longest) is not None for one in both)
             ]
-            fitting = [number for number, both in enumerate(sides) if all(one.scored(longest) is not None for one in both)]
             rewards = iter(model.score_tokens([one.through_end() for number in fitting for one in sides[number]]))
             for number in fitting:
                 chosen, rejected = next(rewards), next(rewards)

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
+from bessemer.assistant.tool_formats import format_name_of
 from bessemer.core.errors import ConfigError, SourceError
 from bessemer.core.hashing import derive_seed
 from bessemer.core.records import TABLES
@@ -26,11 +27,12 @@ from bessemer.posttraining.rl.config import CriticConfig, RLConfig
 from bessemer.posttraining.rl.objective import PolicyObjective
 from bessemer.posttraining.rl.policy_sampler import EpisodeSampler, load_environment
 from bessemer.posttraining.rl.rollouts import RolloutSource
-from bessemer.posttraining.sampling.samples import Prompt
+from bessemer.posttraining.sampling.samples import Prompt, fitting_prompts
 from bessemer.tasks.config import TaskOptions
 from bessemer.tasks.questions import GenerationTask
 from bessemer.tasks.registry import TASKS, find_tasks
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
+from bessemer.tokenization.trained_template import record_training
 from bessemer.training.autotune import RunCost, seconds_per_step
 from bessemer.training.job import RunContext, RunOptions, TrainingHooks, TrainingJob
 from bessemer.training.model_roles import REFERENCE, OtherModel
@@ -69,7 +71,7 @@ def rl(
     if left_out:
         run.progress.say(
             f"  {left_out:,} prompts are left out: they have more than {config.context_length - config.max_tokens:,} tokens, "
-            "context_length without max_tokens"
+            "context_length without max_tokens, or the model's chat template refuses them"
         )
     if not training:
         raise SourceError("no prompt is left to train on; raise context_length, or lower validation_share")
@@ -116,6 +118,8 @@ def rl(
         summary = job.train(source, objective=objective, others=others, hooks=TrainingHooks(lambda decoder: on_step_end))
     finally:
         source.close()
+    if mesh.leads:
+        record_training(out, model, format_name_of(tokenizer))
     without = {"parameters", "tokens_per_second", "gflops", "mfu"}
     return {
         "prompts": len(training),
@@ -151,7 +155,7 @@ def _critic(job: TrainingJob[RLConfig], critic: CriticConfig, folder: Path | Non
 def _fitting(prompts: list[Prompt] | Any, tokenizer: Tokenizer, config: RLConfig) -> list[Prompt]:
     """The prompts that leave room for a completion."""
     most = config.context_length - config.max_tokens
-    return [prompt for prompt in prompts if len(prompt.encoded(tokenizer)) <= most]
+    return [prompt for prompt, _ in fitting_prompts(prompts, tokenizer, most)]
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ from torch import Tensor
 from bessemer.core.errors import BessemerError
 from bessemer.distributed.layout import Layout
 from bessemer.distributed.mesh import ALONE, Mesh
-from bessemer.posttraining.data.encoding import encode_prompt
+from bessemer.posttraining.data.encoding import RowCounts, Unrendered, encode_prompt
 from bessemer.posttraining.data.formats import Answered, Message, Turns
+from bessemer.posttraining.data.turns import RowError
 from bessemer.tokenization.tokenizer import Tokenizer
 from bessemer.training.data.batches import IGNORE_INDEX, Batch
 from bessemer.training.data.packing import best_fit, pack_rows
@@ -61,6 +62,23 @@ class Prompt:
         if isinstance(self.turns, str):
             return self.turns
         return "\n\n".join(f"{message['role']}: {message.get('content') or ''}" for message in self.turns)
+
+
+def fitting_prompts(prompts: Sequence[Prompt], tokenizer: Tokenizer, longest: int) -> list[tuple[Prompt, list[int]]]:
+    """The prompts of at most `longest` tokens, with their tokens. Those that the model's chat template refuses are left out.
+    Raises SourceError where they are many."""
+    fitting: list[tuple[Prompt, list[int]]] = []
+    unrendered: list[Unrendered] = []
+    for number, prompt in enumerate(prompts, start=1):
+        try:
+            ids = prompt.encoded(tokenizer)
+        except RowError as error:
+            unrendered.append(Unrendered(f"prompt {number:,}", str(error)))
+            continue
+        if len(ids) <= longest:
+            fitting.append((prompt, ids))
+    RowCounts(longest, unrendered=tuple(unrendered), total=len(prompts)).check("prompts")
+    return fitting
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,11 @@ from bessemer.core.metrics import size
 from bessemer.model.config import ModelConfig
 from bessemer.model.device import choose_device, is_fast
 from bessemer.model.formats import ModelSource
-from bessemer.posttraining.data.encoding import NothingLearntError
 from bessemer.posttraining.data.examples import Conversation, RowReader
 from bessemer.posttraining.data.made import data_name, data_path
-from bessemer.posttraining.data.packing import EncodedExample, encode_conversation, fit_conversations, pack_examples
+from bessemer.posttraining.data.mask import text_parts
+from bessemer.posttraining.data.packing import EncodedExample, encode_conversation, fit_conversations, fit_each, pack_examples
+from bessemer.posttraining.data.turns import NothingLearntError, RowError
 from bessemer.posttraining.sft.config import FinetuneConfig, Method, SFTConfig
 from bessemer.posttraining.sft.finetune_inputs import BaseModel, find_columns, read_base
 from bessemer.posttraining.sft.stage import gather_conversations
@@ -301,22 +302,13 @@ def product_dtype(device: torch.device) -> torch.dtype:
 
 
 def learnt_parts(conversation: Conversation, tokenizer: Tokenizer, longest: int) -> list[tuple[str, bool]] | None:
-    """A conversation's text in parts that are learnt, or not; None where it does not fit into a row, or teaches nothing."""
+    """A conversation's text, or that of its last turn where turns are examples by themselves, in parts that are learnt, or not.
+    None where it does not fit into a row, or teaches nothing."""
     try:
-        encoded = encode_conversation(conversation, tokenizer)
-    except NothingLearntError:
+        *_, encoded = encode_conversation(conversation, tokenizer)
+    except (NothingLearntError, RowError):
         return None
-    if encoded.inputs > longest or not encoded.is_learnt.any():
-        return None
-    parts: list[tuple[list[int], bool]] = []
-    for id, is_learnt in zip(encoded.ids.tolist(), encoded.is_learnt.tolist(), strict=True):
-        if not parts or parts[-1][1] != is_learnt:
-            parts.append(([], is_learnt))
-        parts[-1][0].append(id)
-    return [
-        (tokenizer.decode_bytes(ids, skip_special=False, beginning=not place).decode("utf-8", "replace"), is_learnt)
-        for place, (ids, is_learnt) in enumerate(parts)
-    ]
+    return text_parts(encoded, tokenizer) if encoded.inputs <= longest and encoded.is_learnt.any() else None
 
 
 def _middle_left_out(text: str) -> str:
@@ -341,10 +333,9 @@ def _method(
 def _within(
     conversations: Sequence[Conversation], tokenizer: Tokenizer, context: int, config: FinetuneConfig
 ) -> list[tuple[Conversation, EncodedExample]]:
-    """The conversations that have something to learn within a row."""
-    fitting = [
-        (one, example) for one in conversations for example in fit_conversations([one], tokenizer, context, config.truncate)[0]
-    ]
+    """The conversations that have something to learn within a row, each with its last example."""
+    fitted, _ = fit_each(conversations, tokenizer, context, config.truncate)
+    fitting = [(one, examples[-1]) for one, examples in zip(conversations, fitted, strict=True) if examples]
     if len(fitting) < _FEWEST:
         raise SourceError(
             f"{len(fitting):,} conversations held out have an answer within {context:,} tokens; raise --context-length"

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bessemer.assistant.tool_formats import format_name_of
 from bessemer.core.errors import ConfigError, SourceError
 from bessemer.core.hashing import derive_seed, hash_value
 from bessemer.core.usercode import is_user_function
@@ -42,6 +43,7 @@ from bessemer.tasks.questions import GenerationTask
 from bessemer.tasks.registry import find_tasks
 from bessemer.tokenization.shards import TokenShards
 from bessemer.tokenization.tokenizer import load_tokenizer
+from bessemer.tokenization.trained_template import record_training
 from bessemer.training.autotune import RunCost
 from bessemer.training.data.batches import Batch, BatchSource, StatelessBatches, TokenBatches, concatenated
 from bessemer.training.head import target_log_probs
@@ -202,6 +204,8 @@ def sft(
     if config.loss == "dft":
         objective = NextTokenObjective(read_model_config(model), training_loss=dynamic_fine_tuning)
     summary = job.train(_source(config, packed, shards, run.seed), objective=objective, hooks=TrainingHooks(validate))
+    if mesh.leads:
+        record_training(out, model, format_name_of(tokenizer))
     return {
         "conversations": len(training),
         "held_out": len(held_out),
