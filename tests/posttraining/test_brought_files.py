@@ -57,13 +57,18 @@ def test_a_folder_of_texts_is_passages_that_are_learnt_whole(tmp_path):
 
 
 def test_passages_are_whole_paragraphs_and_lose_nothing():
-    paragraphs = [f"Paragraph {n}: " + "word " * (n % 50) for n in range(200)] + ["x" * 10_000]
+    paragraphs = [f"Paragraph {n}: " + "word " * (n % 50) for n in range(200)]
     text = "\r\n\r\n".join(paragraphs)
     cut = list(passages(text))
     assert [one for _, passage in cut for one in passage.split("\n\n")] == paragraphs
     lines = text.split("\r\n")
     assert all(lines[line - 1] == passage.split("\n")[0] for line, passage in cut)
-    assert max(len(passage) for _, passage in cut[:-1]) <= 4000 < len(cut[-1][1])
+    assert max(len(passage) for _, passage in cut) <= 4000
+    # a paragraph that is too long is cut behind a sentence, or where nothing ends
+    sentences = "One more sentence about steel. " * 400
+    pieces = [passage for _, passage in passages(sentences + "x" * 9000)]
+    assert "".join(pieces) == sentences + "x" * 9000 and max(map(len, pieces)) <= 4000
+    assert all(piece.endswith("steel. ") for piece in pieces[:2])
 
 
 def test_what_was_understood_is_said_in_full(tmp_path, monkeypatch):

@@ -51,6 +51,10 @@ def test_a_speaker_of_the_peers_is_the_role_that_it_is_to_them(role, speaker):
             ]
         },
         {"messages": [ASKED, said("assistant", None) | {"refusal": "4"}]},
+        {
+            "messages": [said("user", [{"type": "text", "value": "What is 2 + 2?"}]) | {"loss_weight": 0.0}, ANSWERED],
+            "images": [],
+        },
     ],
 )
 def test_a_conversation_is_the_same_in_every_dialect(row):
@@ -66,6 +70,8 @@ def test_a_conversation_is_the_same_in_every_dialect(row):
         {"role": "assistant", "content": "", "tool_calls": '[{"function": {"name": "add", "arguments": {"x": 2}}}]'},
         {"from": "function_call", "value": '{"name": "add", "arguments": {"x": 2}}'},
         {"from": "function_call", "value": '[{"name": "add", "arguments": "{\\"x\\": 2}"}]'},
+        said("assistant", [{"type": "tool_call", "value": '{"name": "add", "arguments": {"x": 2}}'}]),
+        said("assistant", [{"type": "tool_use", "name": "add", "input": {"x": 2}}]),
     ],
 )
 def test_a_call_of_a_tool_is_the_same_in_every_dialect(turn):
@@ -108,11 +114,16 @@ def test_a_turn_that_is_not_learnt_is_marked_in_every_dialect(key):
     assert [one.get("weight") for one in as_answered({"messages": turns}).answer] == [None, 0, None, 1]
 
 
-@pytest.mark.parametrize("key", ["thinking", "reasoning", "reasoning_content"])
-def test_a_thought_is_a_thought_in_every_dialect(key):
-    assert (
-        as_answered({"messages": [ASKED, ANSWERED | {key: "Two and two."}]}).answer[-1]["reasoning_content"] == "Two and two."
-    )
+@pytest.mark.parametrize(
+    "turn",
+    [
+        *(ANSWERED | {key: "Two and two."} for key in ("thinking", "reasoning", "reasoning_content")),
+        said("assistant", [{"type": "reasoning", "value": "Two and two."}, {"type": "text", "value": "4"}]),
+        said("assistant", [{"type": "thinking", "thinking": "Two and two."}, {"type": "text", "text": "4"}]),
+    ],
+)
+def test_a_thought_is_a_thought_in_every_dialect(turn):
+    assert as_answered({"messages": [ASKED, turn]}).answer[-1] == ANSWERED | {"reasoning_content": "Two and two."}
 
 
 def test_pairs_and_labels_of_others_are_pairs_and_labels():
@@ -126,6 +137,8 @@ def test_pairs_and_labels_of_others_are_pairs_and_labels():
     turns = [{"from": "human", "value": "What is 2 + 2?"}]
     llama_factory = {"conversations": turns, "chosen": {"from": "gpt", "value": "4"}, "rejected": {"from": "gpt", "value": "5"}}
     assert as_pair(llama_factory) == as_pair({"prompt": [ASKED], "chosen": "4", "rejected": "5"})
+    whole = {"chosen_messages": [ASKED, ANSWERED], "rejected_messages": [ASKED, said("assistant", "5")]}
+    assert as_pair(whole) == as_pair(llama_factory)
     judged = {"messages": [*turns, {"from": "gpt", "value": "4"}], "kto_tag": True}
     assert as_labelled(judged) == as_labelled({"prompt": [ASKED], "completion": "4", "label": "good"})
 
@@ -134,6 +147,8 @@ def test_pairs_and_labels_of_others_are_pairs_and_labels():
     ("row", "why"),
     [
         ({"conversations": []}, "conversations: must be a list of at least one message"),
+        ({"turns": ["Who?", "And why?"]}, "a list of texts does not say who speaks"),
+        ({"messages": [ASKED, ANSWERED], "images": ["a.png"]}, "has images, which are not learnt yet"),
         ({"messages": "[{"}, "messages: its text is no list in JSON"),
         ({"messages": [said("user", [{"type": "image_url", "image_url": {"url": "a"}}]), ANSWERED]}, "kind 'image_url'"),
         ({"conversations": [{"from": "human"}]}, "turn 1 has no 'from' and 'value'"),

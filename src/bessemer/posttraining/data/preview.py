@@ -174,6 +174,8 @@ def _form(names: Sequence[str], first: Mapping[str, Any], columns: tuple[str, st
         about = {name: "what the instruction is about" for name in ("input", "context") if name in names}
         prompt = {} if asked is None else {asked: "what is asked", **(about if asked == "instruction" else {})}
         return "pairs of answers", {**prompt, "chosen": "the better answer", "rejected": "the worse answer"}
+    if "chosen_messages" in names and "rejected_messages" in names:
+        return "pairs of conversations", {"chosen_messages": "the better one", "rejected_messages": "the worse one"}
     if "preferred_output" in names:
         better, worse = ("preferred_output", "the better answer"), ("non_preferred_output", "the worse answer")
         return "pairs of answers in OpenAI's form", dict([("input", "what is asked"), better, worse])
