@@ -77,7 +77,7 @@ def test_golden_output(tokenized, documents, tmp_path):
     questions = [hash_file(tmp_path / "conversations" / f"{split}.jsonl", bits=64) for split in ("train", "validation")]
     losses = [record["loss"] for record in read_metrics(tmp_path / "metrics.jsonl")]
     sums = [checksum(weight) for weight in load_model(tmp_path / "model").blocks[1].parameters()]
-    assert (SFT_VERSION, questions) == (8, ["6c56696c4ae0a15d", "a19dfbe5c59c00a6"])
+    assert (SFT_VERSION, questions) == (9, ["6c56696c4ae0a15d", "a19dfbe5c59c00a6"])
     assert losses == pytest.approx([5.83615, 5.658186, 5.762356, 5.507305], rel=1e-4)
     assert sums == pytest.approx(
         [0.58108, 2.39967, 0.93768, -0.4613, 0.8773, 0.72159, 0.72524, 0.59046, 1.59792, 0.80521, -0.75766], abs=1e-3

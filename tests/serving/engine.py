@@ -22,6 +22,7 @@ class ByteTokenizer:
     vocab_size = 257
     folder = "bytes"
     chat_template = None
+    tool_format = ""
     eos_ids: frozenset[int] = frozenset()
 
     def __init__(self) -> None:

@@ -9,7 +9,9 @@ import typer
 
 from bessemer.cli.options import Runs
 
-data = typer.Typer(help="Look at data before a model learns from it.", no_args_is_help=True)
+_EXAMPLE = "Example: bessemer data preview tickets.csv\n\nbessemer data preview chats.jsonl --model smollm2 --rows 2,7"
+
+data = typer.Typer(help="Look at data before a model learns from it.", no_args_is_help=True, epilog=_EXAMPLE)
 
 
 @data.callback()
@@ -17,10 +19,7 @@ def _group() -> None:
     """A group, though it has one command."""
 
 
-@data.command(
-    "preview",
-    epilog="Example: bessemer data preview tickets.csv\n\nbessemer data preview chats.jsonl --model smollm2 --rows 2,7",
-)
+@data.command("preview", epilog=_EXAMPLE)
 def preview(
     place: Annotated[str, typer.Argument(metavar="DATA", help="A table, a folder, or hub:ORGANISATION/NAME#SPLIT.")],
     model: Annotated[str | None, typer.Option(help="Show the tokens that this model would learn, too.")] = None,

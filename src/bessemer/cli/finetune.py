@@ -108,11 +108,14 @@ def _result(tuned: Finetuned) -> dict[str, Any]:
     from bessemer.posttraining.sft.report import verdict
 
     metrics = tuned.metrics
-    learnt = metrics["conversations"] - metrics["too_long"] - metrics["nothing_learnt"]
+    unrendered = metrics.get("unrendered", 0)
+    learnt = metrics["conversations"] - metrics["too_long"] - metrics["nothing_learnt"] - unrendered
     data = (
         f"conversations learnt: {learnt:,}, of which {metrics['cut']:,} with their beginning cut off; left out: "
         f"{metrics['too_long']:,} longer than a row, {metrics['nothing_learnt']:,} without anything to learn"
     )
+    if unrendered:
+        data += f", {unrendered:,} that the model's chat template cannot write"
     losses = zip(tuned.ids_N, tuned.before_N.tolist(), tuned.after_N.tolist(), strict=True)
     return {
         "data": data,

@@ -6,7 +6,7 @@ A template that was changed since makes prompts that the model has not seen in t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -46,16 +46,22 @@ def write_trained_template(folder: Path, record: TrainedTemplate) -> None:
     write_json(path, content)
 
 
-def record_training(out: Path, tokenizer_folder: Path, tool_format: str) -> None:
+def record_training(
+    out: Path, tokenizer_folder: Path, tool_format: str, response_template: Mapping[str, Any] | None = None
+) -> None:
     """Write the template of a tokenizer's folder as that of training into all models and adapters of a stage's folder; nothing
-    where it has none."""
+    where it has none. response_template: how `transformers` reads answers, for models that do not say so themselves."""
     template = read_chat_template(tokenizer_folder)
     if template is None:
         return
     record = TrainedTemplate(template_hash(template), tool_format)
     for folder in (*out.glob("model*"), *out.glob("adapter*")):
-        if (folder / _config_file(folder)).is_file():
-            write_trained_template(folder, record)
+        path = folder / _config_file(folder)
+        if not path.is_file():
+            continue
+        write_trained_template(folder, record)
+        if response_template is not None and path.name == TOKENIZER_CONFIG_FILE:
+            write_json(path, {"response_template": dict(response_template), **_content(path)})
 
 
 def check_trained_template(folders: Iterable[Path], chat_template: str | None) -> None:

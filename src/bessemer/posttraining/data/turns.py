@@ -246,10 +246,9 @@ class TrainedConversation:
             own = self._said(body)
             if not reply.opened and self._reads_back(own, message, schemas, is_open):
                 return body, True
-            thinking = self._segments(self._format.written_thinking(message.thinking.strip(), is_open=is_open))
-            with_thinking = self._said(thinking) + own
-            if thinking and reads_back(with_thinking, message, self._format, schemas, is_thinking=is_open):
-                return [*thinking, *body], False
+            before = self._segments(self._format.written_thinking(message.thinking.strip(), is_open=is_open))
+            if before and reads_back(self._said(before) + own, message, self._format, schemas, is_thinking=is_open):
+                return [*before, *body], False
         thinking, text, calls = message.thinking.strip(), message.text.strip(), calls_of(message)
         try:
             pieces = self._format.written(thinking, text, calls, is_open=is_open)

@@ -37,7 +37,7 @@ DISTILLATION_LOSSES: Registry[DistillationLoss] = Registry(
 
 
 #: Raised when the same settings and inputs give other weights than before.
-DISTILLATION_VERSION = 4
+DISTILLATION_VERSION = 5
 
 
 class DistillationConfig(TuningConfig):

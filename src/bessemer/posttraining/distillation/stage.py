@@ -14,7 +14,6 @@ from typing import Any, Unpack
 
 import torch.distributed as dist
 
-from bessemer.assistant.tool_formats import format_name_of
 from bessemer.core.errors import ConfigError, SourceError
 from bessemer.core.hashing import derive_seed
 from bessemer.core.progress import Progress
@@ -39,6 +38,7 @@ from bessemer.posttraining.data.packing import (
     validation_on,
 )
 from bessemer.posttraining.data.splitting import opening_of, split_examples
+from bessemer.posttraining.data.template_record import keep_template
 from bessemer.posttraining.distillation.answers import (
     HeldOutDivergence,
     StudentBatches,
@@ -59,7 +59,6 @@ from bessemer.posttraining.distillation.objective import (
 from bessemer.posttraining.sampling.samples import Prompt
 from bessemer.tokenization.shards import TokenShards
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
-from bessemer.tokenization.trained_template import record_training
 from bessemer.training.autotune import RunCost, seconds_per_step
 from bessemer.training.data.batches import BatchSource, TokenBatches
 from bessemer.training.job import RunContext, RunOptions, TrainingHooks, TrainingJob
@@ -313,7 +312,7 @@ def distill(
 
     summary = job.train(source, objective=_objective(config, head), others=others, hooks=TrainingHooks(validate))
     if mesh.leads and config.data:
-        record_training(out, model, format_name_of(tokenizer))
+        keep_template(out, tokenizer)
     without = _WITHOUT if config.answers == "student" else {"parameters"}
     return {**material.summary, **{name: value for name, value in summary.items() if name not in without}}
 

@@ -50,7 +50,7 @@ PAIR_LOSSES: Registry[PairLoss] = Registry("preference loss", "bessemer.preferen
 
 
 #: Raised when the same settings and inputs give other weights than before.
-PREFERENCE_VERSION = 7
+PREFERENCE_VERSION = 8
 
 _WITHOUT_SMOOTHING = ("hinge", "ipo", "apo_zero", "apo_down", "sppo_hard", "orpo")
 

@@ -19,7 +19,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bessemer.assistant.tool_formats import format_name_of
 from bessemer.core.errors import SourceError
 from bessemer.core.hashing import derive_seed, hash_bytes, hash_value
 from bessemer.core.progress import Progress
@@ -39,6 +38,7 @@ from bessemer.posttraining.data.packing import (
     validation_on,
 )
 from bessemer.posttraining.data.splitting import opening_of, split_examples
+from bessemer.posttraining.data.template_record import keep_template
 from bessemer.posttraining.preference.config import KTO, PAIR_LOSSES, PreferenceConfig
 from bessemer.posttraining.preference.losses import PairLossSettings
 from bessemer.posttraining.preference.objective import (
@@ -48,7 +48,6 @@ from bessemer.posttraining.preference.objective import (
     PreferenceObjective,
 )
 from bessemer.tokenization.tokenizer import load_tokenizer
-from bessemer.tokenization.trained_template import record_training
 from bessemer.training.autotune import RunCost
 from bessemer.training.data.batches import Batch
 from bessemer.training.job import RunContext, RunOptions, TrainingHooks, TrainingJob
@@ -276,7 +275,7 @@ def preference(
         hooks=TrainingHooks(lambda decoder: validation_on(data.validation, config)),
     )
     if job.mesh.leads:
-        record_training(out, model, format_name_of(load_tokenizer(model)))
+        keep_template(out, load_tokenizer(model))
     return {
         data.name: data.training_examples,
         "held_out": data.validation_examples,

@@ -289,7 +289,7 @@ def rewards_fingerprint(rewards: Sequence[RewardSettings], folder: Path) -> list
 
 
 #: Raised when the same settings and inputs give other weights than before.
-REWARD_VERSION = 6
+REWARD_VERSION = 7
 
 
 class RewardConfig(TuningConfig):

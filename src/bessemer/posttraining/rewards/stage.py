@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from bessemer.assistant.tool_formats import format_name_of
 from bessemer.core.errors import SourceError
 from bessemer.core.hashing import derive_seed
 from bessemer.core.progress import Progress, Silent
@@ -25,12 +24,12 @@ from bessemer.posttraining.data.encoding import Encoded, encode_answer
 from bessemer.posttraining.data.examples import BAD_ROWS, RowReader, gather_pairs, prompt_key
 from bessemer.posttraining.data.formats import Pair
 from bessemer.posttraining.data.packing import PackedBatches, can_share_prompts, pack_pairs, validation_on
+from bessemer.posttraining.data.template_record import keep_template
 from bessemer.posttraining.data.turns import NothingLearntError, RowError
 from bessemer.posttraining.rewards.assessment import HELD_OUT, ScoredPair, assess, write_scored_pairs
 from bessemer.posttraining.rewards.config import RewardConfig
 from bessemer.posttraining.rewards.model_based import RewardModel
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
-from bessemer.tokenization.trained_template import record_training
 from bessemer.training.autotune import RunCost
 from bessemer.training.data.batches import IGNORE_INDEX, Batch
 from bessemer.training.job import RunContext, RunOptions, TrainingHooks, TrainingJob
@@ -154,7 +153,7 @@ def reward(
         hooks=TrainingHooks(lambda decoder: validation_on(validation.batch, config)),
     )
     if job.mesh.leads:
-        record_training(out, model, format_name_of(tokenizer))
+        keep_template(out, tokenizer)
     assessed: dict[str, Any] = {}
     if job.mesh.leads and validation.pairs:
         trained = RewardModel.open(out / "model", device=run.device)

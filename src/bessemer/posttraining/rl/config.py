@@ -167,7 +167,7 @@ DIVERGENCES: Registry[Divergence] = Registry(
 
 
 #: Raised when the same settings and inputs give other weights than before.
-RL_VERSION = 6
+RL_VERSION = 7
 
 
 class RLConfig(TuningConfig):

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
-from bessemer.assistant.tool_formats import format_name_of
 from bessemer.core.errors import ConfigError, SourceError
 from bessemer.core.hashing import derive_seed
 from bessemer.core.records import TABLES
@@ -18,6 +17,7 @@ from bessemer.posttraining.data.examples import BAD_ROWS, RowReader, read_exampl
 from bessemer.posttraining.data.formats import Turns, messages_of
 from bessemer.posttraining.data.made import data_path, is_data_name
 from bessemer.posttraining.data.splitting import split_examples
+from bessemer.posttraining.data.template_record import keep_template
 from bessemer.posttraining.preference.config import PAIR_LOSSES
 from bessemer.posttraining.rewards.config import RewardContext, RewardTask
 from bessemer.posttraining.rewards.judge import Judge
@@ -32,7 +32,6 @@ from bessemer.tasks.config import TaskOptions
 from bessemer.tasks.questions import GenerationTask
 from bessemer.tasks.registry import TASKS, find_tasks
 from bessemer.tokenization.tokenizer import Tokenizer, load_tokenizer
-from bessemer.tokenization.trained_template import record_training
 from bessemer.training.autotune import RunCost, seconds_per_step
 from bessemer.training.job import RunContext, RunOptions, TrainingHooks, TrainingJob
 from bessemer.training.model_roles import REFERENCE, OtherModel
@@ -119,7 +118,7 @@ def rl(
     finally:
         source.close()
     if mesh.leads:
-        record_training(out, model, format_name_of(tokenizer))
+        keep_template(out, tokenizer)
     without = {"parameters", "tokens_per_second", "gflops", "mfu"}
     return {
         "prompts": len(training),

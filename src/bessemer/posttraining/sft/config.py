@@ -25,7 +25,7 @@ from bessemer.posttraining.data.made import (
 from bessemer.training.adapter_config import TuningConfig
 
 #: Raised when the same settings and inputs give other weights or conversations than before (golden outputs in the tests).
-SFT_VERSION = 8
+SFT_VERSION = 9
 
 #: Default context length.
 _LONGEST = 2048

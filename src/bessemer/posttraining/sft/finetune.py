@@ -28,8 +28,10 @@ from bessemer.model.formats import ModelSource
 from bessemer.model.quantisation.quantised_layers import is_quantised
 from bessemer.model.storage.folder import load_model
 from bessemer.model.storage.tuned_folder import ADAPTER, BASE, HELD_OUT_TASK, MODEL, RECORD, place_of_base
+from bessemer.posttraining.data.encoding import encode_prompt
 from bessemer.posttraining.data.examples import Conversation, data_hash
 from bessemer.posttraining.data.packing import EncodedExample
+from bessemer.posttraining.data.turns import RowError
 from bessemer.posttraining.sft.config import FULL_LEARNING_RATE, FinetuneConfig, Method, SFTConfig
 from bessemer.posttraining.sft.finetune_inputs import prepare_base
 from bessemer.posttraining.sft.finetune_plan import Sizes, plan_finetuning, product_dtype
@@ -286,7 +288,10 @@ class _Questions:
             *before, last = one.messages or [{"role": ""}]
             if last["role"] != "assistant" or not before or not (question := before[-1].get("content")):
                 continue
-            ids = tokenizer.apply_chat_template(before, add_generation_prompt=True, tools=one.tools or None)
+            try:
+                ids = encode_prompt(tuple(before), tokenizer, one.tools)
+            except RowError:
+                continue
             if len(ids) + _ANSWER_TOKENS <= context:
                 self._questions.append((question, last.get("content") or "", ids))
             if len(self._questions) == _QUESTIONS:

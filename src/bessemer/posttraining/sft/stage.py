@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bessemer.assistant.tool_formats import format_name_of
 from bessemer.core.errors import ConfigError, SourceError
 from bessemer.core.hashing import derive_seed, hash_value
 from bessemer.core.usercode import is_user_function
@@ -36,6 +35,7 @@ from bessemer.posttraining.data.examples import (
 from bessemer.posttraining.data.made import DOCS_QUESTIONS, MADE_DATA, TASK, data_path
 from bessemer.posttraining.data.packing import PackedBatches, PackedConversations, pack_conversations, validation_on
 from bessemer.posttraining.data.splitting import are_held_out, opening_key, opening_of
+from bessemer.posttraining.data.template_record import keep_template
 from bessemer.posttraining.sft.config import SFTConfig
 from bessemer.posttraining.synthetic.documentation import make_questions
 from bessemer.tasks.config import TaskOptions
@@ -43,7 +43,6 @@ from bessemer.tasks.questions import GenerationTask
 from bessemer.tasks.registry import find_tasks
 from bessemer.tokenization.shards import TokenShards
 from bessemer.tokenization.tokenizer import load_tokenizer
-from bessemer.tokenization.trained_template import record_training
 from bessemer.training.autotune import RunCost
 from bessemer.training.data.batches import Batch, BatchSource, StatelessBatches, TokenBatches, concatenated
 from bessemer.training.head import target_log_probs
@@ -205,7 +204,7 @@ def sft(
         objective = NextTokenObjective(read_model_config(model), training_loss=dynamic_fine_tuning)
     summary = job.train(_source(config, packed, shards, run.seed), objective=objective, hooks=TrainingHooks(validate))
     if mesh.leads:
-        record_training(out, model, format_name_of(tokenizer))
+        keep_template(out, tokenizer)
     return {
         "conversations": len(training),
         "held_out": len(held_out),

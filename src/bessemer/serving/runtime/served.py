@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 from bessemer.assistant.assistant import TurnMaker
 from bessemer.assistant.conversation import AssistantConfig, Conversation, with_system_in_place
 from bessemer.assistant.hooks import Hook
-from bessemer.assistant.messages import Message, as_messages
+from bessemer.assistant.messages import Message, as_messages, with_call_ids
 from bessemer.assistant.tools import Tool, ToolChoice
 from bessemer.core.errors import RequestError
 from bessemer.inference.engine import Engine
@@ -249,7 +249,7 @@ class Served:
         Anthropic's API, and in vLLM's with `continue_final_message`."""
         messages = as_messages(chat.messages)
         prefix = messages.pop() if messages[-1].role == "assistant" and not messages[-1].calls else None
-        messages = with_system_in_place(messages, self.engine.tokenizer)
+        messages = with_call_ids(with_system_in_place(messages, self.engine.tokenizer))
         return messages, prefix if prefix is not None and prefix.text else None
 
 
