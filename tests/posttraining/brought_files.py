@@ -85,16 +85,18 @@ def sharegpt_in_dialects(folder: Path) -> Path:
     return folder / "share.jsonl.gz"
 
 
+#: Rows whose assistant calls a tool, as many as may be left out where a model's chat template writes no calls.
+CALLING = (7, 31)
 TOOL = {"name": "find_order", "description": "Finds an order.", "parameters": {"type": "object", "properties": {}}}
 
 
 def openai_messages(folder: Path) -> Path:
-    """OpenAI's messages: `developer`, content in parts, the older `function_call`, tools, a turn of weight 0; compressed."""
+    """OpenAI's messages: `developer`, content in parts, a turn of weight 0, two with tools and `function_call`; compressed."""
     rows = []
     for number, (question, answer) in enumerate(ROWS):
         asked = _said("user", [{"type": "text", "text": question}])
         messages = [_said("developer", "Antworte kurz."), asked]
-        if number % 2:
+        if number in CALLING:
             call = {"name": "find_order", "arguments": json.dumps({"order": number})}
             messages += [
                 _said("assistant", None) | {"function_call": call},
@@ -102,7 +104,8 @@ def openai_messages(folder: Path) -> Path:
             ]
         else:
             messages += [_said("assistant", "Hm.") | {"weight": 0}, asked]
-        rows.append({"messages": [*messages, _said("assistant", answer)], "functions": [TOOL], "parallel_tool_calls": False})
+        tools = {"functions": [TOOL], "parallel_tool_calls": False} if number in CALLING else {}
+        rows.append({"messages": [*messages, _said("assistant", answer)], **tools})
     (folder / "openai.jsonl.zst").write_bytes(zstandard.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
     return folder / "openai.jsonl.zst"
 

@@ -130,8 +130,10 @@ def test_an_answer_that_cannot_be_revised_is_left_out_and_counted(serve, folder,
     metrics = revise(given, model_folder, folder / "some", progress=progress, **settings)
     assert (metrics["prompts"], metrics["revisions"], metrics["dropped"]) == (6, 3, 3)
     assert metrics["reasons"] == {"no critique": 1, "the revision is the critique": 1, "babble": 1}
-    (line,) = progress.lines
-    assert line.strip() == ("3 of 6 prompts are left out: no critique (1), the revision is the critique (1), babble (1)")
+    assert progress.lines[1].strip() == "6 rows: texts that are continued"
+    assert progress.lines[-1].strip() == (
+        "3 of 6 prompts are left out: no critique (1), the revision is the critique (1), babble (1)"
+    )
     none = serve(lambda *_: completion(" "))
     with pytest.raises(SourceError, match=r"none of the 6 answers could be revised: no critique \(6\)$"):
         revise(config(ReviseConfig, none), model_folder, folder / "none", **settings)
@@ -150,7 +152,7 @@ def test_a_revision_that_was_cut_is_left_out_and_a_critique_is_not(serve, folder
     given = config(ReviseConfig, serve(cuts_some), rounds=2)
     metrics = revise(given, model_folder, folder / "out", seed=3, device="cpu", folder=folder, progress=progress)
     assert metrics["reasons"] == {"cut at max_tokens": 1} and metrics["dropped"] == 1
-    assert progress.lines == ["  1 of 6 prompts are left out: cut at max_tokens (1)"]
+    assert progress.lines[-1:] == ["  1 of 6 prompts are left out: cut at max_tokens (1)"]
     prompts = [json.loads(line)["prompt"][0]["content"] for line in (folder / "out" / "revisions.jsonl").open()]
     # the model's own first answer, to the last of them, was cut, and is not learnt
     assert prompts == ["Question 0?", "Question 1?", "Question 3?", "Question 4?", "Q?"]

@@ -219,7 +219,7 @@ def test_whole_and_quantised_models_are_tuned_too(model_folder, tmp_path, capsys
         (ROWS, ("one", "two"), (), "none of 'one', 'two' tells by its name; name the column with --prompt-column"),
         (ROWS, ("question", "input"), (), "'question' and 'input' could both be meant"),
         (ROWS, ("question", "text"), ("--answer-column", "texts"), "there is no column 'texts'; did you mean 'text'"),
-        ([*ROWS, ("Hello?", "")], ("ticket", "answer"), (), "tickets.csv:62: needs a text under 'answer', which is empty"),
+        ([*ROWS, *[("Hello?", "")] * 4], ("ticket", "answer"), (), "4 of 64 rows cannot be used, more than a twentieth"),
         (ROWS[:3], ("ticket", "answer"), (), "too few to tell whether the model got better"),
         (ROWS, ("ticket", "answer"), ("--method", "laura"), "--method"),
     ],
@@ -231,15 +231,23 @@ def test_bad_input_is_one_line_and_leaves_nothing(model_folder, tmp_path, capsys
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["notes", "notes.txt", "notes.csv", "notes.jsonl"])
-def test_texts_without_questions_are_led_to_continued_pretraining(model_folder, tmp_path, capsys, name):
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("notes", "holds no table and no text"),
+        ("notes.txt", "of 1 rows 0 different ones would be held out"),
+        ("notes.pdf", "is no table, and no text; {source: pdf} reads such files, and texts without questions are learnt by"),
+        ("notes.zip", "not .zip; unpack it, and name the table in it"),
+    ],
+)
+def test_what_is_no_table_and_too_little_text_is_told_with_what_to_do(model_folder, tmp_path, capsys, name, why):
     path = tmp_path / name
     if name == "notes":
         path.mkdir()
     else:
-        path.write_text('{"text": "Steel.", "id": 1}\n' if name.endswith("l") else "text,id\nSteel.,1\n")
+        path.write_text("Steel.")
     code, _, err = bessemer(capsys, "finetune", model_folder, path, tmp_path / "out")
-    assert code == 2 and "continued pretraining: bessemer recipes show continue" in one_error(err)
+    assert code == 2 and why in one_error(err) and not (tmp_path / "out").exists()
 
 
 def test_a_folder_that_holds_something_else_stays(model_folder, tmp_path, capsys):

@@ -9,7 +9,7 @@ import typer
 
 from bessemer.cli.options import Runs
 
-_EXAMPLE = "Example: bessemer data preview chats.jsonl --model smollm2 --rows 2,7"
+_EXAMPLE = "Example: bessemer data preview tickets.csv\n\nbessemer data preview chats.jsonl --model smollm2 --rows 2,7"
 
 data = typer.Typer(help="Look at data before a model learns from it.", no_args_is_help=True, epilog=_EXAMPLE)
 
@@ -22,7 +22,7 @@ def _group() -> None:
 @data.command("preview", epilog=_EXAMPLE)
 def preview(
     place: Annotated[str, typer.Argument(metavar="DATA", help="A table, a folder, or hub:ORGANISATION/NAME#SPLIT.")],
-    model: Annotated[str | None, typer.Option(help="The model that would be trained: shows its tokens, too.")] = None,
+    model: Annotated[str | None, typer.Option(help="Show the tokens that this model would learn, too.")] = None,
     rows: Annotated[str, typer.Option(help="--model: which rows to show, from 1, separated by commas.")] = "1",
     context_length: Annotated[int | None, typer.Option(help="--model: tokens of a row; the model's context.", min=8)] = None,
     prompt_column: Annotated[str | None, typer.Option(help="Column of the questions; found by its name.")] = None,
@@ -33,16 +33,17 @@ def preview(
     as_json: Annotated[bool, typer.Option("--json", help="--model: print everything as JSON.")] = False,
     runs: Runs = Path("runs"),
 ) -> None:
-    """Say what was understood of data: its form, the roles of its columns, its rows, bad rows, two examples.
+    """Say what was understood of a file: its form, the roles of its columns, its rows, bad rows, two examples.
 
-    With --model, the tokens of rows as the model is trained on them: what is learnt in colour, and where the turns end. The
-    exit code is 2 where training would refuse the data: too many bad rows, nothing is learnt, or the model's chat template
-    cannot write the rows.
+    With --model the tokens of rows as that model is trained on them: what is learnt in colour, and where the turns end. The
+    exit code is 2 where training would refuse the file: too many bad rows, nothing learnt, or rows that the model's chat
+    template cannot write.
     """
     from bessemer.cli.named import option_of
     from bessemer.posttraining.data.examples import RowReader, previewed, read_conversations
     from bessemer.posttraining.data.made import data_name, data_path
     from bessemer.posttraining.sft.config import FinetuneConfig
+    from bessemer.posttraining.sft.finetune_inputs import find_columns
 
     given = {"prompt_column": prompt_column, "answer_column": answer_column, "on_bad_row": on_bad_row}
     config = FinetuneConfig.parse(
@@ -55,9 +56,8 @@ def preview(
         understood.checked(config.on_bad_row)
         return
     from bessemer.cli.data_preview import print_masks
-    from bessemer.posttraining.sft.finetune_inputs import find_columns
 
-    reader = RowReader(config.on_bad_row, (lambda line: None) if as_json else print)
-    where = data_path(data_name(place), Path(), {})
-    columns = find_columns(where, config.prompt_column, config.answer_column)
-    print_masks(read_conversations(where, columns, reader), model, rows, runs, context_length=context_length, as_json=as_json)
+    found = data_path(data_name(place), Path(), {})
+    columns = find_columns(found, config.prompt_column, config.answer_column)
+    reader = RowReader(config.on_bad_row, None if as_json else print)
+    print_masks(read_conversations(found, columns, reader), model, rows, runs, context_length=context_length, as_json=as_json)

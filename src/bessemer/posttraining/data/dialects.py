@@ -5,10 +5,10 @@
 | `role`, `content` (OpenAI, TRL); `from`, `value` (ShareGPT); `speaker`, `text` | `role`, `content` |
 | speakers as `human`, `gpt`, `chatgpt`, `bard`, `bot`, `model`, `observation`, `function`, in any case | the four roles |
 | `developer` | `system`, as when it is served |
-| content in parts: `[{"type": "text", "text": …}]` | the texts, joined as when they are served |
+| content in parts, of text, `reasoning` and `tool_call` | the texts, joined as when they are served; thoughts; calls |
 | `function_call`, in a message or as a speaker; arguments as a string of JSON | `tool_calls`, arguments as an object |
 | `thinking`, `reasoning` | `reasoning_content` |
-| `weight`, `train`, `training` | `weight` 0 or 1 |
+| `weight`, `train`, `training`, `loss_weight` | `weight` 0 or 1 |
 | `{"user": …, "assistant": …}`; a list of texts in turn | messages of the two |
 | a string of JSON, as in a cell of CSV; columns of lists, as of older Parquet files of `datasets` | the list |
 
@@ -39,9 +39,10 @@ _CALLERS = ("function_call", "tool_call")
 #: Keys of a turn that say who speaks, what is said, what is thought before, and whether it is learnt.
 _WHO, _WHAT = ("role", "from", "speaker"), ("content", "value", "text")
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought")
-_LEARNT = ("weight", "train", "training")
-#: Kinds of content parts that are text, with the key of the text.
-_TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+_LEARNT = ("weight", "train", "training", "loss_weight")
+#: Kinds of content parts that are text, thoughts, and calls of tools; and the keys of their text.
+_TEXT_PARTS, _THOUGHT_PARTS = ("text", "input_text", "output_text", "refusal"), ("reasoning", "thinking")
+_CALL_PARTS, _PART_KEYS = ("tool_call", "tool_use"), ("text", "value", "refusal", "thinking", "reasoning")
 
 
 def messages_in(value: Any, key: str) -> list[Any]:
@@ -51,6 +52,8 @@ def messages_in(value: Any, key: str) -> list[Any]:
     """
     turns = _list_of(value, key)
     if turns and all(isinstance(turn, str) for turn in turns):
+        if key == "turns":
+            raise ValueError(f"{key}: a list of texts does not say who speaks; give messages with 'role' and 'content'")
         return [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(turns)]
     messages: list[Any] = []
     for number, turn in enumerate(turns, start=1):
@@ -104,9 +107,9 @@ def _messages_of(turn: Any, where: str) -> list[Any]:
         return _by_speaker(turn, where)
     given = str(turn[who]).strip().lower()
     what = _named(turn, _WHAT)
-    content = None if what is None else _content(turn[what], where)
+    said = {} if what is None else _said(turn[what], where)
     if given in _CALLERS:
-        return [{"role": "assistant", "content": "", "tool_calls": _calls(content, where)}]
+        return [{"role": "assistant", "content": "", "tool_calls": _calls(said.get("content"), where)}]
     role = _SPEAKERS.get(given)
     if role is None and who != "role":
         known = ", ".join(dict.fromkeys(_SPEAKERS))
@@ -114,9 +117,7 @@ def _messages_of(turn: Any, where: str) -> list[Any]:
     if what is None and who != "role":
         raise ValueError(f"{where} has no {who!r} and 'value'")
     # the check of messages names a role that it does not know
-    message: Message = {"role": role or turn[who]}
-    if content is not None or what is not None:
-        message["content"] = content
+    message: Message = {"role": role or turn[who], **said}
     return [message | _others(turn, message, where)]
 
 
@@ -136,7 +137,8 @@ def _others(turn: Mapping[str, Any], message: Message, where: str) -> Message:
     if thought is not None:
         kept["reasoning_content"] = thought
     learnt = next((turn[name] for name in _LEARNT if turn.get(name) is not None), None)
-    if learnt is not None:
+    # others say of every turn whether it is learnt
+    if learnt is not None and (message["role"] == "assistant" or "weight" in turn):
         kept["weight"] = int(learnt) if isinstance(learnt, bool) or learnt in (0, 1) else learnt
     return kept
 
@@ -146,24 +148,39 @@ def _by_speaker(turn: Mapping[str, Any], where: str) -> list[Any]:
     said = {name: value for name, value in turn.items() if str(name).strip().lower() in _SPEAKERS and value is not None}
     if not said:
         raise ValueError(f"{where} has no 'role' and 'content', and no 'from' and 'value'")
-    return [{"role": _SPEAKERS[str(name).strip().lower()], "content": _content(value, where)} for name, value in said.items()]
+    return [{"role": _SPEAKERS[str(name).strip().lower()], **_said(value, where)} for name, value in said.items()]
 
 
-def _content(value: Any, where: str) -> Any:
-    """A content as text: of parts, their texts joined. What is neither stays, for the check of messages."""
+def _said(value: Any, where: str) -> Message:
+    """The content of a message: a text, or the joined texts of its parts, with the thoughts and the calls among these. What is
+    neither stays, for the check of messages."""
     if not isinstance(value, (list, tuple)):
-        return value
-    texts = []
+        return {"content": value}
+    texts, thoughts, calls = [], [], []
     for part in value:
-        if isinstance(part, str):
-            texts.append(part)
-            continue
-        kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
-        text = part.get(_TEXT_PARTS.get(str(kind), "")) if isinstance(part, Mapping) else None
-        if not isinstance(text, str):
+        kind = (
+            "text" if isinstance(part, str) else part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
+        )
+        text = part if isinstance(part, str) else _text_of(part)
+        if kind in _CALL_PARTS:
+            given = part.get("value", {"name": part.get("name"), "arguments": part.get("input")})
+            calls += _calls(given, where)
+        elif kind in _THOUGHT_PARTS and text is not None:
+            thoughts.append(text)
+        elif kind in _TEXT_PARTS and text is not None:
+            texts.append(text)
+        else:
             raise ValueError(f"{where}: its content has a part of the kind {kind!r}, and only texts are learnt"[:200])
-        texts.append(text)
-    return "".join(texts)
+    return {
+        "content": "".join(texts),
+        **({"tool_calls": calls} if calls else {}),
+        **({"reasoning_content": "\n".join(thoughts)} if thoughts else {}),
+    }
+
+
+def _text_of(part: Any) -> str | None:
+    found = (part.get(key) for key in _PART_KEYS) if isinstance(part, Mapping) else ()
+    return next((text for text in found if isinstance(text, str)), None)
 
 
 def _named(turn: Mapping[str, Any], names: Sequence[str]) -> str | None:

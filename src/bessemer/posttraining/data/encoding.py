@@ -61,12 +61,12 @@ class Encoded:
             return None
         return ids[:-1], np.where(is_learnt, ids, IGNORE_INDEX)[1:]
 
-    def windows(self, longest: int) -> list[Row]:
-        """(inputs, targets) of a text that is learnt whole, in windows of at most `longest` tokens, one behind the other."""
-        targets = np.where(self.is_learnt, self.ids, IGNORE_INDEX)[1:]
+    def windows(self, longest: int) -> list[Encoded]:
+        """A text that is learnt whole, in windows of at most `longest` inputs, one behind the other: every token but the first
+        is a target of one of them."""
         return [
-            (self.ids[begin : min(begin + longest, len(targets))], targets[begin : begin + longest])
-            for begin in range(0, len(targets), longest)
+            Encoded(self.ids[begin : begin + longest + 1], self.is_learnt[begin : begin + longest + 1])
+            for begin in range(0, max(len(self.ids) - 1, 1), longest)
         ]
 
     def through_end(self) -> np.ndarray:

@@ -124,7 +124,7 @@ def previewed(name: str, prompt: str | None = None, answer: str | None = None) -
     rows = with_known_names(open_rows(data_path(data_name(name), Path(), {})))
     names = set(rows.columns)
     if prompt is None and answer is None:
-        if {"chosen", "rejected"} <= names or "preferred_output" in names:
+        if names & {"chosen", "chosen_messages", "preferred_output"}:
             return understand(rows, as_pair)
         if names & {*LABELS} and ("completion" in names or names & {*TURNS}):
             return understand(rows, as_labelled)

@@ -94,6 +94,7 @@ class Labelled:
 def as_answered(row: Mapping[str, Any]) -> Answered:
     """A row for supervised tuning. Raises ValueError or RequestError, in one line, for one in none of the formats."""
     tools = tools_of(row)
+    _refuse_pictures(row)
     if (name := _conversation_key(row)) is not None:
         return Answered((), _under_system(row, _spoken(row[name], name)), tools)
     if "completion" in row:
@@ -160,6 +161,7 @@ def as_prompt(row: Mapping[str, Any], column: str = "prompt") -> tuple[Message, 
 def as_pair(row: Mapping[str, Any]) -> Pair:
     """A row of a chosen and a rejected answer. Raises ValueError or RequestError, in one line."""
     row = _with_our_names(row)
+    _refuse_pictures(row)
     if "chosen" not in row or "rejected" not in row:
         raise ValueError(f"needs the keys 'chosen' and 'rejected'; it has {_named(row)}")
     prompt, (chosen, rejected) = _prompt_and_answers(row, ("chosen", "rejected"))
@@ -173,8 +175,19 @@ def as_pair(row: Mapping[str, Any]) -> Pair:
     return Pair(prompt, chosen, rejected, tools_of(row), _number(row, "margin", 0.0), confidence, weight)
 
 
+def _refuse_pictures(row: Mapping[str, Any]) -> None:
+    """Raise ValueError for a row with pictures, videos or sounds beside its words: an answer about them cannot be learnt from
+    the words alone."""
+    for name in ("images", "videos", "audios"):
+        if isinstance(row.get(name), (list, tuple, Mapping)) and row[name]:
+            raise ValueError(f"has {name}, which are not learnt yet, and the words alone would teach to guess")
+
+
 def _with_our_names(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A pair in OpenAI's format with the names of ours."""
+    """A pair in another format, as OpenAI's, with the names of ours."""
+    for name in ("chosen", "rejected"):
+        if name not in row and f"{name}_messages" in row:
+            row = {**row, name: row[f"{name}_messages"]}
     if "preferred_output" not in row or "non_preferred_output" not in row:
         return row
     asked = row.get("input")

@@ -53,20 +53,16 @@ def encode_conversation(conversation: Conversation, tokenizer: Tokenizer) -> lis
 def fit_each(
     conversations: Sequence[Conversation], tokenizer: Tokenizer, context_length: int, truncate: Truncate = "drop"
 ) -> tuple[list[list[EncodedExample]], RowFitter]:
-    """The examples of each conversation that have at most `context_length` tokens, and what has counted the others; a longer
-    document is several examples."""
+    """The examples of each conversation that have at most `context_length` tokens, and what has counted the others; a long
+    document is several."""
     fitter = RowFitter(context_length, truncate)
-    fitted = [
-        _windows(one, tokenizer, context_length)
-        if one.is_document
-        else fitter.fit_turns(partial(encode_conversation, one, tokenizer), one.place)
-        for one in conversations
-    ]
+
+    def encoded(one: Conversation) -> list[Encoded]:
+        examples = encode_conversation(one, tokenizer)
+        return [window for text in examples for window in text.windows(context_length)] if one.is_document else examples
+
+    fitted = [fitter.fit_turns(partial(encoded, one), one.place) for one in conversations]
     return [[EncodedExample(*row) for row in rows] for rows in fitted], fitter
-
-
-def _windows(document: Conversation, tokenizer: Tokenizer, context_length: int) -> list[Row]:
-    return [row for encoded in encode_conversation(document, tokenizer) for row in encoded.windows(context_length)]
 
 
 def fit_conversations(

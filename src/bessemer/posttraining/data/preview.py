@@ -174,6 +174,8 @@ def _form(names: Sequence[str], first: Mapping[str, Any], columns: tuple[str, st
         about = {name: "what the instruction is about" for name in ("input", "context") if name in names}
         prompt = {} if asked is None else {asked: "what is asked", **(about if asked == "instruction" else {})}
         return "pairs of answers", {**prompt, "chosen": "the better answer", "rejected": "the worse answer"}
+    if "chosen_messages" in names and "rejected_messages" in names:
+        return "pairs of conversations", {"chosen_messages": "the better one", "rejected_messages": "the worse one"}
     if "preferred_output" in names:
         better, worse = ("preferred_output", "the better answer"), ("non_preferred_output", "the worse answer")
         return "pairs of answers in OpenAI's form", dict([("input", "what is asked"), better, worse])
@@ -229,7 +231,7 @@ def shown(example: Any) -> list[str]:
             return [*shown(example.answered), "good" if example.is_desirable else "bad"]
         case list() | tuple() if example and isinstance(example[0], Labelled):
             return [line for one in example for line in shown(one)]
-    turns = getattr(example, "turns", example)
+    turns = getattr(example, "turns", getattr(example, "prompt", example))
     return _few(_said(turns)) if isinstance(turns, (str, tuple, list)) else [_short(str(turns))]
 
 

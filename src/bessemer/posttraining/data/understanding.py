@@ -130,10 +130,10 @@ def _texts(name: str, paths: Sequence[Path]) -> RowSet:
 
 
 def passages(text: str) -> Iterator[tuple[int, str]]:
-    """(first line, text) of the passages of a text: whole paragraphs, as many as are within a bound, and longer ones alone."""
+    """(first line, text) of the passages of a text: whole paragraphs, as many as are within a bound; longer ones are cut."""
     held: list[str] = []
     size = first = 0
-    for number, paragraph in _paragraphs(text):
+    for number, paragraph in (piece for of_one in _paragraphs(text) for piece in _pieces(*of_one)):
         if held and size + len(paragraph) > _PASSAGE:
             yield first, "".join(held).strip("\n")
             held, size = [], 0
@@ -142,6 +142,17 @@ def passages(text: str) -> Iterator[tuple[int, str]]:
         size += len(paragraph)
     if held:
         yield first, "".join(held).strip("\n")
+
+
+def _pieces(number: int, paragraph: str) -> Iterator[tuple[int, str]]:
+    """A paragraph in pieces within the bound, cut behind a line, a sentence or a word where there is one."""
+    while len(paragraph) > _PASSAGE:
+        cuts = (paragraph.rfind(end, _PASSAGE // 2, _PASSAGE) + len(end) for end in ("\n", ". ", "。", " "))
+        cut = next((cut for cut in cuts if cut > _PASSAGE // 2), _PASSAGE)
+        yield number, paragraph[:cut]
+        number += paragraph.count("\n", 0, cut)
+        paragraph = paragraph[cut:]
+    yield number, paragraph
 
 
 def _paragraphs(text: str) -> Iterator[tuple[int, str]]:
