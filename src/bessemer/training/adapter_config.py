@@ -40,10 +40,10 @@ class AdapterConfig(Config):
         "layers.[0-3].*; empty: all of attention, feed-forward and shared experts.",
         default_factory=list,
     )
-    quantize: Literal["int8", "int4"] | None = setting(
+    quantize: Literal["int8", "int4", "nf4"] | None = setting(
         None,
-        "Hold the frozen weights of the blocks in 8 or 4 bits (QLoRA; Dettmers et al. 2023); absent: as the model's folder has "
-        "them, which may be quantised itself.",
+        "Hold the frozen weights of the blocks in 8 or 4 bits (QLoRA; Dettmers et al. 2023): int4 in groups of 32 with float32 "
+        "scales, nf4 as the paper has it; absent: as the model's folder has them, which may be quantised itself.",
     )
     merge: bool = setting(
         True,

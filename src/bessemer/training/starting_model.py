@@ -61,9 +61,10 @@ class _Empty(NamedTuple):
 
 
 #: Quantisation of the blocks' frozen weights, by the adapter's setting `quantize`.
-_FROZEN = {
+FROZEN = {
     "int8": QuantizeConfig(scheme="int8", head="none"),
     "int4": QuantizeConfig(scheme="int4", group_size=32, head="none"),
+    "nf4": QuantizeConfig(scheme="nf4", head="none"),
 }
 
 
@@ -143,7 +144,7 @@ class StartingModel:
             model = load_model(self.folder, device=device, dtype=dtype)
         if quantize is not None:
             if not quantised_parts(model):
-                quantise(model, _FROZEN[quantize])
+                quantise(model, FROZEN[quantize])
             # copied even if already float32: a single tensor of a memory-mapped file keeps all its pages in memory
             model._apply(lambda tensor: tensor.to(torch.float32, copy=True) if tensor.is_floating_point() else tensor)
         if adapter is None:
@@ -152,7 +153,7 @@ class StartingModel:
         if coarse is not None:
             raise ConfigError(
                 f"{self.folder}: its activations are quantised too ({coarse.scheme.name}), through which no gradient flows; "
-                "take int8 or int4"
+                "take int8, int4 or nf4"
             )
         model.load_state_dict(self._add_adapter(model), strict=False)
         return model

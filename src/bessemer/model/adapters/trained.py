@@ -10,7 +10,7 @@ goes through what the codes stand for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
@@ -84,20 +84,34 @@ def add_adapters(
     part; none: all that an adapter can change. Raises ConfigError for a pattern that no layer matches.
     """
     layers = adaptable_layers(model)
-    for pattern in patterns:
-        if not any(_matches(name, pattern) for name in layers):
-            known = list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
-            raise ConfigError(f"adapter.modules: no linear layer is called {pattern!r}{nearest(pattern, known)}")
+    chosen = matching_layers(layers, patterns)
     model.requires_grad_(False)
-    for name, (outputs, inputs) in layers.items():
-        if patterns and not any(_matches(name, pattern) for pattern in patterns):
-            continue
+    for name in chosen:
+        outputs, inputs = layers[name]
         layer = model.get_submodule(name)
         device = next(iter((*layer.parameters(), *layer.buffers()))).device
         update = LowRankUpdate(outputs, inputs, rank, scale, dropout, device, magnitude=magnitude)
         layer.add_module(CHILD, update.train(layer.training))
         layer.register_forward_hook(_add_update)
     return adapters_of(model)
+
+
+#: A pattern that stands for all linear layers that an adapter may change, as in `peft`.
+ALL_LINEAR = "all-linear"
+
+
+def matching_layers(layers: Iterable[str], patterns: Sequence[str]) -> list[str]:
+    """The layers whose name, or its last part, matches a pattern; all where there are no patterns, or one is `all-linear`.
+    Raises ConfigError for a pattern that no layer matches."""
+    layers = list(layers)
+    for pattern in patterns:
+        if pattern != ALL_LINEAR and not any(_matches(name, pattern) for name in layers):
+            known = [*dict.fromkeys(name.rpartition(".")[2] for name in layers), ALL_LINEAR]
+            names = f"{nearest(pattern, known)} (there are {', '.join(known)})"
+            raise ConfigError(f"adapter.modules: no linear layer is called {pattern!r}{names}")
+    if not patterns or ALL_LINEAR in patterns:
+        return layers
+    return [name for name in layers if any(_matches(name, pattern) for pattern in patterns)]
 
 
 def _matches(name: str, pattern: str) -> bool:
