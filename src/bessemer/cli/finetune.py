@@ -44,6 +44,10 @@ def finetune(
         list[str] | None,
         typer.Option(help="A linear layer that the adapter changes: q_proj, layers.[0-3].*, all-linear; may be repeated."),
     ] = None,
+    modules_to_save: Annotated[
+        list[str] | None,
+        typer.Option(help="A module that is trained whole beside the adapter: embed_tokens, lm_head, norm; may be repeated."),
+    ] = None,
     context_length: Annotated[
         int | None, typer.Option(help="Tokens of a row; those of the longest conversation, at most 2,048.")
     ] = None,
@@ -80,6 +84,10 @@ def finetune(
     track: Annotated[
         list[str] | None, typer.Option(help="tensorboard, wandb or trackio gets the metrics too; may be repeated.")
     ] = None,
+    paged_optimizer: Annotated[
+        bool,
+        typer.Option("--paged-optimizer", help="The optimizer's states outside a card's memory; here in a mapped file."),
+    ] = False,
     price_per_hour: Annotated[
         float | None, typer.Option(help="Price of this machine for an hour: the plan says what the run costs.")
     ] = None,
@@ -101,7 +109,17 @@ def finetune(
 
     names = ("method", "epochs", "learning_rate", "rank", "merge", "prompt_column", "answer_column", "context_length")
     names += ("batch_size", "truncate", "held_out", "general_limit", "track", "tokens_per_batch", "checkpointing")
-    names += ("base_dtype", "alpha", "dropout", "rslora", "dora", "target_modules", "price_per_hour")
+    names += (
+        "base_dtype",
+        "alpha",
+        "dropout",
+        "rslora",
+        "dora",
+        "target_modules",
+        "modules_to_save",
+        "price_per_hour",
+        "paged_optimizer",
+    )
     given = given_options(context, *names)
     if general is not None:
         given["general"] = [] if general == "none" else [name for each in general.split(",") if (name := each.strip())]

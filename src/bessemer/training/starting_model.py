@@ -18,7 +18,7 @@ from bessemer.core.hashing import derive_seed
 from bessemer.distributed.mesh import Mesh
 from bessemer.distributed.parallelize import load_shards
 from bessemer.distributed.sharding import product_matrices
-from bessemer.model.adapters.trained import add_adapters, initial_tensors
+from bessemer.model.adapters.trained import add_adapters, initial_tensors, train_whole
 from bessemer.model.decoder import Decoder
 from bessemer.model.initialisation import empty_decoder
 from bessemer.model.quantisation.config import QuantizeConfig
@@ -99,7 +99,11 @@ class StartingModel:
                 f"adapter: a quantised model is trained beside in one process, and this job has {mesh.layout.world_size}; "
                 "leave adapter.quantize out and take a model that is not quantised"
             )
-        for name, is_set in (("dropout", adapter.dropout), ("dora", adapter.dora)):
+        for name, is_set in (
+            ("dropout", adapter.dropout),
+            ("dora", adapter.dora),
+            ("modules_to_save", adapter.modules_to_save),
+        ):
             if is_set:
                 raise ConfigError(f"adapter.{name}: in one process; leave it out under a mesh")
 
@@ -181,6 +185,7 @@ class StartingModel:
             patterns=tuple(adapter.modules),
             magnitude=adapter.dora,
         )
+        train_whole(model, adapter.modules_to_save)
         if self.scores:
             model.get_parameter(SCORE).requires_grad_(True)
         return initial_tensors(model, self.seed)

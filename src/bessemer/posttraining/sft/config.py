@@ -24,6 +24,7 @@ class SFTConfig(TuningConfig):
     real model that was pretrained elsewhere, as those of TRL, torchtune and LitGPT."""
 
     shorthand: ClassVar[str | None] = "data"
+    trains_modules: ClassVar[bool] = True
 
     data: list[str] = setting(
         description=f"Conversations: {DOCS_QUESTIONS}; {REVISIONS} and {SYNTHETIC} of stages above; a task whose right answers "
@@ -179,6 +180,10 @@ class FinetuneConfig(Config):
         description="Linear layers that an adapter changes, by patterns of their names or of the last part; all-linear, or "
         "empty: all of attention, feed-forward and shared experts.",
     )
+    modules_to_save: list[str] = setting(
+        default_factory=list,
+        description="Modules that are trained whole beside an adapter, by patterns: embed_tokens, lm_head, norm.",
+    )
     context_length: int | None = setting(
         None, "Tokens of a row; absent: those of the longest conversation, at most 2,048 and the model's context.", gt=1
     )
@@ -194,6 +199,11 @@ class FinetuneConfig(Config):
         "auto",
         "Whether the backward pass recomputes whole blocks, which takes a third longer and much less memory; auto: where "
         "memory does not hold a step of one row without it.",
+        affects_output=False,
+    )
+    paged_optimizer: bool = setting(
+        False,
+        "Keep the optimizer's states outside the device's memory: on a card in the host's, here in a mapped file.",
         affects_output=False,
     )
     price_per_hour: float | None = setting(
@@ -228,7 +238,7 @@ class FinetuneConfig(Config):
         if self.base_dtype in ("float32", "bf16") and self.method == "qlora":
             raise ValueError(f"base_dtype: {self.base_dtype} is no form of codes; qlora has int4, nf4 and int8")
         if self.method == "full":
-            for name in ("alpha", "target_modules", "dora", "rslora", "dropout"):
+            for name in ("alpha", "target_modules", "modules_to_save", "dora", "rslora", "dropout"):
                 if getattr(self, name):
                     raise ValueError(f"{name}: of an adapter, and full trains all weights; leave one of them out")
         return self

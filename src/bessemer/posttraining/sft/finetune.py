@@ -222,7 +222,8 @@ def finetune(
         after = measured(load_model(out / MODEL, device=chosen_device), "after")
     else:
         tuned = start.whole(chosen_device)
-        adapter = read_adapter(out / ADAPTER, load_model(base)).to(chosen_device, torch.float32).fitted(tuned)
+        adapter = read_adapter(out / ADAPTER, load_model(base)).to(chosen_device, torch.float32)
+        adapter = adapter.put_whole(tuned).fitted(tuned)
         after = measured(tuned, "after", adapter)
     return Finetuned(
         method,
@@ -324,6 +325,7 @@ def _training_settings(config: FinetuneConfig, method: Method, sizes: Sizes, dev
         "dtype": str(tuning_dtype(config, device)).removeprefix("torch."),
         "compile": False,
         "track": config.track,
+        "optimizer_paging": config.paged_optimizer,
     }
     if method == "full":
         return settings | {"learning_rate": config.learning_rate or FULL_LEARNING_RATE}
@@ -334,6 +336,7 @@ def _training_settings(config: FinetuneConfig, method: Method, sizes: Sizes, dev
         "rslora": config.rslora,
         "dora": config.dora,
         "modules": config.target_modules,
+        "modules_to_save": config.modules_to_save,
         "quantize": config.codes if method == "qlora" else None,
         "merge": False,
     }

@@ -18,7 +18,7 @@ from math import prod
 
 from bessemer.model.activations import Recompute, block_activations, final_norm_activations
 from bessemer.model.adapters.folder import adaptable_layers
-from bessemer.model.adapters.trained import matching_layers
+from bessemer.model.adapters.trained import matching_layers, modules_of
 from bessemer.model.config import ModelConfig
 from bessemer.model.decoder import Decoder
 from bessemer.model.initialisation import empty_decoder
@@ -38,8 +38,8 @@ _DEQUANTISING = 9.0
 class TuningShape:
     """What a step works on. rows, length: of a micro-batch. dtype_bytes: of products' operands. frozen: how the blocks' frozen
     weights of an adapter are quantised; None: not. stored: bytes of a model that is quantised as it lies; None: it is not.
-    patterns: of the layers that an adapter changes; empty: all.
-    micro_batches: of a step, whose gradients are summed."""
+    patterns: of the layers that an adapter changes; empty: all. whole: of modules trained whole beside it.
+    micro_batches: of a step, whose gradients are summed. paged: AdamW's means lie outside (`training.optim.paged`)."""
 
     rows: int
     length: int
@@ -51,8 +51,10 @@ class TuningShape:
     frozen: QuantizeConfig | None = None
     stored: float | None = None
     patterns: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
     recompute: Recompute = "none"
     micro_batches: int = 1
+    paged: bool = False
 
     @property
     def tokens(self) -> int:
@@ -71,7 +73,8 @@ class TuningMemory:
 @dataclass(frozen=True)
 class _Numbers:
     """Counts of a model's parameters. matrices: of the blocks that only products read. trained: all, or the adapter's and
-    those of modules trained whole. head: the table of the head, where it is trained."""
+    those of modules trained whole (whole). copied: of these what autocast copies. head: the table of the head, where it is
+    trained."""
 
     weights: int
     matrices: int
@@ -79,6 +82,7 @@ class _Numbers:
     trained: int
     copied: int
     head: int
+    whole: int = 0
 
 
 def tuning_memory(model: ModelConfig, method: Method, shape: TuningShape) -> TuningMemory:
@@ -87,8 +91,11 @@ def tuning_memory(model: ModelConfig, method: Method, shape: TuningShape) -> Tun
     c, tokens, is_half = float(shape.dtype_bytes), shape.tokens, shape.dtype_bytes != 4
     weights = _weight_bytes(model, method, shape, numbers)
     trained = _FLOAT32 * numbers.trained
-    own = 0.0 if method == "full" else trained
+    own = 0.0 if method == "full" else trained - _FLOAT32 * numbers.whole
+    # in pages a tensor's two means at a time come to a card; a mapped file's pages are the system's to take back
     means = _MEANS * numbers.trained
+    if shape.paged:
+        means = 0.0 if shape.device == "cpu" else _MEANS * max(numbers.head, numbers.largest)
     kept, largest, whole = _activations(model, method, shape)
     passing, ends = kept * tokens, _end_bytes(model, method, shape)
     masks = float(shape.rows * shape.length**2) * c if shape.device == "cpu" else 0.0
@@ -160,7 +167,11 @@ def _numbers(model: ModelConfig, method: Method, shape: TuningShape) -> _Numbers
         (outputs + inputs) * shape.rank + (outputs if shape.dora else 0)
         for outputs, inputs in (layers[name] for name in chosen)
     )
-    return _Numbers(weights, in_matrices, largest, adapter, adapter, 0)
+    beside = modules_of(decoder, shape.whole)
+    trained = sum(parameter.numel() for module in beside.values() for parameter in module.parameters(recurse=False))
+    ends = ("embed_tokens", "lm_head") if model.tie_word_embeddings else ("lm_head",)
+    head = table if any(name in beside for name in ends) else 0
+    return _Numbers(weights, in_matrices, largest, adapter + trained, adapter, head, trained)
 
 
 def _activations(model: ModelConfig, method: Method, shape: TuningShape) -> tuple[float, float, float]:

@@ -346,6 +346,8 @@ def _method(
         frozen=FROZEN[config.codes],
         stored=base.quantised,
         patterns=tuple(config.target_modules),
+        whole=tuple(config.modules_to_save),
+        paged=config.paged_optimizer,
         micro_batches=-(-batch_size // rows),
     )
     recompute: tuple[Recompute, ...] = ("none", "full") if config.checkpointing == "auto" else (config.checkpointing,)
@@ -359,7 +361,15 @@ def _method(
     wanted: tuple[Method, ...] = ("full", "lora", "qlora")
     if config.base_dtype in ("int8", "int4", "nf4"):
         wanted = ("qlora",)
-    elif config.base_dtype != "auto" or config.target_modules or config.dora or config.rslora or config.alpha or config.dropout:
+    elif (
+        config.base_dtype != "auto"
+        or config.target_modules
+        or config.modules_to_save
+        or config.dora
+        or config.rslora
+        or config.alpha
+        or config.dropout
+    ):
         wanted = ("lora", "qlora")
     possible = {method: fitting for method, fitting in needs.items() if method in wanted} or needs
     return choose_method(possible, free, is_quantised=base.quantised is not None), needs, free
