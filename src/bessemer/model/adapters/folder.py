@@ -126,14 +126,14 @@ def read_adapter(folder: Path | str, model: Decoder, samples: Mapping[str, Weigh
             updates[module] = Update(down_RK, part_NR.contiguous(), scale, own_N)
     if not updates:
         raise ArtefactError(f"{path}: it holds no update of any layer")
-    shapes, held = tensor_shapes(model.config), {name.split(".")[-2] for name in whole}
+    own_shapes, held = tensor_shapes(model.config), {name.split(".")[-2] for name in whole}
     if missing := next((one for one in config.get("modules_to_save") or () if str(one).rpartition(".")[2] not in held), None):
         raise ArtefactError(f"{path}: {ADAPTER_CONFIG} says that {missing} was trained whole, and its weights are not there")
     for name, tensor in whole.items():
-        if tuple(tensor.shape) != shapes[name]:
+        if tuple(tensor.shape) != own_shapes[name]:
             raise ArtefactError(
-                f"{path}: {name}, trained whole, has shape {tuple(tensor.shape)}, and this model's {shapes[name]}; the adapter "
-                "was made for another model, or for one with more tokens"
+                f"{path}: {name}, trained whole, has shape {tuple(tensor.shape)}, and this model's {own_shapes[name]}; the "
+                "adapter was made for another model, or for one with more tokens"
             )
     adapter = Adapter(updates, whole=whole)
     if not adapter.has_magnitudes:

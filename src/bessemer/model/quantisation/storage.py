@@ -289,13 +289,13 @@ def read_schemes(
         except (TypeError, AssertionError, KeyError, AttributeError):
             raise ArtefactError(f"{path}: {QUANTIZATION} is damaged") from None
     if settings["quant_method"] == BITSANDBYTES:
-        scheme, skipped = NF4(bool(settings.get("bnb_4bit_use_double_quant"))), settings.get("llm_int8_skip_modules") or [HEAD]
+        codes, skipped = NF4(bool(settings.get("bnb_4bit_use_double_quant"))), settings.get("llm_int8_skip_modules") or [HEAD]
         for one in stored:
             name, base = one.views[0].name, one.name.removesuffix(".weight")
             # as transformers: a name, its beginning or its end
             left = any(base == skip or base.startswith(f"{skip}.") or base.endswith(f".{skip}") for skip in skipped)
             if name in modules and name in linear and modules[name] != HEAD and not left:
-                schemes[modules[name]] = scheme
+                schemes[modules[name]] = codes
         return schemes
     groups = [group for group in settings.get("config_groups", {}).values() if isinstance(group, Mapping)]
     ignored = settings.get("ignore") or []

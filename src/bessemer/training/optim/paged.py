@@ -45,7 +45,8 @@ class PagedAdamW(AdamW):
                     self._update(parameter, group)
 
     def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[parameter]
+        state, gradient = self.state[parameter], parameter.grad
+        assert gradient is not None
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
         means = []
@@ -56,7 +57,7 @@ class PagedAdamW(AdamW):
         beta1, beta2 = group["betas"]
         adamw_update(
             [parameter],
-            [parameter.grad],
+            [gradient],
             [means[0]],
             [means[1]],
             [],
